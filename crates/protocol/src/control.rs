@@ -1,0 +1,198 @@
+//! Calls between the services: method names, and the messages they carry.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::UnixMillis;
+use crate::health::HealthReport;
+use crate::id::{CorrelationId, Region, TenantId, WorkerId};
+use crate::model::ModelEntry;
+use crate::policy::TenantPolicy;
+use crate::signature::Signed;
+
+/// Any node: says what it is. [`Empty`] → [`NodeInfo`].
+pub const NODE_DESCRIBE: &str = "node.describe";
+/// Orchestrator: takes a worker's signed report. [`Signed`] → [`Empty`].
+pub const PRESENCE_REPORT: &str = "presence.report";
+/// Orchestrator: lists the live workers. [`Empty`] → [`Fleet`].
+pub const FLEET_LIST: &str = "fleet.list";
+/// Orchestrator: tells how a job was placed. [`ExplainRequest`] → [`Decision`].
+pub const JOB_EXPLAIN: &str = "job.explain";
+/// Registry: checks an API token. [`TokenCheck`] → [`TokenGrant`].
+pub const TOKEN_CHECK: &str = "registry.token.check";
+/// Registry: lists the models. [`Empty`] → [`Catalog`].
+pub const CATALOG_LIST: &str = "registry.catalog.list";
+/// Registry: tells a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
+pub const POLICY_GET: &str = "registry.policy.get";
+
+/// A message without content.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Empty {}
+
+/// What a node does in the network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum NodeRole {
+    /// Takes requests.
+    Gateway,
+    /// Places jobs.
+    Orchestrator,
+    /// Knows models and tokens.
+    Registry,
+    /// Runs jobs.
+    Worker,
+}
+
+/// What a node says of itself when asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeInfo {
+    /// What it does.
+    pub roles: Vec<NodeRole>,
+    /// Where it stands.
+    pub region: Region,
+    /// The program's version.
+    pub version: String,
+}
+
+/// A worker's signed report on its way to an orchestrator.
+pub type PresenceReport = Signed;
+
+/// The live workers as one orchestrator sees them.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Fleet {
+    /// Each live worker.
+    pub workers: Vec<FleetWorker>,
+}
+
+/// One live worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FleetWorker {
+    /// Its last report.
+    pub report: HealthReport,
+    /// Milliseconds since that report came.
+    pub age_ms: u64,
+    /// Jobs this orchestrator has reserved on it.
+    pub reserved: u32,
+}
+
+/// An API token to check.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenCheck {
+    /// The token as the client sent it.
+    pub token: String,
+}
+
+/// What a valid token allows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenGrant {
+    /// The public part of the token; logs carry only this.
+    pub key_id: String,
+    /// Whose token it is.
+    pub tenant_id: TenantId,
+    /// What it may do.
+    pub scopes: Vec<Scope>,
+    /// The tenant's rules.
+    pub policy: TenantPolicy,
+    /// When it ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<UnixMillis>,
+}
+
+/// What a token may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// Run models.
+    Infer,
+    /// Operate the network.
+    Admin,
+}
+
+/// The models of the registry.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Catalog {
+    /// Each version of each model.
+    pub models: Vec<ModelEntry>,
+}
+
+/// Asks for a tenant's rules.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicyRequest {
+    /// The tenant.
+    pub tenant_id: TenantId,
+}
+
+/// Asks how a job was placed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ExplainRequest {
+    /// The job.
+    pub correlation_id: CorrelationId,
+}
+
+/// How a job was placed: every try, and every candidate of each.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Decision {
+    /// The job.
+    pub correlation_id: CorrelationId,
+    /// Whose job it is.
+    pub tenant_id: TenantId,
+    /// Each try, in order.
+    pub attempts: Vec<AttemptDecision>,
+}
+
+/// One try of a job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AttemptDecision {
+    /// Counted from 1.
+    pub attempt: u32,
+    /// The worker chosen.
+    pub chosen: Option<WorkerId>,
+    /// What became of it.
+    pub outcome: String,
+    /// Every candidate with its score, the best first.
+    pub candidates: Vec<CandidateScore>,
+    /// Every worker that could not be taken, and why.
+    pub refused: Vec<RefusedWorker>,
+}
+
+/// A candidate's score and the terms it is made of, each 0 to 1 before its weight.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CandidateScore {
+    /// The worker.
+    pub worker_id: WorkerId,
+    /// The weighted sum.
+    pub score: f64,
+    /// Exact version served, and resident.
+    pub model_match: f64,
+    /// Same region, or how far.
+    pub region_proximity: f64,
+    /// Fits the class asked for.
+    pub gpu_class: f64,
+    /// The emptier the better.
+    pub queue_depth: f64,
+    /// The prompt's beginning is at hand.
+    pub warm_cache: f64,
+    /// Measured speed against the fastest candidate.
+    pub speed: f64,
+}
+
+/// A worker that could not be taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RefusedWorker {
+    /// The worker.
+    pub worker_id: WorkerId,
+    /// Why, as a short word.
+    pub reason: String,
+}

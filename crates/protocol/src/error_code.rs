@@ -1,0 +1,240 @@
+//! The one place where errors meet the wire: their codes, HTTP statuses and what a caller should do.
+
+use std::fmt;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What went wrong, as clients and nodes name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The body is not JSON, or not the JSON expected.
+    InvalidJson,
+    /// A field has a value that makes no sense.
+    InvalidValue,
+    /// No model was named.
+    MissingModel,
+    /// Prompt and answer do not fit the model's context.
+    ContextLengthExceeded,
+    /// The request asks for something this model or service does not do.
+    UnsupportedParameter,
+    /// No key, or a wrong, revoked or expired one.
+    InvalidApiKey,
+    /// The key does not allow this operation.
+    InsufficientScope,
+    /// The tenant's policy does not allow this model.
+    ModelNotAllowed,
+    /// No such model or version.
+    ModelNotFound,
+    /// No such path.
+    NotFound,
+    /// The path does not take this method.
+    MethodNotAllowed,
+    /// The body is over the limit.
+    RequestTooLarge,
+    /// The body is not `application/json`.
+    UnsupportedMediaType,
+    /// The client sent its request too slowly.
+    RequestTimeout,
+    /// Too many requests; wait and try again.
+    RateLimitExceeded,
+    /// A defect of ours.
+    InternalError,
+    /// The workers that tried the job failed.
+    WorkerFailed,
+    /// The deadline passed.
+    DeadlineExceeded,
+    /// No worker has room.
+    NoCapacity,
+    /// The circuit breaker of this model and region is open.
+    BreakerOpen,
+    /// The model is being loaded.
+    ModelLoading,
+    /// A part of the network does not answer.
+    Unavailable,
+    /// The caller went away.
+    Cancelled,
+    /// The job was given to another worker; this attempt is void.
+    StaleAttempt,
+    /// The worker is full: try another.
+    WorkerFull,
+    /// The worker is stopping: try another.
+    WorkerStopping,
+    /// The worker does not have this model: try another.
+    ModelNotHere,
+    /// A node method was called by a key that is not enrolled.
+    NotEnrolled,
+    /// The called node knows no such method.
+    UnknownMethod,
+}
+
+/// Whose turn it is after an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Blame {
+    /// The request is at fault: no other worker would do better.
+    Caller,
+    /// This worker is at fault or busy: another may do better.
+    Worker,
+    /// Something between them failed.
+    Network,
+}
+
+impl ErrorCode {
+    /// Returns the code as it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InvalidJson => "invalid_json",
+            Self::InvalidValue => "invalid_value",
+            Self::MissingModel => "missing_model",
+            Self::ContextLengthExceeded => "context_length_exceeded",
+            Self::UnsupportedParameter => "unsupported_parameter",
+            Self::InvalidApiKey => "invalid_api_key",
+            Self::InsufficientScope => "insufficient_scope",
+            Self::ModelNotAllowed => "model_not_allowed",
+            Self::ModelNotFound => "model_not_found",
+            Self::NotFound => "not_found",
+            Self::MethodNotAllowed => "method_not_allowed",
+            Self::RequestTooLarge => "request_too_large",
+            Self::UnsupportedMediaType => "unsupported_media_type",
+            Self::RequestTimeout => "request_timeout",
+            Self::RateLimitExceeded => "rate_limit_exceeded",
+            Self::InternalError => "internal_error",
+            Self::WorkerFailed => "worker_failed",
+            Self::DeadlineExceeded => "deadline_exceeded",
+            Self::NoCapacity => "no_capacity",
+            Self::BreakerOpen => "breaker_open",
+            Self::ModelLoading => "model_loading",
+            Self::Unavailable => "unavailable",
+            Self::Cancelled => "cancelled",
+            Self::StaleAttempt => "stale_attempt",
+            Self::WorkerFull => "worker_full",
+            Self::WorkerStopping => "worker_stopping",
+            Self::ModelNotHere => "model_not_here",
+            Self::NotEnrolled => "not_enrolled",
+            Self::UnknownMethod => "unknown_method",
+        }
+    }
+
+    /// Returns the HTTP status a client sees.
+    pub fn http_status(self) -> u16 {
+        match self {
+            Self::InvalidJson
+            | Self::InvalidValue
+            | Self::MissingModel
+            | Self::ContextLengthExceeded
+            | Self::UnsupportedParameter => 400,
+            Self::InvalidApiKey => 401,
+            Self::InsufficientScope | Self::ModelNotAllowed | Self::NotEnrolled => 403,
+            Self::ModelNotFound | Self::NotFound | Self::UnknownMethod => 404,
+            Self::MethodNotAllowed => 405,
+            Self::RequestTimeout => 408,
+            Self::RequestTooLarge => 413,
+            Self::UnsupportedMediaType => 415,
+            Self::RateLimitExceeded => 429,
+            // Nginx's number for a client that went away; nobody is left to read it.
+            Self::Cancelled => 499,
+            Self::InternalError | Self::StaleAttempt => 500,
+            Self::WorkerFailed => 502,
+            Self::NoCapacity
+            | Self::BreakerOpen
+            | Self::ModelLoading
+            | Self::Unavailable
+            | Self::WorkerFull
+            | Self::WorkerStopping
+            | Self::ModelNotHere => 503,
+            Self::DeadlineExceeded => 504,
+        }
+    }
+
+    /// Returns OpenAI's `type` of the error.
+    pub fn error_type(self) -> &'static str {
+        match self.http_status() {
+            403 => "permission_error",
+            429 => "rate_limit_error",
+            503 => "overloaded_error",
+            500.. => "server_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    /// Says whether another worker may do better.
+    pub fn blame(self) -> Blame {
+        match self {
+            Self::WorkerFull
+            | Self::WorkerStopping
+            | Self::ModelNotHere
+            | Self::ModelLoading
+            | Self::WorkerFailed
+            | Self::InternalError
+            | Self::UnknownMethod
+            | Self::NotEnrolled => Blame::Worker,
+            Self::Unavailable | Self::DeadlineExceeded => Blame::Network,
+            _ => Blame::Caller,
+        }
+    }
+}
+
+impl fmt::Display for ErrorCode {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.as_str())
+    }
+}
+
+/// An error as it travels between nodes.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[error("{code}: {message}")]
+pub struct WireError {
+    /// What went wrong.
+    pub code: ErrorCode,
+    /// What went wrong and what to do, for people. Never an address, a path or a secret.
+    pub message: String,
+    /// The field at fault, as the client wrote it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub param: Option<String>,
+    /// How long to wait before another try, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
+}
+
+impl WireError {
+    /// Makes an error of a code and a message.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), param: None, retry_after_ms: None }
+    }
+
+    /// Names the field at fault.
+    #[must_use]
+    pub fn with_param(mut self, param: impl Into<String>) -> Self {
+        self.param = Some(param.into());
+        self
+    }
+
+    /// Says how long to wait. Official SDKs give up above 120 s, so that is the most ever said.
+    #[must_use]
+    pub fn with_retry_after(mut self, wait: Duration) -> Self {
+        const LONGEST: Duration = Duration::from_mins(2);
+        self.retry_after_ms = Some(wait.min(LONGEST).as_millis() as u64);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_code_is_written_the_same_in_json_and_in_text() {
+        for code in [ErrorCode::InvalidJson, ErrorCode::ModelNotFound, ErrorCode::WorkerFull, ErrorCode::NoCapacity] {
+            assert_eq!(serde_json::to_value(code).expect("serialises"), code.as_str());
+        }
+    }
+
+    #[test]
+    fn nobody_is_told_to_wait_longer_than_the_sdks_will() {
+        let error = WireError::new(ErrorCode::NoCapacity, "full").with_retry_after(Duration::from_hours(1));
+        assert_eq!(error.retry_after_ms, Some(120_000));
+    }
+}

@@ -1,0 +1,112 @@
+//! `Health.Report`: what a worker says of itself every five seconds and on change (T5, T6).
+
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::UnixMillis;
+use crate::id::{AdapterName, Digest, PublicKey, Region, WorkerId};
+use crate::model::ModelKey;
+
+/// The kind under which reports are signed.
+pub const KIND: &str = "health-report";
+/// How often a worker reports.
+pub const HEARTBEAT: Duration = Duration::from_secs(5);
+/// A worker silent for this long is gone.
+pub const EXPIRY: Duration = Duration::from_secs(15);
+/// The largest report taken, in bytes.
+pub const REPORT_BYTES_MAX: usize = 64 * 1024;
+
+/// What a worker says of itself. Health report and presence are this one message.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(rename = "Health.Report")]
+pub struct HealthReport {
+    /// The contract's version: 1.
+    pub v: u32,
+    /// The worker's public key in hex.
+    pub worker_id: WorkerId,
+    /// The same key.
+    pub pub_key: PublicKey,
+    /// Where the worker stands.
+    pub region: Region,
+    /// What kind of accelerator it has, such as `a100`; `cpu` for none.
+    pub gpu_class: String,
+    /// Memory of its accelerators, in GiB.
+    #[serde(rename = "vramGB")]
+    pub vram_gb: u32,
+    /// Its accelerators and the CPU features that matter, such as `avx512-vnni`.
+    pub accelerators: Vec<String>,
+    /// How much it can take, and how much it has.
+    pub capacity: Capacity,
+    /// The models it serves.
+    pub supported: Vec<ModelKey>,
+    /// The models it holds in memory.
+    pub model_cache: Vec<CachedModel>,
+    /// Network hops to the region's centre, as configured; fewer is nearer.
+    pub latency_hops: u32,
+    /// It finishes what it has and takes nothing new.
+    #[serde(default)]
+    pub draining: bool,
+    /// Grows at each start of the worker.
+    pub epoch: u64,
+    /// Grows at each report.
+    pub seq: u64,
+    /// When it was signed.
+    pub issued_at: UnixMillis,
+    /// When it is void.
+    pub not_after: UnixMillis,
+}
+
+/// How much a worker can take, and how much it has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Capacity {
+    /// Jobs that run side by side at most.
+    pub slots: u32,
+    /// Jobs that run.
+    pub running: u32,
+    /// Jobs that wait.
+    pub waiting: u32,
+    /// Jobs that may wait at most.
+    pub queue_max: u32,
+}
+
+impl Capacity {
+    /// Returns the jobs it may hold at once, running and waiting.
+    pub fn total(&self) -> u32 {
+        self.slots.saturating_add(self.queue_max)
+    }
+}
+
+/// A model in a worker's memory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CachedModel {
+    /// Name and version.
+    #[serde(flatten)]
+    pub key: ModelKey,
+    /// SHA-256 of the artifact it was loaded from.
+    pub digest: Digest,
+    /// How far it is.
+    pub state: ModelState,
+    /// Generated tokens a second, smoothed; 0 before the first answer.
+    #[serde(default)]
+    pub tokens_per_second: f32,
+    /// Adapters at hand.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<AdapterName>,
+}
+
+/// How far a model is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelState {
+    /// On its way into memory.
+    Loading,
+    /// Ready to answer.
+    Ready,
+    /// Failed to load or died; it is tried again.
+    Error,
+}

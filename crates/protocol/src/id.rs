@@ -1,0 +1,319 @@
+//! Names of things. Each is checked when it is made, so that a value of these types is always well formed.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use uuid::Uuid;
+
+/// Says which part of a name is malformed and what it should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{part} {found:?} is malformed: {expected}")]
+pub struct MalformedId {
+    /// The part, such as `region`.
+    pub part: &'static str,
+    /// What was found, cut to 80 characters.
+    pub found: String,
+    /// What was expected.
+    pub expected: &'static str,
+}
+
+impl MalformedId {
+    pub(crate) fn new(part: &'static str, found: &str, expected: &'static str) -> Self {
+        Self { part, found: found.chars().take(80).collect(), expected }
+    }
+}
+
+/// Defines a checked, cheaply cloned text id with its serde, display and schema.
+macro_rules! text_id {
+    ($(#[$doc:meta])* $name:ident, $part:literal, $expected:literal, $pattern:literal, $check:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(Arc<str>);
+
+        impl $name {
+            /// Returns the text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = MalformedId;
+
+            fn from_str(text: &str) -> Result<Self, MalformedId> {
+                let check: fn(&str) -> bool = $check;
+                if check(text) { Ok(Self(text.into())) } else { Err(MalformedId::new($part, text, $expected)) }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(formatter, "{}({})", stringify!($name), self.0)
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+                text.parse().map_err(de::Error::custom)
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({ "type": "string", "pattern": $pattern, "description": $expected })
+            }
+        }
+    };
+}
+
+fn is_slug(text: &str) -> bool {
+    let word =
+        |word: &str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    text.len() <= 64 && text.split('-').all(word)
+}
+
+fn is_model_name(text: &str) -> bool {
+    let word =
+        |word: &str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    text.len() <= 64 && text.split(['.', '-']).all(word)
+}
+
+text_id! {
+    /// A model's name, such as `llama3.1-8b` (T4).
+    ModelName, "model", "lower-case letters and digits in words joined by '.' or '-', at most 64 characters",
+    "^[a-z0-9]+([.-][a-z0-9]+)*$", is_model_name
+}
+
+text_id! {
+    /// A LoRA adapter's name; it reads like a model's.
+    AdapterName, "adapter", "lower-case letters and digits in words joined by '.' or '-', at most 64 characters",
+    "^[a-z0-9]+([.-][a-z0-9]+)*$", is_model_name
+}
+
+text_id! {
+    /// A region's slug, such as `eu-west` (T4).
+    Region, "region", "lower-case letters and digits in words joined by '-', at most 64 characters",
+    "^[a-z0-9]+(-[a-z0-9]+)*$", is_slug
+}
+
+text_id! {
+    /// Who pays for a job.
+    TenantId, "tenantId", "lower-case letters and digits in words joined by '-', at most 64 characters",
+    "^[a-z0-9]+(-[a-z0-9]+)*$", is_slug
+}
+
+text_id! {
+    /// Makes a resend recognisable: the same token never runs a job twice.
+    RetryToken, "retryToken", "1 to 128 visible ASCII characters", "^[!-~]{1,128}$",
+    |text| (1..=128).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
+/// A model's version, `MAJOR.MINOR`. The greater is the newer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ModelVersion {
+    /// The first number.
+    pub major: u32,
+    /// The second number.
+    pub minor: u32,
+}
+
+impl FromStr for ModelVersion {
+    type Err = MalformedId;
+
+    fn from_str(text: &str) -> Result<Self, MalformedId> {
+        // One spelling a version: no signs, no leading zeros, so that a topic has one name.
+        let number = |digits: &str| {
+            let plain = digits.bytes().all(|byte| byte.is_ascii_digit()) && (digits == "0" || !digits.starts_with('0'));
+            if plain { digits.parse::<u32>().ok() } else { None }
+        };
+        text.split_once('.')
+            .and_then(|(major, minor)| Some(Self { major: number(major)?, minor: number(minor)? }))
+            .ok_or_else(|| MalformedId::new("version", text, "MAJOR.MINOR, such as 1.0"))
+    }
+}
+
+impl fmt::Display for ModelVersion {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// Defines serde and schema through `FromStr` and `Display`.
+macro_rules! as_text {
+    ($name:ident, $pattern:literal, $description:literal) => {
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+                text.parse().map_err(de::Error::custom)
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({ "type": "string", "pattern": $pattern, "description": $description })
+            }
+        }
+    };
+}
+
+as_text!(ModelVersion, "^(0|[1-9][0-9]*)\\.(0|[1-9][0-9]*)$", "MAJOR.MINOR");
+
+/// A job's name, the same from the client's request to the settlement. A UUID.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CorrelationId(pub Uuid);
+
+impl FromStr for CorrelationId {
+    type Err = MalformedId;
+
+    fn from_str(text: &str) -> Result<Self, MalformedId> {
+        // Only the hyphenated form, so that a job has one spelling.
+        let uuid = if text.len() == 36 { Uuid::try_parse(text).ok() } else { None };
+        uuid.map(Self).ok_or_else(|| MalformedId::new("correlationId", text, "a hyphenated UUID"))
+    }
+}
+
+impl fmt::Display for CorrelationId {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_hyphenated().fmt(formatter)
+    }
+}
+
+as_text!(CorrelationId, "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$", "a hyphenated UUID");
+
+/// Defines an id of fixed length, written in lower-case hex.
+macro_rules! hex_id {
+    ($(#[$doc:meta])* $name:ident, $length:literal, $part:literal, $expected:literal, $pattern:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(pub [u8; $length]);
+
+        impl FromStr for $name {
+            type Err = MalformedId;
+
+            fn from_str(text: &str) -> Result<Self, MalformedId> {
+                let mut bytes = [0; $length];
+                let lower = text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+                match hex::decode_to_slice(text, &mut bytes) {
+                    Ok(()) if lower => Ok(Self(bytes)),
+                    _ => Err(MalformedId::new($part, text, $expected)),
+                }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str(&hex::encode(self.0))
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(formatter, "{}({})", stringify!($name), hex::encode(self.0))
+            }
+        }
+
+        as_text!($name, $pattern, $expected);
+    };
+}
+
+hex_id! {
+    /// A node's ed25519 public key, which is also its Hyperswarm address.
+    PublicKey, 32, "publicKey", "64 lower-case hex digits", "^[0-9a-f]{64}$"
+}
+
+hex_id! {
+    /// A W3C trace id, the same over all nodes that a request touches.
+    TraceId, 16, "traceId", "32 lower-case hex digits", "^[0-9a-f]{32}$"
+}
+
+hex_id! {
+    /// SHA-256 of an artifact's bytes.
+    Digest, 32, "digest", "64 lower-case hex digits", "^[0-9a-f]{64}$"
+}
+
+/// A worker's name: its public key.
+pub type WorkerId = PublicKey;
+
+impl PublicKey {
+    /// Returns the first eight hex digits, enough for people and logs.
+    pub fn short(&self) -> String {
+        hex::encode(&self.0[..4])
+    }
+}
+
+impl Digest {
+    /// Returns the digest of some bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        use sha2::Digest as _;
+        Self(sha2::Sha256::digest(bytes).into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_name_has_words_joined_by_dots_or_hyphens() {
+        for good in ["llama3.1-8b", "tether-tiny", "a", "mixtral-8x7b"] {
+            assert_eq!(good.parse::<ModelName>().expect("well formed").as_str(), good);
+        }
+        for bad in ["", "-a", "a-", "a..b", "A", "a b", "a/b", "ä", &"a".repeat(65)] {
+            assert_eq!(bad.parse::<ModelName>().expect_err("malformed").part, "model");
+        }
+    }
+
+    #[test]
+    fn a_version_has_one_spelling() {
+        assert_eq!("1.10".parse::<ModelVersion>().expect("well formed"), ModelVersion { major: 1, minor: 10 });
+        for bad in ["1", "1.", ".1", "1.0.0", "01.0", "+1.0", "1.x", "1.4294967296"] {
+            assert!(bad.parse::<ModelVersion>().is_err(), "{bad}");
+        }
+        assert!("1.10".parse::<ModelVersion>().expect("good") > "1.9".parse().expect("good"));
+    }
+
+    #[test]
+    fn a_key_is_lower_case_hex_and_nothing_else() {
+        let text = "ab".repeat(32);
+        assert_eq!(text.parse::<PublicKey>().expect("well formed").to_string(), text);
+        for bad in [text.to_uppercase(), "ab".repeat(31), format!("{text}ab"), "zz".repeat(32)] {
+            assert!(bad.parse::<PublicKey>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_malformed_name_is_quoted_only_in_part() {
+        let error = "X".repeat(10_000).parse::<Region>().expect_err("malformed");
+        assert_eq!(error.found.len(), 80);
+    }
+}

@@ -1,0 +1,27 @@
+//! The words Tether's nodes exchange: ids, topics, messages, their codec and signatures.
+//!
+//! No I/O, no async, no clock: every function here is a pure function of its arguments. Bytes from a peer enter
+//! through [`codec`] and [`signature`], and never panic.
+
+pub mod clock;
+pub mod codec;
+pub mod control;
+pub mod error_code;
+pub mod health;
+pub mod id;
+pub mod infer;
+pub mod model;
+pub mod policy;
+pub mod presence;
+pub mod schema;
+pub mod signature;
+pub mod topic;
+pub mod usage;
+
+pub use clock::{Clock, UnixMillis};
+pub use error_code::{ErrorCode, WireError};
+pub use id::{
+    AdapterName, CorrelationId, Digest, MalformedId, ModelName, ModelVersion, PublicKey, Region, RetryToken, TenantId,
+    TraceId, WorkerId,
+};
+pub use topic::Topic;

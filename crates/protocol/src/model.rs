@@ -1,0 +1,107 @@
+//! Models as clients name them and as the catalogue knows them.
+
+use std::fmt;
+use std::str::FromStr;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::UnixMillis;
+use crate::id::{AdapterName, Digest, MalformedId, ModelName, ModelVersion};
+
+/// A model as a client names it: `name[@MAJOR.MINOR][:adapter]`. No version means the newest.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ModelRef {
+    /// The model's name.
+    pub name: ModelName,
+    /// The version asked for.
+    pub version: Option<ModelVersion>,
+    /// The adapter asked for.
+    pub adapter: Option<AdapterName>,
+}
+
+impl FromStr for ModelRef {
+    type Err = MalformedId;
+
+    fn from_str(text: &str) -> Result<Self, MalformedId> {
+        let (rest, adapter) = match text.split_once(':') {
+            Some((rest, adapter)) => (rest, Some(adapter.parse()?)),
+            None => (text, None),
+        };
+        let (name, version) = match rest.split_once('@') {
+            Some((name, version)) => (name, Some(version.parse()?)),
+            None => (rest, None),
+        };
+        Ok(Self { name: name.parse()?, version, adapter })
+    }
+}
+
+impl fmt::Display for ModelRef {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}", self.name)?;
+        if let Some(version) = self.version {
+            write!(formatter, "@{version}")?;
+        }
+        if let Some(adapter) = &self.adapter {
+            write!(formatter, ":{adapter}")?;
+        }
+        Ok(())
+    }
+}
+
+/// One version of a model.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelKey {
+    /// The model's name.
+    pub model_id: ModelName,
+    /// Its version.
+    pub version: ModelVersion,
+}
+
+impl fmt::Display for ModelKey {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}@{}", self.model_id, self.version)
+    }
+}
+
+/// A model version as the registry knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelEntry {
+    /// Name and version.
+    #[serde(flatten)]
+    pub key: ModelKey,
+    /// SHA-256 of the artifact.
+    pub digest: Digest,
+    /// Length of the artifact in bytes.
+    pub bytes: u64,
+    /// Tokens of context.
+    pub context_length: u32,
+    /// One line for people.
+    #[serde(default)]
+    pub description: String,
+    /// When it was registered.
+    pub created_at: UnixMillis,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reference_reads_back_as_it_is_written() {
+        for text in ["tether-tiny", "tether-tiny@1.0", "tether-tiny:pirate", "tether-tiny@1.0:pirate"] {
+            assert_eq!(text.parse::<ModelRef>().expect(text).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn a_malformed_reference_names_the_part_that_offends() {
+        for (text, part) in
+            [("", "model"), ("M", "model"), ("m@1", "version"), ("m:", "adapter"), ("m@1.0:A", "adapter")]
+        {
+            assert_eq!(text.parse::<ModelRef>().expect_err(text).part, part);
+        }
+    }
+}

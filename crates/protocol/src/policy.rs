@@ -1,0 +1,25 @@
+//! What a tenant may do.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::id::ModelName;
+
+/// The rules of one tenant. What is missing is not limited.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct TenantPolicy {
+    /// The models it may use; all, where it is missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allowed_models: Option<Vec<ModelName>>,
+    /// Requests it may make in any 60 seconds, over all gateways.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub requests_per_minute: Option<u32>,
+}
+
+impl TenantPolicy {
+    /// Says whether the tenant may use a model.
+    pub fn allows(&self, model: &ModelName) -> bool {
+        self.allowed_models.as_ref().is_none_or(|allowed| allowed.contains(model))
+    }
+}

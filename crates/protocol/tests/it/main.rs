@@ -1,0 +1,3 @@
+//! The published contracts, as others see them.
+
+mod schemas;
