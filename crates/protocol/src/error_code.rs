@@ -32,6 +32,8 @@ pub enum ErrorCode {
     NotFound,
     /// The path does not take this method.
     MethodNotAllowed,
+    /// A job of this retry token exists already.
+    IdempotencyInProgress,
     /// The body is over the limit.
     RequestTooLarge,
     /// The body is not `application/json`.
@@ -96,6 +98,7 @@ impl ErrorCode {
             Self::ModelNotFound => "model_not_found",
             Self::NotFound => "not_found",
             Self::MethodNotAllowed => "method_not_allowed",
+            Self::IdempotencyInProgress => "idempotency_in_progress",
             Self::RequestTooLarge => "request_too_large",
             Self::UnsupportedMediaType => "unsupported_media_type",
             Self::RequestTimeout => "request_timeout",
@@ -130,6 +133,7 @@ impl ErrorCode {
             Self::ModelNotFound | Self::NotFound | Self::UnknownMethod => 404,
             Self::MethodNotAllowed => 405,
             Self::RequestTimeout => 408,
+            Self::IdempotencyInProgress => 409,
             Self::RequestTooLarge => 413,
             Self::UnsupportedMediaType => 415,
             Self::RateLimitExceeded => 429,
@@ -152,6 +156,7 @@ impl ErrorCode {
     pub fn error_type(self) -> &'static str {
         match self.http_status() {
             403 => "permission_error",
+            409 => "idempotency_error",
             429 => "rate_limit_error",
             503 => "overloaded_error",
             500.. => "server_error",

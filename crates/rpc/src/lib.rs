@@ -1,0 +1,21 @@
+//! Typed calls, token streams and announcements between nodes, over a [`transport::Transport`].
+//!
+//! Unary calls carry one JSON value each way. Streams speak `tether/stream/1` ([`stream`]): one request, then
+//! messages back under credit, until an end, an error or a cancel. Topics only find peers ([`announce`]);
+//! connections are opened by public key and shared by all calls to a peer ([`client`]).
+
+pub mod announce;
+pub mod client;
+pub mod clock;
+pub mod identity;
+pub mod server;
+pub mod stream;
+pub mod transport;
+
+pub use announce::Directory;
+pub use client::{CallError, Client};
+pub use clock::SystemClock;
+pub use server::{Caller, Server};
+pub use stream::{AnswerStream, Interrupted, ReplyStream, StreamCall, StreamOptions};
+pub use transport::Transport;
+pub use transport::memory::MemoryNetwork;

@@ -1,0 +1,100 @@
+//! What carries calls between nodes: the seam between the services and the network.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use protocol::{PublicKey, Topic, WireError};
+use tokio::sync::{mpsc, oneshot};
+
+pub mod memory;
+
+/// A node's end of the network. Its public key is its address.
+#[async_trait]
+pub trait Transport: Send + Sync + 'static {
+    /// Returns this node's key.
+    fn public_key(&self) -> PublicKey;
+
+    /// Opens a connection to a peer. [`crate::Client`] shares it among calls.
+    async fn connect(&self, peer: PublicKey) -> Result<Arc<dyn Connection>, TransportError>;
+
+    /// Returns the next connection that a peer opened, or `None` once the node is closed.
+    async fn accept(&self) -> Option<Arc<dyn Connection>>;
+
+    /// Makes this node findable under a topic until [`Transport::unannounce`] or the end of the node.
+    async fn announce(&self, topic: &Topic) -> Result<(), TransportError>;
+
+    /// Takes this node off a topic.
+    async fn unannounce(&self, topic: &Topic) -> Result<(), TransportError>;
+
+    /// Returns peers that announce a topic, in no order and perhaps not all of them.
+    async fn lookup(&self, topic: &Topic) -> Result<Vec<PublicKey>, TransportError>;
+}
+
+/// One authenticated, encrypted connection between two nodes.
+#[async_trait]
+pub trait Connection: Send + Sync + 'static {
+    /// Returns the key of the node at the other end.
+    fn remote_key(&self) -> PublicKey;
+
+    /// Sends a request and waits for its reply. Callers bring the deadline.
+    async fn request(&self, method: &str, body: Bytes) -> Result<Bytes, RequestError>;
+
+    /// Opens a channel for one stream.
+    async fn open_channel(&self) -> Result<Channel, TransportError>;
+
+    /// Returns the next request or channel that the peer opened, or `None` once the connection is closed.
+    async fn next(&self) -> Option<Incoming>;
+
+    /// Says whether the connection is closed.
+    fn is_closed(&self) -> bool;
+}
+
+/// An ordered, reliable pipe of messages, bounded in both directions. Dropping a half closes it.
+#[derive(Debug)]
+pub struct Channel {
+    /// Messages to the peer.
+    pub outgoing: mpsc::Sender<Bytes>,
+    /// Messages from the peer.
+    pub incoming: mpsc::Receiver<Bytes>,
+}
+
+/// What a peer opened.
+pub enum Incoming {
+    /// A unary call.
+    Request {
+        /// The method's name.
+        method: String,
+        /// Its argument, a JSON value.
+        body: Bytes,
+        /// Takes the reply. Dropping it tells the peer that the call failed.
+        reply: oneshot::Sender<Result<Bytes, WireError>>,
+    },
+    /// A stream.
+    Channel(Channel),
+}
+
+/// Why the network did not do something.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TransportError {
+    /// Nobody answers under this key.
+    #[error("peer {} does not answer", peer.short())]
+    Unreachable {
+        /// The key.
+        peer: PublicKey,
+    },
+    /// The connection or the node is closed.
+    #[error("the connection is closed")]
+    Closed,
+}
+
+/// Why a request has no reply.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// The peer replied with an error.
+    #[error(transparent)]
+    Remote(#[from] WireError),
+    /// The connection closed first.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+}

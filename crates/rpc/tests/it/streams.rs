@@ -1,0 +1,142 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use protocol::{ErrorCode, WireError};
+use tether_rpc::{AnswerStream, CallError, StreamCall};
+use tokio::sync::Notify;
+
+use crate::{options, pair};
+
+/// Answers with the request, cut into messages of `size` bytes.
+async fn echo(call: StreamCall, size: usize) {
+    let body = call.body.clone();
+    let Ok(mut reply) = call.accept().await else { return };
+    for message in body.chunks(size) {
+        if reply.send(message).await.is_err() {
+            return;
+        }
+    }
+    let _ = reply.finish().await;
+}
+
+async fn collect(mut stream: AnswerStream) -> Result<Vec<Bytes>, CallError> {
+    let mut messages = vec![];
+    while let Some(message) = stream.next().await {
+        messages.push(message?);
+    }
+    Ok(messages)
+}
+
+#[tokio::test(start_paused = true)]
+async fn messages_arrive_whole_and_in_order() {
+    let pair = pair(|server| server.stream("echo", |call| echo(call, 3)));
+    let stream = pair.client.open_stream(pair.server.public_key(), "echo", "abcdefgh".into(), options()).await;
+    assert_eq!(collect(stream.expect("accepted")).await.expect("complete"), ["abc", "def", "gh"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_and_messages_longer_than_a_frame_are_cut_and_joined() {
+    let pair = pair(|server| server.stream("echo", |call| echo(call, usize::MAX)));
+    let body: Bytes = (0..1_000_000u32).map(|number| number as u8).collect();
+    let stream = pair.client.open_stream(pair.server.public_key(), "echo", body.clone(), options()).await;
+    assert_eq!(collect(stream.expect("accepted")).await.expect("complete"), [body]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_arrives_instead_of_an_acceptance() {
+    let refusal = WireError::new(ErrorCode::WorkerFull, "full");
+    let pair = pair(|server| server.stream("busy", |call| call.refuse(WireError::new(ErrorCode::WorkerFull, "full"))));
+    let refused = pair.client.open_stream(pair.server.public_key(), "busy", Bytes::new(), options()).await;
+    assert_eq!(refused.expect_err("refused"), CallError::Remote(refusal));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_callee_that_says_nothing_is_given_up_on() {
+    let pair = pair(|server| {
+        server.stream("mute", |call| async move {
+            std::future::pending::<()>().await;
+            drop(call);
+        })
+    });
+    let peer = pair.server.public_key();
+    let mute = pair.client.open_stream(peer, "mute", Bytes::new(), options()).await;
+    assert_eq!(mute.expect_err("never accepted"), CallError::NotAccepted);
+}
+
+#[tokio::test(start_paused = true)]
+async fn silence_after_the_acceptance_is_a_stall() {
+    let pair = pair(|server| {
+        server.stream("stall", |call| async move {
+            let _reply = call.accept().await;
+            std::future::pending::<()>().await;
+        })
+    });
+    let mut stream =
+        pair.client.open_stream(pair.server.public_key(), "stall", Bytes::new(), options()).await.expect("accepted");
+    let before = tokio::time::Instant::now();
+    assert_eq!(stream.next().await, Some(Err(CallError::Stalled)));
+    assert_eq!(before.elapsed(), options().stall);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_lost_in_mid_answer_is_an_error_and_not_an_end() {
+    let pair = pair(|server| {
+        server.stream("vanish", |call| async move {
+            let mut reply = call.accept().await.expect("caller is there");
+            reply.send(b"one").await.expect("caller reads");
+        })
+    });
+    let stream = pair.client.open_stream(pair.server.public_key(), "vanish", Bytes::new(), options()).await;
+    assert_eq!(collect(stream.expect("accepted")).await, Err(CallError::Closed));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_goes_away_stops_the_callee() {
+    let stopped = Arc::new(Notify::new());
+    let told = stopped.clone();
+    let pair = pair(move |server| {
+        server.stream("endless", move |call| {
+            let told = told.clone();
+            async move {
+                let mut reply = call.accept().await.expect("caller is there");
+                while reply.send(b"more").await.is_ok() {
+                    tokio::task::yield_now().await;
+                }
+                told.notify_one();
+            }
+        })
+    });
+    let mut stream =
+        pair.client.open_stream(pair.server.public_key(), "endless", Bytes::new(), options()).await.expect("accepted");
+    stream.next().await.expect("a message").expect("no error");
+    drop(stream);
+    stopped.notified().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_callee_waits_for_a_slow_caller_instead_of_filling_memory() {
+    let sent = Arc::new(AtomicUsize::new(0));
+    let count = sent.clone();
+    let pair = pair(move |server| {
+        server.stream("flood", move |call| {
+            let count = count.clone();
+            async move {
+                let mut reply = call.accept().await.expect("caller is there");
+                while reply.send(&[0; 60_000]).await.is_ok() {
+                    count.fetch_add(1, Ordering::SeqCst);
+                }
+            }
+        })
+    });
+    let mut stream =
+        pair.client.open_stream(pair.server.public_key(), "flood", Bytes::new(), options()).await.expect("accepted");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let ahead = sent.load(Ordering::SeqCst);
+    assert!((4..=5).contains(&ahead), "a window of 256 KiB holds no more than 5 such messages, {ahead} were sent");
+    for _ in 0..100 {
+        stream.next().await.expect("a message").expect("no error");
+    }
+    assert!(sent.load(Ordering::SeqCst) >= 100);
+}
