@@ -1,0 +1,41 @@
+//! Structured logs on stderr: for people, or as JSON.
+
+use std::io::IsTerminal as _;
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+/// How logs are written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Pretty,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Why logs could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The filter makes no sense.
+    #[error("the log filter {filter:?} is malformed, write for example `info` or `info,tether_gateway=debug`")]
+    Filter {
+        /// What was given.
+        filter: String,
+    },
+    /// Logs were set up before.
+    #[error("logs are set up already")]
+    Twice,
+}
+
+/// Sends logs to stderr from here on. `filter` reads like `info,tether_gateway=debug`.
+pub fn init(format: LogFormat, filter: &str) -> Result<(), LogError> {
+    let parsed = EnvFilter::try_new(filter).map_err(|_| LogError::Filter { filter: filter.to_owned() })?;
+    let builder = tracing_subscriber::fmt().with_env_filter(parsed).with_writer(std::io::stderr);
+    let done = match format {
+        LogFormat::Pretty => builder.with_ansi(std::io::stderr().is_terminal()).with_target(false).finish().try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).finish().try_init(),
+    };
+    done.map_err(|_| LogError::Twice)
+}

@@ -1,0 +1,48 @@
+//! The names of metrics, as dashboards and alerts know them. Counters end in `_total` when exported.
+
+/// Requests that generate, by worker's model.
+pub const REQUESTS_RUNNING: &str = "tether_worker_requests_running";
+/// Requests that wait at a worker.
+pub const REQUESTS_WAITING: &str = "tether_worker_requests_waiting";
+/// Share of the key-value room in use.
+pub const KV_CACHE_USAGE: &str = "tether_worker_kv_cache_usage_ratio";
+/// Batches evaluated by the engines.
+pub const DECODE_STEPS: &str = "tether_engine_decode_steps";
+/// Generations that their caller cancelled.
+pub const ENGINE_CANCELLED: &str = "tether_engine_cancelled";
+/// Engine processes that died.
+pub const ENGINE_DEATHS: &str = "tether_engine_deaths";
+/// Prompt tokens of finished jobs.
+pub const PROMPT_TOKENS: &str = "tether_prompt_tokens";
+/// Tokens generated.
+pub const GENERATION_TOKENS: &str = "tether_generation_tokens";
+/// Finished requests.
+pub const REQUESTS: &str = "tether_requests";
+/// From the request to its first token.
+pub const TIME_TO_FIRST_TOKEN: &str = "tether_time_to_first_token_seconds";
+/// Between tokens.
+pub const INTER_TOKEN_LATENCY: &str = "tether_inter_token_latency_seconds";
+/// From the request to its end.
+pub const REQUEST_DURATION: &str = "tether_request_duration_seconds";
+/// 0 closed, 1 open, 2 half-open.
+pub const BREAKER_STATE: &str = "tether_breaker_state";
+/// Changes of a breaker's state.
+pub const BREAKER_TRANSITIONS: &str = "tether_breaker_transitions";
+/// Attempts after the first, by what failed before.
+pub const RETRIES: &str = "tether_retries";
+/// Jobs that used up their attempts.
+pub const RETRIES_EXHAUSTED: &str = "tether_retries_exhausted";
+/// Jobs that went to another worker.
+pub const FAILOVERS: &str = "tether_failovers";
+/// Requests refused for want of room.
+pub const SHED: &str = "tether_shed";
+/// Requests refused by a rate limit.
+pub const THROTTLED: &str = "tether_throttled";
+/// Reservations held.
+pub const RESERVATIONS_ACTIVE: &str = "tether_reservations_active";
+/// Health reports that were dropped.
+pub const PRESENCE_REJECTED: &str = "tether_presence_rejected";
+/// Workers believed alive.
+pub const WORKERS_LIVE: &str = "tether_workers_live";
+/// Artifacts whose bytes did not match their digest.
+pub const ARTIFACT_VERIFY_FAILURES: &str = "tether_artifact_verify_failures";
