@@ -20,6 +20,12 @@ pub const FLEET_LIST: &str = "fleet.list";
 pub const JOB_EXPLAIN: &str = "job.explain";
 /// Registry: checks an API token. [`TokenCheck`] → [`TokenGrant`].
 pub const TOKEN_CHECK: &str = "registry.token.check";
+/// Registry: issues a token. [`TokenCreate`] → [`TokenCreated`].
+pub const TOKEN_CREATE: &str = "registry.token.create";
+/// Registry: lists the tokens without their secrets. [`Empty`] → [`TokenList`].
+pub const TOKEN_LIST: &str = "registry.token.list";
+/// Registry: revokes a token. [`TokenRevoke`] → [`TokenRevoked`].
+pub const TOKEN_REVOKE: &str = "registry.token.revoke";
 /// Registry: lists the models. [`Empty`] → [`Catalog`].
 pub const CATALOG_LIST: &str = "registry.catalog.list";
 /// Registry: tells a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
@@ -101,6 +107,83 @@ pub struct TokenGrant {
     /// When it ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<UnixMillis>,
+}
+
+/// A token to issue.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenCreate {
+    /// Whose token it is.
+    pub tenant_id: TenantId,
+    /// What it is for, for people.
+    #[serde(default)]
+    pub name: String,
+    /// What it may do.
+    pub scopes: Vec<Scope>,
+    /// When it ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<UnixMillis>,
+    /// Sets the tenant's requests a minute; 0 removes the limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests_per_minute: Option<u32>,
+}
+
+/// A token that was issued.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenCreated {
+    /// The whole token, told this once.
+    pub token: String,
+    /// Its public part.
+    pub key_id: String,
+    /// Whose it is.
+    pub tenant_id: TenantId,
+}
+
+/// Every token, without its secret.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenList {
+    /// The oldest first.
+    pub tokens: Vec<TokenInfo>,
+}
+
+/// What may be told of a token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenInfo {
+    /// Its public part.
+    pub key_id: String,
+    /// Whose it is.
+    pub tenant_id: TenantId,
+    /// What it is for, for people.
+    pub name: String,
+    /// What it may do.
+    pub scopes: Vec<Scope>,
+    /// When it was made.
+    pub created_at: UnixMillis,
+    /// When it ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<UnixMillis>,
+    /// When it was revoked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revoked_at: Option<UnixMillis>,
+}
+
+/// A token to revoke.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenRevoke {
+    /// Its public part.
+    pub key_id: String,
+}
+
+/// What came of a revocation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenRevoked {
+    /// Whether there was such a token.
+    pub found: bool,
 }
 
 /// What a token may do.

@@ -15,6 +15,7 @@ pub mod policy;
 pub mod presence;
 pub mod schema;
 pub mod signature;
+pub mod token;
 pub mod topic;
 pub mod usage;
 

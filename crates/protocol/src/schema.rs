@@ -1,6 +1,6 @@
 //! The JSON schemas of the published contracts.
 
-use schemars::generate::SchemaSettings;
+use schemars::generate::{SchemaGenerator, SchemaSettings};
 use serde_json::Value;
 
 use crate::health::HealthReport;
@@ -9,13 +9,13 @@ use crate::signature::Signed;
 
 /// Returns each published contract's file name and schema (JSON Schema 2020-12).
 pub fn published() -> Vec<(&'static str, Value)> {
-    let schema = |make: fn(&mut schemars::SchemaGenerator) -> schemars::Schema| {
+    let schema = |make: fn(&mut SchemaGenerator) -> schemars::Schema| {
         make(&mut SchemaSettings::draft2020_12().into_generator()).to_value()
     };
     vec![
-        ("infer.request.json", schema(|generator| generator.root_schema_for::<InferRequest>())),
-        ("infer.chunk.json", schema(|generator| generator.root_schema_for::<InferChunk>())),
-        ("health.report.json", schema(|generator| generator.root_schema_for::<HealthReport>())),
-        ("signed.json", schema(|generator| generator.root_schema_for::<Signed>())),
+        ("infer.request.json", schema(SchemaGenerator::root_schema_for::<InferRequest>)),
+        ("infer.chunk.json", schema(SchemaGenerator::root_schema_for::<InferChunk>)),
+        ("health.report.json", schema(SchemaGenerator::root_schema_for::<HealthReport>)),
+        ("signed.json", schema(SchemaGenerator::root_schema_for::<Signed>)),
     ]
 }
