@@ -235,11 +235,11 @@ impl AnswerStream {
     }
 
     async fn send(&self, frame: Bytes) -> Result<(), CallError> {
-        self.channel.outgoing.send(frame).await.map_err(|_| CallError::Closed)
+        if self.channel.send(frame).await { Ok(()) } else { Err(CallError::Closed) }
     }
 
     async fn receive(&mut self) -> Result<Frame, CallError> {
-        let bytes = self.channel.incoming.recv().await.ok_or(CallError::Closed)?;
+        let bytes = self.channel.receive().await.ok_or(CallError::Closed)?;
         Frame::decode(bytes).map_err(|_| CallError::Garbled)
     }
 
@@ -334,10 +334,10 @@ pub struct StreamCall {
 impl StreamCall {
     /// Reads the opening of a stream.
     pub(crate) async fn read(peer: PublicKey, mut channel: Channel) -> Option<Self> {
-        let first = Frame::decode(channel.incoming.recv().await?);
+        let first = Frame::decode(channel.receive().await?);
         let Ok(Frame::Open { credit, deadline_ms, method, body_bytes, body }) = first else {
             let error = WireError::new(ErrorCode::InvalidValue, "a tether/stream/1 opening was expected");
-            let _ = channel.outgoing.send(Frame::Error(error).encode()).await;
+            channel.send(Frame::Error(error).encode()).await;
             return None;
         };
         let deadline =
@@ -349,7 +349,7 @@ impl StreamCall {
             // Grows as parts come: a length alone reserves nothing.
             let mut whole = BytesMut::from(&body[..]);
             while whole.len() < body_bytes {
-                match Frame::decode(channel.incoming.recv().await?) {
+                match Frame::decode(channel.receive().await?) {
                     Ok(Frame::Part(part)) if !part.is_empty() && whole.len() + part.len() <= body_bytes => {
                         whole.extend_from_slice(&part);
                     }
@@ -367,6 +367,11 @@ impl StreamCall {
         let mut reply = self.reply;
         reply.push(Frame::Accept.encode()).await?;
         Ok(reply)
+    }
+
+    /// Waits until the caller cancels or is gone. Cancel safe.
+    pub async fn cancelled(&mut self) {
+        self.reply.cancelled().await;
     }
 
     /// Refuses the call.
@@ -435,6 +440,7 @@ impl ReplyStream {
                     return Ok(());
                 }
                 frame = self.channel.incoming.recv() => Self::take(&mut self.credit, &mut self.interrupted, frame)?,
+                () = self.channel.closed.cancelled() => return Err(Interrupted),
             }
         }
     }
@@ -443,7 +449,7 @@ impl ReplyStream {
         if self.interrupted {
             return Err(Interrupted);
         }
-        let frame = self.channel.incoming.recv().await;
+        let frame = self.channel.receive().await;
         Self::take(&mut self.credit, &mut self.interrupted, frame)
     }
 

@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use protocol::{PublicKey, Topic, WireError};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 pub mod memory;
 
@@ -57,6 +58,20 @@ pub struct Channel {
     pub outgoing: mpsc::Sender<Bytes>,
     /// Messages from the peer.
     pub incoming: mpsc::Receiver<Bytes>,
+    /// Cancelled when the connection closes; what lies in the pipe is lost then.
+    pub closed: CancellationToken,
+}
+
+impl Channel {
+    /// Sends a message, waiting for room. Returns false where the peer is gone.
+    pub async fn send(&self, message: Bytes) -> bool {
+        matches!(self.closed.run_until_cancelled(self.outgoing.send(message)).await, Some(Ok(())))
+    }
+
+    /// Returns the next message, or `None` where the peer is gone. Cancel safe.
+    pub async fn receive(&mut self) -> Option<Bytes> {
+        self.closed.run_until_cancelled(self.incoming.recv()).await.flatten()
+    }
 }
 
 /// What a peer opened.

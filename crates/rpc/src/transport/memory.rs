@@ -31,9 +31,32 @@ struct State {
     topics: HashMap<Topic, BTreeSet<PublicKey>>,
 }
 
+#[derive(Clone)]
 struct Node {
     accepted: mpsc::Sender<Arc<dyn Connection>>,
+    lifeline: Lifeline,
+}
+
+/// What ends with a node: itself, and each connection that it is an end of.
+#[derive(Clone, Default)]
+struct Lifeline {
     closed: CancellationToken,
+    connections: Arc<Mutex<Vec<CancellationToken>>>,
+}
+
+impl Lifeline {
+    fn hold(&self, connection: &CancellationToken) {
+        let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        connections.retain(|connection| !connection.is_cancelled());
+        connections.push(connection.clone());
+    }
+
+    fn cut(&self) {
+        self.closed.cancel();
+        for connection in self.connections.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            connection.cancel();
+        }
+    }
 }
 
 impl MemoryNetwork {
@@ -45,18 +68,18 @@ impl MemoryNetwork {
     /// Adds a node. A node of the same key that was there before is cut off.
     pub fn node(&self, key: &NodeKey) -> Arc<dyn Transport> {
         let (accepted, queue) = mpsc::channel(ACCEPT_QUEUE);
-        let closed = CancellationToken::new();
+        let lifeline = Lifeline::default();
         let public_key = key.public_key();
         self.cut(public_key);
-        self.lock().nodes.insert(public_key, Node { accepted, closed: closed.clone() });
-        Arc::new(MemoryTransport { network: self.clone(), public_key, queue: tokio::sync::Mutex::new(queue), closed })
+        self.lock().nodes.insert(public_key, Node { accepted, lifeline: lifeline.clone() });
+        Arc::new(MemoryTransport { network: self.clone(), public_key, queue: tokio::sync::Mutex::new(queue), lifeline })
     }
 
     /// Takes a node off the network at once, as if its plug were pulled.
     pub fn cut(&self, node: PublicKey) {
         let mut state = self.lock();
         if let Some(node) = state.nodes.remove(&node) {
-            node.closed.cancel();
+            node.lifeline.cut();
         }
         state.topics.retain(|_, peers| {
             peers.remove(&node);
@@ -73,7 +96,7 @@ struct MemoryTransport {
     network: MemoryNetwork,
     public_key: PublicKey,
     queue: tokio::sync::Mutex<mpsc::Receiver<Arc<dyn Connection>>>,
-    closed: CancellationToken,
+    lifeline: Lifeline,
 }
 
 #[async_trait]
@@ -83,30 +106,34 @@ impl Transport for MemoryTransport {
     }
 
     async fn connect(&self, peer: PublicKey) -> Result<Arc<dyn Connection>, TransportError> {
-        if self.closed.is_cancelled() {
+        if self.lifeline.closed.is_cancelled() {
             return Err(TransportError::Closed);
         }
-        let (accepted, peer_closed) = {
-            let state = self.network.lock();
-            let node = state.nodes.get(&peer).ok_or(TransportError::Unreachable { peer })?;
-            (node.accepted.clone(), node.closed.clone())
-        };
-        let ends = [self.closed.clone(), peer_closed];
+        let node = self.network.lock().nodes.get(&peer).cloned().ok_or(TransportError::Unreachable { peer })?;
+        let closed = CancellationToken::new();
+        self.lifeline.hold(&closed);
+        node.lifeline.hold(&closed);
         let (to_peer, at_peer) = mpsc::channel(INCOMING_QUEUE);
         let (to_us, at_us) = mpsc::channel(INCOMING_QUEUE);
-        let ours = MemoryConnection { remote_key: peer, ends: ends.clone(), outgoing: to_peer, incoming: at_us.into() };
-        let theirs = MemoryConnection { remote_key: self.public_key, ends, outgoing: to_us, incoming: at_peer.into() };
-        accepted.send(Arc::new(theirs)).await.map_err(|_| TransportError::Unreachable { peer })?;
+        let end = |remote_key, outgoing, incoming: mpsc::Receiver<Incoming>| MemoryConnection {
+            remote_key,
+            closed: closed.clone(),
+            outgoing,
+            incoming: incoming.into(),
+        };
+        let ours = end(peer, to_peer, at_us);
+        let theirs = end(self.public_key, to_us, at_peer);
+        node.accepted.send(Arc::new(theirs)).await.map_err(|_| TransportError::Unreachable { peer })?;
         Ok(Arc::new(ours))
     }
 
     async fn accept(&self) -> Option<Arc<dyn Connection>> {
         let mut queue = self.queue.lock().await;
-        self.closed.run_until_cancelled(queue.recv()).await.flatten()
+        self.lifeline.closed.run_until_cancelled(queue.recv()).await.flatten()
     }
 
     async fn announce(&self, topic: &Topic) -> Result<(), TransportError> {
-        if self.closed.is_cancelled() {
+        if self.lifeline.closed.is_cancelled() {
             return Err(TransportError::Closed);
         }
         self.network.lock().topics.entry(topic.clone()).or_default().insert(self.public_key);
@@ -126,7 +153,7 @@ impl Transport for MemoryTransport {
     }
 
     async fn lookup(&self, topic: &Topic) -> Result<Vec<PublicKey>, TransportError> {
-        if self.closed.is_cancelled() {
+        if self.lifeline.closed.is_cancelled() {
             return Err(TransportError::Closed);
         }
         Ok(self.network.lock().topics.get(topic).map(|peers| peers.iter().copied().collect()).unwrap_or_default())
@@ -135,24 +162,22 @@ impl Transport for MemoryTransport {
 
 impl Drop for MemoryTransport {
     fn drop(&mut self) {
-        // Not `cut`: a newer node of the same key may have taken this one's place.
-        self.closed.cancel();
+        // Not the network's `cut`: a newer node of the same key may have taken this one's place.
+        self.lifeline.cut();
     }
 }
 
 struct MemoryConnection {
     remote_key: PublicKey,
-    /// Either node's end closes the connection.
-    ends: [CancellationToken; 2],
+    /// Cancelled when either node goes.
+    closed: CancellationToken,
     outgoing: mpsc::Sender<Incoming>,
     incoming: tokio::sync::Mutex<mpsc::Receiver<Incoming>>,
 }
 
 impl MemoryConnection {
     async fn while_open<T>(&self, wait: impl Future<Output = T>) -> Result<T, TransportError> {
-        let [ours, theirs] = &self.ends;
-        let outcome = ours.run_until_cancelled(theirs.run_until_cancelled(wait)).await;
-        outcome.flatten().ok_or(TransportError::Closed)
+        self.closed.run_until_cancelled(wait).await.ok_or(TransportError::Closed)
     }
 }
 
@@ -177,9 +202,10 @@ impl Connection for MemoryConnection {
     async fn open_channel(&self) -> Result<Channel, TransportError> {
         let (to_peer, at_peer) = mpsc::channel(CHANNEL_QUEUE);
         let (to_us, at_us) = mpsc::channel(CHANNEL_QUEUE);
-        let theirs = Incoming::Channel(Channel { outgoing: to_us, incoming: at_peer });
+        let closed = || self.closed.clone();
+        let theirs = Incoming::Channel(Channel { outgoing: to_us, incoming: at_peer, closed: closed() });
         self.while_open(self.outgoing.send(theirs)).await?.map_err(|_| TransportError::Closed)?;
-        Ok(Channel { outgoing: to_peer, incoming: at_us })
+        Ok(Channel { outgoing: to_peer, incoming: at_us, closed: closed() })
     }
 
     async fn next(&self) -> Option<Incoming> {
@@ -188,6 +214,6 @@ impl Connection for MemoryConnection {
     }
 
     fn is_closed(&self) -> bool {
-        self.ends.iter().any(CancellationToken::is_cancelled) || self.outgoing.is_closed()
+        self.closed.is_cancelled() || self.outgoing.is_closed()
     }
 }

@@ -140,3 +140,24 @@ async fn a_callee_waits_for_a_slow_caller_instead_of_filling_memory() {
     }
     assert!(sent.load(Ordering::SeqCst) >= 100);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_is_cut_off_breaks_its_streams_for_both_ends() {
+    let stopped = Arc::new(Notify::new());
+    let told = stopped.clone();
+    let pair = pair(move |server| {
+        server.stream("stall", move |call| {
+            let told = told.clone();
+            async move {
+                let mut reply = call.accept().await.expect("caller is there");
+                reply.cancelled().await;
+                told.notify_one();
+            }
+        })
+    });
+    let mut stream =
+        pair.client.open_stream(pair.server.public_key(), "stall", Bytes::new(), options()).await.expect("accepted");
+    pair.network.cut(pair.server.public_key());
+    assert_eq!(stream.next().await, Some(Err(CallError::Closed)));
+    stopped.notified().await;
+}
