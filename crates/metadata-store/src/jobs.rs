@@ -1,0 +1,137 @@
+//! Jobs: reading them and settling them.
+
+use protocol::infer::FinishReason;
+use protocol::usage::TokenUsage;
+use protocol::{CorrelationId, PublicKey, TenantId, TraceId};
+use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
+
+use crate::metadata_store::{
+    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobState, Settlement, TerminalState,
+};
+use crate::row::{self, integer};
+use crate::{reservations, usage};
+
+/// Selects jobs with their reservation and their bill, where they have them.
+macro_rules! select_jobs {
+    ($condition:literal) => {
+        concat!(
+            "SELECT jobs.*, lease_until, prompt_tokens, completion_tokens, cached_tokens FROM jobs ",
+            "LEFT JOIN reservations ON reservations.job_id = jobs.job_id ",
+            "LEFT JOIN usage ON usage.job_id = jobs.job_id ",
+            $condition
+        )
+    };
+}
+
+/// Returns a job.
+pub(crate) fn find(connection: &Connection, key: &JobKey) -> rusqlite::Result<Option<JobRecord>> {
+    let sql = select_jobs!("WHERE jobs.tenant_id = ?1 AND jobs.correlation_id = ?2 AND jobs.retry_token = ?3");
+    connection
+        .prepare_cached(sql)?
+        .query_row((key.tenant_id.as_str(), key.correlation_id.0.as_bytes(), key.retry_token.as_str()), record)
+        .optional()
+}
+
+/// Returns the job of a row number.
+pub(crate) fn find_by_id(connection: &Connection, job_id: i64) -> rusqlite::Result<JobRecord> {
+    connection.prepare_cached(select_jobs!("WHERE jobs.job_id = ?1"))?.query_row((job_id,), record)
+}
+
+/// Returns a tenant's latest job of a correlation id.
+pub(crate) fn find_by_correlation(
+    connection: &Connection,
+    tenant_id: &TenantId,
+    correlation_id: CorrelationId,
+) -> rusqlite::Result<Option<JobRecord>> {
+    let sql = select_jobs!("WHERE jobs.tenant_id = ?1 AND jobs.correlation_id = ?2 ORDER BY jobs.job_id DESC LIMIT 1");
+    connection.prepare_cached(sql)?.query_row((tenant_id.as_str(), correlation_id.0.as_bytes()), record).optional()
+}
+
+/// Settles a job, frees its reservation and bills it.
+pub(crate) fn finalise(
+    connection: &Connection,
+    settlement: &Settlement,
+) -> rusqlite::Result<Result<Finalised, FinaliseError>> {
+    let Settlement { key, attempt, worker_id, state, finish_reason, error, usage, now } = settlement;
+    let job_id: Option<i64> = connection
+        .prepare_cached(
+            "UPDATE jobs SET state = :state, finish_reason = :finish_reason, error_code = :error_code,
+                    error_message = :error_message, updated_at = :now
+             WHERE tenant_id = :tenant_id AND correlation_id = :correlation_id AND retry_token = :retry_token
+               AND attempt = :attempt AND worker_id = :worker_id AND state = 'reserved'
+             RETURNING job_id",
+        )?
+        .query_row(
+            named_params! {
+                ":state": state.as_str(),
+                ":finish_reason": finish_reason.map(FinishReason::as_str),
+                ":error_code": error.as_ref().map(|error| error.code.as_str()),
+                ":error_message": error.as_ref().map(|error| error.message.as_str()),
+                ":now": integer(now.0),
+                ":tenant_id": key.tenant_id.as_str(),
+                ":correlation_id": key.correlation_id.0.as_bytes(),
+                ":retry_token": key.retry_token.as_str(),
+                ":attempt": attempt,
+                ":worker_id": worker_id.0,
+            },
+            |row| row.get(0),
+        )
+        .optional()?;
+    let Some(job_id) = job_id else {
+        return refusal(connection, key);
+    };
+    reservations::free(connection, job_id)?;
+    if let Some(usage) = usage.filter(|_| state.is_billed()) {
+        usage::bill(connection, job_id, &usage)?;
+    }
+    // The place for the dead letter of a failed or dead job, which belongs to this transaction.
+    Ok(Ok(Finalised::Settled))
+}
+
+/// Says why a settlement changed nothing.
+fn refusal(connection: &Connection, key: &JobKey) -> rusqlite::Result<Result<Finalised, FinaliseError>> {
+    Ok(match find(connection, key)? {
+        None => Err(FinaliseError::NotFound),
+        Some(JobRecord { state: JobState::Settled(state), .. }) => Ok(Finalised::AlreadySettled { state }),
+        Some(JobRecord { state: JobState::Reserved, attempt, .. }) => Ok(Finalised::Stale { attempt }),
+    })
+}
+
+fn record(row: &Row<'_>) -> rusqlite::Result<JobRecord> {
+    let error = match row::word(row, "error_code")? {
+        Some(code) => Some(JobError { code, message: row.get("error_message")? }),
+        None => None,
+    };
+    let usage: Option<TokenUsage> = match row.get::<_, Option<i64>>("prompt_tokens")? {
+        Some(_) => Some(row::token_usage(row)?),
+        None => None,
+    };
+    Ok(JobRecord {
+        key: row::job_key(row)?,
+        trace_id: TraceId(row.get("trace_id")?),
+        model: row::model_key(row)?,
+        region: row::parsed(row, "region")?,
+        worker_id: PublicKey(row.get("worker_id")?),
+        attempt: row.get("attempt")?,
+        state: state(row)?,
+        finish_reason: row::word(row, "finish_reason")?,
+        error,
+        usage,
+        request_fingerprint: row.get("request_fingerprint")?,
+        lease_until: row::time_or_null(row, "lease_until")?,
+        created_at: row::time(row, "created_at")?,
+        updated_at: row::time(row, "updated_at")?,
+    })
+}
+
+/// Reads where a job stands.
+pub(crate) fn state(row: &Row<'_>) -> rusqlite::Result<JobState> {
+    Ok(match row.get_ref("state")?.as_str()? {
+        "reserved" => JobState::Reserved,
+        "completed" => JobState::Settled(TerminalState::Completed),
+        "failed" => JobState::Settled(TerminalState::Failed),
+        "cancelled" => JobState::Settled(TerminalState::Cancelled),
+        "dead" => JobState::Settled(TerminalState::Dead),
+        other => return Err(row::malformed("state", format_args!("{other:?} is no state of a job"))),
+    })
+}

@@ -1,0 +1,68 @@
+//! The model versions of the catalogue.
+
+use protocol::model::{ModelEntry, ModelKey};
+use protocol::{Digest, ModelVersion};
+use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
+
+use crate::metadata_store::PutModelError;
+use crate::row::{self, integer};
+
+/// Registers a model version; its digest never changes.
+pub(crate) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Result<Result<(), PutModelError>> {
+    let ModelEntry { key, digest, bytes, context_length, description, created_at } = entry;
+    let written = connection
+        .prepare_cached(
+            "INSERT INTO models (model_id, version_major, version_minor, digest, bytes, context_length, description,
+                                 created_at)
+             VALUES (:model_id, :major, :minor, :digest, :bytes, :context_length, :description, :created_at)
+             ON CONFLICT DO UPDATE SET context_length = excluded.context_length, description = excluded.description
+             WHERE digest = excluded.digest",
+        )?
+        .execute(named_params! {
+            ":model_id": key.model_id.as_str(),
+            ":major": key.version.major,
+            ":minor": key.version.minor,
+            ":digest": digest.0,
+            ":bytes": integer(*bytes),
+            ":context_length": context_length,
+            ":description": description,
+            ":created_at": integer(created_at.0),
+        })?;
+    if written == 1 {
+        return Ok(Ok(()));
+    }
+    let registered = connection
+        .prepare_cached("SELECT digest FROM models WHERE (model_id, version_major, version_minor) = (?1, ?2, ?3)")?
+        .query_row((key.model_id.as_str(), key.version.major, key.version.minor), |row| row.get(0))
+        .optional()?
+        .ok_or(rusqlite::Error::QueryReturnedNoRows)?;
+    Ok(Err(PutModelError::Conflict { key: key.clone(), registered: Digest(registered) }))
+}
+
+/// Returns every model version.
+pub(crate) fn list(connection: &Connection) -> rusqlite::Result<Vec<ModelEntry>> {
+    connection
+        .prepare_cached("SELECT * FROM models ORDER BY model_id, version_major, version_minor")?
+        .query_map((), record)?
+        .collect()
+}
+
+/// Forgets a model version.
+pub(crate) fn remove(connection: &Connection, key: &ModelKey) -> rusqlite::Result<bool> {
+    let removed = connection
+        .prepare_cached("DELETE FROM models WHERE (model_id, version_major, version_minor) = (?1, ?2, ?3)")?
+        .execute((key.model_id.as_str(), key.version.major, key.version.minor))?;
+    Ok(removed == 1)
+}
+
+fn record(row: &Row<'_>) -> rusqlite::Result<ModelEntry> {
+    let version = ModelVersion { major: row.get("version_major")?, minor: row.get("version_minor")? };
+    Ok(ModelEntry {
+        key: ModelKey { model_id: row::parsed(row, "model_id")?, version },
+        digest: Digest(row.get("digest")?),
+        bytes: row::unsigned(row, "bytes")?,
+        context_length: row.get("context_length")?,
+        description: row.get("description")?,
+        created_at: row::time(row, "created_at")?,
+    })
+}

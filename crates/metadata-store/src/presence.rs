@@ -1,0 +1,54 @@
+//! What keeps a health report from being replayed: a node's own epoch, and the mark of the last report believed.
+
+use protocol::presence::HighWater;
+use protocol::{PublicKey, WorkerId};
+use rusqlite::{Connection, OptionalExtension as _};
+
+use crate::row;
+
+/// Returns a node's next epoch.
+pub(crate) fn next_epoch(connection: &Connection, node: PublicKey) -> rusqlite::Result<u64> {
+    connection
+        .prepare_cached(
+            "INSERT INTO epochs (node, epoch) VALUES (?1, 1)
+             ON CONFLICT DO UPDATE SET epoch = epoch + 1 RETURNING epoch",
+        )?
+        .query_row((node.0,), |row| row::unsigned(row, "epoch"))
+}
+
+/// Returns a worker's mark.
+pub(crate) fn high_water(connection: &Connection, worker_id: WorkerId) -> rusqlite::Result<Option<HighWater>> {
+    connection
+        .prepare_cached("SELECT mark FROM high_waters WHERE worker_id = ?1")?
+        .query_row((worker_id.0,), |row| row.get("mark").map(from_bytes))
+        .optional()
+}
+
+/// Returns the marks of all workers.
+pub(crate) fn high_waters(connection: &Connection) -> rusqlite::Result<Vec<(WorkerId, HighWater)>> {
+    connection
+        .prepare_cached("SELECT worker_id, mark FROM high_waters ORDER BY worker_id")?
+        .query_map((), |row| Ok((PublicKey(row.get("worker_id")?), from_bytes(row.get("mark")?))))?
+        .collect()
+}
+
+/// Raises marks, never lowers them.
+pub(crate) fn raise(connection: &Connection, marks: &[(WorkerId, HighWater)]) -> rusqlite::Result<()> {
+    let mut statement = connection.prepare_cached(
+        "INSERT INTO high_waters (worker_id, mark) VALUES (?1, ?2)
+         ON CONFLICT DO UPDATE SET mark = excluded.mark WHERE mark < excluded.mark",
+    )?;
+    for (worker_id, mark) in marks {
+        statement.execute((worker_id.0, to_bytes(*mark)))?;
+    }
+    Ok(())
+}
+
+fn to_bytes(mark: HighWater) -> [u8; 16] {
+    (u128::from(mark.epoch) << 64 | u128::from(mark.seq)).to_be_bytes()
+}
+
+fn from_bytes(bytes: [u8; 16]) -> HighWater {
+    let pair = u128::from_be_bytes(bytes);
+    HighWater { epoch: (pair >> 64) as u64, seq: pair as u64 }
+}

@@ -1,0 +1,162 @@
+//! Reservations: a worker's slots, held for the jobs that were sent to it.
+
+use protocol::model::ModelKey;
+use protocol::{ErrorCode, PublicKey, UnixMillis, WorkerId};
+use rusqlite::{Connection, OptionalExtension as _, named_params};
+
+use crate::jobs;
+use crate::metadata_store::{JobKey, JobRecord, JobState, NewJob, ReassignError, Reassignment, ReserveError, Reserved};
+use crate::row::integer;
+
+/// Writes a job and its reservation.
+///
+/// Conditions come before writes, so that a refusal has nothing to undo.
+pub(crate) fn reserve(connection: &Connection, job: &NewJob) -> rusqlite::Result<Result<Reserved, ReserveError>> {
+    let NewJob { key, worker_id, worker_capacity, .. } = job;
+    if held(connection, worker_id, None)? >= i64::from(*worker_capacity) {
+        // A resend finds its job even while the worker is full.
+        return Ok(match jobs::find(connection, key)? {
+            Some(known) => Ok(Reserved::Duplicate(Box::new(known))),
+            None => Err(ReserveError::NoCapacity { worker_id: *worker_id }),
+        });
+    }
+    let Some(job_id) = insert_job(connection, job)? else {
+        let known = jobs::find(connection, key)?.ok_or(rusqlite::Error::QueryReturnedNoRows)?;
+        return Ok(Ok(Reserved::Duplicate(Box::new(known))));
+    };
+    hold(connection, job_id, worker_id, job.lease_until)?;
+    Ok(Ok(Reserved::New))
+}
+
+/// Writes a job and returns its row number, or none where the job is known.
+fn insert_job(connection: &Connection, job: &NewJob) -> rusqlite::Result<Option<i64>> {
+    let NewJob { key, model: ModelKey { model_id, version }, .. } = job;
+    let inserted = connection
+        .prepare_cached(
+            "INSERT INTO jobs (tenant_id, correlation_id, retry_token, trace_id, model_id, model_version, region,
+                               worker_id, attempt, state, request_fingerprint, created_at, updated_at)
+             VALUES (:tenant_id, :correlation_id, :retry_token, :trace_id, :model_id, :model_version, :region,
+                     :worker_id, :attempt, 'reserved', :request_fingerprint, :now, :now)
+             ON CONFLICT DO NOTHING",
+        )?
+        .execute(named_params! {
+            ":tenant_id": key.tenant_id.as_str(),
+            ":correlation_id": key.correlation_id.0.as_bytes(),
+            ":retry_token": key.retry_token.as_str(),
+            ":trace_id": job.trace_id.0,
+            ":model_id": model_id.as_str(),
+            ":model_version": version.to_string(),
+            ":region": job.region.as_str(),
+            ":worker_id": job.worker_id.0,
+            ":attempt": job.attempt,
+            ":request_fingerprint": job.request_fingerprint,
+            ":now": integer(job.now.0),
+        })?;
+    Ok((inserted == 1).then(|| connection.last_insert_rowid()))
+}
+
+/// Moves a job to another worker as its next attempt.
+pub(crate) fn reassign(
+    connection: &Connection,
+    reassignment: &Reassignment,
+) -> rusqlite::Result<Result<(), ReassignError>> {
+    let Reassignment { key, from_attempt, worker_id, worker_capacity, now, lease_until } = reassignment;
+    let job: Option<(i64, u32, JobState)> = connection
+        .prepare_cached(
+            "SELECT job_id, attempt, state FROM jobs
+             WHERE tenant_id = ?1 AND correlation_id = ?2 AND retry_token = ?3",
+        )?
+        .query_row((key.tenant_id.as_str(), key.correlation_id.0.as_bytes(), key.retry_token.as_str()), |row| {
+            Ok((row.get(0)?, row.get(1)?, jobs::state(row)?))
+        })
+        .optional()?;
+    let Some((job_id, attempt, state)) = job else {
+        return Ok(Err(ReassignError::NotFound));
+    };
+    if attempt != *from_attempt || state != JobState::Reserved {
+        return Ok(Err(ReassignError::Stale { state, attempt }));
+    }
+    if held(connection, worker_id, Some(job_id))? >= i64::from(*worker_capacity) {
+        return Ok(Err(ReassignError::NoCapacity { worker_id: *worker_id }));
+    }
+    free(connection, job_id)?;
+    hold(connection, job_id, worker_id, *lease_until)?;
+    connection
+        .prepare_cached("UPDATE jobs SET attempt = attempt + 1, worker_id = ?2, updated_at = ?3 WHERE job_id = ?1")?
+        .execute((job_id, worker_id.0, integer(now.0)))?;
+    Ok(Ok(()))
+}
+
+/// Counts the slots a worker holds, but for one job. The index holds as many entries as the worker has jobs.
+fn held(connection: &Connection, worker_id: &WorkerId, but_for: Option<i64>) -> rusqlite::Result<i64> {
+    connection
+        .prepare_cached("SELECT count(*) FROM reservations WHERE worker_id = ?1 AND job_id IS NOT ?2")?
+        .query_row((worker_id.0, but_for), |row| row.get(0))
+}
+
+fn hold(connection: &Connection, job_id: i64, worker_id: &WorkerId, lease_until: UnixMillis) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("INSERT INTO reservations (job_id, worker_id, lease_until) VALUES (?1, ?2, ?3)")?
+        .execute((job_id, worker_id.0, integer(lease_until.0)))?;
+    Ok(())
+}
+
+/// Frees a job's slot.
+pub(crate) fn free(connection: &Connection, job_id: i64) -> rusqlite::Result<()> {
+    connection.prepare_cached("DELETE FROM reservations WHERE job_id = ?1")?.execute((job_id,))?;
+    Ok(())
+}
+
+/// Extends leases and returns the keys that hold none.
+pub(crate) fn renew(
+    connection: &Connection,
+    keys: &[JobKey],
+    lease_until: UnixMillis,
+) -> rusqlite::Result<Vec<JobKey>> {
+    let mut statement = connection.prepare_cached(
+        "UPDATE reservations SET lease_until = max(lease_until, ?4)
+         WHERE job_id = (SELECT job_id FROM jobs WHERE tenant_id = ?1 AND correlation_id = ?2 AND retry_token = ?3)",
+    )?;
+    let mut lost = Vec::new();
+    for key in keys {
+        let JobKey { tenant_id, correlation_id, retry_token } = key;
+        let until = integer(lease_until.0);
+        if statement.execute((tenant_id.as_str(), correlation_id.0.as_bytes(), retry_token.as_str(), until))? == 0 {
+            lost.push(key.clone());
+        }
+    }
+    Ok(lost)
+}
+
+/// Fails the jobs whose lease has run out and frees their slots.
+pub(crate) fn release_expired(
+    connection: &Connection,
+    now: UnixMillis,
+    limit: u32,
+) -> rusqlite::Result<Vec<JobRecord>> {
+    let expired: Vec<i64> = connection
+        .prepare_cached("SELECT job_id FROM reservations WHERE lease_until <= ?1 ORDER BY lease_until LIMIT ?2")?
+        .query_map((integer(now.0), limit), |row| row.get(0))?
+        .collect::<rusqlite::Result<_>>()?;
+    let mut fail = connection.prepare_cached(
+        "UPDATE jobs SET state = 'failed', error_code = ?2, error_message = ?3, updated_at = ?4 WHERE job_id = ?1",
+    )?;
+    expired
+        .into_iter()
+        .map(|job_id| {
+            let code = ErrorCode::WorkerFailed.as_str();
+            fail.execute((job_id, code, "nobody renewed the job's reservation in time", integer(now.0)))?;
+            free(connection, job_id)?;
+            // The place for the dead letter of this job, which belongs to this transaction.
+            jobs::find_by_id(connection, job_id)
+        })
+        .collect()
+}
+
+/// Returns each worker that holds slots, and how many.
+pub(crate) fn active(connection: &Connection) -> rusqlite::Result<Vec<(WorkerId, u32)>> {
+    connection
+        .prepare_cached("SELECT worker_id, count(*) FROM reservations GROUP BY worker_id ORDER BY worker_id")?
+        .query_map((), |row| Ok((PublicKey(row.get(0)?), row.get(1)?)))?
+        .collect()
+}

@@ -1,0 +1,85 @@
+//! Reads columns as the words of the protocol. What does not parse is an error, since a file can be damaged.
+
+use std::str::FromStr;
+
+use protocol::model::ModelKey;
+use protocol::usage::TokenUsage;
+use protocol::{CorrelationId, UnixMillis};
+use rusqlite::Row;
+use rusqlite::types::Type;
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, IntoDeserializer as _};
+use uuid::Uuid;
+
+use crate::metadata_store::JobKey;
+
+/// Returns the integer SQLite keeps; it has no room for the upper half of `u64`.
+pub(crate) fn integer(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+/// Returns the error for a column that holds something else than it should.
+pub(crate) fn malformed(column: &str, reason: impl std::fmt::Display) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(0, Type::Text, format!("{column}: {reason}").into())
+}
+
+/// Reads a name.
+pub(crate) fn parsed<T>(row: &Row<'_>, column: &str) -> rusqlite::Result<T>
+where
+    T: FromStr<Err: std::fmt::Display>,
+{
+    row.get_ref(column)?.as_str()?.parse().map_err(|error| malformed(column, error))
+}
+
+/// Reads a word of an enum, spelt as on the wire.
+pub(crate) fn word<T: for<'de> Deserialize<'de>>(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<T>> {
+    let Some(text) = row.get_ref(column)?.as_str_or_null()? else { return Ok(None) };
+    let read: Result<T, serde::de::value::Error> = T::deserialize(text.into_deserializer());
+    read.map(Some).map_err(|error| malformed(column, error))
+}
+
+/// Reads a JSON document.
+pub(crate) fn json<T: DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<T> {
+    serde_json::from_str(row.get_ref(column)?.as_str()?).map_err(|error| malformed(column, error))
+}
+
+/// Reads an unsigned number of 64 bits.
+pub(crate) fn unsigned(row: &Row<'_>, column: &str) -> rusqlite::Result<u64> {
+    u64::try_from(row.get::<_, i64>(column)?).map_err(|error| malformed(column, error))
+}
+
+/// Reads a time.
+pub(crate) fn time(row: &Row<'_>, column: &str) -> rusqlite::Result<UnixMillis> {
+    unsigned(row, column).map(UnixMillis)
+}
+
+/// Reads a time that may be missing.
+pub(crate) fn time_or_null(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<UnixMillis>> {
+    match row.get::<_, Option<i64>>(column)? {
+        Some(_) => time(row, column).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Reads what makes a job the same job.
+pub(crate) fn job_key(row: &Row<'_>) -> rusqlite::Result<JobKey> {
+    Ok(JobKey {
+        tenant_id: parsed(row, "tenant_id")?,
+        correlation_id: CorrelationId(Uuid::from_bytes(row.get("correlation_id")?)),
+        retry_token: parsed(row, "retry_token")?,
+    })
+}
+
+/// Reads a model's name and version.
+pub(crate) fn model_key(row: &Row<'_>) -> rusqlite::Result<ModelKey> {
+    Ok(ModelKey { model_id: parsed(row, "model_id")?, version: parsed(row, "model_version")? })
+}
+
+/// Reads what a job took.
+pub(crate) fn token_usage(row: &Row<'_>) -> rusqlite::Result<TokenUsage> {
+    Ok(TokenUsage {
+        prompt_tokens: row.get("prompt_tokens")?,
+        completion_tokens: row.get("completion_tokens")?,
+        cached_tokens: row.get("cached_tokens")?,
+    })
+}

@@ -1,0 +1,68 @@
+//! The behaviour every `MetadataStore` has. An implementation is checked by one call of [`conforms`].
+
+pub(crate) mod catalogue;
+pub(crate) mod concurrency;
+pub(crate) mod jobs;
+pub(crate) mod samples;
+
+use std::sync::Arc;
+
+use tether_metadata_store::MetadataStore;
+
+/// A store under test, and what must live as long as it does.
+pub(crate) struct Subject {
+    pub(crate) store: Arc<dyn MetadataStore>,
+    pub(crate) _keep: Box<dyn Send>,
+}
+
+/// Makes a test of each behaviour, on stores that `$make` makes.
+macro_rules! conforms {
+    ($make:path) => {
+        $crate::conformance::conforms! { $make =>
+            jobs: a_reserved_job_is_found_as_it_was_written,
+            jobs: the_same_key_again_returns_the_job_there_is,
+            jobs: a_resend_finds_its_job_even_while_the_worker_is_full,
+            jobs: another_tenant_token_or_id_is_another_job,
+            jobs: a_full_worker_takes_no_further_job,
+            jobs: a_settled_job_frees_its_slot,
+            jobs: a_settled_job_says_how_it_ended,
+            jobs: a_second_settlement_changes_and_bills_nothing,
+            jobs: only_completed_and_cancelled_jobs_are_billed,
+            jobs: an_attempt_that_was_given_up_on_cannot_settle,
+            jobs: a_job_moves_to_another_worker_as_its_next_attempt,
+            jobs: a_job_moves_only_from_its_present_attempt,
+            jobs: a_job_stays_where_it_is_when_the_next_worker_is_full,
+            jobs: a_job_may_try_again_on_its_own_full_worker,
+            jobs: a_job_nobody_wrote_is_not_found,
+            jobs: a_lease_that_ran_out_fails_its_job_and_frees_the_slot,
+            jobs: a_renewed_lease_lives_on_and_is_never_shortened,
+            jobs: the_latest_job_of_a_correlation_id_is_found,
+            jobs: usage_is_read_in_pages_without_gap_or_repeat,
+            jobs: usage_is_each_tenants_own,
+            catalogue: a_token_is_found_as_it_was_written,
+            catalogue: a_key_id_is_given_once,
+            catalogue: a_revoked_token_keeps_the_time_of_its_first_revocation,
+            catalogue: a_tenants_latest_rules_hold,
+            catalogue: a_model_version_never_changes_its_digest,
+            catalogue: models_are_listed_by_name_and_number,
+            catalogue: a_removed_model_is_gone,
+            catalogue: a_nodes_epoch_grows_by_one_at_each_call,
+            catalogue: a_mark_is_raised_and_never_lowered,
+            catalogue: a_closed_store_says_so,
+            concurrency: of_64_reservations_of_one_slot_exactly_one_is_made,
+            concurrency: of_64_resends_of_one_job_exactly_one_is_new,
+            concurrency: of_64_settlements_of_one_job_exactly_one_bills,
+            concurrency: random_traffic_never_overcommits_a_worker_and_bills_each_job_once,
+        }
+    };
+    ($make:path => $($group:ident : $behaviour:ident),* $(,)?) => {
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $behaviour() {
+                $crate::conformance::$group::$behaviour($make()).await;
+            }
+        )*
+    };
+}
+
+pub(crate) use conforms;

@@ -1,0 +1,120 @@
+//! Tokens, policies, models and presence marks.
+
+use protocol::Digest;
+use protocol::model::ModelEntry;
+use protocol::policy::TenantPolicy;
+use protocol::presence::HighWater;
+use tether_metadata_store::{PutModelError, PutTokenError, ReserveError, StoreError, TokenRecord};
+
+use super::Subject;
+use super::samples::{LEASE, NOW, job, key, model, model_key, tenant, token, worker};
+
+pub(crate) async fn a_token_is_found_as_it_was_written(subject: Subject) {
+    let store = subject.store;
+    let endless = TokenRecord { expires_at: None, scopes: vec![], ..token("BBBBBBBB") };
+    store.put_token(token("AAAAAAAA")).await.expect("is added");
+    store.put_token(endless.clone()).await.expect("is added");
+    assert_eq!(store.token("AAAAAAAA").await, Ok(Some(token("AAAAAAAA"))));
+    assert_eq!(store.token("aaaaaaaa").await, Ok(None), "case counts");
+    assert_eq!(store.tokens().await, Ok(vec![token("AAAAAAAA"), endless]));
+}
+
+pub(crate) async fn a_key_id_is_given_once(subject: Subject) {
+    let store = subject.store;
+    store.put_token(token("AAAAAAAA")).await.expect("is added");
+    let other = TokenRecord { hash: [8; 32], ..token("AAAAAAAA") };
+    assert_eq!(store.put_token(other).await, Err(PutTokenError::Taken { key_id: "AAAAAAAA".into() }));
+    assert_eq!(store.token("AAAAAAAA").await, Ok(Some(token("AAAAAAAA"))));
+}
+
+pub(crate) async fn a_revoked_token_keeps_the_time_of_its_first_revocation(subject: Subject) {
+    let store = subject.store;
+    store.put_token(token("AAAAAAAA")).await.expect("is added");
+    assert_eq!(store.revoke_token("AAAAAAAA", NOW).await, Ok(true));
+    assert_eq!(store.revoke_token("AAAAAAAA", LEASE).await, Ok(true));
+    assert_eq!(store.revoke_token("BBBBBBBB", NOW).await, Ok(false));
+    let revoked = TokenRecord { revoked_at: Some(NOW), ..token("AAAAAAAA") };
+    assert_eq!(store.token("AAAAAAAA").await, Ok(Some(revoked)));
+}
+
+pub(crate) async fn a_tenants_latest_rules_hold(subject: Subject) {
+    let store = subject.store;
+    let strict = TenantPolicy {
+        allowed_models: Some(vec!["tether-tiny".parse().expect("a model's name")]),
+        requests_per_minute: Some(60),
+    };
+    assert_eq!(store.policy(&tenant("acme")).await, Ok(None));
+    store.put_policy(&tenant("other"), &TenantPolicy::default()).await.expect("is set");
+    store.put_policy(&tenant("acme"), &TenantPolicy::default()).await.expect("is set");
+    store.put_policy(&tenant("acme"), &strict).await.expect("is set");
+    assert_eq!(store.policy(&tenant("acme")).await, Ok(Some(strict.clone())));
+    let all = vec![(tenant("acme"), strict), (tenant("other"), TenantPolicy::default())];
+    assert_eq!(store.tenants().await, Ok(all));
+}
+
+pub(crate) async fn a_model_version_never_changes_its_digest(subject: Subject) {
+    let store = subject.store;
+    store.put_model(model("tether-tiny", "1.0")).await.expect("is registered");
+    let other = ModelEntry { digest: Digest([8; 32]), ..model("tether-tiny", "1.0") };
+    let conflict = PutModelError::Conflict { key: model_key("tether-tiny", "1.0"), registered: Digest([3; 32]) };
+    assert_eq!(store.put_model(other).await, Err(conflict));
+    let described = ModelEntry { description: "better words".into(), ..model("tether-tiny", "1.0") };
+    store.put_model(ModelEntry { created_at: LEASE, ..described.clone() }).await.expect("words may change");
+    assert_eq!(store.models().await, Ok(vec![described]));
+}
+
+pub(crate) async fn models_are_listed_by_name_and_number(subject: Subject) {
+    let store = subject.store;
+    for (name, version) in [("b", "1.10"), ("b", "1.9"), ("a", "2.0")] {
+        store.put_model(model(name, version)).await.expect("is registered");
+    }
+    let expected = vec![model("a", "2.0"), model("b", "1.9"), model("b", "1.10")];
+    assert_eq!(store.models().await, Ok(expected));
+}
+
+pub(crate) async fn a_removed_model_is_gone(subject: Subject) {
+    let store = subject.store;
+    store.put_model(model("a", "1.0")).await.expect("is registered");
+    store.put_model(model("a", "1.1")).await.expect("is registered");
+    assert_eq!(store.remove_model(&model_key("a", "1.0")).await, Ok(true));
+    assert_eq!(store.remove_model(&model_key("a", "1.0")).await, Ok(false));
+    assert_eq!(store.models().await, Ok(vec![model("a", "1.1")]));
+}
+
+pub(crate) async fn a_nodes_epoch_grows_by_one_at_each_call(subject: Subject) {
+    let store = subject.store;
+    assert_eq!(store.next_epoch(worker(1)).await, Ok(1));
+    assert_eq!(store.next_epoch(worker(1)).await, Ok(2));
+    assert_eq!(store.next_epoch(worker(2)).await, Ok(1));
+    assert_eq!(store.next_epoch(worker(1)).await, Ok(3));
+}
+
+pub(crate) async fn a_mark_is_raised_and_never_lowered(subject: Subject) {
+    let store = subject.store;
+    let mark = |epoch, seq| HighWater { epoch, seq };
+    assert_eq!(store.high_water(worker(1)).await, Ok(None));
+    // Each step: what is offered, and what holds then. Peers choose these numbers, up to the largest.
+    for (offered, holds) in [
+        (mark(3, 5), mark(3, 5)),
+        (mark(3, 4), mark(3, 5)),
+        (mark(2, 900), mark(3, 5)),
+        (mark(3, 256), mark(3, 256)),
+        (mark(4, 0), mark(4, 0)),
+        (mark(u64::MAX, 1), mark(u64::MAX, 1)),
+        (mark(u64::MAX, u64::MAX), mark(u64::MAX, u64::MAX)),
+    ] {
+        store.raise_high_water(vec![(worker(1), offered), (worker(2), mark(1, 1))]).await.expect("raises");
+        assert_eq!(store.high_water(worker(1)).await, Ok(Some(holds)));
+    }
+    let all = vec![(worker(1), mark(u64::MAX, u64::MAX)), (worker(2), mark(1, 1))];
+    assert_eq!(store.high_waters().await, Ok(all));
+}
+
+pub(crate) async fn a_closed_store_says_so(subject: Subject) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    store.close().await.expect("closes");
+    assert_eq!(store.reserve(job(2)).await, Err(ReserveError::Store(StoreError::Closed)));
+    assert_eq!(store.job(&key(1)).await, Err(StoreError::Closed));
+    store.close().await.expect("closing again does nothing");
+}

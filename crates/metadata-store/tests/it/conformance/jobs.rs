@@ -1,0 +1,293 @@
+//! Jobs, reservations and usage.
+
+use protocol::infer::FinishReason;
+use protocol::{CorrelationId, ErrorCode, UnixMillis};
+use tether_metadata_store::{
+    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobState, NewJob, ReassignError, Reassignment, ReserveError,
+    Reserved, Settlement, TerminalState, UsageCursor,
+};
+use uuid::Uuid;
+
+use super::Subject;
+use super::samples::{LEASE, NOW, USAGE, job, key, reassignment, settlement, tenant, worker};
+
+pub(crate) async fn a_reserved_job_is_found_as_it_was_written(subject: Subject) {
+    let store = subject.store;
+    assert_eq!(store.reserve(job(1)).await, Ok(Reserved::New));
+    let NewJob { trace_id, model, region, worker_id, request_fingerprint, .. } = job(1);
+    let expected = JobRecord {
+        key: key(1),
+        trace_id,
+        model,
+        region,
+        worker_id,
+        attempt: 1,
+        state: JobState::Reserved,
+        finish_reason: None,
+        error: None,
+        usage: None,
+        request_fingerprint,
+        lease_until: Some(LEASE),
+        created_at: NOW,
+        updated_at: NOW,
+    };
+    assert_eq!(store.job(&key(1)).await, Ok(Some(expected)));
+    assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 1)]));
+}
+
+pub(crate) async fn the_same_key_again_returns_the_job_there_is(subject: Subject) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    let again = NewJob { worker_id: worker(2), request_fingerprint: [6; 32], ..job(1) };
+    let outcome = store.reserve(again).await.expect("a resend is no error");
+    let Reserved::Duplicate(known) = outcome else { panic!("the job is known: {outcome:?}") };
+    assert_eq!((known.worker_id, known.request_fingerprint), (worker(1), [5; 32]));
+    assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 1)]));
+
+    store.finalise(settlement(1)).await.expect("settles");
+    let outcome = store.reserve(job(1)).await.expect("a resend is no error");
+    let Reserved::Duplicate(known) = outcome else { panic!("the job is known: {outcome:?}") };
+    assert_eq!(known.state, JobState::Settled(TerminalState::Completed));
+    assert_eq!(known.lease_until, None);
+    assert_eq!(store.active_reservations().await, Ok(vec![]));
+}
+
+pub(crate) async fn a_resend_finds_its_job_even_while_the_worker_is_full(subject: Subject) {
+    let store = subject.store;
+    let only = NewJob { worker_capacity: 1, ..job(1) };
+    store.reserve(only.clone()).await.expect("reserves");
+    assert!(matches!(store.reserve(only).await, Ok(Reserved::Duplicate(_))));
+}
+
+pub(crate) async fn another_tenant_token_or_id_is_another_job(subject: Subject) {
+    let store = subject.store;
+    let keys = [
+        key(1),
+        key(2),
+        JobKey { tenant_id: tenant("other"), ..key(1) },
+        JobKey { retry_token: "retry-2".parse().expect("a token"), ..key(1) },
+    ];
+    for key in keys {
+        assert_eq!(store.reserve(NewJob { key, ..job(1) }).await, Ok(Reserved::New));
+    }
+    assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 4)]));
+}
+
+pub(crate) async fn a_full_worker_takes_no_further_job(subject: Subject) {
+    let store = subject.store;
+    for number in 1..=4 {
+        store.reserve(job(number)).await.expect("there is room");
+    }
+    assert_eq!(store.reserve(job(5)).await, Err(ReserveError::NoCapacity { worker_id: worker(1) }));
+    assert_eq!(store.job(&key(5)).await, Ok(None), "a refused job leaves nothing behind");
+    let elsewhere = NewJob { worker_id: worker(2), ..job(5) };
+    assert_eq!(store.reserve(elsewhere).await, Ok(Reserved::New));
+    let nowhere = NewJob { worker_id: worker(3), worker_capacity: 0, ..job(6) };
+    assert_eq!(store.reserve(nowhere).await, Err(ReserveError::NoCapacity { worker_id: worker(3) }));
+}
+
+pub(crate) async fn a_settled_job_frees_its_slot(subject: Subject) {
+    let store = subject.store;
+    for number in 1..=4 {
+        store.reserve(job(number)).await.expect("there is room");
+    }
+    for (number, state) in [
+        (1, TerminalState::Completed),
+        (2, TerminalState::Failed),
+        (3, TerminalState::Cancelled),
+        (4, TerminalState::Dead),
+    ] {
+        let settled = store.finalise(Settlement { state, ..settlement(number) }).await;
+        assert_eq!(settled, Ok(Finalised::Settled));
+        assert_eq!(store.reserve(job(number + 10)).await, Ok(Reserved::New), "after {state:?}");
+    }
+}
+
+pub(crate) async fn a_settled_job_says_how_it_ended(subject: Subject) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    store.reserve(job(2)).await.expect("reserves");
+    let completed =
+        Settlement { finish_reason: Some(FinishReason::Length), now: UnixMillis(NOW.0 + 7), ..settlement(1) };
+    store.finalise(completed).await.expect("settles");
+    let error = JobError { code: ErrorCode::DeadlineExceeded, message: "too slow".into() };
+    let failed = Settlement { state: TerminalState::Failed, error: Some(error.clone()), usage: None, ..settlement(2) };
+    store.finalise(failed).await.expect("settles");
+
+    let completed = store.job(&key(1)).await.expect("reads").expect("is known");
+    assert_eq!(completed.state, JobState::Settled(TerminalState::Completed));
+    assert_eq!(completed.finish_reason, Some(FinishReason::Length));
+    assert_eq!((completed.usage, completed.lease_until), (Some(USAGE), None));
+    assert_eq!((completed.created_at, completed.updated_at), (NOW, UnixMillis(NOW.0 + 7)));
+    let failed = store.job(&key(2)).await.expect("reads").expect("is known");
+    assert_eq!((failed.state, failed.error), (JobState::Settled(TerminalState::Failed), Some(error)));
+}
+
+pub(crate) async fn a_second_settlement_changes_and_bills_nothing(subject: Subject) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    store.finalise(settlement(1)).await.expect("settles");
+    let before = store.job(&key(1)).await;
+    for state in [TerminalState::Completed, TerminalState::Failed] {
+        let outcome = store.finalise(Settlement { state, now: LEASE, ..settlement(1) }).await;
+        assert_eq!(outcome, Ok(Finalised::AlreadySettled { state: TerminalState::Completed }));
+    }
+    assert_eq!(store.job(&key(1)).await, before);
+    assert_eq!(store.usage(&tenant("acme"), UsageCursor::default(), 10).await.expect("reads").len(), 1);
+}
+
+pub(crate) async fn only_completed_and_cancelled_jobs_are_billed(subject: Subject) {
+    let store = subject.store;
+    let endings = [
+        (1, TerminalState::Completed, Some(USAGE)),
+        (2, TerminalState::Cancelled, Some(USAGE)),
+        (3, TerminalState::Failed, Some(USAGE)),
+        (4, TerminalState::Dead, Some(USAGE)),
+        (5, TerminalState::Cancelled, None),
+    ];
+    for (number, state, usage) in endings {
+        store.reserve(NewJob { worker_capacity: 9, ..job(number) }).await.expect("reserves");
+        store.finalise(Settlement { state, usage, ..settlement(number) }).await.expect("settles");
+    }
+    let records = store.usage(&tenant("acme"), UsageCursor::default(), 10).await.expect("reads");
+    assert_eq!(records.iter().map(|record| record.key.clone()).collect::<Vec<_>>(), [key(1), key(2)]);
+    let record = &records[0];
+    assert_eq!((record.usage, record.worker_id, record.attempt), (USAGE, worker(1), 1));
+    assert_eq!((&record.model, &record.region, record.settled_at), (&job(1).model, &job(1).region, NOW));
+}
+
+pub(crate) async fn an_attempt_that_was_given_up_on_cannot_settle(subject: Subject) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    store.reassign(reassignment(1)).await.expect("moves");
+    assert_eq!(store.finalise(settlement(1)).await, Ok(Finalised::Stale { attempt: 2 }));
+    let wrong_worker = Settlement { attempt: 2, ..settlement(1) };
+    assert_eq!(store.finalise(wrong_worker).await, Ok(Finalised::Stale { attempt: 2 }));
+    assert_eq!(store.usage(&tenant("acme"), UsageCursor::default(), 10).await, Ok(vec![]));
+    let present = Settlement { attempt: 2, worker_id: worker(2), ..settlement(1) };
+    assert_eq!(store.finalise(present).await, Ok(Finalised::Settled));
+}
+
+pub(crate) async fn a_job_moves_to_another_worker_as_its_next_attempt(subject: Subject) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    let later = UnixMillis(LEASE.0 + 5);
+    store.reassign(Reassignment { lease_until: later, now: LEASE, ..reassignment(1) }).await.expect("moves");
+    let moved = store.job(&key(1)).await.expect("reads").expect("is known");
+    assert_eq!((moved.worker_id, moved.attempt, moved.state), (worker(2), 2, JobState::Reserved));
+    assert_eq!((moved.lease_until, moved.updated_at, moved.created_at), (Some(later), LEASE, NOW));
+    assert_eq!(store.active_reservations().await, Ok(vec![(worker(2), 1)]));
+}
+
+pub(crate) async fn a_job_moves_only_from_its_present_attempt(subject: Subject) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    store.reassign(reassignment(1)).await.expect("moves");
+    let stale = ReassignError::Stale { state: JobState::Reserved, attempt: 2 };
+    assert_eq!(store.reassign(reassignment(1)).await, Err(stale));
+    let settle = Settlement { attempt: 2, worker_id: worker(2), ..settlement(1) };
+    store.finalise(settle).await.expect("settles");
+    let settled = ReassignError::Stale { state: JobState::Settled(TerminalState::Completed), attempt: 2 };
+    assert_eq!(store.reassign(Reassignment { from_attempt: 2, ..reassignment(1) }).await, Err(settled));
+    assert_eq!(store.active_reservations().await, Ok(vec![]));
+}
+
+pub(crate) async fn a_job_stays_where_it_is_when_the_next_worker_is_full(subject: Subject) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    let refused = store.reassign(Reassignment { worker_capacity: 0, ..reassignment(1) }).await;
+    assert_eq!(refused, Err(ReassignError::NoCapacity { worker_id: worker(2) }));
+    assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 1)]));
+    assert_eq!(store.finalise(settlement(1)).await, Ok(Finalised::Settled));
+}
+
+pub(crate) async fn a_job_may_try_again_on_its_own_full_worker(subject: Subject) {
+    let store = subject.store;
+    store.reserve(NewJob { worker_capacity: 1, ..job(1) }).await.expect("reserves");
+    let again = Reassignment { worker_id: worker(1), worker_capacity: 1, ..reassignment(1) };
+    assert_eq!(store.reassign(again).await, Ok(()));
+    assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 1)]));
+}
+
+pub(crate) async fn a_job_nobody_wrote_is_not_found(subject: Subject) {
+    let store = subject.store;
+    assert_eq!(store.job(&key(1)).await, Ok(None));
+    assert_eq!(store.job_by_correlation(&tenant("acme"), key(1).correlation_id).await, Ok(None));
+    assert_eq!(store.reassign(reassignment(1)).await, Err(ReassignError::NotFound));
+    assert_eq!(store.finalise(settlement(1)).await, Err(FinaliseError::NotFound));
+    assert_eq!(store.renew(vec![key(1)], LEASE).await, Ok(vec![key(1)]));
+}
+
+pub(crate) async fn a_lease_that_ran_out_fails_its_job_and_frees_the_slot(subject: Subject) {
+    let store = subject.store;
+    for number in 1..=4 {
+        let lease_until = UnixMillis(LEASE.0 + number as u64);
+        store.reserve(NewJob { lease_until, ..job(number) }).await.expect("reserves");
+    }
+    assert_eq!(store.release_expired(LEASE, 10).await, Ok(vec![]));
+    let now = UnixMillis(LEASE.0 + 3);
+    let first = store.release_expired(now, 2).await.expect("releases");
+    assert_eq!(first.iter().map(|job| job.key.clone()).collect::<Vec<_>>(), [key(1), key(2)], "the oldest first");
+    for job in first {
+        assert_eq!((job.state, job.lease_until), (JobState::Settled(TerminalState::Failed), None));
+        assert_eq!(job.error.expect("says why").code, ErrorCode::WorkerFailed);
+        assert_eq!(job.updated_at, now);
+    }
+    assert_eq!(store.release_expired(now, 10).await.expect("releases").len(), 1);
+    assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 1)]));
+    let late = store.finalise(settlement(1)).await;
+    assert_eq!(late, Ok(Finalised::AlreadySettled { state: TerminalState::Failed }));
+    assert_eq!(store.usage(&tenant("acme"), UsageCursor::default(), 10).await, Ok(vec![]));
+}
+
+pub(crate) async fn a_renewed_lease_lives_on_and_is_never_shortened(subject: Subject) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    store.reserve(job(2)).await.expect("reserves");
+    store.finalise(settlement(2)).await.expect("settles");
+    let later = UnixMillis(LEASE.0 + 1);
+    assert_eq!(store.renew(vec![key(1), key(2), key(3)], later).await, Ok(vec![key(2), key(3)]));
+    assert_eq!(store.renew(vec![key(1)], NOW).await, Ok(vec![]));
+    assert_eq!(store.release_expired(LEASE, 10).await, Ok(vec![]));
+    assert_eq!(store.job(&key(1)).await.expect("reads").expect("is known").lease_until, Some(later));
+}
+
+pub(crate) async fn the_latest_job_of_a_correlation_id_is_found(subject: Subject) {
+    let store = subject.store;
+    for token in ["z", "a", "m"] {
+        let key = JobKey { retry_token: token.parse().expect("a token"), ..key(1) };
+        store.reserve(NewJob { key, ..job(1) }).await.expect("reserves");
+    }
+    let found = store.job_by_correlation(&tenant("acme"), key(1).correlation_id).await.expect("reads");
+    assert_eq!(found.expect("is known").key.retry_token.as_str(), "m");
+    assert_eq!(store.job_by_correlation(&tenant("other"), key(1).correlation_id).await, Ok(None));
+    assert_eq!(store.job_by_correlation(&tenant("acme"), CorrelationId(Uuid::from_u128(2))).await, Ok(None));
+}
+
+pub(crate) async fn usage_is_read_in_pages_without_gap_or_repeat(subject: Subject) {
+    let store = subject.store;
+    for number in 0..10 {
+        store.reserve(job(number)).await.expect("reserves");
+        // Three at a time share a millisecond.
+        let now = UnixMillis(NOW.0 + number as u64 / 3);
+        store.finalise(Settlement { now, ..settlement(number) }).await.expect("settles");
+    }
+    let mut read = Vec::new();
+    let mut cursor = UsageCursor::since(UnixMillis(NOW.0 + 1));
+    loop {
+        let page = store.usage(&tenant("acme"), cursor, 2).await.expect("reads");
+        let Some(last) = page.last() else { break };
+        cursor = last.cursor();
+        read.extend(page.into_iter().map(|record| record.key));
+    }
+    assert_eq!(read, (3..10).map(key).collect::<Vec<_>>());
+}
+
+pub(crate) async fn usage_is_each_tenants_own(subject: Subject) {
+    let store = subject.store;
+    let other = JobKey { tenant_id: tenant("other"), ..key(1) };
+    store.reserve(NewJob { key: other.clone(), ..job(1) }).await.expect("reserves");
+    store.finalise(Settlement { key: other, ..settlement(1) }).await.expect("settles");
+    assert_eq!(store.usage(&tenant("acme"), UsageCursor::default(), 10).await, Ok(vec![]));
+    assert_eq!(store.usage(&tenant("other"), UsageCursor::default(), 10).await.expect("reads").len(), 1);
+}

@@ -1,0 +1,98 @@
+//! Plain values for tests; each test changes what it is about.
+
+use protocol::control::Scope;
+use protocol::model::{ModelEntry, ModelKey};
+use protocol::usage::TokenUsage;
+use protocol::{CorrelationId, Digest, PublicKey, TenantId, TraceId, UnixMillis, WorkerId};
+use tether_metadata_store::{JobKey, NewJob, Reassignment, Settlement, TerminalState, TokenRecord};
+use uuid::Uuid;
+
+pub(crate) const NOW: UnixMillis = UnixMillis(1_700_000_000_000);
+pub(crate) const LEASE: UnixMillis = UnixMillis(1_700_000_030_000);
+pub(crate) const USAGE: TokenUsage = TokenUsage { prompt_tokens: 11, completion_tokens: 22, cached_tokens: 3 };
+
+pub(crate) fn worker(number: u8) -> WorkerId {
+    PublicKey([number; 32])
+}
+
+pub(crate) fn tenant(name: &str) -> TenantId {
+    name.parse().expect("a tenant's name")
+}
+
+pub(crate) fn key(number: u128) -> JobKey {
+    JobKey {
+        tenant_id: tenant("acme"),
+        correlation_id: CorrelationId(Uuid::from_u128(number)),
+        retry_token: "retry-1".parse().expect("a retry token"),
+    }
+}
+
+/// A job on worker 1, which may hold 4.
+pub(crate) fn job(number: u128) -> NewJob {
+    NewJob {
+        key: key(number),
+        trace_id: TraceId([9; 16]),
+        model: model_key("llama3.1-8b", "1.0"),
+        region: "eu-west".parse().expect("a region"),
+        worker_id: worker(1),
+        worker_capacity: 4,
+        attempt: 1,
+        now: NOW,
+        lease_until: LEASE,
+        request_fingerprint: [5; 32],
+    }
+}
+
+/// The completion of a job by its first attempt on worker 1.
+pub(crate) fn settlement(number: u128) -> Settlement {
+    Settlement {
+        key: key(number),
+        attempt: 1,
+        worker_id: worker(1),
+        state: TerminalState::Completed,
+        finish_reason: None,
+        error: None,
+        usage: Some(USAGE),
+        now: NOW,
+    }
+}
+
+/// The move of a job's first attempt to worker 2, which may hold 4.
+pub(crate) fn reassignment(number: u128) -> Reassignment {
+    Reassignment {
+        key: key(number),
+        from_attempt: 1,
+        worker_id: worker(2),
+        worker_capacity: 4,
+        now: NOW,
+        lease_until: LEASE,
+    }
+}
+
+pub(crate) fn model_key(name: &str, version: &str) -> ModelKey {
+    ModelKey { model_id: name.parse().expect("a model's name"), version: version.parse().expect("a version") }
+}
+
+pub(crate) fn model(name: &str, version: &str) -> ModelEntry {
+    ModelEntry {
+        key: model_key(name, version),
+        digest: Digest([3; 32]),
+        bytes: 4_000_000_000,
+        context_length: 8192,
+        description: "for tests".into(),
+        created_at: NOW,
+    }
+}
+
+pub(crate) fn token(key_id: &str) -> TokenRecord {
+    TokenRecord {
+        key_id: key_id.into(),
+        tenant_id: tenant("acme"),
+        hash: [4; 32],
+        scopes: vec![Scope::Infer, Scope::Admin],
+        name: "laptop".into(),
+        created_at: NOW,
+        expires_at: Some(LEASE),
+        revoked_at: None,
+    }
+}

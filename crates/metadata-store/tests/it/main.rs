@@ -1,0 +1,4 @@
+//! What every metadata store does, and what is particular to the SQLite one.
+
+mod conformance;
+mod sqlite;
