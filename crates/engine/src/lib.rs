@@ -1,0 +1,25 @@
+//! Model runtimes: they load a model and continue prompts, and know nothing of networks.
+//!
+//! [`ModelRuntime`] is the one interface. [`ProcessRuntime`] keeps each loaded model in a child process, because a
+//! poisoned model or a failed assertion in C++ ends the process it happens in; the child serves any other runtime by
+//! [`process::serve_child`]. `LlamaRuntime` (feature `llama`) runs GGUF models on llama.cpp, and [`MockRuntime`]
+//! pretends to, at a fixed pace.
+//!
+//! Everything that reads foreign bytes ([`gguf`], [`process::frame`], [`chat_template`], [`text_assembler`]) is bounded and never panics.
+
+pub mod chat_template;
+pub mod gguf;
+#[cfg(feature = "llama")]
+pub mod llama;
+pub mod memory_plan;
+pub mod mock;
+pub mod model_runtime;
+pub mod process;
+pub mod sampler;
+pub mod text_assembler;
+
+#[cfg(feature = "llama")]
+pub use llama::LlamaRuntime;
+pub use mock::{MockOptions, MockRuntime};
+pub use model_runtime::*;
+pub use process::{ChildCommand, ProcessRuntime};

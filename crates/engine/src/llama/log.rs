@@ -1,0 +1,60 @@
+//! Sends llama.cpp's log to `tracing` instead of standard error.
+//!
+//! The crate's own bridge keeps llama.cpp's levels, which are too loud, and cannot tell a caller why a load failed.
+
+// The one place where this crate speaks with C++ by itself.
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+use std::ffi::{CStr, c_char, c_void};
+use std::ptr;
+use std::sync::Once;
+
+/// Lines that a thread keeps until they are asked for.
+const KEPT_LINES_MAX: usize = 4;
+/// Characters of a line that are kept.
+const LINE_CHARS_MAX: usize = 300;
+
+thread_local! {
+    // A load logs on the thread that asked for it, so loads side by side keep their errors apart.
+    static ERRORS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Takes over the log of this process; later calls do nothing.
+pub(super) fn take_over() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: `on_log` lives as long as the process, expects no user data and never unwinds.
+        unsafe { llama_cpp_sys_2::llama_log_set(Some(on_log), ptr::null_mut()) }
+    });
+}
+
+/// Returns the errors that were logged on this thread since the last call, the first one first.
+pub(super) fn take_errors() -> Vec<String> {
+    ERRORS.take()
+}
+
+unsafe extern "C" fn on_log(level: llama_cpp_sys_2::ggml_log_level, text: *const c_char, _data: *mut c_void) {
+    if text.is_null() {
+        return;
+    }
+    // SAFETY: llama.cpp hands a string that ends with a zero and stays for the length of this call.
+    let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+    let line = text.trim();
+    // Progress dots come as lines of their own.
+    if line.trim_matches('.').is_empty() {
+        return;
+    }
+    if level == llama_cpp_sys_2::GGML_LOG_LEVEL_ERROR {
+        tracing::warn!(target: "llama_cpp", "{line}");
+        // A thread that is ending has no place for errors any more.
+        let _ = ERRORS.try_with(|errors| {
+            let mut errors = errors.borrow_mut();
+            if errors.len() < KEPT_LINES_MAX {
+                errors.push(line.chars().take(LINE_CHARS_MAX).collect());
+            }
+        });
+    } else {
+        tracing::debug!(target: "llama_cpp", "{line}");
+    }
+}

@@ -1,0 +1,211 @@
+//! Hands events to a reader without ever waiting for it.
+
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::mpsc::{OwnedPermit, Sender};
+use tokio_util::sync::CancellationToken;
+
+use crate::model_runtime::{EngineError, Event, FinishReason, GenerateSink, GenerateStream, Usage};
+
+/// Unread events that a stream holds before pieces are merged.
+const EVENTS_MAX: usize = 256;
+/// Tokens that are merged for a slow reader before its generation pauses.
+const MERGED_TOKENS_MAX: usize = 128;
+
+type Item = Result<Event, EngineError>;
+
+/// The engine's side of one stream.
+///
+/// Room for the last piece and for the end is set aside at the start, so that a generation can always end at once.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    events: Sender<Item>,
+    last_piece: Option<OwnedPermit<Item>>,
+    end: Option<OwnedPermit<Item>>,
+    cancelled: CancellationToken,
+    text: String,
+    tokens: Vec<u32>,
+}
+
+impl Outbox {
+    /// Makes a stream and the outbox that feeds it.
+    pub(super) fn new() -> (Self, GenerateStream) {
+        Self::with_capacity(EVENTS_MAX)
+    }
+
+    fn with_capacity(capacity: usize) -> (Self, GenerateStream) {
+        // One event of room for the start and two that are set aside.
+        let (GenerateSink { events, cancelled }, stream) = GenerateStream::channel(capacity.max(3));
+        let last_piece = events.clone().try_reserve_owned().ok();
+        let end = events.clone().try_reserve_owned().ok();
+        (Self { events, last_piece, end, cancelled, text: String::new(), tokens: Vec::new() }, stream)
+    }
+
+    /// Returns whether the reader is gone.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled.is_cancelled() || self.events.is_closed()
+    }
+
+    /// Tells the reader that its prompt was accepted.
+    pub(super) fn started(&mut self, prompt_tokens: u32, cached_tokens: u32) {
+        // It is the first event, so there is room unless the reader is gone.
+        let _ = self.events.try_send(Ok(Event::Started { prompt_tokens, cached_tokens }));
+    }
+
+    /// Hands on more text, merged with what the reader had no room for.
+    pub(super) fn piece(&mut self, text: &str, token: u32) {
+        self.text.push_str(text);
+        self.tokens.push(token);
+        self.flush();
+    }
+
+    /// Returns whether the reader is so far behind that its generation should pause.
+    pub(super) fn is_full(&mut self) -> bool {
+        if self.tokens.len() < MERGED_TOKENS_MAX {
+            return false;
+        }
+        self.flush();
+        !self.tokens.is_empty()
+    }
+
+    /// Waits until a paused generation may go on: there is room, or the reader is gone.
+    pub(super) fn room(&self) -> impl Future<Output = ()> + use<> {
+        let (events, cancelled) = (self.events.clone(), self.cancelled.clone());
+        async move {
+            tokio::select! {
+                _ = events.reserve() => {}
+                () = cancelled.cancelled() => {}
+            }
+        }
+    }
+
+    /// Waits until the reader is gone.
+    pub(super) fn gone(&self) -> impl Future<Output = ()> + use<> {
+        self.cancelled.clone().cancelled_owned()
+    }
+
+    /// Ends the stream with an answer.
+    pub(super) fn done(mut self, text: &str, reason: FinishReason, usage: Usage) {
+        self.text.push_str(text);
+        self.hand_last_piece();
+        self.hand_end(Ok(Event::Done { reason, usage }));
+    }
+
+    /// Ends the stream with an error.
+    pub(super) fn fail(mut self, error: EngineError) {
+        self.hand_last_piece();
+        self.hand_end(Err(error));
+    }
+
+    fn flush(&mut self) {
+        if self.tokens.is_empty() && self.text.is_empty() {
+            return;
+        }
+        match self.events.try_reserve() {
+            Ok(permit) => {
+                let (text, tokens) = (std::mem::take(&mut self.text), std::mem::take(&mut self.tokens));
+                permit.send(Ok(Event::Piece { text, tokens }));
+            }
+            Err(TrySendError::Full(()) | TrySendError::Closed(())) => {}
+        }
+    }
+
+    fn hand_last_piece(&mut self) {
+        if self.tokens.is_empty() && self.text.is_empty() {
+            return;
+        }
+        if let Some(permit) = self.last_piece.take() {
+            let (text, tokens) = (std::mem::take(&mut self.text), std::mem::take(&mut self.tokens));
+            permit.send(Ok(Event::Piece { text, tokens }));
+        }
+    }
+
+    fn hand_end(&mut self, item: Item) {
+        if let Some(permit) = self.end.take() {
+            permit.send(item);
+        }
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        // An engine that panics must not leave a stream that just stops.
+        self.hand_end(Err(EngineError::Failed { reason: "the engine gave up the generation".into() }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn read_all(mut stream: GenerateStream) -> Vec<Item> {
+        let mut items = Vec::new();
+        while let Some(item) = stream.next().await {
+            items.push(item);
+        }
+        items
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_keeps_up_gets_each_piece_by_itself() {
+        let (mut outbox, stream) = Outbox::with_capacity(8);
+        outbox.started(3, 0);
+        outbox.piece("a", 1);
+        outbox.piece("b", 2);
+        outbox.done("", FinishReason::Stop, Usage::default());
+        let items = read_all(stream).await;
+        assert_eq!(items.len(), 4);
+        assert_eq!(items[2], Ok(Event::Piece { text: "b".into(), tokens: vec![2] }));
+    }
+
+    #[tokio::test]
+    async fn pieces_merge_for_a_slow_reader_and_the_end_still_arrives() {
+        let (mut outbox, stream) = Outbox::with_capacity(4);
+        outbox.started(3, 0);
+        for token in 0..100 {
+            outbox.piece("x", token);
+        }
+        outbox.done("!", FinishReason::Length, Usage::default());
+        let items = read_all(stream).await;
+        assert_eq!(items.len(), 4);
+        let Ok(Event::Piece { text, tokens }) = &items[2] else { panic!("{items:?}") };
+        assert_eq!((text.len(), tokens.len()), (100, 99));
+        assert!(matches!(items[3], Ok(Event::Done { reason: FinishReason::Length, .. })));
+    }
+
+    #[tokio::test]
+    async fn a_generation_pauses_until_its_reader_has_read() {
+        let (mut outbox, mut stream) = Outbox::with_capacity(3);
+        outbox.started(1, 0);
+        for token in 0..MERGED_TOKENS_MAX as u32 {
+            assert!(!outbox.is_full());
+            outbox.piece("x", token);
+        }
+        assert!(outbox.is_full());
+        assert!(matches!(stream.next().await, Some(Ok(Event::Started { .. }))));
+        outbox.room().await;
+        assert!(!outbox.is_full());
+        assert!(
+            matches!(stream.next().await, Some(Ok(Event::Piece { tokens, .. })) if tokens.len() == MERGED_TOKENS_MAX)
+        );
+    }
+
+    #[tokio::test]
+    async fn an_error_ends_the_stream_after_the_text_before_it() {
+        let (mut outbox, stream) = Outbox::with_capacity(3);
+        outbox.started(1, 0);
+        outbox.piece("x", 1);
+        outbox.fail(EngineError::NotLoaded);
+        let items = read_all(stream).await;
+        assert!(matches!(&items[1], Ok(Event::Piece { text, .. }) if text == "x"));
+        assert_eq!(items[2], Err(EngineError::NotLoaded));
+    }
+
+    #[tokio::test]
+    async fn a_dropped_stream_cancels() {
+        let (outbox, stream) = Outbox::new();
+        assert!(!outbox.is_cancelled());
+        drop(stream);
+        assert!(outbox.is_cancelled());
+        outbox.room().await;
+    }
+}

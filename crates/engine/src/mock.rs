@@ -1,0 +1,475 @@
+//! A runtime without a model, of fixed pace, for tests and benchmarks of everything around the engine.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::model_runtime::{
+    Counters, EngineError, Event, FinishReason, GenerateRequest, GenerateSink, GenerateStream, LoadOptions,
+    LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, Usage,
+    VerifiedArtifact,
+};
+use crate::sampler;
+
+/// Unread events that a stream holds before its generation waits for the reader.
+const EVENTS_MAX: usize = 256;
+
+/// How a [`MockRuntime`] behaves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MockOptions {
+    /// Time from the moment a slot is free to the first token; zero never sleeps.
+    pub first_token: Duration,
+    /// Time between two tokens; zero never sleeps.
+    pub per_token: Duration,
+    /// Tokens of an answer that the request does not limit.
+    pub tokens: u32,
+    /// Tokens of context where the load options leave it open.
+    pub context_length: u32,
+    /// Time that a load takes.
+    pub load: Duration,
+    /// Generations that fail before their first event, counted from the start of the runtime.
+    pub fail_first: u32,
+    /// Generations that die in mid-stream, counted after those that fail at once.
+    pub die_first: u32,
+    /// Tokens that a dying generation gives before it dies.
+    pub die_after: u32,
+}
+
+impl Default for MockOptions {
+    fn default() -> Self {
+        Self {
+            first_token: Duration::ZERO,
+            per_token: Duration::ZERO,
+            tokens: 16,
+            context_length: 4_096,
+            load: Duration::ZERO,
+            fail_first: 0,
+            die_first: 0,
+            die_after: 0,
+        }
+    }
+}
+
+/// Answers every prompt with `tok0 tok1 tok2 …` at a fixed pace. A prompt takes as many tokens as it has words.
+///
+/// It follows Tokio's clock, so paused time works. Slots, queue, cancellation and counters behave as with a model.
+#[derive(Debug)]
+pub struct MockRuntime {
+    options: MockOptions,
+    models: Mutex<BTreeMap<ModelId, Arc<MockModel>>>,
+    next_model: AtomicU64,
+    started: AtomicU32,
+    tasks: TaskTracker,
+}
+
+#[derive(Debug)]
+struct MockModel {
+    id: ModelId,
+    slots: u32,
+    context_length: u32,
+    /// Running and waiting generations.
+    admission: Arc<Semaphore>,
+    admission_max: usize,
+    slot: Arc<Semaphore>,
+    counters: Mutex<Counters>,
+    unloaded: CancellationToken,
+}
+
+/// One generation, once it was admitted.
+struct Answer {
+    model: Arc<MockModel>,
+    options: MockOptions,
+    sink: GenerateSink,
+    prompt_tokens: u32,
+    limit: u32,
+    fate: Fate,
+    admitted: OwnedSemaphorePermit,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Complete,
+    FailAtOnce,
+    DieAfter(u32),
+}
+
+/// How a generation ended that no error ended.
+enum Ended {
+    Done(FinishReason, Usage),
+    Cancelled,
+}
+
+impl MockRuntime {
+    /// Returns a runtime without models.
+    pub fn new(options: MockOptions) -> Self {
+        Self {
+            options,
+            models: Mutex::default(),
+            next_model: AtomicU64::new(1),
+            started: AtomicU32::new(0),
+            tasks: TaskTracker::new(),
+        }
+    }
+
+    /// Returns the text that an answer of so many tokens has.
+    pub fn text(tokens: u32) -> String {
+        (0..tokens).map(piece).collect()
+    }
+
+    fn model(&self, id: ModelId) -> Result<Arc<MockModel>, EngineError> {
+        let models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+        models.get(&id).cloned().ok_or(EngineError::NotLoaded)
+    }
+
+    fn fate(&self) -> Fate {
+        let number = self.started.fetch_add(1, Ordering::Relaxed);
+        let MockOptions { fail_first, die_first, die_after, .. } = self.options;
+        if number < fail_first {
+            Fate::FailAtOnce
+        } else if number - fail_first < die_first {
+            Fate::DieAfter(die_after)
+        } else {
+            Fate::Complete
+        }
+    }
+}
+
+#[async_trait]
+impl ModelRuntime for MockRuntime {
+    fn describe(&self) -> RuntimeInfo {
+        let MockOptions { first_token, per_token, .. } = self.options;
+        let detail = format!("first token after {first_token:?}, then one each {per_token:?}");
+        RuntimeInfo { kind: "mock".into(), detail }
+    }
+
+    async fn estimate(&self, artifact: &VerifiedArtifact, _options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
+        Ok(MemoryPlan { weights_bytes: artifact.bytes, kv_bytes: 0, compute_bytes: 0 })
+    }
+
+    async fn load(
+        &self,
+        _artifact: VerifiedArtifact,
+        options: LoadOptions,
+        progress: ProgressSink,
+    ) -> Result<LoadedModel, EngineError> {
+        progress(0.0);
+        pause(self.options.load).await;
+        progress(1.0);
+        let id = ModelId(self.next_model.fetch_add(1, Ordering::Relaxed));
+        let slots = options.slots.max(1);
+        let context_length = match options.context_length {
+            0 => self.options.context_length,
+            wanted => wanted,
+        };
+        let admission_max = slots as usize + options.queue_max as usize;
+        let model = MockModel {
+            id,
+            slots,
+            context_length,
+            admission: Arc::new(Semaphore::new(admission_max)),
+            admission_max,
+            slot: Arc::new(Semaphore::new(slots as usize)),
+            counters: Mutex::default(),
+            unloaded: CancellationToken::new(),
+        };
+        self.models.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(model));
+        Ok(LoadedModel { id, context_length, slots, pid: None })
+    }
+
+    async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
+        let removed = self.models.lock().unwrap_or_else(PoisonError::into_inner).remove(&model);
+        removed.ok_or(EngineError::NotLoaded)?.unloaded.cancel();
+        Ok(())
+    }
+
+    async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
+        let model = self.model(request.model)?;
+        sampler::check(&request.sampling)?;
+        let admitted = Arc::clone(&model.admission).try_acquire_owned().map_err(|_| EngineError::Busy)?;
+        let prompt_tokens = words(&request.input);
+        if prompt_tokens >= model.context_length {
+            return Err(EngineError::ContextLength { prompt_tokens, context_length: model.context_length });
+        }
+        let room = model.context_length - prompt_tokens;
+        let limit = request.max_tokens.unwrap_or(u32::MAX).min(room);
+        let (sink, stream) = GenerateStream::channel(EVENTS_MAX);
+        let options = self.options.clone();
+        let fate = self.fate();
+        self.tasks.spawn(Answer { model, options, sink, prompt_tokens, limit, fate, admitted }.run());
+        Ok(stream)
+    }
+
+    async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {
+        self.model(model).map(|_| words(input))
+    }
+
+    fn load_state(&self) -> Vec<LoadSnapshot> {
+        let models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+        models.values().map(|model| model.snapshot(self.options.per_token)).collect()
+    }
+}
+
+impl MockModel {
+    fn snapshot(&self, per_token: Duration) -> LoadSnapshot {
+        let running = self.slots - self.slot.available_permits() as u32;
+        let admitted = (self.admission_max - self.admission.available_permits()) as u32;
+        let counters = *self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        LoadSnapshot {
+            model: self.id,
+            slots: self.slots,
+            running,
+            waiting: admitted.saturating_sub(running),
+            kv_usage: running as f32 / self.slots as f32,
+            tokens_per_second: if counters.completed == 0 || per_token.is_zero() {
+                0.0
+            } else {
+                self.slots as f32 / per_token.as_secs_f32()
+            },
+            counters,
+        }
+    }
+
+    fn count(&self, change: impl FnOnce(&mut Counters)) {
+        change(&mut self.counters.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+impl Answer {
+    async fn run(self) {
+        let Self { model, options, sink, prompt_tokens, limit, fate, admitted } = self;
+        if fate == Fate::FailAtOnce {
+            let failure = EngineError::Failed { reason: "told to fail at once".into() };
+            drop(admitted);
+            let _ = sink.events.send(Err(failure)).await;
+            return;
+        }
+        let cancelled = sink.cancelled.clone();
+        let ended = tokio::select! {
+            biased;
+            () = cancelled.cancelled() => Ok(Ended::Cancelled),
+            () = model.unloaded.cancelled() => Err(EngineError::NotLoaded),
+            ended = answer(&model, &options, &sink, prompt_tokens, limit, fate) => ended,
+        };
+        // The counters and the room come first, so that whoever sees the end sees them as well.
+        drop(admitted);
+        let last = match ended {
+            Ok(Ended::Done(reason, usage)) => {
+                model.count(|counters| counters.completed += 1);
+                Ok(Event::Done { reason, usage })
+            }
+            Ok(Ended::Cancelled) => {
+                model.count(|counters| counters.cancelled += 1);
+                return;
+            }
+            Err(error) => Err(error),
+        };
+        tokio::select! {
+            () = cancelled.cancelled() => {}
+            _ = sink.events.send(last) => {}
+        }
+    }
+}
+
+/// Tells the answer up to its end, which it returns instead of telling.
+async fn answer(
+    model: &MockModel,
+    options: &MockOptions,
+    sink: &GenerateSink,
+    prompt_tokens: u32,
+    limit: u32,
+    fate: Fate,
+) -> Result<Ended, EngineError> {
+    let Ok(_slot) = model.slot.acquire().await else { return Err(EngineError::NotLoaded) };
+    let tell = async |event| sink.events.send(Ok(event)).await.is_ok();
+    if !tell(Event::Started { prompt_tokens, cached_tokens: 0 }).await {
+        return Ok(Ended::Cancelled);
+    }
+    pause(options.first_token).await;
+    model.count(|counters| counters.prompt_tokens += u64::from(prompt_tokens));
+    let count = options.tokens.min(limit);
+    for token in 0..count {
+        if fate == Fate::DieAfter(token) {
+            return Err(EngineError::Failed { reason: format!("told to die after {token} tokens") });
+        }
+        if token > 0 {
+            pause(options.per_token).await;
+        }
+        model.count(|counters| {
+            counters.decode_steps += 1;
+            counters.generated_tokens += 1;
+        });
+        if !tell(Event::Piece { text: piece(token), tokens: vec![token] }).await {
+            return Ok(Ended::Cancelled);
+        }
+    }
+    let reason = if limit < options.tokens { FinishReason::Length } else { FinishReason::Stop };
+    Ok(Ended::Done(reason, Usage { prompt_tokens, completion_tokens: count, cached_tokens: 0 }))
+}
+
+fn piece(token: u32) -> String {
+    if token == 0 { "tok0".into() } else { format!(" tok{token}") }
+}
+
+fn words(input: &PromptInput) -> u32 {
+    let count = match input {
+        PromptInput::Chat(messages) => {
+            messages.iter().map(|message| message.content.split_whitespace().count()).sum::<usize>()
+        }
+        PromptInput::Text(text) => text.split_whitespace().count(),
+    };
+    count.try_into().unwrap_or(u32::MAX)
+}
+
+async fn pause(length: Duration) {
+    // A sleep of zero would still wait for the timer's next millisecond.
+    if !length.is_zero() {
+        time::sleep(length).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model_runtime::{Sampling, no_progress};
+    use tokio::time::Instant;
+
+    fn artifact() -> VerifiedArtifact {
+        let file = tempfile::tempfile().expect("temporary files work");
+        VerifiedArtifact { file, sha256: String::new(), bytes: 7 }
+    }
+
+    async fn mock(options: MockOptions, load: LoadOptions) -> (MockRuntime, ModelId) {
+        let runtime = MockRuntime::new(options);
+        let model = runtime.load(artifact(), load, no_progress()).await.expect("it loads").id;
+        (runtime, model)
+    }
+
+    fn request(model: ModelId) -> GenerateRequest {
+        GenerateRequest {
+            model,
+            input: PromptInput::Text("one two three".into()),
+            sampling: Sampling::default(),
+            stop: Vec::new(),
+            max_tokens: None,
+            ignore_eos: false,
+        }
+    }
+
+    async fn read(mut stream: GenerateStream) -> (String, Option<Result<Event, EngineError>>) {
+        let mut text = String::new();
+        let mut last = None;
+        while let Some(item) = stream.next().await {
+            if let Ok(Event::Piece { text: more, .. }) = &item {
+                text.push_str(more);
+            }
+            last = Some(item);
+        }
+        (text, last)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_comes_at_the_pace_that_was_set() {
+        let options = MockOptions {
+            first_token: Duration::from_millis(100),
+            per_token: Duration::from_millis(10),
+            tokens: 5,
+            ..MockOptions::default()
+        };
+        let (runtime, model) = mock(options, LoadOptions::default()).await;
+        let begin = Instant::now();
+        let (text, last) = read(runtime.generate(request(model)).await.expect("it starts")).await;
+        assert_eq!(begin.elapsed(), Duration::from_millis(140));
+        assert_eq!(text, MockRuntime::text(5));
+        let usage = Usage { prompt_tokens: 3, completion_tokens: 5, cached_tokens: 0 };
+        assert_eq!(last, Some(Ok(Event::Done { reason: FinishReason::Stop, usage })));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pace_of_zero_takes_no_time() {
+        let (runtime, model) =
+            mock(MockOptions { tokens: 2_000, ..MockOptions::default() }, LoadOptions::default()).await;
+        let begin = Instant::now();
+        let (text, _) = read(runtime.generate(request(model)).await.expect("it starts")).await;
+        assert_eq!((begin.elapsed(), text), (Duration::ZERO, MockRuntime::text(2_000)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_limit_ends_the_answer_by_length() {
+        let (runtime, model) = mock(MockOptions::default(), LoadOptions::default()).await;
+        let limited = GenerateRequest { max_tokens: Some(2), ..request(model) };
+        let (text, last) = read(runtime.generate(limited).await.expect("it starts")).await;
+        assert_eq!(text, "tok0 tok1");
+        assert!(matches!(last, Some(Ok(Event::Done { reason: FinishReason::Length, .. }))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_request_more_than_slots_and_queue_is_refused() {
+        let options = MockOptions { per_token: Duration::from_secs(1), ..MockOptions::default() };
+        let (runtime, model) = mock(options, LoadOptions { slots: 1, queue_max: 1, ..LoadOptions::default() }).await;
+        let mut first = runtime.generate(request(model)).await.expect("a slot");
+        let second = runtime.generate(request(model)).await.expect("a place in the queue");
+        first.next().await.expect("it runs").expect("and well");
+        assert_eq!(runtime.generate(request(model)).await.err(), Some(EngineError::Busy));
+        let state = &runtime.load_state()[0];
+        assert_eq!((state.running, state.waiting), (1, 1));
+        drop(first);
+        let (text, _) = read(second).await;
+        assert_eq!(text, MockRuntime::text(16));
+        assert_eq!(runtime.load_state()[0].counters.cancelled, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dropped_stream_stops_its_generation() {
+        let options = MockOptions { per_token: Duration::from_secs(1), tokens: 1_000, ..MockOptions::default() };
+        let (runtime, model) = mock(options, LoadOptions::default()).await;
+        let mut stream = runtime.generate(request(model)).await.expect("it starts");
+        for _ in 0..3 {
+            stream.next().await.expect("it runs").expect("and well");
+        }
+        drop(stream);
+        time::sleep(Duration::from_mins(1)).await;
+        let state = &runtime.load_state()[0];
+        assert_eq!((state.running, state.counters.cancelled, state.counters.completed), (0, 1, 0));
+        assert!(state.counters.generated_tokens <= 3, "{state:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn faults_strike_the_first_requests_and_then_no_more() {
+        let options = MockOptions { fail_first: 1, die_first: 1, die_after: 3, ..MockOptions::default() };
+        let (runtime, model) = mock(options, LoadOptions::default()).await;
+        let (text, last) = read(runtime.generate(request(model)).await.expect("it starts")).await;
+        assert!(text.is_empty() && matches!(last, Some(Err(EngineError::Failed { .. }))));
+        let (text, last) = read(runtime.generate(request(model)).await.expect("it starts")).await;
+        assert_eq!(text, MockRuntime::text(3));
+        assert!(matches!(last, Some(Err(EngineError::Failed { .. }))));
+        let (text, _) = read(runtime.generate(request(model)).await.expect("it starts")).await;
+        assert_eq!(text, MockRuntime::text(16));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn unloading_ends_what_runs() {
+        let options = MockOptions { per_token: Duration::from_secs(1), ..MockOptions::default() };
+        let (runtime, model) = mock(options, LoadOptions::default()).await;
+        let stream = runtime.generate(request(model)).await.expect("it starts");
+        runtime.unload(model).await.expect("it was loaded");
+        assert_eq!(read(stream).await.1, Some(Err(EngineError::NotLoaded)));
+        assert_eq!(runtime.generate(request(model)).await.err(), Some(EngineError::NotLoaded));
+        assert!(runtime.load_state().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_prompt_as_long_as_the_context_is_refused() {
+        let (runtime, model) =
+            mock(MockOptions::default(), LoadOptions { context_length: 3, ..LoadOptions::default() }).await;
+        let expected = EngineError::ContextLength { prompt_tokens: 3, context_length: 3 };
+        assert_eq!(runtime.generate(request(model)).await.err(), Some(expected));
+        assert_eq!(runtime.load_state()[0].waiting, 0);
+    }
+}

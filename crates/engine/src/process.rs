@@ -1,0 +1,181 @@
+//! Keeps each loaded model in a child process.
+//!
+//! A failed assertion in C++ or the kernel's out-of-memory killer ends one engine process, not the worker; and what a
+//! model held is surely freed when its process is. The child's standard input is the verified file, so it loads the
+//! bytes that were verified; its standard output is a socket that carries [`frame`]s both ways.
+
+mod child_server;
+mod engine_process;
+pub mod frame;
+mod pipe;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::oneshot;
+use tokio::{task, time};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+
+use crate::gguf::Header;
+use crate::memory_plan;
+use crate::model_runtime::{
+    EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId,
+    ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
+};
+use crate::sampler;
+pub use child_server::{ServeError, serve_child};
+use engine_process::{EngineProcess, Loading};
+
+/// Events of one generation that may be under way unacknowledged.
+const CREDIT: usize = 256;
+/// How long a load may take, whatever the size of the model.
+const LOAD_WITHIN: Duration = Duration::from_mins(5);
+/// How much longer it may take for each GiB.
+const LOAD_WITHIN_PER_GIB: Duration = Duration::from_secs(20);
+/// How long a process may take to unload before it is killed.
+const UNLOAD_WITHIN: Duration = Duration::from_secs(2);
+
+/// How to start a process that calls [`serve_child`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChildCommand {
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Variables added to its environment.
+    pub envs: Vec<(OsString, OsString)>,
+}
+
+/// Runs each model in a process of its own.
+pub struct ProcessRuntime {
+    command: ChildCommand,
+    info: Mutex<Option<RuntimeInfo>>,
+    models: Arc<Mutex<Models>>,
+    next_model: AtomicU64,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    _stop: DropGuard,
+}
+
+type Models = BTreeMap<ModelId, Arc<EngineProcess>>;
+
+impl ProcessRuntime {
+    /// Returns a runtime without models; its processes end when it is dropped.
+    pub fn new(command: ChildCommand) -> Self {
+        let stop = CancellationToken::new();
+        Self {
+            command,
+            info: Mutex::default(),
+            models: Arc::default(),
+            next_model: AtomicU64::new(1),
+            tasks: TaskTracker::new(),
+            stop: stop.clone(),
+            _stop: stop.drop_guard(),
+        }
+    }
+
+    /// Ends every process and returns when they are gone.
+    pub async fn shut_down(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn model(&self, id: ModelId) -> Result<Arc<EngineProcess>, EngineError> {
+        self.models().get(&id).cloned().ok_or(EngineError::NotLoaded)
+    }
+
+    fn models(&self) -> std::sync::MutexGuard<'_, Models> {
+        self.models.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for ProcessRuntime {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("ProcessRuntime").field("command", &self.command).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl ModelRuntime for ProcessRuntime {
+    fn describe(&self) -> RuntimeInfo {
+        // The first process says what it serves; until then only the program is known.
+        self.info.lock().unwrap_or_else(PoisonError::into_inner).clone().unwrap_or_else(|| RuntimeInfo {
+            kind: "process".into(),
+            detail: format!("a process of {} for each model", self.command.program.display()),
+        })
+    }
+
+    async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
+        let file = artifact.file.try_clone().map_err(|error| failed(&error))?;
+        let read = task::spawn_blocking(move || Header::read(&file)).await.map_err(|error| failed(&error))?;
+        let header = read.map_err(|error| EngineError::InvalidModel { reason: error.to_string() })?;
+        memory_plan::plan(&header, options)
+    }
+
+    async fn load(
+        &self,
+        artifact: VerifiedArtifact,
+        options: LoadOptions,
+        progress: ProgressSink,
+    ) -> Result<LoadedModel, EngineError> {
+        let id = ModelId(self.next_model.fetch_add(1, Ordering::Relaxed));
+        let patience = LOAD_WITHIN + LOAD_WITHIN_PER_GIB.mul_f64(artifact.bytes as f64 / f64::from(1 << 30));
+        let (loaded, is_loaded) = oneshot::channel();
+        let kill = self.stop.child_token();
+        // A load that fails, is late or is dropped takes its process with it.
+        let abandoned = kill.clone().drop_guard();
+        let models = Arc::downgrade(&self.models);
+        let gone = move || {
+            if let Some(models) = models.upgrade() {
+                models.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+            }
+        };
+        let loading = Loading { progress, loaded };
+        let process = EngineProcess::start(&self.command, artifact, options, loading, kill, &self.tasks, gone)
+            .map_err(|error| EngineError::Failed { reason: format!("no engine process could be started: {error}") })?;
+        let answer = time::timeout(patience, is_loaded).await.map_err(|_| EngineError::Failed {
+            reason: format!("the model was not loaded within {} s", patience.as_secs()),
+        })?;
+        let (model, info) = answer.map_err(|_| EngineError::NotLoaded)??;
+        abandoned.disarm();
+        *self.info.lock().unwrap_or_else(PoisonError::into_inner) = Some(info);
+        let pid = Some(process.pid);
+        process.enlist(|process| drop(self.models().insert(id, process)));
+        Ok(LoadedModel { id, pid, ..model })
+    }
+
+    async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
+        let process = self.models().remove(&model).ok_or(EngineError::NotLoaded)?;
+        process.unload(UNLOAD_WITHIN).await;
+        Ok(())
+    }
+
+    async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
+        let process = self.model(request.model)?;
+        // Numbers that are not finite have no JSON.
+        sampler::check(&request.sampling)?;
+        process.generate(request).await
+    }
+
+    async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {
+        self.model(model)?.count_tokens(input).await
+    }
+
+    fn load_state(&self) -> Vec<LoadSnapshot> {
+        // The list is let go before any process is asked, which has a lock of its own.
+        let models = self.models().clone();
+        models.iter().filter_map(|(id, process)| process.snapshot(*id)).collect()
+    }
+}
+
+fn failed(error: &dyn std::error::Error) -> EngineError {
+    EngineError::Failed { reason: error.to_string() }
+}

@@ -1,0 +1,126 @@
+//! Engine tests on the tiny model, in this process and in engine processes.
+
+#![cfg_attr(not(feature = "llama"), expect(dead_code, reason = "the mock's tests need a part of the helpers"))]
+
+#[cfg(feature = "llama")]
+mod llama_process;
+#[cfg(feature = "llama")]
+mod llama_runtime;
+mod process_runtime;
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use tether_engine::{
+    ChatMessage, EngineError, Event, FinishReason, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, ModelId,
+    ModelRuntime, PromptInput, Sampling, Usage, VerifiedArtifact,
+};
+
+/// Longer than anything here should ever take on a busy machine.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny.gguf");
+
+fn tiny() -> VerifiedArtifact {
+    artifact(Path::new(TINY))
+}
+
+fn artifact(path: &Path) -> VerifiedArtifact {
+    let file = File::open(path).expect("the model is there");
+    let bytes = file.metadata().expect("it has a length").len();
+    VerifiedArtifact { file, sha256: String::new(), bytes }
+}
+
+fn artifact_of(bytes: &[u8]) -> VerifiedArtifact {
+    let mut file = tempfile::NamedTempFile::new().expect("temporary files work");
+    file.write_all(bytes).expect("it is written");
+    artifact(file.path())
+}
+
+/// One thread, because OpenMP's barriers spin and other tests want the cores as well.
+fn options() -> LoadOptions {
+    LoadOptions { threads: 1, ..LoadOptions::default() }
+}
+
+/// A greedy request for an answer to one question.
+fn ask(model: ModelId, question: &str) -> GenerateRequest {
+    GenerateRequest {
+        model,
+        input: PromptInput::Chat(vec![ChatMessage { role: "user".into(), content: question.into() }]),
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        stop: Vec::new(),
+        max_tokens: None,
+        ignore_eos: false,
+    }
+}
+
+/// A request that goes on to the end of the context.
+fn endless(model: ModelId) -> GenerateRequest {
+    GenerateRequest { ignore_eos: true, ..ask(model, "Tell me a story.") }
+}
+
+/// An answer that was read to its end.
+#[derive(Debug, Clone, PartialEq)]
+struct Answer {
+    text: String,
+    tokens: Vec<u32>,
+    pieces: usize,
+    started: Option<u32>,
+    end: Result<(FinishReason, Usage), EngineError>,
+}
+
+impl Answer {
+    fn reason(&self) -> FinishReason {
+        self.end.as_ref().expect("the answer is complete").0
+    }
+
+    fn usage(&self) -> Usage {
+        self.end.as_ref().expect("the answer is complete").1
+    }
+}
+
+async fn read(mut stream: GenerateStream) -> Answer {
+    let mut answer = Answer {
+        text: String::new(),
+        tokens: Vec::new(),
+        pieces: 0,
+        started: None,
+        end: Err(EngineError::Failed { reason: "the stream has no end".into() }),
+    };
+    while let Some(item) = within(stream.next()).await {
+        match item {
+            Ok(Event::Started { prompt_tokens, .. }) => answer.started = Some(prompt_tokens),
+            Ok(Event::Piece { text, tokens }) => {
+                answer.text.push_str(&text);
+                answer.tokens.extend(tokens);
+                answer.pieces += 1;
+            }
+            Ok(Event::Done { reason, usage }) => answer.end = Ok((reason, usage)),
+            Err(error) => answer.end = Err(error),
+        }
+    }
+    answer
+}
+
+async fn run(runtime: &dyn ModelRuntime, request: GenerateRequest) -> Answer {
+    read(within(runtime.generate(request)).await.expect("it is admitted")).await
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.expect("it happens in time")
+}
+
+/// Polls the state of the only model until it is as wanted.
+async fn until(runtime: &dyn ModelRuntime, wanted: impl Fn(&LoadSnapshot) -> bool) -> LoadSnapshot {
+    within(async {
+        loop {
+            if let Some(state) = runtime.load_state().into_iter().find(&wanted) {
+                return state;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    })
+    .await
+}

@@ -1,0 +1,171 @@
+//! `ProcessRuntime` over engine processes that serve the mock or the tiny model.
+
+use std::time::Duration;
+
+use tether_engine::{
+    ChildCommand, EngineError, LoadOptions, LoadedModel, MockRuntime, ModelRuntime, ProcessRuntime, no_progress,
+};
+use tokio::time::Instant;
+
+use crate::{ask, read, run, tiny, until, within};
+
+pub(crate) fn host(arguments: &[&str]) -> ProcessRuntime {
+    ProcessRuntime::new(ChildCommand {
+        program: env!("CARGO_BIN_EXE_engine-host").into(),
+        args: arguments.iter().map(Into::into).collect(),
+        envs: Vec::new(),
+    })
+}
+
+pub(crate) async fn loaded(arguments: &[&str], options: LoadOptions) -> (ProcessRuntime, LoadedModel) {
+    let runtime = host(arguments);
+    let model = within(runtime.load(tiny(), options, no_progress())).await.expect("it loads");
+    (runtime, model)
+}
+
+fn is_alive(pid: u32) -> bool {
+    // A process that ended but was not yet waited for still has a folder.
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !stat.rsplit(") ").next().unwrap_or_default().starts_with('Z'))
+}
+
+pub(crate) fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid as i32).expect("it is a process");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it is ours");
+}
+
+async fn until_dead(pid: u32) {
+    within(async {
+        while is_alive(pid) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_model_answers_from_a_process_of_its_own() {
+    let (runtime, model) = loaded(&["mock", "tokens=20"], LoadOptions::default()).await;
+    let pid = model.pid.expect("it has a process");
+    assert!(pid != std::process::id() && is_alive(pid));
+    let answer = run(&runtime, ask(model.id, "one two")).await;
+    assert_eq!((answer.text, answer.started), (MockRuntime::text(20), Some(2)));
+    assert_eq!(within(runtime.count_tokens(model.id, &ask(model.id, "a b c").input)).await, Ok(3));
+    assert_eq!(runtime.describe().kind, "mock");
+    let state = &runtime.load_state()[0];
+    assert_eq!((state.model, state.running, state.waiting), (model.id, 0, 0));
+    assert_eq!((state.counters.completed, state.counters.generated_tokens), (1, 20));
+}
+
+#[tokio::test]
+async fn errors_of_the_request_cross_the_pipe() {
+    let (runtime, model) = loaded(&["mock", "context_length=2"], LoadOptions::default()).await;
+    let expected = EngineError::ContextLength { prompt_tokens: 3, context_length: 2 };
+    assert_eq!(within(runtime.generate(ask(model.id, "a b c"))).await.err(), Some(expected));
+    let mut request = ask(model.id, "a");
+    request.sampling.temperature = f32::NAN;
+    assert!(matches!(within(runtime.generate(request)).await, Err(EngineError::Unsupported { .. })));
+    assert_eq!(runtime.load_state()[0].waiting, 0);
+}
+
+#[tokio::test]
+async fn a_request_longer_than_a_frame_is_refused() {
+    let (runtime, model) = loaded(&["mock"], LoadOptions::default()).await;
+    let refused = within(runtime.generate(ask(model.id, &"x".repeat(17 << 20)))).await;
+    assert!(matches!(refused, Err(EngineError::Unsupported { .. })));
+    assert_eq!(run(&runtime, ask(model.id, "a")).await.text, MockRuntime::text(16));
+}
+
+#[tokio::test]
+async fn a_full_queue_is_busy() {
+    let options = LoadOptions { slots: 1, queue_max: 1, ..LoadOptions::default() };
+    let (runtime, model) = loaded(&["mock", "per_token_ms=10000"], options).await;
+    let _first = within(runtime.generate(ask(model.id, "a"))).await.expect("a slot");
+    let _second = within(runtime.generate(ask(model.id, "a"))).await.expect("a place");
+    assert_eq!(within(runtime.generate(ask(model.id, "a"))).await.err(), Some(EngineError::Busy));
+    assert_eq!((runtime.load_state()[0].running, runtime.load_state()[0].waiting), (1, 1));
+}
+
+#[tokio::test]
+async fn a_dropped_stream_is_cancelled_in_the_process() {
+    let (runtime, model) = loaded(&["mock", "per_token_ms=10000"], LoadOptions::default()).await;
+    let mut stream = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");
+    within(stream.next()).await.expect("it starts").expect("and well");
+    drop(stream);
+    let state = until(&runtime, |state| state.counters.cancelled == 1 && state.running == 0).await;
+    assert_eq!(state.counters.completed, 0);
+}
+
+#[tokio::test]
+async fn a_slow_reader_holds_up_nobody_and_misses_nothing() {
+    let (runtime, model) = loaded(&["mock", "tokens=5000", "context_length=100000"], LoadOptions::default()).await;
+    let slow = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");
+    let quick = run(&runtime, ask(model.id, "a")).await;
+    assert_eq!(quick.text, MockRuntime::text(5_000));
+    // Were there no credit, the slow generation would be over too, its events heaped up here.
+    assert_eq!(runtime.load_state()[0].counters.completed, 1);
+    assert!(runtime.load_state()[0].counters.generated_tokens < 5_000 + 1_000);
+    assert_eq!(read(slow).await.text, MockRuntime::text(5_000));
+}
+
+#[tokio::test]
+async fn a_process_that_is_killed_fails_its_generations_and_the_next_load_works() {
+    let (runtime, model) = loaded(&["mock", "per_token_ms=10000"], LoadOptions::default()).await;
+    let mut stream = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");
+    within(stream.next()).await.expect("it starts").expect("and well");
+    kill(model.pid.expect("it has a process"));
+    let end = read(stream).await.end;
+    assert!(matches!(&end, Err(EngineError::Failed { reason }) if reason.contains("signal: 9")), "{end:?}");
+    assert!(runtime.load_state().is_empty());
+    assert_eq!(within(runtime.generate(ask(model.id, "a"))).await.err(), Some(EngineError::NotLoaded));
+    let again = within(runtime.load(tiny(), LoadOptions::default(), no_progress())).await.expect("it loads again");
+    assert_ne!(again.id, model.id);
+    assert!(within(runtime.generate(ask(again.id, "a"))).await.is_ok());
+}
+
+#[tokio::test]
+async fn unloading_ends_the_process_and_its_generations() {
+    let (runtime, model) = loaded(&["mock", "per_token_ms=10000"], LoadOptions::default()).await;
+    let stream = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");
+    let begin = Instant::now();
+    within(runtime.unload(model.id)).await.expect("it was loaded");
+    assert!(begin.elapsed() < Duration::from_millis(1_900), "it had to be killed");
+    assert!(!is_alive(model.pid.expect("it has a process")));
+    assert_eq!(read(stream).await.end, Err(EngineError::NotLoaded));
+    assert!(runtime.load_state().is_empty());
+    assert_eq!(within(runtime.unload(model.id)).await, Err(EngineError::NotLoaded));
+}
+
+#[tokio::test]
+async fn a_runtime_that_is_dropped_takes_its_processes_along() {
+    let (runtime, model) = loaded(&["mock"], LoadOptions::default()).await;
+    drop(runtime);
+    until_dead(model.pid.expect("it has a process")).await;
+}
+
+#[tokio::test]
+async fn shutting_down_waits_for_the_processes() {
+    let (runtime, model) = loaded(&["mock"], LoadOptions::default()).await;
+    within(runtime.shut_down()).await;
+    assert!(!is_alive(model.pid.expect("it has a process")));
+}
+
+#[tokio::test]
+async fn a_load_that_is_dropped_takes_its_process_along() {
+    let runtime = host(&["mock", "load_ms=600000"]);
+    let load = runtime.load(tiny(), LoadOptions::default(), no_progress());
+    assert!(tokio::time::timeout(Duration::from_millis(300), load).await.is_err(), "it takes ten minutes");
+    within(runtime.shut_down()).await;
+    assert!(runtime.load_state().is_empty());
+}
+
+#[tokio::test]
+async fn a_program_that_is_no_engine_fails_without_blaming_the_model() {
+    for (program, arguments) in [("/nonexistent", vec![]), ("/bin/false", vec![]), ("/bin/echo", vec!["hello".into()])]
+    {
+        let command = ChildCommand { program: program.into(), args: arguments, envs: Vec::new() };
+        let runtime = ProcessRuntime::new(command);
+        let refused = within(runtime.load(tiny(), LoadOptions::default(), no_progress())).await;
+        assert!(matches!(refused, Err(EngineError::Failed { .. })), "{program}: {refused:?}");
+    }
+}
