@@ -1,0 +1,37 @@
+//! Turns bytes of the program into an open file, for readers that want a descriptor.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+
+use crate::local_folder::LocalFolder;
+
+/// Returns a file without a name that holds `bytes` and that nobody can change.
+#[cfg(target_os = "linux")]
+pub(crate) fn file(bytes: &[u8], folder: &LocalFolder) -> io::Result<File> {
+    use std::os::fd::AsRawFd as _;
+
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+
+    let Ok(descriptor) = memfd_create("tether-artifact", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING) else {
+        // Some sandboxes forbid it.
+        return unnamed(bytes, folder);
+    };
+    let mut file = File::from(descriptor);
+    file.write_all(bytes)?;
+    fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    // Kernels before 6.7 map a sealed file as shared only where it was opened for reading alone.
+    Ok(File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap_or(file))
+}
+
+/// Returns a file without a name that holds `bytes`.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn file(bytes: &[u8], folder: &LocalFolder) -> io::Result<File> {
+    unnamed(bytes, folder)
+}
+
+fn unnamed(bytes: &[u8], folder: &LocalFolder) -> io::Result<File> {
+    let mut part = folder.part()?;
+    part.file.write_all(bytes)?;
+    // Dropping the part takes its name away; the descriptor stays.
+    part.file.try_clone()
+}

@@ -1,0 +1,172 @@
+//! Artifacts in a folder: `sha256/<first two digits>/<digest>`.
+//!
+//! A file appears under its name only when it is whole and on the disk, and is never written again. Beside them,
+//! `incoming/` holds what is being written and `quarantine/` what was found damaged, one file a digest.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use protocol::Digest;
+use tracing::debug;
+
+use crate::artifact_store::{Copy, PutError, Stored, copy_hashed};
+
+/// Tells the incoming files of one process apart.
+static NEXT_PART: AtomicU64 = AtomicU64::new(0);
+
+#[derive(Debug, Clone)]
+pub(crate) struct LocalFolder {
+    root: PathBuf,
+}
+
+impl LocalFolder {
+    /// Makes the folders where they are missing, and clears away what a crash left half written.
+    pub(crate) fn open(root: PathBuf) -> io::Result<Self> {
+        let folder = Self { root };
+        make_folder(&folder.root.join("sha256"))?;
+        make_folder(&folder.incoming())?;
+        folder.clear_incoming()?;
+        Ok(folder)
+    }
+
+    /// Returns where an artifact lies.
+    pub(crate) fn path(&self, digest: &Digest) -> PathBuf {
+        let name = digest.to_string();
+        self.root.join("sha256").join(&name[..2]).join(name)
+    }
+
+    /// Opens an artifact for reading. Links, pipes and devices are refused.
+    pub(crate) fn open_file(&self, digest: &Digest) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        options.read(true);
+        #[cfg(unix)]
+        {
+            use rustix::fs::OFlags;
+            // Without NONBLOCK a pipe under this name would hang the reader.
+            let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+            std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, flags.bits() as i32);
+        }
+        let file = options.open(self.path(digest))?;
+        if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a plain file")) }
+    }
+
+    pub(crate) fn put(&self, source: impl Read, bytes_max: u64) -> Result<Stored, PutError> {
+        let failed = |source| PutError::Folder { folder: self.root.clone(), source };
+        let mut part = self.part().map_err(failed)?;
+        let stored = copy_hashed(source, &mut part.file, bytes_max).map_err(|error| match error {
+            Copy::Source(error) => PutError::Source(error),
+            Copy::TooLarge => PutError::TooLarge { bytes_max },
+            Copy::Target(error) => failed(error),
+        })?;
+        self.keep(part, &stored.digest).map_err(failed)?;
+        Ok(stored)
+    }
+
+    /// Makes a new file that nobody else writes. It is removed when it is dropped.
+    pub(crate) fn part(&self) -> io::Result<Part> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        loop {
+            let number = NEXT_PART.fetch_add(1, Ordering::Relaxed);
+            let path = self.incoming().join(format!("{}-{number}", std::process::id()));
+            match options.open(&path) {
+                Ok(file) => {
+                    // Says to other processes that the file is in use; see `clear_incoming`.
+                    file.lock()?;
+                    return Ok(Part { file, path });
+                }
+                // A process of the same number crashed here once.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn keep(&self, part: Part, digest: &Digest) -> io::Result<()> {
+        let path = self.path(digest);
+        let folder = path.parent().unwrap_or(&self.root);
+        make_folder(folder)?;
+        let mut permissions = part.file.metadata()?.permissions();
+        #[cfg(unix)]
+        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o400);
+        #[cfg(not(unix))]
+        permissions.set_readonly(true);
+        part.file.set_permissions(permissions)?;
+        part.file.sync_all()?;
+        fs::rename(&part.path, &path)?;
+        sync_folder(folder)
+    }
+
+    /// Moves a damaged artifact aside, unless another has taken its place since it was opened.
+    pub(crate) fn quarantine(&self, digest: &Digest, opened: &File) -> io::Result<()> {
+        let path = self.path(digest);
+        if !same_file(&path, opened)? {
+            return Ok(());
+        }
+        let folder = self.root.join("quarantine");
+        make_folder(&folder)?;
+        // One a digest: the folder cannot grow without end.
+        fs::rename(&path, folder.join(digest.to_string()))
+    }
+
+    fn incoming(&self) -> PathBuf {
+        self.root.join("incoming")
+    }
+
+    fn clear_incoming(&self) -> io::Result<()> {
+        for entry in fs::read_dir(self.incoming())? {
+            let path = entry?.path();
+            // A file that another process writes is locked by it.
+            if let Ok(file) = File::open(&path)
+                && file.try_lock().is_ok()
+            {
+                debug!(path = %path.display(), "removing an artifact that was never finished");
+                fs::remove_file(&path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A file on its way in.
+pub(crate) struct Part {
+    pub(crate) file: File,
+    path: PathBuf,
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // Gone already where it was kept.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn make_folder(path: &Path) -> io::Result<()> {
+    let mut builder = DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(path)
+}
+
+/// Makes a rename survive a power cut.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    // Windows opens no folders.
+    if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
+}
+
+#[cfg(unix)]
+fn same_file(path: &Path, opened: &File) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt as _;
+    let (there, here) = (fs::symlink_metadata(path)?, opened.metadata()?);
+    Ok((there.dev(), there.ino()) == (here.dev(), here.ino()))
+}
+
+#[cfg(not(unix))]
+fn same_file(path: &Path, _opened: &File) -> io::Result<bool> {
+    fs::exists(path)
+}

@@ -1,0 +1,206 @@
+//! What the artifact store promises: nothing but the bytes of the digest ever comes out.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use protocol::Digest;
+use tempfile::TempDir;
+use tether_artifact_store::{ArtifactStore, OpenError, PutError};
+
+const MIB: u64 = 1024 * 1024;
+
+fn store() -> (TempDir, ArtifactStore) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = ArtifactStore::in_folder(folder.path()).expect("a store");
+    (folder, store)
+}
+
+fn path(folder: &Path, digest: &Digest) -> PathBuf {
+    let name = digest.to_string();
+    folder.join("sha256").join(&name[..2]).join(name)
+}
+
+/// Overwrites a stored artifact as an attacker with the owner's rights would.
+fn overwrite(folder: &Path, digest: &Digest, bytes: &[u8]) {
+    let path = path(folder, digest);
+    fs::remove_file(&path).expect("it was there");
+    fs::write(&path, bytes).expect("written");
+}
+
+fn content() -> Vec<u8> {
+    (0..MIB as u32 / 2).flat_map(|number| (number as u16).to_le_bytes()).collect()
+}
+
+fn read(store: &ArtifactStore, digest: &Digest) -> Vec<u8> {
+    let mut opened = store.open(digest).expect("it verifies");
+    assert_eq!(opened.digest, *digest);
+    let mut bytes = Vec::new();
+    opened.file.read_to_end(&mut bytes).expect("it reads");
+    assert_eq!(opened.bytes, bytes.len() as u64);
+    bytes
+}
+
+#[test]
+fn what_was_put_comes_back_by_its_digest() {
+    let (folder, store) = store();
+    let stored = store.put(&content()[..], MIB).expect("it fits");
+    assert_eq!((stored.digest, stored.bytes), (Digest::of(&content()), MIB));
+    assert!(store.contains(&stored.digest));
+    assert_eq!(read(&store, &stored.digest), content());
+    // Another process, or the next start, sees the same.
+    let again = ArtifactStore::in_folder(folder.path()).expect("a store");
+    assert_eq!(read(&again, &stored.digest), content());
+}
+
+#[test]
+fn a_file_is_copied_and_can_then_be_removed() {
+    let (folder, store) = store();
+    let source = folder.path().join("model.gguf");
+    fs::write(&source, content()).expect("written");
+    let stored = store.put_file(&source).expect("it is copied");
+    fs::remove_file(&source).expect("removed");
+    assert_eq!(read(&store, &stored.digest), content());
+}
+
+#[test]
+fn an_artifact_belongs_to_its_owner_and_is_not_written_again() {
+    let (folder, store) = store();
+    let digest = store.put(&b"model"[..], MIB).expect("put").digest;
+    let metadata = fs::metadata(path(folder.path(), &digest)).expect("it is there");
+    assert!(metadata.permissions().readonly());
+    #[cfg(unix)]
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o777, 0o400);
+}
+
+#[test]
+fn an_artifact_that_differs_by_one_bit_is_refused_and_moved_aside() {
+    let (folder, store) = store();
+    let digest = store.put(&content()[..], MIB).expect("put").digest;
+    let mut bent = content();
+    bent[MIB as usize - 1] ^= 0x10;
+    overwrite(folder.path(), &digest, &bent);
+    let error = store.open(&digest).expect_err("one bit is enough");
+    assert!(matches!(error, OpenError::Mismatch { found, .. } if found == Digest::of(&bent)), "{error}");
+    assert!(matches!(store.open(&digest), Err(OpenError::Missing { .. })));
+    assert_eq!(fs::read(folder.path().join("quarantine").join(digest.to_string())).expect("kept to look at"), bent);
+    // Putting it again heals the store.
+    store.put(&content()[..], MIB).expect("put");
+    assert_eq!(read(&store, &digest), content());
+}
+
+#[test]
+fn an_artifact_cut_short_or_grown_is_refused() {
+    for bytes in [content()[..MIB as usize - 1].to_vec(), [content(), vec![0]].concat(), Vec::new()] {
+        let (folder, store) = store();
+        let digest = store.put(&content()[..], MIB).expect("put").digest;
+        overwrite(folder.path(), &digest, &bytes);
+        assert!(matches!(store.open(&digest), Err(OpenError::Mismatch { .. })));
+    }
+}
+
+#[test]
+fn an_artifact_under_anothers_name_is_refused() {
+    let (folder, store) = store();
+    let digest = store.put(&b"good"[..], MIB).expect("put").digest;
+    let evil = store.put(&b"evil"[..], MIB).expect("put").digest;
+    fs::rename(path(folder.path(), &evil), path(folder.path(), &digest)).expect("swapped");
+    assert!(matches!(store.open(&digest), Err(OpenError::Mismatch { found, .. }) if found == evil));
+}
+
+#[test]
+fn a_swap_after_the_opening_does_not_reach_the_reader() {
+    let (folder, store) = store();
+    let digest = store.put(&b"good"[..], MIB).expect("put").digest;
+    let mut opened = store.open(&digest).expect("it verifies");
+    overwrite(folder.path(), &digest, b"evil");
+    let mut text = String::new();
+    opened.file.read_to_string(&mut text).expect("it reads");
+    assert_eq!(text, "good");
+}
+
+#[test]
+fn what_is_not_there_is_missing() {
+    let (_folder, store) = store();
+    let digest = Digest::of(b"nowhere");
+    assert!(!store.contains(&digest));
+    assert!(matches!(store.open(&digest), Err(OpenError::Missing { digest: missing }) if missing == digest));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_link_or_a_folder_under_an_artifacts_name_is_not_followed() {
+    let (folder, store) = store();
+    let digest = store.put(&b"good"[..], MIB).expect("put").digest;
+    let place = path(folder.path(), &digest);
+    let elsewhere = folder.path().join("elsewhere");
+    fs::rename(&place, &elsewhere).expect("moved");
+    std::os::unix::fs::symlink(&elsewhere, &place).expect("linked");
+    assert!(matches!(store.open(&digest), Err(OpenError::Read { .. })));
+    fs::remove_file(&place).expect("removed");
+    fs::create_dir(&place).expect("made");
+    assert!(matches!(store.open(&digest), Err(OpenError::Read { .. })));
+}
+
+#[test]
+fn more_bytes_than_allowed_are_not_kept() {
+    let (folder, store) = store();
+    assert!(matches!(store.put(&content()[..], MIB - 1), Err(PutError::TooLarge { .. })));
+    assert!(!store.contains(&Digest::of(&content())));
+    assert_eq!(fs::read_dir(folder.path().join("incoming")).expect("it is there").count(), 0);
+}
+
+#[test]
+fn puts_of_the_same_artifact_at_once_all_succeed() {
+    let (folder, store) = store();
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let store = &store;
+            scope.spawn(move || {
+                for round in 0..8_u8 {
+                    let shared = store.put(&content()[..], MIB).expect("put").digest;
+                    assert_eq!(read(store, &shared).len(), MIB as usize);
+                    let own = store.put(&[thread, round][..], MIB).expect("put").digest;
+                    assert_eq!(read(store, &own), [thread, round]);
+                }
+            });
+        }
+    });
+    assert_eq!(fs::read_dir(folder.path().join("incoming")).expect("it is there").count(), 0);
+}
+
+#[test]
+fn what_a_crash_left_half_written_is_cleared_away_and_what_is_being_written_is_not() {
+    let (folder, _store) = store();
+    let left = folder.path().join("incoming/1-0");
+    fs::write(&left, b"half").expect("written");
+    let busy_path = folder.path().join("incoming/1-1");
+    let mut busy = fs::File::create(&busy_path).expect("made");
+    busy.lock().expect("locked");
+    busy.write_all(b"half").expect("written");
+    ArtifactStore::in_folder(folder.path()).expect("a store");
+    assert!(!left.exists());
+    assert!(busy_path.exists());
+}
+
+#[test]
+fn an_embedded_artifact_is_verified_and_cannot_be_changed() {
+    let (_folder, store) = store();
+    let bytes: &'static [u8] = b"a tiny model";
+    let digest = Digest::of(bytes);
+    let store = store.with_embedded(digest, bytes);
+    assert!(store.contains(&digest));
+    assert_eq!(read(&store, &digest), bytes);
+    let mut opened = store.open(&digest).expect("it verifies");
+    if cfg!(target_os = "linux") {
+        assert!(opened.file.write_all(b"x").is_err());
+    }
+}
+
+#[test]
+fn an_embedded_artifact_under_a_wrong_digest_is_refused() {
+    let (_folder, store) = store();
+    let digest = Digest::of(b"another");
+    let store = store.with_embedded(digest, b"a tiny model");
+    assert!(matches!(store.open(&digest), Err(OpenError::Mismatch { .. })));
+}
