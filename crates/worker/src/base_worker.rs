@@ -1,0 +1,410 @@
+//! A worker in the network: takes jobs, runs them and streams their answers (W1, W7).
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use artifact_store::ArtifactStore;
+use engine::ModelRuntime;
+use observability::metrics::Metrics;
+use protocol::control::{NodeInfo, NodeRole};
+use protocol::infer::{InferRequest, START};
+use protocol::model::ModelKey;
+use protocol::signature::NodeKey;
+use protocol::{Clock, ErrorCode, PublicKey, Topic, WireError, WorkerId, codec};
+use rpc::{Client, Directory, ReplyStream, Server, StreamCall, Transport};
+use tokio::sync::{Notify, watch};
+use tokio::time::{self, Instant};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+use tracing::{debug, info};
+
+use crate::announcer::{Announcer, topics};
+use crate::capabilities::Capabilities;
+use crate::config::Config;
+use crate::engine_meter::EngineMeter;
+use crate::execution_engine::{Broken, ExecutionEngine, finish};
+use crate::health_reporter::{Condition, HealthReporter, Identity};
+use crate::model_loader::cache::{Entry, ModelCache, Status};
+use crate::model_loader::{LoaderOptions, ModelLoader, u64_of};
+use crate::quota_guard::{Limits, Place, QuotaGuard};
+
+/// How long a job may take to begin before it is accepted all the same. Orchestrators wait 500 ms for the
+/// acceptance; a job that begins sooner can still be refused for what the engine finds wrong with it.
+const BEGIN_BEFORE_ACCEPT: Duration = Duration::from_millis(200);
+/// How often the engines are looked at while nothing ends.
+const METER_EVERY: Duration = Duration::from_millis(500);
+/// How long a caller may take to receive an error or a refusal.
+const LAST_WORD: Duration = Duration::from_secs(1);
+
+/// What a worker is made of besides its configuration.
+pub struct WorkerParts {
+    /// Its end of the network.
+    pub transport: Arc<dyn Transport>,
+    /// Its key, the same as the transport's.
+    pub key: NodeKey,
+    /// The number of this start; greater than at every start before.
+    pub epoch: u64,
+    /// The time of day, for its reports.
+    pub clock: Arc<dyn Clock>,
+    /// Where its models run.
+    pub runtime: Arc<dyn ModelRuntime>,
+    /// Where its models lie.
+    pub artifacts: ArtifactStore,
+    /// Where it counts; workers of one process may share them.
+    pub metrics: Metrics,
+    /// The program's version.
+    pub version: String,
+}
+
+/// A worker that has not started.
+pub struct BaseWorker {
+    config: Config,
+    parts: WorkerParts,
+    may_give_work: Box<dyn Fn(PublicKey) -> bool + Send + Sync>,
+    loader: Arc<ModelLoader>,
+    guard: Arc<QuotaGuard>,
+    changes: watch::Sender<()>,
+    stopped: CancellationToken,
+    /// Handles learn of the end of a worker that never ran, too.
+    end: DropGuard,
+}
+
+/// Looks at a worker from outside. Clones look at the same.
+#[derive(Debug, Clone)]
+pub struct WorkerHandle {
+    worker_id: WorkerId,
+    loader: Arc<ModelLoader>,
+    stopped: CancellationToken,
+}
+
+/// Why a worker will not be ready.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotReady {
+    /// A model could not be loaded. The worker goes on trying.
+    #[error("{model}: {reason}")]
+    LoadFailed {
+        /// The model.
+        model: ModelKey,
+        /// Why.
+        reason: Arc<str>,
+    },
+    /// The worker has stopped.
+    #[error("the worker has stopped")]
+    Stopped,
+}
+
+impl BaseWorker {
+    /// Makes a worker that takes work from everyone. The configuration should have passed [`Config::check`].
+    pub fn new(config: Config, parts: WorkerParts) -> Self {
+        let changes = watch::Sender::new(());
+        let Config { slots, queue_max, tenant_jobs_max, preload, .. } = config;
+        let seed = u64_of(&parts.key.public_key().0);
+        let loader = Arc::new(ModelLoader::new(
+            ModelCache::new(&config.models),
+            LoaderOptions { slots, queue_max, preload, seed },
+            parts.runtime.clone(),
+            parts.artifacts.clone(),
+            parts.metrics.clone(),
+            changes.clone(),
+        ));
+        let guard = QuotaGuard::new(Limits { slots, queue_max, tenant_jobs_max }, changes.clone());
+        let stopped = CancellationToken::new();
+        let end = stopped.clone().drop_guard();
+        Self { config, parts, may_give_work: Box::new(|_| true), loader, guard, changes, stopped, end }
+    }
+
+    /// Limits who may give work, by the key that their connection proved.
+    #[must_use]
+    pub fn take_work_from(mut self, may_give_work: impl Fn(PublicKey) -> bool + Send + Sync + 'static) -> Self {
+        self.may_give_work = Box::new(may_give_work);
+        self
+    }
+
+    /// Returns a handle to look at the worker while it runs.
+    pub fn handle(&self) -> WorkerHandle {
+        let worker_id = self.parts.transport.public_key();
+        WorkerHandle { worker_id, loader: self.loader.clone(), stopped: self.stopped.clone() }
+    }
+
+    /// Works until `stop`; then refuses new jobs, lets those that are here end, and leaves.
+    pub async fn run(self, stop: CancellationToken) {
+        let Self { config, parts, may_give_work, loader, guard, changes, end: _end, .. } = self;
+        let WorkerParts { transport, key, epoch, clock, runtime, metrics, version, .. } = parts;
+        // Cancelled as well when this future is dropped, so that nothing runs on without its owner.
+        let life = CancellationToken::new();
+        let _end_of_life = life.clone().drop_guard();
+        let desk = Arc::new(Desk {
+            may_give_work,
+            draining: AtomicBool::new(false),
+            guard: guard.clone(),
+            loader: loader.clone(),
+            engine: ExecutionEngine::new(runtime, loader.clone()),
+            give_up: life.child_token(),
+            job_ended: Notify::new(),
+        });
+        let tasks = TaskTracker::new();
+
+        let info = NodeInfo { roles: vec![NodeRole::Worker], region: config.region.clone(), version };
+        let taking = desk.clone();
+        let server = Server::new(transport.clone(), info).stream(START, move |call| taking.clone().take(call));
+        let server_stop = life.child_token();
+        tasks.spawn(server.run(server_stop.clone(), LAST_WORD * 2));
+
+        let keepers_stop = life.child_token();
+        tasks.spawn(loader.clone().run(keepers_stop.clone()));
+        let meter_stop = life.child_token();
+        tasks.spawn(meter(desk.clone(), EngineMeter::new(metrics), meter_stop.clone()));
+
+        let client = Client::new(transport.clone());
+        let topic = Topic::Control(config.region.clone());
+        let (directory, directory_task) = Directory::new(transport.clone(), client.clone(), topic);
+        let reporter_stop = life.child_token();
+        tasks.spawn(directory_task.run(reporter_stop.clone()));
+        let identity = Identity {
+            key,
+            region: config.region.clone(),
+            capabilities: Capabilities::detect(),
+            supported: config.models.iter().map(crate::config::ServedModel::key).collect(),
+            latency_hops: config.latency_hops,
+            limits: guard.limits(),
+            epoch,
+        };
+        let looked_at = desk.clone();
+        let look = move || looked_at.condition();
+        let reporter =
+            HealthReporter::new(identity, clock, look, loader.clone(), client, directory, changes.subscribe());
+        let reporter = tasks.spawn(reporter.run(reporter_stop.clone()));
+        let (wanting, region) = (desk.clone(), config.region.clone());
+        let announcer = Announcer::new(transport, move || wanting.wanted_topics(&region), changes.subscribe());
+        let announcer = tasks.spawn(announcer.run(reporter_stop.clone()));
+
+        stop.cancelled().await;
+        info!(jobs = guard.count(), "the worker is stopping");
+        desk.draining.store(true, Ordering::Relaxed);
+        changes.send_replace(());
+        if time::timeout(config.drain(), guard.empty()).await.is_err() {
+            desk.give_up.cancel();
+            let _ = time::timeout(LAST_WORD, guard.empty()).await;
+        }
+        reporter_stop.cancel();
+        // The server stays until the orchestrators know: they would take silence for a fault.
+        let _ = reporter.await;
+        let _ = announcer.await;
+        server_stop.cancel();
+        meter_stop.cancel();
+        keepers_stop.cancel();
+        tasks.close();
+        tasks.wait().await;
+    }
+}
+
+impl fmt::Debug for BaseWorker {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("BaseWorker").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl WorkerHandle {
+    /// Returns the worker's public key.
+    pub fn worker_id(&self) -> WorkerId {
+        self.worker_id
+    }
+
+    /// Returns the processes that hold its models.
+    pub fn engine_pids(&self) -> Vec<u32> {
+        self.loader.cache().ready().into_iter().filter_map(|(_, loaded)| loaded.pid).collect()
+    }
+
+    /// Waits until every model that is to be in memory answers.
+    pub async fn ready(&self) -> Result<(), NotReady> {
+        let all = async {
+            for entry in self.loader.cache().entries() {
+                if self.loader.preloads() {
+                    settled(entry).await?;
+                }
+            }
+            Ok(())
+        };
+        self.stopped.run_until_cancelled(all).await.unwrap_or(Err(NotReady::Stopped))
+    }
+}
+
+async fn settled(entry: &Entry) -> Result<(), NotReady> {
+    let mut status = entry.status.subscribe();
+    let settled = status.wait_for(|status| matches!(status, Status::Ready(_) | Status::Failed(_))).await;
+    match settled.as_deref() {
+        Ok(Status::Failed(reason)) => Err(NotReady::LoadFailed { model: entry.key.clone(), reason: reason.clone() }),
+        Ok(_) => Ok(()),
+        Err(_) => Err(NotReady::Stopped),
+    }
+}
+
+/// Counts what the engines do until `stop`.
+async fn meter(desk: Arc<Desk>, mut meter: EngineMeter, stop: CancellationToken) {
+    let counting = async {
+        loop {
+            meter.add(&desk.loader.observe());
+            // What a job took is told when it ends, and what its cancel stopped soon after.
+            let _ = time::timeout(METER_EVERY, desk.job_ended.notified()).await;
+        }
+    };
+    stop.run_until_cancelled(counting).await;
+    meter.add(&desk.loader.observe());
+    meter.clear();
+}
+
+/// Where jobs come in.
+struct Desk {
+    may_give_work: Box<dyn Fn(PublicKey) -> bool + Send + Sync>,
+    draining: AtomicBool,
+    guard: Arc<QuotaGuard>,
+    loader: Arc<ModelLoader>,
+    engine: ExecutionEngine,
+    /// Ends the jobs that did not end by themselves.
+    give_up: CancellationToken,
+    job_ended: Notify,
+}
+
+/// A job that has its place.
+struct Job {
+    request: Arc<InferRequest>,
+    entry: Arc<Entry>,
+    deadline: Option<Instant>,
+    place: Place,
+}
+
+impl Desk {
+    /// Takes a job or refuses it, and answers it.
+    async fn take(self: Arc<Self>, call: StreamCall) {
+        let job = match self.admit(&call) {
+            Ok(job) => job,
+            Err(error) => return refuse(call, error).await,
+        };
+        let request = job.request.clone();
+        let outcome = self.run(call, job).await;
+        self.job_ended.notify_one();
+        debug!(
+            correlation_id = %request.correlation_id,
+            trace_id = %request.trace_id,
+            attempt = request.attempt,
+            ?outcome,
+            "the job ended"
+        );
+    }
+
+    /// Checks a job and gives it a place; says why not, before any work is done.
+    fn admit(&self, call: &StreamCall) -> Result<Job, WireError> {
+        if !(self.may_give_work)(call.peer) {
+            return Err(WireError::new(ErrorCode::NotEnrolled, "this worker takes no work from this node"));
+        }
+        if self.draining.load(Ordering::Relaxed) {
+            return Err(stopping());
+        }
+        let request: InferRequest = codec::decode(&call.body)?;
+        request.input.check()?;
+        if request.input.adapter.is_some() {
+            let error = WireError::new(ErrorCode::UnsupportedParameter, "this worker has no adapters");
+            return Err(error.with_param("adapter"));
+        }
+        let key = ModelKey { model_id: request.model_id.clone(), version: request.version };
+        let entry = self.loader.cache().find(&key).cloned().ok_or_else(|| {
+            WireError::new(ErrorCode::ModelNotHere, format!("this worker does not serve {key}, try another"))
+        })?;
+        let now = Instant::now();
+        let relative = request.deadline_ms.and_then(|wait| now.checked_add(Duration::from_millis(wait)));
+        let deadline = call.deadline.into_iter().chain(relative).min();
+        if deadline.is_some_and(|deadline| deadline <= now) {
+            return Err(too_late());
+        }
+        let place = self.guard.enter(&request.tenant_id)?;
+        Ok(Job { request: Arc::new(request), entry, deadline, place })
+    }
+
+    async fn run(&self, call: StreamCall, job: Job) -> Result<(), Broken> {
+        let Job { request, entry, deadline, place } = job;
+        let mut beginning = Box::pin(self.engine.begin(entry, request.clone()));
+        let begun = match time::timeout(BEGIN_BEFORE_ACCEPT, &mut beginning).await {
+            Ok(Ok(generation)) => Some(generation),
+            Ok(Err(error)) => {
+                drop(place);
+                refuse(call, error.clone()).await;
+                return Err(Broken::Failed(error));
+            }
+            // The model is on its way into memory, or the engine has much to do.
+            Err(_) => None,
+        };
+        let mut reply = call.accept().await?;
+        let answered = {
+            let reply = &mut reply;
+            let answering = async move {
+                let generation = match begun {
+                    Some(generation) => generation,
+                    None => tokio::select! {
+                        biased;
+                        () = reply.cancelled() => return Err(Broken::Interrupted),
+                        begun = beginning => begun?,
+                    },
+                };
+                self.engine.answer(generation, &request, reply).await
+            };
+            tokio::select! {
+                biased;
+                () = self.give_up.cancelled() => Err(Broken::Failed(stopping())),
+                () = passed(deadline) => Err(Broken::Failed(too_late())),
+                answered = answering => answered,
+            }
+        };
+        // The place is free before the caller learns of the end, so that it may send the next job at once.
+        drop(place);
+        match answered {
+            Ok(last) => finish(reply, &last).await,
+            Err(broken) => {
+                if let Broken::Failed(error) = &broken {
+                    fail(reply, error.clone()).await;
+                }
+                Err(broken)
+            }
+        }
+    }
+
+    fn condition(&self) -> Condition {
+        let snapshots = self.loader.observe().snapshots;
+        Condition { jobs: self.guard.count(), draining: self.draining.load(Ordering::Relaxed), snapshots }
+    }
+
+    /// Returns the topics to be found under: none, once no more work is taken.
+    fn wanted_topics(&self, region: &protocol::Region) -> BTreeSet<Topic> {
+        if self.draining.load(Ordering::Relaxed) {
+            return BTreeSet::new();
+        }
+        topics(region, self.loader.cache().ready().into_iter().map(|(key, _)| key))
+    }
+}
+
+async fn passed(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn refuse(call: StreamCall, error: WireError) {
+    debug!(peer = call.peer.short(), %error, "a job was refused");
+    // A caller that does not listen needs no answer.
+    let _ = time::timeout(LAST_WORD, call.refuse(error)).await;
+}
+
+async fn fail(reply: ReplyStream, error: WireError) {
+    let _ = time::timeout(LAST_WORD, reply.fail(error)).await;
+}
+
+fn stopping() -> WireError {
+    WireError::new(ErrorCode::WorkerStopping, "the worker is stopping, try another")
+}
+
+fn too_late() -> WireError {
+    WireError::new(ErrorCode::DeadlineExceeded, "the deadline passed")
+}

@@ -1,0 +1,145 @@
+//! What a worker serves, and within which limits.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use protocol::model::ModelKey;
+use protocol::{Digest, ModelName, ModelVersion, Region};
+use serde::{Deserialize, Serialize};
+
+/// The configuration of one worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where the worker stands; it serves the orchestrators of this region.
+    pub region: Region,
+    /// The models it serves.
+    pub models: Vec<ServedModel>,
+    /// Jobs that run side by side at most; each model is loaded with as many sequences.
+    pub slots: u32,
+    /// Jobs that may wait; one more is refused.
+    pub queue_max: u32,
+    /// Jobs of one tenant, running and waiting, at most; missing for no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenant_jobs_max: Option<u32>,
+    /// Loads the models at the start, and not at their first job.
+    pub preload: bool,
+    /// Seconds that jobs have to end when the worker stops.
+    pub drain_secs: u64,
+    /// Network hops to the region's centre; fewer is nearer.
+    pub latency_hops: u32,
+}
+
+/// One model that a worker serves, and how it is loaded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServedModel {
+    /// Its name.
+    pub model_id: ModelName,
+    /// Its version.
+    pub version: ModelVersion,
+    /// SHA-256 of its artifact.
+    pub digest: Digest,
+    /// Tokens of context per job; 0 takes what the model was trained with.
+    #[serde(default)]
+    pub context_length: u32,
+    /// Threads for decoding; 0 takes the number of cores.
+    #[serde(default)]
+    pub threads: u32,
+    /// Layers to place on a GPU; 0 keeps all on the CPU.
+    #[serde(default)]
+    pub gpu_layers: u32,
+}
+
+/// Why a configuration makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Nothing could ever run.
+    #[error("slots must be at least 1")]
+    NoSlots,
+    /// A tenant could never run anything.
+    #[error("tenant_jobs_max must be at least 1, or missing for no limit")]
+    NoTenantJobs,
+    /// A model stands in the list twice.
+    #[error("models has {0} more than once")]
+    ModelTwice(ModelKey),
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            region: "local".parse().expect("a region's slug"),
+            models: Vec::new(),
+            slots: 4,
+            queue_max: 64,
+            tenant_jobs_max: None,
+            preload: true,
+            drain_secs: 30,
+            latency_hops: 0,
+        }
+    }
+}
+
+impl Config {
+    /// Checks what types cannot.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.slots == 0 {
+            return Err(ConfigError::NoSlots);
+        }
+        if self.tenant_jobs_max == Some(0) {
+            return Err(ConfigError::NoTenantJobs);
+        }
+        let mut seen = BTreeSet::new();
+        match self.models.iter().map(ServedModel::key).find(|key| !seen.insert(key.clone())) {
+            Some(twice) => Err(ConfigError::ModelTwice(twice)),
+            None => Ok(()),
+        }
+    }
+
+    /// Returns how long jobs have to end when the worker stops.
+    pub fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_secs)
+    }
+}
+
+impl ServedModel {
+    /// Returns name and version.
+    pub fn key(&self) -> ModelKey {
+        ModelKey { model_id: self.model_id.clone(), version: self.version }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> ServedModel {
+        let digest = Digest::of(b"model");
+        let (model_id, version) = ("tether-tiny".parse().expect("name"), "1.0".parse().expect("version"));
+        ServedModel { model_id, version, digest, context_length: 0, threads: 0, gpu_layers: 0 }
+    }
+
+    #[test]
+    fn a_model_needs_no_more_than_its_name_version_and_digest() {
+        let text =
+            format!("[[models]]\nmodel_id = \"tether-tiny\"\nversion = \"1.0\"\ndigest = \"{}\"", Digest::of(b"model"));
+        let config: Config = toml::from_str(&text).expect("it reads");
+        assert_eq!(config, Config { models: vec![model()], ..Config::default() });
+        assert_eq!(config.check(), Ok(()));
+    }
+
+    #[test]
+    fn an_unknown_field_is_an_error_that_names_it() {
+        let error = toml::from_str::<Config>("slot = 1").expect_err("it is called slots");
+        assert!(error.to_string().contains("slot"), "{error}");
+    }
+
+    #[test]
+    fn what_could_never_run_is_refused() {
+        assert_eq!(Config { slots: 0, ..Config::default() }.check(), Err(ConfigError::NoSlots));
+        let nobody = Config { tenant_jobs_max: Some(0), ..Config::default() };
+        assert_eq!(nobody.check(), Err(ConfigError::NoTenantJobs));
+        let twice = Config { models: vec![model(), model()], ..Config::default() };
+        assert_eq!(twice.check(), Err(ConfigError::ModelTwice(model().key())));
+    }
+}

@@ -1,0 +1,19 @@
+//! Loads models and runs jobs.
+//!
+//! [`BaseWorker`] answers `infer.start`: its quota guard says whether there is room, the model loader brings the
+//! model into memory, the execution engine runs the job, and the health reporter tells the orchestrators of it all.
+
+mod announcer;
+mod base_worker;
+mod capabilities;
+mod config;
+mod engine_meter;
+mod execution_engine;
+mod health_reporter;
+mod model_loader;
+mod quota_guard;
+
+pub use base_worker::{BaseWorker, NotReady, WorkerHandle, WorkerParts};
+pub use capabilities::Capabilities;
+pub use config::{Config, ConfigError, ServedModel};
+pub use quota_guard::{Limits, Occupancy, Refusal, admit};

@@ -1,0 +1,316 @@
+//! Brings models into memory: verified, once each, and again when their engine dies (W2).
+//!
+//! Each model has one keeper, a task that alone loads and unloads it. So however many jobs want a model, it is
+//! loaded once, and they all wait for the same load.
+
+pub(crate) mod cache;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use artifact_store::{ArtifactStore, OpenError};
+use engine::{EngineError, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, VerifiedArtifact};
+use observability::metrics::{Metrics, ModelLabel};
+use protocol::model::ModelKey;
+use tokio::sync::watch;
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+use cache::{Entry, ModelCache, Status};
+
+/// The wait after the first failure; it doubles with each.
+const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+/// The longest wait.
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// An engine that lived this long ends the row of failures before it.
+const STEADY: Duration = Duration::from_mins(1);
+/// Failures in a row after which an engine that seems alive is replaced.
+const STRIKES_MAX: u32 = 3;
+/// How long an unload may take before it is given up.
+const UNLOAD_WITHIN: Duration = Duration::from_secs(5);
+
+/// Loads the models of one worker and keeps them loaded.
+pub(crate) struct ModelLoader {
+    cache: ModelCache,
+    options: LoaderOptions,
+    runtime: Arc<dyn ModelRuntime>,
+    artifacts: ArtifactStore,
+    metrics: Metrics,
+    changes: watch::Sender<()>,
+    /// Verification blocks; it is waited for here.
+    blocking: TaskTracker,
+}
+
+/// How models are loaded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LoaderOptions {
+    /// Sequences that run side by side.
+    pub(crate) slots: u32,
+    /// Requests that an engine may let wait.
+    pub(crate) queue_max: u32,
+    /// Loads at the start, and not at the first job.
+    pub(crate) preload: bool,
+    /// Where the jitter of retries comes from, so that a run repeats and workers differ.
+    pub(crate) seed: u64,
+}
+
+/// The model can't be had here for the time being.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the model could not be loaded: {reason}")]
+pub(crate) struct LoadFailed {
+    /// Why, for this node's log.
+    pub(crate) reason: Arc<str>,
+}
+
+/// How busy the engines are, at one moment.
+pub(crate) struct Observation {
+    /// The models that answer.
+    pub(crate) ready: Vec<(ModelKey, ModelId)>,
+    /// Each engine's state.
+    pub(crate) snapshots: Vec<LoadSnapshot>,
+}
+
+/// Why one load failed.
+#[derive(Debug, thiserror::Error)]
+enum LoadError {
+    #[error(transparent)]
+    Artifact(#[from] OpenError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error("the verification did not end")]
+    Interrupted,
+}
+
+impl ModelLoader {
+    pub(crate) fn new(
+        cache: ModelCache,
+        options: LoaderOptions,
+        runtime: Arc<dyn ModelRuntime>,
+        artifacts: ArtifactStore,
+        metrics: Metrics,
+        changes: watch::Sender<()>,
+    ) -> Self {
+        Self { cache, options, runtime, artifacts, metrics, changes, blocking: TaskTracker::new() }
+    }
+
+    pub(crate) fn cache(&self) -> &ModelCache {
+        &self.cache
+    }
+
+    /// Says whether models are loaded before anyone asks for them.
+    pub(crate) fn preloads(&self) -> bool {
+        self.options.preload
+    }
+
+    /// Keeps every model until `stop`, then unloads them.
+    pub(crate) async fn run(self: Arc<Self>, stop: CancellationToken) {
+        let keepers = TaskTracker::new();
+        for entry in self.cache.entries() {
+            let (loader, entry, stop) = (self.clone(), entry.clone(), stop.clone());
+            keepers.spawn(async move {
+                stop.run_until_cancelled(loader.keep(&entry)).await;
+                if let Some(loaded) = entry.loaded() {
+                    loader.set(&entry, Status::Absent);
+                    loader.unload(&entry, loaded.id).await;
+                }
+            });
+        }
+        keepers.close();
+        keepers.wait().await;
+        self.blocking.close();
+        self.blocking.wait().await;
+    }
+
+    /// Returns a served model once it answers, loading it if need be.
+    pub(crate) async fn resident(&self, entry: &Entry) -> Result<LoadedModel, LoadFailed> {
+        if let Some(loaded) = entry.loaded() {
+            return Ok(loaded);
+        }
+        entry.wanted.notify_one();
+        let mut status = entry.status.subscribe();
+        let settled = status.wait_for(|status| matches!(status, Status::Ready(_) | Status::Failed(_))).await;
+        match settled.as_deref() {
+            Ok(Status::Ready(loaded)) => Ok(loaded.clone()),
+            Ok(Status::Failed(reason)) => Err(LoadFailed { reason: reason.clone() }),
+            _ => Err(LoadFailed { reason: "the worker is stopping".into() }),
+        }
+    }
+
+    /// Looks at the engines, and notices those that are gone.
+    pub(crate) fn observe(&self) -> Observation {
+        // The list comes first: a model that is loaded meanwhile must not look dead.
+        let ready: Vec<_> = self.cache.ready().into_iter().map(|(key, loaded)| (key, loaded.id)).collect();
+        let snapshots = self.runtime.load_state();
+        for (key, id) in &ready {
+            if !is_listed(&snapshots, *id)
+                && let Some(entry) = self.cache.find(key)
+            {
+                entry.bury(*id);
+            }
+        }
+        Observation { ready, snapshots }
+    }
+
+    /// Takes note that a job failed on an engine.
+    pub(crate) fn job_failed(&self, entry: &Entry, id: ModelId, error: &EngineError) {
+        let dead = match error {
+            EngineError::NotLoaded => true,
+            // One request may fail by itself; an engine that fails them all is as good as dead.
+            EngineError::Failed { .. } => !is_listed(&self.runtime.load_state(), id) || entry.strike() >= STRIKES_MAX,
+            _ => false,
+        };
+        if dead {
+            entry.bury(id);
+        }
+    }
+
+    /// Loads one model, waits for its death, and begins again.
+    async fn keep(&self, entry: &Entry) {
+        let mut backoff = Backoff::new(self.options.seed ^ digest_seed(entry));
+        if !self.options.preload {
+            entry.wanted.notified().await;
+        }
+        loop {
+            self.set(entry, Status::Loading);
+            match self.load(entry).await {
+                Ok(loaded) => {
+                    let since = Instant::now();
+                    let id = loaded.id;
+                    info!(model = %entry.key, pid = loaded.pid, "the model is ready");
+                    entry.forgive();
+                    self.set(entry, Status::Ready(loaded));
+                    entry.died(id).await;
+                    self.metrics.engine_deaths.get_or_create(&label(&entry.key)).inc();
+                    warn!(model = %entry.key, "the engine died");
+                    self.set(entry, Status::Failed("the engine died".into()));
+                    // What is left of it may still hold memory, or a job.
+                    self.unload(entry, id).await;
+                    if since.elapsed() >= STEADY {
+                        backoff.reset();
+                    }
+                }
+                Err(error) => {
+                    if matches!(error, LoadError::Artifact(OpenError::Mismatch { .. })) {
+                        self.metrics.artifact_verify_failures.inc();
+                    }
+                    warn!(model = %entry.key, %error, "the model could not be loaded");
+                    self.set(entry, Status::Failed(error.to_string().into()));
+                }
+            }
+            time::sleep(backoff.next()).await;
+        }
+    }
+
+    async fn load(&self, entry: &Entry) -> Result<LoadedModel, LoadError> {
+        let (artifacts, digest) = (self.artifacts.clone(), entry.model.digest);
+        let opened = self.blocking.spawn_blocking(move || artifacts.open(&digest)).await;
+        let opened = opened.map_err(|_| LoadError::Interrupted)??;
+        let artifact = VerifiedArtifact { file: opened.file, sha256: opened.digest.to_string(), bytes: opened.bytes };
+        let options = LoadOptions {
+            context_length: entry.model.context_length,
+            slots: self.options.slots,
+            queue_max: self.options.queue_max,
+            threads: entry.model.threads,
+            gpu_layers: entry.model.gpu_layers,
+        };
+        Ok(self.runtime.load(artifact, options, engine::no_progress()).await?)
+    }
+
+    async fn unload(&self, entry: &Entry, id: ModelId) {
+        match time::timeout(UNLOAD_WITHIN, self.runtime.unload(id)).await {
+            // An engine that is gone has nothing to unload.
+            Ok(Ok(()) | Err(EngineError::NotLoaded)) => {}
+            Ok(Err(error)) => warn!(model = %entry.key, %error, "the model could not be unloaded"),
+            Err(_) => warn!(model = %entry.key, "the model was not unloaded in time"),
+        }
+    }
+
+    fn set(&self, entry: &Entry, status: Status) {
+        entry.status.send_replace(status);
+        self.changes.send_replace(());
+    }
+}
+
+impl fmt::Debug for ModelLoader {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("ModelLoader").field("cache", &self.cache).finish_non_exhaustive()
+    }
+}
+
+fn is_listed(snapshots: &[LoadSnapshot], id: ModelId) -> bool {
+    snapshots.iter().any(|snapshot| snapshot.model == id)
+}
+
+/// Returns the label under which a model is counted; versions are counted together.
+pub(crate) fn label(key: &ModelKey) -> ModelLabel {
+    ModelLabel { model: key.model_id.to_string() }
+}
+
+fn digest_seed(entry: &Entry) -> u64 {
+    entry.model.digest.0.chunks_exact(8).fold(0, |seed, chunk| seed ^ u64_of(chunk))
+}
+
+/// Returns eight bytes as a number, and fewer as well.
+pub(crate) fn u64_of(bytes: &[u8]) -> u64 {
+    bytes.iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
+}
+
+/// Waits that double, each cut by up to a half, so that workers that failed together do not retry together.
+struct Backoff {
+    random: u64,
+    failures: u32,
+}
+
+impl Backoff {
+    fn new(seed: u64) -> Self {
+        Self { random: seed, failures: 0 }
+    }
+
+    fn reset(&mut self) {
+        self.failures = 0;
+    }
+
+    fn next(&mut self) -> Duration {
+        let whole = BACKOFF_FIRST.saturating_mul(1 << self.failures.min(20)).min(BACKOFF_MAX);
+        self.failures += 1;
+        // SplitMix64, by Steele, Lea and Flood.
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.random;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^= mixed >> 31;
+        let fraction = (mixed >> 11) as f64 / (1_u64 << 53) as f64;
+        whole.mul_f64(1.0 - fraction / 2.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_double_up_to_half_a_minute() {
+        let mut backoff = Backoff::new(7);
+        let mut whole = BACKOFF_FIRST;
+        for _ in 0..40 {
+            let wait = backoff.next();
+            assert!(wait <= whole && wait >= whole / 2, "{wait:?} of {whole:?}");
+            whole = (whole * 2).min(BACKOFF_MAX);
+        }
+        backoff.reset();
+        assert!(backoff.next() <= BACKOFF_FIRST);
+    }
+
+    #[test]
+    fn waits_repeat_from_their_seed_and_differ_between_seeds() {
+        let waits = |seed| {
+            let mut backoff = Backoff::new(seed);
+            (0..8).map(|_| backoff.next()).collect::<Vec<_>>()
+        };
+        assert_eq!(waits(1), waits(1));
+        assert_ne!(waits(1), waits(2));
+    }
+}

@@ -1,0 +1,195 @@
+//! Says whether a job may come in: there must be room, and its tenant must be within its share (W6).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use protocol::{ErrorCode, TenantId, WireError};
+use tokio::sync::watch;
+
+/// How long a refused caller should leave this worker alone.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// How many jobs a worker takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Jobs that run at most.
+    pub slots: u32,
+    /// Jobs that wait at most.
+    pub queue_max: u32,
+    /// Jobs of one tenant at most, running and waiting; `None` for no limit.
+    pub tenant_jobs_max: Option<u32>,
+}
+
+/// How many jobs a worker has, before the one to decide on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Occupancy {
+    /// All jobs, running and waiting.
+    pub jobs: u32,
+    /// Those of the tenant that brings another.
+    pub tenant_jobs: u32,
+}
+
+/// Why a job may not come in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// All slots are taken and the queue is full.
+    #[error("the worker is full, try another")]
+    QueueFull,
+    /// The tenant has as many jobs here as one tenant may have.
+    #[error("the tenant has its share of this worker, try another")]
+    TenantShare,
+}
+
+impl From<Refusal> for WireError {
+    fn from(refusal: Refusal) -> Self {
+        Self::new(ErrorCode::WorkerFull, refusal.to_string()).with_retry_after(RETRY_AFTER)
+    }
+}
+
+/// Decides whether one more job may come in.
+pub fn admit(limits: &Limits, occupancy: Occupancy) -> Result<(), Refusal> {
+    if occupancy.jobs >= limits.slots.saturating_add(limits.queue_max) {
+        return Err(Refusal::QueueFull);
+    }
+    if limits.tenant_jobs_max.is_some_and(|most| occupancy.tenant_jobs >= most) {
+        return Err(Refusal::TenantShare);
+    }
+    Ok(())
+}
+
+/// Counts the jobs that are here.
+#[derive(Debug)]
+pub(crate) struct QuotaGuard {
+    limits: Limits,
+    jobs: Mutex<Jobs>,
+    changes: watch::Sender<()>,
+}
+
+#[derive(Debug, Default)]
+struct Jobs {
+    count: u32,
+    /// Only tenants that have a job here.
+    by_tenant: HashMap<TenantId, u32>,
+}
+
+impl QuotaGuard {
+    pub(crate) fn new(limits: Limits, changes: watch::Sender<()>) -> Arc<Self> {
+        Arc::new(Self { limits, jobs: Mutex::default(), changes })
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Takes a place for a tenant's job, or says why there is none.
+    pub(crate) fn enter(self: &Arc<Self>, tenant: &TenantId) -> Result<Place, Refusal> {
+        {
+            let mut jobs = self.jobs();
+            let tenant_jobs = jobs.by_tenant.get(tenant).copied().unwrap_or_default();
+            admit(&self.limits, Occupancy { jobs: jobs.count, tenant_jobs })?;
+            jobs.count += 1;
+            jobs.by_tenant.insert(tenant.clone(), tenant_jobs + 1);
+        }
+        self.changes.send_replace(());
+        Ok(Place { guard: self.clone(), tenant: tenant.clone() })
+    }
+
+    /// Returns how many jobs are here.
+    pub(crate) fn count(&self) -> u32 {
+        self.jobs().count
+    }
+
+    /// Waits until no job is here.
+    pub(crate) async fn empty(&self) {
+        let mut changes = self.changes.subscribe();
+        while self.count() > 0 {
+            // The sender lives as long as this guard.
+            let _ = changes.changed().await;
+        }
+    }
+
+    fn jobs(&self) -> MutexGuard<'_, Jobs> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A job's place at the worker, given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Place {
+    guard: Arc<QuotaGuard>,
+    tenant: TenantId,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        {
+            let mut jobs = self.guard.jobs();
+            jobs.count = jobs.count.saturating_sub(1);
+            if let Some(tenant_jobs) = jobs.by_tenant.get_mut(&self.tenant) {
+                *tenant_jobs = tenant_jobs.saturating_sub(1);
+                if *tenant_jobs == 0 {
+                    jobs.by_tenant.remove(&self.tenant);
+                }
+            }
+        }
+        self.guard.changes.send_replace(());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { slots: 2, queue_max: 2, tenant_jobs_max: Some(3) };
+
+    fn guard() -> Arc<QuotaGuard> {
+        QuotaGuard::new(LIMITS, watch::channel(()).0)
+    }
+
+    fn tenant(name: &str) -> TenantId {
+        name.parse().expect("a tenant")
+    }
+
+    #[test]
+    fn a_job_comes_in_until_slots_and_queue_are_taken() {
+        for (jobs, expected) in [(0, Ok(())), (3, Ok(())), (4, Err(Refusal::QueueFull)), (9, Err(Refusal::QueueFull))] {
+            assert_eq!(admit(&LIMITS, Occupancy { jobs, tenant_jobs: 0 }), expected, "{jobs} jobs");
+        }
+    }
+
+    #[test]
+    fn a_tenant_gets_no_more_than_its_share() {
+        assert_eq!(admit(&LIMITS, Occupancy { jobs: 3, tenant_jobs: 2 }), Ok(()));
+        assert_eq!(admit(&LIMITS, Occupancy { jobs: 3, tenant_jobs: 3 }), Err(Refusal::TenantShare));
+        let unlimited = Limits { tenant_jobs_max: None, ..LIMITS };
+        assert_eq!(admit(&unlimited, Occupancy { jobs: 3, tenant_jobs: 3 }), Ok(()));
+    }
+
+    #[test]
+    fn a_full_worker_says_so_before_it_speaks_of_shares() {
+        assert_eq!(admit(&LIMITS, Occupancy { jobs: 4, tenant_jobs: 4 }), Err(Refusal::QueueFull));
+    }
+
+    #[test]
+    fn a_place_given_back_can_be_taken_by_another() {
+        let guard = guard();
+        let places: Vec<_> = (0..3).map(|_| guard.enter(&tenant("a")).expect("within its share")).collect();
+        assert_eq!(guard.enter(&tenant("a")).expect_err("over its share"), Refusal::TenantShare);
+        let other = guard.enter(&tenant("b")).expect("there is room for others");
+        assert_eq!(guard.enter(&tenant("c")).expect_err("full"), Refusal::QueueFull);
+        drop(places);
+        assert_eq!(guard.count(), 1);
+        guard.enter(&tenant("a")).expect("there is room again");
+        drop(other);
+        assert!(guard.jobs().by_tenant.is_empty());
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_the_last_job_is_woken() {
+        let guard = guard();
+        let place = guard.enter(&tenant("a")).expect("there is room");
+        let (waited, ()) = tokio::join!(guard.empty(), async { drop(place) });
+        assert_eq!((waited, guard.count()), ((), 0));
+    }
+}

@@ -1,0 +1,293 @@
+//! A worker with a mock engine, on a network in memory, seen by an orchestrator that only listens.
+
+mod jobs;
+mod models;
+mod reports;
+mod stopping;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use artifact_store::ArtifactStore;
+use bytes::Bytes;
+use engine::{MockOptions, MockRuntime, ModelRuntime};
+use observability::metrics::Metrics;
+use protocol::control::{Empty, NodeInfo, NodeRole, PRESENCE_REPORT};
+use protocol::health::{HealthReport, ModelState};
+use protocol::infer::{InferChunk, InferRequest, Input, START};
+use protocol::model::ModelKey;
+use protocol::presence::{self, Facts, HighWater, Rejection};
+use protocol::signature::{NodeKey, Signed};
+use protocol::{Clock, CorrelationId, Digest, PublicKey, Region, Topic, UnixMillis, WireError, codec};
+use rpc::{AnswerStream, CallError, Client, MemoryNetwork, Server, StreamOptions, Transport};
+use tempfile::TempDir;
+use tether_worker::{BaseWorker, Config, ServedModel, WorkerHandle, WorkerParts};
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+const SECOND: Duration = Duration::from_secs(1);
+const MODEL_BYTES: &[u8] = b"what the mock takes for a model";
+
+/// A time of day that goes with Tokio's clock.
+struct PausedClock {
+    begin: Instant,
+}
+
+impl Clock for PausedClock {
+    fn now(&self) -> UnixMillis {
+        UnixMillis(1_700_000_000_000).after(self.begin.elapsed())
+    }
+}
+
+/// A report as it came to the orchestrator.
+#[derive(Debug, Clone)]
+struct Received {
+    at: Instant,
+    report: Result<HealthReport, Rejection>,
+}
+
+#[derive(Default)]
+struct Inbox {
+    received: Vec<Received>,
+    high_water: BTreeMap<PublicKey, HighWater>,
+}
+
+/// Takes reports as an orchestrator does, and calls the worker.
+struct Orchestrator {
+    client: Client,
+    inbox: Arc<Mutex<Inbox>>,
+}
+
+impl Orchestrator {
+    async fn join(network: &MemoryNetwork, seed: u8, world: &World) -> Self {
+        let transport = network.node(&NodeKey::from_seed(&[seed; 32]));
+        let inbox = Arc::new(Mutex::new(Inbox::default()));
+        let info = NodeInfo { roles: vec![NodeRole::Orchestrator], region: region(), version: "0".into() };
+        let (taking, clock) = (inbox.clone(), world.clock.clone());
+        let server = Server::new(transport.clone(), info).unary(PRESENCE_REPORT, move |caller, signed: Signed| {
+            let mut inbox = taking.lock().expect("no test panics in here");
+            let high_water = inbox.high_water.get(&caller.key).copied();
+            let facts =
+                Facts { remote_key: caller.key, regions: &[region()], enrolled: true, high_water, now: clock.now() };
+            let report = presence::admit(&signed, &facts);
+            if let Ok(report) = &report {
+                inbox.high_water.insert(caller.key, HighWater { epoch: report.epoch, seq: report.seq });
+            }
+            inbox.received.push(Received { at: Instant::now(), report });
+            async { Ok(Empty {}) }
+        });
+        world.tasks.spawn(server.run(world.end.clone(), SECOND));
+        transport.announce(&Topic::Control(region())).await.expect("announced");
+        Self { client: Client::new(transport), inbox }
+    }
+
+    fn received(&self) -> Vec<Received> {
+        self.inbox.lock().expect("no test panics in here").received.clone()
+    }
+
+    fn reports(&self) -> Vec<HealthReport> {
+        self.received().into_iter().map(|received| received.report.expect("every report is believed")).collect()
+    }
+
+    fn last(&self) -> HealthReport {
+        self.reports().pop().expect("a report came")
+    }
+}
+
+/// What outlives a worker.
+struct World {
+    network: MemoryNetwork,
+    clock: Arc<PausedClock>,
+    tasks: TaskTracker,
+    end: CancellationToken,
+    folder: TempDir,
+}
+
+/// A worker and an orchestrator.
+struct Scene {
+    world: World,
+    orchestrator: Orchestrator,
+    runtime: Arc<MockRuntime>,
+    metrics: Metrics,
+    transport: Arc<dyn Transport>,
+    handle: WorkerHandle,
+    stop: CancellationToken,
+    running: tokio::task::JoinHandle<()>,
+}
+
+fn region() -> Region {
+    "local".parse().expect("a region")
+}
+
+fn model() -> ServedModel {
+    ServedModel {
+        model_id: "tether-tiny".parse().expect("a name"),
+        version: "1.0".parse().expect("a version"),
+        digest: Digest::of(MODEL_BYTES),
+        context_length: 0,
+        threads: 0,
+        gpu_layers: 0,
+    }
+}
+
+fn key() -> ModelKey {
+    model().key()
+}
+
+fn config() -> Config {
+    Config { models: vec![model()], ..Config::default() }
+}
+
+/// An engine slow enough to look at while it works.
+fn slow() -> MockOptions {
+    MockOptions { per_token: SECOND / 10, tokens: 1_000, ..MockOptions::default() }
+}
+
+impl Scene {
+    async fn new(config: Config, mock: MockOptions) -> Self {
+        Self::build(config, mock, |_| {}, |runtime| runtime, |worker| worker).await
+    }
+
+    /// Sets the scene and waits until the worker is ready.
+    async fn ready(config: Config, mock: MockOptions) -> Self {
+        let scene = Self::new(config, mock).await;
+        scene.handle.ready().await.expect("the model loads");
+        // The report of the readiness arrives.
+        time::sleep(SECOND / 2).await;
+        scene
+    }
+
+    async fn build(
+        config: Config,
+        mock: MockOptions,
+        prepare: impl FnOnce(&World),
+        wrap: impl FnOnce(Arc<MockRuntime>) -> Arc<dyn ModelRuntime>,
+        change: impl FnOnce(BaseWorker) -> BaseWorker,
+    ) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let artifacts = ArtifactStore::in_folder(folder.path()).expect("a store");
+        artifacts.put(MODEL_BYTES, 1024).expect("put");
+        let world = World {
+            network: MemoryNetwork::new(),
+            clock: Arc::new(PausedClock { begin: Instant::now() }),
+            tasks: TaskTracker::new(),
+            end: CancellationToken::new(),
+            folder,
+        };
+        prepare(&world);
+        let orchestrator = Orchestrator::join(&world.network, 2, &world).await;
+        let runtime = Arc::new(MockRuntime::new(mock));
+        let metrics = Metrics::new();
+        let node_key = NodeKey::from_seed(&[1; 32]);
+        let transport = world.network.node(&node_key);
+        let parts = WorkerParts {
+            transport: transport.clone(),
+            key: node_key,
+            epoch: 7,
+            clock: world.clock.clone(),
+            runtime: wrap(runtime.clone()),
+            artifacts,
+            metrics: metrics.clone(),
+            version: "0".into(),
+        };
+        let worker = change(BaseWorker::new(config, parts));
+        let handle = worker.handle();
+        let stop = CancellationToken::new();
+        let running = world.tasks.spawn(worker.run(stop.clone()));
+        Self { world, orchestrator, runtime, metrics, transport, handle, stop, running }
+    }
+
+    /// Replaces the stored artifact by other bytes.
+    fn tamper(world: &World) {
+        let digest = model().digest.to_string();
+        let path = world.folder.path().join("sha256").join(&digest[..2]).join(&digest);
+        fs::remove_file(&path).expect("it was there");
+        fs::write(&path, b"what the mock takes for a mode1").expect("written");
+    }
+
+    /// Ends the engine's model under the worker, as the death of its process does.
+    async fn kill_engine(&self) {
+        let id = self.runtime.load_state()[0].model;
+        self.runtime.unload(id).await.expect("it was loaded");
+    }
+
+    async fn open(&self, request: &InferRequest) -> Result<AnswerStream, CallError> {
+        self.open_within(request, None).await
+    }
+
+    async fn open_within(&self, request: &InferRequest, wait: Option<Duration>) -> Result<AnswerStream, CallError> {
+        let options = StreamOptions { accept_within: SECOND / 2, deadline: wait, stall: SECOND * 60 };
+        let body = Bytes::from(codec::encode(request));
+        self.orchestrator.client.open_stream(self.handle.worker_id(), START, body, options).await
+    }
+
+    async fn refusal(&self, request: &InferRequest) -> WireError {
+        match self.open(request).await {
+            Err(CallError::Remote(error)) => error,
+            other => panic!("a refusal was expected: {other:?}"),
+        }
+    }
+
+    /// Returns a metric's value, summed over its labels.
+    fn metric(&self, name: &str) -> f64 {
+        let text = self.metrics.encode();
+        let lines = text
+            .lines()
+            .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{') || rest.starts_with(' ')));
+        lines.map(|line| line.rsplit(' ').next().expect("a value").parse::<f64>().expect("a number")).sum()
+    }
+
+    async fn is_found_under(&self, topic: &Topic) -> bool {
+        self.transport.lookup(topic).await.expect("the network is up").contains(&self.handle.worker_id())
+    }
+}
+
+fn request() -> InferRequest {
+    InferRequest {
+        tenant_id: "acme".parse().expect("a tenant"),
+        model_id: key().model_id,
+        version: key().version,
+        input: Input { prompt: Some("one two three".into()), ..Input::default() },
+        correlation_id: CorrelationId(uuid(1)),
+        retry_token: "r".parse().expect("a token"),
+        trace_id: protocol::TraceId([1; 16]),
+        attempt: 3,
+        deadline_ms: None,
+    }
+}
+
+fn of_tenant(tenant: &str) -> InferRequest {
+    InferRequest { tenant_id: tenant.parse().expect("a tenant"), ..request() }
+}
+
+fn uuid(number: u8) -> uuid::Uuid {
+    uuid::Uuid::from_bytes([number; 16])
+}
+
+async fn next(stream: &mut AnswerStream) -> Option<Result<InferChunk, CallError>> {
+    let message = stream.next().await?;
+    Some(message.map(|bytes| codec::decode(&bytes).expect("a chunk")))
+}
+
+/// Reads to the end: the chunks, and the error if there was one.
+async fn read(mut stream: AnswerStream) -> (Vec<InferChunk>, Option<CallError>) {
+    let mut chunks = Vec::new();
+    loop {
+        match next(&mut stream).await {
+            Some(Ok(chunk)) => chunks.push(chunk),
+            Some(Err(error)) => return (chunks, Some(error)),
+            None => return (chunks, None),
+        }
+    }
+}
+
+fn text(chunks: &[InferChunk]) -> String {
+    chunks.iter().map(|chunk| chunk.payload.text.as_str()).collect()
+}
+
+fn states(report: &HealthReport) -> Vec<ModelState> {
+    report.model_cache.iter().map(|model| model.state).collect()
+}

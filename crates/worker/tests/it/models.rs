@@ -1,0 +1,179 @@
+//! How models come into memory, and back when their engine dies.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use engine::{
+    EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, MockOptions,
+    MockRuntime, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
+};
+use protocol::ErrorCode;
+use protocol::health::ModelState;
+use rpc::CallError;
+use tether_worker::{Config, NotReady};
+use tokio::time;
+
+use crate::{SECOND, Scene, config, key, next, read, request, slow, states, text};
+
+fn is_one(value: f64) -> bool {
+    (value - 1.0).abs() < f64::EPSILON
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_comes_during_the_load_is_accepted_at_once_and_waits() {
+    let scene = Scene::new(config(), MockOptions { load: SECOND * 10, ..MockOptions::default() }).await;
+    // `open` itself insists on an acceptance within 500 ms.
+    let (chunks, error) = read(scene.open(&request()).await.expect("accepted")).await;
+    assert_eq!((error, text(&chunks)), (None, MockRuntime::text(16)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_is_not_preloaded_is_loaded_once_by_its_first_jobs() {
+    let lazy = Config { preload: false, ..config() };
+    let scene = Scene::new(lazy, MockOptions { load: SECOND * 10, ..MockOptions::default() }).await;
+    scene.handle.ready().await.expect("there is nothing to wait for");
+    time::sleep(SECOND * 20).await;
+    assert!(scene.runtime.load_state().is_empty());
+    assert_eq!(scene.orchestrator.last().model_cache, []);
+    assert_eq!(scene.orchestrator.last().supported, [key()]);
+    let job = request();
+    let (first, second) = tokio::join!(scene.open(&job), scene.open(&job));
+    for stream in [first, second] {
+        assert_eq!(text(&read(stream.expect("accepted")).await.0), MockRuntime::text(16));
+    }
+    assert_eq!(scene.runtime.load_state().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_dies_fails_its_job_and_is_loaded_again() {
+    let scene = Scene::ready(config(), slow()).await;
+    let mut stream = scene.open(&request()).await.expect("accepted");
+    next(&mut stream).await.expect("it runs").expect("and well");
+    scene.kill_engine().await;
+    let (_, error) = read(stream).await;
+    assert!(matches!(error, Some(CallError::Remote(error)) if error.code == ErrorCode::WorkerFailed));
+    time::sleep(SECOND / 2).await;
+    assert!(is_one(scene.metric("tether_engine_deaths_total")));
+    let mut stream = scene.open(&request()).await.expect("a new engine is there");
+    next(&mut stream).await.expect("it runs").expect("and well");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_dies_while_idle_is_noticed_and_loaded_again() {
+    let scene = Scene::ready(config(), MockOptions { load: SECOND, ..MockOptions::default() }).await;
+    let before = scene.orchestrator.received().len();
+    scene.kill_engine().await;
+    time::sleep(SECOND * 3).await;
+    let seen: Vec<_> = scene.orchestrator.reports()[before..].iter().flat_map(states).collect();
+    assert!(seen.contains(&ModelState::Loading), "{seen:?}");
+    assert_eq!(seen.last(), Some(&ModelState::Ready));
+    assert!(is_one(scene.metric("tether_engine_deaths_total")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_fails_before_the_first_token_fails_the_job_without_a_chunk() {
+    let scene = Scene::ready(config(), MockOptions { fail_first: 1, ..MockOptions::default() }).await;
+    let (chunks, error) = read(scene.open(&request()).await.expect("accepted")).await;
+    assert_eq!(chunks, []);
+    assert!(matches!(error, Some(CallError::Remote(error)) if error.code == ErrorCode::WorkerFailed));
+    // One failure may be the request's; the engine stays.
+    let (chunks, error) = read(scene.open(&request()).await.expect("accepted")).await;
+    assert_eq!((error, text(&chunks)), (None, MockRuntime::text(16)));
+    assert!(scene.metric("tether_engine_deaths_total") < 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_dies_in_mid_answer_has_sent_what_it_had() {
+    let scene = Scene::ready(config(), MockOptions { die_first: 1, die_after: 5, ..MockOptions::default() }).await;
+    let (chunks, error) = read(scene.open(&request()).await.expect("accepted")).await;
+    assert_eq!(text(&chunks), MockRuntime::text(5));
+    assert!(matches!(error, Some(CallError::Remote(error)) if error.code == ErrorCode::WorkerFailed));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_fails_three_jobs_in_a_row_is_replaced() {
+    let scene = Scene::ready(config(), MockOptions { fail_first: 3, ..MockOptions::default() }).await;
+    let before = scene.runtime.load_state()[0].model;
+    for _ in 0..3 {
+        let (_, error) = read(scene.open(&request()).await.expect("accepted")).await;
+        assert!(error.is_some());
+    }
+    time::sleep(SECOND).await;
+    assert!(is_one(scene.metric("tether_engine_deaths_total")));
+    let after = scene.runtime.load_state();
+    assert_eq!(after.len(), 1);
+    assert_ne!(after[0].model, before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tampered_artifact_never_loads() {
+    let scene = Scene::build(config(), MockOptions::default(), Scene::tamper, |runtime| runtime, |worker| worker).await;
+    let not_ready = scene.handle.ready().await.expect_err("it must not load");
+    assert!(matches!(&not_ready, NotReady::LoadFailed { model, .. } if *model == key()), "{not_ready}");
+    time::sleep(SECOND * 120).await;
+    assert!(scene.runtime.load_state().is_empty());
+    assert_eq!(states(&scene.orchestrator.last()), [ModelState::Error]);
+    assert!(is_one(scene.metric("tether_artifact_verify_failures_total")));
+    let error = scene.refusal(&request()).await;
+    assert_eq!(error.code, ErrorCode::WorkerFailed);
+    assert!(!error.message.contains("sha256"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_artifact_that_is_put_back_is_loaded_without_a_restart() {
+    let scene = Scene::build(config(), MockOptions::default(), Scene::tamper, |runtime| runtime, |worker| worker).await;
+    scene.handle.ready().await.expect_err("it must not load");
+    let store = artifact_store::ArtifactStore::in_folder(scene.world.folder.path()).expect("the store");
+    store.put(crate::MODEL_BYTES, 1024).expect("put");
+    time::sleep(SECOND * 31).await;
+    assert_eq!(states(&scene.orchestrator.last()), [ModelState::Ready]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_whose_answer_just_stops_fails_the_job() {
+    let mute = |runtime| Arc::new(Mute(runtime)) as Arc<dyn ModelRuntime>;
+    let scene = Scene::build(config(), MockOptions::default(), |_| {}, mute, |worker| worker).await;
+    scene.handle.ready().await.expect("the model loads");
+    let (chunks, error) = read(scene.open(&request()).await.expect("accepted")).await;
+    assert_eq!(chunks, []);
+    assert!(matches!(error, Some(CallError::Remote(error)) if error.code == ErrorCode::WorkerFailed));
+}
+
+/// Loads like the mock, and ends every answer without a word.
+struct Mute(Arc<MockRuntime>);
+
+#[async_trait]
+impl ModelRuntime for Mute {
+    fn describe(&self) -> RuntimeInfo {
+        self.0.describe()
+    }
+
+    async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
+        self.0.estimate(artifact, options).await
+    }
+
+    async fn load(
+        &self,
+        artifact: VerifiedArtifact,
+        options: LoadOptions,
+        progress: ProgressSink,
+    ) -> Result<LoadedModel, EngineError> {
+        self.0.load(artifact, options, progress).await
+    }
+
+    async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
+        self.0.unload(model).await
+    }
+
+    async fn generate(&self, _request: GenerateRequest) -> Result<GenerateStream, EngineError> {
+        Ok(GenerateStream::channel(1).1)
+    }
+
+    async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {
+        self.0.count_tokens(model, input).await
+    }
+
+    fn load_state(&self) -> Vec<LoadSnapshot> {
+        self.0.load_state()
+    }
+}

@@ -1,0 +1,89 @@
+//! What orchestrators learn of a worker, and when.
+
+use engine::MockOptions;
+use protocol::Topic;
+use protocol::health::{EXPIRY, ModelState};
+use tether_worker::Config;
+use tokio::time;
+
+use crate::{Orchestrator, SECOND, Scene, config, key, next, region, request, slow, states};
+
+#[tokio::test(start_paused = true)]
+async fn a_report_comes_at_least_every_five_seconds() {
+    let scene = Scene::ready(config(), MockOptions::default()).await;
+    time::sleep(SECOND * 30).await;
+    let received = scene.orchestrator.received();
+    assert!(received.windows(2).all(|pair| pair[1].at - pair[0].at <= SECOND * 5));
+    // Nothing changes, so there is little more than the heartbeat.
+    assert!((6..=10).contains(&received.len()), "{} reports", received.len());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_report_says_who_the_worker_is_and_what_it_can_do() {
+    let scene = Scene::ready(Config { latency_hops: 4, ..config() }, MockOptions::default()).await;
+    let report = scene.orchestrator.last();
+    assert_eq!((report.worker_id, report.pub_key), (scene.handle.worker_id(), scene.handle.worker_id()));
+    assert_eq!((report.gpu_class.as_str(), report.vram_gb, report.latency_hops), ("cpu", 0, 4));
+    assert_eq!((report.region.clone(), report.supported.clone()), (region(), vec![key()]));
+    assert_eq!((report.capacity.slots, report.capacity.queue_max, report.draining), (4, 64, false));
+    assert_eq!(report.model_cache[0].digest, protocol::Digest::of(crate::MODEL_BYTES));
+    assert_eq!(states(&report), [ModelState::Ready]);
+    assert_eq!(report.not_after, report.issued_at.after(EXPIRY));
+}
+
+#[tokio::test(start_paused = true)]
+async fn epoch_stays_and_seq_rises_with_each_report() {
+    let scene = Scene::ready(config(), MockOptions::default()).await;
+    time::sleep(SECOND * 20).await;
+    let reports = scene.orchestrator.reports();
+    assert!(reports.iter().all(|report| report.epoch == 7));
+    assert!(reports.windows(2).all(|pair| pair[0].seq < pair[1].seq));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_is_reported_soon_and_many_changes_together() {
+    let scene = Scene::ready(config(), slow()).await;
+    let before = scene.orchestrator.received().len();
+    let mut stream = scene.open(&request()).await.expect("accepted");
+    next(&mut stream).await.expect("it runs").expect("and well");
+    time::sleep(SECOND / 4).await;
+    assert_eq!(scene.orchestrator.last().capacity.running, 1);
+    for _ in 0..20 {
+        drop(scene.open(&request()).await.expect("accepted"));
+        time::sleep(SECOND / 20).await;
+    }
+    let more = scene.orchestrator.received().len() - before;
+    assert!((2..=10).contains(&more), "{more} reports in 1.25 s");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_orchestrator_that_joins_later_is_told_within_seconds() {
+    let scene = Scene::ready(config(), MockOptions::default()).await;
+    time::sleep(SECOND * 7).await;
+    let second = Orchestrator::join(&scene.world.network, 3, &scene.world).await;
+    time::sleep(SECOND * 5 / 2).await;
+    assert_eq!(states(&second.last()), [ModelState::Ready]);
+    // And both are told from then on.
+    let (first_count, second_count) = (scene.orchestrator.received().len(), second.received().len());
+    time::sleep(SECOND * 10).await;
+    assert!(scene.orchestrator.received().len() >= first_count + 2);
+    assert!(second.received().len() >= second_count + 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_topic_is_announced_only_while_its_model_answers() {
+    let scene = Scene::new(config(), MockOptions { load: SECOND * 3, ..MockOptions::default() }).await;
+    let topic = Topic::Model(key().model_id, key().version, region());
+    time::sleep(SECOND).await;
+    assert!(scene.is_found_under(&Topic::Presence(region())).await);
+    assert!(!scene.is_found_under(&topic).await);
+    assert_eq!(states(&scene.orchestrator.last()), [ModelState::Loading]);
+    time::sleep(SECOND * 3).await;
+    assert!(scene.is_found_under(&topic).await);
+    assert_eq!(states(&scene.orchestrator.last()), [ModelState::Ready]);
+    scene.kill_engine().await;
+    time::sleep(SECOND).await;
+    assert!(!scene.is_found_under(&topic).await);
+    time::sleep(SECOND * 5).await;
+    assert!(scene.is_found_under(&topic).await);
+}
