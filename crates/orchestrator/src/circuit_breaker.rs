@@ -1,0 +1,264 @@
+//! One breaker per model and region. Pure: it is told the time and what happened.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+/// When a breaker opens and closes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BreakerConfig {
+    /// Seconds that an outcome counts.
+    pub window_secs: u64,
+    /// Outcomes within the window below which a breaker stays closed.
+    pub outcomes_min: u32,
+    /// Share of bad outcomes, 0 to 1, at which a breaker opens.
+    pub failure_ratio: f64,
+    /// Seconds to the first token above which an outcome is bad.
+    pub slow_secs: u64,
+    /// Seconds a breaker stays open at first; it doubles each time the probe fails.
+    pub open_secs: u64,
+    /// The most seconds a breaker stays open.
+    pub open_secs_max: u64,
+}
+
+impl Default for BreakerConfig {
+    fn default() -> Self {
+        Self { window_secs: 30, outcomes_min: 10, failure_ratio: 0.5, slow_secs: 60, open_secs: 5, open_secs_max: 60 }
+    }
+}
+
+/// What a breaker does with requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BreakerState {
+    /// Lets requests through.
+    Closed,
+    /// Refuses.
+    Open,
+    /// Lets one probe through.
+    HalfOpen,
+}
+
+impl BreakerState {
+    /// Returns the number dashboards know it by.
+    pub fn as_gauge(self) -> i64 {
+        match self {
+            Self::Closed => 0,
+            Self::Open => 1,
+            Self::HalfOpen => 2,
+        }
+    }
+}
+
+/// What a breaker says to a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// It may pass, and must report its outcome.
+    Pass,
+    /// It may pass as the only one; its outcome decides.
+    Probe,
+    /// It may not pass before this time is over.
+    Refuse {
+        /// How long.
+        retry_after: Duration,
+    },
+}
+
+/// A breaker.
+#[derive(Debug)]
+pub struct CircuitBreaker {
+    config: BreakerConfig,
+    outcomes: VecDeque<(Instant, bool)>,
+    failures: u32,
+    phase: Phase,
+    /// How often it opened in a row without closing.
+    reopened: u32,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Closed,
+    Open {
+        until: Instant,
+    },
+    /// A probe that never reports is given up on at `until`, and another may try.
+    Probing {
+        until: Instant,
+    },
+}
+
+impl CircuitBreaker {
+    /// Makes a closed breaker.
+    pub fn new(config: BreakerConfig) -> Self {
+        Self { config, outcomes: VecDeque::new(), failures: 0, phase: Phase::Closed, reopened: 0 }
+    }
+
+    /// Returns what it does with requests.
+    pub fn state(&self) -> BreakerState {
+        match self.phase {
+            Phase::Closed => BreakerState::Closed,
+            Phase::Open { .. } => BreakerState::Open,
+            Phase::Probing { .. } => BreakerState::HalfOpen,
+        }
+    }
+
+    /// Decides about a request.
+    pub fn admit(&mut self, now: Instant) -> Admission {
+        match self.phase {
+            Phase::Closed => Admission::Pass,
+            Phase::Open { until } | Phase::Probing { until } if now < until => {
+                Admission::Refuse { retry_after: until - now }
+            }
+            Phase::Open { .. } | Phase::Probing { .. } => {
+                let until = now + Duration::from_secs(self.config.slow_secs);
+                self.phase = Phase::Probing { until };
+                Admission::Probe
+            }
+        }
+    }
+
+    /// Takes the outcome of a request that was let through. Requests that ended for no fault of the model or the
+    /// region (a caller who left, a prompt too long) report nothing but [`CircuitBreaker::abandon`].
+    pub fn record(&mut self, good: bool, now: Instant) {
+        if let Phase::Probing { .. } = self.phase {
+            if good {
+                self.close();
+            } else {
+                self.open(now);
+            }
+            return;
+        }
+        if let Phase::Open { .. } = self.phase {
+            // A straggler from before it opened tells nothing new.
+            return;
+        }
+        self.outcomes.push_back((now, good));
+        self.failures += u32::from(!good);
+        self.forget(now);
+        let count = self.outcomes.len() as u32;
+        let ratio = f64::from(self.failures) / f64::from(count.max(1));
+        if count >= self.config.outcomes_min && ratio >= self.config.failure_ratio {
+            self.open(now);
+        }
+    }
+
+    /// Takes back a request that ended without telling anything. Another probe may then try.
+    pub fn abandon(&mut self, admission: Admission, now: Instant) {
+        if admission == Admission::Probe && matches!(self.phase, Phase::Probing { .. }) {
+            self.phase = Phase::Open { until: now };
+        }
+    }
+
+    fn forget(&mut self, now: Instant) {
+        let window = Duration::from_secs(self.config.window_secs);
+        // The count is bounded too: at high rates the newest outcomes tell enough.
+        const OUTCOMES_MAX: usize = 4096;
+        while let Some(&(at, good)) = self.outcomes.front() {
+            if now.duration_since(at) <= window && self.outcomes.len() <= OUTCOMES_MAX {
+                break;
+            }
+            self.outcomes.pop_front();
+            self.failures -= u32::from(!good);
+        }
+    }
+
+    fn open(&mut self, now: Instant) {
+        let wait = self.config.open_secs.saturating_mul(1 << self.reopened.min(16)).min(self.config.open_secs_max);
+        self.phase = Phase::Open { until: now + Duration::from_secs(wait) };
+        self.reopened += 1;
+        self.outcomes.clear();
+        self.failures = 0;
+    }
+
+    fn close(&mut self) {
+        self.phase = Phase::Closed;
+        self.reopened = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn breaker() -> (CircuitBreaker, Instant) {
+        (CircuitBreaker::new(BreakerConfig::default()), Instant::now())
+    }
+
+    fn seconds(count: u64) -> Duration {
+        Duration::from_secs(count)
+    }
+
+    fn fail(breaker: &mut CircuitBreaker, times: u32, now: Instant) {
+        for _ in 0..times {
+            breaker.record(false, now);
+        }
+    }
+
+    #[test]
+    fn it_opens_when_half_of_the_outcomes_are_bad_and_there_are_enough() {
+        let (mut breaker, now) = breaker();
+        for _ in 0..5 {
+            breaker.record(true, now);
+        }
+        fail(&mut breaker, 4, now);
+        assert_eq!(breaker.state(), BreakerState::Closed);
+        fail(&mut breaker, 1, now);
+        assert_eq!(breaker.state(), BreakerState::Open);
+        assert_eq!(breaker.admit(now), Admission::Refuse { retry_after: seconds(5) });
+    }
+
+    #[test]
+    fn old_outcomes_do_not_count() {
+        let (mut breaker, now) = breaker();
+        fail(&mut breaker, 9, now);
+        breaker.record(false, now + seconds(31));
+        assert_eq!(breaker.state(), BreakerState::Closed);
+    }
+
+    #[test]
+    fn half_open_it_lets_one_probe_through_and_its_outcome_decides() {
+        let (mut breaker, now) = breaker();
+        fail(&mut breaker, 10, now);
+        let later = now + seconds(5);
+        assert_eq!(breaker.admit(later), Admission::Probe);
+        assert_eq!(breaker.state(), BreakerState::HalfOpen);
+        assert!(matches!(breaker.admit(later), Admission::Refuse { .. }));
+        breaker.record(true, later);
+        assert_eq!(breaker.state(), BreakerState::Closed);
+        assert_eq!(breaker.admit(later), Admission::Pass);
+    }
+
+    #[test]
+    fn each_failed_probe_doubles_the_wait_up_to_the_limit() {
+        let (mut breaker, mut now) = breaker();
+        fail(&mut breaker, 10, now);
+        for wait in [5, 10, 20, 40, 60, 60] {
+            assert_eq!(breaker.admit(now), Admission::Refuse { retry_after: seconds(wait) });
+            now += seconds(wait);
+            assert_eq!(breaker.admit(now), Admission::Probe);
+            breaker.record(false, now);
+        }
+    }
+
+    #[test]
+    fn a_probe_that_tells_nothing_makes_room_for_another() {
+        let (mut breaker, now) = breaker();
+        fail(&mut breaker, 10, now);
+        let later = now + seconds(5);
+        let probe = breaker.admit(later);
+        breaker.abandon(probe, later);
+        assert_eq!(breaker.admit(later), Admission::Probe);
+        // This one vanishes without a word.
+        assert_eq!(breaker.admit(later + seconds(60)), Admission::Probe);
+    }
+
+    #[test]
+    fn stragglers_do_not_keep_an_open_breaker_open() {
+        let (mut breaker, now) = breaker();
+        fail(&mut breaker, 10, now);
+        fail(&mut breaker, 100, now + seconds(4));
+        assert_eq!(breaker.admit(now + seconds(5)), Admission::Probe);
+    }
+}

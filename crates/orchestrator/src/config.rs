@@ -1,0 +1,53 @@
+//! What an operator may set.
+
+use protocol::Region;
+use serde::{Deserialize, Serialize};
+
+use crate::circuit_breaker::BreakerConfig;
+use crate::scheduler::affinity::Weights;
+
+/// The orchestrator's settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Regions close enough that their workers may help out.
+    pub near_regions: Vec<Region>,
+    /// Milliseconds a worker has to acknowledge a job before it is set aside.
+    pub dispatch_ack_ms: u64,
+    /// Seconds a worker that did not acknowledge a job gets no other.
+    pub set_aside_secs: u64,
+    /// Tries of a job before its first token, each on another worker.
+    pub attempts_max: u32,
+    /// Seconds without a chunk after which an attempt has failed.
+    pub stall_secs: u64,
+    /// Seconds a job may take where its caller sets no deadline.
+    pub deadline_secs: u64,
+    /// Seconds a reservation lasts unless it is renewed; it is renewed at a third of this.
+    pub lease_secs: u64,
+    /// Seconds for which a tenant's rules are believed before the registry is asked again.
+    pub policy_cache_secs: u64,
+    /// Jobs whose placement can be explained; the oldest are forgotten.
+    pub decisions_kept: usize,
+    /// How much each term of the affinity score counts.
+    pub weights: Weights,
+    /// When the circuit breaker of a model and region opens and closes.
+    pub breaker: BreakerConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            near_regions: vec![],
+            dispatch_ack_ms: 500,
+            set_aside_secs: 15,
+            attempts_max: 3,
+            stall_secs: 120,
+            deadline_secs: 600,
+            lease_secs: 30,
+            policy_cache_secs: 5,
+            decisions_kept: 1024,
+            weights: Weights::default(),
+            breaker: BreakerConfig::default(),
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Follows the workers: believes their signed reports or counts why not, and forgets the silent.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use metadata_store::MetadataStore;
+use observability::Metrics;
+use observability::metrics::ReasonLabel;
+use protocol::presence::{self, Facts, HighWater, Rejection};
+use protocol::signature::Signed;
+use protocol::{Clock, PublicKey, Region, WorkerId};
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::fleet::Fleet;
+
+/// How often the silent are looked for and marks are written.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// Follows the workers of some regions.
+pub struct DiscoverySub {
+    fleet: Arc<Fleet>,
+    regions: Vec<Region>,
+    clock: Arc<dyn Clock>,
+    store: Arc<dyn MetadataStore>,
+    metrics: Metrics,
+    marks: Mutex<Marks>,
+}
+
+/// The last report believed of each worker, and which of them are not on disk yet.
+#[derive(Default)]
+struct Marks {
+    known: HashMap<WorkerId, HighWater>,
+    unsaved: HashMap<WorkerId, HighWater>,
+}
+
+impl DiscoverySub {
+    /// Begins with what is known from before, so that reports of an earlier run stay replays.
+    pub fn new(
+        fleet: Arc<Fleet>,
+        regions: Vec<Region>,
+        clock: Arc<dyn Clock>,
+        store: Arc<dyn MetadataStore>,
+        metrics: Metrics,
+        known: Vec<(WorkerId, HighWater)>,
+    ) -> Self {
+        let marks = Marks { known: known.into_iter().collect(), unsaved: HashMap::new() };
+        Self { fleet, regions, clock, store, metrics, marks: Mutex::new(marks) }
+    }
+
+    /// Takes a report that came over a connection of `remote_key`.
+    pub fn take(&self, remote_key: PublicKey, enrolled: bool, signed: &Signed) -> Result<(), Rejection> {
+        let admitted = {
+            let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+            let facts = Facts {
+                remote_key,
+                regions: &self.regions,
+                enrolled,
+                high_water: marks.known.get(&remote_key).copied(),
+                now: self.clock.now(),
+            };
+            presence::admit(signed, &facts).inspect(|report| {
+                let mark = HighWater { epoch: report.epoch, seq: report.seq };
+                marks.known.insert(report.worker_id, mark);
+                marks.unsaved.insert(report.worker_id, mark);
+            })
+        };
+        match admitted {
+            Ok(report) => {
+                let (worker, region) = (report.worker_id, report.region.clone());
+                if self.fleet.update(report, Instant::now()) {
+                    info!(worker = worker.short(), %region, "worker found");
+                }
+                self.metrics.workers_live.set(self.fleet.len() as i64);
+                Ok(())
+            }
+            Err(rejection) => {
+                let label = ReasonLabel { reason: rejection.reason() };
+                self.metrics.presence_rejected.get_or_create(&label).inc();
+                Err(rejection)
+            }
+        }
+    }
+
+    /// Forgets the silent and writes marks until `stop`, and once more at the end.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut ticks = time::interval(SWEEP);
+        while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+            for worker in self.fleet.expire(Instant::now()) {
+                info!(worker = worker.short(), "worker lost: silent for 15 s");
+            }
+            self.metrics.workers_live.set(self.fleet.len() as i64);
+            self.save_marks().await;
+        }
+        self.save_marks().await;
+    }
+
+    async fn save_marks(&self) {
+        let unsaved = std::mem::take(&mut self.marks.lock().unwrap_or_else(PoisonError::into_inner).unsaved);
+        if unsaved.is_empty() {
+            return;
+        }
+        // Lost marks only matter after a crash, and then only for reports younger than the allowed skew.
+        if let Err(error) = self.store.raise_high_water(unsaved.into_iter().collect()).await {
+            warn!(%error, "could not write presence marks");
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Sends a job to a worker and carries its answer back to whoever submitted it.
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+use protocol::infer::{FinishReason, START};
+use protocol::usage::TokenUsage;
+use protocol::{CorrelationId, ErrorCode, WireError, WorkerId, codec};
+use rpc::{AnswerStream, CallError, Client, Interrupted, ReplyStream, StreamCall, StreamOptions};
+use serde::Deserialize;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::job::JobEvent;
+use crate::journey::Journey;
+
+/// Whoever submitted a job. The call is accepted with the first chunk, so that what goes wrong before can still be
+/// refused with its proper code.
+pub enum Delivery {
+    /// Nothing was sent.
+    Waiting(StreamCall),
+    /// The answer is on its way.
+    Streaming(ReplyStream),
+    /// The caller is gone.
+    Gone,
+}
+
+impl Delivery {
+    /// Sends a chunk.
+    pub async fn send(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
+        if let Self::Waiting(_) = self {
+            let Self::Waiting(call) = std::mem::replace(self, Self::Gone) else { return Err(Interrupted) };
+            *self = Self::Streaming(call.accept().await?);
+        }
+        match self {
+            Self::Streaming(reply) => reply.send(chunk).await,
+            Self::Waiting(_) | Self::Gone => Err(Interrupted),
+        }
+    }
+
+    /// Waits until the caller is gone. Cancel safe.
+    pub async fn gone(&mut self) {
+        match self {
+            Self::Waiting(call) => call.cancelled().await,
+            Self::Streaming(reply) => reply.cancelled().await,
+            Self::Gone => {}
+        }
+    }
+
+    /// Says whether part of the answer was sent.
+    pub fn has_begun(&self) -> bool {
+        matches!(self, Self::Streaming(_))
+    }
+
+    /// Ends the answer.
+    pub async fn finish(self) {
+        // A caller that is gone needs no end.
+        if let Self::Streaming(reply) = self {
+            let _ = reply.finish().await;
+        }
+    }
+
+    /// Refuses the call, or ends the answer with an error.
+    pub async fn fail(self, error: WireError) {
+        match self {
+            Self::Waiting(call) => call.refuse(error).await,
+            Self::Streaming(reply) => {
+                let _ = reply.fail(error).await;
+            }
+            Self::Gone => {}
+        }
+    }
+}
+
+/// How an attempt ended.
+#[derive(Debug)]
+pub enum AttemptEnd {
+    /// The whole answer came. The last chunk is not sent yet: it waits for the settlement.
+    Complete {
+        /// The last chunk, as it came.
+        last_chunk: Bytes,
+        /// Why the answer ended.
+        finish_reason: Option<FinishReason>,
+        /// What it took.
+        usage: TokenUsage,
+        /// When the first chunk came.
+        first_chunk_at: Instant,
+    },
+    /// The caller gave up.
+    CallerGone {
+        /// What was delivered until then.
+        usage: TokenUsage,
+    },
+    /// The worker refused or failed.
+    Failed {
+        /// What went wrong.
+        error: WireError,
+        /// Whether the worker had not even acknowledged the job.
+        unacknowledged: bool,
+        /// What was delivered until then.
+        usage: TokenUsage,
+    },
+}
+
+impl AttemptEnd {
+    /// Returns the end of an attempt that never reached a worker.
+    pub fn refused(error: WireError) -> Self {
+        Self::Failed { error, unacknowledged: false, usage: TokenUsage::default() }
+    }
+
+    /// Returns what the attempt took, as far as it came.
+    pub fn usage(&self) -> TokenUsage {
+        match self {
+            Self::Complete { usage, .. } | Self::CallerGone { usage } | Self::Failed { usage, .. } => *usage,
+        }
+    }
+}
+
+/// What the orchestrator reads of a chunk. It passes the rest on as it came.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ChunkHead<'a> {
+    correlation_id: CorrelationId,
+    seq: u64,
+    attempt: u32,
+    done: bool,
+    #[serde(borrow)]
+    payload: PayloadHead<'a>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PayloadHead<'a> {
+    #[serde(default, borrow)]
+    text: Cow<'a, str>,
+    #[serde(default)]
+    tokens: Vec<u32>,
+    #[serde(default)]
+    finish_reason: Option<FinishReason>,
+    #[serde(default)]
+    usage: Option<TokenUsage>,
+}
+
+/// Sends a job to a worker and relays its answer, all but the last chunk.
+///
+/// A chunk of another job or attempt, or out of order, fails the attempt: a worker that was given up on, or that lies,
+/// cannot get a word in.
+pub async fn attempt(
+    client: &Client,
+    worker_id: WorkerId,
+    options: StreamOptions,
+    void: &CancellationToken,
+    journey: &mut Journey,
+    delivery: &mut Delivery,
+) -> AttemptEnd {
+    let mut relayed = Relayed::default();
+    let body = Bytes::from(codec::encode(&journey.request));
+    let opening = client.open_stream(worker_id, START, body, options);
+    let opened = tokio::select! {
+        opened = opening => opened,
+        () = delivery.gone() => return AttemptEnd::CallerGone { usage: relayed.usage },
+    };
+    let mut answer = match opened {
+        Ok(answer) => answer,
+        Err(error) => {
+            let unacknowledged = !matches!(error, CallError::Remote(_));
+            return AttemptEnd::Failed { error: worker_error(error), unacknowledged, usage: relayed.usage };
+        }
+    };
+    journey.step(JobEvent::Acknowledge);
+    tokio::select! {
+        end = relay(&mut answer, journey, delivery, &mut relayed) => end,
+        () = void.cancelled() => {
+            let error = WireError::new(ErrorCode::StaleAttempt, "the job's lease was lost");
+            AttemptEnd::Failed { error, unacknowledged: false, usage: relayed.usage }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Relayed {
+    seq: u64,
+    usage: TokenUsage,
+    first_chunk_at: Option<Instant>,
+}
+
+async fn relay(
+    answer: &mut AnswerStream,
+    journey: &mut Journey,
+    delivery: &mut Delivery,
+    relayed: &mut Relayed,
+) -> AttemptEnd {
+    let failed = |error, usage| AttemptEnd::Failed { error, unacknowledged: false, usage };
+    loop {
+        let next = tokio::select! {
+            biased;
+            next = answer.next() => next,
+            () = delivery.gone() => return AttemptEnd::CallerGone { usage: relayed.usage },
+        };
+        let bytes = match next {
+            Some(Ok(bytes)) => bytes,
+            Some(Err(error)) => return failed(worker_error(error), relayed.usage),
+            None => return failed(garbled("the answer has no end"), relayed.usage),
+        };
+        let Ok(head) = codec::decode_borrowed::<ChunkHead<'_>>(&bytes) else {
+            return failed(garbled("a chunk is malformed"), relayed.usage);
+        };
+        let request = &journey.request;
+        if head.correlation_id != request.correlation_id || head.attempt != request.attempt || head.seq != relayed.seq {
+            return failed(garbled("a chunk is out of place"), relayed.usage);
+        }
+        relayed.seq += 1;
+        let first_chunk_at = *relayed.first_chunk_at.get_or_insert_with(Instant::now);
+        relayed.count(&head.payload);
+        if head.done {
+            let usage = head.payload.usage.unwrap_or(relayed.usage);
+            let finish_reason = head.payload.finish_reason;
+            return AttemptEnd::Complete { last_chunk: bytes, finish_reason, usage, first_chunk_at };
+        }
+        journey.step(JobEvent::Chunk);
+        if delivery.send(&bytes).await.is_err() {
+            return AttemptEnd::CallerGone { usage: relayed.usage };
+        }
+    }
+}
+
+impl Relayed {
+    /// Counts what a caller who leaves would be billed.
+    fn count(&mut self, payload: &PayloadHead<'_>) {
+        if let Some(usage) = payload.usage {
+            self.usage.prompt_tokens = usage.prompt_tokens;
+            self.usage.cached_tokens = usage.cached_tokens;
+        }
+        // A worker that names no tokens still delivered at least one with each text.
+        let tokens = payload.tokens.len().max(usize::from(!payload.text.is_empty()));
+        self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(tokens as u32);
+    }
+}
+
+fn garbled(message: &str) -> WireError {
+    WireError::new(ErrorCode::WorkerFailed, format!("the worker broke the contract: {message}"))
+}
+
+/// What a failed call to a worker means for the job.
+fn worker_error(error: CallError) -> WireError {
+    match error {
+        CallError::Remote(error) => error,
+        CallError::Deadline => WireError::new(ErrorCode::DeadlineExceeded, "the deadline passed"),
+        CallError::TooLarge { .. } => WireError::new(ErrorCode::RequestTooLarge, error.to_string()),
+        other => WireError::new(ErrorCode::WorkerFailed, format!("the worker failed: {other}")),
+    }
+}

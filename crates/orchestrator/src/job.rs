@@ -1,0 +1,122 @@
+//! The states of a job, and which may follow which. Pure.
+//!
+//! `received → reserved → dispatched → streaming → completed | failed | cancelled | dead`. Only `reserved` and the
+//! terminal states are written to the store (ADR-0008); an attempt number fences the writes of attempts given up on.
+
+/// Where a job stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobState {
+    /// It was taken in.
+    Received,
+    /// A worker's room is reserved for it, on disk.
+    Reserved,
+    /// A worker acknowledged it.
+    Dispatched,
+    /// Its first chunk has come; from here on no other worker may begin it anew.
+    Streaming,
+    /// The answer is whole.
+    Completed,
+    /// It went wrong.
+    Failed,
+    /// Its caller gave up.
+    Cancelled,
+    /// It went wrong so often that nobody tries again.
+    Dead,
+}
+
+/// What happens to a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobEvent {
+    /// A reservation was written.
+    Reserve,
+    /// The worker acknowledged.
+    Acknowledge,
+    /// A chunk came.
+    Chunk,
+    /// The last chunk came.
+    Complete,
+    /// The attempt failed and another will follow.
+    GiveUpAttempt,
+    /// The attempt failed and no other will follow.
+    Fail,
+    /// The caller is gone.
+    Cancel,
+}
+
+/// What cannot happen to a job in its state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{event:?} cannot happen to a job that is {state:?}")]
+pub struct IllegalTransition {
+    /// Where the job stands.
+    pub state: JobState,
+    /// What was to happen.
+    pub event: JobEvent,
+}
+
+impl JobState {
+    /// Returns the state after an event.
+    pub fn after(self, event: JobEvent) -> Result<Self, IllegalTransition> {
+        use JobEvent as On;
+        match (self, event) {
+            (Self::Received, On::Reserve) => Ok(Self::Reserved),
+            (Self::Reserved, On::Acknowledge) => Ok(Self::Dispatched),
+            (Self::Dispatched | Self::Streaming, On::Chunk) => Ok(Self::Streaming),
+            (Self::Dispatched | Self::Streaming, On::Complete) => Ok(Self::Completed),
+            // The next attempt has to be reserved like the first.
+            (Self::Received | Self::Reserved | Self::Dispatched, On::GiveUpAttempt) => Ok(Self::Received),
+            (Self::Received | Self::Reserved | Self::Dispatched | Self::Streaming, On::Fail) => Ok(Self::Failed),
+            (Self::Received | Self::Reserved | Self::Dispatched | Self::Streaming, On::Cancel) => Ok(Self::Cancelled),
+            (state, event) => Err(IllegalTransition { state, event }),
+        }
+    }
+
+    /// Says whether nothing can happen to the job any more.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled | Self::Dead)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const EVENTS: [JobEvent; 7] = [
+        JobEvent::Reserve,
+        JobEvent::Acknowledge,
+        JobEvent::Chunk,
+        JobEvent::Complete,
+        JobEvent::GiveUpAttempt,
+        JobEvent::Fail,
+        JobEvent::Cancel,
+    ];
+
+    #[test]
+    fn a_job_that_goes_well_passes_through_every_state() {
+        let path = [JobEvent::Reserve, JobEvent::Acknowledge, JobEvent::Chunk, JobEvent::Chunk, JobEvent::Complete];
+        let end = path.into_iter().try_fold(JobState::Received, JobState::after);
+        assert_eq!(end, Ok(JobState::Completed));
+    }
+
+    #[test]
+    fn an_answer_that_has_begun_is_never_begun_again() {
+        assert!(JobState::Streaming.after(JobEvent::GiveUpAttempt).is_err());
+    }
+
+    #[test]
+    fn nothing_is_dispatched_without_a_reservation() {
+        assert!(JobState::Received.after(JobEvent::Acknowledge).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn what_has_ended_stays_ended(path in proptest::collection::vec(0usize..EVENTS.len(), 0..40)) {
+            let mut state = JobState::Received;
+            for event in path {
+                let before = state;
+                state = state.after(EVENTS[event]).unwrap_or(state);
+                prop_assert!(!before.is_terminal() || state == before);
+            }
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! One job on its way: what was tried, where it stands, what it holds.
+
+use protocol::WireError;
+use protocol::WorkerId;
+use protocol::control::{AttemptDecision, Decision};
+use protocol::infer::InferRequest;
+use protocol::model::ModelKey;
+use tokio::time::Instant;
+use tracing::error;
+
+use crate::circuit_breaker::Admission;
+use crate::job::{JobEvent, JobState};
+use crate::reservation_manager::Reservation;
+use crate::scheduler::Placement;
+
+/// One job on its way.
+pub struct Journey {
+    /// The job, with the number of the present attempt.
+    pub request: InferRequest,
+    /// Hash of the request as it came.
+    pub fingerprint: [u8; 32],
+    /// What it asks for.
+    pub model: ModelKey,
+    /// When its caller stops waiting.
+    pub deadline: Instant,
+    /// When it came.
+    pub submitted_at: Instant,
+    /// Workers that had it, in order.
+    pub tried: Vec<WorkerId>,
+    /// Its room on a worker.
+    pub reservation: Option<Reservation>,
+    /// What the breaker said to the present attempt.
+    pub admission: Option<Admission>,
+    /// What the attempt before failed of.
+    pub last_error: Option<WireError>,
+    state: JobState,
+    attempts: Vec<AttemptDecision>,
+}
+
+impl Journey {
+    /// Begins.
+    pub fn new(request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
+        let model = ModelKey { model_id: request.model_id.clone(), version: request.version };
+        Self {
+            request,
+            fingerprint,
+            model,
+            deadline,
+            submitted_at: Instant::now(),
+            tried: vec![],
+            reservation: None,
+            admission: None,
+            last_error: None,
+            state: JobState::Received,
+            attempts: vec![],
+        }
+    }
+
+    /// Keeps the table of a placement.
+    pub fn record(&mut self, placement: Placement) {
+        self.attempts.push(AttemptDecision {
+            attempt: self.attempts.len() as u32 + 1,
+            chosen: placement.chosen.map(|worker| worker.worker_id),
+            outcome: "placed".to_owned(),
+            candidates: placement.candidates,
+            refused: placement.refused,
+        });
+    }
+
+    /// Says what became of the last placement.
+    pub fn note(&mut self, outcome: &str) {
+        if let Some(attempt) = self.attempts.last_mut() {
+            outcome.clone_into(&mut attempt.outcome);
+        }
+    }
+
+    /// Moves the job on. A step that its state does not allow is a defect of ours, and changes nothing.
+    pub fn step(&mut self, event: JobEvent) {
+        match self.state.after(event) {
+            Ok(state) => self.state = state,
+            Err(illegal) => error!(correlation_id = %self.request.correlation_id, %illegal, "job out of step"),
+        }
+    }
+
+    /// Ends, leaving what `tether explain` shows.
+    pub fn into_decision(self) -> Decision {
+        Decision {
+            correlation_id: self.request.correlation_id,
+            tenant_id: self.request.tenant_id,
+            attempts: self.attempts,
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! Finds a worker for each job and sees the job through. Start reading at [`Orchestrator::submit`].
+//!
+//! Decisions are pure functions of facts and the present ([`scheduler`], [`circuit_breaker`], [`retry_manager`],
+//! [`job`]); only [`orchestrator`], [`dispatch`] and [`reservation_manager`] act.
+
+pub mod circuit_breaker;
+pub mod config;
+pub mod decision_log;
+pub mod discovery_sub;
+pub mod dispatch;
+pub mod fleet;
+pub mod job;
+pub mod journey;
+pub mod orchestrator;
+pub mod policy_engine;
+pub mod registry_policies;
+pub mod reservation_manager;
+pub mod retry_manager;
+pub mod scheduler;
+
+pub use config::Config;
+pub use orchestrator::{Enrolled, Orchestrator, OrchestratorParts};

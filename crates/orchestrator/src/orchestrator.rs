@@ -1,0 +1,441 @@
+//! The service: sees each job from its submission to its settlement.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use metadata_store::{Finalised, MetadataStore, StoreError};
+use observability::Metrics;
+use observability::metrics::{BreakerLabel, PhaseLabel, ReasonLabel};
+use protocol::control::{
+    Empty, ExplainRequest, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN, NodeInfo, NodeRole, PRESENCE_REPORT,
+};
+use protocol::infer::{InferRequest, SUBMIT};
+use protocol::model::ModelKey;
+use protocol::signature::Signed;
+use protocol::{Clock, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
+use rpc::{Client, Directory, Server, StreamCall, StreamOptions, Transport};
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, info, warn};
+
+use crate::circuit_breaker::{Admission, CircuitBreaker};
+use crate::config::Config;
+use crate::decision_log::DecisionLog;
+use crate::discovery_sub::DiscoverySub;
+use crate::dispatch::{self, AttemptEnd, Delivery};
+use crate::fleet::Fleet;
+use crate::job::JobEvent;
+use crate::journey::Journey;
+use crate::policy_engine::PolicyEngine;
+use crate::registry_policies::RegistryPolicies;
+use crate::reservation_manager::{Ending, ReservationManager};
+use crate::retry_manager::{self, Failure, Plan};
+use crate::scheduler::{self, Candidate, Placement};
+
+/// How long jobs under way may take to end once the orchestrator stops.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Says whether a node may take part in the network.
+pub type Enrolled = Arc<dyn Fn(PublicKey) -> bool + Send + Sync>;
+
+/// What an orchestrator is made of.
+pub struct OrchestratorParts {
+    /// Its end of the network.
+    pub transport: Arc<dyn Transport>,
+    /// Where it stands.
+    pub region: Region,
+    /// The time of day.
+    pub clock: Arc<dyn Clock>,
+    /// Jobs, reservations and usage.
+    pub store: Arc<dyn MetadataStore>,
+    /// Where it counts.
+    pub metrics: Metrics,
+    /// Who may give it jobs and reports.
+    pub enrolled: Enrolled,
+    /// The program's version.
+    pub version: String,
+}
+
+/// Finds a worker for each job and sees the job through.
+pub struct Orchestrator {
+    config: Config,
+    region: Region,
+    metrics: Metrics,
+    fleet: Arc<Fleet>,
+    discovery: DiscoverySub,
+    policies: PolicyEngine,
+    breakers: Mutex<HashMap<ModelKey, CircuitBreaker>>,
+    reservations: Arc<ReservationManager>,
+    decisions: DecisionLog,
+    client: Client,
+    enrolled: Enrolled,
+}
+
+impl Orchestrator {
+    /// Sees one job through: policy → fleet, score → breaker → reserve → dispatch, relay → finalise.
+    ///
+    /// Until its first chunk a job may be tried again on another worker; what the caller has seen is never begun
+    /// anew. A job that was reserved is settled exactly once, and the last chunk waits for that.
+    pub async fn submit(&self, mut journey: Journey, delivery: &mut Delivery) -> Result<(), WireError> {
+        self.policies.admit(&journey.request).await?;
+        let end = loop {
+            let end = self.attempt(&mut journey, delivery).await.unwrap_or_else(AttemptEnd::refused);
+            self.tell_breaker(&mut journey, &end);
+            if let ControlFlow::Break(end) = self.after(&mut journey, end, delivery).await {
+                break end;
+            }
+        };
+        self.finalise(journey, end, delivery).await
+    }
+
+    /// Tries the job once, on the worker that suits it best.
+    async fn attempt(&self, journey: &mut Journey, delivery: &mut Delivery) -> Result<AttemptEnd, WireError> {
+        let worker = self.choose_worker(journey)?;
+        self.pass_breaker(journey)?;
+        self.reserve(journey, &worker).await?;
+        self.dispatch(journey, delivery).await
+    }
+
+    fn choose_worker(&self, journey: &mut Journey) -> Result<Candidate, WireError> {
+        let placement = self.fleet.with_candidates(&journey.model, Instant::now(), |candidates| {
+            scheduler::place(candidates, &journey.tried, &self.config.weights)
+        });
+        let worker = placement.chosen.ok_or_else(|| no_capacity(&journey.model, &placement));
+        journey.record(placement);
+        worker
+    }
+
+    fn pass_breaker(&self, journey: &mut Journey) -> Result<(), WireError> {
+        match self.with_breaker(&journey.model, CircuitBreaker::admit) {
+            Admission::Refuse { retry_after } => {
+                let message = format!("{} fails too often in region {}, try again later", journey.model, self.region);
+                Err(WireError::new(ErrorCode::BreakerOpen, message).with_retry_after(retry_after))
+            }
+            admission => {
+                journey.admission = Some(admission);
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes the job and its room on the worker, or moves both there from the worker that failed.
+    async fn reserve(&self, journey: &mut Journey, worker: &Candidate) -> Result<(), WireError> {
+        journey.tried.push(worker.worker_id);
+        if let Some(reservation) = &mut journey.reservation {
+            reservation.reassign(worker.worker_id, worker.capacity).await?;
+        } else {
+            let reserved = self
+                .reservations
+                .reserve(&journey.request, journey.fingerprint, worker.worker_id, worker.capacity)
+                .await?;
+            journey.reservation = Some(reserved.ok_or_else(known_already)?);
+        }
+        journey.step(JobEvent::Reserve);
+        Ok(())
+    }
+
+    async fn dispatch(&self, journey: &mut Journey, delivery: &mut Delivery) -> Result<AttemptEnd, WireError> {
+        let Some(reservation) = &journey.reservation else {
+            return Err(WireError::new(ErrorCode::InternalError, "a job was to be sent without a reservation"));
+        };
+        journey.request.attempt = reservation.attempt;
+        let left = journey.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(WireError::new(ErrorCode::DeadlineExceeded, "the deadline passed"));
+        }
+        let options = StreamOptions {
+            accept_within: Duration::from_millis(self.config.dispatch_ack_ms),
+            deadline: Some(left),
+            stall: Duration::from_secs(self.config.stall_secs),
+        };
+        debug!(
+            correlation_id = %journey.request.correlation_id,
+            worker = reservation.worker_id.short(),
+            attempt = reservation.attempt,
+            "dispatch"
+        );
+        let (worker_id, void) = (reservation.worker_id, reservation.void.clone());
+        Ok(dispatch::attempt(&self.client, worker_id, options, &void, journey, delivery).await)
+    }
+
+    /// Decides whether another attempt follows.
+    async fn after(&self, journey: &mut Journey, end: AttemptEnd, delivery: &mut Delivery) -> ControlFlow<AttemptEnd> {
+        let AttemptEnd::Failed { error, unacknowledged, .. } = &end else { return ControlFlow::Break(end) };
+        journey.note(error.code.as_str());
+        if *unacknowledged && let Some(reservation) = &journey.reservation {
+            let until = Instant::now() + Duration::from_secs(self.config.set_aside_secs);
+            self.fleet.set_aside(reservation.worker_id, until);
+            warn!(worker = reservation.worker_id.short(), "worker set aside: it did not acknowledge a job");
+        }
+        let failure = Failure { code: error.code, streamed: delivery.has_begun() };
+        let tries = journey.tried.len() as u32;
+        match retry_manager::plan(tries, self.config.attempts_max, failure, journey.request.correlation_id) {
+            Plan::GiveUp => {
+                if tries >= self.config.attempts_max {
+                    self.metrics.retries_exhausted.inc();
+                }
+                ControlFlow::Break(end)
+            }
+            Plan::Retry { after } => {
+                self.metrics.retries.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
+                self.metrics.failovers.get_or_create(&PhaseLabel { phase: "pre_token" }).inc();
+                journey.step(JobEvent::GiveUpAttempt);
+                journey.last_error = Some(error.clone());
+                tokio::select! {
+                    () = time::sleep(after) => ControlFlow::Continue(()),
+                    () = delivery.gone() => ControlFlow::Break(AttemptEnd::CallerGone { usage: end.usage() }),
+                }
+            }
+        }
+    }
+
+    /// Settles the job and tells the caller how it ended.
+    async fn finalise(&self, mut journey: Journey, end: AttemptEnd, delivery: &mut Delivery) -> Result<(), WireError> {
+        let usage = end.usage();
+        let (ending, event) = match &end {
+            AttemptEnd::Complete { finish_reason, .. } => {
+                (Ending::completed(*finish_reason, usage), JobEvent::Complete)
+            }
+            AttemptEnd::CallerGone { .. } => (Ending::cancelled(usage), JobEvent::Cancel),
+            AttemptEnd::Failed { error, .. } => {
+                // "Nobody is left" would hide what the others failed of.
+                let error = journey
+                    .last_error
+                    .take()
+                    .filter(|_| error.code == ErrorCode::NoCapacity)
+                    .unwrap_or_else(|| error.clone());
+                (Ending::failed(outward(error)), JobEvent::Fail)
+            }
+        };
+        journey.step(event);
+        journey.note(ending.outcome());
+        let error = ending.error.clone();
+        if let Some(error) = &error
+            && error.code == ErrorCode::NoCapacity
+        {
+            self.metrics.shed.get_or_create(&ReasonLabel { reason: "no_capacity" }).inc();
+        }
+        let settled = match journey.reservation.take() {
+            Some(reservation) => reservation.finalise(ending).await,
+            None => Ok(Finalised::Settled),
+        };
+        self.decisions.keep(journey.into_decision());
+        match (end, settled) {
+            (AttemptEnd::Complete { last_chunk, .. }, Ok(Finalised::Settled)) => {
+                // A caller that leaves now has the whole answer but for its end, and pays for it.
+                let _ = delivery.send(&last_chunk).await;
+                Ok(())
+            }
+            (AttemptEnd::Complete { .. }, Ok(_)) => {
+                Err(WireError::new(ErrorCode::StaleAttempt, "the job was given to another attempt"))
+            }
+            (AttemptEnd::Complete { .. }, Err(error)) => Err(error),
+            (_, settled) => {
+                if let Err(error) = settled {
+                    // The lease runs out and settles it.
+                    warn!(%error, "could not settle a job that did not complete");
+                }
+                error.map_or(Ok(()), Err)
+            }
+        }
+    }
+
+    /// Lets the breaker know what came of a request that it let pass.
+    fn tell_breaker(&self, journey: &mut Journey, end: &AttemptEnd) {
+        let Some(admission) = journey.admission.take() else { return };
+        let slow = Duration::from_secs(self.config.breaker.slow_secs);
+        let good = match end {
+            AttemptEnd::Complete { first_chunk_at, .. } => {
+                Some(first_chunk_at.duration_since(journey.submitted_at) <= slow)
+            }
+            AttemptEnd::Failed { error, .. } => is_workers_fault(error.code).then_some(false),
+            AttemptEnd::CallerGone { .. } => None,
+        };
+        self.with_breaker(&journey.model, |breaker, now| match good {
+            Some(good) => breaker.record(good, now),
+            None => breaker.abandon(admission, now),
+        });
+    }
+
+    fn with_breaker<T>(&self, model: &ModelKey, act: impl FnOnce(&mut CircuitBreaker, Instant) -> T) -> T {
+        let mut breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
+        if !breakers.contains_key(model) {
+            breakers.insert(model.clone(), CircuitBreaker::new(self.config.breaker.clone()));
+        }
+        let breaker = breakers.get_mut(model).expect("it was put there just above");
+        let before = breaker.state();
+        let result = act(breaker, Instant::now());
+        let after = breaker.state();
+        if before != after {
+            let label = BreakerLabel { model: model.to_string(), region: self.region.to_string() };
+            self.metrics.breaker_state.get_or_create(&label).set(after.as_gauge());
+            self.metrics.breaker_transitions.get_or_create(&label).inc();
+            info!(%model, ?before, ?after, "circuit breaker");
+        }
+        result
+    }
+
+    /// Reads a submitted job and answers it.
+    async fn take_job(&self, call: StreamCall) {
+        if !(self.enrolled)(call.peer) {
+            return call.refuse(not_enrolled()).await;
+        }
+        let request: InferRequest = match codec::decode(&call.body) {
+            Ok(request) => request,
+            Err(error) => return call.refuse(error.into()).await,
+        };
+        let fingerprint = Digest::of(&call.body).0;
+        let deadline = call.deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(self.config.deadline_secs));
+        let mut delivery = Delivery::Waiting(call);
+        match self.submit(Journey::new(request, fingerprint, deadline), &mut delivery).await {
+            Ok(()) => delivery.finish().await,
+            Err(error) => delivery.fail(error).await,
+        }
+    }
+
+    fn take_report(&self, remote_key: PublicKey, signed: &Signed) -> Result<Empty, WireError> {
+        match self.discovery.take(remote_key, (self.enrolled)(remote_key), signed) {
+            Ok(()) => Ok(Empty {}),
+            Err(rejection) => {
+                debug!(worker = remote_key.short(), %rejection, "report dropped");
+                Err(WireError::new(ErrorCode::InvalidValue, rejection.to_string()))
+            }
+        }
+    }
+
+    /// Runs an orchestrator until `stop`.
+    pub async fn run(config: Config, parts: OrchestratorParts, stop: CancellationToken) -> Result<(), StoreError> {
+        let OrchestratorParts { transport, region, clock, store, metrics, enrolled, version } = parts;
+        let client = Client::new(transport.clone());
+        let topic = Topic::Control(region.clone());
+        let (directory, directory_task) = Directory::new(transport.clone(), client.clone(), topic.clone());
+        let fleet = Arc::new(Fleet::new(region.clone(), config.near_regions.clone()));
+        let mut regions = vec![region.clone()];
+        regions.extend(config.near_regions.iter().cloned());
+        let marks = store.high_waters().await?;
+        let discovery = DiscoverySub::new(fleet.clone(), regions, clock.clone(), store.clone(), metrics.clone(), marks);
+        let policies = RegistryPolicies::new(client.clone(), directory);
+        let lease = Duration::from_secs(config.lease_secs.max(3));
+        let reservations = ReservationManager::new(store, clock, fleet.clone(), metrics.clone(), region.clone(), lease);
+        let orchestrator = Arc::new(Self {
+            policies: PolicyEngine::new(Arc::new(policies), Duration::from_secs(config.policy_cache_secs)),
+            decisions: DecisionLog::new(config.decisions_kept),
+            reservations: Arc::new(reservations),
+            breakers: Mutex::default(),
+            region: region.clone(),
+            metrics,
+            fleet,
+            discovery,
+            client,
+            enrolled,
+            config,
+        });
+
+        let background = TaskTracker::new();
+        let ended = CancellationToken::new();
+        background.spawn(directory_task.run(ended.clone()));
+        background.spawn({
+            let (orchestrator, ended) = (orchestrator.clone(), ended.clone());
+            async move { orchestrator.discovery.run(ended).await }
+        });
+        background.spawn({
+            let (orchestrator, ended) = (orchestrator.clone(), ended.clone());
+            async move { orchestrator.reservations.run(ended).await }
+        });
+
+        let info = NodeInfo { roles: vec![NodeRole::Orchestrator], region, version };
+        let server = orchestrator.serve(Server::new(transport.clone(), info));
+        if let Err(error) = transport.announce(&topic).await {
+            warn!(%error, "could not announce the orchestrator");
+        }
+        let unannounced = async {
+            stop.cancelled().await;
+            // A node that goes away anyway is forgotten by expiry.
+            let _ = transport.unannounce(&topic).await;
+        };
+        tokio::join!(server.run(stop.clone(), DRAIN), unannounced);
+        ended.cancel();
+        background.close();
+        background.wait().await;
+        Ok(())
+    }
+
+    fn serve(self: &Arc<Self>, server: Server) -> Server {
+        let [jobs, reports, fleet, explain] = std::array::from_fn(|_| self.clone());
+        server
+            .stream(SUBMIT, move |call| {
+                let orchestrator = jobs.clone();
+                async move { orchestrator.take_job(call).await }
+            })
+            .unary(PRESENCE_REPORT, move |caller, signed: Signed| {
+                let taken = reports.take_report(caller.key, &signed);
+                async move { taken }
+            })
+            .unary(FLEET_LIST, move |caller, _: Empty| {
+                let listed = if (fleet.enrolled)(caller.key) {
+                    Ok(FleetMessage { workers: fleet.fleet.list(Instant::now()) })
+                } else {
+                    Err(not_enrolled())
+                };
+                async move { listed }
+            })
+            .unary(JOB_EXPLAIN, move |caller, request: ExplainRequest| {
+                let explained = if (explain.enrolled)(caller.key) {
+                    explain.decisions.get(request.correlation_id).ok_or_else(forgotten)
+                } else {
+                    Err(not_enrolled())
+                };
+                async move { explained }
+            })
+    }
+}
+
+fn is_workers_fault(code: ErrorCode) -> bool {
+    use protocol::error_code::Blame;
+    let refusal = matches!(
+        code,
+        ErrorCode::WorkerFull | ErrorCode::WorkerStopping | ErrorCode::ModelNotHere | ErrorCode::ModelLoading
+    );
+    code.blame() == Blame::Worker && !refusal
+}
+
+/// How a client sees an error that nodes speak of among themselves.
+fn outward(mut error: WireError) -> WireError {
+    match error.code {
+        ErrorCode::WorkerFull | ErrorCode::WorkerStopping | ErrorCode::ModelNotHere => {
+            WireError::new(ErrorCode::NoCapacity, "no worker has room for this model, try again")
+                .with_retry_after(Duration::from_secs(1))
+        }
+        ErrorCode::StaleAttempt | ErrorCode::NotEnrolled | ErrorCode::UnknownMethod | ErrorCode::InternalError => {
+            error.code = ErrorCode::WorkerFailed;
+            "the worker failed".clone_into(&mut error.message);
+            error
+        }
+        _ => error,
+    }
+}
+
+fn no_capacity(model: &ModelKey, placement: &Placement) -> WireError {
+    let message = if placement.refused.is_empty() {
+        format!("no worker serves {model} now, try again")
+    } else {
+        format!("every worker that serves {model} is full or unwell, try again")
+    };
+    WireError::new(ErrorCode::NoCapacity, message).with_retry_after(Duration::from_secs(1))
+}
+
+fn known_already() -> WireError {
+    WireError::new(ErrorCode::IdempotencyInProgress, "a job of this retryToken exists, and is not run twice")
+        .with_retry_after(Duration::from_secs(1))
+}
+
+fn not_enrolled() -> WireError {
+    WireError::new(ErrorCode::NotEnrolled, "this node is not enrolled in the network")
+}
+
+fn forgotten() -> WireError {
+    WireError::new(ErrorCode::NotFound, "no decision of this job is remembered")
+}

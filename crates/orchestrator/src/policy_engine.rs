@@ -1,0 +1,235 @@
+//! What a tenant may do, decided for each job. The rules come from the registry; changes apply within seconds.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use protocol::infer::InferRequest;
+use protocol::policy::TenantPolicy;
+use protocol::{ErrorCode, ModelName, TenantId, WireError};
+use tokio::time::Instant;
+
+/// The span over which requests are counted, in seconds.
+const WINDOW_SECS: u64 = 60;
+/// How long rules are still believed when the registry does not answer.
+const STALE_MAX: Duration = Duration::from_mins(1);
+/// Tenants remembered; beyond that the ones idle longest are forgotten.
+const TENANTS_MAX: usize = 10_000;
+
+/// Where a tenant's rules come from.
+#[async_trait]
+pub trait PolicySource: Send + Sync {
+    /// Returns a tenant's rules.
+    async fn policy(&self, tenant_id: &TenantId) -> Result<TenantPolicy, WireError>;
+}
+
+/// Decides what tenants may do.
+pub struct PolicyEngine {
+    source: Arc<dyn PolicySource>,
+    fresh: Duration,
+    tenants: Mutex<HashMap<TenantId, Tenant>>,
+}
+
+struct Tenant {
+    policy: Arc<TenantPolicy>,
+    read_at: Instant,
+    used_at: Instant,
+    requests: RequestWindow,
+}
+
+impl PolicyEngine {
+    /// Makes an engine that believes rules for `fresh`.
+    pub fn new(source: Arc<dyn PolicySource>, fresh: Duration) -> Self {
+        Self { source, fresh, tenants: Mutex::default() }
+    }
+
+    /// Lets a job in, or says which rule forbids it. A job let in counts towards its tenant's limit.
+    pub async fn admit(&self, request: &InferRequest) -> Result<(), WireError> {
+        self.refresh(&request.tenant_id).await?;
+        let now = Instant::now();
+        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(tenant) = tenants.get_mut(&request.tenant_id) else {
+            return Err(WireError::new(ErrorCode::Unavailable, "the tenant's rules are not at hand, try again"));
+        };
+        tenant.used_at = now;
+        decide(&tenant.policy, &request.model_id, &mut tenant.requests, now)
+    }
+
+    async fn refresh(&self, tenant_id: &TenantId) -> Result<(), WireError> {
+        let age = {
+            let tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+            tenants.get(tenant_id).map(|tenant| tenant.read_at.elapsed())
+        };
+        if age.is_some_and(|age| age < self.fresh) {
+            return Ok(());
+        }
+        match self.source.policy(tenant_id).await {
+            Ok(policy) => {
+                self.remember(tenant_id, policy);
+                Ok(())
+            }
+            // Rules a little old beat a service that stops with its registry.
+            Err(_) if age.is_some_and(|age| age < STALE_MAX) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn remember(&self, tenant_id: &TenantId, policy: TenantPolicy) {
+        let now = Instant::now();
+        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tenant) = tenants.get_mut(tenant_id) {
+            tenant.read_at = now;
+            if *tenant.policy != policy {
+                tenant.policy = Arc::new(policy);
+            }
+            return;
+        }
+        if tenants.len() >= TENANTS_MAX
+            && let Some(idle) = tenants.iter().min_by_key(|(_, tenant)| tenant.used_at).map(|(id, _)| id.clone())
+        {
+            tenants.remove(&idle);
+        }
+        let tenant = Tenant { policy: Arc::new(policy), read_at: now, used_at: now, requests: RequestWindow::new(now) };
+        tenants.insert(tenant_id.clone(), tenant);
+    }
+}
+
+/// Decides about one request; pure but for the count of a request let in.
+fn decide(
+    policy: &TenantPolicy,
+    model: &ModelName,
+    requests: &mut RequestWindow,
+    now: Instant,
+) -> Result<(), WireError> {
+    if !policy.allows(model) {
+        let message = format!("the tenant's policy does not allow the model {model}");
+        return Err(WireError::new(ErrorCode::ModelNotAllowed, message).with_param("model"));
+    }
+    let Some(limit) = policy.requests_per_minute else { return Ok(()) };
+    requests.count(limit, now).map_err(|wait| {
+        WireError::new(ErrorCode::RateLimitExceeded, format!("the tenant may make {limit} requests a minute"))
+            .with_retry_after(wait)
+    })
+}
+
+/// Requests of the last minute, by the second.
+#[derive(Debug)]
+struct RequestWindow {
+    start: Instant,
+    seconds: [u32; WINDOW_SECS as usize],
+    /// The last second that was counted in, since `start`.
+    last: u64,
+    total: u32,
+}
+
+impl RequestWindow {
+    fn new(start: Instant) -> Self {
+        Self { start, seconds: [0; WINDOW_SECS as usize], last: 0, total: 0 }
+    }
+
+    /// Counts a request, or says how long until there is room for one.
+    fn count(&mut self, limit: u32, now: Instant) -> Result<(), Duration> {
+        let second = now.duration_since(self.start).as_secs();
+        for passed in (self.last + 1..=second).take(WINDOW_SECS as usize) {
+            let slot = &mut self.seconds[(passed % WINDOW_SECS) as usize];
+            self.total -= std::mem::take(slot);
+        }
+        self.last = second;
+        if self.total < limit {
+            self.total += 1;
+            self.seconds[(second % WINDOW_SECS) as usize] += 1;
+            return Ok(());
+        }
+        let oldest = (1..=WINDOW_SECS).find(|ahead| self.seconds[((second + ahead) % WINDOW_SECS) as usize] > 0);
+        Err(Duration::from_secs(oldest.unwrap_or(WINDOW_SECS)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time;
+
+    struct Fixed(Mutex<Result<TenantPolicy, WireError>>);
+
+    #[async_trait]
+    impl PolicySource for Fixed {
+        async fn policy(&self, _: &TenantId) -> Result<TenantPolicy, WireError> {
+            self.0.lock().expect("not poisoned").clone()
+        }
+    }
+
+    fn engine(policy: TenantPolicy) -> (PolicyEngine, Arc<Fixed>) {
+        let source = Arc::new(Fixed(Mutex::new(Ok(policy))));
+        (PolicyEngine::new(source.clone(), Duration::from_secs(5)), source)
+    }
+
+    fn request(model: &str) -> InferRequest {
+        let text = format!(
+            r#"{{"tenantId":"acme","modelId":"{model}","version":"1.0","input":"hi","retryToken":"r",
+            "correlationId":"018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f","traceId":"{:032x}"}}"#,
+            1
+        );
+        protocol::codec::decode(text.as_bytes()).expect("well formed")
+    }
+
+    fn limit(requests_per_minute: u32) -> TenantPolicy {
+        TenantPolicy { requests_per_minute: Some(requests_per_minute), ..TenantPolicy::default() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_allowed_models_pass() {
+        let allowed = Some(vec!["tether-tiny".parse().expect("name")]);
+        let (engine, _) = engine(TenantPolicy { allowed_models: allowed, ..TenantPolicy::default() });
+        assert_eq!(engine.admit(&request("tether-tiny")).await, Ok(()));
+        let refused = engine.admit(&request("llama3.1-8b")).await.expect_err("not on the list");
+        assert_eq!(refused.code, ErrorCode::ModelNotAllowed);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_minute_sees_more_requests_than_allowed() {
+        let (engine, _) = engine(limit(3));
+        let mut passed = vec![];
+        for second in 0..200u64 {
+            if engine.admit(&request("m")).await.is_ok() {
+                passed.push(second);
+            }
+            time::advance(Duration::from_secs(1)).await;
+        }
+        assert_eq!(passed.len(), 12, "three in each of four minutes: {passed:?}");
+        assert!(passed.windows(4).all(|four| four[3] - four[0] >= 60), "{passed:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_as_told_is_let_in() {
+        let (engine, _) = engine(limit(1));
+        engine.admit(&request("m")).await.expect("the first");
+        time::advance(Duration::from_secs(20)).await;
+        let refused = engine.admit(&request("m")).await.expect_err("the second");
+        assert_eq!(refused.retry_after_ms, Some(40_000));
+        time::advance(Duration::from_secs(40)).await;
+        engine.admit(&request("m")).await.expect("after the wait");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_changed_rule_applies_within_five_seconds() {
+        let (engine, source) = engine(TenantPolicy::default());
+        engine.admit(&request("m")).await.expect("all is allowed");
+        *source.0.lock().expect("not poisoned") =
+            Ok(TenantPolicy { allowed_models: Some(vec![]), ..TenantPolicy::default() });
+        time::advance(Duration::from_secs(5)).await;
+        assert!(engine.admit(&request("m")).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn rules_outlive_a_silent_registry_for_a_minute() {
+        let (engine, source) = engine(TenantPolicy::default());
+        engine.admit(&request("m")).await.expect("all is allowed");
+        *source.0.lock().expect("not poisoned") = Err(WireError::new(ErrorCode::Unavailable, "gone"));
+        time::advance(Duration::from_secs(59)).await;
+        engine.admit(&request("m")).await.expect("known rules go on");
+        time::advance(Duration::from_secs(2)).await;
+        assert_eq!(engine.admit(&request("m")).await.expect_err("too old").code, ErrorCode::Unavailable);
+    }
+}

@@ -1,0 +1,250 @@
+//! Reserves room and writes the job before it is sent, keeps the lease alive, and settles the job (O6).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use metadata_store::{
+    FinaliseError, Finalised, JobError, JobKey, MetadataStore, NewJob, ReassignError, Reassignment, ReserveError,
+    Reserved, Settlement, StoreError, TerminalState,
+};
+use observability::Metrics;
+use protocol::infer::{FinishReason, InferRequest};
+use protocol::model::ModelKey;
+use protocol::usage::TokenUsage;
+use protocol::{Clock, ErrorCode, Region, WireError, WorkerId};
+use tokio::time;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::fleet::Fleet;
+
+/// Leases that ran out and are dealt with at once.
+const EXPIRED_AT_ONCE: u32 = 256;
+
+/// Reserves, renews and settles.
+pub struct ReservationManager {
+    store: Arc<dyn MetadataStore>,
+    clock: Arc<dyn Clock>,
+    fleet: Arc<Fleet>,
+    metrics: Metrics,
+    region: Region,
+    lease: Duration,
+    held: Mutex<HashMap<JobKey, CancellationToken>>,
+}
+
+/// A job that has its room on a worker, on disk.
+///
+/// Dropping it without settling leaves the rest to the lease: it is renewed no more, and runs out.
+pub struct Reservation {
+    manager: Arc<ReservationManager>,
+    /// What makes it the same job.
+    pub key: JobKey,
+    /// The worker that holds room.
+    pub worker_id: WorkerId,
+    /// Which try this is.
+    pub attempt: u32,
+    /// Cancelled when the lease was lost: the attempt is void and must end.
+    pub void: CancellationToken,
+}
+
+/// How a job ends.
+pub struct Ending {
+    /// Its terminal state.
+    pub state: TerminalState,
+    /// Why the answer ended.
+    pub finish_reason: Option<FinishReason>,
+    /// What it took.
+    pub usage: Option<TokenUsage>,
+    /// What went wrong.
+    pub error: Option<WireError>,
+}
+
+impl Ending {
+    /// The answer is whole.
+    pub fn completed(finish_reason: Option<FinishReason>, usage: TokenUsage) -> Self {
+        Self { state: TerminalState::Completed, finish_reason, usage: Some(usage), error: None }
+    }
+
+    /// The caller gave up; it pays for what it got.
+    pub fn cancelled(usage: TokenUsage) -> Self {
+        Self { state: TerminalState::Cancelled, finish_reason: None, usage: Some(usage), error: None }
+    }
+
+    /// It went wrong; nobody pays.
+    pub fn failed(error: WireError) -> Self {
+        Self { state: TerminalState::Failed, finish_reason: None, usage: None, error: Some(error) }
+    }
+
+    /// Returns a short word for it.
+    pub fn outcome(&self) -> &'static str {
+        self.error.as_ref().map_or(self.state.as_str(), |error| error.code.as_str())
+    }
+}
+
+/// What the store's answers mean to whoever submitted the job.
+fn store_error(error: &StoreError) -> WireError {
+    match error {
+        // Trying at once again would only add to the load.
+        StoreError::Overloaded => WireError::new(ErrorCode::NoCapacity, "too many jobs are being taken in, try again")
+            .with_retry_after(Duration::from_secs(1)),
+        _ => WireError::new(ErrorCode::Unavailable, "jobs cannot be written now, try again"),
+    }
+}
+
+fn worker_full(message: String) -> WireError {
+    WireError::new(ErrorCode::WorkerFull, message)
+}
+
+impl ReservationManager {
+    /// Makes a manager of reservations that last `lease`.
+    pub fn new(
+        store: Arc<dyn MetadataStore>,
+        clock: Arc<dyn Clock>,
+        fleet: Arc<Fleet>,
+        metrics: Metrics,
+        region: Region,
+        lease: Duration,
+    ) -> Self {
+        Self { store, clock, fleet, metrics, region, lease, held: Mutex::default() }
+    }
+
+    /// Writes a job and its reservation. `None` says that the job is known: it must not run again.
+    pub async fn reserve(
+        self: &Arc<Self>,
+        request: &InferRequest,
+        fingerprint: [u8; 32],
+        worker_id: WorkerId,
+        worker_capacity: u32,
+    ) -> Result<Option<Reservation>, WireError> {
+        let now = self.clock.now();
+        let key = JobKey {
+            tenant_id: request.tenant_id.clone(),
+            correlation_id: request.correlation_id,
+            retry_token: request.retry_token.clone(),
+        };
+        let job = NewJob {
+            key: key.clone(),
+            trace_id: request.trace_id,
+            model: ModelKey { model_id: request.model_id.clone(), version: request.version },
+            region: self.region.clone(),
+            worker_id,
+            worker_capacity,
+            attempt: 1,
+            now,
+            lease_until: now.after(self.lease),
+            request_fingerprint: fingerprint,
+        };
+        match self.store.reserve(job).await {
+            Err(ReserveError::Store(error)) => Err(store_error(&error)),
+            Err(full @ ReserveError::NoCapacity { .. }) => Err(worker_full(full.to_string())),
+            Ok(Reserved::Duplicate(_)) => Ok(None),
+            Ok(Reserved::New) => {
+                let void = CancellationToken::new();
+                self.lock().insert(key.clone(), void.clone());
+                self.fleet.count_reserved(worker_id, true);
+                self.metrics.reservations_active.inc();
+                Ok(Some(Reservation { manager: self.clone(), key, worker_id, attempt: 1, void }))
+            }
+        }
+    }
+
+    /// Renews the leases of jobs under way and releases those that ran out, until `stop`.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut ticks = time::interval(self.lease / 3);
+        while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+            self.renew().await;
+            self.release_expired().await;
+        }
+    }
+
+    async fn renew(&self) {
+        let keys: Vec<JobKey> = self.lock().keys().cloned().collect();
+        if keys.is_empty() {
+            return;
+        }
+        match self.store.renew(keys, self.clock.now().after(self.lease)).await {
+            Ok(lost) => {
+                let held = self.lock();
+                for key in &lost {
+                    // Settled in between, or lost: only the second still has somebody at work.
+                    if let Some(void) = held.get(key) {
+                        warn!(correlation_id = %key.correlation_id, "lease lost, the attempt is void");
+                        void.cancel();
+                    }
+                }
+            }
+            // The next renewal is a third of a lease away.
+            Err(error) => warn!(%error, "could not renew leases"),
+        }
+    }
+
+    async fn release_expired(&self) {
+        match self.store.release_expired(self.clock.now(), EXPIRED_AT_ONCE).await {
+            Ok(jobs) => {
+                for job in jobs {
+                    debug!(correlation_id = %job.key.correlation_id, "lease ran out, the job has failed");
+                }
+            }
+            Err(error) => warn!(%error, "could not release reservations that ran out"),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<JobKey, CancellationToken>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Reservation {
+    /// Moves the job to another worker as its next attempt. On an error the job stays where it is.
+    pub async fn reassign(&mut self, worker_id: WorkerId, worker_capacity: u32) -> Result<(), WireError> {
+        let manager = &self.manager;
+        let now = manager.clock.now();
+        let reassignment = Reassignment {
+            key: self.key.clone(),
+            from_attempt: self.attempt,
+            worker_id,
+            worker_capacity,
+            now,
+            lease_until: now.after(manager.lease),
+        };
+        manager.store.reassign(reassignment).await.map_err(|error| match error {
+            ReassignError::Store(error) => store_error(&error),
+            ReassignError::NoCapacity { .. } => worker_full(error.to_string()),
+            ReassignError::NotFound | ReassignError::Stale { .. } => {
+                WireError::new(ErrorCode::StaleAttempt, error.to_string())
+            }
+        })?;
+        manager.fleet.count_reserved(self.worker_id, false);
+        manager.fleet.count_reserved(worker_id, true);
+        self.worker_id = worker_id;
+        self.attempt += 1;
+        Ok(())
+    }
+
+    /// Settles the job, once. The answer's last chunk must wait for this.
+    pub async fn finalise(self, ending: Ending) -> Result<Finalised, WireError> {
+        let settlement = Settlement {
+            key: self.key.clone(),
+            attempt: self.attempt,
+            worker_id: self.worker_id,
+            state: ending.state,
+            finish_reason: ending.finish_reason,
+            error: ending.error.map(|error| JobError { code: error.code, message: error.message }),
+            usage: ending.usage,
+            now: self.manager.clock.now(),
+        };
+        self.manager.store.finalise(settlement).await.map_err(|error| match error {
+            FinaliseError::Store(error) => store_error(&error),
+            FinaliseError::NotFound => WireError::new(ErrorCode::StaleAttempt, error.to_string()),
+        })
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.manager.lock().remove(&self.key);
+        self.manager.fleet.count_reserved(self.worker_id, false);
+        self.manager.metrics.reservations_active.dec();
+    }
+}

@@ -1,0 +1,108 @@
+//! Whether a failed attempt is followed by another, and when. Pure.
+
+use std::time::Duration;
+
+use protocol::error_code::Blame;
+use protocol::{CorrelationId, ErrorCode};
+
+/// How an attempt failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failure {
+    /// What went wrong.
+    pub code: ErrorCode,
+    /// Whether part of the answer had reached the caller.
+    pub streamed: bool,
+}
+
+/// What follows a failed attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plan {
+    /// Another worker tries after this time.
+    Retry {
+        /// How long to wait.
+        after: Duration,
+    },
+    /// Nobody tries.
+    GiveUp,
+}
+
+/// The wait before the second attempt; it doubles from there.
+const BACKOFF: Duration = Duration::from_millis(10);
+/// The longest wait.
+const BACKOFF_MAX: Duration = Duration::from_millis(500);
+
+/// Decides what follows a failed attempt, counted from 1.
+pub fn plan(attempt: u32, attempts_max: u32, failure: Failure, correlation_id: CorrelationId) -> Plan {
+    // Once the caller has seen part of an answer, another worker's answer cannot be sewn on.
+    if failure.streamed || attempt >= attempts_max {
+        return Plan::GiveUp;
+    }
+    match failure.code {
+        ErrorCode::DeadlineExceeded | ErrorCode::Cancelled => Plan::GiveUp,
+        // A refusal is no sign of trouble: the next worker is asked at once.
+        ErrorCode::WorkerFull | ErrorCode::WorkerStopping | ErrorCode::ModelNotHere => {
+            Plan::Retry { after: Duration::ZERO }
+        }
+        code if code.blame() == Blame::Caller => Plan::GiveUp,
+        _ => Plan::Retry { after: jittered(attempt, correlation_id) },
+    }
+}
+
+/// Full jitter: anywhere between nothing and the doubled wait, drawn from the job's own name so that a simulation
+/// repeats.
+fn jittered(attempt: u32, correlation_id: CorrelationId) -> Duration {
+    let ceiling = BACKOFF.saturating_mul(1 << attempt.min(10)).min(BACKOFF_MAX);
+    let id = correlation_id.0.as_u128();
+    let mixed = ((id ^ (id >> 64)) as u64 ^ u64::from(attempt)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    ceiling.mul_f64((mixed >> 11) as f64 / (1u64 << 53) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job() -> CorrelationId {
+        "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f".parse().expect("well formed")
+    }
+
+    fn planned(attempt: u32, code: ErrorCode, streamed: bool) -> Plan {
+        plan(attempt, 3, Failure { code, streamed }, job())
+    }
+
+    #[test]
+    fn a_worker_that_fails_or_refuses_is_followed_by_another() {
+        assert!(matches!(planned(1, ErrorCode::WorkerFailed, false), Plan::Retry { .. }));
+        assert!(matches!(planned(2, ErrorCode::Unavailable, false), Plan::Retry { .. }));
+        assert_eq!(planned(1, ErrorCode::WorkerFull, false), Plan::Retry { after: Duration::ZERO });
+    }
+
+    #[test]
+    fn nobody_tries_a_fourth_time() {
+        assert_eq!(planned(3, ErrorCode::WorkerFailed, false), Plan::GiveUp);
+        assert_eq!(planned(3, ErrorCode::WorkerFull, false), Plan::GiveUp);
+    }
+
+    #[test]
+    fn an_answer_that_has_begun_is_not_begun_again() {
+        assert_eq!(planned(1, ErrorCode::WorkerFailed, true), Plan::GiveUp);
+    }
+
+    #[test]
+    fn what_is_the_callers_fault_is_not_tried_again() {
+        for code in [ErrorCode::ContextLengthExceeded, ErrorCode::UnsupportedParameter, ErrorCode::DeadlineExceeded] {
+            assert_eq!(planned(1, code, false), Plan::GiveUp, "{code}");
+        }
+    }
+
+    #[test]
+    fn waits_are_bounded_and_differ_between_jobs() {
+        let mut waits = std::collections::HashSet::new();
+        for number in 0..100u128 {
+            let job = CorrelationId(uuid::Uuid::from_u128(number << 70 | number));
+            let wait = jittered(2, job);
+            assert!(wait <= BACKOFF * 4);
+            waits.insert(wait);
+        }
+        assert!(waits.len() > 50);
+    }
+}

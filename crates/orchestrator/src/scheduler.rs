@@ -1,0 +1,149 @@
+//! Chooses the worker that runs a job.
+//!
+//! A pure function of the candidates and the job. It reads no clock and sends nothing; `Orchestrator` does both.
+
+use protocol::WorkerId;
+use protocol::control::{CandidateScore, RefusedWorker};
+
+pub mod affinity;
+
+use affinity::{Terms, Weights};
+
+/// Rows of the decision table that are kept; a fleet of thousands is told by its best.
+pub const TABLE_MAX: usize = 64;
+
+/// What is known of a worker that supports the model asked for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Candidate {
+    /// The worker.
+    pub worker_id: WorkerId,
+    /// Whether the model is in its memory.
+    pub resident: bool,
+    /// 1 in the same region, less the farther away.
+    pub proximity: f32,
+    /// Whether its accelerator is of the class asked for, or none was.
+    pub gpu_class_matches: bool,
+    /// Jobs it runs side by side.
+    pub slots: u32,
+    /// Jobs it may hold, running and waiting.
+    pub capacity: u32,
+    /// Jobs it holds, as far as is known.
+    pub load: u32,
+    /// Share of the prompt's beginning it has at hand, 0 to 1.
+    pub warm_share: f32,
+    /// Generated tokens a second, 0 if unknown.
+    pub tokens_per_second: f32,
+    /// Why it gets no job at all, if so.
+    pub barred: Option<Refusal>,
+}
+
+/// Why a worker cannot be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Refusal {
+    /// It holds as many jobs as it may.
+    Full,
+    /// It takes nothing new.
+    Draining,
+    /// It did not acknowledge a job lately.
+    SetAside,
+    /// It could not load the model.
+    ModelError,
+    /// It failed this very job before.
+    Tried,
+}
+
+impl Refusal {
+    /// Returns the short word it is known by.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Draining => "draining",
+            Self::SetAside => "set_aside",
+            Self::ModelError => "model_error",
+            Self::Tried => "tried",
+        }
+    }
+}
+
+/// Where a job goes, and why.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Placement {
+    /// The worker, or none where all are refused.
+    pub chosen: Option<Candidate>,
+    /// The best candidates and their terms, the best first.
+    pub candidates: Vec<CandidateScore>,
+    /// Workers that cannot be taken.
+    pub refused: Vec<RefusedWorker>,
+}
+
+/// Places a job. `tried` are the workers that failed it before.
+pub fn place(candidates: impl Iterator<Item = Candidate> + Clone, tried: &[WorkerId], weights: &Weights) -> Placement {
+    let fastest = candidates.clone().map(|candidate| candidate.tokens_per_second).fold(0.0, f32::max);
+    let mut placement = Placement::default();
+    let mut table: Vec<(f64, Candidate)> = Vec::with_capacity(TABLE_MAX * 2);
+    let mut chosen: Option<(f64, Candidate)> = None;
+    for candidate in candidates {
+        if let Some(refusal) = refusal(&candidate, tried) {
+            if placement.refused.len() < TABLE_MAX {
+                let reason = refusal.as_str().to_owned();
+                placement.refused.push(RefusedWorker { worker_id: candidate.worker_id, reason });
+            }
+            continue;
+        }
+        let score = Terms::of(&candidate, fastest).score(weights);
+        if chosen.as_ref().is_none_or(|best| is_better((score, &candidate), (best.0, &best.1))) {
+            chosen = Some((score, candidate));
+        }
+        // Kept to twice its size and cut back, so that a large fleet is not sorted for the sake of the table.
+        let worst = if table.len() >= TABLE_MAX { table[TABLE_MAX - 1].0 } else { f64::NEG_INFINITY };
+        if score > worst || table.len() < TABLE_MAX {
+            table.push((score, candidate));
+            if table.len() == TABLE_MAX * 2 {
+                cut(&mut table);
+            }
+        }
+    }
+    cut(&mut table);
+    placement.candidates = table.iter().map(|(score, candidate)| row(*score, candidate, fastest)).collect();
+    placement.chosen = chosen.map(|(_, candidate)| candidate);
+    placement
+}
+
+fn refusal(candidate: &Candidate, tried: &[WorkerId]) -> Option<Refusal> {
+    if candidate.barred.is_some() {
+        candidate.barred
+    } else if tried.contains(&candidate.worker_id) {
+        Some(Refusal::Tried)
+    } else if candidate.load >= candidate.capacity {
+        Some(Refusal::Full)
+    } else {
+        None
+    }
+}
+
+/// Equal scores go to the lowest id, so that every orchestrator agrees.
+fn is_better(one: (f64, &Candidate), other: (f64, &Candidate)) -> bool {
+    one.0 > other.0 || (one.0 >= other.0 && one.1.worker_id < other.1.worker_id)
+}
+
+fn cut(table: &mut Vec<(f64, Candidate)>) {
+    table.sort_by(|one, other| other.0.total_cmp(&one.0).then_with(|| one.1.worker_id.cmp(&other.1.worker_id)));
+    table.truncate(TABLE_MAX);
+}
+
+fn row(score: f64, candidate: &Candidate, fastest: f32) -> CandidateScore {
+    let terms = Terms::of(candidate, fastest);
+    CandidateScore {
+        worker_id: candidate.worker_id,
+        score,
+        model_match: terms.model_match,
+        region_proximity: terms.region_proximity,
+        gpu_class: terms.gpu_class,
+        queue_depth: terms.queue_depth,
+        warm_cache: terms.warm_cache,
+        speed: terms.speed,
+    }
+}
+
+#[cfg(test)]
+mod tests;

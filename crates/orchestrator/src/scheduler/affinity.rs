@@ -1,0 +1,75 @@
+//! How well a worker suits a job: a weighted sum of terms between 0 and 1 (O2).
+
+use serde::{Deserialize, Serialize};
+
+use super::Candidate;
+
+/// How much each term counts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Weights {
+    /// The model is in memory.
+    pub model_match: f64,
+    /// The worker is near.
+    pub region_proximity: f64,
+    /// The accelerator is of the class asked for.
+    pub gpu_class: f64,
+    /// The worker has little to do.
+    pub queue_depth: f64,
+    /// The prompt's beginning is at hand.
+    pub warm_cache: f64,
+    /// The worker is fast.
+    pub speed: f64,
+}
+
+impl Default for Weights {
+    fn default() -> Self {
+        // An idle worker that has to load the model first must lose against a busy one that has it.
+        Self { model_match: 4.0, region_proximity: 2.0, gpu_class: 1.0, queue_depth: 3.0, warm_cache: 1.0, speed: 0.5 }
+    }
+}
+
+/// The terms of one candidate, each between 0 and 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Terms {
+    /// 1 in memory, half if it has to be loaded.
+    pub model_match: f64,
+    /// 1 in the same region, less the farther away.
+    pub region_proximity: f64,
+    /// 1 where the class fits.
+    pub gpu_class: f64,
+    /// 1 idle, half with all slots taken, less with a queue.
+    pub queue_depth: f64,
+    /// Share of the prompt at hand.
+    pub warm_cache: f64,
+    /// Speed against the fastest candidate; half where nothing is known.
+    pub speed: f64,
+}
+
+impl Terms {
+    /// Returns a candidate's terms. `fastest` is the most tokens a second of any candidate.
+    #[inline]
+    pub fn of(candidate: &Candidate, fastest: f32) -> Self {
+        let slots = f64::from(candidate.slots.max(1));
+        let known = candidate.tokens_per_second > 0.0 && fastest > 0.0;
+        Self {
+            model_match: if candidate.resident { 1.0 } else { 0.5 },
+            region_proximity: f64::from(candidate.proximity),
+            gpu_class: f64::from(u8::from(candidate.gpu_class_matches)),
+            queue_depth: slots / (slots + f64::from(candidate.load)),
+            warm_cache: f64::from(candidate.warm_share),
+            speed: if known { f64::from(candidate.tokens_per_second / fastest) } else { 0.5 },
+        }
+    }
+
+    /// Returns the weighted sum.
+    #[inline]
+    pub fn score(&self, weights: &Weights) -> f64 {
+        self.model_match * weights.model_match
+            + self.region_proximity * weights.region_proximity
+            + self.gpu_class * weights.gpu_class
+            + self.queue_depth * weights.queue_depth
+            + self.warm_cache * weights.warm_cache
+            + self.speed * weights.speed
+    }
+}

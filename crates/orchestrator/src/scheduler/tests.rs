@@ -1,0 +1,102 @@
+use proptest::prelude::*;
+use protocol::PublicKey;
+
+use super::*;
+
+fn worker(number: u8) -> Candidate {
+    Candidate {
+        worker_id: PublicKey([number; 32]),
+        resident: true,
+        proximity: 1.0,
+        gpu_class_matches: true,
+        slots: 4,
+        capacity: 8,
+        load: 0,
+        warm_share: 0.0,
+        tokens_per_second: 10.0,
+        barred: None,
+    }
+}
+
+fn chosen(candidates: &[Candidate]) -> Option<WorkerId> {
+    place(candidates.iter().copied(), &[], &Weights::default()).chosen.map(|candidate| candidate.worker_id)
+}
+
+#[test]
+fn each_term_decides_when_all_else_is_equal() {
+    let better: [fn(&mut Candidate); 6] = [
+        |worker| worker.resident = true,
+        |worker| worker.proximity = 1.0,
+        |worker| worker.gpu_class_matches = true,
+        |worker| worker.load = 0,
+        |worker| worker.warm_share = 1.0,
+        |worker| worker.tokens_per_second = 10.0,
+    ];
+    for (term, improve) in better.into_iter().enumerate() {
+        let poor = |number| Candidate {
+            resident: false,
+            proximity: 0.0,
+            gpu_class_matches: false,
+            load: 3,
+            tokens_per_second: 1.0,
+            ..worker(number)
+        };
+        let mut good = poor(2);
+        improve(&mut good);
+        assert_eq!(chosen(&[poor(1), good, poor(3)]), Some(good.worker_id), "term {term}");
+    }
+}
+
+#[test]
+fn equal_scores_go_to_the_lowest_id_in_whatever_order_they_come() {
+    assert_eq!(chosen(&[worker(3), worker(1), worker(2)]), Some(PublicKey([1; 32])));
+    assert_eq!(chosen(&[worker(1), worker(2), worker(3)]), Some(PublicKey([1; 32])));
+}
+
+#[test]
+fn a_worker_that_cannot_be_taken_is_listed_with_its_reason() {
+    let full = Candidate { load: 8, ..worker(1) };
+    let draining = Candidate { barred: Some(Refusal::Draining), ..worker(2) };
+    let placement = place([full, draining, worker(3)].into_iter(), &[PublicKey([3; 32])], &Weights::default());
+    assert_eq!(placement.chosen, None);
+    let reasons: Vec<&str> = placement.refused.iter().map(|refused| refused.reason.as_str()).collect();
+    assert_eq!(reasons, ["full", "draining", "tried"]);
+}
+
+#[test]
+fn load_spreads_over_equal_workers() {
+    let mut workers = [worker(1), worker(2), worker(3)];
+    for _ in 0..12 {
+        let id = chosen(&workers).expect("room is left");
+        workers.iter_mut().find(|worker| worker.worker_id == id).expect("known").load += 1;
+    }
+    assert_eq!(workers.map(|worker| worker.load), [4, 4, 4]);
+}
+
+proptest! {
+    #[test]
+    fn the_table_is_sorted_led_by_the_chosen_and_bounded(
+        loads in proptest::collection::vec((0u32..10, any::<bool>(), 0u8..4), 0..300)
+    ) {
+        let candidates: Vec<Candidate> = loads
+            .iter()
+            .enumerate()
+            .map(|(number, &(load, resident, speed))| Candidate {
+                worker_id: PublicKey([(number % 256) as u8; 32]),
+                load,
+                resident,
+                tokens_per_second: f32::from(speed),
+                ..worker(0)
+            })
+            .collect();
+        let placement = place(candidates.iter().copied(), &[], &Weights::default());
+        prop_assert!(placement.candidates.len() <= TABLE_MAX);
+        prop_assert!(placement.candidates.is_sorted_by(|one, other| one.score >= other.score));
+        let fits = candidates.iter().filter(|candidate| candidate.load < candidate.capacity).count();
+        prop_assert_eq!(placement.candidates.len(), fits.min(TABLE_MAX));
+        prop_assert_eq!(
+            placement.candidates.first().map(|row| row.worker_id),
+            placement.chosen.map(|candidate| candidate.worker_id)
+        );
+    }
+}

@@ -1,0 +1,175 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use metadata_store::{JobState, TerminalState};
+use protocol::ErrorCode;
+use protocol::policy::TenantPolicy;
+use rpc::{CallError, Client};
+use tether_orchestrator::Config;
+
+use crate::stand::{Manner, STRANGER, key, stand, submit};
+
+#[tokio::test]
+async fn an_answer_arrives_whole_and_is_billed_once() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Answer(3)).await;
+    let job = stand.job();
+    let chunks = stand.answer(&job).await.expect("answered");
+    let text: String = chunks.iter().map(|chunk| chunk.payload.text.as_str()).collect();
+    assert_eq!(text, "0 1 2 ");
+    assert!(chunks.iter().map(|chunk| chunk.seq).eq(0..4));
+    let usage = chunks.last().and_then(|chunk| chunk.payload.usage).expect("the last chunk tells the usage");
+    // Whoever holds the last chunk holds a settled job: no waiting here.
+    let record = stand.record(&job).await.expect("kept");
+    assert_eq!(record.state, JobState::Settled(TerminalState::Completed));
+    assert_eq!(record.worker_id, worker.key.public_key());
+    let billed = stand.usage().await;
+    assert_eq!(billed.iter().map(|record| record.usage).collect::<Vec<_>>(), [usage]);
+    assert_eq!(stand.store.active_reservations().await.expect("readable"), []);
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_stops_the_worker_and_pays_for_what_it_got() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Hang).await;
+    let job = stand.job();
+    let mut answer = stand.submit(&job).await.expect("accepted");
+    answer.next().await.expect("a chunk").expect("no error");
+    drop(answer);
+    worker.cancelled.notified().await;
+    let record = stand.settled(&job).await;
+    assert_eq!(record.state, JobState::Settled(TerminalState::Cancelled));
+    assert_eq!(record.usage.map(|usage| usage.completion_tokens), Some(1));
+}
+
+#[tokio::test]
+async fn jobs_spread_over_the_workers_while_they_run() {
+    let stand = stand(Config::default()).await;
+    let one = stand.worker(1, Manner::Hang).await;
+    let two = stand.worker(2, Manner::Hang).await;
+    let mut answers = vec![];
+    for _ in 0..8 {
+        answers.push(stand.submit(&stand.job()).await.expect("accepted"));
+    }
+    assert_eq!((one.jobs_seen(), two.jobs_seen()), (4, 4));
+}
+
+#[tokio::test]
+async fn a_full_fleet_sheds_with_a_time_to_come_back() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Hang).await;
+    let mut answers = vec![];
+    for _ in 0..8 {
+        answers.push(stand.submit(&stand.job()).await.expect("accepted"));
+    }
+    let ninth = stand.answer(&stand.job()).await.expect_err("the worker holds 8");
+    assert_eq!(ninth.code, ErrorCode::NoCapacity);
+    assert!(ninth.retry_after_ms.is_some());
+    assert_eq!(worker.jobs_seen(), 8);
+    drop(answers.pop());
+    worker.cancelled.notified().await;
+    for _ in 0..100 {
+        if stand.store.active_reservations().await.expect("readable")[0].1 < 8 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    *worker.manner.lock().expect("not poisoned") = Manner::Answer(1);
+    stand.answer(&stand.job()).await.expect("there is room again");
+}
+
+#[tokio::test]
+async fn a_model_that_nobody_serves_is_no_capacity_and_not_an_internal_error() {
+    let stand = stand(Config::default()).await;
+    let error = stand.answer(&stand.job()).await.expect_err("no worker");
+    assert_eq!(error.code, ErrorCode::NoCapacity);
+    assert!(error.message.contains("tether-tiny@1.0"), "{error}");
+}
+
+#[tokio::test]
+async fn one_retry_token_never_runs_twice() {
+    let stand = Arc::new(stand(Config::default()).await);
+    let worker = stand.worker(1, Manner::Answer(2)).await;
+    let job = stand.job();
+    let tries = (0..50).map(|_| {
+        let (stand, job) = (stand.clone(), job.clone());
+        async move { stand.answer(&job).await }
+    });
+    let outcomes = futures_join(tries).await;
+    assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1);
+    let others = outcomes.iter().filter_map(|outcome| outcome.as_ref().err());
+    assert!(others.clone().all(|error| error.code == ErrorCode::IdempotencyInProgress), "{outcomes:?}");
+    assert_eq!(worker.jobs_seen(), 1);
+    assert_eq!(stand.usage().await.len(), 1);
+}
+
+async fn futures_join<T: Send + 'static>(
+    work: impl Iterator<Item = impl Future<Output = T> + Send + 'static>,
+) -> Vec<T> {
+    let mut set = tokio::task::JoinSet::new();
+    for work in work {
+        set.spawn(work);
+    }
+    set.join_all().await
+}
+
+#[tokio::test]
+async fn a_tenants_rules_are_applied_before_anything_is_written() {
+    let stand = stand(Config { policy_cache_secs: 0, ..Config::default() }).await;
+    stand.worker(1, Manner::Answer(1)).await;
+    *stand.policy.lock().expect("not poisoned") =
+        TenantPolicy { allowed_models: Some(vec![]), ..TenantPolicy::default() };
+    let job = stand.job();
+    assert_eq!(stand.answer(&job).await.expect_err("not allowed").code, ErrorCode::ModelNotAllowed);
+    assert_eq!(stand.record(&job).await, None);
+
+    let twice = TenantPolicy { requests_per_minute: Some(2), ..TenantPolicy::default() };
+    *stand.policy.lock().expect("not poisoned") = twice;
+    stand.answer(&stand.job()).await.expect("the first");
+    stand.answer(&stand.job()).await.expect("the second");
+    let third = stand.answer(&stand.job()).await.expect_err("the third");
+    assert_eq!(third.code, ErrorCode::RateLimitExceeded);
+    assert!(third.retry_after_ms.is_some());
+}
+
+#[tokio::test]
+async fn a_node_that_is_not_enrolled_can_submit_nothing() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Answer(1)).await;
+    let stranger = Client::new(stand.network.node(&key(STRANGER)));
+    let refused = submit(&stranger, stand.orchestrator, &stand.job()).await.err();
+    assert!(matches!(&refused, Some(CallError::Remote(error)) if error.code == ErrorCode::NotEnrolled), "{refused:?}");
+    assert_eq!(worker.jobs_seen(), 0);
+}
+
+#[tokio::test]
+async fn a_malformed_job_is_refused_with_the_part_that_offends() {
+    let stand = stand(Config::default()).await;
+    let mut job = serde_json::to_value(stand.job()).expect("JSON");
+    job["modelId"] = "Not A Model".into();
+    let seconds = Duration::from_secs(5);
+    let options = rpc::StreamOptions { accept_within: seconds, deadline: None, stall: seconds };
+    let body = job.to_string().into();
+    let refused = stand.gateway.open_stream(stand.orchestrator, protocol::infer::SUBMIT, body, options).await;
+    let Err(CallError::Remote(error)) = refused else { panic!("{refused:?}") };
+    assert_eq!((error.code, error.param.as_deref()), (ErrorCode::InvalidValue, Some("modelId")));
+}
+
+#[tokio::test]
+async fn how_a_job_was_placed_can_be_told() {
+    let stand = stand(Config::default()).await;
+    let (refusing, answering) = stand.pair(Manner::Refuse(ErrorCode::WorkerFull), Manner::Answer(1)).await;
+    let draining = stand.worker(3, Manner::Answer(1)).await;
+    draining.report(&stand, |report| report.draining = true).await.expect("believed");
+    let job = stand.job();
+    stand.answer(&job).await.expect("answered");
+    let decision = stand.explain(&job).await;
+    let told: Vec<_> = decision.attempts.iter().map(|attempt| (attempt.chosen, attempt.outcome.as_str())).collect();
+    assert_eq!(
+        told,
+        [(Some(refusing.key.public_key()), "worker_full"), (Some(answering.key.public_key()), "completed")]
+    );
+    assert_eq!(decision.attempts[0].candidates.len(), 2);
+    assert_eq!(decision.attempts[0].refused[0].reason, "draining");
+    assert_eq!(decision.attempts[1].refused.iter().filter(|refused| refused.reason == "tried").count(), 1);
+}

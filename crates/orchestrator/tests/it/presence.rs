@@ -1,0 +1,62 @@
+use protocol::UnixMillis;
+use protocol::signature::Signed;
+use tether_orchestrator::Config;
+
+use crate::stand::{Manner, STRANGER, stand};
+
+#[tokio::test]
+async fn replayed_forged_stale_and_unbound_reports_are_dropped_and_counted_by_reason() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Answer(1)).await;
+    let other = stand.worker(2, Manner::Answer(1)).await;
+
+    let good = worker.sign(&worker.report_body(|_| {}));
+    worker.push(&stand, &good).await.expect("new");
+    worker.push(&stand, &good).await.expect_err("the same again");
+    other.push(&stand, &worker.sign(&worker.report_body(|_| {}))).await.expect_err("another's report");
+    let honest = worker.sign(&worker.report_body(|_| {}));
+    let forged = Signed { body: honest.body.replace("\"slots\":4", "\"slots\":9"), ..honest };
+    worker.push(&stand, &forged).await.expect_err("changed on the way");
+    worker.report(&stand, |report| report.issued_at = UnixMillis(report.issued_at.0 - 6000)).await.expect_err("stale");
+    worker.report(&stand, |report| report.region = "mars".parse().expect("region")).await.expect_err("elsewhere");
+
+    let text = stand.metrics.encode();
+    for reason in ["replay", "unbound", "bad_sig", "skew", "region"] {
+        let line = format!("tether_presence_rejected_total{{reason=\"{reason}\"}} 1");
+        assert!(text.contains(&line), "{line}\n{text}");
+    }
+    assert!(stand.fleet().await.workers.iter().all(|worker| worker.report.capacity.slots == 4));
+}
+
+#[tokio::test]
+async fn a_worker_that_is_not_enrolled_gets_no_job() {
+    let stand = stand(Config::default()).await;
+    let stranger = crate::stand::key(STRANGER);
+    let client = rpc::Client::new(stand.network.node(&stranger));
+    let friend = stand.worker(1, Manner::Answer(1)).await;
+    let report = friend.report_body(|report| {
+        report.worker_id = stranger.public_key();
+        report.pub_key = stranger.public_key();
+    });
+    let signed =
+        stranger.sign(protocol::health::KIND, String::from_utf8(protocol::codec::encode(&report)).expect("JSON"));
+    let method = protocol::control::PRESENCE_REPORT;
+    let seconds = std::time::Duration::from_secs(5);
+    let refused = client.call::<_, protocol::control::Empty>(stand.orchestrator, method, &signed, seconds).await;
+    refused.expect_err("not enrolled");
+    assert_eq!(stand.fleet().await.workers.len(), 1);
+}
+
+#[tokio::test]
+async fn marks_outlive_the_orchestrator_so_that_old_reports_stay_replays() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Answer(1)).await;
+    let id = worker.key.public_key();
+    for _ in 0..300 {
+        if stand.store.high_water(id).await.expect("readable").is_some() {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    panic!("the mark was not written within three seconds");
+}

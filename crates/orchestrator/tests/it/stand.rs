@@ -1,0 +1,312 @@
+//! A network of one real orchestrator with a real store, a registry of fixed rules and workers that do as told.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use metadata_store::{JobRecord, MetadataStore, SqliteStore, UsageCursor, UsageRecord};
+use observability::Metrics;
+use protocol::control::{
+    Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeInfo, NodeRole, POLICY_GET, PRESENCE_REPORT,
+    PolicyRequest,
+};
+use protocol::health::{self, CachedModel, Capacity, EXPIRY, HealthReport, ModelState};
+use protocol::infer::{FinishReason, InferChunk, InferRequest, Payload, START, SUBMIT};
+use protocol::model::ModelKey;
+use protocol::policy::TenantPolicy;
+use protocol::signature::{NodeKey, Signed};
+use protocol::usage::TokenUsage;
+use protocol::{Clock, CorrelationId, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
+use rpc::{AnswerStream, CallError, Client, MemoryNetwork, Server, StreamCall, StreamOptions, SystemClock};
+use tether_orchestrator::{Config, Orchestrator, OrchestratorParts};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// What a worker does with a job.
+#[derive(Clone)]
+pub(crate) enum Manner {
+    /// Answers with this many chunks and an end.
+    Answer(u64),
+    /// Refuses.
+    Refuse(ErrorCode),
+    /// Takes the job and dies after this many chunks.
+    DieAfter(u64),
+    /// Says nothing at all.
+    Mute,
+    /// Takes the job, sends one chunk, and waits until it is cancelled.
+    Hang,
+    /// Answers under the number of another attempt.
+    WrongAttempt,
+}
+
+pub(crate) struct Stand {
+    pub(crate) network: MemoryNetwork,
+    pub(crate) store: Arc<dyn MetadataStore>,
+    pub(crate) metrics: Metrics,
+    pub(crate) orchestrator: PublicKey,
+    pub(crate) gateway: Client,
+    pub(crate) policy: Arc<Mutex<TenantPolicy>>,
+    tasks: TaskTracker,
+    jobs: AtomicU64,
+}
+
+pub(crate) struct Worker {
+    pub(crate) key: NodeKey,
+    pub(crate) client: Client,
+    pub(crate) manner: Arc<Mutex<Manner>>,
+    pub(crate) seen: Arc<AtomicUsize>,
+    pub(crate) cancelled: Arc<Notify>,
+    seq: AtomicU64,
+}
+
+pub(crate) fn region() -> Region {
+    "local".parse().expect("region")
+}
+
+pub(crate) fn model() -> ModelKey {
+    ModelKey { model_id: "tether-tiny".parse().expect("name"), version: "1.0".parse().expect("version") }
+}
+
+fn info(role: NodeRole) -> NodeInfo {
+    NodeInfo { roles: vec![role], region: region(), version: "0".into() }
+}
+
+/// A key of its own for each number; workers count from 1.
+pub(crate) fn key(number: u8) -> NodeKey {
+    NodeKey::from_seed(&[number; 32])
+}
+
+/// The one node that is on nobody's list.
+pub(crate) const STRANGER: u8 = 66;
+
+pub(crate) async fn stand(config: Config) -> Stand {
+    let network = MemoryNetwork::new();
+    let store: Arc<dyn MetadataStore> = Arc::new(SqliteStore::in_memory().expect("a store"));
+    let metrics = Metrics::new();
+    let tasks = TaskTracker::new();
+    let policy = Arc::new(Mutex::new(TenantPolicy::default()));
+
+    let registry = network.node(&key(200));
+    registry.announce(&Topic::Control(region())).await.expect("announced");
+    let rules = policy.clone();
+    let server = Server::new(registry, info(NodeRole::Registry)).unary(POLICY_GET, move |_, _: PolicyRequest| {
+        let policy = rules.lock().expect("not poisoned").clone();
+        async move { Ok(policy) }
+    });
+    tasks.spawn(server.run(CancellationToken::new(), Duration::ZERO));
+
+    let transport = network.node(&key(201));
+    let orchestrator = transport.public_key();
+    let stranger = key(STRANGER).public_key();
+    let parts = OrchestratorParts {
+        transport,
+        region: region(),
+        clock: Arc::new(SystemClock),
+        store: store.clone(),
+        metrics: metrics.clone(),
+        enrolled: Arc::new(move |key| key != stranger),
+        version: "0".into(),
+    };
+    tasks.spawn(async move { Orchestrator::run(config, parts, CancellationToken::new()).await.expect("runs") });
+    let gateway = Client::new(network.node(&key(202)));
+    Stand { network, store, metrics, orchestrator, gateway, policy, tasks, jobs: AtomicU64::new(1) }
+}
+
+impl Stand {
+    /// Adds a worker and waits until the orchestrator has its report.
+    pub(crate) async fn worker(&self, number: u8, manner: Manner) -> Worker {
+        let key = key(number);
+        let transport = self.network.node(&key);
+        let manner = Arc::new(Mutex::new(manner));
+        let seen = Arc::new(AtomicUsize::new(0));
+        let cancelled = Arc::new(Notify::new());
+        let server = Server::new(transport.clone(), info(NodeRole::Worker)).stream(START, {
+            let (manner, seen, cancelled, store) =
+                (manner.clone(), seen.clone(), cancelled.clone(), self.store.clone());
+            move |call| {
+                seen.fetch_add(1, Ordering::SeqCst);
+                let manner = manner.lock().expect("not poisoned").clone();
+                serve(call, manner, cancelled.clone(), store.clone())
+            }
+        });
+        self.tasks.spawn(server.run(CancellationToken::new(), Duration::ZERO));
+        let worker = Worker { key, client: Client::new(transport), manner, seen, cancelled, seq: AtomicU64::new(0) };
+        worker.report(self, |_| {}).await.expect("believed");
+        worker
+    }
+
+    /// Adds two workers. Equal scores go to the lowest id, so the first of them is asked first.
+    pub(crate) async fn pair(&self, first: Manner, second: Manner) -> (Worker, Worker) {
+        let (low, high) = if key(1).public_key() < key(2).public_key() { (1, 2) } else { (2, 1) };
+        (self.worker(low, first).await, self.worker(high, second).await)
+    }
+
+    pub(crate) fn job(&self) -> InferRequest {
+        let number = self.jobs.fetch_add(1, Ordering::SeqCst);
+        InferRequest {
+            tenant_id: "acme".parse().expect("tenant"),
+            model_id: model().model_id,
+            version: model().version,
+            input: serde_json::from_str("\"hi\"").expect("a prompt"),
+            correlation_id: CorrelationId(uuid::Uuid::from_u128(number.into())),
+            retry_token: format!("token-{number}").parse().expect("token"),
+            trace_id: protocol::TraceId([1; 16]),
+            attempt: 1,
+            deadline_ms: None,
+        }
+    }
+
+    pub(crate) async fn submit(&self, job: &InferRequest) -> Result<AnswerStream, CallError> {
+        submit(&self.gateway, self.orchestrator, job).await
+    }
+
+    /// Submits a job and reads its whole answer.
+    pub(crate) async fn answer(&self, job: &InferRequest) -> Result<Vec<InferChunk>, WireError> {
+        let mut stream = self.submit(job).await?;
+        let mut chunks = vec![];
+        while let Some(chunk) = stream.next().await {
+            chunks.push(codec::decode(&chunk?).expect("a chunk"));
+        }
+        Ok(chunks)
+    }
+
+    pub(crate) async fn record(&self, job: &InferRequest) -> Option<JobRecord> {
+        self.store.job_by_correlation(&job.tenant_id, job.correlation_id).await.expect("readable")
+    }
+
+    pub(crate) async fn usage(&self) -> Vec<UsageRecord> {
+        let tenant = "acme".parse().expect("tenant");
+        self.store.usage(&tenant, UsageCursor::default(), 1000).await.expect("readable")
+    }
+
+    pub(crate) async fn fleet(&self) -> Fleet {
+        self.ask(FLEET_LIST, &Empty {}).await
+    }
+
+    pub(crate) async fn explain(&self, job: &InferRequest) -> Decision {
+        self.ask(JOB_EXPLAIN, &ExplainRequest { correlation_id: job.correlation_id }).await
+    }
+
+    async fn ask<Reply: serde::de::DeserializeOwned>(&self, method: &str, request: &impl serde::Serialize) -> Reply {
+        self.gateway.call(self.orchestrator, method, request, Duration::from_secs(5)).await.expect("answered")
+    }
+
+    /// Waits until the store says what is hoped for.
+    pub(crate) async fn settled(&self, job: &InferRequest) -> JobRecord {
+        for _ in 0..500 {
+            if let Some(record) = self.record(job).await
+                && record.state != metadata_store::JobState::Reserved
+            {
+                return record;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("the job was not settled within five seconds");
+    }
+}
+
+pub(crate) async fn submit(
+    client: &Client,
+    orchestrator: PublicKey,
+    job: &InferRequest,
+) -> Result<AnswerStream, CallError> {
+    let seconds = Duration::from_secs(20);
+    let options = StreamOptions { accept_within: seconds, deadline: Some(seconds), stall: seconds };
+    client.open_stream(orchestrator, SUBMIT, codec::encode(job).into(), options).await
+}
+
+impl Worker {
+    pub(crate) fn report_body(&self, change: impl FnOnce(&mut HealthReport)) -> HealthReport {
+        let now = SystemClock.now();
+        let mut report = HealthReport {
+            v: 1,
+            worker_id: self.key.public_key(),
+            pub_key: self.key.public_key(),
+            region: region(),
+            gpu_class: "cpu".into(),
+            vram_gb: 0,
+            accelerators: vec![],
+            capacity: Capacity { slots: 4, running: 0, waiting: 0, queue_max: 4 },
+            supported: vec![model()],
+            model_cache: vec![CachedModel {
+                key: model(),
+                digest: Digest::of(b"model"),
+                state: ModelState::Ready,
+                tokens_per_second: 0.0,
+                adapters: vec![],
+            }],
+            latency_hops: 0,
+            draining: false,
+            epoch: 1,
+            seq: self.seq.fetch_add(1, Ordering::SeqCst),
+            issued_at: now,
+            not_after: now.after(EXPIRY),
+        };
+        change(&mut report);
+        report
+    }
+
+    pub(crate) fn sign(&self, report: &HealthReport) -> Signed {
+        self.key.sign(health::KIND, String::from_utf8(codec::encode(report)).expect("JSON"))
+    }
+
+    pub(crate) async fn report(
+        &self,
+        stand: &Stand,
+        change: impl FnOnce(&mut HealthReport),
+    ) -> Result<Empty, CallError> {
+        self.push(stand, &self.sign(&self.report_body(change))).await
+    }
+
+    pub(crate) async fn push(&self, stand: &Stand, signed: &Signed) -> Result<Empty, CallError> {
+        self.client.call(stand.orchestrator, PRESENCE_REPORT, signed, Duration::from_secs(5)).await
+    }
+
+    pub(crate) fn jobs_seen(&self) -> usize {
+        self.seen.load(Ordering::SeqCst)
+    }
+}
+
+async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: Arc<dyn MetadataStore>) {
+    let request: InferRequest = codec::decode(&call.body).expect("a job");
+    let reserved = store.job_by_correlation(&request.tenant_id, request.correlation_id).await.expect("readable");
+    let reserved = reserved.expect("a reservation is written before a job is sent");
+    assert_eq!(reserved.attempt, request.attempt);
+    let attempt = if matches!(manner, Manner::WrongAttempt) { request.attempt + 1 } else { request.attempt };
+    let chunk = |seq, done| {
+        let payload = if done {
+            let usage = TokenUsage { prompt_tokens: 3, completion_tokens: seq as u32, cached_tokens: 0 };
+            Payload { finish_reason: Some(FinishReason::Stop), usage: Some(usage), ..Payload::default() }
+        } else {
+            Payload { text: format!("{seq} "), tokens: vec![seq as u32], ..Payload::default() }
+        };
+        codec::encode(&InferChunk { correlation_id: request.correlation_id, seq, payload, done, attempt })
+    };
+    let chunks = match manner {
+        Manner::Refuse(code) => return call.refuse(WireError::new(code, "refused")).await,
+        Manner::Mute => {
+            let _call = call;
+            return std::future::pending().await;
+        }
+        Manner::Answer(chunks) | Manner::DieAfter(chunks) => chunks,
+        Manner::Hang | Manner::WrongAttempt => 1,
+    };
+    let Ok(mut reply) = call.accept().await else { return };
+    for seq in 0..chunks {
+        if reply.send(&chunk(seq, false)).await.is_err() {
+            return cancelled.notify_one();
+        }
+    }
+    match manner {
+        Manner::Answer(_) | Manner::WrongAttempt => {
+            let _ = reply.send(&chunk(chunks, true)).await;
+            let _ = reply.finish().await;
+        }
+        Manner::Hang => {
+            reply.cancelled().await;
+            cancelled.notify_one();
+        }
+        _ => {}
+    }
+}
