@@ -1,0 +1,198 @@
+//! The registry as gateways and orchestrators see it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use metadata_store::{MetadataStore, SqliteStore, StoreOptions};
+use protocol::control::{
+    CATALOG_LIST, Catalog, Empty, POLICY_GET, PolicyRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST,
+    TOKEN_REVOKE, TokenCheck, TokenCreate, TokenCreated, TokenGrant, TokenList, TokenRevoke, TokenRevoked,
+};
+use protocol::model::{ModelEntry, ModelKey};
+use protocol::policy::TenantPolicy;
+use protocol::signature::NodeKey;
+use protocol::{Clock, Digest, ErrorCode, PublicKey, TenantId, UnixMillis, WireError};
+use rpc::{CallError, Client, MemoryNetwork};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tether_registry::{Pepper, Registry, RegistryParts, TokenOffice, catalog};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+struct SetClock(AtomicU64);
+
+impl Clock for SetClock {
+    fn now(&self) -> UnixMillis {
+        UnixMillis(self.0.load(Ordering::SeqCst))
+    }
+}
+
+struct Desk {
+    client: Client,
+    stranger: Client,
+    registry: PublicKey,
+    office: TokenOffice,
+    store: Arc<dyn MetadataStore>,
+    clock: Arc<SetClock>,
+    folder: tempfile::TempDir,
+    _tasks: TaskTracker,
+}
+
+async fn desk() -> Desk {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = SqliteStore::open(&folder.path().join("registry.db"), StoreOptions::default()).expect("opened");
+    let store: Arc<dyn MetadataStore> = Arc::new(store);
+    let clock = Arc::new(SetClock(AtomicU64::new(1_000_000)));
+    let network = MemoryNetwork::new();
+    let gateway = NodeKey::from_seed(&[2; 32]);
+    let friend = gateway.public_key();
+    let transport = network.node(&NodeKey::from_seed(&[1; 32]));
+    let registry = transport.public_key();
+    let parts = RegistryParts {
+        transport,
+        region: "local".parse().expect("region"),
+        clock: clock.clone(),
+        store: store.clone(),
+        pepper: Pepper([9; 32]),
+        enrolled: Arc::new(move |key| key == friend),
+        version: "0".into(),
+    };
+    let tasks = TaskTracker::new();
+    tasks.spawn(Registry::run(parts, CancellationToken::new()));
+    Desk {
+        client: Client::new(network.node(&gateway)),
+        stranger: Client::new(network.node(&NodeKey::from_seed(&[3; 32]))),
+        registry,
+        office: TokenOffice::new(store.clone(), clock.clone(), Pepper([9; 32])),
+        store,
+        clock,
+        folder,
+        _tasks: tasks,
+    }
+}
+
+impl Desk {
+    async fn ask<Reply: DeserializeOwned>(&self, method: &str, request: &impl Serialize) -> Result<Reply, CallError> {
+        self.client.call(self.registry, method, request, Duration::from_secs(5)).await
+    }
+
+    async fn check(&self, token: &str) -> Result<TokenGrant, CallError> {
+        self.ask(TOKEN_CHECK, &TokenCheck { token: token.to_owned() }).await
+    }
+}
+
+fn tenant() -> TenantId {
+    "acme".parse().expect("tenant")
+}
+
+fn new_token(expires_at: Option<UnixMillis>) -> TokenCreate {
+    let (name, scopes) = ("laptop".to_owned(), vec![Scope::Infer]);
+    TokenCreate { tenant_id: tenant(), name, scopes, expires_at, requests_per_minute: None }
+}
+
+fn is_refused(outcome: &Result<TokenGrant, CallError>) -> bool {
+    matches!(outcome, Err(CallError::Remote(WireError { code: ErrorCode::InvalidApiKey, .. })))
+}
+
+#[tokio::test]
+async fn an_issued_token_is_good_for_its_tenant_and_scopes() {
+    let desk = desk().await;
+    let policy = TenantPolicy { requests_per_minute: Some(7), ..TenantPolicy::default() };
+    desk.store.put_policy(&tenant(), &policy).await.expect("kept");
+    let token = desk.office.issue(new_token(None)).await.expect("issued");
+    let grant = desk.check(&token.token).await.expect("good");
+    assert_eq!(grant.tenant_id, tenant());
+    assert_eq!(grant.scopes, [Scope::Infer]);
+    assert_eq!(grant.policy, policy);
+    assert_eq!(grant.key_id, token.key_id);
+}
+
+#[tokio::test]
+async fn the_store_never_holds_the_secret() {
+    let desk = desk().await;
+    let token = desk.office.issue(new_token(None)).await.expect("issued");
+    desk.store.close().await.expect("closed");
+    for file in std::fs::read_dir(desk.folder.path()).expect("a folder") {
+        let bytes = std::fs::read(file.expect("a file").path()).expect("readable");
+        let secret = token.token[18..].as_bytes();
+        assert!(!bytes.windows(secret.len()).any(|window| window == secret));
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_a_revoked_and_an_expired_token_are_refused_alike() {
+    let desk = desk().await;
+    let now = desk.clock.now();
+    let revoked = desk.office.issue(new_token(None)).await.expect("issued");
+    assert!(desk.office.revoke(&revoked.key_id).await.expect("revoked").found);
+    let expiring = desk.office.issue(new_token(Some(now.after(Duration::from_secs(60))))).await.expect("issued");
+    assert!(desk.check(&expiring.token).await.is_ok());
+    desk.clock.0.store(now.0 + 60_000, Ordering::SeqCst);
+
+    // Issued under another pepper: well formed, of a known shape, and never of this registry.
+    let other = TokenOffice::new(desk.store.clone(), desk.clock.clone(), Pepper([8; 32]));
+    let foreign = other.issue(new_token(None)).await.expect("issued");
+
+    let mut messages = std::collections::HashSet::new();
+    for text in [revoked.token, expiring.token, foreign.token, "nonsense".into()] {
+        let outcome = desk.check(&text).await;
+        assert!(is_refused(&outcome), "{outcome:?}");
+        messages.insert(outcome.expect_err("refused").to_string());
+    }
+    assert_eq!(messages.len(), 1, "{messages:?}");
+}
+
+#[tokio::test]
+async fn a_model_version_never_changes_its_artifact() {
+    let desk = desk().await;
+    let entry = |digest| ModelEntry {
+        key: ModelKey { model_id: "m".parse().expect("name"), version: "1.0".parse().expect("version") },
+        digest: Digest([digest; 32]),
+        bytes: 1,
+        context_length: 512,
+        description: String::new(),
+        created_at: UnixMillis(1),
+    };
+    catalog::register(&*desk.store, vec![entry(1)]).await.expect("registered");
+    catalog::register(&*desk.store, vec![entry(1)]).await.expect("the same again is fine");
+    assert!(catalog::register(&*desk.store, vec![entry(2)]).await.is_err());
+    let listed: Catalog = desk.ask(CATALOG_LIST, &Empty {}).await.expect("listed");
+    assert_eq!(listed.models, [entry(1)]);
+}
+
+#[tokio::test]
+async fn a_node_that_is_not_enrolled_learns_nothing() {
+    let desk = desk().await;
+    let token = desk.office.issue(new_token(None)).await.expect("issued");
+    let check = TokenCheck { token: token.token };
+    let rules = PolicyRequest { tenant_id: tenant() };
+    let deadline = Duration::from_secs(5);
+    let refusals = [
+        desk.stranger.call::<_, TokenGrant>(desk.registry, TOKEN_CHECK, &check, deadline).await.err(),
+        desk.stranger.call::<_, Catalog>(desk.registry, CATALOG_LIST, &Empty {}, deadline).await.err(),
+        desk.stranger.call::<_, TenantPolicy>(desk.registry, POLICY_GET, &rules, deadline).await.err(),
+    ];
+    for refusal in refusals {
+        assert!(
+            matches!(&refusal, Some(CallError::Remote(WireError { code: ErrorCode::NotEnrolled, .. }))),
+            "{refusal:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn tokens_are_issued_listed_and_revoked_over_the_network() {
+    let desk = desk().await;
+    let new = TokenCreate { requests_per_minute: Some(9), ..new_token(None) };
+    let created: TokenCreated = desk.ask(TOKEN_CREATE, &new).await.expect("issued");
+    let grant = desk.check(&created.token).await.expect("good");
+    assert_eq!(grant.policy.requests_per_minute, Some(9));
+    let listed: TokenList = desk.ask(TOKEN_LIST, &Empty {}).await.expect("listed");
+    assert_eq!(listed.tokens.iter().map(|token| token.key_id.as_str()).collect::<Vec<_>>(), [&created.key_id]);
+    let revoke = TokenRevoke { key_id: created.key_id };
+    assert!(desk.ask::<TokenRevoked>(TOKEN_REVOKE, &revoke).await.expect("revoked").found);
+    assert!(is_refused(&desk.check(&created.token).await));
+    let nobody = TokenRevoke { key_id: "nobody00".into() };
+    assert!(!desk.ask::<TokenRevoked>(TOKEN_REVOKE, &nobody).await.expect("answered").found);
+}
