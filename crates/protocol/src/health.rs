@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::clock::UnixMillis;
 use crate::id::{AdapterName, Digest, PublicKey, Region, WorkerId};
@@ -92,7 +93,7 @@ pub struct CachedModel {
     /// How far it is.
     pub state: ModelState,
     /// Generated tokens a second, smoothed; 0 before the first answer.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "finite")]
     pub tokens_per_second: f32,
     /// Adapters at hand.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -109,4 +110,28 @@ pub enum ModelState {
     Ready,
     /// Failed to load or died; it is tried again.
     Error,
+}
+
+/// Reads a number that JSON can say again; 1e39 would become infinite, and then `null`.
+fn finite<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f32, D::Error> {
+    let number = f32::deserialize(deserializer)?;
+    if number.is_finite() { Ok(number) } else { Err(D::Error::custom("a number within the range of f32 was expected")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec;
+
+    #[test]
+    fn a_speed_beyond_all_numbers_is_malformed() {
+        let model = |speed: &str| {
+            format!(
+                r#"{{"modelId":"m","version":"1.0","digest":"{}","state":"ready","tokensPerSecond":{speed}}}"#,
+                "ab".repeat(32)
+            )
+        };
+        assert!(codec::decode::<CachedModel>(model("12.5").as_bytes()).is_ok());
+        assert!(codec::decode::<CachedModel>(model("1e39").as_bytes()).is_err());
+    }
 }
