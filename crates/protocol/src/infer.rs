@@ -269,7 +269,7 @@ pub struct Payload {
     /// Why the answer ended, in the last chunk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finish_reason: Option<FinishReason>,
-    /// What the answer took, in the last chunk.
+    /// What the answer took, in the last chunk; in the first, what the prompt took.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<TokenUsage>,
 }

@@ -4,12 +4,13 @@
 //! while it has credit; the caller grants more as it reads. Either may end it: the callee with an end or an error,
 //! the caller with a cancel, which it also sends by going away.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::{ErrorCode, PublicKey, WireError, codec};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::client::CallError;
 use crate::transport::Channel;
@@ -191,6 +192,13 @@ pub struct AnswerStream {
     channel: Channel,
     options: StreamOptions,
     deadline: Option<Instant>,
+    /// When the last message came.
+    heard_at: Instant,
+    /// Fires at the deadline, or when the stall time may be over. It is not moved at each message, which would cost
+    /// more than the message: it catches up when it fires.
+    timer: Option<Pin<Box<Sleep>>>,
+    /// The beginning of a message that comes in several frames.
+    partial: BytesMut,
     /// Bytes read since the last grant.
     ungranted: u32,
     finished: bool,
@@ -204,8 +212,18 @@ impl AnswerStream {
         body: Bytes,
         options: StreamOptions,
     ) -> Result<Self, CallError> {
-        let deadline = options.deadline.map(|wait| Instant::now() + wait);
-        let mut stream = Self { channel, options, deadline, ungranted: 0, finished: false };
+        let heard_at = Instant::now();
+        let deadline = options.deadline.map(|wait| heard_at + wait);
+        let mut stream = Self {
+            channel,
+            options,
+            deadline,
+            heard_at,
+            timer: None,
+            partial: BytesMut::new(),
+            ungranted: 0,
+            finished: false,
+        };
         let accepted = stream.send_request(method, body);
         tokio::time::timeout(options.accept_within, accepted).await.map_err(|_| CallError::NotAccepted)??;
         Ok(stream)
@@ -250,44 +268,62 @@ impl AnswerStream {
 
     /// Returns the next message, or `None` after the last.
     ///
-    /// Waits at most the stall time and not past the deadline. Cancel safe between messages of one frame; a
-    /// message in several frames that is cancelled midway is lost, so give up the stream then.
+    /// Waits at most the stall time and not past the deadline. Cancel safe.
     pub async fn next(&mut self) -> Option<Result<Bytes, CallError>> {
         if self.finished {
             return None;
         }
-        let stall = Instant::now() + self.options.stall;
-        let (until, late) = match self.deadline {
-            Some(deadline) if deadline < stall => (deadline, CallError::Deadline),
-            _ => (stall, CallError::Stalled),
+        // Silence counts from when somebody listens.
+        self.heard_at = Instant::now();
+        let mut timer = self.timer.take().unwrap_or_else(|| Box::pin(sleep_until(self.patience().0)));
+        let message = loop {
+            tokio::select! {
+                biased;
+                message = self.message() => break message,
+                () = timer.as_mut() => {
+                    let (until, late) = self.patience();
+                    if Instant::now() >= until {
+                        // Not finished: the callee may still be at work, and is told to stop when this is dropped.
+                        return Some(Err(late));
+                    }
+                    timer.as_mut().reset(until);
+                }
+            }
         };
-        match tokio::time::timeout_at(until, self.message()).await {
-            Ok(Ok(Some(message))) => Some(Ok(message)),
-            Ok(Ok(None)) => {
+        self.timer = Some(timer);
+        match message {
+            Ok(Some(message)) => Some(Ok(message)),
+            Ok(None) => {
                 self.finished = true;
                 None
             }
-            Ok(Err(error)) => Some(Err(self.finish(error))),
-            // Not finished: the callee may still be at work, and is told to stop when this is dropped.
-            Err(_) => Some(Err(late)),
+            Err(error) => Some(Err(self.finish(error))),
+        }
+    }
+
+    /// Returns until when to wait for the next message, and what it means when none has come by then.
+    fn patience(&self) -> (Instant, CallError) {
+        let stall = self.heard_at + self.options.stall;
+        match self.deadline {
+            Some(deadline) if deadline < stall => (deadline, CallError::Deadline),
+            _ => (stall, CallError::Stalled),
         }
     }
 
     async fn message(&mut self) -> Result<Option<Bytes>, CallError> {
-        let mut whole = BytesMut::new();
         loop {
             match self.receive().await? {
                 Frame::Data { more, payload } => {
                     self.grant(payload.len() as u32);
-                    if !more && whole.is_empty() {
+                    if !more && self.partial.is_empty() {
                         return Ok(Some(payload));
                     }
-                    whole.extend_from_slice(&payload);
-                    if whole.len() > MESSAGE_BYTES_MAX {
+                    self.partial.extend_from_slice(&payload);
+                    if self.partial.len() > MESSAGE_BYTES_MAX {
                         return Err(CallError::Garbled);
                     }
                     if !more {
-                        return Ok(Some(whole.freeze()));
+                        return Ok(Some(std::mem::take(&mut self.partial).freeze()));
                     }
                 }
                 Frame::End => return Ok(None),

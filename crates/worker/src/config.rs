@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Where the worker stands; it serves the orchestrators of this region.
+    /// Where the worker stands; it serves the orchestrators of this region. The program sets it.
+    #[serde(skip)]
     pub region: Region,
     /// The models it serves.
     pub models: Vec<ServedModel>,

@@ -90,8 +90,12 @@ impl ExecutionEngine {
             };
             // What else is ready rides along: under load, few large chunks cost less than many small ones.
             while let Some(Ok(Event::Started { .. } | Event::Piece { .. })) = &event {
-                if let Some(Ok(Event::Piece { text, tokens })) = event.take() {
-                    writer.append(text, tokens);
+                match event.take() {
+                    Some(Ok(Event::Piece { text, tokens })) => writer.append(text, tokens),
+                    Some(Ok(Event::Started { prompt_tokens, cached_tokens })) => {
+                        writer.begin(prompt_tokens, cached_tokens);
+                    }
+                    _ => {}
                 }
                 if writer.chunk.payload.text.len() >= CHUNK_BYTES_MAX {
                     break;
@@ -149,6 +153,11 @@ impl ChunkWriter {
         Self { chunk, bytes: Vec::with_capacity(256) }
     }
 
+    /// Lets the first chunk tell what the prompt took, so that a caller who leaves early can be billed for it.
+    fn begin(&mut self, prompt_tokens: u32, cached_tokens: u32) {
+        self.chunk.payload.usage = Some(TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens });
+    }
+
     fn append(&mut self, text: String, tokens: Vec<u32>) {
         let payload = &mut self.chunk.payload;
         if payload.text.is_empty() {
@@ -174,6 +183,7 @@ impl ChunkWriter {
         chunk.seq += 1;
         chunk.payload.text.clear();
         chunk.payload.tokens.clear();
+        chunk.payload.usage = None;
         Ok(())
     }
 

@@ -279,7 +279,9 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             let usage = TokenUsage { prompt_tokens: 3, completion_tokens: seq as u32, cached_tokens: 0 };
             Payload { finish_reason: Some(FinishReason::Stop), usage: Some(usage), ..Payload::default() }
         } else {
-            Payload { text: format!("{seq} "), tokens: vec![seq as u32], ..Payload::default() }
+            let prompt = TokenUsage { prompt_tokens: 3, completion_tokens: 0, cached_tokens: 0 };
+            let usage = (seq == 0).then_some(prompt);
+            Payload { text: format!("{seq} "), tokens: vec![seq as u32], usage, ..Payload::default() }
         };
         codec::encode(&InferChunk { correlation_id: request.correlation_id, seq, payload, done, attempt })
     };
