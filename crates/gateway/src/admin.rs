@@ -1,0 +1,127 @@
+//! What operators ask of the network over HTTP.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Path, State};
+use http::Response;
+use protocol::control::{
+    Empty, Scope, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated, TokenList, TokenRevoke,
+    TokenRevoked,
+};
+use protocol::{CorrelationId, ErrorCode, WireError, codec};
+use tracing::info;
+
+use crate::http_bridge::router::{Inquiry, respond};
+use crate::http_bridge::{Bridge, json, request_body};
+
+/// The longest description of a token to make.
+const TOKEN_BYTES_MAX: usize = 64 * 1024;
+/// How long an operator may pause while sending it.
+const BODY_IDLE: Duration = Duration::from_secs(10);
+
+/// Lists the live workers.
+#[utoipa::path(
+    get, path = "/admin/v1/nodes", tag = "admin", operation_id = "listNodes", security(("bearer" = [])),
+    responses(
+        (status = 200, description = "The live workers", body = crate::http_bridge::Fleet),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn nodes(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
+    let listed = async {
+        operator(&bridge, &inquiry).await?;
+        Ok(json(&*bridge.gateway.fleet().await?))
+    };
+    respond(inquiry.context, listed.await)
+}
+
+/// Tells how a job was placed: every try, and every candidate of each.
+#[utoipa::path(
+    get, path = "/admin/v1/jobs/{correlationId}/decision", tag = "admin", operation_id = "explainJob", security(("bearer" = [])),
+    params(("correlationId" = String, Path, description = "The job's name, as `x-tether-decision` told it")),
+    responses(
+        (status = 200, description = "How it was placed", body = crate::http_bridge::Decision),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn decision(
+    State(bridge): State<Bridge>,
+    Path(correlation_id): Path<String>,
+    inquiry: Inquiry,
+) -> Response<Body> {
+    let explained = async {
+        operator(&bridge, &inquiry).await?;
+        let correlation_id: CorrelationId = correlation_id.parse().map_err(|malformed: protocol::MalformedId| {
+            WireError::new(ErrorCode::InvalidValue, malformed.to_string()).with_param("correlationId")
+        })?;
+        Ok(json(&bridge.gateway.explain(correlation_id).await?))
+    };
+    respond(inquiry.context, explained.await)
+}
+
+/// Makes a token.
+#[utoipa::path(
+    post, path = "/admin/v1/tokens", tag = "admin", operation_id = "createToken", security(("bearer" = [])),
+    request_body(content = crate::http_bridge::TokenCreate, content_type = "application/json"),
+    responses(
+        (status = 200, description = "The token, told this once", body = crate::http_bridge::TokenCreated),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn create_token(State(bridge): State<Bridge>, inquiry: Inquiry, body: Body) -> Response<Body> {
+    let created = async {
+        operator(&bridge, &inquiry).await?;
+        let bytes = request_body::read(&mut { body }, TOKEN_BYTES_MAX, BODY_IDLE).await?;
+        let new: TokenCreate = codec::decode(&bytes)?;
+        let created: TokenCreated = bridge.gateway.ask_registry(TOKEN_CREATE, &new).await?;
+        info!(key_id = created.key_id, tenant_id = %created.tenant_id, "token made");
+        Ok(json(&created))
+    };
+    respond(inquiry.context, created.await)
+}
+
+/// Lists the tokens, without their secrets.
+#[utoipa::path(
+    get, path = "/admin/v1/tokens", tag = "admin", operation_id = "listTokens", security(("bearer" = [])),
+    responses(
+        (status = 200, description = "Every token, the oldest first", body = crate::http_bridge::TokenList),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn tokens(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
+    let listed = async {
+        operator(&bridge, &inquiry).await?;
+        Ok(json(&bridge.gateway.ask_registry::<_, TokenList>(TOKEN_LIST, &Empty {}).await?))
+    };
+    respond(inquiry.context, listed.await)
+}
+
+/// Revokes a token; it stops working within five seconds.
+#[utoipa::path(
+    delete, path = "/admin/v1/tokens/{keyId}", tag = "admin", operation_id = "revokeToken", security(("bearer" = [])),
+    params(("keyId" = String, Path, description = "The token's public part")),
+    responses(
+        (status = 200, description = "Whether there was such a token", body = crate::http_bridge::TokenRevoked),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn revoke_token(
+    State(bridge): State<Bridge>,
+    Path(key_id): Path<String>,
+    inquiry: Inquiry,
+) -> Response<Body> {
+    let revoked = async {
+        operator(&bridge, &inquiry).await?;
+        let request = TokenRevoke { key_id };
+        let revoked: TokenRevoked = bridge.gateway.ask_registry(TOKEN_REVOKE, &request).await?;
+        info!(key_id = request.key_id, found = revoked.found, "token revoked");
+        Ok(json(&revoked))
+    };
+    respond(inquiry.context, revoked.await)
+}
+
+async fn operator(bridge: &Bridge, inquiry: &Inquiry) -> Result<(), WireError> {
+    let Inquiry { context, token } = inquiry;
+    bridge.gateway.authenticate(token.as_deref(), context.peer, Scope::Admin).await.map(drop)
+}

@@ -1,0 +1,102 @@
+//! The registry's models, ready to be looked up.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use protocol::control::Catalog;
+use protocol::model::{ModelEntry, ModelRef};
+use protocol::{ErrorCode, ModelName, ModelVersion, WireError};
+
+/// The registry's models by name, each with its versions from the oldest to the newest.
+#[derive(Debug, Default)]
+pub(crate) struct Models {
+    by_name: HashMap<ModelName, Vec<Arc<ModelEntry>>>,
+}
+
+impl Models {
+    pub(crate) fn new(catalog: Catalog) -> Self {
+        let mut by_name: HashMap<ModelName, Vec<Arc<ModelEntry>>> = HashMap::new();
+        for entry in catalog.models {
+            by_name.entry(entry.key.model_id.clone()).or_default().push(Arc::new(entry));
+        }
+        for versions in by_name.values_mut() {
+            versions.sort_by_key(|entry| entry.key.version);
+        }
+        Self { by_name }
+    }
+
+    /// Returns a version of a model, or the newest.
+    pub(crate) fn find(&self, name: &ModelName, version: Option<ModelVersion>) -> Option<&Arc<ModelEntry>> {
+        let versions = self.by_name.get(name)?;
+        match version {
+            None => versions.last(),
+            Some(version) => versions.iter().find(|entry| entry.key.version == version),
+        }
+    }
+
+    /// Returns every version of every model, by name and then by age.
+    pub(crate) fn all(&self) -> Vec<&Arc<ModelEntry>> {
+        let mut all: Vec<_> = self.by_name.values().flatten().collect();
+        all.sort_by(|one, other| one.key.cmp(&other.key));
+        all
+    }
+
+    /// Says whether this is the newest version of its model.
+    pub(crate) fn is_newest(&self, entry: &ModelEntry) -> bool {
+        self.find(&entry.key.model_id, None).is_some_and(|newest| newest.key == entry.key)
+    }
+}
+
+/// Says that a model is not there, by the name the client gave.
+pub(crate) fn not_found(name: &str) -> WireError {
+    let name: String = name.chars().take(80).collect();
+    let message = format!("the model {name:?} does not exist; GET /v1/models lists those that do");
+    WireError::new(ErrorCode::ModelNotFound, message).with_param("model")
+}
+
+/// Reads a model's name as clients write it. Whatever is no name is the name of no model.
+pub(crate) fn parse_ref(text: &str) -> Result<ModelRef, WireError> {
+    text.parse().map_err(|_| not_found(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::model::ModelKey;
+    use protocol::{Digest, UnixMillis};
+
+    use super::*;
+
+    fn entry(name: &str, version: &str) -> ModelEntry {
+        let key = ModelKey { model_id: name.parse().expect("name"), version: version.parse().expect("version") };
+        ModelEntry {
+            digest: Digest::of(key.to_string().as_bytes()),
+            key,
+            bytes: 1,
+            context_length: 1,
+            description: String::new(),
+            created_at: UnixMillis(0),
+        }
+    }
+
+    #[test]
+    fn no_version_means_the_newest() {
+        let models = Models::new(Catalog { models: vec![entry("a", "1.9"), entry("a", "1.10"), entry("b", "0.1")] });
+        let find = |text: &str| {
+            let wanted = parse_ref(text).expect(text);
+            models.find(&wanted.name, wanted.version).map(|entry| entry.key.to_string())
+        };
+        assert_eq!(find("a").as_deref(), Some("a@1.10"));
+        assert_eq!(find("a@1.9").as_deref(), Some("a@1.9"));
+        assert_eq!(find("a@2.0"), None);
+        assert_eq!(find("c"), None);
+        let all: Vec<_> = models.all().iter().map(|entry| entry.key.to_string()).collect();
+        assert_eq!(all, ["a@1.9", "a@1.10", "b@0.1"]);
+    }
+
+    #[test]
+    fn what_is_no_name_is_the_name_of_no_model() {
+        for text in ["Meta/Llama", "", "a@x", "a:", "ä"] {
+            assert_eq!(parse_ref(text).expect_err(text).code, ErrorCode::ModelNotFound);
+        }
+    }
+}

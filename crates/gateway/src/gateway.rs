@@ -1,0 +1,464 @@
+//! Where HTTP and RPC meet: one way in for every request.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use observability::{Metrics, TraceContext};
+use protocol::control::{
+    CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeRole, Scope,
+    TOKEN_CHECK, TokenCheck, TokenGrant,
+};
+use protocol::health::ModelState;
+use protocol::infer::{InferRequest, Input};
+use protocol::model::{ModelEntry, ModelRef};
+use protocol::{Clock, CorrelationId, ErrorCode, RetryToken, TenantId, TraceId, WireError, codec};
+use rpc::Transport;
+use rpc::announce::DirectoryTask;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::answer::{self, Answer};
+use crate::authentication::Authentication;
+use crate::cached::Cached;
+use crate::catalog::{self, Models};
+use crate::config::{Config, seconds};
+use crate::http_bridge::HttpBridge;
+use crate::rate_limit::{Quota, RateLimit, Verdict};
+use crate::request_record::RequestRecord;
+use crate::upstream::{Patience, Upstream};
+
+/// How long the list of live workers is believed.
+const FLEET_BELIEVED: Duration = Duration::from_secs(1);
+/// A model that is not in the catalogue may have been published just now: it is looked up again in one this old.
+const CATALOG_YOUNG: Duration = Duration::from_secs(1);
+/// The wait told to whoever finds the gateway full.
+const FULL_WAIT: Duration = Duration::from_secs(1);
+
+/// What a gateway is made of besides its configuration.
+pub struct GatewayParts {
+    /// This node's end of the network.
+    pub transport: Arc<dyn Transport>,
+    /// The time of day.
+    pub clock: Arc<dyn Clock>,
+    /// Where it counts, and what it shows under `/metrics`.
+    pub metrics: Metrics,
+    /// The program's version, shown under `/version`.
+    pub version: String,
+}
+
+/// Why a gateway does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// The address can't be had.
+    #[error("could not listen on {address}")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Only one of the two TLS files is configured.
+    #[error("tls_cert and tls_key are given both or not at all")]
+    TlsIncomplete,
+    /// A TLS file can't be used.
+    #[error("could not use the TLS file {}: {reason}", path.display())]
+    Tls {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A configured origin is none.
+    #[error("cors_origins: {origin:?} is not an origin such as https://app.example.com")]
+    Origin {
+        /// What was given.
+        origin: String,
+    },
+}
+
+/// Takes requests, checks them and hands them to orchestrators. Clones are the same gateway.
+#[derive(Clone)]
+pub struct Gateway {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: Config,
+    clock: Arc<dyn Clock>,
+    metrics: Metrics,
+    version: String,
+    upstream: Upstream,
+    /// Keeps the upstream's directory fresh; taken by [`Gateway::tend`].
+    directory_task: Mutex<Option<DirectoryTask>>,
+    authentication: Authentication,
+    rate_limit: RateLimit<TenantId>,
+    models: Cached<Models>,
+    fleet: Cached<Fleet>,
+    jobs: Arc<Semaphore>,
+    tracker: TaskTracker,
+}
+
+/// What is known of a request before it is read.
+#[derive(Debug, Clone, Copy)]
+pub struct RequestContext {
+    /// The name its job will have, unless the client brings one.
+    pub correlation_id: CorrelationId,
+    /// The trace it belongs to.
+    pub trace_id: TraceId,
+    /// Where it comes from.
+    pub peer: Option<IpAddr>,
+    /// When it came.
+    pub received: Instant,
+}
+
+/// A request that may go on: its token is good, its tenant is within its rate, and there is room for it.
+pub struct Admission {
+    grant: Arc<TokenGrant>,
+    rate: Verdict,
+    permit: OwnedSemaphorePermit,
+    record: RequestRecord,
+}
+
+/// A job as a client asks for it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Job {
+    /// The model to run.
+    pub model: ModelRef,
+    /// What to answer, and how.
+    pub input: Input,
+    /// Must be the token's own tenant where it is given.
+    pub tenant_id: Option<TenantId>,
+    /// The job's name; that of the request where it is missing.
+    pub correlation_id: Option<CorrelationId>,
+    /// The same token never runs a job twice; made up where it is missing.
+    pub retry_token: Option<RetryToken>,
+    /// The trace the job belongs to; that of the request where it is missing.
+    pub trace_id: Option<TraceId>,
+    /// How long the client will wait; the configured time where it is missing or longer.
+    pub deadline: Option<Duration>,
+}
+
+/// A request that was refused, and what its bucket said.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    pub(crate) error: WireError,
+    pub(crate) rate: Option<Verdict>,
+}
+
+impl Admission {
+    /// Returns the tenant's standing with its rate limit.
+    pub(crate) fn rate(&self) -> Verdict {
+        self.rate
+    }
+
+    /// Ends the request with an error.
+    pub(crate) fn refuse(mut self, error: WireError) -> Refusal {
+        self.record.failed(error.code);
+        Refusal { error, rate: Some(self.rate) }
+    }
+}
+
+impl Gateway {
+    /// Makes a gateway. It does nothing until it runs.
+    pub fn new(config: Config, parts: GatewayParts) -> Self {
+        let (upstream, directory_task) = Upstream::new(parts.transport, config.region.clone());
+        let inner = Inner {
+            clock: parts.clock,
+            metrics: parts.metrics,
+            version: parts.version,
+            upstream,
+            directory_task: Mutex::new(Some(directory_task)),
+            authentication: Authentication::new(config.token_cache()),
+            rate_limit: RateLimit::new(),
+            models: Cached::new(seconds(config.catalog_cache_secs)),
+            fleet: Cached::new(FLEET_BELIEVED),
+            jobs: Arc::new(Semaphore::new(config.jobs_max.min(Semaphore::MAX_PERMITS))),
+            tracker: TaskTracker::new(),
+            config,
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Opens the HTTP address, so that a caller learns it before requests come.
+    pub async fn bind(self) -> Result<HttpBridge, GatewayError> {
+        HttpBridge::bind(self).await
+    }
+
+    /// Serves until `stop`, and then until the requests under way are done or the drain time is over.
+    pub async fn run(self, stop: CancellationToken) -> Result<(), GatewayError> {
+        self.bind().await?.run(stop).await
+    }
+
+    /// Lets a request in, or says why not: token, rate, room.
+    pub async fn admit(&self, token: Option<&str>, context: RequestContext) -> Result<Admission, WireError> {
+        self.admit_or_refuse(token, context).await.map_err(|refusal| refusal.error)
+    }
+
+    pub(crate) async fn admit_or_refuse(
+        &self,
+        token: Option<&str>,
+        context: RequestContext,
+    ) -> Result<Admission, Refusal> {
+        let RequestContext { correlation_id, trace_id, peer, received } = context;
+        let mut record = RequestRecord::new(self.inner.metrics.clone(), received, correlation_id, trace_id);
+        let outcome = self.check_in(token, peer, &mut record).await;
+        match outcome {
+            Ok((grant, rate, permit)) => Ok(Admission { grant, rate, permit, record }),
+            Err(refusal) => {
+                record.failed(refusal.error.code);
+                Err(refusal)
+            }
+        }
+    }
+
+    async fn check_in(
+        &self,
+        token: Option<&str>,
+        peer: Option<IpAddr>,
+        record: &mut RequestRecord,
+    ) -> Result<(Arc<TokenGrant>, Verdict, OwnedSemaphorePermit), Refusal> {
+        let unrated = |error| Refusal { error, rate: None };
+        let grant = self.authenticate(token, peer, Scope::Infer).await.map_err(unrated)?;
+        record.of_key(&grant.key_id);
+        let quota = quota(&self.inner.config, &grant);
+        let rate = self.inner.rate_limit.take(grant.tenant_id.clone(), quota);
+        if !rate.allowed {
+            let message = format!("more than {} requests a minute, wait before the next", rate.limit);
+            let error = WireError::new(ErrorCode::RateLimitExceeded, message).with_retry_after(rate.retry_after);
+            return Err(Refusal { error, rate: Some(rate) });
+        }
+        let permit = self.inner.jobs.clone().try_acquire_owned().map_err(|_| Refusal {
+            error: WireError::new(ErrorCode::Unavailable, "this gateway is full, try again")
+                .with_retry_after(FULL_WAIT),
+            rate: Some(rate),
+        })?;
+        Ok((grant, rate, permit))
+    }
+
+    /// Returns what a token allows, where that includes `scope`.
+    pub(crate) async fn authenticate(
+        &self,
+        token: Option<&str>,
+        peer: Option<IpAddr>,
+        scope: Scope,
+    ) -> Result<Arc<TokenGrant>, WireError> {
+        let inner = &self.inner;
+        let ask = async {
+            let check = TokenCheck { token: token.unwrap_or_default().to_owned() };
+            inner.upstream.ask(NodeRole::Registry, TOKEN_CHECK, &check).await
+        };
+        let grant = inner.authentication.check(token, peer, inner.clock.now(), ask).await.map_err(presentable)?;
+        if !grant.scopes.contains(&scope) {
+            let message = match scope {
+                Scope::Infer => "this API key may not run models",
+                Scope::Admin => "this API key may not operate the network",
+            };
+            return Err(WireError::new(ErrorCode::InsufficientScope, message));
+        }
+        Ok(grant)
+    }
+
+    /// Hands a job to an orchestrator and returns its answer once the first piece is there.
+    pub async fn submit(&self, admission: Admission, job: Job) -> Result<Answer, WireError> {
+        let Admission { grant, permit, mut record, rate: _ } = admission;
+        let opened = async {
+            let entry = self.check_job(&grant, &job, &mut record).await?;
+            let patience = self.patience(&record, &job);
+            let request = self.request(&grant, &entry, job, patience, &record)?;
+            let salt = record.correlation_id.0.as_u128();
+            let stream = self.inner.upstream.submit(codec::encode(&request).into(), patience, salt).await;
+            Ok((stream.map_err(presentable)?, entry))
+        };
+        match opened.await {
+            Ok((stream, entry)) => Answer::begin(stream, entry, record, self.inner.tracker.clone(), permit).await,
+            Err(error) => {
+                let error: WireError = error;
+                record.failed(error.code);
+                Err(error)
+            }
+        }
+    }
+
+    /// Checks what can be checked without an orchestrator, and finds the model.
+    async fn check_job(
+        &self,
+        grant: &TokenGrant,
+        job: &Job,
+        record: &mut RequestRecord,
+    ) -> Result<Arc<ModelEntry>, WireError> {
+        record.correlation_id = job.correlation_id.unwrap_or(record.correlation_id);
+        record.trace_id = job.trace_id.unwrap_or(record.trace_id);
+        if job.tenant_id.as_ref().is_some_and(|tenant| *tenant != grant.tenant_id) {
+            let message = "tenantId is not the tenant of this API key";
+            return Err(WireError::new(ErrorCode::InsufficientScope, message).with_param("tenantId"));
+        }
+        job.input.check()?;
+        let entry = self.model(&job.model).await?;
+        record.of_model(&entry);
+        if !grant.policy.allows(&job.model.name) {
+            let message = format!("this API key may not use the model {}", job.model.name);
+            return Err(WireError::new(ErrorCode::ModelNotAllowed, message).with_param("model"));
+        }
+        if job.model.adapter.is_some() || job.input.adapter.is_some() {
+            let message = "adapters are not served yet: leave the part after ':' out";
+            return Err(WireError::new(ErrorCode::UnsupportedParameter, message).with_param("model"));
+        }
+        Ok(entry)
+    }
+
+    /// Returns the catalogue's entry of a model.
+    pub(crate) async fn model(&self, wanted: &ModelRef) -> Result<Arc<ModelEntry>, WireError> {
+        let find = |models: &Models| models.find(&wanted.name, wanted.version).cloned();
+        if let Some(entry) = find(&*self.models().await?) {
+            return Ok(entry);
+        }
+        let young = self.inner.models.get_younger_than(CATALOG_YOUNG, self.fetch_models()).await;
+        young.ok().and_then(|models| find(&models)).ok_or_else(|| catalog::not_found(&wanted.to_string()))
+    }
+
+    fn patience(&self, record: &RequestRecord, job: &Job) -> Patience {
+        let config = &self.inner.config;
+        let longest = seconds(config.request_deadline_secs);
+        let wait = job.deadline.map_or(longest, |wait| wait.min(longest));
+        Patience { deadline: record.started() + wait, stall: seconds(config.stall_timeout_secs) }
+    }
+
+    fn request(
+        &self,
+        grant: &TokenGrant,
+        entry: &ModelEntry,
+        job: Job,
+        patience: Patience,
+        record: &RequestRecord,
+    ) -> Result<InferRequest, WireError> {
+        let left = patience.deadline.saturating_duration_since(Instant::now());
+        let retry_token = match job.retry_token {
+            Some(token) => token,
+            None => self.make_id()?.to_string().parse().map_err(|_| no_randomness())?,
+        };
+        Ok(InferRequest {
+            tenant_id: grant.tenant_id.clone(),
+            model_id: entry.key.model_id.clone(),
+            version: entry.key.version,
+            input: job.input,
+            correlation_id: record.correlation_id,
+            retry_token,
+            trace_id: record.trace_id,
+            attempt: 1,
+            deadline_ms: Some(left.as_millis() as u64),
+        })
+    }
+
+    /// Makes what is known of a request that just came.
+    pub fn context(&self, peer: Option<IpAddr>, trace: Option<TraceContext>) -> Result<RequestContext, WireError> {
+        Ok(RequestContext {
+            correlation_id: self.make_id()?,
+            trace_id: trace.unwrap_or_else(TraceContext::begin).trace_id,
+            peer,
+            received: Instant::now(),
+        })
+    }
+
+    /// Makes a UUIDv7 of the clock and the system's randomness.
+    fn make_id(&self) -> Result<CorrelationId, WireError> {
+        let mut random = [0; 10];
+        getrandom::fill(&mut random).map_err(|_| no_randomness())?;
+        let millis = self.inner.clock.now().0;
+        Ok(CorrelationId(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid()))
+    }
+
+    /// Returns the models of the registry.
+    pub(crate) async fn models(&self) -> Result<Arc<Models>, WireError> {
+        self.inner.models.get(self.fetch_models()).await
+    }
+
+    async fn fetch_models(&self) -> Result<Models, WireError> {
+        let catalog: Catalog =
+            self.inner.upstream.ask(NodeRole::Registry, CATALOG_LIST, &Empty {}).await.map_err(presentable)?;
+        Ok(Models::new(catalog))
+    }
+
+    /// Returns the live workers as an orchestrator sees them.
+    pub(crate) async fn fleet(&self) -> Result<Arc<Fleet>, WireError> {
+        let fetch =
+            async { self.inner.upstream.ask(NodeRole::Orchestrator, FLEET_LIST, &Empty {}).await.map_err(presentable) };
+        self.inner.fleet.get(fetch).await
+    }
+
+    /// Tells how a job was placed.
+    pub(crate) async fn ask_registry<Request: Serialize, Reply: DeserializeOwned>(
+        &self,
+        method: &str,
+        request: &Request,
+    ) -> Result<Reply, WireError> {
+        self.inner.upstream.ask(NodeRole::Registry, method, request).await.map_err(presentable)
+    }
+
+    pub(crate) async fn explain(&self, correlation_id: CorrelationId) -> Result<Decision, WireError> {
+        let request = ExplainRequest { correlation_id };
+        self.inner.upstream.ask(NodeRole::Orchestrator, JOB_EXPLAIN, &request).await.map_err(presentable)
+    }
+
+    /// Says whether some worker has a model ready.
+    pub(crate) async fn is_routable(&self) -> bool {
+        let ready = |fleet: Arc<Fleet>| {
+            let workers = fleet.workers.iter().filter(|worker| !worker.report.draining);
+            workers.flat_map(|worker| &worker.report.model_cache).any(|model| model.state == ModelState::Ready)
+        };
+        self.fleet().await.is_ok_and(ready)
+    }
+
+    /// Keeps the directory of peers fresh until `stop`. Called once, by whoever runs the gateway.
+    pub(crate) async fn tend(&self, stop: CancellationToken) {
+        let task = self.inner.directory_task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(task) = task {
+            task.run(stop).await;
+        }
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.inner.metrics
+    }
+
+    pub(crate) fn version(&self) -> &str {
+        &self.inner.version
+    }
+
+    pub(crate) fn clock(&self) -> &dyn Clock {
+        &*self.inner.clock
+    }
+
+    /// Returns where this gateway's tasks are counted.
+    pub(crate) fn tracker(&self) -> &TaskTracker {
+        &self.inner.tracker
+    }
+}
+
+/// Returns how many requests a tenant may make: its policy's number, or the configured one.
+fn quota(config: &Config, grant: &TokenGrant) -> Quota {
+    let limit = config.rate_limit;
+    match grant.policy.requests_per_minute {
+        Some(per_minute) => Quota { per_minute, burst: limit.burst.max(1).min(per_minute) },
+        None if limit.requests_per_minute == 0 => Quota::UNLIMITED,
+        None => Quota { per_minute: limit.requests_per_minute, burst: limit.burst.max(1) },
+    }
+}
+
+fn presentable(mut error: WireError) -> WireError {
+    answer::translate(&mut error);
+    error
+}
+
+fn no_randomness() -> WireError {
+    WireError::new(ErrorCode::InternalError, "no name could be made for this request")
+}

@@ -1,0 +1,143 @@
+//! HTTP in, jobs out: the OpenAI API, our own, and what operators and probes look at.
+
+mod answer_body;
+mod chat;
+mod completions;
+mod connection;
+mod errors;
+mod health;
+mod infer;
+mod job;
+mod limits;
+mod models;
+mod openapi;
+pub(crate) mod request_body;
+pub(crate) mod router;
+mod sse;
+mod tls;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use self::connection::Connections;
+use self::tls::Tls;
+use crate::config::seconds;
+use crate::gateway::{Gateway, GatewayError};
+
+pub(crate) use errors::json;
+pub(crate) use openapi::{Decision, Errors, Fleet, TokenCreate, TokenCreated, TokenList, TokenRevoked};
+pub(crate) use router::Bridge;
+
+/// The wait after the system refused a connection, for want of file descriptors perhaps.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// What a connection too many is told, where it speaks plain HTTP.
+const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n\
+    content-type: application/json\r\ncontent-length: 123\r\n\r\n\
+    {\"error\":{\"message\":\"this gateway holds too many connections\",\"type\":\"overloaded_error\",\"param\":null,\"code\":\"unavailable\"}}";
+
+/// An open HTTP address, ready to serve.
+pub struct HttpBridge {
+    gateway: Gateway,
+    listener: TcpListener,
+    address: SocketAddr,
+    tls: Option<Tls>,
+}
+
+impl HttpBridge {
+    pub(crate) async fn bind(gateway: Gateway) -> Result<Self, GatewayError> {
+        let config = gateway.config();
+        router::check_origins(&config.cors_origins)?;
+        let tls = Tls::load(config)?;
+        let bound = TcpListener::bind(config.bind).await.and_then(|listener| {
+            let address = listener.local_addr()?;
+            Ok((listener, address))
+        });
+        let (listener, address) = bound.map_err(|source| GatewayError::Bind { address: config.bind, source })?;
+        if tls.is_none() && !address.ip().is_loopback() {
+            warn!(%address, "HTTP without TLS beyond this machine: API keys and prompts travel in the clear");
+        }
+        Ok(Self { gateway, listener, address, tls })
+    }
+
+    /// Returns the address it serves.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `stop`, and then until the requests under way are done or the drain time is over.
+    pub async fn run(self, stop: CancellationToken) -> Result<(), GatewayError> {
+        let Self { gateway, listener, address, tls } = self;
+        let tracker = gateway.tracker().clone();
+        let drain = seconds(gateway.config().drain_secs);
+        let slots = Arc::new(Semaphore::new(gateway.config().connections_max.min(Semaphore::MAX_PERMITS)));
+        // Background work goes on while requests drain: they may still need a peer.
+        let drained = CancellationToken::new();
+        let abort = CancellationToken::new();
+        let tended = gateway.clone();
+        let tending = drained.clone();
+        tracker.spawn(async move { tended.tend(tending).await });
+        if let Some(tls) = &tls {
+            tracker.spawn(tls.clone().watch(drained.clone()));
+        }
+        let connections = Connections::new(gateway, tls, stop.clone(), abort.clone());
+        info!(%address, "serving HTTP");
+        let open = tokio_util::task::TaskTracker::new();
+        while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+            match accepted {
+                Ok((stream, peer)) => match slots.clone().try_acquire_owned() {
+                    Ok(slot) => {
+                        open.spawn(hold(connections.clone(), stream, peer, slot));
+                    }
+                    Err(_) => turn_away(&stream, connections.is_tls()),
+                },
+                Err(error) => {
+                    debug!(%error, "no connection could be accepted");
+                    time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+        drop(listener);
+        open.close();
+        if time::timeout(drain, open.wait()).await.is_err() {
+            warn!(connections = open.len(), "closing connections that did not end in time");
+            abort.cancel();
+            open.wait().await;
+        }
+        drained.cancel();
+        tracker.close();
+        tracker.wait().await;
+        Ok(())
+    }
+}
+
+async fn hold(connections: Connections, stream: TcpStream, peer: SocketAddr, slot: OwnedSemaphorePermit) {
+    connections.serve(stream, peer).await;
+    drop(slot);
+}
+
+/// Says that there is no room, as far as that fits into the socket at once.
+fn turn_away(stream: &TcpStream, tls: bool) {
+    if !tls {
+        let _ = stream.try_write(FULL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::FULL;
+
+    #[test]
+    fn the_canned_refusal_has_the_length_it_says() {
+        let text = std::str::from_utf8(FULL).expect("text");
+        let (head, body) = text.split_once("\r\n\r\n").expect("head and body");
+        assert!(head.contains(&format!("content-length: {}", body.len())), "{}", body.len());
+        serde_json::from_str::<serde_json::Value>(body).expect("JSON");
+    }
+}

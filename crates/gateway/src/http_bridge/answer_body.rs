@@ -1,0 +1,207 @@
+//! An answer as the body of a response, piece by piece.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http_body::Frame;
+use protocol::WireError;
+use tokio::time::{self, Instant, Sleep};
+use tokio_util::sync::ReusableBoxFuture;
+
+use crate::answer::{Answer, Piece};
+
+/// How often a stream that has nothing to say says so.
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// Pieces that are ready are written in one go, up to this many bytes.
+const COALESCED_BYTES: usize = 16 * 1024;
+
+/// How the pieces of an answer are written.
+pub(super) trait Format: Send + Unpin + 'static {
+    /// Takes note of the answer before its first piece.
+    fn begin(&mut self, answer: &Answer);
+
+    /// Writes a piece, and whatever follows the last.
+    fn piece(&mut self, piece: &Piece, out: &mut BytesMut);
+
+    /// Writes an error, after which nothing follows.
+    fn failure(&mut self, error: &WireError, out: &mut BytesMut);
+
+    /// Returns what is written when there is nothing to say.
+    fn keep_alive(&self) -> &'static [u8];
+}
+
+/// An answer as the body of a response. Dropping it cancels the job.
+pub(super) struct AnswerBody<F> {
+    format: F,
+    /// What is waited for. It owns the answer meanwhile, so that a wait is never given up midway.
+    wait: ReusableBoxFuture<'static, Step>,
+    buffer: BytesMut,
+    finished: bool,
+    silent_since: Instant,
+    keep_alive: Pin<Box<Sleep>>,
+}
+
+/// What was waited for, and the answer it came from.
+struct Step {
+    answer: Option<Box<Answer>>,
+    event: Event,
+}
+
+enum Event {
+    /// The job was accepted.
+    Begun,
+    Piece(Piece),
+    Failed(WireError),
+    Ended,
+}
+
+impl<F: Format> AnswerBody<F> {
+    /// Makes the body of an answer that has begun.
+    pub(super) fn new(mut format: F, answer: Box<Answer>) -> Self {
+        format.begin(&answer);
+        Self::waiting(format, ReusableBoxFuture::new(next(answer)))
+    }
+
+    /// Makes the body of an answer that is still waited for.
+    pub(super) fn pending(
+        format: F,
+        opening: impl Future<Output = Result<Box<Answer>, WireError>> + Send + 'static,
+    ) -> Self {
+        let begun = async move {
+            match opening.await {
+                Ok(answer) => Step { answer: Some(answer), event: Event::Begun },
+                Err(error) => Step { answer: None, event: Event::Failed(error) },
+            }
+        };
+        Self::waiting(format, ReusableBoxFuture::new(begun))
+    }
+
+    fn waiting(format: F, wait: ReusableBoxFuture<'static, Step>) -> Self {
+        Self {
+            format,
+            wait,
+            buffer: BytesMut::new(),
+            finished: false,
+            silent_since: Instant::now(),
+            keep_alive: Box::pin(time::sleep(KEEP_ALIVE)),
+        }
+    }
+
+    /// Writes what is ready into the buffer.
+    fn gather(&mut self, context: &mut Context<'_>) {
+        while !self.finished && self.buffer.len() < COALESCED_BYTES {
+            let Poll::Ready(Step { answer, event }) = self.wait.poll(context) else { return };
+            match event {
+                Event::Begun => {
+                    if let Some(answer) = &answer {
+                        self.format.begin(answer);
+                    }
+                }
+                Event::Piece(piece) => {
+                    self.format.piece(&piece, &mut self.buffer);
+                    self.finished = piece.end.is_some();
+                }
+                Event::Failed(error) => {
+                    self.format.failure(&error, &mut self.buffer);
+                    self.finished = true;
+                }
+                Event::Ended => self.finished = true,
+            }
+            match answer {
+                Some(answer) if !self.finished => self.wait.set(next(answer)),
+                _ => self.finished = true,
+            }
+        }
+    }
+
+    /// Says whether the stream was silent for so long that it should say so.
+    fn poll_silence(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        loop {
+            std::task::ready!(self.keep_alive.as_mut().poll(context));
+            let now = Instant::now();
+            // The timer is not reset at each piece, which would cost more than the piece; it catches up here.
+            let silent = now - self.silent_since >= KEEP_ALIVE;
+            let from = if silent { now } else { self.silent_since };
+            self.keep_alive.as_mut().reset(from + KEEP_ALIVE);
+            if silent {
+                return Poll::Ready(());
+            }
+        }
+    }
+}
+
+async fn next(mut answer: Box<Answer>) -> Step {
+    let event = match answer.next().await {
+        Some(Ok(piece)) => Event::Piece(piece),
+        Some(Err(error)) => Event::Failed(error),
+        None => Event::Ended,
+    };
+    Step { answer: Some(answer), event }
+}
+
+impl<F: Format> http_body::Body for AnswerBody<F> {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let body = self.get_mut();
+        body.gather(context);
+        if !body.buffer.is_empty() {
+            body.silent_since = Instant::now();
+            return Poll::Ready(Some(Ok(Frame::data(body.buffer.split().freeze()))));
+        }
+        if body.finished {
+            return Poll::Ready(None);
+        }
+        std::task::ready!(body.poll_silence(context));
+        body.silent_since = Instant::now();
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(body.format.keep_alive())))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.finished && self.buffer.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+
+    use super::*;
+
+    struct Marks;
+
+    impl Format for Marks {
+        fn begin(&mut self, _: &Answer) {}
+
+        fn piece(&mut self, _: &Piece, _: &mut BytesMut) {}
+
+        fn failure(&mut self, error: &WireError, out: &mut BytesMut) {
+            out.extend_from_slice(error.code.as_str().as_bytes());
+        }
+
+        fn keep_alive(&self) -> &'static [u8] {
+            b"alive"
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_has_to_wait_says_every_ten_seconds_that_it_lives() {
+        let opening = async {
+            time::sleep(Duration::from_secs(25)).await;
+            Err(WireError::new(protocol::ErrorCode::NoCapacity, "full"))
+        };
+        let begun = Instant::now();
+        let mut body = AnswerBody::pending(Marks, opening);
+        let mut seen = vec![];
+        while let Some(frame) = body.frame().await {
+            let data = frame.expect("infallible").into_data().expect("data");
+            seen.push((begun.elapsed().as_secs(), String::from_utf8(data.to_vec()).expect("text")));
+        }
+        let expected = [(10, "alive"), (20, "alive"), (25, "no_capacity")];
+        assert_eq!(seen, expected.map(|(at, text)| (at, text.to_owned())));
+    }
+}

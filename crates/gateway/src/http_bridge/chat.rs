@@ -1,0 +1,25 @@
+//! `POST /v1/chat/completions`.
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use http::Response;
+
+use super::completions::generate;
+use super::router::Bridge;
+use super::sse::Endpoint;
+use crate::validation;
+
+/// Answers a conversation.
+#[utoipa::path(
+    post, path = "/v1/chat/completions", tag = "openai", operation_id = "createChatCompletion", security(("bearer" = [])),
+    request_body = super::openapi::ChatCompletionRequest,
+    responses(
+        (status = 200, description = "The answer; as server-sent events where `stream` is true", content(
+            (super::openapi::ChatCompletion = "application/json"), (String = "text/event-stream"),
+        )),
+        super::openapi::Errors,
+    ),
+)]
+pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
+    generate(&bridge, request, Endpoint::Chat, validation::parse_chat).await
+}

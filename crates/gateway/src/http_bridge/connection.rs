@@ -1,0 +1,177 @@
+//! One client's connection, from the handshake to its end.
+
+use std::convert::Infallible;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, Version, header};
+use hyper::body::Incoming;
+use hyper::rt::Executor;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use observability::TraceContext;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower::Service as _;
+use tracing::debug;
+
+use super::errors;
+use super::limits::{Activity, Limits, TrackedBody, Watched};
+use super::router::{self, Bridge};
+use super::tls::Tls;
+use crate::gateway::Gateway;
+
+/// The largest request head, in bytes.
+const HEAD_BYTES_MAX: usize = 64 * 1024;
+/// The most header lines.
+const HEADERS_MAX: usize = 100;
+/// Requests side by side on one HTTP/2 connection.
+const STREAMS_MAX: u32 = 256;
+/// How often an HTTP/2 client is asked whether it is still there, and how long it may take to answer.
+const PING_EVERY: Duration = Duration::from_secs(20);
+const PING_WITHIN: Duration = Duration::from_secs(20);
+
+/// What all connections share.
+#[derive(Clone)]
+pub(super) struct Connections {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    gateway: Gateway,
+    router: Router,
+    server: Builder<Tracked>,
+    limits: Limits,
+    tls: Option<Tls>,
+    /// Lets connections finish what they have.
+    stop: CancellationToken,
+    /// Ends connections at once.
+    abort: CancellationToken,
+}
+
+/// Runs HTTP/2 streams as tasks of the gateway.
+#[derive(Clone)]
+struct Tracked(TaskTracker);
+
+impl<Work: Future<Output: Send + 'static> + Send + 'static> Executor<Work> for Tracked {
+    fn execute(&self, work: Work) {
+        self.0.spawn(work);
+    }
+}
+
+impl Connections {
+    pub(super) fn new(gateway: Gateway, tls: Option<Tls>, stop: CancellationToken, abort: CancellationToken) -> Self {
+        let limits = Limits::of(gateway.config());
+        let router = router::router(Bridge { gateway: gateway.clone(), stop: stop.clone() });
+        let server = server(gateway.tracker().clone());
+        Self { shared: Arc::new(Shared { gateway, router, server, limits, tls, stop, abort }) }
+    }
+
+    pub(super) fn is_tls(&self) -> bool {
+        self.shared.tls.is_some()
+    }
+
+    /// Serves a connection to its end.
+    pub(super) async fn serve(&self, stream: TcpStream, peer: SocketAddr) {
+        let shared = &self.shared;
+        // Without it a token would wait for the acknowledgement of the one before.
+        if let Err(error) = stream.set_nodelay(true) {
+            debug!(%error, "no TCP_NODELAY");
+        }
+        match &shared.tls {
+            None => shared.drive(stream, peer.ip()).await,
+            Some(tls) => match time::timeout(shared.limits.head, tls.accept(stream)).await {
+                Ok(Ok(stream)) => shared.drive(stream, peer.ip()).await,
+                Ok(Err(error)) => debug!(%error, "TLS handshake failed"),
+                Err(_) => debug!("TLS handshake took too long"),
+            },
+        }
+    }
+}
+
+impl Shared {
+    async fn drive(self: &Arc<Self>, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: IpAddr) {
+        let activity = Arc::new(Activity::begin());
+        let io = TokioIo::new(Watched::new(stream, activity.clone()));
+        let service = hyper::service::service_fn(|request: Request<Incoming>| {
+            let guard = activity.request(request.version() == Version::HTTP_2);
+            let shared = self.clone();
+            async move {
+                let response = shared.respond(request, peer).await;
+                Ok::<_, Infallible>(response.map(|body| TrackedBody::new(body, guard)))
+            }
+        });
+        let mut connection = pin!(self.server.serve_connection(io, service));
+        let mut watch = pin!(activity.watch(self.limits));
+        let mut stopping = false;
+        loop {
+            tokio::select! {
+                outcome = connection.as_mut() => {
+                    if let Err(error) = outcome {
+                        debug!(%error, "connection failed");
+                    }
+                    return;
+                }
+                reason = watch.as_mut() => {
+                    debug!(reason, "closing a connection");
+                    return;
+                }
+                () = self.abort.cancelled() => return,
+                () = self.stop.cancelled(), if !stopping => {
+                    stopping = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+            }
+        }
+    }
+
+    async fn respond(&self, request: Request<Incoming>, peer: IpAddr) -> Response<Body> {
+        let trace = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
+        let mut response = match self.gateway.context(Some(peer), trace.and_then(TraceContext::parse)) {
+            Ok(context) => {
+                let mut request = request.map(Body::new);
+                request.extensions_mut().insert(context);
+                let mut router = self.router.clone();
+                let outcome: Result<_, Infallible> = router.call(request).await;
+                outcome.unwrap_or_else(|never| match never {})
+            }
+            Err(error) => errors::failure(&error),
+        };
+        harden(response.headers_mut(), self.tls.is_some());
+        response
+    }
+}
+
+fn server(tracker: TaskTracker) -> Builder<Tracked> {
+    let mut builder = Builder::new(Tracked(tracker));
+    // The time to send a head is kept by `Activity`, which tells it from the time between requests.
+    builder.http1().header_read_timeout(None).max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS_MAX)
+        .max_header_list_size(HEAD_BYTES_MAX as u32)
+        .keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_WITHIN);
+    builder
+}
+
+/// Adds what every response bears: it is JSON or a stream, never a page to be framed, guessed at or kept.
+fn harden(headers: &mut HeaderMap, tls: bool) {
+    let fixed = HeaderValue::from_static;
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, fixed("nosniff"));
+    headers.insert(header::REFERRER_POLICY, fixed("no-referrer"));
+    headers.insert(header::X_FRAME_OPTIONS, fixed("DENY"));
+    headers.entry(header::CACHE_CONTROL).or_insert(fixed("no-store"));
+    headers.entry(header::CONTENT_SECURITY_POLICY).or_insert(fixed("default-src 'none'; frame-ancestors 'none'"));
+    if tls {
+        headers.insert(HeaderName::from_static("strict-transport-security"), fixed("max-age=31536000"));
+    }
+}

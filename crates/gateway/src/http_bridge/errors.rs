@@ -1,0 +1,164 @@
+//! Errors as OpenAI's clients read them: `{"error":{"message","type","param","code"}}`, and the headers beside it.
+
+use axum::body::Body;
+use bytes::{BufMut as _, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
+use protocol::{CorrelationId, ErrorCode, WireError};
+use serde::Serialize;
+
+use crate::rate_limit::{Quota, Verdict};
+
+/// The wait told where the error itself tells none and clients should wait.
+const DEFAULT_WAIT_MS: u64 = 1000;
+
+/// An error as OpenAI's clients read it.
+#[derive(Serialize)]
+struct Envelope<'a> {
+    error: Detail<'a>,
+}
+
+#[derive(Serialize)]
+struct Detail<'a> {
+    message: &'a str,
+    r#type: &'static str,
+    param: Option<&'a str>,
+    code: &'static str,
+}
+
+/// Writes an error's JSON.
+pub(super) fn write(error: &WireError, out: &mut BytesMut) {
+    let detail = Detail {
+        message: &error.message,
+        r#type: error.code.error_type(),
+        param: error.param.as_deref(),
+        code: error.code.as_str(),
+    };
+    let written = serde_json::to_writer(out.writer(), &Envelope { error: detail });
+    debug_assert!(written.is_ok(), "texts are always writable");
+}
+
+/// Makes an error's response.
+pub(crate) fn failure(error: &WireError) -> Response<Body> {
+    let mut body = BytesMut::new();
+    write(error, &mut body);
+    let mut response = Response::new(Body::from(body.freeze()));
+    *response.status_mut() =
+        StatusCode::from_u16(error.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    match error.code.http_status() {
+        401 => {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        // Official SDKs may retry anything they are not told to leave.
+        403 => {
+            headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
+        }
+        408 => {
+            // The rest of a body that came too slowly is not waited for.
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        _ => {}
+    }
+    if let Some(wait) = wait_ms(error) {
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.div_ceil(1000)));
+        headers.insert(HeaderName::from_static("retry-after-ms"), HeaderValue::from(wait));
+    }
+    response
+}
+
+/// Returns how long a client should wait, where it should.
+fn wait_ms(error: &WireError) -> Option<u64> {
+    let retryable = matches!(error.code.http_status(), 409 | 429 | 503);
+    error.retry_after_ms.or(retryable.then_some(DEFAULT_WAIT_MS)).map(|wait| wait.clamp(1, 120_000))
+}
+
+/// Adds the request's name.
+pub(crate) fn with_request(mut response: Response<Body>, request: CorrelationId) -> Response<Body> {
+    response.headers_mut().insert(HeaderName::from_static("x-request-id"), text(&request.to_string()));
+    response
+}
+
+/// Adds the tenant's standing with its rate limit.
+pub(super) fn add_rate(headers: &mut HeaderMap, rate: &Verdict) {
+    if rate.limit == Quota::UNLIMITED.per_minute {
+        return;
+    }
+    let mut set = |name: &'static str, value: HeaderValue| headers.insert(HeaderName::from_static(name), value);
+    set("x-ratelimit-limit-requests", HeaderValue::from(rate.limit));
+    set("x-ratelimit-remaining-requests", HeaderValue::from(rate.remaining));
+    set("x-ratelimit-reset-requests", text(&openai_duration(rate.reset.as_millis() as u64)));
+}
+
+/// Writes a duration as OpenAI does: `12ms`, `1s`, `6m0s`.
+fn openai_duration(millis: u64) -> String {
+    let (minutes, seconds) = (millis / 60_000, millis % 60_000 / 1000);
+    match millis {
+        0..1000 => format!("{millis}ms"),
+        1000..60_000 if millis.is_multiple_of(1000) => format!("{seconds}s"),
+        1000..60_000 => format!("{seconds}.{:03}s", millis % 1000),
+        _ => format!("{minutes}m{seconds}s"),
+    }
+}
+
+/// Makes a header value of text that we wrote, or that was checked to be visible ASCII.
+pub(super) fn text(value: &str) -> HeaderValue {
+    HeaderValue::from_str(value).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+/// Makes a JSON response.
+pub(crate) fn json<T: Serialize>(value: &T) -> Response<Body> {
+    match serde_json::to_vec(value) {
+        Ok(body) => {
+            let mut response = Response::new(Body::from(body));
+            response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            response
+        }
+        Err(_) => failure(&WireError::new(ErrorCode::InternalError, "the answer could not be written")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn an_error_has_the_four_fields_clients_expect() {
+        let error = WireError::new(ErrorCode::MissingModel, "say \"which\"").with_param("model");
+        let mut body = BytesMut::new();
+        write(&error, &mut body);
+        let expected = r#"{"error":{"message":"say \"which\"","type":"invalid_request_error","param":"model","code":"missing_model"}}"#;
+        assert_eq!(body, expected.as_bytes());
+    }
+
+    #[test]
+    fn each_code_brings_the_headers_of_its_row() {
+        let headers = |code| failure(&WireError::new(code, "x")).headers().clone();
+        assert_eq!(headers(ErrorCode::InvalidApiKey)["www-authenticate"], "Bearer");
+        assert_eq!(headers(ErrorCode::ModelNotAllowed)["x-should-retry"], "false");
+        for code in [ErrorCode::NoCapacity, ErrorCode::RateLimitExceeded, ErrorCode::IdempotencyInProgress] {
+            assert_eq!(headers(code)["retry-after"], "1");
+            assert_eq!(headers(code)["retry-after-ms"], "1000");
+        }
+        assert!(!headers(ErrorCode::InvalidJson).contains_key("retry-after"));
+    }
+
+    #[test]
+    fn waits_are_rounded_up_to_seconds_and_bounded() {
+        let told = |wait| {
+            let error = WireError::new(ErrorCode::NoCapacity, "full").with_retry_after(wait);
+            failure(&error).headers()["retry-after"].clone()
+        };
+        assert_eq!(told(Duration::from_millis(1001)), "2");
+        assert_eq!(told(Duration::from_hours(1)), "120");
+        assert_eq!(told(Duration::ZERO), "1");
+    }
+
+    #[test]
+    fn durations_read_as_openai_writes_them() {
+        let written: Vec<_> = [12, 1000, 1500, 360_000, 61_000].map(openai_duration).to_vec();
+        assert_eq!(written, ["12ms", "1s", "1.500s", "6m0s", "1m1s"]);
+    }
+}

@@ -1,0 +1,62 @@
+//! `POST /infer`: our own API, `Infer.Request` in, `Infer.Chunk` out, one a line.
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use bytes::{BufMut as _, BytesMut};
+use http::Response;
+use protocol::WireError;
+
+use super::answer_body::Format;
+use super::errors;
+use super::job::{self, Told};
+use super::router::Bridge;
+use crate::answer::{Answer, Piece};
+use crate::validation;
+
+/// Runs a job and streams its chunks, one JSON object a line.
+#[utoipa::path(
+    post, path = "/infer", tag = "tether", operation_id = "infer", security(("bearer" = [])),
+    request_body(content = super::openapi::InferSubmission, content_type = "application/json"),
+    responses(
+        (status = 200, description = "Chunks, the last with `done` true; an error after the first is a line `{\"error\":{…}}`",
+         body = super::openapi::InferChunk, content_type = "application/x-ndjson"),
+        super::openapi::Errors,
+    ),
+)]
+pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
+    let asked = match job::ask(&bridge, request, validation::parse_infer).await {
+        Ok(asked) => asked,
+        Err(response) => return response,
+    };
+    let told = Told::new(asked.context, &asked.parsed, asked.rate);
+    let opening = job::open(&bridge, asked.admission, asked.parsed);
+    let opening = Box::pin(async move { opening.await.map_err(validation::native) });
+    job::stream(&bridge, opening, Lines, "application/x-ndjson", told).await
+}
+
+/// Writes an answer as lines of JSON: the chunks as the orchestrator sent them.
+struct Lines;
+
+impl Format for Lines {
+    fn begin(&mut self, _: &Answer) {}
+
+    fn piece(&mut self, piece: &Piece, out: &mut BytesMut) {
+        out.reserve(piece.raw.len() + 1);
+        // Between the parts of a JSON text a line break is mere space; within its strings it is written as \n.
+        if piece.raw.contains(&b'\n') {
+            out.extend(piece.raw.iter().map(|byte| if *byte == b'\n' { b' ' } else { *byte }));
+        } else {
+            out.put_slice(&piece.raw);
+        }
+        out.put_u8(b'\n');
+    }
+
+    fn failure(&mut self, error: &WireError, out: &mut BytesMut) {
+        errors::write(error, out);
+        out.put_u8(b'\n');
+    }
+
+    fn keep_alive(&self) -> &'static [u8] {
+        b"\n"
+    }
+}

@@ -1,0 +1,197 @@
+//! What all ways to ask for an answer have in common.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::Request;
+use http::{HeaderMap, HeaderName, HeaderValue, Response, header};
+use protocol::{CorrelationId, WireError};
+use tokio::time;
+use tracing::debug;
+
+use super::answer_body::{AnswerBody, Format};
+use super::errors::{self, text};
+use super::request_body;
+use super::router::{Bridge, context};
+use crate::answer::Answer;
+use crate::config::seconds;
+use crate::gateway::{Admission, Job, Refusal, RequestContext};
+use crate::rate_limit::Verdict;
+
+/// How long a streamed request waits for its first piece before it gets its headers: until then an error still has
+/// a status of its own, after it proxies grow impatient.
+const HEADERS_WITHIN: Duration = Duration::from_secs(10);
+
+/// A request that was let in, with its body read.
+pub(super) struct Asked<T> {
+    pub(super) context: RequestContext,
+    pub(super) rate: Verdict,
+    pub(super) admission: Admission,
+    /// What the body says.
+    pub(super) parsed: T,
+}
+
+/// An answer that begins soon.
+pub(super) type Opening = Pin<Box<dyn Future<Output = Result<Box<Answer>, WireError>> + Send>>;
+
+/// Returns the API token of a request. Whatever is no text is no token either, but it was an attempt at one.
+pub(super) fn token(headers: &HeaderMap) -> Option<&str> {
+    let bearer = headers.get(header::AUTHORIZATION).map(|value| {
+        let value = value.to_str().unwrap_or_default();
+        match value.split_once(' ') {
+            Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
+            _ => "",
+        }
+    });
+    bearer.or_else(|| headers.get("x-api-key").map(|value| value.to_str().unwrap_or_default()))
+}
+
+/// Lets a request in and reads its body, or makes the response that says why not.
+pub(super) async fn ask<T>(
+    bridge: &Bridge,
+    request: Request,
+    parse: impl FnOnce(&[u8]) -> Result<T, WireError>,
+) -> Result<Asked<T>, Response<Body>> {
+    let context = context(request.extensions());
+    let (parts, mut body) = request.into_parts();
+    if let Some(theirs) = parts.headers.get("x-client-request-id").and_then(|value| value.to_str().ok()) {
+        debug!(correlation_id = %context.correlation_id, client_request_id = theirs, "request named by its client");
+    }
+    let admission = match bridge.gateway.admit_or_refuse(token(&parts.headers), context).await {
+        Ok(admission) => admission,
+        Err(refusal) => {
+            request_body::discard(body, &parts.headers).await;
+            return Err(refused(&refusal, context.correlation_id));
+        }
+    };
+    let config = bridge.gateway.config();
+    let read = async {
+        request_body::check_head(&parts.headers, config.body_bytes_max)?;
+        let idle = seconds(config.body_idle_secs);
+        let bytes = request_body::read(&mut body, config.body_bytes_max, idle).await?;
+        parse(&bytes)
+    };
+    let rate = admission.rate();
+    match read.await {
+        Ok(parsed) => Ok(Asked { context, rate, admission, parsed }),
+        Err(error) => {
+            let refusal = admission.refuse(error);
+            request_body::discard(body, &parts.headers).await;
+            Err(refused(&refusal, context.correlation_id))
+        }
+    }
+}
+
+/// Hands a job in. The future owns what it needs, so that a stream can go on waiting for it.
+pub(super) fn open(bridge: &Bridge, admission: Admission, job: Job) -> Opening {
+    let gateway = bridge.gateway.clone();
+    Box::pin(async move { gateway.submit(admission, job).await.map(Box::new) })
+}
+
+/// Makes the response of a stream: with the status of an error that comes soon enough.
+pub(super) async fn stream<F: Format>(
+    bridge: &Bridge,
+    mut opening: Opening,
+    format: F,
+    content_type: &'static str,
+    told: Told,
+) -> Response<Body> {
+    let (body, answer) = match time::timeout(HEADERS_WITHIN, &mut opening).await {
+        Ok(Ok(answer)) => {
+            let facts = AnswerFacts::of(&answer);
+            (AnswerBody::new(format, answer), Some(facts))
+        }
+        Ok(Err(error)) => return told.failure(bridge, &error),
+        Err(_) => (AnswerBody::pending(format, opening), None),
+    };
+    let mut response = Response::new(Body::new(body));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    // Nginx and its kin would gather the pieces.
+    headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, no-store"));
+    told.add(bridge, headers, answer.as_ref());
+    response
+}
+
+/// What a response tells of its request.
+#[derive(Clone, Copy)]
+pub(super) struct Told {
+    context: RequestContext,
+    correlation_id: CorrelationId,
+    rate: Verdict,
+}
+
+/// What a response tells of its answer.
+pub(super) struct AnswerFacts {
+    attempt: u32,
+    digest: String,
+}
+
+impl AnswerFacts {
+    pub(super) fn of(answer: &Answer) -> Self {
+        Self { attempt: answer.attempt(), digest: answer.model().digest.to_string() }
+    }
+}
+
+impl Told {
+    pub(super) fn new(context: RequestContext, job: &Job, rate: Verdict) -> Self {
+        Self { context, correlation_id: job.correlation_id.unwrap_or(context.correlation_id), rate }
+    }
+
+    pub(super) fn correlation_id(&self) -> CorrelationId {
+        self.correlation_id
+    }
+
+    /// Adds what is told of a request that got as far as an orchestrator.
+    pub(super) fn add(&self, bridge: &Bridge, headers: &mut HeaderMap, answer: Option<&AnswerFacts>) {
+        let id = text(&self.correlation_id.to_string());
+        headers.insert(HeaderName::from_static("x-request-id"), id.clone());
+        headers.insert(HeaderName::from_static("x-tether-decision"), id);
+        let millis = self.context.received.elapsed().as_millis() as u64;
+        headers.insert(HeaderName::from_static("openai-processing-ms"), HeaderValue::from(millis));
+        let region = text(bridge.gateway.config().region.as_str());
+        headers.insert(HeaderName::from_static("x-tether-region"), region);
+        errors::add_rate(headers, &self.rate);
+        if let Some(answer) = answer {
+            headers.insert(HeaderName::from_static("x-tether-attempts"), HeaderValue::from(answer.attempt));
+            headers.insert(HeaderName::from_static("x-tether-model-digest"), text(&answer.digest));
+        }
+    }
+
+    /// Makes the response of a job that was refused.
+    pub(super) fn failure(&self, bridge: &Bridge, error: &WireError) -> Response<Body> {
+        let mut response = errors::failure(error);
+        self.add(bridge, response.headers_mut(), None);
+        response
+    }
+}
+
+fn refused(refusal: &Refusal, request: CorrelationId) -> Response<Body> {
+    let mut response = errors::with_request(errors::failure(&refusal.error), request);
+    if let Some(rate) = &refusal.rate {
+        errors::add_rate(response.headers_mut(), rate);
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token_of(name: &'static str, value: &'static str) -> Option<String> {
+        let mut headers = HeaderMap::new();
+        headers.insert(name, HeaderValue::from_static(value));
+        token(&headers).map(str::to_owned)
+    }
+
+    #[test]
+    fn a_token_comes_in_either_of_two_headers() {
+        assert_eq!(token_of("authorization", "Bearer abc").as_deref(), Some("abc"));
+        assert_eq!(token_of("authorization", "bearer  abc ").as_deref(), Some("abc"));
+        assert_eq!(token_of("x-api-key", "abc").as_deref(), Some("abc"));
+        assert_eq!(token_of("authorization", "Basic abc").as_deref(), Some(""));
+        assert_eq!(token_of("x-other", "abc"), None);
+    }
+}

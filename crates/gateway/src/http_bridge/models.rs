@@ -1,0 +1,141 @@
+//! `GET /v1/models` and `GET /v1/models/{id}`.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Path, State};
+use http::Response;
+use protocol::control::{Fleet, Scope, TokenGrant};
+use protocol::health::ModelState;
+use protocol::model::ModelEntry;
+use protocol::{Region, WireError};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::errors;
+use super::router::{Bridge, Inquiry, respond};
+use crate::catalog;
+
+/// A model. `state` and what follows are Tether's additions.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Model {
+    /// Its name where it is the newest version, else `name@MAJOR.MINOR`.
+    id: String,
+    /// Always `model`.
+    object: &'static str,
+    /// When it was registered, in seconds since 1970.
+    created: u64,
+    /// Always `tether`.
+    owned_by: &'static str,
+    /// Its version.
+    version: String,
+    /// How far its best replica is.
+    state: Progress,
+    /// SHA-256 of the artifact, in hex.
+    digest: String,
+    /// Tokens of context.
+    context_length: u32,
+    /// Where workers serve it.
+    regions: BTreeSet<String>,
+    /// Workers that have it ready.
+    replicas: usize,
+    /// One line for people.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    description: String,
+}
+
+/// How far a model's best replica is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Progress {
+    /// No worker has it in memory.
+    Idle,
+    /// It failed to load.
+    Error,
+    /// A worker loads it.
+    Loading,
+    /// It answers.
+    Ready,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct ModelList {
+    /// Always `list`.
+    object: &'static str,
+    /// Each version of each model this API key may use.
+    data: Vec<Model>,
+}
+
+/// Lists the models this API key may use.
+#[utoipa::path(
+    get, path = "/v1/models", tag = "openai", operation_id = "listModels", security(("bearer" = [])),
+    responses((status = 200, description = "The models", body = ModelList), super::openapi::Errors),
+)]
+pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
+    let listed = async {
+        let grant = authenticate(&bridge, &inquiry).await?;
+        let models = bridge.gateway.models().await?;
+        let fleet = fleet(&bridge).await;
+        let allowed = models.all().into_iter().filter(|entry| grant.policy.allows(&entry.key.model_id));
+        let data = allowed.map(|entry| describe(entry, models.is_newest(entry), &fleet)).collect();
+        Ok(errors::json(&ModelList { object: "list", data }))
+    };
+    respond(inquiry.context, listed.await)
+}
+
+/// Tells about one model.
+#[utoipa::path(
+    get, path = "/v1/models/{id}", tag = "openai", operation_id = "retrieveModel", security(("bearer" = [])),
+    params(("id" = String, Path, description = "`name`, which is its newest version, or `name@MAJOR.MINOR`")),
+    responses((status = 200, description = "The model", body = Model), super::openapi::Errors),
+)]
+pub(super) async fn get(State(bridge): State<Bridge>, Path(id): Path<String>, inquiry: Inquiry) -> Response<Body> {
+    let found = async {
+        let grant = authenticate(&bridge, &inquiry).await?;
+        let wanted = catalog::parse_ref(&id)?;
+        let entry = bridge.gateway.model(&wanted).await?;
+        // To a tenant, a model it may not use is as one that is not there.
+        if wanted.adapter.is_some() || !grant.policy.allows(&entry.key.model_id) {
+            return Err(catalog::not_found(&id));
+        }
+        let fleet = fleet(&bridge).await;
+        Ok(errors::json(&describe(&entry, wanted.version.is_none(), &fleet)))
+    };
+    respond(inquiry.context, found.await)
+}
+
+async fn authenticate(bridge: &Bridge, inquiry: &Inquiry) -> Result<Arc<TokenGrant>, WireError> {
+    bridge.gateway.authenticate(inquiry.token.as_deref(), inquiry.context.peer, Scope::Infer).await
+}
+
+/// Returns the live workers. The list of models stands without them.
+async fn fleet(bridge: &Bridge) -> Arc<Fleet> {
+    bridge.gateway.fleet().await.unwrap_or_default()
+}
+
+/// Says what is known of a model. A pure function of the catalogue's entry and the fleet.
+fn describe(entry: &ModelEntry, by_name: bool, fleet: &Fleet) -> Model {
+    let key = &entry.key;
+    let reports = || fleet.workers.iter().map(|worker| &worker.report);
+    let cached = || reports().flat_map(|report| &report.model_cache).filter(|model| model.key == *key);
+    let state = |state: ModelState| match state {
+        ModelState::Ready => Progress::Ready,
+        ModelState::Loading => Progress::Loading,
+        ModelState::Error => Progress::Error,
+    };
+    let serving = reports().filter(|report| report.supported.contains(key));
+    Model {
+        id: if by_name { key.model_id.to_string() } else { key.to_string() },
+        object: "model",
+        created: entry.created_at.0 / 1000,
+        owned_by: "tether",
+        version: key.version.to_string(),
+        state: cached().map(|model| state(model.state)).max().unwrap_or(Progress::Idle),
+        digest: entry.digest.to_string(),
+        context_length: entry.context_length,
+        regions: serving.map(|report| Region::to_string(&report.region)).collect(),
+        replicas: cached().filter(|model| model.state == ModelState::Ready).count(),
+        description: entry.description.clone(),
+    }
+}

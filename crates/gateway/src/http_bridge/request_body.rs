@@ -1,0 +1,92 @@
+//! Request bodies: read whole, within limits of length and time.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, header};
+use http_body_util::BodyExt as _;
+use protocol::{ErrorCode, WireError};
+use tokio::time;
+
+/// How much of an unwanted body is read, so that its sender gets to see why it is not wanted.
+const UNWANTED_BYTES: usize = 32 * 1024 * 1024;
+/// And for how long.
+const UNWANTED_TIME: Duration = Duration::from_millis(500);
+/// A body may be slow, but not for ever.
+const WHOLE: Duration = Duration::from_mins(5);
+
+/// Checks what the head says of the body: its type and its length.
+pub(super) fn check_head(headers: &HeaderMap, bytes_max: usize) -> Result<(), WireError> {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = kind.split(';').next().unwrap_or_default().trim();
+    if !essence.eq_ignore_ascii_case("application/json") {
+        let message = "the body must be JSON: send the header `Content-Type: application/json`";
+        return Err(WireError::new(ErrorCode::UnsupportedMediaType, message));
+    }
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if length.is_some_and(|length| length > bytes_max as u64) {
+        return Err(too_large(bytes_max));
+    }
+    Ok(())
+}
+
+/// Reads a body of at most `bytes_max` bytes whose sender never pauses longer than `idle`.
+pub(crate) async fn read(body: &mut Body, bytes_max: usize, idle: Duration) -> Result<Bytes, WireError> {
+    match time::timeout(WHOLE, read_frames(body, bytes_max, idle)).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(too_slow()),
+    }
+}
+
+async fn read_frames(body: &mut Body, bytes_max: usize, idle: Duration) -> Result<Bytes, WireError> {
+    let mut first = Bytes::new();
+    let mut whole = BytesMut::new();
+    loop {
+        let frame = match time::timeout(idle, body.frame()).await {
+            Ok(Some(Ok(frame))) => frame,
+            Ok(Some(Err(_))) => return Err(WireError::new(ErrorCode::InvalidJson, "the body broke off")),
+            Ok(None) => return Ok(if whole.is_empty() { first } else { whole.freeze() }),
+            Err(_) => return Err(too_slow()),
+        };
+        let Ok(data) = frame.into_data() else { continue };
+        if first.len().max(whole.len()) + data.len() > bytes_max {
+            return Err(too_large(bytes_max));
+        }
+        // Most bodies come in one frame and need no copy.
+        if first.is_empty() {
+            first = data;
+        } else {
+            if whole.is_empty() {
+                whole.extend_from_slice(&first);
+            }
+            whole.extend_from_slice(&data);
+        }
+    }
+}
+
+/// Reads what is left of a body that is not wanted: a connection closed on unread bytes loses the answer. Not where
+/// the client waits to be asked for the body.
+pub(super) async fn discard(mut body: Body, headers: &HeaderMap) {
+    if headers.contains_key(header::EXPECT) {
+        return;
+    }
+    let rest = async {
+        let mut bytes = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            bytes += frame.data_ref().map_or(0, Bytes::len);
+            if bytes > UNWANTED_BYTES {
+                break;
+            }
+        }
+    };
+    let _ = time::timeout(UNWANTED_TIME, rest).await;
+}
+
+fn too_large(bytes_max: usize) -> WireError {
+    WireError::new(ErrorCode::RequestTooLarge, format!("the body is longer than {bytes_max} bytes"))
+}
+
+fn too_slow() -> WireError {
+    WireError::new(ErrorCode::RequestTimeout, "the body came too slowly")
+}

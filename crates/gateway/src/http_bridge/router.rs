@@ -1,0 +1,156 @@
+//! Which path does what.
+
+use std::convert::Infallible;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::FromRequestParts;
+use axum::routing::{delete, get, post};
+use http::request::Parts;
+use http::{Extensions, HeaderName, HeaderValue, Method, Response};
+use protocol::{CorrelationId, ErrorCode, TraceId, WireError};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
+
+use super::{chat, completions, errors, health, infer, job, models, openapi};
+use crate::admin;
+use crate::gateway::{Gateway, GatewayError, RequestContext};
+
+/// The headers of ours that pages of other origins may read.
+const EXPOSED: [&str; 13] = [
+    "x-request-id",
+    "openai-processing-ms",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests",
+    "retry-after",
+    "retry-after-ms",
+    "x-should-retry",
+    "x-tether-region",
+    "x-tether-attempts",
+    "x-tether-decision",
+    "x-tether-model-digest",
+    "www-authenticate",
+];
+
+/// What handlers need.
+#[derive(Clone)]
+pub(crate) struct Bridge {
+    pub(crate) gateway: Gateway,
+    /// Cancelled once the gateway is asked to stop.
+    pub(crate) stop: CancellationToken,
+}
+
+/// Builds the router. Each route is also in the OpenAPI document; a test compares them.
+pub(super) fn router(bridge: Bridge) -> Router {
+    let origins = bridge.gateway.config().cors_origins.clone();
+    let router = Router::new()
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{id}", get(models::get))
+        .route("/infer", post(infer::create))
+        .route("/healthz", get(health::live))
+        .route("/health", get(health::alias))
+        .route("/readyz", get(health::ready))
+        .route("/metrics", get(health::metrics))
+        .route("/version", get(health::version))
+        .route("/openapi.json", get(openapi::document))
+        .route("/admin/v1/nodes", get(admin::nodes))
+        .route("/admin/v1/jobs/{correlation_id}/decision", get(admin::decision))
+        .route("/admin/v1/tokens", get(admin::tokens).post(admin::create_token))
+        .route("/admin/v1/tokens/{key_id}", delete(admin::revoke_token))
+        .fallback(no_path)
+        .method_not_allowed_fallback(no_method)
+        .with_state(bridge);
+    match cors(&origins) {
+        Some(layer) => router.layer(layer),
+        None => router,
+    }
+}
+
+async fn no_path(inquiry: Inquiry) -> Response<Body> {
+    let message = "there is nothing under this path; GET /openapi.json tells what there is";
+    respond(inquiry.context, Err(WireError::new(ErrorCode::NotFound, message)))
+}
+
+async fn no_method(inquiry: Inquiry) -> Response<Body> {
+    let message = "this path does not take this method; the header Allow tells which";
+    respond(inquiry.context, Err(WireError::new(ErrorCode::MethodNotAllowed, message)))
+}
+
+/// Returns what is known of a request.
+pub(super) fn context(extensions: &Extensions) -> RequestContext {
+    // Every request gets one as it comes in; a blank one beats a panic.
+    extensions.get().copied().unwrap_or_else(|| RequestContext {
+        correlation_id: CorrelationId(uuid::Uuid::nil()),
+        trace_id: TraceId([0; 16]),
+        peer: None,
+        received: Instant::now(),
+    })
+}
+
+/// What is known of a request whose body does not matter.
+pub(crate) struct Inquiry {
+    pub(crate) context: RequestContext,
+    pub(crate) token: Option<String>,
+}
+
+impl<S: Sync> FromRequestParts<S> for Inquiry {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        let token = job::token(&parts.headers).map(str::to_owned);
+        Ok(Self { context: context(&parts.extensions), token })
+    }
+}
+
+/// Makes the response of a request that is no job.
+pub(crate) fn respond(context: RequestContext, outcome: Result<Response<Body>, WireError>) -> Response<Body> {
+    errors::with_request(outcome.unwrap_or_else(|error| errors::failure(&error)), context.correlation_id)
+}
+
+/// Checks that the configured origins are some.
+pub(super) fn check_origins(origins: &[String]) -> Result<(), GatewayError> {
+    let plausible = |origin: &str| {
+        origin == "*" || (origin.contains("://") && !origin.ends_with('/') && HeaderValue::from_str(origin).is_ok())
+    };
+    match origins.iter().find(|origin| !plausible(origin)) {
+        Some(origin) => Err(GatewayError::Origin { origin: origin.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// Returns what lets pages of other origins call, where any may.
+fn cors(origins: &[String]) -> Option<CorsLayer> {
+    if origins.is_empty() {
+        return None;
+    }
+    let origin = if origins.iter().any(|origin| origin == "*") {
+        AllowOrigin::any()
+    } else {
+        AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok()))
+    };
+    Some(
+        CorsLayer::new()
+            .allow_origin(origin)
+            .allow_methods([Method::GET, Method::POST])
+            // Tokens travel in a header that pages must set themselves, so nothing is sent without their doing.
+            .allow_headers(AllowHeaders::mirror_request())
+            .expose_headers(EXPOSED.map(HeaderName::from_static))
+            .max_age(std::time::Duration::from_hours(1)),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_origin_is_refused_at_start() {
+        let check = |origin: &str| check_origins(&[origin.to_owned()]).is_ok();
+        assert!(check("*") && check("https://app.example.com") && check("http://localhost:3000"));
+        assert!(!check("app.example.com") && !check("https://app.example.com/") && !check("https://a\nb"));
+    }
+}

@@ -1,0 +1,132 @@
+//! TLS, with a certificate that can be renewed in place.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use rustls::ServerConfig;
+use rustls::crypto::CryptoProvider;
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::net::TcpStream;
+use tokio::time;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::config::{Config, seconds};
+use crate::gateway::GatewayError;
+
+/// Accepts TLS connections with the newest certificate.
+#[derive(Clone)]
+pub(super) struct Tls {
+    acceptor: TlsAcceptor,
+    current: Arc<Current>,
+    files: Files,
+    every: Duration,
+}
+
+/// The certificate in use.
+#[derive(Debug)]
+struct Current {
+    key: RwLock<Arc<CertifiedKey>>,
+    /// What the files held when it was read.
+    contents: RwLock<Contents>,
+}
+
+#[derive(Debug, Clone)]
+struct Files {
+    certificate: PathBuf,
+    key: PathBuf,
+}
+
+/// What both files hold.
+#[derive(Debug, PartialEq, Eq)]
+struct Contents {
+    certificate: Vec<u8>,
+    key: Vec<u8>,
+}
+
+impl ResolvesServerCert for Current {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.key.read().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+}
+
+impl Tls {
+    /// Reads the configured files; `None` where none are configured.
+    pub(super) fn load(config: &Config) -> Result<Option<Self>, GatewayError> {
+        let files = match (&config.tls_cert, &config.tls_key) {
+            (None, None) => return Ok(None),
+            (Some(certificate), Some(key)) => Files { certificate: certificate.clone(), key: key.clone() },
+            _ => return Err(GatewayError::TlsIncomplete),
+        };
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let contents = files.read()?;
+        let key = files.parse(&contents, &provider)?;
+        let current = Arc::new(Current { key: RwLock::new(Arc::new(key)), contents: RwLock::new(contents) });
+        let mut server = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|error| failed(&files.certificate, &error))?
+            .with_no_client_auth()
+            .with_cert_resolver(current.clone());
+        server.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let every = seconds(config.tls_reload_secs.max(1));
+        Ok(Some(Self { acceptor: TlsAcceptor::from(Arc::new(server)), current, files, every }))
+    }
+
+    pub(super) async fn accept(&self, stream: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
+        self.acceptor.accept(stream).await
+    }
+
+    /// Looks for new files until `stop`. Files that can't be used leave the certificate as it is.
+    pub(super) async fn watch(self, stop: CancellationToken) {
+        while stop.run_until_cancelled(time::sleep(self.every)).await.is_some() {
+            let reloader = self.clone();
+            match tokio::task::spawn_blocking(move || reloader.reload()).await {
+                Ok(Ok(true)) => info!("took a new TLS certificate"),
+                Ok(Ok(false)) => {}
+                Ok(Err(error)) => warn!(%error, "kept the old TLS certificate"),
+                Err(_) => warn!("looking at the TLS files failed"),
+            }
+        }
+    }
+
+    /// Says whether there was something new.
+    fn reload(&self) -> Result<bool, GatewayError> {
+        let contents = self.files.read()?;
+        if *self.current.contents.read().unwrap_or_else(PoisonError::into_inner) == contents {
+            return Ok(false);
+        }
+        let provider = rustls::crypto::ring::default_provider();
+        let key = self.files.parse(&contents, &provider)?;
+        *self.current.key.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(key);
+        *self.current.contents.write().unwrap_or_else(PoisonError::into_inner) = contents;
+        Ok(true)
+    }
+}
+
+impl Files {
+    fn read(&self) -> Result<Contents, GatewayError> {
+        let read = |path: &Path| std::fs::read(path).map_err(|error| failed(path, &error));
+        Ok(Contents { certificate: read(&self.certificate)?, key: read(&self.key)? })
+    }
+
+    fn parse(&self, contents: &Contents, provider: &CryptoProvider) -> Result<CertifiedKey, GatewayError> {
+        let chain: Vec<_> = CertificateDer::pem_slice_iter(&contents.certificate)
+            .collect::<Result<_, _>>()
+            .map_err(|error| failed(&self.certificate, &error))?;
+        if chain.is_empty() {
+            return Err(failed(&self.certificate, &"it holds no certificate"));
+        }
+        let key = PrivateKeyDer::from_pem_slice(&contents.key).map_err(|error| failed(&self.key, &error))?;
+        CertifiedKey::from_der(chain, key, provider).map_err(|error| failed(&self.key, &error))
+    }
+}
+
+fn failed(path: &Path, reason: &dyn std::fmt::Display) -> GatewayError {
+    GatewayError::Tls { path: path.to_owned(), reason: reason.to_string() }
+}

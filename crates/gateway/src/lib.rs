@@ -1,0 +1,23 @@
+//! Takes requests from HTTP and RPC clients, checks them, and streams answers.
+//!
+//! Every request, whatever it came in by, passes [`Gateway::admit`] (whose is it, is there room) and then
+//! [`Gateway::submit`] (which model, which orchestrator), and gets an [`Answer`]. [`http_bridge`] translates between
+//! that and the OpenAI API.
+
+mod admin;
+mod answer;
+mod authentication;
+mod cached;
+mod catalog;
+mod config;
+mod gateway;
+mod http_bridge;
+mod rate_limit;
+mod request_record;
+mod upstream;
+pub mod validation;
+
+pub use answer::{Answer, End, Piece, parse_chunk};
+pub use config::{Config, RateLimitConfig};
+pub use gateway::{Admission, Gateway, GatewayError, GatewayParts, Job, RequestContext};
+pub use http_bridge::HttpBridge;

@@ -1,0 +1,179 @@
+//! Token buckets, one a key: how many requests a tenant may make, and how often an address may guess a key.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Keys remembered at once. A full bucket need not be remembered, so only busy keys count.
+const KEYS_MAX: usize = 65_536;
+/// The longest wait ever told: official SDKs give up above it.
+const WAIT_MAX: Duration = Duration::from_mins(2);
+const MINUTE: Duration = Duration::from_mins(1);
+
+/// How much a bucket holds and how fast it fills.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Quota {
+    /// Requests that may come at once.
+    pub(crate) burst: u32,
+    /// Requests a minute in the long run.
+    pub(crate) per_minute: u32,
+}
+
+impl Quota {
+    /// Lets everything pass.
+    pub(crate) const UNLIMITED: Self = Self { burst: u32::MAX, per_minute: u32::MAX };
+}
+
+/// What a bucket says to one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// Whether the request may pass.
+    pub(crate) allowed: bool,
+    /// Requests a minute in the long run.
+    pub(crate) limit: u32,
+    /// Requests that may follow at once.
+    pub(crate) remaining: u32,
+    /// Until the bucket is full again.
+    pub(crate) reset: Duration,
+    /// Until a refused request may pass; zero for one that was allowed.
+    pub(crate) retry_after: Duration,
+}
+
+/// Decides on one request, by the generic cell rate algorithm: a bucket is the time at which it will be full, and
+/// each request moves that on by its share of a minute. Returns the bucket as it is then.
+///
+/// A pure function of the bucket, its quota and `now`.
+fn decide(bucket: Instant, quota: Quota, now: Instant) -> (Instant, Verdict) {
+    let verdict = |allowed, remaining, reset, retry_after| Verdict {
+        allowed,
+        limit: quota.per_minute,
+        remaining,
+        reset,
+        retry_after,
+    };
+    if quota.per_minute == 0 || quota.burst == 0 {
+        return (bucket, verdict(false, 0, WAIT_MAX, WAIT_MAX));
+    }
+    let share = MINUTE / quota.per_minute;
+    let debt = bucket.saturating_duration_since(now);
+    let room = share * quota.burst;
+    let owed = debt + share;
+    if owed > room {
+        return (bucket, verdict(false, 0, debt, owed.saturating_sub(room).min(WAIT_MAX)));
+    }
+    let remaining = (room.saturating_sub(owed).as_nanos() / share.as_nanos().max(1)) as u32;
+    (now + owed, verdict(true, remaining, owed, Duration::ZERO))
+}
+
+/// Token buckets, one a key.
+pub(crate) struct RateLimit<K> {
+    /// When each key's bucket is full.
+    buckets: Mutex<HashMap<K, Instant>>,
+}
+
+impl<K: Eq + Hash> RateLimit<K> {
+    pub(crate) fn new() -> Self {
+        Self { buckets: Mutex::default() }
+    }
+
+    /// Takes one request out of a key's bucket.
+    pub(crate) fn take(&self, key: K, quota: Quota) -> Verdict {
+        let now = Instant::now();
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        if buckets.len() >= KEYS_MAX && !buckets.contains_key(&key) {
+            buckets.retain(|_, full| *full > now);
+            // All of them busy: forgetting some lets a few requests too many pass, which beats refusing the rest.
+            if buckets.len() >= KEYS_MAX {
+                buckets.clear();
+            }
+        }
+        let bucket = buckets.entry(key).or_insert(now);
+        let (full, verdict) = decide(*bucket, quota, now);
+        *bucket = full;
+        verdict
+    }
+
+    /// Says what a key's next request will be told, and takes nothing.
+    pub(crate) fn look(&self, key: &K, quota: Quota) -> Verdict {
+        let now = Instant::now();
+        let bucket = self.buckets.lock().unwrap_or_else(PoisonError::into_inner).get(key).copied();
+        decide(bucket.unwrap_or(now), quota, now).1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const QUOTA: Quota = Quota { burst: 3, per_minute: 60 };
+
+    #[tokio::test(start_paused = true)]
+    async fn a_burst_passes_and_then_the_pace_holds() {
+        let limit = RateLimit::new();
+        let remaining: Vec<u32> = (0..3).map(|_| limit.take("a", QUOTA).remaining).collect();
+        assert_eq!(remaining, [2, 1, 0]);
+        let refused = limit.take("a", QUOTA);
+        assert!(!refused.allowed);
+        assert_eq!((refused.retry_after, refused.reset), (Duration::from_secs(1), Duration::from_secs(3)));
+        assert!(limit.take("b", QUOTA).allowed, "another key has its own bucket");
+        tokio::time::advance(refused.retry_after).await;
+        assert!(limit.take("a", QUOTA).allowed, "the wait that was told is enough");
+        assert!(!limit.take("a", QUOTA).allowed);
+        tokio::time::advance(Duration::from_secs(30)).await;
+        assert_eq!(limit.take("a", QUOTA).remaining, 2, "a bucket holds no more than its burst");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_takes_nothing() {
+        let limit = RateLimit::new();
+        for _ in 0..10 {
+            assert!(limit.look(&"a", QUOTA).allowed);
+        }
+        assert_eq!(limit.take("a", QUOTA).remaining, 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_quota_of_nothing_lets_nothing_pass() {
+        let verdict = RateLimit::new().take("a", Quota { burst: 1, per_minute: 0 });
+        assert!(!verdict.allowed);
+        assert_eq!(verdict.retry_after, WAIT_MAX);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_are_forgotten_once_their_buckets_are_full() {
+        let limit = RateLimit::new();
+        for key in 0..KEYS_MAX {
+            limit.take(key, QUOTA);
+        }
+        tokio::time::advance(Duration::from_secs(2)).await;
+        limit.take(KEYS_MAX, QUOTA);
+        assert_eq!(limit.buckets.lock().expect("no panic").len(), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn no_more_pass_than_burst_and_pace_allow(
+            burst in 1u32..20, per_minute in 1u32..2_000, gaps in prop::collection::vec(0u64..3_000, 1..200)
+        ) {
+            let quota = Quota { burst, per_minute };
+            let start = Instant::now();
+            let (mut bucket, mut now, mut passed) = (start, start, 0u32);
+            for gap in gaps {
+                now += Duration::from_millis(gap);
+                let (next, verdict) = decide(bucket, quota, now);
+                bucket = next;
+                passed += u32::from(verdict.allowed);
+                let earned = (now - start).as_secs_f64() * f64::from(per_minute) / 60.0;
+                prop_assert!(f64::from(passed) <= f64::from(burst) + earned + 1e-3);
+                if !verdict.allowed && verdict.retry_after < WAIT_MAX {
+                    prop_assert!(decide(bucket, quota, now + verdict.retry_after).1.allowed);
+                }
+            }
+        }
+    }
+}

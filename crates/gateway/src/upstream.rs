@@ -1,0 +1,141 @@
+//! The registries and orchestrators of the region: finds one that answers.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use protocol::control::NodeRole;
+use protocol::{ErrorCode, PublicKey, Region, Topic, WireError, infer};
+use rpc::announce::DirectoryTask;
+use rpc::{AnswerStream, CallError, Client, Directory, StreamOptions, Transport};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::time::{self, Instant};
+
+/// How long a unary call may take.
+const CALL: Duration = Duration::from_secs(2);
+/// How long a request waits for a node of a role to be found.
+const APPEAR: Duration = Duration::from_secs(1);
+/// How often all orchestrators are tried in turn.
+const ROUNDS: u32 = 3;
+/// The wait after the first round; it doubles.
+const BACKOFF: Duration = Duration::from_millis(50);
+
+/// The registries and orchestrators of the region.
+pub(crate) struct Upstream {
+    client: Client,
+    directory: Directory,
+    /// Counts calls, so that each begins with another peer.
+    turn: AtomicUsize,
+}
+
+/// When a job must be answered, and how long its answer may fall silent.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Patience {
+    pub(crate) deadline: Instant,
+    pub(crate) stall: Duration,
+}
+
+impl Upstream {
+    pub(crate) fn new(transport: Arc<dyn Transport>, region: Region) -> (Self, DirectoryTask) {
+        let client = Client::new(transport.clone());
+        let (directory, task) = Directory::new(transport, client.clone(), Topic::Control(region));
+        (Self { client, directory, turn: AtomicUsize::new(0) }, task)
+    }
+
+    /// Asks the nodes of a role in turn until one answers.
+    pub(crate) async fn ask<Request: Serialize, Reply: DeserializeOwned>(
+        &self,
+        role: NodeRole,
+        method: &str,
+        request: &Request,
+    ) -> Result<Reply, WireError> {
+        let mut last = away();
+        for peer in self.peers(role).await? {
+            match self.client.call(peer, method, request, CALL).await {
+                Ok(reply) => return Ok(reply),
+                // Nothing is known about the peer that could not be told about the next.
+                Err(CallError::Deadline) => last = away(),
+                Err(error) => {
+                    let error = WireError::from(error);
+                    if !another_may_know(error.code) {
+                        return Err(error);
+                    }
+                    last = error;
+                }
+            }
+        }
+        Err(last)
+    }
+
+    /// Hands a job to an orchestrator and waits until one accepts or refuses it. `salt` spreads the waits between
+    /// tries.
+    pub(crate) async fn submit(&self, body: Bytes, patience: Patience, salt: u128) -> Result<AnswerStream, WireError> {
+        let mut last = away();
+        for round in 0..ROUNDS {
+            if round > 0 {
+                time::sleep(backoff(round, salt)).await;
+            }
+            for peer in self.peers(NodeRole::Orchestrator).await? {
+                let left = patience.deadline.saturating_duration_since(Instant::now());
+                // An orchestrator accepts once the first chunk is there, which may take as long as the job may wait.
+                let options = StreamOptions { accept_within: left, deadline: Some(left), stall: patience.stall };
+                match self.client.open_stream(peer, infer::SUBMIT, body.clone(), options).await {
+                    Ok(stream) => return Ok(stream),
+                    Err(_) if patience.deadline <= Instant::now() => return Err(CallError::Deadline.into()),
+                    Err(error) => {
+                        let error = WireError::from(error);
+                        if !another_may_know(error.code) {
+                            return Err(error);
+                        }
+                        last = error;
+                    }
+                }
+            }
+        }
+        Err(last)
+    }
+
+    /// Returns the nodes of a role, each time beginning with another.
+    async fn peers(&self, role: NodeRole) -> Result<Vec<PublicKey>, WireError> {
+        let mut peers = self.directory.find(role);
+        if peers.is_empty() && self.directory.wait_for(role, APPEAR).await {
+            peers = self.directory.find(role);
+        }
+        if peers.is_empty() {
+            return Err(away());
+        }
+        let first = self.turn.fetch_add(1, Ordering::Relaxed) % peers.len();
+        peers.rotate_left(first);
+        Ok(peers)
+    }
+}
+
+/// Says whether an error is about the peer, or about something that only another peer knows.
+fn another_may_know(code: ErrorCode) -> bool {
+    matches!(code, ErrorCode::Unavailable | ErrorCode::UnknownMethod | ErrorCode::NotFound)
+}
+
+fn away() -> WireError {
+    WireError::new(ErrorCode::Unavailable, "a part of the network does not answer, try again")
+        .with_retry_after(Duration::from_secs(1))
+}
+
+/// Returns the wait before a round: between half and one and a half times its nominal length.
+fn backoff(round: u32, salt: u128) -> Duration {
+    let share = ((salt >> (round * 8)) & 0xff) as u32;
+    BACKOFF * (1 << (round - 1)) * (128 + share) / 256
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_between_rounds_grow_and_differ_between_jobs() {
+        assert_eq!(backoff(1, 0), BACKOFF / 2);
+        assert_eq!(backoff(2, 0), BACKOFF);
+        assert!(backoff(1, u128::MAX) > BACKOFF && backoff(1, u128::MAX) < BACKOFF * 2);
+    }
+}

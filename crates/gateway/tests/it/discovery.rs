@@ -1,0 +1,105 @@
+use std::time::Duration;
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use tether_gateway::Config;
+
+use crate::{Network, config, expect_error, fake};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn models_are_listed_the_newest_under_its_plain_name() {
+    let network = Network::start().await;
+    let list: Value = network.get("/v1/models").await.json().await.expect("JSON");
+    assert_eq!(list["object"], "list");
+    let ids: Vec<_> = list["data"].as_array().expect("a list").iter().map(|model| model["id"].clone()).collect();
+    assert_eq!(ids, ["other", "tiny@1.0", "tiny"]);
+    let tiny: Value = network.get("/v1/models/tiny").await.json().await.expect("JSON");
+    assert_eq!(tiny, list["data"][2]);
+    assert_eq!(
+        tiny,
+        json!({
+            "id": "tiny", "object": "model", "created": 1_700_000_000, "owned_by": "tether", "version": "1.1",
+            "state": "ready", "digest": fake::model("tiny", "1.1").digest.to_string(), "context_length": 2048,
+            "regions": ["local"], "replicas": 1
+        })
+    );
+    let old: Value = network.get("/v1/models/tiny@1.0").await.json().await.expect("JSON");
+    assert_eq!((&old["id"], &old["state"], &old["replicas"]), (&json!("tiny@1.0"), &json!("idle"), &json!(0)));
+    expect_error(network.get("/v1/models/nope").await, 404, "model_not_found", Some("model")).await;
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_sees_only_the_models_it_may_use() {
+    let network = Network::start().await;
+    let get = |path: &str| network.request(Method::GET, path).bearer_auth(fake::token(3)).send();
+    let list: Value = get("/v1/models").await.expect("answered").json().await.expect("JSON");
+    assert_eq!(list["data"].as_array().expect("a list").len(), 1);
+    let hidden = get("/v1/models/tiny").await.expect("answered");
+    expect_error(hidden, 404, "model_not_found", Some("model")).await;
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_tell_alive_from_ready() {
+    let network = Network::start().await;
+    for path in ["/healthz", "/health", "/readyz"] {
+        assert_eq!(network.request(Method::GET, path).send().await.expect("answered").status(), 200, "{path}");
+    }
+    network.fake.workers.lock().expect("no panic").clear();
+    tokio::time::sleep(Duration::from_millis(1050)).await;
+    let unready = network.request(Method::GET, "/readyz").send().await.expect("answered");
+    expect_error(unready, 503, "no_capacity", None).await;
+    assert_eq!(network.get("/healthz").await.status(), 200);
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_version_and_openapi_are_shown() {
+    let network = Network::start().await;
+    let metrics = network.get("/metrics").await;
+    assert_eq!(metrics.headers()["content-type"], "application/openmetrics-text; version=1.0.0; charset=utf-8");
+    assert!(metrics.text().await.expect("text").ends_with("# EOF\n"));
+    let version: Value = network.get("/version").await.json().await.expect("JSON");
+    assert_eq!(version, json!({"name": "tether", "version": "1.2.3"}));
+    let document: Value = network.get("/openapi.json").await.json().await.expect("JSON");
+    for path in document["paths"].as_object().expect("paths").keys() {
+        let filled = path.replace("{id}", "tiny").replace("{correlationId}", "7");
+        let status = network.request(Method::GET, &filled).send().await.expect("answered").status();
+        assert_ne!(status, 404, "{path} is described and not there");
+    }
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_configured_origins_may_call_and_no_others() {
+    let origin = "https://app.example.com";
+    let network = Network::start_with(Config { cors_origins: vec![origin.into()], ..config() }).await;
+    let preflight = |origin: &'static str| {
+        network
+            .request(Method::OPTIONS, "/v1/chat/completions")
+            .header("origin", origin)
+            .header("access-control-request-method", "POST")
+            .header("access-control-request-headers", "authorization,content-type")
+            .send()
+    };
+    let allowed = preflight(origin).await.expect("answered");
+    assert_eq!(allowed.status(), 200);
+    assert_eq!(allowed.headers()["access-control-allow-origin"], origin);
+    assert_eq!(allowed.headers()["access-control-allow-headers"], "authorization,content-type");
+    let other = preflight("https://evil.example.com").await.expect("answered");
+    assert!(!other.headers().contains_key("access-control-allow-origin"));
+    let plain = network.request(Method::GET, "/v1/models").header("origin", origin).send().await.expect("answered");
+    let exposed = plain.headers()["access-control-expose-headers"].to_str().expect("text").to_owned();
+    assert!(exposed.contains("x-request-id") && exposed.contains("retry-after"), "{exposed}");
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_configured_origins_no_page_may_call() {
+    let network = Network::start().await;
+    let request = network.request(Method::GET, "/v1/models").header("origin", "https://app.example.com");
+    let response = request.send().await.expect("answered");
+    assert!(!response.headers().contains_key("access-control-allow-origin"));
+    network.end().await;
+}

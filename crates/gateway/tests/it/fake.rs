@@ -1,0 +1,257 @@
+//! A registry and an orchestrator that do as the prompt says.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use protocol::control::{
+    CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, FleetWorker, JOB_EXPLAIN, NodeInfo,
+    NodeRole, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate, TokenCreated,
+    TokenGrant, TokenList, TokenRevoke, TokenRevoked,
+};
+use protocol::health::{CachedModel, Capacity, HealthReport, ModelState};
+use protocol::infer::{FinishReason, InferChunk, InferRequest, Payload, SUBMIT};
+use protocol::model::{ModelEntry, ModelKey};
+use protocol::policy::TenantPolicy;
+use protocol::signature::NodeKey;
+use protocol::token::{ApiToken, RANDOM_BYTES, TokenKind};
+use protocol::usage::TokenUsage;
+use protocol::{Digest, ErrorCode, Topic, UnixMillis, WireError, codec};
+use rpc::{Interrupted, MemoryNetwork, ReplyStream, Server, StreamCall};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// What the fakes know and saw.
+#[derive(Clone)]
+pub(crate) struct Fake {
+    pub(crate) network: MemoryNetwork,
+    pub(crate) grants: Arc<Mutex<HashMap<String, TokenGrant>>>,
+    pub(crate) models: Arc<Mutex<Vec<ModelEntry>>>,
+    pub(crate) workers: Arc<Mutex<Vec<FleetWorker>>>,
+    /// Jobs, in the order they came.
+    pub(crate) jobs: Arc<Mutex<Vec<InferRequest>>>,
+    /// Told each time a job is cancelled.
+    pub(crate) cancelled: Arc<Notify>,
+}
+
+/// Returns a well-formed token; 1 to 4 are known to the registry.
+pub(crate) fn token(seed: u8) -> String {
+    ApiToken::generate(TokenKind::Live, &[seed; RANDOM_BYTES]).to_string()
+}
+
+pub(crate) fn grant(tenant: &str, scopes: &[Scope], policy: TenantPolicy) -> TokenGrant {
+    let tenant_id = tenant.parse().expect("tenant");
+    TokenGrant { key_id: "key".into(), tenant_id, scopes: scopes.to_vec(), policy, expires_at: None }
+}
+
+pub(crate) fn model(name: &str, version: &str) -> ModelEntry {
+    let key = ModelKey { model_id: name.parse().expect("name"), version: version.parse().expect("version") };
+    ModelEntry {
+        digest: Digest::of(key.to_string().as_bytes()),
+        key,
+        bytes: 1,
+        context_length: 2048,
+        description: String::new(),
+        created_at: UnixMillis(1_700_000_000_000),
+    }
+}
+
+fn worker(model: &ModelEntry) -> FleetWorker {
+    let key = NodeKey::from_seed(&[5; 32]).public_key();
+    let cached = CachedModel {
+        key: model.key.clone(),
+        digest: model.digest,
+        state: ModelState::Ready,
+        tokens_per_second: 1.0,
+        adapters: vec![],
+    };
+    let report = HealthReport {
+        v: 1,
+        worker_id: key,
+        pub_key: key,
+        region: "local".parse().expect("region"),
+        gpu_class: "cpu".into(),
+        vram_gb: 0,
+        accelerators: vec![],
+        capacity: Capacity::default(),
+        supported: vec![model.key.clone()],
+        model_cache: vec![cached],
+        latency_hops: 0,
+        draining: false,
+        epoch: 1,
+        seq: 1,
+        issued_at: UnixMillis(0),
+        not_after: UnixMillis(0),
+    };
+    FleetWorker { report, age_ms: 0, reserved: 0 }
+}
+
+impl Fake {
+    pub(crate) async fn start(network: &MemoryNetwork, tasks: &TaskTracker, stop: &CancellationToken) -> Self {
+        let infer = [Scope::Infer];
+        let slow = TenantPolicy { requests_per_minute: Some(2), ..TenantPolicy::default() };
+        let picky =
+            TenantPolicy { allowed_models: Some(vec!["other".parse().expect("name")]), ..TenantPolicy::default() };
+        let grants = HashMap::from([
+            (token(1), grant("acme", &infer, TenantPolicy::default())),
+            (token(2), grant("slow", &infer, slow)),
+            (token(3), grant("picky", &infer, picky)),
+            (token(4), grant("operator", &[Scope::Admin], TenantPolicy::default())),
+        ]);
+        let models = vec![model("tiny", "1.0"), model("tiny", "1.1"), model("other", "0.1")];
+        let fake = Self {
+            network: network.clone(),
+            grants: Arc::new(Mutex::new(grants)),
+            workers: Arc::new(Mutex::new(vec![worker(&models[1])])),
+            models: Arc::new(Mutex::new(models)),
+            jobs: Arc::default(),
+            cancelled: Arc::default(),
+        };
+        fake.serve(1, NodeRole::Registry, tasks, stop).await;
+        fake.serve(2, NodeRole::Orchestrator, tasks, stop).await;
+        fake
+    }
+
+    async fn serve(&self, seed: u8, role: NodeRole, tasks: &TaskTracker, stop: &CancellationToken) {
+        let node = self.network.node(&NodeKey::from_seed(&[seed; 32]));
+        node.announce(&Topic::Control("local".parse().expect("region"))).await.expect("announced");
+        let info = NodeInfo { roles: vec![role], region: "local".parse().expect("region"), version: "0".into() };
+        let server = Server::new(node, info);
+        let server = match role {
+            NodeRole::Registry => self.registry(server),
+            _ => self.orchestrator(server),
+        };
+        tasks.spawn(server.run(stop.clone(), Duration::from_millis(100)));
+    }
+
+    fn registry(&self, server: Server) -> Server {
+        let (grants, models) = (self.grants.clone(), self.models.clone());
+        server
+            .unary(TOKEN_CHECK, move |_, check: TokenCheck| {
+                let grant = grants.lock().expect("no panic").get(&check.token).cloned();
+                async move { grant.ok_or_else(|| WireError::new(ErrorCode::InvalidApiKey, "no such key")) }
+            })
+            .unary(TOKEN_CREATE, |_, new: TokenCreate| async move {
+                let (token, key_id) = (format!("token of {}", new.name), "abcdefgh".to_owned());
+                Ok(TokenCreated { token, key_id, tenant_id: new.tenant_id })
+            })
+            .unary(TOKEN_LIST, |_, _: Empty| async { Ok(TokenList::default()) })
+            .unary(TOKEN_REVOKE, |_, revoke: TokenRevoke| async move {
+                Ok(TokenRevoked { found: revoke.key_id == "abcdefgh" })
+            })
+            .unary(CATALOG_LIST, move |_, _: Empty| {
+                let models = models.lock().expect("no panic").clone();
+                async move { Ok(Catalog { models }) }
+            })
+    }
+
+    fn orchestrator(&self, server: Server) -> Server {
+        let (workers, fake) = (self.workers.clone(), self.clone());
+        server
+            .unary(FLEET_LIST, move |_, _: Empty| {
+                let workers = workers.lock().expect("no panic").clone();
+                async move { Ok(Fleet { workers }) }
+            })
+            .unary(JOB_EXPLAIN, |_, request: ExplainRequest| async move {
+                if request.correlation_id.0.is_nil() {
+                    return Err(WireError::new(ErrorCode::NotFound, "no such job"));
+                }
+                let tenant_id = "acme".parse().expect("tenant");
+                Ok(Decision { correlation_id: request.correlation_id, tenant_id, attempts: vec![] })
+            })
+            .stream(SUBMIT, move |call| {
+                let fake = fake.clone();
+                async move { fake.submit(call).await }
+            })
+    }
+
+    async fn submit(&self, mut call: StreamCall) {
+        let request: InferRequest = codec::decode(&call.body).expect("the gateway sends well-formed jobs");
+        self.jobs.lock().expect("no panic").push(request.clone());
+        let messages = request.input.messages.as_ref().and_then(|messages| messages.last());
+        let prompt = messages.map(|message| message.content.clone()).or(request.input.prompt.clone());
+        let prompt = prompt.expect("a prompt");
+        if let Some(code) = prompt.strip_prefix("refuse ") {
+            let code: ErrorCode = serde_json::from_value(code.into()).expect("a code");
+            let error = WireError::new(code, "refused").with_retry_after(Duration::from_millis(2500));
+            return call.refuse(error).await;
+        }
+        if let Some(millis) = prompt.strip_prefix("wait ") {
+            tokio::time::sleep(Duration::from_millis(millis.parse().expect("a number"))).await;
+        }
+        // Waits for a place that never comes, until the caller goes.
+        if prompt == "queued" {
+            call.cancelled().await;
+            return self.cancelled.notify_one();
+        }
+        if prompt == "vanish" {
+            return;
+        }
+        let Ok(mut reply) = call.accept().await else { return };
+        if self.play(&prompt, &request, &mut reply).await.is_err() {
+            self.cancelled.notify_one();
+            return;
+        }
+        let _ = match prompt.as_str() {
+            "break" => reply.fail(WireError::new(ErrorCode::WorkerFailed, "the worker died")).await,
+            "cut" => return,
+            _ => reply.finish().await,
+        };
+    }
+
+    /// Sends what the prompt asks for.
+    async fn play(&self, prompt: &str, request: &InferRequest, reply: &mut ReplyStream) -> Result<(), Interrupted> {
+        let chunk = |seq: u64, text: &str| InferChunk {
+            correlation_id: request.correlation_id,
+            seq,
+            payload: Payload { text: text.into(), tokens: vec![1], finish_reason: None, usage: None },
+            done: false,
+            attempt: 2,
+        };
+        let usage = TokenUsage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 3 };
+        let last = |seq: u64| {
+            let mut last = chunk(seq, "");
+            last.payload =
+                Payload { finish_reason: Some(FinishReason::Stop), usage: Some(usage), ..Payload::default() };
+            InferChunk { done: true, ..last }
+        };
+        match prompt {
+            "endless" => {
+                for seq in 0.. {
+                    reply.send(&codec::encode(&chunk(seq, "more "))).await?;
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+            // Sends one piece and then nothing, until the caller goes.
+            "silent" => {
+                reply.send(&codec::encode(&chunk(0, "one"))).await?;
+                reply.cancelled().await;
+                return Err(Interrupted);
+            }
+            "flood" => {
+                for seq in 0.. {
+                    reply.send(&codec::encode(&chunk(seq, &"x".repeat(10_000)))).await?;
+                }
+            }
+            "gap" => {
+                reply.send(&codec::encode(&chunk(0, "one"))).await?;
+                reply.send(&codec::encode(&chunk(2, "three"))).await?;
+            }
+            "stale" => {
+                reply.send(&codec::encode(&chunk(0, "one"))).await?;
+                reply.send(&codec::encode(&InferChunk { attempt: 1, ..chunk(1, "two") })).await?;
+            }
+            "unfinished" => reply.send(&codec::encode(&chunk(0, "one"))).await?,
+            "break" | "cut" => {
+                reply.send(&codec::encode(&chunk(0, "Hel"))).await?;
+            }
+            _ => {
+                reply.send(&codec::encode(&chunk(0, "Hel"))).await?;
+                reply.send(&codec::encode(&chunk(1, "lo"))).await?;
+                reply.send(&codec::encode(&last(2))).await?;
+            }
+        }
+        Ok(())
+    }
+}

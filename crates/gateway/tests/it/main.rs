@@ -1,0 +1,126 @@
+//! A gateway over real HTTP, before a registry and an orchestrator that do as the prompt says.
+
+mod answers;
+mod connections;
+mod discovery;
+mod fake;
+mod refusals;
+mod tls;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use observability::Metrics;
+use protocol::signature::NodeKey;
+use reqwest::{Method, RequestBuilder, Response};
+use rpc::{MemoryNetwork, SystemClock};
+use serde_json::{Value, json};
+use tether_gateway::{Config, Gateway, GatewayParts};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use fake::Fake;
+
+/// A running gateway with its peers.
+struct Network {
+    address: SocketAddr,
+    fake: Fake,
+    metrics: Metrics,
+    client: reqwest::Client,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// The configuration of tests: any port, and little patience.
+fn config() -> Config {
+    Config {
+        bind: ([127, 0, 0, 1], 0).into(),
+        header_timeout_secs: 1,
+        body_idle_secs: 1,
+        drain_secs: 1,
+        request_deadline_secs: 20,
+        ..Config::default()
+    }
+}
+
+impl Network {
+    async fn start() -> Self {
+        Self::start_with(config()).await
+    }
+
+    async fn start_with(config: Config) -> Self {
+        let network = MemoryNetwork::new();
+        let stop = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        let fake = Fake::start(&network, &tasks, &stop).await;
+        let metrics = Metrics::new();
+        let parts = GatewayParts {
+            transport: network.node(&NodeKey::from_seed(&[9; 32])),
+            clock: Arc::new(SystemClock),
+            metrics: metrics.clone(),
+            version: "1.2.3".into(),
+        };
+        let bridge = Gateway::new(config, parts).bind().await.expect("a free port");
+        let address = bridge.address();
+        let running = stop.clone();
+        tasks.spawn(async move { bridge.run(running).await.expect("runs until it is stopped") });
+        let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+        Self { address, fake, metrics, client, stop, tasks }
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.client.request(method, format!("http://{}{path}", self.address))
+    }
+
+    async fn get(&self, path: &str) -> Response {
+        self.request(Method::GET, path).bearer_auth(fake::token(1)).send().await.expect("answered")
+    }
+
+    fn post(&self, path: &str, body: &Value) -> RequestBuilder {
+        self.request(Method::POST, path).bearer_auth(fake::token(1)).json(body)
+    }
+
+    /// Sends a chat request with a prompt that tells the fake orchestrator what to do.
+    async fn chat(&self, prompt: &str) -> Response {
+        self.post("/v1/chat/completions", &chat_body(prompt)).send().await.expect("answered")
+    }
+
+    async fn chat_streamed(&self, prompt: &str) -> Response {
+        let mut body = chat_body(prompt);
+        body["stream"] = json!(true);
+        self.post("/v1/chat/completions", &body).send().await.expect("answered")
+    }
+
+    /// Stops everything and waits for it.
+    async fn end(self) {
+        self.stop.cancel();
+        self.tasks.close();
+        tokio::time::timeout(Duration::from_secs(10), self.tasks.wait()).await.expect("every task ends");
+    }
+}
+
+fn chat_body(prompt: &str) -> Value {
+    json!({"model": "tiny", "messages": [{"role": "user", "content": prompt}]})
+}
+
+/// Checks status, code and param of an error, and returns its headers.
+#[track_caller]
+fn expect_error(
+    response: Response,
+    status: u16,
+    code: &str,
+    param: Option<&str>,
+) -> impl Future<Output = reqwest::header::HeaderMap> {
+    let caller = std::panic::Location::caller();
+    let (code, param) = (code.to_owned(), param.map(str::to_owned));
+    async move {
+        let (got, headers) = (response.status().as_u16(), response.headers().clone());
+        let body: Value = response.json().await.expect("an error is JSON");
+        assert_eq!(got, status, "{caller}: {body}");
+        assert_eq!(body["error"]["code"], code.as_str(), "{caller}: {body}");
+        assert_eq!(body["error"]["param"], json!(param), "{caller}: {body}");
+        assert!(body["error"]["message"].is_string() && body["error"]["type"].is_string(), "{caller}: {body}");
+        headers
+    }
+}
