@@ -1,0 +1,178 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Dependable AI inference over scattered machines, behind one OpenAI-compatible address.
+#[derive(Debug, Parser)]
+#[command(name = "tether", version, arg_required_else_help = true, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    /// What is the same for all commands.
+    #[command(flatten)]
+    pub common: Common,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What is the same for all commands.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Common {
+    /// Settings file; by default tether.toml in the configuration folder
+    #[arg(long, global = true, value_name = "FILE", env = "TETHER_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Folder for keys, stores and models
+    #[arg(long, global = true, value_name = "FOLDER")]
+    pub data_dir: Option<PathBuf>,
+    /// How logs are written
+    #[arg(long, global = true, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// Print JSON where the command reads something
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// How logs are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Pretty,
+    /// One JSON object a line.
+    Json,
+}
+
+impl LogFormat {
+    /// Returns the word in the settings file.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pretty => "pretty",
+            Self::Json => "json",
+        }
+    }
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the whole network in one process
+    Up(UpArgs),
+    /// Show the network at work: ask, kill a worker's engine, ask again
+    Demo,
+    /// Ask a model and print its answer
+    Run(RunArgs),
+    /// Look at models
+    #[command(subcommand)]
+    Model(ModelCommand),
+    /// Make, list and revoke API keys
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// List the live workers
+    Nodes(ServerArgs),
+    /// Say what is wrong, and what to do about it
+    Doctor(ServerArgs),
+    /// Look at the settings
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Hold one model, for a worker
+    #[command(hide = true)]
+    EngineHost,
+}
+
+/// Where the running network is.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ServerArgs {
+    /// Address of the gateway; by default the one of this data folder
+    #[arg(long, value_name = "URL", env = "TETHER_URL")]
+    pub url: Option<String>,
+    /// File that holds the API key; by default the one of this data folder
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+}
+
+/// How to run the network.
+#[derive(Debug, Clone, Default, Args)]
+pub struct UpArgs {
+    /// Address to serve HTTP on
+    #[arg(long, value_name = "HOST:PORT")]
+    pub bind: Option<String>,
+    /// Name of this region
+    #[arg(long, value_name = "REGION")]
+    pub region: Option<String>,
+    /// Workers to run
+    #[arg(long, value_name = "COUNT")]
+    pub workers: Option<u32>,
+}
+
+/// What to ask.
+#[derive(Debug, Clone, Args)]
+pub struct RunArgs {
+    /// Model, as name[@MAJOR.MINOR]
+    pub model: String,
+    /// What to ask
+    pub prompt: String,
+    /// The most tokens to generate
+    #[arg(long, value_name = "COUNT")]
+    pub max_tokens: Option<u32>,
+    /// 0 takes the likeliest token each time
+    #[arg(long, value_name = "NUMBER")]
+    pub temperature: Option<f32>,
+    /// The same seed gives the same answer
+    #[arg(long, value_name = "NUMBER")]
+    pub seed: Option<u64>,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Looks at models.
+#[derive(Debug, Subcommand)]
+pub enum ModelCommand {
+    /// List the models of the network
+    #[command(visible_alias = "ls")]
+    List(ServerArgs),
+}
+
+/// Makes, lists and revokes API keys.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a key; it is shown this once
+    Create(TokenCreateArgs),
+    /// List the keys, without their secrets
+    #[command(visible_alias = "ls")]
+    List,
+    /// Revoke a key; it stops working within 5 seconds
+    Revoke {
+        /// The eight characters after tth_live_
+        key_id: String,
+    },
+}
+
+/// A key to make.
+#[derive(Debug, Clone, Args)]
+pub struct TokenCreateArgs {
+    /// Who pays
+    #[arg(long, default_value = "default")]
+    pub tenant: String,
+    /// What the key is for
+    #[arg(long, default_value = "")]
+    pub name: String,
+    /// Let the key operate the network too
+    #[arg(long)]
+    pub admin: bool,
+    /// Days after which the key ends
+    #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36_500))]
+    pub expires_days: Option<u32>,
+    /// Requests the tenant may make a minute; 0 removes the limit
+    #[arg(long, value_name = "COUNT")]
+    pub requests_per_minute: Option<u32>,
+}
+
+/// Looks at the settings.
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum ConfigCommand {
+    /// Print a settings file with every default
+    Example,
+    /// Check the settings and print what is in force
+    Check,
+}

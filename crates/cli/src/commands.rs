@@ -1,0 +1,157 @@
+//! One module a command, and what they share: settings, logs, the runtime, the exit code.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use engine::{ChildCommand, ModelRuntime, ProcessRuntime};
+
+use crate::args::{Cli, Command, Common, ConfigCommand, ModelCommand, TokenCommand};
+use crate::data_folder::DataFolder;
+use crate::network::Supplies;
+use crate::output;
+use crate::settings::{self, Env, Settings};
+
+mod demo;
+mod doctor;
+mod engine_host;
+mod model;
+mod nodes;
+mod run;
+mod token;
+mod up;
+
+/// The command did what it was asked and found something wrong.
+const FINDING: u8 = 1;
+/// The command could not do what it was asked.
+const FAILURE: u8 = 2;
+
+/// What a command found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// All is well.
+    Well,
+    /// Something is wrong, and was said.
+    Finding,
+}
+
+/// What commands share.
+pub struct Context {
+    /// The settings in force.
+    pub settings: Settings,
+    /// Where this machine keeps what it keeps.
+    pub data: DataFolder,
+    /// The environment, as far as it matters.
+    pub env: Env,
+    /// Whether to print JSON.
+    pub json: bool,
+}
+
+/// Runs the program and returns its exit code: 0 well, 1 something is wrong, 2 it could not be done.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors.
+            let code = if error.use_stderr() { FAILURE } else { 0 };
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    match run(cli) {
+        Ok(Outcome::Well) => ExitCode::SUCCESS,
+        Ok(Outcome::Finding) => ExitCode::from(FINDING),
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(FAILURE)
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "the last word of a program that failed")]
+fn complain(error: &anyhow::Error) {
+    eprintln!("tether: {error:#}");
+}
+
+fn run(cli: Cli) -> anyhow::Result<Outcome> {
+    if let Command::EngineHost = cli.command {
+        return engine_host::run();
+    }
+    if let Command::Config(ConfigCommand::Example) = cli.command {
+        output::piece(&settings::example()?);
+        return Ok(Outcome::Well);
+    }
+    let env = Env::of_process();
+    let flags = flags(&cli.command);
+    let settings = settings::load(&cli.common, &env, &flags)?;
+    let quiet = !matches!(cli.command, Command::Up(_));
+    start_logs(&settings, quiet && !env_sets_filter(&env))?;
+    let context = Context { data: DataFolder::of(&settings, &env)?, settings, env, json: cli.common.json };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no async runtime")?;
+    runtime.block_on(command(cli.command, &cli.common, context))
+}
+
+async fn command(command: Command, common: &Common, context: Context) -> anyhow::Result<Outcome> {
+    match command {
+        Command::Up(_) => up::run(context).await,
+        Command::Demo => demo::run(context, common).await,
+        Command::Run(args) => run::run(context, args).await,
+        Command::Model(ModelCommand::List(server)) => model::list(context, &server).await,
+        Command::Token(TokenCommand::Create(args)) => token::create(context, args).await,
+        Command::Token(TokenCommand::List) => token::list(context).await,
+        Command::Token(TokenCommand::Revoke { key_id }) => token::revoke(context, &key_id).await,
+        Command::Nodes(server) => nodes::run(context, &server).await,
+        Command::Doctor(server) => doctor::run(context, &server).await,
+        Command::Config(ConfigCommand::Check) => check_config(&context),
+        Command::Config(ConfigCommand::Example) | Command::EngineHost => Ok(Outcome::Well),
+    }
+}
+
+fn check_config(context: &Context) -> anyhow::Result<Outcome> {
+    if context.json {
+        output::json(&context.settings)?;
+    } else {
+        output::piece(&toml::to_string(&context.settings)?);
+    }
+    Ok(Outcome::Well)
+}
+
+fn flags(command: &Command) -> Vec<(&'static str, String)> {
+    let Command::Up(up) = command else { return vec![] };
+    let workers = up.workers.map(|workers| workers.to_string());
+    [("gateway.bind", up.bind.clone()), ("region", up.region.clone()), ("workers", workers)]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name, value?)))
+        .collect()
+}
+
+fn env_sets_filter(env: &Env) -> bool {
+    env.get("TETHER_LOG__FILTER").is_some()
+}
+
+/// Sets logs up. Commands that answer a question only log what went wrong.
+fn start_logs(settings: &Settings, quiet: bool) -> anyhow::Result<()> {
+    let filter = if quiet { "error" } else { &settings.log.filter };
+    observability::logs::init(settings.log.format()?, filter)?;
+    Ok(())
+}
+
+/// Returns what the program itself brings to a network.
+pub fn shipped() -> Supplies<'static> {
+    Supplies { runtime: &process_runtime, models: vec![] }
+}
+
+/// Returns the runtime that workers use: each model in a child process, which is this program again.
+pub fn process_runtime() -> anyhow::Result<Arc<dyn ModelRuntime>> {
+    let program = std::env::current_exe().context("the program does not know where it lies")?;
+    let command = ChildCommand { program, args: vec!["engine-host".into()], envs: vec![] };
+    Ok(Arc::new(ProcessRuntime::new(command)))
+}
+
+/// Shows that something takes its time, on a terminal only.
+pub fn spinner(message: &str) -> indicatif::ProgressBar {
+    let bar = indicatif::ProgressBar::new_spinner().with_message(message.to_owned());
+    bar.enable_steady_tick(std::time::Duration::from_millis(100));
+    bar
+}

@@ -1,0 +1,84 @@
+//! `tether run`: asks a model. Where no network runs, one is started for the question.
+
+use std::io::IsTerminal as _;
+
+use anyhow::bail;
+use serde_json::{Value, json};
+
+use super::{Context, Outcome, shipped, spinner};
+use crate::args::RunArgs;
+use crate::client::{ChatAnswer, GatewayClient};
+use crate::network::Network;
+use crate::output;
+
+pub(super) async fn run(mut context: Context, args: RunArgs) -> anyhow::Result<Outcome> {
+    let client = GatewayClient::find(&args.server, &context.settings, &context.data, &context.env)?;
+    if client.answers().await {
+        ask(&client, &args, context.json).await?;
+        return Ok(Outcome::Well);
+    }
+    if args.server.url.is_some() {
+        bail!("nothing answers at {}", client.url());
+    }
+    // Any free port: this network is nobody else's.
+    context.settings.gateway.bind.set_port(0);
+    context.settings.workers = 1;
+    let waiting = spinner("no network runs here: starting one for this question");
+    let network = Network::start(&context.settings, &context.data, shipped()).await?;
+    let ready = network.ready().await;
+    waiting.finish_and_clear();
+    let asked = match ready {
+        Ok(()) => {
+            let client = GatewayClient::new(network.url(), Some(network.api_key.clone()))?;
+            ask(&client, &args, context.json).await
+        }
+        Err(error) => Err(error),
+    };
+    network.stop().await?;
+    asked.map(|()| Outcome::Well)
+}
+
+async fn ask(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<()> {
+    let answer = client
+        .chat(&body(args), |text| {
+            if !as_json {
+                output::piece(text)
+            }
+        })
+        .await?;
+    if as_json {
+        output::json(&told(&answer))?;
+    } else if !answer.text.ends_with('\n') || std::io::stdout().is_terminal() {
+        output::line("");
+    }
+    Ok(())
+}
+
+fn body(args: &RunArgs) -> Value {
+    let mut body = json!({
+        "model": args.model,
+        "messages": [{ "role": "user", "content": args.prompt }],
+        "stream": true,
+        "stream_options": { "include_usage": true },
+    });
+    for (name, value) in [
+        ("max_tokens", args.max_tokens.map(Value::from)),
+        ("temperature", args.temperature.map(Value::from)),
+        ("seed", args.seed.map(Value::from)),
+    ] {
+        if let Some(value) = value {
+            body[name] = value;
+        }
+    }
+    body
+}
+
+fn told(answer: &ChatAnswer) -> Value {
+    json!({
+        "text": answer.text,
+        "requestId": answer.correlation_id,
+        "attempts": answer.attempts,
+        "completionTokens": answer.completion_tokens,
+        "firstTokenMs": answer.first_token.as_secs_f64() * 1e3,
+    })
+}

@@ -1,0 +1,275 @@
+//! The whole network in one process: registry, orchestrator, workers and gateway, each a node of its own on a memory
+//! network, each with its own key. What runs here as tasks runs elsewhere as processes.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use artifact_store::ArtifactStore;
+use engine::ModelRuntime;
+use gateway::{Gateway, GatewayParts};
+use metadata_store::{MetadataStore, SqliteStore, StoreOptions};
+use observability::Metrics;
+use orchestrator::{Orchestrator, OrchestratorParts};
+use protocol::control::{Scope, TokenCreate};
+use protocol::model::ModelEntry;
+use protocol::signature::NodeKey;
+use protocol::{Clock, PublicKey};
+use registry::{Registry, RegistryParts, TokenOffice};
+use rpc::{MemoryNetwork, SystemClock};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use worker::{BaseWorker, WorkerHandle, WorkerParts};
+
+use crate::data_folder::{DataFolder, FolderLock};
+use crate::settings::Settings;
+use crate::tiny_model;
+
+/// The program's version.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// What a network is given besides its settings.
+pub struct Supplies<'a> {
+    /// Makes the runtime of a worker.
+    pub runtime: &'a dyn Fn() -> anyhow::Result<Arc<dyn ModelRuntime>>,
+    /// Models to register besides the one that comes with the program.
+    pub models: Vec<ModelEntry>,
+}
+
+/// A running network.
+pub struct Network {
+    /// Where the gateway listens.
+    pub address: SocketAddr,
+    /// Whether it speaks TLS.
+    pub tls: bool,
+    /// The first API key, which operates the network.
+    pub api_key: String,
+    /// Whether the key was made just now.
+    pub key_is_new: bool,
+    /// The workers.
+    pub workers: Vec<WorkerHandle>,
+    /// What every service counts.
+    pub metrics: Metrics,
+    stores: Vec<Arc<dyn MetadataStore>>,
+    tiers: Vec<Tier>,
+    _lock: FolderLock,
+}
+
+/// Services that stop together. Those that give work stop before those that take it.
+struct Tier {
+    stop: CancellationToken,
+    tasks: JoinSet<anyhow::Result<()>>,
+}
+
+impl Tier {
+    fn new() -> Self {
+        Self { stop: CancellationToken::new(), tasks: JoinSet::new() }
+    }
+
+    async fn end(&mut self) -> anyhow::Result<()> {
+        self.stop.cancel();
+        let mut outcome = Ok(());
+        while let Some(ended) = self.tasks.join_next().await {
+            outcome = outcome.and(ended.context("a service broke down").flatten());
+        }
+        outcome
+    }
+}
+
+impl Network {
+    /// Starts every service on a data folder.
+    pub async fn start(settings: &Settings, data: &DataFolder, supplies: Supplies<'_>) -> anyhow::Result<Self> {
+        data.create()?;
+        let lock = data.lock()?;
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let metrics = Metrics::new();
+        let registry_store = open_store(&data.registry_store())?;
+        let orchestrator_store = open_store(&data.orchestrator_store())?;
+        let office = TokenOffice::new(registry_store.clone(), clock.clone(), data.pepper()?);
+        let (api_key, key_is_new) = first_key(data, &office).await?;
+        let mut models = supplies.models;
+        models.push(tiny_model::entry(clock.now()));
+        registry::catalog::register(&*registry_store, models).await?;
+
+        let keys = Keys::of(data, settings.workers)?;
+        let enrolled: Arc<HashSet<PublicKey>> = Arc::new(keys.all().map(NodeKey::public_key).collect());
+        let admits = {
+            let enrolled = enrolled.clone();
+            Arc::new(move |key: PublicKey| enrolled.contains(&key))
+        };
+        let memory = MemoryNetwork::new();
+
+        let mut registries = Tier::new();
+        let parts = RegistryParts {
+            transport: memory.node(&keys.registry),
+            region: settings.region.clone(),
+            clock: clock.clone(),
+            store: registry_store.clone(),
+            pepper: data.pepper()?,
+            enrolled: admits.clone(),
+            version: VERSION.to_owned(),
+        };
+        let stop = registries.stop.clone();
+        registries.tasks.spawn(async move {
+            Registry::run(parts, stop).await;
+            Ok(())
+        });
+
+        let mut orchestrators = Tier::new();
+        let parts = OrchestratorParts {
+            transport: memory.node(&keys.orchestrator),
+            region: settings.region.clone(),
+            clock: clock.clone(),
+            store: orchestrator_store.clone(),
+            metrics: metrics.clone(),
+            enrolled: admits.clone(),
+            version: VERSION.to_owned(),
+        };
+        let running = Orchestrator::run(settings.orchestrator.clone(), parts, orchestrators.stop.clone());
+        orchestrators.tasks.spawn(async move { running.await.context("the orchestrator stopped") });
+
+        let mut workers = Tier::new();
+        let mut handles = vec![];
+        for key in &keys.workers {
+            let artifacts = ArtifactStore::in_folder(data.artifacts()).context("could not open the artifact store")?;
+            let parts = WorkerParts {
+                transport: memory.node(key),
+                key: key.clone(),
+                epoch: orchestrator_store.next_epoch(key.public_key()).await?,
+                clock: clock.clone(),
+                runtime: (supplies.runtime)()?,
+                artifacts: artifacts.with_embedded(tiny_model::digest(), tiny_model::BYTES),
+                metrics: metrics.clone(),
+                version: VERSION.to_owned(),
+            };
+            let gives_work = keys.orchestrator.public_key();
+            let worker = BaseWorker::new(settings.worker.clone(), parts).take_work_from(move |peer| peer == gives_work);
+            handles.push(worker.handle());
+            let stop = workers.stop.clone();
+            workers.tasks.spawn(async move {
+                worker.run(stop).await;
+                Ok(())
+            });
+        }
+
+        let mut gateways = Tier::new();
+        let parts = GatewayParts {
+            transport: memory.node(&keys.gateway),
+            clock,
+            metrics: metrics.clone(),
+            version: VERSION.to_owned(),
+        };
+        let bridge = Gateway::new(settings.gateway.clone(), parts).bind().await?;
+        let address = bridge.address();
+        let tls = settings.gateway.tls_cert.is_some();
+        let stop = gateways.stop.clone();
+        gateways.tasks.spawn(async move { bridge.run(stop).await.context("the gateway stopped") });
+        data.write_address(address, tls)?;
+
+        Ok(Self {
+            address,
+            tls,
+            api_key,
+            key_is_new,
+            workers: handles,
+            metrics,
+            stores: vec![orchestrator_store, registry_store],
+            tiers: vec![gateways, orchestrators, workers, registries],
+            _lock: lock,
+        })
+    }
+
+    /// Returns the gateway's address as a URL.
+    pub fn url(&self) -> String {
+        format!("{}://{}", if self.tls { "https" } else { "http" }, self.address)
+    }
+
+    /// Waits until every worker holds its models, and the orchestrator knows.
+    pub async fn ready(&self) -> anyhow::Result<()> {
+        for worker in &self.workers {
+            worker.ready().await?;
+        }
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(15);
+        while self.metrics.workers_live.get() < self.workers.len() as i64 {
+            if tokio::time::Instant::now() >= deadline {
+                bail!("the workers did not report within 15 s");
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(())
+    }
+
+    /// Waits until a service ends by itself, which none should.
+    pub async fn broken(&mut self) -> anyhow::Error {
+        let ends =
+            self.tiers.iter_mut().filter(|tier| !tier.tasks.is_empty()).map(|tier| Box::pin(tier.tasks.join_next()));
+        match futures_util::future::select_all(ends).await.0 {
+            Some(Ok(Err(error))) => error,
+            Some(Err(error)) => anyhow::Error::new(error).context("a service broke down"),
+            Some(Ok(Ok(()))) | None => anyhow::anyhow!("a service ended by itself"),
+        }
+    }
+
+    /// Stops every service, those that give work first, and closes the stores.
+    pub async fn stop(mut self) -> anyhow::Result<()> {
+        let mut outcome = Ok(());
+        for tier in &mut self.tiers {
+            outcome = outcome.and(tier.end().await);
+        }
+        for store in &self.stores {
+            outcome = outcome.and(store.close().await.context("could not close a store"));
+        }
+        outcome
+    }
+}
+
+/// The key of each node.
+struct Keys {
+    registry: NodeKey,
+    orchestrator: NodeKey,
+    gateway: NodeKey,
+    workers: Vec<NodeKey>,
+}
+
+impl Keys {
+    fn of(data: &DataFolder, workers: u32) -> anyhow::Result<Self> {
+        Ok(Self {
+            registry: data.node_key("registry")?,
+            orchestrator: data.node_key("orchestrator")?,
+            gateway: data.node_key("gateway")?,
+            workers: (1..=workers)
+                .map(|number| data.node_key(&format!("worker-{number}")))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn all(&self) -> impl Iterator<Item = &NodeKey> {
+        [&self.registry, &self.orchestrator, &self.gateway].into_iter().chain(&self.workers)
+    }
+}
+
+/// Opens a store file.
+pub fn open_store(path: &std::path::Path) -> anyhow::Result<Arc<dyn MetadataStore>> {
+    Ok(Arc::new(SqliteStore::open(path, StoreOptions::default())?))
+}
+
+/// Returns the key in the data folder. Where there is none, one is made that may do everything.
+async fn first_key(data: &DataFolder, office: &TokenOffice) -> anyhow::Result<(String, bool)> {
+    if let Some(key) = data.api_key().filter(|key| !key.is_empty()) {
+        return Ok((key, false));
+    }
+    let new = TokenCreate {
+        tenant_id: "default".parse().expect("a well-formed tenant"),
+        name: "made at first start".to_owned(),
+        scopes: vec![Scope::Infer, Scope::Admin],
+        expires_at: None,
+        requests_per_minute: None,
+    };
+    let key = office.issue(new).await?.token;
+    let path = data.api_key_file();
+    rpc::identity::write_private(&path, format!("{key}\n").as_bytes())
+        .with_context(|| format!("could not write {}", path.display()))?;
+    Ok((key, true))
+}

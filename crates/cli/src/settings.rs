@@ -1,0 +1,246 @@
+//! Settings: flags over `TETHER_*` variables over the file over defaults, read once.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use config::{Environment, File, FileFormat};
+use observability::logs::LogFormat;
+use protocol::Region;
+use serde::{Deserialize, Serialize};
+
+use crate::args::Common;
+use crate::tiny_model;
+
+/// All settings of the program.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Version of this file's layout: 1.
+    pub version: u32,
+    /// Where this machine stands.
+    pub region: Region,
+    /// Folder for keys, stores and models; by default the data folder of the user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_dir: Option<PathBuf>,
+    /// Workers that `tether up` runs.
+    pub workers: u32,
+    /// What is logged, and how.
+    pub log: LogSettings,
+    /// Takes requests.
+    pub gateway: gateway::Config,
+    /// Places jobs.
+    pub orchestrator: orchestrator::Config,
+    /// Runs jobs.
+    pub worker: worker::Config,
+}
+
+/// What is logged, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogSettings {
+    /// `pretty` or `json`.
+    pub format: String,
+    /// What to log, such as `info` or `info,tether_gateway=debug`.
+    pub filter: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            version: 1,
+            region: "local".parse().expect("a well-formed region"),
+            data_dir: None,
+            workers: 2,
+            log: LogSettings::default(),
+            gateway: gateway::Config::default(),
+            orchestrator: orchestrator::Config::default(),
+            worker: worker::Config { models: vec![tiny_model::served()], ..worker::Config::default() },
+        }
+    }
+}
+
+impl Default for LogSettings {
+    fn default() -> Self {
+        Self { format: "pretty".to_owned(), filter: "info".to_owned() }
+    }
+}
+
+impl LogSettings {
+    /// Returns how logs are written.
+    pub fn format(&self) -> anyhow::Result<LogFormat> {
+        match self.format.as_str() {
+            "pretty" => Ok(LogFormat::Pretty),
+            "json" => Ok(LogFormat::Json),
+            other => bail!("log.format is {other:?}; write \"pretty\" or \"json\""),
+        }
+    }
+}
+
+/// The part of the environment that settings come from.
+#[derive(Debug, Clone, Default)]
+pub struct Env(BTreeMap<String, String>);
+
+/// Variables of this program that are no settings.
+const NO_SETTINGS: [&str; 3] = ["TETHER_CONFIG", "TETHER_URL", "TETHER_API_KEY"];
+
+impl Env {
+    /// Takes the environment of this process.
+    pub fn of_process() -> Self {
+        // Values that are not text cannot be settings.
+        Self(
+            std::env::vars_os()
+                .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+                .collect(),
+        )
+    }
+
+    /// Returns a variable, unless it is empty.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    fn folder(&self, name: &str, below_home: &str) -> Option<PathBuf> {
+        let folder =
+            self.get(name).map(PathBuf::from).or_else(|| Some(Path::new(self.get("HOME")?).join(below_home)))?;
+        Some(folder.join("tether"))
+    }
+
+    /// Returns the user's configuration folder for this program.
+    pub fn config_folder(&self) -> Option<PathBuf> {
+        self.folder("XDG_CONFIG_HOME", ".config")
+    }
+
+    /// Returns the user's data folder for this program.
+    pub fn data_folder(&self) -> Option<PathBuf> {
+        self.folder("XDG_DATA_HOME", ".local/share")
+    }
+
+    fn settings(&self) -> config::Map<String, String> {
+        let ours = |name: &str| name.starts_with("TETHER_") && !NO_SETTINGS.contains(&name);
+        self.0.iter().filter(|(name, _)| ours(name)).map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+}
+
+/// Reads all settings. `flags` are pairs such as `("gateway.bind", "127.0.0.1:0")`.
+pub fn load(common: &Common, env: &Env, flags: &[(&str, String)]) -> anyhow::Result<Settings> {
+    let defaults = config::Config::try_from(&Settings::default()).context("the defaults do not read")?;
+    let mut builder = config::Config::builder().add_source(defaults);
+    let file = match &common.config {
+        Some(file) if !file.exists() => bail!("there is no settings file {}", file.display()),
+        Some(file) => Some(file.clone()),
+        None => env.config_folder().map(|folder| folder.join("tether.toml")).filter(|file| file.exists()),
+    };
+    if let Some(file) = &file {
+        let text = std::fs::read_to_string(file).with_context(|| format!("could not read {}", file.display()))?;
+        builder = builder.add_source(File::from_str(&text, FileFormat::Toml));
+    }
+    let environment = Environment::with_prefix("TETHER")
+        .prefix_separator("_")
+        .separator("__")
+        .try_parsing(true)
+        .source(Some(env.settings()));
+    builder = builder.add_source(environment);
+    if let Some(folder) = &common.data_dir {
+        builder = builder.set_override("data_dir", folder.display().to_string())?;
+    }
+    if let Some(format) = common.log_format {
+        builder = builder.set_override("log.format", format.as_str())?;
+    }
+    for (name, value) in flags {
+        builder = builder.set_override(*name, value.as_str())?;
+    }
+    let origin =
+        file.map_or_else(|| "the settings".to_owned(), |file| format!("the settings (file {})", file.display()));
+    let mut settings: Settings = builder
+        .build()
+        .and_then(config::Config::try_deserialize)
+        .with_context(|| format!("{origin} cannot be used; `tether config example` shows every setting"))?;
+    check(&settings).with_context(|| format!("{origin} cannot be used"))?;
+    settings.gateway.region = settings.region.clone();
+    settings.worker.region = settings.region.clone();
+    Ok(settings)
+}
+
+fn check(settings: &Settings) -> anyhow::Result<()> {
+    if settings.version != 1 {
+        bail!("version is {}, and this program reads version 1", settings.version);
+    }
+    if settings.workers > 64 {
+        bail!("workers is {}; one process runs at most 64", settings.workers);
+    }
+    settings.log.format()?;
+    settings.worker.check().context("worker")?;
+    Ok(())
+}
+
+/// Returns a settings file with every default.
+pub fn example() -> anyhow::Result<String> {
+    let head = "# Every setting of Tether with its default. Flags win over TETHER_* variables (TETHER_GATEWAY__BIND for\n\
+                # gateway.bind), those over this file, and this file over the defaults.\n\n";
+    Ok(head.to_owned() + &toml::to_string(&Settings::default()).context("the defaults do not write")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn env(pairs: &[(&str, &str)]) -> Env {
+        Env(pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
+    }
+
+    fn file(text: &str) -> (tempfile::TempDir, Common) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("tether.toml");
+        std::fs::write(&path, text).expect("written");
+        (folder, Common { config: Some(path), ..Common::default() })
+    }
+
+    #[test]
+    fn flags_win_over_variables_over_the_file_over_defaults() {
+        let (_folder, common) = file("workers = 3\nregion = \"eu-west\"\n[gateway]\nbind = \"127.0.0.1:1\"\n");
+        let env = env(&[("TETHER_REGION", "us-east"), ("TETHER_GATEWAY__BIND", "127.0.0.1:2")]);
+        let settings = load(&common, &env, &[("gateway.bind", "127.0.0.1:3".into())]).expect("good");
+        assert_eq!(settings.workers, 3);
+        assert_eq!(settings.region.as_str(), "us-east");
+        assert_eq!(settings.worker.region, settings.region);
+        assert_eq!(settings.gateway.bind.port(), 3);
+        assert_eq!(settings.orchestrator, orchestrator::Config::default());
+    }
+
+    #[test]
+    fn a_table_that_is_given_in_part_keeps_the_rest_of_its_defaults() {
+        let (_folder, common) = file("[worker]\nslots = 2\n[gateway.rate_limit]\nburst = 5\n");
+        let settings = load(&common, &Env::default(), &[]).expect("good");
+        assert_eq!(settings.worker.slots, 2);
+        assert_eq!(settings.worker.models, Settings::default().worker.models);
+        assert_eq!(settings.gateway.rate_limit.requests_per_minute, 600);
+    }
+
+    #[test]
+    fn the_example_is_the_defaults() {
+        let (_folder, common) = file(&example().expect("written"));
+        assert_eq!(load(&common, &Env::default(), &[]).expect("good"), Settings::default());
+    }
+
+    #[test]
+    fn bad_settings_are_errors_that_name_the_setting() {
+        for (text, word) in [
+            ("wrokers = 3", "wrokers"),
+            ("[gateway]\nbind = \"nowhere\"", "bind"),
+            ("[gateway]\nbody_bytes_max = \"big\"", "body_bytes_max"),
+            ("region = \"EU West\"", "region"),
+            ("version = 2", "version"),
+            ("[log]\nformat = \"xml\"", "format"),
+            ("[worker]\nslots = 0", "slots"),
+            ("workers = 1\nworkers = 2", "workers"),
+            ("[gateway", "line"),
+        ] {
+            let (_folder, common) = file(text);
+            let error = format!("{:#}", load(&common, &Env::default(), &[]).expect_err(text));
+            assert!(error.contains(word), "{text:?} gave {error:?}");
+        }
+        let missing = Common { config: Some("/nowhere/tether.toml".into()), ..Common::default() };
+        assert!(load(&missing, &Env::default(), &[]).is_err());
+    }
+}

@@ -1,0 +1,102 @@
+//! `tether up` and the commands that speak with it, with real engines.
+
+#![cfg(feature = "llama")]
+
+use rustix::process::Signal;
+
+use crate::program::{Home, lives, signal, wait_for};
+
+const QUESTION: [&str; 5] = ["run", "tether-tiny", "What is the capital of Japan?", "--temperature", "0"];
+
+#[test]
+fn the_network_answers_is_looked_at_and_ends_cleanly() {
+    let home = Home::new();
+    let up = home.up(&[]);
+    assert!(home.well(&QUESTION).contains("Tokyo"));
+
+    let models = home.json(&["model", "list", "--json"]);
+    assert_eq!(models["data"][0]["id"], "tether-tiny");
+    assert!(home.well(&["model", "list"]).contains("tether-tiny"));
+    assert!(home.well(&["nodes"]).contains("tether-tiny@1.0 ready"));
+    let checks = home.json(&["doctor", "--json"]);
+    assert!(checks.as_array().expect("a list").iter().all(|check| check["well"] == true), "{checks}");
+
+    let second = home.command(&["up", "--bind", "127.0.0.1:0"]).output().expect("the program runs");
+    assert_eq!(second.status.code(), Some(2), "two networks on one folder");
+
+    let engines = up.children();
+    assert_eq!(engines.len(), 2, "each worker's model has a process of its own");
+    assert_eq!(up.end(), Some(0));
+    assert!(!engines.iter().any(|engine| lives(*engine)), "an engine outlived the network");
+}
+
+#[test]
+fn keys_made_and_revoked_work_on_a_running_network() {
+    let home = Home::new();
+    let up = home.up(&[("TETHER_GATEWAY__TOKEN_CACHE_SECS", "0")]);
+    let key = home.well(&["token", "create", "--tenant", "acme"]).trim().to_owned();
+    let ask = || {
+        let mut command = home.command(&QUESTION);
+        command.env("TETHER_API_KEY", &key).output().expect("the program runs")
+    };
+    assert!(ask().status.success());
+    // A tenant's key does not operate the network.
+    let mut nodes = home.command(&["nodes"]);
+    let refused = nodes.env("TETHER_API_KEY", &key).output().expect("the program runs");
+    assert_eq!(refused.status.code(), Some(2));
+    home.well(&["token", "revoke", &key[9..17]]);
+    let refused = ask();
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("401"));
+    assert_eq!(up.end(), Some(0));
+}
+
+#[test]
+fn an_engine_that_is_killed_costs_no_answer_and_comes_back() {
+    let home = Home::new();
+    let up = home.up(&[]);
+    let engines = up.children();
+    for engine in &engines {
+        signal(*engine, Signal::KILL);
+        assert!(home.well(&QUESTION).contains("Tokyo"));
+        wait_for("the engine to come back", || {
+            let now = up.children();
+            now.len() == 2 && !now.contains(engine)
+        });
+        wait_for("its worker to report it", || {
+            let fleet = home.json(&["nodes", "--json"]);
+            let workers = fleet["workers"].as_array().cloned().unwrap_or_default();
+            workers.iter().all(|worker| worker["report"]["modelCache"][0]["state"] == "ready")
+        });
+    }
+    assert_eq!(up.end(), Some(0));
+}
+
+#[test]
+fn a_network_that_was_killed_leaves_no_engine_and_starts_again() {
+    let home = Home::new();
+    let mut up = home.up(&[]);
+    let engines = up.children();
+    let key = up.key.clone();
+    up.kill();
+    wait_for("the engines to notice", || !engines.iter().any(|engine| lives(*engine)));
+    let up = home.up(&[]);
+    assert_eq!(up.key, key, "the first key is made once");
+    assert!(home.well(&QUESTION).contains("Tokyo"));
+    assert_eq!(up.end(), Some(0));
+}
+
+#[test]
+fn the_demonstration_ends_well_and_leaves_nothing_behind() {
+    let home = Home::new();
+    let temporary = home.path().join("tmp");
+    std::fs::create_dir(&temporary).expect("made");
+    let output = home.command(&["demo"]).env("TMPDIR", &temporary).output().expect("the program runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    for expected in ["Tokyo", "kill -9", "3 + 4 = 7", "time to first token", "tokens/s"] {
+        assert!(text.contains(expected), "{expected} is missing:\n{text}");
+    }
+    assert!(!home.data().exists());
+    assert_eq!(std::fs::read_dir(&temporary).expect("a folder").count(), 0);
+}
