@@ -7,13 +7,18 @@ use anyhow::{Context as _, bail};
 use config::{Environment, File, FileFormat};
 use observability::logs::LogFormat;
 use protocol::Region;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::args::Common;
 use crate::tiny_model;
 
+mod example;
+
+pub use example::example;
+
 /// All settings of the program.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// Version of this file's layout: 1.
@@ -36,7 +41,7 @@ pub struct Settings {
 }
 
 /// What is logged, and how.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogSettings {
     /// `pretty` or `json`.
@@ -172,13 +177,6 @@ fn check(settings: &Settings) -> anyhow::Result<()> {
     settings.log.format()?;
     settings.worker.check().context("worker")?;
     Ok(())
-}
-
-/// Returns a settings file with every default.
-pub fn example() -> anyhow::Result<String> {
-    let head = "# Every setting of Tether with its default. Flags win over TETHER_* variables (TETHER_GATEWAY__BIND for\n\
-                # gateway.bind), those over this file, and this file over the defaults.\n\n";
-    Ok(head.to_owned() + &toml::to_string(&Settings::default()).context("the defaults do not write")?)
 }
 
 #[cfg(test)]

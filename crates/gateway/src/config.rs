@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use protocol::Region;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How a gateway is set up. Every field may be left out.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Where HTTP is served. Port 0 takes any free port.
@@ -53,7 +54,7 @@ pub struct Config {
 }
 
 /// How many requests a tenant may make where its policy says nothing else.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RateLimitConfig {
     /// Requests a minute in the long run; a tenant's policy may say otherwise. 0 does not limit.

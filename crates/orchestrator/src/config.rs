@@ -1,13 +1,14 @@
 //! What an operator may set.
 
 use protocol::Region;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::circuit_breaker::BreakerConfig;
 use crate::scheduler::affinity::Weights;
 
 /// The orchestrator's settings.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Regions close enough that their workers may help out.

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use protocol::model::ModelKey;
 use protocol::{Digest, ModelName, ModelVersion, Region};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The configuration of one worker.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Where the worker stands; it serves the orchestrators of this region. The program sets it.
@@ -32,7 +33,7 @@ pub struct Config {
 }
 
 /// One model that a worker serves, and how it is loaded.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ServedModel {
     /// Its name.

@@ -1,11 +1,12 @@
 //! How well a worker suits a job: a weighted sum of terms between 0 and 1 (O2).
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Candidate;
 
 /// How much each term counts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Weights {
     /// The model is in memory.
