@@ -1,7 +1,9 @@
 //! Makes a prompt of a conversation with the model's own chat template.
 //!
 //! Templates are Jinja programs that come with a model, so they are run with limits: fuel against endless loops,
-//! a ceiling on the text they make, and no access to anything but the conversation.
+//! a ceiling on the text they make, and no access to anything but the conversation. The memory they take on the way
+//! cannot be bounded here: `a ~ a` doubles a text for one unit of fuel, and no hook of minijinja sees it. Templates of
+//! strangers are therefore rendered in an engine process, which [`crate::process::serve_child`] bounds.
 
 use std::io;
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::future;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
@@ -40,6 +41,8 @@ pub struct MockOptions {
     pub die_first: u32,
     /// Tokens that a dying generation gives before it dies.
     pub die_after: u32,
+    /// Generations that start and then do nothing until the model is unloaded, counted after those that die.
+    pub hang_first: u32,
 }
 
 impl Default for MockOptions {
@@ -53,6 +56,7 @@ impl Default for MockOptions {
             fail_first: 0,
             die_first: 0,
             die_after: 0,
+            hang_first: 0,
         }
     }
 }
@@ -98,6 +102,7 @@ enum Fate {
     Complete,
     FailAtOnce,
     DieAfter(u32),
+    Hang,
 }
 
 /// How a generation ended that no error ended.
@@ -130,11 +135,13 @@ impl MockRuntime {
 
     fn fate(&self) -> Fate {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
-        let MockOptions { fail_first, die_first, die_after, .. } = self.options;
+        let MockOptions { fail_first, die_first, die_after, hang_first, .. } = self.options;
         if number < fail_first {
             Fate::FailAtOnce
         } else if number - fail_first < die_first {
             Fate::DieAfter(die_after)
+        } else if number - fail_first - die_first < hang_first {
+            Fate::Hang
         } else {
             Fate::Complete
         }
@@ -253,7 +260,8 @@ impl Answer {
         let cancelled = sink.cancelled.clone();
         let ended = tokio::select! {
             biased;
-            () = cancelled.cancelled() => Ok(Ended::Cancelled),
+            // An engine that hangs does not see that its reader is gone either.
+            () = cancelled.cancelled(), if fate != Fate::Hang => Ok(Ended::Cancelled),
             () = model.unloaded.cancelled() => Err(EngineError::NotLoaded),
             ended = answer(&model, &options, &sink, prompt_tokens, limit, fate) => ended,
         };
@@ -290,6 +298,9 @@ async fn answer(
     let tell = async |event| sink.events.send(Ok(event)).await.is_ok();
     if !tell(Event::Started { prompt_tokens, cached_tokens: 0 }).await {
         return Ok(Ended::Cancelled);
+    }
+    if fate == Fate::Hang {
+        future::pending::<()>().await;
     }
     pause(options.first_token).await;
     model.count(|counters| counters.prompt_tokens += u64::from(prompt_tokens));

@@ -147,8 +147,13 @@ pub struct ChatMessage {
 #[serde(rename_all = "snake_case")]
 pub enum PromptInput {
     /// A conversation; the model's own chat template makes a prompt of it.
+    ///
+    /// What the messages say is never read as control tokens, so nobody forges another's turn.
     Chat(Vec<ChatMessage>),
     /// Text, taken as it is.
+    ///
+    /// The texts of control tokens in it are read as those tokens, as llama-server does: whoever sends a raw prompt
+    /// writes the turns as well. What comes from people belongs in a conversation.
     Text(String),
 }
 

@@ -2,12 +2,15 @@
 //!
 //! A failed assertion in C++ or the kernel's out-of-memory killer ends one engine process, not the worker; and what a
 //! model held is surely freed when its process is. The child's standard input is the verified file, so it loads the
-//! bytes that were verified; its standard output is a socket that carries [`frame`]s both ways.
+//! bytes that were verified; its standard output is a socket that carries [`frame`]s both ways. The child bounds its own
+//! memory against templates that ask for any amount of it, and is killed when its engine hangs.
 
 mod child_server;
 mod engine_process;
 pub mod frame;
+mod memory_limit;
 mod pipe;
+mod stall_watch;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -42,6 +45,11 @@ const LOAD_WITHIN_PER_GIB: Duration = Duration::from_secs(20);
 /// How long a process may take to unload before it is killed.
 const UNLOAD_WITHIN: Duration = Duration::from_secs(2);
 
+/// How long an engine that owes tokens may go without a step before it counts as hung, unless told otherwise.
+///
+/// A step evaluates up to 512 tokens of prompts, which for 8 billion parameters take two slow cores some 100 s.
+const STALL_LIMIT: Duration = Duration::from_mins(5);
+
 /// How to start a process that calls [`serve_child`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChildCommand {
@@ -56,6 +64,7 @@ pub struct ChildCommand {
 /// Runs each model in a process of its own.
 pub struct ProcessRuntime {
     command: ChildCommand,
+    stall_limit: Duration,
     info: Mutex<Option<RuntimeInfo>>,
     models: Arc<Mutex<Models>>,
     next_model: AtomicU64,
@@ -72,6 +81,7 @@ impl ProcessRuntime {
         let stop = CancellationToken::new();
         Self {
             command,
+            stall_limit: STALL_LIMIT,
             info: Mutex::default(),
             models: Arc::default(),
             next_model: AtomicU64::new(1),
@@ -79,6 +89,16 @@ impl ProcessRuntime {
             stop: stop.clone(),
             _stop: stop.drop_guard(),
         }
+    }
+
+    /// Sets after how long a process whose engine hangs is killed; 5 minutes unless set.
+    ///
+    /// It is killed when it owes tokens to a reader that reads and evaluates no batch for so long, or when it is asked
+    /// and says nothing at all. Choose several times what the slowest batch of 512 tokens takes on this machine.
+    #[must_use]
+    pub fn with_stall_limit(mut self, limit: Duration) -> Self {
+        self.stall_limit = limit;
+        self
     }
 
     /// Ends every process and returns when they are gone.
@@ -138,7 +158,7 @@ impl ModelRuntime for ProcessRuntime {
                 models.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
             }
         };
-        let loading = Loading { progress, loaded };
+        let loading = Loading { progress, loaded, stall_limit: self.stall_limit };
         let process = EngineProcess::start(&self.command, artifact, options, loading, kill, &self.tasks, gone)
             .map_err(|error| EngineError::Failed { reason: format!("no engine process could be started: {error}") })?;
         let answer = time::timeout(patience, is_loaded).await.map_err(|_| EngineError::Failed {

@@ -35,6 +35,7 @@ fn mock_options(arguments: &[String]) -> MockOptions {
             "fail_first" => options.fail_first = number,
             "die_first" => options.die_first = number,
             "die_after" => options.die_after = number,
+            "hang_first" => options.hang_first = number,
             _ => {}
         }
     }

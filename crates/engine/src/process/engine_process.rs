@@ -13,12 +13,13 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time;
+use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::frame::{ToChild, ToParent, encode};
 use super::pipe::{FRAMES_MAX, FrameReader, write_frames};
+use super::stall_watch::StallWatch;
 use super::{CREDIT, ChildCommand};
 use crate::model_runtime::{
     EngineError, Event, GenerateRequest, GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, ModelId,
@@ -37,6 +38,9 @@ const READER_EVENTS_MAX: usize = 32;
 const LAST_LINES: usize = 16;
 /// The longest line of standard error that is kept in one piece.
 const LINE_BYTES_MAX: usize = 4_096;
+
+/// Words of lines that tell what a process died of, the most telling first.
+const TELLING: [&str; 3] = ["memory allocation of", "ASSERT", "rror"];
 
 type Item = Result<Event, EngineError>;
 
@@ -57,17 +61,25 @@ struct State {
     generations: HashMap<u64, Generation>,
     counts: HashMap<u64, oneshot::Sender<Result<u32, EngineError>>>,
     snapshot: Option<LoadSnapshot>,
+    /// Frames that came.
+    heard: u64,
+    /// Whether something was asked since the last frame came.
+    asked: bool,
 }
 
 struct Generation {
     admitted: Option<oneshot::Sender<Result<(), EngineError>>>,
     events: mpsc::Sender<Item>,
+    /// Events that came and were not acknowledged; at [`CREDIT`] the process waits for the reader.
+    unacknowledged: usize,
 }
 
 /// What a load waits for.
 pub(super) struct Loading {
     pub(super) progress: ProgressSink,
     pub(super) loaded: oneshot::Sender<Result<(LoadedModel, RuntimeInfo), EngineError>>,
+    /// How long the engine may hang once it has loaded.
+    pub(super) stall_limit: Duration,
 }
 
 /// Why the frames of a process ended.
@@ -76,8 +88,8 @@ enum Ending {
     Closed,
     /// The worker wants it to end.
     Killed,
-    /// It said something that makes no sense.
-    Nonsense(String),
+    /// It said something that makes no sense, or it hangs.
+    Fault(String),
 }
 
 impl EngineProcess {
@@ -114,7 +126,14 @@ impl EngineProcess {
         let load = encode(&ToChild::Load { options, sha256, bytes }).map_err(io::Error::other)?;
         // The queue is empty, so there is room.
         let _ = outgoing.try_send(load);
-        let state = State { closed: None, generations: HashMap::new(), counts: HashMap::new(), snapshot: None };
+        let state = State {
+            closed: None,
+            generations: HashMap::new(),
+            counts: HashMap::new(),
+            snapshot: None,
+            heard: 0,
+            asked: false,
+        };
         let process = Arc::new(Self {
             pid,
             outgoing,
@@ -125,11 +144,13 @@ impl EngineProcess {
             tasks: tasks.clone(),
         });
         let supervised = Arc::clone(&process);
+        let stall_limit = loading.stall_limit;
         tasks.spawn(async move {
             let mut frames = Frames { process: &supervised, loading: Some(loading), info: None };
             let ending = tokio::select! {
                 ending = frames.read(FrameReader::new(reading)) => ending,
                 () = supervised.kill.cancelled() => Ending::Killed,
+                stall = supervised.stall(stall_limit) => Ending::Fault(stall),
             };
             let Frames { loading, info, .. } = frames;
             let status = reap(child, &ending).await;
@@ -184,7 +205,8 @@ impl EngineProcess {
             if let Some(error) = &state.closed {
                 return Err(error.clone());
             }
-            state.generations.insert(id, Generation { admitted: Some(admitted), events });
+            state.generations.insert(id, Generation { admitted: Some(admitted), events, unacknowledged: 0 });
+            state.asked = true;
         }
         let (sink, stream) = GenerateStream::channel(READER_EVENTS_MAX);
         // From here on, dropping the stream cancels; the queue keeps the order of the two frames.
@@ -212,6 +234,7 @@ impl EngineProcess {
                 return Err(error.clone());
             }
             state.counts.insert(id, counted);
+            state.asked = true;
         }
         if self.outgoing.try_send(frame).is_err() {
             self.state().counts.remove(&id);
@@ -244,6 +267,25 @@ impl EngineProcess {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Returns what is wrong once the engine, or the whole process, has hung for so long.
+    async fn stall(&self, limit: Duration) -> String {
+        let (mut engine, mut process) = (StallWatch::default(), StallWatch::default());
+        loop {
+            time::sleep(limit / 8).await;
+            let now = Instant::now();
+            let state = self.state();
+            // Until the model is loaded, the load has a limit of its own.
+            let Some(snapshot) = &state.snapshot else { continue };
+            if engine.is_stalled(state.engine_owes(), snapshot.counters.decode_steps, limit, now) {
+                return format!("its engine made no step for {limit:?}");
+            }
+            // A busy process tells its state several times a second, from a thread that is not the engine's.
+            if process.is_stalled(state.asked, state.heard, limit, now) {
+                return format!("it did not answer for {limit:?}");
+            }
+        }
+    }
+
     fn number(&self) -> u64 {
         self.next_number.fetch_add(1, Ordering::Relaxed)
     }
@@ -258,6 +300,9 @@ impl EngineProcess {
                 }
                 consumed += 1;
                 if consumed == ACKNOWLEDGE_EVERY {
+                    if let Some(generation) = self.state().generations.get_mut(&id) {
+                        generation.unacknowledged = generation.unacknowledged.saturating_sub(consumed as usize);
+                    }
                     self.tell(&ToChild::Acknowledge { id, events: consumed }).await;
                     consumed = 0;
                 }
@@ -282,7 +327,7 @@ impl EngineProcess {
             let error = state.closed.clone().unwrap_or(EngineError::NotLoaded);
             (std::mem::take(&mut state.generations), std::mem::take(&mut state.counts), error)
         };
-        for Generation { admitted, events } in generations.into_values() {
+        for Generation { admitted, events, .. } in generations.into_values() {
             match admitted {
                 Some(admitted) => drop(admitted.send(Err(error.clone()))),
                 None => drop(events.try_send(Err(error.clone()))),
@@ -291,6 +336,17 @@ impl EngineProcess {
         for count in counts.into_values() {
             let _ = count.send(Err(error.clone()));
         }
+    }
+}
+
+impl State {
+    /// Returns whether the engine has something to do that waits for nobody else.
+    fn engine_owes(&self) -> bool {
+        let Some(snapshot) = &self.snapshot else { return false };
+        // Those whose readers are behind pause, and others may wait for their slots.
+        let paused = self.generations.values().filter(|generation| generation.unacknowledged >= CREDIT).count();
+        // Cancelled generations are no longer listed here, but an engine at work drops them within a step.
+        snapshot.running as usize > paused || (snapshot.running == 0 && snapshot.waiting > 0)
     }
 }
 
@@ -307,16 +363,21 @@ impl Frames<'_> {
             match frames.next().await {
                 Ok(Some(message)) => {
                     if let Err(nonsense) = self.take(message) {
-                        return Ending::Nonsense(nonsense);
+                        return Ending::Fault(nonsense);
                     }
                 }
                 Ok(None) => return Ending::Closed,
-                Err(error) => return Ending::Nonsense(error.to_string()),
+                Err(error) => return Ending::Fault(error.to_string()),
             }
         }
     }
 
     fn take(&mut self, message: ToParent) -> Result<(), String> {
+        {
+            let mut state = self.process.state();
+            state.heard += 1;
+            state.asked = false;
+        }
         match message {
             ToParent::Hello { info } => self.info = Some(info),
             ToParent::Progress { share } => {
@@ -365,7 +426,8 @@ impl Frames<'_> {
         let end = !matches!(item, Ok(Event::Started { .. } | Event::Piece { .. }));
         let mut state = self.process.state();
         // A generation that was cancelled may still have events under way.
-        let Some(generation) = state.generations.get(&id) else { return Ok(()) };
+        let Some(generation) = state.generations.get_mut(&id) else { return Ok(()) };
+        generation.unacknowledged += 1;
         if let Err(mpsc::error::TrySendError::Full(_)) = generation.events.try_send(item) {
             return Err("it sent more events than it had credit for".into());
         }
@@ -389,12 +451,12 @@ async fn reap(mut child: Child, ending: &Ending) -> Option<ExitStatus> {
 fn explain(pid: u32, ending: &Ending, status: Option<ExitStatus>, last: &[String]) -> String {
     let how = match (ending, status) {
         (Ending::Killed, _) => "was ended by its worker".to_owned(),
-        (Ending::Nonsense(nonsense), _) => format!("was ended because {nonsense}"),
+        (Ending::Fault(fault), _) => format!("was ended because {fault}"),
         (Ending::Closed, Some(status)) => format!("ended ({status})"),
         (Ending::Closed, None) => "ended".to_owned(),
     };
-    // An assertion says more than what comes after it.
-    let telling = last.iter().rev().find(|line| line.contains("ASSERT") || line.contains("rror"));
+    // What it died of says more than the trace that comes after it.
+    let telling = TELLING.iter().find_map(|words| last.iter().rev().find(|line| line.contains(words)));
     match telling.or(last.last()) {
         Some(line) => format!("engine process {pid} {how}: {line}"),
         None => format!("engine process {pid} {how}"),
@@ -448,7 +510,10 @@ fn keep_line(line: &mut Vec<u8>, pid: u32, lines: &Mutex<VecDeque<String>>) {
     tracing::debug!(target: "engine_process", pid, "{text}");
     let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
     if lines.len() == LAST_LINES {
-        lines.pop_front();
+        // A long trace must not push out what it is the trace of.
+        let is_telling = |line: &String| TELLING.iter().any(|words| line.contains(words));
+        let oldest = lines.iter().position(|line| !is_telling(line)).unwrap_or(0);
+        lines.remove(oldest);
     }
     lines.push_back(text);
 }

@@ -11,7 +11,7 @@ use tether_engine::process::frame::{ToChild, ToParent, decode, encode};
 use tether_engine::{EngineError, Event, FinishReason, GenerateRequest, ModelId, ModelRuntime, no_progress};
 
 use crate::process_runtime::{host, kill, loaded};
-use crate::{artifact_of, ask, endless, options, read, run, tiny, within};
+use crate::{artifact_of, ask, doubling, endless, options, read, run, tiny, tiny_with_template, within};
 
 #[tokio::test]
 async fn the_tiny_model_answers_from_a_process() {
@@ -134,4 +134,21 @@ async fn a_header_is_estimated_without_a_process() {
     assert!(plan.total_bytes() > 1_600_000 && plan.total_bytes() < 100 << 20, "{plan:?}");
     let refused = within(runtime.estimate(&artifact_of(b"GGUF"), &options())).await;
     assert!(matches!(refused, Err(EngineError::InvalidModel { .. })));
+}
+
+#[tokio::test]
+async fn a_template_that_asks_for_endless_memory_later_takes_its_process_along_and_no_more() {
+    let runtime = host(&["llama"]);
+    let poisoned = tiny_with_template(&doubling(Some("boom")));
+    let model =
+        within(runtime.load(poisoned, options(), no_progress())).await.expect("the probe is not what it waits for");
+    assert_eq!(run(&runtime, ask(model.id, "What is 3 + 4?")).await.text, "3 + 4 = 7");
+    let refused = within(runtime.generate(ask(model.id, "boom"))).await.err();
+    assert!(
+        matches!(&refused, Some(EngineError::Failed { reason }) if reason.contains("memory allocation of")),
+        "{refused:?}"
+    );
+    assert!(runtime.load_state().is_empty());
+    let again = within(runtime.load(tiny(), options(), no_progress())).await.expect("a sound model loads");
+    assert_eq!(run(&runtime, ask(again.id, "What is 3 + 4?")).await.text, "3 + 4 = 7");
 }

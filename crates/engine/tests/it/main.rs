@@ -39,6 +39,33 @@ fn artifact_of(bytes: &[u8]) -> VerifiedArtifact {
     artifact(file.path())
 }
 
+/// The tiny model with another chat template.
+fn tiny_with_template(template: &str) -> VerifiedArtifact {
+    const KEY: &[u8] = b"tokenizer.chat_template";
+    let bytes = std::fs::read(TINY).expect("the model is there");
+    let key = bytes.windows(KEY.len()).position(|window| window == KEY).expect("it has a template");
+    // The key is followed by the kind of the value (4 bytes), its length (8) and the text.
+    let length_at = key + KEY.len() + 4;
+    let text_at = length_at + 8;
+    let length = u64::from_le_bytes(bytes[length_at..text_at].try_into().expect("it has 8 bytes")) as usize;
+    // The tensors stay aligned when the length changes by a multiple of 32.
+    let padding = (32 + length % 32 - template.len() % 32) % 32;
+    let template = format!("{template}{{#{}#}}", " ".repeat(padding + 32 - 4));
+    let written = (template.len() as u64).to_le_bytes();
+    artifact_of(&[&bytes[..length_at], &written, template.as_bytes(), &bytes[text_at + length..]].concat())
+}
+
+/// A template that doubles a text until it has 4 GiB, when the last message is as given or is anything.
+fn doubling(when: Option<&str>) -> String {
+    let condition = when.map_or("true".to_owned(), |content| format!("messages[-1].content == '{content}'"));
+    format!(
+        "{{% if {condition} %}}{{% set ns = namespace(s='xxxxxxxx') %}}{{% for i in range(29) %}}\
+         {{% set ns.s = ns.s ~ ns.s %}}{{% endfor %}}{{{{ ns.s }}}}{{% endif %}}\
+         {{% for message in messages %}}<|im_start|>{{{{ message.role }}}}\n{{{{ message.content | trim }}}}<|im_end|>\n\
+         {{% endfor %}}<|im_start|>assistant\n"
+    )
+}
+
 /// One thread, because OpenMP's barriers spin and other tests want the cores as well.
 fn options() -> LoadOptions {
     LoadOptions { threads: 1, ..LoadOptions::default() }

@@ -7,7 +7,7 @@ use tether_engine::{
 };
 use tokio::time::Instant;
 
-use crate::{ask, read, run, tiny, until, within};
+use crate::{ask, doubling, read, run, tiny, tiny_with_template, until, within};
 
 pub(crate) fn host(arguments: &[&str]) -> ProcessRuntime {
     ProcessRuntime::new(ChildCommand {
@@ -30,8 +30,21 @@ fn is_alive(pid: u32) -> bool {
 }
 
 pub(crate) fn kill(pid: u32) {
+    signal(pid, rustix::process::Signal::KILL);
+}
+
+fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(pid as i32).expect("it is a process");
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it is ours");
+    rustix::process::kill_process(pid, signal).expect("it is ours");
+}
+
+/// Longer than a healthy mock ever goes without a step, on a busy machine as well.
+const IMPATIENCE: Duration = Duration::from_secs(2);
+
+async fn impatient(arguments: &[&str], options: LoadOptions) -> (ProcessRuntime, LoadedModel) {
+    let runtime = host(arguments).with_stall_limit(IMPATIENCE);
+    let model = within(runtime.load(tiny(), options, no_progress())).await.expect("it loads");
+    (runtime, model)
 }
 
 async fn until_dead(pid: u32) {
@@ -168,4 +181,62 @@ async fn a_program_that_is_no_engine_fails_without_blaming_the_model() {
         let refused = within(runtime.load(tiny(), LoadOptions::default(), no_progress())).await;
         assert!(matches!(refused, Err(EngineError::Failed { .. })), "{program}: {refused:?}");
     }
+}
+
+#[tokio::test]
+async fn a_template_that_asks_for_endless_memory_is_an_invalid_model() {
+    let runtime = host(&["mock"]);
+    let refused =
+        within(runtime.load(tiny_with_template(&doubling(None)), LoadOptions::default(), no_progress())).await;
+    let Err(EngineError::InvalidModel { reason }) = refused else { panic!("{refused:?}") };
+    assert!(reason.contains("memory allocation of"), "{reason}");
+    assert!(runtime.load_state().is_empty());
+    within(runtime.load(tiny(), LoadOptions::default(), no_progress())).await.expect("a sound model loads");
+}
+
+#[tokio::test]
+async fn an_engine_that_hangs_is_killed_and_its_generations_fail() {
+    let (runtime, model) = impatient(&["mock", "hang_first=1"], LoadOptions::default()).await;
+    let stream = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");
+    let end = read(stream).await.end;
+    assert!(matches!(&end, Err(EngineError::Failed { reason }) if reason.contains("no step for")), "{end:?}");
+    assert!(!is_alive(model.pid.expect("it has a process")));
+    assert!(runtime.load_state().is_empty());
+    within(runtime.load(tiny(), LoadOptions::default(), no_progress())).await.expect("it loads again");
+}
+
+#[tokio::test]
+async fn an_engine_that_hangs_is_killed_even_when_nobody_waits_for_it_any_more() {
+    let (runtime, model) = impatient(&["mock", "hang_first=1"], LoadOptions::default()).await;
+    let mut stream = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");
+    within(stream.next()).await.expect("it starts").expect("and well");
+    drop(stream);
+    until_dead(model.pid.expect("it has a process")).await;
+}
+
+#[tokio::test]
+async fn a_process_that_says_nothing_at_all_is_killed() {
+    let (runtime, model) = impatient(&["mock"], LoadOptions::default()).await;
+    let pid = model.pid.expect("it has a process");
+    signal(pid, rustix::process::Signal::STOP);
+    let refused = within(runtime.generate(ask(model.id, "a"))).await.err();
+    assert!(
+        matches!(&refused, Some(EngineError::Failed { reason }) if reason.contains("did not answer for")),
+        "{refused:?}"
+    );
+    assert!(!is_alive(pid));
+}
+
+#[tokio::test]
+async fn readers_that_do_not_read_and_those_behind_them_are_no_hang() {
+    let options = LoadOptions { slots: 1, queue_max: 1, ..LoadOptions::default() };
+    let (runtime, model) = impatient(&["mock", "tokens=5000", "context_length=100000"], options).await;
+    let slow = within(runtime.generate(ask(model.id, "a"))).await.expect("a slot");
+    let behind = within(runtime.generate(ask(model.id, "a"))).await.expect("a place");
+    tokio::time::sleep(IMPATIENCE * 3).await;
+    assert_eq!(read(slow).await.text, MockRuntime::text(5_000));
+    assert_eq!(read(behind).await.text, MockRuntime::text(5_000));
+    // Nor is an engine without work.
+    tokio::time::sleep(IMPATIENCE * 2).await;
+    assert!(is_alive(model.pid.expect("it has a process")));
 }
