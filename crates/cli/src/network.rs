@@ -84,7 +84,6 @@ impl Network {
         data.create()?;
         let lock = data.lock()?;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let metrics = Metrics::new();
         let registry_store = open_store(&data.registry_store())?;
         let orchestrator_store = open_store(&data.orchestrator_store())?;
         let office = TokenOffice::new(registry_store.clone(), clock.clone(), data.pepper()?);
@@ -94,87 +93,20 @@ impl Network {
         registry::catalog::register(&*registry_store, models).await?;
 
         let keys = Keys::of(data, settings.workers)?;
-        let enrolled: Arc<HashSet<PublicKey>> = Arc::new(keys.all().map(NodeKey::public_key).collect());
-        let admits = {
-            let enrolled = enrolled.clone();
-            Arc::new(move |key: PublicKey| enrolled.contains(&key))
-        };
-        let memory = MemoryNetwork::new();
-
-        let mut registries = Tier::new();
-        let parts = RegistryParts {
-            transport: memory.node(&keys.registry),
-            region: settings.region.clone(),
-            clock: clock.clone(),
-            store: registry_store.clone(),
-            pepper: data.pepper()?,
-            enrolled: admits.clone(),
-            version: VERSION.to_owned(),
-        };
-        let stop = registries.stop.clone();
-        registries.tasks.spawn(async move {
-            Registry::run(parts, stop).await;
-            Ok(())
-        });
-
-        let mut orchestrators = Tier::new();
-        let parts = OrchestratorParts {
-            transport: memory.node(&keys.orchestrator),
-            region: settings.region.clone(),
-            clock: clock.clone(),
-            store: orchestrator_store.clone(),
-            metrics: metrics.clone(),
-            enrolled: admits.clone(),
-            version: VERSION.to_owned(),
-        };
-        let running = Orchestrator::run(settings.orchestrator.clone(), parts, orchestrators.stop.clone());
-        orchestrators.tasks.spawn(async move { running.await.context("the orchestrator stopped") });
-
-        let mut workers = Tier::new();
-        let mut handles = vec![];
-        for key in &keys.workers {
-            let artifacts = ArtifactStore::in_folder(data.artifacts()).context("could not open the artifact store")?;
-            let parts = WorkerParts {
-                transport: memory.node(key),
-                key: key.clone(),
-                epoch: orchestrator_store.next_epoch(key.public_key()).await?,
-                clock: clock.clone(),
-                runtime: (supplies.runtime)()?,
-                artifacts: artifacts.with_embedded(tiny_model::digest(), tiny_model::BYTES),
-                metrics: metrics.clone(),
-                version: VERSION.to_owned(),
-            };
-            let gives_work = keys.orchestrator.public_key();
-            let worker = BaseWorker::new(settings.worker.clone(), parts).take_work_from(move |peer| peer == gives_work);
-            handles.push(worker.handle());
-            let stop = workers.stop.clone();
-            workers.tasks.spawn(async move {
-                worker.run(stop).await;
-                Ok(())
-            });
-        }
-
-        let mut gateways = Tier::new();
-        let parts = GatewayParts {
-            transport: memory.node(&keys.gateway),
-            clock,
-            metrics: metrics.clone(),
-            version: VERSION.to_owned(),
-        };
-        let bridge = Gateway::new(settings.gateway.clone(), parts).bind().await?;
-        let address = bridge.address();
+        let stage = Stage { settings, data, memory: MemoryNetwork::new(), metrics: Metrics::new(), clock, keys };
+        let registries = stage.registry(registry_store.clone())?;
+        let orchestrators = stage.orchestrator(orchestrator_store.clone());
+        let (workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
+        let (gateways, address) = stage.gateway().await?;
         let tls = settings.gateway.tls_cert.is_some();
-        let stop = gateways.stop.clone();
-        gateways.tasks.spawn(async move { bridge.run(stop).await.context("the gateway stopped") });
         data.write_address(address, tls)?;
-
         Ok(Self {
             address,
             tls,
             api_key,
             key_is_new,
             workers: handles,
-            metrics,
+            metrics: stage.metrics,
             stores: vec![orchestrator_store, registry_store],
             tiers: vec![gateways, orchestrators, workers, registries],
             _lock: lock,
@@ -222,6 +154,108 @@ impl Network {
             outcome = outcome.and(store.close().await.context("could not close a store"));
         }
         outcome
+    }
+}
+
+/// What the services of one network share while they are started.
+struct Stage<'a> {
+    settings: &'a Settings,
+    data: &'a DataFolder,
+    memory: MemoryNetwork,
+    metrics: Metrics,
+    clock: Arc<dyn Clock>,
+    keys: Keys,
+}
+
+impl Stage<'_> {
+    /// Says who belongs to this network: the nodes of this process.
+    fn enrolled(&self) -> Arc<dyn Fn(PublicKey) -> bool + Send + Sync> {
+        let keys: HashSet<PublicKey> = self.keys.all().map(NodeKey::public_key).collect();
+        Arc::new(move |key| keys.contains(&key))
+    }
+
+    fn registry(&self, store: Arc<dyn MetadataStore>) -> anyhow::Result<Tier> {
+        let parts = RegistryParts {
+            transport: self.memory.node(&self.keys.registry),
+            region: self.settings.region.clone(),
+            clock: self.clock.clone(),
+            store,
+            pepper: self.data.pepper()?,
+            enrolled: self.enrolled(),
+            version: VERSION.to_owned(),
+        };
+        let mut tier = Tier::new();
+        let stop = tier.stop.clone();
+        tier.tasks.spawn(async move {
+            Registry::run(parts, stop).await;
+            Ok(())
+        });
+        Ok(tier)
+    }
+
+    fn orchestrator(&self, store: Arc<dyn MetadataStore>) -> Tier {
+        let parts = OrchestratorParts {
+            transport: self.memory.node(&self.keys.orchestrator),
+            region: self.settings.region.clone(),
+            clock: self.clock.clone(),
+            store,
+            metrics: self.metrics.clone(),
+            enrolled: self.enrolled(),
+            version: VERSION.to_owned(),
+        };
+        let mut tier = Tier::new();
+        let running = Orchestrator::run(self.settings.orchestrator.clone(), parts, tier.stop.clone());
+        tier.tasks.spawn(async move { running.await.context("the orchestrator stopped") });
+        tier
+    }
+
+    /// Starts the workers. Their epochs are counted in the orchestrator's store, the one that is always there.
+    async fn workers(
+        &self,
+        epochs: &dyn MetadataStore,
+        runtime: &dyn Fn() -> anyhow::Result<Arc<dyn ModelRuntime>>,
+    ) -> anyhow::Result<(Tier, Vec<WorkerHandle>)> {
+        let mut tier = Tier::new();
+        let mut handles = vec![];
+        let gives_work = self.keys.orchestrator.public_key();
+        for key in &self.keys.workers {
+            let artifacts =
+                ArtifactStore::in_folder(self.data.artifacts()).context("could not open the artifact store")?;
+            let parts = WorkerParts {
+                transport: self.memory.node(key),
+                key: key.clone(),
+                epoch: epochs.next_epoch(key.public_key()).await?,
+                clock: self.clock.clone(),
+                runtime: runtime()?,
+                artifacts: artifacts.with_embedded(tiny_model::digest(), tiny_model::BYTES),
+                metrics: self.metrics.clone(),
+                version: VERSION.to_owned(),
+            };
+            let worker =
+                BaseWorker::new(self.settings.worker.clone(), parts).take_work_from(move |peer| peer == gives_work);
+            handles.push(worker.handle());
+            let stop = tier.stop.clone();
+            tier.tasks.spawn(async move {
+                worker.run(stop).await;
+                Ok(())
+            });
+        }
+        Ok((tier, handles))
+    }
+
+    async fn gateway(&self) -> anyhow::Result<(Tier, SocketAddr)> {
+        let parts = GatewayParts {
+            transport: self.memory.node(&self.keys.gateway),
+            clock: self.clock.clone(),
+            metrics: self.metrics.clone(),
+            version: VERSION.to_owned(),
+        };
+        let bridge = Gateway::new(self.settings.gateway.clone(), parts).bind().await?;
+        let address = bridge.address();
+        let mut tier = Tier::new();
+        let stop = tier.stop.clone();
+        tier.tasks.spawn(async move { bridge.run(stop).await.context("the gateway stopped") });
+        Ok((tier, address))
     }
 }
 

@@ -42,7 +42,7 @@ async fn ask(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::R
     let answer = client
         .chat(&body(args), |text| {
             if !as_json {
-                output::piece(text)
+                output::piece(text);
             }
         })
         .await?;

@@ -63,11 +63,15 @@ impl Home {
         let mut up = Up { child, url: String::new(), key: String::new() };
         wait_for("the network to be ready", || {
             assert!(up.child.try_wait().expect("a child").is_none(), "the network ended by itself");
-            up.url = std::fs::read_to_string(self.data().join("address")).unwrap_or_default().trim().to_owned();
-            up.key = std::fs::read_to_string(self.data().join("api-key")).unwrap_or_default().trim().to_owned();
+            up.url = self.kept("address");
+            up.key = self.kept("api-key");
             !up.url.is_empty() && self.run(&["nodes"]).status.success() && self.ready(&up)
         });
         up
+    }
+
+    fn kept(&self, file: &str) -> String {
+        std::fs::read_to_string(self.data().join(file)).unwrap_or_default().trim().to_owned()
     }
 
     fn ready(&self, up: &Up) -> bool {

@@ -38,7 +38,7 @@ fn pair(build: impl FnOnce(Server) -> Server) -> Pair {
 fn options() -> StreamOptions {
     StreamOptions {
         accept_within: Duration::from_millis(500),
-        deadline: Some(Duration::from_secs(60)),
+        deadline: Some(Duration::from_mins(1)),
         stall: Duration::from_secs(10),
     }
 }

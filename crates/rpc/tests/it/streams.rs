@@ -124,7 +124,7 @@ async fn a_callee_waits_for_a_slow_caller_instead_of_filling_memory() {
             let count = count.clone();
             async move {
                 let mut reply = call.accept().await.expect("caller is there");
-                while reply.send(&[0; 60_000]).await.is_ok() {
+                while reply.send(&vec![0; 60_000]).await.is_ok() {
                     count.fetch_add(1, Ordering::SeqCst);
                 }
             }

@@ -1,0 +1,58 @@
+# The recipes of the repository; `make` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help build demo up test interop bench lint fuzz clean
+
+# dev builds once for tests and programs alike; release is what users run.
+PROFILE ?= release
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+BUILT := $(TARGET_DIR)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/tether
+# A program that is built already; given, nothing is built.
+TETHER ?=
+PROGRAM := $(or $(TETHER),$(BUILT))
+
+help: ## Lists the recipes
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
+
+build: ## Builds the program (PROFILE=dev|release)
+ifeq ($(TETHER),)
+	@scripts/setup build
+	scripts/with-progress cargo build --profile $(PROFILE) --package tether
+endif
+
+demo: build ## Starts a network, asks it, kills an engine, asks again, and cleans up
+	@$(PROGRAM) demo
+
+up: build ## Starts a network and keeps it running
+	@$(PROGRAM) up
+
+test: ## Runs every test, and replays what fuzzers found
+	@scripts/setup test
+	scripts/with-progress cargo nextest run --workspace
+	cargo test --workspace --doc --quiet
+
+interop: build ## Runs the official OpenAI SDKs against a network
+	@scripts/setup interop
+	interop/run $(PROGRAM)
+
+bench: ## Measures what docs/benchmarks.md promises
+	@scripts/setup bench
+	TETHER_BENCH_MODEL=$(abspath $(TARGET_DIR))/bench/qwen2.5-0.5b-q4_0.gguf \
+	  scripts/with-progress cargo bench --workspace --bench '*'
+
+lint: ## Checks format, lints, floors, names, links, licences
+	@scripts/setup lint
+	cargo fmt --all --check
+	scripts/with-progress cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --package tether-engine --no-default-features --all-targets -- -D warnings
+	cargo xtask tidy $(if $(TETHER),--tether $(abspath $(TETHER)))
+	cargo deny --log-level error check bans licenses sources
+
+fuzz: ## Fuzzes every reader of foreign bytes (FUZZ_SECONDS=300 each)
+	@scripts/setup fuzz
+	scripts/fuzz
+
+clean: ## Removes what was built and installed here
+	cargo clean
+	rm -rf interop/.venv interop/node_modules fuzz/artifacts

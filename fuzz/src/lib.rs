@@ -1,0 +1,218 @@
+//! One function for each reader of foreign bytes: it takes any bytes at all and must return.
+//!
+//! libFuzzer drives them (`make fuzz`), and `cargo test` replays the corpus through them. Where a reader has an
+//! inverse, its target also checks that what was read is written as it was read.
+
+use std::io::Write as _;
+
+use bytes::{Bytes, BytesMut};
+use engine::ChatMessage;
+use engine::chat_template::ChatTemplate;
+use engine::gguf::Header;
+use engine::process::frame::{self, ToChild, ToParent};
+use engine::text_assembler::TextAssembler;
+use gateway::validation;
+use observability::trace_context::TraceContext;
+use protocol::health::HealthReport;
+use protocol::infer::{InferChunk, InferRequest, InferSubmission};
+use protocol::model::ModelRef;
+use protocol::presence::{self, Facts};
+use protocol::signature::Signed;
+use protocol::token::ApiToken;
+use protocol::{Topic, UnixMillis, codec};
+use rpc::stream::Frame;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tether_cli::args::Common;
+use tether_cli::settings::{self, Env};
+
+/// Takes any bytes and must return.
+pub type Target = fn(&[u8]);
+
+/// Every target with its name, which is also that of its program and of its corpus.
+pub const TARGETS: &[(&str, Target)] = &[
+    ("api_token", api_token),
+    ("chat_request", chat_request),
+    ("chat_template", chat_template),
+    ("completion_request", completion_request),
+    ("config_file", config_file),
+    ("engine_frame", engine_frame),
+    ("gguf_header", gguf_header),
+    ("health_report", health_report),
+    ("infer_body", infer_body),
+    ("infer_chunk", infer_chunk),
+    ("infer_request", infer_request),
+    ("infer_submission", infer_submission),
+    ("model_ref", model_ref),
+    ("signed_report", signed_report),
+    ("stream_frame", stream_frame),
+    ("text_assembler", text_assembler),
+    ("topic", topic),
+    ("traceparent", traceparent),
+];
+
+/// A topic's text.
+pub fn topic(bytes: &[u8]) {
+    if let Some(topic) = text(bytes).and_then(|text| text.parse::<Topic>().ok()) {
+        assert_eq!(topic.to_string().as_bytes(), bytes);
+    }
+}
+
+/// A model as a client names it.
+pub fn model_ref(bytes: &[u8]) {
+    if let Some(model) = text(bytes).and_then(|text| text.parse::<ModelRef>().ok()) {
+        assert_eq!(model.to_string().parse(), Ok(model));
+    }
+}
+
+/// An API token.
+pub fn api_token(bytes: &[u8]) {
+    if let Some(token) = text(bytes).and_then(|text| text.parse::<ApiToken>().ok()) {
+        assert_eq!(token.to_string().as_bytes(), bytes);
+        assert!(!format!("{token:?}").contains(token.secret()), "a token's Debug tells its secret");
+    }
+}
+
+/// A W3C `traceparent` header.
+pub fn traceparent(bytes: &[u8]) {
+    if let Some(context) = text(bytes).and_then(TraceContext::parse) {
+        assert_ne!(context.trace_id.0, [0; 16]);
+    }
+}
+
+/// A job on its way to a worker. One whose numbers lie outside their ranges need not read back.
+pub fn infer_request(bytes: &[u8]) {
+    if let Ok(request) = codec::decode::<InferRequest>(bytes)
+        && request.input.check().is_ok()
+    {
+        reads_back(&request);
+    }
+}
+
+/// A job as a client writes it.
+pub fn infer_submission(bytes: &[u8]) {
+    if let Ok(submission) = codec::decode::<InferSubmission>(bytes)
+        && submission.input.check().is_ok()
+    {
+        reads_back(&submission);
+    }
+}
+
+/// The body of `POST /v1/chat/completions`.
+pub fn chat_request(bytes: &[u8]) {
+    if let Ok(generation) = validation::parse_chat(bytes) {
+        assert_eq!(generation.job.input.check(), Ok(()), "what passed is a sound job");
+    }
+}
+
+/// The body of `POST /v1/completions`.
+pub fn completion_request(bytes: &[u8]) {
+    if let Ok(generation) = validation::parse_completion(bytes) {
+        assert_eq!(generation.job.input.check(), Ok(()), "what passed is a sound job");
+    }
+}
+
+/// The body of `POST /infer`.
+pub fn infer_body(bytes: &[u8]) {
+    if let Ok(job) = validation::parse_infer(bytes) {
+        assert_eq!(job.input.check(), Ok(()), "what passed is a sound job");
+    }
+}
+
+/// The settings file.
+pub fn config_file(bytes: &[u8]) {
+    let mut file = tempfile::NamedTempFile::new().expect("a file");
+    file.write_all(bytes).expect("it is written");
+    let common = Common { config: Some(file.path().to_owned()), ..Common::default() };
+    if let Err(error) = settings::load(&common, &Env::default(), &[]) {
+        assert!(!format!("{error:#}").is_empty());
+    }
+}
+
+/// A piece of an answer.
+pub fn infer_chunk(bytes: &[u8]) {
+    message::<InferChunk>(bytes);
+}
+
+/// What a worker says of itself.
+pub fn health_report(bytes: &[u8]) {
+    message::<HealthReport>(bytes);
+}
+
+/// A signed report, up to the decision whether to believe it.
+pub fn signed_report(bytes: &[u8]) {
+    let Some(signed) = message::<Signed>(bytes) else { return };
+    let facts = |now| Facts { remote_key: signed.key, regions: &[], enrolled: true, high_water: None, now };
+    assert!(presence::admit(&signed, &facts(UnixMillis(0))).is_err(), "no region is of interest");
+    let Ok(report) = codec::decode::<HealthReport>(signed.body.as_bytes()) else { return };
+    let regions = [report.region];
+    let facts = Facts { regions: &regions, ..facts(report.issued_at) };
+    if presence::admit(&signed, &facts).is_ok() {
+        let bent = Signed { body: format!("{} ", signed.body), ..signed.clone() };
+        assert!(presence::admit(&bent, &facts).is_err(), "a signature covers every byte");
+    }
+}
+
+/// A frame of `tether/stream/1`.
+pub fn stream_frame(bytes: &[u8]) {
+    if let Ok(frame) = Frame::decode(Bytes::copy_from_slice(bytes)) {
+        assert_eq!(Frame::decode(frame.encode()), Ok(frame));
+    }
+}
+
+/// What passes between a worker and its engine process, in both directions.
+pub fn engine_frame(bytes: &[u8]) {
+    let mut buffer = BytesMut::from(bytes);
+    while let Ok(Some(_)) = frame::decode::<ToChild>(&mut buffer) {}
+    let mut buffer = BytesMut::from(bytes);
+    while let Ok(Some(_)) = frame::decode::<ToParent>(&mut buffer) {}
+}
+
+/// The header of a model file, and all that is asked of it.
+pub fn gguf_header(bytes: &[u8]) {
+    let Ok(header) = Header::parse(bytes) else { return };
+    let _ = (header.architecture(), header.context_length(), header.chat_template());
+    let _ = (header.bos_token(), header.eos_token(), header.vocabulary_size(), header.tensor_bytes());
+    let _ = (header.hyperparameter("block_count"), header.per_layer("attention.head_count_kv", 64));
+}
+
+/// A chat template out of a model file, over a short conversation.
+pub fn chat_template(bytes: &[u8]) {
+    let Some(source) = text(bytes) else { return };
+    let Ok(template) = ChatTemplate::new(Some(source), "<s>", "</s>") else { return };
+    let said = |role: &str, content: &str| ChatMessage { role: role.into(), content: content.into() };
+    let _ = template.render(&[said("system", "Be brief."), said("user", "{{ 7 * 7 }}"), said("assistant", "")]);
+}
+
+/// Token bytes on their way to text: however they are cut, the same text comes out.
+///
+/// The first byte says where to cut, the second how long the stop text is that follows.
+pub fn text_assembler(bytes: &[u8]) {
+    let [step, length, rest @ ..] = bytes else { return };
+    let (stop, rest) = rest.split_at(rest.len().min(usize::from(*length % 8)));
+    let stops = [String::from_utf8_lossy(stop).into_owned()];
+    let assemble = |step: usize| {
+        let mut assembler = TextAssembler::new(&stops);
+        let mut whole: String = rest.chunks(step).map(|piece| assembler.push(piece)).collect();
+        whole.push_str(&assembler.finish());
+        whole
+    };
+    assert_eq!(assemble(usize::from(*step).max(1)), assemble(rest.len().max(1)));
+}
+
+fn text(bytes: &[u8]) -> Option<&str> {
+    std::str::from_utf8(bytes).ok()
+}
+
+/// Reads a message and checks that it reads back as it is written.
+fn message<T: DeserializeOwned + Serialize>(bytes: &[u8]) -> Option<T> {
+    let message = codec::decode(bytes).ok()?;
+    reads_back(&message);
+    Some(message)
+}
+
+fn reads_back<T: DeserializeOwned + Serialize>(message: &T) {
+    let written = codec::encode(message);
+    let again: T = codec::decode(&written).expect("what was written reads back");
+    assert_eq!(codec::encode(&again), written);
+}

@@ -1,0 +1,125 @@
+//! Names that say nothing, marks of work left undone, and I/O where there must be none.
+
+use super::SourceFile;
+
+/// Names that fit everything and therefore name nothing.
+const EMPTY_NAMES: &[&str] = &["common", "helper", "helpers", "misc", "mod", "util", "utils"];
+/// What the language of the nodes has no use for: it reads and writes bytes that others carry.
+const OUTSIDE_WORLD: &[&str] =
+    &["tokio::", "async fn", "std::fs", "std::io", "std::net", "std::env", "std::process", "std::thread"];
+/// Files that tools write.
+const GENERATED: &[&str] = &["Cargo.lock", "package-lock.json"];
+
+pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
+    let mut findings = vec![];
+    for file in files {
+        findings.extend(check_path(&file.path));
+        let name = file.path.rsplit('/').next().unwrap_or_default();
+        if !GENERATED.contains(&name) {
+            findings.extend(check_lines(file));
+        }
+    }
+    findings
+}
+
+fn check_path(path: &str) -> Option<String> {
+    let parts = path.strip_suffix(".rs")?.split('/');
+    let empty = parts.into_iter().find(|part| EMPTY_NAMES.contains(part))?;
+    Some(if empty == "mod" {
+        format!("{path}: name the file after its module, beside its folder")
+    } else {
+        format!("{path}: {empty} names nothing; name the subject")
+    })
+}
+
+fn check_lines(file: &SourceFile) -> Vec<String> {
+    // Put together, so that this file does not find itself.
+    let marks = [["TO", "DO"], ["FIX", "ME"], ["XX", "X"]].map(|parts| parts.concat());
+    let homes = [["/ho", "me/"], ["/ro", "ot/"], ["/Us", "ers/"]].map(|parts| parts.concat());
+    let ignored = ["#[ig", "nore"].concat();
+    // The one kind that does run: another test starts it as a process of its own.
+    let child = format!("{ignored} = \"runs only as the child of ");
+    let is_language = file.path.starts_with("crates/protocol/src/");
+    let mut findings = vec![];
+    for (index, line) in file.text.lines().enumerate() {
+        let at = format!("{}:{}", file.path, index + 1);
+        for mark in marks.iter().filter(|mark| has_word(line, mark)) {
+            findings.push(format!("{at}: {mark}: do it, or open an issue"));
+        }
+        for home in homes.iter().filter(|home| has_path(line, home)) {
+            findings.push(format!("{at}: a path below {home} is somebody's own"));
+        }
+        for word in OUTSIDE_WORLD.iter().filter(|word| is_language && line.contains(**word)) {
+            findings.push(format!("{at}: protocol does no I/O, so no {word}"));
+        }
+        let code = line.trim_start();
+        if file.has_extension("rs") && code.starts_with(&ignored) && !code.starts_with(&child) {
+            findings.push(format!("{at}: a test that never runs proves nothing"));
+        }
+    }
+    findings
+}
+
+fn has_word(line: &str, word: &str) -> bool {
+    let part_of_word = |letter: char| letter.is_alphanumeric() || letter == '_';
+    line.match_indices(word).any(|(start, _)| {
+        !line[..start].ends_with(part_of_word) && !line[start + word.len()..].starts_with(part_of_word)
+    })
+}
+
+/// Says whether a path that begins like this is in the line; `~/x` and `a/x` begin otherwise.
+fn has_path(line: &str, start_of_path: &str) -> bool {
+    let goes_on = |letter: char| letter.is_alphanumeric() || matches!(letter, '.' | '~' | '}' | ')' | '-' | '_');
+    let is_name = |letter: char| letter.is_alphanumeric() || matches!(letter, '.' | '_' | '-');
+    line.match_indices(start_of_path)
+        .any(|(start, _)| !line[..start].ends_with(goes_on) && line[start + start_of_path.len()..].starts_with(is_name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn findings(path: &str, text: &str) -> Vec<String> {
+        check(&[SourceFile { path: path.into(), text: text.into() }])
+    }
+
+    #[test]
+    fn names_that_say_nothing_are_found() {
+        for path in ["crates/x/src/utils.rs", "crates/common/src/lib.rs", "crates/x/src/y/mod.rs"] {
+            assert_eq!(findings(path, "").len(), 1, "{path}");
+        }
+        assert!(findings("crates/x/src/module.rs", "").is_empty());
+    }
+
+    #[test]
+    fn marks_of_undone_work_are_found_as_words() {
+        let mark = ["TO", "DO"].concat();
+        assert_eq!(findings("a.rs", &format!("x;\n// {mark}: later")).len(), 1);
+        assert!(findings("a.rs", &format!("let {mark}S = 1;")).is_empty());
+        assert!(findings("Cargo.lock", &mark).is_empty());
+    }
+
+    #[test]
+    fn somebodys_own_paths_are_found() {
+        let home = ["/ho", "me/"].concat();
+        assert_eq!(findings("a.md", &format!("see {home}ada/x")).len(), 1);
+        for fine in [format!("https://example.com{home}page"), format!("below `{home}`"), "~/.cache/x".to_owned()] {
+            assert!(findings("a.md", &fine).is_empty(), "{fine}");
+        }
+    }
+
+    #[test]
+    fn the_language_of_the_nodes_does_no_io() {
+        assert_eq!(findings("crates/protocol/src/x.rs", "use std::fs::File;\nasync fn x() {}").len(), 2);
+        assert!(findings("crates/rpc/src/x.rs", "use std::fs::File;").is_empty());
+    }
+
+    #[test]
+    fn tests_that_never_run_are_found() {
+        let ignored = ["#[ig", "nore]"].concat();
+        assert_eq!(findings("a.rs", &format!("    {ignored}\n")).len(), 1);
+        assert!(findings("a.md", &ignored).is_empty());
+        let child = ["#[ig", "nore = \"runs only as the child of the test below\"]"].concat();
+        assert!(findings("a.rs", &child).is_empty());
+    }
+}
