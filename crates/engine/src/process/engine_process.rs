@@ -308,7 +308,10 @@ impl EngineProcess {
                 }
             }
         };
-        if sink.cancelled.run_until_cancelled(read).await.is_none() && self.state().generations.remove(&id).is_some() {
+        // A reader that goes closes its queue and cancels: either may be noticed first. A generation that has ended is
+        // not in the list any more.
+        sink.cancelled.run_until_cancelled(read).await;
+        if self.state().generations.remove(&id).is_some() {
             self.tell(&ToChild::Cancel { id }).await;
         }
     }

@@ -109,6 +109,19 @@ async fn a_dropped_stream_is_cancelled_in_the_process() {
     assert_eq!(state.counters.completed, 0);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_dropped_in_a_flood_of_pieces_never_leave_a_slot_taken() {
+    let (runtime, model) = loaded(&["mock", "tokens=100000", "context_length=200000"], LoadOptions::default()).await;
+    for round in 0..100 {
+        let mut stream = within(runtime.generate(ask(model.id, "go"))).await.expect("it starts");
+        for _ in 0..round % 7 {
+            within(stream.next()).await;
+        }
+        drop(stream);
+    }
+    until(&runtime, |state| state.counters.cancelled == 100 && state.running == 0).await;
+}
+
 #[tokio::test]
 async fn a_slow_reader_holds_up_nobody_and_misses_nothing() {
     let (runtime, model) = loaded(&["mock", "tokens=5000", "context_length=100000"], LoadOptions::default()).await;
