@@ -34,11 +34,11 @@ test: ## Runs every test, and replays what fuzzers found
 
 interop: build ## Runs the official OpenAI SDKs against a network
 	@scripts/setup interop
-	interop/run $(PROGRAM)
+	TETHER_BIN=$(PROGRAM) interop/run
 
 bench: ## Measures what docs/benchmarks.md promises
 	@scripts/setup bench
-	TETHER_BENCH_MODEL=$(abspath $(TARGET_DIR))/bench/qwen2.5-0.5b-q4_0.gguf \
+	BENCH_MODEL=$(abspath $(TARGET_DIR))/bench/qwen2.5-0.5b-q4_0.gguf \
 	  scripts/with-progress cargo bench --workspace --bench '*'
 
 lint: ## Checks format, lints, floors, names, links, licences
@@ -55,4 +55,4 @@ fuzz: ## Fuzzes every reader of foreign bytes (FUZZ_SECONDS=300 each)
 
 clean: ## Removes what was built and installed here
 	cargo clean
-	rm -rf interop/.venv interop/node_modules fuzz/artifacts
+	rm -rf interop/.venv interop/node/node_modules fuzz/artifacts

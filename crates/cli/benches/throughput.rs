@@ -29,8 +29,8 @@ fn main() -> ExitCode {
         return tether_cli::commands::main();
     }
     idle_memory();
-    let Some(model) = std::env::var_os("TETHER_BENCH_MODEL").map(PathBuf::from) else {
-        println!("TETHER_BENCH_MODEL names no model: the speed of a realistic model is not measured; run make bench");
+    let Some(model) = std::env::var_os("BENCH_MODEL").map(PathBuf::from) else {
+        println!("BENCH_MODEL names no model: the speed of a realistic model is not measured; run make bench");
         return ExitCode::SUCCESS;
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
@@ -115,9 +115,8 @@ async fn through_the_network(client: &GatewayClient) -> f64 {
         "max_tokens": TOKENS, "ignore_eos": true, "temperature": 0, "stream": true,
         "stream_options": { "include_usage": true },
     });
-    let mut pieces = vec![];
-    client.chat(&body, |_| pieces.push(Instant::now())).await.unwrap();
-    speed(&pieces)
+    let answer = client.chat(&body, |_| {}).await.unwrap();
+    speed(answer.completion_tokens, answer.rest)
 }
 
 async fn engine_alone(runtime: &dyn ModelRuntime, model: engine::ModelId) -> f64 {
@@ -131,20 +130,20 @@ async fn engine_alone(runtime: &dyn ModelRuntime, model: engine::ModelId) -> f64
         ignore_eos: true,
     };
     let mut stream = runtime.generate(request).await.unwrap();
-    let mut pieces = vec![];
-    while let Some(event) = stream.next().await {
-        if let Event::Piece { text, .. } = event.unwrap()
-            && !text.is_empty()
-        {
-            pieces.push(Instant::now());
+    let mut first = None;
+    let mut rest = Duration::ZERO;
+    loop {
+        match stream.next().await.unwrap().unwrap() {
+            Event::Piece { text, .. } if !text.is_empty() => rest = first.get_or_insert_with(Instant::now).elapsed(),
+            Event::Done { usage, .. } => return speed(usage.completion_tokens, rest),
+            _ => {}
         }
     }
-    speed(&pieces)
 }
 
-/// Pieces a second after the first. Both ways see the same pieces: the same model, prompt and draws.
-fn speed(pieces: &[Instant]) -> f64 {
-    (pieces.len() - 1) as f64 / (*pieces.last().unwrap() - pieces[0]).as_secs_f64()
+/// Tokens a second from the first text to the last. Both ways draw the same tokens: same model, prompt and seed.
+fn speed(tokens: u32, rest: Duration) -> f64 {
+    f64::from(tokens - 1) / rest.as_secs_f64()
 }
 
 fn median(mut figures: Vec<f64>) -> f64 {
