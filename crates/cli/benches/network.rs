@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use engine::{GenerateRequest, LoadOptions, MockOptions, MockRuntime, ModelRuntime, PromptInput, Sampling};
 use metadata_store::{JobKey, MetadataStore, NewJob, Settlement, TerminalState};
 use protocol::{CorrelationId, PublicKey, TraceId, UnixMillis};
+use tether_cli::commands::async_runtime;
 use tether_cli::data_folder::DataFolder;
 use tether_cli::network::{Network, Supplies, open_store};
 use tether_cli::settings::Settings;
@@ -53,7 +54,7 @@ fn mock(pace: Duration) -> MockOptions {
 }
 
 fn serve_network(folder: &Path, pace_us: u64) {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let runtime = async_runtime(0).unwrap();
     runtime.block_on(async {
         let mut settings = Settings::default();
         settings.gateway.bind.set_port(0);
@@ -279,7 +280,7 @@ fn cpu(folder: &Path) {
 
 /// CPU seconds an event of the mock engine takes by itself.
 fn mock_alone(streams: usize, tokens: u32) -> f64 {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let runtime = async_runtime(0).unwrap();
     runtime.block_on(async {
         let engine = Arc::new(MockRuntime::new(mock(Duration::from_micros(PACE_US))));
         let options = LoadOptions { slots: 128, ..LoadOptions::default() };

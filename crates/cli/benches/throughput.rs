@@ -13,7 +13,7 @@ use protocol::UnixMillis;
 use protocol::model::{ModelEntry, ModelKey};
 use serde_json::json;
 use tether_cli::client::GatewayClient;
-use tether_cli::commands::process_runtime;
+use tether_cli::commands::{async_runtime, process_runtime};
 use tether_cli::data_folder::DataFolder;
 use tether_cli::network::{Network, Supplies};
 use tether_cli::settings::Settings;
@@ -33,8 +33,7 @@ fn main() -> ExitCode {
         println!("BENCH_MODEL names no model: the speed of a realistic model is not measured; run make bench");
         return ExitCode::SUCCESS;
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    runtime.block_on(throughput(model));
+    async_runtime(0).unwrap().block_on(throughput(model));
     ExitCode::SUCCESS
 }
 

@@ -88,7 +88,7 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
     let quiet = !matches!(cli.command, Command::Up(_));
     start_logs(&settings, quiet && !env_sets_filter(&env))?;
     let context = Context { data: DataFolder::of(&settings, &env)?, settings, env, json: cli.common.json };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no async runtime")?;
+    let runtime = async_runtime(context.settings.threads).context("no async runtime")?;
     runtime.block_on(command(cli.command, &cli.common, context))
 }
 
@@ -147,6 +147,14 @@ pub fn process_runtime() -> anyhow::Result<Arc<dyn ModelRuntime>> {
     let program = std::env::current_exe().context("the program does not know where it lies")?;
     let command = ChildCommand { program, args: vec!["engine-host".into()], envs: vec![] };
     Ok(Arc::new(ProcessRuntime::new(command)))
+}
+
+/// Makes the runtime that serves the network. 0 threads are half of the cores: a thread that wakes beside an engine
+/// holds up every thread of the engine, and passing chunks on takes little.
+pub fn async_runtime(threads: u32) -> std::io::Result<tokio::runtime::Runtime> {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let threads = if threads == 0 { cores.div_ceil(2) } else { threads as usize };
+    tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()
 }
 
 /// Shows that something takes its time, on a terminal only.

@@ -30,6 +30,8 @@ pub struct Settings {
     pub data_dir: Option<PathBuf>,
     /// Workers that `tether up` runs.
     pub workers: u32,
+    /// Threads that serve the network; 0 takes half of the cores, since engines need the others.
+    pub threads: u32,
     /// What is logged, and how.
     pub log: LogSettings,
     /// Takes requests.
@@ -57,6 +59,7 @@ impl Default for Settings {
             region: "local".parse().expect("a well-formed region"),
             data_dir: None,
             workers: 2,
+            threads: 0,
             log: LogSettings::default(),
             gateway: gateway::Config::default(),
             orchestrator: orchestrator::Config::default(),
@@ -170,6 +173,9 @@ pub fn load(common: &Common, env: &Env, flags: &[(&str, String)]) -> anyhow::Res
 fn check(settings: &Settings) -> anyhow::Result<()> {
     if settings.version != 1 {
         bail!("version is {}, and this program reads version 1", settings.version);
+    }
+    if settings.threads > 256 {
+        bail!("threads is {}; at most 256 serve the network", settings.threads);
     }
     if settings.workers > 64 {
         bail!("workers is {}; one process runs at most 64", settings.workers);

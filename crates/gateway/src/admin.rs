@@ -31,7 +31,7 @@ const BODY_IDLE: Duration = Duration::from_secs(10);
 pub(crate) async fn nodes(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
     let listed = async {
         operator(&bridge, &inquiry).await?;
-        Ok(json(&*bridge.gateway.fleet().await?))
+        Ok(json(&bridge.gateway.fleet_now().await?))
     };
     respond(inquiry.context, listed.await)
 }

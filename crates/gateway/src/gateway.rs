@@ -384,25 +384,29 @@ impl Gateway {
         Ok(Models::new(catalog))
     }
 
-    /// Returns the live workers as an orchestrator sees them.
+    /// Returns the live workers as an orchestrator saw them within the last second.
     pub(crate) async fn fleet(&self) -> Result<Arc<Fleet>, WireError> {
-        let fetch =
-            async { self.inner.upstream.ask(NodeRole::Orchestrator, FLEET_LIST, &Empty {}).await.map_err(presentable) };
-        self.inner.fleet.get(fetch).await
+        self.inner.fleet.get(self.fleet_now()).await
+    }
+
+    /// Returns the live workers as an orchestrator sees them.
+    pub(crate) async fn fleet_now(&self) -> Result<Fleet, WireError> {
+        self.inner.upstream.ask(NodeRole::Orchestrator, FLEET_LIST, &Empty {}).await.map_err(presentable)
     }
 
     /// Tells how a job was placed.
+    pub(crate) async fn explain(&self, correlation_id: CorrelationId) -> Result<Decision, WireError> {
+        let request = ExplainRequest { correlation_id };
+        self.inner.upstream.ask(NodeRole::Orchestrator, JOB_EXPLAIN, &request).await.map_err(presentable)
+    }
+
+    /// Asks a registry on behalf of an operator.
     pub(crate) async fn ask_registry<Request: Serialize, Reply: DeserializeOwned>(
         &self,
         method: &str,
         request: &Request,
     ) -> Result<Reply, WireError> {
         self.inner.upstream.ask(NodeRole::Registry, method, request).await.map_err(presentable)
-    }
-
-    pub(crate) async fn explain(&self, correlation_id: CorrelationId) -> Result<Decision, WireError> {
-        let request = ExplainRequest { correlation_id };
-        self.inner.upstream.ask(NodeRole::Orchestrator, JOB_EXPLAIN, &request).await.map_err(presentable)
     }
 
     /// Says whether some worker has a model ready.

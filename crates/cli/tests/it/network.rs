@@ -2,6 +2,8 @@
 
 #![cfg(feature = "llama")]
 
+use protocol::Clock as _;
+use rpc::SystemClock;
 use rustix::process::Signal;
 
 use crate::program::{Home, lives, signal, wait_for};
@@ -63,10 +65,15 @@ fn an_engine_that_is_killed_costs_no_answer_and_comes_back() {
             let now = up.children();
             now.len() == 2 && !now.contains(engine)
         });
-        wait_for("its worker to report it", || {
+        // An older report may still tell of the engine that is gone.
+        let back = SystemClock.now();
+        wait_for("every worker to report that it is ready", || {
             let fleet = home.json(&["nodes", "--json"]);
             let workers = fleet["workers"].as_array().cloned().unwrap_or_default();
-            workers.iter().all(|worker| worker["report"]["modelCache"][0]["state"] == "ready")
+            workers.iter().all(|worker| {
+                let report = &worker["report"];
+                report["modelCache"][0]["state"] == "ready" && report["issuedAt"].as_u64() > Some(back.0)
+            })
         });
     }
     assert_eq!(up.end(), Some(0));
