@@ -115,6 +115,8 @@ impl EngineProcess {
             .stdin(Stdio::from(file))
             .stdout(Stdio::from(OwnedFd::from(theirs)))
             .stderr(Stdio::piped())
+            // Ctrl-C on a terminal is for the program, which lets its jobs end, and not for the engines they need.
+            .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
         let pid = child.id().unwrap_or_default();

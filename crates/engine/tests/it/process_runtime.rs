@@ -71,6 +71,15 @@ async fn a_model_answers_from_a_process_of_its_own() {
 }
 
 #[tokio::test]
+async fn an_interrupt_from_the_terminal_does_not_reach_the_process() {
+    let (_runtime, model) = loaded(&["mock"], LoadOptions::default()).await;
+    // A terminal signals the process group in its foreground.
+    let group = |pid| rustix::process::getpgid(Some(pid)).expect("it lives");
+    let child = rustix::process::Pid::from_raw(model.pid.expect("it has a process") as i32).expect("a process id");
+    assert_ne!(group(child), group(rustix::process::getpid()));
+}
+
+#[tokio::test]
 async fn errors_of_the_request_cross_the_pipe() {
     let (runtime, model) = loaded(&["mock", "context_length=2"], LoadOptions::default()).await;
     let expected = EngineError::ContextLength { prompt_tokens: 3, context_length: 2 };
