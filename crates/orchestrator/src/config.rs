@@ -21,6 +21,8 @@ pub struct Config {
     pub attempts_max: u32,
     /// Seconds without a chunk after which an attempt has failed.
     pub stall_secs: u64,
+    /// Seconds a caller may leave a chunk unread before it counts as gone.
+    pub caller_stall_secs: u64,
     /// Seconds a job may take where its caller sets no deadline.
     pub deadline_secs: u64,
     /// Seconds a reservation lasts unless it is renewed; it is renewed at a third of this.
@@ -43,6 +45,7 @@ impl Default for Config {
             set_aside_secs: 15,
             attempts_max: 3,
             stall_secs: 120,
+            caller_stall_secs: 60,
             deadline_secs: 600,
             lease_secs: 30,
             policy_cache_secs: 5,

@@ -1,6 +1,7 @@
 //! Sends a job to a worker and carries its answer back to whoever submitted it.
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 use bytes::Bytes;
 use protocol::infer::{FinishReason, START};
@@ -8,7 +9,7 @@ use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, WireError, WorkerId, codec};
 use rpc::{AnswerStream, CallError, Client, Interrupted, ReplyStream, StreamCall, StreamOptions};
 use serde::Deserialize;
-use tokio::time::Instant;
+use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::job::JobEvent;
@@ -16,7 +17,14 @@ use crate::journey::Journey;
 
 /// Whoever submitted a job. The call is accepted with the first chunk, so that what goes wrong before can still be
 /// refused with its proper code.
-pub enum Delivery {
+///
+/// A caller that leaves a chunk unread for too long counts as gone: it would hold its job's room for ever.
+pub struct Delivery {
+    state: State,
+    stall: Duration,
+}
+
+enum State {
     /// Nothing was sent.
     Waiting(StreamCall),
     /// The answer is on its way.
@@ -26,8 +34,55 @@ pub enum Delivery {
 }
 
 impl Delivery {
+    /// Waits with a call for its first chunk.
+    pub fn new(call: StreamCall, stall: Duration) -> Self {
+        Self { state: State::Waiting(call), stall }
+    }
+
     /// Sends a chunk.
     pub async fn send(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
+        time::timeout(self.stall, self.state.send(chunk)).await.unwrap_or(Err(Interrupted))
+    }
+
+    /// Waits until the caller is gone. Cancel safe.
+    pub async fn gone(&mut self) {
+        match &mut self.state {
+            State::Waiting(call) => call.cancelled().await,
+            State::Streaming(reply) => reply.cancelled().await,
+            State::Gone => {}
+        }
+    }
+
+    /// Says whether part of the answer was sent.
+    pub fn has_begun(&self) -> bool {
+        matches!(self.state, State::Streaming(_))
+    }
+
+    /// Ends the answer.
+    pub async fn finish(self) {
+        // A caller that is gone needs no end.
+        if let State::Streaming(reply) = self.state {
+            let _ = time::timeout(self.stall, reply.finish()).await;
+        }
+    }
+
+    /// Refuses the call, or ends the answer with an error.
+    pub async fn fail(self, error: WireError) {
+        let said = async {
+            match self.state {
+                State::Waiting(call) => call.refuse(error).await,
+                State::Streaming(reply) => {
+                    let _ = reply.fail(error).await;
+                }
+                State::Gone => {}
+            }
+        };
+        let _ = time::timeout(self.stall, said).await;
+    }
+}
+
+impl State {
+    async fn send(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
         if let Self::Waiting(_) = self {
             let Self::Waiting(call) = std::mem::replace(self, Self::Gone) else { return Err(Interrupted) };
             *self = Self::Streaming(call.accept().await?);
@@ -35,39 +90,6 @@ impl Delivery {
         match self {
             Self::Streaming(reply) => reply.send(chunk).await,
             Self::Waiting(_) | Self::Gone => Err(Interrupted),
-        }
-    }
-
-    /// Waits until the caller is gone. Cancel safe.
-    pub async fn gone(&mut self) {
-        match self {
-            Self::Waiting(call) => call.cancelled().await,
-            Self::Streaming(reply) => reply.cancelled().await,
-            Self::Gone => {}
-        }
-    }
-
-    /// Says whether part of the answer was sent.
-    pub fn has_begun(&self) -> bool {
-        matches!(self, Self::Streaming(_))
-    }
-
-    /// Ends the answer.
-    pub async fn finish(self) {
-        // A caller that is gone needs no end.
-        if let Self::Streaming(reply) = self {
-            let _ = reply.finish().await;
-        }
-    }
-
-    /// Refuses the call, or ends the answer with an error.
-    pub async fn fail(self, error: WireError) {
-        match self {
-            Self::Waiting(call) => call.refuse(error).await,
-            Self::Streaming(reply) => {
-                let _ = reply.fail(error).await;
-            }
-            Self::Gone => {}
         }
     }
 }

@@ -289,7 +289,7 @@ impl Orchestrator {
         };
         let fingerprint = Digest::of(&call.body).0;
         let deadline = call.deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(self.config.deadline_secs));
-        let mut delivery = Delivery::Waiting(call);
+        let mut delivery = Delivery::new(call, Duration::from_secs(self.config.caller_stall_secs));
         match self.submit(Journey::new(request, fingerprint, deadline), &mut delivery).await {
             Ok(()) => delivery.finish().await,
             Err(error) => delivery.fail(error).await,

@@ -22,6 +22,11 @@ use crate::fleet::Fleet;
 /// Leases that ran out and are dealt with at once.
 const EXPIRED_AT_ONCE: u32 = 256;
 
+/// The wait before a settlement is tried again; it doubles.
+const SETTLE_AGAIN: Duration = Duration::from_millis(20);
+/// The longest such wait.
+const SETTLE_AGAIN_MAX: Duration = Duration::from_secs(1);
+
 /// Reserves, renews and settles.
 pub struct ReservationManager {
     store: Arc<dyn MetadataStore>,
@@ -234,10 +239,29 @@ impl Reservation {
             usage: ending.usage,
             now: self.manager.clock.now(),
         };
-        self.manager.store.finalise(settlement).await.map_err(|error| match error {
+        let settled = self.settle(settlement).await;
+        settled.map_err(|error| match error {
             FinaliseError::Store(error) => store_error(&error),
             FinaliseError::NotFound => WireError::new(ErrorCode::StaleAttempt, error.to_string()),
         })
+    }
+}
+
+impl Reservation {
+    /// Writes the settlement, again and again while the store is too busy: the work is done, and must be settled. The
+    /// lease is renewed meanwhile.
+    async fn settle(&self, settlement: Settlement) -> Result<Finalised, FinaliseError> {
+        let give_up = time::Instant::now() + self.manager.lease;
+        let mut wait = SETTLE_AGAIN;
+        loop {
+            let settled = self.manager.store.finalise(settlement.clone()).await;
+            let busy = matches!(settled, Err(FinaliseError::Store(StoreError::Overloaded)));
+            if !busy || time::Instant::now() + wait >= give_up {
+                return settled;
+            }
+            time::sleep(wait).await;
+            wait = (wait * 2).min(SETTLE_AGAIN_MAX);
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
-use crate::stream::StreamCall;
+use crate::stream::{Frame, StreamCall};
 use crate::transport::{Channel, Connection, Incoming, Transport};
 
 /// Calls a node works on at once; one more is refused.
@@ -157,12 +157,15 @@ impl Shared {
     }
 
     async fn handle_stream(&self, caller: Caller, channel: Channel, busy: bool) {
+        if busy {
+            // Unread: a request over the limit must not take memory.
+            let refusal = channel.send(Frame::Error(too_busy()).encode());
+            let _ = tokio::time::timeout(OPENING, refusal).await;
+            return;
+        }
         let Ok(Some(call)) = tokio::time::timeout(OPENING, StreamCall::read(caller.key, channel)).await else {
             return;
         };
-        if busy {
-            return call.refuse(too_busy()).await;
-        }
         match self.server.streams.get(call.method.as_str()) {
             Some(handler) => handler(call).await,
             None => {

@@ -44,6 +44,17 @@ async fn a_caller_that_leaves_stops_the_worker_and_pays_for_what_it_got() {
 }
 
 #[tokio::test]
+async fn a_caller_that_reads_nothing_does_not_hold_its_place_for_ever() {
+    let stand = stand(Config { caller_stall_secs: 1, ..Config::default() }).await;
+    stand.worker(1, Manner::Answer(100_000)).await;
+    let job = stand.job();
+    let _unread = stand.submit(&job).await.expect("accepted");
+    let record = stand.settled(&job).await;
+    assert_eq!(record.state, JobState::Settled(TerminalState::Cancelled));
+    assert_eq!(stand.store.active_reservations().await.expect("readable"), []);
+}
+
+#[tokio::test]
 async fn jobs_spread_over_the_workers_while_they_run() {
     let stand = stand(Config::default()).await;
     let one = stand.worker(1, Manner::Hang).await;

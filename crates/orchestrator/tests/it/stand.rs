@@ -81,8 +81,11 @@ pub(crate) fn key(number: u8) -> NodeKey {
 pub(crate) const STRANGER: u8 = 66;
 
 pub(crate) async fn stand(config: Config) -> Stand {
+    stand_on(Arc::new(SqliteStore::in_memory().expect("a store")), config).await
+}
+
+pub(crate) async fn stand_on(store: Arc<dyn MetadataStore>, config: Config) -> Stand {
     let network = MemoryNetwork::new();
-    let store: Arc<dyn MetadataStore> = Arc::new(SqliteStore::in_memory().expect("a store"));
     let metrics = Metrics::new();
     let tasks = TaskTracker::new();
     let policy = Arc::new(Mutex::new(TenantPolicy::default()));

@@ -1,0 +1,72 @@
+//! A store that is too busy to settle jobs at first.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use async_trait::async_trait;
+use metadata_store::{
+    FinaliseError, Finalised, JobKey, JobRecord, JobState, MetadataStore, NewJob, PutModelError, PutTokenError,
+    ReassignError, Reassignment, ReserveError, Reserved, Settlement, SqliteStore, StoreError, TerminalState,
+    TokenRecord, UsageCursor, UsageRecord,
+};
+use protocol::model::{ModelEntry, ModelKey};
+use protocol::policy::TenantPolicy;
+use protocol::presence::HighWater;
+use protocol::{CorrelationId, PublicKey, TenantId, UnixMillis, WorkerId};
+use tether_orchestrator::Config;
+
+use crate::stand::{Manner, stand_on};
+
+/// Refuses the first settlements, and passes all else on to a real store.
+struct BusyStore {
+    store: SqliteStore,
+    refusals_left: AtomicU32,
+}
+
+#[async_trait]
+#[rustfmt::skip] // One line a method that is passed on.
+impl MetadataStore for BusyStore {
+    async fn finalise(&self, settlement: Settlement) -> Result<Finalised, FinaliseError> {
+        let less = |left: u32| left.checked_sub(1);
+        match self.refusals_left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less) {
+            Ok(_) => Err(StoreError::Overloaded.into()),
+            Err(_) => self.store.finalise(settlement).await,
+        }
+    }
+
+    async fn reserve(&self, job: NewJob) -> Result<Reserved, ReserveError> { self.store.reserve(job).await }
+    async fn reassign(&self, to: Reassignment) -> Result<(), ReassignError> { self.store.reassign(to).await }
+    async fn renew(&self, keys: Vec<JobKey>, until: UnixMillis) -> Result<Vec<JobKey>, StoreError> { self.store.renew(keys, until).await }
+    async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError> { self.store.release_expired(now, limit).await }
+    async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> { self.store.job(key).await }
+    async fn job_by_correlation(&self, tenant: &TenantId, id: CorrelationId) -> Result<Option<JobRecord>, StoreError> { self.store.job_by_correlation(tenant, id).await }
+    async fn active_reservations(&self) -> Result<Vec<(WorkerId, u32)>, StoreError> { self.store.active_reservations().await }
+    async fn usage(&self, tenant: &TenantId, after: UsageCursor, limit: u32) -> Result<Vec<UsageRecord>, StoreError> { self.store.usage(tenant, after, limit).await }
+    async fn put_token(&self, token: TokenRecord) -> Result<(), PutTokenError> { self.store.put_token(token).await }
+    async fn token(&self, key_id: &str) -> Result<Option<TokenRecord>, StoreError> { self.store.token(key_id).await }
+    async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError> { self.store.tokens().await }
+    async fn revoke_token(&self, key_id: &str, now: UnixMillis) -> Result<bool, StoreError> { self.store.revoke_token(key_id, now).await }
+    async fn put_policy(&self, tenant: &TenantId, policy: &TenantPolicy) -> Result<(), StoreError> { self.store.put_policy(tenant, policy).await }
+    async fn policy(&self, tenant: &TenantId) -> Result<Option<TenantPolicy>, StoreError> { self.store.policy(tenant).await }
+    async fn tenants(&self) -> Result<Vec<(TenantId, TenantPolicy)>, StoreError> { self.store.tenants().await }
+    async fn put_model(&self, entry: ModelEntry) -> Result<(), PutModelError> { self.store.put_model(entry).await }
+    async fn models(&self) -> Result<Vec<ModelEntry>, StoreError> { self.store.models().await }
+    async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError> { self.store.remove_model(key).await }
+    async fn next_epoch(&self, node: PublicKey) -> Result<u64, StoreError> { self.store.next_epoch(node).await }
+    async fn high_water(&self, worker: WorkerId) -> Result<Option<HighWater>, StoreError> { self.store.high_water(worker).await }
+    async fn high_waters(&self) -> Result<Vec<(WorkerId, HighWater)>, StoreError> { self.store.high_waters().await }
+    async fn raise_high_water(&self, marks: Vec<(WorkerId, HighWater)>) -> Result<(), StoreError> { self.store.raise_high_water(marks).await }
+    async fn close(&self) -> Result<(), StoreError> { self.store.close().await }
+}
+
+#[tokio::test]
+async fn an_answer_is_settled_and_billed_however_busy_the_store_was() {
+    let store = SqliteStore::in_memory().expect("a store");
+    let stand = stand_on(Arc::new(BusyStore { store, refusals_left: AtomicU32::new(4) }), Config::default()).await;
+    stand.worker(1, Manner::Answer(2)).await;
+    let job = stand.job();
+    assert_eq!(stand.answer(&job).await.expect("answered").len(), 3);
+    let record = stand.record(&job).await.expect("kept");
+    assert_eq!(record.state, JobState::Settled(TerminalState::Completed));
+    assert_eq!(stand.usage().await.len(), 1);
+}
