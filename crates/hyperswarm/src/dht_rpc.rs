@@ -1,0 +1,1 @@
+//! Requests between the nodes of a Kademlia table.

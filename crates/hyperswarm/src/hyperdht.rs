@@ -1,0 +1,1 @@
+//! Records, announcements and connections by public key.

@@ -1,0 +1,1 @@
+//! Many protocols on one connection.

@@ -1,0 +1,1 @@
+//! Requests and responses on a connection.

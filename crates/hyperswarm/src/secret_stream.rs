@@ -1,0 +1,1 @@
+//! Encrypted messages over a reliable stream.

@@ -1,0 +1,1 @@
+//! Reliable streams over UDP datagrams.
