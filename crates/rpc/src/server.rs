@@ -156,7 +156,7 @@ impl Shared {
         }
     }
 
-    async fn handle_stream(&self, caller: Caller, channel: Channel, busy: bool) {
+    async fn handle_stream(&self, caller: Caller, channel: Box<dyn Channel>, busy: bool) {
         if busy {
             // Unread: a request over the limit must not take memory.
             let refusal = channel.send(Frame::Error(too_busy()).encode());

@@ -189,7 +189,7 @@ pub struct StreamOptions {
 /// The caller's end of a stream: messages that a peer sends. Dropping it cancels the call.
 #[derive(Debug)]
 pub struct AnswerStream {
-    channel: Channel,
+    channel: Box<dyn Channel>,
     options: StreamOptions,
     deadline: Option<Instant>,
     /// When the last message came.
@@ -207,7 +207,7 @@ pub struct AnswerStream {
 impl AnswerStream {
     /// Sends the request and waits until the callee accepts it.
     pub(crate) async fn open(
-        channel: Channel,
+        channel: Box<dyn Channel>,
         method: &str,
         body: Bytes,
         options: StreamOptions,
@@ -337,7 +337,7 @@ impl AnswerStream {
     fn grant(&mut self, bytes: u32) {
         self.ungranted = self.ungranted.saturating_add(bytes);
         if self.ungranted >= WINDOW / 2
-            && self.channel.outgoing.try_send(Frame::Credit(self.ungranted).encode()).is_ok()
+            && self.channel.try_send(Frame::Credit(self.ungranted).encode())
         {
             self.ungranted = 0;
         }
@@ -348,7 +348,7 @@ impl Drop for AnswerStream {
     fn drop(&mut self) {
         if !self.finished {
             // Where there is no room for the frame, the closing channel says the same.
-            let _ = self.channel.outgoing.try_send(Frame::Cancel.encode());
+            let _ = self.channel.try_send(Frame::Cancel.encode());
         }
     }
 }
@@ -369,7 +369,7 @@ pub struct StreamCall {
 
 impl StreamCall {
     /// Reads the opening of a stream.
-    pub(crate) async fn read(peer: PublicKey, mut channel: Channel) -> Option<Self> {
+    pub(crate) async fn read(peer: PublicKey, channel: Box<dyn Channel>) -> Option<Self> {
         let first = Frame::decode(channel.receive().await?);
         let Ok(Frame::Open { credit, deadline_ms, method, body_bytes, body }) = first else {
             let error = WireError::new(ErrorCode::InvalidValue, "a tether/stream/1 opening was expected");
@@ -425,7 +425,7 @@ pub struct Interrupted;
 /// The callee's end of a stream. Dropping it without an end closes the channel, which the caller takes for a failure.
 #[derive(Debug)]
 pub struct ReplyStream {
-    channel: Channel,
+    channel: Box<dyn Channel>,
     /// Bytes the caller still takes.
     credit: u64,
     interrupted: bool,
@@ -471,12 +471,8 @@ impl ReplyStream {
         loop {
             tokio::select! {
                 biased;
-                permit = self.channel.outgoing.reserve() => {
-                    permit.map_err(|_| Interrupted)?.send(frame);
-                    return Ok(());
-                }
-                frame = self.channel.incoming.recv() => Self::take(&mut self.credit, &mut self.interrupted, frame)?,
-                () = self.channel.closed.cancelled() => return Err(Interrupted),
+                sent = self.channel.send(frame.clone()) => return if sent { Ok(()) } else { Err(Interrupted) },
+                frame = self.channel.receive() => Self::take(&mut self.credit, &mut self.interrupted, frame)?,
             }
         }
     }
@@ -494,7 +490,7 @@ impl ReplyStream {
         if self.interrupted {
             return Err(Interrupted);
         }
-        while let Ok(frame) = self.channel.incoming.try_recv() {
+        while let Some(frame) = self.channel.try_receive() {
             Self::take(&mut self.credit, &mut self.interrupted, Some(frame))?;
         }
         Ok(())

@@ -1,12 +1,12 @@
 //! What carries calls between nodes: the seam between the services and the network.
 
+use std::fmt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use protocol::{PublicKey, Topic, WireError};
-use tokio::sync::{mpsc, oneshot};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::oneshot;
 
 pub mod memory;
 
@@ -42,7 +42,7 @@ pub trait Connection: Send + Sync + 'static {
     async fn request(&self, method: &str, body: Bytes) -> Result<Bytes, RequestError>;
 
     /// Opens a channel for one stream.
-    async fn open_channel(&self) -> Result<Channel, TransportError>;
+    async fn open_channel(&self) -> Result<Box<dyn Channel>, TransportError>;
 
     /// Returns the next request or channel that the peer opened, or `None` once the connection is closed.
     async fn next(&self) -> Option<Incoming>;
@@ -51,36 +51,21 @@ pub trait Connection: Send + Sync + 'static {
     fn is_closed(&self) -> bool;
 }
 
-/// An ordered, reliable pipe of messages, bounded in both directions. Dropping a half closes it.
-#[derive(Debug)]
-pub struct Channel {
-    /// Messages to the peer.
-    pub outgoing: mpsc::Sender<Bytes>,
-    /// Messages from the peer.
-    pub incoming: mpsc::Receiver<Bytes>,
-    /// Cancelled when the connection closes; what lies in the pipe is lost then.
-    pub closed: CancellationToken,
-}
+/// An ordered, reliable pipe of messages, bounded in both directions. Dropping it closes it.
+#[async_trait]
+pub trait Channel: fmt::Debug + Send + Sync + 'static {
+    /// Sends a message, waiting for room. Returns false where the peer is gone. Cancel safe: a message is sent whole
+    /// or not at all.
+    async fn send(&self, message: Bytes) -> bool;
 
-impl Channel {
-    /// Sends a message, waiting for room. Returns false where the peer is gone.
-    pub async fn send(&self, message: Bytes) -> bool {
-        // What is ready goes first: waiting for the end of the connection costs more than sending.
-        tokio::select! {
-            biased;
-            sent = self.outgoing.send(message) => sent.is_ok(),
-            () = self.closed.cancelled() => false,
-        }
-    }
+    /// Sends a message where there is room. Returns false where there is none, or the peer is gone.
+    fn try_send(&self, message: Bytes) -> bool;
 
-    /// Returns the next message, or `None` where the peer is gone. Cancel safe.
-    pub async fn receive(&mut self) -> Option<Bytes> {
-        tokio::select! {
-            biased;
-            message = self.incoming.recv() => message,
-            () = self.closed.cancelled() => None,
-        }
-    }
+    /// Returns the next message, or `None` where the peer is gone. Cancel safe. One reader at a time.
+    async fn receive(&self) -> Option<Bytes>;
+
+    /// Returns the next message where one is there.
+    fn try_receive(&self) -> Option<Bytes>;
 }
 
 /// What a peer opened.
@@ -95,7 +80,7 @@ pub enum Incoming {
         reply: oneshot::Sender<Result<Bytes, WireError>>,
     },
     /// A stream.
-    Channel(Channel),
+    Channel(Box<dyn Channel>),
 }
 
 /// Why the network did not do something.

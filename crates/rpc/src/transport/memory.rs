@@ -199,13 +199,15 @@ impl Connection for MemoryConnection {
         Ok(answer.ok_or(TransportError::Closed)??)
     }
 
-    async fn open_channel(&self) -> Result<Channel, TransportError> {
+    async fn open_channel(&self) -> Result<Box<dyn Channel>, TransportError> {
         let (to_peer, at_peer) = mpsc::channel(CHANNEL_QUEUE);
         let (to_us, at_us) = mpsc::channel(CHANNEL_QUEUE);
-        let closed = || self.closed.clone();
-        let theirs = Incoming::Channel(Channel { outgoing: to_us, incoming: at_peer, closed: closed() });
+        let end = |outgoing, incoming: mpsc::Receiver<Bytes>| {
+            Box::new(MemoryChannel { outgoing, incoming: incoming.into(), closed: self.closed.clone() })
+        };
+        let theirs = Incoming::Channel(end(to_us, at_peer));
         self.while_open(self.outgoing.send(theirs)).await?.map_err(|_| TransportError::Closed)?;
-        Ok(Channel { outgoing: to_peer, incoming: at_us, closed: closed() })
+        Ok(end(to_peer, at_us))
     }
 
     async fn next(&self) -> Option<Incoming> {
@@ -215,5 +217,42 @@ impl Connection for MemoryConnection {
 
     fn is_closed(&self) -> bool {
         self.closed.is_cancelled() || self.outgoing.is_closed()
+    }
+}
+
+#[derive(Debug)]
+struct MemoryChannel {
+    outgoing: mpsc::Sender<Bytes>,
+    incoming: tokio::sync::Mutex<mpsc::Receiver<Bytes>>,
+    /// Cancelled when the connection closes; what lies in the pipe is lost then.
+    closed: CancellationToken,
+}
+
+#[async_trait]
+impl Channel for MemoryChannel {
+    async fn send(&self, message: Bytes) -> bool {
+        // What is ready goes first: waiting for the end of the connection costs more than sending.
+        tokio::select! {
+            biased;
+            permit = self.outgoing.reserve() => permit.map(|permit| permit.send(message)).is_ok(),
+            () = self.closed.cancelled() => false,
+        }
+    }
+
+    fn try_send(&self, message: Bytes) -> bool {
+        self.outgoing.try_send(message).is_ok()
+    }
+
+    async fn receive(&self) -> Option<Bytes> {
+        let mut incoming = self.incoming.lock().await;
+        tokio::select! {
+            biased;
+            message = incoming.recv() => message,
+            () = self.closed.cancelled() => None,
+        }
+    }
+
+    fn try_receive(&self) -> Option<Bytes> {
+        self.incoming.try_lock().ok()?.try_recv().ok()
     }
 }

@@ -142,13 +142,13 @@ async fn a_caller_that_vanishes_without_a_cancel_stops_its_generation() {
     let caller = scene.world.network.node(&NodeKey::from_seed(&[9; 32]));
     let connection = caller.connect(scene.handle.worker_id()).await.expect("connected");
     // Frame by frame, because an `AnswerStream` that is dropped would send a cancel.
-    let mut channel = connection.open_channel().await.expect("opened");
+    let channel = connection.open_channel().await.expect("opened");
     let body = Bytes::from(codec::encode(&request()));
     let body_bytes = body.len() as u32;
     let open = Frame::Open { credit: WINDOW, deadline_ms: 0, method: START.to_owned(), body_bytes, body };
-    channel.outgoing.send(open.encode()).await.expect("sent");
-    assert_eq!(Frame::decode(channel.incoming.recv().await.expect("an answer")), Ok(Frame::Accept));
-    let first = Frame::decode(channel.incoming.recv().await.expect("a chunk"));
+    assert!(channel.send(open.encode()).await);
+    assert_eq!(Frame::decode(channel.receive().await.expect("an answer")), Ok(Frame::Accept));
+    let first = Frame::decode(channel.receive().await.expect("a chunk"));
     assert!(matches!(first, Ok(Frame::Data { .. })), "{first:?}");
     drop(channel);
     time::sleep(SECOND).await;
