@@ -1,0 +1,209 @@
+//! How much may be on its way at once.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// The least and the first window, in full packets.
+const WINDOW_MIN: u64 = 2;
+const WINDOW_FIRST: u64 = 10;
+/// More than this has no use: the other side's window is smaller.
+const WINDOW_MAX_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Decides how many bytes may be on their way. The seam for BBR.
+pub(crate) trait CongestionControl: Send {
+    /// Returns how many bytes may be on their way.
+    fn window_bytes(&self) -> u64;
+    /// Packets of up to this many bytes are being sent.
+    fn on_packet_bytes(&mut self, packet_bytes: u64);
+    /// Bytes arrived, after this round trip, while the window was what held the sender back.
+    fn on_acked(&mut self, now: Instant, bytes: u64, round_trip: Duration);
+    /// Packets were lost, for the first time in this flight.
+    fn on_loss(&mut self, now: Instant);
+    /// Nothing came back for a whole timeout.
+    fn on_timeout(&mut self, now: Instant);
+    /// The loss or timeout reported last was none: the packets arrived late.
+    fn on_false_alarm(&mut self);
+    /// Nothing was sent for this many timeouts.
+    fn on_idle(&mut self, timeouts: u32);
+}
+
+/// CUBIC (RFC 9438): grows with the time since the last loss, so that long paths fill as well as short ones.
+pub(crate) struct Cubic {
+    packet_bytes: f64,
+    window: f64,
+    slow_start_threshold: f64,
+    /// The window at the last loss, which growth approaches and then leaves.
+    window_before_loss: f64,
+    /// What Reno would have, for paths too short for the cubic curve.
+    reno_window: f64,
+    epoch: Option<Instant>,
+    /// Seconds from the start of the epoch until the window is as before the loss.
+    seconds_to_plateau: f64,
+    before: Option<Before>,
+    rounds: Rounds,
+}
+
+/// What a false alarm restores.
+#[derive(Clone, Copy)]
+struct Before {
+    window: f64,
+    slow_start_threshold: f64,
+    window_before_loss: f64,
+}
+
+const SCALE: f64 = 0.4;
+const DECREASE: f64 = 0.7;
+
+impl Cubic {
+    pub(crate) fn new(packet_bytes: u64) -> Self {
+        let packet_bytes = packet_bytes as f64;
+        Self {
+            packet_bytes,
+            window: packet_bytes * WINDOW_FIRST as f64,
+            slow_start_threshold: f64::INFINITY,
+            window_before_loss: 0.0,
+            reno_window: 0.0,
+            epoch: None,
+            seconds_to_plateau: 0.0,
+            before: None,
+            rounds: Rounds::default(),
+        }
+    }
+
+    fn decrease(&mut self) {
+        self.before = Some(Before {
+            window: self.window,
+            slow_start_threshold: self.slow_start_threshold,
+            window_before_loss: self.window_before_loss,
+        });
+        // Fast convergence: a flow that lost ground leaves some to the newcomer.
+        self.window_before_loss =
+            if self.window < self.window_before_loss { self.window * (1.0 + DECREASE) / 2.0 } else { self.window };
+        self.slow_start_threshold = (self.window * DECREASE).max(self.packet_bytes * WINDOW_MIN as f64);
+        self.epoch = None;
+    }
+
+    fn begin_epoch(&mut self, now: Instant) -> Instant {
+        self.epoch = Some(now);
+        self.reno_window = self.window;
+        self.window_before_loss = self.window_before_loss.max(self.window);
+        self.seconds_to_plateau = ((self.window_before_loss - self.window) / self.packet_bytes / SCALE).cbrt();
+        now
+    }
+}
+
+impl CongestionControl for Cubic {
+    fn window_bytes(&self) -> u64 {
+        self.window as u64
+    }
+
+    fn on_packet_bytes(&mut self, packet_bytes: u64) {
+        self.packet_bytes = packet_bytes as f64;
+    }
+
+    fn on_acked(&mut self, now: Instant, bytes: u64, round_trip: Duration) {
+        let bytes = bytes as f64;
+        if self.window < self.slow_start_threshold {
+            match self.rounds.sample(now, round_trip) {
+                Pace::Double => self.window += bytes,
+                Pace::Cautious => self.window += bytes / 4.0,
+                Pace::Leave => self.slow_start_threshold = self.window,
+            }
+        } else {
+            let epoch = self.epoch.unwrap_or_else(|| self.begin_epoch(now));
+            let seconds = (now - epoch + round_trip).as_secs_f64() - self.seconds_to_plateau;
+            let target = self.window_before_loss + SCALE * seconds.powi(3) * self.packet_bytes;
+            let target = target.clamp(self.window, self.window * 1.5);
+            self.reno_window += 3.0 * (1.0 - DECREASE) / (1.0 + DECREASE) * self.packet_bytes * bytes / self.window;
+            self.window = (self.window + (target - self.window) * bytes / self.window).max(self.reno_window);
+        }
+        self.window = self.window.min(WINDOW_MAX_BYTES as f64);
+    }
+
+    fn on_loss(&mut self, _now: Instant) {
+        self.decrease();
+        self.window = self.slow_start_threshold;
+    }
+
+    fn on_timeout(&mut self, _now: Instant) {
+        self.decrease();
+        self.window = self.packet_bytes * WINDOW_MIN as f64;
+    }
+
+    fn on_false_alarm(&mut self) {
+        if let Some(before) = self.before.take() {
+            self.window = self.window.max(before.window);
+            self.slow_start_threshold = before.slow_start_threshold;
+            self.window_before_loss = before.window_before_loss;
+            self.epoch = None;
+        }
+    }
+
+    fn on_idle(&mut self, timeouts: u32) {
+        let first = self.packet_bytes * WINDOW_FIRST as f64;
+        if self.window > first {
+            self.slow_start_threshold = self.slow_start_threshold.max(self.window * 0.75);
+            self.window = (self.window / 2f64.powi(timeouts.min(16) as i32)).max(first);
+        }
+        self.epoch = None;
+    }
+}
+
+/// Watches, from round to round, for the delay that a filling queue adds, and ends slow start before it overflows
+/// (HyStart++, RFC 9406).
+#[derive(Default)]
+struct Rounds {
+    started: Option<Instant>,
+    least: Option<Duration>,
+    least_before: Option<Duration>,
+    samples: u32,
+    /// The delay that made it cautious, and the rounds since.
+    cautious: Option<(Duration, u32)>,
+}
+
+/// How fast slow start goes on.
+enum Pace {
+    Double,
+    Cautious,
+    Leave,
+}
+
+const SAMPLES_MIN: u32 = 8;
+const CAUTIOUS_ROUNDS: u32 = 5;
+const DELAY_MIN: Duration = Duration::from_millis(4);
+const DELAY_MAX: Duration = Duration::from_millis(16);
+
+impl Rounds {
+    fn sample(&mut self, now: Instant, round_trip: Duration) -> Pace {
+        let started = *self.started.get_or_insert(now);
+        if self.least.is_some_and(|least| now - started >= least) {
+            self.started = Some(now);
+            self.least_before = self.least.take();
+            self.samples = 0;
+            if let Some((_, rounds)) = &mut self.cautious {
+                *rounds += 1;
+            }
+        }
+        self.samples += 1;
+        let least = self.least.map_or(round_trip, |least| least.min(round_trip));
+        self.least = Some(least);
+        if self.samples >= SAMPLES_MIN
+            && let Some(before) = self.least_before
+        {
+            match self.cautious {
+                None if least >= before + (before / 8).clamp(DELAY_MIN, DELAY_MAX) => self.cautious = Some((before, 0)),
+                Some((baseline, _)) if least < baseline => self.cautious = None,
+                _ => {}
+            }
+        }
+        match self.cautious {
+            None => Pace::Double,
+            Some((_, rounds)) if rounds < CAUTIOUS_ROUNDS => Pace::Cautious,
+            Some(_) => {
+                self.cautious = None;
+                Pace::Leave
+            }
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! What came in: in order for the reader, early packets until the gap before them closes.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::{Bytes, BytesMut};
+
+use super::packet::{DATA, END, RANGES_MAX};
+
+/// What an early packet counts beside its payload, so that many empty ones are bounded too.
+const EARLY_COST: usize = 64;
+/// A packet further ahead than this is no packet of ours.
+const AHEAD_MAX: u64 = 65_536;
+/// A window of less than two packets is announced as closed, so that the other side doesn't send crumbs.
+const WINDOW_MIN: usize = 3_000;
+const CHUNK_MAX: usize = 64 * 1024;
+
+/// The receiving half of a stream.
+#[derive(Debug)]
+pub(crate) struct Receiver {
+    next: u64,
+    chunks: VecDeque<BytesMut>,
+    unread: usize,
+    early: BTreeMap<u64, (u8, Bytes)>,
+    early_cost: usize,
+    /// The same sequence numbers as `early`, as ranges.
+    ranges: Vec<(u64, u64)>,
+    end: Option<u64>,
+    window_max: usize,
+    /// Nobody reads any more.
+    discarding: bool,
+}
+
+impl Receiver {
+    pub(crate) fn new(first: u64, window_max: usize) -> Self {
+        Self {
+            next: first,
+            chunks: VecDeque::new(),
+            unread: 0,
+            early: BTreeMap::new(),
+            early_cost: 0,
+            ranges: Vec::new(),
+            end: None,
+            window_max,
+            discarding: false,
+        }
+    }
+
+    /// Returns the sequence number expected next.
+    pub(crate) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Returns whether everything up to the other side's end is here.
+    pub(crate) fn is_ended(&self) -> bool {
+        self.end.is_some_and(|end| self.next > end)
+    }
+
+    pub(crate) fn has_gaps(&self) -> bool {
+        !self.early.is_empty()
+    }
+
+    pub(crate) fn is_readable(&self) -> bool {
+        !self.chunks.is_empty()
+    }
+
+    /// Returns the ranges that arrived early, in order, at most as many as a packet holds.
+    pub(crate) fn ranges(&self) -> &[(u64, u64)] {
+        &self.ranges[..self.ranges.len().min(RANGES_MAX)]
+    }
+
+    /// Returns how many bytes the other side may send.
+    pub(crate) fn window_bytes(&self) -> u32 {
+        let free = self.window_max.saturating_sub(self.unread + self.early_cost);
+        if free < WINDOW_MIN.min(self.window_max) { 0 } else { u32::try_from(free).unwrap_or(u32::MAX) }
+    }
+
+    pub(crate) fn set_window_max(&mut self, bytes: usize) {
+        self.window_max = bytes;
+    }
+
+    /// Takes a packet with data or an end; `expected` hints at how many bytes come with it and right after.
+    pub(crate) fn receive(&mut self, sequence: u64, kind: u8, payload: &[u8], expected: usize) {
+        let payload = if kind & DATA == 0 { &[] } else { payload };
+        if sequence < self.next || sequence - self.next > AHEAD_MAX || self.end.is_some_and(|end| sequence > end) {
+            return;
+        }
+        if sequence == self.next {
+            // The packet that all others wait for is taken even when early ones fill the window, and an end needs no room.
+            if self.unread < self.window_max || payload.is_empty() {
+                self.deliver(sequence, kind, payload, expected);
+                self.deliver_early();
+            }
+        } else if self.unread + self.early_cost + payload.len() + EARLY_COST <= self.window_max {
+            self.keep(sequence, kind, payload);
+        }
+    }
+
+    fn deliver(&mut self, sequence: u64, kind: u8, payload: &[u8], expected: usize) {
+        self.next = sequence + 1;
+        if kind & END != 0 {
+            self.end = Some(sequence);
+        }
+        if payload.is_empty() || self.discarding {
+            return;
+        }
+        self.unread += payload.len();
+        match self.chunks.back_mut() {
+            Some(chunk) if chunk.capacity() - chunk.len() >= payload.len() => chunk.extend_from_slice(payload),
+            last => {
+                let grown = last.map_or(0, |chunk| chunk.capacity() * 2);
+                let mut chunk = BytesMut::with_capacity(grown.max(expected).min(CHUNK_MAX).max(payload.len()));
+                chunk.extend_from_slice(payload);
+                self.chunks.push_back(chunk);
+            }
+        }
+    }
+
+    fn deliver_early(&mut self) {
+        while let Some(entry) = self.early.first_entry() {
+            if *entry.key() > self.next {
+                break;
+            }
+            let (sequence, (kind, payload)) = entry.remove_entry();
+            self.early_cost -= payload.len() + EARLY_COST;
+            if !self.is_ended() {
+                self.deliver(sequence, kind, &payload, payload.len());
+            }
+        }
+        let next = self.next;
+        let gone = self.ranges.partition_point(|(_, end)| *end <= next);
+        self.ranges.drain(..gone);
+    }
+
+    fn keep(&mut self, sequence: u64, kind: u8, payload: &[u8]) {
+        let at = self.ranges.partition_point(|(_, end)| *end < sequence);
+        match self.ranges.get_mut(at) {
+            Some((start, end)) if *start <= sequence && sequence < *end => return,
+            Some((_, end)) if *end == sequence => {
+                *end += 1;
+                if self.ranges.get(at + 1).is_some_and(|(start, _)| *start == sequence + 1) {
+                    self.ranges[at].1 = self.ranges.remove(at + 1).1;
+                }
+            }
+            Some((start, _)) if *start == sequence + 1 => *start = sequence,
+            _ => self.ranges.insert(at, (sequence, sequence + 1)),
+        }
+        self.early_cost += payload.len() + EARLY_COST;
+        self.early.insert(sequence, (kind, Bytes::copy_from_slice(payload)));
+    }
+
+    /// Takes the next piece for the reader.
+    pub(crate) fn read(&mut self) -> Option<Bytes> {
+        let chunk = self.chunks.pop_front()?;
+        self.unread -= chunk.len();
+        Some(chunk.freeze())
+    }
+
+    /// Takes packets from here on without keeping their bytes.
+    pub(crate) fn discard(&mut self) {
+        self.discarding = true;
+        self.chunks = VecDeque::new();
+        self.unread = 0;
+    }
+
+    /// Drops the early packets, which nothing will complete any more.
+    pub(crate) fn drop_early(&mut self) {
+        self.early.clear();
+        self.ranges = Vec::new();
+        self.early_cost = 0;
+    }
+}

@@ -1,0 +1,353 @@
+//! A stream as its user holds it.
+
+use std::fmt;
+use std::future::poll_fn;
+use std::net::SocketAddrV4;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context, Poll, Waker, ready};
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::connection::Connection;
+use super::socket::lock;
+use super::{Closed, Firewall, Socket, Stats, StreamError, StreamOptions, Table};
+use crate::crypto::random;
+
+/// Unsent bytes from which `room` waits, and to which they must fall before it goes on.
+const HIGH_WATER: usize = 256 * 1024;
+const LOW_WATER: usize = 128 * 1024;
+
+/// A stream of bytes each way. The handles are alike; with the last one the stream is destroyed, unless it was ended:
+/// then what was written before is still delivered.
+#[derive(Clone)]
+pub struct Stream {
+    handle: Arc<Handle>,
+}
+
+struct Handle {
+    shared: Arc<Shared>,
+    table: Arc<Table>,
+}
+
+/// What handles and the tasks of sockets share.
+pub(crate) struct Shared {
+    pub(crate) id: u32,
+    firewall: Option<Firewall>,
+    inner: Mutex<Inner>,
+    room: Notify,
+    first: Notify,
+    closed: Notify,
+}
+
+pub(crate) struct Inner {
+    pub(crate) connection: Connection,
+    /// The stream's own socket, once it is connected and until it is gone.
+    pub(crate) socket: Option<Socket>,
+    pub(crate) address: Option<SocketAddrV4>,
+    first_packet: Option<(Socket, SocketAddrV4)>,
+    reader: Option<Waker>,
+    room_wanted: bool,
+    /// The socket's task knows that there may be something to send.
+    pub(crate) dirty: bool,
+    /// When the socket's task will look at the deadline.
+    pub(crate) timer: Option<Instant>,
+}
+
+impl Shared {
+    pub(crate) fn new(id: u32, options: &StreamOptions) -> Self {
+        Self {
+            id,
+            firewall: options.firewall.clone(),
+            inner: Mutex::new(Inner {
+                connection: Connection::new(options),
+                socket: None,
+                address: None,
+                first_packet: None,
+                reader: None,
+                room_wanted: false,
+                dirty: false,
+                timer: None,
+            }),
+            room: Notify::new(),
+            first: Notify::new(),
+            closed: Notify::new(),
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
+        lock(&self.inner)
+    }
+
+    pub(crate) fn firewall(&self) -> Option<&Firewall> {
+        self.firewall.as_ref()
+    }
+
+    /// Lets the socket's task send what there is, once for all that is written until it comes to that.
+    fn flush(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>) {
+        if inner.dirty {
+            return;
+        }
+        if let Some(socket) = inner.socket.clone() {
+            inner.dirty = true;
+            drop(inner);
+            socket.link().flush(Arc::clone(self));
+        }
+    }
+
+    /// Wakes whoever waits for what has come about. Returns whether a reader was woken.
+    pub(crate) fn wake(&self, mut inner: MutexGuard<'_, Inner>) -> bool {
+        let closed = inner.connection.closed().is_some();
+        let readable = closed || inner.connection.is_readable() || inner.connection.is_ended_remotely();
+        let reader = if readable { inner.reader.take() } else { None };
+        let room = inner.room_wanted && (closed || inner.connection.sender().unsent() <= LOW_WATER);
+        if room {
+            inner.room_wanted = false;
+        }
+        drop(inner);
+        if room {
+            self.room.notify_waiters();
+        }
+        if closed {
+            self.closed.notify_waiters();
+            self.first.notify_waiters();
+        }
+        let woken = reader.is_some();
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+        woken
+    }
+
+    /// Notes where a packet came from that reached a stream before it was connected.
+    pub(crate) fn heard_from(&self, inner: &mut Inner, socket: &Socket, from: SocketAddrV4) {
+        if inner.socket.is_none() && inner.first_packet.is_none() {
+            inner.first_packet = Some((socket.clone(), from));
+            self.first.notify_waiters();
+        }
+    }
+}
+
+impl Table {
+    /// Makes a stream under an id that nobody can guess.
+    pub(crate) fn insert(&self, options: &StreamOptions) -> Arc<Shared> {
+        let mut streams = self.lock();
+        loop {
+            let id = u32::from_le_bytes(random());
+            if let std::collections::hash_map::Entry::Vacant(entry) = streams.entry(id) {
+                return Arc::clone(entry.insert(Arc::new(Shared::new(id, options))));
+            }
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, std::collections::HashMap<u32, Arc<Shared>>> {
+        lock(&self.streams)
+    }
+
+    /// Forgets a stream that is gone.
+    pub(crate) fn remove(&self, stream: &Arc<Shared>) {
+        {
+            let mut streams = self.lock();
+            if streams.get(&stream.id).is_some_and(|known| Arc::ptr_eq(known, stream)) {
+                streams.remove(&stream.id);
+            }
+        }
+        // Dropped after the lock is free: it may be the last handle of a socket.
+        let socket = {
+            let mut inner = stream.lock();
+            (inner.socket.take(), inner.first_packet.take())
+        };
+        drop(socket);
+    }
+}
+
+impl Stream {
+    pub(crate) fn new(shared: Arc<Shared>, table: Arc<Table>) -> Self {
+        Self { handle: Arc::new(Handle { shared, table }) }
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.handle.shared
+    }
+
+    /// Returns the id that the other side must send to.
+    pub fn id(&self) -> u32 {
+        self.shared().id
+    }
+
+    /// Waits for the first packet of a stream that isn't connected and returns by which socket and from where it came;
+    /// `None` when the stream closes first.
+    pub async fn first_packet(&self) -> Option<(Socket, SocketAddrV4)> {
+        let shared = self.shared();
+        loop {
+            let notified = shared.first.notified();
+            {
+                let inner = shared.lock();
+                if inner.first_packet.is_some() || inner.connection.closed().is_some() {
+                    return inner.first_packet.clone();
+                }
+            }
+            notified.await;
+        }
+    }
+
+    /// Connects to the other side's stream; what was received before is acknowledged and what was written is sent.
+    /// Nothing happens when the stream is connected or closed.
+    pub fn connect(&self, socket: &Socket, remote_id: u32, address: SocketAddrV4) {
+        let shared = self.shared();
+        let mut inner = shared.lock();
+        if inner.connection.closed().is_none() && !inner.connection.is_connected() {
+            if socket.link().is_closing() {
+                inner.connection.fail(StreamError::SocketClosed, Instant::now());
+                self.handle.settle(inner);
+                return;
+            }
+            inner.connection.connect(remote_id, Instant::now());
+            inner.socket = Some(socket.clone());
+            inner.address = Some(address);
+            shared.flush(inner);
+        }
+    }
+
+    /// Appends bytes. Never waits; ask `room` between writes, or memory is the only bound.
+    pub fn write(&self, bytes: Bytes) -> Result<(), Closed> {
+        let shared = self.shared();
+        let mut inner = shared.lock();
+        if !inner.connection.is_writable() {
+            return Err(Closed);
+        }
+        inner.connection.write(bytes);
+        shared.flush(inner);
+        Ok(())
+    }
+
+    /// Waits until little enough is unsent that more may be written. Cancel safe.
+    pub async fn room(&self) -> Result<(), Closed> {
+        let shared = self.shared();
+        let mut limit = HIGH_WATER;
+        loop {
+            let notified = shared.room.notified();
+            {
+                let mut inner = shared.lock();
+                if !inner.connection.is_writable() {
+                    return Err(Closed);
+                }
+                if inner.connection.sender().unsent() < limit {
+                    return Ok(());
+                }
+                inner.room_wanted = true;
+            }
+            notified.await;
+            limit = LOW_WATER + 1;
+        }
+    }
+
+    /// Returns the next bytes, or `None` at the other side's end. One task reads at a time; cancel safe.
+    pub async fn read(&self) -> Result<Option<Bytes>, StreamError> {
+        poll_fn(|context| self.poll_read(context)).await
+    }
+
+    /// Like `read`, to be polled.
+    pub fn poll_read(&self, context: &mut Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
+        let progress = ready!(tokio::task::coop::poll_proceed(context));
+        let shared = self.shared();
+        let mut inner = shared.lock();
+        let Inner { connection, reader, .. } = &mut *inner;
+        if let Some(bytes) = connection.read() {
+            progress.made_progress();
+            if connection.ack_due() {
+                shared.flush(inner);
+            }
+            return Poll::Ready(Ok(Some(bytes)));
+        }
+        if connection.is_ended_remotely() {
+            return Poll::Ready(Ok(None));
+        }
+        if let Some(Err(error)) = connection.closed() {
+            return Poll::Ready(Err(error));
+        }
+        match reader {
+            Some(known) => known.clone_from(context.waker()),
+            None => *reader = Some(context.waker().clone()),
+        }
+        Poll::Pending
+    }
+
+    /// Sends an end after what was written. Reading goes on.
+    pub fn end(&self) {
+        let mut inner = self.shared().lock();
+        inner.connection.end();
+        self.shared().flush(inner);
+    }
+
+    /// Closes at once, drops what was not delivered and tells the other side.
+    pub fn destroy(&self) {
+        let mut inner = self.shared().lock();
+        inner.connection.destroy(Instant::now());
+        self.handle.settle(inner);
+    }
+
+    /// Waits until the stream is closed: both sides ended, or an error.
+    pub async fn closed(&self) {
+        let shared = self.shared();
+        loop {
+            let notified = shared.closed.notified();
+            if shared.lock().connection.closed().is_some() {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    /// Returns what the stream has done and what it knows of its path.
+    pub fn stats(&self) -> Stats {
+        let inner = self.shared().lock();
+        let (sender, traffic) = (inner.connection.sender(), inner.connection.traffic);
+        Stats {
+            round_trip: sender.round_trip().smoothed(),
+            congestion_window_bytes: sender.window_bytes(),
+            in_flight_bytes: sender.in_flight(),
+            unsent_bytes: sender.unsent() as u64,
+            mtu_bytes: sender.mtu() as u64,
+            resends: sender.resends,
+            timeouts: sender.timeouts,
+            bytes_sent: traffic.bytes_sent,
+            bytes_received: traffic.bytes_received,
+            packets_sent: traffic.packets_sent,
+            packets_received: traffic.packets_received,
+        }
+    }
+
+    /// Returns where the other side is, once the stream is connected.
+    pub fn remote_address(&self) -> Option<SocketAddrV4> {
+        self.shared().lock().address
+    }
+}
+
+impl Handle {
+    /// Wakes who waits for a stream that may have closed, and forgets it or lets its socket's task say goodbye.
+    fn settle(&self, inner: MutexGuard<'_, Inner>) {
+        let gone = inner.connection.is_gone();
+        self.shared.wake(inner);
+        if gone {
+            self.table.remove(&self.shared);
+        } else {
+            self.shared.flush(self.shared.lock());
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        let mut inner = self.shared.lock();
+        inner.connection.abandon(Instant::now());
+        self.settle(inner);
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Stream").field("id", &self.id()).field("remote", &self.remote_address()).finish()
+    }
+}
