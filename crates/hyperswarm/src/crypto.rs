@@ -3,6 +3,7 @@
 pub mod hash;
 pub mod key_pair;
 pub mod noise;
+pub mod secretbox;
 
 pub use hash::{hash, keyed_hash, namespace};
 pub use key_pair::{KeyPair, PublicKey};
