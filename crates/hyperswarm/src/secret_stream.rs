@@ -1,1 +1,287 @@
-//! Encrypted messages over a reliable stream.
+//! Encrypted messages on a [`udx::Stream`], compatible with the Node package `@hyperswarm/secret-stream`.
+//!
+//! [`Sealer`] and [`Opener`] turn messages into bytes and back and do nothing else. [`SecretStream`] ties them to a
+//! stream, and sends an empty message whenever it was silent for a while, so that a dead peer is noticed.
+
+mod cipher;
+mod frames;
+mod wire;
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use self::frames::{FIRST_FRAME_BYTES, MESSAGE_BYTES_MAX, OpenError, Opener, Sealer, TooLong};
+use self::wire::Wire;
+use crate::crypto::noise::Session;
+use crate::crypto::{PublicKey, random};
+use crate::udx;
+
+#[cfg(test)]
+pub(crate) use self::wire::pair as memory_pair;
+
+/// How a [`SecretStream`] behaves.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// After how long a silence an empty message is sent. `None` sends none.
+    pub keep_alive: Option<Duration>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { keep_alive: Some(Duration::from_secs(5)) }
+    }
+}
+
+/// Why a message could not be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SendError {
+    /// The message is too long. The stream is as good as before.
+    #[error(transparent)]
+    TooLong(#[from] TooLong),
+    /// The stream is closed.
+    #[error("the stream is closed")]
+    Closed,
+}
+
+/// The stream is closed, so there will never be room in its queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the stream is closed")]
+pub struct Closed;
+
+/// Why no further message can be received.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// The other side sent what is not a sealed message. The stream was destroyed.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The other side ended in the middle of a message.
+    #[error("the stream ended inside a message")]
+    CutOff,
+    /// The stream beneath failed.
+    #[error(transparent)]
+    Stream(#[from] udx::StreamError),
+}
+
+/// A connection that carries encrypted messages in order. Clones share it. When the last one goes, the connection is
+/// destroyed, or, if it was ended, closed after what was sent.
+#[derive(Clone)]
+pub struct SecretStream {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    wire: Wire,
+    session: Session,
+    sealing: Mutex<Sealing>,
+    opening: tokio::sync::Mutex<Opening>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+struct Sealing {
+    sealer: Sealer,
+    frames: BytesMut,
+    last_sent: Instant,
+}
+
+struct Opening {
+    opener: Opener,
+    failed: Option<OpenError>,
+}
+
+impl SecretStream {
+    /// Encrypts a stream with what the handshake left behind, and sends the first frame.
+    pub fn new(stream: udx::Stream, session: Session, options: Options) -> Self {
+        Self::over(Wire::Udx(stream), session, &options)
+    }
+
+    fn over(wire: Wire, session: Session, options: &Options) -> Self {
+        let (sealer, first_frame) = Sealer::new(&session, random());
+        // A stream that is closed already says so at the first use.
+        let _ = wire.write(Bytes::copy_from_slice(&first_frame));
+        let sealing = Sealing { sealer, frames: BytesMut::new(), last_sent: Instant::now() };
+        let opening = Opening { opener: Opener::new(&session), failed: None };
+        let shared = Arc::new(Shared {
+            wire,
+            session,
+            sealing: Mutex::new(sealing),
+            opening: tokio::sync::Mutex::new(opening),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        });
+        if let Some(silence) = options.keep_alive.filter(|silence| !silence.is_zero()) {
+            shared.tasks.spawn(keep_alive(Arc::downgrade(&shared), shared.stop.clone(), silence));
+        }
+        shared.tasks.close();
+        Self { shared }
+    }
+
+    /// Returns the other side's key, which the handshake proved.
+    pub fn remote_key(&self) -> PublicKey {
+        self.shared.session.remote_key
+    }
+
+    /// Returns this side's key.
+    pub fn local_key(&self) -> PublicKey {
+        self.shared.session.local_key
+    }
+
+    /// Says whether this side opened the connection.
+    pub fn is_initiator(&self) -> bool {
+        self.shared.session.is_initiator
+    }
+
+    /// Returns the hash of the handshake: the same on both sides, and of this connection alone.
+    pub fn handshake_hash(&self) -> &[u8; 64] {
+        &self.shared.session.hash
+    }
+
+    /// Sends one message, given in parts. Never waits: see [`SecretStream::room`].
+    pub fn send(&self, parts: &[&[u8]]) -> Result<(), SendError> {
+        self.send_framed(&[], parts)
+    }
+
+    /// Sends one message that begins with `head`.
+    pub(crate) fn send_framed(&self, head: &[u8], parts: &[&[u8]]) -> Result<(), SendError> {
+        self.shared.seal(&mut self.shared.sealing(), head, parts)
+    }
+
+    /// Waits until the queue of what is to be sent is short enough for more.
+    pub async fn room(&self) -> Result<(), Closed> {
+        self.shared.wire.room().await
+    }
+
+    /// Returns the next message, or `None` when the other side ended. One reader at a time.
+    ///
+    /// Nothing is lost when the future is dropped.
+    pub async fn receive(&self) -> Result<Option<Bytes>, ReceiveError> {
+        let mut opening = self.shared.opening.lock().await;
+        loop {
+            if let Some(message) = self.shared.open(&mut opening)? {
+                return Ok(Some(message));
+            }
+            // No await stands between the read and the feed, so a dropped future drops no bytes.
+            match self.shared.wire.read().await? {
+                Some(bytes) => opening.opener.feed(&bytes),
+                None if opening.opener.is_between_messages() => return Ok(None),
+                None => return Err(ReceiveError::CutOff),
+            }
+        }
+    }
+
+    /// Waits for the other side's first frame, which only who took part in the handshake can send. Cancel safe.
+    pub async fn opened(&self) -> Result<(), ReceiveError> {
+        let mut opening = self.shared.opening.lock().await;
+        while !self.shared.start(&mut opening)? {
+            match self.shared.wire.read().await? {
+                Some(bytes) => opening.opener.feed(&bytes),
+                None => return Err(ReceiveError::CutOff),
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the next message if it is here already.
+    pub(crate) fn try_receive(&self) -> Result<Option<Bytes>, ReceiveError> {
+        match self.shared.opening.try_lock() {
+            Ok(mut opening) => Ok(self.shared.open(&mut opening)?),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Tells the other side that no more messages come, after those sent so far.
+    pub fn end(&self) {
+        self.shared.wire.end();
+    }
+
+    /// Closes both directions at once. What is not delivered yet is lost.
+    pub fn destroy(&self) {
+        self.shared.wire.destroy();
+    }
+
+    /// Waits until both directions are closed.
+    pub async fn closed(&self) {
+        self.shared.wire.closed().await;
+    }
+
+    /// Returns the stream beneath, for its address and its statistics.
+    pub fn stream(&self) -> Option<&udx::Stream> {
+        match &self.shared.wire {
+            Wire::Udx(stream) => Some(stream),
+            #[cfg(test)]
+            Wire::Memory(_) => None,
+        }
+    }
+}
+
+impl fmt::Debug for SecretStream {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("SecretStream").field("remote_key", &self.remote_key()).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn sealing(&self) -> MutexGuard<'_, Sealing> {
+        self.sealing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Seals onto the stream's queue under the lock, so that messages lie there in the order of their nonces.
+    fn seal(&self, sealing: &mut Sealing, head: &[u8], parts: &[&[u8]]) -> Result<(), SendError> {
+        sealing.sealer.seal(head, parts, &mut sealing.frames)?;
+        sealing.last_sent = Instant::now();
+        self.wire.write(sealing.frames.split().freeze()).map_err(|_| SendError::Closed)
+    }
+
+    fn start(&self, opening: &mut Opening) -> Result<bool, OpenError> {
+        if let Some(error) = opening.failed {
+            return Err(error);
+        }
+        opening.opener.start_cipher().inspect_err(|error| {
+            opening.failed = Some(*error);
+            self.wire.destroy();
+        })
+    }
+
+    fn open(&self, opening: &mut Opening) -> Result<Option<Bytes>, OpenError> {
+        if let Some(error) = opening.failed {
+            return Err(error);
+        }
+        opening.opener.pop().inspect_err(|error| {
+            opening.failed = Some(*error);
+            self.wire.destroy();
+        })
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // The stream beneath is destroyed with its last handle as well, unless it was ended.
+        self.stop.cancel();
+    }
+}
+
+/// Sends an empty message after each silence, until the stream closes.
+async fn keep_alive(shared: Weak<Shared>, stop: CancellationToken, silence: Duration) {
+    loop {
+        let due = {
+            let Some(shared) = shared.upgrade() else { return };
+            let mut sealing = shared.sealing();
+            if sealing.last_sent.elapsed() >= silence && shared.seal(&mut sealing, &[], &[]).is_err() {
+                return;
+            }
+            sealing.last_sent + silence
+        };
+        if stop.run_until_cancelled(time::sleep_until(due)).await.is_none() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,37 @@
+//! The few integers that stand before a message's content, kept on the stack.
+
+use crate::compact_encoding::Encoder;
+
+/// Room for three integers of the largest size.
+const HEAD_BYTES_MAX: usize = 27;
+
+/// The front of a message. What exceeds three integers is a mistake of the caller.
+#[derive(Default)]
+pub(crate) struct Head {
+    bytes: [u8; HEAD_BYTES_MAX],
+    length: usize,
+}
+
+impl Head {
+    /// Writes the integers one after the other.
+    pub(crate) fn of<const N: usize>(values: [u64; N]) -> Self {
+        let mut head = Self::default();
+        for value in values {
+            head.write_uint(value);
+        }
+        head
+    }
+}
+
+impl AsRef<[u8]> for Head {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+}
+
+impl Encoder for Head {
+    fn write_raw(&mut self, bytes: &[u8]) {
+        self.bytes[self.length..self.length + bytes.len()].copy_from_slice(bytes);
+        self.length += bytes.len();
+    }
+}

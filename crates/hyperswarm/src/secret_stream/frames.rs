@@ -1,0 +1,335 @@
+//! Messages as frames: three bytes of length and a sealed message. Does no input or output.
+//!
+//! The first frame each way names the connection and carries the header that starts the cipher.
+
+use bytes::{Buf, Bytes, BytesMut};
+
+use super::cipher::{Cipher, HEADER_BYTES, OVERHEAD_BYTES};
+use crate::compact_encoding::Encoder;
+use crate::crypto::noise::Session;
+use crate::crypto::{keyed_hash, namespace};
+
+/// The most bytes a message may have.
+pub const MESSAGE_BYTES_MAX: usize = 0xff_ffff - OVERHEAD_BYTES;
+/// How many bytes the first frame has.
+pub const FIRST_FRAME_BYTES: usize = LENGTH_BYTES + FIRST_BODY_BYTES;
+
+const LENGTH_BYTES: usize = 3;
+const FIRST_BODY_BYTES: usize = 32 + HEADER_BYTES;
+/// What a side makes room for at once. Small messages share it.
+const CHUNK_BYTES: usize = 16 * 1024;
+/// Up to this size a message gets memory of its own. A part of a chunk would keep all of it from being freed.
+const COPIED_BYTES_MAX: usize = CHUNK_BYTES / 4;
+/// The largest frame that the other side's word suffices to make room for. Room for more comes with the bytes.
+const TRUSTED_BYTES: usize = 256 * 1024;
+
+/// The message exceeds [`MESSAGE_BYTES_MAX`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a message of {0} bytes exceeds the limit of {MESSAGE_BYTES_MAX}")]
+pub struct TooLong(pub usize);
+
+/// Why what the other side sent is not a stream of sealed messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// The first frame has the wrong length or names another connection.
+    #[error("the first frame is not of this connection")]
+    WrongHeader,
+    /// A frame is too short for a sealed message.
+    #[error("the frame is shorter than any sealed message")]
+    TooShort,
+    /// The bytes were changed on the way, or are out of order.
+    #[error("the message is not genuine")]
+    Forged,
+}
+
+/// Turns the messages that this side sends into frames.
+pub struct Sealer {
+    cipher: Cipher,
+}
+
+impl Sealer {
+    /// Starts with a random header. Returns the frame that goes first as well.
+    pub fn new(session: &Session, header: [u8; HEADER_BYTES]) -> (Self, [u8; FIRST_FRAME_BYTES]) {
+        let mut frame = [0; FIRST_FRAME_BYTES];
+        frame[0] = FIRST_BODY_BYTES as u8;
+        frame[LENGTH_BYTES..LENGTH_BYTES + 32].copy_from_slice(&stream_id(&session.hash, session.is_initiator));
+        frame[LENGTH_BYTES + 32..].copy_from_slice(&header);
+        (Self { cipher: Cipher::new(&session.tx, &header) }, frame)
+    }
+
+    /// Appends the frame of one message, given in two lists of parts that follow each other.
+    pub fn seal(&mut self, head: &[u8], parts: &[&[u8]], frames: &mut BytesMut) -> Result<(), TooLong> {
+        let length = parts.iter().fold(head.len(), |sum, part| sum.saturating_add(part.len()));
+        if length > MESSAGE_BYTES_MAX {
+            return Err(TooLong(length));
+        }
+        let frame_bytes = LENGTH_BYTES + length + OVERHEAD_BYTES;
+        if frames.capacity() - frames.len() < frame_bytes {
+            frames.reserve(frame_bytes.max(CHUNK_BYTES));
+        }
+        let start = frames.len();
+        frames.write_raw(&((length + OVERHEAD_BYTES) as u32).to_le_bytes()[..LENGTH_BYTES]);
+        frames.write_byte(0);
+        frames.write_raw(head);
+        for part in parts {
+            frames.write_raw(part);
+        }
+        frames.write_raw(&[0; OVERHEAD_BYTES - 1]);
+        self.cipher.seal(&mut frames[start + LENGTH_BYTES..]);
+        Ok(())
+    }
+}
+
+/// Turns what the other side sent, cut anywhere, back into messages.
+pub struct Opener {
+    key: zeroize::Zeroizing<[u8; 32]>,
+    stream_id: [u8; 32],
+    cipher: Option<Cipher>,
+    received: BytesMut,
+}
+
+impl Opener {
+    /// Starts to wait for the other side's first frame.
+    pub fn new(session: &Session) -> Self {
+        Self {
+            key: zeroize::Zeroizing::new(session.rx),
+            stream_id: stream_id(&session.hash, !session.is_initiator),
+            cipher: None,
+            received: BytesMut::new(),
+        }
+    }
+
+    /// Takes the next bytes of the stream.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        let free = self.received.capacity() - self.received.len();
+        if free < bytes.len() {
+            let expected = self.frame_bytes().unwrap_or(0).min(TRUSTED_BYTES).saturating_sub(self.received.len());
+            let needed = bytes.len().max(expected);
+            // What earlier messages left behind often has the room.
+            if !self.received.try_reclaim(needed) {
+                self.received.reserve(needed.max(CHUNK_BYTES));
+            }
+        }
+        self.received.write_raw(bytes);
+    }
+
+    /// Returns the next message, if it is complete. Empty ones only keep the connection alive and are skipped.
+    ///
+    /// After an error the stream is of no more use.
+    pub fn pop(&mut self) -> Result<Option<Bytes>, OpenError> {
+        while let Some(frame_bytes) = self.frame_bytes() {
+            let body_bytes = frame_bytes - LENGTH_BYTES;
+            let Some(cipher) = &mut self.cipher else {
+                if body_bytes != FIRST_BODY_BYTES {
+                    return Err(OpenError::WrongHeader);
+                }
+                if self.received.len() < frame_bytes {
+                    return Ok(None);
+                }
+                self.start(frame_bytes)?;
+                continue;
+            };
+            if body_bytes < OVERHEAD_BYTES {
+                return Err(OpenError::TooShort);
+            }
+            if self.received.len() < frame_bytes {
+                return Ok(None);
+            }
+            if body_bytes <= COPIED_BYTES_MAX {
+                let body = &mut self.received[LENGTH_BYTES..frame_bytes];
+                cipher.open(body).map_err(|_| OpenError::Forged)?;
+                let message = Bytes::copy_from_slice(&body[1..=body_bytes - OVERHEAD_BYTES]);
+                self.received.advance(frame_bytes);
+                if message.is_empty() {
+                    continue;
+                }
+                return Ok(Some(message));
+            }
+            let mut frame = self.received.split_to(frame_bytes);
+            cipher.open(&mut frame[LENGTH_BYTES..]).map_err(|_| OpenError::Forged)?;
+            frame.advance(LENGTH_BYTES + 1);
+            frame.truncate(body_bytes - OVERHEAD_BYTES);
+            return Ok(Some(frame.freeze()));
+        }
+        Ok(None)
+    }
+
+    /// Takes the first frame once it is complete. Says whether it was taken, now or before.
+    pub fn start_cipher(&mut self) -> Result<bool, OpenError> {
+        match self.frame_bytes() {
+            Some(frame_bytes) if self.cipher.is_none() => {
+                if frame_bytes != FIRST_FRAME_BYTES {
+                    return Err(OpenError::WrongHeader);
+                }
+                if self.received.len() >= frame_bytes {
+                    self.start(frame_bytes)?;
+                }
+            }
+            _ => {}
+        }
+        Ok(self.cipher.is_some())
+    }
+
+    /// Says whether the stream may end here: between frames, and after the first.
+    pub fn is_between_messages(&self) -> bool {
+        self.cipher.is_some() && self.received.is_empty()
+    }
+
+    fn frame_bytes(&self) -> Option<usize> {
+        let length = self.received.first_chunk::<LENGTH_BYTES>()?;
+        Some(LENGTH_BYTES + u32::from_le_bytes([length[0], length[1], length[2], 0]) as usize)
+    }
+
+    fn start(&mut self, frame_bytes: usize) -> Result<(), OpenError> {
+        let frame = self.received.split_to(frame_bytes);
+        let (stream_id, header) = frame[LENGTH_BYTES..].split_at(32);
+        let header = header.try_into().map_err(|_| OpenError::WrongHeader)?;
+        if stream_id != self.stream_id {
+            return Err(OpenError::WrongHeader);
+        }
+        self.cipher = Some(Cipher::new(&self.key, header));
+        Ok(())
+    }
+}
+
+/// Returns the id of the stream that a side of a connection sends.
+fn stream_id(handshake_hash: &[u8; 64], sent_by_initiator: bool) -> [u8; 32] {
+    let role = u8::from(!sent_by_initiator);
+    keyed_hash(handshake_hash, &[&namespace("hyperswarm/secret-stream", role)])
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::crypto::PublicKey;
+
+    fn session(is_initiator: bool) -> Session {
+        let (tx, rx) = if is_initiator { ([1; 32], [2; 32]) } else { ([2; 32], [1; 32]) };
+        let keys = (PublicKey([3; 32]), PublicKey([4; 32]));
+        Session { is_initiator, local_key: keys.0, remote_key: keys.1, tx, rx, hash: [5; 64] }
+    }
+
+    fn opened(opener: &mut Opener) -> Result<Vec<Bytes>, OpenError> {
+        std::iter::from_fn(|| opener.pop().transpose()).collect()
+    }
+
+    #[test]
+    fn stream_ids_are_those_of_the_node_package() {
+        let golden: Value = serde_json::from_str(include_str!("golden.json")).unwrap();
+        let hash = hex::decode(golden["handshake_hash"].as_str().unwrap()).unwrap().try_into().unwrap();
+        assert_eq!(hex::encode(stream_id(&hash, true)), golden["initiator_id"].as_str().unwrap());
+        assert_eq!(hex::encode(stream_id(&hash, false)), golden["responder_id"].as_str().unwrap());
+    }
+
+    #[test]
+    fn the_first_frame_names_the_stream_and_starts_the_cipher() {
+        let (_, frame) = Sealer::new(&session(true), [6; HEADER_BYTES]);
+        assert_eq!(hex::encode(&frame[..3]), "380000");
+        assert_eq!(frame[35..], [6; HEADER_BYTES]);
+        let mut mine = Opener::new(&session(true));
+        mine.feed(&frame);
+        assert_eq!(mine.pop(), Err(OpenError::WrongHeader), "a frame sent back is not the other side's");
+    }
+
+    #[test]
+    fn a_first_frame_of_another_length_is_refused_at_once() {
+        let mut opener = Opener::new(&session(true));
+        opener.feed(&[0xff, 0xff, 0xff]);
+        assert_eq!(opener.pop(), Err(OpenError::WrongHeader));
+    }
+
+    #[test]
+    fn a_frame_too_short_for_a_message_is_refused() {
+        let (_, first) = Sealer::new(&session(false), [6; HEADER_BYTES]);
+        let mut opener = Opener::new(&session(true));
+        opener.feed(&first);
+        opener.feed(&[16, 0, 0]);
+        assert_eq!(opener.pop(), Err(OpenError::TooShort));
+    }
+
+    #[test]
+    fn one_byte_too_many_is_refused_and_the_stream_goes_on() {
+        let (mut sealer, first) = Sealer::new(&session(false), [6; HEADER_BYTES]);
+        let mut frames = BytesMut::from(&first[..]);
+        let long = vec![8; MESSAGE_BYTES_MAX];
+        assert_eq!(sealer.seal(b"1", &[&long], &mut frames), Err(TooLong(16_777_199)));
+        sealer.seal(b"", &[&long], &mut frames).unwrap();
+        sealer.seal(b"ne", &[b"x", b"t"], &mut frames).unwrap();
+        let mut opener = Opener::new(&session(true));
+        opener.feed(&frames);
+        assert_eq!(opened(&mut opener).unwrap(), [&long[..], b"next"]);
+        assert!(opener.is_between_messages());
+    }
+
+    #[test]
+    fn a_small_message_keeps_nothing_but_itself_in_memory() {
+        let (mut sealer, first) = Sealer::new(&session(false), [6; HEADER_BYTES]);
+        let mut opener = Opener::new(&session(true));
+        opener.feed(&first);
+        for _ in 0..10 {
+            let mut frames = BytesMut::new();
+            for _ in 0..100 {
+                sealer.seal(b"small", &[], &mut frames).unwrap();
+            }
+            opener.feed(&frames);
+            for message in opened(&mut opener).unwrap() {
+                assert!(message.try_into_mut().is_ok(), "it shares its memory");
+            }
+        }
+        assert!(opener.received.try_reclaim(CHUNK_BYTES), "the first chunk is used all the time");
+    }
+
+    #[test]
+    fn a_length_alone_makes_room_for_a_part_only() {
+        let (_, first) = Sealer::new(&session(false), [6; HEADER_BYTES]);
+        let mut opener = Opener::new(&session(true));
+        opener.feed(&first);
+        assert_eq!(opener.pop(), Ok(None));
+        opener.feed(&[0xff, 0xff, 0xff]);
+        for _ in 0..100 {
+            opener.feed(&[0; 1000]);
+        }
+        assert!(opener.received.capacity() <= 2 * TRUSTED_BYTES);
+    }
+
+    proptest! {
+        #[test]
+        fn frames_may_be_cut_anywhere(
+            messages in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..3000), 0..12),
+            cuts in proptest::collection::vec(1_usize..2000, 1..20),
+        ) {
+            let (mut sealer, first) = Sealer::new(&session(false), [6; HEADER_BYTES]);
+            let mut frames = BytesMut::from(&first[..]);
+            for message in &messages {
+                sealer.seal(b"", &[message], &mut frames).unwrap();
+            }
+            let mut opener = Opener::new(&session(true));
+            let mut received = Vec::new();
+            let mut rest = &frames[..];
+            for cut in cuts.iter().cycle() {
+                let (piece, after) = rest.split_at((*cut).min(rest.len()));
+                opener.feed(piece);
+                received.extend(opened(&mut opener).unwrap());
+                rest = after;
+                if rest.is_empty() { break }
+            }
+            let sent: Vec<_> = messages.into_iter().filter(|message| !message.is_empty()).collect();
+            prop_assert_eq!(received, sent);
+        }
+
+        #[test]
+        fn foreign_bytes_never_panic(pieces: Vec<Vec<u8>>, after_first: bool) {
+            let mut opener = Opener::new(&session(true));
+            if after_first {
+                opener.feed(&Sealer::new(&session(false), [6; HEADER_BYTES]).1);
+            }
+            for piece in pieces {
+                opener.feed(&piece);
+                if opened(&mut opener).is_err() { break }
+            }
+        }
+    }
+}
