@@ -1,0 +1,104 @@
+//! Finds this node's own address in what other nodes say about it.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+const SAMPLES_MAX: usize = 32;
+const RECENT: usize = 4;
+
+/// What most of the last samples agree on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reflexive {
+    /// The address of this node, or of the router before it.
+    pub host: Ipv4Addr,
+    /// The port, where it is the same for everyone.
+    pub port: Option<u16>,
+}
+
+/// Counts the addresses that other nodes see. The last 16 of them have a say.
+#[derive(Debug, Default)]
+pub struct NatSampler {
+    size: usize,
+    /// Ring of the last addresses, oldest first.
+    samples: std::collections::VecDeque<SocketAddrV4>,
+    address: Option<Reflexive>,
+}
+
+impl NatSampler {
+    /// Takes an address that another node saw.
+    pub fn add(&mut self, sample: SocketAddrV4) {
+        if self.samples.len() == SAMPLES_MAX / 2 {
+            self.samples.pop_front();
+        } else {
+            self.size += 1;
+        }
+        self.samples.push_back(sample);
+        self.address = self.agreed();
+    }
+
+    /// Returns the address that enough samples agree on.
+    pub fn address(&self) -> Option<Reflexive> {
+        self.address
+    }
+
+    /// Returns host and port, where both are agreed on.
+    pub fn host_and_port(&self) -> Option<SocketAddrV4> {
+        let address = self.address?;
+        address.port.map(|port| SocketAddrV4::new(address.host, port))
+    }
+
+    fn agreed(&self) -> Option<Reflexive> {
+        // A few dissenters are borne, once there are enough samples to outvote them.
+        let dissenters = self.size / RECENT;
+        let threshold = self.size - dissenters.min(3);
+        let hits = |counts: &dyn Fn(&SocketAddrV4) -> bool| self.samples.iter().filter(|one| counts(one)).count();
+        let best = self.samples.iter().max_by_key(|sample| hits(&|other| other == *sample))?;
+        if hits(&|other| other == best) >= threshold {
+            return Some(Reflexive { host: *best.ip(), port: Some(best.port()) });
+        }
+        let best = self.samples.iter().max_by_key(|sample| hits(&|other| other.ip() == sample.ip()))?;
+        let agrees = hits(&|other| other.ip() == best.ip()) >= threshold;
+        agrees.then(|| Reflexive { host: *best.ip(), port: None })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(samples: &[(&str, u16)]) -> NatSampler {
+        let mut sampler = NatSampler::default();
+        for (host, port) in samples {
+            sampler.add(SocketAddrV4::new(host.parse().unwrap(), *port));
+        }
+        sampler
+    }
+
+    #[test]
+    fn one_sample_is_believed_until_another_contradicts() {
+        let mut one = sampler(&[("1.1.1.1", 7)]);
+        assert_eq!(one.host_and_port(), Some("1.1.1.1:7".parse().unwrap()));
+        one.add("2.2.2.2:7".parse().unwrap());
+        assert_eq!(one.address(), None);
+    }
+
+    #[test]
+    fn ports_that_differ_leave_the_host() {
+        let random = sampler(&[("1.1.1.1", 7), ("1.1.1.1", 8), ("1.1.1.1", 9)]);
+        assert_eq!(random.address(), Some(Reflexive { host: "1.1.1.1".parse().unwrap(), port: None }));
+    }
+
+    #[test]
+    fn one_liar_in_four_is_outvoted() {
+        let mostly = sampler(&[("1.1.1.1", 7), ("1.1.1.1", 7), ("9.9.9.9", 9), ("1.1.1.1", 7)]);
+        assert_eq!(mostly.host_and_port(), Some("1.1.1.1:7".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_move_is_noticed_once_the_old_samples_are_gone() {
+        let mut moved = sampler(&[("1.1.1.1", 7); 16]);
+        for _ in 0..13 {
+            moved.add("2.2.2.2:7".parse().unwrap());
+        }
+        assert_eq!(moved.host_and_port(), Some("2.2.2.2:7".parse().unwrap()));
+    }
+}

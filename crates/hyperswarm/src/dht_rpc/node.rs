@@ -1,0 +1,243 @@
+//! The acting side of a node: sockets, timers and tasks around its [`State`].
+
+use std::net::SocketAddrV4;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, trace};
+
+use super::incoming_request::IncomingRequest;
+use super::message::{Message, PING_NAT};
+use super::query::{Query, QueryStream};
+use super::state::{Job, Outbound, State, Via};
+use super::{Call, Handler, Reply, RequestError, RequestOptions};
+use crate::udx::{Datagram, Socket};
+
+/// How long a node that may have a firewall waits for a sign that it has none, on top of four round trips.
+const PROBE_GRACE: Duration = Duration::from_millis(50);
+
+pub(super) struct Node {
+    pub(super) client: Socket,
+    pub(super) server: Socket,
+    pub(super) handler: Arc<dyn Handler>,
+    pub(super) state: Mutex<State>,
+    pub(super) concurrency: usize,
+    pub(super) quick_firewall: bool,
+    pub(super) forced: bool,
+    pub(super) hurry: Notify,
+    pub(super) bootstrapped: watch::Sender<bool>,
+    pub(super) stop: CancellationToken,
+    pub(super) tasks: TaskTracker,
+}
+
+impl Node {
+    /// Lets the state decide, then does what it decided.
+    pub(super) fn with<T>(&self, decide: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = decide(&mut state);
+        let outbox = std::mem::take(&mut state.outbox);
+        let hurry = std::mem::take(&mut state.hurry) || !state.jobs.is_empty();
+        drop(state);
+        for outgoing in outbox {
+            self.socket(&outgoing.via).send(outgoing.to, &outgoing.bytes);
+        }
+        if hurry {
+            self.hurry.notify_one();
+        }
+        result
+    }
+
+    pub(super) fn socket<'a>(&'a self, via: &'a Via) -> &'a Socket {
+        match via {
+            Via::Client => &self.client,
+            Via::Server => &self.server,
+            Via::Other(socket) => socket,
+        }
+    }
+
+    pub(super) fn via_of(&self, socket: &Socket) -> Via {
+        if *socket == self.server {
+            Via::Server
+        } else if *socket == self.client {
+            Via::Client
+        } else {
+            Via::Other(socket.clone())
+        }
+    }
+
+    /// Background queries leave room for those that somebody waits for.
+    pub(super) fn concurrency(&self, is_modest: bool) -> usize {
+        if is_modest { (self.concurrency / 8).max(2).min(self.concurrency) } else { self.concurrency }
+    }
+
+    pub(super) async fn request(
+        &self,
+        call: &Call,
+        to: SocketAddrV4,
+        options: RequestOptions,
+        internal: bool,
+    ) -> Result<Reply, RequestError> {
+        let (sender, reply) = tokio::sync::oneshot::channel();
+        let outbound = Outbound {
+            to,
+            internal,
+            command: call.command,
+            target: call.target,
+            token: call.token,
+            value: call.value.as_deref(),
+            via: options.socket.as_ref().map(|socket| self.via_of(socket)),
+            retries: options.retries,
+            timeout: options.timeout,
+            waiter: super::state::Waiter::Call(sender),
+        };
+        self.with(|state| state.request(outbound, Instant::now()))?;
+        reply.await.map_err(|_| RequestError::Stopped)?
+    }
+
+    /// Takes a datagram that came to a socket.
+    pub(super) fn receive(self: &Arc<Self>, via: &Via, datagram: Datagram) {
+        let Datagram { from, bytes } = datagram;
+        let now = Instant::now();
+        match Message::decode(&bytes) {
+            Ok(Message::Response(response)) => self.with(|state| state.on_response(via, from, response, &bytes, now)),
+            Ok(Message::Request(request)) => {
+                let Some(foreign) = self.with(|state| state.on_request(via, from, &request, now)) else { return };
+                self.handler.on_request(IncomingRequest {
+                    command: request.command,
+                    target: request.target,
+                    token: request.token,
+                    value: request.value.map(|value| bytes.slice_ref(value)),
+                    from,
+                    from_id: foreign.from_id,
+                    to: request.to,
+                    tid: request.tid,
+                    local_id: foreign.local_id,
+                    socket: self.socket(via).clone(),
+                    via: via.clone(),
+                    node: self.clone(),
+                });
+            }
+            Err(error) => trace!(%from, %error, "a datagram that is no message"),
+        }
+    }
+
+    pub(super) async fn receive_all(self: Arc<Self>, via: Via, mut datagrams: mpsc::Receiver<Datagram>) {
+        while let Some(Some(datagram)) = self.stop.run_until_cancelled(datagrams.recv()).await {
+            self.receive(&via, datagram);
+        }
+    }
+
+    /// Calls the state when something is due, and starts the jobs that it wants done.
+    pub(super) async fn keep_time(self: Arc<Self>) {
+        while !self.stop.is_cancelled() {
+            let next = self.with(State::next_deadline);
+            tokio::select! {
+                () = time::sleep_until(next) => {}
+                () = self.hurry.notified() => {}
+                () = self.stop.cancelled() => return,
+            }
+            let jobs = self.with(|state| {
+                state.on_time(Instant::now());
+                std::mem::take(&mut state.jobs)
+            });
+            for job in jobs {
+                self.spawn(job);
+            }
+        }
+    }
+
+    fn spawn(self: &Arc<Self>, job: Job) {
+        let (node, stop) = (self.clone(), self.stop.clone());
+        self.tasks.spawn(async move {
+            let work = async {
+                match job {
+                    Job::Refresh(target) => node.refresh(target).await,
+                    Job::CheckNetwork => drop(node.check_network(false).await),
+                }
+                node.with(|state| state.finished(job));
+            };
+            stop.run_until_cancelled(work).await;
+        });
+    }
+
+    async fn refresh(self: &Arc<Self>, target: super::Id) {
+        let query = Query { in_background: true, ..Query::find_node(target) };
+        QueryStream::new(self.clone(), query).closest().await;
+    }
+
+    /// Meets the first nodes, and learns from them how this node is seen.
+    pub(super) async fn bootstrap(self: Arc<Self>) {
+        let wants_quick_check = self.quick_firewall && !self.forced;
+        for round in 0..2 {
+            let own = self.with(|state| *state.table.id());
+            let mut query = QueryStream::new(self.clone(), Query { in_background: true, ..Query::find_node(own) });
+            let mut reachable = None;
+            while let Some(reply) = query.next().await {
+                if round == 0 && reachable.is_none() && wants_quick_check && self.with(|state| state.firewalled) {
+                    // A walk through a small network is over before this is answered, so it gets a little longer.
+                    let deadline = Instant::now() + reply.rtt * 4 + PROBE_GRACE;
+                    reachable = Some((self.clone().probe_server_socket(reply.from), deadline));
+                }
+            }
+            // One sign that the server socket can be reached is worth a proper check.
+            let is_promising = match reachable {
+                Some((probe, deadline)) => time::timeout_at(deadline, probe).await.is_ok_and(|reached| reached.is_ok()),
+                None => false,
+            };
+            if !(is_promising || self.forced) || !self.check_network(!self.forced).await {
+                break;
+            }
+        }
+        self.with(|state| state.bootstrapped = true);
+        self.bootstrapped.send_replace(true);
+    }
+
+    fn probe_server_socket(self: Arc<Self>, witness: SocketAddrV4) -> tokio::sync::oneshot::Receiver<()> {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let stop = self.stop.clone();
+        let node = self.clone();
+        self.tasks.spawn(async move {
+            let reached = stop.run_until_cancelled(node.ask_for_pong(witness)).await.flatten();
+            if reached.is_some() {
+                let _ = sender.send(());
+            }
+        });
+        receiver
+    }
+
+    /// Asks a node to answer to the server socket. Returns the address that the answer was sent to.
+    async fn ask_for_pong(&self, witness: SocketAddrV4) -> Option<SocketAddrV4> {
+        let port = self.server.local_address().port();
+        let call = Call { value: Some(port.to_le_bytes().to_vec().into()), ..Call::new(PING_NAT) };
+        let reply = self.request(&call, witness, RequestOptions::default(), true).await.ok()?;
+        reply.on_server_socket.then_some(reply.to)
+    }
+
+    /// Finds out whether other nodes reach this one, and makes it a lasting node if so. Says whether anything changed.
+    pub(super) async fn check_network(&self, firewall_only: bool) -> bool {
+        let (is_firewalled, is_ephemeral) = self.with(|state| (state.firewalled, state.ephemeral));
+        if !is_ephemeral || (firewall_only && !is_firewalled) {
+            return false;
+        }
+        let Some(before) = self.with(|state| state.sampler.host_and_port()) else { return false };
+        if is_firewalled {
+            let witnesses = self.with(|state| state.witnesses());
+            let pongs = futures_util::future::join_all(witnesses.iter().map(|node| self.ask_for_pong(*node))).await;
+            let seen: Vec<_> = pongs.into_iter().flatten().collect();
+            if !self.with(|state| state.on_witnesses(witnesses.len(), &seen)) {
+                return false;
+            }
+            debug!(witnesses = seen.len(), "other nodes reach this one");
+        }
+        if firewall_only {
+            return true;
+        }
+        let is_settled = self.with(State::settle_identity);
+        debug!(%before, is_settled, "looked at the own address");
+        is_settled
+    }
+}

@@ -1,0 +1,180 @@
+//! A walk through the table, reply by reply.
+
+use std::collections::VecDeque;
+use std::net::SocketAddrV4;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::Reply;
+use super::message::{FIND_NODE, Id};
+use super::node::Node;
+use super::routing_table::K;
+use super::state::{Outbound, Step, Waiter};
+use super::walk::{Progress, Walk};
+
+/// What to ask the nodes closest to a target.
+#[derive(Debug, Clone)]
+pub struct Query {
+    /// Where the walk leads to.
+    pub target: Id,
+    /// What to ask.
+    pub command: u64,
+    /// What to send along.
+    pub value: Option<Bytes>,
+    /// Nodes to begin with.
+    pub nodes: Vec<SocketAddrV4>,
+    pub(super) internal: bool,
+    pub(super) in_background: bool,
+}
+
+impl Query {
+    /// Asks with a command of the layer above.
+    pub fn new(target: Id, command: u64) -> Self {
+        Self { target, command, value: None, nodes: Vec::new(), internal: false, in_background: false }
+    }
+
+    /// Begins with these nodes, such as those closest to the target some minutes ago.
+    pub fn starting_at(self, nodes: Vec<SocketAddrV4>) -> Self {
+        Self { nodes, ..self }
+    }
+
+    /// Sends a value along.
+    pub fn with_value(self, value: Bytes) -> Self {
+        Self { value: Some(value), ..self }
+    }
+
+    /// Asks for nothing but closer nodes.
+    pub fn find_node(target: Id) -> Self {
+        Self { internal: true, ..Self::new(target, FIND_NODE) }
+    }
+}
+
+/// The replies of a query as they come. Nothing is asked while nobody waits for the next one, nor once this is dropped.
+pub struct QueryStream {
+    node: Arc<Node>,
+    query: Query,
+    walk: Walk,
+    // Bounded by the walk: it meets so many nodes, each of which has so many copies of a request to miss.
+    sender: mpsc::UnboundedSender<Step>,
+    steps: mpsc::UnboundedReceiver<Step>,
+    replies: VecDeque<Reply>,
+    is_done: bool,
+}
+
+impl QueryStream {
+    pub(super) fn new(node: Arc<Node>, query: Query) -> Self {
+        let (sender, steps) = mpsc::unbounded_channel();
+        let concurrency = node.concurrency(query.in_background);
+        let mut walk = Walk::new(query.target, node.with(|state| state.id()), concurrency, query.nodes.len() >= K);
+        query.nodes.iter().for_each(|address| walk.add(*address));
+        if walk.pending() < K {
+            add_known(&node, &mut walk, &query.target);
+        }
+        Self { node, query, walk, sender, steps, replies: VecDeque::new(), is_done: false }
+    }
+
+    /// Waits for the next reply that is not an error. `None` means that the walk is over. Cancel safe.
+    pub async fn next(&mut self) -> Option<Reply> {
+        loop {
+            if let Some(reply) = self.replies.pop_front() {
+                return Some(reply);
+            }
+            if self.is_done || !self.ask() {
+                return None;
+            }
+            let step = self.steps.recv().await?;
+            self.take(step);
+            while let Ok(step) = self.steps.try_recv() {
+                self.take(step);
+            }
+        }
+    }
+
+    /// Walks to the end, and returns the closest nodes that answered, closest first: at most 20.
+    pub async fn closest(mut self) -> Vec<Reply> {
+        while self.next().await.is_some() {}
+        self.walk.into_closest()
+    }
+
+    /// Returns the closest nodes that answered so far, closest first.
+    pub fn into_closest(self) -> Vec<Reply> {
+        self.walk.into_closest()
+    }
+
+    /// Sends what is to be sent. Says whether the walk goes on.
+    fn ask(&mut self) -> bool {
+        let now = Instant::now();
+        let Self { node, query, walk, sender, .. } = self;
+        loop {
+            let hints = walk.take_hints();
+            node.with(|state| {
+                if query.in_background {
+                    walk.set_concurrency(node.concurrency(!state.is_quiet()));
+                }
+                state.hint(hints, now);
+                while let Some(to) = walk.next() {
+                    let is_suspect = state.failed_lately(to, now);
+                    let outbound = Outbound {
+                        to,
+                        internal: query.internal,
+                        command: query.command,
+                        target: Some(query.target),
+                        token: None,
+                        value: query.value.as_deref(),
+                        via: None,
+                        retries: is_suspect.then_some(0),
+                        timeout: None,
+                        waiter: Waiter::Walk(sender.clone()),
+                    };
+                    if state.request(outbound, now).is_err() {
+                        walk.skipped(to);
+                    } else if is_suspect {
+                        walk.suspect(to);
+                    }
+                }
+            });
+            match walk.progress() {
+                Progress::Waiting => return true,
+                Progress::NeedsNodes => {
+                    walk.widen();
+                    add_known(node, walk, &query.target);
+                }
+                Progress::Done => {
+                    self.is_done = true;
+                    return false;
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, step: Step) {
+        match step {
+            Step::Late(node) => self.walk.late(node),
+            Step::Failed(node) => self.walk.failed(node),
+            Step::Answered(node, reply) => {
+                self.walk.answered(node, &reply);
+                if reply.error == 0 {
+                    self.replies.push_back(reply);
+                }
+            }
+        }
+    }
+}
+
+/// Adds the closest nodes of the table, and the ways into it where those are few.
+fn add_known(node: &Node, walk: &mut Walk, target: &Id) {
+    node.with(|state| {
+        let closest: Vec<_> = state.table.closest(target, K).into_iter().map(|node| node.address).collect();
+        for address in closest {
+            walk.add(address);
+        }
+        if walk.pending() < K {
+            for address in state.entry_nodes() {
+                walk.add(address);
+            }
+        }
+    });
+}

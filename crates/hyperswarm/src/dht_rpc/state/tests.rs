@@ -1,0 +1,304 @@
+use super::*;
+use crate::dht_rpc::Message;
+use crate::dht_rpc::tests::local;
+
+fn node(number: u16) -> SocketAddrV4 {
+    SocketAddrV4::new([127, 0, 0, 1].into(), number)
+}
+
+fn seed() -> [u8; 256] {
+    std::array::from_fn(|index| index as u8)
+}
+
+/// A lasting node at port 1000, which time and datagrams are fed to.
+struct Subject {
+    state: State,
+    now: Instant,
+}
+
+impl Subject {
+    fn new(config: Config) -> Self {
+        let now = Instant::now();
+        let mut state = State::new(&config, node(1_000), now, seed);
+        state.bootstrapped = true;
+        Self { state, now }
+    }
+
+    fn open() -> Self {
+        Self::new(local(&[]))
+    }
+
+    fn sent(&mut self) -> Vec<(SocketAddrV4, Vec<u8>)> {
+        std::mem::take(&mut self.state.outbox).into_iter().map(|out| (out.to, out.bytes.to_vec())).collect()
+    }
+
+    fn targets(&mut self) -> Vec<SocketAddrV4> {
+        self.sent().into_iter().map(|(to, _)| to).collect()
+    }
+
+    fn call(&mut self, to: SocketAddrV4) -> oneshot::Receiver<Result<Reply, RequestError>> {
+        let (sender, receiver) = oneshot::channel();
+        let outbound = Outbound::internal(PING, to, Waiter::Call(sender));
+        self.state.request(outbound, self.now).unwrap();
+        receiver
+    }
+
+    /// Answers a ping from this address.
+    fn respond(&mut self, from: SocketAddrV4, tid: u16) {
+        let response = Response {
+            tid,
+            to: node(1_000),
+            id: Some(node_id(from)),
+            token: None,
+            closer_nodes: Vec::new(),
+            error: 0,
+            value: None,
+        };
+        self.state.on_response(&Via::Server, from, response, &Bytes::new(), self.now);
+    }
+
+    /// Takes a ping of a lasting node.
+    fn hear(&mut self, from: SocketAddrV4) {
+        self.ask(from, request(PING, None));
+        self.state.outbox.clear();
+    }
+
+    fn ask(&mut self, from: SocketAddrV4, request: Request<'_>) -> Option<Foreign> {
+        let request = Request { id: Some(node_id(from)), ..request };
+        self.state.on_request(&Via::Server, from, &request, self.now)
+    }
+
+    /// Lets time pass, in steps as the timer would.
+    fn pass(&mut self, duration: Duration) {
+        let end = self.now + duration;
+        while self.now < end {
+            self.now = self.state.next_deadline().min(end);
+            self.state.on_time(self.now);
+        }
+    }
+}
+
+fn request(command: u64, value: Option<&[u8]>) -> Request<'_> {
+    Request { tid: 7, to: node(1_000), id: None, token: None, internal: true, command, target: None, value }
+}
+
+fn tid_of(datagram: &[u8]) -> u16 {
+    u16::from_le_bytes([datagram[2], datagram[3]])
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_is_sent_four_times_and_then_fails() {
+    let mut subject = Subject::open();
+    let mut reply = subject.call(node(1));
+    subject.pass(Duration::from_secs(10));
+    let copies = subject.sent();
+    assert_eq!(copies.len(), 4);
+    assert!(copies.windows(2).all(|pair| pair[0] == pair[1]), "every copy is the same");
+    assert_eq!(reply.try_recv(), Ok(Err(RequestError::Timeout)));
+    assert!(subject.state.inflight.is_empty() && subject.state.deadlines.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_from_elsewhere_or_with_another_number_is_ignored() {
+    let mut subject = Subject::open();
+    let mut reply = subject.call(node(1));
+    let tid = tid_of(&subject.sent()[0].1);
+    subject.respond(node(2), tid);
+    subject.respond(node(1), tid.wrapping_add(1));
+    assert!(reply.try_recv().is_err());
+    subject.respond(node(1), tid);
+    assert_eq!(reply.try_recv().unwrap().unwrap().from, node(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_left_is_not_sent_for_any_more() {
+    let mut subject = Subject::open();
+    drop(subject.call(node(1)));
+    subject.pass(Duration::from_secs(10));
+    assert_eq!(subject.sent().len(), 1);
+    assert!(subject.state.inflight.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_beyond_the_window_wait_and_too_many_are_refused() {
+    let mut subject = Subject::new(Config { window_max: 3, ..local(&[]) });
+    let mut replies: Vec<_> = (1..=5).map(|number| subject.call(node(number))).collect();
+    let sent = subject.sent();
+    assert_eq!(sent.len(), 3);
+    subject.respond(node(1), tid_of(&sent[0].1));
+    assert_eq!(subject.targets(), [node(4)], "an answer makes room");
+    assert!(replies.remove(0).try_recv().unwrap().is_ok());
+
+    let mut refused = 0;
+    for _ in 0..WAITING_MAX + 10 {
+        let result = subject.state.request(Outbound::internal(PING, node(9), Waiter::Nobody), subject.now);
+        refused += usize::from(result == Err(RequestError::Busy));
+    }
+    assert!(refused > 0);
+    assert!(subject.state.waiting.len() <= WAITING_MAX);
+    subject.state.stop();
+    assert_eq!(replies.remove(0).try_recv(), Ok(Err(RequestError::Stopped)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn pings_are_answered_where_they_are_to_be() {
+    let mut subject = Subject::open();
+    subject.ask(node(1), request(PING, None));
+    subject.ask(node(2), request(PING_NAT, Some(&[0x39, 0x30])));
+    subject.ask(node(3), request(PING_NAT, Some(&[0, 0])));
+    subject.ask(node(4), request(DELAYED_PING, Some(&2_000_u32.to_le_bytes())));
+    subject.ask(node(5), request(DELAYED_PING, Some(&10_001_u32.to_le_bytes())));
+    assert_eq!(subject.targets(), [node(1), node(12_345)]);
+    subject.pass(Duration::from_secs(2));
+    assert_eq!(subject.targets(), [node(4)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_says_who_is_closer_and_where_the_asker_is() {
+    let mut subject = Subject::open();
+    (1..=30).for_each(|number| subject.hear(node(number)));
+    let target = [7; 32];
+    subject.ask(node(40), Request { target: Some(target), ..request(FIND_NODE, None) });
+    let (_, bytes) = subject.sent().remove(0);
+    let Ok(Message::Response(response)) = Message::decode(&bytes) else { panic!("it is a response") };
+    assert_eq!(response.to, node(40));
+    assert_eq!(response.id, Some(node_id(node(1_000))));
+    assert_eq!(response.closer_nodes.len(), K);
+    assert!(
+        response.closer_nodes.is_sorted_by_key(|node| super::super::routing_table::distance(&target, &node_id(*node)))
+    );
+    assert!(bytes.len() < 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_forged_id_does_not_enter_the_table() {
+    let mut subject = Subject::open();
+    let forged = Request { id: Some([1; 32]), ..request(PING, None) };
+    subject.state.on_request(&Via::Server, node(1), &forged, subject.now);
+    assert!(subject.state.table.is_empty());
+    subject.hear(node(1));
+    assert_eq!(subject.state.routing_nodes(), [node(1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unknown_node_that_is_said_to_be_down_is_left_alone_and_a_known_one_is_asked() {
+    let mut subject = Subject::open();
+    subject.hear(node(1));
+    let hint = |node: SocketAddrV4| {
+        let mut value = Vec::new();
+        value.write_ipv4(node);
+        value
+    };
+    subject.ask(node(2), request(DOWN_HINT, Some(&hint(node(9)))));
+    assert_eq!(subject.targets(), [node(2)]);
+    subject.ask(node(2), request(DOWN_HINT, Some(&hint(node(1)))));
+    assert_eq!(subject.targets(), [node(1), node(2)]);
+    assert_eq!(subject.state.routing_nodes().len(), 2, "the node asks before it believes");
+    subject.pass(Duration::from_secs(10));
+    assert_eq!(subject.state.routing_nodes(), [node(2)]);
+    assert_eq!(subject.state.checks, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_row_keeps_a_node_that_answers_and_swaps_one_that_does_not() {
+    let mut subject = Subject::open();
+    let own = *subject.state.table.id();
+    let far = |number: &u16| (node_id(node(*number))[0] ^ own[0]) & 0x80 != 0;
+    let mut numbers = (1..).filter(far);
+    let members: Vec<_> = numbers.by_ref().take(K).map(node).collect();
+    for member in &members {
+        subject.hear(*member);
+    }
+    // A node just heard is not suspected.
+    subject.hear(node(numbers.next().unwrap()));
+    assert!(subject.targets().is_empty());
+    subject.state.tick += 1;
+
+    let (first, second) = (node(numbers.next().unwrap()), node(numbers.next().unwrap()));
+    subject.ask(first, request(PING, None));
+    let sent = subject.sent();
+    let (oldest, ping) = sent.iter().find(|(to, _)| members.contains(to)).unwrap();
+    subject.respond(*oldest, tid_of(ping));
+    assert!(!subject.state.routing_nodes().contains(&first));
+
+    subject.state.tick += 1;
+    subject.hear(second);
+    subject.pass(Duration::from_secs(4));
+    assert!(subject.state.routing_nodes().contains(&second));
+    assert_eq!(subject.state.table.len(), K);
+    assert_eq!(subject.state.repings, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn silent_nodes_leave_the_table_and_are_remembered_as_a_way_in() {
+    let mut subject = Subject::new(local(&[node(50)]));
+    (1..=3).for_each(|number| subject.hear(node(number)));
+    subject.pass(Duration::from_mins(5));
+    assert!(subject.state.table.is_empty());
+    let entries = subject.state.entry_nodes();
+    assert!([50, 1, 2, 3].iter().all(|number| entries.contains(&node(*number))), "{entries:?}");
+    assert_eq!(subject.state.jobs.len(), 1, "one walk at a time looks for company");
+    assert!(matches!(subject.state.jobs[0], Job::Refresh(_)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_node_looks_around_every_five_minutes() {
+    let mut subject = Subject::open();
+    subject.hear(node(1));
+    let mut walks = 0;
+    for _ in 0..12 * 15 {
+        for (to, ping) in subject.sent() {
+            subject.respond(to, tid_of(&ping));
+        }
+        subject.pass(Duration::from_secs(5));
+        walks += subject.state.jobs.len();
+        for job in std::mem::take(&mut subject.state.jobs) {
+            subject.state.finished(job);
+        }
+    }
+    // Three for being idle, and a few for knowing so few.
+    assert!((3..=6).contains(&walks), "{walks}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stable_node_looks_at_its_network_once_per_address() {
+    let mut subject = Subject::new(Config {
+        ephemeral: None,
+        firewalled: true,
+        stable_after: Duration::from_secs(50),
+        ..local(&[node(50)])
+    });
+    subject.state.sampler.add(node(1_000));
+    subject.pass(Duration::from_secs(49));
+    assert!(!subject.state.jobs.contains(&Job::CheckNetwork));
+    subject.pass(Duration::from_secs(6));
+    assert!(subject.state.jobs.contains(&Job::CheckNetwork));
+    subject.state.jobs.clear();
+    subject.state.finished(Job::CheckNetwork);
+    subject.pass(Duration::from_mins(10));
+    assert!(!subject.state.jobs.contains(&Job::CheckNetwork), "the same network again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn witnesses_must_agree_with_each_other_and_with_the_port() {
+    let mut subject = Subject::new(Config { ephemeral: None, firewalled: true, ..local(&[node(50)]) });
+    subject.state.sampler.add(node(2_000));
+    assert!(!subject.state.on_witnesses(5, &[node(1_000), node(1_000)]), "too few of five");
+    assert!(!subject.state.on_witnesses(5, &[node(3_000), node(3_000), node(3_000)]), "another port");
+    let elsewhere: SocketAddrV4 = "9.9.9.9:1000".parse().unwrap();
+    assert!(!subject.state.on_witnesses(5, &[elsewhere, elsewhere, elsewhere]), "another host");
+    assert!(subject.state.on_witnesses(5, &[node(1_000), node(1_000), node(1_000)]));
+    assert_eq!(subject.state.remote_address(), Some(node(1_000)));
+    assert!(subject.state.settle_identity());
+    assert_eq!(subject.state.id(), Some(node_id(node(1_000))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nodes_that_no_honest_node_names_are_left_out() {
+    let foreign: SocketAddrV4 = "8.8.8.8:1".parse().unwrap();
+    let named = |text: &str, by| is_plausible(text.parse().unwrap(), by);
+    assert!(named("1.2.3.4:5", foreign) && named("192.168.1.1:5", foreign));
+    assert!(!named("1.2.3.4:0", foreign) && !named("0.0.0.0:5", foreign));
+    assert!(!named("224.0.0.1:5", foreign) && !named("255.255.255.255:5", foreign));
+    assert!(!named("127.0.0.1:5", foreign) && named("127.0.0.1:5", node(1)));
+}
