@@ -1,1 +1,291 @@
-//! Records, announcements and connections by public key.
+//! Records, announcements and connections by public key, on top of [`crate::dht_rpc`]. Compatible with the Node
+//! package `hyperdht`.
+//!
+//! A server announces itself to the three nodes closest to the hash of its key. They are its relays: a client finds
+//! them by a walk through the table and hands them a Noise message, which they pass on. With the server's answer both
+//! ends know each other's address and stream, and connect over UDX without anyone in between.
+
+pub mod announcer;
+pub mod commands;
+mod connect;
+mod desk;
+#[cfg(test)]
+mod golden;
+pub mod handshake;
+pub mod holepunch;
+pub mod noise_payload;
+pub mod persistent;
+pub mod records;
+pub mod router;
+mod server;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use self::announcer::{RelayAddresses, TopicAnnouncer};
+use self::connect::KnownAddresses;
+pub use self::connect::{ConnectError, ConnectOptions, Step};
+use self::desk::Desk;
+use self::persistent::Limits;
+use self::records::{FindPeer, Lookup, MutableValue, Peer, StoreError};
+pub use self::server::{FirewallRule, ListenError, Server, ServerOptions};
+use crate::crypto::{KeyPair, PublicKey};
+use crate::dht_rpc::{self, DhtRpc, Id};
+use crate::secret_stream::SecretStream;
+use crate::udx::Udx;
+
+/// What a node of the DHT is to be.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The address to bind to. Port 0 takes any; another one is taken, or the start fails.
+    pub bind: SocketAddrV4,
+    /// Nodes that know others. None starts a network of its own.
+    pub bootstrap: Vec<SocketAddrV4>,
+    /// Nodes from an earlier run ([`HyperDht::routing_nodes`]), asked as well.
+    pub known_nodes: Vec<SocketAddrV4>,
+    /// Where servers were found in an earlier run ([`HyperDht::known_addresses`]).
+    pub known_addresses: Vec<(PublicKey, Vec<SocketAddrV4>)>,
+    /// Whether the node stays out of the table, as clients and short-lived programs should.
+    pub ephemeral: bool,
+    /// Whether others may be unable to reach the node. `None` lets it find out.
+    pub firewalled: Option<bool>,
+    /// The address that others reach this node at, where that is certain.
+    pub public_address: Option<SocketAddrV4>,
+    /// How many requests per second one source may send lastingly.
+    pub requests_per_second: u32,
+    /// How many requests one source may send at once.
+    pub requests_burst: u32,
+    /// How much a lasting node keeps for others.
+    pub limits: Limits,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let rpc = dht_rpc::Config::default();
+        Self {
+            bind: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0),
+            bootstrap: Vec::new(),
+            known_nodes: Vec::new(),
+            known_addresses: Vec::new(),
+            ephemeral: true,
+            firewalled: None,
+            public_address: None,
+            requests_per_second: rpc.requests_per_second,
+            requests_burst: rpc.requests_burst,
+            limits: Limits::default(),
+        }
+    }
+}
+
+impl Config {
+    fn rpc(&self) -> dht_rpc::Config {
+        dht_rpc::Config {
+            host: *self.bind.ip(),
+            port: self.bind.port(),
+            any_port: self.bind.port() == 0,
+            bootstrap: self.bootstrap.clone(),
+            known_nodes: self.known_nodes.clone(),
+            ephemeral: Some(self.ephemeral),
+            firewalled: self.firewalled.unwrap_or(true),
+            public_address: self.public_address,
+            requests_per_second: self.requests_per_second,
+            requests_burst: self.requests_burst,
+            ..dht_rpc::Config::default()
+        }
+    }
+}
+
+/// A node of the DHT. Clones are the same node.
+#[derive(Clone)]
+pub struct HyperDht {
+    shared: Arc<Shared>,
+}
+
+/// What the clones of a node, its servers and its connecting clients share.
+struct Shared {
+    rpc: DhtRpc,
+    udx: Udx,
+    desk: Arc<Desk>,
+    known: Mutex<KnownAddresses>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Shared {
+    fn known(&self) -> MutexGuard<'_, KnownAddresses> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns where this node reaches itself.
+    fn own_address(&self) -> SocketAddrV4 {
+        let mut address = self.rpc.server_socket().local_address();
+        if address.ip().is_unspecified() {
+            address.set_ip(Ipv4Addr::LOCALHOST);
+        }
+        address
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl HyperDht {
+    /// Opens the sockets and begins to look for other nodes. Must be called within a runtime.
+    pub fn start(config: Config) -> io::Result<Self> {
+        let (udx, desk) = (Udx::new(), Arc::new(Desk::new(config.limits)));
+        let rpc = DhtRpc::start(config.rpc(), udx.clone(), desk.clone())?;
+        let mut known = KnownAddresses::default();
+        for (server, addresses) in config.known_addresses {
+            known.set(server, addresses);
+        }
+        let shared = Shared {
+            rpc,
+            udx,
+            desk,
+            known: Mutex::new(known),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Starts a node that others begin with: lasting, open, at an address that never changes.
+    pub fn bootstrapper(bind: SocketAddrV4) -> io::Result<Self> {
+        let config = Config { bind, ephemeral: false, firewalled: Some(false), ..Config::default() };
+        Self::start(config)
+    }
+
+    /// Connects to the server that listens with `remote`'s secret key, as the owner of `key_pair`.
+    ///
+    /// The server has proven that it is there and holds the key when this returns.
+    pub async fn connect(
+        &self,
+        key_pair: &KeyPair,
+        remote: PublicKey,
+        options: ConnectOptions,
+    ) -> Result<SecretStream, ConnectError> {
+        connect::connect(&self.shared, key_pair, remote, options).await
+    }
+
+    /// Takes connections for a key. Returns once the server was announced, or nobody was there to announce it to.
+    pub async fn listen(&self, key_pair: KeyPair, options: ServerOptions) -> Result<Server, ListenError> {
+        server::listen(self, key_pair, options).await
+    }
+
+    /// Looks for the nodes that know the way to a server.
+    pub fn find_peer(&self, server: &PublicKey) -> FindPeer {
+        records::find_peer(&self.shared.rpc, server, Vec::new())
+    }
+
+    /// Returns peers that announced a topic to this node itself, which a walk through the others does not tell.
+    pub fn kept_peers(&self, topic: &Id) -> Vec<Peer> {
+        self.shared.desk.peers(topic)
+    }
+
+    /// Looks for the peers that announced a topic, among the other nodes.
+    pub fn lookup(&self, topic: Id) -> Lookup {
+        records::lookup(&self.shared.rpc, topic, Vec::new())
+    }
+
+    /// Announces a peer under a topic once. Returns the nodes that keep the announcement for some twenty minutes.
+    pub async fn announce(
+        &self,
+        topic: Id,
+        key_pair: &KeyPair,
+        relay_addresses: &[SocketAddrV4],
+    ) -> Result<Vec<SocketAddrV4>, StoreError> {
+        records::announce(&self.shared.rpc, topic, key_pair, relay_addresses, Vec::new()).await
+    }
+
+    /// Keeps a peer announced under a topic until the announcer is stopped or dropped.
+    pub fn announcer(&self, topic: Id, key_pair: KeyPair, relay_addresses: RelayAddresses) -> TopicAnnouncer {
+        TopicAnnouncer::start(self.shared.rpc.clone(), topic, key_pair, relay_addresses, &self.shared.tasks)
+    }
+
+    /// Takes an announcement back wherever it is found. Returns how many nodes confirmed.
+    pub async fn unannounce(&self, topic: Id, key_pair: &KeyPair) -> usize {
+        records::unannounce(&self.shared.rpc, topic, key_pair).await
+    }
+
+    /// Stores a value under its hash. Returns the hash.
+    pub async fn immutable_put(&self, value: Bytes) -> Result<Id, StoreError> {
+        records::immutable_put(&self.shared.rpc, value).await
+    }
+
+    /// Returns the value with this hash, as soon as one node has it.
+    pub async fn immutable_get(&self, hash: Id) -> Option<Bytes> {
+        records::immutable_get(&self.shared.rpc, hash).await
+    }
+
+    /// Stores a value under a key. `seq` must be higher than that of the value it replaces.
+    pub async fn mutable_put(&self, key_pair: &KeyPair, seq: u64, value: Bytes) -> Result<(), StoreError> {
+        records::mutable_put(&self.shared.rpc, key_pair, seq, value).await
+    }
+
+    /// Returns the newest value under a key whose number is at least `seq_min`.
+    pub async fn mutable_get(&self, public_key: &PublicKey, seq_min: u64) -> Option<MutableValue> {
+        records::mutable_get(&self.shared.rpc, public_key, seq_min, true).await
+    }
+
+    /// Returns where servers were found lately, oldest first, for another start.
+    pub fn known_addresses(&self) -> Vec<(PublicKey, Vec<SocketAddrV4>)> {
+        self.shared.known().all()
+    }
+
+    /// Returns nodes that last, for another start.
+    pub fn routing_nodes(&self) -> Vec<SocketAddrV4> {
+        self.shared.rpc.routing_nodes()
+    }
+
+    /// Waits until the node has looked for others, whether or not it met any.
+    pub async fn bootstrapped(&self) {
+        self.shared.rpc.bootstrapped().await;
+    }
+
+    /// Returns the address that the node is bound to.
+    pub fn local_address(&self) -> SocketAddrV4 {
+        self.shared.rpc.server_socket().local_address()
+    }
+
+    /// Returns this node's address as others see it, where they can reach it.
+    pub fn remote_address(&self) -> Option<SocketAddrV4> {
+        self.shared.rpc.remote_address()
+    }
+
+    /// Returns the node of the table beneath.
+    pub fn rpc(&self) -> &DhtRpc {
+        &self.shared.rpc
+    }
+
+    /// Takes announcements back, ends connections and closes the sockets.
+    pub async fn stop(&self) {
+        self.shared.stop.cancel();
+        self.shared.tasks.close();
+        // Servers take their announcements back; nobody waits for nodes that do not answer.
+        let _ = tokio::time::timeout(FAREWELL, self.shared.tasks.wait()).await;
+        self.shared.rpc.stop().await;
+        // The other ends of connections are told before the program goes on, and perhaps exits.
+        let _ = tokio::time::timeout(FAREWELL, self.shared.udx.closed()).await;
+    }
+}
+
+/// How long a stopping node waits for others to forget it, and for its sockets to close.
+const FAREWELL: Duration = Duration::from_secs(3);
+
+impl fmt::Debug for HyperDht {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("HyperDht").field("address", &self.local_address()).finish_non_exhaustive()
+    }
+}

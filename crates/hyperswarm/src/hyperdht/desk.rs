@@ -1,0 +1,130 @@
+//! Where the requests of other nodes come in and are handed to whom they concern.
+
+use std::collections::HashMap;
+use std::net::SocketAddrV4;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::commands::{PEER_HANDSHAKE, PEER_HOLEPUNCH};
+use super::persistent::{Limits, Routes, Store};
+use super::records::Peer;
+use super::router::{Decision, Origin, Router, Target};
+use super::server::Incoming;
+use crate::crypto::{PublicKey, random};
+use crate::dht_rpc::{Handler, Id, IncomingRequest, ReplyOptions, UNKNOWN_COMMAND};
+
+/// Hands handshakes to the servers of this node or on to others, and the rest to the store.
+pub(super) struct Desk {
+    router: Mutex<Router>,
+    store: Mutex<Store>,
+    servers: Mutex<HashMap<Target, mpsc::Sender<Incoming>>>,
+}
+
+impl Desk {
+    pub(super) fn new(limits: Limits) -> Self {
+        let store = Store::new(limits, u64::from_le_bytes(random()));
+        Self { router: Mutex::default(), store: Mutex::new(store), servers: Mutex::default() }
+    }
+
+    pub(super) fn router(&self) -> MutexGuard<'_, Router> {
+        self.router.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands handshakes for a target to `inbox` from here on. Returns false when another server has it.
+    pub(super) fn open(&self, target: Target, server: PublicKey, inbox: mpsc::Sender<Incoming>) -> bool {
+        // What others find of a server: its key, and no addresses, since whoever knows the record is a relay.
+        let record = [server.as_bytes().as_slice(), &[0]].concat();
+        let is_new = self.router().add_server(target, record.into());
+        if is_new {
+            self.servers().insert(target, inbox);
+        }
+        is_new
+    }
+
+    /// Hands no more handshakes for a target to anyone.
+    pub(super) fn close(&self, target: &Target) {
+        self.router().remove_server(target);
+        self.servers().remove(target);
+    }
+
+    /// Says whether a server of this node has a target.
+    pub(super) fn serves(&self, target: &Target) -> bool {
+        self.servers().contains_key(target)
+    }
+
+    fn servers(&self) -> MutexGuard<'_, HashMap<Target, mpsc::Sender<Incoming>>> {
+        self.servers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn on_handshake(&self, request: IncomingRequest) {
+        let (Some(target), Some(value)) = (request.target, request.value.clone()) else { return };
+        let origin = Origin { from: request.from, tid: request.tid };
+        let decision = self.router().on_handshake(&target, &value, origin, Instant::now());
+        let Decision::Serve { noise, back } = decision else { return act(&request, decision) };
+        let noise = value.slice_ref(noise);
+        if let Some(inbox) = self.servers().get(&target) {
+            // A server that cannot keep up answers the client's next copy.
+            let _ = inbox.try_send(Incoming { noise, back, request });
+        }
+    }
+
+    /// Lets the store answer. Returns false when it does not: the node does not last, or the command is unknown.
+    fn is_kept(&self, request: &IncomingRequest) -> bool {
+        let mut store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        store.on_request(request, &mut *self.router(), Instant::now())
+    }
+
+    /// Returns peers that announced a topic to this node.
+    pub(super) fn peers(&self, topic: &Id) -> Vec<Peer> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner).peers(topic, Instant::now())
+    }
+
+    fn on_holepunch(&self, request: &IncomingRequest) {
+        let (Some(target), Some(value)) = (request.target, request.value.as_deref()) else { return };
+        let origin = Origin { from: request.from, tid: request.tid };
+        let decision = self.router().on_holepunch(&target, value, origin, Instant::now());
+        act(request, decision);
+    }
+}
+
+impl Handler for Desk {
+    fn on_request(&self, request: IncomingRequest) {
+        match request.command {
+            PEER_HANDSHAKE => self.on_handshake(request),
+            PEER_HOLEPUNCH => self.on_holepunch(&request),
+            _ if self.is_kept(&request) => {}
+            _ => request.error(UNKNOWN_COMMAND),
+        }
+    }
+}
+
+impl Routes for Router {
+    fn record(&self, target: &Target, now: Instant) -> Option<Bytes> {
+        Self::record(self, target, now)
+    }
+
+    fn learn(&mut self, target: Target, relay: SocketAddrV4, record: Bytes, now: Instant) -> bool {
+        Self::learn(self, target, relay, record, now)
+    }
+
+    fn forget(&mut self, target: &Target) {
+        Self::forget(self, target);
+    }
+}
+
+/// Does what was decided about a request.
+pub(super) fn act(request: &IncomingRequest, decision: Decision<'_>) {
+    match decision {
+        Decision::Forward { value, to } => request.relay(&value, to),
+        Decision::Respond { value, to } => {
+            request.reply_with(Some(&value), &ReplyOptions { to: Some(to), ..ReplyOptions::bare() });
+        }
+        Decision::PointCloser => {
+            request.reply_with(None, &ReplyOptions { without_token: true, ..ReplyOptions::default() });
+        }
+        Decision::Serve { .. } | Decision::Drop => {}
+    }
+}

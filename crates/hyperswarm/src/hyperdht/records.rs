@@ -1,0 +1,272 @@
+//! What nodes keep for others, and how to ask them for it: announcements of peers, and values.
+
+mod announcement;
+mod mutable_value;
+
+use std::net::SocketAddrV4;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+
+pub use self::announcement::{Announcement, Audience, LookupReply, Peer, Purpose};
+pub use self::mutable_value::MutableValue;
+use super::commands::{
+    ANNOUNCE, FIND_PEER, IMMUTABLE_GET, IMMUTABLE_PUT, LOOKUP, MUTABLE_GET, MUTABLE_PUT, UNANNOUNCE,
+};
+use super::persistent::{PEERS_MAX, VALUE_LENGTH_MAX};
+use crate::compact_encoding::Encoder;
+use crate::crypto::{KeyPair, PublicKey, hash};
+use crate::dht_rpc::{Call, DhtRpc, INVALID_TOKEN, Id, Query, QueryStream, Reply, Token};
+
+/// Another value was stored under the same number.
+pub const SEQ_REUSED: u64 = 16;
+/// A value with a higher number is stored.
+pub const SEQ_TOO_LOW: u64 = 17;
+
+/// Why nothing was stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// No node answered that could keep it.
+    #[error("no node took it")]
+    NoNodes,
+    /// Another value was stored under the same number.
+    #[error("the number stands for another value")]
+    NumberReused,
+    /// A value with a higher number is stored.
+    #[error("a value with a higher number is stored")]
+    NumberTooLow,
+    /// No node keeps values of this length.
+    #[error("the value is longer than {VALUE_LENGTH_MAX} bytes")]
+    TooLong,
+}
+
+/// A peer that a node knows the way to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundPeer {
+    /// The peer as it announced itself.
+    pub peer: Peer,
+    /// The node that knows the way.
+    pub from: SocketAddrV4,
+    /// This node's address as that one sees it.
+    pub to: SocketAddrV4,
+}
+
+/// Peers that a node knows to have announced a topic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundTopic {
+    /// The peers: at most 20, drawn at random if there are more.
+    pub peers: Vec<Peer>,
+    /// The node that knows them.
+    pub from: SocketAddrV4,
+    /// This node's address as that one sees it.
+    pub to: SocketAddrV4,
+}
+
+/// The nodes that know the way to a peer, as they answer.
+pub struct FindPeer {
+    query: QueryStream,
+}
+
+impl FindPeer {
+    /// Waits for the next node that knows the peer. Cancel safe.
+    pub async fn next(&mut self) -> Option<FoundPeer> {
+        loop {
+            let reply = self.query.next().await?;
+            if let Some(peer) = reply.value.as_deref().and_then(|value| Peer::decode(value).ok()) {
+                return Some(FoundPeer { peer, from: reply.from, to: reply.to });
+            }
+        }
+    }
+}
+
+/// The nodes that know who announced a topic, as they answer.
+pub struct Lookup {
+    query: QueryStream,
+}
+
+impl Lookup {
+    /// Waits for the next node that knows anyone. Cancel safe.
+    pub async fn next(&mut self) -> Option<FoundTopic> {
+        loop {
+            let reply = self.query.next().await?;
+            if let Some(found) = reply.value.as_deref().and_then(|value| LookupReply::decode(value).ok()) {
+                return Some(FoundTopic { peers: found.peers, from: reply.from, to: reply.to });
+            }
+        }
+    }
+}
+
+/// Looks for the nodes that know the way to a server. `nodes` are asked first.
+pub fn find_peer(dht: &DhtRpc, public_key: &PublicKey, nodes: Vec<SocketAddrV4>) -> FindPeer {
+    let target = hash(&[public_key.as_bytes()]);
+    FindPeer { query: dht.query(Query::new(target, FIND_PEER).starting_at(nodes)) }
+}
+
+/// Looks for the peers that announced a topic. `nodes` are asked first.
+pub fn lookup(dht: &DhtRpc, topic: Id, nodes: Vec<SocketAddrV4>) -> Lookup {
+    Lookup { query: dht.query(Query::new(topic, LOOKUP).starting_at(nodes)) }
+}
+
+/// Announces a peer under a topic. Returns the nodes that keep the announcement for some twenty minutes.
+pub async fn announce(
+    dht: &DhtRpc,
+    topic: Id,
+    key_pair: &KeyPair,
+    relay_addresses: &[SocketAddrV4],
+    nodes: Vec<SocketAddrV4>,
+) -> Result<Vec<SocketAddrV4>, StoreError> {
+    let closest = dht.query(Query::new(topic, LOOKUP).starting_at(nodes)).closest().await;
+    let peer = Peer { public_key: key_pair.public_key(), relay_addresses: relay_addresses.to_vec() };
+    let kept = join_all(closest.iter().map(|reply| announce_to(dht, topic, key_pair, &peer, reply))).await;
+    let nodes: Vec<_> = kept.into_iter().flatten().map(|reply| reply.from).collect();
+    if nodes.is_empty() { Err(StoreError::NoNodes) } else { Ok(nodes) }
+}
+
+/// Takes an announcement back wherever it is found. Returns how many nodes confirmed.
+pub async fn unannounce(dht: &DhtRpc, topic: Id, key_pair: &KeyPair) -> usize {
+    let mut query = dht.query(Query::new(topic, LOOKUP));
+    let mut holders = Vec::new();
+    while let Some(reply) = query.next().await {
+        let found = reply.value.as_deref().and_then(|value| LookupReply::decode(value).ok());
+        // Of a full answer nobody knows whom it leaves out.
+        let names = |peers: &[Peer]| {
+            peers.len() >= PEERS_MAX || peers.iter().any(|peer| peer.public_key == key_pair.public_key())
+        };
+        if found.is_some_and(|found| names(&found.peers)) {
+            holders.push(reply);
+        }
+    }
+    let confirmed = join_all(holders.iter().map(|reply| unannounce_from(dht, topic, key_pair, reply))).await;
+    confirmed.into_iter().flatten().count()
+}
+
+/// Announces a peer to one node that answered a FIND_PEER or LOOKUP. Returns its confirmation.
+pub(super) async fn announce_to(
+    dht: &DhtRpc,
+    target: Id,
+    key_pair: &KeyPair,
+    peer: &Peer,
+    reply: &Reply,
+) -> Option<Reply> {
+    commit(dht, ANNOUNCE, target, reply, |node, token| {
+        let audience = Audience { target: &target, node, token };
+        Announcement::sign(Purpose::Announce, peer.clone(), audience, key_pair).encode().into()
+    })
+    .await
+    .filter(|reply| reply.error == 0)
+}
+
+/// Takes an announcement back from one node that answered a FIND_PEER or LOOKUP. Returns its confirmation.
+pub(super) async fn unannounce_from(dht: &DhtRpc, target: Id, key_pair: &KeyPair, reply: &Reply) -> Option<Reply> {
+    let peer = Peer { public_key: key_pair.public_key(), relay_addresses: Vec::new() };
+    commit(dht, UNANNOUNCE, target, reply, |node, token| {
+        let audience = Audience { target: &target, node, token };
+        Announcement::sign(Purpose::Unannounce, peer.clone(), audience, key_pair).encode().into()
+    })
+    .await
+    .filter(|reply| reply.error == 0)
+}
+
+/// Stores a value under its hash. Returns the hash.
+pub async fn immutable_put(dht: &DhtRpc, value: Bytes) -> Result<Id, StoreError> {
+    if value.len() > VALUE_LENGTH_MAX {
+        return Err(StoreError::TooLong);
+    }
+    let target = hash(&[&value]);
+    let closest = dht.query(Query::new(target, IMMUTABLE_GET)).closest().await;
+    store(dht, IMMUTABLE_PUT, target, &closest, &value).await.map(|()| target)
+}
+
+/// Returns the value with this hash, as soon as one node has it.
+pub async fn immutable_get(dht: &DhtRpc, target: Id) -> Option<Bytes> {
+    let mut query = dht.query(Query::new(target, IMMUTABLE_GET));
+    loop {
+        let value = query.next().await?.value;
+        if let Some(value) = value.filter(|value| hash(&[value]) == target) {
+            return Some(value);
+        }
+    }
+}
+
+/// Stores a value under a key. `seq` must be higher than that of the value it replaces.
+pub async fn mutable_put(dht: &DhtRpc, key_pair: &KeyPair, seq: u64, value: Bytes) -> Result<(), StoreError> {
+    if value.len() > VALUE_LENGTH_MAX {
+        return Err(StoreError::TooLong);
+    }
+    let public_key = key_pair.public_key();
+    let target = hash(&[public_key.as_bytes()]);
+    let closest = dht.query(mutable_query(target, 0)).closest().await;
+    let put = MutableValue::sign(seq, value, key_pair).encode_put(&public_key);
+    store(dht, MUTABLE_PUT, target, &closest, &put.into()).await
+}
+
+/// Returns the value under a key whose number is at least `seq_min`: the newest of all nodes that answer if
+/// `wants_latest`, else the first that is found.
+pub async fn mutable_get(
+    dht: &DhtRpc,
+    public_key: &PublicKey,
+    seq_min: u64,
+    wants_latest: bool,
+) -> Option<MutableValue> {
+    let mut query = dht.query(mutable_query(hash(&[public_key.as_bytes()]), seq_min));
+    let mut latest: Option<MutableValue> = None;
+    while let Some(reply) = query.next().await {
+        let Some(found) = reply.value.as_deref().and_then(|value| MutableValue::decode(value).ok()) else { continue };
+        let is_newer = found.seq >= seq_min && latest.as_ref().is_none_or(|latest| found.seq > latest.seq);
+        if is_newer && found.is_of(public_key) {
+            latest = Some(found);
+            if !wants_latest {
+                break;
+            }
+        }
+    }
+    latest
+}
+
+fn mutable_query(target: Id, seq_min: u64) -> Query {
+    let mut value = Vec::with_capacity(9);
+    value.write_uint(seq_min);
+    Query::new(target, MUTABLE_GET).with_value(value.into())
+}
+
+/// Stores the same value at all these nodes; one of them is enough.
+async fn store(dht: &DhtRpc, command: u64, target: Id, closest: &[Reply], value: &Bytes) -> Result<(), StoreError> {
+    let puts = closest.iter().map(|reply| commit(dht, command, target, reply, |_, _| value.clone()));
+    let answers: Vec<_> = join_all(puts).await.into_iter().flatten().map(|reply| reply.error).collect();
+    if answers.contains(&0) {
+        Ok(())
+    } else if answers.contains(&SEQ_TOO_LOW) {
+        Err(StoreError::NumberTooLow)
+    } else if answers.contains(&SEQ_REUSED) {
+        Err(StoreError::NumberReused)
+    } else {
+        Err(StoreError::NoNodes)
+    }
+}
+
+/// Asks a node that gave out a token to store something. A token that grew too old on the way is replaced once.
+async fn commit(
+    dht: &DhtRpc,
+    command: u64,
+    target: Id,
+    reply: &Reply,
+    value: impl Fn(&Id, &Token) -> Bytes,
+) -> Option<Reply> {
+    let node = reply.from_id?;
+    let mut token = reply.token?;
+    let mut is_second = false;
+    loop {
+        let call = Call { command, target: Some(target), token: Some(token), value: Some(value(&node, &token)) };
+        let answer = dht.request(call, reply.from).await.ok()?;
+        match answer.token {
+            Some(fresh) if answer.error == INVALID_TOKEN && !is_second => {
+                token = fresh;
+                is_second = true;
+            }
+            _ => return Some(answer),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -1,0 +1,278 @@
+//! Decides what happens to a handshake or a hole punch: serve it, pass it on, or drop it.
+//!
+//! A server announces itself to a few nodes, which become its relays: they remember its address as a *route*
+//! and pass handshakes on. Every hop is a request with the number of the client's request; only the last one,
+//! from the client's relay to the client, is a response. A pure state machine: [`super::HyperDht`] sends.
+
+mod rate_limit;
+mod routes;
+
+use std::collections::HashMap;
+use std::net::SocketAddrV4;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::handshake::{Handshake, Mode};
+use super::holepunch::Holepunch;
+use rate_limit::RateLimit;
+use routes::Routes;
+
+/// How long an answer of a server may take to come through a relay. A client asks again for some four seconds.
+const PASSAGE: Duration = Duration::from_secs(10);
+
+/// The most handshakes and hole punches on their way through this node at once.
+const PASSAGES_MAX: usize = 8192;
+
+/// The name of a server in the table: the hash of its public key.
+pub type Target = [u8; 32];
+
+/// Where a request came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Origin {
+    /// The sender, as UDP says.
+    pub from: SocketAddrV4,
+    /// The sender's number of the request.
+    pub tid: u16,
+}
+
+/// What to do with a handshake or a hole punch.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Decision<'a> {
+    /// A server of this node answers, by way of `back`.
+    Serve {
+        /// The Noise message.
+        noise: &'a [u8],
+        /// Whence the answer goes.
+        back: Back,
+    },
+    /// Send the value as a request to `to`, with the same number, command and target.
+    Forward {
+        /// The new value.
+        value: Vec<u8>,
+        /// The next hop.
+        to: SocketAddrV4,
+    },
+    /// Send the value as the response to `to`, without token and closer nodes.
+    Respond {
+        /// The new value.
+        value: Vec<u8>,
+        /// The client.
+        to: SocketAddrV4,
+    },
+    /// Answer without a value but with nodes that are closer to the target.
+    PointCloser,
+    /// Say nothing.
+    Drop,
+}
+
+/// The way of a server's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Back {
+    /// The client asked the server itself.
+    ToClient {
+        /// The client.
+        client: SocketAddrV4,
+    },
+    /// A relay asked for a client.
+    ToRelay {
+        /// The client's relay.
+        relay: SocketAddrV4,
+        /// The client, as its relay sees it.
+        client: SocketAddrV4,
+    },
+}
+
+impl Back {
+    /// Returns the client's address.
+    pub fn client(self) -> SocketAddrV4 {
+        match self {
+            Self::ToClient { client } | Self::ToRelay { client, .. } => client,
+        }
+    }
+
+    /// Says whether no relay is in between.
+    pub fn is_direct(self) -> bool {
+        matches!(self, Self::ToClient { .. })
+    }
+
+    /// Returns how a Noise answer goes back.
+    pub fn decide(self, noise: &[u8]) -> Decision<'static> {
+        match self {
+            Self::ToClient { client } => {
+                let answer = Handshake { mode: Mode::Reply, noise, peer_address: None, relay_address: None };
+                Decision::Respond { value: answer.encode(), to: client }
+            }
+            Self::ToRelay { relay, client } => {
+                let answer =
+                    Handshake { mode: Mode::FromServer, noise, peer_address: Some(client), relay_address: None };
+                Decision::Forward { value: answer.encode(), to: relay }
+            }
+        }
+    }
+}
+
+/// What this node knows of the way to servers, and what is on its way through it.
+#[derive(Debug, Default)]
+pub struct Router {
+    servers: HashMap<Target, Bytes>,
+    routes: Routes,
+    passages: HashMap<(SocketAddrV4, u16), Passage>,
+    passages_swept: Option<Instant>,
+    limit: RateLimit,
+}
+
+/// A client's request that was passed on.
+#[derive(Debug)]
+struct Passage {
+    target: Target,
+    since: Instant,
+}
+
+impl Router {
+    /// Takes handshakes for a server of this node. `record` is what others find of it.
+    ///
+    /// Returns false when the server is there already.
+    pub fn add_server(&mut self, target: Target, record: Bytes) -> bool {
+        if self.servers.contains_key(&target) {
+            return false;
+        }
+        self.servers.insert(target, record);
+        true
+    }
+
+    /// Takes no more handshakes for a server of this node.
+    pub fn remove_server(&mut self, target: &Target) {
+        self.servers.remove(target);
+    }
+
+    /// Remembers that a server can be reached at `relay`, whence it announced itself with a valid signature.
+    ///
+    /// Returns false when there is no room.
+    pub fn learn(&mut self, target: Target, relay: SocketAddrV4, record: Bytes, now: Instant) -> bool {
+        self.routes.insert(target, relay, record, now)
+    }
+
+    /// Forgets the way to a server that unannounced itself.
+    pub fn forget(&mut self, target: &Target) {
+        self.routes.remove(target);
+    }
+
+    /// Returns the record of a server that this node serves or knows the way to.
+    pub fn record(&self, target: &Target, now: Instant) -> Option<Bytes> {
+        self.servers.get(target).or_else(|| Some(&self.routes.get(target, now)?.record)).cloned()
+    }
+
+    /// Returns where a server announced itself from.
+    pub fn relay(&self, target: &Target, now: Instant) -> Option<SocketAddrV4> {
+        Some(self.routes.get(target, now)?.relay)
+    }
+
+    /// Decides about the value of a PEER_HANDSHAKE request.
+    pub fn on_handshake<'a>(&mut self, target: &Target, value: &'a [u8], origin: Origin, now: Instant) -> Decision<'a> {
+        let Ok(handshake) = Handshake::decode(value) else { return Decision::Drop };
+        if handshake.noise.is_empty() {
+            return Decision::Drop;
+        }
+        if self.servers.contains_key(target) {
+            return self.serve(&handshake, origin, now);
+        }
+        let relay = self.routes.get(target, now).map(|route| route.relay);
+        let noise = handshake.noise;
+        match (handshake.mode, relay, handshake.peer_address) {
+            (Mode::FromClient, Some(relay), _) => {
+                if !self.limit.take(*origin.from.ip(), now) || !self.pass(*target, origin, now) {
+                    return Decision::Drop;
+                }
+                forward(Mode::FromRelay, noise, Some(origin.from), None, relay)
+            }
+            // A client may name the server's relay, but whoever follows strangers' addresses can be aimed at anyone.
+            (Mode::FromClient, None, _) => Decision::PointCloser,
+            (Mode::FromRelay, Some(relay), Some(client)) if self.limit.take(*client.ip(), now) => {
+                forward(Mode::FromSecondRelay, noise, Some(client), Some(origin.from), relay)
+            }
+            (Mode::FromServer, _, Some(client)) if self.is_passing(target, client, origin.tid, now) => {
+                let answer =
+                    Handshake { mode: Mode::Reply, noise, peer_address: Some(origin.from), relay_address: None };
+                Decision::Respond { value: answer.encode(), to: client }
+            }
+            _ => Decision::Drop,
+        }
+    }
+
+    /// Decides about the value of a PEER_HOLEPUNCH request. Servers of this node do not punch.
+    pub fn on_holepunch(&mut self, target: &Target, value: &[u8], origin: Origin, now: Instant) -> Decision<'static> {
+        let Ok(holepunch) = Holepunch::decode(value) else { return Decision::Drop };
+        let relay = self.routes.get(target, now).map(|route| route.relay);
+        let (mode, id, payload) = (holepunch.mode, holepunch.id, holepunch.payload);
+        match (mode, relay, holepunch.peer_address) {
+            (Mode::FromClient, Some(relay), address) => {
+                // The client knows at which port the server punches, but not another machine than the server's.
+                let to = address.unwrap_or(relay);
+                if to.ip() != relay.ip() || !self.limit.take(*origin.from.ip(), now) || !self.pass(*target, origin, now)
+                {
+                    return Decision::Drop;
+                }
+                let value = Holepunch { mode: Mode::FromRelay, id, payload, peer_address: Some(origin.from) };
+                Decision::Forward { value: value.encode(), to }
+            }
+            (Mode::FromServer, _, Some(client)) if self.is_passing(target, client, origin.tid, now) => {
+                let value = Holepunch { mode: Mode::Reply, id, payload, peer_address: Some(origin.from) };
+                Decision::Respond { value: value.encode(), to: client }
+            }
+            _ => Decision::Drop,
+        }
+    }
+
+    fn serve<'a>(&mut self, handshake: &Handshake<'a>, origin: Origin, now: Instant) -> Decision<'a> {
+        let back = match (handshake.mode, handshake.peer_address, handshake.relay_address) {
+            (Mode::FromClient, _, _) => Back::ToClient { client: origin.from },
+            (Mode::FromRelay, Some(client), _) => Back::ToRelay { relay: origin.from, client },
+            (Mode::FromSecondRelay, Some(client), Some(relay)) => Back::ToRelay { relay, client },
+            _ => return Decision::Drop,
+        };
+        if !self.limit.take(*back.client().ip(), now) {
+            return Decision::Drop;
+        }
+        Decision::Serve { noise: handshake.noise, back }
+    }
+
+    /// Notes that an answer for a client is expected.
+    fn pass(&mut self, target: Target, client: Origin, now: Instant) -> bool {
+        let key = (client.from, client.tid);
+        if self.passages.len() >= PASSAGES_MAX && !self.passages.contains_key(&key) {
+            // Looking through all of them is done once a second at most.
+            if self.passages_swept.is_some_and(|swept| now - swept < Duration::from_secs(1)) {
+                return false;
+            }
+            self.passages_swept = Some(now);
+            self.passages.retain(|_, passage| now - passage.since < PASSAGE);
+            if self.passages.len() >= PASSAGES_MAX {
+                return false;
+            }
+        }
+        self.passages.insert(key, Passage { target, since: now });
+        true
+    }
+
+    /// Says whether a client waits for this answer. Others are not sent what they did not ask for.
+    fn is_passing(&self, target: &Target, client: SocketAddrV4, tid: u16, now: Instant) -> bool {
+        self.passages
+            .get(&(client, tid))
+            .is_some_and(|passage| passage.target == *target && now - passage.since < PASSAGE)
+    }
+}
+
+fn forward(
+    mode: Mode,
+    noise: &[u8],
+    peer_address: Option<SocketAddrV4>,
+    relay_address: Option<SocketAddrV4>,
+    to: SocketAddrV4,
+) -> Decision<'static> {
+    Decision::Forward { value: Handshake { mode, noise, peer_address, relay_address }.encode(), to }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,351 @@
+//! Takes connections that are addressed to a key.
+//!
+//! One task per server answers handshakes. A connection is given out once the client's first encrypted frame came,
+//! so a half-finished handshake never becomes one.
+
+mod answers;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddrV4;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{Mutex, mpsc};
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, trace};
+
+use self::answers::{Answers, Seen};
+use super::HyperDht;
+use super::announcer::Announcer;
+use super::desk::act;
+use super::noise_payload::{Firewall, NoisePayload, Refusal, UdxInfo};
+use super::router::Back;
+use crate::crypto::noise::{Responder, Session};
+use crate::crypto::{KeyPair, PublicKey, hash, namespace};
+use crate::dht_rpc::{DhtRpc, IncomingRequest};
+use crate::secret_stream::{self, SecretStream};
+use crate::udx::{self, Udx};
+
+/// How long a client may take from the answer to its first encrypted frame.
+const HALF_OPEN: Duration = Duration::from_secs(10);
+
+/// The most connections between answer and first frame. The oldest gives way.
+const HALF_OPEN_MAX: usize = 1024;
+
+/// The most handshakes waiting for the server's task. What comes on top is dropped; clients ask again.
+const INBOX_MAX: usize = 256;
+
+/// Says whether to turn a client away, by its proven key and its address. Must not block.
+pub type FirewallRule = Arc<dyn Fn(&PublicKey, SocketAddrV4) -> bool + Send + Sync>;
+
+/// How a server behaves.
+#[derive(Clone)]
+pub struct ServerOptions {
+    /// Whom to turn away. The client is told at once.
+    pub firewall: Option<FirewallRule>,
+    /// How the connections behave.
+    pub stream: secret_stream::Options,
+    /// How many connections may wait for [`Server::accept`]. What comes on top is closed.
+    pub backlog_max: usize,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self { firewall: None, stream: secret_stream::Options::default(), backlog_max: 256 }
+    }
+}
+
+impl fmt::Debug for ServerOptions {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("ServerOptions")
+            .field("stream", &self.stream)
+            .field("backlog_max", &self.backlog_max)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a server could not be started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ListenError {
+    /// A server of this node listens with the same key.
+    #[error("a server listens with this key already")]
+    AlreadyListening,
+    /// The node was stopped.
+    #[error("the node was stopped")]
+    Stopped,
+}
+
+/// A listening server. Dropping it stops it.
+#[derive(Debug)]
+pub struct Server {
+    public_key: PublicKey,
+    connections: Mutex<mpsc::Receiver<SecretStream>>,
+    announcer: Announcer,
+    stop: CancellationToken,
+    stopped: CancellationToken,
+    /// A server keeps its node running.
+    _node: HyperDht,
+}
+
+impl Server {
+    /// Returns the key that clients connect to.
+    pub fn public_key(&self) -> PublicKey {
+        self.public_key
+    }
+
+    /// Returns the next connection, or `None` once the server is stopped. Nothing is lost when the future is dropped.
+    ///
+    /// Whoever recorded a client's handshake can repeat it, though not read or send a message. That the client is there
+    /// is proven by its first message.
+    pub async fn accept(&self) -> Option<SecretStream> {
+        self.connections.lock().await.recv().await
+    }
+
+    /// Returns where clients can be told to ask for this server: at itself where it can be reached, then at its relays.
+    pub fn relay_addresses(&self) -> Vec<SocketAddrV4> {
+        self.announcer.relay_addresses()
+    }
+
+    /// Announces the server again soon, as after a change of the network.
+    pub fn refresh(&self) {
+        self.announcer.refresh();
+    }
+
+    /// Stops taking connections and takes the announcements back. Connections that were given out live on.
+    pub async fn close(&self) {
+        self.stop.cancel();
+        self.stopped.cancelled().await;
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// A handshake on its way to the server's task.
+pub(super) struct Incoming {
+    pub(super) noise: Bytes,
+    pub(super) back: Back,
+    pub(super) request: IncomingRequest,
+}
+
+/// Starts a server on a node and announces it.
+pub(super) async fn listen(node: &HyperDht, key_pair: KeyPair, options: ServerOptions) -> Result<Server, ListenError> {
+    let shared = &node.shared;
+    if shared.stop.is_cancelled() || shared.rpc.is_stopped() {
+        return Err(ListenError::Stopped);
+    }
+    let public_key = key_pair.public_key();
+    let target = hash(&[public_key.as_bytes()]);
+    let (inbox_sender, inbox) = mpsc::channel(INBOX_MAX);
+    let (sender, connections) = mpsc::channel(options.backlog_max.max(1));
+    if !shared.desk.open(target, public_key, inbox_sender) {
+        return Err(ListenError::AlreadyListening);
+    }
+    let (stop, stopped) = (shared.stop.child_token(), CancellationToken::new());
+    let announcer = Announcer::start(shared.rpc.clone(), key_pair.clone(), &shared.tasks);
+    let task = ServerTask {
+        key_pair,
+        options,
+        rpc: shared.rpc.clone(),
+        udx: shared.udx.clone(),
+        announcer: announcer.clone(),
+        inbox,
+        connections: sender,
+        stop: stop.clone(),
+    };
+    let (desk, done) = (shared.desk.clone(), stopped.clone().drop_guard());
+    let leaving = announcer.clone();
+    shared.tasks.spawn(async move {
+        task.run().await;
+        desk.close(&target);
+        leaving.stop().await;
+        drop(done);
+    });
+    // From here on, dropping this future stops the server.
+    let server = Server {
+        public_key,
+        connections: Mutex::new(connections),
+        announcer,
+        stop: stop.clone(),
+        stopped,
+        _node: node.clone(),
+    };
+    stop.run_until_cancelled(server.announcer.announced()).await.ok_or(ListenError::Stopped)?;
+    Ok(server)
+}
+
+/// The task behind a [`Server`].
+struct ServerTask {
+    key_pair: KeyPair,
+    options: ServerOptions,
+    rpc: DhtRpc,
+    udx: Udx,
+    announcer: Announcer,
+    inbox: mpsc::Receiver<Incoming>,
+    connections: mpsc::Sender<SecretStream>,
+    stop: CancellationToken,
+}
+
+impl ServerTask {
+    /// Answers handshakes until the server is stopped.
+    async fn run(mut self) {
+        let mut answers = Answers::default();
+        let mut half_open: BTreeMap<u64, udx::Stream> = BTreeMap::new();
+        let mut opening = FuturesUnordered::new();
+        let mut opened = 0_u64;
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => break,
+                Some((number, connection)) = opening.next(), if !opening.is_empty() => {
+                    half_open.remove(&number);
+                    if let Some(connection) = connection {
+                        self.give_out(connection);
+                    }
+                }
+                incoming = self.inbox.recv() => {
+                    let Some(incoming) = incoming else { break };
+                    let Some(opened_one) = self.on_handshake(&mut answers, incoming) else { continue };
+                    opened += 1;
+                    half_open.insert(opened, opened_one.stream.clone());
+                    let number = opened;
+                    let options = self.options.stream.clone();
+                    opening.push(async move { (number, opened_one.open(options).await) });
+                    if half_open.len() > HALF_OPEN_MAX && let Some((_, oldest)) = half_open.pop_first() {
+                        oldest.destroy();
+                    }
+                }
+            }
+        }
+        for stream in half_open.into_values() {
+            stream.destroy();
+        }
+    }
+
+    /// Answers one handshake. Returns the connection that it opens, if it does.
+    fn on_handshake(&self, answers: &mut Answers, incoming: Incoming) -> Option<HalfOpen> {
+        let Incoming { noise, back, request } = incoming;
+        let now = Instant::now();
+        let name = match answers.look(&noise, now) {
+            Seen::New(name) => name,
+            Seen::Before(answer) => {
+                if let Some(answer) = answer {
+                    send(&request, back, &answer);
+                }
+                return None;
+            }
+            Seen::Full => return None,
+        };
+        let (answer, half_open) = match self.shake_hands(&noise, back, &request) {
+            Some((answer, half_open)) => (Some(Bytes::from(answer)), half_open),
+            None => (None, None),
+        };
+        answers.set(name, answer.clone(), now);
+        send(&request, back, &answer?);
+        half_open
+    }
+
+    fn shake_hands(&self, noise: &[u8], back: Back, request: &IncomingRequest) -> Option<(Vec<u8>, Option<HalfOpen>)> {
+        let mut responder = Responder::new(&self.key_pair, &namespace("hyperswarm/dht", 0));
+        let (payload, client) = responder
+            .receive(noise)
+            .inspect_err(|error| trace!(client = %back.client(), %error, "handshake dropped"))
+            .ok()?;
+        let payload = NoisePayload::decode(&payload).ok()?;
+        let remote = match self.examine(&payload, &client, back.client()) {
+            Ok(remote) => remote,
+            Err(refusal) => {
+                debug!(%client, address = %back.client(), ?refusal, "client turned away");
+                let (answer, _) = responder.send(&NoisePayload::refusal(refusal).encode()).ok()?;
+                return Some((answer, None));
+            }
+        };
+        // The stream is there before the answer, since the client's first packet may overtake the next step.
+        let stream = self.udx.stream(udx::StreamOptions::default());
+        let own_address = self.rpc.remote_address();
+        let answer = NoisePayload {
+            // A firewalled server punches no holes yet, and so names no relays to agree on one with. The client then
+            // connects straight to where its relay sees the server, which often works.
+            firewall: own_address.map_or(Firewall::Unknown, |_| Firewall::Open),
+            addresses4: own_address.into_iter().collect(),
+            udx: Some(UdxInfo { reusable_socket: false, id: stream.id(), seq: 0 }),
+            secret_stream: true,
+            relay_addresses: self.announcer.relay_addresses(),
+            ..NoisePayload::default()
+        };
+        let Ok((answer, session)) = responder.send(&answer.encode()) else {
+            stream.destroy();
+            return None;
+        };
+        let way = if back.is_direct() {
+            Some((request.socket.clone(), back.client()))
+        } else if payload.firewall == Firewall::Open {
+            Some((self.rpc.socket(), back.client()))
+        } else {
+            None
+        };
+        Some((answer, Some(HalfOpen { stream, remote_id: remote.id, session, way })))
+    }
+
+    /// Returns the client's stream, or why the client is turned away.
+    fn examine(&self, payload: &NoisePayload, client: &PublicKey, address: SocketAddrV4) -> Result<UdxInfo, Refusal> {
+        if self.options.firewall.as_ref().is_some_and(|turns_away| turns_away(client, address)) {
+            return Err(Refusal::Aborted);
+        }
+        if !payload.is_compatible() {
+            return Err(Refusal::VersionMismatch);
+        }
+        payload.udx.ok_or(Refusal::Aborted)
+    }
+
+    fn give_out(&self, connection: SecretStream) {
+        if let Err(error) = self.connections.try_send(connection) {
+            debug!("connection closed: too many wait to be accepted");
+            error.into_inner().destroy();
+        }
+    }
+}
+
+/// Sends an answer the way the handshake came.
+fn send(request: &IncomingRequest, back: Back, noise: &[u8]) {
+    act(request, back.decide(noise));
+}
+
+/// A connection whose client has not proven yet that it is there.
+struct HalfOpen {
+    stream: udx::Stream,
+    remote_id: u32,
+    session: Session,
+    /// Where the client is, if it can be reached before it sends.
+    way: Option<(udx::Socket, SocketAddrV4)>,
+}
+
+impl HalfOpen {
+    /// Waits until the client's first encrypted frame is here.
+    async fn open(self, options: secret_stream::Options) -> Option<SecretStream> {
+        let Self { stream, remote_id, session, way } = self;
+        let deadline = Instant::now() + HALF_OPEN;
+        let way = match way {
+            Some(way) => Some(way),
+            None => time::timeout_at(deadline, stream.first_packet()).await.ok().flatten(),
+        };
+        let Some((socket, address)) = way else {
+            stream.destroy();
+            return None;
+        };
+        stream.connect(&socket, remote_id, address);
+        let connection = SecretStream::new(stream, session, options);
+        match time::timeout_at(deadline, connection.opened()).await {
+            Ok(Ok(())) => Some(connection),
+            _ => None,
+        }
+    }
+}
