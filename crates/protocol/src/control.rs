@@ -12,8 +12,12 @@ use crate::signature::Signed;
 
 /// Any node: says what it is. [`Empty`] → [`NodeInfo`].
 pub const NODE_DESCRIBE: &str = "node.describe";
+/// Any node: says that it is there. [`Empty`] → [`Empty`].
+pub const NODE_PING: &str = "node.ping";
 /// Orchestrator: takes a worker's signed report. [`Signed`] → [`Empty`].
 pub const PRESENCE_REPORT: &str = "presence.report";
+/// Worker: signs a report of how it is now. [`Empty`] → [`Signed`].
+pub const PRESENCE_DESCRIBE: &str = "presence.describe";
 /// Orchestrator: lists the live workers. [`Empty`] → [`Fleet`].
 pub const FLEET_LIST: &str = "fleet.list";
 /// Orchestrator: tells how a job was placed. [`ExplainRequest`] → [`Decision`].

@@ -1,7 +1,6 @@
 //! Calls to peers. Connections are opened by public key, one a peer, and shared.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,20 +8,22 @@ use protocol::codec::{self, DecodeError, MESSAGE_BYTES_MAX};
 use protocol::{ErrorCode, PublicKey, WireError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::OnceCell;
+use tokio::time::{self, Instant};
 
+use self::links::{Link, Links};
 use crate::stream::{AnswerStream, StreamOptions};
-use crate::transport::{Connection, RequestError, Transport, TransportError};
+use crate::transport::{RequestError, Transport, TransportError};
+
+mod links;
+
+/// How long a connection may take to open.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
 /// Makes calls. Clones share their connections.
 #[derive(Clone)]
 pub struct Client {
-    transport: Arc<dyn Transport>,
-    connections: Arc<Mutex<HashMap<PublicKey, Slot>>>,
+    links: Arc<Links>,
 }
-
-/// One peer's connection, opened by the first call that needs it while the others wait.
-type Slot = Arc<OnceCell<Arc<dyn Connection>>>;
 
 /// Why a call has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -82,10 +83,15 @@ impl From<CallError> for WireError {
 impl Client {
     /// Makes a client of a node.
     pub fn new(transport: Arc<dyn Transport>) -> Self {
-        Self { transport, connections: Arc::default() }
+        Self::connecting_within(transport, CONNECT_WITHIN)
     }
 
-    /// Calls a method and waits for its reply, at most `deadline`.
+    /// Makes a client that waits this long for a connection to open.
+    pub fn connecting_within(transport: Arc<dyn Transport>, connect_within: Duration) -> Self {
+        Self { links: Arc::new(Links::new(transport, connect_within)) }
+    }
+
+    /// Calls a method and waits for its reply, at most `deadline`, the opening of a connection included.
     pub async fn call<Request: Serialize, Reply: DeserializeOwned>(
         &self,
         peer: PublicKey,
@@ -97,58 +103,73 @@ impl Client {
         if body.len() > MESSAGE_BYTES_MAX {
             return Err(CallError::TooLarge { bytes: body.len() });
         }
-        let reply = async {
-            let connection = self.connection(peer).await?;
-            connection.request(method, body).await.map_err(|error| match error {
-                RequestError::Remote(error) => CallError::Remote(error),
-                RequestError::Transport(error) => self.lost(peer, &error),
-            })
-        };
-        let reply = tokio::time::timeout(deadline, reply).await.map_err(|_| CallError::Deadline)??;
-        Ok(codec::decode(&reply)?)
+        let until = Instant::now() + deadline;
+        let link = self.link(peer, until).await?;
+        match time::timeout_at(until, link.connection().request(method, body)).await {
+            Ok(Ok(reply)) => Ok(codec::decode(&reply)?),
+            Ok(Err(RequestError::Remote(error))) => Err(CallError::Remote(error)),
+            Ok(Err(RequestError::Transport(error))) => Err(error.into()),
+            Err(_) => {
+                // The method may be slow, or the peer may be gone: the next call asks before it relies on it.
+                link.doubt();
+                Err(CallError::Deadline)
+            }
+        }
     }
 
-    /// Opens a stream and waits until the peer accepts it.
+    /// Opens a stream and waits until the peer accepts it. A connection that has to be opened first has a time of
+    /// its own, within the deadline.
     pub async fn open_stream(
         &self,
         peer: PublicKey,
         method: &str,
         body: Bytes,
-        options: StreamOptions,
+        mut options: StreamOptions,
     ) -> Result<AnswerStream, CallError> {
-        let channel = async {
-            let connection = self.connection(peer).await?;
-            connection.open_channel().await.map_err(|error| self.lost(peer, &error))
+        let begun = Instant::now();
+        let link = match options.deadline {
+            Some(deadline) => self.link(peer, begun + deadline).await?,
+            None => self.links.get(peer).await?,
         };
-        let channel =
-            tokio::time::timeout(options.accept_within, channel).await.map_err(|_| CallError::NotAccepted)??;
-        AnswerStream::open(channel, method, body, options).await
-    }
-
-    async fn connection(&self, peer: PublicKey) -> Result<Arc<dyn Connection>, CallError> {
-        let slot = {
-            let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-            let slot = connections.entry(peer).or_default();
-            if slot.get().is_some_and(|connection| connection.is_closed()) {
-                *slot = Slot::default();
-            }
-            slot.clone()
-        };
-        let opened = slot.get_or_try_init(|| self.transport.connect(peer)).await;
-        opened.cloned().map_err(|error| self.lost(peer, &error))
-    }
-
-    /// Forgets a peer's connection, so that the next call opens a new one.
-    fn lost(&self, peer: PublicKey, error: &TransportError) -> CallError {
-        let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(slot) = connections.get(&peer)
-            && slot.get().is_none_or(|connection| connection.is_closed())
-        {
-            connections.remove(&peer);
+        options.deadline = options.deadline.map(|deadline| deadline.saturating_sub(begun.elapsed()));
+        if options.deadline.is_some_and(|left| left.is_zero()) {
+            return Err(CallError::Deadline);
         }
+        let accept_until = Instant::now() + options.accept_within;
+        let opened = match time::timeout_at(accept_until, link.connection().open_channel()).await {
+            Ok(Ok(channel)) => {
+                options.accept_within = accept_until.saturating_duration_since(Instant::now());
+                AnswerStream::open(channel, method, body, options).await
+            }
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(CallError::NotAccepted),
+        };
+        if matches!(opened, Err(CallError::NotAccepted)) {
+            link.doubt();
+        }
+        opened
+    }
+
+    /// Forgets that a peer did not answer, since it gave a sign of life: the next call dials it at once.
+    pub fn forgive(&self, peer: PublicKey) {
+        self.links.forgive(peer);
+    }
+
+    /// Closes the connection to a peer, where there is one.
+    pub fn disconnect(&self, peer: PublicKey) {
+        self.links.disconnect(peer);
+    }
+
+    async fn link(&self, peer: PublicKey, until: Instant) -> Result<Arc<Link>, CallError> {
+        time::timeout_at(until, self.links.get(peer)).await.map_err(|_| CallError::Deadline)?
+    }
+}
+
+impl From<TransportError> for CallError {
+    fn from(error: TransportError) -> Self {
         match error {
-            TransportError::Unreachable { peer } => CallError::Unreachable { peer: *peer },
-            TransportError::Closed => CallError::Closed,
+            TransportError::Unreachable { peer } => Self::Unreachable { peer },
+            TransportError::Closed => Self::Closed,
         }
     }
 }

@@ -15,7 +15,7 @@ pub mod transport;
 pub use announce::Directory;
 pub use client::{CallError, Client};
 pub use clock::SystemClock;
-pub use server::{Caller, Server};
+pub use server::{Caller, Limits, Server};
 pub use stream::{AnswerStream, Interrupted, ReplyStream, StreamCall, StreamOptions};
 pub use transport::Transport;
 pub use transport::memory::MemoryNetwork;

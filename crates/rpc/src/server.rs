@@ -6,22 +6,57 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::control::{Empty, NODE_DESCRIBE, NodeInfo};
+use protocol::control::{Empty, NODE_DESCRIBE, NODE_PING, NodeInfo};
 use protocol::{ErrorCode, PublicKey, WireError, codec};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
+use self::budget::{BodyLimit, Budget};
+use self::connections::{CallMark, Connections, Place};
 use crate::stream::{Frame, StreamCall};
 use crate::transport::{Channel, Connection, Incoming, Transport};
 
-/// Calls a node works on at once; one more is refused.
-const CALLS_MAX: usize = 8192;
+pub(crate) mod budget;
+mod connections;
+
 /// How long a caller may take to send its request.
 const OPENING: Duration = Duration::from_secs(10);
+/// How long a connection too many is held, so that its calls are told why they are refused.
+const TURNING_AWAY: Duration = Duration::from_secs(1);
+/// Connections too many that are told so at once; the others are closed without a word.
+const TURNED_AWAY_MAX: usize = 64;
+
+/// What a server takes at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Calls worked on; one more is refused.
+    pub calls_max: usize,
+    /// Bytes of their requests; what goes beyond is refused. Callers with a body limit share a quarter of it.
+    pub body_bytes_max: usize,
+    /// Connections held; one more is told so and closed.
+    pub connections_max: usize,
+    /// Connections of one peer; one more takes the place of its oldest one without calls.
+    pub connections_per_peer_max: usize,
+    /// A connection without calls is closed after this time, and before twice as much.
+    pub idle: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            calls_max: 8192,
+            body_bytes_max: 256 * 1024 * 1024,
+            connections_max: 16_384,
+            connections_per_peer_max: 8,
+            idle: Duration::from_mins(5),
+        }
+    }
+}
 
 /// Who calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,37 +69,91 @@ type Done<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 type UnaryHandler = Box<dyn Fn(Caller, Bytes) -> Done<Result<Bytes, WireError>> + Send + Sync>;
 type StreamHandler = Box<dyn Fn(StreamCall) -> Done<()> + Send + Sync>;
 
-/// Answers calls under names. Every node also answers `node.describe`.
+/// Answers calls under names. Every node also answers `node.describe` and `node.ping`.
 pub struct Server {
     transport: Arc<dyn Transport>,
-    unary: HashMap<&'static str, UnaryHandler>,
+    unary: HashMap<&'static str, Unary>,
     streams: HashMap<&'static str, StreamHandler>,
-    calls_max: usize,
+    limits: Limits,
+    body_limit: Option<BodyLimit>,
+}
+
+/// How a unary method is answered.
+struct Unary {
+    handler: UnaryHandler,
+    /// Whether the work goes on when the caller is gone.
+    finishes: bool,
 }
 
 impl Server {
     /// Makes a server that can only say what it is.
     pub fn new(transport: Arc<dyn Transport>, info: NodeInfo) -> Self {
-        let server = Self { transport, unary: HashMap::new(), streams: HashMap::new(), calls_max: CALLS_MAX };
-        server.unary(NODE_DESCRIBE, move |_, _: Empty| {
+        let (unary, streams) = (HashMap::new(), HashMap::new());
+        let server = Self { transport, unary, streams, limits: Limits::default(), body_limit: None };
+        let describe = move |_, _: Empty| {
             let info = info.clone();
             async move { Ok(info) }
-        })
+        };
+        server.unary(NODE_DESCRIBE, describe).unary(NODE_PING, |_, _: Empty| async { Ok(Empty {}) })
+    }
+
+    /// Limits what is taken at once.
+    #[must_use]
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Limits how long a request may be, by the key of its caller: strangers need not send what members may.
+    /// Asked at each call.
+    #[must_use]
+    pub fn body_limit(mut self, limit_of: impl Fn(PublicKey) -> usize + Send + Sync + 'static) -> Self {
+        self.body_limit = Some(Box::new(limit_of));
+        self
     }
 
     /// Limits the calls worked on at once.
     #[must_use]
     pub fn calls_max(mut self, calls_max: usize) -> Self {
-        self.calls_max = calls_max;
+        self.limits.calls_max = calls_max;
         self
     }
 
-    /// Answers a unary method.
+    /// Answers a unary method. What was begun is finished, whether or not the caller waits for it.
     #[must_use]
     pub fn unary<Request, Reply, Work>(
+        self,
+        method: &'static str,
+        handler: impl Fn(Caller, Request) -> Work + Send + Sync + 'static,
+    ) -> Self
+    where
+        Request: DeserializeOwned,
+        Reply: Serialize,
+        Work: Future<Output = Result<Reply, WireError>> + Send + 'static,
+    {
+        self.answer(method, handler, true)
+    }
+
+    /// Answers a unary method as long as its caller waits: the work is dropped when nobody does any more.
+    #[must_use]
+    pub fn unary_while_wanted<Request, Reply, Work>(
+        self,
+        method: &'static str,
+        handler: impl Fn(Caller, Request) -> Work + Send + Sync + 'static,
+    ) -> Self
+    where
+        Request: DeserializeOwned,
+        Reply: Serialize,
+        Work: Future<Output = Result<Reply, WireError>> + Send + 'static,
+    {
+        self.answer(method, handler, false)
+    }
+
+    fn answer<Request, Reply, Work>(
         mut self,
         method: &'static str,
         handler: impl Fn(Caller, Request) -> Work + Send + Sync + 'static,
+        finishes: bool,
     ) -> Self
     where
         Request: DeserializeOwned,
@@ -75,7 +164,7 @@ impl Server {
             let work = codec::decode::<Request>(&body).map(|request| handler(caller, request));
             Box::pin(async move { Ok(Bytes::from(codec::encode(&work?.await?))) })
         });
-        self.unary.insert(method, handler);
+        self.unary.insert(method, Unary { handler, finishes });
         self
     }
 
@@ -93,77 +182,145 @@ impl Server {
         self
     }
 
-    /// Serves until `stop`; calls under way then have `drain` to end before they are dropped.
-    pub async fn run(self, stop: CancellationToken, drain: Duration) {
-        let tracker = TaskTracker::new();
-        let abort = CancellationToken::new();
+    /// Serves until `stop`; calls under way then have `drain` to end before they are dropped, and new ones are refused.
+    pub async fn run(mut self, stop: CancellationToken, drain: Duration) {
+        let (calls, connections) = (TaskTracker::new(), TaskTracker::new());
+        let (abort, over) = (CancellationToken::new(), CancellationToken::new());
         let transport = self.transport.clone();
+        let limits = self.limits;
         let shared = Arc::new(Shared {
-            calls: Arc::new(Semaphore::new(self.calls_max)),
+            permits: Arc::new(Semaphore::new(limits.calls_max.min(Semaphore::MAX_PERMITS))),
+            budget: Budget::new(limits.body_bytes_max, self.body_limit.take()),
             server: self,
-            tracker: tracker.clone(),
+            calls: calls.clone(),
+            stop: stop.clone(),
             abort: abort.clone(),
+            over: over.clone(),
         });
+        let places = Connections::new(limits.connections_max, limits.connections_per_peer_max);
+        let turned_away = Arc::new(Semaphore::new(TURNED_AWAY_MAX));
         while let Some(Some(connection)) = stop.run_until_cancelled(transport.accept()).await {
             let shared = shared.clone();
-            let stop = stop.clone();
-            tracker.spawn(async move {
-                stop.run_until_cancelled(shared.serve(connection)).await;
-            });
+            if let Some(place) = places.enter(connection.remote_key()) {
+                connections.spawn(async move { shared.serve(connection, place).await });
+            } else if let Ok(permit) = turned_away.clone().try_acquire_owned() {
+                connections.spawn(async move {
+                    shared.turn_away(&*connection).await;
+                    drop(permit);
+                });
+            } else {
+                connection.close();
+            }
         }
-        tracker.close();
-        if tokio::time::timeout(drain, tracker.wait()).await.is_err() {
-            debug!(calls = tracker.len(), "dropping calls that did not end in time");
+        calls.close();
+        if time::timeout(drain, calls.wait()).await.is_err() {
+            debug!(calls = calls.len(), "dropping calls that did not end in time");
             abort.cancel();
-            tracker.wait().await;
+            calls.wait().await;
         }
+        over.cancel();
+        connections.close();
+        connections.wait().await;
     }
 }
 
 struct Shared {
     server: Server,
-    calls: Arc<Semaphore>,
-    tracker: TaskTracker,
+    permits: Arc<Semaphore>,
+    budget: Budget,
+    calls: TaskTracker,
+    /// No new call is taken.
+    stop: CancellationToken,
+    /// The calls under way are dropped.
     abort: CancellationToken,
+    /// No call is left.
+    over: CancellationToken,
+}
+
+/// What a call holds while it is worked on.
+struct Hold {
+    _permit: OwnedSemaphorePermit,
+    _mark: CallMark,
 }
 
 impl Shared {
-    async fn serve(self: &Arc<Self>, connection: Arc<dyn Connection>) {
+    /// Takes the calls of a connection until it closes, is idle for too long, or gives way to another.
+    async fn serve(self: &Arc<Self>, connection: Arc<dyn Connection>, place: Place) {
         let caller = Caller { key: connection.remote_key() };
-        while let Some(incoming) = connection.next().await {
-            let permit = self.calls.clone().try_acquire_owned().ok();
-            let shared = self.clone();
-            self.tracker.spawn(async move {
-                shared.abort.run_until_cancelled(shared.handle(caller, incoming, permit)).await;
-            });
+        let idle = self.server.limits.idle;
+        let mut given_away = std::pin::pin!(place.given_away());
+        let mut over = std::pin::pin!(self.over.cancelled());
+        let mut timer = std::pin::pin!(time::sleep(idle));
+        let mut was_idle = false;
+        loop {
+            let mut next = connection.next();
+            let incoming = loop {
+                tokio::select! {
+                    biased;
+                    incoming = &mut next => break incoming,
+                    () = &mut given_away => {
+                        debug!(peer = caller.key.short(), "a connection gives way to a newer one");
+                        return connection.close();
+                    }
+                    () = &mut over => return,
+                    () = timer.as_mut() => {
+                        if was_idle && place.is_idle() {
+                            return connection.close();
+                        }
+                        was_idle = place.is_idle();
+                        timer.as_mut().reset(Instant::now() + idle);
+                    }
+                }
+            };
+            let Some(incoming) = incoming else { return };
+            was_idle = false;
+            self.begin(caller, incoming, &place);
         }
     }
 
-    async fn handle(&self, caller: Caller, incoming: Incoming, permit: Option<OwnedSemaphorePermit>) {
+    /// Works on a call, or refuses it where there is no room.
+    fn begin(self: &Arc<Self>, caller: Caller, incoming: Incoming, place: &Place) {
+        if self.stop.is_cancelled() {
+            return refuse(incoming, stopping());
+        }
+        let Ok(permit) = self.permits.clone().try_acquire_owned() else {
+            return refuse(incoming, too_busy());
+        };
+        let hold = Hold { _permit: permit, _mark: place.call() };
+        let shared = self.clone();
+        self.calls.spawn(async move {
+            shared.abort.run_until_cancelled(shared.handle(caller, incoming)).await;
+            drop(hold);
+        });
+    }
+
+    async fn handle(&self, caller: Caller, incoming: Incoming) {
         match incoming {
-            Incoming::Request { method, body, reply } => {
-                let answer = if permit.is_none() {
-                    Err(too_busy())
-                } else if let Some(handler) = self.server.unary.get(method.as_str()) {
-                    handler(caller, body).await
-                } else {
-                    Err(unknown(&method))
+            Incoming::Request { method, body, mut reply } => {
+                let room = self.budget.allowance(caller.key).begin(body.len()).and_then(|mut room| {
+                    room.grow(body.len())?;
+                    Ok(room)
+                });
+                let answer = match (room, self.server.unary.get(method.as_str())) {
+                    (Err(error), _) => Err(error),
+                    (Ok(_), None) => Err(unknown(&method)),
+                    (Ok(_room), Some(Unary { handler, finishes: true })) => handler(caller, body).await,
+                    (Ok(_room), Some(Unary { handler, finishes: false })) => tokio::select! {
+                        biased;
+                        answer = handler(caller, body) => answer,
+                        () = reply.closed() => return,
+                    },
                 };
                 // A caller that is gone needs no reply.
                 let _ = reply.send(answer);
             }
-            Incoming::Channel(channel) => self.handle_stream(caller, channel, permit.is_none()).await,
+            Incoming::Channel(channel) => self.handle_stream(caller, channel).await,
         }
     }
 
-    async fn handle_stream(&self, caller: Caller, channel: Box<dyn Channel>, busy: bool) {
-        if busy {
-            // Unread: a request over the limit must not take memory.
-            let refusal = channel.send(Frame::Error(too_busy()).encode());
-            let _ = tokio::time::timeout(OPENING, refusal).await;
-            return;
-        }
-        let Ok(Some(call)) = tokio::time::timeout(OPENING, StreamCall::read(caller.key, channel)).await else {
+    async fn handle_stream(&self, caller: Caller, channel: Box<dyn Channel>) {
+        let reading = StreamCall::read(caller.key, channel, self.budget.allowance(caller.key));
+        let Ok(Some(call)) = time::timeout(OPENING, reading).await else {
             return;
         };
         match self.server.streams.get(call.method.as_str()) {
@@ -174,10 +331,41 @@ impl Shared {
             }
         }
     }
+
+    /// Tells the first calls of a connection too many why they are refused.
+    async fn turn_away(&self, connection: &dyn Connection) {
+        debug!(peer = connection.remote_key().short(), "a connection too many");
+        let telling = async {
+            while let Some(incoming) = connection.next().await {
+                refuse(incoming, too_many());
+            }
+        };
+        let _ = time::timeout(TURNING_AWAY, self.over.run_until_cancelled(telling)).await;
+        connection.close();
+    }
+}
+
+/// Refuses a call unread: one over the limits must take neither memory nor time.
+fn refuse(incoming: Incoming, error: WireError) {
+    match incoming {
+        // A caller that is gone needs no reply.
+        Incoming::Request { reply, .. } => drop(reply.send(Err(error))),
+        Incoming::Channel(channel) => drop(channel.try_send(Frame::Error(error).encode())),
+    }
 }
 
 fn too_busy() -> WireError {
     WireError::new(ErrorCode::Unavailable, "this node works on too many calls, try again")
+        .with_retry_after(Duration::from_secs(1))
+}
+
+fn too_many() -> WireError {
+    WireError::new(ErrorCode::Unavailable, "this node holds too many connections, try again")
+        .with_retry_after(Duration::from_secs(1))
+}
+
+fn stopping() -> WireError {
+    WireError::new(ErrorCode::Unavailable, "this node is stopping, try another")
         .with_retry_after(Duration::from_secs(1))
 }
 

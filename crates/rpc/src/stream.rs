@@ -13,6 +13,7 @@ use protocol::{ErrorCode, PublicKey, WireError, codec};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::client::CallError;
+use crate::server::budget::{Allowance, Room};
 use crate::transport::Channel;
 
 /// The most bytes of a payload in one frame; longer payloads are cut, so that streams share a connection fairly.
@@ -243,7 +244,10 @@ impl AnswerStream {
         self.send(open.encode()).await?;
         while !body.is_empty() {
             let part = body.split_to(body.len().min(FRAME_PAYLOAD_MAX));
-            self.send(Frame::Part(part).encode()).await?;
+            if self.send(Frame::Part(part).encode()).await.is_err() {
+                // A callee that wants no more of the request has said why.
+                break;
+            }
         }
         match self.receive().await? {
             Frame::Accept => Ok(()),
@@ -336,9 +340,7 @@ impl AnswerStream {
     /// Gives credit back once half the window is read, so that few frames go the other way.
     fn grant(&mut self, bytes: u32) {
         self.ungranted = self.ungranted.saturating_add(bytes);
-        if self.ungranted >= WINDOW / 2
-            && self.channel.try_send(Frame::Credit(self.ungranted).encode())
-        {
+        if self.ungranted >= WINDOW / 2 && self.channel.try_send(Frame::Credit(self.ungranted).encode()) {
             self.ungranted = 0;
         }
     }
@@ -364,12 +366,14 @@ pub struct StreamCall {
     pub body: Bytes,
     /// When the caller stops waiting.
     pub deadline: Option<Instant>,
+    /// What the request takes of the server's room.
+    _room: Room,
     reply: ReplyStream,
 }
 
 impl StreamCall {
-    /// Reads the opening of a stream.
-    pub(crate) async fn read(peer: PublicKey, channel: Box<dyn Channel>) -> Option<Self> {
+    /// Reads the opening of a stream, as far as its caller may send one.
+    pub(crate) async fn read(peer: PublicKey, channel: Box<dyn Channel>, allowance: Allowance) -> Option<Self> {
         let first = Frame::decode(channel.receive().await?);
         let Ok(Frame::Open { credit, deadline_ms, method, body_bytes, body }) = first else {
             let error = WireError::new(ErrorCode::InvalidValue, "a tether/stream/1 opening was expected");
@@ -379,6 +383,17 @@ impl StreamCall {
         let deadline =
             (deadline_ms > 0).then(|| Instant::now().checked_add(Duration::from_millis(deadline_ms))).flatten();
         let body_bytes = body_bytes as usize;
+        let begun = allowance.begin(body_bytes).and_then(|mut room| {
+            room.grow(body.len())?;
+            Ok(room)
+        });
+        let mut room = match begun {
+            Ok(room) => room,
+            Err(error) => {
+                channel.send(Frame::Error(error).encode()).await;
+                return None;
+            }
+        };
         let body = if body.len() == body_bytes {
             body
         } else {
@@ -387,6 +402,10 @@ impl StreamCall {
             while whole.len() < body_bytes {
                 match Frame::decode(channel.receive().await?) {
                     Ok(Frame::Part(part)) if !part.is_empty() && whole.len() + part.len() <= body_bytes => {
+                        if let Err(error) = room.grow(part.len()) {
+                            channel.send(Frame::Error(error).encode()).await;
+                            return None;
+                        }
                         whole.extend_from_slice(&part);
                     }
                     _ => return None,
@@ -395,7 +414,7 @@ impl StreamCall {
             whole.freeze()
         };
         let reply = ReplyStream { channel, credit: u64::from(credit), interrupted: false };
-        Some(Self { peer, method, body, deadline, reply })
+        Some(Self { peer, method, body, deadline, _room: room, reply })
     }
 
     /// Takes the call.

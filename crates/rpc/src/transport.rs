@@ -32,7 +32,8 @@ pub trait Transport: Send + Sync + 'static {
     async fn lookup(&self, topic: &Topic) -> Result<Vec<PublicKey>, TransportError>;
 }
 
-/// One authenticated, encrypted connection between two nodes.
+/// One authenticated, encrypted connection between two nodes. One that is dropped closes once nothing is under way on
+/// it.
 #[async_trait]
 pub trait Connection: Send + Sync + 'static {
     /// Returns the key of the node at the other end.
@@ -44,11 +45,15 @@ pub trait Connection: Send + Sync + 'static {
     /// Opens a channel for one stream.
     async fn open_channel(&self) -> Result<Box<dyn Channel>, TransportError>;
 
-    /// Returns the next request or channel that the peer opened, or `None` once the connection is closed.
+    /// Returns the next request or channel that the peer opened, or `None` once the connection is closed. One reader
+    /// at a time.
     async fn next(&self) -> Option<Incoming>;
 
     /// Says whether the connection is closed.
     fn is_closed(&self) -> bool;
+
+    /// Closes the connection: what is under way on it fails at both ends.
+    fn close(&self);
 }
 
 /// An ordered, reliable pipe of messages, bounded in both directions. Dropping it closes it.

@@ -218,6 +218,10 @@ impl Connection for MemoryConnection {
     fn is_closed(&self) -> bool {
         self.closed.is_cancelled() || self.outgoing.is_closed()
     }
+
+    fn close(&self) {
+        self.closed.cancel();
+    }
 }
 
 #[derive(Debug)]

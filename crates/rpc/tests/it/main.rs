@@ -1,6 +1,8 @@
 //! Calls and streams between nodes of a memory network.
 
 mod calls;
+mod connections;
+mod limits;
 mod streams;
 
 use std::sync::Arc;

@@ -1,0 +1,279 @@
+//! One connection a peer: opened once however many wait for it, looked after, and not tried too often.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use protocol::control::{Empty, NODE_PING};
+use protocol::{PublicKey, codec};
+use tokio::sync::watch;
+use tokio::time::{self, Instant};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+use tracing::debug;
+
+use super::CallError;
+use crate::transport::{Connection, RequestError, Transport};
+
+/// How long a peer in doubt may take to say that it is there.
+const PING_WITHIN: Duration = Duration::from_millis(500);
+/// The wait after the first dial that failed; it doubles.
+const BACKOFF: Duration = Duration::from_millis(100);
+/// The longest wait between two dials, so that a peer that comes back is found within seconds.
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// Peers remembered before those with nothing to remember are forgotten.
+const PEERS_SWEPT_AT: usize = 1024;
+
+/// The connections of one client.
+pub(super) struct Links {
+    transport: Arc<dyn Transport>,
+    connect_within: Duration,
+    peers: Arc<Mutex<Peers>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    _end: DropGuard,
+}
+
+#[derive(Default)]
+struct Peers {
+    by_key: HashMap<PublicKey, Peer>,
+    sweep_at: usize,
+}
+
+/// What is remembered of a peer.
+#[derive(Default)]
+struct Peer {
+    opening: Option<watch::Receiver<Opening>>,
+    /// Dials that failed in a row.
+    failures: u32,
+    /// Until when it is not dialled again.
+    rest: Option<Instant>,
+}
+
+/// How far a connection is.
+#[derive(Clone)]
+enum Opening {
+    Dialling,
+    Open(Arc<Link>),
+    Failed(CallError),
+}
+
+/// An open connection, and whether its peer is still believed to be there.
+pub(super) struct Link {
+    connection: Arc<dyn Connection>,
+    doubted: AtomicBool,
+    /// Held by the one who asks the peer.
+    asking: tokio::sync::Mutex<()>,
+}
+
+impl Link {
+    pub(super) fn connection(&self) -> &dyn Connection {
+        &*self.connection
+    }
+
+    /// Notes that a call got no answer in time.
+    pub(super) fn doubt(&self) {
+        self.doubted.store(true, Ordering::Relaxed);
+    }
+
+    fn is_sound(&self) -> bool {
+        !self.doubted.load(Ordering::Relaxed) && !self.connection.is_closed()
+    }
+
+    /// Asks a peer in doubt whether it is there; those who come meanwhile wait for the outcome.
+    async fn answers(&self) -> bool {
+        let _asking = self.asking.lock().await;
+        if self.connection.is_closed() {
+            return false;
+        }
+        if self.doubted.load(Ordering::Relaxed) {
+            let ping = self.connection.request(NODE_PING, Bytes::from(codec::encode(&Empty {})));
+            match time::timeout(PING_WITHIN, ping).await {
+                // Whatever it answers, it is there.
+                Ok(Ok(_) | Err(RequestError::Remote(_))) => self.doubted.store(false, Ordering::Relaxed),
+                Ok(Err(RequestError::Transport(_))) | Err(_) => {
+                    self.connection.close();
+                    return false;
+                }
+            }
+        }
+        true
+    }
+}
+
+impl Peer {
+    /// Says whether forgetting this peer changes nothing.
+    fn is_idle(&self, now: Instant) -> bool {
+        let unused = match self.opening.as_ref().map(|opening| opening.borrow().clone()) {
+            None | Some(Opening::Failed(_)) => true,
+            Some(Opening::Open(link)) => link.connection.is_closed(),
+            Some(Opening::Dialling) => false,
+        };
+        unused && self.rest.is_none_or(|rest| rest <= now)
+    }
+}
+
+impl Links {
+    pub(super) fn new(transport: Arc<dyn Transport>, connect_within: Duration) -> Self {
+        let stop = CancellationToken::new();
+        let end = stop.clone().drop_guard();
+        Self { transport, connect_within, peers: Arc::default(), tasks: TaskTracker::new(), stop, _end: end }
+    }
+
+    /// Returns a connection to a peer that is believed to be there, and opens one where there is none. Cancel safe:
+    /// a dial goes on for those who come later.
+    pub(super) async fn get(&self, peer: PublicKey) -> Result<Arc<Link>, CallError> {
+        // Once more after a connection that turned out dead; what is opened just now is in no doubt.
+        for _ in 0..2 {
+            let mut opening = self.opening(peer)?;
+            let opened = match opening.wait_for(|opening| !matches!(opening, Opening::Dialling)).await {
+                Ok(opened) => opened.clone(),
+                Err(_) => return Err(CallError::Closed),
+            };
+            match opened {
+                Opening::Open(link) if link.is_sound() || link.answers().await => return Ok(link),
+                Opening::Failed(error) => return Err(error),
+                Opening::Open(_) | Opening::Dialling => {}
+            }
+        }
+        Err(CallError::Unreachable { peer })
+    }
+
+    /// Returns the connection there is or the dial under way, or begins one.
+    fn opening(&self, peer: PublicKey) -> Result<watch::Receiver<Opening>, CallError> {
+        let mut guard = self.lock();
+        let peers = &mut *guard;
+        let entry = peers.by_key.entry(peer).or_default();
+        if let Some(opening) = &entry.opening {
+            let of_use = match &*opening.borrow() {
+                Opening::Dialling => true,
+                Opening::Open(link) => !link.connection.is_closed(),
+                Opening::Failed(_) => false,
+            };
+            if of_use {
+                return Ok(opening.clone());
+            }
+        }
+        let now = Instant::now();
+        if entry.rest.is_some_and(|rest| now < rest) {
+            return Err(CallError::Unreachable { peer });
+        }
+        let (told, opening) = watch::channel(Opening::Dialling);
+        entry.opening = Some(opening.clone());
+        peers.sweep(now);
+        drop(guard);
+        let dial = Dial { transport: self.transport.clone(), peer, peers: self.peers.clone(), told };
+        let dial = dial.run(self.connect_within);
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move { stop.run_until_cancelled(dial).await });
+        Ok(opening)
+    }
+
+    pub(super) fn forgive(&self, peer: PublicKey) {
+        if let Some(peer) = self.lock().by_key.get_mut(&peer) {
+            (peer.failures, peer.rest) = (0, None);
+        }
+    }
+
+    pub(super) fn disconnect(&self, peer: PublicKey) {
+        let known = self.lock().by_key.remove(&peer);
+        if let Some(opening) = known.and_then(|peer| peer.opening)
+            && let Opening::Open(link) = &*opening.borrow()
+        {
+            link.connection.close();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Peers> {
+        lock(&self.peers)
+    }
+}
+
+impl Peers {
+    /// Forgets peers with nothing to remember, now and then: keys come from topics, where anyone may write.
+    fn sweep(&mut self, now: Instant) {
+        if self.by_key.len() > self.sweep_at.max(PEERS_SWEPT_AT) {
+            self.by_key.retain(|_, peer| !peer.is_idle(now));
+            self.sweep_at = self.by_key.len() * 2;
+        }
+    }
+}
+
+fn lock(peers: &Mutex<Peers>) -> MutexGuard<'_, Peers> {
+    peers.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The opening of a connection.
+struct Dial {
+    transport: Arc<dyn Transport>,
+    peer: PublicKey,
+    peers: Arc<Mutex<Peers>>,
+    told: watch::Sender<Opening>,
+}
+
+impl Dial {
+    /// Opens the connection and tells those who wait. Runs on when they give up, so that a slow dial is not begun
+    /// anew by each of them.
+    async fn run(self, within: Duration) {
+        let outcome = match time::timeout(within, self.transport.connect(self.peer)).await {
+            Ok(outcome) => outcome.map_err(CallError::from),
+            Err(_) => Err(CallError::Unreachable { peer: self.peer }),
+        };
+        self.note(&outcome);
+        self.told.send_replace(match outcome {
+            Ok(connection) => {
+                let (doubted, asking) = (AtomicBool::new(false), tokio::sync::Mutex::default());
+                Opening::Open(Arc::new(Link { connection, doubted, asking }))
+            }
+            Err(error) => Opening::Failed(error),
+        });
+    }
+
+    fn note(&self, outcome: &Result<Arc<dyn Connection>, CallError>) {
+        let mut peers = lock(&self.peers);
+        let own = self.told.subscribe();
+        let is_own = |entry: &&mut Peer| entry.opening.as_ref().is_some_and(|opening| opening.same_channel(&own));
+        match (outcome, peers.by_key.get_mut(&self.peer).filter(is_own)) {
+            (Ok(_), Some(entry)) => (entry.failures, entry.rest) = (0, None),
+            // Whoever disconnected meanwhile wants no connection.
+            (Ok(connection), None) => connection.close(),
+            (Err(error), Some(entry)) => {
+                entry.failures = entry.failures.saturating_add(1);
+                let wait = backoff(self.transport.public_key(), self.peer, entry.failures);
+                entry.rest = Some(Instant::now() + wait);
+                debug!(peer = self.peer.short(), %error, ?wait, "no connection");
+            }
+            (Err(_), None) => {}
+        }
+    }
+}
+
+/// Returns the wait after so many dials that failed: from three quarters to the whole of its nominal length, and
+/// another for each pair of nodes, so that a peer that was away is not dialled by all at once.
+fn backoff(from: PublicKey, to: PublicKey, failures: u32) -> Duration {
+    let nominal = BACKOFF.saturating_mul(1 << (failures.clamp(1, 16) - 1)).min(BACKOFF_MAX);
+    let count = failures.to_le_bytes();
+    let mixed = from.0.iter().chain(&to.0).chain(&count);
+    // FNV-1a: enough to tell pairs apart.
+    let hash =
+        mixed.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    nominal * (768 + (hash >> 32) as u32 % 257) / 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_double_up_to_their_most_and_differ_between_pairs() {
+        let (one, two, three) = (PublicKey([1; 32]), PublicKey([2; 32]), PublicKey([3; 32]));
+        for failures in 1..40 {
+            let wait = backoff(one, two, failures);
+            let nominal = BACKOFF.saturating_mul(1 << (failures.min(16) - 1)).min(BACKOFF_MAX);
+            assert!(wait <= nominal && wait >= nominal * 3 / 4, "{failures}: {wait:?}");
+        }
+        assert_ne!(backoff(one, two, 3), backoff(one, three, 3));
+    }
+}

@@ -1,0 +1,127 @@
+//! Bytes of requests that a server holds at once: who may send how much, and room for it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::codec::MESSAGE_BYTES_MAX;
+use protocol::{ErrorCode, PublicKey, WireError};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Says how long a request of a caller may be.
+pub(super) type BodyLimit = Box<dyn Fn(PublicKey) -> usize + Send + Sync>;
+
+/// The share of the room that callers with a smaller limit have among them, so that they leave the others theirs.
+const STRANGERS_SHARE: usize = 4;
+
+/// Room for the requests that a server holds at once.
+pub(super) struct Budget {
+    limit_of: Option<BodyLimit>,
+    members: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
+}
+
+/// What one call may send.
+pub(crate) struct Allowance {
+    limit: usize,
+    pool: Arc<Semaphore>,
+}
+
+/// Room taken for a request; given back when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Room {
+    limit: usize,
+    pool: Arc<Semaphore>,
+    bytes: usize,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Budget {
+    pub(super) fn new(bytes: usize, limit_of: Option<BodyLimit>) -> Self {
+        let strangers = if limit_of.is_some() { bytes / STRANGERS_SHARE } else { 0 };
+        let pool = |bytes: usize| Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
+        Self { limit_of, members: pool(bytes - strangers), strangers: pool(strangers) }
+    }
+
+    /// Returns what a caller may send, as things stand: it may have introduced itself since its last call.
+    pub(super) fn allowance(&self, caller: PublicKey) -> Allowance {
+        let limit = self.limit_of.as_ref().map_or(MESSAGE_BYTES_MAX, |limit_of| limit_of(caller));
+        let pool = if limit < MESSAGE_BYTES_MAX { &self.strangers } else { &self.members };
+        Allowance { limit: limit.min(MESSAGE_BYTES_MAX), pool: pool.clone() }
+    }
+}
+
+impl Allowance {
+    /// Begins a request that says how long it is. Nothing is taken for what has not come.
+    pub(crate) fn begin(self, bytes: usize) -> Result<Room, WireError> {
+        let Self { limit, pool } = self;
+        if bytes > limit {
+            let message = format!("the request has {bytes} bytes, more than the {limit} that this node takes from you");
+            return Err(WireError::new(ErrorCode::RequestTooLarge, message));
+        }
+        Ok(Room { limit, pool, bytes: 0, permit: None })
+    }
+}
+
+impl Room {
+    /// Takes room for bytes that came.
+    pub(crate) fn grow(&mut self, bytes: usize) -> Result<(), WireError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // A request never grows beyond its limit, and that is less than a u32.
+        let more = u32::try_from(bytes).ok().filter(|_| self.bytes + bytes <= self.limit).ok_or_else(full)?;
+        let more = self.pool.clone().try_acquire_many_owned(more).map_err(|_| full())?;
+        self.bytes += bytes;
+        match &mut self.permit {
+            Some(permit) => permit.merge(more),
+            None => self.permit = Some(more),
+        }
+        Ok(())
+    }
+}
+
+fn full() -> WireError {
+    WireError::new(ErrorCode::Unavailable, "this node holds too many requests, try again")
+        .with_retry_after(Duration::from_secs(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MEMBER: PublicKey = PublicKey([1; 32]);
+    const STRANGER: PublicKey = PublicKey([2; 32]);
+
+    fn budget(bytes: usize) -> Budget {
+        Budget::new(bytes, Some(Box::new(|key| if key == MEMBER { MESSAGE_BYTES_MAX } else { 100 })))
+    }
+
+    #[test]
+    fn strangers_have_a_smaller_limit_and_a_share_of_their_own() {
+        let budget = budget(1000);
+        let long = budget.allowance(STRANGER).begin(101).map(drop).expect_err("over the limit");
+        assert_eq!(long.code, ErrorCode::RequestTooLarge);
+        let take = |key, bytes| {
+            let mut room = budget.allowance(key).begin(bytes)?;
+            room.grow(bytes).map(|()| room)
+        };
+        let held: Vec<Room> = (0..2).map(|_| take(STRANGER, 100).expect("room")).collect();
+        assert_eq!(take(STRANGER, 100).expect_err("a quarter is 250").code, ErrorCode::Unavailable);
+        let member = take(MEMBER, 750).expect("the members' own share");
+        assert_eq!(take(MEMBER, 1).expect_err("full").code, ErrorCode::Unavailable);
+        drop((held, member));
+        take(STRANGER, 100).expect("given back");
+        take(MEMBER, 750).expect("given back");
+    }
+
+    #[test]
+    fn a_length_alone_takes_nothing() {
+        let budget = budget(1000);
+        let announced: Vec<Room> = (0..50).map(|_| budget.allowance(STRANGER).begin(100).expect("allowed")).collect();
+        let mut room = budget.allowance(STRANGER).begin(100).expect("allowed");
+        room.grow(60).expect("room");
+        room.grow(40).expect("room");
+        room.grow(1).expect_err("more than it may be");
+        drop(announced);
+    }
+}

@@ -1,0 +1,193 @@
+//! How a client comes by its connections, and what it does about dead ones.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use protocol::control::{Empty, NODE_PING};
+use protocol::signature::NodeKey;
+use protocol::{PublicKey, Topic, WireError};
+use tether_rpc::transport::{Connection, TransportError};
+use tether_rpc::{CallError, Client, MemoryNetwork, Server, StreamOptions, Transport};
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::{info, options, pair};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A transport whose dials are counted, and take a while.
+struct Slow {
+    inner: Arc<dyn Transport>,
+    takes: Duration,
+    dials: Arc<AtomicUsize>,
+}
+
+#[async_trait]
+impl Transport for Slow {
+    fn public_key(&self) -> PublicKey {
+        self.inner.public_key()
+    }
+
+    async fn connect(&self, peer: PublicKey) -> Result<Arc<dyn Connection>, TransportError> {
+        self.dials.fetch_add(1, Ordering::SeqCst);
+        time::sleep(self.takes).await;
+        self.inner.connect(peer).await
+    }
+
+    async fn accept(&self) -> Option<Arc<dyn Connection>> {
+        self.inner.accept().await
+    }
+
+    async fn announce(&self, topic: &Topic) -> Result<(), TransportError> {
+        self.inner.announce(topic).await
+    }
+
+    async fn unannounce(&self, topic: &Topic) -> Result<(), TransportError> {
+        self.inner.unannounce(topic).await
+    }
+
+    async fn lookup(&self, topic: &Topic) -> Result<Vec<PublicKey>, TransportError> {
+        self.inner.lookup(topic).await
+    }
+}
+
+struct Scene {
+    network: MemoryNetwork,
+    peer: PublicKey,
+    client: Client,
+    dials: Arc<AtomicUsize>,
+    tasks: TaskTracker,
+}
+
+impl Scene {
+    fn new(takes: Duration) -> Self {
+        let network = MemoryNetwork::new();
+        let dials = Arc::<AtomicUsize>::default();
+        let inner = network.node(&NodeKey::from_seed(&[2; 32]));
+        let client = Client::new(Arc::new(Slow { inner, takes, dials: dials.clone() }));
+        let peer = NodeKey::from_seed(&[1; 32]).public_key();
+        Self { network, peer, client, dials, tasks: TaskTracker::new() }
+    }
+
+    fn serve(&self) {
+        let node = self.network.node(&NodeKey::from_seed(&[1; 32]));
+        self.tasks.spawn(Server::new(node, info()).run(CancellationToken::new(), SECOND));
+    }
+
+    async fn ping(&self, within: Duration) -> Result<Empty, CallError> {
+        self.client.call(self.peer, NODE_PING, &Empty {}, within).await
+    }
+
+    fn dials(&self) -> usize {
+        self.dials.load(Ordering::SeqCst)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_who_wait_for_a_peer_dial_it_once() {
+    let scene = Scene::new(SECOND);
+    scene.serve();
+    let all = futures_util::future::join_all((0..50).map(|_| scene.ping(SECOND * 2))).await;
+    assert!(all.iter().all(Result::is_ok));
+    assert_eq!(scene.dials(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_outlives_the_calls_that_give_up_on_it() {
+    let scene = Scene::new(SECOND);
+    scene.serve();
+    for _ in 0..3 {
+        assert_eq!(scene.ping(SECOND / 4).await, Err(CallError::Deadline));
+    }
+    scene.ping(SECOND / 2).await.expect("the first dial is done by then");
+    assert_eq!(scene.dials(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn opening_a_connection_does_not_use_up_the_time_to_accept() {
+    let scene = Scene::new(SECOND * 2);
+    scene.serve();
+    let begun = Instant::now();
+    let late = scene.client.open_stream(scene.peer, "none", bytes::Bytes::new(), options()).await;
+    assert!(matches!(late, Err(CallError::Remote(_))), "it was reached: {late:?}");
+    assert!(begun.elapsed() >= SECOND * 2);
+    // The deadline of the whole holds all the same.
+    let scene = Scene::new(SECOND * 2);
+    scene.serve();
+    let brief = StreamOptions { deadline: Some(SECOND), ..options() };
+    let late = scene.client.open_stream(scene.peer, "none", bytes::Bytes::new(), brief).await;
+    assert_eq!(late.expect_err("too late"), CallError::Deadline);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_that_hangs_is_given_up() {
+    let scene = Scene::new(SECOND * 3600);
+    let begun = Instant::now();
+    assert_eq!(scene.ping(SECOND * 60).await, Err(CallError::Unreachable { peer: scene.peer }));
+    assert_eq!(begun.elapsed(), SECOND * 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_cannot_be_reached_is_dialled_ever_more_rarely() {
+    let scene = Scene::new(Duration::ZERO);
+    let begun = Instant::now();
+    while begun.elapsed() < SECOND * 30 {
+        assert_eq!(scene.ping(SECOND).await, Err(CallError::Unreachable { peer: scene.peer }));
+        time::sleep(SECOND / 100).await;
+    }
+    assert!((8..=14).contains(&scene.dials()), "{} dials in 30 s", scene.dials());
+    // It comes back, and is found within five seconds, or at once where it shows itself.
+    scene.serve();
+    let back = Instant::now();
+    scene.client.forgive(scene.peer);
+    scene.ping(SECOND).await.expect("dialled at once");
+    assert!(back.elapsed() < SECOND / 10);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_comes_back_is_found_within_five_seconds() {
+    let scene = Scene::new(Duration::ZERO);
+    for _ in 0..3000 {
+        let _ = scene.ping(SECOND).await;
+        time::sleep(SECOND / 100).await;
+    }
+    scene.serve();
+    let back = Instant::now();
+    while scene.ping(SECOND).await.is_err() {
+        time::sleep(SECOND / 100).await;
+    }
+    assert!(back.elapsed() <= SECOND * 5, "{:?}", back.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_whose_peer_fell_silent_is_asked_before_it_is_used_again() {
+    // A node that takes connections and never reads them, as one whose process hangs.
+    let scene = Scene::new(Duration::ZERO);
+    let dead = scene.network.node(&NodeKey::from_seed(&[1; 32]));
+    assert_eq!(scene.ping(SECOND).await, Err(CallError::Deadline));
+    let begun = Instant::now();
+    assert_eq!(scene.ping(SECOND * 10).await, Err(CallError::Deadline), "a new connection is no better");
+    assert!(begun.elapsed() >= SECOND * 10);
+    assert_eq!(scene.dials(), 2, "the first was given up after half a second without an answer");
+    drop(dead);
+    scene.serve();
+    scene.ping(SECOND * 2).await.expect("the node was started anew");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_method_costs_its_peer_no_connection() {
+    let pair = pair(|server| server.unary("hang", |_, _: Empty| std::future::pending::<Result<Empty, WireError>>()));
+    let peer = pair.server.public_key();
+    let hang = || pair.client.call::<_, Empty>(peer, "hang", &Empty {}, SECOND);
+    let ahead = pair.client.call::<_, Empty>(peer, "hang", &Empty {}, SECOND * 10);
+    let others = async {
+        for _ in 0..3 {
+            assert_eq!(hang().await, Err(CallError::Deadline));
+        }
+    };
+    let (ahead, ()) = tokio::join!(ahead, others);
+    assert_eq!(ahead, Err(CallError::Deadline), "it was not cut off when others gave up");
+}
