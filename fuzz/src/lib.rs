@@ -37,6 +37,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("completion_request", completion_request),
     ("config_file", config_file),
     ("engine_frame", engine_frame),
+    ("gateway_submission", gateway_submission),
     ("gguf_header", gguf_header),
     ("health_report", health_report),
     ("infer_body", infer_body),
@@ -109,6 +110,15 @@ pub fn chat_request(bytes: &[u8]) {
 pub fn completion_request(bytes: &[u8]) {
     if let Ok(generation) = validation::parse_completion(bytes) {
         assert_eq!(generation.job.input.check(), Ok(()), "what passed is a sound job");
+    }
+}
+
+/// The body of `infer.submit` at a gateway.
+pub fn gateway_submission(bytes: &[u8]) {
+    if let Ok(submission) = validation::submission::parse_submission(bytes)
+        && let Ok(read) = submission.asked.read()
+    {
+        assert_eq!(read.job.input.check(), Ok(()), "what passed is a sound job");
     }
 }
 

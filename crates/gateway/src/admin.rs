@@ -123,5 +123,5 @@ pub(crate) async fn revoke_token(
 
 async fn operator(bridge: &Bridge, inquiry: &Inquiry) -> Result<(), WireError> {
     let Inquiry { context, token } = inquiry;
-    bridge.gateway.authenticate(token.as_deref(), context.peer, Scope::Admin).await.map(drop)
+    bridge.gateway.authenticate(token.as_deref(), context.origin, Scope::Admin).await.map(drop)
 }

@@ -126,6 +126,18 @@ impl Answer {
         Some(piece)
     }
 
+    /// Waits for the whole text and its end.
+    pub(crate) async fn collect(&mut self) -> Result<(String, End), WireError> {
+        let (mut text, mut end) = (String::new(), None);
+        while let Some(piece) = self.next().await {
+            let piece = piece?;
+            text += &piece.text;
+            end = piece.end;
+        }
+        // An answer without an end is an error above.
+        end.map(|end| (text, end)).ok_or_else(|| broken("the answer has no end"))
+    }
+
     /// Lets the orchestrator end the stream: giving it up here would look like a cancel.
     fn close(&mut self) {
         if let Some(mut stream) = self.stream.take() {

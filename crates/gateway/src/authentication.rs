@@ -1,7 +1,6 @@
 //! Whose token is it? Asks the registry, and believes the answer for a few seconds.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use protocol::{Digest, ErrorCode, UnixMillis, WireError};
 use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
+use crate::gateway::Origin;
 use crate::rate_limit::{Quota, RateLimit};
 
 /// Tokens remembered at once.
@@ -19,14 +19,14 @@ const TOKENS_MAX: usize = 10_000;
 const REFUSAL_BELIEVED: Duration = Duration::from_secs(1);
 /// How long it is believed that the registry does not answer, so that a crowd does not queue for it.
 const SILENCE_BELIEVED: Duration = Duration::from_millis(200);
-/// Failed tries of one address with one key: nobody mistypes a key more often.
+/// Failed tries of one address or node with one key: nobody mistypes a key more often.
 const FAILURES: Quota = Quota { burst: 10, per_minute: 10 };
 
 /// Checks tokens and remembers the outcome, by the SHA-256 of the token.
 pub(crate) struct Authentication {
     believed: Duration,
     checks: Mutex<HashMap<Digest, Arc<OnceCell<Check>>>>,
-    failures: RateLimit<(Option<IpAddr>, String)>,
+    failures: RateLimit<(Option<Origin>, String)>,
 }
 
 /// The outcome of a check, and how long it is believed.
@@ -44,24 +44,24 @@ impl Authentication {
     pub(crate) async fn check(
         &self,
         token: Option<&str>,
-        peer: Option<IpAddr>,
+        origin: Option<Origin>,
         now: UnixMillis,
         ask: impl Future<Output = Result<TokenGrant, WireError>>,
     ) -> Result<Arc<TokenGrant>, WireError> {
         let Some(token) = token else {
             return Err(WireError::new(
                 ErrorCode::InvalidApiKey,
-                "an API key is needed: send the header `Authorization: Bearer tth_live_…`",
+                "an API key is needed: send the header `Authorization: Bearer tth_live_…`, or by RPC the field `token`",
             ));
         };
         let parsed: ApiToken = match token.parse() {
             Ok(parsed) => parsed,
             Err(malformed) => {
                 let error = WireError::new(ErrorCode::InvalidApiKey, malformed.to_string());
-                return Err(self.failed((peer, String::new()), error));
+                return Err(self.failed((origin, String::new()), error));
             }
         };
-        let failure_key = (peer, parsed.key_id().to_owned());
+        let failure_key = (origin, parsed.key_id().to_owned());
         let slot = self.slot(Digest::of(token.as_bytes()));
         if !slot.initialized() && !self.failures.look(&failure_key, FAILURES).allowed {
             return Err(self.failed(failure_key, invalid()));
@@ -108,7 +108,7 @@ impl Authentication {
     }
 
     /// Counts a failure; one too many is told to wait instead.
-    fn failed(&self, key: (Option<IpAddr>, String), error: WireError) -> WireError {
+    fn failed(&self, key: (Option<Origin>, String), error: WireError) -> WireError {
         let verdict = self.failures.take(key, FAILURES);
         if verdict.allowed {
             return error;

@@ -13,7 +13,7 @@ use protocol::control::{
 use protocol::health::ModelState;
 use protocol::infer::{InferRequest, Input};
 use protocol::model::{ModelEntry, ModelRef};
-use protocol::{Clock, CorrelationId, ErrorCode, RetryToken, TenantId, TraceId, WireError, codec};
+use protocol::{Clock, CorrelationId, ErrorCode, PublicKey, RetryToken, TenantId, TraceId, WireError, codec};
 use rpc::Transport;
 use rpc::announce::DirectoryTask;
 use serde::Serialize;
@@ -31,6 +31,7 @@ use crate::config::{Config, seconds};
 use crate::http_bridge::HttpBridge;
 use crate::rate_limit::{Quota, RateLimit, Verdict};
 use crate::request_record::RequestRecord;
+use crate::rpc_gateway::RpcGateway;
 use crate::upstream::{Patience, Upstream};
 
 /// How long the list of live workers is believed.
@@ -93,6 +94,7 @@ struct Inner {
     clock: Arc<dyn Clock>,
     metrics: Metrics,
     version: String,
+    transport: Arc<dyn Transport>,
     upstream: Upstream,
     /// Keeps the upstream's directory fresh; taken by [`Gateway::tend`].
     directory_task: Mutex<Option<DirectoryTask>>,
@@ -104,6 +106,15 @@ struct Inner {
     tracker: TaskTracker,
 }
 
+/// Where a request comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Origin {
+    /// An address, by HTTP.
+    Address(IpAddr),
+    /// A node, by RPC.
+    Node(PublicKey),
+}
+
 /// What is known of a request before it is read.
 #[derive(Debug, Clone, Copy)]
 pub struct RequestContext {
@@ -112,7 +123,7 @@ pub struct RequestContext {
     /// The trace it belongs to.
     pub trace_id: TraceId,
     /// Where it comes from.
-    pub peer: Option<IpAddr>,
+    pub origin: Option<Origin>,
     /// When it came.
     pub received: Instant,
 }
@@ -167,11 +178,12 @@ impl Admission {
 impl Gateway {
     /// Makes a gateway. It does nothing until it runs.
     pub fn new(config: Config, parts: GatewayParts) -> Self {
-        let (upstream, directory_task) = Upstream::new(parts.transport, config.region.clone());
+        let (upstream, directory_task) = Upstream::new(parts.transport.clone(), config.region.clone());
         let inner = Inner {
             clock: parts.clock,
             metrics: parts.metrics,
             version: parts.version,
+            transport: parts.transport,
             upstream,
             directory_task: Mutex::new(Some(directory_task)),
             authentication: Authentication::new(config.token_cache()),
@@ -186,8 +198,9 @@ impl Gateway {
     }
 
     /// Opens the HTTP address, so that a caller learns it before requests come.
-    pub async fn bind(self) -> Result<HttpBridge, GatewayError> {
-        HttpBridge::bind(self).await
+    pub async fn bind(self) -> Result<OpenGateway, GatewayError> {
+        let http = HttpBridge::bind(self.clone()).await?;
+        Ok(OpenGateway { gateway: self, http })
     }
 
     /// Serves until `stop`, and then until the requests under way are done or the drain time is over.
@@ -205,9 +218,8 @@ impl Gateway {
         token: Option<&str>,
         context: RequestContext,
     ) -> Result<Admission, Refusal> {
-        let RequestContext { correlation_id, trace_id, peer, received } = context;
-        let mut record = RequestRecord::new(self.inner.metrics.clone(), received, correlation_id, trace_id);
-        let outcome = self.check_in(token, peer, &mut record).await;
+        let mut record = self.record(context);
+        let outcome = self.check_in(token, context.origin, &mut record).await;
         match outcome {
             Ok((grant, rate, permit)) => Ok(Admission { grant, rate, permit, record }),
             Err(refusal) => {
@@ -217,14 +229,24 @@ impl Gateway {
         }
     }
 
+    /// Counts a request that could not be read far enough to be let in.
+    pub(crate) fn turn_down(&self, context: RequestContext, error: &WireError) {
+        self.record(context).failed(error.code);
+    }
+
+    fn record(&self, context: RequestContext) -> RequestRecord {
+        let RequestContext { correlation_id, trace_id, received, origin: _ } = context;
+        RequestRecord::new(self.inner.metrics.clone(), received, correlation_id, trace_id)
+    }
+
     async fn check_in(
         &self,
         token: Option<&str>,
-        peer: Option<IpAddr>,
+        origin: Option<Origin>,
         record: &mut RequestRecord,
     ) -> Result<(Arc<TokenGrant>, Verdict, OwnedSemaphorePermit), Refusal> {
         let unrated = |error| Refusal { error, rate: None };
-        let grant = self.authenticate(token, peer, Scope::Infer).await.map_err(unrated)?;
+        let grant = self.authenticate(token, origin, Scope::Infer).await.map_err(unrated)?;
         record.of_key(&grant.key_id);
         let quota = quota(&self.inner.config, &grant);
         let rate = self.inner.rate_limit.take(grant.tenant_id.clone(), quota);
@@ -245,7 +267,7 @@ impl Gateway {
     pub(crate) async fn authenticate(
         &self,
         token: Option<&str>,
-        peer: Option<IpAddr>,
+        origin: Option<Origin>,
         scope: Scope,
     ) -> Result<Arc<TokenGrant>, WireError> {
         let inner = &self.inner;
@@ -253,7 +275,7 @@ impl Gateway {
             let check = TokenCheck { token: token.unwrap_or_default().to_owned() };
             inner.upstream.ask(NodeRole::Registry, TOKEN_CHECK, &check).await
         };
-        let grant = inner.authentication.check(token, peer, inner.clock.now(), ask).await.map_err(presentable)?;
+        let grant = inner.authentication.check(token, origin, inner.clock.now(), ask).await.map_err(presentable)?;
         if !grant.scopes.contains(&scope) {
             let message = match scope {
                 Scope::Infer => "this API key may not run models",
@@ -356,11 +378,11 @@ impl Gateway {
     }
 
     /// Makes what is known of a request that just came.
-    pub fn context(&self, peer: Option<IpAddr>, trace: Option<TraceContext>) -> Result<RequestContext, WireError> {
+    pub fn context(&self, origin: Option<Origin>, trace: Option<TraceContext>) -> Result<RequestContext, WireError> {
         Ok(RequestContext {
             correlation_id: self.make_id()?,
             trace_id: trace.unwrap_or_else(TraceContext::begin).trace_id,
-            peer,
+            origin,
             received: Instant::now(),
         })
     }
@@ -442,9 +464,43 @@ impl Gateway {
         &*self.inner.clock
     }
 
+    /// Returns this node's end of the network.
+    pub(crate) fn transport(&self) -> &Arc<dyn Transport> {
+        &self.inner.transport
+    }
+
     /// Returns where this gateway's tasks are counted.
     pub(crate) fn tracker(&self) -> &TaskTracker {
         &self.inner.tracker
+    }
+}
+
+/// A gateway whose HTTP address is open, ready to serve.
+pub struct OpenGateway {
+    gateway: Gateway,
+    http: HttpBridge,
+}
+
+impl OpenGateway {
+    /// Returns the address it serves HTTP on.
+    pub fn address(&self) -> SocketAddr {
+        self.http.address()
+    }
+
+    /// Serves HTTP and RPC until `stop`, and then until the requests under way are done or the drain time is over.
+    pub async fn run(self, stop: CancellationToken) -> Result<(), GatewayError> {
+        let Self { gateway, http } = self;
+        let tracker = gateway.tracker().clone();
+        // Background work goes on while requests drain: they may still need a peer.
+        let drained = CancellationToken::new();
+        let (tended, tending) = (gateway.clone(), drained.clone());
+        tracker.spawn(async move { tended.tend(tending).await });
+        let rpc = RpcGateway::new(gateway);
+        tokio::join!(http.run(stop.clone(), drained.clone()), rpc.run(stop));
+        drained.cancel();
+        tracker.close();
+        tracker.wait().await;
+        Ok(())
     }
 }
 

@@ -2,18 +2,18 @@
 
 mod answer_body;
 mod chat;
-mod completions;
+pub(crate) mod completions;
 mod connection;
 mod errors;
 mod health;
 mod infer;
 mod job;
 mod limits;
-mod models;
+pub(crate) mod models;
 mod openapi;
 pub(crate) mod request_body;
 pub(crate) mod router;
-mod sse;
+pub(crate) mod sse;
 mod tls;
 
 use std::net::SocketAddr;
@@ -43,7 +43,7 @@ const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconn
     {\"error\":{\"message\":\"this gateway holds too many connections\",\"type\":\"overloaded_error\",\"param\":null,\"code\":\"unavailable\"}}";
 
 /// An open HTTP address, ready to serve.
-pub struct HttpBridge {
+pub(crate) struct HttpBridge {
     gateway: Gateway,
     listener: TcpListener,
     address: SocketAddr,
@@ -67,24 +67,20 @@ impl HttpBridge {
     }
 
     /// Returns the address it serves.
-    pub fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Serves until `stop`, and then until the requests under way are done or the drain time is over.
-    pub async fn run(self, stop: CancellationToken) -> Result<(), GatewayError> {
+    /// Serves until `stop`, and then until the requests under way are done or the drain time is over. What goes on
+    /// beside them ends with `drained`.
+    pub(crate) async fn run(self, stop: CancellationToken, drained: CancellationToken) {
         let Self { gateway, listener, address, tls } = self;
         let tracker = gateway.tracker().clone();
         let drain = seconds(gateway.config().drain_secs);
         let slots = Arc::new(Semaphore::new(gateway.config().connections_max.min(Semaphore::MAX_PERMITS)));
-        // Background work goes on while requests drain: they may still need a peer.
-        let drained = CancellationToken::new();
         let abort = CancellationToken::new();
-        let tended = gateway.clone();
-        let tending = drained.clone();
-        tracker.spawn(async move { tended.tend(tending).await });
         if let Some(tls) = &tls {
-            tracker.spawn(tls.clone().watch(drained.clone()));
+            tracker.spawn(tls.clone().watch(drained));
         }
         let connections = Connections::new(gateway, tls, stop.clone(), abort.clone());
         info!(%address, "serving HTTP");
@@ -110,10 +106,6 @@ impl HttpBridge {
             abort.cancel();
             open.wait().await;
         }
-        drained.cancel();
-        tracker.close();
-        tracker.wait().await;
-        Ok(())
     }
 }
 

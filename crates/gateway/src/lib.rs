@@ -2,7 +2,7 @@
 //!
 //! Every request, whatever it came in by, passes [`Gateway::admit`] (whose is it, is there room) and then
 //! [`Gateway::submit`] (which model, which orchestrator), and gets an [`Answer`]. [`http_bridge`] translates between
-//! that and the OpenAI API.
+//! that and the OpenAI API, [`rpc_gateway`] between that and RPC.
 
 mod admin;
 mod answer;
@@ -14,10 +14,10 @@ mod gateway;
 mod http_bridge;
 mod rate_limit;
 mod request_record;
+mod rpc_gateway;
 mod upstream;
 pub mod validation;
 
 pub use answer::{Answer, End, Piece, parse_chunk};
 pub use config::{Config, RateLimitConfig};
-pub use gateway::{Admission, Gateway, GatewayError, GatewayParts, Job, RequestContext};
-pub use http_bridge::HttpBridge;
+pub use gateway::{Admission, Gateway, GatewayError, GatewayParts, Job, OpenGateway, Origin, RequestContext};

@@ -17,6 +17,8 @@ use serde_json::Value;
 use crate::catalog;
 use crate::gateway::Job;
 
+pub mod submission;
+
 /// The tokens of a text completion that names no limit: OpenAI's default.
 const COMPLETION_TOKENS: u32 = 16;
 

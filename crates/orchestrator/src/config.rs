@@ -15,6 +15,8 @@ pub struct Config {
     pub near_regions: Vec<Region>,
     /// Milliseconds a worker has to acknowledge a job before it is set aside.
     pub dispatch_ack_ms: u64,
+    /// Milliseconds a connection to a worker may take to open, where there is none yet.
+    pub dispatch_connect_ms: u64,
     /// Seconds a worker that did not acknowledge a job gets no other.
     pub set_aside_secs: u64,
     /// Tries of a job before its first token, each on another worker.
@@ -42,6 +44,7 @@ impl Default for Config {
         Self {
             near_regions: vec![],
             dispatch_ack_ms: 500,
+            dispatch_connect_ms: 2_000,
             set_aside_secs: 15,
             attempts_max: 3,
             stall_secs: 120,

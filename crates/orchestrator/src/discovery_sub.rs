@@ -1,4 +1,6 @@
 //! Follows the workers: believes their signed reports or counts why not, and forgets the silent.
+//!
+//! Workers look for orchestrators and push their reports; [`search`] looks for those that do not.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +16,9 @@ use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::fleet::Fleet;
+use crate::fleet::{Change, Fleet};
+
+pub mod search;
 
 /// How often the silent are looked for and marks are written.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -50,8 +54,8 @@ impl DiscoverySub {
         Self { fleet, regions, clock, store, metrics, marks: Mutex::new(marks) }
     }
 
-    /// Takes a report that came over a connection of `remote_key`.
-    pub fn take(&self, remote_key: PublicKey, enrolled: bool, signed: &Signed) -> Result<(), Rejection> {
+    /// Takes a report that came over a connection of `remote_key`. Says whether the worker is new.
+    pub fn take(&self, remote_key: PublicKey, enrolled: bool, signed: &Signed) -> Result<bool, Rejection> {
         let admitted = {
             let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
             let facts = Facts {
@@ -70,11 +74,14 @@ impl DiscoverySub {
         match admitted {
             Ok(report) => {
                 let (worker, region) = (report.worker_id, report.region.clone());
-                if self.fleet.update(report, Instant::now()) {
-                    info!(worker = worker.short(), %region, "worker found");
+                let change = self.fleet.update(report, Instant::now());
+                match change {
+                    Change::Found => info!(worker = worker.short(), %region, "worker found"),
+                    Change::Left => info!(worker = worker.short(), %region, "worker left"),
+                    Change::None => {}
                 }
                 self.metrics.workers_live.set(self.fleet.len() as i64);
-                Ok(())
+                Ok(change == Change::Found)
             }
             Err(rejection) => {
                 let label = ReasonLabel { reason: rejection.reason() };
@@ -88,13 +95,18 @@ impl DiscoverySub {
     pub async fn run(&self, stop: CancellationToken) {
         let mut ticks = time::interval(SWEEP);
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-            for worker in self.fleet.expire(Instant::now()) {
-                info!(worker = worker.short(), "worker lost: silent for 15 s");
-            }
-            self.metrics.workers_live.set(self.fleet.len() as i64);
+            self.sweep(Instant::now());
             self.save_marks().await;
         }
         self.save_marks().await;
+    }
+
+    /// Forgets the silent. They get no job from the moment on that they are silent for too long; this makes room.
+    fn sweep(&self, now: Instant) {
+        for worker in self.fleet.expire(now) {
+            info!(worker = worker.short(), "worker lost: silent for 15 s");
+        }
+        self.metrics.workers_live.set(self.fleet.len() as i64);
     }
 
     async fn save_marks(&self) {
@@ -108,3 +120,6 @@ impl DiscoverySub {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

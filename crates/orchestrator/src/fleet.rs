@@ -13,6 +13,17 @@ use tokio::time::Instant;
 
 use crate::scheduler::{Candidate, Refusal};
 
+/// What a report changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// The worker was not known.
+    Found,
+    /// It was its last report: the worker is gone.
+    Left,
+    /// The worker is known and stays.
+    None,
+}
+
 /// The workers believed alive.
 pub struct Fleet {
     own_region: Region,
@@ -84,11 +95,14 @@ impl Fleet {
         Self { own_region, near_regions, state: RwLock::default() }
     }
 
-    /// Takes a report that was found worth believing. Says whether the worker is new.
-    pub fn update(&self, report: HealthReport, now: Instant) -> bool {
+    /// Takes a report that was found worth believing.
+    pub fn update(&self, report: HealthReport, now: Instant) -> Change {
         let proximity = self.proximity(&report.region);
         let mut guard = self.write();
         let state = &mut *guard;
+        if report.is_last() {
+            return if state.remove(report.worker_id) { Change::Left } else { Change::None };
+        }
         let known = state.by_id.get(&report.worker_id).copied();
         let index = known.unwrap_or_else(|| state.place_for(report.worker_id));
         let before = state.workers[index].take();
@@ -124,7 +138,7 @@ impl Fleet {
             last_seen: now,
             report,
         });
-        known.is_none()
+        if known.is_none() { Change::Found } else { Change::None }
     }
 
     /// Forgets workers that have been silent for 15 seconds, and returns them.
@@ -178,6 +192,7 @@ impl Fleet {
             .workers
             .iter()
             .flatten()
+            .filter(|worker| now.saturating_duration_since(worker.last_seen) < EXPIRY)
             .map(|worker| FleetWorker {
                 report: worker.report.clone(),
                 age_ms: now.duration_since(worker.last_seen).as_millis() as u64,
@@ -186,6 +201,11 @@ impl Fleet {
             .collect();
         workers.sort_by_key(|worker| worker.report.worker_id);
         workers
+    }
+
+    /// Returns the models that the workers support.
+    pub fn models(&self) -> Vec<ModelKey> {
+        self.read().by_model.keys().cloned().collect()
     }
 
     /// Returns how many workers are alive.
@@ -243,14 +263,16 @@ impl State {
         }
     }
 
-    fn remove(&mut self, worker_id: WorkerId) {
-        let Some(index) = self.by_id.remove(&worker_id) else { return };
+    /// Forgets a worker. Says whether it was known.
+    fn remove(&mut self, worker_id: WorkerId) -> bool {
+        let Some(index) = self.by_id.remove(&worker_id) else { return false };
         if let Some(worker) = self.workers[index].take() {
             for model in &worker.report.supported {
                 self.forget_replica(model, index);
             }
         }
         self.free.push(index);
+        true
     }
 }
 
@@ -269,6 +291,10 @@ impl Iterator for CandidateIter<'_> {
     fn next(&mut self) -> Option<Candidate> {
         for replica in self.replicas.by_ref() {
             let Some(worker) = &self.workers[replica.worker] else { continue };
+            // Gone, though nobody has cleared it away yet.
+            if self.now.saturating_duration_since(worker.last_seen) >= EXPIRY {
+                continue;
+            }
             let barred = if worker.draining {
                 Some(Refusal::Draining)
             } else if worker.set_aside_until.is_some_and(|until| self.now < until) {
@@ -352,8 +378,26 @@ mod tests {
         fleet.update(report(1, &["m"]), now);
         fleet.update(report(2, &["m"]), now + Duration::from_secs(1));
         assert_eq!(fleet.expire(now + Duration::from_millis(14_999)), []);
+        assert_eq!(serving(&fleet, "m", now + Duration::from_millis(14_999)), [1, 2]);
+        assert_eq!(serving(&fleet, "m", now + Duration::from_secs(15)), [2], "at once, and not at the next sweep");
         assert_eq!(fleet.expire(now + Duration::from_secs(15)), [PublicKey([1; 32])]);
         assert_eq!(serving(&fleet, "m", now), [2]);
+    }
+
+    #[test]
+    fn a_worker_is_gone_with_its_last_report_and_not_before() {
+        let (fleet, now) = (fleet(), Instant::now());
+        let leaving = |running| {
+            let mut report = report(1, &["m"]);
+            (report.draining, report.capacity.running) = (true, running);
+            report
+        };
+        assert_eq!(fleet.update(report(1, &["m"]), now), Change::Found);
+        assert_eq!(fleet.update(leaving(1), now), Change::None);
+        assert_eq!(fleet.len(), 1, "it still has a job");
+        assert_eq!(fleet.update(leaving(0), now), Change::Left);
+        assert_eq!(fleet.update(leaving(0), now), Change::None);
+        assert_eq!((fleet.len(), serving(&fleet, "m", now)), (0, vec![]));
     }
 
     #[test]

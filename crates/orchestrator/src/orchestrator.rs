@@ -8,6 +8,7 @@ use std::time::Duration;
 use metadata_store::{Finalised, MetadataStore, StoreError};
 use observability::Metrics;
 use observability::metrics::{BreakerLabel, PhaseLabel, ReasonLabel};
+use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
     Empty, ExplainRequest, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN, NodeInfo, NodeRole, PRESENCE_REPORT,
 };
@@ -15,7 +16,8 @@ use protocol::infer::{InferRequest, SUBMIT};
 use protocol::model::ModelKey;
 use protocol::signature::Signed;
 use protocol::{Clock, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
-use rpc::{Client, Directory, Server, StreamCall, StreamOptions, Transport};
+use rpc::server::STRANGER_BYTES_MAX;
+use rpc::{Client, Directory, Server, StreamCall, StreamOptions, Transport, announce};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -25,6 +27,7 @@ use crate::circuit_breaker::{Admission, CircuitBreaker};
 use crate::config::Config;
 use crate::decision_log::DecisionLog;
 use crate::discovery_sub::DiscoverySub;
+use crate::discovery_sub::search::Search;
 use crate::dispatch::{self, AttemptEnd, Delivery};
 use crate::fleet::Fleet;
 use crate::job::JobEvent;
@@ -66,6 +69,7 @@ pub struct Orchestrator {
     metrics: Metrics,
     fleet: Arc<Fleet>,
     discovery: DiscoverySub,
+    search: Arc<Search>,
     policies: PolicyEngine,
     breakers: Mutex<HashMap<ModelKey, CircuitBreaker>>,
     reservations: Arc<ReservationManager>,
@@ -298,7 +302,12 @@ impl Orchestrator {
 
     fn take_report(&self, remote_key: PublicKey, signed: &Signed) -> Result<Empty, WireError> {
         match self.discovery.take(remote_key, (self.enrolled)(remote_key), signed) {
-            Ok(()) => Ok(Empty {}),
+            Ok(is_new) => {
+                if is_new {
+                    self.search.greet(remote_key);
+                }
+                Ok(Empty {})
+            }
             Err(rejection) => {
                 debug!(worker = remote_key.short(), %rejection, "report dropped");
                 Err(WireError::new(ErrorCode::InvalidValue, rejection.to_string()))
@@ -309,13 +318,15 @@ impl Orchestrator {
     /// Runs an orchestrator until `stop`.
     pub async fn run(config: Config, parts: OrchestratorParts, stop: CancellationToken) -> Result<(), StoreError> {
         let OrchestratorParts { transport, region, clock, store, metrics, enrolled, version } = parts;
-        let client = Client::new(transport.clone());
+        let connect_within = Duration::from_millis(config.dispatch_connect_ms);
+        let client = Client::connecting_within(transport.clone(), connect_within);
         let topic = Topic::Control(region.clone());
         let (directory, directory_task) = Directory::new(transport.clone(), client.clone(), topic.clone());
         let fleet = Arc::new(Fleet::new(region.clone(), config.near_regions.clone()));
         let mut regions = vec![region.clone()];
         regions.extend(config.near_regions.iter().cloned());
         let marks = store.high_waters().await?;
+        let search = Search::new(transport.clone(), client.clone(), fleet.clone(), regions.clone());
         let discovery = DiscoverySub::new(fleet.clone(), regions, clock.clone(), store.clone(), metrics.clone(), marks);
         let policies = RegistryPolicies::new(client.clone(), directory);
         let lease = Duration::from_secs(config.lease_secs.max(3));
@@ -329,6 +340,7 @@ impl Orchestrator {
             metrics,
             fleet,
             discovery,
+            search: Arc::new(search),
             client,
             enrolled,
             config,
@@ -342,21 +354,21 @@ impl Orchestrator {
             async move { orchestrator.discovery.run(ended).await }
         });
         background.spawn({
+            let (orchestrator, search) = (orchestrator.clone(), orchestrator.search.clone());
+            search.run(ended.clone(), move |worker, signed| orchestrator.take_report(worker, signed).is_ok())
+        });
+        background.spawn({
             let (orchestrator, ended) = (orchestrator.clone(), ended.clone());
             async move { orchestrator.reservations.run(ended).await }
         });
 
         let info = NodeInfo { roles: vec![NodeRole::Orchestrator], region, version };
-        let server = orchestrator.serve(Server::new(transport.clone(), info));
-        if let Err(error) = transport.announce(&topic).await {
-            warn!(%error, "could not announce the orchestrator");
-        }
-        let unannounced = async {
-            stop.cancelled().await;
-            // A node that goes away anyway is forgotten by expiry.
-            let _ = transport.unannounce(&topic).await;
-        };
-        tokio::join!(server.run(stop.clone(), DRAIN), unannounced);
+        let known = orchestrator.enrolled.clone();
+        let server = orchestrator
+            .serve(Server::new(transport.clone(), info))
+            .body_limit(move |key| if known(key) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX });
+        let announced = announce::keep_announced(&*transport, &topic, &stop);
+        tokio::join!(server.run(stop.clone(), DRAIN), announced);
         ended.cancel();
         background.close();
         background.wait().await;

@@ -16,8 +16,8 @@ pub const KIND: &str = "health-report";
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
 /// A worker silent for this long is gone.
 pub const EXPIRY: Duration = Duration::from_secs(15);
-/// The largest report taken, in bytes.
-pub const REPORT_BYTES_MAX: usize = 64 * 1024;
+/// The largest report taken, in bytes: room for some thousand models. Workers leave out what goes beyond.
+pub const REPORT_BYTES_MAX: usize = 256 * 1024;
 
 /// What a worker says of itself. Health report and presence are this one message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -47,7 +47,7 @@ pub struct HealthReport {
     pub model_cache: Vec<CachedModel>,
     /// Network hops to the region's centre, as configured; fewer is nearer.
     pub latency_hops: u32,
-    /// It finishes what it has and takes nothing new.
+    /// It finishes what it has and takes nothing new. With nothing running or waiting, this is its last report.
     #[serde(default)]
     pub draining: bool,
     /// Grows at each start of the worker.
@@ -72,6 +72,13 @@ pub struct Capacity {
     pub waiting: u32,
     /// Jobs that may wait at most.
     pub queue_max: u32,
+}
+
+impl HealthReport {
+    /// Says whether the worker is gone after this report: it takes nothing new and has nothing left.
+    pub fn is_last(&self) -> bool {
+        self.draining && self.capacity.running == 0 && self.capacity.waiting == 0
+    }
 }
 
 impl Capacity {

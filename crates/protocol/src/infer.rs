@@ -7,7 +7,8 @@ use crate::error_code::{ErrorCode, WireError};
 use crate::id::{AdapterName, CorrelationId, ModelName, ModelVersion, RetryToken, TenantId, TraceId};
 use crate::usage::TokenUsage;
 
-/// The name of the stream that takes a job to an orchestrator.
+/// The name of the stream that takes a job to an orchestrator, or from a client to a gateway, which also answers it as
+/// a unary call.
 pub const SUBMIT: &str = "infer.submit";
 /// The name of the stream that takes a job to a worker.
 pub const START: &str = "infer.start";

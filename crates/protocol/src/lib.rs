@@ -7,6 +7,7 @@ pub mod clock;
 pub mod codec;
 pub mod control;
 pub mod error_code;
+pub mod gateway;
 pub mod health;
 pub mod id;
 pub mod infer;

@@ -3,6 +3,7 @@
 use schemars::generate::{SchemaGenerator, SchemaSettings};
 use serde_json::Value;
 
+use crate::gateway::{GatewayAnswer, GatewaySubmission};
 use crate::health::HealthReport;
 use crate::infer::{InferChunk, InferRequest};
 use crate::signature::Signed;
@@ -15,6 +16,8 @@ pub fn published() -> Vec<(&'static str, Value)> {
     vec![
         ("infer.request.json", schema(SchemaGenerator::root_schema_for::<InferRequest>)),
         ("infer.chunk.json", schema(SchemaGenerator::root_schema_for::<InferChunk>)),
+        ("gateway.submission.json", schema(SchemaGenerator::root_schema_for::<GatewaySubmission>)),
+        ("gateway.answer.json", schema(SchemaGenerator::root_schema_for::<GatewayAnswer>)),
         ("health.report.json", schema(SchemaGenerator::root_schema_for::<HealthReport>)),
         ("signed.json", schema(SchemaGenerator::root_schema_for::<Signed>)),
     ]

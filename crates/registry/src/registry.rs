@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metadata_store::MetadataStore;
+use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
     CATALOG_LIST, Empty, NodeInfo, NodeRole, POLICY_GET, PolicyRequest, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST,
     TOKEN_REVOKE, TokenCheck, TokenCreate, TokenRevoke,
 };
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
-use rpc::{Server, Transport};
+use rpc::server::STRANGER_BYTES_MAX;
+use rpc::{Server, Transport, announce};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -52,16 +54,12 @@ impl Registry {
         let info =
             NodeInfo { roles: vec![NodeRole::Registry], region: parts.region.clone(), version: parts.version.clone() };
         let registry = Arc::new(Self { parts, tokens });
-        let server = registry.serve(Server::new(transport.clone(), info));
-        if let Err(error) = transport.announce(&topic).await {
-            warn!(%error, "could not announce the registry");
-        }
-        let unannounced = async {
-            stop.cancelled().await;
-            // A node that goes away anyway is forgotten by expiry.
-            let _ = transport.unannounce(&topic).await;
-        };
-        tokio::join!(server.run(stop.clone(), DRAIN), unannounced);
+        let known = registry.parts.enrolled.clone();
+        let server = registry
+            .serve(Server::new(transport.clone(), info))
+            .body_limit(move |key| if known(key) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX });
+        let announced = announce::keep_announced(&*transport, &topic, &stop);
+        tokio::join!(server.run(stop.clone(), DRAIN), announced);
     }
 
     fn serve(self: &Arc<Self>, server: Server) -> Server {

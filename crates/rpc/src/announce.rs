@@ -1,26 +1,67 @@
 //! Finds peers by topic and keeps track of what they do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::{StreamExt as _, stream};
 use protocol::control::{Empty, NODE_DESCRIBE, NodeInfo, NodeRole};
 use protocol::{PublicKey, Topic};
 use tokio::sync::watch;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, warn};
 
+use crate::backoff;
 use crate::client::Client;
 use crate::transport::Transport;
 
-/// How often the topic is looked up once somebody is known.
+/// How often the topic is looked up once somebody is known, at most; a little less often by chance of the keys.
 const REFRESH: Duration = Duration::from_secs(2);
 /// How often it is looked up while nobody is known.
 const SEARCH: Duration = Duration::from_millis(100);
+/// How long a lookup may take.
+const LOOKUP: Duration = Duration::from_secs(5);
 /// How long a peer may take to say what it is.
 const DESCRIBE: Duration = Duration::from_secs(2);
+/// Peers asked side by side.
+const ASKED_AT_ONCE: usize = 32;
+/// Peers asked in one round besides those known. Anyone may announce on a topic.
+const ASKED_MAX: usize = 64;
+/// Peers known at once.
+const KNOWN_MAX: usize = 256;
+
+/// How long the network may take to announce a topic.
+const ANNOUNCE_WITHIN: Duration = Duration::from_secs(10);
+/// How long it may take to take a topic back.
+const UNANNOUNCE_WITHIN: Duration = Duration::from_secs(2);
+/// The wait after an announcement that failed for the first time; it doubles.
+const AGAIN: Duration = Duration::from_millis(500);
+/// The longest wait.
+const AGAIN_MAX: Duration = Duration::from_secs(30);
+
+/// Keeps a node announced under a topic until `stop`, and then takes it off.
+pub async fn keep_announced(transport: &dyn Transport, topic: &Topic, stop: &CancellationToken) {
+    let announcing = async {
+        let mut failures = 0;
+        loop {
+            let why = match time::timeout(ANNOUNCE_WITHIN, transport.announce(topic)).await {
+                Ok(Ok(())) => break,
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => "it took too long".to_owned(),
+            };
+            failures += 1;
+            let nominal = backoff::doubled(AGAIN, AGAIN_MAX, failures);
+            let wait = backoff::spread(nominal, [transport.public_key(); 2], failures.into());
+            warn!(%topic, why, ?wait, "could not announce this node: others will not find it until it can");
+            time::sleep(wait).await;
+        }
+        stop.cancelled().await;
+    };
+    stop.run_until_cancelled(announcing).await;
+    // A node that goes away anyway is forgotten by expiry.
+    let _ = time::timeout(UNANNOUNCE_WITHIN, transport.unannounce(topic)).await;
+}
 
 /// The peers of one topic and what they do. Clones see the same.
 #[derive(Clone)]
@@ -65,33 +106,49 @@ impl Directory {
 impl DirectoryTask {
     /// Looks the topic up until `stop`.
     pub async fn run(self, stop: CancellationToken) {
+        let own_key = self.transport.public_key();
         stop.run_until_cancelled(async {
-            loop {
-                self.refresh().await;
-                let wait = if self.peers.borrow().is_empty() { SEARCH } else { REFRESH };
-                time::sleep(wait).await;
+            for round in 0.. {
+                self.refresh(own_key).await;
+                let nominal = if self.peers.borrow().is_empty() { SEARCH } else { REFRESH };
+                time::sleep(backoff::spread(nominal, [own_key; 2], round)).await;
             }
         })
         .await;
     }
 
-    async fn refresh(&self) {
-        let found = match self.transport.lookup(&self.topic).await {
-            Ok(found) => found,
-            Err(error) => {
-                // Those known stay known: a network must outlive its lookups.
+    /// Asks those who were found and those who are known what they are, and keeps those who answer.
+    ///
+    /// A storage node returns some records at random and not all, and a lookup may fail: who answers stays, found or
+    /// not. Whoever left without a word drops out, since everyone is asked each time.
+    async fn refresh(&self, own_key: PublicKey) {
+        let found = match time::timeout(LOOKUP, self.transport.lookup(&self.topic)).await {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => {
                 debug!(%error, topic = %self.topic, "lookup failed");
-                return;
+                vec![]
+            }
+            Err(_) => {
+                debug!(topic = %self.topic, "lookup took too long");
+                vec![]
             }
         };
-        let own_key = self.transport.public_key();
-        // Everyone is asked each time: a peer that left without a word drops out.
-        let described = join_all(found.into_iter().filter(|key| *key != own_key).map(|key| async move {
-            let info = self.client.call::<_, NodeInfo>(key, NODE_DESCRIBE, &Empty {}, DESCRIBE).await.ok()?;
-            Some((key, info))
-        }))
-        .await;
-        let fresh: BTreeMap<_, _> = described.into_iter().flatten().collect();
+        // Those known come first, so that a crowd on the topic cannot drive them out.
+        let mut peers: Vec<PublicKey> = self.peers.borrow().keys().copied().collect();
+        let mut seen: BTreeSet<PublicKey> = peers.iter().copied().chain([own_key]).collect();
+        peers.extend(found.into_iter().filter(|key| seen.insert(*key)).take(ASKED_MAX));
+        let answers = peers.into_iter().map(|key| async move {
+            match self.client.call::<_, NodeInfo>(key, NODE_DESCRIBE, &Empty {}, DESCRIBE).await {
+                Ok(info) => Some((key, info)),
+                Err(_) => None,
+            }
+        });
+        let fresh: BTreeMap<_, _> = stream::iter(answers)
+            .buffered(ASKED_AT_ONCE)
+            .filter_map(std::future::ready)
+            .take(KNOWN_MAX)
+            .collect()
+            .await;
         self.peers.send_if_modified(|peers| {
             let changed = **peers != fresh;
             if changed {

@@ -14,7 +14,7 @@ use self::links::{Link, Links};
 use crate::stream::{AnswerStream, StreamOptions};
 use crate::transport::{RequestError, Transport, TransportError};
 
-mod links;
+pub(crate) mod links;
 
 /// How long a connection may take to open.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -110,8 +110,7 @@ impl Client {
             Ok(Err(RequestError::Remote(error))) => Err(CallError::Remote(error)),
             Ok(Err(RequestError::Transport(error))) => Err(error.into()),
             Err(_) => {
-                // The method may be slow, or the peer may be gone: the next call asks before it relies on it.
-                link.doubt();
+                link.doubt().raise();
                 Err(CallError::Deadline)
             }
         }
@@ -139,15 +138,20 @@ impl Client {
         let opened = match time::timeout_at(accept_until, link.connection().open_channel()).await {
             Ok(Ok(channel)) => {
                 options.accept_within = accept_until.saturating_duration_since(Instant::now());
-                AnswerStream::open(channel, method, body, options).await
+                AnswerStream::open(channel, method, body, options, link.doubt().clone()).await
             }
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(CallError::NotAccepted),
         };
         if matches!(opened, Err(CallError::NotAccepted)) {
-            link.doubt();
+            link.doubt().raise();
         }
         opened
+    }
+
+    /// Opens a connection to a peer where there is none, so that the next call need not wait for it.
+    pub async fn connect(&self, peer: PublicKey) -> Result<(), CallError> {
+        self.links.get(peer).await.map(drop)
     }
 
     /// Forgets that a peer did not answer, since it gave a sign of life: the next call dials it at once.

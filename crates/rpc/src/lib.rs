@@ -5,6 +5,7 @@
 //! connections are opened by public key and shared by all calls to a peer ([`client`]).
 
 pub mod announce;
+pub mod backoff;
 pub mod client;
 pub mod clock;
 pub mod identity;

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
-use self::budget::{BodyLimit, Budget};
+use self::budget::{Allowance, BodyLimit, Budget};
 use self::connections::{CallMark, Connections, Place};
 use crate::stream::{Frame, StreamCall};
 use crate::transport::{Channel, Connection, Incoming, Transport};
@@ -31,13 +31,21 @@ const TURNING_AWAY: Duration = Duration::from_secs(1);
 /// Connections too many that are told so at once; the others are closed without a word.
 const TURNED_AWAY_MAX: usize = 64;
 
+/// How long a request of a node that is no member may be, where nodes speak among themselves: it holds a certificate.
+pub const STRANGER_BYTES_MAX: usize = 64 * 1024;
+
 /// What a server takes at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Calls worked on; one more is refused.
     pub calls_max: usize,
-    /// Bytes of their requests; what goes beyond is refused. Callers with a body limit share a quarter of it.
+    /// The same for all strangers together, so that they leave the others theirs: callers whose body limit is smaller
+    /// than the largest message.
+    pub strangers_calls_max: usize,
+    /// Bytes of the requests of those calls; what goes beyond is refused.
     pub body_bytes_max: usize,
+    /// The same for all strangers together.
+    pub strangers_body_bytes_max: usize,
     /// Connections held; one more is told so and closed.
     pub connections_max: usize,
     /// Connections of one peer; one more takes the place of its oldest one without calls.
@@ -50,7 +58,9 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             calls_max: 8192,
+            strangers_calls_max: 2048,
             body_bytes_max: 256 * 1024 * 1024,
+            strangers_body_bytes_max: 64 * 1024 * 1024,
             connections_max: 16_384,
             connections_per_peer_max: 8,
             idle: Duration::from_mins(5),
@@ -188,9 +198,11 @@ impl Server {
         let (abort, over) = (CancellationToken::new(), CancellationToken::new());
         let transport = self.transport.clone();
         let limits = self.limits;
+        let permits = |count: usize| Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS)));
         let shared = Arc::new(Shared {
-            permits: Arc::new(Semaphore::new(limits.calls_max.min(Semaphore::MAX_PERMITS))),
-            budget: Budget::new(limits.body_bytes_max, self.body_limit.take()),
+            members: permits(limits.calls_max),
+            strangers: permits(limits.strangers_calls_max),
+            budget: Budget::new(&limits, self.body_limit.take()),
             server: self,
             calls: calls.clone(),
             stop: stop.clone(),
@@ -226,7 +238,8 @@ impl Server {
 
 struct Shared {
     server: Server,
-    permits: Arc<Semaphore>,
+    members: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
     budget: Budget,
     calls: TaskTracker,
     /// No new call is taken.
@@ -264,7 +277,7 @@ impl Shared {
                     }
                     () = &mut over => return,
                     () = timer.as_mut() => {
-                        if was_idle && place.is_idle() {
+                        if was_idle {
                             return connection.close();
                         }
                         was_idle = place.is_idle();
@@ -283,21 +296,23 @@ impl Shared {
         if self.stop.is_cancelled() {
             return refuse(incoming, stopping());
         }
-        let Ok(permit) = self.permits.clone().try_acquire_owned() else {
+        let allowance = self.budget.allowance(caller.key);
+        let permits = if allowance.is_strangers() { &self.strangers } else { &self.members };
+        let Ok(permit) = permits.clone().try_acquire_owned() else {
             return refuse(incoming, too_busy());
         };
         let hold = Hold { _permit: permit, _mark: place.call() };
         let shared = self.clone();
         self.calls.spawn(async move {
-            shared.abort.run_until_cancelled(shared.handle(caller, incoming)).await;
+            shared.abort.run_until_cancelled(shared.handle(caller, incoming, allowance)).await;
             drop(hold);
         });
     }
 
-    async fn handle(&self, caller: Caller, incoming: Incoming) {
+    async fn handle(&self, caller: Caller, incoming: Incoming, allowance: Allowance) {
         match incoming {
             Incoming::Request { method, body, mut reply } => {
-                let room = self.budget.allowance(caller.key).begin(body.len()).and_then(|mut room| {
+                let room = allowance.begin(body.len()).and_then(|mut room| {
                     room.grow(body.len())?;
                     Ok(room)
                 });
@@ -314,12 +329,12 @@ impl Shared {
                 // A caller that is gone needs no reply.
                 let _ = reply.send(answer);
             }
-            Incoming::Channel(channel) => self.handle_stream(caller, channel).await,
+            Incoming::Channel(channel) => self.handle_stream(caller, channel, allowance).await,
         }
     }
 
-    async fn handle_stream(&self, caller: Caller, channel: Box<dyn Channel>) {
-        let reading = StreamCall::read(caller.key, channel, self.budget.allowance(caller.key));
+    async fn handle_stream(&self, caller: Caller, channel: Box<dyn Channel>, allowance: Allowance) {
+        let reading = StreamCall::read(caller.key, channel, allowance);
         let Ok(Some(call)) = time::timeout(OPENING, reading).await else {
             return;
         };

@@ -13,6 +13,7 @@ use protocol::{ErrorCode, PublicKey, WireError, codec};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::client::CallError;
+use crate::client::links::Doubt;
 use crate::server::budget::{Allowance, Room};
 use crate::transport::Channel;
 
@@ -192,6 +193,8 @@ pub struct StreamOptions {
 pub struct AnswerStream {
     channel: Box<dyn Channel>,
     options: StreamOptions,
+    /// Raised when the callee falls silent.
+    doubt: Doubt,
     deadline: Option<Instant>,
     /// When the last message came.
     heard_at: Instant,
@@ -212,12 +215,14 @@ impl AnswerStream {
         method: &str,
         body: Bytes,
         options: StreamOptions,
+        doubt: Doubt,
     ) -> Result<Self, CallError> {
         let heard_at = Instant::now();
         let deadline = options.deadline.map(|wait| heard_at + wait);
         let mut stream = Self {
             channel,
             options,
+            doubt,
             deadline,
             heard_at,
             timer: None,
@@ -287,6 +292,7 @@ impl AnswerStream {
                 () = timer.as_mut() => {
                     let (until, late) = self.patience();
                     if Instant::now() >= until {
+                        self.doubt.raise();
                         // Not finished: the callee may still be at work, and is told to stop when this is dropped.
                         return Some(Err(late));
                     }

@@ -9,11 +9,13 @@ use std::time::Duration;
 use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
 use observability::metrics::Metrics;
-use protocol::control::{NodeInfo, NodeRole};
+use protocol::codec::MESSAGE_BYTES_MAX;
+use protocol::control::{Empty, NodeInfo, NodeRole, PRESENCE_DESCRIBE};
 use protocol::infer::{InferRequest, START};
 use protocol::model::ModelKey;
 use protocol::signature::NodeKey;
 use protocol::{Clock, ErrorCode, PublicKey, Topic, WireError, WorkerId, codec};
+use rpc::server::STRANGER_BYTES_MAX;
 use rpc::{Client, Directory, ReplyStream, Server, StreamCall, Transport};
 use tokio::sync::{Notify, watch};
 use tokio::time::{self, Instant};
@@ -26,7 +28,7 @@ use crate::capabilities::Capabilities;
 use crate::config::Config;
 use crate::engine_meter::EngineMeter;
 use crate::execution_engine::{Broken, ExecutionEngine, finish};
-use crate::health_reporter::{Condition, HealthReporter, Identity};
+use crate::health_reporter::{Condition, HealthReporter, Identity, ReportWriter};
 use crate::model_loader::cache::{Entry, ModelCache, Status};
 use crate::model_loader::{LoaderOptions, ModelLoader, u64_of};
 use crate::quota_guard::{Limits, Place, QuotaGuard};
@@ -147,9 +149,28 @@ impl BaseWorker {
         });
         let tasks = TaskTracker::new();
 
+        let identity = Identity {
+            key,
+            region: config.region.clone(),
+            capabilities: Capabilities::detect(),
+            supported: config.models.iter().map(crate::config::ServedModel::key).collect(),
+            latency_hops: config.latency_hops,
+            limits: guard.limits(),
+            epoch,
+        };
+        let looked_at = desk.clone();
+        let look = move || looked_at.condition();
+        let reports = Arc::new(ReportWriter::new(identity, clock, look, loader.clone()));
+
         let info = NodeInfo { roles: vec![NodeRole::Worker], region: config.region.clone(), version };
-        let taking = desk.clone();
-        let server = Server::new(transport.clone(), info).stream(START, move |call| taking.clone().take(call));
+        let (taking, asked, known, written) = (desk.clone(), desk.clone(), desk.clone(), reports.clone());
+        let server = Server::new(transport.clone(), info)
+            .stream(START, move |call| taking.clone().take(call))
+            .unary(PRESENCE_DESCRIBE, move |caller, _: Empty| {
+                let described = asked.check(caller.key).map(|()| written.sign());
+                async move { described }
+            })
+            .body_limit(move |key| if (known.may_give_work)(key) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX });
         let server_stop = life.child_token();
         tasks.spawn(server.run(server_stop.clone(), LAST_WORD * 2));
 
@@ -163,19 +184,7 @@ impl BaseWorker {
         let (directory, directory_task) = Directory::new(transport.clone(), client.clone(), topic);
         let reporter_stop = life.child_token();
         tasks.spawn(directory_task.run(reporter_stop.clone()));
-        let identity = Identity {
-            key,
-            region: config.region.clone(),
-            capabilities: Capabilities::detect(),
-            supported: config.models.iter().map(crate::config::ServedModel::key).collect(),
-            latency_hops: config.latency_hops,
-            limits: guard.limits(),
-            epoch,
-        };
-        let looked_at = desk.clone();
-        let look = move || looked_at.condition();
-        let reporter =
-            HealthReporter::new(identity, clock, look, loader.clone(), client, directory, changes.subscribe());
+        let reporter = HealthReporter::new(reports, client, directory, changes.subscribe());
         let reporter = tasks.spawn(reporter.run(reporter_stop.clone()));
         let (wanting, region) = (desk.clone(), config.region.clone());
         let announcer = Announcer::new(transport, move || wanting.wanted_topics(&region), changes.subscribe());
@@ -295,11 +304,17 @@ impl Desk {
         );
     }
 
+    /// Says whether a node has business here.
+    fn check(&self, peer: PublicKey) -> Result<(), WireError> {
+        if (self.may_give_work)(peer) {
+            return Ok(());
+        }
+        Err(WireError::new(ErrorCode::NotEnrolled, "this worker takes no work from this node"))
+    }
+
     /// Checks a job and gives it a place; says why not, before any work is done.
     fn admit(&self, call: &StreamCall) -> Result<Job, WireError> {
-        if !(self.may_give_work)(call.peer) {
-            return Err(WireError::new(ErrorCode::NotEnrolled, "this worker takes no work from this node"));
-        }
+        self.check(call.peer)?;
         if self.draining.load(Ordering::Relaxed) {
             return Err(stopping());
         }

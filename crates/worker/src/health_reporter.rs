@@ -1,7 +1,8 @@
 //! Tells the region's orchestrators how this worker is: every five seconds, and soon after each change (W5, T6).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use engine::LoadSnapshot;
@@ -29,6 +30,9 @@ const PUSH_WITHIN: Duration = Duration::from_secs(2);
 /// How long it may take for the last one.
 const LAST_PUSH_WITHIN: Duration = Duration::from_secs(1);
 
+/// What one model may take in a report: its name twice, its digest and the rest.
+const MODEL_BYTES_MAX: usize = 512;
+
 /// What never changes in a worker's reports.
 pub(crate) struct Identity {
     pub(crate) key: NodeKey,
@@ -49,35 +53,83 @@ pub(crate) struct Condition {
     pub(crate) snapshots: Vec<LoadSnapshot>,
 }
 
-/// Pushes signed reports to every orchestrator it knows.
-pub(crate) struct HealthReporter<Look> {
+/// Writes and signs reports of how the worker is.
+pub(crate) struct ReportWriter<Look> {
     identity: Identity,
     clock: Arc<dyn Clock>,
     /// Says how the worker is.
     look: Look,
     loader: Arc<crate::model_loader::ModelLoader>,
+    seq: AtomicU64,
+    /// Whether it was told that reports leave something out.
+    has_warned: AtomicBool,
+}
+
+/// Pushes signed reports to every orchestrator it knows.
+pub(crate) struct HealthReporter<Look> {
+    writer: Arc<ReportWriter<Look>>,
     client: Client,
     directory: Directory,
     changes: watch::Receiver<()>,
-    seq: u64,
     latest: watch::Sender<Option<Arc<Signed>>>,
     pushers: BTreeMap<PublicKey, DropGuard>,
     tasks: TaskTracker,
 }
 
-impl<Look: Fn() -> Condition> HealthReporter<Look> {
+impl<Look: Fn() -> Condition> ReportWriter<Look> {
     pub(crate) fn new(
         identity: Identity,
         clock: Arc<dyn Clock>,
         look: Look,
         loader: Arc<crate::model_loader::ModelLoader>,
+    ) -> Self {
+        Self { identity, clock, look, loader, seq: AtomicU64::new(0), has_warned: AtomicBool::new(false) }
+    }
+
+    /// Signs a report of the present, later than all before it.
+    pub(crate) fn sign(&self) -> Signed {
+        let seq = self.seq.fetch_add(1, Ordering::Relaxed) + 1;
+        let condition = (self.look)();
+        let mut report = build(&self.identity, &condition, self.loader.cache(), seq, self.clock.as_ref());
+        let (body, left_out) = fit(&mut report);
+        if left_out > 0 && !self.has_warned.swap(true, Ordering::Relaxed) {
+            let (told, most) = (report.supported.len(), health::REPORT_BYTES_MAX);
+            warn!(told, left_out, most, "more models than a health report can name: jobs for the others will not come");
+        }
+        self.identity.key.sign(health::KIND, body)
+    }
+}
+
+/// Writes a report within the limit, and says how many models it had to leave out: the last in the order of the
+/// configuration, those in memory after all others.
+fn fit(report: &mut HealthReport) -> (String, usize) {
+    let write = |report: &HealthReport| String::from_utf8(codec::encode(report)).expect("JSON is UTF-8");
+    let before = report.supported.len();
+    let mut body = write(report);
+    if body.len() > health::REPORT_BYTES_MAX {
+        let in_memory: BTreeSet<ModelKey> = report.model_cache.iter().map(|model| model.key.clone()).collect();
+        report.supported.sort_by_key(|key| !in_memory.contains(key));
+    }
+    while body.len() > health::REPORT_BYTES_MAX && !report.supported.is_empty() {
+        // No model takes more than this, so that too many are never left out at once.
+        let excess = (body.len() - health::REPORT_BYTES_MAX).div_ceil(MODEL_BYTES_MAX);
+        let left = report.supported.split_off(report.supported.len().saturating_sub(excess));
+        report.model_cache.retain(|model| !left.contains(&model.key));
+        body = write(report);
+    }
+    (body, before - report.supported.len())
+}
+
+impl<Look: Fn() -> Condition> HealthReporter<Look> {
+    pub(crate) fn new(
+        writer: Arc<ReportWriter<Look>>,
         client: Client,
         directory: Directory,
         changes: watch::Receiver<()>,
     ) -> Self {
         let latest = watch::Sender::new(None);
         let (pushers, tasks) = (BTreeMap::new(), TaskTracker::new());
-        Self { identity, clock, look, loader, client, directory, changes, seq: 0, latest, pushers, tasks }
+        Self { writer, client, directory, changes, latest, pushers, tasks }
     }
 
     /// Reports until `stop`, then one last time.
@@ -105,7 +157,7 @@ impl<Look: Fn() -> Condition> HealthReporter<Look> {
 
     /// Signs a report and hands it to the pushers.
     fn report(&mut self) {
-        let signed = Arc::new(self.sign());
+        let signed = Arc::new(self.writer.sign());
         self.latest.send_replace(Some(signed));
         let known = self.directory.find(NodeRole::Orchestrator);
         self.pushers.retain(|peer, _| known.contains(peer));
@@ -124,20 +176,12 @@ impl<Look: Fn() -> Condition> HealthReporter<Look> {
         self.pushers.clear();
         self.tasks.close();
         self.tasks.wait().await;
-        let signed = self.sign();
+        let signed = self.writer.sign();
         let (client, signed) = (&self.client, &signed);
         join_all(self.directory.find(NodeRole::Orchestrator).into_iter().map(|peer| async move {
             log_refusal(peer, client.call::<_, Empty>(peer, PRESENCE_REPORT, signed, LAST_PUSH_WITHIN).await);
         }))
         .await;
-    }
-
-    fn sign(&mut self) -> Signed {
-        self.seq += 1;
-        let condition = (self.look)();
-        let report = build(&self.identity, &condition, self.loader.cache(), self.seq, self.clock.as_ref());
-        let body = String::from_utf8(codec::encode(&report)).expect("JSON is UTF-8");
-        self.identity.key.sign(health::KIND, body)
     }
 }
 
@@ -188,5 +232,70 @@ fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u6
         seq,
         issued_at,
         not_after: issued_at.after(EXPIRY),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::health::{CachedModel, ModelState};
+    use protocol::{Digest, PublicKey, UnixMillis};
+
+    use super::*;
+
+    fn report(models: usize, in_memory: usize) -> HealthReport {
+        let key = |number: usize| ModelKey {
+            model_id: format!("{}-{number}", "a-rather-long-name-of-a-model.with-its-size-70b").parse().expect("name"),
+            version: "1.0".parse().expect("version"),
+        };
+        let cached = |number| CachedModel {
+            key: key(number),
+            digest: Digest([7; 32]),
+            state: ModelState::Ready,
+            tokens_per_second: 123.456,
+            adapters: vec![],
+        };
+        let id = PublicKey([1; 32]);
+        HealthReport {
+            v: 1,
+            worker_id: id,
+            pub_key: id,
+            region: "local".parse().expect("region"),
+            gpu_class: "cpu".into(),
+            vram_gb: 0,
+            accelerators: vec![],
+            capacity: Capacity::default(),
+            supported: (0..models).map(key).collect(),
+            // The last of them, to see that they are kept.
+            model_cache: (models - in_memory..models).map(cached).collect(),
+            latency_hops: 0,
+            draining: false,
+            epoch: 1,
+            seq: 1,
+            issued_at: UnixMillis(0),
+            not_after: UnixMillis(0),
+        }
+    }
+
+    #[test]
+    fn a_report_of_hundreds_of_models_is_told_whole() {
+        let mut hundreds = report(800, 800);
+        let (body, left_out) = fit(&mut hundreds);
+        assert_eq!(left_out, 0);
+        assert!(body.len() > 64 * 1024 && body.len() <= health::REPORT_BYTES_MAX, "{}", body.len());
+    }
+
+    #[test]
+    fn beyond_the_limit_models_that_are_not_in_memory_are_left_out_first() {
+        let mut thousands = report(10_000, 200);
+        let (body, left_out) = fit(&mut thousands);
+        assert!(body.len() <= health::REPORT_BYTES_MAX && body.len() > health::REPORT_BYTES_MAX / 10 * 9);
+        assert_eq!(thousands.supported.len() + left_out, 10_000);
+        assert_eq!(thousands.model_cache.len(), 200);
+        assert!(thousands.model_cache.iter().all(|model| thousands.supported.contains(&model.key)));
+        let read: HealthReport = codec::decode(body.as_bytes()).expect("it reads");
+        assert_eq!(read, thousands);
+        let mut loaded = report(5_000, 5_000);
+        assert!(fit(&mut loaded).0.len() <= health::REPORT_BYTES_MAX);
+        assert_eq!(loaded.model_cache.len(), loaded.supported.len());
     }
 }

@@ -22,6 +22,7 @@ const fn due(name: &'static str, module: &'static str, with: &'static str) -> Co
 const COMPONENTS: &[Component] = &[
     built("Gateway", "gateway"),
     built("HttpBridge", "http_bridge"),
+    built("RpcGateway", "rpc_gateway"),
     built("Orchestrator", "orchestrator"),
     built("DiscoverySub", "discovery_sub"),
     built("Scheduler", "scheduler"),
@@ -38,7 +39,6 @@ const COMPONENTS: &[Component] = &[
     built("Registry", "registry"),
     built("MetadataStore", "metadata_store"),
     built("ArtifactStore", "artifact_store"),
-    due("RpcGateway", "rpc_gateway", "services in processes of their own over Hyperswarm"),
     due("Dlq", "dlq", "idempotency, continued streams and dead letters"),
     due("Billing", "billing", "usage export to a billing provider"),
     due("Replication", "replication", "replicas of artifacts"),

@@ -3,14 +3,15 @@
 use axum::body::Body;
 use axum::extract::{Request, State};
 use http::Response;
-use protocol::WireError;
+use protocol::{ErrorCode, WireError};
 use serde::Serialize;
+use serde_json::value::{RawValue, to_raw_value};
 
 use super::errors;
 use super::job::{self, AnswerFacts, Opening, Told};
 use super::router::Bridge;
 use super::sse::{self, Endpoint, Heading, Sse, Usage};
-use crate::answer::End;
+use crate::answer::{Answer, End};
 use crate::validation::{self, Generation};
 
 /// Goes on with a text.
@@ -65,17 +66,10 @@ pub(super) async fn generate(
 async fn whole(opening: Opening, heading: &Heading) -> Result<(Response<Body>, AnswerFacts), WireError> {
     let mut answer = opening.await?;
     let facts = AnswerFacts::of(&answer);
-    let fingerprint = sse::fingerprint(&answer);
-    let mut text = String::new();
-    let mut end = None;
-    while let Some(piece) = answer.next().await {
-        let piece = piece?;
-        text += &piece.text;
-        end = piece.end;
-    }
-    // An answer without an end is an error above.
-    let end = end.ok_or_else(|| WireError::new(protocol::ErrorCode::InternalError, "the answer has no end"))?;
-    Ok((response(heading, &fingerprint, &text, end), facts))
+    let (text, end) = answer.collect().await?;
+    let written = write_whole(heading, &answer, &text, end);
+    let written = written.map_err(|_| WireError::new(ErrorCode::InternalError, "the answer could not be written"))?;
+    Ok((errors::json(&written), facts))
 }
 
 #[derive(Serialize)]
@@ -112,17 +106,24 @@ struct TextChoice<'a> {
     finish_reason: &'static str,
 }
 
-fn response(heading: &Heading, fingerprint: &str, text: &str, end: End) -> Response<Body> {
+/// Writes a whole answer as `OpenAI` does.
+pub(crate) fn write_whole(
+    heading: &Heading,
+    answer: &Answer,
+    text: &str,
+    end: End,
+) -> serde_json::Result<Box<RawValue>> {
+    let fingerprint = &sse::fingerprint(answer);
     let finish_reason = end.reason.as_str();
     match heading.endpoint {
         Endpoint::Chat => {
             let message = AssistantMessage { role: "assistant", content: text, refusal: () };
             let choice = ChatChoice { index: 0, message, logprobs: (), finish_reason };
-            errors::json(&with_choice(heading, fingerprint, "chat.completion", choice, end))
+            to_raw_value(&with_choice(heading, fingerprint, "chat.completion", choice, end))
         }
         Endpoint::Completion => {
             let choice = TextChoice { index: 0, text, logprobs: (), finish_reason };
-            errors::json(&with_choice(heading, fingerprint, "text_completion", choice, end))
+            to_raw_value(&with_choice(heading, fingerprint, "text_completion", choice, end))
         }
     }
 }

@@ -26,7 +26,7 @@ use super::errors;
 use super::limits::{Activity, Limits, TrackedBody, Watched};
 use super::router::{self, Bridge};
 use super::tls::Tls;
-use crate::gateway::Gateway;
+use crate::gateway::{Gateway, Origin};
 
 /// The largest request head, in bytes.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
@@ -134,7 +134,8 @@ impl Shared {
 
     async fn respond(&self, request: Request<Incoming>, peer: IpAddr) -> Response<Body> {
         let trace = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
-        let mut response = match self.gateway.context(Some(peer), trace.and_then(TraceContext::parse)) {
+        let mut response = match self.gateway.context(Some(Origin::Address(peer)), trace.and_then(TraceContext::parse))
+        {
             Ok(context) => {
                 let mut request = request.map(Body::new);
                 request.extensions_mut().insert(context);

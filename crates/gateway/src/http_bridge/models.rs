@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::{Path, State};
 use http::Response;
-use protocol::control::{Fleet, Scope, TokenGrant};
+use protocol::control::{Fleet, Scope};
 use protocol::health::ModelState;
 use protocol::model::ModelEntry;
 use protocol::{Region, WireError};
@@ -16,10 +16,11 @@ use utoipa::ToSchema;
 use super::errors;
 use super::router::{Bridge, Inquiry, respond};
 use crate::catalog;
+use crate::gateway::{Gateway, Origin};
 
 /// A model. `state` and what follows are Tether's additions.
 #[derive(Serialize, ToSchema)]
-pub(super) struct Model {
+pub(crate) struct Model {
     /// Its name where it is the newest version, else `name@MAJOR.MINOR`.
     id: String,
     /// Always `model`.
@@ -60,7 +61,7 @@ enum Progress {
 }
 
 #[derive(Serialize, ToSchema)]
-pub(super) struct ModelList {
+pub(crate) struct ModelList {
     /// Always `list`.
     object: &'static str,
     /// Each version of each model this API key may use.
@@ -73,15 +74,22 @@ pub(super) struct ModelList {
     responses((status = 200, description = "The models", body = ModelList), super::openapi::Errors),
 )]
 pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
-    let listed = async {
-        let grant = authenticate(&bridge, &inquiry).await?;
-        let models = bridge.gateway.models().await?;
-        let fleet = fleet(&bridge).await;
-        let allowed = models.all().into_iter().filter(|entry| grant.policy.allows(&entry.key.model_id));
-        let data = allowed.map(|entry| describe(entry, models.is_newest(entry), &fleet)).collect();
-        Ok(errors::json(&ModelList { object: "list", data }))
-    };
-    respond(inquiry.context, listed.await)
+    let listed = list_for(&bridge.gateway, inquiry.token.as_deref(), inquiry.context.origin).await;
+    respond(inquiry.context, listed.map(|list| errors::json(&list)))
+}
+
+/// Lists the models that a token may use.
+pub(crate) async fn list_for(
+    gateway: &Gateway,
+    token: Option<&str>,
+    origin: Option<Origin>,
+) -> Result<ModelList, WireError> {
+    let grant = gateway.authenticate(token, origin, Scope::Infer).await?;
+    let models = gateway.models().await?;
+    let fleet = fleet(gateway).await;
+    let allowed = models.all().into_iter().filter(|entry| grant.policy.allows(&entry.key.model_id));
+    let data = allowed.map(|entry| describe(entry, models.is_newest(entry), &fleet)).collect();
+    Ok(ModelList { object: "list", data })
 }
 
 /// Tells about one model.
@@ -92,26 +100,23 @@ pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Resp
 )]
 pub(super) async fn get(State(bridge): State<Bridge>, Path(id): Path<String>, inquiry: Inquiry) -> Response<Body> {
     let found = async {
-        let grant = authenticate(&bridge, &inquiry).await?;
+        let (gateway, token) = (&bridge.gateway, inquiry.token.as_deref());
+        let grant = gateway.authenticate(token, inquiry.context.origin, Scope::Infer).await?;
         let wanted = catalog::parse_ref(&id)?;
-        let entry = bridge.gateway.model(&wanted).await?;
+        let entry = gateway.model(&wanted).await?;
         // To a tenant, a model it may not use is as one that is not there.
         if wanted.adapter.is_some() || !grant.policy.allows(&entry.key.model_id) {
             return Err(catalog::not_found(&id));
         }
-        let fleet = fleet(&bridge).await;
+        let fleet = fleet(gateway).await;
         Ok(errors::json(&describe(&entry, wanted.version.is_none(), &fleet)))
     };
     respond(inquiry.context, found.await)
 }
 
-async fn authenticate(bridge: &Bridge, inquiry: &Inquiry) -> Result<Arc<TokenGrant>, WireError> {
-    bridge.gateway.authenticate(inquiry.token.as_deref(), inquiry.context.peer, Scope::Infer).await
-}
-
 /// Returns the live workers. The list of models stands without them.
-async fn fleet(bridge: &Bridge) -> Arc<Fleet> {
-    bridge.gateway.fleet().await.unwrap_or_default()
+async fn fleet(gateway: &Gateway) -> Arc<Fleet> {
+    gateway.fleet().await.unwrap_or_default()
 }
 
 /// Says what is known of a model. A pure function of the catalogue's entry and the fleet.

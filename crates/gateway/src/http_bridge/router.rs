@@ -86,7 +86,7 @@ pub(super) fn context(extensions: &Extensions) -> RequestContext {
     extensions.get().copied().unwrap_or_else(|| RequestContext {
         correlation_id: CorrelationId(uuid::Uuid::nil()),
         trace_id: TraceId([0; 16]),
-        peer: None,
+        origin: None,
         received: Instant::now(),
     })
 }

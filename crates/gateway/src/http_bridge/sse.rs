@@ -13,7 +13,7 @@ use crate::answer::{Answer, Piece};
 
 /// Which of OpenAI's two endpoints an answer is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Endpoint {
+pub(crate) enum Endpoint {
     /// `/v1/chat/completions`.
     Chat,
     /// `/v1/completions`.
@@ -22,7 +22,7 @@ pub(super) enum Endpoint {
 
 impl Endpoint {
     /// Returns what an answer's id begins with.
-    pub(super) fn id_prefix(self) -> &'static str {
+    pub(crate) fn id_prefix(self) -> &'static str {
         match self {
             Self::Chat => "chatcmpl-",
             Self::Completion => "cmpl-",
@@ -39,16 +39,16 @@ impl Endpoint {
 
 /// What the chunks of one answer have in common.
 #[derive(Debug, Clone)]
-pub(super) struct Heading {
-    pub(super) endpoint: Endpoint,
+pub(crate) struct Heading {
+    pub(crate) endpoint: Endpoint,
     /// The answer's id.
-    pub(super) id: String,
+    pub(crate) id: String,
     /// Seconds since 1970.
-    pub(super) created: u64,
+    pub(crate) created: u64,
     /// The model as the client named it.
-    pub(super) model: String,
+    pub(crate) model: String,
     /// Whether a chunk with the usage follows the last.
-    pub(super) include_usage: bool,
+    pub(crate) include_usage: bool,
 }
 
 /// Writes an answer as server-sent events.

@@ -5,6 +5,7 @@ mod connections;
 mod discovery;
 mod fake;
 mod refusals;
+mod rpc_clients;
 mod tls;
 
 use std::net::SocketAddr;

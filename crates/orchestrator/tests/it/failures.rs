@@ -69,7 +69,7 @@ async fn a_worker_that_does_not_acknowledge_is_set_aside() {
     let began = Instant::now();
     let error = stand.answer(&stand.job()).await.expect_err("nobody else is there");
     assert_eq!(error.code, ErrorCode::WorkerFailed);
-    assert!(began.elapsed() >= Duration::from_millis(500));
+    assert!((500..1000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
     let answering = stand.worker(2, Manner::Answer(1)).await;
     for _ in 0..5 {
         stand.answer(&stand.job()).await.expect("answered");

@@ -172,7 +172,10 @@ async fn how_a_job_was_placed_can_be_told() {
     let stand = stand(Config::default()).await;
     let (refusing, answering) = stand.pair(Manner::Refuse(ErrorCode::WorkerFull), Manner::Answer(1)).await;
     let draining = stand.worker(3, Manner::Answer(1)).await;
-    draining.report(&stand, |report| report.draining = true).await.expect("believed");
+    let finishing = |report: &mut protocol::health::HealthReport| {
+        (report.draining, report.capacity.running) = (true, 1);
+    };
+    draining.report(&stand, finishing).await.expect("believed");
     let job = stand.job();
     stand.answer(&job).await.expect("answered");
     let decision = stand.explain(&job).await;

@@ -1,4 +1,5 @@
 use protocol::UnixMillis;
+use protocol::health::{EXPIRY, KIND, REPORT_BYTES_MAX};
 use protocol::signature::Signed;
 use tether_orchestrator::Config;
 
@@ -20,9 +21,30 @@ async fn replayed_forged_stale_and_unbound_reports_are_dropped_and_counted_by_re
     worker.report(&stand, |report| report.issued_at = UnixMillis(report.issued_at.0 - 6000)).await.expect_err("stale");
     worker.report(&stand, |report| report.region = "mars".parse().expect("region")).await.expect_err("elsewhere");
 
+    worker
+        .report(&stand, |report| report.not_after = report.issued_at.after(EXPIRY * 2))
+        .await
+        .expect_err("for too long");
+    worker.report(&stand, |report| report.v = 2).await.expect_err("of another version");
+    worker.report(&stand, |report| report.worker_id = other.key.public_key()).await.expect_err("in another's name");
+    let malformed = worker.key.sign(KIND, "{}".into());
+    worker.push(&stand, &malformed).await.expect_err("no report");
+    let large = worker.key.sign(KIND, " ".repeat(REPORT_BYTES_MAX + 1));
+    worker.push(&stand, &large).await.expect_err("too large");
+
     let text = stand.metrics.encode();
-    for reason in ["replay", "unbound", "bad_sig", "skew", "region"] {
-        let line = format!("tether_presence_rejected_total{{reason=\"{reason}\"}} 1");
+    for (reason, times) in [
+        ("replay", 1),
+        ("unbound", 2),
+        ("bad_sig", 1),
+        ("skew", 1),
+        ("region", 1),
+        ("expired", 1),
+        ("version", 1),
+        ("malformed", 1),
+        ("too_large", 1),
+    ] {
+        let line = format!("tether_presence_rejected_total{{reason=\"{reason}\"}} {times}");
         assert!(text.contains(&line), "{line}\n{text}");
     }
     assert!(stand.fleet().await.workers.iter().all(|worker| worker.report.capacity.slots == 4));
@@ -44,6 +66,7 @@ async fn a_worker_that_is_not_enrolled_gets_no_job() {
     let seconds = std::time::Duration::from_secs(5);
     let refused = client.call::<_, protocol::control::Empty>(stand.orchestrator, method, &signed, seconds).await;
     refused.expect_err("not enrolled");
+    assert!(stand.metrics.encode().contains("tether_presence_rejected_total{reason=\"not_enrolled\"} 1"));
     assert_eq!(stand.fleet().await.workers.len(), 1);
 }
 

@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use super::CallError;
+use crate::backoff;
 use crate::transport::{Connection, RequestError, Transport};
 
 /// How long a peer in doubt may take to say that it is there.
@@ -60,10 +61,29 @@ enum Opening {
     Failed(CallError),
 }
 
+/// Whether a peer fell silent: then it is asked before its connection is used again. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Doubt(Arc<AtomicBool>);
+
+impl Doubt {
+    /// Notes that an answer did not come in time. Its method may be slow, or its peer gone.
+    pub(crate) fn raise(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn settle(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+
+    fn is_raised(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// An open connection, and whether its peer is still believed to be there.
 pub(super) struct Link {
     connection: Arc<dyn Connection>,
-    doubted: AtomicBool,
+    doubt: Doubt,
     /// Held by the one who asks the peer.
     asking: tokio::sync::Mutex<()>,
 }
@@ -73,13 +93,13 @@ impl Link {
         &*self.connection
     }
 
-    /// Notes that a call got no answer in time.
-    pub(super) fn doubt(&self) {
-        self.doubted.store(true, Ordering::Relaxed);
+    /// Returns what notes that a call got no answer in time.
+    pub(super) fn doubt(&self) -> &Doubt {
+        &self.doubt
     }
 
     fn is_sound(&self) -> bool {
-        !self.doubted.load(Ordering::Relaxed) && !self.connection.is_closed()
+        !self.doubt.is_raised() && !self.connection.is_closed()
     }
 
     /// Asks a peer in doubt whether it is there; those who come meanwhile wait for the outcome.
@@ -88,11 +108,11 @@ impl Link {
         if self.connection.is_closed() {
             return false;
         }
-        if self.doubted.load(Ordering::Relaxed) {
+        if self.doubt.is_raised() {
             let ping = self.connection.request(NODE_PING, Bytes::from(codec::encode(&Empty {})));
             match time::timeout(PING_WITHIN, ping).await {
                 // Whatever it answers, it is there.
-                Ok(Ok(_) | Err(RequestError::Remote(_))) => self.doubted.store(false, Ordering::Relaxed),
+                Ok(Ok(_) | Err(RequestError::Remote(_))) => self.doubt.settle(),
                 Ok(Err(RequestError::Transport(_))) | Err(_) => {
                     self.connection.close();
                     return false;
@@ -125,6 +145,9 @@ impl Links {
     /// Returns a connection to a peer that is believed to be there, and opens one where there is none. Cancel safe:
     /// a dial goes on for those who come later.
     pub(super) async fn get(&self, peer: PublicKey) -> Result<Arc<Link>, CallError> {
+        if let Some(link) = self.sound(peer) {
+            return Ok(link);
+        }
         // Once more after a connection that turned out dead; what is opened just now is in no doubt.
         for _ in 0..2 {
             let mut opening = self.opening(peer)?;
@@ -139,6 +162,14 @@ impl Links {
             }
         }
         Err(CallError::Unreachable { peer })
+    }
+
+    /// Returns the connection there is, where nothing speaks against it. Most calls end here.
+    fn sound(&self, peer: PublicKey) -> Option<Arc<Link>> {
+        match &*self.lock().by_key.get(&peer)?.opening.as_ref()?.borrow() {
+            Opening::Open(link) if link.is_sound() => Some(link.clone()),
+            _ => None,
+        }
     }
 
     /// Returns the connection there is or the dial under way, or begins one.
@@ -224,8 +255,8 @@ impl Dial {
         self.note(&outcome);
         self.told.send_replace(match outcome {
             Ok(connection) => {
-                let (doubted, asking) = (AtomicBool::new(false), tokio::sync::Mutex::default());
-                Opening::Open(Arc::new(Link { connection, doubted, asking }))
+                let (doubt, asking) = (Doubt::default(), tokio::sync::Mutex::default());
+                Opening::Open(Arc::new(Link { connection, doubt, asking }))
             }
             Err(error) => Opening::Failed(error),
         });
@@ -241,39 +272,13 @@ impl Dial {
             (Ok(connection), None) => connection.close(),
             (Err(error), Some(entry)) => {
                 entry.failures = entry.failures.saturating_add(1);
-                let wait = backoff(self.transport.public_key(), self.peer, entry.failures);
+                let nominal = backoff::doubled(BACKOFF, BACKOFF_MAX, entry.failures);
+                let between = [self.transport.public_key(), self.peer];
+                let wait = backoff::spread(nominal, between, entry.failures.into());
                 entry.rest = Some(Instant::now() + wait);
                 debug!(peer = self.peer.short(), %error, ?wait, "no connection");
             }
             (Err(_), None) => {}
         }
-    }
-}
-
-/// Returns the wait after so many dials that failed: from three quarters to the whole of its nominal length, and
-/// another for each pair of nodes, so that a peer that was away is not dialled by all at once.
-fn backoff(from: PublicKey, to: PublicKey, failures: u32) -> Duration {
-    let nominal = BACKOFF.saturating_mul(1 << (failures.clamp(1, 16) - 1)).min(BACKOFF_MAX);
-    let count = failures.to_le_bytes();
-    let mixed = from.0.iter().chain(&to.0).chain(&count);
-    // FNV-1a: enough to tell pairs apart.
-    let hash =
-        mixed.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
-    nominal * (768 + (hash >> 32) as u32 % 257) / 1024
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn waits_double_up_to_their_most_and_differ_between_pairs() {
-        let (one, two, three) = (PublicKey([1; 32]), PublicKey([2; 32]), PublicKey([3; 32]));
-        for failures in 1..40 {
-            let wait = backoff(one, two, failures);
-            let nominal = BACKOFF.saturating_mul(1 << (failures.min(16) - 1)).min(BACKOFF_MAX);
-            assert!(wait <= nominal && wait >= nominal * 3 / 4, "{failures}: {wait:?}");
-        }
-        assert_ne!(backoff(one, two, 3), backoff(one, three, 3));
     }
 }

@@ -7,11 +7,10 @@ use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::{ErrorCode, PublicKey, WireError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::Limits;
+
 /// Says how long a request of a caller may be.
 pub(super) type BodyLimit = Box<dyn Fn(PublicKey) -> usize + Send + Sync>;
-
-/// The share of the room that callers with a smaller limit have among them, so that they leave the others theirs.
-const STRANGERS_SHARE: usize = 4;
 
 /// Room for the requests that a server holds at once.
 pub(super) struct Budget {
@@ -36,10 +35,10 @@ pub(crate) struct Room {
 }
 
 impl Budget {
-    pub(super) fn new(bytes: usize, limit_of: Option<BodyLimit>) -> Self {
-        let strangers = if limit_of.is_some() { bytes / STRANGERS_SHARE } else { 0 };
+    pub(super) fn new(limits: &Limits, limit_of: Option<BodyLimit>) -> Self {
         let pool = |bytes: usize| Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
-        Self { limit_of, members: pool(bytes - strangers), strangers: pool(strangers) }
+        let (members, strangers) = (pool(limits.body_bytes_max), pool(limits.strangers_body_bytes_max));
+        Self { limit_of, members, strangers }
     }
 
     /// Returns what a caller may send, as things stand: it may have introduced itself since its last call.
@@ -51,6 +50,11 @@ impl Budget {
 }
 
 impl Allowance {
+    /// Says whether the caller has a smaller limit than members.
+    pub(super) fn is_strangers(&self) -> bool {
+        self.limit < MESSAGE_BYTES_MAX
+    }
+
     /// Begins a request that says how long it is. Nothing is taken for what has not come.
     pub(crate) fn begin(self, bytes: usize) -> Result<Room, WireError> {
         let Self { limit, pool } = self;
@@ -92,13 +96,14 @@ mod tests {
     const MEMBER: PublicKey = PublicKey([1; 32]);
     const STRANGER: PublicKey = PublicKey([2; 32]);
 
-    fn budget(bytes: usize) -> Budget {
-        Budget::new(bytes, Some(Box::new(|key| if key == MEMBER { MESSAGE_BYTES_MAX } else { 100 })))
+    fn budget() -> Budget {
+        let limits = Limits { body_bytes_max: 750, strangers_body_bytes_max: 250, ..Limits::default() };
+        Budget::new(&limits, Some(Box::new(|key| if key == MEMBER { MESSAGE_BYTES_MAX } else { 100 })))
     }
 
     #[test]
     fn strangers_have_a_smaller_limit_and_a_share_of_their_own() {
-        let budget = budget(1000);
+        let budget = budget();
         let long = budget.allowance(STRANGER).begin(101).map(drop).expect_err("over the limit");
         assert_eq!(long.code, ErrorCode::RequestTooLarge);
         let take = |key, bytes| {
@@ -106,7 +111,7 @@ mod tests {
             room.grow(bytes).map(|()| room)
         };
         let held: Vec<Room> = (0..2).map(|_| take(STRANGER, 100).expect("room")).collect();
-        assert_eq!(take(STRANGER, 100).expect_err("a quarter is 250").code, ErrorCode::Unavailable);
+        assert_eq!(take(STRANGER, 100).expect_err("they have 250").code, ErrorCode::Unavailable);
         let member = take(MEMBER, 750).expect("the members' own share");
         assert_eq!(take(MEMBER, 1).expect_err("full").code, ErrorCode::Unavailable);
         drop((held, member));
@@ -116,7 +121,7 @@ mod tests {
 
     #[test]
     fn a_length_alone_takes_nothing() {
-        let budget = budget(1000);
+        let budget = budget();
         let announced: Vec<Room> = (0..50).map(|_| budget.allowance(STRANGER).begin(100).expect("allowed")).collect();
         let mut room = budget.allowance(STRANGER).begin(100).expect("allowed");
         room.grow(60).expect("room");

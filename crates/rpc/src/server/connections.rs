@@ -137,7 +137,8 @@ mod tests {
         connections.enter(peer).expect("the first gives way");
         assert!(first.give_way.is_cancelled());
         drop((first, third));
-        assert_eq!((connections.lock().count, connections.lock().by_peer.len()), (0, 0));
+        let table = connections.lock();
+        assert_eq!((table.count, table.by_peer.len()), (0, 0));
     }
 
     #[test]

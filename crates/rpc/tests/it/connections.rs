@@ -1,15 +1,15 @@
 //! How a client comes by its connections, and what it does about dead ones.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use protocol::control::{Empty, NODE_PING};
+use protocol::control::{Empty, NODE_PING, NodeRole};
 use protocol::signature::NodeKey;
 use protocol::{PublicKey, Topic, WireError};
 use tether_rpc::transport::{Connection, TransportError};
-use tether_rpc::{CallError, Client, MemoryNetwork, Server, StreamOptions, Transport};
+use tether_rpc::{CallError, Client, Directory, MemoryNetwork, Server, StreamOptions, Transport};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -18,11 +18,12 @@ use crate::{info, options, pair};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A transport whose dials are counted, and take a while.
+/// A transport whose dials are counted, and take a while, and that may find nobody.
 struct Slow {
     inner: Arc<dyn Transport>,
     takes: Duration,
     dials: Arc<AtomicUsize>,
+    blind: Arc<AtomicBool>,
 }
 
 #[async_trait]
@@ -50,15 +51,17 @@ impl Transport for Slow {
     }
 
     async fn lookup(&self, topic: &Topic) -> Result<Vec<PublicKey>, TransportError> {
-        self.inner.lookup(topic).await
+        if self.blind.load(Ordering::SeqCst) { Ok(vec![]) } else { self.inner.lookup(topic).await }
     }
 }
 
 struct Scene {
     network: MemoryNetwork,
     peer: PublicKey,
+    transport: Arc<dyn Transport>,
     client: Client,
     dials: Arc<AtomicUsize>,
+    blind: Arc<AtomicBool>,
     tasks: TaskTracker,
 }
 
@@ -67,9 +70,11 @@ impl Scene {
         let network = MemoryNetwork::new();
         let dials = Arc::<AtomicUsize>::default();
         let inner = network.node(&NodeKey::from_seed(&[2; 32]));
-        let client = Client::new(Arc::new(Slow { inner, takes, dials: dials.clone() }));
+        let blind = Arc::<AtomicBool>::default();
+        let transport = Arc::new(Slow { inner, takes, dials: dials.clone(), blind: blind.clone() });
+        let client = Client::new(transport.clone());
         let peer = NodeKey::from_seed(&[1; 32]).public_key();
-        Self { network, peer, client, dials, tasks: TaskTracker::new() }
+        Self { network, peer, transport, client, dials, blind, tasks: TaskTracker::new() }
     }
 
     fn serve(&self) {
@@ -190,4 +195,24 @@ async fn a_slow_method_costs_its_peer_no_connection() {
     };
     let (ahead, ()) = tokio::join!(ahead, others);
     assert_eq!(ahead, Err(CallError::Deadline), "it was not cut off when others gave up");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_answers_stays_known_when_lookups_find_nobody_any_more() {
+    let scene = Scene::new(Duration::ZERO);
+    scene.serve();
+    let topic = Topic::Control("local".parse().expect("region"));
+    let announced = scene.network.node(&NodeKey::from_seed(&[7; 32]));
+    announced.announce(&topic).await.expect("announced");
+    let server = Server::new(announced.clone(), info()).run(CancellationToken::new(), SECOND);
+    scene.tasks.spawn(server);
+    let (directory, task) = Directory::new(scene.transport.clone(), scene.client.clone(), topic);
+    scene.tasks.spawn(task.run(CancellationToken::new()));
+    assert!(directory.wait_for(NodeRole::Worker, SECOND).await);
+    scene.blind.store(true, Ordering::SeqCst);
+    time::sleep(SECOND * 60).await;
+    assert_eq!(directory.find(NodeRole::Worker), [announced.public_key()]);
+    scene.network.cut(announced.public_key());
+    time::sleep(SECOND * 5).await;
+    assert_eq!(directory.find(NodeRole::Worker), []);
 }

@@ -1,8 +1,12 @@
 //! What orchestrators learn of a worker, and when.
 
 use engine::MockOptions;
-use protocol::Topic;
+use protocol::control::{Empty, PRESENCE_DESCRIBE};
 use protocol::health::{EXPIRY, ModelState};
+use protocol::presence::{self, Facts, HighWater};
+use protocol::signature::Signed;
+use protocol::{Clock as _, ErrorCode, Topic};
+use rpc::CallError;
 use tether_worker::Config;
 use tokio::time;
 
@@ -16,6 +20,56 @@ async fn a_report_comes_at_least_every_five_seconds() {
     assert!(received.windows(2).all(|pair| pair[1].at - pair[0].at <= SECOND * 5));
     // Nothing changes, so there is little more than the heartbeat.
     assert!((6..=10).contains(&received.len()), "{} reports", received.len());
+}
+
+#[tokio::test(start_paused = true)]
+async fn orchestrators_know_a_worker_within_two_seconds_of_its_start() {
+    let scene = Scene::new(config(), MockOptions { load: SECOND, ..MockOptions::default() }).await;
+    time::sleep(SECOND / 2).await;
+    assert_eq!(states(&scene.orchestrator.last()), [ModelState::Loading], "it is known before it is ready");
+    time::sleep(SECOND * 3 / 2).await;
+    assert_eq!(states(&scene.orchestrator.last()), [ModelState::Ready]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_orchestrator_that_is_found_is_told_at_once_and_not_at_the_next_heartbeat() {
+    let scene = Scene::ready(config(), MockOptions::default()).await;
+    for seed in 3..8 {
+        // At any moment between two heartbeats.
+        time::sleep(SECOND / 10 * 17).await;
+        let joined = Orchestrator::join(&scene.world.network, seed, &scene.world).await;
+        time::sleep(SECOND * 2).await;
+        assert!(!joined.received().is_empty(), "the one of seed {seed} was not told");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_orchestrator_that_asks_gets_a_report_of_the_present() {
+    let scene = Scene::ready(config(), slow()).await;
+    let mut stream = scene.open(&request()).await.expect("accepted");
+    next(&mut stream).await.expect("it runs").expect("and well");
+    let id = scene.handle.worker_id();
+    let ask = || scene.orchestrator.client.call::<_, Signed>(id, PRESENCE_DESCRIBE, &Empty {}, SECOND);
+    let signed = ask().await.expect("answered");
+    let before = scene.orchestrator.last();
+    let high_water = Some(HighWater { epoch: before.epoch, seq: before.seq });
+    let now = scene.world.clock.now();
+    let facts = Facts { remote_key: id, regions: &[region()], enrolled: true, high_water, now };
+    let report = presence::admit(&signed, &facts).expect("believed");
+    assert_eq!((report.capacity.running, report.issued_at), (1, now));
+    // What is pushed afterwards is later than what was told.
+    time::sleep(SECOND * 6).await;
+    assert!(scene.orchestrator.last().seq > report.seq);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_may_give_no_work_is_told_nothing() {
+    let none = |worker: tether_worker::BaseWorker| worker.take_work_from(|_| false);
+    let scene = Scene::build(config(), MockOptions::default(), |_| {}, |runtime| runtime, none).await;
+    time::sleep(SECOND).await;
+    let id = scene.handle.worker_id();
+    let asked = scene.orchestrator.client.call::<_, Signed>(id, PRESENCE_DESCRIBE, &Empty {}, SECOND).await;
+    assert!(matches!(asked, Err(CallError::Remote(error)) if error.code == ErrorCode::NotEnrolled));
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,7 +1,9 @@
 //! How a worker leaves.
 
 use engine::{MockOptions, ModelRuntime as _};
+use protocol::health::HealthReport;
 use protocol::infer::{InferRequest, Input};
+use protocol::signature::NodeKey;
 use protocol::{ErrorCode, Topic};
 use rpc::CallError;
 use tether_worker::{Config, NotReady};
@@ -48,9 +50,15 @@ async fn an_idle_worker_leaves_at_once_and_its_last_report_says_so() {
     scene.stop.cancel();
     scene.running.await.expect("it ends");
     assert!(begin.elapsed() < SECOND, "{:?}", begin.elapsed());
-    let inbox = scene.orchestrator.inbox.lock().expect("no test panics in here");
-    let last = inbox.received.last().expect("a report came").report.clone().expect("it is believed");
-    assert!(last.draining);
+    let received = scene.orchestrator.received();
+    let last = received.last().expect("a report came").report.clone().expect("it is believed");
+    assert!(last.is_last(), "it takes no more and has nothing left: {last:?}");
+    let told = received.iter().find(|received| received.report.as_ref().is_ok_and(HealthReport::is_last));
+    assert!(told.expect("told").at - begin < SECOND, "orchestrators know within a second");
+    for topic in [Topic::Presence(region()), Topic::Model(key().model_id, key().version, region())] {
+        let found = scene.world.network.node(&NodeKey::from_seed(&[9; 32])).lookup(&topic).await.expect("a lookup");
+        assert!(found.is_empty(), "{topic}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

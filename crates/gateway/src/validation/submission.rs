@@ -1,0 +1,151 @@
+//! Reads what RPC clients send: a token, and a job in our words or in those of one of `OpenAI`'s endpoints.
+
+use protocol::WireError;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::{Generation, invalid, parse_chat, parse_completion, parse_infer, read, unsupported};
+use crate::gateway::Job;
+use crate::http_bridge::sse::Endpoint;
+
+/// What an RPC client sends, with its job still unread: whoever has no good token is not read to the end.
+pub struct Submission {
+    /// The API token.
+    pub token: Option<String>,
+    /// The W3C trace context that the job goes on with.
+    pub traceparent: Option<String>,
+    /// The job.
+    pub asked: Asked,
+}
+
+/// A job that is not read yet.
+pub struct Asked {
+    words: Words,
+    text: Box<RawValue>,
+}
+
+#[derive(Clone, Copy)]
+enum Words {
+    Native,
+    Chat,
+    Completion,
+}
+
+/// A job, and what its answer needs to be written in `OpenAI`'s words.
+pub struct Read {
+    /// The job to run.
+    pub job: Job,
+    pub(crate) openai: Option<OpenAi>,
+}
+
+pub(crate) struct OpenAi {
+    pub(crate) endpoint: Endpoint,
+    /// The model as the client named it.
+    pub(crate) model: String,
+    /// Whether the client asked for a streamed answer.
+    pub(crate) stream: bool,
+}
+
+/// Mirrors `protocol::gateway::GatewaySubmission`, with each job as it was written.
+#[derive(Deserialize)]
+struct Envelope {
+    token: Option<String>,
+    request: Option<Box<RawValue>>,
+    chat: Option<Box<RawValue>>,
+    completion: Option<Box<RawValue>>,
+    traceparent: Option<String>,
+}
+
+/// Reads the body of `infer.submit` as far as its token.
+pub fn parse_submission(bytes: &[u8]) -> Result<Submission, WireError> {
+    let Envelope { token, request, chat, completion, traceparent } = read(bytes)?;
+    let asked = match (request, chat, completion) {
+        (Some(text), None, None) => Asked { words: Words::Native, text },
+        (None, Some(text), None) => Asked { words: Words::Chat, text },
+        (None, None, Some(text)) => Asked { words: Words::Completion, text },
+        _ => return Err(invalid("request", "or chat or completion must be given, and only one of them")),
+    };
+    Ok(Submission { token, traceparent, asked })
+}
+
+impl Asked {
+    /// Reads the job as HTTP would.
+    pub fn read(&self) -> Result<Read, WireError> {
+        let text = self.text.get().as_bytes();
+        let (endpoint, generation) = match self.words {
+            Words::Native => return Ok(Read { job: parse_infer(text)?, openai: None }),
+            Words::Chat => (Endpoint::Chat, parse_chat(text)?),
+            Words::Completion => (Endpoint::Completion, parse_completion(text)?),
+        };
+        let Generation { job, model, stream, include_usage: _ } = generation;
+        Ok(Read { job, openai: Some(OpenAi { endpoint, model, stream }) })
+    }
+}
+
+impl Read {
+    /// Checks that the job can be answered with one value.
+    pub(crate) fn for_one_value(self) -> Result<Self, WireError> {
+        if self.openai.as_ref().is_some_and(|openai| openai.stream) {
+            let error = unsupported("stream");
+            let message = "stream is not supported in a unary call; open infer.submit as a tether/stream/1 stream";
+            return Err(WireError { message: message.to_owned(), ..error });
+        }
+        Ok(self)
+    }
+}
+
+impl std::fmt::Debug for Submission {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Never the token: it is a secret.
+        formatter.debug_struct("Submission").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::ErrorCode;
+
+    use super::*;
+
+    fn read_job(text: &str) -> Result<Read, WireError> {
+        parse_submission(text.as_bytes())?.asked.read()
+    }
+
+    #[test]
+    fn a_job_is_read_in_whichever_words_it_comes() {
+        let native = read_job(r#"{"token":"t","request":{"modelId":"m","input":"hi"}}"#).expect("ours");
+        let chat = r#"{"token":"t","chat":{"model":"m","messages":[{"role":"user","content":"hi"}]}}"#;
+        let chat = read_job(chat).expect("OpenAI's");
+        let completion = read_job(r#"{"token":"t","completion":{"model":"m","prompt":"hi"}}"#).expect("OpenAI's");
+        assert_eq!(native.job.model, chat.job.model);
+        assert_eq!((native.openai.is_none(), completion.job.input.prompt.as_deref()), (true, Some("hi")));
+    }
+
+    #[test]
+    fn a_field_at_fault_is_named_as_http_names_it() {
+        for (text, code, param) in [
+            ("[]", ErrorCode::InvalidJson, None),
+            (r#"{"token":"t"}"#, ErrorCode::InvalidValue, Some("request")),
+            (r#"{"token":"t","request":{},"chat":{}}"#, ErrorCode::InvalidValue, Some("request")),
+            (r#"{"token":7,"request":{}}"#, ErrorCode::InvalidValue, Some("token")),
+            (r#"{"token":"t","request":{"input":"hi"}}"#, ErrorCode::MissingModel, Some("modelId")),
+            (
+                r#"{"token":"t","request":{"modelId":"m","input":{"prompt":"x","topP":7}}}"#,
+                ErrorCode::InvalidValue,
+                Some("input.topP"),
+            ),
+            (r#"{"token":"t","chat":{"messages":[]}}"#, ErrorCode::MissingModel, Some("model")),
+            (r#"{"token":"t","chat":[1]}"#, ErrorCode::InvalidJson, None),
+            (r#"{"token":"t","chat":{"model":"m","n":2,"messages":[]}}"#, ErrorCode::UnsupportedParameter, Some("n")),
+        ] {
+            let error = read_job(text).err().unwrap_or_else(|| panic!("{text}"));
+            assert_eq!((error.code, error.param.as_deref()), (code, param), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn debug_output_keeps_the_token() {
+        let submission = parse_submission(br#"{"token":"secret","request":{}}"#).expect("read so far");
+        assert!(!format!("{submission:?}").contains("secret"));
+    }
+}

@@ -1,0 +1,240 @@
+//! Looks for workers under their topics, and asks those that do not report by themselves.
+//!
+//! Anyone may announce on a topic, and a lookup returns some records at random: so the topics only say whom to ask, a
+//! few at a time, and whoever has nothing to say is asked ever more rarely.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use protocol::control::{Empty, PRESENCE_DESCRIBE};
+use protocol::health::HEARTBEAT;
+use protocol::signature::Signed;
+use protocol::{PublicKey, Region, Topic};
+use rpc::{CallError, Client, Transport, backoff};
+use tokio::sync::Semaphore;
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::debug;
+
+use crate::fleet::Fleet;
+
+/// How often the presence topics are looked up, at most; a little less often by chance of the keys.
+const EVERY: Duration = Duration::from_secs(2);
+/// The models' topics are looked up in every round of this many, some of them each time.
+const MODELS_EVERY: u64 = 4;
+/// Models' topics looked up in one round.
+const MODELS_AT_ONCE: usize = 8;
+/// How long a lookup may take.
+const LOOKUP_WITHIN: Duration = Duration::from_secs(5);
+/// Nodes asked side by side; the others are found again.
+const ASKED_AT_ONCE: usize = 16;
+/// How long a node may take to connect and to answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+/// The wait after a node had nothing to say for the first time; it doubles.
+const REST: Duration = Duration::from_secs(2);
+/// The longest wait. A worker that comes back reports by itself.
+const REST_MAX: Duration = Duration::from_mins(5);
+/// Nodes remembered for having nothing to say.
+const RESTING_MAX: usize = 4096;
+/// A worker that has been silent for longer than a heartbeat and a half is asked.
+const SILENT: Duration = HEARTBEAT.saturating_add(Duration::from_millis(2_500));
+
+/// Looks for workers and asks them how they are.
+pub struct Search {
+    transport: Arc<dyn Transport>,
+    client: Client,
+    fleet: Arc<Fleet>,
+    regions: Vec<Region>,
+    asked: Mutex<Asked>,
+    permits: Arc<Semaphore>,
+    tasks: TaskTracker,
+}
+
+/// Whom not to ask.
+#[derive(Debug, Default)]
+struct Asked {
+    now: HashSet<PublicKey>,
+    resting: HashMap<PublicKey, Rest>,
+}
+
+/// A node that had nothing to say.
+#[derive(Debug, Clone, Copy)]
+struct Rest {
+    failures: u32,
+    until: Instant,
+}
+
+impl Asked {
+    /// Says whether a node is to be asked.
+    fn is_due(&self, key: PublicKey, now: Instant) -> bool {
+        !self.now.contains(&key) && self.resting.get(&key).is_none_or(|rest| rest.until <= now)
+    }
+
+    /// Notes what came of asking.
+    fn note(&mut self, own: PublicKey, key: PublicKey, is_worker: bool, now: Instant) {
+        self.now.remove(&key);
+        if is_worker {
+            self.resting.remove(&key);
+            return;
+        }
+        if self.resting.len() >= RESTING_MAX && !self.resting.contains_key(&key) {
+            self.resting.retain(|_, rest| rest.until > now);
+            // A crowd of strangers: asking some of them too often costs less than memory without bound.
+            if self.resting.len() >= RESTING_MAX {
+                self.resting.clear();
+            }
+        }
+        let failures = self.resting.get(&key).map_or(1, |rest| rest.failures.saturating_add(1));
+        let nominal = backoff::doubled(REST, REST_MAX, failures);
+        let until = now + backoff::spread(nominal, [own, key], failures.into());
+        self.resting.insert(key, Rest { failures, until });
+    }
+}
+
+impl Search {
+    /// Makes a search for the workers of some regions.
+    pub fn new(transport: Arc<dyn Transport>, client: Client, fleet: Arc<Fleet>, regions: Vec<Region>) -> Self {
+        let permits = Arc::new(Semaphore::new(ASKED_AT_ONCE));
+        Self { transport, client, fleet, regions, asked: Mutex::default(), permits, tasks: TaskTracker::new() }
+    }
+
+    /// Searches until `stop`. `take` is given each report, and says whether it was believed.
+    pub async fn run(
+        self: Arc<Self>,
+        stop: CancellationToken,
+        take: impl Fn(PublicKey, &Signed) -> bool + Clone + Send + Sync + 'static,
+    ) {
+        let own = self.transport.public_key();
+        stop.run_until_cancelled(async {
+            for round in 0.. {
+                for topic in self.topics(round) {
+                    for key in self.find(&topic).await {
+                        self.ask(own, key, take.clone(), &stop);
+                    }
+                }
+                time::sleep(backoff::spread(EVERY, [own; 2], round)).await;
+            }
+        })
+        .await;
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    /// Notes that a worker reported by itself, and opens a connection for its jobs.
+    pub fn greet(self: &Arc<Self>, worker: PublicKey) {
+        self.lock().resting.remove(&worker);
+        self.client.forgive(worker);
+        if let Ok(permit) = self.permits.clone().try_acquire_owned() {
+            let client = self.client.clone();
+            self.tasks.spawn(async move {
+                // Its first job opens one where this fails.
+                let _ = time::timeout(ANSWER_WITHIN, client.connect(worker)).await;
+                drop(permit);
+            });
+        }
+    }
+
+    /// Returns the topics of a round.
+    fn topics(&self, round: u64) -> Vec<Topic> {
+        let mut topics: Vec<Topic> = self.regions.iter().cloned().map(Topic::Presence).collect();
+        if round.is_multiple_of(MODELS_EVERY) {
+            let of_models = self.fleet.models().into_iter().flat_map(|key| {
+                let topic = move |region| Topic::Model(key.model_id.clone(), key.version, region);
+                self.regions.iter().cloned().map(topic)
+            });
+            let mut of_models: Vec<Topic> = of_models.collect();
+            if !of_models.is_empty() {
+                let turn = (round / MODELS_EVERY) as usize * MODELS_AT_ONCE % of_models.len();
+                of_models.rotate_left(turn);
+            }
+            topics.extend(of_models.into_iter().take(MODELS_AT_ONCE));
+        }
+        topics
+    }
+
+    async fn find(&self, topic: &Topic) -> Vec<PublicKey> {
+        match time::timeout(LOOKUP_WITHIN, self.transport.lookup(topic)).await {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => {
+                debug!(%topic, %error, "lookup failed");
+                vec![]
+            }
+            Err(_) => {
+                debug!(%topic, "lookup took too long");
+                vec![]
+            }
+        }
+    }
+
+    /// Asks a node for its report, unless it reports by itself, had nothing to say lately, or too many are asked.
+    fn ask(
+        self: &Arc<Self>,
+        own: PublicKey,
+        key: PublicKey,
+        take: impl Fn(PublicKey, &Signed) -> bool + Send + 'static,
+        stop: &CancellationToken,
+    ) {
+        let now = Instant::now();
+        if key == own || self.fleet.silence(key, now).is_some_and(|silence| silence < SILENT) {
+            return;
+        }
+        if !self.lock().is_due(key, now) {
+            return;
+        }
+        let Ok(permit) = self.permits.clone().try_acquire_owned() else { return };
+        self.lock().now.insert(key);
+        let (search, stop) = (self.clone(), stop.clone());
+        self.tasks.spawn(async move {
+            let asking = search.client.call::<_, Signed>(key, PRESENCE_DESCRIBE, &Empty {}, ANSWER_WITHIN);
+            let Some(answer) = stop.run_until_cancelled(asking).await else { return };
+            let is_worker = match &answer {
+                Ok(signed) => take(key, signed),
+                Err(error) => {
+                    debug!(node = key.short(), %error, "a node under a worker's topic has no report");
+                    false
+                }
+            };
+            if matches!(answer, Ok(_) | Err(CallError::Remote(_))) && !is_worker {
+                search.client.disconnect(key);
+            }
+            search.lock().note(own, key, is_worker, Instant::now());
+            drop(permit);
+        });
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Asked> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_nothing_to_say_is_asked_ever_more_rarely_and_memory_is_bounded() {
+        let (own, key) = (PublicKey([0; 32]), PublicKey([1; 32]));
+        let (mut asked, begin) = (Asked::default(), Instant::now());
+        let mut times = 0;
+        for second in 0..3600 {
+            let now = begin + Duration::from_secs(second);
+            if asked.is_due(key, now) {
+                asked.now.insert(key);
+                assert!(!asked.is_due(key, now), "it is being asked");
+                asked.note(own, key, false, now);
+                times += 1;
+            }
+        }
+        assert!((14..=24).contains(&times), "asked {times} times in an hour");
+        asked.note(own, key, true, begin);
+        assert!(asked.is_due(key, begin), "a worker is not held back");
+        for number in 0..3 * RESTING_MAX as u64 {
+            let mut bytes = [7; 32];
+            bytes[..8].copy_from_slice(&number.to_le_bytes());
+            asked.note(own, PublicKey(bytes), false, begin);
+            assert!(asked.resting.len() <= RESTING_MAX);
+        }
+    }
+}

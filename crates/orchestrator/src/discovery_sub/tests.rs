@@ -1,0 +1,244 @@
+//! When workers are routable and when they are gone, by paused time.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use metadata_store::SqliteStore;
+use protocol::control::{Empty, NodeInfo, NodeRole, PRESENCE_DESCRIBE};
+use protocol::health::{self, CachedModel, Capacity, EXPIRY, HEARTBEAT, HealthReport, ModelState};
+use protocol::model::ModelKey;
+use protocol::signature::NodeKey;
+use protocol::{Digest, Topic, UnixMillis, WireError, codec};
+use rpc::{Client, MemoryNetwork, Server, Transport};
+use tokio_util::task::TaskTracker;
+
+use super::search::Search;
+use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A time of day that goes with Tokio's clock.
+struct PausedClock(Instant);
+
+impl Clock for PausedClock {
+    fn now(&self) -> UnixMillis {
+        UnixMillis(1_700_000_000_000).after(self.0.elapsed())
+    }
+}
+
+struct Scene {
+    network: MemoryNetwork,
+    clock: Arc<PausedClock>,
+    fleet: Arc<Fleet>,
+    discovery: Arc<DiscoverySub>,
+    search: Arc<Search>,
+    metrics: Metrics,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+fn region() -> Region {
+    "local".parse().expect("region")
+}
+
+fn model() -> ModelKey {
+    ModelKey { model_id: "m".parse().expect("name"), version: "1.0".parse().expect("version") }
+}
+
+fn presence() -> Topic {
+    Topic::Presence(region())
+}
+
+impl Scene {
+    /// Sets up an orchestrator's discovery.
+    fn new() -> Self {
+        let network = MemoryNetwork::new();
+        let clock = Arc::new(PausedClock(Instant::now()));
+        let fleet = Arc::new(Fleet::new(region(), vec![]));
+        let metrics = Metrics::new();
+        let store = Arc::new(SqliteStore::in_memory().expect("a store"));
+        let regions = vec![region()];
+        let discovery =
+            DiscoverySub::new(fleet.clone(), regions.clone(), clock.clone(), store, metrics.clone(), vec![]);
+        let node = network.node(&NodeKey::from_seed(&[200; 32]));
+        let search = Arc::new(Search::new(node.clone(), Client::new(node), fleet.clone(), regions));
+        let (discovery, tasks, stop) = (Arc::new(discovery), TaskTracker::new(), CancellationToken::new());
+        let taking = discovery.clone();
+        let take = move |key, signed: &Signed| taking.take(key, true, signed).is_ok();
+        tasks.spawn(search.clone().run(stop.clone(), take));
+        Self { network, clock, fleet, discovery, search, metrics, tasks, stop }
+    }
+
+    /// Adds a node that announces a topic and says how it is when it is asked.
+    async fn worker(&self, seed: u8, topic: &Topic, change: fn(&mut HealthReport)) -> Worker {
+        let key = NodeKey::from_seed(&[seed; 32]);
+        let node = self.network.node(&key);
+        let (seq, asked) = (Arc::<AtomicU64>::default(), Arc::<AtomicUsize>::default());
+        let worker = Worker { key, node: node.clone(), clock: self.clock.clone(), seq, asked, change };
+        let answering = worker.clone();
+        let server = Server::new(node.clone(), info()).unary(PRESENCE_DESCRIBE, move |_, _: Empty| {
+            answering.asked.fetch_add(1, Ordering::SeqCst);
+            let signed = answering.sign();
+            async { Ok(signed) }
+        });
+        self.tasks.spawn(server.run(self.stop.clone(), SECOND));
+        node.announce(topic).await.expect("announced");
+        worker
+    }
+
+    fn routable(&self) -> usize {
+        self.fleet
+            .with_candidates(&model(), Instant::now(), |found| found.filter(|found| found.barred.is_none()).count())
+    }
+}
+
+#[derive(Clone)]
+struct Worker {
+    key: NodeKey,
+    node: Arc<dyn Transport>,
+    clock: Arc<PausedClock>,
+    seq: Arc<AtomicU64>,
+    asked: Arc<AtomicUsize>,
+    change: fn(&mut HealthReport),
+}
+
+fn info() -> NodeInfo {
+    NodeInfo { roles: vec![NodeRole::Worker], region: region(), version: "0".into() }
+}
+
+impl Worker {
+    fn sign(&self) -> Signed {
+        let (id, now) = (self.key.public_key(), self.clock.now());
+        let cached = CachedModel {
+            key: model(),
+            digest: Digest([0; 32]),
+            state: ModelState::Ready,
+            tokens_per_second: 0.0,
+            adapters: vec![],
+        };
+        let mut report = HealthReport {
+            v: 1,
+            worker_id: id,
+            pub_key: id,
+            region: region(),
+            gpu_class: "cpu".into(),
+            vram_gb: 0,
+            accelerators: vec![],
+            capacity: Capacity { slots: 1, running: 0, waiting: 0, queue_max: 1 },
+            supported: vec![model()],
+            model_cache: vec![cached],
+            latency_hops: 0,
+            draining: false,
+            epoch: 1,
+            seq: self.seq.fetch_add(1, Ordering::SeqCst),
+            issued_at: now,
+            not_after: now.after(EXPIRY),
+        };
+        (self.change)(&mut report);
+        self.key.sign(health::KIND, String::from_utf8(codec::encode(&report)).expect("JSON"))
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::SeqCst)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_does_not_report_is_found_and_asked_within_two_seconds() {
+    let scene = Scene::new();
+    time::sleep(SECOND / 2).await;
+    let worker = scene.worker(1, &presence(), |_| {}).await;
+    time::sleep(SECOND * 2).await;
+    assert_eq!((scene.routable(), worker.asked()), (1, 1));
+    // It never reports, so it is asked each time it has been silent for too long, and stays.
+    for _ in 0..60 {
+        time::sleep(SECOND).await;
+        assert_eq!(scene.routable(), 1);
+    }
+    assert!((6..=9).contains(&worker.asked()), "asked {} times in a minute", worker.asked());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_reports_is_not_asked() {
+    let scene = Scene::new();
+    let worker = scene.worker(1, &presence(), |_| {}).await;
+    for _ in 0..12 {
+        scene.discovery.take(worker.key.public_key(), true, &worker.sign()).expect("believed");
+        time::sleep(HEARTBEAT).await;
+    }
+    assert!(worker.asked() <= 1, "asked {} times", worker.asked());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_is_found_under_the_topics_of_the_models_that_others_serve() {
+    let scene = Scene::new();
+    let key = model();
+    let _known = scene.worker(1, &presence(), |_| {}).await;
+    let _other = scene.worker(2, &Topic::Model(key.model_id, key.version, region()), |_| {}).await;
+    time::sleep(SECOND * 12).await;
+    assert_eq!(scene.routable(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_worker_is_gone_after_fifteen_seconds_and_a_leaving_one_at_once() {
+    let scene = Scene::new();
+    let worker = scene.worker(1, &presence(), |_| {}).await;
+    scene.discovery.take(worker.key.public_key(), true, &worker.sign()).expect("believed");
+    assert_eq!(scene.routable(), 1, "routable with its first report");
+    scene.network.cut(worker.key.public_key());
+    time::sleep(SECOND / 100 * 1499).await;
+    assert_eq!(scene.routable(), 1);
+    time::sleep(SECOND / 100).await;
+    assert_eq!((scene.routable(), scene.fleet.list(Instant::now()).len()), (0, 0));
+    scene.discovery.sweep(Instant::now());
+    assert_eq!(scene.fleet.len(), 0);
+
+    let leaving = scene.worker(2, &Topic::Control(region()), |report| report.draining = report.seq > 0).await;
+    scene.discovery.take(leaving.key.public_key(), true, &leaving.sign()).expect("believed");
+    assert_eq!(scene.routable(), 1);
+    scene.discovery.take(leaving.key.public_key(), true, &leaving.sign()).expect("believed");
+    assert_eq!((scene.routable(), scene.fleet.len()), (0, 0));
+    assert_eq!(scene.metrics.workers_live.get(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn strangers_under_a_workers_topic_are_asked_rarely_and_hold_nobody_up() {
+    let scene = Scene::new();
+    let mut strangers = vec![];
+    for seed in 20..80 {
+        // The first half answers with another's report, the second half with nothing.
+        let change = |report: &mut HealthReport| report.worker_id = PublicKey([9; 32]);
+        strangers.push(scene.worker(seed, &presence(), change).await);
+        if seed >= 50 {
+            scene.network.cut(NodeKey::from_seed(&[seed; 32]).public_key());
+        }
+    }
+    let deaf = scene.network.node(&NodeKey::from_seed(&[90; 32]));
+    deaf.announce(&presence()).await.expect("announced");
+    let _worker = scene.worker(1, &presence(), |_| {}).await;
+    time::sleep(SECOND * 10).await;
+    assert_eq!(scene.routable(), 1);
+    time::sleep(SECOND * 590).await;
+    let asked: usize = strangers.iter().map(Worker::asked).sum();
+    assert!((30..=30 * 14).contains(&asked), "asked {asked} times in ten minutes");
+    let unbound = format!("tether_presence_rejected_total{{reason=\"unbound\"}} {asked}");
+    assert!(scene.metrics.encode().contains(&unbound), "{unbound}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_refuses_is_no_worker_until_it_reports_by_itself() {
+    let scene = Scene::new();
+    let key = NodeKey::from_seed(&[1; 32]);
+    let node = scene.network.node(&key);
+    let server = Server::new(node.clone(), info()).unary(PRESENCE_DESCRIBE, |_, _: Empty| async {
+        Err::<Empty, _>(WireError::new(protocol::ErrorCode::NotEnrolled, "not for you"))
+    });
+    scene.tasks.spawn(server.run(scene.stop.clone(), SECOND));
+    node.announce(&presence()).await.expect("announced");
+    time::sleep(SECOND * 30).await;
+    assert_eq!(scene.routable(), 0);
+    let worker =
+        Worker { key, node, clock: scene.clock.clone(), seq: Arc::default(), asked: Arc::default(), change: |_| {} };
+    scene.discovery.take(worker.key.public_key(), true, &worker.sign()).expect("believed");
+    scene.search.greet(worker.node.public_key());
+    assert_eq!(scene.routable(), 1);
+}
