@@ -13,6 +13,7 @@ use engine::process::frame::{self, ToChild, ToParent};
 use engine::text_assembler::TextAssembler;
 use gateway::validation;
 use observability::trace_context::TraceContext;
+use protocol::admission::{Certificate, Invite, RevocationList};
 use protocol::health::HealthReport;
 use protocol::infer::{InferChunk, InferRequest, InferSubmission};
 use protocol::model::ModelRef;
@@ -32,6 +33,7 @@ pub type Target = fn(&[u8]);
 /// Every target with its name, which is also that of its program and of its corpus.
 pub const TARGETS: &[(&str, Target)] = &[
     ("api_token", api_token),
+    ("certificate", certificate),
     ("chat_request", chat_request),
     ("chat_template", chat_template),
     ("completion_request", completion_request),
@@ -44,7 +46,9 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("infer_chunk", infer_chunk),
     ("infer_request", infer_request),
     ("infer_submission", infer_submission),
+    ("invite", invite),
     ("model_ref", model_ref),
+    ("revocations", revocations),
     ("signed_report", signed_report),
     ("stream_frame", stream_frame),
     ("text_assembler", text_assembler),
@@ -152,7 +156,7 @@ pub fn health_report(bytes: &[u8]) {
 /// A signed report, up to the decision whether to believe it.
 pub fn signed_report(bytes: &[u8]) {
     let Some(signed) = message::<Signed>(bytes) else { return };
-    let facts = |now| Facts { remote_key: signed.key, regions: &[], enrolled: true, high_water: None, now };
+    let facts = |now| Facts { remote_key: signed.key, regions: &[], admitted: &|_| Ok(()), high_water: None, now };
     assert!(presence::admit(&signed, &facts(UnixMillis(0))).is_err(), "no region is of interest");
     let Ok(report) = codec::decode::<HealthReport>(signed.body.as_bytes()) else { return };
     let regions = [report.region];
@@ -160,6 +164,36 @@ pub fn signed_report(bytes: &[u8]) {
     if presence::admit(&signed, &facts).is_ok() {
         let bent = Signed { body: format!("{} ", signed.body), ..signed.clone() };
         assert!(presence::admit(&bent, &facts).is_err(), "a signature covers every byte");
+    }
+}
+
+/// An invite's text.
+pub fn invite(bytes: &[u8]) {
+    if let Some(invite) = text(bytes).and_then(|text| text.parse::<Invite>().ok()) {
+        assert_eq!(invite.to_string().as_bytes(), bytes);
+        assert!(!format!("{invite:?}").contains(&invite.secret.to_hex()), "an invite's Debug tells its secret");
+    }
+}
+
+/// A node's certificate, up to the decision whether to believe it.
+pub fn certificate(bytes: &[u8]) {
+    let Some(signed) = message::<Signed>(bytes) else { return };
+    let Ok(claimed) = codec::decode::<Certificate>(signed.body.as_bytes()) else { return };
+    let verify = |signed: &Signed| Certificate::verify(signed, claimed.pool, claimed.public_key, claimed.not_before);
+    if let Ok(certificate) = verify(&signed) {
+        let _ = (certificate.is_due(UnixMillis(0)), certificate.is_due(UnixMillis(u64::MAX)));
+        let bent = Signed { body: format!("{} ", signed.body), ..signed.clone() };
+        assert!(verify(&bent).is_err(), "a signature covers every byte");
+        assert!(RevocationList::verify(&signed, claimed.pool).is_err(), "a certificate is no list");
+    }
+}
+
+/// The list of expelled nodes.
+pub fn revocations(bytes: &[u8]) {
+    let Some(signed) = message::<Signed>(bytes) else { return };
+    if let Ok(list) = RevocationList::verify(&signed, signed.key) {
+        assert_eq!(list.pool, signed.key);
+        reads_back(&list);
     }
 }
 

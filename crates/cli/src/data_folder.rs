@@ -70,6 +70,11 @@ impl DataFolder {
         Ok(identity::load_or_create(&self.path.join("nodes").join(format!("{node}.key")))?)
     }
 
+    /// Returns the root key of the pool, made at the registry's first start.
+    pub fn root_key(&self) -> anyhow::Result<NodeKey> {
+        Ok(identity::load_or_create(&self.path.join("root.key"))?)
+    }
+
     /// Returns the key under which token secrets are hashed, made at the first start.
     pub fn pepper(&self) -> anyhow::Result<Pepper> {
         let path = self.path.join("pepper");

@@ -1,7 +1,6 @@
 //! The whole network in one process: registry, orchestrator, workers and gateway, each a node of its own on a memory
 //! network, each with its own key. What runs here as tasks runs elsewhere as processes.
 
-use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,12 +12,12 @@ use gateway::{Gateway, GatewayParts};
 use metadata_store::{MetadataStore, SqliteStore, StoreOptions};
 use observability::Metrics;
 use orchestrator::{Orchestrator, OrchestratorParts};
-use protocol::control::{Scope, TokenCreate};
+use protocol::Clock;
+use protocol::control::{NodeRole, Scope, TokenCreate};
 use protocol::model::ModelEntry;
 use protocol::signature::NodeKey;
-use protocol::{Clock, PublicKey};
-use registry::{Registry, RegistryParts, TokenOffice};
-use rpc::{MemoryNetwork, SystemClock};
+use registry::{AdmissionOffice, AdmissionParts, Grant, Registry, RegistryParts, TokenOffice};
+use rpc::{Membership, MemoryNetwork, SystemClock};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use worker::{BaseWorker, WorkerHandle, WorkerParts};
@@ -93,9 +92,17 @@ impl Network {
         registry::catalog::register(&*registry_store, models).await?;
 
         let keys = Keys::of(data, settings.workers)?;
-        let stage = Stage { settings, data, memory: MemoryNetwork::new(), metrics: Metrics::new(), clock, keys };
+        let admission = AdmissionOffice::new(AdmissionParts::new(
+            data.root_key()?,
+            registry_store.clone(),
+            clock.clone(),
+            data.pepper()?,
+            keys.registry.public_key(),
+        ));
+        let (memory, metrics) = (MemoryNetwork::new(), Metrics::new());
+        let stage = Stage { settings, data, memory, metrics, clock, keys, admission };
         let registries = stage.registry(registry_store.clone())?;
-        let orchestrators = stage.orchestrator(orchestrator_store.clone());
+        let orchestrators = stage.orchestrator(orchestrator_store.clone()).await?;
         let (workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
         let (gateways, address) = stage.gateway().await?;
         let tls = settings.gateway.tls_cert.is_some();
@@ -165,13 +172,18 @@ struct Stage<'a> {
     metrics: Metrics,
     clock: Arc<dyn Clock>,
     keys: Keys,
+    admission: AdmissionOffice,
 }
 
 impl Stage<'_> {
-    /// Says who belongs to this network: the nodes of this process.
-    fn enrolled(&self) -> Arc<dyn Fn(PublicKey) -> bool + Send + Sync> {
-        let keys: HashSet<PublicKey> = self.keys.all().map(NodeKey::public_key).collect();
-        Arc::new(move |key| keys.contains(&key))
+    /// Makes a node of this process a member: its operator has the root key and needs no invite.
+    async fn admit(&self, key: &NodeKey, role: NodeRole, name: &str) -> anyhow::Result<Membership> {
+        let own_key = key.public_key();
+        let certificate = self.admission.certify(own_key, Grant::of(role, name)).await;
+        let certificate = certificate.with_context(|| format!("could not certify the {name}"))?;
+        let membership = Membership::new(self.admission.pool(), own_key, certificate, self.clock.clone())?;
+        membership.take_revocations(&self.admission.revocations().await?)?;
+        Ok(membership)
     }
 
     fn registry(&self, store: Arc<dyn MetadataStore>) -> anyhow::Result<Tier> {
@@ -181,32 +193,29 @@ impl Stage<'_> {
             clock: self.clock.clone(),
             store,
             pepper: self.data.pepper()?,
-            enrolled: self.enrolled(),
+            admission: self.admission.clone(),
             version: VERSION.to_owned(),
         };
         let mut tier = Tier::new();
         let stop = tier.stop.clone();
-        tier.tasks.spawn(async move {
-            Registry::run(parts, stop).await;
-            Ok(())
-        });
+        tier.tasks.spawn(async move { Registry::run(parts, stop).await.context("the registry stopped") });
         Ok(tier)
     }
 
-    fn orchestrator(&self, store: Arc<dyn MetadataStore>) -> Tier {
+    async fn orchestrator(&self, store: Arc<dyn MetadataStore>) -> anyhow::Result<Tier> {
         let parts = OrchestratorParts {
             transport: self.memory.node(&self.keys.orchestrator),
             region: self.settings.region.clone(),
             clock: self.clock.clone(),
             store,
             metrics: self.metrics.clone(),
-            enrolled: self.enrolled(),
+            membership: self.admit(&self.keys.orchestrator, NodeRole::Orchestrator, "orchestrator").await?,
             version: VERSION.to_owned(),
         };
         let mut tier = Tier::new();
         let running = Orchestrator::run(self.settings.orchestrator.clone(), parts, tier.stop.clone());
         tier.tasks.spawn(async move { running.await.context("the orchestrator stopped") });
-        tier
+        Ok(tier)
     }
 
     /// Starts the workers. Their epochs are counted in the orchestrator's store, the one that is always there.
@@ -217,8 +226,7 @@ impl Stage<'_> {
     ) -> anyhow::Result<(Tier, Vec<WorkerHandle>)> {
         let mut tier = Tier::new();
         let mut handles = vec![];
-        let gives_work = self.keys.orchestrator.public_key();
-        for key in &self.keys.workers {
+        for (key, number) in self.keys.workers.iter().zip(1..) {
             let artifacts =
                 ArtifactStore::in_folder(self.data.artifacts()).context("could not open the artifact store")?;
             let parts = WorkerParts {
@@ -229,10 +237,10 @@ impl Stage<'_> {
                 runtime: runtime()?,
                 artifacts: artifacts.with_embedded(tiny_model::digest(), tiny_model::BYTES),
                 metrics: self.metrics.clone(),
+                membership: self.admit(key, NodeRole::Worker, &format!("worker-{number}")).await?,
                 version: VERSION.to_owned(),
             };
-            let worker =
-                BaseWorker::new(self.settings.worker.clone(), parts).take_work_from(move |peer| peer == gives_work);
+            let worker = BaseWorker::new(self.settings.worker.clone(), parts);
             handles.push(worker.handle());
             let stop = tier.stop.clone();
             tier.tasks.spawn(async move {
@@ -248,6 +256,7 @@ impl Stage<'_> {
             transport: self.memory.node(&self.keys.gateway),
             clock: self.clock.clone(),
             metrics: self.metrics.clone(),
+            membership: self.admit(&self.keys.gateway, NodeRole::Gateway, "gateway").await?,
             version: VERSION.to_owned(),
         };
         let bridge = Gateway::new(self.settings.gateway.clone(), parts).bind().await?;
@@ -277,10 +286,6 @@ impl Keys {
                 .map(|number| data.node_key(&format!("worker-{number}")))
                 .collect::<Result<_, _>>()?,
         })
-    }
-
-    fn all(&self) -> impl Iterator<Item = &NodeKey> {
-        [&self.registry, &self.orchestrator, &self.gateway].into_iter().chain(&self.workers)
     }
 }
 

@@ -235,7 +235,7 @@ pub(crate) fn translate(error: &mut WireError) {
     error.code = match error.code {
         ErrorCode::WorkerFull | ErrorCode::WorkerStopping | ErrorCode::ModelNotHere => ErrorCode::NoCapacity,
         ErrorCode::Cancelled => ErrorCode::Unavailable,
-        ErrorCode::StaleAttempt | ErrorCode::NotEnrolled | ErrorCode::UnknownMethod => {
+        ErrorCode::StaleAttempt | ErrorCode::NotEnrolled | ErrorCode::NodeRevoked | ErrorCode::UnknownMethod => {
             "a defect between our nodes, not of this request".clone_into(&mut error.message);
             ErrorCode::InternalError
         }

@@ -14,8 +14,7 @@ use protocol::health::ModelState;
 use protocol::infer::{InferRequest, Input};
 use protocol::model::{ModelEntry, ModelRef};
 use protocol::{Clock, CorrelationId, ErrorCode, PublicKey, RetryToken, TenantId, TraceId, WireError, codec};
-use rpc::Transport;
-use rpc::announce::DirectoryTask;
+use rpc::{Membership, Transport};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -32,7 +31,7 @@ use crate::http_bridge::HttpBridge;
 use crate::rate_limit::{Quota, RateLimit, Verdict};
 use crate::request_record::RequestRecord;
 use crate::rpc_gateway::RpcGateway;
-use crate::upstream::{Patience, Upstream};
+use crate::upstream::{Patience, Upstream, UpstreamTask};
 
 /// How long the list of live workers is believed.
 const FLEET_BELIEVED: Duration = Duration::from_secs(1);
@@ -49,6 +48,8 @@ pub struct GatewayParts {
     pub clock: Arc<dyn Clock>,
     /// Where it counts, and what it shows under `/metrics`.
     pub metrics: Metrics,
+    /// Which orchestrators and registries it trusts.
+    pub membership: Membership,
     /// The program's version, shown under `/version`.
     pub version: String,
 }
@@ -96,8 +97,8 @@ struct Inner {
     version: String,
     transport: Arc<dyn Transport>,
     upstream: Upstream,
-    /// Keeps the upstream's directory fresh; taken by [`Gateway::tend`].
-    directory_task: Mutex<Option<DirectoryTask>>,
+    /// Keeps the upstream fresh; taken by [`Gateway::tend`].
+    upstream_task: Mutex<Option<UpstreamTask>>,
     authentication: Authentication,
     rate_limit: RateLimit<TenantId>,
     models: Cached<Models>,
@@ -178,14 +179,14 @@ impl Admission {
 impl Gateway {
     /// Makes a gateway. It does nothing until it runs.
     pub fn new(config: Config, parts: GatewayParts) -> Self {
-        let (upstream, directory_task) = Upstream::new(parts.transport.clone(), config.region.clone());
+        let (upstream, upstream_task) = Upstream::new(parts.transport.clone(), config.region.clone(), parts.membership);
         let inner = Inner {
             clock: parts.clock,
             metrics: parts.metrics,
             version: parts.version,
             transport: parts.transport,
             upstream,
-            directory_task: Mutex::new(Some(directory_task)),
+            upstream_task: Mutex::new(Some(upstream_task)),
             authentication: Authentication::new(config.token_cache()),
             rate_limit: RateLimit::new(),
             models: Cached::new(seconds(config.catalog_cache_secs)),
@@ -440,9 +441,9 @@ impl Gateway {
         self.fleet().await.is_ok_and(ready)
     }
 
-    /// Keeps the directory of peers fresh until `stop`. Called once, by whoever runs the gateway.
+    /// Keeps up with the peers until `stop`. Called once, by whoever runs the gateway.
     pub(crate) async fn tend(&self, stop: CancellationToken) {
-        let task = self.inner.directory_task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let task = self.inner.upstream_task.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(task) = task {
             task.run(stop).await;
         }
@@ -450,6 +451,11 @@ impl Gateway {
 
     pub(crate) fn config(&self) -> &Config {
         &self.inner.config
+    }
+
+    /// Says who belongs to the network.
+    pub(crate) fn membership(&self) -> &Membership {
+        self.inner.upstream.membership()
     }
 
     pub(crate) fn metrics(&self) -> &Metrics {

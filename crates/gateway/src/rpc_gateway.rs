@@ -70,7 +70,8 @@ impl RpcGateway {
             connections_max: config.connections_max,
             ..Limits::default()
         };
-        let server = self.serve(Server::new(transport.clone(), info)).limits(limits);
+        let membership = self.gateway.membership().clone();
+        let server = self.serve(Server::new(transport.clone(), info)).limits(limits).membership(membership);
         let server = server.body_limit(move |_| config.body_bytes_max);
         let topic = Topic::Control(config.region);
         info!(key = %transport.public_key(), "serving RPC");

@@ -8,10 +8,11 @@ use bytes::Bytes;
 use protocol::control::NodeRole;
 use protocol::{ErrorCode, PublicKey, Region, Topic, WireError, infer};
 use rpc::announce::DirectoryTask;
-use rpc::{AnswerStream, CallError, Client, Directory, StreamOptions, Transport};
+use rpc::{AnswerStream, CallError, Client, Directory, Membership, MembershipTask, StreamOptions, Transport};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
 
 /// How long a unary call may take.
 const CALL: Duration = Duration::from_secs(2);
@@ -37,11 +38,30 @@ pub(crate) struct Patience {
     pub(crate) stall: Duration,
 }
 
+/// Keeps an [`Upstream`] fresh while it runs: who is there, and who may be.
+pub(crate) struct UpstreamTask {
+    directory: DirectoryTask,
+    membership: MembershipTask,
+}
+
+impl UpstreamTask {
+    /// Runs until `stop`.
+    pub(crate) async fn run(self, stop: CancellationToken) {
+        tokio::join!(self.directory.run(stop.clone()), self.membership.run(stop));
+    }
+}
+
 impl Upstream {
-    pub(crate) fn new(transport: Arc<dyn Transport>, region: Region) -> (Self, DirectoryTask) {
-        let client = Client::new(transport.clone());
+    pub(crate) fn new(transport: Arc<dyn Transport>, region: Region, membership: Membership) -> (Self, UpstreamTask) {
+        let client = Client::new(transport.clone()).with_membership(membership);
         let (directory, task) = Directory::new(transport, client.clone(), Topic::Control(region));
+        let task = UpstreamTask { directory: task, membership: MembershipTask::new(client.clone(), directory.clone()) };
         (Self { client, directory, turn: AtomicUsize::new(0) }, task)
+    }
+
+    /// Says who belongs to the network.
+    pub(crate) fn membership(&self) -> &Membership {
+        self.client.membership()
     }
 
     /// Asks the nodes of a role in turn until one answers.
@@ -114,7 +134,14 @@ impl Upstream {
 
 /// Says whether an error is about the peer, or about something that only another peer knows.
 fn another_may_know(code: ErrorCode) -> bool {
-    matches!(code, ErrorCode::Unavailable | ErrorCode::UnknownMethod | ErrorCode::NotFound)
+    matches!(
+        code,
+        ErrorCode::Unavailable
+            | ErrorCode::UnknownMethod
+            | ErrorCode::NotFound
+            | ErrorCode::NotEnrolled
+            | ErrorCode::NodeRevoked
+    )
 }
 
 fn away() -> WireError {

@@ -1,8 +1,10 @@
-//! What must outlive a process: jobs and their reservations, usage, tokens, models, policies and presence marks.
+//! What must outlive a process: jobs and their reservations, usage, tokens, models, policies, invites, nodes,
+//! revocations and presence marks.
 //!
 //! [`MetadataStore`] is the one interface; [`SqliteStore`] keeps it in a file. The orchestrator and the registry each
 //! own a store of their own. A call that returned `Ok` is on the disk.
 
+mod admission;
 mod jobs;
 mod metadata_store;
 mod models;
@@ -15,8 +17,9 @@ mod tokens;
 mod usage;
 
 pub use metadata_store::{
-    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobState, MetadataStore, NewJob, PutModelError,
-    PutTokenError, ReassignError, Reassignment, ReserveError, Reserved, Settlement, StoreError, TerminalState,
-    TokenRecord, UsageCursor, UsageRecord,
+    FinaliseError, Finalised, InviteRecord, InviteRedemption, JobError, JobKey, JobRecord, JobState, MetadataStore,
+    NewCertificate, NewJob, NodeRecord, PutInviteError, PutModelError, PutTokenError, ReassignError, Reassignment,
+    Redemption, ReserveError, Reserved, Revocation, Settlement, StoreError, TerminalState, TokenRecord, UsageCursor,
+    UsageRecord,
 };
 pub use sqlite::{OpenError, SqliteStore, StoreOptions};

@@ -1,14 +1,15 @@
 //! The interface every store has, its records and its errors.
 
 use async_trait::async_trait;
-use protocol::control::Scope;
+use protocol::control::{NodeRole, Scope};
 use protocol::infer::FinishReason;
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
 use protocol::usage::TokenUsage;
 use protocol::{
-    CorrelationId, Digest, ErrorCode, PublicKey, Region, RetryToken, TenantId, TraceId, UnixMillis, WorkerId,
+    CorrelationId, Digest, ErrorCode, InviteId, ModelName, PublicKey, Region, RetryToken, TenantId, TraceId,
+    UnixMillis, WorkerId,
 };
 
 /// Keeps what must outlive a process.
@@ -82,6 +83,37 @@ pub trait MetadataStore: Send + Sync {
 
     /// Forgets a model version; false where there is none.
     async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError>;
+
+    /// Adds an invite, not redeemed yet.
+    async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError>;
+
+    /// Returns an invite, redeemed and expired ones too.
+    async fn invite(&self, invite_id: InviteId) -> Result<Option<InviteRecord>, StoreError>;
+
+    /// Redeems an invite for a node, unless another node has. Its secret and its end are for the caller to check.
+    async fn redeem_invite(
+        &self,
+        invite_id: InviteId,
+        node: PublicKey,
+        now: UnixMillis,
+    ) -> Result<Redemption, StoreError>;
+
+    /// Writes a node's next certificate down and returns its number, greater than all before.
+    async fn put_certificate(&self, certificate: NewCertificate) -> Result<u64, StoreError>;
+
+    /// Returns a node with its last certificate, expelled ones too.
+    async fn node(&self, public_key: PublicKey) -> Result<Option<NodeRecord>, StoreError>;
+
+    /// Returns every node that was ever admitted, the first first.
+    async fn nodes(&self) -> Result<Vec<NodeRecord>, StoreError>;
+
+    /// Expels a key, known or not, and returns the version of the list that names it. The first time counts.
+    ///
+    /// Versions grow, and are not below the time they are made, so that they grow even where a store was lost.
+    async fn revoke_node(&self, public_key: PublicKey, now: UnixMillis) -> Result<u64, StoreError>;
+
+    /// Returns who was expelled, by version.
+    async fn revocations(&self) -> Result<Vec<Revocation>, StoreError>;
 
     /// Returns a node's next epoch: 1 at first, then one more at each call, over all restarts.
     async fn next_epoch(&self, node: PublicKey) -> Result<u64, StoreError>;
@@ -428,6 +460,122 @@ pub enum FinaliseError {
     NotFound,
     /// The store failed.
     #[error("could not settle the job")]
+    Store(#[from] StoreError),
+}
+
+/// An invite as it is kept: never its secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InviteRecord {
+    /// Its public name.
+    pub invite_id: InviteId,
+    /// Keyed hash of the secret.
+    pub hash: [u8; 32],
+    /// Who it is for, for people.
+    pub name: String,
+    /// What the node may become.
+    pub roles: Vec<NodeRole>,
+    /// Where; none for everywhere.
+    pub regions: Vec<Region>,
+    /// The models it may serve; none for all.
+    pub models: Vec<ModelName>,
+    /// When it was made.
+    pub created_at: UnixMillis,
+    /// When it ends.
+    pub expires_at: UnixMillis,
+    /// Who redeemed it, and when.
+    pub redeemed: Option<InviteRedemption>,
+}
+
+/// The one use of an invite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InviteRedemption {
+    /// The node it brought in.
+    pub node: PublicKey,
+    /// When.
+    pub at: UnixMillis,
+}
+
+/// What came of redeeming an invite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Redemption {
+    /// It is used up by this.
+    Done,
+    /// The same node had redeemed it before.
+    Again,
+    /// Another node had.
+    Used,
+    /// There is no such invite.
+    Unknown,
+}
+
+/// A certificate to be written down before it is signed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewCertificate {
+    /// The node.
+    pub public_key: PublicKey,
+    /// Its name, for people.
+    pub name: String,
+    /// What it may be.
+    pub roles: Vec<NodeRole>,
+    /// Where; none for everywhere.
+    pub regions: Vec<Region>,
+    /// The models it may serve; none for all.
+    pub models: Vec<ModelName>,
+    /// When it begins.
+    pub not_before: UnixMillis,
+    /// When it ends.
+    pub not_after: UnixMillis,
+    /// The present time.
+    pub now: UnixMillis,
+}
+
+/// A node with its last certificate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeRecord {
+    /// Its key.
+    pub public_key: PublicKey,
+    /// The certificate's number.
+    pub serial: u64,
+    /// Its name, for people.
+    pub name: String,
+    /// What it may be.
+    pub roles: Vec<NodeRole>,
+    /// Where; none for everywhere.
+    pub regions: Vec<Region>,
+    /// The models it may serve; none for all.
+    pub models: Vec<ModelName>,
+    /// When it was first admitted.
+    pub joined_at: UnixMillis,
+    /// When the certificate begins.
+    pub not_before: UnixMillis,
+    /// When it ends.
+    pub not_after: UnixMillis,
+    /// When the node was expelled.
+    pub revoked_at: Option<UnixMillis>,
+}
+
+/// A key that was expelled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Revocation {
+    /// The key.
+    pub public_key: PublicKey,
+    /// The version of the list that first named it.
+    pub version: u64,
+    /// When.
+    pub revoked_at: UnixMillis,
+}
+
+/// Why an invite could not be added.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PutInviteError {
+    /// There is one of this name.
+    #[error("there is an invite {invite_id}")]
+    Taken {
+        /// The name.
+        invite_id: InviteId,
+    },
+    /// The store failed.
+    #[error("could not write the invite")]
     Store(#[from] StoreError),
 }
 

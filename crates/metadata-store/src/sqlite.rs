@@ -15,16 +15,17 @@ use async_trait::async_trait;
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
-use protocol::{CorrelationId, PublicKey, TenantId, UnixMillis, WorkerId};
+use protocol::{CorrelationId, InviteId, PublicKey, TenantId, UnixMillis, WorkerId};
 use rusqlite::Connection;
 
 use self::lane::Lane;
 pub use self::open::OpenError;
 use crate::metadata_store::{
-    FinaliseError, Finalised, JobKey, JobRecord, MetadataStore, NewJob, PutModelError, PutTokenError, ReassignError,
-    Reassignment, ReserveError, Reserved, Settlement, StoreError, TokenRecord, UsageCursor, UsageRecord,
+    FinaliseError, Finalised, InviteRecord, JobKey, JobRecord, MetadataStore, NewCertificate, NewJob, NodeRecord,
+    PutInviteError, PutModelError, PutTokenError, ReassignError, Reassignment, Redemption, ReserveError, Reserved,
+    Revocation, Settlement, StoreError, TokenRecord, UsageCursor, UsageRecord,
 };
-use crate::{jobs, models, presence, quotas, reservations, tokens, usage};
+use crate::{admission, jobs, models, presence, quotas, reservations, tokens, usage};
 
 /// How a [`SqliteStore`] works. The defaults suit every service.
 #[derive(Debug, Clone)]
@@ -245,6 +246,43 @@ impl MetadataStore for SqliteStore {
     async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError> {
         let key = key.clone();
         self.write(move |connection| models::remove(connection, &key)).await
+    }
+
+    async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError> {
+        self.write(move |connection| admission::put_invite(connection, &invite)).await?
+    }
+
+    async fn invite(&self, invite_id: InviteId) -> Result<Option<InviteRecord>, StoreError> {
+        self.read(move |connection| admission::invite(connection, invite_id)).await
+    }
+
+    async fn redeem_invite(
+        &self,
+        invite_id: InviteId,
+        node: PublicKey,
+        now: UnixMillis,
+    ) -> Result<Redemption, StoreError> {
+        self.write(move |connection| admission::redeem_invite(connection, invite_id, node, now)).await
+    }
+
+    async fn put_certificate(&self, certificate: NewCertificate) -> Result<u64, StoreError> {
+        self.write(move |connection| admission::put_certificate(connection, &certificate)).await
+    }
+
+    async fn node(&self, public_key: PublicKey) -> Result<Option<NodeRecord>, StoreError> {
+        self.read(move |connection| admission::node(connection, public_key)).await
+    }
+
+    async fn nodes(&self) -> Result<Vec<NodeRecord>, StoreError> {
+        self.read(admission::nodes).await
+    }
+
+    async fn revoke_node(&self, public_key: PublicKey, now: UnixMillis) -> Result<u64, StoreError> {
+        self.write(move |connection| admission::revoke_node(connection, public_key, now)).await
+    }
+
+    async fn revocations(&self) -> Result<Vec<Revocation>, StoreError> {
+        self.read(admission::revocations).await
     }
 
     async fn next_epoch(&self, node: PublicKey) -> Result<u64, StoreError> {

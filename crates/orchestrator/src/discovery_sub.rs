@@ -9,9 +9,12 @@ use std::time::Duration;
 use metadata_store::MetadataStore;
 use observability::Metrics;
 use observability::metrics::ReasonLabel;
+use protocol::control::NodeRole;
+use protocol::health::HealthReport;
 use protocol::presence::{self, Facts, HighWater, Rejection};
 use protocol::signature::Signed;
 use protocol::{Clock, PublicKey, Region, WorkerId};
+use rpc::Membership;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -30,6 +33,7 @@ pub struct DiscoverySub {
     clock: Arc<dyn Clock>,
     store: Arc<dyn MetadataStore>,
     metrics: Metrics,
+    membership: Membership,
     marks: Mutex<Marks>,
 }
 
@@ -48,20 +52,21 @@ impl DiscoverySub {
         clock: Arc<dyn Clock>,
         store: Arc<dyn MetadataStore>,
         metrics: Metrics,
+        membership: Membership,
         known: Vec<(WorkerId, HighWater)>,
     ) -> Self {
         let marks = Marks { known: known.into_iter().collect(), unsaved: HashMap::new() };
-        Self { fleet, regions, clock, store, metrics, marks: Mutex::new(marks) }
+        Self { fleet, regions, clock, store, metrics, membership, marks: Mutex::new(marks) }
     }
 
     /// Takes a report that came over a connection of `remote_key`. Says whether the worker is new.
-    pub fn take(&self, remote_key: PublicKey, enrolled: bool, signed: &Signed) -> Result<bool, Rejection> {
+    pub fn take(&self, remote_key: PublicKey, signed: &Signed) -> Result<bool, Rejection> {
         let admitted = {
             let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
             let facts = Facts {
                 remote_key,
                 regions: &self.regions,
-                enrolled,
+                admitted: &|region| self.membership.admit(remote_key, NodeRole::Worker, Some(region)),
                 high_water: marks.known.get(&remote_key).copied(),
                 now: self.clock.now(),
             };
@@ -72,7 +77,8 @@ impl DiscoverySub {
             })
         };
         match admitted {
-            Ok(report) => {
+            Ok(mut report) => {
+                self.leave_certified(&mut report);
                 let (worker, region) = (report.worker_id, report.region.clone());
                 let change = self.fleet.update(report, Instant::now());
                 match change {
@@ -84,19 +90,39 @@ impl DiscoverySub {
                 Ok(change == Change::Found)
             }
             Err(rejection) => {
-                let label = ReasonLabel { reason: rejection.reason() };
-                self.metrics.presence_rejected.get_or_create(&label).inc();
+                self.count(rejection);
                 Err(rejection)
             }
+        }
+    }
+
+    /// Counts a report that was dropped.
+    pub fn count(&self, rejection: Rejection) {
+        self.metrics.presence_rejected.get_or_create(&ReasonLabel { reason: rejection.reason() }).inc();
+    }
+
+    /// Leaves in a report only the models that its worker may serve, so that it gets no job for others.
+    fn leave_certified(&self, report: &mut HealthReport) {
+        if let Ok(Some(certificate)) = self.membership.standing(report.worker_id) {
+            report.supported.retain(|key| certificate.allows_model(&key.model_id));
+            report.model_cache.retain(|cached| certificate.allows_model(&cached.key.model_id));
         }
     }
 
     /// Forgets the silent and writes marks until `stop`, and once more at the end.
     pub async fn run(&self, stop: CancellationToken) {
         let mut ticks = time::interval(SWEEP);
-        while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-            self.sweep(Instant::now());
-            self.save_marks().await;
+        let mut revocations = self.membership.changes();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                _ = ticks.tick() => {
+                    self.sweep(Instant::now());
+                    self.save_marks().await;
+                }
+                // Without admission nobody is expelled, and nobody tells of it.
+                Ok(()) = revocations.changed() => self.expel(),
+            }
         }
         self.save_marks().await;
     }
@@ -105,6 +131,16 @@ impl DiscoverySub {
     fn sweep(&self, now: Instant) {
         for worker in self.fleet.expire(now) {
             info!(worker = worker.short(), "worker lost: silent for 15 s");
+        }
+        self.metrics.workers_live.set(self.fleet.len() as i64);
+    }
+
+    /// Forgets the workers that were expelled.
+    fn expel(&self) {
+        for worker in self.membership.revoked() {
+            if self.fleet.remove(worker) {
+                info!(worker = worker.short(), "worker expelled: it was revoked");
+            }
         }
         self.metrics.workers_live.set(self.fleet.len() as i64);
     }

@@ -153,6 +153,11 @@ impl Fleet {
         gone
     }
 
+    /// Forgets a worker at once. Says whether it was known.
+    pub fn remove(&self, worker_id: WorkerId) -> bool {
+        self.write().remove(worker_id)
+    }
+
     /// Gives a worker no job until `until`.
     pub fn set_aside(&self, worker_id: WorkerId, until: Instant) {
         let mut state = self.write();

@@ -19,4 +19,4 @@ pub mod retry_manager;
 pub mod scheduler;
 
 pub use config::Config;
-pub use orchestrator::{Enrolled, Orchestrator, OrchestratorParts};
+pub use orchestrator::{Orchestrator, OrchestratorParts};

@@ -8,16 +8,18 @@ use std::time::Duration;
 use metadata_store::{Finalised, MetadataStore, StoreError};
 use observability::Metrics;
 use observability::metrics::{BreakerLabel, PhaseLabel, ReasonLabel};
+use protocol::admission::Exclusion;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
     Empty, ExplainRequest, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN, NodeInfo, NodeRole, PRESENCE_REPORT,
 };
 use protocol::infer::{InferRequest, SUBMIT};
 use protocol::model::ModelKey;
+use protocol::presence::Rejection;
 use protocol::signature::Signed;
 use protocol::{Clock, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
 use rpc::server::STRANGER_BYTES_MAX;
-use rpc::{Client, Directory, Server, StreamCall, StreamOptions, Transport, announce};
+use rpc::{Client, Directory, Membership, MembershipTask, Server, StreamCall, StreamOptions, Transport, announce};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -41,9 +43,6 @@ use crate::scheduler::{self, Candidate, Placement};
 /// How long jobs under way may take to end once the orchestrator stops.
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// Says whether a node may take part in the network.
-pub type Enrolled = Arc<dyn Fn(PublicKey) -> bool + Send + Sync>;
-
 /// What an orchestrator is made of.
 pub struct OrchestratorParts {
     /// Its end of the network.
@@ -56,8 +55,8 @@ pub struct OrchestratorParts {
     pub store: Arc<dyn MetadataStore>,
     /// Where it counts.
     pub metrics: Metrics,
-    /// Who may give it jobs and reports.
-    pub enrolled: Enrolled,
+    /// Who may give it jobs and reports, and get them.
+    pub membership: Membership,
     /// The program's version.
     pub version: String,
 }
@@ -75,7 +74,7 @@ pub struct Orchestrator {
     reservations: Arc<ReservationManager>,
     decisions: DecisionLog,
     client: Client,
-    enrolled: Enrolled,
+    membership: Membership,
 }
 
 impl Orchestrator {
@@ -284,8 +283,8 @@ impl Orchestrator {
 
     /// Reads a submitted job and answers it.
     async fn take_job(&self, call: StreamCall) {
-        if !(self.enrolled)(call.peer) {
-            return call.refuse(not_enrolled()).await;
+        if let Err(exclusion) = self.membership.admit(call.peer, NodeRole::Gateway, Some(&self.region)) {
+            return call.refuse(exclusion.into()).await;
         }
         let request: InferRequest = match codec::decode(&call.body) {
             Ok(request) => request,
@@ -301,7 +300,7 @@ impl Orchestrator {
     }
 
     fn take_report(&self, remote_key: PublicKey, signed: &Signed) -> Result<Empty, WireError> {
-        match self.discovery.take(remote_key, (self.enrolled)(remote_key), signed) {
+        match self.discovery.take(remote_key, signed) {
             Ok(is_new) => {
                 if is_new {
                     self.search.greet(remote_key);
@@ -310,16 +309,19 @@ impl Orchestrator {
             }
             Err(rejection) => {
                 debug!(worker = remote_key.short(), %rejection, "report dropped");
-                Err(WireError::new(ErrorCode::InvalidValue, rejection.to_string()))
+                Err(match rejection {
+                    Rejection::Excluded(exclusion) => exclusion.into(),
+                    other => WireError::new(ErrorCode::InvalidValue, other.to_string()),
+                })
             }
         }
     }
 
     /// Runs an orchestrator until `stop`.
     pub async fn run(config: Config, parts: OrchestratorParts, stop: CancellationToken) -> Result<(), StoreError> {
-        let OrchestratorParts { transport, region, clock, store, metrics, enrolled, version } = parts;
+        let OrchestratorParts { transport, region, clock, store, metrics, membership, version } = parts;
         let connect_within = Duration::from_millis(config.dispatch_connect_ms);
-        let client = Client::connecting_within(transport.clone(), connect_within);
+        let client = Client::connecting_within(transport.clone(), connect_within).with_membership(membership.clone());
         let topic = Topic::Control(region.clone());
         let (directory, directory_task) = Directory::new(transport.clone(), client.clone(), topic.clone());
         let fleet = Arc::new(Fleet::new(region.clone(), config.near_regions.clone()));
@@ -327,7 +329,16 @@ impl Orchestrator {
         regions.extend(config.near_regions.iter().cloned());
         let marks = store.high_waters().await?;
         let search = Search::new(transport.clone(), client.clone(), fleet.clone(), regions.clone());
-        let discovery = DiscoverySub::new(fleet.clone(), regions, clock.clone(), store.clone(), metrics.clone(), marks);
+        let discovery = DiscoverySub::new(
+            fleet.clone(),
+            regions,
+            clock.clone(),
+            store.clone(),
+            metrics.clone(),
+            membership.clone(),
+            marks,
+        );
+        let membership_task = MembershipTask::new(client.clone(), directory.clone());
         let policies = RegistryPolicies::new(client.clone(), directory);
         let lease = Duration::from_secs(config.lease_secs.max(3));
         let reservations = ReservationManager::new(store, clock, fleet.clone(), metrics.clone(), region.clone(), lease);
@@ -342,13 +353,14 @@ impl Orchestrator {
             discovery,
             search: Arc::new(search),
             client,
-            enrolled,
+            membership,
             config,
         });
 
         let background = TaskTracker::new();
         let ended = CancellationToken::new();
         background.spawn(directory_task.run(ended.clone()));
+        background.spawn(membership_task.run(ended.clone()));
         background.spawn({
             let (orchestrator, ended) = (orchestrator.clone(), ended.clone());
             async move { orchestrator.discovery.run(ended).await }
@@ -363,10 +375,16 @@ impl Orchestrator {
         });
 
         let info = NodeInfo { roles: vec![NodeRole::Orchestrator], region, version };
-        let known = orchestrator.enrolled.clone();
+        let (known, counting) = (orchestrator.membership.clone(), orchestrator.clone());
         let server = orchestrator
             .serve(Server::new(transport.clone(), info))
-            .body_limit(move |key| if known(key) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX });
+            .membership(orchestrator.membership.clone())
+            .on_revoked_call(move |_, method| {
+                if method == PRESENCE_REPORT {
+                    counting.discovery.count(Rejection::Excluded(Exclusion::Revoked));
+                }
+            })
+            .body_limit(move |key| if known.is_member(key) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX });
         let announced = announce::keep_announced(&*transport, &topic, &stop);
         tokio::join!(server.run(stop.clone(), DRAIN), announced);
         ended.cancel();
@@ -387,19 +405,14 @@ impl Orchestrator {
                 async move { taken }
             })
             .unary(FLEET_LIST, move |caller, _: Empty| {
-                let listed = if (fleet.enrolled)(caller.key) {
-                    Ok(FleetMessage { workers: fleet.fleet.list(Instant::now()) })
-                } else {
-                    Err(not_enrolled())
-                };
-                async move { listed }
+                let admitted = fleet.membership.standing(caller.key);
+                let listed = admitted.map(|_| FleetMessage { workers: fleet.fleet.list(Instant::now()) });
+                async move { listed.map_err(WireError::from) }
             })
             .unary(JOB_EXPLAIN, move |caller, request: ExplainRequest| {
-                let explained = if (explain.enrolled)(caller.key) {
-                    explain.decisions.get(request.correlation_id).ok_or_else(forgotten)
-                } else {
-                    Err(not_enrolled())
-                };
+                let admitted = explain.membership.standing(caller.key).map_err(WireError::from);
+                let explained =
+                    admitted.and_then(|_| explain.decisions.get(request.correlation_id).ok_or_else(forgotten));
                 async move { explained }
             })
     }
@@ -421,7 +434,11 @@ fn outward(mut error: WireError) -> WireError {
             WireError::new(ErrorCode::NoCapacity, "no worker has room for this model, try again")
                 .with_retry_after(Duration::from_secs(1))
         }
-        ErrorCode::StaleAttempt | ErrorCode::NotEnrolled | ErrorCode::UnknownMethod | ErrorCode::InternalError => {
+        ErrorCode::StaleAttempt
+        | ErrorCode::NotEnrolled
+        | ErrorCode::NodeRevoked
+        | ErrorCode::UnknownMethod
+        | ErrorCode::InternalError => {
             error.code = ErrorCode::WorkerFailed;
             "the worker failed".clone_into(&mut error.message);
             error
@@ -442,10 +459,6 @@ fn no_capacity(model: &ModelKey, placement: &Placement) -> WireError {
 fn known_already() -> WireError {
     WireError::new(ErrorCode::IdempotencyInProgress, "a job of this retryToken exists, and is not run twice")
         .with_retry_after(Duration::from_secs(1))
-}
-
-fn not_enrolled() -> WireError {
-    WireError::new(ErrorCode::NotEnrolled, "this node is not enrolled in the network")
 }
 
 fn forgotten() -> WireError {

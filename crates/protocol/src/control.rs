@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
 use crate::health::HealthReport;
-use crate::id::{CorrelationId, Region, TenantId, WorkerId};
+use crate::id::{CorrelationId, InviteId, ModelName, PublicKey, Region, TenantId, WorkerId};
 use crate::model::ModelEntry;
 use crate::policy::TenantPolicy;
 use crate::signature::Signed;
@@ -34,6 +34,21 @@ pub const TOKEN_REVOKE: &str = "registry.token.revoke";
 pub const CATALOG_LIST: &str = "registry.catalog.list";
 /// Registry: tells a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
 pub const POLICY_GET: &str = "registry.policy.get";
+
+/// Any node: introduces the caller, and takes the callee's introduction. [`Hello`] → [`Hello`].
+pub const NODE_HELLO: &str = "node.hello";
+/// Registry: makes an invite. [`InviteCreate`] → [`InviteCreated`].
+pub const INVITE_CREATE: &str = "registry.invite.create";
+/// Registry: takes an invite and makes the caller a member. [`InviteRedeem`] → [`Enrolled`].
+pub const INVITE_REDEEM: &str = "registry.invite.redeem";
+/// Registry: gives a member its next certificate. [`Empty`] → [`Enrolled`].
+pub const CERTIFICATE_RENEW: &str = "registry.certificate.renew";
+/// Registry: expels a node. [`NodeRevoke`] → [`NodeRevoked`].
+pub const NODE_REVOKE: &str = "registry.node.revoke";
+/// Registry: lists the members and the expelled. [`OperatorRequest`] → [`NodeList`].
+pub const NODE_LIST: &str = "registry.node.list";
+/// Registry: tells a member what has changed in the pool. [`PoolStateRequest`] → [`PoolState`].
+pub const POOL_STATE: &str = "pool.state";
 
 /// A message without content.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -214,6 +229,155 @@ pub struct Catalog {
 pub struct PolicyRequest {
     /// The tenant.
     pub tenant_id: TenantId,
+}
+
+/// Introduces a node. It is sent first on each new connection.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Hello {
+    /// Its certificate, where it has one: a signed [`crate::admission::Certificate`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<Signed>,
+}
+
+/// An invite to make.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct InviteCreate {
+    /// An API token that may operate the network.
+    pub token: String,
+    /// What the node may become; at least one role.
+    pub roles: Vec<NodeRole>,
+    /// Where; none for everywhere.
+    #[serde(default)]
+    pub regions: Vec<Region>,
+    /// The models it may serve as a worker; none for all.
+    #[serde(default)]
+    pub models: Vec<ModelName>,
+    /// Who it is for, for people.
+    #[serde(default)]
+    pub name: String,
+    /// How long it is good for, at most 24 h; missing for 24 h.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub valid_secs: Option<u64>,
+    /// Addresses it names, `host:port`; none for the registry's own.
+    #[serde(default)]
+    pub bootstrap: Vec<String>,
+}
+
+/// An invite that was made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct InviteCreated {
+    /// The whole invite, told this once.
+    pub invite: String,
+    /// Its public name.
+    pub invite_id: InviteId,
+    /// When it ends.
+    pub expires_at: UnixMillis,
+}
+
+/// An invite to redeem. The certificate is for the key that the connection proved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct InviteRedeem {
+    /// Its public name.
+    pub invite_id: InviteId,
+    /// Its secret in hex.
+    pub secret: String,
+    /// The node's name, for people; missing for that of the invite.
+    #[serde(default)]
+    pub name: String,
+}
+
+/// What makes a node a member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Enrolled {
+    /// Its certificate: a signed [`crate::admission::Certificate`].
+    pub certificate: Signed,
+    /// The expelled nodes: a signed [`crate::admission::RevocationList`].
+    pub revocations: Signed,
+}
+
+/// A node to expel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeRevoke {
+    /// An API token that may operate the network.
+    pub token: String,
+    /// The node.
+    pub public_key: PublicKey,
+}
+
+/// What came of an expulsion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeRevoked {
+    /// Whether the registry had admitted such a node. It is expelled either way.
+    pub found: bool,
+    /// The version of the list that names it.
+    pub version: u64,
+}
+
+/// A request of an operator without further content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OperatorRequest {
+    /// An API token that may operate the network.
+    pub token: String,
+}
+
+/// Every node that was ever admitted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeList {
+    /// The first admitted first.
+    pub nodes: Vec<NodeEntry>,
+}
+
+/// A node as the registry knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeEntry {
+    /// Its key.
+    pub public_key: PublicKey,
+    /// Its name, for people.
+    pub name: String,
+    /// What it may be.
+    pub roles: Vec<NodeRole>,
+    /// Where; none for everywhere.
+    pub regions: Vec<Region>,
+    /// The models it may serve; none for all.
+    pub models: Vec<ModelName>,
+    /// The number of its last certificate.
+    pub serial: u64,
+    /// When it was first admitted.
+    pub joined_at: UnixMillis,
+    /// When its last certificate ends.
+    pub not_after: UnixMillis,
+    /// When it was expelled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revoked_at: Option<UnixMillis>,
+}
+
+/// Asks what has changed in the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PoolStateRequest {
+    /// The version of the revocation list the caller has.
+    pub version: u64,
+}
+
+/// What has changed in the pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PoolState {
+    /// The list's version.
+    pub version: u64,
+    /// The list, where the caller has another version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revocations: Option<Signed>,
 }
 
 /// Asks how a job was placed.

@@ -68,6 +68,16 @@ pub enum ErrorCode {
     ModelNotHere,
     /// A node method was called by a key that is not enrolled.
     NotEnrolled,
+    /// The node was expelled from the network.
+    NodeRevoked,
+    /// The registry knows no such invite.
+    InviteUnknown,
+    /// The invite's secret is another.
+    InviteWrongSecret,
+    /// The invite brought another node in already.
+    InviteUsed,
+    /// The invite's time is over.
+    InviteExpired,
     /// The called node knows no such method.
     UnknownMethod,
 }
@@ -116,6 +126,11 @@ impl ErrorCode {
             Self::WorkerStopping => "worker_stopping",
             Self::ModelNotHere => "model_not_here",
             Self::NotEnrolled => "not_enrolled",
+            Self::NodeRevoked => "node_revoked",
+            Self::InviteUnknown => "invite_unknown",
+            Self::InviteWrongSecret => "invite_wrong_secret",
+            Self::InviteUsed => "invite_used",
+            Self::InviteExpired => "invite_expired",
             Self::UnknownMethod => "unknown_method",
         }
     }
@@ -129,11 +144,16 @@ impl ErrorCode {
             | Self::ContextLengthExceeded
             | Self::UnsupportedParameter => 400,
             Self::InvalidApiKey => 401,
-            Self::InsufficientScope | Self::ModelNotAllowed | Self::NotEnrolled => 403,
-            Self::ModelNotFound | Self::NotFound | Self::UnknownMethod => 404,
+            Self::InsufficientScope
+            | Self::ModelNotAllowed
+            | Self::NotEnrolled
+            | Self::NodeRevoked
+            | Self::InviteWrongSecret => 403,
+            Self::ModelNotFound | Self::NotFound | Self::UnknownMethod | Self::InviteUnknown => 404,
             Self::MethodNotAllowed => 405,
             Self::RequestTimeout => 408,
-            Self::IdempotencyInProgress => 409,
+            Self::IdempotencyInProgress | Self::InviteUsed => 409,
+            Self::InviteExpired => 410,
             Self::RequestTooLarge => 413,
             Self::UnsupportedMediaType => 415,
             Self::RateLimitExceeded => 429,
@@ -174,7 +194,8 @@ impl ErrorCode {
             | Self::WorkerFailed
             | Self::InternalError
             | Self::UnknownMethod
-            | Self::NotEnrolled => Blame::Worker,
+            | Self::NotEnrolled
+            | Self::NodeRevoked => Blame::Worker,
             Self::Unavailable | Self::DeadlineExceeded => Blame::Network,
             _ => Blame::Caller,
         }

@@ -261,6 +261,11 @@ hex_id! {
     Digest, 32, "digest", "64 lower-case hex digits", "^[0-9a-f]{64}$"
 }
 
+hex_id! {
+    /// An invite's public name.
+    InviteId, 8, "inviteId", "16 lower-case hex digits", "^[0-9a-f]{16}$"
+}
+
 /// A worker's name: its public key.
 pub type WorkerId = PublicKey;
 

@@ -3,6 +3,7 @@
 //! No I/O, no async, no clock: every function here is a pure function of its arguments. Bytes from a peer enter
 //! through [`codec`] and [`signature`], and never panic.
 
+pub mod admission;
 pub mod clock;
 pub mod codec;
 pub mod control;
@@ -23,7 +24,7 @@ pub mod usage;
 pub use clock::{Clock, UnixMillis};
 pub use error_code::{ErrorCode, WireError};
 pub use id::{
-    AdapterName, CorrelationId, Digest, MalformedId, ModelName, ModelVersion, PublicKey, Region, RetryToken, TenantId,
-    TraceId, WorkerId,
+    AdapterName, CorrelationId, Digest, InviteId, MalformedId, ModelName, ModelVersion, PublicKey, Region, RetryToken,
+    TenantId, TraceId, WorkerId,
 };
 pub use topic::Topic;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::admission::Exclusion;
 use crate::clock::UnixMillis;
 use crate::codec;
 use crate::health::{self, EXPIRY, HealthReport};
@@ -38,9 +39,9 @@ pub enum Rejection {
     /// The report is for another region.
     #[error("the report is for another region")]
     WrongRegion,
-    /// The worker is not enrolled.
-    #[error("the worker is not enrolled")]
-    NotEnrolled,
+    /// The worker may not be one, or not here.
+    #[error("{0}")]
+    Excluded(Exclusion),
     /// The clocks differ by too much.
     #[error("the clocks differ by more than 5 s")]
     Skew,
@@ -64,7 +65,7 @@ impl Rejection {
             Self::Version => "version",
             Self::Unbound => "unbound",
             Self::WrongRegion => "region",
-            Self::NotEnrolled => "not_enrolled",
+            Self::Excluded(exclusion) => exclusion.reason(),
             Self::Skew => "skew",
             Self::Expired => "expired",
             Self::Replay => "replay",
@@ -79,8 +80,8 @@ pub struct Facts<'a> {
     pub remote_key: PublicKey,
     /// The regions whose workers are of interest.
     pub regions: &'a [Region],
-    /// Whether the key may be a worker.
-    pub enrolled: bool,
+    /// Whether the key may be a worker in the region it speaks of.
+    pub admitted: &'a dyn Fn(&Region) -> Result<(), Exclusion>,
     /// The last report believed of this worker.
     pub high_water: Option<HighWater>,
     /// The present.
@@ -105,9 +106,7 @@ pub fn admit(signed: &Signed, facts: &Facts<'_>) -> Result<HealthReport, Rejecti
     if !facts.regions.contains(&report.region) {
         return Err(Rejection::WrongRegion);
     }
-    if !facts.enrolled {
-        return Err(Rejection::NotEnrolled);
-    }
+    (facts.admitted)(&report.region).map_err(Rejection::Excluded)?;
     if report.issued_at.distance(facts.now) > SKEW_MAX {
         return Err(Rejection::Skew);
     }
@@ -160,8 +159,13 @@ mod tests {
     ) -> Result<HealthReport, Rejection> {
         let mut signed = key().sign(health::KIND, String::from_utf8(codec::encode(report)).expect("JSON is UTF-8"));
         let regions = ["eu-west".parse().expect("region")];
-        let mut facts =
-            Facts { remote_key: key().public_key(), regions: &regions, enrolled: true, high_water: None, now: NOW };
+        let mut facts = Facts {
+            remote_key: key().public_key(),
+            regions: &regions,
+            admitted: &|_| Ok(()),
+            high_water: None,
+            now: NOW,
+        };
         change(&mut signed, &mut facts);
         admit(&signed, &facts)
     }
@@ -185,7 +189,9 @@ mod tests {
         let decides = |change: &dyn Fn(&mut Signed, &mut Facts<'_>), why| {
             assert_eq!(decide(&report(), |signed, facts| change(signed, facts)), Err(why));
         };
-        decides(&|_, facts| facts.enrolled = false, Rejection::NotEnrolled);
+        let stranger = Exclusion::NotEnrolled;
+        decides(&|_, facts| facts.admitted = &|_| Err(Exclusion::NotEnrolled), Rejection::Excluded(stranger));
+        decides(&|_, facts| facts.admitted = &|_| Err(Exclusion::Revoked), Rejection::Excluded(Exclusion::Revoked));
         decides(&|_, facts| facts.remote_key = other, Rejection::Unbound);
         decides(&|_, facts| facts.high_water = Some(HighWater { epoch: 3, seq: 5 }), Rejection::Replay);
         decides(&|_, facts| facts.high_water = Some(HighWater { epoch: 4, seq: 1 }), Rejection::Replay);

@@ -3,6 +3,7 @@
 use schemars::generate::{SchemaGenerator, SchemaSettings};
 use serde_json::Value;
 
+use crate::admission::{Certificate, RevocationList};
 use crate::gateway::{GatewayAnswer, GatewaySubmission};
 use crate::health::HealthReport;
 use crate::infer::{InferChunk, InferRequest};
@@ -19,6 +20,8 @@ pub fn published() -> Vec<(&'static str, Value)> {
         ("gateway.submission.json", schema(SchemaGenerator::root_schema_for::<GatewaySubmission>)),
         ("gateway.answer.json", schema(SchemaGenerator::root_schema_for::<GatewayAnswer>)),
         ("health.report.json", schema(SchemaGenerator::root_schema_for::<HealthReport>)),
+        ("admission.certificate.json", schema(SchemaGenerator::root_schema_for::<Certificate>)),
+        ("admission.revocations.json", schema(SchemaGenerator::root_schema_for::<RevocationList>)),
         ("signed.json", schema(SchemaGenerator::root_schema_for::<Signed>)),
     ]
 }

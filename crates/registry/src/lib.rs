@@ -1,9 +1,12 @@
-//! Says which models exist, in which versions, under which policies, and whose tokens are good.
+//! Says which models exist, in which versions, under which policies, whose tokens are good, and which nodes belong to
+//! the pool.
 
+pub mod admission;
 pub mod catalog;
 pub mod policies;
 pub mod registry;
 pub mod tokens;
 
+pub use admission::{AdmissionError, AdmissionOffice, AdmissionParts, Grant};
 pub use registry::{Registry, RegistryParts};
 pub use tokens::{IssueError, Pepper, TokenOffice};

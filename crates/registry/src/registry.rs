@@ -1,4 +1,5 @@
-//! The service: answers gateways and orchestrators about tokens, models and rules (R1).
+//! The service: answers gateways and orchestrators about tokens, models and rules, and all nodes about who belongs to
+//! the pool (R1).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,20 +7,25 @@ use std::time::Duration;
 use metadata_store::MetadataStore;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
-    CATALOG_LIST, Empty, NodeInfo, NodeRole, POLICY_GET, PolicyRequest, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST,
-    TOKEN_REVOKE, TokenCheck, TokenCreate, TokenRevoke,
+    CATALOG_LIST, CERTIFICATE_RENEW, Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate, InviteRedeem, NODE_LIST,
+    NODE_REVOKE, NodeInfo, NodeRevoke, NodeRole, OperatorRequest, POLICY_GET, POOL_STATE, PolicyRequest,
+    PoolStateRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate, TokenRevoke,
 };
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
 use rpc::server::STRANGER_BYTES_MAX;
-use rpc::{Server, Transport, announce};
+use rpc::{Caller, Membership, Server, Transport, announce};
+use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::admission::{AdmissionError, AdmissionOffice, Grant};
 use crate::tokens::{Pepper, TokenOffice};
 use crate::{catalog, policies};
 
 /// How long calls under way may take to end once the registry stops.
 const DRAIN: Duration = Duration::from_secs(2);
+/// How often the registry looks at its own certificate.
+const OWN_CERTIFICATE_EVERY: Duration = Duration::from_mins(1);
 
 /// What a registry is made of.
 pub struct RegistryParts {
@@ -33,8 +39,8 @@ pub struct RegistryParts {
     pub store: Arc<dyn MetadataStore>,
     /// The key under which secrets are hashed.
     pub pepper: Pepper,
-    /// Who may ask.
-    pub enrolled: Arc<dyn Fn(PublicKey) -> bool + Send + Sync>,
+    /// Says who belongs to the pool.
+    pub admission: AdmissionOffice,
     /// The program's version.
     pub version: String,
 }
@@ -43,39 +49,140 @@ pub struct RegistryParts {
 pub struct Registry {
     parts: RegistryParts,
     tokens: TokenOffice,
+    membership: Membership,
 }
 
 impl Registry {
-    /// Runs a registry until `stop`.
-    pub async fn run(parts: RegistryParts, stop: CancellationToken) {
+    /// Runs a registry until `stop`. It certifies itself.
+    pub async fn run(parts: RegistryParts, stop: CancellationToken) -> Result<(), AdmissionError> {
         let tokens = TokenOffice::new(parts.store.clone(), parts.clock.clone(), parts.pepper.clone());
         let transport = parts.transport.clone();
         let topic = Topic::Control(parts.region.clone());
         let info =
             NodeInfo { roles: vec![NodeRole::Registry], region: parts.region.clone(), version: parts.version.clone() };
-        let registry = Arc::new(Self { parts, tokens });
-        let known = registry.parts.enrolled.clone();
+        let (office, own_key) = (&parts.admission, transport.public_key());
+        let certificate = office.certify(own_key, own_grant()).await?;
+        let membership = Membership::new(office.pool(), own_key, certificate, parts.clock.clone())
+            .expect("what the office has just signed is good");
+        let registry = Arc::new(Self { parts, tokens, membership });
+        registry.take_revocations().await?;
+        let known = registry.membership.clone();
         let server = registry
             .serve(Server::new(transport.clone(), info))
-            .body_limit(move |key| if known(key) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX });
+            .membership(registry.membership.clone())
+            .body_limit(move |key| if known.is_member(key) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX });
         let announced = announce::keep_announced(&*transport, &topic, &stop);
-        tokio::join!(server.run(stop.clone(), DRAIN), announced);
+        tokio::join!(server.run(stop.clone(), DRAIN), announced, stop.run_until_cancelled(registry.keep_up()));
+        Ok(())
+    }
+
+    /// Keeps the registry's own certificate good, and its own list of revocations that of the office.
+    async fn keep_up(&self) {
+        let mut changes = self.parts.admission.changes();
+        let mut ticks = time::interval(OWN_CERTIFICATE_EVERY);
+        loop {
+            let kept = tokio::select! {
+                // The office outlives this.
+                _ = changes.changed() => self.take_revocations().await,
+                _ = ticks.tick() => self.renew_own().await,
+            };
+            if let Err(error) = kept {
+                warn!(%error, "the registry could not keep its own membership up to date");
+            }
+        }
+    }
+
+    async fn take_revocations(&self) -> Result<(), AdmissionError> {
+        let list = self.parts.admission.revocations().await?;
+        // It is ours: not newer is the worst it can be.
+        let _ = self.membership.take_revocations(&list);
+        Ok(())
+    }
+
+    async fn renew_own(&self) -> Result<(), AdmissionError> {
+        if self.membership.own().is_some_and(|own| own.is_due(self.parts.clock.now())) {
+            let own_key = self.parts.transport.public_key();
+            let renewed = self.parts.admission.certify(own_key, own_grant()).await?;
+            if let Err(error) = self.membership.renew(renewed) {
+                warn!(%error, "the registry's own certificate is no good; is the clock right?");
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets an operator in, by an API token; whose node it is that brings it does not matter.
+    async fn operator(&self, caller: Caller, token: &str) -> Result<(), WireError> {
+        let office = &self.parts.admission;
+        office.check_attempts(caller.key)?;
+        let checked = self.tokens.check(token).await;
+        if checked.as_ref().is_err_and(|error| error.code == ErrorCode::InvalidApiKey) {
+            office.count_attempt(caller.key);
+        }
+        if checked?.scopes.contains(&Scope::Admin) {
+            Ok(())
+        } else {
+            Err(WireError::new(ErrorCode::InsufficientScope, "this API key may not operate the network"))
+        }
+    }
+
+    fn serve_admission(self: &Arc<Self>, server: Server) -> Server {
+        let [invited, redeemed, renewed, revoked, listed, asked] = std::array::from_fn(|_| self.clone());
+        server
+            .unary(INVITE_CREATE, move |caller, request: InviteCreate| {
+                let registry = invited.clone();
+                async move {
+                    registry.operator(caller, &request.token).await?;
+                    Ok(registry.parts.admission.invite(request).await?)
+                }
+            })
+            .unary(INVITE_REDEEM, move |caller, request: InviteRedeem| {
+                let registry = redeemed.clone();
+                async move { registry.parts.admission.redeem(caller.key, request).await }
+            })
+            .unary(CERTIFICATE_RENEW, move |caller, _: Empty| {
+                let registry = renewed.clone();
+                async move {
+                    registry.membership.standing(caller.key)?;
+                    registry.parts.admission.renew(caller.key).await
+                }
+            })
+            .unary(NODE_REVOKE, move |caller, request: NodeRevoke| {
+                let registry = revoked.clone();
+                async move {
+                    registry.operator(caller, &request.token).await?;
+                    Ok(registry.parts.admission.revoke(request.public_key).await?)
+                }
+            })
+            .unary(NODE_LIST, move |caller, request: OperatorRequest| {
+                let registry = listed.clone();
+                async move {
+                    registry.operator(caller, &request.token).await?;
+                    Ok(registry.parts.admission.nodes().await?)
+                }
+            })
+            .unary(POOL_STATE, move |caller, request: PoolStateRequest| {
+                let registry = asked.clone();
+                async move {
+                    registry.membership.standing(caller.key)?;
+                    Ok(registry.parts.admission.state(request.version).await?)
+                }
+            })
     }
 
     fn serve(self: &Arc<Self>, server: Server) -> Server {
         let [tokens, issued, listed, revoked, models, rules] = std::array::from_fn(|_| self.clone());
-        server
+        self.serve_admission(server)
             .unary(TOKEN_CHECK, move |caller, request: TokenCheck| {
                 let registry = tokens.clone();
                 async move {
-                    registry.admit(caller.key)?;
+                    registry.admit_gateway(caller.key)?;
                     registry.tokens.check(&request.token).await
                 }
             })
             .unary(TOKEN_CREATE, move |caller, request: TokenCreate| {
                 let registry = issued.clone();
                 async move {
-                    registry.admit(caller.key)?;
+                    registry.admit_gateway(caller.key)?;
                     registry.tokens.issue(request).await.map_err(|error| {
                         warn!(%error, "could not issue a token");
                         WireError::new(ErrorCode::Unavailable, "the token could not be issued, try again")
@@ -85,14 +192,14 @@ impl Registry {
             .unary(TOKEN_LIST, move |caller, _: Empty| {
                 let registry = listed.clone();
                 async move {
-                    registry.admit(caller.key)?;
+                    registry.admit_gateway(caller.key)?;
                     registry.tokens.list().await.map_err(|error| unavailable(&error))
                 }
             })
             .unary(TOKEN_REVOKE, move |caller, request: TokenRevoke| {
                 let registry = revoked.clone();
                 async move {
-                    registry.admit(caller.key)?;
+                    registry.admit_gateway(caller.key)?;
                     registry.tokens.revoke(&request.key_id).await.map_err(|error| unavailable(&error))
                 }
             })
@@ -112,13 +219,19 @@ impl Registry {
             })
     }
 
-    fn admit(&self, key: PublicKey) -> Result<(), WireError> {
-        if (self.parts.enrolled)(key) {
-            Ok(())
-        } else {
-            Err(WireError::new(ErrorCode::NotEnrolled, "this node is not enrolled in the network"))
-        }
+    /// Tokens are the gateways' business only.
+    fn admit_gateway(&self, key: PublicKey) -> Result<(), WireError> {
+        Ok(self.membership.admit(key, NodeRole::Gateway, None)?)
     }
+
+    fn admit(&self, key: PublicKey) -> Result<(), WireError> {
+        Ok(self.membership.standing(key).map(drop)?)
+    }
+}
+
+/// What a registry certifies itself for.
+fn own_grant() -> Grant {
+    Grant::of(NodeRole::Registry, "registry")
 }
 
 fn unavailable(error: &metadata_store::StoreError) -> WireError {

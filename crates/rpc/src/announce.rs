@@ -14,6 +14,7 @@ use tracing::{debug, warn};
 
 use crate::backoff;
 use crate::client::Client;
+use crate::membership::Membership;
 use crate::transport::Transport;
 
 /// How often the topic is looked up once somebody is known, at most; a little less often by chance of the keys.
@@ -66,6 +67,7 @@ pub async fn keep_announced(transport: &dyn Transport, topic: &Topic, stop: &Can
 /// The peers of one topic and what they do. Clones see the same.
 #[derive(Clone)]
 pub struct Directory {
+    membership: Membership,
     peers: watch::Receiver<Arc<BTreeMap<PublicKey, NodeInfo>>>,
 }
 
@@ -81,13 +83,16 @@ impl Directory {
     /// Makes an empty directory of a topic, and the task that fills it.
     pub fn new(transport: Arc<dyn Transport>, client: Client, topic: Topic) -> (Self, DirectoryTask) {
         let (sender, peers) = watch::channel(Arc::default());
-        (Self { peers }, DirectoryTask { transport, client, topic, peers: sender })
+        let membership = client.membership().clone();
+        (Self { membership, peers }, DirectoryTask { transport, client, topic, peers: sender })
     }
 
-    /// Returns the peers of a role, in the order of their keys.
+    /// Returns the peers of a role, in the order of their keys. With admission, only those certified for it.
     pub fn find(&self, role: NodeRole) -> Vec<PublicKey> {
         let peers = self.peers.borrow();
-        peers.iter().filter(|(_, info)| info.roles.contains(&role)).map(|(key, _)| *key).collect()
+        let of_role = peers.iter().filter(|(_, info)| info.roles.contains(&role));
+        // Asked each time: who was expelled is gone at once.
+        of_role.map(|(key, _)| *key).filter(|key| self.membership.has_role(*key, role)).collect()
     }
 
     /// Waits until a peer of a role is known, at most `within`. Says whether there is one.
@@ -139,7 +144,7 @@ impl DirectoryTask {
         peers.extend(found.into_iter().filter(|key| seen.insert(*key)).take(ASKED_MAX));
         let answers = peers.into_iter().map(|key| async move {
             match self.client.call::<_, NodeInfo>(key, NODE_DESCRIBE, &Empty {}, DESCRIBE).await {
-                Ok(info) => Some((key, info)),
+                Ok(info) => Some((key, self.certified(key, info).await?)),
                 Err(_) => None,
             }
         });
@@ -156,5 +161,18 @@ impl DirectoryTask {
             }
             changed
         });
+    }
+
+    /// Leaves of what a peer says it is what it may be; nothing of it for a stranger.
+    async fn certified(&self, key: PublicKey, mut info: NodeInfo) -> Option<NodeInfo> {
+        let membership = self.client.membership();
+        if membership.is_checked() {
+            if membership.standing(key).is_err() {
+                self.client.meet(key, DESCRIBE).await.ok()?;
+            }
+            let region = info.region.clone();
+            info.roles.retain(|role| membership.admit(key, *role, Some(&region)).is_ok());
+        }
+        (!info.roles.is_empty()).then_some(info)
     }
 }

@@ -1,4 +1,7 @@
 //! Calls to peers. Connections are opened by public key, one a peer, and shared.
+//!
+//! A node that has a [`Membership`] introduces itself first on each connection, and again when it has a new
+//! certificate. Calls do not wait for that: they follow in the same connection.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +13,13 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::{self, Instant};
 
+use self::introduction::introduce;
 use self::links::{Link, Links};
+use crate::membership::Membership;
 use crate::stream::{AnswerStream, StreamOptions};
 use crate::transport::{RequestError, Transport, TransportError};
 
+mod introduction;
 pub(crate) mod links;
 
 /// How long a connection may take to open.
@@ -23,6 +29,7 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Client {
     links: Arc<Links>,
+    membership: Membership,
 }
 
 /// Why a call has no answer.
@@ -88,7 +95,44 @@ impl Client {
 
     /// Makes a client that waits this long for a connection to open.
     pub fn connecting_within(transport: Arc<dyn Transport>, connect_within: Duration) -> Self {
-        Self { links: Arc::new(Links::new(transport, connect_within)) }
+        Self { links: Arc::new(Links::new(transport, connect_within)), membership: Membership::unchecked() }
+    }
+
+    /// Introduces the node to its peers as a member.
+    #[must_use]
+    pub fn with_membership(mut self, membership: Membership) -> Self {
+        self.membership = membership;
+        self
+    }
+
+    /// Returns who belongs to the network as far as this client's node knows.
+    pub fn membership(&self) -> &Membership {
+        &self.membership
+    }
+
+    /// Returns the key of the client's node.
+    pub fn public_key(&self) -> PublicKey {
+        self.links.public_key()
+    }
+
+    /// Waits until a peer and this node have introduced themselves, at most `deadline`. What the peer may do is then
+    /// known by [`Client::membership`].
+    pub async fn meet(&self, peer: PublicKey, deadline: Duration) -> Result<(), CallError> {
+        let meeting = async {
+            let link = self.linked(peer).await?;
+            if !self.membership.is_checked() {
+                return Ok(());
+            }
+            link.introduction.answered().await;
+            if self.membership.standing(peer).is_err() {
+                // What it showed has ended since, or it had nothing to show then.
+                link.introduction.repeat();
+                introduce(&link, &self.membership, &self.links);
+                link.introduction.answered().await;
+            }
+            Ok(())
+        };
+        time::timeout(deadline, meeting).await.map_err(|_| CallError::Deadline)?
     }
 
     /// Calls a method and waits for its reply, at most `deadline`, the opening of a connection included.
@@ -107,7 +151,13 @@ impl Client {
         let link = self.link(peer, until).await?;
         match time::timeout_at(until, link.connection().request(method, body)).await {
             Ok(Ok(reply)) => Ok(codec::decode(&reply)?),
-            Ok(Err(RequestError::Remote(error))) => Err(CallError::Remote(error)),
+            Ok(Err(RequestError::Remote(error))) => {
+                if error.code == ErrorCode::NotEnrolled {
+                    // It may have forgotten, or our clocks differed: the next call shows the certificate again.
+                    link.introduction.repeat();
+                }
+                Err(CallError::Remote(error))
+            }
             Ok(Err(RequestError::Transport(error))) => Err(error.into()),
             Err(_) => {
                 link.doubt().raise();
@@ -128,7 +178,7 @@ impl Client {
         let begun = Instant::now();
         let link = match options.deadline {
             Some(deadline) => self.link(peer, begun + deadline).await?,
-            None => self.links.get(peer).await?,
+            None => self.linked(peer).await?,
         };
         options.deadline = options.deadline.map(|deadline| deadline.saturating_sub(begun.elapsed()));
         if options.deadline.is_some_and(|left| left.is_zero()) {
@@ -151,7 +201,7 @@ impl Client {
 
     /// Opens a connection to a peer where there is none, so that the next call need not wait for it.
     pub async fn connect(&self, peer: PublicKey) -> Result<(), CallError> {
-        self.links.get(peer).await.map(drop)
+        self.linked(peer).await.map(drop)
     }
 
     /// Forgets that a peer did not answer, since it gave a sign of life: the next call dials it at once.
@@ -164,8 +214,25 @@ impl Client {
         self.links.disconnect(peer);
     }
 
+    /// Closes the connections to peers that were expelled.
+    pub fn disconnect_revoked(&self) {
+        for peer in self.membership.revoked() {
+            self.links.disconnect(peer);
+        }
+    }
+
     async fn link(&self, peer: PublicKey, until: Instant) -> Result<Arc<Link>, CallError> {
-        time::timeout_at(until, self.links.get(peer)).await.map_err(|_| CallError::Deadline)?
+        time::timeout_at(until, self.linked(peer)).await.map_err(|_| CallError::Deadline)?
+    }
+
+    /// Returns a connection to a peer in which this node has introduced itself.
+    async fn linked(&self, peer: PublicKey) -> Result<Arc<Link>, CallError> {
+        if self.membership.is_revoked(peer) {
+            return Err(CallError::Unreachable { peer });
+        }
+        let link = self.links.get(peer).await?;
+        introduce(&link, &self.membership, &self.links);
+        Ok(link)
     }
 }
 

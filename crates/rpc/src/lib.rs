@@ -2,13 +2,17 @@
 //!
 //! Unary calls carry one JSON value each way. Streams speak `tether/stream/1` ([`stream`]): one request, then
 //! messages back under credit, until an end, an error or a cancel. Topics only find peers ([`announce`]);
-//! connections are opened by public key and shared by all calls to a peer ([`client`]).
+//! connections are opened by public key and shared by all calls to a peer ([`client`]). Who belongs to the network is
+//! known by certificates that nodes show each other first ([`membership`]).
 
 pub mod announce;
 pub mod backoff;
 pub mod client;
 pub mod clock;
+pub mod enrolment;
 pub mod identity;
+pub mod membership;
+pub mod membership_task;
 pub mod server;
 pub mod stream;
 pub mod transport;
@@ -16,6 +20,9 @@ pub mod transport;
 pub use announce::Directory;
 pub use client::{CallError, Client};
 pub use clock::SystemClock;
+pub use enrolment::{Enrolment, EnrolmentError, JoinError};
+pub use membership::Membership;
+pub use membership_task::MembershipTask;
 pub use server::{Caller, Limits, Server};
 pub use stream::{AnswerStream, Interrupted, ReplyStream, StreamCall, StreamOptions};
 pub use transport::Transport;

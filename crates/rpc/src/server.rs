@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::control::{Empty, NODE_DESCRIBE, NODE_PING, NodeInfo};
+use protocol::admission::Exclusion;
+use protocol::admission::certificate::CERTIFICATE_BYTES_MAX;
+use protocol::control::{Empty, Hello, NODE_DESCRIBE, NODE_HELLO, NODE_PING, NodeInfo};
 use protocol::{ErrorCode, PublicKey, WireError, codec};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -18,6 +20,7 @@ use tracing::debug;
 
 use self::budget::{Allowance, BodyLimit, Budget};
 use self::connections::{CallMark, Connections, Place};
+use crate::membership::Membership;
 use crate::stream::{Frame, StreamCall};
 use crate::transport::{Channel, Connection, Incoming, Transport};
 
@@ -30,6 +33,10 @@ const OPENING: Duration = Duration::from_secs(10);
 const TURNING_AWAY: Duration = Duration::from_secs(1);
 /// Connections too many that are told so at once; the others are closed without a word.
 const TURNED_AWAY_MAX: usize = 64;
+/// The largest introduction taken: a certificate in its envelope, escaped once more.
+const HELLO_BYTES_MAX: usize = 2 * CERTIFICATE_BYTES_MAX + 1024;
+/// Introductions that are no good, before their connection is closed: each may cost the check of a signature.
+const HELLOS_FAILED_MAX: u32 = 16;
 
 /// How long a request of a node that is no member may be, where nodes speak among themselves: it holds a certificate.
 pub const STRANGER_BYTES_MAX: usize = 64 * 1024;
@@ -77,6 +84,7 @@ pub struct Caller {
 
 type Done<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 type UnaryHandler = Box<dyn Fn(Caller, Bytes) -> Done<Result<Bytes, WireError>> + Send + Sync>;
+type RevokedHook = Box<dyn Fn(PublicKey, &str) + Send + Sync>;
 type StreamHandler = Box<dyn Fn(StreamCall) -> Done<()> + Send + Sync>;
 
 /// Answers calls under names. Every node also answers `node.describe` and `node.ping`.
@@ -86,6 +94,8 @@ pub struct Server {
     streams: HashMap<&'static str, StreamHandler>,
     limits: Limits,
     body_limit: Option<BodyLimit>,
+    membership: Membership,
+    on_revoked_call: Option<RevokedHook>,
 }
 
 /// How a unary method is answered.
@@ -99,12 +109,27 @@ impl Server {
     /// Makes a server that can only say what it is.
     pub fn new(transport: Arc<dyn Transport>, info: NodeInfo) -> Self {
         let (unary, streams) = (HashMap::new(), HashMap::new());
-        let server = Self { transport, unary, streams, limits: Limits::default(), body_limit: None };
+        let (limits, membership) = (Limits::default(), Membership::unchecked());
+        let server = Self { transport, unary, streams, limits, body_limit: None, membership, on_revoked_call: None };
         let describe = move |_, _: Empty| {
             let info = info.clone();
             async move { Ok(info) }
         };
         server.unary(NODE_DESCRIBE, describe).unary(NODE_PING, |_, _: Empty| async { Ok(Empty {}) })
+    }
+
+    /// Takes the callers' introductions into a membership, answers them, and keeps those who were expelled out.
+    #[must_use]
+    pub fn membership(mut self, membership: Membership) -> Self {
+        self.membership = membership;
+        self
+    }
+
+    /// Is told of each call of a revoked peer that is refused, by key and method; streams have no name yet.
+    #[must_use]
+    pub fn on_revoked_call(mut self, told: impl Fn(PublicKey, &str) + Send + Sync + 'static) -> Self {
+        self.on_revoked_call = Some(Box::new(told));
+        self
     }
 
     /// Limits what is taken at once.
@@ -217,7 +242,8 @@ impl Server {
                 connections.spawn(async move { shared.serve(connection, place).await });
             } else if let Ok(permit) = turned_away.clone().try_acquire_owned() {
                 connections.spawn(async move {
-                    shared.turn_away(&*connection).await;
+                    debug!(peer = connection.remote_key().short(), "a connection too many");
+                    shared.turn_away(&*connection, too_many(), None).await;
                     drop(permit);
                 });
             } else {
@@ -260,11 +286,17 @@ impl Shared {
     /// Takes the calls of a connection until it closes, is idle for too long, or gives way to another.
     async fn serve(self: &Arc<Self>, connection: Arc<dyn Connection>, place: Place) {
         let caller = Caller { key: connection.remote_key() };
+        let membership = &self.server.membership;
+        if membership.is_revoked(caller.key) {
+            return self.turn_away(&*connection, Exclusion::Revoked.into(), self.server.on_revoked_call.as_ref()).await;
+        }
+        let mut revoked = std::pin::pin!(membership.until_revoked(caller.key));
         let idle = self.server.limits.idle;
         let mut given_away = std::pin::pin!(place.given_away());
         let mut over = std::pin::pin!(self.over.cancelled());
         let mut timer = std::pin::pin!(time::sleep(idle));
         let mut was_idle = false;
+        let mut hellos_left = HELLOS_FAILED_MAX;
         loop {
             let mut next = connection.next();
             let incoming = loop {
@@ -273,6 +305,10 @@ impl Shared {
                     incoming = &mut next => break incoming,
                     () = &mut given_away => {
                         debug!(peer = caller.key.short(), "a connection gives way to a newer one");
+                        return connection.close();
+                    }
+                    () = &mut revoked => {
+                        debug!(peer = caller.key.short(), "a peer was revoked, its connection is closed");
                         return connection.close();
                     }
                     () = &mut over => return,
@@ -287,8 +323,29 @@ impl Shared {
             };
             let Some(incoming) = incoming else { return };
             was_idle = false;
-            self.begin(caller, incoming, &place);
+            match incoming {
+                // Here and not in a task, so that the calls behind it find the caller introduced.
+                Incoming::Request { method, body, reply } if method == NODE_HELLO => {
+                    let taken = self.take_hello(caller, &body);
+                    hellos_left -= u32::from(taken.is_err());
+                    // A caller that is gone needs no reply.
+                    let _ = reply.send(taken);
+                    if hellos_left == 0 {
+                        debug!(peer = caller.key.short(), "a peer goes on showing what is no good");
+                        return connection.close();
+                    }
+                }
+                incoming => self.begin(caller, incoming, &place),
+            }
         }
+    }
+
+    fn take_hello(&self, caller: Caller, body: &[u8]) -> Result<Bytes, WireError> {
+        let membership = &self.server.membership;
+        let Some((_, own)) = membership.introduction() else { return Err(unknown(NODE_HELLO)) };
+        let hello = codec::decode_within::<Hello>(body, HELLO_BYTES_MAX)?;
+        membership.meet(caller.key, &hello)?;
+        Ok(Bytes::from(codec::encode(&own)))
     }
 
     /// Works on a call, or refuses it where there is no room.
@@ -347,12 +404,14 @@ impl Shared {
         }
     }
 
-    /// Tells the first calls of a connection too many why they are refused.
-    async fn turn_away(&self, connection: &dyn Connection) {
-        debug!(peer = connection.remote_key().short(), "a connection too many");
+    /// Tells the first calls of a connection that is not wanted why they are refused.
+    async fn turn_away(&self, connection: &dyn Connection, error: WireError, told: Option<&RevokedHook>) {
         let telling = async {
             while let Some(incoming) = connection.next().await {
-                refuse(incoming, too_many());
+                if let (Some(told), Incoming::Request { method, .. }) = (told, &incoming) {
+                    told(connection.remote_key(), method);
+                }
+                refuse(incoming, error.clone());
             }
         };
         let _ = time::timeout(TURNING_AWAY, self.over.run_until_cancelled(telling)).await;

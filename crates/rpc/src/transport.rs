@@ -40,13 +40,16 @@ pub trait Connection: Send + Sync + 'static {
     fn remote_key(&self) -> PublicKey;
 
     /// Sends a request and waits for its reply. Callers bring the deadline.
+    ///
+    /// Where the connection has room the request is on its way when the future was polled once, ahead of whatever is
+    /// sent later, so that an introduction comes first without anybody waiting for its reply.
     async fn request(&self, method: &str, body: Bytes) -> Result<Bytes, RequestError>;
 
     /// Opens a channel for one stream.
     async fn open_channel(&self) -> Result<Box<dyn Channel>, TransportError>;
 
-    /// Returns the next request or channel that the peer opened, or `None` once the connection is closed. One reader
-    /// at a time.
+    /// Returns the next request or channel that the peer opened, in the order in which it did, or `None` once the
+    /// connection is closed. One reader at a time.
     async fn next(&self) -> Option<Incoming>;
 
     /// Says whether the connection is closed.

@@ -14,9 +14,9 @@ use protocol::control::{Empty, NodeInfo, NodeRole, PRESENCE_DESCRIBE};
 use protocol::infer::{InferRequest, START};
 use protocol::model::ModelKey;
 use protocol::signature::NodeKey;
-use protocol::{Clock, ErrorCode, PublicKey, Topic, WireError, WorkerId, codec};
+use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError, WorkerId, codec};
 use rpc::server::STRANGER_BYTES_MAX;
-use rpc::{Client, Directory, ReplyStream, Server, StreamCall, Transport};
+use rpc::{Client, Directory, Membership, MembershipTask, ReplyStream, Server, StreamCall, Transport};
 use tokio::sync::{Notify, watch};
 use tokio::time::{self, Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -57,6 +57,8 @@ pub struct WorkerParts {
     pub artifacts: ArtifactStore,
     /// Where it counts; workers of one process may share them.
     pub metrics: Metrics,
+    /// Who may give it work, and be told how it is.
+    pub membership: Membership,
     /// The program's version.
     pub version: String,
 }
@@ -65,7 +67,6 @@ pub struct WorkerParts {
 pub struct BaseWorker {
     config: Config,
     parts: WorkerParts,
-    may_give_work: Box<dyn Fn(PublicKey) -> bool + Send + Sync>,
     loader: Arc<ModelLoader>,
     guard: Arc<QuotaGuard>,
     changes: watch::Sender<()>,
@@ -99,7 +100,7 @@ pub enum NotReady {
 }
 
 impl BaseWorker {
-    /// Makes a worker that takes work from everyone. The configuration should have passed [`Config::check`].
+    /// Makes a worker. The configuration should have passed [`Config::check`].
     pub fn new(config: Config, parts: WorkerParts) -> Self {
         let changes = watch::Sender::new(());
         let Config { slots, queue_max, tenant_jobs_max, preload, .. } = config;
@@ -115,14 +116,7 @@ impl BaseWorker {
         let guard = QuotaGuard::new(Limits { slots, queue_max, tenant_jobs_max }, changes.clone());
         let stopped = CancellationToken::new();
         let end = stopped.clone().drop_guard();
-        Self { config, parts, may_give_work: Box::new(|_| true), loader, guard, changes, stopped, end }
-    }
-
-    /// Limits who may give work, by the key that their connection proved.
-    #[must_use]
-    pub fn take_work_from(mut self, may_give_work: impl Fn(PublicKey) -> bool + Send + Sync + 'static) -> Self {
-        self.may_give_work = Box::new(may_give_work);
-        self
+        Self { config, parts, loader, guard, changes, stopped, end }
     }
 
     /// Returns a handle to look at the worker while it runs.
@@ -133,13 +127,14 @@ impl BaseWorker {
 
     /// Works until `stop`; then refuses new jobs, lets those that are here end, and leaves.
     pub async fn run(self, stop: CancellationToken) {
-        let Self { config, parts, may_give_work, loader, guard, changes, end: _end, .. } = self;
-        let WorkerParts { transport, key, epoch, clock, runtime, metrics, version, .. } = parts;
+        let Self { config, parts, loader, guard, changes, end: _end, .. } = self;
+        let WorkerParts { transport, key, epoch, clock, runtime, metrics, membership, version, .. } = parts;
         // Cancelled as well when this future is dropped, so that nothing runs on without its owner.
         let life = CancellationToken::new();
         let _end_of_life = life.clone().drop_guard();
         let desk = Arc::new(Desk {
-            may_give_work,
+            membership: membership.clone(),
+            region: config.region.clone(),
             draining: AtomicBool::new(false),
             guard: guard.clone(),
             loader: loader.clone(),
@@ -163,14 +158,17 @@ impl BaseWorker {
         let reports = Arc::new(ReportWriter::new(identity, clock, look, loader.clone()));
 
         let info = NodeInfo { roles: vec![NodeRole::Worker], region: config.region.clone(), version };
-        let (taking, asked, known, written) = (desk.clone(), desk.clone(), desk.clone(), reports.clone());
+        let (taking, asked, known, written) = (desk.clone(), desk.clone(), membership.clone(), reports.clone());
         let server = Server::new(transport.clone(), info)
             .stream(START, move |call| taking.clone().take(call))
             .unary(PRESENCE_DESCRIBE, move |caller, _: Empty| {
                 let described = asked.check(caller.key).map(|()| written.sign());
                 async move { described }
             })
-            .body_limit(move |key| if (known.may_give_work)(key) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX });
+            .membership(membership.clone())
+            .body_limit(move |key| {
+                if known.has_role(key, NodeRole::Orchestrator) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX }
+            });
         let server_stop = life.child_token();
         tasks.spawn(server.run(server_stop.clone(), LAST_WORD * 2));
 
@@ -179,11 +177,12 @@ impl BaseWorker {
         let meter_stop = life.child_token();
         tasks.spawn(meter(desk.clone(), EngineMeter::new(metrics), meter_stop.clone()));
 
-        let client = Client::new(transport.clone());
+        let client = Client::new(transport.clone()).with_membership(membership);
         let topic = Topic::Control(config.region.clone());
         let (directory, directory_task) = Directory::new(transport.clone(), client.clone(), topic);
         let reporter_stop = life.child_token();
         tasks.spawn(directory_task.run(reporter_stop.clone()));
+        tasks.spawn(MembershipTask::new(client.clone(), directory.clone()).run(server_stop.clone()));
         let reporter = HealthReporter::new(reports, client, directory, changes.subscribe());
         let reporter = tasks.spawn(reporter.run(reporter_stop.clone()));
         let (wanting, region) = (desk.clone(), config.region.clone());
@@ -267,7 +266,8 @@ async fn meter(desk: Arc<Desk>, mut meter: EngineMeter, stop: CancellationToken)
 
 /// Where jobs come in.
 struct Desk {
-    may_give_work: Box<dyn Fn(PublicKey) -> bool + Send + Sync>,
+    membership: Membership,
+    region: Region,
     draining: AtomicBool,
     guard: Arc<QuotaGuard>,
     loader: Arc<ModelLoader>,
@@ -306,10 +306,7 @@ impl Desk {
 
     /// Says whether a node has business here.
     fn check(&self, peer: PublicKey) -> Result<(), WireError> {
-        if (self.may_give_work)(peer) {
-            return Ok(());
-        }
-        Err(WireError::new(ErrorCode::NotEnrolled, "this worker takes no work from this node"))
+        Ok(self.membership.admit(peer, NodeRole::Orchestrator, Some(&self.region))?)
     }
 
     /// Checks a job and gives it a place; says why not, before any work is done.
@@ -391,7 +388,7 @@ impl Desk {
     }
 
     /// Returns the topics to be found under: none, once no more work is taken.
-    fn wanted_topics(&self, region: &protocol::Region) -> BTreeSet<Topic> {
+    fn wanted_topics(&self, region: &Region) -> BTreeSet<Topic> {
         if self.draining.load(Ordering::Relaxed) {
             return BTreeSet::new();
         }

@@ -17,7 +17,7 @@ use protocol::signature::NodeKey;
 use protocol::token::{ApiToken, RANDOM_BYTES, TokenKind};
 use protocol::usage::TokenUsage;
 use protocol::{Digest, ErrorCode, Topic, UnixMillis, WireError, codec};
-use rpc::{Interrupted, MemoryNetwork, ReplyStream, Server, StreamCall};
+use rpc::{Interrupted, Membership, MemoryNetwork, ReplyStream, Server, StreamCall};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -88,7 +88,13 @@ fn worker(model: &ModelEntry) -> FleetWorker {
 }
 
 impl Fake {
-    pub(crate) async fn start(network: &MemoryNetwork, tasks: &TaskTracker, stop: &CancellationToken) -> Self {
+    /// Starts fakes with the memberships that they are given by key and role.
+    pub(crate) async fn start_as(
+        network: &MemoryNetwork,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+        admit: impl Fn(&NodeKey, NodeRole) -> Membership,
+    ) -> Self {
         let infer = [Scope::Infer];
         let slow = TenantPolicy { requests_per_minute: Some(2), ..TenantPolicy::default() };
         let picky =
@@ -108,16 +114,24 @@ impl Fake {
             jobs: Arc::default(),
             cancelled: Arc::default(),
         };
-        fake.serve(1, NodeRole::Registry, tasks, stop).await;
-        fake.serve(2, NodeRole::Orchestrator, tasks, stop).await;
+        fake.serve(1, NodeRole::Registry, &admit, tasks, stop).await;
+        fake.serve(2, NodeRole::Orchestrator, &admit, tasks, stop).await;
         fake
     }
 
-    async fn serve(&self, seed: u8, role: NodeRole, tasks: &TaskTracker, stop: &CancellationToken) {
-        let node = self.network.node(&NodeKey::from_seed(&[seed; 32]));
+    async fn serve(
+        &self,
+        seed: u8,
+        role: NodeRole,
+        admit: impl Fn(&NodeKey, NodeRole) -> Membership,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+    ) {
+        let key = NodeKey::from_seed(&[seed; 32]);
+        let node = self.network.node(&key);
         node.announce(&Topic::Control("local".parse().expect("region"))).await.expect("announced");
         let info = NodeInfo { roles: vec![role], region: "local".parse().expect("region"), version: "0".into() };
-        let server = Server::new(node, info);
+        let server = Server::new(node, info).membership(admit(&key, role));
         let server = match role {
             NodeRole::Registry => self.registry(server),
             _ => self.orchestrator(server),

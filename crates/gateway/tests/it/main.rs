@@ -1,5 +1,6 @@
 //! A gateway over real HTTP, before a registry and an orchestrator that do as the prompt says.
 
+mod admission;
 mod answers;
 mod connections;
 mod discovery;
@@ -13,9 +14,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use observability::Metrics;
+use protocol::control::NodeRole;
 use protocol::signature::NodeKey;
 use reqwest::{Method, RequestBuilder, Response};
-use rpc::{MemoryNetwork, SystemClock};
+use rpc::{Membership, MemoryNetwork, SystemClock};
 use serde_json::{Value, json};
 use tether_gateway::{Config, Gateway, GatewayParts};
 use tokio_util::sync::CancellationToken;
@@ -51,14 +53,24 @@ impl Network {
     }
 
     async fn start_with(config: Config) -> Self {
+        Self::start_as(config, Membership::unchecked(), |_, _| Membership::unchecked()).await
+    }
+
+    /// Starts a gateway with a membership, and peers with theirs.
+    async fn start_as(
+        config: Config,
+        membership: Membership,
+        admit: impl Fn(&NodeKey, NodeRole) -> Membership,
+    ) -> Self {
         let network = MemoryNetwork::new();
         let stop = CancellationToken::new();
         let tasks = TaskTracker::new();
-        let fake = Fake::start(&network, &tasks, &stop).await;
+        let fake = Fake::start_as(&network, &tasks, &stop, admit).await;
         let metrics = Metrics::new();
         let parts = GatewayParts {
             transport: network.node(&NodeKey::from_seed(&[9; 32])),
             clock: Arc::new(SystemClock),
+            membership,
             metrics: metrics.clone(),
             version: "1.2.3".into(),
         };

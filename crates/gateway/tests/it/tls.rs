@@ -6,7 +6,7 @@ use axum::body::Body;
 use http_body_util::BodyExt as _;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use protocol::signature::NodeKey;
-use rpc::{MemoryNetwork, SystemClock};
+use rpc::{Membership, MemoryNetwork, SystemClock};
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName};
 use tether_gateway::{Config, Gateway, GatewayError, GatewayParts};
@@ -113,6 +113,7 @@ async fn a_configuration_that_cannot_work_is_refused_at_start() {
         let parts = GatewayParts {
             transport: MemoryNetwork::new().node(&NodeKey::from_seed(&[9; 32])),
             clock: Arc::new(SystemClock),
+            membership: Membership::unchecked(),
             metrics: observability::Metrics::new(),
             version: "0".into(),
         };

@@ -1,5 +1,6 @@
 //! The behaviour every `MetadataStore` has. An implementation is checked by one call of [`conforms`].
 
+pub(crate) mod admission;
 pub(crate) mod catalogue;
 pub(crate) mod concurrency;
 pub(crate) mod jobs;
@@ -49,6 +50,12 @@ macro_rules! conforms {
             catalogue: a_nodes_epoch_grows_by_one_at_each_call,
             catalogue: a_mark_is_raised_and_never_lowered,
             catalogue: a_closed_store_says_so,
+            admission: an_invite_is_found_as_it_was_written,
+            admission: an_invite_is_redeemed_by_one_node_only,
+            admission: a_certificate_has_a_number_greater_than_all_before,
+            admission: a_revoked_node_keeps_its_first_time_and_version,
+            admission: versions_of_the_revocation_list_grow_whatever_the_clock_says,
+            concurrency: of_64_nodes_that_redeem_one_invite_exactly_one_does,
             concurrency: of_64_reservations_of_one_slot_exactly_one_is_made,
             concurrency: of_64_resends_of_one_job_exactly_one_is_new,
             concurrency: of_64_settlements_of_one_job_exactly_one_bills,

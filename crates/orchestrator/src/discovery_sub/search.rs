@@ -187,8 +187,7 @@ impl Search {
         self.lock().now.insert(key);
         let (search, stop) = (self.clone(), stop.clone());
         self.tasks.spawn(async move {
-            let asking = search.client.call::<_, Signed>(key, PRESENCE_DESCRIBE, &Empty {}, ANSWER_WITHIN);
-            let Some(answer) = stop.run_until_cancelled(asking).await else { return };
+            let Some(answer) = stop.run_until_cancelled(search.describe(key)).await else { return };
             let is_worker = match &answer {
                 Ok(signed) => take(key, signed),
                 Err(error) => {
@@ -202,6 +201,15 @@ impl Search {
             search.lock().note(own, key, is_worker, Instant::now());
             drop(permit);
         });
+    }
+
+    /// Asks a node for its report. Whether it may be a worker is known by then.
+    async fn describe(&self, key: PublicKey) -> Result<Signed, CallError> {
+        let report = self.client.call(key, PRESENCE_DESCRIBE, &Empty {}, ANSWER_WITHIN).await?;
+        if self.client.membership().standing(key).is_err() {
+            self.client.meet(key, ANSWER_WITHIN).await?;
+        }
+        Ok(report)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Asked> {

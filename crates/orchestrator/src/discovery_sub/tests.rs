@@ -8,7 +8,7 @@ use protocol::health::{self, CachedModel, Capacity, EXPIRY, HEARTBEAT, HealthRep
 use protocol::model::ModelKey;
 use protocol::signature::NodeKey;
 use protocol::{Digest, Topic, UnixMillis, WireError, codec};
-use rpc::{Client, MemoryNetwork, Server, Transport};
+use rpc::{Client, Membership, MemoryNetwork, Server, Transport};
 use tokio_util::task::TaskTracker;
 
 use super::search::Search;
@@ -57,13 +57,20 @@ impl Scene {
         let metrics = Metrics::new();
         let store = Arc::new(SqliteStore::in_memory().expect("a store"));
         let regions = vec![region()];
-        let discovery =
-            DiscoverySub::new(fleet.clone(), regions.clone(), clock.clone(), store, metrics.clone(), vec![]);
+        let discovery = DiscoverySub::new(
+            fleet.clone(),
+            regions.clone(),
+            clock.clone(),
+            store,
+            metrics.clone(),
+            Membership::unchecked(),
+            vec![],
+        );
         let node = network.node(&NodeKey::from_seed(&[200; 32]));
         let search = Arc::new(Search::new(node.clone(), Client::new(node), fleet.clone(), regions));
         let (discovery, tasks, stop) = (Arc::new(discovery), TaskTracker::new(), CancellationToken::new());
         let taking = discovery.clone();
-        let take = move |key, signed: &Signed| taking.take(key, true, signed).is_ok();
+        let take = move |key, signed: &Signed| taking.take(key, signed).is_ok();
         tasks.spawn(search.clone().run(stop.clone(), take));
         Self { network, clock, fleet, discovery, search, metrics, tasks, stop }
     }
@@ -162,7 +169,7 @@ async fn a_worker_that_reports_is_not_asked() {
     let scene = Scene::new();
     let worker = scene.worker(1, &presence(), |_| {}).await;
     for _ in 0..12 {
-        scene.discovery.take(worker.key.public_key(), true, &worker.sign()).expect("believed");
+        scene.discovery.take(worker.key.public_key(), &worker.sign()).expect("believed");
         time::sleep(HEARTBEAT).await;
     }
     assert!(worker.asked() <= 1, "asked {} times", worker.asked());
@@ -182,7 +189,7 @@ async fn a_worker_is_found_under_the_topics_of_the_models_that_others_serve() {
 async fn a_silent_worker_is_gone_after_fifteen_seconds_and_a_leaving_one_at_once() {
     let scene = Scene::new();
     let worker = scene.worker(1, &presence(), |_| {}).await;
-    scene.discovery.take(worker.key.public_key(), true, &worker.sign()).expect("believed");
+    scene.discovery.take(worker.key.public_key(), &worker.sign()).expect("believed");
     assert_eq!(scene.routable(), 1, "routable with its first report");
     scene.network.cut(worker.key.public_key());
     time::sleep(SECOND / 100 * 1499).await;
@@ -193,9 +200,9 @@ async fn a_silent_worker_is_gone_after_fifteen_seconds_and_a_leaving_one_at_once
     assert_eq!(scene.fleet.len(), 0);
 
     let leaving = scene.worker(2, &Topic::Control(region()), |report| report.draining = report.seq > 0).await;
-    scene.discovery.take(leaving.key.public_key(), true, &leaving.sign()).expect("believed");
+    scene.discovery.take(leaving.key.public_key(), &leaving.sign()).expect("believed");
     assert_eq!(scene.routable(), 1);
-    scene.discovery.take(leaving.key.public_key(), true, &leaving.sign()).expect("believed");
+    scene.discovery.take(leaving.key.public_key(), &leaving.sign()).expect("believed");
     assert_eq!((scene.routable(), scene.fleet.len()), (0, 0));
     assert_eq!(scene.metrics.workers_live.get(), 0);
 }
@@ -238,7 +245,7 @@ async fn a_worker_that_refuses_is_no_worker_until_it_reports_by_itself() {
     assert_eq!(scene.routable(), 0);
     let worker =
         Worker { key, node, clock: scene.clock.clone(), seq: Arc::default(), asked: Arc::default(), change: |_| {} };
-    scene.discovery.take(worker.key.public_key(), true, &worker.sign()).expect("believed");
+    scene.discovery.take(worker.key.public_key(), &worker.sign()).expect("believed");
     scene.search.greet(worker.node.public_key());
     assert_eq!(scene.routable(), 1);
 }

@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use async_trait::async_trait;
 use metadata_store::{
-    FinaliseError, Finalised, JobKey, JobRecord, JobState, MetadataStore, NewJob, PutModelError, PutTokenError,
-    ReassignError, Reassignment, ReserveError, Reserved, Settlement, SqliteStore, StoreError, TerminalState,
-    TokenRecord, UsageCursor, UsageRecord,
+    FinaliseError, Finalised, InviteRecord, JobKey, JobRecord, JobState, MetadataStore, NewCertificate, NewJob,
+    NodeRecord, PutInviteError, PutModelError, PutTokenError, ReassignError, Reassignment, Redemption, ReserveError,
+    Reserved, Revocation, Settlement, SqliteStore, StoreError, TerminalState, TokenRecord, UsageCursor, UsageRecord,
 };
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
-use protocol::{CorrelationId, PublicKey, TenantId, UnixMillis, WorkerId};
+use protocol::{CorrelationId, InviteId, PublicKey, TenantId, UnixMillis, WorkerId};
 use tether_orchestrator::Config;
 
 use crate::stand::{Manner, stand_on};
@@ -52,6 +52,14 @@ impl MetadataStore for BusyStore {
     async fn put_model(&self, entry: ModelEntry) -> Result<(), PutModelError> { self.store.put_model(entry).await }
     async fn models(&self) -> Result<Vec<ModelEntry>, StoreError> { self.store.models().await }
     async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError> { self.store.remove_model(key).await }
+    async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError> { self.store.put_invite(invite).await }
+    async fn invite(&self, id: InviteId) -> Result<Option<InviteRecord>, StoreError> { self.store.invite(id).await }
+    async fn redeem_invite(&self, id: InviteId, node: PublicKey, now: UnixMillis) -> Result<Redemption, StoreError> { self.store.redeem_invite(id, node, now).await }
+    async fn put_certificate(&self, certificate: NewCertificate) -> Result<u64, StoreError> { self.store.put_certificate(certificate).await }
+    async fn node(&self, key: PublicKey) -> Result<Option<NodeRecord>, StoreError> { self.store.node(key).await }
+    async fn nodes(&self) -> Result<Vec<NodeRecord>, StoreError> { self.store.nodes().await }
+    async fn revoke_node(&self, key: PublicKey, now: UnixMillis) -> Result<u64, StoreError> { self.store.revoke_node(key, now).await }
+    async fn revocations(&self) -> Result<Vec<Revocation>, StoreError> { self.store.revocations().await }
     async fn next_epoch(&self, node: PublicKey) -> Result<u64, StoreError> { self.store.next_epoch(node).await }
     async fn high_water(&self, worker: WorkerId) -> Result<Option<HighWater>, StoreError> { self.store.high_water(worker).await }
     async fn high_waters(&self) -> Result<Vec<(WorkerId, HighWater)>, StoreError> { self.store.high_waters().await }

@@ -4,10 +4,10 @@ use std::time::Duration;
 use metadata_store::{JobState, TerminalState};
 use protocol::ErrorCode;
 use protocol::policy::TenantPolicy;
-use rpc::{CallError, Client};
+use rpc::CallError;
 use tether_orchestrator::Config;
 
-use crate::stand::{Manner, STRANGER, key, stand, submit};
+use crate::stand::{Manner, stand};
 
 #[tokio::test]
 async fn an_answer_arrives_whole_and_is_billed_once() {
@@ -142,16 +142,6 @@ async fn a_tenants_rules_are_applied_before_anything_is_written() {
     let third = stand.answer(&stand.job()).await.expect_err("the third");
     assert_eq!(third.code, ErrorCode::RateLimitExceeded);
     assert!(third.retry_after_ms.is_some());
-}
-
-#[tokio::test]
-async fn a_node_that_is_not_enrolled_can_submit_nothing() {
-    let stand = stand(Config::default()).await;
-    let worker = stand.worker(1, Manner::Answer(1)).await;
-    let stranger = Client::new(stand.network.node(&key(STRANGER)));
-    let refused = submit(&stranger, stand.orchestrator, &stand.job()).await.err();
-    assert!(matches!(&refused, Some(CallError::Remote(error)) if error.code == ErrorCode::NotEnrolled), "{refused:?}");
-    assert_eq!(worker.jobs_seen(), 0);
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@ use protocol::health::{EXPIRY, KIND, REPORT_BYTES_MAX};
 use protocol::signature::Signed;
 use tether_orchestrator::Config;
 
-use crate::stand::{Manner, STRANGER, stand};
+use crate::stand::{Manner, stand};
 
 #[tokio::test]
 async fn replayed_forged_stale_and_unbound_reports_are_dropped_and_counted_by_reason() {
@@ -48,26 +48,6 @@ async fn replayed_forged_stale_and_unbound_reports_are_dropped_and_counted_by_re
         assert!(text.contains(&line), "{line}\n{text}");
     }
     assert!(stand.fleet().await.workers.iter().all(|worker| worker.report.capacity.slots == 4));
-}
-
-#[tokio::test]
-async fn a_worker_that_is_not_enrolled_gets_no_job() {
-    let stand = stand(Config::default()).await;
-    let stranger = crate::stand::key(STRANGER);
-    let client = rpc::Client::new(stand.network.node(&stranger));
-    let friend = stand.worker(1, Manner::Answer(1)).await;
-    let report = friend.report_body(|report| {
-        report.worker_id = stranger.public_key();
-        report.pub_key = stranger.public_key();
-    });
-    let signed =
-        stranger.sign(protocol::health::KIND, String::from_utf8(protocol::codec::encode(&report)).expect("JSON"));
-    let method = protocol::control::PRESENCE_REPORT;
-    let seconds = std::time::Duration::from_secs(5);
-    let refused = client.call::<_, protocol::control::Empty>(stand.orchestrator, method, &signed, seconds).await;
-    refused.expect_err("not enrolled");
-    assert!(stand.metrics.encode().contains("tether_presence_rejected_total{reason=\"not_enrolled\"} 1"));
-    assert_eq!(stand.fleet().await.workers.len(), 1);
 }
 
 #[tokio::test]

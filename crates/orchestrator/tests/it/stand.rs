@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use metadata_store::{JobRecord, MetadataStore, SqliteStore, UsageCursor, UsageRecord};
 use observability::Metrics;
+use protocol::admission::{Certificate, RevocationList};
 use protocol::control::{
-    Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeInfo, NodeRole, POLICY_GET, PRESENCE_REPORT,
-    PolicyRequest,
+    Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeInfo, NodeRole, POLICY_GET, POOL_STATE,
+    PRESENCE_REPORT, PolicyRequest, PoolState, PoolStateRequest,
 };
 use protocol::health::{self, CachedModel, Capacity, EXPIRY, HealthReport, ModelState};
 use protocol::infer::{FinishReason, InferChunk, InferRequest, Payload, START, SUBMIT};
@@ -16,8 +17,8 @@ use protocol::model::ModelKey;
 use protocol::policy::TenantPolicy;
 use protocol::signature::{NodeKey, Signed};
 use protocol::usage::TokenUsage;
-use protocol::{Clock, CorrelationId, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
-use rpc::{AnswerStream, CallError, Client, MemoryNetwork, Server, StreamCall, StreamOptions, SystemClock};
+use protocol::{Clock, CorrelationId, Digest, ErrorCode, PublicKey, Region, Topic, UnixMillis, WireError, codec};
+use rpc::{AnswerStream, CallError, Client, Membership, MemoryNetwork, Server, StreamCall, StreamOptions, SystemClock};
 use tether_orchestrator::{Config, Orchestrator, OrchestratorParts};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -42,6 +43,9 @@ pub(crate) enum Manner {
 
 pub(crate) struct Stand {
     pub(crate) network: MemoryNetwork,
+    pub(crate) membership: Membership,
+    /// What the registry tells of the expelled.
+    pub(crate) list: Arc<Mutex<Signed>>,
     pub(crate) store: Arc<dyn MetadataStore>,
     pub(crate) metrics: Metrics,
     pub(crate) orchestrator: PublicKey,
@@ -77,8 +81,41 @@ pub(crate) fn key(number: u8) -> NodeKey {
     NodeKey::from_seed(&[number; 32])
 }
 
-/// The one node that is on nobody's list.
-pub(crate) const STRANGER: u8 = 66;
+/// The root of the pool.
+pub(crate) fn root() -> NodeKey {
+    key(250)
+}
+
+/// A certificate of the pool for a node of a number.
+pub(crate) fn certificate(number: u8, role: NodeRole) -> Certificate {
+    let now = SystemClock.now();
+    Certificate {
+        v: protocol::admission::certificate::VERSION,
+        serial: 1,
+        pool: root().public_key(),
+        public_key: key(number).public_key(),
+        roles: vec![role],
+        regions: vec![],
+        models: vec![],
+        not_before: UnixMillis(now.0 - 60_000),
+        not_after: now.after(Duration::from_hours(1)),
+    }
+}
+
+/// The membership of whoever has this certificate.
+pub(crate) fn membership(certificate: &Certificate) -> Membership {
+    let (pool, signed) = (root().public_key(), certificate.sign(&root()));
+    Membership::new(pool, certificate.public_key, signed, Arc::new(SystemClock)).expect("a good certificate")
+}
+
+fn member(number: u8, role: NodeRole) -> Membership {
+    membership(&certificate(number, role))
+}
+
+fn list(version: u64, keys: &[PublicKey]) -> Signed {
+    let keys = keys.iter().copied().collect();
+    RevocationList { version, keys, ..RevocationList::empty(root().public_key()) }.sign(&root())
+}
 
 pub(crate) async fn stand(config: Config) -> Stand {
     stand_on(Arc::new(SqliteStore::in_memory().expect("a store")), config).await
@@ -92,39 +129,72 @@ pub(crate) async fn stand_on(store: Arc<dyn MetadataStore>, config: Config) -> S
 
     let registry = network.node(&key(200));
     registry.announce(&Topic::Control(region())).await.expect("announced");
-    let rules = policy.clone();
-    let server = Server::new(registry, info(NodeRole::Registry)).unary(POLICY_GET, move |_, _: PolicyRequest| {
-        let policy = rules.lock().expect("not poisoned").clone();
-        async move { Ok(policy) }
-    });
+    let (rules, revoked) = (policy.clone(), Arc::new(Mutex::new(list(0, &[]))));
+    let told = revoked.clone();
+    let server = Server::new(registry, info(NodeRole::Registry))
+        .membership(member(200, NodeRole::Registry))
+        .unary(POLICY_GET, move |_, _: PolicyRequest| {
+            let policy = rules.lock().expect("not poisoned").clone();
+            async move { Ok(policy) }
+        })
+        .unary(POOL_STATE, move |_, request: PoolStateRequest| {
+            let list = told.lock().expect("not poisoned").clone();
+            let version = RevocationList::verify(&list, root().public_key()).expect("a good list").version;
+            async move { Ok(PoolState { version, revocations: (version != request.version).then_some(list) }) }
+        });
     tasks.spawn(server.run(CancellationToken::new(), Duration::ZERO));
 
     let transport = network.node(&key(201));
     let orchestrator = transport.public_key();
-    let stranger = key(STRANGER).public_key();
+    let membership = member(201, NodeRole::Orchestrator);
     let parts = OrchestratorParts {
         transport,
         region: region(),
         clock: Arc::new(SystemClock),
         store: store.clone(),
         metrics: metrics.clone(),
-        enrolled: Arc::new(move |key| key != stranger),
+        membership: membership.clone(),
         version: "0".into(),
     };
     tasks.spawn(async move { Orchestrator::run(config, parts, CancellationToken::new()).await.expect("runs") });
-    let gateway = Client::new(network.node(&key(202)));
-    Stand { network, store, metrics, orchestrator, gateway, policy, tasks, jobs: AtomicU64::new(1) }
+    let gateway = Client::new(network.node(&key(202))).with_membership(member(202, NodeRole::Gateway));
+    Stand {
+        network,
+        membership,
+        list: revoked,
+        store,
+        metrics,
+        orchestrator,
+        gateway,
+        policy,
+        tasks,
+        jobs: AtomicU64::new(1),
+    }
 }
 
 impl Stand {
     /// Adds a worker and waits until the orchestrator has its report.
     pub(crate) async fn worker(&self, number: u8, manner: Manner) -> Worker {
+        let worker = self.certified_worker(&certificate(number, NodeRole::Worker), manner, number);
+        worker.report(self, |_| {}).await.expect("believed");
+        worker
+    }
+
+    /// Expels a node, as the registry would.
+    pub(crate) fn revoke(&self, node: PublicKey) {
+        *self.list.lock().expect("not poisoned") = list(1, &[node]);
+    }
+
+    /// Adds a worker that has this certificate and has not reported.
+    pub(crate) fn certified_worker(&self, certificate: &Certificate, manner: Manner, number: u8) -> Worker {
+        let membership = membership(certificate);
         let key = key(number);
         let transport = self.network.node(&key);
         let manner = Arc::new(Mutex::new(manner));
         let seen = Arc::new(AtomicUsize::new(0));
         let cancelled = Arc::new(Notify::new());
-        let server = Server::new(transport.clone(), info(NodeRole::Worker)).stream(START, {
+        let server = Server::new(transport.clone(), info(NodeRole::Worker)).membership(membership.clone());
+        let server = server.stream(START, {
             let (manner, seen, cancelled, store) =
                 (manner.clone(), seen.clone(), cancelled.clone(), self.store.clone());
             move |call| {
@@ -134,9 +204,8 @@ impl Stand {
             }
         });
         self.tasks.spawn(server.run(CancellationToken::new(), Duration::ZERO));
-        let worker = Worker { key, client: Client::new(transport), manner, seen, cancelled, seq: AtomicU64::new(0) };
-        worker.report(self, |_| {}).await.expect("believed");
-        worker
+        let client = Client::new(transport).with_membership(membership);
+        Worker { key, client, manner, seen, cancelled, seq: AtomicU64::new(0) }
     }
 
     /// Adds two workers. Equal scores go to the lowest id, so the first of them is asked first.

@@ -1,4 +1,6 @@
-//! The registry as gateways and orchestrators see it.
+//! The registry as other nodes see it.
+
+mod admission;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,17 +8,17 @@ use std::time::Duration;
 
 use metadata_store::{MetadataStore, SqliteStore, StoreOptions};
 use protocol::control::{
-    CATALOG_LIST, Catalog, Empty, POLICY_GET, PolicyRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST,
+    CATALOG_LIST, Catalog, Empty, NodeRole, POLICY_GET, PolicyRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST,
     TOKEN_REVOKE, TokenCheck, TokenCreate, TokenCreated, TokenGrant, TokenList, TokenRevoke, TokenRevoked,
 };
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::signature::NodeKey;
 use protocol::{Clock, Digest, ErrorCode, PublicKey, TenantId, UnixMillis, WireError};
-use rpc::{CallError, Client, MemoryNetwork};
+use rpc::{CallError, Client, Membership, MemoryNetwork};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tether_registry::{Pepper, Registry, RegistryParts, TokenOffice, catalog};
+use tether_registry::{AdmissionOffice, AdmissionParts, Grant, Pepper, Registry, RegistryParts, TokenOffice, catalog};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -29,39 +31,48 @@ impl Clock for SetClock {
 }
 
 struct Desk {
+    network: MemoryNetwork,
     client: Client,
     stranger: Client,
     registry: PublicKey,
     office: TokenOffice,
+    admission: AdmissionOffice,
     store: Arc<dyn MetadataStore>,
     clock: Arc<SetClock>,
     folder: tempfile::TempDir,
     _tasks: TaskTracker,
 }
 
-fn desk() -> Desk {
+async fn desk() -> Desk {
     let folder = tempfile::tempdir().expect("a folder");
     let store = SqliteStore::open(folder.path().join("registry.db"), StoreOptions::default()).expect("opened");
     let store: Arc<dyn MetadataStore> = Arc::new(store);
     let clock = Arc::new(SetClock(AtomicU64::new(1_000_000)));
     let network = MemoryNetwork::new();
     let gateway = NodeKey::from_seed(&[2; 32]);
-    let friend = gateway.public_key();
     let transport = network.node(&NodeKey::from_seed(&[1; 32]));
     let registry = transport.public_key();
+    let root = NodeKey::from_seed(&[100; 32]);
+    let parts = AdmissionParts::new(root, store.clone(), clock.clone(), Pepper([9; 32]), registry);
+    let admission = AdmissionOffice::new(AdmissionParts { bootstrap: vec!["192.0.2.1:49737".into()], ..parts });
+    let certificate = admission.certify(gateway.public_key(), Grant::of(NodeRole::Gateway, "gateway")).await;
+    let certificate = certificate.expect("issued");
+    let member = Membership::new(admission.pool(), gateway.public_key(), certificate, clock.clone()).expect("good");
     let parts = RegistryParts {
         transport,
         region: "local".parse().expect("region"),
         clock: clock.clone(),
         store: store.clone(),
         pepper: Pepper([9; 32]),
-        enrolled: Arc::new(move |key| key == friend),
+        admission: admission.clone(),
         version: "0".into(),
     };
     let tasks = TaskTracker::new();
-    tasks.spawn(Registry::run(parts, CancellationToken::new()));
+    tasks.spawn(async move { Registry::run(parts, CancellationToken::new()).await.expect("runs") });
     Desk {
-        client: Client::new(network.node(&gateway)),
+        client: Client::new(network.node(&gateway)).with_membership(member),
+        network: network.clone(),
+        admission,
         stranger: Client::new(network.node(&NodeKey::from_seed(&[3; 32]))),
         registry,
         office: TokenOffice::new(store.clone(), clock.clone(), Pepper([9; 32])),
@@ -97,7 +108,7 @@ fn is_refused(outcome: &Result<TokenGrant, CallError>) -> bool {
 
 #[tokio::test]
 async fn an_issued_token_is_good_for_its_tenant_and_scopes() {
-    let desk = desk();
+    let desk = desk().await;
     let policy = TenantPolicy { requests_per_minute: Some(7), ..TenantPolicy::default() };
     desk.store.put_policy(&tenant(), &policy).await.expect("kept");
     let token = desk.office.issue(new_token(None)).await.expect("issued");
@@ -110,7 +121,7 @@ async fn an_issued_token_is_good_for_its_tenant_and_scopes() {
 
 #[tokio::test]
 async fn the_store_never_holds_the_secret() {
-    let desk = desk();
+    let desk = desk().await;
     let token = desk.office.issue(new_token(None)).await.expect("issued");
     desk.store.close().await.expect("closed");
     for file in std::fs::read_dir(desk.folder.path()).expect("a folder") {
@@ -122,7 +133,7 @@ async fn the_store_never_holds_the_secret() {
 
 #[tokio::test]
 async fn a_wrong_a_revoked_and_an_expired_token_are_refused_alike() {
-    let desk = desk();
+    let desk = desk().await;
     let now = desk.clock.now();
     let revoked = desk.office.issue(new_token(None)).await.expect("issued");
     assert!(desk.office.revoke(&revoked.key_id).await.expect("revoked").found);
@@ -145,7 +156,7 @@ async fn a_wrong_a_revoked_and_an_expired_token_are_refused_alike() {
 
 #[tokio::test]
 async fn a_model_version_never_changes_its_artifact() {
-    let desk = desk();
+    let desk = desk().await;
     let entry = |digest| ModelEntry {
         key: ModelKey { model_id: "m".parse().expect("name"), version: "1.0".parse().expect("version") },
         digest: Digest([digest; 32]),
@@ -163,7 +174,7 @@ async fn a_model_version_never_changes_its_artifact() {
 
 #[tokio::test]
 async fn a_node_that_is_not_enrolled_learns_nothing() {
-    let desk = desk();
+    let desk = desk().await;
     let token = desk.office.issue(new_token(None)).await.expect("issued");
     let check = TokenCheck { token: token.token };
     let rules = PolicyRequest { tenant_id: tenant() };
@@ -183,7 +194,7 @@ async fn a_node_that_is_not_enrolled_learns_nothing() {
 
 #[tokio::test]
 async fn tokens_are_issued_listed_and_revoked_over_the_network() {
-    let desk = desk();
+    let desk = desk().await;
     let new = TokenCreate { requests_per_minute: Some(9), ..new_token(None) };
     let created: TokenCreated = desk.ask(TOKEN_CREATE, &new).await.expect("issued");
     let grant = desk.check(&created.token).await.expect("good");

@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use super::CallError;
+use super::introduction::Introduction;
 use crate::backoff;
 use crate::transport::{Connection, RequestError, Transport};
 
@@ -83,6 +84,8 @@ impl Doubt {
 /// An open connection, and whether its peer is still believed to be there.
 pub(super) struct Link {
     connection: Arc<dyn Connection>,
+    /// What was said first in it.
+    pub(super) introduction: Introduction,
     doubt: Doubt,
     /// Held by the one who asks the peer.
     asking: tokio::sync::Mutex<()>,
@@ -197,9 +200,19 @@ impl Links {
         drop(guard);
         let dial = Dial { transport: self.transport.clone(), peer, peers: self.peers.clone(), told };
         let dial = dial.run(self.connect_within);
-        let stop = self.stop.clone();
-        self.tasks.spawn(async move { stop.run_until_cancelled(dial).await });
+        self.spawn(dial);
         Ok(opening)
+    }
+
+    /// Returns this node's key.
+    pub(super) fn public_key(&self) -> PublicKey {
+        self.transport.public_key()
+    }
+
+    /// Has some work done as long as anybody holds the client.
+    pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move { stop.run_until_cancelled(work).await });
     }
 
     pub(super) fn forgive(&self, peer: PublicKey) {
@@ -256,7 +269,8 @@ impl Dial {
         self.told.send_replace(match outcome {
             Ok(connection) => {
                 let (doubt, asking) = (Doubt::default(), tokio::sync::Mutex::default());
-                Opening::Open(Arc::new(Link { connection, doubt, asking }))
+                let introduction = Introduction::default();
+                Opening::Open(Arc::new(Link { connection, introduction, doubt, asking }))
             }
             Err(error) => Opening::Failed(error),
         });

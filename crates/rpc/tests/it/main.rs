@@ -3,6 +3,7 @@
 mod calls;
 mod connections;
 mod limits;
+mod membership;
 mod streams;
 
 use std::sync::Arc;

@@ -8,7 +8,7 @@ use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, codec};
 use rpc::CallError;
 use rpc::stream::{Frame, WINDOW};
-use tether_worker::{BaseWorker, Config};
+use tether_worker::Config;
 use tokio::time::{self, Instant};
 
 use crate::{SECOND, Scene, config, next, of_tenant, read, request, slow, text, uuid};
@@ -73,13 +73,6 @@ async fn each_refusal_has_its_code_and_names_the_field_at_fault() {
     // None of them holds a place.
     time::sleep(SECOND).await;
     assert_eq!(scene.orchestrator.last().capacity.running, 0);
-}
-
-#[tokio::test(start_paused = true)]
-async fn work_is_taken_only_from_those_who_may_give_it() {
-    let nobody = |worker: BaseWorker| worker.take_work_from(|_| false);
-    let scene = Scene::build(config(), MockOptions::default(), |_| {}, |runtime| runtime, nobody).await;
-    assert_eq!(scene.refusal(&request()).await.code, ErrorCode::NotEnrolled);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,5 +1,6 @@
 //! A worker with a mock engine, on a network in memory, seen by an orchestrator that only listens.
 
+mod admission;
 mod jobs;
 mod models;
 mod reports;
@@ -21,7 +22,7 @@ use protocol::model::ModelKey;
 use protocol::presence::{self, Facts, HighWater, Rejection};
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, CorrelationId, Digest, PublicKey, Region, Topic, UnixMillis, WireError, codec};
-use rpc::{AnswerStream, CallError, Client, MemoryNetwork, Server, StreamOptions, Transport};
+use rpc::{AnswerStream, CallError, Client, Membership, MemoryNetwork, Server, StreamOptions, Transport};
 use tempfile::TempDir;
 use tether_worker::{BaseWorker, Config, ServedModel, WorkerHandle, WorkerParts};
 use tokio::time::{self, Instant};
@@ -70,8 +71,13 @@ impl Orchestrator {
         let server = Server::new(transport.clone(), info).unary(PRESENCE_REPORT, move |caller, signed: Signed| {
             let mut inbox = taking.lock().expect("no test panics in here");
             let high_water = inbox.high_water.get(&caller.key).copied();
-            let facts =
-                Facts { remote_key: caller.key, regions: &[region()], enrolled: true, high_water, now: clock.now() };
+            let facts = Facts {
+                remote_key: caller.key,
+                regions: &[region()],
+                admitted: &|_| Ok(()),
+                high_water,
+                now: clock.now(),
+            };
             let report = presence::admit(&signed, &facts);
             if let Ok(report) = &report {
                 inbox.high_water.insert(caller.key, HighWater { epoch: report.epoch, seq: report.seq });
@@ -148,7 +154,7 @@ fn slow() -> MockOptions {
 
 impl Scene {
     async fn new(config: Config, mock: MockOptions) -> Self {
-        Self::build(config, mock, |_| {}, |runtime| runtime, |worker| worker).await
+        Self::build(config, mock, |_| {}, |runtime| runtime, |_| Membership::unchecked()).await
     }
 
     /// Sets the scene and waits until the worker is ready.
@@ -165,7 +171,7 @@ impl Scene {
         mock: MockOptions,
         prepare: impl FnOnce(&World),
         wrap: impl FnOnce(Arc<MockRuntime>) -> Arc<dyn ModelRuntime>,
-        change: impl FnOnce(BaseWorker) -> BaseWorker,
+        admit: impl FnOnce(&World) -> Membership,
     ) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let artifacts = ArtifactStore::in_folder(folder.path()).expect("a store");
@@ -191,9 +197,10 @@ impl Scene {
             runtime: wrap(runtime.clone()),
             artifacts,
             metrics: metrics.clone(),
+            membership: admit(&world),
             version: "0".into(),
         };
-        let worker = change(BaseWorker::new(config, parts));
+        let worker = BaseWorker::new(config, parts);
         let handle = worker.handle();
         let stop = CancellationToken::new();
         let running = world.tasks.spawn(worker.run(stop.clone()));

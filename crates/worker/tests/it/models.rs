@@ -10,6 +10,7 @@ use engine::{
 use protocol::ErrorCode;
 use protocol::health::ModelState;
 use rpc::CallError;
+use rpc::Membership;
 use tether_worker::{Config, NotReady};
 use tokio::time;
 
@@ -107,7 +108,9 @@ async fn an_engine_that_fails_three_jobs_in_a_row_is_replaced() {
 
 #[tokio::test(start_paused = true)]
 async fn a_tampered_artifact_never_loads() {
-    let scene = Scene::build(config(), MockOptions::default(), Scene::tamper, |runtime| runtime, |worker| worker).await;
+    let scene =
+        Scene::build(config(), MockOptions::default(), Scene::tamper, |runtime| runtime, |_| Membership::unchecked())
+            .await;
     let not_ready = scene.handle.ready().await.expect_err("it must not load");
     assert!(matches!(&not_ready, NotReady::LoadFailed { model, .. } if *model == key()), "{not_ready}");
     time::sleep(SECOND * 120).await;
@@ -121,7 +124,9 @@ async fn a_tampered_artifact_never_loads() {
 
 #[tokio::test(start_paused = true)]
 async fn an_artifact_that_is_put_back_is_loaded_without_a_restart() {
-    let scene = Scene::build(config(), MockOptions::default(), Scene::tamper, |runtime| runtime, |worker| worker).await;
+    let scene =
+        Scene::build(config(), MockOptions::default(), Scene::tamper, |runtime| runtime, |_| Membership::unchecked())
+            .await;
     scene.handle.ready().await.expect_err("it must not load");
     let store = artifact_store::ArtifactStore::in_folder(scene.world.folder.path()).expect("the store");
     store.put(crate::MODEL_BYTES, 1024).expect("put");
@@ -132,7 +137,7 @@ async fn an_artifact_that_is_put_back_is_loaded_without_a_restart() {
 #[tokio::test(start_paused = true)]
 async fn an_engine_whose_answer_just_stops_fails_the_job() {
     let mute = |runtime| Arc::new(Mute(runtime)) as Arc<dyn ModelRuntime>;
-    let scene = Scene::build(config(), MockOptions::default(), |_| {}, mute, |worker| worker).await;
+    let scene = Scene::build(config(), MockOptions::default(), |_| {}, mute, |_| Membership::unchecked()).await;
     scene.handle.ready().await.expect("the model loads");
     let (chunks, error) = read(scene.open(&request()).await.expect("accepted")).await;
     assert_eq!(chunks, []);

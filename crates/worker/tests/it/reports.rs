@@ -5,8 +5,7 @@ use protocol::control::{Empty, PRESENCE_DESCRIBE};
 use protocol::health::{EXPIRY, ModelState};
 use protocol::presence::{self, Facts, HighWater};
 use protocol::signature::Signed;
-use protocol::{Clock as _, ErrorCode, Topic};
-use rpc::CallError;
+use protocol::{Clock as _, Topic};
 use tether_worker::Config;
 use tokio::time;
 
@@ -54,22 +53,12 @@ async fn an_orchestrator_that_asks_gets_a_report_of_the_present() {
     let before = scene.orchestrator.last();
     let high_water = Some(HighWater { epoch: before.epoch, seq: before.seq });
     let now = scene.world.clock.now();
-    let facts = Facts { remote_key: id, regions: &[region()], enrolled: true, high_water, now };
+    let facts = Facts { remote_key: id, regions: &[region()], admitted: &|_| Ok(()), high_water, now };
     let report = presence::admit(&signed, &facts).expect("believed");
     assert_eq!((report.capacity.running, report.issued_at), (1, now));
     // What is pushed afterwards is later than what was told.
     time::sleep(SECOND * 6).await;
     assert!(scene.orchestrator.last().seq > report.seq);
-}
-
-#[tokio::test(start_paused = true)]
-async fn who_may_give_no_work_is_told_nothing() {
-    let none = |worker: tether_worker::BaseWorker| worker.take_work_from(|_| false);
-    let scene = Scene::build(config(), MockOptions::default(), |_| {}, |runtime| runtime, none).await;
-    time::sleep(SECOND).await;
-    let id = scene.handle.worker_id();
-    let asked = scene.orchestrator.client.call::<_, Signed>(id, PRESENCE_DESCRIBE, &Empty {}, SECOND).await;
-    assert!(matches!(asked, Err(CallError::Remote(error)) if error.code == ErrorCode::NotEnrolled));
 }
 
 #[tokio::test(start_paused = true)]

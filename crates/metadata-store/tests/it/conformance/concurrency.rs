@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use protocol::WorkerId;
 use tether_metadata_store::{
-    Finalised, JobKey, MetadataStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved, Settlement,
-    UsageCursor,
+    Finalised, JobKey, MetadataStore, NewJob, ReassignError, Reassignment, Redemption, ReserveError, Reserved,
+    Settlement, UsageCursor,
 };
 use tokio::task::JoinSet;
 
 use super::Subject;
-use super::samples::{job, key, reassignment, settlement, tenant, worker};
+use super::admission::{ID, invite};
+use super::samples::{NOW, job, key, reassignment, settlement, tenant, worker};
 
 const CLIENTS: u128 = 64;
 
@@ -42,6 +43,16 @@ pub(crate) async fn of_64_settlements_of_one_job_exactly_one_bills(subject: Subj
         at_once(&subject, |store, _| async move { store.finalise(settlement(1)).await.expect("is no error") }).await;
     assert_eq!(outcomes.iter().filter(|outcome| **outcome == Finalised::Settled).count(), 1);
     assert_eq!(subject.store.usage(&tenant("acme"), UsageCursor::default(), 10).await.expect("reads").len(), 1);
+}
+
+pub(crate) async fn of_64_nodes_that_redeem_one_invite_exactly_one_does(subject: Subject) {
+    subject.store.put_invite(invite()).await.expect("is added");
+    let outcomes = at_once(&subject, |store, number| async move {
+        store.redeem_invite(ID, worker(number as u8), NOW).await.expect("is no error")
+    })
+    .await;
+    assert_eq!(outcomes.iter().filter(|outcome| **outcome == Redemption::Done).count(), 1);
+    assert_eq!(outcomes.iter().filter(|outcome| **outcome == Redemption::Used).count(), 63);
 }
 
 /// Has all clients act at once.

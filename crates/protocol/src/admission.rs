@@ -1,0 +1,68 @@
+//! Who belongs to a pool: certificates, revocations and invites, all vouched for by the pool's root key.
+//!
+//! Every check is a pure function of the bytes and the present; `rpc::Membership` keeps what was checked.
+
+pub mod certificate;
+pub mod invite;
+pub mod revocation;
+
+use std::time::Duration;
+
+pub use certificate::{Certificate, CertificateError};
+pub use invite::{Invite, InviteSecret, MalformedInvite};
+pub use revocation::{RevocationError, RevocationList};
+
+use crate::error_code::{ErrorCode, WireError};
+pub use crate::id::InviteId;
+
+/// How long a certificate is good for; its node renews it at half of that.
+pub const CERTIFICATE_LIFE: Duration = Duration::from_hours(30 * 24);
+/// How long an invite is good for.
+pub const INVITE_LIFE: Duration = Duration::from_hours(24);
+/// How often a node asks its registry for the pool's state.
+pub const STATE_EVERY: Duration = Duration::from_secs(2);
+/// A certificate begins this much before it is issued, for nodes whose clock is behind.
+pub const BACKDATE: Duration = Duration::from_mins(1);
+
+/// Why a node is kept from doing something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum Exclusion {
+    /// It has shown no certificate of the pool.
+    #[error("this node is not enrolled in the network")]
+    NotEnrolled,
+    /// Its certificate has ended.
+    #[error("this node's certificate has ended, join again with a new invite")]
+    Ended,
+    /// It was expelled.
+    #[error("this node was revoked; to come back it needs a new key and a new invite")]
+    Revoked,
+    /// Its certificate is for other roles.
+    #[error("this node's certificate is for another role")]
+    Role,
+    /// Its certificate is for other regions.
+    #[error("this node's certificate is for other regions")]
+    Region,
+}
+
+impl Exclusion {
+    /// Returns the label it is counted under.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::NotEnrolled => "not_enrolled",
+            Self::Ended => "certificate_ended",
+            Self::Revoked => "revoked",
+            Self::Role => "role",
+            Self::Region => "certificate_region",
+        }
+    }
+}
+
+impl From<Exclusion> for WireError {
+    fn from(exclusion: Exclusion) -> Self {
+        let code = match exclusion {
+            Exclusion::Revoked => ErrorCode::NodeRevoked,
+            Exclusion::NotEnrolled | Exclusion::Ended | Exclusion::Role | Exclusion::Region => ErrorCode::NotEnrolled,
+        };
+        Self::new(code, exclusion.to_string())
+    }
+}

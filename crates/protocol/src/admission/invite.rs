@@ -1,0 +1,391 @@
+//! Invites: `tth_join_<everything a node needs to join, in base32><checksum>`, on one line, for one node.
+//!
+//! The bytes inside: a version, the pool, the registry's key, the invite's id, its secret, its end, what it allows, and
+//! addresses where the network's nodes can be found. The checksum catches typing errors; it is no protection. What an
+//! invite allows is decided by the registry's record of it: the text only tells the joining node what to expect.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::certificate::Certificate;
+use crate::clock::UnixMillis;
+use crate::control::NodeRole;
+use crate::id::{InviteId, PublicKey, Region};
+
+/// What every invite begins with.
+pub const PREFIX: &str = "tth_join_";
+/// Bytes of an invite's secret.
+pub const SECRET_BYTES: usize = 24;
+/// The longest invite read, in characters.
+pub const INVITE_LENGTH_MAX: usize = 8 * 1024;
+/// Addresses an invite names at most.
+pub const BOOTSTRAP_MAX: usize = 16;
+/// Regions an invite names at most.
+pub const REGIONS_MAX: usize = 16;
+
+const VERSION: u8 = 1;
+const ROLES: [NodeRole; 4] = [NodeRole::Gateway, NodeRole::Orchestrator, NodeRole::Registry, NodeRole::Worker];
+const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+const ADDRESS_BYTES_MAX: usize = 128;
+
+/// What proves an invite. `Debug` keeps it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct InviteSecret(pub [u8; SECRET_BYTES]);
+
+/// A way into a pool, for one node. `Display` writes the whole of it; `Debug` keeps the secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Invite {
+    /// The pool: its root's public key.
+    pub pool: PublicKey,
+    /// The registry that redeems it.
+    pub registry: PublicKey,
+    /// Its public name.
+    pub id: InviteId,
+    /// What proves it.
+    pub secret: InviteSecret,
+    /// When it ends.
+    pub expires_at: UnixMillis,
+    /// What the node may become.
+    pub roles: Vec<NodeRole>,
+    /// Where; none for everywhere.
+    pub regions: Vec<Region>,
+    /// Addresses of nodes that know the network, `host:port`.
+    pub bootstrap: Vec<String>,
+}
+
+/// Why a text is not an invite. It never quotes the text, which holds a secret.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum MalformedInvite {
+    /// It begins otherwise.
+    #[error("an invite begins with {PREFIX}")]
+    Prefix,
+    /// It is longer than any invite.
+    #[error("an invite has at most {INVITE_LENGTH_MAX} characters")]
+    Length,
+    /// It holds a character that no invite has.
+    #[error("character {position} is none that an invite has")]
+    Alphabet {
+        /// Which, counted from 1.
+        position: usize,
+    },
+    /// It was cut, or a character was mistyped.
+    #[error("the checksum does not match: the invite was cut or mistyped")]
+    Checksum,
+    /// A newer program wrote it.
+    #[error("the invite has version {found}, and this program reads version {VERSION}")]
+    Version {
+        /// Its version.
+        found: u8,
+    },
+    /// Its content makes no sense.
+    #[error("the invite's {part} is malformed")]
+    Content {
+        /// Which part.
+        part: &'static str,
+    },
+}
+
+impl InviteSecret {
+    /// Reads a secret as it travels to the registry.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let mut bytes = [0; SECRET_BYTES];
+        hex::decode_to_slice(text, &mut bytes).ok()?;
+        Some(Self(bytes))
+    }
+
+    /// Writes the secret as it travels to the registry.
+    pub fn to_hex(&self) -> String {
+        hex::encode(self.0)
+    }
+}
+
+impl fmt::Debug for InviteSecret {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("InviteSecret(…)")
+    }
+}
+
+impl Invite {
+    /// Says whether it is too late to redeem it.
+    pub fn has_ended(&self, now: UnixMillis) -> bool {
+        now >= self.expires_at
+    }
+
+    /// Says whether a certificate is what this invite promised.
+    pub fn promised(&self, certificate: &Certificate) -> bool {
+        certificate.pool == self.pool && self.roles.iter().all(|role| certificate.roles.contains(role))
+    }
+
+    /// Checks that an address can stand in an invite.
+    pub fn is_address(text: &str) -> bool {
+        let Some((host, port)) = text.rsplit_once(':') else { return false };
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']' | b'@');
+        let number = port.parse::<u16>().is_ok_and(|port| port > 0);
+        text.len() <= ADDRESS_BYTES_MAX
+            && !host.is_empty()
+            && host.bytes().all(plain)
+            && number
+            && port.bytes().all(|byte| byte.is_ascii_digit())
+    }
+
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![VERSION];
+        bytes.extend_from_slice(&self.pool.0);
+        bytes.extend_from_slice(&self.registry.0);
+        bytes.extend_from_slice(&self.id.0);
+        bytes.extend_from_slice(&self.secret.0);
+        bytes.extend_from_slice(&self.expires_at.0.to_be_bytes());
+        let bit = |(place, role)| u8::from(self.roles.contains(role)) << place;
+        bytes.push(ROLES.iter().enumerate().map(bit).sum());
+        let regions = self.regions.iter().take(REGIONS_MAX).map(Region::as_str).collect::<Vec<_>>();
+        let addresses = self.bootstrap.iter().take(BOOTSTRAP_MAX).map(String::as_str);
+        for texts in [regions, addresses.filter(|address| Self::is_address(address)).collect()] {
+            bytes.push(texts.len() as u8);
+            for text in texts {
+                bytes.push(text.len() as u8);
+                bytes.extend_from_slice(text.as_bytes());
+            }
+        }
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Result<Self, MalformedInvite> {
+        let content = |part| MalformedInvite::Content { part };
+        let mut reader = Reader(bytes);
+        let version = reader.byte().ok_or(content("version"))?;
+        if version != VERSION {
+            return Err(MalformedInvite::Version { found: version });
+        }
+        let pool = PublicKey(reader.array().ok_or(content("pool"))?);
+        let registry = PublicKey(reader.array().ok_or(content("registry"))?);
+        let id = InviteId(reader.array().ok_or(content("id"))?);
+        let secret = InviteSecret(reader.array().ok_or(content("secret"))?);
+        let expires_at = UnixMillis(u64::from_be_bytes(reader.array().ok_or(content("end"))?));
+        let bits = reader.byte().filter(|bits| *bits < 1 << ROLES.len()).ok_or(content("roles"))?;
+        let roles = ROLES.into_iter().enumerate().filter(|(place, _)| bits >> place & 1 == 1);
+        let roles = roles.map(|(_, role)| role).collect();
+        let regions = reader.texts(REGIONS_MAX).ok_or(content("regions"))?;
+        let regions = regions.into_iter().map(str::parse).collect::<Result<_, _>>().map_err(|_| content("regions"))?;
+        let bootstrap = reader.texts(BOOTSTRAP_MAX).ok_or(content("addresses"))?;
+        if !bootstrap.iter().all(|address| Self::is_address(address)) {
+            return Err(content("addresses"));
+        }
+        let bootstrap = bootstrap.into_iter().map(str::to_owned).collect();
+        if !reader.0.is_empty() {
+            return Err(content("end of text"));
+        }
+        Ok(Self { pool, registry, id, secret, expires_at, roles, regions, bootstrap })
+    }
+}
+
+/// Reads an invite's bytes from the front.
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, length: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(length)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn byte(&mut self) -> Option<u8> {
+        self.take(1).map(|bytes| bytes[0])
+    }
+
+    fn array<const LENGTH: usize>(&mut self) -> Option<[u8; LENGTH]> {
+        self.take(LENGTH)?.try_into().ok()
+    }
+
+    fn texts(&mut self, max: usize) -> Option<Vec<&'a str>> {
+        let count = usize::from(self.byte()?);
+        if count > max {
+            return None;
+        }
+        (0..count)
+            .map(|_| {
+                let length = usize::from(self.byte()?);
+                std::str::from_utf8(self.take(length)?).ok()
+            })
+            .collect()
+    }
+}
+
+/// Writes bytes in base32, five bits a character, the last one filled up with zeros.
+fn to_base32(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len() * 8 / 5 + 1);
+    let (mut held, mut bits) = (0_u32, 0);
+    for byte in bytes {
+        held = held << 8 | u32::from(*byte);
+        bits += 8;
+        while bits >= 5 {
+            bits -= 5;
+            text.push(char::from(ALPHABET[(held >> bits & 31) as usize]));
+        }
+        held &= (1 << bits) - 1;
+    }
+    if bits > 0 {
+        text.push(char::from(ALPHABET[(held << (5 - bits) & 31) as usize]));
+    }
+    text
+}
+
+/// Reads base32 as [`to_base32`] writes it; the error is the place of the character that cannot stand there.
+fn from_base32(text: &str) -> Result<Vec<u8>, usize> {
+    let mut bytes = Vec::with_capacity(text.len() * 5 / 8);
+    let (mut held, mut bits) = (0_u32, 0);
+    for (place, character) in text.bytes().enumerate() {
+        let value = ALPHABET.iter().position(|known| *known == character).ok_or(place)?;
+        held = held << 5 | value as u32;
+        bits += 5;
+        if bits >= 8 {
+            bits -= 8;
+            bytes.push((held >> bits) as u8);
+        }
+        held &= (1 << bits) - 1;
+    }
+    // One spelling an invite: what is left over is less than a character, and zero.
+    if bits >= 5 || held != 0 { Err(text.len().saturating_sub(1)) } else { Ok(bytes) }
+}
+
+impl FromStr for Invite {
+    type Err = MalformedInvite;
+
+    fn from_str(text: &str) -> Result<Self, MalformedInvite> {
+        let coded = text.strip_prefix(PREFIX).ok_or(MalformedInvite::Prefix)?;
+        if text.len() > INVITE_LENGTH_MAX {
+            return Err(MalformedInvite::Length);
+        }
+        let bytes =
+            from_base32(coded).map_err(|place| MalformedInvite::Alphabet { position: PREFIX.len() + place + 1 })?;
+        let (covered, written) = bytes.split_last_chunk::<4>().ok_or(MalformedInvite::Checksum)?;
+        if crc32fast::hash(covered).to_be_bytes() != *written {
+            return Err(MalformedInvite::Checksum);
+        }
+        Self::from_bytes(covered)
+    }
+}
+
+impl fmt::Display for Invite {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut bytes = self.to_bytes();
+        let checksum = crc32fast::hash(&bytes);
+        bytes.extend_from_slice(&checksum.to_be_bytes());
+        write!(formatter, "{PREFIX}{}", to_base32(&bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn invite() -> Invite {
+        Invite {
+            pool: PublicKey([1; 32]),
+            registry: PublicKey([2; 32]),
+            id: InviteId([3; 8]),
+            secret: InviteSecret([4; SECRET_BYTES]),
+            expires_at: UnixMillis(1_700_000_000_000),
+            roles: vec![NodeRole::Gateway, NodeRole::Worker],
+            regions: vec!["eu-west".parse().expect("region")],
+            bootstrap: vec!["192.0.2.1:49737".into(), "node.example.com:7000".into()],
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn an_invite_reads_back_as_it_is_written(
+            keys in any::<[[u8; 32]; 2]>(),
+            id in any::<[u8; 8]>(),
+            secret in any::<[u8; SECRET_BYTES]>(),
+            end in any::<u64>(),
+            roles in proptest::sample::subsequence(ROLES.to_vec(), 0..=4),
+            regions in prop::collection::vec("[a-z0-9]{1,20}", 0..REGIONS_MAX),
+            bootstrap in prop::collection::vec("[a-z0-9.-]{1,20}:[1-9][0-9]{0,3}", 0..BOOTSTRAP_MAX),
+        ) {
+            let regions = regions.iter().map(|text| text.parse().expect("region")).collect();
+            let invite = Invite {
+                pool: PublicKey(keys[0]),
+                registry: PublicKey(keys[1]),
+                id: InviteId(id),
+                secret: InviteSecret(secret),
+                expires_at: UnixMillis(end),
+                roles,
+                regions,
+                bootstrap,
+            };
+            let text = invite.to_string();
+            prop_assert!(text.len() <= INVITE_LENGTH_MAX);
+            prop_assert_eq!(text.parse::<Invite>(), Ok(invite));
+        }
+
+        #[test]
+        fn every_change_of_a_single_character_is_refused(position in 0_usize..250, character in any::<char>()) {
+            let text = invite().to_string();
+            let position = position % text.len();
+            prop_assume!(!text[position..].starts_with(character));
+            let changed = format!("{}{character}{}", &text[..position], &text[position + 1..]);
+            prop_assert!(changed.parse::<Invite>().is_err());
+        }
+
+        #[test]
+        fn no_text_makes_the_parser_panic(text in "(tth_join_)?([a-z2-7]{0,300}|.{0,60})") {
+            let _ = text.parse::<Invite>();
+        }
+
+        #[test]
+        fn no_bytes_behind_a_good_checksum_make_the_parser_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            let mut bytes = [vec![VERSION], bytes].concat();
+            bytes.extend_from_slice(&crc32fast::hash(&bytes).to_be_bytes());
+            let text = format!("{PREFIX}{}", to_base32(&bytes));
+            if let Ok(invite) = text.parse::<Invite>() {
+                prop_assert_eq!(invite.to_string(), text);
+            }
+        }
+    }
+
+    #[test]
+    fn an_error_says_what_is_wrong() {
+        let text = invite().to_string();
+        let refused = |text: &str| text.parse::<Invite>().expect_err("malformed");
+        assert_eq!(refused(""), MalformedInvite::Prefix);
+        assert_eq!(refused(&text.replace("join", "live")), MalformedInvite::Prefix);
+        assert_eq!(refused(&text.replacen("tth_join_", "tth_join_1", 1)), MalformedInvite::Alphabet { position: 10 });
+        assert_eq!(refused(PREFIX), MalformedInvite::Checksum);
+        assert_eq!(refused(&format!("{PREFIX}{}", "a".repeat(INVITE_LENGTH_MAX))), MalformedInvite::Length);
+        let recoded = |bytes: &[u8]| {
+            let checksum = crc32fast::hash(bytes).to_be_bytes();
+            format!("{PREFIX}{}", to_base32(&[bytes, &checksum].concat()))
+        };
+        assert_eq!(refused(&recoded(&[9, 9])), MalformedInvite::Version { found: 9 });
+        assert_eq!(refused(&recoded(&[1, 9])), MalformedInvite::Content { part: "pool" });
+        let longer = [invite().to_bytes(), vec![0]].concat();
+        assert_eq!(refused(&recoded(&longer)), MalformedInvite::Content { part: "end of text" });
+    }
+
+    #[test]
+    fn debug_output_and_errors_keep_the_secret() {
+        let invite = invite();
+        let shown = format!("{invite:?}");
+        assert!(!shown.contains(&invite.secret.to_hex()) && !shown.contains("4, 4"), "{shown}");
+        assert_eq!(InviteSecret::from_hex(&invite.secret.to_hex()), Some(invite.secret));
+        assert_eq!(InviteSecret::from_hex("04"), None);
+    }
+
+    #[test]
+    fn an_address_is_a_host_and_a_port() {
+        for good in ["127.0.0.1:49737", "node1.example.com:1", "[::1]:80", "abc@10.0.0.1:49737"] {
+            assert!(Invite::is_address(good), "{good}");
+        }
+        for bad in ["", "host", ":80", "host:", "host:0", "host:65536", "host:+1", "a b:1", "a/b:1", "ä:1"] {
+            assert!(!Invite::is_address(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_typical_invite_fits_two_lines_of_a_terminal() {
+        let text = Invite { bootstrap: vec!["192.0.2.1:49737".into()], ..invite() }.to_string();
+        assert!(text.len() <= 240, "{}", text.len());
+    }
+}

@@ -1,0 +1,123 @@
+//! The list of expelled nodes, signed by the pool's root key.
+
+use std::collections::BTreeSet;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::codec;
+use crate::id::PublicKey;
+use crate::signature::{NodeKey, Signed};
+
+/// The kind under which revocation lists are signed.
+pub const KIND: &str = "revocations";
+/// The contract's version.
+pub const VERSION: u32 = 1;
+/// The largest list taken, in bytes: some hundred thousand keys.
+pub const LIST_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// The nodes that were expelled while their certificates last.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(rename = "Admission.Revocations")]
+pub struct RevocationList {
+    /// The contract's version: 1.
+    pub v: u32,
+    /// The pool: its root's public key, which signs this.
+    pub pool: PublicKey,
+    /// Grows with each revocation; 0 before the first.
+    pub version: u64,
+    /// The expelled nodes.
+    pub keys: BTreeSet<PublicKey>,
+}
+
+/// Why a list is not believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RevocationError {
+    /// More bytes than a list may have.
+    #[error("the revocation list is too large")]
+    TooLarge,
+    /// Not a list.
+    #[error("the revocation list is malformed")]
+    Malformed,
+    /// Another version of the contract.
+    #[error("the revocation list has another version of the contract")]
+    Version,
+    /// Another pool's.
+    #[error("the revocation list is of another pool")]
+    Pool,
+    /// The signature does not verify.
+    #[error("the revocation list's signature does not verify")]
+    BadSignature,
+}
+
+impl RevocationList {
+    /// Makes the list of a pool that has expelled nobody.
+    pub fn empty(pool: PublicKey) -> Self {
+        Self { v: VERSION, pool, version: 0, keys: BTreeSet::new() }
+    }
+
+    /// Signs the list with the pool's root key.
+    pub fn sign(&self, root: &NodeKey) -> Signed {
+        root.sign(KIND, String::from_utf8(codec::encode(self)).expect("JSON is UTF-8"))
+    }
+
+    /// Returns the list, if it is to be believed. Whether it is newer than another is for the caller to see.
+    pub fn verify(signed: &Signed, pool: PublicKey) -> Result<Self, RevocationError> {
+        if signed.body.len() > LIST_BYTES_MAX {
+            return Err(RevocationError::TooLarge);
+        }
+        if signed.key != pool {
+            return Err(RevocationError::Pool);
+        }
+        // The signature comes first here: reading a long list costs more than checking it.
+        signed.verify(KIND).map_err(|_| RevocationError::BadSignature)?;
+        let list: Self =
+            codec::decode_within(signed.body.as_bytes(), LIST_BYTES_MAX).map_err(|_| RevocationError::Malformed)?;
+        if list.v != VERSION {
+            return Err(RevocationError::Version);
+        }
+        if list.pool != pool {
+            return Err(RevocationError::Pool);
+        }
+        Ok(list)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn root() -> NodeKey {
+        NodeKey::from_seed(&[1; 32])
+    }
+
+    fn list() -> RevocationList {
+        let keys = BTreeSet::from([PublicKey([5; 32])]);
+        RevocationList { version: 3, keys, ..RevocationList::empty(root().public_key()) }
+    }
+
+    #[test]
+    fn what_the_root_signed_is_believed() {
+        assert_eq!(RevocationList::verify(&list().sign(&root()), root().public_key()), Ok(list()));
+    }
+
+    #[test]
+    fn each_kind_of_false_list_is_refused_for_its_own_reason() {
+        let pool = root().public_key();
+        let other = NodeKey::from_seed(&[3; 32]);
+        let verify = |signed: &Signed| RevocationList::verify(signed, pool);
+        assert_eq!(verify(&RevocationList { v: 2, ..list() }.sign(&root())), Err(RevocationError::Version));
+        let foreign = RevocationList { pool: other.public_key(), ..list() };
+        assert_eq!(verify(&foreign.sign(&root())), Err(RevocationError::Pool));
+        assert_eq!(verify(&list().sign(&other)), Err(RevocationError::Pool));
+        let claimed = Signed { key: pool, ..list().sign(&other) };
+        assert_eq!(verify(&claimed), Err(RevocationError::BadSignature));
+        let honest = list().sign(&root());
+        let bent = Signed { body: honest.body.replace("\"version\":3", "\"version\":4"), ..honest.clone() };
+        assert_eq!(verify(&bent), Err(RevocationError::BadSignature));
+        assert_eq!(verify(&root().sign("certificate", honest.body)), Err(RevocationError::BadSignature));
+        assert_eq!(verify(&root().sign(KIND, "[]".into())), Err(RevocationError::Malformed));
+        assert_eq!(verify(&root().sign(KIND, " ".repeat(LIST_BYTES_MAX + 1))), Err(RevocationError::TooLarge));
+    }
+}

@@ -1,0 +1,392 @@
+//! Who belongs to the pool: invites, certificates and revocations, under the pool's root key.
+
+mod attempts;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hmac::{Hmac, Mac as _};
+use metadata_store::{
+    InviteRecord, MetadataStore, NewCertificate, NodeRecord, PutInviteError, Redemption, Revocation, StoreError,
+};
+use protocol::admission::invite::{BOOTSTRAP_MAX, REGIONS_MAX, SECRET_BYTES};
+use protocol::admission::{
+    BACKDATE, CERTIFICATE_LIFE, Certificate, Exclusion, INVITE_LIFE, Invite, InviteSecret, RevocationList, certificate,
+    revocation,
+};
+use protocol::control::{
+    Enrolled, InviteCreate, InviteCreated, InviteRedeem, NodeEntry, NodeList, NodeRevoked, NodeRole, PoolState,
+};
+use protocol::signature::{NodeKey, Signed};
+use protocol::{Clock, ErrorCode, InviteId, ModelName, PublicKey, Region, UnixMillis, WireError};
+use sha2::Sha256;
+use subtle::ConstantTimeEq as _;
+use tokio::sync::{RwLock, watch};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use self::attempts::Attempts;
+use crate::tokens::Pepper;
+
+/// The longest name of a node, in characters.
+const NAME_MAX: usize = 64;
+/// Models a certificate names at most.
+const MODELS_MAX: usize = 256;
+/// A revocation outlives the certificates it voids by this much, for nodes whose clock is behind.
+const REVOCATION_MARGIN: Duration = Duration::from_hours(24);
+
+/// What a node is allowed to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// Its name, for people.
+    pub name: String,
+    /// Its roles.
+    pub roles: Vec<NodeRole>,
+    /// Where; none for everywhere.
+    pub regions: Vec<Region>,
+    /// The models it may serve; none for all.
+    pub models: Vec<ModelName>,
+}
+
+impl Grant {
+    /// Allows a role everywhere, for all models.
+    pub fn of(role: NodeRole, name: impl Into<String>) -> Self {
+        Self { name: name.into(), roles: vec![role], regions: vec![], models: vec![] }
+    }
+}
+
+/// What an admission office is made of.
+pub struct AdmissionParts {
+    /// The pool's root key. Whoever has it decides who belongs to the pool.
+    pub root: NodeKey,
+    /// Nodes, invites and revocations.
+    pub store: Arc<dyn MetadataStore>,
+    /// The time of day.
+    pub clock: Arc<dyn Clock>,
+    /// The key under which secrets are hashed.
+    pub pepper: Pepper,
+    /// The registry that redeems the invites.
+    pub registry: PublicKey,
+    /// Addresses that invites name unless told otherwise, `host:port`.
+    pub bootstrap: Vec<String>,
+    /// How long certificates are good for.
+    pub certificate_life: Duration,
+}
+
+impl AdmissionParts {
+    /// Makes the usual parts: certificates of thirty days, and no addresses.
+    pub fn new(
+        root: NodeKey,
+        store: Arc<dyn MetadataStore>,
+        clock: Arc<dyn Clock>,
+        pepper: Pepper,
+        registry: PublicKey,
+    ) -> Self {
+        Self { root, store, clock, pepper, registry, bootstrap: vec![], certificate_life: CERTIFICATE_LIFE }
+    }
+}
+
+/// Makes and redeems invites, issues and renews certificates, and expels nodes. Clones are the same office.
+#[derive(Clone)]
+pub struct AdmissionOffice(Arc<Inner>);
+
+struct Inner {
+    parts: AdmissionParts,
+    attempts: Attempts,
+    /// Every node asks for it every two seconds.
+    list: RwLock<Option<Arc<List>>>,
+    /// Tells of each revocation.
+    changes: watch::Sender<u64>,
+}
+
+/// The revocation list as it stands.
+struct List {
+    version: u64,
+    /// Everyone who was ever expelled.
+    all: BTreeSet<PublicKey>,
+    /// Those whose certificates may still be good.
+    signed: Signed,
+}
+
+/// Why a certificate or list could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum AdmissionError {
+    /// The machine has no randomness to give.
+    #[error("could not draw random bytes")]
+    Random,
+    /// The node was expelled.
+    #[error("the node was revoked")]
+    Revoked,
+    /// The request makes no sense.
+    #[error("{field}: {reason}")]
+    Invalid {
+        /// The field at fault.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The store failed.
+    #[error("could not read or write the registry's store")]
+    Store(#[from] StoreError),
+}
+
+impl From<AdmissionError> for WireError {
+    fn from(error: AdmissionError) -> Self {
+        match error {
+            AdmissionError::Revoked => Exclusion::Revoked.into(),
+            AdmissionError::Invalid { field, .. } => {
+                Self::new(ErrorCode::InvalidValue, error.to_string()).with_param(field)
+            }
+            AdmissionError::Random | AdmissionError::Store(_) => {
+                warn!(%error, "the admission office failed");
+                Self::new(ErrorCode::Unavailable, "the registry cannot do this now, try again")
+            }
+        }
+    }
+}
+
+impl AdmissionOffice {
+    /// Opens an office.
+    pub fn new(parts: AdmissionParts) -> Self {
+        let (attempts, list, changes) = (Attempts::default(), RwLock::default(), watch::Sender::new(0));
+        Self(Arc::new(Inner { parts, attempts, list, changes }))
+    }
+
+    /// Returns the pool: the public half of the root key.
+    pub fn pool(&self) -> PublicKey {
+        self.0.parts.root.public_key()
+    }
+
+    /// Issues a certificate to a node, as an operator at the registry itself does: without an invite.
+    pub async fn certify(&self, node: PublicKey, grant: Grant) -> Result<Signed, AdmissionError> {
+        let Inner { parts, .. } = &*self.0;
+        if self.is_revoked(node).await? {
+            return Err(AdmissionError::Revoked);
+        }
+        let Grant { name, roles, regions, models } = grant;
+        let now = parts.clock.now();
+        let not_before = UnixMillis(now.0.saturating_sub(BACKDATE.as_millis() as u64));
+        let not_after = now.after(parts.certificate_life);
+        let new = NewCertificate {
+            public_key: node,
+            name: name.chars().take(NAME_MAX).collect(),
+            roles: roles.clone(),
+            regions: regions.clone(),
+            models: models.clone(),
+            not_before,
+            not_after,
+            now,
+        };
+        let serial = parts.store.put_certificate(new).await?;
+        let (v, pool) = (certificate::VERSION, self.pool());
+        let certificate =
+            Certificate { v, serial, pool, public_key: node, roles, regions, models, not_before, not_after };
+        Ok(certificate.sign(&parts.root))
+    }
+
+    /// Makes an invite. It is told this once: only a hash of its secret is kept. The caller checked the token.
+    pub async fn invite(&self, new: InviteCreate) -> Result<InviteCreated, AdmissionError> {
+        let Inner { parts, .. } = &*self.0;
+        let InviteCreate { mut roles, regions, models, name, valid_secs, mut bootstrap, token: _ } = new;
+        roles.sort();
+        roles.dedup();
+        let invalid = |field, reason| Err(AdmissionError::Invalid { field, reason });
+        if roles.is_empty() {
+            return invalid("roles", "name at least one role");
+        }
+        if regions.len() > REGIONS_MAX {
+            return invalid("regions", "name fewer regions, or none for all");
+        }
+        if models.len() > MODELS_MAX {
+            return invalid("models", "name fewer models, or none for all");
+        }
+        if name.chars().count() > NAME_MAX {
+            return invalid("name", "a name has at most 64 characters");
+        }
+        if bootstrap.is_empty() {
+            bootstrap.clone_from(&parts.bootstrap);
+        }
+        if bootstrap.len() > BOOTSTRAP_MAX || !bootstrap.iter().all(|address| Invite::is_address(address)) {
+            return invalid("bootstrap", "name at most 16 addresses such as 192.0.2.1:49737");
+        }
+        let life = valid_secs.map_or(INVITE_LIFE, Duration::from_secs);
+        if life.is_zero() || life > INVITE_LIFE {
+            return invalid("validSecs", "an invite is good for 1 to 86400 seconds");
+        }
+        let now = parts.clock.now();
+        let expires_at = now.after(life);
+        let (mut id, mut secret) = (InviteId([0; 8]), InviteSecret([0; SECRET_BYTES]));
+        getrandom::fill(&mut id.0).map_err(|_| AdmissionError::Random)?;
+        getrandom::fill(&mut secret.0).map_err(|_| AdmissionError::Random)?;
+        let record = InviteRecord {
+            invite_id: id,
+            hash: self.hash(id, &secret),
+            name,
+            roles: roles.clone(),
+            regions: regions.clone(),
+            models,
+            created_at: now,
+            expires_at,
+            redeemed: None,
+        };
+        parts.store.put_invite(record).await.map_err(|error| match error {
+            // 64 random bits that somebody has already: the generator does not draw.
+            PutInviteError::Taken { .. } => AdmissionError::Random,
+            PutInviteError::Store(error) => error.into(),
+        })?;
+        let (pool, registry) = (self.pool(), parts.registry);
+        let invite = Invite { pool, registry, id, secret, expires_at, roles, regions, bootstrap };
+        info!(invite = %id, "invite made");
+        Ok(InviteCreated { invite: invite.to_string(), invite_id: id, expires_at })
+    }
+
+    /// Takes an invite from a node and makes it a member. Whoever lost the reply may ask again.
+    pub async fn redeem(&self, node: PublicKey, request: InviteRedeem) -> Result<Enrolled, WireError> {
+        let Inner { parts, attempts, .. } = &*self.0;
+        attempts.take(node, Instant::now())?;
+        let InviteRedeem { invite_id, secret, name } = request;
+        let unavailable = |error: StoreError| WireError::from(AdmissionError::from(error));
+        let record = parts.store.invite(invite_id).await.map_err(unavailable)?;
+        let Some(record) = record else {
+            return Err(WireError::new(ErrorCode::InviteUnknown, "the registry knows no such invite"));
+        };
+        let matches: bool = InviteSecret::from_hex(&secret)
+            .is_some_and(|secret| self.hash(invite_id, &secret).ct_eq(&record.hash).into());
+        if !matches {
+            warn!(invite = %invite_id, node = node.short(), "an invite was shown with a wrong secret");
+            return Err(WireError::new(ErrorCode::InviteWrongSecret, "the invite's secret is wrong"));
+        }
+        // Who has the secret may learn what became of the invite.
+        let now = parts.clock.now();
+        let is_own = record.redeemed.is_some_and(|redeemed| redeemed.node == node);
+        if record.redeemed.is_some() && !is_own {
+            return Err(used());
+        }
+        if now >= record.expires_at {
+            return Err(WireError::new(ErrorCode::InviteExpired, "the invite has ended, ask for a new one"));
+        }
+        if self.is_revoked(node).await.map_err(unavailable)? {
+            return Err(Exclusion::Revoked.into());
+        }
+        match parts.store.redeem_invite(invite_id, node, now).await.map_err(unavailable)? {
+            Redemption::Done | Redemption::Again => {}
+            Redemption::Used => return Err(used()),
+            Redemption::Unknown => {
+                return Err(WireError::new(ErrorCode::InviteUnknown, "the registry knows no such invite"));
+            }
+        }
+        let name = if name.is_empty() { record.name } else { name };
+        let grant = Grant { name, roles: record.roles, regions: record.regions, models: record.models };
+        let certificate = self.certify(node, grant).await?;
+        info!(invite = %invite_id, node = node.short(), "a node has joined");
+        Ok(Enrolled { certificate, revocations: self.revocations().await? })
+    }
+
+    /// Gives a member its next certificate, for what it may be according to the registry's records.
+    pub async fn renew(&self, node: PublicKey) -> Result<Enrolled, WireError> {
+        let Inner { parts, .. } = &*self.0;
+        let record = parts.store.node(node).await.map_err(AdmissionError::from)?;
+        let record = record.ok_or(Exclusion::NotEnrolled)?;
+        if parts.clock.now() >= record.not_after {
+            return Err(Exclusion::Ended.into());
+        }
+        let NodeRecord { name, roles, regions, models, .. } = record;
+        let certificate = self.certify(node, Grant { name, roles, regions, models }).await?;
+        Ok(Enrolled { certificate, revocations: self.revocations().await? })
+    }
+
+    /// Expels a key, whether or not it was ever admitted here.
+    pub async fn revoke(&self, node: PublicKey) -> Result<NodeRevoked, AdmissionError> {
+        let Inner { parts, .. } = &*self.0;
+        let found = parts.store.node(node).await?.is_some();
+        let version = parts.store.revoke_node(node, parts.clock.now()).await?;
+        *self.0.list.write().await = None;
+        self.0.changes.send_modify(|count| *count += 1);
+        info!(node = node.short(), found, "node revoked");
+        Ok(NodeRevoked { found, version })
+    }
+
+    /// Lists every node that was ever admitted.
+    pub async fn nodes(&self) -> Result<NodeList, AdmissionError> {
+        let entry = |node: NodeRecord| NodeEntry {
+            public_key: node.public_key,
+            name: node.name,
+            roles: node.roles,
+            regions: node.regions,
+            models: node.models,
+            serial: node.serial,
+            joined_at: node.joined_at,
+            not_after: node.not_after,
+            revoked_at: node.revoked_at,
+        };
+        Ok(NodeList { nodes: self.0.parts.store.nodes().await?.into_iter().map(entry).collect() })
+    }
+
+    /// Returns the signed list of expelled nodes. Those whose certificates have long ended are left out.
+    pub async fn revocations(&self) -> Result<Signed, AdmissionError> {
+        Ok(self.list().await?.signed.clone())
+    }
+
+    /// Tells what has changed since a version of the list.
+    pub async fn state(&self, version: u64) -> Result<PoolState, AdmissionError> {
+        let list = self.list().await?;
+        let revocations = (list.version != version).then(|| list.signed.clone());
+        Ok(PoolState { version: list.version, revocations })
+    }
+
+    /// Tells of each revocation.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.0.changes.subscribe()
+    }
+
+    async fn list(&self) -> Result<Arc<List>, StoreError> {
+        let Inner { parts, list: kept, .. } = &*self.0;
+        if let Some(list) = &*kept.read().await {
+            return Ok(list.clone());
+        }
+        let mut kept = kept.write().await;
+        if let Some(list) = &*kept {
+            return Ok(list.clone());
+        }
+        let revoked = parts.store.revocations().await?;
+        let version = revoked.last().map_or(0, |last| last.version);
+        let (v, pool, now) = (revocation::VERSION, self.pool(), parts.clock.now());
+        let matters = parts.certificate_life.max(CERTIFICATE_LIFE) + REVOCATION_MARGIN;
+        let still = |revocation: &&Revocation| now.since(revocation.revoked_at) <= matters;
+        let keys = revoked.iter().filter(still).map(|revocation| revocation.public_key).collect();
+        let signed = RevocationList { v, pool, version, keys }.sign(&parts.root);
+        let all = revoked.iter().map(|revocation| revocation.public_key).collect();
+        let list = Arc::new(List { version, all, signed });
+        *kept = Some(list.clone());
+        Ok(list)
+    }
+
+    /// Refuses a key that has tried too often with a wrong secret.
+    pub(crate) fn check_attempts(&self, key: PublicKey) -> Result<(), WireError> {
+        self.0.attempts.check(key, Instant::now())
+    }
+
+    /// Counts a wrong secret of a key.
+    pub(crate) fn count_attempt(&self, key: PublicKey) {
+        // Refused or not: the next one will be.
+        let _ = self.0.attempts.take(key, Instant::now());
+    }
+
+    async fn is_revoked(&self, node: PublicKey) -> Result<bool, StoreError> {
+        Ok(self.list().await?.all.contains(&node))
+    }
+
+    fn hash(&self, id: InviteId, secret: &InviteSecret) -> [u8; 32] {
+        let mut mac = Hmac::<Sha256>::new_from_slice(&self.0.parts.pepper.0).expect("HMAC takes keys of any length");
+        // A domain of its own: the pepper hashes API tokens as well.
+        mac.update(b"tether/invite/v1\0");
+        mac.update(&id.0);
+        mac.update(&secret.0);
+        mac.finalize().into_bytes().into()
+    }
+}
+
+fn used() -> WireError {
+    WireError::new(ErrorCode::InviteUsed, "the invite was used by another node, ask for a new one")
+}

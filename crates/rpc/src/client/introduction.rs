@@ -1,0 +1,80 @@
+//! What is said first in a connection: who this node is.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use protocol::control::{Hello, NODE_HELLO};
+use protocol::{WireError, codec};
+use tokio::task::unconstrained;
+use tokio::time;
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use super::links::{Link, Links};
+use crate::membership::Membership;
+
+/// How long a peer may take to answer an introduction.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
+/// How this node introduced itself in a connection.
+#[derive(Default)]
+pub(super) struct Introduction(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    /// The certificate it showed; none before, and where the peer wants to see it again.
+    shown: Option<u64>,
+    /// Cancelled when the peer has answered, or will not.
+    answered: CancellationToken,
+}
+
+impl Introduction {
+    /// Has the certificate shown again before the next call.
+    pub(super) fn repeat(&self) {
+        self.lock().shown = None;
+    }
+
+    /// Waits until the peer has answered, or will not. Cancel safe.
+    pub(super) async fn answered(&self) {
+        let answered = self.lock().answered.clone();
+        answered.cancelled().await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Shows this node's certificate in a connection, unless it was shown there already.
+pub(super) fn introduce(link: &Arc<Link>, membership: &Membership, links: &Links) {
+    let Some((serial, hello)) = membership.introduction() else { return };
+    let mut state = link.introduction.lock();
+    if state.shown == Some(serial) {
+        return;
+    }
+    let answered = CancellationToken::new();
+    *state = State { shown: Some(serial), answered: answered.clone() };
+    // Whatever becomes of the task, nobody waits for it in vain.
+    let done = answered.drop_guard();
+    let (link, membership) = (link.clone(), membership.clone());
+    let mut telling = Box::pin(unconstrained(async move {
+        let _done = done;
+        let connection = link.connection();
+        let peer = connection.remote_key();
+        match time::timeout(ANSWER_WITHIN, connection.request(NODE_HELLO, codec::encode(&hello).into())).await {
+            Ok(Ok(reply)) => {
+                let hello = codec::decode::<Hello>(&reply).map_err(WireError::from);
+                if let Err(error) = hello.and_then(|hello| membership.meet(peer, &hello)) {
+                    debug!(peer = peer.short(), %error, "the peer's introduction is no good");
+                }
+            }
+            Ok(Err(error)) => debug!(peer = peer.short(), %error, "this node was not taken for a member"),
+            Err(_) => debug!(peer = peer.short(), "the introduction was not answered"),
+        }
+    }));
+    // Polled here and under the lock: it must be on its way before any call that follows in this connection.
+    if telling.as_mut().poll(&mut Context::from_waker(Waker::noop())) == Poll::Pending {
+        links.spawn(telling);
+    }
+}

@@ -1,0 +1,140 @@
+//! Keeps a node's membership up to date: asks a registry who was expelled, and renews the certificate in time.
+
+use std::time::Duration;
+
+use protocol::admission::STATE_EVERY;
+use protocol::control::{CERTIFICATE_RENEW, Empty, Enrolled, NodeRole, POOL_STATE, PoolState, PoolStateRequest};
+use protocol::{ErrorCode, PublicKey};
+use tokio::time::{self, Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use crate::announce::Directory;
+use crate::client::{CallError, Client};
+use crate::membership::Membership;
+
+/// How long a registry may take. With [`STATE_EVERY`] it bounds how long a revocation takes to be known.
+const DEADLINE: Duration = Duration::from_secs(1);
+/// The wait after a renewal that failed; there are days left for it.
+const RENEW_AGAIN: Duration = Duration::from_secs(30);
+
+/// Keeps the membership of a [`Client`] up to date while it runs.
+pub struct MembershipTask {
+    client: Client,
+    membership: Membership,
+    directory: Directory,
+    /// The registry that answered last.
+    last: Option<PublicKey>,
+    renew_at: Instant,
+    is_told: bool,
+}
+
+impl MembershipTask {
+    /// Makes the task of a client's membership, which finds registries in a directory.
+    pub fn new(client: Client, directory: Directory) -> Self {
+        let membership = client.membership().clone();
+        Self { client, membership, directory, last: None, renew_at: Instant::now(), is_told: false }
+    }
+
+    /// Asks every two seconds until `stop`. While no registry answers, what is known stands.
+    pub async fn run(mut self, stop: CancellationToken) {
+        if !self.membership.is_checked() {
+            return;
+        }
+        stop.run_until_cancelled(async {
+            let mut ticks = time::interval(STATE_EVERY);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut found = self.directory.clone();
+            let mut is_searching = true;
+            loop {
+                tokio::select! {
+                    _ = ticks.tick() => {}
+                    searching = found.changed(), if is_searching && self.last.is_none() => is_searching = searching,
+                }
+                let registries = self.registries();
+                self.update(&registries).await;
+                if self.membership.is_due() && Instant::now() >= self.renew_at {
+                    self.renew_at = Instant::now() + RENEW_AGAIN;
+                    self.renew(&registries).await;
+                }
+            }
+        })
+        .await;
+    }
+
+    /// Returns whom to ask: the one that answered last, those found, and the one known from the invite.
+    fn registries(&self) -> Vec<PublicKey> {
+        let mut keys: Vec<PublicKey> = self.last.into_iter().collect();
+        let others = self.directory.find(NodeRole::Registry).into_iter().chain(self.membership.registry());
+        for key in others {
+            if !keys.contains(&key) {
+                keys.push(key);
+            }
+        }
+        keys
+    }
+
+    async fn update(&mut self, registries: &[PublicKey]) {
+        let before = self.last.take();
+        for registry in registries {
+            let request = PoolStateRequest { version: self.membership.version() };
+            match self.client.call::<_, PoolState>(*registry, POOL_STATE, &request, DEADLINE).await {
+                Ok(state) => {
+                    self.last = Some(*registry);
+                    self.take(*registry, &state).await;
+                    return;
+                }
+                Err(CallError::Remote(refusal)) if refusal.code == ErrorCode::NodeRevoked => {
+                    // Believed of a registry that was certified when this node met it, or that its invite named.
+                    let is_known = before == Some(*registry) || self.membership.registry() == Some(*registry);
+                    if (is_known || self.membership.has_role(*registry, NodeRole::Registry)) && !self.is_told {
+                        self.is_told = true;
+                        error!("this node was revoked: no other node takes its calls any more");
+                        self.membership.note_expelled();
+                    }
+                }
+                Err(error) => debug!(registry = registry.short(), %error, "a registry did not tell the pool's state"),
+            }
+        }
+    }
+
+    async fn take(&self, registry: PublicKey, state: &PoolState) {
+        let Some(list) = &state.revocations else { return };
+        match self.membership.take_revocations(list) {
+            Ok(true) => {
+                info!(version = self.membership.version(), "the list of revoked nodes has changed");
+                self.client.disconnect_revoked();
+                self.keep().await;
+            }
+            Ok(false) => {}
+            Err(error) => warn!(registry = registry.short(), %error, "a registry sent a false revocation list"),
+        }
+    }
+
+    async fn renew(&mut self, registries: &[PublicKey]) {
+        for registry in registries {
+            let renewed = self.client.call::<_, Enrolled>(*registry, CERTIFICATE_RENEW, &Empty {}, DEADLINE).await;
+            match renewed {
+                Ok(enrolled) => match self.membership.renew(enrolled.certificate) {
+                    Ok(()) => {
+                        info!("this node's certificate was renewed");
+                        self.keep().await;
+                        return;
+                    }
+                    Err(error) => warn!(registry = registry.short(), %error, "a registry sent a false certificate"),
+                },
+                Err(error) => {
+                    warn!(registry = registry.short(), %error, "the certificate was not renewed, trying again");
+                }
+            }
+        }
+    }
+
+    /// Has the certificate and the list kept, off the runtime's threads.
+    async fn keep(&self) {
+        if let Some((keep, enrolled)) = self.membership.to_keep() {
+            // It says itself what went wrong.
+            let _ = tokio::task::spawn_blocking(move || keep(&enrolled)).await;
+        }
+    }
+}
