@@ -59,8 +59,8 @@ impl DiscoverySub {
         Self { fleet, regions, clock, store, metrics, membership, marks: Mutex::new(marks) }
     }
 
-    /// Takes a report that came over a connection of `remote_key`. Says whether the worker is new.
-    pub fn take(&self, remote_key: PublicKey, signed: &Signed) -> Result<bool, Rejection> {
+    /// Takes a report that came over a connection of `remote_key`. Says what it changed.
+    pub fn take(&self, remote_key: PublicKey, signed: &Signed) -> Result<Change, Rejection> {
         let admitted = {
             let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
             let facts = Facts {
@@ -83,11 +83,12 @@ impl DiscoverySub {
                 let change = self.fleet.update(report, Instant::now());
                 match change {
                     Change::Found => info!(worker = worker.short(), %region, "worker found"),
+                    Change::Restarted => info!(worker = worker.short(), %region, "worker started again"),
                     Change::Left => info!(worker = worker.short(), %region, "worker left"),
                     Change::None => {}
                 }
                 self.metrics.workers_live.set(self.fleet.len() as i64);
-                Ok(change == Change::Found)
+                Ok(change)
             }
             Err(rejection) => {
                 self.count(rejection);

@@ -20,6 +20,8 @@ pub enum Change {
     Found,
     /// It was its last report: the worker is gone.
     Left,
+    /// It was started again: what was known of its earlier life is void.
+    Restarted,
     /// The worker is known and stays.
     None,
 }
@@ -125,6 +127,11 @@ impl Fleet {
             state.by_model.entry(model.clone()).or_default().put(replica);
         }
         let same_start = before.as_ref().filter(|before| before.report.epoch == report.epoch);
+        let change = match (&before, same_start) {
+            (None, _) => Change::Found,
+            (Some(_), None) => Change::Restarted,
+            (Some(_), Some(_)) => Change::None,
+        };
         state.workers[index] = Some(Worker {
             worker_id: report.worker_id,
             proximity,
@@ -138,7 +145,7 @@ impl Fleet {
             last_seen: now,
             report,
         });
-        if known.is_none() { Change::Found } else { Change::None }
+        change
     }
 
     /// Forgets workers that have been silent for 15 seconds, and returns them.
@@ -403,6 +410,16 @@ mod tests {
         assert_eq!(fleet.update(leaving(0), now), Change::Left);
         assert_eq!(fleet.update(leaving(0), now), Change::None);
         assert_eq!((fleet.len(), serving(&fleet, "m", now)), (0, vec![]));
+    }
+
+    #[test]
+    fn a_worker_that_was_started_again_is_told_from_one_that_went_on() {
+        let (fleet, now) = (fleet(), Instant::now());
+        let of_start = |epoch| HealthReport { epoch, ..report(1, &["m"]) };
+        assert_eq!(fleet.update(of_start(1), now), Change::Found);
+        assert_eq!(fleet.update(of_start(1), now), Change::None);
+        assert_eq!(fleet.update(of_start(2), now), Change::Restarted);
+        assert_eq!(fleet.update(of_start(2), now), Change::None);
     }
 
     #[test]

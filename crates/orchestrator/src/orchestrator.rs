@@ -31,7 +31,7 @@ use crate::decision_log::DecisionLog;
 use crate::discovery_sub::DiscoverySub;
 use crate::discovery_sub::search::Search;
 use crate::dispatch::{self, AttemptEnd, Delivery};
-use crate::fleet::Fleet;
+use crate::fleet::{Change, Fleet};
 use crate::job::JobEvent;
 use crate::journey::Journey;
 use crate::policy_engine::PolicyEngine;
@@ -301,8 +301,12 @@ impl Orchestrator {
 
     fn take_report(&self, remote_key: PublicKey, signed: &Signed) -> Result<Empty, WireError> {
         match self.discovery.take(remote_key, signed) {
-            Ok(is_new) => {
-                if is_new {
+            Ok(change) => {
+                if change == Change::Restarted {
+                    // What is open leads to the process that is gone, and would cost the next job its patience.
+                    self.client.disconnect(remote_key);
+                }
+                if matches!(change, Change::Found | Change::Restarted) {
                     self.search.greet(remote_key);
                 }
                 Ok(Empty {})

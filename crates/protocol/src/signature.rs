@@ -21,6 +21,11 @@ impl NodeKey {
         PublicKey(self.0.verifying_key().to_bytes())
     }
 
+    /// Returns the 32 secret bytes, for what needs the same key in another form.
+    pub fn seed(&self) -> &[u8; 32] {
+        self.0.as_bytes()
+    }
+
     /// Signs a text of one kind, such as `health-report`.
     pub fn sign(&self, kind: &str, body: String) -> Signed {
         use ed25519_dalek::Signer as _;

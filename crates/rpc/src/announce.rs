@@ -112,14 +112,28 @@ impl DirectoryTask {
     /// Looks the topic up until `stop`.
     pub async fn run(self, stop: CancellationToken) {
         let own_key = self.transport.public_key();
-        stop.run_until_cancelled(async {
+        let refreshing = async {
             for round in 0.. {
                 self.refresh(own_key).await;
                 let nominal = if self.peers.borrow().is_empty() { SEARCH } else { REFRESH };
                 time::sleep(backoff::spread(nominal, [own_key; 2], round)).await;
             }
-        })
-        .await;
+        };
+        stop.run_until_cancelled(async { tokio::join!(self.recall(), refreshing) }).await;
+    }
+
+    /// Asks the peers of an earlier run. Who kept this node's topics then may be gone, and nothing be found for a while.
+    async fn recall(&self) {
+        let answers = self.ask(self.transport.remembered().into_iter().take(ASKED_MAX)).await;
+        // Workers are followed elsewhere, and may be many.
+        let of_services = answers.into_iter().filter(|(_, info)| info.roles != [NodeRole::Worker]);
+        let mut remembered: BTreeMap<_, _> = of_services.collect();
+        if !remembered.is_empty() {
+            self.peers.send_modify(|peers| {
+                remembered.extend(peers.iter().map(|(key, info)| (*key, info.clone())));
+                *peers = Arc::new(remembered);
+            });
+        }
     }
 
     /// Asks those who were found and those who are known what they are, and keeps those who answer.
@@ -138,29 +152,34 @@ impl DirectoryTask {
                 vec![]
             }
         };
-        // Those known come first, so that a crowd on the topic cannot drive them out.
+        // Those known come first, so that a crowd on the topic cannot drive them out; then the registry that this node
+        // was told of when it joined.
         let mut peers: Vec<PublicKey> = self.peers.borrow().keys().copied().collect();
         let mut seen: BTreeSet<PublicKey> = peers.iter().copied().chain([own_key]).collect();
-        peers.extend(found.into_iter().filter(|key| seen.insert(*key)).take(ASKED_MAX));
-        let answers = peers.into_iter().map(|key| async move {
-            match self.client.call::<_, NodeInfo>(key, NODE_DESCRIBE, &Empty {}, DESCRIBE).await {
-                Ok(info) => Some((key, self.certified(key, info).await?)),
-                Err(_) => None,
-            }
-        });
-        let fresh: BTreeMap<_, _> = stream::iter(answers)
-            .buffered(ASKED_AT_ONCE)
-            .filter_map(std::future::ready)
-            .take(KNOWN_MAX)
-            .collect()
-            .await;
+        let others = self.client.membership().registry().into_iter().chain(found);
+        peers.extend(others.filter(|key| seen.insert(*key)).take(ASKED_MAX));
+        let mut fresh = self.ask(peers).await;
         self.peers.send_if_modified(|peers| {
+            // Recalled meanwhile, and not asked here.
+            fresh.extend(peers.iter().filter(|(key, _)| !seen.contains(key)).map(|(key, info)| (*key, info.clone())));
             let changed = **peers != fresh;
             if changed {
                 *peers = Arc::new(fresh);
             }
             changed
         });
+    }
+
+    /// Asks peers what they are. Who does not answer, or may not be what it says, is left out.
+    async fn ask(&self, peers: impl IntoIterator<Item = PublicKey>) -> BTreeMap<PublicKey, NodeInfo> {
+        let answers = peers.into_iter().map(|key| async move {
+            match self.client.call::<_, NodeInfo>(key, NODE_DESCRIBE, &Empty {}, DESCRIBE).await {
+                Ok(info) => Some((key, self.certified(key, info).await?)),
+                Err(_) => None,
+            }
+        });
+        let answers = stream::iter(answers).buffered(ASKED_AT_ONCE).filter_map(std::future::ready);
+        answers.take(KNOWN_MAX).collect().await
     }
 
     /// Leaves of what a peer says it is what it may be; nothing of it for a stranger.

@@ -49,6 +49,20 @@ pub fn load_or_create(path: &Path) -> Result<NodeKey, IdentityError> {
     }
 }
 
+/// Writes a file that only its owner can read, in whole or not at all, over the one that is there.
+pub fn replace_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    let beside = PathBuf::from(beside);
+    // Left by a process that was killed while it wrote.
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    write_private(&beside, bytes)?;
+    fs::rename(&beside, path)
+}
+
 /// Writes a new file that only its owner can read. Fails where the file exists.
 pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut options = fs::OpenOptions::new();

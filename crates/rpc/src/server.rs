@@ -328,8 +328,7 @@ impl Shared {
                 Incoming::Request { method, body, reply } if method == NODE_HELLO => {
                     let taken = self.take_hello(caller, &body);
                     hellos_left -= u32::from(taken.is_err());
-                    // A caller that is gone needs no reply.
-                    let _ = reply.send(taken);
+                    reply.send(taken);
                     if hellos_left == 0 {
                         debug!(peer = caller.key.short(), "a peer goes on showing what is no good");
                         return connection.close();
@@ -383,8 +382,7 @@ impl Shared {
                         () = reply.closed() => return,
                     },
                 };
-                // A caller that is gone needs no reply.
-                let _ = reply.send(answer);
+                reply.send(answer);
             }
             Incoming::Channel(channel) => self.handle_stream(caller, channel, allowance).await,
         }
@@ -422,8 +420,7 @@ impl Shared {
 /// Refuses a call unread: one over the limits must take neither memory nor time.
 fn refuse(incoming: Incoming, error: WireError) {
     match incoming {
-        // A caller that is gone needs no reply.
-        Incoming::Request { reply, .. } => drop(reply.send(Err(error))),
+        Incoming::Request { reply, .. } => reply.send(Err(error)),
         Incoming::Channel(channel) => drop(channel.try_send(Frame::Error(error).encode())),
     }
 }

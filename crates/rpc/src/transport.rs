@@ -6,8 +6,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use protocol::{PublicKey, Topic, WireError};
-use tokio::sync::oneshot;
 
+pub mod hyperswarm;
 pub mod memory;
 
 /// A node's end of the network. Its public key is its address.
@@ -30,6 +30,11 @@ pub trait Transport: Send + Sync + 'static {
 
     /// Returns peers that announce a topic, in no order and perhaps not all of them.
     async fn lookup(&self, topic: &Topic) -> Result<Vec<PublicKey>, TransportError>;
+
+    /// Returns peers that an earlier run of this node reached. They may be where no lookup finds them any more.
+    fn remembered(&self) -> Vec<PublicKey> {
+        vec![]
+    }
 }
 
 /// One authenticated, encrypted connection between two nodes. One that is dropped closes once nothing is under way on
@@ -49,7 +54,7 @@ pub trait Connection: Send + Sync + 'static {
     async fn open_channel(&self) -> Result<Box<dyn Channel>, TransportError>;
 
     /// Returns the next request or channel that the peer opened, in the order in which it did, or `None` once the
-    /// connection is closed. One reader at a time.
+    /// connection is closed. A network may carry none on a connection that this node opened. One reader at a time.
     async fn next(&self) -> Option<Incoming>;
 
     /// Says whether the connection is closed.
@@ -84,11 +89,22 @@ pub enum Incoming {
         method: String,
         /// Its argument, a JSON value.
         body: Bytes,
-        /// Takes the reply. Dropping it tells the peer that the call failed.
-        reply: oneshot::Sender<Result<Bytes, WireError>>,
+        /// Takes the reply.
+        reply: Box<dyn Reply>,
     },
     /// A stream.
     Channel(Box<dyn Channel>),
+}
+
+/// Takes the reply to a request. Dropping it tells the peer that the call failed.
+#[async_trait]
+pub trait Reply: Send + 'static {
+    /// Sends the reply. A caller that is gone needs none.
+    fn send(self: Box<Self>, answer: Result<Bytes, WireError>);
+
+    /// Waits until the caller is gone, as far as the network tells: at the latest when the connection closes. Cancel
+    /// safe.
+    async fn closed(&mut self);
 }
 
 /// Why the network did not do something.

@@ -230,11 +230,12 @@ fn to_base32(bytes: &[u8]) -> String {
 }
 
 /// Reads base32 as [`to_base32`] writes it; the error is the place of the character that cannot stand there.
-fn from_base32(text: &str) -> Result<Vec<u8>, usize> {
+fn from_base32(text: &str) -> Result<Vec<u8>, MalformedInvite> {
     let mut bytes = Vec::with_capacity(text.len() * 5 / 8);
     let (mut held, mut bits) = (0_u32, 0);
     for (place, character) in text.bytes().enumerate() {
-        let value = ALPHABET.iter().position(|known| *known == character).ok_or(place)?;
+        let unknown = MalformedInvite::Alphabet { position: PREFIX.len() + place + 1 };
+        let value = ALPHABET.iter().position(|known| *known == character).ok_or(unknown)?;
         held = held << 5 | value as u32;
         bits += 5;
         if bits >= 8 {
@@ -244,7 +245,7 @@ fn from_base32(text: &str) -> Result<Vec<u8>, usize> {
         held &= (1 << bits) - 1;
     }
     // One spelling an invite: what is left over is less than a character, and zero.
-    if bits >= 5 || held != 0 { Err(text.len().saturating_sub(1)) } else { Ok(bytes) }
+    if bits >= 5 || held != 0 { Err(MalformedInvite::Checksum) } else { Ok(bytes) }
 }
 
 impl FromStr for Invite {
@@ -255,8 +256,7 @@ impl FromStr for Invite {
         if text.len() > INVITE_LENGTH_MAX {
             return Err(MalformedInvite::Length);
         }
-        let bytes =
-            from_base32(coded).map_err(|place| MalformedInvite::Alphabet { position: PREFIX.len() + place + 1 })?;
+        let bytes = from_base32(coded)?;
         let (covered, written) = bytes.split_last_chunk::<4>().ok_or(MalformedInvite::Checksum)?;
         if crc32fast::hash(covered).to_be_bytes() != *written {
             return Err(MalformedInvite::Checksum);

@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use bytes::Bytes;
 use protocol::signature::NodeKey;
-use protocol::{PublicKey, Topic};
+use protocol::{PublicKey, Topic, WireError};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::{Channel, Connection, Incoming, RequestError, Transport, TransportError};
+use super::{Channel, Connection, Incoming, Reply, RequestError, Transport, TransportError};
 
 /// Connections that may wait to be accepted by a node.
 const ACCEPT_QUEUE: usize = 1024;
@@ -189,7 +189,7 @@ impl Connection for MemoryConnection {
 
     async fn request(&self, method: &str, body: Bytes) -> Result<Bytes, RequestError> {
         let (reply, replied) = oneshot::channel();
-        let request = Incoming::Request { method: method.to_owned(), body, reply };
+        let request = Incoming::Request { method: method.to_owned(), body, reply: Box::new(reply) };
         let answer = self
             .while_open(async {
                 self.outgoing.send(request).await.ok()?;
@@ -221,6 +221,17 @@ impl Connection for MemoryConnection {
 
     fn close(&self) {
         self.closed.cancel();
+    }
+}
+
+#[async_trait]
+impl Reply for oneshot::Sender<Result<Bytes, WireError>> {
+    fn send(self: Box<Self>, answer: Result<Bytes, WireError>) {
+        let _ = oneshot::Sender::send(*self, answer);
+    }
+
+    async fn closed(&mut self) {
+        oneshot::Sender::closed(self).await;
     }
 }
 

@@ -1,7 +1,8 @@
-//! Calls and streams between nodes of a memory network.
+//! Calls and streams between nodes, most of them on a memory network.
 
 mod calls;
 mod connections;
+mod hyperswarm;
 mod limits;
 mod membership;
 mod streams;

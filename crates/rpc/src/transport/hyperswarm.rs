@@ -1,0 +1,516 @@
+//! The network between machines: connections by public key over Hyperswarm, topics on its DHT.
+//!
+//! Unary calls are `@hyperswarm/rpc` requests whose values are JSON strings, so that a bare Node client can make them.
+//! Each stream is a Protomux channel of the protocol `tether/stream/1` with an id that its opener draws at random.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::io;
+use std::net::SocketAddrV4;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use hyperswarm::crypto::{self, KeyPair};
+use hyperswarm::hyperdht::records::Peer;
+use hyperswarm::hyperdht::{self, ConnectOptions, HyperDht, Server, ServerOptions, TopicAnnouncer};
+use hyperswarm::protomux::{self, ChannelOptions, Overflow, Pairing, Protomux};
+use hyperswarm::rpc::{self as hyperswarm_rpc, Cause, IncomingRequest, RemoteError, Requests, Rpc, UNKNOWN_METHOD};
+use hyperswarm::secret_stream::SecretStream;
+use protocol::signature::NodeKey;
+use protocol::{ErrorCode, PublicKey, Topic, WireError, codec};
+use serde::{Deserialize, Serialize};
+use tokio::time;
+use tracing::debug;
+
+use super::{Channel, Connection, Incoming, Reply, RequestError, Transport, TransportError};
+use crate::identity;
+
+/// The Protomux protocol of streams.
+pub const STREAM_PROTOCOL: &str = "tether/stream/1";
+/// The one kind of message of that protocol: a frame.
+const FRAME: u64 = 0;
+/// Streams and other channels of one connection at most.
+const CHANNELS_MAX: usize = 8192;
+/// Streams that a peer has opened and that nobody looked at yet.
+const INCOMING_MAX: usize = 1024;
+/// What a peer may send ahead for such streams, in bytes, before the connection is not read.
+const PENDING_BYTES_MAX: usize = 256 * 1024;
+/// Bytes of a stream's answer that may lie unread before the stream is closed. Credit keeps an honest peer far below.
+const ANSWER_QUEUE_BYTES: usize = 4 * 1024 * 1024;
+/// Bytes of a stream's request that may lie unread before the connection waits. It is read as fast as it comes.
+const REQUEST_QUEUE_BYTES: usize = 512 * 1024;
+/// Peers whose addresses are remembered from lookups.
+const HINTS_MAX: usize = 4096;
+/// How long a lookup may take; what was found until then is returned.
+const LOOKUP: Duration = Duration::from_secs(2);
+/// Once a lookup has found somebody, how long the next reply may take. Nodes that are gone stay in the tables of others
+/// for a while, and would hold up every lookup.
+const NEXT_REPLY: Duration = Duration::from_millis(500);
+/// How long a connection may take to be made.
+const CONNECT: Duration = Duration::from_secs(5);
+/// How long leaving may take: storage nodes are told, and peers.
+const LEAVE: Duration = Duration::from_secs(1);
+
+/// How a node joins the network.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The UDP address it listens on; port 0 takes a free one.
+    pub listen: SocketAddrV4,
+    /// Nodes to ask for others.
+    pub bootstrap: Vec<SocketAddrV4>,
+    /// What an earlier run of this node knew.
+    pub known: KnownPeers,
+    /// Whether it only calls others: nobody finds it, and it keeps nothing for others.
+    pub is_client: bool,
+}
+
+/// Addresses at which nodes were found: with them a node finds the network again when no bootstrap node answers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct KnownPeers {
+    /// Nodes of the DHT.
+    pub nodes: Vec<SocketAddrV4>,
+    /// By public key, where a peer or one that relays to it was reached.
+    pub peers: BTreeMap<PublicKey, Vec<SocketAddrV4>>,
+}
+
+impl KnownPeers {
+    /// Reads what was written down. A file that is missing or damaged is no loss: it only saves time.
+    pub fn read(path: &Path) -> Self {
+        std::fs::read(path).ok().and_then(|bytes| codec::decode(&bytes).ok()).unwrap_or_default()
+    }
+
+    /// Puts together what several nodes know.
+    pub fn merged(all: impl IntoIterator<Item = Self>) -> Self {
+        let mut merged = Self::default();
+        for known in all {
+            merged.nodes.extend(known.nodes);
+            for (peer, addresses) in known.peers {
+                merged.peers.entry(peer).or_default().extend(addresses);
+            }
+        }
+        for addresses in merged.peers.values_mut().chain([&mut merged.nodes]) {
+            addresses.sort_unstable();
+            addresses.dedup();
+        }
+        merged
+    }
+
+    /// Writes it down.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        identity::replace_private(path, &codec::encode(self))
+    }
+}
+
+/// A node that others begin with: it keeps records and shows the way, and offers nothing else.
+pub struct BootstrapNode(HyperDht);
+
+impl BootstrapNode {
+    /// Starts it. `bootstrap` are others of its kind.
+    pub fn start(listen: SocketAddrV4, bootstrap: Vec<SocketAddrV4>) -> io::Result<Self> {
+        let config = hyperdht::Config {
+            bind: listen,
+            bootstrap,
+            ephemeral: false,
+            firewalled: Some(false),
+            ..hyperdht::Config::default()
+        };
+        Ok(Self(HyperDht::start(config)?))
+    }
+
+    /// Returns the UDP address it listens on.
+    pub fn local_address(&self) -> SocketAddrV4 {
+        self.0.local_address()
+    }
+
+    /// Takes it off the network.
+    pub async fn stop(&self) {
+        self.0.stop().await;
+    }
+}
+
+/// A node's end of a Hyperswarm network. It is a persistent node of the DHT, unless it only calls others.
+pub struct HyperswarmTransport {
+    dht: HyperDht,
+    key_pair: KeyPair,
+    public_key: PublicKey,
+    /// Missing where the node only calls others.
+    server: Option<Arc<Server>>,
+    announced: Mutex<HashMap<Topic, TopicAnnouncer>>,
+    /// Where the peers that lookups found say they can be asked for.
+    hints: Mutex<HashMap<PublicKey, Vec<SocketAddrV4>>>,
+    remembered: Vec<PublicKey>,
+}
+
+impl HyperswarmTransport {
+    /// Puts a node on the network and listens under its key.
+    pub async fn start(options: Options, key: &NodeKey) -> io::Result<Arc<Self>> {
+        let remembered = options.known.peers.keys().copied().collect();
+        let known_addresses =
+            options.known.peers.iter().map(|(key, addresses)| (foreign(*key), addresses.clone())).collect();
+        let config = hyperdht::Config {
+            bind: options.listen,
+            bootstrap: options.bootstrap,
+            known_nodes: options.known.nodes,
+            known_addresses,
+            ephemeral: options.is_client,
+            firewalled: Some(false),
+            ..hyperdht::Config::default()
+        };
+        let dht = HyperDht::start(config)?;
+        let key_pair = KeyPair::from_seed(key.seed());
+        let server = if options.is_client {
+            None
+        } else {
+            let server = dht.listen(key_pair.clone(), ServerOptions::default()).await.map_err(io::Error::other)?;
+            Some(Arc::new(server))
+        };
+        let public_key = key.public_key();
+        let (announced, hints) = Default::default();
+        Ok(Arc::new(Self { dht, key_pair, public_key, server, announced, hints, remembered }))
+    }
+
+    /// Returns the UDP address it listens on.
+    pub fn local_address(&self) -> SocketAddrV4 {
+        self.dht.local_address()
+    }
+
+    /// Returns what this node knows of others.
+    pub fn known_peers(&self) -> KnownPeers {
+        let peers = self.dht.known_addresses().into_iter().map(|(key, addresses)| (PublicKey(key.0), addresses));
+        KnownPeers { nodes: self.dht.routing_nodes(), peers: peers.collect() }
+    }
+
+    /// Waits until the first nodes of the DHT answered, or none of them did.
+    pub async fn bootstrapped(&self) {
+        self.dht.bootstrapped().await;
+    }
+
+    /// Takes the node off the network: off its topics first, so that nobody is sent here in vain.
+    pub async fn stop(&self) {
+        let announcers: Vec<_> = self.announced().drain().map(|(_, announcer)| announcer).collect();
+        let leave = async {
+            futures_util::future::join_all(announcers.into_iter().map(TopicAnnouncer::stop)).await;
+            if let Some(server) = &self.server {
+                server.close().await;
+            }
+        };
+        // Records that stay age out by themselves.
+        let _ = time::timeout(LEAVE, leave).await;
+        self.dht.stop().await;
+    }
+
+    fn announced(&self) -> MutexGuard<'_, HashMap<Topic, TopicAnnouncer>> {
+        self.announced.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn hints(&self) -> MutexGuard<'_, HashMap<PublicKey, Vec<SocketAddrV4>>> {
+        self.hints.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl Transport for HyperswarmTransport {
+    fn public_key(&self) -> PublicKey {
+        self.public_key
+    }
+
+    async fn connect(&self, peer: PublicKey) -> Result<Arc<dyn Connection>, TransportError> {
+        // They spare a walk through the table. A peer that moved is found by the walk.
+        let relay_addresses = self.hints().get(&peer).cloned().unwrap_or_default();
+        let options = ConnectOptions { timeout: CONNECT, relay_addresses, ..ConnectOptions::default() };
+        let stream = self.dht.connect(&self.key_pair, foreign(peer), options).await.map_err(|error| {
+            debug!(peer = peer.short(), %error, "no connection");
+            TransportError::Unreachable { peer }
+        })?;
+        let connection = HyperswarmConnection::over(stream, peer, false).ok_or(TransportError::Unreachable { peer })?;
+        Ok(Arc::new(connection))
+    }
+
+    async fn accept(&self) -> Option<Arc<dyn Connection>> {
+        // Nobody calls a node that only calls others: to its services it is as if it were closed.
+        let server = self.server.as_ref()?;
+        loop {
+            let stream = server.accept().await?;
+            // One that closed meanwhile is no reason to stop.
+            if let Some(connection) = HyperswarmConnection::over(stream, self.public_key, true) {
+                return Some(Arc::new(connection));
+            }
+        }
+    }
+
+    async fn announce(&self, topic: &Topic) -> Result<(), TransportError> {
+        let announced = {
+            let mut announced = self.announced();
+            let announcer = announced.entry(topic.clone()).or_insert_with(|| {
+                // Weak, because the announcer's task would keep the server, and it the node, for ever.
+                let server = self.server.as_ref().map(Arc::downgrade).unwrap_or_default();
+                let addresses = move || server.upgrade().map(|server| server.relay_addresses()).unwrap_or_default();
+                self.dht.announcer(topic.key(), self.key_pair.clone(), Arc::new(addresses))
+            });
+            announcer.announced()
+        };
+        announced.await;
+        Ok(())
+    }
+
+    async fn unannounce(&self, topic: &Topic) -> Result<(), TransportError> {
+        let announcer = self.announced().remove(topic);
+        if let Some(announcer) = announcer {
+            // Records that stay age out by themselves.
+            let _ = time::timeout(LEAVE, announcer.stop()).await;
+        }
+        Ok(())
+    }
+
+    async fn lookup(&self, topic: &Topic) -> Result<Vec<PublicKey>, TransportError> {
+        let named = |peer: Peer| (PublicKey(peer.public_key.0), peer.relay_addresses);
+        // In a network of two or three nodes the one record there is may lie here.
+        let mut found: BTreeMap<_, _> = self.dht.kept_peers(&topic.key()).into_iter().map(named).collect();
+        let mut replies = self.dht.lookup(topic.key());
+        let all = async {
+            loop {
+                let patience = if found.is_empty() { LOOKUP } else { NEXT_REPLY };
+                let Ok(Some(reply)) = time::timeout(patience, replies.next()).await else { return };
+                found.extend(reply.peers.into_iter().map(named));
+            }
+        };
+        let _ = time::timeout(LOOKUP, all).await;
+        let keys = found.keys().copied().collect();
+        let mut hints = self.hints();
+        if hints.len() + found.len() > HINTS_MAX {
+            // Anyone may announce on a topic. Without hints connecting only takes longer.
+            hints.clear();
+        }
+        hints.extend(found.into_iter().filter(|(_, addresses)| !addresses.is_empty()).take(HINTS_MAX));
+        Ok(keys)
+    }
+
+    fn remembered(&self) -> Vec<PublicKey> {
+        self.remembered.clone()
+    }
+}
+
+fn foreign(key: PublicKey) -> crypto::PublicKey {
+    crypto::PublicKey(key.0)
+}
+
+/// A connection. It ends when nobody holds it, nor a stream of it, nor a request that is not answered.
+struct HyperswarmConnection {
+    remote_key: PublicKey,
+    mux: Protomux,
+    rpc: Rpc,
+    /// What the peer opens, where it was the peer who dialled: whoever dials asks and is not asked.
+    opened: Option<Opened>,
+    closed: AtomicBool,
+}
+
+struct Opened {
+    requests: Requests,
+    streams: Pairing,
+}
+
+impl HyperswarmConnection {
+    /// Takes a connection over. `server_key` is the key of the side that was dialled: it names the channel of requests.
+    fn over(stream: SecretStream, server_key: PublicKey, takes_calls: bool) -> Option<Self> {
+        let remote_key = PublicKey(stream.remote_key().0);
+        let options = protomux::Options {
+            channels_max: CHANNELS_MAX,
+            incoming_max: INCOMING_MAX,
+            pending_bytes_max: PENDING_BYTES_MAX,
+            ..protomux::Options::default()
+        };
+        let mux = Protomux::new(stream, options);
+        let (rpc, requests) = Rpc::open(&mux, &server_key.0, &hyperswarm_rpc::Options::default()).ok()?;
+        let opened = takes_calls.then(|| Opened { requests, streams: mux.pair(STREAM_PROTOCOL, None) });
+        mux.start();
+        Some(Self { remote_key, mux, rpc, opened, closed: AtomicBool::new(false) })
+    }
+
+    async fn take(opened: &Opened) -> Option<Incoming> {
+        loop {
+            tokio::select! {
+                // Requests first: an introduction that was sent ahead of a stream is taken ahead of it.
+                biased;
+                request = opened.requests.next() => {
+                    if let Some(request) = incoming_request(request?) {
+                        return Some(request);
+                    }
+                }
+                stream = opened.streams.next() => {
+                    // One that its opener has closed already is no loss.
+                    if let Ok(channel) = stream?.accept(channel_options(REQUEST_QUEUE_BYTES, Overflow::Wait)) {
+                        return Some(Incoming::Channel(Box::new(HyperswarmChannel(channel))));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Connection for HyperswarmConnection {
+    fn remote_key(&self) -> PublicKey {
+        self.remote_key
+    }
+
+    async fn request(&self, method: &str, body: Bytes) -> Result<Bytes, RequestError> {
+        match self.rpc.request(method, &hyperswarm_rpc::encode_buffer(&body)).await {
+            Ok(value) => hyperswarm_rpc::decode_buffer(&value).map_err(|_| garbled().into()),
+            Err(hyperswarm_rpc::RequestError::Remote(error)) => Err(wire_error(*error).into()),
+            Err(hyperswarm_rpc::RequestError::TooLong) => {
+                Err(WireError::new(ErrorCode::RequestTooLarge, "the request has more than 16 MiB").into())
+            }
+            Err(hyperswarm_rpc::RequestError::Closed) => {
+                self.closed.store(true, Ordering::Relaxed);
+                Err(TransportError::Closed.into())
+            }
+        }
+    }
+
+    async fn open_channel(&self) -> Result<Box<dyn Channel>, TransportError> {
+        let id = crypto::random::<16>();
+        let options = channel_options(ANSWER_QUEUE_BYTES, Overflow::Close);
+        let channel = self.mux.open(STREAM_PROTOCOL, &id, options).map_err(|_| TransportError::Closed)?;
+        Ok(Box::new(HyperswarmChannel(channel)))
+    }
+
+    async fn next(&self) -> Option<Incoming> {
+        let next = match &self.opened {
+            Some(opened) => Self::take(opened).await,
+            None => {
+                self.mux.closed().await;
+                None
+            }
+        };
+        if next.is_none() {
+            self.closed.store(true, Ordering::Relaxed);
+        }
+        next
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed) || self.mux.is_closed()
+    }
+
+    fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        self.mux.destroy();
+    }
+}
+
+fn channel_options(queue_bytes_max: usize, overflow: Overflow) -> ChannelOptions {
+    ChannelOptions { queue_bytes_max, overflow, ..ChannelOptions::default() }
+}
+
+/// Takes a request apart.
+fn incoming_request(request: IncomingRequest) -> Option<Incoming> {
+    if request.is_event() {
+        // It expects no answer: nothing of ours sends one.
+        return None;
+    }
+    let method = request.method().to_owned();
+    let Ok(body) = hyperswarm_rpc::decode_buffer(request.value()) else {
+        let cause = Cause::new("the value is not a length-prefixed JSON text", ErrorCode::InvalidValue.as_str());
+        let _ = request.error(&RemoteError::not_decoded(cause));
+        return None;
+    };
+    let (_, reply) = request.into_parts();
+    Some(Incoming::Request { method, body, reply: Box::new(HyperswarmReply(Some(reply))) })
+}
+
+/// Where the answer to a request goes.
+struct HyperswarmReply(Option<hyperswarm_rpc::Reply>);
+
+#[async_trait]
+impl Reply for HyperswarmReply {
+    fn send(mut self: Box<Self>, answer: Result<Bytes, WireError>) {
+        if let Some(reply) = self.0.take() {
+            answer_with(reply, answer);
+        }
+    }
+
+    async fn closed(&mut self) {
+        if let Some(reply) = &self.0 {
+            reply.closed().await;
+        }
+    }
+}
+
+impl Drop for HyperswarmReply {
+    fn drop(&mut self) {
+        if let Some(reply) = self.0.take() {
+            let given_up = WireError::new(ErrorCode::Unavailable, "the call was given up, try another node");
+            answer_with(reply, Err(given_up));
+        }
+    }
+}
+
+fn answer_with(reply: hyperswarm_rpc::Reply, answer: Result<Bytes, WireError>) {
+    // A caller that is gone needs no answer, and one that is told that its answer is too long needs no other.
+    let _ = match answer {
+        Ok(value) => reply.ok(&hyperswarm_rpc::encode_buffer(&value)),
+        Err(error) => reply.error(&remote_error(&error)),
+    };
+}
+
+/// Writes an error so that a bare `@hyperswarm/rpc` client sees message and code as the cause's, and one of ours all.
+fn remote_error(error: &WireError) -> RemoteError {
+    let mut cause = Cause::new(error.message.clone(), error.code.as_str());
+    cause.context = String::from_utf8(codec::encode(error)).unwrap_or_default();
+    if error.code == ErrorCode::UnknownMethod {
+        return RemoteError { message: error.message.clone(), code: UNKNOWN_METHOD.to_owned(), cause: Some(cause) };
+    }
+    RemoteError::failed(cause)
+}
+
+fn wire_error(error: RemoteError) -> WireError {
+    let told = error.cause.as_ref().and_then(|cause| codec::decode(cause.context.as_bytes()).ok());
+    told.unwrap_or_else(|| match error.code.as_str() {
+        UNKNOWN_METHOD => WireError::new(ErrorCode::UnknownMethod, "the peer knows no such method"),
+        _ => garbled(),
+    })
+}
+
+fn garbled() -> WireError {
+    WireError::new(ErrorCode::InternalError, "a part of the network answered nonsense")
+}
+
+/// One stream.
+struct HyperswarmChannel(protomux::Channel);
+
+impl fmt::Debug for HyperswarmChannel {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("HyperswarmChannel")
+    }
+}
+
+#[async_trait]
+impl Channel for HyperswarmChannel {
+    async fn send(&self, message: Bytes) -> bool {
+        self.0.room().await.is_ok() && self.try_send(message)
+    }
+
+    fn try_send(&self, message: Bytes) -> bool {
+        self.0.send(FRAME, &[&message]).is_ok()
+    }
+
+    async fn receive(&self) -> Option<Bytes> {
+        loop {
+            let message = self.0.receive().await?;
+            if message.kind == FRAME {
+                return Some(message.payload);
+            }
+            // Another kind belongs to a later version of the protocol.
+        }
+    }
+
+    fn try_receive(&self) -> Option<Bytes> {
+        let message = self.0.try_receive()?;
+        (message.kind == FRAME).then_some(message.payload)
+    }
+}
