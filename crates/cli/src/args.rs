@@ -57,7 +57,23 @@ impl LogFormat {
 pub enum Command {
     /// Run the whole network in one process
     Up(UpArgs),
-    /// Show the network at work: ask, kill a worker's engine, ask again
+    /// Help nodes to find each other
+    Bootstrap(NodeArgs),
+    /// Keep models, API keys and the list of who belongs to the network
+    Registry(NodeArgs),
+    /// Place jobs on workers
+    Orchestrator(OrchestratorArgs),
+    /// Take requests over HTTP and from peers
+    Gateway(GatewayArgs),
+    /// Run jobs
+    Worker(NodeArgs),
+    /// Make an invite: the one line with which another machine joins
+    Invite(InviteArgs),
+    /// Join a network by an invite, and do what it invites to
+    Join(JoinArgs),
+    /// Take a node out of the network; it gets no work within 5 seconds
+    Revoke(RevokeArgs),
+    /// Show a network of processes at work: ask, kill the worker that answered, ask again
     Demo,
     /// Ask a model and print its answer
     Run(RunArgs),
@@ -67,8 +83,8 @@ pub enum Command {
     /// Make, list and revoke API keys
     #[command(subcommand)]
     Token(TokenCommand),
-    /// List the live workers
-    Nodes(ServerArgs),
+    /// List the live nodes
+    Nodes(NodesArgs),
     /// Say what is wrong, and what to do about it
     Doctor(ServerArgs),
     /// Look at the settings
@@ -102,6 +118,110 @@ pub struct UpArgs {
     /// Workers to run
     #[arg(long, value_name = "COUNT")]
     pub workers: Option<u32>,
+}
+
+/// How a node reaches the others.
+#[derive(Debug, Clone, Default, Args)]
+pub struct NodeArgs {
+    /// Nodes that every node knows: where to look for others
+    #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',')]
+    pub bootstrap: Option<Vec<String>>,
+    /// Name of this region
+    #[arg(long, value_name = "REGION")]
+    pub region: Option<String>,
+    /// UDP address to listen on; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<String>,
+    /// Ends when the process that started it does
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
+}
+
+/// How to place jobs.
+#[derive(Debug, Clone, Default, Args)]
+pub struct OrchestratorArgs {
+    /// How it reaches the others
+    #[command(flatten)]
+    pub node: NodeArgs,
+    /// Other regions whose workers it uses
+    #[arg(long, value_name = "REGION,...", value_delimiter = ',')]
+    pub near_regions: Option<Vec<String>>,
+}
+
+/// How to take requests.
+#[derive(Debug, Clone, Default, Args)]
+pub struct GatewayArgs {
+    /// How it reaches the others
+    #[command(flatten)]
+    pub node: NodeArgs,
+    /// Address to serve HTTP on
+    #[arg(long, value_name = "HOST:PORT")]
+    pub bind: Option<String>,
+}
+
+/// Whom to invite.
+#[derive(Debug, Clone, Args)]
+pub struct InviteArgs {
+    /// What the new node may do
+    #[arg(long, value_enum, value_name = "ROLE", default_value = "worker")]
+    pub role: Role,
+    /// Regions it may stand in; by default any
+    #[arg(long, value_name = "REGION,...", value_delimiter = ',')]
+    pub regions: Vec<String>,
+    /// Who it is for
+    #[arg(long, default_value = "")]
+    pub name: String,
+    /// Hours for which the invite holds
+    #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=24))]
+    pub hours: u32,
+}
+
+/// What a node does in the network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    /// Takes requests.
+    Gateway,
+    /// Places jobs.
+    Orchestrator,
+    /// Runs jobs.
+    Worker,
+}
+
+/// Which network to join.
+#[derive(Debug, Clone, Args)]
+pub struct JoinArgs {
+    /// The invite, as `tether invite` printed it
+    pub invite: String,
+    /// How this node reaches the others
+    #[command(flatten)]
+    pub node: NodeArgs,
+    /// Address to serve HTTP on, where the invite is for a gateway
+    #[arg(long, value_name = "HOST:PORT")]
+    pub bind: Option<String>,
+    /// Other regions whose workers it uses, where the invite is for an orchestrator
+    #[arg(long, value_name = "REGION,...", value_delimiter = ',')]
+    pub near_regions: Option<Vec<String>>,
+    /// Only keep what the invite brings; `tether worker` then starts the node
+    #[arg(long)]
+    pub only_enrol: bool,
+}
+
+/// Whom to take out.
+#[derive(Debug, Clone, Args)]
+pub struct RevokeArgs {
+    /// The node's public key, 64 hex digits, as `tether nodes --json` shows it
+    pub node: String,
+}
+
+/// Which nodes to list, and for how long.
+#[derive(Debug, Clone, Default, Args)]
+pub struct NodesArgs {
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Go on showing them as they change, until Ctrl-C
+    #[arg(long, conflicts_with = "json")]
+    pub watch: bool,
 }
 
 /// What to ask.

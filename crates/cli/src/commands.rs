@@ -11,14 +11,17 @@ use crate::args::{Cli, Command, Common, ConfigCommand, ModelCommand, TokenComman
 use crate::data_folder::DataFolder;
 use crate::network::Supplies;
 use crate::output;
-use crate::settings::{self, Env, Settings};
+use crate::settings::{self, Env, Flag, Settings};
+use protocol::control::NodeRole;
 
+mod admission;
 mod demo;
 mod doctor;
 mod engine_host;
 mod model;
 mod nodes;
 mod run;
+mod serve;
 mod token;
 mod up;
 
@@ -85,7 +88,7 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
     let env = Env::of_process();
     let flags = flags(&cli.command);
     let settings = settings::load(&cli.common, &env, &flags)?;
-    let quiet = !matches!(cli.command, Command::Up(_));
+    let quiet = !runs_a_service(&cli.command);
     start_logs(&settings, quiet && !env_sets_filter(&env))?;
     let context = Context { data: DataFolder::of(&settings, &env)?, settings, env, json: cli.common.json };
     let runtime = async_runtime(context.settings.threads).context("no async runtime")?;
@@ -95,6 +98,14 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
 async fn command(command: Command, common: &Common, context: Context) -> anyhow::Result<Outcome> {
     match command {
         Command::Up(_) => up::run(context).await,
+        Command::Bootstrap(args) => serve::bootstrap(context, &args).await,
+        Command::Registry(args) => serve::registry(context, &args).await,
+        Command::Orchestrator(args) => serve::enrolled(context, NodeRole::Orchestrator, &args.node).await,
+        Command::Gateway(args) => serve::enrolled(context, NodeRole::Gateway, &args.node).await,
+        Command::Worker(args) => serve::enrolled(context, NodeRole::Worker, &args).await,
+        Command::Invite(args) => admission::invite(context, args).await,
+        Command::Join(args) => admission::join(context, args).await,
+        Command::Revoke(args) => admission::revoke(context, args).await,
         Command::Demo => demo::run(context, common).await,
         Command::Run(args) => run::run(context, args).await,
         Command::Model(ModelCommand::List(server)) => model::list(context, &server).await,
@@ -117,13 +128,42 @@ fn check_config(context: &Context) -> anyhow::Result<Outcome> {
     Ok(Outcome::Well)
 }
 
-fn flags(command: &Command) -> Vec<(&'static str, String)> {
-    let Command::Up(up) = command else { return vec![] };
-    let workers = up.workers.map(|workers| workers.to_string());
-    [("gateway.bind", up.bind.clone()), ("region", up.region.clone()), ("workers", workers)]
-        .into_iter()
-        .filter_map(|(name, value)| Some((name, value?)))
-        .collect()
+fn flags(command: &Command) -> Vec<Flag> {
+    let mut flags: Vec<(&'static str, Option<config::Value>)> = vec![];
+    let (node, bind, near_regions) = match command {
+        Command::Up(up) => {
+            flags.push(("region", up.region.clone().map(Into::into)));
+            flags.push(("workers", up.workers.map(Into::into)));
+            (None, &up.bind, &None)
+        }
+        Command::Bootstrap(node) | Command::Registry(node) | Command::Worker(node) => (Some(node), &None, &None),
+        Command::Orchestrator(args) => (Some(&args.node), &None, &args.near_regions),
+        Command::Gateway(args) => (Some(&args.node), &args.bind, &None),
+        Command::Join(args) => (Some(&args.node), &args.bind, &args.near_regions),
+        _ => (None, &None, &None),
+    };
+    flags.push(("gateway.bind", bind.clone().map(Into::into)));
+    flags.push(("orchestrator.near_regions", near_regions.clone().map(Into::into)));
+    if let Some(node) = node {
+        flags.push(("network.bootstrap", node.bootstrap.clone().map(Into::into)));
+        flags.push(("network.listen", node.listen.clone().map(Into::into)));
+        flags.push(("region", node.region.clone().map(Into::into)));
+    }
+    flags.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+}
+
+/// Says whether a command runs until it is stopped, and logs what happens.
+fn runs_a_service(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Up(_)
+            | Command::Bootstrap(_)
+            | Command::Registry(_)
+            | Command::Orchestrator(_)
+            | Command::Gateway(_)
+            | Command::Worker(_)
+            | Command::Join(_)
+    )
 }
 
 fn env_sets_filter(env: &Env) -> bool {

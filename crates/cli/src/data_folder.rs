@@ -1,14 +1,16 @@
 //! The folder that holds everything this machine keeps: keys, stores, models. Its owner alone may read it.
 
 use std::fs::{self, File};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use protocol::codec;
 use protocol::signature::NodeKey;
 use registry::Pepper;
 use rpc::identity;
 
+use crate::node::Pool;
 use crate::settings::{Env, Settings};
 
 /// The folder that holds everything this machine keeps.
@@ -17,10 +19,10 @@ pub struct DataFolder {
     path: PathBuf,
 }
 
-/// Held while a network runs on a folder, so that no other does.
+/// Held while nodes run on a folder, so that no others of their roles do.
 #[derive(Debug)]
 pub struct FolderLock {
-    _file: File,
+    _files: Vec<File>,
 }
 
 impl DataFolder {
@@ -50,14 +52,19 @@ impl DataFolder {
         builder.create(&self.path).with_context(|| format!("could not make the data folder {}", self.path.display()))
     }
 
-    /// Keeps other networks off this folder.
-    pub fn lock(&self) -> anyhow::Result<FolderLock> {
-        let path = self.path.join("lock");
+    /// Keeps other nodes of these roles off this folder. `tether up` takes all of them.
+    pub fn lock(&self, roles: &[&str]) -> anyhow::Result<FolderLock> {
+        let files = roles.iter().map(|role| self.lock_role(role)).collect::<Result<_, _>>()?;
+        Ok(FolderLock { _files: files })
+    }
+
+    fn lock_role(&self, role: &str) -> anyhow::Result<File> {
+        let path = self.path.join(format!("{role}.lock"));
         let file = File::create(&path).with_context(|| format!("could not write {}", path.display()))?;
         match file.try_lock() {
-            Ok(()) => Ok(FolderLock { _file: file }),
+            Ok(()) => Ok(file),
             Err(fs::TryLockError::WouldBlock) => {
-                bail!("another tether runs on {}; stop it, or name another folder with --data-dir", self.path.display())
+                bail!("another {role} runs on {}; stop it, or name another folder with --data-dir", self.path.display())
             }
             Err(fs::TryLockError::Error(error)) => {
                 Err(error).with_context(|| format!("could not lock {}", path.display()))
@@ -94,6 +101,51 @@ impl DataFolder {
         }
     }
 
+    /// Writes down which network this folder belongs to.
+    pub fn write_pool(&self, pool: &Pool) -> anyhow::Result<()> {
+        let path = self.path.join("pool.json");
+        identity::replace_private(&path, &codec::encode(pool))
+            .with_context(|| format!("could not write {}", path.display()))
+    }
+
+    /// Returns which network this folder belongs to, where it does.
+    pub fn pool(&self) -> anyhow::Result<Option<Pool>> {
+        let path = self.path.join("pool.json");
+        match fs::read(&path) {
+            Ok(bytes) => codec::decode(&bytes).map(Some).with_context(|| {
+                format!("{} is damaged; move it away and start or join the network again", path.display())
+            }),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("could not read {}", path.display())),
+        }
+    }
+
+    /// Returns the number of a node's next start: greater than every one before, whatever happens to the process.
+    pub fn next_epoch(&self, node: &str) -> anyhow::Result<u64> {
+        let path = self.path.join("nodes").join(format!("{node}.epoch"));
+        let last = match fs::read_to_string(&path) {
+            Ok(text) => text.trim().parse::<u64>().with_context(|| {
+                format!("{} does not hold a number; write one that is greater than every one before", path.display())
+            })?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error).with_context(|| format!("could not read {}", path.display())),
+        };
+        let next = last + 1;
+        identity::replace_private(&path, format!("{next}\n").as_bytes())
+            .with_context(|| format!("could not write {}", path.display()))?;
+        Ok(next)
+    }
+
+    /// Returns the file of a node's place in its pool.
+    pub fn enrolment(&self, node: &str) -> PathBuf {
+        self.path.join("nodes").join(format!("{node}.enrolment"))
+    }
+
+    /// Returns the file of the peers that a node knows.
+    pub fn known_peers(&self, node: &str) -> PathBuf {
+        self.path.join("nodes").join(format!("{node}.peers"))
+    }
+
     /// Returns the file of the registry's store.
     pub fn registry_store(&self) -> PathBuf {
         self.path.join("registry.db")
@@ -127,6 +179,18 @@ impl DataFolder {
             .with_context(|| format!("could not write {}", path.display()))
     }
 
+    /// Writes down on which UDP address a node of this folder listens.
+    pub fn write_listen_address(&self, node: &str, address: SocketAddrV4) -> anyhow::Result<()> {
+        let path = self.path.join(format!("{node}.listen"));
+        identity::replace_private(&path, format!("{address}\n").as_bytes())
+            .with_context(|| format!("could not write {}", path.display()))
+    }
+
+    /// Returns on which UDP address a node of this folder listens, or did last.
+    pub fn listen_address(&self, node: &str) -> Option<SocketAddrV4> {
+        fs::read_to_string(self.path.join(format!("{node}.listen"))).ok()?.trim().parse().ok()
+    }
+
     /// Returns where the network that runs here listens, or did last.
     pub fn address(&self) -> Option<String> {
         fs::read_to_string(self.path.join("address")).ok().map(|text| text.trim().to_owned())
@@ -141,11 +205,24 @@ mod tests {
     fn two_networks_do_not_share_a_folder() {
         let folder = tempfile::tempdir().expect("a folder");
         let data = DataFolder::at(folder.path());
-        let lock = data.lock().expect("the first");
-        let error = data.lock().expect_err("the second").to_string();
+        let lock = data.lock(&["worker", "gateway"]).expect("the first");
+        let error = data.lock(&["gateway"]).expect_err("the second").to_string();
         assert!(error.contains("--data-dir"), "{error}");
+        data.lock(&["registry"]).expect("another role");
         drop(lock);
-        data.lock().expect("free again");
+        data.lock(&["gateway"]).expect("free again");
+    }
+
+    #[test]
+    fn each_start_has_a_greater_number() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let data = DataFolder::at(folder.path());
+        data.node_key("worker").expect("makes the folder");
+        assert_eq!(data.next_epoch("worker").expect("the first"), 1);
+        assert_eq!(data.next_epoch("worker").expect("the second"), 2);
+        assert_eq!(data.next_epoch("gateway").expect("another node's first"), 1);
+        fs::write(folder.path().join("nodes/worker.epoch"), "x").expect("written");
+        assert!(data.next_epoch("worker").is_err(), "never begins again by itself");
     }
 
     #[test]

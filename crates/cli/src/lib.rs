@@ -1,10 +1,14 @@
-//! The `tether` program: its settings, its commands, and the whole network in one process.
+//! The `tether` program: its settings, its commands, the nodes it runs and the whole network in one process.
 
 pub mod args;
 pub mod client;
 pub mod commands;
 pub mod data_folder;
 pub mod network;
+pub mod node;
+pub mod operator;
 pub mod output;
+pub mod processes;
+pub mod services;
 pub mod settings;
 pub mod tiny_model;

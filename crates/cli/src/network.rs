@@ -6,28 +6,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
-use gateway::{Gateway, GatewayParts};
-use metadata_store::{MetadataStore, SqliteStore, StoreOptions};
+use metadata_store::MetadataStore;
 use observability::Metrics;
-use orchestrator::{Orchestrator, OrchestratorParts};
 use protocol::Clock;
-use protocol::control::{NodeRole, Scope, TokenCreate};
+use protocol::control::NodeRole;
 use protocol::model::ModelEntry;
 use protocol::signature::NodeKey;
-use registry::{AdmissionOffice, AdmissionParts, Grant, Registry, RegistryParts, TokenOffice};
+use registry::{AdmissionOffice, AdmissionParts, Grant, TokenOffice};
 use rpc::{Membership, MemoryNetwork, SystemClock};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use worker::{BaseWorker, WorkerHandle, WorkerParts};
+use worker::WorkerHandle;
 
 use crate::data_folder::{DataFolder, FolderLock};
+use crate::services::{Place, first_key, open_store};
 use crate::settings::Settings;
 use crate::tiny_model;
-
-/// The program's version.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What a network is given besides its settings.
 pub struct Supplies<'a> {
@@ -81,7 +76,7 @@ impl Network {
     /// Starts every service on a data folder.
     pub async fn start(settings: &Settings, data: &DataFolder, supplies: Supplies<'_>) -> anyhow::Result<Self> {
         data.create()?;
-        let lock = data.lock()?;
+        let lock = data.lock(&["registry", "orchestrator", "gateway", "worker"])?;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let registry_store = open_store(&data.registry_store())?;
         let orchestrator_store = open_store(&data.orchestrator_store())?;
@@ -99,21 +94,21 @@ impl Network {
             data.pepper()?,
             keys.registry.public_key(),
         ));
-        let (memory, metrics) = (MemoryNetwork::new(), Metrics::new());
-        let stage = Stage { settings, data, memory, metrics, clock, keys, admission };
-        let registries = stage.registry(registry_store.clone())?;
+        let metrics = Metrics::new();
+        let place = Place { settings: settings.clone(), data: data.clone(), metrics: metrics.clone(), clock };
+        let stage = Stage { place, memory: MemoryNetwork::new(), keys, admission };
+        let registries = stage.registry(registry_store.clone());
         let orchestrators = stage.orchestrator(orchestrator_store.clone()).await?;
         let (workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
         let (gateways, address) = stage.gateway().await?;
         let tls = settings.gateway.tls_cert.is_some();
-        data.write_address(address, tls)?;
         Ok(Self {
             address,
             tls,
             api_key,
             key_is_new,
             workers: handles,
-            metrics: stage.metrics,
+            metrics,
             stores: vec![orchestrator_store, registry_store],
             tiers: vec![gateways, orchestrators, workers, registries],
             _lock: lock,
@@ -165,56 +160,39 @@ impl Network {
 }
 
 /// What the services of one network share while they are started.
-struct Stage<'a> {
-    settings: &'a Settings,
-    data: &'a DataFolder,
+struct Stage {
+    place: Place,
     memory: MemoryNetwork,
-    metrics: Metrics,
-    clock: Arc<dyn Clock>,
     keys: Keys,
     admission: AdmissionOffice,
 }
 
-impl Stage<'_> {
+impl Stage {
     /// Makes a node of this process a member: its operator has the root key and needs no invite.
     async fn admit(&self, key: &NodeKey, role: NodeRole, name: &str) -> anyhow::Result<Membership> {
         let own_key = key.public_key();
         let certificate = self.admission.certify(own_key, Grant::of(role, name)).await;
         let certificate = certificate.with_context(|| format!("could not certify the {name}"))?;
-        let membership = Membership::new(self.admission.pool(), own_key, certificate, self.clock.clone())?;
+        let membership = Membership::new(self.admission.pool(), own_key, certificate, self.place.clock.clone())?;
         membership.take_revocations(&self.admission.revocations().await?)?;
         Ok(membership)
     }
 
-    fn registry(&self, store: Arc<dyn MetadataStore>) -> anyhow::Result<Tier> {
-        let parts = RegistryParts {
-            transport: self.memory.node(&self.keys.registry),
-            region: self.settings.region.clone(),
-            clock: self.clock.clone(),
-            store,
-            pepper: self.data.pepper()?,
-            admission: self.admission.clone(),
-            version: VERSION.to_owned(),
-        };
+    fn registry(&self, store: Arc<dyn MetadataStore>) -> Tier {
+        let (place, admission) = (self.place.clone(), self.admission.clone());
+        let transport = self.memory.node(&self.keys.registry);
         let mut tier = Tier::new();
         let stop = tier.stop.clone();
-        tier.tasks.spawn(async move { Registry::run(parts, stop).await.context("the registry stopped") });
-        Ok(tier)
+        tier.tasks.spawn(async move { place.registry(transport, store, admission, stop).await });
+        tier
     }
 
     async fn orchestrator(&self, store: Arc<dyn MetadataStore>) -> anyhow::Result<Tier> {
-        let parts = OrchestratorParts {
-            transport: self.memory.node(&self.keys.orchestrator),
-            region: self.settings.region.clone(),
-            clock: self.clock.clone(),
-            store,
-            metrics: self.metrics.clone(),
-            membership: self.admit(&self.keys.orchestrator, NodeRole::Orchestrator, "orchestrator").await?,
-            version: VERSION.to_owned(),
-        };
+        let (place, transport) = (self.place.clone(), self.memory.node(&self.keys.orchestrator));
+        let membership = self.admit(&self.keys.orchestrator, NodeRole::Orchestrator, "orchestrator").await?;
         let mut tier = Tier::new();
-        let running = Orchestrator::run(self.settings.orchestrator.clone(), parts, tier.stop.clone());
-        tier.tasks.spawn(async move { running.await.context("the orchestrator stopped") });
+        let stop = tier.stop.clone();
+        tier.tasks.spawn(async move { place.orchestrator(transport, store, membership, stop).await });
         Ok(tier)
     }
 
@@ -227,20 +205,9 @@ impl Stage<'_> {
         let mut tier = Tier::new();
         let mut handles = vec![];
         for (key, number) in self.keys.workers.iter().zip(1..) {
-            let artifacts =
-                ArtifactStore::in_folder(self.data.artifacts()).context("could not open the artifact store")?;
-            let parts = WorkerParts {
-                transport: self.memory.node(key),
-                key: key.clone(),
-                epoch: epochs.next_epoch(key.public_key()).await?,
-                clock: self.clock.clone(),
-                runtime: runtime()?,
-                artifacts: artifacts.with_embedded(tiny_model::digest(), tiny_model::BYTES),
-                metrics: self.metrics.clone(),
-                membership: self.admit(key, NodeRole::Worker, &format!("worker-{number}")).await?,
-                version: VERSION.to_owned(),
-            };
-            let worker = BaseWorker::new(self.settings.worker.clone(), parts);
+            let epoch = epochs.next_epoch(key.public_key()).await?;
+            let membership = self.admit(key, NodeRole::Worker, &format!("worker-{number}")).await?;
+            let worker = self.place.worker(self.memory.node(key), key, epoch, membership, runtime()?)?;
             handles.push(worker.handle());
             let stop = tier.stop.clone();
             tier.tasks.spawn(async move {
@@ -252,18 +219,12 @@ impl Stage<'_> {
     }
 
     async fn gateway(&self) -> anyhow::Result<(Tier, SocketAddr)> {
-        let parts = GatewayParts {
-            transport: self.memory.node(&self.keys.gateway),
-            clock: self.clock.clone(),
-            metrics: self.metrics.clone(),
-            membership: self.admit(&self.keys.gateway, NodeRole::Gateway, "gateway").await?,
-            version: VERSION.to_owned(),
-        };
-        let bridge = Gateway::new(self.settings.gateway.clone(), parts).bind().await?;
-        let address = bridge.address();
+        let membership = self.admit(&self.keys.gateway, NodeRole::Gateway, "gateway").await?;
+        let open = self.place.gateway(self.memory.node(&self.keys.gateway), membership).await?;
+        let address = open.address();
         let mut tier = Tier::new();
         let stop = tier.stop.clone();
-        tier.tasks.spawn(async move { bridge.run(stop).await.context("the gateway stopped") });
+        tier.tasks.spawn(async move { open.run(stop).await.context("the gateway stopped") });
         Ok((tier, address))
     }
 }
@@ -287,28 +248,4 @@ impl Keys {
                 .collect::<Result<_, _>>()?,
         })
     }
-}
-
-/// Opens a store file.
-pub fn open_store(path: &std::path::Path) -> anyhow::Result<Arc<dyn MetadataStore>> {
-    Ok(Arc::new(SqliteStore::open(path, StoreOptions::default())?))
-}
-
-/// Returns the key in the data folder. Where there is none, one is made that may do everything.
-async fn first_key(data: &DataFolder, office: &TokenOffice) -> anyhow::Result<(String, bool)> {
-    if let Some(key) = data.api_key().filter(|key| !key.is_empty()) {
-        return Ok((key, false));
-    }
-    let new = TokenCreate {
-        tenant_id: "default".parse().expect("a well-formed tenant"),
-        name: "made at first start".to_owned(),
-        scopes: vec![Scope::Infer, Scope::Admin],
-        expires_at: None,
-        requests_per_minute: None,
-    };
-    let key = office.issue(new).await?.token;
-    let path = data.api_key_file();
-    rpc::identity::write_private(&path, format!("{key}\n").as_bytes())
-        .with_context(|| format!("could not write {}", path.display()))?;
-    Ok((key, true))
 }

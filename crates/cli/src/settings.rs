@@ -1,14 +1,16 @@
 //! Settings: flags over `TETHER_*` variables over the file over defaults, read once.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use config::{Environment, File, FileFormat};
 use observability::logs::LogFormat;
 use protocol::Region;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::args::Common;
 use crate::tiny_model;
@@ -32,6 +34,8 @@ pub struct Settings {
     pub workers: u32,
     /// Threads that serve the network; 0 takes half of the cores, since engines need the others.
     pub threads: u32,
+    /// How nodes find and reach each other.
+    pub network: NetworkSettings,
     /// What is logged, and how.
     pub log: LogSettings,
     /// Takes requests.
@@ -40,6 +44,21 @@ pub struct Settings {
     pub orchestrator: orchestrator::Config,
     /// Runs jobs.
     pub worker: worker::Config,
+}
+
+/// How nodes find and reach each other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct NetworkSettings {
+    /// UDP address that this node listens on; port 0 takes a free one.
+    pub listen: SocketAddrV4,
+    /// Nodes to ask for others, as `host:port`. A node that joined by an invite knows those of its network.
+    pub bootstrap: Vec<String>,
+}
+
+/// Returns the address with a port that is surely free.
+pub fn any_port(address: SocketAddrV4) -> SocketAddrV4 {
+    SocketAddrV4::new(*address.ip(), 0)
 }
 
 /// What is logged, and how.
@@ -60,10 +79,58 @@ impl Default for Settings {
             data_dir: None,
             workers: 2,
             threads: 0,
+            network: NetworkSettings::default(),
             log: LogSettings::default(),
             gateway: gateway::Config::default(),
             orchestrator: orchestrator::Config::default(),
             worker: worker::Config { models: vec![tiny_model::served()], ..worker::Config::default() },
+        }
+    }
+}
+
+impl Default for NetworkSettings {
+    fn default() -> Self {
+        Self { listen: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0), bootstrap: vec![] }
+    }
+}
+
+impl NetworkSettings {
+    /// Adds nodes to ask.
+    #[must_use]
+    pub fn and(&self, bootstrap: &[String]) -> Self {
+        let mut all = self.clone();
+        for name in bootstrap {
+            if !all.bootstrap.contains(name) {
+                all.bootstrap.push(name.clone());
+            }
+        }
+        all
+    }
+
+    /// Returns the addresses of the nodes to ask. A name that has none is left out and logged, unless all have none.
+    pub async fn bootstrap_addresses(&self) -> anyhow::Result<Vec<SocketAddrV4>> {
+        let mut addresses = vec![];
+        let mut failed = None;
+        for name in &self.bootstrap {
+            let found = tokio::net::lookup_host(name).await.map(|mut found| {
+                found.find_map(|address| match address {
+                    SocketAddr::V4(address) => Some(address),
+                    SocketAddr::V6(_) => None,
+                })
+            });
+            match found {
+                Ok(Some(address)) => addresses.push(address),
+                Ok(None) => failed = Some(anyhow!("bootstrap node {name} has no IPv4 address")),
+                Err(error) => failed = Some(anyhow!("bootstrap node {name} cannot be found: {error}")),
+            }
+        }
+        match failed {
+            Some(error) if addresses.is_empty() => Err(error),
+            Some(error) => {
+                warn!("{error}");
+                Ok(addresses)
+            }
+            None => Ok(addresses),
         }
     }
 }
@@ -130,8 +197,11 @@ impl Env {
     }
 }
 
+/// A setting that was given on the command line.
+pub type Flag = (&'static str, config::Value);
+
 /// Reads all settings. `flags` are pairs such as `("gateway.bind", "127.0.0.1:0")`.
-pub fn load(common: &Common, env: &Env, flags: &[(&str, String)]) -> anyhow::Result<Settings> {
+pub fn load(common: &Common, env: &Env, flags: &[Flag]) -> anyhow::Result<Settings> {
     let defaults = config::Config::try_from(&Settings::default()).context("the defaults do not read")?;
     let mut builder = config::Config::builder().add_source(defaults);
     let file = match &common.config {
@@ -146,6 +216,9 @@ pub fn load(common: &Common, env: &Env, flags: &[(&str, String)]) -> anyhow::Res
     let environment = Environment::with_prefix("TETHER")
         .prefix_separator("_")
         .separator("__")
+        .list_separator(",")
+        .with_list_parse_key("network.bootstrap")
+        .with_list_parse_key("orchestrator.near_regions")
         .try_parsing(true)
         .source(Some(env.settings()));
     builder = builder.add_source(environment);
@@ -156,7 +229,7 @@ pub fn load(common: &Common, env: &Env, flags: &[(&str, String)]) -> anyhow::Res
         builder = builder.set_override("log.format", format.as_str())?;
     }
     for (name, value) in flags {
-        builder = builder.set_override(*name, value.as_str())?;
+        builder = builder.set_override(*name, value.clone())?;
     }
     let origin =
         file.map_or_else(|| "the settings".to_owned(), |file| format!("the settings (file {})", file.display()));
@@ -179,6 +252,12 @@ fn check(settings: &Settings) -> anyhow::Result<()> {
     }
     if settings.workers > 64 {
         bail!("workers is {}; one process runs at most 64", settings.workers);
+    }
+    for name in &settings.network.bootstrap {
+        let port = name.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse::<u16>());
+        if !matches!(port, Some(Ok(1..))) {
+            bail!("network.bootstrap has {name:?}; write host:port, such as 192.0.2.1:49737");
+        }
     }
     settings.log.format()?;
     settings.worker.check().context("worker")?;

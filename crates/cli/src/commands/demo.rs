@@ -1,21 +1,30 @@
-//! `tether demo`: shows the network at work. Ask, kill the engine that answered, ask again; then a few figures.
+//! `tether demo`: shows a network of processes at work. Ask, kill the worker that answered, ask again; then a few figures.
 
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use engine::{Event, GenerateRequest, LoadOptions, ModelRuntime, PromptInput, Sampling, VerifiedArtifact, no_progress};
-use protocol::WorkerId;
-use protocol::control::Decision;
-use rustix::process::{Pid, Signal, kill_process};
+use protocol::control::{Decision, Empty, Fleet, FleetWorker, NODE_DESCRIBE, NodeInfo};
+use protocol::health::ModelState;
+use protocol::{PublicKey, Topic, WorkerId};
+use rpc::transport::hyperswarm::HyperswarmTransport;
+use rpc::{Client, Transport as _};
 use serde_json::{Value, json};
 
-use super::{Context, Outcome, process_runtime, shipped, spinner};
+use super::{Context, Outcome, process_runtime, spinner};
 use crate::args::Common;
 use crate::client::GatewayClient;
 use crate::data_folder::DataFolder;
-use crate::network::Network;
+use crate::operator::{client_network, random_key};
+use crate::processes::Processes;
 use crate::{output, tiny_model};
 
+/// An address of this machine alone, with a port that is free.
+const LOOPBACK: &str = "127.0.0.1:0";
+/// How long a process may take until it can be used.
+const READY: Duration = Duration::from_secs(30);
 /// Times each figure is taken; the median is shown.
 const ROUNDS: usize = 15;
 /// Tokens of each measured answer.
@@ -24,71 +33,135 @@ const TOKENS: u32 = 64;
 pub(super) async fn run(mut context: Context, common: &Common) -> anyhow::Result<Outcome> {
     // Nothing is left behind unless a folder was named.
     let temporary = tempfile::tempdir().context("no temporary folder")?;
-    let data = match &common.data_dir {
-        Some(_) => context.data.clone(),
-        None => DataFolder::at(temporary.path()),
-    };
-    context.settings.gateway.bind.set_port(0);
-    context.settings.workers = context.settings.workers.max(2);
-    // The figures come from many quick requests of one tenant.
-    context.settings.gateway.rate_limit.requests_per_minute = 0;
-
-    let waiting = spinner("starting two workers and loading tether-tiny");
-    let network = Network::start(&context.settings, &data, shipped()).await?;
-    let ready = network.ready().await;
+    let folder = common.data_dir.clone().unwrap_or_else(|| temporary.path().to_owned());
+    context.settings.network.listen = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0);
+    let mut processes = Processes::below(&folder)?;
+    let waiting = spinner("starting eight processes and loading tether-tiny");
+    let network = start(&context, &mut processes).await;
     waiting.finish_and_clear();
-    let shown = match ready {
-        Ok(()) => show(&network).await,
-        Err(error) => Err(error),
+    let shown = match &network {
+        Ok(network) => show(network, &mut processes).await,
+        Err(_) => Ok(()),
     };
-    let stopped = network.stop().await;
+    let stopped = processes.stop().await;
+    network?.network.stop().await;
     shown?;
     stopped?;
     output::line(
-        "\nGo on with:\n\n  make up                                  the network, until Ctrl-C\n  \
-         tether run tether-tiny \"What is 3 + 4?\"   ask from the command line\n  \
+        "\nNothing of it runs any more. Go on with:\n\n  make up                                  a network in one \
+         process, until Ctrl-C\n  tether run tether-tiny \"What is 3 + 4?\"   ask it from the command line\n  \
+         tether registry                          begin a network of your own machines\n  \
          tether --help                            everything else",
     );
     Ok(Outcome::Well)
 }
 
-async fn show(network: &Network) -> anyhow::Result<()> {
-    let client = GatewayClient::new(network.url(), Some(network.api_key.clone()))?;
-    output::line(format!(
-        "Tether runs in one process: gateway, orchestrator, registry and {} workers.\n\
-         Its OpenAI address is {}/v1, and tether-tiny answers there. It is a demonstration model: it knows a little.\n",
-        network.workers.len(),
-        network.url()
-    ));
-    let first = ask(&client, "What is the capital of Japan?").await?;
-    kill_engine(network, first)?;
-    let second = ask(&client, "What is 3 + 4?").await?;
-    if second == first {
-        output::line("  (the worker had its engine back already)");
+/// The network as this process sees it.
+struct Running {
+    gateway: GatewayClient,
+    /// A peer of the network: for what is measured without HTTP.
+    network: Arc<HyperswarmTransport>,
+    registry: PublicKey,
+    workers: Vec<(&'static str, WorkerId)>,
+    startup: Duration,
+}
+
+/// The regions of the two workers.
+const WORKERS: [(&str, &str); 2] = [("worker-1", "eu-west"), ("worker-2", "us-east")];
+
+async fn start(context: &Context, processes: &mut Processes) -> anyhow::Result<Running> {
+    let began = Instant::now();
+    let mut bootstrap: Vec<String> = vec![];
+    for name in ["bootstrap-1", "bootstrap-2", "bootstrap-3"] {
+        let known = bootstrap.join(",");
+        let mut arguments = vec!["bootstrap", "--listen", LOOPBACK];
+        if !known.is_empty() {
+            arguments.extend(["--bootstrap", &known]);
+        }
+        processes.start(name, &arguments)?;
+        bootstrap.push(processes.listening(name, "bootstrap").await?.to_string());
     }
+    let known = bootstrap.join(",");
+    let registry_arguments = ["registry", "--listen", LOOPBACK, "--bootstrap", &known, "--region", "eu-west"];
+    processes.start("registry", &registry_arguments)?;
+    let pool = processes.wait_for("registry", READY, |data| data.pool().ok().flatten()).await?;
+    let key = processes.wait_for("registry", READY, |data| data.api_key().filter(|key| !key.is_empty())).await?;
+
+    let common = ["--listen", LOOPBACK, "--region"];
+    let mut join = |name: &str, role: &str, region: &str, more: &[&str]| -> anyhow::Result<()> {
+        let line = processes.run("registry", &["invite", "--role", role, "--name", name])?;
+        let invite = line.strip_prefix("tether join ").with_context(|| format!("no invite: {line}"))?.to_owned();
+        let mut arguments = vec!["join", &invite];
+        arguments.extend(common);
+        arguments.push(region);
+        arguments.extend(more);
+        processes.start(name, &arguments)
+    };
+    join("orchestrator", "orchestrator", "eu-west", &["--near-regions", "us-east"])?;
+    join("gateway", "gateway", "eu-west", &["--bind", LOOPBACK])?;
+    for (name, region) in WORKERS {
+        join(name, "worker", region, &[])?;
+    }
+    let url = processes.wait_for("gateway", READY, DataFolder::address).await?;
+    let gateway = GatewayClient::new(url, Some(key))?;
+    let workers = ready(processes, &gateway).await?;
+    let startup = began.elapsed();
+    let data = DataFolder::at(processes.data("registry").path());
+    let network = client_network(&context.settings, &data, &pool.bootstrap, &random_key()?).await?;
+    Ok(Running { gateway, network, registry: pool.registry, workers, startup })
+}
+
+/// Waits until both workers hold the model and the orchestrator knows, and returns who they are.
+async fn ready(processes: &mut Processes, gateway: &GatewayClient) -> anyhow::Result<Vec<(&'static str, WorkerId)>> {
+    let deadline = Instant::now() + READY;
+    loop {
+        let fleet: Result<Fleet, _> = gateway.get("/admin/v1/nodes").await;
+        let found: Vec<_> = fleet.iter().flat_map(|fleet| &fleet.workers).filter(|worker| is_ready(worker)).collect();
+        if found.len() == WORKERS.len() {
+            let of = |region: &str| found.iter().find(|worker| worker.report.region.as_str() == region);
+            return WORKERS
+                .iter()
+                .map(|(name, region)| Ok((*name, of(region).context("a region has no worker")?.report.worker_id)))
+                .collect();
+        }
+        for name in ["registry", "orchestrator", "gateway", "worker-1", "worker-2"] {
+            processes.check(name)?;
+        }
+        if Instant::now() >= deadline {
+            bail!("{} of 2 workers are ready after {} s", found.len(), READY.as_secs());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn is_ready(worker: &FleetWorker) -> bool {
+    worker.report.model_cache.iter().any(|model| model.state == ModelState::Ready)
+}
+
+async fn show(running: &Running, processes: &mut Processes) -> anyhow::Result<()> {
+    let Running { gateway: client, .. } = running;
+    output::line(format!(
+        "Tether runs in eight processes: three bootstrap nodes, registry, orchestrator, gateway and two workers, in \
+         eu-west and us-east.\nThey found each other by topic and speak over Noise-encrypted streams. All were ready \
+         {:.1} s after the first began.\nThe OpenAI address is {}/v1, and tether-tiny answers there. It is a \
+         demonstration model: it knows a little.\n",
+        running.startup.as_secs_f64(),
+        client.url()
+    ));
+    let first = ask(client, "What is the capital of Japan?").await?;
     let waiting = spinner("measuring");
-    let through = through_the_network(&client).await;
-    let direct = directly().await;
+    let figures = measure(running).await;
     waiting.finish_and_clear();
-    let (through, direct) = (through?, direct?);
-    output::line("");
-    let milliseconds = |time: Duration| format!("{:.2} ms", time.as_secs_f64() * 1e3);
-    let rate = |figures: &Figures| format!("{:.0}", figures.tokens_per_second);
-    let added = through.first_token.saturating_sub(direct.first_token);
-    let share = 100.0 * through.tokens_per_second / direct.tokens_per_second;
-    output::table(
-        &["", "THROUGH TETHER", "ENGINE ALONE", "ADDED BY THE NETWORK"],
-        &[
-            vec![
-                "time to first token".into(),
-                milliseconds(through.first_token),
-                milliseconds(direct.first_token),
-                milliseconds(added),
-            ],
-            vec!["tokens/s".into(), rate(&through), rate(&direct), format!("{share:.0} % of the engine's speed")],
-        ],
-    );
-    output::line(format!("median of {ROUNDS} answers of {TOKENS} tokens, one at a time, on this machine as it is now"));
+    let figures = figures?;
+    let name = running.workers.iter().find(|(_, id)| *id == first).map(|(name, _)| *name).context("no such worker")?;
+    let pid = processes.pid(name).context("the worker has no process")?;
+    processes.kill(name)?;
+    output::line(format!("kill -9 {pid}: worker {} is gone. Asking again.\n", first.short()));
+    let second = ask(client, "What is 3 + 4?").await?;
+    if second == first {
+        bail!("a worker that is gone cannot have answered");
+    }
+    figures.print();
     Ok(())
 }
 
@@ -113,13 +186,80 @@ async fn ask(client: &GatewayClient, question: &str) -> anyhow::Result<WorkerId>
     Ok(worker)
 }
 
-fn kill_engine(network: &Network, worker: WorkerId) -> anyhow::Result<()> {
-    let handle = network.workers.iter().find(|handle| handle.worker_id() == worker).context("no such worker")?;
-    let pid = *handle.engine_pids().first().context("the worker has no engine process")?;
-    let process = i32::try_from(pid).ok().and_then(Pid::from_raw).context("not a process id")?;
-    kill_process(process, Signal::KILL).context("could not kill the engine")?;
-    output::line(format!("kill -9 {pid}: the engine of worker {} is gone. Asking again.\n", worker.short()));
-    Ok(())
+/// What the table shows.
+struct Table {
+    discovery: Duration,
+    connect: Duration,
+    through: Figures,
+    direct: Figures,
+}
+
+async fn measure(running: &Running) -> anyhow::Result<Table> {
+    let discovery = discovery(running).await?;
+    let connect = connecting(running).await?;
+    Ok(Table { discovery, connect, through: through_the_network(&running.gateway).await?, direct: directly().await? })
+}
+
+/// How long a node that knows only the bootstrap nodes takes to find a worker by its topic.
+async fn discovery(running: &Running) -> anyhow::Result<Duration> {
+    let topic = Topic::Presence(WORKERS[0].1.parse()?);
+    let mut rounds = vec![];
+    for _ in 0..ROUNDS {
+        let began = Instant::now();
+        let found = running.network.lookup(&topic).await?;
+        rounds.push(began.elapsed());
+        if found.is_empty() {
+            bail!("no worker is found under {topic}");
+        }
+    }
+    Ok(median(rounds))
+}
+
+/// How long a connection to a node takes whose public key is all that is known, its first answer included.
+async fn connecting(running: &Running) -> anyhow::Result<Duration> {
+    let mut rounds = vec![];
+    for _ in 0..ROUNDS {
+        // A client of its own makes a connection of its own.
+        let client = Client::new(running.network.clone());
+        let began = Instant::now();
+        client.call::<_, NodeInfo>(running.registry, NODE_DESCRIBE, &Empty {}, READY).await?;
+        rounds.push(began.elapsed());
+    }
+    Ok(median(rounds))
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+impl Table {
+    fn print(&self) {
+        let Self { discovery, connect, through, direct } = self;
+        let milliseconds = |time: Duration| format!("{:.2} ms", time.as_secs_f64() * 1e3);
+        let rate = |figures: &Figures| format!("{:.0}", figures.tokens_per_second);
+        let added = through.first_token.saturating_sub(direct.first_token);
+        let share = 100.0 * through.tokens_per_second / direct.tokens_per_second;
+        let row = |cells: [String; 4]| cells.to_vec();
+        let none = String::new;
+        output::table(
+            &["", "THROUGH TETHER", "ENGINE ALONE", "ADDED BY THE NETWORK"],
+            &[
+                row(["discovery (lookup of a topic)".into(), milliseconds(*discovery), none(), none()]),
+                row(["connect by public key".into(), milliseconds(*connect), none(), none()]),
+                row([
+                    "time to first token".into(),
+                    milliseconds(through.first_token),
+                    milliseconds(direct.first_token),
+                    milliseconds(added),
+                ]),
+                row(["tokens/s".into(), rate(through), rate(direct), format!("{share:.0} % of the engine's speed")]),
+            ],
+        );
+        output::line(format!(
+            "median of {ROUNDS} rounds, answers of {TOKENS} tokens, one at a time, on this machine as it is now"
+        ));
+    }
 }
 
 struct Figures {

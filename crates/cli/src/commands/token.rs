@@ -16,8 +16,8 @@ use time::format_description::well_known::Rfc3339;
 use super::{Context, Outcome};
 use crate::args::{ServerArgs, TokenCreateArgs};
 use crate::client::GatewayClient;
-use crate::network::open_store;
 use crate::output;
+use crate::services::open_store;
 
 pub(super) async fn create(context: Context, args: TokenCreateArgs) -> anyhow::Result<Outcome> {
     let days = |days: u32| SystemClock.now().after(Duration::from_hours(24) * days);

@@ -56,7 +56,7 @@ fn greet(context: &Context, network: &Network) {
 }
 
 /// Waits for Ctrl-C or a request to end.
-async fn asked_to_stop() -> anyhow::Result<()> {
+pub(super) async fn asked_to_stop() -> anyhow::Result<()> {
     let mut terminate = signal::unix::signal(signal::unix::SignalKind::terminate()).context("no signals")?;
     tokio::select! {
         interrupted = signal::ctrl_c() => interrupted.context("no signals"),

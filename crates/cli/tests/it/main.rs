@@ -2,5 +2,10 @@
 
 mod admission;
 mod commands;
+#[cfg(feature = "llama")]
+mod mesh;
 mod network;
+mod processes;
 mod program;
+#[cfg(feature = "llama")]
+mod stranger;

@@ -1,0 +1,101 @@
+//! `tether invite`, `join` and `revoke`: who belongs to the network.
+
+use anyhow::{Context as _, bail};
+use protocol::PublicKey;
+use protocol::admission::Invite;
+use protocol::control::{INVITE_CREATE, InviteCreate, InviteCreated, NODE_REVOKE, NodeRevoke, NodeRevoked, NodeRole};
+use rpc::{Client, Enrolment, SystemClock};
+
+use super::serve::{follow_parent, name, run_role};
+use super::{Context, Outcome};
+use crate::args::{InviteArgs, JoinArgs, RevokeArgs, Role};
+use crate::node::{Node, Pool};
+use crate::operator::Operator;
+use crate::output;
+
+impl From<Role> for NodeRole {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Gateway => Self::Gateway,
+            Role::Orchestrator => Self::Orchestrator,
+            Role::Worker => Self::Worker,
+        }
+    }
+}
+
+/// Makes an invite and prints the line that redeems it.
+pub(super) async fn invite(context: Context, args: InviteArgs) -> anyhow::Result<Outcome> {
+    let regions = args.regions.iter().map(|region| region.parse()).collect::<Result<_, _>>()?;
+    let operator = Operator::find(&context.settings, &context.data, &context.env).await?;
+    let new = InviteCreate {
+        token: operator.token.clone(),
+        roles: vec![args.role.into()],
+        regions,
+        models: vec![],
+        name: args.name,
+        valid_secs: Some(u64::from(args.hours) * 3600),
+        bootstrap: vec![],
+    };
+    let created = operator.ask::<_, InviteCreated>(INVITE_CREATE, &new).await;
+    operator.leave().await;
+    let created = created?;
+    if context.json {
+        output::json(&created)?;
+    } else {
+        output::line(format!("tether join {}", created.invite));
+    }
+    Ok(Outcome::Well)
+}
+
+/// Redeems an invite, and does what it invites to.
+pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Outcome> {
+    follow_parent(&args.node)?;
+    let invite: Invite = args.invite.trim().parse().context("this is no invite")?;
+    let [role] = invite.roles[..] else { bail!("the invite is for {} roles, and a node has one", invite.roles.len()) };
+    let name = name(role)?;
+    context.data.create()?;
+    let _lock = context.data.lock(&[name])?;
+    let path = context.data.enrolment(name);
+    if let Some(enrolment) = Enrolment::load(&path)?
+        && enrolment.pool != invite.pool
+    {
+        bail!("this {name} belongs to another network; name another folder with --data-dir");
+    }
+    let node = Node::start(&context.settings, &context.data, name, &invite.bootstrap).await?;
+    let client = Client::new(node.transport());
+    let enrolment = match Enrolment::redeem(&client, &invite, "", &SystemClock).await {
+        Ok(enrolment) => enrolment,
+        Err(error) => {
+            node.stop().await;
+            return Err(error).context("could not join");
+        }
+    };
+    drop(client);
+    enrolment.save(&path)?;
+    context.data.write_pool(&Pool { registry: enrolment.registry, bootstrap: enrolment.bootstrap.clone() })?;
+    output::line(format!("joined the network {} as a {name}", enrolment.pool.short()));
+    if args.only_enrol {
+        node.stop().await;
+        output::line(format!("start it with: tether {name}"));
+        return Ok(Outcome::Well);
+    }
+    Box::pin(run_role(&context, role, &node)).await
+}
+
+/// Takes a node out of the network.
+pub(super) async fn revoke(context: Context, args: RevokeArgs) -> anyhow::Result<Outcome> {
+    let public_key: PublicKey = args.node.parse()?;
+    let operator = Operator::find(&context.settings, &context.data, &context.env).await?;
+    let request = NodeRevoke { token: operator.token.clone(), public_key };
+    let revoked = operator.ask::<_, NodeRevoked>(NODE_REVOKE, &request).await;
+    operator.leave().await;
+    let revoked = revoked?;
+    if context.json {
+        output::json(&revoked)?;
+    } else if revoked.found {
+        output::line(format!("{} is out; no node deals with it within 5 seconds", public_key.short()));
+    } else {
+        output::line(format!("{} was never admitted; it is now refused for good", public_key.short()));
+    }
+    Ok(if revoked.found { Outcome::Well } else { Outcome::Finding })
+}

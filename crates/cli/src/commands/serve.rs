@@ -1,0 +1,190 @@
+//! `tether bootstrap`, `registry`, `orchestrator`, `gateway` and `worker`: one node of a network of processes each, until
+//! Ctrl-C. `tether join` ends here too.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use observability::Metrics;
+use protocol::control::NodeRole;
+use registry::{AdmissionOffice, AdmissionParts, TokenOffice};
+use rpc::transport::hyperswarm::BootstrapNode;
+use rpc::{Enrolment, Membership, SystemClock};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::up::asked_to_stop;
+use super::{Context, Outcome, process_runtime};
+use crate::args::NodeArgs;
+use crate::node::{Node, Pool, enrolment};
+use crate::output;
+use crate::services::{Place, first_key, open_store};
+use crate::tiny_model;
+
+/// How long a worker may take to hold its models before that is worth a word.
+const LOADING: Duration = Duration::from_mins(1);
+
+/// Runs a node that others begin with.
+pub(super) async fn bootstrap(context: Context, args: &NodeArgs) -> anyhow::Result<Outcome> {
+    follow_parent(args)?;
+    context.data.create()?;
+    let _lock = context.data.lock(&["bootstrap"])?;
+    let network = &context.settings.network;
+    let node = BootstrapNode::start(network.listen, network.bootstrap_addresses().await?)
+        .with_context(|| format!("could not listen on UDP {}; choose another address with --listen", network.listen))?;
+    context.data.write_listen_address("bootstrap", node.local_address())?;
+    output::line(format!(
+        "bootstrap node on UDP {0}; nodes find each other with --bootstrap HOST:{1}",
+        node.local_address(),
+        node.local_address().port()
+    ));
+    asked_to_stop().await?;
+    node.stop().await;
+    Ok(Outcome::Well)
+}
+
+/// Runs a registry. The first one of a data folder founds a network.
+pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Result<Outcome> {
+    follow_parent(args)?;
+    let data = &context.data;
+    data.create()?;
+    let _lock = data.lock(&["registry"])?;
+    let store = open_store(&data.registry_store())?;
+    let clock: Arc<dyn protocol::Clock> = Arc::new(SystemClock);
+    let office = TokenOffice::new(store.clone(), clock.clone(), data.pepper()?);
+    let (_, key_is_new) = first_key(data, &office).await?;
+    registry::catalog::register(&*store, vec![tiny_model::entry(clock.now())]).await?;
+
+    let node = Node::start(&context.settings, data, "registry", &[]).await?;
+    let mut bootstrap = context.settings.network.bootstrap.clone();
+    if bootstrap.is_empty() {
+        // A network that begins with its registry.
+        bootstrap.push(node.address().to_string());
+    }
+    data.write_pool(&Pool { registry: node.public_key(), bootstrap: bootstrap.clone() })?;
+    let mut parts =
+        AdmissionParts::new(data.root_key()?, store.clone(), clock.clone(), data.pepper()?, node.public_key());
+    parts.bootstrap.clone_from(&bootstrap);
+    let admission = AdmissionOffice::new(parts);
+    output::line(format!("registry {} on UDP {}", node.public_key(), node.address()));
+    if key_is_new {
+        output::line(format!("the API key that operates the network is kept in {}", data.api_key_file().display()));
+    }
+    output::line("next: tether invite --role orchestrator, --role gateway and --role worker, each for one node");
+
+    let place = place(&context, clock);
+    let stop = CancellationToken::new();
+    let run = place.registry(node.transport(), store.clone(), admission, stop.clone());
+    let outcome = until_asked(&node, &stop, run).await;
+    store.close().await.context("could not close the store")?;
+    outcome
+}
+
+/// Runs an enrolled node in its role.
+pub(super) async fn enrolled(context: Context, role: NodeRole, args: &NodeArgs) -> anyhow::Result<Outcome> {
+    follow_parent(args)?;
+    context.data.create()?;
+    let name = name(role)?;
+    let _lock = context.data.lock(&[name])?;
+    let Enrolment { bootstrap, .. } = enrolment(&context.data, name)?;
+    let node = Node::start(&context.settings, &context.data, name, &bootstrap).await?;
+    Box::pin(run_role(&context, role, &node)).await
+}
+
+/// Runs a node that is on the network already.
+pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> anyhow::Result<Outcome> {
+    let membership = node.membership()?;
+    info!(role = node.name, key = %node.public_key(), address = %node.address(), "on the network");
+    output::line(format!("{} {} on UDP {}", node.name, node.public_key(), node.address()));
+    let place = place(context, Arc::new(SystemClock));
+    let stop = CancellationToken::new();
+    match role {
+        NodeRole::Orchestrator => {
+            let store = open_store(&context.data.orchestrator_store())?;
+            let run = place.orchestrator(node.transport(), store.clone(), membership, stop.clone());
+            let outcome = until_asked(node, &stop, run).await;
+            store.close().await.context("could not close the store")?;
+            outcome
+        }
+        NodeRole::Gateway => {
+            let open = place.gateway(node.transport(), membership).await?;
+            let scheme = if context.settings.gateway.tls_cert.is_some() { "https" } else { "http" };
+            output::line(format!("OpenAI address {scheme}://{}/v1", open.address()));
+            let stopping = stop.clone();
+            let run = async move { open.run(stopping).await.context("the gateway stopped") };
+            until_asked(node, &stop, run).await
+        }
+        NodeRole::Worker => {
+            let run = worker(&place, node, membership, stop.clone());
+            until_asked(node, &stop, run).await
+        }
+        NodeRole::Registry => bail!("a registry needs no invite; start it with `tether registry`"),
+    }
+}
+
+async fn worker(place: &Place, node: &Node, membership: Membership, stop: CancellationToken) -> anyhow::Result<()> {
+    let epoch = place.data.next_epoch(node.name)?;
+    let worker = place.worker(node.transport(), &node.key, epoch, membership, process_runtime()?)?;
+    let handle = worker.handle();
+    let loading = async {
+        match tokio::time::timeout(LOADING, handle.ready()).await {
+            Ok(Ok(())) => output::line("every model is loaded"),
+            Ok(Err(error)) => warn!("not every model is ready: {error:#}"),
+            Err(_) => warn!("models are still loading after {} s", LOADING.as_secs()),
+        }
+    };
+    tokio::join!(worker.run(stop.clone()), stop.run_until_cancelled(loading));
+    Ok(())
+}
+
+/// Runs a service until somebody asks it to stop or it ends by itself, and takes its node off the network.
+async fn until_asked(
+    node: &Node,
+    stop: &CancellationToken,
+    run: impl Future<Output = anyhow::Result<()>>,
+) -> anyhow::Result<Outcome> {
+    let keep = node.keep_peers(stop);
+    let ask = async {
+        let asked = stop.run_until_cancelled(asked_to_stop()).await;
+        stop.cancel();
+        asked
+    };
+    let run = async {
+        let outcome = run.await;
+        let by_itself = !stop.is_cancelled();
+        stop.cancel();
+        outcome.map(|()| by_itself)
+    };
+    let (outcome, asked, ()) = tokio::join!(run, ask, keep);
+    node.stop().await;
+    asked.transpose()?;
+    match outcome {
+        Ok(false) => Ok(Outcome::Well),
+        Ok(true) => bail!("the {} ended by itself", node.name),
+        Err(error) => Err(error),
+    }
+}
+
+fn place(context: &Context, clock: Arc<dyn protocol::Clock>) -> Place {
+    Place { settings: context.settings.clone(), data: context.data.clone(), metrics: Metrics::new(), clock }
+}
+
+/// Returns the name under which a role's files lie.
+pub(super) fn name(role: NodeRole) -> anyhow::Result<&'static str> {
+    match role {
+        NodeRole::Gateway => Ok("gateway"),
+        NodeRole::Orchestrator => Ok("orchestrator"),
+        NodeRole::Worker => Ok("worker"),
+        NodeRole::Registry => bail!("a registry needs no invite; start it with `tether registry`"),
+    }
+}
+
+/// Has this process end with the one that started it, where that was asked for.
+pub(super) fn follow_parent(args: &NodeArgs) -> anyhow::Result<()> {
+    #[cfg(target_os = "linux")]
+    if args.with_parent {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
+            .context("could not be tied to the process that started it")?;
+    }
+    Ok(())
+}

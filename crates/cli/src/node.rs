@@ -1,0 +1,142 @@
+//! One node of a network of processes: its key and its end of the network.
+
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use protocol::PublicKey;
+use protocol::signature::NodeKey;
+use rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options};
+use rpc::{Enrolment, Membership, SystemClock, Transport};
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::data_folder::DataFolder;
+use crate::settings::Settings;
+
+/// How often the addresses of known peers are written down.
+const KEEP_EVERY: Duration = Duration::from_secs(30);
+/// The first time, so that a node that is killed early knows them too.
+const KEEP_FIRST: Duration = Duration::from_secs(2);
+
+/// One node of a network of processes.
+pub struct Node {
+    /// Its key.
+    pub key: NodeKey,
+    /// Its role, under which its files lie in the data folder.
+    pub name: &'static str,
+    network: Arc<HyperswarmTransport>,
+    data: DataFolder,
+}
+
+/// Where operators of a network find it: kept beside what its nodes keep.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Pool {
+    /// The registry's public key.
+    pub registry: PublicKey,
+    /// Addresses of nodes that know the network, `host:port`.
+    pub bootstrap: Vec<String>,
+}
+
+impl Node {
+    /// Puts a node on the network. `bootstrap` are addresses known besides those of the settings.
+    pub async fn start(
+        settings: &Settings,
+        data: &DataFolder,
+        name: &'static str,
+        bootstrap: &[String],
+    ) -> anyhow::Result<Self> {
+        let key = data.node_key(name)?;
+        let listen = settings.network.listen;
+        let options = Options {
+            listen,
+            bootstrap: settings.network.and(bootstrap).bootstrap_addresses().await?,
+            known: KnownPeers::read(&data.known_peers(name)),
+            is_client: false,
+        };
+        let network = HyperswarmTransport::start(options, &key)
+            .await
+            .with_context(|| format!("could not listen on UDP {listen}; choose another address with --listen"))?;
+        let address = network.local_address();
+        let local = if address.ip().is_unspecified() { Ipv4Addr::LOCALHOST } else { *address.ip() };
+        data.write_listen_address(name, SocketAddrV4::new(local, address.port()))?;
+        Ok(Self { key, name, network, data: data.clone() })
+    }
+
+    /// Returns the node's public key.
+    pub fn public_key(&self) -> PublicKey {
+        self.key.public_key()
+    }
+
+    /// Returns the node's end of the network as services take it.
+    pub fn transport(&self) -> Arc<dyn Transport> {
+        self.network.clone()
+    }
+
+    /// Returns the UDP address under which other machines reach this one, as far as it can tell.
+    pub fn address(&self) -> SocketAddrV4 {
+        let address = self.network.local_address();
+        let ip = if address.ip().is_unspecified() { own_ip() } else { *address.ip() };
+        SocketAddrV4::new(ip, address.port())
+    }
+
+    /// Writes the known peers down now and then, so that the node finds them again without a bootstrap node.
+    pub async fn keep_peers(&self, stop: &CancellationToken) {
+        let mut wait = KEEP_FIRST;
+        while stop.run_until_cancelled(tokio::time::sleep(wait)).await.is_some() {
+            self.keep_peers_now();
+            wait = KEEP_EVERY;
+        }
+    }
+
+    fn keep_peers_now(&self) {
+        let known = self.network.known_peers();
+        let path = self.data.known_peers(self.name);
+        // What an earlier run knew is worth more than nothing.
+        if known != KnownPeers::default()
+            && let Err(error) = known.write(&path)
+        {
+            warn!(%error, path = %path.display(), "could not write the known peers down");
+        }
+    }
+
+    /// Takes the node off the network.
+    pub async fn stop(&self) {
+        self.keep_peers_now();
+        self.network.stop().await;
+    }
+
+    /// Reads how this node belongs to its pool, or says how to make it belong.
+    pub fn membership(&self) -> anyhow::Result<Membership> {
+        let path = self.data.enrolment(self.name);
+        let enrolment = enrolment(&self.data, self.name)?;
+        Ok(enrolment.membership(&path, self.public_key(), Arc::new(SystemClock))?)
+    }
+}
+
+/// Reads how a node belongs to its pool, or says how to make it belong.
+pub fn enrolment(data: &DataFolder, name: &str) -> anyhow::Result<Enrolment> {
+    match Enrolment::load(&data.enrolment(name))? {
+        Some(enrolment) => Ok(enrolment),
+        None => bail!(
+            "this {name} belongs to no network; run `tether invite --role {name}` on the registry's machine, and the \
+             line that it prints here"
+        ),
+    }
+}
+
+/// Returns the address of the interface that packets to other networks leave by. Nothing is sent to find out.
+fn own_ip() -> Ipv4Addr {
+    let documentation = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 1), 9);
+    let found = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| {
+        socket.connect(documentation)?;
+        socket.local_addr()
+    });
+    match found {
+        Ok(std::net::SocketAddr::V4(address)) if !address.ip().is_unspecified() => *address.ip(),
+        _ => Ipv4Addr::LOCALHOST,
+    }
+}

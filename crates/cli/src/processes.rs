@@ -1,0 +1,200 @@
+//! Nodes as child processes on this machine: this program again, each on a data folder of its own.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::net::SocketAddrV4;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::data_folder::DataFolder;
+
+/// How long a node may take to end once it is asked to.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Nodes as child processes. What still runs when this is dropped is killed, by its process id.
+#[derive(Debug)]
+pub struct Processes {
+    program: PathBuf,
+    folder: PathBuf,
+    running: Vec<Member>,
+}
+
+#[derive(Debug)]
+struct Member {
+    name: String,
+    child: Child,
+}
+
+impl Processes {
+    /// Keeps the nodes' folders below `folder`.
+    pub fn below(folder: &Path) -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("the program does not know where it lies")?;
+        Ok(Self::of(program, folder))
+    }
+
+    /// Runs this program, and keeps the nodes' folders below `folder`.
+    pub fn of(program: impl Into<PathBuf>, folder: &Path) -> Self {
+        Self { program: program.into(), folder: folder.to_owned(), running: vec![] }
+    }
+
+    /// Returns a node's data folder.
+    pub fn data(&self, name: &str) -> DataFolder {
+        DataFolder::at(self.folder.join(name))
+    }
+
+    /// Starts a node. Its log goes to a file in its folder.
+    pub fn start(&mut self, name: &str, arguments: &[&str]) -> anyhow::Result<()> {
+        let data = self.data(name);
+        data.create()?;
+        let log = self.log(name);
+        let log = File::create(&log).with_context(|| format!("could not write {}", log.display()))?;
+        let mut command = self.command(name, arguments);
+        let child = command
+            .arg("--with-parent")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("no second handle")?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("could not start {}", self.program.display()))?;
+        self.running.push(Member { name: name.to_owned(), child });
+        Ok(())
+    }
+
+    /// Runs a command on a node's folder to its end, and returns what it printed.
+    pub fn run(&self, name: &str, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.command(name, arguments).output().context("could not run this program")?;
+        if !output.status.success() {
+            bail!("{}", String::from_utf8_lossy(&output.stderr).trim().trim_start_matches("tether: "));
+        }
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    }
+
+    fn command(&self, name: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(arguments).args([OsStr::new("--data-dir"), self.data(name).path().as_os_str()]);
+        command
+    }
+
+    /// Waits until a node's folder holds something, and returns it.
+    pub async fn wait_for<T>(
+        &mut self,
+        name: &str,
+        within: Duration,
+        look: impl Fn(&DataFolder) -> Option<T>,
+    ) -> anyhow::Result<T> {
+        let data = self.data(name);
+        let deadline = Instant::now() + within;
+        loop {
+            if let Some(found) = look(&data) {
+                return Ok(found);
+            }
+            self.check(name)?;
+            if Instant::now() >= deadline {
+                bail!("{name} is not ready after {} s\n{}", within.as_secs(), self.last_words(name));
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Returns the UDP address of a node once it listens.
+    pub async fn listening(&mut self, name: &str, role: &str) -> anyhow::Result<SocketAddrV4> {
+        self.wait_for(name, PATIENCE, |data| data.listen_address(role)).await
+    }
+
+    /// Fails where a node ended by itself.
+    pub fn check(&mut self, name: &str) -> anyhow::Result<()> {
+        let member = self.running.iter_mut().find(|member| member.name == name).context("no such node")?;
+        if let Some(status) = member.child.try_wait().context("no word of a child")? {
+            bail!("{name} ended by itself ({status})\n{}", self.last_words(name));
+        }
+        Ok(())
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.folder.join(name).join("log")
+    }
+
+    fn last_words(&self, name: &str) -> String {
+        let log = fs::read_to_string(self.log(name)).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(10)..].join("\n")
+    }
+
+    /// Returns a node's process id.
+    pub fn pid(&self, name: &str) -> Option<u32> {
+        self.running.iter().find(|member| member.name == name).map(|member| member.child.id())
+    }
+
+    /// Kills a node at once, as if its plug were pulled.
+    pub fn kill(&mut self, name: &str) -> anyhow::Result<()> {
+        let at = self.running.iter().position(|member| member.name == name).context("no such node")?;
+        let mut member = self.running.swap_remove(at);
+        member.child.kill().with_context(|| format!("could not kill {name}"))?;
+        member.child.wait().context("no word of a child")?;
+        Ok(())
+    }
+
+    /// Asks a node to end, and waits until it has. It is an error where it has to be killed, or ends otherwise than
+    /// well.
+    pub async fn end(&mut self, name: &str) -> anyhow::Result<()> {
+        let member = self.running.iter_mut().find(|member| member.name == name).context("no such node")?;
+        let ended = member.end().await?;
+        self.running.retain(|member| member.name != name);
+        match ended {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => bail!("{name} ended with {status}\n{}", self.last_words(name)),
+            None => bail!("{name} did not end within {} s and was killed", PATIENCE.as_secs()),
+        }
+    }
+
+    /// Asks every node to end, those started last first, and kills those that do not.
+    pub async fn stop(&mut self) -> anyhow::Result<()> {
+        let mut stubborn = vec![];
+        // Each stays in the list until it has ended: who gives up waiting here leaves none behind.
+        while let Some(member) = self.running.last_mut() {
+            if member.end().await?.is_none() {
+                stubborn.push(member.name.clone());
+            }
+            self.running.pop();
+        }
+        if !stubborn.is_empty() {
+            bail!("{} did not end within {} s and was killed", stubborn.join(", "), PATIENCE.as_secs());
+        }
+        Ok(())
+    }
+}
+
+impl Member {
+    /// Asks it to end, and returns how it did; nothing where it had to be killed.
+    async fn end(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        if let Some(pid) = pid {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().context("no word of a child")? {
+                return Ok(Some(status));
+            }
+            if Instant::now() >= deadline {
+                self.child.kill().context("could not kill a child")?;
+                self.child.wait().context("no word of a child")?;
+                return Ok(None);
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Processes {
+    fn drop(&mut self) {
+        for member in &mut self.running {
+            let _ = member.child.kill();
+            let _ = member.child.wait();
+        }
+    }
+}

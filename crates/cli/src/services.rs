@@ -1,0 +1,142 @@
+//! Makes each service of the parts that a node brings: on a memory network in one process, or on its own.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use artifact_store::ArtifactStore;
+use engine::ModelRuntime;
+use gateway::{Gateway, GatewayParts, OpenGateway};
+use metadata_store::{MetadataStore, SqliteStore, StoreOptions};
+use observability::Metrics;
+use orchestrator::{Orchestrator, OrchestratorParts};
+use protocol::Clock;
+use protocol::control::{Scope, TokenCreate};
+use protocol::signature::NodeKey;
+use registry::{AdmissionOffice, Registry, RegistryParts, TokenOffice};
+use rpc::{Membership, Transport};
+use tokio_util::sync::CancellationToken;
+use worker::{BaseWorker, WorkerParts};
+
+use crate::data_folder::DataFolder;
+use crate::settings::Settings;
+use crate::tiny_model;
+
+/// The program's version.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// What every service of a process shares.
+#[derive(Clone)]
+pub struct Place {
+    /// The settings in force.
+    pub settings: Settings,
+    /// Where files lie.
+    pub data: DataFolder,
+    /// Where they count.
+    pub metrics: Metrics,
+    /// The time of day.
+    pub clock: Arc<dyn Clock>,
+}
+
+impl Place {
+    /// Runs a registry until `stop`.
+    pub async fn registry(
+        &self,
+        transport: Arc<dyn Transport>,
+        store: Arc<dyn MetadataStore>,
+        admission: AdmissionOffice,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let parts = RegistryParts {
+            transport,
+            region: self.settings.region.clone(),
+            clock: self.clock.clone(),
+            store,
+            pepper: self.data.pepper()?,
+            admission,
+            version: VERSION.to_owned(),
+        };
+        Registry::run(parts, stop).await.context("the registry stopped")
+    }
+
+    /// Runs an orchestrator until `stop`.
+    pub async fn orchestrator(
+        &self,
+        transport: Arc<dyn Transport>,
+        store: Arc<dyn MetadataStore>,
+        membership: Membership,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let parts = OrchestratorParts {
+            transport,
+            region: self.settings.region.clone(),
+            clock: self.clock.clone(),
+            store,
+            metrics: self.metrics.clone(),
+            membership,
+            version: VERSION.to_owned(),
+        };
+        Orchestrator::run(self.settings.orchestrator.clone(), parts, stop).await.context("the orchestrator stopped")
+    }
+
+    /// Makes a worker.
+    pub fn worker(
+        &self,
+        transport: Arc<dyn Transport>,
+        key: &NodeKey,
+        epoch: u64,
+        membership: Membership,
+        runtime: Arc<dyn ModelRuntime>,
+    ) -> anyhow::Result<BaseWorker> {
+        let artifacts = ArtifactStore::in_folder(self.data.artifacts()).context("could not open the artifact store")?;
+        let parts = WorkerParts {
+            transport,
+            key: key.clone(),
+            epoch,
+            clock: self.clock.clone(),
+            runtime,
+            artifacts: artifacts.with_embedded(tiny_model::digest(), tiny_model::BYTES),
+            metrics: self.metrics.clone(),
+            membership,
+            version: VERSION.to_owned(),
+        };
+        Ok(BaseWorker::new(self.settings.worker.clone(), parts))
+    }
+
+    /// Opens a gateway's address.
+    pub async fn gateway(&self, transport: Arc<dyn Transport>, membership: Membership) -> anyhow::Result<OpenGateway> {
+        let parts = GatewayParts {
+            transport,
+            clock: self.clock.clone(),
+            metrics: self.metrics.clone(),
+            membership,
+            version: VERSION.to_owned(),
+        };
+        let open = Gateway::new(self.settings.gateway.clone(), parts).bind().await?;
+        self.data.write_address(open.address(), self.settings.gateway.tls_cert.is_some())?;
+        Ok(open)
+    }
+}
+
+/// Opens a store file.
+pub fn open_store(path: &std::path::Path) -> anyhow::Result<Arc<dyn MetadataStore>> {
+    Ok(Arc::new(SqliteStore::open(path, StoreOptions::default())?))
+}
+
+/// Returns the key in the data folder. Where there is none, one is made that may do everything.
+pub async fn first_key(data: &DataFolder, office: &TokenOffice) -> anyhow::Result<(String, bool)> {
+    if let Some(key) = data.api_key().filter(|key| !key.is_empty()) {
+        return Ok((key, false));
+    }
+    let new = TokenCreate {
+        tenant_id: "default".parse().expect("a well-formed tenant"),
+        name: "made at first start".to_owned(),
+        scopes: vec![Scope::Infer, Scope::Admin],
+        expires_at: None,
+        requests_per_minute: None,
+    };
+    let key = office.issue(new).await?.token;
+    let path = data.api_key_file();
+    rpc::identity::write_private(&path, format!("{key}\n").as_bytes())
+        .with_context(|| format!("could not write {}", path.display()))?;
+    Ok((key, true))
+}

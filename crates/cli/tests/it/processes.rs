@@ -1,0 +1,284 @@
+//! A network of processes as its operators meet it: how it begins, what it survives, and who is let in.
+
+#![cfg(feature = "llama")]
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::mesh::{LOOPBACK, Mesh, refusal, until};
+use crate::stranger::Stranger;
+
+const SECOND: Duration = Duration::from_secs(1);
+const WORKERS: [&str; 2] = ["worker-1", "worker-2"];
+
+/// Shows a time that a promise is about. What is asserted leaves room for a machine that is busy with other tests.
+fn note(what: &str, took: Duration) {
+    println!("{what}: {:.0} ms", took.as_secs_f64() * 1e3);
+}
+
+/// Starts a node that belongs to the network already, and returns when it said so itself.
+async fn start_again(mesh: &mut Mesh, name: &str, role: &str, more: &[&str]) -> Instant {
+    let before = mesh.epoch(name);
+    mesh.processes.start(name, &[&[role, "--listen", LOOPBACK], more].concat()).expect("started");
+    mesh.until_logged(name, "on the network").await;
+    let began = Instant::now();
+    if role == "worker" {
+        // Its reports from now on are told from those of its earlier life.
+        until("a worker to number its start", || mesh.epoch(name) > before).await;
+    }
+    began
+}
+
+fn other(worker: &str) -> &'static str {
+    WORKERS.into_iter().find(|name| *name != worker).expect("there are two")
+}
+
+impl Mesh {
+    fn name_of(&self, worker: protocol::WorkerId) -> &'static str {
+        WORKERS.into_iter().find(|name| self.key(name, "worker") == worker).expect("a worker of ours")
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_go_on_when_the_worker_that_gave_one_is_killed() {
+    let began = Instant::now();
+    let mut mesh = Mesh::start(&["bootstrap-1", "bootstrap-2", "bootstrap-3"], &WORKERS).await;
+    note("eight processes, from the first to the last that is ready", began.elapsed());
+    for _ in 0..2 {
+        let first = mesh.ask().await;
+        assert_eq!(first.attempts, 1, "{first:?}");
+        let killed = mesh.name_of(first.by);
+        mesh.processes.kill(killed).expect("killed");
+        let mut tried = 0;
+        for _ in 0..4 {
+            let next = mesh.ask().await;
+            note("the answer after a worker was killed", next.took);
+            assert_eq!(mesh.name_of(next.by), other(killed));
+            assert!(next.attempts <= 2 && next.took < 4 * SECOND, "{next:?}");
+            tried += next.attempts - 1;
+        }
+        assert!(tried <= 1, "a worker that does not acknowledge a job is set aside, and not tried {tried} times");
+        let began = start_again(&mut mesh, killed, "worker", &[]).await;
+        mesh.until_ready(killed).await;
+        note("a worker that was killed gets jobs again, from its start", began.elapsed());
+        // One that did not acknowledge a job is left alone for a while, but not once it was started anew.
+        let (tries, slowest) = mesh.until_taken_again(killed).await;
+        note(&format!("{tries} answers until it gave one, the slowest"), slowest);
+    }
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_gets_jobs_soon_after_its_start_and_none_once_it_stops_or_falls_silent() {
+    let mut mesh = Mesh::start(&["bootstrap"], &WORKERS).await;
+    let worker = WORKERS[0];
+    for _ in 0..3 {
+        let began = Instant::now();
+        mesh.signal(worker, Signal::TERM);
+        mesh.until_gone(worker).await;
+        let gone = began.elapsed();
+        note("gone after a stop", gone);
+        assert!(gone < 3 * SECOND, "{gone:?}");
+        mesh.processes.end(worker).await.expect("a clean end");
+        note("its process ended", began.elapsed());
+        let began = start_again(&mut mesh, worker, "worker", &[]).await;
+        mesh.until_ready(worker).await;
+        let ready = began.elapsed();
+        note("gets jobs after its start", ready);
+        assert!(ready < 6 * SECOND, "{ready:?}");
+    }
+    mesh.signal(worker, Signal::STOP);
+    let began = Instant::now();
+    let answered = mesh.ask().await;
+    assert!(answered.attempts <= 2 && mesh.name_of(answered.by) == other(worker), "{answered:?}");
+    note("an answer while a worker is silent", answered.took);
+    mesh.until_gone(worker).await;
+    let gone = began.elapsed();
+    note("gone after silence", gone);
+    assert!(gone > SECOND && gone < 18 * SECOND, "{gone:?}");
+    mesh.signal(worker, Signal::CONT);
+    let back = mesh.until_ready(worker).await;
+    note("back after silence", back);
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_its_bootstrap_nodes_the_network_goes_on_and_those_who_knew_it_come_back() {
+    let bootstrap = ["bootstrap-1", "bootstrap-2"];
+    let mut mesh = Mesh::start(&bootstrap, &WORKERS).await;
+    for name in ["registry", "orchestrator", "gateway", "worker-1", "worker-2"] {
+        let role = if WORKERS.contains(&name) { "worker" } else { name };
+        let folder = mesh.folder(name);
+        until("a node to write down whom it knows", || folder.join(format!("nodes/{role}.peers")).exists()).await;
+    }
+    for name in bootstrap {
+        mesh.processes.kill(name).expect("killed");
+    }
+    for _ in 0..5 {
+        assert_eq!(mesh.ask().await.attempts, 1);
+    }
+    let worker = WORKERS[0];
+    mesh.processes.end(worker).await.expect("a clean end");
+    mesh.until_gone(worker).await;
+    let began = start_again(&mut mesh, worker, "worker", &[]).await;
+    mesh.until_ready(worker).await;
+    note("a worker is back without a bootstrap node", began.elapsed());
+
+    mesh.processes.end("orchestrator").await.expect("a clean end");
+    let began = start_again(&mut mesh, "orchestrator", "orchestrator", &[]).await;
+    mesh.until_ready(WORKERS[0]).await;
+    mesh.until_ready(WORKERS[1]).await;
+    note("an orchestrator is back without a bootstrap node, and knows both workers", began.elapsed());
+    assert!(began.elapsed() < 20 * SECOND);
+    mesh.ask().await;
+
+    // A crash takes no leave of anybody.
+    mesh.processes.kill("orchestrator").expect("killed");
+    let began = start_again(&mut mesh, "orchestrator", "orchestrator", &[]).await;
+    mesh.until_ready(WORKERS[0]).await;
+    mesh.until_ready(WORKERS[1]).await;
+    note("an orchestrator is back after it was killed", began.elapsed());
+    assert!(began.elapsed() < SECOND);
+    mesh.ask().await;
+
+    mesh.processes.end("gateway").await.expect("a clean end");
+    let began = start_again(&mut mesh, "gateway", "gateway", &["--bind", LOOPBACK]).await;
+    mesh.find_gateway().await;
+    mesh.until_ready(WORKERS[0]).await;
+    note("a gateway is back without a bootstrap node", began.elapsed());
+    mesh.ask().await;
+
+    mesh.processes.end("registry").await.expect("a clean end");
+    let bootstrap = mesh.pool.bootstrap.join(",");
+    mesh.processes.start("registry", &["registry", "--listen", LOOPBACK, "--bootstrap", &bootstrap]).expect("started");
+    let began = Instant::now();
+    mesh.until_ready(WORKERS[0]).await;
+    mesh.ask().await;
+    note("answers while the registry comes back", began.elapsed());
+    let invite = mesh.invite("worker");
+    assert!(invite.starts_with("tth_join_"));
+    note("the registry makes invites again", began.elapsed());
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_invite_lets_one_node_in_once_and_in_its_role() {
+    let mut mesh = Mesh::start(&["bootstrap"], &[]).await;
+    let uninvited = refusal(&mesh.run("nobody", &["worker", "--listen", LOOPBACK]));
+    assert!(uninvited.contains("tether invite --role worker"), "{uninvited}");
+
+    let invite = mesh.invite("worker");
+    let mut mistyped: Vec<char> = invite.chars().collect();
+    let last = mistyped.len() - 3;
+    mistyped[last] = if mistyped[last] == 'a' { 'b' } else { 'a' };
+    let mistyped: String = mistyped.into_iter().collect();
+    for (text, word) in [
+        (mistyped.as_str(), "mistyped"),
+        (&invite[..invite.len() / 2], "cut or mistyped"),
+        ("hello", "tth_join_"),
+        (&format!("{invite}!"), "character"),
+    ] {
+        let said = refusal(&mesh.run("guest", &["join", text, "--listen", LOOPBACK]));
+        assert!(said.contains(word) && !said.contains(text.trim_start_matches("tth_join_")), "{said}");
+    }
+
+    let enrol = ["join", &invite, "--only-enrol", "--listen", LOOPBACK];
+    let joined = mesh.run("guest", &enrol);
+    assert!(joined.status.success(), "{}", String::from_utf8_lossy(&joined.stderr));
+    assert!(String::from_utf8_lossy(&joined.stdout).contains("tether worker"));
+    let again = mesh.run("guest", &enrol);
+    assert!(again.status.success(), "the same node may ask again, its first answer may have been lost");
+    let said = refusal(&mesh.run("thief", &enrol));
+    assert!(said.contains("used"), "{said}");
+    let said = refusal(&mesh.run("thief", &["worker", "--listen", LOOPBACK]));
+    assert!(said.contains("belongs to no network"), "{said}");
+
+    start_again(&mut mesh, "guest", "worker", &[]).await;
+    mesh.until_ready("guest").await;
+    mesh.ask().await;
+
+    let invite = mesh.invite("gateway");
+    let joined = mesh.run("clerk", &["join", &invite, "--only-enrol", "--listen", LOOPBACK]);
+    assert!(joined.status.success(), "{}", String::from_utf8_lossy(&joined.stderr));
+    let said = refusal(&mesh.run("clerk", &["worker", "--listen", LOOPBACK]));
+    assert!(said.contains("tether invite --role worker"), "{said}");
+    // Whoever copies the file shows a certificate that is for another role.
+    let nodes = mesh.folder("clerk").join("nodes");
+    for kind in ["key", "enrolment"] {
+        std::fs::copy(nodes.join(format!("gateway.{kind}")), nodes.join(format!("worker.{kind}"))).expect("copied");
+    }
+    start_again(&mut mesh, "clerk", "worker", &[]).await;
+    mesh.until_logged("clerk", "refused the report").await;
+    let fleet = mesh.routable().await.expect("a fleet");
+    assert_eq!(fleet, [mesh.key("guest", "worker")]);
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_gets_no_work_and_gives_none() {
+    let mut mesh = Mesh::start(&["bootstrap"], &WORKERS[..1]).await;
+    let worker = mesh.key(WORKERS[0], "worker");
+    let stranger = Stranger::start(&mesh).await;
+    // Another network on the same nodes: its worker has a certificate, and it counts for nothing here.
+    let bootstrap = mesh.pool.bootstrap.join(",");
+    mesh.processes.start("registry-2", &["registry", "--listen", LOOPBACK, "--bootstrap", &bootstrap]).expect("started");
+    mesh.until_logged("registry-2", "next: tether invite").await;
+    let line = mesh.processes.run("registry-2", &["invite", "--role", "worker"]).expect("an invite");
+    let invite = line.strip_prefix("tether join ").expect("an invite").to_owned();
+    mesh.processes.start("worker-of-2", &["join", &invite, "--listen", LOOPBACK]).expect("started");
+    mesh.until_logged("worker-of-2", "every model is loaded").await;
+
+    stranger.until_asked().await;
+    let orchestrator = mesh.key("orchestrator", "orchestrator");
+    let refused = stranger.refusals(worker, orchestrator).await;
+    assert!(refused.iter().all(|(_, code)| code == "not_enrolled"), "{refused:?}");
+    for _ in 0..20 {
+        assert_eq!(mesh.ask().await.by, worker);
+        assert_eq!(mesh.routable().await.expect("a fleet"), [worker]);
+        tokio::time::sleep(SECOND / 4).await;
+    }
+    let log = mesh.log("worker-of-2");
+    assert!(!log.contains("refused the report"), "it knows by itself that this network is another: {log}");
+    assert_eq!(stranger.taken(), 0, "nobody sends it jobs or reports");
+    stranger.stop().await;
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_worker_is_out_within_five_seconds_and_stays_out() {
+    let mut mesh = Mesh::start(&["bootstrap"], &WORKERS).await;
+    let (out, stays) = (WORKERS[0], WORKERS[1]);
+    let key = mesh.key(out, "worker");
+    let began = Instant::now();
+    let revoked = mesh.run("registry", &["revoke", &key.to_string()]);
+    assert!(revoked.status.success(), "{}", String::from_utf8_lossy(&revoked.stderr));
+    note("the command", began.elapsed());
+    mesh.until_gone(out).await;
+    let gone = began.elapsed();
+    note("gone after it was revoked, the command included", gone);
+    assert!(gone < 8 * SECOND, "{gone:?}");
+    mesh.until_logged(out, "this node was revoked").await;
+    note("told that it is", began.elapsed());
+    for _ in 0..28 {
+        assert_eq!(mesh.routable().await.expect("a fleet"), [mesh.key(stays, "worker")]);
+        tokio::time::sleep(SECOND / 4).await;
+    }
+    assert_eq!(mesh.name_of(mesh.ask().await.by), stays);
+
+    // Starting again is of no use, nor is an invite for the same key.
+    mesh.processes.end(out).await.expect("a clean end");
+    start_again(&mut mesh, out, "worker", &[]).await;
+    mesh.until_logged(out, "this node was revoked").await;
+    assert_eq!(mesh.routable().await.expect("a fleet"), [mesh.key(stays, "worker")]);
+    mesh.processes.end(out).await.expect("a clean end");
+    let invite = mesh.invite("worker");
+    let said = refusal(&mesh.run(out, &["join", &invite, "--listen", LOOPBACK]));
+    assert!(said.contains("revoked"), "{said}");
+
+    // Nobody in particular is refused for good, too; a mistyped key is told.
+    let unknown = mesh.run("registry", &["revoke", &"ab".repeat(32)]);
+    assert_eq!(unknown.status.code(), Some(1));
+    refusal(&mesh.run("registry", &["revoke", "abc"]));
+    mesh.end().await;
+}
