@@ -32,7 +32,7 @@ test: ## Runs every test, and replays what fuzzers found
 	scripts/with-progress cargo nextest run --workspace
 	cargo test --workspace --doc --quiet
 
-interop: build ## Runs the official OpenAI SDKs against a network
+interop: build ## Runs OpenAI's SDKs, Node's Hyperswarm and our client against ours
 	@scripts/setup interop
 	TETHER_BIN=$(PROGRAM) interop/run
 
@@ -55,4 +55,4 @@ fuzz: ## Fuzzes every reader of foreign bytes (FUZZ_SECONDS=300 each)
 
 clean: ## Removes what was built and installed here
 	cargo clean
-	rm -rf interop/.venv interop/node/node_modules fuzz/artifacts
+	rm -rf interop/.venv interop/node/node_modules interop/hyperswarm/node_modules clients/js/node_modules fuzz/artifacts

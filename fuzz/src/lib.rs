@@ -3,6 +3,8 @@
 //! libFuzzer drives them (`make fuzz`), and `cargo test` replays the corpus through them. Where a reader has an
 //! inverse, its target also checks that what was read is written as it was read.
 
+mod swarm;
+
 use std::io::Write as _;
 
 use bytes::{Bytes, BytesMut};
@@ -27,6 +29,11 @@ use serde::de::DeserializeOwned;
 use tether_cli::args::Common;
 use tether_cli::settings::{self, Env};
 
+pub use swarm::{
+    compact_value, dht_connection, dht_message, dht_record, mux_frames, noise_message, noise_payload, rpc_message,
+    secret_frames, udx_packets,
+};
+
 /// Takes any bytes and must return.
 pub type Target = fn(&[u8]);
 
@@ -36,8 +43,12 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("certificate", certificate),
     ("chat_request", chat_request),
     ("chat_template", chat_template),
+    ("compact_value", compact_value),
     ("completion_request", completion_request),
     ("config_file", config_file),
+    ("dht_connection", dht_connection),
+    ("dht_message", dht_message),
+    ("dht_record", dht_record),
     ("engine_frame", engine_frame),
     ("gateway_submission", gateway_submission),
     ("gguf_header", gguf_header),
@@ -48,12 +59,18 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("infer_submission", infer_submission),
     ("invite", invite),
     ("model_ref", model_ref),
+    ("mux_frames", mux_frames),
+    ("noise_message", noise_message),
+    ("noise_payload", noise_payload),
     ("revocations", revocations),
+    ("rpc_message", rpc_message),
+    ("secret_frames", secret_frames),
     ("signed_report", signed_report),
     ("stream_frame", stream_frame),
     ("text_assembler", text_assembler),
     ("topic", topic),
     ("traceparent", traceparent),
+    ("udx_packets", udx_packets),
 ];
 
 /// A topic's text.
