@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{StreamExt as _, stream};
+use futures_util::{Stream, StreamExt as _, stream};
 use protocol::control::{Empty, NODE_DESCRIBE, NodeInfo, NodeRole};
 use protocol::{PublicKey, Topic};
 use tokio::sync::watch;
-use tokio::time;
+use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -19,8 +19,10 @@ use crate::transport::Transport;
 
 /// How often the topic is looked up once somebody is known, at most; a little less often by chance of the keys.
 const REFRESH: Duration = Duration::from_secs(2);
-/// How often it is looked up while nobody is known.
+/// How often it is looked up while nobody is known, and after somebody was lost: it may have come back elsewhere.
 const SEARCH: Duration = Duration::from_millis(100);
+/// For how long after that.
+const SEARCH_FOR: Duration = Duration::from_secs(5);
 /// How long a lookup may take.
 const LOOKUP: Duration = Duration::from_secs(5);
 /// How long a peer may take to say what it is.
@@ -113,9 +115,13 @@ impl DirectoryTask {
     pub async fn run(self, stop: CancellationToken) {
         let own_key = self.transport.public_key();
         let refreshing = async {
+            let mut search_until = Instant::now();
             for round in 0.. {
-                self.refresh(own_key).await;
-                let nominal = if self.peers.borrow().is_empty() { SEARCH } else { REFRESH };
+                if self.refresh(own_key).await {
+                    search_until = Instant::now() + SEARCH_FOR;
+                }
+                let is_search = self.peers.borrow().is_empty() || Instant::now() < search_until;
+                let nominal = if is_search { SEARCH } else { REFRESH };
                 time::sleep(backoff::spread(nominal, [own_key; 2], round)).await;
             }
         };
@@ -124,23 +130,21 @@ impl DirectoryTask {
 
     /// Asks the peers of an earlier run. Who kept this node's topics then may be gone, and nothing be found for a while.
     async fn recall(&self) {
-        let answers = self.ask(self.transport.remembered().into_iter().take(ASKED_MAX)).await;
-        // Workers are followed elsewhere, and may be many.
-        let of_services = answers.into_iter().filter(|(_, info)| info.roles != [NodeRole::Worker]);
-        let mut remembered: BTreeMap<_, _> = of_services.collect();
-        if !remembered.is_empty() {
-            self.peers.send_modify(|peers| {
-                remembered.extend(peers.iter().map(|(key, info)| (*key, info.clone())));
-                *peers = Arc::new(remembered);
-            });
+        let mut answers = std::pin::pin!(self.ask(self.transport.remembered().into_iter().take(ASKED_MAX)));
+        while let Some((key, info)) = answers.next().await {
+            // Workers are followed elsewhere, and may be many.
+            if let Some(info) = info.filter(|info| info.roles != [NodeRole::Worker]) {
+                self.learn(key, info);
+            }
         }
     }
 
-    /// Asks those who were found and those who are known what they are, and keeps those who answer.
+    /// Asks those who were found and those who are known what they are, and keeps those who answer. Says whether
+    /// somebody was lost.
     ///
     /// A storage node returns some records at random and not all, and a lookup may fail: who answers stays, found or
     /// not. Whoever left without a word drops out, since everyone is asked each time.
-    async fn refresh(&self, own_key: PublicKey) {
+    async fn refresh(&self, own_key: PublicKey) -> bool {
         let found = match time::timeout(LOOKUP, self.transport.lookup(&self.topic)).await {
             Ok(Ok(found)) => found,
             Ok(Err(error)) => {
@@ -158,28 +162,44 @@ impl DirectoryTask {
         let mut seen: BTreeSet<PublicKey> = peers.iter().copied().chain([own_key]).collect();
         let others = self.client.membership().registry().into_iter().chain(found);
         peers.extend(others.filter(|key| seen.insert(*key)).take(ASKED_MAX));
-        let mut fresh = self.ask(peers).await;
-        self.peers.send_if_modified(|peers| {
-            // Recalled meanwhile, and not asked here.
-            fresh.extend(peers.iter().filter(|(key, _)| !seen.contains(key)).map(|(key, info)| (*key, info.clone())));
-            let changed = **peers != fresh;
-            if changed {
-                *peers = Arc::new(fresh);
+        let mut silent: BTreeSet<PublicKey> = peers.iter().copied().collect();
+        let mut answers = std::pin::pin!(self.ask(peers));
+        while let Some((key, info)) = answers.next().await {
+            // Known at once: nobody waits for those that are gone.
+            if let Some(info) = info {
+                silent.remove(&key);
+                self.learn(key, info);
             }
-            changed
+        }
+        self.peers.send_if_modified(|peers| {
+            let is_lost = peers.keys().any(|key| silent.contains(key));
+            if is_lost {
+                Arc::make_mut(peers).retain(|key, _| !silent.contains(key));
+            }
+            is_lost
+        })
+    }
+
+    fn learn(&self, key: PublicKey, info: NodeInfo) {
+        self.peers.send_if_modified(|peers| {
+            let known = peers.get(&key);
+            let is_news = known != Some(&info) && (known.is_some() || peers.len() < KNOWN_MAX);
+            if is_news {
+                Arc::make_mut(peers).insert(key, info);
+            }
+            is_news
         });
     }
 
-    /// Asks peers what they are. Who does not answer, or may not be what it says, is left out.
-    async fn ask(&self, peers: impl IntoIterator<Item = PublicKey>) -> BTreeMap<PublicKey, NodeInfo> {
-        let answers = peers.into_iter().map(|key| async move {
+    /// Asks peers what they are. Nothing is returned of one that does not answer, or may not be what it says.
+    fn ask(&self, peers: impl IntoIterator<Item = PublicKey>) -> impl Stream<Item = (PublicKey, Option<NodeInfo>)> {
+        let answers = peers.into_iter().map(move |key| async move {
             match self.client.call::<_, NodeInfo>(key, NODE_DESCRIBE, &Empty {}, DESCRIBE).await {
-                Ok(info) => Some((key, self.certified(key, info).await?)),
-                Err(_) => None,
+                Ok(info) => (key, self.certified(key, info).await),
+                Err(_) => (key, None),
             }
         });
-        let answers = stream::iter(answers).buffered(ASKED_AT_ONCE).filter_map(std::future::ready);
-        answers.take(KNOWN_MAX).collect().await
+        stream::iter(answers).buffer_unordered(ASKED_AT_ONCE)
     }
 
     /// Leaves of what a peer says it is what it may be; nothing of it for a stranger.

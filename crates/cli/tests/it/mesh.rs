@@ -20,7 +20,7 @@ use crate::program::{Home, signal};
 /// An address of this machine alone, with a port that is free.
 pub(crate) const LOOPBACK: &str = "127.0.0.1:0";
 /// How long anything may take on a machine that is busy with other tests.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A network of processes. What runs of it is killed when it is dropped.
 pub(crate) struct Mesh {
@@ -217,9 +217,16 @@ impl Mesh {
 }
 
 impl Drop for Mesh {
+    #[expect(clippy::print_stdout, reason = "shown by the test runner where a test fails")]
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let _ = std::process::Command::new("cp").arg("-a").arg(self.home.path()).arg("/tmp/mesh-logs").status();
+            // Its folders go with it, and the logs in them would be missed.
+            for folder in fs::read_dir(self.home.path()).into_iter().flatten().flatten() {
+                let name = folder.file_name().into_string().unwrap_or_default();
+                let log = self.log(&name);
+                let lines: Vec<&str> = log.lines().collect();
+                println!("--- {name}\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
+            }
         }
     }
 }

@@ -353,6 +353,9 @@ mod tests {
         assert_eq!(refused(&text.replace("join", "live")), MalformedInvite::Prefix);
         assert_eq!(refused(&text.replacen("tth_join_", "tth_join_1", 1)), MalformedInvite::Alphabet { position: 10 });
         assert_eq!(refused(PREFIX), MalformedInvite::Checksum);
+        for cut in PREFIX.len() + 1..text.len() {
+            assert_eq!(refused(&text[..cut]), MalformedInvite::Checksum, "cut at {cut}: no character is to blame");
+        }
         assert_eq!(refused(&format!("{PREFIX}{}", "a".repeat(INVITE_LENGTH_MAX))), MalformedInvite::Length);
         let recoded = |bytes: &[u8]| {
             let checksum = crc32fast::hash(bytes).to_be_bytes();

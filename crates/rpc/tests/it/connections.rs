@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use protocol::control::{Empty, NODE_PING, NodeRole};
+use protocol::control::{Empty, NODE_PING, NodeInfo, NodeRole};
 use protocol::signature::NodeKey;
 use protocol::{PublicKey, Topic, WireError};
 use tether_rpc::transport::{Connection, TransportError};
@@ -215,4 +215,106 @@ async fn who_answers_stays_known_when_lookups_find_nobody_any_more() {
     scene.network.cut(announced.public_key());
     time::sleep(SECOND * 5).await;
     assert_eq!(directory.find(NodeRole::Worker), []);
+}
+
+/// A transport that remembers a peer, and to which some peers are silent.
+struct Remembering {
+    inner: Arc<dyn Transport>,
+    remembered: Vec<PublicKey>,
+    silent: Vec<PublicKey>,
+}
+
+#[async_trait]
+impl Transport for Remembering {
+    fn public_key(&self) -> PublicKey {
+        self.inner.public_key()
+    }
+
+    async fn connect(&self, peer: PublicKey) -> Result<Arc<dyn Connection>, TransportError> {
+        if self.silent.contains(&peer) {
+            std::future::pending::<()>().await;
+        }
+        self.inner.connect(peer).await
+    }
+
+    async fn accept(&self) -> Option<Arc<dyn Connection>> {
+        self.inner.accept().await
+    }
+
+    async fn announce(&self, topic: &Topic) -> Result<(), TransportError> {
+        self.inner.announce(topic).await
+    }
+
+    async fn unannounce(&self, topic: &Topic) -> Result<(), TransportError> {
+        self.inner.unannounce(topic).await
+    }
+
+    async fn lookup(&self, topic: &Topic) -> Result<Vec<PublicKey>, TransportError> {
+        self.inner.lookup(topic).await
+    }
+
+    fn remembered(&self) -> Vec<PublicKey> {
+        self.remembered.clone()
+    }
+}
+
+/// Adds a node of these roles that answers, under a topic where one is given.
+async fn serving(scene: &Scene, seed: u8, role: NodeRole, topic: Option<&Topic>) -> PublicKey {
+    let node = scene.network.node(&NodeKey::from_seed(&[seed; 32]));
+    if let Some(topic) = topic {
+        node.announce(topic).await.expect("announced");
+    }
+    let info = NodeInfo { roles: vec![role], ..info() };
+    scene.tasks.spawn(Server::new(node.clone(), info).run(CancellationToken::new(), SECOND));
+    node.public_key()
+}
+
+#[tokio::test(start_paused = true)]
+async fn peers_of_an_earlier_run_are_found_though_no_lookup_finds_them() {
+    let scene = Scene::new(Duration::ZERO);
+    let topic = Topic::Control("local".parse().expect("region"));
+    let orchestrator = serving(&scene, 7, NodeRole::Orchestrator, None).await;
+    let worker = serving(&scene, 8, NodeRole::Worker, None).await;
+    let gone = NodeKey::from_seed(&[9; 32]).public_key();
+    let inner = scene.network.node(&NodeKey::from_seed(&[3; 32]));
+    let node = Arc::new(Remembering { inner, remembered: vec![gone, worker, orchestrator], silent: vec![gone] });
+    let (directory, task) = Directory::new(node.clone(), Client::new(node), topic);
+    scene.tasks.spawn(task.run(CancellationToken::new()));
+    assert!(directory.wait_for(NodeRole::Orchestrator, SECOND / 10).await);
+    time::sleep(SECOND * 30).await;
+    assert_eq!(directory.find(NodeRole::Orchestrator), [orchestrator]);
+    assert_eq!(directory.find(NodeRole::Worker), [], "workers are followed by their reports");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_gone_holds_up_nobody_and_one_that_was_lost_is_found_again_soon() {
+    let scene = Scene::new(Duration::ZERO);
+    let topic = Topic::Control("local".parse().expect("region"));
+    let gone = scene.network.node(&NodeKey::from_seed(&[9; 32]));
+    gone.announce(&topic).await.expect("announced");
+    let orchestrator = serving(&scene, 7, NodeRole::Orchestrator, Some(&topic)).await;
+    serving(&scene, 6, NodeRole::Registry, Some(&topic)).await;
+    let inner = scene.network.node(&NodeKey::from_seed(&[3; 32]));
+    let node = Arc::new(Remembering { inner, remembered: vec![], silent: vec![gone.public_key()] });
+    let (directory, task) = Directory::new(node.clone(), Client::new(node), topic.clone());
+    scene.tasks.spawn(task.run(CancellationToken::new()));
+    assert!(directory.wait_for(NodeRole::Orchestrator, SECOND / 10).await, "one that is silent is on the topic too");
+
+    gone.unannounce(&topic).await.expect("off the topic");
+    time::sleep(SECOND * 30).await;
+    scene.network.cut(orchestrator);
+    let lost = async {
+        while !directory.find(NodeRole::Orchestrator).is_empty() {
+            time::sleep(SECOND / 100).await;
+        }
+    };
+    time::timeout(SECOND * 5, lost).await.expect("it is noticed");
+    serving(&scene, 7, NodeRole::Orchestrator, Some(&topic)).await;
+    // The others are still known, and yet it is looked for.
+    let begun = Instant::now();
+    let mut changed = directory.clone();
+    while directory.find(NodeRole::Orchestrator).is_empty() {
+        assert!(time::timeout(SECOND * 10, changed.changed()).await.is_ok_and(|fresh| fresh));
+    }
+    assert!(begun.elapsed() < SECOND, "{:?}", begun.elapsed());
 }
