@@ -51,7 +51,7 @@ const PACE: Duration = Duration::from_millis(2);
 /// The nodes that a request passes.
 const HOPS: [&str; 3] = ["gateway", "orchestrator", "worker"];
 const FLEET: u32 = 1000;
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_mins(1);
 const SETTINGS: &str = "[gateway]\nbind = \"127.0.0.1:0\"\n[gateway.rate_limit]\nrequests_per_minute = 0\n\
                         [worker]\nslots = 128\n";
 

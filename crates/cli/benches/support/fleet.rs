@@ -88,8 +88,11 @@ async fn work(
         }
     };
     let describing = async {
+        if !describes {
+            return;
+        }
         let mut ticks = time::interval(DESCRIBE_EVERY);
-        while describes {
+        loop {
             ticks.tick().await;
             if let Err(error) = client.call::<_, NodeInfo>(orchestrator, NODE_DESCRIBE, &Empty {}, DEADLINE).await {
                 eprintln!("the orchestrator did not say what it is: {error}");
