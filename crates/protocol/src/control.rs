@@ -50,6 +50,9 @@ pub const NODE_LIST: &str = "registry.node.list";
 /// Registry: tells a member what has changed in the pool. [`PoolStateRequest`] → [`PoolState`].
 pub const POOL_STATE: &str = "pool.state";
 
+/// Registry: tells what time it is there. [`Empty`] → [`ClockReading`].
+pub const CLOCK_READ: &str = "registry.clock.read";
+
 /// A message without content.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Empty {}
@@ -378,6 +381,14 @@ pub struct PoolState {
     /// The list, where the caller has another version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revocations: Option<Signed>,
+}
+
+/// What time it is at a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ClockReading {
+    /// The time of day.
+    pub now: UnixMillis,
 }
 
 /// Asks how a job was placed.

@@ -7,9 +7,10 @@ use std::time::Duration;
 use metadata_store::MetadataStore;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
-    CATALOG_LIST, CERTIFICATE_RENEW, Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate, InviteRedeem, NODE_LIST,
-    NODE_REVOKE, NodeInfo, NodeRevoke, NodeRole, OperatorRequest, POLICY_GET, POOL_STATE, PolicyRequest,
-    PoolStateRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate, TokenRevoke,
+    CATALOG_LIST, CERTIFICATE_RENEW, CLOCK_READ, ClockReading, Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate,
+    InviteRedeem, NODE_LIST, NODE_REVOKE, NodeInfo, NodeRevoke, NodeRole, OperatorRequest, POLICY_GET, POOL_STATE,
+    PolicyRequest, PoolStateRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck,
+    TokenCreate, TokenRevoke,
 };
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
 use rpc::server::STRANGER_BYTES_MAX;
@@ -127,7 +128,12 @@ impl Registry {
 
     fn serve_admission(self: &Arc<Self>, server: Server) -> Server {
         let [invited, redeemed, renewed, revoked, listed, asked] = std::array::from_fn(|_| self.clone());
+        let clock = self.parts.clock.clone();
         server
+            .unary(CLOCK_READ, move |_, _: Empty| {
+                let reading = ClockReading { now: clock.now() };
+                async move { Ok(reading) }
+            })
             .unary(INVITE_CREATE, move |caller, request: InviteCreate| {
                 let registry = invited.clone();
                 async move {

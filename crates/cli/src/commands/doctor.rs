@@ -11,6 +11,8 @@ use crate::args::ServerArgs;
 use crate::client::GatewayClient;
 use crate::{output, tiny_model};
 
+mod network;
+
 /// One thing that was looked at.
 #[derive(Debug, Serialize)]
 struct Check {
@@ -28,6 +30,7 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
         check("keys", keys(&context)),
         check("engine", engine(&context).await),
     ];
+    checks.extend(network::checks(&context).await);
     if client.answers().await {
         checks.push(check("gateway", Ok(format!("answers at {}", client.url()))));
         checks.push(check("API key", api_key(&client).await));

@@ -15,6 +15,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use hyperswarm::crypto::{self, KeyPair};
+use hyperswarm::dht_rpc::RequestOptions;
 use hyperswarm::hyperdht::records::Peer;
 use hyperswarm::hyperdht::{self, ConnectOptions, HyperDht, Server, ServerOptions, TopicAnnouncer};
 use hyperswarm::protomux::{self, ChannelOptions, Overflow, Pairing, Protomux};
@@ -188,6 +189,11 @@ impl HyperswarmTransport {
     /// Waits until the first nodes of the DHT answered, or none of them did.
     pub async fn bootstrapped(&self) {
         self.dht.bootstrapped().await;
+    }
+
+    /// Says whether a node of the DHT answers at an address.
+    pub async fn answers(&self, address: SocketAddrV4) -> bool {
+        self.dht.rpc().ping(address, RequestOptions::default()).await.is_ok()
     }
 
     /// Takes the node off the network: off its topics first, so that nobody is sent here in vain.
