@@ -1,6 +1,6 @@
 //! The whole way, beside the Node packages: connections by key, echoes, large replies, announcements found.
 //!
-//! `cargo bench -p tether-hyperswarm --bench anchor -- [fast]`
+//! `[ANCHOR_THREADS=1] cargo bench -p tether-hyperswarm --bench anchor -- [fast]`
 //!
 //! Network, server and client are processes of their own, all on this machine. Where Node and `interop/hyperswarm` are
 //! installed, its peers measure the same (`anchor.js`) right before and right after, so that neither side has the quieter
@@ -22,24 +22,31 @@ use serde_json::json;
 use tether_hyperswarm::crypto::{KeyPair, PublicKey};
 use tether_hyperswarm::hyperdht::{Config, ConnectOptions, HyperDht, ServerOptions};
 use tether_hyperswarm::rpc::{Options, Requests, Rpc, decode_buffer, encode_buffer};
-use tokio::runtime::Runtime;
+use tokio::runtime::{Builder, Runtime};
 
 const NODES: usize = 5;
 const BLOB_BYTES: usize = 64 * 1024;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
-    let runtime = Runtime::new().unwrap();
+    let runtime = runtime();
     match &arguments[..] {
         [role] if role == "network" => runtime.block_on(network()),
         [role, bootstrap] if role == "server" => runtime.block_on(server(bootstrap.parse().unwrap())),
         [role, bootstrap, key, scale] if role == "client" => {
-            let scale = scale.parse().unwrap();
-            let measured = runtime.block_on(client(bootstrap.parse().unwrap(), key, scale));
-            println!("{}", json!(measured));
+            // A task, as users have it: what `block_on` runs itself is woken across threads.
+            let client = runtime.spawn(client(bootstrap.parse().unwrap(), key.clone(), scale.parse().unwrap()));
+            println!("{}", json!(runtime.block_on(client).unwrap()));
         }
         _ => compare(if arguments.iter().any(|argument| argument == "fast") { 10 } else { 1 }),
     }
+}
+
+/// Each process has one thread for everything with `ANCHOR_THREADS=1`, and otherwise as many as there are processors.
+fn runtime() -> Runtime {
+    let is_single = std::env::var("ANCHOR_THREADS").is_ok_and(|threads| threads == "1");
+    let mut builder = if is_single { Builder::new_current_thread() } else { Builder::new_multi_thread() };
+    builder.enable_all().build().unwrap()
 }
 
 /// What was measured under one name.
@@ -225,21 +232,17 @@ async fn serve(requests: Requests) {
     }
 }
 
-async fn client(bootstrap: SocketAddrV4, key: &str, scale: usize) -> Results {
+async fn client(bootstrap: SocketAddrV4, key: String, scale: usize) -> Results {
     let dht = start(&[bootstrap], true).await;
     let keys = KeyPair::generate();
     let server = PublicKey(hex::decode(key).unwrap().try_into().unwrap());
     let payload = encode_buffer(&[5; 100]);
-    let connect = async || {
-        let stream = dht.connect(&keys, server, ConnectOptions::default()).await.unwrap();
-        Rpc::over(stream, server.as_bytes(), &Options::default()).unwrap()
-    };
     let mut results = Results::new();
 
     let mut connects = Vec::new();
     for _ in 0..50 / scale {
         let start = Instant::now();
-        let (rpc, _requests) = connect().await;
+        let (rpc, _requests) = connect(&dht, &keys, server).await;
         rpc.request("echo", &payload).await.unwrap();
         connects.push(start.elapsed());
         drop(rpc);
@@ -247,10 +250,11 @@ async fn client(bootstrap: SocketAddrV4, key: &str, scale: usize) -> Results {
     }
     results.insert("connect_and_echo".into(), summary(connects, None, 0));
 
-    let (rpc, _requests) = connect().await;
-    let echo = async || drop(rpc.request("echo", &payload).await.unwrap());
-    let blob = async || {
-        let answer = rpc.request("blob64k", &payload).await.unwrap();
+    let (rpc, _requests) = connect(&dht, &keys, server).await;
+    let (rpc, payload) = (&rpc, &payload);
+    let echo = || async move { drop(rpc.request("echo", payload).await.unwrap()) };
+    let blob = || async move {
+        let answer = rpc.request("blob64k", payload).await.unwrap();
         assert_eq!(decode_buffer(&answer).unwrap().len(), BLOB_BYTES);
     };
     measured(2_000 / scale, 1, 0, &echo).await;
@@ -274,6 +278,11 @@ async fn client(bootstrap: SocketAddrV4, key: &str, scale: usize) -> Results {
     results
 }
 
+async fn connect(dht: &HyperDht, keys: &KeyPair, server: PublicKey) -> (Rpc, Requests) {
+    let stream = dht.connect(keys, server, ConnectOptions::default()).await.unwrap();
+    Rpc::over(stream, server.as_bytes(), &Options::default()).unwrap()
+}
+
 async fn is_found(dht: &HyperDht, topic: [u8; 32]) -> bool {
     let mut lookup = dht.lookup(topic);
     while let Some(reply) = lookup.next().await {
@@ -284,10 +293,10 @@ async fn is_found(dht: &HyperDht, topic: [u8; 32]) -> bool {
     false
 }
 
-async fn measured(times: usize, parallel: usize, bytes: usize, act: &impl AsyncFn()) -> Measured {
-    let left = AtomicUsize::new(times);
+async fn measured<F: Future>(times: usize, parallel: usize, bytes: usize, act: &impl Fn() -> F) -> Measured {
+    let left = &AtomicUsize::new(times);
     let start = Instant::now();
-    let work = async |_| {
+    let work = |_| async move {
         let mut latencies = Vec::with_capacity(times / parallel + 1);
         while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
             let asked = Instant::now();

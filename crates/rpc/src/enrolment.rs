@@ -1,7 +1,7 @@
 //! What a node keeps of its admission beside its key, and how it comes by it.
 
 use std::fs;
-use std::io::{self, Write as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::client::{CallError, Client};
+use crate::identity;
 use crate::membership::Membership;
 
 /// How long a registry may take to redeem an invite.
@@ -117,17 +118,13 @@ impl Enrolment {
         }
     }
 
-    /// Writes the enrolment, in whole or not at all.
+    /// Writes the enrolment, in whole or not at all. Its owner alone may read it, as all that lies beside a key.
     pub fn save(&self, path: &Path) -> Result<(), EnrolmentError> {
         let write = || {
             if let Some(folder) = path.parent() {
                 fs::create_dir_all(folder)?;
             }
-            let beside = path.with_extension("new");
-            let mut file = fs::File::create(&beside)?;
-            file.write_all(&codec::encode(self))?;
-            file.sync_all()?;
-            fs::rename(&beside, path)
+            identity::replace_private(path, &codec::encode(self))
         };
         write().map_err(|source| EnrolmentError::File { path: path.to_owned(), source })
     }

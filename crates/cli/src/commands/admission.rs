@@ -73,7 +73,7 @@ pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Out
     drop(client);
     enrolment.save(&path)?;
     context.data.write_pool(&Pool { registry: enrolment.registry, bootstrap: enrolment.bootstrap.clone() })?;
-    output::line(format!("joined the network {} as a {name}", enrolment.pool.short()));
+    output::line(format!("joined the network {} as {name}", enrolment.pool.short()));
     if args.only_enrol {
         node.stop().await;
         output::line(format!("start it with: tether {name}"));

@@ -127,6 +127,10 @@ async fn without_its_bootstrap_nodes_the_network_goes_on_and_those_who_knew_it_c
         assert_eq!(mesh.ask().await.attempts, 1);
     }
     let worker = WORKERS[0];
+    let said = diagnosis(&mesh, worker);
+    assert!(said.contains("!!  bootstrap    no bootstrap node answers at 127.0.0.1:"), "{said}");
+    assert!(said.contains("ok  registry ") && said.contains("ok  clock "), "{said}");
+    assert!(said.contains("ok  worker ") && said.contains("belongs to the network"), "{said}");
     end(&mut mesh, worker).await;
     mesh.until_gone(worker).await;
     let began = start_again(&mut mesh, worker, "worker", &[]).await;
@@ -169,6 +173,13 @@ async fn without_its_bootstrap_nodes_the_network_goes_on_and_those_who_knew_it_c
     note("the registry makes invites again", began.elapsed());
 }
 
+/// What the doctor says of a node that has something wrong.
+fn diagnosis(mesh: &Mesh, name: &str) -> String {
+    let output = mesh.run(name, &["doctor", "--url", "http://127.0.0.1:9"]);
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_invite_lets_one_node_in_once_and_in_its_role() {
     let mut mesh = Mesh::start(&["bootstrap"], &[]).await;
@@ -194,6 +205,10 @@ async fn an_invite_lets_one_node_in_once_and_in_its_role() {
     let joined = mesh.run("guest", &enrol);
     assert!(joined.status.success(), "{}", String::from_utf8_lossy(&joined.stderr));
     assert!(String::from_utf8_lossy(&joined.stdout).contains("tether worker"));
+    let checks = mesh.run("guest", &["doctor", "--json"]);
+    let checks: Vec<serde_json::Value> = serde_json::from_slice(&checks.stdout).expect("JSON");
+    let keys = checks.iter().find(|check| check["name"] == "keys").expect("they are looked at");
+    assert_eq!(keys["well"], true, "what a node is left with is private: {keys}");
     let again = mesh.run("guest", &enrol);
     assert!(again.status.success(), "the same node may ask again, its first answer may have been lost");
     let said = refusal(&mesh.run("thief", &enrol));
@@ -274,6 +289,9 @@ async fn a_revoked_worker_is_out_within_five_seconds_and_stays_out() {
         tokio::time::sleep(SECOND / 4).await;
     }
     assert_eq!(mesh.name_of(mesh.ask().await.by), stays);
+
+    let said = diagnosis(&mesh, out);
+    assert!(said.contains("!!  worker       not admitted: this worker was revoked"), "{said}");
 
     // Starting again is of no use, nor is an invite for the same key.
     mesh.processes.end(out).await.expect("a clean end");

@@ -34,13 +34,6 @@ async fn all_arrives(client: World, server: World, lost: u64, seed: u64) {
     assert!([&counts.lost, &counts.doubled, &counts.delayed].iter().all(|counter| count(counter) > 5), "{counts:?}");
 }
 
-// Two Node peers show that a failure elsewhere is ours.
-#[tokio::test]
-#[ignore = "needs Node: make interop"]
-async fn node_to_node_five_in_a_hundred_lost() {
-    all_arrives(World::Node, World::Node, 5, 10).await;
-}
-
 #[tokio::test]
 async fn rust_to_rust_one_in_a_hundred_lost() {
     all_arrives(World::Rust, World::Rust, 1, 11).await;
