@@ -75,9 +75,12 @@ pub async fn client_network(
     key: &NodeKey,
 ) -> anyhow::Result<Arc<HyperswarmTransport>> {
     let roles = ["registry", "gateway", "orchestrator", "worker"];
+    let mut bootstrap = settings.network.and(bootstrap).bootstrap_addresses().await?;
+    // A node of this folder knows the way even when every bootstrap node is gone.
+    bootstrap.extend(roles.iter().filter_map(|role| data.listen_address(role)));
     let options = Options {
         listen: crate::settings::any_port(settings.network.listen),
-        bootstrap: settings.network.and(bootstrap).bootstrap_addresses().await?,
+        bootstrap,
         known: KnownPeers::merged(roles.iter().map(|role| KnownPeers::read(&data.known_peers(role)))),
         is_client: true,
     };
