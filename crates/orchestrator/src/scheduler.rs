@@ -81,6 +81,7 @@ pub fn place(candidates: impl Iterator<Item = Candidate> + Clone, tried: &[Worke
     let fastest = candidates.clone().map(|candidate| candidate.tokens_per_second).fold(0.0, f32::max);
     let mut placement = Placement::default();
     let mut table: Vec<(f64, Candidate)> = Vec::with_capacity(TABLE_MAX * 2);
+    let mut is_cut = false;
     let mut chosen: Option<(f64, Candidate)> = None;
     for candidate in candidates {
         if let Some(refusal) = refusal(&candidate, tried) {
@@ -95,11 +96,12 @@ pub fn place(candidates: impl Iterator<Item = Candidate> + Clone, tried: &[Worke
             chosen = Some((score, candidate));
         }
         // Kept to twice its size and cut back, so that a large fleet is not sorted for the sake of the table.
-        let worst = if table.len() >= TABLE_MAX { table[TABLE_MAX - 1].0 } else { f64::NEG_INFINITY };
-        if score > worst || table.len() < TABLE_MAX {
+        let worst = if is_cut { table.get(TABLE_MAX - 1) } else { None };
+        if worst.is_none_or(|worst| is_better((score, &candidate), (worst.0, &worst.1))) {
             table.push((score, candidate));
             if table.len() == TABLE_MAX * 2 {
                 cut(&mut table);
+                is_cut = true;
             }
         }
     }

@@ -73,6 +73,22 @@ fn load_spreads_over_equal_workers() {
     assert_eq!(workers.map(|worker| worker.load), [4, 4, 4]);
 }
 
+#[test]
+fn the_best_lead_the_table_in_whatever_order_they_come() {
+    let numbered = |number: u8, speed: f32| Candidate { tokens_per_second: speed, ..worker(number) };
+    let slow: Vec<Candidate> = (1..=255).map(|number| numbered(number, 1.0)).collect();
+    // Of equals, the one with the lowest id comes last; and the fast one hides behind a faster one.
+    let mut late = slow.clone();
+    late.push(numbered(0, 1.0));
+    let placement = place(late.iter().copied(), &[], &Weights::default());
+    assert_eq!(placement.candidates[0].worker_id, worker(0).worker_id);
+    let mut hidden = slow;
+    hidden[TABLE_MAX - 1] = numbered(TABLE_MAX as u8, 9.0);
+    hidden[TABLE_MAX] = numbered(TABLE_MAX as u8 + 1, 8.0);
+    let placement = place(hidden.iter().copied(), &[], &Weights::default());
+    assert_eq!(placement.candidates[1].worker_id, worker(TABLE_MAX as u8 + 1).worker_id);
+}
+
 proptest! {
     #[test]
     fn the_table_is_sorted_led_by_the_chosen_and_bounded(
