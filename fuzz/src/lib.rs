@@ -241,7 +241,7 @@ pub fn gguf_header(bytes: &[u8]) {
 pub fn chat_template(bytes: &[u8]) {
     let Some(source) = text(bytes) else { return };
     let Ok(template) = ChatTemplate::new(Some(source), "<s>", "</s>") else { return };
-    let said = |role: &str, content: &str| ChatMessage { role: role.into(), content: content.into() };
+    let said = |role: &str, content: &str| ChatMessage::new(role, content);
     let _ = template.render(&[said("system", "Be brief."), said("user", "{{ 7 * 7 }}"), said("assistant", "")]);
 }
 

@@ -92,7 +92,7 @@ async fn throughput(model: PathBuf) {
 
     let runtime = process_runtime().unwrap();
     let file = artifacts.open(&stored.digest).unwrap().file;
-    let artifact = VerifiedArtifact { file, sha256: stored.digest.to_string(), bytes: stored.bytes };
+    let artifact = VerifiedArtifact { file, sha256: stored.digest.to_string(), bytes: stored.bytes, parts: vec![] };
     let options = LoadOptions { context_length: CONTEXT, threads: THREADS, ..LoadOptions::default() };
     let loaded = runtime.load(artifact, options, engine::no_progress()).await.unwrap();
 
@@ -119,21 +119,19 @@ async fn through_the_network(client: &GatewayClient) -> f64 {
 }
 
 async fn engine_alone(runtime: &dyn ModelRuntime, model: engine::ModelId) -> f64 {
-    let message = engine::ChatMessage { role: "user".into(), content: "once upon a time".into() };
+    let message = engine::ChatMessage::new("user", "once upon a time");
     let request = GenerateRequest {
-        model,
-        input: PromptInput::Chat(vec![message]),
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-        stop: vec![],
         max_tokens: Some(TOKENS),
         ignore_eos: true,
+        ..GenerateRequest::new(model, PromptInput::Chat(vec![message].into()))
     };
     let mut stream = runtime.generate(request).await.unwrap();
     let mut first = None;
     let mut rest = Duration::ZERO;
     loop {
         match stream.next().await.unwrap().unwrap() {
-            Event::Piece { text, .. } if !text.is_empty() => rest = first.get_or_insert_with(Instant::now).elapsed(),
+            Event::Piece(piece) if !piece.text.is_empty() => rest = first.get_or_insert_with(Instant::now).elapsed(),
             Event::Done { usage, .. } => return speed(usage.completion_tokens, rest),
             _ => {}
         }

@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     fn say(role: &str, content: &str) -> ChatMessage {
-        ChatMessage { role: role.into(), content: content.into() }
+        ChatMessage::new(role, content)
     }
 
     fn render(source: &str, messages: &[ChatMessage]) -> Result<String, ChatTemplateError> {

@@ -30,8 +30,9 @@ use crate::chat_template::{ChatTemplate, ChatTemplateError};
 use crate::gguf::{Header, Value};
 use crate::memory_plan::{self, Shape};
 use crate::model_runtime::{
-    Counters, EngineError, FinishReason, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel,
-    MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, Usage, VerifiedArtifact,
+    Abilities, Counters, EngineError, FinishReason, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
+    LoadedModel, MemoryPlan, ModelId, ModelRuntime, OutputFormat, ProgressSink, PromptInput, RuntimeInfo, Sampling,
+    Usage, VerifiedArtifact, unsupported,
 };
 use crate::sampler;
 use control_texts::{ControlTexts, Marks, Piece};
@@ -121,7 +122,8 @@ impl ModelRuntime for LlamaRuntime {
         let loaded = Loaded::load(id, artifact, &options, progress).await?;
         let Shape { context_length, slots } = loaded.shape;
         self.models.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(loaded));
-        Ok(LoadedModel { id, context_length, slots, pid: None })
+        let abilities = Abilities { generate: true, chat: true, ..Abilities::default() };
+        Ok(LoadedModel { id, context_length, slots, pid: None, abilities })
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
@@ -135,6 +137,7 @@ impl ModelRuntime for LlamaRuntime {
     async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
         let loaded = self.model(request.model)?;
         sampler::check(&request.sampling)?;
+        check_supported(&request)?;
         let admitted = Arc::clone(&loaded.admission).try_acquire_owned().map_err(|_| EngineError::Busy)?;
         let (loaded, prompt) = loaded.tokens(request.input).await?;
         let context_length = loaded.shape.context_length;
@@ -193,7 +196,7 @@ impl Loaded {
             file: artifact.file,
             shape,
             threads: threads(options.threads),
-            gpu_layers: options.gpu_layers,
+            gpu_layers: options.gpu_layers.unwrap_or(0),
             progress,
             jobs: incoming,
             snapshot: Arc::clone(&snapshot),
@@ -283,9 +286,10 @@ impl Prompts {
         let rendered;
         let mut text = match input {
             PromptInput::Text(text) => text.as_str(),
-            PromptInput::Chat(messages) => {
+            PromptInput::Tokens(tokens) => return given(&vocabulary, tokens, context_length),
+            PromptInput::Chat(chat) => {
                 let template = self.template.as_ref().map_err(Clone::clone)?;
-                let hidden = self.control_texts.get_or_init(|| control_texts(&vocabulary)).hide(messages)?;
+                let hidden = self.control_texts.get_or_init(|| control_texts(&vocabulary)).hide(&chat.messages)?;
                 rendered = template.render(&hidden.messages)?;
                 marks = hidden.marks;
                 rendered.as_str()
@@ -322,6 +326,50 @@ impl Prompts {
         }
         Ok(tokens)
     }
+}
+
+/// Refuses what this runtime does not do.
+fn check_supported(request: &GenerateRequest) -> Result<(), EngineError> {
+    let refuse = |parameter: &str| Err(unsupported(parameter, "this engine does not do it"));
+    let Sampling { repetition_penalty, presence_penalty, frequency_penalty, ref logit_bias, .. } = request.sampling;
+    if (repetition_penalty - 1.0).abs() > 0.0 {
+        return refuse("repetition_penalty");
+    }
+    if presence_penalty.abs() > 0.0 {
+        return refuse("presence_penalty");
+    }
+    if frequency_penalty.abs() > 0.0 {
+        return refuse("frequency_penalty");
+    }
+    if !logit_bias.is_empty() {
+        return refuse("logit_bias");
+    }
+    if request.logprobs.is_some() {
+        return refuse("logprobs");
+    }
+    if request.format != OutputFormat::Text {
+        return refuse("response_format");
+    }
+    if matches!(&request.input, PromptInput::Chat(chat) if !chat.tools.is_empty()) {
+        return refuse("tools");
+    }
+    if request.adapter.is_some() {
+        return refuse("adapter");
+    }
+    Ok(())
+}
+
+/// Takes tokens as they are, once every one of them is known.
+fn given(vocabulary: &LlamaVocab<'_>, tokens: &[u32], context_length: u32) -> Result<Vec<LlamaToken>, EngineError> {
+    let known = vocabulary.n_tokens() as u32;
+    if let Some(unknown) = tokens.iter().find(|token| **token >= known) {
+        return Err(unsupported("prompt", format!("there is no token {unknown}, the model has {known}")));
+    }
+    if tokens.len() >= context_length as usize {
+        let prompt_tokens = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+        return Err(EngineError::ContextLength { prompt_tokens, context_length });
+    }
+    Ok(tokens.iter().map(|token| LlamaToken(*token as i32)).collect())
 }
 
 /// Reads from a vocabulary which texts stand for control tokens.
@@ -409,8 +457,8 @@ mod tests {
         let vocabulary = model.vocab();
         let control_tokens = |content: &str| {
             let said = [("user", content), ("assistant", "No."), ("user", "Why?")];
-            let said = said.map(|(role, content)| ChatMessage { role: role.into(), content: content.into() });
-            let tokens = prompts.tokens(&model, &PromptInput::Chat(said.to_vec()), 512).expect("it fits");
+            let said = said.map(|(role, content)| ChatMessage::new(role, content));
+            let tokens = prompts.tokens(&model, &PromptInput::Chat(said.to_vec().into()), 512).expect("it fits");
             tokens.into_iter().filter(|token| vocabulary.is_control(*token)).collect::<Vec<_>>()
         };
         let honest = control_tokens("Hello.");

@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::model_runtime::{
-    Counters, EngineError, Event, FinishReason, GenerateRequest, GenerateSink, GenerateStream, LoadOptions,
-    LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, Usage,
+    Abilities, Counters, EngineError, Event, FinishReason, GenerateRequest, GenerateSink, GenerateStream, LoadOptions,
+    LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, Piece, ProgressSink, PromptInput, RuntimeInfo, Usage,
     VerifiedArtifact,
 };
 use crate::sampler;
@@ -187,7 +187,8 @@ impl ModelRuntime for MockRuntime {
             unloaded: CancellationToken::new(),
         };
         self.models.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(model));
-        Ok(LoadedModel { id, context_length, slots, pid: None })
+        let abilities = Abilities { generate: true, chat: true, ..Abilities::default() };
+        Ok(LoadedModel { id, context_length, slots, pid: None, abilities })
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
@@ -316,7 +317,7 @@ async fn answer(
             counters.decode_steps += 1;
             counters.generated_tokens += 1;
         });
-        if !tell(Event::Piece { text: piece(token), tokens: vec![token] }).await {
+        if !tell(Event::Piece(Piece { text: piece(token), tokens: vec![token], ..Piece::default() })).await {
             return Ok(Ended::Cancelled);
         }
     }
@@ -330,10 +331,11 @@ fn piece(token: u32) -> String {
 
 fn words(input: &PromptInput) -> u32 {
     let count = match input {
-        PromptInput::Chat(messages) => {
-            messages.iter().map(|message| message.content.split_whitespace().count()).sum::<usize>()
+        PromptInput::Chat(chat) => {
+            chat.messages.iter().map(|message| message.content.split_whitespace().count()).sum::<usize>()
         }
         PromptInput::Text(text) => text.split_whitespace().count(),
+        PromptInput::Tokens(tokens) => tokens.len(),
     };
     count.try_into().unwrap_or(u32::MAX)
 }
@@ -348,12 +350,12 @@ async fn pause(length: Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model_runtime::{Sampling, no_progress};
+    use crate::model_runtime::no_progress;
     use tokio::time::Instant;
 
     fn artifact() -> VerifiedArtifact {
         let file = tempfile::tempfile().expect("temporary files work");
-        VerifiedArtifact { file, sha256: String::new(), bytes: 7 }
+        VerifiedArtifact { file, sha256: String::new(), bytes: 7, parts: Vec::new() }
     }
 
     async fn mock(options: MockOptions, load: LoadOptions) -> (MockRuntime, ModelId) {
@@ -363,21 +365,14 @@ mod tests {
     }
 
     fn request(model: ModelId) -> GenerateRequest {
-        GenerateRequest {
-            model,
-            input: PromptInput::Text("one two three".into()),
-            sampling: Sampling::default(),
-            stop: Vec::new(),
-            max_tokens: None,
-            ignore_eos: false,
-        }
+        GenerateRequest::new(model, PromptInput::Text("one two three".into()))
     }
 
     async fn read(mut stream: GenerateStream) -> (String, Option<Result<Event, EngineError>>) {
         let mut text = String::new();
         let mut last = None;
         while let Some(item) = stream.next().await {
-            if let Ok(Event::Piece { text: more, .. }) = &item {
+            if let Ok(Event::Piece(Piece { text: more, .. })) = &item {
                 text.push_str(more);
             }
             last = Some(item);

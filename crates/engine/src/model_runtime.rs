@@ -3,6 +3,9 @@
 //! A runtime knows nothing of networks, tenants or jobs. Every type that crosses the pipe to an engine process
 //! is serialisable; see [`crate::process`].
 
+mod answer;
+mod request;
+
 use std::fs::File;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -12,6 +15,9 @@ use futures_util::Stream;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
+
+pub use answer::*;
+pub use request::*;
 
 /// A place where models run.
 ///
@@ -33,11 +39,30 @@ pub trait ModelRuntime: Send + Sync + 'static {
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError>;
 
+    /// Attaches an adapter to a loaded model, while it generates. What is wrong with the artifact is
+    /// [`EngineError::InvalidModel`]; room for one more is made by the caller.
+    async fn add_adapter(&self, model: ModelId, artifact: VerifiedArtifact) -> Result<AdapterId, EngineError> {
+        let _ = (model, artifact);
+        Err(unsupported("adapter", "this runtime has no adapters"))
+    }
+
+    /// Frees an adapter. Generations under way with it end first; new ones are refused at once.
+    async fn remove_adapter(&self, model: ModelId, adapter: AdapterId) -> Result<(), EngineError> {
+        let _ = (model, adapter);
+        Err(unsupported("adapter", "this runtime has no adapters"))
+    }
+
     /// Frees a model. Generations under way end with [`EngineError::NotLoaded`].
     async fn unload(&self, model: ModelId) -> Result<(), EngineError>;
 
     /// Starts a generation. Errors that concern the request are returned here, before the first event.
     async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError>;
+
+    /// Makes a vector of each text.
+    async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
+        let _ = request;
+        Err(unsupported("input", "this runtime makes no embeddings"))
+    }
 
     /// Returns the number of tokens the input takes, chat template included.
     async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError>;
@@ -49,6 +74,10 @@ pub trait ModelRuntime: Send + Sync + 'static {
 /// A loaded model within one runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ModelId(pub u64);
+
+/// An adapter of a loaded model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct AdapterId(pub u64);
 
 /// What a runtime is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +99,8 @@ pub struct VerifiedArtifact {
     pub sha256: String,
     /// Its length in bytes.
     pub bytes: u64,
+    /// The other files of a model that is split, in their order, each checked as the first one was.
+    pub parts: Vec<VerifiedArtifact>,
 }
 
 /// How to load a model. `Default` suits a small model on a shared machine.
@@ -84,13 +115,32 @@ pub struct LoadOptions {
     pub queue_max: u32,
     /// Threads for decoding; 0 takes the number of cores.
     pub threads: u32,
-    /// Layers to place on a GPU; 0 keeps all on the CPU.
-    pub gpu_layers: u32,
+    /// Layers to place on a GPU; 0 keeps all on the CPU, `None` places as many as its free memory holds.
+    pub gpu_layers: Option<u32>,
+    /// Tokens that all sequences together can hold; 0 takes `slots` times the context. Less lets more sequences run
+    /// side by side while they are short.
+    pub kv_tokens: u32,
+    /// Host memory for keys and values of conversations that lost their place, in bytes; 0 keeps none.
+    pub prompt_cache_bytes: u64,
+    /// Tokens that a repeated passage may suggest at once; 0 does not speculate.
+    pub draft_tokens: u32,
+    /// Memory that the process of this model may take, in bytes; `None` derives it from the plan.
+    pub memory_max_bytes: Option<u64>,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { context_length: 0, slots: 4, queue_max: 64, threads: 0, gpu_layers: 0 }
+        Self {
+            context_length: 0,
+            slots: 4,
+            queue_max: 64,
+            threads: 0,
+            gpu_layers: Some(0),
+            kv_tokens: 0,
+            prompt_cache_bytes: 256 << 20,
+            draft_tokens: 0,
+            memory_max_bytes: None,
+        }
     }
 }
 
@@ -131,116 +181,24 @@ pub struct LoadedModel {
     pub slots: u32,
     /// The process that holds it, where it has one of its own.
     pub pid: Option<u32>,
+    /// What it can do.
+    pub abilities: Abilities,
 }
 
-/// One message of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ChatMessage {
-    /// `system`, `user` or `assistant`.
-    pub role: String,
-    /// Plain text.
-    pub content: String,
-}
-
-/// What to continue.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PromptInput {
-    /// A conversation; the model's own chat template makes a prompt of it.
-    ///
-    /// What the messages say is never read as control tokens, so nobody forges another's turn.
-    Chat(Vec<ChatMessage>),
-    /// Text, taken as it is.
-    ///
-    /// The texts of control tokens in it are read as those tokens, as llama-server does: whoever sends a raw prompt
-    /// writes the turns as well. What comes from people belongs in a conversation.
-    Text(String),
-}
-
-/// How the next token is drawn. `temperature` 0 takes the likeliest.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Sampling {
-    /// 0 and above; 1 leaves the distribution as it is.
-    pub temperature: f32,
-    /// Keeps the smallest set of tokens whose probabilities sum to this, in (0, 1]; 1 keeps all.
-    pub top_p: f32,
-    /// Keeps this many of the likeliest tokens; 0 keeps all.
-    pub top_k: u32,
-    /// Keeps tokens at least this share as likely as the likeliest, in [0, 1]; 0 keeps all.
-    pub min_p: f32,
-    /// The same seed, model and input give the same draws.
-    pub seed: u64,
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        Self { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 }
-    }
-}
-
-/// One generation.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct GenerateRequest {
-    /// The model to use.
-    pub model: ModelId,
-    /// What to continue.
-    pub input: PromptInput,
-    /// How to draw tokens.
-    pub sampling: Sampling,
-    /// Texts that end the answer; they are not part of it.
-    pub stop: Vec<String>,
-    /// The most tokens to generate; `None` goes on to the end of the context.
-    pub max_tokens: Option<u32>,
-    /// Goes on past the end-of-turn token, for benchmarks.
-    pub ignore_eos: bool,
-}
-
-/// What a generation tells, in this order: one `Started`, any number of `Piece`, one `Done`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Event {
-    /// The prompt was accepted and its evaluation begins.
-    Started {
-        /// Tokens of the prompt.
-        prompt_tokens: u32,
-        /// Prompt tokens whose keys and values were at hand already.
-        cached_tokens: u32,
-    },
-    /// More of the answer. The text is whole UTF-8 and may be empty while a character or a stop text is incomplete.
-    Piece {
-        /// Text to append.
-        text: String,
-        /// The tokens behind it, in order.
-        tokens: Vec<u32>,
-    },
-    /// The end of the answer.
-    Done {
-        /// Why it ended.
-        reason: FinishReason,
-        /// What it took.
-        usage: Usage,
-    },
-}
-
-/// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FinishReason {
-    /// The model ended its turn, or a stop text came.
-    Stop,
-    /// The token limit or the end of the context was reached.
-    Length,
-}
-
-/// What a generation took.
+/// What a loaded model can do. What it cannot is refused with [`EngineError::Unsupported`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Usage {
-    /// Tokens of the prompt.
-    pub prompt_tokens: u32,
-    /// Tokens of the answer.
-    pub completion_tokens: u32,
-    /// Prompt tokens that were not evaluated again.
-    pub cached_tokens: u32,
+#[serde(default)]
+pub struct Abilities {
+    /// Continues texts.
+    pub generate: bool,
+    /// Takes conversations.
+    pub chat: bool,
+    /// Calls functions.
+    pub tools: bool,
+    /// Makes vectors of this many numbers; 0 where it makes none.
+    pub embedding_length: u32,
+    /// Takes adapters.
+    pub adapters: bool,
 }
 
 /// How busy one model is, and what it has done since it was loaded.
@@ -275,6 +233,14 @@ pub struct Counters {
     pub completed: u64,
     /// Generations that were cancelled by their caller.
     pub cancelled: u64,
+    /// Prompt tokens that were looked up in the prefix cache.
+    pub prefix_queries: u64,
+    /// Those of them that were found.
+    pub prefix_hits: u64,
+    /// Tokens that speculation suggested.
+    pub drafted_tokens: u64,
+    /// Those of them that were taken.
+    pub accepted_tokens: u64,
 }
 
 /// Why the engine could not do something, by what the caller can do about it.
@@ -315,6 +281,11 @@ pub enum EngineError {
         /// What is known of it.
         reason: String,
     },
+}
+
+/// Returns the refusal of a field of a request.
+pub fn unsupported(parameter: impl Into<String>, reason: impl Into<String>) -> EngineError {
+    EngineError::Unsupported { parameter: parameter.into(), reason: reason.into() }
 }
 
 /// The events of one generation. Dropping it cancels the generation.

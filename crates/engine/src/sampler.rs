@@ -303,7 +303,7 @@ mod tests {
             seed in any::<u64>(),
             position in 0_u64..5_000,
         ) {
-            let sampling = Sampling { temperature, top_p, top_k, min_p, seed };
+            let sampling = Sampling { temperature, top_p, top_k, min_p, seed, ..Sampling::default() };
             let drawn = draw(&logits, &sampling, position).expect("it draws");
             let expected = reference(&logits, &sampling, position);
             // Single and double precision may part on the edge between two neighbours, and only there.
@@ -320,7 +320,7 @@ mod tests {
             logits in prop::collection::vec(any::<f32>(), 0..64),
             top_k in 0_u32..70, top_p in 0.01_f32..=1.0, min_p in 0.0_f32..=1.0, temperature in 0.0_f32..3.0,
         ) {
-            let sampling = Sampling { temperature, top_p, top_k, min_p, seed: 1 };
+            let sampling = Sampling { temperature, top_p, top_k, min_p, seed: 1, ..Sampling::default() };
             if let Ok(token) = draw(&logits, &sampling, 3) {
                 prop_assert!((token as usize) < logits.len());
             }

@@ -412,7 +412,7 @@ impl ChatMessage {
             Content::Text(text) => text,
             Content::Parts(parts) => join(parts, &path("content"))?,
         };
-        Ok(Message { role, content })
+        Ok(Message::new(role, content))
     }
 }
 

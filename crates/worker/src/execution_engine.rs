@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::{
-    ChatMessage, EngineError, Event, FinishReason as EngineReason, GenerateRequest, GenerateStream, ModelId,
-    ModelRuntime, PromptInput, Sampling, Usage,
+    Chat, ChatMessage, EngineError, Event, FinishReason as EngineReason, GenerateRequest, GenerateStream, ModelId,
+    ModelRuntime, OutputFormat, Piece, PromptInput, Sampling, TokenLogprob, Tool, ToolCall, ToolCallDelta, ToolChoice,
+    Usage,
 };
 use futures_util::FutureExt as _;
-use protocol::infer::{FinishReason, InferChunk, InferRequest, Input, Payload};
+use protocol::infer::{self, FinishReason, InferChunk, InferRequest, Input, Message, Payload};
 use protocol::usage::TokenUsage;
 use protocol::{ErrorCode, WireError};
 use rpc::ReplyStream;
@@ -89,9 +90,9 @@ impl ExecutionEngine {
                 event = generation.events.next() => Some(event.unwrap_or_else(|| Err(unfinished()))),
             };
             // What else is ready rides along: under load, few large chunks cost less than many small ones.
-            while let Some(Ok(Event::Started { .. } | Event::Piece { .. })) = &event {
+            while let Some(Ok(Event::Started { .. } | Event::Piece(_))) = &event {
                 match event.take() {
-                    Some(Ok(Event::Piece { text, tokens })) => writer.append(text, tokens),
+                    Some(Ok(Event::Piece(piece))) => writer.append(piece),
                     Some(Ok(Event::Started { prompt_tokens, cached_tokens })) => {
                         writer.begin(prompt_tokens, cached_tokens);
                     }
@@ -158,31 +159,38 @@ impl ChunkWriter {
         self.chunk.payload.usage = Some(TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens });
     }
 
-    fn append(&mut self, text: String, tokens: Vec<u32>) {
+    fn append(&mut self, piece: Piece) {
+        let Piece { text, reasoning, tool_calls, tokens, logprobs } = piece;
         let payload = &mut self.chunk.payload;
-        if payload.text.is_empty() {
-            payload.text = text;
-        } else {
-            payload.text.push_str(&text);
-        }
+        let join = |whole: &mut String, more: String| {
+            if whole.is_empty() { *whole = more } else { whole.push_str(&more) }
+        };
+        join(&mut payload.text, text);
+        join(&mut payload.reasoning, reasoning);
+        payload.tool_calls.extend(tool_calls.into_iter().map(tool_call_delta));
         if payload.tokens.is_empty() {
             payload.tokens = tokens;
         } else {
-            payload.tokens.extend_from_slice(&tokens);
+            payload.tokens.extend(tokens);
         }
+        payload.logprobs.extend(logprobs.into_iter().map(token_logprob));
     }
 
     /// Sends what was appended, if anything.
     async fn send(&mut self, reply: &mut ReplyStream) -> Result<(), Broken> {
         let Self { chunk, bytes } = self;
-        if chunk.payload.text.is_empty() && chunk.payload.tokens.is_empty() {
+        let Payload { text, reasoning, tool_calls, tokens, .. } = &chunk.payload;
+        if text.is_empty() && reasoning.is_empty() && tool_calls.is_empty() && tokens.is_empty() {
             return Ok(());
         }
         write_chunk(chunk, bytes);
         send_within(reply, bytes).await?;
         chunk.seq += 1;
         chunk.payload.text.clear();
+        chunk.payload.reasoning.clear();
+        chunk.payload.tool_calls.clear();
         chunk.payload.tokens.clear();
+        chunk.payload.logprobs.clear();
         chunk.payload.usage = None;
         Ok(())
     }
@@ -191,6 +199,7 @@ impl ChunkWriter {
         let finish_reason = Some(match reason {
             EngineReason::Stop => FinishReason::Stop,
             EngineReason::Length => FinishReason::Length,
+            EngineReason::ToolCalls => FinishReason::ToolCalls,
         });
         let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
         let usage = Some(TokenUsage { prompt_tokens, completion_tokens, cached_tokens });
@@ -219,14 +228,20 @@ fn write_chunk(chunk: &InferChunk, bytes: &mut Vec<u8>) {
 /// Says a job in the engine's words.
 fn generate_request(model: ModelId, request: &InferRequest) -> GenerateRequest {
     let input = &request.input;
-    let prompt = match (&input.messages, &input.prompt) {
-        (Some(messages), _) => PromptInput::Chat(
-            messages
-                .iter()
-                .map(|message| ChatMessage { role: message.role.as_str().to_owned(), content: message.content.clone() })
-                .collect(),
-        ),
-        (None, prompt) => PromptInput::Text(prompt.clone().unwrap_or_default()),
+    let prompt = match input {
+        Input { messages: Some(messages), .. } => PromptInput::Chat(Chat {
+            messages: messages.iter().map(chat_message).collect(),
+            tools: input.tools.iter().map(tool).collect(),
+            tool_choice: match &input.tool_choice {
+                infer::ToolChoice::Auto => ToolChoice::Auto,
+                infer::ToolChoice::None => ToolChoice::None,
+                infer::ToolChoice::Required => ToolChoice::Required,
+                infer::ToolChoice::Function(name) => ToolChoice::Function(name.clone()),
+            },
+            template_options: input.template_options.clone(),
+        }),
+        Input { prompt_tokens: Some(tokens), .. } => PromptInput::Tokens(tokens.clone()),
+        Input { prompt, .. } => PromptInput::Text(prompt.clone().unwrap_or_default()),
     };
     let neutral = Sampling::default();
     let sampling = Sampling {
@@ -234,6 +249,10 @@ fn generate_request(model: ModelId, request: &InferRequest) -> GenerateRequest {
         top_p: input.top_p.unwrap_or(neutral.top_p),
         top_k: input.top_k.unwrap_or(neutral.top_k),
         min_p: input.min_p.unwrap_or(neutral.min_p),
+        repetition_penalty: input.repetition_penalty.unwrap_or(neutral.repetition_penalty),
+        presence_penalty: input.presence_penalty.unwrap_or(neutral.presence_penalty),
+        frequency_penalty: input.frequency_penalty.unwrap_or(neutral.frequency_penalty),
+        logit_bias: input.logit_bias.iter().map(|(token, bias)| (*token, *bias)).collect(),
         // The job's own name, so that another attempt on another worker draws the same tokens.
         seed: input.seed.unwrap_or_else(|| {
             let (first, second) = request.correlation_id.0.as_bytes().split_at(8);
@@ -241,13 +260,52 @@ fn generate_request(model: ModelId, request: &InferRequest) -> GenerateRequest {
         }),
     };
     GenerateRequest {
-        model,
-        input: prompt,
         sampling,
         stop: input.stop.clone(),
         max_tokens: input.max_tokens,
         ignore_eos: input.ignore_eos,
+        logprobs: input.logprobs,
+        format: match &input.format {
+            infer::OutputFormat::Text => OutputFormat::Text,
+            infer::OutputFormat::Json => OutputFormat::Json,
+            infer::OutputFormat::JsonSchema(schema) => OutputFormat::JsonSchema(schema.clone()),
+            infer::OutputFormat::Regex(expression) => OutputFormat::Regex(expression.clone()),
+            infer::OutputFormat::Lark(grammar) => OutputFormat::Lark(grammar.clone()),
+        },
+        deterministic: input.deterministic,
+        ..GenerateRequest::new(model, prompt)
     }
+}
+
+fn chat_message(message: &Message) -> ChatMessage {
+    let Message { role, content, reasoning, tool_calls, tool_call_id, name } = message;
+    let tool_calls = tool_calls.iter().map(|call| {
+        let infer::ToolCall { id, name, arguments } = call.clone();
+        ToolCall { id, name, arguments }
+    });
+    ChatMessage {
+        role: role.as_str().to_owned(),
+        content: content.clone(),
+        reasoning: reasoning.clone(),
+        tool_calls: tool_calls.collect(),
+        tool_call_id: tool_call_id.clone(),
+        name: name.clone(),
+    }
+}
+
+fn tool(tool: &infer::Tool) -> Tool {
+    let infer::Tool { name, description, parameters } = tool.clone();
+    Tool { name, description, parameters }
+}
+
+fn tool_call_delta(delta: ToolCallDelta) -> infer::ToolCallDelta {
+    let ToolCallDelta { index, id, name, arguments } = delta;
+    infer::ToolCallDelta { index, id, name, arguments }
+}
+
+fn token_logprob(told: TokenLogprob) -> infer::TokenLogprob {
+    let TokenLogprob { token, bytes, logprob, top } = told;
+    infer::TokenLogprob { token, bytes, logprob, top: top.into_iter().map(token_logprob).collect() }
 }
 
 /// Says an engine's error in the network's words. Reasons stay here: they may name paths and processes.
@@ -280,7 +338,7 @@ fn unfinished() -> EngineError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protocol::infer::{Message, Role};
+    use protocol::infer::Role;
 
     fn request(input: Input) -> InferRequest {
         InferRequest {
@@ -310,7 +368,7 @@ mod tests {
 
     #[test]
     fn what_the_caller_asks_for_reaches_the_engine() {
-        let message = Message { role: Role::User, content: "hi".into() };
+        let message = Message::new(Role::User, "hi");
         let input = Input {
             messages: Some(vec![message]),
             max_tokens: Some(5),
@@ -324,8 +382,11 @@ mod tests {
             ..Input::default()
         };
         let generate = generate_request(ModelId(1), &request(input));
-        assert_eq!(generate.input, PromptInput::Chat(vec![ChatMessage { role: "user".into(), content: "hi".into() }]));
-        assert_eq!(generate.sampling, Sampling { temperature: 0.0, top_p: 0.5, top_k: 9, min_p: 0.1, seed: 42 });
+        assert_eq!(generate.input, PromptInput::Chat(vec![ChatMessage::new("user", "hi")].into()));
+        assert_eq!(
+            generate.sampling,
+            Sampling { temperature: 0.0, top_p: 0.5, top_k: 9, min_p: 0.1, seed: 42, ..Sampling::default() }
+        );
         assert_eq!((generate.stop, generate.max_tokens, generate.ignore_eos), (vec!["END".to_owned()], Some(5), true));
     }
 

@@ -208,13 +208,19 @@ impl ModelLoader {
         let (artifacts, digest) = (self.artifacts.clone(), entry.model.digest);
         let opened = self.blocking.spawn_blocking(move || artifacts.open(&digest)).await;
         let opened = opened.map_err(|_| LoadError::Interrupted)??;
-        let artifact = VerifiedArtifact { file: opened.file, sha256: opened.digest.to_string(), bytes: opened.bytes };
+        let artifact = VerifiedArtifact {
+            file: opened.file,
+            sha256: opened.digest.to_string(),
+            bytes: opened.bytes,
+            parts: Vec::new(),
+        };
         let options = LoadOptions {
             context_length: entry.model.context_length,
             slots: self.options.slots,
             queue_max: self.options.queue_max,
             threads: entry.model.threads,
-            gpu_layers: entry.model.gpu_layers,
+            gpu_layers: Some(entry.model.gpu_layers),
+            ..LoadOptions::default()
         };
         Ok(self.runtime.load(artifact, options, engine::no_progress()).await?)
     }

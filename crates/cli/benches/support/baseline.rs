@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use engine::{GenerateRequest, LoadOptions, MockOptions, MockRuntime, ModelRuntime, PromptInput, Sampling};
+use engine::{GenerateRequest, LoadOptions, MockOptions, MockRuntime, ModelRuntime, PromptInput};
 use metadata_store::{JobKey, MetadataStore, NewJob, Settlement, TerminalState};
 use protocol::{CorrelationId, PublicKey, TraceId, UnixMillis};
 use tether_cli::commands::async_runtime;
@@ -105,14 +105,7 @@ pub(crate) async fn direct(engine: &MockRuntime, model: engine::ModelId) -> Dura
 }
 
 fn hello(model: engine::ModelId) -> GenerateRequest {
-    GenerateRequest {
-        model,
-        input: PromptInput::Text("hello there".into()),
-        sampling: Sampling::default(),
-        stop: vec![],
-        max_tokens: Some(1),
-        ignore_eos: false,
-    }
+    GenerateRequest { max_tokens: Some(1), ..GenerateRequest::new(model, PromptInput::Text("hello there".into())) }
 }
 
 /// The artifact that comes with the program.
@@ -120,7 +113,7 @@ pub(crate) fn tiny_artifact() -> engine::VerifiedArtifact {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(tiny_model::BYTES).unwrap();
     let bytes = tiny_model::BYTES.len() as u64;
-    engine::VerifiedArtifact { file, sha256: tiny_model::digest().to_string(), bytes }
+    engine::VerifiedArtifact { file, sha256: tiny_model::digest().to_string(), bytes, parts: vec![] }
 }
 
 /// Milliseconds.

@@ -303,17 +303,19 @@ async fn directly() -> anyhow::Result<Figures> {
     let runtime = process_runtime()?;
     let mut file = tempfile::tempfile().context("no temporary file")?;
     std::io::Write::write_all(&mut file, tiny_model::BYTES)?;
-    let artifact =
-        VerifiedArtifact { file, sha256: tiny_model::digest().to_string(), bytes: tiny_model::BYTES.len() as u64 };
+    let artifact = VerifiedArtifact {
+        file,
+        sha256: tiny_model::digest().to_string(),
+        bytes: tiny_model::BYTES.len() as u64,
+        parts: vec![],
+    };
     let options = LoadOptions { threads: tiny_model::served().threads, ..LoadOptions::default() };
     let loaded = runtime.load(artifact, options, no_progress()).await?;
     let request = GenerateRequest {
-        model: loaded.id,
-        input: PromptInput::Chat(vec![engine::ChatMessage { role: "user".into(), content: PROMPT.into() }]),
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-        stop: vec![],
         max_tokens: Some(TOKENS),
         ignore_eos: true,
+        ..GenerateRequest::new(loaded.id, PromptInput::Chat(vec![engine::ChatMessage::new("user", PROMPT)].into()))
     };
     let mut rounds = vec![];
     for _ in 0..ROUNDS {
@@ -329,7 +331,7 @@ async fn one_round(runtime: &dyn ModelRuntime, request: GenerateRequest) -> anyh
     let mut first = None;
     while let Some(event) = stream.next().await {
         match event? {
-            Event::Piece { text, .. } if !text.is_empty() => {
+            Event::Piece(piece) if !piece.text.is_empty() => {
                 first.get_or_insert_with(Instant::now);
             }
             Event::Done { usage, .. } => {

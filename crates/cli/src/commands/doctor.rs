@@ -88,8 +88,12 @@ async fn engine(context: &Context) -> Result<String, String> {
     let text = |error: &dyn std::fmt::Display| format!("the built-in model does not load: {error}");
     let mut file = tempfile::tempfile_in(context.data.path()).map_err(|error| text(&error))?;
     std::io::Write::write_all(&mut file, tiny_model::BYTES).map_err(|error| text(&error))?;
-    let artifact =
-        VerifiedArtifact { file, sha256: tiny_model::digest().to_string(), bytes: tiny_model::BYTES.len() as u64 };
+    let artifact = VerifiedArtifact {
+        file,
+        sha256: tiny_model::digest().to_string(),
+        bytes: tiny_model::BYTES.len() as u64,
+        parts: vec![],
+    };
     let runtime = process_runtime().map_err(|error| text(&error))?;
     let options = LoadOptions { threads: 1, ..LoadOptions::default() };
     let loaded = runtime.load(artifact, options, no_progress()).await.map_err(|error| text(&error))?;

@@ -85,8 +85,11 @@ impl ControlTexts {
             }
             swapped + &text[end..]
         };
-        let messages =
-            messages.iter().map(|message| ChatMessage { role: swap(&message.role), content: swap(&message.content) });
+        let messages = messages.iter().map(|message| ChatMessage {
+            role: swap(&message.role),
+            content: swap(&message.content),
+            ..message.clone()
+        });
         let messages = Cow::Owned(messages.collect());
         let marks = Marks(mark_of.iter().map(|(text, mark)| (*mark, (*text).to_owned())).collect());
         Ok(Hidden { messages, marks })
@@ -149,7 +152,7 @@ mod tests {
     }
 
     fn say(content: &str) -> ChatMessage {
-        ChatMessage { role: "user".into(), content: content.into() }
+        ChatMessage::new("user", content)
     }
 
     #[test]

@@ -4,7 +4,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::mpsc::{OwnedPermit, Sender};
 use tokio_util::sync::CancellationToken;
 
-use crate::model_runtime::{EngineError, Event, FinishReason, GenerateSink, GenerateStream, Usage};
+use crate::model_runtime::{EngineError, Event, FinishReason, GenerateSink, GenerateStream, Piece, Usage};
 
 /// Unread events that a stream holds before pieces are merged.
 const EVENTS_MAX: usize = 256;
@@ -103,7 +103,7 @@ impl Outbox {
         match self.events.try_reserve() {
             Ok(permit) => {
                 let (text, tokens) = (std::mem::take(&mut self.text), std::mem::take(&mut self.tokens));
-                permit.send(Ok(Event::Piece { text, tokens }));
+                permit.send(Ok(Event::Piece(Piece { text, tokens, ..Piece::default() })));
             }
             Err(TrySendError::Full(()) | TrySendError::Closed(())) => {}
         }
@@ -115,7 +115,7 @@ impl Outbox {
         }
         if let Some(permit) = self.last_piece.take() {
             let (text, tokens) = (std::mem::take(&mut self.text), std::mem::take(&mut self.tokens));
-            permit.send(Ok(Event::Piece { text, tokens }));
+            permit.send(Ok(Event::Piece(Piece { text, tokens, ..Piece::default() })));
         }
     }
 
@@ -154,7 +154,7 @@ mod tests {
         outbox.done("", FinishReason::Stop, Usage::default());
         let items = read_all(stream).await;
         assert_eq!(items.len(), 4);
-        assert_eq!(items[2], Ok(Event::Piece { text: "b".into(), tokens: vec![2] }));
+        assert_eq!(items[2], Ok(Event::Piece(Piece { text: "b".into(), tokens: vec![2], ..Piece::default() })));
     }
 
     #[tokio::test]
@@ -167,7 +167,7 @@ mod tests {
         outbox.done("!", FinishReason::Length, Usage::default());
         let items = read_all(stream).await;
         assert_eq!(items.len(), 4);
-        let Ok(Event::Piece { text, tokens }) = &items[2] else { panic!("{items:?}") };
+        let Ok(Event::Piece(Piece { text, tokens, .. })) = &items[2] else { panic!("{items:?}") };
         assert_eq!((text.len(), tokens.len()), (100, 99));
         assert!(matches!(items[3], Ok(Event::Done { reason: FinishReason::Length, .. })));
     }
@@ -185,7 +185,7 @@ mod tests {
         outbox.room().await;
         assert!(!outbox.is_full());
         assert!(
-            matches!(stream.next().await, Some(Ok(Event::Piece { tokens, .. })) if tokens.len() == MERGED_TOKENS_MAX)
+            matches!(stream.next().await, Some(Ok(Event::Piece(Piece { tokens, .. }))) if tokens.len() == MERGED_TOKENS_MAX)
         );
     }
 
@@ -196,7 +196,7 @@ mod tests {
         outbox.piece("x", 1);
         outbox.fail(EngineError::NotLoaded);
         let items = read_all(stream).await;
-        assert!(matches!(&items[1], Ok(Event::Piece { text, .. }) if text == "x"));
+        assert!(matches!(&items[1], Ok(Event::Piece(Piece { text, .. })) if text == "x"));
         assert_eq!(items[2], Err(EngineError::NotLoaded));
     }
 

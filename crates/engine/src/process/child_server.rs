@@ -122,7 +122,7 @@ async fn serve<R: ModelRuntime>(runtime: Arc<R>, file: File, socket: UnixStream)
         match message {
             ToChild::Load { options, sha256, bytes } => {
                 let Some(file) = file.take() else { continue };
-                let artifact = VerifiedArtifact { file, sha256, bytes };
+                let artifact = VerifiedArtifact { file, sha256, bytes, parts: Vec::new() };
                 tasks.spawn(Arc::clone(&server).load(artifact, options));
             }
             ToChild::Generate { id, request } => {
@@ -303,7 +303,7 @@ async fn probe_template(file: &File) -> Result<(), EngineError> {
         let before = memory_limit::limit_growth(PROBE_BYTES_MAX);
         // Whether it compiles, or refuses the conversations, is of no interest here.
         if let Ok(template) = ChatTemplate::new(header.chat_template(), "<s>", "</s>") {
-            let say = |role: &str| ChatMessage { role: role.into(), content: "Hello.".into() };
+            let say = |role: &str| ChatMessage::new(role, "Hello.");
             let _ = template.render(&[say("user")]);
             let _ = template.render(&[say("system"), say("user"), say("assistant"), say("user")]);
         }

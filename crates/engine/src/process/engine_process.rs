@@ -106,7 +106,7 @@ impl EngineProcess {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let socket = UnixStream::from_std(ours)?;
-        let VerifiedArtifact { file, sha256, bytes } = artifact;
+        let VerifiedArtifact { file, sha256, bytes, .. } = artifact;
         let mut child = Command::new(&command.program)
             .args(&command.args)
             .envs(command.envs.iter().map(|(name, value)| (name, value)))
@@ -428,7 +428,7 @@ impl Frames<'_> {
     }
 
     fn hand(&self, id: u64, item: Item) -> Result<(), String> {
-        let end = !matches!(item, Ok(Event::Started { .. } | Event::Piece { .. }));
+        let end = !matches!(item, Ok(Event::Started { .. } | Event::Piece(_)));
         let mut state = self.process.state();
         // A generation that was cancelled may still have events under way.
         let Some(generation) = state.generations.get_mut(&id) else { return Ok(()) };

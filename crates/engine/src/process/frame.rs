@@ -172,12 +172,10 @@ mod tests {
     fn generate(id: u64, text: &str) -> ToChild {
         let sampling = Sampling { temperature: 0.7, seed: u64::MAX, ..Sampling::default() };
         let request = GenerateRequest {
-            model: ModelId(3),
-            input: PromptInput::Text(text.into()),
             sampling,
             stop: vec!["\n".into()],
             max_tokens: Some(5),
-            ignore_eos: false,
+            ..GenerateRequest::new(ModelId(3), PromptInput::Text(text.into()))
         };
         ToChild::Generate { id, request }
     }

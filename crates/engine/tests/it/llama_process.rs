@@ -61,7 +61,7 @@ fn a_process_whose_worker_vanishes_ends_in_the_middle_of_its_work() {
     worker.write_all(&encode(&load).expect("it encodes")).expect("it is sent");
     await_message(&mut worker, &mut buffer, |message| matches!(message, ToParent::Loaded { .. }));
     worker.write_all(&encode(&ToChild::Generate { id: 1, request }).expect("it encodes")).expect("it is sent");
-    let is_piece = |message: &_| matches!(message, ToParent::Event { event: Event::Piece { .. }, .. });
+    let is_piece = |message: &_| matches!(message, ToParent::Event { event: Event::Piece(_), .. });
     await_message(&mut worker, &mut buffer, is_piece);
     drop(worker);
     let status = child.wait().expect("it can be waited for");

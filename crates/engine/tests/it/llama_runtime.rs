@@ -204,7 +204,7 @@ async fn a_short_prompt_overtakes_nobody_but_does_not_wait_for_a_long_answer() {
     within(long.next()).await.expect("it runs").expect("and well");
     assert_eq!(run(&runtime, ask(model, "What is 3 + 4?")).await.text, "3 + 4 = 7");
     assert_eq!(runtime.load_state()[0].counters.completed, 1);
-    assert!(matches!(within(long.next()).await, Some(Ok(Event::Piece { .. }))));
+    assert!(matches!(within(long.next()).await, Some(Ok(Event::Piece(_)))));
 }
 
 #[tokio::test]
@@ -246,7 +246,7 @@ async fn count(runtime: &LlamaRuntime, model: ModelId, input: PromptInput) -> u3
 }
 
 fn said(content: &str) -> PromptInput {
-    PromptInput::Chat(vec![ChatMessage { role: "user".into(), content: content.into() }])
+    PromptInput::Chat(vec![ChatMessage::new("user", content)].into())
 }
 
 fn turns(content: &str) -> PromptInput {

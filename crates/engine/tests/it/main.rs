@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use tether_engine::{
     ChatMessage, EngineError, Event, FinishReason, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, ModelId,
-    ModelRuntime, PromptInput, Sampling, Usage, VerifiedArtifact,
+    ModelRuntime, Piece, PromptInput, Sampling, Usage, VerifiedArtifact,
 };
 
 /// Longer than anything here should ever take on a busy machine.
@@ -30,7 +30,7 @@ fn tiny() -> VerifiedArtifact {
 fn artifact(path: &Path) -> VerifiedArtifact {
     let file = File::open(path).expect("the model is there");
     let bytes = file.metadata().expect("it has a length").len();
-    VerifiedArtifact { file, sha256: String::new(), bytes }
+    VerifiedArtifact { file, sha256: String::new(), bytes, parts: Vec::new() }
 }
 
 fn artifact_of(bytes: &[u8]) -> VerifiedArtifact {
@@ -73,14 +73,9 @@ fn options() -> LoadOptions {
 
 /// A greedy request for an answer to one question.
 fn ask(model: ModelId, question: &str) -> GenerateRequest {
-    GenerateRequest {
-        model,
-        input: PromptInput::Chat(vec![ChatMessage { role: "user".into(), content: question.into() }]),
-        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-        stop: Vec::new(),
-        max_tokens: None,
-        ignore_eos: false,
-    }
+    let input = PromptInput::Chat(vec![ChatMessage::new("user", question)].into());
+    let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+    GenerateRequest { sampling, ..GenerateRequest::new(model, input) }
 }
 
 /// A request that goes on to the end of the context.
@@ -119,7 +114,7 @@ async fn read(mut stream: GenerateStream) -> Answer {
     while let Some(item) = within(stream.next()).await {
         match item {
             Ok(Event::Started { prompt_tokens, .. }) => answer.started = Some(prompt_tokens),
-            Ok(Event::Piece { text, tokens }) => {
+            Ok(Event::Piece(Piece { text, tokens, .. })) => {
                 answer.text.push_str(&text);
                 answer.tokens.extend(tokens);
                 answer.pieces += 1;

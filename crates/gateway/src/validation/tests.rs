@@ -37,7 +37,7 @@ fn a_plain_chat_request_is_read() {
     assert_eq!(generation.model, "tether-tiny@1.0");
     assert_eq!(generation.job.model.version.expect("given").to_string(), "1.0");
     let input = generation.job.input;
-    assert_eq!(input.messages.expect("given")[0], Message { role: Role::User, content: "hi".into() });
+    assert_eq!(input.messages.expect("given")[0], Message::new(Role::User, "hi"));
     assert_eq!((input.max_tokens, input.temperature, input.top_p), (Some(5), Some(0.0), Some(0.5)));
     assert_eq!((input.top_k, input.min_p, input.seed, input.ignore_eos), (Some(40), Some(0.1), Some(7), true));
     assert_eq!(input.stop, ["end"]);

@@ -219,7 +219,7 @@ impl Fake {
         let chunk = |seq: u64, text: &str| InferChunk {
             correlation_id: request.correlation_id,
             seq,
-            payload: Payload { text: text.into(), tokens: vec![1], finish_reason: None, usage: None },
+            payload: Payload { text: text.into(), tokens: vec![1], ..Payload::default() },
             done: false,
             attempt: 2,
         };

@@ -1,0 +1,125 @@
+//! What a model answers: the events of a generation, and vectors.
+
+use serde::{Deserialize, Serialize};
+
+/// What a generation tells, in this order: one `Started`, any number of `Piece`, one `Done`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Event {
+    /// The prompt was accepted and its evaluation begins.
+    Started {
+        /// Tokens of the prompt.
+        prompt_tokens: u32,
+        /// Prompt tokens whose keys and values were at hand already.
+        cached_tokens: u32,
+    },
+    /// More of the answer.
+    Piece(Piece),
+    /// The end of the answer.
+    Done {
+        /// Why it ended.
+        reason: FinishReason,
+        /// What it took.
+        usage: Usage,
+    },
+}
+
+/// More of an answer. The text is whole UTF-8 and may be empty while a character, a stop text or a call is incomplete.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Piece {
+    /// Text to append.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub text: String,
+    /// Text to append to what the model thinks before it answers.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub reasoning: String,
+    /// More of its calls.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCallDelta>,
+    /// The tokens behind it, in order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tokens: Vec<u32>,
+    /// One for each token, where they were asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+impl Piece {
+    /// Returns whether it brings nothing.
+    pub fn is_empty(&self) -> bool {
+        self.text.is_empty() && self.reasoning.is_empty() && self.tool_calls.is_empty() && self.tokens.is_empty()
+    }
+
+    /// Appends a later piece.
+    pub fn append(&mut self, later: Self) {
+        let join = |text: &mut String, more: String| if text.is_empty() { *text = more } else { text.push_str(&more) };
+        join(&mut self.text, later.text);
+        join(&mut self.reasoning, later.reasoning);
+        self.tool_calls.extend(later.tool_calls);
+        self.tokens.extend(later.tokens);
+        self.logprobs.extend(later.logprobs);
+    }
+}
+
+/// More of one call. The first of a call brings its id and name.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ToolCallDelta {
+    /// Which call of the answer, counted from 0.
+    pub index: u32,
+    /// The call's name within the conversation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The function's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Text to append to its arguments.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub arguments: String,
+}
+
+/// How likely a token was. Probabilities are those of the model, before any setting of the request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: u32,
+    /// Its bytes, which need not be whole characters.
+    pub bytes: Vec<u8>,
+    /// The natural logarithm of its probability; finite.
+    pub logprob: f32,
+    /// The likeliest tokens in its place, the likeliest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub top: Vec<TokenLogprob>,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// The model ended its turn, or a stop text came.
+    Stop,
+    /// The token limit or the end of the context was reached.
+    Length,
+    /// The model ended its turn and called functions.
+    ToolCalls,
+}
+
+/// What a generation took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens of the answer.
+    pub completion_tokens: u32,
+    /// Prompt tokens that were not evaluated again.
+    pub cached_tokens: u32,
+}
+
+/// Vectors of texts, in the order of the request.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Embeddings {
+    /// One for each text, of length 1 and all of the same dimension.
+    pub vectors: Vec<Vec<f32>>,
+    /// Tokens of all texts.
+    pub prompt_tokens: u32,
+}
