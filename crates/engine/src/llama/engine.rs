@@ -31,7 +31,7 @@ use super::outbox::Outbox;
 use super::{backend, log};
 use crate::memory_plan::{BATCH_TOKENS, Shape};
 use crate::model_runtime::{Counters, EngineError, FinishReason, LoadSnapshot, ProgressSink, Sampling, Usage};
-use crate::sampler::Sampler;
+use crate::sampler::{History, Sampler};
 use crate::text_assembler::TextAssembler;
 
 /// Over what time the tokens a second are smoothed.
@@ -262,7 +262,7 @@ impl Engine<'_> {
         let Some(sequence) = &mut self.slots[slot] else { return };
         let logits = self.context.get_logits_ith(row);
         let position = sequence.evaluated as u64;
-        let token = match self.sampler.sample(logits, &sequence.job.sampling, position) {
+        let token = match self.sampler.sample(logits, &sequence.job.sampling, position, &History::default(), None) {
             Ok(token) => token,
             Err(error) => {
                 let error = EngineError::Failed { reason: error.to_string() };
