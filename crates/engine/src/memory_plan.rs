@@ -5,8 +5,10 @@ use crate::model_runtime::{EngineError, LoadOptions, MemoryPlan};
 
 /// Tokens that one decode step evaluates at most.
 pub const BATCH_TOKENS: u32 = 512;
-/// Sequences that llama.cpp can hold side by side.
-pub const SLOTS_MAX: u32 = 256;
+/// Sequences that may generate side by side; llama.cpp knows 256, and some are kept for those who come back.
+pub const SLOTS_MAX: u32 = 192;
+/// Cells come in blocks of so many.
+const CELL_BLOCK: u32 = 256;
 
 /// The options that a model will really be loaded with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +17,8 @@ pub struct Shape {
     pub context_length: u32,
     /// Sequences that generate side by side.
     pub slots: u32,
+    /// Tokens that all of them together can hold.
+    pub kv_tokens: u32,
 }
 
 /// Returns the shape that fits both the wish and the model.
@@ -35,12 +39,18 @@ pub fn shape(header: &Header, options: &LoadOptions) -> Result<Shape, EngineErro
             reason: format!("{slots} contexts of {context_length} tokens are more than the engine can address"),
         });
     }
-    Ok(Shape { context_length, slots })
+    let most = context_length * slots;
+    // One sequence of full length must always fit, and cells come in blocks.
+    let kv_tokens = match options.kv_tokens {
+        0 => most,
+        wanted => wanted.clamp(context_length, most),
+    };
+    Ok(Shape { context_length, slots, kv_tokens: kv_tokens.next_multiple_of(CELL_BLOCK) })
 }
 
 /// Returns the memory that a load would take.
 pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
-    let Shape { context_length, slots } = shape(header, options)?;
+    let Shape { kv_tokens, .. } = shape(header, options)?;
     let number = |name: &str| header.hyperparameter(name).unwrap_or(0);
     let layers = number("block_count").min(4_096);
     let width = number("embedding_length");
@@ -51,8 +61,8 @@ pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, Engine
         .per_layer("attention.head_count_kv", layers as usize)
         .map_or(layers.saturating_mul(heads), |counts| counts.iter().fold(0, |sum, count| sum.saturating_add(*count)));
 
-    // llama.cpp pads the cells of the key-value room to a multiple of 256; each holds 16-bit floats.
-    let cells = (u64::from(context_length) * u64::from(slots)).next_multiple_of(256);
+    // Each cell holds 16-bit floats.
+    let cells = u64::from(kv_tokens);
     let cell_bytes = kv_heads.saturating_mul(key_width.saturating_add(value_width)).saturating_mul(2);
 
     // The widest tensors of a step: activations, the feed-forward layer, and the logits of every row.
@@ -93,7 +103,7 @@ mod tests {
     #[test]
     fn a_context_longer_than_trained_is_cut() {
         let options = LoadOptions { context_length: 100_000, ..LoadOptions::default() };
-        assert_eq!(shape(&tiny(), &options), Ok(Shape { context_length: 512, slots: 4 }));
+        assert_eq!(shape(&tiny(), &options), Ok(Shape { context_length: 512, slots: 4, kv_tokens: 2_048 }));
     }
 
     #[test]

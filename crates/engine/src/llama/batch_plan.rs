@@ -1,48 +1,79 @@
 //! Decides which tokens one decode step evaluates. A pure function.
 
+use crate::model_runtime::AdapterId;
+
 /// What a slot wants of the next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Need {
-    /// Nothing: it is empty or paused.
-    Nothing,
-    /// Its last token, to get the next.
-    Next,
-    /// This many prompt tokens are still to be evaluated.
+pub(super) struct Need {
+    /// The adapter that its tokens are evaluated with.
+    pub(super) adapter: Option<AdapterId>,
+    /// Its tokens.
+    pub(super) tokens: Tokens,
+}
+
+/// The tokens that a slot wants evaluated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tokens {
+    /// None: the slot is empty or paused.
+    None,
+    /// Its last token and so many suggested ones, to get the next.
+    Next(usize),
+    /// So many prompt tokens.
     Prompt(usize),
 }
 
-/// Prompt tokens that may ride along while others generate: a longer step delays their next token.
-const PROMPT_BESIDE_OTHERS_MAX: usize = 256;
+/// The tokens of one step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// The adapter that all of them are evaluated with.
+    pub(super) adapter: Option<AdapterId>,
+    /// How many of each slot.
+    pub(super) shares: Vec<usize>,
+}
 
-/// Returns how many tokens of each slot enter the next step, at most `room` in all.
+/// How much a step may hold.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Tokens.
+    pub(super) room: usize,
+    /// Prompt tokens while any slot generates: a longer step delays its next token.
+    pub(super) prompt_beside_others: usize,
+}
+
+/// Returns the next step, or `None` where no slot wants anything.
 ///
-/// Every generating slot gets its one token. Slots with prompts share what is left evenly, so that a short prompt
-/// does not wait for a long one; what cannot be shared evenly goes to the slots from `first` on.
-pub(super) fn plan(needs: &[Need], first: usize, room: usize) -> Vec<usize> {
+/// A step evaluates with one adapter. Those who wait for another take turns with it, step by step, so that all make
+/// progress: `last` is whose turn it was. Every generating slot of the adapter gets its tokens. Slots with prompts share
+/// what is left evenly, so that a short prompt does not wait for a long one; what cannot be shared evenly goes to the
+/// slots from `first` on.
+pub(super) fn plan(needs: &[Need], last: Option<AdapterId>, first: usize, limits: Limits) -> Option<Plan> {
+    let adapter = next_in_turn(needs, last)?.adapter;
     let mut shares = vec![0; needs.len()];
-    let mut left = room;
+    let mut left = limits.room;
     for (share, need) in shares.iter_mut().zip(needs) {
-        if *need == Need::Next && left > 0 {
-            *share = 1;
-            left -= 1;
+        if let Tokens::Next(suggested) = need.tokens
+            && need.adapter == adapter
+        {
+            *share = (1 + suggested).min(left);
+            left -= *share;
         }
     }
-    if left < room {
-        left = left.min(PROMPT_BESIDE_OTHERS_MAX);
+    if needs.iter().any(|need| matches!(need.tokens, Tokens::Next(_))) {
+        left = left.min(limits.prompt_beside_others);
     }
     loop {
         let wants = |slot: usize| match needs[slot] {
-            Need::Prompt(tokens) => tokens - shares[slot],
-            Need::Nothing | Need::Next => 0,
+            Need { tokens: Tokens::Prompt(tokens), adapter: of } if of == adapter => tokens - shares[slot],
+            _ => 0,
         };
         let order = (0..needs.len()).map(|step| (first + step) % needs.len());
         let open: Vec<usize> = order.filter(|slot| wants(*slot) > 0).collect();
         if open.is_empty() || left == 0 {
-            return shares;
+            return Some(Plan { adapter, shares });
         }
         let even = (left / open.len()).max(1);
         for slot in open {
-            let Need::Prompt(tokens) = needs[slot] else { continue };
+            let Tokens::Prompt(tokens) = needs[slot].tokens else { continue };
             let more = even.min(tokens - shares[slot]).min(left);
             shares[slot] += more;
             left -= more;
@@ -50,57 +81,112 @@ pub(super) fn plan(needs: &[Need], first: usize, room: usize) -> Vec<usize> {
     }
 }
 
+/// Returns the need whose adapter comes after the last one, in the order of their numbers and round again.
+fn next_in_turn(needs: &[Need], last: Option<AdapterId>) -> Option<&Need> {
+    let wanted = || needs.iter().filter(|need| need.tokens != Tokens::None);
+    let later = wanted().filter(|need| need.adapter > last).min_by_key(|need| need.adapter);
+    later.or_else(|| wanted().min_by_key(|need| need.adapter))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const LIMITS: Limits = Limits { room: 512, prompt_beside_others: 256 };
+
+    fn alone(tokens: Tokens) -> Need {
+        Need { adapter: None, tokens }
+    }
+
+    fn with(adapter: u64, tokens: Tokens) -> Need {
+        Need { adapter: Some(AdapterId(adapter)), tokens }
+    }
+
+    fn shares(needs: &[Tokens], first: usize, limits: Limits) -> Vec<usize> {
+        let needs: Vec<Need> = needs.iter().map(|tokens| alone(*tokens)).collect();
+        plan(&needs, None, first, limits).expect("there is something to do").shares
+    }
+
     #[test]
-    fn every_generating_slot_gets_its_token_beside_a_long_prompt() {
-        let shares = plan(&[Need::Next, Need::Prompt(5_000), Need::Next, Need::Nothing], 0, 512);
-        assert_eq!(shares, [1, PROMPT_BESIDE_OTHERS_MAX, 1, 0]);
+    fn every_generating_slot_gets_its_tokens_beside_a_long_prompt() {
+        let needs = [Tokens::Next(0), Tokens::Prompt(5_000), Tokens::Next(3), Tokens::None];
+        assert_eq!(shares(&needs, 0, LIMITS), [1, 256, 4, 0]);
     }
 
     #[test]
     fn a_prompt_alone_takes_the_whole_step() {
-        assert_eq!(plan(&[Need::Nothing, Need::Prompt(5_000)], 0, 512), [0, 512]);
+        assert_eq!(shares(&[Tokens::None, Tokens::Prompt(5_000)], 0, LIMITS), [0, 512]);
     }
 
     #[test]
     fn a_short_prompt_does_not_wait_for_a_long_one() {
-        assert_eq!(plan(&[Need::Prompt(5_000), Need::Prompt(20)], 0, 512), [492, 20]);
+        assert_eq!(shares(&[Tokens::Prompt(5_000), Tokens::Prompt(20)], 0, LIMITS), [492, 20]);
     }
 
     #[test]
     fn an_odd_token_goes_round() {
-        let needs = [Need::Prompt(100); 3];
-        assert_eq!(plan(&needs, 0, 4), [2, 1, 1]);
-        assert_eq!(plan(&needs, 2, 4), [1, 1, 2]);
+        let needs = [Tokens::Prompt(100); 3];
+        let limits = Limits { room: 4, ..LIMITS };
+        assert_eq!(shares(&needs, 0, limits), [2, 1, 1]);
+        assert_eq!(shares(&needs, 2, limits), [1, 1, 2]);
+    }
+
+    #[test]
+    fn adapters_take_turns_step_by_step() {
+        let needs = [
+            with(1, Tokens::Next(0)),
+            with(2, Tokens::Prompt(5_000)),
+            alone(Tokens::Next(0)),
+            with(1, Tokens::Next(0)),
+        ];
+        let mut last = None;
+        let steps: Vec<_> = (0..4)
+            .map(|_| {
+                let plan = plan(&needs, last, 0, LIMITS).expect("there is something to do");
+                last = plan.adapter;
+                plan.shares
+            })
+            .collect();
+        assert_eq!(steps, [[1, 0, 0, 1], [0, 256, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]]);
+    }
+
+    #[test]
+    fn nothing_wanted_is_no_step() {
+        assert_eq!(plan(&[alone(Tokens::None), with(1, Tokens::None)], None, 0, LIMITS), None);
     }
 
     proptest! {
         #[test]
         fn a_step_is_never_overfull_and_never_idle_without_cause(
-            kinds in prop::collection::vec((0_u8..3, 1_usize..700), 1..40),
+            kinds in prop::collection::vec((0_u8..3, 1_usize..700, 0_u64..3), 1..40),
             first in 0_usize..40,
             room in 1_usize..600,
+            last in 0_u64..3,
         ) {
-            let needs: Vec<Need> = kinds.iter().map(|(kind, tokens)| match kind {
-                0 => Need::Nothing,
-                1 => Need::Next,
-                _ => Need::Prompt(*tokens),
+            let needs: Vec<Need> = kinds.iter().map(|(kind, tokens, adapter)| Need {
+                adapter: Some(AdapterId(*adapter)),
+                tokens: match kind {
+                    0 => Tokens::None,
+                    1 => Tokens::Next(*tokens % 4),
+                    _ => Tokens::Prompt(*tokens),
+                },
             }).collect();
-            let shares = plan(&needs, first % needs.len(), room);
-            prop_assert!(shares.iter().sum::<usize>() <= room);
-            for (share, need) in shares.iter().zip(&needs) {
-                match need {
-                    Need::Nothing => prop_assert_eq!(*share, 0),
-                    Need::Next => prop_assert!(*share <= 1),
-                    Need::Prompt(tokens) => prop_assert!(share <= tokens),
-                }
+            let limits = Limits { room, prompt_beside_others: 256 };
+            let Some(plan) = plan(&needs, Some(AdapterId(last)), first % needs.len(), limits) else {
+                prop_assert!(needs.iter().all(|need| need.tokens == Tokens::None));
+                return Ok(());
+            };
+            prop_assert!((1..=room).contains(&plan.shares.iter().sum::<usize>()));
+            for (share, need) in plan.shares.iter().zip(&needs) {
+                let most = match need.tokens {
+                    Tokens::None => 0,
+                    Tokens::Next(suggested) => 1 + suggested,
+                    Tokens::Prompt(tokens) => tokens,
+                };
+                let most = if need.adapter == plan.adapter { most } else { 0 };
+                prop_assert!(*share <= most);
             }
-            let wanted = needs.iter().any(|need| *need != Need::Nothing);
-            prop_assert_eq!(shares.iter().sum::<usize>() > 0, wanted);
         }
     }
 }

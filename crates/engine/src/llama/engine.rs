@@ -1,204 +1,277 @@
-//! The thread that owns one loaded model and evaluates batches for all its generations.
+//! The thread that owns one loaded model and does all its work.
 //!
-//! Each step puts one token of every generating slot and a share of the waiting prompts in one batch, evaluates it,
-//! and draws the next token of each slot that has logits. Between steps it takes new work, drops what was cancelled
-//! and starts what waits. Without work the thread sleeps.
+//! Between two steps it takes new work, drops what was cancelled and starts what waits. Without work it sleeps.
+//! Generations share the main lane; those that must repeat to the bit have a lane, and a context, of their own.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
-use std::num::NonZeroU32;
-use std::os::fd::AsRawFd;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context as TaskContext, Poll, Wake, Waker};
 use std::thread::{self, Thread};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::future::{self, FutureExt};
-use llama_cpp_2::DecodeError;
-use llama_cpp_2::context::LlamaContext;
-use llama_cpp_2::context::params::LlamaContextParams;
-use llama_cpp_2::llama_batch::LlamaBatch;
-use llama_cpp_2::model::LlamaModel;
-use llama_cpp_2::model::params::LlamaModelParams;
-use llama_cpp_2::token::LlamaToken;
 use tokio::sync::mpsc::error::TryRecvError;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::batch_plan::{self, Need};
-use super::outbox::Outbox;
-use super::{backend, log};
+use super::embedder::{EmbedJob, Embedder};
+use super::lane::{Lane, Outcome, Tools};
+use super::native::{Adapter, Context, ContextOptions, Model};
+use super::room::{self, Room};
+use super::sequence::{Finished, Job, Sequence};
 use crate::memory_plan::{BATCH_TOKENS, Shape};
-use crate::model_runtime::{Counters, EngineError, FinishReason, LoadSnapshot, ProgressSink, Sampling, Usage};
-use crate::sampler::{History, Sampler};
-use crate::text_assembler::TextAssembler;
+use crate::model_runtime::{AdapterId, Counters, EngineError, LoadSnapshot};
+use crate::sampler::Sampler;
 
 /// Over what time the tokens a second are smoothed.
 const RATE_WINDOW: Duration = Duration::from_secs(5);
 
-/// What an engine thread needs to begin.
-pub(super) struct Start {
-    pub(super) file: File,
+/// What an engine thread is asked to do.
+pub(super) enum Work {
+    /// Continue a prompt.
+    Generate(Box<Job>),
+    /// Make a vector.
+    Embed(EmbedJob),
+    /// Attach an adapter from its verified file.
+    AddAdapter { adapter: AdapterId, file: File, attached: oneshot::Sender<Result<(), EngineError>> },
+    /// Let an adapter go once nothing runs with it.
+    RemoveAdapter { adapter: AdapterId },
+}
+
+/// How an engine works.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Options {
     pub(super) shape: Shape,
     pub(super) threads: i32,
-    pub(super) gpu_layers: u32,
-    pub(super) progress: ProgressSink,
-    pub(super) jobs: mpsc::Receiver<Job>,
-    pub(super) snapshot: Arc<Mutex<LoadSnapshot>>,
-    pub(super) stop: CancellationToken,
-}
-
-/// An admitted generation.
-pub(super) struct Job {
-    pub(super) prompt: Vec<LlamaToken>,
-    pub(super) sampling: Sampling,
-    pub(super) stop: Vec<String>,
-    pub(super) limit: u32,
-    pub(super) ignore_eos: bool,
-    pub(super) outbox: Outbox,
-    pub(super) admitted: OwnedSemaphorePermit,
-}
-
-/// A generation in a slot.
-struct Sequence {
-    job: Job,
-    /// Tokens whose keys and values are in the slot.
-    evaluated: usize,
-    /// The token that was drawn last and is still to be evaluated.
-    next: Option<LlamaToken>,
-    generated: u32,
-    assembler: TextAssembler,
-}
-
-/// A generation that came to its end in this step.
-struct Finished {
-    sequence: Sequence,
-    reason: FinishReason,
+    pub(super) prompt_cache_bytes: u64,
+    pub(super) draft_tokens: u32,
 }
 
 /// The loop of one engine thread.
-pub(super) struct Engine<'a> {
-    model: &'a LlamaModel,
-    context: LlamaContext<'a>,
-    batch: LlamaBatch<'static>,
-    slots: Vec<Option<Sequence>>,
-    waiting: VecDeque<Job>,
-    jobs: mpsc::Receiver<Job>,
+pub(super) struct Engine {
+    model: Arc<Model>,
+    options: Options,
+    main: Option<Lane>,
+    exact: Option<Lane>,
+    embedder: Option<Embedder>,
+    waiting: VecDeque<Sequence>,
+    embeds: VecDeque<EmbedJob>,
+    adapters: BTreeMap<AdapterId, Arc<Adapter>>,
+    /// Adapters that go once nothing runs with them.
+    leaving: Vec<AdapterId>,
+    work: mpsc::Receiver<Work>,
     snapshot: Arc<Mutex<LoadSnapshot>>,
     stop: CancellationToken,
     sampler: Sampler,
     counters: Counters,
     rate: Rate,
-    cells: u32,
-    turn: usize,
 }
 
-impl Engine<'_> {
-    /// Loads the model, tells `ready` how that went, and serves until it is stopped.
-    pub(super) fn run(start: Start, ready: oneshot::Sender<Result<Arc<LlamaModel>, EngineError>>) {
-        let Start { file, shape, threads, gpu_layers, progress, jobs, snapshot, stop } = start;
-        let model = match load_model(&file, gpu_layers, progress, stop.clone()) {
-            Ok(model) => Arc::new(model),
-            Err(error) => return drop(ready.send(Err(error))),
-        };
-        // The mapping of the file stays; the descriptor is not needed any more.
-        drop(file);
-        let context = match new_context(&model, shape, threads) {
-            Ok(context) => context,
-            Err(error) => return drop(ready.send(Err(error))),
-        };
-        let engine = Engine {
-            model: &model,
-            context,
-            batch: LlamaBatch::new(BATCH_TOKENS as usize, 1),
-            slots: (0..shape.slots).map(|_| None).collect(),
+impl Engine {
+    /// Makes the engine of a loaded model. `generates` reserves the keys and values of its generations.
+    pub(super) fn new(
+        model: Arc<Model>,
+        options: Options,
+        generates: bool,
+        work: mpsc::Receiver<Work>,
+        snapshot: Arc<Mutex<LoadSnapshot>>,
+        stop: CancellationToken,
+    ) -> Result<Self, EngineError> {
+        let main = generates.then(|| main_lane(&model, options)).transpose()?;
+        Ok(Self {
+            model,
+            options,
+            main,
+            exact: None,
+            embedder: None,
             waiting: VecDeque::new(),
-            jobs,
+            embeds: VecDeque::new(),
+            adapters: BTreeMap::new(),
+            leaving: Vec::new(),
+            work,
             snapshot,
             stop,
             sampler: Sampler::default(),
             counters: Counters::default(),
             rate: Rate::default(),
-            cells: shape.slots * shape.context_length,
-            turn: 0,
-        };
-        if ready.send(Ok(Arc::clone(&model))).is_ok() {
-            engine.serve();
-        }
+        })
     }
 
-    fn serve(mut self) {
+    /// Serves until it is stopped, or nobody can ask any more.
+    pub(super) fn serve(mut self) {
         while !self.stop.is_cancelled() {
-            let connected = self.take_jobs();
+            let connected = self.take_work();
             self.drop_cancelled();
             self.start_waiting();
+            self.release_adapters();
             self.publish();
-            let shares = batch_plan::plan(&self.needs(), self.turn, BATCH_TOKENS as usize);
-            self.turn = (self.turn + 1) % self.slots.len();
-            if shares.iter().any(|share| *share > 0) {
-                self.step(&shares);
-            } else if connected || !self.is_idle() {
+            // Whoever sees a start sees the slot taken.
+            self.main.iter_mut().chain(&mut self.exact).for_each(Lane::tell_starts);
+            let worked = self.step();
+            if !worked {
+                if !connected && self.is_idle() {
+                    break;
+                }
                 self.sleep();
-            } else {
-                break;
             }
         }
         self.end_all(&EngineError::NotLoaded);
     }
 
-    fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.slots.iter().all(Option::is_none)
+    /// Does the next step of each lane and makes one batch of vectors; returns false where there is nothing to do.
+    fn step(&mut self) -> bool {
+        let Self { main, exact, adapters, sampler, counters, stop, .. } = self;
+        let mut tools = Tools { adapters, sampler, counters, stop };
+        let outcomes: Vec<Outcome> =
+            main.iter_mut().chain(exact.iter_mut()).filter_map(|lane| lane.step(&mut tools)).collect();
+        let mut worked = !outcomes.is_empty();
+        for outcome in outcomes {
+            self.rate.add(outcome.drawn, outcome.took);
+            for sequence in outcome.preempted.into_iter().rev() {
+                self.waiting.push_front(sequence);
+            }
+            self.tell_finished(outcome.finished);
+        }
+        worked |= self.embed();
+        worked
     }
 
-    /// Takes new jobs; returns false once nobody can send any more.
-    fn take_jobs(&mut self) -> bool {
+    fn embed(&mut self) -> bool {
+        if self.embeds.is_empty() {
+            return false;
+        }
+        if self.embedder.is_none() {
+            match Embedder::new(&self.model, self.options) {
+                Ok(embedder) => self.embedder = Some(embedder),
+                Err(error) => {
+                    for job in self.embeds.drain(..) {
+                        job.fail(error.clone());
+                    }
+                    return true;
+                }
+            }
+        }
+        if let Some(embedder) = &mut self.embedder {
+            self.counters.prompt_tokens += embedder.step(&mut self.embeds, &self.stop);
+            self.counters.decode_steps += 1;
+        }
+        true
+    }
+
+    fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.embeds.is_empty() && self.lanes().all(|lane| lane.at_work().next().is_none())
+    }
+
+    fn lanes(&self) -> impl Iterator<Item = &Lane> {
+        self.main.iter().chain(&self.exact)
+    }
+
+    /// Takes new work; returns false once nobody can send any more.
+    fn take_work(&mut self) -> bool {
         loop {
-            match self.jobs.try_recv() {
-                Ok(job) => self.waiting.push_back(job),
+            match self.work.try_recv() {
+                Ok(work) => self.take(work),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
         }
     }
 
-    fn drop_cancelled(&mut self) {
-        let waiting = self.waiting.len();
-        self.waiting.retain(|job| !job.outbox.is_cancelled());
-        self.counters.cancelled += (waiting - self.waiting.len()) as u64;
-        for slot in 0..self.slots.len() {
-            if self.slots[slot].as_ref().is_some_and(|sequence| sequence.job.outbox.is_cancelled()) {
-                self.counters.cancelled += 1;
-                drop(self.free(slot));
+    fn take(&mut self, work: Work) {
+        match work {
+            Work::Generate(job) => self.waiting.push_back(Sequence::new(*job, self.model.vocabulary())),
+            Work::Embed(job) => self.embeds.push_back(job),
+            Work::AddAdapter { adapter, file, attached } => {
+                let loaded = Adapter::load(&self.model, &file);
+                let loaded = loaded.map_err(|reason| EngineError::InvalidModel { reason });
+                let _ = attached.send(loaded.map(|loaded| drop(self.adapters.insert(adapter, Arc::new(loaded)))));
             }
+            Work::RemoveAdapter { adapter } => self.leaving.push(adapter),
         }
     }
 
+    fn drop_cancelled(&mut self) {
+        let waiting = self.waiting.len() + self.embeds.len();
+        self.waiting.retain(|sequence| !sequence.job.outbox.is_cancelled());
+        self.embeds.retain(|job| !job.is_cancelled());
+        let dropped = waiting - self.waiting.len() - self.embeds.len();
+        let lanes = self.main.iter_mut().chain(&mut self.exact);
+        let stopped: usize = lanes.map(Lane::drop_cancelled).sum();
+        self.counters.cancelled += (dropped + stopped) as u64;
+    }
+
+    /// Starts what waits, in the order of its coming.
+    ///
+    /// Who must wait for room makes all behind it wait, so that long prompts get their turn; who waits for another to
+    /// evaluate their common beginning does not.
     fn start_waiting(&mut self) {
-        for slot in 0..self.slots.len() {
-            if self.slots[slot].is_some() {
+        let mut deferred = VecDeque::new();
+        let mut is_full = false;
+        while let Some(sequence) = self.waiting.pop_front() {
+            if sequence.job.adapter.is_some_and(|adapter| !self.adapters.contains_key(&adapter)) {
+                sequence.job.outbox.fail(gone_adapter());
                 continue;
             }
-            let Some(job) = self.waiting.pop_front() else { return };
-            let assembler = TextAssembler::new(&job.stop);
-            let prompt_tokens = job.prompt.len() as u32;
-            self.slots[slot] = Some(Sequence { job, evaluated: 0, next: None, generated: 0, assembler });
-            // Whoever sees the start sees the slot taken.
-            self.publish();
-            if let Some(sequence) = &mut self.slots[slot] {
-                sequence.job.outbox.started(prompt_tokens, 0);
+            let lane = match self.lane(&sequence) {
+                Ok(Some(lane)) => lane,
+                Ok(None) => {
+                    sequence.job.outbox.fail(EngineError::NotLoaded);
+                    continue;
+                }
+                Err(error) => {
+                    sequence.job.outbox.fail(error);
+                    continue;
+                }
+            };
+            let must_wait = !lane.has_slot() || !lane.has_room_for(&sequence);
+            if lane.has_slot() && lane.is_evaluating_for(&sequence) {
+                deferred.push_back(sequence);
+            } else if must_wait || (is_full && !sequence.job.deterministic) {
+                is_full |= !sequence.job.deterministic;
+                deferred.push_back(sequence);
+            } else {
+                let (queries, hits) = lane.start(sequence);
+                self.counters.prefix_queries += queries;
+                self.counters.prefix_hits += hits;
             }
+        }
+        self.waiting = deferred;
+    }
+
+    /// Returns the lane where a generation belongs.
+    fn lane(&mut self, sequence: &Sequence) -> Result<Option<&mut Lane>, EngineError> {
+        if !sequence.job.deterministic {
+            return Ok(self.main.as_mut());
+        }
+        if self.exact.is_none() {
+            self.exact = Some(exact_lane(&self.model, self.options)?);
+        }
+        Ok(self.exact.as_mut())
+    }
+
+    /// Frees adapters that nothing runs with any more.
+    fn release_adapters(&mut self) {
+        for adapter in std::mem::take(&mut self.leaving) {
+            let uses = |sequence: &Sequence| sequence.job.adapter == Some(adapter);
+            if self.waiting.iter().any(uses) || self.lanes().flat_map(Lane::at_work).any(uses) {
+                self.leaving.push(adapter);
+                continue;
+            }
+            for lane in self.main.iter_mut().chain(&mut self.exact) {
+                lane.room.forget_adapter(adapter);
+                lane.room.context.set_adapter(None);
+            }
+            self.adapters.remove(&adapter);
         }
     }
 
-    fn needs(&mut self) -> Vec<Need> {
-        self.slots.iter_mut().map(|slot| slot.as_mut().map_or(Need::Nothing, Sequence::need)).collect()
-    }
-
-    /// Waits for a job, for the end, or for a reader that makes room or goes.
+    /// Waits for work, for the end, or for a reader that makes room or goes.
     fn sleep(&mut self) {
-        let rooms = self.slots.iter().flatten().map(|sequence| sequence.job.outbox.room().boxed());
-        let readers: Vec<_> = rooms.chain(self.waiting.iter().map(|job| job.outbox.gone().boxed())).collect();
+        let at_work = self.lanes().flat_map(Lane::at_work).map(|sequence| sequence.job.outbox.room().boxed());
+        let waiting = self.waiting.iter().map(|sequence| sequence.job.outbox.gone().boxed());
+        let readers: Vec<_> = at_work.chain(waiting).collect();
         let mut arrived = None;
         block_on(async {
             let reader = async {
@@ -207,173 +280,81 @@ impl Engine<'_> {
             tokio::select! {
                 () = self.stop.cancelled() => {}
                 () = reader => {}
-                job = self.jobs.recv(), if !self.jobs.is_closed() => arrived = job,
+                work = self.work.recv(), if !self.work.is_closed() => arrived = work,
             }
         });
-        self.waiting.extend(arrived);
-    }
-
-    /// Evaluates one batch and draws a token for each slot that has logits.
-    fn step(&mut self, shares: &[usize]) {
-        self.batch.clear();
-        let mut rows = Vec::new();
-        for (slot, &share) in shares.iter().enumerate() {
-            let Some(sequence) = &self.slots[slot] else { continue };
-            for index in 0..share {
-                let position = sequence.evaluated + index;
-                let last = position + 1 == sequence.end();
-                let token = sequence.next.unwrap_or_else(|| sequence.job.prompt[position]);
-                if last {
-                    rows.push((slot, self.batch.n_tokens()));
-                }
-                // The plan keeps to the room of the batch.
-                let added = self.batch.add(token, position as i32, &[slot as i32], last);
-                added.expect("the batch has room for every planned token");
-            }
-        }
-        let begin = Instant::now();
-        let decoded = self.context.decode(&mut self.batch);
-        self.counters.decode_steps += 1;
-        if let Err(error) = decoded {
-            return self.recover(shares, &error);
-        }
-        for (slot, &share) in self.slots.iter_mut().zip(shares) {
-            // A paused slot keeps the token that it has still to evaluate.
-            if let Some(sequence) = slot
-                && share > 0
-            {
-                sequence.evaluated += share;
-                if sequence.next.take().is_none() {
-                    self.counters.prompt_tokens += share as u64;
-                }
-            }
-        }
-        let generated = self.counters.generated_tokens;
-        let mut finished = Vec::new();
-        for (slot, row) in rows {
-            self.draw(slot, row, &mut finished);
-        }
-        self.rate.add(self.counters.generated_tokens - generated, begin.elapsed());
-        self.tell_finished(finished);
-    }
-
-    /// Draws the next token of a slot from a row of logits.
-    fn draw(&mut self, slot: usize, row: i32, finished: &mut Vec<Finished>) {
-        let Some(sequence) = &mut self.slots[slot] else { return };
-        let logits = self.context.get_logits_ith(row);
-        let position = sequence.evaluated as u64;
-        let token = match self.sampler.sample(logits, &sequence.job.sampling, position, &History::default(), None) {
-            Ok(token) => token,
-            Err(error) => {
-                let error = EngineError::Failed { reason: error.to_string() };
-                if let Some(sequence) = self.free(slot) {
-                    sequence.job.outbox.fail(error);
-                }
-                return;
-            }
-        };
-        let vocabulary = self.model.vocab();
-        let drawn = LlamaToken(token as i32);
-        let reason = if vocabulary.is_eog(drawn) && !sequence.job.ignore_eos {
-            Some(FinishReason::Stop)
-        } else {
-            sequence.generated += 1;
-            self.counters.generated_tokens += 1;
-            let text = sequence.assembler.push(&vocabulary.token_to_piece(drawn, false, None));
-            sequence.job.outbox.piece(&text, token);
-            if sequence.assembler.is_stopped() {
-                Some(FinishReason::Stop)
-            } else if sequence.generated >= sequence.job.limit {
-                Some(FinishReason::Length)
-            } else {
-                sequence.next = Some(drawn);
-                None
-            }
-        };
-        if let Some(reason) = reason
-            && let Some(sequence) = self.free(slot)
-        {
-            finished.push(Finished { sequence, reason });
+        if let Some(work) = arrived {
+            self.take(work);
         }
     }
 
     /// Counts the ends before it tells them, so that whoever sees an end sees the counters and the room as well.
     fn tell_finished(&mut self, finished: Vec<Finished>) {
+        if finished.is_empty() {
+            return;
+        }
         self.counters.completed += finished.len() as u64;
-        let mut told = Vec::new();
-        for Finished { sequence, reason } in finished {
-            let Sequence { job: Job { prompt, outbox, admitted, .. }, generated, mut assembler, .. } = sequence;
-            drop(admitted);
-            let usage = Usage { prompt_tokens: prompt.len() as u32, completion_tokens: generated, cached_tokens: 0 };
-            told.push((outbox, assembler.finish(), reason, usage));
-        }
         self.publish();
-        for (outbox, text, reason, usage) in told {
-            outbox.done(&text, reason, usage);
+        for finished in finished {
+            finished.tell();
         }
-    }
-
-    /// Ends the generations of a batch that could not be evaluated.
-    fn recover(&mut self, shares: &[usize], error: &DecodeError) {
-        let failure = EngineError::Failed { reason: error.to_string() };
-        if *error == DecodeError::NoKvCacheSlot {
-            for (slot, _) in shares.iter().enumerate().filter(|(_, share)| **share > 0) {
-                if let Some(sequence) = self.free(slot) {
-                    sequence.job.outbox.fail(failure.clone());
-                }
-            }
-        } else {
-            // Nothing is known of the keys and values any more.
-            self.context.clear_kv_cache();
-            for sequence in self.slots.iter_mut().filter_map(Option::take) {
-                sequence.job.outbox.fail(failure.clone());
-            }
-        }
-    }
-
-    /// Empties a slot and forgets its keys and values.
-    fn free(&mut self, slot: usize) -> Option<Sequence> {
-        let sequence = self.slots[slot].take()?;
-        if let Err(error) = self.context.kv_cache_seq_rm(slot as i32, None, None) {
-            tracing::error!(slot, %error, "the keys and values of a slot could not be removed");
-        }
-        Some(sequence)
     }
 
     fn end_all(&mut self, error: &EngineError) {
-        self.jobs.close();
-        self.take_jobs();
-        let running = self.slots.iter_mut().filter_map(Option::take).map(|sequence| sequence.job);
-        for job in running.chain(self.waiting.drain(..)) {
-            job.outbox.fail(error.clone());
+        self.work.close();
+        self.take_work();
+        let running = self.main.iter_mut().chain(&mut self.exact).flat_map(Lane::drain);
+        for sequence in running.chain(self.waiting.drain(..)) {
+            sequence.job.outbox.fail(error.clone());
+        }
+        for job in self.embeds.drain(..) {
+            job.fail(error.clone());
         }
     }
 
     fn publish(&mut self) {
-        let evaluated: usize = self.slots.iter().flatten().map(|sequence| sequence.evaluated).sum();
+        let running = self.lanes().flat_map(Lane::at_work).count() as u32;
+        let usage = self.main.as_ref().map_or(0.0, |lane| lane.room.usage());
         let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
-        snapshot.running = self.slots.iter().flatten().count() as u32;
-        snapshot.kv_usage = evaluated as f32 / self.cells as f32;
+        snapshot.running = running;
+        snapshot.kv_usage = usage;
         snapshot.tokens_per_second = self.rate.tokens_per_second;
         snapshot.counters = self.counters;
     }
 }
 
-impl Sequence {
-    /// Returns how many tokens are evaluated once the slot has logits for its next token.
-    fn end(&self) -> usize {
-        if self.next.is_some() { self.evaluated + 1 } else { self.job.prompt.len() }
-    }
+fn main_lane(model: &Arc<Model>, options: Options) -> Result<Lane, EngineError> {
+    let Shape { slots, kv_tokens, .. } = options.shape;
+    let context = ContextOptions {
+        cells: kv_tokens,
+        batch_tokens: BATCH_TOKENS,
+        sequences: room::sequences(model, slots),
+        outputs: slots * (1 + options.draft_tokens),
+        threads: options.threads,
+        pooling: None,
+    };
+    let context = Context::new(model, context).map_err(|reason| EngineError::Failed { reason })?;
+    let room = Room::new(context, kv_tokens, slots, options.prompt_cache_bytes);
+    Ok(Lane::new(room, slots, options.draft_tokens, false))
+}
 
-    fn need(&mut self) -> Need {
-        if self.job.outbox.is_full() {
-            Need::Nothing
-        } else if self.next.is_some() {
-            Need::Next
-        } else {
-            Need::Prompt(self.job.prompt.len() - self.evaluated)
-        }
-    }
+fn exact_lane(model: &Arc<Model>, options: Options) -> Result<Lane, EngineError> {
+    let cells = options.shape.context_length;
+    let context = ContextOptions {
+        cells,
+        batch_tokens: BATCH_TOKENS,
+        sequences: 1,
+        outputs: 1,
+        threads: options.threads,
+        pooling: None,
+    };
+    let context = Context::new(model, context).map_err(|reason| EngineError::Failed { reason })?;
+    Ok(Lane::new(Room::new(context, cells, 1, 0), 1, 0, true))
+}
+
+/// Returns the refusal of an adapter that is not attached.
+pub(super) fn gone_adapter() -> EngineError {
+    crate::model_runtime::unsupported("adapter", "it is not attached to this model")
 }
 
 /// Tokens a second, smoothed over the time in which tokens were made.
@@ -398,51 +379,6 @@ impl Rate {
     }
 }
 
-fn load_model(
-    file: &File,
-    gpu_layers: u32,
-    progress: ProgressSink,
-    stop: CancellationToken,
-) -> Result<LlamaModel, EngineError> {
-    let mut reached = 0.0_f32;
-    let parameters = LlamaModelParams::default().with_n_gpu_layers(gpu_layers).with_progress_callback(move |share| {
-        if share > reached {
-            reached = share.min(1.0);
-            progress(reached);
-        }
-        !stop.is_cancelled()
-    });
-    // The path leads through the open descriptor: what was verified is what is loaded.
-    let path = format!("{DESCRIPTORS}/{}", file.as_raw_fd());
-    let _ = log::take_errors();
-    LlamaModel::load_from_file(backend()?, path, &parameters).map_err(|_| {
-        let reason = log::take_errors().into_iter().next().unwrap_or_else(|| "llama.cpp refuses it".into());
-        // Want of memory is not the model's fault, and llama.cpp tells it apart in words only.
-        if reason.contains("alloc") { EngineError::Failed { reason } } else { EngineError::InvalidModel { reason } }
-    })
-}
-
-#[cfg(target_os = "linux")]
-const DESCRIPTORS: &str = "/proc/self/fd";
-#[cfg(not(target_os = "linux"))]
-const DESCRIPTORS: &str = "/dev/fd";
-
-fn new_context(model: &LlamaModel, shape: Shape, threads: i32) -> Result<LlamaContext<'_>, EngineError> {
-    let parameters = LlamaContextParams::default()
-        .with_n_ctx(NonZeroU32::new(shape.slots * shape.context_length))
-        .with_n_batch(BATCH_TOKENS)
-        .with_n_ubatch(BATCH_TOKENS)
-        .with_n_seq_max(shape.slots)
-        // One room for all sequences: without it a copied prefix fails an assertion.
-        .with_kv_unified(true)
-        .with_n_threads(threads)
-        .with_n_threads_batch(threads)
-        .with_no_perf(true);
-    model.new_context(backend()?, parameters).map_err(|_| EngineError::Failed {
-        reason: log::take_errors().into_iter().next().unwrap_or_else(|| "llama.cpp could not make a context".into()),
-    })
-}
-
 /// Runs a future on this thread, which belongs to no async runtime.
 fn block_on<F: Future>(future: F) -> F::Output {
     struct Unpark(Thread);
@@ -453,7 +389,7 @@ fn block_on<F: Future>(future: F) -> F::Output {
     }
     let mut future = pin!(future);
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
-    let mut context = Context::from_waker(&waker);
+    let mut context = TaskContext::from_waker(&waker);
     loop {
         match future.as_mut().poll(&mut context) {
             Poll::Ready(output) => return output,

@@ -22,8 +22,8 @@ pub(super) struct Outbox {
     last_piece: Option<OwnedPermit<Item>>,
     end: Option<OwnedPermit<Item>>,
     cancelled: CancellationToken,
-    text: String,
-    tokens: Vec<u32>,
+    /// What the reader had no room for.
+    merged: Piece,
 }
 
 impl Outbox {
@@ -37,7 +37,7 @@ impl Outbox {
         let (GenerateSink { events, cancelled }, stream) = GenerateStream::channel(capacity.max(3));
         let last_piece = events.clone().try_reserve_owned().ok();
         let end = events.clone().try_reserve_owned().ok();
-        (Self { events, last_piece, end, cancelled, text: String::new(), tokens: Vec::new() }, stream)
+        (Self { events, last_piece, end, cancelled, merged: Piece::default() }, stream)
     }
 
     /// Returns whether the reader is gone.
@@ -52,19 +52,18 @@ impl Outbox {
     }
 
     /// Hands on more text, merged with what the reader had no room for.
-    pub(super) fn piece(&mut self, text: &str, token: u32) {
-        self.text.push_str(text);
-        self.tokens.push(token);
+    pub(super) fn piece(&mut self, piece: Piece) {
+        self.merged.append(piece);
         self.flush();
     }
 
     /// Returns whether the reader is so far behind that its generation should pause.
     pub(super) fn is_full(&mut self) -> bool {
-        if self.tokens.len() < MERGED_TOKENS_MAX {
+        if self.merged.tokens.len() < MERGED_TOKENS_MAX {
             return false;
         }
         self.flush();
-        !self.tokens.is_empty()
+        !self.merged.is_empty()
     }
 
     /// Waits until a paused generation may go on: there is room, or the reader is gone.
@@ -84,8 +83,8 @@ impl Outbox {
     }
 
     /// Ends the stream with an answer.
-    pub(super) fn done(mut self, text: &str, reason: FinishReason, usage: Usage) {
-        self.text.push_str(text);
+    pub(super) fn done(mut self, last: Piece, reason: FinishReason, usage: Usage) {
+        self.merged.append(last);
         self.hand_last_piece();
         self.hand_end(Ok(Event::Done { reason, usage }));
     }
@@ -97,25 +96,21 @@ impl Outbox {
     }
 
     fn flush(&mut self) {
-        if self.tokens.is_empty() && self.text.is_empty() {
+        if self.merged.is_empty() {
             return;
         }
         match self.events.try_reserve() {
-            Ok(permit) => {
-                let (text, tokens) = (std::mem::take(&mut self.text), std::mem::take(&mut self.tokens));
-                permit.send(Ok(Event::Piece(Piece { text, tokens, ..Piece::default() })));
-            }
+            Ok(permit) => permit.send(Ok(Event::Piece(std::mem::take(&mut self.merged)))),
             Err(TrySendError::Full(()) | TrySendError::Closed(())) => {}
         }
     }
 
     fn hand_last_piece(&mut self) {
-        if self.tokens.is_empty() && self.text.is_empty() {
+        if self.merged.is_empty() {
             return;
         }
         if let Some(permit) = self.last_piece.take() {
-            let (text, tokens) = (std::mem::take(&mut self.text), std::mem::take(&mut self.tokens));
-            permit.send(Ok(Event::Piece(Piece { text, tokens, ..Piece::default() })));
+            permit.send(Ok(Event::Piece(std::mem::take(&mut self.merged))));
         }
     }
 
@@ -137,6 +132,10 @@ impl Drop for Outbox {
 mod tests {
     use super::*;
 
+    fn piece(text: &str, token: u32) -> Piece {
+        Piece { text: text.into(), tokens: vec![token], ..Piece::default() }
+    }
+
     async fn read_all(mut stream: GenerateStream) -> Vec<Item> {
         let mut items = Vec::new();
         while let Some(item) = stream.next().await {
@@ -149,9 +148,9 @@ mod tests {
     async fn a_reader_that_keeps_up_gets_each_piece_by_itself() {
         let (mut outbox, stream) = Outbox::with_capacity(8);
         outbox.started(3, 0);
-        outbox.piece("a", 1);
-        outbox.piece("b", 2);
-        outbox.done("", FinishReason::Stop, Usage::default());
+        outbox.piece(piece("a", 1));
+        outbox.piece(piece("b", 2));
+        outbox.done(Piece::default(), FinishReason::Stop, Usage::default());
         let items = read_all(stream).await;
         assert_eq!(items.len(), 4);
         assert_eq!(items[2], Ok(Event::Piece(Piece { text: "b".into(), tokens: vec![2], ..Piece::default() })));
@@ -162,9 +161,9 @@ mod tests {
         let (mut outbox, stream) = Outbox::with_capacity(4);
         outbox.started(3, 0);
         for token in 0..100 {
-            outbox.piece("x", token);
+            outbox.piece(piece("x", token));
         }
-        outbox.done("!", FinishReason::Length, Usage::default());
+        outbox.done(Piece { text: "!".into(), ..Piece::default() }, FinishReason::Length, Usage::default());
         let items = read_all(stream).await;
         assert_eq!(items.len(), 4);
         let Ok(Event::Piece(Piece { text, tokens, .. })) = &items[2] else { panic!("{items:?}") };
@@ -178,7 +177,7 @@ mod tests {
         outbox.started(1, 0);
         for token in 0..MERGED_TOKENS_MAX as u32 {
             assert!(!outbox.is_full());
-            outbox.piece("x", token);
+            outbox.piece(piece("x", token));
         }
         assert!(outbox.is_full());
         assert!(matches!(stream.next().await, Some(Ok(Event::Started { .. }))));
@@ -193,7 +192,7 @@ mod tests {
     async fn an_error_ends_the_stream_after_the_text_before_it() {
         let (mut outbox, stream) = Outbox::with_capacity(3);
         outbox.started(1, 0);
-        outbox.piece("x", 1);
+        outbox.piece(piece("x", 1));
         outbox.fail(EngineError::NotLoaded);
         let items = read_all(stream).await;
         assert!(matches!(&items[1], Ok(Event::Piece(Piece { text, .. })) if text == "x"));

@@ -206,6 +206,9 @@ pub struct GenerateRequest {
     /// What form the answer must have.
     #[serde(default)]
     pub format: OutputFormat,
+    /// The answer that the caller expects, as text or tokens: where it is right, the answer comes faster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<PromptInput>,
     /// The tokens of the answer that its reader has already, from another try: it goes on after them, and they count
     /// towards `max_tokens`, but are not told again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -229,6 +232,7 @@ impl GenerateRequest {
             ignore_eos: false,
             logprobs: None,
             format: OutputFormat::Text,
+            prediction: None,
             continued: Vec::new(),
             deterministic: false,
         }

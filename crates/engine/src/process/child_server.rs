@@ -127,7 +127,7 @@ async fn serve<R: ModelRuntime>(runtime: Arc<R>, file: File, socket: UnixStream)
             }
             ToChild::Generate { id, request } => {
                 let generation = server.enter(id);
-                tasks.spawn(Arc::clone(&server).generate(id, request, generation));
+                tasks.spawn(Arc::clone(&server).generate(id, *request, generation));
             }
             ToChild::Cancel { id } => {
                 if let Some(generation) = server.generation(id) {

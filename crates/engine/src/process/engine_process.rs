@@ -197,7 +197,7 @@ impl EngineProcess {
 
     pub(super) async fn generate(self: &Arc<Self>, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
         let id = self.number();
-        let frame = encode(&ToChild::Generate { id, request })
+        let frame = encode(&ToChild::Generate { id, request: Box::new(request) })
             .map_err(|error| EngineError::Unsupported { parameter: "messages".into(), reason: error.to_string() })?;
         let (admitted, is_admitted) = oneshot::channel();
         // Room for all that may be under way, and for the end.

@@ -31,7 +31,7 @@ pub enum ToChild {
         /// Its number, never used before.
         id: u64,
         /// What to generate.
-        request: GenerateRequest,
+        request: Box<GenerateRequest>,
     },
     /// Stop a generation.
     Cancel {
@@ -177,7 +177,7 @@ mod tests {
             max_tokens: Some(5),
             ..GenerateRequest::new(ModelId(3), PromptInput::Text(text.into()))
         };
-        ToChild::Generate { id, request }
+        ToChild::Generate { id, request: Box::new(request) }
     }
 
     #[test]

@@ -60,7 +60,9 @@ fn a_process_whose_worker_vanishes_ends_in_the_middle_of_its_work() {
     let mut buffer = BytesMut::new();
     worker.write_all(&encode(&load).expect("it encodes")).expect("it is sent");
     await_message(&mut worker, &mut buffer, |message| matches!(message, ToParent::Loaded { .. }));
-    worker.write_all(&encode(&ToChild::Generate { id: 1, request }).expect("it encodes")).expect("it is sent");
+    worker
+        .write_all(&encode(&ToChild::Generate { id: 1, request: Box::new(request) }).expect("it encodes"))
+        .expect("it is sent");
     let is_piece = |message: &_| matches!(message, ToParent::Event { event: Event::Piece(_), .. });
     await_message(&mut worker, &mut buffer, is_piece);
     drop(worker);

@@ -6,6 +6,8 @@
 mod llama_process;
 #[cfg(feature = "llama")]
 mod llama_runtime;
+#[cfg(feature = "llama")]
+mod llama_sharing;
 mod process_runtime;
 
 use std::fs::File;

@@ -2,7 +2,6 @@
 //!
 //! The crate's own bridge keeps llama.cpp's levels, which are too loud, and cannot tell a caller why a load failed.
 
-// The one place where this crate speaks with C++ by itself.
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;

@@ -1,0 +1,191 @@
+//! Suggests the next tokens of an answer, so that one step can evaluate several.
+//!
+//! A suggestion comes from the answer its caller predicts, or from an earlier passage that ended as the text does now.
+//! Suggested tokens are evaluated together with the last one and taken only as far as the sampler draws the same, so
+//! they change the speed of an answer and never its text.
+
+use super::native::Token;
+
+/// Tokens that must agree before a passage counts as repeated.
+const NGRAM: usize = 3;
+/// How far back a repeated passage is looked for.
+const LOOK_BACK: usize = 8_192;
+/// What one token's outcome weighs in the estimate of how often suggestions are right.
+const WEIGHT: f32 = 0.1;
+/// Steps without a single hit after which suggesting pauses.
+const MISSES_MAX: u32 = 3;
+/// Steps of the first pause; each further miss doubles it.
+const PAUSE_FIRST: u32 = 16;
+/// Steps of the longest pause.
+const PAUSE_MAX: u32 = 128;
+
+/// Suggests tokens for one answer.
+#[derive(Debug)]
+pub(super) struct Drafter {
+    prediction: Vec<Token>,
+    /// The place in the prediction that comes next.
+    cursor: usize,
+    /// Estimated share of suggested tokens that are right.
+    hit_rate: f32,
+    /// Steps in a row without a hit.
+    misses: u32,
+    /// Steps for which nothing is suggested.
+    pause: u32,
+}
+
+impl Drafter {
+    /// Returns the drafter of an answer that its caller predicts; an empty prediction says nothing.
+    pub(super) fn new(prediction: Vec<Token>) -> Self {
+        Self { prediction, cursor: 0, hit_rate: 0.5, misses: 0, pause: 0 }
+    }
+
+    /// Returns the estimated share of suggested tokens that are right.
+    pub(super) fn hit_rate(&self) -> f32 {
+        self.hit_rate
+    }
+
+    /// Returns up to `most` tokens that may come next.
+    pub(super) fn suggest(&self, text: &[Token], most: usize) -> Vec<Token> {
+        if most == 0 || self.pause > 0 {
+            return Vec::new();
+        }
+        let from = |source: &[Token], place: usize| source[place..source.len().min(place + most)].to_vec();
+        if self.cursor < self.prediction.len() {
+            return from(&self.prediction, self.cursor);
+        }
+        match repeated(text, text) {
+            Some(place) => from(text, place),
+            None => Vec::new(),
+        }
+    }
+
+    /// Learns which tokens came, in answer to a suggestion of so many.
+    pub(super) fn learn(&mut self, text: &[Token], came: &[Token], suggested: usize) {
+        self.pause = self.pause.saturating_sub(1);
+        if suggested > 0 {
+            // Tokens behind the first wrong one were not tried.
+            let right = came.len().saturating_sub(1);
+            for index in 0..suggested.min(right + 1) {
+                let hit = if index < right { 1.0 } else { 0.0 };
+                self.hit_rate += WEIGHT * (hit - self.hit_rate);
+            }
+            self.misses = if right > 0 { 0 } else { self.misses + 1 };
+            if let Some(more) = self.misses.checked_sub(MISSES_MAX) {
+                self.pause = PAUSE_FIRST.saturating_mul(1 << more.min(8)).min(PAUSE_MAX);
+            }
+        }
+        // A wrong token most likely stands in the place of a right one.
+        self.cursor = (self.cursor + came.len()).min(self.prediction.len());
+        // Whoever lost the thread finds it where the prediction says what was just said.
+        if self.prediction.get(self.cursor.wrapping_sub(1)) != text.last()
+            && let Some(place) = repeated(&self.prediction, text)
+        {
+            self.cursor = place;
+        }
+    }
+}
+
+/// Returns the place behind the latest passage of `source` that ends as `text` does.
+fn repeated(source: &[Token], text: &[Token]) -> Option<usize> {
+    let end = text.len().checked_sub(NGRAM)?;
+    let wanted = &text[end..];
+    let earliest = source.len().saturating_sub(LOOK_BACK);
+    // The text itself ends so, which is no repetition.
+    let places = (earliest..source.len().saturating_sub(NGRAM)).rev();
+    places
+        .map(|place| (place, place + NGRAM))
+        .find(|(place, behind)| source[*place..*behind] == *wanted)
+        .map(|(_, behind)| behind)
+}
+
+/// Returns how many suggested tokens make the fastest step: those that yield the most tokens a second.
+///
+/// `hit_rate` is the chance of each to be right, `rows` what the step has without them, `seconds` what a step of so many
+/// rows takes.
+pub(super) fn worthwhile(hit_rate: f32, most: usize, rows: usize, seconds: impl Fn(usize) -> f32) -> usize {
+    let mut expected = rows as f32;
+    let mut chance = 1.0;
+    let mut best = (0, expected / seconds(rows));
+    for suggested in 1..=most {
+        chance *= hit_rate;
+        expected += chance;
+        let speed = expected / seconds(rows + suggested);
+        if speed > best.1 {
+            best = (suggested, speed);
+        }
+    }
+    best.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repeated_passage_is_suggested_again() {
+        let drafter = Drafter::new(Vec::new());
+        assert_eq!(drafter.suggest(&[9, 1, 2, 3, 4, 5, 6, 1, 2, 3], 2), [4, 5]);
+        assert!(drafter.suggest(&[1, 2, 3, 4, 5, 6, 7], 2).is_empty());
+        assert!(drafter.suggest(&[1, 2], 2).is_empty());
+    }
+
+    #[test]
+    fn the_latest_of_several_passages_counts() {
+        let drafter = Drafter::new(Vec::new());
+        assert_eq!(drafter.suggest(&[1, 2, 3, 7, 1, 2, 3, 8, 1, 2, 3], 1), [8]);
+    }
+
+    #[test]
+    fn a_prediction_is_followed_over_a_wrong_token() {
+        let mut drafter = Drafter::new(vec![10, 11, 12, 13, 14]);
+        assert_eq!(drafter.suggest(&[1], 3), [10, 11, 12]);
+        // The second token was wrong, and another came in its place.
+        drafter.learn(&[1, 10, 99], &[10, 99], 3);
+        assert_eq!(drafter.suggest(&[1, 10, 99], 3), [12, 13, 14]);
+    }
+
+    #[test]
+    fn a_prediction_is_found_again_where_the_text_agrees_with_it() {
+        let mut drafter = Drafter::new(vec![10, 11, 12, 13, 14, 15, 16]);
+        drafter.learn(&[1, 5], &[5], 0);
+        drafter.learn(&[1, 5, 10], &[10], 0);
+        drafter.learn(&[1, 5, 10, 11], &[11], 0);
+        drafter.learn(&[1, 5, 10, 11, 12], &[12], 0);
+        assert_eq!(drafter.suggest(&[1, 5, 10, 11, 12], 2), [13, 14]);
+    }
+
+    #[test]
+    fn the_hit_rate_follows_what_came() {
+        let mut drafter = Drafter::new(vec![1; 1_000]);
+        for _ in 0..50 {
+            drafter.learn(&[1], &[1, 1, 1, 1], 3);
+        }
+        assert!(drafter.hit_rate() > 0.95, "{}", drafter.hit_rate());
+        for _ in 0..50 {
+            drafter.learn(&[2], &[2], 3);
+        }
+        assert!(drafter.hit_rate() < 0.05, "{}", drafter.hit_rate());
+    }
+
+    #[test]
+    fn who_is_never_right_says_less_and_less() {
+        let mut drafter = Drafter::new(vec![1; 1_000]);
+        let mut suggestions = 0;
+        for _ in 0..256 {
+            let suggested = drafter.suggest(&[2], 3).len();
+            suggestions += usize::from(suggested > 0);
+            drafter.learn(&[2], &[2], suggested);
+        }
+        // Three, and then after 16, 32, 64 and 128 steps.
+        assert_eq!(suggestions, 7);
+    }
+
+    #[test]
+    fn suggestions_are_worth_it_where_rows_are_cheap_and_hits_likely() {
+        let cheap = |rows: usize| if rows <= 4 { 1.0 + rows as f32 * 0.05 } else { 2.0 };
+        assert_eq!(worthwhile(0.0, 3, 1, cheap), 0);
+        assert_eq!(worthwhile(0.8, 3, 1, cheap), 3);
+        let dear = |rows: usize| rows as f32;
+        assert_eq!(worthwhile(0.8, 3, 1, dear), 0);
+    }
+}

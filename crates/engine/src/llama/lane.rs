@@ -1,0 +1,356 @@
+//! The generations that share one context: what a step evaluates, and what becomes of its outcome.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use super::batch_plan::{self, Limits, Need, Plan, Tokens};
+use super::draft::worthwhile;
+use super::native::{Adapter, Batch, DecodeError, Token};
+use super::room::{Room, Strand, common_prefix};
+use super::sequence::{Drawn, Finished, Sequence};
+use super::step_clock::StepClock;
+use crate::memory_plan::BATCH_TOKENS;
+use crate::model_runtime::{AdapterId, Counters, EngineError};
+use crate::sampler::Sampler;
+
+/// How long a step with prompts may keep those waiting who generate.
+const GAP: Duration = Duration::from_millis(200);
+/// Prompt tokens that ride along however slow they are, so that prompts make progress.
+const PROMPT_BESIDE_OTHERS_MIN: usize = 64;
+/// Tokens that must be free beyond the prompt before a generation starts, so that it does not lose its place at once.
+const HEADROOM: usize = 256;
+/// Tokens of a common beginning for which a generation waits until another has evaluated them.
+const WORTH_WAITING_FOR: usize = 64;
+/// How often a step in evaluation is asked whether anyone still wants it.
+const ASK_EVERY: Duration = Duration::from_millis(5);
+
+/// The generations of one context.
+pub(super) struct Lane {
+    pub(super) room: Room,
+    slots: Vec<Option<Sequence>>,
+    /// Tokens that may be suggested at once.
+    draft_max: usize,
+    /// Evaluates what is continued token by token, as it was evaluated at first.
+    deterministic: bool,
+    clock: StepClock,
+    batch: Batch,
+    last_adapter: Option<AdapterId>,
+    turn: usize,
+}
+
+/// What a lane uses of the engine that it belongs to.
+pub(super) struct Tools<'a> {
+    pub(super) adapters: &'a BTreeMap<AdapterId, Arc<Adapter>>,
+    pub(super) sampler: &'a mut Sampler,
+    pub(super) counters: &'a mut Counters,
+    pub(super) stop: &'a CancellationToken,
+}
+
+/// What a step brought.
+#[derive(Default)]
+pub(super) struct Outcome {
+    /// Generations that ended.
+    pub(super) finished: Vec<Finished>,
+    /// Generations that lost their cells to others and wait to go on, the eldest first.
+    pub(super) preempted: Vec<Sequence>,
+    /// Tokens that were drawn.
+    pub(super) drawn: u64,
+    /// What the evaluation took.
+    pub(super) took: Duration,
+}
+
+impl Lane {
+    pub(super) fn new(room: Room, slots: u32, draft_max: u32, deterministic: bool) -> Self {
+        Self {
+            room,
+            slots: (0..slots).map(|_| None).collect(),
+            draft_max: if deterministic { 0 } else { draft_max as usize },
+            deterministic,
+            clock: StepClock::default(),
+            batch: Batch::default(),
+            last_adapter: None,
+            turn: 0,
+        }
+    }
+
+    /// Returns the generations at work.
+    pub(super) fn at_work(&self) -> impl Iterator<Item = &Sequence> + Clone {
+        self.slots.iter().flatten()
+    }
+
+    /// Returns whether a slot is free.
+    pub(super) fn has_slot(&self) -> bool {
+        self.slots.iter().any(Option::is_none)
+    }
+
+    /// Returns whether a generation had better wait: another one is evaluating the beginning they share.
+    pub(super) fn is_evaluating_for(&self, sequence: &Sequence) -> bool {
+        if !self.room.can_rewind() || self.deterministic {
+            return false;
+        }
+        let others = self.at_work().filter(|other| other.job.adapter == sequence.job.adapter);
+        let coming = others.map(|other| {
+            let common = common_prefix(&other.tokens, &sequence.tokens);
+            common.saturating_sub(other.evaluated())
+        });
+        coming.max().unwrap_or(0) >= WORTH_WAITING_FOR
+    }
+
+    /// Returns whether the room holds a generation beside those at work.
+    pub(super) fn has_room_for(&self, sequence: &Sequence) -> bool {
+        let growth = (sequence.left() as usize).min(HEADROOM);
+        let needed = self.room.cells_for(&sequence.tokens, sequence.job.adapter, self.strands()) + growth;
+        // Who is alone gets all there is, and it is enough: no sequence is longer than the room.
+        self.at_work().next().is_none() || self.room.available() >= needed
+    }
+
+    /// Puts a generation to work; returns how many tokens it looked up in the cache, and how many it found. There must
+    /// be a free slot.
+    pub(super) fn start(&mut self, mut sequence: Sequence) -> (u64, u64) {
+        let begun = if self.deterministic {
+            // What others left would change the order of sums.
+            self.room.begin_empty(sequence.job.adapter)
+        } else {
+            let strands = self.slots.iter().flatten().filter_map(|sequence| sequence.strand.as_ref());
+            self.room.begin(&sequence.tokens, sequence.job.adapter, strands)
+        };
+        let looked_up = (sequence.tokens.len() as u64, begun.tokens.len() as u64);
+        sequence.start(begun);
+        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.is_none()) {
+            *slot = Some(sequence);
+        }
+        looked_up
+    }
+
+    /// Tells the readers of those who started.
+    pub(super) fn tell_starts(&mut self) {
+        self.slots.iter_mut().flatten().for_each(Sequence::tell_start);
+    }
+
+    /// Drops the generations whose readers are gone; returns how many.
+    pub(super) fn drop_cancelled(&mut self) -> usize {
+        let mut dropped = 0;
+        for slot in 0..self.slots.len() {
+            if self.slots[slot].as_ref().is_some_and(|sequence| sequence.job.outbox.is_cancelled()) {
+                drop(self.leave(slot));
+                dropped += 1;
+            }
+        }
+        dropped
+    }
+
+    /// Takes every generation out, to be told that it failed.
+    pub(super) fn drain(&mut self) -> Vec<Sequence> {
+        (0..self.slots.len()).filter_map(|slot| self.leave(slot)).collect()
+    }
+
+    /// Evaluates one batch; returns `None` where there is nothing to do.
+    pub(super) fn step(&mut self, tools: &mut Tools<'_>) -> Option<Outcome> {
+        let plan = self.plan()?;
+        let mut outcome = Outcome::default();
+        let wanted: usize = plan.shares.iter().sum();
+        if !self.room.make_room(wanted) {
+            self.give_way(&mut outcome, &DecodeError::NoRoom);
+            return Some(outcome);
+        }
+        let rows = self.fill(&plan);
+        self.room.context.set_adapter(plan.adapter.and_then(|adapter| tools.adapters.get(&adapter)));
+        let begin = Instant::now();
+        let decoded = self.evaluate(&plan, tools.stop);
+        outcome.took = begin.elapsed();
+        tools.counters.decode_steps += 1;
+        match decoded {
+            Ok(()) => {
+                self.take_note(&plan, outcome.took, tools.counters);
+                for (slot, rows) in rows {
+                    self.draw(slot, &rows, tools, &mut outcome);
+                }
+            }
+            // Whoever asked for it is dropped before the next step.
+            Err(DecodeError::Aborted) => {}
+            Err(error @ DecodeError::NoRoom) => self.give_way(&mut outcome, &error),
+            Err(error @ DecodeError::Failed(_)) => {
+                for sequence in self.drain() {
+                    sequence.job.outbox.fail(EngineError::Failed { reason: error.to_string() });
+                }
+                self.room.reset();
+            }
+        }
+        Some(outcome)
+    }
+
+    fn plan(&mut self) -> Option<Plan> {
+        let mut rows = 0;
+        for sequence in self.slots.iter_mut().flatten() {
+            rows += usize::from(sequence.is_generating() && !sequence.job.outbox.is_full());
+        }
+        for sequence in self.slots.iter_mut().flatten().filter(|sequence| sequence.is_generating()) {
+            let most = self.draft_max.min(sequence.left().saturating_sub(1) as usize);
+            let most = worthwhile(sequence.drafter.hit_rate(), most, rows.max(1), |rows| self.clock.seconds(rows));
+            sequence.suggested = sequence.drafter.suggest(&sequence.tokens, most);
+            rows += sequence.suggested.len();
+        }
+        let deterministic = self.deterministic;
+        let needs: Vec<Need> = self.slots.iter_mut().map(|slot| need(slot.as_mut(), deterministic)).collect();
+        let room = BATCH_TOKENS as usize;
+        let prompt_beside_others = self.clock.prompt_tokens_within(GAP, PROMPT_BESIDE_OTHERS_MIN, room);
+        self.turn = (self.turn + 1) % self.slots.len();
+        let plan = batch_plan::plan(&needs, self.last_adapter, self.turn, Limits { room, prompt_beside_others })?;
+        self.last_adapter = plan.adapter;
+        Some(plan)
+    }
+
+    /// Fills the batch and returns the rows of output of each slot.
+    fn fill(&mut self, plan: &Plan) -> Vec<(usize, Vec<usize>)> {
+        self.batch.clear();
+        let mut outputs = Vec::new();
+        for (slot, (sequence, &share)) in self.slots.iter_mut().zip(&plan.shares).enumerate() {
+            let Some(Sequence { tokens, strand: Some(strand), suggested, .. }) = sequence else { continue };
+            suggested.truncate(share.saturating_sub(1));
+            let begin = strand.tokens.len();
+            let coming = tokens[begin..].iter().chain(suggested.iter()).take(share);
+            let rows: Vec<usize> = coming
+                .zip(begin..)
+                .map(|(token, position)| {
+                    let output = position + 1 >= tokens.len();
+                    (self.batch.push(*token, position, strand.sequence, output), output)
+                })
+                .filter_map(|(row, output)| output.then_some(row))
+                .collect();
+            if !rows.is_empty() {
+                outputs.push((slot, rows));
+            }
+        }
+        outputs
+    }
+
+    /// Evaluates the batch, unless most of it is for readers who go meanwhile.
+    fn evaluate(&mut self, plan: &Plan, stop: &CancellationToken) -> Result<(), DecodeError> {
+        let readers: Vec<_> = self.slots.iter().zip(&plan.shares).collect();
+        let all: usize = plan.shares.iter().sum();
+        let mut next = Instant::now() + ASK_EVERY;
+        let mut is_in_vain = || {
+            let now = Instant::now();
+            if now < next {
+                return false;
+            }
+            next = now + ASK_EVERY;
+            let is_gone = |sequence: &Sequence| sequence.job.outbox.is_cancelled();
+            let gone: usize =
+                readers.iter().filter(|(slot, _)| slot.as_ref().is_some_and(is_gone)).map(|(_, share)| **share).sum();
+            stop.is_cancelled() || gone * 2 >= all
+        };
+        self.room.context.decode(&mut self.batch, &mut is_in_vain)
+    }
+
+    fn take_note(&mut self, plan: &Plan, took: Duration, counters: &mut Counters) {
+        let mut prompt_rows = 0;
+        for (slot, &share) in self.slots.iter_mut().zip(&plan.shares).filter(|(_, share)| **share > 0) {
+            let Some(sequence) = slot else { continue };
+            if !sequence.is_generating() {
+                prompt_rows += share;
+            }
+            let Sequence { tokens, strand: Some(strand), suggested, .. } = sequence else { continue };
+            let begin = strand.tokens.len();
+            let evaluated: Vec<Token> = tokens[begin..].iter().chain(suggested.iter()).take(share).copied().collect();
+            self.room.extend(strand, &evaluated);
+        }
+        counters.prompt_tokens += prompt_rows as u64;
+        self.clock.note(plan.shares.iter().sum(), prompt_rows, took);
+    }
+
+    /// Draws the next tokens of a slot: one, and one more for each suggestion that was right.
+    fn draw(&mut self, slot: usize, rows: &[usize], tools: &mut Tools<'_>, outcome: &mut Outcome) {
+        let Self { room, slots, .. } = self;
+        let Some(sequence) = &mut slots[slot] else { return };
+        let model = Arc::clone(room.context.model());
+        let suggested = std::mem::take(&mut sequence.suggested);
+        let before = sequence.tokens.len();
+        let mut end = None;
+        for (row, suggestion) in rows.iter().zip(suggested.iter().map(Some).chain([None])) {
+            let Some(logits) = room.context.logits(*row) else { break };
+            match sequence.draw(logits, tools.sampler, model.vocabulary()) {
+                Ok(Drawn::Token(token)) if suggestion == Some(&token) => {}
+                Ok(Drawn::Token(_)) => break,
+                Ok(Drawn::End(reason)) => {
+                    end = Some(Ok(reason));
+                    break;
+                }
+                Err(error) => {
+                    end = Some(Err(EngineError::Failed { reason: error.to_string() }));
+                    break;
+                }
+            }
+        }
+        let came = &sequence.tokens[before..];
+        outcome.drawn += came.len() as u64;
+        tools.counters.generated_tokens += came.len() as u64;
+        tools.counters.drafted_tokens += suggested.len() as u64;
+        tools.counters.accepted_tokens += came.len().saturating_sub(1).min(suggested.len()) as u64;
+        sequence.drafter.learn(&sequence.tokens, came, suggested.len());
+        if let Some(strand) = &mut sequence.strand {
+            // Wrong suggestions were evaluated, and are forgotten.
+            let right = common_prefix(&strand.tokens, &sequence.tokens);
+            room.rewind(strand, right);
+        }
+        match end {
+            None => {}
+            Some(Ok(reason)) => {
+                if let Some(sequence) = self.leave(slot) {
+                    outcome.finished.push(sequence.finish(reason));
+                }
+            }
+            Some(Err(error)) => {
+                if let Some(sequence) = self.leave(slot) {
+                    sequence.job.outbox.fail(error);
+                }
+            }
+        }
+    }
+
+    /// Lets the youngest generation wait where cells run short, or fails it where there is no other.
+    fn give_way(&mut self, outcome: &mut Outcome, error: &DecodeError) {
+        let youngest = (0..self.slots.len())
+            .filter(|slot| self.slots[*slot].is_some())
+            .min_by_key(|slot| self.slots[*slot].as_ref().map_or(0, Sequence::generated));
+        let is_alone = self.at_work().count() == 1;
+        let Some(sequence) = youngest.and_then(|slot| self.leave(slot)) else { return };
+        if is_alone {
+            sequence.job.outbox.fail(EngineError::Failed { reason: error.to_string() });
+        } else {
+            outcome.preempted.push(sequence);
+        }
+    }
+
+    /// Empties a slot, and keeps what it evaluated for those who come back.
+    fn leave(&mut self, slot: usize) -> Option<Sequence> {
+        let mut sequence = self.slots[slot].take()?;
+        if let Some(strand) = sequence.strand.take() {
+            if self.deterministic { self.room.forget(strand) } else { self.room.retain(strand) }
+        }
+        Some(sequence)
+    }
+
+    fn strands(&self) -> impl Iterator<Item = &Strand> + Clone {
+        self.at_work().filter_map(|sequence| sequence.strand.as_ref())
+    }
+}
+
+fn need(sequence: Option<&mut Sequence>, deterministic: bool) -> Need {
+    let Some(sequence) = sequence else { return Need { adapter: None, tokens: Tokens::None } };
+    let prompt_left = sequence.job.prompt_tokens.saturating_sub(sequence.evaluated());
+    let tokens = if sequence.job.outbox.is_full() {
+        Tokens::None
+    } else if sequence.is_generating() {
+        Tokens::Next(sequence.suggested.len())
+    } else if deterministic {
+        // The answer's tokens were evaluated one by one, and are again.
+        Tokens::Prompt(prompt_left.max(1))
+    } else {
+        Tokens::Prompt(sequence.pending())
+    };
+    Need { adapter: sequence.job.adapter, tokens }
+}

@@ -1,0 +1,127 @@
+//! Safe bindings to llama.cpp's C interface: the one place in this crate where Rust speaks with C++.
+//!
+//! Handles own what they point to and keep alive what they rest on: a context and an adapter hold their model. What
+//! C++ would abort on is checked here first where that is cheap; what cannot be checked is why models run in processes
+//! of their own. See `docs/adr/0018-bindings-of-our-own.md`.
+
+#![allow(unsafe_code)]
+
+mod batch;
+mod context;
+mod log;
+mod model;
+mod vocabulary;
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::OnceLock;
+
+use llama_cpp_sys_2 as sys;
+
+pub(super) use batch::Batch;
+pub(super) use context::{Context, ContextOptions, DecodeError, Pooling};
+pub(super) use model::{Adapter, Model, ModelOptions};
+pub(super) use vocabulary::{Token, Vocabulary};
+
+/// A place where ggml computes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Device {
+    /// Its short name, such as `CPU` or `CUDA0`.
+    pub(crate) name: String,
+    /// What it is, such as a processor's model.
+    pub(crate) description: String,
+    /// Whether it has memory of its own or is the CPU.
+    pub(crate) kind: DeviceKind,
+    /// Free memory in bytes; 0 where it is not known.
+    pub(crate) free_bytes: u64,
+    /// All its memory in bytes; 0 where it is not known.
+    pub(crate) total_bytes: u64,
+}
+
+/// What kind of device it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DeviceKind {
+    /// The processor, or a library that computes on it.
+    Cpu,
+    /// A graphics processor with memory of its own.
+    Gpu,
+    /// A graphics processor that shares the machine's memory.
+    IntegratedGpu,
+}
+
+/// Starts llama.cpp, once for the life of the process; every handle's constructor calls it.
+pub(crate) fn start() {
+    static STARTED: OnceLock<()> = OnceLock::new();
+    STARTED.get_or_init(|| {
+        log::take_over();
+        #[cfg(feature = "portable")]
+        load_backends();
+        // SAFETY: it is called once, before anything else of llama.cpp's.
+        unsafe { sys::llama_backend_init() };
+    });
+}
+
+/// Loads the processor's best variant, and whatever else lies beside the program.
+#[cfg(feature = "portable")]
+fn load_backends() {
+    let folder = std::env::current_exe().ok().and_then(|program| Some(program.parent()?.to_owned()));
+    let folder = folder.and_then(|folder| std::ffi::CString::new(folder.into_os_string().into_encoded_bytes()).ok());
+    match folder {
+        // SAFETY: the path is a string that ends with a zero and lives for the call.
+        Some(folder) => unsafe { sys::ggml_backend_load_all_from_path(folder.as_ptr()) },
+        // SAFETY: it takes no arguments.
+        None => unsafe { sys::ggml_backend_load_all() },
+    }
+}
+
+/// Returns the devices that this build can use.
+pub(crate) fn devices() -> Vec<Device> {
+    start();
+    // SAFETY: the registry is filled by then, and an index below the count is valid.
+    (0..unsafe { sys::ggml_backend_dev_count() })
+        .map(|index| unsafe { device(sys::ggml_backend_dev_get(index)) })
+        .collect()
+}
+
+/// # Safety
+/// The device must come from the registry.
+unsafe fn device(device: sys::ggml_backend_dev_t) -> Device {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: names are strings that live as long as the process.
+    unsafe {
+        sys::ggml_backend_dev_memory(device, &raw mut free, &raw mut total);
+        Device {
+            name: text(sys::ggml_backend_dev_name(device)),
+            description: text(sys::ggml_backend_dev_description(device)),
+            kind: match sys::ggml_backend_dev_type(device) {
+                sys::GGML_BACKEND_DEVICE_TYPE_GPU => DeviceKind::Gpu,
+                sys::GGML_BACKEND_DEVICE_TYPE_IGPU => DeviceKind::IntegratedGpu,
+                _ => DeviceKind::Cpu,
+            },
+            free_bytes: free as u64,
+            total_bytes: total as u64,
+        }
+    }
+}
+
+/// # Safety
+/// The pointer must be null or a string that ends with a zero.
+unsafe fn text(pointer: *const std::ffi::c_char) -> String {
+    if pointer.is_null() {
+        return String::new();
+    }
+    // SAFETY: the caller vouches for it.
+    unsafe { CStr::from_ptr(pointer) }.to_string_lossy().into_owned()
+}
+
+/// Returns a path that leads through an open descriptor, so that what was verified is what is read.
+fn path_of(file: &File) -> std::ffi::CString {
+    const FOLDER: &str = if cfg!(target_os = "linux") { "/proc/self/fd" } else { "/dev/fd" };
+    std::ffi::CString::new(format!("{FOLDER}/{}", file.as_raw_fd())).expect("digits have no zero byte")
+}
+
+/// Returns what llama.cpp complained of first on this thread, or else the given words.
+fn complaint(otherwise: &str) -> String {
+    log::take_errors().into_iter().next().unwrap_or_else(|| otherwise.into())
+}

@@ -1,0 +1,226 @@
+//! A room of keys and values in which sequences of one model are evaluated.
+
+use std::ffi::c_void;
+use std::ptr::{self, NonNull};
+use std::slice;
+use std::sync::Arc;
+
+use llama_cpp_sys_2 as sys;
+
+use super::model::NO_ADAPTERS;
+use super::{Adapter, Batch, Model, complaint, log};
+
+/// What a context is for, and how large it is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ContextOptions {
+    /// Tokens that all sequences together can hold.
+    pub(crate) cells: u32,
+    /// Tokens that a batch holds at most.
+    pub(crate) batch_tokens: u32,
+    /// Sequences, numbered from 0; at most 256.
+    pub(crate) sequences: u32,
+    /// Rows of output that a batch has at most.
+    pub(crate) outputs: u32,
+    /// Threads that compute.
+    pub(crate) threads: i32,
+    /// Makes vectors of texts instead of continuing them.
+    pub(crate) pooling: Option<Pooling>,
+}
+
+/// How the vectors of tokens become the vector of a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pooling {
+    /// As the model's file says.
+    OfModel,
+    /// Their mean, for models that do not say.
+    Mean,
+}
+
+/// Why a batch was not evaluated.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum DecodeError {
+    /// There are not enough free cells. Nothing has changed.
+    #[error("there is no room for more keys and values")]
+    NoRoom,
+    /// The caller asked to stop. Nothing has changed, provided the batch was no larger than `batch_tokens`.
+    #[error("the evaluation was stopped")]
+    Aborted,
+    /// Something is wrong with the batch or the model; nothing is known of the keys and values any more.
+    #[error("llama.cpp could not evaluate a batch: {0}")]
+    Failed(String),
+}
+
+/// A context of a model.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pointer: NonNull<sys::llama_context>,
+    model: Arc<Model>,
+    adapter: Option<Arc<Adapter>>,
+}
+
+// SAFETY: a context belongs to one thread at a time, which `&mut self` and the lack of `Sync` see to.
+unsafe impl Send for Context {}
+
+impl Context {
+    /// Makes an empty context, or returns llama.cpp's complaint.
+    pub(crate) fn new(model: &Arc<Model>, options: ContextOptions) -> Result<Self, String> {
+        let _ = log::take_errors();
+        // SAFETY: the model is valid, and the parameters hold no pointers of ours.
+        let pointer = unsafe {
+            let mut parameters = sys::llama_context_default_params();
+            parameters.n_ctx = options.cells;
+            parameters.n_batch = options.batch_tokens;
+            parameters.n_ubatch = options.batch_tokens;
+            parameters.n_seq_max = options.sequences;
+            // It keeps a row for each sequence anyway.
+            parameters.n_outputs_max = options.outputs.max(options.sequences);
+            parameters.n_threads = options.threads;
+            parameters.n_threads_batch = options.threads;
+            // One room for all sequences: without it, copying a part of one fails an assertion.
+            parameters.kv_unified = true;
+            // Sliding windows keep all positions, so that a sequence can be cut back and shared.
+            parameters.swa_full = true;
+            parameters.no_perf = true;
+            if let Some(pooling) = options.pooling {
+                parameters.embeddings = true;
+                parameters.pooling_type = match pooling {
+                    Pooling::OfModel => sys::LLAMA_POOLING_TYPE_UNSPECIFIED,
+                    Pooling::Mean => sys::LLAMA_POOLING_TYPE_MEAN,
+                };
+            }
+            sys::llama_init_from_model(model.as_ptr(), parameters)
+        };
+        let pointer = NonNull::new(pointer).ok_or_else(|| complaint("llama.cpp could not make a context"))?;
+        Ok(Self { pointer, model: Arc::clone(model), adapter: None })
+    }
+
+    /// Returns the model.
+    pub(crate) fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Evaluates a batch, unless `stop` says so on the way; it is asked very often, on this thread.
+    pub(crate) fn decode(&mut self, batch: &mut Batch, stop: &mut dyn FnMut() -> bool) -> Result<(), DecodeError> {
+        unsafe extern "C" fn ask(stop: *mut c_void) -> bool {
+            // SAFETY: it is the closure that `decode` lends until it returns.
+            unsafe { (*stop.cast::<&mut dyn FnMut() -> bool>())() }
+        }
+        let mut stop = stop;
+        let _ = log::take_errors();
+        // SAFETY: the closure outlives the callback, which is taken away again; the batch lives for the call.
+        let outcome = unsafe {
+            sys::llama_set_abort_callback(self.as_ptr(), Some(ask), (&raw mut stop).cast());
+            let outcome = sys::llama_decode(self.as_ptr(), batch.as_raw());
+            // Work on other devices goes on after the call, and reads what the next call may change.
+            sys::llama_synchronize(self.as_ptr());
+            sys::llama_set_abort_callback(self.as_ptr(), None, ptr::null_mut());
+            outcome
+        };
+        match outcome {
+            0 => Ok(()),
+            1 => Err(DecodeError::NoRoom),
+            2 => Err(DecodeError::Aborted),
+            code => Err(DecodeError::Failed(complaint(&format!("code {code}")))),
+        }
+    }
+
+    /// Returns the logits of a row of the last batch whose output was wanted.
+    pub(crate) fn logits(&self, row: usize) -> Option<&[f32]> {
+        // SAFETY: llama.cpp checks the row; what it returns is as long as the vocabulary and stays until the next call.
+        unsafe {
+            let logits = sys::llama_get_logits_ith(self.as_ptr(), row as i32);
+            (!logits.is_null()).then(|| slice::from_raw_parts(logits, self.model.vocabulary().len() as usize))
+        }
+    }
+
+    /// Returns whether the vectors of tokens become one vector of a text.
+    pub(crate) fn pools(&self) -> bool {
+        // SAFETY: it reads a field.
+        let pooling = unsafe { sys::llama_pooling_type(self.as_ptr()) };
+        matches!(pooling, sys::LLAMA_POOLING_TYPE_MEAN | sys::LLAMA_POOLING_TYPE_CLS | sys::LLAMA_POOLING_TYPE_LAST)
+    }
+
+    /// Returns the pooled vector of a sequence of the last batch.
+    pub(crate) fn pooled(&self, sequence: i32) -> Option<&[f32]> {
+        // SAFETY: as above; the length is the model's.
+        unsafe {
+            let vector = sys::llama_get_embeddings_seq(self.as_ptr(), sequence);
+            (!vector.is_null()).then(|| slice::from_raw_parts(vector, self.model.embedding_length() as usize))
+        }
+    }
+
+    /// Evaluates what follows with an adapter, or with the model alone.
+    pub(crate) fn set_adapter(&mut self, adapter: Option<&Arc<Adapter>>) {
+        let same = match (&self.adapter, adapter) {
+            (None, None) => true,
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        };
+        if same {
+            return;
+        }
+        // SAFETY: the adapter belongs to the model and is held below; the lists are copied.
+        unsafe {
+            match adapter {
+                Some(adapter) => {
+                    let (mut pointer, mut scale) = (adapter.as_ptr(), 1.0_f32);
+                    sys::llama_set_adapters_lora(self.as_ptr(), &raw mut pointer, 1, &raw mut scale);
+                }
+                None => {
+                    sys::llama_set_adapters_lora(self.as_ptr(), NO_ADAPTERS, 0, ptr::null_mut());
+                }
+            }
+        }
+        self.adapter = adapter.cloned();
+    }
+
+    /// Forgets a sequence from a position on. Returns false where that cannot be done in part.
+    pub(crate) fn remove(&mut self, sequence: i32, from: usize) -> bool {
+        // SAFETY: the sequence is within the bounds that the engine keeps.
+        unsafe { sys::llama_memory_seq_rm(self.memory(), sequence, from as i32, -1) }
+    }
+
+    /// Lets a sequence begin as another does, up to a position. The cells are shared.
+    pub(crate) fn share(&mut self, from: i32, to: i32, end: usize) {
+        // SAFETY: as above; the room is unified, so a part may be copied.
+        unsafe { sys::llama_memory_seq_cp(self.memory(), from, to, 0, end as i32) }
+    }
+
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        // SAFETY: the memory belongs to the context.
+        unsafe { sys::llama_memory_clear(self.memory(), false) }
+    }
+
+    /// Copies a sequence's keys and values to host memory; `None` where that fails.
+    pub(crate) fn save(&mut self, sequence: i32) -> Option<Vec<u8>> {
+        // SAFETY: the buffer is as long as is told.
+        unsafe {
+            let mut bytes = vec![0; sys::llama_state_seq_get_size(self.as_ptr(), sequence)];
+            let written = sys::llama_state_seq_get_data(self.as_ptr(), bytes.as_mut_ptr(), bytes.len(), sequence);
+            (written > 0 && written == bytes.len()).then_some(bytes)
+        }
+    }
+
+    /// Brings back what [`Context::save`] of a context of this model copied. Returns whether there was room for it.
+    pub(crate) fn restore(&mut self, sequence: i32, bytes: &[u8]) -> bool {
+        // SAFETY: the bytes come from `save`, in this process.
+        unsafe { sys::llama_state_seq_set_data(self.as_ptr(), bytes.as_ptr(), bytes.len(), sequence) != 0 }
+    }
+
+    fn memory(&self) -> sys::llama_memory_t {
+        // SAFETY: the context is valid.
+        unsafe { sys::llama_get_memory(self.as_ptr()) }
+    }
+
+    fn as_ptr(&self) -> *mut sys::llama_context {
+        self.pointer.as_ptr()
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: the context is ours alone, and its model and adapter are dropped after it.
+        unsafe { sys::llama_free(self.as_ptr()) }
+    }
+}

@@ -1,0 +1,137 @@
+//! Loaded models and their adapters.
+
+use std::ffi::{c_char, c_void};
+use std::fs::File;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use llama_cpp_sys_2 as sys;
+
+use super::{Vocabulary, complaint, log, path_of, start};
+
+/// How to load a model.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct ModelOptions {
+    /// Layers to place on GPUs.
+    pub(crate) gpu_layers: u32,
+    /// Reads the vocabulary and nothing else.
+    pub(crate) vocabulary_only: bool,
+}
+
+/// A model in memory.
+#[derive(Debug)]
+pub(crate) struct Model {
+    pointer: NonNull<sys::llama_model>,
+}
+
+// SAFETY: a loaded model is only read, but for its list of adapters, which `Adapter` guards.
+unsafe impl Send for Model {}
+// SAFETY: as above.
+unsafe impl Sync for Model {}
+
+impl Model {
+    /// Loads a model from its open files, in order. `progress` takes the share that is done and says whether to go on.
+    ///
+    /// Returns llama.cpp's complaint where it fails.
+    pub(crate) fn load<F>(files: &[&File], options: ModelOptions, mut progress: F) -> Result<Self, String>
+    where
+        F: FnMut(f32) -> bool,
+    {
+        unsafe extern "C" fn report<F: FnMut(f32) -> bool>(share: f32, progress: *mut c_void) -> bool {
+            // SAFETY: it is the closure that `load` lends for the length of the call.
+            unsafe { (*progress.cast::<F>())(share) }
+        }
+        start();
+        let paths: Vec<_> = files.iter().map(|file| path_of(file)).collect();
+        let mut paths: Vec<*const c_char> = paths.iter().map(|path| path.as_ptr()).collect();
+        let _ = log::take_errors();
+        // SAFETY: paths and closure live until the load returns, and nothing keeps them.
+        let pointer = unsafe {
+            let mut parameters = sys::llama_model_default_params();
+            parameters.n_gpu_layers = i32::try_from(options.gpu_layers).unwrap_or(i32::MAX);
+            parameters.vocab_only = options.vocabulary_only;
+            parameters.progress_callback = Some(report::<F>);
+            parameters.progress_callback_user_data = (&raw mut progress).cast();
+            match paths.as_mut_slice() {
+                [path] => sys::llama_model_load_from_file(*path, parameters),
+                all => sys::llama_model_load_from_splits(all.as_mut_ptr(), all.len(), parameters),
+            }
+        };
+        let pointer = NonNull::new(pointer).ok_or_else(|| complaint("llama.cpp refuses it"))?;
+        Ok(Self { pointer })
+    }
+
+    /// Returns the model's vocabulary.
+    pub(crate) fn vocabulary(&self) -> Vocabulary<'_> {
+        // SAFETY: the vocabulary is part of the model, which the result borrows.
+        unsafe { Vocabulary::new(sys::llama_model_get_vocab(self.as_ptr())) }
+    }
+
+    /// Returns how many numbers the vector of a text has.
+    pub(crate) fn embedding_length(&self) -> u32 {
+        // SAFETY: the pointer is valid, here and below.
+        unsafe { sys::llama_model_n_embd_out(self.as_ptr()) }.unsigned_abs()
+    }
+
+    /// Returns whether a sequence's state can be cut back to an earlier position. What is recurrent cannot.
+    pub(crate) fn can_rewind(&self) -> bool {
+        // SAFETY: it reads fields.
+        unsafe { !sys::llama_model_is_recurrent(self.as_ptr()) && !sys::llama_model_is_hybrid(self.as_ptr()) }
+    }
+
+    /// Returns whether the model needs an encoder's pass that this runtime does not make.
+    pub(crate) fn has_encoder(&self) -> bool {
+        // SAFETY: it reads a field.
+        unsafe { sys::llama_model_has_encoder(self.as_ptr()) }
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut sys::llama_model {
+        self.pointer.as_ptr()
+    }
+}
+
+impl Drop for Model {
+    fn drop(&mut self) {
+        // SAFETY: contexts and adapters hold the model, so none is left.
+        unsafe { sys::llama_model_free(self.as_ptr()) }
+    }
+}
+
+/// A LoRA adapter of a loaded model.
+#[derive(Debug)]
+pub(crate) struct Adapter {
+    pointer: NonNull<sys::llama_adapter_lora>,
+    _model: Arc<Model>,
+}
+
+// SAFETY: it is only read once it is made.
+unsafe impl Send for Adapter {}
+// SAFETY: as above.
+unsafe impl Sync for Adapter {}
+
+impl Adapter {
+    /// Reads an adapter from its open file. Only the engine's thread may make and drop adapters, because the model
+    /// keeps a list of them.
+    pub(crate) fn load(model: &Arc<Model>, file: &File) -> Result<Self, String> {
+        let path = path_of(file);
+        let _ = log::take_errors();
+        // SAFETY: the path lives for the call.
+        let pointer = unsafe { sys::llama_adapter_lora_init(model.as_ptr(), path.as_ptr()) };
+        let pointer = NonNull::new(pointer).ok_or_else(|| complaint("llama.cpp refuses the adapter"))?;
+        Ok(Self { pointer, _model: Arc::clone(model) })
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut sys::llama_adapter_lora {
+        self.pointer.as_ptr()
+    }
+}
+
+impl Drop for Adapter {
+    fn drop(&mut self) {
+        // SAFETY: contexts that use the adapter hold it, so none does any more.
+        unsafe { sys::llama_adapter_lora_free(self.as_ptr()) }
+    }
+}
+
+/// Makes a null list of adapters plain to read.
+pub(super) const NO_ADAPTERS: *mut *mut sys::llama_adapter_lora = ptr::null_mut();

@@ -1,0 +1,199 @@
+//! One generation: what it was asked, how far it is, and how its tokens become its answer.
+
+use std::collections::BTreeSet;
+
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::draft::Drafter;
+use super::native::{Token, Vocabulary};
+use super::outbox::Outbox;
+use super::room::Strand;
+use crate::model_runtime::{AdapterId, FinishReason, Piece, Sampling, TokenLogprob, Usage};
+use crate::sampler::{History, SampleError, Sampler};
+use crate::text_assembler::TextAssembler;
+
+/// An admitted generation.
+pub(super) struct Job {
+    /// The prompt's tokens, and those of the answer that its reader has already.
+    pub(super) tokens: Vec<Token>,
+    /// How many of them are the prompt's.
+    pub(super) prompt_tokens: usize,
+    pub(super) adapter: Option<AdapterId>,
+    pub(super) sampling: Sampling,
+    pub(super) stop: Vec<String>,
+    /// The most tokens of the answer, those included that its reader has.
+    pub(super) limit: u32,
+    pub(super) ignore_eos: bool,
+    pub(super) logprobs: Option<u32>,
+    /// Control tokens whose texts are part of the answer.
+    pub(super) spoken: BTreeSet<Token>,
+    /// The answer that the caller predicts.
+    pub(super) prediction: Vec<Token>,
+    /// Evaluated by itself, so that it is the same to the bit whenever it is repeated.
+    pub(super) deterministic: bool,
+    pub(super) outbox: Outbox,
+    pub(super) admitted: OwnedSemaphorePermit,
+}
+
+/// A generation that waits or is at work.
+pub(super) struct Sequence {
+    pub(super) job: Job,
+    /// Prompt and answer so far.
+    pub(super) tokens: Vec<Token>,
+    /// What of them is evaluated; `None` while it waits.
+    pub(super) strand: Option<Strand>,
+    /// The tokens that are evaluated along with the last one, in case they come next.
+    pub(super) suggested: Vec<Token>,
+    pub(super) drafter: Drafter,
+    /// Prompt tokens that were at hand when it started first.
+    cached: Option<u32>,
+    told_start: bool,
+    history: History,
+    assembler: TextAssembler,
+}
+
+/// How a drawn token leaves a generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Drawn {
+    /// It goes on with this token.
+    Token(Token),
+    /// It ended, with a token or without.
+    End(FinishReason),
+}
+
+/// A generation that came to its end, told once the room it held is free.
+pub(super) struct Finished {
+    outbox: Outbox,
+    last: Piece,
+    reason: FinishReason,
+    usage: Usage,
+}
+
+impl Sequence {
+    pub(super) fn new(mut job: Job, vocabulary: Vocabulary<'_>) -> Self {
+        let tokens = std::mem::take(&mut job.tokens);
+        let (prompt, continued) = tokens.split_at(job.prompt_tokens);
+        let unsigned = |tokens: &[Token]| tokens.iter().map(|token| token.cast_unsigned()).collect::<Vec<_>>();
+        let mut history =
+            if History::is_needed(&job.sampling) { History::new(&unsigned(prompt)) } else { History::default() };
+        let mut assembler = TextAssembler::new(&job.stop);
+        for token in continued {
+            history.push(token.cast_unsigned());
+            // The reader has this text.
+            let _ = assembler.push(&vocabulary.piece(*token, job.spoken.contains(token)));
+        }
+        let drafter = Drafter::new(std::mem::take(&mut job.prediction));
+        Self {
+            job,
+            tokens,
+            strand: None,
+            suggested: Vec::new(),
+            drafter,
+            cached: None,
+            told_start: false,
+            history,
+            assembler,
+        }
+    }
+
+    /// Returns how many tokens are evaluated.
+    pub(super) fn evaluated(&self) -> usize {
+        self.strand.as_ref().map_or(0, |strand| strand.tokens.len())
+    }
+
+    /// Returns how many tokens are still to be evaluated before the next one can be drawn.
+    pub(super) fn pending(&self) -> usize {
+        self.tokens.len() - self.evaluated()
+    }
+
+    /// Returns how many tokens the answer has.
+    pub(super) fn generated(&self) -> u32 {
+        (self.tokens.len() - self.job.prompt_tokens) as u32
+    }
+
+    /// Returns whether the whole prompt is evaluated, and only what was drawn last is not.
+    pub(super) fn is_generating(&self) -> bool {
+        self.pending() == 1 && self.evaluated() >= self.job.prompt_tokens
+    }
+
+    /// Returns how many more tokens may be drawn.
+    pub(super) fn left(&self) -> u32 {
+        self.job.limit.saturating_sub(self.generated())
+    }
+
+    /// Begins to work on a strand that has the beginning of the tokens.
+    pub(super) fn start(&mut self, strand: Strand) {
+        let cached = strand.tokens.len().min(self.job.prompt_tokens) as u32;
+        self.strand = Some(strand);
+        // Who lost its cells and starts again counts as it did at first.
+        self.cached.get_or_insert(cached);
+    }
+
+    /// Tells the reader of the start, once.
+    pub(super) fn tell_start(&mut self) {
+        if let Some(cached) = self.cached
+            && !std::mem::replace(&mut self.told_start, true)
+        {
+            self.job.outbox.started(self.job.prompt_tokens as u32, cached);
+        }
+    }
+
+    /// Draws the next token from the logits of the last one, and tells the reader.
+    pub(super) fn draw(
+        &mut self,
+        logits: &[f32],
+        sampler: &mut Sampler,
+        vocabulary: Vocabulary<'_>,
+    ) -> Result<Drawn, SampleError> {
+        // A draw depends on the token's place alone, so that a continued answer draws as the first try would have.
+        let position = self.tokens.len() as u64;
+        let token = sampler.sample(logits, &self.job.sampling, position, &self.history, None)?;
+        let drawn = token.cast_signed();
+        if vocabulary.is_end(drawn) && !self.job.ignore_eos {
+            return Ok(Drawn::End(FinishReason::Stop));
+        }
+        self.tokens.push(drawn);
+        self.history.push(token);
+        let bytes = vocabulary.piece(drawn, self.job.spoken.contains(&drawn));
+        let logprobs = self.job.logprobs.map(|top| logprobs(sampler, logits, token, top, vocabulary));
+        let text = self.assembler.push(&bytes);
+        let piece = Piece { text, tokens: vec![token], logprobs: logprobs.into_iter().collect(), ..Piece::default() };
+        self.job.outbox.piece(piece);
+        Ok(if self.assembler.is_stopped() {
+            Drawn::End(FinishReason::Stop)
+        } else if self.left() == 0 {
+            Drawn::End(FinishReason::Length)
+        } else {
+            Drawn::Token(drawn)
+        })
+    }
+
+    /// Ends the generation and gives up its place.
+    pub(super) fn finish(mut self, reason: FinishReason) -> Finished {
+        let usage = Usage {
+            prompt_tokens: self.job.prompt_tokens as u32,
+            completion_tokens: self.generated(),
+            cached_tokens: self.cached.unwrap_or(0),
+        };
+        let last = Piece { text: self.assembler.finish(), ..Piece::default() };
+        drop(self.job.admitted);
+        Finished { outbox: self.job.outbox, last, reason, usage }
+    }
+}
+
+impl Finished {
+    /// Tells the reader.
+    pub(super) fn tell(self) {
+        self.outbox.done(self.last, self.reason, self.usage);
+    }
+}
+
+fn logprobs(sampler: &mut Sampler, logits: &[f32], token: u32, top: u32, vocabulary: Vocabulary<'_>) -> TokenLogprob {
+    let say = |token: u32, logprob: f32, top| {
+        // Control tokens have texts as well, and a caller who asks for likelihoods wants to see them.
+        TokenLogprob { token, bytes: vocabulary.piece(token.cast_signed(), true), logprob, top }
+    };
+    let (logprob, top) = sampler.logprob(logits, token, top);
+    let top = top.into_iter().map(|(token, logprob)| say(token, logprob, Vec::new())).collect();
+    say(token, logprob, top)
+}

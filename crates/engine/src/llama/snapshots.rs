@@ -1,0 +1,123 @@
+//! Keys and values of conversations that lost their cells, kept in host memory within a budget of bytes.
+
+use super::native::Token;
+use super::room::common_prefix;
+use crate::model_runtime::AdapterId;
+
+/// Snapshots of sequences, the least recently used first.
+#[derive(Debug)]
+pub(super) struct Snapshots {
+    bytes_max: u64,
+    entries: Vec<Snapshot>,
+}
+
+/// One sequence as it was.
+#[derive(Debug)]
+pub(super) struct Snapshot {
+    /// Its tokens.
+    pub(super) tokens: Vec<Token>,
+    /// The adapter it was evaluated with.
+    pub(super) adapter: Option<AdapterId>,
+    /// Its keys and values, as llama.cpp writes them.
+    pub(super) bytes: Vec<u8>,
+}
+
+impl Snapshots {
+    /// Returns an empty store for so many bytes.
+    pub(super) fn new(bytes_max: u64) -> Self {
+        Self { bytes_max, entries: Vec::new() }
+    }
+
+    /// Returns whether a snapshot of so many bytes could be kept.
+    pub(super) fn takes(&self, bytes: u64) -> bool {
+        bytes <= self.bytes_max
+    }
+
+    /// Keeps a snapshot, for which the least recently used ones and those it goes on from give way.
+    pub(super) fn keep(&mut self, snapshot: Snapshot) {
+        if !self.takes(snapshot.bytes.len() as u64) {
+            return;
+        }
+        self.entries.retain(|old| old.adapter != snapshot.adapter || !snapshot.tokens.starts_with(&old.tokens));
+        self.entries.push(snapshot);
+        let mut bytes: u64 = self.entries.iter().map(|entry| entry.bytes.len() as u64).sum();
+        let excess = self.entries.iter().take_while(|entry| {
+            let over = bytes > self.bytes_max;
+            bytes -= entry.bytes.len() as u64;
+            over
+        });
+        let excess = excess.count();
+        self.entries.drain(..excess);
+    }
+
+    /// Returns the place of the snapshot that begins most like a prompt, and how many tokens they have in common.
+    pub(super) fn find(&self, prompt: &[Token], adapter: Option<AdapterId>) -> Option<(usize, usize)> {
+        let entries = self.entries.iter().enumerate().filter(|(_, entry)| entry.adapter == adapter);
+        entries.map(|(place, entry)| (place, common_prefix(&entry.tokens, prompt))).max_by_key(|(_, common)| *common)
+    }
+
+    /// Takes a snapshot out.
+    pub(super) fn take(&mut self, place: usize) -> Snapshot {
+        self.entries.remove(place)
+    }
+
+    /// Drops every snapshot of an adapter.
+    pub(super) fn forget(&mut self, adapter: AdapterId) {
+        self.entries.retain(|entry| entry.adapter != Some(adapter));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(tokens: &[Token], bytes: usize) -> Snapshot {
+        Snapshot { tokens: tokens.to_vec(), adapter: None, bytes: vec![0; bytes] }
+    }
+
+    fn kept(snapshots: &Snapshots) -> Vec<&[Token]> {
+        snapshots.entries.iter().map(|entry| entry.tokens.as_slice()).collect()
+    }
+
+    #[test]
+    fn the_least_recently_used_gives_way() {
+        let mut snapshots = Snapshots::new(100);
+        for token in 1..=3 {
+            snapshots.keep(snapshot(&[token], 40));
+        }
+        assert_eq!(kept(&snapshots), [[2], [3]]);
+        let used = snapshots.take(0);
+        snapshots.keep(used);
+        snapshots.keep(snapshot(&[4], 40));
+        assert_eq!(kept(&snapshots), [[2], [4]]);
+    }
+
+    #[test]
+    fn a_longer_conversation_replaces_its_own_beginning() {
+        let mut snapshots = Snapshots::new(100);
+        snapshots.keep(snapshot(&[1, 2], 10));
+        snapshots.keep(Snapshot { adapter: Some(AdapterId(7)), ..snapshot(&[1], 10) });
+        snapshots.keep(snapshot(&[1, 2, 3], 10));
+        assert_eq!(kept(&snapshots), [&[1][..], &[1, 2, 3]]);
+    }
+
+    #[test]
+    fn what_is_larger_than_the_budget_is_not_kept() {
+        let mut snapshots = Snapshots::new(100);
+        snapshots.keep(snapshot(&[1], 50));
+        snapshots.keep(snapshot(&[2], 101));
+        assert_eq!(kept(&snapshots), [[1]]);
+    }
+
+    #[test]
+    fn the_longest_common_beginning_of_the_same_adapter_is_found() {
+        let mut snapshots = Snapshots::new(100);
+        snapshots.keep(snapshot(&[1, 2, 9], 10));
+        snapshots.keep(snapshot(&[1, 2, 3, 9], 10));
+        snapshots.keep(Snapshot { adapter: Some(AdapterId(7)), ..snapshot(&[1, 2, 3, 4], 10) });
+        assert_eq!(snapshots.find(&[1, 2, 3, 4], None), Some((1, 3)));
+        assert_eq!(snapshots.find(&[1, 2, 3, 4], Some(AdapterId(7))), Some((2, 4)));
+        snapshots.forget(AdapterId(7));
+        assert_eq!(snapshots.find(&[1], Some(AdapterId(7))), None);
+    }
+}
