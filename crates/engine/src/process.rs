@@ -1,13 +1,15 @@
 //! Keeps each loaded model in a child process.
 //!
 //! A failed assertion in C++ or the kernel's out-of-memory killer ends one engine process, not the worker; and what a
-//! model held is surely freed when its process is. The child's standard input is the verified file, so it loads the
-//! bytes that were verified; its standard output is a socket that carries [`frame`]s both ways. The child bounds its own
-//! memory against templates that ask for any amount of it, and is killed when its engine hangs.
+//! model held is surely freed when its process is. Over its standard input, a socket, the child gets verified files as
+//! open descriptors, so it loads the bytes that were verified ([`handover`]); its standard output is a socket that
+//! carries [`frame`]s both ways. The child bounds its own memory against templates that ask for any amount of it, and is
+//! killed when its engine hangs.
 
 mod child_server;
 mod engine_process;
 pub mod frame;
+pub mod handover;
 mod memory_limit;
 mod pipe;
 mod stall_watch;
@@ -29,8 +31,8 @@ use tokio_util::task::TaskTracker;
 use crate::gguf::Header;
 use crate::memory_plan;
 use crate::model_runtime::{
-    EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId,
-    ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
+    AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
+    LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
 };
 use crate::sampler;
 pub use child_server::{ServeError, serve_child};
@@ -38,7 +40,7 @@ use engine_process::{EngineProcess, Loading};
 
 /// Events of one generation that may be under way unacknowledged.
 const CREDIT: usize = 256;
-/// How long a load may take, whatever the size of the model.
+/// How long a load may take, whatever the size of the model or adapter.
 const LOAD_WITHIN: Duration = Duration::from_mins(5);
 /// How much longer it may take for each GiB.
 const LOAD_WITHIN_PER_GIB: Duration = Duration::from_secs(20);
@@ -147,7 +149,7 @@ impl ModelRuntime for ProcessRuntime {
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError> {
         let id = ModelId(self.next_model.fetch_add(1, Ordering::Relaxed));
-        let patience = LOAD_WITHIN + LOAD_WITHIN_PER_GIB.mul_f64(artifact.bytes as f64 / f64::from(1 << 30));
+        let patience = load_within(&artifact);
         let (loaded, is_loaded) = oneshot::channel();
         let kill = self.stop.child_token();
         // A load that fails, is late or is dropped takes its process with it.
@@ -172,6 +174,15 @@ impl ModelRuntime for ProcessRuntime {
         Ok(LoadedModel { id, pid, ..model })
     }
 
+    async fn add_adapter(&self, model: ModelId, artifact: VerifiedArtifact) -> Result<AdapterId, EngineError> {
+        let within = load_within(&artifact);
+        self.model(model)?.add_adapter(artifact, within).await
+    }
+
+    async fn remove_adapter(&self, model: ModelId, adapter: AdapterId) -> Result<(), EngineError> {
+        self.model(model)?.remove_adapter(adapter).await
+    }
+
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
         let process = self.models().remove(&model).ok_or(EngineError::NotLoaded)?;
         process.unload(UNLOAD_WITHIN).await;
@@ -185,6 +196,10 @@ impl ModelRuntime for ProcessRuntime {
         process.generate(request).await
     }
 
+    async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
+        self.model(request.model)?.embed(&request.inputs).await
+    }
+
     async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {
         self.model(model)?.count_tokens(input).await
     }
@@ -194,6 +209,11 @@ impl ModelRuntime for ProcessRuntime {
         let models = self.models().clone();
         models.iter().filter_map(|(id, process)| process.snapshot(*id)).collect()
     }
+}
+
+fn load_within(artifact: &VerifiedArtifact) -> Duration {
+    let bytes = artifact.parts.iter().fold(artifact.bytes, |sum, part| sum.saturating_add(part.bytes));
+    LOAD_WITHIN + LOAD_WITHIN_PER_GIB.mul_f64(bytes as f64 / f64::from(1 << 30))
 }
 
 fn failed(error: &dyn std::error::Error) -> EngineError {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,15 +14,14 @@ use tokio::{task, time};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::CREDIT;
-use super::frame::{ToChild, ToParent, encode};
-use super::memory_limit;
+use super::frame::{Answer, Question, ToChild, ToParent, encode};
 use super::pipe::{FRAMES_MAX, FrameReader, PipeError, write_frames};
+use super::{CREDIT, handover, memory_limit};
 use crate::chat_template::ChatTemplate;
 use crate::gguf::Header;
 use crate::model_runtime::{
-    ChatMessage, EngineError, Event, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, ModelRuntime,
-    PromptInput, VerifiedArtifact,
+    ChatMessage, EmbedRequest, EngineError, Event, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel,
+    ModelRuntime, VerifiedArtifact,
 };
 
 /// Between two reports of how busy the model is, while it is.
@@ -48,12 +48,13 @@ pub enum ServeError {
     Protocol(String),
 }
 
-/// Serves one model until it is unloaded. Standard input is the model's file, standard output the socket.
+/// Serves one model until it is unloaded. Standard input is the socket on which files come, standard output that of
+/// the frames.
 ///
 /// Ends the whole process at once, even in the middle of a decode, when the worker is gone.
 pub async fn serve_child(runtime: impl ModelRuntime) -> Result<(), ServeError> {
-    let (file, socket) = standard_streams().map_err(ServeError::Streams)?;
-    match serve(Arc::new(runtime), file, socket).await {
+    let (files, socket) = standard_streams().map_err(ServeError::Streams)?;
+    match serve(Arc::new(runtime), files, socket).await {
         Ok(End::Unloaded) => Ok(()),
         Ok(End::WorkerGone) => {
             // An orderly exit would wait for the decode, or pull the ground from under it.
@@ -64,14 +65,16 @@ pub async fn serve_child(runtime: impl ModelRuntime) -> Result<(), ServeError> {
     }
 }
 
-fn standard_streams() -> io::Result<(File, UnixStream)> {
-    let file = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let socket = std::os::unix::net::UnixStream::from(io::stdout().as_fd().try_clone_to_owned()?);
-    socket.local_addr()?;
+fn standard_streams() -> io::Result<(StdUnixStream, UnixStream)> {
+    let files = StdUnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let socket = StdUnixStream::from(io::stdout().as_fd().try_clone_to_owned()?);
+    for stream in [&files, &socket] {
+        stream.local_addr()?;
+        stream.set_nonblocking(true)?;
+    }
     // Whatever prints to standard output from here on must not get between the frames.
     rustix::stdio::dup2_stdout(io::stderr())?;
-    socket.set_nonblocking(true)?;
-    Ok((file, UnixStream::from_std(socket)?))
+    Ok((files, UnixStream::from_std(socket)?))
 }
 
 /// How serving ended without a fault.
@@ -85,62 +88,63 @@ enum End {
 struct Server<R> {
     runtime: Arc<R>,
     model: Mutex<Option<LoadedModel>>,
-    generations: Mutex<HashMap<u64, Generation>>,
+    calls: Mutex<HashMap<u64, Call>>,
     outgoing: mpsc::Sender<Vec<u8>>,
     busy: Notify,
 }
 
-/// The worker's hold on a generation.
+/// The worker's hold on a generation or a question.
 #[derive(Clone)]
-struct Generation {
+struct Call {
     cancel: CancellationToken,
-    /// Events that may still be sent before the worker acknowledges some.
+    /// Events of a generation that may still be sent before the worker acknowledges some.
     credit: Arc<Semaphore>,
 }
 
-async fn serve<R: ModelRuntime>(runtime: Arc<R>, file: File, socket: UnixStream) -> Result<End, PipeError> {
+async fn serve<R: ModelRuntime>(runtime: Arc<R>, files: StdUnixStream, socket: UnixStream) -> Result<End, PipeError> {
     let (reading, writing) = socket.into_split();
     let (outgoing, queue) = mpsc::channel(FRAMES_MAX);
     let tasks = TaskTracker::new();
     let stop = CancellationToken::new();
     let _stop = stop.clone().drop_guard();
     let writer = tasks.spawn(write_frames(queue, writing));
-    let server = Arc::new(Server {
-        runtime,
-        model: Mutex::default(),
-        generations: Mutex::default(),
-        outgoing,
-        busy: Notify::new(),
-    });
+    let server =
+        Arc::new(Server { runtime, model: Mutex::default(), calls: Mutex::default(), outgoing, busy: Notify::new() });
     server.tell(&ToParent::Hello { info: server.runtime.describe() }).await;
     tasks.spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&server).report()));
 
-    let mut file = Some(file);
     let mut frames = FrameReader::new(reading);
     let end = loop {
         let Some(message) = frames.next().await? else { break End::WorkerGone };
         match message {
-            ToChild::Load { options, sha256, bytes } => {
-                let Some(file) = file.take() else { continue };
-                let artifact = VerifiedArtifact { file, sha256, bytes, parts: Vec::new() };
+            ToChild::Load { options, files: infos } => {
+                let artifact = handover::receive(&files, &infos)?;
                 tasks.spawn(Arc::clone(&server).load(artifact, options));
             }
             ToChild::Generate { id, request } => {
-                let generation = server.enter(id);
-                tasks.spawn(Arc::clone(&server).generate(id, *request, generation));
+                let call = server.enter(id);
+                tasks.spawn(Arc::clone(&server).generate(id, *request, call));
             }
             ToChild::Cancel { id } => {
-                if let Some(generation) = server.generation(id) {
-                    generation.cancel.cancel();
+                if let Some(call) = server.call(id) {
+                    call.cancel.cancel();
                 }
             }
             ToChild::Acknowledge { id, events } => {
-                if let Some(generation) = server.generation(id) {
-                    generation.credit.add_permits((events as usize).min(CREDIT));
+                if let Some(call) = server.call(id) {
+                    call.credit.add_permits((events as usize).min(CREDIT));
                 }
             }
-            ToChild::CountTokens { id, input } => {
-                tasks.spawn(Arc::clone(&server).count_tokens(id, input));
+            ToChild::AddAdapter { id, file } => {
+                let artifact = handover::receive(&files, &[file])?;
+                let call = server.enter(id);
+                let added = Arc::clone(&server).add_adapter(artifact);
+                tasks.spawn(Arc::clone(&server).answer(id, call, added));
+            }
+            ToChild::Ask { id, question } => {
+                let call = server.enter(id);
+                let asked = Arc::clone(&server).ask(question);
+                tasks.spawn(Arc::clone(&server).answer(id, call, asked));
             }
             ToChild::Unload => break End::Unloaded,
         }
@@ -209,22 +213,26 @@ impl<R: ModelRuntime> Server<R> {
         }
     }
 
-    fn enter(&self, id: u64) -> Generation {
-        let generation = Generation { cancel: CancellationToken::new(), credit: Arc::new(Semaphore::new(CREDIT)) };
-        self.generations.lock().unwrap_or_else(PoisonError::into_inner).insert(id, generation.clone());
+    fn enter(&self, id: u64) -> Call {
+        let call = Call { cancel: CancellationToken::new(), credit: Arc::new(Semaphore::new(CREDIT)) };
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner).insert(id, call.clone());
         self.busy.notify_one();
-        generation
+        call
     }
 
-    fn generation(&self, id: u64) -> Option<Generation> {
-        self.generations.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    fn call(&self, id: u64) -> Option<Call> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
     }
 
-    async fn generate(self: Arc<Self>, id: u64, request: GenerateRequest, generation: Generation) {
+    fn leave(&self, id: u64) {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        self.busy.notify_one();
+    }
+
+    async fn generate(self: Arc<Self>, id: u64, request: GenerateRequest, call: Call) {
         // Dropping the stream, here or in the middle, is what cancels it in the runtime.
-        let _ = generation.cancel.run_until_cancelled(self.relay(id, request, &generation.credit)).await;
-        self.generations.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        self.busy.notify_one();
+        let _ = call.cancel.run_until_cancelled(self.relay(id, request, &call.credit)).await;
+        self.leave(id);
     }
 
     async fn relay(&self, id: u64, mut request: GenerateRequest, credit: &Semaphore) {
@@ -266,12 +274,34 @@ impl<R: ModelRuntime> Server<R> {
         }
     }
 
-    async fn count_tokens(self: Arc<Self>, id: u64, input: PromptInput) {
-        let tokens = match self.model() {
-            Ok(model) => self.runtime.count_tokens(model.id, &input).await,
-            Err(error) => Err(error),
-        };
-        self.tell(&ToParent::Counted { id, tokens }).await;
+    async fn answer(self: Arc<Self>, id: u64, call: Call, answer: impl Future<Output = Result<Answer, EngineError>>) {
+        if let Some(answer) = call.cancel.run_until_cancelled(answer).await {
+            self.tell(&ToParent::Answer { id, answer }).await;
+        }
+        self.leave(id);
+    }
+
+    async fn add_adapter(self: Arc<Self>, artifact: VerifiedArtifact) -> Result<Answer, EngineError> {
+        self.runtime.add_adapter(self.model()?.id, artifact).await.map(Answer::Adapter)
+    }
+
+    async fn ask(self: Arc<Self>, question: Question) -> Result<Answer, EngineError> {
+        let model = self.model()?.id;
+        match question {
+            Question::CountTokens(input) => self.runtime.count_tokens(model, &input).await.map(Answer::Tokens),
+            Question::RemoveAdapter(adapter) => {
+                self.runtime.remove_adapter(model, adapter).await.map(|()| Answer::Removed)
+            }
+            Question::Embed(inputs) => {
+                let embeddings = self.runtime.embed(EmbedRequest { model, inputs }).await?;
+                // Numbers that are not finite have no JSON.
+                if embeddings.vectors.iter().flatten().all(|number| number.is_finite()) {
+                    Ok(Answer::Vectors(embeddings))
+                } else {
+                    Err(EngineError::Failed { reason: "the model made a vector that is not finite".into() })
+                }
+            }
+        }
     }
 
     /// Reports how busy the model is while it is, and once more when it no longer is.
@@ -281,7 +311,7 @@ impl<R: ModelRuntime> Server<R> {
             loop {
                 time::sleep(STATE_EVERY).await;
                 self.tell_state().await;
-                let none = self.generations.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+                let none = self.calls.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
                 if none && self.state().is_none_or(|state| state.running + state.waiting == 0) {
                     self.tell_state().await;
                     break;
@@ -315,3 +345,6 @@ async fn probe_template(file: &File) -> Result<(), EngineError> {
         Err(_) => Err(too_much("takes too long")),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,32 +1,38 @@
 //! The worker's side of one engine process.
 
-use std::collections::{HashMap, VecDeque};
+mod inbox;
+mod last_words;
+mod questions;
+
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use tokio::process::{Child, ChildStderr, Command};
+use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::frame::{ToChild, ToParent, encode};
+use super::frame::{Answer, FrameError, ToChild, encode};
 use super::pipe::{FRAMES_MAX, FrameReader, write_frames};
 use super::stall_watch::StallWatch;
-use super::{CREDIT, ChildCommand};
+use super::{CREDIT, ChildCommand, handover};
 use crate::model_runtime::{
     EngineError, Event, GenerateRequest, GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, ModelId,
-    ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
+    ProgressSink, RuntimeInfo, VerifiedArtifact, unsupported,
 };
+use inbox::Inbox;
+use last_words::LastWords;
 
-/// How long a process may take to admit a generation or to count tokens.
+/// How long a process may take to admit a generation or to answer a question.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// How long a process may take to exit once its socket is closed.
 const EXIT_WITHIN: Duration = Duration::from_secs(2);
@@ -34,19 +40,14 @@ const EXIT_WITHIN: Duration = Duration::from_secs(2);
 const ACKNOWLEDGE_EVERY: u32 = 64;
 /// Events that wait for a reader beyond those under way.
 const READER_EVENTS_MAX: usize = 32;
-/// Lines of standard error that are kept to explain a death.
-const LAST_LINES: usize = 16;
-/// The longest line of standard error that is kept in one piece.
-const LINE_BYTES_MAX: usize = 4_096;
-
-/// Words of lines that tell what a process died of, the most telling first.
-const TELLING: [&str; 3] = ["memory allocation of", "ASSERT", "rror"];
 
 type Item = Result<Event, EngineError>;
 
 /// A running engine process with its model, once that is loaded.
 pub(super) struct EngineProcess {
     pub(super) pid: u32,
+    /// Takes the files that frames speak of; held until the frame is queued, so that both keep the same order.
+    files: Mutex<StdUnixStream>,
     outgoing: mpsc::Sender<Vec<u8>>,
     next_number: AtomicU64,
     state: Mutex<State>,
@@ -59,7 +60,7 @@ struct State {
     /// Why no more requests are taken.
     closed: Option<EngineError>,
     generations: HashMap<u64, Generation>,
-    counts: HashMap<u64, oneshot::Sender<Result<u32, EngineError>>>,
+    questions: HashMap<u64, oneshot::Sender<Result<Answer, EngineError>>>,
     snapshot: Option<LoadSnapshot>,
     /// Frames that came.
     heard: u64,
@@ -103,16 +104,21 @@ impl EngineProcess {
         tasks: &TaskTracker,
         gone: impl FnOnce() + Send + 'static,
     ) -> io::Result<Arc<Self>> {
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        let (ours, theirs) = StdUnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let socket = UnixStream::from_std(ours)?;
-        let VerifiedArtifact { file, sha256, bytes, .. } = artifact;
+        let (files, their_files) = StdUnixStream::pair()?;
+        files.set_nonblocking(true)?;
+        handover::send(&files, &artifact)?;
+        let load =
+            encode(&ToChild::Load { options, files: handover::describe(&artifact) }).map_err(io::Error::other)?;
+        drop(artifact);
         let mut child = Command::new(&command.program)
             .args(&command.args)
             .envs(command.envs.iter().map(|(name, value)| (name, value)))
             // An assertion that fails would start a debugger to print a trace.
             .env("GGML_NO_BACKTRACE", "1")
-            .stdin(Stdio::from(file))
+            .stdin(Stdio::from(OwnedFd::from(their_files)))
             .stdout(Stdio::from(OwnedFd::from(theirs)))
             .stderr(Stdio::piped())
             // Ctrl-C on a terminal is for the program, which lets its jobs end, and not for the engines they need.
@@ -123,21 +129,21 @@ impl EngineProcess {
         let (reading, writing) = socket.into_split();
         let (outgoing, queue) = mpsc::channel(FRAMES_MAX);
         tasks.spawn(write_frames(queue, writing));
-        let lines = Arc::new(Mutex::new(VecDeque::new()));
-        let stderr = child.stderr.take().map(|stderr| tasks.spawn(read_lines(stderr, pid, Arc::clone(&lines))));
-        let load = encode(&ToChild::Load { options, sha256, bytes }).map_err(io::Error::other)?;
+        let last_words = LastWords::default();
+        let stderr = child.stderr.take().map(|stderr| tasks.spawn(last_words.clone().listen(stderr, pid)));
         // The queue is empty, so there is room.
         let _ = outgoing.try_send(load);
         let state = State {
             closed: None,
             generations: HashMap::new(),
-            counts: HashMap::new(),
+            questions: HashMap::new(),
             snapshot: None,
             heard: 0,
             asked: false,
         };
         let process = Arc::new(Self {
             pid,
+            files: Mutex::new(files),
             outgoing,
             next_number: AtomicU64::new(1),
             state: Mutex::new(state),
@@ -148,20 +154,19 @@ impl EngineProcess {
         let supervised = Arc::clone(&process);
         let stall_limit = loading.stall_limit;
         tasks.spawn(async move {
-            let mut frames = Frames { process: &supervised, loading: Some(loading), info: None };
+            let mut inbox = Inbox { process: &supervised, loading: Some(loading), info: None };
             let ending = tokio::select! {
-                ending = frames.read(FrameReader::new(reading)) => ending,
+                ending = inbox.read(FrameReader::new(reading)) => ending,
                 () = supervised.kill.cancelled() => Ending::Killed,
                 stall = supervised.stall(stall_limit) => Ending::Fault(stall),
             };
-            let Frames { loading, info, .. } = frames;
+            let Inbox { loading, info, .. } = inbox;
             let status = reap(child, &ending).await;
             // The last words may still be in the pipe; a grandchild that holds it open must not hold us up.
             if let Some(stderr) = stderr {
                 let _ = time::timeout(Duration::from_millis(500), stderr).await;
             }
-            let last = lines.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect::<Vec<_>>();
-            let reason = explain(pid, &ending, status, &last);
+            let reason = explain(pid, &ending, status, last_words.telling());
             // Closed first, so that nobody enters it in the list after it was struck off.
             supervised.state().closed.get_or_insert(EngineError::Failed { reason: reason.clone() });
             gone();
@@ -198,7 +203,7 @@ impl EngineProcess {
     pub(super) async fn generate(self: &Arc<Self>, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
         let id = self.number();
         let frame = encode(&ToChild::Generate { id, request: Box::new(request) })
-            .map_err(|error| EngineError::Unsupported { parameter: "messages".into(), reason: error.to_string() })?;
+            .map_err(|error| too_long("messages", &error))?;
         let (admitted, is_admitted) = oneshot::channel();
         // Room for all that may be under way, and for the end.
         let (events, incoming) = mpsc::channel(CREDIT + 2);
@@ -220,35 +225,7 @@ impl EngineProcess {
         match time::timeout(ANSWER_WITHIN, is_admitted).await {
             Ok(Ok(admitted)) => admitted.map(|()| stream),
             Ok(Err(_)) => Err(EngineError::NotLoaded),
-            Err(_) => Err(no_answer()),
-        }
-    }
-
-    pub(super) async fn count_tokens(&self, input: &PromptInput) -> Result<u32, EngineError> {
-        let id = self.number();
-        let message = ToChild::CountTokens { id, input: input.clone() };
-        let frame = encode(&message)
-            .map_err(|error| EngineError::Unsupported { parameter: "messages".into(), reason: error.to_string() })?;
-        let (counted, is_counted) = oneshot::channel();
-        {
-            let mut state = self.state();
-            if let Some(error) = &state.closed {
-                return Err(error.clone());
-            }
-            state.counts.insert(id, counted);
-            state.asked = true;
-        }
-        if self.outgoing.try_send(frame).is_err() {
-            self.state().counts.remove(&id);
-            return Err(EngineError::Busy);
-        }
-        match time::timeout(ANSWER_WITHIN, is_counted).await {
-            Ok(Ok(tokens)) => tokens,
-            Ok(Err(_)) => Err(EngineError::NotLoaded),
-            Err(_) => {
-                self.state().counts.remove(&id);
-                Err(no_answer())
-            }
+            Err(_) => Err(no_answer(ANSWER_WITHIN)),
         }
     }
 
@@ -327,10 +304,10 @@ impl EngineProcess {
 
     /// Ends everything that waits for this process, once it is closed.
     fn end_all(&self) {
-        let (generations, counts, error) = {
+        let (generations, questions, error) = {
             let mut state = self.state();
             let error = state.closed.clone().unwrap_or(EngineError::NotLoaded);
-            (std::mem::take(&mut state.generations), std::mem::take(&mut state.counts), error)
+            (std::mem::take(&mut state.generations), std::mem::take(&mut state.questions), error)
         };
         for Generation { admitted, events, .. } in generations.into_values() {
             match admitted {
@@ -338,8 +315,8 @@ impl EngineProcess {
                 None => drop(events.try_send(Err(error.clone()))),
             }
         }
-        for count in counts.into_values() {
-            let _ = count.send(Err(error.clone()));
+        for question in questions.into_values() {
+            let _ = question.send(Err(error.clone()));
         }
     }
 }
@@ -355,94 +332,6 @@ impl State {
     }
 }
 
-/// Takes what a process says, frame by frame.
-struct Frames<'a> {
-    process: &'a EngineProcess,
-    loading: Option<Loading>,
-    info: Option<RuntimeInfo>,
-}
-
-impl Frames<'_> {
-    async fn read(&mut self, mut frames: FrameReader) -> Ending {
-        loop {
-            match frames.next().await {
-                Ok(Some(message)) => {
-                    if let Err(nonsense) = self.take(message) {
-                        return Ending::Fault(nonsense);
-                    }
-                }
-                Ok(None) => return Ending::Closed,
-                Err(error) => return Ending::Fault(error.to_string()),
-            }
-        }
-    }
-
-    fn take(&mut self, message: ToParent) -> Result<(), String> {
-        {
-            let mut state = self.process.state();
-            state.heard += 1;
-            state.asked = false;
-        }
-        match message {
-            ToParent::Hello { info } => self.info = Some(info),
-            ToParent::Progress { share } => {
-                if let Some(loading) = &self.loading {
-                    (loading.progress)(share);
-                }
-            }
-            ToParent::Loaded { model, state } => {
-                self.process.state().snapshot = Some(state);
-                let info = self.info.clone().ok_or("it loaded before it said hello")?;
-                if let Some(Loading { loaded, .. }) = self.loading.take() {
-                    let _ = loaded.send(Ok((model, info)));
-                }
-            }
-            ToParent::NotLoaded { error } => {
-                if let Some(Loading { loaded, .. }) = self.loading.take() {
-                    let _ = loaded.send(Err(error));
-                }
-            }
-            ToParent::State { state } => self.process.state().snapshot = Some(state),
-            ToParent::Counted { id, tokens } => {
-                if let Some(count) = self.process.state().counts.remove(&id) {
-                    let _ = count.send(tokens);
-                }
-            }
-            ToParent::Accepted { id } => {
-                if let Some(generation) = self.process.state().generations.get_mut(&id)
-                    && let Some(admitted) = generation.admitted.take()
-                {
-                    let _ = admitted.send(Ok(()));
-                }
-            }
-            ToParent::Refused { id, error } => {
-                let generation = self.process.state().generations.remove(&id);
-                if let Some(admitted) = generation.and_then(|generation| generation.admitted) {
-                    let _ = admitted.send(Err(error));
-                }
-            }
-            ToParent::Event { id, event } => return self.hand(id, Ok(event)),
-            ToParent::Failed { id, error } => return self.hand(id, Err(error)),
-        }
-        Ok(())
-    }
-
-    fn hand(&self, id: u64, item: Item) -> Result<(), String> {
-        let end = !matches!(item, Ok(Event::Started { .. } | Event::Piece(_)));
-        let mut state = self.process.state();
-        // A generation that was cancelled may still have events under way.
-        let Some(generation) = state.generations.get_mut(&id) else { return Ok(()) };
-        generation.unacknowledged += 1;
-        if let Err(mpsc::error::TrySendError::Full(_)) = generation.events.try_send(item) {
-            return Err("it sent more events than it had credit for".into());
-        }
-        if end {
-            state.generations.remove(&id);
-        }
-        Ok(())
-    }
-}
-
 async fn reap(mut child: Child, ending: &Ending) -> Option<ExitStatus> {
     if let Ending::Closed = ending
         && let Ok(status) = time::timeout(EXIT_WITHIN, child.wait()).await
@@ -453,17 +342,15 @@ async fn reap(mut child: Child, ending: &Ending) -> Option<ExitStatus> {
     child.wait().await.ok()
 }
 
-fn explain(pid: u32, ending: &Ending, status: Option<ExitStatus>, last: &[String]) -> String {
+fn explain(pid: u32, ending: &Ending, status: Option<ExitStatus>, last_words: Option<String>) -> String {
     let how = match (ending, status) {
         (Ending::Killed, _) => "was ended by its worker".to_owned(),
         (Ending::Fault(fault), _) => format!("was ended because {fault}"),
         (Ending::Closed, Some(status)) => format!("ended ({status})"),
         (Ending::Closed, None) => "ended".to_owned(),
     };
-    // What it died of says more than the trace that comes after it.
-    let telling = TELLING.iter().find_map(|words| last.iter().rev().find(|line| line.contains(words)));
-    match telling.or(last.last()) {
-        Some(line) => format!("engine process {pid} {how}: {line}"),
+    match last_words {
+        Some(words) => format!("engine process {pid} {how}: {words}"),
         None => format!("engine process {pid} {how}"),
     }
 }
@@ -479,46 +366,10 @@ fn blame(reason: String, said_hello: bool, ending: &Ending, status: Option<ExitS
     }
 }
 
-fn no_answer() -> EngineError {
-    EngineError::Failed { reason: format!("the engine process did not answer within {ANSWER_WITHIN:?}") }
+fn no_answer(within: Duration) -> EngineError {
+    EngineError::Failed { reason: format!("the engine process did not answer within {within:?}") }
 }
 
-/// Sends standard error to the log, line by line, and keeps the last lines.
-async fn read_lines(mut stderr: ChildStderr, pid: u32, lines: Arc<Mutex<VecDeque<String>>>) {
-    let mut buffer = Vec::new();
-    let mut line = Vec::new();
-    loop {
-        buffer.clear();
-        buffer.reserve(LINE_BYTES_MAX);
-        match stderr.read_buf(&mut buffer).await {
-            Ok(count) if count > 0 => {}
-            _ => break,
-        }
-        for &byte in &buffer {
-            if byte != b'\n' {
-                line.push(byte);
-            }
-            if byte == b'\n' || line.len() >= LINE_BYTES_MAX {
-                keep_line(&mut line, pid, &lines);
-            }
-        }
-    }
-    keep_line(&mut line, pid, &lines);
-}
-
-fn keep_line(line: &mut Vec<u8>, pid: u32, lines: &Mutex<VecDeque<String>>) {
-    let text = String::from_utf8_lossy(line).trim().to_owned();
-    line.clear();
-    if text.is_empty() {
-        return;
-    }
-    tracing::debug!(target: "engine_process", pid, "{text}");
-    let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
-    if lines.len() == LAST_LINES {
-        // A long trace must not push out what it is the trace of.
-        let is_telling = |line: &String| TELLING.iter().any(|words| line.contains(words));
-        let oldest = lines.iter().position(|line| !is_telling(line)).unwrap_or(0);
-        lines.remove(oldest);
-    }
-    lines.push_back(text);
+fn too_long(parameter: &str, error: &FrameError) -> EngineError {
+    unsupported(parameter, error.to_string())
 }

@@ -5,7 +5,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::model_runtime::{
-    EngineError, Event, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, PromptInput, RuntimeInfo,
+    AdapterId, Embeddings, EngineError, Event, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, PromptInput,
+    RuntimeInfo,
 };
 
 /// The longest frame, without its length.
@@ -13,7 +14,7 @@ pub const FRAME_BYTES_MAX: usize = 16 << 20;
 
 const LENGTH_BYTES: usize = 4;
 
-/// What a worker tells its engine process. The model's file is the standard input of the process.
+/// What a worker tells its engine process. The files that a message speaks of come before it; see [`super::handover`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToChild {
@@ -21,10 +22,8 @@ pub enum ToChild {
     Load {
         /// How to load it.
         options: LoadOptions,
-        /// The digest that the file was checked against.
-        sha256: String,
-        /// The length of the file.
-        bytes: u64,
+        /// The files of the model, in their order.
+        files: Vec<FileInfo>,
     },
     /// Start a generation; the model named in the request is ignored.
     Generate {
@@ -33,7 +32,7 @@ pub enum ToChild {
         /// What to generate.
         request: Box<GenerateRequest>,
     },
-    /// Stop a generation.
+    /// Stop a generation, or forget a question.
     Cancel {
         /// Its number.
         id: u64,
@@ -45,15 +44,57 @@ pub enum ToChild {
         /// How many.
         events: u32,
     },
-    /// Count the tokens of an input.
-    CountTokens {
+    /// Attach an adapter, which is answered with its name.
+    AddAdapter {
         /// The number of the question, never used before.
         id: u64,
-        /// The input.
-        input: PromptInput,
+        /// The adapter's file.
+        file: FileInfo,
+    },
+    /// Answer a question.
+    Ask {
+        /// Its number, never used before.
+        id: u64,
+        /// The question.
+        question: Question,
     },
     /// Free the model and end.
     Unload,
+}
+
+/// What is known of a file that is handed over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileInfo {
+    /// The digest that it was checked against.
+    pub sha256: String,
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// What has one answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Question {
+    /// How many tokens has this input?
+    CountTokens(PromptInput),
+    /// Which vectors have these texts?
+    Embed(Vec<PromptInput>),
+    /// Is this adapter freed?
+    RemoveAdapter(AdapterId),
+}
+
+/// What is answered to a question, or to a new adapter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// The tokens of an input.
+    Tokens(u32),
+    /// The vectors of texts.
+    Vectors(Embeddings),
+    /// The name of a new adapter.
+    Adapter(AdapterId),
+    /// An adapter is freed.
+    Removed,
 }
 
 /// What an engine process tells its worker.
@@ -108,12 +149,12 @@ pub enum ToParent {
         /// Why.
         error: EngineError,
     },
-    /// The answer to `CountTokens`.
-    Counted {
-        /// The number of the question.
+    /// The answer to a question.
+    Answer {
+        /// Its number.
         id: u64,
-        /// The tokens.
-        tokens: Result<u32, EngineError>,
+        /// The answer.
+        answer: Result<Answer, EngineError>,
     },
     /// How busy the model is; comes before each end of a generation as well.
     State {

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use bytes::BytesMut;
 use tether_engine::process::frame::{ToChild, ToParent, decode, encode};
+use tether_engine::process::handover;
 use tether_engine::{EngineError, Event, FinishReason, GenerateRequest, ModelId, ModelRuntime, no_progress};
 
 use crate::process_runtime::{host, kill, loaded};
@@ -49,14 +50,17 @@ async fn a_process_killed_in_the_middle_of_an_answer_fails_it() {
 #[test]
 fn a_process_whose_worker_vanishes_ends_in_the_middle_of_its_work() {
     let (mut worker, theirs) = UnixStream::pair().expect("sockets work");
+    let (files, their_files) = UnixStream::pair().expect("sockets work");
     let mut child = Command::new(env!("CARGO_BIN_EXE_engine-host"))
         .arg("llama")
-        .stdin(Stdio::from(tiny().file))
+        .stdin(Stdio::from(OwnedFd::from(their_files)))
         .stdout(Stdio::from(OwnedFd::from(theirs)))
         .spawn()
         .expect("it starts");
     let request = endless(ModelId(0));
-    let load = ToChild::Load { options: options(), sha256: String::new(), bytes: tiny().bytes };
+    let model = tiny();
+    handover::send(&files, &model).expect("it is sent");
+    let load = ToChild::Load { options: options(), files: handover::describe(&model) };
     let mut buffer = BytesMut::new();
     worker.write_all(&encode(&load).expect("it encodes")).expect("it is sent");
     await_message(&mut worker, &mut buffer, |message| matches!(message, ToParent::Loaded { .. }));

@@ -1,0 +1,226 @@
+use std::io::{self, Seek, Write};
+
+use async_trait::async_trait;
+use tokio::io::AsyncWriteExt;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+
+use super::*;
+use crate::model_runtime::{
+    Abilities, AdapterId, Counters, Embeddings, GenerateStream, MemoryPlan, ModelId, ProgressSink, PromptInput,
+    RuntimeInfo,
+};
+use crate::process::handover;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Names an adapter after the number in its file, and makes of a text a vector of the number in it.
+#[derive(Default)]
+struct Numbers {
+    adapters: Mutex<Vec<AdapterId>>,
+    /// Held by each question that never gets an answer.
+    held: Arc<()>,
+}
+
+#[async_trait]
+impl ModelRuntime for Numbers {
+    fn describe(&self) -> RuntimeInfo {
+        RuntimeInfo { kind: "numbers".into(), detail: String::new() }
+    }
+
+    async fn estimate(&self, _: &VerifiedArtifact, _: &LoadOptions) -> Result<MemoryPlan, EngineError> {
+        Err(EngineError::NotLoaded)
+    }
+
+    async fn load(
+        &self,
+        _: VerifiedArtifact,
+        _: LoadOptions,
+        progress: ProgressSink,
+    ) -> Result<LoadedModel, EngineError> {
+        progress(1.0);
+        Ok(LoadedModel { id: ModelId(7), context_length: 8, slots: 1, pid: None, abilities: Abilities::default() })
+    }
+
+    async fn add_adapter(&self, model: ModelId, artifact: VerifiedArtifact) -> Result<AdapterId, EngineError> {
+        assert_eq!(model, ModelId(7));
+        let text = io::read_to_string(&artifact.file).expect("it can be read");
+        let adapter =
+            text.parse().map(AdapterId).map_err(|_| EngineError::InvalidModel { reason: format!("{text:?}") })?;
+        self.adapters.lock().expect("nothing panics").push(adapter);
+        Ok(adapter)
+    }
+
+    async fn remove_adapter(&self, _: ModelId, adapter: AdapterId) -> Result<(), EngineError> {
+        let mut adapters = self.adapters.lock().expect("nothing panics");
+        let place = adapters.iter().position(|there| *there == adapter).ok_or(EngineError::NotLoaded)?;
+        adapters.remove(place);
+        Ok(())
+    }
+
+    async fn unload(&self, _: ModelId) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    async fn generate(&self, _: GenerateRequest) -> Result<GenerateStream, EngineError> {
+        Err(EngineError::Busy)
+    }
+
+    async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
+        let mut vectors = Vec::new();
+        for input in &request.inputs {
+            let PromptInput::Text(text) = input else { return Err(EngineError::Busy) };
+            if text == "never" {
+                let _held = Arc::clone(&self.held);
+                std::future::pending::<()>().await;
+            }
+            vectors.push(vec![text.parse().expect("a number")]);
+        }
+        Ok(Embeddings { vectors, prompt_tokens: 3 })
+    }
+
+    async fn count_tokens(&self, _: ModelId, _: &PromptInput) -> Result<u32, EngineError> {
+        Ok(5)
+    }
+
+    fn load_state(&self) -> Vec<LoadSnapshot> {
+        vec![LoadSnapshot {
+            model: ModelId(7),
+            slots: 1,
+            running: 0,
+            waiting: 0,
+            kv_usage: 0.0,
+            tokens_per_second: 0.0,
+            counters: Counters::default(),
+        }]
+    }
+}
+
+/// The worker's ends of both sockets.
+struct Worker {
+    files: StdUnixStream,
+    reading: FrameReader,
+    writing: OwnedWriteHalf,
+    runtime: Arc<Numbers>,
+    tasks: TaskTracker,
+}
+
+impl Worker {
+    /// Returns a worker whose child has loaded its model.
+    async fn with_model() -> Self {
+        let (files, their_files) = StdUnixStream::pair().expect("sockets work");
+        their_files.set_nonblocking(true).expect("it is ours");
+        let (ours, theirs) = UnixStream::pair().expect("sockets work");
+        let runtime = Arc::new(Numbers::default());
+        let tasks = TaskTracker::new();
+        tasks.spawn(serve(Arc::clone(&runtime), their_files, theirs));
+        let (reading, writing): (OwnedReadHalf, _) = ours.into_split();
+        let mut worker = Self { files, reading: FrameReader::new(reading), writing, runtime, tasks };
+        let model = file("model");
+        handover::send(&worker.files, &model).expect("there is room");
+        worker.say(ToChild::Load { options: LoadOptions::default(), files: handover::describe(&model) }).await;
+        worker.hear(|message| matches!(message, ToParent::Loaded { .. })).await;
+        worker
+    }
+
+    /// Goes, and waits for the child to notice.
+    async fn leave(self) {
+        drop((self.reading, self.writing));
+        self.tasks.close();
+        time::timeout(PATIENCE, self.tasks.wait()).await.expect("the child ends");
+    }
+
+    async fn say(&mut self, message: ToChild) {
+        self.writing.write_all(&encode(&message).expect("it encodes")).await.expect("it is sent");
+    }
+
+    async fn hear(&mut self, wanted: impl Fn(&ToParent) -> bool) -> ToParent {
+        let hear = async {
+            loop {
+                let message = self.reading.next().await.expect("a frame").expect("the child lives");
+                if wanted(&message) {
+                    return message;
+                }
+            }
+        };
+        time::timeout(PATIENCE, hear).await.expect("it is said in time")
+    }
+
+    async fn answer(&mut self, number: u64) -> Result<Answer, EngineError> {
+        let said = self.hear(|message| matches!(message, ToParent::Answer { id, .. } if *id == number)).await;
+        let ToParent::Answer { answer, .. } = said else { unreachable!("only answers are wanted") };
+        answer
+    }
+
+    async fn ask(&mut self, id: u64, question: Question) -> Result<Answer, EngineError> {
+        self.say(ToChild::Ask { id, question }).await;
+        self.answer(id).await
+    }
+
+    async fn add_adapter(&mut self, id: u64, text: &str) -> Result<Answer, EngineError> {
+        let adapter = file(text);
+        handover::send(&self.files, &adapter).expect("there is room");
+        let [file] = handover::describe(&adapter).try_into().expect("one file");
+        self.say(ToChild::AddAdapter { id, file }).await;
+        self.answer(id).await
+    }
+}
+
+fn file(text: &str) -> VerifiedArtifact {
+    let mut file = tempfile::tempfile().expect("temporary files work");
+    file.write_all(text.as_bytes()).expect("it is written");
+    file.rewind().expect("it seeks");
+    VerifiedArtifact { file, sha256: String::new(), bytes: text.len() as u64, parts: Vec::new() }
+}
+
+fn text(text: &str) -> PromptInput {
+    PromptInput::Text(text.into())
+}
+
+async fn until(wanted: impl Fn() -> bool) {
+    let poll = async {
+        while !wanted() {
+            time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    time::timeout(PATIENCE, poll).await.expect("it happens in time");
+}
+
+#[tokio::test]
+async fn adapters_come_as_open_files_while_the_model_is_loaded() {
+    let mut worker = Worker::with_model().await;
+    assert_eq!(worker.add_adapter(1, "4").await, Ok(Answer::Adapter(AdapterId(4))));
+    assert!(matches!(worker.add_adapter(2, "no number").await, Err(EngineError::InvalidModel { .. })));
+    assert_eq!(worker.add_adapter(3, "5").await, Ok(Answer::Adapter(AdapterId(5))));
+    assert_eq!(worker.ask(4, Question::RemoveAdapter(AdapterId(4))).await, Ok(Answer::Removed));
+    assert_eq!(worker.ask(5, Question::RemoveAdapter(AdapterId(4))).await, Err(EngineError::NotLoaded));
+    assert_eq!(*worker.runtime.adapters.lock().expect("nothing panics"), [AdapterId(5)]);
+    worker.leave().await;
+}
+
+#[tokio::test]
+async fn questions_are_answered_by_their_numbers() {
+    let mut worker = Worker::with_model().await;
+    assert_eq!(worker.ask(8, Question::CountTokens(text("a"))).await, Ok(Answer::Tokens(5)));
+    let expected = Embeddings { vectors: vec![vec![0.25], vec![-3.0]], prompt_tokens: 3 };
+    let embedded = worker.ask(9, Question::Embed(vec![text("0.25"), text("-3")])).await;
+    assert_eq!(embedded, Ok(Answer::Vectors(expected)));
+}
+
+#[tokio::test]
+async fn a_vector_that_is_not_finite_is_an_error_and_not_a_broken_frame() {
+    let mut worker = Worker::with_model().await;
+    let embedded = worker.ask(1, Question::Embed(vec![text("NaN")])).await;
+    assert!(matches!(embedded, Err(EngineError::Failed { .. })), "{embedded:?}");
+    assert_eq!(worker.ask(2, Question::CountTokens(text("a"))).await, Ok(Answer::Tokens(5)));
+}
+
+#[tokio::test]
+async fn a_question_that_nobody_waits_for_any_more_is_dropped() {
+    let mut worker = Worker::with_model().await;
+    worker.say(ToChild::Ask { id: 1, question: Question::Embed(vec![text("never")]) }).await;
+    let runtime = Arc::clone(&worker.runtime);
+    until(|| Arc::strong_count(&runtime.held) == 2).await;
+    worker.say(ToChild::Cancel { id: 1 }).await;
+    until(|| Arc::strong_count(&runtime.held) == 1).await;
+    assert_eq!(worker.ask(2, Question::CountTokens(text("a"))).await, Ok(Answer::Tokens(5)));
+}

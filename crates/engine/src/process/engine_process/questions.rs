@@ -1,0 +1,140 @@
+//! What is asked of an engine process and has one answer.
+
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time;
+
+use super::{ANSWER_WITHIN, EngineProcess, no_answer, too_long};
+use crate::model_runtime::{AdapterId, Embeddings, EngineError, PromptInput, VerifiedArtifact};
+use crate::process::frame::{Answer, Question, ToChild, encode};
+use crate::process::handover;
+
+/// Texts that are embedded by one question. Their vectors, as JSON, are a quarter of a frame at the widest models.
+const TEXTS_MAX: usize = 32;
+/// How long they may take together; an engine that makes no step is given up on sooner.
+const EMBED_WITHIN: Duration = Duration::from_mins(10);
+
+/// A question that was asked; when it is dropped without an answer, the process is told to forget it.
+struct Asked<'a> {
+    process: &'a EngineProcess,
+    id: u64,
+    answered: oneshot::Receiver<Result<Answer, EngineError>>,
+}
+
+impl EngineProcess {
+    pub(in crate::process) async fn count_tokens(&self, input: &PromptInput) -> Result<u32, EngineError> {
+        match self.ask(Question::CountTokens(input.clone()), ANSWER_WITHIN).await? {
+            Answer::Tokens(tokens) => Ok(tokens),
+            _ => Err(nonsense()),
+        }
+    }
+
+    /// Asks for the vectors of a few texts at a time, so that any number of them fits the frames.
+    pub(in crate::process) async fn embed(&self, inputs: &[PromptInput]) -> Result<Embeddings, EngineError> {
+        let mut all = Embeddings::default();
+        for texts in inputs.chunks(TEXTS_MAX) {
+            let Answer::Vectors(Embeddings { vectors, prompt_tokens }) =
+                self.ask(Question::Embed(texts.to_vec()), EMBED_WITHIN).await?
+            else {
+                return Err(nonsense());
+            };
+            if vectors.len() != texts.len() {
+                return Err(nonsense());
+            }
+            all.vectors.extend(vectors);
+            all.prompt_tokens = all.prompt_tokens.saturating_add(prompt_tokens);
+        }
+        Ok(all)
+    }
+
+    pub(in crate::process) async fn add_adapter(
+        &self,
+        artifact: VerifiedArtifact,
+        within: Duration,
+    ) -> Result<AdapterId, EngineError> {
+        let [file] = handover::describe(&artifact)
+            .try_into()
+            .map_err(|_| EngineError::InvalidModel { reason: "an adapter is one file".into() })?;
+        let asked = self.open_question()?;
+        let frame = encode(&ToChild::AddAdapter { id: asked.id, file }).map_err(|error| too_long("adapter", &error))?;
+        {
+            let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+            let place = self.outgoing.try_reserve().map_err(|_| EngineError::Busy)?;
+            handover::send(&files, &artifact)
+                .map_err(|error| EngineError::Failed { reason: format!("the adapter was not handed over: {error}") })?;
+            place.send(frame);
+        }
+        drop(artifact);
+        match asked.answer(within).await? {
+            Answer::Adapter(adapter) => Ok(adapter),
+            _ => Err(nonsense()),
+        }
+    }
+
+    pub(in crate::process) async fn remove_adapter(&self, adapter: AdapterId) -> Result<(), EngineError> {
+        match self.ask(Question::RemoveAdapter(adapter), ANSWER_WITHIN).await? {
+            Answer::Removed => Ok(()),
+            _ => Err(nonsense()),
+        }
+    }
+
+    /// Has an adapter freed that nobody asks for.
+    pub(super) fn forget_adapter(&self, adapter: AdapterId) {
+        let question = Question::RemoveAdapter(adapter);
+        if let Ok(frame) = encode(&ToChild::Ask { id: self.number(), question })
+            && self.outgoing.try_send(frame).is_err()
+        {
+            tracing::warn!(pid = self.pid, adapter = adapter.0, "an adapter stays loaded that nobody uses");
+        }
+    }
+
+    async fn ask(&self, question: Question, within: Duration) -> Result<Answer, EngineError> {
+        let asked = self.open_question()?;
+        let frame = encode(&ToChild::Ask { id: asked.id, question }).map_err(|error| too_long("input", &error))?;
+        self.outgoing.try_send(frame).map_err(|_| EngineError::Busy)?;
+        asked.answer(within).await
+    }
+
+    fn open_question(&self) -> Result<Asked<'_>, EngineError> {
+        let id = self.number();
+        let (asker, answered) = oneshot::channel();
+        let mut state = self.state();
+        if let Some(error) = &state.closed {
+            return Err(error.clone());
+        }
+        state.questions.insert(id, asker);
+        state.asked = true;
+        Ok(Asked { process: self, id, answered })
+    }
+}
+
+impl Asked<'_> {
+    async fn answer(mut self, within: Duration) -> Result<Answer, EngineError> {
+        match time::timeout(within, &mut self.answered).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(EngineError::NotLoaded),
+            Err(_) => Err(no_answer(within)),
+        }
+    }
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        let is_open = self.process.state().questions.remove(&self.id).is_some();
+        if is_open {
+            if let Ok(frame) = encode(&ToChild::Cancel { id: self.id }) {
+                // A full queue is no reason to wait: the answer is dropped when it comes.
+                let _ = self.process.outgoing.try_send(frame);
+            }
+        } else if let Ok(Ok(Answer::Adapter(adapter))) = self.answered.try_recv() {
+            // It came in the moment in which the caller left.
+            self.process.forget_adapter(adapter);
+        }
+    }
+}
+
+fn nonsense() -> EngineError {
+    EngineError::Failed { reason: "the engine process gave an answer to something else".into() }
+}
