@@ -1,0 +1,281 @@
+//! What is asked of a model: a conversation or a text to go on with, or texts to make vectors of.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+
+use crate::id::AdapterName;
+
+/// What to answer, and how. A bare string is a prompt with all else at its default.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", remote = "Self")]
+pub struct Input {
+    /// A conversation to go on with. Exactly one of `messages`, `prompt`, `promptTokens` and `embed` is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub messages: Option<Vec<Message>>,
+    /// Text to go on with, as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<String>,
+    /// Tokens of the model to go on with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt_tokens: Option<Vec<u32>>,
+    /// Texts to make vectors of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embed: Option<Vec<EmbedInput>>,
+    /// A LoRA adapter of the model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterName>,
+    /// The functions the model may call; with `messages` only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<Tool>,
+    /// Whether it calls them.
+    #[serde(default, skip_serializing_if = "ToolChoice::is_auto")]
+    pub tool_choice: ToolChoice,
+    /// Variables for the model's chat template, such as `enable_thinking`; with `messages` only.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub template_options: serde_json::Map<String, Value>,
+    /// What form the answer must have.
+    #[serde(default, skip_serializing_if = "OutputFormat::is_text")]
+    pub format: OutputFormat,
+    /// How many answers, 1 to 16; they share the prompt and differ in their seeds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n: Option<u32>,
+    /// The most tokens to generate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<u32>,
+    /// 0 takes the likeliest token; 1, the default, leaves the distribution as it is. At most 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f32>,
+    /// Keeps the smallest set of tokens whose probabilities sum to this; above 0, at most 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_p: Option<f32>,
+    /// Keeps this many of the likeliest tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<u32>,
+    /// Keeps tokens at least this share as likely as the likeliest; 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_p: Option<f32>,
+    /// Makes tokens of prompt and answer less likely by a factor; above 0, at most 2, and 1 changes nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repetition_penalty: Option<f32>,
+    /// Makes tokens that the answer has less likely; -2 to 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub presence_penalty: Option<f32>,
+    /// The same, for each time that the answer has them; -2 to 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frequency_penalty: Option<f32>,
+    /// Added to the logits of tokens by number; -100, which bans a token, to 100.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub logit_bias: BTreeMap<u32, f32>,
+    /// Tells the log-probability of each token, and of so many of the likeliest in its place, 0 to 20.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<u32>,
+    /// The same seed draws the same tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// Up to 16 texts that end the answer; they are not part of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stop: Vec<String>,
+    /// Goes on past the end-of-turn token, for benchmarks.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ignore_eos: bool,
+    /// Evaluates the answer by itself, slower, so that the same build of the engine gives it again to the bit.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub deterministic: bool,
+}
+
+/// A text to make a vector of, or its tokens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum EmbedInput {
+    /// Text.
+    Text(String),
+    /// Tokens of the model.
+    Tokens(Vec<u32>),
+}
+
+/// A function that the model may call.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Tool {
+    /// Its name, 1 to 64 letters, digits, `_` and `-`.
+    pub name: String,
+    /// What it does, for the model to read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// The JSON schema of its arguments.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parameters: Option<Value>,
+}
+
+/// Whether the model calls functions.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum ToolChoice {
+    /// As it sees fit.
+    #[default]
+    Auto,
+    /// Never.
+    None,
+    /// At least one.
+    Required,
+    /// This one.
+    Function(String),
+}
+
+impl ToolChoice {
+    fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
+}
+
+/// What form an answer must have.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum OutputFormat {
+    /// Any.
+    #[default]
+    Text,
+    /// A JSON object.
+    Json,
+    /// JSON that the schema allows.
+    JsonSchema(Value),
+    /// Text that the whole regular expression matches.
+    Regex(String),
+    /// Text of a grammar in llguidance's dialect of Lark.
+    Lark(String),
+}
+
+impl OutputFormat {
+    fn is_text(&self) -> bool {
+        *self == Self::Text
+    }
+}
+
+/// One message of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Message {
+    /// Who speaks.
+    pub role: Role,
+    /// What is said; may be empty where an assistant only calls functions.
+    #[serde(default)]
+    pub content: String,
+    /// What an assistant thought before it spoke.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
+    /// The functions an assistant called.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
+    /// The call that a tool's message answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tool_call_id: Option<String>,
+    /// The name of who speaks, or of the tool that answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+impl Message {
+    /// Returns a message of plain text.
+    pub fn new(role: Role, content: impl Into<String>) -> Self {
+        let content = content.into();
+        Self { role, content, reasoning: None, tool_calls: Vec::new(), tool_call_id: None, name: None }
+    }
+}
+
+/// A function that an assistant called.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ToolCall {
+    /// The call's name within the conversation.
+    pub id: String,
+    /// The function's name.
+    pub name: String,
+    /// Its arguments as JSON text; a model may write text that is not JSON.
+    pub arguments: String,
+}
+
+/// Who speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Instructions of whoever built the application.
+    System,
+    /// A person.
+    User,
+    /// The model.
+    Assistant,
+    /// A function that the model called.
+    Tool,
+}
+
+impl Role {
+    /// Returns the word chat templates know it by.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+            Self::Tool => "tool",
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Input {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // A visitor instead of an untagged enum, which would hide where in the input an error lies.
+        struct TextOrMap;
+
+        impl<'de> serde::de::Visitor<'de> for TextOrMap {
+            type Value = Input;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("a prompt, or an object with `messages` or `prompt`")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Input, E> {
+                Ok(Input { prompt: Some(text.to_owned()), ..Input::default() })
+            }
+
+            fn visit_string<E: serde::de::Error>(self, text: String) -> Result<Input, E> {
+                Ok(Input { prompt: Some(text), ..Input::default() })
+            }
+
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Input, A::Error> {
+                // The one that the derivation made, which reads objects only.
+                Input::deserialize(serde::de::value::MapAccessDeserializer::new(map))
+            }
+        }
+
+        deserializer.deserialize_any(TextOrMap)
+    }
+}
+
+impl Serialize for Input {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Input::serialize(self, serializer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::infer::InferSubmission;
+
+    #[test]
+    fn a_bare_string_is_a_prompt() {
+        let input: Input = serde_json::from_str("\"hello\"").expect("a string is an input");
+        assert_eq!(input.prompt.as_deref(), Some("hello"));
+        input.check().expect("a prompt is enough");
+    }
+
+    #[test]
+    fn an_error_in_the_input_is_located() {
+        let text =
+            br#"{"modelId":"m","input":{"messages":[{"role":"user","content":"a"},{"role":"wizard","content":"b"}]}}"#;
+        let error = crate::codec::decode::<InferSubmission>(text).expect_err("no such role");
+        assert!(error.to_string().starts_with("input.messages[1].role"), "{error}");
+    }
+}

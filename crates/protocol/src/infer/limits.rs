@@ -1,0 +1,129 @@
+//! What an [`Input`] must keep to, beside what its types say.
+
+use super::{Input, ToolChoice};
+use crate::error_code::{ErrorCode, WireError};
+
+/// The most texts in `stop`.
+pub const STOP_MAX: usize = 16;
+/// The longest text in `stop`, in bytes.
+pub const STOP_BYTES_MAX: usize = 256;
+/// The most answers to one request.
+pub const N_MAX: u32 = 16;
+/// The most alternatives told for each token; OpenAI's limit.
+pub const LOGPROBS_MAX: u32 = 20;
+/// The most functions a model may be offered; OpenAI's limit.
+pub const TOOLS_MAX: usize = 128;
+/// The most tokens whose logits are biased.
+pub const LOGIT_BIAS_MAX: usize = 1_024;
+/// The most texts of one request to make vectors of; OpenAI's limit.
+pub const EMBED_MAX: usize = 2_048;
+
+impl Input {
+    /// Checks what types cannot: that exactly one prompt is given, and that numbers lie within their ranges.
+    pub fn check(&self) -> Result<(), WireError> {
+        let invalid = |param: &str, message: &str| {
+            Err(WireError::new(ErrorCode::InvalidValue, format!("{param} {message}")).with_param(param))
+        };
+        let given =
+            [self.messages.is_some(), self.prompt.is_some(), self.prompt_tokens.is_some(), self.embed.is_some()];
+        if given.into_iter().filter(|given| *given).count() != 1 {
+            return invalid("input", "must have exactly one of messages, prompt, promptTokens and embed");
+        }
+        if self.messages.as_ref().is_some_and(Vec::is_empty) {
+            return invalid("messages", "must not be empty");
+        }
+        if self.prompt_tokens.as_ref().is_some_and(Vec::is_empty) {
+            return invalid("prompt", "must not be empty");
+        }
+        if self.embed.as_ref().is_some_and(|texts| texts.is_empty() || texts.len() > EMBED_MAX) {
+            return invalid("embed", "must have 1 to 2048 texts");
+        }
+        if self.messages.is_none() && !self.tools.is_empty() {
+            return invalid("tools", "are for conversations");
+        }
+        if self.tools.len() > TOOLS_MAX {
+            return invalid("tools", "must be at most 128");
+        }
+        if !self.tools.iter().all(|tool| is_function_name(&tool.name)) {
+            return invalid("tools", "must have names of 1 to 64 letters, digits, _ and -");
+        }
+        match &self.tool_choice {
+            ToolChoice::Required if self.tools.is_empty() => return invalid("tool_choice", "needs tools"),
+            ToolChoice::Function(name) if !self.tools.iter().any(|tool| tool.name == *name) => {
+                return invalid("tool_choice", "names a function that is not among the tools");
+            }
+            _ => {}
+        }
+        if self.n.is_some_and(|n| !(1..=N_MAX).contains(&n)) {
+            return invalid("n", "must be between 1 and 16");
+        }
+        if self.logprobs.is_some_and(|count| count > LOGPROBS_MAX) {
+            return invalid("logprobs", "must be at most 20");
+        }
+        if self.logit_bias.len() > LOGIT_BIAS_MAX {
+            return invalid("logit_bias", "must have at most 1024 tokens");
+        }
+        if !self.logit_bias.values().all(|bias| (-100.0..=100.0).contains(bias)) {
+            return invalid("logit_bias", "must have values between -100 and 100");
+        }
+        let within = |value: Option<f32>, low: f32, high: f32| value.is_none_or(|value| (low..=high).contains(&value));
+        if !within(self.temperature, 0.0, 2.0) {
+            return invalid("temperature", "must be between 0 and 2");
+        }
+        if !within(self.top_p, f32::MIN_POSITIVE, 1.0) {
+            return invalid("top_p", "must be above 0 and at most 1");
+        }
+        if !within(self.min_p, 0.0, 1.0) {
+            return invalid("min_p", "must be between 0 and 1");
+        }
+        if !within(self.repetition_penalty, f32::MIN_POSITIVE, 2.0) {
+            return invalid("repetition_penalty", "must be above 0 and at most 2");
+        }
+        if !within(self.presence_penalty, -2.0, 2.0) {
+            return invalid("presence_penalty", "must be between -2 and 2");
+        }
+        if !within(self.frequency_penalty, -2.0, 2.0) {
+            return invalid("frequency_penalty", "must be between -2 and 2");
+        }
+        if self.max_tokens == Some(0) {
+            return invalid("max_tokens", "must be at least 1");
+        }
+        if self.stop.len() > STOP_MAX {
+            return invalid("stop", "must have at most 16 texts");
+        }
+        if self.stop.iter().any(|stop| stop.is_empty() || stop.len() > STOP_BYTES_MAX) {
+            return invalid("stop", "must have texts of 1 to 256 bytes");
+        }
+        Ok(())
+    }
+}
+
+/// Says whether OpenAI's clients may call a function so.
+fn is_function_name(name: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
+    (1..=64).contains(&name.len()) && name.bytes().all(allowed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_out_of_range_names_its_field() {
+        let prompt = || Input { prompt: Some("x".into()), ..Input::default() };
+        for (input, param) in [
+            (Input { temperature: Some(2.5), ..prompt() }, "temperature"),
+            (Input { temperature: Some(f32::NAN), ..prompt() }, "temperature"),
+            (Input { top_p: Some(0.0), ..prompt() }, "top_p"),
+            (Input { min_p: Some(-0.1), ..prompt() }, "min_p"),
+            (Input { max_tokens: Some(0), ..prompt() }, "max_tokens"),
+            (Input { stop: vec![String::new()], ..prompt() }, "stop"),
+            (Input { stop: vec!["x".into(); 17], ..prompt() }, "stop"),
+            (Input { messages: Some(vec![]), ..Input::default() }, "messages"),
+            (Input { messages: Some(vec![]), ..prompt() }, "input"),
+            (Input::default(), "input"),
+        ] {
+            assert_eq!(input.check().expect_err(param).param.as_deref(), Some(param));
+        }
+    }
+}
