@@ -7,21 +7,24 @@ use std::time::Instant;
 
 use protocol::health::{CachedModel, Capacity, HealthReport, ModelState};
 use protocol::model::ModelKey;
+use protocol::prefix::PrefixChain;
 use protocol::{Digest, PublicKey, UnixMillis};
-use tether_orchestrator::fleet::Fleet;
+use tether_orchestrator::fleet::{Fleet, Wanted};
 use tether_orchestrator::scheduler::{affinity::Weights, place};
 
 fn main() {
     let model = ModelKey { model_id: "m".parse().expect("name"), version: "1.0".parse().expect("version") };
+    let prompt = PrefixChain::NONE;
     println!("one decision, µs         p50      p99");
     for size in [10u32, 1000, 10_000] {
         let fleet = fleet_of(size, &model);
         let now = tokio::time::Instant::now();
         let weights = Weights::default();
+        let wanted = Wanted { model: &model, prefix: &prompt };
         let mut times: Vec<f64> = (0..2000)
             .map(|_| {
                 let began = Instant::now();
-                black_box(fleet.with_candidates(&model, now, |candidates| place(candidates, &[], &weights)));
+                black_box(fleet.with_candidates(wanted, now, |candidates| place(candidates, &[], &weights)));
                 began.elapsed().as_secs_f64() * 1e6
             })
             .collect();
@@ -51,11 +54,12 @@ fn fleet_of(size: u32, model: &ModelKey) -> Fleet {
                 capacity: Capacity { slots: 8, running: (mixed >> 20) as u32 % 12, waiting: 0, queue_max: 8 },
                 supported: vec![model.clone()],
                 model_cache: vec![CachedModel {
-                    key: model.clone(),
-                    digest: Digest([0; 32]),
-                    state: if mixed.is_multiple_of(5) { ModelState::Loading } else { ModelState::Ready },
                     tokens_per_second: (mixed >> 30 & 63) as f32,
-                    adapters: vec![],
+                    ..CachedModel::new(
+                        model.clone(),
+                        Digest([0; 32]),
+                        if mixed.is_multiple_of(5) { ModelState::Loading } else { ModelState::Ready },
+                    )
                 }],
                 latency_hops: 0,
                 draining: false,

@@ -6,9 +6,10 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use protocol::control::FleetWorker;
-use protocol::health::{EXPIRY, HealthReport, ModelState};
+use protocol::health::{EXPIRY, HealthReport, ModelState, PREFIXES_MAX};
 use protocol::model::ModelKey;
-use protocol::{Region, WorkerId};
+use protocol::prefix::PrefixChain;
+use protocol::{PrefixDigest, Region, WorkerId};
 use tokio::time::Instant;
 
 use crate::scheduler::{Candidate, Refusal};
@@ -24,6 +25,15 @@ pub enum Change {
     Restarted,
     /// The worker is known and stays.
     None,
+}
+
+/// What a job wants of a worker.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// The model.
+    pub model: &'a ModelKey,
+    /// The beginnings of its prompt.
+    pub prefix: &'a PrefixChain,
 }
 
 /// The workers believed alive.
@@ -61,6 +71,10 @@ struct Worker {
 struct Replicas {
     list: Vec<Replica>,
     position: HashMap<usize, usize>,
+    /// The workers that have the beginning of a prompt at hand.
+    warm: HashMap<PrefixDigest, Vec<usize>>,
+    /// What each of them told of.
+    told: HashMap<usize, Vec<PrefixDigest>>,
 }
 
 #[derive(Clone, Copy)]
@@ -81,7 +95,45 @@ impl Replicas {
         }
     }
 
+    /// Takes what a worker has at hand, in place of what it had before.
+    fn warm_up(&mut self, worker: usize, mut prefixes: Vec<PrefixDigest>) {
+        self.cool_down(worker);
+        prefixes.truncate(PREFIXES_MAX);
+        prefixes.sort_unstable();
+        prefixes.dedup();
+        for digest in &prefixes {
+            self.warm.entry(*digest).or_default().push(worker);
+        }
+        if !prefixes.is_empty() {
+            self.told.insert(worker, prefixes);
+        }
+    }
+
+    fn cool_down(&mut self, worker: usize) {
+        for digest in self.told.remove(&worker).unwrap_or_default() {
+            if let Some(workers) = self.warm.get_mut(&digest) {
+                workers.retain(|warm| *warm != worker);
+                if workers.is_empty() {
+                    self.warm.remove(&digest);
+                }
+            }
+        }
+    }
+
+    /// Returns the share of a prompt that workers have at hand. Few do, or all of them little, so that looking from
+    /// the prompt costs less than looking from each worker.
+    fn shares(&self, prefix: &PrefixChain) -> HashMap<usize, f32> {
+        let mut shares = HashMap::new();
+        for (digest, share) in prefix.shares() {
+            for worker in self.warm.get(&digest).into_iter().flatten() {
+                shares.entry(*worker).or_insert(share);
+            }
+        }
+        shares
+    }
+
     fn remove(&mut self, worker: usize) {
+        self.cool_down(worker);
         if let Some(position) = self.position.remove(&worker) {
             self.list.swap_remove(position);
             if let Some(moved) = self.list.get(position) {
@@ -98,7 +150,7 @@ impl Fleet {
     }
 
     /// Takes a report that was found worth believing.
-    pub fn update(&self, report: HealthReport, now: Instant) -> Change {
+    pub fn update(&self, mut report: HealthReport, now: Instant) -> Change {
         let proximity = self.proximity(&report.region);
         let mut guard = self.write();
         let state = &mut *guard;
@@ -114,17 +166,21 @@ impl Fleet {
             }
         }
         for model in &report.supported {
-            let cached = report.model_cache.iter().find(|cached| cached.key == *model);
+            let mut cached = report.model_cache.iter_mut().find(|cached| cached.key == *model);
+            // Kept where they are looked up, and shown to nobody.
+            let prefixes = cached.as_mut().map(|cached| std::mem::take(&mut cached.prefixes)).unwrap_or_default();
             let replica = Replica {
                 worker: index,
-                resident: cached.is_some_and(|cached| cached.state == ModelState::Ready),
-                failed: cached.is_some_and(|cached| cached.state == ModelState::Error),
+                resident: cached.as_ref().is_some_and(|cached| cached.state == ModelState::Ready),
+                failed: cached.as_ref().is_some_and(|cached| cached.state == ModelState::Error),
                 tokens_per_second: cached
                     .map(|cached| cached.tokens_per_second)
                     .filter(|speed| speed.is_finite())
                     .unwrap_or(0.0),
             };
-            state.by_model.entry(model.clone()).or_default().put(replica);
+            let replicas = state.by_model.entry(model.clone()).or_default();
+            replicas.put(replica);
+            replicas.warm_up(index, prefixes);
         }
         let same_start = before.as_ref().filter(|before| before.report.epoch == report.epoch);
         let change = match (&before, same_start) {
@@ -190,11 +246,18 @@ impl Fleet {
         }
     }
 
-    /// Shows the workers that support a model to a decision.
-    pub fn with_candidates<T>(&self, model: &ModelKey, now: Instant, decide: impl FnOnce(CandidateIter<'_>) -> T) -> T {
+    /// Shows the workers that support a job's model to a decision.
+    pub fn with_candidates<T>(
+        &self,
+        wanted: Wanted<'_>,
+        now: Instant,
+        decide: impl FnOnce(CandidateIter<'_>) -> T,
+    ) -> T {
         let state = self.read();
-        let list = state.by_model.get(model).map_or(&[][..], |replicas| &replicas.list);
-        decide(CandidateIter { workers: &state.workers, replicas: list.iter(), now })
+        let replicas = state.by_model.get(wanted.model);
+        let list = replicas.map_or(&[][..], |replicas| &replicas.list);
+        let warm = replicas.map(|replicas| replicas.shares(wanted.prefix)).unwrap_or_default();
+        decide(CandidateIter { workers: &state.workers, replicas: list.iter(), warm: &warm, now })
     }
 
     /// Returns every live worker for people to see.
@@ -288,11 +351,12 @@ impl State {
     }
 }
 
-/// The workers that support a model.
+/// The workers that support a job's model.
 #[derive(Clone)]
 pub struct CandidateIter<'a> {
     workers: &'a [Option<Worker>],
     replicas: std::slice::Iter<'a, Replica>,
+    warm: &'a HashMap<usize, f32>,
     now: Instant,
 }
 
@@ -325,7 +389,7 @@ impl Iterator for CandidateIter<'_> {
                 capacity: worker.capacity,
                 // The worker's word is up to 5 s old, and other orchestrators' jobs are only in it.
                 load: worker.reported_load.max(worker.reserved.load(Ordering::Relaxed)),
-                warm_share: 0.0,
+                warm_share: self.warm.get(&replica.worker).copied().unwrap_or_default(),
                 tokens_per_second: replica.tokens_per_second,
                 barred,
             });
@@ -338,6 +402,7 @@ impl Iterator for CandidateIter<'_> {
 mod tests {
     use super::*;
     use protocol::health::{CachedModel, Capacity};
+    use protocol::infer::InferRequest;
     use protocol::{Digest, PublicKey, UnixMillis};
 
     fn model(name: &str) -> ModelKey {
@@ -347,11 +412,8 @@ mod tests {
     fn report(number: u8, models: &[&str]) -> HealthReport {
         let worker_id = PublicKey([number; 32]);
         let cached = |name: &&str| CachedModel {
-            key: model(name),
-            digest: Digest([0; 32]),
-            state: ModelState::Ready,
             tokens_per_second: 1.0,
-            adapters: vec![],
+            ..CachedModel::new(model(name), Digest([0; 32]), ModelState::Ready)
         };
         HealthReport {
             v: 1,
@@ -377,9 +439,14 @@ mod tests {
         Fleet::new("local".parse().expect("region"), vec![])
     }
 
+    fn of(model: &ModelKey) -> Wanted<'_> {
+        static NO_PROMPT: PrefixChain = PrefixChain::NONE;
+        Wanted { model, prefix: &NO_PROMPT }
+    }
+
     fn serving(fleet: &Fleet, name: &str, now: Instant) -> Vec<u8> {
         let mut ids: Vec<u8> =
-            fleet.with_candidates(&model(name), now, |found| found.map(|found| found.worker_id.0[0]).collect());
+            fleet.with_candidates(of(&model(name)), now, |found| found.map(|found| found.worker_id.0[0]).collect());
         ids.sort_unstable();
         ids
     }
@@ -439,11 +506,50 @@ mod tests {
     }
 
     #[test]
+    fn workers_are_as_warm_as_their_last_report_says() {
+        let (fleet, now) = (fleet(), Instant::now());
+        let job = |text: &str| -> InferRequest {
+            let input = serde_json::json!({ "messages": [
+                { "role": "system", "content": "Be brief." }, { "role": "user", "content": text },
+            ]});
+            serde_json::from_value(serde_json::json!({
+                "tenantId": "acme", "modelId": "m", "version": "1.0", "input": input, "retryToken": "r",
+                "correlationId": "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f", "traceId": "11".repeat(16),
+            }))
+            .expect("a job")
+        };
+        let (hello, bye) = (PrefixChain::of(&job("hello")), PrefixChain::of(&job("bye")));
+        let warm = |number, prompt: Option<&PrefixChain>| {
+            let mut report = report(number, &["m", "n"]);
+            report.model_cache[0].prefixes = prompt.map(|prompt| prompt.marks().collect()).unwrap_or_default();
+            fleet.update(report, now);
+        };
+        let shares = |prefix: &PrefixChain| -> Vec<f32> {
+            let wanted = Wanted { model: &model("m"), prefix };
+            let mut found: Vec<Candidate> = fleet.with_candidates(wanted, now, |found| found.collect());
+            found.sort_by_key(|found| found.worker_id);
+            found.into_iter().map(|found| (found.warm_share * 10.0).round() / 10.0).collect()
+        };
+        warm(1, Some(&hello));
+        warm(2, Some(&bye));
+        warm(3, None);
+        assert_eq!(shares(&hello), [1.0, 0.6, 0.0], "all of it, what all begin with, nothing");
+        warm(1, None);
+        assert_eq!(shares(&hello), [0.0, 0.6, 0.0]);
+        fleet.remove(PublicKey([2; 32]));
+        assert_eq!(shares(&bye), [0.0, 0.0]);
+        let state = fleet.read();
+        let replicas = &state.by_model[&model("m")];
+        assert!(replicas.warm.is_empty() && replicas.told.is_empty(), "nothing is left behind");
+    }
+
+    #[test]
     fn a_worker_is_as_loaded_as_the_larger_of_its_word_and_our_count() {
         let (fleet, now) = (fleet(), Instant::now());
         let id = PublicKey([1; 32]);
-        let load =
-            |fleet: &Fleet| fleet.with_candidates(&model("m"), now, |mut found| found.next().map(|found| found.load));
+        let load = |fleet: &Fleet| {
+            fleet.with_candidates(of(&model("m")), now, |mut found| found.next().map(|found| found.load))
+        };
         fleet.update(report(1, &["m"]), now);
         fleet.count_reserved(id, true);
         fleet.count_reserved(id, true);

@@ -5,6 +5,7 @@ use protocol::WorkerId;
 use protocol::control::{AttemptDecision, Decision};
 use protocol::infer::InferRequest;
 use protocol::model::ModelKey;
+use protocol::prefix::PrefixChain;
 use tokio::time::Instant;
 use tracing::error;
 
@@ -21,6 +22,8 @@ pub struct Journey {
     pub fingerprint: [u8; 32],
     /// What it asks for.
     pub model: ModelKey,
+    /// The beginnings of its prompt, by which a worker is found that has one of them at hand.
+    pub prefix: PrefixChain,
     /// When its caller stops waiting.
     pub deadline: Instant,
     /// When it came.
@@ -42,6 +45,7 @@ impl Journey {
     pub fn new(request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
         let model = ModelKey { model_id: request.model_id.clone(), version: request.version };
         Self {
+            prefix: PrefixChain::of(&request),
             request,
             fingerprint,
             model,

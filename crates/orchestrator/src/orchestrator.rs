@@ -31,7 +31,7 @@ use crate::decision_log::DecisionLog;
 use crate::discovery_sub::DiscoverySub;
 use crate::discovery_sub::search::Search;
 use crate::dispatch::{self, AttemptEnd, Delivery};
-use crate::fleet::{Change, Fleet};
+use crate::fleet::{Change, Fleet, Wanted};
 use crate::job::JobEvent;
 use crate::journey::Journey;
 use crate::policy_engine::PolicyEngine;
@@ -103,7 +103,8 @@ impl Orchestrator {
     }
 
     fn choose_worker(&self, journey: &mut Journey) -> Result<Candidate, WireError> {
-        let placement = self.fleet.with_candidates(&journey.model, Instant::now(), |candidates| {
+        let wanted = Wanted { model: &journey.model, prefix: &journey.prefix };
+        let placement = self.fleet.with_candidates(wanted, Instant::now(), |candidates| {
             scheduler::place(candidates, &journey.tried, &self.config.weights)
         });
         let worker = placement.chosen.ok_or_else(|| no_capacity(&journey.model, &placement));

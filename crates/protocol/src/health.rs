@@ -7,7 +7,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::clock::UnixMillis;
-use crate::id::{AdapterName, Digest, PublicKey, Region, WorkerId};
+use crate::id::{AdapterName, Digest, PrefixDigest, PublicKey, Region, WorkerId};
 use crate::model::ModelKey;
 
 /// The kind under which reports are signed.
@@ -18,6 +18,8 @@ pub const HEARTBEAT: Duration = Duration::from_secs(5);
 pub const EXPIRY: Duration = Duration::from_secs(15);
 /// The largest report taken, in bytes: room for some thousand models. Workers leave out what goes beyond.
 pub const REPORT_BYTES_MAX: usize = 256 * 1024;
+/// The most beginnings of prompts that are told, and believed, of one model.
+pub const PREFIXES_MAX: usize = 64;
 
 /// What a worker says of itself. Health report and presence are this one message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -105,6 +107,16 @@ pub struct CachedModel {
     /// Adapters at hand.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AdapterName>,
+    /// Beginnings of prompts whose keys and values are likely at hand, the latest first; see [`crate::prefix`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prefixes: Vec<PrefixDigest>,
+}
+
+impl CachedModel {
+    /// Returns a model of which no more is known than how far it is.
+    pub fn new(key: ModelKey, digest: Digest, state: ModelState) -> Self {
+        Self { key, digest, state, tokens_per_second: 0.0, adapters: Vec::new(), prefixes: Vec::new() }
+    }
 }
 
 /// How far a model is.

@@ -266,6 +266,11 @@ hex_id! {
     InviteId, 8, "inviteId", "16 lower-case hex digits", "^[0-9a-f]{16}$"
 }
 
+hex_id! {
+    /// Stands for the beginning of a prompt; see [`crate::prefix`].
+    PrefixDigest, 8, "prefix", "16 lower-case hex digits", "^[0-9a-f]{16}$"
+}
+
 /// A worker's name: its public key.
 pub type WorkerId = PublicKey;
 

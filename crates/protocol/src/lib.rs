@@ -14,6 +14,7 @@ pub mod id;
 pub mod infer;
 pub mod model;
 pub mod policy;
+pub mod prefix;
 pub mod presence;
 pub mod schema;
 pub mod signature;
@@ -24,7 +25,7 @@ pub mod usage;
 pub use clock::{Clock, UnixMillis};
 pub use error_code::{ErrorCode, WireError};
 pub use id::{
-    AdapterName, CorrelationId, Digest, InviteId, MalformedId, ModelName, ModelVersion, PublicKey, Region, RetryToken,
-    TenantId, TraceId, WorkerId,
+    AdapterName, CorrelationId, Digest, InviteId, MalformedId, ModelName, ModelVersion, PrefixDigest, PublicKey,
+    Region, RetryToken, TenantId, TraceId, WorkerId,
 };
 pub use topic::Topic;

@@ -19,6 +19,7 @@ use tracing::warn;
 
 use crate::model_loader::cache::Entry;
 use crate::model_loader::{LoadFailed, ModelLoader, u64_of};
+use crate::transcript::Transcript;
 
 /// Pieces that are ready together become one chunk, up to about this many bytes.
 const CHUNK_BYTES_MAX: usize = 4 * 1024;
@@ -95,6 +96,7 @@ impl ExecutionEngine {
                     Some(Ok(Event::Piece(piece))) => writer.append(piece),
                     Some(Ok(Event::Started { prompt_tokens, cached_tokens })) => {
                         writer.begin(prompt_tokens, cached_tokens);
+                        generation.entry.remember(generation.model, writer.transcript.asked().marks());
                     }
                     _ => {}
                 }
@@ -110,7 +112,9 @@ impl ExecutionEngine {
             match event {
                 Some(Ok(Event::Done { reason, usage })) => {
                     generation.entry.forgive();
-                    return Ok(writer.last(reason, usage));
+                    let (last, transcript) = writer.last(reason, usage);
+                    generation.entry.remember(generation.model, transcript.answered().marks());
+                    return Ok(last);
                 }
                 Some(Err(error)) => {
                     return Err(self.failed(&generation.entry, generation.model, &error, request).into());
@@ -140,6 +144,7 @@ impl fmt::Debug for ExecutionEngine {
 struct ChunkWriter {
     chunk: InferChunk,
     bytes: Vec<u8>,
+    transcript: Transcript,
 }
 
 impl ChunkWriter {
@@ -151,7 +156,7 @@ impl ChunkWriter {
             done: false,
             attempt: request.attempt,
         };
-        Self { chunk, bytes: Vec::with_capacity(256) }
+        Self { chunk, bytes: Vec::with_capacity(256), transcript: Transcript::new(request) }
     }
 
     /// Lets the first chunk tell what the prompt took, so that a caller who leaves early can be billed for it.
@@ -178,12 +183,13 @@ impl ChunkWriter {
 
     /// Sends what was appended, if anything.
     async fn send(&mut self, reply: &mut ReplyStream) -> Result<(), Broken> {
-        let Self { chunk, bytes } = self;
+        let Self { chunk, bytes, transcript } = self;
         let Payload { text, reasoning, tool_calls, tokens, .. } = &chunk.payload;
         if text.is_empty() && reasoning.is_empty() && tool_calls.is_empty() && tokens.is_empty() {
             return Ok(());
         }
         write_chunk(chunk, bytes);
+        transcript.append(&chunk.payload);
         send_within(reply, bytes).await?;
         chunk.seq += 1;
         chunk.payload.text.clear();
@@ -195,7 +201,7 @@ impl ChunkWriter {
         Ok(())
     }
 
-    fn last(self, reason: EngineReason, usage: Usage) -> InferChunk {
+    fn last(self, reason: EngineReason, usage: Usage) -> (InferChunk, Transcript) {
         let finish_reason = Some(match reason {
             EngineReason::Stop => FinishReason::Stop,
             EngineReason::Length => FinishReason::Length,
@@ -203,7 +209,8 @@ impl ChunkWriter {
         });
         let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
         let usage = Some(TokenUsage { prompt_tokens, completion_tokens, cached_tokens });
-        InferChunk { payload: Payload { finish_reason, usage, ..Payload::default() }, done: true, ..self.chunk }
+        let payload = Payload { finish_reason, usage, ..Payload::default() };
+        (InferChunk { payload, done: true, ..self.chunk }, self.transcript)
     }
 }
 

@@ -101,12 +101,14 @@ impl<Look: Fn() -> Condition> ReportWriter<Look> {
 }
 
 /// Writes a report within the limit, and says how many models it had to leave out: the last in the order of the
-/// configuration, those in memory after all others.
+/// configuration, those in memory after all others. What only speeds jobs up goes before any model.
 fn fit(report: &mut HealthReport) -> (String, usize) {
     let write = |report: &HealthReport| String::from_utf8(codec::encode(report)).expect("JSON is UTF-8");
     let before = report.supported.len();
     let mut body = write(report);
     if body.len() > health::REPORT_BYTES_MAX {
+        report.model_cache.iter_mut().for_each(|model| model.prefixes.clear());
+        body = write(report);
         let in_memory: BTreeSet<ModelKey> = report.model_cache.iter().map(|model| model.key.clone()).collect();
         report.supported.sort_by_key(|key| !in_memory.contains(key));
     }
@@ -238,7 +240,7 @@ fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u6
 #[cfg(test)]
 mod tests {
     use protocol::health::{CachedModel, ModelState};
-    use protocol::{Digest, PublicKey, UnixMillis};
+    use protocol::{Digest, PrefixDigest, PublicKey, UnixMillis};
 
     use super::*;
 
@@ -248,11 +250,8 @@ mod tests {
             version: "1.0".parse().expect("version"),
         };
         let cached = |number| CachedModel {
-            key: key(number),
-            digest: Digest([7; 32]),
-            state: ModelState::Ready,
             tokens_per_second: 123.456,
-            adapters: vec![],
+            ..CachedModel::new(key(number), Digest([7; 32]), ModelState::Ready)
         };
         let id = PublicKey([1; 32]);
         HealthReport {
@@ -282,6 +281,15 @@ mod tests {
         let (body, left_out) = fit(&mut hundreds);
         assert_eq!(left_out, 0);
         assert!(body.len() > 64 * 1024 && body.len() <= health::REPORT_BYTES_MAX, "{}", body.len());
+    }
+
+    #[test]
+    fn no_model_is_left_out_for_the_sake_of_prompts() {
+        let mut hundreds = report(800, 800);
+        for model in &mut hundreds.model_cache {
+            model.prefixes = vec![PrefixDigest([1; 8]); health::PREFIXES_MAX];
+        }
+        assert_eq!(fit(&mut hundreds).1, 0);
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod execution_engine;
 mod health_reporter;
 mod model_loader;
 mod quota_guard;
+mod transcript;
 
 pub use base_worker::{BaseWorker, NotReady, WorkerHandle, WorkerParts};
 pub use capabilities::Capabilities;

@@ -4,6 +4,7 @@
 //! loaded once, and they all wait for the same load.
 
 pub(crate) mod cache;
+mod warm_prefixes;
 
 use std::fmt;
 use std::sync::Arc;
@@ -181,7 +182,8 @@ impl ModelLoader {
                     let id = loaded.id;
                     info!(model = %entry.key, pid = loaded.pid, "the model is ready");
                     entry.forgive();
-                    self.set(entry, Status::Ready(loaded));
+                    entry.set_ready(loaded);
+                    self.changes.send_replace(());
                     entry.died(id).await;
                     self.metrics.engine_deaths.get_or_create(&label(&entry.key)).inc();
                     warn!(model = %entry.key, "the engine died");

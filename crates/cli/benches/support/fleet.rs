@@ -115,11 +115,8 @@ fn report(key: &NodeKey, seq: u64) -> HealthReport {
         capacity: Capacity { slots: 4, running: 0, waiting: 0, queue_max: 64 },
         supported: vec![tiny_model::key()],
         model_cache: vec![CachedModel {
-            key: tiny_model::key(),
-            digest: tiny_model::digest(),
-            state: ModelState::Ready,
             tokens_per_second: 123.4,
-            adapters: vec![],
+            ..CachedModel::new(tiny_model::key(), tiny_model::digest(), ModelState::Ready)
         }],
         latency_hops: 0,
         draining: false,

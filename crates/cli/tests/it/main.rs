@@ -2,6 +2,8 @@
 
 mod admission;
 mod commands;
+mod conversations;
+mod memory_network;
 #[cfg(feature = "llama")]
 mod mesh;
 mod network;

@@ -134,11 +134,8 @@ impl Seen {
             capacity: Capacity { slots: 64, running: 0, waiting: 0, queue_max: 64 },
             supported: vec![model()],
             model_cache: vec![CachedModel {
-                key: model(),
-                digest: tiny_model::digest(),
-                state: ModelState::Ready,
                 tokens_per_second: 1e6,
-                adapters: vec![],
+                ..CachedModel::new(model(), tiny_model::digest(), ModelState::Ready)
             }],
             latency_hops: 0,
             draining: false,

@@ -59,13 +59,8 @@ pub(crate) fn model(name: &str, version: &str) -> ModelEntry {
 
 fn worker(model: &ModelEntry) -> FleetWorker {
     let key = NodeKey::from_seed(&[5; 32]).public_key();
-    let cached = CachedModel {
-        key: model.key.clone(),
-        digest: model.digest,
-        state: ModelState::Ready,
-        tokens_per_second: 1.0,
-        adapters: vec![],
-    };
+    let cached =
+        CachedModel { tokens_per_second: 1.0, ..CachedModel::new(model.key.clone(), model.digest, ModelState::Ready) };
     let report = HealthReport {
         v: 1,
         worker_id: key,

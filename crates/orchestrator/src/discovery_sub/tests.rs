@@ -6,6 +6,7 @@ use metadata_store::SqliteStore;
 use protocol::control::{Empty, NodeInfo, NodeRole, PRESENCE_DESCRIBE};
 use protocol::health::{self, CachedModel, Capacity, EXPIRY, HEARTBEAT, HealthReport, ModelState};
 use protocol::model::ModelKey;
+use protocol::prefix::PrefixChain;
 use protocol::signature::NodeKey;
 use protocol::{Digest, Topic, UnixMillis, WireError, codec};
 use rpc::{Client, Membership, MemoryNetwork, Server, Transport};
@@ -13,6 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use super::search::Search;
 use super::*;
+use crate::fleet::Wanted;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -93,8 +95,8 @@ impl Scene {
     }
 
     fn routable(&self) -> usize {
-        self.fleet
-            .with_candidates(&model(), Instant::now(), |found| found.filter(|found| found.barred.is_none()).count())
+        let wanted = Wanted { model: &model(), prefix: &PrefixChain::NONE };
+        self.fleet.with_candidates(wanted, Instant::now(), |found| found.filter(|found| found.barred.is_none()).count())
     }
 }
 
@@ -115,13 +117,7 @@ fn info() -> NodeInfo {
 impl Worker {
     fn sign(&self) -> Signed {
         let (id, now) = (self.key.public_key(), self.clock.now());
-        let cached = CachedModel {
-            key: model(),
-            digest: Digest([0; 32]),
-            state: ModelState::Ready,
-            tokens_per_second: 0.0,
-            adapters: vec![],
-        };
+        let cached = CachedModel::new(model(), Digest([0; 32]), ModelState::Ready);
         let mut report = HealthReport {
             v: 1,
             worker_id: id,

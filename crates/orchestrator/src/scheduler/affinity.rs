@@ -25,8 +25,9 @@ pub struct Weights {
 
 impl Default for Weights {
     fn default() -> Self {
-        // An idle worker that has to load the model first must lose against a busy one that has it.
-        Self { model_match: 4.0, region_proximity: 2.0, gpu_class: 1.0, queue_depth: 3.0, warm_cache: 1.0, speed: 0.5 }
+        // An idle worker that has to load the model first must lose against a busy one that has it. One that has the
+        // whole prompt at hand wins while it has a free slot; beyond, waiting would cost more than evaluating anew.
+        Self { model_match: 4.0, region_proximity: 2.0, gpu_class: 1.0, queue_depth: 3.0, warm_cache: 1.5, speed: 0.5 }
     }
 }
 

@@ -74,6 +74,18 @@ fn load_spreads_over_equal_workers() {
 }
 
 #[test]
+fn a_conversation_goes_back_to_its_worker_while_that_has_a_free_slot() {
+    for slots in [1, 2, 4, 16] {
+        let warm = |load| Candidate { load, slots, capacity: 2 * slots, warm_share: 1.0, ..worker(2) };
+        let idle = Candidate { slots, capacity: 2 * slots, ..worker(1) };
+        for load in 0..slots {
+            assert_eq!(chosen(&[idle, warm(load)]), Some(worker(2).worker_id), "{load} of {slots}");
+        }
+        assert_eq!(chosen(&[idle, warm(slots)]), Some(worker(1).worker_id), "of {slots} none is free");
+    }
+}
+
+#[test]
 fn the_best_lead_the_table_in_whatever_order_they_come() {
     let numbered = |number: u8, speed: f32| Candidate { tokens_per_second: speed, ..worker(number) };
     let slow: Vec<Candidate> = (1..=255).map(|number| numbered(number, 1.0)).collect();

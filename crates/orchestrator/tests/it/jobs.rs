@@ -3,7 +3,9 @@ use std::time::Duration;
 
 use metadata_store::{JobState, TerminalState};
 use protocol::ErrorCode;
+use protocol::health::HealthReport;
 use protocol::policy::TenantPolicy;
+use protocol::prefix::PrefixChain;
 use rpc::CallError;
 use tether_orchestrator::Config;
 
@@ -52,6 +54,24 @@ async fn a_caller_that_reads_nothing_does_not_hold_its_place_for_ever() {
     let record = stand.settled(&job).await;
     assert_eq!(record.state, JobState::Settled(TerminalState::Cancelled));
     assert_eq!(stand.store.active_reservations().await.expect("readable"), []);
+}
+
+#[tokio::test]
+async fn a_prompt_goes_to_the_worker_that_has_its_beginning_at_hand() {
+    let stand = stand(Config::default()).await;
+    let (first, second) = stand.pair(Manner::Answer(1), Manner::Answer(1)).await;
+    let job = stand.job();
+    let warm = |report: &mut HealthReport| {
+        report.model_cache[0].prefixes = PrefixChain::of(&job).marks().collect();
+        report.capacity.running = 1;
+    };
+    second.report(&stand, warm).await.expect("believed");
+    stand.answer(&job).await.expect("answered");
+    assert_eq!((first.jobs_seen(), second.jobs_seen()), (0, 1));
+    let table = &stand.explain(&job).await.attempts[0].candidates;
+    let terms: Vec<f64> = table.iter().map(|row| row.warm_cache).collect();
+    assert_eq!(terms, [1.0, 0.0], "the table says why");
+    assert!(stand.fleet().await.workers.iter().all(|worker| worker.report.model_cache[0].prefixes.is_empty()));
 }
 
 #[tokio::test]

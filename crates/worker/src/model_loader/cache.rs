@@ -2,14 +2,16 @@
 //!
 //! Every model served stays resident. Pins, budgets and eviction would decide here which may.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use engine::{LoadSnapshot, LoadedModel, ModelId};
+use protocol::PrefixDigest;
 use protocol::health::{CachedModel, ModelState};
 use protocol::model::ModelKey;
 use tokio::sync::{Notify, watch};
 
+use super::warm_prefixes::WarmPrefixes;
 use crate::config::ServedModel;
 
 /// How far a model is.
@@ -37,6 +39,8 @@ pub(crate) struct Entry {
     dead: watch::Sender<Option<ModelId>>,
     /// Failures since the last success of an engine that is still there.
     strikes: AtomicU32,
+    /// What the present engine likely has at hand.
+    warm: Mutex<WarmPrefixes>,
 }
 
 /// The models that the worker serves, in the order of its configuration.
@@ -73,17 +77,16 @@ impl ModelCache {
                 Status::Ready(loaded) => (ModelState::Ready, Some(loaded.id)),
                 Status::Failed(_) => (ModelState::Error, None),
             };
+            let is_ready = state == ModelState::Ready;
             let snapshot = snapshots.iter().find(|snapshot| Some(snapshot.model) == id);
             Some(CachedModel {
-                key: entry.key.clone(),
-                digest: entry.model.digest,
-                state,
+                prefixes: if is_ready { entry.warm_prefixes() } else { Vec::new() },
                 // JSON has no word for a number that is not finite.
                 tokens_per_second: snapshot
                     .map(|snapshot| snapshot.tokens_per_second)
                     .filter(|speed| speed.is_finite())
                     .unwrap_or_default(),
-                adapters: Vec::new(),
+                ..CachedModel::new(entry.key.clone(), entry.model.digest, state)
             })
         });
         cached.collect()
@@ -99,6 +102,7 @@ impl Entry {
             wanted: Notify::new(),
             dead: watch::Sender::new(None),
             strikes: AtomicU32::new(0),
+            warm: Mutex::default(),
         }
     }
 
@@ -108,6 +112,24 @@ impl Entry {
             Status::Ready(loaded) => Some(loaded.clone()),
             _ => None,
         }
+    }
+
+    /// Takes the beginnings of a prompt that an engine evaluated, the longest first.
+    pub(crate) fn remember(&self, id: ModelId, marks: impl Iterator<Item = PrefixDigest>) {
+        // A job may outlive its engine; the next engine has nothing of it.
+        if self.loaded().is_some_and(|loaded| loaded.id == id) {
+            self.warm.lock().unwrap_or_else(PoisonError::into_inner).remember(marks);
+        }
+    }
+
+    fn warm_prefixes(&self) -> Vec<PrefixDigest> {
+        self.warm.lock().unwrap_or_else(PoisonError::into_inner).list()
+    }
+
+    /// Makes the model answer on an engine that has evaluated nothing yet.
+    pub(crate) fn set_ready(&self, loaded: LoadedModel) {
+        *self.warm.lock().unwrap_or_else(PoisonError::into_inner) = WarmPrefixes::default();
+        self.status.send_replace(Status::Ready(loaded));
     }
 
     /// Says that an engine is dead; one that was replaced already does not matter.

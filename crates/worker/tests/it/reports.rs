@@ -3,13 +3,15 @@
 use engine::MockOptions;
 use protocol::control::{Empty, PRESENCE_DESCRIBE};
 use protocol::health::{EXPIRY, ModelState};
+use protocol::infer::{InferRequest, Input, Message, Role};
+use protocol::prefix::PrefixChain;
 use protocol::presence::{self, Facts, HighWater};
 use protocol::signature::Signed;
 use protocol::{Clock as _, Topic};
 use tether_worker::Config;
 use tokio::time;
 
-use crate::{Orchestrator, SECOND, Scene, config, key, next, region, request, slow, states};
+use crate::{Orchestrator, SECOND, Scene, config, key, next, read, region, request, slow, states, text};
 
 #[tokio::test(start_paused = true)]
 async fn a_report_comes_at_least_every_five_seconds() {
@@ -72,6 +74,24 @@ async fn a_report_says_who_the_worker_is_and_what_it_can_do() {
     assert_eq!(report.model_cache[0].digest, protocol::Digest::of(crate::MODEL_BYTES));
     assert_eq!(states(&report), [ModelState::Ready]);
     assert_eq!(report.not_after, report.issued_at.after(EXPIRY));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_report_tells_which_prompts_are_at_hand_until_their_engine_dies() {
+    let scene = Scene::ready(config(), MockOptions::default()).await;
+    let at_hand = || scene.orchestrator.last().model_cache[0].prefixes.clone();
+    assert_eq!(at_hand(), []);
+    let asked = Input { messages: Some(vec![Message::new(Role::User, "hello")]), ..Input::default() };
+    let mut job = InferRequest { input: asked, ..request() };
+    let (chunks, _) = read(scene.open(&job).await.expect("accepted")).await;
+    time::sleep(SECOND / 2).await;
+    let answer = Message::new(Role::Assistant, text(&chunks));
+    job.input.messages.as_mut().expect("a conversation").push(answer);
+    assert_eq!(at_hand(), PrefixChain::of(&job).marks().collect::<Vec<_>>(), "question and answer");
+    scene.kill_engine().await;
+    time::sleep(SECOND * 3).await;
+    assert_eq!(states(&scene.orchestrator.last()), [ModelState::Ready], "another engine is there");
+    assert_eq!(at_hand(), []);
 }
 
 #[tokio::test(start_paused = true)]
