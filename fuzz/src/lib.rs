@@ -12,6 +12,9 @@ use engine::ChatMessage;
 use engine::chat_template::ChatTemplate;
 use engine::gguf::Header;
 use engine::process::frame::{self, ToChild, ToParent};
+use engine::remote::answer_reader::AnswerReader;
+use engine::remote::event_stream::EventReader;
+use engine::remote::{dialect, refusal, vectors};
 use engine::text_assembler::TextAssembler;
 use gateway::validation;
 use observability::trace_context::TraceContext;
@@ -62,6 +65,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("mux_frames", mux_frames),
     ("noise_message", noise_message),
     ("noise_payload", noise_payload),
+    ("remote_answer", remote_answer),
+    ("remote_server", remote_server),
     ("revocations", revocations),
     ("rpc_message", rpc_message),
     ("secret_frames", secret_frames),
@@ -243,6 +248,40 @@ pub fn chat_template(bytes: &[u8]) {
     let Ok(template) = ChatTemplate::new(Some(source), "<s>", "</s>") else { return };
     let said = |role: &str, content: &str| ChatMessage::new(role, content);
     let _ = template.render(&[said("system", "Be brief."), said("user", "{{ 7 * 7 }}"), said("assistant", "")]);
+}
+
+/// What a server streams of an answer: however it is cut, the same events come of it.
+///
+/// The first byte says where to cut.
+pub fn remote_answer(bytes: &[u8]) {
+    let [step, rest @ ..] = bytes else { return };
+    let read = |step: usize| {
+        let (mut stream, mut answer, mut events) = (EventReader::default(), AnswerReader::new(1), Vec::new());
+        for piece in rest.chunks(step) {
+            stream.push(piece);
+            while let Ok(Some(data)) = stream.next_event() {
+                if answer.read(&data, &mut events).is_err() {
+                    return events;
+                }
+            }
+        }
+        let _ = answer.end(&mut events);
+        events
+    };
+    assert_eq!(read(usize::from(*step).max(1)), read(rest.len().max(1)));
+}
+
+/// What a server says of itself, makes of a text, or refuses with.
+pub fn remote_server(bytes: &[u8]) {
+    let _ = (dialect::read_props(bytes), dialect::read_lm_studio(bytes));
+    let listed = dialect::read_models(bytes).map(|(models, _)| models).into_iter().chain(dialect::read_tags(bytes));
+    for mut model in listed.flatten() {
+        dialect::add_show(&mut model, bytes);
+    }
+    if let Ok(embeddings) = vectors::read_embeddings(bytes, 2) {
+        assert!(embeddings.vectors.iter().flatten().all(|number| number.is_finite()));
+    }
+    let _ = (refusal::engine_error(400, bytes, 512), refusal::engine_error(500, bytes, 512));
 }
 
 /// Token bytes on their way to text: however they are cut, the same text comes out.

@@ -3,7 +3,7 @@
 //! [`ModelRuntime`] is the one interface. [`ProcessRuntime`] keeps each loaded model in a child process, because a
 //! poisoned model or a failed assertion in C++ ends the process it happens in; the child serves any other runtime by
 //! [`process::serve_child`]. `LlamaRuntime` (feature `llama`) runs GGUF models on llama.cpp, and [`MockRuntime`]
-//! pretends to, at a fixed pace.
+//! pretends to, at a fixed pace. `RemoteRuntime` (feature `remote`) uses servers of OpenAI's API that run already.
 //!
 //! Everything that reads foreign bytes ([`gguf`], [`process::frame`], [`chat_template`], [`text_assembler`]) is bounded and never panics.
 
@@ -15,6 +15,8 @@ pub mod memory_plan;
 pub mod mock;
 pub mod model_runtime;
 pub mod process;
+#[cfg(feature = "remote")]
+pub mod remote;
 pub mod sampler;
 pub mod text_assembler;
 
@@ -23,3 +25,5 @@ pub use llama::LlamaRuntime;
 pub use mock::{MockOptions, MockRuntime};
 pub use model_runtime::*;
 pub use process::{ChildCommand, ProcessRuntime};
+#[cfg(feature = "remote")]
+pub use remote::RemoteRuntime;

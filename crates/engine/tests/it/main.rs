@@ -9,6 +9,8 @@ mod llama_runtime;
 #[cfg(feature = "llama")]
 mod llama_sharing;
 mod process_runtime;
+#[cfg(feature = "remote")]
+mod remote;
 
 use std::fs::File;
 use std::io::Write;

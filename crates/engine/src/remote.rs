@@ -1,0 +1,334 @@
+//! Servers of OpenAI's API as a model runtime: vLLM, SGLang, llama-server, Ollama, LM Studio and others.
+//!
+//! Such a server was started by somebody else, on files that nobody here has seen. So a model is attached by its
+//! server's address and its name there, and not loaded from an artifact. What a server sends is bounded and never
+//! panics, and of what it says in a refusal clients see no address or path.
+
+pub mod answer_reader;
+mod attached;
+mod body;
+pub mod dialect;
+mod discovery;
+pub mod event_stream;
+mod generation;
+mod http_client;
+pub mod refusal;
+pub mod vectors;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde_json::{Value, json};
+use tokio::time::sleep;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+use tracing::debug;
+
+use self::answer_reader::AnswerReader;
+use self::attached::Attached;
+use self::dialect::{Dialect, Kind, Listed};
+pub use self::discovery::{MODELS_MAX, Survey};
+pub use self::http_client::{AddressError, ServerAddress};
+use self::http_client::{HttpClient, HttpError};
+use crate::model_runtime::{
+    Abilities, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
+    LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
+    unsupported,
+};
+
+/// The ids of attached models begin here, so that they differ from those of every other runtime of a process.
+pub const FIRST_ID: u64 = 1 << 63;
+/// Events that may wait for a slow reader; then its server waits, too.
+const EVENTS_MAX: usize = 256;
+/// The context of a model whose server tells none and whose caller says none.
+const CONTEXT_ASSUMED: u32 = 4_096;
+/// The most bytes that vectors may take: those of 2,048 texts, as decimal numbers.
+const VECTOR_BYTES_MAX: usize = 128 << 20;
+/// Probes in a row that a server may miss before its models count as gone.
+const MISSES_MAX: u32 = 2;
+
+/// How long servers may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// To describe themselves.
+    pub describe: Duration,
+    /// To begin an answer, which may take the load of the model and the evaluation of a long prompt.
+    pub begin: Duration,
+    /// From one piece of an answer to the next.
+    pub idle: Duration,
+    /// Between two looks at whether a server still lists a model.
+    pub probe_every: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            describe: Duration::from_secs(5),
+            begin: Duration::from_mins(5),
+            idle: Duration::from_mins(1),
+            probe_every: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Runs models on servers that run already.
+#[derive(Debug)]
+pub struct RemoteRuntime {
+    http: HttpClient,
+    patience: Patience,
+    models: Models,
+    next_id: AtomicU64,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    /// Ends the probes and the generations.
+    _end: DropGuard,
+}
+
+type Models = Arc<RwLock<BTreeMap<ModelId, Arc<Attached>>>>;
+
+impl Default for RemoteRuntime {
+    fn default() -> Self {
+        Self::new(Patience::default())
+    }
+}
+
+impl RemoteRuntime {
+    /// Makes a runtime without models.
+    pub fn new(patience: Patience) -> Self {
+        let stop = CancellationToken::new();
+        Self {
+            http: HttpClient::new(),
+            patience,
+            models: Models::default(),
+            next_id: AtomicU64::new(FIRST_ID),
+            tasks: TaskTracker::new(),
+            _end: stop.clone().drop_guard(),
+            stop,
+        }
+    }
+
+    /// Asks a server what it is and which models it has. Each of its answers may take `within`.
+    pub async fn survey(&self, server: &ServerAddress, within: Duration) -> Result<Survey, EngineError> {
+        discovery::survey(&self.http, server, within).await.map_err(|error| failed(&error))
+    }
+
+    /// Takes a model of a server into use. Of the options, those that concern memory and processors are the server's.
+    pub async fn attach(
+        &self,
+        server: ServerAddress,
+        name: &str,
+        options: &LoadOptions,
+    ) -> Result<LoadedModel, EngineError> {
+        let Survey { dialect, models } = self.survey(&server, self.patience.describe).await?;
+        let listed = models.into_iter().find(|listed| listed.name == name);
+        let listed =
+            listed.ok_or_else(|| EngineError::Failed { reason: format!("the server does not list {name}") })?;
+        let told = listed.context_length.unwrap_or(CONTEXT_ASSUMED);
+        let context_length = match options.context_length {
+            0 => told,
+            asked => listed.context_length.map_or(asked, |told| told.min(asked)),
+        };
+        let abilities = self.abilities(&server, dialect, &listed).await?;
+        let id = ModelId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let loaded = LoadedModel { id, context_length, slots: options.slots, pid: None, abilities };
+        let attached = Attached::new(loaded.clone(), server, listed.name, dialect, options.queue_max);
+        let attached = Arc::new(attached);
+        self.models.write().unwrap_or_else(PoisonError::into_inner).insert(id, attached.clone());
+        let probing = probe(self.http.clone(), self.patience, self.models.clone(), attached);
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move { stop.run_until_cancelled(probing).await });
+        Ok(loaded)
+    }
+
+    /// Finds out whether a model makes vectors, where its server does not say, by asking for one.
+    async fn abilities(
+        &self,
+        server: &ServerAddress,
+        dialect: Dialect,
+        listed: &Listed,
+    ) -> Result<Abilities, EngineError> {
+        let text = Abilities { generate: true, chat: true, tools: true, ..Abilities::default() };
+        if listed.kind == Kind::Text {
+            return Ok(text);
+        }
+        let body = json!({"model": listed.name, "input": ["a"]});
+        let within = if listed.kind == Kind::Vectors { self.patience.begin } else { self.patience.describe };
+        let vectors = match self.http.ask(server, "/v1/embeddings", &body, within).await {
+            Ok(body) => vectors::read_embeddings(&body, 1),
+            Err(error) => Err(failed(&error)),
+        };
+        let embedding_length = vectors.map(|vectors| vectors.vectors[0].len() as u32);
+        match (listed.kind, embedding_length) {
+            (Kind::Vectors, Err(error)) => Err(error),
+            (_, Err(_)) => Ok(text),
+            // Of these, a model that makes vectors does nothing else.
+            (Kind::Unknown, Ok(embedding_length)) if !matches!(dialect, Dialect::Vllm | Dialect::Sglang) => {
+                Ok(Abilities { embedding_length, ..text })
+            }
+            (_, Ok(embedding_length)) => Ok(Abilities { embedding_length, ..Abilities::default() }),
+        }
+    }
+
+    fn find(&self, id: ModelId) -> Result<Arc<Attached>, EngineError> {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        models.get(&id).cloned().ok_or(EngineError::NotLoaded)
+    }
+
+    /// Says an error in the words of the contract. A server that cannot be reached is gone, with all that it had.
+    fn lost(&self, attached: &Attached, error: HttpError) -> EngineError {
+        match error {
+            HttpError::Unreachable => {
+                forget(&self.models, attached.loaded.id);
+                EngineError::NotLoaded
+            }
+            HttpError::Refused { status, body } => refusal::engine_error(status, &body, attached.loaded.context_length),
+            error => failed(&error),
+        }
+    }
+
+    async fn ask(&self, attached: &Attached, path: &str, body: &Value) -> Result<Value, EngineError> {
+        let answer = self.http.ask(&attached.server, path, body, self.patience.describe).await;
+        let answer = answer.map_err(|error| self.lost(attached, error))?;
+        serde_json::from_slice(&answer).map_err(|_| EngineError::Failed { reason: "the server sent no JSON".into() })
+    }
+}
+
+#[async_trait]
+impl ModelRuntime for RemoteRuntime {
+    fn describe(&self) -> RuntimeInfo {
+        RuntimeInfo { kind: "remote".into(), detail: "servers of OpenAI's API".into() }
+    }
+
+    /// A server's memory is its own: here a model takes none.
+    async fn estimate(&self, _: &VerifiedArtifact, _: &LoadOptions) -> Result<MemoryPlan, EngineError> {
+        Ok(MemoryPlan { weights_bytes: 0, kv_bytes: 0, compute_bytes: 0 })
+    }
+
+    /// Refuses: a server loads its models itself, see [`RemoteRuntime::attach`].
+    async fn load(&self, _: VerifiedArtifact, _: LoadOptions, _: ProgressSink) -> Result<LoadedModel, EngineError> {
+        Err(EngineError::InvalidModel { reason: "a remote server loads its models itself; attach them by name".into() })
+    }
+
+    async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
+        let attached = forget(&self.models, model).ok_or(EngineError::NotLoaded)?;
+        attached.unloaded.cancel();
+        Ok(())
+    }
+
+    async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
+        let attached = self.find(request.model)?;
+        if !attached.loaded.abilities.generate {
+            return Err(unsupported("model", "it makes vectors only"));
+        }
+        let call = body::generation(attached.dialect, &attached.name, attached.loaded.context_length, &request)?;
+        let seat = attached.enter()?;
+        let opened = self.http.open(&attached.server, call.path, &call.body, self.patience.begin);
+        let response = tokio::select! {
+            biased;
+            () = attached.unloaded.cancelled() => return Err(EngineError::NotLoaded),
+            opened = opened => opened.map_err(|error| self.lost(&attached, error))?,
+        };
+        let (sink, stream) = GenerateStream::channel(EVENTS_MAX);
+        let reader = AnswerReader::new(guessed_tokens(&request.input));
+        let relaying = generation::relay(response, reader, sink, seat, self.patience);
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move { stop.run_until_cancelled(relaying).await });
+        Ok(stream)
+    }
+
+    async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
+        let attached = self.find(request.model)?;
+        if attached.loaded.abilities.embedding_length == 0 {
+            return Err(unsupported("model", "it makes no vectors"));
+        }
+        let inputs = request.inputs.iter().map(|input| match input {
+            PromptInput::Text(text) => Ok(json!(text)),
+            PromptInput::Tokens(tokens) => Ok(json!(tokens)),
+            PromptInput::Chat(_) => Err(unsupported("input", "vectors are made of texts, not of conversations")),
+        });
+        let mut body = json!({"model": attached.name, "input": inputs.collect::<Result<Vec<_>, _>>()?});
+        if matches!(attached.dialect, Dialect::Vllm | Dialect::LlamaServer) {
+            body["encoding_format"] = "base64".into();
+        }
+        let _seat = attached.enter()?;
+        let path = "/v1/embeddings";
+        let answer = self.http.post(&attached.server, path, &body, VECTOR_BYTES_MAX, self.patience.begin).await;
+        vectors::read_embeddings(&answer.map_err(|error| self.lost(&attached, error))?, request.inputs.len())
+    }
+
+    async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {
+        let attached = self.find(model)?;
+        let body = match (input, attached.dialect) {
+            (PromptInput::Tokens(tokens), _) => return Ok(tokens.len() as u32),
+            (PromptInput::Text(text), Dialect::LlamaServer) => json!({"content": text, "add_special": true}),
+            (PromptInput::Chat(chat), Dialect::LlamaServer) => {
+                let messages: Value = chat.messages.iter().map(body::message).collect();
+                let templated = self.ask(&attached, "/apply-template", &json!({"messages": messages})).await?;
+                json!({"content": templated["prompt"], "add_special": true})
+            }
+            (PromptInput::Text(text), Dialect::Vllm | Dialect::Sglang) => {
+                json!({"model": attached.name, "prompt": text})
+            }
+            (PromptInput::Chat(chat), Dialect::Vllm) => {
+                let messages: Value = chat.messages.iter().map(body::message).collect();
+                json!({"model": attached.name, "messages": messages})
+            }
+            (_, dialect) => {
+                return Err(unsupported(
+                    "input",
+                    format!("{} does not tell how many tokens it takes", dialect.as_str()),
+                ));
+            }
+        };
+        let counted = self.ask(&attached, "/tokenize", &body).await?;
+        let count = counted["count"].as_u64().or_else(|| Some(counted["tokens"].as_array()?.len() as u64));
+        let count = count.and_then(|count| u32::try_from(count).ok());
+        count.ok_or_else(|| EngineError::Failed { reason: "the server did not count the tokens".into() })
+    }
+
+    fn load_state(&self) -> Vec<LoadSnapshot> {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        models.values().map(|attached| attached.snapshot()).collect()
+    }
+}
+
+/// Watches a model until its server no longer lists it.
+async fn probe(http: HttpClient, patience: Patience, models: Models, attached: Arc<Attached>) {
+    let watching = async {
+        let mut misses = 0;
+        while misses < MISSES_MAX {
+            sleep(patience.probe_every).await;
+            match discovery::lists(&http, &attached.server, &attached.name, patience.describe).await {
+                Ok(true) => misses = 0,
+                Ok(false) => misses += 1,
+                Err(error) => {
+                    debug!(model = attached.name, %error, "the server did not list its models");
+                    misses += 1;
+                }
+            }
+        }
+        forget(&models, attached.loaded.id);
+    };
+    attached.unloaded.run_until_cancelled(watching).await;
+}
+
+fn forget(models: &Models, id: ModelId) -> Option<Arc<Attached>> {
+    models.write().unwrap_or_else(PoisonError::into_inner).remove(&id)
+}
+
+fn failed(error: &HttpError) -> EngineError {
+    EngineError::Failed { reason: error.to_string() }
+}
+
+/// Returns how many tokens a prompt may have, at four bytes a token: what is said until its server tells.
+fn guessed_tokens(input: &PromptInput) -> u32 {
+    let bytes = match input {
+        PromptInput::Tokens(tokens) => return tokens.len() as u32,
+        PromptInput::Text(text) => text.len(),
+        PromptInput::Chat(chat) => chat.messages.iter().map(|message| message.content.len()).sum(),
+    };
+    bytes.div_ceil(4) as u32
+}

@@ -1,0 +1,107 @@
+//! One model on one server: how busy it is here, and what it has done.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::dialect::Dialect;
+use super::http_client::ServerAddress;
+use crate::model_runtime::{Counters, EngineError, LoadSnapshot, LoadedModel, Usage};
+
+/// How much an answer's speed counts against those before it.
+const SPEED_WEIGHT: f32 = 0.2;
+
+/// A model that generates on a server.
+#[derive(Debug)]
+pub(super) struct Attached {
+    /// What its caller was told of it.
+    pub(super) loaded: LoadedModel,
+    pub(super) server: ServerAddress,
+    /// Its name on the server.
+    pub(super) name: String,
+    pub(super) dialect: Dialect,
+    /// Requests that may wait beside those that its slots hold.
+    pub(super) queue_max: u32,
+    /// Cancelled when the model is unloaded.
+    pub(super) unloaded: CancellationToken,
+    active: AtomicU32,
+    done: Mutex<Done>,
+}
+
+#[derive(Debug, Default)]
+struct Done {
+    counters: Counters,
+    tokens_per_second: f32,
+}
+
+/// A request's place, given back when it is dropped.
+#[derive(Debug)]
+pub(super) struct Seat(pub(super) Arc<Attached>);
+
+impl Attached {
+    pub(super) fn new(
+        loaded: LoadedModel,
+        server: ServerAddress,
+        name: String,
+        dialect: Dialect,
+        queue_max: u32,
+    ) -> Self {
+        let (unloaded, active, done) = (CancellationToken::new(), AtomicU32::new(0), Mutex::default());
+        Self { loaded, server, name, dialect, queue_max, unloaded, active, done }
+    }
+
+    /// Takes a place for one more request.
+    pub(super) fn enter(self: &Arc<Self>) -> Result<Seat, EngineError> {
+        let most = self.loaded.slots.saturating_add(self.queue_max);
+        let one_more = |active: u32| (active < most).then_some(active + 1);
+        let entered = self.active.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more);
+        entered.map(|_| Seat(self.clone())).map_err(|_| EngineError::Busy)
+    }
+
+    /// Says how busy it is.
+    pub(super) fn snapshot(&self) -> LoadSnapshot {
+        let active = self.active.load(Ordering::Relaxed);
+        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        LoadSnapshot {
+            model: self.loaded.id,
+            slots: self.loaded.slots,
+            running: active.min(self.loaded.slots),
+            waiting: active.saturating_sub(self.loaded.slots),
+            kv_usage: 0.0,
+            tokens_per_second: done.tokens_per_second,
+            counters: done.counters,
+        }
+    }
+}
+
+impl Seat {
+    /// Counts an answer that came to its end, `within` of its first piece.
+    pub(super) fn count(&self, usage: Usage, within: Duration) {
+        let mut done = self.0.done.lock().unwrap_or_else(PoisonError::into_inner);
+        let counters = &mut done.counters;
+        counters.prompt_tokens += u64::from(usage.prompt_tokens.saturating_sub(usage.cached_tokens));
+        counters.generated_tokens += u64::from(usage.completion_tokens);
+        counters.prefix_queries += u64::from(usage.prompt_tokens);
+        counters.prefix_hits += u64::from(usage.cached_tokens);
+        counters.completed += 1;
+        // The first token's time is the prompt's.
+        let speed = usage.completion_tokens.saturating_sub(1) as f32 / within.as_secs_f32();
+        if speed.is_finite() && speed > 0.0 {
+            let before = done.tokens_per_second;
+            done.tokens_per_second = if before == 0.0 { speed } else { before + SPEED_WEIGHT * (speed - before) };
+        }
+    }
+
+    /// Counts an answer whose reader left.
+    pub(super) fn count_cancelled(&self) {
+        self.0.done.lock().unwrap_or_else(PoisonError::into_inner).counters.cancelled += 1;
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,365 @@
+//! Says a generation in a server's words.
+//!
+//! What a request leaves open is sent as its neutral value wherever the server knows the word, since each has defaults
+//! of its own; what the server has no word for is refused and not left out.
+
+use serde_json::{Map, Value, json};
+
+use super::dialect::Dialect;
+use crate::model_runtime::{
+    Chat, ChatMessage, EngineError, GenerateRequest, OutputFormat, PromptInput, Sampling, Tool, ToolChoice, unsupported,
+};
+
+/// A request to a server.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Call {
+    /// The path below the server's address.
+    pub(super) path: &'static str,
+    /// What is sent there.
+    pub(super) body: Value,
+}
+
+/// Returns what to ask a server for.
+pub(super) fn generation(
+    dialect: Dialect,
+    model: &str,
+    context_length: u32,
+    request: &GenerateRequest,
+) -> Result<Call, EngineError> {
+    if request.adapter.is_some() {
+        return Err(unsupported("adapter", "a remote server has none; it lists them as models"));
+    }
+    if !request.continued.is_empty() {
+        return Err(unsupported("continued", "a remote server cannot go on with another's answer"));
+    }
+    if request.deterministic {
+        return Err(unsupported("deterministic", "a remote server does not promise it"));
+    }
+    let mut body = Map::new();
+    body.insert("model".into(), model.into());
+    body.insert("stream".into(), true.into());
+    body.insert("stream_options".into(), json!({"include_usage": true}));
+    if dialect == Dialect::LlamaServer {
+        body.insert("return_progress".into(), true.into());
+    }
+    add_sampling(&mut body, dialect, context_length, &request.sampling)?;
+    if !request.stop.is_empty() {
+        body.insert("stop".into(), json!(request.stop));
+    }
+    if request.ignore_eos {
+        match dialect {
+            Dialect::Vllm | Dialect::Sglang | Dialect::LlamaServer => body.insert("ignore_eos".into(), true.into()),
+            _ => return Err(unknown("ignore_eos", dialect)),
+        };
+    }
+    let path = match &request.input {
+        PromptInput::Chat(chat) => {
+            add_chat(&mut body, dialect, chat)?;
+            if let Some(most) = request.max_tokens {
+                body.insert("max_tokens".into(), most.into());
+            }
+            if let Some(top) = request.logprobs {
+                body.insert("logprobs".into(), true.into());
+                body.insert("top_logprobs".into(), top.into());
+            }
+            "/v1/chat/completions"
+        }
+        PromptInput::Text(_) | PromptInput::Tokens(_) => {
+            add_prompt(&mut body, dialect, request)?;
+            "/v1/completions"
+        }
+    };
+    add_format(&mut body, dialect, &request.format, path)?;
+    Ok(Call { path, body: body.into() })
+}
+
+fn add_prompt(body: &mut Map<String, Value>, dialect: Dialect, request: &GenerateRequest) -> Result<(), EngineError> {
+    let prompt = match &request.input {
+        PromptInput::Tokens(_) if matches!(dialect, Dialect::Ollama | Dialect::LmStudio) => {
+            return Err(unsupported("prompt", format!("{} takes no tokens", dialect.as_str())));
+        }
+        PromptInput::Tokens(tokens) => json!(tokens),
+        PromptInput::Text(text) => json!(text),
+        PromptInput::Chat(_) => Value::Null,
+    };
+    body.insert("prompt".into(), prompt);
+    match (request.max_tokens, dialect) {
+        (Some(most), _) => body.insert("max_tokens".into(), most.into()),
+        // Left out, it would be OpenAI's 16.
+        (None, Dialect::Vllm | Dialect::Sglang | Dialect::Other) => body.insert("max_tokens".into(), Value::Null),
+        (None, _) => None,
+    };
+    if let Some(top) = request.logprobs {
+        body.insert("logprobs".into(), top.into());
+    }
+    Ok(())
+}
+
+fn add_sampling(
+    body: &mut Map<String, Value>,
+    dialect: Dialect,
+    context_length: u32,
+    sampling: &Sampling,
+) -> Result<(), EngineError> {
+    body.insert("temperature".into(), sampling.temperature.into());
+    body.insert("top_p".into(), sampling.top_p.into());
+    body.insert("presence_penalty".into(), sampling.presence_penalty.into());
+    body.insert("frequency_penalty".into(), sampling.frequency_penalty.into());
+    // Servers read seeds of 31 bits to 64; small ones, which people write, arrive as they are.
+    body.insert("seed".into(), ((sampling.seed ^ (sampling.seed >> 32)) & 0x7fff_ffff).into());
+    if !sampling.logit_bias.is_empty() {
+        if dialect == Dialect::Ollama {
+            return Err(unknown("logit_bias", dialect));
+        }
+        let biases: Map<_, _> =
+            sampling.logit_bias.iter().map(|(token, bias)| (token.to_string(), (*bias).into())).collect();
+        body.insert("logit_bias".into(), biases.into());
+    }
+    let top_k = i64::from(sampling.top_k);
+    match dialect {
+        Dialect::Vllm | Dialect::Sglang => {
+            body.insert("top_k".into(), if top_k == 0 { -1 } else { top_k }.into());
+            body.insert("min_p".into(), sampling.min_p.into());
+            body.insert("repetition_penalty".into(), sampling.repetition_penalty.into());
+        }
+        Dialect::LlamaServer | Dialect::LmStudio => {
+            body.insert("top_k".into(), top_k.into());
+            body.insert("min_p".into(), sampling.min_p.into());
+            body.insert("repeat_penalty".into(), sampling.repetition_penalty.into());
+            if dialect == Dialect::LlamaServer {
+                // Penalties look at the whole of prompt and answer.
+                body.insert("repeat_last_n".into(), context_length.into());
+            }
+        }
+        Dialect::Ollama | Dialect::Other => {
+            for (parameter, is_neutral) in [
+                ("top_k", top_k == 0),
+                ("min_p", sampling.min_p <= 0.0),
+                ("repetition_penalty", (sampling.repetition_penalty - 1.0).abs() < f32::EPSILON),
+            ] {
+                if !is_neutral {
+                    return Err(unknown(parameter, dialect));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn add_chat(body: &mut Map<String, Value>, dialect: Dialect, chat: &Chat) -> Result<(), EngineError> {
+    body.insert("messages".into(), chat.messages.iter().map(message).collect());
+    if !chat.tools.is_empty() && !matches!(chat.tool_choice, ToolChoice::None) {
+        body.insert("tools".into(), chat.tools.iter().map(tool).collect());
+        let choice = match &chat.tool_choice {
+            ToolChoice::Auto | ToolChoice::None => json!("auto"),
+            ToolChoice::Required => json!("required"),
+            ToolChoice::Function(name) => json!({"type": "function", "function": {"name": name}}),
+        };
+        body.insert("tool_choice".into(), choice);
+    }
+    if !chat.template_options.is_empty() {
+        if !matches!(dialect, Dialect::Vllm | Dialect::Sglang | Dialect::LlamaServer) {
+            return Err(unknown("chat_template_kwargs", dialect));
+        }
+        body.insert("chat_template_kwargs".into(), chat.template_options.clone().into());
+    }
+    Ok(())
+}
+
+/// Writes a message as OpenAI's API has it, and what an assistant thought under both names that are in use.
+pub(super) fn message(message: &ChatMessage) -> Value {
+    let ChatMessage { role, content, reasoning, tool_calls, tool_call_id, name } = message;
+    let mut written = Map::new();
+    written.insert("role".into(), role.as_str().into());
+    written.insert("content".into(), content.as_str().into());
+    if let Some(reasoning) = reasoning {
+        written.insert("reasoning_content".into(), reasoning.as_str().into());
+        written.insert("reasoning".into(), reasoning.as_str().into());
+    }
+    if !tool_calls.is_empty() {
+        let calls = tool_calls.iter().map(|call| {
+            let function = json!({"name": call.name, "arguments": call.arguments});
+            json!({"id": call.id, "type": "function", "function": function})
+        });
+        written.insert("tool_calls".into(), calls.collect());
+    }
+    for (field, text) in [("tool_call_id", tool_call_id), ("name", name)] {
+        if let Some(text) = text {
+            written.insert(field.into(), text.as_str().into());
+        }
+    }
+    written.into()
+}
+
+fn tool(tool: &Tool) -> Value {
+    let Tool { name, description, parameters } = tool;
+    let mut function = Map::new();
+    function.insert("name".into(), name.as_str().into());
+    if let Some(description) = description {
+        function.insert("description".into(), description.as_str().into());
+    }
+    if let Some(parameters) = parameters {
+        function.insert("parameters".into(), parameters.clone());
+    }
+    json!({"type": "function", "function": function})
+}
+
+fn add_format(
+    body: &mut Map<String, Value>,
+    dialect: Dialect,
+    format: &OutputFormat,
+    path: &str,
+) -> Result<(), EngineError> {
+    let is_chat = path == "/v1/chat/completions";
+    let field = match (format, dialect) {
+        (OutputFormat::Text, _) => return Ok(()),
+        // llama-server knows its own field only where the prompt is a text.
+        (OutputFormat::Json, Dialect::LlamaServer) if !is_chat => ("json_schema", json!({"type": "object"})),
+        (OutputFormat::JsonSchema(schema), Dialect::LlamaServer) if !is_chat => ("json_schema", schema.clone()),
+        (OutputFormat::Json | OutputFormat::JsonSchema(_), Dialect::Ollama | Dialect::LmStudio | Dialect::Other)
+            if !is_chat =>
+        {
+            return Err(unsupported("response_format", format!("{} takes it with messages only", dialect.as_str())));
+        }
+        (OutputFormat::Json, _) => ("response_format", json!({"type": "json_object"})),
+        (OutputFormat::JsonSchema(schema), _) => {
+            let named = json!({"name": "answer", "schema": schema, "strict": true});
+            ("response_format", json!({"type": "json_schema", "json_schema": named}))
+        }
+        (OutputFormat::Regex(expression), Dialect::Vllm) => ("structured_outputs", json!({"regex": expression})),
+        (OutputFormat::Regex(expression), Dialect::Sglang) => ("regex", json!(expression)),
+        (OutputFormat::Regex(_) | OutputFormat::Lark(_), _) => return Err(unknown("response_format", dialect)),
+    };
+    body.insert(field.0.into(), field.1);
+    Ok(())
+}
+
+fn unknown(parameter: &str, dialect: Dialect) -> EngineError {
+    unsupported(parameter, format!("{} has no word for it", dialect.as_str()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model_runtime::{ModelId, ToolCall};
+
+    const ALL: [Dialect; 6] =
+        [Dialect::Vllm, Dialect::Sglang, Dialect::LlamaServer, Dialect::Ollama, Dialect::LmStudio, Dialect::Other];
+
+    fn chat() -> GenerateRequest {
+        let chat = Chat::from(vec![ChatMessage::new("user", "hi")]);
+        GenerateRequest::new(ModelId(1), PromptInput::Chat(chat))
+    }
+
+    fn prompt() -> GenerateRequest {
+        GenerateRequest::new(ModelId(1), PromptInput::Text("once".into()))
+    }
+
+    fn said(dialect: Dialect, request: &GenerateRequest) -> Result<Value, EngineError> {
+        generation(dialect, "m", 512, request).map(|call| call.body)
+    }
+
+    fn refused(dialect: Dialect, request: &GenerateRequest) -> String {
+        match said(dialect, request) {
+            Err(EngineError::Unsupported { parameter, .. }) => parameter,
+            other => panic!("a refusal was expected of {dialect:?}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_left_open_is_said_neutrally_in_each_dialect() {
+        for (dialect, own) in [
+            (Dialect::Vllm, json!({"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0})),
+            (Dialect::Sglang, json!({"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0})),
+            (
+                Dialect::LlamaServer,
+                json!({"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "repeat_last_n": 512, "return_progress": true}),
+            ),
+            (Dialect::LmStudio, json!({"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0})),
+            (Dialect::Ollama, json!({})),
+            (Dialect::Other, json!({})),
+        ] {
+            let mut expected = json!({
+                "model": "m", "stream": true, "stream_options": {"include_usage": true},
+                "temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": 0,
+                "messages": [{"role": "user", "content": "hi"}],
+            });
+            expected.as_object_mut().expect("an object").extend(own.as_object().expect("an object").clone());
+            assert_eq!(said(dialect, &chat()), Ok(expected), "{dialect:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_server_has_no_word_for_is_refused_by_name() {
+        let top_k = GenerateRequest { sampling: Sampling { top_k: 5, ..Sampling::default() }, ..chat() };
+        let bias =
+            GenerateRequest { sampling: Sampling { logit_bias: vec![(7, 1.0)], ..Sampling::default() }, ..chat() };
+        let regex = GenerateRequest { format: OutputFormat::Regex("a+".into()), ..chat() };
+        let tokens = GenerateRequest { input: PromptInput::Tokens(vec![1]), ..prompt() };
+        assert_eq!(refused(Dialect::Other, &top_k), "top_k");
+        assert_eq!(refused(Dialect::Ollama, &bias), "logit_bias");
+        assert_eq!(refused(Dialect::LlamaServer, &regex), "response_format");
+        assert_eq!(refused(Dialect::LmStudio, &tokens), "prompt");
+        for dialect in ALL {
+            assert_eq!(refused(dialect, &GenerateRequest { deterministic: true, ..chat() }), "deterministic");
+            assert_eq!(refused(dialect, &GenerateRequest { continued: vec![1], ..chat() }), "continued");
+        }
+    }
+
+    #[test]
+    fn a_prompt_is_continued_without_openais_limit_of_16_tokens() {
+        let call = generation(Dialect::Vllm, "m", 512, &prompt()).expect("said");
+        assert_eq!((call.path, call.body.get("max_tokens")), ("/v1/completions", Some(&Value::Null)));
+        let limited = GenerateRequest { max_tokens: Some(3), logprobs: Some(2), ..prompt() };
+        let body = said(Dialect::Ollama, &limited).expect("said");
+        assert_eq!((&body["prompt"], &body["max_tokens"], &body["logprobs"]), (&json!("once"), &json!(3), &json!(2)));
+    }
+
+    #[test]
+    fn calls_answers_and_thoughts_are_told_as_openai_writes_them() {
+        let call = ToolCall { id: "c1".into(), name: "add".into(), arguments: "{}".into() };
+        let asked =
+            ChatMessage { tool_calls: vec![call], reasoning: Some("hm".into()), ..ChatMessage::new("assistant", "") };
+        let answered = ChatMessage { tool_call_id: Some("c1".into()), ..ChatMessage::new("tool", "3") };
+        let conversation = Chat {
+            messages: vec![asked, answered],
+            tools: vec![Tool { name: "add".into(), description: None, parameters: Some(json!({"type": "object"})) }],
+            tool_choice: ToolChoice::Function("add".into()),
+            ..Chat::default()
+        };
+        let request = GenerateRequest::new(ModelId(1), PromptInput::Chat(conversation));
+        let body = said(Dialect::Vllm, &request).expect("said");
+        let function = json!({"name": "add", "arguments": "{}"});
+        let calls = json!([{"id": "c1", "type": "function", "function": function}]);
+        let first = json!({"role": "assistant", "content": "", "reasoning_content": "hm", "reasoning": "hm", "tool_calls": calls});
+        assert_eq!(body["messages"], json!([first, {"role": "tool", "content": "3", "tool_call_id": "c1"}]));
+        assert_eq!(
+            body["tools"],
+            json!([{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}])
+        );
+        assert_eq!(body["tool_choice"], json!({"type": "function", "function": {"name": "add"}}));
+    }
+
+    #[test]
+    fn forms_are_asked_for_in_the_servers_own_field() {
+        let schema = json!({"type": "object"});
+        let formed = |format: &OutputFormat, request| GenerateRequest { format: format.clone(), ..request };
+        let (regex, shaped) = (OutputFormat::Regex("a+".into()), OutputFormat::JsonSchema(schema.clone()));
+        let field =
+            |dialect, request: GenerateRequest, field: &str| said(dialect, &request).expect("said")[field].clone();
+        assert_eq!(field(Dialect::Vllm, formed(&regex, chat()), "structured_outputs"), json!({"regex": "a+"}));
+        assert_eq!(field(Dialect::Sglang, formed(&regex, chat()), "regex"), json!("a+"));
+        assert_eq!(field(Dialect::LlamaServer, formed(&shaped, prompt()), "json_schema"), schema);
+        let named = json!({"name": "answer", "schema": schema, "strict": true});
+        let expected = json!({"type": "json_schema", "json_schema": named});
+        assert_eq!(field(Dialect::Ollama, formed(&shaped, chat()), "response_format"), expected);
+    }
+
+    #[test]
+    fn seeds_keep_to_31_bits_and_small_ones_stay() {
+        for (seed, sent) in [(42, 42), (u64::MAX, 0), (1 << 40, 1 << 8)] {
+            let request = GenerateRequest { sampling: Sampling { seed, ..Sampling::default() }, ..chat() };
+            assert_eq!(said(Dialect::Vllm, &request).expect("said")["seed"], json!(sent));
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! How servers differ: by whom one is made, and what it says of its models.
+
+use serde::Deserialize;
+
+/// Who made a server. All of them speak OpenAI's API, and each knows some words more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dialect {
+    /// vLLM.
+    Vllm,
+    /// SGLang.
+    Sglang,
+    /// llama.cpp's own server.
+    LlamaServer,
+    /// Ollama.
+    Ollama,
+    /// LM Studio.
+    LmStudio,
+    /// Somebody else: only what OpenAI's API has is asked of it.
+    Other,
+}
+
+/// What a server says of one of its models.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// The model's name on that server.
+    pub name: String,
+    /// Tokens of context, where the server tells.
+    pub context_length: Option<u32>,
+    /// What it is for, where the server tells.
+    pub kind: Kind,
+    /// Whether it is in the server's memory; most servers list no others.
+    pub is_loaded: bool,
+}
+
+/// What a model is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// It continues texts.
+    Text,
+    /// It makes vectors.
+    Vectors,
+    /// Its server does not tell.
+    Unknown,
+}
+
+impl Listed {
+    fn named(name: String) -> Self {
+        Self { name, context_length: None, kind: Kind::Unknown, is_loaded: true }
+    }
+}
+
+impl Dialect {
+    /// Returns the name people know it by.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Vllm => "vLLM",
+            Self::Sglang => "SGLang",
+            Self::LlamaServer => "llama-server",
+            Self::Ollama => "Ollama",
+            Self::LmStudio => "LM Studio",
+            Self::Other => "a server of OpenAI's API",
+        }
+    }
+}
+
+/// Reads the answer to `GET /v1/models`: the models, and the dialect where the owner of the first tells it.
+pub fn read_models(body: &[u8]) -> Option<(Vec<Listed>, Option<Dialect>)> {
+    #[derive(Deserialize)]
+    struct Models {
+        // Ollama writes `null` where it has none.
+        data: Option<Vec<Model>>,
+    }
+    #[derive(Deserialize)]
+    struct Model {
+        id: String,
+        owned_by: Option<String>,
+        max_model_len: Option<u32>,
+        meta: Option<Meta>,
+    }
+    #[derive(Deserialize)]
+    struct Meta {
+        n_ctx: Option<u32>,
+        n_ctx_train: Option<u32>,
+    }
+    let models = serde_json::from_slice::<Models>(body).ok()?.data.unwrap_or_default();
+    let dialect = models.first().and_then(|model| match model.owned_by.as_deref()? {
+        "vllm" => Some(Dialect::Vllm),
+        "sglang" => Some(Dialect::Sglang),
+        "llamacpp" => Some(Dialect::LlamaServer),
+        _ => None,
+    });
+    let listed = models.into_iter().map(|model| {
+        let trained = model.meta.and_then(|meta| meta.n_ctx.or(meta.n_ctx_train));
+        Listed { context_length: model.max_model_len.or(trained), ..Listed::named(model.id) }
+    });
+    Some((listed.collect(), dialect))
+}
+
+/// Reads the context of one sequence from the answer to llama-server's `GET /props`.
+pub fn read_props(body: &[u8]) -> Option<u32> {
+    #[derive(Deserialize)]
+    struct Props {
+        default_generation_settings: Settings,
+    }
+    #[derive(Deserialize)]
+    struct Settings {
+        n_ctx: u32,
+    }
+    let context = serde_json::from_slice::<Props>(body).ok()?.default_generation_settings.n_ctx;
+    // A server that starts others for each model has none itself.
+    (context > 0).then_some(context)
+}
+
+/// Reads the answer to Ollama's `GET /api/tags`.
+pub fn read_tags(body: &[u8]) -> Option<Vec<Listed>> {
+    #[derive(Deserialize)]
+    struct Tags {
+        models: Vec<Tag>,
+    }
+    #[derive(Deserialize)]
+    struct Tag {
+        name: String,
+        details: serde_json::Value,
+    }
+    let tags = serde_json::from_slice::<Tags>(body).ok()?;
+    // llama-server answers here too, without the `details` that Ollama always gives in full; it is known by its owner.
+    let ours = tags.models.into_iter().filter(|tag| tag.details.is_object());
+    Some(ours.map(|tag| Listed::named(tag.name)).collect())
+}
+
+/// Adds to a model what Ollama's `POST /api/show` says of it.
+///
+/// Ollama cuts prompts to `num_ctx` without a word. Where a model sets it, that is its context.
+pub fn add_show(listed: &mut Listed, body: &[u8]) {
+    #[derive(Deserialize)]
+    struct Show {
+        #[serde(default)]
+        parameters: String,
+        #[serde(default)]
+        model_info: serde_json::Map<String, serde_json::Value>,
+        #[serde(default)]
+        capabilities: Vec<String>,
+    }
+    let Ok(show) = serde_json::from_slice::<Show>(body) else { return };
+    let trained = show.model_info.iter().find(|(name, _)| name.ends_with(".context_length"));
+    let trained = trained.and_then(|(_, length)| u32::try_from(length.as_u64()?).ok());
+    let set = show.parameters.lines().find_map(|line| line.strip_prefix("num_ctx")?.trim().parse().ok());
+    listed.context_length = set.or(trained);
+    let can = |ability: &str| show.capabilities.iter().any(|capability| capability == ability);
+    listed.kind = match (can("completion"), can("embedding")) {
+        (true, _) => Kind::Text,
+        (false, true) => Kind::Vectors,
+        (false, false) => Kind::Unknown,
+    };
+}
+
+/// Reads the answer to LM Studio's `GET /api/v0/models`.
+pub fn read_lm_studio(body: &[u8]) -> Option<Vec<Listed>> {
+    #[derive(Deserialize)]
+    struct Models {
+        data: Vec<Model>,
+    }
+    #[derive(Deserialize)]
+    struct Model {
+        id: String,
+        r#type: String,
+        state: String,
+        max_context_length: Option<u32>,
+        loaded_context_length: Option<u32>,
+    }
+    let models = serde_json::from_slice::<Models>(body).ok()?.data;
+    let listed = models.into_iter().map(|model| Listed {
+        name: model.id,
+        context_length: model.loaded_context_length.or(model.max_context_length),
+        kind: if model.r#type == "embeddings" { Kind::Vectors } else { Kind::Text },
+        is_loaded: model.state == "loaded",
+    });
+    Some(listed.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(name: &str, context_length: Option<u32>) -> Listed {
+        Listed { context_length, ..Listed::named(name.into()) }
+    }
+
+    #[test]
+    fn servers_are_known_by_the_owner_of_their_models() {
+        for (body, dialect, model) in [
+            (
+                r#"{"object":"list","data":[{"id":"Qwen/Qwen3-8B","object":"model","created":1,"owned_by":"vllm","root":"Qwen/Qwen3-8B","parent":null,"max_model_len":40960,"permission":[]}]}"#,
+                Some(Dialect::Vllm),
+                named("Qwen/Qwen3-8B", Some(40_960)),
+            ),
+            (
+                r#"{"object":"list","data":[{"id":"qwen/qwen3-8b","object":"model","created":1,"owned_by":"sglang","root":"qwen/qwen3-8b","max_model_len":32768}]}"#,
+                Some(Dialect::Sglang),
+                named("qwen/qwen3-8b", Some(32_768)),
+            ),
+            (
+                r#"{"models":[{"name":"m"}],"object":"list","data":[{"id":"/models/tiny.gguf","object":"model","owned_by":"llamacpp","meta":{"vocab_type":2,"n_vocab":1024,"n_ctx_train":512,"n_embd":192}}]}"#,
+                Some(Dialect::LlamaServer),
+                named("/models/tiny.gguf", Some(512)),
+            ),
+            (
+                r#"{"object":"list","data":[{"id":"llama3.2:3b","object":"model","created":1,"owned_by":"library"}]}"#,
+                None,
+                named("llama3.2:3b", None),
+            ),
+        ] {
+            assert_eq!(read_models(body.as_bytes()), Some((vec![model], dialect)));
+        }
+        assert_eq!(read_models(br#"{"object":"list","data":null}"#), Some((vec![], None)));
+        assert_eq!(read_models(b"<html>"), None);
+    }
+
+    #[test]
+    fn ollama_tells_context_and_kind_by_model() {
+        let tags = br#"{"models":[{"name":"llama3.2:3b","model":"llama3.2:3b","size":1,"digest":"a8","details":{"family":"llama"}}]}"#;
+        let mut listed = read_tags(tags).expect("read").remove(0);
+        add_show(&mut listed, br#"{"parameters":"stop \"<|eot_id|>\"","model_info":{"llama.context_length":131072},"capabilities":["completion","tools"]}"#);
+        assert_eq!(listed, Listed { kind: Kind::Text, ..named("llama3.2:3b", Some(131_072)) });
+        add_show(&mut listed, br#"{"parameters":"num_ctx                        8192\nseed 1","model_info":{"bert.context_length":512},"capabilities":["embedding"]}"#);
+        assert_eq!((listed.context_length, listed.kind), (Some(8_192), Kind::Vectors));
+    }
+
+    #[test]
+    fn lm_studio_tells_which_models_are_loaded() {
+        let body = br#"{"object":"list","data":[
+            {"id":"qwen2.5-7b","object":"model","type":"llm","arch":"qwen2","state":"loaded","max_context_length":32768,"loaded_context_length":4096},
+            {"id":"nomic","object":"model","type":"embeddings","state":"not-loaded","max_context_length":2048}]}"#;
+        let text = Listed { kind: Kind::Text, ..named("qwen2.5-7b", Some(4_096)) };
+        let vectors = Listed { kind: Kind::Vectors, is_loaded: false, ..named("nomic", Some(2_048)) };
+        assert_eq!(read_lm_studio(body), Some(vec![text, vectors]));
+        assert_eq!(read_lm_studio(br#"{"error":"Unexpected endpoint or method. (GET /api/v0/models)"}"#), None);
+    }
+
+    #[test]
+    fn llama_server_tells_the_context_of_a_slot() {
+        assert_eq!(read_props(br#"{"default_generation_settings":{"id":0,"n_ctx":512},"total_slots":4}"#), Some(512));
+        assert_eq!(read_props(b"{}"), None);
+    }
+}

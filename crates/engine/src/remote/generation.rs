@@ -1,0 +1,72 @@
+//! Carries one answer from a server to its reader.
+
+use reqwest::Response;
+use tokio::time::{Instant, timeout};
+
+use super::Patience;
+use super::answer_reader::AnswerReader;
+use super::attached::Seat;
+use super::event_stream::EventReader;
+use super::http_client::HttpError;
+use crate::model_runtime::{EngineError, Event, GenerateSink};
+
+/// Reads the answer to its end, or until nobody reads it any more. Then the connection is closed, by which servers know.
+pub(super) async fn relay(
+    response: Response,
+    reader: AnswerReader,
+    sink: GenerateSink,
+    seat: Seat,
+    patience: Patience,
+) {
+    let (unloaded, cancelled) = (seat.0.unloaded.clone(), sink.cancelled.clone());
+    let failed = tokio::select! {
+        biased;
+        () = cancelled.cancelled() => return seat.count_cancelled(),
+        () = unloaded.cancelled() => EngineError::NotLoaded,
+        answered = answer(response, reader, &sink, &seat, patience) => match answered {
+            Ok(()) => return,
+            Err(error) => error,
+        },
+    };
+    // The place is free before the caller learns of the end.
+    drop(seat);
+    let _ = sink.events.send(Err(failed)).await;
+}
+
+async fn answer(
+    mut response: Response,
+    mut reader: AnswerReader,
+    sink: &GenerateSink,
+    seat: &Seat,
+    patience: Patience,
+) -> Result<(), EngineError> {
+    let mut stream = EventReader::default();
+    let mut events = Vec::new();
+    let mut first_piece = None;
+    while !reader.is_done() {
+        let within = if reader.has_started() { patience.idle } else { patience.begin };
+        let read = timeout(within, response.chunk()).await.map_err(|_| HttpError::TooSlow);
+        match read.and_then(|chunk| Ok(chunk?)) {
+            Ok(Some(bytes)) => stream.push(&bytes),
+            Ok(None) => reader.end(&mut events)?,
+            Err(error) => return Err(EngineError::Failed { reason: error.to_string() }),
+        }
+        while let Some(data) = stream.next_event().map_err(|error| EngineError::Failed { reason: error.to_string() })? {
+            reader.read(&data, &mut events)?;
+        }
+        for event in events.drain(..) {
+            match &event {
+                Event::Started { .. } => {}
+                Event::Piece(_) => {
+                    first_piece.get_or_insert_with(Instant::now);
+                }
+                Event::Done { usage, .. } => {
+                    seat.count(*usage, first_piece.map(|first| first.elapsed()).unwrap_or_default());
+                }
+            }
+            // A reader that is gone cancels this.
+            let _ = sink.events.send(Ok(event)).await;
+        }
+    }
+    Ok(())
+}

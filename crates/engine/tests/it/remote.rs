@@ -1,0 +1,253 @@
+//! The remote runtime against servers of each dialect, as their documents describe them.
+
+mod fake_server;
+
+use std::time::Duration;
+
+use serde_json::json;
+use tether_engine::remote::dialect::{Dialect, Kind};
+use tether_engine::remote::{Patience, RemoteRuntime, ServerAddress};
+use tether_engine::{
+    ChatMessage, EmbedRequest, EngineError, Event, FinishReason, GenerateRequest, LoadOptions, LoadedModel, ModelId,
+    ModelRuntime, PromptInput, Usage,
+};
+use tokio::time::timeout;
+
+use self::fake_server::{FakeServer, Reply};
+use crate::PATIENCE;
+
+const VLLM_MODELS: &str =
+    r#"{"object":"list","data":[{"id":"qwen/Qwen3-8B","object":"model","owned_by":"vllm","max_model_len":4096}]}"#;
+const VLLM_ANSWER: &str = concat!(
+    "data: {\"id\":\"c\",\"object\":\"chat.completion.chunk\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}]}\n\n",
+    "data: {\"id\":\"c\",\"choices\":[{\"index\":0,\"delta\":{\"reasoning_content\":\"It is \"},\"finish_reason\":null}]}\n\n",
+    "data: {\"id\":\"c\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"Tokyo\"},\"finish_reason\":null}]}\n\n",
+    "data: {\"id\":\"c\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\".\"},\"finish_reason\":\"stop\",\"stop_reason\":null}]}\n\n",
+    "data: {\"id\":\"c\",\"choices\":[],\"usage\":{\"prompt_tokens\":14,\"total_tokens\":18,\"completion_tokens\":4,\"prompt_tokens_details\":{\"cached_tokens\":8}}}\n\n",
+    "data: [DONE]\n\n",
+);
+const FIRST_PIECE: &str = "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"To\"}}]}\n\n";
+
+/// Answers as vLLM does, with `answer` to conversations and no vectors.
+fn vllm(path: &str, answer: Reply) -> Reply {
+    match path {
+        "/v1/models" => Reply::Json(200, VLLM_MODELS.into()),
+        "/v1/chat/completions" => answer,
+        "/tokenize" => Reply::Json(200, r#"{"count":7,"max_model_len":4096,"tokens":[1,2,3,4,5,6,7]}"#.into()),
+        _ => Reply::Json(404, r#"{"detail":"Not Found"}"#.into()),
+    }
+}
+
+fn address(server: &FakeServer) -> ServerAddress {
+    ServerAddress::new(&server.url(), Some("sesame".into())).expect("an address")
+}
+
+fn hasty() -> Patience {
+    let short = Duration::from_millis(100);
+    Patience { describe: PATIENCE, begin: PATIENCE, idle: short, probe_every: short }
+}
+
+async fn attach(runtime: &RemoteRuntime, server: &FakeServer, name: &str) -> LoadedModel {
+    let options = LoadOptions { slots: 1, queue_max: 1, ..LoadOptions::default() };
+    runtime.attach(address(server), name, &options).await.expect("the server lists it")
+}
+
+async fn attached_vllm(answer: Reply) -> (FakeServer, RemoteRuntime, ModelId) {
+    let server = FakeServer::start(move |path, _| vllm(path, answer.clone())).await;
+    let runtime = RemoteRuntime::default();
+    let id = attach(&runtime, &server, "qwen/Qwen3-8B").await.id;
+    (server, runtime, id)
+}
+
+fn question(model: ModelId) -> GenerateRequest {
+    let messages = vec![ChatMessage::new("user", "What is the capital of Japan?")];
+    GenerateRequest { max_tokens: Some(9), ..GenerateRequest::new(model, PromptInput::Chat(messages.into())) }
+}
+
+async fn events_of(runtime: &RemoteRuntime, request: GenerateRequest) -> Vec<Result<Event, EngineError>> {
+    let mut stream = runtime.generate(request).await.expect("it begins");
+    let mut events = Vec::new();
+    while let Some(event) = timeout(PATIENCE, stream.next()).await.expect("in time") {
+        events.push(event);
+    }
+    events
+}
+
+#[tokio::test]
+async fn an_answer_of_vllm_comes_whole_with_its_usage() {
+    let (server, runtime, id) = attached_vllm(Reply::Events(VLLM_ANSWER.into())).await;
+    let events = events_of(&runtime, question(id)).await;
+    let usage = Usage { prompt_tokens: 14, completion_tokens: 4, cached_tokens: 8 };
+    assert_eq!(events.last(), Some(&Ok(Event::Done { reason: FinishReason::Stop, usage })));
+    let (mut text, mut reasoning) = (String::new(), String::new());
+    for event in events {
+        if let Ok(Event::Piece(piece)) = event {
+            text.push_str(&piece.text);
+            reasoning.push_str(&piece.reasoning);
+        }
+    }
+    assert_eq!((text.as_str(), reasoning.as_str()), ("Tokyo.", "It is "));
+    let state = runtime.load_state().remove(0);
+    assert_eq!((state.running, state.counters.completed, state.counters.generated_tokens), (0, 1, 4));
+    let asked = server.asked("/v1/chat/completions").expect("it was asked");
+    assert_eq!(
+        (&asked["model"], &asked["max_tokens"], &asked["stream"]),
+        (&json!("qwen/Qwen3-8B"), &json!(9), &json!(true))
+    );
+    assert!(server.heads().iter().all(|head| head.to_lowercase().contains("authorization: bearer sesame")));
+}
+
+#[tokio::test]
+async fn a_reader_that_leaves_closes_the_connection_at_once() {
+    let (server, runtime, id) = attached_vllm(Reply::EventsAndSilence(FIRST_PIECE.into())).await;
+    let mut stream = runtime.generate(question(id)).await.expect("it begins");
+    timeout(PATIENCE, stream.next()).await.expect("in time").expect("an event").expect("it starts");
+    drop(stream);
+    timeout(Duration::from_secs(2), server.left()).await.expect("the connection is closed");
+    assert_eq!((runtime.load_state()[0].running, runtime.load_state()[0].counters.cancelled), (0, 1));
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_before_the_answer_closes_the_connection_too() {
+    let (server, runtime, id) = attached_vllm(Reply::Silence).await;
+    let begun = timeout(Duration::from_millis(200), runtime.generate(question(id))).await;
+    begun.expect_err("nothing was answered");
+    timeout(Duration::from_secs(2), server.left()).await.expect("the connection is closed");
+    assert_eq!(runtime.load_state()[0].running, 0);
+}
+
+#[tokio::test]
+async fn one_request_more_than_slots_and_queue_is_refused() {
+    let (_server, runtime, id) = attached_vllm(Reply::EventsAndSilence(FIRST_PIECE.into())).await;
+    let first = runtime.generate(question(id)).await.expect("a slot");
+    let _second = runtime.generate(question(id)).await.expect("the queue");
+    assert_eq!(runtime.generate(question(id)).await.expect_err("full"), EngineError::Busy);
+    let state = runtime.load_state().remove(0);
+    assert_eq!((state.running, state.waiting), (1, 1));
+    drop(first);
+}
+
+#[tokio::test]
+async fn a_server_that_falls_silent_or_breaks_off_fails_the_answer() {
+    let server = FakeServer::start(|path, _| vllm(path, Reply::EventsAndSilence(FIRST_PIECE.into()))).await;
+    let silent = RemoteRuntime::new(Patience { idle: Duration::from_millis(100), ..Patience::default() });
+    let id = attach(&silent, &server, "qwen/Qwen3-8B").await.id;
+    let fell_silent = events_of(&silent, question(id)).await.pop();
+    let (_server, runtime, id) = attached_vllm(Reply::Events(FIRST_PIECE.into())).await;
+    let broke_off = events_of(&runtime, question(id)).await.pop();
+    for last in [fell_silent, broke_off] {
+        assert!(matches!(last, Some(Err(EngineError::Failed { .. }))), "{last:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_gone_is_noticed_by_the_probe_and_by_the_next_request() {
+    let probing = RemoteRuntime::new(hasty());
+    let idle = RemoteRuntime::default();
+    let server = FakeServer::start(|path, _| vllm(path, Reply::Silence)).await;
+    let (_, id) = (attach(&probing, &server, "qwen/Qwen3-8B").await, attach(&idle, &server, "qwen/Qwen3-8B").await.id);
+    assert_eq!((probing.load_state().len(), idle.load_state().len()), (1, 1));
+    server.stop().await;
+    let unlisted = async {
+        while !probing.load_state().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, unlisted).await.expect("the probe notices");
+    assert_eq!(idle.generate(question(id)).await.expect_err("gone"), EngineError::NotLoaded);
+    assert_eq!(idle.load_state(), []);
+}
+
+#[tokio::test]
+async fn an_unloaded_model_ends_its_answers() {
+    let (_server, runtime, id) = attached_vllm(Reply::EventsAndSilence(FIRST_PIECE.into())).await;
+    let mut stream = runtime.generate(question(id)).await.expect("it begins");
+    runtime.unload(id).await.expect("it was attached");
+    let mut last = None;
+    while let Some(event) = timeout(PATIENCE, stream.next()).await.expect("in time") {
+        last = Some(event);
+    }
+    assert_eq!(last, Some(Err(EngineError::NotLoaded)));
+    assert_eq!(runtime.unload(id).await, Err(EngineError::NotLoaded));
+}
+
+#[tokio::test]
+async fn a_refusal_says_what_the_caller_can_do() {
+    let too_long = r#"{"error":{"message":"This model's maximum context length is 4096 tokens. However, your request has 5000 input tokens.","type":"BadRequestError","param":null,"code":400}}"#;
+    for (status, body, expected) in [
+        (400, too_long, EngineError::ContextLength { prompt_tokens: 5_000, context_length: 4_096 }),
+        (429, "", EngineError::Busy),
+        (503, "", EngineError::Busy),
+    ] {
+        let (_server, runtime, id) = attached_vllm(Reply::Json(status, body.into())).await;
+        assert_eq!(runtime.generate(question(id)).await.expect_err("refused"), expected);
+        assert_eq!(runtime.load_state()[0].running, 0);
+    }
+}
+
+#[tokio::test]
+async fn tokens_are_counted_where_the_server_can() {
+    let (_server, runtime, id) = attached_vllm(Reply::Silence).await;
+    let chat = PromptInput::Chat(vec![ChatMessage::new("user", "hi")].into());
+    assert_eq!(runtime.count_tokens(id, &chat).await, Ok(7));
+    assert_eq!(runtime.count_tokens(id, &PromptInput::Tokens(vec![1, 2])).await, Ok(2));
+}
+
+#[tokio::test]
+async fn ollamas_models_are_listed_by_what_they_are_for_and_make_vectors() {
+    let server = FakeServer::start(|path, body| {
+        let is_embedder = body["model"] == "nomic-embed-text:latest";
+        let json = match path {
+            "/v1/models" => r#"{"object":"list","data":[{"id":"llama3.2:3b","owned_by":"library"},{"id":"nomic-embed-text:latest","owned_by":"library"}]}"#,
+            "/api/tags" => r#"{"models":[{"name":"llama3.2:3b","details":{"family":"llama"}},{"name":"nomic-embed-text:latest","details":{"family":"nomic-bert"}}]}"#,
+            "/api/show" if is_embedder => r#"{"model_info":{"nomic-bert.context_length":2048},"capabilities":["embedding"]}"#,
+            "/api/show" => r#"{"model_info":{"llama.context_length":131072},"capabilities":["completion","tools"]}"#,
+            "/v1/embeddings" => r#"{"object":"list","data":[{"object":"embedding","embedding":[3.0,4.0],"index":0}],"usage":{"prompt_tokens":2}}"#,
+            _ => return Reply::Json(404, "404 page not found".into()),
+        };
+        Reply::Json(200, json.into())
+    })
+    .await;
+    let runtime = RemoteRuntime::default();
+    let survey = runtime.survey(&address(&server), PATIENCE).await.expect("it answers");
+    let told: Vec<_> = survey.models.iter().map(|model| (model.kind, model.context_length)).collect();
+    assert_eq!(survey.dialect, Dialect::Ollama);
+    assert_eq!(told, [(Kind::Text, Some(131_072)), (Kind::Vectors, Some(2_048))]);
+
+    let embedder = attach(&runtime, &server, "nomic-embed-text:latest").await;
+    assert_eq!((embedder.abilities.embedding_length, embedder.abilities.generate), (2, false));
+    let inputs = vec![PromptInput::Text("hello".into())];
+    let made = runtime.embed(EmbedRequest { model: embedder.id, inputs: inputs.clone() }).await.expect("vectors");
+    assert_eq!((made.vectors, made.prompt_tokens), (vec![vec![0.6, 0.8]], 2));
+    let refused = runtime.generate(question(embedder.id)).await;
+    assert!(matches!(refused, Err(EngineError::Unsupported { .. })), "{refused:?}");
+    let writer = attach(&runtime, &server, "llama3.2:3b").await;
+    let refused = runtime.embed(EmbedRequest { model: writer.id, inputs }).await;
+    assert!(matches!(refused, Err(EngineError::Unsupported { .. })), "{refused:?}");
+    let uncounted = runtime.count_tokens(writer.id, &PromptInput::Text("hello".into())).await;
+    assert!(matches!(uncounted, Err(EngineError::Unsupported { .. })), "{uncounted:?}");
+}
+
+#[tokio::test]
+async fn lm_studio_and_strangers_are_told_apart() {
+    let models = r#"{"object":"list","data":[{"id":"qwen2.5-7b","object":"model","owned_by":"organization_owner"}]}"#;
+    let lm_studio =
+        r#"{"object":"list","data":[{"id":"qwen2.5-7b","type":"llm","state":"loaded","max_context_length":32768}]}"#;
+    let studio = FakeServer::start(move |path, _| match path {
+        "/v1/models" => Reply::Json(200, models.into()),
+        "/api/v0/models" => Reply::Json(200, lm_studio.into()),
+        _ => Reply::Json(200, r#"{"error":"Unexpected endpoint or method."}"#.into()),
+    })
+    .await;
+    let stranger = FakeServer::start(move |path, _| match path {
+        "/v1/models" => Reply::Json(200, models.into()),
+        _ => Reply::Json(404, String::new()),
+    })
+    .await;
+    let website = FakeServer::start(|_, _| Reply::Json(200, "<html></html>".into())).await;
+    let runtime = RemoteRuntime::default();
+    let dialect = async |server| runtime.survey(&address(server), PATIENCE).await.map(|survey| survey.dialect);
+    assert_eq!(dialect(&studio).await, Ok(Dialect::LmStudio));
+    assert_eq!(dialect(&stranger).await, Ok(Dialect::Other));
+    assert!(dialect(&website).await.is_err());
+}
