@@ -32,6 +32,8 @@ pub const TOKEN_LIST: &str = "registry.token.list";
 pub const TOKEN_REVOKE: &str = "registry.token.revoke";
 /// Registry: lists the models. [`Empty`] → [`Catalog`].
 pub const CATALOG_LIST: &str = "registry.catalog.list";
+/// Registry: lists a model of a server that the calling worker has adopted. [`crate::model::ModelOffer`] → [`Empty`].
+pub const MODEL_OFFER: &str = "registry.model.offer";
 /// Registry: tells a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
 pub const POLICY_GET: &str = "registry.policy.get";
 

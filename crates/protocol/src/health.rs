@@ -101,6 +101,9 @@ pub struct CachedModel {
     pub digest: Digest,
     /// How far it is.
     pub state: ModelState,
+    /// Whether the worker itself checked the bytes that answer. False where another's server answers.
+    #[serde(default = "yes", skip_serializing_if = "is_true")]
+    pub attested: bool,
     /// Generated tokens a second, smoothed; 0 before the first answer.
     #[serde(default, deserialize_with = "finite")]
     pub tokens_per_second: f32,
@@ -113,10 +116,27 @@ pub struct CachedModel {
 }
 
 impl CachedModel {
-    /// Returns a model of which no more is known than how far it is.
+    /// Returns an attested model of which no more is known than how far it is.
     pub fn new(key: ModelKey, digest: Digest, state: ModelState) -> Self {
-        Self { key, digest, state, tokens_per_second: 0.0, adapters: Vec::new(), prefixes: Vec::new() }
+        Self {
+            key,
+            digest,
+            state,
+            attested: true,
+            tokens_per_second: 0.0,
+            adapters: Vec::new(),
+            prefixes: Vec::new(),
+        }
     }
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
+fn is_true(flag: &bool) -> bool {
+    *flag
 }
 
 /// How far a model is.
@@ -141,6 +161,17 @@ fn finite<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f32, D::Error> {
 mod tests {
     use super::*;
     use crate::codec;
+
+    #[test]
+    fn a_model_is_attested_unless_its_worker_says_otherwise() {
+        let model = |more: &str| {
+            let digest = "ab".repeat(32);
+            format!(r#"{{"modelId":"m","version":"1.0","digest":"{digest}","state":"ready"{more}}}"#)
+        };
+        let read = |more| codec::decode::<CachedModel>(model(more).as_bytes()).expect("it reads").attested;
+        assert!(read(""));
+        assert!(!read(r#","attested":false"#));
+    }
 
     #[test]
     fn a_speed_beyond_all_numbers_is_malformed() {

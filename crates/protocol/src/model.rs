@@ -72,9 +72,9 @@ pub struct ModelEntry {
     /// Name and version.
     #[serde(flatten)]
     pub key: ModelKey,
-    /// SHA-256 of the artifact.
+    /// SHA-256 of the artifact; for a model of an adopted server, see [`remote_digest`].
     pub digest: Digest,
-    /// Length of the artifact in bytes.
+    /// Length of the artifact in bytes; 0 for a model of an adopted server.
     pub bytes: u64,
     /// Tokens of context.
     pub context_length: u32,
@@ -83,6 +83,28 @@ pub struct ModelEntry {
     pub description: String,
     /// When it was registered.
     pub created_at: UnixMillis,
+}
+
+/// A model of a server that a worker has adopted, on its way to the registry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelOffer {
+    /// The name and version under which it is to be served.
+    #[serde(flatten)]
+    pub key: ModelKey,
+    /// Its name on its server.
+    pub served_as: String,
+    /// Tokens of context.
+    pub context_length: u32,
+}
+
+/// The longest name of a model on its server, in bytes.
+pub const SERVED_AS_BYTES_MAX: usize = 256;
+
+/// Returns what stands in place of an artifact's digest for a model whose bytes nobody of the network has seen: the
+/// SHA-256 of `remote:` and its name on its server. Equal names are all that it attests.
+pub fn remote_digest(served_as: &str) -> Digest {
+    Digest::of(format!("remote:{served_as}").as_bytes())
 }
 
 #[cfg(test)]

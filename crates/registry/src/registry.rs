@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metadata_store::MetadataStore;
+use protocol::admission::Certificate;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
     CATALOG_LIST, CERTIFICATE_RENEW, CLOCK_READ, ClockReading, Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate,
-    InviteRedeem, NODE_LIST, NODE_REVOKE, NodeInfo, NodeRevoke, NodeRole, OperatorRequest, POLICY_GET, POOL_STATE,
-    PolicyRequest, PoolStateRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck,
-    TokenCreate, TokenRevoke,
+    InviteRedeem, MODEL_OFFER, NODE_LIST, NODE_REVOKE, NodeInfo, NodeRevoke, NodeRole, OperatorRequest, POLICY_GET,
+    POOL_STATE, PolicyRequest, PoolStateRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE,
+    TokenCheck, TokenCreate, TokenRevoke,
 };
+use protocol::model::ModelOffer;
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
 use rpc::server::STRANGER_BYTES_MAX;
 use rpc::{Caller, Membership, Server, Transport, announce};
@@ -20,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::admission::{AdmissionError, AdmissionOffice, Grant};
+use crate::catalog::OfferError;
 use crate::tokens::{Pepper, TokenOffice};
 use crate::{catalog, policies};
 
@@ -176,7 +179,7 @@ impl Registry {
     }
 
     fn serve(self: &Arc<Self>, server: Server) -> Server {
-        let [tokens, issued, listed, revoked, models, rules] = std::array::from_fn(|_| self.clone());
+        let [tokens, issued, listed, revoked, models, offered, rules] = std::array::from_fn(|_| self.clone());
         self.serve_admission(server)
             .unary(TOKEN_CHECK, move |caller, request: TokenCheck| {
                 let registry = tokens.clone();
@@ -216,6 +219,10 @@ impl Registry {
                     catalog::list(&*registry.parts.store).await.map_err(|error| unavailable(&error))
                 }
             })
+            .unary(MODEL_OFFER, move |caller, offer: ModelOffer| {
+                let registry = offered.clone();
+                async move { registry.take_offer(caller.key, offer).await }
+            })
             .unary(POLICY_GET, move |caller, request: PolicyRequest| {
                 let registry = rules.clone();
                 async move {
@@ -223,6 +230,21 @@ impl Registry {
                     policies::of(&*registry.parts.store, &request.tenant_id).await.map_err(|error| unavailable(&error))
                 }
             })
+    }
+
+    /// Lists a model of a server that a worker has adopted, if the worker's certificate allows it that name.
+    async fn take_offer(&self, worker: PublicKey, offer: ModelOffer) -> Result<Empty, WireError> {
+        self.membership.admit(worker, NodeRole::Worker, None)?;
+        let allows = |certificate: Arc<Certificate>| certificate.allows_model(&offer.key.model_id);
+        if !self.membership.standing(worker)?.is_none_or(allows) {
+            let message = format!("this node's certificate does not allow {}", offer.key.model_id);
+            return Err(WireError::new(ErrorCode::ModelNotAllowed, message));
+        }
+        match catalog::offer(&*self.parts.store, offer, self.parts.clock.now()).await {
+            Ok(()) => Ok(Empty {}),
+            Err(OfferError::Store(error)) => Err(unavailable(&error)),
+            Err(error) => Err(WireError::new(ErrorCode::InvalidValue, error.to_string())),
+        }
     }
 
     /// Tokens are the gateways' business only.

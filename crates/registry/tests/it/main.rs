@@ -1,6 +1,7 @@
 //! The registry as other nodes see it.
 
 mod admission;
+mod offers;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,0 +1,78 @@
+//! Models of adopted servers, as workers offer them.
+
+use std::time::Duration;
+
+use protocol::control::{Empty, MODEL_OFFER, NodeRole};
+use protocol::model::{ModelKey, ModelOffer, SERVED_AS_BYTES_MAX};
+use protocol::signature::NodeKey;
+use protocol::{Digest, ErrorCode, UnixMillis};
+use rpc::{CallError, Client, Membership};
+use tether_registry::{Grant, catalog};
+
+use crate::{Desk, desk};
+
+fn offer(model_id: &str, served_as: &str) -> ModelOffer {
+    let key = ModelKey { model_id: model_id.parse().expect("a name"), version: "1.0".parse().expect("a version") };
+    ModelOffer { key, served_as: served_as.into(), context_length: 4_096 }
+}
+
+/// Makes a node a member that may serve some models; none for all.
+async fn member(desk: &Desk, seed: u8, role: NodeRole, models: &[&str]) -> Client {
+    let key = NodeKey::from_seed(&[seed; 32]);
+    let models = models.iter().map(|model| model.parse().expect("a name")).collect();
+    let certificate = desk.admission.certify(key.public_key(), Grant { models, ..Grant::of(role, "node") }).await;
+    let membership =
+        Membership::new(desk.admission.pool(), key.public_key(), certificate.expect("issued"), desk.clock.clone());
+    Client::new(desk.network.node(&key)).with_membership(membership.expect("good"))
+}
+
+async fn outcome(desk: &Desk, client: &Client, offer: ModelOffer) -> Option<ErrorCode> {
+    match client.call::<_, Empty>(desk.registry, MODEL_OFFER, &offer, Duration::from_secs(5)).await {
+        Ok(Empty {}) => None,
+        Err(CallError::Remote(error)) => Some(error.code),
+        Err(error) => panic!("the registry answers: {error}"),
+    }
+}
+
+#[tokio::test]
+async fn a_workers_offer_is_listed_once_and_never_becomes_another_model() {
+    let desk = desk().await;
+    let worker = member(&desk, 20, NodeRole::Worker, &[]).await;
+    assert_eq!(outcome(&desk, &worker, offer("qwen3-8b", "Qwen/Qwen3-8B")).await, None);
+    assert_eq!(outcome(&desk, &worker, offer("qwen3-8b", "Qwen/Qwen3-8B")).await, None);
+    let taken = outcome(&desk, &worker, offer("qwen3-8b", "somebody/else")).await;
+    assert_eq!(taken, Some(ErrorCode::InvalidValue));
+    let models = catalog::list(&*desk.store).await.expect("read").models;
+    let listed: Vec<_> = models.iter().map(|model| (model.digest, model.bytes, model.context_length)).collect();
+    assert_eq!(listed, [(Digest::of(b"remote:Qwen/Qwen3-8B"), 0, 4_096)]);
+}
+
+#[tokio::test]
+async fn only_certified_workers_offer_and_only_what_they_may_serve() {
+    let desk = desk().await;
+    let limited = member(&desk, 20, NodeRole::Worker, &["qwen3-8b"]).await;
+    let orchestrator = member(&desk, 21, NodeRole::Orchestrator, &[]).await;
+    let other = outcome(&desk, &limited, offer("llama3.2-3b", "llama3.2:3b")).await;
+    assert_eq!(other, Some(ErrorCode::ModelNotAllowed));
+    for client in [&orchestrator, &desk.client, &desk.stranger] {
+        let refused = outcome(&desk, client, offer("qwen3-8b", "Qwen/Qwen3-8B")).await;
+        assert_eq!(refused, Some(ErrorCode::NotEnrolled));
+    }
+    assert_eq!(outcome(&desk, &limited, offer("qwen3-8b", "Qwen/Qwen3-8B")).await, None);
+}
+
+#[tokio::test]
+async fn offers_are_bounded_in_length_and_number() {
+    let desk = desk().await;
+    let worker = member(&desk, 20, NodeRole::Worker, &[]).await;
+    let long = "x".repeat(SERVED_AS_BYTES_MAX + 1);
+    for served_as in ["", &long] {
+        assert_eq!(outcome(&desk, &worker, offer("m", served_as)).await, Some(ErrorCode::InvalidValue));
+    }
+    for number in 0..catalog::OFFERED_MAX {
+        let offer = offer(&format!("m-{number}"), "m");
+        catalog::offer(&*desk.store, offer, UnixMillis(1)).await.expect("there is room");
+    }
+    assert_eq!(outcome(&desk, &worker, offer("one-more", "m")).await, Some(ErrorCode::InvalidValue));
+    assert_eq!(outcome(&desk, &worker, offer("m-0", "m")).await, None);
+}
