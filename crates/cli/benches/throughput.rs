@@ -69,7 +69,8 @@ async fn throughput(model: PathBuf) {
     let served = ServedModel {
         model_id: key.model_id.clone(),
         version: key.version,
-        digest: stored.digest,
+        digest: Some(stored.digest),
+        remote: None,
         context_length: CONTEXT,
         threads: THREADS,
         gpu_layers: 0,

@@ -28,7 +28,15 @@ pub fn key() -> ModelKey {
 pub fn served() -> ServedModel {
     let ModelKey { model_id, version } = key();
     // One thread: the model is so small that more only wait for each other.
-    ServedModel { model_id, version, digest: digest(), context_length: 0, threads: 1, gpu_layers: 0 }
+    ServedModel {
+        model_id,
+        version,
+        digest: Some(digest()),
+        remote: None,
+        context_length: 0,
+        threads: 1,
+        gpu_layers: 0,
+    }
 }
 
 /// Returns what the registry lists.

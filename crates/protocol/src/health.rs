@@ -118,15 +118,7 @@ pub struct CachedModel {
 impl CachedModel {
     /// Returns an attested model of which no more is known than how far it is.
     pub fn new(key: ModelKey, digest: Digest, state: ModelState) -> Self {
-        Self {
-            key,
-            digest,
-            state,
-            attested: true,
-            tokens_per_second: 0.0,
-            adapters: Vec::new(),
-            prefixes: Vec::new(),
-        }
+        Self { key, digest, state, attested: true, tokens_per_second: 0.0, adapters: Vec::new(), prefixes: Vec::new() }
     }
 }
 

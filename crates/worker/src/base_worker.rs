@@ -15,6 +15,7 @@ use protocol::infer::{InferRequest, START};
 use protocol::model::ModelKey;
 use protocol::signature::NodeKey;
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError, WorkerId, codec};
+use rpc::announce::DirectoryTask;
 use rpc::server::STRANGER_BYTES_MAX;
 use rpc::{Client, Directory, Membership, MembershipTask, ReplyStream, Server, StreamCall, Transport};
 use tokio::sync::{Notify, watch};
@@ -32,6 +33,8 @@ use crate::health_reporter::{Condition, HealthReporter, Identity, ReportWriter};
 use crate::model_loader::cache::{Entry, ModelCache, Status};
 use crate::model_loader::{LoaderOptions, ModelLoader, u64_of};
 use crate::quota_guard::{Limits, Place, QuotaGuard};
+use crate::remote_models::RemoteModels;
+use crate::runtimes::Runtimes;
 
 /// How long a job may take to begin before it is accepted all the same. Orchestrators wait 500 ms for the
 /// acceptance; a job that begins sooner can still be refused for what the engine finds wrong with it.
@@ -67,8 +70,12 @@ pub struct WorkerParts {
 pub struct BaseWorker {
     config: Config,
     parts: WorkerParts,
+    runtime: Arc<Runtimes>,
     loader: Arc<ModelLoader>,
     guard: Arc<QuotaGuard>,
+    client: Client,
+    directory: Directory,
+    directory_task: DirectoryTask,
     changes: watch::Sender<()>,
     stopped: CancellationToken,
     /// Handles learn of the end of a worker that never ran, too.
@@ -105,10 +112,15 @@ impl BaseWorker {
         let changes = watch::Sender::new(());
         let Config { slots, queue_max, tenant_jobs_max, preload, .. } = config;
         let seed = u64_of(&parts.key.public_key().0);
+        let client = Client::new(parts.transport.clone()).with_membership(parts.membership.clone());
+        let topic = Topic::Control(config.region.clone());
+        let (directory, directory_task) = Directory::new(parts.transport.clone(), client.clone(), topic);
+        let runtime = Arc::new(Runtimes { engines: parts.runtime.clone(), servers: Arc::default() });
         let loader = Arc::new(ModelLoader::new(
             ModelCache::new(&config.models),
             LoaderOptions { slots, queue_max, preload, seed },
-            parts.runtime.clone(),
+            runtime.clone(),
+            RemoteModels::new(runtime.servers.clone(), client.clone(), directory.clone()),
             parts.artifacts.clone(),
             parts.metrics.clone(),
             changes.clone(),
@@ -116,7 +128,7 @@ impl BaseWorker {
         let guard = QuotaGuard::new(Limits { slots, queue_max, tenant_jobs_max }, changes.clone());
         let stopped = CancellationToken::new();
         let end = stopped.clone().drop_guard();
-        Self { config, parts, loader, guard, changes, stopped, end }
+        Self { config, parts, runtime, loader, guard, client, directory, directory_task, changes, stopped, end }
     }
 
     /// Returns a handle to look at the worker while it runs.
@@ -127,8 +139,10 @@ impl BaseWorker {
 
     /// Works until `stop`; then refuses new jobs, lets those that are here end, and leaves.
     pub async fn run(self, stop: CancellationToken) {
-        let Self { config, parts, loader, guard, changes, end: _end, .. } = self;
-        let WorkerParts { transport, key, epoch, clock, runtime, metrics, membership, version, .. } = parts;
+        let Self {
+            config, parts, runtime, loader, guard, client, directory, directory_task, changes, end: _end, ..
+        } = self;
+        let WorkerParts { transport, key, epoch, clock, metrics, membership, version, .. } = parts;
         // Cancelled as well when this future is dropped, so that nothing runs on without its owner.
         let life = CancellationToken::new();
         let _end_of_life = life.clone().drop_guard();
@@ -165,7 +179,7 @@ impl BaseWorker {
                 let described = asked.check(caller.key).map(|()| written.sign());
                 async move { described }
             })
-            .membership(membership.clone())
+            .membership(membership)
             .body_limit(move |key| {
                 if known.has_role(key, NodeRole::Orchestrator) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX }
             });
@@ -177,9 +191,6 @@ impl BaseWorker {
         let meter_stop = life.child_token();
         tasks.spawn(meter(desk.clone(), EngineMeter::new(metrics), meter_stop.clone()));
 
-        let client = Client::new(transport.clone()).with_membership(membership);
-        let topic = Topic::Control(config.region.clone());
-        let (directory, directory_task) = Directory::new(transport.clone(), client.clone(), topic);
         let reporter_stop = life.child_token();
         tasks.spawn(directory_task.run(reporter_stop.clone()));
         tasks.spawn(MembershipTask::new(client.clone(), directory.clone()).run(server_stop.clone()));

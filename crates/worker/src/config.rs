@@ -1,9 +1,10 @@
 //! What a worker serves, and within which limits.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use protocol::model::ModelKey;
+use protocol::model::{ModelKey, remote_digest};
 use protocol::{Digest, ModelName, ModelVersion, Region};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -41,7 +42,11 @@ pub struct ServedModel {
     /// Its version.
     pub version: ModelVersion,
     /// SHA-256 of its artifact.
-    pub digest: Digest,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<Digest>,
+    /// A server that runs already and answers for it, in place of an artifact.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<RemoteServer>,
     /// Tokens of context per job; 0 takes what the model was trained with.
     #[serde(default)]
     pub context_length: u32,
@@ -53,6 +58,19 @@ pub struct ServedModel {
     pub gpu_layers: u32,
 }
 
+/// A server of OpenAI's API that was started by somebody else.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RemoteServer {
+    /// Its address, such as `http://127.0.0.1:8000/v1`.
+    pub base_url: String,
+    /// The model's name on that server.
+    pub model: String,
+    /// File that holds the server's API key; missing where it asks for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api_key_file: Option<PathBuf>,
+}
+
 /// Why a configuration makes no sense.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
@@ -62,6 +80,9 @@ pub enum ConfigError {
     /// A tenant could never run anything.
     #[error("tenant_jobs_max must be at least 1, or missing for no limit")]
     NoTenantJobs,
+    /// Nothing, or two things, would answer for a model.
+    #[error("{0} needs either a digest or a remote server")]
+    Source(ModelKey),
     /// A model stands in the list twice.
     #[error("models has {0} more than once")]
     ModelTwice(ModelKey),
@@ -91,6 +112,9 @@ impl Config {
         if self.tenant_jobs_max == Some(0) {
             return Err(ConfigError::NoTenantJobs);
         }
+        if let Some(model) = self.models.iter().find(|model| model.digest.is_some() == model.remote.is_some()) {
+            return Err(ConfigError::Source(model.key()));
+        }
         let mut seen = BTreeSet::new();
         match self.models.iter().map(ServedModel::key).find(|key| !seen.insert(key.clone())) {
             Some(twice) => Err(ConfigError::ModelTwice(twice)),
@@ -109,6 +133,12 @@ impl ServedModel {
     pub fn key(&self) -> ModelKey {
         ModelKey { model_id: self.model_id.clone(), version: self.version }
     }
+
+    /// Returns what it is registered under: its artifact's digest, or what stands for it where a server answers.
+    pub fn digest(&self) -> Digest {
+        let served_as = self.remote.as_ref().map_or(self.model_id.as_str(), |remote| &remote.model);
+        self.digest.unwrap_or_else(|| remote_digest(served_as))
+    }
 }
 
 #[cfg(test)]
@@ -116,9 +146,9 @@ mod tests {
     use super::*;
 
     fn model() -> ServedModel {
-        let digest = Digest::of(b"model");
+        let digest = Some(Digest::of(b"model"));
         let (model_id, version) = ("tether-tiny".parse().expect("name"), "1.0".parse().expect("version"));
-        ServedModel { model_id, version, digest, context_length: 0, threads: 0, gpu_layers: 0 }
+        ServedModel { model_id, version, digest, remote: None, context_length: 0, threads: 0, gpu_layers: 0 }
     }
 
     #[test]
@@ -128,6 +158,21 @@ mod tests {
         let config: Config = toml::from_str(&text).expect("it reads");
         assert_eq!(config, Config { models: vec![model()], ..Config::default() });
         assert_eq!(config.check(), Ok(()));
+    }
+
+    #[test]
+    fn a_model_comes_from_an_artifact_or_from_a_server_and_not_from_both() {
+        let remote =
+            RemoteServer { base_url: "http://127.0.0.1:8000".into(), model: "Org/M".into(), api_key_file: None };
+        let served = ServedModel { digest: None, remote: Some(remote), ..model() };
+        let text = "[[models]]\nmodel_id = \"tether-tiny\"\nversion = \"1.0\"\n[models.remote]\nbase_url = \"http://127.0.0.1:8000\"\nmodel = \"Org/M\"";
+        let config: Config = toml::from_str(text).expect("it reads");
+        assert_eq!((config.models.as_slice(), config.check()), ([served.clone()].as_slice(), Ok(())));
+        assert_eq!(served.digest(), Digest::of(b"remote:Org/M"));
+        for unclear in [ServedModel { digest: model().digest, ..served }, ServedModel { digest: None, ..model() }] {
+            let config = Config { models: vec![unclear], ..Config::default() };
+            assert_eq!(config.check(), Err(ConfigError::Source(model().key())));
+        }
     }
 
     #[test]

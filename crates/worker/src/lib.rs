@@ -12,9 +12,11 @@ mod execution_engine;
 mod health_reporter;
 mod model_loader;
 mod quota_guard;
+mod remote_models;
+mod runtimes;
 mod transcript;
 
 pub use base_worker::{BaseWorker, NotReady, WorkerHandle, WorkerParts};
 pub use capabilities::Capabilities;
-pub use config::{Config, ConfigError, ServedModel};
+pub use config::{Config, ConfigError, RemoteServer, ServedModel};
 pub use quota_guard::{Limits, Occupancy, Refusal, admit};

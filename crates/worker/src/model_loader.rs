@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
+use crate::remote_models::{AttachError, RemoteModels};
 use cache::{Entry, ModelCache, Status};
 
 /// The wait after the first failure; it doubles with each.
@@ -38,6 +39,7 @@ pub(crate) struct ModelLoader {
     cache: ModelCache,
     options: LoaderOptions,
     runtime: Arc<dyn ModelRuntime>,
+    remote: RemoteModels,
     artifacts: ArtifactStore,
     metrics: Metrics,
     changes: watch::Sender<()>,
@@ -81,6 +83,8 @@ enum LoadError {
     Artifact(#[from] OpenError),
     #[error(transparent)]
     Engine(#[from] EngineError),
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     #[error("the verification did not end")]
     Interrupted,
 }
@@ -90,11 +94,12 @@ impl ModelLoader {
         cache: ModelCache,
         options: LoaderOptions,
         runtime: Arc<dyn ModelRuntime>,
+        remote: RemoteModels,
         artifacts: ArtifactStore,
         metrics: Metrics,
         changes: watch::Sender<()>,
     ) -> Self {
-        Self { cache, options, runtime, artifacts, metrics, changes, blocking: TaskTracker::new() }
+        Self { cache, options, runtime, remote, artifacts, metrics, changes, blocking: TaskTracker::new() }
     }
 
     pub(crate) fn cache(&self) -> &ModelCache {
@@ -207,15 +212,6 @@ impl ModelLoader {
     }
 
     async fn load(&self, entry: &Entry) -> Result<LoadedModel, LoadError> {
-        let (artifacts, digest) = (self.artifacts.clone(), entry.model.digest);
-        let opened = self.blocking.spawn_blocking(move || artifacts.open(&digest)).await;
-        let opened = opened.map_err(|_| LoadError::Interrupted)??;
-        let artifact = VerifiedArtifact {
-            file: opened.file,
-            sha256: opened.digest.to_string(),
-            bytes: opened.bytes,
-            parts: Vec::new(),
-        };
         let options = LoadOptions {
             context_length: entry.model.context_length,
             slots: self.options.slots,
@@ -223,6 +219,18 @@ impl ModelLoader {
             threads: entry.model.threads,
             gpu_layers: Some(entry.model.gpu_layers),
             ..LoadOptions::default()
+        };
+        if let Some(server) = &entry.model.remote {
+            return Ok(self.remote.attach(&entry.key, server, &options).await?);
+        }
+        let (artifacts, digest) = (self.artifacts.clone(), entry.model.digest());
+        let opened = self.blocking.spawn_blocking(move || artifacts.open(&digest)).await;
+        let opened = opened.map_err(|_| LoadError::Interrupted)??;
+        let artifact = VerifiedArtifact {
+            file: opened.file,
+            sha256: opened.digest.to_string(),
+            bytes: opened.bytes,
+            parts: Vec::new(),
         };
         Ok(self.runtime.load(artifact, options, engine::no_progress()).await?)
     }
@@ -258,7 +266,7 @@ pub(crate) fn label(key: &ModelKey) -> ModelLabel {
 }
 
 fn digest_seed(entry: &Entry) -> u64 {
-    entry.model.digest.0.chunks_exact(8).fold(0, |seed, chunk| seed ^ u64_of(chunk))
+    entry.model.digest().0.chunks_exact(8).fold(0, |seed, chunk| seed ^ u64_of(chunk))
 }
 
 /// Returns eight bytes as a number, and fewer as well.

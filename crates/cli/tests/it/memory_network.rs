@@ -67,7 +67,8 @@ pub(crate) fn model() -> ServedModel {
     ServedModel {
         model_id: "tether-tiny".parse().expect("name"),
         version: "1.0".parse().expect("version"),
-        digest: Digest::of(MODEL_BYTES),
+        digest: Some(Digest::of(MODEL_BYTES)),
+        remote: None,
         context_length: 0,
         threads: 0,
         gpu_layers: 0,

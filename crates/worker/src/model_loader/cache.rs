@@ -81,12 +81,13 @@ impl ModelCache {
             let snapshot = snapshots.iter().find(|snapshot| Some(snapshot.model) == id);
             Some(CachedModel {
                 prefixes: if is_ready { entry.warm_prefixes() } else { Vec::new() },
+                attested: entry.model.remote.is_none(),
                 // JSON has no word for a number that is not finite.
                 tokens_per_second: snapshot
                     .map(|snapshot| snapshot.tokens_per_second)
                     .filter(|speed| speed.is_finite())
                     .unwrap_or_default(),
-                ..CachedModel::new(entry.key.clone(), entry.model.digest, state)
+                ..CachedModel::new(entry.key.clone(), entry.model.digest(), state)
             })
         });
         cached.collect()

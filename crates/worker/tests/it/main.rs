@@ -4,6 +4,7 @@ mod admission;
 mod jobs;
 mod models;
 mod reports;
+mod servers;
 mod stopping;
 
 use std::collections::BTreeMap;
@@ -132,7 +133,8 @@ fn model() -> ServedModel {
     ServedModel {
         model_id: "tether-tiny".parse().expect("a name"),
         version: "1.0".parse().expect("a version"),
-        digest: Digest::of(MODEL_BYTES),
+        digest: Some(Digest::of(MODEL_BYTES)),
+        remote: None,
         context_length: 0,
         threads: 0,
         gpu_layers: 0,
@@ -209,7 +211,7 @@ impl Scene {
 
     /// Replaces the stored artifact by other bytes.
     fn tamper(world: &World) {
-        let digest = model().digest.to_string();
+        let digest = model().digest().to_string();
         let path = world.folder.path().join("sha256").join(&digest[..2]).join(&digest);
         fs::remove_file(&path).expect("it was there");
         fs::write(&path, b"what the mock takes for a mode1").expect("written");

@@ -1,0 +1,126 @@
+//! Models of servers that run already, from the attachment to the answer.
+
+use std::sync::{Arc, Mutex};
+
+use engine::MockOptions;
+use protocol::control::{Empty, MODEL_OFFER, NodeInfo, NodeRole};
+use protocol::health::{HealthReport, ModelState};
+use protocol::infer::{FinishReason, InferRequest, Input};
+use protocol::model::ModelOffer;
+use protocol::signature::NodeKey;
+use protocol::usage::TokenUsage;
+use protocol::{Digest, ErrorCode, Topic, WireError};
+use rpc::{Membership, Server};
+use tether_worker::{Config, NotReady, RemoteServer, ServedModel};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::{Instant, sleep};
+use tokio_util::task::TaskTracker;
+
+use crate::{SECOND, Scene, World, config, model, read, region, request, text};
+
+const MODELS: &str = r#"{"data":[{"id":"Org/M","owned_by":"vllm","max_model_len":2048}]}"#;
+const ANSWER: &str = concat!(
+    "data: {\"choices\":[{\"index\":0,\"text\":\"once \"}]}\n\n",
+    "data: {\"choices\":[{\"index\":0,\"text\":\"more\",\"finish_reason\":\"length\"}]}\n\n",
+    "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}}\n\ndata: [DONE]\n\n",
+);
+
+/// Answers as vLLM does, one request a connection, and returns its address.
+async fn server(tasks: &TaskTracker) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("an address");
+    tasks.spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            answer(stream).await;
+        }
+    });
+    format!("http://{address}/v1")
+}
+
+async fn answer(mut stream: TcpStream) {
+    let mut request = String::new();
+    let mut piece = [0; 4_096];
+    // What is sent to it ends with a brace, or is a head without a body.
+    while !request.ends_with('}') && !(request.starts_with("GET") && request.ends_with("\r\n\r\n")) {
+        match stream.read(&mut piece).await {
+            Ok(length) if length > 0 => request.push_str(&String::from_utf8_lossy(&piece[..length])),
+            _ => return,
+        }
+    }
+    let (status, body) = match request.split(' ').nth(1) {
+        Some("/v1/models") => (200, MODELS),
+        Some("/v1/completions") => (200, ANSWER),
+        _ => (404, "{}"),
+    };
+    let head = format!("HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+    // A client that left needs no answer.
+    let _ = stream.write_all(format!("{head}{body}").as_bytes()).await;
+}
+
+/// A registry that answers every offer alike, and notes them.
+fn registry(world: &World, outcome: Result<Empty, WireError>) -> Arc<Mutex<Vec<ModelOffer>>> {
+    let transport = world.network.node(&NodeKey::from_seed(&[9; 32]));
+    let offers = Arc::new(Mutex::new(Vec::new()));
+    let (taken, announced) = (offers.clone(), transport.clone());
+    let info = NodeInfo { roles: vec![NodeRole::Registry], region: region(), version: "0".into() };
+    let server = Server::new(transport, info).unary(MODEL_OFFER, move |_, offer: ModelOffer| {
+        taken.lock().expect("no test panics in here").push(offer);
+        let outcome = outcome.clone();
+        async move { outcome }
+    });
+    world.tasks.spawn(server.run(world.end.clone(), SECOND));
+    world.tasks.spawn(async move { announced.announce(&Topic::Control(region())).await.map(drop) });
+    offers
+}
+
+async fn scene(outcome: Result<Empty, WireError>) -> (Scene, Arc<Mutex<Vec<ModelOffer>>>) {
+    let tasks = TaskTracker::new();
+    let remote = RemoteServer { base_url: server(&tasks).await, model: "Org/M".into(), api_key_file: None };
+    let served = ServedModel { digest: None, remote: Some(remote), ..model() };
+    let config = Config { models: vec![served], ..config() };
+    let mut offers = None;
+    let prepare = |world: &World| offers = Some(registry(world, outcome));
+    let scene =
+        Scene::build(config, MockOptions::default(), prepare, |runtime| runtime, |_| Membership::unchecked()).await;
+    (scene, offers.expect("it was prepared"))
+}
+
+async fn report_with(scene: &Scene, state: ModelState) -> HealthReport {
+    let deadline = Instant::now() + SECOND * 20;
+    loop {
+        let told = scene.orchestrator.reports().pop();
+        if let Some(report) = told.filter(|report| report.model_cache.iter().any(|model| model.state == state)) {
+            return report;
+        }
+        assert!(Instant::now() < deadline, "no report tells {state:?}");
+        sleep(SECOND / 20).await;
+    }
+}
+
+#[tokio::test]
+async fn a_servers_model_is_offered_reported_unattested_and_answers() {
+    let (scene, offers) = scene(Ok(Empty {})).await;
+    scene.handle.ready().await.expect("it is attached and listed");
+    let cached = report_with(&scene, ModelState::Ready).await.model_cache.remove(0);
+    assert_eq!((cached.attested, cached.digest), (false, Digest::of(b"remote:Org/M")));
+    let offer = ModelOffer { key: model().key(), served_as: "Org/M".into(), context_length: 2_048 };
+    assert_eq!(*offers.lock().expect("no test panics in here"), [offer]);
+
+    let job = InferRequest { input: Input { prompt: Some("say it".into()), ..Input::default() }, ..request() };
+    let (chunks, error) = read(scene.open(&job).await.expect("accepted")).await;
+    assert_eq!((error, text(&chunks).as_str()), (None, "once more"));
+    let last = &chunks.last().expect("chunks").payload;
+    let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 0 };
+    assert_eq!((last.finish_reason, last.usage), (Some(FinishReason::Length), Some(usage)));
+}
+
+#[tokio::test]
+async fn a_model_that_the_registry_refuses_gets_no_job() {
+    let refusal = WireError::new(ErrorCode::InvalidValue, "another model has this name");
+    let (scene, _) = scene(Err(refusal)).await;
+    let Err(NotReady::LoadFailed { reason, .. }) = scene.handle.ready().await else { panic!("it was refused") };
+    assert!(reason.contains("another model has this name"), "{reason}");
+    let report = report_with(&scene, ModelState::Error).await;
+    assert!(!report.model_cache[0].attested);
+}
