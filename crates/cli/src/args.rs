@@ -66,7 +66,7 @@ pub enum Command {
     /// Take requests over HTTP and from peers
     Gateway(GatewayArgs),
     /// Run jobs
-    Worker(NodeArgs),
+    Worker(WorkerArgs),
     /// Make an invite: the one line with which another machine joins
     Invite(InviteArgs),
     /// Join a network by an invite, and do what it invites to
@@ -118,6 +118,29 @@ pub struct UpArgs {
     /// Workers to run
     #[arg(long, value_name = "COUNT")]
     pub workers: Option<u32>,
+    /// What else its workers offer
+    #[command(flatten)]
+    pub adopt: AdoptArgs,
+}
+
+/// Which servers to adopt.
+#[derive(Debug, Clone, Default, Args)]
+pub struct AdoptArgs {
+    /// Offer the models of servers that run already, too (vLLM, SGLang, llama-server, Ollama, LM Studio); without
+    /// a URL, of those found on this machine
+    #[arg(long, value_name = "URL,...", value_delimiter = ',', num_args = 0..=1)]
+    pub adopt: Option<Vec<String>>,
+}
+
+/// How to run jobs.
+#[derive(Debug, Clone, Default, Args)]
+pub struct WorkerArgs {
+    /// How it reaches the others
+    #[command(flatten)]
+    pub node: NodeArgs,
+    /// What else it offers
+    #[command(flatten)]
+    pub adopt: AdoptArgs,
 }
 
 /// How a node reaches the others.
@@ -198,6 +221,9 @@ pub struct JoinArgs {
     /// Address to serve HTTP on, where the invite is for a gateway
     #[arg(long, value_name = "HOST:PORT")]
     pub bind: Option<String>,
+    /// What else it offers, where the invite is for a worker
+    #[command(flatten)]
+    pub adopt: AdoptArgs,
     /// Other regions whose workers it uses, where the invite is for an orchestrator
     #[arg(long, value_name = "REGION,...", value_delimiter = ',')]
     pub near_regions: Option<Vec<String>>,

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use engine::{ChildCommand, ModelRuntime, ProcessRuntime};
 
-use crate::args::{Cli, Command, Common, ConfigCommand, ModelCommand, TokenCommand};
+use crate::args::{Cli, Command, Common, ConfigCommand, ModelCommand, TokenCommand, UpArgs, WorkerArgs};
 use crate::data_folder::DataFolder;
 use crate::network::Supplies;
 use crate::output;
@@ -102,7 +102,7 @@ async fn command(command: Command, common: &Common, context: Context) -> anyhow:
         Command::Registry(args) => serve::registry(context, &args).await,
         Command::Orchestrator(args) => serve::enrolled(context, NodeRole::Orchestrator, &args.node).await,
         Command::Gateway(args) => serve::enrolled(context, NodeRole::Gateway, &args.node).await,
-        Command::Worker(args) => serve::enrolled(context, NodeRole::Worker, &args).await,
+        Command::Worker(args) => serve::enrolled(context, NodeRole::Worker, &args.node).await,
         Command::Invite(args) => admission::invite(context, args).await,
         Command::Join(args) => admission::join(context, args).await,
         Command::Revoke(args) => admission::revoke(context, args).await,
@@ -136,12 +136,19 @@ fn flags(command: &Command) -> Vec<Flag> {
             flags.push(("workers", up.workers.map(Into::into)));
             (None, &up.bind, &None)
         }
-        Command::Bootstrap(node) | Command::Registry(node) | Command::Worker(node) => (Some(node), &None, &None),
+        Command::Bootstrap(node) | Command::Registry(node) => (Some(node), &None, &None),
+        Command::Worker(args) => (Some(&args.node), &None, &None),
         Command::Orchestrator(args) => (Some(&args.node), &None, &args.near_regions),
         Command::Gateway(args) => (Some(&args.node), &args.bind, &None),
         Command::Join(args) => (Some(&args.node), &args.bind, &args.near_regions),
         _ => (None, &None, &None),
     };
+    let adopt = match command {
+        Command::Up(UpArgs { adopt, .. }) | Command::Worker(WorkerArgs { adopt, .. }) => &adopt.adopt,
+        Command::Join(args) => &args.adopt.adopt,
+        _ => &None,
+    };
+    flags.push(("adopt", adopt.clone().map(Into::into)));
     flags.push(("gateway.bind", bind.clone().map(Into::into)));
     flags.push(("orchestrator.near_regions", near_regions.clone().map(Into::into)));
     if let Some(node) = node {

@@ -32,6 +32,9 @@ pub struct Settings {
     pub data_dir: Option<PathBuf>,
     /// Workers that `tether up` runs.
     pub workers: u32,
+    /// Servers whose models the workers of this machine offer, too, as URLs; an empty list searches this machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adopt: Option<Vec<String>>,
     /// Threads that serve the network; 0 takes half of the cores, since engines need the others.
     pub threads: u32,
     /// How nodes find and reach each other.
@@ -78,6 +81,7 @@ impl Default for Settings {
             region: "local".parse().expect("a well-formed region"),
             data_dir: None,
             workers: 2,
+            adopt: None,
             threads: 0,
             network: NetworkSettings::default(),
             log: LogSettings::default(),

@@ -15,6 +15,7 @@ use tracing::{info, warn};
 
 use super::up::asked_to_stop;
 use super::{Context, Outcome, process_runtime};
+use crate::adopt;
 use crate::args::NodeArgs;
 use crate::node::{Node, Pool, enrolment};
 use crate::output;
@@ -96,7 +97,7 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
     let membership = node.membership()?;
     info!(role = node.name, key = %node.public_key(), address = %node.address(), "on the network");
     output::line(format!("{} {} on UDP {}", node.name, node.public_key(), node.address()));
-    let place = place(context, Arc::new(SystemClock));
+    let mut place = place(context, Arc::new(SystemClock));
     let stop = CancellationToken::new();
     match role {
         NodeRole::Orchestrator => {
@@ -115,14 +116,16 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
             until_asked(node, &stop, run).await
         }
         NodeRole::Worker => {
-            let run = worker(&place, node, membership, stop.clone());
+            let run = Box::pin(worker(&mut place, node, membership, stop.clone()));
             until_asked(node, &stop, run).await
         }
         NodeRole::Registry => bail!("a registry needs no invite; start it with `tether registry`"),
     }
 }
 
-async fn worker(place: &Place, node: &Node, membership: Membership, stop: CancellationToken) -> anyhow::Result<()> {
+async fn worker(place: &mut Place, node: &Node, membership: Membership, stop: CancellationToken) -> anyhow::Result<()> {
+    let Some(adopted) = stop.run_until_cancelled(adopt::adopt(&mut place.settings)).await else { return Ok(()) };
+    adopted?;
     let epoch = place.data.next_epoch(node.name)?;
     let worker = place.worker(node.transport(), &node.key, epoch, membership, process_runtime()?)?;
     let handle = worker.handle();

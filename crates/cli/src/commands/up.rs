@@ -4,10 +4,15 @@ use anyhow::Context as _;
 use tokio::signal;
 
 use super::{Context, Outcome, shipped, spinner};
+use crate::adopt;
 use crate::network::Network;
 use crate::output;
 
-pub(super) async fn run(context: Context) -> anyhow::Result<Outcome> {
+pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
+    tokio::select! {
+        adopted = adopt::adopt(&mut context.settings) => adopted?,
+        asked = asked_to_stop() => return asked.map(|()| Outcome::Well),
+    }
     let mut network = Network::start(&context.settings, &context.data, shipped()).await?;
     let waiting = spinner("loading models");
     let ready = tokio::select! {

@@ -1,0 +1,149 @@
+//! Finds servers of OpenAI's API and makes models of the network of theirs.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use engine::remote::dialect::Listed;
+use engine::remote::{RemoteRuntime, ServerAddress, Survey};
+use futures_util::future::join_all;
+use protocol::ModelName;
+use tokio::time::sleep;
+use tracing::{info, warn};
+use worker::{RemoteServer, ServedModel};
+
+use crate::settings::Settings;
+
+/// Where servers listen unless they are told otherwise: Ollama, LM Studio, vLLM, SGLang, and llama-server twice.
+const PORTS: [u16; 6] = [11_434, 1_234, 8_000, 30_000, 8_080, 8_081];
+/// How long a server of this machine may take for each of its answers.
+const HERE_WITHIN: Duration = Duration::from_millis(500);
+/// How long any other may take.
+const ELSEWHERE_WITHIN: Duration = Duration::from_secs(5);
+/// How long to wait before the search is repeated that found nothing.
+const AGAIN_EVERY: Duration = Duration::from_secs(5);
+/// The longest name of a model, in bytes.
+const NAME_BYTES_MAX: usize = 64;
+
+/// Adds the models of the servers that the settings want adopted. Waits until there is at least one.
+pub async fn adopt(settings: &mut Settings) -> anyhow::Result<()> {
+    let Some(urls) = &settings.adopt else { return Ok(()) };
+    let searched: Vec<String> = PORTS.map(|port| format!("http://127.0.0.1:{port}")).into();
+    let (urls, within) = if urls.is_empty() { (&searched, HERE_WITHIN) } else { (urls, ELSEWHERE_WITHIN) };
+    let addresses =
+        urls.iter().map(|url| ServerAddress::new(url, None).with_context(|| format!("{url} cannot be adopted")));
+    let addresses: Vec<ServerAddress> = addresses.collect::<Result<_, _>>()?;
+    let runtime = RemoteRuntime::default();
+    let mut is_told = false;
+    loop {
+        let surveys = join_all(addresses.iter().map(|address| runtime.survey(address, within))).await;
+        let found: Vec<_> = addresses.iter().zip(surveys).filter_map(|(at, survey)| Some((at, survey.ok()?))).collect();
+        let taken = settings.worker.models.iter().map(|model| model.model_id.clone()).collect();
+        let models = models(&found, taken);
+        if !models.is_empty() {
+            settings.worker.models.extend(models);
+            return Ok(());
+        }
+        if !std::mem::replace(&mut is_told, true) {
+            warn!(at = ?urls, "no server to adopt answers, or none has a model; looking again every 5 s");
+        }
+        sleep(AGAIN_EVERY).await;
+    }
+}
+
+/// Names the models of servers, and leaves out those whose name is taken or that are not in memory.
+fn models(found: &[(&ServerAddress, Survey)], mut taken: BTreeSet<ModelName>) -> Vec<ServedModel> {
+    let mut models = vec![];
+    for (address, survey) in found {
+        for listed in survey.models.iter().filter(|listed| listed.is_loaded) {
+            let (server, model) = (address.as_str(), &listed.name);
+            match name(model) {
+                Some(name) if taken.insert(name.clone()) => {
+                    info!(server, dialect = survey.dialect.as_str(), model, %name, "adopted");
+                    models.push(served(address, listed, name));
+                }
+                Some(name) => warn!(server, model, %name, "not adopted: another model has this name already"),
+                None => warn!(server, model, "not adopted: no name can be made of the model's"),
+            }
+        }
+    }
+    models
+}
+
+fn served(address: &ServerAddress, listed: &Listed, model_id: ModelName) -> ServedModel {
+    let base_url = address.as_str().to_owned();
+    ServedModel {
+        model_id,
+        version: "1.0".parse().expect("a well-formed version"),
+        digest: None,
+        remote: Some(RemoteServer { base_url, model: listed.name.clone(), api_key_file: None }),
+        context_length: 0,
+        threads: 0,
+        gpu_layers: 0,
+    }
+}
+
+/// Makes a name of a server's: `Qwen/Qwen3-8B` is `qwen3-8b`, `llama3.2:3b` is `llama3.2-3b`.
+fn name(served_as: &str) -> Option<ModelName> {
+    let last = served_as.trim_end_matches('/').rsplit(['/', '\\']).next()?.to_lowercase();
+    let last = last.strip_suffix(".gguf").unwrap_or(&last);
+    let last = last.strip_suffix(":latest").unwrap_or(last);
+    let mut name = String::new();
+    for letter in last.chars() {
+        match letter {
+            'a'..='z' | '0'..='9' => name.push(letter),
+            // Words are joined by one mark, and none stands at an end.
+            _ if name.is_empty() || name.ends_with(['.', '-']) => {}
+            '.' => name.push('.'),
+            _ => name.push('-'),
+        }
+    }
+    name.truncate(NAME_BYTES_MAX);
+    name.trim_end_matches(['.', '-']).parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use engine::remote::dialect::{Dialect, Kind};
+
+    use super::*;
+
+    fn survey(names: &[&str]) -> Survey {
+        let listed = |name: &&str| Listed {
+            name: (*name).to_owned(),
+            context_length: None,
+            kind: Kind::Unknown,
+            is_loaded: !name.ends_with("cold"),
+        };
+        Survey { dialect: Dialect::Other, models: names.iter().map(listed).collect() }
+    }
+
+    #[test]
+    fn names_of_servers_become_names_of_the_network() {
+        for (served_as, expected) in [
+            ("Qwen/Qwen2.5-7B-Instruct", Some("qwen2.5-7b-instruct")),
+            ("llama3.2:3b", Some("llama3.2-3b")),
+            ("nomic-embed-text:latest", Some("nomic-embed-text")),
+            ("/srv/models/tiny.Q4_K_M.gguf", Some("tiny.q4-k-m")),
+            ("C:\\models\\Phi 4 (mini).gguf", Some("phi-4-mini")),
+            ("--..--", None),
+            ("模型", None),
+            ("", None),
+        ] {
+            assert_eq!(name(served_as).map(|name| name.to_string()).as_deref(), expected, "{served_as}");
+        }
+        assert_eq!(name(&"a-".repeat(60)).expect("a name").as_str().len(), 63);
+    }
+
+    #[test]
+    fn a_taken_name_is_not_given_twice_and_only_loaded_models_are_adopted() {
+        let address = ServerAddress::new("http://127.0.0.1:1234/v1", None).expect("an address");
+        let found = [(&address, survey(&["org/m", "other/M", "tether-tiny", "n-cold"]))];
+        let taken = BTreeSet::from(["tether-tiny".parse().expect("a name")]);
+        let models = models(&found, taken);
+        let remote =
+            RemoteServer { base_url: "http://127.0.0.1:1234".into(), model: "org/m".into(), api_key_file: None };
+        assert_eq!(models.iter().map(|model| model.model_id.as_str()).collect::<Vec<_>>(), ["m"]);
+        assert_eq!(models[0].remote, Some(remote));
+    }
+}
