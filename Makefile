@@ -32,7 +32,7 @@ test: ## Runs every test, and replays what fuzzers found
 	scripts/with-progress cargo nextest run --workspace
 	cargo test --workspace --doc --quiet
 
-interop: build ## Runs OpenAI's SDKs, Node's Hyperswarm and our client against ours
+interop: build ## Runs OpenAI's SDKs, Node's Hyperswarm, llama-server and our client against ours
 	@scripts/setup interop
 	TETHER_BIN=$(PROGRAM) interop/run
 

@@ -42,7 +42,7 @@ async fn answer(mut stream: TcpStream) {
     let mut request = String::new();
     let mut piece = [0; 4_096];
     // What is sent to it ends with a brace, or is a head without a body.
-    while !request.ends_with('}') && !(request.starts_with("GET") && request.ends_with("\r\n\r\n")) {
+    while !(request.ends_with('}') || (request.starts_with("GET") && request.ends_with("\r\n\r\n"))) {
         match stream.read(&mut piece).await {
             Ok(length) if length > 0 => request.push_str(&String::from_utf8_lossy(&piece[..length])),
             _ => return,

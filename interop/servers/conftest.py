@@ -1,0 +1,115 @@
+"""A llama-server and a network that adopts it, both of this test run alone."""
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+
+HERE = Path(__file__).parent
+TINY = HERE.parent.parent / "models" / "tiny.gguf"
+# What becomes of the server's own name for the model, which is the path of its file.
+MODEL = "tiny"
+
+
+def eventually(what, condition, seconds=30):
+    """Waits until the condition returns something true, and returns it."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+    return found
+
+
+def get(url, path, key=None):
+    """Returns an answer's body, or `None` where nobody answers well."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=5)
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        response = connection.getresponse()
+        body = response.read()
+        return body if response.status == 200 else None
+    except OSError:
+        return None
+    finally:
+        connection.close()
+
+
+class LlamaServer:
+    """A server that can be killed and started again on the same port."""
+
+    def __init__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        command = [sys.executable, HERE / "llama_server.py", TINY, str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        eventually("the server answers", lambda: get(self.url, "/health"))
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def busy_slots(self):
+        return sum(slot["is_processing"] for slot in json.loads(get(self.url, "/slots")))
+
+
+class Network:
+    """`tether up` with one worker that adopts a server."""
+
+    def __init__(self, folder, server):
+        self.data = folder / "data"
+        self.log = (folder / "log").open("w+")
+        command = [os.environ["TETHER_BIN"], "up", "--adopt", server.url, "--workers", "1", "--bind", "127.0.0.1:0"]
+        command += ["--data-dir", str(self.data)]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+        environment["TETHER_GATEWAY__RATE_LIMIT__REQUESTS_PER_MINUTE"] = "0"
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
+        self.url = eventually("it listens", lambda: self.read("address"))
+        self.key = self.read("api-key")
+        eventually("it is ready", lambda: get(self.url, "/readyz"))
+
+    def read(self, name):
+        path = self.data / name
+        return path.read_text().strip() if path.exists() else ""
+
+    def nodes(self):
+        return json.loads(get(self.url, "/admin/v1/nodes", self.key) or "{}")
+
+    def stop(self):
+        self.process.terminate()
+        status = self.process.wait(timeout=40)
+        self.log.seek(0)
+        assert status == 0, self.log.read()
+
+
+@pytest.fixture(scope="session")
+def server():
+    server = LlamaServer()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def network(server, tmp_path_factory):
+    network = Network(tmp_path_factory.mktemp("network"), server)
+    yield network
+    network.stop()
+
+
+@pytest.fixture(scope="session")
+def client(network):
+    client = openai.OpenAI(base_url=f"{network.url}/v1", api_key=network.key)
+    eventually("the model is listed", lambda: MODEL in {model.id.partition("@")[0] for model in client.models.list()})
+    return client
