@@ -1,6 +1,9 @@
 //! A runtime without a model, of fixed pace, for tests and benchmarks of everything around the engine.
 
-use std::collections::BTreeMap;
+mod script;
+mod vectors;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -13,11 +16,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::model_runtime::{
-    Abilities, Counters, EngineError, Event, FinishReason, GenerateRequest, GenerateSink, GenerateStream, LoadOptions,
-    LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, Piece, ProgressSink, PromptInput, RuntimeInfo, Usage,
-    VerifiedArtifact,
+    Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, Event, FinishReason, GenerateRequest,
+    GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime,
+    ProgressSink, PromptInput, RuntimeInfo, Usage, VerifiedArtifact, unsupported,
 };
 use crate::sampler;
+use script::{Script, word};
 
 /// Unread events that a stream holds before its generation waits for the reader.
 const EVENTS_MAX: usize = 256;
@@ -63,12 +67,16 @@ impl Default for MockOptions {
 
 /// Answers every prompt with `tok0 tok1 tok2 …` at a fixed pace. A prompt takes as many tokens as it has words.
 ///
+/// Where JSON is asked for the answer is the simplest that the schema allows, and where a function must be called it
+/// calls it with such arguments. It thinks a word first where the template is told `enable_thinking`. Texts become
+/// vectors of [`MockRuntime::EMBEDDING_LENGTH`] numbers, the same for the same text. Adapters change nothing.
+///
 /// It follows Tokio's clock, so paused time works. Slots, queue, cancellation and counters behave as with a model.
 #[derive(Debug)]
 pub struct MockRuntime {
     options: MockOptions,
     models: Mutex<BTreeMap<ModelId, Arc<MockModel>>>,
-    next_model: AtomicU64,
+    next_id: AtomicU64,
     started: AtomicU32,
     tasks: TaskTracker,
 }
@@ -83,6 +91,7 @@ struct MockModel {
     admission_max: usize,
     slot: Arc<Semaphore>,
     counters: Mutex<Counters>,
+    adapters: Mutex<BTreeSet<AdapterId>>,
     unloaded: CancellationToken,
 }
 
@@ -91,7 +100,10 @@ struct Answer {
     model: Arc<MockModel>,
     options: MockOptions,
     sink: GenerateSink,
+    script: Script,
     prompt_tokens: u32,
+    /// Tokens that were told on another try.
+    told: u32,
     limit: u32,
     fate: Fate,
     admitted: OwnedSemaphorePermit,
@@ -117,15 +129,22 @@ impl MockRuntime {
         Self {
             options,
             models: Mutex::default(),
-            next_model: AtomicU64::new(1),
+            next_id: AtomicU64::new(1),
             started: AtomicU32::new(0),
             tasks: TaskTracker::new(),
         }
     }
 
+    /// Numbers of each vector.
+    pub const EMBEDDING_LENGTH: u32 = 8;
+
     /// Returns the text that an answer of so many tokens has.
     pub fn text(tokens: u32) -> String {
-        (0..tokens).map(piece).collect()
+        (0..tokens).map(word).collect()
+    }
+
+    fn next_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
     }
 
     fn model(&self, id: ModelId) -> Result<Arc<MockModel>, EngineError> {
@@ -169,7 +188,7 @@ impl ModelRuntime for MockRuntime {
         progress(0.0);
         pause(self.options.load).await;
         progress(1.0);
-        let id = ModelId(self.next_model.fetch_add(1, Ordering::Relaxed));
+        let id = ModelId(self.next_id());
         let slots = options.slots.max(1);
         let context_length = match options.context_length {
             0 => self.options.context_length,
@@ -184,10 +203,17 @@ impl ModelRuntime for MockRuntime {
             admission_max,
             slot: Arc::new(Semaphore::new(slots as usize)),
             counters: Mutex::default(),
+            adapters: Mutex::default(),
             unloaded: CancellationToken::new(),
         };
         self.models.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(model));
-        let abilities = Abilities { generate: true, chat: true, ..Abilities::default() };
+        let abilities = Abilities {
+            generate: true,
+            chat: true,
+            tools: true,
+            embedding_length: Self::EMBEDDING_LENGTH,
+            adapters: true,
+        };
         Ok(LoadedModel { id, context_length, slots, pid: None, abilities })
     }
 
@@ -197,9 +223,44 @@ impl ModelRuntime for MockRuntime {
         Ok(())
     }
 
+    async fn add_adapter(&self, model: ModelId, _artifact: VerifiedArtifact) -> Result<AdapterId, EngineError> {
+        let model = self.model(model)?;
+        pause(self.options.load).await;
+        let id = AdapterId(self.next_id());
+        model.adapters.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+        Ok(id)
+    }
+
+    async fn remove_adapter(&self, model: ModelId, adapter: AdapterId) -> Result<(), EngineError> {
+        let model = self.model(model)?;
+        let was_there = model.adapters.lock().unwrap_or_else(PoisonError::into_inner).remove(&adapter);
+        if was_there { Ok(()) } else { Err(unsupported("adapter", "it is not loaded")) }
+    }
+
+    async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
+        let model = self.model(request.model)?;
+        let mut embeddings = Embeddings::default();
+        for input in &request.inputs {
+            let (prompt_tokens, context_length) = (words(input), model.context_length);
+            if prompt_tokens > context_length {
+                return Err(EngineError::ContextLength { prompt_tokens, context_length });
+            }
+            embeddings.prompt_tokens += prompt_tokens;
+            embeddings.vectors.push(vectors::vector(input)?);
+        }
+        pause(self.options.first_token).await;
+        Ok(embeddings)
+    }
+
     async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
         let model = self.model(request.model)?;
         sampler::check(&request.sampling)?;
+        if let Some(adapter) = request.adapter
+            && !model.adapters.lock().unwrap_or_else(PoisonError::into_inner).contains(&adapter)
+        {
+            return Err(unsupported("adapter", "it is not loaded"));
+        }
+        let script = Script::of(&request, self.options.tokens)?;
         let admitted = Arc::clone(&model.admission).try_acquire_owned().map_err(|_| EngineError::Busy)?;
         let prompt_tokens = words(&request.input);
         if prompt_tokens >= model.context_length {
@@ -210,7 +271,8 @@ impl ModelRuntime for MockRuntime {
         let (sink, stream) = GenerateStream::channel(EVENTS_MAX);
         let options = self.options.clone();
         let fate = self.fate();
-        self.tasks.spawn(Answer { model, options, sink, prompt_tokens, limit, fate, admitted }.run());
+        let told = u32::try_from(request.continued.len()).unwrap_or(u32::MAX);
+        self.tasks.spawn(Answer { model, options, sink, script, prompt_tokens, told, limit, fate, admitted }.run());
         Ok(stream)
     }
 
@@ -251,23 +313,24 @@ impl MockModel {
 
 impl Answer {
     async fn run(self) {
-        let Self { model, options, sink, prompt_tokens, limit, fate, admitted } = self;
+        let (sink, fate) = (&self.sink, self.fate);
         if fate == Fate::FailAtOnce {
             let failure = EngineError::Failed { reason: "told to fail at once".into() };
-            drop(admitted);
+            drop(self.admitted);
             let _ = sink.events.send(Err(failure)).await;
             return;
         }
+        let model = &self.model;
         let cancelled = sink.cancelled.clone();
         let ended = tokio::select! {
             biased;
             // An engine that hangs does not see that its reader is gone either.
             () = cancelled.cancelled(), if fate != Fate::Hang => Ok(Ended::Cancelled),
             () = model.unloaded.cancelled() => Err(EngineError::NotLoaded),
-            ended = answer(&model, &options, &sink, prompt_tokens, limit, fate) => ended,
+            ended = self.tell() => ended,
         };
         // The counters and the room come first, so that whoever sees the end sees them as well.
-        drop(admitted);
+        drop(self.admitted);
         let last = match ended {
             Ok(Ended::Done(reason, usage)) => {
                 model.count(|counters| counters.completed += 1);
@@ -284,49 +347,40 @@ impl Answer {
             _ = sink.events.send(last) => {}
         }
     }
-}
 
-/// Tells the answer up to its end, which it returns instead of telling.
-async fn answer(
-    model: &MockModel,
-    options: &MockOptions,
-    sink: &GenerateSink,
-    prompt_tokens: u32,
-    limit: u32,
-    fate: Fate,
-) -> Result<Ended, EngineError> {
-    let Ok(_slot) = model.slot.acquire().await else { return Err(EngineError::NotLoaded) };
-    let tell = async |event| sink.events.send(Ok(event)).await.is_ok();
-    if !tell(Event::Started { prompt_tokens, cached_tokens: 0 }).await {
-        return Ok(Ended::Cancelled);
-    }
-    if fate == Fate::Hang {
-        future::pending::<()>().await;
-    }
-    pause(options.first_token).await;
-    model.count(|counters| counters.prompt_tokens += u64::from(prompt_tokens));
-    let count = options.tokens.min(limit);
-    for token in 0..count {
-        if fate == Fate::DieAfter(token) {
-            return Err(EngineError::Failed { reason: format!("told to die after {token} tokens") });
-        }
-        if token > 0 {
-            pause(options.per_token).await;
-        }
-        model.count(|counters| {
-            counters.decode_steps += 1;
-            counters.generated_tokens += 1;
-        });
-        if !tell(Event::Piece(Piece { text: piece(token), tokens: vec![token], ..Piece::default() })).await {
+    /// Tells the answer up to its end, which it returns instead of telling.
+    async fn tell(&self) -> Result<Ended, EngineError> {
+        let Self { model, options, sink, script, prompt_tokens, told, limit, fate, .. } = self;
+        let (prompt_tokens, limit, fate) = (*prompt_tokens, *limit, *fate);
+        let Ok(_slot) = model.slot.acquire().await else { return Err(EngineError::NotLoaded) };
+        let tell = async |event| sink.events.send(Ok(event)).await.is_ok();
+        if !tell(Event::Started { prompt_tokens, cached_tokens: 0 }).await {
             return Ok(Ended::Cancelled);
         }
+        if fate == Fate::Hang {
+            future::pending::<()>().await;
+        }
+        pause(options.first_token).await;
+        model.count(|counters| counters.prompt_tokens += u64::from(prompt_tokens));
+        let count = script.len().min(limit);
+        for token in *told..count {
+            if fate == Fate::DieAfter(token) {
+                return Err(EngineError::Failed { reason: format!("told to die after {token} tokens") });
+            }
+            if token > *told {
+                pause(options.per_token).await;
+            }
+            model.count(|counters| {
+                counters.decode_steps += 1;
+                counters.generated_tokens += 1;
+            });
+            if !tell(Event::Piece(script.piece(token))).await {
+                return Ok(Ended::Cancelled);
+            }
+        }
+        let reason = if limit < script.len() { FinishReason::Length } else { script.reason() };
+        Ok(Ended::Done(reason, Usage { prompt_tokens, completion_tokens: count, cached_tokens: 0 }))
     }
-    let reason = if limit < options.tokens { FinishReason::Length } else { FinishReason::Stop };
-    Ok(Ended::Done(reason, Usage { prompt_tokens, completion_tokens: count, cached_tokens: 0 }))
-}
-
-fn piece(token: u32) -> String {
-    if token == 0 { "tok0".into() } else { format!(" tok{token}") }
 }
 
 fn words(input: &PromptInput) -> u32 {
@@ -348,134 +402,4 @@ async fn pause(length: Duration) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model_runtime::no_progress;
-    use tokio::time::Instant;
-
-    fn artifact() -> VerifiedArtifact {
-        let file = tempfile::tempfile().expect("temporary files work");
-        VerifiedArtifact { file, sha256: String::new(), bytes: 7, parts: Vec::new() }
-    }
-
-    async fn mock(options: MockOptions, load: LoadOptions) -> (MockRuntime, ModelId) {
-        let runtime = MockRuntime::new(options);
-        let model = runtime.load(artifact(), load, no_progress()).await.expect("it loads").id;
-        (runtime, model)
-    }
-
-    fn request(model: ModelId) -> GenerateRequest {
-        GenerateRequest::new(model, PromptInput::Text("one two three".into()))
-    }
-
-    async fn read(mut stream: GenerateStream) -> (String, Option<Result<Event, EngineError>>) {
-        let mut text = String::new();
-        let mut last = None;
-        while let Some(item) = stream.next().await {
-            if let Ok(Event::Piece(Piece { text: more, .. })) = &item {
-                text.push_str(more);
-            }
-            last = Some(item);
-        }
-        (text, last)
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn an_answer_comes_at_the_pace_that_was_set() {
-        let options = MockOptions {
-            first_token: Duration::from_millis(100),
-            per_token: Duration::from_millis(10),
-            tokens: 5,
-            ..MockOptions::default()
-        };
-        let (runtime, model) = mock(options, LoadOptions::default()).await;
-        let begin = Instant::now();
-        let (text, last) = read(runtime.generate(request(model)).await.expect("it starts")).await;
-        assert_eq!(begin.elapsed(), Duration::from_millis(140));
-        assert_eq!(text, MockRuntime::text(5));
-        let usage = Usage { prompt_tokens: 3, completion_tokens: 5, cached_tokens: 0 };
-        assert_eq!(last, Some(Ok(Event::Done { reason: FinishReason::Stop, usage })));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_pace_of_zero_takes_no_time() {
-        let (runtime, model) =
-            mock(MockOptions { tokens: 2_000, ..MockOptions::default() }, LoadOptions::default()).await;
-        let begin = Instant::now();
-        let (text, _) = read(runtime.generate(request(model)).await.expect("it starts")).await;
-        assert_eq!((begin.elapsed(), text), (Duration::ZERO, MockRuntime::text(2_000)));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_token_limit_ends_the_answer_by_length() {
-        let (runtime, model) = mock(MockOptions::default(), LoadOptions::default()).await;
-        let limited = GenerateRequest { max_tokens: Some(2), ..request(model) };
-        let (text, last) = read(runtime.generate(limited).await.expect("it starts")).await;
-        assert_eq!(text, "tok0 tok1");
-        assert!(matches!(last, Some(Ok(Event::Done { reason: FinishReason::Length, .. }))));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn one_request_more_than_slots_and_queue_is_refused() {
-        let options = MockOptions { per_token: Duration::from_secs(1), ..MockOptions::default() };
-        let (runtime, model) = mock(options, LoadOptions { slots: 1, queue_max: 1, ..LoadOptions::default() }).await;
-        let mut first = runtime.generate(request(model)).await.expect("a slot");
-        let second = runtime.generate(request(model)).await.expect("a place in the queue");
-        first.next().await.expect("it runs").expect("and well");
-        assert_eq!(runtime.generate(request(model)).await.err(), Some(EngineError::Busy));
-        let state = &runtime.load_state()[0];
-        assert_eq!((state.running, state.waiting), (1, 1));
-        drop(first);
-        let (text, _) = read(second).await;
-        assert_eq!(text, MockRuntime::text(16));
-        assert_eq!(runtime.load_state()[0].counters.cancelled, 1);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_dropped_stream_stops_its_generation() {
-        let options = MockOptions { per_token: Duration::from_secs(1), tokens: 1_000, ..MockOptions::default() };
-        let (runtime, model) = mock(options, LoadOptions::default()).await;
-        let mut stream = runtime.generate(request(model)).await.expect("it starts");
-        for _ in 0..3 {
-            stream.next().await.expect("it runs").expect("and well");
-        }
-        drop(stream);
-        time::sleep(Duration::from_mins(1)).await;
-        let state = &runtime.load_state()[0];
-        assert_eq!((state.running, state.counters.cancelled, state.counters.completed), (0, 1, 0));
-        assert!(state.counters.generated_tokens <= 3, "{state:?}");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn faults_strike_the_first_requests_and_then_no_more() {
-        let options = MockOptions { fail_first: 1, die_first: 1, die_after: 3, ..MockOptions::default() };
-        let (runtime, model) = mock(options, LoadOptions::default()).await;
-        let (text, last) = read(runtime.generate(request(model)).await.expect("it starts")).await;
-        assert!(text.is_empty() && matches!(last, Some(Err(EngineError::Failed { .. }))));
-        let (text, last) = read(runtime.generate(request(model)).await.expect("it starts")).await;
-        assert_eq!(text, MockRuntime::text(3));
-        assert!(matches!(last, Some(Err(EngineError::Failed { .. }))));
-        let (text, _) = read(runtime.generate(request(model)).await.expect("it starts")).await;
-        assert_eq!(text, MockRuntime::text(16));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn unloading_ends_what_runs() {
-        let options = MockOptions { per_token: Duration::from_secs(1), ..MockOptions::default() };
-        let (runtime, model) = mock(options, LoadOptions::default()).await;
-        let stream = runtime.generate(request(model)).await.expect("it starts");
-        runtime.unload(model).await.expect("it was loaded");
-        assert_eq!(read(stream).await.1, Some(Err(EngineError::NotLoaded)));
-        assert_eq!(runtime.generate(request(model)).await.err(), Some(EngineError::NotLoaded));
-        assert!(runtime.load_state().is_empty());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_prompt_as_long_as_the_context_is_refused() {
-        let (runtime, model) =
-            mock(MockOptions::default(), LoadOptions { context_length: 3, ..LoadOptions::default() }).await;
-        let expected = EngineError::ContextLength { prompt_tokens: 3, context_length: 3 };
-        assert_eq!(runtime.generate(request(model)).await.err(), Some(expected));
-        assert_eq!(runtime.load_state()[0].waiting, 0);
-    }
-}
+mod tests;

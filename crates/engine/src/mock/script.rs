@@ -1,0 +1,146 @@
+//! What a mock says, token by token.
+
+use serde_json::{Map, Value, json};
+
+use crate::model_runtime::{
+    Chat, EngineError, FinishReason, GenerateRequest, OutputFormat, Piece, PromptInput, TokenLogprob, ToolCallDelta,
+    ToolChoice, unsupported,
+};
+
+/// The log-probability of each token told; that of each alternative is one less than that of the one before.
+const LOGPROB: f32 = -0.5;
+/// Schemas that go on inside themselves end here.
+const DEPTH_MAX: u32 = 16;
+
+/// The answer to one request.
+pub(super) struct Script {
+    /// Whether a thought comes first.
+    thinks: bool,
+    body: Body,
+    logprobs: Option<u32>,
+}
+
+enum Body {
+    /// So many words, a token each.
+    Words(u32),
+    /// A text that is one token.
+    Text(String),
+    /// A call: its name is a token, and its arguments are another.
+    Call { name: String, arguments: String },
+}
+
+impl Script {
+    /// Returns what to answer; `words` is the length of an answer that may be anything.
+    pub(super) fn of(request: &GenerateRequest, words: u32) -> Result<Self, EngineError> {
+        let chat = match &request.input {
+            PromptInput::Chat(chat) => Some(chat),
+            PromptInput::Text(_) | PromptInput::Tokens(_) => None,
+        };
+        let body = match (chat.and_then(call), &request.format) {
+            (Some(call), _) => call,
+            (None, OutputFormat::Text) => Body::Words(words),
+            (None, OutputFormat::Json) => Body::Text("{}".into()),
+            (None, OutputFormat::JsonSchema(schema)) => Body::Text(instance(schema, schema, DEPTH_MAX).to_string()),
+            (None, OutputFormat::Regex(_) | OutputFormat::Lark(_)) => {
+                return Err(unsupported("response_format", "the mock writes nothing but JSON"));
+            }
+        };
+        let thinks = chat.and_then(|chat| chat.template_options.get("enable_thinking")) == Some(&Value::Bool(true));
+        Ok(Self { thinks, body, logprobs: request.logprobs })
+    }
+
+    /// Returns the number of tokens.
+    pub(super) fn len(&self) -> u32 {
+        let body = match &self.body {
+            Body::Words(count) => *count,
+            Body::Text(_) => 1,
+            Body::Call { .. } => 2,
+        };
+        body.saturating_add(self.thinks.into())
+    }
+
+    /// Returns why the answer ends where nothing cuts it short.
+    pub(super) fn reason(&self) -> FinishReason {
+        match self.body {
+            Body::Words(_) | Body::Text(_) => FinishReason::Stop,
+            Body::Call { .. } => FinishReason::ToolCalls,
+        }
+    }
+
+    /// Returns what a token brings, counted from 0.
+    pub(super) fn piece(&self, token: u32) -> Piece {
+        let piece = match (token.checked_sub(self.thinks.into()), &self.body) {
+            (None, _) => Piece { reasoning: "hm".into(), ..Piece::default() },
+            (Some(place), Body::Words(_)) => Piece { text: word(place), ..Piece::default() },
+            (Some(_), Body::Text(text)) => Piece { text: text.clone(), ..Piece::default() },
+            (Some(0), Body::Call { name, .. }) => {
+                let (id, name) = (Some(format!("call_{name}")), Some(name.clone()));
+                calls(ToolCallDelta { id, name, ..ToolCallDelta::default() })
+            }
+            (Some(_), Body::Call { arguments, .. }) => {
+                calls(ToolCallDelta { arguments: arguments.clone(), ..ToolCallDelta::default() })
+            }
+        };
+        let logprobs = self.logprobs.map(|count| logprob(token, &piece, count)).into_iter().collect();
+        Piece { tokens: vec![token], logprobs, ..piece }
+    }
+}
+
+/// Returns a word of an answer that may be anything.
+pub(super) fn word(place: u32) -> String {
+    if place == 0 { "tok0".into() } else { format!(" tok{place}") }
+}
+
+fn call(chat: &Chat) -> Option<Body> {
+    let tool = match &chat.tool_choice {
+        ToolChoice::Auto | ToolChoice::None => None,
+        ToolChoice::Required => chat.tools.first(),
+        ToolChoice::Function(name) => chat.tools.iter().find(|tool| tool.name == *name),
+    }?;
+    let arguments = tool.parameters.as_ref().map_or_else(|| json!({}), |schema| instance(schema, schema, DEPTH_MAX));
+    Some(Body::Call { name: tool.name.clone(), arguments: arguments.to_string() })
+}
+
+fn calls(delta: ToolCallDelta) -> Piece {
+    Piece { tool_calls: vec![delta], ..Piece::default() }
+}
+
+fn logprob(token: u32, piece: &Piece, count: u32) -> TokenLogprob {
+    let bytes = |text: &str| text.as_bytes().to_vec();
+    let of = |rank: u32| TokenLogprob {
+        token: token.saturating_add(rank),
+        bytes: if rank == 0 { bytes(&piece.text) } else { bytes(&word(token.saturating_add(rank))) },
+        logprob: LOGPROB - rank as f32,
+        top: Vec::new(),
+    };
+    TokenLogprob { top: (0..count).map(of).collect(), ..of(0) }
+}
+
+/// Returns the simplest value that a schema allows, as far as it needs no more than its types.
+fn instance(schema: &Value, root: &Value, depth: u32) -> Value {
+    let Some(below) = depth.checked_sub(1) else { return Value::Null };
+    let inner = |schema: &Value| instance(schema, root, below);
+    let first = |name: &str| schema.get(name).and_then(Value::as_array).and_then(|all| all.first());
+    if let Some(place) = schema.get("$ref").and_then(Value::as_str) {
+        let referred = place.strip_prefix('#').and_then(|pointer| root.pointer(pointer));
+        return referred.map_or(Value::Null, inner);
+    }
+    if let Some(value) = schema.get("const").or_else(|| first("enum")) {
+        return value.clone();
+    }
+    if let Some(schema) = first("anyOf").or_else(|| first("oneOf")).or_else(|| first("allOf")) {
+        return inner(schema);
+    }
+    match schema.get("type").and_then(Value::as_str) {
+        Some("string") => word(0).into(),
+        Some("integer" | "number") => 0.into(),
+        Some("boolean") => false.into(),
+        Some("array") => json!([]),
+        Some("object") => {
+            let properties = schema.get("properties").and_then(Value::as_object);
+            let fields = properties.into_iter().flatten().map(|(name, schema)| (name.clone(), inner(schema)));
+            Value::Object(fields.collect::<Map<_, _>>())
+        }
+        _ => Value::Null,
+    }
+}

@@ -1,0 +1,27 @@
+//! Vectors that say nothing, but the same for the same text.
+
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
+use super::MockRuntime;
+use crate::model_runtime::{EngineError, PromptInput, unsupported};
+
+/// Returns the vector of a text, of length 1.
+pub(super) fn vector(input: &PromptInput) -> Result<Vec<f32>, EngineError> {
+    let number = |place: u32| {
+        let mut hasher = DefaultHasher::new();
+        match input {
+            PromptInput::Text(text) => text.hash(&mut hasher),
+            PromptInput::Tokens(tokens) => tokens.hash(&mut hasher),
+            PromptInput::Chat(_) => {}
+        }
+        place.hash(&mut hasher);
+        // Never 0, so that there is a length to divide by.
+        (hasher.finish() % 1_000) as f32 + 1.0
+    };
+    if let PromptInput::Chat(_) = input {
+        return Err(unsupported("input", "a conversation has no vector"));
+    }
+    let numbers: Vec<f32> = (0..MockRuntime::EMBEDDING_LENGTH).map(number).collect();
+    let length = numbers.iter().map(|number| number * number).sum::<f32>().sqrt();
+    Ok(numbers.into_iter().map(|number| number / length).collect())
+}
