@@ -52,6 +52,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("dht_connection", dht_connection),
     ("dht_message", dht_message),
     ("dht_record", dht_record),
+    ("embedding_request", embedding_request),
     ("engine_frame", engine_frame),
     ("gateway_submission", gateway_submission),
     ("gguf_header", gguf_header),
@@ -129,6 +130,13 @@ pub fn infer_submission(bytes: &[u8]) {
 pub fn chat_request(bytes: &[u8]) {
     if let Ok(generation) = validation::parse_chat(bytes) {
         assert_eq!(generation.job.input.check(), Ok(()), "what passed is a sound job");
+    }
+}
+
+/// The body of `POST /v1/embeddings`.
+pub fn embedding_request(bytes: &[u8]) {
+    if let Ok(vectors) = validation::parse_embeddings(bytes) {
+        assert_eq!(vectors.job.input.check(), Ok(()), "what passed is a sound job");
     }
 }
 

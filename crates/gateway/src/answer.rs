@@ -1,10 +1,12 @@
 //! A job's answer on its way to the client, checked piece by piece.
 
+mod whole;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::infer::FinishReason;
+use protocol::infer::{Embedding, FinishReason, Input, TokenLogprob, ToolCallDelta};
 use protocol::model::ModelEntry;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, WireError, codec};
@@ -16,12 +18,15 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, error};
 
 use crate::request_record::RequestRecord;
+use whole::Gathering;
+
+pub(crate) use whole::Whole;
 
 /// How long an orchestrator may take to close a stream after its last chunk.
 const CLOSING: Duration = Duration::from_secs(1);
 
 /// A piece of an answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Piece {
     /// The chunk as the orchestrator sent it, JSON.
     pub raw: Bytes,
@@ -29,10 +34,66 @@ pub struct Piece {
     pub seq: u64,
     /// The try that made it.
     pub attempt: u32,
-    /// Text to append; may be empty.
-    pub text: String,
+    /// What it brings.
+    pub content: Content,
     /// How the answer ended, in its last piece.
     pub end: Option<End>,
+}
+
+/// What a chunk brings, as far as it is read here: [`protocol::infer::Payload`] without its tokens.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Content {
+    /// Which of several answers it belongs to, counted from 0.
+    pub index: u32,
+    /// Text to append; may be empty.
+    pub text: String,
+    /// Text to append to what the model thinks before it answers.
+    pub reasoning: String,
+    /// More of its calls.
+    pub tool_calls: Vec<ToolCallDelta>,
+    /// One for each token, where they were asked for.
+    pub logprobs: Vec<TokenLogprob>,
+    /// Vectors, where they were asked for.
+    pub embeddings: Vec<Embedding>,
+    /// Why the answer that it belongs to ended, in the last piece of that answer.
+    pub finish_reason: Option<FinishReason>,
+    /// What the whole took, in the last piece; in the first, what the prompt took.
+    pub usage: Option<TokenUsage>,
+}
+
+impl Content {
+    /// Says whether it brings something to read, and is not only the end of something.
+    pub(crate) fn has_something(&self) -> bool {
+        let Self { text, reasoning, tool_calls, logprobs, embeddings, .. } = self;
+        !(text.is_empty()
+            && reasoning.is_empty()
+            && tool_calls.is_empty()
+            && logprobs.is_empty()
+            && embeddings.is_empty())
+    }
+}
+
+/// How much was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Expected {
+    /// Answers.
+    pub(crate) choices: u32,
+    /// Vectors.
+    pub(crate) embeddings: u32,
+}
+
+impl Default for Expected {
+    fn default() -> Self {
+        Self { choices: 1, embeddings: 0 }
+    }
+}
+
+impl Expected {
+    /// Returns what a checked job asks for.
+    pub(crate) fn of(input: &Input) -> Self {
+        Self { choices: input.n.unwrap_or(1), embeddings: input.embed.as_ref().map_or(0, |texts| texts.len() as u32) }
+    }
 }
 
 /// How an answer ended.
@@ -63,6 +124,7 @@ impl Answer {
     pub(crate) async fn begin(
         stream: AnswerStream,
         entry: Arc<ModelEntry>,
+        expected: Expected,
         record: RequestRecord,
         tracker: TaskTracker,
         permit: OwnedSemaphorePermit,
@@ -72,7 +134,7 @@ impl Answer {
             correlation_id,
             entry,
             stream: Some(stream),
-            check: Sequence::new(correlation_id),
+            check: Sequence::new(correlation_id, expected),
             first: None,
             record,
             tracker,
@@ -110,7 +172,7 @@ impl Answer {
         };
         match &piece {
             Ok(piece) => {
-                if !piece.text.is_empty() {
+                if piece.content.has_something() {
                     self.record.piece();
                 }
                 if let Some(end) = &piece.end {
@@ -126,16 +188,13 @@ impl Answer {
         Some(piece)
     }
 
-    /// Waits for the whole text and its end.
-    pub(crate) async fn collect(&mut self) -> Result<(String, End), WireError> {
-        let (mut text, mut end) = (String::new(), None);
+    /// Waits for the whole.
+    pub(crate) async fn collect(&mut self) -> Result<Whole, WireError> {
+        let mut gathering = Gathering::new(self.check.expected);
         while let Some(piece) = self.next().await {
-            let piece = piece?;
-            text += &piece.text;
-            end = piece.end;
+            gathering.add(piece?).map_err(broken)?;
         }
-        // An answer without an end is an error above.
-        end.map(|end| (text, end)).ok_or_else(|| broken("the answer has no end"))
+        gathering.finish().map_err(broken)
     }
 
     /// Lets the orchestrator end the stream: giving it up here would look like a cancel.
@@ -154,6 +213,7 @@ impl Answer {
 #[derive(Debug)]
 struct Sequence {
     correlation_id: String,
+    expected: Expected,
     next: u64,
     attempt: u32,
 }
@@ -164,21 +224,10 @@ struct Sequence {
 struct Chunk<'a> {
     correlation_id: &'a str,
     seq: u64,
-    payload: Payload,
+    payload: Content,
     done: bool,
     #[serde(default = "first_attempt")]
     attempt: u32,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Payload {
-    #[serde(default)]
-    text: String,
-    #[serde(default)]
-    finish_reason: Option<FinishReason>,
-    #[serde(default)]
-    usage: Option<TokenUsage>,
 }
 
 fn first_attempt() -> u32 {
@@ -186,8 +235,8 @@ fn first_attempt() -> u32 {
 }
 
 impl Sequence {
-    fn new(correlation_id: CorrelationId) -> Self {
-        Self { correlation_id: correlation_id.to_string(), next: 0, attempt: 1 }
+    fn new(correlation_id: CorrelationId, expected: Expected) -> Self {
+        Self { correlation_id: correlation_id.to_string(), expected, next: 0, attempt: 1 }
     }
 
     fn read(&mut self, raw: Bytes) -> Result<Piece, WireError> {
@@ -201,15 +250,25 @@ impl Sequence {
         if chunk.attempt < self.attempt {
             return Err(broken("a chunk is of a try that was given up"));
         }
-        let end = match (chunk.done, chunk.payload.finish_reason, chunk.payload.usage) {
+        let mut content = chunk.payload;
+        let is_expected = content.index < self.expected.choices
+            && content.embeddings.iter().all(|embedding| embedding.index < self.expected.embeddings);
+        if !is_expected {
+            return Err(broken("a chunk brings what was not asked for"));
+        }
+        let end = match (chunk.done, content.finish_reason, content.usage) {
             (false, ..) => None,
             (true, Some(reason), Some(usage)) => Some(End { reason, usage }),
             (true, ..) => return Err(broken("the last chunk lacks its reason or usage")),
         };
+        if end.is_some() && self.expected.choices > 1 {
+            // Each of several answers has ended in a chunk of its own.
+            content.finish_reason = None;
+        }
         self.next += 1;
         self.attempt = chunk.attempt;
-        let (seq, attempt, text) = (chunk.seq, chunk.attempt, chunk.payload.text);
-        Ok(Piece { raw, seq, attempt, text, end })
+        let (seq, attempt) = (chunk.seq, chunk.attempt);
+        Ok(Piece { raw, seq, attempt, content, end })
     }
 }
 
@@ -246,7 +305,10 @@ pub(crate) fn translate(error: &mut WireError) {
 /// Reads a chunk as an answer's first, for fuzzing.
 pub fn parse_chunk(bytes: &[u8]) -> Result<(), WireError> {
     let chunk: protocol::infer::InferChunk = codec::decode(bytes)?;
-    Sequence::new(chunk.correlation_id).read(Bytes::copy_from_slice(bytes)).map(drop)
+    let expected = Expected { choices: 2, embeddings: 2 };
+    let mut gathering = Gathering::new(expected);
+    let piece = Sequence::new(chunk.correlation_id, expected).read(Bytes::copy_from_slice(bytes))?;
+    gathering.add(piece).map_err(broken)
 }
 
 #[cfg(test)]
@@ -267,8 +329,8 @@ mod tests {
 
     #[test]
     fn chunks_in_order_are_read() {
-        let mut sequence = Sequence::new(job());
-        assert_eq!(sequence.read(chunk(0, 1, TEXT)).expect("first").text, "hi");
+        let mut sequence = Sequence::new(job(), Expected::default());
+        assert_eq!(sequence.read(chunk(0, 1, TEXT)).expect("first").content.text, "hi");
         assert_eq!(sequence.read(chunk(1, 2, TEXT)).expect("another try may go on").attempt, 2);
         let last = sequence.read(chunk(2, 2, DONE)).expect("last");
         assert_eq!(last.end.expect("ends").usage.completion_tokens, 2);
@@ -277,7 +339,7 @@ mod tests {
     #[test]
     fn what_breaks_the_order_is_an_internal_error() {
         let fails = |chunks: &[Bytes]| {
-            let mut sequence = Sequence::new(job());
+            let mut sequence = Sequence::new(job(), Expected::default());
             let outcome = chunks.iter().cloned().map(|chunk| sequence.read(chunk)).find_map(Result::err);
             assert_eq!(outcome.expect("refused").code, ErrorCode::InternalError);
         };
@@ -286,10 +348,21 @@ mod tests {
         fails(&[chunk(0, 1, TEXT), chunk(2, 1, TEXT)]);
         fails(&[chunk(0, 2, TEXT), chunk(1, 1, TEXT)]);
         fails(&[chunk(0, 1, r#""payload":{},"done":true"#)]);
+        fails(&[chunk(0, 1, r#""payload":{"index":1,"text":"x"},"done":false"#)]);
+        fails(&[chunk(0, 1, r#""payload":{"embeddings":[{"index":0,"base64":""}]},"done":false"#)]);
         fails(&[Bytes::from_static(b"{}")]);
         fails(&[Bytes::from(chunk(0, 1, TEXT).to_vec().into_iter().rev().collect::<Vec<_>>())]);
         let other = String::from_utf8(chunk(0, 1, TEXT).to_vec()).expect("text").replace("018f", "118f");
         fails(&[other.into()]);
+    }
+
+    #[test]
+    fn the_end_of_several_answers_is_that_of_none_of_them() {
+        let mut sequence = Sequence::new(job(), Expected { choices: 2, embeddings: 0 });
+        let of_one = sequence.read(chunk(0, 1, r#""payload":{"index":1,"finishReason":"length"},"done":false"#));
+        assert_eq!(of_one.expect("an answer's end").content.finish_reason, Some(FinishReason::Length));
+        let of_all = sequence.read(chunk(1, 1, DONE)).expect("the end of all");
+        assert_eq!((of_all.content.finish_reason, of_all.end.is_some()), (None, true));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::answer::{self, Answer};
+use crate::answer::{self, Answer, Expected};
 use crate::authentication::Authentication;
 use crate::cached::Cached;
 use crate::catalog::{self, Models};
@@ -293,13 +293,16 @@ impl Gateway {
         let opened = async {
             let entry = self.check_job(&grant, &job, &mut record).await?;
             let patience = self.patience(&record, &job);
+            let expected = Expected::of(&job.input);
             let request = self.request(&grant, &entry, job, patience, &record)?;
             let salt = record.correlation_id.0.as_u128();
             let stream = self.inner.upstream.submit(codec::encode(&request).into(), patience, salt).await;
-            Ok((stream.map_err(presentable)?, entry))
+            Ok((stream.map_err(presentable)?, entry, expected))
         };
         match opened.await {
-            Ok((stream, entry)) => Answer::begin(stream, entry, record, self.inner.tracker.clone(), permit).await,
+            Ok((stream, entry, expected)) => {
+                Answer::begin(stream, entry, expected, record, self.inner.tracker.clone(), permit).await
+            }
             Err(error) => {
                 let error: WireError = error;
                 record.failed(error.code);
@@ -328,9 +331,11 @@ impl Gateway {
             let message = format!("this API key may not use the model {}", job.model.name);
             return Err(WireError::new(ErrorCode::ModelNotAllowed, message).with_param("model"));
         }
-        if job.model.adapter.is_some() || job.input.adapter.is_some() {
-            let message = "adapters are not served yet: leave the part after ':' out";
-            return Err(WireError::new(ErrorCode::UnsupportedParameter, message).with_param("model"));
+        if let (Some(named), Some(given)) = (&job.model.adapter, &job.input.adapter)
+            && named != given
+        {
+            let message = format!("adapter is {given}, and the model's name says {named}: give one of them");
+            return Err(WireError::new(ErrorCode::InvalidValue, message).with_param("adapter"));
         }
         Ok(entry)
     }
@@ -369,7 +374,7 @@ impl Gateway {
             tenant_id: grant.tenant_id.clone(),
             model_id: entry.key.model_id.clone(),
             version: entry.key.version,
-            input: job.input,
+            input: Input { adapter: job.input.adapter.or(job.model.adapter), ..job.input },
             correlation_id: record.correlation_id,
             retry_token,
             trace_id: record.trace_id,

@@ -18,6 +18,6 @@ mod rpc_gateway;
 mod upstream;
 pub mod validation;
 
-pub use answer::{Answer, End, Piece, parse_chunk};
+pub use answer::{Answer, Content, End, Piece, parse_chunk};
 pub use config::{Config, RateLimitConfig};
 pub use gateway::{Admission, Gateway, GatewayError, GatewayParts, Job, OpenGateway, Origin, RequestContext};

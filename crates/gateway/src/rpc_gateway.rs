@@ -16,14 +16,14 @@ use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::answer::Answer;
+use crate::answer::{Answer, Whole};
 use crate::config::seconds;
 use crate::gateway::{Gateway, Job, Origin};
-use crate::http_bridge::completions;
 use crate::http_bridge::models::{self, ModelList};
-use crate::http_bridge::sse::{Endpoint, Heading};
-use crate::validation;
-use crate::validation::submission::{OpenAi, Read, Submission, parse_submission};
+use crate::http_bridge::sse::Heading;
+use crate::http_bridge::{completions, embeddings};
+use crate::validation::submission::{Read, Submission, Words, parse_submission};
+use crate::validation::{self, Encoding};
 
 /// Calls besides jobs that may be under way: lists of models, and jobs about to be refused.
 const CALLS_BESIDES: usize = 1024;
@@ -47,7 +47,9 @@ enum Wording {
     /// Ours.
     Native,
     /// `OpenAI`'s.
-    OpenAi(Heading),
+    Generation(Heading),
+    /// `OpenAI`'s, for vectors.
+    Vectors { model: String, encoding: Encoding },
 }
 
 impl RpcGateway {
@@ -121,20 +123,13 @@ impl RpcGateway {
     /// Answers with the whole as one JSON value, for callers that speak no streams.
     async fn whole(&self, caller: PublicKey, body: &[u8]) -> Result<Box<RawValue>, WireError> {
         let Opened { mut answer, wording } = self.open(caller, body, None, true).await?;
-        let (text, end) = answer.collect().await?;
-        let written = match &wording {
-            Wording::OpenAi(heading) => completions::write_whole(heading, &answer, &text, end),
-            Wording::Native => to_raw_value(&GatewayAnswer {
-                correlation_id: answer.correlation_id(),
-                model_id: answer.model().key.model_id.clone(),
-                version: answer.model().key.version,
-                text,
-                finish_reason: end.reason,
-                usage: end.usage,
-                attempt: answer.attempt(),
-            }),
+        let whole = answer.collect().await?;
+        let written = match wording {
+            Wording::Generation(heading) => completions::write_whole(&heading, &answer, &whole).ok(),
+            Wording::Vectors { model, encoding } => embeddings::write_vectors(&model, encoding, &whole),
+            Wording::Native => native_answer(&answer, whole).and_then(|answer| to_raw_value(&answer).ok()),
         };
-        written.map_err(|_| WireError::new(ErrorCode::InternalError, "the answer could not be written"))
+        written.ok_or_else(|| WireError::new(ErrorCode::InternalError, "the answer could not be written"))
     }
 
     async fn models(&self, caller: PublicKey, request: &ModelsRequest) -> Result<ModelList, WireError> {
@@ -162,16 +157,24 @@ impl RpcGateway {
         };
         let admission = gateway.admit(token.as_deref(), context).await?;
         let read = asked.read().and_then(|read| if is_whole { read.for_one_value() } else { Ok(read) });
-        let Read { job, openai } = match read {
+        let Read { job, words } = match read {
             Ok(read) => read,
             Err(error) => return Err(admission.refuse(error).error),
         };
         let job = Job { deadline: sooner(job.deadline, deadline), ..job };
-        let wording = match openai {
-            None => Wording::Native,
-            Some(OpenAi { endpoint, model, .. }) => {
+        let wording = match words {
+            Words::Native => Wording::Native,
+            Words::Vectors { model, encoding } => Wording::Vectors { model, encoding },
+            Words::Generation { endpoint, model, .. } => {
                 let id = job.correlation_id.unwrap_or(context.correlation_id);
-                Wording::OpenAi(self.heading(endpoint, id, model))
+                Wording::Generation(Heading {
+                    endpoint,
+                    id: format!("{}{}", endpoint.id_prefix(), id.0.simple()),
+                    created: gateway.clock().now().0 / 1000,
+                    model,
+                    choices: job.input.n.unwrap_or(1),
+                    include_usage: false,
+                })
             }
         };
         match gateway.submit(admission, job).await {
@@ -181,16 +184,20 @@ impl RpcGateway {
             Err(error) => Err(error),
         }
     }
+}
 
-    fn heading(&self, endpoint: Endpoint, id: protocol::CorrelationId, model: String) -> Heading {
-        Heading {
-            endpoint,
-            id: format!("{}{}", endpoint.id_prefix(), id.0.simple()),
-            created: self.gateway.clock().now().0 / 1000,
-            model,
-            include_usage: false,
-        }
-    }
+fn native_answer(answer: &Answer, whole: Whole) -> Option<GatewayAnswer> {
+    let mut choices = whole.choices.into_iter();
+    Some(GatewayAnswer {
+        correlation_id: answer.correlation_id(),
+        model_id: answer.model().key.model_id.clone(),
+        version: answer.model().key.version,
+        choice: choices.next()?,
+        further_choices: choices.collect(),
+        embeddings: whole.embeddings,
+        usage: whole.usage,
+        attempt: answer.attempt(),
+    })
 }
 
 /// Passes the chunks on. A caller that leaves one unread for too long counts as gone, which cancels the job.

@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::id::{CorrelationId, ModelName, ModelVersion};
-use crate::infer::{FinishReason, InferSubmission};
+use crate::infer::{Embedding, FinishReason, InferSubmission, TokenLogprob, ToolCall};
 use crate::usage::TokenUsage;
 
 /// Gateway: lists the models a token may use, as `GET /v1/models` does. [`ModelsRequest`] → OpenAI's list.
 pub const MODELS: &str = "infer.models";
 
-/// A job on its way from a client to a gateway. Exactly one of `request`, `chat` and `completion` is given.
+/// A job on its way from a client to a gateway. Exactly one of `request`, `chat`, `completion` and `embedding` is given.
 #[derive(Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Gateway.Submission")]
@@ -32,6 +32,9 @@ pub struct GatewaySubmission {
     /// The job as `POST /v1/completions` takes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub completion: Option<Map<String, Value>>,
+    /// The job as `POST /v1/embeddings` takes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embedding: Option<Map<String, Value>>,
     /// The W3C trace context that the job goes on with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
@@ -40,7 +43,14 @@ pub struct GatewaySubmission {
 impl GatewaySubmission {
     /// Makes a submission of a job in our own words.
     pub fn of(token: impl Into<String>, request: InferSubmission) -> Self {
-        Self { token: token.into(), request: Some(request), chat: None, completion: None, traceparent: None }
+        Self {
+            token: token.into(),
+            request: Some(request),
+            chat: None,
+            completion: None,
+            embedding: None,
+            traceparent: None,
+        }
     }
 }
 
@@ -51,8 +61,8 @@ impl fmt::Debug for GatewaySubmission {
     }
 }
 
-/// The whole answer to a `request` that was sent as a unary call. A `chat` or `completion` is answered as OpenAI does.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// The whole answer to a `request` that was sent as a unary call. What comes in OpenAI's words is answered in them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Gateway.Answer")]
 pub struct GatewayAnswer {
@@ -62,14 +72,38 @@ pub struct GatewayAnswer {
     pub model_id: ModelName,
     /// Its version.
     pub version: ModelVersion,
-    /// The answer.
-    pub text: String,
-    /// Why it ended.
-    pub finish_reason: FinishReason,
+    /// The answer, or the first of several.
+    #[serde(flatten)]
+    pub choice: Choice,
+    /// The others, where several were asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub further_choices: Vec<Choice>,
+    /// Vectors, where they were asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub embeddings: Vec<Embedding>,
     /// What it took.
     pub usage: TokenUsage,
     /// The try that answered, counted from 1.
     pub attempt: u32,
+}
+
+/// One of the answers that were asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Choice {
+    /// What the model says.
+    pub text: String,
+    /// What it thought before.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reasoning: String,
+    /// The functions it calls.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
+    /// One for each token, where they were asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub logprobs: Vec<TokenLogprob>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
 }
 
 /// Asks which models a token may use.

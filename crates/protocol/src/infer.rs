@@ -3,6 +3,8 @@
 mod input;
 mod limits;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -175,6 +177,22 @@ pub struct Embedding {
     pub base64: String,
 }
 
+impl Embedding {
+    /// Writes a vector.
+    pub fn new(index: u32, vector: &[f32]) -> Self {
+        let bytes: Vec<u8> = vector.iter().flat_map(|number| number.to_le_bytes()).collect();
+        Self { index, base64: BASE64_STANDARD.encode(bytes) }
+    }
+
+    /// Reads the vector, or returns `None` where it is none.
+    pub fn vector(&self) -> Option<Vec<f32>> {
+        let bytes = BASE64_STANDARD.decode(&self.base64).ok()?;
+        let (numbers, rest) = bytes.as_chunks();
+        let vector = numbers.iter().map(|number| f32::from_le_bytes(*number));
+        rest.is_empty().then(|| vector.collect())
+    }
+}
+
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -194,6 +212,25 @@ impl FinishReason {
             Self::Stop => "stop",
             Self::Length => "length",
             Self::ToolCalls => "tool_calls",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vector_is_written_as_openai_writes_it_and_read_back() {
+        let embedding = Embedding::new(3, &[1.0, -0.5]);
+        assert_eq!(embedding.base64, "AACAPwAAAL8=");
+        assert_eq!(embedding.vector(), Some(vec![1.0, -0.5]));
+    }
+
+    #[test]
+    fn what_is_no_vector_is_not_read() {
+        for text in ["AACAPw", "AACAPwA=", "?", "AACAPw==\n"] {
+            assert_eq!(Embedding { index: 0, base64: text.into() }.vector(), None, "{text}");
         }
     }
 }

@@ -3,15 +3,19 @@
 use axum::body::Body;
 use axum::extract::{Request, State};
 use http::Response;
+use protocol::gateway::Choice;
+use protocol::usage::TokenUsage;
 use protocol::{ErrorCode, WireError};
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::errors;
 use super::job::{self, AnswerFacts, Opening, Told};
+use super::logprobs::{ChatLogprobs, TextLogprobs};
 use super::router::Bridge;
 use super::sse::{self, Endpoint, Heading, Sse, Usage};
-use crate::answer::{Answer, End};
+use super::tool_calls::WholeCall;
+use crate::answer::{Answer, Whole};
 use crate::validation::{self, Generation};
 
 /// Goes on with a text.
@@ -47,6 +51,7 @@ pub(super) async fn generate(
         id: format!("{}{}", endpoint.id_prefix(), told.correlation_id().0.simple()),
         created: bridge.gateway.clock().now().0 / 1000,
         model,
+        choices: job.input.n.unwrap_or(1),
         include_usage,
     };
     let opening = job::open(bridge, asked.admission, job);
@@ -66,20 +71,20 @@ pub(super) async fn generate(
 async fn whole(opening: Opening, heading: &Heading) -> Result<(Response<Body>, AnswerFacts), WireError> {
     let mut answer = opening.await?;
     let facts = AnswerFacts::of(&answer);
-    let (text, end) = answer.collect().await?;
-    let written = write_whole(heading, &answer, &text, end);
+    let whole = answer.collect().await?;
+    let written = write_whole(heading, &answer, &whole);
     let written = written.map_err(|_| WireError::new(ErrorCode::InternalError, "the answer could not be written"))?;
     Ok((errors::json(&written), facts))
 }
 
 #[derive(Serialize)]
-struct Whole<'a, C> {
+struct Envelope<'a, C> {
     id: &'a str,
     object: &'static str,
     created: u64,
     model: &'a str,
     system_fingerprint: &'a str,
-    choices: [C; 1],
+    choices: Vec<C>,
     usage: Usage,
 }
 
@@ -87,14 +92,19 @@ struct Whole<'a, C> {
 struct ChatChoice<'a> {
     index: u32,
     message: AssistantMessage<'a>,
-    logprobs: (),
+    logprobs: Option<ChatLogprobs<'a>>,
     finish_reason: &'static str,
 }
 
 #[derive(Serialize)]
 struct AssistantMessage<'a> {
     role: &'static str,
-    content: &'a str,
+    /// Null where the model only calls functions.
+    content: Option<&'a str>,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    reasoning_content: &'a str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<WholeCall<'a>>,
     refusal: (),
 }
 
@@ -102,39 +112,50 @@ struct AssistantMessage<'a> {
 struct TextChoice<'a> {
     index: u32,
     text: &'a str,
-    logprobs: (),
+    logprobs: Option<TextLogprobs<'a>>,
     finish_reason: &'static str,
 }
 
+impl<'a> ChatChoice<'a> {
+    fn of((index, choice): (u32, &'a Choice)) -> Self {
+        let Choice { text, reasoning, tool_calls, logprobs, finish_reason } = choice;
+        let message = AssistantMessage {
+            role: "assistant",
+            content: (!text.is_empty() || tool_calls.is_empty()).then_some(text),
+            reasoning_content: reasoning,
+            tool_calls: tool_calls.iter().map(WholeCall::of).collect(),
+            refusal: (),
+        };
+        Self { index, message, logprobs: ChatLogprobs::of(logprobs), finish_reason: finish_reason.as_str() }
+    }
+}
+
+impl<'a> TextChoice<'a> {
+    fn of((index, choice): (u32, &'a Choice)) -> Self {
+        let Choice { text, logprobs, finish_reason, .. } = choice;
+        Self { index, text, logprobs: TextLogprobs::of(logprobs, &mut 0), finish_reason: finish_reason.as_str() }
+    }
+}
+
 /// Writes a whole answer as `OpenAI` does.
-pub(crate) fn write_whole(
-    heading: &Heading,
-    answer: &Answer,
-    text: &str,
-    end: End,
-) -> serde_json::Result<Box<RawValue>> {
-    let fingerprint = &sse::fingerprint(answer);
-    let finish_reason = end.reason.as_str();
+pub(crate) fn write_whole(heading: &Heading, answer: &Answer, whole: &Whole) -> serde_json::Result<Box<RawValue>> {
+    let choices = (0..).zip(&whole.choices);
     match heading.endpoint {
-        Endpoint::Chat => {
-            let message = AssistantMessage { role: "assistant", content: text, refusal: () };
-            let choice = ChatChoice { index: 0, message, logprobs: (), finish_reason };
-            to_raw_value(&with_choice(heading, fingerprint, "chat.completion", choice, end))
-        }
+        Endpoint::Chat => write(heading, answer, "chat.completion", choices.map(ChatChoice::of).collect(), whole.usage),
         Endpoint::Completion => {
-            let choice = TextChoice { index: 0, text, logprobs: (), finish_reason };
-            to_raw_value(&with_choice(heading, fingerprint, "text_completion", choice, end))
+            write(heading, answer, "text_completion", choices.map(TextChoice::of).collect(), whole.usage)
         }
     }
 }
 
-fn with_choice<'a, C>(
-    heading: &'a Heading,
-    system_fingerprint: &'a str,
+fn write<C: Serialize>(
+    heading: &Heading,
+    answer: &Answer,
     object: &'static str,
-    choice: C,
-    end: End,
-) -> Whole<'a, C> {
+    choices: Vec<C>,
+    usage: TokenUsage,
+) -> serde_json::Result<Box<RawValue>> {
     let Heading { id, created, model, .. } = heading;
-    Whole { id, object, created: *created, model, system_fingerprint, choices: [choice], usage: end.usage.into() }
+    let system_fingerprint = &sse::fingerprint(answer);
+    to_raw_value(&Envelope { id, object, created: *created, model, system_fingerprint, choices, usage: usage.into() })
 }

@@ -1,6 +1,7 @@
 //! The OpenAPI document. Contracts of ours are shown by the schemas that `protocol` publishes; the types below show
 //! what `validation` reads.
 
+use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use axum::body::Body;
@@ -12,7 +13,7 @@ use serde_json::{Map, Value};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{IntoResponses, Modify, OpenApi, ToSchema};
 
-use super::{chat, completions, health, infer, models};
+use super::{chat, completions, embeddings, health, infer, models};
 use crate::admin;
 
 static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| Bytes::from(build().to_string()));
@@ -34,6 +35,7 @@ pub(super) async fn document() -> Response<Body> {
     paths(
         chat::create,
         completions::create,
+        embeddings::create,
         models::list,
         models::get,
         infer::create,
@@ -190,7 +192,7 @@ pub(crate) enum Errors {
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "described, never made")]
 pub(super) struct ChatCompletionRequest {
-    /// `name[@MAJOR.MINOR]`; no version means the newest.
+    /// `name[@MAJOR.MINOR][:adapter]`; no version means the newest.
     model: String,
     /// The conversation so far.
     #[schema(min_items = 1)]
@@ -201,22 +203,62 @@ pub(super) struct ChatCompletionRequest {
     /// The older name of `max_completion_tokens`.
     #[schema(minimum = 1)]
     max_tokens: Option<u32>,
+    /// Tells the log-probability of each token.
+    logprobs: Option<bool>,
+    /// And of so many of the likeliest in its place.
+    #[schema(maximum = 20)]
+    top_logprobs: Option<u32>,
+    /// The functions the model may call.
+    #[schema(max_items = 128)]
+    tools: Option<Vec<ToolOffer>>,
+    /// `auto`, `none`, `required`, or `{"type":"function","function":{"name":…}}`.
+    #[schema(value_type = Option<Value>)]
+    tool_choice: Option<Value>,
+    /// How long a model thinks that can: `none`, `minimal`, `low`, `medium`, `high` or `xhigh`.
+    reasoning_effort: Option<String>,
+    /// Variables for the model's chat template. Not OpenAI's.
+    #[schema(value_type = Option<Object>)]
+    chat_template_kwargs: Option<Value>,
     #[schema(inline)]
     #[serde(flatten)]
     sampling: Sampling,
+}
+
+/// A function the model may call.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "described, never made")]
+struct ToolOffer {
+    /// Always `function`.
+    r#type: String,
+    function: FunctionOffer,
+}
+
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "described, never made")]
+struct FunctionOffer {
+    /// 1 to 64 letters, digits, `_` and `-`.
+    name: String,
+    /// What it does, for the model to read.
+    description: Option<String>,
+    /// The JSON schema of its arguments.
+    #[schema(value_type = Option<Object>)]
+    parameters: Option<Value>,
 }
 
 /// A text to go on with.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "described, never made")]
 pub(super) struct CompletionRequest {
-    /// `name[@MAJOR.MINOR]`; no version means the newest.
+    /// `name[@MAJOR.MINOR][:adapter]`; no version means the newest.
     model: String,
-    /// The text, alone or in an array.
-    prompt: OneOrMany,
+    /// The text or its tokens, alone or in an array.
+    prompt: TextsOrTokens,
     /// The most tokens to generate.
     #[schema(minimum = 1, default = 16)]
     max_tokens: Option<u32>,
+    /// Tells the log-probability of each token, and of so many of the likeliest in its place.
+    #[schema(maximum = 20)]
+    logprobs: Option<u32>,
     #[schema(inline)]
     #[serde(flatten)]
     sampling: Sampling,
@@ -231,6 +273,9 @@ struct Sampling {
     stream: Option<bool>,
     /// Only with `stream`.
     stream_options: Option<StreamOptions>,
+    /// How many answers; they share the prompt.
+    #[schema(minimum = 1, maximum = 16, default = 1)]
+    n: Option<u32>,
     /// 0 takes the likeliest token.
     #[schema(minimum = 0, maximum = 2)]
     temperature: Option<f32>,
@@ -249,6 +294,34 @@ struct Sampling {
     stop: Option<OneOrMany>,
     /// Goes on past the end-of-turn token. Not OpenAI's.
     ignore_eos: Option<bool>,
+    /// Makes tokens of prompt and answer less likely by a factor. Not OpenAI's.
+    #[schema(exclusive_minimum = 0, maximum = 2)]
+    repetition_penalty: Option<f32>,
+    /// Makes tokens that the answer has less likely.
+    #[schema(minimum = -2, maximum = 2)]
+    presence_penalty: Option<f32>,
+    /// The same, for each time that the answer has them.
+    #[schema(minimum = -2, maximum = 2)]
+    frequency_penalty: Option<f32>,
+    /// Added to the logits of tokens by number.
+    logit_bias: Option<BTreeMap<String, f32>>,
+    /// What form the answer must have.
+    response_format: Option<ResponseFormat>,
+    /// The same in vLLM's words: `json`, `json_object`, `regex`, `choice` or `grammar`. Not OpenAI's.
+    #[schema(value_type = Option<Object>)]
+    structured_outputs: Option<Value>,
+    /// An adapter of the model, where its name does not say one. Not OpenAI's.
+    adapter: Option<String>,
+}
+
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "described, never made")]
+struct ResponseFormat {
+    /// `text`, `json_object` or `json_schema`.
+    r#type: String,
+    /// With `json_schema`: `name`, and the `schema` that the answer keeps to.
+    #[schema(value_type = Option<Object>)]
+    json_schema: Option<Value>,
 }
 
 #[derive(ToSchema)]
@@ -267,12 +340,102 @@ enum OneOrMany {
     Many(Vec<String>),
 }
 
+/// A text or several, or tokens of one text or of each of several.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "described, never made")]
+enum TextsOrTokens {
+    Text(String),
+    Texts(Vec<String>),
+    Tokens(Vec<u32>),
+    ManyTokens(Vec<Vec<u32>>),
+}
+
+/// Texts to make vectors of.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "described, never made")]
+pub(super) struct EmbeddingRequest {
+    /// `name[@MAJOR.MINOR][:adapter]`; no version means the newest.
+    model: String,
+    /// At most 2048 texts.
+    input: TextsOrTokens,
+    /// `float`, or `base64` for the bytes of little-endian 32-bit floats.
+    #[schema(default = "float")]
+    encoding_format: Option<String>,
+    /// Refused unless it is the length of the model's vectors.
+    #[schema(minimum = 1)]
+    dimensions: Option<u32>,
+}
+
+/// Vectors, of length 1.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "described, never made")]
+pub(super) struct EmbeddingList {
+    /// `list`.
+    object: String,
+    data: Vec<EmbeddingItem>,
+    model: String,
+    usage: EmbeddingUsage,
+}
+
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "described, never made")]
+struct EmbeddingItem {
+    /// `embedding`.
+    object: String,
+    /// Which text it is of.
+    index: u32,
+    embedding: EmbeddingVector,
+}
+
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "described, never made")]
+enum EmbeddingVector {
+    Numbers(Vec<f32>),
+    Base64(String),
+}
+
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "described, never made")]
+struct EmbeddingUsage {
+    prompt_tokens: u32,
+    total_tokens: u32,
+}
+
 /// One message of a conversation.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "described, never made")]
 struct ChatMessage {
     role: ChatRole,
-    content: ChatContent,
+    /// May be null where an assistant only calls functions.
+    content: Option<ChatContent>,
+    /// What an assistant thought before it spoke. Not OpenAI's.
+    reasoning_content: Option<String>,
+    /// The functions an assistant called.
+    tool_calls: Option<Vec<ToolCall>>,
+    /// The call that a tool's message answers.
+    tool_call_id: Option<String>,
+    /// Who speaks, by name.
+    name: Option<String>,
+}
+
+/// A function that was called.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "described, never made")]
+struct ToolCall {
+    id: String,
+    /// Always `function`.
+    r#type: String,
+    function: CalledFunction,
+}
+
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "described, never made")]
+struct CalledFunction {
+    name: String,
+    /// JSON, as text. A model may write text that is not JSON.
+    arguments: String,
 }
 
 /// Who speaks.
@@ -284,6 +447,7 @@ enum ChatRole {
     Developer,
     User,
     Assistant,
+    Tool,
 }
 
 /// A text, or parts of one.
@@ -324,6 +488,9 @@ pub(super) struct ChatCompletion {
 struct ChatChoice {
     index: u32,
     message: AssistantMessage,
+    /// `content`, with an entry for each token; null unless asked for.
+    #[schema(value_type = Option<Object>)]
+    logprobs: Option<Value>,
     finish_reason: FinishReason,
 }
 
@@ -332,7 +499,12 @@ struct ChatChoice {
 struct AssistantMessage {
     /// Always `assistant`.
     role: String,
-    content: String,
+    /// Null where the model only calls functions.
+    content: Option<String>,
+    /// What the model thought before it spoke; missing where it did not. Not OpenAI's.
+    reasoning_content: Option<String>,
+    /// The functions it calls; missing where it calls none.
+    tool_calls: Option<Vec<ToolCall>>,
     /// Always null.
     refusal: Option<String>,
 }
@@ -358,16 +530,20 @@ pub(super) struct Completion {
 struct TextChoice {
     index: u32,
     text: String,
+    /// `tokens`, `token_logprobs`, `top_logprobs` and `text_offset`; null unless asked for.
+    #[schema(value_type = Option<Object>)]
+    logprobs: Option<Value>,
     finish_reason: FinishReason,
 }
 
 /// Why an answer ended.
 #[derive(ToSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 #[expect(dead_code, reason = "described, never made")]
 enum FinishReason {
     Stop,
     Length,
+    ToolCalls,
 }
 
 #[derive(ToSchema)]

@@ -4,12 +4,15 @@ use std::fmt::Write as _;
 
 use bytes::{BufMut as _, BytesMut};
 use protocol::WireError;
+use protocol::infer::FinishReason;
 use protocol::usage::TokenUsage;
 use serde::Serialize;
 
 use super::answer_body::Format;
 use super::errors;
-use crate::answer::{Answer, Piece};
+use super::logprobs::{ChatLogprobs, TextLogprobs};
+use super::tool_calls::CallDelta;
+use crate::answer::{Answer, Content, Piece};
 
 /// Which of OpenAI's two endpoints an answer is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +50,8 @@ pub(crate) struct Heading {
     pub(crate) created: u64,
     /// The model as the client named it.
     pub(crate) model: String,
+    /// How many answers there are.
+    pub(crate) choices: u32,
     /// Whether a chunk with the usage follows the last.
     pub(crate) include_usage: bool,
 }
@@ -56,7 +61,45 @@ pub(super) struct Sse {
     heading: Heading,
     /// A chunk's JSON up to its choices, the same for each, made once.
     head: Vec<u8>,
-    role_sent: bool,
+    told: Vec<Told>,
+}
+
+/// What was told of one of several answers.
+#[derive(Clone, Default)]
+struct Told {
+    /// Whether it has begun.
+    role: bool,
+    /// Characters whose log-probabilities were told.
+    offset: usize,
+}
+
+#[derive(Serialize)]
+struct ChatChoice<'a> {
+    index: u32,
+    delta: Delta<'a>,
+    logprobs: Option<ChatLogprobs<'a>>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    /// There with the role in any case, and then null where something else comes first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<Option<&'a str>>,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    reasoning_content: &'a str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<CallDelta<'a>>,
+}
+
+#[derive(Serialize)]
+struct TextChoice<'a> {
+    index: u32,
+    text: &'a str,
+    logprobs: Option<TextLogprobs<'a>>,
+    finish_reason: Option<&'static str>,
 }
 
 /// A chunk's JSON up to its choices; serialised, its closing brace is cut off.
@@ -101,7 +144,8 @@ pub(super) fn fingerprint(answer: &Answer) -> String {
 
 impl Sse {
     pub(super) fn new(heading: Heading) -> Self {
-        Self { heading, head: vec![], role_sent: false }
+        let told = vec![Told::default(); heading.choices as usize];
+        Self { heading, head: vec![], told }
     }
 
     fn set_head(&mut self, fingerprint: &str) {
@@ -113,30 +157,30 @@ impl Sse {
         self.head.extend_from_slice(b",\"choices\":[");
     }
 
-    fn choice(&mut self, piece: &Piece, out: &mut BytesMut) {
-        let reason = piece.end.map(|end| end.reason.as_str());
-        out.put_slice(b"{\"index\":0,");
-        match self.heading.endpoint {
-            Endpoint::Chat => {
-                out.put_slice(b"\"delta\":{");
-                if !self.role_sent {
-                    self.role_sent = true;
-                    out.put_slice(b"\"role\":\"assistant\",\"content\":");
-                    put_json(&piece.text, out);
-                } else if !piece.text.is_empty() {
-                    out.put_slice(b"\"content\":");
-                    put_json(&piece.text, out);
-                }
-                out.put_slice(b"}");
-            }
-            Endpoint::Completion => {
-                out.put_slice(b"\"text\":");
-                put_json(&piece.text, out);
-            }
+    /// Writes what a piece brings of its answer, unless that is nothing.
+    fn content(&mut self, piece: &Piece, out: &mut BytesMut) {
+        let content = &piece.content;
+        let Content { index, text, logprobs, finish_reason, .. } = content;
+        let Some(told) = self.told.get_mut(*index as usize) else { return };
+        let is_chat = self.heading.endpoint == Endpoint::Chat;
+        // A token may be part of a character and bring no text yet. The first piece brings the role in any case.
+        if !content.has_something() && finish_reason.is_none() && (told.role || !is_chat) {
+            return;
         }
-        out.put_slice(b",\"logprobs\":null,\"finish_reason\":");
-        put_json(&reason, out);
-        out.put_slice(b"}");
+        out.reserve(64 + self.head.len() + 2 * text.len() + 128);
+        let written = write!(out, "id: {}\ndata: ", piece.seq);
+        debug_assert!(written.is_ok(), "a buffer grows");
+        out.put_slice(&self.head);
+        let (index, finish_reason) = (*index, finish_reason.map(FinishReason::as_str));
+        if is_chat {
+            let is_first = !std::mem::replace(&mut told.role, true);
+            let delta = Delta::of(content, is_first);
+            put_json(&ChatChoice { index, delta, logprobs: ChatLogprobs::of(logprobs), finish_reason }, out);
+        } else {
+            let logprobs = TextLogprobs::of(logprobs, &mut told.offset);
+            put_json(&TextChoice { index, text, logprobs, finish_reason }, out);
+        }
+        out.put_slice(if self.heading.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" });
     }
 
     fn usage(&self, usage: TokenUsage, out: &mut BytesMut) {
@@ -148,22 +192,30 @@ impl Sse {
     }
 }
 
+impl<'a> Delta<'a> {
+    fn of(content: &'a Content, is_first: bool) -> Self {
+        let Content { text, reasoning, tool_calls, .. } = content;
+        let text = match (text.as_str(), is_first) {
+            ("", true) if !reasoning.is_empty() || !tool_calls.is_empty() => Some(None),
+            ("", false) => None,
+            (text, _) => Some(Some(text)),
+        };
+        Self {
+            role: is_first.then_some("assistant"),
+            content: text,
+            reasoning_content: reasoning,
+            tool_calls: tool_calls.iter().map(CallDelta::of).collect(),
+        }
+    }
+}
+
 impl Format for Sse {
     fn begin(&mut self, answer: &Answer) {
         self.set_head(&fingerprint(answer));
     }
 
     fn piece(&mut self, piece: &Piece, out: &mut BytesMut) {
-        // A token may be part of a character and bring no text yet. The first piece brings the role in any case.
-        if !piece.text.is_empty() || piece.end.is_some() || (piece.seq == 0 && self.heading.endpoint == Endpoint::Chat)
-        {
-            out.reserve(64 + self.head.len() + 2 * piece.text.len() + 128);
-            let written = write!(out, "id: {}\ndata: ", piece.seq);
-            debug_assert!(written.is_ok(), "a buffer grows");
-            out.put_slice(&self.head);
-            self.choice(piece, out);
-            out.put_slice(if self.heading.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" });
-        }
+        self.content(piece, out);
         if let Some(end) = piece.end {
             if self.heading.include_usage {
                 self.usage(end.usage, out);
@@ -194,72 +246,4 @@ fn put_json<T: Serialize>(value: &T, out: &mut BytesMut) {
 }
 
 #[cfg(test)]
-mod tests {
-    use bytes::Bytes;
-    use protocol::ErrorCode;
-    use protocol::infer::FinishReason;
-
-    use super::*;
-    use crate::answer::End;
-
-    fn sse(endpoint: Endpoint, include_usage: bool) -> Sse {
-        let mut sse = Sse::new(Heading {
-            endpoint,
-            id: format!("{}1", endpoint.id_prefix()),
-            created: 7,
-            model: "m\"".into(),
-            include_usage,
-        });
-        sse.set_head("fp_abc");
-        sse
-    }
-
-    fn piece(seq: u64, text: &str, end: Option<End>) -> Piece {
-        Piece { raw: Bytes::new(), seq, attempt: 1, text: text.into(), end }
-    }
-
-    const END: End = End {
-        reason: FinishReason::Stop,
-        usage: TokenUsage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 1 },
-    };
-
-    fn written(sse: &mut Sse, pieces: &[Piece]) -> String {
-        let mut out = BytesMut::new();
-        for piece in pieces {
-            sse.piece(piece, &mut out);
-        }
-        String::from_utf8(out.to_vec()).expect("text")
-    }
-
-    #[test]
-    fn a_chat_answer_is_written_as_openai_writes_it() {
-        let pieces = [piece(0, "He\n", None), piece(1, "", None), piece(2, "llo", None), piece(3, "", Some(END))];
-        let head = r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":7,"model":"m\"","system_fingerprint":"fp_abc","choices":["#;
-        let expected = format!(
-            "id: 0\ndata: {head}{{\"index\":0,\"delta\":{{\"role\":\"assistant\",\"content\":\"He\\n\"}},\"logprobs\":null,\"finish_reason\":null}}]}}\n\n\
-             id: 2\ndata: {head}{{\"index\":0,\"delta\":{{\"content\":\"llo\"}},\"logprobs\":null,\"finish_reason\":null}}]}}\n\n\
-             id: 3\ndata: {head}{{\"index\":0,\"delta\":{{}},\"logprobs\":null,\"finish_reason\":\"stop\"}}]}}\n\n\
-             data: [DONE]\n\n"
-        );
-        assert_eq!(written(&mut sse(Endpoint::Chat, false), &pieces), expected);
-    }
-
-    #[test]
-    fn usage_comes_in_a_chunk_of_its_own_before_the_end() {
-        let head = r#"{"id":"cmpl-1","object":"text_completion","created":7,"model":"m\"","system_fingerprint":"fp_abc","choices":["#;
-        let expected = format!(
-            "id: 0\ndata: {head}{{\"index\":0,\"text\":\"x\",\"logprobs\":null,\"finish_reason\":\"stop\"}}],\"usage\":null}}\n\n\
-             data: {head}],\"usage\":{{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5,\"prompt_tokens_details\":{{\"cached_tokens\":1}}}}}}\n\n\
-             data: [DONE]\n\n"
-        );
-        assert_eq!(written(&mut sse(Endpoint::Completion, true), &[piece(0, "x", Some(END))]), expected);
-    }
-
-    #[test]
-    fn a_failure_ends_the_stream_without_done() {
-        let mut out = BytesMut::new();
-        sse(Endpoint::Chat, true).failure(&WireError::new(ErrorCode::WorkerFailed, "gone"), &mut out);
-        let expected = "data: {\"error\":{\"message\":\"gone\",\"type\":\"server_error\",\"param\":null,\"code\":\"worker_failed\"}}\n\n";
-        assert_eq!(out, expected.as_bytes());
-    }
-}
+mod tests;

@@ -4,7 +4,10 @@ use protocol::WireError;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::{Generation, invalid, parse_chat, parse_completion, parse_infer, read, unsupported};
+use super::{
+    Encoding, Generation, Vectors, invalid, parse_chat, parse_completion, parse_embeddings, parse_infer, read,
+    unsupported,
+};
 use crate::gateway::Job;
 use crate::http_bridge::sse::Endpoint;
 
@@ -20,30 +23,43 @@ pub struct Submission {
 
 /// A job that is not read yet.
 pub struct Asked {
-    words: Words,
+    kind: Kind,
     text: Box<RawValue>,
 }
 
 #[derive(Clone, Copy)]
-enum Words {
+enum Kind {
     Native,
     Chat,
     Completion,
+    Embedding,
 }
 
-/// A job, and what its answer needs to be written in `OpenAI`'s words.
+/// A job, and what its answer needs to be written in the words that it came in.
 pub struct Read {
     /// The job to run.
     pub job: Job,
-    pub(crate) openai: Option<OpenAi>,
+    pub(crate) words: Words,
 }
 
-pub(crate) struct OpenAi {
-    pub(crate) endpoint: Endpoint,
-    /// The model as the client named it.
-    pub(crate) model: String,
-    /// Whether the client asked for a streamed answer.
-    pub(crate) stream: bool,
+/// Whose words a job came in.
+pub(crate) enum Words {
+    /// Ours.
+    Native,
+    /// `OpenAI`'s, for an answer.
+    Generation {
+        endpoint: Endpoint,
+        /// The model as the client named it.
+        model: String,
+        /// Whether the client asked for a streamed answer.
+        stream: bool,
+    },
+    /// `OpenAI`'s, for vectors.
+    Vectors {
+        /// The model as the client named it.
+        model: String,
+        encoding: Encoding,
+    },
 }
 
 /// Mirrors `protocol::gateway::GatewaySubmission`, with each job as it was written.
@@ -53,17 +69,19 @@ struct Envelope {
     request: Option<Box<RawValue>>,
     chat: Option<Box<RawValue>>,
     completion: Option<Box<RawValue>>,
+    embedding: Option<Box<RawValue>>,
     traceparent: Option<String>,
 }
 
 /// Reads the body of `infer.submit` as far as its token.
 pub fn parse_submission(bytes: &[u8]) -> Result<Submission, WireError> {
-    let Envelope { token, request, chat, completion, traceparent } = read(bytes)?;
-    let asked = match (request, chat, completion) {
-        (Some(text), None, None) => Asked { words: Words::Native, text },
-        (None, Some(text), None) => Asked { words: Words::Chat, text },
-        (None, None, Some(text)) => Asked { words: Words::Completion, text },
-        _ => return Err(invalid("request", "or chat or completion must be given, and only one of them")),
+    let Envelope { token, request, chat, completion, embedding, traceparent } = read(bytes)?;
+    let given =
+        [(Kind::Native, request), (Kind::Chat, chat), (Kind::Completion, completion), (Kind::Embedding, embedding)];
+    let mut given = given.into_iter().filter_map(|(kind, text)| Some(Asked { kind, text: text? }));
+    let (Some(asked), None) = (given.next(), given.next()) else {
+        let what = "or chat, completion or embedding must be given, and only one of them";
+        return Err(invalid("request", what));
     };
     Ok(Submission { token, traceparent, asked })
 }
@@ -72,20 +90,24 @@ impl Asked {
     /// Reads the job as HTTP would.
     pub fn read(&self) -> Result<Read, WireError> {
         let text = self.text.get().as_bytes();
-        let (endpoint, generation) = match self.words {
-            Words::Native => return Ok(Read { job: parse_infer(text)?, openai: None }),
-            Words::Chat => (Endpoint::Chat, parse_chat(text)?),
-            Words::Completion => (Endpoint::Completion, parse_completion(text)?),
+        let (endpoint, generation) = match self.kind {
+            Kind::Native => return Ok(Read { job: parse_infer(text)?, words: Words::Native }),
+            Kind::Embedding => {
+                let Vectors { job, model, encoding } = parse_embeddings(text)?;
+                return Ok(Read { job, words: Words::Vectors { model, encoding } });
+            }
+            Kind::Chat => (Endpoint::Chat, parse_chat(text)?),
+            Kind::Completion => (Endpoint::Completion, parse_completion(text)?),
         };
         let Generation { job, model, stream, include_usage: _ } = generation;
-        Ok(Read { job, openai: Some(OpenAi { endpoint, model, stream }) })
+        Ok(Read { job, words: Words::Generation { endpoint, model, stream } })
     }
 }
 
 impl Read {
     /// Checks that the job can be answered with one value.
     pub(crate) fn for_one_value(self) -> Result<Self, WireError> {
-        if self.openai.as_ref().is_some_and(|openai| openai.stream) {
+        if let Words::Generation { stream: true, .. } = self.words {
             let error = unsupported("stream");
             let message = "stream is not supported in a unary call; open infer.submit as a tether/stream/1 stream";
             return Err(WireError { message: message.to_owned(), ..error });
@@ -118,7 +140,7 @@ mod tests {
         let chat = read_job(chat).expect("OpenAI's");
         let completion = read_job(r#"{"token":"t","completion":{"model":"m","prompt":"hi"}}"#).expect("OpenAI's");
         assert_eq!(native.job.model, chat.job.model);
-        assert_eq!((native.openai.is_none(), completion.job.input.prompt.as_deref()), (true, Some("hi")));
+        assert_eq!((matches!(native.words, Words::Native), completion.job.input.prompt.as_deref()), (true, Some("hi")));
     }
 
     #[test]
@@ -136,7 +158,12 @@ mod tests {
             ),
             (r#"{"token":"t","chat":{"messages":[]}}"#, ErrorCode::MissingModel, Some("model")),
             (r#"{"token":"t","chat":[1]}"#, ErrorCode::InvalidJson, None),
-            (r#"{"token":"t","chat":{"model":"m","n":2,"messages":[]}}"#, ErrorCode::UnsupportedParameter, Some("n")),
+            (
+                r#"{"token":"t","chat":{"model":"m","n":17,"messages":[{"role":"user","content":"hi"}]}}"#,
+                ErrorCode::InvalidValue,
+                Some("n"),
+            ),
+            (r#"{"token":"t","embedding":{"model":"m","input":[]}}"#, ErrorCode::InvalidValue, Some("input")),
         ] {
             let error = read_job(text).err().unwrap_or_else(|| panic!("{text}"));
             assert_eq!((error.code, error.param.as_deref()), (code, param), "{text}: {error}");

@@ -1,4 +1,5 @@
 use proptest::prelude::*;
+use protocol::infer::{EmbedInput, Message, OutputFormat, Role, Tool, ToolCall, ToolChoice};
 use serde_json::json;
 
 use super::*;
@@ -73,6 +74,7 @@ fn harmless_and_unknown_fields_pass() {
         "prompt_cache_key": "p", "parallel_tool_calls": true, "a_field_of_tomorrow": {"x": [1]},
         "n": 1, "tools": [], "tool_choice": "auto", "logprobs": false, "top_logprobs": 0, "logit_bias": {},
         "response_format": {"type": "text"}, "presence_penalty": 0, "frequency_penalty": 0.0, "modalities": ["text"],
+        "best_of": 1, "function_call": "none", "guided_choice": null, "structured_outputs": {},
         "stop": null, "seed": null, "temperature": null, "stream_options": null, "top_k": -1
     }))
     .expect("nothing asks for what is not done");
@@ -80,43 +82,222 @@ fn harmless_and_unknown_fields_pass() {
 
 #[test]
 fn what_means_something_and_is_not_done_is_refused_by_name() {
+    let tools = json!([{"type": "function", "function": {"name": "f"}}]);
     for (field, value) in [
-        ("n", json!(2)),
-        ("tools", json!([{"type": "function"}])),
-        ("tool_choice", json!("required")),
         ("functions", json!([{}])),
-        ("logprobs", json!(true)),
-        ("top_logprobs", json!(3)),
-        ("response_format", json!({"type": "json_object"})),
-        ("logit_bias", json!({"50256": -100})),
-        ("presence_penalty", json!(0.5)),
-        ("frequency_penalty", json!(-1)),
+        ("function_call", json!({"name": "f"})),
         ("modalities", json!(["text", "audio"])),
-        ("reasoning_effort", json!("high")),
         ("echo", json!(true)),
         ("suffix", json!("x")),
         ("best_of", json!(2)),
+        ("min_tokens", json!(3)),
+        ("stop_token_ids", json!([7])),
+        ("chat_template", json!("{{ x }}")),
+        ("continue_final_message", json!(true)),
         ("prompt", json!("x")),
     ] {
         refused(chat(json!({field: value})), ErrorCode::UnsupportedParameter, field);
     }
-    refused(completion(json!({"logprobs": 0})), ErrorCode::UnsupportedParameter, "logprobs");
-    refused(completion(json!({"messages": []})), ErrorCode::UnsupportedParameter, "messages");
+    let one_at_a_time = json!({"tools": tools, "parallel_tool_calls": false});
+    refused(chat(one_at_a_time), ErrorCode::UnsupportedParameter, "parallel_tool_calls");
+    for (field, value) in [
+        ("messages", json!([])),
+        ("tools", tools),
+        ("top_logprobs", json!(3)),
+        ("reasoning_effort", json!("high")),
+        ("chat_template_kwargs", json!({"a": 1})),
+    ] {
+        refused(completion(json!({field: value})), ErrorCode::UnsupportedParameter, field);
+    }
+}
+
+#[test]
+fn how_tokens_are_drawn_reaches_the_job() {
+    let fields = json!({
+        "n": 3, "presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.5,
+        "logit_bias": {"50256": -100, "7": 2.5}, "best_of": 3, "adapter": "pirate"
+    });
+    for generation in [chat(fields.clone()), completion(fields)] {
+        let input = generation.expect("well formed").job.input;
+        assert_eq!((input.n, input.presence_penalty, input.frequency_penalty), (Some(3), Some(0.5), Some(-1.0)));
+        assert_eq!(input.repetition_penalty, Some(1.5));
+        assert_eq!(input.logit_bias, [(7, 2.5), (50_256, -100.0)].into());
+        assert_eq!(input.adapter.expect("given").as_str(), "pirate");
+    }
+}
+
+#[test]
+fn log_probabilities_are_a_switch_for_chats_and_a_count_for_texts() {
+    let of_chat = |change| chat(change).expect("well formed").job.input.logprobs;
+    assert_eq!(of_chat(json!({"logprobs": true})), Some(0));
+    assert_eq!(of_chat(json!({"logprobs": true, "top_logprobs": 20})), Some(20));
+    assert_eq!(of_chat(json!({"logprobs": false, "top_logprobs": 0})), None);
+    let of_text = |change| completion(change).expect("well formed").job.input.logprobs;
+    assert_eq!((of_text(json!({"logprobs": 0})), of_text(json!({"logprobs": null}))), (Some(0), None));
+    for (change, param) in [
+        (json!({"top_logprobs": 3}), "top_logprobs"),
+        (json!({"logprobs": 3}), "logprobs"),
+        (json!({"logprobs": "yes"}), "logprobs"),
+        (json!({"logprobs": true, "top_logprobs": 21}), "logprobs"),
+    ] {
+        refused(chat(change), ErrorCode::InvalidValue, param);
+    }
+    refused(completion(json!({"logprobs": true})), ErrorCode::InvalidValue, "logprobs");
+}
+
+#[test]
+fn functions_that_may_be_called_reach_the_job() {
+    let schema = json!({"type": "object", "properties": {"city": {"type": "string"}}});
+    let function = json!({"name": "weather", "description": "d", "parameters": schema, "strict": true});
+    let with = |choice: Value| {
+        let tools =
+            json!([{"type": "function", "function": function}, {"type": "function", "function": {"name": "g"}}]);
+        chat(json!({"tools": tools, "tool_choice": choice, "parallel_tool_calls": true}))
+    };
+    let input = with(Value::Null).expect("well formed").job.input;
+    let tool = Tool { name: "weather".into(), description: Some("d".into()), parameters: Some(schema.clone()) };
+    assert_eq!((input.tools.len(), &input.tools[0]), (2, &tool));
+    for (choice, expected) in [
+        (Value::Null, ToolChoice::Auto),
+        (json!("auto"), ToolChoice::Auto),
+        (json!("none"), ToolChoice::None),
+        (json!("required"), ToolChoice::Required),
+        (json!({"type": "function", "function": {"name": "g"}}), ToolChoice::Function("g".into())),
+    ] {
+        assert_eq!(with(choice).expect("well formed").job.input.tool_choice, expected);
+    }
+    refused(with(json!("sometimes")), ErrorCode::InvalidValue, "tool_choice");
+    refused(with(json!({"type": "function"})), ErrorCode::InvalidValue, "tool_choice.function.name");
+    refused(with(json!({"type": "allowed_tools"})), ErrorCode::UnsupportedParameter, "tool_choice.type");
+    let unknown = json!({"type": "function", "function": {"name": "h"}});
+    refused(with(unknown), ErrorCode::InvalidValue, "tool_choice");
+    refused(chat(json!({"tool_choice": "required"})), ErrorCode::InvalidValue, "tool_choice");
+    for (tool, code, param) in [
+        (json!({"type": "code_interpreter"}), ErrorCode::UnsupportedParameter, "tools[0].type"),
+        (json!({"type": "function"}), ErrorCode::InvalidValue, "tools[0].function"),
+        (json!({"type": "function", "function": {}}), ErrorCode::InvalidValue, "tools[0].function"),
+        (json!({"type": "function", "function": {"name": "a b"}}), ErrorCode::InvalidValue, "tools"),
+        (
+            json!({"type": "function", "function": {"name": "f", "parameters": "{}"}}),
+            ErrorCode::InvalidValue,
+            "tools[0].function.parameters",
+        ),
+    ] {
+        refused(chat(json!({"tools": [tool]})), code, param);
+    }
+}
+
+#[test]
+fn a_form_may_be_asked_for_in_openais_words_or_in_vllms() {
+    let schema = json!({"type": "object"});
+    let as_schema = || OutputFormat::JsonSchema(schema.clone());
+    let named = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": true}});
+    for (change, expected) in [
+        (json!({"response_format": {"type": "json_object"}}), OutputFormat::Json),
+        (json!({"response_format": named}), as_schema()),
+        (json!({"guided_json": schema}), as_schema()),
+        (json!({"guided_json": schema.to_string()}), as_schema()),
+        (json!({"guided_regex": "[ab]+"}), OutputFormat::Regex("[ab]+".into())),
+        (json!({"guided_choice": ["yes", "no."]}), OutputFormat::Regex(r"(yes|no\.)".into())),
+        (json!({"guided_grammar": "start: \"a\""}), OutputFormat::Lark("start: \"a\"".into())),
+        (json!({"structured_outputs": {"json": schema}}), as_schema()),
+        (json!({"structured_outputs": {"json_object": true}}), OutputFormat::Json),
+        (json!({"structured_outputs": {"choice": ["a"]}}), OutputFormat::Regex("(a)".into())),
+        (
+            json!({"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}}),
+            OutputFormat::Regex("a".into()),
+        ),
+        (json!({}), OutputFormat::Text),
+    ] {
+        for generation in [chat(change.clone()), completion(change.clone())] {
+            assert_eq!(generation.expect("well formed").job.input.format, expected, "{change}");
+        }
+    }
+}
+
+#[test]
+fn a_form_that_is_unknown_incomplete_or_one_too_many_is_refused_by_name() {
+    let incomplete = json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}});
+    refused(chat(incomplete), ErrorCode::InvalidValue, "response_format.json_schema.schema");
+    for (change, code, param) in [
+        (json!({"response_format": {}}), ErrorCode::InvalidValue, "response_format"),
+        (json!({"response_format": {"type": "xml"}}), ErrorCode::UnsupportedParameter, "response_format.type"),
+        (json!({"guided_json": "{"}), ErrorCode::InvalidValue, "guided_json"),
+        (json!({"guided_choice": []}), ErrorCode::InvalidValue, "guided_choice"),
+        (json!({"guided_regex": "a", "guided_grammar": "b"}), ErrorCode::InvalidValue, "guided"),
+        (
+            json!({"structured_outputs": {"regex": "a", "json_object": true}}),
+            ErrorCode::InvalidValue,
+            "structured_outputs",
+        ),
+        (
+            json!({"guided_regex": "a", "response_format": {"type": "json_object"}}),
+            ErrorCode::InvalidValue,
+            "response_format",
+        ),
+        (
+            json!({"structured_outputs": {"structural_tag": {"a": 1}}}),
+            ErrorCode::UnsupportedParameter,
+            "structured_outputs.structural_tag",
+        ),
+        (json!({"guided_regex": "x".repeat(300_000)}), ErrorCode::InvalidValue, "response_format"),
+    ] {
+        refused(chat(change), code, param);
+    }
+}
+
+#[test]
+fn an_effort_is_told_to_the_template_and_what_is_told_outright_goes_before() {
+    let options = |change| Value::Object(chat(change).expect("well formed").job.input.template_options);
+    assert_eq!(options(json!({"reasoning_effort": "high"})), json!({"reasoning_effort": "high"}));
+    let without = json!({"reasoning_effort": "none", "enable_thinking": false});
+    assert_eq!(options(json!({"reasoning_effort": "none"})), without);
+    let both = json!({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": true, "x": [1]}});
+    assert_eq!(options(both), json!({"reasoning_effort": "none", "enable_thinking": true, "x": [1]}));
+    refused(chat(json!({"reasoning_effort": "great"})), ErrorCode::InvalidValue, "reasoning_effort");
+}
+
+#[test]
+fn calls_and_their_results_stand_in_a_conversation() {
+    let call = json!({"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}});
+    let messages = json!([
+        {"role": "user", "content": "hi", "name": "ada"},
+        {"role": "assistant", "content": null, "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "content": [{"type": "text", "text": "42"}], "tool_call_id": "c1"},
+    ]);
+    let read = chat(json!({"messages": messages})).expect("well formed").job.input.messages.expect("given");
+    let call = ToolCall { id: "c1".into(), name: "f".into(), arguments: "{}".into() };
+    let expected = [
+        Message { name: Some("ada".into()), ..Message::new(Role::User, "hi") },
+        Message { tool_calls: vec![call], reasoning: Some("hm".into()), ..Message::new(Role::Assistant, "") },
+        Message { tool_call_id: Some("c1".into()), ..Message::new(Role::Tool, "42") },
+    ];
+    assert_eq!(read, expected);
 }
 
 #[test]
 fn an_error_in_a_message_names_its_place() {
     let message = |message: Value| chat(json!({"messages": [{"role": "user", "content": "a"}, message]}));
     refused(message(json!({"role": "wizard", "content": "b"})), ErrorCode::InvalidValue, "messages[1].role");
-    refused(message(json!({"role": "tool", "content": "b"})), ErrorCode::UnsupportedParameter, "messages[1].role");
+    refused(message(json!({"role": "function", "content": "b"})), ErrorCode::UnsupportedParameter, "messages[1].role");
+    refused(message(json!({"role": "tool", "content": "b"})), ErrorCode::InvalidValue, "messages[1].tool_call_id");
+    refused(message(json!({"role": "assistant"})), ErrorCode::InvalidValue, "messages[1].content");
     refused(message(json!({"role": "user"})), ErrorCode::InvalidValue, "messages[1].content");
     refused(message(json!({"role": "user", "content": 7})), ErrorCode::InvalidValue, "messages[1].content");
     let image = json!({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]});
     refused(message(image), ErrorCode::UnsupportedParameter, "messages[1].content[0].type");
     let bare = json!({"role": "user", "content": [{"type": "text"}]});
     refused(message(bare), ErrorCode::InvalidValue, "messages[1].content[0].text");
-    let calls = json!({"role": "assistant", "content": null, "tool_calls": [{}]});
-    refused(message(calls), ErrorCode::UnsupportedParameter, "messages[1].tool_calls");
+    let calls = |role: &str, call: Value| message(json!({"role": role, "content": "x", "tool_calls": [call]}));
+    refused(calls("assistant", json!({})), ErrorCode::InvalidValue, "messages[1].tool_calls[0]");
+    let custom = json!({"id": "c", "type": "custom"});
+    refused(calls("assistant", custom), ErrorCode::UnsupportedParameter, "messages[1].tool_calls[0].type");
+    let bare = json!({"id": "c", "type": "function"});
+    refused(calls("assistant", bare.clone()), ErrorCode::InvalidValue, "messages[1].tool_calls[0].function");
+    refused(calls("user", bare), ErrorCode::UnsupportedParameter, "messages[1].tool_calls");
+    let object = json!({"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}});
+    let place = "messages[1].tool_calls[0].function.arguments";
+    refused(calls("assistant", object), ErrorCode::InvalidValue, place);
 }
 
 #[test]
@@ -165,18 +346,59 @@ fn a_missing_model_and_an_impossible_one_are_told_apart() {
 }
 
 #[test]
-fn a_text_prompt_may_stand_alone_or_in_an_array() {
+fn a_prompt_may_be_text_or_tokens_and_stand_alone_or_in_an_array() {
     for prompt in [json!("once"), json!(["once"])] {
         let input = completion(json!({"prompt": prompt})).expect("well formed").job.input;
         assert_eq!(input.prompt.as_deref(), Some("once"));
         assert_eq!(input.max_tokens, Some(16), "OpenAI's default");
     }
-    for prompt in [json!(["a", "b"]), json!([1, 2]), json!([[1, 2], [3]])] {
+    for prompt in [json!([1, 2]), json!([[1, 2]])] {
+        let input = completion(json!({"prompt": prompt})).expect("well formed").job.input;
+        assert_eq!((input.prompt, input.prompt_tokens), (None, Some(vec![1, 2])));
+    }
+    for prompt in [json!(["a", "b"]), json!([[1, 2], [3]]), json!(["a", [1]])] {
         refused(completion(json!({"prompt": prompt})), ErrorCode::UnsupportedParameter, "prompt");
     }
-    refused(completion(json!({"prompt": []})), ErrorCode::InvalidValue, "prompt");
-    refused(completion(json!({"prompt": null})), ErrorCode::InvalidValue, "prompt");
-    refused(completion(json!({"prompt": {"a": 1}})), ErrorCode::InvalidValue, "prompt");
+    for prompt in [json!([]), json!(null), json!({"a": 1}), json!(["a", 1]), json!([[]])] {
+        refused(completion(json!({"prompt": prompt})), ErrorCode::InvalidValue, "prompt");
+    }
+    refused(completion(json!({"prompt": [1, -2]})), ErrorCode::InvalidValue, "prompt[1]");
+    refused(completion(json!({"prompt": [5_000_000_000_u64]})), ErrorCode::InvalidValue, "prompt[0]");
+}
+
+#[test]
+fn texts_to_make_vectors_of_come_in_four_forms() {
+    let read = |change: Value| {
+        let mut body = json!({"model": "m", "input": "a"});
+        merge(&mut body, change);
+        parse_embeddings(body.to_string().as_bytes())
+    };
+    let text = |text: &str| EmbedInput::Text(text.into());
+    for (input, expected) in [
+        (json!("a"), vec![text("a")]),
+        (json!(["a", "b"]), vec![text("a"), text("b")]),
+        (json!([1, 2]), vec![EmbedInput::Tokens(vec![1, 2])]),
+        (json!([[1], [2, 3]]), vec![EmbedInput::Tokens(vec![1]), EmbedInput::Tokens(vec![2, 3])]),
+    ] {
+        let vectors = read(json!({"input": input, "user": "u"})).expect("well formed");
+        assert_eq!((vectors.job.input.embed, vectors.encoding), (Some(expected), Encoding::Float));
+    }
+    let vectors = read(json!({"encoding_format": "base64", "dimensions": 384})).expect("well formed");
+    assert_eq!((vectors.encoding, vectors.job.input.dimensions), (Encoding::Base64, Some(384)));
+    for (change, param) in [
+        (json!({"input": null}), "input"),
+        (json!({"input": []}), "input"),
+        (json!({"input": ""}), "input"),
+        (json!({"input": ["a", ""]}), "input"),
+        (json!({"input": [[]]}), "input"),
+        (json!({"input": vec!["x"; 2_049]}), "input"),
+        (json!({"encoding_format": "hex"}), "encoding_format"),
+        (json!({"dimensions": 0}), "dimensions"),
+    ] {
+        let error = read(change).expect_err(param);
+        assert_eq!((error.code, error.param.as_deref()), (ErrorCode::InvalidValue, Some(param)), "{error}");
+    }
+    assert_eq!(read(json!({"model": null})).expect_err("no model").code, ErrorCode::MissingModel);
 }
 
 #[test]
@@ -184,6 +406,10 @@ fn a_native_error_names_the_native_field() {
     let param = |body: &str| parse_infer(body.as_bytes()).expect_err(body).param;
     let out_of_range = r#"{"modelId":"m","input":{"prompt":"x","topP":2}}"#;
     assert_eq!(param(out_of_range).as_deref(), Some("input.topP"));
+    let without_tools = r#"{"modelId":"m","input":{"messages":[{"role":"user"}],"toolChoice":"required"}}"#;
+    assert_eq!(param(without_tools).as_deref(), Some("input.toolChoice"));
+    let long = format!(r#"{{"modelId":"m","input":{{"prompt":"x","format":{{"regex":"{}"}}}}}}"#, "x".repeat(300_000));
+    assert_eq!(param(&long).as_deref(), Some("input.format"));
     assert_eq!(param(r#"{"modelId":"m","input":{}}"#).as_deref(), Some("input"));
     assert_eq!(param(r#"{"modelId":"M","input":"x"}"#).as_deref(), Some("modelId"));
     assert_eq!(param(r#"{"modelId":"m","input":"x","deadlineMs":0}"#).as_deref(), Some("deadlineMs"));
@@ -198,7 +424,7 @@ fn what_is_not_json_says_where() {
     }
     let deep = ["[".repeat(100_000), "]".repeat(100_000)].concat();
     assert_eq!(parse_chat(deep.as_bytes()).expect_err("deep").code, ErrorCode::InvalidJson);
-    let hidden = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"x"}}],"tools":{deep}}}"#);
+    let hidden = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"x"}}],"tool_choice":{deep}}}"#);
     assert_eq!(parse_chat(hidden.as_bytes()).expect_err("deep").code, ErrorCode::InvalidJson);
 }
 
@@ -208,6 +434,7 @@ proptest! {
         let _ = parse_chat(&bytes);
         let _ = parse_completion(&bytes);
         let _ = parse_infer(&bytes);
+        let _ = parse_embeddings(&bytes);
     }
 
     #[test]
@@ -220,5 +447,6 @@ proptest! {
         let _ = parse_chat(&bytes);
         let _ = parse_completion(&bytes);
         let _ = parse_infer(&bytes);
+        let _ = parse_embeddings(&bytes);
     }
 }

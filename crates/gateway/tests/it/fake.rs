@@ -10,7 +10,9 @@ use protocol::control::{
     TokenGrant, TokenList, TokenRevoke, TokenRevoked,
 };
 use protocol::health::{CachedModel, Capacity, HealthReport, ModelState};
-use protocol::infer::{FinishReason, InferChunk, InferRequest, Payload, SUBMIT};
+use protocol::infer::{
+    EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Payload, SUBMIT, TokenLogprob, ToolCallDelta,
+};
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::signature::NodeKey;
@@ -179,7 +181,11 @@ impl Fake {
         let request: InferRequest = codec::decode(&call.body).expect("the gateway sends well-formed jobs");
         self.jobs.lock().expect("no panic").push(request.clone());
         let messages = request.input.messages.as_ref().and_then(|messages| messages.last());
-        let prompt = messages.map(|message| message.content.clone()).or(request.input.prompt.clone());
+        let text = request.input.embed.as_ref().and_then(|texts| match &texts[0] {
+            EmbedInput::Text(text) => Some(text.clone()),
+            EmbedInput::Tokens(_) => None,
+        });
+        let prompt = messages.map(|message| message.content.clone()).or(request.input.prompt.clone()).or(text);
         let prompt = prompt.expect("a prompt");
         if let Some(code) = prompt.strip_prefix("refuse ") {
             let code: ErrorCode = serde_json::from_value(code.into()).expect("a code");
@@ -254,6 +260,66 @@ impl Fake {
             "unfinished" => reply.send(&codec::encode(&chunk(0, "one"))).await?,
             "break" | "cut" => {
                 reply.send(&codec::encode(&chunk(0, "Hel"))).await?;
+            }
+            "several" => {
+                let of = |seq: u64, index: u32, text: &str| InferChunk {
+                    payload: Payload { index, text: text.into(), ..Payload::default() },
+                    ..chunk(seq, "")
+                };
+                let ended = |seq: u64, index: u32, reason| InferChunk {
+                    payload: Payload { index, finish_reason: Some(reason), ..Payload::default() },
+                    ..chunk(seq, "")
+                };
+                for chunk in [
+                    of(0, 0, "a"),
+                    of(1, 1, "x"),
+                    ended(2, 1, FinishReason::Length),
+                    of(3, 0, "b"),
+                    ended(4, 0, FinishReason::Stop),
+                    last(5),
+                ] {
+                    reply.send(&codec::encode(&chunk)).await?;
+                }
+            }
+            "call" => {
+                let with = |seq: u64, payload: Payload| InferChunk { payload, ..chunk(seq, "") };
+                let call = |id: Option<&str>, arguments: &str| ToolCallDelta {
+                    index: 0,
+                    id: id.map(str::to_owned),
+                    name: id.map(|_| "weather".to_owned()),
+                    arguments: arguments.into(),
+                };
+                let calls = |delta| Payload { tool_calls: vec![delta], ..Payload::default() };
+                let thought = Payload { reasoning: "hm".into(), ..Payload::default() };
+                let mut end = last(3);
+                end.payload.finish_reason = Some(FinishReason::ToolCalls);
+                for chunk in
+                    [with(0, thought), with(1, calls(call(Some("c1"), "{"))), with(2, calls(call(None, "}"))), end]
+                {
+                    reply.send(&codec::encode(&chunk)).await?;
+                }
+            }
+            "likely" => {
+                let token = |text: &str, top: Vec<TokenLogprob>| {
+                    let bytes = text.as_bytes().to_vec();
+                    TokenLogprob { token: 1, bytes, logprob: -0.5, top }
+                };
+                let logprobs = vec![token("Hi", vec![token("Hi", vec![]), token("Ho", vec![])])];
+                let payload = Payload { text: "Hi".into(), logprobs, ..Payload::default() };
+                reply.send(&codec::encode(&InferChunk { payload, ..chunk(0, "") })).await?;
+                reply.send(&codec::encode(&last(1))).await?;
+            }
+            "vectors" | "too few vectors" => {
+                let count = request.input.embed.as_ref().map_or(1, Vec::len) as u32;
+                let count = if prompt == "vectors" { count } else { count - 1 };
+                for index in 0..count {
+                    let embeddings = vec![Embedding::new(index, &[index as f32, 0.5])];
+                    let payload = Payload { embeddings, ..Payload::default() };
+                    reply.send(&codec::encode(&InferChunk { payload, ..chunk(index.into(), "") })).await?;
+                }
+                let mut end = last(count.into());
+                end.payload.usage = Some(TokenUsage { completion_tokens: 0, ..usage });
+                reply.send(&codec::encode(&end)).await?;
             }
             _ => {
                 reply.send(&codec::encode(&chunk(0, "Hel"))).await?;

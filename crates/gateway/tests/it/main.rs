@@ -4,9 +4,11 @@ mod admission;
 mod answers;
 mod connections;
 mod discovery;
+mod embeddings;
 mod fake;
 mod refusals;
 mod rpc_clients;
+mod surface;
 mod tls;
 
 use std::net::SocketAddr;

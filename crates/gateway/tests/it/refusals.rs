@@ -116,8 +116,8 @@ async fn what_a_field_says_wrong_is_told_by_its_name() {
     for (field, value, code, param) in [
         ("model", json!("nope"), "model_not_found", "model"),
         ("model", json!("tiny@7.0"), "model_not_found", "model"),
-        ("model", json!("tiny:pirate"), "unsupported_parameter", "model"),
-        ("n", json!(2), "unsupported_parameter", "n"),
+        ("n", json!(17), "invalid_value", "n"),
+        ("echo", json!(true), "unsupported_parameter", "echo"),
         ("temperature", json!("hot"), "invalid_value", "temperature"),
         ("messages", json!([{"role": "user", "content": 7}]), "invalid_value", "messages[0].content"),
     ] {

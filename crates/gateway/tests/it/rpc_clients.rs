@@ -82,7 +82,10 @@ async fn a_bare_call_gets_the_whole_answer_as_one_value() {
     let client = stranger(&network);
     let answer: GatewayAnswer =
         serde_json::from_value(whole(&client, &submission("hi")).await.expect("answered")).expect("an answer");
-    assert_eq!((answer.text.as_str(), answer.finish_reason.as_str(), answer.attempt), ("Hello", "stop", 2));
+    assert_eq!(
+        (answer.choice.text.as_str(), answer.choice.finish_reason.as_str(), answer.attempt),
+        ("Hello", "stop", 2)
+    );
     assert_eq!((answer.model_id.as_str(), answer.version.to_string().as_str()), ("tiny", "1.1"));
     assert_eq!(answer.usage, TokenUsage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 3 });
 
@@ -99,6 +102,24 @@ async fn a_bare_call_gets_the_whole_answer_as_one_value() {
     let completion = json!({"token": fake::token(1), "completion": {"model": "tiny", "prompt": "hi"}});
     let completion = whole(&client, &completion).await.expect("answered");
     assert_eq!(completion["choices"][0]["text"], "Hello");
+    let vectors = json!({"token": fake::token(1), "embedding": {"model": "tiny", "input": "vectors"}});
+    let vectors = whole(&client, &vectors).await.expect("answered");
+    assert_eq!(vectors["data"][0]["embedding"], json!([0.0, 0.5]));
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bare_call_gets_several_answers_and_vectors_in_our_words_too() {
+    let network = Network::start().await;
+    let client = stranger(&network);
+    let ask = async |input: Value| -> GatewayAnswer {
+        let request = json!({"token": fake::token(1), "request": {"modelId": "tiny", "input": input}});
+        serde_json::from_value(whole(&client, &request).await.expect("answered")).expect("an answer")
+    };
+    let answer = ask(json!({"prompt": "several", "n": 2})).await;
+    assert_eq!((answer.choice.text.as_str(), answer.further_choices[0].text.as_str()), ("ab", "x"));
+    let answer = ask(json!({"embed": ["vectors", "b"]})).await;
+    assert_eq!(answer.embeddings[1].vector(), Some(vec![1.0, 0.5]));
     network.end().await;
 }
 

@@ -24,6 +24,9 @@ pub struct Input {
     /// Texts to make vectors of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embed: Option<Vec<EmbedInput>>,
+    /// The length the vectors must have; a model whose vectors have another refuses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dimensions: Option<u32>,
     /// A LoRA adapter of the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterName>,
@@ -94,6 +97,16 @@ pub enum EmbedInput {
     Text(String),
     /// Tokens of the model.
     Tokens(Vec<u32>),
+}
+
+impl EmbedInput {
+    /// Says whether there is nothing to make a vector of.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Text(text) => text.is_empty(),
+            Self::Tokens(tokens) => tokens.is_empty(),
+        }
+    }
 }
 
 /// A function that the model may call.

@@ -1,6 +1,8 @@
 //! What an [`Input`] must keep to, beside what its types say.
 
-use super::{Input, ToolChoice};
+use serde_json::Value;
+
+use super::{EmbedInput, Input, OutputFormat, ToolChoice};
 use crate::error_code::{ErrorCode, WireError};
 
 /// The most texts in `stop`.
@@ -17,6 +19,11 @@ pub const TOOLS_MAX: usize = 128;
 pub const LOGIT_BIAS_MAX: usize = 1_024;
 /// The most texts of one request to make vectors of; OpenAI's limit.
 pub const EMBED_MAX: usize = 2_048;
+/// The most bytes of what a format says, of the schemas of all tools, and of what is told to a chat template: each
+/// job's model has to make sense of them before it begins.
+pub const SCHEMA_BYTES_MAX: usize = 256 * 1024;
+/// The most levels of a schema.
+pub const SCHEMA_DEPTH_MAX: usize = 48;
 
 impl Input {
     /// Checks what types cannot: that exactly one prompt is given, and that numbers lie within their ranges.
@@ -38,6 +45,12 @@ impl Input {
         if self.embed.as_ref().is_some_and(|texts| texts.is_empty() || texts.len() > EMBED_MAX) {
             return invalid("embed", "must have 1 to 2048 texts");
         }
+        if self.embed.as_ref().is_some_and(|texts| texts.iter().any(EmbedInput::is_empty)) {
+            return invalid("embed", "must not have empty texts");
+        }
+        if self.dimensions == Some(0) {
+            return invalid("dimensions", "must be at least 1");
+        }
         if self.messages.is_none() && !self.tools.is_empty() {
             return invalid("tools", "are for conversations");
         }
@@ -46,6 +59,22 @@ impl Input {
         }
         if !self.tools.iter().all(|tool| is_function_name(&tool.name)) {
             return invalid("tools", "must have names of 1 to 64 letters, digits, _ and -");
+        }
+        let schemas = self.tools.iter().filter_map(|tool| tool.parameters.as_ref());
+        let descriptions = self.tools.iter().filter_map(|tool| tool.description.as_ref()).map(String::len).sum();
+        if !fit(schemas, descriptions) {
+            return invalid("tools", "must be at most 256 KiB and 48 levels deep");
+        }
+        if !fit(self.template_options.values(), 0) {
+            return invalid("chat_template_kwargs", "must be at most 256 KiB and 48 levels deep");
+        }
+        let format_fits = match &self.format {
+            OutputFormat::Text | OutputFormat::Json => true,
+            OutputFormat::JsonSchema(schema) => fit([schema], 0),
+            OutputFormat::Regex(text) | OutputFormat::Lark(text) => text.len() <= SCHEMA_BYTES_MAX,
+        };
+        if !format_fits {
+            return invalid("response_format", "must be at most 256 KiB and 48 levels deep");
         }
         match &self.tool_choice {
             ToolChoice::Required if self.tools.is_empty() => return invalid("tool_choice", "needs tools"),
@@ -98,6 +127,31 @@ impl Input {
     }
 }
 
+/// Says whether values are small enough together, beside so many bytes that are counted already.
+fn fit<'a>(values: impl IntoIterator<Item = &'a Value>, bytes: usize) -> bool {
+    let mut room = SCHEMA_BYTES_MAX.checked_sub(bytes);
+    for value in values {
+        room = room.and_then(|room| room_beside(value, room, SCHEMA_DEPTH_MAX));
+    }
+    room.is_some()
+}
+
+/// Returns the room that a value of at most so many levels leaves, about as JSON text would take it.
+fn room_beside(value: &Value, room: usize, levels: usize) -> Option<usize> {
+    /// Quotes, a comma and the like; also what bounds the number of values that have no text.
+    const AROUND: usize = 4;
+    let levels_below = levels.checked_sub(1)?;
+    let room = room.checked_sub(AROUND)?;
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => Some(room),
+        Value::String(text) => room.checked_sub(text.len()),
+        Value::Array(items) => items.iter().try_fold(room, |room, item| room_beside(item, room, levels_below)),
+        Value::Object(fields) => fields
+            .iter()
+            .try_fold(room, |room, (name, field)| room_beside(field, room.checked_sub(name.len())?, levels_below)),
+    }
+}
+
 /// Says whether OpenAI's clients may call a function so.
 fn is_function_name(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
@@ -106,7 +160,10 @@ fn is_function_name(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::infer::{Message, Role, Tool};
 
     #[test]
     fn a_value_out_of_range_names_its_field() {
@@ -122,8 +179,54 @@ mod tests {
             (Input { messages: Some(vec![]), ..Input::default() }, "messages"),
             (Input { messages: Some(vec![]), ..prompt() }, "input"),
             (Input::default(), "input"),
+            (Input { n: Some(0), ..prompt() }, "n"),
+            (Input { n: Some(17), ..prompt() }, "n"),
+            (Input { logprobs: Some(21), ..prompt() }, "logprobs"),
+            (Input { logit_bias: [(7, 100.5)].into(), ..prompt() }, "logit_bias"),
+            (Input { presence_penalty: Some(-2.5), ..prompt() }, "presence_penalty"),
+            (Input { frequency_penalty: Some(f32::INFINITY), ..prompt() }, "frequency_penalty"),
+            (Input { repetition_penalty: Some(0.0), ..prompt() }, "repetition_penalty"),
+            (Input { tools: vec![tool("f", Value::Null)], ..prompt() }, "tools"),
+            (Input { tools: vec![tool("no name", Value::Null)], ..chat() }, "tools"),
+            (Input { tool_choice: ToolChoice::Required, ..chat() }, "tool_choice"),
+            (Input { tool_choice: ToolChoice::Function("f".into()), ..chat() }, "tool_choice"),
+            (Input { embed: Some(vec![]), ..Input::default() }, "embed"),
+            (Input { embed: Some(vec![EmbedInput::Text(String::new())]), ..Input::default() }, "embed"),
+            (Input { prompt_tokens: Some(vec![]), ..Input::default() }, "prompt"),
         ] {
             assert_eq!(input.check().expect_err(param).param.as_deref(), Some(param));
         }
+    }
+    #[test]
+    fn schemas_have_bounds_of_size_and_depth_wherever_they_stand() {
+        let nested = |levels| (1..levels).fold(Value::Null, |inner, _| json!([inner]));
+        let wide = |items: usize| json!(vec![Value::Null; items]);
+        for (schema, fits) in [
+            (nested(SCHEMA_DEPTH_MAX), true),
+            (nested(SCHEMA_DEPTH_MAX + 1), false),
+            (wide(SCHEMA_BYTES_MAX / 8), true),
+            (wide(SCHEMA_BYTES_MAX), false),
+            (json!({ "x".repeat(SCHEMA_BYTES_MAX): 1 }), false),
+        ] {
+            let options = serde_json::Map::from_iter([("x".to_owned(), schema.clone())]);
+            for (input, param) in [
+                (Input { tools: vec![tool("f", schema.clone())], ..chat() }, "tools"),
+                (Input { format: OutputFormat::JsonSchema(schema.clone()), ..chat() }, "response_format"),
+                (Input { template_options: options, ..chat() }, "chat_template_kwargs"),
+            ] {
+                let refused = input.check().err().and_then(|error| error.param);
+                assert_eq!(refused.as_deref(), (!fits).then_some(param));
+            }
+        }
+        let long = OutputFormat::Regex("x".repeat(SCHEMA_BYTES_MAX + 1));
+        assert!(Input { format: long, ..chat() }.check().is_err());
+    }
+
+    fn chat() -> Input {
+        Input { messages: Some(vec![Message::new(Role::User, "x")]), ..Input::default() }
+    }
+
+    fn tool(name: &str, parameters: Value) -> Tool {
+        Tool { name: name.into(), description: None, parameters: Some(parameters) }
     }
 }

@@ -1,0 +1,175 @@
+//! Gathers the pieces of an answer, for clients that want it as a whole.
+
+use protocol::gateway::Choice;
+use protocol::infer::{Embedding, FinishReason, ToolCall, ToolCallDelta};
+use protocol::usage::TokenUsage;
+
+use super::{Expected, Piece};
+
+/// A whole answer.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Whole {
+    /// As many as were asked for.
+    pub(crate) choices: Vec<Choice>,
+    /// In the order of the texts that they are of.
+    pub(crate) embeddings: Vec<Embedding>,
+    /// What it took.
+    pub(crate) usage: TokenUsage,
+}
+
+/// The part of an answer that has come.
+pub(super) struct Gathering {
+    choices: Vec<OpenChoice>,
+    embeddings: Vec<Embedding>,
+    expected: Expected,
+    usage: Option<TokenUsage>,
+}
+
+#[derive(Default)]
+struct OpenChoice {
+    text: String,
+    reasoning: String,
+    tool_calls: Vec<ToolCall>,
+    logprobs: Vec<protocol::infer::TokenLogprob>,
+    finish_reason: Option<FinishReason>,
+}
+
+impl Gathering {
+    pub(super) fn new(expected: Expected) -> Self {
+        let choices = (0..expected.choices).map(|_| OpenChoice::default()).collect();
+        Self { choices, embeddings: vec![], expected, usage: None }
+    }
+
+    /// Adds a piece, or says what is wrong with it.
+    pub(super) fn add(&mut self, piece: Piece) -> Result<(), &'static str> {
+        let content = piece.content;
+        let choice = self.choices.get_mut(content.index as usize).ok_or("a chunk is of an answer too many")?;
+        choice.text += &content.text;
+        choice.reasoning += &content.reasoning;
+        choice.logprobs.extend(content.logprobs);
+        choice.finish_reason = content.finish_reason.or(choice.finish_reason);
+        for delta in content.tool_calls {
+            choice.call(delta)?;
+        }
+        for embedding in content.embeddings {
+            if embedding.index as usize != self.embeddings.len() {
+                return Err("a vector is out of order");
+            }
+            self.embeddings.push(embedding);
+        }
+        self.usage = piece.end.map(|end| end.usage);
+        Ok(())
+    }
+
+    /// Returns the whole, or says what is missing.
+    pub(super) fn finish(self) -> Result<Whole, &'static str> {
+        if self.embeddings.len() != self.expected.embeddings as usize {
+            return Err("vectors are missing");
+        }
+        let choices = self.choices.into_iter().map(OpenChoice::finish).collect::<Option<_>>();
+        Ok(Whole {
+            choices: choices.ok_or("an answer has no end")?,
+            embeddings: self.embeddings,
+            usage: self.usage.ok_or("the answer has no end")?,
+        })
+    }
+}
+
+impl OpenChoice {
+    /// Adds more of a call. A new one comes right after those that are known.
+    fn call(&mut self, delta: ToolCallDelta) -> Result<(), &'static str> {
+        let ToolCallDelta { index, id, name, arguments } = delta;
+        let known = self.tool_calls.len();
+        match (self.tool_calls.get_mut(index as usize), id, name) {
+            (Some(call), ..) => call.arguments += &arguments,
+            (None, Some(id), Some(name)) if index as usize == known => {
+                self.tool_calls.push(ToolCall { id, name, arguments });
+            }
+            (None, ..) => return Err("a call has no beginning"),
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Option<Choice> {
+        let Self { text, reasoning, tool_calls, logprobs, finish_reason } = self;
+        Some(Choice { text, reasoning, tool_calls, logprobs, finish_reason: finish_reason? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::answer::{Content, End};
+
+    const USAGE: TokenUsage = TokenUsage { prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0 };
+
+    fn piece(content: Content) -> Piece {
+        Piece { raw: Bytes::new(), seq: 0, attempt: 1, content, end: None }
+    }
+
+    fn gather(expected: Expected, contents: Vec<Content>) -> Result<Whole, &'static str> {
+        let mut gathering = Gathering::new(expected);
+        contents.into_iter().try_for_each(|content| gathering.add(piece(content)))?;
+        let end = Some(End { reason: FinishReason::Stop, usage: USAGE });
+        gathering.add(Piece { end, ..piece(Content::default()) })?;
+        gathering.finish()
+    }
+
+    fn ended(index: u32, text: &str) -> Content {
+        Content { index, text: text.into(), finish_reason: Some(FinishReason::Stop), ..Content::default() }
+    }
+
+    fn call(index: u32, name: Option<&str>, arguments: &str) -> Content {
+        let delta = ToolCallDelta {
+            index,
+            id: name.map(|name| format!("id of {name}")),
+            name: name.map(str::to_owned),
+            arguments: arguments.into(),
+        };
+        Content { tool_calls: vec![delta], ..Content::default() }
+    }
+
+    #[test]
+    fn answers_that_come_interleaved_are_told_apart() {
+        let some = |index, text: &str| Content { index, text: text.into(), ..Content::default() };
+        let expected = Expected { choices: 2, embeddings: 0 };
+        let contents = vec![some(0, "a"), some(1, "x"), some(0, "b"), ended(1, "y"), ended(0, "c")];
+        let whole = gather(expected, contents).expect("whole");
+        let texts: Vec<_> = whole.choices.into_iter().map(|choice| choice.text).collect();
+        assert_eq!((texts, whole.usage), (vec!["abc".to_owned(), "xy".to_owned()], USAGE));
+    }
+
+    #[test]
+    fn calls_are_put_together_from_their_parts() {
+        let contents = vec![
+            call(0, Some("f"), "{"),
+            call(1, Some("g"), ""),
+            call(0, None, "}"),
+            call(1, None, "[]"),
+            ended(0, ""),
+        ];
+        let whole = gather(Expected::default(), contents).expect("whole");
+        let calls: Vec<_> = whole.choices[0].tool_calls.iter().map(|call| (&*call.name, &*call.arguments)).collect();
+        assert_eq!(calls, [("f", "{}"), ("g", "[]")]);
+    }
+
+    #[test]
+    fn what_was_not_asked_for_or_is_missing_is_a_breach() {
+        let one = Expected::default();
+        let vectors = Expected { choices: 1, embeddings: 2 };
+        let vector = |index| {
+            let embedding = Embedding { index, base64: String::new() };
+            Content { embeddings: vec![embedding], ..Content::default() }
+        };
+        assert!(gather(one, vec![ended(1, "x")]).is_err());
+        assert!(gather(one, vec![call(1, Some("f"), ""), ended(0, "")]).is_err());
+        assert!(gather(one, vec![call(0, None, "{}"), ended(0, "")]).is_err());
+        assert!(gather(one, vec![vector(0), ended(0, "")]).is_err());
+        assert!(gather(vectors, vec![vector(0), ended(0, "")]).is_err());
+        assert!(gather(vectors, vec![vector(0), vector(0), ended(0, "")]).is_err());
+        assert!(gather(Expected { choices: 2, embeddings: 0 }, vec![ended(0, "x")]).is_err());
+        assert!(gather(vectors, vec![vector(0), vector(1), ended(0, "")]).is_ok());
+    }
+}

@@ -1,0 +1,142 @@
+use bytes::Bytes;
+use protocol::ErrorCode;
+use protocol::infer::{TokenLogprob, ToolCallDelta};
+use serde_json::{Value, json};
+
+use super::*;
+use crate::answer::End;
+
+fn sse(endpoint: Endpoint, include_usage: bool) -> Sse {
+    of_several(endpoint, 1, include_usage)
+}
+
+fn of_several(endpoint: Endpoint, choices: u32, include_usage: bool) -> Sse {
+    let mut sse = Sse::new(Heading {
+        endpoint,
+        id: format!("{}1", endpoint.id_prefix()),
+        created: 7,
+        model: "m\"".into(),
+        choices,
+        include_usage,
+    });
+    sse.set_head("fp_abc");
+    sse
+}
+
+fn piece(seq: u64, text: &str, end: Option<End>) -> Piece {
+    let finish_reason = end.map(|end| end.reason);
+    let content = Content { text: text.into(), finish_reason, ..Content::default() };
+    Piece { raw: Bytes::new(), seq, attempt: 1, content, end }
+}
+
+const END: End =
+    End { reason: FinishReason::Stop, usage: TokenUsage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 1 } };
+
+fn written(sse: &mut Sse, pieces: &[Piece]) -> String {
+    let mut out = BytesMut::new();
+    for piece in pieces {
+        sse.piece(piece, &mut out);
+    }
+    String::from_utf8(out.to_vec()).expect("text")
+}
+
+#[test]
+fn a_chat_answer_is_written_as_openai_writes_it() {
+    let pieces = [piece(0, "He\n", None), piece(1, "", None), piece(2, "llo", None), piece(3, "", Some(END))];
+    let head = r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":7,"model":"m\"","system_fingerprint":"fp_abc","choices":["#;
+    let expected = format!(
+        "id: 0\ndata: {head}{{\"index\":0,\"delta\":{{\"role\":\"assistant\",\"content\":\"He\\n\"}},\"logprobs\":null,\"finish_reason\":null}}]}}\n\n\
+         id: 2\ndata: {head}{{\"index\":0,\"delta\":{{\"content\":\"llo\"}},\"logprobs\":null,\"finish_reason\":null}}]}}\n\n\
+         id: 3\ndata: {head}{{\"index\":0,\"delta\":{{}},\"logprobs\":null,\"finish_reason\":\"stop\"}}]}}\n\n\
+         data: [DONE]\n\n"
+    );
+    assert_eq!(written(&mut sse(Endpoint::Chat, false), &pieces), expected);
+}
+
+#[test]
+fn usage_comes_in_a_chunk_of_its_own_before_the_end() {
+    let head = r#"{"id":"cmpl-1","object":"text_completion","created":7,"model":"m\"","system_fingerprint":"fp_abc","choices":["#;
+    let expected = format!(
+        "id: 0\ndata: {head}{{\"index\":0,\"text\":\"x\",\"logprobs\":null,\"finish_reason\":\"stop\"}}],\"usage\":null}}\n\n\
+         data: {head}],\"usage\":{{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5,\"prompt_tokens_details\":{{\"cached_tokens\":1}}}}}}\n\n\
+         data: [DONE]\n\n"
+    );
+    assert_eq!(written(&mut sse(Endpoint::Completion, true), &[piece(0, "x", Some(END))]), expected);
+}
+
+#[test]
+fn a_failure_ends_the_stream_without_done() {
+    let mut out = BytesMut::new();
+    sse(Endpoint::Chat, true).failure(&WireError::new(ErrorCode::WorkerFailed, "gone"), &mut out);
+    let expected = "data: {\"error\":{\"message\":\"gone\",\"type\":\"server_error\",\"param\":null,\"code\":\"worker_failed\"}}\n\n";
+    assert_eq!(out, expected.as_bytes());
+}
+
+/// Returns the choices of all events, in their order.
+fn choices(written: &str) -> Vec<Value> {
+    let events = written.lines().filter_map(|line| line.strip_prefix("data: {"));
+    let events = events.map(|event| serde_json::from_str::<Value>(&format!("{{{event}")).expect("JSON"));
+    events.flat_map(|event| event["choices"].as_array().expect("choices").clone()).collect()
+}
+
+fn of(seq: u64, content: Content) -> Piece {
+    Piece { content, ..piece(seq, "", None) }
+}
+
+#[test]
+fn several_answers_are_told_apart_and_each_ends_once() {
+    let some = |index, text: &str| Content { index, text: text.into(), ..Content::default() };
+    let ended = |index, reason| Content { index, finish_reason: Some(reason), ..Content::default() };
+    let pieces = [
+        of(0, some(0, "a")),
+        of(1, some(1, "x")),
+        of(2, ended(0, FinishReason::Stop)),
+        of(3, some(1, "y")),
+        of(4, ended(1, FinishReason::Length)),
+        Piece { end: Some(END), ..of(5, Content::default()) },
+    ];
+    let text = written(&mut of_several(Endpoint::Chat, 2, true), &pieces);
+    let expected = [
+        json!({"index": 0, "delta": {"role": "assistant", "content": "a"}, "logprobs": null, "finish_reason": null}),
+        json!({"index": 1, "delta": {"role": "assistant", "content": "x"}, "logprobs": null, "finish_reason": null}),
+        json!({"index": 0, "delta": {}, "logprobs": null, "finish_reason": "stop"}),
+        json!({"index": 1, "delta": {"content": "y"}, "logprobs": null, "finish_reason": null}),
+        json!({"index": 1, "delta": {}, "logprobs": null, "finish_reason": "length"}),
+    ];
+    assert_eq!(choices(&text), expected);
+    assert!(text.contains(r#""choices":[],"usage":{"#) && text.ends_with("data: [DONE]\n\n"), "{text}");
+}
+
+#[test]
+fn thoughts_and_calls_come_in_fields_of_their_own() {
+    let call = |id: Option<&str>, name: Option<&str>, arguments: &str| {
+        let (id, name, arguments) = (id.map(str::to_owned), name.map(str::to_owned), arguments.to_owned());
+        Content { tool_calls: vec![ToolCallDelta { index: 0, id, name, arguments }], ..Content::default() }
+    };
+    let pieces = [
+        of(0, Content { reasoning: "hm".into(), ..Content::default() }),
+        of(1, call(Some("c1"), Some("f"), "")),
+        of(2, call(None, None, "{}")),
+        of(3, Content { finish_reason: Some(FinishReason::ToolCalls), ..Content::default() }),
+    ];
+    let told = choices(&written(&mut sse(Endpoint::Chat, false), &pieces));
+    let deltas: Vec<_> = told.iter().map(|choice| choice["delta"].clone()).collect();
+    let expected = [
+        json!({"role": "assistant", "content": null, "reasoning_content": "hm"}),
+        json!({"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}]}),
+        json!({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}),
+        json!({}),
+    ];
+    assert_eq!(deltas, expected);
+    assert_eq!(told[3]["finish_reason"], "tool_calls");
+}
+
+#[test]
+fn log_probabilities_come_though_their_tokens_bring_no_text_yet() {
+    let half = TokenLogprob { token: 1, bytes: vec![0xc3], logprob: -1.0, top: vec![] };
+    let pieces = [of(0, Content { logprobs: vec![half], ..Content::default() })];
+    let chat = choices(&written(&mut sse(Endpoint::Chat, false), &pieces));
+    assert_eq!(chat[0]["logprobs"]["content"][0]["bytes"], json!([0xc3]));
+    let text = choices(&written(&mut sse(Endpoint::Completion, false), &pieces));
+    assert_eq!(text[0]["logprobs"]["token_logprobs"], json!([-1.0]));
+}

@@ -1,0 +1,52 @@
+//! Calls of functions, whole and piece by piece, as OpenAI's clients read them.
+
+use protocol::infer::{ToolCall, ToolCallDelta};
+use serde::Serialize;
+
+/// A call in a whole answer.
+#[derive(Serialize)]
+pub(super) struct WholeCall<'a> {
+    id: &'a str,
+    r#type: &'static str,
+    function: WholeFunction<'a>,
+}
+
+#[derive(Serialize)]
+struct WholeFunction<'a> {
+    name: &'a str,
+    arguments: &'a str,
+}
+
+/// More of a call in a streamed answer.
+#[derive(Serialize)]
+pub(super) struct CallDelta<'a> {
+    index: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a str>,
+    /// Comes with the id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    r#type: Option<&'static str>,
+    function: FunctionDelta<'a>,
+}
+
+#[derive(Serialize)]
+struct FunctionDelta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    arguments: &'a str,
+}
+
+impl<'a> WholeCall<'a> {
+    pub(super) fn of(call: &'a ToolCall) -> Self {
+        let ToolCall { id, name, arguments } = call;
+        Self { id, r#type: "function", function: WholeFunction { name, arguments } }
+    }
+}
+
+impl<'a> CallDelta<'a> {
+    pub(super) fn of(delta: &'a ToolCallDelta) -> Self {
+        let ToolCallDelta { index, id, name, arguments } = delta;
+        let (id, name) = (id.as_deref(), name.as_deref());
+        Self { index: *index, id, r#type: id.map(|_| "function"), function: FunctionDelta { name, arguments } }
+    }
+}

@@ -1,0 +1,102 @@
+//! What form an answer must have: OpenAI's `response_format`, and what vLLM's clients send instead.
+
+use protocol::WireError;
+use protocol::infer::OutputFormat;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{invalid, is_empty, missing, refuse_unless, unsupported};
+
+/// `response_format`. Its schema's `name` and `strict` are passed over: an answer always keeps to the schema.
+#[derive(Debug, Deserialize)]
+pub(super) struct ResponseFormat {
+    #[serde(rename = "type")]
+    kind: String,
+    json_schema: Option<JsonSchema>,
+}
+
+#[derive(Debug, Deserialize)]
+struct JsonSchema {
+    schema: Option<Value>,
+}
+
+/// vLLM's `structured_outputs`, and its older fields with the prefix `guided_`. At most one is given.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct StructuredOutputs {
+    pub(super) json: Option<Value>,
+    pub(super) json_object: Option<bool>,
+    pub(super) regex: Option<String>,
+    pub(super) choice: Option<Vec<String>>,
+    pub(super) grammar: Option<String>,
+    pub(super) structural_tag: Option<Value>,
+}
+
+impl ResponseFormat {
+    pub(super) fn convert(self) -> Result<OutputFormat, WireError> {
+        match self.kind.as_str() {
+            "text" => Ok(OutputFormat::Text),
+            "json_object" => Ok(OutputFormat::Json),
+            "json_schema" => {
+                let schema = self.json_schema.and_then(|named| named.schema);
+                schema.map(OutputFormat::JsonSchema).ok_or_else(|| missing("response_format.json_schema.schema"))
+            }
+            _ => Err(unsupported("response_format.type")),
+        }
+    }
+}
+
+impl StructuredOutputs {
+    /// Returns the one form that is asked for. `param` is what the fields are named by, up to their own name.
+    pub(super) fn convert(self, param: &str) -> Result<OutputFormat, WireError> {
+        let Self { json, json_object, regex, choice, grammar, structural_tag } = self;
+        refuse_unless(structural_tag.as_ref().is_none_or(is_empty), &format!("{param}structural_tag"))?;
+        let json = json.map(|json| schema(json, &format!("{param}json"))).transpose()?;
+        let choice = choice.map(|texts| one_of(&texts, &format!("{param}choice"))).transpose()?;
+        let given = [
+            json.map(OutputFormat::JsonSchema),
+            json_object.filter(|wanted| *wanted).map(|_| OutputFormat::Json),
+            regex.map(OutputFormat::Regex),
+            choice.map(OutputFormat::Regex),
+            grammar.map(OutputFormat::Lark),
+        ];
+        one(given.into_iter().flatten(), param.trim_end_matches(['.', '_']))
+    }
+}
+
+/// Returns the only form of several that says something.
+pub(super) fn one(formats: impl IntoIterator<Item = OutputFormat>, param: &str) -> Result<OutputFormat, WireError> {
+    let mut said = formats.into_iter().filter(|format| *format != OutputFormat::Text);
+    let format = said.next().unwrap_or_default();
+    if said.next().is_some() {
+        return Err(invalid(param, "is one of several forms that are asked for: ask for one"));
+    }
+    Ok(format)
+}
+
+/// vLLM takes a schema as text as well.
+fn schema(json: Value, param: &str) -> Result<Value, WireError> {
+    match json {
+        Value::String(text) => serde_json::from_str(&text).map_err(|_| invalid(param, "must be a JSON schema")),
+        schema => Ok(schema),
+    }
+}
+
+/// Returns the regular expression of some texts.
+fn one_of(texts: &[String], param: &str) -> Result<String, WireError> {
+    if texts.is_empty() {
+        return Err(invalid(param, "must not be empty"));
+    }
+    let escaped: Vec<_> = texts.iter().map(|text| escape(text)).collect();
+    Ok(format!("({})", escaped.join("|")))
+}
+
+fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        if r"\.+*?()|[]{}^$#&-~".contains(character) {
+            escaped.push('\\');
+        }
+        escaped.push(character);
+    }
+    escaped
+}

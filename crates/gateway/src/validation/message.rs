@@ -1,0 +1,148 @@
+//! Messages of a conversation, as OpenAI's clients write them.
+
+use std::fmt;
+
+use protocol::WireError;
+use protocol::infer::{Message, Role, ToolCall};
+use serde::{Deserialize, Deserializer, de};
+use serde_json::Value;
+
+use super::{is_empty, missing, refuse_unless, unsupported};
+
+/// A message of a conversation.
+#[derive(Debug, Deserialize)]
+pub(super) struct ChatMessage {
+    role: ChatRole,
+    content: Option<Content>,
+    name: Option<String>,
+    tool_calls: Option<Vec<Call>>,
+    tool_call_id: Option<String>,
+    /// What an assistant thought, as DeepSeek's and vLLM's clients send it back.
+    reasoning_content: Option<String>,
+    /// The newer name of `reasoning_content`.
+    reasoning: Option<String>,
+    function_call: Option<Value>,
+    audio: Option<Value>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum ChatRole {
+    System,
+    Developer,
+    User,
+    Assistant,
+    Tool,
+    Function,
+}
+
+/// A function that an assistant called.
+#[derive(Debug, Deserialize)]
+struct Call {
+    id: String,
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    function: Option<CalledFunction>,
+}
+
+#[derive(Debug, Deserialize)]
+struct CalledFunction {
+    name: String,
+    arguments: String,
+}
+
+impl ChatMessage {
+    pub(super) fn convert(self, index: usize) -> Result<Message, WireError> {
+        let path = |field: &str| format!("messages[{index}].{field}");
+        let role = match self.role {
+            ChatRole::System | ChatRole::Developer => Role::System,
+            ChatRole::User => Role::User,
+            ChatRole::Assistant => Role::Assistant,
+            ChatRole::Tool => Role::Tool,
+            ChatRole::Function => return Err(unsupported(path("role"))),
+        };
+        for (value, field) in [(&self.function_call, "function_call"), (&self.audio, "audio")] {
+            refuse_unless(value.as_ref().is_none_or(is_empty), &path(field))?;
+        }
+        let is_assistant = role == Role::Assistant;
+        let calls = self.tool_calls.unwrap_or_default();
+        refuse_unless(calls.is_empty() || is_assistant, &path("tool_calls"))?;
+        let tool_calls = calls.into_iter().enumerate().map(|(call, told)| told.convert(&path("tool_calls"), call));
+        let tool_calls: Vec<_> = tool_calls.collect::<Result<_, _>>()?;
+        let content = match self.content {
+            Some(Content::Text(text)) => text,
+            Some(Content::Parts(parts)) => join(parts, &path("content"))?,
+            // An assistant may only call.
+            None if !tool_calls.is_empty() => String::new(),
+            None => return Err(missing(&path("content"))),
+        };
+        if role == Role::Tool && self.tool_call_id.is_none() {
+            return Err(missing(&path("tool_call_id")));
+        }
+        let reasoning = self.reasoning_content.or(self.reasoning).filter(|_| is_assistant);
+        Ok(Message { role, content, reasoning, tool_calls, tool_call_id: self.tool_call_id, name: self.name })
+    }
+}
+
+impl Call {
+    fn convert(self, path: &str, index: usize) -> Result<ToolCall, WireError> {
+        refuse_unless(self.kind.is_none_or(|kind| kind == "function"), &format!("{path}[{index}].type"))?;
+        let CalledFunction { name, arguments } =
+            self.function.ok_or_else(|| missing(&format!("{path}[{index}].function")))?;
+        Ok(ToolCall { id: self.id, name, arguments })
+    }
+}
+
+/// Joins the text of parts as OpenAI's servers do: without anything between them.
+fn join(parts: Vec<Part>, path: &str) -> Result<String, WireError> {
+    let mut whole = String::new();
+    for (index, part) in parts.into_iter().enumerate() {
+        if part.kind != "text" {
+            return Err(unsupported(format!("{path}[{index}].type")));
+        }
+        whole += &part.text.ok_or_else(|| missing(&format!("{path}[{index}].text")))?;
+    }
+    Ok(whole)
+}
+
+#[derive(Debug)]
+enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+}
+
+#[derive(Debug, Deserialize)]
+struct Part {
+    #[serde(rename = "type")]
+    kind: String,
+    text: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for Content {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // A visitor instead of an untagged enum, which would hide where in the message an error lies.
+        struct TextOrParts;
+
+        impl<'de> de::Visitor<'de> for TextOrParts {
+            type Value = Content;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a text or an array of parts")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Content, E> {
+                Ok(Content::Text(text.to_owned()))
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut parts: A) -> Result<Content, A::Error> {
+                let mut all = vec![];
+                while let Some(part) = parts.next_element()? {
+                    all.push(part);
+                }
+                Ok(Content::Parts(all))
+            }
+        }
+
+        deserializer.deserialize_any(TextOrParts)
+    }
+}

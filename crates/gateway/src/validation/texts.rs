@@ -1,0 +1,136 @@
+//! Texts alone or several, and tokens in their place: `stop`, `prompt`, and the `input` of embeddings.
+
+use std::fmt;
+
+use protocol::WireError;
+use protocol::infer::{EmbedInput, Input};
+use serde::{Deserialize, Deserializer, de};
+
+use super::{ErrorCode, invalid};
+
+/// `stop`: a text or several.
+#[derive(Debug)]
+pub(super) struct Stop(pub(super) Vec<String>);
+
+impl<'de> Deserialize<'de> for Stop {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Texts;
+
+        impl<'de> de::Visitor<'de> for Texts {
+            type Value = Stop;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a text or an array of texts")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Stop, E> {
+                Ok(Stop(vec![text.to_owned()]))
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut texts: A) -> Result<Stop, A::Error> {
+                let mut all = vec![];
+                while let Some(text) = texts.next_element()? {
+                    all.push(text);
+                }
+                Ok(Stop(all))
+            }
+        }
+
+        deserializer.deserialize_any(Texts)
+    }
+}
+
+/// Texts, alone or in an array; or tokens, of one text or of each of several.
+#[derive(Debug)]
+pub(super) struct Texts(pub(super) Vec<EmbedInput>);
+
+impl Texts {
+    /// Returns the prompt, where it is one.
+    pub(super) fn into_prompt(mut self) -> Result<Input, WireError> {
+        match (self.0.pop(), self.0.is_empty()) {
+            (Some(EmbedInput::Text(text)), true) => Ok(Input { prompt: Some(text), ..Input::default() }),
+            (Some(EmbedInput::Tokens(tokens)), true) => Ok(Input { prompt_tokens: Some(tokens), ..Input::default() }),
+            (None, _) => Err(invalid("prompt", "must not be empty")),
+            (Some(_), false) => {
+                let message = "prompt takes one text at a time here";
+                Err(WireError::new(ErrorCode::UnsupportedParameter, message).with_param("prompt"))
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Texts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OneOrMany;
+
+        impl<'de> de::Visitor<'de> for OneOrMany {
+            type Value = Texts;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a text, tokens, or an array of either")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Texts, E> {
+                Ok(Texts(vec![EmbedInput::Text(text.to_owned())]))
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut items: A) -> Result<Texts, A::Error> {
+                let (mut texts, mut tokens) = (vec![], vec![]);
+                while let Some(item) = items.next_element()? {
+                    match item {
+                        Item::Token(token) => tokens.push(token),
+                        Item::Text(text) => texts.push(EmbedInput::Text(text)),
+                        Item::Tokens(tokens) => texts.push(EmbedInput::Tokens(tokens)),
+                    }
+                }
+                match (texts.is_empty(), tokens.is_empty()) {
+                    (false, false) => Err(de::Error::custom("texts and single tokens do not mix")),
+                    (true, false) => Ok(Texts(vec![EmbedInput::Tokens(tokens)])),
+                    _ => Ok(Texts(texts)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(OneOrMany)
+    }
+}
+
+/// An item of an array of texts.
+enum Item {
+    Text(String),
+    Token(u32),
+    Tokens(Vec<u32>),
+}
+
+impl<'de> Deserialize<'de> for Item {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TextOrTokens;
+
+        impl<'de> de::Visitor<'de> for TextOrTokens {
+            type Value = Item;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a text, a token, or an array of tokens")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Item, E> {
+                Ok(Item::Text(text.to_owned()))
+            }
+
+            fn visit_u64<E: de::Error>(self, token: u64) -> Result<Item, E> {
+                let token = token.try_into().map_err(|_| E::custom("a token is a number of 32 bits"))?;
+                Ok(Item::Token(token))
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut items: A) -> Result<Item, A::Error> {
+                let mut tokens = vec![];
+                while let Some(token) = items.next_element()? {
+                    tokens.push(token);
+                }
+                Ok(Item::Tokens(tokens))
+            }
+        }
+
+        deserializer.deserialize_any(TextOrTokens)
+    }
+}

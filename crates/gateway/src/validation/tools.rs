@@ -1,0 +1,59 @@
+//! The functions a model may call, as OpenAI's clients offer them.
+
+use protocol::WireError;
+use protocol::infer::{Tool, ToolChoice};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{invalid, missing, refuse_unless, unsupported};
+
+/// An entry of `tools`. Its `strict` is passed over: where a model's calls can be held to a schema, they are.
+#[derive(Debug, Deserialize)]
+pub(super) struct OfferedTool {
+    #[serde(rename = "type")]
+    kind: String,
+    function: Option<OfferedFunction>,
+}
+
+#[derive(Debug, Deserialize)]
+struct OfferedFunction {
+    name: String,
+    description: Option<String>,
+    parameters: Option<Value>,
+}
+
+/// Reads `tools`.
+pub(super) fn tools(offered: Vec<OfferedTool>) -> Result<Vec<Tool>, WireError> {
+    let convert = |(index, tool): (usize, OfferedTool)| {
+        refuse_unless(tool.kind == "function", &format!("tools[{index}].type"))?;
+        let function = tool.function.ok_or_else(|| missing(&format!("tools[{index}].function")))?;
+        let OfferedFunction { name, description, parameters } = function;
+        if parameters.as_ref().is_some_and(|schema| !schema.is_object()) {
+            return Err(invalid(&format!("tools[{index}].function.parameters"), "must be a JSON schema"));
+        }
+        Ok(Tool { name, description, parameters })
+    };
+    offered.into_iter().enumerate().map(convert).collect()
+}
+
+/// Reads `tool_choice`.
+pub(super) fn tool_choice(value: Option<&Value>) -> Result<ToolChoice, WireError> {
+    let named = |value: &Value| Some(value.pointer("/function/name")?.as_str()?.to_owned());
+    match value {
+        None | Some(Value::Null) => Ok(ToolChoice::Auto),
+        Some(Value::String(word)) => match word.as_str() {
+            "auto" => Ok(ToolChoice::Auto),
+            "none" => Ok(ToolChoice::None),
+            "required" => Ok(ToolChoice::Required),
+            _ => Err(invalid("tool_choice", "must be auto, none, required or a function")),
+        },
+        Some(value) => match value.get("type").and_then(Value::as_str) {
+            Some("function") => {
+                let name = named(value).ok_or_else(|| missing("tool_choice.function.name"))?;
+                Ok(ToolChoice::Function(name))
+            }
+            Some(_) => Err(unsupported("tool_choice.type")),
+            None => Err(invalid("tool_choice", "must be auto, none, required or a function")),
+        },
+    }
+}
