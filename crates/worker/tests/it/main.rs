@@ -5,6 +5,7 @@ mod jobs;
 mod models;
 mod reports;
 mod servers;
+mod several;
 mod stopping;
 
 use std::collections::BTreeMap;

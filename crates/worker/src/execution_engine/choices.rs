@@ -1,0 +1,219 @@
+//! The answers to one job, generated side by side and told as one stream of events.
+
+use std::fmt;
+use std::future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use engine::{EngineError, Event, GenerateRequest, GenerateStream, ModelRuntime};
+use futures_util::Stream as _;
+use tokio::time;
+
+/// How long an answer that finds the engine full waits before it asks again.
+const BUSY_WAIT: Duration = Duration::from_millis(100);
+
+/// The answers to one job. Dropping them stops the engine's work on all of them.
+///
+/// The first begins alone. Once its prompt is evaluated the others begin, one after the other and never more at once
+/// than the engine has slots, so that they find the prompt in its cache and leave its queue to others.
+pub(super) struct Choices {
+    runtime: Arc<dyn ModelRuntime>,
+    /// That of the first; the others differ in the seed.
+    request: GenerateRequest,
+    count: u32,
+    side_by_side: usize,
+    /// How many have begun.
+    begun: u32,
+    /// The next, on its way to the engine.
+    beginning: Option<Pin<Box<dyn Future<Output = Result<GenerateStream, EngineError>> + Send>>>,
+    running: Vec<Running>,
+    /// Whose turn it was last.
+    turn: usize,
+    /// Whether the prompt was evaluated.
+    is_primed: bool,
+}
+
+struct Running {
+    index: u32,
+    events: GenerateStream,
+}
+
+impl Choices {
+    /// Begins the first of `count` answers. What is wrong with the request is found here.
+    pub(super) async fn begin(
+        runtime: Arc<dyn ModelRuntime>,
+        request: GenerateRequest,
+        count: u32,
+        slots: u32,
+    ) -> Result<Self, EngineError> {
+        let events = runtime.generate(request.clone()).await?;
+        Ok(Self {
+            runtime,
+            request,
+            count,
+            side_by_side: slots.max(1) as usize,
+            begun: 1,
+            beginning: None,
+            running: vec![Running { index: 0, events }],
+            turn: 0,
+            is_primed: false,
+        })
+    }
+
+    /// Returns how many answers there are.
+    pub(super) fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// Returns the next event of any answer, and which one it is of. Not to be called after the end of them all.
+    /// Cancel safe.
+    pub(super) async fn next(&mut self) -> Result<(u32, Event), EngineError> {
+        future::poll_fn(|context| self.poll_next(context)).await
+    }
+
+    fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<(u32, Event), EngineError>> {
+        self.poll_begin(context)?;
+        // Each in turn, so that one that is fast does not hold the others up.
+        for _ in 0..self.running.len() {
+            self.turn = (self.turn + 1) % self.running.len();
+            let Running { index, events } = &mut self.running[self.turn];
+            let Poll::Ready(event) = Pin::new(events).poll_next(context) else { continue };
+            let (index, event) = (*index, event.unwrap_or_else(|| Err(unfinished()))?);
+            self.is_primed |= !matches!(event, Event::Started { .. });
+            if let Event::Done { .. } = event {
+                self.running.swap_remove(self.turn);
+            }
+            return Poll::Ready(Ok((index, event)));
+        }
+        Poll::Pending
+    }
+
+    /// Begins as many of the others as may run now.
+    fn poll_begin(&mut self, context: &mut Context<'_>) -> Result<(), EngineError> {
+        while self.is_primed && self.begun < self.count && self.running.len() < self.side_by_side {
+            let (runtime, request, index) = (&self.runtime, &self.request, self.begun);
+            let beginning = self
+                .beginning
+                .get_or_insert_with(|| Box::pin(begin_when_there_is_room(runtime.clone(), of_index(request, index))));
+            let Poll::Ready(begun) = beginning.as_mut().poll(context) else { return Ok(()) };
+            self.beginning = None;
+            self.running.push(Running { index, events: begun? });
+            self.begun += 1;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Choices {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Choices")
+            .field("count", &self.count)
+            .field("begun", &self.begun)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Part of the answer may be with the caller already: a full engine is waited for, up to the job's deadline.
+async fn begin_when_there_is_room(
+    runtime: Arc<dyn ModelRuntime>,
+    request: GenerateRequest,
+) -> Result<GenerateStream, EngineError> {
+    loop {
+        match runtime.generate(request.clone()).await {
+            Err(EngineError::Busy) => time::sleep(BUSY_WAIT).await,
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Returns the request of one of several answers: the same on every attempt, and the first as if it were the only one.
+fn of_index(request: &GenerateRequest, index: u32) -> GenerateRequest {
+    /// The golden ratio's fraction, whose multiples lie far apart.
+    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut request = request.clone();
+    request.sampling.seed = request.sampling.seed.wrapping_add(STEP.wrapping_mul(u64::from(index)));
+    request
+}
+
+/// An engine must end its streams with a word.
+fn unfinished() -> EngineError {
+    EngineError::Failed { reason: "the stream ended without an end".into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use engine::{LoadOptions, MockOptions, MockRuntime, PromptInput, VerifiedArtifact, no_progress};
+
+    use super::*;
+
+    async fn engine(slots: u32, queue_max: u32, mock: MockOptions) -> (Arc<MockRuntime>, GenerateRequest) {
+        let runtime = Arc::new(MockRuntime::new(mock));
+        let file = tempfile::tempfile().expect("temporary files work");
+        let artifact = VerifiedArtifact { file, sha256: String::new(), bytes: 1, parts: vec![] };
+        let options = LoadOptions { slots, queue_max, ..LoadOptions::default() };
+        let model = runtime.load(artifact, options, no_progress()).await.expect("it loads").id;
+        (runtime, GenerateRequest::new(model, PromptInput::Text("once".into())))
+    }
+
+    fn paced() -> MockOptions {
+        let second = Duration::from_secs(1);
+        MockOptions { first_token: second, per_token: second, tokens: 3, ..MockOptions::default() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_others_begin_once_the_prompt_of_the_first_is_evaluated() {
+        let (runtime, request) = engine(4, 0, paced()).await;
+        let mut choices = Choices::begin(runtime.clone(), request, 3, 4).await.expect("it begins");
+        let begun = time::Instant::now();
+        let mut told = vec![];
+        while told.len() < 4 {
+            let (index, event) = choices.next().await.expect("it runs");
+            told.push((index, matches!(event, Event::Started { .. })));
+        }
+        assert_eq!(told, [(0, true), (0, false), (1, true), (2, true)]);
+        assert_eq!((runtime.load_state()[0].running, begun.elapsed()), (3, Duration::from_secs(1)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_runs_to_its_end_however_little_room_there_is() {
+        // With another's job in the only place of the queue, each finds the engine full at first.
+        let (runtime, request) = engine(1, 1, paced()).await;
+        let mut choices = Choices::begin(runtime.clone(), request.clone(), 3, 1).await.expect("it begins");
+        let mut other = runtime.generate(request).await.expect("the place in the queue");
+        let other = tokio::spawn(async move { while other.next().await.is_some() {} });
+        let mut ended = vec![];
+        while ended.len() < 3 {
+            if let (index, Event::Done { .. }) = choices.next().await.expect("it runs") {
+                ended.push(index);
+            }
+        }
+        assert_eq!(ended, [0, 1, 2]);
+        other.await.expect("the other's job ends");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn dropping_them_stops_them_all() {
+        let (runtime, request) = engine(4, 0, MockOptions { tokens: 1_000, ..paced() }).await;
+        let mut choices = Choices::begin(runtime.clone(), request, 3, 4).await.expect("it begins");
+        for _ in 0..12 {
+            choices.next().await.expect("it runs");
+        }
+        assert_eq!(runtime.load_state()[0].running, 3);
+        drop(choices);
+        time::sleep(Duration::from_secs(5)).await;
+        let state = &runtime.load_state()[0];
+        assert_eq!((state.running, state.counters.cancelled), (0, 3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn seeds_differ_and_the_first_is_that_of_the_request() {
+        let (_, request) = engine(1, 0, MockOptions::default()).await;
+        let seeds: BTreeSet<_> = (0..16).map(|index| of_index(&request, index).sampling.seed).collect();
+        assert_eq!((seeds.len(), of_index(&request, 0)), (16, request));
+    }
+}

@@ -1,0 +1,197 @@
+//! Makes chunks of what an engine tells.
+
+use std::mem;
+use std::time::Duration;
+
+use engine::{Embeddings, Event, FinishReason as EngineReason, Piece, Usage};
+use protocol::infer::{Embedding, InferChunk, InferRequest, Payload};
+use protocol::usage::TokenUsage;
+use rpc::ReplyStream;
+use tokio::time;
+
+use super::Broken;
+use super::translation::{append, finish_reason, token_usage};
+use crate::transcript::Transcript;
+
+/// Pieces that are ready together become one chunk, up to about this many bytes.
+const CHUNK_BYTES_MAX: usize = 4 * 1024;
+/// Vectors share a chunk up to about this many bytes.
+const VECTORS_BYTES_MAX: usize = 64 * 1024;
+/// What one log-probability takes in a chunk, about.
+const LOGPROB_BYTES: usize = 64;
+/// How long a caller may leave a chunk unread before it counts as gone.
+const CALLER_STALL: Duration = Duration::from_mins(1);
+
+/// Writes the chunks of one job into buffers that it keeps.
+pub(super) struct ChunkWriter {
+    chunk: InferChunk,
+    bytes: Vec<u8>,
+    /// What waits to be sent, of each answer.
+    waiting: Vec<Payload>,
+    waiting_bytes: usize,
+    /// How many answers have ended.
+    ended: usize,
+    /// Why the first one did.
+    reason: EngineReason,
+    usage: Usage,
+    transcript: Transcript,
+}
+
+impl ChunkWriter {
+    pub(super) fn new(request: &InferRequest, choices: u32) -> Self {
+        let chunk = InferChunk {
+            correlation_id: request.correlation_id,
+            seq: 0,
+            payload: Payload::default(),
+            done: false,
+            attempt: request.attempt,
+        };
+        Self {
+            chunk,
+            bytes: Vec::with_capacity(256),
+            waiting: (0..choices).map(|index| Payload { index, ..Payload::default() }).collect(),
+            waiting_bytes: 0,
+            ended: 0,
+            reason: EngineReason::Stop,
+            usage: Usage::default(),
+            transcript: Transcript::new(request),
+        }
+    }
+
+    /// Returns what the engine has heard and said.
+    pub(super) fn transcript(&self) -> &Transcript {
+        &self.transcript
+    }
+
+    /// Takes note of what an answer tells.
+    pub(super) fn add(&mut self, index: u32, event: Event) {
+        let is_only = self.waiting.len() == 1;
+        let Some(payload) = self.waiting.get_mut(index as usize) else { return };
+        match event {
+            // The first chunk tells what the prompt took, so that a caller who leaves early can be billed for it.
+            Event::Started { prompt_tokens, cached_tokens } if index == 0 => {
+                payload.usage = Some(TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens });
+            }
+            Event::Started { .. } => {}
+            Event::Piece(piece) => {
+                self.waiting_bytes += bytes_of(&piece);
+                append(payload, piece);
+            }
+            Event::Done { reason, usage } => {
+                self.ended += 1;
+                if !is_only {
+                    payload.finish_reason = Some(finish_reason(reason));
+                }
+                if index == 0 {
+                    self.reason = reason;
+                    self.usage.prompt_tokens = usage.prompt_tokens;
+                    self.usage.cached_tokens = usage.cached_tokens;
+                }
+                self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(usage.completion_tokens);
+            }
+        }
+    }
+
+    /// Says whether enough waits to be sent.
+    pub(super) fn is_full(&self) -> bool {
+        self.waiting_bytes >= CHUNK_BYTES_MAX
+    }
+
+    /// Says whether every answer has ended.
+    pub(super) fn is_complete(&self) -> bool {
+        self.ended == self.waiting.len()
+    }
+
+    /// Sends what waits, if anything.
+    pub(super) async fn send(&mut self, reply: &mut ReplyStream) -> Result<(), Broken> {
+        let Self { chunk, bytes, waiting, transcript, .. } = self;
+        for payload in waiting.iter_mut().filter(|payload| !is_empty(payload)) {
+            mem::swap(&mut chunk.payload, payload);
+            write_chunk(chunk, bytes);
+            mem::swap(&mut chunk.payload, payload);
+            transcript.append(payload);
+            send_within(reply, bytes).await?;
+            chunk.seq += 1;
+            clear(payload);
+        }
+        self.waiting_bytes = 0;
+        Ok(())
+    }
+
+    /// Sends vectors, all of them, and returns the last chunk.
+    pub(super) async fn send_vectors(
+        mut self,
+        embeddings: Embeddings,
+        reply: &mut ReplyStream,
+    ) -> Result<InferChunk, Broken> {
+        let Embeddings { vectors, prompt_tokens } = embeddings;
+        let usage = Usage { prompt_tokens, ..Usage::default() };
+        self.add(0, Event::Started { prompt_tokens, cached_tokens: 0 });
+        for (index, vector) in (0..).zip(vectors) {
+            let embedding = Embedding::new(index, &vector);
+            self.waiting_bytes += embedding.base64.len();
+            self.waiting[0].embeddings.push(embedding);
+            if self.waiting_bytes >= VECTORS_BYTES_MAX {
+                self.send(reply).await?;
+            }
+        }
+        self.send(reply).await?;
+        self.add(0, Event::Done { reason: EngineReason::Stop, usage });
+        Ok(self.last().0)
+    }
+
+    /// Returns the last chunk, for when every answer has ended and was sent, and what was said.
+    pub(super) fn last(self) -> (InferChunk, Transcript) {
+        let finish_reason = Some(finish_reason(self.reason));
+        let usage = Some(token_usage(self.usage));
+        let payload = Payload { finish_reason, usage, ..Payload::default() };
+        (InferChunk { payload, done: true, ..self.chunk }, self.transcript)
+    }
+}
+
+fn bytes_of(piece: &Piece) -> usize {
+    let Piece { text, reasoning, tool_calls, tokens: _, logprobs } = piece;
+    let arguments: usize = tool_calls.iter().map(|delta| delta.arguments.len()).sum();
+    let logprobs: usize = logprobs.iter().map(|told| (1 + told.top.len()) * LOGPROB_BYTES).sum();
+    text.len() + reasoning.len() + arguments + logprobs
+}
+
+fn is_empty(payload: &Payload) -> bool {
+    let Payload { text, reasoning, tool_calls, tokens, embeddings, finish_reason, .. } = payload;
+    text.is_empty()
+        && reasoning.is_empty()
+        && tool_calls.is_empty()
+        && tokens.is_empty()
+        && embeddings.is_empty()
+        && finish_reason.is_none()
+}
+
+/// Empties a payload and keeps its buffers.
+fn clear(payload: &mut Payload) {
+    payload.text.clear();
+    payload.reasoning.clear();
+    payload.tool_calls.clear();
+    payload.tokens.clear();
+    payload.logprobs.clear();
+    payload.embeddings.clear();
+    payload.finish_reason = None;
+    payload.usage = None;
+}
+
+/// Sends the last chunk and ends the stream.
+pub(crate) async fn finish(mut reply: ReplyStream, chunk: &InferChunk) -> Result<(), Broken> {
+    let mut bytes = Vec::with_capacity(256);
+    write_chunk(chunk, &mut bytes);
+    send_within(&mut reply, &bytes).await?;
+    let finished = time::timeout(CALLER_STALL, reply.finish()).await;
+    Ok(finished.map_err(|_| Broken::Interrupted)??)
+}
+
+async fn send_within(reply: &mut ReplyStream, bytes: &[u8]) -> Result<(), Broken> {
+    Ok(time::timeout(CALLER_STALL, reply.send(bytes)).await.map_err(|_| Broken::Interrupted)??)
+}
+
+fn write_chunk(chunk: &InferChunk, bytes: &mut Vec<u8>) {
+    bytes.clear();
+    serde_json::to_writer(bytes, chunk).expect("chunks hold nothing that JSON cannot say");
+}

@@ -1,0 +1,285 @@
+//! Says jobs in the engine's words, and what the engine says in the network's.
+
+use engine::{
+    Chat, ChatMessage, EmbedRequest, EngineError, FinishReason as EngineReason, GenerateRequest, ModelId, OutputFormat,
+    Piece, PromptInput, Sampling, TokenLogprob, Tool, ToolCall, ToolCallDelta, ToolChoice, Usage,
+};
+use protocol::infer::{self, EmbedInput, FinishReason, InferRequest, Input, Message, Payload};
+use protocol::usage::TokenUsage;
+use protocol::{ErrorCode, WireError};
+
+use crate::model_loader::u64_of;
+
+/// Says a job in the engine's words.
+pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> GenerateRequest {
+    let input = &request.input;
+    let prompt = match input {
+        Input { messages: Some(messages), .. } => PromptInput::Chat(Chat {
+            messages: messages.iter().map(chat_message).collect(),
+            tools: input.tools.iter().map(tool).collect(),
+            tool_choice: match &input.tool_choice {
+                infer::ToolChoice::Auto => ToolChoice::Auto,
+                infer::ToolChoice::None => ToolChoice::None,
+                infer::ToolChoice::Required => ToolChoice::Required,
+                infer::ToolChoice::Function(name) => ToolChoice::Function(name.clone()),
+            },
+            template_options: input.template_options.clone(),
+        }),
+        Input { prompt_tokens: Some(tokens), .. } => PromptInput::Tokens(tokens.clone()),
+        Input { prompt, .. } => PromptInput::Text(prompt.clone().unwrap_or_default()),
+    };
+    let neutral = Sampling::default();
+    let sampling = Sampling {
+        temperature: input.temperature.unwrap_or(neutral.temperature),
+        top_p: input.top_p.unwrap_or(neutral.top_p),
+        top_k: input.top_k.unwrap_or(neutral.top_k),
+        min_p: input.min_p.unwrap_or(neutral.min_p),
+        repetition_penalty: input.repetition_penalty.unwrap_or(neutral.repetition_penalty),
+        presence_penalty: input.presence_penalty.unwrap_or(neutral.presence_penalty),
+        frequency_penalty: input.frequency_penalty.unwrap_or(neutral.frequency_penalty),
+        logit_bias: input.logit_bias.iter().map(|(token, bias)| (*token, *bias)).collect(),
+        // The job's own name, so that another attempt on another worker draws the same tokens.
+        seed: input.seed.unwrap_or_else(|| {
+            let (first, second) = request.correlation_id.0.as_bytes().split_at(8);
+            u64_of(first) ^ u64_of(second)
+        }),
+    };
+    GenerateRequest {
+        sampling,
+        stop: input.stop.clone(),
+        max_tokens: input.max_tokens,
+        ignore_eos: input.ignore_eos,
+        logprobs: input.logprobs,
+        format: match &input.format {
+            infer::OutputFormat::Text => OutputFormat::Text,
+            infer::OutputFormat::Json => OutputFormat::Json,
+            infer::OutputFormat::JsonSchema(schema) => OutputFormat::JsonSchema(schema.clone()),
+            infer::OutputFormat::Regex(expression) => OutputFormat::Regex(expression.clone()),
+            infer::OutputFormat::Lark(grammar) => OutputFormat::Lark(grammar.clone()),
+        },
+        deterministic: input.deterministic,
+        ..GenerateRequest::new(model, prompt)
+    }
+}
+
+/// Says which texts to make vectors of, in the engine's words.
+pub(super) fn embed_request(model: ModelId, inputs: &[EmbedInput]) -> EmbedRequest {
+    let inputs = inputs.iter().map(|input| match input {
+        EmbedInput::Text(text) => PromptInput::Text(text.clone()),
+        EmbedInput::Tokens(tokens) => PromptInput::Tokens(tokens.clone()),
+    });
+    EmbedRequest { model, inputs: inputs.collect() }
+}
+
+fn chat_message(message: &Message) -> ChatMessage {
+    let Message { role, content, reasoning, tool_calls, tool_call_id, name } = message;
+    let tool_calls = tool_calls.iter().map(|call| {
+        let infer::ToolCall { id, name, arguments } = call.clone();
+        ToolCall { id, name, arguments }
+    });
+    ChatMessage {
+        role: role.as_str().to_owned(),
+        content: content.clone(),
+        reasoning: reasoning.clone(),
+        tool_calls: tool_calls.collect(),
+        tool_call_id: tool_call_id.clone(),
+        name: name.clone(),
+    }
+}
+
+fn tool(tool: &infer::Tool) -> Tool {
+    let infer::Tool { name, description, parameters } = tool.clone();
+    Tool { name, description, parameters }
+}
+
+/// Appends more of an answer to what waits to be sent of it.
+pub(super) fn append(payload: &mut Payload, piece: Piece) {
+    let Piece { text, reasoning, tool_calls, tokens, logprobs } = piece;
+    let join = |whole: &mut String, more: String| if whole.is_empty() { *whole = more } else { whole.push_str(&more) };
+    join(&mut payload.text, text);
+    join(&mut payload.reasoning, reasoning);
+    payload.tool_calls.extend(tool_calls.into_iter().map(tool_call_delta));
+    if payload.tokens.is_empty() {
+        payload.tokens = tokens;
+    } else {
+        payload.tokens.extend(tokens);
+    }
+    payload.logprobs.extend(logprobs.into_iter().map(token_logprob));
+}
+
+fn tool_call_delta(delta: ToolCallDelta) -> infer::ToolCallDelta {
+    let ToolCallDelta { index, id, name, arguments } = delta;
+    infer::ToolCallDelta { index, id, name, arguments }
+}
+
+fn token_logprob(told: TokenLogprob) -> infer::TokenLogprob {
+    let TokenLogprob { token, bytes, logprob, top } = told;
+    infer::TokenLogprob { token, bytes, logprob, top: top.into_iter().map(token_logprob).collect() }
+}
+
+pub(super) fn finish_reason(reason: EngineReason) -> FinishReason {
+    match reason {
+        EngineReason::Stop => FinishReason::Stop,
+        EngineReason::Length => FinishReason::Length,
+        EngineReason::ToolCalls => FinishReason::ToolCalls,
+    }
+}
+
+pub(super) fn token_usage(usage: Usage) -> TokenUsage {
+    let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
+    TokenUsage { prompt_tokens, completion_tokens, cached_tokens }
+}
+
+/// Says an engine's error in the network's words. Reasons stay here: they may name paths and processes.
+pub(super) fn wire_error(error: &EngineError, input: &Input) -> WireError {
+    match error {
+        EngineError::ContextLength { .. } => {
+            let param = match input {
+                Input { messages: Some(_), .. } => "messages",
+                Input { embed: Some(_), .. } => "input",
+                _ => "prompt",
+            };
+            WireError::new(ErrorCode::ContextLengthExceeded, error.to_string()).with_param(param)
+        }
+        EngineError::Unsupported { parameter, .. } => {
+            WireError::new(ErrorCode::UnsupportedParameter, error.to_string()).with_param(parameter.as_str())
+        }
+        EngineError::Busy => crate::quota_guard::Refusal::QueueFull.into(),
+        EngineError::NotLoaded => WireError::new(ErrorCode::WorkerFailed, "the model was unloaded, try again"),
+        EngineError::InvalidModel { .. } | EngineError::Failed { .. } => {
+            WireError::new(ErrorCode::WorkerFailed, "the engine failed, try again")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protocol::infer::Role;
+
+    fn request(input: Input) -> InferRequest {
+        InferRequest {
+            tenant_id: "acme".parse().expect("tenant"),
+            model_id: "tether-tiny".parse().expect("model"),
+            version: "1.0".parse().expect("version"),
+            input,
+            correlation_id: "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f".parse().expect("id"),
+            retry_token: "r".parse().expect("token"),
+            trace_id: protocol::TraceId([1; 16]),
+            attempt: 1,
+            deadline_ms: None,
+        }
+    }
+
+    fn prompt() -> Input {
+        Input { prompt: Some("once".into()), ..Input::default() }
+    }
+
+    #[test]
+    fn what_the_caller_leaves_open_is_neutral() {
+        let generate = generate_request(ModelId(3), &request(prompt()));
+        assert_eq!(generate.input, PromptInput::Text("once".into()));
+        assert_eq!(generate.sampling, Sampling { seed: generate.sampling.seed, ..Sampling::default() });
+        assert_eq!((generate.model, generate.max_tokens, generate.ignore_eos), (ModelId(3), None, false));
+    }
+
+    #[test]
+    fn what_the_caller_asks_for_reaches_the_engine() {
+        let message = Message::new(Role::User, "hi");
+        let input = Input {
+            messages: Some(vec![message]),
+            max_tokens: Some(5),
+            temperature: Some(0.0),
+            top_p: Some(0.5),
+            top_k: Some(9),
+            min_p: Some(0.1),
+            repetition_penalty: Some(1.5),
+            presence_penalty: Some(-1.0),
+            frequency_penalty: Some(0.5),
+            logit_bias: [(7, -100.0)].into(),
+            seed: Some(42),
+            stop: vec!["END".into()],
+            ignore_eos: true,
+            ..Input::default()
+        };
+        let generate = generate_request(ModelId(1), &request(input));
+        assert_eq!(generate.input, PromptInput::Chat(vec![ChatMessage::new("user", "hi")].into()));
+        assert_eq!(
+            generate.sampling,
+            Sampling {
+                temperature: 0.0,
+                top_p: 0.5,
+                top_k: 9,
+                min_p: 0.1,
+                repetition_penalty: 1.5,
+                presence_penalty: -1.0,
+                frequency_penalty: 0.5,
+                logit_bias: vec![(7, -100.0)],
+                seed: 42,
+            }
+        );
+        assert_eq!((generate.stop, generate.max_tokens, generate.ignore_eos), (vec!["END".to_owned()], Some(5), true));
+    }
+
+    #[test]
+    fn what_a_conversation_offers_and_the_form_of_its_answer_reach_the_engine() {
+        let call = infer::ToolCall { id: "c1".into(), name: "f".into(), arguments: "{}".into() };
+        let messages = vec![
+            Message { tool_calls: vec![call], reasoning: Some("hm".into()), ..Message::new(Role::Assistant, "") },
+            Message { tool_call_id: Some("c1".into()), ..Message::new(Role::Tool, "42") },
+        ];
+        let schema = serde_json::json!({"type": "object"});
+        let offered = infer::Tool { name: "f".into(), description: None, parameters: Some(schema.clone()) };
+        let input = Input {
+            messages: Some(messages),
+            tools: vec![offered],
+            tool_choice: infer::ToolChoice::Function("f".into()),
+            format: infer::OutputFormat::JsonSchema(schema.clone()),
+            logprobs: Some(3),
+            ..Input::default()
+        };
+        let generate = generate_request(ModelId(1), &request(input));
+        let PromptInput::Chat(chat) = generate.input else { panic!("a conversation") };
+        assert_eq!(chat.messages[0].tool_calls[0].name, "f");
+        assert_eq!(chat.messages[0].reasoning.as_deref(), Some("hm"));
+        assert_eq!((&*chat.messages[1].role, chat.messages[1].tool_call_id.as_deref()), ("tool", Some("c1")));
+        assert_eq!(chat.tools, [Tool { name: "f".into(), description: None, parameters: Some(schema.clone()) }]);
+        assert_eq!(chat.tool_choice, ToolChoice::Function("f".into()));
+        assert_eq!((generate.format, generate.logprobs), (OutputFormat::JsonSchema(schema), Some(3)));
+    }
+
+    #[test]
+    fn another_attempt_draws_the_same_tokens_and_another_job_does_not() {
+        let seed = |request: &InferRequest| generate_request(ModelId(1), request).sampling.seed;
+        let first = request(prompt());
+        let second = InferRequest { attempt: 2, ..first.clone() };
+        assert_eq!(seed(&first), seed(&second));
+        let id = "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e10".parse().expect("id");
+        assert_ne!(seed(&first), seed(&InferRequest { correlation_id: id, ..first.clone() }));
+    }
+
+    #[test]
+    fn each_engine_error_has_its_code_and_keeps_its_reasons_to_itself() {
+        let secret = || String::from("/srv/secret");
+        let chat = Input { messages: Some(vec![]), ..Input::default() };
+        let too_long = EngineError::ContextLength { prompt_tokens: 9, context_length: 8 };
+        for (error, input, code, param) in [
+            (too_long.clone(), prompt(), ErrorCode::ContextLengthExceeded, Some("prompt")),
+            (too_long, chat, ErrorCode::ContextLengthExceeded, Some("messages")),
+            (
+                EngineError::Unsupported { parameter: "top_k".into(), reason: "no".into() },
+                prompt(),
+                ErrorCode::UnsupportedParameter,
+                Some("top_k"),
+            ),
+            (EngineError::Busy, prompt(), ErrorCode::WorkerFull, None),
+            (EngineError::NotLoaded, prompt(), ErrorCode::WorkerFailed, None),
+            (EngineError::InvalidModel { reason: secret() }, prompt(), ErrorCode::WorkerFailed, None),
+            (EngineError::Failed { reason: secret() }, prompt(), ErrorCode::WorkerFailed, None),
+        ] {
+            let wire = wire_error(&error, &input);
+            assert_eq!((wire.code, wire.param.as_deref()), (code, param), "{error}");
+            assert!(!wire.message.contains("secret"), "{wire}");
+        }
+    }
+}
