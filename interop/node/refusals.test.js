@@ -79,10 +79,10 @@ test('bad JSON is refused', async () => {
 });
 
 for (const [param, value] of Object.entries({
-  tools: [{ type: 'function', function: { name: 'now', parameters: {} } }],
-  response_format: { type: 'json_object' },
-  logprobs: true,
-  n: 2,
+  functions: [{ name: 'now', parameters: {} }],
+  modalities: ['text', 'audio'],
+  prediction: { type: 'content', content: 'x' },
+  verbosity: 'low',
 })) {
   test(`what is not done here is refused and named: ${param}`, async () => {
     const error = await refusal(OpenAI.BadRequestError, chat({ [param]: value }));

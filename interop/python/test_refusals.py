@@ -61,12 +61,12 @@ def test_an_oversized_body_is_refused(client):
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "now", "parameters": {}}}]),
-        ("response_format", {"type": "json_object"}),
-        ("logprobs", True),
-        ("n", 2),
-        ("presence_penalty", 0.5),
-        ("logit_bias", {"5": 1}),
+        ("functions", [{"name": "now", "parameters": {}}]),
+        ("function_call", {"name": "now"}),
+        ("modalities", ["text", "audio"]),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("web_search_options", {"search_context_size": "low"}),
+        ("verbosity", "low"),
     ],
 )
 def test_what_is_not_done_here_is_refused_and_named(client, param, value):

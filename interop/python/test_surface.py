@@ -1,0 +1,130 @@
+"""What a request may ask for beside a text. Nothing here depends on what the model has to say."""
+
+import json
+import math
+from typing import Literal
+
+import openai
+import pytest
+from conftest import MODEL
+from pydantic import BaseModel
+
+MESSAGES = [{"role": "user", "content": "What is the capital of Japan?"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Tokyo", "Kyoto"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+class Verdict(BaseModel):
+    answer: Literal["yes", "no"]
+    certain: bool
+
+
+def test_several_answers_are_told_apart(chat):
+    completion = chat(n=3, temperature=1, max_tokens=8)
+    assert [choice.index for choice in completion.choices] == [0, 1, 2]
+    assert all(choice.message.content and choice.finish_reason for choice in completion.choices)
+    assert completion.usage.completion_tokens > 8
+
+
+def test_several_streamed_answers_end_once_each(chat):
+    *chunks, last = chat(n=3, temperature=1, max_tokens=8, stream=True, stream_options={"include_usage": True})
+    ends = [choice.index for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+    assert sorted(ends) == [0, 1, 2]
+    roles = [choice.index for chunk in chunks for choice in chunk.choices if choice.delta.role]
+    assert sorted(roles) == [0, 1, 2]
+    assert last.choices == [] and last.usage.completion_tokens > 8
+
+
+def test_the_first_of_several_answers_is_that_of_one(chat):
+    options = {"temperature": 1, "seed": 7, "max_tokens": 8}
+    alone = chat(**options).choices[0].message.content
+    assert chat(n=2, **options).choices[0].message.content == alone
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_told(chat, stream):
+    answer = chat(logprobs=True, top_logprobs=3, max_tokens=4, stream=stream)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+    assert len(tokens) == 4
+    for token in tokens:
+        assert token.logprob <= 0
+        assert len(token.top_logprobs) == 3
+        assert token.token == bytes(token.bytes).decode(errors="replace")
+        assert token.top_logprobs == sorted(token.top_logprobs, key=lambda top: -top.logprob)
+
+
+def test_a_texts_log_probabilities_come_in_columns(client):
+    logprobs = client.completions.create(model=MODEL, prompt="The capital", max_tokens=3, logprobs=2).choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 3
+    assert logprobs.text_offset[0] == 0 and sorted(logprobs.text_offset) == logprobs.text_offset
+
+
+def test_a_function_that_must_be_called_is_called(chat):
+    completion = chat(tools=[WEATHER], tool_choice="required")
+    choice = completion.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    call = choice.message.tool_calls[0]
+    assert call.type == "function" and call.id and call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Tokyo", "Kyoto")
+
+
+def test_a_streamed_call_is_gathered_by_the_sdk(client):
+    choice = {"type": "function", "function": {"name": "weather"}}
+    asked = {"model": MODEL, "messages": MESSAGES, "tools": [WEATHER], "tool_choice": choice}
+    with client.chat.completions.stream(**asked) as stream:
+        completion = stream.get_final_completion()
+    call = completion.choices[0].message.tool_calls[0]
+    assert completion.choices[0].finish_reason == "tool_calls"
+    assert (call.function.name, set(json.loads(call.function.arguments))) == ("weather", {"city"})
+
+
+def test_a_call_and_its_result_stand_in_a_conversation(client):
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Tokyo"}'}}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+    ]
+    completion = client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER], tool_choice="none", max_tokens=4)
+    assert completion.choices[0].message.tool_calls is None
+    assert completion.choices[0].finish_reason in ("length", "stop")
+
+
+def test_an_answer_keeps_to_a_schema(client):
+    completion = client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Verdict)
+    assert completion.choices[0].message.parsed.answer in ("yes", "no")
+
+
+def test_an_answer_is_json_where_that_is_asked_for(chat):
+    answer = chat(response_format={"type": "json_object"}, max_tokens=200).choices[0]
+    assert answer.finish_reason == "length" or isinstance(json.loads(answer.message.content), dict)
+
+
+def test_texts_become_vectors_of_length_one(client):
+    # The SDK asks for Base64 and decodes it, unless told otherwise.
+    texts = ["a cat", "a dog", "a cat"]
+    packed = client.embeddings.create(model=MODEL, input=texts)
+    assert [item.index for item in packed.data] == [0, 1, 2]
+    assert packed.data[0].embedding == packed.data[2].embedding != packed.data[1].embedding
+    assert math.isclose(sum(number**2 for number in packed.data[0].embedding), 1, rel_tol=1e-3)
+    assert packed.usage.prompt_tokens == packed.usage.total_tokens > 0
+    plain = client.embeddings.create(model=MODEL, input=texts, encoding_format="float")
+    assert plain.data[1].embedding == pytest.approx(packed.data[1].embedding, rel=1e-6)
+
+
+def test_vectors_of_another_length_are_refused(client):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.embeddings.create(model=MODEL, input="x", dimensions=7)
+    assert refusal.value.param == "dimensions"
