@@ -32,7 +32,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::gguf::Header;
+use crate::gguf::{self, Header};
 use crate::memory_plan::{self, Shape};
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, FinishReason, GenerateRequest,
@@ -63,6 +63,7 @@ pub struct LlamaRuntime {
 struct Loaded {
     id: ModelId,
     model: Arc<Model>,
+    header: Header,
     prompts: Prompts,
     shape: Shape,
     abilities: Abilities,
@@ -103,7 +104,7 @@ impl ModelRuntime for LlamaRuntime {
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
-        memory_plan::plan(&read_header(&artifact.file).await?, options)
+        memory_plan::plan(&gguf::read_model(artifact).await?, options)
     }
 
     async fn load(
@@ -133,6 +134,7 @@ impl ModelRuntime for LlamaRuntime {
         if !loaded.abilities.adapters {
             return Err(unsupported("adapter", "this model takes no adapters"));
         }
+        gguf::read_adapter(&artifact, &loaded.header).await?;
         let adapter = AdapterId(self.next_adapter.fetch_add(1, Ordering::Relaxed));
         let (attached, is_attached) = oneshot::channel();
         loaded.send(Work::AddAdapter { adapter, file: artifact.file, attached }).await?;
@@ -210,7 +212,7 @@ impl Loaded {
         options: &LoadOptions,
         progress: ProgressSink,
     ) -> Result<Self, EngineError> {
-        let header = read_header(&artifact.file).await?;
+        let header = gguf::read_model(&artifact).await?;
         let shape = memory_plan::shape(&header, options)?;
         let generates = !NOT_GENERATIVE.contains(&header.architecture().unwrap_or_default());
         let prompts = Prompts::new(&header);
@@ -260,6 +262,7 @@ impl Loaded {
         Ok(Self {
             id,
             model,
+            header,
             prompts,
             shape,
             abilities,
@@ -423,12 +426,6 @@ fn load_model(
     loaded.map(Arc::new).map_err(|reason| {
         if reason.contains("alloc") { EngineError::Failed { reason } } else { EngineError::InvalidModel { reason } }
     })
-}
-
-async fn read_header(file: &File) -> Result<Header, EngineError> {
-    let file = file.try_clone().map_err(|error| failed(&error))?;
-    let read = task::spawn_blocking(move || Header::read(&file)).await.map_err(|error| failed(&error))?;
-    read.map_err(|error| EngineError::InvalidModel { reason: error.to_string() })
 }
 
 fn threads(wanted: u32) -> i32 {

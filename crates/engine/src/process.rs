@@ -24,17 +24,16 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::oneshot;
-use tokio::{task, time};
+use tokio::time;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use crate::gguf::Header;
-use crate::memory_plan;
 use crate::model_runtime::{
     AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
     LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
 };
 use crate::sampler;
+use crate::{gguf, memory_plan};
 pub use child_server::{ServeError, serve_child};
 use engine_process::{EngineProcess, Loading};
 
@@ -136,10 +135,7 @@ impl ModelRuntime for ProcessRuntime {
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
-        let file = artifact.file.try_clone().map_err(|error| failed(&error))?;
-        let read = task::spawn_blocking(move || Header::read(&file)).await.map_err(|error| failed(&error))?;
-        let header = read.map_err(|error| EngineError::InvalidModel { reason: error.to_string() })?;
-        memory_plan::plan(&header, options)
+        memory_plan::plan(&gguf::read_model(artifact).await?, options)
     }
 
     async fn load(
@@ -214,8 +210,4 @@ impl ModelRuntime for ProcessRuntime {
 fn load_within(artifact: &VerifiedArtifact) -> Duration {
     let bytes = artifact.parts.iter().fold(artifact.bytes, |sum, part| sum.saturating_add(part.bytes));
     LOAD_WITHIN + LOAD_WITHIN_PER_GIB.mul_f64(bytes as f64 / f64::from(1 << 30))
-}
-
-fn failed(error: &dyn std::error::Error) -> EngineError {
-    EngineError::Failed { reason: error.to_string() }
 }
