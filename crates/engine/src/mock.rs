@@ -176,7 +176,7 @@ impl ModelRuntime for MockRuntime {
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, _options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
-        Ok(MemoryPlan { weights_bytes: artifact.bytes, kv_bytes: 0, compute_bytes: 0 })
+        Ok(MemoryPlan { weights_bytes: artifact.bytes, ..MemoryPlan::default() })
     }
 
     async fn load(

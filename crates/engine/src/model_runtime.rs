@@ -124,7 +124,8 @@ pub struct LoadOptions {
     pub prompt_cache_bytes: u64,
     /// Tokens that a repeated passage may suggest at once; 0 does not speculate.
     pub draft_tokens: u32,
-    /// Memory that the process of this model may take, in bytes; `None` derives it from the plan.
+    /// Memory that the process of this model may take, the mapped file included, in bytes; `None` derives it from the
+    /// plan.
     pub memory_max_bytes: Option<u64>,
 }
 
@@ -145,20 +146,38 @@ impl Default for LoadOptions {
 }
 
 /// Memory a model needs, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct MemoryPlan {
-    /// The weights as they lie in the file.
+    /// The weights as they lie in the file, which is mapped.
     pub weights_bytes: u64,
+    /// Copies of weights in the order that the CPU wants.
+    pub repacked_bytes: u64,
     /// Keys and values of all slots at full context.
     pub kv_bytes: u64,
-    /// Scratch space of the compute graph, estimated.
+    /// Scratch space of the compute graph, and the logits.
     pub compute_bytes: u64,
+    /// Conversations that lost their place, once there are so many.
+    pub cache_bytes: u64,
+    /// The process that holds it all, vocabulary included.
+    pub process_bytes: u64,
+    /// What is taken only by models that make vectors or run sequences by themselves; no part of the whole.
+    pub later_bytes: u64,
+    /// Memory of GPUs, beside all of the above.
+    pub vram_bytes: u64,
 }
 
 impl MemoryPlan {
-    /// Returns the whole need in bytes.
+    /// Returns the whole need of the machine's own memory, in bytes.
     pub fn total_bytes(&self) -> u64 {
-        self.weights_bytes.saturating_add(self.kv_bytes).saturating_add(self.compute_bytes)
+        self.weights_bytes.saturating_add(self.private_bytes())
+    }
+
+    /// Returns what is allocated, and not mapped from the file.
+    pub fn private_bytes(&self) -> u64 {
+        [self.repacked_bytes, self.kv_bytes, self.compute_bytes, self.cache_bytes, self.process_bytes]
+            .into_iter()
+            .fold(0, u64::saturating_add)
     }
 }
 
@@ -274,6 +293,14 @@ pub enum EngineError {
     InvalidModel {
         /// What is wrong with it.
         reason: String,
+    },
+    /// The model needs more memory than there is: try elsewhere, or with less room.
+    #[error("the model needs {needed_bytes} bytes of memory, and {available_bytes} can be had")]
+    OutOfMemory {
+        /// What a load is predicted to take.
+        needed_bytes: u64,
+        /// What it may take.
+        available_bytes: u64,
     },
     /// The engine failed or its process died: try elsewhere.
     #[error("the engine failed: {reason}")]

@@ -10,8 +10,10 @@ mod child_server;
 mod engine_process;
 pub mod frame;
 pub mod handover;
+mod host_memory;
 mod memory_limit;
 mod pipe;
+mod preflight;
 mod stall_watch;
 
 use std::collections::BTreeMap;

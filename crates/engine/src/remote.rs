@@ -204,7 +204,7 @@ impl ModelRuntime for RemoteRuntime {
 
     /// A server's memory is its own: here a model takes none.
     async fn estimate(&self, _: &VerifiedArtifact, _: &LoadOptions) -> Result<MemoryPlan, EngineError> {
-        Ok(MemoryPlan { weights_bytes: 0, kv_bytes: 0, compute_bytes: 0 })
+        Ok(MemoryPlan::default())
     }
 
     /// Refuses: a server loads its models itself, see [`RemoteRuntime::attach`].

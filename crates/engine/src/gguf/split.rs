@@ -30,7 +30,8 @@ pub async fn read_adapter(artifact: &VerifiedArtifact, model: &Header) -> Result
 async fn read_headers(artifact: &VerifiedArtifact) -> Result<Vec<Header>, EngineError> {
     let failed = |error: &dyn std::error::Error| EngineError::Failed { reason: error.to_string() };
     let files = std::iter::once(artifact).chain(&artifact.parts);
-    let files = files.map(|part| part.file.try_clone()).collect::<Result<Vec<_>, _>>().map_err(|error| failed(&error))?;
+    let files =
+        files.map(|part| part.file.try_clone()).collect::<Result<Vec<_>, _>>().map_err(|error| failed(&error))?;
     let read = move || files.iter().map(Header::read).collect::<Result<Vec<_>, _>>();
     let headers = task::spawn_blocking(read).await.map_err(|error| failed(&error))?;
     headers.map_err(|error| EngineError::InvalidModel { reason: error.to_string() })

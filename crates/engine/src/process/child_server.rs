@@ -1,7 +1,6 @@
 //! The engine process: serves one model of any runtime to the worker that started it.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -10,32 +9,22 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, Semaphore, mpsc};
-use tokio::{task, time};
+use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::frame::{Answer, Question, ToChild, ToParent, encode};
 use super::pipe::{FRAMES_MAX, FrameReader, PipeError, write_frames};
-use super::{CREDIT, handover, memory_limit};
-use crate::chat_template::ChatTemplate;
-use crate::gguf::Header;
+use super::{CREDIT, handover, host_memory, memory_limit, preflight};
 use crate::model_runtime::{
-    ChatMessage, EmbedRequest, EngineError, Event, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel,
-    ModelRuntime, VerifiedArtifact,
+    EmbedRequest, EngineError, Event, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, ModelRuntime,
+    ProgressSink, VerifiedArtifact,
 };
 
 /// Between two reports of how busy the model is, while it is.
 const STATE_EVERY: Duration = Duration::from_millis(100);
 /// How long generations may take to tell their end once the model is unloaded.
 const FAREWELL: Duration = Duration::from_secs(1);
-
-/// How much memory the template of a model may take to render a short conversation.
-const PROBE_BYTES_MAX: u64 = 1 << 30;
-/// How long it may take; a sound one takes a thousandth.
-const PROBE_WITHIN: Duration = Duration::from_secs(10);
-/// How much memory the process may take beyond what it has once the model is loaded. Keys, values and scratch space
-/// are taken by then, so this is for prompts on their way to tokens, threads and the odd buffer.
-const GROWTH_BYTES_MAX: u64 = 2 << 30;
 
 /// Why an engine process could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -195,14 +184,8 @@ impl<R: ModelRuntime> Server<R> {
                 let _ = outgoing.try_send(frame);
             }
         });
-        let loaded = match probe_template(&artifact.file).await {
-            Ok(()) => self.runtime.load(artifact, options, progress).await,
-            Err(error) => Err(error),
-        };
-        match loaded {
+        match self.load_within_limits(artifact, options, progress).await {
             Ok(model) => {
-                // A template may be harmless to the probe and not to other conversations.
-                memory_limit::limit_growth(GROWTH_BYTES_MAX);
                 *self.model.lock().unwrap_or_else(PoisonError::into_inner) = Some(model.clone());
                 match self.state() {
                     Some(state) => self.tell(&ToParent::Loaded { model, state }).await,
@@ -211,6 +194,19 @@ impl<R: ModelRuntime> Server<R> {
             }
             Err(error) => self.tell(&ToParent::NotLoaded { error }).await,
         }
+    }
+
+    async fn load_within_limits(
+        &self,
+        artifact: VerifiedArtifact,
+        options: LoadOptions,
+        progress: ProgressSink,
+    ) -> Result<LoadedModel, EngineError> {
+        preflight::probe_template(&artifact.file).await?;
+        let plan = self.runtime.estimate(&artifact, &options).await?;
+        let growth = preflight::growth(&plan, options.memory_max_bytes, host_memory::available_bytes())?;
+        memory_limit::limit_growth(growth);
+        self.runtime.load(artifact, options, progress).await
     }
 
     fn enter(&self, id: u64) -> Call {
@@ -318,31 +314,6 @@ impl<R: ModelRuntime> Server<R> {
                 }
             }
         }
-    }
-}
-
-/// Renders short conversations with the template in a model's file, under a limit of memory and time.
-///
-/// A template that takes too much memory ends the process, before the model has taken any; the worker then blames the
-/// model. What else is wrong with a file is for the runtime to find.
-async fn probe_template(file: &File) -> Result<(), EngineError> {
-    let too_much = |what: &str| EngineError::InvalidModel { reason: format!("its chat template {what}") };
-    let file = file.try_clone().map_err(|error| EngineError::Failed { reason: error.to_string() })?;
-    let probe = task::spawn_blocking(move || {
-        let Ok(header) = Header::read(&file) else { return };
-        let before = memory_limit::limit_growth(PROBE_BYTES_MAX);
-        // Whether it compiles, or refuses the conversations, is of no interest here.
-        if let Ok(template) = ChatTemplate::new(header.chat_template(), "<s>", "</s>") {
-            let say = |role: &str| ChatMessage::new(role, "Hello.");
-            let _ = template.render(&[say("user")]);
-            let _ = template.render(&[say("system"), say("user"), say("assistant"), say("user")]);
-        }
-        memory_limit::restore(before);
-    });
-    match time::timeout(PROBE_WITHIN, probe).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(_)) => Err(too_much("makes the renderer panic")),
-        Err(_) => Err(too_much("takes too long")),
     }
 }
 

@@ -137,7 +137,7 @@ async fn flipped_bits_load_or_are_invalid_models_and_harm_nobody() {
 async fn a_header_is_estimated_without_a_process() {
     let runtime = host(&["llama"]);
     let plan = within(runtime.estimate(&tiny(), &options())).await.expect("it can be planned");
-    assert!(plan.total_bytes() > 1_600_000 && plan.total_bytes() < 100 << 20, "{plan:?}");
+    assert!(plan.total_bytes() > 1_600_000 && plan.total_bytes() < 400 << 20, "{plan:?}");
     let refused = within(runtime.estimate(&artifact_of(b"GGUF"), &options())).await;
     assert!(matches!(refused, Err(EngineError::InvalidModel { .. })));
 }

@@ -8,6 +8,7 @@ mod llama_process;
 mod llama_runtime;
 #[cfg(feature = "llama")]
 mod llama_sharing;
+mod memory;
 mod process_runtime;
 #[cfg(feature = "remote")]
 mod remote;

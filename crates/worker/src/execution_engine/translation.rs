@@ -146,7 +146,7 @@ pub(super) fn wire_error(error: &EngineError, input: &Input) -> WireError {
         }
         EngineError::Busy => crate::quota_guard::Refusal::QueueFull.into(),
         EngineError::NotLoaded => WireError::new(ErrorCode::WorkerFailed, "the model was unloaded, try again"),
-        EngineError::InvalidModel { .. } | EngineError::Failed { .. } => {
+        EngineError::InvalidModel { .. } | EngineError::OutOfMemory { .. } | EngineError::Failed { .. } => {
             WireError::new(ErrorCode::WorkerFailed, "the engine failed, try again")
         }
     }

@@ -12,7 +12,7 @@ const LINES_MAX: usize = 16;
 const LINE_BYTES_MAX: usize = 4_096;
 
 /// Words of lines that tell what a process died of, the most telling first.
-const TELLING: [&str; 3] = ["memory allocation of", "ASSERT", "rror"];
+const TELLING: [&str; 4] = ["memory allocation of", "failed to allocate", "ASSERT", "rror"];
 
 /// The last lines of one process.
 #[derive(Debug, Clone, Default)]

@@ -1,0 +1,116 @@
+//! Which parts of a model lie where when some of its layers are on a GPU.
+
+use super::{Dimensions, is_repacked, plan};
+use crate::gguf::{Header, Tensor};
+use crate::model_runtime::LoadOptions;
+
+/// Memory of a GPU that is left to its driver and to fragmentation.
+const SPARED_BYTES: u64 = 512 << 20;
+const INPUT: &str = "token_embd.weight";
+const OUTPUT: &str = "output.weight";
+
+/// What one side holds of a model.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Share {
+    pub(super) weights_bytes: u64,
+    pub(super) repacked_bytes: u64,
+    /// Keys and values of one token.
+    pub(super) cell_bytes: u64,
+}
+
+/// Returns the largest number of layers that fits the free memory of a GPU, the output counted as one; 0 for none.
+pub fn layers_that_fit(header: &Header, options: &LoadOptions, vram_free_bytes: u64) -> u32 {
+    let most = u32::try_from(Dimensions::of(header).cell_bytes.len()).unwrap_or(u32::MAX).saturating_add(1);
+    let fits = |layers: &u32| {
+        let options = LoadOptions { gpu_layers: Some(*layers), ..options.clone() };
+        plan(header, &options).is_ok_and(|plan| plan.vram_bytes.saturating_add(SPARED_BYTES) <= vram_free_bytes)
+    };
+    (1..=most).rev().find(fits).unwrap_or(0)
+}
+
+/// Returns what the host and the GPUs hold. llama.cpp places the last layers first, and the output before all of them;
+/// the input stays with the host.
+pub(super) fn split(header: &Header, model: &Dimensions, on_gpu: u32) -> (Share, Share) {
+    let layers = model.cell_bytes.len();
+    let first_on_gpu = (layers + 1).saturating_sub(on_gpu as usize);
+    let (mut host, mut device) = (Share::default(), Share::default());
+    for (layer, bytes) in model.cell_bytes.iter().enumerate() {
+        let share = if layer < first_on_gpu { &mut host } else { &mut device };
+        share.cell_bytes = share.cell_bytes.saturating_add(*bytes);
+    }
+    // A model without an output of its own makes its logits with the embeddings of its tokens.
+    let is_tied = !header.tensors.iter().any(|tensor| tensor.name == OUTPUT);
+    for tensor in &header.tensors {
+        let is_input = tensor.name == INPUT;
+        if !is_input && layer_of(tensor).unwrap_or(layers) >= first_on_gpu {
+            device.weights_bytes = device.weights_bytes.saturating_add(tensor.bytes);
+            continue;
+        }
+        host.weights_bytes = host.weights_bytes.saturating_add(tensor.bytes);
+        let makes_logits = is_input && is_tied;
+        if makes_logits && on_gpu > 0 {
+            device.weights_bytes = device.weights_bytes.saturating_add(tensor.bytes);
+        } else if (makes_logits || !is_input) && is_repacked(tensor) {
+            host.repacked_bytes = host.repacked_bytes.saturating_add(tensor.bytes);
+        }
+    }
+    (host, device)
+}
+
+/// Returns the layer that a tensor belongs to, by its name.
+fn layer_of(tensor: &Tensor) -> Option<usize> {
+    tensor.name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory_plan::tests::tiny;
+
+    fn options(gpu_layers: u32) -> LoadOptions {
+        LoadOptions { gpu_layers: Some(gpu_layers), ..LoadOptions::default() }
+    }
+
+    #[test]
+    fn what_leaves_the_host_arrives_on_the_gpu() {
+        let header = tiny();
+        let model = Dimensions::of(&header);
+        let whole = split(&header, &model, 0);
+        assert_eq!(whole.1, Share::default());
+        let tied = header.tensors.iter().find(|tensor| tensor.name == INPUT).map_or(0, |tensor| tensor.bytes);
+        for on_gpu in 1..=5 {
+            let (host, device) = split(&header, &model, on_gpu);
+            assert_eq!(host.cell_bytes + device.cell_bytes, whole.0.cell_bytes);
+            // The tiny model has no output of its own, so both sides hold the embeddings of its tokens.
+            assert_eq!(host.weights_bytes + device.weights_bytes, header.tensor_bytes() + tied, "{on_gpu} layers");
+        }
+        let all = split(&header, &model, 99);
+        assert_eq!((all.0.weights_bytes, all.0.cell_bytes), (tied, 0));
+    }
+
+    #[test]
+    fn more_layers_need_more_of_the_gpu_and_no_more_of_the_host() {
+        let plans: Vec<_> = (0..=5).map(|layers| plan(&tiny(), &options(layers)).expect("it can be planned")).collect();
+        for pair in plans.windows(2) {
+            assert!(pair[0].vram_bytes < pair[1].vram_bytes, "{pair:?}");
+            assert!(pair[0].total_bytes() >= pair[1].total_bytes(), "{pair:?}");
+        }
+    }
+
+    #[test]
+    fn as_many_layers_are_placed_as_fit() {
+        let needs = |layers| plan(&tiny(), &options(layers)).expect("it can be planned").vram_bytes + SPARED_BYTES;
+        assert_eq!(layers_that_fit(&tiny(), &LoadOptions::default(), 0), 0);
+        assert_eq!(layers_that_fit(&tiny(), &LoadOptions::default(), needs(3)), 3);
+        assert_eq!(layers_that_fit(&tiny(), &LoadOptions::default(), needs(3) - 1), 2);
+        assert_eq!(layers_that_fit(&tiny(), &LoadOptions::default(), u64::MAX), 5);
+    }
+
+    #[test]
+    fn layers_are_read_from_names() {
+        let named = |name: &str| Tensor { name: name.into(), dimensions: vec![], kind: 0, offset: 0, bytes: 0 };
+        assert_eq!(layer_of(&named("blk.17.attn_q.weight")), Some(17));
+        assert_eq!(layer_of(&named("output_norm.weight")), None);
+        assert_eq!(layer_of(&named("blk.x")), None);
+    }
+}

@@ -1,0 +1,84 @@
+use super::*;
+use crate::gguf::Value;
+
+const MIB: u64 = 1 << 20;
+
+pub(super) fn tiny() -> Header {
+    let file = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny.gguf"));
+    Header::parse(&file.expect("the tiny model is there")).expect("it is valid")
+}
+
+#[test]
+fn the_plan_of_the_tiny_model_is_the_sum_of_its_parts() {
+    let plan = plan(&tiny(), &LoadOptions::default()).expect("it can be planned");
+    // 4 slots of 512 tokens, 4 layers of 3 heads, 32 wide, keys and values, 2 bytes.
+    assert_eq!(plan.kv_bytes, 4 * 512 * 4 * 3 * 32 * 2 * 2);
+    assert!(plan.weights_bytes > 1_600_000 && plan.weights_bytes < 1_656_352, "{plan:?}");
+    assert_eq!((plan.vram_bytes, plan.cache_bytes), (0, 256 * MIB));
+}
+
+/// The buffers that llama.cpp said it made: width, feed-forward, vocabulary, cells, outputs, and MiB of scratch space.
+#[test]
+fn the_scratch_space_is_what_llama_cpp_allocates() {
+    let measured = [
+        (192, 384, 1_024, 2_048, 1, 6.14),
+        (192, 384, 1_024, 32_768, 8, 36.14),
+        (768, 3_072, 32_000, 2_048, 1, 27.52),
+        (768, 3_072, 32_000, 32_768, 8, 57.52),
+        (768, 3_072, 32_000, 2_048, 512, 72.02),
+        (896, 4_864, 151_936, 2_048, 1, 39.27),
+        (896, 4_864, 151_936, 16_384, 8, 53.27),
+        (896, 4_864, 151_936, 2_048, 64, 47.86),
+        (896, 4_864, 151_936, 8_192, 256, 165.14),
+        (2_048, 5_632, 32_000, 8_192, 4, 61.02),
+    ];
+    for (width, feed_forward, vocabulary, cells, outputs, mib) in measured {
+        let model = Dimensions { cell_bytes: Vec::new(), width, feed_forward, vocabulary };
+        let planned = model.compute_bytes(cells, outputs) as f64 / MIB as f64;
+        assert!((planned / mib - 1.0).abs() < 0.005, "{width}, {cells} cells, {outputs} outputs: {planned} for {mib}");
+    }
+}
+
+#[test]
+fn four_bit_products_are_kept_twice_and_the_embeddings_of_tokens_are_not() {
+    let tensor =
+        |name: &str, kind| Tensor { name: name.into(), dimensions: vec![64, 64], kind, offset: 0, bytes: 1_000 };
+    let mut header = tiny();
+    header.tensors = vec![tensor("token_embd.weight", 2), tensor("output.weight", 2), tensor("blk.0.ffn_up.weight", 2)];
+    let repacked = |header: &Header| plan(header, &LoadOptions::default()).expect("it can be planned").repacked_bytes;
+    assert_eq!(repacked(&header), 2_000);
+    // Without an output of its own, a model makes its logits with them.
+    header.tensors.remove(1);
+    assert_eq!(repacked(&header), 2_000);
+    header.tensors[1].kind = 1;
+    assert_eq!(repacked(&header), 1_000);
+    header.tensors[0].dimensions = vec![64, 63];
+    assert_eq!(repacked(&header), 0);
+}
+
+#[test]
+fn more_slots_need_more_room_unless_they_share_it() {
+    let kv = |slots, kv_tokens| {
+        let options = LoadOptions { slots, kv_tokens, ..LoadOptions::default() };
+        plan(&tiny(), &options).expect("it can be planned").kv_bytes
+    };
+    assert_eq!(kv(8, 0), 4 * kv(2, 0));
+    assert_eq!(kv(8, 1_024), kv(2, 0));
+}
+
+#[test]
+fn a_context_longer_than_trained_is_cut() {
+    let options = LoadOptions { context_length: 100_000, ..LoadOptions::default() };
+    assert_eq!(shape(&tiny(), &options), Ok(Shape { context_length: 512, slots: 4, kv_tokens: 2_048 }));
+}
+
+#[test]
+fn a_header_full_of_huge_numbers_does_not_overflow() {
+    let mut header = tiny();
+    for name in ["block_count", "embedding_length", "attention.head_count", "feed_forward_length"] {
+        header.metadata.insert(format!("llama.{name}"), Value::Unsigned(u64::MAX));
+    }
+    header.metadata.remove("llama.attention.head_count_kv");
+    let plan = plan(&header, &LoadOptions::default()).expect("it saturates");
+    assert!(plan.total_bytes() > 1 << 60 && plan.later_bytes > 1 << 60, "{plan:?}");
+}
