@@ -10,6 +10,8 @@
 pub mod chat_template;
 pub mod gguf;
 #[cfg(feature = "llama")]
+pub mod grammar;
+#[cfg(feature = "llama")]
 pub mod llama;
 pub mod memory_plan;
 pub mod mock;

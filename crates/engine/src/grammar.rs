@@ -1,0 +1,187 @@
+//! Keeps an answer to a form: a JSON object, a JSON schema, a regular expression or a grammar.
+//!
+//! [`Grammars`] knows the bytes of each token of one model and compiles forms; a [`Constraint`] follows one answer and
+//! tells which tokens may come next. The work is done by llguidance, which computes a mask in well under a millisecond
+//! and counts its steps. Forms come from strangers: [`limits`] refuses what it would not bound itself, and a panic in it
+//! is an error of the request.
+
+mod limits;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread;
+
+use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
+use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
+use llguidance::{Matcher, ParserFactory};
+use serde_json::{Value, json};
+
+use crate::model_runtime::{EngineError, OutputFormat, unsupported};
+use crate::sampler::TokenMask;
+
+const PARAMETER: &str = "response_format";
+/// Room for schemas that refer to each other a thousand deep; only what is used of it takes memory.
+const COMPILER_STACK_BYTES: usize = 64 << 20;
+/// The longest reason that is told.
+const REASON_BYTES_MAX: usize = 400;
+
+/// The vocabulary of a model, as grammars see it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TokenTable {
+    /// What each token writes; empty for one that must not come.
+    pub bytes: Vec<Vec<u8>>,
+    /// Whether it is a control token, which no text can mean; as many as `bytes`.
+    pub special: Vec<bool>,
+    /// The tokens that end an answer.
+    pub eog: Vec<u32>,
+}
+
+/// Compiles forms for one model.
+pub struct Grammars {
+    factory: ParserFactory,
+}
+
+/// Follows one answer through its form. A clone goes on by itself from where the original is.
+#[derive(Clone)]
+pub struct Constraint {
+    matcher: Matcher,
+}
+
+impl Grammars {
+    /// Arranges the vocabulary for search, which takes some hundred milliseconds and 500 bytes a token.
+    pub fn new(table: TokenTable) -> Result<Self, EngineError> {
+        // The library asserts what it expects of a vocabulary.
+        let built = catch_unwind(AssertUnwindSafe(|| ParserFactory::new_simple(&token_environment(table)?).ok()));
+        let Ok(Some(mut factory)) = built else {
+            return Err(unsupported(PARAMETER, "the model's vocabulary cannot be constrained"));
+        };
+        factory.quiet();
+        *factory.limits_mut() = ParserLimits {
+            // Some 40 MB for one answer.
+            max_lexer_states: 20_000,
+            max_grammar_size: 100_000,
+            // It would take time that no fuel bounds.
+            precompute_large_lexemes: false,
+            verbose_errors: false,
+            ..ParserLimits::default()
+        };
+        Ok(Self { factory })
+    }
+
+    /// Compiles a form; `None` for free text. Blocks for milliseconds.
+    pub fn constraint(&self, format: &OutputFormat) -> Result<Option<Constraint>, EngineError> {
+        let grammar = match format {
+            OutputFormat::Text => return Ok(None),
+            OutputFormat::Json => GrammarWithLexer::from_json_schema(json!({ "type": "object" })),
+            OutputFormat::JsonSchema(schema) => return self.of_schema(schema).map(Some),
+            OutputFormat::Regex(pattern) => {
+                limits::check_text(pattern).map_err(refused)?;
+                GrammarWithLexer::from_regex(pattern)
+            }
+            OutputFormat::Lark(grammar) => {
+                limits::check_lark(grammar).map_err(refused)?;
+                GrammarWithLexer::from_lark(grammar.clone())
+            }
+        };
+        self.compile(grammar).map(Some).map_err(refused)
+    }
+
+    fn of_schema(&self, schema: &Value) -> Result<Constraint, EngineError> {
+        limits::check_schema(schema).map_err(refused)?;
+        let compile = |schema: &Value| self.compile(GrammarWithLexer::from_json_schema(with_options(schema)));
+        compile(schema).map_err(|reason| {
+            let (place, reason) = limits::locate(schema, reason, |part| compile(part).err());
+            refused(if place.is_empty() { reason } else { format!("at {place}: {reason}") })
+        })
+    }
+
+    fn compile(&self, grammar: GrammarWithLexer) -> Result<Constraint, String> {
+        let work = || {
+            let parser = self.factory.create_parser(TopLevelGrammar::from_grammar(grammar));
+            let mut matcher = Matcher::new(parser);
+            // A form that allows nothing shows here, before the model has begun.
+            matcher.compute_mask().map(|_| Constraint { matcher }).map_err(|error| plain(&format!("{error:#}")))
+        };
+        thread::scope(|scope| {
+            let compiler = thread::Builder::new().stack_size(COMPILER_STACK_BYTES).spawn_scoped(scope, work);
+            let compiled = compiler.map_err(|error| error.to_string())?.join();
+            compiled.unwrap_or_else(|_| Err("it cannot be compiled".into()))
+        })
+    }
+}
+
+impl std::fmt::Debug for Grammars {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Grammars").finish_non_exhaustive()
+    }
+}
+
+impl Constraint {
+    /// Returns the tokens that may come next; those that end the answer where it may end here.
+    pub fn mask(&mut self) -> Result<TokenMask, EngineError> {
+        let mask = self.matcher.compute_mask_or_eos().map_err(|error| refused(plain(&error.to_string())))?;
+        Ok(TokenMask::from_words(mask.into()))
+    }
+
+    /// Goes on by a token that the mask allowed, or that an earlier try of the same answer has.
+    pub fn accept(&mut self, token: u32) -> Result<(), EngineError> {
+        self.matcher.consume_token(token).map_err(|error| refused(plain(&error.to_string())))
+    }
+
+    /// Returns whether nothing but the end may come.
+    pub fn is_complete(&self) -> bool {
+        self.matcher.is_stopped()
+    }
+}
+
+impl std::fmt::Debug for Constraint {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Constraint").field("is_complete", &self.is_complete()).finish_non_exhaustive()
+    }
+}
+
+fn token_environment(table: TokenTable) -> Option<TokEnv> {
+    let mut words = table.bytes;
+    for (word, special) in words.iter_mut().zip(table.special) {
+        if special && !word.is_empty() {
+            word.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
+        } else if word.len() > 1 && word[0] == TokTrie::SPECIAL_TOKEN_MARKER {
+            // No UTF-8 begins so, and the library would take it for a control token.
+            word.clear();
+        }
+    }
+    let info = TokRxInfo::new(words.len() as u32, *table.eog.first()?);
+    Some(Arc::new(ApproximateTokEnv::new(TokTrie::from(&info, &words).with_eos_tokens(&table.eog))))
+}
+
+/// Sets how the library reads a schema; nobody else may.
+fn with_options(schema: &Value) -> Value {
+    let mut schema = schema.clone();
+    if let Some(keywords) = schema.as_object_mut() {
+        // Alternatives that exclude each other need not be proved to.
+        keywords.insert("x-guidance".into(), json!({ "coerce_one_of": true }));
+    }
+    schema
+}
+
+fn refused(reason: impl Into<String>) -> EngineError {
+    unsupported(PARAMETER, reason)
+}
+
+/// Cuts what the library adds for its developers off a message.
+fn plain(message: &str) -> String {
+    if message.starts_with("panic") {
+        return "it is too complex".into();
+    }
+    if message.contains("NoExtensionBias") {
+        return "it allows no text that the model can write".into();
+    }
+    let message = message.split("\n<").next().unwrap_or_default();
+    let words: Vec<&str> = message.split_whitespace().collect();
+    let mut reason = words.join(" ");
+    reason.truncate(reason.floor_char_boundary(REASON_BYTES_MAX));
+    reason
+}
+
+#[cfg(test)]
+mod tests;
