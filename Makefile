@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo up test interop bench lint fuzz clean
+.PHONY: help build demo up test interop bench bench-engine lint fuzz clean
 
 # dev builds once for tests and programs alike; release is what users run.
 PROFILE ?= release
@@ -12,8 +12,11 @@ BUILT := $(TARGET_DIR)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/tether
 TETHER ?=
 PROGRAM := $(or $(TETHER),$(BUILT))
 
+# What the engine is measured with: shape and quantisation.
+BENCH_MODELS ?= qwen2.5-0.5b-q4_0 qwen2.5-0.5b-q8_0 tinyllama-1.1b-q4_0 tinyllama-1.1b-q8_0
+
 help: ## Lists the recipes
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 22
 
 build: ## Builds the program (PROFILE=dev|release)
 ifeq ($(TETHER),)
@@ -40,6 +43,16 @@ bench: ## Measures what docs/benchmarks.md promises
 	@scripts/setup bench
 	BENCH_MODEL=$(abspath $(TARGET_DIR))/bench/qwen2.5-0.5b-q4_0.gguf \
 	  scripts/with-progress cargo bench --workspace --bench '*'
+
+bench-engine: export BENCH_FOLDER := $(abspath $(TARGET_DIR))/bench
+bench-engine: export BENCH_UPSTREAM := $(abspath $(TARGET_DIR))/bench/upstream/build/bin
+bench-engine: export BENCH_MODELS := $(BENCH_MODELS)
+bench-engine: ## Measures the engine beside llama-server (BENCH_MODELS=…, BENCH_MEASURES=prompt, BENCH_ROUNDS=1)
+	@scripts/setup bench-engine
+	scripts/with-progress cargo bench --package tether-engine --bench engine
+	for model in $(BENCH_MODELS); do \
+	  BENCH_MODEL=$$BENCH_FOLDER/$$model.gguf scripts/with-progress cargo bench --package tether --bench throughput; \
+	done
 
 lint: ## Checks format, lints, floors, names, links, licences
 	@scripts/setup lint
