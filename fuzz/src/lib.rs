@@ -6,9 +6,10 @@
 mod swarm;
 
 use std::io::Write as _;
+use std::time::SystemTime;
 
 use bytes::{Bytes, BytesMut};
-use engine::ChatMessage;
+use engine::answer_parser::{AnswerFormat, AnswerParser, Delta};
 use engine::chat_template::ChatTemplate;
 use engine::gguf::Header;
 use engine::process::frame::{self, ToChild, ToParent};
@@ -16,6 +17,7 @@ use engine::remote::answer_reader::AnswerReader;
 use engine::remote::event_stream::EventReader;
 use engine::remote::{dialect, refusal, vectors};
 use engine::text_assembler::TextAssembler;
+use engine::{Chat, ChatMessage, Tool, ToolCall};
 use gateway::validation;
 use observability::trace_context::TraceContext;
 use protocol::admission::{Certificate, Invite, RevocationList};
@@ -42,6 +44,7 @@ pub type Target = fn(&[u8]);
 
 /// Every target with its name, which is also that of its program and of its corpus.
 pub const TARGETS: &[(&str, Target)] = &[
+    ("answer_parser", answer_parser),
     ("api_token", api_token),
     ("certificate", certificate),
     ("chat_request", chat_request),
@@ -250,12 +253,62 @@ pub fn gguf_header(bytes: &[u8]) {
     let _ = (header.hyperparameter("block_count"), header.per_layer("attention.head_count_kv", 64));
 }
 
-/// A chat template out of a model file, over a short conversation.
+/// A chat template out of a model file, over a short conversation with a call.
 pub fn chat_template(bytes: &[u8]) {
     let Some(source) = text(bytes) else { return };
     let Ok(template) = ChatTemplate::new(Some(source), "<s>", "</s>") else { return };
     let said = |role: &str, content: &str| ChatMessage::new(role, content);
-    let _ = template.render(&[said("system", "Be brief."), said("user", "{{ 7 * 7 }}"), said("assistant", "")]);
+    let call = ToolCall { id: "call_1".into(), name: "add".into(), arguments: r#"{"a":[1,null],"b":"{}"}"#.into() };
+    let calls = ChatMessage { tool_calls: vec![call], reasoning: Some("hm".into()), ..said("assistant", "") };
+    let messages = vec![said("system", "Be brief."), said("user", "{{ 7 * 7 }}"), calls, said("tool", "49")];
+    let parameters = Some(serde_json::json!({ "type": "object", "properties": { "a": { "type": "array" } } }));
+    let tool = Tool { name: "add".into(), description: None, parameters };
+    let _ = template.render(&Chat { tools: vec![tool], ..messages.into() }, SystemTime::UNIX_EPOCH);
+}
+
+/// What a model answers, on its way to text, thoughts and calls: however it is cut, the same comes out.
+///
+/// The first byte says how the model writes, the second where to cut.
+pub fn answer_parser(bytes: &[u8]) {
+    const TEMPLATES: [&str; 7] = [
+        "<tool_call></tool_call><think></think>",
+        "<|python_tag|>",
+        "[TOOL_CALLS]",
+        "[TOOL_CALLS][ARGS][THINK][/THINK]",
+        "<function=",
+        "<|channel|>",
+        "<think></think>",
+    ];
+    let [template, step, rest @ ..] = bytes else { return };
+    let answer = String::from_utf8_lossy(rest);
+    let format = AnswerFormat::detect(TEMPLATES[usize::from(*template) % TEMPLATES.len()]);
+    let tool = Tool { name: "add".into(), description: None, parameters: None };
+    let chat = Chat { tools: vec![tool], ..Chat::default() };
+    let parse = |step: usize| {
+        let mut parser = AnswerParser::new(format, &chat, "", 0);
+        let mut whole = Delta::default();
+        let mut take = |delta: Delta| {
+            whole.text.push_str(&delta.text);
+            whole.reasoning.push_str(&delta.reasoning);
+            for call in delta.tool_calls {
+                match whole.tool_calls.get_mut(call.index as usize) {
+                    Some(known) => known.arguments.push_str(&call.arguments),
+                    None => whole.tool_calls.push(call),
+                }
+            }
+        };
+        let mut rest = answer.as_ref();
+        while !rest.is_empty() {
+            let (piece, after) = rest.split_at(rest.ceil_char_boundary(step.min(rest.len())));
+            take(parser.push(piece));
+            rest = after;
+        }
+        let (last, calls) = parser.finish();
+        take(last);
+        assert_eq!(calls, !whole.tool_calls.is_empty());
+        whole
+    };
+    assert_eq!(parse(usize::from(*step).max(1)), parse(answer.len().max(1)));
 }
 
 /// What a server streams of an answer: however it is cut, the same events come of it.

@@ -1,24 +1,36 @@
 //! Makes a prompt of a conversation with the model's own chat template.
 //!
-//! Templates are Jinja programs that come with a model, so they are run with limits: fuel against endless loops,
-//! a ceiling on the text they make, and no access to anything but the conversation. The memory they take on the way
-//! cannot be bounded here: `a ~ a` doubles a text for one unit of fuel, and no hook of minijinja sees it. Templates of
-//! strangers are therefore rendered in an engine process, which [`crate::process::serve_child`] bounds.
+//! Templates are Jinja programs that come with a model and are written for Python, as Hugging Face runs them, so they
+//! get what they would get there. They are run with limits: fuel against endless loops, a ceiling on the text they
+//! make, and no access to anything but the conversation. The memory they take on the way cannot be bounded here:
+//! `a ~ a` doubles a text for one unit of fuel, and no hook of minijinja sees it. Templates of strangers are therefore
+//! rendered in an engine process, which [`crate::process::serve_child`] bounds.
 
+mod conversation;
+mod python;
+mod strftime;
+
+use std::collections::BTreeMap;
 use std::io;
+use std::sync::OnceLock;
+use std::time::SystemTime;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Value;
-use minijinja::{Environment, Error, ErrorKind, context};
+use minijinja::value::{Serde, Value};
+use minijinja::{Environment, Error, ErrorKind};
 
-use crate::model_runtime::{ChatMessage, EngineError};
+use crate::gguf::Header;
+use crate::model_runtime::{Chat, EngineError, ToolChoice};
+use conversation::Dialect;
 
 /// The most text that a template may make of a conversation, beyond four times the conversation itself.
 const RENDERED_BYTES_MAX: usize = 1 << 20;
-/// Steps that a template may take for a conversation without messages.
+/// Steps that a template may take for an empty conversation.
 const FUEL_BASE: u64 = 1_000_000;
-/// Steps that a template may take for each message beyond that.
-const FUEL_PER_MESSAGE: u64 = 20_000;
+/// Steps that a template may take for each message and tool beyond that.
+const FUEL_PER_PART: u64 = 20_000;
+/// Steps that a template may take for each byte beyond that; some walk the schemas of tools.
+const FUEL_PER_BYTE: u64 = 20;
 
 const NAME: &str = "chat_template";
 
@@ -26,12 +38,11 @@ const NAME: &str = "chat_template";
 const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
                       {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
-/// A compiled chat template.
+/// The compiled chat template of a model, or the two of a model that has another one for tools.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
-    bos_token: String,
-    eos_token: String,
+    plain: Program,
+    with_tools: Option<Program>,
 }
 
 /// Why a conversation could not be made a prompt.
@@ -57,6 +68,55 @@ impl From<ChatTemplateError> for EngineError {
 impl ChatTemplate {
     /// Compiles a template; `None` stands for ChatML.
     pub fn new(source: Option<&str>, bos_token: &str, eos_token: &str) -> Result<Self, ChatTemplateError> {
+        Ok(Self { plain: Program::new(source.unwrap_or(CHATML), bos_token, eos_token)?, with_tools: None })
+    }
+
+    /// Compiles the template of a model, or the two of a model that has another one for tools.
+    pub fn of_model(header: &Header) -> Result<Self, ChatTemplateError> {
+        let (bos, eos) = (header.bos_token().unwrap_or_default(), header.eos_token().unwrap_or_default());
+        let template = Self::new(header.chat_template(), &bos, &eos)?;
+        match header.text("tokenizer.chat_template.tool_use") {
+            Some(source) => template.with_tool_use(source),
+            None => Ok(template),
+        }
+    }
+
+    /// Takes another template for conversations with tools.
+    pub fn with_tool_use(mut self, source: &str) -> Result<Self, ChatTemplateError> {
+        self.with_tools = Some(Program::new(source, &self.plain.bos_token, &self.plain.eos_token)?);
+        Ok(self)
+    }
+
+    /// Returns whether the model is told of tools.
+    pub fn takes_tools(&self) -> bool {
+        self.for_tools().dialect().takes_tools
+    }
+
+    /// Returns the prompt that asks the model for the next message of the conversation. Some templates tell the date,
+    /// which is that of `now` in UTC.
+    pub fn render(&self, chat: &Chat, now: SystemTime) -> Result<String, ChatTemplateError> {
+        let offers_tools = !chat.tools.is_empty() && chat.tool_choice != ToolChoice::None;
+        let program = if offers_tools { self.for_tools() } else { &self.plain };
+        program.run(program.dialect().variables(chat), now)
+    }
+
+    fn for_tools(&self) -> &Program {
+        self.with_tools.as_ref().unwrap_or(&self.plain)
+    }
+}
+
+/// One template.
+#[derive(Debug)]
+struct Program {
+    environment: Environment<'static>,
+    bos_token: String,
+    eos_token: String,
+    /// Found out by rendering, so not before something is to be rendered.
+    dialect: OnceLock<Dialect>,
+}
+
+impl Program {
+    fn new(source: &str, bos_token: &str, eos_token: &str) -> Result<Self, ChatTemplateError> {
         let mut environment = Environment::new();
         // The settings under which Hugging Face renders chat templates, and so the ones they are written for.
         environment.set_syntax(
@@ -64,28 +124,41 @@ impl ChatTemplate {
         );
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_filter("tojson", python::to_json);
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(Raised(message)))
         });
         environment.set_recursion_limit(64);
-        environment.add_template_owned(NAME, source.unwrap_or(CHATML).to_owned()).map_err(|error| broken(&error))?;
-        Ok(Self { environment, bos_token: bos_token.to_owned(), eos_token: eos_token.to_owned() })
+        let source = python::without_generation_tags(source).into_owned();
+        environment.add_template_owned(NAME, source).map_err(|error| broken(&error))?;
+        let (bos_token, eos_token) = (bos_token.to_owned(), eos_token.to_owned());
+        Ok(Self { environment, bos_token, eos_token, dialect: OnceLock::new() })
     }
 
-    /// Returns the prompt that asks the model for the next message of the conversation.
-    pub fn render(&self, messages: &[ChatMessage]) -> Result<String, ChatTemplateError> {
+    fn dialect(&self) -> Dialect {
+        *self
+            .dialect
+            .get_or_init(|| Dialect::find(|variables| self.run(variables, SystemTime::UNIX_EPOCH).unwrap_or_default()))
+    }
+
+    fn run(
+        &self,
+        variables: serde_json::Map<String, serde_json::Value>,
+        now: SystemTime,
+    ) -> Result<String, ChatTemplateError> {
+        let spoken = variables.values().map(|value| value.to_string().len()).sum::<usize>();
+        let parts: usize =
+            ["messages", "tools"].iter().filter_map(|key| variables.get(*key)?.as_array().map(Vec::len)).sum();
         let mut environment = self.environment.clone();
-        environment.set_fuel(Some(FUEL_BASE + FUEL_PER_MESSAGE * messages.len() as u64));
+        environment.set_fuel(Some(FUEL_BASE + FUEL_PER_PART * parts as u64 + FUEL_PER_BYTE * spoken as u64));
+        environment.add_function("strftime_now", move |format: &str| strftime::format(now, format));
         let template = environment.get_template(NAME).map_err(|error| broken(&error))?;
-        let spoken: usize = messages.iter().map(|message| message.content.len() + message.role.len()).sum();
+        let mut context: BTreeMap<String, Value> =
+            variables.into_iter().map(|(name, value)| (name, Value::from(Serde(value)))).collect();
+        context.insert("bos_token".into(), self.bos_token.as_str().into());
+        context.insert("eos_token".into(), self.eos_token.as_str().into());
         let mut output =
             Bounded { bytes: Vec::new(), most: RENDERED_BYTES_MAX.saturating_add(spoken.saturating_mul(4)) };
-        let context = context! {
-            messages => messages.iter().map(message_value).collect::<Value>(),
-            add_generation_prompt => true,
-            bos_token => self.bos_token.as_str(),
-            eos_token => self.eos_token.as_str(),
-        };
         template.render_captured_to(context, &mut output).map_err(|error| classify(&error))?;
         String::from_utf8(output.bytes).map_err(|_| ChatTemplateError::Broken("it made invalid UTF-8".into()))
     }
@@ -95,10 +168,6 @@ impl ChatTemplate {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Raised(String);
-
-fn message_value(message: &ChatMessage) -> Value {
-    Value::from_pairs([("role", message.role.as_str()), ("content", message.content.as_str())])
-}
 
 fn broken(error: &Error) -> ChatTemplateError {
     ChatTemplateError::Broken(error.to_string())
@@ -136,79 +205,4 @@ impl io::Write for Bounded {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn say(role: &str, content: &str) -> ChatMessage {
-        ChatMessage::new(role, content)
-    }
-
-    fn render(source: &str, messages: &[ChatMessage]) -> Result<String, ChatTemplateError> {
-        ChatTemplate::new(Some(source), "<s>", "</s>")?.render(messages)
-    }
-
-    #[test]
-    fn a_model_without_a_template_speaks_chatml() {
-        let template = ChatTemplate::new(None, "", "").expect("it compiles");
-        let prompt = template.render(&[say("system", "Be brief."), say("user", "Hi <b>\"you\"</b>")]);
-        let expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <b>\"you\"</b><|im_end|>\n\
-                        <|im_start|>assistant\n";
-        assert_eq!(prompt.as_deref(), Ok(expected));
-    }
-
-    #[test]
-    fn blocks_are_trimmed_as_the_authors_of_templates_expect() {
-        let source = "{%- for message in messages %}\n    {%- if message['role'] == 'user' %}\n{{ bos_token }}[{{ \
-                      message['content'] | trim }}]\n    {% endif %}\n{% endfor %}";
-        assert_eq!(render(source, &[say("user", " hi ")]).as_deref(), Ok("<s>[hi]\n"));
-    }
-
-    #[test]
-    fn python_methods_namespaces_and_loop_controls_work() {
-        let source = "{% set state = namespace(last='') %}{% for m in messages %}{% if m.content.startswith('x') %}\
-                      {% continue %}{% endif %}{% set state.last = m.content.split(' ')[-1].upper() %}{% endfor %}\
-                      {{ state.last }}{{ messages[1:] | length }}{{ tools is defined }}{{ eos_token }}";
-        let prompt = render(source, &[say("user", "one two"), say("user", "x")]);
-        assert_eq!(prompt.as_deref(), Ok("TWO1False</s>"));
-    }
-
-    #[test]
-    fn a_refusal_by_the_template_concerns_the_messages() {
-        let source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}ok";
-        assert_eq!(render(source, &[say("user", "a")]).as_deref(), Ok("ok"));
-        let error = render(source, &[say("system", "a")]).expect_err("it raises");
-        assert_eq!(error, ChatTemplateError::Refused("no system role".into()));
-        let error = EngineError::from(error);
-        assert!(matches!(error, EngineError::Unsupported { parameter, .. } if parameter == "messages"));
-    }
-
-    #[test]
-    fn an_endless_template_runs_out_of_fuel() {
-        let source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
-        let error = render(source, &[]).expect_err("it never ends");
-        assert!(matches!(&error, ChatTemplateError::Broken(reason) if reason.contains("fuel")), "{error}");
-    }
-
-    #[test]
-    fn a_template_that_makes_too_much_text_is_stopped() {
-        let source = "{% set x = 'a' * 100000 %}{% for a in range(1000) %}{{ x }}{% endfor %}";
-        assert!(matches!(render(source, &[]), Err(ChatTemplateError::Broken(_))));
-        let doubling = "{% set n = namespace(x='aaaaaaaa') %}{% for a in range(64) %}{% set n.x = n.x * 2 %}\
-                        {% endfor %}{{ n.x }}";
-        assert!(matches!(render(doubling, &[]), Err(ChatTemplateError::Broken(_))));
-    }
-
-    #[test]
-    fn a_template_that_does_not_parse_or_calls_what_is_not_there_is_broken() {
-        for source in ["{% for %}", "{{ strftime_now('%Y') }}", "{% include 'other' %}", "{{ messages.x.y.z }}"] {
-            assert!(matches!(render(source, &[]), Err(ChatTemplateError::Broken(_))), "{source}");
-        }
-    }
-
-    #[test]
-    fn deep_nesting_is_an_error_not_a_stack_overflow() {
-        let source = "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}";
-        assert!(matches!(render(source, &[]), Err(ChatTemplateError::Broken(_))));
-        assert!(render(&format!("{{{{ {}1{} }}}}", "(".repeat(10_000), ")".repeat(10_000)), &[]).is_err());
-    }
-}
+mod tests;

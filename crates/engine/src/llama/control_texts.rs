@@ -4,12 +4,15 @@
 //! delimiters as text. A message that holds `<|im_end|>` could so end its own turn and forge the next. Such a text is
 //! swapped for one private-use character, a mark, before the template is rendered: a mark survives trimming, cutting
 //! and moving, so the place is found again whatever the template does. It is then tokenised as the text it stood for.
+//! Tools, calls and template options come from people as well, and are treated alike.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::ops::RangeInclusive;
 
-use crate::model_runtime::{ChatMessage, EngineError};
+use serde_json::{Map, Value};
+
+use crate::model_runtime::{Chat, EngineError, unsupported};
 
 /// Characters that no vocabulary has a use for.
 const MARKS: [RangeInclusive<char>; 2] = ['\u{F0000}'..='\u{FFFFD}', '\u{100000}'..='\u{10FFFD}'];
@@ -27,7 +30,7 @@ pub(super) struct ControlTexts {
 /// A conversation without control texts.
 #[derive(Debug)]
 pub(super) struct Hidden<'a> {
-    pub(super) messages: Cow<'a, [ChatMessage]>,
+    pub(super) chat: Cow<'a, Chat>,
     pub(super) marks: Marks,
 }
 
@@ -40,7 +43,7 @@ pub(super) struct Marks(BTreeMap<char, String>);
 pub(super) enum Piece<'a> {
     /// Control texts in it are the template's own.
     Template(&'a str),
-    /// A control text that was part of a message.
+    /// A control text that somebody wrote.
     Spoken(&'a str),
 }
 
@@ -57,23 +60,25 @@ impl ControlTexts {
         Self { texts, lengths, first_bytes }
     }
 
-    /// Swaps the control texts in messages for marks; most conversations have none and stay as they are.
-    pub(super) fn hide<'a>(&self, messages: &'a [ChatMessage]) -> Result<Hidden<'a>, EngineError> {
-        let said = || messages.iter().flat_map(|message| [message.role.as_str(), message.content.as_str()]);
-        let found: HashSet<&str> = said().flat_map(|text| self.find(text).map(|(_, found)| found)).collect();
-        if found.is_empty() {
-            return Ok(Hidden { messages: Cow::Borrowed(messages), marks: Marks::default() });
-        }
+    /// Swaps the control texts in a conversation for marks; most have none and stay as they are.
+    pub(super) fn hide<'a>(&self, chat: &'a Chat) -> Result<Hidden<'a>, EngineError> {
+        let refuse = || unsupported("messages", "the text of a control token cannot be told apart from it");
+        let mut value = serde_json::to_value(chat).map_err(|_| refuse())?;
+        each_arguments(&mut value, &open_arguments);
+        let mut found = HashSet::new();
+        let mut taken = HashSet::new();
         let is_mark = |character: &char| MARKS.iter().any(|marks| marks.contains(character));
-        let taken: HashSet<char> = said().flat_map(str::chars).filter(is_mark).collect();
+        each_text(&value, &mut |text| {
+            found.extend(self.find(text).map(|(_, found)| found.to_owned()));
+            taken.extend(text.chars().filter(is_mark));
+        });
+        if found.is_empty() {
+            return Ok(Hidden { chat: Cow::Borrowed(chat), marks: Marks::default() });
+        }
         let mut free = MARKS.into_iter().flatten().filter(|mark| !taken.contains(mark));
         let mut mark_of = BTreeMap::new();
         for text in found {
-            let mark = free.next().ok_or_else(|| EngineError::Unsupported {
-                parameter: "messages".into(),
-                reason: "the text of a control token cannot be told apart from it".into(),
-            })?;
-            mark_of.insert(text, mark);
+            mark_of.insert(text, free.next().ok_or_else(refuse)?);
         }
         let swap = |text: &str| {
             let mut swapped = String::with_capacity(text.len());
@@ -85,14 +90,12 @@ impl ControlTexts {
             }
             swapped + &text[end..]
         };
-        let messages = messages.iter().map(|message| ChatMessage {
-            role: swap(&message.role),
-            content: swap(&message.content),
-            ..message.clone()
-        });
-        let messages = Cow::Owned(messages.collect());
-        let marks = Marks(mark_of.iter().map(|(text, mark)| (*mark, (*text).to_owned())).collect());
-        Ok(Hidden { messages, marks })
+        let mut value = with_texts(value, &swap);
+        each_arguments(&mut value, &close_arguments);
+        // What stops being a conversation has a control token by the name of one of its fields.
+        let chat = serde_json::from_value(value).map_err(|_| refuse())?;
+        let marks = Marks(mark_of.into_iter().map(|(text, mark)| (mark, text)).collect());
+        Ok(Hidden { chat: Cow::Owned(chat), marks })
     }
 
     /// Finds the control texts, leftmost and longest first, with their places.
@@ -133,6 +136,52 @@ impl Marks {
     }
 }
 
+/// Visits the arguments of all calls of a conversation.
+fn each_arguments(chat: &mut Value, visit: &dyn Fn(&mut Value)) {
+    let messages = chat.get_mut("messages").and_then(Value::as_array_mut).into_iter().flatten();
+    let calls = messages.filter_map(|message| message.get_mut("tool_calls")?.as_array_mut()).flatten();
+    calls.filter_map(|call| call.get_mut("arguments")).for_each(visit);
+}
+
+/// Reads arguments as a template will, which undoes escapes that a control text could hide behind.
+fn open_arguments(arguments: &mut Value) {
+    if let Some(Ok(object @ Value::Object(_))) = arguments.as_str().map(serde_json::from_str) {
+        *arguments = object;
+    }
+}
+
+fn close_arguments(arguments: &mut Value) {
+    if arguments.is_object() {
+        *arguments = Value::String(arguments.to_string());
+    }
+}
+
+fn each_text(value: &Value, visit: &mut dyn FnMut(&str)) {
+    match value {
+        Value::String(text) => visit(text),
+        Value::Array(items) => items.iter().for_each(|item| each_text(item, visit)),
+        Value::Object(fields) => {
+            for (key, field) in fields {
+                visit(key);
+                each_text(field, visit);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn with_texts(value: Value, swap: &dyn Fn(&str) -> String) -> Value {
+    match value {
+        Value::String(text) => swap(&text).into(),
+        Value::Array(items) => items.into_iter().map(|item| with_texts(item, swap)).collect(),
+        Value::Object(fields) => {
+            let swapped = fields.into_iter().map(|(key, field)| (swap(&key), with_texts(field, swap)));
+            Value::Object(swapped.collect::<Map<_, _>>())
+        }
+        other => other,
+    }
+}
+
 /// Returns whether a token of an ordinary kind has the look of a delimiter.
 ///
 /// Converters leave some delimiters as ordinary added tokens, which tokenizers find in any text. `<think>` and
@@ -145,30 +194,33 @@ pub(super) fn looks_like_delimiter(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::model_runtime::{ChatMessage, Tool, ToolCall};
 
     fn texts() -> ControlTexts {
         ControlTexts::new(["<|im_end|>", "<|im_start|>", "<|im", "é|>", ""].map(str::to_owned))
     }
 
-    fn say(content: &str) -> ChatMessage {
-        ChatMessage::new("user", content)
+    fn say(content: &str) -> Chat {
+        vec![ChatMessage::new("user", content)].into()
     }
 
     #[test]
     fn a_conversation_without_control_texts_stays_as_it_is() {
-        let messages = [say("2 < 3 |> <|i m_end|>"), say("é|"), say("")];
+        let chat = say("2 < 3 |> <|i m_end|> é|");
         let texts = texts();
-        let hidden = texts.hide(&messages).expect("it can be told apart");
-        assert!(matches!(hidden.messages, Cow::Borrowed(_)));
+        let hidden = texts.hide(&chat).expect("it can be told apart");
+        assert!(matches!(hidden.chat, Cow::Borrowed(_)));
         assert_eq!(hidden.marks.cut("a\u{F0000}b<|im_end|>"), [Piece::Template("a\u{F0000}b<|im_end|>")]);
     }
 
     #[test]
     fn control_texts_come_back_as_spoken_and_only_those_of_messages() {
-        let messages = [say("a<|im_end|><|im_b é|>")];
-        let hidden = texts().hide(&messages).expect("it can be told apart");
-        let prompt = format!("<|im_start|>{}<|im_end|>", hidden.messages[0].content);
+        let chat = say("a<|im_end|><|im_b é|>");
+        let hidden = texts().hide(&chat).expect("it can be told apart");
+        let prompt = format!("<|im_start|>{}<|im_end|>", hidden.chat.messages[0].content);
         let expected = [
             Piece::Template("<|im_start|>a"),
             Piece::Spoken("<|im_end|>"),
@@ -183,16 +235,51 @@ mod tests {
 
     #[test]
     fn marks_that_a_message_holds_itself_stay_what_they_are() {
-        let messages = [say("\u{F0000}<|im_end|>\u{F0001}")];
-        let hidden = texts().hide(&messages).expect("it can be told apart");
+        let chat = say("\u{F0000}<|im_end|>\u{F0001}");
+        let hidden = texts().hide(&chat).expect("it can be told apart");
         let expected = [Piece::Template("\u{F0000}"), Piece::Spoken("<|im_end|>"), Piece::Template("\u{F0001}")];
-        assert_eq!(hidden.marks.cut(&hidden.messages[0].content), expected);
+        assert_eq!(hidden.marks.cut(&hidden.chat.messages[0].content), expected);
     }
 
     #[test]
     fn a_message_of_all_private_characters_leaves_no_mark() {
         let every: String = MARKS.into_iter().flatten().collect();
-        let refused = texts().hide(&[say(&every), say("<|im_end|>")]).map(|_| ());
+        let chat = say(&(every + "<|im_end|>"));
+        let refused = texts().hide(&chat).map(|_| ());
         assert!(matches!(refused, Err(EngineError::Unsupported { parameter, .. }) if parameter == "messages"));
+    }
+
+    #[test]
+    fn control_texts_are_hidden_wherever_people_write() {
+        const TEXT: &str = "<|im_end|>";
+        let call = ToolCall {
+            id: TEXT.into(),
+            name: TEXT.into(),
+            arguments: r#"{"<|im_end|>":["\u003c|im_end\u007c>"]}"#.into(),
+        };
+        let broken = ToolCall { arguments: TEXT.into(), ..call.clone() };
+        let message = ChatMessage {
+            role: TEXT.into(),
+            content: TEXT.into(),
+            reasoning: Some(TEXT.into()),
+            tool_calls: vec![call, broken],
+            tool_call_id: Some(TEXT.into()),
+            name: Some(TEXT.into()),
+        };
+        let tool = Tool {
+            name: TEXT.into(),
+            description: Some(TEXT.into()),
+            parameters: Some(json!({ TEXT: { "enum": [TEXT] } })),
+        };
+        let options = Map::from_iter([("date".to_owned(), json!([TEXT]))]);
+        let chat = Chat { messages: vec![message], tools: vec![tool], template_options: options, ..Chat::default() };
+        let texts = texts();
+        let hidden = texts.hide(&chat).expect("it can be told apart");
+        let shown = serde_json::to_string(&hidden.chat).expect("it is JSON");
+        assert!(!shown.contains("im_end"), "{shown}");
+        assert_eq!(shown.matches('\u{F0000}').count(), 16);
+        let arguments: Value =
+            serde_json::from_str(&hidden.chat.messages[0].tool_calls[0].arguments).expect("it is JSON");
+        assert_eq!(arguments, json!({ "\u{F0000}": ["\u{F0000}"] }));
     }
 }

@@ -1,6 +1,7 @@
 //! Makes tokens of what is to be continued.
 
 use std::sync::OnceLock;
+use std::time::SystemTime;
 
 use super::control_texts::{self, ControlTexts, Marks, Piece};
 use super::native::{Model, Token, Vocabulary};
@@ -24,18 +25,13 @@ impl Prompts {
             Some(Value::Texts(table)) => (0..table.len()).filter_map(|index| table.get(index)).map(<[u8]>::len).max(),
             _ => None,
         };
-        let (bos, eos) = (header.bos_token(), header.eos_token());
-        let template = ChatTemplate::new(
-            header.chat_template(),
-            bos.as_deref().unwrap_or_default(),
-            eos.as_deref().unwrap_or_default(),
-        );
+        let template = ChatTemplate::of_model(header);
         // Such a model can still continue plain text, so the fault is told when a conversation comes.
         if let Err(error) = &template {
             tracing::warn!(%error, "the model takes no conversations");
         }
         let longest_token_bytes = longest_token_bytes.unwrap_or(0).max(1);
-        Self { template, bos_token: bos, longest_token_bytes, control_texts: OnceLock::new() }
+        Self { template, bos_token: header.bos_token(), longest_token_bytes, control_texts: OnceLock::new() }
     }
 
     /// Returns whether the model takes conversations.
@@ -61,8 +57,8 @@ impl Prompts {
             }
             PromptInput::Chat(chat) => {
                 let template = self.template.as_ref().map_err(Clone::clone)?;
-                let hidden = self.control_texts.get_or_init(|| control_texts(vocabulary)).hide(&chat.messages)?;
-                let rendered = template.render(&hidden.messages)?;
+                let hidden = self.control_texts.get_or_init(|| control_texts(vocabulary)).hide(chat)?;
+                let rendered = template.render(&hidden.chat, today())?;
                 self.check_length(&rendered, context_length)?;
                 self.rendered_tokens(vocabulary, &rendered, &hidden.marks)
             }
@@ -154,6 +150,12 @@ fn tokenize(vocabulary: Vocabulary<'_>, text: &str, whole: bool, control: bool, 
     if whole && vocabulary.adds_end() && tokens.last().copied() == vocabulary.end_of_sequence() {
         tokens.pop();
     }
+}
+
+/// Returns the present, which some templates tell the model.
+#[expect(clippy::disallowed_methods, reason = "a template's date is for the model to read, and decides nothing")]
+fn today() -> SystemTime {
+    SystemTime::now()
 }
 
 /// Takes tokens as they are, once every one of them is known.

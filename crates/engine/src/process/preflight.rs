@@ -1,14 +1,14 @@
 //! What an engine process checks before its model takes memory.
 
 use std::fs::File;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::{task, time};
 
 use super::memory_limit;
 use crate::chat_template::ChatTemplate;
 use crate::gguf::Header;
-use crate::model_runtime::{ChatMessage, EngineError, MemoryPlan};
+use crate::model_runtime::{Chat, ChatMessage, EngineError, MemoryPlan, Tool};
 
 /// How much memory the template of a model may take to render a short conversation.
 const PROBE_BYTES_MAX: u64 = 1 << 30;
@@ -43,10 +43,14 @@ pub(super) async fn probe_template(file: &File) -> Result<(), EngineError> {
         let Ok(header) = Header::read(&file) else { return };
         let before = memory_limit::limit_growth(PROBE_BYTES_MAX);
         // Whether it compiles, or refuses the conversations, is of no interest here.
-        if let Ok(template) = ChatTemplate::new(header.chat_template(), "<s>", "</s>") {
-            let say = |role: &str| ChatMessage::new(role, "Hello.");
-            let _ = template.render(&[say("user")]);
-            let _ = template.render(&[say("system"), say("user"), say("assistant"), say("user")]);
+        if let Ok(template) = ChatTemplate::of_model(&header) {
+            let render = |roles: &[&str], tools: &[Tool]| {
+                let messages: Vec<_> = roles.iter().map(|role| ChatMessage::new(*role, "Hello.")).collect();
+                let _ = template.render(&Chat { tools: tools.to_vec(), ..messages.into() }, SystemTime::UNIX_EPOCH);
+            };
+            render(&["user"], &[]);
+            render(&["system", "user", "assistant", "user"], &[]);
+            render(&["user"], &[Tool { name: "greet".into(), description: None, parameters: None }]);
         }
         memory_limit::restore(before);
     });

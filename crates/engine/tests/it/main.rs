@@ -2,6 +2,7 @@
 
 #![cfg_attr(not(feature = "llama"), expect(dead_code, reason = "the mock's tests need a part of the helpers"))]
 
+mod chat_templates;
 #[cfg(feature = "llama")]
 mod llama_process;
 #[cfg(feature = "llama")]

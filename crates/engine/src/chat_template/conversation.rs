@@ -1,0 +1,112 @@
+//! A conversation as a template sees it: OpenAI's JSON, with the liberties that templates take.
+
+use serde_json::{Map, Value, json};
+
+use crate::model_runtime::{Chat, ChatMessage, Tool, ToolCall, ToolChoice};
+
+/// In what form a template expects what conversations hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Dialect {
+    /// Content is a list of parts.
+    content_parts: bool,
+    /// The arguments of calls are JSON text and no object.
+    argument_text: bool,
+    /// It tells the model of tools.
+    pub(super) takes_tools: bool,
+}
+
+impl Dialect {
+    /// Finds out by what becomes of words that are easily found again. `render` returns nothing where it fails.
+    pub(super) fn find(render: impl Fn(Map<String, Value>) -> String) -> Self {
+        const SAID: &str = "needle-said";
+        let asks = ChatMessage::new("user", SAID);
+        let chat = |messages: Vec<ChatMessage>| Chat {
+            messages,
+            tools: vec![Tool { name: "needle_tool".into(), description: Some("finds".into()), parameters: None }],
+            ..Chat::default()
+        };
+        let shows = |dialect: Self| render(dialect.variables(&Chat::from(vec![asks.clone()]))).contains(SAID);
+        let in_parts = Self { content_parts: true, ..Self::default() };
+        let mut found = if !shows(Self::default()) && shows(in_parts) { in_parts } else { Self::default() };
+
+        let call = ToolCall {
+            id: "needle001".into(),
+            name: "needle_tool".into(),
+            arguments: r#"{"needle_key":"needle_value"}"#.into(),
+        };
+        let calls = ChatMessage { tool_calls: vec![call.clone()], ..ChatMessage::new("assistant", "") };
+        let answers = ChatMessage {
+            tool_call_id: Some(call.id),
+            name: Some(call.name),
+            ..ChatMessage::new("tool", "needle-result")
+        };
+        let called = chat(vec![asks.clone(), calls, answers]);
+        // Python's own notation of an object is none that a model should read, nor is JSON within JSON.
+        let shows_call = |dialect: Self, unwanted: &str| {
+            let prompt = render(dialect.variables(&called));
+            prompt.contains("needle_key") && prompt.contains("needle_value") && !prompt.contains(unwanted)
+        };
+        let as_text = Self { argument_text: true, ..found };
+        found.argument_text = !shows_call(found, "'needle_key'") && shows_call(as_text, r#"\"needle_key"#);
+        found.takes_tools = render(found.variables(&chat(vec![asks]))).contains("needle_tool");
+        found
+    }
+
+    /// Returns the variables of a template.
+    pub(super) fn variables(self, chat: &Chat) -> Map<String, Value> {
+        let mut variables = chat.template_options.clone();
+        // Hugging Face defines these in every case.
+        variables.insert("documents".into(), Value::Null);
+        let offers_tools = !chat.tools.is_empty() && chat.tool_choice != ToolChoice::None;
+        let tools = if offers_tools { chat.tools.iter().map(tool).collect() } else { Value::Null };
+        variables.insert("tools".into(), tools);
+        variables.insert("messages".into(), chat.messages.iter().map(|said| self.message(said)).collect());
+        variables.insert("add_generation_prompt".into(), true.into());
+        variables
+    }
+
+    /// A field that is missing is not defined, since templates ask whether it is.
+    fn message(self, message: &ChatMessage) -> Value {
+        let mut fields = Map::new();
+        fields.insert("role".into(), message.role.as_str().into());
+        let content = message.content.as_str();
+        let content = if self.content_parts { json!([{ "type": "text", "text": content }]) } else { content.into() };
+        fields.insert("content".into(), content);
+        if let Some(reasoning) = &message.reasoning {
+            // The name of most templates, and the one of gpt-oss.
+            fields.insert("reasoning_content".into(), reasoning.as_str().into());
+            fields.insert("thinking".into(), reasoning.as_str().into());
+        }
+        if !message.tool_calls.is_empty() {
+            fields.insert("tool_calls".into(), message.tool_calls.iter().map(|call| self.call(call)).collect());
+        }
+        if let Some(id) = &message.tool_call_id {
+            fields.insert("tool_call_id".into(), id.as_str().into());
+        }
+        if let Some(name) = &message.name {
+            fields.insert("name".into(), name.as_str().into());
+        }
+        Value::Object(fields)
+    }
+
+    fn call(self, call: &ToolCall) -> Value {
+        let as_text = || Value::from(call.arguments.as_str());
+        let arguments = match serde_json::from_str(&call.arguments) {
+            Ok(Value::Object(object)) if !self.argument_text => Value::Object(object),
+            _ => as_text(),
+        };
+        json!({ "id": call.id, "type": "function", "function": { "name": call.name, "arguments": arguments } })
+    }
+}
+
+fn tool(tool: &Tool) -> Value {
+    let mut function = Map::new();
+    function.insert("name".into(), tool.name.as_str().into());
+    if let Some(description) = &tool.description {
+        function.insert("description".into(), description.as_str().into());
+    }
+    // Templates walk the properties without a look whether there are any.
+    let parameters = tool.parameters.clone().unwrap_or_else(|| json!({ "type": "object", "properties": {} }));
+    function.insert("parameters".into(), parameters);
+    json!({ "type": "function", "function": function })
+}

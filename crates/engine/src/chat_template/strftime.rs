@@ -1,0 +1,106 @@
+//! The date as Python's `strftime` writes it, in English and UTC.
+
+use std::fmt::Write;
+use std::time::SystemTime;
+
+const DAY_SECS: u64 = 86_400;
+const MONTHS: [&str; 12] = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+];
+// The first day of 1970 was a Thursday.
+const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+
+/// Writes a point in time; a directive that it does not know stays as it is.
+pub(super) fn format(now: SystemTime, format: &str) -> String {
+    let secs = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let (day, second) = (secs / DAY_SECS, secs % DAY_SECS);
+    let (year, month, day_of_month, day_of_year) = civil(day);
+    let (hour, minute) = (second / 3_600, second / 60 % 60);
+    let (month_name, day_name) = (MONTHS[month as usize - 1], DAYS[(day % 7) as usize]);
+    let mut written = String::with_capacity(format.len() + 16);
+    let mut characters = format.chars().peekable();
+    while let Some(character) = characters.next() {
+        if character != '%' {
+            written.push(character);
+            continue;
+        }
+        // glibc's way to ask for no zeros in front.
+        let bare = characters.next_if_eq(&'-').is_some();
+        let mut number = |value: u64, digits: usize| {
+            let digits = if bare { 1 } else { digits };
+            // Writing to a string cannot fail.
+            let _ = write!(written, "{value:0digits$}");
+        };
+        match characters.next() {
+            Some('Y') => number(year, 4),
+            Some('y') => number(year % 100, 2),
+            Some('m') => number(month, 2),
+            Some('d') => number(day_of_month, 2),
+            Some('j') => number(day_of_year, 3),
+            Some('H') => number(hour, 2),
+            Some('I') => number((hour + 11) % 12 + 1, 2),
+            Some('M') => number(minute, 2),
+            Some('S') => number(second % 60, 2),
+            Some('B') => written.push_str(month_name),
+            Some('b') => written.push_str(&month_name[..3]),
+            Some('A') => written.push_str(day_name),
+            Some('a') => written.push_str(&day_name[..3]),
+            Some('p') => written.push_str(if hour < 12 { "AM" } else { "PM" }),
+            Some('%') => written.push('%'),
+            other => {
+                written.push_str(if bare { "%-" } else { "%" });
+                written.extend(other);
+            }
+        }
+    }
+    written
+}
+
+/// Returns year, month, day of the month and day of the year of a day counted from the first of 1970.
+fn civil(mut day: u64) -> (u64, u64, u64, u64) {
+    let is_leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    // Whole periods of 400 years have the same number of days, so that no date takes long.
+    const PERIOD_DAYS: u64 = 146_097;
+    let mut year = 1_970 + 400 * (day / PERIOD_DAYS);
+    day %= PERIOD_DAYS;
+    while day >= 365 + u64::from(is_leap(year)) {
+        day -= 365 + u64::from(is_leap(year));
+        year += 1;
+    }
+    let day_of_year = day + 1;
+    let lengths = [31, 28 + u64::from(is_leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let mut month = 0;
+    while day >= lengths[month] {
+        day -= lengths[month];
+        month += 1;
+    }
+    (year, month as u64 + 1, day + 1, day_of_year)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        let at = |secs: u64, text: &str| format(SystemTime::UNIX_EPOCH + Duration::from_secs(secs), text);
+        assert_eq!(at(0, "%A %d %B %Y %H:%M:%S"), "Thursday 01 January 1970 00:00:00");
+        assert_eq!(at(1_709_210_096, "%a %-d %b %y, day %j, %I:%M %p"), "Thu 29 Feb 24, day 060, 12:34 PM");
+        assert_eq!(at(4_102_444_799, "%Y-%m-%d"), "2099-12-31");
+        assert_eq!(at(951_782_400, "%d.%-m.%Y 100%% %q%"), "29.2.2000 100% %q%");
+        assert!(at(1 << 40, "%Y").len() > 4, "a far future is written too");
+    }
+}
