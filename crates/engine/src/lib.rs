@@ -5,8 +5,10 @@
 //! [`process::serve_child`]. `LlamaRuntime` (feature `llama`) runs GGUF models on llama.cpp, and [`MockRuntime`]
 //! pretends to, at a fixed pace. `RemoteRuntime` (feature `remote`) uses servers of OpenAI's API that run already.
 //!
-//! Everything that reads foreign bytes ([`gguf`], [`process::frame`], [`chat_template`], [`text_assembler`]) is bounded and never panics.
+//! Everything that reads foreign bytes ([`gguf`], [`process::frame`], [`chat_template`], [`text_assembler`],
+//! [`answer_parser`], `grammar`) is bounded and never panics.
 
+pub mod answer_parser;
 pub mod chat_template;
 pub mod gguf;
 #[cfg(feature = "llama")]

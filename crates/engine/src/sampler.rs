@@ -70,9 +70,13 @@ pub fn check(sampling: &Sampling) -> Result<(), EngineError> {
 
 /// Returns a number in [0, 1) that depends on nothing but the seed and the position.
 pub fn uniform(seed: u64, position: u64) -> f64 {
+    (hash(seed, position) >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// Returns bits that depend on nothing but the seed and the position.
+pub(crate) fn hash(seed: u64, position: u64) -> u64 {
     // Two rounds of the SplitMix64 finaliser: one spreads the seed, one the position on top of it.
-    let mixed = mix(mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15)) ^ position.wrapping_mul(0xd134_2543_de82_ef95));
-    (mixed >> 11) as f64 / (1_u64 << 53) as f64
+    mix(mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15)) ^ position.wrapping_mul(0xd134_2543_de82_ef95))
 }
 
 impl Sampler {

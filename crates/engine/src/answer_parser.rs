@@ -1,0 +1,241 @@
+//! Takes an answer apart while it comes: what the model thinks, what it says, which functions it calls.
+//!
+//! Families of models write these in their own ways, and a chat template shows which: [`AnswerFormat::detect`] reads
+//! it there. What comes out does not depend on how the text was cut, nothing is held back but what may still become a
+//! marker or the head of a call, and what turns out to be no call comes out as the text it is.
+
+mod call_head;
+mod call_syntax;
+mod harmony;
+mod json_span;
+mod markers;
+mod tagged;
+
+use crate::model_runtime::{Chat, OutputFormat, ToolCallDelta, ToolChoice};
+use crate::sampler;
+use call_syntax::CallSyntax;
+use harmony::Harmony;
+use tagged::Tagged;
+
+/// Texts around what a model thinks, as far as they are known.
+const THOUGHT_TAGS: [(&str, &str); 4] = [
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"),
+];
+
+/// How a model writes its answers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AnswerFormat {
+    thought: Option<(&'static str, &'static str)>,
+    calls: Option<CallSyntax>,
+}
+
+/// More of an answer, taken apart.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Delta {
+    /// Text to append.
+    pub text: String,
+    /// Text to append to what the model thinks.
+    pub reasoning: String,
+    /// More of its calls.
+    pub tool_calls: Vec<ToolCallDelta>,
+}
+
+/// Takes one answer apart.
+#[derive(Debug, Clone)]
+pub struct AnswerParser {
+    reader: Reader,
+    held: String,
+    calls: Calls,
+}
+
+#[derive(Debug, Clone)]
+enum Reader {
+    Tagged(Tagged),
+    Harmony(Harmony),
+}
+
+impl AnswerFormat {
+    /// Reads from a chat template how its model answers.
+    pub fn detect(template: &str) -> Self {
+        let calls = CallSyntax::detect(template);
+        let thought = THOUGHT_TAGS.into_iter().find(|(_, close)| template.contains(close));
+        Self { thought: thought.filter(|_| calls != Some(CallSyntax::Harmony)), calls }
+    }
+
+    /// Returns whether calls of this model are understood.
+    pub fn takes_tools(&self) -> bool {
+        self.calls.is_some()
+    }
+
+    /// Returns the texts that must reach the parser, and grammars, as text though they may be control tokens.
+    pub fn preserved_tokens(&self) -> Vec<&'static str> {
+        let thought = self.thought.into_iter().flat_map(|(open, close)| [open, close]);
+        thought.chain(self.calls.into_iter().flat_map(CallSyntax::markers).copied()).collect()
+    }
+
+    /// Returns the form that an answer must have instead of the one that was asked for: a call where one is required,
+    /// and thoughts before what is to be JSON. `prompt` is what the answer goes on with.
+    pub fn constraint(&self, chat: &Chat, format: &OutputFormat, prompt: &str) -> Option<OutputFormat> {
+        let before = self.thought.map_or_else(String::new, |(open, close)| thought_rule(open, close, prompt));
+        let start = if before.is_empty() { "" } else { "thought " };
+        if let Some(calls) = self.calls
+            && let Some(rules) = calls.required(chat)
+        {
+            return Some(OutputFormat::Lark(format!("start: {start}calls\n{before}{rules}")));
+        }
+        let schema = match format {
+            OutputFormat::Json => &serde_json::json!({ "type": "object" }),
+            OutputFormat::JsonSchema(schema) => schema,
+            _ => return None,
+        };
+        let rules = format!("start: {start}json\n{before}json: %json {schema}\n");
+        (!before.is_empty()).then_some(OutputFormat::Lark(rules))
+    }
+
+    fn is_thinking(&self, prompt: &str) -> bool {
+        self.thought.is_some_and(|(open, _)| prompt.trim_end().ends_with(open))
+    }
+}
+
+/// Returns the rule of a thought that may come, or that the prompt has begun.
+fn thought_rule(open: &str, close: &str, prompt: &str) -> String {
+    let prompt = prompt.trim_end();
+    if prompt.ends_with(close) {
+        return String::new();
+    }
+    let quoted = |text: &str| serde_json::Value::from(text).to_string();
+    let rest = format!("within[suffix={}]: /(.|\\n)*/\nspace: /\\s*/\n", quoted(close));
+    if prompt.ends_with(open) {
+        format!("thought: within space\n{rest}")
+    } else {
+        format!("thought: ({} within space)?\n{rest}", quoted(open))
+    }
+}
+
+impl AnswerParser {
+    /// Begins an answer to a conversation. `prompt` is what the model was given: some end within a thought. The ids of
+    /// calls follow from the seed, so that another worker that continues an answer names them alike.
+    pub fn new(format: AnswerFormat, chat: &Chat, prompt: &str, seed: u64) -> Self {
+        let offers_tools = !chat.tools.is_empty() && chat.tool_choice != ToolChoice::None;
+        let syntax = format.calls.filter(|_| offers_tools);
+        let reader = match format.calls {
+            Some(CallSyntax::Harmony) => Reader::Harmony(Harmony::new(offers_tools)),
+            _ => Reader::Tagged(Tagged::new(format.thought, format.is_thinking(prompt), syntax, &chat.tools)),
+        };
+        // Ids differ within a conversation, even where each of its answers has the same seed.
+        let first = (chat.messages.len() as u64) << 16;
+        let short = matches!(format.calls, Some(CallSyntax::Mistral { .. }));
+        Self { reader, held: String::new(), calls: Calls { seed, first, short, ..Calls::default() } }
+    }
+
+    /// Takes more of the answer's text.
+    pub fn push(&mut self, text: &str) -> Delta {
+        self.held.push_str(text);
+        self.read(false)
+    }
+
+    /// Ends the answer. Returns what was held back, and whether the answer calls functions.
+    pub fn finish(&mut self) -> (Delta, bool) {
+        let delta = self.read(true);
+        (delta, self.calls.count > 0)
+    }
+
+    fn read(&mut self, at_end: bool) -> Delta {
+        let mut output = Output { delta: Delta::default(), calls: &mut self.calls };
+        let mut input = Input { rest: &self.held, at_end };
+        match &mut self.reader {
+            Reader::Tagged(reader) => while reader.step(&mut input, &mut output) {},
+            Reader::Harmony(reader) => while reader.step(&mut input, &mut output) {},
+        }
+        let read = self.held.len() - input.rest.len();
+        let delta = output.delta;
+        self.held.drain(..read);
+        delta
+    }
+}
+
+/// What is not read yet.
+#[derive(Debug, Clone, Copy)]
+struct Input<'a> {
+    rest: &'a str,
+    /// Nothing more will come.
+    at_end: bool,
+}
+
+impl<'a> Input<'a> {
+    fn take(&mut self, bytes: usize) -> &'a str {
+        let (taken, rest) = self.rest.split_at(bytes);
+        self.rest = rest;
+        taken
+    }
+
+    fn take_space(&mut self) -> &'a str {
+        self.take(self.rest.len() - self.rest.trim_start().len())
+    }
+
+    /// Returns whether a text comes next, or `None` while it still may.
+    fn begins(&self, text: &str) -> Option<bool> {
+        if self.rest.starts_with(text) {
+            Some(true)
+        } else if !self.at_end && text.starts_with(self.rest) {
+            None
+        } else {
+            Some(false)
+        }
+    }
+}
+
+/// What has been read.
+#[derive(Debug)]
+struct Output<'a> {
+    delta: Delta,
+    calls: &'a mut Calls,
+}
+
+/// The calls of an answer so far.
+#[derive(Debug, Clone, Default)]
+struct Calls {
+    count: u32,
+    seed: u64,
+    first: u64,
+    /// Mistral's templates take ids of nine letters and digits only.
+    short: bool,
+}
+
+impl Output<'_> {
+    fn text(&mut self, text: &str) {
+        self.delta.text.push_str(text);
+    }
+
+    fn reasoning(&mut self, text: &str) {
+        self.delta.reasoning.push_str(text);
+    }
+
+    fn begin_call(&mut self, name: &str) {
+        let calls = &mut *self.calls;
+        let hash = sampler::hash(calls.seed, calls.first + u64::from(calls.count));
+        let id = if calls.short { format!("{:09x}", hash >> 28) } else { format!("call_{hash:016x}") };
+        let index = calls.count;
+        calls.count += 1;
+        let (id, name) = (Some(id), Some(name.to_owned()));
+        self.delta.tool_calls.push(ToolCallDelta { index, id, name, arguments: String::new() });
+    }
+
+    /// Appends to the arguments of the last call.
+    fn arguments(&mut self, text: &str) {
+        let index = self.calls.count.saturating_sub(1);
+        match self.delta.tool_calls.last_mut() {
+            Some(call) if call.index == index => call.arguments.push_str(text),
+            _ => {
+                let more = ToolCallDelta { index, arguments: text.to_owned(), ..ToolCallDelta::default() };
+                self.delta.tool_calls.push(more);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

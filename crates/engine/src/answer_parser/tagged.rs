@@ -1,0 +1,383 @@
+//! Reads answers whose thoughts and calls stand between tags.
+
+use serde_json::Value;
+
+use super::call_head::{self, CallHead};
+use super::call_syntax::CallSyntax;
+use super::json_span::JsonSpan;
+use super::markers::{self, Search};
+use super::{Input, Output};
+use crate::model_runtime::Tool;
+
+/// A longer name is none.
+const NAME_BYTES_MAX: usize = 256;
+const FUNCTION: &str = "<function=";
+const PARAMETER: &str = "<parameter=";
+
+/// A reader of tags.
+#[derive(Debug, Clone)]
+pub(super) struct Tagged {
+    thought: Option<(&'static str, &'static str)>,
+    syntax: Option<CallSyntax>,
+    tools: Vec<Tool>,
+    state: State,
+}
+
+#[derive(Debug, Clone)]
+enum State {
+    /// Nothing was said yet, so a thought may come, or a call without a tag.
+    Begin {
+        thought: bool,
+    },
+    Thought {
+        is_fresh: bool,
+    },
+    Text,
+    /// After what begins a call, which comes out as text where it is none.
+    Opened {
+        written: String,
+    },
+    /// Within arguments that are an object.
+    Arguments {
+        span: JsonSpan,
+        wrapper: Wrapper,
+    },
+    /// Within arguments that are tags.
+    Parameters {
+        name: String,
+        count: usize,
+    },
+    /// After arguments.
+    Closing {
+        wrapper: Wrapper,
+    },
+    /// After a call.
+    Between,
+}
+
+/// What arguments are a part of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wrapper {
+    /// An object with a name beside them.
+    Object,
+    /// `<function=…>`.
+    Function,
+    /// Nothing.
+    None,
+}
+
+impl Tagged {
+    pub(super) fn new(
+        thought: Option<(&'static str, &'static str)>,
+        is_thinking: bool,
+        syntax: Option<CallSyntax>,
+        tools: &[Tool],
+    ) -> Self {
+        let state = if is_thinking { State::Thought { is_fresh: true } } else { State::Begin { thought: true } };
+        let tools = if syntax.is_some() { tools.to_vec() } else { Vec::new() };
+        Self { thought, syntax, tools, state }
+    }
+
+    /// Reads on; returns whether there is more to do.
+    pub(super) fn step(&mut self, input: &mut Input<'_>, output: &mut Output<'_>) -> bool {
+        let next = match &mut self.state {
+            State::Begin { thought } => {
+                let thought = *thought;
+                self.begin(thought, input)
+            }
+            State::Thought { is_fresh } => {
+                let is_fresh = *is_fresh;
+                self.think(is_fresh, input, output)
+            }
+            State::Text => self.speak(input, output),
+            State::Opened { written } => {
+                let written = std::mem::take(written);
+                self.open(written, input, output)
+            }
+            State::Arguments { span, wrapper } => {
+                let (end, wrapper) = (span.read(input.rest), *wrapper);
+                if !input.rest.is_empty() {
+                    output.arguments(input.take(end.unwrap_or(input.rest.len())));
+                }
+                end.map(|_| State::Closing { wrapper })
+            }
+            State::Parameters { name, count } => read_parameter(name, count, &self.tools, input, output),
+            State::Closing { wrapper } => close(*wrapper, input),
+            State::Between => self.between(input),
+        };
+        let goes_on = next.is_some();
+        if let Some(next) = next {
+            self.state = next;
+        }
+        goes_on
+    }
+
+    fn begin(&mut self, thought: bool, input: &mut Input<'_>) -> Option<State> {
+        let mut ahead = *input;
+        ahead.take_space();
+        if ahead.rest.is_empty() && !input.at_end {
+            return None;
+        }
+        if let Some((open, _)) = self.thought.filter(|_| thought)
+            && ahead.begins(open)?
+        {
+            ahead.take(open.len());
+            *input = ahead;
+            return Some(State::Thought { is_fresh: true });
+        }
+        // The lines between a thought and the answer belong to neither.
+        if !thought {
+            *input = ahead;
+        }
+        if self.syntax == Some(CallSyntax::Llama) && ahead.rest.starts_with('{') {
+            let written = input.take_space().to_owned();
+            return Some(State::Opened { written });
+        }
+        Some(State::Text)
+    }
+
+    fn think(&self, is_fresh: bool, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
+        let (_, close) = self.thought?;
+        if is_fresh {
+            input.take_space();
+            return (!input.rest.is_empty()).then_some(State::Thought { is_fresh: false });
+        }
+        match markers::find(input.rest, &[close], input.at_end) {
+            Search::Found { at, length } => {
+                output.reasoning(input.take(at).trim_end());
+                input.take(length);
+                Some(State::Begin { thought: false })
+            }
+            Search::Safe(length) => {
+                output.reasoning(input.take(without_space(input, length)));
+                None
+            }
+        }
+    }
+
+    fn speak(&self, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
+        let Some(syntax) = self.syntax else {
+            output.text(input.take(input.rest.len()));
+            return None;
+        };
+        match markers::find(input.rest, syntax.openers(), input.at_end) {
+            Search::Found { at, length } => {
+                output.text(input.take(at - trailing_space(&input.rest[..at])));
+                let written = input.take_space().to_owned();
+                // The tag of a function is read together with its name.
+                let tag = if input.rest.starts_with(FUNCTION) { "" } else { input.take(length) };
+                Some(State::Opened { written: written + tag })
+            }
+            Search::Safe(length) => {
+                output.text(input.take(without_space(input, length)));
+                None
+            }
+        }
+    }
+
+    /// Reads what follows the beginning of a call.
+    fn open(&mut self, written: String, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
+        let opened = self.read_opening(&written, input, output);
+        if opened.is_none() {
+            self.state = State::Opened { written };
+        }
+        opened
+    }
+
+    fn read_opening(&self, written: &str, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
+        let syntax = self.syntax?;
+        let mut ahead = *input;
+        ahead.take_space();
+        let no_call = |input: &mut Input<'_>, output: &mut Output<'_>| {
+            output.text(written);
+            // One character at least, so that the same place is not tried again.
+            output.text(input.take(input.rest.chars().next().map_or(0, char::len_utf8)));
+            Some(State::Text)
+        };
+        let Some(first) = ahead.rest.chars().next() else {
+            return if input.at_end { no_call(input, output) } else { None };
+        };
+        if first == '[' && matches!(syntax, CallSyntax::Mistral { .. }) {
+            ahead.take(1);
+            ahead.take_space();
+            if ahead.rest.is_empty() && !input.at_end {
+                return None;
+            }
+        }
+        if ahead.rest.starts_with('{') {
+            return match call_head::read(ahead.rest, ahead.at_end, syntax == CallSyntax::Llama) {
+                CallHead::Open => None,
+                CallHead::NoCall => no_call(input, output),
+                CallHead::Begun { name, .. } | CallHead::Whole { name, .. } if !self.allows(&name) => {
+                    no_call(input, output)
+                }
+                CallHead::Begun { name, arguments_at } => {
+                    ahead.take(arguments_at);
+                    *input = ahead;
+                    output.begin_call(&name);
+                    Some(State::Arguments { span: JsonSpan::default(), wrapper: Wrapper::Object })
+                }
+                CallHead::Whole { name, arguments, end } => {
+                    ahead.take(end);
+                    *input = ahead;
+                    output.begin_call(&name);
+                    output.arguments(&arguments);
+                    Some(State::Closing { wrapper: Wrapper::None })
+                }
+            };
+        }
+        let window = &ahead.rest[..ahead.rest.floor_char_boundary(NAME_BYTES_MAX)];
+        let is_decided = input.at_end || ahead.rest.len() >= NAME_BYTES_MAX;
+        if matches!(syntax, CallSyntax::Mistral { .. }) {
+            // The name, perhaps an id, and then the arguments.
+            let name = window.find(['[', '{']).map(|end| window[..end].trim_end());
+            let begins = window.find('{');
+            return match (name, begins) {
+                (Some(name), _) if !is_name(name) => no_call(input, output),
+                (Some(name), Some(begins)) => {
+                    output.begin_call(name);
+                    ahead.take(begins);
+                    *input = ahead;
+                    Some(State::Arguments { span: JsonSpan::default(), wrapper: Wrapper::None })
+                }
+                _ if is_decided => no_call(input, output),
+                _ => None,
+            };
+        }
+        if !ahead.begins(FUNCTION)? {
+            return no_call(input, output);
+        }
+        match window[FUNCTION.len()..].split_once('>') {
+            Some((name, after)) if is_name(name) => {
+                let first = after.trim_start().chars().next();
+                let is_tag = first == Some('<');
+                if first.is_none() && !is_decided {
+                    return None;
+                }
+                if !is_tag && first != Some('{') {
+                    return no_call(input, output);
+                }
+                output.begin_call(name);
+                ahead.take(FUNCTION.len() + name.len() + 1);
+                ahead.take_space();
+                *input = ahead;
+                Some(if is_tag {
+                    State::Parameters { name: name.to_owned(), count: 0 }
+                } else {
+                    State::Arguments { span: JsonSpan::default(), wrapper: Wrapper::Function }
+                })
+            }
+            Some(_) => no_call(input, output),
+            None if is_decided => no_call(input, output),
+            None => None,
+        }
+    }
+
+    /// An answer that is an object with a name is a call only where the name is one of the tools'.
+    fn allows(&self, name: &str) -> bool {
+        self.syntax != Some(CallSyntax::Llama) || self.tools.iter().any(|tool| tool.name == name)
+    }
+
+    /// Another call may follow, and then the rest of the answer.
+    fn between(&self, input: &mut Input<'_>) -> Option<State> {
+        input.take_space();
+        let separators: &[char] = match self.syntax? {
+            CallSyntax::Llama => &[';'],
+            CallSyntax::Mistral { .. } => &[',', ']'],
+            _ => &[],
+        };
+        if input.rest.starts_with(separators) {
+            input.take(1);
+            return Some(State::Between);
+        }
+        let takes_object = matches!(self.syntax, Some(CallSyntax::Llama | CallSyntax::Mistral { .. }));
+        if takes_object && input.rest.starts_with('{') {
+            return Some(State::Opened { written: String::new() });
+        }
+        (!input.rest.is_empty()).then_some(State::Text)
+    }
+}
+
+/// Reads one tag of a function's parameters, or its end.
+fn read_parameter(
+    name: &str,
+    count: &mut usize,
+    tools: &[Tool],
+    input: &mut Input<'_>,
+    output: &mut Output<'_>,
+) -> Option<State> {
+    const CLOSE: &str = "</parameter>";
+    let mut ahead = *input;
+    ahead.take_space();
+    if ahead.rest.is_empty() {
+        return None;
+    }
+    if !ahead.begins(PARAMETER)? {
+        // Whatever else comes ends the call.
+        output.arguments(if *count == 0 { "{}" } else { "}" });
+        *input = ahead;
+        return Some(State::Closing { wrapper: Wrapper::Function });
+    }
+    let (key, rest) = ahead.rest[PARAMETER.len()..].split_once('>')?;
+    let (value, _) = rest.split_once(CLOSE)?;
+    let taken = PARAMETER.len() + key.len() + 1 + value.len() + CLOSE.len();
+    let value = value.strip_prefix('\n').unwrap_or(value);
+    let value = value.strip_suffix('\n').unwrap_or(value);
+    let schema = tools.iter().find(|tool| tool.name == name).and_then(|tool| tool.parameters.as_ref());
+    let is_text = schema.is_some_and(|schema| schema["properties"][key]["type"] == "string");
+    let read = if is_text { None } else { serde_json::from_str::<Value>(value).ok() };
+    let value = read.unwrap_or_else(|| value.into());
+    output.arguments(&format!("{}{}: {value}", if *count == 0 { "{" } else { ", " }, Value::from(key)));
+    ahead.take(taken);
+    *input = ahead;
+    *count += 1;
+    Some(State::Parameters { name: name.to_owned(), count: *count })
+}
+
+/// Reads over what ends a call.
+fn close(wrapper: Wrapper, input: &mut Input<'_>) -> Option<State> {
+    let mut ahead = *input;
+    ahead.take_space();
+    if ahead.rest.is_empty() {
+        return input.at_end.then_some(State::Between);
+    }
+    match wrapper {
+        Wrapper::Object if ahead.rest.starts_with(',') => {
+            // More fields than the head has; none of them matters.
+            let end = JsonSpan::within().read(ahead.rest)?;
+            ahead.take(end);
+        }
+        Wrapper::Object if ahead.rest.starts_with('}') => {
+            ahead.take(1);
+        }
+        Wrapper::Function if ahead.begins("</function>")? => {
+            ahead.take("</function>".len());
+        }
+        Wrapper::None if ahead.begins("</tool_call>")? => {
+            ahead.take("</tool_call>".len());
+            *input = ahead;
+            return Some(State::Between);
+        }
+        Wrapper::None => {
+            *input = ahead;
+            return Some(State::Between);
+        }
+        Wrapper::Object | Wrapper::Function => {}
+    }
+    *input = ahead;
+    Some(State::Closing { wrapper: Wrapper::None })
+}
+
+fn is_name(name: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.:/".contains(&byte);
+    !name.is_empty() && name.bytes().all(allowed)
+}
+
+fn trailing_space(text: &str) -> usize {
+    text.len() - text.trim_end().len()
+}
+
+/// Holds back the space at the end of what may be told, since it goes with a tag that follows.
+fn without_space(input: &Input<'_>, length: usize) -> usize {
+    if input.at_end && length == input.rest.len() { length } else { length - trailing_space(&input.rest[..length]) }
+}

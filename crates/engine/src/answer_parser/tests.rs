@@ -1,0 +1,297 @@
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+use crate::model_runtime::{ChatMessage, Tool};
+
+const HERMES: &str = "<tool_call> </tool_call> <think> </think>";
+const LLAMA: &str = "<|python_tag|>";
+const MISTRAL: &str = "[TOOL_CALLS]";
+const MISTRAL_NAMED: &str = "[TOOL_CALLS] [ARGS]";
+const FUNCTION: &str = "<function=";
+const HARMONY: &str = "<|channel|>";
+const THINKER: &str = "<think> </think>";
+
+/// A call, put together from its pieces.
+type Called = (String, String);
+
+fn chat() -> Chat {
+    let tool = |name: &str| Tool {
+        name: name.into(),
+        description: None,
+        parameters: Some(json!({
+            "type": "object",
+            "properties": { "place": { "type": "string" }, "days": { "type": "integer" } },
+            "required": ["place"], "additionalProperties": false,
+        })),
+    };
+    Chat { tools: vec![tool("weather"), tool("time")], ..vec![ChatMessage::new("user", "?")].into() }
+}
+
+/// Returns text, reasoning and calls of an answer that comes in pieces.
+fn parse<'a>(template: &str, prompt: &str, pieces: impl IntoIterator<Item = &'a str>) -> (String, String, Vec<Called>) {
+    let mut parser = AnswerParser::new(AnswerFormat::detect(template), &chat(), prompt, 7);
+    let mut deltas: Vec<Delta> = pieces.into_iter().map(|piece| parser.push(piece)).collect();
+    let (last, calls) = parser.finish();
+    deltas.push(last);
+    let (mut text, mut reasoning, mut called) = (String::new(), String::new(), Vec::<Called>::new());
+    for delta in deltas {
+        text.push_str(&delta.text);
+        reasoning.push_str(&delta.reasoning);
+        for call in delta.tool_calls {
+            assert_eq!(call.id.is_some(), call.name.is_some());
+            if let Some(name) = call.name {
+                assert_eq!(call.index as usize, called.len(), "calls come in order");
+                called.push((name, String::new()));
+            }
+            called[call.index as usize].1.push_str(&call.arguments);
+        }
+    }
+    assert_eq!(calls, !called.is_empty());
+    (text, reasoning, called)
+}
+
+fn letters(text: &str) -> impl Iterator<Item = &str> {
+    text.split_inclusive(|_: char| true)
+}
+
+#[track_caller]
+fn check(template: &str, answer: &str, text: &str, reasoning: &str, calls: &[(&str, &str)]) {
+    let calls = calls.iter().map(|(name, arguments)| ((*name).to_owned(), (*arguments).to_owned())).collect();
+    let expected = (text.to_owned(), reasoning.to_owned(), calls);
+    assert_eq!(parse(template, "", [answer]), expected, "at once");
+    assert_eq!(parse(template, "", letters(answer)), expected, "letter by letter");
+}
+
+#[test]
+fn hermes_and_qwen_write_json_in_tags() {
+    let answer = "<think>\nRome.\n</think>\n\nI look.\n<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"place\": \
+                  \"Ro}me\"}}\n</tool_call>\n<tool_call>\n{\"arguments\": {}, \"name\": \"time\"}\n</tool_call>";
+    check(HERMES, answer, "I look.", "Rome.", &[("weather", "{\"place\": \"Ro}me\"}"), ("time", "{}")]);
+    let answer = "<tool_call>{\"name\": \"weather\", \"arguments\": \"{\\\"days\\\": 1}\"}</tool_call> Done.";
+    check(HERMES, answer, "Done.", "", &[("weather", "{\"days\": 1}")]);
+    let answer = "<tool_call>{\"name\": \"time\"}</tool_call>";
+    check(HERMES, answer, "", "", &[("time", "{}")]);
+}
+
+#[test]
+fn qwen_coder_writes_parameters_in_tags() {
+    let answer = "<tool_call>\n<function=weather>\n<parameter=place>\n12\n</parameter>\n<parameter=days>\n2\n\
+                  </parameter>\n</function>\n</tool_call>";
+    check(HERMES, answer, "", "", &[("weather", r#"{"place": "12", "days": 2}"#)]);
+    check(HERMES, "<function=time>\n</function>", "", "", &[("time", "{}")]);
+}
+
+#[test]
+fn llama_writes_an_object_in_place_of_an_answer() {
+    let call = r#"{"name": "weather", "parameters": {"place": "Rome"}}"#;
+    let called = [("weather", r#"{"place": "Rome"}"#)];
+    check(LLAMA, call, "", "", &called);
+    check(LLAMA, &format!("<|python_tag|>{call}"), "", "", &called);
+    check(LLAMA, &format!("{call}; {call}"), "", "", &[called[0], called[0]]);
+    for no_call in [r#"{"name": "Ann", "parameters": {}}"#, r#"{"size": 1}"#, "{", " {} ", "<|python_tag|>print(1)"] {
+        check(LLAMA, no_call, no_call, "", &[]);
+    }
+}
+
+#[test]
+fn mistral_writes_a_list_or_names() {
+    let list = "[TOOL_CALLS] [{\"name\": \"weather\", \"arguments\": {\"days\": [1]}}, {\"name\": \"time\", \"arguments\": {}}]";
+    check(MISTRAL, list, "", "", &[("weather", "{\"days\": [1]}"), ("time", "{}")]);
+    let named = "Well.[TOOL_CALLS]weather[CALL_ID]123456789[ARGS]{\"days\": 1}[TOOL_CALLS]time[ARGS]{}";
+    check(MISTRAL_NAMED, named, "Well.", "", &[("weather", "{\"days\": 1}"), ("time", "{}")]);
+}
+
+#[test]
+fn functions_are_written_as_tags() {
+    let answer = "<function=weather>{\"days\": 1}</function>\n<function=time>{}</function>";
+    check(FUNCTION, answer, "", "", &[("weather", "{\"days\": 1}"), ("time", "{}")]);
+}
+
+#[test]
+fn harmony_speaks_in_channels() {
+    let answer = "<|channel|>analysis<|message|>Look.<|end|><|start|>assistant<|channel|>commentary<|message|>One \
+                  moment. <|end|><|start|>assistant<|channel|>commentary to=functions.weather <|constrain|>json\
+                  <|message|>{\"days\": 1}<|call|>";
+    check(HARMONY, answer, "One moment. ", "Look.", &[("weather", "{\"days\": 1}")]);
+    let answer = " to=functions.time<|channel|>commentary json<|message|>{}";
+    check(HARMONY, answer, "", "", &[("time", "{}")]);
+    check(HARMONY, "<|channel|>final<|message|>Yes.<|return|>", "Yes.", "", &[]);
+    check(HARMONY, "Just <so>.", "Just <so>.", "", &[]);
+}
+
+#[test]
+fn what_is_no_call_comes_out_as_it_was_written() {
+    for (template, answer) in [
+        (HERMES, "a <tool_call>\n{\"name\": 1}\n</tool_call>"),
+        (HERMES, " <tool_call>{\"name\": \"weather\", "),
+        (HERMES, "<tool_call>no</tool_call> <tool"),
+        (HERMES, "<function=a b>{}</function>"),
+        (HERMES, "a < b <function"),
+        (MISTRAL, "[TOOL_CALLS]\n I will { call"),
+        (MISTRAL, "[TOOL_CALLS] ["),
+        (FUNCTION, "<function=weather>oops"),
+        (THINKER, "No thought <think> here </think>  "),
+    ] {
+        check(template, answer, answer, "", &[]);
+    }
+}
+
+#[test]
+fn a_thought_may_begin_in_the_prompt_and_need_not_end() {
+    let answer = ["Hm", ".\n</thi", "nk>\n\nYes"];
+    let expected = ("Yes".to_owned(), "Hm.".to_owned(), vec![]);
+    assert_eq!(parse(THINKER, "<|Assistant|><think>\n", answer), expected);
+    let closed = parse(THINKER, "<think>\n\n</think>\n\n", ["Yes"]);
+    assert_eq!(closed, ("Yes".to_owned(), String::new(), vec![]));
+    check(THINKER, "<think>Hm </th", "", "Hm </th", &[]);
+}
+
+#[test]
+fn without_tools_nothing_is_a_call() {
+    let call = "<tool_call>{\"name\": \"time\", \"arguments\": {}}</tool_call>";
+    for chat in [Chat { tools: vec![], ..chat() }, Chat { tool_choice: ToolChoice::None, ..chat() }] {
+        let mut parser = AnswerParser::new(AnswerFormat::detect(HERMES), &chat, "", 0);
+        assert_eq!(parser.push(call).text, call);
+        assert_eq!(parser.finish(), (Delta::default(), false));
+    }
+}
+
+#[test]
+fn arguments_come_as_they_are_written() {
+    let mut parser = AnswerParser::new(AnswerFormat::detect(HERMES), &chat(), "", 1);
+    assert_eq!(parser.push("Hi <tool").text, "Hi");
+    assert_eq!(parser.push("_call>{\"name\": \"weather\", \"arguments\": "), Delta::default());
+    let begun = parser.push("{\"pla").tool_calls;
+    assert_eq!((begun[0].name.as_deref(), begun[0].arguments.as_str()), (Some("weather"), "{\"pla"));
+    let more = ToolCallDelta { arguments: "ce\"".into(), ..ToolCallDelta::default() };
+    assert_eq!(parser.push("ce\"").tool_calls, [more]);
+}
+
+#[test]
+fn ids_follow_from_the_seed_and_differ_within_a_conversation() {
+    let ids = |messages: usize, seed: u64, template: &str| {
+        let said = vec![ChatMessage::new("user", "?"); messages];
+        let chat = Chat { messages: said, ..chat() };
+        let call = "<function=time>{}</function>[TOOL_CALLS][{\"name\": \"time\"}]";
+        let mut parser = AnswerParser::new(AnswerFormat::detect(template), &chat, "", seed);
+        let delta = parser.push(&call.repeat(2));
+        delta.tool_calls.into_iter().filter_map(|call| call.id).collect::<Vec<_>>()
+    };
+    let first = ids(1, 7, FUNCTION);
+    assert_eq!(first, ids(1, 7, FUNCTION));
+    assert_ne!(first[0], first[1]);
+    assert!(ids(1, 8, FUNCTION).iter().chain(&ids(3, 7, FUNCTION)).all(|id| !first.contains(id)));
+    assert!(ids(1, 7, MISTRAL).iter().all(|id| id.len() == 9), "Mistral's templates insist");
+}
+
+#[test]
+fn families_are_told_by_their_templates() {
+    let format = |template: &str| {
+        let format = AnswerFormat::detect(template);
+        (format.thought.is_some(), format.calls)
+    };
+    assert_eq!(format(HERMES), (true, Some(CallSyntax::Hermes)));
+    assert_eq!(format(LLAMA), (false, Some(CallSyntax::Llama)));
+    assert_eq!(format("<|start_header_id|>{\"name\": \"\", \"parameters\": "), (false, Some(CallSyntax::Llama)));
+    assert_eq!(format(MISTRAL_NAMED), (false, Some(CallSyntax::Mistral { is_named: true })));
+    assert_eq!(format(HARMONY), (false, Some(CallSyntax::Harmony)));
+    assert_eq!(format("{{ messages[0].content }}"), (false, None));
+    assert_eq!(AnswerFormat::detect(MISTRAL).preserved_tokens(), ["[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"]);
+}
+
+#[cfg(feature = "llama")]
+mod required {
+    use super::*;
+    use crate::grammar::{Grammars, TokenTable};
+
+    const END: u32 = 256;
+
+    fn grammars() -> Grammars {
+        let mut bytes: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+        bytes.push(b"<|end|>".to_vec());
+        let special = (0..=256).map(|token| token == END).collect();
+        Grammars::new(TokenTable { bytes, special, eog: vec![END] }).expect("it is a vocabulary")
+    }
+
+    fn takes(format: &OutputFormat, text: &str) -> bool {
+        let mut constraint = grammars().constraint(format).expect("it compiles").expect("it is a form");
+        let goes_on = text.bytes().all(|byte| {
+            constraint.mask().expect("it goes on").allows(byte.into()) && constraint.accept(byte.into()).is_ok()
+        });
+        goes_on && constraint.mask().expect("it goes on").allows(END)
+    }
+
+    #[test]
+    fn a_required_call_is_one_that_the_parser_reads() {
+        let weather = r#"{"place": "Rome"}"#;
+        for (template, answer) in [
+            (HERMES, format!("<tool_call>\n{{\"name\": \"weather\", \"arguments\": {weather}}}\n</tool_call>")),
+            (
+                HERMES,
+                format!(
+                    "<think>\nHm.\n</think>\n\n<tool_call>\n{{\"name\": \"weather\", \"arguments\": {weather}}}\n</tool_call>"
+                ),
+            ),
+            (LLAMA, format!("{{\"name\": \"weather\", \"parameters\": {weather}}}")),
+            (MISTRAL, format!("[TOOL_CALLS][{{\"name\": \"weather\", \"arguments\": {weather}}}]")),
+            (MISTRAL_NAMED, format!("[TOOL_CALLS]weather[ARGS]{weather}")),
+            (FUNCTION, format!("<function=weather>{weather}</function>")),
+            (HARMONY, format!("<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{weather}")),
+        ] {
+            for tool_choice in [ToolChoice::Required, ToolChoice::Function("weather".into())] {
+                let chat = Chat { tool_choice, ..chat() };
+                let format = AnswerFormat::detect(template).constraint(&chat, &OutputFormat::Text, "");
+                let format = format.expect("a call is required");
+                assert!(takes(&format, &answer), "{template}: {answer}");
+                assert!(!takes(&format, &answer.replace("place", "size")), "{template}");
+                assert!(!takes(&format, "Sunny."), "{template}");
+            }
+            let chat = Chat { tool_choice: ToolChoice::Function("time".into()), ..chat() };
+            let format = AnswerFormat::detect(template).constraint(&chat, &OutputFormat::Text, "");
+            assert!(!takes(&format.expect("a call is required"), &answer), "another one is required");
+            let (_, _, calls) = parse(template, "", [answer.as_str()]);
+            assert_eq!(calls, [("weather".to_owned(), weather.to_owned())]);
+        }
+    }
+
+    #[test]
+    fn thoughts_come_before_json() {
+        let constraint =
+            |prompt: &str| AnswerFormat::detect(THINKER).constraint(&Chat::default(), &OutputFormat::Json, prompt);
+        let free = constraint("").expect("a thought may come");
+        assert!(takes(&free, "{}") && takes(&free, "<think>Hm.</think>\n\n{}"));
+        let begun = constraint("<think>\n").expect("a thought was begun");
+        assert!(takes(&begun, "Hm.</think>{}") && !takes(&begun, "{}"));
+        assert_eq!(constraint("<think>\n\n</think>\n\n"), None);
+        let plain = AnswerFormat::default();
+        assert_eq!(plain.constraint(&chat(), &OutputFormat::Json, ""), None);
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_split_of_an_answer_gives_the_same(
+        template in prop::sample::select(vec![HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, FUNCTION, HARMONY, THINKER]),
+        prompt in prop::sample::select(vec!["", "<think>\n"]),
+        fragments in prop::collection::vec(prop::sample::select(vec![
+            "<tool_call>", "</tool_call>", "<think>", "</think>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[", "]",
+            "<function=", "weather", "time>", "</function>", "<parameter=", "place>", "</parameter>", "<|channel|>",
+            "analysis", "<|message|>", "<|end|>", "<|start|>", " to=functions.", "{\"name\": \"weather\", ",
+            "\"arguments\": ", "\"parameters\": ", "{", "}", "\"", "\\", ",", ":", "1", " ", "\n", "é", ";", "x",
+            "{\"place\": \"Rome\"}", "{\"name\": \"time\", \"arguments\": {}}",
+        ]), 0..16),
+        cuts in prop::collection::vec(1_usize..7, 0..60),
+    ) {
+        let answer = fragments.concat();
+        let mut pieces = Vec::new();
+        let mut rest = answer.as_str();
+        for cut in cuts {
+            let (piece, after) = rest.split_at(rest.ceil_char_boundary(cut));
+            pieces.push(piece);
+            rest = after;
+        }
+        pieces.push(rest);
+        prop_assert_eq!(parse(template, prompt, pieces), parse(template, prompt, [answer.as_str()]));
+    }
+}
