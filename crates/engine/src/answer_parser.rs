@@ -11,6 +11,7 @@ mod json_span;
 mod markers;
 mod tagged;
 
+use crate::json_form::with_options;
 use crate::model_runtime::{Chat, OutputFormat, ToolCallDelta, ToolChoice};
 use crate::sampler;
 use call_syntax::CallSyntax;
@@ -91,7 +92,7 @@ impl AnswerFormat {
             OutputFormat::JsonSchema(schema) => schema,
             _ => return None,
         };
-        let rules = format!("start: {start}json\n{before}json: %json {schema}\n");
+        let rules = format!("start: {start}json\n{before}json: %json {}\n", with_options(schema));
         (!before.is_empty()).then_some(OutputFormat::Lark(rules))
     }
 

@@ -16,6 +16,7 @@ use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 
+use crate::json_form::with_options;
 use crate::model_runtime::{EngineError, OutputFormat, unsupported};
 use crate::sampler::TokenMask;
 
@@ -72,7 +73,7 @@ impl Grammars {
     pub fn constraint(&self, format: &OutputFormat) -> Result<Option<Constraint>, EngineError> {
         let grammar = match format {
             OutputFormat::Text => return Ok(None),
-            OutputFormat::Json => GrammarWithLexer::from_json_schema(json!({ "type": "object" })),
+            OutputFormat::Json => GrammarWithLexer::from_json_schema(with_options(&json!({ "type": "object" }))),
             OutputFormat::JsonSchema(schema) => return self.of_schema(schema).map(Some),
             OutputFormat::Regex(pattern) => {
                 limits::check_text(pattern).map_err(refused)?;
@@ -152,16 +153,6 @@ fn token_environment(table: TokenTable) -> Option<TokEnv> {
     }
     let info = TokRxInfo::new(words.len() as u32, *table.eog.first()?);
     Some(Arc::new(ApproximateTokEnv::new(TokTrie::from(&info, &words).with_eos_tokens(&table.eog))))
-}
-
-/// Sets how the library reads a schema; nobody else may.
-fn with_options(schema: &Value) -> Value {
-    let mut schema = schema.clone();
-    if let Some(keywords) = schema.as_object_mut() {
-        // Alternatives that exclude each other need not be proved to.
-        keywords.insert("x-guidance".into(), json!({ "coerce_one_of": true }));
-    }
-    schema
 }
 
 fn refused(reason: impl Into<String>) -> EngineError {

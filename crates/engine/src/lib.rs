@@ -13,6 +13,7 @@ pub mod chat_template;
 pub mod gguf;
 #[cfg(feature = "llama")]
 pub mod grammar;
+mod json_form;
 #[cfg(feature = "llama")]
 pub mod llama;
 pub mod memory_plan;

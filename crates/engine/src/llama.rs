@@ -11,6 +11,7 @@ mod control_texts;
 mod draft;
 mod embedder;
 mod engine;
+mod forms;
 mod lane;
 pub(crate) mod native;
 mod outbox;
@@ -36,12 +37,13 @@ use crate::gguf::{self, Header};
 use crate::memory_plan::{self, Shape};
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, FinishReason, GenerateRequest,
-    GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, OutputFormat, Piece,
-    ProgressSink, PromptInput, RuntimeInfo, Usage, VerifiedArtifact, unsupported,
+    GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, Piece, ProgressSink,
+    PromptInput, RuntimeInfo, Usage, VerifiedArtifact, unsupported,
 };
 use crate::sampler;
 use embedder::EmbedJob;
 use engine::{Engine, Options, Work};
+use forms::Forms;
 use native::{Model, ModelOptions, Token};
 use outbox::Outbox;
 use prompts::Prompts;
@@ -65,6 +67,7 @@ struct Loaded {
     model: Arc<Model>,
     header: Header,
     prompts: Prompts,
+    forms: Forms,
     shape: Shape,
     abilities: Abilities,
     work: mpsc::Sender<Work>,
@@ -252,10 +255,11 @@ impl Loaded {
         let abilities = Abilities {
             generate: generates,
             chat: generates && prompts.takes_chats(),
-            tools: false,
+            tools: generates && prompts.takes_tools(),
             embedding_length: if model.has_encoder() { 0 } else { model.embedding_length() },
             adapters: generates,
         };
+        let forms = Forms::new(prompts.spoken(model.vocabulary()));
         let admission = Arc::new(Semaphore::new(admission_max));
         let thread = Mutex::new(Some(thread));
         let adapters = Mutex::default();
@@ -264,6 +268,7 @@ impl Loaded {
             model,
             header,
             prompts,
+            forms,
             shape,
             abilities,
             work,
@@ -290,12 +295,6 @@ impl Loaded {
         if request.sampling.logit_bias.iter().any(|(token, _)| *token >= known) {
             return Err(unsupported("logit_bias", format!("the model has {known} tokens")));
         }
-        if request.format != OutputFormat::Text {
-            return Err(unsupported("response_format", "this engine does not do it"));
-        }
-        if matches!(&request.input, PromptInput::Chat(chat) if !chat.tools.is_empty()) {
-            return Err(unsupported("tools", "this model calls no functions"));
-        }
         Ok(())
     }
 
@@ -314,13 +313,25 @@ impl Loaded {
     ) -> Result<(Arc<Self>, impl FnOnce(OwnedSemaphorePermit) -> Prepared), EngineError> {
         self.blocking(move |loaded| {
             let context_length = loaded.shape.context_length;
-            let mut tokens = loaded.prompts.tokens(&loaded.model, &request.input, context_length)?;
-            if tokens.is_empty() {
+            let prompt = loaded.prompts.prompt(&loaded.model, &request.input, context_length)?;
+            if prompt.tokens.is_empty() {
                 return Err(unsupported("input", "there is nothing to continue"));
             }
-            let prompt_tokens = tokens.len();
+            let (form, parser) = match &request.input {
+                PromptInput::Chat(chat) => {
+                    let seed = request.sampling.seed;
+                    let (form, parser) = loaded.prompts.answer(chat, &prompt, &request.format, seed)?;
+                    (form, Some(parser))
+                }
+                PromptInput::Text(_) | PromptInput::Tokens(_) => (None, None),
+            };
+            let form = form.as_ref().unwrap_or(&request.format);
+            let constraint = loaded.forms.constraint(loaded.model.vocabulary(), form)?;
+            let spoken = if parser.is_some() { loaded.forms.spoken() } else { Arc::default() };
+            let prompt_tokens = prompt.tokens.len();
+            let mut tokens = prompt.tokens;
             let continued = PromptInput::Tokens(request.continued);
-            tokens.extend(loaded.prompts.tokens(&loaded.model, &continued, context_length)?);
+            tokens.extend(loaded.prompts.prompt(&loaded.model, &continued, context_length)?.tokens);
             if tokens.len() >= context_length as usize {
                 return Err(EngineError::ContextLength { prompt_tokens: tokens.len() as u32, context_length });
             }
@@ -342,7 +353,9 @@ impl Loaded {
                     limit,
                     ignore_eos,
                     logprobs,
-                    spoken: BTreeSet::new(),
+                    constraint,
+                    parser,
+                    spoken,
                     prediction,
                     deterministic,
                     outbox,
@@ -356,7 +369,8 @@ impl Loaded {
 
     async fn tokens(self: Arc<Self>, input: PromptInput) -> Result<(Arc<Self>, Vec<Token>), EngineError> {
         // A count is of use for prompts that are too long as well.
-        self.blocking(move |loaded| loaded.prompts.tokens(&loaded.model, &input, u32::MAX)).await
+        self.blocking(move |loaded| loaded.prompts.prompt(&loaded.model, &input, u32::MAX).map(|prompt| prompt.tokens))
+            .await
     }
 
     async fn embed_tokens(

@@ -25,10 +25,8 @@ pub(crate) struct Comparison {
 pub(crate) enum Against {
     LlamaServer,
     LlamaBench,
-    /// Our engine without speculation; ours speculates, and so many of a hundred suggestions are scripted to be right.
-    Unspeculated {
-        accepted_percent: u32,
-    },
+    /// Our engine without speculation.
+    Unspeculated,
 }
 
 /// What the ratio must be.

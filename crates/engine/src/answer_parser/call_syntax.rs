@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use crate::json_form::with_options;
 use crate::model_runtime::{Chat, Tool, ToolChoice};
 
 /// The way a family writes calls.
@@ -77,11 +78,10 @@ impl CallSyntax {
         let several = chat.tool_choice == ToolChoice::Required;
         let mut rules = match self {
             Self::Hermes | Self::Function if several => "calls: call (\"\\n\" call)*\n",
-            Self::Hermes | Self::Function | Self::Llama => "calls: call\n",
+            Self::Mistral { is_named: true } if several => "calls: call+\n",
+            Self::Hermes | Self::Function | Self::Llama | Self::Mistral { is_named: true } => "calls: call\n",
             Self::Mistral { is_named: false } if several => "calls: \"[TOOL_CALLS][\" call (\", \" call)* \"]\"\n",
             Self::Mistral { is_named: false } => "calls: \"[TOOL_CALLS][\" call \"]\"\n",
-            Self::Mistral { is_named: true } if several => "calls: call+\n",
-            Self::Mistral { is_named: true } => "calls: call\n",
             Self::Harmony => {
                 "calls: (\"<|channel|>analysis<|message|>\" analysis \"<|start|>assistant\")? call\n\
                  analysis[suffix=\"<|end|>\"]: /(.|\\n)*/\n"
@@ -108,7 +108,7 @@ impl CallSyntax {
             };
             let after = if after.is_empty() { String::new() } else { json!(after).to_string() };
             let _ = writeln!(rules, "call_{index}: {} arguments_{index} {after}", json!(before));
-            let _ = writeln!(rules, "arguments_{index}: %json {}", arguments(tool));
+            let _ = writeln!(rules, "arguments_{index}: %json {}", with_options(&arguments(tool)));
         }
         Some(rules)
     }

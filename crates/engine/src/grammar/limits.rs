@@ -82,10 +82,10 @@ impl Size {
 
     fn check_keyword(&mut self, key: &str, value: &Value) -> Result<(), String> {
         match key {
-            "minItems" | "maxItems" | "minProperties" | "maxProperties" => {
-                if value.as_f64().is_some_and(|count| count > COUNT_MAX as f64) {
-                    return Err(format!("at most {COUNT_MAX} can be counted"));
-                }
+            "minItems" | "maxItems" | "minProperties" | "maxProperties"
+                if value.as_f64().is_some_and(|count| count > COUNT_MAX as f64) =>
+            {
+                return Err(format!("at most {COUNT_MAX} can be counted"));
             }
             "patternProperties" => {
                 let patterns = value.as_object().map_or(0, serde_json::Map::len);

@@ -181,7 +181,7 @@ impl Engine {
 
     fn take(&mut self, work: Work) {
         match work {
-            Work::Generate(job) => self.waiting.push_back(Sequence::new(*job, self.model.vocabulary())),
+            Work::Generate(job) => self.waiting.extend(Sequence::new(*job, self.model.vocabulary())),
             Work::Embed(job) => self.embeds.push_back(job),
             Work::AddAdapter { adapter, file, attached } => {
                 let loaded = Adapter::load(&self.model, &file);

@@ -280,7 +280,7 @@ impl Lane {
                     break;
                 }
                 Err(error) => {
-                    end = Some(Err(EngineError::Failed { reason: error.to_string() }));
+                    end = Some(Err(error));
                     break;
                 }
             }

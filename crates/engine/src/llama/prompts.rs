@@ -1,22 +1,33 @@
 //! Makes tokens of what is to be continued.
 
+use std::collections::BTreeSet;
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use super::control_texts::{self, ControlTexts, Marks, Piece};
 use super::native::{Model, Token, Vocabulary};
+use crate::answer_parser::{AnswerFormat, AnswerParser};
 use crate::chat_template::{ChatTemplate, ChatTemplateError};
 use crate::gguf::{Header, Value};
-use crate::model_runtime::{EngineError, PromptInput, unsupported};
+use crate::model_runtime::{Chat, EngineError, OutputFormat, PromptInput, unsupported};
 
 /// What is needed to make tokens of a prompt.
 #[derive(Debug)]
 pub(super) struct Prompts {
     template: Result<ChatTemplate, ChatTemplateError>,
+    /// How the model writes its answers.
+    answers: AnswerFormat,
     bos_token: Option<String>,
     longest_token_bytes: usize,
     /// Read from the vocabulary when the first conversation comes, because it is there only after the weights.
     control_texts: OnceLock<ControlTexts>,
+}
+
+/// A prompt that is ready to be continued.
+pub(super) struct Prompt {
+    pub(super) tokens: Vec<Token>,
+    /// What the chat template made of a conversation.
+    rendered: String,
 }
 
 impl Prompts {
@@ -25,13 +36,19 @@ impl Prompts {
             Some(Value::Texts(table)) => (0..table.len()).filter_map(|index| table.get(index)).map(<[u8]>::len).max(),
             _ => None,
         };
-        let template = ChatTemplate::of_model(header);
+        let (bos, eos) = (header.bos_token(), header.eos_token());
+        let template = ChatTemplate::new(
+            header.chat_template(),
+            bos.as_deref().unwrap_or_default(),
+            eos.as_deref().unwrap_or_default(),
+        );
         // Such a model can still continue plain text, so the fault is told when a conversation comes.
         if let Err(error) = &template {
             tracing::warn!(%error, "the model takes no conversations");
         }
         let longest_token_bytes = longest_token_bytes.unwrap_or(0).max(1);
-        Self { template, bos_token: header.bos_token(), longest_token_bytes, control_texts: OnceLock::new() }
+        let answers = AnswerFormat::detect(header.chat_template().unwrap_or_default());
+        Self { template, answers, bos_token: bos, longest_token_bytes, control_texts: OnceLock::new() }
     }
 
     /// Returns whether the model takes conversations.
@@ -39,14 +56,20 @@ impl Prompts {
         self.template.is_ok()
     }
 
+    /// Returns whether the model calls functions.
+    pub(super) fn takes_tools(&self) -> bool {
+        self.answers.takes_tools() && self.template.as_ref().is_ok_and(ChatTemplate::takes_tools)
+    }
+
     /// Returns the tokens of an input, fewer than `context_length`.
-    pub(super) fn tokens(
+    pub(super) fn prompt(
         &self,
         model: &Model,
         input: &PromptInput,
         context_length: u32,
-    ) -> Result<Vec<Token>, EngineError> {
+    ) -> Result<Prompt, EngineError> {
         let vocabulary = model.vocabulary();
+        let mut rendered = String::new();
         let tokens = match input {
             PromptInput::Tokens(tokens) => given(vocabulary, tokens)?,
             PromptInput::Text(text) => {
@@ -58,7 +81,7 @@ impl Prompts {
             PromptInput::Chat(chat) => {
                 let template = self.template.as_ref().map_err(Clone::clone)?;
                 let hidden = self.control_texts.get_or_init(|| control_texts(vocabulary)).hide(chat)?;
-                let rendered = template.render(&hidden.chat, today())?;
+                rendered = template.render(&hidden.chat, today())?;
                 self.check_length(&rendered, context_length)?;
                 self.rendered_tokens(vocabulary, &rendered, &hidden.marks)
             }
@@ -67,7 +90,33 @@ impl Prompts {
             let prompt_tokens = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
             return Err(EngineError::ContextLength { prompt_tokens, context_length });
         }
-        Ok(tokens)
+        Ok(Prompt { tokens, rendered })
+    }
+
+    /// Returns how an answer to a conversation is to be formed, and what takes it apart.
+    pub(super) fn answer(
+        &self,
+        chat: &Chat,
+        prompt: &Prompt,
+        format: &OutputFormat,
+        seed: u64,
+    ) -> Result<(Option<OutputFormat>, AnswerParser), EngineError> {
+        if !chat.tools.is_empty() && !self.takes_tools() {
+            return Err(unsupported("tools", "this model calls no functions"));
+        }
+        let form = self.answers.constraint(chat, format, &prompt.rendered);
+        Ok((form, AnswerParser::new(self.answers, chat, &prompt.rendered, seed)))
+    }
+
+    /// Returns the control tokens whose texts belong to answers.
+    pub(super) fn spoken(&self, vocabulary: Vocabulary<'_>) -> BTreeSet<Token> {
+        let tokens = self.answers.preserved_tokens().into_iter().filter_map(|text| {
+            let mut tokens = Vec::new();
+            vocabulary.tokenize(text.as_bytes(), false, true, &mut tokens);
+            // What is written with several tokens is text already.
+            tokens.pop().filter(|token| tokens.is_empty() && vocabulary.is_control(*token))
+        });
+        tokens.collect()
     }
 
     /// Returns the tokens of a text that a vector is made of, at least one and at most as many as told, with all that
@@ -198,8 +247,8 @@ mod tests {
         let control_tokens = |content: &str| {
             let said = [("user", content), ("assistant", "No."), ("user", "Why?")];
             let said = said.map(|(role, content)| ChatMessage::new(role, content));
-            let tokens = prompts.tokens(&model, &PromptInput::Chat(said.to_vec().into()), 512).expect("it fits");
-            tokens.into_iter().filter(|token| vocabulary.is_control(*token)).collect::<Vec<_>>()
+            let prompt = prompts.prompt(&model, &PromptInput::Chat(said.to_vec().into()), 512).expect("it fits");
+            prompt.tokens.into_iter().filter(|token| vocabulary.is_control(*token)).collect::<Vec<_>>()
         };
         let honest = control_tokens("Hello.");
         // A begin and an end for each message, and the begin of the answer.

@@ -1,6 +1,7 @@
 //! One generation: what it was asked, how far it is, and how its tokens become its answer.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -8,8 +9,10 @@ use super::draft::Drafter;
 use super::native::{Token, Vocabulary};
 use super::outbox::Outbox;
 use super::room::Strand;
-use crate::model_runtime::{AdapterId, FinishReason, Piece, Sampling, TokenLogprob, Usage};
-use crate::sampler::{History, SampleError, Sampler};
+use crate::answer_parser::{AnswerParser, Delta};
+use crate::grammar::Constraint;
+use crate::model_runtime::{AdapterId, EngineError, FinishReason, Piece, Sampling, TokenLogprob, Usage};
+use crate::sampler::{History, Sampler};
 use crate::text_assembler::TextAssembler;
 
 /// An admitted generation.
@@ -25,8 +28,12 @@ pub(super) struct Job {
     pub(super) limit: u32,
     pub(super) ignore_eos: bool,
     pub(super) logprobs: Option<u32>,
+    /// The form that the answer must have.
+    pub(super) constraint: Option<Constraint>,
+    /// Takes the answer to a conversation apart.
+    pub(super) parser: Option<AnswerParser>,
     /// Control tokens whose texts are part of the answer.
-    pub(super) spoken: BTreeSet<Token>,
+    pub(super) spoken: Arc<BTreeSet<Token>>,
     /// The answer that the caller predicts.
     pub(super) prediction: Vec<Token>,
     /// Evaluated by itself, so that it is the same to the bit whenever it is repeated.
@@ -70,7 +77,8 @@ pub(super) struct Finished {
 }
 
 impl Sequence {
-    pub(super) fn new(mut job: Job, vocabulary: Vocabulary<'_>) -> Self {
+    /// Returns `None`, and tells the reader, where the tokens that it has do not have the form that is asked for.
+    pub(super) fn new(mut job: Job, vocabulary: Vocabulary<'_>) -> Option<Self> {
         let tokens = std::mem::take(&mut job.tokens);
         let (prompt, continued) = tokens.split_at(job.prompt_tokens);
         let unsigned = |tokens: &[Token]| tokens.iter().map(|token| token.cast_unsigned()).collect::<Vec<_>>();
@@ -79,11 +87,20 @@ impl Sequence {
         let mut assembler = TextAssembler::new(&job.stop);
         for token in continued {
             history.push(token.cast_unsigned());
+            if let Some(constraint) = &mut job.constraint
+                && let Err(error) = constraint.accept(token.cast_unsigned())
+            {
+                job.outbox.fail(error);
+                return None;
+            }
             // The reader has this text.
-            let _ = assembler.push(&vocabulary.piece(*token, job.spoken.contains(token)));
+            let text = assembler.push(&vocabulary.piece(*token, job.spoken.contains(token)));
+            if let Some(parser) = &mut job.parser {
+                let _ = parser.push(&text);
+            }
         }
         let drafter = Drafter::new(std::mem::take(&mut job.prediction));
-        Self {
+        Some(Self {
             job,
             tokens,
             strand: None,
@@ -93,7 +110,7 @@ impl Sequence {
             told_start: false,
             history,
             assembler,
-        }
+        })
     }
 
     /// Returns how many tokens are evaluated.
@@ -144,21 +161,27 @@ impl Sequence {
         logits: &[f32],
         sampler: &mut Sampler,
         vocabulary: Vocabulary<'_>,
-    ) -> Result<Drawn, SampleError> {
+    ) -> Result<Drawn, EngineError> {
         // A draw depends on the token's place alone, so that a continued answer draws as the first try would have.
         let position = self.tokens.len() as u64;
-        let token = sampler.sample(logits, &self.job.sampling, position, &self.history, None)?;
+        let mask = self.job.constraint.as_mut().map(Constraint::mask).transpose()?;
+        let token = sampler
+            .sample(logits, &self.job.sampling, position, &self.history, mask.as_ref())
+            .map_err(|error| EngineError::Failed { reason: error.to_string() })?;
         let drawn = token.cast_signed();
         if vocabulary.is_end(drawn) && !self.job.ignore_eos {
             return Ok(Drawn::End(FinishReason::Stop));
+        }
+        if let Some(constraint) = &mut self.job.constraint {
+            constraint.accept(token)?;
         }
         self.tokens.push(drawn);
         self.history.push(token);
         let bytes = vocabulary.piece(drawn, self.job.spoken.contains(&drawn));
         let logprobs = self.job.logprobs.map(|top| logprobs(sampler, logits, token, top, vocabulary));
         let text = self.assembler.push(&bytes);
-        let piece = Piece { text, tokens: vec![token], logprobs: logprobs.into_iter().collect(), ..Piece::default() };
-        self.job.outbox.piece(piece);
+        let delta = self.read(text);
+        self.job.outbox.piece(Piece { tokens: vec![token], logprobs: logprobs.into_iter().collect(), ..piece(delta) });
         Ok(if self.assembler.is_stopped() {
             Drawn::End(FinishReason::Stop)
         } else if self.left() == 0 {
@@ -168,17 +191,38 @@ impl Sequence {
         })
     }
 
+    /// Takes text apart, where somebody wants that.
+    fn read(&mut self, text: String) -> Delta {
+        match &mut self.job.parser {
+            Some(parser) => parser.push(&text),
+            None => Delta { text, ..Delta::default() },
+        }
+    }
+
     /// Ends the generation and gives up its place.
-    pub(super) fn finish(mut self, reason: FinishReason) -> Finished {
+    pub(super) fn finish(mut self, mut reason: FinishReason) -> Finished {
         let usage = Usage {
             prompt_tokens: self.job.prompt_tokens as u32,
             completion_tokens: self.generated(),
             cached_tokens: self.cached.unwrap_or(0),
         };
-        let last = Piece { text: self.assembler.finish(), ..Piece::default() };
+        let rest = self.assembler.finish();
+        let mut last = piece(self.read(rest));
+        if let Some(parser) = &mut self.job.parser {
+            let (delta, calls) = parser.finish();
+            last.append(piece(delta));
+            if calls && reason == FinishReason::Stop {
+                reason = FinishReason::ToolCalls;
+            }
+        }
         drop(self.job.admitted);
         Finished { outbox: self.job.outbox, last, reason, usage }
     }
+}
+
+fn piece(delta: Delta) -> Piece {
+    let Delta { text, reasoning, tool_calls } = delta;
+    Piece { text, reasoning, tool_calls, ..Piece::default() }
 }
 
 impl Finished {

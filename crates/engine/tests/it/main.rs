@@ -4,6 +4,8 @@
 
 mod chat_templates;
 #[cfg(feature = "llama")]
+mod llama_forms;
+#[cfg(feature = "llama")]
 mod llama_process;
 #[cfg(feature = "llama")]
 mod llama_runtime;

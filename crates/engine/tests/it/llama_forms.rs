@@ -1,0 +1,153 @@
+//! Answers that must have a form, tell how likely they were, or call functions.
+
+use serde_json::{Value, json};
+use tether_engine::{
+    Chat, ChatMessage, EngineError, Event, FinishReason, GenerateRequest, LlamaRuntime, ModelId, ModelRuntime,
+    OutputFormat, Piece, PromptInput, Sampling, Tool, ToolChoice, no_progress,
+};
+
+use super::{ask, options, run, tiny, tiny_with_template, within};
+
+/// A template in the idiom of models that call functions.
+const WITH_TOOLS: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
+    {% endfor %}{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}</tools> Answer with \
+    <tool_call>{\"name\": …, \"arguments\": …}</tool_call>{% endif %}<|im_start|>assistant\n";
+
+async fn loaded() -> (LlamaRuntime, ModelId) {
+    let runtime = LlamaRuntime::new();
+    let model = within(runtime.load(tiny(), options(), no_progress())).await.expect("the tiny model loads").id;
+    (runtime, model)
+}
+
+fn formed(model: ModelId, format: OutputFormat) -> GenerateRequest {
+    let sampling = Sampling { seed: 3, ..Sampling::default() };
+    GenerateRequest { format, sampling, max_tokens: Some(300), ..ask(model, "Tell me a story.") }
+}
+
+async fn pieces(runtime: &LlamaRuntime, request: GenerateRequest) -> (Piece, FinishReason) {
+    let mut whole = Piece::default();
+    let mut stream = within(runtime.generate(request)).await.expect("it is admitted");
+    loop {
+        match within(stream.next()).await.expect("it has an end").expect("it goes on") {
+            Event::Piece(piece) => whole.append(piece),
+            Event::Done { reason, .. } => return (whole, reason),
+            Event::Started { .. } => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_schema_is_kept_by_a_model_that_knows_nothing_of_it() {
+    let (runtime, model) = loaded().await;
+    let schema = json!({
+        "type": "object",
+        "properties": { "name": { "type": "string", "maxLength": 8 }, "age": { "type": "integer", "maximum": 120 } },
+        "required": ["name", "age"],
+        "additionalProperties": false,
+    });
+    let answer = run(&runtime, formed(model, OutputFormat::JsonSchema(schema))).await;
+    assert_eq!(answer.reason(), FinishReason::Stop, "{}", answer.text);
+    let value: Value = serde_json::from_str(&answer.text).expect("it is JSON");
+    assert!(value["name"].is_string() && value["age"].is_i64(), "{value}");
+}
+
+#[tokio::test]
+async fn a_pattern_is_kept_and_a_continued_answer_keeps_it_too() {
+    let (runtime, model) = loaded().await;
+    let request = formed(model, OutputFormat::Regex("[a-c]{6}-[0-9]{4}".into()));
+    let answer = run(&runtime, request.clone()).await;
+    let (letters, digits) = answer.text.split_once('-').expect("it has the form");
+    assert!(letters.len() == 6 && digits.len() == 4, "{}", answer.text);
+    let continued = answer.tokens[..2].to_vec();
+    let rest = run(&runtime, GenerateRequest { continued, ..request.clone() }).await;
+    assert_eq!(rest.tokens, answer.tokens[2..]);
+    // Tokens that do not have the form are not a beginning of this answer.
+    let strange = vec![answer.tokens[0], answer.tokens[answer.tokens.len() - 1], answer.tokens[0]];
+    let refused = run(&runtime, GenerateRequest { continued: strange, ..request }).await;
+    assert!(matches!(refused.end, Err(EngineError::Unsupported { .. })), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_form_that_cannot_be_kept_is_refused_before_the_answer() {
+    let (runtime, model) = loaded().await;
+    for format in [
+        OutputFormat::JsonSchema(json!({ "type": "no such type" })),
+        OutputFormat::Regex("(((a{1,1000}){1,1000}){1,1000}".into()),
+        OutputFormat::Lark("start: nowhere".into()),
+    ] {
+        let refused = within(runtime.generate(formed(model, format))).await.err();
+        let named =
+            matches!(&refused, Some(EngineError::Unsupported { parameter, .. }) if parameter == "response_format");
+        assert!(named, "{refused:?}");
+    }
+    assert_eq!(run(&runtime, ask(model, "What is 3 + 4?")).await.text, "3 + 4 = 7");
+}
+
+#[tokio::test]
+async fn each_token_tells_how_likely_it_was_and_what_else_might_have_come() {
+    let (runtime, model) = loaded().await;
+    let request = GenerateRequest { logprobs: Some(4), ..ask(model, "What is 3 + 4?") };
+    let (piece, _) = pieces(&runtime, request).await;
+    assert_eq!(piece.logprobs.len(), piece.tokens.len());
+    let told: Vec<u8> = piece.logprobs.iter().flat_map(|told| told.bytes.clone()).collect();
+    assert_eq!(String::from_utf8(told).as_deref(), Ok("3 + 4 = 7"));
+    for (told, token) in piece.logprobs.iter().zip(&piece.tokens) {
+        assert_eq!((told.token, told.top.len(), told.top[0].token), (*token, 4, *token));
+        assert!(told.logprob <= 0.0 && told.logprob > -3.0, "{told:?}");
+        assert!(told.top.windows(2).all(|pair| pair[0].logprob >= pair[1].logprob));
+    }
+}
+
+#[tokio::test]
+async fn a_banned_token_never_comes() {
+    let (runtime, model) = loaded().await;
+    let usual = run(&runtime, ask(model, "What is 3 + 4?")).await;
+    let sampling = Sampling { temperature: 0.0, logit_bias: vec![(usual.tokens[0], -100.0)], ..Sampling::default() };
+    let other = run(&runtime, GenerateRequest { sampling, ..ask(model, "What is 3 + 4?") }).await;
+    assert!(!other.tokens.contains(&usual.tokens[0]), "{}", other.text);
+}
+
+#[tokio::test]
+async fn a_required_call_comes_as_a_call() {
+    let runtime = LlamaRuntime::new();
+    let artifact = tiny_with_template(WITH_TOOLS);
+    let model = within(runtime.load(artifact, options(), no_progress())).await.expect("it loads");
+    assert!(model.abilities.tools);
+    let parameters = json!({
+        "type": "object",
+        "properties": { "city": { "enum": ["Tokyo", "Paris"] } },
+        "required": ["city"],
+        "additionalProperties": false,
+    });
+    let tool = Tool { name: "weather".into(), description: None, parameters: Some(parameters) };
+    let chat = |tool_choice| Chat {
+        messages: vec![ChatMessage::new("user", "How is the weather in Tokyo?")],
+        tools: vec![tool.clone()],
+        tool_choice,
+        ..Chat::default()
+    };
+    let request = |tool_choice| GenerateRequest {
+        input: PromptInput::Chat(chat(tool_choice)),
+        max_tokens: Some(200),
+        ..ask(model.id, "")
+    };
+    for choice in [ToolChoice::Required, ToolChoice::Function("weather".into())] {
+        let (piece, reason) = pieces(&runtime, request(choice)).await;
+        assert_eq!((reason, piece.text.as_str()), (FinishReason::ToolCalls, ""), "{piece:?}");
+        assert_eq!(piece.tool_calls[0].name.as_deref(), Some("weather"));
+        assert!(piece.tool_calls[0].id.as_ref().is_some_and(|id| !id.is_empty()));
+        let first = piece.tool_calls.iter().filter(|call| call.index == 0);
+        let arguments: String = first.map(|call| call.arguments.as_str()).collect();
+        let arguments: Value = serde_json::from_str(&arguments).expect("they are JSON");
+        assert!(arguments["city"] == "Tokyo" || arguments["city"] == "Paris", "{arguments}");
+    }
+}
+
+#[tokio::test]
+async fn a_model_without_calls_refuses_tools() {
+    let (runtime, model) = loaded().await;
+    let tool = Tool { name: "weather".into(), description: None, parameters: None };
+    let chat = Chat { messages: vec![ChatMessage::new("user", "Hi.")], tools: vec![tool], ..Chat::default() };
+    let refused = within(runtime.generate(GenerateRequest { input: PromptInput::Chat(chat), ..ask(model, "") })).await;
+    assert!(matches!(refused.err(), Some(EngineError::Unsupported { parameter, .. }) if parameter == "tools"));
+}
