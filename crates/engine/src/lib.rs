@@ -13,6 +13,7 @@ pub mod chat_template;
 pub mod gguf;
 #[cfg(feature = "llama")]
 pub mod grammar;
+pub mod hardware;
 mod json_form;
 #[cfg(feature = "llama")]
 pub mod llama;

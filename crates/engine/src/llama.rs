@@ -34,6 +34,7 @@ use tokio::task;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::gguf::{self, Header};
+use crate::hardware::{self, Device};
 use crate::memory_plan::{self, Shape};
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, FinishReason, GenerateRequest,
@@ -102,8 +103,13 @@ impl ModelRuntime for LlamaRuntime {
     fn describe(&self) -> RuntimeInfo {
         let names: Vec<_> =
             native::devices().iter().map(|device| format!("{} ({})", device.description, device.name)).collect();
-        let detail = format!("llama.cpp with {} on {}", instruction_sets(), names.join(", "));
+        let detail = format!("llama.cpp with {} on {}", native::instruction_sets(), names.join(", "));
         RuntimeInfo { kind: "llama".into(), detail }
+    }
+
+    async fn devices(&self) -> Vec<Device> {
+        // Drivers take their time when they start.
+        task::spawn_blocking(native::devices).await.unwrap_or_default()
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
@@ -231,7 +237,12 @@ impl Loaded {
             prompt_cache_bytes: options.prompt_cache_bytes,
             draft_tokens: options.draft_tokens,
         };
-        let model_options = ModelOptions { gpu_layers: options.gpu_layers.unwrap_or(0), ..ModelOptions::default() };
+        let as_many_as_fit = || {
+            let free_bytes = hardware::free_gpu_bytes(&native::devices());
+            memory_plan::layers_that_fit(&header, options, free_bytes)
+        };
+        let gpu_layers = options.gpu_layers.unwrap_or_else(as_many_as_fit);
+        let model_options = ModelOptions { gpu_layers, ..ModelOptions::default() };
         let (told, stopped) = (Arc::clone(&snapshot), stop.clone());
         let serve = move || {
             let made = load_model(artifact, model_options, progress, &stopped).and_then(|model| {
@@ -456,20 +467,6 @@ fn idle(model: ModelId, slots: u32) -> LoadSnapshot {
         kv_usage: 0.0,
         tokens_per_second: 0.0,
         counters: Counters::default(),
-    }
-}
-
-fn instruction_sets() -> &'static str {
-    if cfg!(feature = "portable") {
-        "instruction sets chosen at run time"
-    } else if cfg!(target_feature = "avx512vnni") {
-        "AVX-512 VNNI"
-    } else if cfg!(target_feature = "avx512f") {
-        "AVX-512"
-    } else if cfg!(target_arch = "x86_64") {
-        "AVX2"
-    } else {
-        "the instructions of its architecture"
     }
 }
 

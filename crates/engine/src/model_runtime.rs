@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::hardware::Device;
 pub use answer::*;
 pub use request::*;
 
@@ -27,6 +28,11 @@ pub use request::*;
 pub trait ModelRuntime: Send + Sync + 'static {
     /// Says what this runtime is and what it can do.
     fn describe(&self) -> RuntimeInfo;
+
+    /// Returns what models can be computed with; nothing where a runtime does not know.
+    async fn devices(&self) -> Vec<Device> {
+        Vec::new()
+    }
 
     /// Returns the memory that `load` would take, read from the header of the artifact.
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError>;

@@ -14,6 +14,7 @@ mod host_memory;
 mod memory_limit;
 mod pipe;
 mod preflight;
+mod spawn;
 mod stall_watch;
 
 use std::collections::BTreeMap;
@@ -30,6 +31,7 @@ use tokio::time;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
+use crate::hardware::Device;
 use crate::model_runtime::{
     AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
     LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
@@ -45,6 +47,8 @@ const CREDIT: usize = 256;
 const LOAD_WITHIN: Duration = Duration::from_mins(5);
 /// How much longer it may take for each GiB.
 const LOAD_WITHIN_PER_GIB: Duration = Duration::from_secs(20);
+/// How long a process may take to start and to say what it is; drivers of accelerators take seconds.
+const HELLO_WITHIN: Duration = Duration::from_secs(30);
 /// How long a process may take to unload before it is killed.
 const UNLOAD_WITHIN: Duration = Duration::from_secs(2);
 
@@ -134,6 +138,20 @@ impl ModelRuntime for ProcessRuntime {
             kind: "process".into(),
             detail: format!("a process of {} for each model", self.command.program.display()),
         })
+    }
+
+    async fn devices(&self) -> Vec<Device> {
+        match time::timeout(HELLO_WITHIN, spawn::ask_devices(&self.command)).await {
+            Ok(Ok(devices)) => devices,
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "no engine process says what it computes with");
+                Vec::new()
+            }
+            Err(_) => {
+                tracing::warn!("an engine process did not say within {HELLO_WITHIN:?} what it computes with");
+                Vec::new()
+            }
+        }
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {

@@ -143,6 +143,7 @@ impl BaseWorker {
             config, parts, runtime, loader, guard, client, directory, directory_task, changes, end: _end, ..
         } = self;
         let WorkerParts { transport, key, epoch, clock, metrics, membership, version, .. } = parts;
+        let capabilities = Capabilities::of(&runtime.devices().await);
         // Cancelled as well when this future is dropped, so that nothing runs on without its owner.
         let life = CancellationToken::new();
         let _end_of_life = life.clone().drop_guard();
@@ -161,7 +162,7 @@ impl BaseWorker {
         let identity = Identity {
             key,
             region: config.region.clone(),
-            capabilities: Capabilities::detect(),
+            capabilities,
             supported: config.models.iter().map(crate::config::ServedModel::key).collect(),
             latency_hops: config.latency_hops,
             limits: guard.limits(),

@@ -1,5 +1,7 @@
 //! What the machine can do, as schedulers and people name it (W8).
 
+use engine::hardware::{Device, gpu_class};
+
 /// The labels under which a worker is scheduled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
@@ -12,10 +14,22 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// Asks the machine. Only its CPU is looked at.
-    pub fn detect() -> Self {
-        let accelerators = cpu_features().into_iter().filter(|(_, there)| *there).map(|(name, _)| name.to_owned());
-        Self { gpu_class: "cpu".to_owned(), vram_gb: 0, accelerators: accelerators.collect() }
+    /// Returns the labels of a machine with these devices, whose CPU is looked at here.
+    pub fn of(devices: &[Device]) -> Self {
+        let gpus = || devices.iter().filter(|device| device.is_gpu());
+        // Of several, the one with the most memory is what large models are for.
+        let largest = gpus().max_by_key(|device| device.total_bytes);
+        let gpu_bytes = gpus().fold(0_u64, |sum, device| sum.saturating_add(device.total_bytes));
+        let mut accelerators: Vec<String> = gpus().map(Device::interface).collect();
+        accelerators.sort();
+        accelerators.dedup();
+        accelerators.extend(cpu_features().into_iter().filter(|(_, there)| *there).map(|(name, _)| name.to_owned()));
+        Self {
+            gpu_class: largest.map_or_else(|| "cpu".to_owned(), |device| gpu_class(&device.description)),
+            // Drivers keep some of it to themselves, so the nearest number is what is printed on the box.
+            vram_gb: (gpu_bytes as f64 / f64::from(1 << 30)).round() as u32,
+            accelerators,
+        }
     }
 }
 
@@ -53,12 +67,32 @@ fn cpu_features() -> Vec<(&'static str, bool)> {
 mod tests {
     use super::*;
 
+    fn gpu(name: &str, description: &str, gib: u64) -> Device {
+        let total_bytes = gib << 30;
+        Device {
+            name: name.into(),
+            description: description.into(),
+            kind: engine::hardware::DeviceKind::Gpu,
+            free_bytes: total_bytes,
+            total_bytes,
+        }
+    }
+
     #[test]
     fn a_machine_without_an_accelerator_is_of_class_cpu() {
-        let found = Capabilities::detect();
+        let found = Capabilities::of(&[]);
         assert_eq!((found.gpu_class.as_str(), found.vram_gb), ("cpu", 0));
         // Labels read like the region's slug: schedulers and people compare them as they are.
         let slug = |label: &String| label.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'));
         assert!(found.accelerators.iter().all(slug), "{:?}", found.accelerators);
+    }
+
+    #[test]
+    fn the_largest_of_several_accelerators_names_the_class_and_all_count_as_memory() {
+        let two = [gpu("CUDA0", "NVIDIA GeForce RTX 4090", 24), gpu("CUDA1", "NVIDIA H100 80GB HBM3", 80)];
+        let found = Capabilities::of(&two);
+        assert_eq!((found.gpu_class.as_str(), found.vram_gb), ("h100", 104));
+        assert_eq!(found.accelerators[0], "cuda");
+        assert!(!found.accelerators[1..].contains(&"cuda".to_owned()));
     }
 }

@@ -19,36 +19,12 @@ use std::sync::OnceLock;
 
 use llama_cpp_sys_2 as sys;
 
+use crate::hardware::{Device, DeviceKind};
+
 pub(super) use batch::Batch;
 pub(super) use context::{Context, ContextOptions, DecodeError, Pooling};
 pub(super) use model::{Adapter, Model, ModelOptions};
 pub(super) use vocabulary::{Token, Vocabulary};
-
-/// A place where ggml computes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Device {
-    /// Its short name, such as `CPU` or `CUDA0`.
-    pub(crate) name: String,
-    /// What it is, such as a processor's model.
-    pub(crate) description: String,
-    /// Whether it has memory of its own or is the CPU.
-    pub(crate) kind: DeviceKind,
-    /// Free memory in bytes; 0 where it is not known.
-    pub(crate) free_bytes: u64,
-    /// All its memory in bytes; 0 where it is not known.
-    pub(crate) total_bytes: u64,
-}
-
-/// What kind of device it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum DeviceKind {
-    /// The processor, or a library that computes on it.
-    Cpu,
-    /// A graphics processor with memory of its own.
-    Gpu,
-    /// A graphics processor that shares the machine's memory.
-    IntegratedGpu,
-}
 
 /// Starts llama.cpp, once for the life of the process; every handle's constructor calls it.
 pub(crate) fn start() {
@@ -73,6 +49,18 @@ fn load_backends() {
         // SAFETY: it takes no arguments.
         None => unsafe { sys::ggml_backend_load_all() },
     }
+}
+
+/// Returns the instruction sets of the kernels that run on the CPU, as llama.cpp names them.
+pub(crate) fn instruction_sets() -> &'static str {
+    static SETS: OnceLock<String> = OnceLock::new();
+    SETS.get_or_init(|| {
+        start();
+        // SAFETY: the text stays until the next call, and there is none.
+        let told = unsafe { text(sys::llama_print_system_info()) };
+        let used = told.split(['|', ':']).filter_map(|feature| feature.trim().strip_suffix(" = 1"));
+        used.collect::<Vec<_>>().join(" ")
+    })
 }
 
 /// Returns the devices that this build can use.

@@ -6,16 +6,14 @@ mod questions;
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::net::UnixStream;
-use tokio::process::{Child, Command};
+use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -23,6 +21,7 @@ use tokio_util::task::TaskTracker;
 
 use super::frame::{Answer, FrameError, ToChild, encode};
 use super::pipe::{FRAMES_MAX, FrameReader, write_frames};
+use super::spawn::{Spawned, spawn};
 use super::stall_watch::StallWatch;
 use super::{CREDIT, ChildCommand, handover};
 use crate::model_runtime::{
@@ -104,29 +103,13 @@ impl EngineProcess {
         tasks: &TaskTracker,
         gone: impl FnOnce() + Send + 'static,
     ) -> io::Result<Arc<Self>> {
-        let (ours, theirs) = StdUnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        let socket = UnixStream::from_std(ours)?;
-        let (files, their_files) = StdUnixStream::pair()?;
-        files.set_nonblocking(true)?;
+        let Spawned { mut child, frames, files } = spawn(command)?;
         handover::send(&files, &artifact)?;
         let load =
             encode(&ToChild::Load { options, files: handover::describe(&artifact) }).map_err(io::Error::other)?;
         drop(artifact);
-        let mut child = Command::new(&command.program)
-            .args(&command.args)
-            .envs(command.envs.iter().map(|(name, value)| (name, value)))
-            // An assertion that fails would start a debugger to print a trace.
-            .env("GGML_NO_BACKTRACE", "1")
-            .stdin(Stdio::from(OwnedFd::from(their_files)))
-            .stdout(Stdio::from(OwnedFd::from(theirs)))
-            .stderr(Stdio::piped())
-            // Ctrl-C on a terminal is for the program, which lets its jobs end, and not for the engines they need.
-            .process_group(0)
-            .kill_on_drop(true)
-            .spawn()?;
         let pid = child.id().unwrap_or_default();
-        let (reading, writing) = socket.into_split();
+        let (reading, writing) = frames.into_split();
         let (outgoing, queue) = mpsc::channel(FRAMES_MAX);
         tasks.spawn(write_frames(queue, writing));
         let last_words = LastWords::default();

@@ -4,6 +4,7 @@ use bytes::{Buf, BytesMut};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::hardware::Device;
 use crate::model_runtime::{
     AdapterId, Embeddings, EngineError, Event, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, PromptInput,
     RuntimeInfo,
@@ -105,6 +106,8 @@ pub enum ToParent {
     Hello {
         /// The runtime it serves.
         info: RuntimeInfo,
+        /// What that computes with.
+        devices: Vec<Device>,
     },
     /// A share of the load is done.
     Progress {

@@ -37,7 +37,7 @@ impl Inbox<'_> {
             state.asked = false;
         }
         match message {
-            ToParent::Hello { info } => self.info = Some(info),
+            ToParent::Hello { info, .. } => self.info = Some(info),
             ToParent::Progress { share } => {
                 if let Some(loading) = &self.loading {
                     (loading.progress)(share);

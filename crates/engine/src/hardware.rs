@@ -1,0 +1,162 @@
+//! What the machine computes with, and the names under which schedulers and people know it.
+
+use serde::{Deserialize, Serialize};
+
+/// A place where models are computed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Its short name, such as `CPU` or `CUDA0`.
+    pub name: String,
+    /// What it is, such as a processor's model.
+    pub description: String,
+    /// Whether it has memory of its own or is the CPU.
+    pub kind: DeviceKind,
+    /// Free memory in bytes; 0 where it is not known.
+    pub free_bytes: u64,
+    /// All its memory in bytes; 0 where it is not known.
+    pub total_bytes: u64,
+}
+
+/// What kind of device it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceKind {
+    /// The processor, or a library that computes on it.
+    Cpu,
+    /// A graphics processor with memory of its own.
+    Gpu,
+    /// A graphics processor that shares the machine's memory.
+    IntegratedGpu,
+}
+
+impl Device {
+    /// Returns whether it is a graphics processor.
+    pub fn is_gpu(&self) -> bool {
+        self.kind != DeviceKind::Cpu
+    }
+
+    /// Returns the interface through which it is used, such as `cuda`, `vulkan` or `metal`.
+    pub fn interface(&self) -> String {
+        match self.name.trim_end_matches(|letter: char| letter.is_ascii_digit()).to_lowercase().as_str() {
+            "mtl" => "metal".to_owned(),
+            other => other.to_owned(),
+        }
+    }
+}
+
+/// Returns the memory that is free on all graphics processors together, in bytes.
+pub fn free_gpu_bytes(devices: &[Device]) -> u64 {
+    devices.iter().filter(|device| device.is_gpu()).fold(0, |sum, device| sum.saturating_add(device.free_bytes))
+}
+
+/// Words that say who made a processor or how it is mounted, and not which one it is.
+const NOISE: [&str; 24] = [
+    "nvidia",
+    "geforce",
+    "tesla",
+    "quadro",
+    "amd",
+    "instinct",
+    "intel",
+    "apple",
+    "corporation",
+    "graphics",
+    "gpu",
+    "generation",
+    "series",
+    "pcie",
+    "sxm",
+    "sxm2",
+    "sxm3",
+    "sxm4",
+    "sxm5",
+    "nvl",
+    "hbm2",
+    "hbm2e",
+    "hbm3",
+    "hbm3e",
+];
+
+/// Returns the class of a graphics processor by its description: `NVIDIA H100 80GB HBM3` is an `h100`.
+///
+/// Memory and mounting are left out, because equal chips do equal work; the network knows the memory by itself.
+pub fn gpu_class(description: &str) -> String {
+    let lower = description.to_lowercase();
+    let mut plain = String::with_capacity(lower.len());
+    let mut depth = 0_usize;
+    for letter in lower.chars() {
+        match letter {
+            '(' => depth += 1,
+            ')' => depth = depth.saturating_sub(1),
+            _ if depth == 0 => plain.push(letter),
+            _ => {}
+        }
+    }
+    let words: Vec<&str> = plain.split(|letter: char| !letter.is_ascii_alphanumeric()).collect();
+    let is_size = |word: &str| {
+        let number = word.strip_suffix("gb").or_else(|| word.strip_suffix("gib"));
+        number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    let telling = |word: &&str| !word.is_empty() && !NOISE.contains(word) && !is_size(word);
+    let class: Vec<&str> = words.iter().copied().filter(telling).collect();
+    if class.is_empty() { "gpu".to_owned() } else { class.join("-") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn graphics_processors_are_known_by_their_model() {
+        for (description, class) in [
+            ("NVIDIA H100 80GB HBM3", "h100"),
+            ("NVIDIA H100 PCIe", "h100"),
+            ("NVIDIA H200", "h200"),
+            ("NVIDIA A100-SXM4-80GB", "a100"),
+            ("NVIDIA GH200 480GB", "gh200"),
+            ("NVIDIA L40S", "l40s"),
+            ("Tesla T4", "t4"),
+            ("Tesla V100-SXM2-16GB", "v100"),
+            ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+            ("NVIDIA GeForce RTX 3080 Ti", "rtx-3080-ti"),
+            ("NVIDIA GeForce RTX 4070 Laptop GPU", "rtx-4070-laptop"),
+            ("NVIDIA RTX 6000 Ada Generation", "rtx-6000-ada"),
+            ("NVIDIA GeForce GTX 1080 Ti", "gtx-1080-ti"),
+            ("Apple M2 Max", "m2-max"),
+            ("Apple M1", "m1"),
+            ("AMD Instinct MI300X", "mi300x"),
+            ("AMD Radeon RX 7900 XTX (RADV NAVI31)", "radeon-rx-7900-xtx"),
+            ("AMD Radeon Graphics (RADV RENOIR)", "radeon"),
+            ("Intel(R) Arc(TM) A770 Graphics (DG2)", "arc-a770"),
+            ("Intel(R) Iris(R) Xe Graphics", "iris-xe"),
+            ("Intel(R) UHD Graphics 770", "uhd-770"),
+            ("llvmpipe (LLVM 15.0.7, 256 bits)", "llvmpipe"),
+            ("", "gpu"),
+            ("((((", "gpu"),
+        ] {
+            assert_eq!(gpu_class(description), class, "{description}");
+        }
+    }
+
+    #[test]
+    fn the_interface_is_the_name_without_its_number() {
+        for (name, interface) in [("CUDA0", "cuda"), ("Vulkan12", "vulkan"), ("MTL0", "metal"), ("ROCm1", "rocm")] {
+            assert_eq!(device(name, DeviceKind::Gpu, 0).interface(), interface);
+        }
+    }
+
+    #[test]
+    fn only_graphics_processors_have_memory_of_their_own() {
+        let devices = [
+            device("CPU", DeviceKind::Cpu, 9),
+            device("CUDA0", DeviceKind::Gpu, 3),
+            device("CUDA1", DeviceKind::Gpu, 4),
+        ];
+        assert_eq!(free_gpu_bytes(&devices), 7);
+        assert_eq!(free_gpu_bytes(&[]), 0);
+    }
+
+    fn device(name: &str, kind: DeviceKind, free_bytes: u64) -> Device {
+        Device { name: name.into(), description: String::new(), kind, free_bytes, total_bytes: free_bytes }
+    }
+}
