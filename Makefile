@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo up test interop bench bench-engine lint fuzz clean
+.PHONY: help build dist demo up test interop bench bench-engine lint fuzz clean
 
 # dev builds once for tests and programs alike; release is what users run.
 PROFILE ?= release
@@ -23,6 +23,16 @@ ifeq ($(TETHER),)
 	@scripts/setup build
 	scripts/with-progress cargo build --profile $(PROFILE) --package tether
 endif
+
+# Without this machine's own instructions, and with libraries found beside the program, wherever that lies.
+dist: export RUSTFLAGS = -C link-arg=-Wl,-rpath,$$ORIGIN
+dist: export CARGO_TARGET_DIR = $(abspath $(TARGET_DIR))/dist
+dist: ## Makes dist/tether, a release that is fast on any processor (FEATURES=portable,vulkan for more)
+	@scripts/setup build
+	@# The build of llama.cpp stumbles over the links that it left there.
+	rm -f $(abspath $(TARGET_DIR))/dist/release/{,deps/}lib{llama,ggml}*.so
+	scripts/with-progress cargo build --release --package tether --features $(or $(FEATURES),portable)
+	scripts/dist $(abspath $(TARGET_DIR))/dist/release dist/tether
 
 demo: build ## Starts a network, asks it, kills an engine, asks again, and cleans up
 	@$(PROGRAM) demo
