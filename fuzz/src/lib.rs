@@ -11,13 +11,13 @@ use std::time::SystemTime;
 use bytes::{Bytes, BytesMut};
 use engine::answer_parser::{AnswerFormat, AnswerParser, Delta};
 use engine::chat_template::ChatTemplate;
-use engine::gguf::Header;
+use engine::gguf::{self, Header};
 use engine::process::frame::{self, ToChild, ToParent};
 use engine::remote::answer_reader::AnswerReader;
 use engine::remote::event_stream::EventReader;
 use engine::remote::{dialect, refusal, vectors};
 use engine::text_assembler::TextAssembler;
-use engine::{Chat, ChatMessage, Tool, ToolCall};
+use engine::{Chat, ChatMessage, LoadOptions, Tool, ToolCall, memory_plan};
 use gateway::validation;
 use observability::trace_context::TraceContext;
 use protocol::admission::{Certificate, Invite, RevocationList};
@@ -59,6 +59,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("engine_frame", engine_frame),
     ("gateway_submission", gateway_submission),
     ("gguf_header", gguf_header),
+    ("gguf_pair", gguf_pair),
     ("health_report", health_report),
     ("infer_body", infer_body),
     ("infer_chunk", infer_chunk),
@@ -251,6 +252,18 @@ pub fn gguf_header(bytes: &[u8]) {
     let _ = (header.architecture(), header.context_length(), header.chat_template());
     let _ = (header.bos_token(), header.eos_token(), header.vocabulary_size(), header.tensor_bytes());
     let _ = (header.hyperparameter("block_count"), header.per_layer("attention.head_count_kv", 64));
+    let _ = gguf::check_model(&header);
+    let options = LoadOptions::default();
+    let _ = (memory_plan::plan(&header, &options), memory_plan::layers_that_fit(&header, &options, 1 << 30));
+}
+
+/// Two files, the length of the first in front: a model and its adapter, or two parts of a model.
+pub fn gguf_pair(bytes: &[u8]) {
+    let Some((length, files)) = bytes.split_first_chunk::<4>() else { return };
+    let Some((first, second)) = files.split_at_checked(u32::from_le_bytes(*length) as usize) else { return };
+    let (Ok(first), Ok(second)) = (Header::parse(first), Header::parse(second)) else { return };
+    let _ = gguf::check_adapter(&second, &first);
+    let _ = gguf::join(vec![first, second]);
 }
 
 /// A chat template out of a model file, over a short conversation with a call.

@@ -37,6 +37,7 @@ pub fn check_model(header: &Header) -> Result<(), String> {
     check_lengths(header)?;
     check_heads(header)?;
     check_experts(header)?;
+    check_epsilons(header)?;
     check_vocabulary(header)
 }
 
@@ -81,6 +82,17 @@ fn check_experts(header: &Header) -> Result<(), String> {
     let fits = groups < experts && experts.is_multiple_of(groups.max(1)) && groups_used > 0 && groups_used < groups;
     if is_grouped && groups > 1 && !fits {
         return Err(format!("{groups_used} of {groups} groups of {experts} experts cannot be used"));
+    }
+    Ok(())
+}
+
+/// What is added before a square root is drawn must not make it negative.
+fn check_epsilons(header: &Header) -> Result<(), String> {
+    let epsilons = header.metadata.iter().filter(|(key, _)| key.ends_with("_epsilon"));
+    for (key, value) in epsilons {
+        if !matches!(value, Value::Float(epsilon) if epsilon.is_finite() && *epsilon >= 0.0) {
+            return Err(format!("{key} is not a positive number"));
+        }
     }
     Ok(())
 }
@@ -148,6 +160,16 @@ mod tests {
             assert!(with(name, number).is_err(), "{name} = {number}");
         }
         assert_eq!(with("attention.head_count_kv", 6), Ok(()));
+    }
+
+    /// Damage by chance found this one: ggml asserts it when the first token is evaluated.
+    #[test]
+    fn an_epsilon_below_zero_is_refused() {
+        for epsilon in [-1e-5, f64::NAN, f64::INFINITY] {
+            let mut header = tiny_header();
+            header.metadata.insert("llama.attention.layer_norm_rms_epsilon".into(), Value::Float(epsilon));
+            assert!(check_model(&header).expect_err("it has no root").contains("epsilon"), "{epsilon}");
+        }
     }
 
     #[test]

@@ -6,12 +6,17 @@ mod chat_templates;
 #[cfg(feature = "llama")]
 mod llama_forms;
 #[cfg(feature = "llama")]
+mod handed_over;
+#[cfg(feature = "llama")]
 mod llama_process;
 #[cfg(feature = "llama")]
 mod llama_runtime;
 #[cfg(feature = "llama")]
 mod llama_sharing;
+#[cfg(feature = "llama")]
 mod memory;
+#[cfg(feature = "llama")]
+mod poison;
 mod process_runtime;
 #[cfg(feature = "remote")]
 mod remote;
