@@ -14,7 +14,7 @@ use super::format::{self, ResponseFormat, StructuredOutputs};
 use super::message::ChatMessage;
 use super::texts::{Stop, Texts};
 use super::tools::{OfferedTool, tool_choice, tools};
-use super::{Generation, invalid, is_empty, job, refuse_unless};
+use super::{Generation, invalid, is_empty, job, missing, refuse_unless};
 use crate::catalog;
 
 /// One type without `flatten`, which would read everything twice.
@@ -24,8 +24,8 @@ pub(super) struct Body {
     pub(super) messages: Option<Vec<ChatMessage>>,
     pub(super) prompt: Option<Texts>,
     adapter: Option<AdapterName>,
-    pub(super) max_completion_tokens: Option<u32>,
-    pub(super) max_tokens: Option<u32>,
+    max_completion_tokens: Option<u32>,
+    max_tokens: Option<u32>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     n: Option<u32>,
@@ -37,8 +37,8 @@ pub(super) struct Body {
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
     logit_bias: Option<BTreeMap<u32, f32>>,
-    pub(super) logprobs: Option<Logprobs>,
-    pub(super) top_logprobs: Option<u32>,
+    logprobs: Option<Logprobs>,
+    top_logprobs: Option<u32>,
     #[serde(default, deserialize_with = "seed")]
     seed: Option<u64>,
     stop: Option<Stop>,
@@ -49,11 +49,11 @@ pub(super) struct Body {
     guided_regex: Option<String>,
     guided_choice: Option<Vec<String>>,
     guided_grammar: Option<String>,
-    pub(super) tools: Option<Vec<OfferedTool>>,
-    pub(super) tool_choice: Option<Value>,
+    tools: Option<Vec<OfferedTool>>,
+    tool_choice: Option<Value>,
     parallel_tool_calls: Option<bool>,
-    pub(super) reasoning_effort: Option<String>,
-    pub(super) chat_template_kwargs: Option<Map<String, Value>>,
+    reasoning_effort: Option<String>,
+    chat_template_kwargs: Option<Map<String, Value>>,
     // Means something, and is not done here unless it says to change nothing.
     best_of: Option<u32>,
     echo: Option<bool>,
@@ -79,7 +79,7 @@ struct StreamOptions {
 /// `logprobs`: a switch for chats, a count for texts.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(untagged, expecting = "expected true, false or a count")]
-pub(super) enum Logprobs {
+enum Logprobs {
     Switch(bool),
     Count(u32),
 }
@@ -91,7 +91,7 @@ impl Body {
 
     /// Reads what only conversations have.
     pub(super) fn chat_input(&mut self) -> Result<Input, WireError> {
-        let messages = self.messages.take().ok_or_else(|| super::missing("messages"))?;
+        let messages = self.messages.take().ok_or_else(|| missing("messages"))?;
         let messages = messages.into_iter().enumerate().map(|(index, message)| message.convert(index));
         let logprobs = match (self.logprobs, self.top_logprobs) {
             (Some(Logprobs::Switch(true)), top) => Some(top.unwrap_or(0)),
@@ -118,7 +118,7 @@ impl Body {
 
     /// Reads what only texts have.
     pub(super) fn text_input(&mut self) -> Result<Input, WireError> {
-        let prompt = self.prompt.take().ok_or_else(|| super::missing("prompt"))?.into_prompt()?;
+        let prompt = self.prompt.take().ok_or_else(|| missing("prompt"))?.into_prompt()?;
         let logprobs = match self.logprobs {
             None => None,
             // Here 0 means something too: the probability of the token chosen.
