@@ -29,14 +29,12 @@ pub(crate) struct ExecutionEngine {
 }
 
 /// A job that runs. Dropping it stops the engine's work on it.
-#[derive(Debug)]
 pub(crate) struct Begun {
     entry: Arc<Entry>,
     model: ModelId,
     work: Work,
 }
 
-#[derive(Debug)]
 enum Work {
     /// Answers on their way.
     Choices(Box<Choices>),
@@ -93,11 +91,11 @@ impl ExecutionEngine {
         inputs: &[EmbedInput],
         dimensions: Option<u32>,
     ) -> Result<Embeddings, EngineError> {
-        let length = loaded.abilities.embedding_length;
-        if dimensions.is_some_and(|wanted| wanted != length) && length != 0 {
-            return Err(unsupported("dimensions", format!("the vectors of this model have {length} numbers")));
-        }
+        // 0 says that the runtime does not know it before it makes one.
+        let known = (loaded.abilities.embedding_length != 0).then_some(loaded.abilities.embedding_length as usize);
+        check_length(dimensions, known)?;
         let embeddings = self.runtime.embed(embed_request(loaded.id, inputs)).await?;
+        check_length(dimensions, embeddings.vectors.first().map(Vec::len))?;
         if embeddings.vectors.len() != inputs.len() {
             let reason = format!("{} vectors of {} texts", embeddings.vectors.len(), inputs.len());
             return Err(EngineError::Failed { reason });
@@ -174,6 +172,16 @@ impl ExecutionEngine {
 impl fmt::Debug for ExecutionEngine {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("ExecutionEngine").field("loader", &self.loader).finish_non_exhaustive()
+    }
+}
+
+/// Checks that vectors are as long as was asked for, as far as their length is known.
+fn check_length(wanted: Option<u32>, known: Option<usize>) -> Result<(), EngineError> {
+    match (wanted, known) {
+        (Some(wanted), Some(known)) if wanted as usize != known => {
+            Err(unsupported("dimensions", format!("the vectors of this model have {known} numbers")))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,6 +1,5 @@
 //! The answers to one job, generated side by side and told as one stream of events.
 
-use std::fmt;
 use std::future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -103,16 +102,6 @@ impl Choices {
             self.begun += 1;
         }
         Ok(())
-    }
-}
-
-impl fmt::Debug for Choices {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_struct("Choices")
-            .field("count", &self.count)
-            .field("begun", &self.begun)
-            .finish_non_exhaustive()
     }
 }
 
