@@ -180,6 +180,7 @@ pub fn config_file(bytes: &[u8]) {
 /// A piece of an answer.
 pub fn infer_chunk(bytes: &[u8]) {
     message::<InferChunk>(bytes);
+    let _ = gateway::parse_chunk(bytes);
 }
 
 /// What a worker says of itself.
