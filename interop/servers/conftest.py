@@ -66,32 +66,43 @@ class LlamaServer:
 
 
 class Network:
-    """`tether up` with one worker that adopts a server."""
+    """`tether up` with one worker and these further arguments."""
 
-    def __init__(self, folder, server):
+    def __init__(self, folder, *arguments):
         self.data = folder / "data"
         self.log = (folder / "log").open("w+")
-        command = [os.environ["TETHER_BIN"], "up", "--adopt", server.url, "--workers", "1", "--bind", "127.0.0.1:0"]
+        command = [os.environ["TETHER_BIN"], "up", *arguments, "--workers", "1", "--bind", "127.0.0.1:0"]
         command += ["--data-dir", str(self.data)]
         environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
         environment["TETHER_GATEWAY__RATE_LIMIT__REQUESTS_PER_MINUTE"] = "0"
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
-        self.url = eventually("it listens", lambda: self.read("address"))
-        self.key = self.read("api-key")
-        eventually("it is ready", lambda: get(self.url, "/readyz"))
+        try:
+            self.url = eventually("it listens", lambda: self.read("address"))
+            self.key = self.read("api-key")
+            eventually("it is ready", lambda: get(self.url, "/readyz"))
+        except BaseException:
+            self.stop()
+            raise
 
     def read(self, name):
         path = self.data / name
         return path.read_text().strip() if path.exists() else ""
 
-    def nodes(self):
-        return json.loads(get(self.url, "/admin/v1/nodes", self.key) or "{}")
+    def cached(self, name):
+        """Returns what the workers report of a model."""
+        nodes = json.loads(get(self.url, "/admin/v1/nodes", self.key) or "{}")
+        reports = [worker["report"] for worker in nodes.get("workers", [])]
+        return [model for report in reports for model in report["modelCache"] if model["modelId"] == name]
+
+    def client(self):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key)
 
     def stop(self):
         self.process.terminate()
         status = self.process.wait(timeout=40)
-        self.log.seek(0)
-        assert status == 0, self.log.read()
+        with self.log:
+            self.log.seek(0)
+            assert status == 0, self.log.read()
 
 
 @pytest.fixture(scope="session")
@@ -103,13 +114,13 @@ def server():
 
 @pytest.fixture(scope="session")
 def network(server, tmp_path_factory):
-    network = Network(tmp_path_factory.mktemp("network"), server)
+    network = Network(tmp_path_factory.mktemp("network"), "--adopt", server.url)
     yield network
     network.stop()
 
 
 @pytest.fixture(scope="session")
 def client(network):
-    client = openai.OpenAI(base_url=f"{network.url}/v1", api_key=network.key)
+    client = network.client()
     eventually("the model is listed", lambda: MODEL in {model.id.partition("@")[0] for model in client.models.list()})
     return client

@@ -10,13 +10,6 @@ def ask(client, **options):
     return client.chat.completions.create(**settings | options)
 
 
-def cached(network):
-    """Returns what the workers report of the adopted model."""
-    text = network.nodes()
-    reports = [worker["report"] for worker in text.get("workers", [])]
-    return [model for report in reports for model in report["modelCache"] if model["modelId"] == MODEL]
-
-
 def test_an_adopted_model_answers_as_its_server_does(client):
     answer = ask(client)
     assert "Tokyo" in answer.choices[0].message.content
@@ -60,13 +53,13 @@ def test_a_client_that_leaves_frees_the_servers_slot(client, server):
 
 def test_the_network_tells_that_nobody_attests_it(network, client):
     ask(client)
-    (model,) = eventually("it is reported", lambda: cached(network))
+    (model,) = eventually("it is reported", lambda: network.cached(MODEL))
     assert (model["state"], model["attested"]) == ("ready", False)
 
 
 def test_a_server_that_is_killed_and_comes_back_serves_again(network, client, server):
     server.kill()
-    eventually("its loss is noticed", lambda: all(model["state"] != "ready" for model in cached(network)))
+    eventually("its loss is noticed", lambda: all(model["state"] != "ready" for model in network.cached(MODEL)))
     server.start()
-    eventually("it is attached again", lambda: any(model["state"] == "ready" for model in cached(network)), seconds=60)
+    eventually("it is attached again", lambda: any(model["state"] == "ready" for model in network.cached(MODEL)), seconds=60)
     assert "Tokyo" in ask(client).choices[0].message.content
