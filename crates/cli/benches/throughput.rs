@@ -71,6 +71,7 @@ async fn throughput(model: PathBuf) {
         version: key.version,
         digest: Some(stored.digest),
         remote: None,
+        server_command: Vec::new(),
         context_length: CONTEXT,
         threads: THREADS,
         gpu_layers: 0,

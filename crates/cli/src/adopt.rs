@@ -77,6 +77,7 @@ fn served(address: &ServerAddress, listed: &Listed, model_id: ModelName) -> Serv
         version: "1.0".parse().expect("a well-formed version"),
         digest: None,
         remote: Some(RemoteServer { base_url, model: listed.name.clone(), api_key_file: None }),
+        server_command: Vec::new(),
         context_length: 0,
         threads: 0,
         gpu_layers: 0,

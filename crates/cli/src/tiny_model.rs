@@ -33,6 +33,7 @@ pub fn served() -> ServedModel {
         version,
         digest: Some(digest()),
         remote: None,
+        server_command: Vec::new(),
         context_length: 0,
         threads: 1,
         gpu_layers: 0,

@@ -47,6 +47,10 @@ pub struct ServedModel {
     /// A server that runs already and answers for it, in place of an artifact.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<RemoteServer>,
+    /// A program that serves its artifact in place of the engine, and its arguments. `{model}` stands for the file and
+    /// `{port}` for the port to listen on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub server_command: Vec<String>,
     /// Tokens of context per job; 0 takes what the model was trained with.
     #[serde(default)]
     pub context_length: u32,
@@ -83,6 +87,9 @@ pub enum ConfigError {
     /// Nothing, or two things, would answer for a model.
     #[error("{0} needs either a digest or a remote server")]
     Source(ModelKey),
+    /// A command that cannot serve an artifact.
+    #[error("server_command of {0} needs a digest, and must say where {{port}} goes")]
+    Command(ModelKey),
     /// A model stands in the list twice.
     #[error("models has {0} more than once")]
     ModelTwice(ModelKey),
@@ -114,6 +121,13 @@ impl Config {
         }
         if let Some(model) = self.models.iter().find(|model| model.digest.is_some() == model.remote.is_some()) {
             return Err(ConfigError::Source(model.key()));
+        }
+        let cannot_serve = |model: &&ServedModel| {
+            let command = &model.server_command;
+            !command.is_empty() && (model.digest.is_none() || !command.iter().any(|word| word.contains("{port}")))
+        };
+        if let Some(model) = self.models.iter().find(cannot_serve) {
+            return Err(ConfigError::Command(model.key()));
         }
         let mut seen = BTreeSet::new();
         match self.models.iter().map(ServedModel::key).find(|key| !seen.insert(key.clone())) {
@@ -148,7 +162,16 @@ mod tests {
     fn model() -> ServedModel {
         let digest = Some(Digest::of(b"model"));
         let (model_id, version) = ("tether-tiny".parse().expect("name"), "1.0".parse().expect("version"));
-        ServedModel { model_id, version, digest, remote: None, context_length: 0, threads: 0, gpu_layers: 0 }
+        ServedModel {
+            model_id,
+            version,
+            digest,
+            remote: None,
+            server_command: Vec::new(),
+            context_length: 0,
+            threads: 0,
+            gpu_layers: 0,
+        }
     }
 
     #[test]
@@ -173,6 +196,16 @@ mod tests {
             let config = Config { models: vec![unclear], ..Config::default() };
             assert_eq!(config.check(), Err(ConfigError::Source(model().key())));
         }
+    }
+
+    #[test]
+    fn a_command_needs_an_artifact_and_a_port() {
+        let with = |command: &[&str]| {
+            let server_command = command.iter().map(|word| (*word).to_owned()).collect();
+            Config { models: vec![ServedModel { server_command, ..model() }], ..Config::default() }.check()
+        };
+        assert_eq!(with(&["llama-server", "-m", "{model}", "--port", "{port}"]), Ok(()));
+        assert_eq!(with(&["llama-server", "-m", "{model}"]), Err(ConfigError::Command(model().key())));
     }
 
     #[test]

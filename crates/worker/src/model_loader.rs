@@ -226,6 +226,9 @@ impl ModelLoader {
         let (artifacts, digest) = (self.artifacts.clone(), entry.model.digest());
         let opened = self.blocking.spawn_blocking(move || artifacts.open(&digest)).await;
         let opened = opened.map_err(|_| LoadError::Interrupted)??;
+        if !entry.model.server_command.is_empty() {
+            return Ok(self.remote.start(&entry.model.server_command, opened.file, &options).await?);
+        }
         let artifact = VerifiedArtifact {
             file: opened.file,
             sha256: opened.digest.to_string(),
@@ -242,6 +245,7 @@ impl ModelLoader {
             Ok(Err(error)) => warn!(model = %entry.key, %error, "the model could not be unloaded"),
             Err(_) => warn!(model = %entry.key, "the model was not unloaded in time"),
         }
+        self.remote.end(id);
     }
 
     fn set(&self, entry: &Entry, status: Status) {

@@ -1,31 +1,42 @@
-//! Models of adopted servers: attached, and offered to the registry, so that clients can name them.
+//! Models of servers: of adopted ones, and of those that the worker starts itself on an artifact.
 //!
-//! A model answers here only once the registry lists it: what it refuses, because the name is another model's or not
-//! this worker's to serve, gets no job.
+//! An adopted model is offered to the registry, so that clients can name it, and answers here only once it is listed: what
+//! the registry refuses, because the name is another model's or not this worker's to serve, gets no job.
 
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use engine::remote::{AddressError, RemoteRuntime, ServerAddress};
-use engine::{EngineError, LoadOptions, LoadedModel, ModelRuntime as _};
+use engine::{EngineError, LoadOptions, LoadedModel, ModelId, ModelRuntime as _};
 use protocol::WireError;
 use protocol::control::{Empty, MODEL_OFFER, NodeRole};
 use protocol::model::{ModelKey, ModelOffer};
 use rpc::{CallError, Client, Directory};
 use tokio::fs;
+use tokio::time::{sleep, timeout};
 
 use crate::config::RemoteServer;
+use crate::own_server::OwnServer;
 
 /// How long a registry may take to be found, and then to answer.
 const REGISTRY_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long a server of our own may take to load its model.
+const START_WITHIN: Duration = Duration::from_mins(10);
+/// How often it is asked meanwhile, and how long it may take to say.
+const ASK_EVERY: Duration = Duration::from_millis(200);
 
 /// Attaches models, and tells registries.
 pub(crate) struct RemoteModels {
     runtime: Arc<RemoteRuntime>,
     client: Client,
     directory: Directory,
+    /// The servers that this worker started, by the model of each.
+    own: Mutex<BTreeMap<ModelId, OwnServer>>,
 }
 
 /// Why a server's model is of no use.
@@ -35,6 +46,12 @@ pub(crate) enum AttachError {
     Address(#[from] AddressError),
     #[error("the server's API key could not be read: {0}")]
     Key(#[from] io::Error),
+    #[error("the server could not be started: {0}")]
+    Start(io::Error),
+    #[error("the server ended before it answered")]
+    Ended,
+    #[error("the server did not answer within {} s", START_WITHIN.as_secs())]
+    Silent,
     #[error(transparent)]
     Engine(#[from] EngineError),
     #[error("the registry does not list it: {0}")]
@@ -45,7 +62,7 @@ pub(crate) enum AttachError {
 
 impl RemoteModels {
     pub(crate) fn new(runtime: Arc<RemoteRuntime>, client: Client, directory: Directory) -> Self {
-        Self { runtime, client, directory }
+        Self { runtime, client, directory, own: Mutex::default() }
     }
 
     /// Attaches a server's model, and has it listed.
@@ -68,6 +85,42 @@ impl RemoteModels {
             return Err(error);
         }
         Ok(loaded)
+    }
+
+    /// Starts a server on a verified file, and attaches the model that it has then.
+    pub(crate) async fn start(
+        &self,
+        command: &[String],
+        model: File,
+        options: &LoadOptions,
+    ) -> Result<LoadedModel, AttachError> {
+        let mut server = OwnServer::start(command, model).map_err(AttachError::Start)?;
+        let address = ServerAddress::new(&server.base_url(), None)?;
+        let listening = async {
+            while !server.has_ended() {
+                let survey = self.runtime.survey(&address, ASK_EVERY).await.ok();
+                if let Some(listed) = survey.and_then(|survey| survey.models.into_iter().next()) {
+                    return Ok(listed.name);
+                }
+                sleep(ASK_EVERY).await;
+            }
+            Err(AttachError::Ended)
+        };
+        let name = timeout(START_WITHIN, listening).await.map_err(|_| AttachError::Silent)??;
+        let loaded = self.runtime.attach(address, &name, options).await?;
+        let loaded = LoadedModel { pid: server.pid(), ..loaded };
+        // One that could not have its port has left it to somebody else.
+        if server.has_ended() {
+            let _ = self.runtime.unload(loaded.id).await;
+            return Err(AttachError::Ended);
+        }
+        self.own.lock().unwrap_or_else(PoisonError::into_inner).insert(loaded.id, server);
+        Ok(loaded)
+    }
+
+    /// Ends the server of a model, where this worker started it.
+    pub(crate) fn end(&self, model: ModelId) {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner).remove(&model);
     }
 
     async fn offer(&self, offer: &ModelOffer) -> Result<(), AttachError> {

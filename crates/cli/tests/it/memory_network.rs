@@ -69,6 +69,7 @@ pub(crate) fn model() -> ServedModel {
         version: "1.0".parse().expect("version"),
         digest: Some(Digest::of(MODEL_BYTES)),
         remote: None,
+        server_command: Vec::new(),
         context_length: 0,
         threads: 0,
         gpu_layers: 0,

@@ -136,6 +136,7 @@ fn model() -> ServedModel {
         version: "1.0".parse().expect("a version"),
         digest: Some(Digest::of(MODEL_BYTES)),
         remote: None,
+        server_command: Vec::new(),
         context_length: 0,
         threads: 0,
         gpu_layers: 0,

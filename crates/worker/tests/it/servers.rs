@@ -116,6 +116,16 @@ async fn a_servers_model_is_offered_reported_unattested_and_answers() {
 }
 
 #[tokio::test]
+async fn a_server_of_our_own_that_ends_is_a_failed_load() {
+    let served = ServedModel { server_command: vec!["false".into(), "{port}".into()], ..model() };
+    let scene = Scene::new(Config { models: vec![served], ..config() }, MockOptions::default()).await;
+    let Err(NotReady::LoadFailed { reason, .. }) = scene.handle.ready().await else { panic!("nothing answers") };
+    assert!(reason.contains("ended before it answered"), "{reason}");
+    // Its bytes were verified all the same.
+    assert!(report_with(&scene, ModelState::Error).await.model_cache[0].attested);
+}
+
+#[tokio::test]
 async fn a_model_that_the_registry_refuses_gets_no_job() {
     let refusal = WireError::new(ErrorCode::InvalidValue, "another model has this name");
     let (scene, _) = scene(Err(refusal)).await;

@@ -1,0 +1,109 @@
+//! Servers that the worker starts itself, each on a file that it has verified.
+//!
+//! The file is the server's standard input, and the server is told to open that: so what it reads is what was checked,
+//! whatever becomes of the path that the file once had.
+
+use std::fs::File;
+use std::io;
+use std::net::{Ipv4Addr, TcpListener};
+use std::process::Stdio;
+
+use tokio::process::{Child, Command};
+
+/// The path by which a program opens its standard input anew.
+#[cfg(target_os = "linux")]
+const STDIN: &str = "/proc/self/fd/0";
+#[cfg(not(target_os = "linux"))]
+const STDIN: &str = "/dev/fd/0";
+
+/// A server that runs until this is dropped.
+#[derive(Debug)]
+pub(crate) struct OwnServer {
+    child: Child,
+    port: u16,
+}
+
+impl OwnServer {
+    /// Starts a command in which `{model}` stands for the model's file and `{port}` for the port to listen on.
+    pub(crate) fn start(command: &[String], model: File) -> io::Result<Self> {
+        // Free a moment ago; a server that cannot have it ends, and is started again on another.
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let said = |word: &String| word.replace("{model}", STDIN).replace("{port}", &port.to_string());
+        let mut words = command.iter().map(said);
+        let program = words.next().ok_or(io::ErrorKind::InvalidInput)?;
+        let child = Command::new(program)
+            .args(words)
+            .stdin(Stdio::from(model))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()?;
+        Ok(Self { child, port })
+    }
+
+    /// Returns where it listens.
+    pub(crate) fn base_url(&self) -> String {
+        format!("http://{}:{}", Ipv4Addr::LOCALHOST, self.port)
+    }
+
+    /// Returns its process.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Says whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write as _;
+    use std::path::{Path, PathBuf};
+    use std::time::Duration;
+
+    use tokio::time::{sleep, timeout};
+
+    use super::*;
+
+    /// Returns what is in a file once something is.
+    async fn written(path: &Path) -> String {
+        loop {
+            match fs::read_to_string(path) {
+                Ok(text) if text.ends_with('.') => return text,
+                _ => sleep(Duration::from_millis(10)).await,
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_reads_the_verified_file_knows_its_port_and_ends_with_its_owner() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (model, told) = (folder.path().join("model"), folder.path().join("told"));
+        File::create(&model).expect("made").write_all(b"weights ").expect("written");
+        let opened = File::open(&model).expect("opened");
+        // The path is another file's by now.
+        fs::remove_file(&model).expect("removed");
+        fs::write(&model, "others").expect("written");
+        let script = format!("cat {{model}} > '{0}'; printf '{{port}}.' >> '{0}'; exec sleep 600", told.display());
+        let mut server = OwnServer::start(&["sh".into(), "-c".into(), script], opened).expect("started");
+        let text = timeout(Duration::from_secs(20), written(&told)).await.expect("in time");
+        assert_eq!(
+            format!("http://127.0.0.1:{}", text.trim_start_matches("weights ").trim_end_matches('.')),
+            server.base_url()
+        );
+        assert!(text.starts_with("weights "), "{text}");
+        assert!(!server.has_ended());
+
+        let process = PathBuf::from(format!("/proc/{}", server.pid().expect("it runs")));
+        drop(server);
+        let ended = async {
+            while process.exists() {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(Duration::from_secs(20), ended).await.expect("it ends");
+    }
+}
