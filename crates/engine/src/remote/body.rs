@@ -38,10 +38,16 @@ pub(super) fn generation(
     let mut body = Map::new();
     body.insert("model".into(), model.into());
     body.insert("stream".into(), true.into());
-    body.insert("stream_options".into(), json!({"include_usage": true}));
-    if dialect == Dialect::LlamaServer {
-        body.insert("return_progress".into(), true.into());
+    let mut stream_options = json!({"include_usage": true});
+    // These tell the length of the prompt with the first chunk, so that callers who leave early are billed for it.
+    match dialect {
+        Dialect::Vllm | Dialect::Sglang => stream_options["continuous_usage_stats"] = true.into(),
+        Dialect::LlamaServer => {
+            body.insert("return_progress".into(), true.into());
+        }
+        _ => {}
     }
+    body.insert("stream_options".into(), stream_options);
     add_sampling(&mut body, dialect, context_length, &request.sampling)?;
     if !request.stop.is_empty() {
         body.insert("stop".into(), json!(request.stop));
@@ -268,9 +274,12 @@ mod tests {
 
     #[test]
     fn what_is_left_open_is_said_neutrally_in_each_dialect() {
+        let stream_options = json!({"include_usage": true, "continuous_usage_stats": true});
+        let continuous =
+            json!({"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "stream_options": stream_options});
         for (dialect, own) in [
-            (Dialect::Vllm, json!({"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0})),
-            (Dialect::Sglang, json!({"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0})),
+            (Dialect::Vllm, continuous.clone()),
+            (Dialect::Sglang, continuous),
             (
                 Dialect::LlamaServer,
                 json!({"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "repeat_last_n": 512, "return_progress": true}),
