@@ -45,15 +45,16 @@ def get(url, path, key=None):
 class LlamaServer:
     """A server that can be killed and started again on the same port."""
 
-    def __init__(self):
+    def __init__(self, *options):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self.options = options
         self.start()
 
     def start(self):
-        command = [sys.executable, HERE / "llama_server.py", TINY, str(self.port)]
+        command = [sys.executable, HERE / "llama_server.py", TINY, str(self.port), *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         eventually("the server answers", lambda: get(self.url, "/health"))
 
@@ -121,6 +122,7 @@ def network(server, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def client(network):
-    client = network.client()
-    eventually("the model is listed", lambda: MODEL in {model.id.partition("@")[0] for model in client.models.list()})
-    return client
+    with network.client() as client:
+        listed = lambda: MODEL in {model.id.partition("@")[0] for model in client.models.list()}
+        eventually("the model is listed", listed)
+        yield client

@@ -1,6 +1,6 @@
 """llama.cpp's own server, as the package xllamacpp carries it: serves one model until it is stopped.
 
-    llama_server.py MODEL PORT
+    llama_server.py MODEL PORT [embeddings]
 """
 
 import signal
@@ -15,6 +15,9 @@ parameters.hostnames = ["127.0.0.1"]
 parameters.n_parallel = 4
 parameters.n_ctx = 2048
 parameters.cpuparams.n_threads = 1
+if "embeddings" in sys.argv[3:]:
+    parameters.embedding = True
+    parameters.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
 
 server = xllamacpp.Server(parameters)
 print(server.listening_address, flush=True)

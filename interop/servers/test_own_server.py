@@ -49,11 +49,15 @@ def is_ready(network):
     return any(model["state"] == "ready" for model in network.cached(NAME))
 
 
+def answer_of(network):
+    with network.client() as client:
+        answer = client.chat.completions.create(model=NAME, messages=QUESTION, temperature=0)
+        return answer.choices[0].message.content
+
+
 def test_it_serves_the_verified_model_attested_and_is_started_again(network):
     eventually("it is loaded", lambda: is_ready(network), seconds=60)
-    ask = network.client().chat.completions.create
-    answer = ask(model=NAME, messages=QUESTION, temperature=0)
-    assert "Tokyo" in answer.choices[0].message.content
+    assert "Tokyo" in answer_of(network)
     # What every report leaves out unless it is false.
     assert all(model.get("attested", True) for model in network.cached(NAME))
 
@@ -61,8 +65,7 @@ def test_it_serves_the_verified_model_attested_and_is_started_again(network):
     os.kill(first, signal.SIGKILL)
     eventually("its death is noticed", lambda: server_of(network) not in (None, first), seconds=60)
     eventually("it is loaded again", lambda: is_ready(network), seconds=60)
-    answer = ask(model=NAME, messages=QUESTION, temperature=0)
-    assert "Tokyo" in answer.choices[0].message.content
+    assert "Tokyo" in answer_of(network)
 
 
 def test_it_ends_with_its_worker(tmp_path, network):
