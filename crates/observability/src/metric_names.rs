@@ -16,6 +16,14 @@ pub const ENGINE_DEATHS: &str = "tether_engine_deaths";
 pub const PROMPT_TOKENS: &str = "tether_prompt_tokens";
 /// Tokens generated.
 pub const GENERATION_TOKENS: &str = "tether_generation_tokens";
+/// Prompt tokens that engines looked up among those they had evaluated before.
+pub const PREFIX_CACHE_QUERIES: &str = "tether_prefix_cache_queries";
+/// Those of them that were found.
+pub const PREFIX_CACHE_HITS: &str = "tether_prefix_cache_hits";
+/// Tokens that engines guessed ahead.
+pub const DRAFTED_TOKENS: &str = "tether_engine_drafted_tokens";
+/// Those of them that were right.
+pub const ACCEPTED_TOKENS: &str = "tether_engine_accepted_tokens";
 /// Finished requests.
 pub const REQUESTS: &str = "tether_requests";
 /// From the request to its first token.

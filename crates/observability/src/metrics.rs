@@ -78,6 +78,14 @@ pub struct Metrics {
     pub prompt_tokens: Family<ModelLabel, Counter>,
     /// See [`names::GENERATION_TOKENS`].
     pub generation_tokens: Family<ModelLabel, Counter>,
+    /// See [`names::PREFIX_CACHE_QUERIES`].
+    pub prefix_cache_queries: Family<ModelLabel, Counter>,
+    /// See [`names::PREFIX_CACHE_HITS`].
+    pub prefix_cache_hits: Family<ModelLabel, Counter>,
+    /// See [`names::DRAFTED_TOKENS`].
+    pub drafted_tokens: Family<ModelLabel, Counter>,
+    /// See [`names::ACCEPTED_TOKENS`].
+    pub accepted_tokens: Family<ModelLabel, Counter>,
     /// See [`names::REQUESTS`].
     pub requests: Family<RequestLabel, Counter>,
     /// See [`names::TIME_TO_FIRST_TOKEN`].
@@ -132,6 +140,10 @@ impl Metrics {
             engine_deaths: Family::default(),
             prompt_tokens: Family::default(),
             generation_tokens: Family::default(),
+            prefix_cache_queries: Family::default(),
+            prefix_cache_hits: Family::default(),
+            drafted_tokens: Family::default(),
+            accepted_tokens: Family::default(),
             requests: Family::default(),
             time_to_first_token: Family::new_with_constructor(|| Histogram::new(FIRST_TOKEN_BUCKETS)),
             inter_token_latency: Family::new_with_constructor(|| Histogram::new(INTER_TOKEN_BUCKETS)),
@@ -164,6 +176,10 @@ impl Metrics {
         registry.register(names::ENGINE_DEATHS, "Engine processes that died", self.engine_deaths.clone());
         registry.register(names::PROMPT_TOKENS, "Prompt tokens evaluated", self.prompt_tokens.clone());
         registry.register(names::GENERATION_TOKENS, "Tokens generated", self.generation_tokens.clone());
+        registry.register(names::PREFIX_CACHE_QUERIES, "Prompt tokens looked up among those evaluated before", self.prefix_cache_queries.clone());
+        registry.register(names::PREFIX_CACHE_HITS, "Prompt tokens found among those evaluated before", self.prefix_cache_hits.clone());
+        registry.register(names::DRAFTED_TOKENS, "Tokens guessed ahead", self.drafted_tokens.clone());
+        registry.register(names::ACCEPTED_TOKENS, "Tokens guessed ahead that were right", self.accepted_tokens.clone());
         registry.register(names::REQUESTS, "Finished requests", self.requests.clone());
         registry.register(names::TIME_TO_FIRST_TOKEN, "Seconds from the request to its first token", self.time_to_first_token.clone());
         registry.register(names::INTER_TOKEN_LATENCY, "Seconds between chunks of an answer", self.inter_token_latency.clone());

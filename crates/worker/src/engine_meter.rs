@@ -75,6 +75,10 @@ impl Seen {
             (&metrics.engine_cancelled, before.cancelled, now.cancelled),
             (&metrics.prompt_tokens, before.prompt_tokens, now.prompt_tokens),
             (&metrics.generation_tokens, before.generated_tokens, now.generated_tokens),
+            (&metrics.prefix_cache_queries, before.prefix_queries, now.prefix_queries),
+            (&metrics.prefix_cache_hits, before.prefix_hits, now.prefix_hits),
+            (&metrics.drafted_tokens, before.drafted_tokens, now.drafted_tokens),
+            (&metrics.accepted_tokens, before.accepted_tokens, now.accepted_tokens),
         ] {
             if now > before {
                 family.get_or_create(&self.label).inc_by(now - before);
@@ -112,7 +116,14 @@ mod tests {
             waiting: 1,
             kv_usage: 0.5,
             tokens_per_second: 0.0,
-            counters: Counters { decode_steps, ..Counters::default() },
+            counters: Counters {
+                decode_steps,
+                prefix_queries: 100,
+                prefix_hits: 60,
+                drafted_tokens: 9,
+                accepted_tokens: 7,
+                ..Counters::default()
+            },
         };
         Observation { ready: vec![(key, ModelId(id))], snapshots: vec![snapshot] }
     }
@@ -131,6 +142,14 @@ mod tests {
         second.add(&observation(1, 3, 5));
         first.add(&observation(1, 1, 12));
         assert_eq!(shown(&metrics, "tether_engine_decode_steps_total"), "17");
+        for (name, total) in [
+            ("tether_prefix_cache_queries_total", "200"),
+            ("tether_prefix_cache_hits_total", "120"),
+            ("tether_engine_drafted_tokens_total", "18"),
+            ("tether_engine_accepted_tokens_total", "14"),
+        ] {
+            assert_eq!(shown(&metrics, name), total, "{name}");
+        }
         assert_eq!(shown(&metrics, "tether_worker_requests_running"), "4");
         assert_eq!(shown(&metrics, "tether_worker_requests_waiting"), "2");
     }
