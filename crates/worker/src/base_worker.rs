@@ -343,7 +343,7 @@ impl Desk {
         if deadline.is_some_and(|deadline| deadline <= now) {
             return Err(too_late());
         }
-        let place = self.guard.enter(&request.tenant_id)?;
+        let place = self.guard.enter(&request.tenant_id, request.input.n.unwrap_or(1))?;
         Ok(Job { request: Arc::new(request), entry, deadline, place })
     }
 

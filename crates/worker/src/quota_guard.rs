@@ -1,4 +1,5 @@
-//! Says whether a job may come in: there must be room, and its tenant must be within its share (W6).
+//! Says whether a job may come in: there must be room, and its tenant must be within its share (W6). A job of several
+//! answers counts as as many.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -47,12 +48,12 @@ impl From<Refusal> for WireError {
     }
 }
 
-/// Decides whether one more job may come in.
-pub fn admit(limits: &Limits, occupancy: Occupancy) -> Result<(), Refusal> {
-    if occupancy.jobs >= limits.slots.saturating_add(limits.queue_max) {
+/// Decides whether one more job may come in that takes so many places.
+pub fn admit(limits: &Limits, occupancy: Occupancy, places: u32) -> Result<(), Refusal> {
+    if occupancy.jobs.saturating_add(places) > limits.slots.saturating_add(limits.queue_max) {
         return Err(Refusal::QueueFull);
     }
-    if limits.tenant_jobs_max.is_some_and(|most| occupancy.tenant_jobs >= most) {
+    if limits.tenant_jobs_max.is_some_and(|most| occupancy.tenant_jobs.saturating_add(places) > most) {
         return Err(Refusal::TenantShare);
     }
     Ok(())
@@ -82,17 +83,17 @@ impl QuotaGuard {
         self.limits
     }
 
-    /// Takes a place for a tenant's job, or says why there is none.
-    pub(crate) fn enter(self: &Arc<Self>, tenant: &TenantId) -> Result<Place, Refusal> {
+    /// Takes places for a tenant's job, one for each of its answers, or says why there are none.
+    pub(crate) fn enter(self: &Arc<Self>, tenant: &TenantId, places: u32) -> Result<Place, Refusal> {
         {
             let mut jobs = self.jobs();
             let tenant_jobs = jobs.by_tenant.get(tenant).copied().unwrap_or_default();
-            admit(&self.limits, Occupancy { jobs: jobs.count, tenant_jobs })?;
-            jobs.count += 1;
-            jobs.by_tenant.insert(tenant.clone(), tenant_jobs + 1);
+            admit(&self.limits, Occupancy { jobs: jobs.count, tenant_jobs }, places)?;
+            jobs.count += places;
+            jobs.by_tenant.insert(tenant.clone(), tenant_jobs + places);
         }
         self.changes.send_replace(());
-        Ok(Place { guard: self.clone(), tenant: tenant.clone() })
+        Ok(Place { guard: self.clone(), tenant: tenant.clone(), places })
     }
 
     /// Returns how many jobs are here.
@@ -114,20 +115,21 @@ impl QuotaGuard {
     }
 }
 
-/// A job's place at the worker, given back when it is dropped.
+/// A job's places at the worker, given back when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Place {
     guard: Arc<QuotaGuard>,
     tenant: TenantId,
+    places: u32,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         {
             let mut jobs = self.guard.jobs();
-            jobs.count = jobs.count.saturating_sub(1);
+            jobs.count = jobs.count.saturating_sub(self.places);
             if let Some(tenant_jobs) = jobs.by_tenant.get_mut(&self.tenant) {
-                *tenant_jobs = tenant_jobs.saturating_sub(1);
+                *tenant_jobs = tenant_jobs.saturating_sub(self.places);
                 if *tenant_jobs == 0 {
                     jobs.by_tenant.remove(&self.tenant);
                 }
@@ -154,33 +156,47 @@ mod tests {
     #[test]
     fn a_job_comes_in_until_slots_and_queue_are_taken() {
         for (jobs, expected) in [(0, Ok(())), (3, Ok(())), (4, Err(Refusal::QueueFull)), (9, Err(Refusal::QueueFull))] {
-            assert_eq!(admit(&LIMITS, Occupancy { jobs, tenant_jobs: 0 }), expected, "{jobs} jobs");
+            assert_eq!(admit(&LIMITS, Occupancy { jobs, tenant_jobs: 0 }, 1), expected, "{jobs} jobs");
         }
     }
 
     #[test]
     fn a_tenant_gets_no_more_than_its_share() {
-        assert_eq!(admit(&LIMITS, Occupancy { jobs: 3, tenant_jobs: 2 }), Ok(()));
-        assert_eq!(admit(&LIMITS, Occupancy { jobs: 3, tenant_jobs: 3 }), Err(Refusal::TenantShare));
+        assert_eq!(admit(&LIMITS, Occupancy { jobs: 3, tenant_jobs: 2 }, 1), Ok(()));
+        assert_eq!(admit(&LIMITS, Occupancy { jobs: 3, tenant_jobs: 3 }, 1), Err(Refusal::TenantShare));
         let unlimited = Limits { tenant_jobs_max: None, ..LIMITS };
-        assert_eq!(admit(&unlimited, Occupancy { jobs: 3, tenant_jobs: 3 }), Ok(()));
+        assert_eq!(admit(&unlimited, Occupancy { jobs: 3, tenant_jobs: 3 }, 1), Ok(()));
+    }
+
+    #[test]
+    fn a_job_of_several_answers_takes_as_many_places() {
+        let unlimited = Limits { tenant_jobs_max: None, ..LIMITS };
+        let two = Occupancy { jobs: 2, tenant_jobs: 2 };
+        assert_eq!(admit(&unlimited, two, 2), Ok(()));
+        assert_eq!(admit(&unlimited, two, 3), Err(Refusal::QueueFull));
+        assert_eq!(admit(&LIMITS, two, 2), Err(Refusal::TenantShare));
+        let guard = guard();
+        let place = guard.enter(&tenant("a"), 3).expect("within its share");
+        assert_eq!((guard.count(), guard.enter(&tenant("a"), 1).expect_err("over it")), (3, Refusal::TenantShare));
+        drop(place);
+        assert_eq!(guard.count(), 0);
     }
 
     #[test]
     fn a_full_worker_says_so_before_it_speaks_of_shares() {
-        assert_eq!(admit(&LIMITS, Occupancy { jobs: 4, tenant_jobs: 4 }), Err(Refusal::QueueFull));
+        assert_eq!(admit(&LIMITS, Occupancy { jobs: 4, tenant_jobs: 4 }, 1), Err(Refusal::QueueFull));
     }
 
     #[test]
     fn a_place_given_back_can_be_taken_by_another() {
         let guard = guard();
-        let places: Vec<_> = (0..3).map(|_| guard.enter(&tenant("a")).expect("within its share")).collect();
-        assert_eq!(guard.enter(&tenant("a")).expect_err("over its share"), Refusal::TenantShare);
-        let other = guard.enter(&tenant("b")).expect("there is room for others");
-        assert_eq!(guard.enter(&tenant("c")).expect_err("full"), Refusal::QueueFull);
+        let places: Vec<_> = (0..3).map(|_| guard.enter(&tenant("a"), 1).expect("within its share")).collect();
+        assert_eq!(guard.enter(&tenant("a"), 1).expect_err("over its share"), Refusal::TenantShare);
+        let other = guard.enter(&tenant("b"), 1).expect("there is room for others");
+        assert_eq!(guard.enter(&tenant("c"), 1).expect_err("full"), Refusal::QueueFull);
         drop(places);
         assert_eq!(guard.count(), 1);
-        guard.enter(&tenant("a")).expect("there is room again");
+        guard.enter(&tenant("a"), 1).expect("there is room again");
         drop(other);
         assert!(guard.jobs().by_tenant.is_empty());
     }
@@ -188,7 +204,7 @@ mod tests {
     #[tokio::test]
     async fn whoever_waits_for_the_last_job_is_woken() {
         let guard = guard();
-        let place = guard.enter(&tenant("a")).expect("there is room");
+        let place = guard.enter(&tenant("a"), 1).expect("there is room");
         let (waited, ()) = tokio::join!(guard.empty(), async { drop(place) });
         assert_eq!((waited, guard.count()), ((), 0));
     }
