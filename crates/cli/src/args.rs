@@ -253,7 +253,7 @@ pub struct NodesArgs {
 /// What to ask.
 #[derive(Debug, Clone, Args)]
 pub struct RunArgs {
-    /// Model, as name[@MAJOR.MINOR]
+    /// Model, as name[@MAJOR.MINOR][:adapter]
     pub model: String,
     /// What to ask
     pub prompt: String,
@@ -277,6 +277,46 @@ pub enum ModelCommand {
     /// List the models of the network
     #[command(visible_alias = "ls")]
     List(ServerArgs),
+    /// Look at the LoRA adapters of models, add and forget them
+    #[command(subcommand)]
+    Adapter(AdapterCommand),
+}
+
+/// Looks at adapters, adds and forgets them.
+#[derive(Debug, Subcommand)]
+pub enum AdapterCommand {
+    /// Take an adapter into this machine's store and register it
+    Add(AdapterAddArgs),
+    /// List the adapters of the network
+    #[command(visible_alias = "ls")]
+    List(ServerArgs),
+    /// Forget an adapter; requests for it are refused within 5 seconds
+    Rm {
+        /// Model, as name[@MAJOR.MINOR]
+        model: String,
+        /// The adapter's name
+        name: String,
+        /// Where the network is
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+}
+
+/// An adapter to add.
+#[derive(Debug, Clone, Args)]
+pub struct AdapterAddArgs {
+    /// Model, as name[@MAJOR.MINOR]
+    pub model: String,
+    /// Name to ask for it by, as model:name
+    pub name: String,
+    /// The adapter, a GGUF file
+    pub file: PathBuf,
+    /// One line about it
+    #[arg(long, default_value = "")]
+    pub description: String,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
 }
 
 /// Makes, lists and revokes API keys.

@@ -7,13 +7,16 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use engine::{ChildCommand, ModelRuntime, ProcessRuntime};
 
-use crate::args::{Cli, Command, Common, ConfigCommand, ModelCommand, TokenCommand, UpArgs, WorkerArgs};
+use crate::args::{
+    AdapterCommand, Cli, Command, Common, ConfigCommand, ModelCommand, TokenCommand, UpArgs, WorkerArgs,
+};
 use crate::data_folder::DataFolder;
 use crate::network::Supplies;
 use crate::output;
 use crate::settings::{self, Env, Flag, Settings};
 use protocol::control::NodeRole;
 
+mod adapter;
 mod admission;
 mod demo;
 mod doctor;
@@ -109,6 +112,11 @@ async fn command(command: Command, common: &Common, context: Context) -> anyhow:
         Command::Demo => demo::run(context, common).await,
         Command::Run(args) => run::run(context, args).await,
         Command::Model(ModelCommand::List(server)) => model::list(context, &server).await,
+        Command::Model(ModelCommand::Adapter(AdapterCommand::Add(args))) => adapter::add(context, args).await,
+        Command::Model(ModelCommand::Adapter(AdapterCommand::List(server))) => adapter::list(context, &server).await,
+        Command::Model(ModelCommand::Adapter(AdapterCommand::Rm { model, name, server })) => {
+            adapter::remove(context, &model, &name, &server).await
+        }
         Command::Token(TokenCommand::Create(args)) => token::create(context, args).await,
         Command::Token(TokenCommand::List) => token::list(context).await,
         Command::Token(TokenCommand::Revoke { key_id }) => token::revoke(context, &key_id).await,

@@ -6,17 +6,19 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use http::Response;
 use protocol::control::{
-    Empty, Scope, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated, TokenList, TokenRevoke,
-    TokenRevoked,
+    ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterList, AdapterRemove, AdapterRemoved, CATALOG_LIST, Catalog, Empty,
+    Scope, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated, TokenList, TokenRevoke, TokenRevoked,
 };
+use protocol::model::{AdapterEntry, ModelRef};
 use protocol::{CorrelationId, ErrorCode, WireError, codec};
 use tracing::info;
 
+use crate::catalog;
 use crate::http_bridge::router::{Inquiry, respond};
 use crate::http_bridge::{Bridge, json, request_body};
 
-/// The longest description of a token to make.
-const TOKEN_BYTES_MAX: usize = 64 * 1024;
+/// The longest description of a token or an adapter to make.
+const NEW_BYTES_MAX: usize = 64 * 1024;
 /// How long an operator may pause while sending it.
 const BODY_IDLE: Duration = Duration::from_secs(10);
 
@@ -72,7 +74,7 @@ pub(crate) async fn decision(
 pub(crate) async fn create_token(State(bridge): State<Bridge>, inquiry: Inquiry, body: Body) -> Response<Body> {
     let created = async {
         operator(&bridge, &inquiry).await?;
-        let bytes = request_body::read(&mut { body }, TOKEN_BYTES_MAX, BODY_IDLE).await?;
+        let bytes = request_body::read(&mut { body }, NEW_BYTES_MAX, BODY_IDLE).await?;
         let new: TokenCreate = codec::decode(&bytes)?;
         let created: TokenCreated = bridge.gateway.ask_registry(TOKEN_CREATE, &new).await?;
         info!(key_id = created.key_id, tenant_id = %created.tenant_id, "token made");
@@ -119,6 +121,70 @@ pub(crate) async fn revoke_token(
         Ok(json(&revoked))
     };
     respond(inquiry.context, revoked.await)
+}
+
+/// Lists the adapters of every model.
+#[utoipa::path(
+    get, path = "/admin/v1/adapters", tag = "admin", operation_id = "listAdapters", security(("bearer" = [])),
+    responses(
+        (status = 200, description = "Every adapter, by model and then by name", body = crate::http_bridge::AdapterList),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn adapters(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
+    let listed = async {
+        operator(&bridge, &inquiry).await?;
+        let Catalog { adapters, .. } = bridge.gateway.ask_registry(CATALOG_LIST, &Empty {}).await?;
+        Ok(json(&AdapterList { adapters }))
+    };
+    respond(inquiry.context, listed.await)
+}
+
+/// Registers an adapter of a model. Its artifact must lie where the workers of the model find it.
+#[utoipa::path(
+    post, path = "/admin/v1/adapters", tag = "admin", operation_id = "addAdapter", security(("bearer" = [])),
+    request_body(content = crate::http_bridge::AdapterAdd, content_type = "application/json"),
+    responses(
+        (status = 200, description = "The adapter as it is registered", body = crate::http_bridge::AdapterEntry),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn add_adapter(State(bridge): State<Bridge>, inquiry: Inquiry, body: Body) -> Response<Body> {
+    let added = async {
+        operator(&bridge, &inquiry).await?;
+        let bytes = request_body::read(&mut { body }, NEW_BYTES_MAX, BODY_IDLE).await?;
+        let new: AdapterAdd = codec::decode(&bytes)?;
+        let added: AdapterEntry = bridge.gateway.ask_registry(ADAPTER_ADD, &new).await?;
+        info!(adapter = %added.key, digest = %added.digest, "adapter registered");
+        Ok(json(&added))
+    };
+    respond(inquiry.context, added.await)
+}
+
+/// Forgets an adapter; requests for it are refused within five seconds.
+#[utoipa::path(
+    delete, path = "/admin/v1/adapters/{id}", tag = "admin", operation_id = "removeAdapter", security(("bearer" = [])),
+    params(("id" = String, Path, description = "`name:adapter`, of the newest version, or `name@MAJOR.MINOR:adapter`")),
+    responses(
+        (status = 200, description = "Whether there was such an adapter", body = crate::http_bridge::AdapterRemoved),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn remove_adapter(
+    State(bridge): State<Bridge>,
+    Path(id): Path<String>,
+    inquiry: Inquiry,
+) -> Response<Body> {
+    let removed = async {
+        operator(&bridge, &inquiry).await?;
+        let ModelRef { name, version, adapter } = catalog::parse_ref(&id)?;
+        let adapter = adapter.ok_or_else(|| catalog::not_found(&id))?;
+        let old = AdapterRemove { model_id: name, version, adapter };
+        let removed: AdapterRemoved = bridge.gateway.ask_registry(ADAPTER_REMOVE, &old).await?;
+        info!(adapter = id, found = removed.found, "adapter forgotten");
+        Ok(json(&removed))
+    };
+    respond(inquiry.context, removed.await)
 }
 
 async fn operator(bridge: &Bridge, inquiry: &Inquiry) -> Result<(), WireError> {

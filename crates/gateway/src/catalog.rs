@@ -1,16 +1,17 @@
 //! The registry's models, ready to be looked up.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use protocol::control::Catalog;
-use protocol::model::{ModelEntry, ModelRef};
-use protocol::{ErrorCode, ModelName, ModelVersion, WireError};
+use protocol::model::{AdapterKey, ModelEntry, ModelKey, ModelRef};
+use protocol::{AdapterName, ErrorCode, ModelName, ModelVersion, WireError};
 
 /// The registry's models by name, each with its versions from the oldest to the newest.
 #[derive(Debug, Default)]
 pub(crate) struct Models {
     by_name: HashMap<ModelName, Vec<Arc<ModelEntry>>>,
+    adapters: HashSet<AdapterKey>,
 }
 
 impl Models {
@@ -22,7 +23,13 @@ impl Models {
         for versions in by_name.values_mut() {
             versions.sort_by_key(|entry| entry.key.version);
         }
-        Self { by_name }
+        let adapters = catalog.adapters.into_iter().map(|entry| entry.key).collect();
+        Self { by_name, adapters }
+    }
+
+    /// Says whether a model version has an adapter.
+    pub(crate) fn has_adapter(&self, model: &ModelKey, adapter: &AdapterName) -> bool {
+        self.adapters.contains(&AdapterKey { model: model.clone(), adapter: adapter.clone() })
     }
 
     /// Returns a version of a model, or the newest.
@@ -61,7 +68,6 @@ pub(crate) fn parse_ref(text: &str) -> Result<ModelRef, WireError> {
 
 #[cfg(test)]
 mod tests {
-    use protocol::model::ModelKey;
     use protocol::{Digest, UnixMillis};
 
     use super::*;
@@ -80,7 +86,8 @@ mod tests {
 
     #[test]
     fn no_version_means_the_newest() {
-        let models = Models::new(Catalog { models: vec![entry("a", "1.9"), entry("a", "1.10"), entry("b", "0.1")] });
+        let listed = vec![entry("a", "1.9"), entry("a", "1.10"), entry("b", "0.1")];
+        let models = Models::new(Catalog { models: listed, ..Catalog::default() });
         let find = |text: &str| {
             let wanted = parse_ref(text).expect(text);
             models.find(&wanted.name, wanted.version).map(|entry| entry.key.to_string())

@@ -12,8 +12,10 @@ use protocol::control::{
 };
 use protocol::health::ModelState;
 use protocol::infer::{InferRequest, Input};
-use protocol::model::{ModelEntry, ModelRef};
-use protocol::{Clock, CorrelationId, ErrorCode, PublicKey, RetryToken, TenantId, TraceId, WireError, codec};
+use protocol::model::{ModelEntry, ModelKey, ModelRef};
+use protocol::{
+    AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, RetryToken, TenantId, TraceId, WireError, codec,
+};
 use rpc::{Membership, Transport};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -337,6 +339,9 @@ impl Gateway {
             let message = format!("adapter is {given}, and the model's name says {named}: give one of them");
             return Err(WireError::new(ErrorCode::InvalidValue, message).with_param("adapter"));
         }
+        if let Some(adapter) = job.input.adapter.as_ref().or(job.model.adapter.as_ref()) {
+            self.check_adapter(&entry.key, adapter).await?;
+        }
         Ok(entry)
     }
 
@@ -348,6 +353,18 @@ impl Gateway {
         }
         let young = self.inner.models.get_younger_than(CATALOG_YOUNG, self.fetch_models()).await;
         young.ok().and_then(|models| find(&models)).ok_or_else(|| catalog::not_found(&wanted.to_string()))
+    }
+
+    /// Checks that the catalogue has an adapter of a model.
+    async fn check_adapter(&self, model: &ModelKey, adapter: &AdapterName) -> Result<(), WireError> {
+        if self.models().await?.has_adapter(model, adapter) {
+            return Ok(());
+        }
+        let young = self.inner.models.get_younger_than(CATALOG_YOUNG, self.fetch_models()).await;
+        if young.is_ok_and(|models| models.has_adapter(model, adapter)) {
+            return Ok(());
+        }
+        Err(catalog::not_found(&format!("{model}:{adapter}")))
     }
 
     fn patience(&self, record: &RequestRecord, job: &Job) -> Patience {

@@ -35,7 +35,10 @@ use crate::config::seconds;
 use crate::gateway::{Gateway, GatewayError};
 
 pub(crate) use errors::json;
-pub(crate) use openapi::{Decision, Errors, Fleet, TokenCreate, TokenCreated, TokenList, TokenRevoked};
+pub(crate) use openapi::{
+    AdapterAdd, AdapterEntry, AdapterList, AdapterRemoved, Decision, Errors, Fleet, TokenCreate, TokenCreated,
+    TokenList, TokenRevoked,
+};
 pub(crate) use router::Bridge;
 
 /// The wait after the system refused a connection, for want of file descriptors perhaps.

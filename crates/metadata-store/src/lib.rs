@@ -4,6 +4,7 @@
 //! [`MetadataStore`] is the one interface; [`SqliteStore`] keeps it in a file. The orchestrator and the registry each
 //! own a store of their own. A call that returned `Ok` is on the disk.
 
+mod adapters;
 mod admission;
 mod jobs;
 mod metadata_store;
@@ -18,8 +19,8 @@ mod usage;
 
 pub use metadata_store::{
     FinaliseError, Finalised, InviteRecord, InviteRedemption, JobError, JobKey, JobRecord, JobState, MetadataStore,
-    NewCertificate, NewJob, NodeRecord, PutInviteError, PutModelError, PutTokenError, ReassignError, Reassignment,
-    Redemption, ReserveError, Reserved, Revocation, Settlement, StoreError, TerminalState, TokenRecord, UsageCursor,
-    UsageRecord,
+    NewCertificate, NewJob, NodeRecord, PutAdapterError, PutInviteError, PutModelError, PutTokenError, ReassignError,
+    Reassignment, Redemption, ReserveError, Reserved, Revocation, Settlement, StoreError, TerminalState, TokenRecord,
+    UsageCursor, UsageRecord,
 };
 pub use sqlite::{OpenError, SqliteStore, StoreOptions};

@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use protocol::control::{NodeRole, Scope};
 use protocol::infer::FinishReason;
-use protocol::model::{ModelEntry, ModelKey};
+use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
 use protocol::usage::TokenUsage;
@@ -81,8 +81,18 @@ pub trait MetadataStore: Send + Sync {
     /// Returns every model version, by name and then by version.
     async fn models(&self) -> Result<Vec<ModelEntry>, StoreError>;
 
-    /// Forgets a model version; false where there is none.
+    /// Forgets a model version and its adapters; false where there is none.
     async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError>;
+
+    /// Registers an adapter of a model version. The same digest again updates what describes it; another digest is
+    /// refused.
+    async fn put_adapter(&self, entry: AdapterEntry) -> Result<(), PutAdapterError>;
+
+    /// Returns every adapter, by model and then by name.
+    async fn adapters(&self) -> Result<Vec<AdapterEntry>, StoreError>;
+
+    /// Forgets an adapter; false where there is none.
+    async fn remove_adapter(&self, key: &AdapterKey) -> Result<bool, StoreError>;
 
     /// Adds an invite, not redeemed yet.
     async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError>;
@@ -606,5 +616,27 @@ pub enum PutModelError {
     },
     /// The store failed.
     #[error("could not write the model")]
+    Store(#[from] StoreError),
+}
+
+/// Why an adapter could not be registered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PutAdapterError {
+    /// Its model is not registered.
+    #[error("{model} is not registered")]
+    NoModel {
+        /// The model version.
+        model: ModelKey,
+    },
+    /// The name has another artifact: remove it first, or choose another name.
+    #[error("{key} is registered with digest {registered}; remove it first, or choose another name")]
+    Conflict {
+        /// The adapter.
+        key: AdapterKey,
+        /// The digest it has.
+        registered: Digest,
+    },
+    /// The store failed.
+    #[error("could not write the adapter")]
     Store(#[from] StoreError),
 }

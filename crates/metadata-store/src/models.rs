@@ -4,6 +4,7 @@ use protocol::model::{ModelEntry, ModelKey};
 use protocol::{Digest, ModelVersion};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
+use crate::adapters;
 use crate::metadata_store::PutModelError;
 use crate::row::{self, integer};
 
@@ -47,8 +48,9 @@ pub(crate) fn list(connection: &Connection) -> rusqlite::Result<Vec<ModelEntry>>
         .collect()
 }
 
-/// Forgets a model version.
+/// Forgets a model version and its adapters.
 pub(crate) fn remove(connection: &Connection, key: &ModelKey) -> rusqlite::Result<bool> {
+    adapters::remove_all(connection, key)?;
     let removed = connection
         .prepare_cached("DELETE FROM models WHERE (model_id, version_major, version_minor) = (?1, ?2, ?3)")?
         .execute((key.model_id.as_str(), key.version.major, key.version.minor))?;

@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use protocol::model::{ModelEntry, ModelKey};
+use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
 use protocol::{CorrelationId, InviteId, PublicKey, TenantId, UnixMillis, WorkerId};
@@ -22,10 +22,10 @@ use self::lane::Lane;
 pub use self::open::OpenError;
 use crate::metadata_store::{
     FinaliseError, Finalised, InviteRecord, JobKey, JobRecord, MetadataStore, NewCertificate, NewJob, NodeRecord,
-    PutInviteError, PutModelError, PutTokenError, ReassignError, Reassignment, Redemption, ReserveError, Reserved,
-    Revocation, Settlement, StoreError, TokenRecord, UsageCursor, UsageRecord,
+    PutAdapterError, PutInviteError, PutModelError, PutTokenError, ReassignError, Reassignment, Redemption,
+    ReserveError, Reserved, Revocation, Settlement, StoreError, TokenRecord, UsageCursor, UsageRecord,
 };
-use crate::{admission, jobs, models, presence, quotas, reservations, tokens, usage};
+use crate::{adapters, admission, jobs, models, presence, quotas, reservations, tokens, usage};
 
 /// How a [`SqliteStore`] works. The defaults suit every service.
 #[derive(Debug, Clone)]
@@ -246,6 +246,19 @@ impl MetadataStore for SqliteStore {
     async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError> {
         let key = key.clone();
         self.write(move |connection| models::remove(connection, &key)).await
+    }
+
+    async fn put_adapter(&self, entry: AdapterEntry) -> Result<(), PutAdapterError> {
+        self.write(move |connection| adapters::put(connection, &entry)).await?
+    }
+
+    async fn adapters(&self) -> Result<Vec<AdapterEntry>, StoreError> {
+        self.read(adapters::list).await
+    }
+
+    async fn remove_adapter(&self, key: &AdapterKey) -> Result<bool, StoreError> {
+        let key = key.clone();
+        self.write(move |connection| adapters::remove(connection, &key)).await
     }
 
     async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError> {

@@ -5,8 +5,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
 use crate::health::HealthReport;
-use crate::id::{CorrelationId, InviteId, ModelName, PublicKey, Region, TenantId, WorkerId};
-use crate::model::ModelEntry;
+use crate::id::{
+    AdapterName, CorrelationId, Digest, InviteId, ModelName, ModelVersion, PublicKey, Region, TenantId, WorkerId,
+};
+use crate::model::{AdapterEntry, ModelEntry};
 use crate::policy::TenantPolicy;
 use crate::signature::Signed;
 
@@ -30,10 +32,14 @@ pub const TOKEN_CREATE: &str = "registry.token.create";
 pub const TOKEN_LIST: &str = "registry.token.list";
 /// Registry: revokes a token. [`TokenRevoke`] → [`TokenRevoked`].
 pub const TOKEN_REVOKE: &str = "registry.token.revoke";
-/// Registry: lists the models. [`Empty`] → [`Catalog`].
+/// Registry: lists the models and their adapters. [`Empty`] → [`Catalog`].
 pub const CATALOG_LIST: &str = "registry.catalog.list";
 /// Registry: lists a model of a server that the calling worker has adopted. [`crate::model::ModelOffer`] → [`Empty`].
 pub const MODEL_OFFER: &str = "registry.model.offer";
+/// Registry: registers an adapter. [`AdapterAdd`] → [`AdapterEntry`].
+pub const ADAPTER_ADD: &str = "registry.adapter.add";
+/// Registry: forgets an adapter. [`AdapterRemove`] → [`AdapterRemoved`].
+pub const ADAPTER_REMOVE: &str = "registry.adapter.remove";
 /// Registry: tells a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
 pub const POLICY_GET: &str = "registry.policy.get";
 
@@ -226,6 +232,58 @@ pub enum Scope {
 pub struct Catalog {
     /// Each version of each model.
     pub models: Vec<ModelEntry>,
+    /// Each adapter of each version.
+    #[serde(default)]
+    pub adapters: Vec<AdapterEntry>,
+}
+
+/// An adapter to register.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AdapterAdd {
+    /// The model.
+    pub model_id: ModelName,
+    /// Its version; the newest where it is missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<ModelVersion>,
+    /// The adapter's name.
+    pub adapter: AdapterName,
+    /// SHA-256 of the artifact.
+    pub digest: Digest,
+    /// Length of the artifact in bytes.
+    pub bytes: u64,
+    /// One line for people.
+    #[serde(default)]
+    pub description: String,
+}
+
+/// An adapter to forget.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AdapterRemove {
+    /// The model.
+    pub model_id: ModelName,
+    /// Its version; the newest where it is missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<ModelVersion>,
+    /// The adapter's name.
+    pub adapter: AdapterName,
+}
+
+/// What came of a removal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AdapterRemoved {
+    /// Whether there was such an adapter.
+    pub found: bool,
+}
+
+/// The adapters of the registry.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AdapterList {
+    /// By model and then by name.
+    pub adapters: Vec<AdapterEntry>,
 }
 
 /// Asks for a tenant's rules.

@@ -107,6 +107,41 @@ pub fn remote_digest(served_as: &str) -> Digest {
     Digest::of(format!("remote:{served_as}").as_bytes())
 }
 
+/// An adapter of one version of a model. It fits no other: it was made for these weights.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AdapterKey {
+    /// The model's name and version.
+    #[serde(flatten)]
+    pub model: ModelKey,
+    /// The adapter's name.
+    pub adapter: AdapterName,
+}
+
+impl fmt::Display for AdapterKey {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}:{}", self.model, self.adapter)
+    }
+}
+
+/// A LoRA adapter as the registry knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AdapterEntry {
+    /// Its model, and its name.
+    #[serde(flatten)]
+    pub key: AdapterKey,
+    /// SHA-256 of the artifact.
+    pub digest: Digest,
+    /// Length of the artifact in bytes.
+    pub bytes: u64,
+    /// One line for people.
+    #[serde(default)]
+    pub description: String,
+    /// When it was registered.
+    pub created_at: UnixMillis,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -27,7 +27,7 @@ pub enum OfferError {
 
 /// Returns every version of every model.
 pub async fn list(store: &dyn MetadataStore) -> Result<Catalog, StoreError> {
-    Ok(Catalog { models: store.models().await? })
+    Ok(Catalog { models: store.models().await?, adapters: store.adapters().await? })
 }
 
 /// Registers model versions. A version never changes its artifact.

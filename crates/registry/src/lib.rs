@@ -1,6 +1,7 @@
 //! Says which models exist, in which versions, under which policies, whose tokens are good, and which nodes belong to
 //! the pool.
 
+pub mod adapters;
 pub mod admission;
 pub mod catalog;
 pub mod policies;

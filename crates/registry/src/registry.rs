@@ -8,10 +8,10 @@ use metadata_store::MetadataStore;
 use protocol::admission::Certificate;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
-    CATALOG_LIST, CERTIFICATE_RENEW, CLOCK_READ, ClockReading, Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate,
-    InviteRedeem, MODEL_OFFER, NODE_LIST, NODE_REVOKE, NodeInfo, NodeRevoke, NodeRole, OperatorRequest, POLICY_GET,
-    POOL_STATE, PolicyRequest, PoolStateRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE,
-    TokenCheck, TokenCreate, TokenRevoke,
+    ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterRemove, CATALOG_LIST, CERTIFICATE_RENEW, CLOCK_READ, ClockReading,
+    Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate, InviteRedeem, MODEL_OFFER, NODE_LIST, NODE_REVOKE, NodeInfo,
+    NodeRevoke, NodeRole, OperatorRequest, POLICY_GET, POOL_STATE, PolicyRequest, PoolStateRequest, Scope, TOKEN_CHECK,
+    TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate, TokenRevoke,
 };
 use protocol::model::ModelOffer;
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
@@ -21,6 +21,7 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::adapters::{self, AdapterError};
 use crate::admission::{AdmissionError, AdmissionOffice, Grant};
 use crate::catalog::OfferError;
 use crate::tokens::{Pepper, TokenOffice};
@@ -179,7 +180,8 @@ impl Registry {
     }
 
     fn serve(self: &Arc<Self>, server: Server) -> Server {
-        let [tokens, issued, listed, revoked, models, offered, rules] = std::array::from_fn(|_| self.clone());
+        let [tokens, issued, listed, revoked, models, offered, added, removed, rules] =
+            std::array::from_fn(|_| self.clone());
         self.serve_admission(server)
             .unary(TOKEN_CHECK, move |caller, request: TokenCheck| {
                 let registry = tokens.clone();
@@ -223,6 +225,22 @@ impl Registry {
                 let registry = offered.clone();
                 async move { registry.take_offer(caller.key, offer).await }
             })
+            .unary(ADAPTER_ADD, move |caller, request: AdapterAdd| {
+                let registry = added.clone();
+                async move {
+                    registry.admit_gateway(caller.key)?;
+                    let (store, now) = (&*registry.parts.store, registry.parts.clock.now());
+                    Ok(adapters::add(store, request, now).await.inspect_err(log_refusal)?)
+                }
+            })
+            .unary(ADAPTER_REMOVE, move |caller, request: AdapterRemove| {
+                let registry = removed.clone();
+                async move {
+                    registry.admit_gateway(caller.key)?;
+                    let store = &*registry.parts.store;
+                    Ok(adapters::remove(store, request).await.inspect_err(log_refusal)?)
+                }
+            })
             .unary(POLICY_GET, move |caller, request: PolicyRequest| {
                 let registry = rules.clone();
                 async move {
@@ -247,7 +265,7 @@ impl Registry {
         }
     }
 
-    /// Tokens are the gateways' business only.
+    /// Tokens, and what operators change, are the gateways' business only.
     fn admit_gateway(&self, key: PublicKey) -> Result<(), WireError> {
         Ok(self.membership.admit(key, NodeRole::Gateway, None)?)
     }
@@ -260,6 +278,10 @@ impl Registry {
 /// What a registry certifies itself for.
 fn own_grant() -> Grant {
     Grant::of(NodeRole::Registry, "registry")
+}
+
+fn log_refusal(error: &AdapterError) {
+    warn!(%error, "an adapter was neither registered nor forgotten");
 }
 
 fn unavailable(error: &metadata_store::StoreError) -> WireError {

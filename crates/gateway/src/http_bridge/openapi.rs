@@ -53,6 +53,9 @@ pub(super) async fn document() -> Response<Body> {
         admin::create_token,
         admin::tokens,
         admin::revoke_token,
+        admin::adapters,
+        admin::add_adapter,
+        admin::remove_adapter,
     ),
     modifiers(&Bearer),
 )]
@@ -82,6 +85,10 @@ fn build() -> Value {
         ("TokenCreate", generator.subschema_for::<protocol::control::TokenCreate>()),
         ("TokenCreated", generator.subschema_for::<protocol::control::TokenCreated>()),
         ("TokenList", generator.subschema_for::<protocol::control::TokenList>()),
+        ("AdapterAdd", generator.subschema_for::<protocol::control::AdapterAdd>()),
+        ("AdapterEntry", generator.subschema_for::<protocol::model::AdapterEntry>()),
+        ("AdapterList", generator.subschema_for::<protocol::control::AdapterList>()),
+        ("AdapterRemoved", generator.subschema_for::<protocol::control::AdapterRemoved>()),
         ("TokenRevoked", generator.subschema_for::<protocol::control::TokenRevoked>()),
     ];
     if let Some(schemas) = document.pointer_mut("/components/schemas").and_then(Value::as_object_mut) {
@@ -126,6 +133,22 @@ pub(crate) struct TokenList;
 /// Stands for the contract of this name.
 #[derive(ToSchema)]
 pub(crate) struct TokenRevoked;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct AdapterAdd;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct AdapterEntry;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct AdapterList;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct AdapterRemoved;
 
 /// Every error has this form.
 #[derive(Serialize, ToSchema)]

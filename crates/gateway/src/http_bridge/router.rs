@@ -62,6 +62,8 @@ pub(super) fn router(bridge: Bridge) -> Router {
         .route("/admin/v1/jobs/{correlation_id}/decision", get(admin::decision))
         .route("/admin/v1/tokens", get(admin::tokens).post(admin::create_token))
         .route("/admin/v1/tokens/{key_id}", delete(admin::revoke_token))
+        .route("/admin/v1/adapters", get(admin::adapters).post(admin::add_adapter))
+        .route("/admin/v1/adapters/{id}", delete(admin::remove_adapter))
         .fallback(no_path)
         .method_not_allowed_fallback(no_method)
         .with_state(bridge);

@@ -13,7 +13,7 @@ use protocol::health::{CachedModel, Capacity, HealthReport, ModelState};
 use protocol::infer::{
     EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Payload, SUBMIT, TokenLogprob, ToolCallDelta,
 };
-use protocol::model::{ModelEntry, ModelKey};
+use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::signature::NodeKey;
 use protocol::token::{ApiToken, RANDOM_BYTES, TokenKind};
@@ -57,6 +57,13 @@ pub(crate) fn model(name: &str, version: &str) -> ModelEntry {
         description: String::new(),
         created_at: UnixMillis(1_700_000_000_000),
     }
+}
+
+/// The one adapter there is, of the newest `tiny`.
+fn pirate() -> AdapterEntry {
+    let key = AdapterKey { model: model("tiny", "1.1").key, adapter: "pirate".parse().expect("name") };
+    let (digest, description) = (Digest::of(b"adapter"), String::new());
+    AdapterEntry { key, digest, bytes: 1, description, created_at: UnixMillis(1_700_000_000_000) }
 }
 
 fn worker(model: &ModelEntry) -> FleetWorker {
@@ -153,7 +160,7 @@ impl Fake {
             })
             .unary(CATALOG_LIST, move |_, _: Empty| {
                 let models = models.lock().expect("no panic").clone();
-                async move { Ok(Catalog { models }) }
+                async move { Ok(Catalog { models, adapters: vec![pirate()] }) }
             })
     }
 

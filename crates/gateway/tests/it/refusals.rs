@@ -57,6 +57,24 @@ async fn whoever_guesses_keys_is_told_to_wait() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_is_named_with_its_model_and_must_be_one_of_it() {
+    let network = Network::start().await;
+    let ask = |model: &str| {
+        let mut body = chat_body("hi");
+        body["model"] = json!(model);
+        let request = network.post("/v1/chat/completions", &body);
+        async { request.send().await.expect("answered") }
+    };
+    assert_eq!(ask("tiny:pirate").await.status(), 200);
+    let job = network.fake.jobs.lock().expect("no panic").pop().expect("a job came");
+    assert_eq!(job.input.adapter.map(|adapter| adapter.to_string()).as_deref(), Some("pirate"));
+    for other in ["tiny:poet", "tiny@1.0:pirate", "other:pirate"] {
+        expect_error(ask(other).await, 404, "model_not_found", Some("model")).await;
+    }
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_tenant_over_its_rate_is_told_when_to_come_back() {
     let network = Network::start().await;
     let send = || async {

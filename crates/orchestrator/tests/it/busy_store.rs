@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use async_trait::async_trait;
 use metadata_store::{
     FinaliseError, Finalised, InviteRecord, JobKey, JobRecord, JobState, MetadataStore, NewCertificate, NewJob,
-    NodeRecord, PutInviteError, PutModelError, PutTokenError, ReassignError, Reassignment, Redemption, ReserveError,
-    Reserved, Revocation, Settlement, SqliteStore, StoreError, TerminalState, TokenRecord, UsageCursor, UsageRecord,
+    NodeRecord, PutAdapterError, PutInviteError, PutModelError, PutTokenError, ReassignError, Reassignment, Redemption,
+    ReserveError, Reserved, Revocation, Settlement, SqliteStore, StoreError, TerminalState, TokenRecord, UsageCursor,
+    UsageRecord,
 };
-use protocol::model::{ModelEntry, ModelKey};
+use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
 use protocol::{CorrelationId, InviteId, PublicKey, TenantId, UnixMillis, WorkerId};
@@ -52,6 +53,9 @@ impl MetadataStore for BusyStore {
     async fn put_model(&self, entry: ModelEntry) -> Result<(), PutModelError> { self.store.put_model(entry).await }
     async fn models(&self) -> Result<Vec<ModelEntry>, StoreError> { self.store.models().await }
     async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError> { self.store.remove_model(key).await }
+    async fn put_adapter(&self, entry: AdapterEntry) -> Result<(), PutAdapterError> { self.store.put_adapter(entry).await }
+    async fn adapters(&self) -> Result<Vec<AdapterEntry>, StoreError> { self.store.adapters().await }
+    async fn remove_adapter(&self, key: &AdapterKey) -> Result<bool, StoreError> { self.store.remove_adapter(key).await }
     async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError> { self.store.put_invite(invite).await }
     async fn invite(&self, id: InviteId) -> Result<Option<InviteRecord>, StoreError> { self.store.invite(id).await }
     async fn redeem_invite(&self, id: InviteId, node: PublicKey, now: UnixMillis) -> Result<Redemption, StoreError> { self.store.redeem_invite(id, node, now).await }

@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use metadata_store::{MetadataStore, SqliteStore, StoreOptions};
 use protocol::control::{
-    CATALOG_LIST, Catalog, Empty, NodeRole, POLICY_GET, PolicyRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST,
-    TOKEN_REVOKE, TokenCheck, TokenCreate, TokenCreated, TokenGrant, TokenList, TokenRevoke, TokenRevoked,
+    ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterRemove, AdapterRemoved, CATALOG_LIST, Catalog, Empty, NodeRole,
+    POLICY_GET, PolicyRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate,
+    TokenCreated, TokenGrant, TokenList, TokenRevoke, TokenRevoked,
 };
-use protocol::model::{ModelEntry, ModelKey};
+use protocol::model::{AdapterEntry, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::signature::NodeKey;
 use protocol::{Clock, Digest, ErrorCode, PublicKey, TenantId, UnixMillis, WireError};
@@ -171,6 +172,51 @@ async fn a_model_version_never_changes_its_artifact() {
     assert!(catalog::register(&*desk.store, vec![entry(2)]).await.is_err());
     let listed: Catalog = desk.ask(CATALOG_LIST, &Empty {}).await.expect("listed");
     assert_eq!(listed.models, [entry(1)]);
+}
+
+#[tokio::test]
+async fn adapters_are_added_listed_and_forgotten_over_the_network() {
+    let desk = desk().await;
+    let version = |text: &str| text.parse().expect("version");
+    let name = || "m".parse().expect("name");
+    let models = ["1.9", "1.10"].map(|text| ModelEntry {
+        key: ModelKey { model_id: name(), version: version(text) },
+        digest: Digest([1; 32]),
+        bytes: 1,
+        context_length: 512,
+        description: String::new(),
+        created_at: UnixMillis(1),
+    });
+    catalog::register(&*desk.store, models.to_vec()).await.expect("registered");
+    let new = AdapterAdd {
+        model_id: name(),
+        version: None,
+        adapter: "pirate".parse().expect("name"),
+        digest: Digest([2; 32]),
+        bytes: 7,
+        description: "Arr!".into(),
+    };
+    let added: AdapterEntry = desk.ask(ADAPTER_ADD, &new).await.expect("added");
+    assert_eq!(added.key.to_string(), "m@1.10:pirate", "of the newest version");
+    assert_eq!(added.created_at, desk.clock.now());
+    let listed: Catalog = desk.ask(CATALOG_LIST, &Empty {}).await.expect("listed");
+    assert_eq!(listed.adapters, [added]);
+
+    let other = AdapterAdd { digest: Digest([3; 32]), ..new.clone() };
+    let of_nothing = AdapterAdd { model_id: "nothing".parse().expect("name"), ..new.clone() };
+    let of_no_version = AdapterAdd { version: Some(version("9.0")), ..new.clone() };
+    for (refused, code) in [
+        (other, ErrorCode::InvalidValue),
+        (of_nothing, ErrorCode::ModelNotFound),
+        (of_no_version, ErrorCode::ModelNotFound),
+    ] {
+        let refusal = desk.ask::<AdapterEntry>(ADAPTER_ADD, &refused).await.expect_err("refused");
+        assert!(matches!(&refusal, CallError::Remote(error) if error.code == code), "{refusal}");
+    }
+
+    let old = AdapterRemove { model_id: name(), version: None, adapter: new.adapter };
+    assert!(desk.ask::<AdapterRemoved>(ADAPTER_REMOVE, &old).await.expect("answered").found);
+    assert!(!desk.ask::<AdapterRemoved>(ADAPTER_REMOVE, &old).await.expect("answered").found);
 }
 
 #[tokio::test]

@@ -1,13 +1,13 @@
 //! Tokens, policies, models and presence marks.
 
 use protocol::Digest;
-use protocol::model::ModelEntry;
+use protocol::model::{AdapterEntry, ModelEntry};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
-use tether_metadata_store::{PutModelError, PutTokenError, ReserveError, StoreError, TokenRecord};
+use tether_metadata_store::{PutAdapterError, PutModelError, PutTokenError, ReserveError, StoreError, TokenRecord};
 
 use super::Subject;
-use super::samples::{LEASE, NOW, job, key, model, model_key, tenant, token, worker};
+use super::samples::{LEASE, NOW, adapter, job, key, model, model_key, tenant, token, worker};
 
 pub(crate) async fn a_token_is_found_as_it_was_written(subject: Subject) {
     let store = subject.store;
@@ -79,6 +79,49 @@ pub(crate) async fn a_removed_model_is_gone(subject: Subject) {
     assert_eq!(store.remove_model(&model_key("a", "1.0")).await, Ok(true));
     assert_eq!(store.remove_model(&model_key("a", "1.0")).await, Ok(false));
     assert_eq!(store.models().await, Ok(vec![model("a", "1.1")]));
+}
+
+pub(crate) async fn adapters_are_listed_by_model_and_name(subject: Subject) {
+    let store = subject.store;
+    for (model_id, version) in [("b", "1.0"), ("a", "1.10"), ("a", "1.9")] {
+        store.put_model(model(model_id, version)).await.expect("is registered");
+    }
+    let expected = [("a", "1.9", "x"), ("a", "1.10", "x"), ("a", "1.10", "y"), ("b", "1.0", "w")];
+    for (model_id, version, name) in expected.iter().rev() {
+        store.put_adapter(adapter(model_id, version, name)).await.expect("is registered");
+    }
+    let expected = expected.map(|(model_id, version, name)| adapter(model_id, version, name));
+    assert_eq!(store.adapters().await, Ok(expected.to_vec()));
+}
+
+pub(crate) async fn an_adapter_needs_its_model_and_keeps_its_digest(subject: Subject) {
+    let store = subject.store;
+    let pirate = adapter("a", "1.0", "pirate");
+    let no_model = PutAdapterError::NoModel { model: model_key("a", "1.0") };
+    assert_eq!(store.put_adapter(pirate.clone()).await, Err(no_model));
+    store.put_model(model("a", "1.0")).await.expect("is registered");
+    store.put_adapter(pirate.clone()).await.expect("is registered");
+    let other = AdapterEntry { digest: Digest([8; 32]), ..pirate.clone() };
+    let conflict = PutAdapterError::Conflict { key: pirate.key.clone(), registered: pirate.digest };
+    assert_eq!(store.put_adapter(other).await, Err(conflict));
+    let described = AdapterEntry { description: "better words".into(), ..pirate };
+    store.put_adapter(AdapterEntry { created_at: LEASE, ..described.clone() }).await.expect("words may change");
+    assert_eq!(store.adapters().await, Ok(vec![described]));
+}
+
+pub(crate) async fn a_removed_adapter_is_gone_and_goes_with_its_model(subject: Subject) {
+    let store = subject.store;
+    store.put_model(model("a", "1.0")).await.expect("is registered");
+    store.put_model(model("a", "1.1")).await.expect("is registered");
+    let kept = adapter("a", "1.1", "x");
+    for entry in [adapter("a", "1.0", "x"), adapter("a", "1.0", "y"), kept.clone()] {
+        store.put_adapter(entry).await.expect("is registered");
+    }
+    let key = adapter("a", "1.0", "x").key;
+    assert_eq!(store.remove_adapter(&key).await, Ok(true));
+    assert_eq!(store.remove_adapter(&key).await, Ok(false));
+    assert_eq!(store.remove_model(&model_key("a", "1.0")).await, Ok(true));
+    assert_eq!(store.adapters().await, Ok(vec![kept]));
 }
 
 pub(crate) async fn a_nodes_epoch_grows_by_one_at_each_call(subject: Subject) {

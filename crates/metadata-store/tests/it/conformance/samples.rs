@@ -1,7 +1,7 @@
 //! Plain values for tests; each test changes what it is about.
 
 use protocol::control::Scope;
-use protocol::model::{ModelEntry, ModelKey};
+use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, Digest, PublicKey, TenantId, TraceId, UnixMillis, WorkerId};
 use tether_metadata_store::{JobKey, NewJob, Reassignment, Settlement, TerminalState, TokenRecord};
@@ -79,6 +79,16 @@ pub(crate) fn model(name: &str, version: &str) -> ModelEntry {
         digest: Digest([3; 32]),
         bytes: 4_000_000_000,
         context_length: 8192,
+        description: "for tests".into(),
+        created_at: NOW,
+    }
+}
+
+pub(crate) fn adapter(model_id: &str, version: &str, name: &str) -> AdapterEntry {
+    AdapterEntry {
+        key: AdapterKey { model: model_key(model_id, version), adapter: name.parse().expect("an adapter's name") },
+        digest: Digest([4; 32]),
+        bytes: 4_000_000,
         description: "for tests".into(),
         created_at: NOW,
     }
