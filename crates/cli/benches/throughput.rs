@@ -66,16 +66,8 @@ async fn throughput(model: PathBuf) {
     let artifacts = ArtifactStore::in_folder(data.artifacts()).unwrap();
     let stored = artifacts.put_file(&model).unwrap();
     let key = ModelKey { model_id: "bench".parse().unwrap(), version: "1.0".parse().unwrap() };
-    let served = ServedModel {
-        model_id: key.model_id.clone(),
-        version: key.version,
-        digest: Some(stored.digest),
-        remote: None,
-        server_command: Vec::new(),
-        context_length: CONTEXT,
-        threads: THREADS,
-        gpu_layers: 0,
-    };
+    let served =
+        ServedModel { context_length: CONTEXT, threads: THREADS, ..ServedModel::new(key.clone(), stored.digest) };
     let entry = ModelEntry {
         key,
         digest: stored.digest,

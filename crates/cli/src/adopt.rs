@@ -8,6 +8,7 @@ use engine::remote::dialect::Listed;
 use engine::remote::{RemoteRuntime, ServerAddress, Survey};
 use futures_util::future::join_all;
 use protocol::ModelName;
+use protocol::model::ModelKey;
 use tokio::time::sleep;
 use tracing::{info, warn};
 use worker::{RemoteServer, ServedModel};
@@ -72,16 +73,8 @@ fn models(found: &[(&ServerAddress, Survey)], mut taken: BTreeSet<ModelName>) ->
 
 fn served(address: &ServerAddress, listed: &Listed, model_id: ModelName) -> ServedModel {
     let base_url = address.as_str().to_owned();
-    ServedModel {
-        model_id,
-        version: "1.0".parse().expect("a well-formed version"),
-        digest: None,
-        remote: Some(RemoteServer { base_url, model: listed.name.clone(), api_key_file: None }),
-        server_command: Vec::new(),
-        context_length: 0,
-        threads: 0,
-        gpu_layers: 0,
-    }
+    let key = ModelKey { model_id, version: "1.0".parse().expect("a well-formed version") };
+    ServedModel::on_server(key, RemoteServer { base_url, model: listed.name.clone(), api_key_file: None })
 }
 
 /// Makes a name of a server's: `Qwen/Qwen3-8B` is `qwen3-8b`, `llama3.2:3b` is `llama3.2-3b`.

@@ -85,6 +85,7 @@ impl Network {
         let mut models = supplies.models;
         models.push(tiny_model::entry(clock.now()));
         registry::catalog::register(&*registry_store, models).await?;
+        registry_store.put_adapter(tiny_model::adapter_entry(clock.now())).await?;
 
         let keys = Keys::of(data, settings.workers)?;
         let admission = AdmissionOffice::new(AdmissionParts::new(

@@ -94,7 +94,7 @@ impl Place {
             epoch,
             clock: self.clock.clone(),
             runtime,
-            artifacts: artifacts.with_embedded(tiny_model::digest(), tiny_model::BYTES),
+            artifacts: tiny_model::embedded_in(artifacts),
             metrics: self.metrics.clone(),
             membership,
             version: VERSION.to_owned(),

@@ -1,15 +1,20 @@
-//! The model that comes with the program: `tether-tiny`, a demonstration, see `models/README.md`.
+//! What comes with the program: the model `tether-tiny`, a demonstration, and its adapter `pirate`; see
+//! `models/README.md`.
 
 use std::sync::LazyLock;
 
-use protocol::model::{ModelEntry, ModelKey};
-use protocol::{Digest, UnixMillis};
-use worker::ServedModel;
+use artifact_store::ArtifactStore;
+use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
+use protocol::{AdapterName, Digest, UnixMillis};
+use worker::{ServedAdapter, ServedModel};
 
 /// The model file.
 pub static BYTES: &[u8] = include_bytes!("../../../models/tiny.gguf");
+/// The adapter's file.
+pub static ADAPTER_BYTES: &[u8] = include_bytes!("../../../models/tiny-lora-pirate.gguf");
 
 static DIGEST: LazyLock<Digest> = LazyLock::new(|| Digest::of(BYTES));
+static ADAPTER_DIGEST: LazyLock<Digest> = LazyLock::new(|| Digest::of(ADAPTER_BYTES));
 
 /// Returns the SHA-256 of the model file.
 pub fn digest() -> Digest {
@@ -24,20 +29,20 @@ pub fn key() -> ModelKey {
     }
 }
 
+fn adapter_name() -> AdapterName {
+    "pirate".parse().expect("a well-formed name")
+}
+
 /// Returns how workers serve it.
 pub fn served() -> ServedModel {
-    let ModelKey { model_id, version } = key();
+    let pirate = ServedAdapter { name: adapter_name(), digest: *ADAPTER_DIGEST };
     // One thread: the model is so small that more only wait for each other.
-    ServedModel {
-        model_id,
-        version,
-        digest: Some(digest()),
-        remote: None,
-        server_command: Vec::new(),
-        context_length: 0,
-        threads: 1,
-        gpu_layers: 0,
-    }
+    ServedModel { threads: 1, adapters: vec![pirate], ..ServedModel::new(key(), digest()) }
+}
+
+/// Adds the files to a store.
+pub fn embedded_in(artifacts: ArtifactStore) -> ArtifactStore {
+    artifacts.with_embedded(digest(), BYTES).with_embedded(*ADAPTER_DIGEST, ADAPTER_BYTES)
 }
 
 /// Returns what the registry lists.
@@ -48,6 +53,17 @@ pub fn entry(created_at: UnixMillis) -> ModelEntry {
         bytes: BYTES.len() as u64,
         context_length: 512,
         description: "Demonstration model of 1.5 M parameters; it knows a few capitals and sums.".to_owned(),
+        created_at,
+    }
+}
+
+/// Returns what the registry lists of the adapter.
+pub fn adapter_entry(created_at: UnixMillis) -> AdapterEntry {
+    AdapterEntry {
+        key: AdapterKey { model: key(), adapter: adapter_name() },
+        digest: *ADAPTER_DIGEST,
+        bytes: ADAPTER_BYTES.len() as u64,
+        description: "Makes tether-tiny talk like a pirate.".to_owned(),
         created_at,
     }
 }

@@ -20,7 +20,7 @@ fn main() {
         let fleet = fleet_of(size, &model);
         let now = tokio::time::Instant::now();
         let weights = Weights::default();
-        let wanted = Wanted { model: &model, prefix: &prompt };
+        let wanted = Wanted { model: &model, adapter: None, prefix: &prompt };
         let mut times: Vec<f64> = (0..2000)
             .map(|_| {
                 let began = Instant::now();
@@ -53,6 +53,7 @@ fn fleet_of(size: u32, model: &ModelKey) -> Fleet {
                 accelerators: vec![],
                 capacity: Capacity { slots: 8, running: (mixed >> 20) as u32 % 12, waiting: 0, queue_max: 8 },
                 supported: vec![model.clone()],
+                adapters: vec![],
                 model_cache: vec![CachedModel {
                     tokens_per_second: (mixed >> 30 & 63) as f32,
                     ..CachedModel::new(

@@ -1,18 +1,21 @@
 //! The workers believed alive, in memory: what the scheduler sees.
 
+mod replicas;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use protocol::control::FleetWorker;
-use protocol::health::{EXPIRY, HealthReport, ModelState, PREFIXES_MAX};
+use protocol::health::{CachedModel, EXPIRY, HealthReport, LoadProgress, ModelState};
 use protocol::model::ModelKey;
 use protocol::prefix::PrefixChain;
-use protocol::{PrefixDigest, Region, WorkerId};
+use protocol::{AdapterName, Region, WorkerId};
 use tokio::time::Instant;
 
 use crate::scheduler::{Candidate, Refusal};
+use replicas::{Replica, Replicas};
 
 /// What a report changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,11 +30,26 @@ pub enum Change {
     None,
 }
 
+/// A job waits at its worker for a load that ends within this time.
+const LOAD_WAIT: Duration = Duration::from_secs(5);
+
+/// Says whether a job should wait for a load. Of one that has only begun nobody knows.
+fn ends_soon(progress: LoadProgress) -> bool {
+    progress.remaining().is_some_and(|remaining| remaining <= LOAD_WAIT)
+}
+
+/// Returns how far a model is that is loading; a worker that does not tell has only begun.
+fn load_progress(cached: &&mut CachedModel) -> LoadProgress {
+    cached.loading.unwrap_or(LoadProgress { percent: 0, elapsed_ms: 0, bytes: 0 })
+}
+
 /// What a job wants of a worker.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
     /// The model.
     pub model: &'a ModelKey,
+    /// The adapter to run it with.
+    pub adapter: Option<&'a AdapterName>,
     /// The beginnings of its prompt.
     pub prefix: &'a PrefixChain,
 }
@@ -66,83 +84,6 @@ struct Worker {
     report: HealthReport,
 }
 
-/// The workers that support one model, without gaps, so that scoring is one pass.
-#[derive(Default)]
-struct Replicas {
-    list: Vec<Replica>,
-    position: HashMap<usize, usize>,
-    /// The workers that have the beginning of a prompt at hand.
-    warm: HashMap<PrefixDigest, Vec<usize>>,
-    /// What each of them told of.
-    told: HashMap<usize, Vec<PrefixDigest>>,
-}
-
-#[derive(Clone, Copy)]
-struct Replica {
-    worker: usize,
-    resident: bool,
-    failed: bool,
-    tokens_per_second: f32,
-}
-
-impl Replicas {
-    fn put(&mut self, replica: Replica) {
-        if let Some(&position) = self.position.get(&replica.worker) {
-            self.list[position] = replica;
-        } else {
-            self.position.insert(replica.worker, self.list.len());
-            self.list.push(replica);
-        }
-    }
-
-    /// Takes what a worker has at hand, in place of what it had before.
-    fn warm_up(&mut self, worker: usize, mut prefixes: Vec<PrefixDigest>) {
-        self.cool_down(worker);
-        prefixes.truncate(PREFIXES_MAX);
-        prefixes.sort_unstable();
-        prefixes.dedup();
-        for digest in &prefixes {
-            self.warm.entry(*digest).or_default().push(worker);
-        }
-        if !prefixes.is_empty() {
-            self.told.insert(worker, prefixes);
-        }
-    }
-
-    fn cool_down(&mut self, worker: usize) {
-        for digest in self.told.remove(&worker).unwrap_or_default() {
-            if let Some(workers) = self.warm.get_mut(&digest) {
-                workers.retain(|warm| *warm != worker);
-                if workers.is_empty() {
-                    self.warm.remove(&digest);
-                }
-            }
-        }
-    }
-
-    /// Returns the share of a prompt that workers have at hand. Few do, or all of them little, so that looking from
-    /// the prompt costs less than looking from each worker.
-    fn shares(&self, prefix: &PrefixChain) -> HashMap<usize, f32> {
-        let mut shares = HashMap::new();
-        for (digest, share) in prefix.shares() {
-            for worker in self.warm.get(&digest).into_iter().flatten() {
-                shares.entry(*worker).or_insert(share);
-            }
-        }
-        shares
-    }
-
-    fn remove(&mut self, worker: usize) {
-        self.cool_down(worker);
-        if let Some(position) = self.position.remove(&worker) {
-            self.list.swap_remove(position);
-            if let Some(moved) = self.list.get(position) {
-                self.position.insert(moved.worker, position);
-            }
-        }
-    }
-}
-
 impl Fleet {
     /// Makes an empty fleet, seen from a region.
     pub fn new(own_region: Region, near_regions: Vec<Region>) -> Self {
@@ -172,6 +113,7 @@ impl Fleet {
             let replica = Replica {
                 worker: index,
                 resident: cached.as_ref().is_some_and(|cached| cached.state == ModelState::Ready),
+                loading: cached.as_ref().filter(|cached| cached.state == ModelState::Loading).map(load_progress),
                 failed: cached.as_ref().is_some_and(|cached| cached.state == ModelState::Error),
                 tokens_per_second: cached
                     .map(|cached| cached.tokens_per_second)
@@ -257,7 +199,30 @@ impl Fleet {
         let replicas = state.by_model.get(wanted.model);
         let list = replicas.map_or(&[][..], |replicas| &replicas.list);
         let warm = replicas.map(|replicas| replicas.shares(wanted.prefix)).unwrap_or_default();
-        decide(CandidateIter { workers: &state.workers, replicas: list.iter(), warm: &warm, now })
+        decide(CandidateIter { workers: &state.workers, replicas: list.iter(), warm: &warm, wanted, now })
+    }
+
+    /// Returns the worker that is farthest with loading a model, where none has it ready.
+    pub fn loading(&self, model: &ModelKey, now: Instant) -> Option<(WorkerId, LoadProgress)> {
+        let state = self.read();
+        let replicas = state.by_model.get(model)?.list.iter();
+        let live = replicas.filter_map(|replica| {
+            let worker = state.workers[replica.worker].as_ref()?;
+            let lives = !worker.draining && now.saturating_duration_since(worker.last_seen) < EXPIRY;
+            lives.then_some((worker.worker_id, replica))
+        });
+        let mut farthest: Option<(WorkerId, LoadProgress)> = None;
+        for (worker_id, replica) in live {
+            if replica.resident {
+                return None;
+            }
+            if let Some(progress) = replica.loading
+                && farthest.is_none_or(|(_, most)| most.percent < progress.percent)
+            {
+                farthest = Some((worker_id, progress));
+            }
+        }
+        farthest
     }
 
     /// Returns every live worker for people to see.
@@ -351,12 +316,27 @@ impl State {
     }
 }
 
+impl Wanted<'_> {
+    fn is_adapter_served(&self, worker: &Worker) -> bool {
+        let served = |name: &AdapterName| {
+            worker.report.adapters.iter().any(|key| key.adapter == *name && key.model == *self.model)
+        };
+        self.adapter.is_none_or(served)
+    }
+
+    fn is_adapter_at_hand(&self, worker: &Worker) -> bool {
+        let cached = || worker.report.model_cache.iter().find(|cached| cached.key == *self.model);
+        self.adapter.is_none_or(|name: &AdapterName| cached().is_some_and(|cached| cached.adapters.contains(name)))
+    }
+}
+
 /// The workers that support a job's model.
 #[derive(Clone)]
 pub struct CandidateIter<'a> {
     workers: &'a [Option<Worker>],
     replicas: std::slice::Iter<'a, Replica>,
     warm: &'a HashMap<usize, f32>,
+    wanted: Wanted<'a>,
     now: Instant,
 }
 
@@ -377,12 +357,17 @@ impl Iterator for CandidateIter<'_> {
                 Some(Refusal::SetAside)
             } else if replica.failed {
                 Some(Refusal::ModelError)
+            } else if replica.loading.is_some_and(|progress| !ends_soon(progress)) {
+                Some(Refusal::Loading)
+            } else if !self.wanted.is_adapter_served(worker) {
+                Some(Refusal::NoAdapter)
             } else {
                 None
             };
             return Some(Candidate {
                 worker_id: worker.worker_id,
                 resident: replica.resident,
+                adapter_at_hand: self.wanted.is_adapter_at_hand(worker),
                 proximity: worker.proximity,
                 gpu_class_matches: true,
                 slots: worker.slots,
@@ -399,170 +384,4 @@ impl Iterator for CandidateIter<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use protocol::health::{CachedModel, Capacity};
-    use protocol::infer::InferRequest;
-    use protocol::{Digest, PublicKey, UnixMillis};
-
-    fn model(name: &str) -> ModelKey {
-        ModelKey { model_id: name.parse().expect("name"), version: "1.0".parse().expect("version") }
-    }
-
-    fn report(number: u8, models: &[&str]) -> HealthReport {
-        let worker_id = PublicKey([number; 32]);
-        let cached = |name: &&str| CachedModel {
-            tokens_per_second: 1.0,
-            ..CachedModel::new(model(name), Digest([0; 32]), ModelState::Ready)
-        };
-        HealthReport {
-            v: 1,
-            worker_id,
-            pub_key: worker_id,
-            region: "local".parse().expect("region"),
-            gpu_class: "cpu".into(),
-            vram_gb: 0,
-            accelerators: vec![],
-            capacity: Capacity { slots: 2, running: 0, waiting: 0, queue_max: 2 },
-            supported: models.iter().map(|name| model(name)).collect(),
-            model_cache: models.iter().map(cached).collect(),
-            latency_hops: 0,
-            draining: false,
-            epoch: 1,
-            seq: 0,
-            issued_at: UnixMillis(0),
-            not_after: UnixMillis(0),
-        }
-    }
-
-    fn fleet() -> Fleet {
-        Fleet::new("local".parse().expect("region"), vec![])
-    }
-
-    fn of(model: &ModelKey) -> Wanted<'_> {
-        static NO_PROMPT: PrefixChain = PrefixChain::NONE;
-        Wanted { model, prefix: &NO_PROMPT }
-    }
-
-    fn serving(fleet: &Fleet, name: &str, now: Instant) -> Vec<u8> {
-        let mut ids: Vec<u8> =
-            fleet.with_candidates(of(&model(name)), now, |found| found.map(|found| found.worker_id.0[0]).collect());
-        ids.sort_unstable();
-        ids
-    }
-
-    #[test]
-    fn a_worker_silent_for_fifteen_seconds_leaves_the_fleet() {
-        let (fleet, now) = (fleet(), Instant::now());
-        fleet.update(report(1, &["m"]), now);
-        fleet.update(report(2, &["m"]), now + Duration::from_secs(1));
-        assert_eq!(fleet.expire(now + Duration::from_millis(14_999)), []);
-        assert_eq!(serving(&fleet, "m", now + Duration::from_millis(14_999)), [1, 2]);
-        assert_eq!(serving(&fleet, "m", now + Duration::from_secs(15)), [2], "at once, and not at the next sweep");
-        assert_eq!(fleet.expire(now + Duration::from_secs(15)), [PublicKey([1; 32])]);
-        assert_eq!(serving(&fleet, "m", now), [2]);
-    }
-
-    #[test]
-    fn a_worker_is_gone_with_its_last_report_and_not_before() {
-        let (fleet, now) = (fleet(), Instant::now());
-        let leaving = |running| {
-            let mut report = report(1, &["m"]);
-            (report.draining, report.capacity.running) = (true, running);
-            report
-        };
-        assert_eq!(fleet.update(report(1, &["m"]), now), Change::Found);
-        assert_eq!(fleet.update(leaving(1), now), Change::None);
-        assert_eq!(fleet.len(), 1, "it still has a job");
-        assert_eq!(fleet.update(leaving(0), now), Change::Left);
-        assert_eq!(fleet.update(leaving(0), now), Change::None);
-        assert_eq!((fleet.len(), serving(&fleet, "m", now)), (0, vec![]));
-    }
-
-    #[test]
-    fn a_worker_that_was_started_again_is_told_from_one_that_went_on() {
-        let (fleet, now) = (fleet(), Instant::now());
-        let of_start = |epoch| HealthReport { epoch, ..report(1, &["m"]) };
-        assert_eq!(fleet.update(of_start(1), now), Change::Found);
-        assert_eq!(fleet.update(of_start(1), now), Change::None);
-        assert_eq!(fleet.update(of_start(2), now), Change::Restarted);
-        assert_eq!(fleet.update(of_start(2), now), Change::None);
-    }
-
-    #[test]
-    fn the_workers_of_a_model_follow_the_reports() {
-        let (fleet, now) = (fleet(), Instant::now());
-        for number in 1..=4 {
-            fleet.update(report(number, &["m", "n"]), now);
-        }
-        fleet.update(report(2, &["n"]), now);
-        fleet.update(report(4, &["m"]), now);
-        assert_eq!(serving(&fleet, "m", now), [1, 3, 4]);
-        assert_eq!(serving(&fleet, "n", now), [1, 2, 3]);
-        fleet.expire(now + EXPIRY);
-        assert_eq!(serving(&fleet, "m", now), [0u8; 0]);
-        fleet.update(report(9, &["m"]), now);
-        assert_eq!(serving(&fleet, "m", now), [9]);
-    }
-
-    #[test]
-    fn workers_are_as_warm_as_their_last_report_says() {
-        let (fleet, now) = (fleet(), Instant::now());
-        let job = |text: &str| -> InferRequest {
-            let input = serde_json::json!({ "messages": [
-                { "role": "system", "content": "Be brief." }, { "role": "user", "content": text },
-            ]});
-            serde_json::from_value(serde_json::json!({
-                "tenantId": "acme", "modelId": "m", "version": "1.0", "input": input, "retryToken": "r",
-                "correlationId": "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f", "traceId": "11".repeat(16),
-            }))
-            .expect("a job")
-        };
-        let (hello, bye) = (PrefixChain::of(&job("hello")), PrefixChain::of(&job("bye")));
-        let warm = |number, prompt: Option<&PrefixChain>| {
-            let mut report = report(number, &["m", "n"]);
-            report.model_cache[0].prefixes = prompt.map(|prompt| prompt.marks().collect()).unwrap_or_default();
-            fleet.update(report, now);
-        };
-        let shares = |prefix: &PrefixChain| -> Vec<f32> {
-            let wanted = Wanted { model: &model("m"), prefix };
-            let mut found: Vec<Candidate> = fleet.with_candidates(wanted, now, |found| found.collect());
-            found.sort_by_key(|found| found.worker_id);
-            found.into_iter().map(|found| (found.warm_share * 10.0).round() / 10.0).collect()
-        };
-        warm(1, Some(&hello));
-        warm(2, Some(&bye));
-        warm(3, None);
-        assert_eq!(shares(&hello), [1.0, 0.6, 0.0], "all of it, what all begin with, nothing");
-        warm(1, None);
-        assert_eq!(shares(&hello), [0.0, 0.6, 0.0]);
-        fleet.remove(PublicKey([2; 32]));
-        assert_eq!(shares(&bye), [0.0, 0.0]);
-        let state = fleet.read();
-        let replicas = &state.by_model[&model("m")];
-        assert!(replicas.warm.is_empty() && replicas.told.is_empty(), "nothing is left behind");
-    }
-
-    #[test]
-    fn a_worker_is_as_loaded_as_the_larger_of_its_word_and_our_count() {
-        let (fleet, now) = (fleet(), Instant::now());
-        let id = PublicKey([1; 32]);
-        let load = |fleet: &Fleet| {
-            fleet.with_candidates(of(&model("m")), now, |mut found| found.next().map(|found| found.load))
-        };
-        fleet.update(report(1, &["m"]), now);
-        fleet.count_reserved(id, true);
-        fleet.count_reserved(id, true);
-        assert_eq!(load(&fleet), Some(2));
-        let mut busy = report(1, &["m"]);
-        busy.capacity.running = 3;
-        fleet.update(busy, now);
-        assert_eq!(load(&fleet), Some(3));
-        fleet.update(report(1, &["m"]), now);
-        assert_eq!(load(&fleet), Some(2), "a report does not make us forget what we reserved");
-        for _ in 0..5 {
-            fleet.count_reserved(id, false);
-        }
-        assert_eq!(load(&fleet), Some(0));
-    }
-}
+mod tests;

@@ -13,6 +13,7 @@ pub mod job;
 pub mod journey;
 pub mod orchestrator;
 pub mod policy_engine;
+mod refusals;
 pub mod registry_policies;
 pub mod reservation_manager;
 pub mod retry_manager;

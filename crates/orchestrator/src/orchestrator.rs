@@ -35,6 +35,7 @@ use crate::fleet::{Change, Fleet, Wanted};
 use crate::job::JobEvent;
 use crate::journey::Journey;
 use crate::policy_engine::PolicyEngine;
+use crate::refusals;
 use crate::registry_policies::RegistryPolicies;
 use crate::reservation_manager::{Ending, ReservationManager};
 use crate::retry_manager::{self, Failure, Plan};
@@ -103,13 +104,23 @@ impl Orchestrator {
     }
 
     fn choose_worker(&self, journey: &mut Journey) -> Result<Candidate, WireError> {
-        let wanted = Wanted { model: &journey.model, prefix: &journey.prefix };
+        let adapter = journey.request.input.adapter.as_ref();
+        let wanted = Wanted { model: &journey.model, adapter, prefix: &journey.prefix };
         let placement = self.fleet.with_candidates(wanted, Instant::now(), |candidates| {
             scheduler::place(candidates, &journey.tried, &self.config.weights)
         });
-        let worker = placement.chosen.ok_or_else(|| no_capacity(&journey.model, &placement));
+        let worker = placement.chosen.ok_or_else(|| self.nobody(wanted, &placement));
         journey.record(placement);
         worker
+    }
+
+    /// Says why nobody gets a job.
+    fn nobody(&self, wanted: Wanted<'_>, placement: &Placement) -> WireError {
+        let Wanted { model, adapter, .. } = wanted;
+        match self.fleet.loading(model, Instant::now()) {
+            Some((worker, progress)) => refusals::model_loading(model, worker, progress),
+            None => refusals::no_capacity(model, adapter, placement),
+        }
     }
 
     fn pass_breaker(&self, journey: &mut Journey) -> Result<(), WireError> {
@@ -135,7 +146,7 @@ impl Orchestrator {
                 .reservations
                 .reserve(&journey.request, journey.fingerprint, worker.worker_id, worker.capacity)
                 .await?;
-            journey.reservation = Some(reserved.ok_or_else(known_already)?);
+            journey.reservation = Some(reserved.ok_or_else(refusals::known_already)?);
         }
         journey.step(JobEvent::Reserve);
         Ok(())
@@ -211,16 +222,16 @@ impl Orchestrator {
                     .take()
                     .filter(|_| error.code == ErrorCode::NoCapacity)
                     .unwrap_or_else(|| error.clone());
-                (Ending::failed(outward(error)), JobEvent::Fail)
+                (Ending::failed(refusals::outward(error)), JobEvent::Fail)
             }
         };
         journey.step(event);
         journey.note(ending.outcome());
         let error = ending.error.clone();
         if let Some(error) = &error
-            && error.code == ErrorCode::NoCapacity
+            && matches!(error.code, ErrorCode::NoCapacity | ErrorCode::ModelLoading)
         {
-            self.metrics.shed.get_or_create(&ReasonLabel { reason: "no_capacity" }).inc();
+            self.metrics.shed.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
         }
         let settled = match journey.reservation.take() {
             Some(reservation) => reservation.finalise(ending).await,
@@ -416,8 +427,8 @@ impl Orchestrator {
             })
             .unary(JOB_EXPLAIN, move |caller, request: ExplainRequest| {
                 let admitted = explain.membership.standing(caller.key).map_err(WireError::from);
-                let explained =
-                    admitted.and_then(|_| explain.decisions.get(request.correlation_id).ok_or_else(forgotten));
+                let explained = admitted
+                    .and_then(|_| explain.decisions.get(request.correlation_id).ok_or_else(refusals::forgotten));
                 async move { explained }
             })
     }
@@ -430,42 +441,4 @@ fn is_workers_fault(code: ErrorCode) -> bool {
         ErrorCode::WorkerFull | ErrorCode::WorkerStopping | ErrorCode::ModelNotHere | ErrorCode::ModelLoading
     );
     code.blame() == Blame::Worker && !refusal
-}
-
-/// How a client sees an error that nodes speak of among themselves.
-fn outward(mut error: WireError) -> WireError {
-    match error.code {
-        ErrorCode::WorkerFull | ErrorCode::WorkerStopping | ErrorCode::ModelNotHere => {
-            WireError::new(ErrorCode::NoCapacity, "no worker has room for this model, try again")
-                .with_retry_after(Duration::from_secs(1))
-        }
-        ErrorCode::StaleAttempt
-        | ErrorCode::NotEnrolled
-        | ErrorCode::NodeRevoked
-        | ErrorCode::UnknownMethod
-        | ErrorCode::InternalError => {
-            error.code = ErrorCode::WorkerFailed;
-            "the worker failed".clone_into(&mut error.message);
-            error
-        }
-        _ => error,
-    }
-}
-
-fn no_capacity(model: &ModelKey, placement: &Placement) -> WireError {
-    let message = if placement.refused.is_empty() {
-        format!("no worker serves {model} now, try again")
-    } else {
-        format!("every worker that serves {model} is full or unwell, try again")
-    };
-    WireError::new(ErrorCode::NoCapacity, message).with_retry_after(Duration::from_secs(1))
-}
-
-fn known_already() -> WireError {
-    WireError::new(ErrorCode::IdempotencyInProgress, "a job of this retryToken exists, and is not run twice")
-        .with_retry_after(Duration::from_secs(1))
-}
-
-fn forgotten() -> WireError {
-    WireError::new(ErrorCode::NotFound, "no decision of this job is remembered")
 }

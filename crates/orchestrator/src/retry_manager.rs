@@ -38,7 +38,8 @@ pub fn plan(attempt: u32, attempts_max: u32, failure: Failure, correlation_id: C
         return Plan::GiveUp;
     }
     match failure.code {
-        ErrorCode::DeadlineExceeded | ErrorCode::Cancelled => Plan::GiveUp,
+        // The caller may wait for a load; its job does not.
+        ErrorCode::DeadlineExceeded | ErrorCode::Cancelled | ErrorCode::ModelLoading => Plan::GiveUp,
         // A refusal is no sign of trouble: the next worker is asked at once.
         ErrorCode::WorkerFull | ErrorCode::WorkerStopping | ErrorCode::ModelNotHere => {
             Plan::Retry { after: Duration::ZERO }
@@ -89,6 +90,7 @@ mod tests {
 
     #[test]
     fn what_is_the_callers_fault_is_not_tried_again() {
+        assert_eq!(planned(1, ErrorCode::ModelLoading, false), Plan::GiveUp);
         for code in [ErrorCode::ContextLengthExceeded, ErrorCode::UnsupportedParameter, ErrorCode::DeadlineExceeded] {
             assert_eq!(planned(1, code, false), Plan::GiveUp, "{code}");
         }

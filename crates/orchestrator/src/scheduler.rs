@@ -19,6 +19,8 @@ pub struct Candidate {
     pub worker_id: WorkerId,
     /// Whether the model is in its memory.
     pub resident: bool,
+    /// Whether the adapter asked for is attached there, or none was.
+    pub adapter_at_hand: bool,
     /// 1 in the same region, less the farther away.
     pub proximity: f32,
     /// Whether its accelerator is of the class asked for, or none was.
@@ -48,6 +50,10 @@ pub enum Refusal {
     SetAside,
     /// It could not load the model.
     ModelError,
+    /// It loads the model, and that takes a while yet.
+    Loading,
+    /// It does not serve the adapter asked for.
+    NoAdapter,
     /// It failed this very job before.
     Tried,
 }
@@ -60,6 +66,8 @@ impl Refusal {
             Self::Draining => "draining",
             Self::SetAside => "set_aside",
             Self::ModelError => "model_error",
+            Self::Loading => "loading",
+            Self::NoAdapter => "no_adapter",
             Self::Tried => "tried",
         }
     }

@@ -6,6 +6,9 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::health::LoadProgress;
+use crate::model::ModelKey;
+
 /// What went wrong, as clients and nodes name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -223,18 +226,40 @@ pub struct WireError {
     /// How long to wait before another try, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
+    /// How far the model is, where it is being loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loading: Option<Box<LoadingModel>>,
+}
+
+/// How far a model is that nobody has ready.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LoadingModel {
+    /// The model.
+    pub model: ModelKey,
+    /// Stands for the worker that is farthest; it says nothing of it, but is the same each time.
+    pub node: String,
+    /// How far that one is.
+    pub progress: LoadProgress,
 }
 
 impl WireError {
     /// Makes an error of a code and a message.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), param: None, retry_after_ms: None }
+        Self { code, message: message.into(), param: None, retry_after_ms: None, loading: None }
     }
 
     /// Names the field at fault.
     #[must_use]
     pub fn with_param(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
+        self
+    }
+
+    /// Says how far the model is.
+    #[must_use]
+    pub fn with_loading(mut self, loading: LoadingModel) -> Self {
+        self.loading = Some(Box::new(loading));
         self
     }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::clock::UnixMillis;
 use crate::id::{AdapterName, Digest, PrefixDigest, PublicKey, Region, WorkerId};
-use crate::model::ModelKey;
+use crate::model::{AdapterKey, ModelKey};
 
 /// The kind under which reports are signed.
 pub const KIND: &str = "health-report";
@@ -45,6 +45,9 @@ pub struct HealthReport {
     pub capacity: Capacity,
     /// The models it serves.
     pub supported: Vec<ModelKey>,
+    /// The adapters it serves them with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<AdapterKey>,
     /// The models it holds in memory.
     pub model_cache: Vec<CachedModel>,
     /// Network hops to the region's centre, as configured; fewer is nearer.
@@ -107,9 +110,12 @@ pub struct CachedModel {
     /// Generated tokens a second, smoothed; 0 before the first answer.
     #[serde(default, deserialize_with = "finite")]
     pub tokens_per_second: f32,
-    /// Adapters at hand.
+    /// Adapters at hand: a job with one of them need not wait for it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AdapterName>,
+    /// How far its load is, while it is loading.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loading: Option<LoadProgress>,
     /// Beginnings of prompts whose keys and values are likely at hand, the latest first; see [`crate::prefix`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prefixes: Vec<PrefixDigest>,
@@ -118,7 +124,28 @@ pub struct CachedModel {
 impl CachedModel {
     /// Returns an attested model of which no more is known than how far it is.
     pub fn new(key: ModelKey, digest: Digest, state: ModelState) -> Self {
-        Self { key, digest, state, attested: true, tokens_per_second: 0.0, adapters: Vec::new(), prefixes: Vec::new() }
+        let (adapters, prefixes) = (Vec::new(), Vec::new());
+        Self { key, digest, state, attested: true, tokens_per_second: 0.0, adapters, loading: None, prefixes }
+    }
+}
+
+/// How far the load of a model is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LoadProgress {
+    /// What is done of it, 0 to 100.
+    pub percent: u8,
+    /// Milliseconds that it has taken so far.
+    pub elapsed_ms: u64,
+    /// Length of the artifact in bytes; 0 before it was opened.
+    pub bytes: u64,
+}
+
+impl LoadProgress {
+    /// Returns how long it takes yet, if it goes on as it has; nothing is known of one that has only begun.
+    pub fn remaining(&self) -> Option<Duration> {
+        let done = u64::from(self.percent.min(100));
+        self.elapsed_ms.saturating_mul(100 - done).checked_div(done).map(Duration::from_millis)
     }
 }
 
@@ -163,6 +190,15 @@ mod tests {
         let read = |more| codec::decode::<CachedModel>(model(more).as_bytes()).expect("it reads").attested;
         assert!(read(""));
         assert!(!read(r#","attested":false"#));
+    }
+
+    #[test]
+    fn a_load_that_goes_on_as_it_has_ends_in_time() {
+        let remaining = |percent, elapsed_ms| LoadProgress { percent, elapsed_ms, bytes: 0 }.remaining();
+        assert_eq!(remaining(25, 1000), Some(Duration::from_secs(3)));
+        assert_eq!(remaining(0, 1000), None);
+        assert_eq!((remaining(100, 1000), remaining(255, 1000)), (Some(Duration::ZERO), Some(Duration::ZERO)));
+        assert!(remaining(1, u64::MAX).is_some(), "no number from outside does harm");
     }
 
     #[test]

@@ -26,7 +26,7 @@ use tracing::{debug, info};
 
 use crate::announcer::{Announcer, topics};
 use crate::capabilities::Capabilities;
-use crate::config::Config;
+use crate::config::{Config, ServedModel};
 use crate::engine_meter::EngineMeter;
 use crate::execution_engine::{Broken, ExecutionEngine, finish};
 use crate::health_reporter::{Condition, HealthReporter, Identity, ReportWriter};
@@ -163,7 +163,8 @@ impl BaseWorker {
             key,
             region: config.region.clone(),
             capabilities,
-            supported: config.models.iter().map(crate::config::ServedModel::key).collect(),
+            supported: config.models.iter().map(ServedModel::key).collect(),
+            adapters: config.models.iter().flat_map(ServedModel::adapter_keys).collect(),
             latency_hops: config.latency_hops,
             limits: guard.limits(),
             epoch,
@@ -329,14 +330,14 @@ impl Desk {
         }
         let request: InferRequest = codec::decode(&call.body)?;
         request.input.check()?;
-        if request.input.adapter.is_some() {
-            let error = WireError::new(ErrorCode::UnsupportedParameter, "this worker has no adapters");
-            return Err(error.with_param("adapter"));
-        }
         let key = ModelKey { model_id: request.model_id.clone(), version: request.version };
         let entry = self.loader.cache().find(&key).cloned().ok_or_else(|| {
             WireError::new(ErrorCode::ModelNotHere, format!("this worker does not serve {key}, try another"))
         })?;
+        if let Some(adapter) = request.input.adapter.as_ref().filter(|name| entry.model.adapter(name).is_none()) {
+            let message = format!("this worker does not serve {key}:{adapter}, try another");
+            return Err(WireError::new(ErrorCode::ModelNotHere, message));
+        }
         let now = Instant::now();
         let relative = request.deadline_ms.and_then(|wait| now.checked_add(Duration::from_millis(wait)));
         let deadline = call.deadline.into_iter().chain(relative).min();

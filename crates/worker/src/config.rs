@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use protocol::model::{ModelKey, remote_digest};
-use protocol::{Digest, ModelName, ModelVersion, Region};
+use protocol::model::{AdapterKey, ModelKey, remote_digest};
+use protocol::{AdapterName, Digest, ModelName, ModelVersion, Region};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +60,12 @@ pub struct ServedModel {
     /// Layers to place on a GPU; 0 keeps all on the CPU.
     #[serde(default)]
     pub gpu_layers: u32,
+    /// The LoRA adapters it is served with; each is attached at its first job.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<ServedAdapter>,
+    /// Adapters attached at once, at most; the one unused for longest makes room.
+    #[serde(default = "adapters_max")]
+    pub adapters_max: u32,
 }
 
 /// A server of OpenAI's API that was started by somebody else.
@@ -74,6 +80,23 @@ pub struct RemoteServer {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub api_key_file: Option<PathBuf>,
 }
+
+/// An adapter of a model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ServedAdapter {
+    /// Its name.
+    pub name: AdapterName,
+    /// SHA-256 of its artifact.
+    pub digest: Digest,
+}
+
+fn adapters_max() -> u32 {
+    4
+}
+
+/// The most adapters of all models together; health reports name each.
+const ADAPTERS_TOLD_MAX: usize = 256;
 
 /// Why a configuration makes no sense.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -93,6 +116,15 @@ pub enum ConfigError {
     /// A model stands in the list twice.
     #[error("models has {0} more than once")]
     ModelTwice(ModelKey),
+    /// An adapter stands in the list of its model twice.
+    #[error("{0} has the adapter {1} more than once")]
+    AdapterTwice(ModelKey, AdapterName),
+    /// There are more adapters than a health report can name.
+    #[error("models has more than {ADAPTERS_TOLD_MAX} adapters")]
+    TooManyAdapters,
+    /// An adapter could never be attached.
+    #[error("adapters_max of {0} must be at least 1")]
+    NoAdapters(ModelKey),
 }
 
 impl Default for Config {
@@ -130,10 +162,13 @@ impl Config {
             return Err(ConfigError::Command(model.key()));
         }
         let mut seen = BTreeSet::new();
-        match self.models.iter().map(ServedModel::key).find(|key| !seen.insert(key.clone())) {
-            Some(twice) => Err(ConfigError::ModelTwice(twice)),
-            None => Ok(()),
+        if let Some(twice) = self.models.iter().map(ServedModel::key).find(|key| !seen.insert(key.clone())) {
+            return Err(ConfigError::ModelTwice(twice));
         }
+        if self.models.iter().map(|model| model.adapters.len()).sum::<usize>() > ADAPTERS_TOLD_MAX {
+            return Err(ConfigError::TooManyAdapters);
+        }
+        self.models.iter().try_for_each(ServedModel::check)
     }
 
     /// Returns how long jobs have to end when the worker stops.
@@ -143,6 +178,53 @@ impl Config {
 }
 
 impl ServedModel {
+    /// Returns a model of an artifact, loaded as it was made and without adapters.
+    pub fn new(key: ModelKey, digest: Digest) -> Self {
+        Self { digest: Some(digest), ..Self::named(key) }
+    }
+
+    /// Returns a model that a server answers for.
+    pub fn on_server(key: ModelKey, server: RemoteServer) -> Self {
+        Self { remote: Some(server), ..Self::named(key) }
+    }
+
+    fn named(key: ModelKey) -> Self {
+        let ModelKey { model_id, version } = key;
+        Self {
+            model_id,
+            version,
+            digest: None,
+            remote: None,
+            server_command: Vec::new(),
+            context_length: 0,
+            threads: 0,
+            gpu_layers: 0,
+            adapters: Vec::new(),
+            adapters_max: adapters_max(),
+        }
+    }
+
+    /// Returns an adapter that it is served with.
+    pub fn adapter(&self, name: &AdapterName) -> Option<&ServedAdapter> {
+        self.adapters.iter().find(|adapter| adapter.name == *name)
+    }
+
+    /// Returns the names of its adapters, its own name with each.
+    pub(crate) fn adapter_keys(&self) -> impl Iterator<Item = AdapterKey> {
+        self.adapters.iter().map(|adapter| AdapterKey { model: self.key(), adapter: adapter.name.clone() })
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        if self.adapters_max == 0 {
+            return Err(ConfigError::NoAdapters(self.key()));
+        }
+        let mut seen = BTreeSet::new();
+        match self.adapters.iter().find(|adapter| !seen.insert(&adapter.name)) {
+            Some(twice) => Err(ConfigError::AdapterTwice(self.key(), twice.name.clone())),
+            None => Ok(()),
+        }
+    }
+
     /// Returns name and version.
     pub fn key(&self) -> ModelKey {
         ModelKey { model_id: self.model_id.clone(), version: self.version }
@@ -160,18 +242,8 @@ mod tests {
     use super::*;
 
     fn model() -> ServedModel {
-        let digest = Some(Digest::of(b"model"));
         let (model_id, version) = ("tether-tiny".parse().expect("name"), "1.0".parse().expect("version"));
-        ServedModel {
-            model_id,
-            version,
-            digest,
-            remote: None,
-            server_command: Vec::new(),
-            context_length: 0,
-            threads: 0,
-            gpu_layers: 0,
-        }
+        ServedModel::new(ModelKey { model_id, version }, Digest::of(b"model"))
     }
 
     #[test]
@@ -221,5 +293,10 @@ mod tests {
         assert_eq!(nobody.check(), Err(ConfigError::NoTenantJobs));
         let twice = Config { models: vec![model(), model()], ..Config::default() };
         assert_eq!(twice.check(), Err(ConfigError::ModelTwice(model().key())));
+        let pirate = ServedAdapter { name: "pirate".parse().expect("name"), digest: Digest::of(b"adapter") };
+        let with = |model| Config { models: vec![model], ..Config::default() }.check();
+        let twice = ServedModel { adapters: vec![pirate.clone(), pirate.clone()], ..model() };
+        assert_eq!(with(twice), Err(ConfigError::AdapterTwice(model().key(), pirate.name)));
+        assert_eq!(with(ServedModel { adapters_max: 0, ..model() }), Err(ConfigError::NoAdapters(model().key())));
     }
 }

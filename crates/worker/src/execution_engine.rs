@@ -7,15 +7,18 @@ mod translation;
 use std::fmt;
 use std::sync::Arc;
 
-use engine::{Embeddings, EngineError, Event, LoadedModel, ModelId, ModelRuntime, unsupported};
+use engine::{
+    AdapterId, Embeddings, EngineError, Event, GenerateRequest, LoadedModel, ModelId, ModelRuntime, unsupported,
+};
 use futures_util::FutureExt as _;
 use protocol::infer::{EmbedInput, InferChunk, InferRequest};
 use protocol::{ErrorCode, WireError};
 use rpc::ReplyStream;
 use tracing::warn;
 
+use crate::model_loader::adapters::Lease;
 use crate::model_loader::cache::Entry;
-use crate::model_loader::{LoadFailed, ModelLoader};
+use crate::model_loader::{LoadError, LoadFailed, ModelLoader};
 use choices::Choices;
 use chunk_writer::ChunkWriter;
 use translation::{embed_request, generate_request, wire_error};
@@ -33,6 +36,8 @@ pub(crate) struct Begun {
     entry: Arc<Entry>,
     model: ModelId,
     work: Work,
+    /// Keeps the adapter where it is.
+    _adapter: Option<Lease>,
 }
 
 enum Work {
@@ -72,17 +77,48 @@ impl ExecutionEngine {
     pub(crate) async fn begin(&self, entry: Arc<Entry>, request: Arc<InferRequest>) -> Result<Begun, WireError> {
         let loaded = self.loader.resident(&entry).await.map_err(|error| load_failed(&error))?;
         let model = loaded.id;
+        let (adapter, lease) = self.attach(&entry, model, &request).await?.unzip();
         let work = match &request.input.embed {
+            Some(_) if adapter.is_some() => Err(unsupported("adapter", "vectors are made by the model alone")),
             Some(inputs) => self.embed(&loaded, inputs, request.input.dimensions).await.map(Work::Vectors),
-            None => self.generate(&loaded, &request).await.map(|choices| Work::Choices(Box::new(choices))),
+            None => self.generate(&loaded, adapter, &request).await.map(|choices| Work::Choices(Box::new(choices))),
         };
         let work = work.map_err(|error| self.failed(&entry, model, &error, &request))?;
-        Ok(Begun { entry, model, work })
+        Ok(Begun { entry, model, work, _adapter: lease })
     }
 
-    async fn generate(&self, loaded: &LoadedModel, request: &InferRequest) -> Result<Choices, EngineError> {
+    /// Returns the adapter that a job asks for, attached.
+    async fn attach(
+        &self,
+        entry: &Entry,
+        model: ModelId,
+        request: &InferRequest,
+    ) -> Result<Option<(AdapterId, Lease)>, WireError> {
+        let Some(adapter) = request.input.adapter.as_ref().and_then(|name| entry.model.adapter(name)) else {
+            return Ok(None);
+        };
+        match self.loader.attach(entry, model, adapter).await {
+            Ok(attached) => Ok(Some(attached)),
+            Err(LoadError::Engine(error @ (EngineError::Failed { .. } | EngineError::NotLoaded))) => {
+                Err(self.failed(entry, model, &error, request))
+            }
+            Err(error) => {
+                warn!(model = %entry.key, adapter = %adapter.name, %error, "the adapter could not be attached");
+                // A refusal: the model itself is well.
+                Err(WireError::new(ErrorCode::ModelNotHere, "this worker cannot attach the adapter, try another"))
+            }
+        }
+    }
+
+    async fn generate(
+        &self,
+        loaded: &LoadedModel,
+        adapter: Option<AdapterId>,
+        request: &InferRequest,
+    ) -> Result<Choices, EngineError> {
         let count = request.input.n.unwrap_or(1);
-        Choices::begin(self.runtime.clone(), generate_request(loaded.id, request), count, loaded.slots).await
+        let generate = GenerateRequest { adapter, ..generate_request(loaded.id, request) };
+        Choices::begin(self.runtime.clone(), generate, count, loaded.slots).await
     }
 
     async fn embed(
@@ -112,7 +148,7 @@ impl ExecutionEngine {
         request: &InferRequest,
         reply: &mut ReplyStream,
     ) -> Result<InferChunk, Broken> {
-        let Begun { entry, model, work } = begun;
+        let Begun { entry, model, work, _adapter } = begun;
         let mut choices = match work {
             Work::Choices(choices) => choices,
             Work::Vectors(embeddings) => {

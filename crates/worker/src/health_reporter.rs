@@ -9,7 +9,7 @@ use engine::LoadSnapshot;
 use futures_util::future::join_all;
 use protocol::control::{Empty, NodeRole, PRESENCE_REPORT};
 use protocol::health::{self, Capacity, EXPIRY, HEARTBEAT, HealthReport};
-use protocol::model::ModelKey;
+use protocol::model::{AdapterKey, ModelKey};
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, PublicKey, Region, codec};
 use rpc::{CallError, Client, Directory};
@@ -39,6 +39,7 @@ pub(crate) struct Identity {
     pub(crate) region: Region,
     pub(crate) capabilities: Capabilities,
     pub(crate) supported: Vec<ModelKey>,
+    pub(crate) adapters: Vec<AdapterKey>,
     pub(crate) latency_hops: u32,
     pub(crate) limits: Limits,
     /// Grows at each start of the worker.
@@ -117,6 +118,7 @@ fn fit(report: &mut HealthReport) -> (String, usize) {
         let excess = (body.len() - health::REPORT_BYTES_MAX).div_ceil(MODEL_BYTES_MAX);
         let left = report.supported.split_off(report.supported.len().saturating_sub(excess));
         report.model_cache.retain(|model| !left.contains(&model.key));
+        report.adapters.retain(|adapter| !left.contains(&adapter.model));
         body = write(report);
     }
     (body, before - report.supported.len())
@@ -227,6 +229,7 @@ fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u6
         // Counted here and not by the engines: a job that waits for its model is here as well.
         capacity: Capacity { slots, running, waiting: condition.jobs - running, queue_max },
         supported: identity.supported.clone(),
+        adapters: identity.adapters.clone(),
         model_cache: cache.manifest(&condition.snapshots),
         latency_hops: identity.latency_hops,
         draining: condition.draining,
@@ -265,6 +268,7 @@ mod tests {
             capacity: Capacity::default(),
             supported: (0..models).map(key).collect(),
             // The last of them, to see that they are kept.
+            adapters: vec![],
             model_cache: (models - in_memory..models).map(cached).collect(),
             latency_hops: 0,
             draining: false,

@@ -19,5 +19,5 @@ mod transcript;
 
 pub use base_worker::{BaseWorker, NotReady, WorkerHandle, WorkerParts};
 pub use capabilities::Capabilities;
-pub use config::{Config, ConfigError, RemoteServer, ServedModel};
+pub use config::{Config, ConfigError, RemoteServer, ServedAdapter, ServedModel};
 pub use quota_guard::{Limits, Occupancy, Refusal, admit};

@@ -3,25 +3,33 @@
 //! Each model has one keeper, a task that alone loads and unloads it. So however many jobs want a model, it is
 //! loaded once, and they all wait for the same load.
 
+pub(crate) mod adapters;
 pub(crate) mod cache;
 mod warm_prefixes;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use artifact_store::{ArtifactStore, OpenError};
-use engine::{EngineError, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, VerifiedArtifact};
+use artifact_store::{ArtifactStore, OpenError, VerifiedFile};
+use engine::{
+    AdapterId, EngineError, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, ProgressSink,
+    VerifiedArtifact,
+};
 use observability::metrics::{Metrics, ModelLabel};
+use protocol::Digest;
 use protocol::model::ModelKey;
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
+use adapters::Lease;
+use cache::{Entry, Load, ModelCache, Status};
+
+use crate::config::ServedAdapter;
 use crate::remote_models::{AttachError, RemoteModels};
-use cache::{Entry, ModelCache, Status};
 
 /// The wait after the first failure; it doubles with each.
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
@@ -31,6 +39,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(30);
 const STEADY: Duration = Duration::from_mins(1);
 /// Failures in a row after which an engine that seems alive is replaced.
 const STRIKES_MAX: u32 = 3;
+/// How often the progress of a load is reported.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How long an unload may take before it is given up.
 const UNLOAD_WITHIN: Duration = Duration::from_secs(5);
 
@@ -76,9 +86,9 @@ pub(crate) struct Observation {
     pub(crate) snapshots: Vec<LoadSnapshot>,
 }
 
-/// Why one load failed.
+/// Why a model or an adapter was not loaded.
 #[derive(Debug, thiserror::Error)]
-enum LoadError {
+pub(crate) enum LoadError {
     #[error(transparent)]
     Artifact(#[from] OpenError),
     #[error(transparent)]
@@ -154,7 +164,7 @@ impl ModelLoader {
             if !is_listed(&snapshots, *id)
                 && let Some(entry) = self.cache.find(key)
             {
-                entry.bury(*id);
+                entry.bury(*id, "its process is gone");
             }
         }
         Observation { ready, snapshots }
@@ -169,18 +179,44 @@ impl ModelLoader {
             _ => false,
         };
         if dead {
-            entry.bury(id);
+            entry.bury(id, error.to_string());
         }
     }
 
+    /// Returns an adapter of a model that answers, and attaches it first if need be: once, however many jobs want it.
+    pub(crate) async fn attach(
+        &self,
+        entry: &Entry,
+        model: ModelId,
+        adapter: &ServedAdapter,
+    ) -> Result<(AdapterId, Lease), LoadError> {
+        let lease = entry.adapters.lease(model, &adapter.name).await.ok_or(EngineError::NotLoaded)?;
+        let attaching = lease.id.get_or_try_init(|| async {
+            while let Some(evicted) = entry.adapters.evicted(model) {
+                // What is left of it does no harm, and goes with the engine.
+                if let Err(error) = self.runtime.remove_adapter(model, evicted).await {
+                    debug!(model = %entry.key, %error, "an adapter could not be taken off");
+                }
+                entry.adapters.removed(model, evicted);
+            }
+            let artifact = self.open(adapter.digest).await?;
+            let id = self.runtime.add_adapter(model, artifact).await?;
+            info!(model = %entry.key, adapter = %adapter.name, "the adapter is attached");
+            Ok::<_, LoadError>(id)
+        });
+        let id = *attaching.await.inspect_err(|error| self.count(error))?;
+        self.changes.send_replace(());
+        Ok((id, lease))
+    }
+
     /// Loads one model, waits for its death, and begins again.
-    async fn keep(&self, entry: &Entry) {
+    async fn keep(&self, entry: &Arc<Entry>) {
         let mut backoff = Backoff::new(self.options.seed ^ digest_seed(entry));
         if !self.options.preload {
             entry.wanted.notified().await;
         }
         loop {
-            self.set(entry, Status::Loading);
+            self.set(entry, Status::Loading(Load::begin()));
             match self.load(entry).await {
                 Ok(loaded) => {
                     let since = Instant::now();
@@ -189,10 +225,10 @@ impl ModelLoader {
                     entry.forgive();
                     entry.set_ready(loaded);
                     self.changes.send_replace(());
-                    entry.died(id).await;
+                    let cause = entry.died(id).await;
                     self.metrics.engine_deaths.get_or_create(&label(&entry.key)).inc();
-                    warn!(model = %entry.key, "the engine died");
-                    self.set(entry, Status::Failed("the engine died".into()));
+                    warn!(model = %entry.key, %cause, "the engine died");
+                    self.set(entry, Status::Failed(cause));
                     // What is left of it may still hold memory, or a job.
                     self.unload(entry, id).await;
                     if since.elapsed() >= STEADY {
@@ -200,9 +236,7 @@ impl ModelLoader {
                     }
                 }
                 Err(error) => {
-                    if matches!(error, LoadError::Artifact(OpenError::Mismatch { .. })) {
-                        self.metrics.artifact_verify_failures.inc();
-                    }
+                    self.count(&error);
                     warn!(model = %entry.key, %error, "the model could not be loaded");
                     self.set(entry, Status::Failed(error.to_string().into()));
                 }
@@ -211,7 +245,7 @@ impl ModelLoader {
         }
     }
 
-    async fn load(&self, entry: &Entry) -> Result<LoadedModel, LoadError> {
+    async fn load(&self, entry: &Arc<Entry>) -> Result<LoadedModel, LoadError> {
         let options = LoadOptions {
             context_length: entry.model.context_length,
             slots: self.options.slots,
@@ -223,19 +257,37 @@ impl ModelLoader {
         if let Some(server) = &entry.model.remote {
             return Ok(self.remote.attach(&entry.key, server, &options).await?);
         }
-        let (artifacts, digest) = (self.artifacts.clone(), entry.model.digest());
-        let opened = self.blocking.spawn_blocking(move || artifacts.open(&digest)).await;
-        let opened = opened.map_err(|_| LoadError::Interrupted)??;
+        let artifact = self.open(entry.model.digest()).await?;
+        entry.opened(artifact.bytes);
         if !entry.model.server_command.is_empty() {
-            return Ok(self.remote.start(&entry.model.server_command, opened.file, &options).await?);
+            return Ok(self.remote.start(&entry.model.server_command, artifact.file, &options).await?);
         }
-        let artifact = VerifiedArtifact {
-            file: opened.file,
-            sha256: opened.digest.to_string(),
-            bytes: opened.bytes,
-            parts: Vec::new(),
-        };
-        Ok(self.runtime.load(artifact, options, engine::no_progress()).await?)
+        Ok(self.runtime.load(artifact, options, self.progress_of(entry)).await?)
+    }
+
+    /// Returns what notes the progress of a load, and has it reported now and then.
+    fn progress_of(&self, entry: &Arc<Entry>) -> ProgressSink {
+        let (entry, changes, told) = (entry.clone(), self.changes.clone(), Mutex::new(Instant::now()));
+        Box::new(move |share| {
+            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+            if entry.progressed(share) && told.elapsed() >= PROGRESS_EVERY {
+                *told = Instant::now();
+                changes.send_replace(());
+            }
+        })
+    }
+
+    async fn open(&self, digest: Digest) -> Result<VerifiedArtifact, LoadError> {
+        let artifacts = self.artifacts.clone();
+        let opened = self.blocking.spawn_blocking(move || artifacts.open(&digest)).await;
+        let VerifiedFile { file, digest, bytes } = opened.map_err(|_| LoadError::Interrupted)??;
+        Ok(VerifiedArtifact { file, sha256: digest.to_string(), bytes, parts: Vec::new() })
+    }
+
+    fn count(&self, error: &LoadError) {
+        if matches!(error, LoadError::Artifact(OpenError::Mismatch { .. })) {
+            self.metrics.artifact_verify_failures.inc();
+        }
     }
 
     async fn unload(&self, entry: &Entry, id: ModelId) {

@@ -114,6 +114,7 @@ fn report(key: &NodeKey, seq: u64) -> HealthReport {
         accelerators: vec!["avx2".to_owned(), "avx512-vnni".to_owned()],
         capacity: Capacity { slots: 4, running: 0, waiting: 0, queue_max: 64 },
         supported: vec![tiny_model::key()],
+        adapters: vec![],
         model_cache: vec![CachedModel {
             tokens_per_second: 123.4,
             ..CachedModel::new(tiny_model::key(), tiny_model::digest(), ModelState::Ready)

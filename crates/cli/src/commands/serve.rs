@@ -55,6 +55,7 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
     let office = TokenOffice::new(store.clone(), clock.clone(), data.pepper()?);
     let (_, key_is_new) = first_key(data, &office).await?;
     registry::catalog::register(&*store, vec![tiny_model::entry(clock.now())]).await?;
+    store.put_adapter(tiny_model::adapter_entry(clock.now())).await?;
 
     let node = Node::start(&context.settings, data, "registry", &[]).await?;
     let mut bootstrap = context.settings.network.bootstrap.clone();

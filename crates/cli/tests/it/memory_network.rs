@@ -15,6 +15,7 @@ use protocol::control::{
     NodeRevoked, NodeRole, Scope, TokenCreate,
 };
 use protocol::infer::{InferChunk, InferRequest, Input, SUBMIT};
+use protocol::model::ModelKey;
 use protocol::signature::NodeKey;
 use protocol::{Clock, CorrelationId, Digest, PublicKey, Region, Topic, UnixMillis, codec};
 use registry::{AdmissionOffice, AdmissionParts, Pepper, Registry, RegistryParts, TokenOffice};
@@ -64,16 +65,8 @@ pub(crate) fn region() -> Region {
 }
 
 pub(crate) fn model() -> ServedModel {
-    ServedModel {
-        model_id: "tether-tiny".parse().expect("name"),
-        version: "1.0".parse().expect("version"),
-        digest: Some(Digest::of(MODEL_BYTES)),
-        remote: None,
-        server_command: Vec::new(),
-        context_length: 0,
-        threads: 0,
-        gpu_layers: 0,
-    }
+    let (model_id, version) = ("tether-tiny".parse().expect("name"), "1.0".parse().expect("version"));
+    ServedModel::new(ModelKey { model_id, version }, Digest::of(MODEL_BYTES))
 }
 
 /// Returns a job of a tenant, named by a number.

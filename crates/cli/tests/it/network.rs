@@ -107,3 +107,26 @@ fn the_demonstration_ends_well_and_leaves_nothing_behind() {
     assert!(!home.data().exists());
     assert_eq!(std::fs::read_dir(&temporary).expect("a folder").count(), 0);
 }
+
+#[test]
+fn adapters_are_added_listed_and_forgotten() {
+    let home = Home::new();
+    let up = home.up(&[]);
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny-lora-pirate.gguf");
+    let add = ["model", "adapter", "add", "tether-tiny", "privateer", file, "--description", "The same again."];
+    let added = home.well(&add);
+    let digest = "2ec0d1f8ab8df23b24fccadad97868d7b9bbd466f18ab6c37ff4844a4f69b05b";
+    assert!(added.contains("[[worker.models.adapters]]") && added.contains(digest), "{added}");
+    assert!(home.data().join("artifacts/sha256/2e").join(digest).is_file());
+    let names = || -> Vec<String> {
+        let listed = home.json(&["model", "adapter", "list", "--json"]);
+        let adapters = listed.as_array().expect("a list").iter();
+        adapters.map(|entry| entry["adapter"].as_str().expect("a name").to_owned()).collect()
+    };
+    assert_eq!(names(), ["pirate", "privateer"], "one comes with the program");
+    assert!(home.well(&["model", "adapter", "list"]).contains("The same again."));
+    home.well(&["model", "adapter", "rm", "tether-tiny", "privateer"]);
+    assert_eq!(names(), ["pirate"]);
+    assert_eq!(home.run(&["model", "adapter", "rm", "tether-tiny", "privateer"]).status.code(), Some(1));
+    assert_eq!(up.end(), Some(0));
+}

@@ -4,9 +4,9 @@
 
 mod chat_templates;
 #[cfg(feature = "llama")]
-mod llama_forms;
-#[cfg(feature = "llama")]
 mod handed_over;
+#[cfg(feature = "llama")]
+mod llama_forms;
 #[cfg(feature = "llama")]
 mod llama_process;
 #[cfg(feature = "llama")]

@@ -80,6 +80,7 @@ fn worker(model: &ModelEntry) -> FleetWorker {
         accelerators: vec![],
         capacity: Capacity::default(),
         supported: vec![model.key.clone()],
+        adapters: vec![],
         model_cache: vec![cached],
         latency_hops: 0,
         draining: false,

@@ -95,7 +95,7 @@ impl Scene {
     }
 
     fn routable(&self) -> usize {
-        let wanted = Wanted { model: &model(), prefix: &PrefixChain::NONE };
+        let wanted = Wanted { model: &model(), adapter: None, prefix: &PrefixChain::NONE };
         self.fleet.with_candidates(wanted, Instant::now(), |found| found.filter(|found| found.barred.is_none()).count())
     }
 }
@@ -128,6 +128,7 @@ impl Worker {
             accelerators: vec![],
             capacity: Capacity { slots: 1, running: 0, waiting: 0, queue_max: 1 },
             supported: vec![model()],
+            adapters: vec![],
             model_cache: vec![cached],
             latency_hops: 0,
             draining: false,

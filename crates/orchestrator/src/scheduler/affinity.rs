@@ -9,7 +9,7 @@ use super::Candidate;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Weights {
-    /// The model is in memory.
+    /// The model is in memory, and the adapter attached.
     pub model_match: f64,
     /// The worker is near.
     pub region_proximity: f64,
@@ -34,7 +34,7 @@ impl Default for Weights {
 /// The terms of one candidate, each between 0 and 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Terms {
-    /// 1 in memory, half if it has to be loaded.
+    /// 1 in memory, a little less where an adapter has to be attached, half if the model has to be loaded.
     pub model_match: f64,
     /// 1 in the same region, less the farther away.
     pub region_proximity: f64,
@@ -55,7 +55,11 @@ impl Terms {
         let slots = f64::from(candidate.slots.max(1));
         let known = candidate.tokens_per_second > 0.0 && fastest > 0.0;
         Self {
-            model_match: if candidate.resident { 1.0 } else { 0.5 },
+            model_match: match (candidate.resident, candidate.adapter_at_hand) {
+                (true, true) => 1.0,
+                (true, false) => 0.9,
+                (false, _) => 0.5,
+            },
             region_proximity: f64::from(candidate.proximity),
             gpu_class: f64::from(u8::from(candidate.gpu_class_matches)),
             queue_depth: slots / (slots + f64::from(candidate.load)),

@@ -7,6 +7,7 @@ fn worker(number: u8) -> Candidate {
     Candidate {
         worker_id: PublicKey([number; 32]),
         resident: true,
+        adapter_at_hand: true,
         proximity: 1.0,
         gpu_class_matches: true,
         slots: 4,
@@ -45,6 +46,14 @@ fn each_term_decides_when_all_else_is_equal() {
         improve(&mut good);
         assert_eq!(chosen(&[poor(1), good, poor(3)]), Some(good.worker_id), "term {term}");
     }
+}
+
+#[test]
+fn an_adapter_at_hand_decides_among_equals_and_not_against_a_model_in_memory() {
+    let to_attach = Candidate { adapter_at_hand: false, ..worker(1) };
+    assert_eq!(chosen(&[to_attach, worker(2)]), Some(worker(2).worker_id));
+    let to_load = Candidate { resident: false, ..to_attach };
+    assert_eq!(chosen(&[to_load, Candidate { worker_id: PublicKey([3; 32]), ..to_attach }]), Some(PublicKey([3; 32])));
 }
 
 #[test]

@@ -3,13 +3,13 @@ use std::time::Duration;
 
 use metadata_store::{JobState, TerminalState};
 use protocol::ErrorCode;
-use protocol::health::HealthReport;
+use protocol::health::{HealthReport, LoadProgress, ModelState};
 use protocol::policy::TenantPolicy;
 use protocol::prefix::PrefixChain;
 use rpc::CallError;
 use tether_orchestrator::Config;
 
-use crate::stand::{Manner, stand};
+use crate::stand::{Manner, model, stand};
 
 #[tokio::test]
 async fn an_answer_arrives_whole_and_is_billed_once() {
@@ -72,6 +72,31 @@ async fn a_prompt_goes_to_the_worker_that_has_its_beginning_at_hand() {
     let terms: Vec<f64> = table.iter().map(|row| row.warm_cache).collect();
     assert_eq!(terms, [1.0, 0.0], "the table says why");
     assert!(stand.fleet().await.workers.iter().all(|worker| worker.report.model_cache[0].prefixes.is_empty()));
+}
+
+#[tokio::test]
+async fn a_model_that_nobody_has_ready_yet_is_refused_with_how_far_it_is() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Answer(1)).await;
+    let loading = |percent| {
+        move |report: &mut HealthReport| {
+            report.model_cache[0].state = ModelState::Loading;
+            report.model_cache[0].loading = Some(LoadProgress { percent, elapsed_ms: 20_000, bytes: 7 });
+        }
+    };
+    worker.report(&stand, loading(50)).await.expect("believed");
+    let refused = stand.answer(&stand.job()).await.expect_err("it takes 20 s yet");
+    assert_eq!((refused.code, refused.retry_after_ms), (ErrorCode::ModelLoading, Some(20_000)));
+    let told = refused.loading.expect("how far it is");
+    assert_eq!((told.model, told.progress.percent, told.progress.bytes), (model(), 50, 7));
+    assert!(!worker.key.public_key().to_string().contains(&told.node), "{}", told.node);
+    assert_eq!(worker.jobs_seen(), 0);
+    worker.report(&stand, loading(90)).await.expect("believed");
+    stand.answer(&stand.job()).await.expect("a job waits for a load that ends soon");
+    worker.report(&stand, loading(50)).await.expect("believed");
+    let ready = stand.worker(2, Manner::Answer(1)).await;
+    stand.answer(&stand.job()).await.expect("another worker has it ready");
+    assert_eq!((worker.jobs_seen(), ready.jobs_seen()), (1, 1));
 }
 
 #[tokio::test]

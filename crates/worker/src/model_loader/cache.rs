@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use engine::{LoadSnapshot, LoadedModel, ModelId};
 use protocol::PrefixDigest;
-use protocol::health::{CachedModel, ModelState};
+use protocol::health::{CachedModel, LoadProgress, ModelState};
 use protocol::model::ModelKey;
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
+use super::adapters::Adapters;
 use super::warm_prefixes::WarmPrefixes;
 use crate::config::ServedModel;
 
@@ -20,11 +22,31 @@ pub(crate) enum Status {
     /// Nobody has asked for it.
     Absent,
     /// It is being verified or loaded.
-    Loading,
+    Loading(Load),
     /// It answers.
     Ready(LoadedModel),
     /// It could not be loaded, or its engine died; it is tried again. For people and logs of this node only.
     Failed(Arc<str>),
+}
+
+/// A load under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Load {
+    since: Instant,
+    percent: u8,
+    /// Length of the artifact; 0 before it was opened.
+    bytes: u64,
+}
+
+impl Load {
+    /// Begins.
+    pub(crate) fn begin() -> Self {
+        Self { since: Instant::now(), percent: 0, bytes: 0 }
+    }
+
+    fn progress(&self) -> LoadProgress {
+        LoadProgress { percent: self.percent, elapsed_ms: self.since.elapsed().as_millis() as u64, bytes: self.bytes }
+    }
 }
 
 /// A model that the worker serves.
@@ -36,9 +58,11 @@ pub(crate) struct Entry {
     /// Somebody wants it in memory.
     pub(crate) wanted: Notify,
     /// The engine that was last found dead.
-    dead: watch::Sender<Option<ModelId>>,
+    dead: watch::Sender<Option<(ModelId, Arc<str>)>>,
     /// Failures since the last success of an engine that is still there.
     strikes: AtomicU32,
+    /// The adapters of the present engine.
+    pub(crate) adapters: Arc<Adapters>,
     /// What the present engine likely has at hand.
     warm: Mutex<WarmPrefixes>,
 }
@@ -71,17 +95,18 @@ impl ModelCache {
     /// Returns what health reports say of the models in memory, or on their way there.
     pub(crate) fn manifest(&self, snapshots: &[LoadSnapshot]) -> Vec<CachedModel> {
         let cached = self.entries.iter().filter_map(|entry| {
-            let (state, id) = match &*entry.status.borrow() {
+            let (state, id, loading) = match &*entry.status.borrow() {
                 Status::Absent => return None,
-                Status::Loading => (ModelState::Loading, None),
-                Status::Ready(loaded) => (ModelState::Ready, Some(loaded.id)),
-                Status::Failed(_) => (ModelState::Error, None),
+                Status::Loading(load) => (ModelState::Loading, None, Some(load.progress())),
+                Status::Ready(loaded) => (ModelState::Ready, Some(loaded.id), None),
+                Status::Failed(_) => (ModelState::Error, None, None),
             };
-            let is_ready = state == ModelState::Ready;
             let snapshot = snapshots.iter().find(|snapshot| Some(snapshot.model) == id);
             Some(CachedModel {
-                prefixes: if is_ready { entry.warm_prefixes() } else { Vec::new() },
                 attested: entry.model.remote.is_none(),
+                adapters: id.map(|id| entry.adapters.at_hand(id)).unwrap_or_default(),
+                loading,
+                prefixes: id.map(|_| entry.warm_prefixes()).unwrap_or_default(),
                 // JSON has no word for a number that is not finite.
                 tokens_per_second: snapshot
                     .map(|snapshot| snapshot.tokens_per_second)
@@ -96,6 +121,7 @@ impl ModelCache {
 
 impl Entry {
     fn new(model: ServedModel) -> Self {
+        let adapters = Adapters::new(model.adapters_max);
         Self {
             key: model.key(),
             model,
@@ -103,6 +129,7 @@ impl Entry {
             wanted: Notify::new(),
             dead: watch::Sender::new(None),
             strikes: AtomicU32::new(0),
+            adapters,
             warm: Mutex::default(),
         }
     }
@@ -129,19 +156,43 @@ impl Entry {
 
     /// Makes the model answer on an engine that has evaluated nothing yet.
     pub(crate) fn set_ready(&self, loaded: LoadedModel) {
+        self.adapters.begin(loaded.id);
         *self.warm.lock().unwrap_or_else(PoisonError::into_inner) = WarmPrefixes::default();
         self.status.send_replace(Status::Ready(loaded));
     }
 
-    /// Says that an engine is dead; one that was replaced already does not matter.
-    pub(crate) fn bury(&self, id: ModelId) {
-        self.dead.send_replace(Some(id));
+    /// Notes the length of the artifact that is being loaded.
+    pub(crate) fn opened(&self, bytes: u64) {
+        self.status.send_modify(|status| {
+            if let Status::Loading(load) = status {
+                load.bytes = bytes;
+            }
+        });
     }
 
-    /// Waits until an engine is found dead.
-    pub(crate) async fn died(&self, id: ModelId) {
+    /// Notes how far the load is. Says whether that is farther than before.
+    pub(crate) fn progressed(&self, share: f32) -> bool {
+        let percent = (share.clamp(0.0, 1.0) * 100.0) as u8;
+        self.status.send_if_modified(|status| match status {
+            Status::Loading(load) if load.percent < percent => {
+                load.percent = percent;
+                true
+            }
+            _ => false,
+        })
+    }
+
+    /// Says that an engine is dead, and of what; one that was replaced already does not matter.
+    pub(crate) fn bury(&self, id: ModelId, cause: impl Into<Arc<str>>) {
+        self.dead.send_replace(Some((id, cause.into())));
+    }
+
+    /// Waits until an engine is found dead, and returns of what.
+    pub(crate) async fn died(&self, id: ModelId) -> Arc<str> {
+        let mut dead = self.dead.subscribe();
+        let found = dead.wait_for(|dead| dead.as_ref().is_some_and(|(dead, _)| *dead == id)).await;
         // The sender lives as long as this entry.
-        let _ = self.dead.subscribe().wait_for(|dead| *dead == Some(id)).await;
+        found.ok().and_then(|dead| dead.as_ref().map(|(_, cause)| cause.clone())).unwrap_or_default()
     }
 
     /// Counts a failure and returns how many came in a row.

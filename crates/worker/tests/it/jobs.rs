@@ -58,11 +58,7 @@ async fn each_refusal_has_its_code_and_names_the_field_at_fault() {
     let input = || request().input;
     for (refused, code, param) in [
         (with(Input { temperature: Some(9.0), ..input() }), ErrorCode::InvalidValue, Some("temperature")),
-        (
-            with(Input { adapter: Some("pirate".parse().expect("a name")), ..input() }),
-            ErrorCode::UnsupportedParameter,
-            Some("adapter"),
-        ),
+        (with(Input { adapter: Some("pirate".parse().expect("a name")), ..input() }), ErrorCode::ModelNotHere, None),
         (InferRequest { version: "2.0".parse().expect("a version"), ..request() }, ErrorCode::ModelNotHere, None),
         (request(), ErrorCode::ContextLengthExceeded, Some("prompt")),
         (InferRequest { deadline_ms: Some(0), ..request() }, ErrorCode::DeadlineExceeded, None),

@@ -1,5 +1,6 @@
 //! A worker with a mock engine, on a network in memory, seen by an orchestrator that only listens.
 
+mod adapters;
 mod admission;
 mod jobs;
 mod models;
@@ -131,16 +132,8 @@ fn region() -> Region {
 }
 
 fn model() -> ServedModel {
-    ServedModel {
-        model_id: "tether-tiny".parse().expect("a name"),
-        version: "1.0".parse().expect("a version"),
-        digest: Some(Digest::of(MODEL_BYTES)),
-        remote: None,
-        server_command: Vec::new(),
-        context_length: 0,
-        threads: 0,
-        gpu_layers: 0,
-    }
+    let (model_id, version) = ("tether-tiny".parse().expect("a name"), "1.0".parse().expect("a version"));
+    ServedModel::new(ModelKey { model_id, version }, Digest::of(MODEL_BYTES))
 }
 
 fn key() -> ModelKey {

@@ -1,6 +1,7 @@
 //! How models come into memory, and back when their engine dies.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use engine::{
@@ -136,25 +137,70 @@ async fn an_artifact_that_is_put_back_is_loaded_without_a_restart() {
 
 #[tokio::test(start_paused = true)]
 async fn an_engine_whose_answer_just_stops_fails_the_job() {
-    let mute = |runtime| Arc::new(Mute(runtime)) as Arc<dyn ModelRuntime>;
-    let scene = Scene::build(config(), MockOptions::default(), |_| {}, mute, |_| Membership::unchecked()).await;
+    let scene = odd(|runtime| runtime.is_mute = true).await;
     scene.handle.ready().await.expect("the model loads");
     let (chunks, error) = read(scene.open(&request()).await.expect("accepted")).await;
     assert_eq!(chunks, []);
     assert!(matches!(error, Some(CallError::Remote(error)) if error.code == ErrorCode::WorkerFailed));
 }
 
-/// Loads like the mock, and ends every answer without a word.
-struct Mute(Arc<MockRuntime>);
+#[tokio::test(start_paused = true)]
+async fn a_model_that_does_not_fit_is_not_loaded_and_its_jobs_go_elsewhere() {
+    let scene = odd(|runtime| runtime.is_too_large = true).await;
+    let not_ready = scene.handle.ready().await.expect_err("it does not fit");
+    assert!(
+        matches!(&not_ready, NotReady::LoadFailed { reason, .. } if reason.contains("bytes of memory")),
+        "{not_ready}"
+    );
+    time::sleep(SECOND).await;
+    assert!(scene.runtime.load_state().is_empty());
+    assert_eq!(states(&scene.orchestrator.last()), [ModelState::Error]);
+    assert_eq!(scene.refusal(&request()).await.code, ErrorCode::WorkerFailed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_progress_of_a_load_is_reported_about_once_a_second() {
+    let scene = odd(|runtime| runtime.pause = Some(SECOND / 10)).await;
+    time::sleep(SECOND * 12).await;
+    let reports = scene.orchestrator.reports();
+    let told: Vec<_> = reports.iter().filter_map(|report| report.model_cache.first()?.loading).collect();
+    assert!((8..=16).contains(&told.len()), "{told:?}");
+    assert!(told.windows(2).all(|pair| pair[0].percent <= pair[1].percent && pair[0].elapsed_ms <= pair[1].elapsed_ms));
+    let last = told.last().expect("some");
+    assert!(last.percent > 80 && last.bytes == crate::MODEL_BYTES.len() as u64, "{last:?}");
+    assert_eq!(states(&scene.orchestrator.last()), [ModelState::Ready]);
+    assert_eq!(scene.orchestrator.last().model_cache[0].loading, None);
+}
+
+/// Sets a scene with an engine that is odd in some way.
+async fn odd(make_odd: impl FnOnce(&mut Odd)) -> Scene {
+    let wrap = |mock| {
+        let mut runtime = Odd { mock, is_mute: false, is_too_large: false, pause: None };
+        make_odd(&mut runtime);
+        Arc::new(runtime) as Arc<dyn ModelRuntime>
+    };
+    Scene::build(config(), MockOptions::default(), |_| {}, wrap, |_| Membership::unchecked()).await
+}
+
+/// Does as the mock does, but for its oddities.
+struct Odd {
+    mock: Arc<MockRuntime>,
+    /// Ends every answer without a word.
+    is_mute: bool,
+    /// Needs more memory than there is.
+    is_too_large: bool,
+    /// Pauses at each hundredth of a load.
+    pause: Option<Duration>,
+}
 
 #[async_trait]
-impl ModelRuntime for Mute {
+impl ModelRuntime for Odd {
     fn describe(&self) -> RuntimeInfo {
-        self.0.describe()
+        self.mock.describe()
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
-        self.0.estimate(artifact, options).await
+        self.mock.estimate(artifact, options).await
     }
 
     async fn load(
@@ -163,22 +209,31 @@ impl ModelRuntime for Mute {
         options: LoadOptions,
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError> {
-        self.0.load(artifact, options, progress).await
+        if self.is_too_large {
+            return Err(EngineError::OutOfMemory { needed_bytes: 2, available_bytes: 1 });
+        }
+        if let Some(pause) = self.pause {
+            for hundredth in 1_u8..100 {
+                progress(f32::from(hundredth) / 100.0);
+                time::sleep(pause).await;
+            }
+        }
+        self.mock.load(artifact, options, progress).await
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
-        self.0.unload(model).await
+        self.mock.unload(model).await
     }
 
-    async fn generate(&self, _request: GenerateRequest) -> Result<GenerateStream, EngineError> {
-        Ok(GenerateStream::channel(1).1)
+    async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
+        if self.is_mute { Ok(GenerateStream::channel(1).1) } else { self.mock.generate(request).await }
     }
 
     async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {
-        self.0.count_tokens(model, input).await
+        self.mock.count_tokens(model, input).await
     }
 
     fn load_state(&self) -> Vec<LoadSnapshot> {
-        self.0.load_state()
+        self.mock.load_state()
     }
 }

@@ -1,0 +1,91 @@
+//! The workers of one model: what a decision reads of each in one pass, and what they have at hand.
+
+use std::collections::HashMap;
+
+use protocol::PrefixDigest;
+use protocol::health::{LoadProgress, PREFIXES_MAX};
+use protocol::prefix::PrefixChain;
+
+/// The workers that support one model, without gaps, so that scoring is one pass.
+#[derive(Default)]
+pub(super) struct Replicas {
+    pub(super) list: Vec<Replica>,
+    position: HashMap<usize, usize>,
+    /// The workers that have the beginning of a prompt at hand.
+    warm: HashMap<PrefixDigest, Vec<usize>>,
+    /// What each of them told of.
+    told: HashMap<usize, Vec<PrefixDigest>>,
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Replica {
+    pub(super) worker: usize,
+    pub(super) resident: bool,
+    pub(super) failed: bool,
+    pub(super) loading: Option<LoadProgress>,
+    pub(super) tokens_per_second: f32,
+}
+
+impl Replicas {
+    pub(super) fn put(&mut self, replica: Replica) {
+        if let Some(&position) = self.position.get(&replica.worker) {
+            self.list[position] = replica;
+        } else {
+            self.position.insert(replica.worker, self.list.len());
+            self.list.push(replica);
+        }
+    }
+
+    /// Takes what a worker has at hand, in place of what it had before.
+    pub(super) fn warm_up(&mut self, worker: usize, mut prefixes: Vec<PrefixDigest>) {
+        self.cool_down(worker);
+        prefixes.truncate(PREFIXES_MAX);
+        prefixes.sort_unstable();
+        prefixes.dedup();
+        for digest in &prefixes {
+            self.warm.entry(*digest).or_default().push(worker);
+        }
+        if !prefixes.is_empty() {
+            self.told.insert(worker, prefixes);
+        }
+    }
+
+    fn cool_down(&mut self, worker: usize) {
+        for digest in self.told.remove(&worker).unwrap_or_default() {
+            if let Some(workers) = self.warm.get_mut(&digest) {
+                workers.retain(|warm| *warm != worker);
+                if workers.is_empty() {
+                    self.warm.remove(&digest);
+                }
+            }
+        }
+    }
+
+    /// Returns the share of a prompt that workers have at hand. Few do, or all of them little, so that looking from
+    /// the prompt costs less than looking from each worker.
+    pub(super) fn shares(&self, prefix: &PrefixChain) -> HashMap<usize, f32> {
+        let mut shares = HashMap::new();
+        for (digest, share) in prefix.shares() {
+            for worker in self.warm.get(&digest).into_iter().flatten() {
+                shares.entry(*worker).or_insert(share);
+            }
+        }
+        shares
+    }
+
+    pub(super) fn remove(&mut self, worker: usize) {
+        self.cool_down(worker);
+        if let Some(position) = self.position.remove(&worker) {
+            self.list.swap_remove(position);
+            if let Some(moved) = self.list.get(position) {
+                self.position.insert(moved.worker, position);
+            }
+        }
+    }
+
+    /// Says whether nobody has anything at hand.
+    #[cfg(test)]
+    pub(super) fn is_cold(&self) -> bool {
+        self.warm.is_empty() && self.told.is_empty()
+    }
+}

@@ -1,0 +1,212 @@
+//! What the fleet shows a decision, by reports and times given.
+
+use super::*;
+use protocol::health::Capacity;
+use protocol::infer::InferRequest;
+use protocol::model::AdapterKey;
+use protocol::{Digest, PublicKey, UnixMillis};
+
+fn model(name: &str) -> ModelKey {
+    ModelKey { model_id: name.parse().expect("name"), version: "1.0".parse().expect("version") }
+}
+
+fn report(number: u8, models: &[&str]) -> HealthReport {
+    let worker_id = PublicKey([number; 32]);
+    let cached = |name: &&str| CachedModel {
+        tokens_per_second: 1.0,
+        ..CachedModel::new(model(name), Digest([0; 32]), ModelState::Ready)
+    };
+    HealthReport {
+        v: 1,
+        worker_id,
+        pub_key: worker_id,
+        region: "local".parse().expect("region"),
+        gpu_class: "cpu".into(),
+        vram_gb: 0,
+        accelerators: vec![],
+        capacity: Capacity { slots: 2, running: 0, waiting: 0, queue_max: 2 },
+        supported: models.iter().map(|name| model(name)).collect(),
+        adapters: vec![],
+        model_cache: models.iter().map(cached).collect(),
+        latency_hops: 0,
+        draining: false,
+        epoch: 1,
+        seq: 0,
+        issued_at: UnixMillis(0),
+        not_after: UnixMillis(0),
+    }
+}
+
+fn fleet() -> Fleet {
+    Fleet::new("local".parse().expect("region"), vec![])
+}
+
+fn of(model: &ModelKey) -> Wanted<'_> {
+    static NO_PROMPT: PrefixChain = PrefixChain::NONE;
+    Wanted { model, adapter: None, prefix: &NO_PROMPT }
+}
+
+fn serving(fleet: &Fleet, name: &str, now: Instant) -> Vec<u8> {
+    let mut ids: Vec<u8> =
+        fleet.with_candidates(of(&model(name)), now, |found| found.map(|found| found.worker_id.0[0]).collect());
+    ids.sort_unstable();
+    ids
+}
+
+#[test]
+fn a_worker_silent_for_fifteen_seconds_leaves_the_fleet() {
+    let (fleet, now) = (fleet(), Instant::now());
+    fleet.update(report(1, &["m"]), now);
+    fleet.update(report(2, &["m"]), now + Duration::from_secs(1));
+    assert_eq!(fleet.expire(now + Duration::from_millis(14_999)), []);
+    assert_eq!(serving(&fleet, "m", now + Duration::from_millis(14_999)), [1, 2]);
+    assert_eq!(serving(&fleet, "m", now + Duration::from_secs(15)), [2], "at once, and not at the next sweep");
+    assert_eq!(fleet.expire(now + Duration::from_secs(15)), [PublicKey([1; 32])]);
+    assert_eq!(serving(&fleet, "m", now), [2]);
+}
+
+#[test]
+fn a_worker_is_gone_with_its_last_report_and_not_before() {
+    let (fleet, now) = (fleet(), Instant::now());
+    let leaving = |running| {
+        let mut report = report(1, &["m"]);
+        (report.draining, report.capacity.running) = (true, running);
+        report
+    };
+    assert_eq!(fleet.update(report(1, &["m"]), now), Change::Found);
+    assert_eq!(fleet.update(leaving(1), now), Change::None);
+    assert_eq!(fleet.len(), 1, "it still has a job");
+    assert_eq!(fleet.update(leaving(0), now), Change::Left);
+    assert_eq!(fleet.update(leaving(0), now), Change::None);
+    assert_eq!((fleet.len(), serving(&fleet, "m", now)), (0, vec![]));
+}
+
+#[test]
+fn a_worker_that_was_started_again_is_told_from_one_that_went_on() {
+    let (fleet, now) = (fleet(), Instant::now());
+    let of_start = |epoch| HealthReport { epoch, ..report(1, &["m"]) };
+    assert_eq!(fleet.update(of_start(1), now), Change::Found);
+    assert_eq!(fleet.update(of_start(1), now), Change::None);
+    assert_eq!(fleet.update(of_start(2), now), Change::Restarted);
+    assert_eq!(fleet.update(of_start(2), now), Change::None);
+}
+
+#[test]
+fn the_workers_of_a_model_follow_the_reports() {
+    let (fleet, now) = (fleet(), Instant::now());
+    for number in 1..=4 {
+        fleet.update(report(number, &["m", "n"]), now);
+    }
+    fleet.update(report(2, &["n"]), now);
+    fleet.update(report(4, &["m"]), now);
+    assert_eq!(serving(&fleet, "m", now), [1, 3, 4]);
+    assert_eq!(serving(&fleet, "n", now), [1, 2, 3]);
+    fleet.expire(now + EXPIRY);
+    assert_eq!(serving(&fleet, "m", now), [0u8; 0]);
+    fleet.update(report(9, &["m"]), now);
+    assert_eq!(serving(&fleet, "m", now), [9]);
+}
+
+#[test]
+fn workers_are_as_warm_as_their_last_report_says() {
+    let (fleet, now) = (fleet(), Instant::now());
+    let job = |text: &str| -> InferRequest {
+        let input = serde_json::json!({ "messages": [
+            { "role": "system", "content": "Be brief." }, { "role": "user", "content": text },
+        ]});
+        serde_json::from_value(serde_json::json!({
+            "tenantId": "acme", "modelId": "m", "version": "1.0", "input": input, "retryToken": "r",
+            "correlationId": "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f", "traceId": "11".repeat(16),
+        }))
+        .expect("a job")
+    };
+    let (hello, bye) = (PrefixChain::of(&job("hello")), PrefixChain::of(&job("bye")));
+    let warm = |number, prompt: Option<&PrefixChain>| {
+        let mut report = report(number, &["m", "n"]);
+        report.model_cache[0].prefixes = prompt.map(|prompt| prompt.marks().collect()).unwrap_or_default();
+        fleet.update(report, now);
+    };
+    let shares = |prefix: &PrefixChain| -> Vec<f32> {
+        let wanted = Wanted { model: &model("m"), adapter: None, prefix };
+        let mut found: Vec<Candidate> = fleet.with_candidates(wanted, now, |found| found.collect());
+        found.sort_by_key(|found| found.worker_id);
+        found.into_iter().map(|found| (found.warm_share * 10.0).round() / 10.0).collect()
+    };
+    warm(1, Some(&hello));
+    warm(2, Some(&bye));
+    warm(3, None);
+    assert_eq!(shares(&hello), [1.0, 0.6, 0.0], "all of it, what all begin with, nothing");
+    warm(1, None);
+    assert_eq!(shares(&hello), [0.0, 0.6, 0.0]);
+    fleet.remove(PublicKey([2; 32]));
+    assert_eq!(shares(&bye), [0.0, 0.0]);
+    let state = fleet.read();
+    let replicas = &state.by_model[&model("m")];
+    assert!(replicas.is_cold(), "nothing is left behind");
+}
+
+#[test]
+fn a_job_with_an_adapter_goes_to_workers_that_serve_it_with_its_model() {
+    let (fleet, now, pirate) = (fleet(), Instant::now(), "pirate".parse().expect("name"));
+    let mut at_hand = report(1, &["m", "n"]);
+    at_hand.adapters = vec![AdapterKey { model: model("m"), adapter: pirate }];
+    at_hand.model_cache[0].adapters = vec![at_hand.adapters[0].adapter.clone()];
+    let served = HealthReport { adapters: at_hand.adapters.clone(), ..report(2, &["m", "n"]) };
+    for report in [at_hand.clone(), served, report(3, &["m", "n"])] {
+        fleet.update(report, now);
+    }
+    let seen = |name: &str| {
+        let model = model(name);
+        let wanted = Wanted { adapter: Some(&at_hand.adapters[0].adapter), ..of(&model) };
+        let mut found: Vec<Candidate> = fleet.with_candidates(wanted, now, |found| found.collect());
+        found.sort_by_key(|found| found.worker_id);
+        found.into_iter().map(|found| (found.adapter_at_hand, found.barred)).collect::<Vec<_>>()
+    };
+    let none = Some(Refusal::NoAdapter);
+    assert_eq!(seen("m"), [(true, None), (false, None), (false, none)]);
+    assert_eq!(seen("n"), [(false, none); 3], "it is no adapter of the other model");
+}
+
+#[test]
+fn a_job_waits_for_a_load_that_ends_soon_and_for_no_other() {
+    let (fleet, now) = (fleet(), Instant::now());
+    let loading = |number, percent, elapsed_ms| {
+        let mut report = report(number, &["m"]);
+        report.model_cache[0].state = ModelState::Loading;
+        report.model_cache[0].loading = Some(LoadProgress { percent, elapsed_ms, bytes: 7 });
+        fleet.update(report, now);
+    };
+    loading(1, 0, 0);
+    loading(2, 10, 3_000);
+    loading(3, 90, 30_000);
+    let model = model("m");
+    let barred = || fleet.with_candidates(of(&model), now, |found| found.map(|found| found.barred).collect::<Vec<_>>());
+    assert_eq!(barred(), [Some(Refusal::Loading), Some(Refusal::Loading), None]);
+    let farthest = |now| fleet.loading(&model, now).map(|(worker, progress)| (worker.0[0], progress.percent));
+    assert_eq!(farthest(now), Some((3, 90)));
+    assert_eq!(farthest(now + EXPIRY), None, "they are gone");
+    fleet.update(report(1, &["m"]), now);
+    assert_eq!(farthest(now), None, "one has it ready");
+}
+
+#[test]
+fn a_worker_is_as_loaded_as_the_larger_of_its_word_and_our_count() {
+    let (fleet, now) = (fleet(), Instant::now());
+    let id = PublicKey([1; 32]);
+    let load =
+        |fleet: &Fleet| fleet.with_candidates(of(&model("m")), now, |mut found| found.next().map(|found| found.load));
+    fleet.update(report(1, &["m"]), now);
+    fleet.count_reserved(id, true);
+    fleet.count_reserved(id, true);
+    assert_eq!(load(&fleet), Some(2));
+    let mut busy = report(1, &["m"]);
+    busy.capacity.running = 3;
+    fleet.update(busy, now);
+    assert_eq!(load(&fleet), Some(3));
+    fleet.update(report(1, &["m"]), now);
+    assert_eq!(load(&fleet), Some(2), "a report does not make us forget what we reserved");
+    for _ in 0..5 {
+        fleet.count_reserved(id, false);
+    }
+    assert_eq!(load(&fleet), Some(0));
+}

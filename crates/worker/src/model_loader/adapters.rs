@@ -1,0 +1,210 @@
+//! The adapters of one model: attached to its engine at their first use, while it runs, and taken off again when others
+//! need the room (W3).
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use engine::{AdapterId, ModelId};
+use protocol::AdapterName;
+use tokio::sync::{Notify, OnceCell};
+
+/// The adapters attached to a model's present engine.
+#[derive(Debug)]
+pub(crate) struct Adapters {
+    most: usize,
+    shelf: Mutex<Shelf>,
+    /// Told when an adapter is no longer used.
+    freed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Shelf {
+    /// The engine they are attached to; another one has none of them.
+    engine: Option<ModelId>,
+    /// The latest used last.
+    attached: Vec<Attached>,
+    /// Taken off the shelf, and still to be taken off the engine.
+    evicted: Vec<AdapterId>,
+}
+
+#[derive(Debug)]
+struct Attached {
+    name: AdapterName,
+    /// Empty while it is being attached.
+    id: Arc<OnceCell<AdapterId>>,
+    users: u32,
+}
+
+/// A place of an adapter at an engine, kept there for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    adapters: Arc<Adapters>,
+    engine: ModelId,
+    name: AdapterName,
+    /// Filled by the first of those that use it.
+    pub(crate) id: Arc<OnceCell<AdapterId>>,
+}
+
+impl Adapters {
+    /// Makes an empty shelf with room for so many; at least one.
+    pub(crate) fn new(most: u32) -> Arc<Self> {
+        Arc::new(Self { most: most.max(1) as usize, shelf: Mutex::default(), freed: Notify::new() })
+    }
+
+    /// Begins anew with an engine that has no adapter yet.
+    pub(crate) fn begin(&self, engine: ModelId) {
+        *self.shelf() = Shelf { engine: Some(engine), ..Shelf::default() };
+        self.freed.notify_waiters();
+    }
+
+    /// Takes a place for an adapter, in that of the one unused for longest where all are taken. Waits while all are
+    /// used; returns none where the engine is not the present one. Cancel safe.
+    pub(crate) async fn lease(self: &Arc<Self>, engine: ModelId, name: &AdapterName) -> Option<Lease> {
+        loop {
+            // Listens before it looks, so that what is freed in between is not missed.
+            let freed = self.freed.notified();
+            {
+                let mut shelf = self.shelf();
+                if shelf.engine != Some(engine) {
+                    return None;
+                }
+                if let Some(id) = shelf.take(name, self.most) {
+                    return Some(Lease { adapters: self.clone(), engine, name: name.clone(), id });
+                }
+            }
+            freed.await;
+        }
+    }
+
+    /// Returns an adapter that is to be taken off an engine, until it was.
+    pub(crate) fn evicted(&self, engine: ModelId) -> Option<AdapterId> {
+        let shelf = self.shelf();
+        if shelf.engine == Some(engine) { shelf.evicted.last().copied() } else { None }
+    }
+
+    /// Says that an adapter was taken off an engine.
+    pub(crate) fn removed(&self, engine: ModelId, id: AdapterId) {
+        let mut shelf = self.shelf();
+        if shelf.engine == Some(engine) {
+            shelf.evicted.retain(|evicted| *evicted != id);
+        }
+    }
+
+    /// Returns the adapters at hand.
+    pub(crate) fn at_hand(&self, engine: ModelId) -> Vec<AdapterName> {
+        let shelf = self.shelf();
+        let at_hand = shelf.attached.iter().filter(|attached| attached.id.initialized());
+        let names = at_hand.map(|attached| attached.name.clone());
+        if shelf.engine == Some(engine) { names.collect() } else { Vec::new() }
+    }
+
+    fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Shelf {
+    fn take(&mut self, name: &AdapterName, most: usize) -> Option<Arc<OnceCell<AdapterId>>> {
+        let mut found = match self.attached.iter().position(|attached| attached.name == *name) {
+            Some(position) => self.attached.remove(position),
+            None => {
+                if self.attached.len() >= most {
+                    let idle = self.attached.iter().position(|attached| attached.users == 0)?;
+                    self.evicted.extend(self.attached.remove(idle).id.get());
+                }
+                Attached { name: name.clone(), id: Arc::default(), users: 0 }
+            }
+        };
+        found.users += 1;
+        let id = found.id.clone();
+        self.attached.push(found);
+        Some(id)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        {
+            let mut shelf = self.adapters.shelf();
+            if shelf.engine != Some(self.engine) {
+                return;
+            }
+            if let Some(attached) = shelf.attached.iter_mut().find(|attached| attached.name == self.name) {
+                attached.users = attached.users.saturating_sub(1);
+            }
+        }
+        self.adapters.freed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    const ENGINE: ModelId = ModelId(1);
+
+    fn name(text: &str) -> AdapterName {
+        text.parse().expect("a name")
+    }
+
+    /// Makes a shelf of an engine.
+    fn adapters(most: u32) -> Arc<Adapters> {
+        let adapters = Adapters::new(most);
+        adapters.begin(ENGINE);
+        adapters
+    }
+
+    /// Takes a place and attaches the adapter under a number where it is not yet.
+    async fn attach(adapters: &Arc<Adapters>, text: &str, number: u64) -> Lease {
+        let lease = adapters.lease(ENGINE, &name(text)).await.expect("the engine is the present one");
+        lease.id.get_or_init(|| async { AdapterId(number) }).await;
+        lease
+    }
+
+    #[tokio::test]
+    async fn the_adapter_unused_for_longest_makes_room() {
+        let adapters = adapters(2);
+        drop(attach(&adapters, "a", 1).await);
+        drop(attach(&adapters, "b", 2).await);
+        drop(attach(&adapters, "a", 9).await);
+        assert_eq!(adapters.evicted(ENGINE), None);
+        drop(attach(&adapters, "c", 3).await);
+        assert_eq!(adapters.evicted(ENGINE), Some(AdapterId(2)));
+        assert_eq!(adapters.at_hand(ENGINE), [name("a"), name("c")]);
+        adapters.removed(ENGINE, AdapterId(2));
+        assert_eq!(adapters.evicted(ENGINE), None);
+    }
+
+    #[tokio::test]
+    async fn one_in_use_stays_and_whoever_wants_its_place_waits() {
+        let adapters = adapters(1);
+        let (first, second) = (attach(&adapters, "a", 1).await, attach(&adapters, "a", 9).await);
+        assert_eq!(second.id.get(), Some(&AdapterId(1)), "attached once");
+        let b = name("b");
+        let mut other = Box::pin(adapters.lease(ENGINE, &b));
+        assert!((&mut other).now_or_never().is_none());
+        drop(first);
+        assert!((&mut other).now_or_never().is_none());
+        drop(second);
+        assert_eq!(other.await.expect("there is room").id.get(), None, "to be attached");
+        assert_eq!(adapters.evicted(ENGINE), Some(AdapterId(1)));
+    }
+
+    #[tokio::test]
+    async fn another_engine_has_none_of_them() {
+        let adapters = adapters(1);
+        let old = attach(&adapters, "a", 1).await;
+        let (a, b) = (name("a"), name("b"));
+        let mut waiting = Box::pin(adapters.lease(ENGINE, &b));
+        assert!((&mut waiting).now_or_never().is_none());
+        let next = ModelId(2);
+        adapters.begin(next);
+        assert!(waiting.await.is_none(), "who waits for the old one waits in vain");
+        assert_eq!(adapters.at_hand(next), []);
+        let new = adapters.lease(next, &a).await.expect("there is room");
+        assert_eq!(new.id.get(), None);
+        drop(old);
+        assert!(adapters.lease(next, &b).now_or_never().is_none(), "only its own place was given back");
+    }
+}
