@@ -85,13 +85,27 @@ struct ChatChoice<'a> {
 struct Delta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
-    /// There with the role in any case, and then null where something else comes first.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    content: Option<Option<&'a str>>,
+    #[serde(skip_serializing_if = "DeltaText::is_missing")]
+    content: DeltaText<'a>,
     #[serde(skip_serializing_if = "str::is_empty")]
     reasoning_content: &'a str,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<CallDelta<'a>>,
+}
+
+/// The text of a delta: there with the role in any case, and then null where something else comes first.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum DeltaText<'a> {
+    Missing,
+    Null,
+    Text(&'a str),
+}
+
+impl DeltaText<'_> {
+    fn is_missing(&self) -> bool {
+        matches!(self, Self::Missing)
+    }
 }
 
 #[derive(Serialize)]
@@ -196,9 +210,9 @@ impl<'a> Delta<'a> {
     fn of(content: &'a Content, is_first: bool) -> Self {
         let Content { text, reasoning, tool_calls, .. } = content;
         let text = match (text.as_str(), is_first) {
-            ("", true) if !reasoning.is_empty() || !tool_calls.is_empty() => Some(None),
-            ("", false) => None,
-            (text, _) => Some(Some(text)),
+            ("", true) if !reasoning.is_empty() || !tool_calls.is_empty() => DeltaText::Null,
+            ("", false) => DeltaText::Missing,
+            (text, _) => DeltaText::Text(text),
         };
         Self {
             role: is_first.then_some("assistant"),

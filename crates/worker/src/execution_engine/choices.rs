@@ -26,13 +26,15 @@ pub(super) struct Choices {
     /// How many have begun.
     begun: u32,
     /// The next, on its way to the engine.
-    beginning: Option<Pin<Box<dyn Future<Output = Result<GenerateStream, EngineError>> + Send>>>,
+    beginning: Option<Beginning>,
     running: Vec<Running>,
     /// Whose turn it was last.
     turn: usize,
     /// Whether the prompt was evaluated.
     is_primed: bool,
 }
+
+type Beginning = Pin<Box<dyn Future<Output = Result<GenerateStream, EngineError>> + Send>>;
 
 struct Running {
     index: u32,
@@ -135,6 +137,7 @@ fn unfinished() -> EngineError {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use tokio_util::task::TaskTracker;
 
     use engine::{LoadOptions, MockOptions, MockRuntime, PromptInput, VerifiedArtifact, no_progress};
 
@@ -174,7 +177,7 @@ mod tests {
         let (runtime, request) = engine(1, 1, paced()).await;
         let mut choices = Choices::begin(runtime.clone(), request.clone(), 3, 1).await.expect("it begins");
         let mut other = runtime.generate(request).await.expect("the place in the queue");
-        let other = tokio::spawn(async move { while other.next().await.is_some() {} });
+        let other = TaskTracker::new().spawn(async move { while other.next().await.is_some() {} });
         let mut ended = vec![];
         while ended.len() < 3 {
             if let (index, Event::Done { .. }) = choices.next().await.expect("it runs") {
