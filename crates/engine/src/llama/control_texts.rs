@@ -277,7 +277,7 @@ mod tests {
         let hidden = texts.hide(&chat).expect("it can be told apart");
         let shown = serde_json::to_string(&hidden.chat).expect("it is JSON");
         assert!(!shown.contains("im_end"), "{shown}");
-        assert_eq!(shown.matches('\u{F0000}').count(), 16);
+        assert_eq!(shown.matches('\u{F0000}').count(), 17);
         let arguments: Value =
             serde_json::from_str(&hidden.chat.messages[0].tool_calls[0].arguments).expect("it is JSON");
         assert_eq!(arguments, json!({ "\u{F0000}": ["\u{F0000}"] }));
