@@ -1,5 +1,5 @@
 //! Says whether a job may come in: there must be room, and its tenant must be within its share (W6). A job of several
-//! answers counts as as many.
+//! answers counts as many times as they run side by side.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -83,8 +83,10 @@ impl QuotaGuard {
         self.limits
     }
 
-    /// Takes places for a tenant's job, one for each of its answers, or says why there are none.
-    pub(crate) fn enter(self: &Arc<Self>, tenant: &TenantId, places: u32) -> Result<Place, Refusal> {
+    /// Takes places for a tenant's job, one for each of its answers that may run side by side, or says why there are
+    /// none.
+    pub(crate) fn enter(self: &Arc<Self>, tenant: &TenantId, answers: u32) -> Result<Place, Refusal> {
+        let places = answers.min(self.limits.slots).max(1);
         {
             let mut jobs = self.jobs();
             let tenant_jobs = jobs.by_tenant.get(tenant).copied().unwrap_or_default();
@@ -176,8 +178,9 @@ mod tests {
         assert_eq!(admit(&unlimited, two, 3), Err(Refusal::QueueFull));
         assert_eq!(admit(&LIMITS, two, 2), Err(Refusal::TenantShare));
         let guard = guard();
+        // Of three answers two run side by side, in two slots.
         let place = guard.enter(&tenant("a"), 3).expect("within its share");
-        assert_eq!((guard.count(), guard.enter(&tenant("a"), 1).expect_err("over it")), (3, Refusal::TenantShare));
+        assert_eq!((guard.count(), guard.enter(&tenant("a"), 2).expect_err("over it")), (2, Refusal::TenantShare));
         drop(place);
         assert_eq!(guard.count(), 0);
     }
