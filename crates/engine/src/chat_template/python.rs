@@ -41,6 +41,30 @@ pub(super) fn to_json(value: &Value, indent: Option<usize>, options: Kwargs) -> 
     String::from_utf8(written).map_err(|_| fail("it has no JSON"))
 }
 
+/// The filter `indent`, which keeps a line's end at the end.
+pub(super) fn indent(
+    text: &str,
+    width: Option<usize>,
+    first: Option<bool>,
+    blank: Option<bool>,
+    options: Kwargs,
+) -> Result<String, Error> {
+    let width = width.or(options.get("width")?).unwrap_or(4).min(INDENT_MAX);
+    let first = first.or(options.get("first")?).unwrap_or(false);
+    let blank = blank.or(options.get("blank")?).unwrap_or(false);
+    options.assert_all_used()?;
+    let indented = text.split('\n').enumerate().map(|(number, line)| {
+        let is_indented = if number == 0 { first } else { blank || !line.is_empty() };
+        format!("{:1$}{line}", "", if is_indented { width } else { 0 })
+    });
+    Ok(indented.collect::<Vec<_>>().join("\n"))
+}
+
+/// The test `iterable`: a text is, and `none` is not.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && (value.as_str().is_some() || value.try_iter().is_ok())
+}
+
 /// How Python writes JSON.
 struct Style {
     item: String,

@@ -110,6 +110,13 @@ fn json_is_written_as_python_writes_it() {
 }
 
 #[test]
+fn filters_and_tests_are_those_of_jinja2() {
+    let source =
+        "{{ '{\\n\\na\\n' | indent(2, first=true) }}|{{ none is iterable }}|{{ 'a' is iterable }}|{{ [] is iterable }}";
+    assert_eq!(render(source, &[say("user", "")]).as_deref(), Ok("  {\n\n  a\n|False|True|True"));
+}
+
+#[test]
 fn generation_blocks_and_dates_are_those_of_hugging_face() {
     let source = "{%- generation -%} {{ messages[0].content }} {%- endgeneration %}{% raw %}{% if {% endraw %}\
                   {{ strftime_now('%d %b %Y') }}";
