@@ -32,6 +32,9 @@ const FUEL_PER_PART: u64 = 20_000;
 /// Steps that a template may take for each byte beyond that; some walk the schemas of tools.
 const FUEL_PER_BYTE: u64 = 20;
 
+/// Where GGUF files have another template for conversations with tools.
+pub(crate) const TOOL_USE: &str = "tokenizer.chat_template.tool_use";
+
 const NAME: &str = "chat_template";
 
 // The format most instruction models speak; llama.cpp falls back to it as well.
@@ -75,7 +78,7 @@ impl ChatTemplate {
     pub fn of_model(header: &Header) -> Result<Self, ChatTemplateError> {
         let (bos, eos) = (header.bos_token().unwrap_or_default(), header.eos_token().unwrap_or_default());
         let template = Self::new(header.chat_template(), &bos, &eos)?;
-        match header.text("tokenizer.chat_template.tool_use") {
+        match header.text(TOOL_USE) {
             Some(source) => template.with_tool_use(source),
             None => Ok(template),
         }

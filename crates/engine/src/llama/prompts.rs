@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use super::control_texts::{self, ControlTexts, Marks, Piece};
 use super::native::{Model, Token, Vocabulary};
 use crate::answer_parser::{AnswerFormat, AnswerParser};
-use crate::chat_template::{ChatTemplate, ChatTemplateError};
+use crate::chat_template::{self, ChatTemplate, ChatTemplateError};
 use crate::gguf::{Header, Value};
 use crate::model_runtime::{Chat, EngineError, OutputFormat, PromptInput, unsupported};
 
@@ -36,19 +36,15 @@ impl Prompts {
             Some(Value::Texts(table)) => (0..table.len()).filter_map(|index| table.get(index)).map(<[u8]>::len).max(),
             _ => None,
         };
-        let (bos, eos) = (header.bos_token(), header.eos_token());
-        let template = ChatTemplate::new(
-            header.chat_template(),
-            bos.as_deref().unwrap_or_default(),
-            eos.as_deref().unwrap_or_default(),
-        );
+        let template = ChatTemplate::of_model(header);
         // Such a model can still continue plain text, so the fault is told when a conversation comes.
         if let Err(error) = &template {
             tracing::warn!(%error, "the model takes no conversations");
         }
         let longest_token_bytes = longest_token_bytes.unwrap_or(0).max(1);
-        let answers = AnswerFormat::detect(header.chat_template().unwrap_or_default());
-        Self { template, answers, bos_token: bos, longest_token_bytes, control_texts: OnceLock::new() }
+        let sources = [header.chat_template(), header.text(chat_template::TOOL_USE)];
+        let answers = AnswerFormat::detect(&sources.into_iter().flatten().collect::<String>());
+        Self { template, answers, bos_token: header.bos_token(), longest_token_bytes, control_texts: OnceLock::new() }
     }
 
     /// Returns whether the model takes conversations.
