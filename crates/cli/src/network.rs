@@ -127,9 +127,12 @@ impl Network {
             worker.ready().await?;
         }
         let deadline = tokio::time::Instant::now() + Duration::from_secs(15);
-        while self.metrics.workers_live.get() < self.workers.len() as i64 {
+        // A model that is in memory gets jobs once that was reported.
+        let awaited =
+            || self.metrics.workers_live.get() < self.workers.len() as i64 || self.metrics.workers_loading.get() > 0;
+        while awaited() {
             if tokio::time::Instant::now() >= deadline {
-                bail!("the workers did not report within 15 s");
+                bail!("the workers did not report within 15 s that they are ready");
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }

@@ -17,7 +17,7 @@ pub const SLOTS_MAX: u32 = 192;
 /// Cells come in blocks of so many.
 const CELL_BLOCK: u32 = 256;
 /// The program, its libraries and its threads, with what llama.cpp makes for any model.
-const PROGRAM_BYTES: u64 = 14 << 20;
+const PROGRAM_BYTES: u64 = 16 << 20;
 /// The most that the logits of a batch of texts to embed take.
 const LOGITS_BYTES_MAX: u64 = 1 << 30;
 /// What llama.cpp and we keep of each token of the vocabulary.

@@ -52,5 +52,7 @@ pub const RESERVATIONS_ACTIVE: &str = "tether_reservations_active";
 pub const PRESENCE_REJECTED: &str = "tether_presence_rejected";
 /// Workers believed alive.
 pub const WORKERS_LIVE: &str = "tether_workers_live";
+/// Live workers that have a model on its way into memory.
+pub const WORKERS_LOADING: &str = "tether_workers_loading";
 /// Artifacts whose bytes did not match their digest.
 pub const ARTIFACT_VERIFY_FAILURES: &str = "tether_artifact_verify_failures";

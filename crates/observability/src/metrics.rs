@@ -114,6 +114,8 @@ pub struct Metrics {
     pub presence_rejected: Family<ReasonLabel, Counter>,
     /// See [`names::WORKERS_LIVE`].
     pub workers_live: Gauge,
+    /// See [`names::WORKERS_LOADING`].
+    pub workers_loading: Gauge,
     /// See [`names::ARTIFACT_VERIFY_FAILURES`].
     pub artifact_verify_failures: Counter,
 }
@@ -158,6 +160,7 @@ impl Metrics {
             reservations_active: Gauge::default(),
             presence_rejected: Family::default(),
             workers_live: Gauge::default(),
+            workers_loading: Gauge::default(),
             artifact_verify_failures: Counter::default(),
         };
         metrics.register();
@@ -194,6 +197,7 @@ impl Metrics {
         registry.register(names::RESERVATIONS_ACTIVE, "Reservations held", self.reservations_active.clone());
         registry.register(names::PRESENCE_REJECTED, "Health reports dropped", self.presence_rejected.clone());
         registry.register(names::WORKERS_LIVE, "Workers believed alive", self.workers_live.clone());
+        registry.register(names::WORKERS_LOADING, "Live workers that load a model", self.workers_loading.clone());
         registry.register(names::ARTIFACT_VERIFY_FAILURES, "Artifacts whose bytes did not match their digest", self.artifact_verify_failures.clone());
     }
 

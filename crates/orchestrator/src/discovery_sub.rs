@@ -87,7 +87,7 @@ impl DiscoverySub {
                     Change::Left => info!(worker = worker.short(), %region, "worker left"),
                     Change::None => {}
                 }
-                self.metrics.workers_live.set(self.fleet.len() as i64);
+                self.count_workers();
                 Ok(change)
             }
             Err(rejection) => {
@@ -133,7 +133,12 @@ impl DiscoverySub {
         for worker in self.fleet.expire(now) {
             info!(worker = worker.short(), "worker lost: silent for 15 s");
         }
+        self.count_workers();
+    }
+
+    fn count_workers(&self) {
         self.metrics.workers_live.set(self.fleet.len() as i64);
+        self.metrics.workers_loading.set(self.fleet.loading_count() as i64);
     }
 
     /// Forgets the workers that were expelled.
@@ -143,7 +148,7 @@ impl DiscoverySub {
                 info!(worker = worker.short(), "worker expelled: it was revoked");
             }
         }
-        self.metrics.workers_live.set(self.fleet.len() as i64);
+        self.count_workers();
     }
 
     async fn save_marks(&self) {

@@ -253,6 +253,14 @@ impl Fleet {
         self.read().by_id.len()
     }
 
+    /// Returns how many of them have a model on its way into memory.
+    pub fn loading_count(&self) -> usize {
+        let state = self.read();
+        let is_loading =
+            |worker: &&Worker| worker.report.model_cache.iter().any(|model| model.state == ModelState::Loading);
+        state.workers.iter().flatten().filter(is_loading).count()
+    }
+
     /// Says whether no worker is alive.
     pub fn is_empty(&self) -> bool {
         self.len() == 0

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Output;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use protocol::control::{Decision, Fleet};
@@ -29,6 +30,8 @@ pub(crate) struct Mesh {
     home: Home,
     pub(crate) pool: Pool,
     pub(crate) gateway: GatewayClient,
+    /// Questions that were asked.
+    tries: AtomicU32,
 }
 
 /// An answer.
@@ -58,7 +61,7 @@ impl Mesh {
         let key = key.await.expect("a key");
         // Known once it listens.
         let gateway = GatewayClient::new("http://127.0.0.1:9", Some(key.clone())).expect("a client");
-        let mut mesh = Self { processes, home, pool, gateway };
+        let mut mesh = Self { processes, home, pool, gateway, tries: AtomicU32::new(0) };
         mesh.join("orchestrator", "orchestrator", &[]);
         mesh.join("gateway", "gateway", &["--bind", LOOPBACK]);
         for worker in workers {
@@ -116,7 +119,15 @@ impl Mesh {
     pub(crate) async fn try_ask(&self) -> anyhow::Result<Answered> {
         let began = Instant::now();
         let messages = json!([{ "role": "user", "content": "What is the capital of Japan?" }]);
-        let body = json!({ "model": "tether-tiny", "messages": messages, "temperature": 0, "stream": true });
+        // Each question is a new one to the workers' memory, which would else draw them all to one worker.
+        let options = json!({ "try": self.tries.fetch_add(1, Ordering::Relaxed) });
+        let body = json!({
+            "model": "tether-tiny",
+            "messages": messages,
+            "chat_template_kwargs": options,
+            "temperature": 0,
+            "stream": true,
+        });
         let answer = self.gateway.chat(&body, |_| {}).await?;
         let took = began.elapsed();
         anyhow::ensure!(answer.text.contains("Tokyo"), "{}", answer.text);

@@ -109,6 +109,7 @@ async fn try_out(runtime: &ProcessRuntime, file: &[u8], how: &str) -> Option<Str
 
 #[tokio::test(flavor = "multi_thread")]
 async fn damaged_files_are_errors_or_models_and_harm_nobody() {
+    #[expect(clippy::disallowed_methods, reason = "tests have no command line of their own")]
     let count = std::env::var("TETHER_POISONED_FILES").ok().and_then(|count| count.parse().ok()).unwrap_or(FILES);
     let bytes = std::fs::read(crate::TINY).expect("the model is there");
     let runtime = host(&["llama"]);
