@@ -60,6 +60,8 @@ bench-engine: export BENCH_MODELS := $(BENCH_MODELS)
 bench-engine: ## Measures the engine beside llama-server (BENCH_MODELS=…, BENCH_MEASURES=prompt, BENCH_ROUNDS=1)
 	@scripts/setup bench-engine
 	scripts/with-progress cargo bench --package tether-engine --bench engine
+	scripts/with-progress cargo bench --package tether-engine --bench sampler
+	TETHER_RANDOM_MODELS=$$BENCH_FOLDER cargo test --release --package tether-engine --test it -- --ignored --nocapture realistic
 	for model in $(BENCH_MODELS); do \
 	  BENCH_MODEL=$$BENCH_FOLDER/$$model.gguf scripts/with-progress cargo bench --package tether --bench throughput; \
 	done

@@ -200,38 +200,6 @@ fn log_probabilities_are_those_of_the_logits_and_finite() {
     assert_eq!(sampler.logprob(&[f32::NAN], 0, 5), (LOGPROB_MIN, Vec::new()));
 }
 
-/// Prints what a draw costs at the vocabulary of Qwen.
-#[test]
-#[ignore = "it measures, by hand and in release: cargo test --release -p tether-engine --lib -- --ignored --nocapture"]
-fn draws_take_microseconds() {
-    // Logits of a model that knows what it wants: a bell with a few tokens far above.
-    let bell = |token: u64| (0..6).map(|part| uniform(token, part) as f32).sum::<f32>() * 4.0 - 12.0;
-    let logits: Vec<f32> =
-        (0..152_000).map(|token| bell(token) + if token % 9_973 == 1 { 14.0 } else { 0.0 }).collect();
-    let mask: TokenMask = (0..152_000).filter(|token| token % 3 == 0).collect();
-    let mut sampler = Sampler::default();
-    let default = Sampling::default();
-    for (name, sampling, mask) in [
-        ("greedy", greedy(), None),
-        ("all", default.clone(), None),
-        ("top_p 0.9", Sampling { top_p: 0.9, ..default.clone() }, None),
-        ("top_k 40", Sampling { top_k: 40, ..default.clone() }, None),
-        ("greedy, masked", greedy(), Some(&mask)),
-    ] {
-        let begin = std::time::Instant::now();
-        for position in 0..1_000 {
-            std::hint::black_box(sampler.sample(&logits, &sampling, position, &History::default(), mask))
-                .expect("it draws");
-        }
-        eprintln!("{name}: {:?}", begin.elapsed() / 1_000);
-    }
-    let begin = std::time::Instant::now();
-    for token in 0..1_000 {
-        std::hint::black_box(sampler.logprob(&logits, token, 20));
-    }
-    eprintln!("logprob, 20: {:?}", begin.elapsed() / 1_000);
-}
-
 proptest! {
     #[test]
     fn a_draw_equals_the_plain_reading_of_the_settings(
