@@ -18,6 +18,18 @@ const weather = {
   },
 };
 
+/** Says why the model calls no functions, if it calls none. */
+async function callsNone() {
+  try {
+    await chat({ tools: [weather], max_tokens: 1 });
+    return false;
+  } catch (error) {
+    assert.deepEqual([error.code, error.param], ['unsupported_parameter', 'tools']);
+    return error.message;
+  }
+}
+const skip = await callsNone();
+
 test('several answers are told apart', async () => {
   const completion = await chat({ n: 3, temperature: 1, max_tokens: 8 });
   assert.deepEqual(completion.choices.map((choice) => choice.index), [0, 1, 2]);
@@ -36,7 +48,7 @@ test('log-probabilities are told', async () => {
   assert.ok(logprobs.content.every((token) => token.logprob <= 0 && token.top_logprobs.length === 2));
 });
 
-test('a function that must be called is called', async () => {
+test('a function that must be called is called', { skip }, async () => {
   const { choices } = await chat({ tools: [weather], tool_choice: 'required' });
   assert.equal(choices[0].finish_reason, 'tool_calls');
   const [call] = choices[0].message.tool_calls;
@@ -44,7 +56,7 @@ test('a function that must be called is called', async () => {
   assert.deepEqual(Object.keys(JSON.parse(call.function.arguments)), ['city']);
 });
 
-test('the SDK gathers a streamed call', async () => {
+test('the SDK gathers a streamed call', { skip }, async () => {
   const tool_choice = { type: 'function', function: { name: 'weather' } };
   const completion = await client.chat.completions
     .stream({ model: MODEL, messages, tools: [weather], tool_choice })
