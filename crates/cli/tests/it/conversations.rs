@@ -21,7 +21,9 @@ impl Network {
 
     /// Begins a job that does not end.
     async fn occupy(&self, number: u128) -> AnswerStream {
-        let endless = Input { prompt: Some("go on".into()), max_tokens: Some(4_000), ..Input::default() };
+        // A prompt of its own, or the next of them would go to where it is known.
+        let prompt = Some(format!("go on, {number}"));
+        let endless = Input { prompt, ..Input::default() };
         let mut stream = self.open(&job(number, endless)).await.expect("accepted");
         stream.next().await.expect("it runs").expect("and well");
         stream
@@ -30,15 +32,9 @@ impl Network {
 
 /// A network of two workers, the one that is asked first among equals, and the other.
 async fn two_workers() -> (Network, PublicKey, PublicKey) {
-    let mock = MockOptions { per_token: SECOND / 50, ..MockOptions::default() };
+    let mock = MockOptions { per_token: SECOND / 50, tokens: 4_000, ..MockOptions::default() };
     let network = Network::start_with(CERTIFICATE_LIFE, mock).await;
     time::sleep(SECOND * 2).await;
-    // Of both it is known how fast they are, so that this decides nothing.
-    let short = |number| job(number, Input { prompt: Some("go on".into()), max_tokens: Some(8), ..Input::default() });
-    let (one, other) = (short(101), short(102));
-    let (first, second) = tokio::join!(network.chunks(&one), network.chunks(&other));
-    first.and(second).expect("answered");
-    time::sleep(SECOND).await;
     let (low, high) = (network.workers[0].min(network.workers[1]), network.workers[0].max(network.workers[1]));
     (network, low, high)
 }
@@ -62,4 +58,23 @@ async fn a_conversation_goes_back_to_the_worker_that_knows_it() {
     assert_eq!(stranger, low);
     let (_, second) = network.say(4, &messages).await;
     assert_eq!(second, high);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_knows_a_conversation_but_has_no_slot_does_not_hold_it_up() {
+    let (network, low, high) = two_workers().await;
+    let mut messages = vec![user("Tell me a long story, please.")];
+    let (answer, first) = network.say(1, &messages).await;
+    assert_eq!(first, low);
+    messages.extend([answer, user("And then?")]);
+    time::sleep(SECOND).await;
+    // Jobs spread evenly over equals, the first to the lowest id; half of them go again.
+    let mut jobs = vec![];
+    for number in 2..10 {
+        jobs.push(network.occupy(number).await);
+    }
+    let _on_low: Vec<_> = jobs.into_iter().step_by(2).collect();
+    time::sleep(SECOND).await;
+    let (_, second) = network.say(20, &messages).await;
+    assert_eq!(second, high, "it would have to wait at the other");
 }

@@ -8,6 +8,7 @@ use artifact_store::ArtifactStore;
 use engine::{MockOptions, MockRuntime};
 use metadata_store::{MetadataStore, SqliteStore};
 use observability::Metrics;
+use orchestrator::scheduler::affinity::Weights;
 use orchestrator::{Orchestrator, OrchestratorParts};
 use protocol::admission::Invite;
 use protocol::control::{
@@ -157,7 +158,9 @@ impl Network {
             version: "0".into(),
         };
         // Rules that were known once stand while the registry is away.
-        let config = orchestrator::Config { policy_cache_secs: 1_000_000, ..orchestrator::Config::default() };
+        // And the engines are equal: what was measured of them does not count.
+        let weights = Weights { speed: 0.0, ..Weights::default() };
+        let config = orchestrator::Config { policy_cache_secs: 1_000_000, weights, ..orchestrator::Config::default() };
         self.tasks.spawn(async move {
             Orchestrator::run(config, parts, CancellationToken::new()).await.expect("runs");
         });
