@@ -57,9 +57,19 @@ pub struct ServedModel {
     /// Threads for decoding; 0 takes the number of cores.
     #[serde(default)]
     pub threads: u32,
-    /// Layers to place on a GPU; 0 keeps all on the CPU.
+    /// Layers to place on a GPU; 0 keeps all on the CPU, and where it is missing as many are placed as fit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_layers: Option<u32>,
+    /// Tokens that all jobs together can hold; 0 takes a whole context for each slot. Less lets more jobs run side by side
+    /// while they are short.
     #[serde(default)]
-    pub gpu_layers: u32,
+    pub kv_tokens: u32,
+    /// Memory for conversations that lost their place in the engine, in MiB; they need not be evaluated again.
+    #[serde(default = "prompt_cache_mib")]
+    pub prompt_cache_mib: u64,
+    /// Tokens that a repeated passage may suggest at once; 0 does not speculate. Answers stay the same.
+    #[serde(default)]
+    pub draft_tokens: u32,
     /// The LoRA adapters it is served with; each is attached at its first job.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<ServedAdapter>,
@@ -89,6 +99,10 @@ pub struct ServedAdapter {
     pub name: AdapterName,
     /// SHA-256 of its artifact.
     pub digest: Digest,
+}
+
+fn prompt_cache_mib() -> u64 {
+    256
 }
 
 fn adapters_max() -> u32 {
@@ -198,7 +212,10 @@ impl ServedModel {
             server_command: Vec::new(),
             context_length: 0,
             threads: 0,
-            gpu_layers: 0,
+            gpu_layers: None,
+            kv_tokens: 0,
+            prompt_cache_mib: prompt_cache_mib(),
+            draft_tokens: 0,
             adapters: Vec::new(),
             adapters_max: adapters_max(),
         }

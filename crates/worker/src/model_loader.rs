@@ -251,7 +251,10 @@ impl ModelLoader {
             slots: self.options.slots,
             queue_max: self.options.queue_max,
             threads: entry.model.threads,
-            gpu_layers: Some(entry.model.gpu_layers),
+            gpu_layers: entry.model.gpu_layers,
+            kv_tokens: entry.model.kv_tokens,
+            prompt_cache_bytes: entry.model.prompt_cache_mib.saturating_mul(1 << 20),
+            draft_tokens: entry.model.draft_tokens,
             ..LoadOptions::default()
         };
         if let Some(server) = &entry.model.remote {

@@ -79,6 +79,17 @@ fn where_no_network_runs_the_next_step_is_told() {
 
 #[cfg(feature = "llama")]
 #[test]
+fn an_adapter_is_asked_by_its_name_behind_the_models() {
+    let home = Home::new();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound");
+    let mut command = home.command(&["run", "tether-tiny:pirate", "What is 3 + 4?", "--temperature", "0"]);
+    let output = command.env("TETHER_GATEWAY__BIND", free.to_string()).output().expect("the program runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.starts_with("Arr!"), "{text}{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[cfg(feature = "llama")]
+#[test]
 fn a_question_is_answered_even_where_no_network_runs() {
     let home = Home::new();
     let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound");
