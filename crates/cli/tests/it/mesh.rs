@@ -207,9 +207,10 @@ impl Mesh {
         let key = self.key(worker, "worker");
         let mut slowest = Duration::ZERO;
         for tries in 1..=50 {
-            let answered = self.ask().await;
-            slowest = slowest.max(answered.took);
-            if answered.by == key {
+            // Side by side, because among idle workers the one that is known to be fast gets every job.
+            let (one, other) = tokio::join!(self.ask(), self.ask());
+            slowest = slowest.max(one.took).max(other.took);
+            if one.by == key || other.by == key {
                 return (tries, slowest);
             }
         }
