@@ -235,7 +235,7 @@ impl Loaded {
             shape,
             threads: threads(options.threads),
             prompt_cache_bytes: options.prompt_cache_bytes,
-            draft_tokens: options.draft_tokens,
+            draft_tokens: options.draft_tokens.min(memory_plan::DRAFT_TOKENS_MAX),
         };
         let as_many_as_fit = || {
             let free_bytes = hardware::free_gpu_bytes(&native::devices());

@@ -14,6 +14,8 @@ pub use devices::layers_that_fit;
 pub const BATCH_TOKENS: u32 = 512;
 /// Sequences that may generate side by side; llama.cpp knows 256, and some are kept for those who come back.
 pub const SLOTS_MAX: u32 = 192;
+/// Tokens that may be suggested at once: each takes a row of logits for every slot.
+pub const DRAFT_TOKENS_MAX: u32 = 16;
 /// Cells come in blocks of so many.
 const CELL_BLOCK: u32 = 256;
 /// The program, its libraries and its threads, with what llama.cpp makes for any model.
@@ -68,7 +70,7 @@ pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, Engine
     let model = Dimensions::of(header);
     let on_gpu = options.gpu_layers.unwrap_or(0);
     let (host, device) = devices::split(header, &model, on_gpu);
-    let outputs = u64::from(shape.slots).saturating_mul(1 + u64::from(options.draft_tokens));
+    let outputs = u64::from(shape.slots).saturating_mul(1 + u64::from(options.draft_tokens.min(DRAFT_TOKENS_MAX)));
     let compute_bytes = model.compute_bytes(u64::from(shape.kv_tokens), outputs);
     let logits_bytes = outputs.saturating_mul(model.vocabulary).saturating_mul(4);
     let kv_bytes = |cell_bytes: u64| u64::from(shape.kv_tokens).saturating_mul(cell_bytes);

@@ -67,7 +67,7 @@ pub struct ServedModel {
     /// Memory for conversations that lost their place in the engine, in MiB; they need not be evaluated again.
     #[serde(default = "prompt_cache_mib")]
     pub prompt_cache_mib: u64,
-    /// Tokens that a repeated passage may suggest at once; 0 does not speculate. Answers stay the same.
+    /// Tokens that a repeated passage may suggest at once, at most 16; 0 does not speculate. Answers stay the same.
     #[serde(default)]
     pub draft_tokens: u32,
     /// The LoRA adapters it is served with; each is attached at its first job.

@@ -11,8 +11,8 @@ use super::outbox::Outbox;
 use super::room::Strand;
 use crate::answer_parser::{AnswerParser, Delta};
 use crate::grammar::Constraint;
-use crate::model_runtime::{AdapterId, EngineError, FinishReason, Piece, Sampling, TokenLogprob, Usage};
-use crate::sampler::{History, Sampler};
+use crate::model_runtime::{AdapterId, EngineError, FinishReason, Piece, Sampling, TokenLogprob, Usage, unsupported};
+use crate::sampler::{History, SampleError, Sampler};
 use crate::text_assembler::TextAssembler;
 
 /// An admitted generation.
@@ -165,9 +165,8 @@ impl Sequence {
         // A draw depends on the token's place alone, so that a continued answer draws as the first try would have.
         let position = self.tokens.len() as u64;
         let mask = self.job.constraint.as_mut().map(Constraint::mask).transpose()?;
-        let token = sampler
-            .sample(logits, &self.job.sampling, position, &self.history, mask.as_ref())
-            .map_err(|error| EngineError::Failed { reason: error.to_string() })?;
+        let token =
+            sampler.sample(logits, &self.job.sampling, position, &self.history, mask.as_ref()).map_err(refusal)?;
         let drawn = token.cast_signed();
         if vocabulary.is_end(drawn) && !self.job.ignore_eos {
             return Ok(Drawn::End(FinishReason::Stop));
@@ -217,6 +216,14 @@ impl Sequence {
         }
         drop(self.job.admitted);
         Finished { outbox: self.job.outbox, last, reason, usage }
+    }
+}
+
+/// Tells apart what the request brought about itself: an engine that fails a few times in a row is replaced.
+fn refusal(error: SampleError) -> EngineError {
+    match error {
+        SampleError::NothingAllowed => unsupported("logit_bias", error.to_string()),
+        SampleError::NotFinite => EngineError::Failed { reason: error.to_string() },
     }
 }
 

@@ -108,6 +108,27 @@ async fn a_banned_token_never_comes() {
 }
 
 #[tokio::test]
+async fn a_ban_that_leaves_no_token_is_the_requests_fault() {
+    let (runtime, model) = loaded().await;
+    let only = run(&runtime, formed(model, OutputFormat::Regex("a".into()))).await;
+    // The form allows one text, and its only token is banned.
+    let sampling = Sampling { logit_bias: vec![(only.tokens[0], -100.0)], ..Sampling::default() };
+    let request = GenerateRequest { sampling, ..formed(model, OutputFormat::Regex("a".into())) };
+    let refused = run(&runtime, request).await;
+    let named = matches!(&refused.end, Err(EngineError::Unsupported { parameter, .. }) if parameter == "logit_bias");
+    assert!(named, "{refused:?}");
+    assert_eq!(run(&runtime, ask(model, "What is 3 + 4?")).await.text, "3 + 4 = 7");
+}
+
+#[tokio::test]
+async fn suggestions_are_bounded_however_many_are_wished_for() {
+    let runtime = LlamaRuntime::new();
+    let wish = tether_engine::LoadOptions { draft_tokens: u32::MAX, ..options() };
+    let model = within(runtime.load(tiny(), wish, no_progress())).await.expect("it loads").id;
+    assert_eq!(run(&runtime, ask(model, "What is 3 + 4?")).await.text, "3 + 4 = 7");
+}
+
+#[tokio::test]
 async fn a_required_call_comes_as_a_call() {
     let runtime = LlamaRuntime::new();
     let artifact = tiny_with_template(WITH_TOOLS);
