@@ -152,8 +152,12 @@ impl Dimensions {
     }
 }
 
-/// Returns whether the CPU's kernels want a copy of a matrix in another order, which ggml then makes at the load.
+/// Returns whether the CPU's kernels want a copy of a matrix in another order, which ggml then makes at the load, beside
+/// the file's pages. Our kernels let those go.
 fn is_repacked(tensor: &Tensor) -> bool {
+    if is_packed(tensor) {
+        return false;
+    }
     const Q4_0: u32 = 2;
     const Q8_0: u32 = 8;
     const Q4_K: u32 = 12;
@@ -168,6 +172,20 @@ fn is_repacked(tensor: &Tensor) -> bool {
         _ => &[],
     };
     kinds.contains(&tensor.kind) && rows.is_multiple_of(8)
+}
+
+/// Returns whether our kernels take a matrix.
+#[cfg(matrices)]
+fn is_packed(tensor: &Tensor) -> bool {
+    let [columns, rows] = tensor.dimensions[..] else { return false };
+    let quantization = kernels::Quantization::of_ggml(tensor.kind);
+    let sides = (usize::try_from(columns).ok()).zip(usize::try_from(rows).ok());
+    quantization.zip(sides).is_some_and(|(it, (columns, rows))| kernels::Matrix::new(it, columns, rows).is_some())
+}
+
+#[cfg(not(matrices))]
+fn is_packed(_: &Tensor) -> bool {
+    false
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use serde_json::Value;
 /// The floor of each crate's folder, as in `ARCHITECTURE.md`.
 const FLOORS: &[(&str, u64)] = &[
     ("hyperswarm", 0),
+    ("kernels", 0),
     ("engine", 0),
     ("protocol", 1),
     ("metadata-store", 2),
@@ -21,8 +22,11 @@ const FLOORS: &[(&str, u64)] = &[
 ];
 
 /// The ground is for those who need it: a ground crate, and the crates that may use it.
-const GROUND: &[(&str, &[&str])] =
-    &[("engine", &["worker", "cli", "simulation"]), ("hyperswarm", &["rpc", "cli", "simulation"])];
+const GROUND: &[(&str, &[&str])] = &[
+    ("kernels", &["engine"]),
+    ("engine", &["worker", "cli", "simulation"]),
+    ("hyperswarm", &["rpc", "cli", "simulation"]),
+];
 
 /// A crate below `crates/`.
 #[derive(Debug, Clone)]

@@ -116,12 +116,8 @@ impl<'a> Rounds<'a> {
 
     pub(crate) async fn run(mut self, comparisons: &[Comparison], report: &mut Report) {
         let (model, programs) = (self.model, self.programs);
-        let with_adapters = comparisons.iter().any(|it| it.measure == Measure::SecondAdapter);
-        let mut ours = Ours::load(model, 0).await;
-        if with_adapters {
-            ours.add_adapters(model).await;
-        }
-        let server = LlamaServer::start(programs, model, with_adapters).await;
+        let ours = Ours::load(model, 0).await;
+        let server = LlamaServer::start(programs, model, false).await;
         let bench = LlamaBench { programs, model };
         report.model(model, &ours.describe(), &bench.build().await);
 
@@ -131,6 +127,17 @@ impl<'a> Rounds<'a> {
         for comparison in comparisons {
             let mut accepted = None;
             let taken = match comparison.against {
+                Server if comparison.measure == Measure::SecondAdapter => {
+                    // With adapters at hand a llama-server is slower at everything, so it has them here alone.
+                    let mut ours = Ours::load(model, 0).await;
+                    ours.add_adapters(model).await;
+                    let server = LlamaServer::start(programs, model, true).await;
+                    let both = (Contender::Side(&ours), Contender::Side(&server));
+                    let taken = self.take(comparison.measure, both.0, both.1).await;
+                    server.stop().await;
+                    ours.stop().await;
+                    taken
+                }
                 Server => self.take(comparison.measure, Contender::Side(&ours), Contender::Side(&server)).await,
                 Bench => self.take(comparison.measure, Contender::Side(&ours), Contender::Bench(&bench)).await,
                 Unspeculated => {

@@ -9,6 +9,8 @@
 mod batch;
 mod context;
 mod log;
+#[cfg(matrices)]
+mod matrices;
 mod model;
 mod vocabulary;
 
@@ -35,6 +37,8 @@ pub(crate) fn start() {
         load_backends();
         // SAFETY: it is called once, before anything else of llama.cpp's.
         unsafe { sys::llama_backend_init() };
+        #[cfg(matrices)]
+        matrices::register();
     });
 }
 

@@ -40,11 +40,14 @@ fn the_scratch_space_is_what_llama_cpp_allocates() {
 }
 
 #[test]
-fn four_bit_products_are_kept_twice_and_the_embeddings_of_tokens_are_not() {
+fn what_ggml_brings_into_another_order_is_kept_twice_and_the_embeddings_of_tokens_are_not() {
+    // A format that is none of our kernels'.
+    const IQ4_NL: u32 = 20;
     let tensor =
         |name: &str, kind| Tensor { name: name.into(), dimensions: vec![64, 64], kind, offset: 0, bytes: 1_000 };
     let mut header = tiny();
-    header.tensors = vec![tensor("token_embd.weight", 2), tensor("output.weight", 2), tensor("blk.0.ffn_up.weight", 2)];
+    let names = ["token_embd.weight", "output.weight", "blk.0.ffn_up.weight"];
+    header.tensors = names.map(|name| tensor(name, IQ4_NL)).into();
     let repacked = |header: &Header| plan(header, &LoadOptions::default()).expect("it can be planned").repacked_bytes;
     assert_eq!(repacked(&header), 2_000);
     // Without an output of its own, a model makes its logits with them.
@@ -54,6 +57,19 @@ fn four_bit_products_are_kept_twice_and_the_embeddings_of_tokens_are_not() {
     assert_eq!(repacked(&header), 1_000);
     header.tensors[0].dimensions = vec![64, 63];
     assert_eq!(repacked(&header), 0);
+}
+
+#[cfg(matrices)]
+#[test]
+fn what_our_kernels_take_is_kept_once() {
+    let mut header = tiny();
+    let tensor = Tensor { name: "output.weight".into(), dimensions: vec![64, 64], kind: 2, offset: 0, bytes: 1_000 };
+    header.tensors = vec![tensor];
+    let repacked = |header: &Header| plan(header, &LoadOptions::default()).expect("it can be planned").repacked_bytes;
+    assert_eq!(repacked(&header), if kernels::is_supported() { 0 } else { 1_000 });
+    // Rows that do not fill the lanes are left to ggml.
+    header.tensors[0].dimensions = vec![64, 56];
+    assert_eq!(repacked(&header), 1_000);
 }
 
 #[test]

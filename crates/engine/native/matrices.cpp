@@ -1,0 +1,196 @@
+// Puts our kernels into ggml's CPU backend: a type of buffer whose matrices are packed when they are loaded and whose
+// products are ours, as ggml's own repacked matrices are. Rust holds the kernels and hands over their functions; see
+// `src/llama/native/matrices.rs`. The headers are those of the ggml that is linked, so that a change of theirs is a
+// complaint of the compiler's.
+
+#include <algorithm>
+
+#include "ggml-backend-impl.h"
+#include "ggml-backend.h"
+#include "ggml-cpu/ggml-cpu-impl.h"
+#include "ggml-cpu/traits.h"
+#include "ggml.h"
+
+#ifdef TETHER_SHARED_GGML
+#include <dlfcn.h>
+
+// The library that is loaded at run time has its own.
+ggml::cpu::tensor_traits::~tensor_traits() {}
+ggml::cpu::extra_buffer_type::~extra_buffer_type() {}
+#endif
+
+extern "C" {
+
+// What Rust gives. A matrix is named by its ggml type, its columns and its rows.
+struct tether_matrix_functions {
+    bool (*can_pack)(uint32_t type, size_t columns, size_t rows);
+    void (*pack)(uint32_t type, size_t columns, size_t rows, const void * source, void * packed);
+    size_t (*inputs_bytes)(uint32_t type, size_t columns, size_t rows, size_t count);
+    void (*take_in)(uint32_t type, size_t columns, size_t rows, const float * vector, size_t from_block, size_t to_block,
+                    size_t index, size_t count, void * inputs);
+    void (*multiply)(uint32_t type, size_t columns, size_t rows, const void * packed, const void * inputs, size_t count,
+                     size_t from_group, size_t to_group, float * outputs);
+};
+
+bool tether_register_matrices(const tether_matrix_functions * functions);
+}
+
+namespace {
+
+constexpr size_t BLOCK = 32;
+constexpr size_t LANES = 16;
+// Weights that one thread takes at once: they stay in its second cache while all vectors are multiplied with them.
+constexpr size_t CHUNK_BYTES = 256 << 10;
+// Parts of a matrix for each thread, so that one that is held up does not hold up the others.
+constexpr size_t CHUNKS_PER_THREAD = 8;
+
+tether_matrix_functions ours;
+
+// What we use of ggml's CPU backend, which may have been loaded at run time.
+struct {
+    std::vector<ggml_backend_buffer_type_t> & (*extra_buffer_types)();
+    void (*barrier)(ggml_threadpool *);
+    void (*chunk_set)(ggml_threadpool *, int);
+    int (*chunk_add)(ggml_threadpool *, int);
+} theirs;
+
+bool find_theirs(ggml_backend_reg_t registry) {
+#ifdef TETHER_SHARED_GGML
+    Dl_info where;
+    if (!dladdr(reinterpret_cast<void *>(registry->iface.get_name), &where)) {
+        return false;
+    }
+    void * library = dlopen(where.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+    if (!library) {
+        return false;
+    }
+    auto find = [&](auto & function, const char * name) {
+        function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
+        return function != nullptr;
+    };
+    return find(theirs.extra_buffer_types, "_Z39ggml_backend_cpu_get_extra_buffer_typesv") &&
+           find(theirs.barrier, "ggml_barrier") && find(theirs.chunk_set, "ggml_threadpool_chunk_set") &&
+           find(theirs.chunk_add, "ggml_threadpool_chunk_add");
+#else
+    (void) registry;
+    theirs = { ggml_backend_cpu_get_extra_buffer_types, ggml_barrier, ggml_threadpool_chunk_set,
+               ggml_threadpool_chunk_add };
+    return true;
+#endif
+}
+
+bool can_pack(const ggml_tensor * matrix) {
+    return ggml_n_dims(matrix) == 2 && ours.can_pack(matrix->type, matrix->ne[0], matrix->ne[1]);
+}
+
+// The product of a packed matrix and vectors. All of ggml's threads come here together.
+class matrix_traits : public ggml::cpu::tensor_traits {
+    bool work_size(int, const ggml_tensor * op, size_t & size) override {
+        const ggml_tensor * matrix = op->src[0];
+        size = ours.inputs_bytes(matrix->type, matrix->ne[0], matrix->ne[1], ggml_nrows(op->src[1]));
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        const ggml_tensor * matrix  = op->src[0];
+        const ggml_tensor * vectors = op->src[1];
+        const size_t        columns = matrix->ne[0], rows = matrix->ne[1], count = ggml_nrows(vectors);
+        const size_t        thread = params->ith, threads = params->nth;
+
+        // Each thread takes in its share of the blocks of all vectors.
+        const size_t blocks = columns / BLOCK;
+        const size_t end    = count * blocks * (thread + 1) / threads;
+        for (size_t at = count * blocks * thread / threads; at < end;) {
+            const size_t index = at / blocks, from = at % blocks;
+            const size_t to     = std::min(blocks, from + end - at);
+            const size_t plane  = index / vectors->ne[1];
+            const char * vector = static_cast<const char *>(vectors->data) + index % vectors->ne[1] * vectors->nb[1] +
+                                  plane % vectors->ne[2] * vectors->nb[2] + plane / vectors->ne[2] * vectors->nb[3];
+            ours.take_in(matrix->type, columns, rows, reinterpret_cast<const float *>(vector), from, to, index, count,
+                         params->wdata);
+            at += to - from;
+        }
+        if (thread == 0) {
+            theirs.chunk_set(params->threadpool, params->nth);
+        }
+        theirs.barrier(params->threadpool);
+
+        const size_t groups      = rows / LANES;
+        const size_t group_bytes = ggml_row_size(matrix->type, columns) * LANES;
+        const size_t most        = std::max<size_t>(1, CHUNK_BYTES / group_bytes);
+        const size_t chunk       = std::clamp<size_t>(groups / (threads * CHUNKS_PER_THREAD), 1, most);
+        for (size_t from = thread * chunk; from < groups;) {
+            ours.multiply(matrix->type, columns, rows, matrix->data, params->wdata, count, from,
+                          std::min(groups, from + chunk), static_cast<float *>(op->data));
+            from = theirs.chunk_add(params->threadpool, 1) * chunk;
+        }
+        return true;
+    }
+};
+
+matrix_traits traits;
+
+ggml_backend_buffer_type * packed_type();
+
+class packed_matrices : public ggml::cpu::extra_buffer_type {
+    bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
+        const ggml_tensor * vectors = op->src[1];
+        return op->op == GGML_OP_MUL_MAT && is_packed(op) && can_pack(op->src[0]) && vectors->type == GGML_TYPE_F32 &&
+               vectors->nb[0] == sizeof(float) &&
+               (!vectors->buffer || ggml_backend_buft_is_host(vectors->buffer->buft));
+    }
+
+    ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
+        return op->op == GGML_OP_MUL_MAT && is_packed(op) ? &traits : nullptr;
+    }
+
+    static bool is_packed(const ggml_tensor * op) {
+        return op->src[0]->buffer && op->src[0]->buffer->buft == packed_type();
+    }
+};
+
+packed_matrices matrices;
+
+void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    GGML_ASSERT(offset == 0 && size == ggml_nbytes(tensor) && "a matrix is packed as a whole");
+    ours.pack(tensor->type, tensor->ne[0], tensor->ne[1], data, tensor->data);
+}
+
+ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
+    if (buffer) {
+        buffer->buft              = type;
+        buffer->iface.set_tensor  = set_tensor;
+        buffer->iface.get_tensor  = nullptr;
+        buffer->iface.cpy_tensor  = nullptr;
+    }
+    return buffer;
+}
+
+ggml_backend_buffer_type * packed_type() {
+    static ggml_backend_buffer_type type = [] {
+        ggml_backend_buffer_type it = {};
+        it.iface.get_name           = [](ggml_backend_buffer_type_t) { return "TETHER_PACKED"; };
+        it.iface.alloc_buffer       = alloc_buffer;
+        it.iface.get_alignment      = [](ggml_backend_buffer_type_t) -> size_t { return 64; };
+        it.device                   = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        it.context                  = &matrices;
+        return it;
+    }();
+    return &type;
+}
+
+}  // namespace
+
+// Offers our buffers before all others of the CPU's. Must come before the first model is loaded. Returns false where the
+// backend is not as it should be, and nothing has changed.
+bool tether_register_matrices(const tether_matrix_functions * functions) {
+    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!device || !find_theirs(ggml_backend_dev_backend_reg(device))) {
+        return false;
+    }
+    ours         = *functions;
+    auto & types = theirs.extra_buffer_types();
+    types.insert(types.begin(), packed_type());
+    return true;
+}

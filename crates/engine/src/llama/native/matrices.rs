@@ -1,0 +1,123 @@
+//! Our kernels, as `native/matrices.cpp` asks for them when ggml multiplies.
+
+use std::ops::Range;
+use std::{fs, slice};
+
+use kernels::{LANES, Matrix, Quantization};
+use rustix::mm::{Advice, madvise};
+
+/// Bytes that are packed before their pages are given back.
+const PART_BYTES: usize = 4 << 20;
+
+/// What C++ takes over; the order is that of `tether_matrix_functions`.
+#[repr(C)]
+struct Functions {
+    can_pack: unsafe extern "C" fn(u32, usize, usize) -> bool,
+    pack: unsafe extern "C" fn(u32, usize, usize, *const u8, *mut u8),
+    inputs_bytes: unsafe extern "C" fn(u32, usize, usize, usize) -> usize,
+    take_in: unsafe extern "C" fn(u32, usize, usize, *const f32, usize, usize, usize, usize, *mut u8),
+    multiply: unsafe extern "C" fn(u32, usize, usize, *const u8, *const u8, usize, usize, usize, *mut f32),
+}
+
+unsafe extern "C" {
+    fn tether_register_matrices(functions: *const Functions) -> bool;
+}
+
+/// Offers our kernels to ggml, where the processor can run them. Must come before the first model is loaded.
+pub(super) fn register() -> bool {
+    let functions = Functions { can_pack, pack, inputs_bytes, take_in, multiply };
+    // SAFETY: the functions are copied, and it is called once, before any model is there.
+    kernels::is_supported() && unsafe { tether_register_matrices(&raw const functions) }
+}
+
+fn matrix(kind: u32, columns: usize, rows: usize) -> Option<Matrix> {
+    Matrix::new(Quantization::of_ggml(kind)?, columns, rows)
+}
+
+/// A matrix that `can_pack` was asked about before.
+fn packed(kind: u32, columns: usize, rows: usize) -> Matrix {
+    matrix(kind, columns, rows).expect("only what can be packed is packed")
+}
+
+extern "C" fn can_pack(kind: u32, columns: usize, rows: usize) -> bool {
+    matrix(kind, columns, rows).is_some()
+}
+
+/// Packs a matrix, and lets go of the pages of the file that it comes from, part by part: a model is in memory once.
+unsafe extern "C" fn pack(kind: u32, columns: usize, rows: usize, source: *const u8, to: *mut u8) {
+    let whole = packed(kind, columns, rows);
+    let is_file = is_of_file(source.addr());
+    let groups = (PART_BYTES / whole.group_bytes()).max(1);
+    for first in (0..whole.groups()).step_by(groups) {
+        let part = packed(kind, columns, LANES * groups.min(whole.groups() - first));
+        let begin = first * whole.group_bytes();
+        // SAFETY: ggml vouches for both, whose size it asserts. A page of a file that is let go is read again where it
+        // is needed again.
+        unsafe {
+            let source = source.add(begin);
+            let bytes = slice::from_raw_parts(source, part.bytes());
+            part.pack(bytes, slice::from_raw_parts_mut(to.add(begin), part.bytes()));
+            let pages = whole_pages(source.addr()..source.addr() + part.bytes());
+            if is_file && !pages.is_empty() {
+                let _ = madvise(source.cast_mut().with_addr(pages.start).cast(), pages.len(), Advice::LinuxDontNeed);
+            }
+        }
+    }
+}
+
+/// Returns whether memory is a view of a file.
+fn is_of_file(address: usize) -> bool {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    maps.lines().any(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let range = fields.next().and_then(|range| range.split_once('-'));
+        let Some((from, to)) = range else { return false };
+        let number = |text| usize::from_str_radix(text, 16).unwrap_or(0);
+        // The fifth field is the file's number, which what is no file has not.
+        (number(from)..number(to)).contains(&address) && fields.nth(3).is_some_and(|inode| inode != "0")
+    })
+}
+
+/// Returns the pages that lie in a range as a whole.
+fn whole_pages(range: Range<usize>) -> Range<usize> {
+    let page = rustix::param::page_size();
+    range.start.next_multiple_of(page)..range.end / page * page
+}
+
+extern "C" fn inputs_bytes(kind: u32, columns: usize, rows: usize, count: usize) -> usize {
+    packed(kind, columns, rows).inputs_bytes(count)
+}
+
+unsafe extern "C" fn take_in(
+    kind: u32,
+    columns: usize,
+    rows: usize,
+    vector: *const f32,
+    from: usize,
+    to: usize,
+    index: usize,
+    count: usize,
+    inputs: *mut u8,
+) {
+    // SAFETY: the vector has as many numbers as the matrix has columns; ggml made the room that `inputs_bytes` named,
+    // and no two threads are given the same blocks.
+    unsafe {
+        let vector = slice::from_raw_parts(vector, columns);
+        packed(kind, columns, rows).take_in(vector, from..to, index, count, inputs);
+    }
+}
+
+unsafe extern "C" fn multiply(
+    kind: u32,
+    columns: usize,
+    rows: usize,
+    matrix: *const u8,
+    inputs: *const u8,
+    count: usize,
+    from: usize,
+    to: usize,
+    outputs: *mut f32,
+) {
+    // SAFETY: `pack` wrote the matrix, `take_in` all inputs; no two threads are given the same groups.
+    unsafe { packed(kind, columns, rows).multiply(matrix, inputs, count, from..to, outputs) };
+}
