@@ -152,12 +152,8 @@ impl Dimensions {
     }
 }
 
-/// Returns whether the CPU's kernels want a copy of a matrix in another order, which ggml then makes at the load, beside
-/// the file's pages. Our kernels let those go.
+/// Returns whether the kernels of ggml's CPU backend want a copy of a matrix in another order, which is made at the load.
 fn is_repacked(tensor: &Tensor) -> bool {
-    if is_packed(tensor) {
-        return false;
-    }
     const Q4_0: u32 = 2;
     const Q8_0: u32 = 8;
     const Q4_K: u32 = 12;
@@ -174,7 +170,7 @@ fn is_repacked(tensor: &Tensor) -> bool {
     kinds.contains(&tensor.kind) && rows.is_multiple_of(8)
 }
 
-/// Returns whether our kernels take a matrix.
+/// Returns whether our kernels take a matrix, and make a copy of it at the load instead.
 #[cfg(matrices)]
 fn is_packed(tensor: &Tensor) -> bool {
     let [columns, rows] = tensor.dimensions[..] else { return false };

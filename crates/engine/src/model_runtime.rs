@@ -155,7 +155,7 @@ impl Default for LoadOptions {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MemoryPlan {
-    /// The weights as they lie in the file, which is mapped.
+    /// The weights that stay as they lie in the file, which is mapped.
     pub weights_bytes: u64,
     /// Copies of weights in the order that the CPU wants.
     pub repacked_bytes: u64,

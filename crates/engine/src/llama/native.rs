@@ -28,18 +28,22 @@ pub(super) use context::{Context, ContextOptions, DecodeError, Pooling};
 pub(super) use model::{Adapter, Model, ModelOptions};
 pub(super) use vocabulary::{Token, Vocabulary};
 
-/// Starts llama.cpp, once for the life of the process; every handle's constructor calls it.
-pub(crate) fn start() {
-    static STARTED: OnceLock<()> = OnceLock::new();
-    STARTED.get_or_init(|| {
+/// Starts llama.cpp, once for the life of the process; every handle's constructor calls it. Returns whether it
+/// multiplies with our kernels where it can.
+pub(crate) fn start() -> bool {
+    static STARTED: OnceLock<bool> = OnceLock::new();
+    *STARTED.get_or_init(|| {
         log::take_over();
         #[cfg(feature = "portable")]
         load_backends();
         // SAFETY: it is called once, before anything else of llama.cpp's.
         unsafe { sys::llama_backend_init() };
         #[cfg(matrices)]
-        matrices::register();
-    });
+        let has_matrices = matrices::register();
+        #[cfg(not(matrices))]
+        let has_matrices = false;
+        has_matrices
+    })
 }
 
 /// Loads the processor's best variant, and whatever else lies beside the program.
@@ -55,15 +59,15 @@ fn load_backends() {
     }
 }
 
-/// Returns the instruction sets of the kernels that run on the CPU, as llama.cpp names them.
+/// Returns the instruction sets of the kernels that run on the CPU, as llama.cpp names them, and ours where they run.
 pub(crate) fn instruction_sets() -> &'static str {
     static SETS: OnceLock<String> = OnceLock::new();
     SETS.get_or_init(|| {
-        start();
+        let ours = start().then_some("TETHER_KERNELS");
         // SAFETY: the text stays until the next call, and there is none.
         let told = unsafe { text(sys::llama_print_system_info()) };
         let used = told.split(['|', ':']).filter_map(|feature| feature.trim().strip_suffix(" = 1"));
-        used.collect::<Vec<_>>().join(" ")
+        used.chain(ours).collect::<Vec<_>>().join(" ")
     })
 }
 

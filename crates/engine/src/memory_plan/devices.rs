@@ -1,11 +1,13 @@
 //! Which parts of a model lie where when some of its layers are on a GPU.
 
-use super::{Dimensions, is_repacked, plan};
+use super::{BATCH_TOKENS, Dimensions, is_packed, is_repacked, plan};
 use crate::gguf::{Header, Tensor};
 use crate::model_runtime::LoadOptions;
 
 /// Memory of a GPU that is left to its driver and to fragmentation.
 const SPARED_BYTES: u64 = 512 << 20;
+/// What a batch of tokens brings back of their embeddings: Linux maps 64 KiB around what is touched.
+const LOOKED_UP_BYTES: u64 = (BATCH_TOKENS as u64) << 16;
 const INPUT: &str = "token_embd.weight";
 const OUTPUT: &str = "output.weight";
 
@@ -46,13 +48,21 @@ pub(super) fn split(header: &Header, model: &Dimensions, on_gpu: u32) -> (Share,
             device.weights_bytes = device.weights_bytes.saturating_add(tensor.bytes);
             continue;
         }
-        host.weights_bytes = host.weights_bytes.saturating_add(tensor.bytes);
         let makes_logits = is_input && is_tied;
+        let is_multiplied = (makes_logits && on_gpu == 0) || !is_input;
         if makes_logits && on_gpu > 0 {
             device.weights_bytes = device.weights_bytes.saturating_add(tensor.bytes);
-        } else if (makes_logits || !is_input) && is_repacked(tensor) {
+        }
+        if is_multiplied && (is_packed(tensor) || is_repacked(tensor)) {
             host.repacked_bytes = host.repacked_bytes.saturating_add(tensor.bytes);
         }
+        // Our kernels let the file's pages go; of embeddings that are looked up, some come back.
+        let mapped = match is_multiplied && is_packed(tensor) {
+            false => tensor.bytes,
+            true if is_input => tensor.bytes.min(LOOKED_UP_BYTES),
+            true => 0,
+        };
+        host.weights_bytes = host.weights_bytes.saturating_add(mapped);
     }
     (host, device)
 }
@@ -65,7 +75,7 @@ fn layer_of(tensor: &Tensor) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory_plan::tests::tiny;
+    use crate::memory_plan::tests::plain;
 
     fn options(gpu_layers: u32) -> LoadOptions {
         LoadOptions { gpu_layers: Some(gpu_layers), ..LoadOptions::default() }
@@ -73,7 +83,7 @@ mod tests {
 
     #[test]
     fn what_leaves_the_host_arrives_on_the_gpu() {
-        let header = tiny();
+        let header = plain();
         let model = Dimensions::of(&header);
         let whole = split(&header, &model, 0);
         assert_eq!(whole.1, Share::default());
@@ -90,7 +100,8 @@ mod tests {
 
     #[test]
     fn more_layers_need_more_of_the_gpu_and_no_more_of_the_host() {
-        let plans: Vec<_> = (0..=5).map(|layers| plan(&tiny(), &options(layers)).expect("it can be planned")).collect();
+        let plans: Vec<_> =
+            (0..=5).map(|layers| plan(&plain(), &options(layers)).expect("it can be planned")).collect();
         for pair in plans.windows(2) {
             assert!(pair[0].vram_bytes < pair[1].vram_bytes, "{pair:?}");
             assert!(pair[0].total_bytes() >= pair[1].total_bytes(), "{pair:?}");
@@ -99,11 +110,11 @@ mod tests {
 
     #[test]
     fn as_many_layers_are_placed_as_fit() {
-        let needs = |layers| plan(&tiny(), &options(layers)).expect("it can be planned").vram_bytes + SPARED_BYTES;
-        assert_eq!(layers_that_fit(&tiny(), &LoadOptions::default(), 0), 0);
-        assert_eq!(layers_that_fit(&tiny(), &LoadOptions::default(), needs(3)), 3);
-        assert_eq!(layers_that_fit(&tiny(), &LoadOptions::default(), needs(3) - 1), 2);
-        assert_eq!(layers_that_fit(&tiny(), &LoadOptions::default(), u64::MAX), 5);
+        let needs = |layers| plan(&plain(), &options(layers)).expect("it can be planned").vram_bytes + SPARED_BYTES;
+        assert_eq!(layers_that_fit(&plain(), &LoadOptions::default(), 0), 0);
+        assert_eq!(layers_that_fit(&plain(), &LoadOptions::default(), needs(3)), 3);
+        assert_eq!(layers_that_fit(&plain(), &LoadOptions::default(), needs(3) - 1), 2);
+        assert_eq!(layers_that_fit(&plain(), &LoadOptions::default(), u64::MAX), 5);
     }
 
     #[test]

@@ -8,9 +8,17 @@ pub(super) fn tiny() -> Header {
     Header::parse(&file.expect("the tiny model is there")).expect("it is valid")
 }
 
+/// The tiny model with weights of a form that no kernel wants in another order.
+pub(super) fn plain() -> Header {
+    const F16: u32 = 1;
+    let mut header = tiny();
+    header.tensors.iter_mut().for_each(|tensor| tensor.kind = F16);
+    header
+}
+
 #[test]
 fn the_plan_of_the_tiny_model_is_the_sum_of_its_parts() {
-    let plan = plan(&tiny(), &LoadOptions::default()).expect("it can be planned");
+    let plan = plan(&plain(), &LoadOptions::default()).expect("it can be planned");
     // 4 slots of 512 tokens, 4 layers of 3 heads, 32 wide, keys and values, 2 bytes.
     assert_eq!(plan.kv_bytes, 4 * 512 * 4 * 3 * 32 * 2 * 2);
     assert!(plan.weights_bytes > 1_600_000 && plan.weights_bytes < 1_656_352, "{plan:?}");
@@ -62,14 +70,26 @@ fn what_ggml_brings_into_another_order_is_kept_twice_and_the_embeddings_of_token
 #[cfg(matrices)]
 #[test]
 fn what_our_kernels_take_is_kept_once() {
+    if !kernels::is_supported() {
+        return;
+    }
     let mut header = tiny();
     let tensor = Tensor { name: "output.weight".into(), dimensions: vec![64, 64], kind: 2, offset: 0, bytes: 1_000 };
     header.tensors = vec![tensor];
-    let repacked = |header: &Header| plan(header, &LoadOptions::default()).expect("it can be planned").repacked_bytes;
-    assert_eq!(repacked(&header), if kernels::is_supported() { 0 } else { 1_000 });
+    let kept = |header: &Header| {
+        let plan = plan(header, &LoadOptions::default()).expect("it can be planned");
+        (plan.weights_bytes, plan.repacked_bytes)
+    };
+    assert_eq!(kept(&header), (0, 1_000));
     // Rows that do not fill the lanes are left to ggml.
     header.tensors[0].dimensions = vec![64, 56];
-    assert_eq!(repacked(&header), 1_000);
+    assert_eq!(kept(&header), (1_000, 1_000));
+    // What makes the logits is looked up as well, and comes back in part.
+    header.tensors[0] =
+        Tensor { name: "token_embd.weight".into(), dimensions: vec![64, 64], ..header.tensors[0].clone() };
+    assert_eq!(kept(&header), (1_000, 1_000));
+    header.tensors[0].bytes = 1 << 30;
+    assert_eq!(kept(&header), (32 << 20, 1 << 30));
 }
 
 #[test]
