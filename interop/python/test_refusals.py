@@ -64,7 +64,7 @@ def test_an_oversized_body_is_refused(client):
         ("functions", [{"name": "now", "parameters": {}}]),
         ("function_call", {"name": "now"}),
         ("modalities", ["text", "audio"]),
-        ("prediction", {"type": "content", "content": "x"}),
+        ("audio", {"format": "wav", "voice": "alloy"}),
         ("web_search_options", {"search_context_size": "low"}),
         ("verbosity", "low"),
     ],

@@ -92,6 +92,19 @@ def test_a_function_that_must_be_called_is_called(chat):
 
 
 @pytest.mark.usefixtures("calls_functions")
+def test_one_call_is_made_where_no_more_are_wanted(chat):
+    choice = chat(tools=[WEATHER], tool_choice="required", parallel_tool_calls=False).choices[0]
+    assert (choice.finish_reason, len(choice.message.tool_calls)) == ("tool_calls", 1)
+
+
+@pytest.mark.parametrize("predicted", ["something else altogether", "The capital of Japan is Tokyo."])
+def test_a_prediction_does_not_change_the_answer(chat, predicted):
+    plain = chat(max_tokens=8).choices[0].message.content
+    content = [{"type": "text", "text": predicted}]
+    assert chat(max_tokens=8, prediction={"type": "content", "content": content}).choices[0].message.content == plain
+
+
+@pytest.mark.usefixtures("calls_functions")
 def test_a_streamed_call_is_gathered_by_the_sdk(client):
     choice = {"type": "function", "function": {"name": "weather"}}
     asked = {"model": MODEL, "messages": MESSAGES, "tools": [WEATHER], "tool_choice": choice}

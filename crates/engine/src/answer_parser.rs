@@ -48,6 +48,7 @@ pub struct Delta {
 #[derive(Debug, Clone)]
 pub struct AnswerParser {
     reader: Reader,
+    one_call: bool,
     held: String,
     calls: Calls,
 }
@@ -56,6 +57,16 @@ pub struct AnswerParser {
 enum Reader {
     Tagged(Tagged),
     Harmony(Harmony),
+}
+
+impl Reader {
+    /// Returns whether it stands between two calls, or a call and what follows.
+    fn is_behind_call(&self) -> bool {
+        match self {
+            Self::Tagged(reader) => reader.is_behind_call(),
+            Self::Harmony(reader) => reader.is_behind_call(),
+        }
+    }
 }
 
 impl AnswerFormat {
@@ -129,7 +140,8 @@ impl AnswerParser {
         // Ids differ within a conversation, even where each of its answers has the same seed.
         let first = (chat.messages.len() as u64) << 16;
         let short = matches!(format.calls, Some(CallSyntax::Mistral { .. }));
-        Self { reader, held: String::new(), calls: Calls { seed, first, short, ..Calls::default() } }
+        let calls = Calls { seed, first, short, ..Calls::default() };
+        Self { reader, one_call: chat.one_call, held: String::new(), calls }
     }
 
     /// Takes more of the answer's text.
@@ -144,12 +156,26 @@ impl AnswerParser {
         (delta, self.calls.count > 0)
     }
 
+    /// Returns whether the one call that is wanted has been made: what follows is no part of the answer.
+    pub fn is_done(&self) -> bool {
+        self.one_call && self.calls.count > 0 && self.reader.is_behind_call()
+    }
+
     fn read(&mut self, at_end: bool) -> Delta {
         let mut output = Output { delta: Delta::default(), calls: &mut self.calls };
         let mut input = Input { rest: &self.held, at_end };
-        match &mut self.reader {
-            Reader::Tagged(reader) => while reader.step(&mut input, &mut output) {},
-            Reader::Harmony(reader) => while reader.step(&mut input, &mut output) {},
+        loop {
+            if self.one_call && output.calls.count > 0 && self.reader.is_behind_call() {
+                input.take(input.rest.len());
+                break;
+            }
+            let goes_on = match &mut self.reader {
+                Reader::Tagged(reader) => reader.step(&mut input, &mut output),
+                Reader::Harmony(reader) => reader.step(&mut input, &mut output),
+            };
+            if !goes_on {
+                break;
+            }
         }
         let read = self.held.len() - input.rest.len();
         let delta = output.delta;

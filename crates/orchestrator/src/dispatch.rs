@@ -9,6 +9,7 @@ use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, WireError, WorkerId, codec};
 use rpc::{AnswerStream, CallError, Client, Interrupted, ReplyStream, StreamCall, StreamOptions};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -155,6 +156,10 @@ struct ChunkHead<'a> {
 struct PayloadHead<'a> {
     #[serde(default, borrow)]
     text: Cow<'a, str>,
+    #[serde(default, borrow)]
+    reasoning: Cow<'a, str>,
+    #[serde(default)]
+    tool_calls: Vec<IgnoredAny>,
     #[serde(default)]
     tokens: Vec<u32>,
     #[serde(default)]
@@ -253,8 +258,10 @@ impl Relayed {
             self.usage.prompt_tokens = usage.prompt_tokens;
             self.usage.cached_tokens = usage.cached_tokens;
         }
-        // A worker that names no tokens still delivered at least one with each text.
-        let tokens = payload.tokens.len().max(usize::from(!payload.text.is_empty()));
+        // A worker that names no tokens still delivered at least one with all that it says.
+        let says_something =
+            !payload.text.is_empty() || !payload.reasoning.is_empty() || !payload.tool_calls.is_empty();
+        let tokens = payload.tokens.len().max(usize::from(says_something));
         self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(tokens as u32);
     }
 }
@@ -270,5 +277,26 @@ fn worker_error(error: CallError) -> WireError {
         CallError::Deadline => WireError::new(ErrorCode::DeadlineExceeded, "the deadline passed"),
         CallError::TooLarge { .. } => WireError::new(ErrorCode::RequestTooLarge, error.to_string()),
         other => WireError::new(ErrorCode::WorkerFailed, format!("the worker failed: {other}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_is_said_counts_and_what_says_nothing_does_not() {
+        for (payload, tokens) in [
+            (r#"{"text": "a", "tokens": [1, 2]}"#, 2),
+            (r#"{"tokens": [3]}"#, 1),
+            (r#"{"text": "a"}"#, 1),
+            (r#"{"reasoning": "hm"}"#, 1),
+            (r#"{"toolCalls": [{"index": 0, "name": "f"}]}"#, 1),
+            (r#"{"usage": {"promptTokens": 5, "completionTokens": 0, "cachedTokens": 2}}"#, 0),
+        ] {
+            let mut relayed = Relayed::default();
+            relayed.count(&serde_json::from_str(payload).expect(payload));
+            assert_eq!(relayed.usage.completion_tokens, tokens, "{payload}");
+        }
     }
 }

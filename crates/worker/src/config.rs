@@ -68,7 +68,7 @@ pub struct ServedModel {
     #[serde(default = "prompt_cache_mib")]
     pub prompt_cache_mib: u64,
     /// Tokens that a repeated passage may suggest at once, at most 16; 0 does not speculate. Answers stay the same.
-    #[serde(default)]
+    #[serde(default = "draft_tokens")]
     pub draft_tokens: u32,
     /// The LoRA adapters it is served with; each is attached at its first job.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -103,6 +103,11 @@ pub struct ServedAdapter {
 
 fn prompt_cache_mib() -> u64 {
     256
+}
+
+/// As many rows as are evaluated at nearly the price of one.
+fn draft_tokens() -> u32 {
+    3
 }
 
 fn adapters_max() -> u32 {
@@ -215,7 +220,7 @@ impl ServedModel {
             gpu_layers: None,
             kv_tokens: 0,
             prompt_cache_mib: prompt_cache_mib(),
-            draft_tokens: 0,
+            draft_tokens: draft_tokens(),
             adapters: Vec::new(),
             adapters_max: adapters_max(),
         }

@@ -21,6 +21,8 @@ enum State {
     Begin,
     /// Between two messages.
     Head,
+    /// The same, where the first of them called a function.
+    BehindCall,
     Body(Channel),
 }
 
@@ -36,11 +38,15 @@ impl Harmony {
         Self { offers_tools, state: State::Begin }
     }
 
+    pub(super) fn is_behind_call(&self) -> bool {
+        self.state == State::BehindCall
+    }
+
     /// Reads on; returns whether there is more to do.
     pub(super) fn step(&mut self, input: &mut Input<'_>, output: &mut Output<'_>) -> bool {
         match self.state {
             State::Begin => self.begin(input),
-            State::Head => self.head(input, output),
+            State::Head | State::BehindCall => self.head(input, output),
             State::Body(channel) => self.body(channel, input, output),
         }
     }
@@ -100,7 +106,7 @@ impl Harmony {
             if !["<|start|>", "<|channel|>"].iter().any(|head| input.rest.starts_with(head)) {
                 input.take(length);
             }
-            self.state = State::Head;
+            self.state = if channel == Channel::Call { State::BehindCall } else { State::Head };
         }
         marker.is_some()
     }

@@ -78,6 +78,10 @@ impl Tagged {
         Self { thought, syntax, tools, state }
     }
 
+    pub(super) fn is_behind_call(&self) -> bool {
+        matches!(self.state, State::Closing { .. } | State::Between)
+    }
+
     /// Reads on; returns whether there is more to do.
     pub(super) fn step(&mut self, input: &mut Input<'_>, output: &mut Output<'_>) -> bool {
         let next = match &mut self.state {

@@ -295,3 +295,36 @@ proptest! {
         prop_assert_eq!(parse(template, prompt, pieces), parse(template, prompt, [answer.as_str()]));
     }
 }
+
+#[test]
+fn where_one_call_is_wanted_the_answer_ends_behind_it() {
+    let call = |number: u8| format!("{{\"name\": \"weather\", \"arguments\": {{\"place\": \"{number}\"}}}}");
+    for (template, answer) in [
+        (HERMES, format!("Well. <tool_call>{}</tool_call><tool_call>{}</tool_call> Done.", call(1), call(2))),
+        (LLAMA, format!("{}; {}", call(1), call(2))),
+        (MISTRAL, format!("[TOOL_CALLS][{}, {}]", call(1), call(2))),
+        (
+            HARMONY,
+            "<|channel|>commentary to=functions.weather<|message|>{\"place\": \"1\"}<|call|>\
+             <|start|>assistant<|channel|>commentary to=functions.weather<|message|>{}<|call|>"
+                .to_owned(),
+        ),
+    ] {
+        let chat = Chat { one_call: true, ..chat() };
+        for pieces in [vec![answer.as_str()], letters(&answer).collect()] {
+            let mut parser = AnswerParser::new(AnswerFormat::detect(template), &chat, "", 7);
+            let mut told = String::new();
+            for piece in pieces {
+                assert!(!parser.is_done() || told.contains('1'), "{template}: before the call");
+                for call in parser.push(piece).tool_calls {
+                    assert_eq!(call.index, 0, "{template}");
+                    told += &call.arguments;
+                }
+            }
+            assert!(parser.is_done(), "{template}");
+            let (rest, calls) = parser.finish();
+            assert_eq!((rest, calls), (Delta::default(), true), "{template}");
+            assert_eq!(serde_json::from_str::<serde_json::Value>(&told).expect(template), json!({"place": "1"}));
+        }
+    }
+}

@@ -181,7 +181,8 @@ impl Sequence {
         let text = self.assembler.push(&bytes);
         let delta = self.read(text);
         self.job.outbox.piece(Piece { tokens: vec![token], logprobs: logprobs.into_iter().collect(), ..piece(delta) });
-        Ok(if self.assembler.is_stopped() {
+        let has_called = self.job.parser.as_ref().is_some_and(AnswerParser::is_done);
+        Ok(if self.assembler.is_stopped() || has_called {
             Drawn::End(FinishReason::Stop)
         } else if self.left() == 0 {
             Drawn::End(FinishReason::Length)

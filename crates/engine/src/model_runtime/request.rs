@@ -83,6 +83,9 @@ pub struct Chat {
     /// Whether it calls them.
     #[serde(default)]
     pub tool_choice: ToolChoice,
+    /// Ends the answer behind its first call.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub one_call: bool,
     /// Variables for the template beside those it always gets, such as `enable_thinking`.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub template_options: serde_json::Map<String, Value>,

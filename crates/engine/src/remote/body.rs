@@ -162,6 +162,9 @@ fn add_chat(body: &mut Map<String, Value>, dialect: Dialect, chat: &Chat) -> Res
             ToolChoice::Function(name) => json!({"type": "function", "function": {"name": name}}),
         };
         body.insert("tool_choice".into(), choice);
+        if chat.one_call {
+            body.insert("parallel_tool_calls".into(), false.into());
+        }
     }
     if !chat.template_options.is_empty() {
         if !matches!(dialect, Dialect::Vllm | Dialect::Sglang | Dialect::LlamaServer) {

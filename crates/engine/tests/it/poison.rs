@@ -9,7 +9,7 @@ use crate::process_runtime::host;
 use crate::{artifact_of, ask, options, read, run, tiny, within};
 
 /// Enough to meet each kind of damage many times, in some seconds.
-const FILES: u64 = 200;
+const FILES: u64 = 1_000;
 /// Where the tensors of the tiny model begin, nearly.
 const HEADER_BYTES: u64 = 45_000;
 /// Processes at a time.
@@ -144,4 +144,55 @@ async fn a_prompt_of_a_million_tokens_is_refused() {
         assert!(matches!(refused, Some(EngineError::ContextLength { .. })), "{refused:?}");
     }
     assert_eq!(run(&runtime, ask(model.id, "What is 3 + 4?")).await.text, "3 + 4 = 7");
+}
+
+/// Returns where the texts of the vocabulary lie in a file.
+fn vocabulary(file: &[u8]) -> Vec<std::ops::Range<usize>> {
+    const KEY: &[u8] = b"tokenizer.ggml.tokens";
+    let number = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().expect("8 bytes")) as usize;
+    let key = file.windows(KEY.len()).position(|window| window == KEY).expect("it has a vocabulary");
+    // The kind of the value and of its elements come before their count, and the length of each before its text.
+    let mut at = key + KEY.len() + 8;
+    let count = number(at);
+    at += 8;
+    let text = |at: &mut usize| {
+        let begin = *at + 8;
+        *at = begin + number(*at);
+        begin..*at
+    };
+    (0..count).map(|_| text(&mut at)).collect()
+}
+
+#[tokio::test]
+async fn texts_that_are_no_utf_8_are_errors_or_answered_and_harm_nobody() {
+    let runtime = host(&["llama"]);
+    let healthy = within(runtime.load(tiny(), options(), no_progress())).await.expect("it loads");
+    let bytes = std::fs::read(crate::TINY).expect("the model is there");
+    let texts = vocabulary(&bytes);
+    assert!(texts.len() > 500, "{} tokens", texts.len());
+    let poison = |name: &'static str, bad: &dyn Fn(&mut [u8])| {
+        let mut file = bytes.clone();
+        for text in &texts {
+            bad(&mut file[text.clone()]);
+        }
+        (name, file)
+    };
+    let template = bytes.windows(11).position(|window| window == b"<|im_start|").expect("it has a template");
+    let mut in_template = bytes.clone();
+    in_template[template] = 0xff;
+    let files = [
+        poison("texts of bytes that never occur", &|text| text.fill(0xff)),
+        poison("characters that go on without a beginning", &|text| text[0] = 0x80),
+        poison("characters that begin and do not go on", &|text| *text.last_mut().expect("a text") = 0xe2),
+        poison("surrogates", &|text| {
+            if let [first, second, third, ..] = text {
+                (*first, *second, *third) = (0xed, 0xa0, 0x80);
+            }
+        }),
+        ("a template with a byte that never occurs", in_template),
+    ];
+    for (name, file) in &files {
+        assert_eq!(try_out(&runtime, file, name).await, None);
+    }
+    assert_eq!(run(&runtime, ask(healthy.id, "What is 3 + 4?")).await.text, "3 + 4 = 7");
 }

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use protocol::AdapterName;
-use protocol::infer::{Input, OutputFormat, ToolChoice};
+use protocol::infer::{Input, OutputFormat};
 use protocol::model::ModelRef;
 use protocol::{ErrorCode, WireError};
 use serde::{Deserialize, Deserializer, de};
 use serde_json::{Map, Value};
 
 use super::format::{self, ResponseFormat, StructuredOutputs};
-use super::message::ChatMessage;
+use super::message::{ChatMessage, Prediction};
 use super::texts::{Stop, Texts};
 use super::tools::{OfferedTool, tool_choice, tools};
 use super::{Generation, invalid, is_empty, job, missing, refuse_unless};
@@ -52,6 +52,7 @@ pub(super) struct Body {
     tools: Option<Vec<OfferedTool>>,
     tool_choice: Option<Value>,
     parallel_tool_calls: Option<bool>,
+    prediction: Option<Prediction>,
     reasoning_effort: Option<String>,
     chat_template_kwargs: Option<Map<String, Value>>,
     // Means something, and is not done here unless it says to change nothing.
@@ -63,7 +64,6 @@ pub(super) struct Body {
     function_call: Option<Value>,
     modalities: Option<Value>,
     audio: Option<Value>,
-    prediction: Option<Value>,
     verbosity: Option<Value>,
     web_search_options: Option<Value>,
     stop_token_ids: Option<Value>,
@@ -103,14 +103,14 @@ impl Body {
         };
         let tools = tools(self.tools.take().unwrap_or_default())?;
         let tool_choice = tool_choice(self.tool_choice.as_ref())?;
-        let may_call = !tools.is_empty() && tool_choice != ToolChoice::None;
-        refuse_unless(self.parallel_tool_calls != Some(false) || !may_call, "parallel_tool_calls")?;
         Ok(Input {
             messages: Some(messages.collect::<Result<_, _>>()?),
             max_tokens: self.max_completion_tokens.or(self.max_tokens),
             logprobs,
             tools,
             tool_choice,
+            one_call: self.parallel_tool_calls == Some(false),
+            prediction: self.prediction.take().map(Prediction::text).transpose()?,
             template_options: self.template_options()?,
             ..Input::default()
         })
@@ -126,6 +126,7 @@ impl Body {
             Some(Logprobs::Switch(_)) => return Err(invalid("logprobs", "must be a count")),
         };
         refuse_unless(self.tools.as_ref().is_none_or(Vec::is_empty), "tools")?;
+        refuse_unless(self.prediction.is_none(), "prediction")?;
         refuse_unless(self.reasoning_effort.is_none(), "reasoning_effort")?;
         refuse_unless(self.chat_template_kwargs.as_ref().is_none_or(Map::is_empty), "chat_template_kwargs")?;
         refuse_unless(self.top_logprobs.is_none_or(|top| top == 0), "top_logprobs")?;
@@ -179,7 +180,6 @@ impl Body {
         for (value, param) in [
             (&self.functions, "functions"),
             (&self.audio, "audio"),
-            (&self.prediction, "prediction"),
             (&self.verbosity, "verbosity"),
             (&self.web_search_options, "web_search_options"),
             (&self.stop_token_ids, "stop_token_ids"),

@@ -84,6 +84,24 @@ impl ChatMessage {
     }
 }
 
+/// An answer that is foreseen.
+#[derive(Debug, Deserialize)]
+pub(super) struct Prediction {
+    #[serde(rename = "type")]
+    kind: String,
+    content: Option<Content>,
+}
+
+impl Prediction {
+    pub(super) fn text(self) -> Result<String, WireError> {
+        refuse_unless(self.kind == "content", "prediction.type")?;
+        match self.content.ok_or_else(|| missing("prediction.content"))? {
+            Content::Text(text) => Ok(text),
+            Content::Parts(parts) => join(parts, "prediction.content"),
+        }
+    }
+}
+
 impl Call {
     fn convert(self, path: &str, index: usize) -> Result<ToolCall, WireError> {
         refuse_unless(self.kind.is_none_or(|kind| kind == "function"), &format!("{path}[{index}].type"))?;

@@ -98,16 +98,35 @@ fn what_means_something_and_is_not_done_is_refused_by_name() {
     ] {
         refused(chat(json!({field: value})), ErrorCode::UnsupportedParameter, field);
     }
-    let one_at_a_time = json!({"tools": tools, "parallel_tool_calls": false});
-    refused(chat(one_at_a_time), ErrorCode::UnsupportedParameter, "parallel_tool_calls");
     for (field, value) in [
         ("messages", json!([])),
         ("tools", tools),
         ("top_logprobs", json!(3)),
+        ("prediction", json!({"type": "content", "content": "x"})),
         ("reasoning_effort", json!("high")),
         ("chat_template_kwargs", json!({"a": 1})),
     ] {
         refused(completion(json!({field: value})), ErrorCode::UnsupportedParameter, field);
+    }
+}
+
+#[test]
+fn a_predicted_answer_reaches_the_job() {
+    let predicted = |prediction| chat(json!({"prediction": prediction})).map(|chat| chat.job.input.prediction);
+    let parts = json!([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]);
+    for (content, expected) in [(json!("one two"), "one two"), (parts, "one two")] {
+        let prediction = predicted(json!({"type": "content", "content": content})).expect("well formed");
+        assert_eq!(prediction.as_deref(), Some(expected));
+    }
+    let of_image = json!({"type": "content", "content": [{"type": "image_url"}]});
+    for (prediction, code, param) in [
+        (json!({"type": "diff", "content": "x"}), ErrorCode::UnsupportedParameter, "prediction.type"),
+        (of_image, ErrorCode::UnsupportedParameter, "prediction.content[0].type"),
+        (json!({"type": "content"}), ErrorCode::InvalidValue, "prediction.content"),
+        (json!("x"), ErrorCode::InvalidValue, "prediction"),
+    ] {
+        let error = predicted(prediction).expect_err(param);
+        assert_eq!((error.code, error.param.as_deref()), (code, Some(param)));
     }
 }
 
@@ -152,8 +171,10 @@ fn functions_that_may_be_called_reach_the_job() {
     let with = |choice: Value| {
         let tools =
             json!([{"type": "function", "function": function}, {"type": "function", "function": {"name": "g"}}]);
-        chat(json!({"tools": tools, "tool_choice": choice, "parallel_tool_calls": true}))
+        chat(json!({"tools": tools, "tool_choice": choice, "parallel_tool_calls": choice != "none"}))
     };
+    let one_call = |choice| with(choice).expect("well formed").job.input.one_call;
+    assert_eq!((one_call(json!("auto")), one_call(json!("none"))), (false, true));
     let input = with(Value::Null).expect("well formed").job.input;
     let tool = Tool { name: "weather".into(), description: Some("d".into()), parameters: Some(schema.clone()) };
     assert_eq!((input.tools.len(), &input.tools[0]), (2, &tool));

@@ -36,6 +36,13 @@ pub struct Input {
     /// Whether it calls them.
     #[serde(default, skip_serializing_if = "ToolChoice::is_auto")]
     pub tool_choice: ToolChoice,
+    /// Ends the answer behind its first call.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub one_call: bool,
+    /// What the answer will probably be, such as the text that it changes in a few places: where that is right, the
+    /// answer comes faster. It has no influence on what the answer is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<String>,
     /// Variables for the model's chat template, such as `enable_thinking`; with `messages` only.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub template_options: serde_json::Map<String, Value>,

@@ -23,6 +23,7 @@ pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> Genera
                 infer::ToolChoice::Required => ToolChoice::Required,
                 infer::ToolChoice::Function(name) => ToolChoice::Function(name.clone()),
             },
+            one_call: input.one_call,
             template_options: input.template_options.clone(),
         }),
         Input { prompt_tokens: Some(tokens), .. } => PromptInput::Tokens(tokens.clone()),
@@ -57,6 +58,7 @@ pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> Genera
             infer::OutputFormat::Regex(expression) => OutputFormat::Regex(expression.clone()),
             infer::OutputFormat::Lark(grammar) => OutputFormat::Lark(grammar.clone()),
         },
+        prediction: input.prediction.clone().map(PromptInput::Text),
         deterministic: input.deterministic,
         ..GenerateRequest::new(model, prompt)
     }
@@ -234,8 +236,10 @@ mod tests {
             messages: Some(messages),
             tools: vec![offered],
             tool_choice: infer::ToolChoice::Function("f".into()),
+            one_call: true,
             format: infer::OutputFormat::JsonSchema(schema.clone()),
             logprobs: Some(3),
+            prediction: Some("so".into()),
             ..Input::default()
         };
         let generate = generate_request(ModelId(1), &request(input));
@@ -244,7 +248,8 @@ mod tests {
         assert_eq!(chat.messages[0].reasoning.as_deref(), Some("hm"));
         assert_eq!((&*chat.messages[1].role, chat.messages[1].tool_call_id.as_deref()), ("tool", Some("c1")));
         assert_eq!(chat.tools, [Tool { name: "f".into(), description: None, parameters: Some(schema.clone()) }]);
-        assert_eq!(chat.tool_choice, ToolChoice::Function("f".into()));
+        assert_eq!((chat.tool_choice, chat.one_call), (ToolChoice::Function("f".into()), true));
+        assert_eq!(generate.prediction, Some(PromptInput::Text("so".into())));
         assert_eq!((generate.format, generate.logprobs), (OutputFormat::JsonSchema(schema), Some(3)));
     }
 

@@ -32,6 +32,11 @@ pub(crate) struct ChatCompletionRequest {
     /// `auto`, `none`, `required`, or `{"type":"function","function":{"name":…}}`.
     #[schema(value_type = Option<Value>)]
     tool_choice: Option<Value>,
+    /// False ends the answer behind its first call.
+    parallel_tool_calls: Option<bool>,
+    /// What the answer will probably be: `{"type":"content","content":…}`. Where it is right, the answer comes faster.
+    #[schema(value_type = Option<Object>)]
+    prediction: Option<Value>,
     /// How long a model thinks that can: `none`, `minimal`, `low`, `medium`, `high` or `xhigh`.
     reasoning_effort: Option<String>,
     /// Variables for the model's chat template. Not OpenAI's.
