@@ -1,5 +1,6 @@
 // Puts our kernels into ggml's CPU backend: a type of buffer whose matrices are packed when they are loaded and whose
-// products are ours, as ggml's own repacked matrices are. Rust holds the kernels and hands over their functions; see
+// products are ours, as ggml's own repacked matrices are; and attention, which ggml asks such types about as about every
+// other operation. Rust holds the kernels and hands over their functions; see
 // `src/llama/native/matrices.rs`. The headers are those of the ggml that is linked, so that a change of theirs is a
 // complaint of the compiler's.
 
@@ -9,8 +10,12 @@
 #include "ggml-backend.h"
 #include "ggml-cpu/ggml-cpu-impl.h"
 #include "ggml-cpu/traits.h"
+#include "ggml-impl.h"
 #include "ggml.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef TETHER_SHARED_GGML
 #include <dlfcn.h>
 
@@ -21,6 +26,22 @@ ggml::cpu::extra_buffer_type::~extra_buffer_type() {}
 
 extern "C" {
 
+// As `kernels::Attention` has it.
+struct tether_attention {
+    size_t width, heads, kv_heads, queries, cells;
+    float  scale;
+    const void * query;
+    size_t       query_stride, query_head_stride;
+    const void * key;
+    size_t       key_stride, key_head_stride;
+    const void * value;
+    size_t       value_stride, value_head_stride;
+    const void * mask;
+    size_t       mask_stride;
+    void *       output;
+    size_t       output_stride;
+};
+
 // What Rust gives. A matrix is named by its ggml type, its columns and its rows.
 struct tether_matrix_functions {
     bool (*can_pack)(uint32_t type, size_t columns, size_t rows);
@@ -30,6 +51,10 @@ struct tether_matrix_functions {
                     size_t index, size_t count, void * inputs);
     void (*multiply)(uint32_t type, size_t columns, size_t rows, const void * packed, const void * inputs, size_t count,
                      size_t from_group, size_t to_group, float * outputs);
+    // Returns the numbers that a thread needs beside it all, and 0 where it cannot be computed.
+    size_t (*attention_floats)(const tether_attention * attention);
+    size_t (*attention_units)(const tether_attention * attention, size_t threads);
+    void (*attend)(const tether_attention * attention, size_t unit, size_t threads, float * scratch);
 };
 
 bool tether_register_matrices(const tether_matrix_functions * functions);
@@ -128,7 +153,83 @@ class matrix_traits : public ggml::cpu::tensor_traits {
     }
 };
 
-matrix_traits traits;
+// Attention, where it has nothing that is not common.
+class attention_traits : public ggml::cpu::tensor_traits {
+    bool work_size(int threads, const ggml_tensor * op, size_t & size) override {
+        size = threads * scratch_bytes(of(op));
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        const tether_attention attention = of(op);
+        if (params->ith == 0) {
+            theirs.chunk_set(params->threadpool, params->nth);
+        }
+        theirs.barrier(params->threadpool);
+        void *       scratch = static_cast<char *>(params->wdata) + params->ith * scratch_bytes(attention);
+        const size_t units   = ours.attention_units(&attention, params->nth);
+        for (size_t unit = params->ith; unit < units; unit = theirs.chunk_add(params->threadpool, 1)) {
+            ours.attend(&attention, unit, params->nth, static_cast<float *>(scratch));
+        }
+        return true;
+    }
+
+    // Whole cache lines, so that threads do not share any.
+    static size_t scratch_bytes(const tether_attention & attention) {
+        return GGML_PAD(ours.attention_floats(&attention) * sizeof(float), 64);
+    }
+
+    static tether_attention of(const ggml_tensor * op) {
+        const ggml_tensor *query = op->src[0], *key = op->src[1], *value = op->src[2], *mask = op->src[3];
+        tether_attention   it = {};
+        it.width              = query->ne[0];
+        it.heads              = query->ne[2];
+        it.kv_heads           = key->ne[2];
+        it.queries            = query->ne[1];
+        it.cells              = key->ne[1];
+        it.scale              = ggml_get_op_params_f32(op, 0);
+        it.query              = query->data;
+        it.query_stride       = query->nb[1];
+        it.query_head_stride  = query->nb[2];
+        it.key                = key->data;
+        it.key_stride         = key->nb[1];
+        it.key_head_stride    = key->nb[2];
+        it.value              = value->data;
+        it.value_stride       = value->nb[1];
+        it.value_head_stride  = value->nb[2];
+        it.mask               = mask->data;
+        it.mask_stride        = mask->nb[1];
+        it.output             = op->data;
+        it.output_stride      = op->nb[1];
+        return it;
+    }
+
+  public:
+    static bool can_compute(const ggml_tensor * op) {
+        const ggml_tensor *query = op->src[0], *key = op->src[1], *value = op->src[2], *mask = op->src[3];
+        const bool         is_plain = mask && !op->src[4] && ggml_get_op_params_f32(op, 1) == 0.0f &&
+                              ggml_get_op_params_f32(op, 2) == 0.0f;
+        if (!is_plain || query->type != GGML_TYPE_F32 || mask->type != GGML_TYPE_F16) {
+            return false;
+        }
+        for (const ggml_tensor * kept : { key, value }) {
+            if (kept->type != GGML_TYPE_F16 || kept->nb[0] != sizeof(ggml_fp16_t) || kept->ne[0] != query->ne[0] ||
+                kept->ne[1] != key->ne[1] || kept->ne[2] != key->ne[2] || kept->ne[3] != 1) {
+                return false;
+            }
+        }
+        const bool is_one = query->ne[3] == 1 && mask->ne[2] == 1 && mask->ne[3] == 1;
+        const bool fits   = query->nb[0] == sizeof(float) && mask->ne[0] == key->ne[1] && mask->ne[1] >= query->ne[1];
+        if (!is_one || !fits) {
+            return false;
+        }
+        const tether_attention attention = of(op);
+        return ours.attention_floats(&attention) != 0;
+    }
+};
+
+matrix_traits    products;
+attention_traits attentions;
 
 ggml_backend_buffer_type * packed_type();
 
@@ -141,7 +242,14 @@ class packed_matrices : public ggml::cpu::extra_buffer_type {
     }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
-        return op->op == GGML_OP_MUL_MAT && is_packed(op) ? &traits : nullptr;
+        switch (op->op) {
+            case GGML_OP_MUL_MAT:
+                return is_packed(op) ? &products : nullptr;
+            case GGML_OP_FLASH_ATTN_EXT:
+                return attention_traits::can_compute(op) ? &attentions : nullptr;
+            default:
+                return nullptr;
+        }
     }
 
     static bool is_packed(const ggml_tensor * op) {
@@ -156,9 +264,24 @@ void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, 
     ours.pack(tensor->type, tensor->ne[0], tensor->ne[1], data, tensor->data);
 }
 
+// All of the weights are read for each token, which is as fast as memory only where their addresses are found quickly.
+void use_large_pages(void * base, size_t size) {
+#ifdef __linux__
+    constexpr uintptr_t PAGE = 2 << 20;
+    const uintptr_t     from = GGML_PAD(reinterpret_cast<uintptr_t>(base), PAGE);
+    const uintptr_t     to   = (reinterpret_cast<uintptr_t>(base) + size) / PAGE * PAGE;
+    if (from < to) {
+        madvise(reinterpret_cast<void *>(from), to - from, MADV_HUGEPAGE);
+    }
+#else
+    (void) base, (void) size;
+#endif
+}
+
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
     if (buffer) {
+        use_large_pages(ggml_backend_buffer_get_base(buffer), size);
         buffer->buft              = type;
         buffer->iface.set_tensor  = set_tensor;
         buffer->iface.get_tensor  = nullptr;

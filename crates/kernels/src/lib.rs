@@ -1,4 +1,4 @@
-//! Products with quantised matrices, for processors with AVX-512 and VNNI.
+//! Products with quantised matrices, and attention, for processors with AVX-512 and VNNI.
 //!
 //! A model's answer is made of products `W·x`: a matrix of weights, in blocks of small numbers with a scale each, by one
 //! vector for each token. The weights are packed once, at the load, so that one load from memory brings what sixteen
@@ -6,17 +6,20 @@
 //! `vpdpbusd`, which adds up four products of bytes in each of sixteen lanes, twice a cycle.
 //!
 //! What one vector gives does not depend on how many others are multiplied beside it: the order of its sums is always
-//! the same. How fast this is beside ggml's own kernels stands in `docs/benchmarks.md`; why it exists, in ADR 0027.
+//! the same. Attention has the order of the cells, whoever else is asked. How fast this is beside ggml's own kernels stands in `docs/benchmarks.md`; why it exists, in ADR 0027.
 
 #![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code)]
 #![allow(clippy::cast_ptr_alignment, reason = "numbers lie between bytes, and are read and written where they lie")]
 
+mod attention;
 mod inputs;
 mod packing;
 mod product;
 
 use std::ops::Range;
+
+pub use attention::Attention;
 
 /// Numbers that share a scale, as ggml's formats have them.
 pub const BLOCK: usize = 32;
@@ -65,7 +68,9 @@ impl Quantization {
 pub fn is_supported() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("bmi2")
         && is_x86_feature_detected!("fma")
 }
 

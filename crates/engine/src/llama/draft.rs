@@ -12,8 +12,11 @@ const NGRAM: usize = 3;
 const LOOK_BACK: usize = 8_192;
 /// What one token's outcome weighs in the estimate of how often suggestions are right.
 const WEIGHT: f32 = 0.1;
-/// Steps without a single hit after which suggesting pauses.
+/// Steps without a single hit after which suggesting pauses, where suggestions are rarely right: of those that are right
+/// half of the time, three steps in a row are all wrong often enough.
 const MISSES_MAX: u32 = 3;
+/// The estimate up to which suggestions are rarely right.
+const RARELY: f32 = 0.3;
 /// Steps of the first pause; each further miss doubles it.
 const PAUSE_FIRST: u32 = 16;
 /// Steps of the longest pause.
@@ -70,7 +73,9 @@ impl Drafter {
                 self.hit_rate += WEIGHT * (hit - self.hit_rate);
             }
             self.misses = if right > 0 { 0 } else { self.misses + 1 };
-            if let Some(more) = self.misses.checked_sub(MISSES_MAX) {
+            if self.hit_rate <= RARELY
+                && let Some(more) = self.misses.checked_sub(MISSES_MAX)
+            {
                 self.pause = PAUSE_FIRST.saturating_mul(1 << more.min(8)).min(PAUSE_MAX);
             }
         }
@@ -176,7 +181,7 @@ mod tests {
             suggestions += usize::from(suggested > 0);
             drafter.learn(&[2], &[2], suggested);
         }
-        // Three, and then after 16, 32, 64 and 128 steps.
+        // Five, and then after 64 and 128 steps.
         assert_eq!(suggestions, 7);
     }
 

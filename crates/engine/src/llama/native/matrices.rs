@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::{fs, slice};
 
-use kernels::{LANES, Matrix, Quantization};
+use kernels::{Attention, LANES, Matrix, Quantization};
 use rustix::mm::{Advice, madvise};
 
 /// Bytes that are packed before their pages are given back.
@@ -17,6 +17,9 @@ struct Functions {
     inputs_bytes: unsafe extern "C" fn(u32, usize, usize, usize) -> usize,
     take_in: unsafe extern "C" fn(u32, usize, usize, *const f32, usize, usize, usize, usize, *mut u8),
     multiply: unsafe extern "C" fn(u32, usize, usize, *const u8, *const u8, usize, usize, usize, *mut f32),
+    attention_floats: unsafe extern "C" fn(*const Attention) -> usize,
+    attention_units: unsafe extern "C" fn(*const Attention, usize) -> usize,
+    attend: unsafe extern "C" fn(*const Attention, usize, usize, *mut f32),
 }
 
 unsafe extern "C" {
@@ -25,7 +28,8 @@ unsafe extern "C" {
 
 /// Offers our kernels to ggml, where the processor can run them. Must come before the first model is loaded.
 pub(super) fn register() -> bool {
-    let functions = Functions { can_pack, pack, inputs_bytes, take_in, multiply };
+    let functions =
+        Functions { can_pack, pack, inputs_bytes, take_in, multiply, attention_floats, attention_units, attend };
     // SAFETY: the functions are copied, and it is called once, before any model is there.
     kernels::is_supported() && unsafe { tether_register_matrices(&raw const functions) }
 }
@@ -120,4 +124,20 @@ unsafe extern "C" fn multiply(
 ) {
     // SAFETY: `pack` wrote the matrix, `take_in` all inputs; no two threads are given the same groups.
     unsafe { packed(kind, columns, rows).multiply(matrix, inputs, count, from..to, outputs) };
+}
+
+unsafe extern "C" fn attention_floats(attention: *const Attention) -> usize {
+    // SAFETY: C++ lends it for the call, here and below.
+    let attention = unsafe { &*attention };
+    if attention.is_possible() { attention.scratch_floats() } else { 0 }
+}
+
+unsafe extern "C" fn attention_units(attention: *const Attention, threads: usize) -> usize {
+    // SAFETY: as above.
+    unsafe { (*attention).units(threads) }
+}
+
+unsafe extern "C" fn attend(attention: *const Attention, unit: usize, threads: usize, scratch: *mut f32) {
+    // SAFETY: as above; the tensors are as ggml describes them, and every thread has a scratch and units of its own.
+    unsafe { (*attention).attend(unit, threads, scratch) };
 }

@@ -1,0 +1,527 @@
+//! Attention over keys and values that many sequences share.
+//!
+//! Where sequences share a room, most cells are none of a given query's business, which is what the mask says. Those that
+//! are, are gathered into blocks of sixteen, one in each lane, wherever they lie. The keys of a block are turned on their
+//! side once for all heads that share them, and the softmax is kept up to date from block to block.
+//!
+//! So a result depends on the order of the cells that its query sees, and on nothing else: neither on others in the room
+//! nor, as long as its unit has queries of one sequence only, on whether it is asked alone or as part of a prompt.
+
+use std::arch::x86_64::{
+    __m512, __mmask16, _mm256_cmpneq_epi16_mask, _mm256_loadu_si256, _mm256_set1_epi16, _mm256_setzero_si256,
+    _mm512_add_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_mask_mov_ps,
+    _mm512_maskz_mov_ps, _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_reduce_max_ps,
+    _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps,
+    _mm512_storeu_ps, _mm512_unpackhi_ps, _mm512_unpacklo_ps, _pext_u32,
+};
+use std::ops::Range;
+
+use crate::{LANES, is_supported};
+
+/// The widest head.
+const WIDTH_MAX: usize = 256;
+/// Rows, one for each query and head, that a unit holds at most, where a query has no more heads than that.
+const ROWS_MAX: usize = 128;
+/// Queries that a unit holds at most.
+const QUERIES_MAX: usize = 16;
+/// Queries up to which each is a unit of its own: they are of many sequences, or few.
+const ALONE_MAX: usize = 16;
+/// Minus infinity as a 16-bit float: what the mask says of a cell that is none of a query's business.
+const HIDDEN: i16 = 0xfc00_u16.cast_signed();
+
+/// The attention of some queries to the cells of a room. Strides are in bytes.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Attention {
+    /// Numbers of a head, of its queries, keys and values alike.
+    pub width: usize,
+    /// Heads of a query.
+    pub heads: usize,
+    /// Heads of a key and of a value; each serves as many heads of queries.
+    pub kv_heads: usize,
+    /// Queries.
+    pub queries: usize,
+    /// Cells.
+    pub cells: usize,
+    /// What products are multiplied with.
+    pub scale: f32,
+    /// Queries, 32-bit floats.
+    pub query: *const f32,
+    /// From one query to the next.
+    pub query_stride: usize,
+    /// From one head of a query to the next.
+    pub query_head_stride: usize,
+    /// Keys, 16-bit floats.
+    pub key: *const u16,
+    /// From one key to the next.
+    pub key_stride: usize,
+    /// From one head of a key to the next.
+    pub key_head_stride: usize,
+    /// Values, 16-bit floats.
+    pub value: *const u16,
+    /// From one value to the next.
+    pub value_stride: usize,
+    /// From one head of a value to the next.
+    pub value_head_stride: usize,
+    /// What is added to the product of a query and a key, as 16-bit floats: a row of cells for each query.
+    pub mask: *const u16,
+    /// From one row to the next.
+    pub mask_stride: usize,
+    /// The results: all heads of the first query, then those of the next.
+    pub output: *mut f32,
+    /// From one head to the next.
+    pub output_stride: usize,
+}
+
+/// How an attention is divided among threads.
+#[derive(Debug, Clone, Copy)]
+struct Division {
+    /// Heads of queries that share a head of keys.
+    group: usize,
+    /// Queries of a unit.
+    queries: usize,
+    /// Parts into which a group is cut, where there are fewer units than threads.
+    parts: usize,
+}
+
+/// What a unit keeps while it goes through the cells.
+struct Unit<'a> {
+    attention: &'a Attention,
+    kv_head: usize,
+    queries: Range<usize>,
+    heads: Range<usize>,
+    /// Scaled queries, by row.
+    scaled: *mut f32,
+    /// Sums of values, by row.
+    sums: *mut f32,
+    /// The largest product so far, by row.
+    largest: *mut f32,
+    /// The sum of all weights so far, by row.
+    weights: *mut f32,
+    /// Keys of a block, by number and then by cell.
+    keys: *mut f32,
+    /// Values of a block, by cell.
+    values: *mut f32,
+    /// Weights of a block, by head and then by cell.
+    shares: *mut f32,
+}
+
+impl Attention {
+    /// Returns whether it can be computed here.
+    pub fn is_possible(&self) -> bool {
+        let width = (LANES..=WIDTH_MAX).contains(&self.width) && self.width.is_multiple_of(LANES);
+        let heads = self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads);
+        width && heads && self.cells.is_multiple_of(LANES) && is_supported()
+    }
+
+    fn division(&self, threads: usize) -> Division {
+        let group = self.heads / self.kv_heads;
+        let most = (ROWS_MAX / group).clamp(1, QUERIES_MAX);
+        let queries = if self.queries <= ALONE_MAX { 1 } else { most };
+        let units = self.queries.div_ceil(queries) * self.kv_heads;
+        Division { group, queries, parts: threads.div_ceil(units.max(1)).min(group) }
+    }
+
+    /// Returns how many units of work there are for so many threads.
+    pub fn units(&self, threads: usize) -> usize {
+        let Division { queries, parts, .. } = self.division(threads);
+        self.queries.div_ceil(queries) * self.kv_heads * parts
+    }
+
+    /// Returns how many numbers a thread needs beside it all.
+    pub fn scratch_floats(&self) -> usize {
+        let Division { group, queries, .. } = self.division(1);
+        let rows = group * queries;
+        2 * rows * (self.width + 1) + 2 * LANES * self.width + group * LANES
+    }
+
+    /// Computes one unit.
+    ///
+    /// # Safety
+    /// All pointers must lead to as many numbers as they say, `scratch` to [`Attention::scratch_floats`]; no other
+    /// thread may compute the same unit meanwhile.
+    ///
+    /// # Panics
+    /// Where it is not possible, or there is no such unit.
+    pub unsafe fn attend(&self, unit: usize, threads: usize, scratch: *mut f32) {
+        assert!(self.is_possible() && unit < self.units(threads), "there is no such unit");
+        let Division { group, queries, parts } = self.division(threads);
+        let (part, unit) = (unit % parts, unit / parts);
+        let (kv_head, first) = (unit % self.kv_heads, unit / self.kv_heads * queries);
+        let rows = group * queries;
+        // SAFETY: the caller vouches for the room, whose parts do not overlap, and the processor was asked.
+        unsafe {
+            let sums = scratch.add(rows * self.width);
+            let largest = sums.add(rows * self.width);
+            let keys = largest.add(2 * rows);
+            let values = keys.add(LANES * self.width);
+            let unit = Unit {
+                attention: self,
+                kv_head,
+                queries: first..self.queries.min(first + queries),
+                heads: group * part / parts..group * (part + 1) / parts,
+                scaled: scratch,
+                sums,
+                largest,
+                weights: largest.add(rows),
+                keys,
+                values,
+                shares: values.add(LANES * self.width),
+            };
+            unit.compute();
+        }
+    }
+
+    /// Returns which of sixteen cells a query sees, and which of them are given more weight or less.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn seen(&self, query: usize, cell: usize) -> (__mmask16, __mmask16) {
+        // SAFETY: the caller vouches for the row.
+        let row = unsafe { _mm256_loadu_si256(self.mask.byte_add(query * self.mask_stride).add(cell).cast()) };
+        let seen = _mm256_cmpneq_epi16_mask(row, _mm256_set1_epi16(HIDDEN));
+        (seen, seen & _mm256_cmpneq_epi16_mask(row, _mm256_setzero_si256()))
+    }
+}
+
+/// Cells that some query of a unit sees, up to a block of them, and what did not fit into it.
+struct Block {
+    cells: [usize; 2 * LANES],
+    count: usize,
+    /// Which of them each query sees.
+    seen: [u32; QUERIES_MAX],
+    /// Some are given more weight or less.
+    is_biased: bool,
+}
+
+impl Block {
+    /// Takes in those of sixteen cells that any query sees.
+    #[inline]
+    #[target_feature(enable = "avx512f,bmi2")]
+    fn gather(&mut self, first: usize, seen: &[__mmask16]) {
+        let any = seen.iter().fold(0, |any, seen| any | seen);
+        for (all, seen) in self.seen.iter_mut().zip(seen) {
+            *all |= _pext_u32(u32::from(*seen), u32::from(any)) << self.count;
+        }
+        let mut left = any;
+        while left != 0 {
+            self.cells[self.count] = first + left.trailing_zeros() as usize;
+            self.count += 1;
+            left &= left - 1;
+        }
+    }
+
+    /// Drops the first sixteen cells.
+    fn advance(&mut self) {
+        self.cells.copy_within(LANES.., 0);
+        self.count = self.count.saturating_sub(LANES);
+        self.seen.iter_mut().for_each(|seen| *seen >>= LANES);
+        self.is_biased &= self.count > 0;
+    }
+}
+
+impl Unit<'_> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,bmi2,fma")]
+    unsafe fn compute(&self) {
+        let mut block = Block { cells: [0; 2 * LANES], count: 0, seen: [0; QUERIES_MAX], is_biased: false };
+        // SAFETY: the caller of `attend` vouches for every place.
+        unsafe {
+            self.begin();
+            for first in (0..self.attention.cells).step_by(LANES) {
+                let (mut seen, mut biased) = ([0; QUERIES_MAX], 0);
+                for (seen, query) in seen.iter_mut().zip(self.queries.clone()) {
+                    let (sees, biases) = self.attention.seen(query, first);
+                    *seen = sees;
+                    biased |= biases;
+                }
+                block.is_biased |= biased != 0;
+                block.gather(first, &seen);
+                if block.count >= LANES {
+                    self.attend_to(&block);
+                    block.advance();
+                }
+            }
+            if block.count > 0 {
+                // Lanes that are left stand for a cell that is there, and that nobody sees in them.
+                let filled = block.cells[0];
+                block.cells[block.count..].fill(filled);
+                self.attend_to(&block);
+            }
+            self.finish();
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    unsafe fn attend_to(&self, block: &Block) {
+        // SAFETY: as in `compute`.
+        unsafe {
+            self.load_block(&block.cells);
+            for (query, seen) in self.queries.clone().zip(block.seen) {
+                let seen = seen as __mmask16;
+                if seen != 0 {
+                    self.weigh(query, block, seen);
+                    self.add_values(query, seen);
+                }
+            }
+        }
+    }
+
+    fn row(&self, query: usize, head: usize) -> usize {
+        (query - self.queries.start) * self.heads.len() + head - self.heads.start
+    }
+
+    /// Takes in the queries.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    unsafe fn begin(&self) {
+        let it = self.attention;
+        let scale = _mm512_set1_ps(it.scale);
+        for query in self.queries.clone() {
+            for head in self.heads.clone() {
+                let row = self.row(query, head);
+                let whole = self.kv_head * (it.heads / it.kv_heads) + head;
+                // SAFETY: as in `compute`.
+                unsafe {
+                    *self.largest.add(row) = f32::NEG_INFINITY;
+                    *self.weights.add(row) = 0.0;
+                    let from = it.query.byte_add(query * it.query_stride + whole * it.query_head_stride);
+                    for place in (0..it.width).step_by(LANES) {
+                        let numbers = _mm512_mul_ps(_mm512_loadu_ps(from.add(place)), scale);
+                        _mm512_storeu_ps(self.scaled.add(row * it.width + place), numbers);
+                        _mm512_storeu_ps(self.sums.add(row * it.width + place), _mm512_setzero_ps());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes in the keys and values of a block.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    unsafe fn load_block(&self, cells: &[usize]) {
+        let it = self.attention;
+        // SAFETY: as in `compute`.
+        unsafe {
+            let key = it.key.byte_add(self.kv_head * it.key_head_stride);
+            let value = it.value.byte_add(self.kv_head * it.value_head_stride);
+            for place in (0..it.width).step_by(LANES) {
+                let mut rows = [_mm512_setzero_ps(); LANES];
+                for (index, (row, cell)) in rows.iter_mut().zip(cells).enumerate() {
+                    let halves = key.byte_add(cell * it.key_stride).add(place);
+                    *row = _mm512_cvtph_ps(_mm256_loadu_si256(halves.cast()));
+                    let halves = value.byte_add(cell * it.value_stride).add(place);
+                    let numbers = _mm512_cvtph_ps(_mm256_loadu_si256(halves.cast()));
+                    _mm512_storeu_ps(self.values.add(index * it.width + place), numbers);
+                }
+                for (index, column) in transposed(&rows).into_iter().enumerate() {
+                    _mm512_storeu_ps(self.keys.add((place + index) * LANES), column);
+                }
+            }
+        }
+    }
+
+    /// Multiplies a query's heads with the keys of a block, and makes weights of the products.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    unsafe fn weigh(&self, query: usize, block: &Block, seen: __mmask16) {
+        const ROWS: usize = 4;
+        let it = self.attention;
+        // SAFETY: as in `compute`.
+        unsafe {
+            let mut bias = _mm512_setzero_ps();
+            if block.is_biased {
+                let row = it.mask.byte_add(query * it.mask_stride);
+                let mut halves = [0_u16; LANES];
+                halves.iter_mut().zip(block.cells).for_each(|(half, cell)| *half = *row.add(cell));
+                bias = _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast()));
+            }
+            let (first, count) = (self.row(query, self.heads.start), self.heads.len());
+            let mut done = 0;
+            while done < count {
+                let rows = ROWS.min(count - done);
+                let from = self.scaled.add((first + done) * it.width);
+                let products = match rows {
+                    4 => products::<4>(from, self.keys, it.width),
+                    3 => pad(products::<3>(from, self.keys, it.width)),
+                    2 => pad(products::<2>(from, self.keys, it.width)),
+                    _ => pad(products::<1>(from, self.keys, it.width)),
+                };
+                for (index, product) in products.into_iter().take(rows).enumerate() {
+                    let row = first + done + index;
+                    let product = _mm512_add_ps(product, bias);
+                    let product = _mm512_mask_mov_ps(_mm512_set1_ps(f32::NEG_INFINITY), seen, product);
+                    let before = *self.largest.add(row);
+                    let largest = before.max(_mm512_reduce_max_ps(product));
+                    let share = exp(_mm512_add_ps(product, _mm512_set1_ps(-largest)));
+                    let share = _mm512_maskz_mov_ps(seen, share);
+                    _mm512_storeu_ps(self.shares.add((done + index) * LANES), share);
+                    let weights = self.weights.add(row);
+                    if largest > before {
+                        let less = (before - largest).exp();
+                        *self.largest.add(row) = largest;
+                        *weights *= less;
+                        for place in (0..it.width).step_by(LANES) {
+                            let sum = self.sums.add(row * it.width + place);
+                            _mm512_storeu_ps(sum, _mm512_mul_ps(_mm512_loadu_ps(sum), _mm512_set1_ps(less)));
+                        }
+                    }
+                    *weights += _mm512_reduce_add_ps(share);
+                }
+                done += rows;
+            }
+        }
+    }
+
+    /// Adds the values of a block, each with its weight, to the sums of a query's heads. What a query does not see is
+    /// not looked at: it may be no number, of a sequence that went wrong.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    unsafe fn add_values(&self, query: usize, seen: __mmask16) {
+        let width = self.attention.width;
+        let (first, count) = (self.row(query, self.heads.start), self.heads.len());
+        for head in 0..count {
+            // SAFETY: as in `compute`.
+            unsafe {
+                let (shares, sums) = (self.shares.add(head * LANES), self.sums.add((first + head) * width));
+                let mut place = 0;
+                while place < width {
+                    let values = self.values.add(place);
+                    let step = match width - place {
+                        64.. => add_strip::<4>(shares, values, width, sums.add(place), seen),
+                        32.. => add_strip::<2>(shares, values, width, sums.add(place), seen),
+                        _ => add_strip::<1>(shares, values, width, sums.add(place), seen),
+                    };
+                    place += step;
+                }
+            }
+        }
+    }
+
+    /// Writes the results.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    unsafe fn finish(&self) {
+        let it = self.attention;
+        for query in self.queries.clone() {
+            for head in self.heads.clone() {
+                let row = self.row(query, head);
+                let whole = self.kv_head * (it.heads / it.kv_heads) + head;
+                // SAFETY: as in `compute`.
+                unsafe {
+                    let weights = *self.weights.add(row);
+                    // A query that sees nothing has nothing to say.
+                    let part = _mm512_set1_ps(if weights == 0.0 { 0.0 } else { 1.0 / weights });
+                    let to = it.output.byte_add((query * it.heads + whole) * it.output_stride);
+                    for place in (0..it.width).step_by(LANES) {
+                        let sum = _mm512_loadu_ps(self.sums.add(row * it.width + place));
+                        _mm512_storeu_ps(to.add(place), _mm512_mul_ps(sum, part));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Returns the products of some rows with sixteen keys.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+unsafe fn products<const ROWS: usize>(rows: *const f32, keys: *const f32, width: usize) -> [__m512; ROWS] {
+    let mut products = [_mm512_setzero_ps(); ROWS];
+    for place in 0..width {
+        // SAFETY: the caller vouches for rows and keys.
+        unsafe {
+            let key = _mm512_loadu_ps(keys.add(place * LANES));
+            for (row, product) in products.iter_mut().enumerate() {
+                *product = _mm512_fmadd_ps(_mm512_set1_ps(*rows.add(row * width + place)), key, *product);
+            }
+        }
+    }
+    products
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pad<const ROWS: usize>(products: [__m512; ROWS]) -> [__m512; 4] {
+    let mut padded = [_mm512_setzero_ps(); 4];
+    padded[..ROWS].copy_from_slice(&products);
+    padded
+}
+
+/// Adds a strip of the values of a block to a sum; returns its width.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+unsafe fn add_strip<const REGISTERS: usize>(
+    shares: *const f32,
+    values: *const f32,
+    width: usize,
+    sums: *mut f32,
+    seen: __mmask16,
+) -> usize {
+    let mut strip = [_mm512_setzero_ps(); REGISTERS];
+    // SAFETY: the caller vouches for sums, shares and values.
+    unsafe {
+        for (index, sum) in strip.iter_mut().enumerate() {
+            *sum = _mm512_loadu_ps(sums.add(index * LANES));
+        }
+        let mut add = |cell: usize| {
+            let share = _mm512_set1_ps(*shares.add(cell));
+            for (index, sum) in strip.iter_mut().enumerate() {
+                *sum = _mm512_fmadd_ps(share, _mm512_loadu_ps(values.add(cell * width + index * LANES)), *sum);
+            }
+        };
+        if seen == __mmask16::MAX {
+            (0..LANES).for_each(&mut add);
+        } else {
+            let mut left = seen;
+            while left != 0 {
+                add(left.trailing_zeros() as usize);
+                left &= left - 1;
+            }
+        }
+        for (index, sum) in strip.into_iter().enumerate() {
+            _mm512_storeu_ps(sums.add(index * LANES), sum);
+        }
+    }
+    REGISTERS * LANES
+}
+
+/// Returns the powers of e, for exponents that are not above 0, to seven digits. What is below -87 is next to nothing.
+#[inline]
+#[target_feature(enable = "avx512f,fma")]
+fn exp(exponents: __m512) -> __m512 {
+    // As the second operand, what is no number stays so.
+    let exponents = _mm512_max_ps(_mm512_set1_ps(-87.0), exponents);
+    let powers = _mm512_roundscale_ps::<0>(_mm512_mul_ps(exponents, _mm512_set1_ps(std::f32::consts::LOG2_E)));
+    // The logarithm of 2 in two parts, of which the first has few digits: products with it are exact.
+    let rest = _mm512_fnmadd_ps(powers, _mm512_set1_ps(0.693_359_4), exponents);
+    let rest = _mm512_fnmadd_ps(powers, _mm512_set1_ps(-2.121_944_4e-4), rest);
+    // Taylor's series, to the seventh power of at most 0.35.
+    let mut sum = _mm512_set1_ps(1.0 / 5_040.0);
+    for factor in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(factor));
+    }
+    _mm512_scalef_ps(sum, powers)
+}
+
+/// Turns sixteen rows into sixteen columns.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transposed(rows: &[__m512; LANES]) -> [__m512; LANES] {
+    let zero = _mm512_setzero_ps();
+    let (mut pairs, mut fours, mut columns) = ([zero; LANES], [zero; LANES], [zero; LANES]);
+    for at in (0..LANES).step_by(2) {
+        pairs[at] = _mm512_unpacklo_ps(rows[at], rows[at + 1]);
+        pairs[at + 1] = _mm512_unpackhi_ps(rows[at], rows[at + 1]);
+    }
+    for at in (0..LANES).step_by(4) {
+        fours[at] = _mm512_shuffle_ps::<0x44>(pairs[at], pairs[at + 2]);
+        fours[at + 1] = _mm512_shuffle_ps::<0xee>(pairs[at], pairs[at + 2]);
+        fours[at + 2] = _mm512_shuffle_ps::<0x44>(pairs[at + 1], pairs[at + 3]);
+        fours[at + 3] = _mm512_shuffle_ps::<0xee>(pairs[at + 1], pairs[at + 3]);
+    }
+    for at in 0..4 {
+        let low = _mm512_shuffle_f32x4::<0x44>(fours[at], fours[4 + at]);
+        let high = _mm512_shuffle_f32x4::<0xee>(fours[at], fours[4 + at]);
+        let more_low = _mm512_shuffle_f32x4::<0x44>(fours[8 + at], fours[12 + at]);
+        let more_high = _mm512_shuffle_f32x4::<0xee>(fours[8 + at], fours[12 + at]);
+        columns[at] = _mm512_shuffle_f32x4::<0x88>(low, more_low);
+        columns[4 + at] = _mm512_shuffle_f32x4::<0xdd>(low, more_low);
+        columns[8 + at] = _mm512_shuffle_f32x4::<0x88>(high, more_high);
+        columns[12 + at] = _mm512_shuffle_f32x4::<0xdd>(high, more_high);
+    }
+    columns
+}
