@@ -7,6 +7,7 @@
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods)]
 
 mod comparison;
+mod continuation;
 mod measure;
 mod ours;
 mod report;
@@ -54,6 +55,11 @@ async fn compare(folder: &Path, programs: &Programs) {
     for name in variable("BENCH_MODELS").split_whitespace() {
         let model = Model::find(folder, name);
         Rounds::new(&model, programs, rounds).run(&comparisons, &mut report).await;
+        if is_chosen("continuation") {
+            for temperature in [0.0, 1.0] {
+                report.continued(&model, temperature, continuation::measure(&model, temperature).await);
+            }
+        }
         report.save(&folder.join("engine.json"));
     }
 }

@@ -77,7 +77,7 @@ pub(crate) struct Workload {
 }
 
 impl Workload {
-    fn prompt(&self, which: u64, length: usize) -> Vec<u32> {
+    pub(crate) fn prompt(&self, which: u64, length: usize) -> Vec<u32> {
         let mut state = self.round << 8 | which;
         std::iter::repeat_with(|| self.word(&mut state)).take(length).collect()
     }

@@ -66,11 +66,12 @@ impl Side for Ours {
         let request = GenerateRequest {
             adapter: question.adapter.map(|index| self.adapters[index]),
             sampling: Sampling {
-                temperature: 0.0,
+                temperature: question.temperature,
                 presence_penalty: if question.varied { PRESENCE_PENALTY_MAX } else { 0.0 },
                 ..Sampling::default()
             },
             prediction: (!question.prediction.is_empty()).then(|| PromptInput::Tokens(question.prediction.to_vec())),
+            continued: question.continued.to_vec(),
             max_tokens: Some(question.tokens),
             ignore_eos: true,
             ..GenerateRequest::new(self.model, PromptInput::Tokens(question.prompt.to_vec()))

@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 
 use crate::comparison::Comparison;
+use crate::continuation::Continued;
 use crate::measure::{Measure, Taken};
 use crate::upstream::LlamaServer;
 use crate::{Model, SLOTS, THREADS};
@@ -88,6 +89,20 @@ impl Report {
             "target": target.to_string(), "reached": reached, "load": load(),
             "newcomer_waits_ms": newcomers, "accepted_share": accepted,
         }));
+    }
+
+    /// `measured` is of answers that went on alone, and beside others.
+    pub(crate) fn continued(&mut self, model: &Model, temperature: f32, measured: [Continued; 2]) {
+        let told = measured.map(|Continued { answers, equal, same_share }| {
+            format!("{equal} of {answers} to the end, {:.1} % of their tokens up to a difference", 100.0 * same_share)
+        });
+        println!("  continuation   temperature {temperature}: alone {}; beside others {}", told[0], told[1]);
+        for (others, it) in ["none", "seven"].into_iter().zip(measured) {
+            self.rows.push(json!({
+                "model": model.name, "measure": "continuation", "temperature": temperature, "others": others,
+                "answers": it.answers, "equal": it.equal, "same_share": it.same_share,
+            }));
+        }
     }
 
     /// Writes everything so far as JSON.

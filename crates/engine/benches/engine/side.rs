@@ -21,6 +21,10 @@ pub(crate) struct Question<'a> {
     pub(crate) varied: bool,
     /// What the answer may be. Ours only.
     pub(crate) prediction: &'a [u32],
+    /// What the caller has of the answer already. Ours only.
+    pub(crate) continued: &'a [u32],
+    /// 0 takes the likeliest token. Ours only.
+    pub(crate) temperature: f32,
 }
 
 /// When a client heard what.
