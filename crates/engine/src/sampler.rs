@@ -116,8 +116,7 @@ impl Sampler {
         let floor = if sampling.min_p > 0.0 { highest + sampling.min_p.ln() } else { f32::NEG_INFINITY };
         self.weights.clear();
         if sampling.top_k == 0 && sampling.top_p >= 1.0 {
-            let weigh = |logit| vocabulary::weight(logit, highest, floor, sampling.temperature);
-            self.weights.extend(logits.iter().map(|logit| weigh(*logit)));
+            vocabulary::weigh(logits, highest, floor, sampling.temperature, &mut self.weights);
             return Ok(vocabulary::pick(&self.weights, point).map_or(best, |index| index as u32));
         }
         let kept = self.candidates.keep(logits, highest, sampling.top_k, sampling.top_p);

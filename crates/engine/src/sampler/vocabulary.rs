@@ -50,6 +50,21 @@ pub(super) fn weight(logit: f32, highest: f32, floor: f32, temperature: f32) -> 
     if logit < floor { 0.0 } else { exp((logit - highest) / temperature) }
 }
 
+/// Weighs all tokens.
+pub(super) fn weigh(logits: &[f32], highest: f32, floor: f32, temperature: f32, weights: &mut Vec<f32>) {
+    weights.resize(logits.len(), 0.0);
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    let (of_chunks, of_rest) = weights.as_chunks_mut::<LANES>();
+    for (weights, chunk) in of_chunks.iter_mut().zip(chunks) {
+        for lane in 0..LANES {
+            weights[lane] = weight(chunk[lane], highest, floor, temperature);
+        }
+    }
+    for (weight_of, logit) in of_rest.iter_mut().zip(rest) {
+        *weight_of = weight(*logit, highest, floor, temperature);
+    }
+}
+
 /// Returns the sum of what all tokens weigh at temperature 1.
 pub(super) fn total(logits: &[f32], highest: f32) -> f64 {
     logits.chunks(BLOCK).map(|block| sum(block, |logit| exp(logit - highest))).sum()
