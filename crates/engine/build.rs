@@ -9,7 +9,7 @@ fn main() {
     println!("cargo::rustc-check-cfg=cfg(matrices)");
     println!("cargo::rerun-if-changed=native/matrices.cpp");
     let target = |name: &str| env::var(format!("CARGO_CFG_TARGET_{name}")).unwrap_or_default();
-    if env::var_os("CARGO_FEATURE_LLAMA").is_none() || target("ARCH") != "x86_64" || target("FAMILY") != "unix" {
+    if env::var_os("CARGO_FEATURE_LLAMA").is_none() || target("ARCH") != "x86_64" || target("OS") != "linux" {
         return;
     }
     let source = ggml_source().expect("the build of llama-cpp-sys-2 says where the sources of its ggml are");

@@ -174,7 +174,7 @@ class attention_traits : public ggml::cpu::tensor_traits {
         return true;
     }
 
-    // Whole cache lines, so that threads do not share any.
+    // Whole cache lines.
     static size_t scratch_bytes(const tether_attention & attention) {
         return GGML_PAD(ours.attention_floats(&attention) * sizeof(float), 64);
     }
@@ -244,6 +244,7 @@ class packed_matrices : public ggml::cpu::extra_buffer_type {
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         switch (op->op) {
             case GGML_OP_MUL_MAT:
+                GGML_ASSERT(!is_packed(op) || !op->src[0]->view_src);
                 return is_packed(op) ? &products : nullptr;
             case GGML_OP_FLASH_ATTN_EXT:
                 return attention_traits::can_compute(op) ? &attentions : nullptr;

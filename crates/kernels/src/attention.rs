@@ -4,8 +4,9 @@
 //! are, are gathered into blocks of sixteen, one in each lane, wherever they lie. The keys of a block are turned on their
 //! side once for all heads that share them, and the softmax is kept up to date from block to block.
 //!
-//! So a result depends on the order of the cells that its query sees, and on nothing else: neither on others in the room
-//! nor, as long as its unit has queries of one sequence only, on whether it is asked alone or as part of a prompt.
+//! So the result of a query that is a unit of its own depends on the order of the cells that it sees, and on no others in
+//! the room. As part of a prompt it is the same to the bit where what the others of its unit see comes behind what it
+//! sees: in a sequence of its own, in the order of its tokens, without a sliding window.
 
 use std::arch::x86_64::{
     __m512, __mmask16, _mm256_cmpneq_epi16_mask, _mm256_loadu_si256, _mm256_set1_epi16, _mm256_setzero_si256,
@@ -110,7 +111,7 @@ impl Attention {
     /// Returns whether it can be computed here.
     pub fn is_possible(&self) -> bool {
         let width = (LANES..=WIDTH_MAX).contains(&self.width) && self.width.is_multiple_of(LANES);
-        let heads = self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads);
+        let heads = self.kv_heads > 0 && self.heads > 0 && self.heads.is_multiple_of(self.kv_heads);
         width && heads && self.cells.is_multiple_of(LANES) && is_supported()
     }
 

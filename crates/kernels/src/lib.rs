@@ -6,7 +6,7 @@
 //! `vpdpbusd`, which adds up four products of bytes in each of sixteen lanes, twice a cycle.
 //!
 //! What one vector gives does not depend on how many others are multiplied beside it: the order of its sums is always
-//! the same. Attention has the order of the cells, whoever else is asked. How fast this is beside ggml's own kernels stands in `docs/benchmarks.md`; why it exists, in ADR 0027.
+//! the same. What holds for attention stands at [`Attention`]'s module. How fast this is beside ggml's own kernels stands in `docs/benchmarks.md`; why it exists, in ADR 0027.
 
 #![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code)]
