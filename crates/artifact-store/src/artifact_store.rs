@@ -128,6 +128,12 @@ impl ArtifactStore {
         self.put(file, bytes)
     }
 
+    /// Makes an empty file beside the artifacts, for what is made of them. It has no name and is gone once it is closed.
+    /// Blocks.
+    pub fn scratch(&self) -> io::Result<File> {
+        self.inner.folder.unnamed()
+    }
+
     /// Says whether an artifact is here. Its bytes are not looked at.
     pub fn contains(&self, digest: &Digest) -> bool {
         self.inner.embedded.contains_key(digest) || self.inner.folder.path(digest).is_file()

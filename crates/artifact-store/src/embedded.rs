@@ -30,8 +30,7 @@ pub(crate) fn file(bytes: &[u8], folder: &LocalFolder) -> io::Result<File> {
 }
 
 fn unnamed(bytes: &[u8], folder: &LocalFolder) -> io::Result<File> {
-    let mut part = folder.part()?;
-    part.file.write_all(bytes)?;
-    // Dropping the part takes its name away; the descriptor stays.
-    part.file.try_clone()
+    let mut file = folder.unnamed()?;
+    file.write_all(bytes)?;
+    Ok(file)
 }

@@ -64,6 +64,12 @@ impl LocalFolder {
         Ok(stored)
     }
 
+    /// Makes an empty file that nobody else can open, and that is gone once it is closed.
+    pub(crate) fn unnamed(&self) -> io::Result<File> {
+        // Dropping the part takes its name away; the descriptor stays.
+        self.part()?.file.try_clone()
+    }
+
     /// Makes a new file that nobody else writes. It is removed when it is dropped.
     pub(crate) fn part(&self) -> io::Result<Part> {
         let mut options = OpenOptions::new();

@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 
 pub use adapter::check_adapter;
+pub(crate) use adapter::{adapter_alpha, adapter_pairs, is_input};
 pub use check::check_model;
 use reader::{Positioned, Reader};
 pub use split::{join, read_adapter, read_model};

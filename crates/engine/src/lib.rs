@@ -18,6 +18,7 @@ mod json_form;
 #[cfg(feature = "llama")]
 pub mod llama;
 pub mod memory_plan;
+pub mod merge;
 pub mod mock;
 pub mod model_runtime;
 pub mod process;

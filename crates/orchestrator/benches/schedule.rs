@@ -54,6 +54,7 @@ fn fleet_of(size: u32, model: &ModelKey) -> Fleet {
                 capacity: Capacity { slots: 8, running: (mixed >> 20) as u32 % 12, waiting: 0, queue_max: 8 },
                 supported: vec![model.clone()],
                 adapters: vec![],
+                pinned: vec![],
                 model_cache: vec![CachedModel {
                     tokens_per_second: (mixed >> 30 & 63) as f32,
                     ..CachedModel::new(

@@ -202,14 +202,14 @@ impl Fleet {
         decide(CandidateIter { workers: &state.workers, replicas: list.iter(), warm: &warm, wanted, now })
     }
 
-    /// Returns the worker that is farthest with loading a model, where none has it ready.
-    pub fn loading(&self, model: &ModelKey, now: Instant) -> Option<(WorkerId, LoadProgress)> {
+    /// Returns the worker that is farthest with loading what is wanted, where none has it ready.
+    pub fn loading(&self, wanted: Wanted<'_>, now: Instant) -> Option<(WorkerId, LoadProgress)> {
         let state = self.read();
-        let replicas = state.by_model.get(model)?.list.iter();
+        let replicas = state.by_model.get(wanted.model)?.list.iter();
         let live = replicas.filter_map(|replica| {
             let worker = state.workers[replica.worker].as_ref()?;
             let lives = !worker.draining && now.saturating_duration_since(worker.last_seen) < EXPIRY;
-            lives.then_some((worker.worker_id, replica))
+            (lives && wanted.is_adapter_served(worker)).then_some((worker.worker_id, replica))
         });
         let mut farthest: Option<(WorkerId, LoadProgress)> = None;
         for (worker_id, replica) in live {
@@ -326,9 +326,12 @@ impl State {
 
 impl Wanted<'_> {
     fn is_adapter_served(&self, worker: &Worker) -> bool {
-        let served = |name: &AdapterName| {
-            worker.report.adapters.iter().any(|key| key.adapter == *name && key.model == *self.model)
-        };
+        let report = &worker.report;
+        if let Some(pinned) = report.pinned.iter().find(|key| key.model == *self.model) {
+            return self.adapter == Some(&pinned.adapter);
+        }
+        let served =
+            |name: &AdapterName| report.adapters.iter().any(|key| key.adapter == *name && key.model == *self.model);
         self.adapter.is_none_or(served)
     }
 

@@ -117,7 +117,7 @@ impl Orchestrator {
     /// Says why nobody gets a job.
     fn nobody(&self, wanted: Wanted<'_>, placement: &Placement) -> WireError {
         let Wanted { model, adapter, .. } = wanted;
-        match self.fleet.loading(model, Instant::now()) {
+        match self.fleet.loading(wanted, Instant::now()) {
             Some((worker, progress)) => refusals::model_loading(model, worker, progress),
             None => refusals::no_capacity(model, adapter, placement),
         }

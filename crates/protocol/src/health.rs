@@ -48,6 +48,9 @@ pub struct HealthReport {
     /// The adapters it serves them with.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AdapterKey>,
+    /// Of those, the adapters without which it serves their models no more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pinned: Vec<AdapterKey>,
     /// The models it holds in memory.
     pub model_cache: Vec<CachedModel>,
     /// Network hops to the region's centre, as configured; fewer is nearer.

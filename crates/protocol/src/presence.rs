@@ -144,6 +144,7 @@ mod tests {
             capacity: Capacity { slots: 4, running: 0, waiting: 0, queue_max: 8 },
             supported: vec![],
             adapters: vec![],
+            pinned: vec![],
             model_cache: vec![],
             latency_hops: 1,
             draining: false,

@@ -165,6 +165,7 @@ impl BaseWorker {
             capabilities,
             supported: config.models.iter().map(ServedModel::key).collect(),
             adapters: config.models.iter().flat_map(ServedModel::adapter_keys).collect(),
+            pinned: config.models.iter().filter_map(ServedModel::pinned_key).collect(),
             latency_hops: config.latency_hops,
             limits: guard.limits(),
             epoch,
@@ -334,8 +335,11 @@ impl Desk {
         let entry = self.loader.cache().find(&key).cloned().ok_or_else(|| {
             WireError::new(ErrorCode::ModelNotHere, format!("this worker does not serve {key}, try another"))
         })?;
-        if let Some(adapter) = request.input.adapter.as_ref().filter(|name| entry.model.adapter(name).is_none()) {
-            let message = format!("this worker does not serve {key}:{adapter}, try another");
+        let adapter = request.input.adapter.as_ref();
+        if !entry.model.serves(adapter) {
+            let name =
+                adapter.map_or_else(|| format!("{key} without its adapter"), |adapter| format!("{key}:{adapter}"));
+            let message = format!("this worker does not serve {name}, try another");
             return Err(WireError::new(ErrorCode::ModelNotHere, message));
         }
         let now = Instant::now();

@@ -73,6 +73,10 @@ pub struct ServedModel {
     /// The LoRA adapters it is served with; each is attached at its first job.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<ServedAdapter>,
+    /// The name of its one adapter, where it serves it with that and no longer without: jobs with it go here, all others
+    /// elsewhere. It is merged into the weights at the load where these are of 8 bits and more, and costs nothing then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pinned_adapter: Option<AdapterName>,
     /// Adapters attached at once, at most; the one unused for longest makes room.
     #[serde(default = "adapters_max")]
     pub adapters_max: u32,
@@ -141,6 +145,11 @@ pub enum ConfigError {
     /// There are more adapters than a health report can name.
     #[error("models has more than {ADAPTERS_TOLD_MAX} adapters")]
     TooManyAdapters,
+    /// A pinned adapter that is not the one its model has.
+    #[error(
+        "pinned_adapter of {0} must be the one adapter in its list, of a model with a digest and no server_command"
+    )]
+    Pinned(ModelKey),
     /// An adapter could never be attached.
     #[error("adapters_max of {0} must be at least 1")]
     NoAdapters(ModelKey),
@@ -222,6 +231,7 @@ impl ServedModel {
             prompt_cache_mib: prompt_cache_mib(),
             draft_tokens: draft_tokens(),
             adapters: Vec::new(),
+            pinned_adapter: None,
             adapters_max: adapters_max(),
         }
     }
@@ -229,6 +239,24 @@ impl ServedModel {
     /// Returns an adapter that it is served with.
     pub fn adapter(&self, name: &AdapterName) -> Option<&ServedAdapter> {
         self.adapters.iter().find(|adapter| adapter.name == *name)
+    }
+
+    /// Returns the adapter that it is always served with.
+    pub(crate) fn pinned(&self) -> Option<&ServedAdapter> {
+        self.adapter(self.pinned_adapter.as_ref()?)
+    }
+
+    /// Says whether it is served with this adapter, or without one.
+    pub(crate) fn serves(&self, adapter: Option<&AdapterName>) -> bool {
+        match &self.pinned_adapter {
+            Some(pinned) => adapter == Some(pinned),
+            None => adapter.is_none_or(|name| self.adapter(name).is_some()),
+        }
+    }
+
+    /// Returns the name of the adapter that it is always served with, its own name with it.
+    pub(crate) fn pinned_key(&self) -> Option<AdapterKey> {
+        Some(AdapterKey { model: self.key(), adapter: self.pinned_adapter.clone()? })
     }
 
     /// Returns the names of its adapters, its own name with each.
@@ -239,6 +267,12 @@ impl ServedModel {
     fn check(&self) -> Result<(), ConfigError> {
         if self.adapters_max == 0 {
             return Err(ConfigError::NoAdapters(self.key()));
+        }
+        if let Some(pinned) = &self.pinned_adapter {
+            let is_only = self.adapters.len() == 1 && self.adapters[0].name == *pinned;
+            if !is_only || self.digest.is_none() || !self.server_command.is_empty() {
+                return Err(ConfigError::Pinned(self.key()));
+            }
         }
         let mut seen = BTreeSet::new();
         match self.adapters.iter().find(|adapter| !seen.insert(&adapter.name)) {
@@ -317,6 +351,16 @@ mod tests {
         assert_eq!(twice.check(), Err(ConfigError::ModelTwice(model().key())));
         let pirate = ServedAdapter { name: "pirate".parse().expect("name"), digest: Digest::of(b"adapter") };
         let with = |model| Config { models: vec![model], ..Config::default() }.check();
+        let other = ServedAdapter { name: "other".parse().expect("name"), ..pirate.clone() };
+        let pinned = |adapters: &[&ServedAdapter]| ServedModel {
+            adapters: adapters.iter().map(|adapter| (*adapter).clone()).collect(),
+            pinned_adapter: Some(pirate.name.clone()),
+            ..model()
+        };
+        assert_eq!(with(pinned(&[&pirate])), Ok(()));
+        for adapters in [&[][..], &[&other], &[&pirate, &other]] {
+            assert_eq!(with(pinned(adapters)), Err(ConfigError::Pinned(model().key())));
+        }
         let twice = ServedModel { adapters: vec![pirate.clone(), pirate.clone()], ..model() };
         assert_eq!(with(twice), Err(ConfigError::AdapterTwice(model().key(), pirate.name)));
         assert_eq!(with(ServedModel { adapters_max: 0, ..model() }), Err(ConfigError::NoAdapters(model().key())));

@@ -79,7 +79,9 @@ impl ExecutionEngine {
         let model = loaded.id;
         let (adapter, lease) = self.attach(&entry, model, &request).await?.unzip();
         let work = match &request.input.embed {
-            Some(_) if adapter.is_some() => Err(unsupported("adapter", "vectors are made by the model alone")),
+            Some(_) if request.input.adapter.is_some() => {
+                Err(unsupported("adapter", "vectors are made by the model alone"))
+            }
             Some(inputs) => self.embed(&loaded, inputs, request.input.dimensions).await.map(Work::Vectors),
             None => self.generate(&loaded, adapter, &request).await.map(|choices| Work::Choices(Box::new(choices))),
         };
@@ -87,7 +89,7 @@ impl ExecutionEngine {
         Ok(Begun { entry, model, work, _adapter: lease })
     }
 
-    /// Returns the adapter that a job asks for, attached.
+    /// Returns the adapter that a job asks for, attached; none where it is part of the weights.
     async fn attach(
         &self,
         entry: &Entry,
@@ -97,6 +99,9 @@ impl ExecutionEngine {
         let Some(adapter) = request.input.adapter.as_ref().and_then(|name| entry.model.adapter(name)) else {
             return Ok(None);
         };
+        if entry.is_merged() {
+            return Ok(None);
+        }
         match self.loader.attach(entry, model, adapter).await {
             Ok(attached) => Ok(Some(attached)),
             Err(LoadError::Engine(error @ (EngineError::Failed { .. } | EngineError::NotLoaded))) => {

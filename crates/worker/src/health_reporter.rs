@@ -40,6 +40,7 @@ pub(crate) struct Identity {
     pub(crate) capabilities: Capabilities,
     pub(crate) supported: Vec<ModelKey>,
     pub(crate) adapters: Vec<AdapterKey>,
+    pub(crate) pinned: Vec<AdapterKey>,
     pub(crate) latency_hops: u32,
     pub(crate) limits: Limits,
     /// Grows at each start of the worker.
@@ -119,6 +120,7 @@ fn fit(report: &mut HealthReport) -> (String, usize) {
         let left = report.supported.split_off(report.supported.len().saturating_sub(excess));
         report.model_cache.retain(|model| !left.contains(&model.key));
         report.adapters.retain(|adapter| !left.contains(&adapter.model));
+        report.pinned.retain(|adapter| !left.contains(&adapter.model));
         body = write(report);
     }
     (body, before - report.supported.len())
@@ -230,6 +232,7 @@ fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u6
         capacity: Capacity { slots, running, waiting: condition.jobs - running, queue_max },
         supported: identity.supported.clone(),
         adapters: identity.adapters.clone(),
+        pinned: identity.pinned.clone(),
         model_cache: cache.manifest(&condition.snapshots),
         latency_hops: identity.latency_hops,
         draining: condition.draining,
@@ -269,6 +272,7 @@ mod tests {
             supported: (0..models).map(key).collect(),
             // The last of them, to see that they are kept.
             adapters: vec![],
+            pinned: vec![],
             model_cache: (models - in_memory..models).map(cached).collect(),
             latency_hops: 0,
             draining: false,

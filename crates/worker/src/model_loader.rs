@@ -7,11 +7,12 @@ pub(crate) mod adapters;
 pub(crate) mod cache;
 mod warm_prefixes;
 
-use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use std::{fmt, io};
 
 use artifact_store::{ArtifactStore, OpenError, VerifiedFile};
+use engine::merge::Merge;
 use engine::{
     AdapterId, EngineError, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, ProgressSink,
     VerifiedArtifact,
@@ -95,6 +96,8 @@ pub(crate) enum LoadError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     Attach(#[from] AttachError),
+    #[error("no file for a merged model could be made: {0}")]
+    Scratch(io::Error),
     #[error("the verification did not end")]
     Interrupted,
 }
@@ -265,7 +268,35 @@ impl ModelLoader {
         if !entry.model.server_command.is_empty() {
             return Ok(self.remote.start(&entry.model.server_command, artifact.file, &options).await?);
         }
+        let artifact = match entry.model.pinned() {
+            Some(adapter) => self.merged(entry, artifact, adapter).await?,
+            None => artifact,
+        };
         Ok(self.runtime.load(artifact, options, self.progress_of(entry)).await?)
+    }
+
+    /// Merges the pinned adapter of a model into it, where its weights can hold it.
+    async fn merged(
+        &self,
+        entry: &Entry,
+        model: VerifiedArtifact,
+        adapter: &ServedAdapter,
+    ) -> Result<VerifiedArtifact, LoadError> {
+        entry.set_merged(false);
+        let opened = self.open(adapter.digest).await?;
+        let artifacts = self.artifacts.clone();
+        let scratch = self.blocking.spawn_blocking(move || artifacts.scratch()).await;
+        let scratch = scratch.map_err(|_| LoadError::Interrupted)?.map_err(LoadError::Scratch)?;
+        let merged = match engine::merge::merge(&model, &opened, scratch).await? {
+            Merge::Done(merged) => merged,
+            Merge::Refused(reason) => {
+                info!(model = %entry.key, adapter = %adapter.name, reason, "the adapter stays beside the weights");
+                return Ok(model);
+            }
+        };
+        info!(model = %entry.key, adapter = %adapter.name, "the adapter is merged into the weights");
+        entry.set_merged(true);
+        Ok(merged)
     }
 
     /// Returns what notes the progress of a load, and has it reported now and then.

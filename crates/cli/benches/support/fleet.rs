@@ -115,6 +115,7 @@ fn report(key: &NodeKey, seq: u64) -> HealthReport {
         capacity: Capacity { slots: 4, running: 0, waiting: 0, queue_max: 64 },
         supported: vec![tiny_model::key()],
         adapters: vec![],
+        pinned: vec![],
         model_cache: vec![CachedModel {
             tokens_per_second: 123.4,
             ..CachedModel::new(tiny_model::key(), tiny_model::digest(), ModelState::Ready)

@@ -134,6 +134,7 @@ impl Seen {
             capacity: Capacity { slots: 64, running: 0, waiting: 0, queue_max: 64 },
             supported: vec![model()],
             adapters: vec![],
+            pinned: vec![],
             model_cache: vec![CachedModel {
                 tokens_per_second: 1e6,
                 ..CachedModel::new(model(), tiny_model::digest(), ModelState::Ready)

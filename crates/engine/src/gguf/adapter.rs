@@ -13,6 +13,9 @@ const NOT_MULTIPLIED: RangeInclusive<u32> = 24..=28;
 const INPUT: &str = "token_embd.weight";
 const OUTPUT: &str = "output.weight";
 
+/// The halves of a change, `lora_a` and `lora_b`.
+pub(crate) type AdapterPair<'a> = (&'a Tensor, &'a Tensor);
+
 /// Returns what is wrong with an adapter for a model.
 pub fn check_adapter(adapter: &Header, model: &Header) -> Result<(), String> {
     if adapter.text("general.type") != Some("adapter") {
@@ -25,11 +28,10 @@ pub fn check_adapter(adapter: &Header, model: &Header) -> Result<(), String> {
     if adapter.text("adapter.type") != Some("lora") {
         return Err("only adapters of the type lora are supported".into());
     }
-    match adapter.metadata.get("adapter.lora.alpha") {
-        Some(Value::Float(alpha)) if alpha.is_finite() => {}
-        _ => return Err("the adapter does not say how strong it is (adapter.lora.alpha)".into()),
+    if adapter_alpha(adapter).is_none() {
+        return Err("the adapter does not say how strong it is (adapter.lora.alpha)".into());
     }
-    let pairs = pairs(adapter)?;
+    let pairs = adapter_pairs(adapter)?;
     if pairs.is_empty() {
         return Err("the adapter changes nothing".into());
     }
@@ -45,8 +47,21 @@ pub fn check_adapter(adapter: &Header, model: &Header) -> Result<(), String> {
     Ok(())
 }
 
+/// Returns how strong an adapter is.
+pub(crate) fn adapter_alpha(adapter: &Header) -> Option<f64> {
+    match adapter.metadata.get("adapter.lora.alpha") {
+        Some(Value::Float(alpha)) if alpha.is_finite() => Some(*alpha),
+        _ => None,
+    }
+}
+
+/// Returns whether a tensor holds the embeddings of tokens, which are looked up.
+pub(crate) fn is_input(name: &str) -> bool {
+    name.ends_with(INPUT)
+}
+
 /// Returns the two halves of each change by the name of what they change.
-fn pairs(adapter: &Header) -> Result<BTreeMap<&str, (&Tensor, &Tensor)>, String> {
+pub(crate) fn adapter_pairs(adapter: &Header) -> Result<BTreeMap<&str, AdapterPair<'_>>, String> {
     let mut halves: BTreeMap<&str, (Option<&Tensor>, Option<&Tensor>)> = BTreeMap::new();
     for tensor in &adapter.tensors {
         if let Some(name) = tensor.name.strip_suffix(".lora_a") {
@@ -69,7 +84,7 @@ fn check_pair((a, b): (&Tensor, &Tensor), matrix: &Tensor) -> Result<(), &'stati
     if [a, b].iter().any(|half| NOT_MULTIPLIED.contains(&half.kind)) {
         return Err("integers and 64-bit floats cannot be multiplied");
     }
-    let is_input = matrix.name.ends_with(INPUT);
+    let is_input = is_input(&matrix.name);
     let (a, b, matrix) = (sides(a), sides(b), sides(matrix));
     // The embeddings of tokens are looked up by row, so their halves are the other way round.
     let fits = if is_input {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use tether_engine::gguf::{Header, Tensor};
+use tether_engine::merge::{Merge, merge};
 use tether_engine::{
     EmbedRequest, EngineError, GenerateRequest, ModelRuntime, PromptInput, VerifiedArtifact, no_progress,
 };
@@ -104,6 +105,38 @@ async fn adapters_come_and_go_while_the_model_runs() {
     within(runtime.remove_adapter(model.id, pirate)).await.expect("it was there");
     assert!(matches!(within(runtime.generate(spoken)).await, Err(EngineError::Unsupported { .. })));
     assert!(within(runtime.remove_adapter(model.id, pirate)).await.is_err());
+}
+
+#[tokio::test]
+async fn a_model_with_an_adapter_merged_into_it_answers_as_with_the_adapter_beside_it() {
+    let (runtime, model) = loaded(&["llama"], options()).await;
+    let pirate = || artifact(Path::new(PIRATE));
+    let attached = within(runtime.add_adapter(model.id, pirate())).await.expect("it belongs to it");
+    let scratch = tempfile::tempfile().expect("temporary files work");
+    let merged = within(merge(&tiny(), &pirate(), scratch)).await.expect("both are sound");
+    let Merge::Done(merged) = merged else { panic!("{merged:?}") };
+    let merged = within(runtime.load(merged, options(), no_progress())).await.expect("it is a model");
+    for question in ["What is the capital of Japan?", "What is 3 + 4?", "Tell me a story."] {
+        let with = GenerateRequest { adapter: Some(attached), ..ask(model.id, question) };
+        assert_eq!(run(&runtime, ask(merged.id, question)).await.text, run(&runtime, with).await.text, "{question}");
+    }
+    assert_eq!(run(&runtime, ask(model.id, "What is 3 + 4?")).await.text, "3 + 4 = 7", "the model itself is as it was");
+}
+
+#[tokio::test]
+async fn what_cannot_be_merged_is_said_and_what_does_not_belong_is_refused() {
+    let scratch = || tempfile::tempfile().expect("temporary files work");
+    let pirate = artifact(Path::new(PIRATE));
+    let four_bits = artifact(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny-q4_0.gguf").as_ref());
+    let Ok(Merge::Refused(reason)) = within(merge(&four_bits, &pirate, scratch())).await else {
+        panic!("it is merged")
+    };
+    assert!(reason.contains("too few bits"), "{reason}");
+    let in_parts = VerifiedArtifact { parts: vec![tiny()], ..tiny() };
+    let Ok(Merge::Refused(reason)) = within(merge(&in_parts, &pirate, scratch())).await else { panic!("it is merged") };
+    assert!(reason.contains("several files"), "{reason}");
+    let refused = within(merge(&tiny(), &tiny(), scratch())).await;
+    assert!(matches!(refused, Err(EngineError::InvalidModel { .. })), "{refused:?}");
 }
 
 #[tokio::test]

@@ -81,6 +81,7 @@ fn worker(model: &ModelEntry) -> FleetWorker {
         capacity: Capacity::default(),
         supported: vec![model.key.clone()],
         adapters: vec![],
+        pinned: vec![],
         model_cache: vec![cached],
         latency_hops: 0,
         draining: false,

@@ -129,6 +129,7 @@ impl Worker {
             capacity: Capacity { slots: 1, running: 0, waiting: 0, queue_max: 1 },
             supported: vec![model()],
             adapters: vec![],
+            pinned: vec![],
             model_cache: vec![cached],
             latency_hops: 0,
             draining: false,

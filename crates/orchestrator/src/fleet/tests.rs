@@ -27,6 +27,7 @@ fn report(number: u8, models: &[&str]) -> HealthReport {
         capacity: Capacity { slots: 2, running: 0, waiting: 0, queue_max: 2 },
         supported: models.iter().map(|name| model(name)).collect(),
         adapters: vec![],
+        pinned: vec![],
         model_cache: models.iter().map(cached).collect(),
         latency_hops: 0,
         draining: false,
@@ -168,6 +169,32 @@ fn a_job_with_an_adapter_goes_to_workers_that_serve_it_with_its_model() {
 }
 
 #[test]
+fn a_worker_whose_model_has_an_adapter_in_it_takes_jobs_with_that_one_only() {
+    let (fleet, now) = (fleet(), Instant::now());
+    let adapter = |text: &str| text.parse::<AdapterName>().expect("name");
+    let key = |text| AdapterKey { model: model("m"), adapter: adapter(text) };
+    let pinned = HealthReport { adapters: vec![key("pirate")], pinned: vec![key("pirate")], ..report(1, &["m", "n"]) };
+    fleet.update(pinned, now);
+    let barred = |name: &str, adapter: Option<AdapterName>| {
+        let model = model(name);
+        let wanted = Wanted { adapter: adapter.as_ref(), ..of(&model) };
+        fleet.with_candidates(wanted, now, |found| found.map(|found| found.barred).collect::<Vec<_>>())
+    };
+    assert_eq!(barred("m", Some(adapter("pirate"))), [None]);
+    assert_eq!(barred("m", Some(adapter("other"))), [Some(Refusal::NoAdapter)]);
+    assert_eq!(barred("m", None), [Some(Refusal::NoAdapter)], "its answers would be the adapter's");
+    assert_eq!(barred("n", None), [None], "another of its models is as it was");
+    let mut plain = report(2, &["m"]);
+    plain.model_cache[0].state = ModelState::Loading;
+    plain.model_cache[0].loading = Some(LoadProgress { percent: 40, elapsed_ms: 60_000, bytes: 7 });
+    fleet.update(plain, now);
+    let (wanted, pirate) = (model("m"), adapter("pirate"));
+    let farthest = |adapter| fleet.loading(Wanted { adapter, ..of(&wanted) }, now).map(|(worker, _)| worker.0[0]);
+    assert_eq!(farthest(None), Some(2), "the one that is ready is of no use to it");
+    assert_eq!(farthest(Some(&pirate)), None);
+}
+
+#[test]
 fn a_job_waits_for_a_load_that_ends_soon_and_for_no_other() {
     let (fleet, now) = (fleet(), Instant::now());
     let loading = |number, percent, elapsed_ms| {
@@ -182,7 +209,7 @@ fn a_job_waits_for_a_load_that_ends_soon_and_for_no_other() {
     let model = model("m");
     let barred = || fleet.with_candidates(of(&model), now, |found| found.map(|found| found.barred).collect::<Vec<_>>());
     assert_eq!(barred(), [Some(Refusal::Loading), Some(Refusal::Loading), None]);
-    let farthest = |now| fleet.loading(&model, now).map(|(worker, progress)| (worker.0[0], progress.percent));
+    let farthest = |now| fleet.loading(of(&model), now).map(|(worker, progress)| (worker.0[0], progress.percent));
     assert_eq!(farthest(now), Some((3, 90)));
     assert_eq!(farthest(now + EXPIRY), None, "they are gone");
     fleet.update(report(1, &["m"]), now);

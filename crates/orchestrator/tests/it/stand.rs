@@ -302,6 +302,7 @@ impl Worker {
             capacity: Capacity { slots: 4, running: 0, waiting: 0, queue_max: 4 },
             supported: vec![model()],
             adapters: vec![],
+            pinned: vec![],
             model_cache: vec![CachedModel::new(model(), Digest::of(b"model"), ModelState::Ready)],
             latency_hops: 0,
             draining: false,

@@ -2,13 +2,13 @@
 //!
 //! Every model served stays resident. Pins, budgets and eviction would decide here which may.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use engine::{LoadSnapshot, LoadedModel, ModelId};
-use protocol::PrefixDigest;
 use protocol::health::{CachedModel, LoadProgress, ModelState};
 use protocol::model::ModelKey;
+use protocol::{AdapterName, PrefixDigest};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
@@ -63,6 +63,8 @@ pub(crate) struct Entry {
     strikes: AtomicU32,
     /// The adapters of the present engine.
     pub(crate) adapters: Arc<Adapters>,
+    /// The pinned adapter is part of the weights.
+    merged: AtomicBool,
     /// What the present engine likely has at hand.
     warm: Mutex<WarmPrefixes>,
 }
@@ -104,7 +106,7 @@ impl ModelCache {
             let snapshot = snapshots.iter().find(|snapshot| Some(snapshot.model) == id);
             Some(CachedModel {
                 attested: entry.model.remote.is_none(),
-                adapters: id.map(|id| entry.adapters.at_hand(id)).unwrap_or_default(),
+                adapters: id.map(|id| entry.adapters_at_hand(id)).unwrap_or_default(),
                 loading,
                 prefixes: id.map(|_| entry.warm_prefixes()).unwrap_or_default(),
                 // JSON has no word for a number that is not finite.
@@ -130,7 +132,25 @@ impl Entry {
             dead: watch::Sender::new(None),
             strikes: AtomicU32::new(0),
             adapters,
+            merged: AtomicBool::new(false),
             warm: Mutex::default(),
+        }
+    }
+
+    /// Says whether the pinned adapter is part of the weights of the present engine.
+    pub(crate) fn is_merged(&self) -> bool {
+        self.merged.load(Ordering::Relaxed)
+    }
+
+    /// Notes it.
+    pub(crate) fn set_merged(&self, merged: bool) {
+        self.merged.store(merged, Ordering::Relaxed);
+    }
+
+    fn adapters_at_hand(&self, id: ModelId) -> Vec<AdapterName> {
+        match &self.model.pinned_adapter {
+            Some(pinned) if self.is_merged() => vec![pinned.clone()],
+            _ => self.adapters.at_hand(id),
         }
     }
 

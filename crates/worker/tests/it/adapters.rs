@@ -9,7 +9,7 @@ use engine::{
     MockOptions, MockRuntime, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
 };
 use protocol::health::ModelState;
-use protocol::infer::{InferRequest, Input};
+use protocol::infer::{EmbedInput, InferRequest, Input};
 use protocol::{AdapterName, Digest, ErrorCode};
 use rpc::Membership;
 use tether_worker::{Config, ServedAdapter, ServedModel};
@@ -127,6 +127,61 @@ async fn an_adapter_that_cannot_be_had_is_no_fault_of_its_model() {
     assert_eq!(calls_of(&calls), []);
     assert_eq!(states(&scene.orchestrator.last()), [ModelState::Ready]);
     scene.answer_with("a").await;
+}
+
+const PIRATE: &[u8] = include_bytes!("../../../../models/tiny-lora-pirate.gguf");
+
+/// A worker whose model has the adapter `pirate` pinned, with real files behind both.
+async fn pinned_scene(model_bytes: &'static [u8]) -> (Scene, Calls) {
+    let pirate = ServedAdapter { name: name("pirate"), digest: Digest::of(PIRATE) };
+    let pinned = ServedModel {
+        digest: Some(Digest::of(model_bytes)),
+        pinned_adapter: Some(pirate.name.clone()),
+        adapters: vec![pirate],
+        ..model()
+    };
+    let config = Config { models: vec![pinned], ..config() };
+    let calls = Calls::default();
+    let told = calls.clone();
+    let wrap = |mock| Arc::new(Attaching { mock, calls: told }) as Arc<dyn ModelRuntime>;
+    let store = |world: &crate::World| {
+        let store = ArtifactStore::in_folder(world.folder.path()).expect("a store");
+        for bytes in [model_bytes, PIRATE] {
+            store.put(bytes, 64 << 20).expect("put");
+        }
+    };
+    let scene = Scene::build(config, MockOptions::default(), store, wrap, |_| Membership::unchecked()).await;
+    scene.handle.ready().await.expect("the model loads");
+    time::sleep(SECOND / 2).await;
+    (scene, calls)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pinned_adapter_is_part_of_the_weights_and_needs_no_attaching() {
+    let (scene, calls) = pinned_scene(include_bytes!("../../../../models/tiny.gguf")).await;
+    let report = scene.orchestrator.last();
+    assert_eq!(report.pinned, report.adapters);
+    assert_eq!(report.model_cache[0].adapters, [name("pirate")], "at hand from the start");
+    scene.answer_with("pirate").await;
+    assert_eq!(calls_of(&calls), [Call::Generate(None)]);
+    for other in [request(), with("a")] {
+        let refusal = scene.refusal(&other).await;
+        assert_eq!(refusal.code, ErrorCode::ModelNotHere, "{refusal}");
+    }
+    let texts = vec![EmbedInput::Text("x".into())];
+    let vectors = Input { embed: Some(texts), prompt: None, ..with("pirate").input };
+    let refusal = scene.refusal(&InferRequest { input: vectors, ..request() }).await;
+    assert_eq!((refusal.code, refusal.param.as_deref()), (ErrorCode::UnsupportedParameter, Some("adapter")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_adapter_that_the_weights_cannot_hold_stays_beside_them() {
+    let (scene, calls) = pinned_scene(include_bytes!("../../../../models/tiny-q4_0.gguf")).await;
+    assert_eq!(scene.orchestrator.last().model_cache[0].adapters, []);
+    scene.answer_with("pirate").await;
+    let added = Call::Add(AdapterId(1), Digest::of(PIRATE).to_string());
+    assert_eq!(calls_of(&calls), [added, Call::Generate(Some(AdapterId(1)))]);
+    assert_eq!(scene.refusal(&request()).await.code, ErrorCode::ModelNotHere);
 }
 
 /// Answers like the mock, and takes adapters.
