@@ -128,6 +128,12 @@ def test_a_call_and_its_result_stand_in_a_conversation(client):
     assert completion.choices[0].finish_reason in ("length", "stop")
 
 
+def test_a_prompt_is_counted_as_an_answer_to_it_counts_it(client, chat):
+    asked = {"model": MODEL, "messages": MESSAGES}
+    counted = client.post("/chat/completions/input_tokens", body=asked, cast_to=dict)
+    assert counted == {"object": "response.input_tokens", "input_tokens": chat(max_tokens=1).usage.prompt_tokens}
+
+
 def test_an_answer_keeps_to_a_schema(client):
     completion = client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Verdict)
     assert completion.choices[0].message.parsed.answer in ("yes", "no")

@@ -56,6 +56,8 @@ pub struct Content {
     pub logprobs: Vec<TokenLogprob>,
     /// Vectors, where they were asked for.
     pub embeddings: Vec<Embedding>,
+    /// The tokens of the prompt, where no more was asked for.
+    pub input_tokens: Option<u32>,
     /// Why the answer that it belongs to ended, in the last piece of that answer.
     pub finish_reason: Option<FinishReason>,
     /// What the whole took, in the last piece; in the first, what the prompt took.
@@ -273,7 +275,7 @@ impl Sequence {
 }
 
 /// Logs a breach of the protocol and returns what the client may know of it.
-fn broken(what: &str) -> WireError {
+pub(crate) fn broken(what: &str) -> WireError {
     error!(what, "an orchestrator broke the protocol");
     WireError::new(ErrorCode::InternalError, "the answer broke off by an internal error")
 }

@@ -8,6 +8,7 @@ pub(crate) mod embeddings;
 mod errors;
 mod health;
 mod infer;
+mod input_tokens;
 mod job;
 mod limits;
 mod logprobs;

@@ -119,6 +119,9 @@ pub struct Payload {
     /// Vectors, where they were asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub embeddings: Vec<Embedding>,
+    /// The tokens of the prompt, where no more was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input_tokens: Option<u32>,
     /// Which of several answers this belongs to, counted from 0.
     #[serde(skip_serializing_if = "is_zero")]
     pub index: u32,

@@ -21,7 +21,7 @@ use crate::model_loader::cache::Entry;
 use crate::model_loader::{LoadError, LoadFailed, ModelLoader};
 use choices::Choices;
 use chunk_writer::ChunkWriter;
-use translation::{embed_request, generate_request, wire_error};
+use translation::{embed_request, generate_request, prompt, wire_error};
 
 pub(crate) use chunk_writer::finish;
 
@@ -45,6 +45,8 @@ enum Work {
     Choices(Box<Choices>),
     /// Vectors, which are made all at once.
     Vectors(Embeddings),
+    /// The number of a prompt's tokens.
+    Count(u32),
 }
 
 /// Why an answer ended before its end.
@@ -77,6 +79,11 @@ impl ExecutionEngine {
     pub(crate) async fn begin(&self, entry: Arc<Entry>, request: Arc<InferRequest>) -> Result<Begun, WireError> {
         let loaded = self.loader.resident(&entry).await.map_err(|error| load_failed(&error))?;
         let model = loaded.id;
+        if request.input.count_only {
+            let counted = self.runtime.count_tokens(model, &prompt(&request.input)).await;
+            let counted = counted.map_err(|error| self.failed(&entry, model, &error, &request))?;
+            return Ok(Begun { entry, model, work: Work::Count(counted), _adapter: None });
+        }
         let (adapter, lease) = self.attach(&entry, model, &request).await?.unzip();
         let work = match &request.input.embed {
             Some(_) if request.input.adapter.is_some() => {
@@ -160,6 +167,7 @@ impl ExecutionEngine {
                 entry.forgive();
                 return ChunkWriter::new(request, 1).send_vectors(embeddings, reply).await;
             }
+            Work::Count(tokens) => return Ok(ChunkWriter::new(request, 1).count(tokens)),
         };
         let mut writer = ChunkWriter::new(request, choices.count());
         loop {

@@ -4,6 +4,7 @@ use engine::MockOptions;
 use protocol::PublicKey;
 use protocol::admission::CERTIFICATE_LIFE;
 use protocol::infer::{Input, Message, Role};
+use protocol::usage::TokenUsage;
 use rpc::AnswerStream;
 use tokio::time;
 
@@ -77,4 +78,16 @@ async fn a_worker_that_knows_a_conversation_but_has_no_slot_does_not_hold_it_up(
     time::sleep(SECOND).await;
     let (_, second) = network.say(20, &messages).await;
     assert_eq!(second, high, "it would have to wait at the other");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_prompt_is_counted_and_nothing_is_billed() {
+    let (network, ..) = two_workers().await;
+    let input = Input { prompt: Some("one two three".into()), count_only: true, ..Input::default() };
+    let chunks = network.chunks(&job(1, input)).await.expect("counted");
+    let [only] = &chunks[..] else { panic!("{chunks:?}") };
+    assert_eq!(
+        (only.done, only.payload.input_tokens, only.payload.usage),
+        (true, Some(3), Some(TokenUsage::default()))
+    );
 }

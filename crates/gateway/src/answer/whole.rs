@@ -13,6 +13,8 @@ pub(crate) struct Whole {
     pub(crate) choices: Vec<Choice>,
     /// In the order of the texts that they are of.
     pub(crate) embeddings: Vec<Embedding>,
+    /// The tokens of the prompt, where no more was asked for.
+    pub(crate) input_tokens: Option<u32>,
     /// What it took.
     pub(crate) usage: TokenUsage,
 }
@@ -21,6 +23,7 @@ pub(crate) struct Whole {
 pub(super) struct Gathering {
     choices: Vec<OpenChoice>,
     embeddings: Vec<Embedding>,
+    input_tokens: Option<u32>,
     expected: Expected,
     usage: Option<TokenUsage>,
 }
@@ -37,7 +40,7 @@ struct OpenChoice {
 impl Gathering {
     pub(super) fn new(expected: Expected) -> Self {
         let choices = (0..expected.choices).map(|_| OpenChoice::default()).collect();
-        Self { choices, embeddings: vec![], expected, usage: None }
+        Self { choices, embeddings: vec![], input_tokens: None, expected, usage: None }
     }
 
     /// Adds a piece, or says what is wrong with it.
@@ -57,6 +60,7 @@ impl Gathering {
             }
             self.embeddings.push(embedding);
         }
+        self.input_tokens = content.input_tokens.or(self.input_tokens);
         self.usage = piece.end.map(|end| end.usage);
         Ok(())
     }
@@ -70,6 +74,7 @@ impl Gathering {
         Ok(Whole {
             choices: choices.ok_or("an answer has no end")?,
             embeddings: self.embeddings,
+            input_tokens: self.input_tokens,
             usage: self.usage.ok_or("the answer has no end")?,
         })
     }

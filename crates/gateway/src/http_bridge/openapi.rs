@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{IntoResponses, Modify, OpenApi, ToSchema};
 
-use super::{chat, completions, embeddings, health, infer, models};
+use super::{chat, completions, embeddings, health, infer, input_tokens, models};
 use crate::admin;
 
 pub(crate) use bodies::*;
@@ -39,6 +39,7 @@ pub(super) async fn document() -> Response<Body> {
         chat::create,
         completions::create,
         embeddings::create,
+        input_tokens::count,
         models::list,
         models::get,
         infer::create,

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
-use super::{chat, completions, embeddings, errors, health, infer, job, models, openapi};
+use super::{chat, completions, embeddings, errors, health, infer, input_tokens, job, models, openapi};
 use crate::admin;
 use crate::gateway::{Gateway, GatewayError, RequestContext};
 
@@ -47,6 +47,7 @@ pub(super) fn router(bridge: Bridge) -> Router {
     let origins = bridge.gateway.config().cors_origins.clone();
     let router = Router::new()
         .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/chat/completions/input_tokens", post(input_tokens::count))
         .route("/v1/completions", post(completions::create))
         .route("/v1/embeddings", post(embeddings::create))
         .route("/v1/models", get(models::list))

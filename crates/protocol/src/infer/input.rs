@@ -24,6 +24,9 @@ pub struct Input {
     /// Texts to make vectors of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embed: Option<Vec<EmbedInput>>,
+    /// Counts the tokens that the model would read, answers with their number, and generates nothing. It costs nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub count_only: bool,
     /// The length the vectors must have; a model whose vectors have another refuses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dimensions: Option<u32>,

@@ -48,6 +48,9 @@ impl Input {
         if self.embed.as_ref().is_some_and(|texts| texts.iter().any(EmbedInput::is_empty)) {
             return invalid("embed", "must not have empty texts");
         }
+        if self.embed.is_some() && self.count_only {
+            return invalid("countOnly", "is for prompts, and not for texts to make vectors of");
+        }
         if self.dimensions == Some(0) {
             return invalid("dimensions", "must be at least 1");
         }

@@ -4,7 +4,7 @@ use std::mem;
 use std::time::Duration;
 
 use engine::{Embeddings, Event, FinishReason as EngineReason, Piece, Usage};
-use protocol::infer::{Embedding, InferChunk, InferRequest, Payload};
+use protocol::infer::{Embedding, FinishReason, InferChunk, InferRequest, Payload};
 use protocol::usage::TokenUsage;
 use rpc::ReplyStream;
 use tokio::time;
@@ -138,6 +138,13 @@ impl ChunkWriter {
         self.send(reply).await?;
         self.add(0, Event::Done { reason: EngineReason::Stop, usage });
         Ok(self.last().0)
+    }
+
+    /// Returns the only chunk of an answer that is a number of tokens. Nothing was evaluated, and nothing is billed.
+    pub(super) fn count(self, tokens: u32) -> InferChunk {
+        let (finish_reason, usage) = (Some(FinishReason::Stop), Some(TokenUsage::default()));
+        let payload = Payload { input_tokens: Some(tokens), finish_reason, usage, ..Payload::default() };
+        InferChunk { payload, done: true, ..self.chunk }
     }
 
     /// Returns the last chunk, for when every answer has ended and was sent, and what was said.

@@ -13,22 +13,6 @@ use crate::model_loader::u64_of;
 /// Says a job in the engine's words.
 pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> GenerateRequest {
     let input = &request.input;
-    let prompt = match input {
-        Input { messages: Some(messages), .. } => PromptInput::Chat(Chat {
-            messages: messages.iter().map(chat_message).collect(),
-            tools: input.tools.iter().map(tool).collect(),
-            tool_choice: match &input.tool_choice {
-                infer::ToolChoice::Auto => ToolChoice::Auto,
-                infer::ToolChoice::None => ToolChoice::None,
-                infer::ToolChoice::Required => ToolChoice::Required,
-                infer::ToolChoice::Function(name) => ToolChoice::Function(name.clone()),
-            },
-            one_call: input.one_call,
-            template_options: input.template_options.clone(),
-        }),
-        Input { prompt_tokens: Some(tokens), .. } => PromptInput::Tokens(tokens.clone()),
-        Input { prompt, .. } => PromptInput::Text(prompt.clone().unwrap_or_default()),
-    };
     let neutral = Sampling::default();
     let sampling = Sampling {
         temperature: input.temperature.unwrap_or(neutral.temperature),
@@ -60,7 +44,27 @@ pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> Genera
         },
         prediction: input.prediction.clone().map(PromptInput::Text),
         deterministic: input.deterministic,
-        ..GenerateRequest::new(model, prompt)
+        ..GenerateRequest::new(model, prompt(input))
+    }
+}
+
+/// Says what a job goes on with, in the engine's words.
+pub(super) fn prompt(input: &Input) -> PromptInput {
+    match input {
+        Input { messages: Some(messages), .. } => PromptInput::Chat(Chat {
+            messages: messages.iter().map(chat_message).collect(),
+            tools: input.tools.iter().map(tool).collect(),
+            tool_choice: match &input.tool_choice {
+                infer::ToolChoice::Auto => ToolChoice::Auto,
+                infer::ToolChoice::None => ToolChoice::None,
+                infer::ToolChoice::Required => ToolChoice::Required,
+                infer::ToolChoice::Function(name) => ToolChoice::Function(name.clone()),
+            },
+            one_call: input.one_call,
+            template_options: input.template_options.clone(),
+        }),
+        Input { prompt_tokens: Some(tokens), .. } => PromptInput::Tokens(tokens.clone()),
+        Input { prompt, .. } => PromptInput::Text(prompt.clone().unwrap_or_default()),
     }
 }
 
@@ -173,13 +177,13 @@ mod tests {
         }
     }
 
-    fn prompt() -> Input {
+    fn of_text() -> Input {
         Input { prompt: Some("once".into()), ..Input::default() }
     }
 
     #[test]
     fn what_the_caller_leaves_open_is_neutral() {
-        let generate = generate_request(ModelId(3), &request(prompt()));
+        let generate = generate_request(ModelId(3), &request(of_text()));
         assert_eq!(generate.input, PromptInput::Text("once".into()));
         assert_eq!(generate.sampling, Sampling { seed: generate.sampling.seed, ..Sampling::default() });
         assert_eq!((generate.model, generate.max_tokens, generate.ignore_eos), (ModelId(3), None, false));
@@ -256,7 +260,7 @@ mod tests {
     #[test]
     fn another_attempt_draws_the_same_tokens_and_another_job_does_not() {
         let seed = |request: &InferRequest| generate_request(ModelId(1), request).sampling.seed;
-        let first = request(prompt());
+        let first = request(of_text());
         let second = InferRequest { attempt: 2, ..first.clone() };
         assert_eq!(seed(&first), seed(&second));
         let id = "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e10".parse().expect("id");
@@ -269,18 +273,18 @@ mod tests {
         let chat = Input { messages: Some(vec![]), ..Input::default() };
         let too_long = EngineError::ContextLength { prompt_tokens: 9, context_length: 8 };
         for (error, input, code, param) in [
-            (too_long.clone(), prompt(), ErrorCode::ContextLengthExceeded, Some("prompt")),
+            (too_long.clone(), of_text(), ErrorCode::ContextLengthExceeded, Some("prompt")),
             (too_long, chat, ErrorCode::ContextLengthExceeded, Some("messages")),
             (
                 EngineError::Unsupported { parameter: "top_k".into(), reason: "no".into() },
-                prompt(),
+                of_text(),
                 ErrorCode::UnsupportedParameter,
                 Some("top_k"),
             ),
-            (EngineError::Busy, prompt(), ErrorCode::WorkerFull, None),
-            (EngineError::NotLoaded, prompt(), ErrorCode::WorkerFailed, None),
-            (EngineError::InvalidModel { reason: secret() }, prompt(), ErrorCode::WorkerFailed, None),
-            (EngineError::Failed { reason: secret() }, prompt(), ErrorCode::WorkerFailed, None),
+            (EngineError::Busy, of_text(), ErrorCode::WorkerFull, None),
+            (EngineError::NotLoaded, of_text(), ErrorCode::WorkerFailed, None),
+            (EngineError::InvalidModel { reason: secret() }, of_text(), ErrorCode::WorkerFailed, None),
+            (EngineError::Failed { reason: secret() }, of_text(), ErrorCode::WorkerFailed, None),
         ] {
             let wire = wire_error(&error, &input);
             assert_eq!((wire.code, wire.param.as_deref()), (code, param), "{error}");

@@ -1,0 +1,57 @@
+//! `POST /v1/chat/completions/input_tokens`, as llama-server has it.
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use http::Response;
+use protocol::WireError;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::errors;
+use super::job::{self, AnswerFacts, Opening, Told};
+use super::router::Bridge;
+use crate::answer;
+use crate::validation;
+
+/// The length of a prompt.
+#[derive(Serialize, ToSchema)]
+pub(super) struct InputTokens {
+    /// `response.input_tokens`.
+    object: &'static str,
+    /// Tokens, those of the chat template and of tools included.
+    input_tokens: u32,
+}
+
+/// Counts the tokens of a conversation as the model would read it, without an answer and without cost.
+#[utoipa::path(
+    post, path = "/v1/chat/completions/input_tokens", tag = "openai", operation_id = "countInputTokens",
+    security(("bearer" = [])), request_body = super::openapi::ChatCompletionRequest,
+    responses(
+        (status = 200, description = "The number of tokens", body = InputTokens),
+        super::openapi::Errors,
+    ),
+)]
+pub(super) async fn count(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
+    let asked = match job::ask(&bridge, request, validation::parse_chat).await {
+        Ok(asked) => asked,
+        Err(response) => return response,
+    };
+    let mut job = asked.parsed.job;
+    (job.input.count_only, job.input.n) = (true, None);
+    let told = Told::new(asked.context, &job, asked.rate);
+    match whole(job::open(&bridge, asked.admission, job)).await {
+        Ok((mut response, facts)) => {
+            told.add(&bridge, response.headers_mut(), Some(&facts));
+            response
+        }
+        Err(error) => told.failure(&bridge, &error),
+    }
+}
+
+async fn whole(opening: Opening) -> Result<(Response<Body>, AnswerFacts), WireError> {
+    let mut answer = opening.await?;
+    let facts = AnswerFacts::of(&answer);
+    let counted = answer.collect().await?.input_tokens;
+    let input_tokens = counted.ok_or_else(|| answer::broken("the answer has no number of tokens"))?;
+    Ok((errors::json(&InputTokens { object: "response.input_tokens", input_tokens }), facts))
+}
