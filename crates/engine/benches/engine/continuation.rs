@@ -25,24 +25,25 @@ pub(crate) struct Continued {
     pub(crate) same_share: f64,
 }
 
-/// Continues answers on an engine that has nothing else to do, and on one that serves seven other streams.
+/// Continues answers on another engine that has nothing else to do, and on one that serves seven other streams.
 pub(crate) async fn measure(model: &Model, temperature: f32) -> [Continued; 2] {
-    let engine = Ours::load(model, 0).await;
+    let lost = Ours::load(model, 0).await;
+    let engines = [Ours::load(model, 0).await, Ours::load(model, 0).await];
     let mut measured = [Continued { answers: ANSWERS, equal: 0, same_share: 0.0 }; 2];
     for number in 0..ANSWERS {
         let workload = Workload { round: 1_000 + number, vocabulary: model.vocabulary, context: model.context };
         let prompt = workload.prompt(0, PROMPT);
         let question = Question { prompt: &prompt, tokens: ANSWER, varied: true, temperature, ..Question::default() };
-        let whole = Answer::of(&engine, question).await.whole().await.tokens;
+        let whole = Answer::of(&lost, question).await.whole().await.tokens;
         let rest = Question { continued: &whole[..HAS], ..question };
         let others: Vec<_> = (1..=OTHERS).map(|other| workload.prompt(other, PROMPT)).collect();
-        for (count, measured) in [0, OTHERS as usize].into_iter().zip(&mut measured) {
+        for ((count, engine), measured) in [0, OTHERS as usize].into_iter().zip(&engines).zip(&mut measured) {
             let beside = others[..count].iter().map(|prompt| async {
                 let question = Question { prompt, tokens: 4 * ANSWER, varied: true, ..Question::default() };
-                drop(Answer::of(&engine, question).await.whole().await);
+                drop(Answer::of(engine, question).await.whole().await);
             });
             let continued = tokio::select! {
-                continued = async { Answer::of(&engine, rest).await.whole().await.tokens } => continued,
+                continued = async { Answer::of(engine, rest).await.whole().await.tokens } => continued,
                 _ = join_all(beside), if count > 0 => unreachable!("the others go on for longer"),
             };
             let same = continued.iter().zip(&whole[HAS..]).take_while(|(ours, first)| ours == first).count();
@@ -50,6 +51,8 @@ pub(crate) async fn measure(model: &Model, temperature: f32) -> [Continued; 2] {
             measured.same_share += same as f64 / (whole.len() - HAS) as f64 / ANSWERS as f64;
         }
     }
-    engine.stop().await;
+    for engine in engines.into_iter().chain([lost]) {
+        engine.stop().await;
+    }
     measured
 }
