@@ -81,7 +81,7 @@ test('bad JSON is refused', async () => {
 for (const [param, value] of Object.entries({
   functions: [{ name: 'now', parameters: {} }],
   modalities: ['text', 'audio'],
-  prediction: { type: 'content', content: 'x' },
+  audio: { format: 'wav', voice: 'alloy' },
   verbosity: 'low',
 })) {
   test(`what is not done here is refused and named: ${param}`, async () => {
