@@ -12,6 +12,7 @@ use protocol::{PublicKey, Topic, WorkerId};
 use rpc::transport::hyperswarm::HyperswarmTransport;
 use rpc::{Client, Transport as _};
 use serde_json::{Value, json};
+use worker::ServedModel;
 
 use super::{Context, Outcome, process_runtime, spinner};
 use crate::args::Common;
@@ -309,7 +310,9 @@ async fn directly() -> anyhow::Result<Figures> {
         bytes: tiny_model::BYTES.len() as u64,
         parts: vec![],
     };
-    let options = LoadOptions { threads: tiny_model::served().threads, ..LoadOptions::default() };
+    // As the network's workers have it, or the two would not be compared.
+    let ServedModel { threads, draft_tokens, .. } = tiny_model::served();
+    let options = LoadOptions { threads, draft_tokens, ..LoadOptions::default() };
     let loaded = runtime.load(artifact, options, no_progress()).await?;
     let request = GenerateRequest {
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
