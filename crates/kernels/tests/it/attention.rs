@@ -1,10 +1,9 @@
 //! Attention beside what the same numbers give in plain arithmetic.
 
-#![cfg(target_arch = "x86_64")]
-#![allow(missing_docs, unsafe_code)]
-
 use proptest::prelude::*;
 use tether_kernels::{Attention, is_supported};
+
+use crate::Numbers;
 
 const HIDDEN: u16 = 0xfc00;
 
@@ -21,15 +20,7 @@ struct Room {
     mask: Vec<u16>,
 }
 
-/// Numbers that look random and are the same every time.
-struct Numbers(u64);
-
 impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        self.0 >> 33
-    }
-
     /// Returns a 16-bit float from a quarter to two, of either sign.
     fn half(&mut self) -> u16 {
         let (sign, exponent, rest) = (self.next() & 1, 13 + self.next() % 3, self.next() & 0x3ff);
