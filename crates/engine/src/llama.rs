@@ -350,7 +350,7 @@ impl Loaded {
             let limit = request.max_tokens.unwrap_or(u32::MAX).min(room);
             let prediction = match &request.prediction {
                 None => Vec::new(),
-                Some(predicted) => prompts::predicted_tokens(&loaded.model, predicted)?,
+                Some(predicted) => loaded.prompts.prediction(&loaded.model, predicted, limit)?,
             };
             let (outbox, stream) = Outbox::new();
             let GenerateRequest { adapter, sampling, stop, ignore_eos, logprobs, deterministic, .. } = request;

@@ -143,6 +143,24 @@ impl Prompts {
         Ok(tokens)
     }
 
+    /// Returns the tokens of an answer that is predicted, as many as the answer may have. Of a longer text the rest is not
+    /// looked at.
+    pub(super) fn prediction(&self, model: &Model, input: &PromptInput, limit: u32) -> Result<Vec<Token>, EngineError> {
+        let mut tokens = match input {
+            PromptInput::Tokens(tokens) => given(model.vocabulary(), tokens)?,
+            PromptInput::Text(text) => {
+                let bytes_max = self.longest_token_bytes.saturating_mul(limit as usize);
+                let text = &text[..text.floor_char_boundary(bytes_max)];
+                let mut tokens = Vec::new();
+                model.vocabulary().tokenize(text.as_bytes(), false, false, &mut tokens);
+                tokens
+            }
+            PromptInput::Chat(_) => return Err(unsupported("prediction", "it must be a text")),
+        };
+        tokens.truncate(limit as usize);
+        Ok(tokens)
+    }
+
     /// Refuses a far too long text before it is cut in tokens: none is longer than the longest.
     fn check_length(&self, text: &str, context_length: u32) -> Result<(), EngineError> {
         let at_least = (text.len() / self.longest_token_bytes) as u64;
@@ -173,19 +191,6 @@ impl Prompts {
             }
         }
         tokens
-    }
-}
-
-/// Returns the tokens of an answer that is predicted.
-pub(super) fn predicted_tokens(model: &Model, input: &PromptInput) -> Result<Vec<Token>, EngineError> {
-    match input {
-        PromptInput::Tokens(tokens) => given(model.vocabulary(), tokens),
-        PromptInput::Text(text) => {
-            let mut tokens = Vec::new();
-            model.vocabulary().tokenize(text.as_bytes(), false, false, &mut tokens);
-            Ok(tokens)
-        }
-        PromptInput::Chat(_) => Err(unsupported("prediction", "it must be a text")),
     }
 }
 
