@@ -11,9 +11,9 @@
 use std::arch::x86_64::{
     __m512, __mmask16, _mm256_cmpneq_epi16_mask, _mm256_loadu_si256, _mm256_set1_epi16, _mm256_setzero_si256,
     _mm512_add_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_mask_mov_ps,
-    _mm512_maskz_mov_ps, _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_reduce_max_ps,
-    _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps,
-    _mm512_storeu_ps, _mm512_unpackhi_ps, _mm512_unpacklo_ps, _pext_u32,
+    _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_reduce_max_ps, _mm512_roundscale_ps, _mm512_scalef_ps,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_storeu_ps, _mm512_unpackhi_ps,
+    _mm512_unpacklo_ps, _pext_u32,
 };
 use std::ops::Range;
 
@@ -350,7 +350,6 @@ impl Unit<'_> {
                     let before = *self.largest.add(row);
                     let largest = before.max(_mm512_reduce_max_ps(product));
                     let share = exp(_mm512_add_ps(product, _mm512_set1_ps(-largest)));
-                    let share = _mm512_maskz_mov_ps(seen, share);
                     _mm512_storeu_ps(self.shares.add((done + index) * LANES), share);
                     let weights = self.weights.add(row);
                     if largest > before {

@@ -165,6 +165,36 @@ async fn a_required_call_comes_as_a_call() {
 }
 
 #[tokio::test]
+async fn where_one_call_is_wanted_nothing_is_generated_behind_it() {
+    let runtime = LlamaRuntime::new();
+    let artifact = tiny_with_template(WITH_TOOLS);
+    let model = within(runtime.load(artifact, options(), no_progress())).await.expect("it loads").id;
+    let tool = Tool { name: "weather".into(), description: None, parameters: Some(json!({ "enum": [{ "a": 1 }] })) };
+    let request = |one_call, seed| {
+        let chat = Chat {
+            messages: vec![ChatMessage::new("user", "How is the weather?")],
+            tools: vec![tool.clone()],
+            tool_choice: ToolChoice::Required,
+            one_call,
+            ..Chat::default()
+        };
+        // At such a temperature some of the answers call more than once.
+        let sampling = Sampling { temperature: 2.0, seed, ..Sampling::default() };
+        GenerateRequest { input: PromptInput::Chat(chat), sampling, max_tokens: Some(300), ..ask(model, "") }
+    };
+    let mut shorter = 0;
+    for seed in 0..16 {
+        let (all, _) = pieces(&runtime, request(false, seed)).await;
+        let (one, reason) = pieces(&runtime, request(true, seed)).await;
+        assert_eq!((reason, one.tool_calls.iter().map(|call| call.index).max()), (FinishReason::ToolCalls, Some(0)));
+        let calls_again = all.tool_calls.iter().any(|call| call.index > 0);
+        assert!(one.tokens.len() < all.tokens.len() || !calls_again, "seed {seed}: {all:?}");
+        shorter += usize::from(calls_again);
+    }
+    assert!(shorter > 0, "no seed calls twice");
+}
+
+#[tokio::test]
 async fn a_model_without_calls_refuses_tools() {
     let (runtime, model) = loaded().await;
     let tool = Tool { name: "weather".into(), description: None, parameters: None };
