@@ -67,7 +67,7 @@ async fn the_tiny_models_take_what_was_predicted() {
 }
 
 #[tokio::test]
-#[ignore = "needs models of gigabytes: make bench-engine makes them and runs it"]
+#[ignore = "needs models: make bench-engine"]
 async fn realistic_models_take_what_was_predicted() {
     let folder = PathBuf::from(std::env::var_os(MODELS).expect("it names a folder of models"));
     let mut files: Vec<_> =
