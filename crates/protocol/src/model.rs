@@ -85,17 +85,36 @@ pub struct ModelEntry {
     pub created_at: UnixMillis,
 }
 
-/// A model of a server that a worker has adopted, on its way to the registry.
+/// A model that a worker serves, on its way to the registry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelOffer {
     /// The name and version under which it is to be served.
     #[serde(flatten)]
     pub key: ModelKey,
-    /// Its name on its server.
-    pub served_as: String,
+    /// What answers for it.
+    #[serde(flatten)]
+    pub source: OfferedSource,
     /// Tokens of context.
     pub context_length: u32,
+}
+
+/// What answers for an offered model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged, rename_all_fields = "camelCase")]
+pub enum OfferedSource {
+    /// A file that the worker has verified.
+    Artifact {
+        /// SHA-256 of the file.
+        digest: Digest,
+        /// Its length; at least 1.
+        bytes: u64,
+    },
+    /// A server that the worker has adopted.
+    Server {
+        /// The model's name on that server, of 1 to [`SERVED_AS_BYTES_MAX`] bytes.
+        served_as: String,
+    },
 }
 
 /// The longest name of a model on its server, in bytes.
@@ -150,6 +169,24 @@ mod tests {
     fn a_reference_reads_back_as_it_is_written() {
         for text in ["tether-tiny", "tether-tiny@1.0", "tether-tiny:pirate", "tether-tiny@1.0:pirate"] {
             assert_eq!(text.parse::<ModelRef>().expect(text).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn an_offer_says_what_answers_for_the_model() {
+        let key = ModelKey { model_id: "m".parse().expect("a name"), version: "1.0".parse().expect("a version") };
+        let digest = Digest::of(b"model");
+        let file =
+            ModelOffer { key: key.clone(), source: OfferedSource::Artifact { digest, bytes: 5 }, context_length: 512 };
+        let server =
+            ModelOffer { key, source: OfferedSource::Server { served_as: "org/m".into() }, context_length: 512 };
+        let head = r#"{"modelId":"m","version":"1.0""#;
+        for (offer, source) in
+            [(file, format!(r#""digest":"{digest}","bytes":5"#)), (server, r#""servedAs":"org/m""#.to_owned())]
+        {
+            let text = format!(r#"{head},{source},"contextLength":512}}"#);
+            assert_eq!(serde_json::to_string(&offer).expect("it is written"), text);
+            assert_eq!(serde_json::from_str::<ModelOffer>(&text).expect("it reads"), offer);
         }
     }
 

@@ -3,22 +3,25 @@
 use metadata_store::{MetadataStore, PutModelError, StoreError};
 use protocol::UnixMillis;
 use protocol::control::Catalog;
-use protocol::model::{ModelEntry, ModelKey, ModelOffer, SERVED_AS_BYTES_MAX, remote_digest};
+use protocol::model::{ModelEntry, ModelKey, ModelOffer, OfferedSource, SERVED_AS_BYTES_MAX, remote_digest};
 
-/// How many models of adopted servers are listed at most: any worker may offer some.
+/// Once this many models are listed, no more offers are taken: any worker may make some.
 pub const OFFERED_MAX: usize = 1_000;
 
 /// Why an offered model is not listed.
 #[derive(Debug, thiserror::Error)]
 pub enum OfferError {
     /// Another model has its name and version.
-    #[error("{0} is another model already, choose another name")]
+    #[error("{0} is another model already, choose another name or version")]
     Taken(ModelKey),
-    /// Its name on its server is none, or too long.
+    /// Its name on its server is empty or too long.
     #[error("the model's name on its server must have 1 to {SERVED_AS_BYTES_MAX} bytes")]
     Nameless,
+    /// Its file is said to be empty.
+    #[error("the model's file must have at least 1 byte")]
+    Empty,
     /// There are too many already.
-    #[error("no more than {OFFERED_MAX} models of adopted servers are listed")]
+    #[error("no more than {OFFERED_MAX} models are listed")]
     TooMany,
     /// The store failed.
     #[error(transparent)]
@@ -38,22 +41,27 @@ pub async fn register(store: &dyn MetadataStore, models: Vec<ModelEntry>) -> Res
     Ok(())
 }
 
-/// Lists a model of an adopted server, unless it is listed already.
+/// Lists a model that a worker serves, unless it is listed already.
 pub async fn offer(store: &dyn MetadataStore, offer: ModelOffer, now: UnixMillis) -> Result<(), OfferError> {
-    let ModelOffer { key, served_as, context_length } = offer;
-    if served_as.is_empty() || served_as.len() > SERVED_AS_BYTES_MAX {
-        return Err(OfferError::Nameless);
-    }
-    let digest = remote_digest(&served_as);
+    let ModelOffer { key, source, context_length } = offer;
+    let (digest, bytes, description) = match source {
+        OfferedSource::Artifact { bytes: 0, .. } => return Err(OfferError::Empty),
+        OfferedSource::Artifact { digest, bytes } => (digest, bytes, "A file that a worker brought.".to_owned()),
+        OfferedSource::Server { served_as } if served_as.is_empty() || served_as.len() > SERVED_AS_BYTES_MAX => {
+            return Err(OfferError::Nameless);
+        }
+        OfferedSource::Server { served_as } => {
+            (remote_digest(&served_as), 0, format!("{served_as}, on a server that a worker has adopted."))
+        }
+    };
     let models = store.models().await?;
     if let Some(listed) = models.iter().find(|listed| listed.key == key) {
         return if listed.digest == digest { Ok(()) } else { Err(OfferError::Taken(key)) };
     }
-    if models.iter().filter(|listed| listed.bytes == 0).count() >= OFFERED_MAX {
+    if models.len() >= OFFERED_MAX {
         return Err(OfferError::TooMany);
     }
-    let description = format!("{served_as}, on a server that a worker has adopted.");
-    let entry = ModelEntry { key, digest, bytes: 0, context_length, description, created_at: now };
+    let entry = ModelEntry { key, digest, bytes, context_length, description, created_at: now };
     store.put_model(entry).await.map_err(|error| match error {
         PutModelError::Conflict { key, .. } => OfferError::Taken(key),
         PutModelError::Store(error) => OfferError::Store(error),

@@ -250,7 +250,7 @@ impl Registry {
             })
     }
 
-    /// Lists a model of a server that a worker has adopted, if the worker's certificate allows it that name.
+    /// Lists a model that a worker serves, if the worker's certificate allows it that name.
     async fn take_offer(&self, worker: PublicKey, offer: ModelOffer) -> Result<Empty, WireError> {
         self.membership.admit(worker, NodeRole::Worker, None)?;
         let allows = |certificate: Arc<Certificate>| certificate.allows_model(&offer.key.model_id);

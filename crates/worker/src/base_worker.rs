@@ -32,6 +32,7 @@ use crate::execution_engine::{Broken, ExecutionEngine, finish};
 use crate::health_reporter::{Condition, HealthReporter, Identity, ReportWriter};
 use crate::model_loader::cache::{Entry, ModelCache, Status};
 use crate::model_loader::{LoaderOptions, ModelLoader, u64_of};
+use crate::offers::Offers;
 use crate::quota_guard::{Limits, Place, QuotaGuard};
 use crate::remote_models::RemoteModels;
 use crate::runtimes::Runtimes;
@@ -115,12 +116,14 @@ impl BaseWorker {
         let client = Client::new(parts.transport.clone()).with_membership(parts.membership.clone());
         let topic = Topic::Control(config.region.clone());
         let (directory, directory_task) = Directory::new(parts.transport.clone(), client.clone(), topic);
+        let offers = Offers::new(client.clone(), directory.clone());
         let runtime = Arc::new(Runtimes { engines: parts.runtime.clone(), servers: Arc::default() });
         let loader = Arc::new(ModelLoader::new(
             ModelCache::new(&config.models),
             LoaderOptions { slots, queue_max, preload, seed },
             runtime.clone(),
-            RemoteModels::new(runtime.servers.clone(), client.clone(), directory.clone()),
+            RemoteModels::new(runtime.servers.clone(), offers.clone()),
+            offers,
             parts.artifacts.clone(),
             parts.metrics.clone(),
             changes.clone(),

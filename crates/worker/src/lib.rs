@@ -11,6 +11,7 @@ mod engine_meter;
 mod execution_engine;
 mod health_reporter;
 mod model_loader;
+mod offers;
 mod own_server;
 mod quota_guard;
 mod remote_models;

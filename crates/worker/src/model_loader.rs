@@ -12,6 +12,7 @@ use std::time::Duration;
 use std::{fmt, io};
 
 use artifact_store::{ArtifactStore, OpenError, VerifiedFile};
+use engine::gguf::Header;
 use engine::merge::Merge;
 use engine::{
     AdapterId, EngineError, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, ProgressSink,
@@ -19,7 +20,7 @@ use engine::{
 };
 use observability::metrics::{Metrics, ModelLabel};
 use protocol::Digest;
-use protocol::model::ModelKey;
+use protocol::model::{ModelKey, ModelOffer, OfferedSource};
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -30,6 +31,7 @@ use adapters::Lease;
 use cache::{Entry, Load, ModelCache, Status};
 
 use crate::config::ServedAdapter;
+use crate::offers::{OfferError, Offers};
 use crate::remote_models::{AttachError, RemoteModels};
 
 /// The wait after the first failure; it doubles with each.
@@ -44,6 +46,10 @@ const STRIKES_MAX: u32 = 3;
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How long an unload may take before it is given up.
 const UNLOAD_WITHIN: Duration = Duration::from_secs(5);
+/// How long a registry may take to be found before a model answers unlisted: what is listed already needs none.
+const REGISTRY_WITHIN: Duration = Duration::from_millis(500);
+/// How often a model is offered while no registry answers.
+const OFFER_EVERY: Duration = Duration::from_secs(5);
 
 /// Loads the models of one worker and keeps them loaded.
 pub(crate) struct ModelLoader {
@@ -51,6 +57,7 @@ pub(crate) struct ModelLoader {
     options: LoaderOptions,
     runtime: Arc<dyn ModelRuntime>,
     remote: RemoteModels,
+    offers: Offers,
     artifacts: ArtifactStore,
     metrics: Metrics,
     changes: watch::Sender<()>,
@@ -108,11 +115,12 @@ impl ModelLoader {
         options: LoaderOptions,
         runtime: Arc<dyn ModelRuntime>,
         remote: RemoteModels,
+        offers: Offers,
         artifacts: ArtifactStore,
         metrics: Metrics,
         changes: watch::Sender<()>,
     ) -> Self {
-        Self { cache, options, runtime, remote, artifacts, metrics, changes, blocking: TaskTracker::new() }
+        Self { cache, options, runtime, remote, offers, artifacts, metrics, changes, blocking: TaskTracker::new() }
     }
 
     pub(crate) fn cache(&self) -> &ModelCache {
@@ -216,21 +224,32 @@ impl ModelLoader {
     async fn keep(&self, entry: &Arc<Entry>) {
         let mut backoff = Backoff::new(self.options.seed ^ digest_seed(entry));
         if !self.options.preload {
-            entry.wanted.notified().await;
+            tokio::select! {
+                () = entry.wanted.notified() => {}
+                () = self.offer_unloaded(entry) => {}
+            }
         }
         loop {
             self.set(entry, Status::Loading(Load::begin()));
             match self.load(entry).await {
-                Ok(loaded) => {
+                Ok((loaded, offer)) => {
                     let since = Instant::now();
                     let id = loaded.id;
                     info!(model = %entry.key, pid = loaded.pid, "the model is ready");
                     entry.forgive();
                     entry.set_ready(loaded);
                     self.changes.send_replace(());
-                    let cause = entry.died(id).await;
-                    self.metrics.engine_deaths.get_or_create(&label(&entry.key)).inc();
-                    warn!(model = %entry.key, %cause, "the engine died");
+                    let cause = tokio::select! {
+                        cause = entry.died(id) => {
+                            self.metrics.engine_deaths.get_or_create(&label(&entry.key)).inc();
+                            warn!(model = %entry.key, %cause, "the engine died");
+                            cause
+                        }
+                        refusal = self.offer_until_listed(offer) => {
+                            warn!(model = %entry.key, %refusal, "the model gets no jobs");
+                            refusal.to_string().into()
+                        }
+                    };
                     self.set(entry, Status::Failed(cause));
                     // What is left of it may still hold memory, or a job.
                     self.unload(entry, id).await;
@@ -248,7 +267,68 @@ impl ModelLoader {
         }
     }
 
-    async fn load(&self, entry: &Arc<Entry>) -> Result<LoadedModel, LoadError> {
+    /// Offers a model again and again until it is listed; then waits for ever. Returns why it will not be listed.
+    async fn offer_until_listed(&self, offer: Option<ModelOffer>) -> OfferError {
+        while let Some(offer) = &offer {
+            time::sleep(OFFER_EVERY).await;
+            match self.offers.make(offer, REGISTRY_WITHIN).await {
+                Ok(()) => break,
+                Err(refusal @ OfferError::Refused(_)) => return refusal,
+                Err(OfferError::NoRegistry) => {}
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// Offers a model that is loaded at its first job, which only comes once clients can name it.
+    async fn offer_unloaded(&self, entry: &Entry) {
+        match self.describe(entry).await {
+            Ok(Some(offer)) => {
+                if let Err(error) = self.offers.make(&offer, REGISTRY_WITHIN).await {
+                    debug!(model = %entry.key, %error, "the model is not listed yet");
+                    let refusal = self.offer_until_listed(Some(offer)).await;
+                    warn!(model = %entry.key, %refusal, "the model gets no jobs");
+                }
+            }
+            Ok(None) => {}
+            Err(error) => warn!(model = %entry.key, %error, "the model cannot be offered"),
+        }
+        std::future::pending().await
+    }
+
+    /// Returns the offer of a model's artifact, read from its header. A server's model is offered when it is attached.
+    async fn describe(&self, entry: &Entry) -> Result<Option<ModelOffer>, LoadError> {
+        if entry.model.remote.is_some() {
+            return Ok(None);
+        }
+        let artifact = self.open(entry.model.digest()).await?;
+        let (file, bytes) = (artifact.file, artifact.bytes);
+        let header = self.blocking.spawn_blocking(move || Header::read(&file)).await;
+        let header = header.map_err(|_| LoadError::Interrupted)?;
+        let header = header.map_err(|error| EngineError::InvalidModel { reason: error.to_string() })?;
+        let trained = header.context_length().unwrap_or_default();
+        let context_length = if entry.model.context_length == 0 { trained } else { entry.model.context_length };
+        Ok(Some(offer_of(entry, bytes, context_length)))
+    }
+
+    /// Loads a model and offers it. Returns the offer where no registry has listed it yet.
+    async fn load(&self, entry: &Arc<Entry>) -> Result<(LoadedModel, Option<ModelOffer>), LoadError> {
+        let (loaded, bytes) = self.load_unlisted(entry).await?;
+        // A server's model was offered when it was attached.
+        let Some(bytes) = bytes else { return Ok((loaded, None)) };
+        let offer = offer_of(entry, bytes, loaded.context_length);
+        match self.offers.make(&offer, REGISTRY_WITHIN).await {
+            Ok(()) => Ok((loaded, None)),
+            Err(OfferError::NoRegistry) => Ok((loaded, Some(offer))),
+            Err(refusal) => {
+                self.unload(entry, loaded.id).await;
+                Err(AttachError::from(refusal).into())
+            }
+        }
+    }
+
+    /// Loads a model. Returns the length of its artifact beside it, where it has one.
+    async fn load_unlisted(&self, entry: &Arc<Entry>) -> Result<(LoadedModel, Option<u64>), LoadError> {
         let options = LoadOptions {
             context_length: entry.model.context_length,
             slots: self.options.slots,
@@ -261,18 +341,20 @@ impl ModelLoader {
             ..LoadOptions::default()
         };
         if let Some(server) = &entry.model.remote {
-            return Ok(self.remote.attach(&entry.key, server, &options).await?);
+            return Ok((self.remote.attach(&entry.key, server, &options).await?, None));
         }
         let artifact = self.open(entry.model.digest()).await?;
-        entry.opened(artifact.bytes);
+        let bytes = artifact.bytes;
+        entry.opened(bytes);
         if !entry.model.server_command.is_empty() {
-            return Ok(self.remote.start(&entry.model.server_command, artifact.file, &options).await?);
+            let loaded = self.remote.start(&entry.model.server_command, artifact.file, &options).await?;
+            return Ok((loaded, Some(bytes)));
         }
         let artifact = match entry.model.pinned() {
             Some(adapter) => self.merged(entry, artifact, adapter).await?,
             None => artifact,
         };
-        Ok(self.runtime.load(artifact, options, self.progress_of(entry)).await?)
+        Ok((self.runtime.load(artifact, options, self.progress_of(entry)).await?, Some(bytes)))
     }
 
     /// Merges the pinned adapter of a model into it, where its weights can hold it.
@@ -348,6 +430,12 @@ impl fmt::Debug for ModelLoader {
 
 fn is_listed(snapshots: &[LoadSnapshot], id: ModelId) -> bool {
     snapshots.iter().any(|snapshot| snapshot.model == id)
+}
+
+/// Returns the offer of a model's artifact.
+fn offer_of(entry: &Entry, bytes: u64, context_length: u32) -> ModelOffer {
+    let source = OfferedSource::Artifact { digest: entry.model.digest(), bytes };
+    ModelOffer { key: entry.key.clone(), source, context_length }
 }
 
 /// Returns the label under which a model is counted; versions are counted together.

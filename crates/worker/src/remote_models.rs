@@ -12,17 +12,15 @@ use std::time::Duration;
 
 use engine::remote::{AddressError, RemoteRuntime, ServerAddress};
 use engine::{EngineError, LoadOptions, LoadedModel, ModelId, ModelRuntime as _};
-use protocol::WireError;
-use protocol::control::{Empty, MODEL_OFFER, NodeRole};
-use protocol::model::{ModelKey, ModelOffer};
-use rpc::{CallError, Client, Directory};
+use protocol::model::{ModelKey, ModelOffer, OfferedSource};
 use tokio::fs;
 use tokio::time::{sleep, timeout};
 
 use crate::config::RemoteServer;
+use crate::offers::{OfferError, Offers};
 use crate::own_server::OwnServer;
 
-/// How long a registry may take to be found, and then to answer.
+/// How long a registry may take to be found.
 const REGISTRY_WITHIN: Duration = Duration::from_secs(10);
 
 /// How long a server of our own may take to load its model.
@@ -33,8 +31,7 @@ const ASK_EVERY: Duration = Duration::from_millis(200);
 /// Attaches models, and tells registries.
 pub(crate) struct RemoteModels {
     runtime: Arc<RemoteRuntime>,
-    client: Client,
-    directory: Directory,
+    offers: Offers,
     /// The servers that this worker started, by the model of each.
     own: Mutex<BTreeMap<ModelId, OwnServer>>,
 }
@@ -54,15 +51,13 @@ pub(crate) enum AttachError {
     Silent,
     #[error(transparent)]
     Engine(#[from] EngineError),
-    #[error("the registry does not list it: {0}")]
-    Refused(WireError),
-    #[error("no registry answers")]
-    NoRegistry,
+    #[error(transparent)]
+    Offer(#[from] OfferError),
 }
 
 impl RemoteModels {
-    pub(crate) fn new(runtime: Arc<RemoteRuntime>, client: Client, directory: Directory) -> Self {
-        Self { runtime, client, directory, own: Mutex::default() }
+    pub(crate) fn new(runtime: Arc<RemoteRuntime>, offers: Offers) -> Self {
+        Self { runtime, offers, own: Mutex::default() }
     }
 
     /// Attaches a server's model, and has it listed.
@@ -78,11 +73,12 @@ impl RemoteModels {
         };
         let address = ServerAddress::new(&server.base_url, api_key)?;
         let loaded = self.runtime.attach(address, &server.model, options).await?;
-        let (served_as, context_length) = (server.model.clone(), loaded.context_length);
-        if let Err(error) = self.offer(&ModelOffer { key: key.clone(), served_as, context_length }).await {
+        let source = OfferedSource::Server { served_as: server.model.clone() };
+        let offer = ModelOffer { key: key.clone(), source, context_length: loaded.context_length };
+        if let Err(error) = self.offers.make(&offer, REGISTRY_WITHIN).await {
             // It was attached just now, and nobody knows of it.
             let _ = self.runtime.unload(loaded.id).await;
-            return Err(error);
+            return Err(error.into());
         }
         Ok(loaded)
     }
@@ -121,19 +117,6 @@ impl RemoteModels {
     /// Ends the server of a model, where this worker started it.
     pub(crate) fn end(&self, model: ModelId) {
         self.own.lock().unwrap_or_else(PoisonError::into_inner).remove(&model);
-    }
-
-    async fn offer(&self, offer: &ModelOffer) -> Result<(), AttachError> {
-        self.directory.wait_for(NodeRole::Registry, REGISTRY_WITHIN).await;
-        for registry in self.directory.find(NodeRole::Registry) {
-            match self.client.call::<_, Empty>(registry, MODEL_OFFER, offer, REGISTRY_WITHIN).await {
-                Ok(Empty {}) => return Ok(()),
-                Err(CallError::Remote(refusal)) => return Err(AttachError::Refused(refusal)),
-                // The next one may answer.
-                Err(_) => {}
-            }
-        }
-        Err(AttachError::NoRegistry)
     }
 }
 

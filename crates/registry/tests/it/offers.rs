@@ -1,9 +1,9 @@
-//! Models of adopted servers, as workers offer them.
+//! Models that workers offer: of their own files, and of adopted servers.
 
 use std::time::Duration;
 
 use protocol::control::{Empty, MODEL_OFFER, NodeRole};
-use protocol::model::{ModelKey, ModelOffer, SERVED_AS_BYTES_MAX};
+use protocol::model::{ModelKey, ModelOffer, OfferedSource, SERVED_AS_BYTES_MAX};
 use protocol::signature::NodeKey;
 use protocol::{Digest, ErrorCode, UnixMillis};
 use rpc::{CallError, Client, Membership};
@@ -12,8 +12,16 @@ use tether_registry::{Grant, catalog};
 use crate::{Desk, desk};
 
 fn offer(model_id: &str, served_as: &str) -> ModelOffer {
+    of(model_id, OfferedSource::Server { served_as: served_as.into() })
+}
+
+fn file(model_id: &str, bytes: &[u8]) -> ModelOffer {
+    of(model_id, OfferedSource::Artifact { digest: Digest::of(bytes), bytes: bytes.len() as u64 })
+}
+
+fn of(model_id: &str, source: OfferedSource) -> ModelOffer {
     let key = ModelKey { model_id: model_id.parse().expect("a name"), version: "1.0".parse().expect("a version") };
-    ModelOffer { key, served_as: served_as.into(), context_length: 4_096 }
+    ModelOffer { key, source, context_length: 4_096 }
 }
 
 /// Makes a node a member that may serve some models; none for all.
@@ -45,6 +53,20 @@ async fn a_workers_offer_is_listed_once_and_never_becomes_another_model() {
     let models = catalog::list(&*desk.store).await.expect("read").models;
     let listed: Vec<_> = models.iter().map(|model| (model.digest, model.bytes, model.context_length)).collect();
     assert_eq!(listed, [(Digest::of(b"remote:Qwen/Qwen3-8B"), 0, 4_096)]);
+}
+
+#[tokio::test]
+async fn a_workers_file_is_listed_under_its_digest_and_never_becomes_another() {
+    let desk = desk().await;
+    let worker = member(&desk, 20, NodeRole::Worker, &[]).await;
+    assert_eq!(outcome(&desk, &worker, file("mine", b"weights")).await, None);
+    assert_eq!(outcome(&desk, &worker, file("mine", b"weights")).await, None);
+    for other in [file("mine", b"other weights"), offer("mine", "org/mine"), file("empty", b"")] {
+        assert_eq!(outcome(&desk, &worker, other).await, Some(ErrorCode::InvalidValue));
+    }
+    let models = catalog::list(&*desk.store).await.expect("read").models;
+    let listed: Vec<_> = models.iter().map(|model| (model.digest, model.bytes, model.context_length)).collect();
+    assert_eq!(listed, [(Digest::of(b"weights"), 7, 4_096)]);
 }
 
 #[tokio::test]

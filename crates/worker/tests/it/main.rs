@@ -4,6 +4,7 @@ mod adapters;
 mod admission;
 mod jobs;
 mod models;
+mod offers;
 mod reports;
 mod servers;
 mod several;

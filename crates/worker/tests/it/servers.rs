@@ -3,21 +3,21 @@
 use std::sync::{Arc, Mutex};
 
 use engine::MockOptions;
-use protocol::control::{Empty, MODEL_OFFER, NodeInfo, NodeRole};
+use protocol::control::Empty;
 use protocol::health::{HealthReport, ModelState};
 use protocol::infer::{FinishReason, InferRequest, Input};
-use protocol::model::ModelOffer;
-use protocol::signature::NodeKey;
+use protocol::model::{ModelOffer, OfferedSource};
 use protocol::usage::TokenUsage;
-use protocol::{Digest, ErrorCode, Topic, WireError};
-use rpc::{Membership, Server};
+use protocol::{Digest, ErrorCode, WireError};
+use rpc::Membership;
 use tether_worker::{Config, NotReady, RemoteServer, ServedModel};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, sleep};
 use tokio_util::task::TaskTracker;
 
-use crate::{SECOND, Scene, World, config, model, read, region, request, text};
+use crate::offers::registry;
+use crate::{SECOND, Scene, World, config, model, read, request, text};
 
 const MODELS: &str = r#"{"data":[{"id":"Org/M","owned_by":"vllm","max_model_len":2048}]}"#;
 const ANSWER: &str = concat!(
@@ -58,22 +58,6 @@ async fn answer(mut stream: TcpStream) {
     let _ = stream.write_all(format!("{head}{body}").as_bytes()).await;
 }
 
-/// A registry that answers every offer alike, and notes them.
-fn registry(world: &World, outcome: Result<Empty, WireError>) -> Arc<Mutex<Vec<ModelOffer>>> {
-    let transport = world.network.node(&NodeKey::from_seed(&[9; 32]));
-    let offers = Arc::new(Mutex::new(Vec::new()));
-    let (taken, announced) = (offers.clone(), transport.clone());
-    let info = NodeInfo { roles: vec![NodeRole::Registry], region: region(), version: "0".into() };
-    let server = Server::new(transport, info).unary(MODEL_OFFER, move |_, offer: ModelOffer| {
-        taken.lock().expect("no test panics in here").push(offer);
-        let outcome = outcome.clone();
-        async move { outcome }
-    });
-    world.tasks.spawn(server.run(world.end.clone(), SECOND));
-    world.tasks.spawn(async move { announced.announce(&Topic::Control(region())).await.map(drop) });
-    offers
-}
-
 async fn scene(outcome: Result<Empty, WireError>) -> (Scene, Arc<Mutex<Vec<ModelOffer>>>) {
     let tasks = TaskTracker::new();
     let remote = RemoteServer { base_url: server(&tasks).await, model: "Org/M".into(), api_key_file: None };
@@ -104,7 +88,8 @@ async fn a_servers_model_is_offered_reported_unattested_and_answers() {
     scene.handle.ready().await.expect("it is attached and listed");
     let cached = report_with(&scene, ModelState::Ready).await.model_cache.remove(0);
     assert_eq!((cached.attested, cached.digest), (false, Digest::of(b"remote:Org/M")));
-    let offer = ModelOffer { key: model().key(), served_as: "Org/M".into(), context_length: 2_048 };
+    let source = OfferedSource::Server { served_as: "Org/M".into() };
+    let offer = ModelOffer { key: model().key(), source, context_length: 2_048 };
     assert_eq!(*offers.lock().expect("no test panics in here"), [offer]);
 
     let job = InferRequest { input: Input { prompt: Some("say it".into()), ..Input::default() }, ..request() };
