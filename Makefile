@@ -80,4 +80,4 @@ fuzz: ## Fuzzes every reader of foreign bytes (FUZZ_SECONDS=300 each)
 
 clean: ## Removes what was built and installed here
 	cargo clean
-	rm -rf interop/.venv interop/node/node_modules interop/hyperswarm/node_modules clients/js/node_modules fuzz/artifacts
+	rm -rf interop/.venv* interop/node/node_modules interop/hyperswarm/node_modules clients/js/node_modules fuzz/artifacts

@@ -67,15 +67,16 @@ class LlamaServer:
 
 
 class Network:
-    """`tether up` with one worker and these further arguments."""
+    """`tether up` with one worker, these further arguments, and these settings by their variables."""
 
-    def __init__(self, folder, *arguments):
+    def __init__(self, folder, *arguments, settings=None):
         self.data = folder / "data"
         self.log = (folder / "log").open("w+")
         command = [os.environ["TETHER_BIN"], "up", *arguments, "--workers", "1", "--bind", "127.0.0.1:0"]
         command += ["--data-dir", str(self.data)]
         environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
         environment["TETHER_GATEWAY__RATE_LIMIT__REQUESTS_PER_MINUTE"] = "0"
+        environment |= settings or {}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
         try:
             self.url = eventually("it listens", lambda: self.read("address"))

@@ -39,6 +39,8 @@ pub struct Config {
     pub idle_timeout_secs: u64,
     /// How long a client may leave an answer unread, in seconds.
     pub write_timeout_secs: u64,
+    /// How long a streamed answer may be silent before the client gets a keep-alive comment, in milliseconds.
+    pub keep_alive_ms: u64,
     /// How long requests may go on once the gateway is asked to stop, in seconds.
     pub drain_secs: u64,
     /// How long a job may take where the client sets no shorter limit, in seconds.
@@ -79,6 +81,7 @@ impl Default for Config {
             body_idle_secs: 30,
             idle_timeout_secs: 75,
             write_timeout_secs: 60,
+            keep_alive_ms: 10_000,
             drain_secs: 20,
             request_deadline_secs: 600,
             stall_timeout_secs: 120,
@@ -104,6 +107,11 @@ pub(crate) fn seconds(count: u64) -> Duration {
 }
 
 impl Config {
+    /// Returns how long a stream may be silent. Less than 10 ms would cost more than the answers themselves.
+    pub(crate) fn keep_alive(&self) -> Duration {
+        Duration::from_millis(self.keep_alive_ms.clamp(10, LONGEST_SECS * 1000))
+    }
+
     /// Returns how long a token's check is believed: at most the five seconds within which a revocation takes effect.
     pub(crate) fn token_cache(&self) -> Duration {
         Duration::from_secs(self.token_cache_secs.min(5))

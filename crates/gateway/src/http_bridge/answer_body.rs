@@ -13,8 +13,6 @@ use tokio_util::sync::ReusableBoxFuture;
 
 use crate::answer::{Answer, Piece};
 
-/// How often a stream that has nothing to say says so.
-pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Pieces that are ready are written in one go, up to this many bytes.
 const COALESCED_BYTES: usize = 16 * 1024;
 
@@ -41,6 +39,8 @@ pub(super) struct AnswerBody<F> {
     buffer: BytesMut,
     finished: bool,
     silent_since: Instant,
+    /// How often a stream that has nothing to say says so.
+    keep_alive_every: Duration,
     keep_alive: Pin<Box<Sleep>>,
 }
 
@@ -60,15 +60,16 @@ enum Event {
 
 impl<F: Format> AnswerBody<F> {
     /// Makes the body of an answer that has begun.
-    pub(super) fn new(mut format: F, answer: Box<Answer>) -> Self {
+    pub(super) fn new(mut format: F, answer: Box<Answer>, keep_alive_every: Duration) -> Self {
         format.begin(&answer);
-        Self::waiting(format, ReusableBoxFuture::new(next(answer)))
+        Self::waiting(format, ReusableBoxFuture::new(next(answer)), keep_alive_every)
     }
 
     /// Makes the body of an answer that is still waited for.
     pub(super) fn pending(
         format: F,
         opening: impl Future<Output = Result<Box<Answer>, WireError>> + Send + 'static,
+        keep_alive_every: Duration,
     ) -> Self {
         let begun = async move {
             match opening.await {
@@ -76,17 +77,18 @@ impl<F: Format> AnswerBody<F> {
                 Err(error) => Step { answer: None, event: Event::Failed(error) },
             }
         };
-        Self::waiting(format, ReusableBoxFuture::new(begun))
+        Self::waiting(format, ReusableBoxFuture::new(begun), keep_alive_every)
     }
 
-    fn waiting(format: F, wait: ReusableBoxFuture<'static, Step>) -> Self {
+    fn waiting(format: F, wait: ReusableBoxFuture<'static, Step>, keep_alive_every: Duration) -> Self {
         Self {
             format,
             wait,
             buffer: BytesMut::new(),
             finished: false,
             silent_since: Instant::now(),
-            keep_alive: Box::pin(time::sleep(KEEP_ALIVE)),
+            keep_alive_every,
+            keep_alive: Box::pin(time::sleep(keep_alive_every)),
         }
     }
 
@@ -123,9 +125,9 @@ impl<F: Format> AnswerBody<F> {
             std::task::ready!(self.keep_alive.as_mut().poll(context));
             let now = Instant::now();
             // The timer is not reset at each piece, which would cost more than the piece; it catches up here.
-            let silent = now - self.silent_since >= KEEP_ALIVE;
+            let silent = now - self.silent_since >= self.keep_alive_every;
             let from = if silent { now } else { self.silent_since };
-            self.keep_alive.as_mut().reset(from + KEEP_ALIVE);
+            self.keep_alive.as_mut().reset(from + self.keep_alive_every);
             if silent {
                 return Poll::Ready(());
             }
@@ -189,13 +191,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stream_that_has_to_wait_says_every_ten_seconds_that_it_lives() {
+    async fn a_stream_that_has_to_wait_says_again_and_again_that_it_lives() {
         let opening = async {
             time::sleep(Duration::from_secs(25)).await;
             Err(WireError::new(protocol::ErrorCode::NoCapacity, "full"))
         };
         let begun = Instant::now();
-        let mut body = AnswerBody::pending(Marks, opening);
+        let mut body = AnswerBody::pending(Marks, opening, Duration::from_secs(10));
         let mut seen = vec![];
         while let Some(frame) = body.frame().await {
             let data = frame.expect("infallible").into_data().expect("data");

@@ -1,7 +1,6 @@
 //! What all ways to ask for an answer have in common.
 
 use std::pin::Pin;
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::Request;
@@ -18,10 +17,6 @@ use crate::answer::Answer;
 use crate::config::seconds;
 use crate::gateway::{Admission, Job, Refusal, RequestContext};
 use crate::rate_limit::Verdict;
-
-/// How long a streamed request waits for its first piece before it gets its headers: until then an error still has
-/// a status of its own, after it proxies grow impatient.
-const HEADERS_WITHIN: Duration = Duration::from_secs(10);
 
 /// A request that was let in, with its body read.
 pub(super) struct Asked<T> {
@@ -97,13 +92,15 @@ pub(super) async fn stream<F: Format>(
     content_type: &'static str,
     told: Told,
 ) -> Response<Body> {
-    let (body, answer) = match time::timeout(HEADERS_WITHIN, &mut opening).await {
+    let keep_alive = bridge.gateway.config().keep_alive();
+    // Until the first piece is there, an error still has a status of its own; later, proxies grow impatient.
+    let (body, answer) = match time::timeout(keep_alive, &mut opening).await {
         Ok(Ok(answer)) => {
             let facts = AnswerFacts::of(&answer);
-            (AnswerBody::new(format, answer), Some(facts))
+            (AnswerBody::new(format, answer, keep_alive), Some(facts))
         }
         Ok(Err(error)) => return told.failure(bridge, &error),
-        Err(_) => (AnswerBody::pending(format, opening), None),
+        Err(_) => (AnswerBody::pending(format, opening, keep_alive), None),
     };
     let mut response = Response::new(Body::new(body));
     let headers = response.headers_mut();

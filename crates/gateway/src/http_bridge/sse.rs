@@ -246,7 +246,9 @@ impl Format for Sse {
     }
 
     fn keep_alive(&self) -> &'static [u8] {
-        b": keep-alive\n\n"
+        // No empty line follows: openai-python dispatches an event without data at one, once it has seen an `id:`, and
+        // fails to parse it.
+        b": keep-alive\n"
     }
 }
 

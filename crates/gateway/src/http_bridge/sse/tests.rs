@@ -140,3 +140,77 @@ fn log_probabilities_come_though_their_tokens_bring_no_text_yet() {
     let text = choices(&written(&mut sse(Endpoint::Completion, false), &pieces));
     assert_eq!(text[0]["logprobs"]["token_logprobs"], json!([-1.0]));
 }
+
+/// An event as a client's decoder hands it on.
+#[derive(Debug, PartialEq, Eq)]
+struct Decoded {
+    last_event_id: String,
+    data: String,
+}
+
+/// Decodes as the WHATWG's specification says: an empty line dispatches an event, unless it has no data.
+fn decode(stream: &str) -> Vec<Decoded> {
+    decode_lines(stream, |data, _| !data.is_empty())
+}
+
+/// Decodes as openai-python does: an empty line dispatches an event once there was an id, though it has no data.
+fn decode_like_openai_python(stream: &str) -> Vec<Decoded> {
+    decode_lines(stream, |data, id| !data.is_empty() || !id.is_empty())
+}
+
+fn decode_lines(stream: &str, dispatches: fn(data: &str, id: &str) -> bool) -> Vec<Decoded> {
+    let (mut events, mut id, mut data) = (vec![], String::new(), String::new());
+    for line in stream.split_terminator('\n') {
+        let (field, value) = line.split_once(':').unwrap_or((line, ""));
+        let value = value.strip_prefix(' ').unwrap_or(value);
+        match field {
+            "" if line.is_empty() => {
+                if dispatches(&data, &id) {
+                    let data = data.strip_suffix('\n').unwrap_or(&data).to_owned();
+                    events.push(Decoded { last_event_id: id.clone(), data });
+                }
+                data.clear();
+            }
+            "id" => value.clone_into(&mut id),
+            "data" => data = data + value + "\n",
+            // A comment, or a field that no decoder knows.
+            _ => {}
+        }
+    }
+    events
+}
+
+/// Returns an answer's writes, each as a client may receive it between two pauses.
+fn writes(endpoint: Endpoint, fails: bool) -> Vec<String> {
+    let mut sse = sse(endpoint, true);
+    let end = (!fails).then_some(END);
+    let mut writes: Vec<_> = [piece(0, "a", None), piece(1, "", None), piece(2, "b\n\nc", None), piece(3, "", end)]
+        .iter()
+        .map(|piece| written(&mut sse, std::slice::from_ref(piece)))
+        .collect();
+    if fails {
+        let mut out = BytesMut::new();
+        sse.failure(&WireError::new(ErrorCode::WorkerFailed, "gone"), &mut out);
+        writes.push(String::from_utf8(out.to_vec()).expect("text"));
+    }
+    writes
+}
+
+#[test]
+fn a_pause_at_any_place_of_a_stream_changes_nothing_for_any_decoder() {
+    for (endpoint, fails) in [Endpoint::Chat, Endpoint::Completion].into_iter().flat_map(|e| [(e, false), (e, true)]) {
+        let writes = writes(endpoint, fails);
+        let expected = decode(&writes.concat());
+        assert!(expected.len() >= 3 && expected.iter().all(|event| event.data.starts_with(['{', '['])), "{expected:?}");
+        assert!(expected[1].last_event_id > expected[0].last_event_id, "{expected:?}");
+        let keep_alive = std::str::from_utf8(sse(endpoint, true).keep_alive()).expect("text");
+        for place in 0..=writes.len() {
+            for pauses in 1..=2 {
+                let (before, after) = writes.split_at(place);
+                let stream = before.concat() + &keep_alive.repeat(pauses) + &after.concat();
+                assert_eq!(decode(&stream), expected, "{pauses} pauses at {place}");
+                assert_eq!(decode_like_openai_python(&stream), expected, "{pauses} pauses at {place}");
+            }
+        }
+    }
+}
