@@ -5,6 +5,7 @@
 // complaint of the compiler's.
 
 #include <algorithm>
+#include <cstring>
 
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
@@ -58,6 +59,7 @@ struct tether_matrix_functions {
 };
 
 bool tether_register_matrices(const tether_matrix_functions * functions);
+size_t tether_forget_amx();
 }
 
 namespace {
@@ -305,6 +307,20 @@ ggml_backend_buffer_type * packed_type() {
 }
 
 }  // namespace
+
+// Takes the AMX matrices off ggml's list, and returns how many types of matrices are left. GCC before 14 takes
+// `_tile_loadconfig` to read 8 of its 64 bytes and leaves the others of ggml's tile configuration unwritten: the first
+// product ends the process. Must come before the first model is loaded.
+size_t tether_forget_amx() {
+    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!device || !find_theirs(ggml_backend_dev_backend_reg(device))) {
+        return 0;
+    }
+    auto & types  = theirs.extra_buffer_types();
+    auto   is_amx = [](ggml_backend_buffer_type_t type) { return strcmp(ggml_backend_buft_name(type), "AMX") == 0; };
+    types.erase(std::remove_if(types.begin(), types.end(), is_amx), types.end());
+    return types.size();
+}
 
 // Offers our buffers before all others of the CPU's. Must come before the first model is loaded. Returns false where the
 // backend is not as it should be, and nothing has changed.

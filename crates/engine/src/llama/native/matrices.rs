@@ -24,12 +24,15 @@ struct Functions {
 
 unsafe extern "C" {
     fn tether_register_matrices(functions: *const Functions) -> bool;
+    fn tether_forget_amx() -> usize;
 }
 
 /// Offers our kernels to ggml, where the processor can run them. Must come before the first model is loaded.
 pub(super) fn register() -> bool {
     let functions =
         Functions { can_pack, pack, inputs_bytes, take_in, multiply, attention_floats, attention_units, attend };
+    // SAFETY: it is called once, before any model is there.
+    unsafe { tether_forget_amx() };
     // SAFETY: the functions are copied, and it is called once, before any model is there.
     kernels::is_supported() && unsafe { tether_register_matrices(&raw const functions) }
 }
