@@ -13,6 +13,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 use worker::{RemoteServer, ServedModel};
 
+use crate::model_names;
 use crate::settings::Settings;
 
 /// Where servers listen unless they are told otherwise: Ollama, LM Studio, vLLM, SGLang, and llama-server twice.
@@ -23,8 +24,6 @@ const HERE_WITHIN: Duration = Duration::from_millis(500);
 const ELSEWHERE_WITHIN: Duration = Duration::from_secs(5);
 /// How long to wait before the search is repeated that found nothing.
 const AGAIN_EVERY: Duration = Duration::from_secs(5);
-/// The longest name of a model, in bytes.
-const NAME_BYTES_MAX: usize = 64;
 
 /// Adds the models of the servers that the settings want adopted. Waits until there is at least one.
 pub async fn adopt(settings: &mut Settings) -> anyhow::Result<()> {
@@ -58,7 +57,7 @@ fn models(found: &[(&ServerAddress, Survey)], mut taken: BTreeSet<ModelName>) ->
     for (address, survey) in found {
         for listed in survey.models.iter().filter(|listed| listed.is_loaded) {
             let (server, model) = (address.as_str(), &listed.name);
-            match name(model) {
+            match model_names::of(model) {
                 Some(name) if taken.insert(name.clone()) => {
                     info!(server, dialect = survey.dialect.as_str(), model, %name, "adopted");
                     models.push(served(address, listed, name));
@@ -77,25 +76,6 @@ fn served(address: &ServerAddress, listed: &Listed, model_id: ModelName) -> Serv
     ServedModel::on_server(key, RemoteServer { base_url, model: listed.name.clone(), api_key_file: None })
 }
 
-/// Makes a name of a server's: `Qwen/Qwen3-8B` is `qwen3-8b`, `llama3.2:3b` is `llama3.2-3b`.
-fn name(served_as: &str) -> Option<ModelName> {
-    let last = served_as.trim_end_matches('/').rsplit(['/', '\\']).next()?.to_lowercase();
-    let last = last.strip_suffix(".gguf").unwrap_or(&last);
-    let last = last.strip_suffix(":latest").unwrap_or(last);
-    let mut name = String::new();
-    for letter in last.chars() {
-        match letter {
-            'a'..='z' | '0'..='9' => name.push(letter),
-            // Words are joined by one mark, and none stands at an end.
-            _ if name.is_empty() || name.ends_with(['.', '-']) => {}
-            '.' => name.push('.'),
-            _ => name.push('-'),
-        }
-    }
-    name.truncate(NAME_BYTES_MAX);
-    name.trim_end_matches(['.', '-']).parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use engine::remote::dialect::{Dialect, Kind};
@@ -110,23 +90,6 @@ mod tests {
             is_loaded: !name.ends_with("cold"),
         };
         Survey { dialect: Dialect::Other, models: names.iter().map(listed).collect() }
-    }
-
-    #[test]
-    fn names_of_servers_become_names_of_the_network() {
-        for (served_as, expected) in [
-            ("Qwen/Qwen2.5-7B-Instruct", Some("qwen2.5-7b-instruct")),
-            ("llama3.2:3b", Some("llama3.2-3b")),
-            ("nomic-embed-text:latest", Some("nomic-embed-text")),
-            ("/srv/models/tiny.Q4_K_M.gguf", Some("tiny.q4-k-m")),
-            ("C:\\models\\Phi 4 (mini).gguf", Some("phi-4-mini")),
-            ("--..--", None),
-            ("模型", None),
-            ("", None),
-        ] {
-            assert_eq!(name(served_as).map(|name| name.to_string()).as_deref(), expected, "{served_as}");
-        }
-        assert_eq!(name(&"a-".repeat(60)).expect("a name").as_str().len(), 63);
     }
 
     #[test]

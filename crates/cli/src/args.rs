@@ -118,9 +118,20 @@ pub struct UpArgs {
     /// Workers to run
     #[arg(long, value_name = "COUNT")]
     pub workers: Option<u32>,
+    /// What else its workers serve
+    #[command(flatten)]
+    pub models: ModelFilesArgs,
     /// What else its workers offer
     #[command(flatten)]
     pub adopt: AdoptArgs,
+}
+
+/// Which files to serve.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ModelFilesArgs {
+    /// GGUF files to serve besides the configured models; NAME=FILE chooses the name that clients use
+    #[arg(value_name = "[NAME=]FILE")]
+    pub files: Vec<String>,
 }
 
 /// Which servers to adopt.
@@ -138,6 +149,9 @@ pub struct WorkerArgs {
     /// How it reaches the others
     #[command(flatten)]
     pub node: NodeArgs,
+    /// What else it serves
+    #[command(flatten)]
+    pub models: ModelFilesArgs,
     /// What else it offers
     #[command(flatten)]
     pub adopt: AdoptArgs,
@@ -221,6 +235,9 @@ pub struct JoinArgs {
     /// Address to serve HTTP on, where the invite is for a gateway
     #[arg(long, value_name = "HOST:PORT")]
     pub bind: Option<String>,
+    /// What else it serves, where the invite is for a worker
+    #[command(flatten)]
+    pub models: ModelFilesArgs,
     /// What else it offers, where the invite is for a worker
     #[command(flatten)]
     pub adopt: AdoptArgs,

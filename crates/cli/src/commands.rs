@@ -11,6 +11,7 @@ use crate::args::{
     AdapterCommand, Cli, Command, Common, ConfigCommand, ModelCommand, TokenCommand, UpArgs, WorkerArgs,
 };
 use crate::data_folder::DataFolder;
+use crate::local_models;
 use crate::network::Supplies;
 use crate::output;
 use crate::settings::{self, Env, Flag, Settings};
@@ -52,6 +53,24 @@ pub struct Context {
     pub env: Env,
     /// Whether to print JSON.
     pub json: bool,
+}
+
+impl Context {
+    /// Returns what a command line about this network begins with: the program, and the data folder where it is not the
+    /// user's own.
+    pub fn program(&self) -> String {
+        let path = self.data.path();
+        if self.env.data_folder().as_deref() == Some(path) {
+            return "tether".to_owned();
+        }
+        let shown = path.display().to_string();
+        let plain = |letter: char| letter.is_ascii_alphanumeric() || "/._-+,:@".contains(letter);
+        if shown.chars().all(plain) {
+            format!("tether --data-dir {shown}")
+        } else {
+            format!("tether --data-dir '{}'", shown.replace('\'', "'\\''"))
+        }
+    }
 }
 
 /// Runs the program and returns its exit code: 0 well, 1 something is wrong, 2 it could not be done.
@@ -151,12 +170,16 @@ fn flags(command: &Command) -> Vec<Flag> {
         Command::Join(args) => (Some(&args.node), &args.bind, &args.near_regions),
         _ => (None, &None, &None),
     };
-    let adopt = match command {
-        Command::Up(UpArgs { adopt, .. }) | Command::Worker(WorkerArgs { adopt, .. }) => &adopt.adopt,
-        Command::Join(args) => &args.adopt.adopt,
-        _ => &None,
+    let (adopt, files) = match command {
+        Command::Up(UpArgs { adopt, models, .. }) | Command::Worker(WorkerArgs { adopt, models, .. }) => {
+            (&adopt.adopt, models.files.as_slice())
+        }
+        Command::Join(args) => (&args.adopt.adopt, args.models.files.as_slice()),
+        _ => (&None, &[][..]),
     };
+    let files: Vec<String> = files.iter().map(|file| local_models::absolute(file)).collect();
     flags.push(("adopt", adopt.clone().map(Into::into)));
+    flags.push(("models", Some(files).filter(|files| !files.is_empty()).map(Into::into)));
     flags.push(("gateway.bind", bind.clone().map(Into::into)));
     flags.push(("orchestrator.near_regions", near_regions.clone().map(Into::into)));
     if let Some(node) = node {

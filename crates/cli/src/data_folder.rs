@@ -10,6 +10,7 @@ use protocol::signature::NodeKey;
 use registry::Pepper;
 use rpc::identity;
 
+use crate::addresses;
 use crate::node::Pool;
 use crate::settings::{Env, Settings};
 
@@ -173,10 +174,15 @@ impl DataFolder {
 
     /// Writes down where the network that runs here listens.
     pub fn write_address(&self, address: SocketAddr, tls: bool) -> anyhow::Result<()> {
-        let scheme = if tls { "https" } else { "http" };
+        let url = addresses::urls(address, tls).swap_remove(0);
         let path = self.path.join("address");
-        fs::write(&path, format!("{scheme}://{address}\n"))
-            .with_context(|| format!("could not write {}", path.display()))
+        fs::write(&path, format!("{url}\n")).with_context(|| format!("could not write {}", path.display()))
+    }
+
+    /// Forgets where the network listened: it does no more, and somebody else may.
+    pub fn forget_address(&self) {
+        // Whoever asks a dead address is told so.
+        let _ = fs::remove_file(self.path.join("address"));
     }
 
     /// Writes down on which UDP address a node of this folder listens.

@@ -1,10 +1,13 @@
 //! The `tether` program: its settings, its commands, the nodes it runs and the whole network in one process.
 
+pub mod addresses;
 pub mod adopt;
 pub mod args;
 pub mod client;
 pub mod commands;
 pub mod data_folder;
+pub mod local_models;
+pub mod model_names;
 pub mod network;
 pub mod node;
 pub mod operator;

@@ -11,7 +11,7 @@ use metadata_store::MetadataStore;
 use observability::Metrics;
 use protocol::Clock;
 use protocol::control::NodeRole;
-use protocol::model::ModelEntry;
+use protocol::model::{ModelEntry, ModelKey};
 use protocol::signature::NodeKey;
 use registry::{AdmissionOffice, AdmissionParts, Grant, TokenOffice};
 use rpc::{Membership, MemoryNetwork, SystemClock};
@@ -19,7 +19,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use worker::WorkerHandle;
 
+use crate::addresses;
 use crate::data_folder::{DataFolder, FolderLock};
+use crate::local_models;
 use crate::services::{Place, first_key, open_store};
 use crate::settings::Settings;
 use crate::tiny_model;
@@ -46,6 +48,7 @@ pub struct Network {
     pub workers: Vec<WorkerHandle>,
     /// What every service counts.
     pub metrics: Metrics,
+    data: DataFolder,
     stores: Vec<Arc<dyn MetadataStore>>,
     tiers: Vec<Tier>,
     _lock: FolderLock,
@@ -86,6 +89,8 @@ impl Network {
         models.push(tiny_model::entry(clock.now()));
         registry::catalog::register(&*registry_store, models).await?;
         registry_store.put_adapter(tiny_model::adapter_entry(clock.now())).await?;
+        let mut settings = settings.clone();
+        local_models::settle_versions(&mut settings.worker.models, &*registry_store).await?;
 
         let keys = Keys::of(data, settings.workers)?;
         let admission = AdmissionOffice::new(AdmissionParts::new(
@@ -96,13 +101,13 @@ impl Network {
             keys.registry.public_key(),
         ));
         let metrics = Metrics::new();
-        let place = Place { settings: settings.clone(), data: data.clone(), metrics: metrics.clone(), clock };
+        let tls = settings.gateway.tls_cert.is_some();
+        let place = Place { settings, data: data.clone(), metrics: metrics.clone(), clock };
         let stage = Stage { place, memory: MemoryNetwork::new(), keys, admission };
         let registries = stage.registry(registry_store.clone());
         let orchestrators = stage.orchestrator(orchestrator_store.clone()).await?;
         let (workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
         let (gateways, address) = stage.gateway().await?;
-        let tls = settings.gateway.tls_cert.is_some();
         Ok(Self {
             address,
             tls,
@@ -110,15 +115,24 @@ impl Network {
             key_is_new,
             workers: handles,
             metrics,
+            data: data.clone(),
             stores: vec![orchestrator_store, registry_store],
             tiers: vec![gateways, orchestrators, workers, registries],
             _lock: lock,
         })
     }
 
-    /// Returns the gateway's address as a URL.
+    /// Returns the gateway's address as a URL, as this machine reaches it.
     pub fn url(&self) -> String {
-        format!("{}://{}", if self.tls { "https" } else { "http" }, self.address)
+        addresses::urls(self.address, self.tls).swap_remove(0)
+    }
+
+    /// Returns the models that answer: those of the user first, and the one that comes with the program last.
+    pub fn ready_models(&self) -> Vec<ModelKey> {
+        let mut ready: Vec<ModelKey> = self.workers.iter().flat_map(WorkerHandle::ready_models).collect();
+        ready.sort_by_key(|key| (*key == tiny_model::key(), key.clone()));
+        ready.dedup();
+        ready
     }
 
     /// Waits until every worker holds its models, and the orchestrator knows.
@@ -159,6 +173,7 @@ impl Network {
         for store in &self.stores {
             outcome = outcome.and(store.close().await.context("could not close a store"));
         }
+        self.data.forget_address();
         outcome
     }
 }

@@ -9,6 +9,11 @@ pub fn line(text: impl AsRef<str>) {
     let _ = writeln!(io::stdout().lock(), "{}", text.as_ref());
 }
 
+/// Prints a line for the person at the terminal, beside what a program reads.
+pub fn note(text: impl AsRef<str>) {
+    let _ = writeln!(io::stderr().lock(), "tether: {}", text.as_ref());
+}
+
 /// Prints text as it comes, without waiting for the end of the line.
 pub fn piece(text: &str) {
     let mut stdout = io::stdout().lock();

@@ -32,6 +32,9 @@ pub struct Settings {
     pub data_dir: Option<PathBuf>,
     /// Workers that `tether up` runs.
     pub workers: u32,
+    /// Model files that the workers of this machine serve besides `worker.models`, each as `FILE` or `NAME=FILE`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<String>,
     /// Servers whose models the workers of this machine offer, too, as URLs; an empty list searches this machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adopt: Option<Vec<String>>,
@@ -81,6 +84,7 @@ impl Default for Settings {
             region: "local".parse().expect("a well-formed region"),
             data_dir: None,
             workers: 2,
+            models: vec![],
             adopt: None,
             threads: 0,
             network: NetworkSettings::default(),
@@ -222,6 +226,7 @@ pub fn load(common: &Common, env: &Env, flags: &[Flag]) -> anyhow::Result<Settin
         .separator("__")
         .list_separator(",")
         .with_list_parse_key("network.bootstrap")
+        .with_list_parse_key("models")
         .with_list_parse_key("orchestrator.near_regions")
         .try_parsing(true)
         .source(Some(env.settings()));

@@ -243,6 +243,11 @@ impl WorkerHandle {
         self.loader.cache().ready().into_iter().filter_map(|(_, loaded)| loaded.pid).collect()
     }
 
+    /// Returns the models that answer.
+    pub fn ready_models(&self) -> Vec<ModelKey> {
+        self.loader.cache().ready().into_iter().map(|(key, _)| key).collect()
+    }
+
     /// Waits until every model that is to be in memory answers.
     pub async fn ready(&self) -> Result<(), NotReady> {
         let all = async {

@@ -39,9 +39,13 @@ pub struct Config {
 pub struct ServedModel {
     /// Its name.
     pub model_id: ModelName,
-    /// Its version.
+    /// Its version, as `MAJOR.MINOR`.
+    #[serde(default = "first_version")]
     pub version: ModelVersion,
-    /// SHA-256 of its artifact.
+    /// A GGUF file of this machine. It is copied into the artifact store at the start, unless it is there already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// SHA-256 of its artifact. Where a file is named, it need not be given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<Digest>,
     /// A server that runs already and answers for it, in place of an artifact.
@@ -105,6 +109,10 @@ pub struct ServedAdapter {
     pub digest: Digest,
 }
 
+fn first_version() -> ModelVersion {
+    ModelVersion { major: 1, minor: 0 }
+}
+
 fn prompt_cache_mib() -> u64 {
     256
 }
@@ -131,10 +139,10 @@ pub enum ConfigError {
     #[error("tenant_jobs_max must be at least 1, or missing for no limit")]
     NoTenantJobs,
     /// Nothing, or two things, would answer for a model.
-    #[error("{0} needs either a digest or a remote server")]
+    #[error("{0} needs either a file (or the digest of one in the store) or a remote server")]
     Source(ModelKey),
     /// A command that cannot serve an artifact.
-    #[error("server_command of {0} needs a digest, and must say where {{port}} goes")]
+    #[error("server_command of {0} needs a file or a digest, and must say where {{port}} goes")]
     Command(ModelKey),
     /// A model stands in the list twice.
     #[error("models has {0} more than once")]
@@ -147,7 +155,7 @@ pub enum ConfigError {
     TooManyAdapters,
     /// A pinned adapter that is not the one its model has.
     #[error(
-        "pinned_adapter of {0} must be the one adapter in its list, of a model with a digest and no server_command"
+        "pinned_adapter of {0} must be the one adapter in its list, of a model with a file or digest and no server_command"
     )]
     Pinned(ModelKey),
     /// An adapter could never be attached.
@@ -179,12 +187,12 @@ impl Config {
         if self.tenant_jobs_max == Some(0) {
             return Err(ConfigError::NoTenantJobs);
         }
-        if let Some(model) = self.models.iter().find(|model| model.digest.is_some() == model.remote.is_some()) {
+        if let Some(model) = self.models.iter().find(|model| model.has_artifact() == model.remote.is_some()) {
             return Err(ConfigError::Source(model.key()));
         }
         let cannot_serve = |model: &&ServedModel| {
             let command = &model.server_command;
-            !command.is_empty() && (model.digest.is_none() || !command.iter().any(|word| word.contains("{port}")))
+            !command.is_empty() && (!model.has_artifact() || !command.iter().any(|word| word.contains("{port}")))
         };
         if let Some(model) = self.models.iter().find(cannot_serve) {
             return Err(ConfigError::Command(model.key()));
@@ -211,6 +219,11 @@ impl ServedModel {
         Self { digest: Some(digest), ..Self::named(key) }
     }
 
+    /// Returns a model of a file that has yet to be taken into the store.
+    pub fn of_file(model_id: ModelName, file: PathBuf) -> Self {
+        Self { file: Some(file), ..Self::named(ModelKey { model_id, version: first_version() }) }
+    }
+
     /// Returns a model that a server answers for.
     pub fn on_server(key: ModelKey, server: RemoteServer) -> Self {
         Self { remote: Some(server), ..Self::named(key) }
@@ -221,6 +234,7 @@ impl ServedModel {
         Self {
             model_id,
             version,
+            file: None,
             digest: None,
             remote: None,
             server_command: Vec::new(),
@@ -234,6 +248,10 @@ impl ServedModel {
             pinned_adapter: None,
             adapters_max: adapters_max(),
         }
+    }
+
+    fn has_artifact(&self) -> bool {
+        self.digest.is_some() || self.file.is_some()
     }
 
     /// Returns an adapter that it is served with.
@@ -270,7 +288,7 @@ impl ServedModel {
         }
         if let Some(pinned) = &self.pinned_adapter {
             let is_only = self.adapters.len() == 1 && self.adapters[0].name == *pinned;
-            if !is_only || self.digest.is_none() || !self.server_command.is_empty() {
+            if !is_only || !self.has_artifact() || !self.server_command.is_empty() {
                 return Err(ConfigError::Pinned(self.key()));
             }
         }
@@ -324,6 +342,14 @@ mod tests {
             let config = Config { models: vec![unclear], ..Config::default() };
             assert_eq!(config.check(), Err(ConfigError::Source(model().key())));
         }
+    }
+
+    #[test]
+    fn a_file_needs_neither_version_nor_digest() {
+        let text = "[[models]]\nmodel_id = \"mine\"\nfile = \"/srv/mine.gguf\"";
+        let config: Config = toml::from_str(text).expect("it reads");
+        let served = ServedModel::of_file("mine".parse().expect("name"), "/srv/mine.gguf".into());
+        assert_eq!((config.models.as_slice(), config.check()), ([served].as_slice(), Ok(())));
     }
 
     #[test]

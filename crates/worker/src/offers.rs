@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use protocol::control::{Empty, MODEL_OFFER, NodeRole};
-use protocol::model::ModelOffer;
 use protocol::WireError;
+use protocol::control::{Empty, MODEL_OFFER, NodeRole};
 use protocol::error_code::Blame;
+use protocol::model::ModelOffer;
 use rpc::{CallError, Client, Directory};
 
 /// How long a registry may take to answer.

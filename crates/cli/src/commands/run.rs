@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{Context, Outcome, shipped, spinner};
 use crate::args::RunArgs;
 use crate::client::{ChatAnswer, GatewayClient};
+use crate::local_models;
 use crate::network::Network;
 use crate::output;
 
@@ -20,9 +21,20 @@ pub(super) async fn run(mut context: Context, args: RunArgs) -> anyhow::Result<O
     if args.server.url.is_some() {
         bail!("nothing answers at {}", client.url());
     }
+    // A network of another folder is likely the one that is meant.
+    let usual = GatewayClient::new(format!("http://{}", context.settings.gateway.bind), None)?;
+    if usual.url() != client.url() && usual.answers().await {
+        bail!(
+            "no network of {} runs, but one answers at {}; name its folder with --data-dir, or give --url and \
+             --api-key-file",
+            context.data.path().display(),
+            usual.url()
+        );
+    }
     // Any free port: this network is nobody else's.
     context.settings.gateway.bind.set_port(0);
     context.settings.workers = 1;
+    local_models::take_in(&mut context.settings, &context.data).await?;
     let waiting = spinner("no network runs here: starting one for this question");
     let network = Network::start(&context.settings, &context.data, shipped()).await?;
     let ready = network.ready().await;
@@ -35,7 +47,13 @@ pub(super) async fn run(mut context: Context, args: RunArgs) -> anyhow::Result<O
         Err(error) => Err(error),
     };
     network.stop().await?;
-    asked.map(|()| Outcome::Well)
+    asked?;
+    output::note(format!(
+        "no network of {} ran: one was started for this question and has ended; `{} up` keeps one running",
+        context.data.path().display(),
+        context.program()
+    ));
+    Ok(Outcome::Well)
 }
 
 async fn ask(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<()> {

@@ -17,6 +17,7 @@ use super::up::asked_to_stop;
 use super::{Context, Outcome, process_runtime};
 use crate::adopt;
 use crate::args::NodeArgs;
+use crate::local_models;
 use crate::node::{Node, Pool, enrolment};
 use crate::output;
 use crate::services::{Place, first_key, open_store};
@@ -125,6 +126,7 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
 }
 
 async fn worker(place: &mut Place, node: &Node, membership: Membership, stop: CancellationToken) -> anyhow::Result<()> {
+    local_models::take_in(&mut place.settings, &place.data).await?;
     let Some(adopted) = stop.run_until_cancelled(adopt::adopt(&mut place.settings)).await else { return Ok(()) };
     adopted?;
     let epoch = place.data.next_epoch(node.name)?;

@@ -1,14 +1,20 @@
 //! `tether up`: the whole network in one process, until Ctrl-C.
 
+use std::fmt;
+use std::path::{Path, PathBuf};
+
 use anyhow::Context as _;
 use tokio::signal;
 
 use super::{Context, Outcome, shipped, spinner};
+use crate::addresses;
 use crate::adopt;
+use crate::local_models;
 use crate::network::Network;
 use crate::output;
 
 pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
+    local_models::take_in(&mut context.settings, &context.data).await?;
     tokio::select! {
         adopted = adopt::adopt(&mut context.settings) => adopted?,
         asked = asked_to_stop() => return asked.map(|()| Outcome::Well),
@@ -29,7 +35,7 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
         // The network goes on trying; whoever watches should know.
         output::line(format!("not every model is ready: {error:#}"));
     }
-    greet(&context, &network);
+    output::line(greeting(&context, &network));
     let broken = tokio::select! {
         asked = asked_to_stop() => { asked?; None }
         error = network.broken() => Some(error),
@@ -42,22 +48,63 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     }
 }
 
-fn greet(context: &Context, network: &Network) {
-    let url = network.url();
-    let key =
-        if network.key_is_new { format!("{}  (made just now)", network.api_key) } else { network.api_key.clone() };
-    let file = context.data.api_key_file();
-    output::line(format!(
-        "\nTether is up: {} workers in region {}\n\n  OpenAI address  {url}/v1\n  API key         {key}\n  \
-         kept in         {}\n\nTry it:\n\n  curl {url}/v1/chat/completions \\\n    -H \"Authorization: Bearer $(cat {})\" \
-         \\\n    -H 'Content-Type: application/json' \\\n    -d '{{\"model\":\"tether-tiny\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is the capital of Japan?\"}}]}}'\
-         \n\nNext:\n\n  tether run tether-tiny \"What is 3 + 4?\"\n  tether nodes\n  tether token create --name laptop\n  \
-         tether doctor\n\nCtrl-C stops it.\n",
-        network.workers.len(),
-        context.settings.region,
-        file.display(),
-        file.display(),
-    ));
+fn greeting(context: &Context, network: &Network) -> String {
+    let greeting = Greeting {
+        workers: network.workers.len(),
+        region: context.settings.region.as_str(),
+        models: network.ready_models().iter().map(|key| key.model_id.to_string()).collect(),
+        urls: addresses::urls(network.address, network.tls),
+        certificate: context.settings.gateway.tls_cert.as_deref(),
+        key: if network.key_is_new { format!("{}  (made just now)", network.api_key) } else { network.api_key.clone() },
+        key_file: context.data.api_key_file(),
+        program: context.program(),
+    };
+    greeting.to_string()
+}
+
+/// What a person needs to know of a network that has just started.
+struct Greeting<'a> {
+    workers: usize,
+    region: &'a str,
+    /// The models that answer; the first stands in the examples.
+    models: Vec<String>,
+    /// Where the gateway can be reached: the first from this machine.
+    urls: Vec<String>,
+    certificate: Option<&'a Path>,
+    key: String,
+    key_file: PathBuf,
+    /// What a command line for this network begins with.
+    program: String,
+}
+
+impl fmt::Display for Greeting<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { workers, region, models, urls, program, .. } = self;
+        let served = if models.is_empty() { "no model yet".to_owned() } else { models.join(", ") };
+        let plural = if *workers == 1 { "" } else { "s" };
+        writeln!(out, "\nTether is up: {workers} worker{plural} in region {region}, serving {served}\n")?;
+        let url = urls.first().map_or("", String::as_str);
+        writeln!(out, "  OpenAI address  {url}/v1")?;
+        for url in urls.iter().skip(1) {
+            writeln!(out, "  from elsewhere  {url}/v1")?;
+        }
+        writeln!(out, "  API key         {}", self.key)?;
+        writeln!(out, "  kept in         {}", self.key_file.display())?;
+        if let Some(model) = models.first() {
+            let trust = self.certificate.map(|file| format!(" --cacert {}", file.display())).unwrap_or_default();
+            let body = format!(
+                r#"{{"model":"{model}","messages":[{{"role":"user","content":"What is the capital of Japan?"}}]}}"#
+            );
+            writeln!(out, "\nTry it:\n\n  curl{trust} {url}/v1/chat/completions \\")?;
+            writeln!(out, "    -H \"Authorization: Bearer $(cat {})\" \\", self.key_file.display())?;
+            writeln!(out, "    -H 'Content-Type: application/json' \\\n    -d '{body}'")?;
+            writeln!(out, "\nNext:\n\n  {program} run {model} \"What is 3 + 4?\"")?;
+        } else {
+            writeln!(out, "\nNo model is ready: {program} doctor says why.\n\nNext:\n")?;
+        }
+        writeln!(out, "  {program} nodes\n  {program} token create --name laptop\n  {program} doctor")?;
+        writeln!(out, "\nCtrl-C stops it.")
+    }
 }
 
 /// Waits for Ctrl-C or a request to end.
@@ -66,5 +113,46 @@ pub(super) async fn asked_to_stop() -> anyhow::Result<()> {
     tokio::select! {
         interrupted = signal::ctrl_c() => interrupted.context("no signals"),
         _ = terminate.recv() => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn greeting() -> Greeting<'static> {
+        Greeting {
+            workers: 1,
+            region: "local",
+            models: vec!["mine".into(), "tether-tiny".into()],
+            urls: vec!["http://127.0.0.1:7070".into()],
+            certificate: None,
+            key: "tth_live_x".into(),
+            key_file: "/d/api-key".into(),
+            program: "tether".into(),
+        }
+    }
+
+    #[test]
+    fn the_hints_name_what_is_served_where_it_is_and_whose_it_is() {
+        let told = greeting().to_string();
+        assert!(told.contains("serving mine, tether-tiny"), "{told}");
+        assert!(told.contains(r#""model":"mine""#) && told.contains("  tether run mine "), "{told}");
+        let elsewhere = Greeting {
+            urls: vec!["https://127.0.0.1:1".into(), "https://192.0.2.7:1".into()],
+            certificate: Some(Path::new("/c.pem")),
+            program: "tether --data-dir /d".into(),
+            ..greeting()
+        };
+        let told = elsewhere.to_string();
+        assert!(told.contains("from elsewhere  https://192.0.2.7:1/v1"), "{told}");
+        assert!(told.contains("curl --cacert /c.pem https://127.0.0.1:1/v1"), "{told}");
+        assert!(told.contains("  tether --data-dir /d nodes"), "{told}");
+    }
+
+    #[test]
+    fn a_network_without_a_model_gives_no_example_that_would_fail() {
+        let told = Greeting { models: vec![], ..greeting() }.to_string();
+        assert!(told.contains("tether doctor says why") && !told.contains("curl"), "{told}");
     }
 }

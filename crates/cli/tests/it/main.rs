@@ -7,6 +7,7 @@ mod memory_network;
 #[cfg(feature = "llama")]
 mod mesh;
 mod network;
+mod own_models;
 mod processes;
 mod program;
 #[cfg(feature = "llama")]

@@ -57,7 +57,12 @@ impl Home {
 
     /// Starts the network on a free port and waits until a model is ready.
     pub(crate) fn up(&self, settings: &[(&str, &str)]) -> Up {
-        let mut command = self.command(&["up", "--bind", "127.0.0.1:0"]);
+        self.up_with(&[], settings)
+    }
+
+    /// Starts the network with more arguments.
+    pub(crate) fn up_with(&self, more: &[&str], settings: &[(&str, &str)]) -> Up {
+        let mut command = self.command(&[&["up", "--bind", "127.0.0.1:0"], more].concat());
         command.envs(settings.iter().copied()).stdout(Stdio::null());
         let child = command.stderr(Stdio::null()).spawn().expect("the program starts");
         let mut up = Up { child, url: String::new(), key: String::new() };
@@ -77,8 +82,11 @@ impl Home {
     fn ready(&self, up: &Up) -> bool {
         let fleet = self.json(&["nodes", "--json"]);
         let workers = fleet["workers"].as_array().cloned().unwrap_or_default();
-        let ready = |worker: &Value| worker["report"]["modelCache"][0]["state"] == "ready";
-        !up.key.is_empty() && workers.len() == 2 && workers.iter().all(ready)
+        let ready = |worker: &Value| {
+            let models = worker["report"]["modelCache"].as_array();
+            models.is_some_and(|models| !models.is_empty() && models.iter().all(|model| model["state"] == "ready"))
+        };
+        !up.key.is_empty() && !workers.is_empty() && workers.iter().all(ready)
     }
 }
 

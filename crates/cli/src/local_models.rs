@@ -1,0 +1,331 @@
+//! Takes model files of this machine into the artifact store, so that workers can serve them.
+//!
+//! A file is read and copied once. `taken-in.json` in the data folder remembers which digest the bytes of a path had, for
+//! as long as its length and time of change stay the same. What is served is the copy, which every load verifies.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, Metadata};
+use std::path::{self, Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use anyhow::{Context as _, anyhow, bail, ensure};
+use artifact_store::ArtifactStore;
+use engine::gguf::{self, Header};
+use indicatif::{ProgressBar, ProgressStyle};
+use metadata_store::MetadataStore;
+use protocol::model::ModelEntry;
+use protocol::{Digest, ModelName, ModelVersion};
+use rpc::identity;
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+use worker::ServedModel;
+
+use crate::data_folder::DataFolder;
+use crate::model_names;
+use crate::settings::Settings;
+
+/// Files that are smaller than this are copied without a word.
+const QUIET_BYTES: u64 = 16 << 20;
+
+/// A file of a model, as it is named on the command line: `FILE` or `NAME=FILE`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct NamedFile {
+    name: Option<ModelName>,
+    path: PathBuf,
+}
+
+/// Returns a `FILE` or `NAME=FILE` with its path made absolute, so that it means the same wherever it is read again.
+pub fn absolute(text: &str) -> String {
+    let (name, file) = split(text);
+    let file = path::absolute(file).unwrap_or_else(|_| file.into());
+    match name {
+        Some(name) => format!("{name}={}", file.display()),
+        None => file.display().to_string(),
+    }
+}
+
+/// Adds the files that the settings name to the models of the workers, and takes every file into the store. Says which
+/// it copies.
+pub async fn take_in(settings: &mut Settings, data: &DataFolder) -> anyhow::Result<()> {
+    let taken = settings.worker.models.iter().map(|model| model.model_id.clone()).collect();
+    let added = served(&settings.models, taken)?;
+    settings.worker.models.extend(added);
+    if settings.worker.models.iter().all(|model| model.file.is_none()) {
+        return Ok(());
+    }
+    data.create()?;
+    let artifacts = ArtifactStore::in_folder(data.artifacts()).context("could not open the artifact store")?;
+    let index = data.path().join("taken-in.json");
+    for model in &mut settings.worker.models {
+        let Some(file) = model.file.clone() else { continue };
+        let (artifacts, index) = (artifacts.clone(), index.clone());
+        let digest = tokio::task::spawn_blocking(move || take(&artifacts, &index, &file)).await??;
+        let expected = *model.digest.get_or_insert(digest);
+        ensure!(
+            expected == digest,
+            "{} has the digest {digest}, and the settings say {expected}",
+            model.file.as_deref().unwrap_or(Path::new("")).display()
+        );
+    }
+    Ok(())
+}
+
+/// Gives each model of a file the version of the registry that has its bytes, or a new one: a version never changes its
+/// artifact, and the newest one is what clients get who name none.
+pub async fn settle_versions(models: &mut [ServedModel], store: &dyn MetadataStore) -> anyhow::Result<()> {
+    let listed = store.models().await?;
+    for model in models.iter_mut().filter(|model| model.file.is_some()) {
+        let version = version_of(&model.model_id, model.version, model.digest(), &listed);
+        if version != model.version {
+            info!(model = %model.model_id, %version, "served as a new version, since the file has changed");
+            model.version = version;
+        }
+    }
+    Ok(())
+}
+
+fn version_of(name: &ModelName, wanted: ModelVersion, digest: Digest, listed: &[ModelEntry]) -> ModelVersion {
+    let versions = || listed.iter().filter(|entry| entry.key.model_id == *name);
+    let Some(newest) = versions().max_by_key(|entry| entry.key.version) else { return wanted };
+    if newest.digest == digest || wanted > newest.key.version {
+        return if newest.digest == digest { newest.key.version } else { wanted };
+    }
+    ModelVersion { minor: newest.key.version.minor.saturating_add(1), ..newest.key.version }
+}
+
+fn split(text: &str) -> (Option<&str>, &str) {
+    // A path may hold an equals sign, and names hold no slash.
+    match text.split_once('=') {
+        Some((name, file)) if !name.contains(['/', '\\']) && !Path::new(text).exists() => (Some(name), file),
+        _ => (None, text),
+    }
+}
+
+/// Names the files. Two quantisations of one model are told apart by their whole file names.
+fn served(files: &[String], mut taken: BTreeSet<ModelName>) -> anyhow::Result<Vec<ServedModel>> {
+    let files = files.iter().map(|text| named(text)).collect::<anyhow::Result<Vec<_>>>()?;
+    let short = |file: &NamedFile| file.name.clone().or_else(|| model_names::of_file(&file.path));
+    let mut wanted: BTreeMap<ModelName, usize> = BTreeMap::new();
+    for name in files.iter().filter_map(short) {
+        *wanted.entry(name).or_default() += 1;
+    }
+    let mut models = vec![];
+    for file in &files {
+        let alone = |name: &ModelName| wanted.get(name) == Some(&1) && !taken.contains(name);
+        let whole = || model_names::of(&file.path.to_string_lossy());
+        let name = file.name.clone().or_else(|| short(file).filter(alone).or_else(whole)).with_context(|| {
+            format!("{0}: no name can be made of this file's; give it one, as NAME={0}", file.path.display())
+        })?;
+        if !taken.insert(name.clone()) {
+            bail!(
+                "{1}: another model is called {0} already; give this one a name, as NAME={1}",
+                name,
+                file.path.display()
+            );
+        }
+        models.push(ServedModel::of_file(name, file.path.clone()));
+    }
+    Ok(models)
+}
+
+fn named(text: &str) -> anyhow::Result<NamedFile> {
+    let (name, file) = split(text);
+    let name = name.map(str::parse).transpose().with_context(|| format!("{text} names no model"))?;
+    Ok(NamedFile { name, path: file.into() })
+}
+
+/// What is known of a file that was taken in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Known {
+    bytes: u64,
+    modified_nanos: u128,
+    digest: Digest,
+}
+
+/// Returns the digest of a model's file, and copies it into the store unless it is there. Blocks.
+fn take(artifacts: &ArtifactStore, index: &Path, file: &Path) -> anyhow::Result<Digest> {
+    let shown = file.display();
+    let opened = File::open(file).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => anyhow!("there is no file {shown}"),
+        _ => anyhow::Error::new(error).context(format!("could not open {shown}")),
+    })?;
+    let metadata = opened.metadata().with_context(|| format!("could not read {shown}"))?;
+    ensure!(metadata.is_file(), "{shown} is not a file; name a model in the GGUF format");
+    let path = path::absolute(file)?.display().to_string();
+    let mut known = read_index(index);
+    let stamp = (metadata.len(), modified_nanos(&metadata));
+    if let Some(known) = known.get(&path)
+        && (known.bytes, known.modified_nanos) == stamp
+        && artifacts.contains(&known.digest)
+    {
+        return Ok(known.digest);
+    }
+    check(&opened).with_context(|| format!("{shown} cannot be served"))?;
+    let bar = progress(metadata.len(), file);
+    let stored = artifacts.put(bar.wrap_read(opened), metadata.len());
+    bar.finish_and_clear();
+    let stored = stored.with_context(|| format!("could not take {shown} in"))?;
+    info!(file = %shown, digest = %stored.digest, bytes = stored.bytes, "the model's file is in the store");
+    known.insert(path, Known { bytes: stamp.0, modified_nanos: stamp.1, digest: stored.digest });
+    // Without it the file is only read once more at the next start.
+    if let Err(error) = write_index(index, &known) {
+        warn!(file = %index.display(), %error, "could not write down which files are in the store");
+    }
+    Ok(stored.digest)
+}
+
+/// Refuses what the engine could not load, before it is copied.
+fn check(file: &File) -> anyhow::Result<()> {
+    let header = Header::read(file)?;
+    let parts = header.unsigned("split.count").unwrap_or(1);
+    ensure!(
+        parts <= 1,
+        "it is one of {parts} parts; join them first, with `llama-gguf-split --merge FIRST-PART WHOLE`"
+    );
+    gguf::check_model(&header).map_err(|problem| anyhow!(problem))
+}
+
+fn progress(bytes: u64, file: &Path) -> ProgressBar {
+    if bytes < QUIET_BYTES {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes} of {total_bytes}, {eta} left");
+    let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let bar = ProgressBar::new(bytes).with_message(format!("copying {}", name.escape_debug()));
+    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+fn modified_nanos(metadata: &Metadata) -> u128 {
+    let since = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    since.unwrap_or_default().as_nanos()
+}
+
+/// Reads what was taken in. A file that is missing or damaged says nothing.
+fn read_index(index: &Path) -> BTreeMap<String, Known> {
+    fs::read(index).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+}
+
+fn write_index(index: &Path, known: &BTreeMap<String, Known>) -> std::io::Result<()> {
+    identity::replace_private(index, &serde_json::to_vec_pretty(known)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::UnixMillis;
+    use protocol::model::ModelKey;
+
+    use super::*;
+    use crate::tiny_model;
+
+    fn names(files: &[&str], taken: &[&str]) -> anyhow::Result<Vec<String>> {
+        let files: Vec<String> = files.iter().map(|file| (*file).to_owned()).collect();
+        let taken = taken.iter().map(|name| name.parse().expect("a name")).collect();
+        Ok(served(&files, taken)?.into_iter().map(|model| model.model_id.to_string()).collect())
+    }
+
+    #[test]
+    fn files_are_named_by_themselves_or_by_whoever_gives_them() {
+        let given = ["/m/A.Q4_0.gguf", "/m/B.Q4_0.gguf", "/m/B.Q8_0.gguf", "mine=/m/c.gguf"];
+        assert_eq!(names(&given, &[]).expect("named"), ["a", "b.q4-0", "b.q8-0", "mine"]);
+        assert_eq!(names(&["/m/tiny.Q4_0.gguf"], &["tiny"]).expect("named"), ["tiny.q4-0"]);
+        for (given, word) in [
+            (vec!["/m/a.gguf", "/n/a.gguf"], "NAME=/n/a.gguf"),
+            (vec!["/m/模型.gguf"], "NAME=/m/模型.gguf"),
+            (vec!["Mine=/m/a.gguf"], "lower-case"),
+        ] {
+            let error = format!("{:#}", names(&given, &[]).expect_err(word));
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_path_is_made_absolute_and_keeps_its_name() {
+        let here = std::env::current_dir().expect("a folder");
+        assert_eq!(absolute("a.gguf"), here.join("a.gguf").display().to_string());
+        assert_eq!(absolute("m=a.gguf"), format!("m={}", here.join("a.gguf").display()));
+        assert_eq!(absolute("/m/x=y.gguf"), "/m/x=y.gguf");
+    }
+
+    fn listed(version: &str, bytes: &[u8]) -> ModelEntry {
+        let key = ModelKey { model_id: "mine".parse().expect("name"), version: version.parse().expect("version") };
+        let (context_length, description, created_at) = (1, String::new(), UnixMillis(0));
+        ModelEntry { key, digest: Digest::of(bytes), bytes: 1, context_length, description, created_at }
+    }
+
+    #[test]
+    fn a_changed_file_is_a_new_version() {
+        let name = "mine".parse().expect("name");
+        let version = |wanted: &str, bytes: &[u8], listed: &[ModelEntry]| {
+            version_of(&name, wanted.parse().expect("version"), Digest::of(bytes), listed).to_string()
+        };
+        let both = [listed("1.0", b"first"), listed("1.1", b"second")];
+        assert_eq!(version("1.0", b"first", &[]), "1.0");
+        assert_eq!(version("1.0", b"first", &both[..1]), "1.0");
+        assert_eq!(version("1.0", b"second", &both[..1]), "1.1");
+        assert_eq!(version("1.0", b"second", &both), "1.1");
+        assert_eq!(version("1.0", b"first", &both), "1.2", "what clients get is what is served");
+        assert_eq!(version("2.0", b"third", &both), "2.0");
+    }
+
+    struct Folder {
+        folder: tempfile::TempDir,
+        artifacts: ArtifactStore,
+    }
+
+    impl Folder {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().expect("a folder");
+            let artifacts = ArtifactStore::in_folder(folder.path().join("artifacts")).expect("a store");
+            Self { folder, artifacts }
+        }
+
+        fn take(&self, file: &str) -> anyhow::Result<Digest> {
+            let folder = self.folder.path();
+            take(&self.artifacts, &folder.join("taken-in.json"), &folder.join(file))
+        }
+
+        fn write(&self, file: &str, bytes: &[u8]) {
+            fs::write(self.folder.path().join(file), bytes).expect("written");
+        }
+    }
+
+    #[test]
+    fn a_file_is_copied_once_and_again_when_it_has_changed() {
+        let folder = Folder::new();
+        folder.write("m.gguf", tiny_model::BYTES);
+        let digest = folder.take("m.gguf").expect("taken in");
+        assert_eq!(digest, tiny_model::digest());
+        assert!(folder.artifacts.contains(&digest));
+        // The index is believed for a file that has not changed, and for no other.
+        let index = folder.folder.path().join("taken-in.json");
+        let other = Digest::of(b"other");
+        folder.artifacts.put(&b"other"[..], 5).expect("stored");
+        let text = fs::read_to_string(&index).expect("an index").replace(&digest.to_string(), &other.to_string());
+        fs::write(&index, text).expect("written");
+        assert_eq!(folder.take("m.gguf").expect("known"), other);
+        folder.write("m.gguf", &[tiny_model::BYTES, b"longer"].concat());
+        assert_eq!(folder.take("m.gguf").expect("read again"), Digest::of(&[tiny_model::BYTES, b"longer"].concat()));
+        fs::write(&index, b"{").expect("written");
+        folder.take("m.gguf").expect("a damaged index costs a copy and nothing else");
+    }
+
+    #[test]
+    fn what_could_not_be_served_is_refused_before_it_is_copied() {
+        let folder = Folder::new();
+        folder.write("picture.gguf", b"\x89PNG\r\n\x1a\n");
+        folder.write("adapter.gguf", tiny_model::ADAPTER_BYTES);
+        folder.write("cut.gguf", &tiny_model::BYTES[..tiny_model::BYTES.len() / 2]);
+        for (file, word) in [
+            ("picture.gguf", "GGUF"),
+            ("adapter.gguf", "adapter"),
+            ("cut.gguf", "beyond the end"),
+            ("missing.gguf", "there is no file"),
+            (".", "not a file"),
+        ] {
+            let error = format!("{:#}", folder.take(file).expect_err(file));
+            assert!(error.contains(word), "{file}: {error}");
+        }
+        let stored = fs::read_dir(folder.folder.path().join("artifacts/sha256")).expect("a folder").count();
+        assert_eq!(stored, 0);
+    }
+}

@@ -1,0 +1,75 @@
+//! A person's own GGUF file, from the command line to the answer.
+
+#![cfg(feature = "llama")]
+
+use std::fs;
+
+use serde_json::Value;
+use tether_cli::tiny_model;
+
+use crate::program::{Home, wait_for};
+
+/// Makes a file of the tiny model whose digest is another one's.
+fn write_model(home: &Home, file: &str, tail: &[u8]) {
+    fs::write(home.path().join(file), [tiny_model::BYTES, tail].concat()).expect("written");
+}
+
+fn ids(home: &Home) -> Vec<String> {
+    let listed = home.json(&["model", "list", "--json"]);
+    let models = listed["data"].as_array().expect("a list");
+    models.iter().map(|model| model["id"].as_str().expect("a name").to_owned()).collect()
+}
+
+fn ask(home: &Home, model: &str) -> Value {
+    home.json(&["run", model, "What is the capital of Japan?", "--temperature", "0", "--json"])
+}
+
+#[test]
+fn a_file_is_served_under_its_own_name_and_again_after_it_has_changed() {
+    let home = Home::new();
+    write_model(&home, "Mine-1M.Q8_0.gguf", b"1");
+    let up = home.up_with(&["Mine-1M.Q8_0.gguf", "--workers", "1"], &[]);
+    assert!(ids(&home).contains(&"mine-1m".to_owned()), "{:?}", ids(&home));
+    let told = ask(&home, "mine-1m");
+    assert!(told["text"].as_str().expect("text").contains("Tokyo"), "{told}");
+    assert_eq!(up.end(), Some(0));
+
+    // The same name, other bytes: what clients get is what is served.
+    write_model(&home, "Mine-1M.Q8_0.gguf", b"22");
+    let up = home.up_with(&["Mine-1M.Q8_0.gguf", "other=Mine-1M.Q8_0.gguf", "--workers", "1"], &[]);
+    wait_for("both versions to be listed", || ids(&home).contains(&"mine-1m@1.0".to_owned()));
+    assert!(ask(&home, "mine-1m")["text"].as_str().expect("text").contains("Tokyo"));
+    assert!(ask(&home, "other")["text"].as_str().expect("text").contains("Tokyo"));
+    assert_eq!(up.end(), Some(0));
+}
+
+#[test]
+fn a_file_that_cannot_be_served_is_refused_at_once_and_by_name() {
+    let home = Home::new();
+    fs::write(home.path().join("picture.gguf"), b"\x89PNG").expect("written");
+    fs::write(home.path().join("adapter.gguf"), tiny_model::ADAPTER_BYTES).expect("written");
+    for (file, words) in [
+        ("missing.gguf", "there is no file"),
+        ("picture.gguf", "picture.gguf cannot be served"),
+        ("adapter.gguf", "not a model"),
+        ("Bad Name=picture.gguf", "lower-case"),
+    ] {
+        let output = home.run(&["up", "--bind", "127.0.0.1:0", file]);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{file}: {errors}");
+        assert!(errors.contains(words), "{file}: {errors}");
+    }
+}
+
+#[test]
+fn the_settings_take_a_file_without_digest_or_version() {
+    let home = Home::new();
+    write_model(&home, "m.gguf", b"3");
+    let settings = home.path().join("tether.toml");
+    let text = "workers = 1\n[[worker.models]]\nmodel_id = \"of-settings\"\nfile = \"m.gguf\"\n";
+    fs::write(&settings, text).expect("written");
+    let up = home.up_with(&["--config", "tether.toml"], &[]);
+    assert!(ids(&home).contains(&"of-settings".to_owned()), "{:?}", ids(&home));
+    assert!(ask(&home, "of-settings")["text"].as_str().expect("text").contains("Tokyo"));
+    assert_eq!(up.end(), Some(0));
+}
