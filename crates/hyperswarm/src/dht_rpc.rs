@@ -10,6 +10,7 @@ mod incoming_request;
 mod message;
 mod nat_sampler;
 mod node;
+mod own_address;
 mod query;
 mod rate_limit;
 mod routing_table;
@@ -33,6 +34,7 @@ pub use self::aging_map::AgingMap;
 pub use self::incoming_request::{IncomingRequest, ReplyOptions};
 pub use self::message::{INVALID_TOKEN, Id, Message, Request, Response, Token, UNKNOWN_COMMAND, node_id};
 pub use self::nat_sampler::{NatSampler, Reflexive};
+pub use self::own_address::reachable;
 pub use self::query::{Query, QueryStream};
 pub use self::routing_table::K;
 
@@ -114,9 +116,12 @@ impl Config {
 
     /// Returns the address that others see for sure, if the node knows it.
     fn known_public_address(&self, server: SocketAddrV4) -> Option<SocketAddrV4> {
-        // The first node of a network has nobody to ask, and goes by what it is bound to.
-        let is_first = self.bootstrap.is_empty() && !self.firewalled && !self.host.is_unspecified();
-        let bound = (is_first || self.host.is_loopback() && !self.firewalled).then_some(server);
+        // The first node of a network has nobody to ask and must answer at once: it goes by what it is bound to, and by
+        // the machine's own address where that is every address.
+        let own = reachable(server);
+        let is_sure = !self.host.is_unspecified() || self.ephemeral == Some(false);
+        let is_first = is_sure && self.bootstrap.iter().all(|node| *node == own);
+        let bound = (!self.firewalled && (is_first || self.host.is_loopback())).then_some(own);
         self.public_address.map(|public| SocketAddrV4::new(*public.ip(), server.port())).or(bound)
     }
 }

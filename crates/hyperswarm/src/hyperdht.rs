@@ -259,6 +259,11 @@ impl HyperDht {
         self.shared.rpc.server_socket().local_address()
     }
 
+    /// Returns where other machines reach this node, as far as its own machine can tell.
+    pub fn reachable_address(&self) -> SocketAddrV4 {
+        dht_rpc::reachable(self.local_address())
+    }
+
     /// Returns this node's address as others see it, where they can reach it.
     pub fn remote_address(&self) -> Option<SocketAddrV4> {
         self.shared.rpc.remote_address()

@@ -20,7 +20,7 @@ use super::routing_table::{Insertion, K, RoutingTable, TableNode};
 use super::timeouts::Timeouts;
 use super::tokens::Tokens;
 use super::walk::DownHint;
-use super::{Config, Reply, RequestError};
+use super::{Config, Reply, RequestError, reachable};
 use crate::compact_encoding::{Decoder, Encoder};
 use crate::udx::Socket;
 
@@ -246,6 +246,8 @@ impl Chance {
 impl State {
     pub(super) fn new(config: &Config, server: SocketAddrV4, now: Instant, refill: fn() -> [u8; 256]) -> Self {
         let mut chance = Chance { stock: [0; 256], left: 0, refill };
+        let own = reachable(server);
+        let is_another = |node: &SocketAddrV4| *node != server && *node != own;
         let stable_ticks = (config.stable_after.as_millis() / TICK.as_millis()).max(1) as u64;
         let mut state = Self {
             table: RoutingTable::new(chance.bytes()),
@@ -261,8 +263,8 @@ impl State {
             stopped: false,
             forced: config.ephemeral == Some(false),
             adaptive: config.ephemeral.is_none(),
-            bootstrap: config.bootstrap.iter().copied().filter(|node| *node != server).collect(),
-            known: config.known_nodes.iter().copied().filter(|node| *node != server).take(REMEMBERED_MAX).collect(),
+            bootstrap: config.bootstrap.iter().copied().filter(is_another).collect(),
+            known: config.known_nodes.iter().copied().filter(is_another).take(REMEMBERED_MAX).collect(),
             remembered: VecDeque::new(),
             inflight: HashMap::new(),
             deadlines: BTreeSet::new(),

@@ -269,6 +269,54 @@ async fn a_client_finds_a_server_through_the_table_and_connects_through_its_rela
 }
 
 #[tokio::test]
+async fn a_first_node_on_every_address_of_its_machine_is_found_and_keeps_records() {
+    let any = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
+    let first = HyperDht::bootstrapper(any).unwrap();
+    let _echo = echo(first.listen(keys(1), ServerOptions::default()).await.unwrap());
+    let port = first.local_address().port();
+    let outside = first.reachable_address();
+    for way in [outside, SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)] {
+        let config = Config { bind: any, bootstrap: vec![way], ..Config::default() };
+        let client = HyperDht::start(config).unwrap();
+        client.bootstrapped().await;
+        let connection = client.connect(&keys(2), keys(1).public_key(), ConnectOptions::default()).await.unwrap();
+        round_trip(&connection, b"hello").await;
+    }
+
+    // Members that know it by the address that it is told by announce themselves to it and find each other.
+    let member = || Config {
+        bind: any,
+        bootstrap: vec![outside],
+        ephemeral: false,
+        firewalled: Some(false),
+        ..Config::default()
+    };
+    let (one, other) = (HyperDht::start(member()).unwrap(), HyperDht::start(member()).unwrap());
+    let _server = echo(one.listen(keys(3), ServerOptions::default()).await.unwrap());
+    assert!(one.announce([7; 32], &keys(3), &[]).await.unwrap().contains(&outside));
+    let mut replies = other.lookup([7; 32]);
+    let mut found = Vec::new();
+    while let Some(reply) = replies.next().await {
+        found.extend(reply.peers.into_iter().map(|peer| (reply.from, peer.public_key)));
+    }
+    assert!(found.contains(&(outside, keys(3).public_key())), "{found:?}");
+    let connection = other.connect(&keys(4), keys(3).public_key(), ConnectOptions::default()).await.unwrap();
+    round_trip(&connection, b"hello").await;
+}
+
+#[tokio::test]
+async fn a_first_node_that_is_named_among_its_own_bootstrap_nodes_is_the_first_all_the_same() {
+    let any = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
+    let port = std::net::UdpSocket::bind(any).unwrap().local_addr().unwrap().port();
+    let bind = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port);
+    let itself = crate::dht_rpc::reachable(bind);
+    let config =
+        Config { bind, bootstrap: vec![itself], ephemeral: false, firewalled: Some(false), ..Config::default() };
+    let first = HyperDht::start(config).unwrap();
+    assert_eq!(first.rpc().id(), Some(crate::dht_rpc::node_id(itself)));
+}
+
+#[tokio::test]
 async fn a_client_goes_on_to_the_next_relay_when_one_is_gone_or_silent() {
     let (nodes, bootstrap) = network().await;
     let host = member(&bootstrap, Some(false)).await;

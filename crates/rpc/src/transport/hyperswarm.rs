@@ -128,6 +128,11 @@ impl BootstrapNode {
         self.0.local_address()
     }
 
+    /// Returns where other machines reach it, as far as this one can tell.
+    pub fn reachable_address(&self) -> SocketAddrV4 {
+        self.0.reachable_address()
+    }
+
     /// Takes it off the network.
     pub async fn stop(&self) {
         self.0.stop().await;
@@ -178,6 +183,11 @@ impl HyperswarmTransport {
     /// Returns the UDP address it listens on.
     pub fn local_address(&self) -> SocketAddrV4 {
         self.dht.local_address()
+    }
+
+    /// Returns where other machines reach it, as far as this one can tell.
+    pub fn reachable_address(&self) -> SocketAddrV4 {
+        self.dht.reachable_address()
     }
 
     /// Returns what this node knows of others.
