@@ -120,13 +120,8 @@ impl Enrolment {
 
     /// Writes the enrolment, in whole or not at all. Its owner alone may read it, as all that lies beside a key.
     pub fn save(&self, path: &Path) -> Result<(), EnrolmentError> {
-        let write = || {
-            if let Some(folder) = path.parent() {
-                fs::create_dir_all(folder)?;
-            }
-            identity::replace_private(path, &codec::encode(self))
-        };
-        write().map_err(|source| EnrolmentError::File { path: path.to_owned(), source })
+        identity::replace_private(path, &codec::encode(self))
+            .map_err(|source| EnrolmentError::File { path: path.to_owned(), source })
     }
 
     /// Makes the node's membership, which keeps `path` up to date.

@@ -5,6 +5,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use protocol::signature::NodeKey;
+use tempfile::NamedTempFile;
 
 /// Why a node has no key.
 #[derive(Debug, thiserror::Error)]
@@ -39,11 +40,11 @@ pub fn load_or_create(path: &Path) -> Result<NodeKey, IdentityError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let mut seed = [0; 32];
             getrandom::fill(&mut seed).map_err(|_| IdentityError::Random)?;
-            if let Some(folder) = path.parent() {
-                fs::create_dir_all(folder).map_err(failed)?;
+            match write_private(path, &seed) {
+                // Another process was first: its key is the node's.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => load_or_create(path),
+                written => written.map(|()| NodeKey::from_seed(&seed)).map_err(failed),
             }
-            write_private(path, &seed).map_err(failed)?;
-            Ok(NodeKey::from_seed(&seed))
         }
         Err(error) => Err(failed(error)),
     }
@@ -51,27 +52,38 @@ pub fn load_or_create(path: &Path) -> Result<NodeKey, IdentityError> {
 
 /// Writes a file that only its owner can read, in whole or not at all, over the one that is there.
 pub fn replace_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".new");
-    let beside = PathBuf::from(beside);
-    // Left by a process that was killed while it wrote.
-    match fs::remove_file(&beside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    write_private(&beside, bytes)?;
-    fs::rename(&beside, path)
+    written_beside(path, bytes)?.persist(path)?;
+    sync_folder(path)
 }
 
-/// Writes a new file that only its owner can read. Fails where the file exists.
+/// Writes a new file that only its owner can read, in whole or not at all. Fails where the file exists.
 pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut options = fs::OpenOptions::new();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let mut file = options.open(path)?;
+    written_beside(path, bytes)?.persist_noclobber(path)?;
+    sync_folder(path)
+}
+
+/// Writes the bytes to a file of a name that no other process takes, in the same folder, which is made where it is
+/// missing. The file has mode 0600, and goes away unless it is given its name.
+fn written_beside(path: &Path, bytes: &[u8]) -> io::Result<NamedTempFile> {
+    let folder = folder_of(path);
+    fs::create_dir_all(folder)?;
+    let mut file = tempfile::Builder::new().prefix(".").suffix(".new").tempfile_in(folder)?;
     file.write_all(bytes)?;
-    file.sync_all()
+    file.as_file().sync_all()?;
+    Ok(file)
+}
+
+/// Has the file's name outlive a power cut, as its bytes do.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    fs::File::open(folder_of(path))?.sync_all()?;
+    #[cfg(not(unix))]
+    let _ = path;
+    Ok(())
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]
@@ -89,6 +101,33 @@ mod tests {
             use std::os::unix::fs::PermissionsExt as _;
             assert_eq!(fs::metadata(&path).expect("exists").permissions().mode() & 0o777, 0o600);
         }
+    }
+
+    #[test]
+    fn many_who_write_one_file_at_once_all_succeed_and_leave_nothing_else() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("core/pool.json");
+        let texts: Vec<String> = (0..8).map(|writer| format!("{writer}").repeat(1000)).collect();
+        std::thread::scope(|scope| {
+            for text in &texts {
+                scope.spawn(|| (0..50).for_each(|_| replace_private(&path, text.as_bytes()).expect("written")));
+            }
+        });
+        let last = fs::read_to_string(&path).expect("there");
+        assert!(texts.contains(&last), "one of them, whole: {last}");
+        assert_eq!(fs::read_dir(folder.path().join("core")).expect("a folder").count(), 1);
+    }
+
+    #[test]
+    fn many_who_make_one_key_at_once_have_the_same() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("nodes/gateway.key");
+        let keys: Vec<_> = std::thread::scope(|scope| {
+            let make = || scope.spawn(|| load_or_create(&path).expect("a key").public_key());
+            let threads: Vec<_> = (0..8).map(|_| make()).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        });
+        assert!(keys.iter().all(|key| *key == keys[0]));
     }
 
     #[test]
