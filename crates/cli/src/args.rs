@@ -67,6 +67,8 @@ pub enum Command {
     Gateway(GatewayArgs),
     /// Run jobs
     Worker(WorkerArgs),
+    /// Start again every service that was started or joined in this data folder, with the flags it had
+    Start(StartArgs),
     /// Make an invite: the one line with which another machine joins
     Invite(InviteArgs),
     /// Join a network by an invite, and do what it invites to
@@ -169,6 +171,14 @@ pub struct NodeArgs {
     /// UDP address to listen on; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub listen: Option<String>,
+    /// Ends when the process that started it does
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
+}
+
+/// How to start again.
+#[derive(Debug, Clone, Default, Args)]
+pub struct StartArgs {
     /// Ends when the process that started it does
     #[arg(long, hide = true)]
     pub with_parent: bool,

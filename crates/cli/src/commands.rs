@@ -11,6 +11,7 @@ use crate::args::{
     AdapterCommand, Cli, Command, Common, ConfigCommand, ModelCommand, TokenCommand, UpArgs, WorkerArgs,
 };
 use crate::data_folder::DataFolder;
+use crate::kept_flags::KeptFlags;
 use crate::local_models;
 use crate::network::Supplies;
 use crate::output;
@@ -26,6 +27,7 @@ mod model;
 mod nodes;
 mod run;
 mod serve;
+mod start;
 mod token;
 mod up;
 
@@ -49,6 +51,8 @@ pub struct Context {
     pub settings: Settings,
     /// Where this machine keeps what it keeps.
     pub data: DataFolder,
+    /// The flags that the node of this command is started with, where it runs one.
+    pub kept: Option<KeptFlags>,
     /// The environment, as far as it matters.
     pub env: Env,
     /// Whether to print JSON.
@@ -70,6 +74,11 @@ impl Context {
         } else {
             format!("tether --data-dir '{}'", shown.replace('\'', "'\\''"))
         }
+    }
+
+    /// Has the node start the same way next time. Called once it has started.
+    fn keep_flags(&self) -> anyhow::Result<()> {
+        self.kept.as_ref().map_or(Ok(()), KeptFlags::write)
     }
 }
 
@@ -109,10 +118,16 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
     }
     let env = Env::of_process();
     let flags = flags(&cli.command);
-    let settings = settings::load(&cli.common, &env, &flags)?;
+    let mut settings = settings::load(&cli.common, &env, &flags)?;
+    let data = DataFolder::of(&settings, &env)?;
+    let mut kept = role(&cli.command).map(|role| KeptFlags::read(&data, role)).transpose()?;
+    if let Some(kept) = &mut kept {
+        kept.replace(&flags)?;
+        settings = settings::load_with(&cli.common, &env, Some(kept), &flags)?;
+    }
     let quiet = !runs_a_service(&cli.command);
     start_logs(&settings, quiet && !env_sets_filter(&env))?;
-    let context = Context { data: DataFolder::of(&settings, &env)?, settings, env, json: cli.common.json };
+    let context = Context { data, settings, kept, env, json: cli.common.json };
     let runtime = async_runtime(context.settings.threads).context("no async runtime")?;
     runtime.block_on(command(cli.command, &cli.common, context))
 }
@@ -125,6 +140,7 @@ async fn command(command: Command, common: &Common, context: Context) -> anyhow:
         Command::Orchestrator(args) => serve::enrolled(context, NodeRole::Orchestrator, &args.node).await,
         Command::Gateway(args) => serve::enrolled(context, NodeRole::Gateway, &args.node).await,
         Command::Worker(args) => serve::enrolled(context, NodeRole::Worker, &args.node).await,
+        Command::Start(args) => start::run(&context, common, &args).await,
         Command::Invite(args) => admission::invite(context, args).await,
         Command::Join(args) => admission::join(context, args).await,
         Command::Revoke(args) => admission::revoke(context, args).await,
@@ -190,6 +206,20 @@ fn flags(command: &Command) -> Vec<Flag> {
     flags.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
 }
 
+/// Returns the role of the node that a command runs.
+fn role(command: &Command) -> Option<&'static str> {
+    match command {
+        Command::Bootstrap(_) => Some("bootstrap"),
+        Command::Registry(_) => Some("registry"),
+        Command::Orchestrator(_) => Some("orchestrator"),
+        Command::Gateway(_) => Some("gateway"),
+        Command::Worker(_) => Some("worker"),
+        // What is wrong with an invite is said when it is redeemed.
+        Command::Join(args) => admission::role_of(&args.invite).ok().and_then(|role| serve::name(role).ok()),
+        _ => None,
+    }
+}
+
 /// Says whether a command runs until it is stopped, and logs what happens.
 fn runs_a_service(command: &Command) -> bool {
     matches!(
@@ -201,6 +231,7 @@ fn runs_a_service(command: &Command) -> bool {
             | Command::Gateway(_)
             | Command::Worker(_)
             | Command::Join(_)
+            | Command::Start(_)
     )
 }
 

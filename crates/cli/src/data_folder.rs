@@ -94,9 +94,13 @@ impl DataFolder {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let mut pepper = [0; 32];
                 getrandom::fill(&mut pepper).context("could not draw random bytes")?;
-                identity::write_private(&path, &pepper)
-                    .with_context(|| format!("could not write {}", path.display()))?;
-                Ok(Pepper(pepper))
+                match identity::write_private(&path, &pepper) {
+                    // Another process was first: its pepper is the folder's.
+                    Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => self.pepper(),
+                    written => {
+                        written.map(|()| Pepper(pepper)).with_context(|| format!("could not write {}", path.display()))
+                    }
+                }
             }
             Err(error) => Err(error).with_context(|| format!("could not read {}", path.display())),
         }
@@ -142,6 +146,24 @@ impl DataFolder {
         self.path.join("nodes").join(format!("{node}.enrolment"))
     }
 
+    /// Returns the file of the flags that a node was started with.
+    pub fn kept_flags(&self, node: &str) -> PathBuf {
+        self.path.join("nodes").join(format!("{node}.toml"))
+    }
+
+    /// Returns the roles whose nodes were started or enrolled here, in the order in which they start.
+    pub fn roles(&self) -> anyhow::Result<Vec<&'static str>> {
+        let founded = self.pool()?.is_some_and(|pool| {
+            // Every member's folder names the registry; this one has its key.
+            let path = self.path.join("nodes").join("registry.key");
+            path.exists() && self.node_key("registry").is_ok_and(|key| key.public_key() == pool.registry)
+        });
+        let is_here = |role: &&str| {
+            self.kept_flags(role).exists() || self.enrolment(role).exists() || *role == "registry" && founded
+        };
+        Ok(["bootstrap", "registry", "orchestrator", "gateway", "worker"].into_iter().filter(is_here).collect())
+    }
+
     /// Returns the file of the peers that a node knows.
     pub fn known_peers(&self, node: &str) -> PathBuf {
         self.path.join("nodes").join(format!("{node}.peers"))
@@ -176,7 +198,8 @@ impl DataFolder {
     pub fn write_address(&self, address: SocketAddr, tls: bool) -> anyhow::Result<()> {
         let url = addresses::urls(address, tls).swap_remove(0);
         let path = self.path.join("address");
-        fs::write(&path, format!("{url}\n")).with_context(|| format!("could not write {}", path.display()))
+        identity::replace_private(&path, format!("{url}\n").as_bytes())
+            .with_context(|| format!("could not write {}", path.display()))
     }
 
     /// Forgets where the network listened: it does no more, and somebody else may.
@@ -217,6 +240,24 @@ mod tests {
         data.lock(&["registry"]).expect("another role");
         drop(lock);
         data.lock(&["gateway"]).expect("free again");
+    }
+
+    #[test]
+    fn the_roles_of_a_folder_are_those_that_were_started_or_enrolled_in_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let data = DataFolder::at(folder.path());
+        assert!(data.roles().expect("none").is_empty());
+        let other = NodeKey::from_seed(&[9; 32]).public_key();
+        data.write_pool(&Pool { registry: other, bootstrap: vec![] }).expect("written");
+        data.node_key("gateway").expect("a key is no role");
+        data.node_key("registry").expect("nor is one of a registry that founded nothing");
+        assert!(data.roles().expect("none").is_empty());
+        fs::write(data.kept_flags("worker"), "").expect("written");
+        fs::write(data.enrolment("gateway"), "").expect("written");
+        assert_eq!(data.roles().expect("two"), ["gateway", "worker"]);
+        let registry = data.node_key("registry").expect("a key").public_key();
+        data.write_pool(&Pool { registry, bootstrap: vec![] }).expect("written");
+        assert_eq!(data.roles().expect("three"), ["registry", "gateway", "worker"]);
     }
 
     #[test]

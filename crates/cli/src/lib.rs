@@ -8,6 +8,7 @@ pub mod commands;
 pub mod data_folder;
 pub mod local_models;
 pub mod model_names;
+pub mod kept_flags;
 pub mod network;
 pub mod node;
 pub mod operator;

@@ -1,6 +1,7 @@
 //! One node of a network of processes: its key and its end of the network.
 
-use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,16 +51,14 @@ impl Node {
         bootstrap: &[String],
     ) -> anyhow::Result<Self> {
         let key = data.node_key(name)?;
-        let listen = settings.network.listen;
         let options = Options {
-            listen,
+            listen: settings.network.listen,
             bootstrap: settings.network.and(bootstrap).bootstrap_addresses().await?,
             known: KnownPeers::read(&data.known_peers(name)),
             is_client: false,
         };
-        let network = HyperswarmTransport::start(options, &key)
-            .await
-            .with_context(|| format!("could not listen on UDP {listen}; choose another address with --listen"))?;
+        let start = async |listen| HyperswarmTransport::start(Options { listen, ..options.clone() }, &key).await;
+        let network = at_last_port(settings.network.listen, data.listen_address(name), start).await?;
         let address = network.local_address();
         let local = if address.ip().is_unspecified() { Ipv4Addr::LOCALHOST } else { *address.ip() };
         data.write_listen_address(name, SocketAddrV4::new(local, address.port()))?;
@@ -78,9 +77,7 @@ impl Node {
 
     /// Returns the UDP address under which other machines reach this one, as far as it can tell.
     pub fn address(&self) -> SocketAddrV4 {
-        let address = self.network.local_address();
-        let ip = if address.ip().is_unspecified() { own_ip() } else { *address.ip() };
-        SocketAddrV4::new(ip, address.port())
+        self.network.reachable_address()
     }
 
     /// Writes the known peers down now and then, so that the node finds them again without a bootstrap node.
@@ -117,6 +114,25 @@ impl Node {
     }
 }
 
+/// Starts a node. Where any port will do it takes the one that it had last, at which others know it.
+pub async fn at_last_port<T>(
+    listen: SocketAddrV4,
+    last: Option<SocketAddrV4>,
+    start: impl AsyncFn(SocketAddrV4) -> io::Result<T>,
+) -> anyhow::Result<T> {
+    if let (0, Some(last)) = (listen.port(), last) {
+        match start(SocketAddrV4::new(*listen.ip(), last.port())).await {
+            Ok(started) => return Ok(started),
+            Err(error) => {
+                warn!(%error, "UDP port {} of the last start cannot be had; others may have to search for this node", last.port());
+            }
+        }
+    }
+    start(listen)
+        .await
+        .with_context(|| format!("could not listen on UDP {listen}; choose another address with --listen"))
+}
+
 /// Reads how a node belongs to its pool, or says how to make it belong.
 pub fn enrolment(data: &DataFolder, name: &str) -> anyhow::Result<Enrolment> {
     match Enrolment::load(&data.enrolment(name))? {
@@ -125,18 +141,5 @@ pub fn enrolment(data: &DataFolder, name: &str) -> anyhow::Result<Enrolment> {
             "this {name} belongs to no network; run `tether invite --role {name}` on the registry's machine, and the \
              line that it prints here"
         ),
-    }
-}
-
-/// Returns the address of the interface that packets to other networks leave by. Nothing is sent to find out.
-fn own_ip() -> Ipv4Addr {
-    let documentation = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 1), 9);
-    let found = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| {
-        socket.connect(documentation)?;
-        socket.local_addr()
-    });
-    match found {
-        Ok(std::net::SocketAddr::V4(address)) if !address.ip().is_unspecified() => *address.ip(),
-        _ => Ipv4Addr::LOCALHOST,
     }
 }

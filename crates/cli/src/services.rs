@@ -1,11 +1,12 @@
 //! Makes each service of the parts that a node brings: on a memory network in one process, or on its own.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
-use gateway::{Gateway, GatewayParts, OpenGateway};
+use gateway::{Gateway, GatewayError, GatewayParts, OpenGateway};
 use metadata_store::{MetadataStore, SqliteStore, StoreOptions};
 use observability::Metrics;
 use orchestrator::{Orchestrator, OrchestratorParts};
@@ -111,9 +112,23 @@ impl Place {
             membership,
             version: VERSION.to_owned(),
         };
-        let open = Gateway::new(self.settings.gateway.clone(), parts).bind().await?;
+        let open = self.open_gateway(&parts).await?;
         self.data.write_address(open.address(), self.settings.gateway.tls_cert.is_some())?;
         Ok(open)
+    }
+
+    /// Opens the address. Where any port will do, the one that the gateway had last keeps its clients.
+    async fn open_gateway(&self, parts: &GatewayParts) -> Result<OpenGateway, GatewayError> {
+        let config = self.settings.gateway.clone();
+        let last = self.data.address().and_then(|url| url.rsplit_once(':')?.1.parse().ok());
+        if let (0, Some(port)) = (config.bind.port(), last) {
+            let bind = SocketAddr::new(config.bind.ip(), port);
+            match Gateway::new(gateway::Config { bind, ..config.clone() }, parts.clone()).bind().await {
+                Err(GatewayError::Bind { .. }) => {}
+                opened => return opened,
+            }
+        }
+        Gateway::new(config, parts.clone()).bind().await
     }
 }
 

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::args::Common;
+use crate::kept_flags::KeptFlags;
 use crate::tiny_model;
 
 mod example;
@@ -56,10 +57,26 @@ pub struct Settings {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct NetworkSettings {
-    /// UDP address that this node listens on; port 0 takes a free one.
+    /// UDP address that this node listens on, IPv4; port 0 takes a free one.
+    #[serde(deserialize_with = "udp_address")]
     pub listen: SocketAddrV4,
     /// Nodes to ask for others, as `host:port`. A node that joined by an invite knows those of its network.
     pub bootstrap: Vec<String>,
+}
+
+/// Reads a UDP address, and says what one looks like where it is none.
+fn udp_address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SocketAddrV4, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let malformed = |what: &str| {
+        serde::de::Error::custom(format!(
+            "{text:?} {what}; write ADDRESS:PORT with an IPv4 address, such as 0.0.0.0:49737"
+        ))
+    };
+    match text.parse() {
+        Ok(SocketAddr::V4(address)) => Ok(address),
+        Ok(SocketAddr::V6(_)) => Err(malformed("is an IPv6 address, and nodes speak IPv4 with each other")),
+        Err(_) => Err(malformed("is not a UDP address")),
+    }
 }
 
 /// Returns the address with a port that is surely free.
@@ -210,6 +227,11 @@ pub type Flag = (&'static str, config::Value);
 
 /// Reads all settings. `flags` are pairs such as `("gateway.bind", "127.0.0.1:0")`.
 pub fn load(common: &Common, env: &Env, flags: &[Flag]) -> anyhow::Result<Settings> {
+    load_with(common, env, None, flags)
+}
+
+/// Reads all settings of a node that keeps the flags of earlier starts, which count like flags.
+pub fn load_with(common: &Common, env: &Env, kept: Option<&KeptFlags>, flags: &[Flag]) -> anyhow::Result<Settings> {
     let defaults = config::Config::try_from(&Settings::default()).context("the defaults do not read")?;
     let mut builder = config::Config::builder().add_source(defaults);
     let file = match &common.config {
@@ -231,6 +253,9 @@ pub fn load(common: &Common, env: &Env, flags: &[Flag]) -> anyhow::Result<Settin
         .try_parsing(true)
         .source(Some(env.settings()));
     builder = builder.add_source(environment);
+    if let Some(kept) = kept {
+        builder = builder.add_source(File::from_str(&kept.to_toml(), FileFormat::Toml));
+    }
     if let Some(folder) = &common.data_dir {
         builder = builder.set_override("data_dir", folder.display().to_string())?;
     }
@@ -327,6 +352,10 @@ mod tests {
             ("[worker]\nslots = 0", "slots"),
             ("workers = 1\nworkers = 2", "workers"),
             ("[gateway", "line"),
+            ("[network]\nlisten = \"[::]:49737\"", "0.0.0.0:49737"),
+            ("[network]\nlisten = \"[::]:49737\"", "IPv6"),
+            ("[network]\nlisten = \"49737\"", "ADDRESS:PORT"),
+            ("[network]\nlisten = \"nas.local:49737\"", "IPv4"),
         ] {
             let (_folder, common) = file(text);
             let error = format!("{:#}", load(&common, &Env::default(), &[]).expect_err(text));

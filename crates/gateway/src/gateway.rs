@@ -43,6 +43,7 @@ const CATALOG_YOUNG: Duration = Duration::from_secs(1);
 const FULL_WAIT: Duration = Duration::from_secs(1);
 
 /// What a gateway is made of besides its configuration.
+#[derive(Clone)]
 pub struct GatewayParts {
     /// This node's end of the network.
     pub transport: Arc<dyn Transport>,

@@ -47,11 +47,18 @@ pub(super) async fn invite(context: Context, args: InviteArgs) -> anyhow::Result
     Ok(Outcome::Well)
 }
 
+/// Returns the role that an invite is for.
+pub(super) fn role_of(invite: &str) -> anyhow::Result<NodeRole> {
+    let invite: Invite = invite.trim().parse().context("this is no invite")?;
+    let [role] = invite.roles[..] else { bail!("the invite is for {} roles, and a node has one", invite.roles.len()) };
+    Ok(role)
+}
+
 /// Redeems an invite, and does what it invites to.
 pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Outcome> {
     follow_parent(&args.node)?;
     let invite: Invite = args.invite.trim().parse().context("this is no invite")?;
-    let [role] = invite.roles[..] else { bail!("the invite is for {} roles, and a node has one", invite.roles.len()) };
+    let role = role_of(&args.invite)?;
     let name = name(role)?;
     context.data.create()?;
     let _lock = context.data.lock(&[name])?;
@@ -73,6 +80,7 @@ pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Out
     drop(client);
     enrolment.save(&path)?;
     context.data.write_pool(&Pool { registry: enrolment.registry, bootstrap: enrolment.bootstrap.clone() })?;
+    context.keep_flags()?;
     output::line(format!("joined the network {} as {name}", enrolment.pool.short()));
     if args.only_enrol {
         node.stop().await;

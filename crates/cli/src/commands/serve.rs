@@ -18,7 +18,7 @@ use super::{Context, Outcome, process_runtime};
 use crate::adopt;
 use crate::args::NodeArgs;
 use crate::local_models;
-use crate::node::{Node, Pool, enrolment};
+use crate::node::{Node, Pool, at_last_port, enrolment};
 use crate::output;
 use crate::services::{Place, first_key, open_store};
 use crate::tiny_model;
@@ -32,13 +32,14 @@ pub(super) async fn bootstrap(context: Context, args: &NodeArgs) -> anyhow::Resu
     context.data.create()?;
     let _lock = context.data.lock(&["bootstrap"])?;
     let network = &context.settings.network;
-    let node = BootstrapNode::start(network.listen, network.bootstrap_addresses().await?)
-        .with_context(|| format!("could not listen on UDP {}; choose another address with --listen", network.listen))?;
+    let bootstrap = network.bootstrap_addresses().await?;
+    let start = async |listen| BootstrapNode::start(listen, bootstrap.clone());
+    let node = at_last_port(network.listen, context.data.listen_address("bootstrap"), start).await?;
     context.data.write_listen_address("bootstrap", node.local_address())?;
+    context.keep_flags()?;
     output::line(format!(
-        "bootstrap node on UDP {0}; nodes find each other with --bootstrap HOST:{1}",
-        node.local_address(),
-        node.local_address().port()
+        "bootstrap node on UDP {0}; nodes find each other with --bootstrap {0}",
+        node.reachable_address()
     ));
     asked_to_stop().await?;
     node.stop().await;
@@ -65,6 +66,7 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
         bootstrap.push(node.address().to_string());
     }
     data.write_pool(&Pool { registry: node.public_key(), bootstrap: bootstrap.clone() })?;
+    context.keep_flags()?;
     let mut parts =
         AdmissionParts::new(data.root_key()?, store.clone(), clock.clone(), data.pepper()?, node.public_key());
     parts.bootstrap.clone_from(&bootstrap);
@@ -91,6 +93,7 @@ pub(super) async fn enrolled(context: Context, role: NodeRole, args: &NodeArgs) 
     let _lock = context.data.lock(&[name])?;
     let Enrolment { bootstrap, .. } = enrolment(&context.data, name)?;
     let node = Node::start(&context.settings, &context.data, name, &bootstrap).await?;
+    context.keep_flags()?;
     Box::pin(run_role(&context, role, &node)).await
 }
 
@@ -187,10 +190,16 @@ pub(super) fn name(role: NodeRole) -> anyhow::Result<&'static str> {
 
 /// Has this process end with the one that started it, where that was asked for.
 pub(super) fn follow_parent(args: &NodeArgs) -> anyhow::Result<()> {
+    end_with_parent(args.with_parent)
+}
+
+pub(super) fn end_with_parent(is_wanted: bool) -> anyhow::Result<()> {
     #[cfg(target_os = "linux")]
-    if args.with_parent {
+    if is_wanted {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
             .context("could not be tied to the process that started it")?;
     }
+    #[cfg(not(target_os = "linux"))]
+    let _ = is_wanted;
     Ok(())
 }

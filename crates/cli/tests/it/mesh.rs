@@ -12,11 +12,10 @@ use protocol::{PublicKey, WorkerId};
 use rustix::process::Signal;
 use serde_json::json;
 use tether_cli::client::GatewayClient;
-use tether_cli::data_folder::DataFolder;
 use tether_cli::node::Pool;
 use tether_cli::processes::Processes;
 
-use crate::program::{Home, signal};
+use crate::program::{Home, children, signal};
 
 /// An address of this machine alone, with a port that is free.
 pub(crate) const LOOPBACK: &str = "127.0.0.1:0";
@@ -30,6 +29,8 @@ pub(crate) struct Mesh {
     home: Home,
     pub(crate) pool: Pool,
     pub(crate) gateway: GatewayClient,
+    /// Flags with which nodes join.
+    join_flags: Vec<String>,
     /// Questions that were asked.
     tries: AtomicU32,
 }
@@ -55,24 +56,35 @@ impl Mesh {
             bootstrap.push(processes.listening(name, "bootstrap").await.expect("it listens").to_string());
         }
         let known = bootstrap.join(",");
-        processes.start("registry", &["registry", "--listen", LOOPBACK, "--bootstrap", &known]).expect("started");
-        let pool = processes.wait_for("registry", PATIENCE, |data| data.pool().ok().flatten()).await.expect("a pool");
-        let key = processes.wait_for("registry", PATIENCE, |data| data.api_key().filter(|key| !key.is_empty()));
-        let key = key.await.expect("a key");
-        // Known once it listens.
-        let gateway = GatewayClient::new("http://127.0.0.1:9", Some(key.clone())).expect("a client");
-        let mut mesh = Self { processes, home, pool, gateway, tries: AtomicU32::new(0) };
+        let flags = ["--listen", LOOPBACK, "--bootstrap", &known];
+        let mut mesh = Self::found_in(home, processes, &flags).await;
+        mesh.join_flags = vec!["--listen".to_owned(), LOOPBACK.to_owned()];
         mesh.join("orchestrator", "orchestrator", &[]);
         mesh.join("gateway", "gateway", &["--bind", LOOPBACK]);
         for worker in workers {
             mesh.join(worker, "worker", &[]);
         }
-        let url = mesh.processes.wait_for("gateway", PATIENCE, DataFolder::address).await.expect("an address");
-        mesh.gateway = GatewayClient::new(url, Some(key)).expect("a client");
+        mesh.find_gateway().await;
         for worker in workers {
             mesh.until_ready(worker).await;
         }
         mesh
+    }
+
+    /// Starts a registry, of which everything else is to begin.
+    pub(crate) async fn found(flags: &[&str]) -> Self {
+        let home = Home::new();
+        let processes = Processes::of(env!("CARGO_BIN_EXE_tether"), home.path());
+        Self::found_in(home, processes, flags).await
+    }
+
+    async fn found_in(home: Home, mut processes: Processes, flags: &[&str]) -> Self {
+        processes.start("registry", &[&["registry"], flags].concat()).expect("started");
+        let pool = processes.wait_for("registry", PATIENCE, |data| data.pool().ok().flatten()).await.expect("a pool");
+        let key = processes.wait_for("registry", PATIENCE, |data| data.api_key().filter(|key| !key.is_empty()));
+        // Known once it listens.
+        let gateway = GatewayClient::new("http://127.0.0.1:9", Some(key.await.expect("a key"))).expect("a client");
+        Self { processes, home, pool, gateway, join_flags: vec![], tries: AtomicU32::new(0) }
     }
 
     /// Makes an invite.
@@ -84,7 +96,8 @@ impl Mesh {
     /// Starts a node by an invite of its own.
     pub(crate) fn join(&mut self, name: &str, role: &str, more: &[&str]) {
         let invite = self.invite(role);
-        self.processes.start(name, &[&["join", &invite, "--listen", LOOPBACK], more].concat()).expect("started");
+        let flags: Vec<&str> = self.join_flags.iter().map(String::as_str).collect();
+        self.processes.start(name, &[&["join", &invite], flags.as_slice(), more].concat()).expect("started");
     }
 
     /// Runs a command on a node's folder to its end, however it ends.
@@ -196,9 +209,14 @@ impl Mesh {
 
     /// Takes the address of a gateway that was started again.
     pub(crate) async fn find_gateway(&mut self) {
+        self.find_gateway_in("gateway").await;
+    }
+
+    /// Takes the address of a gateway that runs in a folder of another name.
+    pub(crate) async fn find_gateway_in(&mut self, name: &str) {
         let key = self.processes.data("registry").api_key();
-        self.until_logged("gateway", "OpenAI address").await;
-        let url = self.processes.data("gateway").address().expect("an address");
+        self.until_logged(name, "OpenAI address").await;
+        let url = self.processes.data(name).address().expect("an address");
         self.gateway = GatewayClient::new(url, key).expect("a client");
     }
 
@@ -241,6 +259,16 @@ impl Drop for Mesh {
             }
         }
     }
+}
+
+/// Pulls the plug of a process and of those it has started.
+pub(crate) fn cut_power(pid: u32) {
+    // It must not see how its children end.
+    signal(pid, Signal::STOP);
+    for child in children(pid) {
+        cut_power(child);
+    }
+    signal(pid, Signal::KILL);
 }
 
 /// Waits until something is so.

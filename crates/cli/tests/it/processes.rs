@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::mesh::{LOOPBACK, Mesh, refusal, until};
+use crate::mesh::{LOOPBACK, Mesh, cut_power, refusal, until};
+use crate::program::children;
 use crate::stranger::Stranger;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -178,6 +179,76 @@ fn diagnosis(mesh: &Mesh, name: &str) -> String {
     let output = mesh.run(name, &["doctor", "--url", "http://127.0.0.1:9"]);
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("text")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_on_every_address_of_its_machine_begins_a_network() {
+    let port = std::net::UdpSocket::bind("0.0.0.0:0").and_then(|socket| socket.local_addr()).expect("a port").port();
+    let mut mesh = Mesh::found(&["--listen", &format!("0.0.0.0:{port}")]).await;
+    let [address] = &mesh.pool.bootstrap[..] else { panic!("one address: {:?}", mesh.pool) };
+    assert!(address.ends_with(&format!(":{port}")) && !address.starts_with("0."), "{address}");
+    mesh.join("orchestrator", "orchestrator", &[]);
+    mesh.join("gateway", "gateway", &["--bind", LOOPBACK]);
+    mesh.join("worker-1", "worker", &[]);
+    mesh.find_gateway().await;
+    mesh.until_ready("worker-1").await;
+    mesh.ask().await;
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_power_cut_the_network_comes_back_as_it_was() {
+    let mut mesh = Mesh::found(&["--region", "garage"]).await;
+    // One machine has three roles, which join at once, as a script would have them do.
+    let invites = [("orchestrator", mesh.invite("orchestrator")), ("gateway", mesh.invite("gateway"))];
+    std::thread::scope(|scope| {
+        for (role, invite) in &invites {
+            let more: &[&str] = if *role == "gateway" { &["--bind", LOOPBACK] } else { &[] };
+            let mesh = &mesh;
+            scope.spawn(move || {
+                let enrol = ["join", invite, "--only-enrol", "--region", "garage"];
+                let joined = mesh.run("registry", &[&enrol, more].concat());
+                assert!(joined.status.success(), "{role}: {}", String::from_utf8_lossy(&joined.stderr));
+            });
+        }
+    });
+    mesh.join("worker-1", "worker", &["--region", "garage"]);
+    mesh.processes.end("registry").await.expect("a clean end");
+    mesh.processes.start("registry", &["start"]).expect("started");
+    mesh.find_gateway_in("registry").await;
+    mesh.until_ready("worker-1").await;
+    mesh.ask().await;
+    let (url, pool) = (mesh.gateway.url().to_owned(), mesh.pool.clone());
+
+    for _ in 0..2 {
+        for name in ["registry", "worker-1"] {
+            cut_power(mesh.processes.pid(name).expect("it runs"));
+            mesh.processes.kill(name).expect("gone");
+        }
+        let began = Instant::now();
+        for name in ["registry", "worker-1"] {
+            mesh.processes.start(name, &["start"]).expect("started");
+        }
+        mesh.find_gateway_in("registry").await;
+        while let Err(error) = mesh.try_ask().await {
+            assert!(began.elapsed() < 60 * SECOND, "{error:#}\n{}", mesh.log("registry"));
+            tokio::time::sleep(SECOND / 20).await;
+        }
+        note("an answer after everything was killed and started", began.elapsed());
+        assert!(began.elapsed() < 10 * SECOND, "{:?}", began.elapsed());
+        assert_eq!(mesh.gateway.url(), url, "clients find the gateway where it was");
+        let kept = mesh.processes.data("registry").pool().expect("a pool");
+        assert_eq!(kept.as_ref(), Some(&pool), "nodes find the registry where it was");
+    }
+    // A service that ends by itself is started again.
+    let starter = mesh.processes.pid("worker-1").expect("it runs");
+    let [worker] = children(starter)[..] else { panic!("one service") };
+    let before = mesh.epoch("worker-1");
+    cut_power(worker);
+    until("the worker to be started again", || mesh.epoch("worker-1") > before).await;
+    mesh.until_ready("worker-1").await;
+    mesh.ask().await;
+    mesh.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

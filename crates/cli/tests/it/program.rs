@@ -100,17 +100,7 @@ impl Up {
 
     /// The processes it started.
     pub(crate) fn children(&self) -> Vec<u32> {
-        let id = self.child.id();
-        let text = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
-        let mut pids: Vec<u32> = text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
-        // Children belong to the thread that made them.
-        for task in std::fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten() {
-            let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            pids.extend(text.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
-        }
-        pids.sort_unstable();
-        pids.dedup();
-        pids
+        children(self.child.id())
     }
 
     pub(crate) fn kill(&mut self) {
@@ -124,6 +114,19 @@ impl Drop for Up {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Returns the processes that a process has started and that still run.
+pub(crate) fn children(id: u32) -> Vec<u32> {
+    let mut pids: Vec<u32> = vec![];
+    // Children belong to the thread that made them.
+    for task in std::fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten() {
+        let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        pids.extend(text.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+    }
+    pids.sort_unstable();
+    pids.dedup();
+    pids
 }
 
 pub(crate) fn signal(pid: u32, signal: Signal) {

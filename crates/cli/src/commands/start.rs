@@ -1,0 +1,130 @@
+//! `tether start`: runs every service that was started or joined in a data folder, each as a process of its own, and
+//! starts one that ends by itself again.
+
+use std::ffi::OsString;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::process::{Child, Command};
+use tokio::task::JoinSet;
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::serve::end_with_parent;
+use super::up::asked_to_stop;
+use super::{Context, Outcome};
+use crate::args::{Common, StartArgs};
+use crate::output;
+
+/// How long a service may take to end: longer than any of them lets its work go on.
+const PATIENCE: Duration = Duration::from_mins(1);
+/// The waits before a service that ended by itself is started again.
+const WAIT_FIRST: Duration = Duration::from_secs(1);
+const WAIT_MAX: Duration = Duration::from_secs(30);
+/// A service that ran for so long was well, whatever ended it.
+const WELL_AFTER: Duration = Duration::from_mins(1);
+
+pub(super) async fn run(context: &Context, common: &Common, args: &StartArgs) -> anyhow::Result<Outcome> {
+    end_with_parent(args.with_parent)?;
+    let roles = context.data.roles()?;
+    if roles.is_empty() {
+        bail!(
+            "{} has no service to start: `tether up` runs a whole network, `tether registry` founds one of several \
+             machines, and `tether join` joins one",
+            context.data.path().display()
+        );
+    }
+    let program = std::env::current_exe().context("the program does not know where it lies")?;
+    let mut services = vec![];
+    for role in roles {
+        let service = Service { role, program: program.clone(), arguments: arguments(context, common, role) };
+        let stop = CancellationToken::new();
+        let mut task = JoinSet::new();
+        let first = service.spawn()?;
+        task.spawn(service.supervise(first, stop.clone()));
+        services.push((role, stop, task));
+    }
+    output::line(format!("started {}", services.iter().map(|(role, ..)| *role).collect::<Vec<_>>().join(", ")));
+    asked_to_stop().await?;
+    output::line("stopping");
+    // Those that give work stop before those that take it.
+    let mut outcome = Ok(Outcome::Well);
+    for (role, stop, mut task) in services.into_iter().rev() {
+        stop.cancel();
+        if let Some(ended) = task.join_next().await
+            && let Err(error) = ended.context("a task broke down").flatten()
+        {
+            outcome = Err(error.context(format!("the {role} did not end well")));
+        }
+    }
+    outcome
+}
+
+fn arguments(context: &Context, common: &Common, role: &str) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = vec![role.into(), "--with-parent".into()];
+    arguments.extend(["--data-dir".into(), context.data.path().into()]);
+    if let Some(config) = &common.config {
+        arguments.extend(["--config".into(), config.into()]);
+    }
+    if let Some(format) = common.log_format {
+        arguments.extend(["--log-format".into(), format.as_str().into()]);
+    }
+    arguments
+}
+
+/// A service as a process.
+struct Service {
+    role: &'static str,
+    program: std::path::PathBuf,
+    arguments: Vec<OsString>,
+}
+
+impl Service {
+    fn spawn(&self) -> anyhow::Result<Child> {
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments).stdin(Stdio::null()).kill_on_drop(true);
+        command.spawn().with_context(|| format!("could not start {}", self.program.display()))
+    }
+
+    /// Keeps the service running until `stop`, and ends it then.
+    async fn supervise(self, mut child: Child, stop: CancellationToken) -> anyhow::Result<()> {
+        let mut wait = WAIT_FIRST;
+        loop {
+            let started = Instant::now();
+            let Some(ended) = stop.run_until_cancelled(child.wait()).await else { return end(&mut child).await };
+            let ended = ended.context("no word of a child")?;
+            if started.elapsed() >= WELL_AFTER {
+                wait = WAIT_FIRST;
+            }
+            warn!(role = self.role, status = %ended, "the service ended by itself; starting it again in {} s", wait.as_secs());
+            if stop.run_until_cancelled(time::sleep(wait)).await.is_none() {
+                return Ok(());
+            }
+            wait = (2 * wait).min(WAIT_MAX);
+            child = self.spawn()?;
+        }
+    }
+}
+
+/// Asks a service to end, and kills it when it does not.
+async fn end(child: &mut Child) -> anyhow::Result<()> {
+    let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
+    if let Some(pid) = pid {
+        // One that has ended meanwhile is waited for all the same.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+    match time::timeout(PATIENCE, child.wait()).await {
+        Ok(status) => well(status.context("no word of a child")?),
+        Err(_) => {
+            child.kill().await.context("could not kill a child")?;
+            bail!("it did not end within {} s and was killed", PATIENCE.as_secs())
+        }
+    }
+}
+
+fn well(status: ExitStatus) -> anyhow::Result<()> {
+    if status.success() { Ok(()) } else { bail!("it ended with {status}") }
+}
