@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use config::{Environment, File, FileFormat};
@@ -62,6 +63,9 @@ pub struct NetworkSettings {
     pub listen: SocketAddrV4,
     /// Nodes to ask for others, as `host:port`. A node that joined by an invite knows those of its network.
     pub bootstrap: Vec<String>,
+    /// How long gateways and orchestrators go on with the keys, models and rules they know while no registry answers, in
+    /// seconds; then they refuse everything until one does.
+    pub registry_absence_secs: u64,
 }
 
 /// Reads a UDP address, and says what one looks like where it is none.
@@ -115,7 +119,7 @@ impl Default for Settings {
 
 impl Default for NetworkSettings {
     fn default() -> Self {
-        Self { listen: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0), bootstrap: vec![] }
+        Self { listen: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0), bootstrap: vec![], registry_absence_secs: 600 }
     }
 }
 
@@ -274,6 +278,8 @@ pub fn load_with(common: &Common, env: &Env, kept: Option<&KeptFlags>, flags: &[
     check(&settings).with_context(|| format!("{origin} cannot be used"))?;
     settings.gateway.region = settings.region.clone();
     settings.worker.region = settings.region.clone();
+    let absence = Duration::from_secs(settings.network.registry_absence_secs);
+    (settings.gateway.registry_absence, settings.orchestrator.registry_absence) = (absence, absence);
     Ok(settings)
 }
 

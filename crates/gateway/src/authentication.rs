@@ -22,30 +22,52 @@ const SILENCE_BELIEVED: Duration = Duration::from_millis(200);
 /// Failed tries of one address or node with one key: nobody mistypes a key more often.
 const FAILURES: Quota = Quota { burst: 10, per_minute: 10 };
 
+/// How long a grant is believed after a registry did not confirm it, before that is asked again.
+const UNCONFIRMED_BELIEVED: Duration = Duration::from_secs(1);
+
 /// Checks tokens and remembers the outcome, by the SHA-256 of the token.
 pub(crate) struct Authentication {
     believed: Duration,
-    checks: Mutex<HashMap<Digest, Arc<OnceCell<Check>>>>,
+    /// How long a grant stands after a registry last confirmed it, while none answers.
+    absence_max: Duration,
+    checks: Mutex<HashMap<Digest, Entry>>,
     failures: RateLimit<(Option<Origin>, String)>,
+}
+
+/// A token's check, and what its registry said last.
+#[derive(Clone, Default)]
+struct Entry {
+    check: Arc<OnceCell<Check>>,
+    confirmed: Option<Confirmed>,
 }
 
 /// The outcome of a check, and how long it is believed.
 struct Check {
     outcome: Result<Arc<TokenGrant>, WireError>,
     until: Instant,
+    confirmed: Option<Confirmed>,
+}
+
+/// A grant, and when a registry said so.
+#[derive(Clone)]
+struct Confirmed {
+    grant: Arc<TokenGrant>,
+    at: Instant,
 }
 
 impl Authentication {
-    pub(crate) fn new(believed: Duration) -> Self {
-        Self { believed, checks: Mutex::default(), failures: RateLimit::new() }
+    pub(crate) fn new(believed: Duration, absence_max: Duration) -> Self {
+        Self { believed, absence_max, checks: Mutex::default(), failures: RateLimit::new() }
     }
 
-    /// Returns what a token allows. `ask` asks the registry; it is dropped unasked where the answer is known.
+    /// Returns what a token allows. `ask` asks the registry; it is dropped unasked where the answer is known, and where
+    /// the registry is known to be away and the answer was known not long ago.
     pub(crate) async fn check(
         &self,
         token: Option<&str>,
         origin: Option<Origin>,
         now: UnixMillis,
+        is_registry_away: bool,
         ask: impl Future<Output = Result<TokenGrant, WireError>>,
     ) -> Result<Arc<TokenGrant>, WireError> {
         let Some(token) = token else {
@@ -62,11 +84,18 @@ impl Authentication {
             }
         };
         let failure_key = (origin, parsed.key_id().to_owned());
-        let slot = self.slot(Digest::of(token.as_bytes()));
-        if !slot.initialized() && !self.failures.look(&failure_key, FAILURES).allowed {
+        let entry = self.entry(Digest::of(token.as_bytes()));
+        if !entry.check.initialized() && !self.failures.look(&failure_key, FAILURES).allowed {
             return Err(self.failed(failure_key, invalid()));
         }
-        let check = slot.get_or_init(|| async { self.judge(ask.await) }).await;
+        let known = || entry.confirmed.clone().filter(|confirmed| confirmed.at.elapsed() < self.absence_max);
+        let judged = async {
+            match known().filter(|_| is_registry_away) {
+                Some(known) => unconfirmed(known),
+                None => self.judge(ask.await, known()),
+            }
+        };
+        let check = entry.check.get_or_init(|| judged).await;
         match &check.outcome {
             Ok(grant) if grant.expires_at.is_some_and(|end| end <= now) => {
                 let expired = WireError::new(ErrorCode::InvalidApiKey, "the API key has expired");
@@ -78,33 +107,49 @@ impl Authentication {
         }
     }
 
-    /// Returns the place of a token's check: a finished one that is still believed, one under way, or an empty one.
-    fn slot(&self, token: Digest) -> Arc<OnceCell<Check>> {
+    /// Returns a token's entry, whose check is one that is still believed, one under way, or yet to be made.
+    fn entry(&self, token: Digest) -> Entry {
         let now = Instant::now();
-        let believed = |slot: &Arc<OnceCell<Check>>| slot.get().is_none_or(|check| check.until > now);
+        let is_believed = |entry: &Entry| entry.check.get().is_none_or(|check| check.until > now);
+        let may_stand = |entry: &Entry| {
+            let confirmed = entry.check.get().and_then(|check| check.confirmed.as_ref());
+            confirmed.is_some_and(|confirmed| now < confirmed.at + self.absence_max)
+        };
         let mut checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(slot) = checks.get(&token).filter(|slot| believed(slot)) {
-            return slot.clone();
+        let last = checks.get(&token);
+        if let Some(entry) = last.filter(|entry| is_believed(entry)) {
+            return entry.clone();
         }
+        let confirmed = last.and_then(|entry| entry.check.get()?.confirmed.clone());
         if checks.len() >= TOKENS_MAX {
-            checks.retain(|_, slot| slot.initialized() && believed(slot));
+            checks.retain(|_, entry| entry.check.initialized() && (is_believed(entry) || may_stand(entry)));
             // Asking again costs little, memory without bound costs more.
             if checks.len() >= TOKENS_MAX {
                 checks.clear();
             }
         }
-        let slot = Arc::default();
-        checks.insert(token, Arc::clone(&slot));
-        slot
+        let entry = Entry { check: Arc::default(), confirmed };
+        checks.insert(token, entry.clone());
+        entry
     }
 
-    fn judge(&self, answer: Result<TokenGrant, WireError>) -> Check {
-        let (outcome, believed) = match answer {
-            Ok(grant) => (Ok(Arc::new(grant)), self.believed),
-            Err(error) if error.code == ErrorCode::InvalidApiKey => (Err(error), REFUSAL_BELIEVED),
-            Err(error) => (Err(error), SILENCE_BELIEVED),
-        };
-        Check { outcome, until: Instant::now() + believed }
+    fn judge(&self, answer: Result<TokenGrant, WireError>, known: Option<Confirmed>) -> Check {
+        let now = Instant::now();
+        match answer {
+            Ok(grant) => {
+                let confirmed = Confirmed { grant: Arc::new(grant), at: now };
+                let outcome = Ok(confirmed.grant.clone());
+                Check { outcome, until: now + self.believed, confirmed: Some(confirmed) }
+            }
+            Err(error) if error.code == ErrorCode::InvalidApiKey => {
+                Check { outcome: Err(error), until: now + REFUSAL_BELIEVED, confirmed: None }
+            }
+            // Only silence lets the last answer stand; a registry that turns this gateway away has spoken.
+            Err(error) => match known.filter(|_| error.code == ErrorCode::Unavailable) {
+                Some(known) => unconfirmed(known),
+                None => Check { outcome: Err(error), until: now + SILENCE_BELIEVED, confirmed: None },
+            },
+        }
     }
 
     /// Counts a failure; one too many is told to wait instead.
@@ -116,6 +161,12 @@ impl Authentication {
         WireError::new(ErrorCode::RateLimitExceeded, "too many tries with a wrong API key, wait before the next")
             .with_retry_after(verdict.retry_after)
     }
+}
+
+/// Lets the last answer stand for a moment.
+fn unconfirmed(known: Confirmed) -> Check {
+    let (outcome, until) = (Ok(known.grant.clone()), Instant::now() + UNCONFIRMED_BELIEVED);
+    Check { outcome, until, confirmed: Some(known) }
 }
 
 fn invalid() -> WireError {
@@ -133,6 +184,7 @@ mod tests {
     use super::*;
 
     const NOW: UnixMillis = UnixMillis(1_000);
+    const ABSENCE_MAX: Duration = Duration::from_mins(10);
 
     fn token(seed: u8) -> String {
         ApiToken::generate(TokenKind::Live, &[seed; RANDOM_BYTES]).to_string()
@@ -156,16 +208,26 @@ mod tests {
 
     impl Fixture {
         fn new() -> Self {
-            Self { authentication: Authentication::new(Duration::from_secs(5)), calls: Cell::new(0) }
+            Self { authentication: Authentication::new(Duration::from_secs(5), ABSENCE_MAX), calls: Cell::new(0) }
         }
 
         async fn check(&self, token: &str, answer: Result<TokenGrant, WireError>) -> Result<(), ErrorCode> {
+            self.check_while(false, token, answer).await
+        }
+
+        async fn check_while(
+            &self,
+            is_registry_away: bool,
+            token: &str,
+            answer: Result<TokenGrant, WireError>,
+        ) -> Result<(), ErrorCode> {
             let ask = async {
                 self.calls.set(self.calls.get() + 1);
                 tokio::time::sleep(Duration::from_millis(10)).await;
                 answer
             };
-            self.authentication.check(Some(token), None, NOW, ask).await.map(drop).map_err(|error| error.code)
+            let checked = self.authentication.check(Some(token), None, NOW, is_registry_away, ask).await;
+            checked.map(drop).map_err(|error| error.code)
         }
     }
 
@@ -228,10 +290,62 @@ mod tests {
         assert_eq!(fixture.check("tth_live_x", Err(invalid())).await, Err(ErrorCode::InvalidApiKey));
     }
 
+    fn away() -> Result<TokenGrant, WireError> {
+        Err(WireError::new(ErrorCode::Unavailable, "away"))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_grant_stands_for_ten_minutes_while_no_registry_answers() {
+        let fixture = Fixture::new();
+        fixture.check(&token(1), Ok(grant(None))).await.expect("granted");
+        let granted = Instant::now();
+        while granted.elapsed() < ABSENCE_MAX {
+            assert_eq!(fixture.check(&token(1), away()).await, Ok(()), "after {:?}", granted.elapsed());
+            tokio::time::advance(Duration::from_secs(7)).await;
+        }
+        assert_eq!(fixture.check(&token(1), away()).await, Err(ErrorCode::Unavailable));
+        assert_eq!(fixture.check(&token(2), away()).await, Err(ErrorCode::Unavailable), "never granted");
+        tokio::time::advance(SILENCE_BELIEVED).await;
+        fixture.check(&token(1), Ok(grant(None))).await.expect("a registry is back");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_registry_that_is_known_to_be_away_is_not_waited_for() {
+        let fixture = Fixture::new();
+        fixture.check(&token(1), Ok(grant(None))).await.expect("granted");
+        for _ in 0..20 {
+            tokio::time::advance(Duration::from_secs(6)).await;
+            assert_eq!(fixture.check_while(true, &token(1), away()).await, Ok(()));
+        }
+        assert_eq!(fixture.calls.get(), 1);
+        assert_eq!(fixture.check_while(true, &token(2), away()).await, Err(ErrorCode::Unavailable));
+        assert_eq!(fixture.calls.get(), 2, "one that has nothing to stand on is asked for");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_revoked_in_the_registrys_absence_is_refused_as_soon_as_it_is_back() {
+        let fixture = Fixture::new();
+        fixture.check(&token(1), Ok(grant(None))).await.expect("granted");
+        tokio::time::advance(Duration::from_mins(1)).await;
+        fixture.check(&token(1), away()).await.expect("stands");
+        tokio::time::advance(UNCONFIRMED_BELIEVED).await;
+        assert_eq!(fixture.check(&token(1), Err(invalid())).await, Err(ErrorCode::InvalidApiKey));
+        tokio::time::advance(REFUSAL_BELIEVED).await;
+        assert_eq!(fixture.check(&token(1), away()).await, Err(ErrorCode::Unavailable), "and never stands again");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_registry_that_turns_the_gateway_away_is_not_silent() {
+        let fixture = Fixture::new();
+        fixture.check(&token(1), Ok(grant(None))).await.expect("granted");
+        tokio::time::advance(Duration::from_mins(1)).await;
+        let expelled = Err(WireError::new(ErrorCode::NodeRevoked, "this gateway was revoked"));
+        assert_eq!(fixture.check(&token(1), expelled).await, Err(ErrorCode::NodeRevoked));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_registry_that_is_away_is_no_verdict_on_the_token() {
         let fixture = Fixture::new();
-        let away = || Err(WireError::new(ErrorCode::Unavailable, "away"));
         assert_eq!(fixture.check(&token(1), away()).await, Err(ErrorCode::Unavailable));
         tokio::time::advance(SILENCE_BELIEVED).await;
         fixture.check(&token(1), Ok(grant(None))).await.expect("granted");

@@ -60,6 +60,16 @@ impl<T> Cached<T> {
         }
     }
 
+    /// Returns the value that is there, however old.
+    pub(crate) fn last(&self) -> Option<Arc<T>> {
+        self.held(|held| held.value.clone())
+    }
+
+    /// Returns how old the value is that is there.
+    pub(crate) fn age(&self) -> Option<Duration> {
+        self.held(|held| held.fetched.elapsed())
+    }
+
     async fn fetch<E>(&self, fetch: impl Future<Output = Result<T, E>>) -> Result<Arc<T>, E> {
         let value = Arc::new(fetch.await?);
         let fetched = Instant::now();

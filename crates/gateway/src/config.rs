@@ -17,6 +17,10 @@ pub struct Config {
     /// The region whose orchestrators and registries are asked. The program sets it.
     #[serde(skip)]
     pub region: Region,
+    /// How long the gateway goes on with tokens, models and rules that it knows while no registry answers. The program
+    /// sets it.
+    #[serde(skip)]
+    pub registry_absence: Duration,
     /// PEM file of the TLS certificate and its chain. TLS is on where this and `tls_key` are given.
     pub tls_cert: Option<PathBuf>,
     /// PEM file of the certificate's private key.
@@ -70,6 +74,7 @@ impl Default for Config {
         Self {
             bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 7070)),
             region: "local".parse().expect("`local` is a region's slug"),
+            registry_absence: Duration::from_mins(10),
             tls_cert: None,
             tls_key: None,
             tls_reload_secs: 30,

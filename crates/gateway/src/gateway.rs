@@ -33,12 +33,16 @@ use crate::http_bridge::HttpBridge;
 use crate::rate_limit::{Quota, RateLimit, Verdict};
 use crate::request_record::RequestRecord;
 use crate::rpc_gateway::RpcGateway;
-use crate::upstream::{Patience, Upstream, UpstreamTask};
+use crate::upstream::{self, Patience, Upstream, UpstreamTask};
 
 /// How long the list of live workers is believed.
 const FLEET_BELIEVED: Duration = Duration::from_secs(1);
+/// How old the list may be when no orchestrator answers any more.
+const FLEET_AGE_MAX: Duration = Duration::from_secs(5);
 /// A model that is not in the catalogue may have been published just now: it is looked up again in one this old.
 const CATALOG_YOUNG: Duration = Duration::from_secs(1);
+/// The wait told to whoever comes while the registry is away for too long.
+const AWAY_WAIT: Duration = Duration::from_secs(5);
 /// The wait told to whoever finds the gateway full.
 const FULL_WAIT: Duration = Duration::from_secs(1);
 
@@ -190,7 +194,7 @@ impl Gateway {
             transport: parts.transport,
             upstream,
             upstream_task: Mutex::new(Some(upstream_task)),
-            authentication: Authentication::new(config.token_cache()),
+            authentication: Authentication::new(config.token_cache(), config.registry_absence),
             rate_limit: RateLimit::new(),
             models: Cached::new(seconds(config.catalog_cache_secs)),
             fleet: Cached::new(FLEET_BELIEVED),
@@ -275,11 +279,14 @@ impl Gateway {
         scope: Scope,
     ) -> Result<Arc<TokenGrant>, WireError> {
         let inner = &self.inner;
+        self.check_registry()?;
         let ask = async {
             let check = TokenCheck { token: token.unwrap_or_default().to_owned() };
             inner.upstream.ask(NodeRole::Registry, TOKEN_CHECK, &check).await
         };
-        let grant = inner.authentication.check(token, origin, inner.clock.now(), ask).await.map_err(presentable)?;
+        let grant =
+            inner.authentication.check(token, origin, inner.clock.now(), self.membership().is_registry_away(), ask);
+        let grant = grant.await.map_err(presentable)?;
         if !grant.scopes.contains(&scope) {
             let message = match scope {
                 Scope::Infer => "this API key may not run models",
@@ -288,6 +295,19 @@ impl Gateway {
             return Err(WireError::new(ErrorCode::InsufficientScope, message));
         }
         Ok(grant)
+    }
+
+    /// Refuses everything once no registry has answered for too long: who was expelled since then is not known.
+    pub(crate) fn check_registry(&self) -> Result<(), WireError> {
+        let absence_max = self.inner.config.registry_absence;
+        if self.membership().registry_silence() < absence_max {
+            return Ok(());
+        }
+        let message = format!(
+            "no registry has answered for {} s, and this gateway goes no further without one",
+            absence_max.as_secs()
+        );
+        Err(WireError::new(ErrorCode::Unavailable, message).with_retry_after(AWAY_WAIT))
     }
 
     /// Hands a job to an orchestrator and returns its answer once the first piece is there.
@@ -352,8 +372,8 @@ impl Gateway {
         if let Some(entry) = find(&*self.models().await?) {
             return Ok(entry);
         }
-        let young = self.inner.models.get_younger_than(CATALOG_YOUNG, self.fetch_models()).await;
-        young.ok().and_then(|models| find(&models)).ok_or_else(|| catalog::not_found(&wanted.to_string()))
+        let young = self.inner.models.get_younger_than(CATALOG_YOUNG, self.fetch_models()).await?;
+        find(&young).ok_or_else(|| catalog::not_found(&wanted.to_string()))
     }
 
     /// Checks that the catalogue has an adapter of a model.
@@ -361,8 +381,7 @@ impl Gateway {
         if self.models().await?.has_adapter(model, adapter) {
             return Ok(());
         }
-        let young = self.inner.models.get_younger_than(CATALOG_YOUNG, self.fetch_models()).await;
-        if young.is_ok_and(|models| models.has_adapter(model, adapter)) {
+        if self.inner.models.get_younger_than(CATALOG_YOUNG, self.fetch_models()).await?.has_adapter(model, adapter) {
             return Ok(());
         }
         Err(catalog::not_found(&format!("{model}:{adapter}")))
@@ -421,6 +440,10 @@ impl Gateway {
 
     /// Returns the models of the registry.
     pub(crate) async fn models(&self) -> Result<Arc<Models>, WireError> {
+        // One that is known to be away is not waited for.
+        if let Some(models) = self.inner.models.last().filter(|_| self.membership().is_registry_away()) {
+            return Ok(models);
+        }
         self.inner.models.get(self.fetch_models()).await
     }
 
@@ -430,9 +453,13 @@ impl Gateway {
         Ok(Models::new(catalog))
     }
 
-    /// Returns the live workers as an orchestrator saw them within the last second.
+    /// Returns the live workers as an orchestrator saw them within the last seconds.
     pub(crate) async fn fleet(&self) -> Result<Arc<Fleet>, WireError> {
-        self.inner.fleet.get(self.fleet_now()).await
+        let fleet = self.inner.fleet.get(self.fleet_now()).await?;
+        if self.inner.fleet.age().is_some_and(|age| age > FLEET_AGE_MAX) {
+            return Err(upstream::away(NodeRole::Orchestrator));
+        }
+        Ok(fleet)
     }
 
     /// Returns the live workers as an orchestrator sees them.
@@ -455,13 +482,13 @@ impl Gateway {
         self.inner.upstream.ask(NodeRole::Registry, method, request).await.map_err(presentable)
     }
 
-    /// Says whether some worker has a model ready.
-    pub(crate) async fn is_routable(&self) -> bool {
+    /// Says whether some worker has a model ready, or why that is not known.
+    pub(crate) async fn is_routable(&self) -> Result<bool, WireError> {
         let ready = |fleet: Arc<Fleet>| {
             let workers = fleet.workers.iter().filter(|worker| !worker.report.draining);
             workers.flat_map(|worker| &worker.report.model_cache).any(|model| model.state == ModelState::Ready)
         };
-        self.fleet().await.is_ok_and(ready)
+        self.fleet().await.map(ready)
     }
 
     /// Keeps up with the peers until `stop`. Called once, by whoever runs the gateway.

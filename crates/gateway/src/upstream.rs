@@ -71,12 +71,12 @@ impl Upstream {
         method: &str,
         request: &Request,
     ) -> Result<Reply, WireError> {
-        let mut last = away();
+        let mut last = away(role);
         for peer in self.peers(role).await? {
             match self.client.call(peer, method, request, CALL).await {
                 Ok(reply) => return Ok(reply),
                 // Nothing is known about the peer that could not be told about the next.
-                Err(CallError::Deadline) => last = away(),
+                Err(CallError::Deadline) => last = away(role),
                 Err(error) => {
                     let error = WireError::from(error);
                     if !another_may_know(error.code) {
@@ -92,7 +92,7 @@ impl Upstream {
     /// Hands a job to an orchestrator and waits until one accepts or refuses it. `salt` spreads the waits between
     /// tries.
     pub(crate) async fn submit(&self, body: Bytes, patience: Patience, salt: u128) -> Result<AnswerStream, WireError> {
-        let mut last = away();
+        let mut last = away(NodeRole::Orchestrator);
         for round in 0..ROUNDS {
             if round > 0 {
                 time::sleep(backoff(round, salt)).await;
@@ -124,7 +124,7 @@ impl Upstream {
             peers = self.directory.find(role);
         }
         if peers.is_empty() {
-            return Err(away());
+            return Err(away(role));
         }
         let first = self.turn.fetch_add(1, Ordering::Relaxed) % peers.len();
         peers.rotate_left(first);
@@ -144,9 +144,14 @@ fn another_may_know(code: ErrorCode) -> bool {
     )
 }
 
-fn away() -> WireError {
-    WireError::new(ErrorCode::Unavailable, "a part of the network does not answer, try again")
-        .with_retry_after(Duration::from_secs(1))
+/// Says that no node of a role answers.
+pub(crate) fn away(role: NodeRole) -> WireError {
+    let message = match role {
+        NodeRole::Registry => "the network's registry does not answer, try again",
+        NodeRole::Orchestrator => "no orchestrator of the network answers, try again",
+        NodeRole::Gateway | NodeRole::Worker => "a part of the network does not answer, try again",
+    };
+    WireError::new(ErrorCode::Unavailable, message).with_retry_after(Duration::from_secs(1))
 }
 
 /// Returns the wait before a round: between half and one and a half times its nominal length.

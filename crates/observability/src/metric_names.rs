@@ -54,5 +54,7 @@ pub const PRESENCE_REJECTED: &str = "tether_presence_rejected";
 pub const WORKERS_LIVE: &str = "tether_workers_live";
 /// Live workers that have a model on its way into memory.
 pub const WORKERS_LOADING: &str = "tether_workers_loading";
+/// Seconds since a registry last answered, as the gateway sees it.
+pub const REGISTRY_SILENCE: &str = "tether_registry_silence_seconds";
 /// Artifacts whose bytes did not match their digest.
 pub const ARTIFACT_VERIFY_FAILURES: &str = "tether_artifact_verify_failures";

@@ -116,6 +116,8 @@ pub struct Metrics {
     pub workers_live: Gauge,
     /// See [`names::WORKERS_LOADING`].
     pub workers_loading: Gauge,
+    /// See [`names::REGISTRY_SILENCE`].
+    pub registry_silence: Ratio,
     /// See [`names::ARTIFACT_VERIFY_FAILURES`].
     pub artifact_verify_failures: Counter,
 }
@@ -161,6 +163,7 @@ impl Metrics {
             presence_rejected: Family::default(),
             workers_live: Gauge::default(),
             workers_loading: Gauge::default(),
+            registry_silence: Ratio::default(),
             artifact_verify_failures: Counter::default(),
         };
         metrics.register();
@@ -198,6 +201,7 @@ impl Metrics {
         registry.register(names::PRESENCE_REJECTED, "Health reports dropped", self.presence_rejected.clone());
         registry.register(names::WORKERS_LIVE, "Workers believed alive", self.workers_live.clone());
         registry.register(names::WORKERS_LOADING, "Live workers that load a model", self.workers_loading.clone());
+        registry.register(names::REGISTRY_SILENCE, "Seconds since a registry last answered this gateway", self.registry_silence.clone());
         registry.register(names::ARTIFACT_VERIFY_FAILURES, "Artifacts whose bytes did not match their digest", self.artifact_verify_failures.clone());
     }
 

@@ -1,5 +1,7 @@
 //! What an operator may set.
 
+use std::time::Duration;
+
 use protocol::Region;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,6 +15,9 @@ use crate::scheduler::affinity::Weights;
 pub struct Config {
     /// Regions close enough that their workers may help out.
     pub near_regions: Vec<Region>,
+    /// How long rules that are known stand while no registry answers. The program sets it.
+    #[serde(skip)]
+    pub registry_absence: Duration,
     /// Milliseconds a worker has to acknowledge a job before it is set aside.
     pub dispatch_ack_ms: u64,
     /// Milliseconds a connection to a worker may take to open, where there is none yet.
@@ -43,6 +48,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             near_regions: vec![],
+            registry_absence: Duration::from_mins(10),
             dispatch_ack_ms: 500,
             dispatch_connect_ms: 2_000,
             set_aside_secs: 15,

@@ -359,7 +359,11 @@ impl Orchestrator {
         let lease = Duration::from_secs(config.lease_secs.max(3));
         let reservations = ReservationManager::new(store, clock, fleet.clone(), metrics.clone(), region.clone(), lease);
         let orchestrator = Arc::new(Self {
-            policies: PolicyEngine::new(Arc::new(policies), Duration::from_secs(config.policy_cache_secs)),
+            policies: PolicyEngine::new(
+                Arc::new(policies),
+                Duration::from_secs(config.policy_cache_secs),
+                config.registry_absence,
+            ),
             decisions: DecisionLog::new(config.decisions_kept),
             reservations: Arc::new(reservations),
             breakers: Mutex::default(),

@@ -12,8 +12,6 @@ use tokio::time::Instant;
 
 /// The span over which requests are counted, in seconds.
 const WINDOW_SECS: u64 = 60;
-/// How long rules are still believed when the registry does not answer.
-const STALE_MAX: Duration = Duration::from_mins(1);
 /// Tenants remembered; beyond that the ones idle longest are forgotten.
 const TENANTS_MAX: usize = 10_000;
 
@@ -22,12 +20,16 @@ const TENANTS_MAX: usize = 10_000;
 pub trait PolicySource: Send + Sync {
     /// Returns a tenant's rules.
     async fn policy(&self, tenant_id: &TenantId) -> Result<TenantPolicy, WireError>;
+
+    /// Says whether it is known that no registry answers, so that nobody needs to wait for one.
+    fn is_away(&self) -> bool;
 }
 
 /// Decides what tenants may do.
 pub struct PolicyEngine {
     source: Arc<dyn PolicySource>,
     fresh: Duration,
+    absence_max: Duration,
     tenants: Mutex<HashMap<TenantId, Tenant>>,
 }
 
@@ -39,9 +41,9 @@ struct Tenant {
 }
 
 impl PolicyEngine {
-    /// Makes an engine that believes rules for `fresh`.
-    pub fn new(source: Arc<dyn PolicySource>, fresh: Duration) -> Self {
-        Self { source, fresh, tenants: Mutex::default() }
+    /// Makes an engine that believes rules for `fresh`, and for `absence_max` while no registry answers.
+    pub fn new(source: Arc<dyn PolicySource>, fresh: Duration, absence_max: Duration) -> Self {
+        Self { source, fresh, absence_max, tenants: Mutex::default() }
     }
 
     /// Lets a job in, or says which rule forbids it. A job let in counts towards its tenant's limit.
@@ -61,7 +63,8 @@ impl PolicyEngine {
             let tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
             tenants.get(tenant_id).map(|tenant| tenant.read_at.elapsed())
         };
-        if age.is_some_and(|age| age < self.fresh) {
+        let may_stand = age.is_some_and(|age| age < self.absence_max);
+        if age.is_some_and(|age| age < self.fresh) || may_stand && self.source.is_away() {
             return Ok(());
         }
         match self.source.policy(tenant_id).await {
@@ -69,8 +72,8 @@ impl PolicyEngine {
                 self.remember(tenant_id, policy);
                 Ok(())
             }
-            // Rules a little old beat a service that stops with its registry.
-            Err(_) if age.is_some_and(|age| age < STALE_MAX) => Ok(()),
+            // Rules a little old beat a service that stops with its registry. One that refuses is not silent.
+            Err(error) if may_stand && error.code == ErrorCode::Unavailable => Ok(()),
             Err(error) => Err(error),
         }
     }
@@ -158,11 +161,15 @@ mod tests {
         async fn policy(&self, _: &TenantId) -> Result<TenantPolicy, WireError> {
             self.0.lock().expect("not poisoned").clone()
         }
+
+        fn is_away(&self) -> bool {
+            false
+        }
     }
 
     fn engine(policy: TenantPolicy) -> (PolicyEngine, Arc<Fixed>) {
         let source = Arc::new(Fixed(Mutex::new(Ok(policy))));
-        (PolicyEngine::new(source.clone(), Duration::from_secs(5)), source)
+        (PolicyEngine::new(source.clone(), Duration::from_secs(5), Duration::from_mins(10)), source)
     }
 
     fn request(model: &str) -> InferRequest {
@@ -223,13 +230,22 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn rules_outlive_a_silent_registry_for_a_minute() {
+    async fn rules_outlive_a_silent_registry_for_ten_minutes() {
         let (engine, source) = engine(TenantPolicy::default());
         engine.admit(&request("m")).await.expect("all is allowed");
         *source.0.lock().expect("not poisoned") = Err(WireError::new(ErrorCode::Unavailable, "gone"));
-        time::advance(Duration::from_secs(59)).await;
+        time::advance(Duration::from_secs(599)).await;
         engine.admit(&request("m")).await.expect("known rules go on");
         time::advance(Duration::from_secs(2)).await;
         assert_eq!(engine.admit(&request("m")).await.expect_err("too old").code, ErrorCode::Unavailable);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_registry_that_refuses_to_tell_rules_is_not_silent() {
+        let (engine, source) = engine(TenantPolicy::default());
+        engine.admit(&request("m")).await.expect("all is allowed");
+        *source.0.lock().expect("not poisoned") = Err(WireError::new(ErrorCode::NodeRevoked, "expelled"));
+        time::advance(Duration::from_secs(6)).await;
+        assert_eq!(engine.admit(&request("m")).await.expect_err("refused").code, ErrorCode::NodeRevoked);
     }
 }

@@ -43,4 +43,8 @@ impl PolicySource for RegistryPolicies {
         }
         Err(error)
     }
+
+    fn is_away(&self) -> bool {
+        self.client.membership().is_registry_away()
+    }
 }

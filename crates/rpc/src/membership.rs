@@ -3,15 +3,19 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
-use protocol::admission::{Certificate, CertificateError, Exclusion, RevocationError, RevocationList};
+use protocol::admission::{Certificate, CertificateError, Exclusion, RevocationError, RevocationList, STATE_EVERY};
 use protocol::control::{Enrolled, Hello, NodeRole};
 use protocol::signature::Signed;
 use protocol::{Clock, PublicKey, Region, UnixMillis, WireError};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 /// Certificates kept at most. Only what the root signed gets in, so that strangers cannot fill it.
 const PEERS_MAX: usize = 65_536;
+/// A registry that left two questions in a row without an answer is away.
+const AWAY_AFTER: Duration = Duration::from_secs(STATE_EVERY.as_secs() * 2 + 1);
 
 /// Says who belongs to the pool and may do what. Clones are the same.
 ///
@@ -40,6 +44,8 @@ struct State {
     version: u64,
     revoked: BTreeSet<PublicKey>,
     list: Option<Arc<Signed>>,
+    /// When a registry last told the state of the pool; the start, before the first time.
+    confirmed: Instant,
 }
 
 /// A certificate that was found good when it came.
@@ -64,8 +70,13 @@ impl Membership {
     ) -> Result<Self, CertificateError> {
         let own = Certificate::verify(&certificate, pool, own_key, clock.now())?;
         let known = Known { certificate: Arc::new(own), signed: Arc::new(certificate) };
-        let state =
-            State { known: HashMap::from([(own_key, known)]), version: 0, revoked: BTreeSet::new(), list: None };
+        let state = State {
+            known: HashMap::from([(own_key, known)]),
+            version: 0,
+            revoked: BTreeSet::new(),
+            list: None,
+            confirmed: Instant::now(),
+        };
         let changes = watch::Sender::new(0);
         let (registry, keep, state) = (None, None, RwLock::new(state));
         Ok(Self(Some(Arc::new(Inner { pool, own_key, clock, registry, keep, state, changes }))))
@@ -215,6 +226,23 @@ impl Membership {
             inner.changes.send_modify(|count| *count += 1);
         }
         Ok(is_newer)
+    }
+
+    /// Notes that a registry has just told the state of the pool.
+    pub(crate) fn confirm(&self) {
+        if let Some(inner) = &self.0 {
+            inner.write().confirmed = Instant::now();
+        }
+    }
+
+    /// Returns for how long no registry has told this node who was expelled. Without admission nobody is waited for.
+    pub fn registry_silence(&self) -> Duration {
+        self.0.as_ref().map_or(Duration::ZERO, |inner| inner.read().confirmed.elapsed())
+    }
+
+    /// Says whether no registry answers: it was asked several times since one did.
+    pub fn is_registry_away(&self) -> bool {
+        self.registry_silence() > AWAY_AFTER
     }
 
     /// Takes a registry's word that this node was expelled; the list itself is told to members only.

@@ -27,13 +27,14 @@ pub struct MembershipTask {
     last: Option<PublicKey>,
     renew_at: Instant,
     is_told: bool,
+    is_away: bool,
 }
 
 impl MembershipTask {
     /// Makes the task of a client's membership, which finds registries in a directory.
     pub fn new(client: Client, directory: Directory) -> Self {
         let membership = client.membership().clone();
-        Self { client, membership, directory, last: None, renew_at: Instant::now(), is_told: false }
+        Self { client, membership, directory, last: None, renew_at: Instant::now(), is_told: false, is_away: false }
     }
 
     /// Asks every two seconds until `stop`. While no registry answers, what is known stands.
@@ -53,6 +54,7 @@ impl MembershipTask {
                 }
                 let registries = self.registries();
                 self.update(&registries).await;
+                self.tell_absence();
                 if self.membership.is_due() && Instant::now() >= self.renew_at {
                     self.renew_at = Instant::now() + RENEW_AGAIN;
                     self.renew(&registries).await;
@@ -82,6 +84,7 @@ impl MembershipTask {
                 Ok(state) => {
                     self.last = Some(*registry);
                     self.take(*registry, &state).await;
+                    self.membership.confirm();
                     return;
                 }
                 Err(CallError::Remote(refusal)) if refusal.code == ErrorCode::NodeRevoked => {
@@ -96,6 +99,17 @@ impl MembershipTask {
                 Err(error) => debug!(registry = registry.short(), %error, "a registry did not tell the pool's state"),
             }
         }
+    }
+
+    /// Logs that no registry answers any more, and that one does again.
+    fn tell_absence(&mut self) {
+        let is_away = self.membership.is_registry_away();
+        if is_away && !self.is_away {
+            warn!("no registry answers: this node goes on with what it knows; see that the registry runs");
+        } else if !is_away && self.is_away {
+            info!("a registry answers again");
+        }
+        self.is_away = is_away;
     }
 
     async fn take(&self, registry: PublicKey, state: &PoolState) {

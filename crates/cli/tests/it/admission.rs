@@ -1,6 +1,9 @@
 //! Nodes that join by invites, are expelled, and renew their certificates.
 
+use gateway::Gateway;
+use protocol::ErrorCode;
 use protocol::admission::CERTIFICATE_LIFE;
+use protocol::control::{Scope, TokenCreate};
 use tokio::time::{self, Instant};
 
 use crate::memory_network::{HOUR, Network, SECOND};
@@ -54,7 +57,72 @@ async fn the_network_goes_on_while_its_registry_is_away() {
     time::sleep(SECOND * 10).await;
     network.answer(1).await.expect("answered");
     network.memory.cut(network.registry);
-    time::sleep(HOUR).await;
+    time::sleep(SECOND * 580).await;
     assert_eq!(network.fleet().await.len(), 2);
     assert!(network.answer(2).await.expect("answered") > 1);
+    // Ten minutes after its rules were last confirmed, no tenant gets anything more.
+    time::sleep(SECOND * 30).await;
+    assert!(network.answer(3).await.is_err());
+}
+
+/// Asks a gateway to let a key's request in. Says how long that took, and why not.
+async fn admit(gateway: &Gateway, token: &str) -> (time::Duration, Result<(), protocol::WireError>) {
+    let began = Instant::now();
+    let context = gateway.context(None, None).expect("random bytes");
+    let admitted = gateway.admit(Some(token), context).await.map(drop);
+    (began.elapsed(), admitted)
+}
+
+fn new_token() -> TokenCreate {
+    let tenant_id = "acme".parse().expect("tenant");
+    let (scopes, name) = (vec![Scope::Infer], String::new());
+    TokenCreate { tenant_id, name, scopes, expires_at: None, requests_per_minute: Some(0) }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_gateway_goes_on_for_ten_minutes_without_its_registry_and_then_refuses_everything() {
+    let network = Network::start(CERTIFICATE_LIFE).await;
+    let gateway = network.add_gateway(4).await;
+    let token = network.tokens().issue(new_token()).await.expect("issued").token;
+    time::sleep(SECOND * 10).await;
+    admit(&gateway, &token).await.1.expect("a good key");
+    network.memory.cut(network.registry);
+    let cut = Instant::now();
+    while cut.elapsed() < SECOND * 590 {
+        let (took, admitted) = admit(&gateway, &token).await;
+        assert_eq!(admitted, Ok(()), "after {:?}", cut.elapsed());
+        assert!(took < SECOND * 4, "{took:?} after {:?}", cut.elapsed());
+        assert!(took < SECOND || cut.elapsed() < SECOND * 15, "nobody waits for a registry that is known to be away");
+        time::sleep(SECOND * 7).await;
+    }
+    time::sleep(SECOND * 20).await;
+    let refused = admit(&gateway, &token).await.1.expect_err("closed");
+    assert_eq!(refused.code, ErrorCode::Unavailable);
+    assert!(refused.message.contains("no registry has answered for 600 s"), "{refused}");
+
+    network.restart_registry();
+    time::sleep(SECOND * 15).await;
+    admit(&gateway, &token).await.1.expect("open again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_revoked_in_the_registrys_absence_is_out_within_five_seconds_of_its_return() {
+    let network = Network::start(CERTIFICATE_LIFE).await;
+    let gateway = network.add_gateway(4).await;
+    let (office, new) = (network.tokens(), new_token());
+    let created = office.issue(new).await.expect("issued");
+    time::sleep(SECOND * 10).await;
+    admit(&gateway, &created.token).await.1.expect("a good key");
+    network.memory.cut(network.registry);
+    time::sleep(SECOND * 60).await;
+    office.revoke(&created.key_id).await.expect("revoked");
+    admit(&gateway, &created.token).await.1.expect("nobody can know");
+    network.restart_registry();
+    // A peer that was away is dialled again within five seconds; from then on it answers.
+    time::sleep(SECOND * 6).await;
+    let back = Instant::now();
+    while admit(&gateway, &created.token).await.1.is_ok() {
+        assert!(back.elapsed() <= SECOND * 5, "still good after {:?}", back.elapsed());
+        time::sleep(SECOND / 10).await;
+    }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use artifact_store::ArtifactStore;
 use engine::{MockOptions, MockRuntime};
+use gateway::{Gateway, GatewayParts};
 use metadata_store::{MetadataStore, SqliteStore};
 use observability::Metrics;
 use orchestrator::scheduler::affinity::Weights;
@@ -157,10 +158,9 @@ impl Network {
             membership,
             version: "0".into(),
         };
-        // Rules that were known once stand while the registry is away.
-        // And the engines are equal: what was measured of them does not count.
+        // The engines are equal: what was measured of them does not count.
         let weights = Weights { speed: 0.0, ..Weights::default() };
-        let config = orchestrator::Config { policy_cache_secs: 1_000_000, weights, ..orchestrator::Config::default() };
+        let config = orchestrator::Config { weights, ..orchestrator::Config::default() };
         self.tasks.spawn(async move {
             Orchestrator::run(config, parts, CancellationToken::new()).await.expect("runs");
         });
@@ -183,6 +183,42 @@ impl Network {
         let worker = BaseWorker::new(worker::Config { models: vec![model()], ..worker::Config::default() }, parts);
         self.workers.push(key(seed).public_key());
         self.tasks.spawn(worker.run(CancellationToken::new()));
+    }
+
+    /// Starts a gateway, to be asked without HTTP.
+    pub(crate) async fn add_gateway(&self, seed: u8) -> Gateway {
+        let membership = self.join(seed, NodeRole::Gateway).await;
+        let parts = GatewayParts {
+            transport: self.memory.node(&key(seed)),
+            clock: self.clock.clone(),
+            metrics: Metrics::new(),
+            membership,
+            version: "0".into(),
+        };
+        let config = gateway::Config { bind: ([127, 0, 0, 1], 0).into(), ..gateway::Config::default() };
+        let gateway = Gateway::new(config, parts);
+        let running = gateway.clone();
+        self.tasks.spawn(async move { running.run(CancellationToken::new()).await.expect("runs") });
+        gateway
+    }
+
+    /// Puts a new registry on the network in the place of the one that was cut off.
+    pub(crate) fn restart_registry(&self) {
+        let parts = RegistryParts {
+            transport: self.memory.node(&key(1)),
+            region: region(),
+            clock: self.clock.clone(),
+            store: self.store.clone(),
+            pepper: PEPPER,
+            admission: self.office.clone(),
+            version: "0".into(),
+        };
+        self.tasks.spawn(async move { Registry::run(parts, CancellationToken::new()).await.expect("runs") });
+    }
+
+    /// Returns the office that makes and revokes API keys.
+    pub(crate) fn tokens(&self) -> TokenOffice {
+        TokenOffice::new(self.store.clone(), self.clock.clone(), PEPPER)
     }
 
     pub(crate) async fn fleet(&self) -> Vec<PublicKey> {
@@ -227,8 +263,7 @@ impl Network {
             expires_at: None,
             requests_per_minute: None,
         };
-        let office = TokenOffice::new(self.store.clone(), self.clock.clone(), PEPPER);
-        let token = office.issue(new).await.expect("issued").token;
+        let token = self.tokens().issue(new).await.expect("issued").token;
         let request = NodeRevoke { token, public_key: node };
         // From a node that is nobody: the operator's token counts.
         let laptop = Client::new(self.memory.node(&key(99)));

@@ -20,6 +20,19 @@ pub(super) struct Status {
     status: &'static str,
 }
 
+/// Whether requests can be answered.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Readiness {
+    /// `ok`, or `degraded` while no registry answers and the gateway goes on with what it knows.
+    status: &'static str,
+    /// For how many seconds no registry has answered, while none does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    registry_silent_secs: Option<u64>,
+    /// After how many more seconds without a registry this gateway refuses everything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    closes_in_secs: Option<u64>,
+}
+
 #[derive(Serialize, ToSchema)]
 pub(super) struct Version<'a> {
     /// Always `tether`.
@@ -40,11 +53,12 @@ pub(super) async fn alias() -> Response<Body> {
     live().await
 }
 
-/// Says whether requests can be answered: some worker has a model ready, and the gateway is not stopping.
+/// Says whether requests can be answered: some worker has a model ready, a registry answers or did not long ago, and
+/// the gateway is not stopping.
 #[utoipa::path(
     get, path = "/readyz", tag = "operations", operation_id = "ready",
     responses(
-        (status = 200, description = "Ready", body = Status),
+        (status = 200, description = "Ready", body = Readiness),
         (status = 503, description = "Not ready", body = super::openapi::ErrorBody),
     ),
 )]
@@ -52,10 +66,27 @@ pub(super) async fn ready(State(bridge): State<Bridge>, Inquiry { context, .. }:
     if bridge.stop.is_cancelled() {
         return respond(context, Err(WireError::new(ErrorCode::Unavailable, "this gateway is stopping")));
     }
-    if !bridge.gateway.is_routable().await {
-        return respond(context, Err(WireError::new(ErrorCode::NoCapacity, "no worker has a model ready")));
+    match bridge.gateway.is_routable().await {
+        Ok(true) => {}
+        Ok(false) => {
+            return respond(context, Err(WireError::new(ErrorCode::NoCapacity, "no worker has a model ready")));
+        }
+        Err(unknown) => return respond(context, Err(unknown)),
     }
-    errors::json(&Status { status: "ok" })
+    let membership = bridge.gateway.membership();
+    if !membership.is_registry_away() {
+        return errors::json(&Readiness { status: "ok", registry_silent_secs: None, closes_in_secs: None });
+    }
+    if let Err(closed) = bridge.gateway.check_registry() {
+        return respond(context, Err(closed));
+    }
+    let silence = membership.registry_silence();
+    let left = bridge.gateway.config().registry_absence.saturating_sub(silence);
+    errors::json(&Readiness {
+        status: "degraded",
+        registry_silent_secs: Some(silence.as_secs()),
+        closes_in_secs: Some(left.as_secs()),
+    })
 }
 
 /// Shows the metrics, as OpenMetrics text.
@@ -64,7 +95,9 @@ pub(super) async fn ready(State(bridge): State<Bridge>, Inquiry { context, .. }:
     responses((status = 200, description = "Metrics", body = String, content_type = "application/openmetrics-text")),
 )]
 pub(super) async fn metrics(State(bridge): State<Bridge>) -> Response<Body> {
-    let mut response = Response::new(Body::from(bridge.gateway.metrics().encode()));
+    let metrics = bridge.gateway.metrics();
+    metrics.registry_silence.set(bridge.gateway.membership().registry_silence().as_secs_f64());
+    let mut response = Response::new(Body::from(metrics.encode()));
     response.headers_mut().insert(header::CONTENT_TYPE, OPEN_METRICS);
     response
 }
