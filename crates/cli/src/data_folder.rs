@@ -146,6 +146,23 @@ impl DataFolder {
         self.path.join("nodes").join(format!("{node}.enrolment"))
     }
 
+    /// Writes down why nobody takes the worker's reports, or that somebody does.
+    pub fn write_unheard(&self, why: Option<&str>) -> std::io::Result<()> {
+        let path = self.path.join("nodes").join("worker.unheard");
+        match why {
+            Some(why) => identity::replace_private(&path, why.as_bytes()),
+            None => match fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            },
+        }
+    }
+
+    /// Returns why nobody takes the worker's reports, where that is so.
+    pub fn unheard(&self) -> Option<String> {
+        fs::read_to_string(self.path.join("nodes").join("worker.unheard")).ok()
+    }
+
     /// Returns the file of the flags that a node was started with.
     pub fn kept_flags(&self, node: &str) -> PathBuf {
         self.path.join("nodes").join(format!("{node}.toml"))

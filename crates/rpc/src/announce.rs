@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt as _, stream};
 use protocol::control::{Empty, NODE_DESCRIBE, NodeInfo, NodeRole};
-use protocol::{PublicKey, Topic};
+use protocol::{PublicKey, Region, Topic};
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -71,6 +72,7 @@ pub async fn keep_announced(transport: &dyn Transport, topic: &Topic, stop: &Can
 pub struct Directory {
     membership: Membership,
     peers: watch::Receiver<Arc<BTreeMap<PublicKey, NodeInfo>>>,
+    unreachable: Arc<AtomicUsize>,
 }
 
 /// Keeps a [`Directory`] fresh while it runs.
@@ -79,6 +81,8 @@ pub struct DirectoryTask {
     client: Client,
     topic: Topic,
     peers: watch::Sender<Arc<BTreeMap<PublicKey, NodeInfo>>>,
+    /// Nodes that the last lookup found and that did not answer.
+    unreachable: Arc<AtomicUsize>,
 }
 
 impl Directory {
@@ -86,7 +90,9 @@ impl Directory {
     pub fn new(transport: Arc<dyn Transport>, client: Client, topic: Topic) -> (Self, DirectoryTask) {
         let (sender, peers) = watch::channel(Arc::default());
         let membership = client.membership().clone();
-        (Self { membership, peers }, DirectoryTask { transport, client, topic, peers: sender })
+        let unreachable = Arc::new(AtomicUsize::new(0));
+        let task = DirectoryTask { transport, client, topic, peers: sender, unreachable: unreachable.clone() };
+        (Self { membership, peers, unreachable }, task)
     }
 
     /// Returns the peers of a role, in the order of their keys. With admission, only those certified for it.
@@ -95,6 +101,17 @@ impl Directory {
         let of_role = peers.iter().filter(|(_, info)| info.roles.contains(&role));
         // Asked each time: who was expelled is gone at once.
         of_role.map(|(key, _)| *key).filter(|key| self.membership.has_role(*key, role)).collect()
+    }
+
+    /// Returns where the peers of a role stand, each region once.
+    pub fn regions(&self, role: NodeRole) -> BTreeSet<Region> {
+        let peers = self.peers.borrow();
+        peers.values().filter(|info| info.roles.contains(&role)).map(|info| info.region.clone()).collect()
+    }
+
+    /// Returns how many nodes announce themselves on the topic and cannot be reached.
+    pub fn unreachable(&self) -> usize {
+        self.unreachable.load(Ordering::Relaxed)
     }
 
     /// Waits until a peer of a role is known, at most `within`. Says whether there is one.
@@ -160,6 +177,7 @@ impl DirectoryTask {
         // was told of when it joined.
         let mut peers: Vec<PublicKey> = self.peers.borrow().keys().copied().collect();
         let mut seen: BTreeSet<PublicKey> = peers.iter().copied().chain([own_key]).collect();
+        let announced: BTreeSet<PublicKey> = found.iter().copied().collect();
         let others = self.client.membership().registry().into_iter().chain(found);
         peers.extend(others.filter(|key| seen.insert(*key)).take(ASKED_MAX));
         let mut silent: BTreeSet<PublicKey> = peers.iter().copied().collect();
@@ -171,6 +189,7 @@ impl DirectoryTask {
                 self.learn(key, info);
             }
         }
+        self.unreachable.store(silent.intersection(&announced).count(), Ordering::Relaxed);
         self.peers.send_if_modified(|peers| {
             let is_lost = peers.keys().any(|key| silent.contains(key));
             if is_lost {

@@ -30,6 +30,7 @@ use crate::config::{Config, ServedModel};
 use crate::engine_meter::EngineMeter;
 use crate::execution_engine::{Broken, ExecutionEngine, finish};
 use crate::health_reporter::{Condition, HealthReporter, Identity, ReportWriter};
+use crate::hearing::Hearing;
 use crate::model_loader::cache::{Entry, ModelCache, Status};
 use crate::model_loader::{LoaderOptions, ModelLoader, u64_of};
 use crate::offers::Offers;
@@ -77,6 +78,7 @@ pub struct BaseWorker {
     client: Client,
     directory: Directory,
     directory_task: DirectoryTask,
+    hearing: Arc<Hearing>,
     changes: watch::Sender<()>,
     stopped: CancellationToken,
     /// Handles learn of the end of a worker that never ran, too.
@@ -88,6 +90,7 @@ pub struct BaseWorker {
 pub struct WorkerHandle {
     worker_id: WorkerId,
     loader: Arc<ModelLoader>,
+    hearing: Arc<Hearing>,
     stopped: CancellationToken,
 }
 
@@ -131,19 +134,45 @@ impl BaseWorker {
         let guard = QuotaGuard::new(Limits { slots, queue_max, tenant_jobs_max }, changes.clone());
         let stopped = CancellationToken::new();
         let end = stopped.clone().drop_guard();
-        Self { config, parts, runtime, loader, guard, client, directory, directory_task, changes, stopped, end }
+        let hearing = Arc::new(Hearing::new(config.region.clone()));
+        Self {
+            config,
+            parts,
+            runtime,
+            loader,
+            guard,
+            client,
+            directory,
+            directory_task,
+            hearing,
+            changes,
+            stopped,
+            end,
+        }
     }
 
     /// Returns a handle to look at the worker while it runs.
     pub fn handle(&self) -> WorkerHandle {
         let worker_id = self.parts.transport.public_key();
-        WorkerHandle { worker_id, loader: self.loader.clone(), stopped: self.stopped.clone() }
+        let (loader, hearing) = (self.loader.clone(), self.hearing.clone());
+        WorkerHandle { worker_id, loader, hearing, stopped: self.stopped.clone() }
     }
 
     /// Works until `stop`; then refuses new jobs, lets those that are here end, and leaves.
     pub async fn run(self, stop: CancellationToken) {
         let Self {
-            config, parts, runtime, loader, guard, client, directory, directory_task, changes, end: _end, ..
+            config,
+            parts,
+            runtime,
+            loader,
+            guard,
+            client,
+            directory,
+            directory_task,
+            hearing,
+            changes,
+            end: _end,
+            ..
         } = self;
         let WorkerParts { transport, key, epoch, clock, metrics, membership, version, .. } = parts;
         let capabilities = Capabilities::of(&runtime.devices().await);
@@ -179,10 +208,15 @@ impl BaseWorker {
 
         let info = NodeInfo { roles: vec![NodeRole::Worker], region: config.region.clone(), version };
         let (taking, asked, known, written) = (desk.clone(), desk.clone(), membership.clone(), reports.clone());
+        let described_to = hearing.clone();
         let server = Server::new(transport.clone(), info)
             .stream(START, move |call| taking.clone().take(call))
             .unary(PRESENCE_DESCRIBE, move |caller, _: Empty| {
-                let described = asked.check(caller.key).map(|()| written.sign());
+                let described = asked.check(caller.key).map(|()| {
+                    // The orchestrator that asks has the report with the answer.
+                    described_to.heard();
+                    written.sign()
+                });
                 async move { described }
             })
             .membership(membership)
@@ -200,7 +234,7 @@ impl BaseWorker {
         let reporter_stop = life.child_token();
         tasks.spawn(directory_task.run(reporter_stop.clone()));
         tasks.spawn(MembershipTask::new(client.clone(), directory.clone()).run(server_stop.clone()));
-        let reporter = HealthReporter::new(reports, client, directory, changes.subscribe());
+        let reporter = HealthReporter::new(reports, client, directory, hearing, changes.subscribe());
         let reporter = tasks.spawn(reporter.run(reporter_stop.clone()));
         let (wanting, region) = (desk.clone(), config.region.clone());
         let announcer = Announcer::new(transport, move || wanting.wanted_topics(&region), changes.subscribe());
@@ -236,6 +270,11 @@ impl WorkerHandle {
     /// Returns the worker's public key.
     pub fn worker_id(&self) -> WorkerId {
         self.worker_id
+    }
+
+    /// Returns why no orchestrator takes the worker's reports, while that is so.
+    pub fn unheard(&self) -> Option<String> {
+        self.hearing.unheard()
     }
 
     /// Returns the processes that hold its models.

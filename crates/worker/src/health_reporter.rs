@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use crate::capabilities::Capabilities;
+use crate::hearing::Hearing;
 use crate::model_loader::cache::ModelCache;
 use crate::quota_guard::Limits;
 
@@ -72,6 +73,7 @@ pub(crate) struct HealthReporter<Look> {
     writer: Arc<ReportWriter<Look>>,
     client: Client,
     directory: Directory,
+    hearing: Arc<Hearing>,
     changes: watch::Receiver<()>,
     latest: watch::Sender<Option<Arc<Signed>>>,
     pushers: BTreeMap<PublicKey, DropGuard>,
@@ -131,11 +133,12 @@ impl<Look: Fn() -> Condition> HealthReporter<Look> {
         writer: Arc<ReportWriter<Look>>,
         client: Client,
         directory: Directory,
+        hearing: Arc<Hearing>,
         changes: watch::Receiver<()>,
     ) -> Self {
         let latest = watch::Sender::new(None);
         let (pushers, tasks) = (BTreeMap::new(), TaskTracker::new());
-        Self { writer, client, directory, changes, latest, pushers, tasks }
+        Self { writer, client, directory, hearing, changes, latest, pushers, tasks }
     }
 
     /// Reports until `stop`, then one last time.
@@ -148,7 +151,7 @@ impl<Look: Fn() -> Condition> HealthReporter<Look> {
         let reporting = async {
             loop {
                 tokio::select! {
-                    _ = heartbeat.tick() => {}
+                    _ = heartbeat.tick() => self.hearing.look(&self.directory),
                     Ok(()) = self.changes.changed() => time::sleep_until(earliest).await,
                     searching = found.changed(), if is_searching => is_searching = searching,
                 }
@@ -170,7 +173,7 @@ impl<Look: Fn() -> Condition> HealthReporter<Look> {
         for peer in known {
             self.pushers.entry(peer).or_insert_with(|| {
                 let stop = CancellationToken::new();
-                let push = push(self.client.clone(), peer, self.latest.subscribe());
+                let push = push(self.client.clone(), peer, self.latest.subscribe(), self.hearing.clone());
                 let stopped = stop.clone();
                 self.tasks.spawn(async move { stopped.run_until_cancelled(push).await });
                 stop.drop_guard()
@@ -185,18 +188,29 @@ impl<Look: Fn() -> Condition> HealthReporter<Look> {
         let signed = self.writer.sign();
         let (client, signed) = (&self.client, &signed);
         join_all(self.directory.find(NodeRole::Orchestrator).into_iter().map(|peer| async move {
-            log_refusal(peer, client.call::<_, Empty>(peer, PRESENCE_REPORT, signed, LAST_PUSH_WITHIN).await);
+            log_refusal(peer, &client.call::<_, Empty>(peer, PRESENCE_REPORT, signed, LAST_PUSH_WITHIN).await);
         }))
         .await;
     }
 }
 
 /// Pushes each report to one orchestrator; those that come while it is slow are skipped for the latest.
-async fn push(client: Client, peer: PublicKey, mut latest: watch::Receiver<Option<Arc<Signed>>>) {
+async fn push(
+    client: Client,
+    peer: PublicKey,
+    mut latest: watch::Receiver<Option<Arc<Signed>>>,
+    hearing: Arc<Hearing>,
+) {
     loop {
         let report = latest.borrow_and_update().clone();
         if let Some(report) = report {
-            log_refusal(peer, client.call::<_, Empty>(peer, PRESENCE_REPORT, &*report, PUSH_WITHIN).await);
+            let pushed = client.call::<_, Empty>(peer, PRESENCE_REPORT, &*report, PUSH_WITHIN).await;
+            log_refusal(peer, &pushed);
+            match pushed {
+                Ok(Empty {}) => hearing.heard(),
+                Err(CallError::Remote(error)) => hearing.refused(peer, error.message),
+                Err(_) => {}
+            }
         }
         if latest.changed().await.is_err() {
             return;
@@ -205,7 +219,7 @@ async fn push(client: Client, peer: PublicKey, mut latest: watch::Receiver<Optio
 }
 
 /// A report that did not arrive is only logged: the next one is seconds away.
-fn log_refusal(peer: PublicKey, pushed: Result<Empty, CallError>) {
+fn log_refusal(peer: PublicKey, pushed: &Result<Empty, CallError>) {
     match pushed {
         Ok(Empty {}) => {}
         Err(CallError::Remote(error)) => {

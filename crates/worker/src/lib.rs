@@ -10,6 +10,7 @@ mod config;
 mod engine_meter;
 mod execution_engine;
 mod health_reporter;
+mod hearing;
 mod model_loader;
 mod offers;
 mod own_server;

@@ -31,13 +31,17 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
         check("engine", engine(&context).await),
     ];
     checks.extend(network::checks(&context).await);
+    let roles = context.data.roles().unwrap_or_default();
     if client.answers().await {
-        checks.push(check("gateway", Ok(format!("answers at {}", client.url()))));
+        checks.push(check("gateway", gateway(&client).await));
         checks.push(check("API key", api_key(&client).await));
         checks.push(check("workers", workers(&client).await));
     } else if server.url.is_some() {
         checks.push(check("gateway", Err(format!("nothing answers at {}", client.url()))));
-    } else {
+    } else if roles.contains(&"gateway") {
+        let told = format!("the gateway of this machine does not answer at {}; look at its log", client.url());
+        checks.push(check("gateway", Err(told)));
+    } else if roles.is_empty() {
         checks.push(check("gateway", port(&context)));
     }
     let well = checks.iter().all(|check| check.well);
@@ -45,10 +49,25 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
         output::json(&checks)?;
     } else {
         for Check { name, well, detail } in &checks {
-            output::line(format!("{}  {name:<12} {detail}", if *well { "ok" } else { "!!" }));
+            output::line(format!("{}  {name:<13} {detail}", if *well { "ok" } else { "!!" }));
         }
+        output::line(format!("\n{}", summary(&checks)));
     }
     Ok(if well { Outcome::Well } else { Outcome::Finding })
+}
+
+/// Says in a line how it stands. Checks come in the order in which things depend on each other, so that the first that
+/// fails is the likeliest cause; only a running network needs no bootstrap node.
+fn summary(checks: &[Check]) -> String {
+    let mut wrong: Vec<&Check> = checks.iter().filter(|check| !check.well).collect();
+    wrong.sort_by_key(|check| check.name == "bootstrap");
+    match wrong[..] {
+        [] => "all is well".to_owned(),
+        [one] => format!("one thing is wrong: {}: {}", one.name, one.detail),
+        [first, ..] => {
+            format!("{} things are wrong; the likeliest cause is {}: {}", wrong.len(), first.name, first.detail)
+        }
+    }
 }
 
 fn check(name: &'static str, found: Result<String, String>) -> Check {
@@ -107,10 +126,24 @@ async fn api_key(client: &GatewayClient) -> Result<String, String> {
     Ok(format!("good; {} models", models["data"].as_array().map_or(0, Vec::len)))
 }
 
+/// Says whether the gateway answers, and whether it does so on its own.
+async fn gateway(client: &GatewayClient) -> Result<String, String> {
+    let ready: Value = client.get("/readyz").await.unwrap_or_default();
+    let seconds = |name: &str| ready.get(name).and_then(Value::as_u64);
+    match (seconds("registry_silent_secs"), seconds("closes_in_secs")) {
+        (Some(silent), Some(left)) => Err(format!(
+            "the gateway at {} has had no answer of a registry for {silent} s; it goes on with the keys, models and rules \
+             it knows for another {left} s and refuses everything then; see that the registry runs",
+            client.url()
+        )),
+        _ => Ok(format!("answers at {}", client.url())),
+    }
+}
+
 async fn workers(client: &GatewayClient) -> Result<String, String> {
     match client.get::<Value>("/readyz").await {
         Ok(_) => Ok("a model is ready".to_owned()),
-        Err(error) => Err(format!("no worker has a model ready; look at `tether nodes` and the log ({error:#})")),
+        Err(error) => Err(format!("{error:#}; look at `tether nodes` and the log")),
     }
 }
 
@@ -119,5 +152,20 @@ fn port(context: &Context) -> Result<String, String> {
     match TcpListener::bind(bind) {
         Ok(_) => Ok(format!("no network runs; {bind} is free for `tether up`")),
         Err(error) => Err(format!("{bind} cannot be used ({error}); choose another with --bind or gateway.bind")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_line_names_the_first_thing_that_others_depend_on() {
+        let well = || check("registry", Ok("answers".into()));
+        let wrong = |name| check(name, Err(format!("{name} is away")));
+        assert_eq!(summary(&[well()]), "all is well");
+        assert_eq!(summary(&[well(), wrong("clock")]), "one thing is wrong: clock: clock is away");
+        let told = summary(&[wrong("bootstrap"), wrong("orchestrators"), wrong("workers")]);
+        assert_eq!(told, "3 things are wrong; the likeliest cause is orchestrators: orchestrators is away");
     }
 }

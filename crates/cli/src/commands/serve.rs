@@ -12,17 +12,21 @@ use rpc::transport::hyperswarm::BootstrapNode;
 use rpc::{Enrolment, Membership, SystemClock};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use worker::WorkerHandle;
 
 use super::up::asked_to_stop;
 use super::{Context, Outcome, process_runtime};
 use crate::adopt;
 use crate::args::NodeArgs;
+use crate::data_folder::DataFolder;
 use crate::local_models;
 use crate::node::{Node, Pool, at_last_port, enrolment};
 use crate::output;
 use crate::services::{Place, first_key, open_store};
 use crate::tiny_model;
 
+/// How often it is looked whether the network hears the worker.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 /// How long a worker may take to hold its models before that is worth a word.
 const LOADING: Duration = Duration::from_mins(1);
 
@@ -142,8 +146,24 @@ async fn worker(place: &mut Place, node: &Node, membership: Membership, stop: Ca
             Err(_) => warn!("models are still loading after {} s", LOADING.as_secs()),
         }
     };
-    tokio::join!(worker.run(stop.clone()), stop.run_until_cancelled(loading));
+    let telling = tell_doctor(&place.data, &handle);
+    tokio::join!(worker.run(stop.clone()), stop.run_until_cancelled(loading), stop.run_until_cancelled(telling));
     Ok(())
+}
+
+/// Writes down whether the network hears the worker, for `tether doctor` to read.
+async fn tell_doctor(data: &DataFolder, handle: &WorkerHandle) {
+    let mut told = None;
+    loop {
+        let unheard = handle.unheard();
+        if told.as_ref() != Some(&unheard) {
+            if let Err(error) = data.write_unheard(unheard.as_deref()) {
+                warn!(%error, "could not write down whether the network hears this worker");
+            }
+            told = Some(unheard);
+        }
+        tokio::time::sleep(TELL_EVERY).await;
+    }
 }
 
 /// Runs a service until somebody asks it to stop or it ends by itself, and takes its node off the network.

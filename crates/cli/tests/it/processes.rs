@@ -129,7 +129,7 @@ async fn without_its_bootstrap_nodes_the_network_goes_on_and_those_who_knew_it_c
     }
     let worker = WORKERS[0];
     let said = diagnosis(&mesh, worker);
-    assert!(said.contains("!!  bootstrap    no bootstrap node answers at 127.0.0.1:"), "{said}");
+    assert!(said.contains("!!  bootstrap     no bootstrap node answers at 127.0.0.1:"), "{said}");
     assert!(said.contains("ok  registry ") && said.contains("ok  clock "), "{said}");
     assert!(said.contains("ok  worker ") && said.contains("belongs to the network"), "{said}");
     end(&mut mesh, worker).await;
@@ -192,6 +192,72 @@ async fn a_registry_on_every_address_of_its_machine_begins_a_network() {
     mesh.join("worker-1", "worker", &[]);
     mesh.find_gateway().await;
     mesh.until_ready("worker-1").await;
+    mesh.ask().await;
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_cut_off_says_so_and_the_doctor_names_the_cause() {
+    let mut mesh = Mesh::start(&["bootstrap"], &WORKERS[..1]).await;
+    let lost = WORKERS[1];
+    let began = Instant::now();
+    mesh.join(lost, "worker", &["--region", "garage"]);
+    mesh.until_logged(lost, "no orchestrator takes this worker's reports").await;
+    note("a worker that nobody hears says so", began.elapsed());
+    assert!(began.elapsed() < 20 * SECOND, "{:?}", began.elapsed());
+    let data = mesh.processes.data(lost);
+    until("it to be written down", || data.unheard().is_some()).await;
+    let said = diagnosis(&mesh, lost);
+    assert!(said.contains("!!  worker ") && said.contains("--region local"), "{said}");
+    assert!(said.contains("ok  orchestrators answering: 1 in region local"), "{said}");
+    assert!(said.contains("ok  gateways      answering: 1 in region local"), "{said}");
+
+    mesh.processes.kill("orchestrator").expect("killed");
+    let said = diagnosis(&mesh, WORKERS[0]);
+    assert!(said.contains("!!  orchestrators no orchestrator answers in region local"), "{said}");
+    assert!(said.contains("the likeliest cause is orchestrators"), "{said}");
+    let stopped = diagnosis(&mesh, "orchestrator");
+    assert!(stopped.contains("does not run; start it with `tether start`"), "{stopped}");
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_go_on_while_the_registry_is_away_and_the_network_says_so() {
+    let mut mesh = Mesh::start(&["bootstrap"], &WORKERS[..1]).await;
+    mesh.ask().await;
+    mesh.processes.kill("registry").expect("killed");
+    let began = Instant::now();
+    let mut slowest = Duration::ZERO;
+    let silent = loop {
+        slowest = slowest.max(mesh.ask().await.took);
+        let ready: serde_json::Value = mesh.gateway.get("/readyz").await.expect("ready");
+        match ready["registry_silent_secs"].as_u64() {
+            Some(silent) if silent >= 8 => break ready,
+            _ => assert!(began.elapsed() < 60 * SECOND, "{ready}"),
+        }
+        // Within the tenant's rate.
+        tokio::time::sleep(SECOND / 5).await;
+    };
+    assert_eq!(silent["status"], "degraded");
+    note("the slowest answer without a registry", slowest);
+    assert!(slowest < 5 * SECOND, "{slowest:?}");
+    let said = mesh.run("gateway", &["doctor"]);
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(said.contains("has had no answer of a registry for"), "{said}");
+    assert!(said.contains("the likeliest cause is registry"), "{said}");
+    assert!(mesh.log("gateway").contains("no registry answers: this node goes on"), "{}", mesh.log("gateway"));
+
+    mesh.processes.start("registry", &["registry"]).expect("started");
+    let began = Instant::now();
+    loop {
+        let ready: serde_json::Value = mesh.gateway.get("/readyz").await.expect("ready");
+        if ready["status"] == "ok" {
+            break;
+        }
+        assert!(began.elapsed() < 60 * SECOND, "{ready}");
+        tokio::time::sleep(SECOND / 20).await;
+    }
+    note("the gateway hears the registry again", began.elapsed());
     mesh.ask().await;
     mesh.end().await;
 }
@@ -362,7 +428,7 @@ async fn a_revoked_worker_is_out_within_five_seconds_and_stays_out() {
     assert_eq!(mesh.name_of(mesh.ask().await.by), stays);
 
     let said = diagnosis(&mesh, out);
-    assert!(said.contains("!!  worker       not admitted: this worker was revoked"), "{said}");
+    assert!(said.contains("!!  worker        not admitted: this worker was revoked"), "{said}");
 
     // Starting again is of no use, nor is an invite for the same key.
     mesh.processes.end(out).await.expect("a clean end");

@@ -1,18 +1,26 @@
 //! What `tether doctor` says of a network of processes: who answers, whether this machine belongs to it, whose clock is off.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use protocol::control::{CLOCK_READ, ClockReading, Empty, POOL_STATE, PoolState, PoolStateRequest};
+use protocol::control::{
+    CLOCK_READ, ClockReading, Empty, NODE_DESCRIBE, NodeInfo, NodeRole, POOL_STATE, PoolState, PoolStateRequest,
+};
 use protocol::presence::SKEW_MAX;
-use protocol::{Clock as _, ErrorCode, UnixMillis};
+use protocol::{Clock as _, ErrorCode, Region, Topic, UnixMillis};
 use rpc::transport::hyperswarm::HyperswarmTransport;
-use rpc::{CallError, Client, Enrolment, SystemClock};
+use rpc::{CallError, Client, Enrolment, SystemClock, Transport as _};
 
 use super::{Check, Context, check};
+use crate::kept_flags::KeptFlags;
 use crate::node::Pool;
 use crate::operator::{client_network, random_key};
 
+/// How long a node that was found may take to say what it is.
+const DESCRIBE: Duration = Duration::from_secs(3);
+/// Nodes of one region that are asked. Anyone may announce on a topic.
+const ASKED_MAX: usize = 64;
 /// How long a node may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The roles of nodes that have an enrolment.
@@ -50,14 +58,97 @@ async fn look(context: &Context, pool: &Pool) -> anyhow::Result<Vec<Check>> {
             checks.push(check("registry", Err(detail)));
         }
     }
+    let regions = regions(context, pool, &stranger).await?;
+    let services = services(&network, &stranger, &regions).await;
     drop(stranger);
     network.stop().await;
+    checks.push(check("orchestrators", services.of(NodeRole::Orchestrator)));
+    checks.push(check("gateways", services.of(NodeRole::Gateway)));
     for role in ROLES {
         if let Some(found) = admission(context, pool, role).await {
             checks.push(check(role, found));
         }
     }
     Ok(checks)
+}
+
+/// Returns the regions that matter here: those of this machine's services, and the registry's.
+async fn regions(context: &Context, pool: &Pool, client: &Client) -> anyhow::Result<BTreeSet<Region>> {
+    let mut regions = BTreeSet::new();
+    for role in context.data.roles()? {
+        let kept: toml::Table = toml::from_str(&KeptFlags::read(&context.data, role)?.to_toml())?;
+        let region = kept.get("region").and_then(|region| region.as_str()?.parse().ok());
+        regions.insert(region.unwrap_or_else(|| context.settings.region.clone()));
+    }
+    if let Ok(info) = client.call::<_, NodeInfo>(pool.registry, NODE_DESCRIBE, &Empty {}, PATIENCE).await {
+        regions.insert(info.region);
+    }
+    if regions.is_empty() {
+        regions.insert(context.settings.region.clone());
+    }
+    Ok(regions)
+}
+
+/// Asks every node that announces itself as a service of these regions what it is.
+async fn services(network: &HyperswarmTransport, client: &Client, regions: &BTreeSet<Region>) -> Services {
+    let mut services = Services { regions: regions.clone(), ..Services::default() };
+    for region in regions {
+        let found = network.lookup(&Topic::Control(region.clone())).await.unwrap_or_default();
+        let asked = found.iter().take(ASKED_MAX);
+        let answers = asked.map(|key| client.call::<_, NodeInfo>(*key, NODE_DESCRIBE, &Empty {}, DESCRIBE));
+        for answer in join_all(answers).await {
+            match answer {
+                Ok(info) => {
+                    for role in info.roles {
+                        *services.answering.entry((role, info.region.clone())).or_default() += 1;
+                    }
+                }
+                Err(_) => services.silent += 1,
+            }
+        }
+    }
+    services
+}
+
+/// The services that announce themselves.
+#[derive(Debug, Default)]
+struct Services {
+    regions: BTreeSet<Region>,
+    /// How many answer, by what they do and where.
+    answering: BTreeMap<(NodeRole, Region), usize>,
+    /// How many do not, whatever they are.
+    silent: usize,
+}
+
+impl Services {
+    /// Says whether services of a role answer, and where.
+    fn of(&self, role: NodeRole) -> Result<String, String> {
+        let word = match role {
+            NodeRole::Orchestrator => "orchestrator",
+            NodeRole::Gateway => "gateway",
+            NodeRole::Registry => "registry",
+            NodeRole::Worker => "worker",
+        };
+        let of_role = self.answering.iter().filter(|((other, _), _)| *other == role);
+        let told: Vec<String> = of_role.map(|((_, region), count)| format!("{count} in region {region}")).collect();
+        if !told.is_empty() {
+            return Ok(format!("answering: {}", told.join(", ")));
+        }
+        let regions: Vec<&str> = self.regions.iter().map(Region::as_str).collect();
+        let regions = regions.join(" or ");
+        Err(if self.silent > 0 {
+            format!(
+                "no {word} answers in region {regions}; {} nodes announced themselves there and do not answer: start them \
+                 again (`tether start`), or see that UDP reaches them",
+                self.silent
+            )
+        } else {
+            format!(
+                "no {word} answers in region {regions}; start it with `tether {word}`, or bring one in with `tether invite \
+                 --role {word}`"
+            )
+        })
+    }
 }
 
 async fn bootstrap(network: &HyperswarmTransport, addresses: &[std::net::SocketAddrV4]) -> Result<String, String> {
@@ -102,7 +193,13 @@ async fn ask(context: &Context, pool: &Pool, role: &str, enrolment: Enrolment) -
     drop(client);
     network.stop().await;
     match state {
-        Ok(_) => Ok(format!("{} belongs to the network", key.public_key().short())),
+        Ok(_) if context.data.lock(&[role]).is_ok() => {
+            Err(anyhow::anyhow!("this {role} belongs to the network and does not run; start it with `tether start`"))
+        }
+        Ok(_) => match context.data.unheard().filter(|_| role == "worker") {
+            Some(unheard) => Err(anyhow::anyhow!(unheard)),
+            None => Ok(format!("{} belongs to the network", key.public_key().short())),
+        },
         Err(CallError::Remote(refusal)) if refusal.code == ErrorCode::NodeRevoked => {
             anyhow::bail!("not admitted: this {role} was revoked; it needs a new key and a new invite")
         }
@@ -114,6 +211,21 @@ async fn ask(context: &Context, pool: &Pool, role: &str, enrolment: Enrolment) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_service_that_is_missing_is_named_with_what_to_do() {
+        let region: Region = "garage".parse().expect("region");
+        let mut services = Services { regions: BTreeSet::from([region.clone()]), ..Services::default() };
+        let never = services.of(NodeRole::Orchestrator).expect_err("none");
+        assert!(never.contains("garage") && never.contains("--role orchestrator"), "{never}");
+        services.silent = 1;
+        let gone = services.of(NodeRole::Orchestrator).expect_err("none");
+        assert!(gone.contains("do not answer") && gone.contains("tether start"), "{gone}");
+        services.answering.insert((NodeRole::Orchestrator, region), 2);
+        let answering = services.of(NodeRole::Orchestrator).expect("two");
+        assert_eq!(answering, "answering: 2 in region garage");
+        assert!(services.of(NodeRole::Gateway).is_err());
+    }
 
     #[test]
     fn a_clock_is_off_by_more_than_the_answer_took() {
