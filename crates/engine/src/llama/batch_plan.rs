@@ -38,6 +38,11 @@ pub(super) struct Limits {
     pub(super) room: usize,
     /// Prompt tokens while any slot generates: a longer step delays its next token.
     pub(super) prompt_beside_others: usize,
+    /// Whether a step may have tokens of several slots.
+    ///
+    /// Where llama.cpp keeps states, sequences in one batch disturb each other:
+    /// <https://github.com/ggml-org/llama.cpp/issues/29002>.
+    pub(super) together: bool,
 }
 
 /// Returns the next step, or `None` where no slot wants anything.
@@ -48,6 +53,9 @@ pub(super) struct Limits {
 /// slots from `first` on.
 pub(super) fn plan(needs: &[Need], last: Option<AdapterId>, first: usize, limits: Limits) -> Option<Plan> {
     let adapter = next_in_turn(needs, last)?.adapter;
+    if !limits.together {
+        return Some(Plan { adapter, shares: alone(needs, adapter, first, limits) });
+    }
     let mut shares = vec![0; needs.len()];
     let mut left = limits.room;
     for (share, need) in shares.iter_mut().zip(needs) {
@@ -81,6 +89,23 @@ pub(super) fn plan(needs: &[Need], last: Option<AdapterId>, first: usize, limits
     }
 }
 
+/// Returns the shares of a step with one slot, whose turn it is from `first` on.
+fn alone(needs: &[Need], adapter: Option<AdapterId>, first: usize, limits: Limits) -> Vec<usize> {
+    let mut shares = vec![0; needs.len()];
+    let wants = |slot: &usize| needs[*slot].adapter == adapter && needs[*slot].tokens != Tokens::None;
+    if let Some(slot) = (0..needs.len()).map(|step| (first + step) % needs.len()).find(wants) {
+        shares[slot] = match needs[slot].tokens {
+            Tokens::None => 0,
+            Tokens::Next(suggested) => (1 + suggested).min(limits.room),
+            Tokens::Prompt(tokens) => {
+                let others = needs.iter().any(|need| matches!(need.tokens, Tokens::Next(_)));
+                tokens.min(if others { limits.prompt_beside_others.clamp(1, limits.room) } else { limits.room })
+            }
+        };
+    }
+    shares
+}
+
 /// Returns the need whose adapter comes after the last one, in the order of their numbers and round again.
 fn next_in_turn(needs: &[Need], last: Option<AdapterId>) -> Option<&Need> {
     let wanted = || needs.iter().filter(|need| need.tokens != Tokens::None);
@@ -93,9 +118,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LIMITS: Limits = Limits { room: 512, prompt_beside_others: 256 };
+    const LIMITS: Limits = Limits { room: 512, prompt_beside_others: 256, together: true };
 
-    fn alone(tokens: Tokens) -> Need {
+    fn plain(tokens: Tokens) -> Need {
         Need { adapter: None, tokens }
     }
 
@@ -104,7 +129,7 @@ mod tests {
     }
 
     fn shares(needs: &[Tokens], first: usize, limits: Limits) -> Vec<usize> {
-        let needs: Vec<Need> = needs.iter().map(|tokens| alone(*tokens)).collect();
+        let needs: Vec<Need> = needs.iter().map(|tokens| plain(*tokens)).collect();
         plan(&needs, None, first, limits).expect("there is something to do").shares
     }
 
@@ -137,7 +162,7 @@ mod tests {
         let needs = [
             with(1, Tokens::Next(0)),
             with(2, Tokens::Prompt(5_000)),
-            alone(Tokens::Next(0)),
+            plain(Tokens::Next(0)),
             with(1, Tokens::Next(0)),
         ];
         let mut last = None;
@@ -152,8 +177,17 @@ mod tests {
     }
 
     #[test]
+    fn slots_that_must_be_alone_take_turns() {
+        let needs = [Tokens::Next(0), Tokens::Prompt(600), Tokens::None, Tokens::Prompt(9)];
+        let limits = Limits { together: false, ..LIMITS };
+        let steps: Vec<_> = (0..4).map(|first| shares(&needs, first, limits)).collect();
+        assert_eq!(steps, [[1, 0, 0, 0], [0, 256, 0, 0], [0, 0, 0, 9], [0, 0, 0, 9]]);
+        assert_eq!(shares(&[Tokens::None, Tokens::Prompt(600)], 0, limits), [0, 512]);
+    }
+
+    #[test]
     fn nothing_wanted_is_no_step() {
-        assert_eq!(plan(&[alone(Tokens::None), with(1, Tokens::None)], None, 0, LIMITS), None);
+        assert_eq!(plan(&[plain(Tokens::None), with(1, Tokens::None)], None, 0, LIMITS), None);
     }
 
     proptest! {
@@ -163,6 +197,7 @@ mod tests {
             first in 0_usize..40,
             room in 1_usize..600,
             last in 0_u64..3,
+            together: bool,
         ) {
             let needs: Vec<Need> = kinds.iter().map(|(kind, tokens, adapter)| Need {
                 adapter: Some(AdapterId(*adapter)),
@@ -172,7 +207,7 @@ mod tests {
                     _ => Tokens::Prompt(*tokens),
                 },
             }).collect();
-            let limits = Limits { room, prompt_beside_others: 256 };
+            let limits = Limits { room, prompt_beside_others: 256, together };
             let Some(plan) = plan(&needs, Some(AdapterId(last)), first % needs.len(), limits) else {
                 prop_assert!(needs.iter().all(|need| need.tokens == Tokens::None));
                 return Ok(());
@@ -187,6 +222,7 @@ mod tests {
                 let most = if need.adapter == plan.adapter { most } else { 0 };
                 prop_assert!(*share <= most);
             }
+            prop_assert!(together || plan.shares.iter().filter(|share| **share > 0).count() == 1);
         }
     }
 }

@@ -64,10 +64,12 @@ pub(super) struct Outcome {
 
 impl Lane {
     pub(super) fn new(room: Room, slots: u32, draft_max: u32, deterministic: bool) -> Self {
+        // Suggestions that are wrong must be taken back.
+        let draft_max = if deterministic || !room.can_rewind() { 0 } else { draft_max as usize };
         Self {
             room,
             slots: (0..slots).map(|_| None).collect(),
-            draft_max: if deterministic { 0 } else { draft_max as usize },
+            draft_max,
             deterministic,
             clock: StepClock::default(),
             batch: Batch::default(),
@@ -170,7 +172,7 @@ impl Lane {
                 }
             }
             // Whoever asked for it is dropped before the next step.
-            Err(DecodeError::Aborted) => {}
+            Err(DecodeError::Aborted) => self.take_back(&plan),
             Err(error @ DecodeError::NoRoom) => self.give_way(&mut outcome, &error),
             Err(error @ DecodeError::Failed(_)) => {
                 for sequence in self.drain() {
@@ -198,8 +200,14 @@ impl Lane {
         let room = BATCH_TOKENS as usize;
         let prompt_beside_others = self.clock.prompt_tokens_within(GAP, PROMPT_BESIDE_OTHERS_MIN, room);
         self.turn = (self.turn + 1) % self.slots.len();
-        let plan = batch_plan::plan(&needs, self.last_adapter, self.turn, Limits { room, prompt_beside_others })?;
+        let together = self.room.can_rewind();
+        let limits = Limits { room, prompt_beside_others, together };
+        let plan = batch_plan::plan(&needs, self.last_adapter, self.turn, limits)?;
         self.last_adapter = plan.adapter;
+        if !together {
+            // Who was alone in this step is the last in the next.
+            self.turn = plan.shares.iter().position(|share| *share > 0).unwrap_or(self.turn);
+        }
         Some(plan)
     }
 
@@ -244,6 +252,18 @@ impl Lane {
             stop.is_cancelled() || gone * 2 >= all
         };
         self.room.context.decode(&mut self.batch, &mut is_in_vain)
+    }
+
+    /// Forgets what took part in a step that was given up, where its state may have gone on without being told.
+    fn take_back(&mut self, plan: &Plan) {
+        if self.room.can_rewind() {
+            return;
+        }
+        for (slot, _) in self.slots.iter_mut().zip(&plan.shares).filter(|(_, share)| **share > 0) {
+            if let Some(Sequence { strand: Some(strand), .. }) = slot {
+                self.room.start_over(strand);
+            }
+        }
     }
 
     fn take_note(&mut self, plan: &Plan, took: Duration, counters: &mut Counters) {

@@ -25,7 +25,7 @@ use crate::hardware::{Device, DeviceKind};
 
 pub(super) use batch::Batch;
 pub(super) use context::{Context, ContextOptions, DecodeError, Pooling};
-pub(super) use model::{Adapter, Model, ModelOptions};
+pub(super) use model::{Adapter, Model, ModelOptions, Window};
 pub(super) use vocabulary::{Token, Vocabulary};
 
 /// Starts llama.cpp, once for the life of the process; every handle's constructor calls it. Returns whether it

@@ -4,9 +4,12 @@
 //! retained, so that a prompt that begins alike need not be evaluated again: it takes a strand over, or shares the
 //! beginning of one, whether retained or at work, without copying a cell. Where cells run short, the least recently
 //! used strand goes to host memory, and comes back from there.
+//!
+//! Where layers see a part of a text only, llama.cpp gives the cells that they no longer see to whoever needs some, and
+//! leaves them out of what it saves. So a beginning is used only where every layer has all that its next token sees.
 
 use super::cell_ledger::{CellLedger, Cells};
-use super::native::{Context, Model, Token};
+use super::native::{Context, Model, Token, Window};
 use super::snapshots::{Snapshot, Snapshots};
 use crate::model_runtime::AdapterId;
 
@@ -43,6 +46,7 @@ pub(super) struct Room {
     retained: Vec<Strand>,
     snapshots: Snapshots,
     can_rewind: bool,
+    window: Window,
 }
 
 /// Where the beginning of a prompt is at hand.
@@ -56,7 +60,7 @@ enum Source {
 impl Room {
     /// Returns the empty room of a context with so many cells, in which `slots` strands are at work at most.
     pub(super) fn new(context: Context, cells: u32, slots: u32, snapshot_bytes_max: u64) -> Self {
-        let can_rewind = context.model().can_rewind();
+        let (can_rewind, window) = (context.model().can_rewind(), context.model().window());
         let numbers = (0..sequences(context.model(), slots).cast_signed()).rev().collect();
         let snapshot_bytes_max = if can_rewind { snapshot_bytes_max } else { 0 };
         Self {
@@ -64,8 +68,9 @@ impl Room {
             ledger: CellLedger::new(cells),
             numbers,
             retained: Vec::new(),
-            snapshots: Snapshots::new(snapshot_bytes_max),
+            snapshots: Snapshots::new(snapshot_bytes_max, window),
             can_rewind,
+            window,
         }
     }
 
@@ -144,12 +149,13 @@ impl Room {
         strand.tokens.extend_from_slice(tokens);
     }
 
-    /// Cuts a strand back to so many tokens; the whole strand is forgotten where that cannot be done.
+    /// Cuts a strand back to so many tokens; the whole strand is forgotten where that cannot be done, or where it could
+    /// not go on from there.
     pub(super) fn rewind(&mut self, strand: &mut Strand, length: usize) {
         if strand.tokens.len() <= length {
             return;
         }
-        let length = if self.context.remove(strand.sequence, length) {
+        let length = if self.is_whole(strand, length) && self.context.remove(strand.sequence, length) {
             length
         } else {
             // Forgetting all of a sequence never fails.
@@ -160,14 +166,24 @@ impl Room {
         self.ledger.release(&mut strand.cells, length);
     }
 
+    /// Forgets what of a strand is evaluated, and whatever llama.cpp has of it.
+    pub(super) fn start_over(&mut self, strand: &mut Strand) {
+        self.context.remove(strand.sequence, 0);
+        strand.tokens.clear();
+        self.ledger.release(&mut strand.cells, 0);
+    }
+
     /// Keeps the strand of a generation that ended, for those whose prompts begin like it.
     pub(super) fn retain(&mut self, strand: Strand) {
         if strand.tokens.is_empty() || !self.can_rewind {
             return self.forget(strand);
         }
         // Who asked the same twice, or went on from it, has no use for two of them.
-        let covered = |other: &Strand| other.adapter == strand.adapter && strand.tokens.starts_with(&other.tokens);
-        while let Some(place) = self.retained.iter().position(covered) {
+        let is_covered = |room: &Self, other: &Strand| {
+            let goes_on = other.adapter == strand.adapter && strand.tokens.starts_with(&other.tokens);
+            goes_on && room.is_whole(&strand, other.tokens.len())
+        };
+        while let Some(place) = self.retained.iter().position(|other| is_covered(self, other)) {
             let old = self.retained.remove(place);
             self.forget(old);
         }
@@ -220,9 +236,12 @@ impl Room {
         }
         let strand = self.retained.remove(0);
         if self.snapshots.takes(1)
+            && let Some(first) = self.context.first_position(strand.sequence)
             && let Some(bytes) = self.context.save(strand.sequence)
         {
-            self.snapshots.keep(Snapshot { tokens: strand.tokens.clone(), adapter: strand.adapter, bytes });
+            // What its last token does not see is not saved.
+            let first = first.max(self.window.first_seen(strand.tokens.len() - 1));
+            self.snapshots.keep(Snapshot { tokens: strand.tokens.clone(), adapter: strand.adapter, first, bytes });
         }
         self.forget(strand);
         true
@@ -240,7 +259,8 @@ impl Room {
             return None;
         }
         let of = |strand: &Strand| {
-            if strand.adapter == adapter { common_prefix(&strand.tokens, prompt) } else { 0 }
+            let common = if strand.adapter == adapter { common_prefix(&strand.tokens, prompt) } else { 0 };
+            if self.is_whole(strand, common) { common } else { 0 }
         };
         let retained = self.retained.iter().enumerate().map(|(place, strand)| (Source::Retained(place), of(strand)));
         let at_work = at_work.map(|strand| (Source::AtWork(strand.sequence), of(strand)));
@@ -249,6 +269,12 @@ impl Room {
         let at_least = in_room.map_or(0, |(_, common)| common) + SNAPSHOT_GAIN_MIN;
         let snapshot = self.snapshots.find(prompt, adapter).filter(|(_, common)| *common >= at_least);
         snapshot.map(|(place, common)| (Source::Snapshot(place), common)).or(in_room)
+    }
+
+    /// Returns whether a text can go on behind so many tokens of a strand: every layer has what the next token sees.
+    fn is_whole(&self, strand: &Strand, length: usize) -> bool {
+        let first = self.context.first_position(strand.sequence);
+        length == 0 || first.is_some_and(|first| first <= self.window.first_seen(length))
     }
 
     /// Says whether a retained strand is rather taken over than shared: most of it is of use to this prompt alone.
@@ -269,7 +295,7 @@ impl Room {
     }
 
     fn restore(&mut self, place: usize, common: usize) -> Strand {
-        let Snapshot { tokens, adapter, bytes } = self.snapshots.take(place);
+        let Snapshot { tokens, adapter, bytes, .. } = self.snapshots.take(place);
         let mut strand = self.empty(adapter);
         if !self.make_room(tokens.len()) || !self.context.restore(strand.sequence, &bytes) {
             // A copy that failed half-way may have left something.

@@ -1,6 +1,6 @@
 //! Keys and values of conversations that lost their cells, kept in host memory within a budget of bytes.
 
-use super::native::Token;
+use super::native::{Token, Window};
 use super::room::common_prefix;
 use crate::model_runtime::AdapterId;
 
@@ -8,6 +8,7 @@ use crate::model_runtime::AdapterId;
 #[derive(Debug)]
 pub(super) struct Snapshots {
     bytes_max: u64,
+    window: Window,
     entries: Vec<Snapshot>,
 }
 
@@ -18,14 +19,23 @@ pub(super) struct Snapshot {
     pub(super) tokens: Vec<Token>,
     /// The adapter it was evaluated with.
     pub(super) adapter: Option<AdapterId>,
+    /// The first position that every layer has.
+    pub(super) first: usize,
     /// Its keys and values, as llama.cpp writes them.
     pub(super) bytes: Vec<u8>,
 }
 
+impl Snapshot {
+    /// Returns whether a text can go on behind so many of its tokens.
+    fn is_whole(&self, length: usize, window: Window) -> bool {
+        self.first <= window.first_seen(length)
+    }
+}
+
 impl Snapshots {
     /// Returns an empty store for so many bytes.
-    pub(super) fn new(bytes_max: u64) -> Self {
-        Self { bytes_max, entries: Vec::new() }
+    pub(super) fn new(bytes_max: u64, window: Window) -> Self {
+        Self { bytes_max, window, entries: Vec::new() }
     }
 
     /// Returns whether a snapshot of so many bytes could be kept.
@@ -33,12 +43,16 @@ impl Snapshots {
         bytes <= self.bytes_max
     }
 
-    /// Keeps a snapshot, for which the least recently used ones and those it goes on from give way.
+    /// Keeps a snapshot, for which the least recently used ones give way, and those that it can stand for.
     pub(super) fn keep(&mut self, snapshot: Snapshot) {
         if !self.takes(snapshot.bytes.len() as u64) {
             return;
         }
-        self.entries.retain(|old| old.adapter != snapshot.adapter || !snapshot.tokens.starts_with(&old.tokens));
+        let window = self.window;
+        self.entries.retain(|old| {
+            let goes_on = old.adapter == snapshot.adapter && snapshot.tokens.starts_with(&old.tokens);
+            !(goes_on && snapshot.is_whole(old.tokens.len(), window))
+        });
         self.entries.push(snapshot);
         let mut bytes: u64 = self.entries.iter().map(|entry| entry.bytes.len() as u64).sum();
         let excess = self.entries.iter().take_while(|entry| {
@@ -50,10 +64,14 @@ impl Snapshots {
         self.entries.drain(..excess);
     }
 
-    /// Returns the place of the snapshot that begins most like a prompt, and how many tokens they have in common.
+    /// Returns the place of the snapshot with the longest beginning that a prompt can go on from, and its length.
     pub(super) fn find(&self, prompt: &[Token], adapter: Option<AdapterId>) -> Option<(usize, usize)> {
         let entries = self.entries.iter().enumerate().filter(|(_, entry)| entry.adapter == adapter);
-        entries.map(|(place, entry)| (place, common_prefix(&entry.tokens, prompt))).max_by_key(|(_, common)| *common)
+        let common = entries.filter_map(|(place, entry)| {
+            let common = common_prefix(&entry.tokens, prompt);
+            entry.is_whole(common, self.window).then_some((place, common))
+        });
+        common.max_by_key(|(_, common)| *common)
     }
 
     /// Takes a snapshot out.
@@ -72,7 +90,7 @@ mod tests {
     use super::*;
 
     fn snapshot(tokens: &[Token], bytes: usize) -> Snapshot {
-        Snapshot { tokens: tokens.to_vec(), adapter: None, bytes: vec![0; bytes] }
+        Snapshot { tokens: tokens.to_vec(), adapter: None, first: 0, bytes: vec![0; bytes] }
     }
 
     fn kept(snapshots: &Snapshots) -> Vec<&[Token]> {
@@ -81,7 +99,7 @@ mod tests {
 
     #[test]
     fn the_least_recently_used_gives_way() {
-        let mut snapshots = Snapshots::new(100);
+        let mut snapshots = Snapshots::new(100, Window::All);
         for token in 1..=3 {
             snapshots.keep(snapshot(&[token], 40));
         }
@@ -94,7 +112,7 @@ mod tests {
 
     #[test]
     fn a_longer_conversation_replaces_its_own_beginning() {
-        let mut snapshots = Snapshots::new(100);
+        let mut snapshots = Snapshots::new(100, Window::All);
         snapshots.keep(snapshot(&[1, 2], 10));
         snapshots.keep(Snapshot { adapter: Some(AdapterId(7)), ..snapshot(&[1], 10) });
         snapshots.keep(snapshot(&[1, 2, 3], 10));
@@ -103,7 +121,7 @@ mod tests {
 
     #[test]
     fn what_is_larger_than_the_budget_is_not_kept() {
-        let mut snapshots = Snapshots::new(100);
+        let mut snapshots = Snapshots::new(100, Window::All);
         snapshots.keep(snapshot(&[1], 50));
         snapshots.keep(snapshot(&[2], 101));
         assert_eq!(kept(&snapshots), [[1]]);
@@ -111,7 +129,7 @@ mod tests {
 
     #[test]
     fn the_longest_common_beginning_of_the_same_adapter_is_found() {
-        let mut snapshots = Snapshots::new(100);
+        let mut snapshots = Snapshots::new(100, Window::All);
         snapshots.keep(snapshot(&[1, 2, 9], 10));
         snapshots.keep(snapshot(&[1, 2, 3, 9], 10));
         snapshots.keep(Snapshot { adapter: Some(AdapterId(7)), ..snapshot(&[1, 2, 3, 4], 10) });
@@ -119,5 +137,20 @@ mod tests {
         assert_eq!(snapshots.find(&[1, 2, 3, 4], Some(AdapterId(7))), Some((2, 4)));
         snapshots.forget(AdapterId(7));
         assert_eq!(snapshots.find(&[1], Some(AdapterId(7))), None);
+    }
+
+    #[test]
+    fn what_a_window_hid_when_a_snapshot_was_made_is_not_found_in_it() {
+        let mut snapshots = Snapshots::new(100, Window::Sliding(3));
+        let cut =
+            |length: i32| Snapshot { first: length as usize - 3, ..snapshot(&(0..length).collect::<Vec<_>>(), 10) };
+        snapshots.keep(cut(9));
+        assert_eq!(snapshots.find(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 99], None), Some((0, 9)));
+        assert_eq!(snapshots.find(&[0, 1, 2, 3, 4, 5, 6, 7, 99], None), Some((0, 8)));
+        assert_eq!(snapshots.find(&[0, 1, 2, 3, 4, 5, 6, 99], None), None);
+        // What the longer one cannot serve is kept beside it.
+        snapshots.keep(cut(5));
+        snapshots.keep(cut(10));
+        assert_eq!(kept(&snapshots).iter().map(|tokens| tokens.len()).collect::<Vec<_>>(), [5, 10]);
     }
 }

@@ -2,9 +2,13 @@
 
 #![cfg_attr(not(feature = "llama"), expect(dead_code, reason = "the mock's tests need a part of the helpers"))]
 
+#[cfg(feature = "llama")]
+mod chance;
 mod chat_templates;
 #[cfg(feature = "llama")]
 mod handed_over;
+#[cfg(feature = "llama")]
+mod llama_families;
 #[cfg(feature = "llama")]
 mod llama_forms;
 #[cfg(feature = "llama")]
@@ -18,6 +22,8 @@ mod memory;
 #[cfg(feature = "llama")]
 mod poison;
 mod process_runtime;
+#[cfg(feature = "llama")]
+mod random_model;
 #[cfg(feature = "remote")]
 mod remote;
 

@@ -5,6 +5,7 @@ use tether_engine::{
     EngineError, GenerateRequest, LoadOptions, ModelRuntime, ProcessRuntime, PromptInput, no_progress,
 };
 
+use crate::chance::Chance;
 use crate::process_runtime::host;
 use crate::{artifact_of, ask, options, read, run, tiny, within};
 
@@ -14,23 +15,6 @@ const FILES: u64 = 1_000;
 const HEADER_BYTES: u64 = 45_000;
 /// Processes at a time.
 const LANES: u64 = 2;
-
-/// Numbers that look like chance and are always the same.
-struct Chance(u64);
-
-impl Chance {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, most: u64) -> u64 {
-        self.next() % most
-    }
-}
 
 /// Returns a damaged copy, and how it was damaged.
 fn damaged(bytes: &[u8], number: u64) -> (Vec<u8>, String) {

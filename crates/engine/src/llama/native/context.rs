@@ -78,7 +78,7 @@ impl Context {
             parameters.n_threads_batch = options.threads;
             // One room for all sequences: without it, copying a part of one fails an assertion.
             parameters.kv_unified = true;
-            // Sliding windows keep all positions, so that a sequence can be cut back and shared.
+            // Layers with a window have room for all positions, so that a sequence can mostly be cut back and shared.
             parameters.swa_full = true;
             parameters.no_perf = true;
             if let Some(pooling) = options.pooling {
@@ -178,6 +178,12 @@ impl Context {
     pub(crate) fn remove(&mut self, sequence: i32, from: usize) -> bool {
         // SAFETY: the sequence is within the bounds that the engine keeps.
         unsafe { sys::llama_memory_seq_rm(self.memory(), sequence, from as i32, -1) }
+    }
+
+    /// Returns the first position of a sequence that every layer still has; `None` for a sequence without any.
+    pub(crate) fn first_position(&self, sequence: i32) -> Option<usize> {
+        // SAFETY: as above.
+        usize::try_from(unsafe { sys::llama_memory_seq_pos_min(self.memory(), sequence) }).ok()
     }
 
     /// Lets a sequence begin as another does, up to a position. The cells are shared.

@@ -18,6 +18,30 @@ pub(crate) struct ModelOptions {
     pub(crate) vocabulary_only: bool,
 }
 
+/// What some layers of a model see of a text.
+///
+/// llama.cpp gives up keys and values that these layers no longer see, as soon as it needs their place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Window {
+    /// All of it.
+    All,
+    /// So many positions, the last one included.
+    Sliding(usize),
+    /// What lies in the same chunk of so many positions.
+    Chunk(usize),
+}
+
+impl Window {
+    /// Returns the first position that every layer needs to evaluate the token at a position.
+    pub(crate) fn first_seen(self, position: usize) -> usize {
+        match self {
+            Self::All => 0,
+            Self::Sliding(width) => (position + 1).saturating_sub(width),
+            Self::Chunk(width) => position / width * width,
+        }
+    }
+}
+
 /// A model in memory.
 #[derive(Debug)]
 pub(crate) struct Model {
@@ -79,6 +103,23 @@ impl Model {
         unsafe { !sys::llama_model_is_recurrent(self.as_ptr()) && !sys::llama_model_is_hybrid(self.as_ptr()) }
     }
 
+    /// Returns what its layers see of a text.
+    pub(crate) fn window(&self) -> Window {
+        // SAFETY: it reads fields; the text is as long as is told, and short of its last zero.
+        let (width, architecture) = unsafe {
+            let mut text = [0_u8; 32];
+            let key = c"general.architecture".as_ptr();
+            sys::llama_model_meta_val_str(self.as_ptr(), key, text.as_mut_ptr().cast(), text.len());
+            (sys::llama_model_n_swa(self.as_ptr()), text)
+        };
+        match usize::try_from(width).unwrap_or(0) {
+            0 => Window::All,
+            // The only architecture with chunks, which llama.cpp does not tell in other ways.
+            width if architecture.starts_with(b"llama4\0") => Window::Chunk(width),
+            width => Window::Sliding(width),
+        }
+    }
+
     /// Returns whether the model needs an encoder's pass that this runtime does not make.
     pub(crate) fn has_encoder(&self) -> bool {
         // SAFETY: it reads a field.
@@ -135,3 +176,15 @@ impl Drop for Adapter {
 
 /// Makes a null list of adapters plain to read.
 pub(super) const NO_ADAPTERS: *mut *mut sys::llama_adapter_lora = ptr::null_mut();
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_slides_by_positions_and_a_chunk_by_its_length() {
+        assert_eq!(Window::All.first_seen(1_000), 0);
+        assert_eq!([3, 4, 5, 100].map(|position| Window::Sliding(4).first_seen(position)), [0, 1, 2, 97]);
+        assert_eq!([3, 4, 7, 8].map(|position| Window::Chunk(4).first_seen(position)), [0, 4, 4, 8]);
+    }
+}
