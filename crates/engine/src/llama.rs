@@ -16,6 +16,7 @@ mod lane;
 pub(crate) mod native;
 mod outbox;
 mod prompts;
+mod pulse;
 mod room;
 mod sequence;
 mod snapshots;
@@ -23,7 +24,7 @@ mod step_clock;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -48,6 +49,7 @@ use forms::Forms;
 use native::{Model, ModelOptions, Token};
 use outbox::Outbox;
 use prompts::Prompts;
+use pulse::{Beats, Pulse};
 use sequence::Job;
 
 /// Architectures that make vectors and do not continue a text.
@@ -77,6 +79,9 @@ struct Loaded {
     admission_max: usize,
     adapters: Mutex<BTreeSet<AdapterId>>,
     snapshot: Arc<Mutex<LoadSnapshot>>,
+    beats: Arc<Beats>,
+    /// Admitted requests whose prompts are still being rendered and cut in tokens; the engine does not owe them yet.
+    preparing: Arc<AtomicU32>,
     stop: CancellationToken,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -164,7 +169,9 @@ impl ModelRuntime for LlamaRuntime {
         let loaded = self.model(request.model)?;
         loaded.check(&request)?;
         let admitted = loaded.admit()?;
+        let preparing = Preparing::new(&loaded);
         let (loaded, prepared) = loaded.prepare(request).await?;
+        drop(preparing);
         let Prepared { mut job, stream } = prepared(admitted);
         if job.tokens.len() - job.prompt_tokens >= job.limit as usize {
             let (prompt_tokens, completion_tokens) = (job.prompt_tokens as u32, job.limit);
@@ -184,7 +191,9 @@ impl ModelRuntime for LlamaRuntime {
             return Err(unsupported("input", "this model makes no embeddings"));
         }
         let admitted = Arc::new(loaded.admit()?);
+        let preparing = Preparing::new(&loaded);
         let (loaded, texts) = loaded.embed_tokens(request.inputs).await?;
+        drop(preparing);
         let prompt_tokens = texts.iter().map(Vec::len).sum::<usize>() as u32;
         let mut made = Vec::with_capacity(texts.len());
         for tokens in texts {
@@ -205,6 +214,22 @@ impl ModelRuntime for LlamaRuntime {
     fn load_state(&self) -> Vec<LoadSnapshot> {
         let models = lock(&self.models);
         models.values().filter(|loaded| !loaded.work.is_closed()).map(|loaded| loaded.snapshot()).collect()
+    }
+}
+
+/// Counts an admitted request while its prompt is being made.
+struct Preparing(Arc<AtomicU32>);
+
+impl Preparing {
+    fn new(loaded: &Loaded) -> Self {
+        loaded.preparing.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(&loaded.preparing))
+    }
+}
+
+impl Drop for Preparing {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -243,10 +268,11 @@ impl Loaded {
         };
         let gpu_layers = options.gpu_layers.unwrap_or_else(as_many_as_fit);
         let model_options = ModelOptions { gpu_layers, ..ModelOptions::default() };
-        let (told, stopped) = (Arc::clone(&snapshot), stop.clone());
+        let beats = Arc::new(Beats::default());
+        let (told, pulse, stopped) = (Arc::clone(&snapshot), Pulse::new(Arc::clone(&beats)), stop.clone());
         let serve = move || {
             let made = load_model(artifact, model_options, progress, &stopped).and_then(|model| {
-                Engine::new(Arc::clone(&model), engine_options, generates, incoming, told, stopped)
+                Engine::new(Arc::clone(&model), engine_options, generates, incoming, told, pulse, stopped)
                     .map(|engine| (model, engine))
             });
             match made {
@@ -287,6 +313,8 @@ impl Loaded {
             admission_max,
             adapters,
             snapshot,
+            beats,
+            preparing: Arc::default(),
             stop,
             thread,
         })
@@ -352,7 +380,7 @@ impl Loaded {
                 None => Vec::new(),
                 Some(predicted) => loaded.prompts.prediction(&loaded.model, predicted, limit)?,
             };
-            let (outbox, stream) = Outbox::new();
+            let (outbox, stream) = Outbox::new(tokens.len() as u32);
             let GenerateRequest { adapter, sampling, stop, ignore_eos, logprobs, deterministic, .. } = request;
             Ok(move |admitted| {
                 let job = Job {
@@ -407,7 +435,9 @@ impl Loaded {
     fn snapshot(&self) -> LoadSnapshot {
         let admitted = (self.admission_max - self.admission.available_permits()) as u32;
         let mut snapshot = lock(&self.snapshot).clone();
-        snapshot.waiting = admitted.saturating_sub(snapshot.running);
+        let preparing = self.preparing.load(Ordering::Relaxed);
+        snapshot.waiting = admitted.saturating_sub(snapshot.running).saturating_sub(preparing);
+        snapshot.beats = self.beats.count();
         snapshot
     }
 }
@@ -467,6 +497,7 @@ fn idle(model: ModelId, slots: u32) -> LoadSnapshot {
         kv_usage: 0.0,
         tokens_per_second: 0.0,
         counters: Counters::default(),
+        beats: 0,
     }
 }
 

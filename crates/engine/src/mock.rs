@@ -4,7 +4,8 @@ mod script;
 mod vectors;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ use script::{Script, word};
 
 /// Unread events that a stream holds before its generation waits for the reader.
 const EVENTS_MAX: usize = 256;
+/// How often the reader of a generation that waits is told that the engine lives.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// How a [`MockRuntime`] behaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,6 +94,9 @@ struct MockModel {
     admission_max: usize,
     slot: Arc<Semaphore>,
     counters: Mutex<Counters>,
+    beats: AtomicU64,
+    /// Whether a generation hangs, and with it the engine.
+    hangs: AtomicBool,
     adapters: Mutex<BTreeSet<AdapterId>>,
     unloaded: CancellationToken,
 }
@@ -203,6 +209,8 @@ impl ModelRuntime for MockRuntime {
             admission_max,
             slot: Arc::new(Semaphore::new(slots as usize)),
             counters: Mutex::default(),
+            beats: AtomicU64::new(0),
+            hangs: AtomicBool::new(false),
             adapters: Mutex::default(),
             unloaded: CancellationToken::new(),
         };
@@ -303,6 +311,7 @@ impl MockModel {
                 self.slots as f32 / per_token.as_secs_f32()
             },
             counters,
+            beats: self.beats.load(Ordering::Relaxed),
         }
     }
 
@@ -352,15 +361,18 @@ impl Answer {
     async fn tell(&self) -> Result<Ended, EngineError> {
         let Self { model, options, sink, script, prompt_tokens, told, limit, fate, .. } = self;
         let (prompt_tokens, limit, fate) = (*prompt_tokens, *limit, *fate);
-        let Ok(_slot) = model.slot.acquire().await else { return Err(EngineError::NotLoaded) };
         let tell = async |event| sink.events.send(Ok(event)).await.is_ok();
+        let Ok(_slot) = self.telling_progress(None, model.slot.acquire()).await else {
+            return Err(EngineError::NotLoaded);
+        };
         if !tell(Event::Started { prompt_tokens, cached_tokens: 0 }).await {
             return Ok(Ended::Cancelled);
         }
         if fate == Fate::Hang {
+            model.hangs.store(true, Ordering::Relaxed);
             future::pending::<()>().await;
         }
-        pause(options.first_token).await;
+        self.telling_progress(Some(options.first_token), pause(options.first_token)).await;
         model.count(|counters| counters.prompt_tokens += u64::from(prompt_tokens));
         let count = script.len().min(limit);
         for token in *told..count {
@@ -370,6 +382,7 @@ impl Answer {
             if token > *told {
                 pause(options.per_token).await;
             }
+            model.beats.fetch_add(1, Ordering::Relaxed);
             model.count(|counters| {
                 counters.decode_steps += 1;
                 counters.generated_tokens += 1;
@@ -380,6 +393,28 @@ impl Answer {
         }
         let reason = if limit < script.len() { FinishReason::Length } else { script.reason() };
         Ok(Ended::Done(reason, Usage { prompt_tokens, completion_tokens: count, cached_tokens: 0 }))
+    }
+
+    /// Waits, and tells the reader every second that the engine lives. `within` is how long the prompt takes to
+    /// evaluate, or `None` while the request waits for a slot.
+    async fn telling_progress<T>(&self, within: Option<Duration>, wait: impl Future<Output = T>) -> T {
+        let mut wait = pin!(wait);
+        let begun = time::Instant::now();
+        loop {
+            if let Ok(done) = time::timeout(PROGRESS_EVERY, &mut wait).await {
+                return done;
+            }
+            let share = within.map_or(0.0, |within| begun.elapsed().as_secs_f64() / within.as_secs_f64());
+            if within.is_some() {
+                self.model.beats.fetch_add(1, Ordering::Relaxed);
+            }
+            if !self.model.hangs.load(Ordering::Relaxed) {
+                let tokens_read = (f64::from(self.prompt_tokens) * share) as u32;
+                let progress = Event::Progress { tokens_read, tokens_total: self.prompt_tokens };
+                // A reader without room for it has other things to read.
+                let _ = self.sink.events.try_send(Ok(progress));
+            }
+        }
     }
 }
 

@@ -243,6 +243,8 @@ pub struct LoadSnapshot {
     pub tokens_per_second: f32,
     /// What was done, ever growing while the model stays loaded.
     pub counters: Counters,
+    /// Grows while the engine is at work, within a batch as well; one that owes tokens and shows no growth hangs.
+    pub beats: u64,
 }
 
 /// Ever-growing counts of one loaded model.

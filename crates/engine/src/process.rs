@@ -52,10 +52,11 @@ const HELLO_WITHIN: Duration = Duration::from_secs(30);
 /// How long a process may take to unload before it is killed.
 const UNLOAD_WITHIN: Duration = Duration::from_secs(2);
 
-/// How long an engine that owes tokens may go without a step before it counts as hung, unless told otherwise.
+/// How long an engine that owes something may go without a sign of life before it counts as hung, unless told otherwise.
 ///
-/// A step evaluates up to 512 tokens of prompts, which for 8 billion parameters take two slow cores some 100 s.
-const STALL_LIMIT: Duration = Duration::from_mins(5);
+/// A batch of 512 tokens takes two slow cores minutes with a large model, but between two operations of a batch an
+/// engine shows that it lives, and one operation takes no more than a few seconds.
+const STALL_LIMIT: Duration = Duration::from_secs(20);
 
 /// How to start a process that calls [`serve_child`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,10 +99,10 @@ impl ProcessRuntime {
         }
     }
 
-    /// Sets after how long a process whose engine hangs is killed; 5 minutes unless set.
+    /// Sets after how long a process whose engine hangs is killed; 20 seconds unless set.
     ///
-    /// It is killed when it owes tokens to a reader that reads and evaluates no batch for so long, or when it is asked
-    /// and says nothing at all. Choose several times what the slowest batch of 512 tokens takes on this machine.
+    /// It is killed when it owes tokens to a reader that reads and shows no sign of life for so long, or when it is busy
+    /// and says nothing at all. Choose several times what the slowest operation within a batch takes on this machine.
     #[must_use]
     pub fn with_stall_limit(mut self, limit: Duration) -> Self {
         self.stall_limit = limit;

@@ -124,6 +124,7 @@ mod tests {
                 accepted_tokens: 7,
                 ..Counters::default()
             },
+            beats: 0,
         };
         Observation { ready: vec![(key, ModelId(id))], snapshots: vec![snapshot] }
     }

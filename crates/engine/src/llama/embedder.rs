@@ -2,12 +2,14 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::engine::Options;
 use super::native::{Batch, Context, ContextOptions, Model, Pooling, Token};
+use super::pulse::Pulse;
 use crate::model_runtime::EngineError;
 
 /// Texts that one batch holds at most.
@@ -67,7 +69,7 @@ impl Embedder {
     }
 
     /// Makes vectors of as many texts as one batch holds; returns how many tokens it evaluated.
-    pub(super) fn step(&mut self, jobs: &mut VecDeque<EmbedJob>, stop: &CancellationToken) -> u64 {
+    pub(super) fn step(&mut self, jobs: &mut VecDeque<EmbedJob>, stop: &CancellationToken, pulse: &mut Pulse) -> u64 {
         self.batch.clear();
         self.context.clear();
         let mut taken = Vec::new();
@@ -79,7 +81,10 @@ impl Embedder {
             }
             taken.push(job);
         }
-        let mut in_vain = || stop.is_cancelled() || taken.iter().all(EmbedJob::is_cancelled);
+        let mut in_vain = || {
+            pulse.beat(Instant::now());
+            stop.is_cancelled() || taken.iter().all(EmbedJob::is_cancelled)
+        };
         let decoded = self.context.decode(&mut self.batch, &mut in_vain);
         for (sequence, job) in (0..).zip(taken) {
             let made = match (&decoded, self.context.pooled(sequence)) {

@@ -9,7 +9,7 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context as TaskContext, Poll, Wake, Waker};
 use std::thread::{self, Thread};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::{self, FutureExt};
 use tokio::sync::mpsc::error::TryRecvError;
@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::embedder::{EmbedJob, Embedder};
 use super::lane::{Lane, Outcome, Tools};
 use super::native::{Adapter, Context, ContextOptions, Model};
+use super::pulse::{self, Pulse};
 use super::room::{self, Room};
 use super::sequence::{Finished, Job, Sequence};
 use crate::memory_plan::{BATCH_TOKENS, Shape};
@@ -63,6 +64,7 @@ pub(super) struct Engine {
     leaving: Vec<AdapterId>,
     work: mpsc::Receiver<Work>,
     snapshot: Arc<Mutex<LoadSnapshot>>,
+    pulse: Pulse,
     stop: CancellationToken,
     sampler: Sampler,
     counters: Counters,
@@ -77,6 +79,7 @@ impl Engine {
         generates: bool,
         work: mpsc::Receiver<Work>,
         snapshot: Arc<Mutex<LoadSnapshot>>,
+        pulse: Pulse,
         stop: CancellationToken,
     ) -> Result<Self, EngineError> {
         let main = generates.then(|| main_lane(&model, options)).transpose()?;
@@ -92,6 +95,7 @@ impl Engine {
             leaving: Vec::new(),
             work,
             snapshot,
+            pulse,
             stop,
             sampler: Sampler::default(),
             counters: Counters::default(),
@@ -102,6 +106,7 @@ impl Engine {
     /// Serves until it is stopped, or nobody can ask any more.
     pub(super) fn serve(mut self) {
         while !self.stop.is_cancelled() {
+            self.pulse.beat(Instant::now());
             let connected = self.take_work();
             self.drop_cancelled();
             self.start_waiting();
@@ -122,8 +127,8 @@ impl Engine {
 
     /// Does the next step of each lane and makes one batch of vectors; returns false where there is nothing to do.
     fn step(&mut self) -> bool {
-        let Self { main, exact, adapters, sampler, counters, stop, .. } = self;
-        let mut tools = Tools { adapters, sampler, counters, stop };
+        let Self { main, exact, adapters, sampler, counters, pulse, stop, .. } = self;
+        let mut tools = Tools { adapters, sampler, counters, pulse, stop };
         let outcomes: Vec<Outcome> =
             main.iter_mut().chain(exact.iter_mut()).filter_map(|lane| lane.step(&mut tools)).collect();
         let mut worked = !outcomes.is_empty();
@@ -143,7 +148,7 @@ impl Engine {
             return false;
         }
         if self.embedder.is_none() {
-            match Embedder::new(&self.model, self.options) {
+            match self.pulse.hold(|| Embedder::new(&self.model, self.options)) {
                 Ok(embedder) => self.embedder = Some(embedder),
                 Err(error) => {
                     for job in self.embeds.drain(..) {
@@ -154,7 +159,7 @@ impl Engine {
             }
         }
         if let Some(embedder) = &mut self.embedder {
-            self.counters.prompt_tokens += embedder.step(&mut self.embeds, &self.stop);
+            self.counters.prompt_tokens += embedder.step(&mut self.embeds, &self.stop, &mut self.pulse);
             self.counters.decode_steps += 1;
         }
         true
@@ -181,10 +186,13 @@ impl Engine {
 
     fn take(&mut self, work: Work) {
         match work {
-            Work::Generate(job) => self.waiting.extend(Sequence::new(*job, self.model.vocabulary())),
+            Work::Generate(job) => {
+                self.pulse.follow(job.outbox.reading());
+                self.waiting.extend(Sequence::new(*job, self.model.vocabulary()));
+            }
             Work::Embed(job) => self.embeds.push_back(job),
             Work::AddAdapter { adapter, file, attached } => {
-                let loaded = Adapter::load(&self.model, &file);
+                let loaded = self.pulse.hold(|| Adapter::load(&self.model, &file));
                 let loaded = loaded.map_err(|reason| EngineError::InvalidModel { reason });
                 let _ = attached.send(loaded.map(|loaded| drop(self.adapters.insert(adapter, Arc::new(loaded)))));
             }
@@ -246,7 +254,7 @@ impl Engine {
             return Ok(self.main.as_mut());
         }
         if self.exact.is_none() {
-            self.exact = Some(exact_lane(&self.model, self.options)?);
+            self.exact = Some(self.pulse.hold(|| exact_lane(&self.model, self.options))?);
         }
         Ok(self.exact.as_mut())
     }
@@ -267,13 +275,14 @@ impl Engine {
         }
     }
 
-    /// Waits for work, for the end, or for a reader that makes room or goes.
+    /// Waits for work, for the end, for a reader that makes room or goes, or until waiting readers are to be told.
     fn sleep(&mut self) {
         let at_work = self.lanes().flat_map(Lane::at_work).map(|sequence| sequence.job.outbox.room().boxed());
         let waiting = self.waiting.iter().map(|sequence| sequence.job.outbox.gone().boxed());
         let readers: Vec<_> = at_work.chain(waiting).collect();
+        let until = (!readers.is_empty()).then(|| Instant::now() + pulse::TELL_EVERY);
         let mut arrived = None;
-        block_on(async {
+        block_on(until, async {
             let reader = async {
                 if readers.is_empty() { future::pending().await } else { future::select_all(readers).await.0 }
             };
@@ -379,8 +388,8 @@ impl Rate {
     }
 }
 
-/// Runs a future on this thread, which belongs to no async runtime.
-fn block_on<F: Future>(future: F) -> F::Output {
+/// Runs a future on this thread, which belongs to no async runtime, to its end or until then.
+fn block_on(until: Option<Instant>, future: impl Future<Output = ()>) {
     struct Unpark(Thread);
     impl Wake for Unpark {
         fn wake(self: Arc<Self>) {
@@ -392,8 +401,12 @@ fn block_on<F: Future>(future: F) -> F::Output {
     let mut context = TaskContext::from_waker(&waker);
     loop {
         match future.as_mut().poll(&mut context) {
-            Poll::Ready(output) => return output,
-            Poll::Pending => thread::park(),
+            Poll::Ready(()) => return,
+            Poll::Pending => match until.map(|until| until.saturating_duration_since(Instant::now())) {
+                None => thread::park(),
+                Some(Duration::ZERO) => return,
+                Some(left) => thread::park_timeout(left),
+            },
         }
     }
 }

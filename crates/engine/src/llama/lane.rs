@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::batch_plan::{self, Limits, Need, Plan, Tokens};
 use super::draft::worthwhile;
 use super::native::{Adapter, Batch, DecodeError, Token};
+use super::pulse::Pulse;
 use super::room::{Room, Strand, common_prefix};
 use super::sequence::{Drawn, Finished, Sequence};
 use super::step_clock::StepClock;
@@ -46,6 +47,7 @@ pub(super) struct Tools<'a> {
     pub(super) adapters: &'a BTreeMap<AdapterId, Arc<Adapter>>,
     pub(super) sampler: &'a mut Sampler,
     pub(super) counters: &'a mut Counters,
+    pub(super) pulse: &'a mut Pulse,
     pub(super) stop: &'a CancellationToken,
 }
 
@@ -161,7 +163,7 @@ impl Lane {
         let rows = self.fill(&plan);
         self.room.context.set_adapter(plan.adapter.and_then(|adapter| tools.adapters.get(&adapter)));
         let begin = Instant::now();
-        let decoded = self.evaluate(&plan, tools.stop);
+        let decoded = self.evaluate(&plan, tools);
         outcome.took = begin.elapsed();
         tools.counters.decode_steps += 1;
         match decoded {
@@ -236,7 +238,8 @@ impl Lane {
     }
 
     /// Evaluates the batch, unless most of it is for readers who go meanwhile.
-    fn evaluate(&mut self, plan: &Plan, stop: &CancellationToken) -> Result<(), DecodeError> {
+    fn evaluate(&mut self, plan: &Plan, tools: &mut Tools<'_>) -> Result<(), DecodeError> {
+        let Tools { pulse, stop, .. } = tools;
         let readers: Vec<_> = self.slots.iter().zip(&plan.shares).collect();
         let all: usize = plan.shares.iter().sum();
         let mut next = Instant::now() + ASK_EVERY;
@@ -246,6 +249,7 @@ impl Lane {
                 return false;
             }
             next = now + ASK_EVERY;
+            pulse.beat(now);
             let is_gone = |sequence: &Sequence| sequence.job.outbox.is_cancelled();
             let gone: usize =
                 readers.iter().filter(|(slot, _)| slot.as_ref().is_some_and(is_gone)).map(|(_, share)| **share).sum();
@@ -277,6 +281,7 @@ impl Lane {
             let begin = strand.tokens.len();
             let evaluated: Vec<Token> = tokens[begin..].iter().chain(suggested.iter()).take(share).copied().collect();
             self.room.extend(strand, &evaluated);
+            sequence.note_reading();
         }
         counters.prompt_tokens += prompt_rows as u64;
         self.clock.note(plan.shares.iter().sum(), prompt_rows, took);

@@ -1,9 +1,12 @@
 //! Hands events to a reader without ever waiting for it.
 
+use std::sync::Arc;
+
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::mpsc::{OwnedPermit, Sender};
 use tokio_util::sync::CancellationToken;
 
+use super::pulse::Reading;
 use crate::model_runtime::{EngineError, Event, FinishReason, GenerateSink, GenerateStream, Piece, Usage};
 
 /// Unread events that a stream holds before pieces are merged.
@@ -15,29 +18,38 @@ type Item = Result<Event, EngineError>;
 
 /// The engine's side of one stream.
 ///
-/// Room for the last piece and for the end is set aside at the start, so that a generation can always end at once.
+/// Room for the start, the last piece and the end is set aside at once, so that a generation can always end, however
+/// much progress an unread stream holds.
 #[derive(Debug)]
 pub(super) struct Outbox {
     events: Sender<Item>,
+    start: Option<OwnedPermit<Item>>,
     last_piece: Option<OwnedPermit<Item>>,
     end: Option<OwnedPermit<Item>>,
     cancelled: CancellationToken,
     /// What the reader had no room for.
     merged: Piece,
+    reading: Arc<Reading>,
 }
 
 impl Outbox {
-    /// Makes a stream and the outbox that feeds it.
-    pub(super) fn new() -> (Self, GenerateStream) {
-        Self::with_capacity(EVENTS_MAX)
+    /// Makes a stream and the outbox that feeds it, for a prompt of so many tokens.
+    pub(super) fn new(tokens_total: u32) -> (Self, GenerateStream) {
+        Self::with_capacity(EVENTS_MAX, tokens_total)
     }
 
-    fn with_capacity(capacity: usize) -> (Self, GenerateStream) {
-        // One event of room for the start and two that are set aside.
+    fn with_capacity(capacity: usize, tokens_total: u32) -> (Self, GenerateStream) {
         let (GenerateSink { events, cancelled }, stream) = GenerateStream::channel(capacity.max(3));
+        let start = events.clone().try_reserve_owned().ok();
         let last_piece = events.clone().try_reserve_owned().ok();
         let end = events.clone().try_reserve_owned().ok();
-        (Self { events, last_piece, end, cancelled, merged: Piece::default() }, stream)
+        let reading = Arc::new(Reading::new(events.clone(), tokens_total));
+        (Self { events, start, last_piece, end, cancelled, merged: Piece::default(), reading }, stream)
+    }
+
+    /// Returns how far the engine is with the prompt.
+    pub(super) fn reading(&self) -> &Arc<Reading> {
+        &self.reading
     }
 
     /// Returns whether the reader is gone.
@@ -47,8 +59,11 @@ impl Outbox {
 
     /// Tells the reader that its prompt was accepted.
     pub(super) fn started(&mut self, prompt_tokens: u32, cached_tokens: u32) {
-        // It is the first event, so there is room unless the reader is gone.
-        let _ = self.events.try_send(Ok(Event::Started { prompt_tokens, cached_tokens }));
+        self.reading.told();
+        self.reading.reach(cached_tokens as usize);
+        if let Some(permit) = self.start.take() {
+            permit.send(Ok(Event::Started { prompt_tokens, cached_tokens }));
+        }
     }
 
     /// Hands on more text, merged with what the reader had no room for.
@@ -100,7 +115,10 @@ impl Outbox {
             return;
         }
         match self.events.try_reserve() {
-            Ok(permit) => permit.send(Ok(Event::Piece(std::mem::take(&mut self.merged)))),
+            Ok(permit) => {
+                self.reading.told();
+                permit.send(Ok(Event::Piece(std::mem::take(&mut self.merged))));
+            }
             Err(TrySendError::Full(()) | TrySendError::Closed(())) => {}
         }
     }
@@ -146,7 +164,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_reader_that_keeps_up_gets_each_piece_by_itself() {
-        let (mut outbox, stream) = Outbox::with_capacity(8);
+        let (mut outbox, stream) = Outbox::with_capacity(8, 3);
         outbox.started(3, 0);
         outbox.piece(piece("a", 1));
         outbox.piece(piece("b", 2));
@@ -158,7 +176,7 @@ mod tests {
 
     #[tokio::test]
     async fn pieces_merge_for_a_slow_reader_and_the_end_still_arrives() {
-        let (mut outbox, stream) = Outbox::with_capacity(4);
+        let (mut outbox, stream) = Outbox::with_capacity(4, 3);
         outbox.started(3, 0);
         for token in 0..100 {
             outbox.piece(piece("x", token));
@@ -173,7 +191,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_generation_pauses_until_its_reader_has_read() {
-        let (mut outbox, mut stream) = Outbox::with_capacity(3);
+        let (mut outbox, mut stream) = Outbox::with_capacity(3, 3);
         outbox.started(1, 0);
         for token in 0..MERGED_TOKENS_MAX as u32 {
             assert!(!outbox.is_full());
@@ -190,7 +208,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_error_ends_the_stream_after_the_text_before_it() {
-        let (mut outbox, stream) = Outbox::with_capacity(3);
+        let (mut outbox, stream) = Outbox::with_capacity(3, 3);
         outbox.started(1, 0);
         outbox.piece(piece("x", 1));
         outbox.fail(EngineError::NotLoaded);
@@ -201,7 +219,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_dropped_stream_cancels() {
-        let (outbox, stream) = Outbox::new();
+        let (outbox, stream) = Outbox::new(1);
         assert!(!outbox.is_cancelled());
         drop(stream);
         assert!(outbox.is_cancelled());

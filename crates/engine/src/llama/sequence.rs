@@ -146,6 +146,11 @@ impl Sequence {
         self.cached.get_or_insert(cached);
     }
 
+    /// Takes note of how much of the prompt is evaluated, for the reader to be told.
+    pub(super) fn note_reading(&self) {
+        self.job.outbox.reading().reach(self.evaluated());
+    }
+
     /// Tells the reader of the start, once.
     pub(super) fn tell_start(&mut self) {
         if let Some(cached) = self.cached

@@ -134,11 +134,26 @@ async fn gather(mut stream: GenerateStream) -> (Piece, FinishReason) {
     let mut whole = Piece::default();
     loop {
         match stream.next().await.expect("an end comes").expect("and a good one") {
-            Event::Started { .. } => {}
+            Event::Started { .. } | Event::Progress { .. } => {}
             Event::Piece(piece) => whole.append(piece),
             Event::Done { reason, .. } => return (whole, reason),
         }
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_is_told_every_second_how_far_its_prompt_is() {
+    let options = MockOptions { first_token: Duration::from_secs(4), tokens: 1, ..MockOptions::default() };
+    let (runtime, model) = mock(options, LoadOptions::default()).await;
+    let input = PromptInput::Text("one two three four".into());
+    let mut stream = runtime.generate(GenerateRequest::new(model, input)).await.expect("it starts");
+    let mut told = vec![];
+    while let Some(event) = stream.next().await {
+        told.push(event.expect("all is well"));
+    }
+    let progress = |tokens_read| Event::Progress { tokens_read, tokens_total: 4 };
+    assert_eq!(told[1..4], [progress(1), progress(2), progress(3)]);
+    assert!(matches!(told[4], Event::Piece(_)));
 }
 
 #[tokio::test]

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What a generation tells, in this order: one `Started`, any number of `Piece`, one `Done`.
+/// What a generation tells, in this order: one `Started`, any number of `Piece`, one `Done`. `Progress` may come anywhere
+/// before the `Done`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {
@@ -13,6 +14,14 @@ pub enum Event {
         /// Prompt tokens whose keys and values were at hand already.
         cached_tokens: u32,
     },
+    /// The engine is at work although nothing else is ready to be told: at most 2 s pass without an event while the
+    /// engine is well and the reader keeps up. Before `Started` the request waits for a slot.
+    Progress {
+        /// Tokens of the prompt that are evaluated or were cached; never falls.
+        tokens_read: u32,
+        /// Tokens to evaluate before the answer begins, or goes on where it is continued.
+        tokens_total: u32,
+    },
     /// More of the answer.
     Piece(Piece),
     /// The end of the answer.
@@ -22,6 +31,13 @@ pub enum Event {
         /// What it took.
         usage: Usage,
     },
+}
+
+impl Event {
+    /// Returns whether no event follows.
+    pub fn is_last(&self) -> bool {
+        matches!(self, Self::Done { .. })
+    }
 }
 
 /// More of an answer. The text is whole UTF-8 and may be empty while a character, a stop text or a call is incomplete.

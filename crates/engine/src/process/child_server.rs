@@ -17,8 +17,8 @@ use super::frame::{Answer, Question, ToChild, ToParent, encode};
 use super::pipe::{FRAMES_MAX, FrameReader, PipeError, write_frames};
 use super::{CREDIT, handover, host_memory, memory_limit, preflight};
 use crate::model_runtime::{
-    EmbedRequest, EngineError, Event, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, ModelRuntime,
-    ProgressSink, VerifiedArtifact,
+    EmbedRequest, EngineError, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, ModelRuntime, ProgressSink,
+    VerifiedArtifact,
 };
 
 /// Between two reports of how busy the model is, while it is.
@@ -249,7 +249,7 @@ impl<R: ModelRuntime> Server<R> {
             let item = stream.next().await;
             // The end needs no credit: there is always room for it.
             match item {
-                Some(Ok(event @ Event::Done { .. })) => {
+                Some(Ok(event)) if event.is_last() => {
                     self.tell_state().await;
                     return self.tell(&ToParent::Event { id, event }).await;
                 }

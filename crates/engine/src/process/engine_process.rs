@@ -15,14 +15,14 @@ use std::time::Duration;
 
 use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{self, Instant};
+use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::frame::{Answer, FrameError, ToChild, encode};
 use super::pipe::{FRAMES_MAX, FrameReader, write_frames};
 use super::spawn::{Spawned, spawn};
-use super::stall_watch::StallWatch;
+use super::stall_watch::{self, StallWatch};
 use super::{CREDIT, ChildCommand, handover};
 use crate::model_runtime::{
     EngineError, Event, GenerateRequest, GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, ModelId,
@@ -233,16 +233,14 @@ impl EngineProcess {
     async fn stall(&self, limit: Duration) -> String {
         let (mut engine, mut process) = (StallWatch::default(), StallWatch::default());
         loop {
-            time::sleep(limit / 8).await;
-            let now = Instant::now();
+            time::sleep(limit / stall_watch::LOOKS).await;
             let state = self.state();
             // Until the model is loaded, the load has a limit of its own.
             let Some(snapshot) = &state.snapshot else { continue };
-            if engine.is_stalled(state.engine_owes(), snapshot.counters.decode_steps, limit, now) {
-                return format!("its engine made no step for {limit:?}");
+            if engine.is_stalled(state.engine_owes(), snapshot.beats) {
+                return format!("its engine made no progress for {limit:?}");
             }
-            // A busy process tells its state several times a second, from a thread that is not the engine's.
-            if process.is_stalled(state.asked, state.heard, limit, now) {
+            if process.is_stalled(state.process_owes(), state.heard) {
                 return format!("it did not answer for {limit:?}");
             }
         }
@@ -305,6 +303,11 @@ impl EngineProcess {
 }
 
 impl State {
+    /// Returns whether the process is to say something: it tells its state several times a second while it is busy.
+    fn process_owes(&self) -> bool {
+        self.asked || !self.generations.is_empty() || !self.questions.is_empty()
+    }
+
     /// Returns whether the engine has something to do that waits for nobody else.
     fn engine_owes(&self) -> bool {
         let Some(snapshot) = &self.snapshot else { return false };

@@ -1,26 +1,24 @@
 //! Decides when an engine that owes something has done nothing for too long.
 //!
-//! A pure function of what is seen and when; `EngineProcess` looks and acts.
+//! A pure function of what is seen at looks a fixed time apart; `EngineProcess` looks and acts. Looks are counted and
+//! not the time between them, because a machine that was suspended, or too busy to look, suspends the engine as well.
 
-use std::time::Duration;
-
-use tokio::time::Instant;
+/// Looks in a row without a sign of life after which an engine has stalled.
+pub(super) const LOOKS: u32 = 8;
 
 /// Watches one count that grows while work is done.
 #[derive(Debug, Default)]
 pub(super) struct StallWatch {
     count: u64,
-    since: Option<Instant>,
+    silent_looks: u32,
 }
 
 impl StallWatch {
-    /// Returns whether work was owed, and the count the same, at every look for so long.
-    pub(super) fn is_stalled(&mut self, owes: bool, count: u64, limit: Duration, now: Instant) -> bool {
-        if !owes || count != self.count {
-            self.since = None;
-        }
+    /// Takes a look; returns whether work was owed, and the count the same, at every look for so long.
+    pub(super) fn is_stalled(&mut self, owes: bool, count: u64) -> bool {
+        self.silent_looks = if owes && count == self.count { self.silent_looks + 1 } else { 0 };
         self.count = count;
-        owes && now.duration_since(*self.since.get_or_insert(now)) >= limit
+        self.silent_looks >= LOOKS
     }
 }
 
@@ -28,32 +26,27 @@ impl StallWatch {
 mod tests {
     use super::*;
 
-    const SECOND: Duration = Duration::from_secs(1);
-
-    fn looks(looks: &[(bool, u64)]) -> Vec<bool> {
+    /// Returns at which looks an engine counts as stalled that shows these counts, each for so many looks.
+    fn stalled(shown: &[(bool, u64, u32)]) -> Vec<usize> {
         let mut watch = StallWatch::default();
-        let begin = Instant::now();
-        let at = |number: usize| begin + SECOND * number as u32;
-        looks
-            .iter()
-            .enumerate()
-            .map(|(number, (owes, count))| watch.is_stalled(*owes, *count, SECOND * 2, at(number)))
-            .collect()
+        let looks = shown.iter().flat_map(|&(owes, count, looks)| (0..looks).map(move |_| (owes, count)));
+        let stalled: Vec<bool> = looks.map(|(owes, count)| watch.is_stalled(owes, count)).collect();
+        (0..stalled.len()).filter(|look| stalled[*look]).collect()
     }
 
     #[test]
     fn nothing_done_for_the_whole_time_is_a_stall() {
-        assert_eq!(looks(&[(true, 7), (true, 7), (true, 7), (true, 7)]), [false, false, true, true]);
+        assert_eq!(stalled(&[(true, 7, LOOKS + 2)]), [8, 9]);
     }
 
     #[test]
-    fn a_step_or_a_moment_without_work_begins_the_time_anew() {
-        assert_eq!(looks(&[(true, 0), (true, 0), (true, 1), (true, 1), (true, 1)]), [false, false, false, false, true]);
-        assert_eq!(looks(&[(true, 0), (true, 0), (false, 0), (true, 0), (true, 0)]), [false; 5]);
+    fn a_sign_of_life_or_a_moment_without_work_begins_the_time_anew() {
+        assert_eq!(stalled(&[(true, 1, LOOKS), (true, 2, LOOKS), (true, 3, LOOKS)]), [0; 0]);
+        assert_eq!(stalled(&[(true, 1, LOOKS), (false, 1, 1), (true, 1, LOOKS - 1)]), [0; 0]);
     }
 
     #[test]
     fn whoever_owes_nothing_never_stalls() {
-        assert_eq!(looks(&[(false, 0); 5]), [false; 5]);
+        assert_eq!(stalled(&[(false, 0, LOOKS * 3)]), [0; 0]);
     }
 }

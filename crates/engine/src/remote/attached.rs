@@ -72,6 +72,7 @@ impl Attached {
             kv_usage: 0.0,
             tokens_per_second: done.tokens_per_second,
             counters: done.counters,
+            beats: 0,
         }
     }
 }

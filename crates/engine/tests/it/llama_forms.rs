@@ -31,7 +31,7 @@ async fn pieces(runtime: &LlamaRuntime, request: GenerateRequest) -> (Piece, Fin
         match within(stream.next()).await.expect("it has an end").expect("it goes on") {
             Event::Piece(piece) => whole.append(piece),
             Event::Done { reason, .. } => return (whole, reason),
-            Event::Started { .. } => {}
+            Event::Started { .. } | Event::Progress { .. } => {}
         }
     }
 }

@@ -139,6 +139,7 @@ async fn read(mut stream: GenerateStream) -> Answer {
                 answer.pieces += 1;
             }
             Ok(Event::Done { reason, usage }) => answer.end = Ok((reason, usage)),
+            Ok(Event::Progress { .. }) => {}
             Err(error) => answer.end = Err(error),
         }
     }

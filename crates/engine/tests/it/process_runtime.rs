@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use tether_engine::{
-    ChildCommand, EngineError, LoadOptions, LoadedModel, MockRuntime, ModelRuntime, ProcessRuntime, no_progress,
+    ChildCommand, EngineError, Event, GenerateStream, LoadOptions, LoadedModel, MockRuntime, ModelRuntime,
+    ProcessRuntime, no_progress,
 };
 use tokio::time::Instant;
 
@@ -221,7 +222,7 @@ async fn an_engine_that_hangs_is_killed_and_its_generations_fail() {
     let (runtime, model) = impatient(&["mock", "hang_first=1"], LoadOptions::default()).await;
     let stream = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");
     let end = read(stream).await.end;
-    assert!(matches!(&end, Err(EngineError::Failed { reason }) if reason.contains("no step for")), "{end:?}");
+    assert!(matches!(&end, Err(EngineError::Failed { reason }) if reason.contains("no progress for")), "{end:?}");
     assert!(!is_alive(model.pid.expect("it has a process")));
     assert!(runtime.load_state().is_empty());
     within(runtime.load(tiny(), LoadOptions::default(), no_progress())).await.expect("it loads again");
@@ -247,6 +248,41 @@ async fn a_process_that_says_nothing_at_all_is_killed() {
         "{refused:?}"
     );
     assert!(!is_alive(pid));
+}
+
+#[tokio::test]
+async fn a_process_that_stops_in_the_middle_of_an_answer_is_killed() {
+    let (runtime, model) = impatient(&["mock", "per_token_ms=1", "tokens=60000"], LoadOptions::default()).await;
+    let mut stream = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");
+    within(stream.next()).await.expect("it starts").expect("and well");
+    signal(model.pid.expect("it has a process"), rustix::process::Signal::STOP);
+    assert!(matches!(read(stream).await.end, Err(EngineError::Failed { .. })));
+    within(runtime.load(tiny(), LoadOptions::default(), no_progress())).await.expect("it loads again");
+}
+
+#[tokio::test]
+async fn a_prompt_that_takes_long_is_no_hang_and_its_reader_and_those_behind_it_are_told() {
+    let options = LoadOptions { slots: 1, queue_max: 1, ..LoadOptions::default() };
+    let (runtime, model) = impatient(&["mock", "first_token_ms=5000"], options).await;
+    let reading = within(runtime.generate(ask(model.id, "one two three"))).await.expect("a slot");
+    let waiting = within(runtime.generate(ask(model.id, "a"))).await.expect("a place");
+    let (reading, waiting) = tokio::join!(progress(reading), progress(waiting));
+    assert!(reading.len() >= 2 && reading.is_sorted(), "{reading:?}");
+    assert!(reading.iter().all(|(read, total)| read <= total && *total == 3), "{reading:?}");
+    // It is told while it waits for its slot as well.
+    assert!(waiting.len() > reading.len(), "{waiting:?}");
+}
+
+/// Reads a generation to its end and returns how far it was told to be with its prompt.
+async fn progress(mut stream: GenerateStream) -> Vec<(u32, u32)> {
+    let mut told = vec![];
+    loop {
+        match within(stream.next()).await.expect("it has an end").expect("and a good one") {
+            Event::Progress { tokens_read, tokens_total } => told.push((tokens_read, tokens_total)),
+            Event::Done { .. } => return told,
+            _ => {}
+        }
+    }
 }
 
 #[tokio::test]

@@ -82,7 +82,7 @@ impl Choices {
             let Running { index, events } = &mut self.running[self.turn];
             let Poll::Ready(event) = Pin::new(events).poll_next(context) else { continue };
             let (index, event) = (*index, event.unwrap_or_else(|| Err(unfinished()))?);
-            self.is_primed |= !matches!(event, Event::Started { .. });
+            self.is_primed |= !matches!(event, Event::Started { .. } | Event::Progress { .. });
             if let Event::Done { .. } = event {
                 self.running.swap_remove(self.turn);
             }

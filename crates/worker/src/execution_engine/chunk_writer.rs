@@ -72,7 +72,7 @@ impl ChunkWriter {
             Event::Started { prompt_tokens, cached_tokens } if index == 0 => {
                 payload.usage = Some(TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens });
             }
-            Event::Started { .. } => {}
+            Event::Started { .. } | Event::Progress { .. } => {}
             Event::Piece(piece) => {
                 self.waiting_bytes += bytes_of(&piece);
                 append(payload, piece);

@@ -91,6 +91,7 @@ impl ModelRuntime for Numbers {
             kv_usage: 0.0,
             tokens_per_second: 0.0,
             counters: Counters::default(),
+            beats: 0,
         }]
     }
 }

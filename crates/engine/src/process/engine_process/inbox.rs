@@ -89,7 +89,7 @@ impl Inbox<'_> {
     }
 
     fn hand(&self, id: u64, item: Item) -> Result<(), String> {
-        let end = !matches!(item, Ok(Event::Started { .. } | Event::Piece(_)));
+        let end = item.as_ref().map_or(true, Event::is_last);
         let mut state = self.process.state();
         // A generation that was cancelled may still have events under way.
         let Some(generation) = state.generations.get_mut(&id) else { return Ok(()) };

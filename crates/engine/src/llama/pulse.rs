@@ -1,0 +1,173 @@
+//! Shows that an engine thread lives, and tells readers how far it is with their prompts.
+//!
+//! It beats in the engine's loop and between the operations of a batch, so that a batch that takes minutes is known
+//! from an engine that hangs.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc::Sender;
+
+use crate::model_runtime::{EngineError, Event};
+
+/// How often readers are told; half of what [`Event::Progress`] promises, because who was told something else in the
+/// meantime is left out once.
+pub(super) const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// The engine thread's own side.
+#[derive(Debug)]
+pub(super) struct Pulse {
+    beats: Arc<Beats>,
+    next: Instant,
+    readings: Vec<Weak<Reading>>,
+}
+
+/// What others see of a pulse.
+#[derive(Debug, Default)]
+pub(super) struct Beats {
+    count: AtomicU64,
+    is_held: AtomicBool,
+}
+
+/// How far the engine is with one prompt, and who wants to know.
+#[derive(Debug)]
+pub(super) struct Reading {
+    events: Sender<Result<Event, EngineError>>,
+    tokens_read: AtomicU32,
+    tokens_total: u32,
+    /// Whether the reader was told something since the last round.
+    was_told: AtomicBool,
+}
+
+impl Pulse {
+    pub(super) fn new(beats: Arc<Beats>) -> Self {
+        Self { beats, next: Instant::now() + TELL_EVERY, readings: Vec::new() }
+    }
+
+    /// Tells the reader of a prompt from here on.
+    pub(super) fn follow(&mut self, reading: &Arc<Reading>) {
+        self.readings.push(Arc::downgrade(reading));
+    }
+
+    /// Shows that the engine lives, and tells the readers when it is time for it.
+    pub(super) fn beat(&mut self, now: Instant) {
+        self.beats.count.fetch_add(1, Ordering::Relaxed);
+        if now < self.next {
+            return;
+        }
+        self.next = now + TELL_EVERY;
+        self.readings.retain(|reading| reading.upgrade().inspect(|reading| reading.tell()).is_some());
+    }
+
+    /// Runs what cannot beat and has its own limit of time, such as reading a file.
+    pub(super) fn hold<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        self.beats.is_held.store(true, Ordering::Relaxed);
+        let done = work();
+        self.beats.is_held.store(false, Ordering::Relaxed);
+        done
+    }
+}
+
+impl Beats {
+    /// Returns a number that has grown since the last call if the engine lives.
+    pub(super) fn count(&self) -> u64 {
+        if self.is_held.load(Ordering::Relaxed) {
+            self.count.fetch_add(1, Ordering::Relaxed);
+        }
+        self.count.load(Ordering::Relaxed)
+    }
+}
+
+impl Reading {
+    pub(super) fn new(events: Sender<Result<Event, EngineError>>, tokens_total: u32) -> Self {
+        Self { events, tokens_read: AtomicU32::new(0), tokens_total, was_told: AtomicBool::new(false) }
+    }
+
+    /// Takes note of how many tokens are evaluated. Those of a prompt that is read again count once.
+    pub(super) fn reach(&self, tokens: usize) {
+        let tokens = u32::try_from(tokens).unwrap_or(u32::MAX).min(self.tokens_total);
+        self.tokens_read.fetch_max(tokens, Ordering::Relaxed);
+    }
+
+    /// Takes note that the reader was told something.
+    pub(super) fn told(&self) {
+        self.was_told.store(true, Ordering::Relaxed);
+    }
+
+    fn tell(&self) {
+        if !self.was_told.swap(false, Ordering::Relaxed) {
+            let tokens_read = self.tokens_read.load(Ordering::Relaxed);
+            // A reader without room for it has other things to read.
+            let _ = self.events.try_send(Ok(Event::Progress { tokens_read, tokens_total: self.tokens_total }));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    fn told(reader: &mut mpsc::Receiver<Result<Event, EngineError>>) -> Vec<(u32, u32)> {
+        let mut told = vec![];
+        while let Ok(Ok(Event::Progress { tokens_read, tokens_total })) = reader.try_recv() {
+            told.push((tokens_read, tokens_total));
+        }
+        told
+    }
+
+    #[test]
+    fn a_reader_who_is_told_nothing_else_is_told_how_far_the_prompt_is() {
+        let (events, mut reader) = mpsc::channel(8);
+        let reading = Arc::new(Reading::new(events, 100));
+        let mut pulse = Pulse::new(Arc::default());
+        let begin = Instant::now();
+        pulse.follow(&reading);
+        let mut beat = |tenths: u32| pulse.beat(begin + TELL_EVERY * tenths / 10);
+        beat(5);
+        assert_eq!(told(&mut reader), []);
+        beat(15);
+        beat(16);
+        reading.reach(60);
+        beat(30);
+        assert_eq!(told(&mut reader), [(0, 100), (60, 100)]);
+        // It lost its cells and begins again.
+        reading.reach(10);
+        reading.told();
+        beat(45);
+        assert_eq!(told(&mut reader), []);
+        reading.reach(500);
+        beat(60);
+        assert_eq!(told(&mut reader), [(100, 100)]);
+    }
+
+    #[test]
+    fn readers_who_left_and_those_without_room_hold_nobody_up() {
+        let (events, mut reader) = mpsc::channel(1);
+        let (full, gone) = (Arc::new(Reading::new(events.clone(), 1)), Arc::new(Reading::new(events, 2)));
+        let mut pulse = Pulse::new(Arc::default());
+        pulse.follow(&full);
+        pulse.follow(&gone);
+        drop(gone);
+        for seconds in 2..9 {
+            pulse.beat(Instant::now() + TELL_EVERY * seconds);
+        }
+        assert_eq!(told(&mut reader), [(0, 1)]);
+        assert_eq!(pulse.readings.len(), 1);
+    }
+
+    #[test]
+    fn an_engine_that_waits_for_a_file_counts_as_alive() {
+        let beats = Arc::new(Beats::default());
+        let mut pulse = Pulse::new(Arc::clone(&beats));
+        let before = beats.count();
+        assert_eq!(beats.count(), before);
+        pulse.hold(|| assert!(beats.count() > before));
+        let after = beats.count();
+        assert_eq!(beats.count(), after);
+        pulse.beat(Instant::now());
+        assert!(beats.count() > after);
+    }
+}
