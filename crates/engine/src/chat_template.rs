@@ -6,6 +6,7 @@
 //! `a ~ a` doubles a text for one unit of fuel, and no hook of minijinja sees it. Templates of strangers are therefore
 //! rendered in an engine process, which [`crate::process::serve_child`] bounds.
 
+mod blame;
 mod conversation;
 mod python;
 mod strftime;
@@ -20,7 +21,7 @@ use minijinja::value::{Serde, Value};
 use minijinja::{Environment, Error, ErrorKind};
 
 use crate::gguf::Header;
-use crate::model_runtime::{Chat, EngineError, ToolChoice};
+use crate::model_runtime::{Chat, ChatMessage, EngineError};
 use conversation::Dialect;
 
 /// The most text that a template may make of a conversation, beyond four times the conversation itself.
@@ -54,17 +55,30 @@ pub enum ChatTemplateError {
     /// The template refused this conversation.
     #[error("the chat template refuses the messages: {0}")]
     Refused(String),
-    /// The template itself is at fault.
-    #[error("the chat template cannot be run: {0}")]
+    /// The template renders other conversations and fails on this one, because of a field of the request.
+    #[error("the chat template fails on it: {reason}")]
+    Unfit {
+        /// The field, by OpenAI's name.
+        parameter: String,
+        /// What the template stumbled over.
+        reason: String,
+    },
+    /// The template renders no conversation.
+    #[error(
+        "this model takes no conversations, because its chat template cannot be run: {0}; send it a prompt instead"
+    )]
     Broken(String),
 }
 
+/// Another worker has the same template and would fail in the same way, so none of these is the engine's failure.
 impl From<ChatTemplateError> for EngineError {
     fn from(error: ChatTemplateError) -> Self {
-        match error {
-            ChatTemplateError::Refused(reason) => EngineError::Unsupported { parameter: "messages".into(), reason },
-            ChatTemplateError::Broken(_) => EngineError::InvalidModel { reason: error.to_string() },
-        }
+        let (parameter, reason) = match error {
+            ChatTemplateError::Refused(reason) => ("messages".into(), reason),
+            ChatTemplateError::Unfit { ref parameter, .. } => (parameter.clone(), error.to_string()),
+            ChatTemplateError::Broken(_) => ("messages".into(), error.to_string()),
+        };
+        EngineError::Unsupported { parameter, reason }
     }
 }
 
@@ -98,9 +112,28 @@ impl ChatTemplate {
     /// Returns the prompt that asks the model for the next message of the conversation. Some templates tell the date,
     /// which is that of `now` in UTC.
     pub fn render(&self, chat: &Chat, now: SystemTime) -> Result<String, ChatTemplateError> {
-        let offers_tools = !chat.tools.is_empty() && chat.tool_choice != ToolChoice::None;
-        let program = if offers_tools { self.for_tools() } else { &self.plain };
-        program.run(program.dialect().variables(chat), now)
+        let program = self.program(chat);
+        program.render(chat, now).map_err(|error| match error {
+            ChatTemplateError::Broken(reason) => blame::find(chat, reason, |chat| program.render(chat, now)),
+            error => error,
+        })
+    }
+
+    /// Returns the template if it renders a conversation, or refuses one in words of its own.
+    pub fn checked(self) -> Result<Self, ChatTemplateError> {
+        match self.render(&Chat::from(vec![ChatMessage::new("user", "Hello.")]), SystemTime::UNIX_EPOCH) {
+            Err(error @ ChatTemplateError::Broken(_)) => Err(error),
+            _ => Ok(self),
+        }
+    }
+
+    /// Returns what the template is told of a conversation, beside the first and last token.
+    pub fn variables(&self, chat: &Chat) -> serde_json::Map<String, serde_json::Value> {
+        self.program(chat).dialect().variables(chat)
+    }
+
+    fn program(&self, chat: &Chat) -> &Program {
+        if conversation::offers_tools(chat) { self.for_tools() } else { &self.plain }
     }
 
     fn for_tools(&self) -> &Program {
@@ -126,16 +159,18 @@ impl Program {
             SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|error| broken(&error))?,
         );
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", python::to_json);
-        environment.add_filter("indent", python::indent);
-        environment.add_test("iterable", python::is_iterable);
+        python::add(&mut environment);
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(Raised(message)))
         });
         environment.set_recursion_limit(64);
-        let source = python::without_generation_tags(source).into_owned();
-        environment.add_template_owned(NAME, source).map_err(|error| broken(&error))?;
+        // Jinja2 knows one kind of line end.
+        let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        let source = python::without_generation_tags(&source).into_owned();
+        // What cannot be read after the rewriting is read as it stands.
+        if environment.add_template_owned(NAME, python::rewrite(&source)).is_err() {
+            environment.add_template_owned(NAME, source).map_err(|error| broken(&error))?;
+        }
         let (bos_token, eos_token) = (bos_token.to_owned(), eos_token.to_owned());
         Ok(Self { environment, bos_token, eos_token, dialect: OnceLock::new() })
     }
@@ -144,6 +179,18 @@ impl Program {
         *self
             .dialect
             .get_or_init(|| Dialect::find(|variables| self.run(variables, SystemTime::UNIX_EPOCH).unwrap_or_default()))
+    }
+
+    /// Renders a conversation in the template's own dialect. What tools may leave out and the template does not do
+    /// without is filled in.
+    fn render(&self, chat: &Chat, now: SystemTime) -> Result<String, ChatTemplateError> {
+        let dialect = self.dialect();
+        match self.run(dialect.variables(chat), now) {
+            Err(ChatTemplateError::Broken(_)) if conversation::offers_tools(chat) => {
+                self.run(dialect.variables(&conversation::with_whole_tools(chat)), now)
+            }
+            rendered => rendered,
+        }
     }
 
     fn run(

@@ -1,8 +1,14 @@
 //! A conversation as a template sees it: OpenAI's JSON, with the liberties that templates take.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde_json::{Map, Value, json};
 
 use crate::model_runtime::{Chat, ChatMessage, Tool, ToolCall, ToolChoice};
+use crate::sampler;
+
+/// The length of the ids that Mistral's templates take.
+const SHORT_ID_LENGTH: usize = 9;
 
 /// In what form a template expects what conversations hold.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -13,12 +19,15 @@ pub(super) struct Dialect {
     argument_text: bool,
     /// It tells the model of tools.
     pub(super) takes_tools: bool,
+    /// The ids of calls are nine letters and digits, as Mistral has them.
+    short_ids: bool,
 }
 
 impl Dialect {
     /// Finds out by what becomes of words that are easily found again. `render` returns nothing where it fails.
     pub(super) fn find(render: impl Fn(Map<String, Value>) -> String) -> Self {
         const SAID: &str = "needle-said";
+        const LONG_ID: &str = "call_0123456789abcdef";
         let asks = ChatMessage::new("user", SAID);
         let chat = |messages: Vec<ChatMessage>| Chat {
             messages,
@@ -49,6 +58,13 @@ impl Dialect {
         let as_text = Self { argument_text: true, ..found };
         found.argument_text = !shows_call(found, "'needle_key'") && shows_call(as_text, r#"\"needle_key"#);
         found.takes_tools = render(found.variables(&chat(vec![asks]))).contains("needle_tool");
+        let mut long = called.clone();
+        for message in &mut long.messages {
+            message.tool_calls.iter_mut().for_each(|call| call.id = LONG_ID.into());
+            message.tool_call_id = message.tool_call_id.take().map(|_| LONG_ID.into());
+        }
+        let shows = |chat: &Chat| render(found.variables(chat)).contains("needle_value");
+        found.short_ids = shows(&called) && !shows(&long);
         found
     }
 
@@ -57,16 +73,17 @@ impl Dialect {
         let mut variables = chat.template_options.clone();
         // Hugging Face defines these in every case.
         variables.insert("documents".into(), Value::Null);
-        let offers_tools = !chat.tools.is_empty() && chat.tool_choice != ToolChoice::None;
-        let tools = if offers_tools { chat.tools.iter().map(tool).collect() } else { Value::Null };
+        let tools = if offers_tools(chat) { chat.tools.iter().map(tool).collect() } else { Value::Null };
         variables.insert("tools".into(), tools);
-        variables.insert("messages".into(), chat.messages.iter().map(|said| self.message(said)).collect());
+        let shortened = if self.short_ids { shortened_ids(chat) } else { BTreeMap::new() };
+        let id = |id: &str| shortened.get(id).cloned().unwrap_or_else(|| id.to_owned());
+        variables.insert("messages".into(), chat.messages.iter().map(|said| self.message(said, &id)).collect());
         variables.insert("add_generation_prompt".into(), true.into());
         variables
     }
 
     /// A field that is missing is not defined, since templates ask whether it is.
-    fn message(self, message: &ChatMessage) -> Value {
+    fn message(self, message: &ChatMessage, id: &dyn Fn(&str) -> String) -> Value {
         let mut fields = Map::new();
         fields.insert("role".into(), message.role.as_str().into());
         let content = message.content.as_str();
@@ -78,10 +95,10 @@ impl Dialect {
             fields.insert("thinking".into(), reasoning.as_str().into());
         }
         if !message.tool_calls.is_empty() {
-            fields.insert("tool_calls".into(), message.tool_calls.iter().map(|call| self.call(call)).collect());
+            fields.insert("tool_calls".into(), message.tool_calls.iter().map(|call| self.call(call, id)).collect());
         }
-        if let Some(id) = &message.tool_call_id {
-            fields.insert("tool_call_id".into(), id.as_str().into());
+        if let Some(answered) = &message.tool_call_id {
+            fields.insert("tool_call_id".into(), id(answered).into());
         }
         if let Some(name) = &message.name {
             fields.insert("name".into(), name.as_str().into());
@@ -89,14 +106,56 @@ impl Dialect {
         Value::Object(fields)
     }
 
-    fn call(self, call: &ToolCall) -> Value {
+    fn call(self, call: &ToolCall, id: &dyn Fn(&str) -> String) -> Value {
         let as_text = || Value::from(call.arguments.as_str());
         let arguments = match serde_json::from_str(&call.arguments) {
             Ok(Value::Object(object)) if !self.argument_text => Value::Object(object),
             _ => as_text(),
         };
-        json!({ "id": call.id, "type": "function", "function": { "name": call.name, "arguments": arguments } })
+        json!({ "id": id(&call.id), "type": "function", "function": { "name": call.name, "arguments": arguments } })
     }
+}
+
+/// Returns whether the model is told of tools.
+pub(super) fn offers_tools(chat: &Chat) -> bool {
+    !chat.tools.is_empty() && chat.tool_choice != ToolChoice::None
+}
+
+/// Returns the conversation with an empty description and empty properties where its tools have none. OpenAI's clients
+/// may leave them out, and some templates read them all the same.
+pub(super) fn with_whole_tools(chat: &Chat) -> Chat {
+    let mut chat = chat.clone();
+    for tool in &mut chat.tools {
+        tool.description.get_or_insert_default();
+        if let Some(Value::Object(schema)) = &mut tool.parameters {
+            schema.entry("type").or_insert_with(|| "object".into());
+            schema.entry("properties").or_insert_with(|| json!({}));
+        }
+    }
+    chat
+}
+
+/// Returns ids of nine letters and digits for those of a conversation that are not: the end of each id, as vLLM has
+/// it, and a hash where that would be short or another's.
+fn shortened_ids(chat: &Chat) -> BTreeMap<String, String> {
+    let is_short = |id: &str| id.len() == SHORT_ID_LENGTH && id.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    let called = chat.messages.iter().flat_map(|message| message.tool_calls.iter().map(|call| &call.id));
+    let ids: BTreeSet<&String> =
+        called.chain(chat.messages.iter().filter_map(|message| message.tool_call_id.as_ref())).collect();
+    let mut taken: BTreeSet<String> = ids.iter().filter(|id| is_short(id)).map(|id| (*id).clone()).collect();
+    let mut shortened = BTreeMap::new();
+    for id in ids.into_iter().filter(|id| !is_short(id)) {
+        let letters: String = id.chars().filter(char::is_ascii_alphanumeric).collect();
+        let mut short = letters[letters.len().saturating_sub(SHORT_ID_LENGTH)..].to_owned();
+        let seed = id.bytes().fold(0, |seed, byte| sampler::hash(seed, byte.into()));
+        let mut tries = 0;
+        while short.len() < SHORT_ID_LENGTH || !taken.insert(short.clone()) {
+            short = format!("{:09x}", sampler::hash(seed, tries) >> 28);
+            tries += 1;
+        }
+        shortened.insert(id.clone(), short);
+    }
+    shortened
 }
 
 fn tool(tool: &Tool) -> Value {

@@ -1,18 +1,39 @@
 //! What templates expect of Python and of Hugging Face beyond Jinja.
 
+mod filters;
+mod methods;
+mod number;
+mod operators;
+
 use std::borrow::Cow;
 use std::io::{self, Write};
 
 use minijinja::value::{Kwargs, Value};
-use minijinja::{Error, ErrorKind};
+use minijinja::{Environment, Error, ErrorKind, escape_formatter};
 use serde::Serialize;
 use serde_json::ser::{Formatter, Serializer};
 
 /// The widest indentation; Python has no limit, but nobody needs more.
 const INDENT_MAX: usize = 16;
 
+pub(super) use operators::rewrite;
+
+/// Gives templates what they would find in Python.
+pub(super) fn add(environment: &mut Environment<'_>) {
+    environment.set_formatter(|output, state, value| match number::as_float(value) {
+        Some(number) => Ok(output.write_str(&number::repr(number))?),
+        None => escape_formatter(output, state, value),
+    });
+    environment.set_unknown_method_callback(methods::call);
+    filters::add(environment);
+    operators::add(environment);
+    environment.add_filter("tojson", to_json);
+    environment.add_filter("indent", indent);
+    environment.add_test("iterable", is_iterable);
+}
+
 /// The filter `tojson`: Python's `json.dumps`, which leaves HTML and letters beyond ASCII as they are.
-pub(super) fn to_json(value: &Value, indent: Option<usize>, options: Kwargs) -> Result<String, Error> {
+fn to_json(value: &Value, indent: Option<usize>, options: Kwargs) -> Result<String, Error> {
     let fail = |reason: &'static str| Error::new(ErrorKind::InvalidOperation, reason);
     if value.is_undefined() {
         return Err(fail("an undefined value has no JSON"));
@@ -42,7 +63,7 @@ pub(super) fn to_json(value: &Value, indent: Option<usize>, options: Kwargs) -> 
 }
 
 /// The filter `indent`, which keeps a line's end at the end.
-pub(super) fn indent(
+fn indent(
     text: &str,
     width: Option<usize>,
     first: Option<bool>,
@@ -61,7 +82,7 @@ pub(super) fn indent(
 }
 
 /// The test `iterable`: a text is, and `none` is not.
-pub(super) fn is_iterable(value: &Value) -> bool {
+fn is_iterable(value: &Value) -> bool {
     !value.is_none() && (value.as_str().is_some() || value.try_iter().is_ok())
 }
 
@@ -145,11 +166,7 @@ impl Formatter for Style {
     }
 
     fn write_f64<W: ?Sized + Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
-        let digits = serde_json::Number::from_f64(value).map_or_else(|| "NaN".to_owned(), |number| number.to_string());
-        let Some((mantissa, exponent)) = digits.split_once('e') else { return writer.write_all(digits.as_bytes()) };
-        // Python writes the sign and two digits at least: 1e-05, 1e+16.
-        let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |exponent| ('-', exponent));
-        write!(writer, "{mantissa}e{sign}{:0>2}", exponent.trim_start_matches('+'))
+        writer.write_all(number::repr(value).as_bytes())
     }
 
     fn write_string_fragment<W: ?Sized + Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {

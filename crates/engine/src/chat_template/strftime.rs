@@ -53,10 +53,29 @@ pub(super) fn format(now: SystemTime, format: &str) -> String {
             Some('M') => number(minute, 2),
             Some('S') => number(second % 60, 2),
             Some('B') => written.push_str(month_name),
-            Some('b') => written.push_str(&month_name[..3]),
+            Some('b' | 'h') => written.push_str(&month_name[..3]),
             Some('A') => written.push_str(day_name),
             Some('a') => written.push_str(&day_name[..3]),
             Some('p') => written.push_str(if hour < 12 { "AM" } else { "PM" }),
+            Some('e') if bare => number(day_of_month, 1),
+            Some('e') => spaced(&mut written, day_of_month),
+            Some('k') => spaced(&mut written, hour),
+            Some('l') => spaced(&mut written, (hour + 11) % 12 + 1),
+            Some('C') => number(year / 100, 2),
+            Some('u') => number((day + 3) % 7 + 1, 1),
+            Some('w') => number((day + 4) % 7, 1),
+            Some('U') => number((day_of_year + 6 - (day + 4) % 7) / 7, 2),
+            Some('W') => number((day_of_year + 6 - (day + 3) % 7) / 7, 2),
+            Some('s') => number(secs, 1),
+            Some('f') => number(0, 6),
+            Some('P') => written.push_str(if hour < 12 { "am" } else { "pm" }),
+            Some('n') => written.push('\n'),
+            Some('t') => written.push('\t'),
+            // Python's dates have no zone unless one is given.
+            Some('z' | 'Z') => {}
+            Some(letter @ ('F' | 'T' | 'D' | 'R' | 'r' | 'c' | 'x' | 'X')) => {
+                written.push_str(&self::format(now, composed(letter)));
+            }
             Some('%') => written.push('%'),
             other => {
                 written.push_str(if bare { "%-" } else { "%" });
@@ -65,6 +84,24 @@ pub(super) fn format(now: SystemTime, format: &str) -> String {
         }
     }
     written
+}
+
+/// Returns what a directive is short for.
+fn composed(letter: char) -> &'static str {
+    match letter {
+        'F' => "%Y-%m-%d",
+        'T' | 'X' => "%H:%M:%S",
+        'D' | 'x' => "%m/%d/%y",
+        'R' => "%H:%M",
+        'r' => "%I:%M:%S %p",
+        _ => "%a %b %e %H:%M:%S %Y",
+    }
+}
+
+/// Writes a number of at most two digits in the width of two.
+fn spaced(written: &mut String, value: u64) {
+    // Writing to a string cannot fail.
+    let _ = write!(written, "{value:2}");
 }
 
 /// Returns year, month, day of the month and day of the year of a day counted from the first of 1970.
@@ -101,6 +138,12 @@ mod tests {
         assert_eq!(at(1_709_210_096, "%a %-d %b %y, day %j, %I:%M %p"), "Thu 29 Feb 24, day 060, 12:34 PM");
         assert_eq!(at(4_102_444_799, "%Y-%m-%d"), "2099-12-31");
         assert_eq!(at(951_782_400, "%d.%-m.%Y 100%% %q%"), "29.2.2000 100% %q%");
+        assert_eq!(at(1_709_210_096, "%F %T %D %R %r"), "2024-02-29 12:34:56 02/29/24 12:34 12:34:56 PM");
+        assert_eq!(at(1_709_556_996, "%e|%-e|%k|%l|%h|%u|%w|%U|%W|%C"), " 4|4|12|12|Mar|1|1|09|10|20");
+        assert_eq!(
+            at(1_709_556_996, "%c|%x|%X|%Z%z|%s|%P"),
+            "Mon Mar  4 12:56:36 2024|03/04/24|12:56:36||1709556996|pm"
+        );
         assert!(at(1 << 40, "%Y").len() > 4, "a far future is written too");
     }
 }

@@ -1,7 +1,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::model_runtime::{ChatMessage, Tool, ToolCall};
+use crate::model_runtime::{Tool, ToolCall, ToolChoice};
 
 fn say(role: &str, content: &str) -> ChatMessage {
     ChatMessage::new(role, content)
@@ -183,4 +183,120 @@ fn options_reach_the_template_and_hide_nothing_of_the_conversation() {
     let template_options = options.as_object().expect("it is an object").clone();
     let chat = Chat { template_options, ..vec![message].into() };
     assert_eq!(render_chat(source, &chat).as_deref(), Ok("False ahm<s>"));
+}
+
+/// Feature by feature; `interop/templates/snippets.py` records and checks what jinja2 makes of them.
+#[test]
+fn snippets_render_as_jinja2_renders_them() {
+    #[derive(serde::Deserialize)]
+    struct Golden {
+        variables: serde_json::Map<String, serde_json::Value>,
+        snippets: Vec<Snippet>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Snippet {
+        template: String,
+        /// Nothing where jinja2 fails.
+        rendered: Option<String>,
+    }
+    let golden: Golden = serde_json::from_str(include_str!("snippets.json")).expect("it is JSON");
+    let chat = Chat { template_options: golden.variables, ..vec![say("user", "Hello there")].into() };
+    let differences: Vec<String> = golden
+        .snippets
+        .into_iter()
+        .filter_map(|Snippet { template, rendered }| {
+            let ours = render_chat(&template, &chat);
+            let is_same = ours.as_ref().ok() == rendered.as_ref();
+            (!is_same).then(|| format!("{template}\n  jinja2: {rendered:?}\n  ours:   {ours:?}"))
+        })
+        .collect();
+    assert!(differences.is_empty(), "{} differ:\n{}", differences.len(), differences.join("\n"));
+}
+
+#[test]
+fn a_request_that_a_template_fails_on_is_the_requests_fault_and_names_its_field() {
+    let fails = |source: &str, chat: &Chat| {
+        let error = EngineError::from(render_chat(source, chat).expect_err("it fails"));
+        let EngineError::Unsupported { parameter, reason } = error else { panic!("{error:?}") };
+        (parameter, reason)
+    };
+    let asked: Chat = vec![say("user", "hi")].into();
+    let option = |name: &str| {
+        let options = json!({ name: 5, "other": "x" });
+        Chat { template_options: options.as_object().expect("an object").clone(), ..asked.clone() }
+    };
+    let dated = "{{ messages[0].content }}{% if date_string is defined %}{{ date_string.upper() }}{% endif %}";
+    assert_eq!(fails(dated, &option("date_string")).0, "chat_template_kwargs.date_string");
+    let thinks = "{{ messages[0].content }}{{ (reasoning_effort or 'low') + '!' }}";
+    assert_eq!(fails(thinks, &option("reasoning_effort")).0, "reasoning_effort");
+
+    let walk = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{% for k, v in \
+                c.function.arguments | items %}{{ k }}={{ v }}{% endfor %}{% endfor %}{% endfor %}";
+    let cut = vec![say("user", "hi"), calls(r#"{"place": "Ro"#), ChatMessage { ..say("tool", "20") }];
+    let (parameter, reason) = fails(walk, &cut.into());
+    assert_eq!(parameter, "messages[1].tool_calls[0].function.arguments");
+    assert!(reason.contains("must be a JSON object"), "{reason}");
+
+    let typed = "{% for t in tools or [] %}{{ t.function.parameters.properties.place.type.upper() }}{% endfor %}\
+                 {{ messages[0].content }}";
+    let untyped = Tool { name: "g".into(), parameters: Some(json!({ "type": "object" })), ..weather() };
+    let (parameter, _) = fails(typed, &Chat { tools: vec![weather(), untyped], ..asked.clone() });
+    assert_eq!(parameter, "tools[1]");
+
+    let short = "{% if messages | length > 2 %}{{ messages.none.none }}{% endif %}{{ messages[0].content }}";
+    assert_eq!(fails(short, &vec![say("user", "a"), say("assistant", "b"), say("user", "c")].into()).0, "messages");
+    // Nothing that a client changes would help here.
+    let (parameter, reason) = fails("{{ nothing.at.all }}", &asked);
+    assert!(parameter == "messages" && reason.contains("takes no conversations"), "{reason}");
+}
+
+#[test]
+fn a_template_that_renders_no_conversation_is_found_at_once() {
+    let checked = |source: &str| ChatTemplate::new(Some(source), "", "").and_then(ChatTemplate::checked).map(drop);
+    assert_eq!(checked("{{ messages[0].content }}"), Ok(()));
+    assert_eq!(checked("{{ raise_exception('a system message must come first') }}"), Ok(()));
+    assert!(matches!(checked("{{ nothing.at.all }}"), Err(ChatTemplateError::Broken(_))));
+}
+
+#[test]
+fn what_tools_may_leave_out_is_filled_in_for_templates_that_read_it() {
+    let source = "{% for t in tools or [] %}{{ '// ' + t.function.description + ' ' + t.function.name }}\
+                  {% for name in t.function.parameters.properties | items %}{{ name }}{% endfor %}{% endfor %}\
+                  {{ messages[0].content }}";
+    let bare = Tool { name: "f".into(), description: None, parameters: Some(json!({})) };
+    let chat = Chat { tools: vec![bare], ..vec![say("user", "hi")].into() };
+    assert_eq!(render_chat(source, &chat).as_deref(), Ok("//  fhi"));
+}
+
+#[test]
+fn ids_are_shortened_for_templates_that_take_nine_letters() {
+    let source = "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}\
+                  {{ raise_exception('ids have 9 letters') }}{% endif %}<{{ c.id }} {{ c.function.arguments }}>{% endfor %}\
+                  {% if m.tool_call_id is defined %}{% if m.tool_call_id | length != 9 %}\
+                  {{ raise_exception('ids have 9 letters') }}{% endif %}[{{ m.tool_call_id }}]{% endif %}{{ m.content }}\
+                  {% endfor %}";
+    let call = |id: &str| ToolCall { id: id.into(), name: "weather".into(), arguments: "{}".into() };
+    let answer = |id: &str| ChatMessage { tool_call_id: Some(id.into()), ..say("tool", "20") };
+    let conversation = |ids: &[&str]| {
+        let calls = ChatMessage { tool_calls: ids.iter().map(|id| call(id)).collect(), ..say("assistant", "") };
+        let answers = ids.iter().map(|id| answer(id));
+        Chat::from([say("user", "?"), calls].into_iter().chain(answers).collect::<Vec<_>>())
+    };
+    let prompt = render_chat(source, &conversation(&["call_0123456789abcdef"])).expect("it renders");
+    assert_eq!(prompt, "?<789abcdef {}>[789abcdef]20");
+    assert_eq!(render_chat(source, &conversation(&["abc123xyz"])).as_deref(), Ok("?<abc123xyz {}>[abc123xyz]20"));
+    // Two ids with the same end, a short one, and one that another's end is already.
+    let prompt = render_chat(source, &conversation(&["call_a_123456789", "call_b_123456789", "x", "123456789"]));
+    let prompt = prompt.expect("it renders");
+    let ids = |open: char, close: char| -> Vec<String> {
+        prompt.split(open).skip(1).map(|part| part.split([' ', close]).next().unwrap_or_default().to_owned()).collect()
+    };
+    let (called, answered) = (ids('<', '>'), ids('[', ']'));
+    assert_eq!(called, answered);
+    assert_eq!(called.iter().collect::<std::collections::BTreeSet<_>>().len(), 4, "{called:?}");
+    assert!(called.iter().all(|id| id.len() == 9), "{called:?}");
+    // Other templates see the ids as they are.
+    let source = "{% for m in messages %}{{ m.tool_call_id }}{{ m.tool_calls[0].id if m.tool_calls }}{% endfor %}";
+    let prompt = render_chat(source, &conversation(&["call_1"])).expect("it renders");
+    assert_eq!(prompt, "call_1call_1");
 }

@@ -9,7 +9,7 @@ use super::native::{Model, Token, Vocabulary};
 use crate::answer_parser::{AnswerFormat, AnswerParser};
 use crate::chat_template::{self, ChatTemplate, ChatTemplateError};
 use crate::gguf::{Header, Value};
-use crate::model_runtime::{Chat, EngineError, OutputFormat, PromptInput, unsupported};
+use crate::model_runtime::{Chat, EngineError, OutputFormat, PromptInput, ToolChoice, unsupported};
 
 /// What is needed to make tokens of a prompt.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ impl Prompts {
             Some(Value::Texts(table)) => (0..table.len()).filter_map(|index| table.get(index)).map(<[u8]>::len).max(),
             _ => None,
         };
-        let template = ChatTemplate::of_model(header);
+        let template = ChatTemplate::of_model(header).and_then(ChatTemplate::checked);
         // Such a model can still continue plain text, so the fault is told when a conversation comes.
         if let Err(error) = &template {
             tracing::warn!(%error, "the model takes no conversations");
@@ -97,7 +97,8 @@ impl Prompts {
         format: &OutputFormat,
         seed: u64,
     ) -> Result<(Option<OutputFormat>, AnswerParser), EngineError> {
-        if !chat.tools.is_empty() && !self.takes_tools() {
+        // Frameworks keep the tools in a turn that must not call them.
+        if !chat.tools.is_empty() && chat.tool_choice != ToolChoice::None && !self.takes_tools() {
             return Err(unsupported("tools", "this model calls no functions"));
         }
         let form = self.answers.constraint(chat, format, &prompt.rendered);
