@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build dist demo up test interop bench bench-engine lint fuzz clean
+.PHONY: help build dist demo up test interop templates bench bench-engine lint fuzz clean
 
 # dev builds once for tests and programs alike; release is what users run.
 PROFILE ?= release
@@ -48,6 +48,12 @@ test: ## Runs every test, and replays what fuzzers found
 interop: build ## Runs OpenAI's SDKs, Node's Hyperswarm, llama-server and our client against ours
 	@scripts/setup interop
 	TETHER_BIN=$(PROGRAM) interop/run
+
+templates: ## Renders the chat templates of a folder beside jinja2 (FOLDER=…)
+	@scripts/setup interop
+	@test -n "$(FOLDER)" || { echo 'name a folder: make templates FOLDER=…'; exit 2; }
+	scripts/with-progress cargo build --package tether-engine --no-default-features --example render_template
+	TETHER_RENDERER=$(abspath $(TARGET_DIR))/debug/examples/render_template interop/run templates $(abspath $(FOLDER))
 
 bench: ## Measures what docs/benchmarks.md promises
 	@scripts/setup bench
