@@ -310,11 +310,19 @@ pub enum EngineError {
         /// What it may take.
         available_bytes: u64,
     },
-    /// The engine failed or its process died: try elsewhere.
+    /// The engine failed, or its process was ended from outside: try elsewhere.
     #[error("the engine failed: {reason}")]
     Failed {
         /// What is known of it.
         reason: String,
+    },
+    /// The engine's process crashed while it worked on this request: try elsewhere, but not again and again.
+    #[error("the engine crashed: {reason}")]
+    Crashed {
+        /// What is known of it.
+        reason: String,
+        /// How many requests it was working on, this one included.
+        suspects: u32,
     },
 }
 

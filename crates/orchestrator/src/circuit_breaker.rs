@@ -1,8 +1,9 @@
 //! One breaker per model and region. Pure: it is told the time and what happened.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
+use protocol::WorkerId;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
@@ -67,12 +68,25 @@ pub enum Admission {
     },
 }
 
+/// What came of a request that was let through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outcome {
+    /// Whether it went well.
+    pub good: bool,
+    /// The worker that tried it.
+    pub worker: WorkerId,
+    /// When the try began.
+    pub began: Instant,
+}
+
 /// A breaker.
 #[derive(Debug)]
 pub struct CircuitBreaker {
     config: BreakerConfig,
     outcomes: VecDeque<(Instant, bool)>,
     failures: u32,
+    /// When a worker's last failure was counted.
+    failed_at: HashMap<WorkerId, Instant>,
     phase: Phase,
     /// How often it opened in a row without closing.
     reopened: u32,
@@ -93,7 +107,14 @@ enum Phase {
 impl CircuitBreaker {
     /// Makes a closed breaker.
     pub fn new(config: BreakerConfig) -> Self {
-        Self { config, outcomes: VecDeque::new(), failures: 0, phase: Phase::Closed, reopened: 0 }
+        Self {
+            config,
+            outcomes: VecDeque::new(),
+            failures: 0,
+            failed_at: HashMap::new(),
+            phase: Phase::Closed,
+            reopened: 0,
+        }
     }
 
     /// Returns what it does with requests.
@@ -122,7 +143,17 @@ impl CircuitBreaker {
 
     /// Takes the outcome of a request that was let through. Requests that ended for no fault of the model or the
     /// region (a caller who left, a prompt too long) report nothing but [`CircuitBreaker::abandon`].
-    pub fn record(&mut self, good: bool, now: Instant) {
+    ///
+    /// A worker or an engine that dies fails all that it has at once. That is one failure, not one of each job: what
+    /// had begun before a failure of its worker was counted says nothing new.
+    pub fn record(&mut self, outcome: Outcome, now: Instant) {
+        let Outcome { good, worker, began } = outcome;
+        if self.failed_at.get(&worker).is_some_and(|failed_at| began < *failed_at) {
+            return;
+        }
+        if !good {
+            self.failed_at.insert(worker, now);
+        }
         if let Phase::Probing { .. } = self.phase {
             if good {
                 self.close();
@@ -154,6 +185,11 @@ impl CircuitBreaker {
 
     fn forget(&mut self, now: Instant) {
         let window = Duration::from_secs(self.config.window_secs);
+        // What began before and ends later than this is rare, and then counts once more.
+        const WORKERS_MAX: usize = 4096;
+        if self.failed_at.len() > WORKERS_MAX {
+            self.failed_at.retain(|_, failed_at| now.duration_since(*failed_at) <= window);
+        }
         // The count is bounded too: at high rates the newest outcomes tell enough.
         const OUTCOMES_MAX: usize = 4096;
         while let Some(&(at, good)) = self.outcomes.front() {
@@ -181,6 +217,8 @@ impl CircuitBreaker {
 
 #[cfg(test)]
 mod tests {
+    use protocol::PublicKey;
+
     use super::*;
 
     fn breaker() -> (CircuitBreaker, Instant) {
@@ -191,17 +229,38 @@ mod tests {
         Duration::from_secs(count)
     }
 
+    fn outcome(good: bool, began: Instant) -> Outcome {
+        Outcome { good, worker: PublicKey([1; 32]), began }
+    }
+
     fn fail(breaker: &mut CircuitBreaker, times: u32, now: Instant) {
         for _ in 0..times {
-            breaker.record(false, now);
+            breaker.record(outcome(false, now), now);
         }
+    }
+
+    #[test]
+    fn a_death_counts_once_however_many_jobs_it_takes_along() {
+        let (mut breaker, began) = breaker();
+        for worker in [1, 2] {
+            for milli in 0..36 {
+                let died = began + Duration::from_millis(1000 + milli);
+                breaker.record(Outcome { good: false, worker: PublicKey([worker; 32]), began }, died);
+            }
+        }
+        assert_eq!((breaker.state(), breaker.failures), (BreakerState::Closed, 2));
+        // Jobs that began after it are another matter.
+        for second in 2..10 {
+            fail(&mut breaker, 1, began + seconds(second));
+        }
+        assert_eq!(breaker.state(), BreakerState::Open);
     }
 
     #[test]
     fn it_opens_when_half_of_the_outcomes_are_bad_and_there_are_enough() {
         let (mut breaker, now) = breaker();
         for _ in 0..5 {
-            breaker.record(true, now);
+            breaker.record(outcome(true, now), now);
         }
         fail(&mut breaker, 4, now);
         assert_eq!(breaker.state(), BreakerState::Closed);
@@ -214,7 +273,7 @@ mod tests {
     fn old_outcomes_do_not_count() {
         let (mut breaker, now) = breaker();
         fail(&mut breaker, 9, now);
-        breaker.record(false, now + seconds(31));
+        breaker.record(outcome(false, now + seconds(31)), now + seconds(31));
         assert_eq!(breaker.state(), BreakerState::Closed);
     }
 
@@ -226,7 +285,7 @@ mod tests {
         assert_eq!(breaker.admit(later), Admission::Probe);
         assert_eq!(breaker.state(), BreakerState::HalfOpen);
         assert!(matches!(breaker.admit(later), Admission::Refuse { .. }));
-        breaker.record(true, later);
+        breaker.record(outcome(true, later), later);
         assert_eq!(breaker.state(), BreakerState::Closed);
         assert_eq!(breaker.admit(later), Admission::Pass);
     }
@@ -239,7 +298,7 @@ mod tests {
             assert_eq!(breaker.admit(now), Admission::Refuse { retry_after: seconds(wait) });
             now += seconds(wait);
             assert_eq!(breaker.admit(now), Admission::Probe);
-            breaker.record(false, now);
+            breaker.record(outcome(false, now), now);
         }
     }
 

@@ -34,6 +34,9 @@ pub struct Config {
     pub deadline_secs: u64,
     /// Seconds a reservation lasts unless it is renewed; it is renewed at a third of this.
     pub lease_secs: u64,
+    /// Seconds for which a request on which engines crashed is remembered; after two crashes it is refused. 0 remembers
+    /// none beyond its own job.
+    pub crashes_kept_secs: u64,
     /// Seconds for which a tenant's rules are believed before the registry is asked again.
     pub policy_cache_secs: u64,
     /// Jobs whose placement can be explained; the oldest are forgotten.
@@ -57,6 +60,7 @@ impl Default for Config {
             caller_stall_secs: 60,
             deadline_secs: 600,
             lease_secs: 30,
+            crashes_kept_secs: 600,
             policy_cache_secs: 5,
             decisions_kept: 1024,
             weights: Weights::default(),

@@ -123,6 +123,11 @@ pub enum AttemptEnd {
         /// What was delivered until then.
         usage: TokenUsage,
     },
+    /// Engines crashed on the job: it is given to no other.
+    Dead {
+        /// What the caller is told.
+        error: WireError,
+    },
 }
 
 impl AttemptEnd {
@@ -135,6 +140,7 @@ impl AttemptEnd {
     pub fn usage(&self) -> TokenUsage {
         match self {
             Self::Complete { usage, .. } | Self::CallerGone { usage } | Self::Failed { usage, .. } => *usage,
+            Self::Dead { .. } => TokenUsage::default(),
         }
     }
 }

@@ -20,7 +20,7 @@ pub enum JobState {
     Failed,
     /// Its caller gave up.
     Cancelled,
-    /// It went wrong so often that nobody tries again.
+    /// Engines crashed on it, and nobody tries again.
     Dead,
 }
 
@@ -39,6 +39,8 @@ pub enum JobEvent {
     GiveUpAttempt,
     /// The attempt failed and no other will follow.
     Fail,
+    /// The attempt failed like those before it, and nobody may try again.
+    Die,
     /// The caller is gone.
     Cancel,
 }
@@ -65,6 +67,7 @@ impl JobState {
             // The next attempt has to be reserved like the first.
             (Self::Received | Self::Reserved | Self::Dispatched, On::GiveUpAttempt) => Ok(Self::Received),
             (Self::Received | Self::Reserved | Self::Dispatched | Self::Streaming, On::Fail) => Ok(Self::Failed),
+            (Self::Reserved | Self::Dispatched | Self::Streaming, On::Die) => Ok(Self::Dead),
             (Self::Received | Self::Reserved | Self::Dispatched | Self::Streaming, On::Cancel) => Ok(Self::Cancelled),
             (state, event) => Err(IllegalTransition { state, event }),
         }
@@ -81,13 +84,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const EVENTS: [JobEvent; 7] = [
+    const EVENTS: [JobEvent; 8] = [
         JobEvent::Reserve,
         JobEvent::Acknowledge,
         JobEvent::Chunk,
         JobEvent::Complete,
         JobEvent::GiveUpAttempt,
         JobEvent::Fail,
+        JobEvent::Die,
         JobEvent::Cancel,
     ];
 

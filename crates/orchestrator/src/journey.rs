@@ -1,11 +1,10 @@
 //! One job on its way: what was tried, where it stands, what it holds.
 
-use protocol::WireError;
-use protocol::WorkerId;
 use protocol::control::{AttemptDecision, Decision};
 use protocol::infer::InferRequest;
 use protocol::model::ModelKey;
 use protocol::prefix::PrefixChain;
+use protocol::{Digest, WireError, WorkerId, codec};
 use tokio::time::Instant;
 use tracing::error;
 
@@ -34,6 +33,10 @@ pub struct Journey {
     pub reservation: Option<Reservation>,
     /// What the breaker said to the present attempt.
     pub admission: Option<Admission>,
+    /// When the present attempt began.
+    pub attempt_began: Instant,
+    /// Engines that crashed on it.
+    pub crashes: u32,
     /// What the attempt before failed of.
     pub last_error: Option<WireError>,
     state: JobState,
@@ -54,10 +57,18 @@ impl Journey {
             tried: vec![],
             reservation: None,
             admission: None,
+            attempt_began: Instant::now(),
+            crashes: 0,
             last_error: None,
             state: JobState::Received,
             attempts: vec![],
         }
+    }
+
+    /// Returns what the request is, whoever's client repeats it: its tenant, its model and its input.
+    pub fn content(&self) -> Digest {
+        let InferRequest { tenant_id, input, .. } = &self.request;
+        Digest::of(&codec::encode(&(tenant_id, &self.model, input)))
     }
 
     /// Keeps the table of a placement.

@@ -5,6 +5,7 @@
 
 pub mod circuit_breaker;
 pub mod config;
+pub mod crash_record;
 pub mod decision_log;
 pub mod discovery_sub;
 pub mod dispatch;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use metadata_store::{Finalised, MetadataStore, StoreError};
@@ -25,8 +25,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
-use crate::circuit_breaker::{Admission, CircuitBreaker};
+use crate::circuit_breaker::{Admission, CircuitBreaker, Outcome};
 use crate::config::Config;
+use crate::crash_record::{CRASHES_MAX, CrashRecord};
 use crate::decision_log::DecisionLog;
 use crate::discovery_sub::DiscoverySub;
 use crate::discovery_sub::search::Search;
@@ -74,6 +75,7 @@ pub struct Orchestrator {
     breakers: Mutex<HashMap<ModelKey, CircuitBreaker>>,
     reservations: Arc<ReservationManager>,
     decisions: DecisionLog,
+    crashes: Mutex<CrashRecord>,
     client: Client,
     membership: Membership,
 }
@@ -85,6 +87,9 @@ impl Orchestrator {
     /// anew. A job that was reserved is settled exactly once, and the last chunk waits for that.
     pub async fn submit(&self, mut journey: Journey, delivery: &mut Delivery) -> Result<(), WireError> {
         self.policies.admit(&journey.request).await?;
+        if self.is_convicted(&journey) {
+            return Err(refusals::crashes_engines());
+        }
         let end = loop {
             let end = self.attempt(&mut journey, delivery).await.unwrap_or_else(AttemptEnd::refused);
             self.tell_breaker(&mut journey, &end);
@@ -98,6 +103,7 @@ impl Orchestrator {
     /// Tries the job once, on the worker that suits it best.
     async fn attempt(&self, journey: &mut Journey, delivery: &mut Delivery) -> Result<AttemptEnd, WireError> {
         let worker = self.choose_worker(journey)?;
+        journey.attempt_began = Instant::now();
         self.pass_breaker(journey)?;
         self.reserve(journey, &worker).await?;
         self.dispatch(journey, delivery).await
@@ -123,7 +129,13 @@ impl Orchestrator {
         }
     }
 
+    /// Asks the breaker about a job. One that was let in passes with its further attempts as well: a worker's failure
+    /// before the first token costs the caller nothing.
     fn pass_breaker(&self, journey: &mut Journey) -> Result<(), WireError> {
+        if !journey.tried.is_empty() {
+            journey.admission = Some(Admission::Pass);
+            return Ok(());
+        }
         match self.with_breaker(&journey.model, CircuitBreaker::admit) {
             Admission::Refuse { retry_after } => {
                 let message = format!("{} fails too often in region {}, try again later", journey.model, self.region);
@@ -185,6 +197,9 @@ impl Orchestrator {
             self.fleet.set_aside(reservation.worker_id, until);
             warn!(worker = reservation.worker_id.short(), "worker set aside: it did not acknowledge a job");
         }
+        if error.code == ErrorCode::EngineCrashed && self.crashed(journey, error) {
+            return ControlFlow::Break(AttemptEnd::Dead { error: refusals::crashes_engines() });
+        }
         let failure = Failure { code: error.code, streamed: delivery.has_begun() };
         let tries = journey.tried.len() as u32;
         match retry_manager::plan(tries, self.config.attempts_max, failure, journey.request.correlation_id) {
@@ -224,6 +239,7 @@ impl Orchestrator {
                     .unwrap_or_else(|| error.clone());
                 (Ending::failed(refusals::outward(error)), JobEvent::Fail)
             }
+            AttemptEnd::Dead { error } => (Ending::dead(error.clone()), JobEvent::Die),
         };
         journey.step(event);
         journey.note(ending.outcome());
@@ -258,6 +274,34 @@ impl Orchestrator {
         }
     }
 
+    /// Returns whether engines crashed on such a request again and again.
+    fn is_convicted(&self, journey: &Journey) -> bool {
+        let mut crashes = self.crashes();
+        // A long prompt takes a while to hash, so it is hashed only where there is something to compare it with.
+        !crashes.is_empty() && crashes.is_convicted(&journey.content(), Instant::now())
+    }
+
+    /// Takes note that an engine crashed on a job, and returns whether no other may have it.
+    fn crashed(&self, journey: &mut Journey, error: &WireError) -> bool {
+        journey.crashes += 1;
+        let (content, now) = (journey.content(), Instant::now());
+        let mut crashes = self.crashes();
+        crashes.crashed(content, error.suspects.unwrap_or(1), now);
+        let is_dead = journey.crashes >= CRASHES_MAX || crashes.is_convicted(&content, now);
+        warn!(
+            correlation_id = %journey.request.correlation_id,
+            model = %journey.model,
+            suspects = error.suspects,
+            is_dead,
+            "an engine crashed while it worked on a job"
+        );
+        is_dead
+    }
+
+    fn crashes(&self) -> MutexGuard<'_, CrashRecord> {
+        self.crashes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Lets the breaker know what came of a request that it let pass.
     fn tell_breaker(&self, journey: &mut Journey, end: &AttemptEnd) {
         let Some(admission) = journey.admission.take() else { return };
@@ -267,12 +311,20 @@ impl Orchestrator {
                 Some(first_chunk_at.duration_since(journey.submitted_at) <= slow)
             }
             AttemptEnd::Failed { error, .. } => is_workers_fault(error.code).then_some(false),
-            AttemptEnd::CallerGone { .. } => None,
+            AttemptEnd::CallerGone { .. } | AttemptEnd::Dead { .. } => None,
         };
-        self.with_breaker(&journey.model, |breaker, now| match good {
-            Some(good) => breaker.record(good, now),
+        let began = journey.attempt_began;
+        let outcome = journey.tried.last().zip(good).map(|(worker, good)| Outcome { good, worker: *worker, began });
+        self.with_breaker(&journey.model, |breaker, now| match outcome {
+            Some(outcome) => breaker.record(outcome, now),
             None => breaker.abandon(admission, now),
         });
+        if let AttemptEnd::Complete { .. } = end {
+            let mut crashes = self.crashes();
+            if !crashes.is_empty() {
+                crashes.answered(&journey.content());
+            }
+        }
     }
 
     fn with_breaker<T>(&self, model: &ModelKey, act: impl FnOnce(&mut CircuitBreaker, Instant) -> T) -> T {
@@ -365,6 +417,7 @@ impl Orchestrator {
                 config.registry_absence,
             ),
             decisions: DecisionLog::new(config.decisions_kept),
+            crashes: Mutex::new(CrashRecord::new(Duration::from_secs(config.crashes_kept_secs))),
             reservations: Arc::new(reservations),
             breakers: Mutex::default(),
             region: region.clone(),
@@ -444,5 +497,7 @@ fn is_workers_fault(code: ErrorCode) -> bool {
         code,
         ErrorCode::WorkerFull | ErrorCode::WorkerStopping | ErrorCode::ModelNotHere | ErrorCode::ModelLoading
     );
+    // A crash is counted against the request: any key could shut a model off for all others.
+    let refusal = refusal || code == ErrorCode::EngineCrashed;
     code.blame() == Blame::Worker && !refusal
 }

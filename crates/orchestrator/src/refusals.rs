@@ -16,6 +16,7 @@ pub(crate) fn outward(mut error: WireError) -> WireError {
             WireError::new(ErrorCode::NoCapacity, "no worker has room for this model, try again")
                 .with_retry_after(Duration::from_secs(1))
         }
+        ErrorCode::EngineCrashed => WireError::new(ErrorCode::WorkerFailed, error.message),
         ErrorCode::StaleAttempt
         | ErrorCode::NotEnrolled
         | ErrorCode::NodeRevoked
@@ -27,6 +28,12 @@ pub(crate) fn outward(mut error: WireError) -> WireError {
         }
         _ => error,
     }
+}
+
+/// Says that a request is given to no further engine.
+pub(crate) fn crashes_engines() -> WireError {
+    let message = "engines crashed on this request, so it is not run again; change it";
+    WireError::new(ErrorCode::RequestCrashesEngine, message)
 }
 
 /// Says that no worker takes a job.

@@ -81,6 +81,11 @@ impl Ending {
         Self { state: TerminalState::Failed, finish_reason: None, usage: None, error: Some(error) }
     }
 
+    /// Nobody may try it again; nobody pays.
+    pub fn dead(error: WireError) -> Self {
+        Self { state: TerminalState::Dead, ..Self::failed(error) }
+    }
+
     /// Returns a short word for it.
     pub fn outcome(&self) -> &'static str {
         self.error.as_ref().map_or(self.state.as_str(), |error| error.code.as_str())

@@ -49,6 +49,10 @@ pub enum ErrorCode {
     InternalError,
     /// The workers that tried the job failed.
     WorkerFailed,
+    /// The engine crashed while it worked on the job.
+    EngineCrashed,
+    /// Engines crashed on this request again and again: it is not run any more.
+    RequestCrashesEngine,
     /// The deadline passed.
     DeadlineExceeded,
     /// No worker has room.
@@ -118,6 +122,8 @@ impl ErrorCode {
             Self::RateLimitExceeded => "rate_limit_exceeded",
             Self::InternalError => "internal_error",
             Self::WorkerFailed => "worker_failed",
+            Self::EngineCrashed => "engine_crashed",
+            Self::RequestCrashesEngine => "request_crashes_engine",
             Self::DeadlineExceeded => "deadline_exceeded",
             Self::NoCapacity => "no_capacity",
             Self::BreakerOpen => "breaker_open",
@@ -162,8 +168,8 @@ impl ErrorCode {
             Self::RateLimitExceeded => 429,
             // Nginx's number for a client that went away; nobody is left to read it.
             Self::Cancelled => 499,
-            Self::InternalError | Self::StaleAttempt => 500,
-            Self::WorkerFailed => 502,
+            Self::InternalError | Self::StaleAttempt | Self::RequestCrashesEngine => 500,
+            Self::WorkerFailed | Self::EngineCrashed => 502,
             Self::NoCapacity
             | Self::BreakerOpen
             | Self::ModelLoading
@@ -195,6 +201,7 @@ impl ErrorCode {
             | Self::ModelNotHere
             | Self::ModelLoading
             | Self::WorkerFailed
+            | Self::EngineCrashed
             | Self::InternalError
             | Self::UnknownMethod
             | Self::NotEnrolled
@@ -229,6 +236,9 @@ pub struct WireError {
     /// How far the model is, where it is being loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loading: Option<Box<LoadingModel>>,
+    /// How many jobs an engine was working on when it crashed, this one included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspects: Option<u32>,
 }
 
 /// How far a model is that nobody has ready.
@@ -246,7 +256,7 @@ pub struct LoadingModel {
 impl WireError {
     /// Makes an error of a code and a message.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), param: None, retry_after_ms: None, loading: None }
+        Self { code, message: message.into(), param: None, retry_after_ms: None, loading: None, suspects: None }
     }
 
     /// Names the field at fault.
@@ -261,6 +271,19 @@ impl WireError {
     pub fn with_loading(mut self, loading: LoadingModel) -> Self {
         self.loading = Some(Box::new(loading));
         self
+    }
+
+    /// Says how many jobs a crash may be laid to.
+    #[must_use]
+    pub fn with_suspects(mut self, suspects: u32) -> Self {
+        self.suspects = Some(suspects);
+        self
+    }
+
+    /// Says whether the same request may fare better at another time. Official SDKs repeat what fails with 500 or more
+    /// unless they are told not to.
+    pub fn should_retry(&self) -> bool {
+        self.code != ErrorCode::RequestCrashesEngine
     }
 
     /// Says how long to wait. Official SDKs give up above 120 s, so that is the most ever said.
@@ -278,7 +301,8 @@ mod tests {
 
     #[test]
     fn a_code_is_written_the_same_in_json_and_in_text() {
-        for code in [ErrorCode::InvalidJson, ErrorCode::ModelNotFound, ErrorCode::WorkerFull, ErrorCode::NoCapacity] {
+        for code in [ErrorCode::InvalidJson, ErrorCode::ModelNotFound, ErrorCode::WorkerFull, ErrorCode::EngineCrashed]
+        {
             assert_eq!(serde_json::to_value(code).expect("serialises"), code.as_str());
         }
     }

@@ -111,9 +111,9 @@ impl ExecutionEngine {
         }
         match self.loader.attach(entry, model, adapter).await {
             Ok(attached) => Ok(Some(attached)),
-            Err(LoadError::Engine(error @ (EngineError::Failed { .. } | EngineError::NotLoaded))) => {
-                Err(self.failed(entry, model, &error, request))
-            }
+            Err(LoadError::Engine(
+                error @ (EngineError::Failed { .. } | EngineError::Crashed { .. } | EngineError::NotLoaded),
+            )) => Err(self.failed(entry, model, &error, request)),
             Err(error) => {
                 warn!(model = %entry.key, adapter = %adapter.name, %error, "the adapter could not be attached");
                 // A refusal: the model itself is well.
@@ -211,7 +211,7 @@ impl ExecutionEngine {
     /// Takes note of an engine's error and says it in the network's words.
     fn failed(&self, entry: &Entry, model: ModelId, error: &EngineError, request: &InferRequest) -> WireError {
         self.loader.job_failed(entry, model, error);
-        if let EngineError::Failed { .. } | EngineError::InvalidModel { .. } = error {
+        if let EngineError::Failed { .. } | EngineError::Crashed { .. } | EngineError::InvalidModel { .. } = error {
             warn!(correlation_id = %request.correlation_id, model = %entry.key, %error, "the engine failed a job");
         }
         wire_error(error, &request.input)

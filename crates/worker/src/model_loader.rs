@@ -184,7 +184,7 @@ impl ModelLoader {
     /// Takes note that a job failed on an engine.
     pub(crate) fn job_failed(&self, entry: &Entry, id: ModelId, error: &EngineError) {
         let dead = match error {
-            EngineError::NotLoaded => true,
+            EngineError::NotLoaded | EngineError::Crashed { .. } => true,
             // One request may fail by itself; an engine that fails them all is as good as dead.
             EngineError::Failed { .. } => !is_listed(&self.runtime.load_state(), id) || entry.strike() >= STRIKES_MAX,
             _ => false,

@@ -4,7 +4,7 @@ mod inbox;
 mod last_words;
 mod questions;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -70,6 +70,8 @@ struct State {
 struct Generation {
     admitted: Option<oneshot::Sender<Result<(), EngineError>>>,
     events: mpsc::Sender<Item>,
+    /// Whether its prompt is being evaluated, or was; before, it waits for a slot.
+    started: bool,
     /// Events that came and were not acknowledged; at [`CREDIT`] the process waits for the reader.
     unacknowledged: usize,
 }
@@ -151,12 +153,16 @@ impl EngineProcess {
             }
             let reason = explain(pid, &ending, status, last_words.telling());
             // Closed first, so that nobody enters it in the list after it was struck off.
-            supervised.state().closed.get_or_insert(EngineError::Failed { reason: reason.clone() });
+            let was_closed = supervised.state().closed.replace(EngineError::Failed { reason: reason.clone() });
+            let crash = (was_closed.is_none() && has_crashed(&ending, status)).then(|| reason.clone());
+            if let Some(error) = was_closed {
+                supervised.state().closed = Some(error);
+            }
             gone();
             if let Some(Loading { loaded, .. }) = loading {
                 let _ = loaded.send(Err(blame(reason.clone(), info.is_some(), &ending, status)));
             }
-            supervised.end_all();
+            supervised.end_all(crash);
             supervised.gone.cancel();
         });
         Ok(process)
@@ -195,7 +201,9 @@ impl EngineProcess {
             if let Some(error) = &state.closed {
                 return Err(error.clone());
             }
-            state.generations.insert(id, Generation { admitted: Some(admitted), events, unacknowledged: 0 });
+            state
+                .generations
+                .insert(id, Generation { admitted: Some(admitted), events, started: false, unacknowledged: 0 });
             state.asked = true;
         }
         let (sink, stream) = GenerateStream::channel(READER_EVENTS_MAX);
@@ -283,21 +291,26 @@ impl EngineProcess {
         }
     }
 
-    /// Ends everything that waits for this process, once it is closed.
-    fn end_all(&self) {
-        let (generations, questions, error) = {
+    /// Ends everything that waits for this process, once it is closed. A crash is laid only to what the process was
+    /// working on.
+    fn end_all(&self, crash: Option<String>) {
+        let (generations, questions, suspected, error) = {
             let mut state = self.state();
             let error = state.closed.clone().unwrap_or(EngineError::NotLoaded);
-            (std::mem::take(&mut state.generations), std::mem::take(&mut state.questions), error)
+            let suspected = state.worked_on();
+            (std::mem::take(&mut state.generations), std::mem::take(&mut state.questions), suspected, error)
         };
-        for Generation { admitted, events, .. } in generations.into_values() {
+        let suspects = (suspected.len() + questions.len()) as u32;
+        let crashed = crash.map_or_else(|| error.clone(), |reason| EngineError::Crashed { reason, suspects });
+        for (id, Generation { admitted, events, .. }) in generations {
+            let error = if suspected.contains(&id) { &crashed } else { &error }.clone();
             match admitted {
-                Some(admitted) => drop(admitted.send(Err(error.clone()))),
-                None => drop(events.try_send(Err(error.clone()))),
+                Some(admitted) => drop(admitted.send(Err(error))),
+                None => drop(events.try_send(Err(error))),
             }
         }
         for question in questions.into_values() {
-            let _ = question.send(Err(error.clone()));
+            let _ = question.send(Err(crashed.clone()));
         }
     }
 }
@@ -306,6 +319,25 @@ impl State {
     /// Returns whether the process is to say something: it tells its state several times a second while it is busy.
     fn process_owes(&self) -> bool {
         self.asked || !self.generations.is_empty() || !self.questions.is_empty()
+    }
+
+    /// Returns the generations that the process was working on: those that it reads, those that have begun, and of the
+    /// others the oldest, as far as there are slots, because the word that they began may have died with the process.
+    fn worked_on(&self) -> HashSet<u64> {
+        let mut begun = HashSet::new();
+        let mut waiting = Vec::new();
+        for (id, generation) in &self.generations {
+            if generation.admitted.is_some() || generation.started {
+                begun.insert(*id);
+            } else {
+                waiting.push(*id);
+            }
+        }
+        waiting.sort_unstable();
+        let slots = self.snapshot.as_ref().map_or(0, |snapshot| snapshot.slots as usize);
+        let running = self.generations.values().filter(|generation| generation.started).count();
+        begun.extend(waiting.into_iter().take(slots.saturating_sub(running)));
+        begun
     }
 
     /// Returns whether the engine has something to do that waits for nobody else.
@@ -339,6 +371,16 @@ fn explain(pid: u32, ending: &Ending, status: Option<ExitStatus>, last_words: Op
         Some(words) => format!("engine process {pid} {how}: {words}"),
         None => format!("engine process {pid} {how}"),
     }
+}
+
+/// Returns whether a process ended by itself: by a signal that its own instructions raise, or by leaving. Whatever else
+/// ends one comes from outside, as the kernel's kill does where memory runs out.
+fn has_crashed(ending: &Ending, status: Option<ExitStatus>) -> bool {
+    use rustix::process::Signal;
+    let own = [Signal::ABORT, Signal::SEGV, Signal::ILL, Signal::BUS, Signal::FPE, Signal::SYS, Signal::TRAP];
+    let by_itself =
+        |status: ExitStatus| status.signal().is_none_or(|signal| own.iter().any(|own| own.as_raw() == signal));
+    matches!(ending, Ending::Closed) && status.is_some_and(by_itself)
 }
 
 /// Tells a load whether the model or the machine is to blame for the death of its process.

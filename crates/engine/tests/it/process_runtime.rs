@@ -160,6 +160,27 @@ async fn a_process_that_is_killed_fails_its_generations_and_the_next_load_works(
 }
 
 #[tokio::test]
+async fn a_crash_is_laid_to_the_requests_that_were_worked_on_and_to_no_other() {
+    let options = LoadOptions { slots: 2, queue_max: 1, ..LoadOptions::default() };
+    let (runtime, model) = loaded(&["mock", "per_token_ms=10000"], options).await;
+    let ask = || async { within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted") };
+    let (mut first, mut second, waiting) = (ask().await, ask().await, ask().await);
+    for running in [&mut first, &mut second] {
+        within(running.next()).await.expect("it starts").expect("and well");
+    }
+    signal(model.pid.expect("it has a process"), rustix::process::Signal::ABORT);
+    for running in [first, second] {
+        let end = read(running).await.end;
+        assert!(
+            matches!(&end, Err(EngineError::Crashed { reason, suspects: 2 }) if reason.contains("signal: 6")),
+            "{end:?}"
+        );
+    }
+    let end = read(waiting).await.end;
+    assert!(matches!(&end, Err(EngineError::Failed { reason }) if reason.contains("signal: 6")), "{end:?}");
+}
+
+#[tokio::test]
 async fn unloading_ends_the_process_and_its_generations() {
     let (runtime, model) = loaded(&["mock", "per_token_ms=10000"], LoadOptions::default()).await;
     let stream = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");

@@ -82,15 +82,15 @@ pub(crate) fn failure(error: &WireError) -> Response<Body> {
         401 => {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        // Official SDKs may retry anything they are not told to leave.
-        403 => {
-            headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
-        }
         408 => {
             // The rest of a body that came too slowly is not waited for.
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         _ => {}
+    }
+    // Official SDKs may retry anything they are not told to leave.
+    if error.code.http_status() == 403 || !error.should_retry() {
+        headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
     }
     if let Some(wait) = wait_ms(error) {
         headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.div_ceil(1000)));
@@ -190,7 +190,9 @@ mod tests {
     fn each_code_brings_the_headers_of_its_row() {
         let headers = |code| failure(&WireError::new(code, "x")).headers().clone();
         assert_eq!(headers(ErrorCode::InvalidApiKey)["www-authenticate"], "Bearer");
-        assert_eq!(headers(ErrorCode::ModelNotAllowed)["x-should-retry"], "false");
+        for code in [ErrorCode::ModelNotAllowed, ErrorCode::RequestCrashesEngine] {
+            assert_eq!(headers(code)["x-should-retry"], "false");
+        }
         for code in [ErrorCode::NoCapacity, ErrorCode::RateLimitExceeded, ErrorCode::IdempotencyInProgress] {
             assert_eq!(headers(code)["retry-after"], "1");
             assert_eq!(headers(code)["retry-after-ms"], "1000");

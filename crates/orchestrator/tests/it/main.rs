@@ -2,6 +2,7 @@
 
 mod admission;
 mod busy_store;
+mod crashes;
 mod failures;
 mod jobs;
 mod presence;

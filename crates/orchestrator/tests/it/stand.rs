@@ -33,6 +33,10 @@ pub(crate) enum Manner {
     Refuse(ErrorCode),
     /// Takes the job and dies after this many chunks.
     DieAfter(u64),
+    /// Takes the job, and its engine crashes while it works on so many.
+    Crash(u32),
+    /// Takes the job and says no more until it is cancelled.
+    Wait,
     /// Says nothing at all.
     Mute,
     /// Takes the job, sends one chunk, and waits until it is cancelled.
@@ -361,6 +365,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         }
         Manner::Answer(chunks) | Manner::DieAfter(chunks) => chunks,
         Manner::Hang | Manner::WrongAttempt => 1,
+        Manner::Crash(_) | Manner::Wait => 0,
     };
     let Ok(mut reply) = call.accept().await else { return };
     for seq in 0..chunks {
@@ -373,7 +378,11 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             let _ = reply.send(&chunk(chunks, true)).await;
             let _ = reply.finish().await;
         }
-        Manner::Hang => {
+        Manner::Crash(suspects) => {
+            let error = WireError::new(ErrorCode::EngineCrashed, "the engine crashed, try again");
+            let _ = reply.fail(error.with_suspects(suspects)).await;
+        }
+        Manner::Hang | Manner::Wait => {
             reply.cancelled().await;
             cancelled.notify_one();
         }

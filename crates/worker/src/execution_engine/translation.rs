@@ -152,6 +152,9 @@ pub(super) fn wire_error(error: &EngineError, input: &Input) -> WireError {
         }
         EngineError::Busy => crate::quota_guard::Refusal::QueueFull.into(),
         EngineError::NotLoaded => WireError::new(ErrorCode::WorkerFailed, "the model was unloaded, try again"),
+        EngineError::Crashed { suspects, .. } => {
+            WireError::new(ErrorCode::EngineCrashed, "the engine crashed, try again").with_suspects(*suspects)
+        }
         EngineError::InvalidModel { .. } | EngineError::OutOfMemory { .. } | EngineError::Failed { .. } => {
             WireError::new(ErrorCode::WorkerFailed, "the engine failed, try again")
         }

@@ -94,6 +94,7 @@ impl Inbox<'_> {
         // A generation that was cancelled may still have events under way.
         let Some(generation) = state.generations.get_mut(&id) else { return Ok(()) };
         generation.unacknowledged += 1;
+        generation.started |= matches!(item, Ok(Event::Started { .. }));
         if let Err(mpsc::error::TrySendError::Full(_)) = generation.events.try_send(item) {
             return Err("it sent more events than it had credit for".into());
         }
