@@ -135,7 +135,7 @@ async fn read(mut stream: GenerateStream) -> Told {
                 told.tokens.extend(piece.tokens);
                 told.logprobs.extend(piece.logprobs);
             }
-            Event::Done { .. } => {}
+            Event::Progress { .. } | Event::Done { .. } => {}
         }
     }
     told
