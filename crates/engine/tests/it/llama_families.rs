@@ -9,7 +9,7 @@ use tether_engine::{
 };
 
 use crate::chance::Chance;
-use crate::random_model::{CHUNK, Family, VOCABULARY, WINDOW, random_model};
+use crate::random_model::{CHUNK, Family, VOCABULARY, WINDOW, Weights, random_model};
 use crate::{options, within};
 
 /// How far probabilities may differ, as logarithms: sums are made in another order.
@@ -36,9 +36,9 @@ struct Subject {
 }
 
 impl Subject {
-    async fn new(family: Family, seed: u64, options: LoadOptions) -> Self {
+    async fn new(family: Family, weights: Weights, seed: u64, options: LoadOptions) -> Self {
         let runtime = LlamaRuntime::new();
-        let model = random_model(family, seed);
+        let model = random_model(family, weights, seed);
         let model = within(runtime.load(model, options, no_progress())).await.expect("it loads").id;
         let name = format!("{family:?}, seed {seed}");
         Self { runtime, model, chance: Chance(seed), name, texts: Vec::new(), cached_tokens: 0 }
@@ -146,7 +146,7 @@ async fn converse(family: Family, seed: u64) {
     let prompt_cache_bytes = if seed.is_multiple_of(2) { 4 << 20 } else { 0 };
     let options =
         LoadOptions { context_length: 256, slots: 4, kv_tokens: 512, prompt_cache_bytes, draft_tokens: 3, ..options() };
-    let mut subject = Subject::new(family, seed, options).await;
+    let mut subject = Subject::new(family, Weights::F16, seed, options).await;
     for _ in 0..24 {
         let together = 1 + subject.chance.below(4);
         let mut prompts = Vec::new();
@@ -196,7 +196,7 @@ async fn answers_of_a_hybrid_model_are_those_of_a_fresh_context() {
 #[tokio::test]
 async fn answers_of_a_model_with_chunks_are_those_of_a_fresh_context() {
     let options = LoadOptions { context_length: CHUNK as u32 + 256, slots: 1, ..options() };
-    let mut subject = Subject::new(Family::Chunked, 1, options).await;
+    let mut subject = Subject::new(Family::Chunked, Weights::F16, 1, options).await;
     let text = subject.tokens(CHUNK as u64 + 64);
     read(subject.start(&text, 1).await).await;
     // Sends the long text to host memory, without what its second chunk does not see.
@@ -213,11 +213,21 @@ async fn answers_of_a_model_with_chunks_are_those_of_a_fresh_context() {
 #[tokio::test]
 async fn a_model_with_a_sliding_window_answers_a_short_prompt_after_long_ones() {
     let options = LoadOptions { context_length: 1_024, slots: 4, ..options() };
-    let mut subject = Subject::new(Family::Sliding, 7, options).await;
+    let mut subject = Subject::new(Family::Sliding, Weights::F16, 7, options).await;
     let begin = subject.tokens(1);
     let documents: Vec<_> = (0..3).map(|_| [&begin[..], &subject.tokens(20 * WINDOW as u64)].concat()).collect();
     let short = [&begin[..], &subject.tokens(12)].concat();
     for prompt in [&short, &documents[0], &documents[1], &documents[2], &documents[0], &short] {
         subject.ask(vec![prompt.clone()], false).await;
+    }
+}
+
+#[tokio::test]
+async fn models_of_all_formats_answer_on_this_processor() {
+    for weights in [Weights::F16, Weights::Q4_0, Weights::Q4_1, Weights::Q8_0] {
+        let mut subject = Subject::new(Family::Full, weights, 3, options()).await;
+        let prompt = subject.tokens(70);
+        let told = read(subject.start(&prompt, 4).await).await;
+        assert_eq!(told.tokens.len(), 4, "{weights:?}");
     }
 }

@@ -20,6 +20,8 @@ pub(crate) const VOCABULARY: usize = 272;
 pub(crate) const WINDOW: usize = 32;
 /// Positions of a chunk, which llama.cpp fixes for this architecture.
 pub(crate) const CHUNK: usize = 8_192;
+/// Numbers that share a scale.
+const BLOCK: usize = 32;
 
 /// How a model remembers what it has read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,9 +38,18 @@ pub(crate) enum Family {
     Hybrid,
 }
 
+/// How the matrices are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Weights {
+    F16,
+    Q4_0,
+    Q4_1,
+    Q8_0,
+}
+
 /// Returns a model of a family, the same for the same seed.
-pub(crate) fn random_model(family: Family, seed: u64) -> VerifiedArtifact {
-    let mut writer = Writer::new(seed);
+pub(crate) fn random_model(family: Family, weights: Weights, seed: u64) -> VerifiedArtifact {
+    let mut writer = Writer { weights, chance: Chance(seed), ..Writer::default() };
     writer.vocabulary();
     match family {
         Family::Full => transformer(&mut writer, "llama"),
@@ -144,17 +155,21 @@ fn hybrid(writer: &mut Writer) {
 
 /// Collects what a GGUF file says and holds.
 struct Writer {
+    weights: Weights,
     chance: Chance,
     pairs: Vec<Vec<u8>>,
     tensors: Vec<Vec<u8>>,
     data: Vec<u8>,
 }
 
-impl Writer {
-    fn new(seed: u64) -> Self {
-        Self { chance: Chance(seed), pairs: Vec::new(), tensors: Vec::new(), data: Vec::new() }
+impl Default for Writer {
+    fn default() -> Self {
+        let (pairs, tensors, data) = Default::default();
+        Self { weights: Weights::F16, chance: Chance(0), pairs, tensors, data }
     }
+}
 
+impl Writer {
     /// Bytes as a byte-level vocabulary has them, some tokens without use, and an end.
     fn vocabulary(&mut self) {
         self.text("tokenizer.ggml.model", "gpt2");
@@ -224,12 +239,18 @@ impl Writer {
         self.tensor(name, sides, 0, &bytes);
     }
 
-    /// A matrix of 16-bit floats that keeps the length of the vectors it is multiplied with, more or less.
+    /// A matrix that keeps the length of the vectors it is multiplied with, more or less.
     fn matrix(&mut self, name: &str, columns: usize, rows: usize) {
         let scale = 1.5 / (columns as f32).sqrt();
-        let numbers = (0..columns * rows).flat_map(|_| f16::from_f32(scale * self.normal()).to_le_bytes());
-        let bytes: Vec<u8> = numbers.collect();
-        self.tensor(name, &[columns, rows], 1, &bytes);
+        let numbers: Vec<f32> = (0..columns * rows).map(|_| scale * self.normal()).collect();
+        let blocks = numbers.chunks_exact(BLOCK);
+        let (kind, bytes) = match self.weights {
+            Weights::F16 => (1, numbers.iter().flat_map(|number| f16::from_f32(*number).to_le_bytes()).collect()),
+            Weights::Q4_0 => (2, blocks.flat_map(four_bits).collect::<Vec<u8>>()),
+            Weights::Q4_1 => (3, blocks.flat_map(four_bits_from_least).collect()),
+            Weights::Q8_0 => (8, blocks.flat_map(eight_bits).collect()),
+        };
+        self.tensor(name, &[columns, rows], kind, &bytes);
     }
 
     /// About normally distributed, with a variance of 1.
@@ -290,4 +311,37 @@ impl Writer {
 
 fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat()
+}
+
+/// A scale and 32 numbers of four bits, the first half of them in the lower bits.
+fn four_bits(numbers: &[f32]) -> Vec<u8> {
+    let most =
+        numbers.iter().copied().fold(0.0, |most: f32, number| if number.abs() > most.abs() { number } else { most });
+    let scale = most / -8.0;
+    let small = |number: f32| if scale == 0.0 { 8 } else { (number / scale + 8.5).clamp(0.0, 15.0) as u8 };
+    let (low, high) = numbers.split_at(BLOCK / 2);
+    let pairs = low.iter().zip(high).map(|(low, high)| small(*low) | small(*high) << 4);
+    f16::from_f32(scale).to_le_bytes().into_iter().chain(pairs).collect()
+}
+
+/// A scale, the least number, and 32 numbers of four bits, as above.
+fn four_bits_from_least(numbers: &[f32]) -> Vec<u8> {
+    let least = numbers.iter().copied().fold(f32::INFINITY, f32::min);
+    let scale = (numbers.iter().copied().fold(f32::NEG_INFINITY, f32::max) - least) / 15.0;
+    let small = |number: f32| ((number - least) / scale + 0.5).clamp(0.0, 15.0) as u8;
+    let (low, high) = numbers.split_at(BLOCK / 2);
+    let pairs = low.iter().zip(high).map(|(low, high)| small(*low) | small(*high) << 4);
+    let head = [scale, least].into_iter().flat_map(|number| f16::from_f32(number).to_le_bytes());
+    head.chain(pairs).collect()
+}
+
+/// A scale and 32 signed bytes.
+fn eight_bits(numbers: &[f32]) -> Vec<u8> {
+    let scale = numbers.iter().fold(0.0_f32, |most, number| most.max(number.abs())) / 127.0;
+    let small = |number: &f32| if scale == 0.0 { 0 } else { (number / scale).round() as i8 };
+    f16::from_f32(scale)
+        .to_le_bytes()
+        .into_iter()
+        .chain(numbers.iter().map(|number| small(number).cast_unsigned()))
+        .collect()
 }
