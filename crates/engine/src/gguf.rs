@@ -164,6 +164,15 @@ impl Header {
         self.unsigned(&format!("{}.{name}", self.architecture()?))
     }
 
+    /// Returns whether a token sees only those before it, as the file says or as is usual.
+    pub fn is_causal(&self) -> bool {
+        let Some(architecture) = self.architecture() else { return true };
+        match self.metadata.get(&format!("{architecture}.attention.causal")) {
+            Some(Value::Bool(causal)) => *causal,
+            _ => !architecture.contains("bert"),
+        }
+    }
+
     /// Returns one number per layer under a key of the architecture; a single number stands for all layers.
     pub fn per_layer(&self, name: &str, layers: usize) -> Option<Vec<u64>> {
         match self.metadata.get(&format!("{}.{name}", self.architecture()?))? {

@@ -417,7 +417,7 @@ impl Loaded {
         inputs: Vec<PromptInput>,
     ) -> Result<(Arc<Self>, Vec<Vec<Token>>), EngineError> {
         self.blocking(move |loaded| {
-            let tokens_max = embedder::tokens_max(&loaded.model, loaded.shape.context_length);
+            let tokens_max = loaded.shape.context_length;
             let texts = inputs.iter().map(|input| loaded.prompts.embed_tokens(&loaded.model, input, tokens_max));
             texts.collect()
         })

@@ -20,8 +20,8 @@ pub const DRAFT_TOKENS_MAX: u32 = 16;
 const CELL_BLOCK: u32 = 256;
 /// The program, its libraries and its threads, with what llama.cpp makes for any model.
 const PROGRAM_BYTES: u64 = 16 << 20;
-/// The most that the logits of a batch of texts to embed take.
-const LOGITS_BYTES_MAX: u64 = 1 << 30;
+/// What the logits of a batch of texts to embed take at most, twice counted, because they are made and copied.
+pub(crate) const EMBED_LOGITS_BYTES_MAX: u64 = 128 << 20;
 /// What llama.cpp and we keep of each token of the vocabulary.
 const TOKEN_BYTES: u64 = 160;
 
@@ -71,7 +71,7 @@ pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, Engine
     let on_gpu = options.gpu_layers.unwrap_or(0);
     let (host, device) = devices::split(header, &model, on_gpu);
     let outputs = u64::from(shape.slots).saturating_mul(1 + u64::from(options.draft_tokens.min(DRAFT_TOKENS_MAX)));
-    let compute_bytes = model.compute_bytes(u64::from(shape.kv_tokens), outputs);
+    let compute_bytes = model.compute_bytes(u64::from(BATCH_TOKENS), u64::from(shape.kv_tokens), outputs);
     let logits_bytes = outputs.saturating_mul(model.vocabulary).saturating_mul(4);
     let kv_bytes = |cell_bytes: u64| u64::from(shape.kv_tokens).saturating_mul(cell_bytes);
     let device_compute = if on_gpu > 0 { compute_bytes } else { 0 };
@@ -84,7 +84,7 @@ pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, Engine
         process_bytes: PROGRAM_BYTES
             .saturating_add(model.vocabulary.saturating_mul(TOKEN_BYTES))
             .saturating_add(model.work_bytes()),
-        later_bytes: model.later_bytes(u64::from(shape.context_length)),
+        later_bytes: model.later_bytes(u64::from(shape.context_length), header.is_causal()),
         vram_bytes: device.weights_bytes.saturating_add(kv_bytes(device.cell_bytes)).saturating_add(device_compute),
     })
 }
@@ -127,8 +127,7 @@ impl Dimensions {
 
     /// Returns the scratch space of a full batch: five rows of activations are alive in the feed-forward layer, beside
     /// three of its own, and in the last step the logits are in their place. The mask is made of 16-bit floats.
-    fn compute_bytes(&self, cells: u64, outputs: u64) -> u64 {
-        let batch = u64::from(BATCH_TOKENS);
+    fn compute_bytes(&self, batch: u64, cells: u64, outputs: u64) -> u64 {
         let feed_forward = self.feed_forward.saturating_mul(3).saturating_mul(batch);
         let logits = self.vocabulary.saturating_mul(outputs.min(batch));
         let activations = self.width.saturating_mul(5).saturating_add(10).saturating_mul(batch);
@@ -138,12 +137,22 @@ impl Dimensions {
 
     /// Returns what contexts take that are made when they are first needed: one evaluates a sequence by itself, one
     /// makes vectors of texts.
-    fn later_bytes(&self, context_length: u64) -> u64 {
+    fn later_bytes(&self, context_length: u64, is_causal: bool) -> u64 {
+        let batch = u64::from(BATCH_TOKENS);
         let cell_bytes = self.cell_bytes.iter().copied().fold(0, u64::saturating_add);
-        let each = context_length.saturating_mul(cell_bytes).saturating_add(self.compute_bytes(context_length, 1));
-        // Vectors need every token of a batch, whose logits are made as well, twice.
-        let logits = self.vocabulary.saturating_mul(8).saturating_mul(context_length).min(LOGITS_BYTES_MAX);
-        each.saturating_mul(2).saturating_add(logits)
+        let cells_bytes = context_length.saturating_mul(cell_bytes);
+        let alone = cells_bytes.saturating_add(self.compute_bytes(batch, context_length, 1));
+        let vectors = if is_causal {
+            // Every token of a batch is an output, whose logits are made as well.
+            cells_bytes
+                .saturating_add(self.compute_bytes(batch, context_length, 1))
+                .saturating_add(EMBED_LOGITS_BYTES_MAX)
+        } else {
+            // A text is one batch. Room for its logits is set aside, and never touched.
+            let logits_bytes = self.vocabulary.saturating_mul(4).saturating_mul(context_length);
+            self.compute_bytes(context_length, context_length, 1).saturating_add(logits_bytes)
+        };
+        alone.saturating_add(vectors)
     }
 
     /// Returns what a product takes while it is made: its rows in the form that the weights want.

@@ -1,4 +1,10 @@
-//! Makes vectors of texts, several in one batch, in a context of its own.
+//! Makes vectors of texts, in a context of its own.
+//!
+//! Most models read from left to right: their texts come in pieces, several texts to a batch, and the vectors of tokens
+//! are pooled here, so that a text may be as long as the model's context. The others see a text as a whole: a batch holds
+//! whole texts, and llama.cpp pools.
+
+mod sizes;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,16 +14,10 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::engine::Options;
-use super::native::{Batch, Context, ContextOptions, Model, Pooling, Token};
+use super::native::{Batch, Context, ContextOptions, DecodeError, Model, Pooling, Token};
 use super::pulse::Pulse;
 use crate::model_runtime::EngineError;
-
-/// Texts that one batch holds at most.
-const TEXTS_MAX: u32 = 32;
-/// Tokens that a batch may always hold.
-const TOKENS_MIN: u32 = 256;
-/// Memory for logits, which llama.cpp makes of every token here although nobody reads them, twice.
-const LOGIT_BYTES_MAX: u32 = 512 << 20;
+use sizes::{Reading, Sizes, TEXTS_MAX, sizes};
 
 /// One text to make a vector of.
 pub(super) struct EmbedJob {
@@ -28,11 +28,25 @@ pub(super) struct EmbedJob {
     pub(super) admitted: Arc<OwnedSemaphorePermit>,
 }
 
-/// The context that makes vectors.
+/// Makes vectors; the context grows with the texts.
 pub(super) struct Embedder {
-    context: Context,
+    model: Arc<Model>,
+    threads: i32,
+    context_length: u32,
+    pooling: Pooling,
+    reading: Reading,
+    room: Option<(Context, Sizes)>,
     batch: Batch,
-    tokens_max: usize,
+    open: Vec<Open>,
+}
+
+/// A text that is being read.
+struct Open {
+    job: EmbedJob,
+    sequence: i32,
+    read: usize,
+    /// The vectors of its tokens, as far as they are pooled.
+    pooled: Vec<f64>,
 }
 
 impl EmbedJob {
@@ -42,87 +56,265 @@ impl EmbedJob {
     }
 
     pub(super) fn fail(self, error: EngineError) {
-        let _ = self.made.send(Err(error));
+        self.end(Err(error));
+    }
+
+    fn end(self, made: Result<Vec<f32>, EngineError>) {
+        // The place is free before the caller learns of the end.
+        drop(self.admitted);
+        let _ = self.made.send(made);
     }
 }
 
 impl Embedder {
     pub(super) fn new(model: &Arc<Model>, options: Options) -> Result<Self, EngineError> {
-        let tokens_max = tokens_max(model, options.shape.context_length);
-        let context = |pooling| {
-            let options = ContextOptions {
-                cells: tokens_max,
-                batch_tokens: tokens_max,
-                sequences: TEXTS_MAX,
-                outputs: tokens_max,
-                threads: options.threads,
-                pooling: Some(pooling),
-            };
-            Context::new(model, options).map_err(|reason| EngineError::Failed { reason })
+        // Only a context knows how the model pools and reads.
+        let probe = ContextOptions {
+            cells: TEXTS_MAX,
+            batch_tokens: TEXTS_MAX,
+            sequences: 1,
+            outputs: TEXTS_MAX,
+            threads: options.threads,
+            pooling: Some(Pooling::OfModel),
         };
-        let mut context_of_model = context(Pooling::OfModel)?;
-        if !context_of_model.pools() {
+        let probe = Context::new(model, probe).map_err(|reason| EngineError::Failed { reason })?;
+        Ok(Self {
+            model: Arc::clone(model),
+            threads: options.threads,
+            context_length: options.shape.context_length,
             // Models that were not made for it have no pooling of their own; the mean is what serves best.
-            context_of_model = context(Pooling::Mean)?;
-        }
-        Ok(Self { context: context_of_model, batch: Batch::default(), tokens_max: tokens_max as usize })
+            pooling: probe.pooling().unwrap_or(Pooling::Mean),
+            reading: if probe.is_causal() { Reading::Pieces } else { Reading::Whole },
+            room: None,
+            batch: Batch::default(),
+            open: Vec::new(),
+        })
     }
 
-    /// Makes vectors of as many texts as one batch holds; returns how many tokens it evaluated.
-    pub(super) fn step(&mut self, jobs: &mut VecDeque<EmbedJob>, stop: &CancellationToken, pulse: &mut Pulse) -> u64 {
-        self.batch.clear();
-        self.context.clear();
-        let mut taken = Vec::new();
-        while let Some(job) = jobs.pop_front_if(|job| {
-            taken.len() < TEXTS_MAX as usize && self.batch.len() + job.tokens.len() <= self.tokens_max
-        }) {
-            for (position, token) in job.tokens.iter().enumerate() {
-                self.batch.push(*token, position, taken.len() as i32, true);
-            }
-            taken.push(job);
+    /// Returns whether no text is being read.
+    pub(super) fn is_idle(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Fails every text that is being read.
+    pub(super) fn fail_all(&mut self, error: &EngineError) {
+        for open in self.open.drain(..) {
+            open.job.fail(error.clone());
         }
+        if let Some((context, _)) = &mut self.room {
+            context.clear();
+        }
+    }
+
+    /// Reads one batch of texts, in their order; returns how many tokens it evaluated.
+    pub(super) fn step(&mut self, jobs: &mut VecDeque<EmbedJob>, stop: &CancellationToken, pulse: &mut Pulse) -> u64 {
+        self.drop_cancelled();
+        if let Err(error) = self.make_room(jobs, pulse) {
+            // The next text may be a shorter one.
+            if let Some(job) = jobs.pop_front() {
+                job.fail(error);
+            }
+            return 0;
+        }
+        let Some((context, sizes)) = &mut self.room else { return 0 };
+        take_in(&mut self.open, jobs, *sizes);
+        if self.open.is_empty() {
+            return 0;
+        }
+        let rows = fill(&mut self.batch, &mut self.open, sizes.batch_tokens as usize);
         let mut in_vain = || {
             pulse.beat(Instant::now());
-            stop.is_cancelled() || taken.iter().all(EmbedJob::is_cancelled)
+            stop.is_cancelled() || self.open.iter().all(|open| open.job.is_cancelled())
         };
-        let decoded = self.context.decode(&mut self.batch, &mut in_vain);
-        for (sequence, job) in (0..).zip(taken) {
-            let made = match (&decoded, self.context.pooled(sequence)) {
-                (Ok(()), Some(vector)) => normalised(vector),
-                (Ok(()), None) => Err(EngineError::Failed { reason: "the model made no vector".into() }),
-                (Err(error), _) => Err(EngineError::Failed { reason: error.to_string() }),
-            };
-            drop(job.admitted);
-            let _ = job.made.send(made);
+        let evaluated = self.batch.len() as u64;
+        match context.decode(&mut self.batch, &mut in_vain) {
+            Ok(()) => {
+                if self.reading == Reading::Pieces {
+                    pool(context, self.pooling, &mut self.open, &rows);
+                }
+                self.finish();
+            }
+            // Whoever asked for it is dropped before the next step.
+            Err(error @ (DecodeError::Aborted | DecodeError::NoRoom | DecodeError::Failed(_))) => {
+                self.fail_all(&EngineError::Failed { reason: error.to_string() });
+            }
         }
-        self.batch.len() as u64
+        evaluated
+    }
+
+    fn drop_cancelled(&mut self) {
+        let Some((context, _)) = &mut self.room else { return };
+        self.open.retain(|open| {
+            let stays = !open.job.is_cancelled();
+            if !stays {
+                context.remove(open.sequence, 0);
+            }
+            stays
+        });
+    }
+
+    /// Makes a larger context where the next text needs one, once nothing is read in the old one.
+    fn make_room(&mut self, jobs: &VecDeque<EmbedJob>, pulse: &mut Pulse) -> Result<(), EngineError> {
+        let Some(next) = jobs.front().filter(|_| self.open.is_empty()) else { return Ok(()) };
+        let longest = u32::try_from(next.tokens.len()).unwrap_or(u32::MAX);
+        if self.room.as_ref().is_some_and(|(_, sizes)| sizes.cells >= longest) {
+            return Ok(());
+        }
+        let vocabulary = self.model.vocabulary().len();
+        let sizes = sizes(self.reading, vocabulary, longest, self.context_length);
+        let options = ContextOptions {
+            cells: sizes.cells,
+            batch_tokens: sizes.batch_tokens,
+            sequences: TEXTS_MAX,
+            outputs: sizes.batch_tokens,
+            threads: self.threads,
+            pooling: Some(match self.reading {
+                Reading::Pieces => Pooling::Tokens,
+                Reading::Whole => self.pooling,
+            }),
+        };
+        // The old one goes first: the two need not fit side by side.
+        self.room = None;
+        let context = pulse.hold(|| Context::new(&self.model, options));
+        self.room = Some((context.map_err(|reason| EngineError::Failed { reason })?, sizes));
+        Ok(())
+    }
+
+    /// Tells the vectors of the texts that are read to their end.
+    fn finish(&mut self) {
+        let Some((context, _)) = &mut self.room else { return };
+        for open in self.open.extract_if(.., |open| open.read == open.job.tokens.len()) {
+            let made = match self.reading {
+                Reading::Pieces => normalised(&open.pooled),
+                Reading::Whole => match context.pooled(open.sequence) {
+                    Some(vector) => normalised(&vector.iter().copied().map(f64::from).collect::<Vec<_>>()),
+                    None => Err(EngineError::Failed { reason: "the model made no vector".into() }),
+                },
+            };
+            context.remove(open.sequence, 0);
+            open.job.end(made);
+        }
     }
 }
 
-/// Returns how many tokens a text may have: its vector is made of all of them, so they have to be in one batch.
-pub(super) fn tokens_max(model: &Model, context_length: u32) -> u32 {
-    let bytes_per_token = model.vocabulary().len().saturating_mul(8).max(1);
-    context_length.min((LOGIT_BYTES_MAX / bytes_per_token).max(TOKENS_MIN))
+/// Opens as many of the next texts as fit beside those that are being read.
+fn take_in(open: &mut Vec<Open>, jobs: &mut VecDeque<EmbedJob>, sizes: Sizes) {
+    let mut cells: usize = open.iter().map(|open| open.job.tokens.len()).sum();
+    let is_free = |sequence: &i32| open.iter().all(|open| open.sequence != *sequence);
+    let free: Vec<i32> = (0..TEXTS_MAX as i32).filter(is_free).collect();
+    for sequence in free {
+        let Some(job) = jobs.pop_front_if(|job| cells + job.tokens.len() <= sizes.cells as usize) else { return };
+        cells += job.tokens.len();
+        open.push(Open { job, sequence, read: 0, pooled: Vec::new() });
+    }
+}
+
+/// Fills a batch with what comes next of each text, and returns for each row which text it is of.
+fn fill(batch: &mut Batch, open: &mut [Open], batch_tokens: usize) -> Vec<usize> {
+    batch.clear();
+    let mut rows = Vec::with_capacity(batch_tokens);
+    for (index, open) in open.iter_mut().enumerate() {
+        let share = (open.job.tokens.len() - open.read).min(batch_tokens - batch.len());
+        for position in open.read..open.read + share {
+            batch.push(open.job.tokens[position], position, open.sequence, true);
+            rows.push(index);
+        }
+        open.read += share;
+    }
+    rows
+}
+
+/// Adds the vectors of a batch's tokens to those of their texts.
+fn pool(context: &Context, pooling: Pooling, open: &mut [Open], rows: &[usize]) {
+    for (row, index) in rows.iter().enumerate() {
+        let Some(vector) = context.token_vector(row) else { continue };
+        let pooled = &mut open[*index].pooled;
+        if pooled.is_empty() {
+            pooled.extend(vector.iter().copied().map(f64::from));
+            continue;
+        }
+        for (sum, number) in pooled.iter_mut().zip(vector) {
+            match pooling {
+                // The vector's length is set to 1 at the end, so a sum is as good as a mean.
+                Pooling::Mean | Pooling::OfModel | Pooling::Tokens => *sum += f64::from(*number),
+                Pooling::First => {}
+                Pooling::Last => *sum = f64::from(*number),
+            }
+        }
+    }
 }
 
 /// Returns a vector of the same direction and of length 1.
-fn normalised(vector: &[f32]) -> Result<Vec<f32>, EngineError> {
-    let length = vector.iter().map(|number| f64::from(*number).powi(2)).sum::<f64>().sqrt();
+fn normalised(vector: &[f64]) -> Result<Vec<f32>, EngineError> {
+    let length = vector.iter().map(|number| number.powi(2)).sum::<f64>().sqrt();
     if !(length.is_finite() && length > 0.0) {
         return Err(EngineError::Failed { reason: "the model made a vector that has no direction".into() });
     }
-    Ok(vector.iter().map(|number| (f64::from(*number) / length) as f32).collect())
+    Ok(vector.iter().map(|number| (number / length) as f32).collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
+    use tokio::sync::Semaphore;
+
     use super::*;
+    use crate::llama::native::ModelOptions;
+    use crate::memory_plan::Shape;
+
+    const TEXT: [Token; 300] = [11; 300];
+
+    #[test]
+    fn a_text_in_pieces_has_the_vector_that_llama_cpp_makes_of_it_at_once() {
+        let file = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny.gguf"));
+        let model = Model::load(&[&file.expect("the model is there")], ModelOptions::default(), |_| true);
+        let model = Arc::new(model.expect("it loads"));
+        let mut text = TEXT;
+        (0..).zip(&mut text).for_each(|(place, token)| *token += place % 200);
+        let tokens = TEXT.len() as u32;
+        let at_once = ContextOptions {
+            cells: 512,
+            batch_tokens: 512,
+            sequences: 1,
+            outputs: 512,
+            threads: 1,
+            pooling: Some(Pooling::Mean),
+        };
+        let mut at_once = Context::new(&model, at_once).expect("there is room");
+        let mut batch = Batch::default();
+        for (position, token) in text.iter().enumerate() {
+            batch.push(*token, position, 0, true);
+        }
+        at_once.decode(&mut batch, &mut || false).expect("it is evaluated");
+        let whole: Vec<f64> = at_once.pooled(0).expect("a vector").iter().copied().map(f64::from).collect();
+
+        let shape = Shape { context_length: 512, slots: 1, kv_tokens: 512 };
+        let options = Options { shape, threads: 1, prompt_cache_bytes: 0, draft_tokens: 0 };
+        let mut embedder = Embedder::new(&model, options).expect("there is room");
+        let (made, mut vector) = oneshot::channel();
+        let admission = Arc::new(Semaphore::new(1)).try_acquire_owned().expect("it is free");
+        let mut jobs = VecDeque::from([EmbedJob { tokens: text.to_vec(), made, admitted: Arc::new(admission) }]);
+        let (stop, mut pulse) = (CancellationToken::new(), Pulse::new(Arc::default()));
+        embedder.make_room(&jobs, &mut pulse).expect("there is room");
+        // Short pieces, as with a large vocabulary.
+        embedder.room.as_mut().expect("it was made").1.batch_tokens = 32;
+        let mut evaluated = vec![];
+        while !jobs.is_empty() || !embedder.is_idle() {
+            evaluated.push(embedder.step(&mut jobs, &stop, &mut pulse));
+        }
+        assert_eq!((evaluated.len() as u32, evaluated.iter().sum::<u64>()), (tokens.div_ceil(32), u64::from(tokens)));
+        let (vector, whole) = (vector.try_recv().expect("it was made").expect("and well"), normalised(&whole));
+        let likeness: f32 =
+            vector.iter().zip(&whole.expect("it has a direction")).map(|(one, other)| one * other).sum();
+        assert!(likeness > 0.9999, "{likeness}");
+    }
 
     #[test]
     fn vectors_have_length_one_and_those_without_direction_are_errors() {
         assert_eq!(normalised(&[3.0, 4.0]), Ok(vec![0.6, 0.8]));
-        for bad in [&[0.0, 0.0][..], &[f32::NAN, 1.0], &[f32::INFINITY, 1.0]] {
-            assert!(normalised(bad).is_err(), "{bad:?}");
+        for bad in [[0.0, 0.0], [f64::NAN, 1.0], [f64::INFINITY, 1.0]] {
+            assert!(normalised(&bad).is_err(), "{bad:?}");
         }
     }
 }

@@ -144,7 +144,7 @@ impl Engine {
     }
 
     fn embed(&mut self) -> bool {
-        if self.embeds.is_empty() {
+        if self.embeds.is_empty() && self.embedder.as_ref().is_none_or(Embedder::is_idle) {
             return false;
         }
         if self.embedder.is_none() {
@@ -166,7 +166,10 @@ impl Engine {
     }
 
     fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.embeds.is_empty() && self.lanes().all(|lane| lane.at_work().next().is_none())
+        self.waiting.is_empty()
+            && self.embeds.is_empty()
+            && self.embedder.as_ref().is_none_or(Embedder::is_idle)
+            && self.lanes().all(|lane| lane.at_work().next().is_none())
     }
 
     fn lanes(&self) -> impl Iterator<Item = &Lane> {
@@ -318,6 +321,9 @@ impl Engine {
         }
         for job in self.embeds.drain(..) {
             job.fail(error.clone());
+        }
+        if let Some(embedder) = &mut self.embedder {
+            embedder.fail_all(error);
         }
     }
 

@@ -42,7 +42,7 @@ fn the_scratch_space_is_what_llama_cpp_allocates() {
     ];
     for (width, feed_forward, vocabulary, cells, outputs, mib) in measured {
         let model = Dimensions { cell_bytes: Vec::new(), width, feed_forward, vocabulary };
-        let planned = model.compute_bytes(cells, outputs) as f64 / MIB as f64;
+        let planned = model.compute_bytes(u64::from(BATCH_TOKENS), cells, outputs) as f64 / MIB as f64;
         assert!((planned / mib - 1.0).abs() < 0.005, "{width}, {cells} cells, {outputs} outputs: {planned} for {mib}");
     }
 }

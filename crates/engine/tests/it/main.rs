@@ -6,6 +6,8 @@
 mod chance;
 mod chat_templates;
 #[cfg(feature = "llama")]
+mod embeddings;
+#[cfg(feature = "llama")]
 mod handed_over;
 #[cfg(feature = "llama")]
 mod llama_families;
@@ -22,6 +24,8 @@ mod memory;
 #[cfg(feature = "llama")]
 mod poison;
 mod process_runtime;
+#[cfg(feature = "llama")]
+mod quantized_model;
 #[cfg(feature = "llama")]
 mod random_model;
 #[cfg(feature = "remote")]

@@ -32,8 +32,14 @@ pub(crate) struct ContextOptions {
 pub(crate) enum Pooling {
     /// As the model's file says.
     OfModel,
-    /// Their mean, for models that do not say.
+    /// Not at all: each token keeps its own.
+    Tokens,
+    /// Their mean.
     Mean,
+    /// That of the first token.
+    First,
+    /// That of the last token.
+    Last,
 }
 
 /// Why a batch was not evaluated.
@@ -85,7 +91,10 @@ impl Context {
                 parameters.embeddings = true;
                 parameters.pooling_type = match pooling {
                     Pooling::OfModel => sys::LLAMA_POOLING_TYPE_UNSPECIFIED,
+                    Pooling::Tokens => sys::LLAMA_POOLING_TYPE_NONE,
                     Pooling::Mean => sys::LLAMA_POOLING_TYPE_MEAN,
+                    Pooling::First => sys::LLAMA_POOLING_TYPE_CLS,
+                    Pooling::Last => sys::LLAMA_POOLING_TYPE_LAST,
                 };
             }
             sys::llama_init_from_model(model.as_ptr(), parameters)
@@ -133,11 +142,30 @@ impl Context {
         }
     }
 
-    /// Returns whether the vectors of tokens become one vector of a text.
-    pub(crate) fn pools(&self) -> bool {
+    /// Returns how the vectors of tokens become one vector of a text; `None` where they do not.
+    pub(crate) fn pooling(&self) -> Option<Pooling> {
         // SAFETY: it reads a field.
-        let pooling = unsafe { sys::llama_pooling_type(self.as_ptr()) };
-        matches!(pooling, sys::LLAMA_POOLING_TYPE_MEAN | sys::LLAMA_POOLING_TYPE_CLS | sys::LLAMA_POOLING_TYPE_LAST)
+        match unsafe { sys::llama_pooling_type(self.as_ptr()) } {
+            sys::LLAMA_POOLING_TYPE_MEAN => Some(Pooling::Mean),
+            sys::LLAMA_POOLING_TYPE_CLS => Some(Pooling::First),
+            sys::LLAMA_POOLING_TYPE_LAST => Some(Pooling::Last),
+            _ => None,
+        }
+    }
+
+    /// Returns whether a token sees only those before it.
+    pub(crate) fn is_causal(&self) -> bool {
+        // SAFETY: it reads a field.
+        unsafe { sys::llama_get_causal_attn(self.as_ptr()) }
+    }
+
+    /// Returns the vector of a row of the last batch whose output was wanted, in a context that keeps those of tokens.
+    pub(crate) fn token_vector(&self, row: usize) -> Option<&[f32]> {
+        // SAFETY: llama.cpp checks the row; the length is the model's, and the vector stays until the next call.
+        unsafe {
+            let vector = sys::llama_get_embeddings_ith(self.as_ptr(), row as i32);
+            (!vector.is_null()).then(|| slice::from_raw_parts(vector, self.model.embedding_length() as usize))
+        }
     }
 
     /// Returns the pooled vector of a sequence of the last batch.

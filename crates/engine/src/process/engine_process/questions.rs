@@ -13,8 +13,8 @@ use crate::process::handover;
 
 /// Texts that are embedded by one question. Their vectors, as JSON, are a quarter of a frame at the widest models.
 const TEXTS_MAX: usize = 32;
-/// How long they may take together; an engine that makes no step is given up on sooner.
-const EMBED_WITHIN: Duration = Duration::from_mins(10);
+/// How long they may take together; a caller has a deadline of its own, and an engine that hangs is given up on sooner.
+const EMBED_WITHIN: Duration = Duration::from_hours(1);
 
 /// A question that was asked; when it is dropped without an answer, the process is told to forget it.
 struct Asked<'a> {
