@@ -22,6 +22,8 @@ mod llama_sharing;
 #[cfg(feature = "llama")]
 mod memory;
 #[cfg(feature = "llama")]
+mod model_table;
+#[cfg(feature = "llama")]
 mod poison;
 mod process_runtime;
 #[cfg(feature = "llama")]
