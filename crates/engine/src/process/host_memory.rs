@@ -1,13 +1,22 @@
-//! How much memory the machine has left.
+//! How much memory this process can have.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 
-/// Returns the memory that can be had without swapping, of the machine and of this control group; `None` where the
-/// system does not tell.
+/// Returns the memory that can be had without swapping, of the machine and within the limits of every control group
+/// that this process is in, such as that of a container or of a systemd unit; `None` where the system does not tell.
 pub(super) fn available_bytes() -> Option<u64> {
-    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| of_machine(&text));
-    machine.into_iter().chain(of_control_group(Path::new("/sys/fs/cgroup"))).min()
+    within(Path::new("/"))
+}
+
+fn within(root: &Path) -> Option<u64> {
+    let machine = fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|text| of_machine(&text));
+    let membership = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    let groups = groups(&membership).flat_map(|(version, group)| {
+        let mount = root.join("sys/fs/cgroup").join(version.folder());
+        levels(&mount, &group).filter_map(|folder| of_group(&folder, version)).collect::<Vec<_>>()
+    });
+    machine.into_iter().chain(groups).min()
 }
 
 fn of_machine(meminfo: &str) -> Option<u64> {
@@ -16,39 +25,163 @@ fn of_machine(meminfo: &str) -> Option<u64> {
     kib.checked_mul(1_024)
 }
 
-/// Returns what a control group has left, mounted as it is within a container; pages of files can be had again.
-fn of_control_group(folder: &Path) -> Option<u64> {
+/// The two forms that control groups have; a machine may use both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Version {
+    One,
+    Two,
+}
+
+impl Version {
+    /// Returns where the groups that limit memory are mounted, below `/sys/fs/cgroup`.
+    fn folder(self) -> &'static str {
+        match self {
+            Self::One => "memory",
+            Self::Two => "",
+        }
+    }
+
+    /// Returns the names of the limits, of the use, and of the pages of files that can be had again.
+    fn names(self) -> (&'static [&'static str], &'static str, &'static str) {
+        match self {
+            Self::One => (&["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_inactive_file"),
+            // Beyond the lower one a group is not killed but slowed down to a crawl.
+            Self::Two => (&["memory.max", "memory.high"], "memory.current", "inactive_file"),
+        }
+    }
+}
+
+/// Returns the groups that may limit memory, by the kernel's list of those that a process is in.
+fn groups(membership: &str) -> impl Iterator<Item = (Version, PathBuf)> + '_ {
+    membership.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':');
+        let (number, controllers, group) = (parts.next()?, parts.next()?, parts.next()?);
+        let version = match (number, controllers) {
+            ("0", "") => Version::Two,
+            _ if controllers.split(',').any(|controller| controller == "memory") => Version::One,
+            _ => return None,
+        };
+        Some((version, PathBuf::from(group)))
+    })
+}
+
+/// Returns the folders of a group and of all that it is within. In a container the group's own path may lead nowhere;
+/// its limits are then those at the mount itself.
+fn levels(mount: &Path, group: &Path) -> impl Iterator<Item = PathBuf> {
+    let names: Vec<_> = group
+        .components()
+        .filter_map(|component| match component {
+            Component::Normal(name) => Some(name.to_owned()),
+            _ => None,
+        })
+        .collect();
+    let mount = mount.to_owned();
+    (0..=names.len()).rev().map(move |depth| mount.join(names[..depth].iter().collect::<PathBuf>()))
+}
+
+/// Returns what a group has left; `None` where it has no limit. Pages of files can be had again.
+fn of_group(folder: &Path, version: Version) -> Option<u64> {
     let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
-    let max: u64 = read("memory.max")?.trim().parse().ok()?;
-    let current: u64 = read("memory.current")?.trim().parse().ok()?;
+    let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
+    let (limits, used, files) = version.names();
+    let limit = limits.iter().filter_map(|name| number(name)).min()?;
+    let used = number(used)?;
     let files = read("memory.stat")
-        .and_then(|stat| stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.parse().ok()))
+        .and_then(|stat| stat.lines().find_map(|line| line.strip_prefix(files)?.trim().parse().ok()))
         .unwrap_or(0_u64);
-    Some(max.saturating_sub(current.saturating_sub(files)))
+    Some(limit.saturating_sub(used.saturating_sub(files)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const GIB: u64 = 1 << 30;
+
+    /// A root folder with the files given.
+    fn root(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().expect("temporary folders work");
+        for (path, text) in files {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().expect("it is in a folder")).expect("it is made");
+            fs::write(path, text).expect("it is written");
+        }
+        root
+    }
+
+    fn available(files: &[(&str, &str)]) -> Option<u64> {
+        within(root(files).path())
+    }
+
+    const MACHINE: (&str, &str) = ("proc/meminfo", "MemTotal: 24576000 kB\nMemAvailable:   15000000 kB\n");
+
     #[test]
     fn the_kernel_says_what_the_machine_has_left() {
-        let meminfo = "MemTotal:       24576000 kB\nMemFree:          500000 kB\nMemAvailable:   15000000 kB\n";
-        assert_eq!(of_machine(meminfo), Some(15_000_000 * 1_024));
-        assert_eq!(of_machine("MemTotal: 1 kB\n"), None);
-        assert_eq!(of_machine("MemAvailable: much\n"), None);
+        assert_eq!(available(&[MACHINE]), Some(15_000_000 * 1_024));
+        assert_eq!(available(&[("proc/meminfo", "MemTotal: 1 kB\n")]), None);
+        assert_eq!(available(&[("proc/meminfo", "MemAvailable: much\n")]), None);
+        assert_eq!(available(&[]), None);
     }
 
     #[test]
-    fn a_control_group_has_left_what_it_does_not_use() {
-        let folder = tempfile::tempdir().expect("temporary folders work");
-        let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).expect("it is written");
-        assert_eq!(of_control_group(folder.path()), None);
-        write("memory.max", "1000\n");
-        write("memory.current", "700\n");
-        write("memory.stat", "anon 500\ninactive_file 200\n");
-        assert_eq!(of_control_group(folder.path()), Some(500));
-        write("memory.max", "max\n");
-        assert_eq!(of_control_group(folder.path()), None);
+    fn a_container_has_left_what_its_group_does_not_use() {
+        let group = |max| {
+            available(&[
+                MACHINE,
+                ("proc/self/cgroup", "0::/\n"),
+                ("sys/fs/cgroup/memory.max", max),
+                ("sys/fs/cgroup/memory.current", "700\n"),
+                ("sys/fs/cgroup/memory.stat", "anon 500\ninactive_file 200\n"),
+            ])
+        };
+        assert_eq!(group("1000\n"), Some(500));
+        assert_eq!(group("max\n"), Some(15_000_000 * 1_024));
+    }
+
+    #[test]
+    fn a_systemd_unit_has_left_the_least_of_its_group_and_of_those_around_it() {
+        let unit = |unit_max, slice_max, slice_high| {
+            available(&[
+                MACHINE,
+                ("proc/self/cgroup", "0::/system.slice/tether.service\n"),
+                ("sys/fs/cgroup/system.slice/tether.service/memory.max", unit_max),
+                ("sys/fs/cgroup/system.slice/tether.service/memory.current", "100\n"),
+                ("sys/fs/cgroup/system.slice/memory.max", slice_max),
+                ("sys/fs/cgroup/system.slice/memory.high", slice_high),
+                ("sys/fs/cgroup/system.slice/memory.current", "400\n"),
+            ])
+        };
+        assert_eq!(unit("1000", "max", "max"), Some(900));
+        assert_eq!(unit("1000", "800", "max"), Some(400));
+        assert_eq!(unit("1000", "800", "600"), Some(200));
+        assert_eq!(unit("max", "max", "300"), Some(0), "more is used than may be");
+    }
+
+    #[test]
+    fn the_first_version_of_control_groups_limits_as_well() {
+        let membership = "5:cpu,cpuacct:/x\n4:memory:/user/limited\n0::/user.slice\n";
+        let unlimited = "9223372036854771712\n";
+        let limited = |path: &str| {
+            let name = |file: &str| format!("sys/fs/cgroup/memory{path}/{file}");
+            available(&[
+                MACHINE,
+                ("proc/self/cgroup", membership),
+                ("sys/fs/cgroup/memory/user/memory.limit_in_bytes", unlimited),
+                ("sys/fs/cgroup/memory/user/memory.usage_in_bytes", "5"),
+                (&name("memory.limit_in_bytes"), &GIB.to_string()),
+                (&name("memory.usage_in_bytes"), "1000"),
+                (&name("memory.stat"), "inactive_file 1\ntotal_inactive_file 400\n"),
+            ])
+        };
+        assert_eq!(limited("/user/limited"), Some(GIB - 600));
+        // Within a container the mount is the group, whatever its path says.
+        assert_eq!(limited(""), Some(GIB - 600));
+        assert_eq!(limited("/elsewhere"), Some(15_000_000 * 1_024));
+    }
+
+    #[test]
+    fn a_path_that_leads_upwards_stays_below_the_mount() {
+        let levels: Vec<_> = levels(Path::new("/mount"), Path::new("/../../a")).collect();
+        assert_eq!(levels, [Path::new("/mount/a"), Path::new("/mount")]);
     }
 }
