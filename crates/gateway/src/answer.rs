@@ -12,12 +12,14 @@ use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, WireError, codec};
 use rpc::{AnswerStream, CallError};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error};
 
 use crate::request_record::RequestRecord;
+use crate::upstream::Begun;
 use whole::Gathering;
 
 pub(crate) use whole::Whole;
@@ -122,15 +124,16 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// Waits for the first piece. What goes wrong until then is the request's refusal.
-    pub(crate) async fn begin(
-        stream: AnswerStream,
+    /// Takes over an answer that has begun. What is wrong with its first piece is the request's refusal.
+    pub(crate) fn begin(
+        begun: Begun,
         entry: Arc<ModelEntry>,
         expected: Expected,
         record: RequestRecord,
         tracker: TaskTracker,
         permit: OwnedSemaphorePermit,
     ) -> Result<Self, WireError> {
+        let Begun { stream, first } = begun;
         let correlation_id = record.correlation_id;
         let mut answer = Self {
             correlation_id,
@@ -142,7 +145,7 @@ impl Answer {
             tracker,
             _permit: permit,
         };
-        answer.first = answer.next().await.transpose()?;
+        answer.first = answer.take(first.map(Ok)).transpose()?;
         Ok(answer)
     }
 
@@ -166,9 +169,19 @@ impl Answer {
         if let Some(first) = self.first.take() {
             return Some(Ok(first));
         }
-        let stream = self.stream.as_mut()?;
-        let piece = match stream.next().await {
-            Some(Ok(message)) => self.check.read(message),
+        loop {
+            let message = self.stream.as_mut()?.next().await;
+            // What brings progress alone has done its work: the stream is not silent.
+            if let Some(piece) = self.take(message) {
+                return Some(piece);
+            }
+        }
+    }
+
+    /// Reads what came of the stream: a piece, what went wrong, or nothing where it brings progress alone.
+    fn take(&mut self, message: Option<Result<Bytes, CallError>>) -> Option<Result<Piece, WireError>> {
+        let piece = match message {
+            Some(Ok(message)) => self.check.read(message).transpose()?,
             Some(Err(error)) => Err(for_clients(error)),
             None => Err(broken("the answer ended without its last chunk")),
         };
@@ -230,6 +243,8 @@ struct Chunk<'a> {
     done: bool,
     #[serde(default = "first_attempt")]
     attempt: u32,
+    #[serde(default)]
+    progress: Option<IgnoredAny>,
 }
 
 fn first_attempt() -> u32 {
@@ -241,7 +256,8 @@ impl Sequence {
         Self { correlation_id: correlation_id.to_string(), expected, next: 0, attempt: 1 }
     }
 
-    fn read(&mut self, raw: Bytes) -> Result<Piece, WireError> {
+    /// Reads a chunk; returns nothing where it brings progress alone.
+    fn read(&mut self, raw: Bytes) -> Result<Option<Piece>, WireError> {
         let chunk: Chunk<'_> = serde_json::from_slice(&raw).map_err(|_| broken("a chunk could not be read"))?;
         if chunk.correlation_id != self.correlation_id {
             return Err(broken("a chunk is of another job"));
@@ -251,6 +267,9 @@ impl Sequence {
         }
         if chunk.attempt < self.attempt {
             return Err(broken("a chunk is of a try that was given up"));
+        }
+        if chunk.progress.is_some() {
+            return Ok(None);
         }
         let mut content = chunk.payload;
         let is_expected = content.index < self.expected.choices
@@ -270,8 +289,18 @@ impl Sequence {
         self.next += 1;
         self.attempt = chunk.attempt;
         let (seq, attempt) = (chunk.seq, chunk.attempt);
-        Ok(Piece { raw, seq, attempt, content, end })
+        Ok(Some(Piece { raw, seq, attempt, content, end }))
     }
+}
+
+/// Says whether a chunk brings progress and no part of the answer.
+pub(crate) fn is_progress(raw: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Head {
+        #[serde(default)]
+        progress: Option<IgnoredAny>,
+    }
+    serde_json::from_slice::<Head>(raw).is_ok_and(|head| head.progress.is_some())
 }
 
 /// Logs a breach of the protocol and returns what the client may know of it.
@@ -310,7 +339,7 @@ pub fn parse_chunk(bytes: &[u8]) -> Result<(), WireError> {
     let expected = Expected { choices: 2, embeddings: 2 };
     let mut gathering = Gathering::new(expected);
     let piece = Sequence::new(chunk.correlation_id, expected).read(Bytes::copy_from_slice(bytes))?;
-    gathering.add(piece).map_err(broken)
+    piece.map_or(Ok(()), |piece| gathering.add(piece).map_err(broken))
 }
 
 #[cfg(test)]
@@ -332,10 +361,26 @@ mod tests {
     #[test]
     fn chunks_in_order_are_read() {
         let mut sequence = Sequence::new(job(), Expected::default());
-        assert_eq!(sequence.read(chunk(0, 1, TEXT)).expect("first").content.text, "hi");
-        assert_eq!(sequence.read(chunk(1, 2, TEXT)).expect("another try may go on").attempt, 2);
-        let last = sequence.read(chunk(2, 2, DONE)).expect("last");
+        let mut read = |chunk| sequence.read(chunk).map(|piece| piece.expect("part of the answer"));
+        assert_eq!(read(chunk(0, 1, TEXT)).expect("first").content.text, "hi");
+        assert_eq!(read(chunk(1, 2, TEXT)).expect("another try may go on").attempt, 2);
+        let last = read(chunk(2, 2, DONE)).expect("last");
         assert_eq!(last.end.expect("ends").usage.completion_tokens, 2);
+    }
+
+    #[test]
+    fn progress_takes_no_place_in_the_order() {
+        const PROGRESS: &str = r#""payload":{},"done":false,"progress":{"tokensRead":3,"tokensTotal":9}"#;
+        let mut sequence = Sequence::new(job(), Expected::default());
+        for raw in [chunk(0, 1, PROGRESS), chunk(0, 1, PROGRESS), chunk(0, 2, PROGRESS)] {
+            assert!(is_progress(&raw));
+            assert_eq!(sequence.read(raw), Ok(None));
+        }
+        assert!(!is_progress(&chunk(0, 2, TEXT)));
+        let first = sequence.read(chunk(0, 2, TEXT)).expect("in order").expect("part of the answer");
+        assert_eq!((first.seq, first.attempt), (0, 2));
+        assert_eq!(sequence.read(chunk(1, 2, PROGRESS)), Ok(None));
+        assert_eq!(sequence.read(chunk(1, 2, TEXT)).expect("in order").expect("part of the answer").seq, 1);
     }
 
     #[test]
@@ -362,8 +407,11 @@ mod tests {
     fn the_end_of_several_answers_is_that_of_none_of_them() {
         let mut sequence = Sequence::new(job(), Expected { choices: 2, embeddings: 0 });
         let of_one = sequence.read(chunk(0, 1, r#""payload":{"index":1,"finishReason":"length"},"done":false"#));
-        assert_eq!(of_one.expect("an answer's end").content.finish_reason, Some(FinishReason::Length));
-        let of_all = sequence.read(chunk(1, 1, DONE)).expect("the end of all");
+        assert_eq!(
+            of_one.expect("an answer's end").expect("part of the answer").content.finish_reason,
+            Some(FinishReason::Length)
+        );
+        let of_all = sequence.read(chunk(1, 1, DONE)).expect("the end of all").expect("part of the answer");
         assert_eq!((of_all.content.finish_reason, of_all.end.is_some()), (None, true));
     }
 

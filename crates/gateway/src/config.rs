@@ -47,9 +47,11 @@ pub struct Config {
     pub keep_alive_ms: u64,
     /// How long requests may go on once the gateway is asked to stop, in seconds.
     pub drain_secs: u64,
-    /// How long a job may take where the client sets no shorter limit, in seconds.
+    /// How long a job may wait for its first token where the client sets no shorter limit, in seconds. An answer that has
+    /// begun runs on as long as its client listens.
     pub request_deadline_secs: u64,
-    /// How long an answer may fall silent before it is given up, in seconds.
+    /// How long an answer may be silent before it is given up, in seconds. Jobs that are read or wait their turn are not
+    /// silent.
     pub stall_timeout_secs: u64,
     /// How long a token's check is believed, in seconds; a revoked token works this much longer. At most 5.
     pub token_cache_secs: u64,
@@ -88,7 +90,7 @@ impl Default for Config {
             write_timeout_secs: 60,
             keep_alive_ms: 10_000,
             drain_secs: 20,
-            request_deadline_secs: 600,
+            request_deadline_secs: 1_800,
             stall_timeout_secs: 120,
             token_cache_secs: 5,
             catalog_cache_secs: 5,

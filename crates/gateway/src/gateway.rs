@@ -159,7 +159,7 @@ pub struct Job {
     pub retry_token: Option<RetryToken>,
     /// The trace the job belongs to; that of the request where it is missing.
     pub trace_id: Option<TraceId>,
-    /// How long the client will wait; the configured time where it is missing or longer.
+    /// How long the client will wait for the answer to begin; the configured time where it is missing or longer.
     pub deadline: Option<Duration>,
 }
 
@@ -319,12 +319,12 @@ impl Gateway {
             let expected = Expected::of(&job.input);
             let request = self.request(&grant, &entry, job, patience, &record)?;
             let salt = record.correlation_id.0.as_u128();
-            let stream = self.inner.upstream.submit(codec::encode(&request).into(), patience, salt).await;
-            Ok((stream.map_err(presentable)?, entry, expected))
+            let begun = self.inner.upstream.submit(codec::encode(&request).into(), patience, salt).await;
+            Ok((begun.map_err(presentable)?, entry, expected))
         };
         match opened.await {
-            Ok((stream, entry, expected)) => {
-                Answer::begin(stream, entry, expected, record, self.inner.tracker.clone(), permit).await
+            Ok((begun, entry, expected)) => {
+                Answer::begin(begun, entry, expected, record, self.inner.tracker.clone(), permit)
             }
             Err(error) => {
                 let error: WireError = error;
@@ -417,6 +417,7 @@ impl Gateway {
             trace_id: record.trace_id,
             attempt: 1,
             deadline_ms: Some(left.as_millis() as u64),
+            progress: true,
         })
     }
 

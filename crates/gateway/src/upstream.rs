@@ -14,6 +14,8 @@ use serde::de::DeserializeOwned;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 
+use crate::answer;
+
 /// How long a unary call may take.
 const CALL: Duration = Duration::from_secs(2);
 /// How long a request waits for a node of a role to be found.
@@ -31,11 +33,18 @@ pub(crate) struct Upstream {
     turn: AtomicUsize,
 }
 
-/// When a job must be answered, and how long its answer may fall silent.
+/// Until when a job's answer must begin, and how long it may be silent.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Patience {
     pub(crate) deadline: Instant,
     pub(crate) stall: Duration,
+}
+
+/// An answer that has begun.
+pub(crate) struct Begun {
+    pub(crate) stream: AnswerStream,
+    /// Its first chunk; missing where the answer ended without one.
+    pub(crate) first: Option<Bytes>,
 }
 
 /// Keeps an [`Upstream`] fresh while it runs: who is there, and who may be.
@@ -89,9 +98,9 @@ impl Upstream {
         Err(last)
     }
 
-    /// Hands a job to an orchestrator and waits until one accepts or refuses it. `salt` spreads the waits between
-    /// tries.
-    pub(crate) async fn submit(&self, body: Bytes, patience: Patience, salt: u128) -> Result<AnswerStream, WireError> {
+    /// Hands a job to an orchestrator and waits until its answer begins or one refuses it. `salt` spreads the waits
+    /// between tries.
+    pub(crate) async fn submit(&self, body: Bytes, patience: Patience, salt: u128) -> Result<Begun, WireError> {
         let mut last = away(NodeRole::Orchestrator);
         for round in 0..ROUNDS {
             if round > 0 {
@@ -99,10 +108,10 @@ impl Upstream {
             }
             for peer in self.peers(NodeRole::Orchestrator).await? {
                 let left = patience.deadline.saturating_duration_since(Instant::now());
-                // An orchestrator accepts once the first chunk is there, which may take as long as the job may wait.
+                // An orchestrator accepts once a worker has said something, which may take as long as the job may wait.
                 let options = StreamOptions { accept_within: left, deadline: Some(left), stall: patience.stall };
-                match self.client.open_stream(peer, infer::SUBMIT, body.clone(), options).await {
-                    Ok(stream) => return Ok(stream),
+                match self.begin(peer, body.clone(), options).await {
+                    Ok(begun) => return Ok(begun),
                     Err(_) if patience.deadline <= Instant::now() => return Err(CallError::Deadline.into()),
                     Err(error) => {
                         let error = WireError::from(error);
@@ -115,6 +124,18 @@ impl Upstream {
             }
         }
         Err(last)
+    }
+
+    /// Opens a job's stream and waits for its first chunk that is part of the answer.
+    async fn begin(&self, peer: PublicKey, body: Bytes, options: StreamOptions) -> Result<Begun, CallError> {
+        let mut stream = self.client.open_stream(peer, infer::SUBMIT, body, options).await?;
+        loop {
+            let first = stream.next().await.transpose()?;
+            if !first.as_ref().is_some_and(|chunk| answer::is_progress(chunk)) {
+                stream.lift_deadline();
+                return Ok(Begun { stream, first });
+            }
+        }
     }
 
     /// Returns the nodes of a role, each time beginning with another.

@@ -18,7 +18,7 @@ pub struct BreakerConfig {
     pub outcomes_min: u32,
     /// Share of bad outcomes, 0 to 1, at which a breaker opens.
     pub failure_ratio: f64,
-    /// Seconds to the first token above which an outcome is bad.
+    /// Seconds of a worker's silence before its first token above which an outcome is bad.
     pub slow_secs: u64,
     /// Seconds a breaker stays open at first; it doubles each time the probe fails.
     pub open_secs: u64,

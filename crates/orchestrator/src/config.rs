@@ -26,11 +26,11 @@ pub struct Config {
     pub set_aside_secs: u64,
     /// Tries of a job before its first token, each on another worker.
     pub attempts_max: u32,
-    /// Seconds without a chunk after which an attempt has failed.
+    /// Seconds without a chunk, which may bring progress alone, after which an attempt has failed.
     pub stall_secs: u64,
     /// Seconds a caller may leave a chunk unread before it counts as gone.
     pub caller_stall_secs: u64,
-    /// Seconds a job may take where its caller sets no deadline.
+    /// Seconds a job may wait for its first token where its caller sets no deadline.
     pub deadline_secs: u64,
     /// Seconds a reservation lasts unless it is renewed; it is renewed at a third of this.
     pub lease_secs: u64,
@@ -58,7 +58,7 @@ impl Default for Config {
             attempts_max: 3,
             stall_secs: 120,
             caller_stall_secs: 60,
-            deadline_secs: 600,
+            deadline_secs: 1_800,
             lease_secs: 30,
             crashes_kept_secs: 600,
             policy_cache_secs: 5,

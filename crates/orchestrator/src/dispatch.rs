@@ -16,13 +16,14 @@ use tokio_util::sync::CancellationToken;
 use crate::job::JobEvent;
 use crate::journey::Journey;
 
-/// Whoever submitted a job. The call is accepted with the first chunk, so that what goes wrong before can still be
-/// refused with its proper code.
+/// Whoever submitted a job. The call is accepted with the first chunk, which may bring progress alone; a job of which no
+/// part was sent may still be tried elsewhere.
 ///
 /// A caller that leaves a chunk unread for too long counts as gone: it would hold its job's room for ever.
 pub struct Delivery {
     state: State,
     stall: Duration,
+    has_begun: bool,
 }
 
 enum State {
@@ -37,11 +38,17 @@ enum State {
 impl Delivery {
     /// Waits with a call for its first chunk.
     pub fn new(call: StreamCall, stall: Duration) -> Self {
-        Self { state: State::Waiting(call), stall }
+        Self { state: State::Waiting(call), stall, has_begun: false }
     }
 
     /// Sends a chunk.
     pub async fn send(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
+        self.has_begun = true;
+        time::timeout(self.stall, self.state.send(chunk)).await.unwrap_or(Err(Interrupted))
+    }
+
+    /// Sends a chunk that brings progress and no part of the answer.
+    async fn send_progress(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
         time::timeout(self.stall, self.state.send(chunk)).await.unwrap_or(Err(Interrupted))
     }
 
@@ -56,7 +63,7 @@ impl Delivery {
 
     /// Says whether part of the answer was sent.
     pub fn has_begun(&self) -> bool {
-        matches!(self.state, State::Streaming(_))
+        self.has_begun
     }
 
     /// Ends the answer.
@@ -106,8 +113,8 @@ pub enum AttemptEnd {
         finish_reason: Option<FinishReason>,
         /// What it took.
         usage: TokenUsage,
-        /// When the first chunk came.
-        first_chunk_at: Instant,
+        /// The longest silence of the worker until its answer began.
+        silence: Duration,
     },
     /// The caller gave up.
     CallerGone {
@@ -155,6 +162,8 @@ struct ChunkHead<'a> {
     done: bool,
     #[serde(borrow)]
     payload: PayloadHead<'a>,
+    #[serde(default)]
+    progress: Option<IgnoredAny>,
 }
 
 #[derive(Deserialize)]
@@ -186,7 +195,7 @@ pub async fn attempt(
     journey: &mut Journey,
     delivery: &mut Delivery,
 ) -> AttemptEnd {
-    let mut relayed = Relayed::default();
+    let mut relayed = Relayed::begin();
     let body = Bytes::from(codec::encode(&journey.request));
     let opening = client.open_stream(worker_id, START, body, options);
     let opened = tokio::select! {
@@ -210,11 +219,13 @@ pub async fn attempt(
     }
 }
 
-#[derive(Default)]
 struct Relayed {
     seq: u64,
     usage: TokenUsage,
-    first_chunk_at: Option<Instant>,
+    /// When the worker was last heard of.
+    heard_at: Instant,
+    /// Its longest silence until its answer began.
+    silence: Duration,
 }
 
 async fn relay(
@@ -242,13 +253,23 @@ async fn relay(
         if head.correlation_id != request.correlation_id || head.attempt != request.attempt || head.seq != relayed.seq {
             return failed(garbled("a chunk is out of place"), relayed.usage);
         }
+        if relayed.seq == 0 {
+            relayed.heard();
+        }
+        if head.progress.is_some() {
+            if journey.wants_progress && delivery.send_progress(&bytes).await.is_err() {
+                return AttemptEnd::CallerGone { usage: relayed.usage };
+            }
+            continue;
+        }
+        // The deadline is for the beginning: an answer that has begun goes on as long as its caller listens.
+        answer.lift_deadline();
         relayed.seq += 1;
-        let first_chunk_at = *relayed.first_chunk_at.get_or_insert_with(Instant::now);
         relayed.count(&head.payload);
         if head.done {
             let usage = head.payload.usage.unwrap_or(relayed.usage);
             let finish_reason = head.payload.finish_reason;
-            return AttemptEnd::Complete { last_chunk: bytes, finish_reason, usage, first_chunk_at };
+            return AttemptEnd::Complete { last_chunk: bytes, finish_reason, usage, silence: relayed.silence };
         }
         journey.step(JobEvent::Chunk);
         if delivery.send(&bytes).await.is_err() {
@@ -258,6 +279,17 @@ async fn relay(
 }
 
 impl Relayed {
+    fn begin() -> Self {
+        Self { seq: 0, usage: TokenUsage::default(), heard_at: Instant::now(), silence: Duration::ZERO }
+    }
+
+    /// Takes note that the worker said something.
+    fn heard(&mut self) {
+        let now = Instant::now();
+        self.silence = self.silence.max(now - self.heard_at);
+        self.heard_at = now;
+    }
+
     /// Counts what a caller who leaves would be billed.
     fn count(&mut self, payload: &PayloadHead<'_>) {
         if let Some(usage) = payload.usage {
@@ -300,7 +332,7 @@ mod tests {
             (r#"{"toolCalls": [{"index": 0, "name": "f"}]}"#, 1),
             (r#"{"usage": {"promptTokens": 5, "completionTokens": 0, "cachedTokens": 2}}"#, 0),
         ] {
-            let mut relayed = Relayed::default();
+            let mut relayed = Relayed::begin();
             relayed.count(&serde_json::from_str(payload).expect(payload));
             assert_eq!(relayed.usage.completion_tokens, tokens, "{payload}");
         }

@@ -23,10 +23,10 @@ pub struct Journey {
     pub model: ModelKey,
     /// The beginnings of its prompt, by which a worker is found that has one of them at hand.
     pub prefix: PrefixChain,
-    /// When its caller stops waiting.
+    /// When its caller stops waiting for the answer to begin.
     pub deadline: Instant,
-    /// When it came.
-    pub submitted_at: Instant,
+    /// Whether its caller reads how far it is.
+    pub wants_progress: bool,
     /// Workers that had it, in order.
     pub tried: Vec<WorkerId>,
     /// Its room on a worker.
@@ -45,7 +45,9 @@ pub struct Journey {
 
 impl Journey {
     /// Begins.
-    pub fn new(request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
+    pub fn new(mut request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
+        // The orchestrator itself tells work from silence by it.
+        let wants_progress = std::mem::replace(&mut request.progress, true);
         let model = ModelKey { model_id: request.model_id.clone(), version: request.version };
         Self {
             prefix: PrefixChain::of(&request),
@@ -53,7 +55,7 @@ impl Journey {
             fingerprint,
             model,
             deadline,
-            submitted_at: Instant::now(),
+            wants_progress,
             tried: vec![],
             reservation: None,
             admission: None,

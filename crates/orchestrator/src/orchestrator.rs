@@ -307,9 +307,7 @@ impl Orchestrator {
         let Some(admission) = journey.admission.take() else { return };
         let slow = Duration::from_secs(self.config.breaker.slow_secs);
         let good = match end {
-            AttemptEnd::Complete { first_chunk_at, .. } => {
-                Some(first_chunk_at.duration_since(journey.submitted_at) <= slow)
-            }
+            AttemptEnd::Complete { silence, .. } => Some(*silence <= slow),
             AttemptEnd::Failed { error, .. } => is_workers_fault(error.code).then_some(false),
             AttemptEnd::CallerGone { .. } | AttemptEnd::Dead { .. } => None,
         };

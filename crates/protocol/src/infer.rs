@@ -3,6 +3,8 @@
 mod input;
 mod limits;
 
+use std::time::Duration;
+
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use schemars::JsonSchema;
@@ -42,9 +44,13 @@ pub struct InferRequest {
     /// Which try this is, counted from 1; set by the orchestrator and carried by each chunk.
     #[serde(default = "first_attempt")]
     pub attempt: u32,
-    /// Milliseconds the caller will still wait. Relative, so that clocks need not agree.
+    /// Milliseconds the caller will still wait for the answer to begin. Relative, so that clocks need not agree.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
+    /// Whether the caller reads chunks with `progress`. A node that does not know them would take them for part of the
+    /// answer, so none is sent to one that does not say so.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub progress: bool,
 }
 
 fn first_attempt() -> u32 {
@@ -74,7 +80,7 @@ pub struct InferSubmission {
     /// The trace this job belongs to; begun where it is missing.
     #[serde(default)]
     pub trace_id: Option<TraceId>,
-    /// Milliseconds the caller will wait.
+    /// Milliseconds the caller will wait for the answer to begin.
     #[serde(default)]
     pub deadline_ms: Option<u64>,
 }
@@ -86,7 +92,8 @@ pub struct InferSubmission {
 pub struct InferChunk {
     /// The job.
     pub correlation_id: CorrelationId,
-    /// Its place in the answer, counted from 0 without gaps.
+    /// Its place in the answer, counted from 0 without gaps. A chunk with `progress` has the place of the one that comes
+    /// next, and takes none.
     pub seq: u64,
     /// What it brings.
     pub payload: Payload,
@@ -95,7 +102,23 @@ pub struct InferChunk {
     /// The try that made it; chunks of a try that was given up on are dropped.
     #[serde(default = "first_attempt")]
     pub attempt: u32,
+    /// Says that the job is being worked on or waits its turn, and brings nothing else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
 }
+
+/// How far a job is whose answer has nothing new yet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Progress {
+    /// Tokens of the prompt that are evaluated, or were at hand; 0 while the job waits its turn.
+    pub tokens_read: u32,
+    /// Tokens to evaluate before the answer begins; 0 where nobody knows.
+    pub tokens_total: u32,
+}
+
+/// A job that is worked on, or that waits its turn, says so at least this often.
+pub const PROGRESS_WITHIN: Duration = Duration::from_secs(2);
 
 /// What a chunk brings.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -151,6 +151,7 @@ mod tests {
             trace_id: crate::TraceId([1; 16]),
             attempt: 1,
             deadline_ms: None,
+            progress: false,
         }
     }
 

@@ -182,7 +182,8 @@ fn data_frame(more: bool, payload: &[u8]) -> Bytes {
 pub struct StreamOptions {
     /// For the callee to accept or refuse.
     pub accept_within: Duration,
-    /// For the whole answer; the callee is told. `None` waits as long as messages come.
+    /// For the whole answer, until [`AnswerStream::lift_deadline`]; the callee is told. `None` waits as long as messages
+    /// come.
     pub deadline: Option<Duration>,
     /// For each message after the acceptance.
     pub stall: Duration,
@@ -273,6 +274,11 @@ impl AnswerStream {
     fn finish(&mut self, error: CallError) -> CallError {
         self.finished = true;
         error
+    }
+
+    /// Bounds only the silence between messages from here on, for answers whose deadline is for their beginning.
+    pub fn lift_deadline(&mut self) {
+        self.deadline = None;
     }
 
     /// Returns the next message, or `None` after the last.

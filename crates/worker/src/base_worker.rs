@@ -11,7 +11,7 @@ use engine::ModelRuntime;
 use observability::metrics::Metrics;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{Empty, NodeInfo, NodeRole, PRESENCE_DESCRIBE};
-use protocol::infer::{InferRequest, START};
+use protocol::infer::{InferRequest, Progress, START};
 use protocol::model::ModelKey;
 use protocol::signature::NodeKey;
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError, WorkerId, codec};
@@ -28,7 +28,7 @@ use crate::announcer::{Announcer, topics};
 use crate::capabilities::Capabilities;
 use crate::config::{Config, ServedModel};
 use crate::engine_meter::EngineMeter;
-use crate::execution_engine::{Broken, ExecutionEngine, finish};
+use crate::execution_engine::{Begun, Broken, ExecutionEngine, empty_chunk, finish, pulse, send_progress};
 use crate::health_reporter::{Condition, HealthReporter, Identity, ReportWriter};
 use crate::hearing::Hearing;
 use crate::model_loader::cache::{Entry, ModelCache, Status};
@@ -413,23 +413,20 @@ impl Desk {
             Err(_) => None,
         };
         let mut reply = call.accept().await?;
+        let has_begun = CancellationToken::new();
         let answered = {
-            let reply = &mut reply;
+            let (reply, has_begun) = (&mut reply, &has_begun);
             let answering = async move {
                 let generation = match begun {
                     Some(generation) => generation,
-                    None => tokio::select! {
-                        biased;
-                        () = reply.cancelled() => return Err(Broken::Interrupted),
-                        begun = beginning => begun?,
-                    },
+                    None => wait(beginning, &request, reply).await?,
                 };
-                self.engine.answer(generation, &request, reply).await
+                self.engine.answer(generation, &request, reply, has_begun).await
             };
             tokio::select! {
                 biased;
                 () = self.give_up.cancelled() => Err(Broken::Failed(stopping())),
-                () = passed(deadline) => Err(Broken::Failed(too_late())),
+                () = passed(deadline, has_begun) => Err(Broken::Failed(too_late())),
                 answered = answering => answered,
             }
         };
@@ -460,11 +457,32 @@ impl Desk {
     }
 }
 
-async fn passed(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => time::sleep_until(deadline).await,
-        None => std::future::pending().await,
+/// Waits until a job has begun, and tells its caller meanwhile that it waits.
+async fn wait(
+    mut beginning: impl Future<Output = Result<Begun, WireError>> + Unpin,
+    request: &InferRequest,
+    reply: &mut ReplyStream,
+) -> Result<Begun, Broken> {
+    let mut pulse = pulse();
+    loop {
+        tokio::select! {
+            biased;
+            () = reply.cancelled() => return Err(Broken::Interrupted),
+            begun = &mut beginning => return Ok(begun?),
+            _ = pulse.tick(), if request.progress => {}
+        }
+        send_progress(&empty_chunk(request), Progress::default(), reply).await?;
     }
+}
+
+/// Waits until an answer that has not begun is too late.
+async fn passed(deadline: Option<Instant>, has_begun: &CancellationToken) {
+    if let Some(deadline) = deadline
+        && has_begun.run_until_cancelled(time::sleep_until(deadline)).await.is_some()
+    {
+        return;
+    }
+    std::future::pending::<()>().await;
 }
 
 async fn refuse(call: StreamCall, error: WireError) {

@@ -259,6 +259,11 @@ impl ServedModel {
         self.adapters.iter().find(|adapter| adapter.name == *name)
     }
 
+    /// Says whether a server answers for it, and not an engine of ours.
+    pub(crate) fn is_server(&self) -> bool {
+        self.remote.is_some() || !self.server_command.is_empty()
+    }
+
     /// Returns the adapter that it is always served with.
     pub(crate) fn pinned(&self) -> Option<&ServedAdapter> {
         self.adapter(self.pinned_adapter.as_ref()?)

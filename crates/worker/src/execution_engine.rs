@@ -14,6 +14,7 @@ use futures_util::FutureExt as _;
 use protocol::infer::{EmbedInput, InferChunk, InferRequest};
 use protocol::{ErrorCode, WireError};
 use rpc::ReplyStream;
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::model_loader::adapters::Lease;
@@ -23,7 +24,7 @@ use choices::Choices;
 use chunk_writer::ChunkWriter;
 use translation::{embed_request, generate_request, prompt, wire_error};
 
-pub(crate) use chunk_writer::finish;
+pub(crate) use chunk_writer::{empty_chunk, finish, pulse, send_progress};
 
 /// Runs jobs.
 pub(crate) struct ExecutionEngine {
@@ -153,28 +154,39 @@ impl ExecutionEngine {
 
     /// Sends the answer chunk by chunk as it comes, and returns its last chunk for the caller to send.
     ///
-    /// The last chunk is left to the caller, so that the job's place can be free before its end is known.
+    /// The last chunk is left to the caller, so that the job's place can be free before its end is known. `has_begun` is
+    /// cancelled with the first part of the answer.
     pub(crate) async fn answer(
         &self,
         begun: Begun,
         request: &InferRequest,
         reply: &mut ReplyStream,
+        has_begun: &CancellationToken,
     ) -> Result<InferChunk, Broken> {
         let Begun { entry, model, work, _adapter } = begun;
         let mut choices = match work {
             Work::Choices(choices) => choices,
             Work::Vectors(embeddings) => {
                 entry.forgive();
+                has_begun.cancel();
                 return ChunkWriter::new(request, 1).send_vectors(embeddings, reply).await;
             }
             Work::Count(tokens) => return Ok(ChunkWriter::new(request, 1).count(tokens)),
         };
         let mut writer = ChunkWriter::new(request, choices.count());
+        let mut pulse = pulse();
         loop {
+            // An adopted server says nothing while it reads a prompt, and a full engine nothing to who is not let in.
+            let is_unheard = choices.is_outside() || entry.model.is_server() && !writer.has_begun();
             let mut next = tokio::select! {
                 biased;
                 () = reply.cancelled() => return Err(Broken::Interrupted),
                 next = choices.next() => next,
+                _ = pulse.tick(), if is_unheard => {
+                    writer.wait();
+                    writer.send(reply).await?;
+                    continue;
+                }
             };
             // What else is ready rides along: under load, few large chunks cost less than many small ones.
             let failure = loop {
@@ -196,6 +208,9 @@ impl ExecutionEngine {
                 }
             };
             writer.send(reply).await?;
+            if writer.has_begun() {
+                has_begun.cancel();
+            }
             if let Some(error) = failure {
                 return Err(self.failed(&entry, model, &error, request).into());
             }

@@ -83,6 +83,7 @@ pub(crate) fn job(number: u128, input: Input) -> InferRequest {
         trace_id: protocol::TraceId([1; 16]),
         attempt: 1,
         deadline_ms: None,
+        progress: false,
     }
 }
 

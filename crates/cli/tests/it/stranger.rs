@@ -175,6 +175,7 @@ fn job() -> InferRequest {
         trace_id: protocol::TraceId([9; 16]),
         attempt: 1,
         deadline_ms: None,
+        progress: false,
     }
 }
 

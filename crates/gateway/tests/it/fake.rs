@@ -11,7 +11,8 @@ use protocol::control::{
 };
 use protocol::health::{CachedModel, Capacity, HealthReport, ModelState};
 use protocol::infer::{
-    EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Payload, SUBMIT, TokenLogprob, ToolCallDelta,
+    EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Payload, Progress, SUBMIT, TokenLogprob,
+    ToolCallDelta,
 };
 use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
@@ -232,6 +233,7 @@ impl Fake {
             payload: Payload { text: text.into(), tokens: vec![1], ..Payload::default() },
             done: false,
             attempt: 2,
+            progress: None,
         };
         let usage = TokenUsage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 3 };
         let last = |seq: u64| {
@@ -246,6 +248,27 @@ impl Fake {
                     reply.send(&codec::encode(&chunk(seq, "more "))).await?;
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
+            }
+            // A prompt that takes ten minutes to read, and an answer that takes an hour.
+            "slow" => {
+                for second in 0..600 {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    let progress = Some(Progress { tokens_read: second, tokens_total: 600 });
+                    let payload = Payload::default();
+                    reply.send(&codec::encode(&InferChunk { progress, payload, ..chunk(0, "") })).await?;
+                }
+                for minute in 0..60 {
+                    reply.send(&codec::encode(&chunk(minute, "more "))).await?;
+                    tokio::time::sleep(Duration::from_mins(1)).await;
+                }
+                reply.send(&codec::encode(&last(60))).await?;
+            }
+            // Sends progress once and then nothing, until the caller goes.
+            "stuck" => {
+                let (progress, payload) = (Some(Progress::default()), Payload::default());
+                reply.send(&codec::encode(&InferChunk { progress, payload, ..chunk(0, "") })).await?;
+                reply.cancelled().await;
+                return Err(Interrupted);
             }
             // Sends one piece and then nothing, until the caller goes.
             "silent" => {

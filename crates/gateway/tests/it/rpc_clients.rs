@@ -12,6 +12,7 @@ use protocol::{ErrorCode, PublicKey, Topic, WireError};
 use rpc::{AnswerStream, CallError, Client, StreamOptions};
 use serde_json::{Value, json};
 use tether_gateway::Config;
+use tokio::time::Instant;
 
 use crate::{Network, config, expect_error, fake};
 
@@ -256,6 +257,43 @@ async fn the_callers_deadline_is_the_jobs() {
     let told = network.fake.jobs.lock().expect("no panic")[0].deadline_ms;
     assert!(told.is_some_and(|told| told <= 500), "{told:?}");
     network.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_prompt_may_be_read_for_ten_minutes_and_an_answer_may_run_for_an_hour() {
+    let network = Network::start_with(Config { request_deadline_secs: 900, ..config() }).await;
+    let client = stranger(&network);
+    let begun = Instant::now();
+    let hours = SECONDS * 10_000;
+    let options = StreamOptions { accept_within: hours, deadline: None, stall: hours };
+    let stream = client.open_stream(gateway(), SUBMIT, encode(&submission("slow")).into(), options).await;
+    let (chunks, error) = read(stream.expect("accepted")).await;
+    assert_eq!((error, chunks.len()), (None, 61));
+    assert!(chunks.iter().zip(0..).all(|(chunk, seq)| chunk.seq == seq && chunk.progress.is_none()));
+    assert!(begun.elapsed() >= Duration::from_mins(70), "{:?}", begun.elapsed());
+    assert!(network.fake.jobs.lock().expect("no panic")[0].progress, "the gateway asked to be told");
+    network.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_must_begin_before_its_deadline_and_silence_has_a_limit_of_its_own() {
+    for (deadline_secs, stall_secs, code) in
+        [(300, 1_000, ErrorCode::DeadlineExceeded), (1_000, 120, ErrorCode::Unavailable)]
+    {
+        let patience = Config { request_deadline_secs: deadline_secs, stall_timeout_secs: stall_secs, ..config() };
+        let network = Network::start_with(patience).await;
+        let begun = Instant::now();
+        let hours = SECONDS * 10_000;
+        let options = StreamOptions { accept_within: hours, deadline: None, stall: hours };
+        let prompt = if code == ErrorCode::Unavailable { "stuck" } else { "slow" };
+        let body = encode(&submission(prompt)).into();
+        let refused = stranger(&network).open_stream(gateway(), SUBMIT, body, options).await;
+        assert_eq!(refused.map(drop).map_err(refusal).expect_err("too late").code, code);
+        // Three tries, because another orchestrator may do better than one that falls silent.
+        let tries = if code == ErrorCode::Unavailable { 3 } else { 1 };
+        assert_eq!(begun.elapsed().as_secs(), tries * deadline_secs.min(stall_secs));
+        network.end().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

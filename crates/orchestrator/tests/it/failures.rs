@@ -94,7 +94,7 @@ async fn a_worker_cut_off_in_mid_dispatch_fails_over() {
 #[tokio::test]
 async fn a_deadline_ends_a_job_that_hangs() {
     let stand = stand(Config::default()).await;
-    let worker = stand.worker(1, Manner::Hang).await;
+    let worker = stand.worker(1, Manner::Wait).await;
     let job = stand.job();
     let options = rpc::StreamOptions {
         accept_within: Duration::from_secs(5),
@@ -102,12 +102,11 @@ async fn a_deadline_ends_a_job_that_hangs() {
         stall: Duration::from_secs(5),
     };
     let body = protocol::codec::encode(&job).into();
-    let mut answer =
-        stand.gateway.open_stream(stand.orchestrator, protocol::infer::SUBMIT, body, options).await.expect("accepted");
-    while let Some(Ok(_)) = answer.next().await {}
+    let refused = stand.gateway.open_stream(stand.orchestrator, protocol::infer::SUBMIT, body, options).await;
+    let refused = protocol::WireError::from(refused.expect_err("the deadline passes"));
+    assert_eq!(refused.code, ErrorCode::DeadlineExceeded);
     worker.cancelled.notified().await;
-    let record = stand.settled(&job).await;
-    assert!(record.state != JobState::Settled(TerminalState::Completed), "{record:?}");
+    assert_eq!(stand.settled(&job).await.state, JobState::Settled(TerminalState::Failed));
 }
 
 #[tokio::test]

@@ -6,4 +6,5 @@ mod crashes;
 mod failures;
 mod jobs;
 mod presence;
+mod progress;
 mod stand;

@@ -12,7 +12,7 @@ use protocol::control::{
     PRESENCE_REPORT, PolicyRequest, PoolState, PoolStateRequest,
 };
 use protocol::health::{self, CachedModel, Capacity, EXPIRY, HealthReport, ModelState};
-use protocol::infer::{FinishReason, InferChunk, InferRequest, Payload, START, SUBMIT};
+use protocol::infer::{FinishReason, InferChunk, InferRequest, Payload, Progress, START, SUBMIT};
 use protocol::model::ModelKey;
 use protocol::policy::TenantPolicy;
 use protocol::signature::{NodeKey, Signed};
@@ -37,6 +37,10 @@ pub(crate) enum Manner {
     Crash(u32),
     /// Takes the job and says no more until it is cancelled.
     Wait,
+    /// Reads the prompt for so many seconds, then sends a chunk a second for as many.
+    Read(u64),
+    /// Reads the prompt for so many seconds, then says nothing.
+    FallSilent(u64),
     /// Says nothing at all.
     Mute,
     /// Takes the job, sends one chunk, and waits until it is cancelled.
@@ -230,6 +234,7 @@ impl Stand {
             trace_id: protocol::TraceId([1; 16]),
             attempt: 1,
             deadline_ms: None,
+            progress: false,
         }
     }
 
@@ -355,7 +360,8 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             let usage = (seq == 0).then_some(prompt);
             Payload { text: format!("{seq} "), tokens: vec![seq as u32], usage, ..Payload::default() }
         };
-        codec::encode(&InferChunk { correlation_id: request.correlation_id, seq, payload, done, attempt })
+        let progress = None;
+        codec::encode(&InferChunk { correlation_id: request.correlation_id, seq, payload, done, attempt, progress })
     };
     let chunks = match manner {
         Manner::Refuse(code) => return call.refuse(WireError::new(code, "refused")).await,
@@ -365,13 +371,36 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         }
         Manner::Answer(chunks) | Manner::DieAfter(chunks) => chunks,
         Manner::Hang | Manner::WrongAttempt => 1,
-        Manner::Crash(_) | Manner::Wait => 0,
+        Manner::Crash(_) | Manner::Wait | Manner::Read(_) | Manner::FallSilent(_) => 0,
     };
     let Ok(mut reply) = call.accept().await else { return };
     for seq in 0..chunks {
         if reply.send(&chunk(seq, false)).await.is_err() {
             return cancelled.notify_one();
         }
+    }
+    if let Manner::Read(seconds) | Manner::FallSilent(seconds) = manner {
+        for second in 0..seconds {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let progress = Some(Progress { tokens_read: second as u32, tokens_total: seconds as u32 });
+            let correlation_id = request.correlation_id;
+            let chunk =
+                InferChunk { correlation_id, seq: 0, payload: Payload::default(), done: false, attempt, progress };
+            if reply.send(&codec::encode(&chunk)).await.is_err() {
+                return cancelled.notify_one();
+            }
+        }
+    }
+    if let Manner::Read(seconds) = manner {
+        for seq in 0..seconds {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            if reply.send(&chunk(seq, false)).await.is_err() {
+                return cancelled.notify_one();
+            }
+        }
+        let _ = reply.send(&chunk(seconds, true)).await;
+        let _ = reply.finish().await;
+        return;
     }
     match manner {
         Manner::Answer(_) | Manner::WrongAttempt => {
@@ -382,7 +411,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             let error = WireError::new(ErrorCode::EngineCrashed, "the engine crashed, try again");
             let _ = reply.fail(error.with_suspects(suspects)).await;
         }
-        Manner::Hang | Manner::Wait => {
+        Manner::Hang | Manner::Wait | Manner::FallSilent(_) => {
             reply.cancelled().await;
             cancelled.notify_one();
         }

@@ -68,6 +68,11 @@ impl Choices {
         self.count
     }
 
+    /// Returns whether the engine has none of them: the next waits for room.
+    pub(super) fn is_outside(&self) -> bool {
+        self.running.is_empty()
+    }
+
     /// Returns the next event of any answer, and which one it is of. Not to be called after the end of them all.
     /// Cancel safe.
     pub(super) async fn next(&mut self) -> Result<(u32, Event), EngineError> {
@@ -107,7 +112,7 @@ impl Choices {
     }
 }
 
-/// Part of the answer may be with the caller already: a full engine is waited for, up to the job's deadline.
+/// Part of the answer may be with the caller already: a full engine is waited for as long as the caller listens.
 async fn begin_when_there_is_room(
     runtime: Arc<dyn ModelRuntime>,
     request: GenerateRequest,

@@ -4,10 +4,10 @@ use std::mem;
 use std::time::Duration;
 
 use engine::{Embeddings, Event, FinishReason as EngineReason, Piece, Usage};
-use protocol::infer::{Embedding, FinishReason, InferChunk, InferRequest, Payload};
+use protocol::infer::{Embedding, FinishReason, InferChunk, InferRequest, PROGRESS_WITHIN, Payload, Progress};
 use protocol::usage::TokenUsage;
 use rpc::ReplyStream;
-use tokio::time;
+use tokio::time::{self, Instant, Interval, MissedTickBehavior};
 
 use super::Broken;
 use super::translation::{append, finish_reason, token_usage};
@@ -29,6 +29,9 @@ pub(super) struct ChunkWriter {
     /// What waits to be sent, of each answer.
     waiting: Vec<Payload>,
     waiting_bytes: usize,
+    /// How far the engine is, where it said so and the caller wants to know.
+    progress: Option<Progress>,
+    wants_progress: bool,
     /// How many answers have ended.
     ended: usize,
     /// Why the first one did.
@@ -39,18 +42,13 @@ pub(super) struct ChunkWriter {
 
 impl ChunkWriter {
     pub(super) fn new(request: &InferRequest, choices: u32) -> Self {
-        let chunk = InferChunk {
-            correlation_id: request.correlation_id,
-            seq: 0,
-            payload: Payload::default(),
-            done: false,
-            attempt: request.attempt,
-        };
         Self {
-            chunk,
+            chunk: empty_chunk(request),
             bytes: Vec::with_capacity(256),
             waiting: (0..choices).map(|index| Payload { index, ..Payload::default() }).collect(),
             waiting_bytes: 0,
+            progress: None,
+            wants_progress: request.progress,
             ended: 0,
             reason: EngineReason::Stop,
             usage: Usage::default(),
@@ -72,7 +70,10 @@ impl ChunkWriter {
             Event::Started { prompt_tokens, cached_tokens } if index == 0 => {
                 payload.usage = Some(TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens });
             }
-            Event::Started { .. } | Event::Progress { .. } => {}
+            Event::Started { .. } => {}
+            Event::Progress { tokens_read, tokens_total } => {
+                self.progress = self.wants_progress.then_some(Progress { tokens_read, tokens_total });
+            }
             Event::Piece(piece) => {
                 self.waiting_bytes += bytes_of(&piece);
                 append(payload, piece);
@@ -102,9 +103,24 @@ impl ChunkWriter {
         self.ended == self.waiting.len()
     }
 
-    /// Sends what waits, if anything.
+    /// Says whether part of the answer was sent.
+    pub(super) fn has_begun(&self) -> bool {
+        self.chunk.seq > 0
+    }
+
+    /// Takes note that the job waits though no engine says so.
+    pub(super) fn wait(&mut self) {
+        self.progress = self.wants_progress.then(Progress::default);
+    }
+
+    /// Sends what waits, if anything, and how far the engine is where nothing does.
     pub(super) async fn send(&mut self, reply: &mut ReplyStream) -> Result<(), Broken> {
-        let Self { chunk, bytes, waiting, transcript, .. } = self;
+        let Self { chunk, bytes, waiting, transcript, progress, .. } = self;
+        if let Some(progress) = progress.take()
+            && waiting.iter().all(is_empty)
+        {
+            return send_progress(chunk, progress, reply).await;
+        }
         for payload in waiting.iter_mut().filter(|payload| !is_empty(payload)) {
             mem::swap(&mut chunk.payload, payload);
             write_chunk(chunk, bytes);
@@ -183,6 +199,37 @@ fn clear(payload: &mut Payload) {
     payload.embeddings.clear();
     payload.finish_reason = None;
     payload.usage = None;
+}
+
+/// Returns a job's first chunk with nothing in it.
+pub(crate) fn empty_chunk(request: &InferRequest) -> InferChunk {
+    InferChunk {
+        correlation_id: request.correlation_id,
+        seq: 0,
+        payload: Payload::default(),
+        done: false,
+        attempt: request.attempt,
+        progress: None,
+    }
+}
+
+/// Says how far a job is. `next` is the chunk that comes after it.
+pub(crate) async fn send_progress(
+    next: &InferChunk,
+    progress: Progress,
+    reply: &mut ReplyStream,
+) -> Result<(), Broken> {
+    let mut bytes = Vec::with_capacity(192);
+    write_chunk(&InferChunk { payload: Payload::default(), progress: Some(progress), ..next.clone() }, &mut bytes);
+    send_within(reply, &bytes).await
+}
+
+/// Says when a job that waits is to say so again.
+pub(crate) fn pulse() -> Interval {
+    let every = PROGRESS_WITHIN / 2;
+    let mut pulse = time::interval_at(Instant::now() + every, every);
+    pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    pulse
 }
 
 /// Sends the last chunk and ends the stream.

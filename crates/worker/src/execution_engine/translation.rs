@@ -177,6 +177,7 @@ mod tests {
             trace_id: protocol::TraceId([1; 16]),
             attempt: 1,
             deadline_ms: None,
+            progress: false,
         }
     }
 

@@ -5,6 +5,7 @@ mod admission;
 mod jobs;
 mod models;
 mod offers;
+mod progress;
 mod reports;
 mod servers;
 mod several;
@@ -261,6 +262,7 @@ fn request() -> InferRequest {
         trace_id: protocol::TraceId([1; 16]),
         attempt: 3,
         deadline_ms: None,
+        progress: false,
     }
 }
 

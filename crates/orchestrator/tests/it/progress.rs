@@ -1,0 +1,94 @@
+//! Work is told from silence, and a deadline is for the beginning of an answer.
+
+use std::time::Duration;
+
+use protocol::infer::{InferChunk, InferRequest};
+use protocol::{ErrorCode, WireError, codec};
+use rpc::{AnswerStream, CallError, StreamOptions};
+use tether_orchestrator::Config;
+use tokio::time::{self, Instant};
+
+use crate::stand::{Manner, Stand, stand};
+
+/// Submits a job of a gateway that reads progress and waits so long for the answer to begin.
+async fn submit(stand: &Stand, job: &InferRequest, deadline: Duration) -> Result<AnswerStream, CallError> {
+    let options = StreamOptions { accept_within: deadline, deadline: Some(deadline), stall: Duration::from_mins(2) };
+    let body = codec::encode(job).into();
+    stand.gateway.open_stream(stand.orchestrator, protocol::infer::SUBMIT, body, options).await
+}
+
+/// Reads to the end: the answer, how often there was progress, and the error if there was one.
+async fn listen(mut answer: AnswerStream) -> (Vec<InferChunk>, usize, Option<WireError>) {
+    let (mut chunks, mut told) = (vec![], 0);
+    while let Some(message) = answer.next().await {
+        let chunk: InferChunk = match message {
+            Ok(message) => codec::decode(&message).expect("a chunk"),
+            Err(error) => return (chunks, told, Some(error.into())),
+        };
+        if chunk.progress.is_some() {
+            told += 1;
+        } else {
+            answer.lift_deadline();
+            chunks.push(chunk);
+        }
+    }
+    (chunks, told, None)
+}
+
+fn wanting_progress(stand: &Stand) -> InferRequest {
+    InferRequest { progress: true, ..stand.job() }
+}
+
+#[tokio::test]
+async fn a_prompt_that_is_read_for_ten_minutes_is_answered_and_speaks_well_of_its_model() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Read(600)).await;
+    for _ in 0..20 {
+        let begun = Instant::now();
+        let answer = submit(&stand, &wanting_progress(&stand), Duration::from_mins(15)).await.expect("accepted");
+        // The store has a thread of its own, which paused time would not wait for.
+        time::pause();
+        let (chunks, told, error) = listen(answer).await;
+        time::resume();
+        assert_eq!((error, told, chunks.len()), (None, 600, 601));
+        assert!(chunks.iter().all(|chunk| chunk.attempt == 1));
+        assert!(begun.elapsed() >= Duration::from_mins(20), "{:?}", begun.elapsed());
+        worker.report(&stand, |_| {}).await.expect("believed");
+    }
+    assert_eq!(worker.jobs_seen(), 20);
+    assert!(!stand.metrics.encode().contains("tether_breaker_transitions_total{"));
+}
+
+#[tokio::test]
+async fn whoever_does_not_ask_for_progress_gets_none() {
+    let stand = stand(Config::default()).await;
+    stand.worker(1, Manner::Read(1)).await;
+    let chunks = stand.answer(&stand.job()).await.expect("answered");
+    assert!(chunks.len() == 2 && chunks.iter().all(|chunk| chunk.progress.is_none()), "{chunks:?}");
+}
+
+#[tokio::test]
+async fn a_worker_that_falls_silent_while_it_reads_is_given_up_and_another_answers() {
+    let stand = stand(Config { stall_secs: 1, ..Config::default() }).await;
+    let (silent, healthy) = stand.pair(Manner::FallSilent(1), Manner::Answer(2)).await;
+    let answer = submit(&stand, &wanting_progress(&stand), Duration::from_mins(15)).await.expect("accepted");
+    let (chunks, told, error) = listen(answer).await;
+    assert_eq!((error, told, chunks.len()), (None, 1, 3));
+    assert!(chunks.iter().all(|chunk| chunk.attempt == 2), "{chunks:?}");
+    assert_eq!((silent.jobs_seen(), healthy.jobs_seen()), (1, 1));
+    silent.cancelled.notified().await;
+}
+
+#[tokio::test]
+async fn a_running_answer_outlives_its_deadline_and_one_that_has_not_begun_does_not() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Read(2)).await;
+    let answer = submit(&stand, &wanting_progress(&stand), Duration::from_millis(3_500)).await.expect("accepted");
+    let (chunks, _, error) = listen(answer).await;
+    assert_eq!((error, chunks.len()), (None, 3));
+    *worker.manner.lock().expect("not poisoned") = Manner::Read(600);
+    let answer = submit(&stand, &wanting_progress(&stand), Duration::from_millis(1_500)).await.expect("accepted");
+    let (chunks, _, error) = listen(answer).await;
+    assert_eq!((chunks, error.map(|error| error.code)), (vec![], Some(ErrorCode::DeadlineExceeded)));
+    worker.cancelled.notified().await;
+}
