@@ -31,6 +31,8 @@ pub struct Config {
     pub cors_origins: Vec<String>,
     /// The largest request body, in bytes.
     pub body_bytes_max: usize,
+    /// Messages that a conversation may have; OpenAI's limit by default. 0 does not limit.
+    pub messages_max: usize,
     /// Connections held at once; one more is turned away.
     pub connections_max: usize,
     /// Jobs held at once; one more gets 503.
@@ -82,6 +84,7 @@ impl Default for Config {
             tls_reload_secs: 30,
             cors_origins: vec![],
             body_bytes_max: 8 * 1024 * 1024,
+            messages_max: 2048,
             connections_max: 4096,
             jobs_max: 8192,
             header_timeout_secs: 10,

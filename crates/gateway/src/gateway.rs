@@ -30,6 +30,7 @@ use crate::cached::Cached;
 use crate::catalog::{self, Models};
 use crate::config::{Config, seconds};
 use crate::http_bridge::HttpBridge;
+use crate::prompt_size;
 use crate::rate_limit::{Quota, RateLimit, Verdict};
 use crate::request_record::RequestRecord;
 use crate::rpc_gateway::RpcGateway;
@@ -360,6 +361,7 @@ impl Gateway {
             let message = format!("adapter is {given}, and the model's name says {named}: give one of them");
             return Err(WireError::new(ErrorCode::InvalidValue, message).with_param("adapter"));
         }
+        prompt_size::check(&job.input, self.inner.config.messages_max, entry.context_length)?;
         if let Some(adapter) = job.input.adapter.as_ref().or(job.model.adapter.as_ref()) {
             self.check_adapter(&entry.key, adapter).await?;
         }

@@ -12,6 +12,7 @@ mod catalog;
 mod config;
 mod gateway;
 mod http_bridge;
+mod prompt_size;
 mod rate_limit;
 mod request_record;
 mod rpc_gateway;

@@ -18,11 +18,11 @@ pub struct Config {
     /// How long rules that are known stand while no registry answers. The program sets it.
     #[serde(skip)]
     pub registry_absence: Duration,
-    /// Milliseconds a worker has to acknowledge a job before it is set aside.
+    /// Milliseconds a worker has to acknowledge a job before it is set aside; long requests get more.
     pub dispatch_ack_ms: u64,
     /// Milliseconds a connection to a worker may take to open, where there is none yet.
     pub dispatch_connect_ms: u64,
-    /// Seconds a worker that did not acknowledge a job gets no other.
+    /// Seconds a worker that did not acknowledge a job gets no other, unless there is no other worker.
     pub set_aside_secs: u64,
     /// Tries of a job before its first token, each on another worker.
     pub attempts_max: u32,

@@ -163,7 +163,7 @@ impl Fleet {
         self.write().remove(worker_id)
     }
 
-    /// Gives a worker no job until `until`.
+    /// Gives a worker no job until `until`, unless there is no other.
     pub fn set_aside(&self, worker_id: WorkerId, until: Instant) {
         let mut state = self.write();
         if let Some(index) = state.by_id.get(&worker_id).copied()
@@ -364,14 +364,14 @@ impl Iterator for CandidateIter<'_> {
             }
             let barred = if worker.draining {
                 Some(Refusal::Draining)
-            } else if worker.set_aside_until.is_some_and(|until| self.now < until) {
-                Some(Refusal::SetAside)
             } else if replica.failed {
                 Some(Refusal::ModelError)
             } else if replica.loading.is_some_and(|progress| !ends_soon(progress)) {
                 Some(Refusal::Loading)
             } else if !self.wanted.is_adapter_served(worker) {
                 Some(Refusal::NoAdapter)
+            } else if worker.set_aside_until.is_some_and(|until| self.now < until) {
+                Some(Refusal::SetAside)
             } else {
                 None
             };

@@ -46,7 +46,7 @@ pub enum Refusal {
     Full,
     /// It takes nothing new.
     Draining,
-    /// It did not acknowledge a job lately.
+    /// It did not acknowledge a job lately. It is taken where there is no other, be it a full one.
     SetAside,
     /// It could not load the model.
     ModelError,
@@ -91,8 +91,20 @@ pub fn place(candidates: impl Iterator<Item = Candidate> + Clone, tried: &[Worke
     let mut table: Vec<(f64, Candidate)> = Vec::with_capacity(TABLE_MAX * 2);
     let mut is_cut = false;
     let mut chosen: Option<(f64, Candidate)> = None;
+    // Not to acknowledge may have been the machine's or the network's fault: such a worker is better than none. A full
+    // one is not: it has room soon.
+    let mut last_resort: Option<(f64, Candidate)> = None;
+    let mut is_one_full = false;
     for candidate in candidates {
         if let Some(refusal) = refusal(&candidate, tried) {
+            is_one_full |= refusal == Refusal::Full;
+            let taken_back = Candidate { barred: None, ..candidate };
+            if refusal == Refusal::SetAside && self::refusal(&taken_back, tried).is_none() {
+                let score = Terms::of(&candidate, fastest).score(weights);
+                if last_resort.as_ref().is_none_or(|best| is_better((score, &taken_back), (best.0, &best.1))) {
+                    last_resort = Some((score, taken_back));
+                }
+            }
             if placement.refused.len() < TABLE_MAX {
                 let reason = refusal.as_str().to_owned();
                 placement.refused.push(RefusedWorker { worker_id: candidate.worker_id, reason });
@@ -112,6 +124,11 @@ pub fn place(candidates: impl Iterator<Item = Candidate> + Clone, tried: &[Worke
                 is_cut = true;
             }
         }
+    }
+    if let (None, false, Some((score, candidate))) = (chosen, is_one_full, last_resort) {
+        chosen = last_resort;
+        table.push((score, candidate));
+        placement.refused.retain(|refused| refused.worker_id != candidate.worker_id);
     }
     cut(&mut table);
     placement.candidates = table.iter().map(|(score, candidate)| row(*score, candidate, fastest)).collect();

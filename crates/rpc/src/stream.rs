@@ -21,6 +21,8 @@ use crate::transport::Channel;
 pub const FRAME_PAYLOAD_MAX: usize = 64 * 1024;
 /// The window a caller opens with, in bytes.
 pub const WINDOW: u32 = 256 * 1024;
+/// Bytes of a request that even a slow way carries in a second.
+pub const REQUEST_BYTES_PER_SEC: u32 = 1024 * 1024;
 /// The version in an open frame.
 const VERSION: u8 = 1;
 
@@ -180,7 +182,8 @@ fn data_frame(more: bool, payload: &[u8]) -> Bytes {
 /// How long to wait, and for what.
 #[derive(Debug, Clone, Copy)]
 pub struct StreamOptions {
-    /// For the callee to accept or refuse.
+    /// For the callee to accept or refuse a request of a single frame; a longer one takes a second more for each
+    /// [`REQUEST_BYTES_PER_SEC`].
     pub accept_within: Duration,
     /// For the whole answer, until [`AnswerStream::lift_deadline`]; the callee is told. `None` waits as long as messages
     /// come.
@@ -231,8 +234,12 @@ impl AnswerStream {
             ungranted: 0,
             finished: false,
         };
+        // The patience for a callee is not used up by the length of its request.
+        let length = body.len().saturating_sub(FRAME_PAYLOAD_MAX) as f64;
+        let within = options.accept_within + Duration::from_secs_f64(length / f64::from(REQUEST_BYTES_PER_SEC));
+        let within = options.deadline.map_or(within, |deadline| within.min(deadline.max(options.accept_within)));
         let accepted = stream.send_request(method, body);
-        tokio::time::timeout(options.accept_within, accepted).await.map_err(|_| CallError::NotAccepted)??;
+        tokio::time::timeout(within, accepted).await.map_err(|_| CallError::NotAccepted)??;
         Ok(stream)
     }
 

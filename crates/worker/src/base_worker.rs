@@ -17,7 +17,7 @@ use protocol::signature::NodeKey;
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError, WorkerId, codec};
 use rpc::announce::DirectoryTask;
 use rpc::server::STRANGER_BYTES_MAX;
-use rpc::{Client, Directory, Membership, MembershipTask, ReplyStream, Server, StreamCall, Transport};
+use rpc::{Client, Directory, Interrupted, Membership, MembershipTask, ReplyStream, Server, StreamCall, Transport};
 use tokio::sync::{Notify, watch};
 use tokio::time::{self, Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -41,6 +41,8 @@ use crate::runtimes::Runtimes;
 /// How long a job may take to begin before it is accepted all the same. Orchestrators wait 500 ms for the
 /// acceptance; a job that begins sooner can still be refused for what the engine finds wrong with it.
 const BEGIN_BEFORE_ACCEPT: Duration = Duration::from_millis(200);
+/// A request longer than this takes a while to read, so it is accepted first and read beside the network's tasks.
+const READ_AT_ONCE_BYTES: usize = 256 * 1024;
 /// How often the engines are looked at while nothing ends.
 const METER_EVERY: Duration = Duration::from_millis(500);
 /// How long a caller may take to receive an error or a refusal.
@@ -188,6 +190,7 @@ impl BaseWorker {
             engine: ExecutionEngine::new(runtime, loader.clone()),
             give_up: life.child_token(),
             job_ended: Notify::new(),
+            reading: TaskTracker::new(),
         });
         let tasks = TaskTracker::new();
 
@@ -336,6 +339,34 @@ struct Desk {
     /// Ends the jobs that did not end by themselves.
     give_up: CancellationToken,
     job_ended: Notify,
+    /// Requests that are read on threads of their own.
+    reading: TaskTracker,
+}
+
+/// A caller that has been accepted, or may still be refused.
+enum Caller {
+    Waiting(StreamCall),
+    Accepted(ReplyStream),
+}
+
+impl Caller {
+    async fn accept(self) -> Result<ReplyStream, Interrupted> {
+        match self {
+            Self::Waiting(call) => call.accept().await,
+            Self::Accepted(reply) => Ok(reply),
+        }
+    }
+
+    /// Says that its job is not run.
+    async fn refuse(self, error: WireError) {
+        match self {
+            Self::Waiting(call) => refuse(call, error).await,
+            Self::Accepted(reply) => {
+                debug!(%error, "a job was refused");
+                fail(reply, error).await;
+            }
+        }
+    }
 }
 
 /// A job that has its place.
@@ -349,12 +380,24 @@ struct Job {
 impl Desk {
     /// Takes a job or refuses it, and answers it.
     async fn take(self: Arc<Self>, call: StreamCall) {
-        let job = match self.admit(&call) {
+        if let Err(error) = self.check_in(call.peer) {
+            return refuse(call, error).await;
+        }
+        let (body, deadline) = (call.body.clone(), call.deadline);
+        let (caller, request) = if body.len() > READ_AT_ONCE_BYTES {
+            // Accepted means that it has arrived and may have a place: its length must not look like a worker's silence.
+            let Ok(reply) = call.accept().await else { return };
+            let read = self.reading.spawn_blocking(move || read(&body)).await;
+            (Caller::Accepted(reply), read.unwrap_or_else(|_| Err(stopping())))
+        } else {
+            (Caller::Waiting(call), read(&body))
+        };
+        let job = match request.and_then(|request| self.admit(request, deadline)) {
             Ok(job) => job,
-            Err(error) => return refuse(call, error).await,
+            Err(error) => return caller.refuse(error).await,
         };
         let request = job.request.clone();
-        let outcome = self.run(call, job).await;
+        let outcome = self.run(caller, job).await;
         self.job_ended.notify_one();
         debug!(
             correlation_id = %request.correlation_id,
@@ -370,14 +413,17 @@ impl Desk {
         Ok(self.membership.admit(peer, NodeRole::Orchestrator, Some(&self.region))?)
     }
 
-    /// Checks a job and gives it a place; says why not, before any work is done.
-    fn admit(&self, call: &StreamCall) -> Result<Job, WireError> {
-        self.check(call.peer)?;
+    /// Says why a node's job is not even read, where it is not.
+    fn check_in(&self, peer: PublicKey) -> Result<(), WireError> {
+        self.check(peer)?;
         if self.draining.load(Ordering::Relaxed) {
             return Err(stopping());
         }
-        let request: InferRequest = codec::decode(&call.body)?;
-        request.input.check()?;
+        Ok(self.guard.check_room()?)
+    }
+
+    /// Checks a job and gives it a place; says why not, before any work is done.
+    fn admit(&self, request: InferRequest, call_deadline: Option<Instant>) -> Result<Job, WireError> {
         let key = ModelKey { model_id: request.model_id.clone(), version: request.version };
         let entry = self.loader.cache().find(&key).cloned().ok_or_else(|| {
             WireError::new(ErrorCode::ModelNotHere, format!("this worker does not serve {key}, try another"))
@@ -391,7 +437,7 @@ impl Desk {
         }
         let now = Instant::now();
         let relative = request.deadline_ms.and_then(|wait| now.checked_add(Duration::from_millis(wait)));
-        let deadline = call.deadline.into_iter().chain(relative).min();
+        let deadline = call_deadline.into_iter().chain(relative).min();
         if deadline.is_some_and(|deadline| deadline <= now) {
             return Err(too_late());
         }
@@ -399,20 +445,20 @@ impl Desk {
         Ok(Job { request: Arc::new(request), entry, deadline, place })
     }
 
-    async fn run(&self, call: StreamCall, job: Job) -> Result<(), Broken> {
+    async fn run(&self, caller: Caller, job: Job) -> Result<(), Broken> {
         let Job { request, entry, deadline, place } = job;
         let mut beginning = Box::pin(self.engine.begin(entry, request.clone()));
         let begun = match time::timeout(BEGIN_BEFORE_ACCEPT, &mut beginning).await {
             Ok(Ok(generation)) => Some(generation),
             Ok(Err(error)) => {
                 drop(place);
-                refuse(call, error.clone()).await;
+                caller.refuse(error.clone()).await;
                 return Err(Broken::Failed(error));
             }
             // The model is on its way into memory, or the engine has much to do.
             Err(_) => None,
         };
-        let mut reply = call.accept().await?;
+        let mut reply = caller.accept().await?;
         let has_begun = CancellationToken::new();
         let answered = {
             let (reply, has_begun) = (&mut reply, &has_begun);
@@ -455,6 +501,13 @@ impl Desk {
         }
         topics(region, self.loader.cache().ready().into_iter().map(|(key, _)| key))
     }
+}
+
+/// Reads a job and checks what types cannot.
+fn read(body: &[u8]) -> Result<InferRequest, WireError> {
+    let request: InferRequest = codec::decode(body)?;
+    request.input.check()?;
+    Ok(request)
 }
 
 /// Waits until a job has begun, and tells its caller meanwhile that it waits.

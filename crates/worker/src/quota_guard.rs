@@ -98,6 +98,11 @@ impl QuotaGuard {
         Ok(Place { guard: self.clone(), tenant: tenant.clone(), places })
     }
 
+    /// Says why not even the smallest job has a place, where it has none.
+    pub(crate) fn check_room(&self) -> Result<(), Refusal> {
+        admit(&self.limits, Occupancy { jobs: self.count(), tenant_jobs: 0 }, 1)
+    }
+
     /// Returns how many jobs are here.
     pub(crate) fn count(&self) -> u32 {
         self.jobs().count

@@ -129,6 +129,23 @@ async fn a_body_that_is_not_what_was_asked_for_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_prompt_that_no_model_could_read_reaches_no_orchestrator() {
+    let network = Network::start().await;
+    // A quarter of a million messages, a few megabytes.
+    let tiny = json!({"role": "user", "content": "a"});
+    let many = json!({"model": "tiny", "messages": vec![tiny; 250_000]});
+    let refused = network.post("/v1/chat/completions", &many).send().await.expect("answered");
+    expect_error(refused, 400, "invalid_value", Some("messages")).await;
+    let long = "x".repeat(3 * 1024 * 1024);
+    expect_error(network.chat(&long).await, 400, "context_length_exceeded", Some("messages")).await;
+    let native = network.post("/infer", &json!({"modelId": "tiny", "input": {"prompt": long}}));
+    let refused = native.send().await.expect("answered");
+    expect_error(refused, 400, "context_length_exceeded", Some("input.prompt")).await;
+    assert!(network.fake.jobs.lock().expect("no panic").is_empty());
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_field_says_wrong_is_told_by_its_name() {
     let network = Network::start().await;
     for (field, value, code, param) in [

@@ -137,3 +137,20 @@ proptest! {
         );
     }
 }
+
+#[test]
+fn a_worker_that_was_set_aside_is_taken_where_there_is_no_other() {
+    let aside = |number| Candidate { barred: Some(Refusal::SetAside), ..worker(number) };
+    let best = Candidate { load: 0, ..aside(1) };
+    assert_eq!(chosen(&[best, Candidate { load: 7, ..worker(2) }]), Some(worker(2).worker_id), "another has room");
+    assert_eq!(chosen(&[Candidate { load: 3, ..aside(1) }, aside(3)]), Some(worker(3).worker_id), "the better of them");
+    assert_eq!(chosen(&[best, Candidate { load: 8, ..worker(2) }]), None, "another has room soon");
+    let draining = Candidate { barred: Some(Refusal::Draining), ..worker(2) };
+    let placement = place([best, draining].into_iter(), &[], &Weights::default());
+    assert_eq!(placement.chosen.map(|candidate| candidate.worker_id), Some(best.worker_id));
+    assert_eq!(placement.candidates.len(), 1, "the table shows it");
+    assert_eq!(placement.refused.iter().map(|refused| refused.reason.as_str()).collect::<Vec<_>>(), ["draining"]);
+    let tried = place([best].into_iter(), &[best.worker_id], &Weights::default());
+    assert_eq!((tried.chosen, tried.refused.len()), (None, 1), "not for a job that it failed");
+    assert_eq!(chosen(&[Candidate { load: 8, ..best }]), None, "not where it is full");
+}

@@ -83,6 +83,16 @@ async fn a_worker_that_does_not_acknowledge_is_set_aside() {
 }
 
 #[tokio::test]
+async fn one_late_acknowledgement_does_not_shut_a_network_of_one_worker() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Mute).await;
+    let error = stand.answer(&stand.job()).await.expect_err("it does not acknowledge");
+    assert_eq!(error.code, ErrorCode::WorkerFailed);
+    *worker.manner.lock().expect("not poisoned") = Manner::Answer(1);
+    stand.answer(&stand.job()).await.expect("there is no other");
+}
+
+#[tokio::test]
 async fn a_worker_cut_off_in_mid_dispatch_fails_over() {
     let stand = stand(Config::default()).await;
     let (first, _second) = stand.pair(Manner::Answer(1), Manner::Answer(1)).await;

@@ -53,6 +53,23 @@ async fn a_refusal_arrives_instead_of_an_acceptance() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_patience_for_a_callee_is_not_used_up_by_the_length_of_its_request() {
+    let pair = pair(|server| {
+        server.stream("slow", |call| async move {
+            tokio::time::sleep(Duration::from_secs(7)).await;
+            echo(call, usize::MAX).await;
+        })
+    });
+    let open = |mebibytes: usize| {
+        let body = Bytes::from(vec![0; mebibytes << 20]);
+        pair.client.open_stream(pair.server.public_key(), "slow", body, options())
+    };
+    collect(open(7).await.expect("accepted")).await.expect("complete");
+    assert_eq!(open(6).await.expect_err("too late"), CallError::NotAccepted);
+    assert_eq!(open(0).await.expect_err("too late"), CallError::NotAccepted);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_callee_that_says_nothing_is_given_up_on() {
     let pair = pair(|server| {
         server.stream("mute", |call| async move {

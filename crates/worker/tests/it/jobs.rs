@@ -72,6 +72,23 @@ async fn each_refusal_has_its_code_and_names_the_field_at_fault() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_long_request_is_acknowledged_before_it_is_read_and_a_full_worker_reads_none() {
+    let mock = MockOptions { context_length: 1_000_000, ..slow() };
+    let scene = Scene::ready(Config { slots: 1, queue_max: 0, ..config() }, mock).await;
+    let long = |temperature| {
+        let input = Input { prompt: Some("word ".repeat(100_000)), temperature, ..Input::default() };
+        InferRequest { input, ..request() }
+    };
+    let stream = scene.open(&long(Some(9.0))).await.expect("acknowledged");
+    let (chunks, error) = read(stream).await;
+    let Some(CallError::Remote(error)) = error else { panic!("{error:?}") };
+    assert_eq!((chunks.len(), error.code, error.param.as_deref()), (0, ErrorCode::InvalidValue, Some("temperature")));
+    let mut running = scene.open(&long(None)).await.expect("acknowledged");
+    next(&mut running).await.expect("it runs").expect("and well");
+    assert_eq!(scene.refusal(&long(None)).await.code, ErrorCode::WorkerFull);
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_job_more_than_slots_and_queue_is_refused() {
     let scene = Scene::ready(Config { slots: 1, queue_max: 1, ..config() }, slow()).await;
     let mut first = scene.open(&request()).await.expect("a slot");

@@ -1,0 +1,101 @@
+//! Refuses prompts that no model could read, before they cost a worker anything. Pure.
+
+use protocol::infer::{EmbedInput, Input, Message};
+use protocol::{ErrorCode, WireError};
+
+/// No token of a vocabulary stands for more bytes. The longest that models in use have are some hundred blanks.
+const TOKEN_BYTES_MAX: usize = 1024;
+
+/// Checks what is known of a prompt's size without its model's vocabulary. A `context_length` or `messages_max` of 0
+/// does not limit.
+pub(crate) fn check(input: &Input, messages_max: usize, context_length: u32) -> Result<(), WireError> {
+    let count = input.messages.as_ref().map_or(0, Vec::len);
+    if messages_max > 0 && count > messages_max {
+        let message = format!("messages has {count} messages, and at most {messages_max} are taken");
+        return Err(WireError::new(ErrorCode::InvalidValue, message).with_param("messages"));
+    }
+    let (tokens, param) = tokens_min(input);
+    if context_length > 0 && tokens > context_length as usize {
+        let message = format!(
+            "This model's maximum context length is {context_length} tokens. However, your {param} has at least {tokens} \
+             tokens. Please reduce its length."
+        );
+        return Err(WireError::new(ErrorCode::ContextLengthExceeded, message).with_param(param));
+    }
+    Ok(())
+}
+
+/// Returns how many tokens the longest text of an input has at least, and the field that it stands in.
+fn tokens_min(input: &Input) -> (usize, &'static str) {
+    let of_text = |text: &str| text.len().div_ceil(TOKEN_BYTES_MAX);
+    if let Some(messages) = &input.messages {
+        // Texts of two messages share no token; an empty message may be left out by a template.
+        let of_message = |message: &Message| of_text(&message.content);
+        (messages.iter().map(of_message).sum(), "messages")
+    } else if let Some(texts) = &input.embed {
+        let of_embed = |text: &EmbedInput| match text {
+            EmbedInput::Text(text) => of_text(text),
+            EmbedInput::Tokens(tokens) => tokens.len(),
+        };
+        (texts.iter().map(of_embed).max().unwrap_or_default(), "input")
+    } else {
+        let of_prompt = input.prompt.as_deref().map_or(0, of_text);
+        (of_prompt.max(input.prompt_tokens.as_ref().map_or(0, Vec::len)), "prompt")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::infer::Role;
+
+    use super::*;
+
+    fn chat(count: usize, content: &str) -> Input {
+        Input { messages: Some(vec![Message::new(Role::User, content); count]), ..Input::default() }
+    }
+
+    fn refused(input: &Input, messages_max: usize, context_length: u32) -> Option<(ErrorCode, Option<String>)> {
+        check(input, messages_max, context_length).err().map(|error| (error.code, error.param))
+    }
+
+    #[test]
+    fn messages_are_counted() {
+        let too_many = Some((ErrorCode::InvalidValue, Some("messages".to_owned())));
+        assert_eq!(refused(&chat(2_048, ""), 2_048, 4_096), None);
+        assert_eq!(refused(&chat(2_049, ""), 2_048, 4_096), too_many);
+        assert_eq!(refused(&chat(250_000, ""), 0, 4_096), None);
+    }
+
+    #[test]
+    fn what_cannot_fit_the_context_is_refused_and_what_may_fit_is_not() {
+        let too_long = |param: &str| Some((ErrorCode::ContextLengthExceeded, Some(param.to_owned())));
+        let text = |bytes: usize| "x".repeat(bytes);
+        let prompt = |bytes| Input { prompt: Some(text(bytes)), ..Input::default() };
+        let embed = |texts| Input { embed: Some(texts), ..Input::default() };
+        for (input, expected) in [
+            // Each message is a token at least, and a token may be long.
+            (chat(512, "a"), None),
+            (chat(513, "a"), too_long("messages")),
+            (chat(1, &text(512 * 1024)), None),
+            (chat(1, &text(512 * 1024 + 1)), too_long("messages")),
+            (prompt(512 * 1024), None),
+            (prompt(512 * 1024 + 1), too_long("prompt")),
+            (Input { prompt_tokens: Some(vec![1; 512]), ..Input::default() }, None),
+            (Input { prompt_tokens: Some(vec![1; 513]), ..Input::default() }, too_long("prompt")),
+            // Texts to make vectors of are read one by one.
+            (embed(vec![EmbedInput::Text(text(512 * 1024)); 3]), None),
+            (embed(vec![EmbedInput::Text(text(512 * 1024 + 1))]), too_long("input")),
+            (embed(vec![EmbedInput::Tokens(vec![1; 513])]), too_long("input")),
+        ] {
+            assert_eq!(refused(&input, 2_048, 512), expected);
+            assert_eq!(refused(&input, 2_048, 0), None, "nobody knows the context");
+        }
+    }
+
+    #[test]
+    fn the_refusal_reads_as_openais_does() {
+        let error = check(&chat(600, "a"), 2_048, 512).expect_err("too long");
+        // LiteLLM, aider and Cline know a full context by these words.
+        assert!(error.message.starts_with("This model's maximum context length is 512 tokens. However, your messages"));
+    }
+}
