@@ -75,6 +75,8 @@ pub enum Command {
     Join(JoinArgs),
     /// Take a node out of the network; it gets no work within 5 seconds
     Revoke(RevokeArgs),
+    /// Give a node another name
+    Rename(RenameArgs),
     /// Show a network of processes at work: ask, kill the worker that answered, ask again
     Demo,
     /// Ask a model and print its answer
@@ -85,7 +87,7 @@ pub enum Command {
     /// Make, list and revoke API keys
     #[command(subcommand)]
     Token(TokenCommand),
-    /// List the live nodes
+    /// List the nodes of the network: what they do, and how they are
     Nodes(NodesArgs),
     /// Say what is wrong, and what to do about it
     Doctor(ServerArgs),
@@ -218,6 +220,9 @@ pub struct InviteArgs {
     /// Who it is for
     #[arg(long, default_value = "")]
     pub name: String,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
     /// Hours for which the invite holds
     #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=24))]
     pub hours: u32,
@@ -262,8 +267,23 @@ pub struct JoinArgs {
 /// Whom to take out.
 #[derive(Debug, Clone, Args)]
 pub struct RevokeArgs {
-    /// The node's public key, 64 hex digits, as `tether nodes --json` shows it
+    /// The node: its name, its key, or the beginning of its key, as `tether nodes` shows them
     pub node: String,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// What to call a node.
+#[derive(Debug, Clone, Args)]
+pub struct RenameArgs {
+    /// The node: its name, its key, or the beginning of its key, as `tether nodes` shows them
+    pub node: String,
+    /// Its new name
+    pub name: String,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
 }
 
 /// Which nodes to list, and for how long.
@@ -353,12 +373,22 @@ pub enum TokenCommand {
     Create(TokenCreateArgs),
     /// List the keys, without their secrets
     #[command(visible_alias = "ls")]
-    List,
+    List(ServerArgs),
     /// Revoke a key; it stops working within 5 seconds
-    Revoke {
-        /// The eight characters after tth_live_
-        key_id: String,
-    },
+    Revoke(TokenRevokeArgs),
+}
+
+/// A key to revoke.
+#[derive(Debug, Clone, Args)]
+pub struct TokenRevokeArgs {
+    /// The eight characters after tth_live_
+    pub key_id: String,
+    /// Revoke the last key that operates the network without a question
+    #[arg(long)]
+    pub yes: bool,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
 }
 
 /// A key to make.
@@ -379,6 +409,9 @@ pub struct TokenCreateArgs {
     /// Requests the tenant may make a minute; 0 removes the limit
     #[arg(long, value_name = "COUNT")]
     pub requests_per_minute: Option<u32>,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
 }
 
 /// Looks at the settings.

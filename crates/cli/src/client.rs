@@ -21,6 +21,20 @@ pub struct GatewayClient {
     key: Option<String>,
 }
 
+impl ServerArgs {
+    /// Returns the API key: that of the file that was named, else the environment's, else the data folder's.
+    pub fn api_key(&self, data: &DataFolder, env: &Env) -> anyhow::Result<Option<String>> {
+        Ok(match &self.api_key_file {
+            Some(file) => {
+                let text =
+                    std::fs::read_to_string(file).with_context(|| format!("could not read {}", file.display()))?;
+                Some(text.trim().to_owned())
+            }
+            None => env.get("TETHER_API_KEY").map(str::to_owned).or_else(|| data.api_key()),
+        })
+    }
+}
+
 /// A streamed answer, read to its end.
 #[derive(Debug, Clone)]
 pub struct ChatAnswer {
@@ -49,15 +63,7 @@ impl GatewayClient {
     pub fn find(args: &ServerArgs, settings: &Settings, data: &DataFolder, env: &Env) -> anyhow::Result<Self> {
         let url =
             args.url.clone().or_else(|| data.address()).unwrap_or_else(|| format!("http://{}", settings.gateway.bind));
-        let key = match &args.api_key_file {
-            Some(file) => {
-                let text =
-                    std::fs::read_to_string(file).with_context(|| format!("could not read {}", file.display()))?;
-                Some(text.trim().to_owned())
-            }
-            None => env.get("TETHER_API_KEY").map(str::to_owned).or_else(|| data.api_key()),
-        };
-        Self::new(url, key)
+        Self::new(url, args.api_key(data, env)?)
     }
 
     /// Returns the gateway's address.
@@ -79,6 +85,11 @@ impl GatewayClient {
     /// Sends a JSON document and reads another.
     pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
         self.exchange(self.http.post(format!("{}{path}", self.url)).json(body)).await
+    }
+
+    /// Sends a change as a JSON document and reads another.
+    pub async fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
+        self.exchange(self.http.patch(format!("{}{path}", self.url)).json(body)).await
     }
 
     /// Deletes something and reads what came of it.

@@ -144,6 +144,7 @@ async fn command(command: Command, common: &Common, context: Context) -> anyhow:
         Command::Invite(args) => admission::invite(context, args).await,
         Command::Join(args) => admission::join(context, args).await,
         Command::Revoke(args) => admission::revoke(context, args).await,
+        Command::Rename(args) => admission::rename(context, args).await,
         Command::Demo => demo::run(context, common).await,
         Command::Run(args) => run::run(context, args).await,
         Command::Model(ModelCommand::List(server)) => model::list(context, &server).await,
@@ -153,8 +154,8 @@ async fn command(command: Command, common: &Common, context: Context) -> anyhow:
             adapter::remove(context, &model, &name, &server).await
         }
         Command::Token(TokenCommand::Create(args)) => token::create(context, args).await,
-        Command::Token(TokenCommand::List) => token::list(context).await,
-        Command::Token(TokenCommand::Revoke { key_id }) => token::revoke(context, &key_id).await,
+        Command::Token(TokenCommand::List(server)) => token::list(context, &server).await,
+        Command::Token(TokenCommand::Revoke(args)) => token::revoke(context, &args).await,
         Command::Nodes(server) => nodes::run(context, &server).await,
         Command::Doctor(server) => doctor::run(context, &server).await,
         Command::Config(ConfigCommand::Check) => check_config(&context),

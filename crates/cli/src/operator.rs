@@ -1,19 +1,32 @@
-//! Asks a network's registry as its operator: by RPC, with the API key of this data folder.
+//! Where operators' commands go: to a gateway over HTTP, to the registry by RPC, or to its store while nothing runs.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
+use metadata_store::MetadataStore;
 use protocol::PublicKey;
+use protocol::control::{
+    ByOperator, INVITE_CREATE, InviteCreate, InviteCreated, Member, Members, NODE_LIST, NODE_RENAME, NODE_REVOKE,
+    NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST,
+    OPERATOR_TOKEN_REVOKE, OperatorRequest, TokenCreate, TokenCreated, TokenInfo, TokenList, TokenRevoke, TokenRevoked,
+};
 use protocol::signature::NodeKey;
+use registry::TokenOffice;
 use rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options};
-use rpc::{CallError, Client};
+use rpc::{CallError, Client, SystemClock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::json;
 
+use crate::args::ServerArgs;
+use crate::client::GatewayClient;
 use crate::data_folder::DataFolder;
+use crate::services::open_store;
 use crate::settings::{Env, Settings};
 
+/// The fewest digits of a key that stand for it.
+const PREFIX_MIN: usize = 4;
 /// How long a registry may take, the way to it included.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -26,19 +39,197 @@ pub struct Operator {
     network: Arc<HyperswarmTransport>,
 }
 
+/// Where an operator's commands go.
+pub enum Desk {
+    /// To a gateway, which asks the registry.
+    Gateway(GatewayClient),
+    /// To the registry, from a machine that belongs to its network.
+    Registry(Operator),
+    /// To the registry's own store, since no registry runs.
+    Store(TokenOffice, Arc<dyn MetadataStore>),
+}
+
+impl Desk {
+    /// Finds where keys are made: at the gateway that is named or runs here, else at the network's registry, else in
+    /// the store.
+    pub async fn of_tokens(
+        server: &ServerArgs,
+        settings: &Settings,
+        data: &DataFolder,
+        env: &Env,
+    ) -> anyhow::Result<Self> {
+        let client = GatewayClient::find(server, settings, data, env)?;
+        if server.url.is_some() || client.answers().await {
+            return Ok(Self::Gateway(client));
+        }
+        // A store that no registry holds can be opened: the way back for those who lost their last key.
+        let is_free = || data.registry_store().exists() && data.lock(&["registry"]).is_ok();
+        if data.pool()?.is_some() && !is_free() {
+            return Operator::find(server, settings, data, env).await.map(Self::Registry);
+        }
+        data.create()?;
+        let store = open_store(&data.registry_store()).context("could not open the registry's store")?;
+        let office = TokenOffice::new(store.clone(), Arc::new(SystemClock), data.pepper()?);
+        Ok(Self::Store(office, store))
+    }
+
+    /// Finds who knows the nodes: the gateway that is named, else the registry of the network that this folder belongs
+    /// to, else the gateway that runs here.
+    pub async fn of_nodes(
+        server: &ServerArgs,
+        settings: &Settings,
+        data: &DataFolder,
+        env: &Env,
+    ) -> anyhow::Result<Self> {
+        if server.url.is_none() && data.pool()?.is_some() {
+            return Operator::find(server, settings, data, env).await.map(Self::Registry);
+        }
+        let client = GatewayClient::find(server, settings, data, env)?;
+        if server.url.is_some() || client.answers().await {
+            return Ok(Self::Gateway(client));
+        }
+        bail!(
+            "{} belongs to no network of processes; start one with `tether registry`, or name a gateway with --url",
+            data.path().display()
+        )
+    }
+
+    /// Makes a key.
+    pub async fn create_token(&self, new: TokenCreate) -> anyhow::Result<TokenCreated> {
+        match self {
+            Self::Gateway(client) => client.post("/admin/v1/tokens", &new).await,
+            Self::Registry(operator) => {
+                let asked = ByOperator { token: operator.token.clone(), request: new };
+                operator.ask(OPERATOR_TOKEN_CREATE, &asked).await
+            }
+            Self::Store(office, _) => Ok(office.issue(new).await?),
+        }
+    }
+
+    /// Lists the keys.
+    pub async fn tokens(&self) -> anyhow::Result<Vec<TokenInfo>> {
+        let TokenList { tokens } = match self {
+            Self::Gateway(client) => client.get("/admin/v1/tokens").await?,
+            Self::Registry(operator) => operator.ask(OPERATOR_TOKEN_LIST, &operator.request()).await?,
+            Self::Store(office, _) => office.list().await?,
+        };
+        Ok(tokens)
+    }
+
+    /// Revokes a key. `key_id` is well formed: it becomes part of a path.
+    pub async fn revoke_token(&self, key_id: &str) -> anyhow::Result<TokenRevoked> {
+        match self {
+            Self::Gateway(client) => client.delete(&format!("/admin/v1/tokens/{key_id}")).await,
+            Self::Registry(operator) => {
+                let request = TokenRevoke { key_id: key_id.to_owned() };
+                operator.ask(OPERATOR_TOKEN_REVOKE, &ByOperator { token: operator.token.clone(), request }).await
+            }
+            Self::Store(office, _) => Ok(office.revoke(key_id).await?),
+        }
+    }
+
+    /// Lists every node that was ever admitted.
+    pub async fn members(&self) -> anyhow::Result<Vec<Member>> {
+        match self {
+            Self::Gateway(client) => Ok(client.get::<Members>("/admin/v1/members").await?.members),
+            Self::Registry(operator) => {
+                let NodeList { nodes } = operator.ask(NODE_LIST, &operator.request()).await?;
+                Ok(nodes.into_iter().map(|node| Member { node, answers: None }).collect())
+            }
+            Self::Store(..) => bail!("no registry runs"),
+        }
+    }
+
+    /// Makes an invite.
+    pub async fn invite(&self, new: InviteCreate) -> anyhow::Result<InviteCreated> {
+        match self {
+            Self::Gateway(client) => client.post("/admin/v1/invites", &new).await,
+            Self::Registry(operator) => {
+                operator.ask(INVITE_CREATE, &InviteCreate { token: operator.token.clone(), ..new }).await
+            }
+            Self::Store(..) => bail!("no registry runs"),
+        }
+    }
+
+    /// Takes a node out of the network.
+    pub async fn revoke_node(&self, public_key: PublicKey) -> anyhow::Result<NodeRevoked> {
+        match self {
+            Self::Gateway(client) => client.delete(&format!("/admin/v1/members/{public_key}")).await,
+            Self::Registry(operator) => {
+                operator.ask(NODE_REVOKE, &NodeRevoke { token: operator.token.clone(), public_key }).await
+            }
+            Self::Store(..) => bail!("no registry runs"),
+        }
+    }
+
+    /// Gives a node another name.
+    pub async fn rename_node(&self, public_key: PublicKey, name: &str) -> anyhow::Result<NodeRenamed> {
+        match self {
+            Self::Gateway(client) => {
+                client.patch(&format!("/admin/v1/members/{public_key}"), &json!({ "name": name })).await
+            }
+            Self::Registry(operator) => {
+                let request = NodeRename { token: operator.token.clone(), public_key, name: name.to_owned() };
+                operator.ask(NODE_RENAME, &request).await
+            }
+            Self::Store(..) => bail!("no registry runs"),
+        }
+    }
+
+    /// Leaves the network, or closes the store.
+    pub async fn leave(self) -> anyhow::Result<()> {
+        match self {
+            Self::Gateway(_) => {}
+            Self::Registry(operator) => operator.leave().await,
+            Self::Store(_, store) => store.close().await.context("could not close the registry's store")?,
+        }
+        Ok(())
+    }
+}
+
+/// Finds the node that a name, a key or the beginning of a key stands for.
+pub fn find_node(members: &[Member], text: &str) -> anyhow::Result<PublicKey> {
+    if let Ok(key) = text.parse() {
+        return Ok(key);
+    }
+    let named: Vec<&Member> =
+        members.iter().filter(|member| member.node.name == text && member.node.revoked_at.is_none()).collect();
+    let is_prefix = text.len() >= PREFIX_MIN && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let begins = |member: &&Member| is_prefix && member.node.public_key.to_string().starts_with(&text.to_lowercase());
+    let found = if named.is_empty() { members.iter().filter(begins).collect() } else { named };
+    match found[..] {
+        [one] => Ok(one.node.public_key),
+        [] => bail!("no node has the name {text:?} or a key that begins so; `tether nodes` lists them"),
+        ref several => {
+            let told: Vec<String> = several
+                .iter()
+                .map(|member| format!("{} {}", member.node.public_key.short(), member.node.name))
+                .collect();
+            bail!("{text:?} may be any of {}; give more of the key", told.join(", "))
+        }
+    }
+}
+
 impl Operator {
     /// Finds the registry of the network that this data folder belongs to.
-    pub async fn find(settings: &Settings, data: &DataFolder, env: &Env) -> anyhow::Result<Self> {
+    pub async fn find(server: &ServerArgs, settings: &Settings, data: &DataFolder, env: &Env) -> anyhow::Result<Self> {
         let pool = data.pool()?.with_context(|| {
             format!("{} belongs to no network of processes; start one with `tether registry`", data.path().display())
         })?;
-        let token = env.get("TETHER_API_KEY").map(str::to_owned).or_else(|| data.api_key());
-        let token = token.filter(|token| !token.is_empty()).with_context(|| {
-            format!("no API key is at hand: {} is missing, and TETHER_API_KEY empty", data.api_key_file().display())
+        let token = server.api_key(data, env)?.filter(|token| !token.is_empty()).with_context(|| {
+            format!(
+                "an API key is needed: {} is missing, TETHER_API_KEY is empty, and --api-key-file was not given; the first \
+                 key lies in the registry's data folder",
+                data.api_key_file().display()
+            )
         })?;
         // Nobody is to find this one: it asks, and is gone.
         let network = client_network(settings, data, &pool.bootstrap, &random_key()?).await?;
         Ok(Self { token, registry: pool.registry, client: Client::new(network.clone()), network })
+    }
+
+    fn request(&self) -> OperatorRequest {
+        OperatorRequest { token: self.token.clone() }
     }
 
     /// Asks the registry.
@@ -85,4 +276,49 @@ pub async fn client_network(
         is_client: true,
     };
     HyperswarmTransport::start(options, key).await.context("could not open a UDP socket")
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::UnixMillis;
+    use protocol::control::{NodeEntry, NodeRole};
+
+    use super::*;
+
+    fn member(seed: u8, name: &str, is_revoked: bool) -> Member {
+        let node = NodeEntry {
+            public_key: PublicKey([seed; 32]),
+            name: name.to_owned(),
+            roles: vec![NodeRole::Worker],
+            regions: vec![],
+            models: vec![],
+            serial: 1,
+            joined_at: UnixMillis(0),
+            not_after: UnixMillis(1),
+            revoked_at: is_revoked.then_some(UnixMillis(1)),
+        };
+        Member { node, answers: None }
+    }
+
+    #[test]
+    fn a_node_is_found_by_its_name_its_key_or_the_beginning_of_it() {
+        let members = [
+            member(0xab, "garage", false),
+            member(0xac, "attic", true),
+            member(0xad, "attic", false),
+            member(0xae, "twin", false),
+            member(0xaf, "twin", false),
+        ];
+        let find = |text: &str| find_node(&members, text).map(|key| key.0[0]);
+        assert_eq!(find("garage").expect("by name"), 0xab);
+        assert_eq!(find("ABAB").expect("by its beginning"), 0xab);
+        assert_eq!(find(&"ac".repeat(32)).expect("by its key"), 0xac);
+        assert_eq!(find("attic").expect("the one that was not revoked"), 0xad);
+        assert_eq!(find(&"01".repeat(32)).expect("a key that nobody knows"), 1);
+        let ambiguous = find("twin").expect_err("two").to_string();
+        assert!(ambiguous.contains("aeaeaeae twin") && ambiguous.contains("afafafaf twin"), "{ambiguous}");
+        for text in ["ab", "cellar", "abad", ""] {
+            assert!(find(text).expect_err(text).to_string().contains("tether nodes"), "{text}");
+        }
+    }
 }

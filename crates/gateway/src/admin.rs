@@ -7,10 +7,12 @@ use axum::extract::{Path, State};
 use http::Response;
 use protocol::control::{
     ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterList, AdapterRemove, AdapterRemoved, CATALOG_LIST, Catalog, Empty,
-    Scope, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated, TokenList, TokenRevoke, TokenRevoked,
+    INVITE_CREATE, InviteCreate, InviteCreated, Member, Members, NODE_LIST, NODE_RENAME, NODE_REVOKE, NodeEntry,
+    NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked, NodeRole, OperatorRequest, Scope, TOKEN_CREATE,
+    TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated, TokenList, TokenRevoke, TokenRevoked,
 };
 use protocol::model::{AdapterEntry, ModelRef};
-use protocol::{CorrelationId, ErrorCode, WireError, codec};
+use protocol::{CorrelationId, ErrorCode, PublicKey, WireError, codec};
 use tracing::info;
 
 use crate::catalog;
@@ -36,6 +38,100 @@ pub(crate) async fn nodes(State(bridge): State<Bridge>, inquiry: Inquiry) -> Res
         Ok(json(&bridge.gateway.fleet_now().await?))
     };
     respond(inquiry.context, listed.await)
+}
+
+/// Lists every node that was ever admitted, whatever it does, and says which of them answer.
+#[utoipa::path(
+    get, path = "/admin/v1/members", tag = "admin", operation_id = "listMembers", security(("bearer" = [])),
+    responses(
+        (status = 200, description = "Every node, the first admitted first", body = crate::http_bridge::Members),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn members(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
+    let listed = async {
+        let token = operator(&bridge, &inquiry).await?;
+        let list: NodeList = bridge.gateway.ask_registry(NODE_LIST, &OperatorRequest { token }).await?;
+        let member = |node: NodeEntry| {
+            let asked = node.roles.iter().filter(|role| **role != NodeRole::Worker && node.revoked_at.is_none());
+            let answers =
+                asked.map(|role| bridge.gateway.answers(node.public_key, *role)).reduce(|one, other| one || other);
+            Member { node, answers }
+        };
+        Ok(json(&Members { members: list.nodes.into_iter().map(member).collect() }))
+    };
+    respond(inquiry.context, listed.await)
+}
+
+/// Takes a node out of the network; no node deals with it within five seconds.
+#[utoipa::path(
+    delete, path = "/admin/v1/members/{publicKey}", tag = "admin", operation_id = "revokeMember", security(("bearer" = [])),
+    params(("publicKey" = String, Path, description = "The node's key, 64 hex digits")),
+    responses(
+        (status = 200, description = "Whether there was such a node", body = crate::http_bridge::NodeRevoked),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn revoke_member(
+    State(bridge): State<Bridge>,
+    Path(public_key): Path<String>,
+    inquiry: Inquiry,
+) -> Response<Body> {
+    let revoked = async {
+        let token = operator(&bridge, &inquiry).await?;
+        let request = NodeRevoke { token, public_key: member_key(&public_key)? };
+        let revoked: NodeRevoked = bridge.gateway.ask_registry(NODE_REVOKE, &request).await?;
+        info!(node = request.public_key.short(), found = revoked.found, "node revoked");
+        Ok(json(&revoked))
+    };
+    respond(inquiry.context, revoked.await)
+}
+
+/// Gives a node another name.
+#[utoipa::path(
+    patch, path = "/admin/v1/members/{publicKey}", tag = "admin", operation_id = "renameMember", security(("bearer" = [])),
+    params(("publicKey" = String, Path, description = "The node's key, 64 hex digits")),
+    request_body(content = crate::http_bridge::NewName, content_type = "application/json"),
+    responses(
+        (status = 200, description = "Whether there was such a node", body = crate::http_bridge::NodeRenamed),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn rename_member(
+    State(bridge): State<Bridge>,
+    Path(public_key): Path<String>,
+    inquiry: Inquiry,
+    body: Body,
+) -> Response<Body> {
+    let renamed = async {
+        let token = operator(&bridge, &inquiry).await?;
+        let bytes = request_body::read(&mut { body }, NEW_BYTES_MAX, BODY_IDLE).await?;
+        let crate::http_bridge::NewName { name } = codec::decode(&bytes)?;
+        let request = NodeRename { token, public_key: member_key(&public_key)?, name };
+        Ok(json(&bridge.gateway.ask_registry::<_, NodeRenamed>(NODE_RENAME, &request).await?))
+    };
+    respond(inquiry.context, renamed.await)
+}
+
+/// Makes an invite. It is told this once.
+#[utoipa::path(
+    post, path = "/admin/v1/invites", tag = "admin", operation_id = "createInvite", security(("bearer" = [])),
+    request_body(content = crate::http_bridge::InviteCreate, content_type = "application/json"),
+    responses(
+        (status = 200, description = "The invite, told this once", body = crate::http_bridge::InviteCreated),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn create_invite(State(bridge): State<Bridge>, inquiry: Inquiry, body: Body) -> Response<Body> {
+    let created = async {
+        let token = operator(&bridge, &inquiry).await?;
+        let bytes = request_body::read(&mut { body }, NEW_BYTES_MAX, BODY_IDLE).await?;
+        let new: InviteCreate = codec::decode(&bytes)?;
+        let created: InviteCreated = bridge.gateway.ask_registry(INVITE_CREATE, &InviteCreate { token, ..new }).await?;
+        info!(invite = %created.invite_id, "invite made");
+        Ok(json(&created))
+    };
+    respond(inquiry.context, created.await)
 }
 
 /// Tells how a job was placed: every try, and every candidate of each.
@@ -187,7 +283,15 @@ pub(crate) async fn remove_adapter(
     respond(inquiry.context, removed.await)
 }
 
-async fn operator(bridge: &Bridge, inquiry: &Inquiry) -> Result<(), WireError> {
+/// Lets an operator in and returns the token, by which the registry knows the operator, too.
+async fn operator(bridge: &Bridge, inquiry: &Inquiry) -> Result<String, WireError> {
     let Inquiry { context, token } = inquiry;
-    bridge.gateway.authenticate(token.as_deref(), context.origin, Scope::Admin).await.map(drop)
+    bridge.gateway.authenticate(token.as_deref(), context.origin, Scope::Admin).await?;
+    Ok(token.clone().unwrap_or_default())
+}
+
+fn member_key(text: &str) -> Result<PublicKey, WireError> {
+    text.parse().map_err(|malformed: protocol::MalformedId| {
+        WireError::new(ErrorCode::InvalidValue, malformed.to_string()).with_param("publicKey")
+    })
 }

@@ -476,6 +476,11 @@ impl Gateway {
         self.inner.upstream.ask(NodeRole::Orchestrator, JOB_EXPLAIN, &request).await.map_err(presentable)
     }
 
+    /// Says whether a node answers in a role.
+    pub(crate) fn answers(&self, node: PublicKey, role: NodeRole) -> bool {
+        node == self.inner.transport.public_key() || self.inner.upstream.knows(node, role)
+    }
+
     /// Asks a registry on behalf of an operator.
     pub(crate) async fn ask_registry<Request: Serialize, Reply: DeserializeOwned>(
         &self,

@@ -37,8 +37,8 @@ use crate::gateway::{Gateway, GatewayError};
 
 pub(crate) use errors::json;
 pub(crate) use openapi::{
-    AdapterAdd, AdapterEntry, AdapterList, AdapterRemoved, Decision, Errors, Fleet, TokenCreate, TokenCreated,
-    TokenList, TokenRevoked,
+    AdapterAdd, AdapterEntry, AdapterList, AdapterRemoved, Decision, Errors, Fleet, InviteCreate, InviteCreated,
+    Members, NewName, NodeRenamed, NodeRevoked, TokenCreate, TokenCreated, TokenList, TokenRevoked,
 };
 pub(crate) use router::Bridge;
 

@@ -73,6 +73,11 @@ impl Upstream {
         self.client.membership()
     }
 
+    /// Says whether a node of a role answered lately.
+    pub(crate) fn knows(&self, node: PublicKey, role: NodeRole) -> bool {
+        self.directory.find(role).contains(&node)
+    }
+
     /// Asks the nodes of a role in turn until one answers.
     pub(crate) async fn ask<Request: Serialize, Reply: DeserializeOwned>(
         &self,

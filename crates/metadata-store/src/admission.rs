@@ -125,6 +125,13 @@ pub(crate) fn nodes(connection: &Connection) -> rusqlite::Result<Vec<NodeRecord>
         .collect()
 }
 
+/// Gives a node another name, and says whether there is such a node.
+pub(crate) fn rename_node(connection: &Connection, public_key: PublicKey, name: &str) -> rusqlite::Result<bool> {
+    let renamed =
+        connection.prepare_cached("UPDATE nodes SET name = ?2 WHERE public_key = ?1")?.execute((public_key.0, name))?;
+    Ok(renamed > 0)
+}
+
 /// Expels a key and returns the version of the list that names it. The first time counts.
 ///
 /// A version is at least the time of its revocation, so that versions grow even where a store was lost.

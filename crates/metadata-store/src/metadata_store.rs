@@ -117,6 +117,9 @@ pub trait MetadataStore: Send + Sync {
     /// Returns every node that was ever admitted, the first first.
     async fn nodes(&self) -> Result<Vec<NodeRecord>, StoreError>;
 
+    /// Gives a node another name. Returns false where there is no such node.
+    async fn rename_node(&self, public_key: PublicKey, name: &str) -> Result<bool, StoreError>;
+
     /// Expels a key, known or not, and returns the version of the list that names it. The first time counts.
     ///
     /// Versions grow, and are not below the time they are made, so that they grow even where a store was lost.

@@ -290,6 +290,11 @@ impl MetadataStore for SqliteStore {
         self.read(admission::nodes).await
     }
 
+    async fn rename_node(&self, public_key: PublicKey, name: &str) -> Result<bool, StoreError> {
+        let name = name.to_owned();
+        self.write(move |connection| admission::rename_node(connection, public_key, &name)).await
+    }
+
     async fn revoke_node(&self, public_key: PublicKey, now: UnixMillis) -> Result<u64, StoreError> {
         self.write(move |connection| admission::revoke_node(connection, public_key, now)).await
     }

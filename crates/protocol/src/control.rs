@@ -53,6 +53,14 @@ pub const INVITE_REDEEM: &str = "registry.invite.redeem";
 pub const CERTIFICATE_RENEW: &str = "registry.certificate.renew";
 /// Registry: expels a node. [`NodeRevoke`] → [`NodeRevoked`].
 pub const NODE_REVOKE: &str = "registry.node.revoke";
+/// Registry: gives a node another name. [`NodeRename`] → [`NodeRenamed`].
+pub const NODE_RENAME: &str = "registry.node.rename";
+/// Registry: issues a token to an operator. [`ByOperator`] of a [`TokenCreate`] → [`TokenCreated`].
+pub const OPERATOR_TOKEN_CREATE: &str = "registry.operator.token.create";
+/// Registry: lists the tokens to an operator. [`OperatorRequest`] → [`TokenList`].
+pub const OPERATOR_TOKEN_LIST: &str = "registry.operator.token.list";
+/// Registry: revokes a token for an operator. [`ByOperator`] of a [`TokenRevoke`] → [`TokenRevoked`].
+pub const OPERATOR_TOKEN_REVOKE: &str = "registry.operator.token.revoke";
 /// Registry: lists the members and the expelled. [`OperatorRequest`] → [`NodeList`].
 pub const NODE_LIST: &str = "registry.node.list";
 /// Registry: tells a member what has changed in the pool. [`PoolStateRequest`] → [`PoolState`].
@@ -307,7 +315,8 @@ pub struct Hello {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct InviteCreate {
-    /// An API token that may operate the network.
+    /// An API token that may operate the network. By HTTP it is the request's own.
+    #[serde(default)]
     pub token: String,
     /// What the node may become; at least one role.
     pub roles: Vec<NodeRole>,
@@ -383,6 +392,37 @@ pub struct NodeRevoked {
     pub version: u64,
 }
 
+/// A node to rename.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeRename {
+    /// An API token that may operate the network. By HTTP it is the request's own.
+    #[serde(default)]
+    pub token: String,
+    /// The node.
+    pub public_key: PublicKey,
+    /// Its new name, for people.
+    pub name: String,
+}
+
+/// What came of a new name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeRenamed {
+    /// Whether the registry had admitted such a node.
+    pub found: bool,
+}
+
+/// A request that an operator makes at the registry itself, without a gateway.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ByOperator<T> {
+    /// An API token that may operate the network.
+    pub token: String,
+    /// What it asks for.
+    pub request: T,
+}
+
 /// A request of an operator without further content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -422,6 +462,26 @@ pub struct NodeEntry {
     /// When it was expelled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revoked_at: Option<UnixMillis>,
+}
+
+/// Every node that was ever admitted, as a gateway lists them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Members {
+    /// The first admitted first.
+    pub members: Vec<Member>,
+}
+
+/// A node as the registry knows it, and whether it answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Member {
+    /// What the registry knows.
+    #[serde(flatten)]
+    pub node: NodeEntry,
+    /// Whether it answers the gateway. Workers are not asked: they report to orchestrators.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answers: Option<bool>,
 }
 
 /// Asks what has changed in the pool.

@@ -16,7 +16,8 @@ use protocol::admission::{
     revocation,
 };
 use protocol::control::{
-    Enrolled, InviteCreate, InviteCreated, InviteRedeem, NodeEntry, NodeList, NodeRevoked, NodeRole, PoolState,
+    Enrolled, InviteCreate, InviteCreated, InviteRedeem, NodeEntry, NodeList, NodeRenamed, NodeRevoked, NodeRole,
+    PoolState,
 };
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, ErrorCode, InviteId, ModelName, PublicKey, Region, UnixMillis, WireError};
@@ -276,7 +277,8 @@ impl AdmissionOffice {
                 return Err(WireError::new(ErrorCode::InviteUnknown, "the registry knows no such invite"));
             }
         }
-        let name = if name.is_empty() { record.name } else { name };
+        // The operator's word for the node goes before its own.
+        let name = if record.name.is_empty() { name } else { record.name };
         let grant = Grant { name, roles: record.roles, regions: record.regions, models: record.models };
         let certificate = self.certify(node, grant).await?;
         info!(invite = %invite_id, node = node.short(), "a node has joined");
@@ -305,6 +307,14 @@ impl AdmissionOffice {
         self.0.changes.send_modify(|count| *count += 1);
         info!(node = node.short(), found, "node revoked");
         Ok(NodeRevoked { found, version })
+    }
+
+    /// Gives a node another name. Names are for people: what a node may do goes by its key.
+    pub async fn rename(&self, node: PublicKey, name: &str) -> Result<NodeRenamed, AdmissionError> {
+        if name.is_empty() || name.chars().count() > NAME_MAX || name.chars().any(char::is_control) {
+            return Err(AdmissionError::Invalid { field: "name", reason: "a name has 1 to 64 printable characters" });
+        }
+        Ok(NodeRenamed { found: self.0.parts.store.rename_node(node, name).await? })
     }
 
     /// Lists every node that was ever admitted.

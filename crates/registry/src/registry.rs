@@ -8,10 +8,11 @@ use metadata_store::MetadataStore;
 use protocol::admission::Certificate;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
-    ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterRemove, CATALOG_LIST, CERTIFICATE_RENEW, CLOCK_READ, ClockReading,
-    Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate, InviteRedeem, MODEL_OFFER, NODE_LIST, NODE_REVOKE, NodeInfo,
-    NodeRevoke, NodeRole, OperatorRequest, POLICY_GET, POOL_STATE, PolicyRequest, PoolStateRequest, Scope, TOKEN_CHECK,
-    TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate, TokenRevoke,
+    ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterRemove, ByOperator, CATALOG_LIST, CERTIFICATE_RENEW, CLOCK_READ,
+    ClockReading, Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate, InviteRedeem, MODEL_OFFER, NODE_LIST, NODE_RENAME,
+    NODE_REVOKE, NodeInfo, NodeRename, NodeRevoke, NodeRole, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST,
+    OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET, POOL_STATE, PolicyRequest, PoolStateRequest, Scope,
+    TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate, TokenCreated, TokenRevoke,
 };
 use protocol::model::ModelOffer;
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
@@ -130,6 +131,47 @@ impl Registry {
         }
     }
 
+    /// Serves operators who come without a gateway: their token is all that counts.
+    fn serve_operators(self: &Arc<Self>, server: Server) -> Server {
+        let [renamed, issued, listed, revoked] = std::array::from_fn(|_| self.clone());
+        server
+            .unary(NODE_RENAME, move |caller, request: NodeRename| {
+                let registry = renamed.clone();
+                async move {
+                    registry.operator(caller, &request.token).await?;
+                    Ok(registry.parts.admission.rename(request.public_key, &request.name).await?)
+                }
+            })
+            .unary(OPERATOR_TOKEN_CREATE, move |caller, asked: ByOperator<TokenCreate>| {
+                let registry = issued.clone();
+                async move {
+                    registry.operator(caller, &asked.token).await?;
+                    registry.issue(asked.request).await
+                }
+            })
+            .unary(OPERATOR_TOKEN_LIST, move |caller, request: OperatorRequest| {
+                let registry = listed.clone();
+                async move {
+                    registry.operator(caller, &request.token).await?;
+                    registry.tokens.list().await.map_err(|error| unavailable(&error))
+                }
+            })
+            .unary(OPERATOR_TOKEN_REVOKE, move |caller, asked: ByOperator<TokenRevoke>| {
+                let registry = revoked.clone();
+                async move {
+                    registry.operator(caller, &asked.token).await?;
+                    registry.tokens.revoke(&asked.request.key_id).await.map_err(|error| unavailable(&error))
+                }
+            })
+    }
+
+    async fn issue(&self, new: TokenCreate) -> Result<TokenCreated, WireError> {
+        self.tokens.issue(new).await.map_err(|error| {
+            warn!(%error, "could not issue a token");
+            WireError::new(ErrorCode::Unavailable, "the token could not be issued, try again")
+        })
+    }
+
     fn serve_admission(self: &Arc<Self>, server: Server) -> Server {
         let [invited, redeemed, renewed, revoked, listed, asked] = std::array::from_fn(|_| self.clone());
         let clock = self.parts.clock.clone();
@@ -182,7 +224,7 @@ impl Registry {
     fn serve(self: &Arc<Self>, server: Server) -> Server {
         let [tokens, issued, listed, revoked, models, offered, added, removed, rules] =
             std::array::from_fn(|_| self.clone());
-        self.serve_admission(server)
+        self.serve_operators(self.serve_admission(server))
             .unary(TOKEN_CHECK, move |caller, request: TokenCheck| {
                 let registry = tokens.clone();
                 async move {
@@ -194,10 +236,7 @@ impl Registry {
                 let registry = issued.clone();
                 async move {
                     registry.admit_gateway(caller.key)?;
-                    registry.tokens.issue(request).await.map_err(|error| {
-                        warn!(%error, "could not issue a token");
-                        WireError::new(ErrorCode::Unavailable, "the token could not be issued, try again")
-                    })
+                    registry.issue(request).await
                 }
             })
             .unary(TOKEN_LIST, move |caller, _: Empty| {

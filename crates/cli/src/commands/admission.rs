@@ -1,16 +1,16 @@
-//! `tether invite`, `join` and `revoke`: who belongs to the network.
+//! `tether invite`, `join`, `revoke` and `rename`: who belongs to the network.
 
 use anyhow::{Context as _, bail};
 use protocol::PublicKey;
 use protocol::admission::Invite;
-use protocol::control::{INVITE_CREATE, InviteCreate, InviteCreated, NODE_REVOKE, NodeRevoke, NodeRevoked, NodeRole};
+use protocol::control::{InviteCreate, NodeRole};
 use rpc::{Client, Enrolment, SystemClock};
 
 use super::serve::{follow_parent, name, run_role};
 use super::{Context, Outcome};
-use crate::args::{InviteArgs, JoinArgs, RevokeArgs, Role};
+use crate::args::{InviteArgs, JoinArgs, RenameArgs, RevokeArgs, Role};
 use crate::node::{Node, Pool};
-use crate::operator::Operator;
+use crate::operator::{Desk, find_node};
 use crate::output;
 
 impl From<Role> for NodeRole {
@@ -26,9 +26,16 @@ impl From<Role> for NodeRole {
 /// Makes an invite and prints the line that redeems it.
 pub(super) async fn invite(context: Context, args: InviteArgs) -> anyhow::Result<Outcome> {
     let regions = args.regions.iter().map(|region| region.parse()).collect::<Result<_, _>>()?;
-    let operator = Operator::find(&context.settings, &context.data, &context.env).await?;
+    if args.server.url.is_none() && context.data.pool()?.is_none() && context.data.address().is_some() {
+        bail!(
+            "the network of {} runs in one process, and no machine can join it; `tether registry` founds one that can be \
+             joined",
+            context.data.path().display()
+        );
+    }
+    let desk = Desk::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
     let new = InviteCreate {
-        token: operator.token.clone(),
+        token: String::new(),
         roles: vec![args.role.into()],
         regions,
         models: vec![],
@@ -36,8 +43,8 @@ pub(super) async fn invite(context: Context, args: InviteArgs) -> anyhow::Result
         valid_secs: Some(u64::from(args.hours) * 3600),
         bootstrap: vec![],
     };
-    let created = operator.ask::<_, InviteCreated>(INVITE_CREATE, &new).await;
-    operator.leave().await;
+    let created = desk.invite(new).await;
+    desk.leave().await?;
     let created = created?;
     if context.json {
         output::json(&created)?;
@@ -70,7 +77,7 @@ pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Out
     }
     let node = Node::start(&context.settings, &context.data, name, &invite.bootstrap).await?;
     let client = Client::new(node.transport());
-    let enrolment = match Enrolment::redeem(&client, &invite, "", &SystemClock).await {
+    let enrolment = match Enrolment::redeem(&client, &invite, &host_name(), &SystemClock).await {
         Ok(enrolment) => enrolment,
         Err(error) => {
             node.stop().await;
@@ -92,12 +99,14 @@ pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Out
 
 /// Takes a node out of the network.
 pub(super) async fn revoke(context: Context, args: RevokeArgs) -> anyhow::Result<Outcome> {
-    let public_key: PublicKey = args.node.parse()?;
-    let operator = Operator::find(&context.settings, &context.data, &context.env).await?;
-    let request = NodeRevoke { token: operator.token.clone(), public_key };
-    let revoked = operator.ask::<_, NodeRevoked>(NODE_REVOKE, &request).await;
-    operator.leave().await;
-    let revoked = revoked?;
+    let desk = Desk::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
+    let asked = async {
+        let public_key = find(&desk, &args.node).await?;
+        anyhow::Ok((public_key, desk.revoke_node(public_key).await?))
+    };
+    let asked = asked.await;
+    desk.leave().await?;
+    let (public_key, revoked) = asked?;
     if context.json {
         output::json(&revoked)?;
     } else if revoked.found {
@@ -106,4 +115,37 @@ pub(super) async fn revoke(context: Context, args: RevokeArgs) -> anyhow::Result
         output::line(format!("{} was never admitted; it is now refused for good", public_key.short()));
     }
     Ok(if revoked.found { Outcome::Well } else { Outcome::Finding })
+}
+
+/// Gives a node another name.
+pub(super) async fn rename(context: Context, args: RenameArgs) -> anyhow::Result<Outcome> {
+    let desk = Desk::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
+    let asked = async {
+        let public_key = find(&desk, &args.node).await?;
+        anyhow::Ok((public_key, desk.rename_node(public_key, &args.name).await?))
+    };
+    let asked = asked.await;
+    desk.leave().await?;
+    let (public_key, renamed) = asked?;
+    if context.json {
+        output::json(&renamed)?;
+    } else if renamed.found {
+        output::line(format!("{} is called {}", public_key.short(), args.name));
+    } else {
+        output::line(format!("{} was never admitted", public_key.short()));
+    }
+    Ok(if renamed.found { Outcome::Well } else { Outcome::Finding })
+}
+
+/// Finds a node; a whole key needs no list.
+async fn find(desk: &Desk, text: &str) -> anyhow::Result<PublicKey> {
+    match text.parse() {
+        Ok(public_key) => Ok(public_key),
+        Err(_) => find_node(&desk.members().await?, text),
+    }
+}
+
+/// Returns this machine's name, for the network's lists.
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

@@ -1,13 +1,16 @@
-//! `tether nodes`: lists the live workers, once or as they change.
+//! `tether nodes`: lists the nodes of the network, once or as they change.
 
 use std::time::Duration;
 
-use protocol::control::{Fleet, FleetWorker};
+use protocol::control::{Fleet, FleetWorker, Member, NodeRole};
+use protocol::health::ModelState;
+use serde_json::json;
 
 use super::up::asked_to_stop;
 use super::{Context, Outcome};
 use crate::args::NodesArgs;
 use crate::client::GatewayClient;
+use crate::operator::Desk;
 use crate::output;
 
 /// How often the list is taken anew while it is watched.
@@ -15,27 +18,36 @@ const EVERY: Duration = Duration::from_secs(1);
 /// Moves the terminal's cursor to its first line and clears what follows.
 const CLEAR: &str = "\x1b[H\x1b[2J";
 
+/// Who belongs to the network, and how its workers are.
+struct Network {
+    /// Missing where no registry tells, with the reason.
+    members: Result<Vec<Member>, String>,
+    /// Missing where no gateway or orchestrator tells, with the reason.
+    fleet: Result<Fleet, String>,
+}
+
 pub(super) async fn run(context: Context, args: &NodesArgs) -> anyhow::Result<Outcome> {
     let client = GatewayClient::find(&args.server, &context.settings, &context.data, &context.env)?;
     if args.watch {
-        return watch(&client).await;
+        return watch(&context, args, &client).await;
     }
-    let fleet: Fleet = client.get("/admin/v1/nodes").await?;
+    let network = look(&context, args, &client).await?;
     if context.json {
-        output::json(&fleet)?;
+        let workers = network.fleet.as_ref().map(|fleet| &fleet.workers).ok();
+        output::json(&json!({ "workers": workers, "members": network.members.as_ref().ok() }))?;
     } else {
-        output::line(listed(&fleet));
+        output::line(listed(&network));
     }
     Ok(Outcome::Well)
 }
 
-async fn watch(client: &GatewayClient) -> anyhow::Result<Outcome> {
+async fn watch(context: &Context, args: &NodesArgs, client: &GatewayClient) -> anyhow::Result<Outcome> {
     let asked = asked_to_stop();
     tokio::pin!(asked);
     loop {
         // A gateway that is away for a moment is worth a line, and no end.
-        let shown = match client.get::<Fleet>("/admin/v1/nodes").await {
-            Ok(fleet) => listed(&fleet),
+        let shown = match look(context, args, client).await {
+            Ok(network) => listed(&network),
             Err(error) => format!("{error:#}"),
         };
         output::piece(&format!("{CLEAR}{shown}\n"));
@@ -46,22 +58,104 @@ async fn watch(client: &GatewayClient) -> anyhow::Result<Outcome> {
     }
 }
 
-fn listed(fleet: &Fleet) -> String {
-    let rows: Vec<Vec<String>> = fleet.workers.iter().map(row).collect();
-    output::aligned(&["WORKER", "REGION", "CLASS", "RUNNING", "WAITING", "MODELS", "REPORTED"], &rows)
+/// Asks the gateway, and the registry itself where none answers. It is an error where neither tells anything.
+async fn look(context: &Context, args: &NodesArgs, client: &GatewayClient) -> anyhow::Result<Network> {
+    let fleet = client.get::<Fleet>("/admin/v1/nodes").await;
+    let told = Desk::Gateway(client.clone()).members().await;
+    let is_member = args.server.url.is_none() && context.data.pool().is_ok_and(|pool| pool.is_some());
+    let told = match told {
+        Err(_) if is_member => {
+            let desk = Desk::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
+            let told = desk.members().await;
+            desk.leave().await?;
+            told
+        }
+        told => told,
+    };
+    match (fleet, told) {
+        (Err(error), Err(_)) => Err(error),
+        (fleet, members) => {
+            let why = |error: anyhow::Error| format!("{error:#}");
+            Ok(Network { fleet: fleet.map_err(why), members: members.map_err(why) })
+        }
+    }
 }
 
-fn row(worker: &FleetWorker) -> Vec<String> {
+fn listed(network: &Network) -> String {
+    let none = Fleet::default();
+    let fleet = network.fleet.as_ref().unwrap_or(&none);
+    let mut rows: Vec<(usize, Vec<String>)> = vec![];
+    let mut strangers: Vec<&FleetWorker> = fleet.workers.iter().collect();
+    for member in network.members.iter().flatten().filter(|member| member.node.revoked_at.is_none()) {
+        let worker = fleet.workers.iter().find(|worker| worker.report.worker_id == member.node.public_key);
+        strangers.retain(|other| Some(other.report.worker_id) != worker.map(|worker| worker.report.worker_id));
+        let role = member.node.roles.first().copied().unwrap_or(NodeRole::Worker);
+        rows.push((order(role), member_row(member, role, worker, network.fleet.is_ok())));
+    }
+    // Those whom the registry does not name, as where it cannot be asked.
+    rows.extend(strangers.into_iter().map(|worker| (order(NodeRole::Worker), worker_row("", worker))));
+    rows.sort();
+    let rows: Vec<Vec<String>> = rows.into_iter().map(|(_, row)| row).collect();
+    let head = ["NAME", "ROLE", "NODE", "REGION", "CLASS", "STATE", "RUNNING", "WAITING", "MODELS", "REPORTED"];
+    let mut parts = vec![output::aligned(&head, &rows)];
+    if let Err(why) = &network.fleet {
+        parts.push(format!("how the workers are is not known: {why}"));
+    }
+    if let Err(why) = &network.members {
+        parts.push(format!("names and other nodes are not known: {why}"));
+    }
+    parts.join("\n\n")
+}
+
+fn order(role: NodeRole) -> usize {
+    match role {
+        NodeRole::Registry => 0,
+        NodeRole::Orchestrator => 1,
+        NodeRole::Gateway => 2,
+        NodeRole::Worker => 3,
+    }
+}
+
+fn member_row(member: &Member, role: NodeRole, worker: Option<&FleetWorker>, is_fleet_known: bool) -> Vec<String> {
+    let node = &member.node;
+    if let Some(worker) = worker {
+        return worker_row(&node.name, worker);
+    }
+    let state = match (role, member.answers) {
+        (_, Some(true)) => "answers",
+        (_, Some(false)) => "does not answer",
+        (NodeRole::Worker, None) if is_fleet_known => "not reporting",
+        _ => "-",
+    };
+    let word = format!("{role:?}").to_lowercase();
+    let unknown = String::new;
+    let mut row = vec![node.name.clone(), word, node.public_key.short(), unknown(), unknown(), state.to_owned()];
+    row.resize_with(10, unknown);
+    row
+}
+
+fn worker_row(name: &str, worker: &FleetWorker) -> Vec<String> {
     let report = &worker.report;
+    let state = |state: ModelState| report.model_cache.iter().any(|model| model.state == state);
+    let state = match () {
+        () if report.draining => "stopping",
+        () if state(ModelState::Ready) => "ready",
+        () if state(ModelState::Loading) => "loading",
+        () if state(ModelState::Error) => "error",
+        () => "idle",
+    };
     let models: Vec<String> = report
         .model_cache
         .iter()
         .map(|model| format!("{} {}", model.key, format!("{:?}", model.state).to_lowercase()))
         .collect();
     vec![
+        name.to_owned(),
+        "worker".to_owned(),
         report.worker_id.short(),
         report.region.to_string(),
         report.gpu_class.clone(),
+        state.to_owned(),
         format!("{}/{}", report.capacity.running, report.capacity.slots),
         format!("{}/{}", report.capacity.waiting, report.capacity.queue_max),
         models.join(", "),

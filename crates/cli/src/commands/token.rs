@@ -1,23 +1,19 @@
-//! `tether token`: makes, lists and revokes API keys. A running network is asked; where none runs, the registry's own
-//! store is opened.
+//! `tether token`: makes, lists and revokes API keys.
 
-use std::sync::Arc;
+use std::io::{self, BufRead as _, IsTerminal as _};
 use std::time::Duration;
 
-use anyhow::Context as _;
-use metadata_store::MetadataStore;
-use protocol::control::{Scope, TokenCreate, TokenCreated, TokenInfo, TokenList, TokenRevoked};
+use anyhow::bail;
+use protocol::control::{Scope, TokenCreate, TokenInfo};
 use protocol::{Clock as _, UnixMillis};
-use registry::TokenOffice;
 use rpc::SystemClock;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::{Context, Outcome};
-use crate::args::{ServerArgs, TokenCreateArgs};
-use crate::client::GatewayClient;
+use crate::args::{ServerArgs, TokenCreateArgs, TokenRevokeArgs};
+use crate::operator::Desk;
 use crate::output;
-use crate::services::open_store;
 
 pub(super) async fn create(context: Context, args: TokenCreateArgs) -> anyhow::Result<Outcome> {
     let days = |days: u32| SystemClock.now().after(Duration::from_hours(24) * days);
@@ -28,10 +24,10 @@ pub(super) async fn create(context: Context, args: TokenCreateArgs) -> anyhow::R
         expires_at: args.expires_days.map(days),
         requests_per_minute: args.requests_per_minute,
     };
-    let created: TokenCreated = match Desk::find(&context).await? {
-        Desk::Running(client) => client.post("/admin/v1/tokens", &new).await?,
-        Desk::Stopped(office, store) => closing(&*store, office.issue(new).await.map_err(Into::into)).await?,
-    };
+    let desk = desk(&context, &args.server).await?;
+    let created = desk.create_token(new).await;
+    desk.leave().await?;
+    let created = created?;
     if context.json {
         output::json(&created)?;
     } else {
@@ -40,11 +36,11 @@ pub(super) async fn create(context: Context, args: TokenCreateArgs) -> anyhow::R
     Ok(Outcome::Well)
 }
 
-pub(super) async fn list(context: Context) -> anyhow::Result<Outcome> {
-    let TokenList { tokens } = match Desk::find(&context).await? {
-        Desk::Running(client) => client.get("/admin/v1/tokens").await?,
-        Desk::Stopped(office, store) => closing(&*store, office.list().await.map_err(Into::into)).await?,
-    };
+pub(super) async fn list(context: Context, server: &ServerArgs) -> anyhow::Result<Outcome> {
+    let desk = desk(&context, server).await?;
+    let tokens = desk.tokens().await;
+    desk.leave().await?;
+    let tokens = tokens?;
     if context.json {
         output::json(&tokens)?;
         return Ok(Outcome::Well);
@@ -55,16 +51,17 @@ pub(super) async fn list(context: Context) -> anyhow::Result<Outcome> {
     Ok(Outcome::Well)
 }
 
-pub(super) async fn revoke(context: Context, key_id: &str) -> anyhow::Result<Outcome> {
+pub(super) async fn revoke(context: Context, args: &TokenRevokeArgs) -> anyhow::Result<Outcome> {
+    let key_id = args.key_id.as_str();
     // The key id becomes part of a path.
     let well_formed = key_id.len() == 8 && key_id.bytes().all(|byte| byte.is_ascii_alphanumeric());
-    let found = well_formed
-        && match Desk::find(&context).await? {
-            Desk::Running(client) => client.delete::<TokenRevoked>(&format!("/admin/v1/tokens/{key_id}")).await?.found,
-            Desk::Stopped(office, store) => {
-                closing(&*store, office.revoke(key_id).await.map_err(Into::into)).await?.found
-            }
-        };
+    let mut found = false;
+    if well_formed {
+        let desk = desk(&context, &args.server).await?;
+        let revoked = revoke_at(&desk, args).await;
+        desk.leave().await?;
+        found = revoked?;
+    }
     if found {
         output::line(format!("{key_id} is revoked; it stops working within 5 seconds"));
         Ok(Outcome::Well)
@@ -74,29 +71,44 @@ pub(super) async fn revoke(context: Context, key_id: &str) -> anyhow::Result<Out
     }
 }
 
-/// Where tokens are kept.
-enum Desk {
-    Running(GatewayClient),
-    Stopped(TokenOffice, Arc<dyn MetadataStore>),
-}
-
-impl Desk {
-    async fn find(context: &Context) -> anyhow::Result<Self> {
-        let args = ServerArgs { url: context.env.get("TETHER_URL").map(str::to_owned), api_key_file: None };
-        let client = GatewayClient::find(&args, &context.settings, &context.data, &context.env)?;
-        if args.url.is_some() || client.answers().await {
-            return Ok(Self::Running(client));
-        }
-        context.data.create()?;
-        let store = open_store(&context.data.registry_store()).context("could not open the registry's store")?;
-        let office = TokenOffice::new(store.clone(), Arc::new(SystemClock), context.data.pepper()?);
-        Ok(Self::Stopped(office, store))
+async fn revoke_at(desk: &Desk, args: &TokenRevokeArgs) -> anyhow::Result<bool> {
+    if !args.yes && is_last_admin(&desk.tokens().await?, &args.key_id, SystemClock.now()) {
+        confirm(&format!(
+            "{} is the last key that operates this network. Without it keys, invites and revocations are made only with the \
+             registry stopped, by `tether token create --admin` in its data folder.",
+            args.key_id
+        ))?;
     }
+    Ok(desk.revoke_token(&args.key_id).await?.found)
 }
 
-async fn closing<T>(store: &dyn MetadataStore, outcome: anyhow::Result<T>) -> anyhow::Result<T> {
-    store.close().await.context("could not close the registry's store")?;
-    outcome
+/// Asks a person to go on. A script says so beforehand.
+fn confirm(warning: &str) -> anyhow::Result<()> {
+    if !io::stdin().is_terminal() {
+        bail!("{warning} Give --yes to go on");
+    }
+    output::piece(&format!("{warning}\nType yes to go on: "));
+    let mut answer = String::new();
+    io::stdin().lock().read_line(&mut answer)?;
+    if answer.trim() != "yes" {
+        bail!("nothing was changed");
+    }
+    Ok(())
+}
+
+/// Says whether a key is the only good one that operates the network.
+fn is_last_admin(tokens: &[TokenInfo], key_id: &str, now: UnixMillis) -> bool {
+    let is_good = |token: &&TokenInfo| {
+        token.scopes.contains(&Scope::Admin)
+            && token.revoked_at.is_none()
+            && token.expires_at.is_none_or(|end| end > now)
+    };
+    let mut good = tokens.iter().filter(is_good);
+    good.next().is_some_and(|first| first.key_id == key_id) && good.next().is_none()
+}
+
+async fn desk(context: &Context, server: &ServerArgs) -> anyhow::Result<Desk> {
+    Desk::of_tokens(server, &context.settings, &context.data, &context.env).await
 }
 
 fn row(token: TokenInfo, now: UnixMillis) -> Vec<String> {
@@ -122,4 +134,38 @@ fn row(token: TokenInfo, now: UnixMillis) -> Vec<String> {
 fn date(at: UnixMillis) -> String {
     let seconds = (at.0 / 1000) as i64;
     OffsetDateTime::from_unix_timestamp(seconds).ok().and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(key_id: &str, scopes: &[Scope], revoked_at: Option<u64>, expires_at: Option<u64>) -> TokenInfo {
+        TokenInfo {
+            key_id: key_id.to_owned(),
+            tenant_id: "acme".parse().expect("tenant"),
+            name: String::new(),
+            scopes: scopes.to_vec(),
+            created_at: UnixMillis(0),
+            expires_at: expires_at.map(UnixMillis),
+            revoked_at: revoked_at.map(UnixMillis),
+        }
+    }
+
+    #[test]
+    fn the_last_good_key_that_operates_is_known() {
+        let both = [Scope::Infer, Scope::Admin];
+        let tokens = [
+            token("revoked0", &both, Some(1), None),
+            token("expired0", &both, None, Some(5)),
+            token("caller00", &[Scope::Infer], None, None),
+            token("first000", &both, None, Some(50)),
+        ];
+        let is_last = |tokens: &[TokenInfo], key_id: &str| is_last_admin(tokens, key_id, UnixMillis(10));
+        assert!(is_last(&tokens, "first000"));
+        assert!(!is_last(&tokens, "revoked0") && !is_last(&tokens, "caller00") && !is_last(&tokens, "nobody00"));
+        let more: Vec<TokenInfo> = tokens.into_iter().chain([token("second00", &both, None, None)]).collect();
+        assert!(!is_last(&more, "first000") && !is_last(&more, "second00"));
+        assert!(!is_last(&[], "first000"));
+    }
 }

@@ -222,6 +222,51 @@ async fn who_is_cut_off_says_so_and_the_doctor_names_the_cause() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nodes_have_names_by_which_they_are_listed_renamed_and_revoked_from_any_machine() {
+    let mut mesh = Mesh::start(&["bootstrap"], &WORKERS[..1]).await;
+    let well = |mesh: &Mesh, folder: &str, arguments: &[&str]| {
+        let output = mesh.run(folder, arguments);
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{arguments:?}: {said}{}", String::from_utf8_lossy(&output.stderr));
+        said
+    };
+    // Keys are made at the registry while it runs.
+    let key = well(&mesh, "registry", &["token", "create", "--name", "laptop"]);
+    assert!(key.starts_with("tth_live_"), "{key}");
+    let listed = well(&mesh, "registry", &["token", "list"]);
+    assert!(listed.contains("laptop") && listed.contains("made at first start"), "{listed}");
+    let first = mesh.processes.data("registry").api_key().expect("a key");
+    let last_key = refusal(&mesh.run("registry", &["token", "revoke", &first[9..17]]));
+    assert!(last_key.contains("last key that operates this network") && last_key.contains("--yes"), "{last_key}");
+
+    // With the gateway's address and a key, everything works from elsewhere, too.
+    let file = mesh.folder("registry").join("api-key");
+    let (url, file) = (mesh.gateway.url().to_owned(), file.to_str().expect("text").to_owned());
+    let at = ["--url", &url, "--api-key-file", &file];
+    let line = well(&mesh, "laptop", &[&["invite", "--name", "garage"][..], &at].concat());
+    let invite = line.trim().strip_prefix("tether join ").expect("an invite").to_owned();
+    mesh.processes.start(WORKERS[1], &["join", &invite, "--listen", LOOPBACK]).expect("started");
+    mesh.until_ready(WORKERS[1]).await;
+    let nodes = well(&mesh, "laptop", &[&["nodes"][..], &at].concat());
+    let line_of = |word: &str| nodes.lines().find(|line| line.contains(word)).unwrap_or_else(|| panic!("{nodes}"));
+    assert!(line_of("garage").contains("ready") && line_of("garage").contains("tether-tiny@1.0"), "{nodes}");
+    for role in ["registry", "orchestrator", "gateway"] {
+        assert!(line_of(&format!(" {role} ")).contains("answers"), "{nodes}");
+    }
+    let key = mesh.key(WORKERS[1], "worker");
+    well(&mesh, "laptop", &[&["rename", &key.short(), "attic"][..], &at].concat());
+    // The registry's machine has no gateway, and knows who belongs.
+    let nodes = well(&mesh, "registry", &["nodes"]);
+    assert!(nodes.contains("attic") && !nodes.contains("garage") && nodes.contains("is not known"), "{nodes}");
+    let unknown = refusal(&mesh.run("registry", &["revoke", "cellar"]));
+    assert!(unknown.contains("tether nodes"), "{unknown}");
+    let said = well(&mesh, "registry", &["revoke", "attic"]);
+    assert!(said.contains(&key.short()), "{said}");
+    mesh.until_gone(WORKERS[1]).await;
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn requests_go_on_while_the_registry_is_away_and_the_network_says_so() {
     let mut mesh = Mesh::start(&["bootstrap"], &WORKERS[..1]).await;
     mesh.ask().await;

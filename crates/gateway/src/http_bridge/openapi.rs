@@ -9,7 +9,7 @@ use axum::body::Body;
 use bytes::Bytes;
 use http::{HeaderValue, Response, header};
 use schemars::generate::SchemaSettings;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{IntoResponses, Modify, OpenApi, ToSchema};
@@ -50,6 +50,10 @@ pub(super) async fn document() -> Response<Body> {
         health::version,
         document,
         admin::nodes,
+        admin::members,
+        admin::revoke_member,
+        admin::rename_member,
+        admin::create_invite,
         admin::decision,
         admin::create_token,
         admin::tokens,
@@ -90,6 +94,11 @@ fn build() -> Value {
         ("AdapterEntry", generator.subschema_for::<protocol::model::AdapterEntry>()),
         ("AdapterList", generator.subschema_for::<protocol::control::AdapterList>()),
         ("AdapterRemoved", generator.subschema_for::<protocol::control::AdapterRemoved>()),
+        ("Members", generator.subschema_for::<protocol::control::Members>()),
+        ("NodeRevoked", generator.subschema_for::<protocol::control::NodeRevoked>()),
+        ("NodeRenamed", generator.subschema_for::<protocol::control::NodeRenamed>()),
+        ("InviteCreate", generator.subschema_for::<protocol::control::InviteCreate>()),
+        ("InviteCreated", generator.subschema_for::<protocol::control::InviteCreated>()),
         ("TokenRevoked", generator.subschema_for::<protocol::control::TokenRevoked>()),
     ];
     if let Some(schemas) = document.pointer_mut("/components/schemas").and_then(Value::as_object_mut) {
@@ -150,6 +159,33 @@ pub(crate) struct AdapterList;
 /// Stands for the contract of this name.
 #[derive(ToSchema)]
 pub(crate) struct AdapterRemoved;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct Members;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct NodeRevoked;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct NodeRenamed;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct InviteCreate;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct InviteCreated;
+
+/// Another name for a node.
+#[derive(Deserialize, ToSchema)]
+pub(crate) struct NewName {
+    /// 1 to 64 printable characters.
+    pub(crate) name: String,
+}
 
 /// Every error has this form.
 #[derive(Serialize, ToSchema)]
@@ -227,6 +263,7 @@ mod tests {
             .match_indices(".route(\"")
             .map(|(at, found)| router[at + found.len()..].split('"').next().unwrap_or_default())
             .map(|path| path.replace("{correlation_id}", "{correlationId}").replace("{key_id}", "{keyId}"))
+            .map(|path| path.replace("{public_key}", "{publicKey}"))
             .collect();
         let document = build();
         let described: BTreeSet<String> = document["paths"].as_object().expect("paths").keys().cloned().collect();

@@ -62,6 +62,7 @@ impl MetadataStore for BusyStore {
     async fn put_certificate(&self, certificate: NewCertificate) -> Result<u64, StoreError> { self.store.put_certificate(certificate).await }
     async fn node(&self, key: PublicKey) -> Result<Option<NodeRecord>, StoreError> { self.store.node(key).await }
     async fn nodes(&self) -> Result<Vec<NodeRecord>, StoreError> { self.store.nodes().await }
+    async fn rename_node(&self, key: PublicKey, name: &str) -> Result<bool, StoreError> { self.store.rename_node(key, name).await }
     async fn revoke_node(&self, key: PublicKey, now: UnixMillis) -> Result<u64, StoreError> { self.store.revoke_node(key, now).await }
     async fn revocations(&self) -> Result<Vec<Revocation>, StoreError> { self.store.revocations().await }
     async fn next_epoch(&self, node: PublicKey) -> Result<u64, StoreError> { self.store.next_epoch(node).await }
