@@ -3,6 +3,7 @@
 mod admission;
 mod commands;
 mod conversations;
+mod documents;
 mod memory_network;
 #[cfg(feature = "llama")]
 mod mesh;
