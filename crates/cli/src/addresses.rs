@@ -1,6 +1,6 @@
 //! Under which addresses a service of this machine can be reached.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _, UdpSocket};
 
 /// Returns the URLs of a service that listens on an address. The first works on this machine; where the service listens on
 /// every address, the second works on others.
@@ -13,6 +13,18 @@ pub fn urls(listens: SocketAddr, tls: bool) -> Vec<String> {
         hosts.push(SocketAddr::new(outward, listens.port()));
     }
     hosts.into_iter().map(|host| format!("{scheme}://{host}")).collect()
+}
+
+/// Returns what a person means by an address to listen on: a port alone is one of this machine, and names are looked up.
+/// What cannot be understood is returned as it is.
+pub fn to_bind(text: &str) -> String {
+    if let Ok(port) = text.parse::<u16>() {
+        return SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port).to_string();
+    }
+    let mut found = text.to_socket_addrs().into_iter().flatten();
+    // The familiar family where a name has both.
+    let found = found.find(SocketAddr::is_ipv4).or_else(|| text.to_socket_addrs().ok()?.next());
+    found.map_or_else(|| text.to_owned(), |address| address.to_string())
 }
 
 /// Returns the address under which this machine reaches a service of its own.
@@ -42,6 +54,14 @@ fn outward(v6: bool) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_port_or_a_name_is_enough_to_listen_on() {
+        assert_eq!(to_bind("7070"), "127.0.0.1:7070");
+        assert_eq!(to_bind("localhost:7070"), "127.0.0.1:7070");
+        assert_eq!(to_bind("[::1]:80"), "[::1]:80");
+        assert_eq!(to_bind("nowhere"), "nowhere");
+    }
 
     #[test]
     fn an_address_that_means_every_address_is_no_address_to_call() {

@@ -56,6 +56,7 @@ impl LogFormat {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run the whole network in one process
+    #[command(visible_alias = "serve")]
     Up(UpArgs),
     /// Help nodes to find each other
     Bootstrap(NodeArgs),
@@ -87,13 +88,27 @@ pub enum Command {
     /// Make, list and revoke API keys
     #[command(subcommand)]
     Token(TokenCommand),
+    /// List the models of the network, as `model list` does
+    #[command(visible_alias = "ls")]
+    List(ServerArgs),
     /// List the nodes of the network: what they do, and how they are
+    #[command(visible_alias = "ps")]
     Nodes(NodesArgs),
     /// Say what is wrong, and what to do about it
     Doctor(ServerArgs),
     /// Look at the settings
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Print what completes commands in a shell: source it, or put it where the shell looks
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a folder
+    Man {
+        /// The folder; it is made where it is missing
+        folder: PathBuf,
+    },
     /// Hold one model, for a worker
     #[command(hide = true)]
     EngineHost,

@@ -56,7 +56,7 @@ impl GatewayClient {
     /// Makes a client of an address such as `http://127.0.0.1:7070`.
     pub fn new(url: impl Into<String>, key: Option<String>) -> anyhow::Result<Self> {
         let http = reqwest::Client::builder().connect_timeout(Duration::from_secs(5)).tcp_nodelay(true).build()?;
-        Ok(Self { http, url: url.into().trim_end_matches('/').to_owned(), key })
+        Ok(Self { http, url: base(&url.into())?, key })
     }
 
     /// Finds the gateway and the key: what the arguments say, else what the data folder holds.
@@ -152,9 +152,28 @@ impl GatewayClient {
             return Ok(response);
         }
         let status = response.status();
+        if status == reqwest::StatusCode::UNAUTHORIZED && self.key.is_none() {
+            bail!(
+                "{} wants an API key: name the network's data folder with --data-dir, or the file that holds a key with \
+                 --api-key-file",
+                self.url
+            );
+        }
         let body: Value = response.json().await.unwrap_or_default();
         let message = body.pointer("/error/message").and_then(Value::as_str).unwrap_or("no reason given");
         bail!("{} answered {status}: {message}", self.url)
+    }
+}
+
+/// Returns a gateway's address as requests begin with it: people leave the scheme out, and give the address that OpenAI's
+/// clients want.
+fn base(given: &str) -> anyhow::Result<String> {
+    let trimmed = given.trim().trim_end_matches('/');
+    let trimmed = trimmed.strip_suffix("/v1").unwrap_or(trimmed);
+    let whole = if trimmed.contains("://") { trimmed.to_owned() } else { format!("http://{trimmed}") };
+    match reqwest::Url::parse(&whole) {
+        Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Ok(whole),
+        _ => bail!("{given:?} is no address of a gateway; write it as http://HOST:PORT"),
     }
 }
 
@@ -187,5 +206,22 @@ impl Events {
             }
         }
         Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_taken_as_people_write_it() {
+        for given in ["http://127.0.0.1:7070", "http://127.0.0.1:7070/", "127.0.0.1:7070", " 127.0.0.1:7070/v1/ "] {
+            assert_eq!(base(given).expect(given), "http://127.0.0.1:7070");
+        }
+        assert_eq!(base("https://gpu.example/v1").expect("good"), "https://gpu.example");
+        for given in ["", "ftp://host", "http://", "http://a b"] {
+            let error = base(given).expect_err(given).to_string();
+            assert!(error.contains("http://HOST:PORT"), "{error}");
+        }
     }
 }

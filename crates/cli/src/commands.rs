@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use engine::{ChildCommand, ModelRuntime, ProcessRuntime};
 
+use crate::addresses;
 use crate::args::{
     AdapterCommand, Cli, Command, Common, ConfigCommand, ModelCommand, TokenCommand, UpArgs, WorkerArgs,
 };
@@ -23,6 +24,7 @@ mod admission;
 mod demo;
 mod doctor;
 mod engine_host;
+mod manual;
 mod model;
 mod nodes;
 mod run;
@@ -116,6 +118,11 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
         output::piece(&settings::example()?);
         return Ok(Outcome::Well);
     }
+    match &cli.command {
+        Command::Completions { shell } => return manual::completions(*shell),
+        Command::Man { folder } => return manual::pages(folder),
+        _ => {}
+    }
     let env = Env::of_process();
     let flags = flags(&cli.command);
     let mut settings = settings::load(&cli.common, &env, &flags)?;
@@ -147,7 +154,7 @@ async fn command(command: Command, common: &Common, context: Context) -> anyhow:
         Command::Rename(args) => admission::rename(context, args).await,
         Command::Demo => demo::run(context, common).await,
         Command::Run(args) => run::run(context, args).await,
-        Command::Model(ModelCommand::List(server)) => model::list(context, &server).await,
+        Command::Model(ModelCommand::List(server)) | Command::List(server) => model::list(context, &server).await,
         Command::Model(ModelCommand::Adapter(AdapterCommand::Add(args))) => adapter::add(context, args).await,
         Command::Model(ModelCommand::Adapter(AdapterCommand::List(server))) => adapter::list(context, &server).await,
         Command::Model(ModelCommand::Adapter(AdapterCommand::Rm { model, name, server })) => {
@@ -159,7 +166,11 @@ async fn command(command: Command, common: &Common, context: Context) -> anyhow:
         Command::Nodes(server) => nodes::run(context, &server).await,
         Command::Doctor(server) => doctor::run(context, &server).await,
         Command::Config(ConfigCommand::Check) => check_config(&context),
-        Command::Config(ConfigCommand::Example) | Command::EngineHost => Ok(Outcome::Well),
+        // Done before there were settings.
+        Command::Config(ConfigCommand::Example)
+        | Command::EngineHost
+        | Command::Completions { .. }
+        | Command::Man { .. } => Ok(Outcome::Well),
     }
 }
 
@@ -197,7 +208,7 @@ fn flags(command: &Command) -> Vec<Flag> {
     let files: Vec<String> = files.iter().map(|file| local_models::absolute(file)).collect();
     flags.push(("adopt", adopt.clone().map(Into::into)));
     flags.push(("models", Some(files).filter(|files| !files.is_empty()).map(Into::into)));
-    flags.push(("gateway.bind", bind.clone().map(Into::into)));
+    flags.push(("gateway.bind", bind.as_deref().map(|bind| addresses::to_bind(bind).into())));
     flags.push(("orchestrator.near_regions", near_regions.clone().map(Into::into)));
     if let Some(node) = node {
         flags.push(("network.bootstrap", node.bootstrap.clone().map(Into::into)));

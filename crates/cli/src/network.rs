@@ -226,7 +226,12 @@ impl Stage {
         for (key, number) in self.keys.workers.iter().zip(1..) {
             let epoch = epochs.next_epoch(key.public_key()).await?;
             let membership = self.admit(key, NodeRole::Worker, &format!("worker-{number}")).await?;
-            let worker = self.place.worker(self.memory.node(key), key, epoch, membership, runtime()?)?;
+            let mut place = self.place.clone();
+            if number > 1 {
+                // A server has its slots once, however many workers there are.
+                place.settings.worker.models.retain(|model| model.remote.is_none());
+            }
+            let worker = place.worker(self.memory.node(key), key, epoch, membership, runtime()?)?;
             handles.push(worker.handle());
             let stop = tier.stop.clone();
             tier.tasks.spawn(async move {

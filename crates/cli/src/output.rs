@@ -14,6 +14,13 @@ pub fn note(text: impl AsRef<str>) {
     let _ = writeln!(io::stderr().lock(), "tether: {}", text.as_ref());
 }
 
+/// Returns the known name that a mistyped one is likely meant to be.
+pub fn nearest<'a>(mistyped: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let similarity = |name: &str| strsim::jaro_winkler(mistyped, name);
+    let best = known.into_iter().max_by(|one, other| similarity(one).total_cmp(&similarity(other)))?;
+    (similarity(best) > 0.9).then_some(best)
+}
+
 /// Prints text as it comes, without waiting for the end of the line.
 pub fn piece(text: &str) {
     let mut stdout = io::stdout().lock();
@@ -52,6 +59,14 @@ pub fn aligned(head: &[&str], rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mistyped_name_is_recognised_and_a_foreign_one_is_not() {
+        let known = ["smollm2-135m-instruct", "tether-tiny", "gemma-3-270m"];
+        assert_eq!(nearest("teter-tiny", known), Some("tether-tiny"));
+        assert_eq!(nearest("smollm2-135m", known), Some("smollm2-135m-instruct"));
+        assert_eq!(nearest("llama3", known), None);
+    }
 
     #[test]
     fn columns_line_up() {

@@ -1,6 +1,6 @@
 //! Settings: flags over `TETHER_*` variables over the file over defaults, read once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,6 +15,7 @@ use tracing::warn;
 
 use crate::args::Common;
 use crate::kept_flags::KeptFlags;
+use crate::output::{self, nearest};
 use crate::tiny_model;
 
 mod example;
@@ -220,10 +221,31 @@ impl Env {
         self.folder("XDG_DATA_HOME", ".local/share")
     }
 
-    fn settings(&self) -> config::Map<String, String> {
+    /// Returns the variables that are settings, and those that look so and name none.
+    fn settings(&self) -> (config::Map<String, String>, Vec<&str>) {
+        let known: BTreeSet<String> = example::names().iter().map(|name| variable(name)).collect();
         let ours = |name: &str| name.starts_with("TETHER_") && !NO_SETTINGS.contains(&name);
-        self.0.iter().filter(|(name, _)| ours(name)).map(|(name, value)| (name.clone(), value.clone())).collect()
+        let (settings, unknown): (Vec<_>, Vec<_>) =
+            self.0.iter().filter(|(name, _)| ours(name)).partition(|(name, _)| known.contains(*name));
+        let settings = settings.into_iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+        (settings, unknown.into_iter().map(|(name, _)| name.as_str()).collect())
     }
+}
+
+/// Returns the variable of a setting: `TETHER_GATEWAY__BIND` for `gateway.bind`.
+fn variable(setting: &str) -> String {
+    format!("TETHER_{}", setting.to_uppercase().replace('.', "__"))
+}
+
+/// Says of a variable that it is no setting, and which one may be meant.
+fn unknown_variable(name: &str) -> String {
+    let variables: Vec<String> = example::names().iter().map(|name| variable(name)).collect();
+    // Most often two underscores are missing.
+    let plain = |name: &str| name.replace('_', "");
+    let meant = variables.iter().find(|known| plain(known) == plain(name)).map(String::as_str);
+    let meant = meant.or_else(|| nearest(name, variables.iter().map(String::as_str)));
+    let hint = meant.map(|meant| format!("; did you mean {meant}?")).unwrap_or_default();
+    format!("the variable {name} is no setting and is passed over{hint}")
 }
 
 /// A setting that was given on the command line.
@@ -247,6 +269,10 @@ pub fn load_with(common: &Common, env: &Env, kept: Option<&KeptFlags>, flags: &[
         let text = std::fs::read_to_string(file).with_context(|| format!("could not read {}", file.display()))?;
         builder = builder.add_source(File::from_str(&text, FileFormat::Toml));
     }
+    let (variables, unknown) = env.settings();
+    for name in unknown {
+        output::note(unknown_variable(name));
+    }
     let environment = Environment::with_prefix("TETHER")
         .prefix_separator("_")
         .separator("__")
@@ -255,7 +281,7 @@ pub fn load_with(common: &Common, env: &Env, kept: Option<&KeptFlags>, flags: &[
         .with_list_parse_key("models")
         .with_list_parse_key("orchestrator.near_regions")
         .try_parsing(true)
-        .source(Some(env.settings()));
+        .source(Some(variables));
     builder = builder.add_source(environment);
     if let Some(kept) = kept {
         builder = builder.add_source(File::from_str(&kept.to_toml(), FileFormat::Toml));
@@ -344,6 +370,22 @@ mod tests {
     fn the_example_is_the_defaults() {
         let (_folder, common) = file(&example().expect("written"));
         assert_eq!(load(&common, &Env::default(), &[]).expect("good"), Settings::default());
+    }
+
+    #[test]
+    fn a_variable_that_is_no_setting_is_passed_over_and_named() {
+        let (_folder, common) = file("");
+        let env = env(&[("TETHER_GATEWAY_BIND", "127.0.0.1:9"), ("TETHER_REGION", "us-east")]);
+        let settings = load(&common, &env, &[]).expect("what is no setting does no harm");
+        assert_eq!((settings.region.as_str(), settings.gateway.bind.port()), ("us-east", 7070));
+        for (name, hint) in [
+            ("TETHER_GATEWAY_BIND", "did you mean TETHER_GATEWAY__BIND?"),
+            ("TETHER_REGOIN", "did you mean TETHER_REGION?"),
+            ("TETHER_SOMETHING_ELSE", "passed over"),
+        ] {
+            let told = unknown_variable(name);
+            assert!(told.contains(name) && told.ends_with(hint), "{told}");
+        }
     }
 
     #[test]

@@ -21,6 +21,26 @@ pub fn example() -> anyhow::Result<String> {
     Ok(text)
 }
 
+/// Returns the names of all settings that are no tables, such as `gateway.bind`.
+pub(super) fn names() -> Vec<String> {
+    let schema = schema_for!(Settings).to_value();
+    let mut names = vec![];
+    add_names(&mut names, "", &schema, &schema);
+    names
+}
+
+fn add_names(names: &mut Vec<String>, path: &str, schema: &Json, root: &Json) {
+    for name in properties(schema) {
+        let full = if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+        let inner = resolve(&schema["properties"][name], root);
+        if inner["properties"].is_object() {
+            add_names(names, &full, inner, root);
+        } else {
+            names.push(full);
+        }
+    }
+}
+
 /// Writes a table: its settings first, then those without a default, then the tables within.
 fn write_table(text: &mut String, path: &str, table: &Table, schema: &Json, root: &Json) {
     let is_table =

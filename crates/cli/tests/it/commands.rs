@@ -51,6 +51,36 @@ fn the_example_settings_can_be_used_as_they_are() {
 }
 
 #[test]
+fn shells_and_man_are_told_every_command() {
+    let home = Home::new();
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(home.well(&["completions", shell]).contains("doctor"), "{shell}");
+    }
+    home.well(&["man", "pages"]);
+    let page = fs::read_to_string(home.path().join("pages/tether-up.1")).expect("a page for each command");
+    assert!(page.contains("GGUF"), "{page}");
+    assert!(!home.data().exists());
+}
+
+#[test]
+fn words_that_people_bring_from_elsewhere_are_commands() {
+    let home = Home::new();
+    for (word, meant) in [("serve", "up"), ("ps", "nodes"), ("ls", "list")] {
+        assert_eq!(home.well(&[word, "--help"]), home.well(&[meant, "--help"]), "{word}");
+    }
+}
+
+#[test]
+fn a_variable_that_is_no_setting_is_named_and_does_no_harm() {
+    let home = Home::new();
+    let output =
+        home.command(&["config", "check"]).env("TETHER_GATEWAY_BIND", "127.0.0.1:1").output().expect("it runs");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{told}");
+    assert!(told.contains("TETHER_GATEWAY_BIND") && told.contains("TETHER_GATEWAY__BIND"), "{told}");
+}
+
+#[test]
 fn a_key_is_made_listed_and_revoked_without_a_network() {
     let home = Home::new();
     let key = home.well(&["token", "create", "--tenant", "acme", "--name", "laptop"]).trim().to_owned();
