@@ -107,6 +107,7 @@ impl Upstream {
     /// between tries.
     pub(crate) async fn submit(&self, body: Bytes, patience: Patience, salt: u128) -> Result<Begun, WireError> {
         let mut last = away(NodeRole::Orchestrator);
+        let mut may_be_known = false;
         for round in 0..ROUNDS {
             if round > 0 {
                 time::sleep(backoff(round, salt)).await;
@@ -119,7 +120,13 @@ impl Upstream {
                     Ok(begun) => return Ok(begun),
                     Err(_) if patience.deadline <= Instant::now() => return Err(CallError::Deadline.into()),
                     Err(error) => {
+                        // One that refused has not kept the job; one that broke off may have.
+                        let refused = matches!(error, CallError::Remote(_) | CallError::Unreachable { .. });
                         let error = WireError::from(error);
+                        if may_be_known && error.code == ErrorCode::IdempotencyInProgress {
+                            return Err(lost());
+                        }
+                        may_be_known |= !refused;
                         if !another_may_know(error.code) {
                             return Err(error);
                         }
@@ -168,6 +175,13 @@ fn another_may_know(code: ErrorCode) -> bool {
             | ErrorCode::NotEnrolled
             | ErrorCode::NodeRevoked
     )
+}
+
+/// Says that the job was at work where the connection broke off. It is this gateway's own, so no client has sent it
+/// twice.
+fn lost() -> WireError {
+    WireError::new(ErrorCode::Unavailable, "the part of the network that had this job broke off, try again")
+        .with_retry_after(Duration::from_secs(1))
 }
 
 /// Says that no node of a role answers.

@@ -213,6 +213,15 @@ impl Fake {
         if prompt == "vanish" {
             return;
         }
+        // Breaks off with a job that it has written, and finds it there when it comes again.
+        if prompt == "restart" {
+            let is_this = |job: &&InferRequest| job.correlation_id == request.correlation_id;
+            let times = self.jobs.lock().expect("no panic").iter().filter(is_this).count();
+            if times > 1 {
+                return call.refuse(WireError::new(ErrorCode::IdempotencyInProgress, "a job of it exists")).await;
+            }
+            return;
+        }
         let Ok(mut reply) = call.accept().await else { return };
         if self.play(&prompt, &request, &mut reply).await.is_err() {
             self.cancelled.notify_one();

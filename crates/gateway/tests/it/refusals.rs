@@ -129,6 +129,15 @@ async fn a_body_that_is_not_what_was_asked_for_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nobody_is_told_of_a_repeat_that_the_gateway_itself_made() {
+    let network = Network::start().await;
+    let headers = expect_error(network.chat("restart").await, 503, "unavailable", None).await;
+    assert_eq!(headers["retry-after"], "1");
+    assert_eq!(network.fake.jobs.lock().expect("no panic").len(), 2);
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_prompt_that_no_model_could_read_reaches_no_orchestrator() {
     let network = Network::start().await;
     // A quarter of a million messages, a few megabytes.
