@@ -42,7 +42,7 @@ pub struct Piece {
     pub end: Option<End>,
 }
 
-/// What a chunk brings, as far as it is read here: [`protocol::infer::Payload`] without its tokens.
+/// What a chunk brings, as far as it is read here: [`protocol::infer::Payload`], with its tokens only counted.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Content {
@@ -54,6 +54,8 @@ pub struct Content {
     pub reasoning: String,
     /// More of its calls.
     pub tool_calls: Vec<ToolCallDelta>,
+    /// The tokens behind the text; only their number matters here.
+    pub tokens: Vec<IgnoredAny>,
     /// One for each token, where they were asked for.
     pub logprobs: Vec<TokenLogprob>,
     /// Vectors, where they were asked for.
@@ -67,6 +69,11 @@ pub struct Content {
 }
 
 impl Content {
+    /// Returns how many tokens it brings: a worker that names none made at least one of all that it says.
+    fn tokens(&self) -> u32 {
+        self.tokens.len().max(usize::from(self.has_something() && self.embeddings.is_empty())) as u32
+    }
+
     /// Says whether it brings something to read, and is not only the end of something.
     pub(crate) fn has_something(&self) -> bool {
         let Self { text, reasoning, tool_calls, logprobs, embeddings, .. } = self;
@@ -187,6 +194,10 @@ impl Answer {
         };
         match &piece {
             Ok(piece) => {
+                if let Some(usage) = piece.content.usage {
+                    self.record.prompt(usage);
+                }
+                self.record.tokens(piece.content.tokens());
                 if piece.content.has_something() {
                     self.record.piece();
                 }
@@ -233,7 +244,7 @@ struct Sequence {
     attempt: u32,
 }
 
-/// The parts of an `Infer.Chunk` that matter here; the tokens are skipped.
+/// The parts of an `Infer.Chunk` that matter here.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Chunk<'a> {
@@ -366,6 +377,20 @@ mod tests {
         assert_eq!(read(chunk(1, 2, TEXT)).expect("another try may go on").attempt, 2);
         let last = read(chunk(2, 2, DONE)).expect("last");
         assert_eq!(last.end.expect("ends").usage.completion_tokens, 2);
+    }
+
+    #[test]
+    fn tokens_are_counted_and_what_says_something_without_any_is_one() {
+        for (payload, tokens) in [
+            (r#""text":"hi","tokens":[1,2]"#, 2),
+            (r#""tokens":[3]"#, 1),
+            (r#""text":"hi""#, 1),
+            (r#""usage":{"promptTokens":5,"completionTokens":0}"#, 0),
+        ] {
+            let raw = chunk(0, 1, &format!(r#""payload":{{{payload}}},"done":false"#));
+            let piece = Sequence::new(job(), Expected::default()).read(raw).expect("in order").expect("part of it");
+            assert_eq!(piece.content.tokens(), tokens, "{payload}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use observability::Metrics;
 use observability::metrics::{ModelLabel, ReasonLabel, RequestLabel};
 use prometheus_client::metrics::histogram::Histogram;
 use protocol::model::ModelEntry;
+use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, TraceId};
 use tokio::time::Instant;
 use tracing::info;
@@ -26,7 +27,8 @@ pub(crate) struct RequestRecord {
     first_piece: Option<Duration>,
     last_piece: Option<Instant>,
     inter_token_latency: Option<Histogram>,
-    completion_tokens: u32,
+    /// What the request took as far as it came, also of answers that were cancelled or broke off.
+    usage: TokenUsage,
 }
 
 impl RequestRecord {
@@ -43,7 +45,7 @@ impl RequestRecord {
             first_piece: None,
             last_piece: None,
             inter_token_latency: None,
-            completion_tokens: 0,
+            usage: TokenUsage::default(),
         }
     }
 
@@ -57,6 +59,16 @@ impl RequestRecord {
 
     pub(crate) fn of_model(&mut self, entry: &ModelEntry) {
         entry.key.model_id.as_str().clone_into(&mut self.model);
+    }
+
+    /// Notes what the prompt took.
+    pub(crate) fn prompt(&mut self, usage: TokenUsage) {
+        self.usage = TokenUsage { completion_tokens: self.usage.completion_tokens, ..usage };
+    }
+
+    /// Notes that so many tokens arrived.
+    pub(crate) fn tokens(&mut self, count: u32) {
+        self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(count);
     }
 
     /// Notes that text arrived.
@@ -82,7 +94,7 @@ impl RequestRecord {
     pub(crate) fn completed(&mut self, end: &End) {
         self.outcome = "completed";
         self.finish_reason = end.reason.as_str();
-        self.completion_tokens = end.usage.completion_tokens;
+        self.usage = end.usage;
     }
 
     pub(crate) fn failed(&mut self, code: ErrorCode) {
@@ -99,10 +111,19 @@ impl RequestRecord {
     }
 }
 
+/// Returns the tokens that came in a second, to one decimal, once there are two to measure between.
+fn tokens_per_second(tokens: u32, took: Duration) -> Option<f64> {
+    let per_second = f64::from(tokens.checked_sub(1)?) / took.as_secs_f64();
+    (per_second.is_finite() && per_second > 0.0).then(|| (per_second * 10.0).round() / 10.0)
+}
+
 impl Drop for RequestRecord {
     fn drop(&mut self) {
         let took = self.started.elapsed();
         let model = if self.model.is_empty() { "unknown".to_owned() } else { std::mem::take(&mut self.model) };
+        let generating =
+            self.first_piece.zip(self.last_piece).map(|(first, last)| last.duration_since(self.started + first));
+        let tokens_per_second = generating.and_then(|took| tokens_per_second(self.usage.completion_tokens, took));
         let first_ms = self.first_piece.map(|wait| wait.as_millis() as u64);
         info!(
             correlation_id = %self.correlation_id,
@@ -112,11 +133,49 @@ impl Drop for RequestRecord {
             outcome = self.outcome,
             ms = took.as_millis() as u64,
             first_ms,
-            completion_tokens = self.completion_tokens,
+            prompt_tokens = self.usage.prompt_tokens,
+            cached_tokens = self.usage.cached_tokens,
+            completion_tokens = self.usage.completion_tokens,
+            tokens_per_second,
             "request"
         );
         let label = RequestLabel { model, outcome: self.outcome, finish_reason: self.finish_reason };
         self.metrics.requests.get_or_create(&label).inc();
         self.metrics.request_duration.get_or_create(&ModelLabel { model: label.model }).observe(took.as_secs_f64());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::infer::FinishReason;
+
+    use super::*;
+
+    fn record() -> RequestRecord {
+        let correlation_id = CorrelationId(uuid::Uuid::from_u128(1));
+        RequestRecord::new(Metrics::new(), Instant::now(), correlation_id, TraceId([1; 16]))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_is_cancelled_took_what_came_of_it() {
+        let mut record = record();
+        record.prompt(TokenUsage { prompt_tokens: 7, completion_tokens: 0, cached_tokens: 3 });
+        record.tokens(2);
+        record.tokens(1);
+        assert_eq!(record.usage, TokenUsage { prompt_tokens: 7, completion_tokens: 3, cached_tokens: 3 });
+        assert_eq!(record.outcome, "cancelled");
+        let whole = TokenUsage { prompt_tokens: 7, completion_tokens: 4, cached_tokens: 3 };
+        record.completed(&End { reason: FinishReason::Stop, usage: whole });
+        assert_eq!((record.usage, record.outcome), (whole, "completed"));
+    }
+
+    #[test]
+    fn speed_is_measured_between_the_first_token_and_the_last() {
+        let second = Duration::from_secs(1);
+        assert_eq!(tokens_per_second(0, second), None);
+        assert_eq!(tokens_per_second(1, second), None);
+        assert_eq!(tokens_per_second(4, Duration::ZERO), None);
+        assert_eq!(tokens_per_second(4, second * 9), Some(0.3));
+        assert_eq!(tokens_per_second(101, second), Some(100.0));
     }
 }

@@ -242,7 +242,8 @@ impl Orchestrator {
             AttemptEnd::Dead { error } => (Ending::dead(error.clone()), JobEvent::Die),
         };
         journey.step(event);
-        journey.note(ending.outcome());
+        let (worker, outcome) = (journey.tried.last().copied(), ending.outcome());
+        journey.note(outcome);
         let error = ending.error.clone();
         if let Some(error) = &error
             && matches!(error.code, ErrorCode::NoCapacity | ErrorCode::ModelLoading)
@@ -253,6 +254,16 @@ impl Orchestrator {
             Some(reservation) => reservation.finalise(ending).await,
             None => Ok(Finalised::Settled),
         };
+        info!(
+            correlation_id = %journey.request.correlation_id,
+            model = %journey.model,
+            worker = worker.map(|worker| worker.short()),
+            attempts = journey.tried.len(),
+            outcome,
+            prompt_tokens = usage.prompt_tokens,
+            completion_tokens = usage.completion_tokens,
+            "job"
+        );
         self.decisions.keep(journey.into_decision());
         match (end, settled) {
             (AttemptEnd::Complete { last_chunk, .. }, Ok(Finalised::Settled)) => {
