@@ -143,6 +143,9 @@ pub struct UpArgs {
     /// What else its workers offer
     #[command(flatten)]
     pub adopt: AdoptArgs,
+    /// Ends when the process that started it does
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
 }
 
 /// Which files to serve.
@@ -188,6 +191,9 @@ pub struct NodeArgs {
     /// UDP address to listen on; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub listen: Option<String>,
+    /// HTTP address at which to show this service's metrics
+    #[arg(long, value_name = "HOST:PORT")]
+    pub metrics_listen: Option<String>,
     /// Ends when the process that started it does
     #[arg(long, hide = true)]
     pub with_parent: bool,

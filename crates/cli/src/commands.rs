@@ -140,8 +140,14 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
 }
 
 async fn command(command: Command, common: &Common, context: Context) -> anyhow::Result<Outcome> {
+    if runs_a_service(&command) {
+        up::outlive_terminal()?;
+    }
     match command {
-        Command::Up(_) => up::run(context).await,
+        Command::Up(args) => {
+            serve::end_with_parent(args.with_parent)?;
+            up::run(context).await
+        }
         Command::Bootstrap(args) => serve::bootstrap(context, &args).await,
         Command::Registry(args) => serve::registry(context, &args).await,
         Command::Orchestrator(args) => serve::enrolled(context, NodeRole::Orchestrator, &args.node).await,
@@ -213,6 +219,7 @@ fn flags(command: &Command) -> Vec<Flag> {
     if let Some(node) = node {
         flags.push(("network.bootstrap", node.bootstrap.clone().map(Into::into)));
         flags.push(("network.listen", node.listen.clone().map(Into::into)));
+        flags.push(("metrics_listen", node.metrics_listen.clone().map(Into::into)));
         flags.push(("region", node.region.clone().map(Into::into)));
     }
     flags.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()

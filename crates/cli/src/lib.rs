@@ -8,6 +8,7 @@ pub mod commands;
 pub mod data_folder;
 pub mod kept_flags;
 pub mod local_models;
+pub mod metrics_server;
 pub mod model_names;
 pub mod network;
 pub mod node;

@@ -16,6 +16,7 @@ use protocol::signature::NodeKey;
 use registry::{AdmissionOffice, Registry, RegistryParts, TokenOffice};
 use rpc::{Membership, Transport};
 use tokio_util::sync::CancellationToken;
+use tracing::info;
 use worker::{BaseWorker, WorkerParts};
 
 use crate::data_folder::DataFolder;
@@ -130,6 +131,23 @@ impl Place {
         }
         Gateway::new(config, parts.clone()).bind().await
     }
+}
+
+/// Runs a gateway until `stop`. SIGHUP has it look at its TLS files.
+pub async fn run_gateway(open: OpenGateway, stop: CancellationToken) -> anyhow::Result<()> {
+    let gateway = open.gateway().clone();
+    let mut hangups = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).context("no signals")?;
+    let reloading = async {
+        while hangups.recv().await.is_some() {
+            info!("SIGHUP: looking at the TLS files");
+            gateway.reload();
+        }
+    };
+    let (outcome, _) = tokio::join!(
+        async { open.run(stop.clone()).await.context("the gateway stopped") },
+        stop.run_until_cancelled(reloading)
+    );
+    outcome
 }
 
 /// Opens a store file.

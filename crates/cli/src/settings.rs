@@ -43,6 +43,10 @@ pub struct Settings {
     pub adopt: Option<Vec<String>>,
     /// Threads that serve the network; 0 takes half of the cores, since engines need the others.
     pub threads: u32,
+    /// HTTP address at which a service of this machine shows its own metrics under /metrics, such as 127.0.0.1:9100. A
+    /// gateway shows its own under its own address as well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics_listen: Option<SocketAddr>,
     /// How nodes find and reach each other.
     pub network: NetworkSettings,
     /// What is logged, and how.
@@ -109,6 +113,7 @@ impl Default for Settings {
             models: vec![],
             adopt: None,
             threads: 0,
+            metrics_listen: None,
             network: NetworkSettings::default(),
             log: LogSettings::default(),
             gateway: gateway::Config::default(),

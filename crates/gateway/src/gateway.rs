@@ -19,7 +19,7 @@ use protocol::{
 use rpc::{Membership, Transport};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -113,6 +113,8 @@ struct Inner {
     fleet: Cached<Fleet>,
     jobs: Arc<Semaphore>,
     tracker: TaskTracker,
+    /// Told when the TLS files are to be looked at.
+    reload: Notify,
 }
 
 /// Where a request comes from.
@@ -201,6 +203,7 @@ impl Gateway {
             fleet: Cached::new(FLEET_BELIEVED),
             jobs: Arc::new(Semaphore::new(config.jobs_max.min(Semaphore::MAX_PERMITS))),
             tracker: TaskTracker::new(),
+            reload: Notify::new(),
             config,
         };
         Self { inner: Arc::new(inner) }
@@ -215,6 +218,15 @@ impl Gateway {
     /// Serves until `stop`, and then until the requests under way are done or the drain time is over.
     pub async fn run(self, stop: CancellationToken) -> Result<(), GatewayError> {
         self.bind().await?.run(stop).await
+    }
+
+    /// Looks at the TLS files at once, as after a certificate was renewed.
+    pub fn reload(&self) {
+        self.inner.reload.notify_one();
+    }
+
+    pub(crate) async fn reload_wanted(&self) {
+        self.inner.reload.notified().await;
     }
 
     /// Lets a request in, or says why not: token, rate, room.
@@ -549,6 +561,11 @@ impl OpenGateway {
     /// Returns the address it serves HTTP on.
     pub fn address(&self) -> SocketAddr {
         self.http.address()
+    }
+
+    /// Returns the gateway, to be asked while it runs.
+    pub fn gateway(&self) -> &Gateway {
+        &self.gateway
     }
 
     /// Serves HTTP and RPC until `stop`, and then until the requests under way are done or the drain time is over.

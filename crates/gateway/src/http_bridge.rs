@@ -87,7 +87,7 @@ impl HttpBridge {
         let slots = Arc::new(Semaphore::new(gateway.config().connections_max.min(Semaphore::MAX_PERMITS)));
         let abort = CancellationToken::new();
         if let Some(tls) = &tls {
-            tracker.spawn(tls.clone().watch(drained));
+            tracker.spawn(tls.clone().watch(gateway.clone(), drained));
         }
         let connections = Connections::new(gateway, tls, stop.clone(), abort.clone());
         info!(%address, "serving HTTP");

@@ -20,9 +20,10 @@ use crate::adopt;
 use crate::args::NodeArgs;
 use crate::data_folder::DataFolder;
 use crate::local_models;
+use crate::metrics_server::MetricsServer;
 use crate::node::{Node, Pool, at_last_port, enrolment};
 use crate::output;
-use crate::services::{Place, first_key, open_store};
+use crate::services::{Place, first_key, open_store, run_gateway};
 use crate::tiny_model;
 
 /// How often it is looked whether the network hears the worker.
@@ -84,7 +85,7 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
     let place = place(&context, clock);
     let stop = CancellationToken::new();
     let run = place.registry(node.transport(), store.clone(), admission, stop.clone());
-    let outcome = until_asked(&node, &stop, run).await;
+    let outcome = until_asked(&place, &node, &stop, run).await;
     store.close().await.context("could not close the store")?;
     outcome
 }
@@ -107,12 +108,13 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
     info!(role = node.name, key = %node.public_key(), address = %node.address(), "on the network");
     output::line(format!("{} {} on UDP {}", node.name, node.public_key(), node.address()));
     let mut place = place(context, Arc::new(SystemClock));
+    let shown = place.clone();
     let stop = CancellationToken::new();
     match role {
         NodeRole::Orchestrator => {
             let store = open_store(&context.data.orchestrator_store())?;
             let run = place.orchestrator(node.transport(), store.clone(), membership, stop.clone());
-            let outcome = until_asked(node, &stop, run).await;
+            let outcome = until_asked(&shown, node, &stop, run).await;
             store.close().await.context("could not close the store")?;
             outcome
         }
@@ -120,13 +122,11 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
             let open = place.gateway(node.transport(), membership).await?;
             let scheme = if context.settings.gateway.tls_cert.is_some() { "https" } else { "http" };
             output::line(format!("OpenAI address {scheme}://{}/v1", open.address()));
-            let stopping = stop.clone();
-            let run = async move { open.run(stopping).await.context("the gateway stopped") };
-            until_asked(node, &stop, run).await
+            until_asked(&shown, node, &stop, Box::pin(run_gateway(open, stop.clone()))).await
         }
         NodeRole::Worker => {
             let run = Box::pin(worker(&mut place, node, membership, stop.clone()));
-            until_asked(node, &stop, run).await
+            until_asked(&shown, node, &stop, run).await
         }
         NodeRole::Registry => bail!("a registry needs no invite; start it with `tether registry`"),
     }
@@ -168,10 +168,24 @@ async fn tell_doctor(data: &DataFolder, handle: &WorkerHandle) {
 
 /// Runs a service until somebody asks it to stop or it ends by itself, and takes its node off the network.
 async fn until_asked(
+    place: &Place,
     node: &Node,
     stop: &CancellationToken,
     run: impl Future<Output = anyhow::Result<()>>,
 ) -> anyhow::Result<Outcome> {
+    let show = match place.settings.metrics_listen {
+        Some(address) => {
+            let server = MetricsServer::bind(address, place.metrics.clone()).await?;
+            output::line(format!("metrics at http://{}/metrics", server.address()?));
+            Some(server)
+        }
+        None => None,
+    };
+    let show = async {
+        if let Some(server) = show {
+            stop.run_until_cancelled(server.serve()).await;
+        }
+    };
     let keep = node.keep_peers(stop);
     let ask = async {
         let asked = stop.run_until_cancelled(asked_to_stop()).await;
@@ -184,7 +198,7 @@ async fn until_asked(
         stop.cancel();
         outcome.map(|()| by_itself)
     };
-    let (outcome, asked, ()) = tokio::join!(run, ask, keep);
+    let (outcome, asked, (), ()) = tokio::join!(run, ask, keep, show);
     node.stop().await;
     asked.transpose()?;
     match outcome {

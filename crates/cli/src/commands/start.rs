@@ -8,6 +8,8 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
+use tokio::signal::unix;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -29,7 +31,7 @@ const WELL_AFTER: Duration = Duration::from_mins(1);
 
 pub(super) async fn run(context: &Context, common: &Common, args: &StartArgs) -> anyhow::Result<Outcome> {
     end_with_parent(args.with_parent)?;
-    let roles = context.data.roles()?;
+    let roles = context.data.roles();
     if roles.is_empty() {
         bail!(
             "{} has no service to start: `tether up` runs a whole network, `tether registry` founds one of several \
@@ -39,16 +41,21 @@ pub(super) async fn run(context: &Context, common: &Common, args: &StartArgs) ->
     }
     let program = std::env::current_exe().context("the program does not know where it lies")?;
     let mut services = vec![];
+    let hung_up = watch::Sender::new(());
     for role in roles {
         let service = Service { role, program: program.clone(), arguments: arguments(context, common, role) };
         let stop = CancellationToken::new();
+        let hangups = hung_up.subscribe();
         let mut task = JoinSet::new();
         let first = service.spawn()?;
-        task.spawn(service.supervise(first, stop.clone()));
+        task.spawn(service.supervise(first, hangups, stop.clone()));
         services.push((role, stop, task));
     }
     output::line(format!("started {}", services.iter().map(|(role, ..)| *role).collect::<Vec<_>>().join(", ")));
-    asked_to_stop().await?;
+    tokio::select! {
+        asked = asked_to_stop() => asked?,
+        hung = pass_on_hangups(&hung_up) => hung?,
+    }
     output::line("stopping");
     // Those that give work stop before those that take it.
     let mut outcome = Ok(Outcome::Well);
@@ -61,6 +68,15 @@ pub(super) async fn run(context: &Context, common: &Common, args: &StartArgs) ->
         }
     }
     outcome
+}
+
+/// Tells the services of each SIGHUP, for ever.
+async fn pass_on_hangups(hung_up: &watch::Sender<()>) -> anyhow::Result<()> {
+    let mut hangups = unix::signal(unix::SignalKind::hangup()).context("no signals")?;
+    while hangups.recv().await.is_some() {
+        hung_up.send_replace(());
+    }
+    std::future::pending().await
 }
 
 fn arguments(context: &Context, common: &Common, role: &str) -> Vec<OsString> {
@@ -90,12 +106,23 @@ impl Service {
     }
 
     /// Keeps the service running until `stop`, and ends it then.
-    async fn supervise(self, mut child: Child, stop: CancellationToken) -> anyhow::Result<()> {
+    async fn supervise(
+        self,
+        mut child: Child,
+        mut hangups: watch::Receiver<()>,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
         let mut wait = WAIT_FIRST;
         loop {
             let started = Instant::now();
-            let Some(ended) = stop.run_until_cancelled(child.wait()).await else { return end(&mut child).await };
-            let ended = ended.context("no word of a child")?;
+            let ended = loop {
+                tokio::select! {
+                    () = stop.cancelled() => return end(&mut child).await,
+                    ended = child.wait() => break ended.context("no word of a child")?,
+                    // The sender outlives this.
+                    Ok(()) = hangups.changed() => send(&child, Signal::HUP),
+                }
+            };
             if started.elapsed() >= WELL_AFTER {
                 wait = WAIT_FIRST;
             }
@@ -109,13 +136,16 @@ impl Service {
     }
 }
 
+/// Sends a signal to a service. One that has ended meanwhile is noticed by whoever waits for it.
+fn send(child: &Child, signal: Signal) {
+    if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw) {
+        let _ = kill_process(pid, signal);
+    }
+}
+
 /// Asks a service to end, and kills it when it does not.
 async fn end(child: &mut Child) -> anyhow::Result<()> {
-    let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
-    if let Some(pid) = pid {
-        // One that has ended meanwhile is waited for all the same.
-        let _ = kill_process(pid, Signal::TERM);
-    }
+    send(child, Signal::TERM);
     match time::timeout(PATIENCE, child.wait()).await {
         Ok(status) => well(status.context("no word of a child")?),
         Err(_) => {

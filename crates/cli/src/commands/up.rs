@@ -107,6 +107,12 @@ impl fmt::Display for Greeting<'_> {
     }
 }
 
+/// Has this process outlive its terminal: SIGHUP is a request to reload, wherever something can be reloaded. Whoever
+/// listens for a signal once has taken its default away for good.
+pub(super) fn outlive_terminal() -> anyhow::Result<()> {
+    signal::unix::signal(signal::unix::SignalKind::hangup()).context("no signals").map(drop)
+}
+
 /// Waits for Ctrl-C or a request to end.
 pub(super) async fn asked_to_stop() -> anyhow::Result<()> {
     let mut terminate = signal::unix::signal(signal::unix::SignalKind::terminate()).context("no signals")?;

@@ -263,6 +263,43 @@ async fn nodes_have_names_by_which_they_are_listed_renamed_and_revoked_from_any_
     let said = well(&mesh, "registry", &["revoke", "attic"]);
     assert!(said.contains(&key.short()), "{said}");
     mesh.until_gone(WORKERS[1]).await;
+
+    // Each service shows what it counts.
+    end(&mut mesh, "orchestrator").await;
+    start_again(&mut mesh, "orchestrator", "orchestrator", &["--metrics-listen", LOOPBACK]).await;
+    mesh.until_logged("orchestrator", "/metrics\n").await;
+    let log = mesh.log("orchestrator");
+    let at = log.lines().find_map(|line| line.strip_prefix("metrics at ")).expect("an address").to_owned();
+    mesh.until_ready(WORKERS[0]).await;
+    let shown = reqwest::get(&at).await.expect("answered").text().await.expect("text");
+    assert!(shown.contains("tether_workers_live 1\n"), "{shown}");
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn services_outlive_their_terminal_and_a_log_that_cannot_be_written() {
+    let mut mesh = Mesh::start(&["bootstrap"], &WORKERS[..1]).await;
+    for name in ["bootstrap", "registry", "orchestrator", "gateway", WORKERS[0]] {
+        mesh.signal(name, Signal::HUP);
+    }
+    mesh.until_logged("gateway", "SIGHUP").await;
+    for name in ["bootstrap", "registry", "orchestrator", "gateway", WORKERS[0]] {
+        mesh.processes.check(name).expect("it runs on");
+    }
+    mesh.ask().await;
+
+    // Each invite is logged.
+    mesh.processes.end("registry").await.expect("a clean end");
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("a full disk");
+    let registry = ["registry", "--data-dir", mesh.folder("registry").to_str().expect("text")].map(str::to_owned);
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_tether"));
+    let mut child = command.args(registry).stdout(std::process::Stdio::null()).stderr(full).spawn().expect("started");
+    let invited = || mesh.run("registry", &["invite"]).status.success();
+    until("an invite", invited).await;
+    until("another one", invited).await;
+    assert!(child.try_wait().expect("a child").is_none(), "it runs on");
+    crate::program::signal(child.id(), Signal::TERM);
+    assert!(child.wait().expect("it ends").success());
     mesh.end().await;
 }
 
@@ -324,6 +361,7 @@ async fn after_a_power_cut_the_network_comes_back_as_it_was() {
         }
     });
     mesh.join("worker-1", "worker", &["--region", "garage"]);
+    mesh.until_logged("worker-1", "joined the network").await;
     mesh.processes.end("registry").await.expect("a clean end");
     mesh.processes.start("registry", &["start"]).expect("started");
     mesh.find_gateway_in("registry").await;

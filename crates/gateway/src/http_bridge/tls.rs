@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::{Config, seconds};
-use crate::gateway::GatewayError;
+use crate::gateway::{Gateway, GatewayError};
 
 /// Accepts TLS connections with the newest certificate.
 #[derive(Clone)]
@@ -82,9 +82,14 @@ impl Tls {
         self.acceptor.accept(stream).await
     }
 
-    /// Looks for new files until `stop`. Files that can't be used leave the certificate as it is.
-    pub(super) async fn watch(self, stop: CancellationToken) {
-        while stop.run_until_cancelled(time::sleep(self.every)).await.is_some() {
+    /// Looks for new files until `stop`, now and then and when it is asked to. Files that can't be used leave the
+    /// certificate as it is.
+    pub(super) async fn watch(self, gateway: Gateway, stop: CancellationToken) {
+        let due = async || {
+            // Either way it is time.
+            let _ = time::timeout(self.every, gateway.reload_wanted()).await;
+        };
+        while stop.run_until_cancelled(due()).await.is_some() {
             let reloader = self.clone();
             match tokio::task::spawn_blocking(move || reloader.reload()).await {
                 Ok(Ok(true)) => info!("took a new TLS certificate"),

@@ -31,6 +31,7 @@ use fake::Fake;
 struct Network {
     address: SocketAddr,
     fake: Fake,
+    gateway: Gateway,
     metrics: Metrics,
     client: reqwest::Client,
     stop: CancellationToken,
@@ -76,12 +77,13 @@ impl Network {
             metrics: metrics.clone(),
             version: "1.2.3".into(),
         };
-        let bridge = Gateway::new(config, parts).bind().await.expect("a free port");
+        let gateway = Gateway::new(config, parts);
+        let bridge = gateway.clone().bind().await.expect("a free port");
         let address = bridge.address();
         let running = stop.clone();
         tasks.spawn(async move { bridge.run(running).await.expect("runs until it is stopped") });
         let client = reqwest::Client::builder().no_proxy().build().expect("a client");
-        Self { address, fake, metrics, client, stop, tasks }
+        Self { address, fake, gateway, metrics, client, stop, tasks }
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {

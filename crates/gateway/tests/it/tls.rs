@@ -93,6 +93,21 @@ async fn a_renewed_certificate_is_taken_and_a_broken_one_is_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_renewed_certificate_is_taken_at_once_where_that_is_asked_for() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let old = certify(folder.path());
+    let network = Network::start_with(Config { tls_reload_secs: 3600, ..tls_config(folder.path()) }).await;
+    connect(&network, &old, b"h2").await.expect("trusted");
+    let new = certify(folder.path());
+    network.gateway.reload();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    while connect(&network, &new, b"h2").await.is_err() {
+        assert!(tokio::time::Instant::now() < deadline, "the new one is not taken");
+    }
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_handshake_that_does_not_come_is_not_waited_for() {
     let folder = tempfile::tempdir().expect("a folder");
     certify(folder.path());

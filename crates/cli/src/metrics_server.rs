@@ -1,0 +1,45 @@
+//! Shows a service's metrics over HTTP, for Prometheus to scrape.
+
+use std::net::SocketAddr;
+
+use anyhow::Context as _;
+use axum::Router;
+use axum::http::header;
+use axum::routing::get;
+use observability::Metrics;
+use tokio::net::TcpListener;
+
+/// How OpenMetrics text is announced.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// An address at which metrics are shown once it is served.
+pub struct MetricsServer {
+    listener: TcpListener,
+    metrics: Metrics,
+}
+
+impl MetricsServer {
+    /// Opens an address.
+    pub async fn bind(address: SocketAddr, metrics: Metrics) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind(address).await;
+        let listener =
+            listener.with_context(|| format!("could not listen on {address}; choose another with --metrics-listen"))?;
+        Ok(Self { listener, metrics })
+    }
+
+    /// Returns the address.
+    pub fn address(&self) -> anyhow::Result<SocketAddr> {
+        self.listener.local_addr().context("a socket without an address")
+    }
+
+    /// Shows the metrics until this is dropped.
+    pub async fn serve(self) {
+        let Self { listener, metrics } = self;
+        let show = move || {
+            let text = metrics.encode();
+            async move { ([(header::CONTENT_TYPE, OPEN_METRICS)], text) }
+        };
+        // It goes on whatever happens to a connection.
+        let _ = axum::serve(listener, Router::new().route("/metrics", get(show))).await;
+    }
+}
