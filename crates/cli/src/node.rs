@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use futures_util::future::join_all;
 use protocol::PublicKey;
 use protocol::signature::NodeKey;
 use rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options};
@@ -15,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::data_folder::DataFolder;
-use crate::settings::Settings;
+use crate::settings::{NetworkSettings, Settings};
 
 /// How often the addresses of known peers are written down.
 const KEEP_EVERY: Duration = Duration::from_secs(30);
@@ -29,6 +30,7 @@ pub struct Node {
     /// Its role, under which its files lie in the data folder.
     pub name: &'static str,
     network: Arc<HyperswarmTransport>,
+    settings: NetworkSettings,
     data: DataFolder,
 }
 
@@ -62,7 +64,7 @@ impl Node {
         let address = network.local_address();
         let local = if address.ip().is_unspecified() { Ipv4Addr::LOCALHOST } else { *address.ip() };
         data.write_listen_address(name, SocketAddrV4::new(local, address.port()))?;
-        Ok(Self { key, name, network, data: data.clone() })
+        Ok(Self { key, name, network, settings: settings.network.clone(), data: data.clone() })
     }
 
     /// Returns the node's public key.
@@ -78,6 +80,13 @@ impl Node {
     /// Returns the UDP address under which other machines reach this one, as far as it can tell.
     pub fn address(&self) -> SocketAddrV4 {
         self.network.reachable_address()
+    }
+
+    /// Returns the addresses at which the network was looked for, and which of them answer.
+    pub async fn answering(&self, bootstrap: &[String]) -> anyhow::Result<Vec<(SocketAddrV4, bool)>> {
+        let addresses = self.settings.and(bootstrap).bootstrap_addresses().await?;
+        let asked = addresses.iter().map(async |address| (*address, self.network.answers(*address).await));
+        Ok(join_all(asked).await)
     }
 
     /// Writes the known peers down now and then, so that the node finds them again without a bootstrap node.

@@ -1,10 +1,12 @@
 //! `tether invite`, `join`, `revoke` and `rename`: who belongs to the network.
 
+use std::net::SocketAddrV4;
+
 use anyhow::{Context as _, bail};
 use protocol::PublicKey;
 use protocol::admission::Invite;
 use protocol::control::{InviteCreate, NodeRole};
-use rpc::{Client, Enrolment, SystemClock};
+use rpc::{Client, Enrolment, JoinError, SystemClock};
 
 use super::serve::{follow_parent, name, run_role};
 use super::{Context, Outcome};
@@ -28,8 +30,8 @@ pub(super) async fn invite(context: Context, args: InviteArgs) -> anyhow::Result
     let regions = args.regions.iter().map(|region| region.parse()).collect::<Result<_, _>>()?;
     if args.server.url.is_none() && context.data.pool()?.is_none() && context.data.address().is_some() {
         bail!(
-            "the network of {} runs in one process, and no machine can join it; `tether registry` founds one that can be \
-             joined",
+            "the network of {} runs in one process, and no machine can join it; start it with `tether up --listen \
+             0.0.0.0:49737`",
             context.data.path().display()
         );
     }
@@ -80,8 +82,12 @@ pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Out
     let enrolment = match Enrolment::redeem(&client, &invite, &host_name(), &SystemClock).await {
         Ok(enrolment) => enrolment,
         Err(error) => {
+            let why = match error {
+                JoinError::Unreachable(_) => no_way(&node.answering(&invite.bootstrap).await?),
+                _ => "could not join".to_owned(),
+            };
             node.stop().await;
-            return Err(error).context("could not join");
+            return Err(error).context(why);
         }
     };
     drop(client);
@@ -137,6 +143,31 @@ pub(super) async fn rename(context: Context, args: RenameArgs) -> anyhow::Result
     Ok(if renamed.found { Outcome::Well } else { Outcome::Finding })
 }
 
+/// Says what is known of the way to a registry that does not answer: which of the addresses that lead to it do.
+fn no_way(addresses: &[(SocketAddrV4, bool)]) -> String {
+    if let Some((address, _)) = addresses.iter().find(|(_, answers)| *answers) {
+        return format!("could not join: {address} answers, but the registry does not; see that it runs");
+    }
+    let told: Vec<String> = addresses.iter().map(|(address, _)| address.to_string()).collect();
+    let Some((first, _)) = addresses.first() else {
+        return "could not join: the invite names no address; name one with --bootstrap HOST:PORT".to_owned();
+    };
+    let port = first.port();
+    let private = if addresses.iter().all(|(address, _)| address.ip().is_private() || address.ip().is_loopback()) {
+        format!(
+            " (a private address is reached from its own network only; from outside, forward UDP port {port} of its router to \
+             it and give --bootstrap ROUTER:{port})"
+        )
+    } else {
+        String::new()
+    };
+    format!(
+        "could not join: nothing answers by UDP at {}{private}; see that the registry runs and that no firewall closes the \
+         port",
+        told.join(", ")
+    )
+}
+
 /// Finds a node; a whole key needs no list.
 async fn find(desk: &Desk, text: &str) -> anyhow::Result<PublicKey> {
     match text.parse() {
@@ -148,4 +179,22 @@ async fn find(desk: &Desk, text: &str) -> anyhow::Result<PublicKey> {
 /// Returns this machine's name, for the network's lists.
 fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_cannot_join_is_told_which_way_is_closed() {
+        let address = |text: &str| text.parse::<SocketAddrV4>().expect("an address");
+        let walled = no_way(&[(address("192.168.50.2:49737"), false)]);
+        assert!(walled.contains("nothing answers by UDP at 192.168.50.2:49737"), "{walled}");
+        assert!(walled.contains("--bootstrap ROUTER:49737"), "{walled}");
+        let public = no_way(&[(address("192.168.50.2:49737"), false), (address("8.8.8.8:49737"), false)]);
+        assert!(!public.contains("ROUTER") && public.contains("8.8.8.8:49737"), "{public}");
+        let there = no_way(&[(address("192.168.50.2:49737"), false), (address("192.168.50.3:1"), true)]);
+        assert!(there.contains("192.168.50.3:1 answers, but the registry does not"), "{there}");
+        assert!(no_way(&[]).contains("--bootstrap HOST:PORT"));
+    }
 }
