@@ -131,6 +131,9 @@ pub struct UpArgs {
     /// Address to serve HTTP on
     #[arg(long, value_name = "HOST:PORT")]
     pub bind: Option<String>,
+    /// UDP address at which other machines may join with `tether join`
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<String>,
     /// Name of this region
     #[arg(long, value_name = "REGION")]
     pub region: Option<String>,

@@ -195,6 +195,7 @@ fn flags(command: &Command) -> Vec<Flag> {
         Command::Up(up) => {
             flags.push(("region", up.region.clone().map(Into::into)));
             flags.push(("workers", up.workers.map(Into::into)));
+            flags.push(("network.up_listen", up.listen.clone().map(Into::into)));
             (None, &up.bind, &None)
         }
         Command::Bootstrap(node) | Command::Registry(node) => (Some(node), &None, &None),

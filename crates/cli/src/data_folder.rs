@@ -5,8 +5,8 @@ use std::net::{SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
-use protocol::codec;
 use protocol::signature::NodeKey;
+use protocol::{PublicKey, codec};
 use registry::Pepper;
 use rpc::identity;
 
@@ -113,6 +113,15 @@ impl DataFolder {
             .with_context(|| format!("could not write {}", path.display()))
     }
 
+    /// Forgets the network that this folder's own registry founded, as it goes on alone.
+    pub fn forget_pool(&self, registry: PublicKey) -> anyhow::Result<()> {
+        if self.pool()?.is_some_and(|pool| pool.registry == registry) {
+            let path = self.path.join("pool.json");
+            fs::remove_file(&path).with_context(|| format!("could not delete {}", path.display()))?;
+        }
+        Ok(())
+    }
+
     /// Returns which network this folder belongs to, where it does.
     pub fn pool(&self) -> anyhow::Result<Option<Pool>> {
         let path = self.path.join("pool.json");
@@ -169,16 +178,9 @@ impl DataFolder {
     }
 
     /// Returns the roles whose nodes were started or enrolled here, in the order in which they start.
-    pub fn roles(&self) -> anyhow::Result<Vec<&'static str>> {
-        let founded = self.pool()?.is_some_and(|pool| {
-            // Every member's folder names the registry; this one has its key.
-            let path = self.path.join("nodes").join("registry.key");
-            path.exists() && self.node_key("registry").is_ok_and(|key| key.public_key() == pool.registry)
-        });
-        let is_here = |role: &&str| {
-            self.kept_flags(role).exists() || self.enrolment(role).exists() || *role == "registry" && founded
-        };
-        Ok(["bootstrap", "registry", "orchestrator", "gateway", "worker"].into_iter().filter(is_here).collect())
+    pub fn roles(&self) -> Vec<&'static str> {
+        let is_here = |role: &&str| self.kept_flags(role).exists() || self.enrolment(role).exists();
+        ["bootstrap", "registry", "orchestrator", "gateway", "worker"].into_iter().filter(is_here).collect()
     }
 
     /// Returns the file of the peers that a node knows.
@@ -263,18 +265,12 @@ mod tests {
     fn the_roles_of_a_folder_are_those_that_were_started_or_enrolled_in_it() {
         let folder = tempfile::tempdir().expect("a folder");
         let data = DataFolder::at(folder.path());
-        assert!(data.roles().expect("none").is_empty());
-        let other = NodeKey::from_seed(&[9; 32]).public_key();
-        data.write_pool(&Pool { registry: other, bootstrap: vec![] }).expect("written");
         data.node_key("gateway").expect("a key is no role");
-        data.node_key("registry").expect("nor is one of a registry that founded nothing");
-        assert!(data.roles().expect("none").is_empty());
+        assert!(data.roles().is_empty());
         fs::write(data.kept_flags("worker"), "").expect("written");
         fs::write(data.enrolment("gateway"), "").expect("written");
-        assert_eq!(data.roles().expect("two"), ["gateway", "worker"]);
-        let registry = data.node_key("registry").expect("a key").public_key();
-        data.write_pool(&Pool { registry, bootstrap: vec![] }).expect("written");
-        assert_eq!(data.roles().expect("three"), ["registry", "gateway", "worker"]);
+        fs::write(data.kept_flags("registry"), "").expect("written");
+        assert_eq!(data.roles(), ["registry", "gateway", "worker"]);
     }
 
     #[test]

@@ -1,20 +1,23 @@
-//! The whole network in one process: registry, orchestrator, workers and gateway, each a node of its own on a memory
-//! network, each with its own key. What runs here as tasks runs elsewhere as processes.
+//! The whole network in one process: registry, orchestrator, workers and gateway, each a node of its own with its own
+//! key. What runs here as tasks runs elsewhere as processes. Where it listens on UDP other machines join it; otherwise its
+//! nodes meet in memory.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use engine::ModelRuntime;
+use futures_util::future::join_all;
 use metadata_store::MetadataStore;
 use observability::Metrics;
 use protocol::Clock;
-use protocol::control::NodeRole;
+use protocol::control::{InviteCreate, NodeRole};
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::signature::NodeKey;
 use registry::{AdmissionOffice, AdmissionParts, Grant, TokenOffice};
-use rpc::{Membership, MemoryNetwork, SystemClock};
+use rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options};
+use rpc::{Membership, MemoryNetwork, SystemClock, Transport};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use worker::WorkerHandle;
@@ -22,8 +25,9 @@ use worker::WorkerHandle;
 use crate::addresses;
 use crate::data_folder::{DataFolder, FolderLock};
 use crate::local_models;
-use crate::services::{Place, first_key, open_store};
-use crate::settings::Settings;
+use crate::node::{Pool, at_last_port};
+use crate::services::{Place, first_key, open_store, run_gateway};
+use crate::settings::{NetworkSettings, Settings, any_port};
 use crate::tiny_model;
 
 /// What a network is given besides its settings.
@@ -48,9 +52,12 @@ pub struct Network {
     pub workers: Vec<WorkerHandle>,
     /// What every service counts.
     pub metrics: Metrics,
+    /// An invite for a worker, where other machines may join.
+    pub invite: Option<String>,
     data: DataFolder,
     stores: Vec<Arc<dyn MetadataStore>>,
     tiers: Vec<Tier>,
+    medium: Medium,
     _lock: FolderLock,
 }
 
@@ -93,18 +100,29 @@ impl Network {
         local_models::settle_versions(&mut settings.worker.models, &*registry_store).await?;
 
         let keys = Keys::of(data, settings.workers)?;
-        let admission = AdmissionOffice::new(AdmissionParts::new(
+        let mut medium = Medium::of(&settings, data);
+        let registry_end = medium.node(&keys.registry, "registry").await?;
+        let mut parts = AdmissionParts::new(
             data.root_key()?,
             registry_store.clone(),
             clock.clone(),
             data.pepper()?,
             keys.registry.public_key(),
-        ));
+        );
+        parts.bootstrap = medium.bootstrap();
+        if parts.bootstrap.is_empty() {
+            data.forget_pool(keys.registry.public_key())?;
+        } else {
+            // Operators find the registry by it, as in a network of processes.
+            data.write_pool(&Pool { registry: keys.registry.public_key(), bootstrap: parts.bootstrap.clone() })?;
+        }
+        let admission = AdmissionOffice::new(parts);
+        let invite = if medium.is_open() { Some(invite_worker(&admission).await?) } else { None };
         let metrics = Metrics::new();
         let tls = settings.gateway.tls_cert.is_some();
         let place = Place { settings, data: data.clone(), metrics: metrics.clone(), clock };
-        let stage = Stage { place, memory: MemoryNetwork::new(), keys, admission };
-        let registries = stage.registry(registry_store.clone());
+        let mut stage = Stage { place, medium, keys, admission };
+        let registries = stage.registry(registry_end, registry_store.clone());
         let orchestrators = stage.orchestrator(orchestrator_store.clone()).await?;
         let (workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
         let (gateways, address) = stage.gateway().await?;
@@ -115,6 +133,8 @@ impl Network {
             key_is_new,
             workers: handles,
             metrics,
+            invite,
+            medium: stage.medium,
             data: data.clone(),
             stores: vec![orchestrator_store, registry_store],
             tiers: vec![gateways, orchestrators, workers, registries],
@@ -170,6 +190,7 @@ impl Network {
         for tier in &mut self.tiers {
             outcome = outcome.and(tier.end().await);
         }
+        self.medium.leave().await;
         for store in &self.stores {
             outcome = outcome.and(store.close().await.context("could not close a store"));
         }
@@ -178,10 +199,102 @@ impl Network {
     }
 }
 
+/// Makes an invite with which one other machine joins as a worker.
+async fn invite_worker(admission: &AdmissionOffice) -> anyhow::Result<String> {
+    let new = InviteCreate {
+        token: String::new(),
+        roles: vec![NodeRole::Worker],
+        regions: vec![],
+        models: vec![],
+        name: String::new(),
+        valid_secs: None,
+        bootstrap: vec![],
+    };
+    Ok(admission.invite(new).await.context("could not make an invite")?.invite)
+}
+
+/// How the nodes of the process reach each other.
+enum Medium {
+    /// In memory, where nobody else is.
+    Memory(MemoryNetwork),
+    /// Over UDP, where other machines are, too.
+    Udp(Udp),
+}
+
+/// The ends of nodes on a network between machines.
+struct Udp {
+    listen: SocketAddrV4,
+    settings: NetworkSettings,
+    data: DataFolder,
+    /// The first is the registry's: the others begin with it.
+    ends: Vec<Arc<HyperswarmTransport>>,
+}
+
+impl Medium {
+    fn of(settings: &Settings, data: &DataFolder) -> Self {
+        match settings.network.up_listen {
+            None => Self::Memory(MemoryNetwork::new()),
+            Some(listen) => {
+                let (settings, data) = (settings.network.clone(), data.clone());
+                Self::Udp(Udp { listen, settings, data, ends: vec![] })
+            }
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        matches!(self, Self::Udp(_))
+    }
+
+    /// Returns where other machines begin.
+    fn bootstrap(&self) -> Vec<String> {
+        match self {
+            Self::Memory(_) => vec![],
+            Self::Udp(udp) => {
+                udp.ends.first().map(|registry| registry.reachable_address().to_string()).into_iter().collect()
+            }
+        }
+    }
+
+    /// Puts a node on the network. The registry comes first.
+    async fn node(&mut self, key: &NodeKey, name: &str) -> anyhow::Result<Arc<dyn Transport>> {
+        let begin_at = self.bootstrap();
+        match self {
+            Self::Memory(memory) => Ok(memory.node(key)),
+            Self::Udp(udp) => udp.node(key, name, &begin_at).await,
+        }
+    }
+
+    async fn leave(&self) {
+        if let Self::Udp(Udp { ends, .. }) = self {
+            join_all(ends.iter().map(|end| end.stop())).await;
+        }
+    }
+}
+
+impl Udp {
+    async fn node(&mut self, key: &NodeKey, name: &str, begin_at: &[String]) -> anyhow::Result<Arc<dyn Transport>> {
+        // The registry is where others look for the network; its companions take any port.
+        let listen = if self.ends.is_empty() { self.listen } else { any_port(self.listen) };
+        let options = Options {
+            listen,
+            bootstrap: self.settings.and(begin_at).bootstrap_addresses().await?,
+            known: KnownPeers::default(),
+            is_client: false,
+        };
+        let start = async |listen| HyperswarmTransport::start(Options { listen, ..options.clone() }, key).await;
+        let end = at_last_port(listen, self.data.listen_address(name), start).await?;
+        let address = end.local_address();
+        let local = if address.ip().is_unspecified() { Ipv4Addr::LOCALHOST } else { *address.ip() };
+        self.data.write_listen_address(name, SocketAddrV4::new(local, address.port()))?;
+        self.ends.push(end.clone());
+        Ok(end)
+    }
+}
+
 /// What the services of one network share while they are started.
 struct Stage {
     place: Place,
-    memory: MemoryNetwork,
+    medium: Medium,
     keys: Keys,
     admission: AdmissionOffice,
 }
@@ -197,17 +310,17 @@ impl Stage {
         Ok(membership)
     }
 
-    fn registry(&self, store: Arc<dyn MetadataStore>) -> Tier {
+    fn registry(&self, transport: Arc<dyn Transport>, store: Arc<dyn MetadataStore>) -> Tier {
         let (place, admission) = (self.place.clone(), self.admission.clone());
-        let transport = self.memory.node(&self.keys.registry);
         let mut tier = Tier::new();
         let stop = tier.stop.clone();
         tier.tasks.spawn(async move { place.registry(transport, store, admission, stop).await });
         tier
     }
 
-    async fn orchestrator(&self, store: Arc<dyn MetadataStore>) -> anyhow::Result<Tier> {
-        let (place, transport) = (self.place.clone(), self.memory.node(&self.keys.orchestrator));
+    async fn orchestrator(&mut self, store: Arc<dyn MetadataStore>) -> anyhow::Result<Tier> {
+        let transport = self.medium.node(&self.keys.orchestrator, "orchestrator").await?;
+        let place = self.place.clone();
         let membership = self.admit(&self.keys.orchestrator, NodeRole::Orchestrator, "orchestrator").await?;
         let mut tier = Tier::new();
         let stop = tier.stop.clone();
@@ -217,21 +330,23 @@ impl Stage {
 
     /// Starts the workers. Their epochs are counted in the orchestrator's store, the one that is always there.
     async fn workers(
-        &self,
+        &mut self,
         epochs: &dyn MetadataStore,
         runtime: &dyn Fn() -> anyhow::Result<Arc<dyn ModelRuntime>>,
     ) -> anyhow::Result<(Tier, Vec<WorkerHandle>)> {
         let mut tier = Tier::new();
         let mut handles = vec![];
-        for (key, number) in self.keys.workers.iter().zip(1..) {
+        for (key, number) in self.keys.workers.clone().iter().zip(1..) {
             let epoch = epochs.next_epoch(key.public_key()).await?;
-            let membership = self.admit(key, NodeRole::Worker, &format!("worker-{number}")).await?;
+            let name = format!("worker-{number}");
+            let membership = self.admit(key, NodeRole::Worker, &name).await?;
+            let transport = self.medium.node(key, &name).await?;
             let mut place = self.place.clone();
             if number > 1 {
                 // A server has its slots once, however many workers there are.
                 place.settings.worker.models.retain(|model| model.remote.is_none());
             }
-            let worker = place.worker(self.memory.node(key), key, epoch, membership, runtime()?)?;
+            let worker = place.worker(transport, key, epoch, membership, runtime()?)?;
             handles.push(worker.handle());
             let stop = tier.stop.clone();
             tier.tasks.spawn(async move {
@@ -242,13 +357,14 @@ impl Stage {
         Ok((tier, handles))
     }
 
-    async fn gateway(&self) -> anyhow::Result<(Tier, SocketAddr)> {
+    async fn gateway(&mut self) -> anyhow::Result<(Tier, SocketAddr)> {
         let membership = self.admit(&self.keys.gateway, NodeRole::Gateway, "gateway").await?;
-        let open = self.place.gateway(self.memory.node(&self.keys.gateway), membership).await?;
+        let transport = self.medium.node(&self.keys.gateway, "gateway").await?;
+        let open = self.place.gateway(transport, membership).await?;
         let address = open.address();
         let mut tier = Tier::new();
         let stop = tier.stop.clone();
-        tier.tasks.spawn(async move { open.run(stop).await.context("the gateway stopped") });
+        tier.tasks.spawn(run_gateway(open, stop));
         Ok((tier, address))
     }
 }

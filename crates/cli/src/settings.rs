@@ -66,6 +66,9 @@ pub struct NetworkSettings {
     /// UDP address that this node listens on, IPv4; port 0 takes a free one.
     #[serde(deserialize_with = "udp_address")]
     pub listen: SocketAddrV4,
+    /// UDP address at which other machines join the network of `tether up`; without one it is this process's alone.
+    #[serde(deserialize_with = "some_udp_address", skip_serializing_if = "Option::is_none")]
+    pub up_listen: Option<SocketAddrV4>,
     /// Nodes to ask for others, as `host:port`. A node that joined by an invite knows those of its network.
     pub bootstrap: Vec<String>,
     /// How long gateways and orchestrators go on with the keys, models and rules they know while no registry answers, in
@@ -86,6 +89,10 @@ fn udp_address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Sock
         Ok(SocketAddr::V6(_)) => Err(malformed("is an IPv6 address, and nodes speak IPv4 with each other")),
         Err(_) => Err(malformed("is not a UDP address")),
     }
+}
+
+fn some_udp_address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddrV4>, D::Error> {
+    udp_address(deserializer).map(Some)
 }
 
 /// Returns the address with a port that is surely free.
@@ -125,7 +132,12 @@ impl Default for Settings {
 
 impl Default for NetworkSettings {
     fn default() -> Self {
-        Self { listen: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0), bootstrap: vec![], registry_absence_secs: 600 }
+        Self {
+            listen: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0),
+            up_listen: None,
+            bootstrap: vec![],
+            registry_absence_secs: 600,
+        }
     }
 }
 

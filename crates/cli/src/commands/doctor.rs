@@ -31,7 +31,7 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
         check("engine", engine(&context).await),
     ];
     checks.extend(network::checks(&context).await);
-    let roles = context.data.roles().unwrap_or_default();
+    let roles = context.data.roles();
     if client.answers().await {
         checks.push(check("gateway", gateway(&client).await));
         checks.push(check("API key", api_key(&client).await));

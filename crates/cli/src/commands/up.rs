@@ -58,6 +58,7 @@ fn greeting(context: &Context, network: &Network) -> String {
         key: if network.key_is_new { format!("{}  (made just now)", network.api_key) } else { network.api_key.clone() },
         key_file: context.data.api_key_file(),
         program: context.program(),
+        invite: network.invite.as_deref(),
     };
     greeting.to_string()
 }
@@ -75,6 +76,8 @@ struct Greeting<'a> {
     key_file: PathBuf,
     /// What a command line for this network begins with.
     program: String,
+    /// An invite for a worker, where other machines may join.
+    invite: Option<&'a str>,
 }
 
 impl fmt::Display for Greeting<'_> {
@@ -103,6 +106,13 @@ impl fmt::Display for Greeting<'_> {
             writeln!(out, "\nNo model is ready: {program} doctor says why.\n\nNext:\n")?;
         }
         writeln!(out, "  {program} nodes\n  {program} token create --name laptop\n  {program} doctor")?;
+        if let Some(invite) = self.invite {
+            writeln!(
+                out,
+                "\nOn another machine, to run jobs there, too (`{program} invite` makes a line for each further one):"
+            )?;
+            writeln!(out, "\n  tether join {invite}")?;
+        }
         writeln!(out, "\nCtrl-C stops it.")
     }
 }
@@ -136,6 +146,7 @@ mod tests {
             key: "tth_live_x".into(),
             key_file: "/d/api-key".into(),
             program: "tether".into(),
+            invite: None,
         }
     }
 
@@ -154,6 +165,13 @@ mod tests {
         assert!(told.contains("from elsewhere  https://192.0.2.7:1/v1"), "{told}");
         assert!(told.contains("curl --cacert /c.pem https://127.0.0.1:1/v1"), "{told}");
         assert!(told.contains("  tether --data-dir /d nodes"), "{told}");
+    }
+
+    #[test]
+    fn a_network_that_can_be_joined_says_how() {
+        assert!(!greeting().to_string().contains("tether join"));
+        let told = Greeting { invite: Some("tth_join_x"), ..greeting() }.to_string();
+        assert!(told.contains("\n  tether join tth_join_x\n") && told.contains("`tether invite`"), "{told}");
     }
 
     #[test]

@@ -56,7 +56,7 @@ impl Mesh {
             bootstrap.push(processes.listening(name, "bootstrap").await.expect("it listens").to_string());
         }
         let known = bootstrap.join(",");
-        let flags = ["--listen", LOOPBACK, "--bootstrap", &known];
+        let flags = ["registry", "--listen", LOOPBACK, "--bootstrap", &known];
         let mut mesh = Self::found_in(home, processes, &flags).await;
         mesh.join_flags = vec!["--listen".to_owned(), LOOPBACK.to_owned()];
         mesh.join("orchestrator", "orchestrator", &[]);
@@ -75,11 +75,20 @@ impl Mesh {
     pub(crate) async fn found(flags: &[&str]) -> Self {
         let home = Home::new();
         let processes = Processes::of(env!("CARGO_BIN_EXE_tether"), home.path());
-        Self::found_in(home, processes, flags).await
+        Self::found_in(home, processes, &[&["registry"], flags].concat()).await
     }
 
-    async fn found_in(home: Home, mut processes: Processes, flags: &[&str]) -> Self {
-        processes.start("registry", &[&["registry"], flags].concat()).expect("started");
+    /// Starts a whole network in one process, which other machines may join.
+    pub(crate) async fn up(flags: &[&str]) -> Self {
+        let home = Home::new();
+        let processes = Processes::of(env!("CARGO_BIN_EXE_tether"), home.path());
+        let mut mesh = Self::found_in(home, processes, &[&["up"], flags].concat()).await;
+        mesh.find_gateway_in("registry").await;
+        mesh
+    }
+
+    async fn found_in(home: Home, mut processes: Processes, arguments: &[&str]) -> Self {
+        processes.start("registry", arguments).expect("started");
         let pool = processes.wait_for("registry", PATIENCE, |data| data.pool().ok().flatten()).await.expect("a pool");
         let key = processes.wait_for("registry", PATIENCE, |data| data.api_key().filter(|key| !key.is_empty()));
         // Known once it listens.

@@ -197,6 +197,33 @@ async fn a_registry_on_every_address_of_its_machine_begins_a_network() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_machine_joins_the_network_of_up_with_the_line_that_it_prints() {
+    let up = ["--listen", LOOPBACK, "--bind", LOOPBACK, "--workers", "1"];
+    let mut mesh = Mesh::up(&up).await;
+    mesh.until_logged("registry", "tether join ").await;
+    let log = mesh.log("registry");
+    let invite = log.lines().find_map(|line| line.trim().strip_prefix("tether join ")).expect("a line").to_owned();
+    let guest = WORKERS[1];
+    mesh.processes.start(guest, &["join", &invite, "--listen", LOOPBACK]).expect("started");
+    mesh.until_ready(guest).await;
+    assert_eq!(mesh.routable().await.expect("a fleet").len(), 2);
+    mesh.ask().await;
+    assert!(mesh.invite("worker").starts_with("tth_join_"), "for a third machine");
+
+    // Both lose their power, and come back.
+    for name in ["registry", guest] {
+        cut_power(mesh.processes.pid(name).expect("it runs"));
+        mesh.processes.kill(name).expect("gone");
+    }
+    mesh.processes.start("registry", &[&["up"][..], &up].concat()).expect("started");
+    mesh.processes.start(guest, &["worker"]).expect("started");
+    mesh.find_gateway_in("registry").await;
+    mesh.until_ready(guest).await;
+    mesh.ask().await;
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_is_cut_off_says_so_and_the_doctor_names_the_cause() {
     let mut mesh = Mesh::start(&["bootstrap"], &WORKERS[..1]).await;
     let lost = WORKERS[1];

@@ -75,7 +75,7 @@ async fn look(context: &Context, pool: &Pool) -> anyhow::Result<Vec<Check>> {
 /// Returns the regions that matter here: those of this machine's services, and the registry's.
 async fn regions(context: &Context, pool: &Pool, client: &Client) -> anyhow::Result<BTreeSet<Region>> {
     let mut regions = BTreeSet::new();
-    for role in context.data.roles()? {
+    for role in context.data.roles() {
         let kept: toml::Table = toml::from_str(&KeptFlags::read(&context.data, role)?.to_toml())?;
         let region = kept.get("region").and_then(|region| region.as_str()?.parse().ok());
         regions.insert(region.unwrap_or_else(|| context.settings.region.clone()));
