@@ -282,7 +282,7 @@ pub fn chat_template(bytes: &[u8]) {
 
 /// What a model answers, on its way to text, thoughts and calls: however it is cut, the same comes out.
 ///
-/// The first byte says how the model writes, the second where to cut.
+/// The first byte says how the model writes and whether a limit ended the answer, the second where to cut.
 pub fn answer_parser(bytes: &[u8]) {
     const TEMPLATES: [&str; 7] = [
         "<tool_call></tool_call><think></think>",
@@ -317,7 +317,7 @@ pub fn answer_parser(bytes: &[u8]) {
             take(parser.push(piece));
             rest = after;
         }
-        let (last, calls) = parser.finish();
+        let (last, calls) = parser.finish(*template >= 0x80);
         take(last);
         assert_eq!(calls, !whole.tool_calls.is_empty());
         whole

@@ -107,6 +107,11 @@ impl AnswerFormat {
         (!before.is_empty()).then_some(OutputFormat::Lark(rules))
     }
 
+    /// Returns the forms that the arguments of the tools are held to where a call is required, in the order of the tools.
+    pub fn argument_forms<'a>(&self, chat: &'a Chat) -> impl Iterator<Item = OutputFormat> + use<'a> {
+        chat.tools.iter().map(|tool| OutputFormat::JsonSchema(call_syntax::arguments(tool)))
+    }
+
     fn is_thinking(&self, prompt: &str) -> bool {
         self.thought.is_some_and(|(open, _)| prompt.trim_end().ends_with(open))
     }
@@ -147,12 +152,13 @@ impl AnswerParser {
     /// Takes more of the answer's text.
     pub fn push(&mut self, text: &str) -> Delta {
         self.held.push_str(text);
-        self.read(false)
+        self.read(false, false)
     }
 
-    /// Ends the answer. Returns what was held back, and whether the answer calls functions.
-    pub fn finish(&mut self) -> (Delta, bool) {
-        let delta = self.read(true);
+    /// Ends the answer. Returns what was held back, and whether the answer calls functions. Where the limit of tokens
+    /// cut it, what may be the beginning of a call or a marker is left out rather than shown as text.
+    pub fn finish(&mut self, is_cut: bool) -> (Delta, bool) {
+        let delta = self.read(true, is_cut);
         (delta, self.calls.count > 0)
     }
 
@@ -161,9 +167,9 @@ impl AnswerParser {
         self.one_call && self.calls.count > 0 && self.reader.is_behind_call()
     }
 
-    fn read(&mut self, at_end: bool) -> Delta {
+    fn read(&mut self, at_end: bool, is_cut: bool) -> Delta {
         let mut output = Output { delta: Delta::default(), calls: &mut self.calls };
-        let mut input = Input { rest: &self.held, at_end };
+        let mut input = Input { rest: &self.held, at_end, is_cut };
         loop {
             if self.one_call && output.calls.count > 0 && self.reader.is_behind_call() {
                 input.take(input.rest.len());
@@ -190,6 +196,8 @@ struct Input<'a> {
     rest: &'a str,
     /// Nothing more will come.
     at_end: bool,
+    /// More would have come.
+    is_cut: bool,
 }
 
 impl<'a> Input<'a> {
@@ -203,11 +211,16 @@ impl<'a> Input<'a> {
         self.take(self.rest.len() - self.rest.trim_start().len())
     }
 
+    /// Returns whether what is here is all that the model wanted to say.
+    fn is_whole(&self) -> bool {
+        self.at_end && !self.is_cut
+    }
+
     /// Returns whether a text comes next, or `None` while it still may.
     fn begins(&self, text: &str) -> Option<bool> {
         if self.rest.starts_with(text) {
             Some(true)
-        } else if !self.at_end && text.starts_with(self.rest) {
+        } else if !self.is_whole() && text.starts_with(self.rest) {
             None
         } else {
             Some(false)

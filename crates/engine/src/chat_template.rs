@@ -185,11 +185,15 @@ impl Program {
     /// without is filled in.
     fn render(&self, chat: &Chat, now: SystemTime) -> Result<String, ChatTemplateError> {
         let dialect = self.dialect();
-        match self.run(dialect.variables(chat), now) {
+        let rendered = match self.run(dialect.variables(chat), now) {
             Err(ChatTemplateError::Broken(_)) if conversation::offers_tools(chat) => {
                 self.run(dialect.variables(&conversation::with_whole_tools(chat)), now)
             }
             rendered => rendered,
+        }?;
+        match chat.messages.last() {
+            Some(last) if chat.continue_last => up_to(rendered, &last.content),
+            _ => Ok(rendered),
         }
     }
 
@@ -214,6 +218,21 @@ impl Program {
         template.render_captured_to(context, &mut output).map_err(|error| classify(&error))?;
         String::from_utf8(output.bytes).map_err(|_| ChatTemplateError::Broken("it made invalid UTF-8".into()))
     }
+}
+
+/// Returns a prompt up to where the last message ends, without what the template writes behind it. Some templates trim
+/// messages, so the space at its end need not be there.
+fn up_to(mut prompt: String, last: &str) -> Result<String, ChatTemplateError> {
+    let unfit = || ChatTemplateError::Unfit {
+        parameter: "continue_final_message".into(),
+        reason: "it does not show the last message as it is".into(),
+    };
+    let said = last.trim();
+    let at = prompt.rfind(said).filter(|_| !said.is_empty()).ok_or_else(unfit)?;
+    let with_space = last.trim_start();
+    let length = if prompt[at..].starts_with(with_space) { with_space.len() } else { said.len() };
+    prompt.truncate(at + length);
+    Ok(prompt)
 }
 
 /// The message that a template gave to `raise_exception`.

@@ -17,6 +17,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{BufReader, Read};
 
+use crate::model_runtime::SamplingDefaults;
 pub use adapter::check_adapter;
 pub(crate) use adapter::{adapter_alpha, adapter_pairs, is_input};
 pub use check::check_model;
@@ -152,6 +153,34 @@ impl Header {
     /// Returns the non-negative integer under a key.
     pub fn unsigned(&self, key: &str) -> Option<u64> {
         self.metadata.get(key)?.as_unsigned()
+    }
+
+    /// Returns the number under a key, whatever its type.
+    pub fn number(&self, key: &str) -> Option<f64> {
+        match self.metadata.get(key)? {
+            Value::Unsigned(number) => Some(*number as f64),
+            Value::Signed(number) => Some(*number as f64),
+            Value::Float(number) => Some(*number),
+            _ => None,
+        }
+    }
+
+    /// Returns how the model wants to be sampled: by llama.cpp's keys, and by its defaults where there are none. A value
+    /// that no request may have is passed over.
+    pub fn sampling_defaults(&self) -> SamplingDefaults {
+        let of_llama_cpp = SamplingDefaults::default();
+        let number = |name: &str, default: f32, low: f32, high: f32| {
+            let told = self.number(&format!("general.sampling.{name}")).map(|number| number as f32);
+            told.filter(|number| (low..=high).contains(number)).unwrap_or(default)
+        };
+        let top_k = self.number("general.sampling.top_k").map(|count| count.max(0.0) as u32);
+        SamplingDefaults {
+            temperature: number("temp", of_llama_cpp.temperature, 0.0, 2.0),
+            top_p: number("top_p", of_llama_cpp.top_p, f32::MIN_POSITIVE, 1.0),
+            top_k: top_k.unwrap_or(of_llama_cpp.top_k),
+            min_p: number("min_p", of_llama_cpp.min_p, 0.0, 1.0),
+            repetition_penalty: number("penalty_repeat", of_llama_cpp.repetition_penalty, f32::MIN_POSITIVE, 2.0),
+        }
     }
 
     /// Returns the architecture's name, such as `llama`.

@@ -16,7 +16,7 @@ use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 
-use crate::json_form::with_options;
+use crate::json_form::{is_lenient, make_lenient, with_options};
 use crate::model_runtime::{EngineError, OutputFormat, unsupported};
 use crate::sampler::TokenMask;
 
@@ -90,8 +90,16 @@ impl Grammars {
     fn of_schema(&self, schema: &Value) -> Result<Constraint, EngineError> {
         limits::check_schema(schema).map_err(refused)?;
         let compile = |schema: &Value| self.compile(GrammarWithLexer::from_json_schema(with_options(schema)));
+        let lenient = is_lenient(schema);
         compile(schema).map_err(|reason| {
-            let (place, reason) = limits::locate(schema, reason, |part| compile(part).err());
+            let fault_of = |part: &Value| {
+                let mut part = part.clone();
+                if lenient {
+                    make_lenient(&mut part);
+                }
+                compile(&part).err()
+            };
+            let (place, reason) = limits::locate(schema, reason, fault_of);
             refused(if place.is_empty() { reason } else { format!("at {place}: {reason}") })
         })
     }

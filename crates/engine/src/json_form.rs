@@ -1,16 +1,43 @@
 //! How JSON is written where a form demands it.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-/// Sets how llguidance reads a schema; nobody else may.
+/// Where llguidance looks for options, in the outermost schema.
+const OPTIONS: &str = "x-guidance";
+/// Keywords whose value maps names to schemas.
+const MAPS: [&str; 4] = ["properties", "patternProperties", "$defs", "definitions"];
+/// Keywords whose value is a schema or a list of them.
+const PARTS: [&str; 12] = [
+    "items",
+    "prefixItems",
+    "additionalProperties",
+    "additionalItems",
+    "unevaluatedProperties",
+    "contains",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "not",
+    "if",
+    "then",
+];
+/// Keywords whose value may be null.
+const VALUES: [&str; 4] = ["const", "default", "enum", "examples"];
+
+/// Sets how llguidance reads a schema. Of what a caller set there itself, only `lenient` stays.
 pub(crate) fn with_options(schema: &Value) -> Value {
     let mut schema = match schema {
         // Only an object takes options.
         Value::Bool(true) => json!({}),
         other => other.clone(),
     };
+    let lenient = is_lenient(&schema);
+    if lenient {
+        each_schema(&mut schema, &mut leave_out);
+    }
     if let Some(keywords) = schema.as_object_mut() {
         let options = json!({
+            "lenient": lenient,
             // Alternatives that exclude each other need not be proved to.
             "coerce_one_of": true,
             // A weak model would fill its answer with blanks, which every schema allows otherwise.
@@ -18,7 +45,131 @@ pub(crate) fn with_options(schema: &Value) -> Value {
             "item_separator": ", ?",
             "key_separator": ": ?",
         });
-        keywords.insert("x-guidance".into(), options);
+        keywords.insert(OPTIONS.into(), options);
     }
     schema
+}
+
+/// Returns whether what a grammar cannot keep is left out of a schema rather than refused.
+pub(crate) fn is_lenient(schema: &Value) -> bool {
+    schema[OPTIONS]["lenient"] == true
+}
+
+/// Asks for a lenient reading of a schema.
+pub(crate) fn make_lenient(schema: &mut Value) {
+    if let Some(keywords) = schema.as_object_mut() {
+        keywords.insert(OPTIONS.into(), json!({ "lenient": true }));
+    }
+}
+
+/// Takes back what [`make_lenient`] wrote, for those who read the schema without llguidance. Returns whether it was.
+pub(crate) fn take_lenient(schema: &mut Value) -> bool {
+    let lenient = is_lenient(schema);
+    if let Some(keywords) = schema.as_object_mut() {
+        keywords.remove(OPTIONS);
+    }
+    lenient
+}
+
+/// Forbids properties that a schema does not name, wherever it does not speak of others: a weak model makes them up
+/// without an end. Parts of an `allOf` would forbid each other's, so such a schema stays as it is.
+pub(crate) fn close(schema: &mut Value) {
+    let mut has_all_of = false;
+    each_schema(schema, &mut |keywords| has_all_of |= keywords.contains_key("allOf"));
+    if has_all_of {
+        return;
+    }
+    each_schema(schema, &mut |keywords| {
+        if keywords.get("properties").is_some_and(Value::is_object) && !keywords.contains_key("unevaluatedProperties") {
+            keywords.entry("additionalProperties").or_insert(Value::Bool(false));
+        }
+    });
+}
+
+/// Leaves out keywords without a value, which generators of schemas write, and patterns that no automaton keeps.
+fn leave_out(keywords: &mut Map<String, Value>) {
+    keywords.retain(|keyword, value| match value {
+        Value::Null => VALUES.contains(&keyword.as_str()),
+        Value::String(pattern) if keyword == "pattern" => !looks_around(pattern),
+        _ => true,
+    });
+    if let Some(Value::Object(patterns)) = keywords.get_mut("patternProperties") {
+        patterns.retain(|pattern, _| !looks_around(pattern));
+    }
+}
+
+/// Returns whether a regular expression has a lookaround or a back reference.
+fn looks_around(pattern: &str) -> bool {
+    let refers_back = pattern.as_bytes().windows(2).any(|pair| pair[0] == b'\\' && (b'1'..=b'9').contains(&pair[1]));
+    refers_back || ["(?=", "(?!", "(?<=", "(?<!", "(?P=", "\\k<"].iter().any(|part| pattern.contains(part))
+}
+
+fn each_schema(schema: &mut Value, visit: &mut dyn FnMut(&mut Map<String, Value>)) {
+    let Some(keywords) = schema.as_object_mut() else { return };
+    visit(keywords);
+    for (keyword, value) in keywords.iter_mut() {
+        match value {
+            Value::Object(parts) if MAPS.contains(&keyword.as_str()) => {
+                for part in parts.values_mut() {
+                    each_schema(part, visit);
+                }
+            }
+            Value::Array(parts) if PARTS.contains(&keyword.as_str()) => {
+                for part in parts {
+                    each_schema(part, visit);
+                }
+            }
+            part if PARTS.contains(&keyword.as_str()) => each_schema(part, visit),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn objects_are_closed_unless_they_speak_of_other_properties() {
+        let closed = |mut schema: Value| {
+            close(&mut schema);
+            schema
+        };
+        let open = json!({
+            "properties": {
+                "a": { "type": "object", "properties": {} },
+                "b": { "items": { "properties": { "c": {} }, "additionalProperties": true } },
+                "d": { "type": "object" },
+                "e": { "additionalProperties": { "type": "string" } },
+            },
+            "$defs": { "f": { "anyOf": [{ "properties": { "g": {} } }] } },
+        });
+        let expected = json!({
+            "properties": {
+                "a": { "type": "object", "properties": {}, "additionalProperties": false },
+                "b": { "items": { "properties": { "c": {} }, "additionalProperties": true } },
+                "d": { "type": "object" },
+                "e": { "additionalProperties": { "type": "string" } },
+            },
+            "$defs": { "f": { "anyOf": [{ "properties": { "g": {} }, "additionalProperties": false }] } },
+            "additionalProperties": false,
+        });
+        assert_eq!(closed(open), expected);
+        let joined = json!({ "allOf": [{ "properties": { "a": {} } }, { "properties": { "b": {} } }] });
+        assert_eq!(closed(joined.clone()), joined);
+    }
+
+    #[test]
+    fn a_lenient_reading_leaves_out_what_cannot_be_kept() {
+        let mut schema = json!({
+            "type": "object", "title": null,
+            "properties": { "a": { "pattern": "^(?!x)", "const": null }, "b": { "pattern": "^x$" }, "c": { "properties": null } },
+        });
+        assert_eq!(with_options(&schema)["properties"]["a"]["pattern"], "^(?!x)");
+        make_lenient(&mut schema);
+        let read = with_options(&schema);
+        let expected = json!({ "a": { "const": null }, "b": { "pattern": "^x$" }, "c": {} });
+        assert_eq!((&read["properties"], &read["x-guidance"]["lenient"]), (&expected, &Value::Bool(true)));
+        assert!(take_lenient(&mut schema) && schema.get("x-guidance").is_none());
+    }
 }

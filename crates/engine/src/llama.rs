@@ -39,8 +39,8 @@ use crate::hardware::{self, Device};
 use crate::memory_plan::{self, Shape};
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, FinishReason, GenerateRequest,
-    GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, Piece, ProgressSink,
-    PromptInput, RuntimeInfo, Usage, VerifiedArtifact, unsupported,
+    GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, OutputFormat, Piece,
+    ProgressSink, PromptInput, RuntimeInfo, SamplingDefaults, ToolChoice, Usage, VerifiedArtifact, unsupported,
 };
 use crate::sampler;
 use embedder::EmbedJob;
@@ -71,6 +71,7 @@ struct Loaded {
     header: Header,
     prompts: Prompts,
     forms: Forms,
+    sampling_defaults: SamplingDefaults,
     shape: Shape,
     abilities: Abilities,
     work: mpsc::Sender<Work>,
@@ -165,8 +166,9 @@ impl ModelRuntime for LlamaRuntime {
         loaded.send(Work::RemoveAdapter { adapter }).await
     }
 
-    async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
+    async fn generate(&self, mut request: GenerateRequest) -> Result<GenerateStream, EngineError> {
         let loaded = self.model(request.model)?;
+        loaded.sampling_defaults.fill(&mut request.sampling, request.left_to_model);
         loaded.check(&request)?;
         let admitted = loaded.admit()?;
         let preparing = Preparing::new(&loaded);
@@ -303,6 +305,7 @@ impl Loaded {
         Ok(Self {
             id,
             model,
+            sampling_defaults: header.sampling_defaults(),
             header,
             prompts,
             forms,
@@ -354,7 +357,7 @@ impl Loaded {
             let context_length = loaded.shape.context_length;
             let prompt = loaded.prompts.prompt(&loaded.model, &request.input, context_length)?;
             if prompt.tokens.is_empty() {
-                return Err(unsupported("input", "there is nothing to continue"));
+                return Err(unsupported("prompt", "there is nothing to continue"));
             }
             let (form, parser) = match &request.input {
                 PromptInput::Chat(chat) => {
@@ -365,7 +368,11 @@ impl Loaded {
                 PromptInput::Text(_) | PromptInput::Tokens(_) => (None, None),
             };
             let form = form.as_ref().unwrap_or(&request.format);
-            let constraint = loaded.forms.constraint(loaded.model.vocabulary(), form)?;
+            let constraint = loaded.forms.constraint(loaded.model.vocabulary(), form);
+            let constraint = constraint.map_err(|error| loaded.blame_tools(&request.input, error))?;
+            if constraint.is_some() && request.ignore_eos {
+                return Err(unsupported("ignore_eos", "an answer ends where its form ends"));
+            }
             let spoken = if parser.is_some() { loaded.forms.spoken() } else { Arc::default() };
             let prompt_tokens = prompt.tokens.len();
             let mut tokens = prompt.tokens;
@@ -404,6 +411,23 @@ impl Loaded {
             })
         })
         .await
+    }
+
+    /// Names the tool whose arguments cannot be held to their schema, where a call is required.
+    fn blame_tools(&self, input: &PromptInput, error: EngineError) -> EngineError {
+        let (PromptInput::Chat(chat), EngineError::Unsupported { reason, .. }) = (input, &error) else { return error };
+        if !matches!(chat.tool_choice, ToolChoice::Required | ToolChoice::Function(_)) {
+            return error;
+        }
+        let fault = |form: &OutputFormat| match self.forms.constraint(self.model.vocabulary(), form) {
+            Err(EngineError::Unsupported { reason, .. }) => Some(reason),
+            _ => None,
+        };
+        let mut faults = self.prompts.argument_forms(chat).enumerate();
+        match faults.find_map(|(index, form)| Some((index, fault(&form)?))) {
+            Some((index, reason)) => unsupported(format!("tools[{index}].function.parameters"), reason),
+            None => unsupported("tools", reason.clone()),
+        }
     }
 
     async fn tokens(self: Arc<Self>, input: PromptInput) -> Result<(Arc<Self>, Vec<Token>), EngineError> {

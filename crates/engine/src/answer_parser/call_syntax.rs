@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use crate::json_form::with_options;
+use crate::json_form::{close, make_lenient, with_options};
 use crate::model_runtime::{Chat, Tool, ToolChoice};
 
 /// The way a family writes calls.
@@ -75,7 +75,7 @@ impl CallSyntax {
         if tools.is_empty() {
             return None;
         }
-        let several = chat.tool_choice == ToolChoice::Required;
+        let several = chat.tool_choice == ToolChoice::Required && !chat.one_call;
         let mut rules = match self {
             Self::Hermes | Self::Function if several => "calls: call (\"\\n\" call)*\n",
             Self::Mistral { is_named: true } if several => "calls: call+\n",
@@ -116,12 +116,14 @@ impl CallSyntax {
 
 /// Returns the schema of a tool's arguments. Tools are described for people as well, so what a grammar cannot keep is
 /// left out rather than refused.
-fn arguments(tool: &Tool) -> Value {
+pub(super) fn arguments(tool: &Tool) -> Value {
     let mut schema = match &tool.parameters {
         Some(Value::Object(schema)) => schema.clone(),
         _ => serde_json::Map::new(),
     };
     schema.entry("type").or_insert_with(|| "object".into());
-    schema.insert("x-guidance".into(), json!({ "lenient": true }));
-    schema.into()
+    let mut schema = schema.into();
+    close(&mut schema);
+    make_lenient(&mut schema);
+    schema
 }

@@ -81,7 +81,7 @@ impl Harmony {
             self.state = State::Body(channel);
             return true;
         }
-        if input.rest.is_empty() || (!input.at_end && input.rest.len() < HEAD_BYTES_MAX) {
+        if input.rest.is_empty() || (!input.is_whole() && input.rest.len() < HEAD_BYTES_MAX) {
             return false;
         }
         output.text(input.take(window.len()));
@@ -90,7 +90,7 @@ impl Harmony {
     }
 
     fn body(&mut self, channel: Channel, input: &mut Input<'_>, output: &mut Output<'_>) -> bool {
-        let (length, marker) = match markers::find(input.rest, &ENDS, input.at_end) {
+        let (length, marker) = match markers::find(input.rest, &ENDS, input.is_whole()) {
             Search::Safe(length) => (length, None),
             Search::Found { at, length } => (at, Some(length)),
         };

@@ -21,6 +21,11 @@ pub(super) struct Tagged {
     syntax: Option<CallSyntax>,
     tools: Vec<Tool>,
     state: State,
+    /// It has said something.
+    has_spoken: bool,
+    /// The space between what was said and the calls behind it, before and after them. One of the two stands between
+    /// that and what is said next.
+    space: (String, String),
 }
 
 #[derive(Debug, Clone)]
@@ -75,7 +80,7 @@ impl Tagged {
     ) -> Self {
         let state = if is_thinking { State::Thought { is_fresh: true } } else { State::Begin { thought: true } };
         let tools = if syntax.is_some() { tools.to_vec() } else { Vec::new() };
-        Self { thought, syntax, tools, state }
+        Self { thought, syntax, tools, state, has_spoken: false, space: Default::default() }
     }
 
     pub(super) fn is_behind_call(&self) -> bool {
@@ -107,7 +112,7 @@ impl Tagged {
             }
             State::Parameters { name, count } => read_parameter(name, count, &self.tools, input, output),
             State::Closing { wrapper } => close(*wrapper, input),
-            State::Between => self.between(input),
+            State::Between => self.between(input, output),
         };
         let goes_on = next.is_some();
         if let Some(next) = next {
@@ -146,7 +151,7 @@ impl Tagged {
             input.take_space();
             return (!input.rest.is_empty()).then_some(State::Thought { is_fresh: false });
         }
-        match markers::find(input.rest, &[close], input.at_end) {
+        match markers::find(input.rest, &[close], input.is_whole()) {
             Search::Found { at, length } => {
                 output.reasoning(input.take(at).trim_end());
                 input.take(length);
@@ -159,21 +164,29 @@ impl Tagged {
         }
     }
 
-    fn speak(&self, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
+    fn speak(&mut self, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
         let Some(syntax) = self.syntax else {
             output.text(input.take(input.rest.len()));
             return None;
         };
-        match markers::find(input.rest, syntax.openers(), input.at_end) {
+        match markers::find(input.rest, syntax.openers(), input.is_whole()) {
             Search::Found { at, length } => {
-                output.text(input.take(at - trailing_space(&input.rest[..at])));
+                let said = input.take(at - trailing_space(&input.rest[..at]));
+                output.text(said);
                 let written = input.take_space().to_owned();
+                self.has_spoken |= !said.is_empty();
+                // Between two calls nothing is said, and what stood before the first still counts.
+                if !said.is_empty() || !written.is_empty() {
+                    self.space = (written.clone(), String::new());
+                }
                 // The tag of a function is read together with its name.
                 let tag = if input.rest.starts_with(FUNCTION) { "" } else { input.take(length) };
                 Some(State::Opened { written: written + tag })
             }
             Search::Safe(length) => {
-                output.text(input.take(without_space(input, length)));
+                let said = input.take(without_space(input, length));
+                self.has_spoken |= !said.is_empty();
+                output.text(said);
                 None
             }
         }
@@ -199,17 +212,17 @@ impl Tagged {
             Some(State::Text)
         };
         let Some(first) = ahead.rest.chars().next() else {
-            return if input.at_end { no_call(input, output) } else { None };
+            return if input.is_whole() { no_call(input, output) } else { None };
         };
         if first == '[' && matches!(syntax, CallSyntax::Mistral { .. }) {
             ahead.take(1);
             ahead.take_space();
-            if ahead.rest.is_empty() && !input.at_end {
+            if ahead.rest.is_empty() && !input.is_whole() {
                 return None;
             }
         }
         if ahead.rest.starts_with('{') {
-            return match call_head::read(ahead.rest, ahead.at_end, syntax == CallSyntax::Llama) {
+            return match call_head::read(ahead.rest, ahead.is_whole(), syntax == CallSyntax::Llama) {
                 CallHead::Open => None,
                 CallHead::NoCall => no_call(input, output),
                 CallHead::Begun { name, .. } | CallHead::Whole { name, .. } if !self.allows(&name) => {
@@ -231,7 +244,7 @@ impl Tagged {
             };
         }
         let window = &ahead.rest[..ahead.rest.floor_char_boundary(NAME_BYTES_MAX)];
-        let is_decided = input.at_end || ahead.rest.len() >= NAME_BYTES_MAX;
+        let is_decided = input.is_whole() || ahead.rest.len() >= NAME_BYTES_MAX;
         if matches!(syntax, CallSyntax::Mistral { .. }) {
             // The name, perhaps an id, and then the arguments.
             let name = window.find(['[', '{']).map(|end| window[..end].trim_end());
@@ -283,8 +296,8 @@ impl Tagged {
     }
 
     /// Another call may follow, and then the rest of the answer.
-    fn between(&self, input: &mut Input<'_>) -> Option<State> {
-        input.take_space();
+    fn between(&mut self, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
+        self.space.1.push_str(input.take_space());
         let separators: &[char] = match self.syntax? {
             CallSyntax::Llama => &[';'],
             CallSyntax::Mistral { .. } => &[',', ']'],
@@ -298,7 +311,20 @@ impl Tagged {
         if takes_object && input.rest.starts_with('{') {
             return Some(State::Opened { written: String::new() });
         }
-        (!input.rest.is_empty()).then_some(State::Text)
+        if input.rest.is_empty() {
+            return None;
+        }
+        // Where another call follows, nothing is said yet.
+        for opener in self.syntax?.openers() {
+            if input.begins(opener)? {
+                return Some(State::Text);
+            }
+        }
+        let (before, after) = std::mem::take(&mut self.space);
+        if self.has_spoken {
+            output.text(if before.is_empty() { &after } else { &before });
+        }
+        Some(State::Text)
     }
 }
 

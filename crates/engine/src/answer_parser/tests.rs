@@ -32,7 +32,7 @@ fn chat() -> Chat {
 fn parse<'a>(template: &str, prompt: &str, pieces: impl IntoIterator<Item = &'a str>) -> (String, String, Vec<Called>) {
     let mut parser = AnswerParser::new(AnswerFormat::detect(template), &chat(), prompt, 7);
     let mut deltas: Vec<Delta> = pieces.into_iter().map(|piece| parser.push(piece)).collect();
-    let (last, calls) = parser.finish();
+    let (last, calls) = parser.finish(false);
     deltas.push(last);
     let (mut text, mut reasoning, mut called) = (String::new(), String::new(), Vec::<Called>::new());
     for delta in deltas {
@@ -153,7 +153,7 @@ fn without_tools_nothing_is_a_call() {
     for chat in [Chat { tools: vec![], ..chat() }, Chat { tool_choice: ToolChoice::None, ..chat() }] {
         let mut parser = AnswerParser::new(AnswerFormat::detect(HERMES), &chat, "", 0);
         assert_eq!(parser.push(call).text, call);
-        assert_eq!(parser.finish(), (Delta::default(), false));
+        assert_eq!(parser.finish(false), (Delta::default(), false));
     }
 }
 
@@ -297,6 +297,55 @@ proptest! {
 }
 
 #[test]
+fn what_is_said_around_calls_keeps_its_space() {
+    let call = "<tool_call>{\"name\": \"time\"}</tool_call>";
+    let time = &[("time", "{}")];
+    check(HERMES, &format!("Sure: {call} done"), "Sure: done", "", time);
+    check(HERMES, &format!("Sure.\n\n{call}\n<b>Done"), "Sure.\n\n<b>Done", "", time);
+    check(HERMES, &format!("Sure:{call} done"), "Sure: done", "", time);
+    check(HERMES, &format!("One {call}\n{call} two"), "One two", "", &[("time", "{}"), ("time", "{}")]);
+    check(HERMES, &format!("{call} done"), "done", "", time);
+    check(HERMES, &format!("Sure: {call}\n"), "Sure:", "", time);
+}
+
+#[test]
+fn markup_that_the_limit_cut_is_never_shown() {
+    for (template, answer) in [
+        (HERMES, "I look. <tool_call>\n{\"name\": \"weather\", \"arguments\": {\"place\": \"Rome\"}}\n</tool_call>"),
+        (
+            HERMES,
+            "I look. <tool_call>\n<function=weather>\n<parameter=place>\nRome\n</parameter>\n</function>\n</tool_call>",
+        ),
+        (LLAMA, "<|python_tag|>{\"name\": \"weather\", \"parameters\": {\"place\": \"Rome\"}}"),
+        (LLAMA, "{\"name\": \"weather\", \"parameters\": {\"place\": \"Rome\"}}"),
+        (MISTRAL, "I look. [TOOL_CALLS][{\"name\": \"weather\", \"arguments\": {\"place\": \"Rome\"}}]"),
+        (MISTRAL_NAMED, "I look. [TOOL_CALLS]weather[ARGS]{\"place\": \"Rome\"}"),
+        (FUNCTION, "I look. <function=weather>{\"place\": \"Rome\"}</function>"),
+        (
+            HARMONY,
+            "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{\"place\": \"Rome\"}<|call|>",
+        ),
+        (HERMES, "<think>\nRome.\n</think>\n\nI look."),
+    ] {
+        for cut in 1..answer.len() {
+            let mut parser = AnswerParser::new(AnswerFormat::detect(template), &chat(), "", 7);
+            let mut shown = String::new();
+            for piece in letters(&answer[..cut]) {
+                let delta = parser.push(piece);
+                shown = shown + &delta.text + &delta.reasoning;
+            }
+            let (last, _) = parser.finish(true);
+            shown = shown + &last.text + &last.reasoning;
+            assert!("I look. Rome.I look.".contains(shown.trim()), "{template} cut at {cut}: {shown:?}");
+        }
+    }
+    // A limit that cuts nothing but text leaves it whole.
+    let mut parser = AnswerParser::new(AnswerFormat::detect(HERMES), &chat(), "", 7);
+    let shown = parser.push("a < b ").text + &parser.finish(true).0.text;
+    assert_eq!(shown, "a < b ");
+}
+
+#[test]
 fn where_one_call_is_wanted_the_answer_ends_behind_it() {
     let call = |number: u8| format!("{{\"name\": \"weather\", \"arguments\": {{\"place\": \"{number}\"}}}}");
     for (template, answer) in [
@@ -322,7 +371,7 @@ fn where_one_call_is_wanted_the_answer_ends_behind_it() {
                 }
             }
             assert!(parser.is_done(), "{template}");
-            let (rest, calls) = parser.finish();
+            let (rest, calls) = parser.finish(false);
             assert_eq!((rest, calls), (Delta::default(), true), "{template}");
             assert_eq!(serde_json::from_str::<serde_json::Value>(&told).expect(template), json!({"place": "1"}));
         }

@@ -78,7 +78,7 @@ impl Dialect {
         let shortened = if self.short_ids { shortened_ids(chat) } else { BTreeMap::new() };
         let id = |id: &str| shortened.get(id).cloned().unwrap_or_else(|| id.to_owned());
         variables.insert("messages".into(), chat.messages.iter().map(|said| self.message(said, &id)).collect());
-        variables.insert("add_generation_prompt".into(), true.into());
+        variables.insert("add_generation_prompt".into(), (!chat.continue_last).into());
         variables
     }
 

@@ -300,3 +300,18 @@ fn ids_are_shortened_for_templates_that_take_nine_letters() {
     let prompt = render_chat(source, &conversation(&["call_1"])).expect("it renders");
     assert_eq!(prompt, "call_1call_1");
 }
+
+#[test]
+fn a_last_message_is_continued_where_it_ends() {
+    let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}\
+                  {% if add_generation_prompt %}<assistant>{% endif %}";
+    let continued = |source: &str, last: &str| {
+        let messages = vec![say("user", "Well, what?"), say("assistant", last)];
+        render_chat(source, &Chat { continue_last: true, ..messages.into() })
+    };
+    assert_eq!(continued(source, "Well, ").as_deref(), Ok("<user>Well, what?</user><assistant>Well, "));
+    let trims = source.replace("m.content", "m.content | trim");
+    assert_eq!(continued(&trims, " Well, ").as_deref(), Ok("<user>Well, what?</user><assistant>Well,"));
+    let error = continued("{{ messages[0].content }}", "Yes").expect_err("the message is not shown");
+    assert!(matches!(error, ChatTemplateError::Unfit { parameter, .. } if parameter == "continue_final_message"));
+}

@@ -51,6 +51,28 @@ fn the_tiny_model_tells_what_it_is() {
 }
 
 #[test]
+fn a_model_says_how_it_wants_to_be_sampled_in_llama_cpps_words() {
+    let mut header = tiny_header();
+    header.metadata.retain(|key, _| !key.starts_with("general.sampling."));
+    assert_eq!(header.sampling_defaults(), SamplingDefaults::default());
+    let mut set = |name: &str, value| header.metadata.insert(format!("general.sampling.{name}"), value);
+    set("temp", Value::Float(0.5));
+    set("top_k", Value::Signed(-1));
+    set("top_p", Value::Unsigned(1));
+    set("min_p", Value::Float(0.0));
+    set("penalty_repeat", Value::Float(1.25));
+    let expected = SamplingDefaults { temperature: 0.5, top_p: 1.0, top_k: 0, min_p: 0.0, repetition_penalty: 1.25 };
+    assert_eq!(header.sampling_defaults(), expected);
+    // What no request may say, a file may not either.
+    for (name, value) in [("temp", -1.0), ("temp", f64::NAN), ("top_p", 0.0), ("min_p", 2.0), ("penalty_repeat", 9.0)] {
+        let mut header = tiny_header();
+        header.metadata.retain(|key, _| !key.starts_with("general.sampling."));
+        header.metadata.insert(format!("general.sampling.{name}"), Value::Float(value));
+        assert_eq!(header.sampling_defaults(), SamplingDefaults::default(), "{name} {value}");
+    }
+}
+
+#[test]
 fn the_tensors_of_the_tiny_model_end_where_the_file_ends() {
     let file = tiny();
     let header = Header::parse(&file).expect("it is valid");

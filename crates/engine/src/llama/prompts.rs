@@ -105,6 +105,11 @@ impl Prompts {
         Ok((form, AnswerParser::new(self.answers, chat, &prompt.rendered, seed)))
     }
 
+    /// Returns the forms of the arguments of a conversation's tools.
+    pub(super) fn argument_forms<'a>(&self, chat: &'a Chat) -> impl Iterator<Item = OutputFormat> + use<'a> {
+        self.answers.argument_forms(chat)
+    }
+
     /// Returns the control tokens whose texts belong to answers.
     pub(super) fn spoken(&self, vocabulary: Vocabulary<'_>) -> BTreeSet<Token> {
         let tokens = self.answers.preserved_tokens().into_iter().filter_map(|text| {
@@ -127,7 +132,13 @@ impl Prompts {
         let tokens = match input {
             PromptInput::Tokens(tokens) => given(model.vocabulary(), tokens)?,
             PromptInput::Text(text) => {
-                self.check_length(text, tokens_max.saturating_add(1))?;
+                self.check_length(text, tokens_max.saturating_add(1)).map_err(|error| match error {
+                    // The whole length is there for the text, since no answer follows.
+                    EngineError::ContextLength { prompt_tokens, .. } => {
+                        EngineError::ContextLength { prompt_tokens, context_length: tokens_max }
+                    }
+                    error => error,
+                })?;
                 let mut tokens = Vec::new();
                 model.vocabulary().tokenize(text.as_bytes(), true, false, &mut tokens);
                 tokens

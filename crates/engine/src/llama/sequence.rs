@@ -214,7 +214,7 @@ impl Sequence {
         let rest = self.assembler.finish();
         let mut last = piece(self.read(rest));
         if let Some(parser) = &mut self.job.parser {
-            let (delta, calls) = parser.finish();
+            let (delta, calls) = parser.finish(reason == FinishReason::Length);
             last.append(piece(delta));
             if calls && reason == FinishReason::Stop {
                 reason = FinishReason::ToolCalls;

@@ -86,6 +86,9 @@ pub struct Chat {
     /// Ends the answer behind its first call.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub one_call: bool,
+    /// Goes on with the last message, an assistant's, instead of a message of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub continue_last: bool,
     /// Variables for the template beside those it always gets, such as `enable_thinking`.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub template_options: serde_json::Map<String, Value>,
@@ -164,6 +167,63 @@ impl Default for Sampling {
     }
 }
 
+/// Which settings of sampling a request leaves to its model. A runtime fills them in with [`SamplingDefaults`], or has
+/// the server that runs the model do so.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LeftToModel {
+    /// [`Sampling::temperature`].
+    pub temperature: bool,
+    /// [`Sampling::top_p`].
+    pub top_p: bool,
+    /// [`Sampling::top_k`].
+    pub top_k: bool,
+    /// [`Sampling::min_p`].
+    pub min_p: bool,
+    /// [`Sampling::repetition_penalty`].
+    pub repetition_penalty: bool,
+}
+
+/// How a model samples where a request leaves it open.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SamplingDefaults {
+    /// [`Sampling::temperature`].
+    pub temperature: f32,
+    /// [`Sampling::top_p`].
+    pub top_p: f32,
+    /// [`Sampling::top_k`].
+    pub top_k: u32,
+    /// [`Sampling::min_p`].
+    pub min_p: f32,
+    /// [`Sampling::repetition_penalty`].
+    pub repetition_penalty: f32,
+}
+
+/// Those of llama.cpp.
+impl Default for SamplingDefaults {
+    fn default() -> Self {
+        Self { temperature: 0.8, top_p: 0.95, top_k: 40, min_p: 0.05, repetition_penalty: 1.0 }
+    }
+}
+
+impl SamplingDefaults {
+    /// Fills in what a request leaves open.
+    pub fn fill(&self, sampling: &mut Sampling, left: LeftToModel) {
+        let set = |value: &mut f32, left: bool, default: f32| {
+            if left {
+                *value = default;
+            }
+        };
+        set(&mut sampling.temperature, left.temperature, self.temperature);
+        set(&mut sampling.top_p, left.top_p, self.top_p);
+        set(&mut sampling.min_p, left.min_p, self.min_p);
+        set(&mut sampling.repetition_penalty, left.repetition_penalty, self.repetition_penalty);
+        if left.top_k {
+            sampling.top_k = self.top_k;
+        }
+    }
+}
+
 /// What form an answer must have.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -194,6 +254,9 @@ pub struct GenerateRequest {
     /// How to draw tokens.
     #[serde(default)]
     pub sampling: Sampling,
+    /// What of that the model decides.
+    #[serde(default)]
+    pub left_to_model: LeftToModel,
     /// Texts that end the answer; they are not part of it.
     #[serde(default)]
     pub stop: Vec<String>,
@@ -230,6 +293,7 @@ impl GenerateRequest {
             adapter: None,
             input,
             sampling: Sampling::default(),
+            left_to_model: LeftToModel::default(),
             stop: Vec::new(),
             max_tokens: None,
             ignore_eos: false,

@@ -1,13 +1,15 @@
 //! Says a generation in a server's words.
 //!
-//! What a request leaves open is sent as its neutral value wherever the server knows the word, since each has defaults
-//! of its own; what the server has no word for is refused and not left out.
+//! What a request leaves to the model is left to the server, which knows the defaults of its models. What the server has
+//! no word for is refused and not left out.
 
 use serde_json::{Map, Value, json};
 
 use super::dialect::Dialect;
+use crate::json_form;
 use crate::model_runtime::{
-    Chat, ChatMessage, EngineError, GenerateRequest, OutputFormat, PromptInput, Sampling, Tool, ToolChoice, unsupported,
+    Chat, ChatMessage, EngineError, GenerateRequest, LeftToModel, OutputFormat, PromptInput, Sampling, Tool,
+    ToolChoice, unsupported,
 };
 
 /// A request to a server.
@@ -48,7 +50,7 @@ pub(super) fn generation(
         _ => {}
     }
     body.insert("stream_options".into(), stream_options);
-    add_sampling(&mut body, dialect, context_length, &request.sampling)?;
+    add_sampling(&mut body, dialect, context_length, &request.sampling, request.left_to_model)?;
     if !request.stop.is_empty() {
         body.insert("stop".into(), json!(request.stop));
     }
@@ -106,9 +108,45 @@ fn add_sampling(
     dialect: Dialect,
     context_length: u32,
     sampling: &Sampling,
+    left: LeftToModel,
 ) -> Result<(), EngineError> {
-    body.insert("temperature".into(), sampling.temperature.into());
-    body.insert("top_p".into(), sampling.top_p.into());
+    let mut set = |name: &str, is_left: bool, value: Value| {
+        if !is_left {
+            body.insert(name.into(), value);
+        }
+    };
+    set("temperature", left.temperature, sampling.temperature.into());
+    set("top_p", left.top_p, sampling.top_p.into());
+    let top_k = i64::from(sampling.top_k);
+    match dialect {
+        Dialect::Vllm | Dialect::Sglang => {
+            set("top_k", left.top_k, if top_k == 0 { -1 } else { top_k }.into());
+            set("min_p", left.min_p, sampling.min_p.into());
+            set("repetition_penalty", left.repetition_penalty, sampling.repetition_penalty.into());
+        }
+        Dialect::LlamaServer | Dialect::LmStudio => {
+            set("top_k", left.top_k, top_k.into());
+            set("min_p", left.min_p, sampling.min_p.into());
+            set("repeat_penalty", left.repetition_penalty, sampling.repetition_penalty.into());
+            // Penalties look at the whole of prompt and answer.
+            let last_n = context_length.into();
+            set("repeat_last_n", left.repetition_penalty || dialect == Dialect::LmStudio, last_n);
+        }
+        Dialect::Ollama | Dialect::Other => {
+            for (parameter, is_neutral) in [
+                ("top_k", left.top_k || top_k == 0),
+                ("min_p", left.min_p || sampling.min_p <= 0.0),
+                (
+                    "repetition_penalty",
+                    left.repetition_penalty || (sampling.repetition_penalty - 1.0).abs() < f32::EPSILON,
+                ),
+            ] {
+                if !is_neutral {
+                    return Err(unknown(parameter, dialect));
+                }
+            }
+        }
+    }
     body.insert("presence_penalty".into(), sampling.presence_penalty.into());
     body.insert("frequency_penalty".into(), sampling.frequency_penalty.into());
     // Servers read seeds of 31 bits to 64; small ones, which people write, arrive as they are.
@@ -120,34 +158,6 @@ fn add_sampling(
         let biases: Map<_, _> =
             sampling.logit_bias.iter().map(|(token, bias)| (token.to_string(), (*bias).into())).collect();
         body.insert("logit_bias".into(), biases.into());
-    }
-    let top_k = i64::from(sampling.top_k);
-    match dialect {
-        Dialect::Vllm | Dialect::Sglang => {
-            body.insert("top_k".into(), if top_k == 0 { -1 } else { top_k }.into());
-            body.insert("min_p".into(), sampling.min_p.into());
-            body.insert("repetition_penalty".into(), sampling.repetition_penalty.into());
-        }
-        Dialect::LlamaServer | Dialect::LmStudio => {
-            body.insert("top_k".into(), top_k.into());
-            body.insert("min_p".into(), sampling.min_p.into());
-            body.insert("repeat_penalty".into(), sampling.repetition_penalty.into());
-            if dialect == Dialect::LlamaServer {
-                // Penalties look at the whole of prompt and answer.
-                body.insert("repeat_last_n".into(), context_length.into());
-            }
-        }
-        Dialect::Ollama | Dialect::Other => {
-            for (parameter, is_neutral) in [
-                ("top_k", top_k == 0),
-                ("min_p", sampling.min_p <= 0.0),
-                ("repetition_penalty", (sampling.repetition_penalty - 1.0).abs() < f32::EPSILON),
-            ] {
-                if !is_neutral {
-                    return Err(unknown(parameter, dialect));
-                }
-            }
-        }
     }
     Ok(())
 }
@@ -164,6 +174,17 @@ fn add_chat(body: &mut Map<String, Value>, dialect: Dialect, chat: &Chat) -> Res
         body.insert("tool_choice".into(), choice);
         if chat.one_call {
             body.insert("parallel_tool_calls".into(), false.into());
+        }
+    }
+    if chat.continue_last {
+        match dialect {
+            Dialect::Vllm | Dialect::Sglang => {
+                body.insert("continue_final_message".into(), true.into());
+                body.insert("add_generation_prompt".into(), false.into());
+            }
+            // It goes on with an assistant's last message unasked.
+            Dialect::LlamaServer => {}
+            _ => return Err(unknown("continue_final_message", dialect)),
         }
     }
     if !chat.template_options.is_empty() {
@@ -220,11 +241,16 @@ fn add_format(
     path: &str,
 ) -> Result<(), EngineError> {
     let is_chat = path == "/v1/chat/completions";
+    let read = |schema: &Value| {
+        let mut schema = schema.clone();
+        let strict = !json_form::take_lenient(&mut schema);
+        (schema, strict)
+    };
     let field = match (format, dialect) {
         (OutputFormat::Text, _) => return Ok(()),
         // llama-server knows its own field only where the prompt is a text.
         (OutputFormat::Json, Dialect::LlamaServer) if !is_chat => ("json_schema", json!({"type": "object"})),
-        (OutputFormat::JsonSchema(schema), Dialect::LlamaServer) if !is_chat => ("json_schema", schema.clone()),
+        (OutputFormat::JsonSchema(schema), Dialect::LlamaServer) if !is_chat => ("json_schema", read(schema).0),
         (OutputFormat::Json | OutputFormat::JsonSchema(_), Dialect::Ollama | Dialect::LmStudio | Dialect::Other)
             if !is_chat =>
         {
@@ -232,7 +258,8 @@ fn add_format(
         }
         (OutputFormat::Json, _) => ("response_format", json!({"type": "json_object"})),
         (OutputFormat::JsonSchema(schema), _) => {
-            let named = json!({"name": "answer", "schema": schema, "strict": true});
+            let (schema, strict) = read(schema);
+            let named = json!({"name": "answer", "schema": schema, "strict": strict});
             ("response_format", json!({"type": "json_schema", "json_schema": named}))
         }
         (OutputFormat::Regex(expression), Dialect::Vllm) => ("structured_outputs", json!({"regex": expression})),
@@ -276,7 +303,39 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_open_is_said_neutrally_in_each_dialect() {
+    fn what_is_left_to_the_model_is_left_to_the_server() {
+        let left = LeftToModel { temperature: true, top_p: true, top_k: true, min_p: true, repetition_penalty: true };
+        for dialect in ALL {
+            let body = said(dialect, &GenerateRequest { left_to_model: left, ..chat() }).expect("said");
+            for word in
+                ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "repeat_penalty", "repeat_last_n"]
+            {
+                assert_eq!(body.get(word), None, "{word} in {dialect:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_schema_that_need_not_be_kept_wholly_is_not_strict() {
+        let mut schema = json!({"type": "object"});
+        json_form::make_lenient(&mut schema);
+        let body = said(Dialect::Vllm, &GenerateRequest { format: OutputFormat::JsonSchema(schema), ..chat() });
+        let expected = json!({"name": "answer", "schema": {"type": "object"}, "strict": false});
+        assert_eq!(body.expect("said")["response_format"]["json_schema"], expected);
+    }
+
+    #[test]
+    fn a_last_message_is_continued_where_a_server_can() {
+        let last = Chat { continue_last: true, ..vec![ChatMessage::new("assistant", "Well, ")].into() };
+        let request = GenerateRequest { input: PromptInput::Chat(last), ..chat() };
+        let body = said(Dialect::Vllm, &request).expect("said");
+        assert_eq!((&body["continue_final_message"], &body["add_generation_prompt"]), (&json!(true), &json!(false)));
+        assert!(said(Dialect::LlamaServer, &request).is_ok());
+        assert_eq!(refused(Dialect::Ollama, &request), "continue_final_message");
+    }
+
+    #[test]
+    fn what_is_neutral_is_said_so_in_each_dialect() {
         let stream_options = json!({"include_usage": true, "continuous_usage_stats": true});
         let continuous =
             json!({"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "stream_options": stream_options});

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 use tether_engine::{
-    Chat, ChatMessage, EngineError, Event, FinishReason, GenerateRequest, LlamaRuntime, ModelId, ModelRuntime,
-    OutputFormat, Piece, PromptInput, Sampling, Tool, ToolChoice, no_progress,
+    Chat, ChatMessage, EngineError, Event, FinishReason, GenerateRequest, LeftToModel, LlamaRuntime, ModelId,
+    ModelRuntime, OutputFormat, Piece, PromptInput, Sampling, Tool, ToolChoice, no_progress,
 };
 
 use super::{ask, options, run, tiny, tiny_with_template, within};
@@ -201,4 +201,108 @@ async fn a_model_without_calls_refuses_tools() {
     let chat = Chat { messages: vec![ChatMessage::new("user", "Hi.")], tools: vec![tool], ..Chat::default() };
     let refused = within(runtime.generate(GenerateRequest { input: PromptInput::Chat(chat), ..ask(model, "") })).await;
     assert!(matches!(refused.err(), Some(EngineError::Unsupported { parameter, .. }) if parameter == "tools"));
+}
+
+#[tokio::test]
+async fn a_model_without_calls_takes_tools_that_must_not_be_called() {
+    let (runtime, model) = loaded().await;
+    let tool = Tool { name: "weather".into(), description: None, parameters: None };
+    let messages = vec![ChatMessage::new("user", "What is 3 + 4?")];
+    let chat = Chat { messages, tools: vec![tool], tool_choice: ToolChoice::None, ..Chat::default() };
+    let answer = run(&runtime, GenerateRequest { input: PromptInput::Chat(chat), ..ask(model, "") }).await;
+    assert_eq!(answer.text, "3 + 4 = 7");
+}
+
+#[tokio::test]
+async fn a_forced_call_takes_schemas_as_libraries_write_them() {
+    let runtime = LlamaRuntime::new();
+    let artifact = tiny_with_template(WITH_TOOLS);
+    let model = within(runtime.load(artifact, options(), no_progress())).await.expect("it loads").id;
+    let forced = |tools: Vec<Tool>| {
+        let messages = vec![ChatMessage::new("user", "How is the weather?")];
+        let chat = Chat { messages, tools, tool_choice: ToolChoice::Required, one_call: true, ..Chat::default() };
+        GenerateRequest { input: PromptInput::Chat(chat), max_tokens: Some(40), ..ask(model, "") }
+    };
+    let tool = |parameters: Value| Tool { name: "f".into(), description: None, parameters: Some(parameters) };
+    let with = |property: Value| json!({ "type": "object", "properties": { "a": property }, "required": ["a"] });
+    for parameters in [
+        with(json!({ "type": "array", "items": { "type": "integer" }, "uniqueItems": true })),
+        with(json!({ "not": { "type": "string" } })),
+        with(json!({ "type": "string", "format": "bicycle" })),
+        with(json!({ "type": "string", "pattern": "^(?!x)" })),
+        with(json!({ "type": "object", "properties": null })),
+        with(json!({ "if": { "const": 1 }, "then": { "const": 1 }, "else": { "const": 2 } })),
+        json!({ "type": "object", "properties": null }),
+        json!({ "type": "object", "properties": { "a": { "type": "string" } }, "dependentRequired": { "a": ["a"] } }),
+        json!({ "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "F", "type": "object" }),
+    ] {
+        let (piece, _) = pieces(&runtime, forced(vec![tool(parameters.clone())])).await;
+        assert_eq!(piece.tool_calls[0].name.as_deref(), Some("f"), "{parameters}");
+        assert_eq!(piece.text, "", "{parameters}");
+    }
+    let impossible = with(json!({ "$ref": "#/$defs/nowhere" }));
+    let request = forced(vec![tool(with(json!({ "type": "string" }))), tool(impossible)]);
+    let refused = within(runtime.generate(request)).await.expect_err("it refers to nothing");
+    let EngineError::Unsupported { parameter, .. } = &refused else { panic!("{refused:?}") };
+    assert_eq!(parameter, "tools[1].function.parameters", "{refused}");
+}
+
+#[tokio::test]
+async fn the_arguments_of_a_forced_call_hold_what_their_schema_names() {
+    let runtime = LlamaRuntime::new();
+    let artifact = tiny_with_template(WITH_TOOLS);
+    let model = within(runtime.load(artifact, options(), no_progress())).await.expect("it loads").id;
+    let parameters = json!({ "type": "object", "properties": { "a": { "enum": [1] }, "b": { "enum": [2] } } });
+    let tool = Tool { name: "f".into(), description: None, parameters: Some(parameters) };
+    for seed in 0..16 {
+        let chat = Chat {
+            messages: vec![ChatMessage::new("user", "How is the weather?")],
+            tools: vec![tool.clone()],
+            tool_choice: ToolChoice::Required,
+            one_call: true,
+            ..Chat::default()
+        };
+        let sampling = Sampling { temperature: 2.0, seed, ..Sampling::default() };
+        let request =
+            GenerateRequest { input: PromptInput::Chat(chat), sampling, max_tokens: Some(100), ..ask(model, "") };
+        let (piece, _) = pieces(&runtime, request).await;
+        let arguments: String = piece.tool_calls.iter().map(|call| call.arguments.as_str()).collect();
+        let arguments: Value = serde_json::from_str(&arguments).expect("they are JSON");
+        let named = arguments.as_object().expect("an object").iter().all(|(name, value)| match name.as_str() {
+            "a" => value == 1,
+            "b" => value == 2,
+            _ => false,
+        });
+        assert!(named, "seed {seed}: {arguments}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_keeps_to_a_form_cannot_go_on_past_its_end() {
+    let (runtime, model) = loaded().await;
+    let request = GenerateRequest { ignore_eos: true, ..formed(model, OutputFormat::Json) };
+    let refused = within(runtime.generate(request)).await.expect_err("both cannot be");
+    assert!(matches!(&refused, EngineError::Unsupported { parameter, .. } if parameter == "ignore_eos"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_last_message_is_gone_on_with() {
+    let (runtime, model) = loaded().await;
+    let messages = vec![ChatMessage::new("user", "What is 3 + 4?"), ChatMessage::new("assistant", "3 + 4")];
+    let chat = Chat { messages, continue_last: true, ..Chat::default() };
+    let answer = run(&runtime, GenerateRequest { input: PromptInput::Chat(chat), ..ask(model, "") }).await;
+    assert_eq!(answer.text, " = 7");
+}
+
+#[tokio::test]
+async fn what_a_request_leaves_open_is_sampled_as_the_model_says() {
+    let (runtime, model) = loaded().await;
+    let left = LeftToModel { temperature: true, top_p: true, top_k: true, min_p: true, repetition_penalty: true };
+    let mut right = 0;
+    for seed in 0..30 {
+        let sampling = Sampling { seed, ..Sampling::default() };
+        let request = GenerateRequest { sampling, left_to_model: left, ..ask(model, "What is 3 + 4?") };
+        right += usize::from(run(&runtime, request).await.text.contains("3 + 4 = 7"));
+    }
+    assert!(right >= 28, "{right} of 30");
 }

@@ -42,6 +42,10 @@ pub struct Input {
     /// Ends the answer behind its first call.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub one_call: bool,
+    /// Goes on with the last message, which must be an assistant's, instead of a message of its own. The answer is what
+    /// follows.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub continue_last: bool,
     /// What the answer will probably be, such as the text that it changes in a few places: where that is right, the
     /// answer comes faster. It has no influence on what the answer is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -58,13 +62,14 @@ pub struct Input {
     /// The most tokens to generate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u32>,
-    /// 0 takes the likeliest token; 1, the default, leaves the distribution as it is. At most 2.
+    /// 0 takes the likeliest token; 1 leaves the distribution as it is. At most 2. Like `topP`, `topK`, `minP` and
+    /// `repetitionPenalty` it is the model's own where it is missing, and else llama.cpp's: 0.8.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
-    /// Keeps the smallest set of tokens whose probabilities sum to this; above 0, at most 1.
+    /// Keeps the smallest set of tokens whose probabilities sum to this; above 0, at most 1, which keeps all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_p: Option<f32>,
-    /// Keeps this many of the likeliest tokens.
+    /// Keeps this many of the likeliest tokens; 0 keeps all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<u32>,
     /// Keeps tokens at least this share as likely as the likeliest; 0 to 1.

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{EmbedInput, Input, OutputFormat, ToolChoice};
+use super::{EmbedInput, Input, OutputFormat, Role, ToolChoice};
 use crate::error_code::{ErrorCode, WireError};
 
 /// The most texts in `stop`.
@@ -53,6 +53,10 @@ impl Input {
         }
         if self.dimensions == Some(0) {
             return invalid("dimensions", "must be at least 1");
+        }
+        let last = self.messages.as_ref().and_then(|messages| messages.last());
+        if self.continue_last && !last.is_some_and(|last| last.role == Role::Assistant && !last.content.is_empty()) {
+            return invalid("continue_final_message", "needs an assistant's text as the last message");
         }
         if self.messages.is_none() && !self.tools.is_empty() {
             return invalid("tools", "are for conversations");
@@ -166,7 +170,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::infer::{Message, Role, Tool};
+    use crate::infer::{Message, Tool};
 
     #[test]
     fn a_value_out_of_range_names_its_field() {
@@ -189,6 +193,8 @@ mod tests {
             (Input { presence_penalty: Some(-2.5), ..prompt() }, "presence_penalty"),
             (Input { frequency_penalty: Some(f32::INFINITY), ..prompt() }, "frequency_penalty"),
             (Input { repetition_penalty: Some(0.0), ..prompt() }, "repetition_penalty"),
+            (Input { continue_last: true, ..prompt() }, "continue_final_message"),
+            (Input { continue_last: true, ..chat() }, "continue_final_message"),
             (Input { tools: vec![tool("f", Value::Null)], ..prompt() }, "tools"),
             (Input { tools: vec![tool("no name", Value::Null)], ..chat() }, "tools"),
             (Input { tool_choice: ToolChoice::Required, ..chat() }, "tool_choice"),

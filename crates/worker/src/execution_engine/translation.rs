@@ -1,8 +1,8 @@
 //! Says jobs in the engine's words, and what the engine says in the network's.
 
 use engine::{
-    Chat, ChatMessage, EmbedRequest, EngineError, FinishReason as EngineReason, GenerateRequest, ModelId, OutputFormat,
-    Piece, PromptInput, Sampling, TokenLogprob, Tool, ToolCall, ToolCallDelta, ToolChoice, Usage,
+    Chat, ChatMessage, EmbedRequest, EngineError, FinishReason as EngineReason, GenerateRequest, LeftToModel, ModelId,
+    OutputFormat, Piece, PromptInput, Sampling, TokenLogprob, Tool, ToolCall, ToolCallDelta, ToolChoice, Usage,
 };
 use protocol::infer::{self, EmbedInput, FinishReason, InferRequest, Input, Message, Payload};
 use protocol::usage::TokenUsage;
@@ -42,6 +42,13 @@ pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> Genera
             infer::OutputFormat::Regex(expression) => OutputFormat::Regex(expression.clone()),
             infer::OutputFormat::Lark(grammar) => OutputFormat::Lark(grammar.clone()),
         },
+        left_to_model: LeftToModel {
+            temperature: input.temperature.is_none(),
+            top_p: input.top_p.is_none(),
+            top_k: input.top_k.is_none(),
+            min_p: input.min_p.is_none(),
+            repetition_penalty: input.repetition_penalty.is_none(),
+        },
         prediction: input.prediction.clone().map(PromptInput::Text),
         deterministic: input.deterministic,
         ..GenerateRequest::new(model, prompt(input))
@@ -61,6 +68,7 @@ pub(super) fn prompt(input: &Input) -> PromptInput {
                 infer::ToolChoice::Function(name) => ToolChoice::Function(name.clone()),
             },
             one_call: input.one_call,
+            continue_last: input.continue_last,
             template_options: input.template_options.clone(),
         }),
         Input { prompt_tokens: Some(tokens), .. } => PromptInput::Tokens(tokens.clone()),
@@ -139,13 +147,18 @@ pub(super) fn token_usage(usage: Usage) -> TokenUsage {
 /// Says an engine's error in the network's words. Reasons stay here: they may name paths and processes.
 pub(super) fn wire_error(error: &EngineError, input: &Input) -> WireError {
     match error {
-        EngineError::ContextLength { .. } => {
-            let param = match input {
-                Input { messages: Some(_), .. } => "messages",
-                Input { embed: Some(_), .. } => "input",
-                _ => "prompt",
+        EngineError::ContextLength { prompt_tokens, context_length } => {
+            let (param, what) = match input {
+                Input { messages: Some(_), .. } => ("messages", "messages"),
+                Input { embed: Some(_), .. } => ("input", "input"),
+                _ => ("prompt", "prompt"),
             };
-            WireError::new(ErrorCode::ContextLengthExceeded, error.to_string()).with_param(param)
+            // OpenAI's wording: clients tell by it that they must shorten, and not by the code.
+            let message = format!(
+                "This model's maximum context length is {context_length} tokens. However, your {what} resulted in \
+                 {prompt_tokens} tokens. Please reduce the length of the {what}."
+            );
+            WireError::new(ErrorCode::ContextLengthExceeded, message).with_param(param)
         }
         EngineError::Unsupported { parameter, .. } => {
             WireError::new(ErrorCode::UnsupportedParameter, error.to_string()).with_param(parameter.as_str())
@@ -186,10 +199,12 @@ mod tests {
     }
 
     #[test]
-    fn what_the_caller_leaves_open_is_neutral() {
+    fn what_the_caller_leaves_open_is_left_to_the_model() {
         let generate = generate_request(ModelId(3), &request(of_text()));
         assert_eq!(generate.input, PromptInput::Text("once".into()));
         assert_eq!(generate.sampling, Sampling { seed: generate.sampling.seed, ..Sampling::default() });
+        let all = LeftToModel { temperature: true, top_p: true, top_k: true, min_p: true, repetition_penalty: true };
+        assert_eq!(generate.left_to_model, all);
         assert_eq!((generate.model, generate.max_tokens, generate.ignore_eos), (ModelId(3), None, false));
     }
 
@@ -228,6 +243,7 @@ mod tests {
                 seed: 42,
             }
         );
+        assert_eq!(generate.left_to_model, LeftToModel::default());
         assert_eq!((generate.stop, generate.max_tokens, generate.ignore_eos), (vec!["END".to_owned()], Some(5), true));
     }
 
@@ -245,6 +261,7 @@ mod tests {
             tools: vec![offered],
             tool_choice: infer::ToolChoice::Function("f".into()),
             one_call: true,
+            continue_last: true,
             format: infer::OutputFormat::JsonSchema(schema.clone()),
             logprobs: Some(3),
             prediction: Some("so".into()),
@@ -257,6 +274,7 @@ mod tests {
         assert_eq!((&*chat.messages[1].role, chat.messages[1].tool_call_id.as_deref()), ("tool", Some("c1")));
         assert_eq!(chat.tools, [Tool { name: "f".into(), description: None, parameters: Some(schema.clone()) }]);
         assert_eq!((chat.tool_choice, chat.one_call), (ToolChoice::Function("f".into()), true));
+        assert!(chat.continue_last);
         assert_eq!(generate.prediction, Some(PromptInput::Text("so".into())));
         assert_eq!((generate.format, generate.logprobs), (OutputFormat::JsonSchema(schema), Some(3)));
     }
@@ -269,6 +287,17 @@ mod tests {
         assert_eq!(seed(&first), seed(&second));
         let id = "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e10".parse().expect("id");
         assert_ne!(seed(&first), seed(&InferRequest { correlation_id: id, ..first.clone() }));
+    }
+
+    /// LiteLLM, aider, Cline and others look for these words.
+    #[test]
+    fn a_full_context_is_told_in_openais_words() {
+        let error = EngineError::ContextLength { prompt_tokens: 9031, context_length: 4096 };
+        let expected = "This model's maximum context length is 4096 tokens. However, your prompt resulted in 9031 \
+                        tokens. Please reduce the length of the prompt.";
+        assert_eq!(wire_error(&error, &of_text()).message, expected);
+        let embed = Input { embed: Some(vec![EmbedInput::Text("x".into())]), ..Input::default() };
+        assert!(wire_error(&error, &embed).message.contains("your input resulted in 9031 tokens"));
     }
 
     #[test]
