@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use http::Response;
 use protocol::control::{
     ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterList, AdapterRemove, AdapterRemoved, CATALOG_LIST, Catalog, Empty,
@@ -16,7 +16,7 @@ use protocol::{CorrelationId, ErrorCode, PublicKey, WireError, codec};
 use tracing::info;
 
 use crate::catalog;
-use crate::http_bridge::router::{Inquiry, respond};
+use crate::http_bridge::router::{Inquiry, Segment, respond};
 use crate::http_bridge::{Bridge, json, request_body};
 
 /// The longest description of a token or an adapter to make.
@@ -145,7 +145,7 @@ pub(crate) async fn create_invite(State(bridge): State<Bridge>, inquiry: Inquiry
 )]
 pub(crate) async fn decision(
     State(bridge): State<Bridge>,
-    Path(correlation_id): Path<String>,
+    Segment(correlation_id): Segment,
     inquiry: Inquiry,
 ) -> Response<Body> {
     let explained = async {
@@ -206,7 +206,7 @@ pub(crate) async fn tokens(State(bridge): State<Bridge>, inquiry: Inquiry) -> Re
 )]
 pub(crate) async fn revoke_token(
     State(bridge): State<Bridge>,
-    Path(key_id): Path<String>,
+    Segment(key_id): Segment,
     inquiry: Inquiry,
 ) -> Response<Body> {
     let revoked = async {
@@ -268,7 +268,7 @@ pub(crate) async fn add_adapter(State(bridge): State<Bridge>, inquiry: Inquiry, 
 )]
 pub(crate) async fn remove_adapter(
     State(bridge): State<Bridge>,
-    Path(id): Path<String>,
+    Segment(id): Segment,
     inquiry: Inquiry,
 ) -> Response<Body> {
     let removed = async {

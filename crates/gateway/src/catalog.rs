@@ -1,6 +1,6 @@
 //! The registry's models, ready to be looked up.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use protocol::control::Catalog;
@@ -11,7 +11,7 @@ use protocol::{AdapterName, ErrorCode, ModelName, ModelVersion, WireError};
 #[derive(Debug, Default)]
 pub(crate) struct Models {
     by_name: HashMap<ModelName, Vec<Arc<ModelEntry>>>,
-    adapters: HashSet<AdapterKey>,
+    adapters: BTreeSet<AdapterKey>,
 }
 
 impl Models {
@@ -30,6 +30,11 @@ impl Models {
     /// Says whether a model version has an adapter.
     pub(crate) fn has_adapter(&self, model: &ModelKey, adapter: &AdapterName) -> bool {
         self.adapters.contains(&AdapterKey { model: model.clone(), adapter: adapter.clone() })
+    }
+
+    /// Returns the adapters of a model version, by name.
+    pub(crate) fn adapters_of<'a>(&'a self, model: &'a ModelKey) -> impl Iterator<Item = &'a AdapterName> {
+        self.adapters.iter().filter(move |key| key.model == *model).map(|key| &key.adapter)
     }
 
     /// Returns a version of a model, or the newest.

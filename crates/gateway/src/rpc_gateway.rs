@@ -173,6 +173,7 @@ impl RpcGateway {
                     created: gateway.clock().now().0 / 1000,
                     model,
                     choices: job.input.n.unwrap_or(1),
+                    prompt_chars: completions::prompt_chars(&job),
                     include_usage: false,
                 })
             }

@@ -13,7 +13,7 @@ mod tools;
 
 use std::time::Duration;
 
-use protocol::codec::decode_within;
+use protocol::codec::{DecodeError, decode_within};
 use protocol::infer::{InferSubmission, Input};
 use protocol::model::ModelRef;
 use protocol::{ErrorCode, WireError};
@@ -56,8 +56,7 @@ pub fn parse_completion(bytes: &[u8]) -> Result<Generation, WireError> {
     let (model, name) = body.model()?;
     let own = body.text_input()?;
     refuse_unless(body.messages.is_none(), "messages")?;
-    let max_tokens = own.max_tokens.or(Some(COMPLETION_TOKENS));
-    body.generation(model, name, Input { max_tokens, ..own })
+    body.generation(model, name, own)
 }
 
 /// Reads the body of `POST /infer`.
@@ -85,6 +84,10 @@ pub(crate) fn native(mut error: WireError) -> WireError {
         "tenantId" | "input" => param,
         "response_format" => "input.format".to_owned(),
         "chat_template_kwargs" => "input.templateOptions".to_owned(),
+        "continue_final_message" => "input.continueLast".to_owned(),
+        param if param.starts_with("chat_template_kwargs.") => {
+            param.replacen("chat_template_kwargs", "input.templateOptions", 1)
+        }
         _ => format!("input.{}", camel_case(&param)),
     });
     error
@@ -122,7 +125,41 @@ fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     if bytes.get(start) != Some(&b'{') {
         return Err(not_json("expected an object", &bytes[..start]));
     }
-    Ok(decode_within(bytes, usize::MAX)?)
+    decode_within(bytes, usize::MAX).map_err(|error| match error {
+        DecodeError::Malformed { path, reason } => {
+            let reason = plain_types(&reason);
+            // The whole has no path.
+            let told = if path == "." { reason } else { format!("{path}: {reason}") };
+            WireError { message: told, ..DecodeError::Malformed { path, reason: String::new() }.into() }
+        }
+        error => error.into(),
+    })
+}
+
+/// Says in JSON's words what serde says in Rust's.
+fn plain_types(reason: &str) -> String {
+    const TYPES: [(&str, &str); 12] = [
+        ("u8", "a whole number"),
+        ("u32", "a whole number"),
+        ("u64", "a whole number"),
+        ("usize", "a whole number"),
+        ("i64", "a whole number"),
+        ("f32", "a number"),
+        ("f64", "a number"),
+        ("a sequence", "an array"),
+        ("sequence", "an array"),
+        ("a map", "an object"),
+        ("map", "an object"),
+        ("unit", "null"),
+    ];
+    let Some((found, expected)) = reason.rsplit_once("expected ") else { return reason.to_owned() };
+    let found = found.replace("invalid type: map", "invalid type: object");
+    let found = found.replace("invalid type: sequence", "invalid type: array").replace("floating point", "number");
+    let plain = TYPES.iter().find(|(rust, _)| *rust == expected).map(|(_, plain)| *plain);
+    let is_type =
+        ["struct ", "enum ", "tuple struct ", "newtype struct "].iter().any(|kind| expected.starts_with(kind));
+    let expected = plain.unwrap_or(if is_type { "an object" } else { expected });
+    format!("{found}expected {expected}")
 }
 
 /// Says what is wrong right after the bytes that were good.

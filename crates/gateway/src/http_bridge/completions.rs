@@ -16,6 +16,7 @@ use super::router::Bridge;
 use super::sse::{self, Endpoint, Heading, Sse, Usage};
 use super::tool_calls::WholeCall;
 use crate::answer::{Answer, Whole};
+use crate::gateway::Job;
 use crate::validation::{self, Generation};
 
 /// Goes on with a text.
@@ -52,6 +53,7 @@ pub(super) async fn generate(
         created: bridge.gateway.clock().now().0 / 1000,
         model,
         choices: job.input.n.unwrap_or(1),
+        prompt_chars: prompt_chars(&job),
         include_usage,
     };
     let opening = job::open(bridge, asked.admission, job);
@@ -65,6 +67,11 @@ pub(super) async fn generate(
         }
         Err(error) => told.failure(bridge, &error),
     }
+}
+
+/// Returns how many characters stand before an answer, where they are known: of tokens they are not.
+pub(crate) fn prompt_chars(job: &Job) -> usize {
+    job.input.prompt.as_ref().map_or(0, |prompt| prompt.chars().count())
 }
 
 /// Waits for the whole answer.
@@ -131,9 +138,10 @@ impl<'a> ChatChoice<'a> {
 }
 
 impl<'a> TextChoice<'a> {
-    fn of((index, choice): (u32, &'a Choice)) -> Self {
+    fn of((index, choice): (u32, &'a Choice), mut offset: usize) -> Self {
         let Choice { text, logprobs, finish_reason, .. } = choice;
-        Self { index, text, logprobs: TextLogprobs::of(logprobs, &mut 0), finish_reason: finish_reason.as_str() }
+        let logprobs = TextLogprobs::of(logprobs, &mut offset);
+        Self { index, text, logprobs, finish_reason: finish_reason.as_str() }
     }
 }
 
@@ -143,7 +151,8 @@ pub(crate) fn write_whole(heading: &Heading, answer: &Answer, whole: &Whole) -> 
     match heading.endpoint {
         Endpoint::Chat => write(heading, answer, "chat.completion", choices.map(ChatChoice::of).collect(), whole.usage),
         Endpoint::Completion => {
-            write(heading, answer, "text_completion", choices.map(TextChoice::of).collect(), whole.usage)
+            let choices = choices.map(|choice| TextChoice::of(choice, heading.prompt_chars)).collect();
+            write(heading, answer, "text_completion", choices, whole.usage)
         }
     }
 }

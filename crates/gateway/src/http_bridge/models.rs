@@ -4,24 +4,24 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use http::Response;
 use protocol::control::{Fleet, Scope};
 use protocol::health::ModelState;
 use protocol::model::ModelEntry;
-use protocol::{Region, WireError};
+use protocol::{AdapterName, Region, WireError};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::errors;
-use super::router::{Bridge, Inquiry, respond};
+use super::router::{Bridge, Inquiry, Segment, respond};
 use crate::catalog;
 use crate::gateway::{Gateway, Origin};
 
 /// A model. `state` and what follows are Tether's additions.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Model {
-    /// Its name where it is the newest version, else `name@MAJOR.MINOR`.
+    /// Its name where it is the newest version, else `name@MAJOR.MINOR`; with an adapter, `:adapter` follows.
     id: String,
     /// Always `model`.
     object: &'static str,
@@ -64,7 +64,7 @@ enum Progress {
 pub(crate) struct ModelList {
     /// Always `list`.
     object: &'static str,
-    /// Each version of each model this API key may use.
+    /// Each version of each model this API key may use, and each with each of its adapters.
     data: Vec<Model>,
 }
 
@@ -88,7 +88,12 @@ pub(crate) async fn list_for(
     let models = gateway.models().await?;
     let fleet = fleet(gateway).await;
     let allowed = models.all().into_iter().filter(|entry| grant.policy.allows(&entry.key.model_id));
-    let data = allowed.map(|entry| describe(entry, models.is_newest(entry), &fleet)).collect();
+    let data = allowed.flat_map(|entry| {
+        let by_name = models.is_newest(entry);
+        let adapters = models.adapters_of(&entry.key).map(Some);
+        std::iter::once(None).chain(adapters).map(move |adapter| (entry, by_name, adapter))
+    });
+    let data = data.map(|(entry, by_name, adapter)| describe(entry, by_name, adapter, &fleet)).collect();
     Ok(ModelList { object: "list", data })
 }
 
@@ -98,18 +103,24 @@ pub(crate) async fn list_for(
     params(("id" = String, Path, description = "`name`, which is its newest version, or `name@MAJOR.MINOR`")),
     responses((status = 200, description = "The model", body = Model), super::openapi::Errors),
 )]
-pub(super) async fn get(State(bridge): State<Bridge>, Path(id): Path<String>, inquiry: Inquiry) -> Response<Body> {
+pub(super) async fn get(State(bridge): State<Bridge>, Segment(id): Segment, inquiry: Inquiry) -> Response<Body> {
     let found = async {
         let (gateway, token) = (&bridge.gateway, inquiry.token.as_deref());
         let grant = gateway.authenticate(token, inquiry.context.origin, Scope::Infer).await?;
         let wanted = catalog::parse_ref(&id)?;
         let entry = gateway.model(&wanted).await?;
         // To a tenant, a model it may not use is as one that is not there.
-        if wanted.adapter.is_some() || !grant.policy.allows(&entry.key.model_id) {
+        if !grant.policy.allows(&entry.key.model_id) {
+            return Err(catalog::not_found(&id));
+        }
+        let adapter = wanted.adapter.as_ref();
+        if let Some(adapter) = adapter
+            && !gateway.models().await?.has_adapter(&entry.key, adapter)
+        {
             return Err(catalog::not_found(&id));
         }
         let fleet = fleet(gateway).await;
-        Ok(errors::json(&describe(&entry, wanted.version.is_none(), &fleet)))
+        Ok(errors::json(&describe(&entry, wanted.version.is_none(), adapter, &fleet)))
     };
     respond(inquiry.context, found.await)
 }
@@ -120,8 +131,9 @@ async fn fleet(gateway: &Gateway) -> Arc<Fleet> {
 }
 
 /// Says what is known of a model. A pure function of the catalogue's entry and the fleet.
-fn describe(entry: &ModelEntry, by_name: bool, fleet: &Fleet) -> Model {
+fn describe(entry: &ModelEntry, by_name: bool, adapter: Option<&AdapterName>, fleet: &Fleet) -> Model {
     let key = &entry.key;
+    let id = if by_name { key.model_id.to_string() } else { key.to_string() };
     let reports = || fleet.workers.iter().map(|worker| &worker.report);
     let cached = || reports().flat_map(|report| &report.model_cache).filter(|model| model.key == *key);
     let state = |state: ModelState| match state {
@@ -131,7 +143,7 @@ fn describe(entry: &ModelEntry, by_name: bool, fleet: &Fleet) -> Model {
     };
     let serving = reports().filter(|report| report.supported.contains(key));
     Model {
-        id: if by_name { key.model_id.to_string() } else { key.to_string() },
+        id: adapter.map_or_else(|| id.clone(), |adapter| format!("{id}:{adapter}")),
         object: "model",
         created: entry.created_at.0 / 1000,
         owned_by: "tether",

@@ -18,11 +18,18 @@ const WHOLE: Duration = Duration::from_mins(5);
 
 /// Checks what the head says of the body: its type and its length.
 pub(super) fn check_head(headers: &HeaderMap, bytes_max: usize) -> Result<(), WireError> {
-    let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let essence = kind.split(';').next().unwrap_or_default().trim();
-    if !essence.eq_ignore_ascii_case("application/json") {
-        let message = "the body must be JSON: send the header `Content-Type: application/json`";
-        return Err(WireError::new(ErrorCode::UnsupportedMediaType, message));
+    let refuse = |message: &str| Err(WireError::new(ErrorCode::UnsupportedMediaType, message));
+    // A body of no type is taken for JSON, as llama-server and Ollama do.
+    if let Some(kind) = headers.get(header::CONTENT_TYPE) {
+        let essence = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
+        if !essence.eq_ignore_ascii_case("application/json") {
+            return refuse("the body must be JSON: send the header `Content-Type: application/json`");
+        }
+    }
+    if let Some(encoding) = headers.get(header::CONTENT_ENCODING)
+        && !encoding.to_str().is_ok_and(|encoding| encoding.trim().eq_ignore_ascii_case("identity"))
+    {
+        return refuse("compressed bodies are not taken: send the body as it is, without `Content-Encoding`");
     }
     let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length > bytes_max as u64) {
@@ -89,4 +96,34 @@ fn too_large(bytes_max: usize) -> WireError {
 
 fn too_slow() -> WireError {
     WireError::new(ErrorCode::RequestTimeout, "the body came too slowly")
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn a_body_of_no_type_is_json_and_other_types_and_encodings_are_refused() {
+        for (headers, taken) in [
+            (vec![], true),
+            (vec![("content-type", "application/json")], true),
+            (vec![("content-type", "Application/JSON; charset=utf-8"), ("content-encoding", "identity")], true),
+            (vec![("content-type", "text/plain")], false),
+            (vec![("content-type", "")], false),
+            (vec![("content-encoding", "gzip")], false),
+            (vec![("content-type", "application/json"), ("content-encoding", "br")], false),
+        ] {
+            let sent = headers.iter().map(|(name, value)| {
+                (name.parse::<http::HeaderName>().expect("a name"), HeaderValue::from_static(value))
+            });
+            let outcome = check_head(&sent.collect(), 10);
+            assert_eq!(
+                outcome.err().map(|error| error.code),
+                (!taken).then_some(ErrorCode::UnsupportedMediaType),
+                "{headers:?}"
+            );
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::FromRequestParts;
+use axum::extract::{FromRequestParts, Path};
 use axum::routing::{delete, get, post};
 use http::request::Parts;
 use http::{Extensions, HeaderName, HeaderValue, Method, Response};
@@ -102,6 +102,21 @@ pub(super) fn context(extensions: &Extensions) -> RequestContext {
 pub(crate) struct Inquiry {
     pub(crate) context: RequestContext,
     pub(crate) token: Option<String>,
+}
+
+/// A part of a path that names something.
+pub(crate) struct Segment(pub(crate) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = Response<Body>;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response<Body>> {
+        let segment = Path::<String>::from_request_parts(parts, state).await;
+        segment.map(|Path(text)| Self(text)).map_err(|_| {
+            let message = "the path is not UTF-8 once its percent signs are decoded";
+            respond(context(&parts.extensions), Err(WireError::new(ErrorCode::NotFound, message)))
+        })
+    }
 }
 
 impl<S: Sync> FromRequestParts<S> for Inquiry {

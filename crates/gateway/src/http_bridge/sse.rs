@@ -52,6 +52,8 @@ pub(crate) struct Heading {
     pub(crate) model: String,
     /// How many answers there are.
     pub(crate) choices: u32,
+    /// Characters of the prompt that the answers go on with.
+    pub(crate) prompt_chars: usize,
     /// Whether a chunk with the usage follows the last.
     pub(crate) include_usage: bool,
 }
@@ -69,7 +71,7 @@ pub(super) struct Sse {
 struct Told {
     /// Whether it has begun.
     role: bool,
-    /// Characters whose log-probabilities were told.
+    /// Characters of the prompt, and those whose log-probabilities were told.
     offset: usize,
 }
 
@@ -158,7 +160,7 @@ pub(super) fn fingerprint(answer: &Answer) -> String {
 
 impl Sse {
     pub(super) fn new(heading: Heading) -> Self {
-        let told = vec![Told::default(); heading.choices as usize];
+        let told = vec![Told { role: false, offset: heading.prompt_chars }; heading.choices as usize];
         Self { heading, head: vec![], told }
     }
 

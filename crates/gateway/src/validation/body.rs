@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use protocol::AdapterName;
-use protocol::infer::{Input, OutputFormat};
+use protocol::infer::{Input, OutputFormat, ToolChoice};
 use protocol::model::ModelRef;
 use protocol::{ErrorCode, WireError};
 use serde::{Deserialize, Deserializer, de};
@@ -14,7 +14,7 @@ use super::format::{self, ResponseFormat, StructuredOutputs};
 use super::message::{ChatMessage, Prediction};
 use super::texts::{Stop, Texts};
 use super::tools::{OfferedTool, tool_choice, tools};
-use super::{Generation, invalid, is_empty, job, missing, refuse_unless};
+use super::{COMPLETION_TOKENS, Generation, invalid, is_empty, job, missing, refuse_unless};
 use crate::catalog;
 
 /// One type without `flatten`, which would read everything twice.
@@ -24,11 +24,11 @@ pub(super) struct Body {
     pub(super) messages: Option<Vec<ChatMessage>>,
     pub(super) prompt: Option<Texts>,
     adapter: Option<AdapterName>,
-    max_completion_tokens: Option<u32>,
-    max_tokens: Option<u32>,
+    max_completion_tokens: Option<Limit>,
+    max_tokens: Option<Limit>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
-    n: Option<u32>,
+    n: Option<Count>,
     temperature: Option<f32>,
     top_p: Option<f32>,
     top_k: Option<i64>,
@@ -36,9 +36,9 @@ pub(super) struct Body {
     repetition_penalty: Option<f32>,
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
-    logit_bias: Option<BTreeMap<u32, f32>>,
+    logit_bias: Option<BTreeMap<String, f32>>,
     logprobs: Option<Logprobs>,
-    top_logprobs: Option<u32>,
+    top_logprobs: Option<Count>,
     #[serde(default, deserialize_with = "seed")]
     seed: Option<u64>,
     stop: Option<Stop>,
@@ -55,20 +55,21 @@ pub(super) struct Body {
     prediction: Option<Prediction>,
     reasoning_effort: Option<String>,
     chat_template_kwargs: Option<Map<String, Value>>,
+    continue_final_message: Option<bool>,
+    add_generation_prompt: Option<bool>,
+    deterministic: Option<bool>,
     // Means something, and is not done here unless it says to change nothing.
-    best_of: Option<u32>,
+    best_of: Option<Count>,
     echo: Option<bool>,
     suffix: Option<String>,
-    min_tokens: Option<u32>,
+    min_tokens: Option<Count>,
     functions: Option<Value>,
     function_call: Option<Value>,
     modalities: Option<Value>,
     audio: Option<Value>,
-    verbosity: Option<Value>,
     web_search_options: Option<Value>,
     stop_token_ids: Option<Value>,
     chat_template: Option<Value>,
-    continue_final_message: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -84,6 +85,72 @@ enum Logprobs {
     Count(u32),
 }
 
+/// A whole number, which some clients write with a fraction of zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Count(u32);
+
+/// The most tokens of an answer: a count, or -1 for as many as fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Limit {
+    Tokens(u32),
+    Unlimited,
+}
+
+impl Limit {
+    fn tokens(self) -> Option<u32> {
+        match self {
+            Self::Tokens(count) => Some(count),
+            Self::Unlimited => None,
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Count {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match whole(deserializer)? {
+            -1 => Err(de::Error::custom("must not be negative")),
+            count => Ok(Self(count as u32)),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Limit {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(match whole(deserializer)? {
+            -1 => Self::Unlimited,
+            count => Self::Tokens(count as u32),
+        })
+    }
+}
+
+/// Reads a whole number of 32 bits, or -1.
+fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
+    struct Whole;
+
+    impl de::Visitor<'_> for Whole {
+        type Value = i64;
+
+        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+            formatter.write_str("a whole number")
+        }
+
+        fn visit_u64<E: de::Error>(self, value: u64) -> Result<i64, E> {
+            u32::try_from(value).map(i64::from).map_err(|_| E::invalid_value(de::Unexpected::Unsigned(value), &self))
+        }
+
+        fn visit_i64<E: de::Error>(self, value: i64) -> Result<i64, E> {
+            if value == -1 { Ok(value) } else { Err(E::invalid_value(de::Unexpected::Signed(value), &self)) }
+        }
+
+        fn visit_f64<E: de::Error>(self, value: f64) -> Result<i64, E> {
+            let is_whole = value.fract() == 0.0 && (-1.0..=f64::from(u32::MAX)).contains(&value);
+            if is_whole { Ok(value as i64) } else { Err(E::invalid_value(de::Unexpected::Float(value), &self)) }
+        }
+    }
+
+    deserializer.deserialize_any(Whole)
+}
+
 impl Body {
     pub(super) fn model(&self) -> Result<(ModelRef, String), WireError> {
         named_model(self.model.as_deref())
@@ -94,8 +161,8 @@ impl Body {
         let messages = self.messages.take().ok_or_else(|| missing("messages"))?;
         let messages = messages.into_iter().enumerate().map(|(index, message)| message.convert(index));
         let logprobs = match (self.logprobs, self.top_logprobs) {
-            (Some(Logprobs::Switch(true)), top) => Some(top.unwrap_or(0)),
-            (None | Some(Logprobs::Switch(false)), None | Some(0)) => None,
+            (Some(Logprobs::Switch(true)), top) => Some(top.map_or(0, |count| count.0)),
+            (None | Some(Logprobs::Switch(false)), None | Some(Count(0))) => None,
             (None | Some(Logprobs::Switch(false)), Some(_)) => {
                 return Err(invalid("top_logprobs", "is only allowed when logprobs is true"));
             }
@@ -103,13 +170,23 @@ impl Body {
         };
         let tools = tools(self.tools.take().unwrap_or_default())?;
         let tool_choice = tool_choice(self.tool_choice.as_ref())?;
+        // A weak model that must call repeats its call without an end, so several are for those who ask for them.
+        let one_call = match self.parallel_tool_calls {
+            Some(several) => !several,
+            None => tool_choice == ToolChoice::Required,
+        };
+        let continue_last = self.continue_final_message.unwrap_or(false);
+        if continue_last && self.add_generation_prompt == Some(true) {
+            return Err(invalid("add_generation_prompt", "must be false where continue_final_message is true"));
+        }
         Ok(Input {
             messages: Some(messages.collect::<Result<_, _>>()?),
-            max_tokens: self.max_completion_tokens.or(self.max_tokens),
+            max_tokens: self.limit()?.and_then(Limit::tokens),
             logprobs,
             tools,
             tool_choice,
-            one_call: self.parallel_tool_calls == Some(false),
+            one_call,
+            continue_last,
             prediction: self.prediction.take().map(Prediction::text).transpose()?,
             template_options: self.template_options()?,
             ..Input::default()
@@ -129,8 +206,19 @@ impl Body {
         refuse_unless(self.prediction.is_none(), "prediction")?;
         refuse_unless(self.reasoning_effort.is_none(), "reasoning_effort")?;
         refuse_unless(self.chat_template_kwargs.as_ref().is_none_or(Map::is_empty), "chat_template_kwargs")?;
-        refuse_unless(self.top_logprobs.is_none_or(|top| top == 0), "top_logprobs")?;
-        Ok(Input { max_tokens: self.max_tokens, logprobs, ..prompt })
+        refuse_unless(self.top_logprobs.is_none_or(|top| top.0 == 0), "top_logprobs")?;
+        refuse_unless(!self.continue_final_message.unwrap_or(false), "continue_final_message")?;
+        let max_tokens = self.limit()?.unwrap_or(Limit::Tokens(COMPLETION_TOKENS)).tokens();
+        Ok(Input { max_tokens, logprobs, ..prompt })
+    }
+
+    /// Returns the most tokens of the answer, where the request says.
+    fn limit(&self) -> Result<Option<Limit>, WireError> {
+        let given = [("max_completion_tokens", self.max_completion_tokens), ("max_tokens", self.max_tokens)];
+        match given.into_iter().find_map(|(name, limit)| Some((name, limit?))) {
+            Some((name, Limit::Tokens(0))) => Err(invalid(name, "must be at least 1, or -1 for as many as fit")),
+            given => Ok(given.map(|(_, limit)| limit)),
+        }
     }
 
     /// Returns what the model's template is told: templates know an effort by the same name, or only how to think
@@ -167,11 +255,10 @@ impl Body {
     }
 
     fn check_supported(&self) -> Result<(), WireError> {
-        refuse_unless(self.best_of.is_none_or(|best| best == self.n.unwrap_or(1)), "best_of")?;
+        refuse_unless(self.best_of.is_none_or(|best| best == self.n.unwrap_or(Count(1))), "best_of")?;
         refuse_unless(!self.echo.unwrap_or(false), "echo")?;
         refuse_unless(self.suffix.as_ref().is_none_or(String::is_empty), "suffix")?;
-        refuse_unless(self.min_tokens.is_none_or(|count| count == 0), "min_tokens")?;
-        refuse_unless(!self.continue_final_message.unwrap_or(false), "continue_final_message")?;
+        refuse_unless(self.min_tokens.is_none_or(|count| count.0 == 0), "min_tokens")?;
         let no_call = |choice: &Value| choice == "none" || choice == "auto";
         refuse_unless(self.function_call.as_ref().is_none_or(no_call), "function_call")?;
         let only_text =
@@ -180,7 +267,6 @@ impl Body {
         for (value, param) in [
             (&self.functions, "functions"),
             (&self.audio, "audio"),
-            (&self.verbosity, "verbosity"),
             (&self.web_search_options, "web_search_options"),
             (&self.stop_token_ids, "stop_token_ids"),
             (&self.chat_template, "chat_template"),
@@ -199,14 +285,15 @@ impl Body {
         }
         let top_k = match self.top_k {
             // Servers that know top_k take -1 and 0 for "all".
-            None | Some(-1 | 0) => None,
+            None => None,
+            Some(-1) => Some(0),
             Some(count) => Some(u32::try_from(count).map_err(|_| invalid("top_k", "must be -1 or a count"))?),
         };
         let format = self.format()?;
         let input = Input {
             adapter: self.adapter,
             format,
-            n: self.n,
+            n: self.n.map(|count| count.0),
             temperature: self.temperature,
             top_p: self.top_p,
             top_k,
@@ -214,16 +301,28 @@ impl Body {
             repetition_penalty: self.repetition_penalty,
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
-            logit_bias: self.logit_bias.unwrap_or_default(),
+            logit_bias: biases(self.logit_bias.unwrap_or_default())?,
             seed: self.seed,
             stop: self.stop.map(|stop| stop.0).unwrap_or_default(),
             ignore_eos: self.ignore_eos.unwrap_or(false),
+            deterministic: self.deterministic.unwrap_or(false),
             ..own
         };
         input.check()?;
         let include_usage = self.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
         Ok(Generation { job: job(model, input), model: name, stream, include_usage })
     }
+}
+
+/// Reads the tokens whose logits are biased; JSON has them as texts.
+fn biases(told: BTreeMap<String, f32>) -> Result<BTreeMap<u32, f32>, WireError> {
+    let read = |(token, bias): (String, f32)| match token.parse() {
+        Ok(token) => Ok((token, bias)),
+        Err(_) => {
+            Err(invalid("logit_bias", &format!("must have numbers of tokens as names, and {token:?} is not one")))
+        }
+    };
+    told.into_iter().map(read).collect()
 }
 
 /// Reads a model's name, which has to be there.

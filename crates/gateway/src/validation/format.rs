@@ -3,11 +3,12 @@
 use protocol::WireError;
 use protocol::infer::OutputFormat;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{invalid, is_empty, missing, refuse_unless, unsupported};
 
-/// `response_format`. Its schema's `name` and `strict` are passed over: an answer always keeps to the schema.
+/// `response_format`. An answer keeps to its schema; what a grammar cannot keep of it is refused where it is `strict`, and
+/// left out where it is not.
 #[derive(Debug, Deserialize)]
 pub(super) struct ResponseFormat {
     #[serde(rename = "type")]
@@ -15,9 +16,10 @@ pub(super) struct ResponseFormat {
     json_schema: Option<JsonSchema>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 struct JsonSchema {
     schema: Option<Value>,
+    strict: Option<bool>,
 }
 
 /// vLLM's `structured_outputs`, and its older fields with the prefix `guided_`. At most one is given.
@@ -37,8 +39,12 @@ impl ResponseFormat {
             "text" => Ok(OutputFormat::Text),
             "json_object" => Ok(OutputFormat::Json),
             "json_schema" => {
-                let schema = self.json_schema.and_then(|named| named.schema);
-                schema.map(OutputFormat::JsonSchema).ok_or_else(|| missing("response_format.json_schema.schema"))
+                let JsonSchema { schema, strict } = self.json_schema.unwrap_or_default();
+                let mut schema = schema.ok_or_else(|| missing("response_format.json_schema.schema"))?;
+                if let Some(keywords) = schema.as_object_mut().filter(|_| strict != Some(true)) {
+                    keywords.insert("x-guidance".into(), json!({ "lenient": true }));
+                }
+                Ok(OutputFormat::JsonSchema(schema))
             }
             _ => Err(unsupported("response_format.type")),
         }

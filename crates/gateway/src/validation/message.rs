@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use protocol::WireError;
 use protocol::infer::{Message, Role, ToolCall};
+use protocol::{ErrorCode, WireError};
 use serde::{Deserialize, Deserializer, de};
 use serde_json::Value;
 
@@ -71,7 +71,7 @@ impl ChatMessage {
         let tool_calls: Vec<_> = tool_calls.collect::<Result<_, _>>()?;
         let content = match self.content {
             Some(Content::Text(text)) => text,
-            Some(Content::Parts(parts)) => join(parts, &path("content"))?,
+            Some(Content::Parts(parts)) => join(parts, &path("content"), is_assistant)?,
             // An assistant may only call.
             None if !tool_calls.is_empty() => String::new(),
             None => return Err(missing(&path("content"))),
@@ -97,7 +97,7 @@ impl Prediction {
         refuse_unless(self.kind == "content", "prediction.type")?;
         match self.content.ok_or_else(|| missing("prediction.content"))? {
             Content::Text(text) => Ok(text),
-            Content::Parts(parts) => join(parts, "prediction.content"),
+            Content::Parts(parts) => join(parts, "prediction.content", false),
         }
     }
 }
@@ -112,15 +112,30 @@ impl Call {
 }
 
 /// Joins the text of parts as OpenAI's servers do: without anything between them.
-fn join(parts: Vec<Part>, path: &str) -> Result<String, WireError> {
+fn join(parts: Vec<Part>, path: &str, of_assistant: bool) -> Result<String, WireError> {
     let mut whole = String::new();
-    for (index, part) in parts.into_iter().enumerate() {
-        if part.kind != "text" {
-            return Err(unsupported(format!("{path}[{index}].type")));
-        }
-        whole += &part.text.ok_or_else(|| missing(&format!("{path}[{index}].text")))?;
+    for (index, Part { kind, text, refusal }) in parts.into_iter().enumerate() {
+        let (name, said) = match kind.as_str() {
+            "text" | "input_text" | "output_text" => ("text", text),
+            "refusal" if of_assistant => ("refusal", refusal),
+            _ => return Err(no_text(&kind, format!("{path}[{index}]"))),
+        };
+        whole += &said.ok_or_else(|| missing(&format!("{path}[{index}].{name}")))?;
     }
     Ok(whole)
+}
+
+/// Refuses a part that is no text, by the word that people have for what it holds.
+fn no_text(kind: &str, path: String) -> WireError {
+    let what = match kind {
+        "image_url" | "image" | "input_image" => "images are",
+        "input_audio" | "audio" | "audio_url" => "audio is",
+        "video" | "video_url" => "video is",
+        "file" | "input_file" => "files are",
+        _ => return unsupported(path + ".type"),
+    };
+    let message = format!("{what} not supported here: {path} must be a text");
+    WireError::new(ErrorCode::UnsupportedParameter, message).with_param(path)
 }
 
 #[derive(Debug)]
@@ -134,6 +149,7 @@ struct Part {
     #[serde(rename = "type")]
     kind: String,
     text: Option<String>,
+    refusal: Option<String>,
 }
 
 impl<'de> Deserialize<'de> for Content {

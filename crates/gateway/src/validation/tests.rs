@@ -75,7 +75,8 @@ fn harmless_and_unknown_fields_pass() {
         "n": 1, "tools": [], "tool_choice": "auto", "logprobs": false, "top_logprobs": 0, "logit_bias": {},
         "response_format": {"type": "text"}, "presence_penalty": 0, "frequency_penalty": 0.0, "modalities": ["text"],
         "best_of": 1, "function_call": "none", "guided_choice": null, "structured_outputs": {},
-        "stop": null, "seed": null, "temperature": null, "stream_options": null, "top_k": -1
+        "stop": null, "seed": null, "temperature": null, "stream_options": null, "top_k": -1, "verbosity": "low",
+        "continue_final_message": false, "add_generation_prompt": true, "deterministic": false
     }))
     .expect("nothing asks for what is not done");
 }
@@ -93,7 +94,6 @@ fn what_means_something_and_is_not_done_is_refused_by_name() {
         ("min_tokens", json!(3)),
         ("stop_token_ids", json!([7])),
         ("chat_template", json!("{{ x }}")),
-        ("continue_final_message", json!(true)),
         ("prompt", json!("x")),
     ] {
         refused(chat(json!({field: value})), ErrorCode::UnsupportedParameter, field);
@@ -105,6 +105,7 @@ fn what_means_something_and_is_not_done_is_refused_by_name() {
         ("prediction", json!({"type": "content", "content": "x"})),
         ("reasoning_effort", json!("high")),
         ("chat_template_kwargs", json!({"a": 1})),
+        ("continue_final_message", json!(true)),
     ] {
         refused(completion(json!({field: value})), ErrorCode::UnsupportedParameter, field);
     }
@@ -121,7 +122,7 @@ fn a_predicted_answer_reaches_the_job() {
     let of_image = json!({"type": "content", "content": [{"type": "image_url"}]});
     for (prediction, code, param) in [
         (json!({"type": "diff", "content": "x"}), ErrorCode::UnsupportedParameter, "prediction.type"),
-        (of_image, ErrorCode::UnsupportedParameter, "prediction.content[0].type"),
+        (of_image, ErrorCode::UnsupportedParameter, "prediction.content[0]"),
         (json!({"type": "content"}), ErrorCode::InvalidValue, "prediction.content"),
         (json!("x"), ErrorCode::InvalidValue, "prediction"),
     ] {
@@ -203,9 +204,103 @@ fn functions_that_may_be_called_reach_the_job() {
             ErrorCode::InvalidValue,
             "tools[0].function.parameters",
         ),
+        (
+            json!({"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}),
+            ErrorCode::InvalidValue,
+            "tools[0].function.parameters",
+        ),
     ] {
         refused(chat(json!({"tools": [tool]})), code, param);
     }
+}
+
+#[test]
+fn one_call_is_made_where_calls_are_required_and_several_are_not_asked_for() {
+    let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+    let one_call = |choice: &str, several: Value| {
+        let change = json!({"tools": tools, "tool_choice": choice, "parallel_tool_calls": several});
+        chat(change).expect("well formed").job.input.one_call
+    };
+    for (choice, several, expected) in [
+        ("required", Value::Null, true),
+        ("required", json!(true), false),
+        ("required", json!(false), true),
+        ("auto", Value::Null, false),
+        ("auto", json!(false), true),
+    ] {
+        assert_eq!(one_call(choice, several.clone()), expected, "{choice} {several}");
+    }
+}
+
+#[test]
+fn a_limit_may_have_a_fraction_of_zero_and_minus_one_is_none() {
+    let of_chat = |limit: Value| chat(json!({"max_tokens": limit})).expect("well formed").job.input.max_tokens;
+    assert_eq!((of_chat(json!(8.0)), of_chat(json!(-1)), of_chat(Value::Null)), (Some(8), None, None));
+    let of_text = |limit: Value| completion(json!({"max_tokens": limit})).expect("well formed").job.input.max_tokens;
+    assert_eq!((of_text(json!(-1)), of_text(Value::Null)), (None, Some(16)));
+    assert_eq!(chat(json!({"n": 2.0})).expect("well formed").job.input.n, Some(2));
+}
+
+#[test]
+fn what_is_said_outright_goes_before_the_models_own_sampling() {
+    let said = json!({"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1});
+    let input = chat(said).expect("well formed").job.input;
+    assert_eq!((input.temperature, input.top_p, input.top_k, input.min_p), (Some(1.0), Some(1.0), Some(0), Some(0.0)));
+    assert_eq!(chat(json!({"top_k": -1})).expect("well formed").job.input.top_k, Some(0));
+    let left = chat(json!({})).expect("well formed").job.input;
+    assert_eq!((left.temperature, left.top_p, left.top_k, left.min_p), (None, None, None, None));
+}
+
+#[test]
+fn deterministic_is_a_field_of_both_endpoints_and_no_seed_switches_it_on() {
+    for read in [chat, completion] {
+        let deterministic = |change| read(change).expect("well formed").job.input.deterministic;
+        assert!(deterministic(json!({"deterministic": true})));
+        assert!(!deterministic(json!({"seed": 7, "temperature": 0})));
+    }
+}
+
+#[test]
+fn a_last_message_of_the_assistant_may_be_continued() {
+    let last = json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, "}]);
+    let asked = json!({"messages": last, "continue_final_message": true, "add_generation_prompt": false});
+    assert!(chat(asked.clone()).expect("well formed").job.input.continue_last);
+    refused(chat(json!({"continue_final_message": true})), ErrorCode::InvalidValue, "continue_final_message");
+    let mut both = asked;
+    both["add_generation_prompt"] = true.into();
+    refused(chat(both), ErrorCode::InvalidValue, "add_generation_prompt");
+}
+
+#[test]
+fn what_is_no_text_is_refused_by_the_word_people_have_for_it() {
+    for (kind, word) in [("image_url", "images"), ("input_audio", "audio"), ("file", "files"), ("video_url", "video")] {
+        let messages = json!([{"role": "user", "content": [{"type": "text", "text": "?"}, {"type": kind}]}]);
+        let error = chat(json!({"messages": messages})).expect_err(kind);
+        assert!(error.message.starts_with(word) && error.message.contains("messages[0].content[1]"), "{error}");
+    }
+    let refusal = json!([{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]);
+    let read = chat(json!({"messages": refusal})).expect("well formed").job.input.messages.expect("given");
+    assert_eq!(read[0].content, "No.");
+}
+
+#[test]
+fn errors_speak_of_json_and_not_of_rust() {
+    for (change, expected) in [
+        (json!({"seed": [1]}), "seed: invalid type: array, expected an integer of 64 bits"),
+        (json!({"max_tokens": "x"}), "max_tokens: invalid type: string \"x\", expected a whole number"),
+        (json!({"messages": ["x"]}), "messages[0]: invalid type: string \"x\", expected an object"),
+        (json!({"messages": {}}), "messages: invalid type: object, expected an array"),
+        (json!({"temperature": true}), "temperature: invalid type: boolean `true`, expected a number"),
+        (json!({"stream_options": 3}), "stream_options: invalid type: integer `3`, expected an object"),
+        (
+            json!({"prompt": [1.5]}),
+            "prompt[0]: invalid type: number `1.5`, expected a text, a token, or an array of tokens",
+        ),
+    ] {
+        assert_eq!(chat(change).expect_err(expected).message, expected);
+    }
+    let doubled = parse_chat(br#"{"model":"m","model":"n","messages":[]}"#).expect_err("a field comes twice");
+    assert_eq!(doubled.message, "duplicate field `model`");
 }
 
 #[test]
@@ -213,9 +308,12 @@ fn a_form_may_be_asked_for_in_openais_words_or_in_vllms() {
     let schema = json!({"type": "object"});
     let as_schema = || OutputFormat::JsonSchema(schema.clone());
     let named = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": true}});
+    let loose = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
+    let read_loosely = json!({"type": "object", "x-guidance": {"lenient": true}});
     for (change, expected) in [
         (json!({"response_format": {"type": "json_object"}}), OutputFormat::Json),
         (json!({"response_format": named}), as_schema()),
+        (json!({"response_format": loose}), OutputFormat::JsonSchema(read_loosely)),
         (json!({"guided_json": schema}), as_schema()),
         (json!({"guided_json": schema.to_string()}), as_schema()),
         (json!({"guided_regex": "[ab]+"}), OutputFormat::Regex("[ab]+".into())),
@@ -306,7 +404,9 @@ fn an_error_in_a_message_names_its_place() {
     refused(message(json!({"role": "user"})), ErrorCode::InvalidValue, "messages[1].content");
     refused(message(json!({"role": "user", "content": 7})), ErrorCode::InvalidValue, "messages[1].content");
     let image = json!({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]});
-    refused(message(image), ErrorCode::UnsupportedParameter, "messages[1].content[0].type");
+    refused(message(image), ErrorCode::UnsupportedParameter, "messages[1].content[0]");
+    let unknown = json!({"role": "user", "content": [{"type": "smell"}]});
+    refused(message(unknown), ErrorCode::UnsupportedParameter, "messages[1].content[0].type");
     let bare = json!({"role": "user", "content": [{"type": "text"}]});
     refused(message(bare), ErrorCode::InvalidValue, "messages[1].content[0].text");
     let calls = |role: &str, call: Value| message(json!({"role": role, "content": "x", "tool_calls": [call]}));
@@ -334,7 +434,15 @@ fn values_of_the_wrong_type_or_range_name_their_field() {
         ("top_p", json!(0)),
         ("top_k", json!(-2)),
         ("top_k", json!(5_000_000_000_u64)),
-        ("max_tokens", json!(-1)),
+        ("max_tokens", json!(-2)),
+        ("max_tokens", json!("8")),
+        ("max_completion_tokens", json!(0)),
+        ("max_completion_tokens", json!(5_000_000_000_u64)),
+        ("n", json!(-1)),
+        ("n", json!(1.5)),
+        ("logit_bias", json!({"abc": 5})),
+        ("logit_bias", json!([1])),
+        ("deterministic", json!("yes")),
         ("max_tokens", json!(0)),
         ("max_tokens", json!(1.5)),
         ("seed", json!("x")),

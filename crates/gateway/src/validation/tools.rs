@@ -28,12 +28,22 @@ pub(super) fn tools(offered: Vec<OfferedTool>) -> Result<Vec<Tool>, WireError> {
         refuse_unless(tool.kind == "function", &format!("tools[{index}].type"))?;
         let function = tool.function.ok_or_else(|| missing(&format!("tools[{index}].function")))?;
         let OfferedFunction { name, description, parameters } = function;
-        if parameters.as_ref().is_some_and(|schema| !schema.is_object()) {
-            return Err(invalid(&format!("tools[{index}].function.parameters"), "must be a JSON schema"));
+        let path = format!("tools[{index}].function.parameters");
+        match &parameters {
+            Some(Value::Object(schema)) if schema.get("type").is_some_and(|kind| !may_be_object(kind)) => {
+                return Err(invalid(&path, "must be the schema of an object, since arguments are one"));
+            }
+            Some(Value::Object(_)) | None => {}
+            Some(_) => return Err(invalid(&path, "must be a JSON schema")),
         }
         Ok(Tool { name, description, parameters })
     };
     offered.into_iter().enumerate().map(convert).collect()
+}
+
+/// Returns whether a schema's `type` allows objects.
+fn may_be_object(kind: &Value) -> bool {
+    kind.is_null() || kind == "object" || kind.as_array().is_some_and(|kinds| kinds.iter().any(|one| one == "object"))
 }
 
 /// Reads `tool_choice`.

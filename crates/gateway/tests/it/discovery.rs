@@ -12,7 +12,7 @@ async fn models_are_listed_the_newest_under_its_plain_name() {
     let list: Value = network.get("/v1/models").await.json().await.expect("JSON");
     assert_eq!(list["object"], "list");
     let ids: Vec<_> = list["data"].as_array().expect("a list").iter().map(|model| model["id"].clone()).collect();
-    assert_eq!(ids, ["other", "tiny@1.0", "tiny"]);
+    assert_eq!(ids, ["other", "tiny@1.0", "tiny", "tiny:pirate"]);
     let tiny: Value = network.get("/v1/models/tiny").await.json().await.expect("JSON");
     assert_eq!(tiny, list["data"][2]);
     assert_eq!(
@@ -25,7 +25,20 @@ async fn models_are_listed_the_newest_under_its_plain_name() {
     );
     let old: Value = network.get("/v1/models/tiny@1.0").await.json().await.expect("JSON");
     assert_eq!((&old["id"], &old["state"], &old["replicas"]), (&json!("tiny@1.0"), &json!("idle"), &json!(0)));
-    expect_error(network.get("/v1/models/nope").await, 404, "model_not_found", Some("model")).await;
+    let adapted: Value = network.get("/v1/models/tiny:pirate").await.json().await.expect("JSON");
+    assert_eq!(adapted, list["data"][3]);
+    for missing in ["nope", "tiny:nope", "tiny@1.0:pirate"] {
+        let answer = network.get(&format!("/v1/models/{missing}")).await;
+        expect_error(answer, 404, "model_not_found", Some("model")).await;
+    }
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_is_no_text_gets_an_error_like_any_other() {
+    let network = Network::start().await;
+    expect_error(network.get("/v1/models/%ff").await, 404, "not_found", None).await;
+    expect_error(network.get("/admin/v1/jobs/%ff/decision").await, 404, "not_found", None).await;
     network.end().await;
 }
 

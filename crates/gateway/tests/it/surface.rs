@@ -92,7 +92,7 @@ async fn log_probabilities_have_the_form_of_their_endpoint() {
     assert_eq!(events(&network, "/v1/chat/completions", &body).await[0]["choices"][0]["logprobs"], expected);
     let body = json!({"model": "tiny", "prompt": "likely", "logprobs": 2});
     let expected = json!({
-        "tokens": ["Hi"], "token_logprobs": [-0.5], "top_logprobs": [{"Hi": -0.5, "Ho": -0.5}], "text_offset": [0]
+        "tokens": ["Hi"], "token_logprobs": [-0.5], "top_logprobs": [{"Hi": -0.5, "Ho": -0.5}], "text_offset": [6]
     });
     let answer = network.post("/v1/completions", &body).send().await.expect("answered");
     let answer: Value = answer.json().await.expect("JSON");

@@ -15,12 +15,12 @@ pub(crate) struct ChatCompletionRequest {
     /// The conversation so far.
     #[schema(min_items = 1)]
     messages: Vec<ChatMessage>,
-    /// The most tokens to generate; up to the context's end where it is missing.
-    #[schema(minimum = 1)]
-    max_completion_tokens: Option<u32>,
+    /// The most tokens to generate; up to the context's end where it is missing, or -1.
+    #[schema(minimum = -1)]
+    max_completion_tokens: Option<i64>,
     /// The older name of `max_completion_tokens`.
-    #[schema(minimum = 1)]
-    max_tokens: Option<u32>,
+    #[schema(minimum = -1)]
+    max_tokens: Option<i64>,
     /// Tells the log-probability of each token.
     logprobs: Option<bool>,
     /// And of so many of the likeliest in its place.
@@ -32,13 +32,15 @@ pub(crate) struct ChatCompletionRequest {
     /// `auto`, `none`, `required`, or `{"type":"function","function":{"name":…}}`.
     #[schema(value_type = Option<Value>)]
     tool_choice: Option<Value>,
-    /// False ends the answer behind its first call.
+    /// False ends the answer behind its first call. It is false where it is missing and `tool_choice` is `required`.
     parallel_tool_calls: Option<bool>,
     /// What the answer will probably be: `{"type":"content","content":…}`. Where it is right, the answer comes faster.
     #[schema(value_type = Option<Object>)]
     prediction: Option<Value>,
     /// How long a model thinks that can: `none`, `minimal`, `low`, `medium`, `high` or `xhigh`.
     reasoning_effort: Option<String>,
+    /// Goes on with the last message, which must be an assistant's; the answer is what follows. Not OpenAI's.
+    continue_final_message: Option<bool>,
     /// Variables for the model's chat template. Not OpenAI's.
     #[schema(value_type = Option<Object>)]
     chat_template_kwargs: Option<Value>,
@@ -76,9 +78,9 @@ pub(crate) struct CompletionRequest {
     model: String,
     /// The text or its tokens, alone or in an array.
     prompt: TextsOrTokens,
-    /// The most tokens to generate.
-    #[schema(minimum = 1, default = 16)]
-    max_tokens: Option<u32>,
+    /// The most tokens to generate; -1 for as many as fit.
+    #[schema(minimum = -1, default = 16)]
+    max_tokens: Option<i64>,
     /// Tells the log-probability of each token, and of so many of the likeliest in its place.
     #[schema(maximum = 20)]
     logprobs: Option<u32>,
@@ -99,7 +101,8 @@ struct Sampling {
     /// How many answers; they share the prompt.
     #[schema(minimum = 1, maximum = 16, default = 1)]
     n: Option<u32>,
-    /// 0 takes the likeliest token.
+    /// 0 takes the likeliest token, and 1 leaves the distribution as it is. Where this and the next three are missing, they
+    /// are what the model's file says (`general.sampling.…` in a GGUF), and else llama.cpp's: 0.8, 0.95, 40 and 0.05.
     #[schema(minimum = 0, maximum = 2)]
     temperature: Option<f32>,
     /// Keeps the smallest set of tokens whose probabilities sum to this.
@@ -111,8 +114,10 @@ struct Sampling {
     /// Keeps tokens at least this share as likely as the likeliest. Not OpenAI's.
     #[schema(minimum = 0, maximum = 1)]
     min_p: Option<f32>,
-    /// The same seed draws the same tokens.
+    /// The same seed draws the same tokens of the same logits.
     seed: Option<i64>,
+    /// Evaluates the answer by itself, slower, so that the same build of the engine gives it again to the bit. Not OpenAI's.
+    deterministic: Option<bool>,
     /// Texts that end the answer, at most 16.
     stop: Option<OneOrMany>,
     /// Goes on past the end-of-turn token. Not OpenAI's.
@@ -142,7 +147,8 @@ struct Sampling {
 struct ResponseFormat {
     /// `text`, `json_object` or `json_schema`.
     r#type: String,
-    /// With `json_schema`: `name`, and the `schema` that the answer keeps to.
+    /// With `json_schema`: `name`, and the `schema` that the answer keeps to. What cannot be kept of it is refused where
+    /// `strict` is true, and left out otherwise.
     #[schema(value_type = Option<Object>)]
     json_schema: Option<Value>,
 }

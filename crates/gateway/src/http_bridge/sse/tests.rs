@@ -17,6 +17,7 @@ fn of_several(endpoint: Endpoint, choices: u32, include_usage: bool) -> Sse {
         created: 7,
         model: "m\"".into(),
         choices,
+        prompt_chars: 3,
         include_usage,
     });
     sse.set_head("fp_abc");
