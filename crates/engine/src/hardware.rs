@@ -1,6 +1,27 @@
 //! What the machine computes with, and the names under which schedulers and people know it.
 
+use std::thread;
+
 use serde::{Deserialize, Serialize};
+
+/// Returns how many threads compute, of as many as are wanted; 0 leaves one core of three or more to the network and
+/// to other programs. More threads than cores only wait for each other, and there may be none left to start.
+///
+/// With two cores both compute: measured beside other load and without it, two threads that sleep early are faster than
+/// one.
+pub fn threads(wanted: u32, cores: u32) -> u32 {
+    let cores = cores.max(1);
+    match wanted {
+        0 if cores > 2 => cores - 1,
+        0 => cores,
+        wanted => wanted.min(cores),
+    }
+}
+
+/// Returns how many cores this process may use, by its affinity and its control group.
+pub fn cores() -> u32 {
+    thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX))
+}
 
 /// A place where models are computed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,6 +157,13 @@ mod tests {
         ] {
             assert_eq!(gpu_class(description), class, "{description}");
         }
+    }
+
+    #[test]
+    fn threads_leave_a_core_to_others_and_are_never_more_than_there_are_cores() {
+        assert_eq!([0, 1, 2, 3, 4, 64].map(|cores| threads(0, cores)), [1, 1, 2, 2, 3, 63]);
+        assert_eq!([1, 4, 5, 512, u32::MAX].map(|wanted| threads(wanted, 4)), [1, 4, 4, 4, 4]);
+        assert!(threads(u32::MAX, cores()) >= 1);
     }
 
     #[test]

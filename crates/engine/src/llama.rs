@@ -260,7 +260,7 @@ impl Loaded {
         let (ready, is_ready) = oneshot::channel();
         let engine_options = Options {
             shape,
-            threads: threads(options.threads),
+            threads: hardware::threads(options.threads, hardware::cores()).cast_signed(),
             prompt_cache_bytes: options.prompt_cache_bytes,
             draft_tokens: options.draft_tokens.min(memory_plan::DRAFT_TOKENS_MAX),
         };
@@ -505,11 +505,6 @@ fn load_model(
     loaded.map(Arc::new).map_err(|reason| {
         if reason.contains("alloc") { EngineError::Failed { reason } } else { EngineError::InvalidModel { reason } }
     })
-}
-
-fn threads(wanted: u32) -> i32 {
-    let cores = thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    if wanted == 0 { cores as i32 } else { i32::try_from(wanted).unwrap_or(i32::MAX).min(512) }
 }
 
 fn idle(model: ModelId, slots: u32) -> LoadSnapshot {

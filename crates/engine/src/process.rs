@@ -31,7 +31,7 @@ use tokio::time;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use crate::hardware::Device;
+use crate::hardware::{self, Device};
 use crate::model_runtime::{
     AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
     LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
@@ -165,6 +165,10 @@ impl ModelRuntime for ProcessRuntime {
         options: LoadOptions,
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError> {
+        let (threads, cores) = (options.threads, hardware::cores());
+        if threads > cores {
+            tracing::warn!("threads is {threads}, and {cores} cores can be had: the engine uses {cores}");
+        }
         let id = ModelId(self.next_model.fetch_add(1, Ordering::Relaxed));
         let patience = load_within(&artifact);
         let (loaded, is_loaded) = oneshot::channel();

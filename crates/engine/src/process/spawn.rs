@@ -13,6 +13,11 @@ use super::frame::ToParent;
 use super::pipe::FrameReader;
 use crate::hardware::Device;
 
+/// How often a thread of an engine looks whether the others are done before it sleeps, some 10 to 25 µs; GNU's OpenMP
+/// looks 300,000 times unless told. Where other programs want the cores, a thread that spins keeps the core from the
+/// very thread that it waits for. See `docs/adr/0031-engine-threads-sleep-early.md`.
+const SPIN_COUNT: &str = "500";
+
 /// A process that was started, and the worker's ends of its sockets. It is killed when it is dropped.
 pub(super) struct Spawned {
     pub(super) child: Child,
@@ -27,6 +32,7 @@ pub(super) fn spawn(command: &ChildCommand) -> io::Result<Spawned> {
     files.set_nonblocking(true)?;
     let child = Command::new(&command.program)
         .args(&command.args)
+        .env("GOMP_SPINCOUNT", SPIN_COUNT)
         .envs(command.envs.iter().map(|(name, value)| (name, value)))
         // An assertion that fails would start a debugger to print a trace.
         .env("GGML_NO_BACKTRACE", "1")
