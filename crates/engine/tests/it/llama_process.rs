@@ -158,7 +158,7 @@ async fn a_template_that_asks_for_endless_memory_later_takes_its_process_along_a
     assert_eq!(run(&runtime, ask(model.id, "What is 3 + 4?")).await.text, "3 + 4 = 7");
     let refused = within(runtime.generate(ask(model.id, "boom"))).await.err();
     assert!(
-        matches!(&refused, Some(EngineError::Failed { reason }) if reason.contains("memory allocation of")),
+        matches!(&refused, Some(EngineError::Crashed { reason, .. }) if reason.contains("memory allocation of")),
         "{refused:?}"
     );
     assert!(runtime.load_state().is_empty());

@@ -104,7 +104,7 @@ async fn a_process_that_outgrows_its_limit_dies_alone_and_says_why() {
     let model = within(runtime.load(greedy, tight, no_progress())).await.expect("it fits");
     assert_eq!(run(&runtime, ask(model.id, "What is 3 + 4?")).await.text, "3 + 4 = 7");
     let died = within(runtime.generate(ask(model.id, "boom"))).await.err();
-    let Some(EngineError::Failed { reason }) = &died else { panic!("{died:?}") };
+    let Some(EngineError::Crashed { reason, .. }) = &died else { panic!("{died:?}") };
     // Below the gibibyte that it would have got without a limit of its own.
     let asked: u64 = reason
         .split("memory allocation of ")
