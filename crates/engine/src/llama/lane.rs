@@ -107,8 +107,10 @@ impl Lane {
     pub(super) fn has_room_for(&self, sequence: &Sequence) -> bool {
         let growth = (sequence.left() as usize).min(HEADROOM);
         let needed = self.room.cells_for(&sequence.tokens, sequence.job.adapter, self.strands()) + growth;
+        // What others still have to evaluate is theirs, or whoever gave way to them would come back at once.
+        let promised: usize = self.at_work().map(Sequence::pending).sum();
         // Who is alone gets all there is, and it is enough: no sequence is longer than the room.
-        self.at_work().next().is_none() || self.room.available() >= needed
+        self.at_work().next().is_none() || self.room.available() >= needed + promised
     }
 
     /// Puts a generation to work; returns how many tokens it looked up in the cache, and how many it found. There must
