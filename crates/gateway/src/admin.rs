@@ -74,7 +74,7 @@ pub(crate) async fn members(State(bridge): State<Bridge>, inquiry: Inquiry) -> R
 )]
 pub(crate) async fn revoke_member(
     State(bridge): State<Bridge>,
-    Path(public_key): Path<String>,
+    Segment(public_key): Segment,
     inquiry: Inquiry,
 ) -> Response<Body> {
     let revoked = async {
@@ -99,7 +99,7 @@ pub(crate) async fn revoke_member(
 )]
 pub(crate) async fn rename_member(
     State(bridge): State<Bridge>,
-    Path(public_key): Path<String>,
+    Segment(public_key): Segment,
     inquiry: Inquiry,
     body: Body,
 ) -> Response<Body> {
