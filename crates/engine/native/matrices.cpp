@@ -4,6 +4,8 @@
 // `src/llama/native/matrices.rs`. The headers are those of the ggml that is linked, so that a change of theirs is a
 // complaint of the compiler's.
 
+#include "watch.h"
+
 #include <algorithm>
 #include <cstring>
 
@@ -29,8 +31,10 @@ extern "C" {
 
 // As `kernels::Attention` has it.
 struct tether_attention {
-    size_t width, heads, kv_heads, queries, cells;
-    float  scale;
+    size_t          width, heads, kv_heads, queries, cells;
+    const int32_t * positions;
+    size_t          positions_end;
+    float           scale;
     const void * query;
     size_t       query_stride, query_head_stride;
     const void * key;
@@ -155,6 +159,44 @@ class matrix_traits : public ggml::cpu::tensor_traits {
     }
 };
 
+// What the thread that evaluates a context leaves in its operations for all threads that compute them, where ggml keeps
+// the parameters of an operation and this one has none.
+struct mark {
+    const int32_t * positions;
+    uint32_t        positions_end;
+    bool            is_theirs;
+};
+
+constexpr size_t MARK_OFFSET = 32;
+static_assert(MARK_OFFSET + sizeof(mark) <= sizeof(ggml_tensor::op_params), "there is no place for the mark");
+
+mark mark_of(const ggml_tensor * op) {
+    mark it;
+    memcpy(&it, reinterpret_cast<const char *>(op->op_params) + MARK_OFFSET, sizeof(it));
+    return it;
+}
+
+// ggml plans a graph on the thread that evaluates it, before any thread computes. While it computes nothing changes.
+void leave_mark(const ggml_tensor * op) {
+    if (!tether_current) {
+        return;
+    }
+    mark it;
+    memset(&it, 0, sizeof(it));
+    it.is_theirs            = !tether_current->with_kernels;
+    const ggml_tensor * key = op->src[1];
+    for (const auto & [storage, positions] : tether_current->positions) {
+        if (storage == key->view_src && positions->size() >= static_cast<size_t>(key->ne[1])) {
+            it.positions     = positions->data();
+            it.positions_end = static_cast<uint32_t>(positions->size());
+        }
+    }
+    char * to = reinterpret_cast<char *>(const_cast<ggml_tensor *>(op)->op_params) + MARK_OFFSET;
+    if (memcmp(to, &it, sizeof(it)) != 0) {
+        memcpy(to, &it, sizeof(it));
+    }
+}
+
 // Attention, where it has nothing that is not common.
 class attention_traits : public ggml::cpu::tensor_traits {
     bool work_size(int threads, const ggml_tensor * op, size_t & size) override {
@@ -189,6 +231,9 @@ class attention_traits : public ggml::cpu::tensor_traits {
         it.kv_heads           = key->ne[2];
         it.queries            = query->ne[1];
         it.cells              = key->ne[1];
+        const mark marked     = mark_of(op);
+        it.positions          = marked.positions;
+        it.positions_end      = marked.positions_end;
         it.scale              = ggml_get_op_params_f32(op, 0);
         it.query              = query->data;
         it.query_stride       = query->nb[1];
@@ -238,8 +283,8 @@ ggml_backend_buffer_type * packed_type();
 class packed_matrices : public ggml::cpu::extra_buffer_type {
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
         const ggml_tensor * vectors = op->src[1];
-        return op->op == GGML_OP_MUL_MAT && is_packed(op) && can_pack(op->src[0]) && vectors->type == GGML_TYPE_F32 &&
-               vectors->nb[0] == sizeof(float) &&
+        return tether_packs && op->op == GGML_OP_MUL_MAT && is_packed(op) && can_pack(op->src[0]) &&
+               vectors->type == GGML_TYPE_F32 && vectors->nb[0] == sizeof(float) &&
                (!vectors->buffer || ggml_backend_buft_is_host(vectors->buffer->buft));
     }
 
@@ -249,7 +294,8 @@ class packed_matrices : public ggml::cpu::extra_buffer_type {
                 GGML_ASSERT(!is_packed(op) || !op->src[0]->view_src);
                 return is_packed(op) ? &products : nullptr;
             case GGML_OP_FLASH_ATTN_EXT:
-                return attention_traits::can_compute(op) ? &attentions : nullptr;
+                leave_mark(op);
+                return !mark_of(op).is_theirs && attention_traits::can_compute(op) ? &attentions : nullptr;
             default:
                 return nullptr;
         }

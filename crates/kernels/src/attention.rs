@@ -1,19 +1,23 @@
 //! Attention over keys and values that many sequences share.
 //!
 //! Where sequences share a room, most cells are none of a given query's business, which is what the mask says. Those that
-//! are, are gathered into blocks of sixteen, one in each lane, wherever they lie. The keys of a block are turned on their
-//! side once for all heads that share them, and the softmax is kept up to date from block to block.
+//! are, are sorted into blocks of sixteen by their positions, wherever they lie: position 0 to 15, 16 to 31 and so on, each
+//! in its lane. The keys of a block are turned on their side once for all heads that share them, and the softmax is kept up
+//! to date from block to block.
 //!
-//! So the result of a query that is a unit of its own depends on the order of the cells that it sees, and on no others in
-//! the room. As part of a prompt it is the same to the bit where what the others of its unit see comes behind what it
-//! sees: in a sequence of its own, in the order of its tokens, without a sliding window.
+//! So the result of a query depends, to the bit, on the keys and values that it sees and on their positions: not on the
+//! cells that hold them, not on what else is in the room or is asked beside it, not on how a prompt was cut into batches.
 
 use std::arch::x86_64::{
-    __m512, __mmask16, _mm256_cmpneq_epi16_mask, _mm256_loadu_si256, _mm256_set1_epi16, _mm256_setzero_si256,
-    _mm512_add_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_mask_mov_ps,
-    _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_reduce_max_ps, _mm512_roundscale_ps, _mm512_scalef_ps,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_storeu_ps, _mm512_unpackhi_ps,
-    _mm512_unpacklo_ps, _pext_u32,
+    __m256i, __m512, __m512i, __mmask16, _mm_cvtsi32_si128, _mm256_and_si256, _mm256_cmpneq_epi16_mask,
+    _mm256_loadu_si256, _mm256_or_si256, _mm256_set1_epi16, _mm256_setzero_si256, _mm256_sll_epi16, _mm256_srl_epi16,
+    _mm256_storeu_si256, _mm256_testz_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_cmpeq_epi32_mask,
+    _mm512_cmpneq_epi32_mask, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_mask_loadu_epi32, _mm512_mask_max_epi32, _mm512_mask_min_epi32, _mm512_mask_mov_ps,
+    _mm512_mask_storeu_epi32, _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_reduce_max_epi32,
+    _mm512_reduce_max_ps, _mm512_reduce_min_epi32, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setr_epi32, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_storeu_ps,
+    _mm512_storeu_si512, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
 };
 use std::ops::Range;
 
@@ -29,6 +33,8 @@ const QUERIES_MAX: usize = 16;
 const ALONE_MAX: usize = 16;
 /// Minus infinity as a 16-bit float: what the mask says of a cell that is none of a query's business.
 const HIDDEN: i16 = 0xfc00_u16.cast_signed();
+/// What stands in the place of a position that no cell has.
+const NOWHERE: u32 = u32::MAX;
 
 /// The attention of some queries to the cells of a room. Strides are in bytes.
 #[derive(Debug, Clone, Copy)]
@@ -44,6 +50,10 @@ pub struct Attention {
     pub queries: usize,
     /// Cells.
     pub cells: usize,
+    /// The position of each cell in its sequence; null where cells are in the order of their positions.
+    pub positions: *const i32,
+    /// A number that no position of a cell that is seen reaches.
+    pub positions_end: usize,
     /// What products are multiplied with.
     pub scale: f32,
     /// Queries, 32-bit floats.
@@ -86,6 +96,7 @@ struct Division {
 }
 
 /// What a unit keeps while it goes through the cells.
+#[derive(Clone)]
 struct Unit<'a> {
     attention: &'a Attention,
     kv_head: usize,
@@ -105,7 +116,14 @@ struct Unit<'a> {
     values: *mut f32,
     /// Weights of a block, by head and then by cell.
     shares: *mut f32,
+    /// The cell of each position, from the block of the first one that is seen on, or [`NOWHERE`].
+    places: *mut u32,
+    /// Which lanes of a block each query sees, by block and then by query.
+    seen: *mut u16,
 }
+
+/// Two sequences have different cells for one position.
+struct Conflict;
 
 impl Attention {
     /// Returns whether it can be computed here.
@@ -133,7 +151,14 @@ impl Attention {
     pub fn scratch_floats(&self) -> usize {
         let Division { group, queries, .. } = self.division(1);
         let rows = group * queries;
-        2 * rows * (self.width + 1) + 2 * LANES * self.width + group * LANES
+        2 * rows * (self.width + 1) + 2 * LANES * self.width + group * LANES + self.blocks_max() * (LANES + LANES / 2)
+    }
+
+    /// Returns how many blocks of positions there may be, with one before and one behind that are written to only where
+    /// sixteen cells reach over the border of a block.
+    fn blocks_max(&self) -> usize {
+        let end = if self.positions.is_null() { self.cells } else { self.positions_end };
+        end.div_ceil(LANES) + 3
     }
 
     /// Computes one unit.
@@ -156,6 +181,8 @@ impl Attention {
             let largest = sums.add(rows * self.width);
             let keys = largest.add(2 * rows);
             let values = keys.add(LANES * self.width);
+            let shares = values.add(LANES * self.width);
+            let places = shares.add(group * LANES).cast::<u32>();
             let unit = Unit {
                 attention: self,
                 kv_head,
@@ -167,7 +194,9 @@ impl Attention {
                 weights: largest.add(rows),
                 keys,
                 values,
-                shares: values.add(LANES * self.width),
+                shares,
+                places,
+                seen: places.add(self.blocks_max() * LANES).cast(),
             };
             unit.compute();
         }
@@ -184,70 +213,190 @@ impl Attention {
     }
 }
 
-/// Cells that some query of a unit sees, up to a block of them, and what did not fit into it.
+/// Sixteen positions, and which of them each query of a unit sees.
 struct Block {
-    cells: [usize; 2 * LANES],
-    count: usize,
-    /// Which of them each query sees.
-    seen: [u32; QUERIES_MAX],
-    /// Some are given more weight or less.
+    cells: [u32; LANES],
+    seen: [__mmask16; QUERIES_MAX],
+    /// Some cells are given more weight or less.
     is_biased: bool,
 }
 
-impl Block {
-    /// Takes in those of sixteen cells that any query sees.
-    #[inline]
-    #[target_feature(enable = "avx512f,bmi2")]
-    fn gather(&mut self, first: usize, seen: &[__mmask16]) {
-        let any = seen.iter().fold(0, |any, seen| any | seen);
-        for (all, seen) in self.seen.iter_mut().zip(seen) {
-            *all |= _pext_u32(u32::from(*seen), u32::from(any)) << self.count;
-        }
-        let mut left = any;
-        while left != 0 {
-            self.cells[self.count] = first + left.trailing_zeros() as usize;
-            self.count += 1;
-            left &= left - 1;
-        }
-    }
-
-    /// Drops the first sixteen cells.
-    fn advance(&mut self) {
-        self.cells.copy_within(LANES.., 0);
-        self.count = self.count.saturating_sub(LANES);
-        self.seen.iter_mut().for_each(|seen| *seen >>= LANES);
-        self.is_biased &= self.count > 0;
-    }
-}
-
 impl Unit<'_> {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,bmi2,fma")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
     unsafe fn compute(&self) {
-        let mut block = Block { cells: [0; 2 * LANES], count: 0, seen: [0; QUERIES_MAX], is_biased: false };
         // SAFETY: the caller of `attend` vouches for every place.
         unsafe {
-            self.begin();
-            for first in (0..self.attention.cells).step_by(LANES) {
-                let (mut seen, mut biased) = ([0; QUERIES_MAX], 0);
-                for (seen, query) in seen.iter_mut().zip(self.queries.clone()) {
-                    let (sees, biases) = self.attention.seen(query, first);
-                    *seen = sees;
-                    biased |= biases;
-                }
-                block.is_biased |= biased != 0;
-                block.gather(first, &seen);
-                if block.count >= LANES {
-                    self.attend_to(&block);
-                    block.advance();
+            if self.compute_together().is_ok() {
+                return;
+            }
+            for query in self.queries.clone() {
+                let alone = Unit { queries: query..query + 1, ..self.clone() };
+                if alone.compute_together().is_err() {
+                    // One sequence has a position twice, so the cells stand for their own positions.
+                    let attention = Attention { positions: std::ptr::null(), ..*self.attention };
+                    let fits = attention.blocks_max() <= self.attention.blocks_max();
+                    assert!(fits, "a sequence has no more positions than there are cells");
+                    let _ = Unit { attention: &attention, ..alone }.compute_together();
                 }
             }
-            if block.count > 0 {
-                // Lanes that are left stand for a cell that is there, and that nobody sees in them.
-                let filled = block.cells[0];
-                block.cells[block.count..].fill(filled);
+        }
+    }
+
+    /// Computes all queries, unless they are of several sequences.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    unsafe fn compute_together(&self) -> Result<(), Conflict> {
+        // SAFETY: as in `compute`.
+        unsafe {
+            self.begin();
+            let (blocks, is_biased) = self.sort()?;
+            for number in 1..=blocks {
+                let seen = _mm256_loadu_si256(self.seen.add(number * LANES).cast());
+                if _mm256_testz_si256(seen, seen) == 1 {
+                    continue;
+                }
+                let mut block = Block { cells: [0; LANES], seen: [0; QUERIES_MAX], is_biased };
+                _mm256_storeu_si256(block.seen.as_mut_ptr().cast(), seen);
+                block.cells.copy_from_slice(std::slice::from_raw_parts(self.places.add(number * LANES), LANES));
+                // Lanes without a cell stand for one that is there, and that nobody sees in them.
+                let there = block.cells.into_iter().find(|cell| *cell != NOWHERE).unwrap_or(0);
+                block.cells.iter_mut().filter(|cell| **cell == NOWHERE).for_each(|cell| *cell = there);
                 self.attend_to(&block);
             }
             self.finish();
+        }
+        Ok(())
+    }
+
+    /// Returns the positions of sixteen cells.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn positions(&self, first: usize) -> __m512i {
+        if self.attention.positions.is_null() {
+            return _mm512_add_epi32(_mm512_set1_epi32(first as i32), iota());
+        }
+        // SAFETY: as in `compute`.
+        unsafe { _mm512_loadu_si512(self.attention.positions.add(first).cast()) }
+    }
+
+    /// Returns which of sixteen cells each query sees, which of them any query sees, and whether some weigh more or less.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn look(&self, first: usize) -> ([__mmask16; QUERIES_MAX], __mmask16, bool) {
+        let (mut all, mut any, mut biased) = ([0; QUERIES_MAX], 0, 0);
+        for (seen, query) in all.iter_mut().zip(self.queries.clone()) {
+            // SAFETY: as in `compute`.
+            let (sees, biases) = unsafe { self.attention.seen(query, first) };
+            *seen = sees;
+            any |= sees;
+            biased |= biases;
+        }
+        (all, any, biased != 0)
+    }
+
+    /// Sorts the cells that any query sees by their positions; returns how many blocks they fill, the first of which is
+    /// number 1, and whether some weigh more or less.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn sort(&self) -> Result<(usize, bool), Conflict> {
+        let it = self.attention;
+        let (mut lowest, mut highest) = (_mm512_set1_epi32(i32::MAX), _mm512_set1_epi32(-1));
+        let mut is_biased = false;
+        for first in (0..it.cells).step_by(LANES) {
+            // SAFETY: as in `compute`, here and below.
+            unsafe {
+                let (_, any, biased) = self.look(first);
+                is_biased |= biased;
+                if any != 0 {
+                    let positions = self.positions(first);
+                    lowest = _mm512_mask_min_epi32(lowest, any, lowest, positions);
+                    highest = _mm512_mask_max_epi32(highest, any, highest, positions);
+                }
+            }
+        }
+        let (lowest, highest) = (_mm512_reduce_min_epi32(lowest), _mm512_reduce_max_epi32(highest));
+        if highest < 0 {
+            return Ok((0, false));
+        }
+        let origin = lowest / LANES as i32 * LANES as i32;
+        let blocks = (highest - origin) as usize / LANES + 1;
+        assert!(lowest >= 0 && blocks + 2 <= self.attention.blocks_max(), "no position is beyond the last");
+        // SAFETY: there is room for so many blocks.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.places, (blocks + 2) * LANES).fill(NOWHERE);
+            std::slice::from_raw_parts_mut(self.seen, (blocks + 2) * LANES).fill(0);
+        }
+        for first in (0..it.cells).step_by(LANES) {
+            // SAFETY: every cell that is seen has a position from the lowest to the highest.
+            unsafe {
+                let (seen, any, _) = self.look(first);
+                if any != 0 {
+                    self.place(first, &seen, any, origin)?;
+                }
+            }
+        }
+        Ok((blocks, is_biased))
+    }
+
+    /// Notes where sixteen cells belong.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn place(
+        &self,
+        first: usize,
+        seen: &[__mmask16; QUERIES_MAX],
+        any: __mmask16,
+        origin: i32,
+    ) -> Result<(), Conflict> {
+        // SAFETY: as in `sort`.
+        unsafe {
+            let positions = self.positions(first);
+            let cells = _mm512_add_epi32(_mm512_set1_epi32(first as i32), iota());
+            let seen = _mm256_loadu_si256(seen.as_ptr().cast());
+            let mut numbers = [0_i32; LANES];
+            _mm512_storeu_si512(numbers.as_mut_ptr().cast(), positions);
+            // Cells of one sequence mostly lie in the order of their positions.
+            let lane = any.trailing_zeros() as usize;
+            let start = numbers[lane] - lane as i32;
+            let in_order = _mm512_cmpeq_epi32_mask(positions, _mm512_add_epi32(_mm512_set1_epi32(start), iota()));
+            if in_order & any == any {
+                // From the block before the first on.
+                let place = (start - origin + LANES as i32) as usize;
+                let to = self.places.add(place).cast::<i32>();
+                let nowhere = _mm512_set1_epi32(NOWHERE.cast_signed());
+                let before = _mm512_mask_loadu_epi32(nowhere, any, to);
+                if _mm512_cmpneq_epi32_mask(before, nowhere) != 0 {
+                    return Err(Conflict);
+                }
+                _mm512_mask_storeu_epi32(to, any, cells);
+                let (block, shift) = (place / LANES, (place % LANES) as i32);
+                self.add_seen(block, _mm256_sll_epi16(seen, _mm_cvtsi32_si128(shift)));
+                if shift > 0 {
+                    self.add_seen(block + 1, _mm256_srl_epi16(seen, _mm_cvtsi32_si128(LANES as i32 - shift)));
+                }
+                return Ok(());
+            }
+            let mut left = any;
+            while left != 0 {
+                let lane = left.trailing_zeros() as usize;
+                let place = (numbers[lane] - origin + LANES as i32) as usize;
+                if std::mem::replace(&mut *self.places.add(place), (first + lane) as u32) != NOWHERE {
+                    return Err(Conflict);
+                }
+                let one =
+                    _mm256_and_si256(_mm256_srl_epi16(seen, _mm_cvtsi32_si128(lane as i32)), _mm256_set1_epi16(1));
+                self.add_seen(place / LANES, _mm256_sll_epi16(one, _mm_cvtsi32_si128((place % LANES) as i32)));
+                left &= left - 1;
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl")]
+    unsafe fn add_seen(&self, block: usize, more: __m256i) {
+        // SAFETY: as in `sort`.
+        unsafe {
+            let seen = self.seen.add(block * LANES).cast::<__m256i>();
+            _mm256_storeu_si256(seen, _mm256_or_si256(_mm256_loadu_si256(seen), more));
         }
     }
 
@@ -257,7 +406,6 @@ impl Unit<'_> {
         unsafe {
             self.load_block(&block.cells);
             for (query, seen) in self.queries.clone().zip(block.seen) {
-                let seen = seen as __mmask16;
                 if seen != 0 {
                     self.weigh(query, block, seen);
                     self.add_values(query, seen);
@@ -296,7 +444,7 @@ impl Unit<'_> {
 
     /// Takes in the keys and values of a block.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    unsafe fn load_block(&self, cells: &[usize]) {
+    unsafe fn load_block(&self, cells: &[u32; LANES]) {
         let it = self.attention;
         // SAFETY: as in `compute`.
         unsafe {
@@ -305,6 +453,7 @@ impl Unit<'_> {
             for place in (0..it.width).step_by(LANES) {
                 let mut rows = [_mm512_setzero_ps(); LANES];
                 for (index, (row, cell)) in rows.iter_mut().zip(cells).enumerate() {
+                    let cell = *cell as usize;
                     let halves = key.byte_add(cell * it.key_stride).add(place);
                     *row = _mm512_cvtph_ps(_mm256_loadu_si256(halves.cast()));
                     let halves = value.byte_add(cell * it.value_stride).add(place);
@@ -329,7 +478,7 @@ impl Unit<'_> {
             if block.is_biased {
                 let row = it.mask.byte_add(query * it.mask_stride);
                 let mut halves = [0_u16; LANES];
-                halves.iter_mut().zip(block.cells).for_each(|(half, cell)| *half = *row.add(cell));
+                halves.iter_mut().zip(block.cells).for_each(|(half, cell)| *half = *row.add(cell as usize));
                 bias = _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast()));
             }
             let (first, count) = (self.row(query, self.heads.start), self.heads.len());
@@ -414,6 +563,13 @@ impl Unit<'_> {
             }
         }
     }
+}
+
+/// Returns the numbers of the lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn iota() -> __m512i {
+    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 }
 
 /// Returns the products of some rows with sixteen keys.

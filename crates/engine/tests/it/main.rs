@@ -16,6 +16,8 @@ mod llama_forms;
 #[cfg(feature = "llama")]
 mod llama_process;
 #[cfg(feature = "llama")]
+mod llama_repeats;
+#[cfg(feature = "llama")]
 mod llama_runtime;
 #[cfg(feature = "llama")]
 mod llama_sharing;

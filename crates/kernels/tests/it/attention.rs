@@ -18,6 +18,8 @@ struct Room {
     keys: Vec<u16>,
     values: Vec<u16>,
     mask: Vec<u16>,
+    /// The position of each cell; none where they are in order.
+    positions: Vec<i32>,
 }
 
 impl Numbers {
@@ -58,7 +60,7 @@ impl Room {
             }
         }
         let queries = queries_halves.into_iter().map(|half| float(half) as f32).collect();
-        Self { width, heads, kv_heads, cells, queries, keys, values, mask }
+        Self { width, heads, kv_heads, cells, queries, keys, values, mask, positions: Vec::new() }
     }
 
     fn count(&self) -> usize {
@@ -75,6 +77,8 @@ impl Room {
             kv_heads: self.kv_heads,
             queries: count,
             cells: self.cells,
+            positions: if self.positions.is_empty() { std::ptr::null() } else { self.positions.as_ptr() },
+            positions_end: self.cells,
             scale: 0.25,
             query: self.queries.as_ptr(),
             query_stride: self.heads * self.width * 4,
@@ -172,31 +176,90 @@ fn cells_that_a_query_does_not_see_may_hold_anything() {
     assert_eq!(room.attend(1), output);
 }
 
-/// Moves every cell to another place, in the same order, with gaps between them that nobody sees.
-fn spread(room: &Room) -> Room {
+/// Moves every cell to a place by chance among others that nobody sees.
+fn scattered(room: &Room, seed: u64) -> Room {
+    let mut numbers = Numbers(seed);
     let (count, row) = (room.count(), room.kv_heads * room.width);
     let cells = room.cells * 3;
-    let place = |cell: usize| cell * 3 + cell % 3;
+    let mut places: Vec<usize> = (0..cells).collect();
+    for last in (1..cells).rev() {
+        places.swap(last, (numbers.next() % (last as u64 + 1)) as usize);
+    }
     let mut keys = vec![0x7e00; cells * row];
     let (mut values, mut mask) = (keys.clone(), vec![HIDDEN; count * cells]);
-    for cell in 0..room.cells {
-        keys[place(cell) * row..][..row].copy_from_slice(&room.keys[cell * row..][..row]);
-        values[place(cell) * row..][..row].copy_from_slice(&room.values[cell * row..][..row]);
+    let mut positions: Vec<i32> = (0..cells).map(|_| (numbers.next() % 64) as i32 - 1).collect();
+    for (cell, place) in (0..room.cells).zip(places) {
+        keys[place * row..][..row].copy_from_slice(&room.keys[cell * row..][..row]);
+        values[place * row..][..row].copy_from_slice(&room.values[cell * row..][..row]);
+        positions[place] = room.positions.get(cell).copied().unwrap_or(cell as i32);
         for query in 0..count {
-            mask[query * cells + place(cell)] = room.mask[query * room.cells + cell];
+            mask[query * cells + place] = room.mask[query * room.cells + cell];
         }
     }
-    Room { cells, keys, values, mask, queries: room.queries.clone(), ..*room }
+    Room { cells, keys, values, mask, positions, queries: room.queries.clone(), ..*room }
 }
 
-/// A prompt of one sequence: each query sees the cells up to its own.
-fn prompt(queries: usize) -> Room {
-    let mut room = Room::new(64, [14, 2], queries, 64, 3);
-    for (query, row) in room.mask.chunks_mut(64).enumerate() {
+/// Moves all cells on by some places, with unseen ones before them.
+fn moved(room: &Room, by: usize) -> Room {
+    let (count, row) = (room.count(), room.kv_heads * room.width);
+    let cells = (room.cells + by).next_multiple_of(16);
+    let mut keys = vec![0x7e00; cells * row];
+    let (mut values, mut mask) = (keys.clone(), vec![HIDDEN; count * cells]);
+    let mut positions = vec![-1; cells];
+    for cell in 0..room.cells {
+        let place = cell + by;
+        keys[place * row..][..row].copy_from_slice(&room.keys[cell * row..][..row]);
+        values[place * row..][..row].copy_from_slice(&room.values[cell * row..][..row]);
+        positions[place] = room.positions.get(cell).copied().unwrap_or(cell as i32);
+        for query in 0..count {
+            mask[query * cells + place] = room.mask[query * room.cells + cell];
+        }
+    }
+    Room { cells, keys, values, mask, positions, queries: room.queries.clone(), ..*room }
+}
+
+/// A prompt of one sequence: each query sees the cells up to its own, and no more than a window of them.
+fn prompt(queries: usize, window: usize, seed: u64) -> Room {
+    let cells = queries.next_multiple_of(16);
+    let mut room = Room::new(64, [14, 2], queries, cells, seed);
+    for (query, row) in room.mask.chunks_mut(cells).enumerate() {
         row.fill(HIDDEN);
-        row[..=query].fill(0);
+        row[(query + 1).saturating_sub(window)..=query].fill(0);
     }
     room
+}
+
+/// Puts two rooms of the same form side by side, and asks the queries of both.
+fn side_by_side(one: &Room, other: &Room) -> Room {
+    let cells = one.cells + other.cells;
+    let mut mask = Vec::new();
+    for row in one.mask.chunks(one.cells) {
+        mask.extend_from_slice(row);
+        mask.resize(mask.len() + other.cells, HIDDEN);
+    }
+    for row in other.mask.chunks(other.cells) {
+        mask.resize(mask.len() + one.cells, HIDDEN);
+        mask.extend_from_slice(row);
+    }
+    let both = |one: &[u16], other: &[u16]| [one, other].concat();
+    Room {
+        cells,
+        queries: [&one.queries[..], &other.queries].concat(),
+        keys: both(&one.keys, &other.keys),
+        values: both(&one.values, &other.values),
+        mask,
+        positions: (0..one.cells as i32).chain(0..other.cells as i32).collect(),
+        ..*one
+    }
+}
+
+/// Asks one query by itself.
+fn alone(room: &Room, query: usize) -> Vec<f32> {
+    let row = room.heads * room.width;
+    let queries = room.queries[query * row..][..row].to_vec();
+    let mask = room.mask[query * room.cells..][..room.cells].to_vec();
+    let (keys, values, positions) = (room.keys.clone(), room.values.clone(), room.positions.clone());
+    Room { queries, keys, values, mask, positions, ..*room }.attend(1)
 }
 
 #[test]
@@ -204,15 +267,43 @@ fn where_cells_lie_and_who_else_is_asked_changes_no_bit() {
     if !is_supported() {
         return;
     }
-    let room = prompt(40);
-    let together = room.attend(1);
-    assert_eq!(spread(&room).attend(1), together, "with gaps");
-    for query in 0..40 {
-        let queries = room.queries[query * 14 * 64..][..14 * 64].to_vec();
-        let mask = room.mask[query * 64..][..64].to_vec();
-        let (keys, values) = (room.keys.clone(), room.values.clone());
-        let alone = Room { queries, keys, values, mask, ..room };
-        assert_eq!(alone.attend(1), together[query * 14 * 64..][..14 * 64], "query {query} alone");
+    for (window, seed) in [(1_000, 3), (20, 4), (16, 5)] {
+        let room = prompt(50, window, seed);
+        let together = room.attend(1);
+        let row = room.heads * room.width;
+        for by in [1, 16, 37] {
+            assert_eq!(moved(&room, by).attend(1), together, "moved on by {by} cells, window {window}");
+        }
+        assert_eq!(scattered(&room, seed).attend(1), together, "in any order, window {window}");
+        for query in 0..room.count() {
+            assert_eq!(alone(&room, query), together[query * row..][..row], "query {query} alone, window {window}");
+        }
+    }
+}
+
+#[test]
+fn prompts_that_meet_in_a_batch_change_no_bit_of_each_other() {
+    if !is_supported() {
+        return;
+    }
+    let (one, other) = (prompt(21, 1_000, 8), prompt(35, 1_000, 9));
+    let apart = [one.attend(1), other.attend(1)].concat();
+    let both = side_by_side(&one, &other);
+    assert_eq!(both.attend(1), apart);
+    assert_eq!(scattered(&both, 10).attend(2), apart, "in any order");
+}
+
+#[test]
+fn a_sequence_that_has_a_position_twice_is_still_attended_to_as_a_whole() {
+    if !is_supported() {
+        return;
+    }
+    let mut room = prompt(20, 1_000, 11);
+    room.positions = (0..room.cells as i32).map(|cell| cell / 2).collect();
+    let output = room.attend(1);
+    for (place, exact) in room.exactly(19, 0).into_iter().enumerate() {
+        let ours = output[19 * room.heads * room.width + place];
+        assert!((f64::from(ours) - exact).abs() < 2e-5, "{ours}, exactly {exact}");
     }
 }
 
@@ -242,6 +333,8 @@ fn heads_that_do_not_fill_the_lanes_are_left_to_others() {
         kv_heads: 2,
         queries: 1,
         cells: 16,
+        positions: std::ptr::null(),
+        positions_end: 0,
         scale: 1.0,
         query: room.queries.as_ptr(),
         query_stride: 0,

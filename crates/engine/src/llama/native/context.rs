@@ -62,6 +62,8 @@ pub(crate) struct Context {
     pointer: NonNull<sys::llama_context>,
     model: Arc<Model>,
     adapter: Option<Arc<Adapter>>,
+    #[cfg(matrices)]
+    watch: super::matrices::Watch,
 }
 
 // SAFETY: a context belongs to one thread at a time, which `&mut self` and the lack of `Sync` see to.
@@ -100,7 +102,14 @@ impl Context {
             sys::llama_init_from_model(model.as_ptr(), parameters)
         };
         let pointer = NonNull::new(pointer).ok_or_else(|| complaint("llama.cpp could not make a context"))?;
-        Ok(Self { pointer, model: Arc::clone(model), adapter: None })
+        Ok(Self {
+            pointer,
+            model: Arc::clone(model),
+            adapter: None,
+            // SAFETY: the context is valid, and is freed with what watches it.
+            #[cfg(matrices)]
+            watch: unsafe { super::matrices::Watch::new(pointer.as_ptr(), !model.without_kernels()) },
+        })
     }
 
     /// Returns the model.
@@ -116,15 +125,20 @@ impl Context {
         }
         let mut stop = stop;
         let _ = log::take_errors();
+        let context = self.as_ptr();
         // SAFETY: the closure outlives the callback, which is taken away again; the batch lives for the call.
-        let outcome = unsafe {
-            sys::llama_set_abort_callback(self.as_ptr(), Some(ask), (&raw mut stop).cast());
-            let outcome = sys::llama_decode(self.as_ptr(), batch.as_raw());
+        let decode = || unsafe {
+            sys::llama_set_abort_callback(context, Some(ask), (&raw mut stop).cast());
+            let outcome = sys::llama_decode(context, batch.as_raw());
             // Work on other devices goes on after the call, and reads what the next call may change.
-            sys::llama_synchronize(self.as_ptr());
-            sys::llama_set_abort_callback(self.as_ptr(), None, ptr::null_mut());
+            sys::llama_synchronize(context);
+            sys::llama_set_abort_callback(context, None, ptr::null_mut());
             outcome
         };
+        #[cfg(matrices)]
+        let outcome = self.watch.during(decode);
+        #[cfg(not(matrices))]
+        let outcome = decode();
         match outcome {
             0 => Ok(()),
             1 => Err(DecodeError::NoRoom),

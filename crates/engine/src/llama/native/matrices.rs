@@ -1,9 +1,11 @@
 //! Our kernels, as `native/matrices.cpp` asks for them when ggml multiplies.
 
 use std::ops::Range;
+use std::ptr::{self, NonNull};
 use std::{fs, slice};
 
 use kernels::{Attention, LANES, Matrix, Quantization};
+use llama_cpp_sys_2 as sys;
 use rustix::mm::{Advice, madvise};
 
 /// Bytes that are packed before their pages are given back.
@@ -22,9 +24,60 @@ struct Functions {
     attend: unsafe extern "C" fn(*const Attention, usize, usize, *mut f32),
 }
 
+/// What `watch.cpp` knows of a context.
+#[repr(C)]
+struct RawWatch {
+    _private: [u8; 0],
+}
+
 unsafe extern "C" {
     fn tether_register_matrices(functions: *const Functions) -> bool;
     fn tether_forget_amx() -> usize;
+    fn tether_watch(context: *const sys::llama_context, with_kernels: bool) -> *mut RawWatch;
+    fn tether_unwatch(watch: *mut RawWatch);
+    fn tether_evaluate(watch: *const RawWatch);
+    fn tether_pack(packs: bool);
+}
+
+/// Where the cells of a context are, and whether our kernels evaluate it.
+#[derive(Debug)]
+pub(super) struct Watch(NonNull<RawWatch>);
+
+impl Watch {
+    /// # Safety
+    /// The context must be valid, and outlive the result.
+    pub(super) unsafe fn new(context: *const sys::llama_context, with_kernels: bool) -> Self {
+        // SAFETY: the caller vouches for the context.
+        let watch = unsafe { tether_watch(context, with_kernels) };
+        Self(NonNull::new(watch).expect("C++ allocates or throws"))
+    }
+
+    /// Tells ggml, on this thread, that what is evaluated meanwhile is this context.
+    pub(super) fn during<T>(&self, evaluate: impl FnOnce() -> T) -> T {
+        // SAFETY: the watch lives for the call, and is let go of before it ends.
+        unsafe { tether_evaluate(self.0.as_ptr()) };
+        let result = evaluate();
+        // SAFETY: as above.
+        unsafe { tether_evaluate(ptr::null()) };
+        result
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // SAFETY: it is ours, and no thread evaluates the context.
+        unsafe { tether_unwatch(self.0.as_ptr()) }
+    }
+}
+
+/// Loads a model whose matrices our kernels may pack, or not.
+pub(super) fn load_with<T>(kernels: bool, load: impl FnOnce() -> T) -> T {
+    // SAFETY: it sets a variable of this thread.
+    unsafe { tether_pack(kernels) };
+    let result = load();
+    // SAFETY: as above.
+    unsafe { tether_pack(true) };
+    result
 }
 
 /// Offers our kernels to ggml, where the processor can run them. Must come before the first model is loaded.

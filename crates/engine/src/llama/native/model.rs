@@ -16,6 +16,8 @@ pub(crate) struct ModelOptions {
     pub(crate) gpu_layers: u32,
     /// Reads the vocabulary and nothing else.
     pub(crate) vocabulary_only: bool,
+    /// Uses ggml's kernels alone.
+    pub(crate) without_kernels: bool,
 }
 
 /// What some layers of a model see of a text.
@@ -46,6 +48,7 @@ impl Window {
 #[derive(Debug)]
 pub(crate) struct Model {
     pointer: NonNull<sys::llama_model>,
+    without_kernels: bool,
 }
 
 // SAFETY: a loaded model is only read, but for its list of adapters, which `Adapter` guards.
@@ -70,7 +73,7 @@ impl Model {
         let mut paths: Vec<*const c_char> = paths.iter().map(|path| path.as_ptr()).collect();
         let _ = log::take_errors();
         // SAFETY: paths and closure live until the load returns, and nothing keeps them.
-        let pointer = unsafe {
+        let load = || unsafe {
             let mut parameters = sys::llama_model_default_params();
             parameters.n_gpu_layers = i32::try_from(options.gpu_layers).unwrap_or(i32::MAX);
             parameters.vocab_only = options.vocabulary_only;
@@ -81,8 +84,12 @@ impl Model {
                 all => sys::llama_model_load_from_splits(all.as_mut_ptr(), all.len(), parameters),
             }
         };
+        #[cfg(matrices)]
+        let pointer = super::matrices::load_with(!options.without_kernels, load);
+        #[cfg(not(matrices))]
+        let pointer = load();
         let pointer = NonNull::new(pointer).ok_or_else(|| complaint("llama.cpp refuses it"))?;
-        Ok(Self { pointer })
+        Ok(Self { pointer, without_kernels: options.without_kernels })
     }
 
     /// Returns the model's vocabulary.
@@ -95,6 +102,12 @@ impl Model {
     pub(crate) fn embedding_length(&self) -> u32 {
         // SAFETY: the pointer is valid, here and below.
         unsafe { sys::llama_model_n_embd_out(self.as_ptr()) }.unsigned_abs()
+    }
+
+    /// Returns whether ggml's kernels are used alone.
+    #[cfg(matrices)]
+    pub(super) fn without_kernels(&self) -> bool {
+        self.without_kernels
     }
 
     /// Returns whether a sequence's state can be cut back to an earlier position. What is recurrent cannot.

@@ -1,0 +1,100 @@
+//! The same request gives the same answer, to the bit of its probabilities.
+
+use futures_util::future::join_all;
+use tether_engine::{
+    Event, GenerateRequest, LlamaRuntime, LoadOptions, ModelId, ModelRuntime, PromptInput, Sampling, no_progress,
+};
+
+use crate::chance::Chance;
+use crate::random_model::{Family, VOCABULARY, Weights, random_model};
+use crate::{options, within};
+
+/// The tokens of an answer, with the bits of the logarithms of their probabilities.
+type Told = Vec<(u32, u32)>;
+
+struct Subject {
+    runtime: LlamaRuntime,
+    model: ModelId,
+    deterministic: bool,
+}
+
+impl Subject {
+    /// Loads a model into a room that is too small for all prompts, with and without host memory for the others.
+    async fn new(family: Family, weights: Weights, prompt_cache_bytes: u64) -> Self {
+        let (context_length, slots, kv_tokens, draft_tokens) = (512, 8, 1_024, 3);
+        let options = LoadOptions { context_length, slots, kv_tokens, draft_tokens, prompt_cache_bytes, ..options() };
+        let runtime = LlamaRuntime::new();
+        let model = random_model(family, weights, 5);
+        let model = within(runtime.load(model, options, no_progress())).await.expect("it loads").id;
+        Self { runtime, model, deterministic: false }
+    }
+
+    async fn answer(&self, prompt: &[u32]) -> Told {
+        let request = GenerateRequest {
+            sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+            max_tokens: Some(24),
+            ignore_eos: true,
+            logprobs: Some(0),
+            deterministic: self.deterministic,
+            ..GenerateRequest::new(self.model, PromptInput::Tokens(prompt.to_vec()))
+        };
+        let mut stream = within(self.runtime.generate(request)).await.expect("it is admitted");
+        let mut told = Vec::new();
+        while let Some(event) = within(stream.next()).await {
+            if let Event::Piece(piece) = event.expect("it answers") {
+                told.extend(piece.logprobs.iter().map(|logprob| (logprob.token, logprob.logprob.to_bits())));
+            }
+        }
+        told
+    }
+
+    async fn answers(&self, prompts: &[Vec<u32>]) -> Vec<Told> {
+        let mut answers = Vec::new();
+        for prompt in prompts {
+            answers.push(self.answer(prompt).await);
+        }
+        answers
+    }
+}
+
+/// Prompts of many lengths, some of which begin alike.
+fn prompts() -> Vec<Vec<u32>> {
+    let mut chance = Chance(9);
+    let mut prompts: Vec<Vec<u32>> = Vec::new();
+    for number in 0..20 {
+        let mut prompt = if number % 3 == 2 { prompts[number - 1].clone() } else { vec![1, 2] };
+        prompt.truncate(1 + chance.below(60) as usize);
+        let more = 3 + chance.below(if number % 2 == 0 { 12 } else { 150 });
+        prompt.extend((0..more).map(|_| chance.below(VOCABULARY as u64 - 1) as u32));
+        prompts.push(prompt);
+    }
+    prompts
+}
+
+#[tokio::test]
+async fn with_our_kernels_an_answer_repeats_to_the_bit_whatever_was_asked_before_or_is_beside_it() {
+    if !kernels_are_supported() {
+        return;
+    }
+    let prompts = prompts();
+    for family in [Family::Full, Family::Sliding] {
+        for weights in [Weights::Q4_0, Weights::Q8_0] {
+            for prompt_cache_bytes in [0, 4 << 20] {
+                let name = format!("{family:?}, {weights:?}, {prompt_cache_bytes} bytes of cache");
+                let subject = Subject::new(family, weights, prompt_cache_bytes).await;
+                let first = subject.answers(&prompts).await;
+                assert!(first.iter().all(|told| told.len() == 24), "{name}");
+                assert_eq!(subject.answers(&prompts).await, first, "{name}: again");
+                let together = join_all(prompts.iter().map(|prompt| subject.answer(prompt))).await;
+                assert_eq!(together, first, "{name}: all at once");
+                let exact = Subject { deterministic: true, ..subject };
+                assert_eq!(exact.answers(&prompts).await, first, "{name}: in a context of its own");
+            }
+        }
+    }
+}
+
+/// Returns whether our kernels run here: what they make does not depend on how many rows are beside it.
+fn kernels_are_supported() -> bool {
+    LlamaRuntime::new().describe().detail.contains("TETHER_KERNELS")
+}
