@@ -116,7 +116,7 @@ impl Default for Settings {
             version: 1,
             region: "local".parse().expect("a well-formed region"),
             data_dir: None,
-            workers: 2,
+            workers: 1,
             models: vec![],
             adopt: None,
             threads: 0,

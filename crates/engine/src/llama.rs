@@ -130,10 +130,10 @@ impl ModelRuntime for LlamaRuntime {
     ) -> Result<LoadedModel, EngineError> {
         let id = ModelId(self.next_model.fetch_add(1, Ordering::Relaxed));
         let loaded = Loaded::load(id, artifact, &options, progress).await?;
-        let Shape { context_length, slots, .. } = loaded.shape;
+        let Shape { context_length, slots, kv_tokens } = loaded.shape;
         let abilities = loaded.abilities;
         lock(&self.models).insert(id, Arc::new(loaded));
-        Ok(LoadedModel { id, context_length, slots, pid: None, abilities })
+        Ok(LoadedModel { id, context_length, kv_tokens, slots, pid: None, abilities })
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {

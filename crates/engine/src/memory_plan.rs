@@ -16,10 +16,17 @@ pub const BATCH_TOKENS: u32 = 512;
 pub const SLOTS_MAX: u32 = 192;
 /// Tokens that may be suggested at once: each takes a row of logits for every slot.
 pub const DRAFT_TOKENS_MAX: u32 = 16;
+/// Tokens of context per sequence where nobody says and the model was trained with more: longer ones are rare, and their
+/// keys and values are most of what a small model takes.
+pub const CONTEXT_DEFAULT: u32 = 8_192;
+/// Tokens that all sequences together can hold where nobody says, unless one sequence of full length needs more.
+const ROOM_DEFAULT: u32 = 8_192;
+/// The shortest context that a model is given by itself because memory is short.
+const CONTEXT_MIN: u32 = 1_024;
 /// Cells come in blocks of so many.
 const CELL_BLOCK: u32 = 256;
 /// The program, its libraries and its threads, with what llama.cpp makes for any model.
-const PROGRAM_BYTES: u64 = 16 << 20;
+const PROGRAM_BYTES: u64 = 18 << 20;
 /// What the logits of a batch of texts to embed take at most, twice counted, because they are made and copied.
 pub(crate) const EMBED_LOGITS_BYTES_MAX: u64 = 128 << 20;
 /// What llama.cpp and we keep of each token of the vocabulary.
@@ -44,7 +51,7 @@ pub fn shape(header: &Header, options: &LoadOptions) -> Result<Shape, EngineErro
         .ok_or_else(|| EngineError::InvalidModel { reason: "the file does not say how long its context is".into() })?;
     // Positions beyond those seen in training give noise.
     let context_length = match options.context_length {
-        0 => trained,
+        0 => trained.min(CONTEXT_DEFAULT),
         wanted => wanted.min(trained),
     };
     let slots = options.slots.clamp(1, SLOTS_MAX);
@@ -57,10 +64,26 @@ pub fn shape(header: &Header, options: &LoadOptions) -> Result<Shape, EngineErro
     let most = context_length * slots;
     // One sequence of full length must always fit, and cells come in blocks.
     let kv_tokens = match options.kv_tokens {
-        0 => most,
+        0 => ROOM_DEFAULT.clamp(context_length, most),
         wanted => wanted.clamp(context_length, most),
     };
     Ok(Shape { context_length, slots, kv_tokens: kv_tokens.next_multiple_of(CELL_BLOCK) })
+}
+
+/// Returns options that take less memory, from those that nobody has set, the largest first: a smaller room, then shorter
+/// and shorter contexts. What somebody has set stays.
+pub fn smaller(options: &LoadOptions, context_length: u32) -> Vec<LoadOptions> {
+    let room = |context_length| LoadOptions {
+        context_length,
+        kv_tokens: if options.kv_tokens == 0 { context_length } else { options.kv_tokens },
+        ..options.clone()
+    };
+    let mut contexts = vec![context_length];
+    if options.context_length == 0 {
+        let halves = std::iter::successors(Some(context_length / 2), |tokens| Some(tokens / 2));
+        contexts.extend(halves.take_while(|tokens| *tokens >= CONTEXT_MIN));
+    }
+    contexts.into_iter().map(room).collect()
 }
 
 /// Returns the memory that a load would take. Where the options leave the layers on a GPU open, all are planned in

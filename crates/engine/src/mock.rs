@@ -222,7 +222,7 @@ impl ModelRuntime for MockRuntime {
             embedding_length: Self::EMBEDDING_LENGTH,
             adapters: true,
         };
-        Ok(LoadedModel { id, context_length, slots, pid: None, abilities })
+        Ok(LoadedModel { id, context_length, kv_tokens: 0, slots, pid: None, abilities })
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {

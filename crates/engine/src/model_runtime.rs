@@ -6,6 +6,7 @@
 mod answer;
 mod request;
 
+use std::fmt;
 use std::fs::File;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -113,18 +114,18 @@ pub struct VerifiedArtifact {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoadOptions {
-    /// Tokens of context per sequence; 0 takes what the model was trained with.
+    /// Tokens of context per sequence; 0 takes what the model was trained with, at most 8,192 and less where memory is
+    /// short.
     pub context_length: u32,
     /// Sequences that generate side by side.
     pub slots: u32,
     /// Requests that may wait for a slot; one more is refused with [`EngineError::Busy`].
     pub queue_max: u32,
-    /// Threads for decoding; 0 takes the number of cores.
+    /// Threads for decoding, no more than there are cores; 0 takes all cores, or all but one where there are more than two.
     pub threads: u32,
     /// Layers to place on a GPU; 0 keeps all on the CPU, `None` places as many as its free memory holds.
     pub gpu_layers: Option<u32>,
-    /// Tokens that all sequences together can hold; 0 takes `slots` times the context. Less lets more sequences run
-    /// side by side while they are short.
+    /// Tokens that all sequences together can hold; 0 takes 8,192, at least one context and at most one for each slot.
     pub kv_tokens: u32,
     /// Host memory for keys and values of conversations that lost their place, in bytes; 0 keeps none.
     pub prompt_cache_bytes: u64,
@@ -202,6 +203,8 @@ pub struct LoadedModel {
     pub id: ModelId,
     /// Tokens of context per sequence.
     pub context_length: u32,
+    /// Tokens that all sequences together can hold; 0 where it is not known.
+    pub kv_tokens: u32,
     /// Sequences that generate side by side.
     pub slots: u32,
     /// The process that holds it, where it has one of its own.
@@ -303,7 +306,11 @@ pub enum EngineError {
         reason: String,
     },
     /// The model needs more memory than there is: try elsewhere, or with less room.
-    #[error("the model needs {needed_bytes} bytes of memory, and {available_bytes} can be had")]
+    #[error(
+        "the model needs {} of memory, and {} can be had; a smaller context_length or kv_tokens needs less",
+        Size(*.needed_bytes),
+        Size(*.available_bytes)
+    )]
     OutOfMemory {
         /// What a load is predicted to take.
         needed_bytes: u64,
@@ -324,6 +331,16 @@ pub enum EngineError {
         /// How many requests it was working on, this one included.
         suspects: u32,
     },
+}
+
+/// Says a number of bytes as people do.
+struct Size(u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = self.0 as f64 / f64::from(1 << 20);
+        if mib < 1_000.0 { write!(formatter, "{mib:.0} MiB") } else { write!(formatter, "{:.1} GiB", mib / 1_024.0) }
+    }
 }
 
 /// Returns the refusal of a field of a request.

@@ -133,7 +133,7 @@ impl RemoteRuntime {
         };
         let abilities = self.abilities(&server, dialect, &listed).await?;
         let id = ModelId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let loaded = LoadedModel { id, context_length, slots: options.slots, pid: None, abilities };
+        let loaded = LoadedModel { id, context_length, kv_tokens: 0, slots: options.slots, pid: None, abilities };
         let attached = Attached::new(loaded.clone(), server, listed.name, dialect, options.queue_max);
         let attached = Arc::new(attached);
         self.models.write().unwrap_or_else(PoisonError::into_inner).insert(id, attached.clone());

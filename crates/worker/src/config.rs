@@ -55,17 +55,17 @@ pub struct ServedModel {
     /// `{port}` for the port to listen on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub server_command: Vec<String>,
-    /// Tokens of context per job; 0 takes what the model was trained with.
+    /// Tokens of context per job; 0 takes what the model was trained with, at most 8192 and less where memory is short.
     #[serde(default)]
     pub context_length: u32,
-    /// Threads for decoding; 0 takes the number of cores.
+    /// Threads for decoding, no more than there are cores; 0 takes all cores, or all but one where there are more than two.
     #[serde(default)]
     pub threads: u32,
     /// Layers to place on a GPU; 0 keeps all on the CPU, and where it is missing as many are placed as fit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_layers: Option<u32>,
-    /// Tokens that all jobs together can hold; 0 takes a whole context for each slot. Less lets more jobs run side by side
-    /// while they are short.
+    /// Tokens that all jobs together can hold; 0 takes 8192, at least one context and at most one for each slot. More lets
+    /// more long jobs run side by side.
     #[serde(default)]
     pub kv_tokens: u32,
     /// Memory for conversations that lost their place in the engine, in MiB; they need not be evaluated again.

@@ -9,10 +9,11 @@ mod warm_prefixes;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use std::{fmt, io};
+use std::{fmt, io, mem};
 
 use artifact_store::{ArtifactStore, OpenError, VerifiedFile};
 use engine::gguf::Header;
+use engine::memory_plan::CONTEXT_DEFAULT;
 use engine::merge::Merge;
 use engine::{
     AdapterId, EngineError, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, ProgressSink,
@@ -107,6 +108,13 @@ pub(crate) enum LoadError {
     Scratch(io::Error),
     #[error("the verification did not end")]
     Interrupted,
+}
+
+impl LoadError {
+    /// Returns what kind of error an engine's is.
+    fn engine(&self) -> Option<mem::Discriminant<EngineError>> {
+        if let Self::Engine(error) = self { Some(mem::discriminant(error)) } else { None }
+    }
 }
 
 impl ModelLoader {
@@ -223,6 +231,8 @@ impl ModelLoader {
     /// Loads one model, waits for its death, and begins again.
     async fn keep(&self, entry: &Arc<Entry>) {
         let mut backoff = Backoff::new(self.options.seed ^ digest_seed(entry));
+        // What was said of the failures in a row, so that each is said once.
+        let mut complaint = None;
         if !self.options.preload {
             tokio::select! {
                 () = entry.wanted.notified() => {}
@@ -235,7 +245,16 @@ impl ModelLoader {
                 Ok((loaded, offer)) => {
                     let since = Instant::now();
                     let id = loaded.id;
-                    info!(model = %entry.key, pid = loaded.pid, "the model is ready");
+                    let LoadedModel { pid, context_length, kv_tokens, slots, .. } = loaded;
+                    info!(model = %entry.key, pid, "the model is ready");
+                    if kv_tokens > 0 {
+                        info!(
+                            model = %entry.key,
+                            "a job holds up to {context_length} tokens, and the {slots} slots share {kv_tokens}; \
+                             context_length and kv_tokens of the model change that, and with it the memory it takes"
+                        );
+                    }
+                    complaint = None;
                     entry.forgive();
                     entry.set_ready(loaded);
                     self.changes.send_replace(());
@@ -259,7 +278,12 @@ impl ModelLoader {
                 }
                 Err(error) => {
                     self.count(&error);
-                    warn!(model = %entry.key, %error, "the model could not be loaded");
+                    let kind = (mem::discriminant(&error), error.engine());
+                    if complaint.replace(kind) == Some(kind) {
+                        debug!(model = %entry.key, %error, "the model could not be loaded again");
+                    } else {
+                        warn!(model = %entry.key, %error, "the model could not be loaded; it is tried again and again");
+                    }
                     self.set(entry, Status::Failed(error.to_string().into()));
                 }
             }
@@ -307,7 +331,10 @@ impl ModelLoader {
         let header = header.map_err(|_| LoadError::Interrupted)?;
         let header = header.map_err(|error| EngineError::InvalidModel { reason: error.to_string() })?;
         let trained = header.context_length().unwrap_or_default();
-        let context_length = if entry.model.context_length == 0 { trained } else { entry.model.context_length };
+        let context_length = match entry.model.context_length {
+            0 => trained.min(CONTEXT_DEFAULT),
+            set => set,
+        };
         Ok(Some(offer_of(entry, bytes, context_length)))
     }
 

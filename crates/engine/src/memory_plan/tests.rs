@@ -103,6 +103,37 @@ fn more_slots_need_more_room_unless_they_share_it() {
 }
 
 #[test]
+fn what_nobody_set_is_enough_for_most_and_no_more() {
+    let mut header = tiny();
+    let mut shape_of = |trained: u64, options: LoadOptions| {
+        header.metadata.insert("llama.context_length".into(), Value::Unsigned(trained));
+        let Shape { context_length, kv_tokens, .. } = shape(&header, &options).expect("it has a shape");
+        (context_length, kv_tokens)
+    };
+    let set = |context_length, kv_tokens| LoadOptions { context_length, kv_tokens, ..LoadOptions::default() };
+    assert_eq!(shape_of(131_072, set(0, 0)), (8_192, 8_192));
+    assert_eq!(shape_of(512, set(0, 0)), (512, 2_048));
+    assert_eq!(shape_of(4_096, set(0, 0)), (4_096, 8_192));
+    // Who asks for more gets it.
+    assert_eq!(shape_of(131_072, set(32_768, 0)), (32_768, 32_768));
+    assert_eq!(shape_of(131_072, set(32_768, 100_000)), (32_768, 100_096));
+}
+
+#[test]
+fn only_what_nobody_set_is_made_smaller_where_memory_is_short() {
+    let sizes = |options: &LoadOptions, context_length| {
+        let smaller = smaller(options, context_length).into_iter();
+        smaller.map(|options| (options.context_length, options.kv_tokens)).collect::<Vec<_>>()
+    };
+    let set = |context_length, kv_tokens| LoadOptions { context_length, kv_tokens, ..LoadOptions::default() };
+    let halves = [(8_192, 8_192), (4_096, 4_096), (2_048, 2_048), (1_024, 1_024)];
+    assert_eq!(sizes(&set(0, 0), 8_192), halves);
+    assert_eq!(sizes(&set(0, 20_000), 2_048), [(2_048, 20_000), (1_024, 20_000)]);
+    assert_eq!(sizes(&set(4_096, 0), 4_096), [(4_096, 4_096)]);
+    assert_eq!(sizes(&set(4_096, 9_000), 4_096), [(4_096, 9_000)]);
+}
+
+#[test]
 fn a_context_longer_than_trained_is_cut() {
     let options = LoadOptions { context_length: 100_000, ..LoadOptions::default() };
     assert_eq!(shape(&tiny(), &options), Ok(Shape { context_length: 512, slots: 4, kv_tokens: 2_048 }));

@@ -204,8 +204,9 @@ impl<R: ModelRuntime> Server<R> {
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError> {
         preflight::probe_template(&artifact.file).await?;
-        let plan = self.runtime.estimate(&artifact, &options).await?;
-        let growth = preflight::growth(&plan, options.memory_max_bytes, host_memory::available_bytes())?;
+        let available = host_memory::available_bytes();
+        let (options, plan) = preflight::fit(&*self.runtime, &artifact, options, available).await?;
+        let growth = preflight::growth(&plan, options.memory_max_bytes, available)?;
         memory_limit::limit_growth(growth);
         self.runtime.load(artifact, options, progress).await
     }

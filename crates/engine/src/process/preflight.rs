@@ -8,7 +8,10 @@ use tokio::{task, time};
 use super::memory_limit;
 use crate::chat_template::ChatTemplate;
 use crate::gguf::Header;
-use crate::model_runtime::{Chat, ChatMessage, EngineError, MemoryPlan, Tool};
+use crate::memory_plan;
+use crate::model_runtime::{
+    Chat, ChatMessage, EngineError, LoadOptions, MemoryPlan, ModelRuntime, Tool, VerifiedArtifact,
+};
 
 /// How much memory the template of a model may take to render a short conversation.
 const PROBE_BYTES_MAX: u64 = 1 << 30;
@@ -17,6 +20,33 @@ const PROBE_WITHIN: Duration = Duration::from_secs(10);
 /// How much memory the process may take beyond its plan: for prompts on their way to tokens, adapters, templates that
 /// are harmless to the probe and not to other conversations, and whatever the plan does not know of.
 const BEYOND_PLAN_BYTES: u64 = 2 << 30;
+
+/// Returns options that fit the memory there is, with a tenth to spare, and their plan: those given where they fit, or
+/// else smaller ones as far as nobody has set them. Where none fits, the smallest are returned, to be refused.
+pub(super) async fn fit(
+    runtime: &impl ModelRuntime,
+    artifact: &VerifiedArtifact,
+    options: LoadOptions,
+    available: Option<u64>,
+) -> Result<(LoadOptions, MemoryPlan), EngineError> {
+    let plan = runtime.estimate(artifact, &options).await?;
+    let budget = options.memory_max_bytes.into_iter().chain(available.map(|bytes| bytes - bytes / 10)).min();
+    let Some(budget) = budget.filter(|budget| plan.total_bytes() > *budget) else { return Ok((options, plan)) };
+    let file = artifact.file.try_clone().map_err(|error| EngineError::Failed { reason: error.to_string() })?;
+    let header = task::spawn_blocking(move || Header::read(&file)).await;
+    let Ok(Ok(header)) = header else { return Ok((options, plan)) };
+    let shape = memory_plan::shape(&header, &options)?;
+    let mut smallest = (options, plan);
+    for options in memory_plan::smaller(&smallest.0, shape.context_length) {
+        let plan = runtime.estimate(artifact, &options).await?;
+        let fits = plan.total_bytes() <= budget;
+        smallest = (options, plan);
+        if fits {
+            break;
+        }
+    }
+    Ok(smallest)
+}
 
 /// Returns how much memory the process may allocate for a model, or refuses a model that does not fit.
 pub(super) fn growth(plan: &MemoryPlan, max: Option<u64>, available: Option<u64>) -> Result<u64, EngineError> {
@@ -64,6 +94,7 @@ pub(super) async fn probe_template(file: &File) -> Result<(), EngineError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::{ChildCommand, ProcessRuntime};
 
     const PLAN: MemoryPlan = MemoryPlan {
         weights_bytes: 100,
@@ -82,6 +113,39 @@ mod tests {
         assert_eq!(growth(&PLAN, Some(149), None), refused(149));
         assert_eq!(growth(&PLAN, None, Some(149)), refused(149));
         assert_eq!(growth(&PLAN, Some(200), Some(140)), refused(140));
+    }
+
+    #[tokio::test]
+    async fn the_room_that_nobody_set_shrinks_until_it_fits() {
+        let command = ChildCommand { program: "none".into(), args: vec![], envs: vec![] };
+        let runtime = ProcessRuntime::new(command);
+        let file = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny.gguf"));
+        let file = file.expect("the model is there");
+        let tiny = VerifiedArtifact { file, sha256: String::new(), bytes: 0, parts: vec![] };
+        let fit = async |kv_tokens, available| {
+            let options = LoadOptions { kv_tokens, ..LoadOptions::default() };
+            let (options, plan) = fit(&runtime, &tiny, options, available).await.expect("it can be planned");
+            (options.kv_tokens, plan.total_bytes())
+        };
+        let (_, whole) = fit(0, None).await;
+        let (_, least) = fit(512, None).await;
+        let spared = |bytes: u64| Some(bytes * 10 / 9 + 9);
+        assert_eq!(fit(0, spared(whole)).await, (0, whole));
+        assert_eq!(fit(0, spared(whole - 100)).await, (512, least));
+        // What somebody set stays, and what fits nowhere is left to be refused.
+        let (_, set) = fit(1_024, None).await;
+        assert_eq!(fit(1_024, spared(least)).await, (1_024, set));
+        assert_eq!(fit(0, Some(1)).await, (512, least));
+    }
+
+    #[test]
+    fn a_refusal_names_sizes_as_people_do_and_the_settings_that_help() {
+        let refused = |needed_bytes, available_bytes| EngineError::OutOfMemory { needed_bytes, available_bytes };
+        let said = refused(38_528_283_904, 314_572_800).to_string();
+        assert_eq!(
+            said,
+            "the model needs 35.9 GiB of memory, and 300 MiB can be had; a smaller context_length or kv_tokens needs less"
+        );
     }
 
     #[test]

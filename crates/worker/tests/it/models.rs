@@ -149,7 +149,7 @@ async fn a_model_that_does_not_fit_is_not_loaded_and_its_jobs_go_elsewhere() {
     let scene = odd(|runtime| runtime.is_too_large = true).await;
     let not_ready = scene.handle.ready().await.expect_err("it does not fit");
     assert!(
-        matches!(&not_ready, NotReady::LoadFailed { reason, .. } if reason.contains("bytes of memory")),
+        matches!(&not_ready, NotReady::LoadFailed { reason, .. } if reason.contains("of memory, and")),
         "{not_ready}"
     );
     time::sleep(SECOND).await;

@@ -38,7 +38,8 @@ impl ModelRuntime for Numbers {
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError> {
         progress(1.0);
-        Ok(LoadedModel { id: ModelId(7), context_length: 8, slots: 1, pid: None, abilities: Abilities::default() })
+        let abilities = Abilities::default();
+        Ok(LoadedModel { id: ModelId(7), context_length: 8, kv_tokens: 0, slots: 1, pid: None, abilities })
     }
 
     async fn add_adapter(&self, model: ModelId, artifact: VerifiedArtifact) -> Result<AdapterId, EngineError> {
