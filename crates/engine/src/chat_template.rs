@@ -38,6 +38,8 @@ pub(crate) const TOOL_USE: &str = "tokenizer.chat_template.tool_use";
 
 const NAME: &str = "chat_template";
 
+/// By these a model without a template is known to speak ChatML.
+const CHATML_TOKENS: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
 // The format most instruction models speak; llama.cpp falls back to it as well.
 const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
                       {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
@@ -63,6 +65,9 @@ pub enum ChatTemplateError {
         /// What the template stumbled over.
         reason: String,
     },
+    /// The model's file has no template, and nothing says that it speaks ChatML.
+    #[error("this model takes no conversations, because its file has no chat template; send it a prompt instead")]
+    Missing,
     /// The template renders no conversation.
     #[error(
         "this model takes no conversations, because its chat template cannot be run: {0}; send it a prompt instead"
@@ -76,7 +81,7 @@ impl From<ChatTemplateError> for EngineError {
         let (parameter, reason) = match error {
             ChatTemplateError::Refused(reason) => ("messages".into(), reason),
             ChatTemplateError::Unfit { ref parameter, .. } => (parameter.clone(), error.to_string()),
-            ChatTemplateError::Broken(_) => ("messages".into(), error.to_string()),
+            ChatTemplateError::Missing | ChatTemplateError::Broken(_) => ("messages".into(), error.to_string()),
         };
         EngineError::Unsupported { parameter, reason }
     }
@@ -91,7 +96,12 @@ impl ChatTemplate {
     /// Compiles the template of a model, or the two of a model that has another one for tools.
     pub fn of_model(header: &Header) -> Result<Self, ChatTemplateError> {
         let (bos, eos) = (header.bos_token().unwrap_or_default(), header.eos_token().unwrap_or_default());
-        let template = Self::new(header.chat_template(), &bos, &eos)?;
+        let source = header.chat_template();
+        // A base model would take ChatML for noise, unless it was trained on its tokens.
+        if source.is_none() && !CHATML_TOKENS.iter().all(|token| header.has_token(token)) {
+            return Err(ChatTemplateError::Missing);
+        }
+        let template = Self::new(source, &bos, &eos)?;
         match header.text(TOOL_USE) {
             Some(source) => template.with_tool_use(source),
             None => Ok(template),

@@ -233,6 +233,14 @@ impl Header {
         self.token("tokenizer.ggml.eos_token_id")
     }
 
+    /// Returns whether a text is one of the model's tokens.
+    pub fn has_token(&self, text: &str) -> bool {
+        match self.metadata.get(TOKENS_KEY) {
+            Some(Value::Texts(table)) => (0..table.len()).any(|index| table.get(index) == Some(text.as_bytes())),
+            _ => false,
+        }
+    }
+
     /// Returns the number of tokens in the vocabulary.
     pub fn vocabulary_size(&self) -> Option<u64> {
         match self.metadata.get(TOKENS_KEY) {

@@ -259,6 +259,18 @@ fn a_template_that_renders_no_conversation_is_found_at_once() {
 }
 
 #[test]
+fn a_model_without_a_template_takes_conversations_only_if_it_knows_chatml() {
+    const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny.gguf");
+    let mut header = Header::parse(&std::fs::read(TINY).expect("the tiny model is there")).expect("it is valid");
+    header.metadata.remove("tokenizer.chat_template");
+    assert!(ChatTemplate::of_model(&header).is_ok(), "its vocabulary has the tokens of ChatML");
+    header.metadata.remove("tokenizer.ggml.tokens");
+    let error = EngineError::from(ChatTemplate::of_model(&header).expect_err("a base model"));
+    let EngineError::Unsupported { parameter, reason } = error else { panic!("{error:?}") };
+    assert!(parameter == "messages" && reason.contains("has no chat template; send it a prompt"), "{reason}");
+}
+
+#[test]
 fn what_tools_may_leave_out_is_filled_in_for_templates_that_read_it() {
     let source = "{% for t in tools or [] %}{{ '// ' + t.function.description + ' ' + t.function.name }}\
                   {% for name in t.function.parameters.properties | items %}{{ name }}{% endfor %}{% endfor %}\
