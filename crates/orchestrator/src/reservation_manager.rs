@@ -43,6 +43,8 @@ pub struct ReservationManager {
 /// Dropping it without settling leaves the rest to the lease: it is renewed no more, and runs out.
 pub struct Reservation {
     manager: Arc<ReservationManager>,
+    /// Counts the job on its worker.
+    counted: Counted,
     /// What makes it the same job.
     pub key: JobKey,
     /// The worker that holds room.
@@ -51,6 +53,26 @@ pub struct Reservation {
     pub attempt: u32,
     /// Cancelled when the lease was lost: the attempt is void and must end.
     pub void: CancellationToken,
+}
+
+/// A job counted on a worker, until it is dropped. It is counted from the worker's choice on and not from the write,
+/// because jobs that are placed meanwhile must see it: a burst would go to one worker.
+struct Counted {
+    fleet: Arc<Fleet>,
+    worker_id: WorkerId,
+}
+
+impl Counted {
+    fn on(fleet: &Arc<Fleet>, worker_id: WorkerId) -> Self {
+        fleet.count_reserved(worker_id, true);
+        Self { fleet: fleet.clone(), worker_id }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.fleet.count_reserved(self.worker_id, false);
+    }
 }
 
 /// How a job ends.
@@ -127,6 +149,7 @@ impl ReservationManager {
         worker_id: WorkerId,
         worker_capacity: u32,
     ) -> Result<Option<Reservation>, WireError> {
+        let counted = Counted::on(&self.fleet, worker_id);
         let now = self.clock.now();
         let key = JobKey {
             tenant_id: request.tenant_id.clone(),
@@ -152,9 +175,8 @@ impl ReservationManager {
             Ok(Reserved::New) => {
                 let void = CancellationToken::new();
                 self.lock().insert(key.clone(), void.clone());
-                self.fleet.count_reserved(worker_id, true);
                 self.metrics.reservations_active.inc();
-                Ok(Some(Reservation { manager: self.clone(), key, worker_id, attempt: 1, void }))
+                Ok(Some(Reservation { manager: self.clone(), counted, key, worker_id, attempt: 1, void }))
             }
         }
     }
@@ -209,6 +231,7 @@ impl Reservation {
     /// Moves the job to another worker as its next attempt. On an error the job stays where it is.
     pub async fn reassign(&mut self, worker_id: WorkerId, worker_capacity: u32) -> Result<(), WireError> {
         let manager = &self.manager;
+        let counted = Counted::on(&manager.fleet, worker_id);
         let now = manager.clock.now();
         let reassignment = Reassignment {
             key: self.key.clone(),
@@ -225,8 +248,7 @@ impl Reservation {
                 WireError::new(ErrorCode::StaleAttempt, error.to_string())
             }
         })?;
-        manager.fleet.count_reserved(self.worker_id, false);
-        manager.fleet.count_reserved(worker_id, true);
+        self.counted = counted;
         self.worker_id = worker_id;
         self.attempt += 1;
         Ok(())
@@ -273,7 +295,6 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.manager.lock().remove(&self.key);
-        self.manager.fleet.count_reserved(self.worker_id, false);
         self.manager.metrics.reservations_active.dec();
     }
 }
