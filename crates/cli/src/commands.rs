@@ -229,6 +229,7 @@ fn flags(command: &Command) -> Vec<Flag> {
 /// Returns the role of the node that a command runs.
 fn role(command: &Command) -> Option<&'static str> {
     match command {
+        Command::Up(_) => Some("up"),
         Command::Bootstrap(_) => Some("bootstrap"),
         Command::Registry(_) => Some("registry"),
         Command::Orchestrator(_) => Some("orchestrator"),

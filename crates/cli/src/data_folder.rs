@@ -180,7 +180,13 @@ impl DataFolder {
     /// Returns the roles whose nodes were started or enrolled here, in the order in which they start.
     pub fn roles(&self) -> Vec<&'static str> {
         let is_here = |role: &&str| self.kept_flags(role).exists() || self.enrolment(role).exists();
-        ["bootstrap", "registry", "orchestrator", "gateway", "worker"].into_iter().filter(is_here).collect()
+        // `tether up` is all of the others.
+        let all: &[_] = if is_here(&"up") {
+            &["bootstrap", "up"]
+        } else {
+            &["bootstrap", "registry", "orchestrator", "gateway", "worker"]
+        };
+        all.iter().copied().filter(is_here).collect()
     }
 
     /// Returns the file of the peers that a node knows.
@@ -271,6 +277,8 @@ mod tests {
         fs::write(data.enrolment("gateway"), "").expect("written");
         fs::write(data.kept_flags("registry"), "").expect("written");
         assert_eq!(data.roles(), ["registry", "gateway", "worker"]);
+        fs::write(data.kept_flags("up"), "").expect("written");
+        assert_eq!(data.roles(), ["up"]);
     }
 
     #[test]

@@ -92,7 +92,10 @@ impl MembershipTask {
                     let is_known = before == Some(*registry) || self.membership.registry() == Some(*registry);
                     if (is_known || self.membership.has_role(*registry, NodeRole::Registry)) && !self.is_told {
                         self.is_told = true;
-                        error!("this node was revoked: no other node takes its calls any more");
+                        error!(
+                            "this node was revoked: no other node takes its calls any more; to come back it needs a new key: \
+                             stop it, move its key and enrolment in `nodes/` away, and join with a new invite"
+                        );
                         self.membership.note_expelled();
                     }
                 }

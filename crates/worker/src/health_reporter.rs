@@ -151,7 +151,12 @@ impl<Look: Fn() -> Condition> HealthReporter<Look> {
         let reporting = async {
             loop {
                 tokio::select! {
-                    _ = heartbeat.tick() => self.hearing.look(&self.directory),
+                    _ = heartbeat.tick() => {
+                        // Who was revoked was told so, and needs no other reason.
+                        if !self.client.membership().is_revoked(self.client.public_key()) {
+                            self.hearing.look(&self.directory);
+                        }
+                    }
                     Ok(()) = self.changes.changed() => time::sleep_until(earliest).await,
                     searching = found.changed(), if is_searching => is_searching = searching,
                 }

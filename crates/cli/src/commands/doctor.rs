@@ -38,8 +38,11 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
         checks.push(check("workers", workers(&client).await));
     } else if server.url.is_some() {
         checks.push(check("gateway", Err(format!("nothing answers at {}", client.url()))));
-    } else if roles.contains(&"gateway") {
-        let told = format!("the gateway of this machine does not answer at {}; look at its log", client.url());
+    } else if roles.contains(&"gateway") || roles.contains(&"up") {
+        let told = format!(
+            "the gateway of this machine does not answer at {}; start it with `tether start`, or look at its log",
+            client.url()
+        );
         checks.push(check("gateway", Err(told)));
     } else if roles.is_empty() {
         checks.push(check("gateway", port(&context)));

@@ -122,6 +122,9 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
             let open = place.gateway(node.transport(), membership).await?;
             let scheme = if context.settings.gateway.tls_cert.is_some() { "https" } else { "http" };
             output::line(format!("OpenAI address {scheme}://{}/v1", open.address()));
+            output::line(
+                "ask it with an API key: the first lies in the registry's data folder, `tether token create` makes more",
+            );
             until_asked(&shown, node, &stop, Box::pin(run_gateway(open, stop.clone()))).await
         }
         NodeRole::Worker => {

@@ -20,6 +20,10 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
         asked = asked_to_stop() => return asked.map(|()| Outcome::Well),
     }
     let mut network = Network::start(&context.settings, &context.data, shipped()).await?;
+    if context.settings.network.up_listen.is_some() {
+        // Other machines count on it: `tether start` is to bring it back. A trial leaves nothing behind.
+        context.keep_flags()?;
+    }
     let waiting = spinner("loading models");
     let ready = tokio::select! {
         ready = network.ready() => ready,

@@ -215,8 +215,9 @@ async fn a_machine_joins_the_network_of_up_with_the_line_that_it_prints() {
         cut_power(mesh.processes.pid(name).expect("it runs"));
         mesh.processes.kill(name).expect("gone");
     }
-    mesh.processes.start("registry", &[&["up"][..], &up].concat()).expect("started");
-    mesh.processes.start(guest, &["worker"]).expect("started");
+    for name in ["registry", guest] {
+        mesh.processes.start(name, &["start"]).expect("started");
+    }
     mesh.find_gateway_in("registry").await;
     mesh.until_ready(guest).await;
     mesh.ask().await;
