@@ -11,5 +11,6 @@ mod network;
 mod own_models;
 mod processes;
 mod program;
+mod real_models;
 #[cfg(feature = "llama")]
 mod stranger;

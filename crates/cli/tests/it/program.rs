@@ -98,6 +98,10 @@ impl Up {
         self.child.try_wait().expect("a child").and_then(|status| status.code())
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The processes it started.
     pub(crate) fn children(&self) -> Vec<u32> {
         children(self.child.id())

