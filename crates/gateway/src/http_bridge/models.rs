@@ -32,7 +32,7 @@ pub(crate) struct Model {
     /// Its version.
     version: String,
     /// How far its best replica is.
-    state: Progress,
+    state: ModelProgress,
     /// SHA-256 of the artifact, in hex.
     digest: String,
     /// Tokens of context.
@@ -49,7 +49,7 @@ pub(crate) struct Model {
 /// How far a model's best replica is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
-enum Progress {
+enum ModelProgress {
     /// No worker has it in memory.
     Idle,
     /// It failed to load.
@@ -137,9 +137,9 @@ fn describe(entry: &ModelEntry, by_name: bool, adapter: Option<&AdapterName>, fl
     let reports = || fleet.workers.iter().map(|worker| &worker.report);
     let cached = || reports().flat_map(|report| &report.model_cache).filter(|model| model.key == *key);
     let state = |state: ModelState| match state {
-        ModelState::Ready => Progress::Ready,
-        ModelState::Loading => Progress::Loading,
-        ModelState::Error => Progress::Error,
+        ModelState::Ready => ModelProgress::Ready,
+        ModelState::Loading => ModelProgress::Loading,
+        ModelState::Error => ModelProgress::Error,
     };
     let serving = reports().filter(|report| report.supported.contains(key));
     Model {
@@ -148,7 +148,7 @@ fn describe(entry: &ModelEntry, by_name: bool, adapter: Option<&AdapterName>, fl
         created: entry.created_at.0 / 1000,
         owned_by: "tether",
         version: key.version.to_string(),
-        state: cached().map(|model| state(model.state)).max().unwrap_or(Progress::Idle),
+        state: cached().map(|model| state(model.state)).max().unwrap_or(ModelProgress::Idle),
         digest: entry.digest.to_string(),
         context_length: entry.context_length,
         regions: serving.map(|report| Region::to_string(&report.region)).collect(),
