@@ -102,7 +102,7 @@ test('a whole answer and the list of models are plain requests', async () => {
   assert.equal(answer.modelId, MODEL);
   assert.ok(answer.usage.completionTokens >= 5);
   const models = await client.models();
-  assert.deepEqual(models.data.map((model) => model.id), [MODEL]);
+  assert.ok(models.data.some((model) => model.id === MODEL));
 });
 
 test('the calls of a client share one connection and do not wait for each other', async () => {

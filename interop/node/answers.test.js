@@ -7,7 +7,7 @@ import { ANSWER, MODEL, chat, client, gather, messages, textOf } from './network
 
 test('the models are listed', async () => {
   const models = await gather(client.models.list());
-  assert.deepEqual(models.map((model) => model.id), [MODEL]);
+  assert.deepEqual(models.map((model) => model.id), [MODEL, `${MODEL}:pirate`]);
   assert.equal(models[0].object, 'model');
   assert.equal(models[0].owned_by, 'tether');
   assert.ok(models[0].created > 0);

@@ -12,7 +12,7 @@ ANSWER = "The capital of Japan is Tokyo."
 
 def test_the_models_are_listed(client):
     models = list(client.models.list())
-    assert [model.id for model in models] == [MODEL]
+    assert [model.id for model in models] == [MODEL, f"{MODEL}:pirate"]
     assert models[0].object == "model"
     assert models[0].owned_by == "tether"
     assert models[0].created > 0
@@ -154,7 +154,9 @@ def test_bytes_that_are_cut_anywhere_are_told_alike_streamed_and_whole(chat):
     """Hot draws hold bytes of all kinds, also such as are no character; pieces are cut between characters only."""
     seen = ""
     for seed in range(8):
-        draw = {"temperature": 2, "seed": seed, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+        # Of the whole distribution: what is left out would be the model's own, which cuts the unlikely tokens off.
+        uncut = {"ignore_eos": True, "top_k": 0, "min_p": 0}
+        draw = {"temperature": 2, "top_p": 1, "seed": seed, "max_tokens": 60, "extra_body": uncut}
         whole = chat("Tell me a story", **draw).choices[0].message.content
         streamed = chat("Tell me a story", stream=True, **draw)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == whole

@@ -97,10 +97,40 @@ def test_a_method_that_is_not_taken_is_told_which_are(network):
         assert allowed in reply.headers["allow"]
 
 
-@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/xml"}])
-def test_a_body_that_does_not_say_it_is_json_is_refused(network, headers):
+@pytest.mark.parametrize(
+    "headers",
+    [{"Content-Type": "text/plain"}, {"Content-Type": "application/xml"}, JSON | {"Content-Encoding": "gzip"}],
+)
+def test_a_body_that_says_it_is_something_else_is_refused(network, headers):
     reply = network.call("POST", "/v1/chat/completions", json.dumps(CHAT).encode(), headers)
     assert (reply.status, reply.error()["code"]) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "application/x-www-form-urlencoded"}])
+def test_a_body_of_no_type_or_of_curls_is_json(network, headers):
+    reply = network.call("POST", "/v1/chat/completions", json.dumps(CHAT).encode(), headers)
+    assert reply.status == 200
+
+
+def test_a_path_that_is_no_text_gets_an_error_like_any_other(network):
+    reply = network.call("GET", "/v1/models/%ff")
+    assert (reply.status, reply.error()["code"]) == (404, "not_found")
+
+
+def test_a_last_message_is_gone_on_with_and_a_deterministic_answer_repeats(network):
+    said = CHAT["messages"] + [{"role": "assistant", "content": "The capital of Japan"}]
+    reply = network.call("POST", "/v1/chat/completions", CHAT | {"messages": said, "continue_final_message": True})
+    assert reply.json()["choices"][0]["message"]["content"] == " is Tokyo."
+    asked = {"model": MODEL, "messages": CHAT["messages"], "seed": 7, "deterministic": True}
+    first, second = (network.call("POST", "/v1/chat/completions", asked).json() for _ in range(2))
+    assert first["choices"] == second["choices"]
+
+
+def test_what_a_request_leaves_open_is_sampled_as_the_model_says(network):
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3 + 4?"}]}
+    answers = [network.call("POST", "/v1/chat/completions", asked | {"seed": seed}).json() for seed in range(30)]
+    right = sum("3 + 4 = 7" in answer["choices"][0]["message"]["content"] for answer in answers)
+    assert right >= 28
 
 
 def test_json_with_a_charset_is_taken(network):

@@ -19,10 +19,11 @@ const WHOLE: Duration = Duration::from_mins(5);
 /// Checks what the head says of the body: its type and its length.
 pub(super) fn check_head(headers: &HeaderMap, bytes_max: usize) -> Result<(), WireError> {
     let refuse = |message: &str| Err(WireError::new(ErrorCode::UnsupportedMediaType, message));
-    // A body of no type is taken for JSON, as llama-server and Ollama do.
+    // A body of no type is taken for JSON, as llama-server and Ollama do, and so is one of the type that curl gives it.
     if let Some(kind) = headers.get(header::CONTENT_TYPE) {
         let essence = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
-        if !essence.eq_ignore_ascii_case("application/json") {
+        let taken = ["application/json", "application/x-www-form-urlencoded"];
+        if !taken.iter().any(|taken| essence.eq_ignore_ascii_case(taken)) {
             return refuse("the body must be JSON: send the header `Content-Type: application/json`");
         }
     }
@@ -110,6 +111,7 @@ mod tests {
             (vec![], true),
             (vec![("content-type", "application/json")], true),
             (vec![("content-type", "Application/JSON; charset=utf-8"), ("content-encoding", "identity")], true),
+            (vec![("content-type", "application/x-www-form-urlencoded")], true),
             (vec![("content-type", "text/plain")], false),
             (vec![("content-type", "")], false),
             (vec![("content-encoding", "gzip")], false),
