@@ -39,8 +39,8 @@ use crate::hardware::{self, Device};
 use crate::memory_plan::{self, Shape};
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, FinishReason, GenerateRequest,
-    GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, OutputFormat, Piece,
-    ProgressSink, PromptInput, RuntimeInfo, SamplingDefaults, ToolChoice, Usage, VerifiedArtifact, unsupported,
+    GenerateStream, Kernels, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, OutputFormat,
+    Piece, ProgressSink, PromptInput, RuntimeInfo, SamplingDefaults, ToolChoice, Usage, VerifiedArtifact, unsupported,
 };
 use crate::sampler;
 use embedder::EmbedJob;
@@ -269,7 +269,8 @@ impl Loaded {
             memory_plan::layers_that_fit(&header, options, free_bytes)
         };
         let gpu_layers = options.gpu_layers.unwrap_or_else(as_many_as_fit);
-        let model_options = ModelOptions { gpu_layers, ..ModelOptions::default() };
+        let without_kernels = options.kernels == Kernels::Off;
+        let model_options = ModelOptions { gpu_layers, without_kernels, ..ModelOptions::default() };
         let beats = Arc::new(Beats::default());
         let (told, pulse, stopped) = (Arc::clone(&snapshot), Pulse::new(Arc::clone(&beats)), stop.clone());
         let serve = move || {

@@ -7,7 +7,7 @@
 mod devices;
 
 use crate::gguf::{Header, Tensor};
-use crate::model_runtime::{EngineError, LoadOptions, MemoryPlan};
+use crate::model_runtime::{EngineError, Kernels, LoadOptions, MemoryPlan};
 pub use devices::layers_that_fit;
 
 /// Tokens that one decode step evaluates at most.
@@ -92,7 +92,7 @@ pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, Engine
     let shape = shape(header, options)?;
     let model = Dimensions::of(header);
     let on_gpu = options.gpu_layers.unwrap_or(0);
-    let (host, device) = devices::split(header, &model, on_gpu);
+    let (host, device) = devices::split(header, &model, on_gpu, options.kernels);
     let outputs = u64::from(shape.slots).saturating_mul(1 + u64::from(options.draft_tokens.min(DRAFT_TOKENS_MAX)));
     let compute_bytes = model.compute_bytes(u64::from(BATCH_TOKENS), u64::from(shape.kv_tokens), outputs);
     let logits_bytes = outputs.saturating_mul(model.vocabulary).saturating_mul(4);
@@ -204,15 +204,18 @@ fn is_repacked(tensor: &Tensor) -> bool {
 
 /// Returns whether our kernels take a matrix, and make a copy of it at the load instead.
 #[cfg(matrices)]
-fn is_packed(tensor: &Tensor) -> bool {
+fn is_packed(tensor: &Tensor, kernels: Kernels) -> bool {
+    if kernels == Kernels::Off {
+        return false;
+    }
     let [columns, rows] = tensor.dimensions[..] else { return false };
-    let quantization = kernels::Quantization::of_ggml(tensor.kind);
+    let quantization = ::kernels::Quantization::of_ggml(tensor.kind);
     let sides = (usize::try_from(columns).ok()).zip(usize::try_from(rows).ok());
-    quantization.zip(sides).is_some_and(|(it, (columns, rows))| kernels::Matrix::new(it, columns, rows).is_some())
+    quantization.zip(sides).is_some_and(|(it, (columns, rows))| ::kernels::Matrix::new(it, columns, rows).is_some())
 }
 
 #[cfg(not(matrices))]
-fn is_packed(_: &Tensor) -> bool {
+fn is_packed(_: &Tensor, _: Kernels) -> bool {
     false
 }
 

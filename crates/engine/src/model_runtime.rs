@@ -131,9 +131,22 @@ pub struct LoadOptions {
     pub prompt_cache_bytes: u64,
     /// Tokens that a repeated passage may suggest at once; 0 does not speculate.
     pub draft_tokens: u32,
+    /// Whose kernels compute on the CPU.
+    pub kernels: Kernels,
     /// Memory that the process of this model may take, the mapped file included, in bytes; `None` derives it from the
     /// plan.
     pub memory_max_bytes: Option<u64>,
+}
+
+/// Whose kernels compute on the CPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kernels {
+    /// Tether's where the processor has AVX-512 and VNNI and the model's format suits them, else those of ggml.
+    #[default]
+    Auto,
+    /// Those of ggml.
+    Off,
 }
 
 impl Default for LoadOptions {
@@ -147,6 +160,7 @@ impl Default for LoadOptions {
             kv_tokens: 0,
             prompt_cache_bytes: 256 << 20,
             draft_tokens: 0,
+            kernels: Kernels::Auto,
             memory_max_bytes: None,
         }
     }

@@ -74,6 +74,10 @@ pub struct ServedModel {
     /// Tokens that a repeated passage may suggest at once, at most 16; 0 does not speculate. Answers stay the same.
     #[serde(default = "draft_tokens")]
     pub draft_tokens: u32,
+    /// Whose kernels compute it on a CPU: `auto` takes Tether's where the processor has AVX-512 and VNNI, `off` leaves all
+    /// to ggml, slower, and then an answer at temperature 0 may change in a rare word when it is asked for again.
+    #[serde(default)]
+    pub kernels: Kernels,
     /// The LoRA adapters it is served with; each is attached at its first job.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<ServedAdapter>,
@@ -84,6 +88,17 @@ pub struct ServedModel {
     /// Adapters attached at once, at most; the one unused for longest makes room.
     #[serde(default = "adapters_max")]
     pub adapters_max: u32,
+}
+
+/// Whose kernels compute a model on a CPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Kernels {
+    /// Tether's where they can.
+    #[default]
+    Auto,
+    /// Those of ggml.
+    Off,
 }
 
 /// A server of OpenAI's API that was started by somebody else.
@@ -244,6 +259,7 @@ impl ServedModel {
             kv_tokens: 0,
             prompt_cache_mib: prompt_cache_mib(),
             draft_tokens: draft_tokens(),
+            kernels: Kernels::default(),
             adapters: Vec::new(),
             pinned_adapter: None,
             adapters_max: adapters_max(),
@@ -323,6 +339,19 @@ mod tests {
     fn model() -> ServedModel {
         let (model_id, version) = ("tether-tiny".parse().expect("name"), "1.0".parse().expect("version"));
         ServedModel::new(ModelKey { model_id, version }, Digest::of(b"model"))
+    }
+
+    #[test]
+    fn a_model_is_computed_without_our_kernels_where_it_says_so() {
+        let digest = Digest::of(b"model");
+        let read = |more: &str| {
+            let text = format!("model_id = \"tether-tiny\"\nversion = \"1.0\"\ndigest = \"{digest}\"\n{more}");
+            toml::from_str::<ServedModel>(&text).map(|model| model.kernels)
+        };
+        assert_eq!(read(""), Ok(Kernels::Auto));
+        assert_eq!(read("kernels = \"auto\""), Ok(Kernels::Auto));
+        assert_eq!(read("kernels = \"off\""), Ok(Kernels::Off));
+        assert!(read("kernels = \"fast\"").is_err());
     }
 
     #[test]

@@ -16,7 +16,7 @@ use engine::gguf::Header;
 use engine::memory_plan::CONTEXT_DEFAULT;
 use engine::merge::Merge;
 use engine::{
-    AdapterId, EngineError, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, ProgressSink,
+    AdapterId, EngineError, Kernels, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, ProgressSink,
     VerifiedArtifact,
 };
 use observability::metrics::{Metrics, ModelLabel};
@@ -31,7 +31,7 @@ use tracing::{debug, info, warn};
 use adapters::Lease;
 use cache::{Entry, Load, ModelCache, Status};
 
-use crate::config::ServedAdapter;
+use crate::config::{self, ServedAdapter};
 use crate::offers::{OfferError, Offers};
 use crate::remote_models::{AttachError, RemoteModels};
 
@@ -365,6 +365,10 @@ impl ModelLoader {
             kv_tokens: entry.model.kv_tokens,
             prompt_cache_bytes: entry.model.prompt_cache_mib.saturating_mul(1 << 20),
             draft_tokens: entry.model.draft_tokens,
+            kernels: match entry.model.kernels {
+                config::Kernels::Auto => Kernels::Auto,
+                config::Kernels::Off => Kernels::Off,
+            },
             ..LoadOptions::default()
         };
         if let Some(server) = &entry.model.remote {

@@ -2,7 +2,7 @@
 
 use super::{BATCH_TOKENS, Dimensions, is_packed, is_repacked, plan};
 use crate::gguf::{Header, Tensor};
-use crate::model_runtime::LoadOptions;
+use crate::model_runtime::{Kernels, LoadOptions};
 
 /// Memory of a GPU that is left to its driver and to fragmentation.
 const SPARED_BYTES: u64 = 512 << 20;
@@ -32,7 +32,7 @@ pub fn layers_that_fit(header: &Header, options: &LoadOptions, vram_free_bytes: 
 
 /// Returns what the host and the GPUs hold. llama.cpp places the last layers first, and the output before all of them;
 /// the input stays with the host.
-pub(super) fn split(header: &Header, model: &Dimensions, on_gpu: u32) -> (Share, Share) {
+pub(super) fn split(header: &Header, model: &Dimensions, on_gpu: u32, kernels: Kernels) -> (Share, Share) {
     let layers = model.cell_bytes.len();
     let first_on_gpu = (layers + 1).saturating_sub(on_gpu as usize);
     let (mut host, mut device) = (Share::default(), Share::default());
@@ -53,11 +53,11 @@ pub(super) fn split(header: &Header, model: &Dimensions, on_gpu: u32) -> (Share,
         if makes_logits && on_gpu > 0 {
             device.weights_bytes = device.weights_bytes.saturating_add(tensor.bytes);
         }
-        if is_multiplied && (is_packed(tensor) || is_repacked(tensor)) {
+        if is_multiplied && (is_packed(tensor, kernels) || is_repacked(tensor)) {
             host.repacked_bytes = host.repacked_bytes.saturating_add(tensor.bytes);
         }
         // Our kernels let the file's pages go; of embeddings that are looked up, some come back.
-        let mapped = match is_multiplied && is_packed(tensor) {
+        let mapped = match is_multiplied && is_packed(tensor, kernels) {
             false => tensor.bytes,
             true if is_input => tensor.bytes.min(LOOKED_UP_BYTES),
             true => 0,
@@ -85,16 +85,16 @@ mod tests {
     fn what_leaves_the_host_arrives_on_the_gpu() {
         let header = plain();
         let model = Dimensions::of(&header);
-        let whole = split(&header, &model, 0);
+        let whole = split(&header, &model, 0, Kernels::Auto);
         assert_eq!(whole.1, Share::default());
         let tied = header.tensors.iter().find(|tensor| tensor.name == INPUT).map_or(0, |tensor| tensor.bytes);
         for on_gpu in 1..=5 {
-            let (host, device) = split(&header, &model, on_gpu);
+            let (host, device) = split(&header, &model, on_gpu, Kernels::Auto);
             assert_eq!(host.cell_bytes + device.cell_bytes, whole.0.cell_bytes);
             // The tiny model has no output of its own, so both sides hold the embeddings of its tokens.
             assert_eq!(host.weights_bytes + device.weights_bytes, header.tensor_bytes() + tied, "{on_gpu} layers");
         }
-        let all = split(&header, &model, 99);
+        let all = split(&header, &model, 99, Kernels::Auto);
         assert_eq!((all.0.weights_bytes, all.0.cell_bytes), (tied, 0));
     }
 

@@ -81,6 +81,9 @@ fn what_our_kernels_take_is_kept_once() {
         (plan.weights_bytes, plan.repacked_bytes)
     };
     assert_eq!(kept(&header), (0, 1_000));
+    let without = LoadOptions { kernels: Kernels::Off, ..LoadOptions::default() };
+    let plan_without = plan(&header, &without).expect("it can be planned");
+    assert_eq!((plan_without.weights_bytes, plan_without.repacked_bytes), (1_000, 1_000));
     // Rows that do not fill the lanes are left to ggml.
     header.tensors[0].dimensions = vec![64, 56];
     assert_eq!(kept(&header), (1_000, 1_000));

@@ -2,7 +2,8 @@
 
 use futures_util::future::join_all;
 use tether_engine::{
-    Event, GenerateRequest, LlamaRuntime, LoadOptions, ModelId, ModelRuntime, PromptInput, Sampling, no_progress,
+    Event, GenerateRequest, Kernels, LlamaRuntime, LoadOptions, ModelId, ModelRuntime, PromptInput, Sampling,
+    no_progress,
 };
 
 use crate::chance::Chance;
@@ -20,9 +21,10 @@ struct Subject {
 
 impl Subject {
     /// Loads a model into a room that is too small for all prompts, with and without host memory for the others.
-    async fn new(family: Family, weights: Weights, prompt_cache_bytes: u64) -> Self {
+    async fn new(family: Family, weights: Weights, prompt_cache_bytes: u64, kernels: Kernels) -> Self {
         let (context_length, slots, kv_tokens, draft_tokens) = (512, 8, 1_024, 3);
-        let options = LoadOptions { context_length, slots, kv_tokens, draft_tokens, prompt_cache_bytes, ..options() };
+        let options =
+            LoadOptions { context_length, slots, kv_tokens, draft_tokens, prompt_cache_bytes, kernels, ..options() };
         let runtime = LlamaRuntime::new();
         let model = random_model(family, weights, 5);
         let model = within(runtime.load(model, options, no_progress())).await.expect("it loads").id;
@@ -81,7 +83,7 @@ async fn with_our_kernels_an_answer_repeats_to_the_bit_whatever_was_asked_before
         for weights in [Weights::Q4_0, Weights::Q8_0] {
             for prompt_cache_bytes in [0, 4 << 20] {
                 let name = format!("{family:?}, {weights:?}, {prompt_cache_bytes} bytes of cache");
-                let subject = Subject::new(family, weights, prompt_cache_bytes).await;
+                let subject = Subject::new(family, weights, prompt_cache_bytes, Kernels::Auto).await;
                 let first = subject.answers(&prompts).await;
                 assert!(first.iter().all(|told| told.len() == 24), "{name}");
                 assert_eq!(subject.answers(&prompts).await, first, "{name}: again");
@@ -90,6 +92,23 @@ async fn with_our_kernels_an_answer_repeats_to_the_bit_whatever_was_asked_before
                 let exact = Subject { deterministic: true, ..subject };
                 assert_eq!(exact.answers(&prompts).await, first, "{name}: in a context of its own");
             }
+        }
+    }
+}
+
+#[tokio::test]
+async fn without_our_kernels_an_answer_repeats_to_the_bit_where_that_is_asked_for() {
+    let prompts = &prompts()[..8];
+    for weights in [Weights::F16, Weights::Q4_0, Weights::Q4_1, Weights::Q8_0] {
+        let subject = Subject::new(Family::Sliding, weights, 4 << 20, Kernels::Off).await;
+        let exact = Subject { deterministic: true, ..subject };
+        let first = exact.answers(prompts).await;
+        let others = Subject { deterministic: false, ..exact };
+        others.answers(prompts).await;
+        let exact = Subject { deterministic: true, ..others };
+        for (place, first) in first.iter().enumerate() {
+            let beside = [0, 1, 2].map(|other| exact.answer(&prompts[(place + other) % prompts.len()]));
+            assert_eq!(join_all(beside).await[0], *first, "{weights:?}");
         }
     }
 }
