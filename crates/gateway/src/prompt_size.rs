@@ -17,8 +17,8 @@ pub(crate) fn check(input: &Input, messages_max: usize, context_length: u32) -> 
     let (tokens, param) = tokens_min(input);
     if context_length > 0 && tokens > context_length as usize {
         let message = format!(
-            "This model's maximum context length is {context_length} tokens. However, your {param} has at least {tokens} \
-             tokens. Please reduce its length."
+            "This model's maximum context length is {context_length} tokens. However, your {param} resulted in at least \
+             {tokens} tokens. Please reduce the length of the {param}."
         );
         return Err(WireError::new(ErrorCode::ContextLengthExceeded, message).with_param(param));
     }
