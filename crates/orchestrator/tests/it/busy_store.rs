@@ -1,4 +1,4 @@
-//! A store that is too busy to settle jobs at first.
+//! A store that is too busy to settle jobs at first, and that writes several at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,13 +15,23 @@ use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
 use protocol::{CorrelationId, InviteId, PublicKey, TenantId, UnixMillis, WorkerId};
 use tether_orchestrator::Config;
+use tokio::sync::Barrier;
+use tokio::task::JoinSet;
 
-use crate::stand::{Manner, stand_on};
+use crate::stand::{Manner, Worker, stand_on, submit};
 
-/// Refuses the first settlements, and passes all else on to a real store.
+/// Refuses the first settlements, writes jobs once so many are there, and passes all else on to a real store.
 struct BusyStore {
     store: SqliteStore,
     refusals_left: AtomicU32,
+    together: Barrier,
+}
+
+impl BusyStore {
+    fn new(refusals: u32, together: usize) -> Arc<Self> {
+        let store = SqliteStore::in_memory().expect("a store");
+        Arc::new(Self { store, refusals_left: AtomicU32::new(refusals), together: Barrier::new(together) })
+    }
 }
 
 #[async_trait]
@@ -35,7 +45,11 @@ impl MetadataStore for BusyStore {
         }
     }
 
-    async fn reserve(&self, job: NewJob) -> Result<Reserved, ReserveError> { self.store.reserve(job).await }
+    async fn reserve(&self, job: NewJob) -> Result<Reserved, ReserveError> {
+        self.together.wait().await;
+        self.store.reserve(job).await
+    }
+
     async fn reassign(&self, to: Reassignment) -> Result<(), ReassignError> { self.store.reassign(to).await }
     async fn renew(&self, keys: Vec<JobKey>, until: UnixMillis) -> Result<Vec<JobKey>, StoreError> { self.store.renew(keys, until).await }
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError> { self.store.release_expired(now, limit).await }
@@ -74,12 +88,28 @@ impl MetadataStore for BusyStore {
 
 #[tokio::test]
 async fn an_answer_is_settled_and_billed_however_busy_the_store_was() {
-    let store = SqliteStore::in_memory().expect("a store");
-    let stand = stand_on(Arc::new(BusyStore { store, refusals_left: AtomicU32::new(4) }), Config::default()).await;
+    let stand = stand_on(BusyStore::new(4, 1), Config::default()).await;
     stand.worker(1, Manner::Answer(2)).await;
     let job = stand.job();
     assert_eq!(stand.answer(&job).await.expect("answered").len(), 3);
     let record = stand.record(&job).await.expect("kept");
     assert_eq!(record.state, JobState::Settled(TerminalState::Completed));
     assert_eq!(stand.usage().await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_burst_spreads_over_idle_workers_before_anything_of_it_is_written() {
+    const BURST: usize = 12;
+    let stand = stand_on(BusyStore::new(0, BURST), Config::default()).await;
+    let mut workers = vec![];
+    for number in 1..=3 {
+        workers.push(stand.worker(number, Manner::Hang).await);
+    }
+    let mut burst = JoinSet::new();
+    for _ in 0..BURST {
+        let (gateway, orchestrator, job) = (stand.gateway.clone(), stand.orchestrator, stand.job());
+        burst.spawn(async move { submit(&gateway, orchestrator, &job).await });
+    }
+    assert!(burst.join_all().await.iter().all(Result::is_ok));
+    assert_eq!(workers.iter().map(Worker::jobs_seen).collect::<Vec<_>>(), [4, 4, 4]);
 }

@@ -112,22 +112,6 @@ async fn jobs_spread_over_the_workers_while_they_run() {
 }
 
 #[tokio::test]
-async fn a_burst_spreads_over_idle_workers_though_nothing_of_it_is_written_yet() {
-    let stand = Arc::new(stand(Config::default()).await);
-    let mut workers = vec![];
-    for number in 1..=3 {
-        workers.push(stand.worker(number, Manner::Hang).await);
-    }
-    let burst = (0..12).map(|_| {
-        let (stand, job) = (stand.clone(), stand.job());
-        async move { stand.submit(&job).await }
-    });
-    let answers = futures_join(burst).await;
-    assert!(answers.iter().all(Result::is_ok));
-    assert_eq!(workers.iter().map(crate::stand::Worker::jobs_seen).collect::<Vec<_>>(), [4, 4, 4]);
-}
-
-#[tokio::test]
 async fn a_full_fleet_sheds_with_a_time_to_come_back() {
     let stand = stand(Config::default()).await;
     let worker = stand.worker(1, Manner::Hang).await;
