@@ -18,7 +18,9 @@ mod sizes;
 mod text;
 
 /// Folders that hold what tools made.
-const SKIPPED_FOLDERS: &[&str] = &[".git", "target", "node_modules", ".venv", "__pycache__", "artifacts"];
+const SKIPPED_FOLDERS: &[&str] = &[".git", "target", "node_modules", "__pycache__", "artifacts"];
+/// What the names of Python's environments begin with: there are several where packages do not go together.
+const ENVIRONMENT: &str = ".venv";
 
 /// A file of the repository that is text.
 pub(crate) struct SourceFile {
@@ -83,7 +85,7 @@ fn read_files(root: &Path) -> Result<Vec<SourceFile>> {
             let entry = entry?;
             let kind = entry.file_type()?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if kind.is_dir() && !SKIPPED_FOLDERS.contains(&name.as_str()) {
+            if kind.is_dir() && !SKIPPED_FOLDERS.contains(&name.as_str()) && !name.starts_with(ENVIRONMENT) {
                 folders.push(entry.path());
             } else if kind.is_file()
                 && let Ok(text) = String::from_utf8(fs::read(entry.path())?)
