@@ -32,7 +32,7 @@ use adapters::Lease;
 use cache::{Entry, Load, ModelCache, Status};
 
 use crate::config::{self, ServedAdapter};
-use crate::offers::{OfferError, Offers};
+use crate::offers::OfferError;
 use crate::remote_models::{AttachError, RemoteModels};
 
 /// The wait after the first failure; it doubles with each.
@@ -58,7 +58,6 @@ pub(crate) struct ModelLoader {
     options: LoaderOptions,
     runtime: Arc<dyn ModelRuntime>,
     remote: RemoteModels,
-    offers: Offers,
     artifacts: ArtifactStore,
     metrics: Metrics,
     changes: watch::Sender<()>,
@@ -123,12 +122,11 @@ impl ModelLoader {
         options: LoaderOptions,
         runtime: Arc<dyn ModelRuntime>,
         remote: RemoteModels,
-        offers: Offers,
         artifacts: ArtifactStore,
         metrics: Metrics,
         changes: watch::Sender<()>,
     ) -> Self {
-        Self { cache, options, runtime, remote, offers, artifacts, metrics, changes, blocking: TaskTracker::new() }
+        Self { cache, options, runtime, remote, artifacts, metrics, changes, blocking: TaskTracker::new() }
     }
 
     pub(crate) fn cache(&self) -> &ModelCache {
@@ -295,7 +293,7 @@ impl ModelLoader {
     async fn offer_until_listed(&self, offer: Option<ModelOffer>) -> OfferError {
         while let Some(offer) = &offer {
             time::sleep(OFFER_EVERY).await;
-            match self.offers.make(offer, REGISTRY_WITHIN).await {
+            match self.remote.offers.make(offer, REGISTRY_WITHIN).await {
                 Ok(()) => break,
                 Err(refusal @ OfferError::Refused(_)) => return refusal,
                 Err(OfferError::NoRegistry) => {}
@@ -308,7 +306,7 @@ impl ModelLoader {
     async fn offer_unloaded(&self, entry: &Entry) {
         match self.describe(entry).await {
             Ok(Some(offer)) => {
-                if let Err(error) = self.offers.make(&offer, REGISTRY_WITHIN).await {
+                if let Err(error) = self.remote.offers.make(&offer, REGISTRY_WITHIN).await {
                     debug!(model = %entry.key, %error, "the model is not listed yet");
                     let refusal = self.offer_until_listed(Some(offer)).await;
                     warn!(model = %entry.key, %refusal, "the model gets no jobs");
@@ -344,7 +342,7 @@ impl ModelLoader {
         // A server's model was offered when it was attached.
         let Some(bytes) = bytes else { return Ok((loaded, None)) };
         let offer = offer_of(entry, bytes, loaded.context_length);
-        match self.offers.make(&offer, REGISTRY_WITHIN).await {
+        match self.remote.offers.make(&offer, REGISTRY_WITHIN).await {
             Ok(()) => Ok((loaded, None)),
             Err(OfferError::NoRegistry) => Ok((loaded, Some(offer))),
             Err(refusal) => {

@@ -31,7 +31,8 @@ const ASK_EVERY: Duration = Duration::from_millis(200);
 /// Attaches models, and tells registries.
 pub(crate) struct RemoteModels {
     runtime: Arc<RemoteRuntime>,
-    offers: Offers,
+    /// Offers models of artifacts, too.
+    pub(crate) offers: Offers,
     /// The servers that this worker started, by the model of each.
     own: Mutex<BTreeMap<ModelId, OwnServer>>,
 }
