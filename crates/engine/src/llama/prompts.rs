@@ -71,7 +71,7 @@ impl Prompts {
             PromptInput::Text(text) => {
                 self.check_length(text, context_length)?;
                 let mut tokens = Vec::new();
-                tokenize(vocabulary, text, true, true, &mut tokens);
+                tokenize(vocabulary, self.without_begin(vocabulary, text), true, true, &mut tokens);
                 tokens
             }
             PromptInput::Chat(chat) => {
@@ -183,13 +183,15 @@ impl Prompts {
         Err(EngineError::ContextLength { prompt_tokens, context_length })
     }
 
-    fn rendered_tokens(&self, vocabulary: Vocabulary<'_>, mut text: &str, marks: &Marks) -> Vec<Token> {
-        // Templates often write the first token themselves, and the tokenizer would add a second one.
-        if vocabulary.adds_begin()
-            && let Some(bos) = self.bos_token.as_deref().filter(|bos| !bos.is_empty())
-        {
-            text = text.strip_prefix(bos).unwrap_or(text);
-        }
+    /// Returns a text without the first token that it writes itself, where the tokenizer would add a second one.
+    fn without_begin<'a>(&self, vocabulary: Vocabulary<'_>, text: &'a str) -> &'a str {
+        let bos = self.bos_token.as_deref().filter(|bos| !bos.is_empty() && vocabulary.adds_begin());
+        bos.and_then(|bos| text.strip_prefix(bos)).unwrap_or(text)
+    }
+
+    fn rendered_tokens(&self, vocabulary: Vocabulary<'_>, text: &str, marks: &Marks) -> Vec<Token> {
+        // Templates often write it.
+        let text = self.without_begin(vocabulary, text);
         let mut tokens = Vec::new();
         for (number, piece) in marks.cut(text).into_iter().enumerate() {
             match piece {

@@ -9,7 +9,7 @@ use tether_engine::{
 };
 
 use crate::chance::Chance;
-use crate::random_model::{CHUNK, Family, VOCABULARY, WINDOW, Weights, random_model};
+use crate::random_model::{BEGIN, CHUNK, Family, VOCABULARY, WINDOW, Weights, random_model};
 use crate::{options, within};
 
 /// How far probabilities may differ, as logarithms: sums are made in another order.
@@ -230,4 +230,16 @@ async fn models_of_all_formats_answer_on_this_processor() {
         let told = read(subject.start(&prompt, 4).await).await;
         assert_eq!(told.tokens.len(), 4, "{weights:?}");
     }
+}
+
+#[tokio::test]
+async fn a_plain_prompt_that_writes_its_first_token_itself_gets_no_second_one() {
+    let subject = Subject::new(Family::Full, Weights::F16, 3, options()).await;
+    let count = async |text: &str| {
+        let input = PromptInput::Text(text.to_owned());
+        within(subject.runtime.count_tokens(subject.model, &input)).await.expect("it counts")
+    };
+    assert_eq!(count("The capital").await, 12);
+    assert_eq!(count(&format!("{BEGIN}The capital")).await, 12);
+    assert_eq!(count(&format!("{BEGIN}{BEGIN}The capital")).await, 13);
 }

@@ -16,6 +16,8 @@ const HEAD_WIDTH: usize = WIDTH / HEADS;
 const LAYERS: usize = 4;
 /// The bytes and the end of a text.
 pub(crate) const VOCABULARY: usize = 272;
+/// The text of the token that every text begins with.
+pub(crate) const BEGIN: &str = "<|begin|>";
 /// Positions that a sliding window sees.
 pub(crate) const WINDOW: usize = 32;
 /// Positions of a chunk, which llama.cpp fixes for this architecture.
@@ -180,14 +182,16 @@ impl Writer {
             .map(|byte| if printable(&byte) { byte } else { spare.next().expect("it has no end") })
             .map(|letter| char::from_u32(letter).expect("it is a letter").to_string())
             .collect();
-        tokens.extend((tokens.len()..VOCABULARY - 1).map(|number| format!("token{number}")));
-        tokens.push("<|end|>".into());
-        let mut kinds = vec![1_usize; VOCABULARY];
-        kinds[VOCABULARY - 1] = 3;
+        tokens.extend((tokens.len()..VOCABULARY - 2).map(|number| format!("token{number}")));
+        tokens.extend([BEGIN.into(), "<|end|>".into()]);
+        let mut kinds = vec![1_usize; VOCABULARY - 2];
+        kinds.extend([3, 3]);
         self.texts("tokenizer.ggml.tokens", &tokens);
         self.numbers("tokenizer.ggml.token_type", &kinds);
         self.texts("tokenizer.ggml.merges", &["a b".into()]);
+        self.number("tokenizer.ggml.bos_token_id", VOCABULARY - 2);
         self.number("tokenizer.ggml.eos_token_id", VOCABULARY - 1);
+        self.pair("tokenizer.ggml.add_bos_token", 7, &[1]);
         self.matrix("token_embd.weight", WIDTH, VOCABULARY);
     }
 
