@@ -315,7 +315,7 @@ impl ModelLoader {
             Ok(None) => {}
             Err(error) => warn!(model = %entry.key, %error, "the model cannot be offered"),
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     /// Returns the offer of a model's artifact, read from its header. A server's model is offered when it is attached.
