@@ -168,7 +168,9 @@ impl GatewayClient {
 /// Returns a gateway's address as requests begin with it: people leave the scheme out, and give the address that OpenAI's
 /// clients want.
 fn base(given: &str) -> anyhow::Result<String> {
-    let trimmed = given.trim().trim_end_matches('/');
+    let trimmed = given.trim();
+    // A scheme alone is no address without its slashes either.
+    let trimmed = if trimmed.ends_with("://") { trimmed } else { trimmed.trim_end_matches('/') };
     let trimmed = trimmed.strip_suffix("/v1").unwrap_or(trimmed);
     let whole = if trimmed.contains("://") { trimmed.to_owned() } else { format!("http://{trimmed}") };
     match reqwest::Url::parse(&whole) {

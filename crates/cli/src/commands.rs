@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use clap::Parser as _;
 use engine::{ChildCommand, ModelRuntime, ProcessRuntime};
+use tokio_util::sync::CancellationToken;
 
 use crate::addresses;
 use crate::args::{
@@ -59,6 +60,8 @@ pub struct Context {
     pub env: Env,
     /// Whether to print JSON.
     pub json: bool,
+    /// Cancelled when the person at the terminal, or the system, wants a command that stays up to end.
+    pub stop: CancellationToken,
 }
 
 impl Context {
@@ -134,12 +137,24 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
     }
     let quiet = !runs_a_service(&cli.command);
     start_logs(&settings, quiet && !env_sets_filter(&env))?;
-    let context = Context { data, settings, kept, env, json: cli.common.json };
+    let context = Context { data, settings, kept, env, json: cli.common.json, stop: CancellationToken::new() };
     let runtime = async_runtime(context.settings.threads).context("no async runtime")?;
     runtime.block_on(command(cli.command, &cli.common, context))
 }
 
 async fn command(command: Command, common: &Common, context: Context) -> anyhow::Result<Outcome> {
+    // All others end at once where somebody presses Ctrl-C.
+    if !runs_a_service(&command) && !matches!(command, Command::Nodes(_)) {
+        return Box::pin(carry_out(command, common, context)).await;
+    }
+    let listening = up::listen_for_stop(context.stop.clone())?;
+    tokio::select! {
+        outcome = Box::pin(carry_out(command, common, context)) => outcome,
+        never = listening => match never {},
+    }
+}
+
+async fn carry_out(command: Command, common: &Common, context: Context) -> anyhow::Result<Outcome> {
     if runs_a_service(&command) {
         up::outlive_terminal()?;
     }

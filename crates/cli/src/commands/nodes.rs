@@ -6,7 +6,6 @@ use protocol::control::{Fleet, FleetWorker, Member, NodeRole};
 use protocol::health::ModelState;
 use serde_json::json;
 
-use super::up::asked_to_stop;
 use super::{Context, Outcome};
 use crate::args::NodesArgs;
 use crate::client::GatewayClient;
@@ -42,8 +41,6 @@ pub(super) async fn run(context: Context, args: &NodesArgs) -> anyhow::Result<Ou
 }
 
 async fn watch(context: &Context, args: &NodesArgs, client: &GatewayClient) -> anyhow::Result<Outcome> {
-    let asked = asked_to_stop();
-    tokio::pin!(asked);
     loop {
         // A gateway that is away for a moment is worth a line, and no end.
         let shown = match look(context, args, client).await {
@@ -52,7 +49,7 @@ async fn watch(context: &Context, args: &NodesArgs, client: &GatewayClient) -> a
         };
         output::piece(&format!("{CLEAR}{shown}\n"));
         tokio::select! {
-            asked = &mut asked => return asked.map(|()| Outcome::Well),
+            () = context.stop.cancelled() => return Ok(Outcome::Well),
             () = tokio::time::sleep(EVERY) => {}
         }
     }

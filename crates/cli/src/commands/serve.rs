@@ -14,7 +14,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use worker::WorkerHandle;
 
-use super::up::asked_to_stop;
 use super::{Context, Outcome, process_runtime};
 use crate::adopt;
 use crate::args::NodeArgs;
@@ -46,7 +45,7 @@ pub(super) async fn bootstrap(context: Context, args: &NodeArgs) -> anyhow::Resu
         "bootstrap node on UDP {0}; nodes find each other with --bootstrap {0}",
         node.reachable_address()
     ));
-    asked_to_stop().await?;
+    context.stop.cancelled().await;
     node.stop().await;
     Ok(Outcome::Well)
 }
@@ -85,7 +84,7 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
     let place = place(&context, clock);
     let stop = CancellationToken::new();
     let run = place.registry(node.transport(), store.clone(), admission, stop.clone());
-    let outcome = until_asked(&place, &node, &stop, run).await;
+    let outcome = until_asked(&context.stop, &place, &node, &stop, run).await;
     store.close().await.context("could not close the store")?;
     outcome
 }
@@ -114,7 +113,7 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
         NodeRole::Orchestrator => {
             let store = open_store(&context.data.orchestrator_store())?;
             let run = place.orchestrator(node.transport(), store.clone(), membership, stop.clone());
-            let outcome = until_asked(&shown, node, &stop, run).await;
+            let outcome = until_asked(&context.stop, &shown, node, &stop, run).await;
             store.close().await.context("could not close the store")?;
             outcome
         }
@@ -125,11 +124,11 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
             output::line(
                 "ask it with an API key: the first lies in the registry's data folder, `tether token create` makes more",
             );
-            until_asked(&shown, node, &stop, Box::pin(run_gateway(open, stop.clone()))).await
+            until_asked(&context.stop, &shown, node, &stop, Box::pin(run_gateway(open, stop.clone()))).await
         }
         NodeRole::Worker => {
             let run = Box::pin(worker(&mut place, node, membership, stop.clone()));
-            until_asked(&shown, node, &stop, run).await
+            until_asked(&context.stop, &shown, node, &stop, run).await
         }
         NodeRole::Registry => bail!("a registry needs no invite; start it with `tether registry`"),
     }
@@ -171,6 +170,7 @@ async fn tell_doctor(data: &DataFolder, handle: &WorkerHandle) {
 
 /// Runs a service until somebody asks it to stop or it ends by itself, and takes its node off the network.
 async fn until_asked(
+    asked: &CancellationToken,
     place: &Place,
     node: &Node,
     stop: &CancellationToken,
@@ -191,9 +191,8 @@ async fn until_asked(
     };
     let keep = node.keep_peers(stop);
     let ask = async {
-        let asked = stop.run_until_cancelled(asked_to_stop()).await;
+        stop.run_until_cancelled(asked.cancelled()).await;
         stop.cancel();
-        asked
     };
     let run = async {
         let outcome = run.await;
@@ -201,9 +200,8 @@ async fn until_asked(
         stop.cancel();
         outcome.map(|()| by_itself)
     };
-    let (outcome, asked, (), ()) = tokio::join!(run, ask, keep, show);
+    let (outcome, (), (), ()) = tokio::join!(run, ask, keep, show);
     node.stop().await;
-    asked.transpose()?;
     match outcome {
         Ok(false) => Ok(Outcome::Well),
         Ok(true) => bail!("the {} ended by itself", node.name),

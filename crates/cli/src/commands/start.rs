@@ -16,7 +16,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::serve::end_with_parent;
-use super::up::asked_to_stop;
 use super::{Context, Outcome};
 use crate::args::{Common, StartArgs};
 use crate::output;
@@ -53,7 +52,7 @@ pub(super) async fn run(context: &Context, common: &Common, args: &StartArgs) ->
     }
     output::line(format!("started {}", services.iter().map(|(role, ..)| *role).collect::<Vec<_>>().join(", ")));
     tokio::select! {
-        asked = asked_to_stop() => asked?,
+        () = context.stop.cancelled() => {}
         hung = pass_on_hangups(&hung_up) => hung?,
     }
     output::line("stopping");

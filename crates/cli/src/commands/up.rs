@@ -1,10 +1,12 @@
 //! `tether up`: the whole network in one process, until Ctrl-C.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use tokio::signal;
+use tokio_util::sync::CancellationToken;
 
 use super::{Context, Outcome, shipped, spinner};
 use crate::addresses;
@@ -15,9 +17,10 @@ use crate::output;
 
 pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     local_models::take_in(&mut context.settings, &context.data).await?;
+    let stop = context.stop.clone();
     tokio::select! {
         adopted = adopt::adopt(&mut context.settings) => adopted?,
-        asked = asked_to_stop() => return asked.map(|()| Outcome::Well),
+        () = stop.cancelled() => return Ok(Outcome::Well),
     }
     let mut network = Network::start(&context.settings, &context.data, shipped()).await?;
     if context.settings.network.up_listen.is_some() {
@@ -27,9 +30,8 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     let waiting = spinner("loading models");
     let ready = tokio::select! {
         ready = network.ready() => ready,
-        asked = asked_to_stop() => {
+        () = stop.cancelled() => {
             waiting.finish_and_clear();
-            asked?;
             network.stop().await?;
             return Ok(Outcome::Well);
         }
@@ -41,7 +43,7 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     }
     output::line(greeting(&context, &network));
     let broken = tokio::select! {
-        asked = asked_to_stop() => { asked?; None }
+        () = stop.cancelled() => None,
         error = network.broken() => Some(error),
     };
     output::line("stopping");
@@ -127,13 +129,19 @@ pub(super) fn outlive_terminal() -> anyhow::Result<()> {
     signal::unix::signal(signal::unix::SignalKind::hangup()).context("no signals").map(drop)
 }
 
-/// Waits for Ctrl-C or a request to end.
-pub(super) async fn asked_to_stop() -> anyhow::Result<()> {
+/// Listens for Ctrl-C and SIGTERM from here on; the future that is returned cancels the token at the first, and never ends.
+/// Called before a command does anything that somebody may want to end.
+pub(super) fn listen_for_stop(stop: CancellationToken) -> anyhow::Result<impl Future<Output = Infallible>> {
+    let mut interrupt = signal::unix::signal(signal::unix::SignalKind::interrupt()).context("no signals")?;
     let mut terminate = signal::unix::signal(signal::unix::SignalKind::terminate()).context("no signals")?;
-    tokio::select! {
-        interrupted = signal::ctrl_c() => interrupted.context("no signals"),
-        _ = terminate.recv() => Ok(()),
-    }
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        stop.cancel();
+        std::future::pending().await
+    })
 }
 
 #[cfg(test)]

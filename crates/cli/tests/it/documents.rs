@@ -63,6 +63,8 @@ struct Typist {
     invites: Vec<String>,
     key_id: String,
     running: Vec<(String, Child)>,
+    /// Commands that were started: each has a log of its own.
+    started: usize,
 }
 
 impl Typist {
@@ -74,7 +76,7 @@ impl Typist {
             let bytes = [tiny_model::BYTES, &vec![0; number + 1]].concat();
             fs::write(home.path().join(file), bytes).expect("written");
         }
-        Self { home, variables: vec![], invites: vec![], key_id: String::new(), running: vec![] }
+        Self { home, variables: vec![], invites: vec![], key_id: String::new(), running: vec![], started: 0 }
     }
 
     /// Types one command, and says what is wrong with what comes of it.
@@ -126,7 +128,8 @@ impl Typist {
             self.stop();
         }
         let (_, ready) = STAYING.iter().find(|(name, _)| *name == role).expect("it stays");
-        let log = self.home.path().join(format!("{}.log", self.running.len()));
+        self.started += 1;
+        let log = self.home.path().join(format!("{}.log", self.started));
         let file = || File::options().create(true).append(true).open(&log).expect("a file");
         let mut bash = self.shell(&format!("exec {command}"));
         let mut child = bash.stdout(Stdio::from(file())).stderr(Stdio::from(file())).spawn().expect("it starts");

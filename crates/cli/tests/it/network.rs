@@ -13,7 +13,7 @@ const QUESTION: [&str; 5] = ["run", "tether-tiny", "What is the capital of Japan
 #[test]
 fn the_network_answers_is_looked_at_and_ends_cleanly() {
     let home = Home::new();
-    let up = home.up(&[]);
+    let up = home.up(&[("TETHER_WORKERS", "2")]);
     assert!(home.well(&QUESTION).contains("Tokyo"));
 
     let models = home.json(&["model", "list", "--json"]);
@@ -56,7 +56,7 @@ fn keys_made_and_revoked_work_on_a_running_network() {
 #[test]
 fn an_engine_that_is_killed_costs_no_answer_and_comes_back() {
     let home = Home::new();
-    let up = home.up(&[]);
+    let up = home.up(&[("TETHER_WORKERS", "2")]);
     let engines = up.children();
     for engine in &engines {
         signal(*engine, Signal::KILL);

@@ -62,6 +62,8 @@ impl Home {
 
     /// Starts the network with more arguments.
     pub(crate) fn up_with(&self, more: &[&str], settings: &[(&str, &str)]) -> Up {
+        let wanted = settings.iter().find(|(name, _)| *name == "TETHER_WORKERS");
+        let workers = wanted.map_or(1, |(_, count)| count.parse().expect("a number"));
         let mut command = self.command(&[&["up", "--bind", "127.0.0.1:0"], more].concat());
         command.envs(settings.iter().copied()).stdout(Stdio::null());
         let child = command.stderr(Stdio::null()).spawn().expect("the program starts");
@@ -70,7 +72,7 @@ impl Home {
             assert!(up.child.try_wait().expect("a child").is_none(), "the network ended by itself");
             up.url = self.kept("address");
             up.key = self.kept("api-key");
-            !up.url.is_empty() && self.run(&["nodes"]).status.success() && self.ready(&up)
+            !up.url.is_empty() && self.run(&["nodes"]).status.success() && self.ready(&up, workers)
         });
         up
     }
@@ -79,14 +81,14 @@ impl Home {
         std::fs::read_to_string(self.data().join(file)).unwrap_or_default().trim().to_owned()
     }
 
-    fn ready(&self, up: &Up) -> bool {
+    fn ready(&self, up: &Up, expected: usize) -> bool {
         let fleet = self.json(&["nodes", "--json"]);
         let workers = fleet["workers"].as_array().cloned().unwrap_or_default();
         let ready = |worker: &Value| {
             let models = worker["report"]["modelCache"].as_array();
             models.is_some_and(|models| !models.is_empty() && models.iter().all(|model| model["state"] == "ready"))
         };
-        !up.key.is_empty() && !workers.is_empty() && workers.iter().all(ready)
+        !up.key.is_empty() && workers.len() == expected && workers.iter().all(ready)
     }
 }
 

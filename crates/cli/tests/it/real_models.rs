@@ -32,6 +32,13 @@ fn parsed(body: &str) -> Value {
     serde_json::from_str(body).expect("JSON")
 }
 
+/// Returns the text of a stream.
+fn pieces(body: &str) -> String {
+    let events = body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]");
+    let piece = |data: &str| parsed(data)["choices"][0]["delta"]["content"].as_str().unwrap_or_default().to_owned();
+    events.map(piece).collect()
+}
+
 /// Returns the memory of a process that no other shares, and its part of what it shares, in bytes.
 fn memory_of(pid: u32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
@@ -52,7 +59,7 @@ async fn every_endpoint_answers_for_real_models() {
         if model == "gemma3" {
             // It was never taught to chat, and says so.
             assert_eq!((status, counted), (400, 400), "{body}\n{count}");
-            assert!(body.contains("/v1/completions"), "{body}");
+            assert!(body.contains("no chat template"), "{body}");
         } else {
             assert_eq!((status, counted), (200, 200), "{body}\n{count}");
             let text = parsed(&body)["choices"][0]["message"]["content"].to_string();
@@ -61,7 +68,7 @@ async fn every_endpoint_answers_for_real_models() {
             streamed["stream"] = true.into();
             let (status, body) = post(&up, "/v1/chat/completions", &streamed).await;
             assert_eq!(status, 200, "{body}");
-            assert!(body.contains("Tokyo") && body.trim_end().ends_with("data: [DONE]"), "{body}");
+            assert!(pieces(&body).contains("Tokyo") && body.trim_end().ends_with("data: [DONE]"), "{body}");
         }
         let plain = json!({ "model": model, "prompt": "The capital of France is", "max_tokens": 6, "temperature": 0 });
         let (status, body) = post(&up, "/v1/completions", &plain).await;
@@ -74,9 +81,9 @@ async fn every_endpoint_answers_for_real_models() {
         assert_eq!(status, 200, "{model}: {body}");
         let vectors = parsed(&body)["data"].as_array().map_or(0, Vec::len);
         assert_eq!(vectors, 2, "{body}");
-        let job = json!({ "modelId": model, "input": { "prompt": "One, two," }, "maxTokens": 4 });
+        let job = json!({ "modelId": model, "input": { "prompt": "One, two,", "maxTokens": 4 } });
         let (status, body) = post(&up, "/infer", &job).await;
-        assert!(status < 500, "{model}: {status} {body}");
+        assert_eq!(status, 200, "{model}: {body}");
     }
     let engines: Vec<u64> = up.children().into_iter().map(memory_of).collect();
     let whole = engines.iter().sum::<u64>() + memory_of(up.pid());
