@@ -1,7 +1,7 @@
 //! Every kind of request to every kind of model: no combination ends a process or makes numbers that are none.
 
 use tether_engine::{
-    ChatMessage, EmbedRequest, GenerateRequest, LoadOptions, ModelRuntime, PromptInput, Sampling, no_progress,
+    ChatMessage, EmbedRequest, GenerateRequest, Kernels, LoadOptions, ModelRuntime, PromptInput, Sampling, no_progress,
 };
 
 use crate::process_runtime::host;
@@ -11,11 +11,12 @@ use crate::{options, run, within};
 const TEMPLATE: &str = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}";
 
 #[tokio::test]
-async fn every_model_answers_chats_texts_and_embeddings_in_every_quantization() {
+async fn every_model_answers_chats_texts_and_embeddings_in_every_quantization_with_and_without_our_kernels() {
     let runtime = host(&["llama"]);
     for architecture in ["llama", "qwen2", "gemma3"] {
-        for kind in [Kind::F16, Kind::Q4_0, Kind::Q4_1, Kind::Q8_0, Kind::Q4_K_M] {
-            let what = format!("{architecture} in {kind:?}");
+        let kinds = [Kind::F16, Kind::Q4_0, Kind::Q4_1, Kind::Q8_0, Kind::Q4_K_M];
+        for (kind, kernels) in kinds.into_iter().flat_map(|kind| [(kind, Kernels::Auto), (kind, Kernels::Off)]) {
+            let what = format!("{architecture} in {kind:?}, kernels {kernels:?}");
             let shape = QuantizedModel {
                 architecture,
                 kind,
@@ -23,7 +24,7 @@ async fn every_model_answers_chats_texts_and_embeddings_in_every_quantization() 
                 context_length: 300,
                 chat_template: Some(TEMPLATE),
             };
-            let options = LoadOptions { slots: 2, ..options() };
+            let options = LoadOptions { slots: 2, kernels, ..options() };
             let loaded = within(runtime.load(shape.artifact(), options, no_progress())).await;
             let model = loaded.unwrap_or_else(|error| panic!("{what}: {error}")).id;
             // Longer than the window of the one that has one, and than what one step takes beside others.
