@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal as _;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use serde_json::{Value, json};
 
 use super::{Context, Outcome, shipped, spinner};
@@ -15,8 +15,10 @@ use crate::output;
 pub(super) async fn run(mut context: Context, args: RunArgs) -> anyhow::Result<Outcome> {
     let client = GatewayClient::find(&args.server, &context.settings, &context.data, &context.env)?;
     if client.answers().await {
-        ask(&client, &args, context.json).await?;
-        return Ok(Outcome::Well);
+        return match ask(&client, &args, context.json).await {
+            Ok(()) => Ok(Outcome::Well),
+            Err(error) => Err(missing_model(&client, &args.model).await.unwrap_or(error)),
+        };
     }
     if args.server.url.is_some() {
         bail!("nothing answers at {}", client.url());
@@ -42,7 +44,10 @@ pub(super) async fn run(mut context: Context, args: RunArgs) -> anyhow::Result<O
     let asked = match ready {
         Ok(()) => {
             let client = GatewayClient::new(network.url(), Some(network.api_key.clone()))?;
-            ask(&client, &args, context.json).await
+            match ask(&client, &args, context.json).await {
+                Ok(()) => Ok(()),
+                Err(error) => Err(missing_model(&client, &args.model).await.unwrap_or(error)),
+            }
         }
         Err(error) => Err(error),
     };
@@ -54,6 +59,22 @@ pub(super) async fn run(mut context: Context, args: RunArgs) -> anyhow::Result<O
         context.program()
     ));
     Ok(Outcome::Well)
+}
+
+/// Returns what to say of a model that the network does not have, with the name that may be meant. Returns nothing where
+/// the network has it, or does not say.
+async fn missing_model(client: &GatewayClient, asked: &str) -> Option<anyhow::Error> {
+    let listed: Value = client.get("/v1/models").await.ok()?;
+    let names: Vec<&str> = listed["data"].as_array()?.iter().filter_map(|model| model["id"].as_str()).collect();
+    // A version or an adapter may be asked for that the list does not show by itself.
+    let name = asked.split(['@', ':']).next().unwrap_or(asked);
+    if names.iter().any(|known| known.split(['@', ':']).next() == Some(name)) {
+        return None;
+    }
+    Some(match output::nearest(asked, names) {
+        Some(meant) => anyhow!("there is no model {asked:?}; did you mean {meant}? `tether list` shows all"),
+        None => anyhow!("there is no model {asked:?}; `tether list` shows those that there are"),
+    })
 }
 
 async fn ask(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<()> {

@@ -40,6 +40,9 @@ fn a_file_is_served_under_its_own_name_and_again_after_it_has_changed() {
     wait_for("both versions to be listed", || ids(&home).contains(&"mine-1m@1.0".to_owned()));
     assert!(ask(&home, "mine-1m")["text"].as_str().expect("text").contains("Tokyo"));
     assert!(ask(&home, "other")["text"].as_str().expect("text").contains("Tokyo"));
+    let mistyped = home.run(&["run", "mine-1", "hi"]);
+    let told = String::from_utf8_lossy(&mistyped.stderr);
+    assert!(told.contains("did you mean mine-1m?"), "{told}");
     assert_eq!(up.end(), Some(0));
 }
 
