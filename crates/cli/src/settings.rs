@@ -76,7 +76,7 @@ pub struct NetworkSettings {
     pub registry_absence_secs: u64,
 }
 
-/// Reads a UDP address, and says what one looks like where it is none.
+/// Reads a UDP address; the error shows what one looks like.
 fn udp_address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SocketAddrV4, D::Error> {
     let text = String::deserialize(deserializer)?;
     let malformed = |what: &str| {
@@ -393,7 +393,7 @@ mod tests {
     fn a_variable_that_is_no_setting_is_passed_over_and_named() {
         let (_folder, common) = file("");
         let env = env(&[("TETHER_GATEWAY_BIND", "127.0.0.1:9"), ("TETHER_REGION", "us-east")]);
-        let settings = load(&common, &env, &[]).expect("what is no setting does no harm");
+        let settings = load(&common, &env, &[]).expect("an unknown variable does no harm");
         assert_eq!((settings.region.as_str(), settings.gateway.bind.port()), ("us-east", 7070));
         for (name, hint) in [
             ("TETHER_GATEWAY_BIND", "did you mean TETHER_GATEWAY__BIND?"),

@@ -3,7 +3,7 @@
 use protocol::infer::{EmbedInput, Input, Message};
 use protocol::{ErrorCode, WireError};
 
-/// No token of a vocabulary stands for more bytes. The longest that models in use have are some hundred blanks.
+/// No token of a vocabulary stands for more bytes. The longest tokens of models in use are about a hundred blanks.
 const TOKEN_BYTES_MAX: usize = 1024;
 
 /// Checks what is known of a prompt's size without its model's vocabulary. A `context_length` or `messages_max` of 0

@@ -111,7 +111,7 @@ pub struct InferChunk {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Progress {
-    /// Tokens of the prompt that are evaluated, or were at hand; 0 while the job waits its turn.
+    /// Tokens of the prompt that are evaluated or cached; 0 while the job waits its turn.
     pub tokens_read: u32,
     /// Tokens to evaluate before the answer begins; 0 where nobody knows.
     pub tokens_total: u32,

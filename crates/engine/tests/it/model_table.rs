@@ -1,4 +1,4 @@
-//! Every kind of request to every kind of model: no combination ends a process or makes numbers that are none.
+//! Every kind of request to every kind of model: no combination ends a process or gives NaN.
 
 use tether_engine::{
     ChatMessage, EmbedRequest, GenerateRequest, Kernels, LoadOptions, ModelRuntime, PromptInput, Sampling, no_progress,
