@@ -63,6 +63,7 @@ pub(crate) fn make_lenient(schema: &mut Value) {
 }
 
 /// Takes back what [`make_lenient`] wrote, for those who read the schema without llguidance. Returns whether it was.
+#[cfg(any(feature = "remote", test))]
 pub(crate) fn take_lenient(schema: &mut Value) -> bool {
     let lenient = is_lenient(schema);
     if let Some(keywords) = schema.as_object_mut() {
