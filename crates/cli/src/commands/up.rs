@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use tokio::signal;
 use tokio_util::sync::CancellationToken;
 
-use super::{Context, Outcome, shipped, spinner};
+use super::{Context, Outcome, shipped};
 use crate::addresses;
 use crate::adopt;
 use crate::local_models;
@@ -27,16 +27,15 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
         // Other machines count on it: `tether start` is to bring it back. A trial leaves nothing behind.
         context.keep_flags()?;
     }
-    let waiting = spinner("loading models");
+    // A spinner and the log would share a line.
+    output::line("loading models");
     let ready = tokio::select! {
         ready = network.ready() => ready,
         () = stop.cancelled() => {
-            waiting.finish_and_clear();
             network.stop().await?;
             return Ok(Outcome::Well);
         }
     };
-    waiting.finish_and_clear();
     if let Err(error) = ready {
         // The network goes on trying; whoever watches should know.
         output::line(format!("not every model is ready: {error:#}"));
