@@ -265,6 +265,17 @@ fn unknown_variable(name: &str) -> String {
     format!("the variable {name} is no setting and is passed over{hint}")
 }
 
+/// Returns the setting that is likely meant by a field that an error calls unknown.
+fn meant_setting(error: &str) -> Option<String> {
+    let (_, rest) = error.split_once("unknown field `")?;
+    let (mistyped, _) = rest.split_once('`')?;
+    let names = example::names();
+    let meant = nearest(mistyped, names.iter().flat_map(|name| name.split('.')))?;
+    // The whole name, unless a table is meant.
+    let whole = names.iter().find(|name| name.rsplit('.').next() == Some(meant));
+    Some(whole.map_or(meant, String::as_str).to_owned())
+}
+
 /// A setting that was given on the command line.
 pub type Flag = (&'static str, config::Value);
 
@@ -314,10 +325,13 @@ pub fn load_with(common: &Common, env: &Env, kept: Option<&KeptFlags>, flags: &[
     }
     let origin =
         file.map_or_else(|| "the settings".to_owned(), |file| format!("the settings (file {})", file.display()));
-    let mut settings: Settings = builder
-        .build()
-        .and_then(config::Config::try_deserialize)
-        .with_context(|| format!("{origin} cannot be used; `tether config example` shows every setting"))?;
+    let mut settings: Settings = builder.build().and_then(config::Config::try_deserialize).map_err(|error| {
+        let context = match meant_setting(&error.to_string()) {
+            Some(meant) => format!("{origin} cannot be used: did you mean {meant}?"),
+            None => format!("{origin} cannot be used; `tether config example` shows every setting"),
+        };
+        anyhow::Error::new(error).context(context)
+    })?;
     check(&settings).with_context(|| format!("{origin} cannot be used"))?;
     settings.gateway.region = settings.region.clone();
     settings.worker.region = settings.region.clone();
@@ -409,6 +423,9 @@ mod tests {
     fn bad_settings_are_errors_that_name_the_setting() {
         for (text, word) in [
             ("wrokers = 3", "wrokers"),
+            ("wrokers = 3", "did you mean workers?"),
+            ("[gateway]\nbnid = \"127.0.0.1:1\"", "did you mean gateway.bind?"),
+            ("nothing_like_it = 3", "tether config example"),
             ("[gateway]\nbind = \"nowhere\"", "bind"),
             ("[gateway]\nbody_bytes_max = \"big\"", "body_bytes_max"),
             ("region = \"EU West\"", "region"),
