@@ -165,8 +165,8 @@ impl Header {
         }
     }
 
-    /// Returns how the model wants to be sampled: by llama.cpp's keys, and by its defaults where there are none. A value
-    /// that no request may have is passed over.
+    /// Returns how the model wants to be sampled. Values come from the keys `general.sampling.…`; a key that is missing, or
+    /// whose value no request may have, gives llama.cpp's default.
     pub fn sampling_defaults(&self) -> SamplingDefaults {
         let of_llama_cpp = SamplingDefaults::default();
         let number = |name: &str, default: f32, low: f32, high: f32| {
