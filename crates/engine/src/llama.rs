@@ -10,6 +10,7 @@ mod cell_ledger;
 mod control_texts;
 mod draft;
 mod embedder;
+mod endings;
 mod engine;
 mod forms;
 mod lane;
@@ -263,6 +264,7 @@ impl Loaded {
             threads: hardware::threads(options.threads, hardware::cores()).cast_signed(),
             prompt_cache_bytes: options.prompt_cache_bytes,
             draft_tokens: options.draft_tokens.min(memory_plan::DRAFT_TOKENS_MAX),
+            row_by_row: memory_plan::is_row_by_row(&header, options.kernels),
         };
         let as_many_as_fit = || {
             let free_bytes = hardware::free_gpu_bytes(&native::devices());

@@ -184,6 +184,18 @@ impl Dimensions {
     }
 }
 
+/// Returns whether every product of a model is made row by row, so that a row has the same bits whatever is beside it.
+/// ggml multiplies several rows of most types with other kernels than one.
+pub fn is_row_by_row(header: &Header, kernels: Kernels) -> bool {
+    const Q4_1: u32 = 3;
+    const Q5_1: u32 = 7;
+    let is_exact = |tensor: &Tensor| {
+        let [_, rows, ..] = tensor.dimensions[..] else { return true };
+        rows <= 1 || matches!(tensor.kind, Q4_1 | Q5_1) || is_packed(tensor, kernels)
+    };
+    header.tensors.iter().all(is_exact)
+}
+
 /// Returns whether the kernels of ggml's CPU backend want a copy of a matrix in another order, which is made at the load.
 fn is_repacked(tensor: &Tensor) -> bool {
     const Q4_0: u32 = 2;

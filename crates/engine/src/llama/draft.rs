@@ -103,6 +103,13 @@ fn repeated(source: &[Token], text: &[Token]) -> Option<usize> {
         .map(|(_, behind)| behind)
 }
 
+/// Returns what a step of so many rows usually costs, beside one of a single row: on processors four rows cost 1.8 times
+/// one.
+pub(super) fn usual_cost(rows: usize) -> f32 {
+    const EACH_FURTHER_ROW: f32 = 0.27;
+    1.0 + EACH_FURTHER_ROW * rows.saturating_sub(1) as f32
+}
+
 /// Returns how many suggested tokens make the fastest step: those that yield the most tokens a second.
 ///
 /// `hit_rate` is the chance of each to be right, `rows` what the step has without them, `seconds` what a step of so many

@@ -290,7 +290,7 @@ mod tests {
         let whole: Vec<f64> = at_once.pooled(0).expect("a vector").iter().copied().map(f64::from).collect();
 
         let shape = Shape { context_length: 512, slots: 1, kv_tokens: 512 };
-        let options = Options { shape, threads: 1, prompt_cache_bytes: 0, draft_tokens: 0 };
+        let options = Options { shape, threads: 1, prompt_cache_bytes: 0, draft_tokens: 0, row_by_row: true };
         let mut embedder = Embedder::new(&model, options).expect("there is room");
         let (made, mut vector) = oneshot::channel();
         let admission = Arc::new(Semaphore::new(1)).try_acquire_owned().expect("it is free");

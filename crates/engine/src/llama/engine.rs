@@ -48,6 +48,8 @@ pub(super) struct Options {
     pub(super) threads: i32,
     pub(super) prompt_cache_bytes: u64,
     pub(super) draft_tokens: u32,
+    /// A row has the same bits whatever is beside it.
+    pub(super) row_by_row: bool,
 }
 
 /// The loop of one engine thread.
@@ -350,7 +352,7 @@ fn main_lane(model: &Arc<Model>, options: Options) -> Result<Lane, EngineError> 
     };
     let context = Context::new(model, context).map_err(|reason| EngineError::Failed { reason })?;
     let room = Room::new(context, kv_tokens, slots, options.prompt_cache_bytes);
-    Ok(Lane::new(room, slots, options.draft_tokens, false))
+    Ok(Lane::new(room, slots, options, false))
 }
 
 fn exact_lane(model: &Arc<Model>, options: Options) -> Result<Lane, EngineError> {
@@ -364,7 +366,7 @@ fn exact_lane(model: &Arc<Model>, options: Options) -> Result<Lane, EngineError>
         pooling: None,
     };
     let context = Context::new(model, context).map_err(|reason| EngineError::Failed { reason })?;
-    Ok(Lane::new(Room::new(context, cells, 1, 0), 1, 0, true))
+    Ok(Lane::new(Room::new(context, cells, 1, 0), 1, options, true))
 }
 
 /// Returns the refusal of an adapter that is not attached.

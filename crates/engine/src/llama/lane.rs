@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::batch_plan::{self, Limits, Need, Plan, Tokens};
-use super::draft::worthwhile;
+use super::draft::{usual_cost, worthwhile};
+use super::engine::Options;
 use super::native::{Adapter, Batch, DecodeError, Token};
 use super::pulse::Pulse;
 use super::room::{Room, Strand, common_prefix};
 use super::sequence::{Drawn, Finished, Sequence};
 use super::step_clock::StepClock;
 use crate::memory_plan::BATCH_TOKENS;
-use crate::model_runtime::{AdapterId, Counters, EngineError};
+use crate::model_runtime::{AdapterId, Counters, EngineError, FinishReason};
 use crate::sampler::Sampler;
 
 /// How long a step with prompts may keep those waiting who generate.
@@ -36,6 +37,8 @@ pub(super) struct Lane {
     draft_max: usize,
     /// Evaluates what is continued token by token, as it was evaluated at first.
     deterministic: bool,
+    /// A row has the same bits whatever is beside it.
+    row_by_row: bool,
     clock: StepClock,
     batch: Batch,
     last_adapter: Option<AdapterId>,
@@ -65,14 +68,15 @@ pub(super) struct Outcome {
 }
 
 impl Lane {
-    pub(super) fn new(room: Room, slots: u32, draft_max: u32, deterministic: bool) -> Self {
+    pub(super) fn new(room: Room, slots: u32, options: Options, deterministic: bool) -> Self {
         // Suggestions that are wrong must be taken back.
-        let draft_max = if deterministic || !room.can_rewind() { 0 } else { draft_max as usize };
+        let draft_max = if deterministic || !room.can_rewind() { 0 } else { options.draft_tokens as usize };
         Self {
             room,
             slots: (0..slots).map(|_| None).collect(),
             draft_max,
             deterministic,
+            row_by_row: options.row_by_row,
             clock: StepClock::default(),
             batch: Batch::default(),
             last_adapter: None,
@@ -123,7 +127,7 @@ impl Lane {
             let strands = self.slots.iter().flatten().filter_map(|sequence| sequence.strand.as_ref());
             self.room.begin(&sequence.tokens, sequence.job.adapter, strands)
         };
-        let looked_up = (sequence.tokens.len() as u64, begun.tokens.len() as u64);
+        let looked_up = (sequence.tokens.len() as u64, begun.strand.tokens.len() as u64);
         sequence.start(begun);
         if let Some(slot) = self.slots.iter_mut().find(|slot| slot.is_none()) {
             *slot = Some(sequence);
@@ -155,8 +159,11 @@ impl Lane {
 
     /// Evaluates one batch; returns `None` where there is nothing to do.
     pub(super) fn step(&mut self, tools: &mut Tools<'_>) -> Option<Outcome> {
-        let plan = self.plan()?;
         let mut outcome = Outcome::default();
+        if self.draw_known(tools, &mut outcome) {
+            return Some(outcome);
+        }
+        let plan = self.plan()?;
         let wanted: usize = plan.shares.iter().sum();
         if !self.room.make_room(wanted) {
             self.give_way(&mut outcome, &DecodeError::NoRoom);
@@ -195,7 +202,9 @@ impl Lane {
         }
         for sequence in self.slots.iter_mut().flatten().filter(|sequence| sequence.is_generating()) {
             let most = self.draft_max.min(sequence.left().saturating_sub(1) as usize);
-            let most = worthwhile(sequence.drafter.hit_rate(), most, rows.max(1), |rows| self.clock.seconds(rows));
+            // Where rows beside each other change bits, how many there are must not depend on how fast this machine was.
+            let cost = |rows| if self.row_by_row { self.clock.seconds(rows) } else { usual_cost(rows) };
+            let most = worthwhile(sequence.drafter.hit_rate(), most, rows.max(1), cost);
             sequence.suggested = sequence.drafter.suggest(&sequence.tokens, most);
             rows += sequence.suggested.len();
         }
@@ -289,6 +298,27 @@ impl Lane {
         self.clock.note(plan.shares.iter().sum(), prompt_rows, took);
     }
 
+    /// Draws the first tokens of answers to prompts that were evaluated before; returns whether there were any.
+    fn draw_known(&mut self, tools: &mut Tools<'_>, outcome: &mut Outcome) -> bool {
+        let mut has_drawn = false;
+        for slot in 0..self.slots.len() {
+            let Self { room, slots, .. } = self;
+            let Some(sequence) = &mut slots[slot] else { continue };
+            let Some(logits) = sequence.known.take() else { continue };
+            has_drawn = true;
+            let drawn = sequence.draw(&logits, tools.sampler, room.context.model().vocabulary());
+            let came = u64::from(sequence.pending() > 0);
+            outcome.drawn += came;
+            tools.counters.generated_tokens += came;
+            match drawn {
+                Ok(Drawn::Token(_)) => {}
+                Ok(Drawn::End(reason)) => self.end(slot, Ok(reason), outcome),
+                Err(error) => self.end(slot, Err(error), outcome),
+            }
+        }
+        has_drawn
+    }
+
     /// Draws the next tokens of a slot: one, and one more for each suggestion that was right.
     fn draw(&mut self, slot: usize, rows: &[usize], tools: &mut Tools<'_>, outcome: &mut Outcome) {
         let Self { room, slots, .. } = self;
@@ -297,6 +327,11 @@ impl Lane {
         let suggested = std::mem::take(&mut sequence.suggested);
         let before = sequence.tokens.len();
         let mut end = None;
+        if sequence.generated() == 0
+            && let Some(row) = rows.first()
+        {
+            room.keep_ending(&sequence.tokens, sequence.job.adapter, *row);
+        }
         for (row, suggestion) in rows.iter().zip(suggested.iter().map(Some).chain([None])) {
             let Some(logits) = room.context.logits(*row) else { break };
             match sequence.draw(logits, tools.sampler, model.vocabulary()) {
@@ -323,18 +358,17 @@ impl Lane {
             let right = common_prefix(&strand.tokens, &sequence.tokens);
             room.rewind(strand, right);
         }
+        if let Some(end) = end {
+            self.end(slot, end, outcome);
+        }
+    }
+
+    /// Ends the generation of a slot.
+    fn end(&mut self, slot: usize, end: Result<FinishReason, EngineError>, outcome: &mut Outcome) {
+        let Some(sequence) = self.leave(slot) else { return };
         match end {
-            None => {}
-            Some(Ok(reason)) => {
-                if let Some(sequence) = self.leave(slot) {
-                    outcome.finished.push(sequence.finish(reason));
-                }
-            }
-            Some(Err(error)) => {
-                if let Some(sequence) = self.leave(slot) {
-                    sequence.job.outbox.fail(error);
-                }
-            }
+            Ok(reason) => outcome.finished.push(sequence.finish(reason)),
+            Err(error) => sequence.job.outbox.fail(error),
         }
     }
 

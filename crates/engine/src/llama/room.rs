@@ -8,7 +8,10 @@
 //! Where layers see a part of a text only, llama.cpp gives the cells that they no longer see to whoever needs some, and
 //! leaves them out of what it saves. So a beginning is used only where every layer has all that its next token sees.
 
+use std::sync::Arc;
+
 use super::cell_ledger::{CellLedger, Cells};
+use super::endings::Endings;
 use super::native::{Context, Model, Token, Window};
 use super::snapshots::{Snapshot, Snapshots};
 use crate::model_runtime::AdapterId;
@@ -22,6 +25,8 @@ const RETAINED_MAX: u32 = 32;
 const RETAINED_CELLS_MAX: usize = 1_024;
 /// Tokens that a snapshot must spare beyond what the room has, to be worth its copying.
 const SNAPSHOT_GAIN_MIN: usize = 32;
+/// The part of host memory for snapshots that the logits behind prompts may take.
+const ENDINGS_PART: u64 = 8;
 
 /// Tokens whose keys and values are in the room.
 #[derive(Debug)]
@@ -45,8 +50,17 @@ pub(super) struct Room {
     /// The least recently used first.
     retained: Vec<Strand>,
     snapshots: Snapshots,
+    endings: Endings,
     can_rewind: bool,
     window: Window,
+}
+
+/// What a prompt begins with.
+#[derive(Debug)]
+pub(super) struct Beginning {
+    pub(super) strand: Strand,
+    /// The logits behind the prompt, where the strand has all of it.
+    pub(super) logits: Option<Arc<[f32]>>,
 }
 
 /// Where the beginning of a prompt is at hand.
@@ -59,16 +73,18 @@ enum Source {
 
 impl Room {
     /// Returns the empty room of a context with so many cells, in which `slots` strands are at work at most.
-    pub(super) fn new(context: Context, cells: u32, slots: u32, snapshot_bytes_max: u64) -> Self {
+    pub(super) fn new(context: Context, cells: u32, slots: u32, host_bytes_max: u64) -> Self {
         let (can_rewind, window) = (context.model().can_rewind(), context.model().window());
         let numbers = (0..sequences(context.model(), slots).cast_signed()).rev().collect();
-        let snapshot_bytes_max = if can_rewind { snapshot_bytes_max } else { 0 };
+        let bytes_max = if can_rewind { host_bytes_max } else { 0 };
+        let endings_max = bytes_max / ENDINGS_PART;
         Self {
             context,
             ledger: CellLedger::new(cells),
             numbers,
             retained: Vec::new(),
-            snapshots: Snapshots::new(snapshot_bytes_max, window),
+            snapshots: Snapshots::new(bytes_max - endings_max, window),
+            endings: Endings::new(endings_max),
             can_rewind,
             window,
         }
@@ -106,9 +122,24 @@ impl Room {
         }
     }
 
-    /// Begins the strand of a prompt with as much of it as is at hand, but for its last token, which gives logits.
-    /// There must be fewer strands at work than slots.
+    /// Begins the strand of a prompt with as much of it as the room or host memory has, but for its last token where the
+    /// logits that it gives are not known. There must be fewer strands at work than slots.
     pub(super) fn begin<'a>(
+        &mut self,
+        prompt: &[Token],
+        adapter: Option<AdapterId>,
+        at_work: impl Iterator<Item = &'a Strand> + Clone,
+    ) -> Beginning {
+        let mut strand = self.begin_strand(prompt, adapter, at_work);
+        let logits = if strand.tokens.len() == prompt.len() { self.endings.find(prompt, adapter) } else { None };
+        if logits.is_none() {
+            // Restoring it may have taken another way than was foreseen.
+            self.rewind(&mut strand, prompt.len().saturating_sub(1));
+        }
+        Beginning { strand, logits }
+    }
+
+    fn begin_strand<'a>(
         &mut self,
         prompt: &[Token],
         adapter: Option<AdapterId>,
@@ -139,8 +170,15 @@ impl Room {
     }
 
     /// Begins a strand with nothing.
-    pub(super) fn begin_empty(&mut self, adapter: Option<AdapterId>) -> Strand {
-        self.empty(adapter)
+    pub(super) fn begin_empty(&mut self, adapter: Option<AdapterId>) -> Beginning {
+        Beginning { strand: self.empty(adapter), logits: None }
+    }
+
+    /// Keeps the logits behind a prompt, which the last step gave in this row, for whoever asks the same again.
+    pub(super) fn keep_ending(&mut self, prompt: &[Token], adapter: Option<AdapterId>, row: usize) {
+        if let Some(logits) = self.context.logits(row) {
+            self.endings.keep(prompt, adapter, logits);
+        }
     }
 
     /// Takes note that a strand's next tokens were evaluated.
@@ -215,6 +253,7 @@ impl Room {
     /// Drops all that was evaluated with an adapter and is not at work.
     pub(super) fn forget_adapter(&mut self, adapter: AdapterId) {
         self.snapshots.forget(adapter);
+        self.endings.forget(adapter);
         while let Some(place) = self.retained.iter().position(|strand| strand.adapter == Some(adapter)) {
             let strand = self.retained.remove(place);
             self.forget(strand);
@@ -226,6 +265,7 @@ impl Room {
         for strand in std::mem::take(&mut self.retained) {
             self.forget(strand);
         }
+        self.endings.clear();
         self.context.clear();
     }
 
@@ -253,11 +293,12 @@ impl Room {
         adapter: Option<AdapterId>,
         at_work: impl Iterator<Item = &'a Strand>,
     ) -> Option<(Source, usize)> {
-        let usable = prompt.len().saturating_sub(1);
-        let prompt = &prompt[..usable];
         if !self.can_rewind {
             return None;
         }
+        let is_known = self.endings.has(prompt, adapter);
+        let usable = if is_known { prompt.len() } else { prompt.len().saturating_sub(1) };
+        let prompt = &prompt[..usable];
         let of = |strand: &Strand| {
             let common = if strand.adapter == adapter { common_prefix(&strand.tokens, prompt) } else { 0 };
             if self.is_whole(strand, common) { common } else { 0 }
@@ -266,8 +307,12 @@ impl Room {
         let at_work = at_work.map(|strand| (Source::AtWork(strand.sequence), of(strand)));
         // Of equals the last: what is retained is in the order of its use.
         let in_room = at_work.chain(retained).max_by_key(|(_, common)| *common).filter(|(_, common)| *common > 0);
-        let at_least = in_room.map_or(0, |(_, common)| common) + SNAPSHOT_GAIN_MIN;
-        let snapshot = self.snapshots.find(prompt, adapter).filter(|(_, common)| *common >= at_least);
+        let in_room_has = in_room.map_or(0, |(_, common)| common);
+        let is_worth_copying = |common: usize| {
+            let is_all = is_known && common == usable && common > in_room_has;
+            is_all || common >= in_room_has + SNAPSHOT_GAIN_MIN
+        };
+        let snapshot = self.snapshots.find(prompt, adapter).filter(|(_, common)| is_worth_copying(*common));
         snapshot.map(|(place, common)| (Source::Snapshot(place), common)).or(in_room)
     }
 

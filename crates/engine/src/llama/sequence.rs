@@ -8,7 +8,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::draft::Drafter;
 use super::native::{Token, Vocabulary};
 use super::outbox::Outbox;
-use super::room::Strand;
+use super::room::{Beginning, Strand};
 use crate::answer_parser::{AnswerParser, Delta};
 use crate::grammar::Constraint;
 use crate::model_runtime::{AdapterId, EngineError, FinishReason, Piece, Sampling, TokenLogprob, Usage, unsupported};
@@ -49,6 +49,8 @@ pub(super) struct Sequence {
     pub(super) tokens: Vec<Token>,
     /// What of them is evaluated; `None` while it waits.
     pub(super) strand: Option<Strand>,
+    /// The logits behind the prompt, where they were known at the start; the first token is drawn from them.
+    pub(super) known: Option<Arc<[f32]>>,
     /// The tokens that are evaluated along with the last one, in case they come next.
     pub(super) suggested: Vec<Token>,
     pub(super) drafter: Drafter,
@@ -104,6 +106,7 @@ impl Sequence {
             job,
             tokens,
             strand: None,
+            known: None,
             suggested: Vec::new(),
             drafter,
             cached: None,
@@ -139,9 +142,11 @@ impl Sequence {
     }
 
     /// Begins to work on a strand that has the beginning of the tokens.
-    pub(super) fn start(&mut self, strand: Strand) {
+    pub(super) fn start(&mut self, beginning: Beginning) {
+        let Beginning { strand, logits } = beginning;
         let cached = strand.tokens.len().min(self.job.prompt_tokens) as u32;
         self.strand = Some(strand);
+        self.known = logits;
         // Who lost its cells and starts again counts as it did at first.
         self.cached.get_or_insert(cached);
     }

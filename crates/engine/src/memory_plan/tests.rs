@@ -96,6 +96,23 @@ fn what_our_kernels_take_is_kept_once() {
 }
 
 #[test]
+fn products_are_made_row_by_row_where_every_matrix_is_of_such_a_type() {
+    let mut header = tiny();
+    let tensor = |kind| Tensor { name: "a.weight".into(), dimensions: vec![64, 64], kind, offset: 0, bytes: 1_000 };
+    let norm = Tensor { dimensions: vec![64], ..tensor(0) };
+    let (q4_0, q4_1, q4_k, f16) = (2, 3, 12, 1);
+    let mut is_row_by_row = |kinds: &[u32], kernels| {
+        header.tensors = kinds.iter().map(|kind| tensor(*kind)).chain([norm.clone()]).collect();
+        super::is_row_by_row(&header, kernels)
+    };
+    assert!(is_row_by_row(&[q4_1], Kernels::Off));
+    assert!(!is_row_by_row(&[q4_1, q4_k], Kernels::Auto) && !is_row_by_row(&[f16], Kernels::Auto));
+    assert!(!is_row_by_row(&[q4_0], Kernels::Off));
+    #[cfg(matrices)]
+    assert_eq!(is_row_by_row(&[q4_0, q4_1], Kernels::Auto), kernels::is_supported());
+}
+
+#[test]
 fn more_slots_need_more_room_unless_they_share_it() {
     let kv = |slots, kv_tokens| {
         let options = LoadOptions { slots, kv_tokens, ..LoadOptions::default() };

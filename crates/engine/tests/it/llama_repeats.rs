@@ -96,6 +96,27 @@ async fn with_our_kernels_an_answer_repeats_to_the_bit_whatever_was_asked_before
     }
 }
 
+/// ggml multiplies several rows of floats with other kernels than one. Nobody who asks an idle engine twice may notice.
+#[tokio::test]
+async fn an_idle_engine_answers_the_same_request_alike_to_the_bit() {
+    if !kernels_are_supported() {
+        return;
+    }
+    let prompts = prompts();
+    for family in [Family::Full, Family::Sliding, Family::Chunked, Family::Recurrent, Family::Hybrid] {
+        for weights in [Weights::F16, Weights::Q4_1] {
+            let subject = Subject::new(family, weights, 4 << 20, Kernels::Auto).await;
+            let first = subject.answers(&prompts).await;
+            for round in 0..2 {
+                let again = subject.answers(&prompts).await;
+                for (place, (again, first)) in again.iter().zip(&first).enumerate() {
+                    assert_eq!(again, first, "{family:?}, {weights:?}, prompt {place}, round {round}");
+                }
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn without_our_kernels_an_answer_repeats_to_the_bit_where_that_is_asked_for() {
     let prompts = &prompts()[..8];
