@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use futures_util::StreamExt as _;
-use reqwest::{RequestBuilder, Response};
+use reqwest::{RequestBuilder, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -19,6 +19,15 @@ pub struct GatewayClient {
     http: reqwest::Client,
     url: String,
     key: Option<String>,
+}
+
+/// The gateway answered with an error.
+#[derive(Debug, thiserror::Error)]
+#[error("{url} answered {status}: {message}")]
+struct Refused {
+    url: String,
+    status: StatusCode,
+    message: String,
 }
 
 impl ServerArgs {
@@ -80,6 +89,21 @@ impl GatewayClient {
     /// Reads a JSON document.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
         self.exchange(self.http.get(format!("{}{path}", self.url))).await
+    }
+
+    /// Lists the registered models; those that are served, where the key is not an operator's.
+    pub async fn models(&self) -> anyhow::Result<Value> {
+        match self.get("/admin/v1/models").await {
+            // Gateways of an earlier version do not know the path.
+            Err(error)
+                if error
+                    .downcast_ref::<Refused>()
+                    .is_some_and(|refused| matches!(refused.status, StatusCode::FORBIDDEN | StatusCode::NOT_FOUND)) =>
+            {
+                self.get("/v1/models").await
+            }
+            listed => listed,
+        }
     }
 
     /// Sends a JSON document and reads another.
@@ -152,7 +176,7 @@ impl GatewayClient {
             return Ok(response);
         }
         let status = response.status();
-        if status == reqwest::StatusCode::UNAUTHORIZED && self.key.is_none() {
+        if status == StatusCode::UNAUTHORIZED && self.key.is_none() {
             bail!(
                 "{} wants an API key: name the network's data folder with --data-dir, or the file that holds a key with \
                  --api-key-file",
@@ -160,8 +184,8 @@ impl GatewayClient {
             );
         }
         let body: Value = response.json().await.unwrap_or_default();
-        let message = body.pointer("/error/message").and_then(Value::as_str).unwrap_or("no reason given");
-        bail!("{} answered {status}: {message}", self.url)
+        let message = body.pointer("/error/message").and_then(Value::as_str).unwrap_or("no reason given").to_owned();
+        bail!(Refused { url: self.url.clone(), status, message })
     }
 }
 

@@ -40,6 +40,22 @@ pub(crate) async fn nodes(State(bridge): State<Bridge>, inquiry: Inquiry) -> Res
     respond(inquiry.context, listed.await)
 }
 
+/// Lists every registered model, also those that no worker serves.
+#[utoipa::path(
+    get, path = "/admin/v1/models", tag = "admin", operation_id = "listRegisteredModels", security(("bearer" = [])),
+    responses(
+        (status = 200, description = "Every model, by name and then by version", body = crate::http_bridge::models::ModelList),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn models(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
+    let listed = async {
+        operator(&bridge, &inquiry).await?;
+        Ok(json(&crate::http_bridge::models::registered(&bridge.gateway).await?))
+    };
+    respond(inquiry.context, listed.await)
+}
+
 /// Lists every node that was ever admitted, whatever it does, and says which of them answer.
 #[utoipa::path(
     get, path = "/admin/v1/members", tag = "admin", operation_id = "listMembers", security(("bearer" = [])),

@@ -62,7 +62,15 @@ impl Models {
 /// Says that a model is not there, by the name the client gave.
 pub(crate) fn not_found(name: &str) -> WireError {
     let name: String = name.chars().take(80).collect();
-    let message = format!("the model {name:?} does not exist; GET /v1/models lists those that do");
+    let message = format!("the model {name:?} does not exist; GET /v1/models lists those that are served");
+    WireError::new(ErrorCode::ModelNotFound, message).with_param("model")
+}
+
+/// Says that no worker serves a registered model, by the name the client gave.
+pub(crate) fn not_served(name: &str) -> WireError {
+    let message = format!(
+        "the model {name:?} is registered, and no worker serves it now; GET /v1/models lists those that are served"
+    );
     WireError::new(ErrorCode::ModelNotFound, message).with_param("model")
 }
 

@@ -462,6 +462,11 @@ impl Gateway {
         self.inner.models.get(self.fetch_models()).await
     }
 
+    /// Returns the models as a registry lists them at this moment.
+    pub(crate) async fn models_now(&self) -> Result<Models, WireError> {
+        self.fetch_models().await
+    }
+
     async fn fetch_models(&self) -> Result<Models, WireError> {
         let catalog: Catalog =
             self.inner.upstream.ask(NodeRole::Registry, CATALOG_LIST, &Empty {}).await.map_err(presentable)?;

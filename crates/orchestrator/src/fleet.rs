@@ -326,13 +326,7 @@ impl State {
 
 impl Wanted<'_> {
     fn is_adapter_served(&self, worker: &Worker) -> bool {
-        let report = &worker.report;
-        if let Some(pinned) = report.pinned.iter().find(|key| key.model == *self.model) {
-            return self.adapter == Some(&pinned.adapter);
-        }
-        let served =
-            |name: &AdapterName| report.adapters.iter().any(|key| key.adapter == *name && key.model == *self.model);
-        self.adapter.is_none_or(served)
+        worker.report.serves_adapter(self.model, self.adapter)
     }
 
     fn is_adapter_at_hand(&self, worker: &Worker) -> bool {

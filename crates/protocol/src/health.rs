@@ -83,6 +83,20 @@ pub struct Capacity {
 }
 
 impl HealthReport {
+    /// Returns whether the worker takes jobs of a model, with an adapter or without one.
+    pub fn serves(&self, model: &ModelKey, adapter: Option<&AdapterName>) -> bool {
+        !self.draining && self.supported.contains(model) && self.serves_adapter(model, adapter)
+    }
+
+    /// Returns whether a supported model is served with this adapter, or without one.
+    pub fn serves_adapter(&self, model: &ModelKey, adapter: Option<&AdapterName>) -> bool {
+        if let Some(pinned) = self.pinned.iter().find(|key| key.model == *model) {
+            return adapter == Some(&pinned.adapter);
+        }
+        let served = |name: &AdapterName| self.adapters.iter().any(|key| key.adapter == *name && key.model == *model);
+        adapter.is_none_or(served)
+    }
+
     /// Says whether the worker is gone after this report: it takes nothing new and has nothing left.
     pub fn is_last(&self) -> bool {
         self.draining && self.capacity.running == 0 && self.capacity.waiting == 0

@@ -9,7 +9,7 @@ use crate::output;
 
 pub(super) async fn list(context: Context, server: &ServerArgs) -> anyhow::Result<Outcome> {
     let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
-    let models: Value = client.get("/v1/models").await?;
+    let models: Value = client.models().await?;
     if context.json {
         output::json(&models)?;
         return Ok(Outcome::Well);

@@ -64,7 +64,7 @@ pub(super) async fn run(mut context: Context, args: RunArgs) -> anyhow::Result<O
 /// Returns what to say of a model that the network does not have, with the name that may be meant. Returns nothing where
 /// the network has it, or does not say.
 async fn missing_model(client: &GatewayClient, asked: &str) -> Option<anyhow::Error> {
-    let listed: Value = client.get("/v1/models").await.ok()?;
+    let listed: Value = client.models().await.ok()?;
     let names: Vec<&str> = listed["data"].as_array()?.iter().filter_map(|model| model["id"].as_str()).collect();
     // A version or an adapter may be asked for that the list does not show by itself.
     let name = asked.split(['@', ':']).next().unwrap_or(asked);

@@ -14,10 +14,15 @@ fn write_model(home: &Home, file: &str, tail: &[u8]) {
     fs::write(home.path().join(file), [tiny_model::BYTES, tail].concat()).expect("written");
 }
 
-fn ids(home: &Home) -> Vec<String> {
-    let listed = home.json(&["model", "list", "--json"]);
+/// Returns the registered models by name, as operators see them, or those that are served, as clients do.
+fn listed(home: &Home, more: &[&str]) -> Vec<String> {
+    let listed = home.json(&[&["model", "list", "--json"], more].concat());
     let models = listed["data"].as_array().expect("a list");
     models.iter().map(|model| model["id"].as_str().expect("a name").to_owned()).collect()
+}
+
+fn ids(home: &Home) -> Vec<String> {
+    listed(home, &[])
 }
 
 fn ask(home: &Home, model: &str) -> Value {
@@ -43,6 +48,28 @@ fn a_file_is_served_under_its_own_name_and_again_after_it_has_changed() {
     let mistyped = home.run(&["run", "mine-1", "hi"]);
     let told = String::from_utf8_lossy(&mistyped.stderr);
     assert!(told.contains("did you mean mine-1m?"), "{told}");
+    assert_eq!(up.end(), Some(0));
+}
+
+#[test]
+fn clients_see_what_is_served_and_operators_what_is_registered() {
+    let home = Home::new();
+    write_model(&home, "mine.gguf", b"4");
+    let up = home.up_with(&["mine.gguf", "--workers", "1"], &[]);
+    let key = home.json(&["token", "create", "--tenant", "acme", "--json"]);
+    fs::write(home.path().join("client-key"), key["token"].as_str().expect("a key")).expect("written");
+    let of_client = ["--api-key-file", "client-key"];
+    assert_eq!(listed(&home, &of_client), ["mine", "tether-tiny", "tether-tiny:pirate"]);
+    assert_eq!(up.end(), Some(0));
+
+    // The same network, without the file: its name stays in the registry.
+    let up = home.up_with(&["--workers", "1"], &[]);
+    assert_eq!(listed(&home, &of_client), ["tether-tiny", "tether-tiny:pirate"]);
+    let all = home.json(&["model", "list", "--json"]);
+    assert_eq!((&all["data"][0]["id"], &all["data"][0]["state"]), (&"mine".into(), &"unserved".into()), "{all}");
+    let asked = home.run(&["run", "mine", "hi"]);
+    let told = String::from_utf8_lossy(&asked.stderr);
+    assert!(told.contains("503") && told.contains("no worker serves mine@1.0 now"), "{told}");
     assert_eq!(up.end(), Some(0));
 }
 

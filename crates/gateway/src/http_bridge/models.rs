@@ -1,13 +1,12 @@
-//! `GET /v1/models` and `GET /v1/models/{id}`.
+//! The models that are served, and for operators those that are registered.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::State;
 use http::Response;
 use protocol::control::{Fleet, Scope};
-use protocol::health::ModelState;
+use protocol::health::{CachedModel, HealthReport, ModelState};
 use protocol::model::ModelEntry;
 use protocol::{AdapterName, Region, WireError};
 use serde::Serialize;
@@ -15,7 +14,7 @@ use utoipa::ToSchema;
 
 use super::errors;
 use super::router::{Bridge, Inquiry, Segment, respond};
-use crate::catalog;
+use crate::catalog::{self, Models};
 use crate::gateway::{Gateway, Origin};
 
 /// A model. `state` and what follows are Tether's additions.
@@ -50,25 +49,34 @@ pub(crate) struct Model {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum ModelProgress {
-    /// No worker has it in memory.
-    Idle,
-    /// It failed to load.
+    /// No worker takes jobs of it. Only operators see such models.
+    Unserved,
+    /// It failed to load on each worker that would serve it. Only operators see such models.
     Error,
+    /// A worker loads it at its first job.
+    Idle,
     /// A worker loads it.
     Loading,
     /// It answers.
     Ready,
 }
 
+impl ModelProgress {
+    /// Returns whether jobs of the model have a worker to go to.
+    fn is_served(self) -> bool {
+        self >= Self::Idle
+    }
+}
+
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ModelList {
     /// Always `list`.
     object: &'static str,
-    /// Each version of each model this API key may use, and each with each of its adapters.
+    /// Each version of each model that a worker serves and this API key may use, and each with each of its adapters.
     data: Vec<Model>,
 }
 
-/// Lists the models this API key may use.
+/// Lists the models that a worker serves and this API key may use.
 #[utoipa::path(
     get, path = "/v1/models", tag = "openai", operation_id = "listModels", security(("bearer" = [])),
     responses((status = 200, description = "The models", body = ModelList), super::openapi::Errors),
@@ -78,26 +86,38 @@ pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Resp
     respond(inquiry.context, listed.map(|list| errors::json(&list)))
 }
 
-/// Lists the models that a token may use.
+/// Lists the models that a worker serves and a token may use.
 pub(crate) async fn list_for(
     gateway: &Gateway,
     token: Option<&str>,
     origin: Option<Origin>,
 ) -> Result<ModelList, WireError> {
     let grant = gateway.authenticate(token, origin, Scope::Infer).await?;
-    let models = gateway.models().await?;
-    let fleet = fleet(gateway).await;
-    let allowed = models.all().into_iter().filter(|entry| grant.policy.allows(&entry.key.model_id));
-    let data = allowed.flat_map(|entry| {
-        let by_name = models.is_newest(entry);
-        let adapters = models.adapters_of(&entry.key).map(Some);
-        std::iter::once(None).chain(adapters).map(move |adapter| (entry, by_name, adapter))
-    });
-    let data = data.map(|(entry, by_name, adapter)| describe(entry, by_name, adapter, &fleet)).collect();
-    Ok(ModelList { object: "list", data })
+    let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
+    let mut listed = ModelList::of(&models, &fleet, |entry| grant.policy.allows(&entry.key.model_id));
+    listed.data.retain(|model| model.state.is_served());
+    Ok(listed)
 }
 
-/// Tells about one model.
+/// Lists every registered model, also those that no worker serves.
+pub(crate) async fn registered(gateway: &Gateway) -> Result<ModelList, WireError> {
+    let (models, fleet) = (gateway.models_now().await?, gateway.fleet_now().await?);
+    Ok(ModelList::of(&models, &fleet, |_| true))
+}
+
+impl ModelList {
+    fn of(models: &Models, fleet: &Fleet, may_see: impl Fn(&ModelEntry) -> bool) -> Self {
+        let seen = models.all().into_iter().filter(|entry| may_see(entry));
+        let data = seen.flat_map(|entry| {
+            let by_name = models.is_newest(entry);
+            let adapters = models.adapters_of(&entry.key).map(Some);
+            std::iter::once(None).chain(adapters).map(move |adapter| describe(entry, by_name, adapter, fleet))
+        });
+        Self { object: "list", data: data.collect() }
+    }
+}
+
+/// Tells about one model, where it is one of those that the list has.
 #[utoipa::path(
     get, path = "/v1/models/{id}", tag = "openai", operation_id = "retrieveModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name`, which is its newest version, or `name@MAJOR.MINOR`")),
@@ -119,40 +139,39 @@ pub(super) async fn get(State(bridge): State<Bridge>, Segment(id): Segment, inqu
         {
             return Err(catalog::not_found(&id));
         }
-        let fleet = fleet(gateway).await;
-        Ok(errors::json(&describe(&entry, wanted.version.is_none(), adapter, &fleet)))
+        let model = describe(&entry, wanted.version.is_none(), adapter, &*gateway.fleet().await?);
+        if !model.state.is_served() {
+            return Err(catalog::not_served(&id));
+        }
+        Ok(errors::json(&model))
     };
     respond(inquiry.context, found.await)
-}
-
-/// Returns the live workers. The list of models stands without them.
-async fn fleet(gateway: &Gateway) -> Arc<Fleet> {
-    gateway.fleet().await.unwrap_or_default()
 }
 
 /// Says what is known of a model. A pure function of the catalogue's entry and the fleet.
 fn describe(entry: &ModelEntry, by_name: bool, adapter: Option<&AdapterName>, fleet: &Fleet) -> Model {
     let key = &entry.key;
     let id = if by_name { key.model_id.to_string() } else { key.to_string() };
-    let reports = || fleet.workers.iter().map(|worker| &worker.report);
-    let cached = || reports().flat_map(|report| &report.model_cache).filter(|model| model.key == *key);
-    let state = |state: ModelState| match state {
-        ModelState::Ready => ModelProgress::Ready,
-        ModelState::Loading => ModelProgress::Loading,
-        ModelState::Error => ModelProgress::Error,
+    let reports = fleet.workers.iter().map(|worker| &worker.report);
+    let serving: Vec<_> = reports.filter(|report| report.serves(key, adapter)).collect();
+    let progress = |report: &&HealthReport| match report.model_cache.iter().find(|cached| cached.key == *key) {
+        None => ModelProgress::Idle,
+        Some(CachedModel { state: ModelState::Ready, .. }) => ModelProgress::Ready,
+        Some(CachedModel { state: ModelState::Loading, .. }) => ModelProgress::Loading,
+        Some(CachedModel { state: ModelState::Error, .. }) => ModelProgress::Error,
     };
-    let serving = reports().filter(|report| report.supported.contains(key));
+    let progress: Vec<_> = serving.iter().map(progress).collect();
     Model {
         id: adapter.map_or_else(|| id.clone(), |adapter| format!("{id}:{adapter}")),
         object: "model",
         created: entry.created_at.0 / 1000,
         owned_by: "tether",
         version: key.version.to_string(),
-        state: cached().map(|model| state(model.state)).max().unwrap_or(ModelProgress::Idle),
+        state: progress.iter().copied().max().unwrap_or(ModelProgress::Unserved),
         digest: entry.digest.to_string(),
         context_length: entry.context_length,
-        regions: serving.map(|report| Region::to_string(&report.region)).collect(),
-        replicas: cached().filter(|model| model.state == ModelState::Ready).count(),
+        regions: serving.iter().map(|report| Region::to_string(&report.region)).collect(),
+        replicas: progress.iter().filter(|progress| **progress == ModelProgress::Ready).count(),
         description: entry.description.clone(),
     }
 }

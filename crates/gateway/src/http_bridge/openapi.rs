@@ -50,6 +50,7 @@ pub(super) async fn document() -> Response<Body> {
         health::version,
         document,
         admin::nodes,
+        admin::models,
         admin::members,
         admin::revoke_member,
         admin::rename_member,

@@ -60,6 +60,7 @@ pub(super) fn router(bridge: Bridge) -> Router {
         .route("/version", get(health::version))
         .route("/openapi.json", get(openapi::document))
         .route("/admin/v1/nodes", get(admin::nodes))
+        .route("/admin/v1/models", get(admin::models))
         .route("/admin/v1/members", get(admin::members))
         .route("/admin/v1/members/{public_key}", delete(admin::revoke_member).patch(admin::rename_member))
         .route("/admin/v1/invites", post(admin::create_invite))

@@ -1,20 +1,25 @@
 use std::time::Duration;
 
+use protocol::control::FleetWorker;
+use protocol::health::ModelState;
 use reqwest::Method;
 use serde_json::{Value, json};
 use tether_gateway::Config;
 
 use crate::{Network, config, expect_error, fake};
 
+fn ids(list: &Value) -> Vec<&str> {
+    list["data"].as_array().expect("a list").iter().map(|model| model["id"].as_str().expect("a name")).collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn models_are_listed_the_newest_under_its_plain_name() {
+async fn served_models_are_listed_the_newest_under_its_plain_name() {
     let network = Network::start().await;
     let list: Value = network.get("/v1/models").await.json().await.expect("JSON");
     assert_eq!(list["object"], "list");
-    let ids: Vec<_> = list["data"].as_array().expect("a list").iter().map(|model| model["id"].clone()).collect();
-    assert_eq!(ids, ["other", "tiny@1.0", "tiny", "tiny:pirate"]);
+    assert_eq!(ids(&list), ["other", "tiny", "tiny:pirate"]);
     let tiny: Value = network.get("/v1/models/tiny").await.json().await.expect("JSON");
-    assert_eq!(tiny, list["data"][2]);
+    assert_eq!(tiny, list["data"][1]);
     assert_eq!(
         tiny,
         json!({
@@ -23,13 +28,51 @@ async fn models_are_listed_the_newest_under_its_plain_name() {
             "regions": ["local"], "replicas": 1
         })
     );
-    let old: Value = network.get("/v1/models/tiny@1.0").await.json().await.expect("JSON");
-    assert_eq!((&old["id"], &old["state"], &old["replicas"]), (&json!("tiny@1.0"), &json!("idle"), &json!(0)));
+    // A worker loads it at its first job.
+    let other = &list["data"][0];
+    assert_eq!((&other["id"], &other["state"], &other["replicas"]), (&json!("other"), &json!("idle"), &json!(0)));
     let adapted: Value = network.get("/v1/models/tiny:pirate").await.json().await.expect("JSON");
-    assert_eq!(adapted, list["data"][3]);
+    assert_eq!(adapted, list["data"][2]);
     for missing in ["nope", "tiny:nope", "tiny@1.0:pirate"] {
         let answer = network.get(&format!("/v1/models/{missing}")).await;
         expect_error(answer, 404, "model_not_found", Some("model")).await;
+    }
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_nobody_serves_is_listed_to_operators_alone() {
+    let network = Network::start().await;
+    let registered = || async {
+        let request = network.request(Method::GET, "/admin/v1/models").bearer_auth(fake::token(4));
+        request.send().await.expect("answered").json::<Value>().await.expect("JSON")
+    };
+    let all = registered().await;
+    assert_eq!(ids(&all), ["other", "tiny@1.0", "tiny", "tiny:pirate"]);
+    assert_eq!((&all["data"][1]["state"], &all["data"][1]["regions"]), (&json!("unserved"), &json!([])));
+    expect_error(network.get("/v1/models/tiny@1.0").await, 404, "model_not_found", Some("model")).await;
+    expect_error(network.get("/admin/v1/models").await, 403, "insufficient_scope", None).await;
+
+    // Neither who leaves nor who fails to load a model serves it.
+    type Change = fn(&mut FleetWorker);
+    let changes: [(Change, &[&str], &str); 4] = [
+        (
+            |worker| worker.report.model_cache[0].state = ModelState::Loading,
+            &["other", "tiny", "tiny:pirate"],
+            "loading",
+        ),
+        (|worker| worker.report.adapters.clear(), &["other", "tiny"], "loading"),
+        (|worker| worker.report.model_cache[0].state = ModelState::Error, &["other"], "error"),
+        (|worker| worker.report.draining = true, &[], "unserved"),
+    ];
+    for (change, served, state) in changes {
+        network.fake.workers.lock().expect("no panic").iter_mut().for_each(change);
+        tokio::time::sleep(Duration::from_millis(1050)).await;
+        let list: Value = network.get("/v1/models").await.json().await.expect("JSON");
+        assert_eq!(ids(&list), served, "{state}");
+        let one = network.get("/v1/models/tiny").await;
+        assert_eq!(one.status().is_success(), served.contains(&"tiny"), "{state}: the list and one model agree");
+        assert_eq!(registered().await["data"][2]["state"], state);
     }
     network.end().await;
 }

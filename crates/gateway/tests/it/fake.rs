@@ -67,7 +67,8 @@ fn pirate() -> AdapterEntry {
     AdapterEntry { key, digest, bytes: 1, description, created_at: UnixMillis(1_700_000_000_000) }
 }
 
-fn worker(model: &ModelEntry) -> FleetWorker {
+/// A worker that has one model ready, serves another one at its first job, and has the adapter.
+fn worker(model: &ModelEntry, idle: &ModelEntry) -> FleetWorker {
     let key = NodeKey::from_seed(&[5; 32]).public_key();
     let cached =
         CachedModel { tokens_per_second: 1.0, ..CachedModel::new(model.key.clone(), model.digest, ModelState::Ready) };
@@ -80,8 +81,8 @@ fn worker(model: &ModelEntry) -> FleetWorker {
         vram_gb: 0,
         accelerators: vec![],
         capacity: Capacity::default(),
-        supported: vec![model.key.clone()],
-        adapters: vec![],
+        supported: vec![model.key.clone(), idle.key.clone()],
+        adapters: vec![pirate().key],
         pinned: vec![],
         model_cache: vec![cached],
         latency_hops: 0,
@@ -116,7 +117,7 @@ impl Fake {
         let fake = Self {
             network: network.clone(),
             grants: Arc::new(Mutex::new(grants)),
-            workers: Arc::new(Mutex::new(vec![worker(&models[1])])),
+            workers: Arc::new(Mutex::new(vec![worker(&models[1], &models[2])])),
             models: Arc::new(Mutex::new(models)),
             jobs: Arc::default(),
             cancelled: Arc::default(),
