@@ -26,6 +26,9 @@ use translation::{embed_request, generate_request, prompt, wire_error};
 
 pub(crate) use chunk_writer::{empty_chunk, finish, pulse, send_progress};
 
+/// The most engines of a model that one job is given to, one after the other.
+const ENGINES_MAX: u32 = 2;
+
 /// Runs jobs.
 pub(crate) struct ExecutionEngine {
     runtime: Arc<dyn ModelRuntime>,
@@ -48,6 +51,20 @@ enum Work {
     Vectors(Embeddings),
     /// The number of a prompt's tokens.
     Count(u32),
+}
+
+/// Why a job has not begun.
+enum NotBegun {
+    /// The engine failed it or is gone.
+    Engine(EngineError),
+    /// It does not run on this worker, and the caller is told why.
+    Refused(WireError),
+}
+
+impl From<EngineError> for NotBegun {
+    fn from(error: EngineError) -> Self {
+        Self::Engine(error)
+    }
 }
 
 /// Why an answer ended before its end.
@@ -77,24 +94,48 @@ impl ExecutionEngine {
     }
 
     /// Waits until the model is in memory and hands it the job. What is wrong with the request is found here.
+    ///
+    /// An engine that turns out to be gone has begun nothing: the job waits for the next one. A second one that goes may
+    /// go because of the job.
     pub(crate) async fn begin(&self, entry: Arc<Entry>, request: Arc<InferRequest>) -> Result<Begun, WireError> {
-        let loaded = self.loader.resident(&entry).await.map_err(|error| load_failed(&error))?;
+        let mut loaded = self.loader.resident(&entry).await.map_err(|error| load_failed(&error))?;
+        let mut engines = 1;
+        loop {
+            let model = loaded.id;
+            let error = match self.begin_on(&loaded, &entry, &request).await {
+                Ok((work, lease)) => return Ok(Begun { entry, model, work, _adapter: lease }),
+                Err(NotBegun::Refused(error)) => return Err(error),
+                Err(NotBegun::Engine(error)) => error,
+            };
+            let told = self.failed(&entry, model, &error, &request);
+            if engines == ENGINES_MAX || !self.loader.is_gone(model, &error) {
+                return Err(told);
+            }
+            engines += 1;
+            loaded = self.loader.resident_after(&entry, model).await.map_err(|error| load_failed(&error))?;
+        }
+    }
+
+    async fn begin_on(
+        &self,
+        loaded: &LoadedModel,
+        entry: &Entry,
+        request: &InferRequest,
+    ) -> Result<(Work, Option<Lease>), NotBegun> {
         let model = loaded.id;
         if request.input.count_only {
-            let counted = self.runtime.count_tokens(model, &prompt(&request.input)).await;
-            let counted = counted.map_err(|error| self.failed(&entry, model, &error, &request))?;
-            return Ok(Begun { entry, model, work: Work::Count(counted), _adapter: None });
+            let counted = self.runtime.count_tokens(model, &prompt(&request.input)).await?;
+            return Ok((Work::Count(counted), None));
         }
-        let (adapter, lease) = self.attach(&entry, model, &request).await?.unzip();
+        let (adapter, lease) = self.attach(entry, model, request).await?.unzip();
         let work = match &request.input.embed {
             Some(_) if request.input.adapter.is_some() => {
-                Err(unsupported("adapter", "vectors are made by the model alone"))
+                return Err(unsupported("adapter", "vectors are made by the model alone").into());
             }
-            Some(inputs) => self.embed(&loaded, inputs, request.input.dimensions).await.map(Work::Vectors),
-            None => self.generate(&loaded, adapter, &request).await.map(|choices| Work::Choices(Box::new(choices))),
+            Some(inputs) => Work::Vectors(self.embed(loaded, inputs, request.input.dimensions).await?),
+            None => Work::Choices(Box::new(self.generate(loaded, adapter, request).await?)),
         };
-        let work = work.map_err(|error| self.failed(&entry, model, &error, &request))?;
-        Ok(Begun { entry, model, work, _adapter: lease })
+        Ok((work, lease))
     }
 
     /// Returns the adapter that a job asks for, attached; none where it is part of the weights.
@@ -103,7 +144,7 @@ impl ExecutionEngine {
         entry: &Entry,
         model: ModelId,
         request: &InferRequest,
-    ) -> Result<Option<(AdapterId, Lease)>, WireError> {
+    ) -> Result<Option<(AdapterId, Lease)>, NotBegun> {
         let Some(adapter) = request.input.adapter.as_ref().and_then(|name| entry.model.adapter(name)) else {
             return Ok(None);
         };
@@ -114,11 +155,12 @@ impl ExecutionEngine {
             Ok(attached) => Ok(Some(attached)),
             Err(LoadError::Engine(
                 error @ (EngineError::Failed { .. } | EngineError::Crashed { .. } | EngineError::NotLoaded),
-            )) => Err(self.failed(entry, model, &error, request)),
+            )) => Err(error.into()),
             Err(error) => {
                 warn!(model = %entry.key, adapter = %adapter.name, %error, "the adapter could not be attached");
                 // A refusal: the model itself is well.
-                Err(WireError::new(ErrorCode::ModelNotHere, "this worker cannot attach the adapter, try another"))
+                let message = "this worker cannot attach the adapter, try another";
+                Err(NotBegun::Refused(WireError::new(ErrorCode::ModelNotHere, message)))
             }
         }
     }

@@ -41,6 +41,8 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// An engine that lived this long ends the row of failures before it.
 const STEADY: Duration = Duration::from_mins(1);
+/// A model whose engine died and that is loaded again after such a wait counts as loading: jobs wait for it.
+const RELOAD_SOON: Duration = Duration::from_secs(1);
 /// Failures in a row after which an engine that seems alive is replaced.
 const STRIKES_MAX: u32 = 3;
 /// How often the progress of a load is reported.
@@ -163,8 +165,22 @@ impl ModelLoader {
             return Ok(loaded);
         }
         entry.wanted.notify_one();
+        Self::settled(entry, |_| true).await
+    }
+
+    /// Returns a served model once it answers on another engine than one that is gone.
+    pub(crate) async fn resident_after(&self, entry: &Entry, gone: ModelId) -> Result<LoadedModel, LoadFailed> {
+        Self::settled(entry, |loaded| loaded.id != gone).await
+    }
+
+    async fn settled(entry: &Entry, is_wanted: impl Fn(&LoadedModel) -> bool) -> Result<LoadedModel, LoadFailed> {
         let mut status = entry.status.subscribe();
-        let settled = status.wait_for(|status| matches!(status, Status::Ready(_) | Status::Failed(_))).await;
+        let has_settled = |status: &Status| match status {
+            Status::Ready(loaded) => is_wanted(loaded),
+            Status::Failed(_) => true,
+            Status::Absent | Status::Loading(_) => false,
+        };
+        let settled = status.wait_for(has_settled).await;
         match settled.as_deref() {
             Ok(Status::Ready(loaded)) => Ok(loaded.clone()),
             Ok(Status::Failed(reason)) => Err(LoadFailed { reason: reason.clone() }),
@@ -197,6 +213,15 @@ impl ModelLoader {
         };
         if dead {
             entry.bury(id, error.to_string());
+        }
+    }
+
+    /// Returns whether an engine failed a job because it was gone already, and not because of the job.
+    pub(crate) fn is_gone(&self, id: ModelId, error: &EngineError) -> bool {
+        match error {
+            EngineError::NotLoaded => true,
+            EngineError::Failed { .. } => !is_listed(&self.runtime.load_state(), id),
+            _ => false,
         }
     }
 
@@ -237,11 +262,16 @@ impl ModelLoader {
                 () = self.offer_unloaded(entry) => {}
             }
         }
+        // How long the last load took.
+        let mut took = None;
+        self.set(entry, Status::Loading(Load::begin(took)));
         loop {
-            self.set(entry, Status::Loading(Load::begin()));
-            match self.load(entry).await {
+            let begun = Instant::now();
+            let loaded = self.load(entry).await;
+            let wait = match loaded {
                 Ok((loaded, offer)) => {
                     let since = Instant::now();
+                    took = Some(since - begun);
                     let id = loaded.id;
                     let LoadedModel { pid, context_length, kv_tokens, slots, .. } = loaded;
                     info!(model = %entry.key, pid, "the model is ready");
@@ -256,23 +286,30 @@ impl ModelLoader {
                     entry.forgive();
                     entry.set_ready(loaded);
                     self.changes.send_replace(());
-                    let cause = tokio::select! {
+                    let (cause, is_reloaded) = tokio::select! {
                         cause = entry.died(id) => {
                             self.metrics.engine_deaths.get_or_create(&label(&entry.key)).inc();
                             warn!(model = %entry.key, %cause, "the engine died");
-                            cause
+                            (cause, true)
                         }
                         refusal = self.offer_until_listed(offer) => {
                             warn!(model = %entry.key, %refusal, "the model gets no jobs");
-                            refusal.to_string().into()
+                            (refusal.to_string().into(), false)
                         }
                     };
-                    self.set(entry, Status::Failed(cause));
-                    // What is left of it may still hold memory, or a job.
-                    self.unload(entry, id).await;
                     if since.elapsed() >= STEADY {
                         backoff.reset();
                     }
+                    let wait = backoff.next();
+                    let status = if is_reloaded && wait <= RELOAD_SOON {
+                        Status::Loading(Load::begin(took.map(|took| took + wait)))
+                    } else {
+                        Status::Failed(cause)
+                    };
+                    self.set(entry, status);
+                    // What is left of it may still hold memory, or a job.
+                    self.unload(entry, id).await;
+                    wait
                 }
                 Err(error) => {
                     self.count(&error);
@@ -283,9 +320,13 @@ impl ModelLoader {
                         warn!(model = %entry.key, %error, "the model could not be loaded; it is tried again and again");
                     }
                     self.set(entry, Status::Failed(error.to_string().into()));
+                    backoff.next()
                 }
+            };
+            time::sleep(wait).await;
+            if !matches!(*entry.status.borrow(), Status::Loading(_)) {
+                self.set(entry, Status::Loading(Load::begin(took)));
             }
-            time::sleep(backoff.next()).await;
         }
     }
 

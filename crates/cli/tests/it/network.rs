@@ -80,6 +80,21 @@ fn an_engine_that_is_killed_costs_no_answer_and_comes_back() {
 }
 
 #[test]
+fn the_only_engine_is_killed_while_idle_and_the_next_question_is_answered() {
+    let home = Home::new();
+    let up = home.up(&[("TETHER_WORKERS", "1")]);
+    for _ in 0..4 {
+        let engines = up.children();
+        for engine in &engines {
+            signal(*engine, Signal::KILL);
+        }
+        assert!(home.well(&QUESTION).contains("Tokyo"));
+        wait_for("the engine to come back", || up.children().len() == 1 && up.children() != engines);
+    }
+    assert_eq!(up.end(), Some(0));
+}
+
+#[test]
 fn a_network_that_was_killed_leaves_no_engine_and_starts_again() {
     let home = Home::new();
     let mut up = home.up(&[]);

@@ -4,6 +4,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use engine::{LoadSnapshot, LoadedModel, ModelId};
 use protocol::health::{CachedModel, LoadProgress, ModelState};
@@ -36,16 +37,29 @@ pub(crate) struct Load {
     percent: u8,
     /// Length of the artifact; 0 before it was opened.
     bytes: u64,
+    /// How long it took the last time, and the wait before it; unknown for the first load.
+    expected: Option<Duration>,
 }
 
 impl Load {
-    /// Begins.
-    pub(crate) fn begin() -> Self {
-        Self { since: Instant::now(), percent: 0, bytes: 0 }
+    /// Begins a load that is expected to take so long, where that is known.
+    pub(crate) fn begin(expected: Option<Duration>) -> Self {
+        Self { since: Instant::now(), percent: 0, bytes: 0, expected }
     }
 
+    /// Returns how far it is. A load that is expected to take as long as the last one is as far as its time says, so
+    /// that jobs wait for one that ends soon from its beginning on.
     fn progress(&self) -> LoadProgress {
-        LoadProgress { percent: self.percent, elapsed_ms: self.since.elapsed().as_millis() as u64, bytes: self.bytes }
+        let Self { percent, bytes, expected, .. } = *self;
+        let elapsed = self.since.elapsed();
+        let Some(expected) = expected else {
+            return LoadProgress { percent, elapsed_ms: elapsed.as_millis() as u64, bytes };
+        };
+        let by_time = 100 * elapsed.as_millis() / expected.as_millis().max(1);
+        let percent = percent.max(by_time.clamp(1, 99) as u8);
+        // A load that takes longer than expected is told by its own time again.
+        let elapsed = elapsed.max(expected * u32::from(percent) / 100);
+        LoadProgress { percent, elapsed_ms: elapsed.as_millis() as u64, bytes }
     }
 }
 

@@ -73,6 +73,36 @@ async fn an_engine_that_dies_while_idle_is_noticed_and_loaded_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_job_that_finds_its_engine_dead_waits_for_the_next_one() {
+    let scene = Scene::ready(config(), MockOptions { load: SECOND * 3, ..MockOptions::default() }).await;
+    let before = scene.orchestrator.received().len();
+    // Three times in a row, each before anybody has noticed.
+    for _ in 0..3 {
+        scene.kill_engine().await;
+        let (chunks, error) = read(scene.open(&request()).await.expect("accepted")).await;
+        assert_eq!((error, text(&chunks)), (None, MockRuntime::text(16)));
+    }
+    time::sleep(SECOND).await;
+    let seen: Vec<_> =
+        scene.orchestrator.reports()[before..].iter().flat_map(|report| report.model_cache.clone()).collect();
+    assert!(seen.iter().all(|model| model.state != ModelState::Error), "{seen:?}");
+    // It takes as long as the last time, so jobs are sent to wait for it.
+    let reloading: Vec<_> = seen.iter().filter_map(|model| model.loading).collect();
+    assert!(!reloading.is_empty());
+    assert!(reloading.iter().all(|load| load.remaining().is_some_and(|left| left <= SECOND * 4)), "{reloading:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_on_which_two_engines_go_is_given_to_no_third() {
+    let scene = odd(|runtime| runtime.is_gone = true).await;
+    scene.handle.ready().await.expect("the model loads");
+    let (chunks, error) = read(scene.open(&request()).await.expect("accepted")).await;
+    assert_eq!(chunks, []);
+    assert!(matches!(error, Some(CallError::Remote(error)) if error.code == ErrorCode::WorkerFailed));
+    assert!((scene.metric("tether_engine_deaths_total") - 2.0).abs() < f64::EPSILON);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_engine_that_fails_before_the_first_token_fails_the_job_without_a_chunk() {
     let scene = Scene::ready(config(), MockOptions { fail_first: 1, ..MockOptions::default() }).await;
     let (chunks, error) = read(scene.open(&request()).await.expect("accepted")).await;
@@ -175,7 +205,7 @@ async fn the_progress_of_a_load_is_reported_about_once_a_second() {
 /// Sets a scene with an engine that is odd in some way.
 async fn odd(make_odd: impl FnOnce(&mut Odd)) -> Scene {
     let wrap = |mock| {
-        let mut runtime = Odd { mock, is_mute: false, is_too_large: false, pause: None };
+        let mut runtime = Odd { mock, is_mute: false, is_too_large: false, is_gone: false, pause: None };
         make_odd(&mut runtime);
         Arc::new(runtime) as Arc<dyn ModelRuntime>
     };
@@ -189,6 +219,8 @@ struct Odd {
     is_mute: bool,
     /// Needs more memory than there is.
     is_too_large: bool,
+    /// Is gone when a job comes.
+    is_gone: bool,
     /// Pauses at each hundredth of a load.
     pause: Option<Duration>,
 }
@@ -226,6 +258,10 @@ impl ModelRuntime for Odd {
     }
 
     async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
+        if self.is_gone {
+            self.mock.unload(request.model).await?;
+            return Err(EngineError::NotLoaded);
+        }
         if self.is_mute { Ok(GenerateStream::channel(1).1) } else { self.mock.generate(request).await }
     }
 
