@@ -162,6 +162,14 @@ impl AnswerParser {
         (delta, self.calls.count > 0)
     }
 
+    /// Returns whether the model is in the middle of a thought, as far as the text that came shows.
+    pub fn is_thinking(&self) -> bool {
+        match &self.reader {
+            Reader::Tagged(reader) => reader.is_thinking(),
+            Reader::Harmony(reader) => reader.is_thinking(),
+        }
+    }
+
     /// Returns whether the one call that is wanted has been made: what follows is no part of the answer.
     pub fn is_done(&self) -> bool {
         self.one_call && self.calls.count > 0 && self.reader.is_behind_call()

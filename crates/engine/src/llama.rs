@@ -179,7 +179,7 @@ impl ModelRuntime for LlamaRuntime {
         if job.tokens.len() - job.prompt_tokens >= job.limit as usize {
             let (prompt_tokens, completion_tokens) = (job.prompt_tokens as u32, job.limit);
             job.outbox.started(prompt_tokens, 0);
-            let usage = Usage { prompt_tokens, completion_tokens, cached_tokens: 0 };
+            let usage = Usage { prompt_tokens, completion_tokens, ..Usage::default() };
             job.outbox.done(Piece::default(), FinishReason::Length, usage);
             return Ok(stream);
         }

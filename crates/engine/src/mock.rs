@@ -392,7 +392,10 @@ impl Answer {
             }
         }
         let reason = if limit < script.len() { FinishReason::Length } else { script.reason() };
-        Ok(Ended::Done(reason, Usage { prompt_tokens, completion_tokens: count, cached_tokens: 0 }))
+        Ok(Ended::Done(reason, {
+            let reasoning_tokens = script.thoughts().min(count);
+            Usage { prompt_tokens, completion_tokens: count, cached_tokens: 0, reasoning_tokens }
+        }))
     }
 
     /// Waits, and tells the reader every second that the engine lives. `within` is how long the prompt takes to

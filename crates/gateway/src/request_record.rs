@@ -159,12 +159,15 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_answer_that_is_cancelled_took_what_came_of_it() {
         let mut record = record();
-        record.prompt(TokenUsage { prompt_tokens: 7, completion_tokens: 0, cached_tokens: 3 });
+        record.prompt(TokenUsage { prompt_tokens: 7, completion_tokens: 0, cached_tokens: 3, reasoning_tokens: 0 });
         record.tokens(2);
         record.tokens(1);
-        assert_eq!(record.usage, TokenUsage { prompt_tokens: 7, completion_tokens: 3, cached_tokens: 3 });
+        assert_eq!(
+            record.usage,
+            TokenUsage { prompt_tokens: 7, completion_tokens: 3, cached_tokens: 3, reasoning_tokens: 0 }
+        );
         assert_eq!(record.outcome, "cancelled");
-        let whole = TokenUsage { prompt_tokens: 7, completion_tokens: 4, cached_tokens: 3 };
+        let whole = TokenUsage { prompt_tokens: 7, completion_tokens: 4, cached_tokens: 3, reasoning_tokens: 0 };
         record.completed(&End { reason: FinishReason::Stop, usage: whole });
         assert_eq!((record.usage, record.outcome), (whole, "completed"));
     }

@@ -66,7 +66,12 @@ async fn client_loop(store: Arc<SqliteStore>, client: u16, end: Instant) -> Vec<
             state: TerminalState::Completed,
             finish_reason: None,
             error: None,
-            usage: Some(TokenUsage { prompt_tokens: 100, completion_tokens: 200, cached_tokens: 0 }),
+            usage: Some(TokenUsage {
+                prompt_tokens: 100,
+                completion_tokens: 200,
+                cached_tokens: 0,
+                reasoning_tokens: 0,
+            }),
             now: UnixMillis(2),
         };
         assert_eq!(store.finalise(settlement).await, Ok(Finalised::Settled));

@@ -81,5 +81,7 @@ pub(crate) fn token_usage(row: &Row<'_>) -> rusqlite::Result<TokenUsage> {
         prompt_tokens: row.get("prompt_tokens")?,
         completion_tokens: row.get("completion_tokens")?,
         cached_tokens: row.get("cached_tokens")?,
+        // Nobody is billed by these, so they are not kept.
+        reasoning_tokens: 0,
     })
 }

@@ -14,11 +14,36 @@ pub struct TokenUsage {
     /// Prompt tokens that were at hand and not evaluated again.
     #[serde(default)]
     pub cached_tokens: u32,
+    /// Tokens of the answer that the model thought with; they are among `completionTokens`.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub reasoning_tokens: u32,
 }
 
 impl TokenUsage {
     /// Returns the tokens of prompt and answer together.
     pub fn total_tokens(&self) -> u32 {
         self.prompt_tokens.saturating_add(self.completion_tokens)
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it")]
+fn is_zero(tokens: &u32) -> bool {
+    *tokens == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thoughts_are_told_where_there_are_some_and_older_nodes_tell_none() {
+        let usage = TokenUsage { prompt_tokens: 1, completion_tokens: 2, ..TokenUsage::default() };
+        let old = r#"{"promptTokens":1,"completionTokens":2,"cachedTokens":0}"#;
+        assert_eq!(serde_json::to_string(&usage).expect("written"), old);
+        assert_eq!(serde_json::from_str::<TokenUsage>(old).expect("read"), usage);
+        let thought = TokenUsage { reasoning_tokens: 2, ..usage };
+        let told = serde_json::to_string(&thought).expect("written");
+        assert!(told.ends_with(r#""reasoningTokens":2}"#), "{told}");
+        assert_eq!(serde_json::from_str::<TokenUsage>(&told).expect("read"), thought);
     }
 }

@@ -38,6 +38,10 @@ impl Harmony {
         Self { offers_tools, state: State::Begin }
     }
 
+    pub(super) fn is_thinking(&self) -> bool {
+        self.state == State::Body(Channel::Analysis)
+    }
+
     pub(super) fn is_behind_call(&self) -> bool {
         self.state == State::BehindCall
     }

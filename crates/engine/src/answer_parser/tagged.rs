@@ -83,6 +83,10 @@ impl Tagged {
         Self { thought, syntax, tools, state, has_spoken: false, space: Default::default() }
     }
 
+    pub(super) fn is_thinking(&self) -> bool {
+        matches!(self.state, State::Thought { .. })
+    }
+
     pub(super) fn is_behind_call(&self) -> bool {
         matches!(self.state, State::Closing { .. } | State::Between)
     }

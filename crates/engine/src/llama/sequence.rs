@@ -59,6 +59,8 @@ pub(super) struct Sequence {
     told_start: bool,
     history: History,
     assembler: TextAssembler,
+    /// Tokens of the answer that the model thought with, the tags around thoughts included.
+    thoughts: u32,
 }
 
 /// How a drawn token leaves a generation.
@@ -87,6 +89,7 @@ impl Sequence {
         let mut history =
             if History::is_needed(&job.sampling) { History::new(&unsigned(prompt)) } else { History::default() };
         let mut assembler = TextAssembler::new(&job.stop);
+        let mut thoughts = 0;
         for token in continued {
             history.push(token.cast_unsigned());
             if let Some(constraint) = &mut job.constraint
@@ -97,9 +100,7 @@ impl Sequence {
             }
             // The reader has this text.
             let text = assembler.push(&vocabulary.piece(*token, job.spoken.contains(token)));
-            if let Some(parser) = &mut job.parser {
-                let _ = parser.push(&text);
-            }
+            let _ = read(&mut job.parser, text, &mut thoughts);
         }
         let drafter = Drafter::new(std::mem::take(&mut job.prediction));
         Some(Self {
@@ -113,6 +114,7 @@ impl Sequence {
             told_start: false,
             history,
             assembler,
+            thoughts,
         })
     }
 
@@ -189,7 +191,7 @@ impl Sequence {
         let bytes = vocabulary.piece(drawn, self.job.spoken.contains(&drawn));
         let logprobs = self.job.logprobs.map(|top| logprobs(sampler, logits, token, top, vocabulary));
         let text = self.assembler.push(&bytes);
-        let delta = self.read(text);
+        let delta = read(&mut self.job.parser, text, &mut self.thoughts);
         self.job.outbox.piece(Piece { tokens: vec![token], logprobs: logprobs.into_iter().collect(), ..piece(delta) });
         let has_called = self.job.parser.as_ref().is_some_and(AnswerParser::is_done);
         Ok(if self.assembler.is_stopped() || has_called {
@@ -201,23 +203,17 @@ impl Sequence {
         })
     }
 
-    /// Takes text apart, where somebody wants that.
-    fn read(&mut self, text: String) -> Delta {
-        match &mut self.job.parser {
-            Some(parser) => parser.push(&text),
-            None => Delta { text, ..Delta::default() },
-        }
-    }
-
     /// Ends the generation and gives up its place.
     pub(super) fn finish(mut self, mut reason: FinishReason) -> Finished {
         let usage = Usage {
             prompt_tokens: self.job.prompt_tokens as u32,
             completion_tokens: self.generated(),
             cached_tokens: self.cached.unwrap_or(0),
+            reasoning_tokens: self.thoughts,
         };
         let rest = self.assembler.finish();
-        let mut last = piece(self.read(rest));
+        // It is the rest of tokens that were counted.
+        let mut last = piece(read(&mut self.job.parser, rest, &mut 0));
         if let Some(parser) = &mut self.job.parser {
             let (delta, calls) = parser.finish(reason == FinishReason::Length);
             last.append(piece(delta));
@@ -228,6 +224,15 @@ impl Sequence {
         drop(self.job.admitted);
         Finished { outbox: self.job.outbox, last, reason, usage }
     }
+}
+
+/// Takes the text of one token apart, where somebody wants that, and counts the token where it is part of a thought.
+fn read(parser: &mut Option<AnswerParser>, text: String, thoughts: &mut u32) -> Delta {
+    let Some(parser) = parser else { return Delta { text, ..Delta::default() } };
+    let was_thinking = parser.is_thinking();
+    let delta = parser.push(&text);
+    *thoughts += u32::from(was_thinking || parser.is_thinking() || !delta.reasoning.is_empty());
+    delta
 }
 
 /// Tells apart what the request brought about itself: an engine that fails a few times in a row is replaced.

@@ -59,6 +59,11 @@ impl Script {
         body.saturating_add(self.thinks.into())
     }
 
+    /// Returns how many of them are thoughts.
+    pub(super) fn thoughts(&self) -> u32 {
+        self.thinks.into()
+    }
+
     /// Returns why the answer ends where nothing cuts it short.
     pub(super) fn reason(&self) -> FinishReason {
         match self.body {

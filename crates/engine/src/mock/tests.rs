@@ -44,7 +44,7 @@ async fn an_answer_comes_at_the_pace_that_was_set() {
     let (text, last) = read(runtime.generate(request(model)).await.expect("it starts")).await;
     assert_eq!(begin.elapsed(), Duration::from_millis(140));
     assert_eq!(text, MockRuntime::text(5));
-    let usage = Usage { prompt_tokens: 3, completion_tokens: 5, cached_tokens: 0 };
+    let usage = Usage { prompt_tokens: 3, completion_tokens: 5, cached_tokens: 0, reasoning_tokens: 0 };
     assert_eq!(last, Some(Ok(Event::Done { reason: FinishReason::Stop, usage })));
 }
 

@@ -129,6 +129,9 @@ pub struct Usage {
     pub completion_tokens: u32,
     /// Prompt tokens that were not evaluated again.
     pub cached_tokens: u32,
+    /// Tokens of the answer that the model thought with.
+    #[serde(default)]
+    pub reasoning_tokens: u32,
 }
 
 /// Vectors of texts, in the order of the request.

@@ -32,7 +32,7 @@ impl AnswerReader {
             has_calls: false,
             reason: None,
             told: None,
-            guess: Usage { prompt_tokens, completion_tokens: 0, cached_tokens: 0 },
+            guess: Usage { prompt_tokens, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 },
         }
     }
 
@@ -185,11 +185,17 @@ struct ToldUsage {
     prompt_tokens: u32,
     completion_tokens: Option<u32>,
     prompt_tokens_details: Option<PromptDetails>,
+    completion_tokens_details: Option<CompletionDetails>,
 }
 
 #[derive(Deserialize)]
 struct PromptDetails {
     cached_tokens: Option<u32>,
+}
+
+#[derive(Deserialize)]
+struct CompletionDetails {
+    reasoning_tokens: Option<u32>,
 }
 
 impl From<ToldUsage> for Usage {
@@ -198,6 +204,10 @@ impl From<ToldUsage> for Usage {
             prompt_tokens: told.prompt_tokens,
             completion_tokens: told.completion_tokens.unwrap_or_default(),
             cached_tokens: told.prompt_tokens_details.and_then(|details| details.cached_tokens).unwrap_or_default(),
+            reasoning_tokens: told
+                .completion_tokens_details
+                .and_then(|details| details.reasoning_tokens)
+                .unwrap_or_default(),
         }
     }
 }
@@ -284,10 +294,10 @@ mod tests {
             r#"{"choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}],"prompt_progress":{"total":12,"cache":4,"processed":4}}"#,
             r#"{"choices":[{"index":0,"delta":{"content":"To"}}]}"#,
             r#"{"choices":[{"index":0,"delta":{"content":"kyo"},"finish_reason":"stop"}],"usage":null}"#,
-            r#"{"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4}}}"#,
+            r#"{"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4},"completion_tokens_details":{"reasoning_tokens":2}}}"#,
             "[DONE]",
         ]);
-        let usage = Usage { prompt_tokens: 12, completion_tokens: 3, cached_tokens: 4 };
+        let usage = Usage { prompt_tokens: 12, completion_tokens: 3, cached_tokens: 4, reasoning_tokens: 2 };
         let started = Event::Started { prompt_tokens: 12, cached_tokens: 4 };
         let done = Event::Done { reason: FinishReason::Stop, usage };
         assert_eq!(events, Ok(vec![started, text("To"), text("kyo"), done]));
@@ -300,7 +310,7 @@ mod tests {
             r#"{"choices":[{"text":"b","finish_reason":"length"}]}"#,
             "[DONE]",
         ]);
-        let usage = Usage { prompt_tokens: 9, completion_tokens: 2, cached_tokens: 0 };
+        let usage = Usage { prompt_tokens: 9, completion_tokens: 2, cached_tokens: 0, reasoning_tokens: 0 };
         let done = Event::Done { reason: FinishReason::Length, usage };
         assert_eq!(events.expect("read").last(), Some(&done));
     }

@@ -286,6 +286,27 @@ async fn an_answer_that_keeps_to_a_form_cannot_go_on_past_its_end() {
 }
 
 #[tokio::test]
+async fn the_tokens_of_a_thought_are_counted_also_where_it_is_gone_on_with() {
+    let runtime = LlamaRuntime::new();
+    let template = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
+        {% endfor %}<|im_start|>assistant\n{% if enable_thinking %}<think>{% else %}<think></think>{% endif %}";
+    let model = within(runtime.load(tiny_with_template(template), options(), no_progress())).await.expect("loads").id;
+    let thinking = |thinks: bool, continued: &[u32]| {
+        let template_options = json!({ "enable_thinking": thinks }).as_object().expect("an object").clone();
+        let messages = vec![ChatMessage::new("user", "What is 3 + 4?")];
+        let input = PromptInput::Chat(Chat { messages, template_options, ..Chat::default() });
+        GenerateRequest { input, continued: continued.to_vec(), max_tokens: Some(8), ..ask(model, "") }
+    };
+    let thought = run(&runtime, thinking(true, &[])).await;
+    let usage = thought.usage();
+    assert!(usage.completion_tokens > 2 && usage.reasoning_tokens == usage.completion_tokens, "{usage:?}");
+    let rest = run(&runtime, thinking(true, &thought.tokens[..2])).await;
+    assert_eq!(rest.usage().reasoning_tokens, usage.reasoning_tokens);
+    let answer = run(&runtime, thinking(false, &[])).await;
+    assert_eq!(answer.usage().reasoning_tokens, 0);
+}
+
+#[tokio::test]
 async fn a_last_message_is_gone_on_with() {
     let (runtime, model) = loaded().await;
     let messages = vec![ChatMessage::new("user", "What is 3 + 4?"), ChatMessage::new("assistant", "3 + 4")];

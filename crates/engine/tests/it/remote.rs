@@ -77,7 +77,7 @@ async fn events_of(runtime: &RemoteRuntime, request: GenerateRequest) -> Vec<Res
 async fn an_answer_of_vllm_comes_whole_with_its_usage() {
     let (server, runtime, id) = attached_vllm(Reply::Events(VLLM_ANSWER.into())).await;
     let events = events_of(&runtime, question(id)).await;
-    let usage = Usage { prompt_tokens: 14, completion_tokens: 4, cached_tokens: 8 };
+    let usage = Usage { prompt_tokens: 14, completion_tokens: 4, cached_tokens: 8, reasoning_tokens: 0 };
     assert_eq!(events.last(), Some(&Ok(Event::Done { reason: FinishReason::Stop, usage })));
     let (mut text, mut reasoning) = (String::new(), String::new());
     for event in events {

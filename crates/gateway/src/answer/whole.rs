@@ -108,7 +108,8 @@ mod tests {
     use super::*;
     use crate::answer::{Content, End};
 
-    const USAGE: TokenUsage = TokenUsage { prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0 };
+    const USAGE: TokenUsage =
+        TokenUsage { prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0, reasoning_tokens: 0 };
 
     fn piece(content: Content) -> Piece {
         Piece { raw: Bytes::new(), seq: 0, attempt: 1, content, end: None }

@@ -135,11 +135,19 @@ pub(super) struct Usage {
     completion_tokens: u32,
     total_tokens: u32,
     prompt_tokens_details: PromptTokensDetails,
+    /// Missing where the model did not think.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completion_tokens_details: Option<CompletionTokensDetails>,
 }
 
 #[derive(Serialize)]
 struct PromptTokensDetails {
     cached_tokens: u32,
+}
+
+#[derive(Serialize)]
+struct CompletionTokensDetails {
+    reasoning_tokens: u32,
 }
 
 impl From<TokenUsage> for Usage {
@@ -149,6 +157,9 @@ impl From<TokenUsage> for Usage {
             completion_tokens: usage.completion_tokens,
             total_tokens: usage.total_tokens(),
             prompt_tokens_details: PromptTokensDetails { cached_tokens: usage.cached_tokens },
+            completion_tokens_details: Some(usage.reasoning_tokens)
+                .filter(|thought| *thought > 0)
+                .map(|reasoning_tokens| CompletionTokensDetails { reasoning_tokens }),
         }
     }
 }

@@ -245,7 +245,7 @@ impl Fake {
             attempt: 2,
             progress: None,
         };
-        let usage = TokenUsage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 3 };
+        let usage = TokenUsage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 3, reasoning_tokens: 0 };
         let last = |seq: u64| {
             let mut last = chunk(seq, "");
             last.payload =
@@ -335,6 +335,7 @@ impl Fake {
                 let thought = Payload { reasoning: "hm".into(), ..Payload::default() };
                 let mut end = last(3);
                 end.payload.finish_reason = Some(FinishReason::ToolCalls);
+                end.payload.usage = Some(TokenUsage { reasoning_tokens: 1, ..usage });
                 for chunk in
                     [with(0, thought), with(1, calls(call(Some("c1"), "{"))), with(2, calls(call(None, "}"))), end]
                 {

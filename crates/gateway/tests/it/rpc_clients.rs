@@ -88,7 +88,10 @@ async fn a_bare_call_gets_the_whole_answer_as_one_value() {
         ("Hello", "stop", 2)
     );
     assert_eq!((answer.model_id.as_str(), answer.version.to_string().as_str()), ("tiny", "1.1"));
-    assert_eq!(answer.usage, TokenUsage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 3 });
+    assert_eq!(
+        answer.usage,
+        TokenUsage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 3, reasoning_tokens: 0 }
+    );
 
     // In OpenAI's words it is what HTTP answers, but for what differs from one answer to the next.
     let body = crate::chat_body("hi");

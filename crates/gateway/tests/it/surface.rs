@@ -63,6 +63,14 @@ async fn thoughts_and_calls_are_kept_apart_from_the_text() {
     });
     assert_eq!(answer["choices"][0]["message"], message);
     assert_eq!(answer["choices"][0]["finish_reason"], "tool_calls");
+    let details = json!({"reasoning_tokens": 1});
+    assert_eq!(answer["usage"]["completion_tokens_details"], details);
+    let mut counted = body.clone();
+    counted["stream_options"] = json!({"include_usage": true});
+    let told = events(&network, "/v1/chat/completions", &counted).await;
+    assert_eq!(told.last().expect("events")["usage"]["completion_tokens_details"], details);
+    let plain = whole(&network, &chat_body("hi")).await;
+    assert_eq!(plain["usage"].get("completion_tokens_details"), None);
     let events = events(&network, "/v1/chat/completions", &body).await;
     let deltas: Vec<_> = events.iter().map(|event| event["choices"][0]["delta"].clone()).collect();
     let begin = json!({"index": 0, "id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{"}});

@@ -41,7 +41,8 @@ async fn a_caller_that_leaves_stops_the_worker_and_pays_for_what_it_got() {
     worker.cancelled.notified().await;
     let record = stand.settled(&job).await;
     assert_eq!(record.state, JobState::Settled(TerminalState::Cancelled));
-    let got = protocol::usage::TokenUsage { prompt_tokens: 3, completion_tokens: 1, cached_tokens: 0 };
+    let got =
+        protocol::usage::TokenUsage { prompt_tokens: 3, completion_tokens: 1, cached_tokens: 0, reasoning_tokens: 0 };
     assert_eq!(record.usage, Some(got));
 }
 

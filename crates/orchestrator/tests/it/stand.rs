@@ -353,10 +353,11 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
     let attempt = if matches!(manner, Manner::WrongAttempt) { request.attempt + 1 } else { request.attempt };
     let chunk = |seq, done| {
         let payload = if done {
-            let usage = TokenUsage { prompt_tokens: 3, completion_tokens: seq as u32, cached_tokens: 0 };
+            let usage =
+                TokenUsage { prompt_tokens: 3, completion_tokens: seq as u32, cached_tokens: 0, reasoning_tokens: 0 };
             Payload { finish_reason: Some(FinishReason::Stop), usage: Some(usage), ..Payload::default() }
         } else {
-            let prompt = TokenUsage { prompt_tokens: 3, completion_tokens: 0, cached_tokens: 0 };
+            let prompt = TokenUsage { prompt_tokens: 3, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 };
             let usage = (seq == 0).then_some(prompt);
             Payload { text: format!("{seq} "), tokens: vec![seq as u32], usage, ..Payload::default() }
         };

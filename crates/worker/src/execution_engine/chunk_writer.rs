@@ -68,7 +68,7 @@ impl ChunkWriter {
         match event {
             // The first chunk tells what the prompt took, so that a caller who leaves early can be billed for it.
             Event::Started { prompt_tokens, cached_tokens } if index == 0 => {
-                payload.usage = Some(TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens });
+                payload.usage = Some(TokenUsage { prompt_tokens, cached_tokens, ..TokenUsage::default() });
             }
             Event::Started { .. } => {}
             Event::Progress { tokens_read, tokens_total } => {
@@ -89,6 +89,7 @@ impl ChunkWriter {
                     self.usage.cached_tokens = usage.cached_tokens;
                 }
                 self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(usage.completion_tokens);
+                self.usage.reasoning_tokens = self.usage.reasoning_tokens.saturating_add(usage.reasoning_tokens);
             }
         }
     }

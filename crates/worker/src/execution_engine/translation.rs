@@ -140,8 +140,8 @@ pub(super) fn finish_reason(reason: EngineReason) -> FinishReason {
 }
 
 pub(super) fn token_usage(usage: Usage) -> TokenUsage {
-    let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
-    TokenUsage { prompt_tokens, completion_tokens, cached_tokens }
+    let Usage { prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens } = usage;
+    TokenUsage { prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens }
 }
 
 /// Says an engine's error in the network's words. Reasons stay here: they may name paths and processes.

@@ -30,7 +30,10 @@ async fn an_answer_comes_in_numbered_chunks_that_end_with_reason_and_usage() {
     let last = &chunks[16].payload;
     assert_eq!((last.text.as_str(), last.tokens.len()), ("", 0));
     assert_eq!(last.finish_reason, Some(FinishReason::Stop));
-    assert_eq!(last.usage, Some(TokenUsage { prompt_tokens: 3, completion_tokens: 16, cached_tokens: 0 }));
+    assert_eq!(
+        last.usage,
+        Some(TokenUsage { prompt_tokens: 3, completion_tokens: 16, cached_tokens: 0, reasoning_tokens: 0 })
+    );
 }
 
 #[tokio::test(start_paused = true)]

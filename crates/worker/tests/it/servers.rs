@@ -96,7 +96,7 @@ async fn a_servers_model_is_offered_reported_unattested_and_answers() {
     let (chunks, error) = read(scene.open(&job).await.expect("accepted")).await;
     assert_eq!((error, text(&chunks).as_str()), (None, "once more"));
     let last = &chunks.last().expect("chunks").payload;
-    let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 0 };
+    let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 0, reasoning_tokens: 0 };
     assert_eq!((last.finish_reason, last.usage), (Some(FinishReason::Length), Some(usage)));
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use engine::{MockOptions, MockRuntime, ModelRuntime as _};
 use protocol::ErrorCode;
-use protocol::infer::{EmbedInput, FinishReason, InferChunk, InferRequest, Input};
+use protocol::infer::{EmbedInput, FinishReason, InferChunk, InferRequest, Input, Message, Role};
 use protocol::usage::TokenUsage;
 use rpc::CallError;
 use tokio::time::{self, Instant};
@@ -41,12 +41,24 @@ async fn each_answer_has_its_index_and_its_end_and_the_prompt_is_counted_once() 
         let ends = others.iter().filter_map(|chunk| Some((chunk.payload.index, chunk.payload.finish_reason?)));
         assert_eq!(ends.collect::<BTreeMap<_, _>>(), (0..3).map(|index| (index, FinishReason::Length)).collect());
         assert!(last.done && last.payload.finish_reason == Some(FinishReason::Length));
-        let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 15, cached_tokens: 0 };
+        let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 15, cached_tokens: 0, reasoning_tokens: 0 };
         assert_eq!(last.payload.usage, Some(usage));
         // What a caller who leaves early is billed for is told once as well.
         let told: Vec<_> = others.iter().filter_map(|chunk| chunk.payload.usage).collect();
         assert_eq!(told, [TokenUsage { completion_tokens: 0, ..usage }]);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_thoughts_of_all_answers_are_counted() {
+    let scene = Scene::ready(config(), MockOptions::default()).await;
+    let messages = Some(vec![Message::new(Role::User, "hi")]);
+    let template_options = [("enable_thinking".to_owned(), true.into())].into_iter().collect();
+    let input = Input { messages, prompt: None, template_options, n: Some(2), ..request().input };
+    let (chunks, error) = read(scene.open(&InferRequest { input, ..request() }).await.expect("accepted")).await;
+    assert_eq!(error, None);
+    let usage = chunks.last().and_then(|last| last.payload.usage).expect("the last chunk tells it");
+    assert_eq!((usage.completion_tokens, usage.reasoning_tokens), (34, 2));
 }
 
 #[tokio::test(start_paused = true)]
@@ -87,7 +99,7 @@ async fn vectors_come_in_chunks_far_below_the_limit_of_a_message() {
     let vectors: Vec<_> = others.iter().flat_map(|chunk| &chunk.payload.embeddings).collect();
     assert!(vectors.iter().enumerate().all(|(place, vector)| vector.index as usize == place));
     assert_eq!((vectors.len(), vectors[7].vector().expect("a vector").len()), (2_048, 8));
-    let usage = TokenUsage { prompt_tokens: 4_096, completion_tokens: 0, cached_tokens: 0 };
+    let usage = TokenUsage { prompt_tokens: 4_096, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 };
     assert_eq!((last.done, last.payload.usage, others[0].payload.usage), (true, Some(usage), Some(usage)));
 }
 

@@ -382,6 +382,8 @@ struct CompletionUsage {
     completion_tokens: u32,
     total_tokens: u32,
     prompt_tokens_details: PromptTokensDetails,
+    /// Missing where the model did not think.
+    completion_tokens_details: Option<CompletionTokensDetails>,
 }
 
 #[derive(ToSchema)]
@@ -389,4 +391,11 @@ struct CompletionUsage {
 struct PromptTokensDetails {
     /// Prompt tokens that were at hand and not evaluated again.
     cached_tokens: u32,
+}
+
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "described, never made")]
+struct CompletionTokensDetails {
+    /// Tokens that the model thought with; they are among `completion_tokens`.
+    reasoning_tokens: u32,
 }

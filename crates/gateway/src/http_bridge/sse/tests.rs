@@ -30,8 +30,10 @@ fn piece(seq: u64, text: &str, end: Option<End>) -> Piece {
     Piece { raw: Bytes::new(), seq, attempt: 1, content, end }
 }
 
-const END: End =
-    End { reason: FinishReason::Stop, usage: TokenUsage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 1 } };
+const END: End = End {
+    reason: FinishReason::Stop,
+    usage: TokenUsage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 1, reasoning_tokens: 0 },
+};
 
 fn written(sse: &mut Sse, pieces: &[Piece]) -> String {
     let mut out = BytesMut::new();

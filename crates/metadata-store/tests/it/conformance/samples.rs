@@ -9,7 +9,8 @@ use uuid::Uuid;
 
 pub(crate) const NOW: UnixMillis = UnixMillis(1_700_000_000_000);
 pub(crate) const LEASE: UnixMillis = UnixMillis(1_700_000_030_000);
-pub(crate) const USAGE: TokenUsage = TokenUsage { prompt_tokens: 11, completion_tokens: 22, cached_tokens: 3 };
+pub(crate) const USAGE: TokenUsage =
+    TokenUsage { prompt_tokens: 11, completion_tokens: 22, cached_tokens: 3, reasoning_tokens: 0 };
 
 pub(crate) fn worker(number: u8) -> WorkerId {
     PublicKey([number; 32])
