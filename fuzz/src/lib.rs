@@ -369,7 +369,7 @@ pub fn text_assembler(bytes: &[u8]) {
     let assemble = |step: usize| {
         let mut assembler = TextAssembler::new(&stops);
         let mut whole: String = rest.chunks(step).map(|piece| assembler.push(piece)).collect();
-        whole.push_str(&assembler.finish());
+        whole.push_str(&assembler.finish(false));
         whole
     };
     assert_eq!(assemble(usize::from(*step).max(1)), assemble(rest.len().max(1)));

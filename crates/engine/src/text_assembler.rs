@@ -1,7 +1,8 @@
 //! Makes text of token bytes as they come, and ends it at a stop text.
 //!
 //! What comes out does not depend on how the bytes were cut: it is the lossy UTF-8 reading of all bytes, up to the
-//! first place where a stop text is complete. Characters and stop texts that may still be completed are held back.
+//! first place where a stop text is complete. Characters and stop texts that may still be completed are held back, and
+//! a character that the limit of tokens cut is left out.
 
 /// Assembles the text of one answer.
 #[derive(Debug, Clone, Default)]
@@ -41,13 +42,14 @@ impl TextAssembler {
         self.stopped
     }
 
-    /// Ends the answer and returns what was held back.
-    pub fn finish(&mut self) -> String {
+    /// Ends the answer and returns what was held back. Where the limit of tokens cut it, more bytes would have completed
+    /// its last character.
+    pub fn finish(&mut self, is_cut: bool) -> String {
         if self.stopped {
             return String::new();
         }
-        if !self.incomplete.is_empty() {
-            self.incomplete.clear();
+        let is_incomplete = !std::mem::take(&mut self.incomplete).is_empty();
+        if is_incomplete && !is_cut {
             let known = self.held.len();
             self.held.push(char::REPLACEMENT_CHARACTER);
             if let Some(start) = self.find_stop(known) {
@@ -115,7 +117,7 @@ mod tests {
             text.push_str(&assembler.push(piece));
         }
         let stopped = assembler.is_stopped();
-        text.push_str(&assembler.finish());
+        text.push_str(&assembler.finish(false));
         (text, stopped)
     }
 
@@ -137,12 +139,24 @@ mod tests {
         assert_eq!(assembler.push(&[b'a', 0xf0, 0x9f]), "a");
         assert_eq!(assembler.push(&[0xa6]), "");
         assert_eq!(assembler.push(&[0x80, b'b']), "\u{1f980}b");
-        assert_eq!(assembler.finish(), "");
+        assert_eq!(assembler.finish(false), "");
     }
 
     #[test]
     fn invalid_bytes_become_replacement_characters() {
         assert_eq!(assemble([&b"a\xff"[..], b"b\xe2\x82"], &[]).0, "a\u{fffd}b\u{fffd}");
+    }
+
+    #[test]
+    fn a_character_that_the_limit_cut_is_left_out() {
+        for (bytes, cut, whole) in
+            [(&b"a\xe2\x82"[..], "a", "a\u{fffd}"), (b"a\xff", "a\u{fffd}", "a\u{fffd}"), (b"ab", "ab", "ab")]
+        {
+            for (is_cut, expected) in [(true, cut), (false, whole)] {
+                let mut assembler = TextAssembler::new(&[]);
+                assert_eq!(assembler.push(bytes) + &assembler.finish(is_cut), expected);
+            }
+        }
     }
 
     #[test]

@@ -211,7 +211,7 @@ impl Sequence {
             cached_tokens: self.cached.unwrap_or(0),
             reasoning_tokens: self.thoughts,
         };
-        let rest = self.assembler.finish();
+        let rest = self.assembler.finish(reason == FinishReason::Length);
         // It is the rest of tokens that were counted.
         let mut last = piece(read(&mut self.job.parser, rest, &mut 0));
         if let Some(parser) = &mut self.job.parser {
