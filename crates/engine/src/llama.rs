@@ -373,9 +373,8 @@ impl Loaded {
             let form = form.as_ref().unwrap_or(&request.format);
             let constraint = loaded.forms.constraint(loaded.model.vocabulary(), form);
             let constraint = constraint.map_err(|error| loaded.blame_tools(&request.input, error))?;
-            if constraint.is_some() && request.ignore_eos {
-                return Err(unsupported("ignore_eos", "an answer ends where its form ends"));
-            }
+            // A form says where an answer ends, as in vLLM.
+            let ignore_eos = request.ignore_eos && constraint.is_none();
             let spoken = if parser.is_some() { loaded.forms.spoken() } else { Arc::default() };
             let prompt_tokens = prompt.tokens.len();
             let mut tokens = prompt.tokens;
@@ -391,7 +390,7 @@ impl Loaded {
                 Some(predicted) => loaded.prompts.prediction(&loaded.model, predicted, limit)?,
             };
             let (outbox, stream) = Outbox::new(tokens.len() as u32);
-            let GenerateRequest { adapter, sampling, stop, ignore_eos, logprobs, deterministic, .. } = request;
+            let GenerateRequest { adapter, sampling, stop, logprobs, deterministic, .. } = request;
             Ok(move |admitted| {
                 let job = Job {
                     tokens,

@@ -263,7 +263,7 @@ pub struct GenerateRequest {
     /// The most tokens to generate; `None` goes on to the end of the context.
     #[serde(default)]
     pub max_tokens: Option<u32>,
-    /// Goes on past the end-of-turn token, for benchmarks.
+    /// Goes on past the end-of-turn token, for benchmarks. An answer that must have a form ends with it all the same.
     #[serde(default)]
     pub ignore_eos: bool,
     /// Tells the log-probability of each token, and of so many of the likeliest in its place.

@@ -54,7 +54,8 @@ pub(super) fn generation(
     if !request.stop.is_empty() {
         body.insert("stop".into(), json!(request.stop));
     }
-    if request.ignore_eos {
+    // What ends with its form ends there.
+    if request.ignore_eos && !has_form(request) {
         match dialect {
             Dialect::Vllm | Dialect::Sglang | Dialect::LlamaServer => body.insert("ignore_eos".into(), true.into()),
             _ => return Err(unknown("ignore_eos", dialect)),
@@ -79,6 +80,12 @@ pub(super) fn generation(
     };
     add_format(&mut body, dialect, &request.format, path)?;
     Ok(Call { path, body: body.into() })
+}
+
+/// Returns whether the answer must have a form, and ends with it.
+fn has_form(request: &GenerateRequest) -> bool {
+    let must_call = |chat: &Chat| matches!(chat.tool_choice, ToolChoice::Required | ToolChoice::Function(_));
+    request.format != OutputFormat::Text || matches!(&request.input, PromptInput::Chat(chat) if must_call(chat))
 }
 
 fn add_prompt(body: &mut Map<String, Value>, dialect: Dialect, request: &GenerateRequest) -> Result<(), EngineError> {

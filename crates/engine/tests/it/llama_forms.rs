@@ -280,9 +280,19 @@ async fn the_arguments_of_a_forced_call_hold_what_their_schema_names() {
 #[tokio::test]
 async fn an_answer_that_keeps_to_a_form_cannot_go_on_past_its_end() {
     let (runtime, model) = loaded().await;
-    let request = GenerateRequest { ignore_eos: true, ..formed(model, OutputFormat::Json) };
-    let refused = within(runtime.generate(request)).await.expect_err("both cannot be");
-    assert!(matches!(&refused, EngineError::Unsupported { parameter, .. } if parameter == "ignore_eos"), "{refused}");
+    let format = || OutputFormat::Regex("[a-c]{6}".into());
+    let usual = run(&runtime, formed(model, format())).await;
+    let going_on = run(&runtime, GenerateRequest { ignore_eos: true, ..formed(model, format()) }).await;
+    assert_eq!((&going_on.text, going_on.reason()), (&usual.text, FinishReason::Stop));
+    let parameters = json!({ "type": "object", "properties": { "a": { "enum": [1] } }, "required": ["a"] });
+    let tool = Tool { name: "f".into(), description: None, parameters: Some(parameters) };
+    let messages = vec![ChatMessage::new("user", "hi")];
+    let chat =
+        Chat { messages, tools: vec![tool], tool_choice: ToolChoice::Required, one_call: true, ..Chat::default() };
+    let model = within(runtime.load(tiny_with_template(WITH_TOOLS), options(), no_progress())).await.expect("loads").id;
+    let request =
+        GenerateRequest { ignore_eos: true, input: PromptInput::Chat(chat), ..formed(model, OutputFormat::Text) };
+    assert_eq!(pieces(&runtime, request).await.1, FinishReason::ToolCalls);
 }
 
 #[tokio::test]

@@ -96,7 +96,7 @@ pub struct Input {
     /// Up to 16 texts that end the answer; they are not part of it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stop: Vec<String>,
-    /// Goes on past the end-of-turn token, for benchmarks.
+    /// Goes on past the end-of-turn token, for benchmarks. An answer that must have a form ends with it all the same.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ignore_eos: bool,
     /// Evaluates the answer by itself, slower, so that the same build of the engine gives it again to the bit.

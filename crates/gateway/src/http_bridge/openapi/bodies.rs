@@ -120,7 +120,7 @@ struct Sampling {
     deterministic: Option<bool>,
     /// Texts that end the answer, at most 16.
     stop: Option<OneOrMany>,
-    /// Goes on past the end-of-turn token. Not OpenAI's.
+    /// Goes on past the end-of-turn token. Not OpenAI's. An answer that must have a form ends all the same.
     ignore_eos: Option<bool>,
     /// Makes tokens of prompt and answer less likely by a factor. Not OpenAI's.
     #[schema(exclusive_minimum = 0, maximum = 2)]
