@@ -23,6 +23,12 @@ pub fn cores() -> u32 {
     thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX))
 }
 
+/// Returns the memory that this process and its children can have without swapping, in bytes, within the limits of its
+/// control groups; `None` where the system does not tell.
+pub fn free_memory_bytes() -> Option<u64> {
+    crate::process::host_memory::available_bytes()
+}
+
 /// A place where models are computed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {

@@ -86,6 +86,13 @@ pub fn smaller(options: &LoadOptions, context_length: u32) -> Vec<LoadOptions> {
     contexts.into_iter().map(room).collect()
 }
 
+/// Returns the options that take the least memory, as far as nobody has set them.
+pub fn smallest(options: &LoadOptions) -> LoadOptions {
+    let context_length = if options.context_length == 0 { CONTEXT_MIN } else { options.context_length };
+    let kv_tokens = if options.kv_tokens == 0 { context_length } else { options.kv_tokens };
+    LoadOptions { context_length, kv_tokens, ..options.clone() }
+}
+
 /// Returns the memory that a load would take. Where the options leave the layers on a GPU open, all are planned in
 /// host memory, which is then surely enough.
 pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {

@@ -10,7 +10,7 @@ mod child_server;
 mod engine_process;
 pub mod frame;
 pub mod handover;
-mod host_memory;
+pub(crate) mod host_memory;
 mod memory_limit;
 mod pipe;
 mod preflight;

@@ -10,7 +10,6 @@ use protocol::control::{
     CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeRole, Scope,
     TOKEN_CHECK, TokenCheck, TokenGrant,
 };
-use protocol::health::ModelState;
 use protocol::infer::{InferRequest, Input};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
 use protocol::{
@@ -507,13 +506,10 @@ impl Gateway {
         self.inner.upstream.ask(NodeRole::Registry, method, request).await.map_err(presentable)
     }
 
-    /// Says whether some worker has a model ready, or why that is not known.
+    /// Says whether some worker can answer something, or why that is not known.
     pub(crate) async fn is_routable(&self) -> Result<bool, WireError> {
-        let ready = |fleet: Arc<Fleet>| {
-            let workers = fleet.workers.iter().filter(|worker| !worker.report.draining);
-            workers.flat_map(|worker| &worker.report.model_cache).any(|model| model.state == ModelState::Ready)
-        };
-        self.fleet().await.map(ready)
+        let fleet = self.fleet().await?;
+        Ok(fleet.workers.iter().any(|worker| worker.report.can_answer()))
     }
 
     /// Keeps up with the peers until `stop`. Called once, by whoever runs the gateway.

@@ -83,6 +83,15 @@ pub struct Capacity {
 }
 
 impl HealthReport {
+    /// Returns whether the worker can answer something: a model is ready, or is loaded as soon as somebody asks for it.
+    pub fn can_answer(&self) -> bool {
+        let is_at_hand = |key: &ModelKey| {
+            let cached = self.model_cache.iter().find(|cached| cached.key == *key);
+            cached.is_none_or(|cached| cached.state == ModelState::Ready)
+        };
+        !self.draining && self.supported.iter().any(is_at_hand)
+    }
+
     /// Returns whether the worker takes jobs of a model, with an adapter or without one.
     pub fn serves(&self, model: &ModelKey, adapter: Option<&AdapterName>) -> bool {
         !self.draining && self.supported.contains(model) && self.serves_adapter(model, adapter)

@@ -116,7 +116,8 @@ impl BaseWorker {
     /// Makes a worker. The configuration should have passed [`Config::check`].
     pub fn new(config: Config, parts: WorkerParts) -> Self {
         let changes = watch::Sender::new(());
-        let Config { slots, queue_max, tenant_jobs_max, preload, .. } = config;
+        let Config { slots, queue_max, tenant_jobs_max, preload, memory_max_mib, .. } = config;
+        let memory_max = (memory_max_mib > 0).then(|| memory_max_mib.saturating_mul(1 << 20));
         let seed = u64_of(&parts.key.public_key().0);
         let client = Client::new(parts.transport.clone()).with_membership(parts.membership.clone());
         let topic = Topic::Control(config.region.clone());
@@ -124,8 +125,8 @@ impl BaseWorker {
         let offers = Offers::new(client.clone(), directory.clone());
         let runtime = Arc::new(Runtimes { engines: parts.runtime.clone(), servers: Arc::default() });
         let loader = Arc::new(ModelLoader::new(
-            ModelCache::new(&config.models),
-            LoaderOptions { slots, queue_max, preload, seed },
+            ModelCache::new(&config.models, preload),
+            LoaderOptions { slots, queue_max, preload, memory_max, seed },
             runtime.clone(),
             RemoteModels::new(runtime.servers.clone(), offers),
             parts.artifacts.clone(),
@@ -289,11 +290,11 @@ impl WorkerHandle {
         self.loader.cache().ready().into_iter().map(|(key, _)| key).collect()
     }
 
-    /// Waits until every model that is to be in memory answers.
+    /// Waits until every model that is to be in memory answers, or is left out for want of room.
     pub async fn ready(&self) -> Result<(), NotReady> {
         let all = async {
             for entry in self.loader.cache().entries() {
-                if self.loader.preloads() {
+                if self.loader.preloads(entry) {
                     settled(entry).await?;
                 }
             }
@@ -305,7 +306,12 @@ impl WorkerHandle {
 
 async fn settled(entry: &Entry) -> Result<(), NotReady> {
     let mut status = entry.status.subscribe();
-    let settled = status.wait_for(|status| matches!(status, Status::Ready(_) | Status::Failed(_))).await;
+    let has_settled = |status: &Status| match status {
+        Status::Ready(_) | Status::Failed(_) => true,
+        Status::Absent => entry.has_stayed_out(),
+        Status::Loading(_) => false,
+    };
+    let settled = status.wait_for(has_settled).await;
     match settled.as_deref() {
         Ok(Status::Failed(reason)) => Err(NotReady::LoadFailed { model: entry.key.clone(), reason: reason.clone() }),
         Ok(_) => Ok(()),

@@ -25,8 +25,11 @@ pub struct Config {
     /// Jobs of one tenant, running and waiting, at most; missing for no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tenant_jobs_max: Option<u32>,
-    /// Loads the models at the start, and not at their first job.
+    /// Loads the models at the start, as far as they fit, and not at their first job.
     pub preload: bool,
+    /// Memory that the models may take together, in MiB; 0 takes what the machine has free. What is not in use makes room
+    /// for what is asked for.
+    pub memory_max_mib: u64,
     /// Seconds that jobs have to end when the worker stops.
     pub drain_secs: u64,
     /// Network hops to the region's centre; fewer is nearer.
@@ -74,6 +77,12 @@ pub struct ServedModel {
     /// Tokens that a repeated passage may suggest at once, at most 16; 0 does not speculate. Answers stay the same.
     #[serde(default = "draft_tokens")]
     pub draft_tokens: u32,
+    /// Seconds without work after which it is unloaded; it is loaded again when somebody asks for it. -1 keeps it for ever.
+    #[serde(default = "keep_alive_secs")]
+    pub keep_alive_secs: i64,
+    /// Loads it at the start, and never unloads it to make room for others or because nobody uses it.
+    #[serde(default)]
+    pub pin: bool,
     /// Whose kernels compute it on a CPU: `auto` takes Tether's where the processor has AVX-512 and VNNI, `off` leaves all
     /// to ggml, slower, and then an answer at temperature 0 may change in a rare word when it is asked for again.
     #[serde(default)]
@@ -126,6 +135,11 @@ pub struct ServedAdapter {
 
 fn first_version() -> ModelVersion {
     ModelVersion { major: 1, minor: 0 }
+}
+
+/// Five minutes, as Ollama does.
+fn keep_alive_secs() -> i64 {
+    300
 }
 
 fn prompt_cache_mib() -> u64 {
@@ -187,6 +201,7 @@ impl Default for Config {
             queue_max: 64,
             tenant_jobs_max: None,
             preload: true,
+            memory_max_mib: 0,
             drain_secs: 30,
             latency_hops: 0,
         }
@@ -259,6 +274,8 @@ impl ServedModel {
             kv_tokens: 0,
             prompt_cache_mib: prompt_cache_mib(),
             draft_tokens: draft_tokens(),
+            keep_alive_secs: keep_alive_secs(),
+            pin: false,
             kernels: Kernels::default(),
             adapters: Vec::new(),
             pinned_adapter: None,
@@ -278,6 +295,16 @@ impl ServedModel {
     /// Says whether a server answers for it, and not an engine of ours.
     pub(crate) fn is_server(&self) -> bool {
         self.remote.is_some() || !self.server_command.is_empty()
+    }
+
+    /// Says whether it stays in memory whatever happens. What another's server holds is none of ours to unload.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pin || self.remote.is_some()
+    }
+
+    /// Returns how long it stays in memory without work; `None` for ever.
+    pub(crate) fn keep_alive(&self) -> Option<Duration> {
+        u64::try_from(self.keep_alive_secs).ok().map(Duration::from_secs)
     }
 
     /// Returns the adapter that it is always served with.

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::model_loader::adapters::Lease;
-use crate::model_loader::cache::Entry;
+use crate::model_loader::cache::{Entry, Hold};
 use crate::model_loader::{LoadError, LoadFailed, ModelLoader};
 use choices::Choices;
 use chunk_writer::ChunkWriter;
@@ -42,6 +42,8 @@ pub(crate) struct Begun {
     work: Work,
     /// Keeps the adapter where it is.
     _adapter: Option<Lease>,
+    /// Keeps the model in memory.
+    _hold: Hold,
 }
 
 enum Work {
@@ -98,12 +100,12 @@ impl ExecutionEngine {
     /// An engine that turns out to be gone has begun nothing: the job waits for the next one. A second one that goes may
     /// go because of the job.
     pub(crate) async fn begin(&self, entry: Arc<Entry>, request: Arc<InferRequest>) -> Result<Begun, WireError> {
-        let mut loaded = self.loader.resident(&entry).await.map_err(|error| load_failed(&error))?;
+        let mut hold = self.loader.resident(&entry).await.map_err(|error| load_failed(&error))?;
         let mut engines = 1;
         loop {
-            let model = loaded.id;
-            let error = match self.begin_on(&loaded, &entry, &request).await {
-                Ok((work, lease)) => return Ok(Begun { entry, model, work, _adapter: lease }),
+            let model = hold.loaded.id;
+            let error = match self.begin_on(&hold.loaded, &entry, &request).await {
+                Ok((work, lease)) => return Ok(Begun { entry, model, work, _adapter: lease, _hold: hold }),
                 Err(NotBegun::Refused(error)) => return Err(error),
                 Err(NotBegun::Engine(error)) => error,
             };
@@ -112,7 +114,8 @@ impl ExecutionEngine {
                 return Err(told);
             }
             engines += 1;
-            loaded = self.loader.resident_after(&entry, model).await.map_err(|error| load_failed(&error))?;
+            drop(hold);
+            hold = self.loader.resident_after(&entry, model).await.map_err(|error| load_failed(&error))?;
         }
     }
 
@@ -205,7 +208,7 @@ impl ExecutionEngine {
         reply: &mut ReplyStream,
         has_begun: &CancellationToken,
     ) -> Result<InferChunk, Broken> {
-        let Begun { entry, model, work, _adapter } = begun;
+        let Begun { entry, model, work, _adapter, _hold } = begun;
         let mut choices = match work {
             Work::Choices(choices) => choices,
             Work::Vectors(embeddings) => {

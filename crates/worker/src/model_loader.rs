@@ -5,6 +5,7 @@
 
 pub(crate) mod adapters;
 pub(crate) mod cache;
+mod residency;
 mod warm_prefixes;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +14,8 @@ use std::{fmt, io, mem};
 
 use artifact_store::{ArtifactStore, OpenError, VerifiedFile};
 use engine::gguf::Header;
-use engine::memory_plan::CONTEXT_DEFAULT;
+use engine::hardware;
+use engine::memory_plan::{self, CONTEXT_DEFAULT};
 use engine::merge::Merge;
 use engine::{
     AdapterId, EngineError, Kernels, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, ProgressSink,
@@ -29,9 +31,10 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
 use adapters::Lease;
-use cache::{Entry, Load, ModelCache, Status};
+use cache::{Entry, Hold, Load, ModelCache, Status};
+use residency::{Order, Place, Seat};
 
-use crate::config::{self, ServedAdapter};
+use crate::config::{self, RemoteServer, ServedAdapter};
 use crate::offers::OfferError;
 use crate::remote_models::{AttachError, RemoteModels};
 
@@ -76,6 +79,8 @@ pub(crate) struct LoaderOptions {
     pub(crate) queue_max: u32,
     /// Loads at the start, and not at the first job.
     pub(crate) preload: bool,
+    /// Memory that all models may take together, in bytes; `None` for what the machine has free.
+    pub(crate) memory_max: Option<u64>,
     /// Where the jitter of retries comes from, so that a run repeats and workers differ.
     pub(crate) seed: u64,
 }
@@ -111,6 +116,32 @@ pub(crate) enum LoadError {
     Interrupted,
 }
 
+/// What a load needs.
+struct Prepared {
+    source: Source,
+    options: LoadOptions,
+    /// The memory it takes, in bytes.
+    bytes: u64,
+    /// The memory it takes with the shortest context that nobody has set.
+    bytes_min: u64,
+}
+
+/// What answers for a model.
+enum Source {
+    Artifact(VerifiedArtifact),
+    Server(RemoteServer),
+}
+
+/// How the time of a loaded model ended.
+enum End {
+    /// Its engine died.
+    Died(Arc<str>),
+    /// No registry lists it.
+    Refused(Arc<str>),
+    /// It made room, or nobody used it.
+    Left,
+}
+
 impl LoadError {
     /// Returns what kind of error an engine's is.
     fn engine(&self) -> Option<mem::Discriminant<EngineError>> {
@@ -135,9 +166,9 @@ impl ModelLoader {
         &self.cache
     }
 
-    /// Says whether models are loaded before anyone asks for them.
-    pub(crate) fn preloads(&self) -> bool {
-        self.options.preload
+    /// Says whether a model is loaded before anyone asks for it.
+    pub(crate) fn preloads(&self, entry: &Entry) -> bool {
+        self.options.preload || entry.model.pin
     }
 
     /// Keeps every model until `stop`, then unloads them.
@@ -153,38 +184,68 @@ impl ModelLoader {
                 }
             });
         }
+        stop.run_until_cancelled(self.assign_memory()).await;
         keepers.close();
         keepers.wait().await;
         self.blocking.close();
         self.blocking.wait().await;
     }
 
-    /// Returns a served model once it answers, loading it if need be.
-    pub(crate) async fn resident(&self, entry: &Entry) -> Result<LoadedModel, LoadFailed> {
-        if let Some(loaded) = entry.loaded() {
-            return Ok(loaded);
+    /// Decides again and again which models lie in memory.
+    async fn assign_memory(&self) {
+        loop {
+            let entries = self.cache.entries();
+            let seats: Vec<Seat> = entries.iter().map(|entry| entry.seat().clone()).collect();
+            // Memory is measured only where somebody asks for it: a look at the system takes longer than the decision.
+            let is_asked = seats.iter().any(|seat| seat.place == Place::Asking);
+            let room = if is_asked { self.room(&seats) } else { 0 };
+            let decision = residency::decide(&seats, room, Instant::now());
+            for (index, order) in decision.orders {
+                entries[index].obey(order);
+            }
+            tokio::select! {
+                () = self.cache.stirred.notified() => {}
+                () = sleep_until(decision.look_again) => {}
+            }
         }
-        entry.wanted.notify_one();
-        Self::settled(entry, |_| true).await
     }
 
-    /// Returns a served model once it answers on another engine than one that is gone.
-    pub(crate) async fn resident_after(&self, entry: &Entry, gone: ModelId) -> Result<LoadedModel, LoadFailed> {
-        Self::settled(entry, |loaded| loaded.id != gone).await
+    /// Returns the memory that a further model can have, in bytes: what the models leave of their share, and no more than
+    /// nine tenths of what the machine has.
+    fn room(&self, seats: &[Seat]) -> u64 {
+        let taken =
+            seats.iter().filter(|seat| matches!(seat.place, Place::In(_) | Place::Moving)).map(|seat| seat.bytes);
+        let left = self.options.memory_max.map(|most| most.saturating_sub(taken.fold(0, u64::saturating_add)));
+        let free = hardware::free_memory_bytes().map(|bytes| bytes - bytes / 10);
+        left.into_iter().chain(free).min().unwrap_or(u64::MAX)
     }
 
-    async fn settled(entry: &Entry, is_wanted: impl Fn(&LoadedModel) -> bool) -> Result<LoadedModel, LoadFailed> {
+    /// Returns a hold on a served model once it answers, loading it if need be.
+    pub(crate) async fn resident(&self, entry: &Arc<Entry>) -> Result<Hold, LoadFailed> {
+        match entry.hold() {
+            Some(hold) => Ok(hold),
+            None => Self::held(entry, |_| true).await,
+        }
+    }
+
+    /// Returns a hold on a served model once it answers on another engine than one that is gone.
+    pub(crate) async fn resident_after(&self, entry: &Arc<Entry>, gone: ModelId) -> Result<Hold, LoadFailed> {
+        Self::held(entry, |loaded| loaded.id != gone).await
+    }
+
+    async fn held(entry: &Arc<Entry>, is_wanted: impl Fn(&LoadedModel) -> bool) -> Result<Hold, LoadFailed> {
+        let _waiting = entry.wait();
         let mut status = entry.status.subscribe();
-        let has_settled = |status: &Status| match status {
-            Status::Ready(loaded) => is_wanted(loaded),
-            Status::Failed(_) => true,
-            Status::Absent | Status::Loading(_) => false,
-        };
-        let settled = status.wait_for(has_settled).await;
-        match settled.as_deref() {
-            Ok(Status::Ready(loaded)) => Ok(loaded.clone()),
-            Ok(Status::Failed(reason)) => Err(LoadFailed { reason: reason.clone() }),
-            _ => Err(LoadFailed { reason: "the worker is stopping".into() }),
+        loop {
+            if let Status::Failed(reason) = &*status.borrow_and_update() {
+                return Err(LoadFailed { reason: reason.clone() });
+            }
+            if let Some(hold) = entry.hold().filter(|hold| is_wanted(&hold.loaded)) {
+                return Ok(hold);
+            }
+            if status.changed().await.is_err() {
+                return Err(LoadFailed { reason: "the worker is stopping".into() });
+            }
         }
     }
 
@@ -251,62 +312,67 @@ impl ModelLoader {
         Ok((id, lease))
     }
 
-    /// Loads one model, waits for its death, and begins again.
+    /// Loads one model whenever it is wanted and has room, waits for its death or its leave, and begins again.
     async fn keep(&self, entry: &Arc<Entry>) {
         let mut backoff = Backoff::new(self.options.seed ^ digest_seed(entry));
         // What was said of the failures in a row, so that each is said once.
         let mut complaint = None;
-        if !self.options.preload {
-            tokio::select! {
-                () = entry.wanted.notified() => {}
-                () = self.offer_unloaded(entry) => {}
-            }
-        }
+        let mut is_wanted = self.preloads(entry);
+        let mut is_offered = false;
         // How long the last load took.
         let mut took = None;
-        self.set(entry, Status::Loading(Load::begin(took)));
         loop {
-            let begun = Instant::now();
-            let loaded = self.load(entry).await;
-            let wait = match loaded {
-                Ok((loaded, offer)) => {
-                    let since = Instant::now();
-                    took = Some(since - begun);
-                    let id = loaded.id;
-                    let LoadedModel { pid, context_length, kv_tokens, slots, .. } = loaded;
-                    info!(model = %entry.key, pid, "the model is ready");
-                    if kv_tokens > 0 {
-                        info!(
-                            model = %entry.key,
-                            "a job holds up to {context_length} tokens, and the {slots} slots share {kv_tokens}; \
-                             context_length and kv_tokens of the model change that, and with it the memory it takes"
-                        );
+            if !is_wanted && !entry.is_waited_for() {
+                tokio::select! {
+                    () = entry.wanted() => {}
+                    () = self.offer_unloaded(entry), if !is_offered => {}
+                }
+            }
+            if !matches!(*entry.status.borrow(), Status::Loading(_)) {
+                self.set(entry, Status::Loading(Load::begin(took)));
+            }
+            let ended = match self.prepare(entry).await {
+                Ok(prepared) => match self.admitted(entry, &prepared).await {
+                    Ok(true) => {
+                        let begun = Instant::now();
+                        let loaded = self.load(entry, prepared).await;
+                        took = loaded.is_ok().then(|| begun.elapsed()).or(took);
+                        loaded
                     }
+                    Ok(false) => {
+                        is_wanted = false;
+                        entry.stay_out();
+                        self.set(entry, Status::Absent);
+                        continue;
+                    }
+                    Err(error) => Err(error),
+                },
+                Err(error) => Err(error),
+            };
+            let wait = match ended {
+                Ok((loaded, offer)) => {
                     complaint = None;
-                    entry.forgive();
-                    entry.set_ready(loaded);
-                    self.changes.send_replace(());
-                    let (cause, is_reloaded) = tokio::select! {
-                        cause = entry.died(id) => {
-                            self.metrics.engine_deaths.get_or_create(&label(&entry.key)).inc();
-                            warn!(model = %entry.key, %cause, "the engine died");
-                            (cause, true)
-                        }
-                        refusal = self.offer_until_listed(offer) => {
-                            warn!(model = %entry.key, %refusal, "the model gets no jobs");
-                            (refusal.to_string().into(), false)
-                        }
-                    };
+                    is_offered |= offer.is_none();
+                    let since = Instant::now();
+                    let (id, end) = (loaded.id, self.serve(entry, loaded, offer).await);
                     if since.elapsed() >= STEADY {
                         backoff.reset();
                     }
-                    let wait = backoff.next();
-                    let status = if is_reloaded && wait <= RELOAD_SOON {
-                        Status::Loading(Load::begin(took.map(|took| took + wait)))
-                    } else {
-                        Status::Failed(cause)
+                    let (status, wait) = match end {
+                        End::Left => (Status::Absent, Duration::ZERO),
+                        End::Died(cause) => {
+                            let wait = backoff.next();
+                            let reloaded = Status::Loading(Load::begin(took.map(|took| took + wait)));
+                            (if wait <= RELOAD_SOON { reloaded } else { Status::Failed(cause) }, wait)
+                        }
+                        End::Refused(reason) => (Status::Failed(reason), backoff.next()),
                     };
+                    is_wanted = status != Status::Absent;
+                    if !is_wanted {
+                        entry.stay_out();
+                    }
                     self.set(entry, status);
+                    entry.move_to(Place::Moving);
                     // What is left of it may still hold memory, or a job.
                     self.unload(entry, id).await;
                     wait
@@ -320,12 +386,78 @@ impl ModelLoader {
                         warn!(model = %entry.key, %error, "the model could not be loaded; it is tried again and again");
                     }
                     self.set(entry, Status::Failed(error.to_string().into()));
+                    is_wanted = true;
+                    entry.move_to(Place::Out);
+                    if let LoadError::Engine(EngineError::OutOfMemory { .. }) = error {
+                        self.memory_for(entry, &mut backoff).await;
+                    }
                     backoff.next()
                 }
             };
+            entry.move_to(Place::Out);
             time::sleep(wait).await;
-            if !matches!(*entry.status.borrow(), Status::Loading(_)) {
-                self.set(entry, Status::Loading(Load::begin(took)));
+        }
+    }
+
+    /// Waits until a model that had no room could have some: its bytes need not be read and verified before that.
+    async fn memory_for(&self, entry: &Entry, backoff: &mut Backoff) {
+        loop {
+            time::sleep(backoff.next()).await;
+            let seats: Vec<Seat> = self.cache.entries().iter().map(|entry| entry.seat().clone()).collect();
+            if residency::most(&seats, self.room(&seats)) >= entry.seat().bytes_min {
+                return;
+            }
+        }
+    }
+
+    /// Lets a loaded model take jobs until it dies, is refused or is to leave.
+    async fn serve(&self, entry: &Arc<Entry>, loaded: LoadedModel, offer: Option<ModelOffer>) -> End {
+        let LoadedModel { id, pid, context_length, kv_tokens, slots, .. } = loaded;
+        info!(model = %entry.key, pid, "the model is ready");
+        if kv_tokens > 0 {
+            info!(
+                model = %entry.key,
+                "a job holds up to {context_length} tokens, and the {slots} slots share {kv_tokens}; \
+                 context_length and kv_tokens of the model change that, and with it the memory it takes"
+            );
+        }
+        entry.forgive();
+        entry.set_ready(loaded);
+        entry.move_to(Place::In(Instant::now()));
+        self.changes.send_replace(());
+        tokio::select! {
+            cause = entry.died(id) => {
+                self.metrics.engine_deaths.get_or_create(&label(&entry.key)).inc();
+                warn!(model = %entry.key, %cause, "the engine died");
+                End::Died(cause)
+            }
+            refusal = self.offer_until_listed(offer) => {
+                warn!(model = %entry.key, %refusal, "the model gets no jobs");
+                End::Refused(refusal.to_string().into())
+            }
+            _ = entry.ordered() => {
+                info!(model = %entry.key, "the model is unloaded; it is loaded again when somebody asks for it");
+                End::Left
+            }
+        }
+    }
+
+    /// Waits until a model has room. Returns false where it is not loaded, since nobody waits for it.
+    async fn admitted(&self, entry: &Entry, prepared: &Prepared) -> Result<bool, LoadError> {
+        if matches!(prepared.source, Source::Server(_)) {
+            return Ok(true);
+        }
+        entry.plan(prepared.bytes, prepared.bytes_min);
+        entry.move_to(Place::Asking);
+        match entry.ordered().await {
+            Order::Load => Ok(true),
+            Order::Refuse(available_bytes) => {
+                Err(EngineError::OutOfMemory { needed_bytes: prepared.bytes_min, available_bytes }.into())
+            }
+            _ => {
+                let needed = prepared.bytes >> 20;
+                info!(model = %entry.key, "the model needs {needed} MiB beside the others; it is loaded when it is asked for");
+                Ok(false)
             }
         }
     }
@@ -377,24 +509,8 @@ impl ModelLoader {
         Ok(Some(offer_of(entry, bytes, context_length)))
     }
 
-    /// Loads a model and offers it. Returns the offer where no registry has listed it yet.
-    async fn load(&self, entry: &Arc<Entry>) -> Result<(LoadedModel, Option<ModelOffer>), LoadError> {
-        let (loaded, bytes) = self.load_unlisted(entry).await?;
-        // A server's model was offered when it was attached.
-        let Some(bytes) = bytes else { return Ok((loaded, None)) };
-        let offer = offer_of(entry, bytes, loaded.context_length);
-        match self.remote.offers.make(&offer, REGISTRY_WITHIN).await {
-            Ok(()) => Ok((loaded, None)),
-            Err(OfferError::NoRegistry) => Ok((loaded, Some(offer))),
-            Err(refusal) => {
-                self.unload(entry, loaded.id).await;
-                Err(AttachError::from(refusal).into())
-            }
-        }
-    }
-
-    /// Loads a model. Returns the length of its artifact beside it, where it has one.
-    async fn load_unlisted(&self, entry: &Arc<Entry>) -> Result<(LoadedModel, Option<u64>), LoadError> {
+    /// Brings together what a load needs, and plans its memory.
+    async fn prepare(&self, entry: &Entry) -> Result<Prepared, LoadError> {
         let options = LoadOptions {
             context_length: entry.model.context_length,
             slots: self.options.slots,
@@ -410,12 +526,49 @@ impl ModelLoader {
             },
             ..LoadOptions::default()
         };
-        if let Some(server) = &entry.model.remote {
-            return Ok((self.remote.attach(&entry.key, server, &options).await?, None));
+        if let Some(server) = entry.model.remote.clone() {
+            return Ok(Prepared { source: Source::Server(server), options, bytes: 0, bytes_min: 0 });
         }
         let artifact = self.open(entry.model.digest()).await?;
+        entry.opened(artifact.bytes);
+        let bytes = self.runtime.estimate(&artifact, &options).await?.total_bytes();
+        let smallest = memory_plan::smallest(&options);
+        let bytes_min = self.runtime.estimate(&artifact, &smallest).await?.total_bytes().min(bytes);
+        Ok(Prepared { source: Source::Artifact(artifact), options, bytes, bytes_min })
+    }
+
+    /// Loads a model and offers it. Returns the offer where no registry has listed it yet.
+    async fn load(
+        &self,
+        entry: &Arc<Entry>,
+        prepared: Prepared,
+    ) -> Result<(LoadedModel, Option<ModelOffer>), LoadError> {
+        let (loaded, bytes) = self.load_unlisted(entry, prepared).await?;
+        // A server's model was offered when it was attached.
+        let Some(bytes) = bytes else { return Ok((loaded, None)) };
+        let offer = offer_of(entry, bytes, loaded.context_length);
+        match self.remote.offers.make(&offer, REGISTRY_WITHIN).await {
+            Ok(()) => Ok((loaded, None)),
+            Err(OfferError::NoRegistry) => Ok((loaded, Some(offer))),
+            Err(refusal) => {
+                self.unload(entry, loaded.id).await;
+                Err(AttachError::from(refusal).into())
+            }
+        }
+    }
+
+    /// Loads a model. Returns the length of its artifact beside it, where it has one.
+    async fn load_unlisted(
+        &self,
+        entry: &Arc<Entry>,
+        prepared: Prepared,
+    ) -> Result<(LoadedModel, Option<u64>), LoadError> {
+        let Prepared { source, options, .. } = prepared;
+        let artifact = match source {
+            Source::Artifact(artifact) => artifact,
+            Source::Server(server) => return Ok((self.remote.attach(&entry.key, &server, &options).await?, None)),
+        };
         let bytes = artifact.bytes;
-        entry.opened(bytes);
         if !entry.model.server_command.is_empty() {
             let loaded = self.remote.start(&entry.model.server_command, artifact.file, &options).await?;
             return Ok((loaded, Some(bytes)));
@@ -495,6 +648,13 @@ impl ModelLoader {
 impl fmt::Debug for ModelLoader {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("ModelLoader").field("cache", &self.cache).finish_non_exhaustive()
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

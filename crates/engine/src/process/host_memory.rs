@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 /// Returns the memory that can be had without swapping, of the machine and within the limits of every control group
 /// that this process is in, such as that of a container or of a systemd unit; `None` where the system does not tell.
-pub(super) fn available_bytes() -> Option<u64> {
+pub(crate) fn available_bytes() -> Option<u64> {
     within(Path::new("/"))
 }
 

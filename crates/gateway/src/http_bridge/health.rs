@@ -53,8 +53,8 @@ pub(super) async fn alias() -> Response<Body> {
     live().await
 }
 
-/// Says whether requests can be answered: some worker has a model ready, a registry answers or did not long ago, and
-/// the gateway is not stopping.
+/// Says whether requests can be answered: some worker has a model ready or loads it when it is asked for, a registry
+/// answers or did not long ago, and the gateway is not stopping.
 #[utoipa::path(
     get, path = "/readyz", tag = "operations", operation_id = "ready",
     responses(

@@ -1,9 +1,7 @@
 //! The models of a worker and how far each is.
-//!
-//! Every model served stays resident. Pins, budgets and eviction would decide here which may.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use engine::{LoadSnapshot, LoadedModel, ModelId};
@@ -14,8 +12,13 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use super::adapters::Adapters;
+use super::residency::{Order, Place, Seat};
 use super::warm_prefixes::WarmPrefixes;
 use crate::config::ServedModel;
+
+/// What any load takes, and how fast its bytes are read, where nothing is known of an earlier one.
+const FIRST_LOAD: Duration = Duration::from_secs(1);
+const LOAD_BYTES_PER_MILLI: u64 = 500_000;
 
 /// How far a model is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +40,7 @@ pub(crate) struct Load {
     percent: u8,
     /// Length of the artifact; 0 before it was opened.
     bytes: u64,
-    /// How long it took the last time, and the wait before it; unknown for the first load.
+    /// How long it took the last time, and the wait before it; guessed from its length for the first load.
     expected: Option<Duration>,
 }
 
@@ -47,12 +50,12 @@ impl Load {
         Self { since: Instant::now(), percent: 0, bytes: 0, expected }
     }
 
-    /// Returns how far it is. A load that is expected to take as long as the last one is as far as its time says, so
+    /// Returns how far it is. Before the engine tells, a load is as far as the time says that it is expected to take, so
     /// that jobs wait for one that ends soon from its beginning on.
     fn progress(&self) -> LoadProgress {
         let Self { percent, bytes, expected, .. } = *self;
         let elapsed = self.since.elapsed();
-        let Some(expected) = expected else {
+        let Some(expected) = expected.filter(|_| percent == 0) else {
             return LoadProgress { percent, elapsed_ms: elapsed.as_millis() as u64, bytes };
         };
         let by_time = 100 * elapsed.as_millis() / expected.as_millis().max(1);
@@ -70,7 +73,16 @@ pub(crate) struct Entry {
     pub(crate) key: ModelKey,
     pub(crate) status: watch::Sender<Status>,
     /// Somebody wants it in memory.
-    pub(crate) wanted: Notify,
+    wanted: Notify,
+    seat: Mutex<Seat>,
+    /// What was decided of it, for its keeper.
+    pub(crate) order: watch::Sender<Option<Order>>,
+    /// Whoever decides is told of each change.
+    stirred: Arc<Notify>,
+    /// It was not loaded at the start, since there was no room.
+    stays_out: AtomicBool,
+    /// Jobs that wait for it.
+    waiters: AtomicU32,
     /// The engine that was last found dead.
     dead: watch::Sender<Option<(ModelId, Arc<str>)>>,
     /// Failures since the last success of an engine that is still there.
@@ -87,11 +99,54 @@ pub(crate) struct Entry {
 #[derive(Debug)]
 pub(crate) struct ModelCache {
     entries: Vec<Arc<Entry>>,
+    /// Told of each change that may let a model into memory or out of it.
+    pub(crate) stirred: Arc<Notify>,
+}
+
+/// A job's hold on a model in memory: while it lasts, the model is not unloaded to make room.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    entry: Arc<Entry>,
+    pub(crate) loaded: LoadedModel,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut seat = self.entry.seat();
+        seat.jobs = seat.jobs.saturating_sub(1);
+        seat.last_used = Instant::now();
+        let is_last = seat.jobs == 0;
+        drop(seat);
+        if is_last {
+            self.entry.stirred.notify_one();
+        }
+    }
+}
+
+/// A job's wait for a model.
+#[derive(Debug)]
+pub(crate) struct Waiting<'a> {
+    entry: &'a Entry,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if self.entry.waiters.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.entry.seat().waiting_since = None;
+            self.entry.stirred.notify_one();
+        }
+    }
 }
 
 impl ModelCache {
-    pub(crate) fn new(models: &[ServedModel]) -> Self {
-        Self { entries: models.iter().map(|model| Arc::new(Entry::new(model.clone()))).collect() }
+    /// Makes the cache of models that are loaded at the start, or of which only the pinned ones are.
+    pub(crate) fn new(models: &[ServedModel], preload: bool) -> Self {
+        let stirred = Arc::new(Notify::new());
+        let entry = |model: &ServedModel| {
+            let status = if preload || model.pin { Status::Loading(Load::begin(None)) } else { Status::Absent };
+            Arc::new(Entry::new(model.clone(), status, stirred.clone()))
+        };
+        Self { entries: models.iter().map(entry).collect(), stirred: stirred.clone() }
     }
 
     pub(crate) fn entries(&self) -> &[Arc<Entry>] {
@@ -136,19 +191,133 @@ impl ModelCache {
 }
 
 impl Entry {
-    fn new(model: ServedModel) -> Self {
+    fn new(model: ServedModel, status: Status, stirred: Arc<Notify>) -> Self {
         let adapters = Adapters::new(model.adapters_max);
+        let seat = Seat {
+            place: Place::Out,
+            bytes: 0,
+            bytes_min: 0,
+            is_pinned: model.is_pinned(),
+            keep_alive: model.keep_alive(),
+            jobs: 0,
+            waiting_since: None,
+            last_used: Instant::now(),
+            is_closed: false,
+        };
         Self {
             key: model.key(),
             model,
-            status: watch::Sender::new(Status::Absent),
+            status: watch::Sender::new(status),
             wanted: Notify::new(),
+            seat: Mutex::new(seat),
+            order: watch::Sender::new(None),
+            stirred,
+            stays_out: AtomicBool::new(false),
+            waiters: AtomicU32::new(0),
             dead: watch::Sender::new(None),
             strikes: AtomicU32::new(0),
             adapters,
             merged: AtomicBool::new(false),
             warm: Mutex::default(),
         }
+    }
+
+    /// Returns what is known of it when it is decided which models lie in memory.
+    pub(crate) fn seat(&self) -> MutexGuard<'_, Seat> {
+        self.seat.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes the memory that it takes, and that it takes at least, in bytes.
+    pub(crate) fn plan(&self, bytes: u64, bytes_min: u64) {
+        let mut seat = self.seat();
+        (seat.bytes, seat.bytes_min) = (bytes, bytes_min);
+    }
+
+    /// Says where it is now, and lets it be decided anew which models lie in memory.
+    pub(crate) fn move_to(&self, place: Place) {
+        let mut seat = self.seat();
+        seat.place = place;
+        seat.is_closed = false;
+        if let Place::In(since) = place {
+            seat.last_used = since;
+        }
+        drop(seat);
+        self.order.send_replace(None);
+        self.stirred.notify_one();
+    }
+
+    /// Takes a decision, unless a job has come meanwhile that it did not know of.
+    pub(crate) fn obey(&self, order: Order) {
+        let mut seat = self.seat();
+        match order {
+            Order::Leave if seat.jobs > 0 => return,
+            Order::Leave | Order::Close => seat.is_closed = true,
+            Order::Open => seat.is_closed = false,
+            Order::Load => seat.place = Place::Moving,
+            Order::StayOut | Order::Refuse(_) => seat.place = Place::Out,
+        }
+        drop(seat);
+        match order {
+            // Those who wait look again.
+            Order::Open => self.status.send_modify(|_| {}),
+            Order::Close => {}
+            Order::Load | Order::Leave => drop(self.order.send_replace(Some(order))),
+            Order::StayOut | Order::Refuse(_) => {
+                self.order.send_replace(Some(order));
+                // Others may ask as well.
+                self.stirred.notify_one();
+            }
+        }
+    }
+
+    /// Waits until its keeper has something to do, and returns what.
+    pub(crate) async fn ordered(&self) -> Order {
+        let mut orders = self.order.subscribe();
+        let order = orders.wait_for(Option::is_some).await;
+        // The sender lives as long as this entry.
+        order.ok().and_then(|order| *order).unwrap_or(Order::StayOut)
+    }
+
+    /// Returns a hold on the model where it answers and lets jobs in.
+    pub(crate) fn hold(self: &Arc<Self>) -> Option<Hold> {
+        let mut seat = self.seat();
+        let loaded = self.loaded().filter(|_| !seat.is_closed)?;
+        seat.jobs += 1;
+        drop(seat);
+        Some(Hold { entry: self.clone(), loaded })
+    }
+
+    /// Begins to wait for the model.
+    pub(crate) fn wait(&self) -> Waiting<'_> {
+        let mut seat = self.seat();
+        self.waiters.fetch_add(1, Ordering::AcqRel);
+        seat.waiting_since.get_or_insert_with(Instant::now);
+        drop(seat);
+        self.wanted.notify_one();
+        self.stirred.notify_one();
+        Waiting { entry: self }
+    }
+
+    /// Returns whether jobs wait for it.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        self.waiters.load(Ordering::Acquire) > 0
+    }
+
+    /// Waits until jobs wait for it.
+    pub(crate) async fn wanted(&self) {
+        while !self.is_waited_for() {
+            self.wanted.notified().await;
+        }
+    }
+
+    /// Returns whether it was left out at the start for want of room.
+    pub(crate) fn has_stayed_out(&self) -> bool {
+        self.stays_out.load(Ordering::Relaxed)
+    }
+
+    /// Notes that it is loaded when somebody asks for it, and not before.
+    pub(crate) fn stay_out(&self) {
+        self.stays_out.store(true, Ordering::Relaxed);
     }
 
     /// Says whether the pinned adapter is part of the weights of the present engine.
@@ -200,6 +369,7 @@ impl Entry {
         self.status.send_modify(|status| {
             if let Status::Loading(load) = status {
                 load.bytes = bytes;
+                load.expected.get_or_insert(FIRST_LOAD + Duration::from_millis(bytes / LOAD_BYTES_PER_MILLI));
             }
         });
     }

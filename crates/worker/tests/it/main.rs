@@ -3,6 +3,7 @@
 mod adapters;
 mod admission;
 mod jobs;
+mod memory;
 mod models;
 mod offers;
 mod progress;

@@ -1,0 +1,411 @@
+//! Decides which models lie in memory: those that are asked for, as far as they fit (W3).
+//!
+//! A pure function of the seats and the memory there is. It reads no clock and moves nothing; `ModelLoader` does both.
+//!
+//! What is idle makes room for what is wanted, the least recently used first. Where all that could make room is busy, the
+//! jobs of one model are served together: after a turn no more of them are let in, those that run end, and the models
+//! change places. So A A B B is served rather than A B A B, and nobody waits for ever.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// How long a model that others wait for keeps its place while it has work, and how long they wait at least.
+pub(crate) const TURN: Duration = Duration::from_secs(3);
+
+/// Where a model is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Not in memory, and not on its way there.
+    Out,
+    /// It is to be loaded once it has room.
+    Asking,
+    /// On its way into memory, or out of it.
+    Moving,
+    /// It answers, since then.
+    In(Instant),
+}
+
+/// What is known of one model.
+#[derive(Debug, Clone)]
+pub(crate) struct Seat {
+    pub(crate) place: Place,
+    /// The memory it takes, in bytes, or would take with the context that most requests need.
+    pub(crate) bytes: u64,
+    /// The memory it takes at least, with the shortest context.
+    pub(crate) bytes_min: u64,
+    /// It is never unloaded to make room for others, nor because it is idle.
+    pub(crate) is_pinned: bool,
+    /// How long it stays without work; `None` for ever.
+    pub(crate) keep_alive: Option<Duration>,
+    /// Jobs that run on it.
+    pub(crate) jobs: u32,
+    /// Since when jobs wait for it.
+    pub(crate) waiting_since: Option<Instant>,
+    /// When the last job ended, or the load.
+    pub(crate) last_used: Instant,
+    /// It lets no more jobs in.
+    pub(crate) is_closed: bool,
+}
+
+/// What is to be done with a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Load it.
+    Load,
+    /// It stays out until somebody asks for it: it does not fit beside the others, and nobody waits for it.
+    StayOut,
+    /// It cannot be loaded, whatever makes room: so many bytes are the most it could have.
+    Refuse(u64),
+    /// Let no more jobs in.
+    Close,
+    /// Let jobs in again.
+    Open,
+    /// Unload it.
+    Leave,
+}
+
+/// What is to be done, and when to look again if nothing happens before.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Decision {
+    pub(crate) orders: Vec<(usize, Order)>,
+    pub(crate) look_again: Option<Instant>,
+}
+
+impl Seat {
+    fn is_in(&self) -> bool {
+        matches!(self.place, Place::In(_))
+    }
+
+    fn can_leave(&self) -> bool {
+        self.jobs == 0 && (self.is_closed || self.waiting_since.is_none())
+    }
+
+    /// Returns when it is unloaded because nobody uses it.
+    fn idle_until(&self) -> Option<Instant> {
+        let is_idle = self.is_in() && !self.is_pinned && self.jobs == 0 && self.waiting_since.is_none();
+        self.keep_alive.filter(|_| is_idle).and_then(|keep_alive| self.last_used.checked_add(keep_alive))
+    }
+
+    /// Returns when its turn is over for the sake of one that has been waited for since then.
+    fn turn_ends(&self, waiting_since: Instant) -> Instant {
+        let begun = if let Place::In(since) = self.place { since.max(waiting_since) } else { waiting_since };
+        begun + TURN
+    }
+}
+
+/// Decides. `room` is the memory that can be had as things are, in bytes.
+pub(crate) fn decide(seats: &[Seat], room: u64, now: Instant) -> Decision {
+    let mut decision = Decision::default();
+    let mut leaving = BTreeSet::new();
+    for (index, seat) in seats.iter().enumerate() {
+        match seat.idle_until() {
+            Some(until) if until <= now => drop(leaving.insert(index)),
+            until => decision.look_again_at(until),
+        }
+    }
+    let mut closing = BTreeSet::new();
+    // What is on its way would falsify the memory that is measured.
+    if !seats.iter().any(|seat| seat.place == Place::Moving)
+        && leaving.is_empty()
+        && let Some(asking) = first_asking(seats)
+    {
+        make_room(seats, asking, room, now, &mut leaving, &mut closing, &mut decision);
+    }
+    for (index, seat) in seats.iter().enumerate().filter(|(_, seat)| seat.is_in()) {
+        if leaving.contains(&index) {
+            decision.orders.push((index, Order::Leave));
+        } else if closing.contains(&index) != seat.is_closed {
+            decision.orders.push((index, if seat.is_closed { Order::Open } else { Order::Close }));
+        }
+    }
+    decision
+}
+
+/// Returns the memory that a model could have if all left that may leave.
+pub(crate) fn most(seats: &[Seat], room: u64) -> u64 {
+    let others = seats.iter().filter(|seat| seat.is_in() && !seat.is_pinned);
+    others.fold(room, |sum, seat| sum.saturating_add(seat.bytes))
+}
+
+/// Returns the model that is next: the one that jobs have waited for longest, then what is pinned, then the first.
+fn first_asking(seats: &[Seat]) -> Option<usize> {
+    let asking = seats.iter().enumerate().filter(|(_, seat)| seat.place == Place::Asking);
+    let next =
+        asking.min_by_key(|(index, seat)| (seat.waiting_since.is_none(), seat.waiting_since, !seat.is_pinned, *index));
+    next.map(|(index, _)| index)
+}
+
+fn make_room(
+    seats: &[Seat],
+    asking: usize,
+    room: u64,
+    now: Instant,
+    leaving: &mut BTreeSet<usize>,
+    closing: &mut BTreeSet<usize>,
+    decision: &mut Decision,
+) {
+    let wanted = &seats[asking];
+    let mut others: Vec<usize> =
+        (0..seats.len()).filter(|index| seats[*index].is_in() && !seats[*index].is_pinned).collect();
+    let most = most(seats, room);
+    let order = if wanted.bytes <= room {
+        Some(Order::Load)
+    } else if wanted.bytes_min > most {
+        Some(Order::Refuse(most))
+    } else if wanted.waiting_since.is_none() && !wanted.is_pinned && seats.iter().any(Seat::is_in) {
+        Some(Order::StayOut)
+    } else {
+        None
+    };
+    if let Some(order) = order {
+        decision.orders.push((asking, order));
+        return;
+    }
+    // What can leave goes first, the least recently used before others; of the busy ones the longest in memory.
+    others.sort_by_key(|index| {
+        let seat = &seats[*index];
+        let since = if let Place::In(since) = seat.place { since } else { now };
+        if seat.can_leave() { (false, seat.last_used) } else { (true, since) }
+    });
+    let needed = wanted.bytes.min(most);
+    let mut sum = room;
+    for index in others {
+        if sum >= needed {
+            break;
+        }
+        let seat = &seats[index];
+        sum = sum.saturating_add(seat.bytes);
+        if seat.can_leave() {
+            leaving.insert(index);
+            continue;
+        }
+        match wanted.waiting_since.map(|since| seat.turn_ends(since)) {
+            Some(ends) if ends <= now => drop(closing.insert(index)),
+            ends => decision.look_again_at(ends),
+        }
+    }
+    if sum == room {
+        // It takes what there is, with a shorter context.
+        decision.orders.push((asking, Order::Load));
+    }
+}
+
+impl Decision {
+    fn look_again_at(&mut self, at: Option<Instant>) {
+        self.look_again = self.look_again.into_iter().chain(at).min();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    struct Scene {
+        begin: Instant,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            Self { begin: Instant::now() }
+        }
+
+        fn at(&self, seconds: u64) -> Instant {
+            self.begin + SECOND * u32::try_from(seconds).expect("few")
+        }
+
+        fn seat(&self, place: Place, bytes: u64) -> Seat {
+            Seat {
+                place,
+                bytes,
+                bytes_min: bytes / 2,
+                is_pinned: false,
+                keep_alive: Some(SECOND * 300),
+                jobs: 0,
+                waiting_since: None,
+                last_used: self.begin,
+                is_closed: false,
+            }
+        }
+
+        fn resident(&self, bytes: u64, last_used: u64) -> Seat {
+            Seat { last_used: self.at(last_used), ..self.seat(Place::In(self.begin), bytes) }
+        }
+
+        fn wanted(&self, bytes: u64, since: u64) -> Seat {
+            Seat { waiting_since: Some(self.at(since)), ..self.seat(Place::Asking, bytes) }
+        }
+    }
+
+    #[test]
+    fn what_fits_is_loaded_beside_the_others() {
+        let scene = Scene::new();
+        let seats = [scene.resident(60, 0), scene.wanted(40, 5)];
+        assert_eq!(decide(&seats, 40, scene.at(5)).orders, [(1, Order::Load)]);
+    }
+
+    #[test]
+    fn the_least_recently_used_make_room_and_no_more_than_needed() {
+        let scene = Scene::new();
+        let seats = [scene.resident(30, 9), scene.resident(30, 3), scene.resident(30, 6), scene.wanted(50, 10)];
+        assert_eq!(decide(&seats, 10, scene.at(10)).orders, [(1, Order::Leave), (2, Order::Leave)]);
+        // They are still on their way.
+        let moving = [scene.resident(30, 9), scene.seat(Place::Moving, 30), scene.wanted(50, 10)];
+        assert_eq!(decide(&moving, 10, scene.at(10)).orders, []);
+    }
+
+    #[test]
+    fn what_is_pinned_stays() {
+        let scene = Scene::new();
+        let pinned = Seat { is_pinned: true, ..scene.resident(60, 0) };
+        let seats = [pinned.clone(), scene.resident(30, 5), scene.wanted(40, 6)];
+        assert_eq!(decide(&seats, 10, scene.at(6)).orders, [(1, Order::Leave)]);
+        let seats = [pinned.clone(), scene.wanted(90, 6)];
+        assert_eq!(decide(&seats, 10, scene.at(1_000)).orders, [(1, Order::Refuse(10))]);
+        assert_eq!(decide(&[pinned], 10, scene.at(1_000_000)), Decision::default());
+    }
+
+    #[test]
+    fn a_model_that_never_fits_takes_nobodys_place() {
+        let scene = Scene::new();
+        let seats = [scene.resident(30, 0), scene.wanted(100, 1)];
+        assert_eq!(decide(&seats, 10, scene.at(1)).orders, [(1, Order::Refuse(40))]);
+        // One that fits with a shorter context gets all there is.
+        let seats = [scene.resident(50, 0), scene.wanted(100, 1)];
+        assert_eq!(decide(&seats, 10, scene.at(1)).orders, [(0, Order::Leave)]);
+        assert_eq!(decide(&seats[1..], 60, scene.at(1)).orders, [(0, Order::Load)]);
+    }
+
+    #[test]
+    fn a_model_that_nobody_waits_for_takes_nobodys_place() {
+        let scene = Scene::new();
+        let seats = [scene.resident(30, 0), scene.seat(Place::Asking, 20), scene.seat(Place::Asking, 5)];
+        assert_eq!(decide(&seats, 10, scene.at(1)).orders, [(1, Order::StayOut)]);
+        assert_eq!(decide(&seats[2..], 10, scene.at(1)).orders, [(0, Order::Load)]);
+    }
+
+    #[test]
+    fn a_busy_model_has_its_turn_and_then_lets_no_more_in() {
+        let scene = Scene::new();
+        let busy = Seat { jobs: 2, ..scene.resident(60, 0) };
+        let seats = [busy.clone(), scene.wanted(60, 10)];
+        let early = decide(&seats, 10, scene.at(12));
+        assert_eq!(early, Decision { orders: vec![], look_again: Some(scene.at(13)) });
+        assert_eq!(decide(&seats, 10, scene.at(13)).orders, [(0, Order::Close)]);
+        let closed = Seat { is_closed: true, ..busy.clone() };
+        assert_eq!(decide(&[closed.clone(), scene.wanted(60, 10)], 10, scene.at(14)).orders, []);
+        // Its last job ended; others wait for it, and for their turn.
+        let done = Seat { jobs: 0, waiting_since: Some(scene.at(13)), ..closed.clone() };
+        assert_eq!(decide(&[done, scene.wanted(60, 10)], 10, scene.at(15)).orders, [(0, Order::Leave)]);
+        // Whoever waited has gone.
+        assert_eq!(decide(&[closed], 10, scene.at(14)).orders, [(0, Order::Open)]);
+        // One that has only come has its turn first.
+        let young = Seat { place: Place::In(scene.at(12)), ..busy };
+        assert_eq!(decide(&[young, scene.wanted(60, 2)], 10, scene.at(13)).look_again, Some(scene.at(15)));
+    }
+
+    #[test]
+    fn an_idle_model_leaves_after_its_time_and_one_that_is_kept_does_not() {
+        let scene = Scene::new();
+        let seats = [scene.resident(30, 7), Seat { keep_alive: None, ..scene.resident(30, 7) }];
+        let before = decide(&seats, 100, scene.at(306));
+        assert_eq!(before, Decision { orders: vec![], look_again: Some(scene.at(307)) });
+        assert_eq!(decide(&seats, 100, scene.at(307)).orders, [(0, Order::Leave)]);
+        let busy = [
+            Seat { jobs: 1, ..scene.resident(30, 7) },
+            Seat { waiting_since: Some(scene.at(8)), ..scene.resident(30, 7) },
+        ];
+        assert_eq!(decide(&busy, 100, scene.at(9_999)), Decision::default());
+    }
+
+    #[test]
+    fn whoever_waited_longest_is_next() {
+        let scene = Scene::new();
+        let seats = [scene.seat(Place::Asking, 10), scene.wanted(10, 5), scene.wanted(10, 4)];
+        assert_eq!(decide(&seats, 10, scene.at(6)).orders, [(2, Order::Load)]);
+    }
+
+    /// Three models of which one fits at a time, asked for again and again, in a world of whole seconds.
+    fn play(asks: &[(u64, usize)], job_seconds: u64) -> (usize, Vec<u64>) {
+        let scene = Scene::new();
+        let mut seats = vec![scene.seat(Place::Out, 10); 3];
+        let mut waiting: Vec<Vec<u64>> = vec![vec![]; 3];
+        let mut running: Vec<(usize, u64)> = vec![];
+        let (mut loads, mut waits) = (0, vec![]);
+        for second in 0..5_000 {
+            let now = scene.at(second);
+            running.retain(|(model, end)| {
+                let runs = *end > second;
+                if !runs {
+                    seats[*model].jobs -= 1;
+                    seats[*model].last_used = now;
+                }
+                runs
+            });
+            for (_, model) in asks.iter().filter(|(at, _)| *at == second) {
+                waiting[*model].push(second);
+            }
+            for model in 0..3 {
+                if seats[model].place == Place::Out && !waiting[model].is_empty() {
+                    seats[model].place = Place::Asking;
+                }
+                seats[model].waiting_since = waiting[model].first().map(|since| scene.at(*since));
+            }
+            let room = if seats.iter().any(|seat| seat.place == Place::Moving || seat.is_in()) { 0 } else { 10 };
+            for (model, order) in decide(&seats, room, now).orders {
+                match order {
+                    Order::Load => {
+                        loads += 1;
+                        seats[model].place = Place::In(now);
+                        seats[model].last_used = now;
+                    }
+                    Order::Close => seats[model].is_closed = true,
+                    Order::Open => seats[model].is_closed = false,
+                    Order::Leave => {
+                        assert_eq!(seats[model].jobs, 0);
+                        seats[model].place = Place::Out;
+                        seats[model].is_closed = false;
+                    }
+                    Order::StayOut | Order::Refuse(_) => panic!("all of them fit alone"),
+                }
+            }
+            for model in 0..3 {
+                if seats[model].is_in() && !seats[model].is_closed {
+                    for since in std::mem::take(&mut waiting[model]) {
+                        waits.push(second - since);
+                        seats[model].jobs += 1;
+                        running.push((model, second + job_seconds));
+                    }
+                    seats[model].waiting_since = None;
+                }
+            }
+        }
+        (loads, waits)
+    }
+
+    proptest! {
+        #[test]
+        fn nobody_waits_for_ever(
+            asks in proptest::collection::vec((0_u64..400, 0_usize..3), 1..300),
+            job_seconds in 1_u64..20,
+        ) {
+            let (_, waits) = play(&asks, job_seconds);
+            prop_assert_eq!(waits.len(), asks.len(), "every job is served");
+            // Two others have their turns before, each with jobs that were let in at its end.
+            let most = 3 * (TURN.as_secs() + job_seconds + 3);
+            prop_assert!(waits.iter().all(|wait| *wait <= most), "{:?} of {most}", waits.iter().max());
+        }
+    }
+
+    #[test]
+    fn under_alternating_load_a_model_serves_many_jobs_for_each_load() {
+        let asks: Vec<_> = (0..2_000).map(|number: u64| (number / 4, (number % 2) as usize)).collect();
+        let (loads, waits) = play(&asks, 1);
+        assert!(waits.len() == 2_000 && loads * 5 <= waits.len(), "{loads} loads of {} jobs", waits.len());
+    }
+}

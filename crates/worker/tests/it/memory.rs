@@ -1,0 +1,187 @@
+//! Which models lie in memory: those that are asked for, as far as they fit.
+
+use std::time::Duration;
+
+use engine::{MockOptions, MockRuntime, ModelRuntime as _};
+use futures_util::future::join_all;
+use protocol::Digest;
+use protocol::infer::InferRequest;
+use protocol::model::ModelKey;
+use rpc::Membership;
+use tether_worker::{Config, ServedModel};
+use tokio::time::{self, Instant};
+
+use crate::{SECOND, Scene, World, next, read, request, text};
+
+/// More than half of the memory that the worker may use, of which it has one MiB.
+const LARGE: usize = 600 << 10;
+
+fn bytes_of(name: &str, length: usize) -> Vec<u8> {
+    name.bytes().cycle().take(length).collect()
+}
+
+fn served(name: &str, length: usize) -> ServedModel {
+    let (model_id, version) = (name.parse().expect("a name"), "1.0".parse().expect("a version"));
+    ServedModel::new(ModelKey { model_id, version }, Digest::of(&bytes_of(name, length)))
+}
+
+fn job(name: &str) -> InferRequest {
+    InferRequest { model_id: name.parse().expect("a name"), ..request() }
+}
+
+/// A model's name, its length, and what is changed of its settings.
+type Model<'a> = (&'a str, usize, fn(&mut ServedModel));
+
+/// A worker with one MiB of memory for models; the mock takes as much for one as its file is long.
+async fn scene(models: &[Model<'_>], mock: MockOptions) -> Scene {
+    let put = |world: &World| {
+        let store = artifact_store::ArtifactStore::in_folder(world.folder.path()).expect("the store");
+        for (name, length, _) in models {
+            store.put(&*bytes_of(name, *length), 1 << 30).expect("put");
+        }
+    };
+    let models = models.iter().map(|(name, length, change)| {
+        let mut model = served(name, *length);
+        change(&mut model);
+        model
+    });
+    let config = Config { models: models.collect(), memory_max_mib: 1, ..Config::default() };
+    let scene = Scene::build(config, mock, put, |runtime| runtime, |_| Membership::unchecked()).await;
+    // What does not fit beside the others is left out; what never fits is told.
+    let _ = scene.handle.ready().await;
+    scene
+}
+
+fn as_it_is(_: &mut ServedModel) {}
+
+impl Scene {
+    fn resident(&self) -> Vec<String> {
+        self.handle.ready_models().iter().map(|key| key.model_id.to_string()).collect()
+    }
+
+    /// Returns how many loads there were.
+    fn loads(&self) -> u64 {
+        self.runtime.load_state().iter().map(|snapshot| snapshot.model.0).max().unwrap_or_default()
+    }
+
+    async fn is_answered(&self, name: &str) -> bool {
+        let (chunks, error) = read(self.open(&job(name)).await.expect("accepted")).await;
+        error.is_none() && text(&chunks) == MockRuntime::text(16)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_nobody_uses_is_unloaded_and_comes_back_when_it_is_asked_for() {
+    let scene = scene(&[("one", 10, as_it_is)], MockOptions { load: SECOND, ..MockOptions::default() }).await;
+    time::sleep(SECOND * 200).await;
+    assert!(scene.is_answered("one").await);
+    time::sleep(SECOND * 290).await;
+    assert_eq!(scene.resident(), ["one"], "five minutes count from the last job");
+    time::sleep(SECOND * 20).await;
+    assert_eq!(scene.runtime.load_state().len(), 0);
+    let report = scene.orchestrator.last();
+    assert_eq!((report.supported.len(), report.model_cache.len()), (1, 0), "it is still served");
+    assert!(scene.is_answered("one").await);
+    assert_eq!(scene.resident(), ["one"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_stays_as_long_as_it_is_told_to() {
+    let models: [Model<'_>; 4] = [
+        ("for-ever", 10, |model| model.keep_alive_secs = -1),
+        ("pinned", 10, |model| (model.pin, model.keep_alive_secs) = (true, 1)),
+        ("a-minute", 10, |model| model.keep_alive_secs = 60),
+        ("at-once", 10, |model| model.keep_alive_secs = 0),
+    ];
+    let scene = scene(&models, MockOptions::default()).await;
+    time::sleep(SECOND * 30).await;
+    assert_eq!(scene.resident(), ["for-ever", "pinned", "a-minute"]);
+    time::sleep(SECOND * 3_000).await;
+    assert_eq!(scene.resident(), ["for-ever", "pinned"]);
+    assert!(scene.is_answered("at-once").await);
+    time::sleep(SECOND).await;
+    assert_eq!(scene.resident(), ["for-ever", "pinned"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_idle_makes_room_for_what_is_asked_for() {
+    let scene =
+        scene(&[("one", LARGE, as_it_is), ("two", LARGE, as_it_is), ("small", 10, as_it_is)], slow_load()).await;
+    // One of the large ones has no room at the start, and takes nobody's.
+    let begun = scene.resident();
+    assert!(begun.len() == 2 && begun[1] == "small", "{begun:?}");
+    for name in ["one", "two", "one"] {
+        assert!(scene.is_answered("small").await);
+        assert!(scene.is_answered(name).await);
+        assert_eq!(scene.resident(), [name, "small"], "what has just been used stays");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_pinned_makes_room_for_nobody_and_what_never_fits_takes_nobodys_place() {
+    let pinned: fn(&mut ServedModel) = |model| model.pin = true;
+    let scene =
+        scene(&[("one", LARGE, pinned), ("two", LARGE, as_it_is), ("huge", 2 << 20, as_it_is)], slow_load()).await;
+    // Whoever comes first, the pinned one gets its place.
+    time::sleep(SECOND * 60).await;
+    for name in ["two", "huge"] {
+        let (chunks, error) = match scene.open(&job(name)).await {
+            Ok(stream) => read(stream).await,
+            Err(error) => (vec![], Some(error)),
+        };
+        assert!(chunks.is_empty() && error.is_some(), "{name}");
+        assert_eq!(scene.resident(), ["one"]);
+        assert!(scene.is_answered("one").await);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_running_answer_is_never_cut_to_make_room() {
+    let mock = MockOptions { per_token: SECOND, ..slow_load() };
+    let scene = scene(&[("one", LARGE, as_it_is), ("two", LARGE, as_it_is)], mock).await;
+    let mut running = scene.open(&job("one")).await.expect("accepted");
+    next(&mut running).await.expect("it runs").expect("and well");
+    let begun = Instant::now();
+    let (first, second) = tokio::join!(read(running), scene.is_answered("two"));
+    assert!(first.1.is_none() && second, "both are answered");
+    assert_eq!(scene.resident(), ["two"]);
+    // Sixteen seconds each, a load, and no more than a turn beside them.
+    assert!(begun.elapsed() < SECOND * 40, "{:?}", begun.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn under_alternating_load_one_load_serves_many_jobs() {
+    let mock = MockOptions { per_token: SECOND / 100, ..slow_load() };
+    let scene = scene(&[("one", LARGE, as_it_is), ("two", LARGE, as_it_is)], mock).await;
+    let client = |number: usize| {
+        let scene = &scene;
+        async move {
+            for round in 0..20 {
+                let name = if (number + round).is_multiple_of(2) { "one" } else { "two" };
+                assert!(scene.is_answered(name).await);
+            }
+        }
+    };
+    join_all((0..12).map(client)).await;
+    let (loads, jobs) = (scene.loads(), 12 * 20);
+    assert!(loads * 5 <= jobs, "{loads} loads for {jobs} jobs");
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_waits_for_a_model_and_leaves_keeps_nobody_out() {
+    let mock = MockOptions { per_token: SECOND, ..slow_load() };
+    let scene = scene(&[("one", LARGE, as_it_is), ("two", LARGE, as_it_is)], mock).await;
+    let mut running = scene.open(&job("one")).await.expect("accepted");
+    next(&mut running).await.expect("it runs").expect("and well");
+    let waiting = scene.open(&job("two")).await.expect("accepted");
+    // Its turn has come, and the first lets no more in.
+    time::sleep(SECOND * 5).await;
+    drop(waiting);
+    let second = time::timeout(SECOND * 20, scene.is_answered("one")).await;
+    assert_eq!(second, Ok(true), "it runs beside the first");
+    drop(running);
+}
+
+fn slow_load() -> MockOptions {
+    MockOptions { load: Duration::from_millis(1_500), ..MockOptions::default() }
+}
