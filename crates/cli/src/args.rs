@@ -123,6 +123,10 @@ pub struct ServerArgs {
     /// File that holds the API key; by default the one of this data folder
     #[arg(long, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// PEM file of the authority that issued the gateway's certificate, or of that certificate; by default
+    /// the system's authorities. The gateway of this data folder needs none
+    #[arg(long, value_name = "FILE", env = "TETHER_CA")]
+    pub ca: Option<PathBuf>,
 }
 
 /// How to run the network.

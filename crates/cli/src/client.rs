@@ -1,24 +1,49 @@
 //! Talks to a gateway over HTTP, as any client would.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
-use futures_util::StreamExt as _;
-use reqwest::{RequestBuilder, Response, StatusCode};
+use bytes::Bytes;
+use http::{Method, StatusCode, Uri, header};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tokio::time::timeout;
 
+use self::exchange::{Failure, Response};
+pub use self::trust::Trust;
+use crate::addresses;
 use crate::args::ServerArgs;
 use crate::data_folder::DataFolder;
 use crate::settings::{Env, Settings};
 
+mod exchange;
+mod trust;
+
+/// How long a gateway may take for whatever is no answer of a model.
+const WITHIN: Duration = Duration::from_secs(10);
+/// How long it may take to say that it is there.
+const PRESENT_WITHIN: Duration = Duration::from_secs(2);
+
 /// A gateway and a key to it.
 #[derive(Debug, Clone)]
 pub struct GatewayClient {
-    http: reqwest::Client,
+    base: Uri,
     url: String,
     key: Option<String>,
+    trust: Trust,
+}
+
+/// Whether a gateway answers.
+#[derive(Debug)]
+pub enum Presence {
+    /// It answers.
+    Answers,
+    /// Nobody does, or a program that is no gateway; the reason says so.
+    Absent(anyhow::Error),
+    /// It cannot be spoken with, and the reason says what to do.
+    Closed(anyhow::Error),
 }
 
 /// The gateway answered with an error.
@@ -63,16 +88,28 @@ pub struct ChatAnswer {
 
 impl GatewayClient {
     /// Makes a client of an address such as `http://127.0.0.1:7070`.
-    pub fn new(url: impl Into<String>, key: Option<String>) -> anyhow::Result<Self> {
-        let http = reqwest::Client::builder().connect_timeout(Duration::from_secs(5)).tcp_nodelay(true).build()?;
-        Ok(Self { http, url: base(&url.into())?, key })
+    pub fn new(url: impl AsRef<str>, key: Option<String>) -> anyhow::Result<Self> {
+        let base = exchange::base(url.as_ref())?;
+        let url = base.to_string().trim_end_matches('/').to_owned();
+        Ok(Self { base, url, key, trust: Trust::default() })
+    }
+
+    /// Has the client believe other certificates than those that the system believes.
+    #[must_use]
+    pub fn trusting(self, trust: Trust) -> Self {
+        Self { trust, ..self }
     }
 
     /// Finds the gateway and the key: what the arguments say, else what the data folder holds.
     pub fn find(args: &ServerArgs, settings: &Settings, data: &DataFolder, env: &Env) -> anyhow::Result<Self> {
-        let url =
-            args.url.clone().or_else(|| data.address()).unwrap_or_else(|| format!("http://{}", settings.gateway.bind));
-        Self::new(url, args.api_key(data, env)?)
+        let url = args.url.clone().or_else(|| data.address()).unwrap_or_else(|| usual_url(settings));
+        let trust = Trust::new(args.ca.clone(), own_certificate(settings, data));
+        Ok(Self::new(url, args.api_key(data, env)?)?.trusting(trust))
+    }
+
+    /// Makes a client of a gateway of this folder and these settings.
+    pub fn here(url: &str, key: Option<String>, settings: &Settings, data: &DataFolder) -> anyhow::Result<Self> {
+        Ok(Self::new(url, key)?.trusting(Trust::new(None, own_certificate(settings, data))))
     }
 
     /// Returns the gateway's address.
@@ -80,15 +117,29 @@ impl GatewayClient {
         &self.url
     }
 
-    /// Says whether anything answers there.
-    pub async fn answers(&self) -> bool {
-        let request = self.http.get(format!("{}/healthz", self.url)).timeout(Duration::from_secs(2));
-        request.send().await.is_ok_and(|response| response.status().is_success())
+    /// Says whether a gateway answers there.
+    pub async fn presence(&self) -> Presence {
+        let asked = timeout(PRESENT_WITHIN, async {
+            // Whoever it is needs no key to say so.
+            let nobody = Self { key: None, ..self.clone() };
+            let response = nobody.send(Method::GET, "/healthz", None).await?;
+            let is_success = response.status.is_success();
+            Ok::<_, Failure>(is_success && response.json::<Value>().await.is_ok_and(|body| body["status"] == "ok"))
+        });
+        match asked.await {
+            Ok(Ok(true)) => Presence::Answers,
+            Ok(Ok(false)) => Presence::Absent(anyhow!("another program than a gateway answers at {}", self.url)),
+            Ok(Err(Failure::Closed(error))) => Presence::Closed(error),
+            Ok(Err(failure)) => Presence::Absent(self.told(failure)),
+            Err(_) => {
+                Presence::Absent(anyhow!("nothing answers at {} within {} s", self.url, PRESENT_WITHIN.as_secs()))
+            }
+        }
     }
 
     /// Reads a JSON document.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
-        self.exchange(self.http.get(format!("{}{path}", self.url))).await
+        self.exchange(Method::GET, path, None).await
     }
 
     /// Lists the registered models; those that are served, where the key is not an operator's.
@@ -108,30 +159,40 @@ impl GatewayClient {
 
     /// Sends a JSON document and reads another.
     pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
-        self.exchange(self.http.post(format!("{}{path}", self.url)).json(body)).await
+        self.exchange(Method::POST, path, Some(serde_json::to_vec(body)?)).await
     }
 
     /// Sends a change as a JSON document and reads another.
     pub async fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
-        self.exchange(self.http.patch(format!("{}{path}", self.url)).json(body)).await
+        self.exchange(Method::PATCH, path, Some(serde_json::to_vec(body)?)).await
     }
 
     /// Deletes something and reads what came of it.
     pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
-        self.exchange(self.http.delete(format!("{}{path}", self.url))).await
+        self.exchange(Method::DELETE, path, None).await
     }
 
-    async fn exchange<T: DeserializeOwned>(&self, request: RequestBuilder) -> anyhow::Result<T> {
-        let response = self.send(request.timeout(Duration::from_secs(10))).await?;
-        response.json().await.with_context(|| format!("{} answered nonsense", self.url))
+    async fn exchange<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> anyhow::Result<T> {
+        let exchange = async {
+            let response = self.ask(method, path, body).await?;
+            response.json().await.with_context(|| format!("{} answered nonsense", self.url))
+        };
+        match timeout(WITHIN, exchange).await {
+            Ok(answered) => answered,
+            Err(_) => bail!("{} does not answer within {} s", self.url, WITHIN.as_secs()),
+        }
     }
 
     /// Asks for an answer and hands out its text as it comes.
     pub async fn chat(&self, body: &Value, mut on_text: impl FnMut(&str)) -> anyhow::Result<ChatAnswer> {
         let began = Instant::now();
-        let request = self.http.post(format!("{}/v1/chat/completions", self.url)).json(body);
-        let response = self.send(request).await?;
-        let header = |name: &str| response.headers().get(name)?.to_str().ok().map(str::to_owned);
+        let response = self.ask(Method::POST, "/v1/chat/completions", Some(serde_json::to_vec(body)?)).await?;
+        let header = |name: &str| response.headers.get(name)?.to_str().ok().map(str::to_owned);
         let mut answer = ChatAnswer {
             text: String::new(),
             correlation_id: header("x-request-id").unwrap_or_default(),
@@ -161,21 +222,13 @@ impl GatewayClient {
         Ok(answer)
     }
 
-    async fn send(&self, mut request: RequestBuilder) -> anyhow::Result<Response> {
-        if let Some(key) = &self.key {
-            request = request.bearer_auth(key);
-        }
-        let response = request.send().await.map_err(|error| {
-            if error.is_connect() {
-                anyhow!("nothing answers at {}; start the network with `tether up`", self.url)
-            } else {
-                anyhow!("{} does not answer: {error}", self.url)
-            }
-        })?;
-        if response.status().is_success() {
+    /// Sends a request and expects that it did well.
+    async fn ask(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> anyhow::Result<Response> {
+        let response = self.send(method, path, body).await.map_err(|failure| self.told(failure))?;
+        let status = response.status;
+        if status.is_success() {
             return Ok(response);
         }
-        let status = response.status();
         if status == StatusCode::UNAUTHORIZED && self.key.is_none() {
             bail!(
                 "{} wants an API key: name the network's data folder with --data-dir, or the file that holds a key with \
@@ -183,36 +236,49 @@ impl GatewayClient {
                 self.url
             );
         }
+        if let Some(elsewhere) = response.headers.get(header::LOCATION).and_then(|place| place.to_str().ok()) {
+            bail!("{} sends whoever asks on to {elsewhere}; name the gateway's own address with --url", self.url);
+        }
         let body: Value = response.json().await.unwrap_or_default();
-        let message = body.pointer("/error/message").and_then(Value::as_str).unwrap_or("no reason given").to_owned();
-        bail!(Refused { url: self.url.clone(), status, message })
+        match body.pointer("/error/message").and_then(Value::as_str) {
+            Some(message) => bail!(Refused { url: self.url.clone(), status, message: message.to_owned() }),
+            None => bail!("{} answered {status}, and not as a gateway does; is this another program's port?", self.url),
+        }
+    }
+
+    async fn send(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Response, Failure> {
+        exchange::send(&self.base, &self.trust, (method, path), body.map(Bytes::from), self.key.as_deref()).await
+    }
+
+    /// Says why there was no response.
+    fn told(&self, failure: Failure) -> anyhow::Error {
+        match failure {
+            Failure::Refused => anyhow!("nothing answers at {}; start the network with `tether up`", self.url),
+            Failure::Closed(error) | Failure::Broken(error) => error,
+        }
     }
 }
 
-/// Returns a gateway's address as requests begin with it: people leave the scheme out, and give the address that OpenAI's
-/// clients want.
-fn base(given: &str) -> anyhow::Result<String> {
-    let trimmed = given.trim();
-    // A scheme alone is no address without its slashes either.
-    let trimmed = if trimmed.ends_with("://") { trimmed } else { trimmed.trim_end_matches('/') };
-    let trimmed = trimmed.strip_suffix("/v1").unwrap_or(trimmed);
-    let whole = if trimmed.contains("://") { trimmed.to_owned() } else { format!("http://{trimmed}") };
-    match reqwest::Url::parse(&whole) {
-        Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Ok(whole),
-        _ => bail!("{given:?} is no address of a gateway; write it as http://HOST:PORT"),
-    }
+/// Returns where a gateway of these settings listens.
+pub fn usual_url(settings: &Settings) -> String {
+    addresses::urls(settings.gateway.bind, settings.gateway.tls_cert.is_some()).swap_remove(0)
+}
+
+/// Returns the file of the certificate of the gateway that runs here, by what it wrote down, else by the settings.
+fn own_certificate(settings: &Settings, data: &DataFolder) -> Option<PathBuf> {
+    data.certificate().or_else(|| settings.gateway.tls_cert.clone())
 }
 
 /// Server-sent events whose data are JSON, up to `[DONE]`.
 struct Events {
-    response: std::pin::Pin<Box<dyn futures_util::Stream<Item = reqwest::Result<bytes::Bytes>> + Send>>,
+    response: Response,
     buffer: Vec<u8>,
     done: bool,
 }
 
 impl Events {
     fn of(response: Response) -> Self {
-        Self { response: Box::pin(response.bytes_stream()), buffer: vec![], done: false }
+        Self { response, buffer: vec![], done: false }
     }
 
     async fn next(&mut self) -> anyhow::Result<Option<Value>> {
@@ -226,28 +292,11 @@ impl Events {
                 }
                 continue;
             }
-            match self.response.next().await {
-                Some(bytes) => self.buffer.extend_from_slice(&bytes.context("the connection broke off")?),
+            match self.response.chunk().await.context("the connection broke off")? {
+                Some(bytes) => self.buffer.extend_from_slice(&bytes),
                 None => bail!("the answer has no end"),
             }
         }
         Ok(None)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_address_is_taken_as_people_write_it() {
-        for given in ["http://127.0.0.1:7070", "http://127.0.0.1:7070/", "127.0.0.1:7070", " 127.0.0.1:7070/v1/ "] {
-            assert_eq!(base(given).expect(given), "http://127.0.0.1:7070");
-        }
-        assert_eq!(base("https://gpu.example/v1").expect("good"), "https://gpu.example");
-        for given in ["", "ftp://host", "http://", "http://a b"] {
-            let error = base(given).expect_err(given).to_string();
-            assert!(error.contains("http://HOST:PORT"), "{error}");
-        }
     }
 }

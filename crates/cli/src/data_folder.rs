@@ -219,18 +219,32 @@ impl DataFolder {
         fs::read_to_string(self.api_key_file()).ok().map(|text| text.trim().to_owned())
     }
 
-    /// Writes down where the network that runs here listens.
-    pub fn write_address(&self, address: SocketAddr, tls: bool) -> anyhow::Result<()> {
-        let url = addresses::urls(address, tls).swap_remove(0);
-        let path = self.path.join("address");
-        identity::replace_private(&path, format!("{url}\n").as_bytes())
-            .with_context(|| format!("could not write {}", path.display()))
+    /// Writes down where the network that runs here listens, and where its certificate lies if it speaks TLS.
+    pub fn write_address(&self, address: SocketAddr, certificate: Option<&Path>) -> anyhow::Result<()> {
+        let write = |name: &str, text: &str| {
+            let path = self.path.join(name);
+            identity::replace_private(&path, format!("{text}\n").as_bytes())
+                .with_context(|| format!("could not write {}", path.display()))
+        };
+        match certificate {
+            // Commands run in other folders.
+            Some(file) => write("certificate", &std::path::absolute(file)?.display().to_string())?,
+            None => drop(fs::remove_file(self.path.join("certificate"))),
+        }
+        write("address", &addresses::urls(address, certificate.is_some()).swap_remove(0))
     }
 
     /// Forgets where the network listened: it does no more, and somebody else may.
     pub fn forget_address(&self) {
         // Whoever asks a dead address is told so.
-        let _ = fs::remove_file(self.path.join("address"));
+        for name in ["address", "certificate"] {
+            let _ = fs::remove_file(self.path.join(name));
+        }
+    }
+
+    /// Returns the file of the certificate of the gateway that runs here, or did last, where it speaks TLS.
+    pub fn certificate(&self) -> Option<PathBuf> {
+        Some(PathBuf::from(fs::read_to_string(self.path.join("certificate")).ok()?.trim()))
     }
 
     /// Writes down on which UDP address a node of this folder listens.

@@ -20,7 +20,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::args::ServerArgs;
-use crate::client::GatewayClient;
+use crate::client::{GatewayClient, Presence};
 use crate::data_folder::DataFolder;
 use crate::services::open_store;
 use crate::settings::{Env, Settings};
@@ -59,7 +59,7 @@ impl Desk {
         env: &Env,
     ) -> anyhow::Result<Self> {
         let client = GatewayClient::find(server, settings, data, env)?;
-        if server.url.is_some() || client.answers().await {
+        if server.url.is_some() || answers(&client).await? {
             return Ok(Self::Gateway(client));
         }
         // A store that no registry holds can be opened: the way back for those who lost their last key.
@@ -85,7 +85,7 @@ impl Desk {
             return Operator::find(server, settings, data, env).await.map(Self::Registry);
         }
         let client = GatewayClient::find(server, settings, data, env)?;
-        if server.url.is_some() || client.answers().await {
+        if server.url.is_some() || answers(&client).await? {
             return Ok(Self::Gateway(client));
         }
         bail!(
@@ -184,6 +184,15 @@ impl Desk {
             Self::Store(_, store) => store.close().await.context("could not close the registry's store")?,
         }
         Ok(())
+    }
+}
+
+/// Says whether a gateway answers. One that cannot be spoken with is an error: it is not passed over.
+async fn answers(client: &GatewayClient) -> anyhow::Result<bool> {
+    match client.presence().await {
+        Presence::Answers => Ok(true),
+        Presence::Absent(_) => Ok(false),
+        Presence::Closed(error) => Err(error),
     }
 }
 

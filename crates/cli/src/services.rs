@@ -114,7 +114,7 @@ impl Place {
             version: VERSION.to_owned(),
         };
         let open = self.open_gateway(&parts).await?;
-        self.data.write_address(open.address(), self.settings.gateway.tls_cert.is_some())?;
+        self.data.write_address(open.address(), self.settings.gateway.tls_cert.as_deref())?;
         Ok(open)
     }
 

@@ -204,7 +204,7 @@ impl LogSettings {
 pub struct Env(BTreeMap<String, String>);
 
 /// Variables of this program that are no settings.
-const NO_SETTINGS: [&str; 3] = ["TETHER_CONFIG", "TETHER_URL", "TETHER_API_KEY"];
+const NO_SETTINGS: [&str; 4] = ["TETHER_CONFIG", "TETHER_URL", "TETHER_API_KEY", "TETHER_CA"];
 
 impl Env {
     /// Takes the environment of this process.

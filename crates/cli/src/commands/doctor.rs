@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{Context, Outcome, process_runtime};
 use crate::args::ServerArgs;
-use crate::client::GatewayClient;
+use crate::client::{GatewayClient, Presence};
 use crate::{output, tiny_model};
 
 mod network;
@@ -32,20 +32,23 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
     ];
     checks.extend(network::checks(&context).await);
     let roles = context.data.roles();
-    if client.answers().await {
-        checks.push(check("gateway", gateway(&client).await));
-        checks.push(check("API key", api_key(&client).await));
-        checks.push(check("workers", workers(&client).await));
-    } else if server.url.is_some() {
-        checks.push(check("gateway", Err(format!("nothing answers at {}", client.url()))));
-    } else if roles.contains(&"gateway") || roles.contains(&"up") {
-        let told = format!(
-            "the gateway of this machine does not answer at {}; start it with `tether start`, or look at its log",
-            client.url()
-        );
-        checks.push(check("gateway", Err(told)));
-    } else if roles.is_empty() {
-        checks.push(check("gateway", port(&context)));
+    match client.presence().await {
+        Presence::Answers => {
+            checks.push(check("gateway", gateway(&client).await));
+            checks.push(check("API key", api_key(&client).await));
+            checks.push(check("workers", workers(&client).await));
+        }
+        Presence::Closed(error) => checks.push(check("gateway", Err(format!("{error:#}")))),
+        Presence::Absent(error) if server.url.is_some() => checks.push(check("gateway", Err(format!("{error:#}")))),
+        Presence::Absent(_) if roles.contains(&"gateway") || roles.contains(&"up") => {
+            let told = format!(
+                "the gateway of this machine does not answer at {}; start it with `tether start`, or look at its log",
+                client.url()
+            );
+            checks.push(check("gateway", Err(told)));
+        }
+        Presence::Absent(_) if roles.is_empty() => checks.push(check("gateway", port(&context))),
+        Presence::Absent(_) => {}
     }
     let well = checks.iter().all(|check| check.well);
     if context.json {

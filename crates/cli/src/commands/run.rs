@@ -7,25 +7,22 @@ use serde_json::{Value, json};
 
 use super::{Context, Outcome, shipped, spinner};
 use crate::args::RunArgs;
-use crate::client::{ChatAnswer, GatewayClient};
+use crate::client::{ChatAnswer, GatewayClient, Presence, usual_url};
 use crate::local_models;
 use crate::network::Network;
 use crate::output;
 
 pub(super) async fn run(mut context: Context, args: RunArgs) -> anyhow::Result<Outcome> {
     let client = GatewayClient::find(&args.server, &context.settings, &context.data, &context.env)?;
-    if client.answers().await {
-        return match ask(&client, &args, context.json).await {
-            Ok(()) => Ok(Outcome::Well),
-            Err(error) => Err(missing_model(&client, &args.model).await.unwrap_or(error)),
-        };
-    }
-    if args.server.url.is_some() {
-        bail!("nothing answers at {}", client.url());
+    match client.presence().await {
+        Presence::Answers => return ask(&client, &args, context.json).await,
+        Presence::Closed(error) => return Err(error),
+        Presence::Absent(error) if args.server.url.is_some() => return Err(error),
+        Presence::Absent(_) => {}
     }
     // A network of another folder is likely the one that is meant.
-    let usual = GatewayClient::new(format!("http://{}", context.settings.gateway.bind), None)?;
-    if usual.url() != client.url() && usual.answers().await {
+    let usual = GatewayClient::here(&usual_url(&context.settings), None, &context.settings, &context.data)?;
+    if usual.url() != client.url() && !matches!(usual.presence().await, Presence::Absent(_)) {
         bail!(
             "no network of {} runs, but one answers at {}; name its folder with --data-dir, or give --url and \
              --api-key-file",
@@ -43,11 +40,9 @@ pub(super) async fn run(mut context: Context, args: RunArgs) -> anyhow::Result<O
     waiting.finish_and_clear();
     let asked = match ready {
         Ok(()) => {
-            let client = GatewayClient::new(network.url(), Some(network.api_key.clone()))?;
-            match ask(&client, &args, context.json).await {
-                Ok(()) => Ok(()),
-                Err(error) => Err(missing_model(&client, &args.model).await.unwrap_or(error)),
-            }
+            let key = Some(network.api_key.clone());
+            let client = GatewayClient::here(&network.url(), key, &context.settings, &context.data)?;
+            ask(&client, &args, context.json).await.map(drop)
         }
         Err(error) => Err(error),
     };
@@ -77,7 +72,15 @@ async fn missing_model(client: &GatewayClient, asked: &str) -> Option<anyhow::Er
     })
 }
 
-async fn ask(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<()> {
+/// Asks, and says which model may be meant where there is none of that name.
+async fn ask(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<Outcome> {
+    match stream(client, args, as_json).await {
+        Ok(()) => Ok(Outcome::Well),
+        Err(error) => Err(missing_model(client, &args.model).await.unwrap_or(error)),
+    }
+}
+
+async fn stream(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<()> {
     let answer = client
         .chat(&body(args), |text| {
             if !as_json {
