@@ -25,30 +25,61 @@ const ELSEWHERE_WITHIN: Duration = Duration::from_secs(5);
 /// How long to wait before the search is repeated that found nothing.
 const AGAIN_EVERY: Duration = Duration::from_secs(5);
 
+/// Servers that are to be adopted.
+pub struct Adoption {
+    servers: Vec<ServerAddress>,
+    within: Duration,
+    runtime: RemoteRuntime,
+}
+
+impl Adoption {
+    /// Returns what the settings want adopted; nothing where they want no server.
+    pub fn of(settings: &Settings) -> anyhow::Result<Option<Self>> {
+        let Some(urls) = &settings.adopt else { return Ok(None) };
+        let searched: Vec<String> = PORTS.map(|port| format!("http://127.0.0.1:{port}")).into();
+        let (urls, within) = if urls.is_empty() { (&searched, HERE_WITHIN) } else { (urls, ELSEWHERE_WITHIN) };
+        let servers =
+            urls.iter().map(|url| ServerAddress::new(url, None).with_context(|| format!("{url} cannot be adopted")));
+        Ok(Some(Self { servers: servers.collect::<Result<_, _>>()?, within, runtime: RemoteRuntime::default() }))
+    }
+
+    /// Says where it looks.
+    pub fn places(&self) -> String {
+        self.servers.iter().map(ServerAddress::as_str).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Returns the models of the servers that answer now, without those whose name another served model has.
+    pub async fn look(&self, served: &[ServedModel]) -> Vec<ServedModel> {
+        let surveys = self.servers.iter().map(|address| self.runtime.survey(address, self.within));
+        let surveys = join_all(surveys).await;
+        let found: Vec<_> =
+            self.servers.iter().zip(surveys).filter_map(|(at, survey)| Some((at, survey.ok()?))).collect();
+        models(&found, served.iter().map(|model| model.model_id.clone()).collect())
+    }
+
+    /// Looks again and again, until there is at least one model.
+    pub async fn wait(&self, served: &[ServedModel]) -> Vec<ServedModel> {
+        warn!(at = self.places(), "no server to adopt answers, or none has a model; looking again every 5 s");
+        loop {
+            sleep(AGAIN_EVERY).await;
+            let models = self.look(served).await;
+            if !models.is_empty() {
+                return models;
+            }
+        }
+    }
+}
+
 /// Adds the models of the servers that the settings want adopted. Waits until there is at least one.
 pub async fn adopt(settings: &mut Settings) -> anyhow::Result<()> {
-    let Some(urls) = &settings.adopt else { return Ok(()) };
-    let searched: Vec<String> = PORTS.map(|port| format!("http://127.0.0.1:{port}")).into();
-    let (urls, within) = if urls.is_empty() { (&searched, HERE_WITHIN) } else { (urls, ELSEWHERE_WITHIN) };
-    let addresses =
-        urls.iter().map(|url| ServerAddress::new(url, None).with_context(|| format!("{url} cannot be adopted")));
-    let addresses: Vec<ServerAddress> = addresses.collect::<Result<_, _>>()?;
-    let runtime = RemoteRuntime::default();
-    let mut is_told = false;
-    loop {
-        let surveys = join_all(addresses.iter().map(|address| runtime.survey(address, within))).await;
-        let found: Vec<_> = addresses.iter().zip(surveys).filter_map(|(at, survey)| Some((at, survey.ok()?))).collect();
-        let taken = settings.worker.models.iter().map(|model| model.model_id.clone()).collect();
-        let models = models(&found, taken);
-        if !models.is_empty() {
-            settings.worker.models.extend(models);
-            return Ok(());
-        }
-        if !std::mem::replace(&mut is_told, true) {
-            warn!(at = ?urls, "no server to adopt answers, or none has a model; looking again every 5 s");
-        }
-        sleep(AGAIN_EVERY).await;
+    let Some(adoption) = Adoption::of(settings)? else { return Ok(()) };
+    let served = &mut settings.worker.models;
+    let mut models = adoption.look(served).await;
+    if models.is_empty() {
+        models = adoption.wait(served).await;
     }
+    served.extend(models);
+    Ok(())
 }
 
 /// Names the models of servers, and leaves out those whose name is taken or that are not in memory.

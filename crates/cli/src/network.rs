@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use worker::WorkerHandle;
 
 use crate::addresses;
+use crate::adopt::Adoption;
 use crate::data_folder::{DataFolder, FolderLock};
 use crate::local_models;
 use crate::node::{Pool, at_last_port};
@@ -30,12 +31,17 @@ use crate::services::{Place, first_key, open_store, run_gateway};
 use crate::settings::{NetworkSettings, Settings, any_port};
 use crate::tiny_model;
 
+/// The worker of servers that were adopted after the start.
+const LATE: &str = "adopted";
+
 /// What a network is given besides its settings.
 pub struct Supplies<'a> {
     /// Makes the runtime of a worker.
     pub runtime: &'a dyn Fn() -> anyhow::Result<Arc<dyn ModelRuntime>>,
     /// Models to register besides the one that comes with the program.
     pub models: Vec<ModelEntry>,
+    /// Servers that did not answer yet; a worker offers their models as soon as one does.
+    pub adoption: Option<Adoption>,
 }
 
 /// A running network.
@@ -124,7 +130,11 @@ impl Network {
         let mut stage = Stage { place, medium, keys, admission };
         let registries = stage.registry(registry_end, registry_store.clone());
         let orchestrators = stage.orchestrator(orchestrator_store.clone()).await?;
-        let (workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
+        let (mut workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
+        if let Some(adoption) = supplies.adoption {
+            let runtime = (supplies.runtime)()?;
+            stage.adopt_later(adoption, &mut workers, orchestrator_store.clone(), runtime).await?;
+        }
         let (gateways, address) = stage.gateway().await?;
         Ok(Self {
             address,
@@ -300,14 +310,8 @@ struct Stage {
 }
 
 impl Stage {
-    /// Makes a node of this process a member: its operator has the root key and needs no invite.
     async fn admit(&self, key: &NodeKey, role: NodeRole, name: &str) -> anyhow::Result<Membership> {
-        let own_key = key.public_key();
-        let certificate = self.admission.certify(own_key, Grant::of(role, name)).await;
-        let certificate = certificate.with_context(|| format!("could not certify the {name}"))?;
-        let membership = Membership::new(self.admission.pool(), own_key, certificate, self.place.clock.clone())?;
-        membership.take_revocations(&self.admission.revocations().await?)?;
-        Ok(membership)
+        admit(&self.admission, self.place.clock.clone(), key, Grant::of(role, name)).await
     }
 
     fn registry(&self, transport: Arc<dyn Transport>, store: Arc<dyn MetadataStore>) -> Tier {
@@ -357,6 +361,31 @@ impl Stage {
         Ok((tier, handles))
     }
 
+    /// Has one more worker offer the models of servers as soon as one of these answers. The others keep what they hold.
+    async fn adopt_later(
+        &mut self,
+        adoption: Adoption,
+        workers: &mut Tier,
+        epochs: Arc<dyn MetadataStore>,
+        runtime: Arc<dyn ModelRuntime>,
+    ) -> anyhow::Result<()> {
+        let key = self.place.data.node_key(LATE)?;
+        let transport = self.medium.node(&key, LATE).await?;
+        let (mut place, admission) = (self.place.clone(), self.admission.clone());
+        let stop = workers.stop.clone();
+        workers.tasks.spawn(async move {
+            let served = std::mem::take(&mut place.settings.worker.models);
+            let Some(found) = stop.run_until_cancelled(adoption.wait(&served)).await else { return Ok(()) };
+            place.settings.worker.models = found;
+            // Not before: until then it is no worker, and a certificate has its end.
+            let membership = admit(&admission, place.clock.clone(), &key, Grant::of(NodeRole::Worker, LATE)).await?;
+            let epoch = epochs.next_epoch(key.public_key()).await?;
+            place.worker(transport, &key, epoch, membership, runtime)?.run(stop).await;
+            Ok(())
+        });
+        Ok(())
+    }
+
     async fn gateway(&mut self) -> anyhow::Result<(Tier, SocketAddr)> {
         let membership = self.admit(&self.keys.gateway, NodeRole::Gateway, "gateway").await?;
         let transport = self.medium.node(&self.keys.gateway, "gateway").await?;
@@ -367,6 +396,21 @@ impl Stage {
         tier.tasks.spawn(run_gateway(open, stop));
         Ok((tier, address))
     }
+}
+
+/// Makes a node of this process a member: its operator has the root key and needs no invite.
+async fn admit(
+    admission: &AdmissionOffice,
+    clock: Arc<dyn Clock>,
+    key: &NodeKey,
+    grant: Grant,
+) -> anyhow::Result<Membership> {
+    let (own_key, name) = (key.public_key(), grant.name.clone());
+    let certificate = admission.certify(own_key, grant).await;
+    let certificate = certificate.with_context(|| format!("could not certify the {name}"))?;
+    let membership = Membership::new(admission.pool(), own_key, certificate, clock)?;
+    membership.take_revocations(&admission.revocations().await?)?;
+    Ok(membership)
 }
 
 /// The key of each node.

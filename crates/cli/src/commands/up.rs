@@ -10,19 +10,26 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Context, Outcome, shipped};
 use crate::addresses;
-use crate::adopt;
+use crate::adopt::Adoption;
 use crate::local_models;
-use crate::network::Network;
+use crate::network::{Network, Supplies};
 use crate::output;
 
 pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     local_models::take_in(&mut context.settings, &context.data).await?;
     let stop = context.stop.clone();
-    tokio::select! {
-        adopted = adopt::adopt(&mut context.settings) => adopted?,
-        () = stop.cancelled() => return Ok(Outcome::Well),
+    let mut adoption = Adoption::of(&context.settings)?;
+    if let Some(servers) = &adoption {
+        let served = &mut context.settings.worker.models;
+        let Some(found) = stop.run_until_cancelled(servers.look(served)).await else { return Ok(Outcome::Well) };
+        if !found.is_empty() {
+            served.extend(found);
+            adoption = None;
+        }
     }
-    let mut network = Network::start(&context.settings, &context.data, shipped()).await?;
+    let awaited = adoption.as_ref().map(Adoption::places);
+    let supplies = Supplies { adoption, ..shipped() };
+    let mut network = Network::start(&context.settings, &context.data, supplies).await?;
     if context.settings.network.up_listen.is_some() {
         // Other machines count on it: `tether start` is to bring it back. A trial leaves nothing behind.
         context.keep_flags()?;
@@ -40,7 +47,7 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
         // The network goes on trying; whoever watches should know.
         output::line(format!("not every model is ready: {error:#}"));
     }
-    output::line(greeting(&context, &network));
+    output::line(greeting(&context, &network, awaited.as_deref()));
     let broken = tokio::select! {
         () = stop.cancelled() => None,
         error = network.broken() => Some(error),
@@ -53,7 +60,7 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     }
 }
 
-fn greeting(context: &Context, network: &Network) -> String {
+fn greeting(context: &Context, network: &Network, awaited: Option<&str>) -> String {
     let greeting = Greeting {
         workers: network.workers.len(),
         region: context.settings.region.as_str(),
@@ -64,6 +71,7 @@ fn greeting(context: &Context, network: &Network) -> String {
         key_file: context.data.api_key_file(),
         program: context.program(),
         invite: network.invite.as_deref(),
+        awaited,
     };
     greeting.to_string()
 }
@@ -83,6 +91,8 @@ struct Greeting<'a> {
     program: String,
     /// An invite for a worker, where other machines may join.
     invite: Option<&'a str>,
+    /// Where servers are looked for that are to be adopted, while none answers.
+    awaited: Option<&'a str>,
 }
 
 impl fmt::Display for Greeting<'_> {
@@ -98,6 +108,9 @@ impl fmt::Display for Greeting<'_> {
         }
         writeln!(out, "  API key         {}", self.key)?;
         writeln!(out, "  kept in         {}", self.key_file.display())?;
+        if let Some(places) = self.awaited {
+            writeln!(out, "\nNo server to adopt answers yet at {places}; its models join as soon as one does.")?;
+        }
         if let Some(model) = models.first() {
             let trust = self.certificate.map(|file| format!(" --cacert {}", file.display())).unwrap_or_default();
             let body = format!(
@@ -158,6 +171,7 @@ mod tests {
             key_file: "/d/api-key".into(),
             program: "tether".into(),
             invite: None,
+            awaited: None,
         }
     }
 

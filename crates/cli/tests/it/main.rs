@@ -1,6 +1,7 @@
 //! The program as its users meet it.
 
 mod admission;
+mod adoption;
 mod certificates;
 mod commands;
 mod conversations;
