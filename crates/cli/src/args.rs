@@ -330,8 +330,14 @@ pub struct NodesArgs {
 pub struct RunArgs {
     /// Model, as name[@MAJOR.MINOR][:adapter]
     pub model: String,
-    /// What to ask
-    pub prompt: String,
+    /// What to ask; - reads it from stdin, and what is piped in is added to it
+    pub prompt: Option<String>,
+    /// What the model is told before: who it is, and how to answer
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Seconds to wait for a model that is being loaded
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub timeout: u64,
     /// The most tokens to generate
     #[arg(long, value_name = "COUNT")]
     pub max_tokens: Option<u32>,

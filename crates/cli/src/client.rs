@@ -46,15 +46,6 @@ pub enum Presence {
     Closed(anyhow::Error),
 }
 
-/// The gateway answered with an error.
-#[derive(Debug, thiserror::Error)]
-#[error("{url} answered {status}: {message}")]
-struct Refused {
-    url: String,
-    status: StatusCode,
-    message: String,
-}
-
 impl ServerArgs {
     /// Returns the API key: that of the file that was named, else the environment's, else the data folder's.
     pub fn api_key(&self, data: &DataFolder, env: &Env) -> anyhow::Result<Option<String>> {
@@ -67,6 +58,18 @@ impl ServerArgs {
             None => env.get("TETHER_API_KEY").map(str::to_owned).or_else(|| data.api_key()),
         })
     }
+}
+
+/// A gateway's refusal.
+#[derive(Debug, thiserror::Error)]
+#[error("{url} answered {status}: {message}")]
+pub struct Refusal {
+    url: String,
+    status: StatusCode,
+    /// The gateway's word for the cause, such as `model_loading`.
+    pub code: String,
+    /// The gateway's sentence about it.
+    pub message: String,
 }
 
 /// A streamed answer, read to its end.
@@ -148,7 +151,7 @@ impl GatewayClient {
             // Gateways of an earlier version do not know the path.
             Err(error)
                 if error
-                    .downcast_ref::<Refused>()
+                    .downcast_ref::<Refusal>()
                     .is_some_and(|refused| matches!(refused.status, StatusCode::FORBIDDEN | StatusCode::NOT_FOUND)) =>
             {
                 self.get("/v1/models").await
@@ -241,7 +244,10 @@ impl GatewayClient {
         }
         let body: Value = response.json().await.unwrap_or_default();
         match body.pointer("/error/message").and_then(Value::as_str) {
-            Some(message) => bail!(Refused { url: self.url.clone(), status, message: message.to_owned() }),
+            Some(message) => {
+                let code = body.pointer("/error/code").and_then(Value::as_str).unwrap_or_default().to_owned();
+                bail!(Refusal { url: self.url.clone(), status, code, message: message.to_owned() })
+            }
             None => bail!("{} answered {status}, and not as a gateway does; is this another program's port?", self.url),
         }
     }

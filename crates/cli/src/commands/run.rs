@@ -1,18 +1,30 @@
 //! `tether run`: asks a model. Where no network runs, one is started for the question.
 
-use std::io::IsTerminal as _;
+use std::fs::File;
+use std::io::{self, IsTerminal as _, Read as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::FileTypeExt as _;
+use std::time::Duration;
 
-use anyhow::{anyhow, bail};
+use anyhow::{Context as _, anyhow, bail};
 use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
 
 use super::{Context, Outcome, shipped, spinner};
 use crate::args::RunArgs;
-use crate::client::{ChatAnswer, GatewayClient, Presence, usual_url};
+use crate::client::{ChatAnswer, GatewayClient, Presence, Refusal, usual_url};
 use crate::local_models;
 use crate::network::Network;
 use crate::output;
 
-pub(super) async fn run(mut context: Context, args: RunArgs) -> anyhow::Result<Outcome> {
+/// The most of stdin that is read, in bytes: more than any model takes.
+const STDIN_MAX: u64 = 64 << 20;
+/// How often it is asked whether a model is loaded.
+const AGAIN_EVERY: Duration = Duration::from_secs(1);
+
+pub(super) async fn run(mut context: Context, mut args: RunArgs) -> anyhow::Result<Outcome> {
+    let prompt = prompt(args.prompt.as_deref())?;
+    args.prompt = Some(prompt);
     let client = GatewayClient::find(&args.server, &context.settings, &context.data, &context.env)?;
     match client.presence().await {
         Presence::Answers => return ask(&client, &args, context.json).await,
@@ -74,9 +86,53 @@ async fn missing_model(client: &GatewayClient, asked: &str) -> Option<anyhow::Er
 
 /// Asks, and says which model may be meant where there is none of that name.
 async fn ask(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<Outcome> {
-    match stream(client, args, as_json).await {
-        Ok(()) => Ok(Outcome::Well),
-        Err(error) => Err(missing_model(client, &args.model).await.unwrap_or(error)),
+    let deadline = Instant::now() + Duration::from_secs(args.timeout);
+    let mut is_told = false;
+    loop {
+        let error = match stream(client, args, as_json).await {
+            Ok(()) => return Ok(Outcome::Well),
+            Err(error) => error,
+        };
+        match error.downcast_ref::<Refusal>() {
+            Some(refusal) if refusal.code == "model_loading" && Instant::now() + AGAIN_EVERY < deadline => {
+                if !std::mem::replace(&mut is_told, true) {
+                    output::note(format!("waiting: {}", refusal.message));
+                }
+                sleep(AGAIN_EVERY).await;
+            }
+            _ => return Err(missing_model(client, &args.model).await.unwrap_or(error)),
+        }
+    }
+}
+
+/// Returns what to ask: the argument, and what is piped in behind it.
+fn prompt(given: Option<&str>) -> anyhow::Result<String> {
+    let stdin = io::stdin();
+    let piped = match given {
+        None if stdin.is_terminal() => bail!("what is to be asked? write it behind the model, or pipe it in"),
+        None | Some("-") => true,
+        // Somebody else's terminal, or /dev/null, has nothing to say; a file or a pipe was given on purpose.
+        Some(_) => {
+            let kind = stdin.as_fd().try_clone_to_owned().and_then(|stdin| File::from(stdin).metadata());
+            kind.is_ok_and(|kind| kind.is_file() || kind.file_type().is_fifo())
+        }
+    };
+    let mut text = String::new();
+    if piped {
+        stdin.lock().take(STDIN_MAX + 1).read_to_string(&mut text).context("stdin cannot be read as text")?;
+        if text.len() as u64 > STDIN_MAX {
+            bail!("stdin has more than {} MiB, which no model takes", STDIN_MAX >> 20);
+        }
+    }
+    joined(given.filter(|given| *given != "-"), text.trim_end())
+}
+
+fn joined(given: Option<&str>, piped: &str) -> anyhow::Result<String> {
+    match (given.unwrap_or_default(), piped) {
+        ("", "") => bail!("there is nothing to ask: the prompt is empty"),
+        (given, "") => Ok(given.to_owned()),
+        ("", piped) => Ok(piped.to_owned()),
+        (given, piped) => Ok(format!("{given}\n\n{piped}")),
     }
 }
 
@@ -97,9 +153,13 @@ async fn stream(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow
 }
 
 fn body(args: &RunArgs) -> Value {
+    let mut messages = vec![json!({ "role": "user", "content": args.prompt })];
+    if let Some(system) = &args.system {
+        messages.insert(0, json!({ "role": "system", "content": system }));
+    }
     let mut body = json!({
         "model": args.model,
-        "messages": [{ "role": "user", "content": args.prompt }],
+        "messages": messages,
         "stream": true,
         "stream_options": { "include_usage": true },
     });
@@ -123,4 +183,18 @@ fn told(answer: &ChatAnswer) -> Value {
         "completionTokens": answer.completion_tokens,
         "firstTokenMs": answer.first_token.as_secs_f64() * 1e3,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_piped_in_comes_behind_what_is_asked() {
+        let joined = |given, piped| joined(given, piped).ok();
+        assert_eq!(joined(Some("sum up:"), "a\nb").as_deref(), Some("sum up:\n\na\nb"));
+        assert_eq!(joined(None, "a").as_deref(), Some("a"));
+        assert_eq!(joined(Some("a"), "").as_deref(), Some("a"));
+        assert_eq!(joined(None, ""), None);
+    }
 }

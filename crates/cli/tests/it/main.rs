@@ -13,6 +13,7 @@ mod network;
 mod own_models;
 mod processes;
 mod program;
+mod questions;
 mod real_models;
 #[cfg(feature = "llama")]
 mod stranger;
