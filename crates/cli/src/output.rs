@@ -2,7 +2,9 @@
 
 use std::io::{self, Write as _};
 
+use anstyle::{AnsiColor, Style};
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr as _;
 
 /// Prints a line. A reader that went away is no error.
 pub fn line(text: impl AsRef<str>) {
@@ -34,25 +36,84 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Prints rows under a head, each column as wide as its widest cell.
-pub fn table(head: &[&str], rows: &[Vec<String>]) {
-    line(aligned(head, rows));
+/// How a word looks on a terminal that shows colours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// All is well.
+    Good,
+    /// Somebody should look at it.
+    Doubtful,
+    /// Something is wrong.
+    Bad,
+    /// A title.
+    Head,
 }
 
-/// Returns rows under a head, each column as wide as its widest cell.
+/// Gives a text a look. Whatever prints it must leave the look out where no terminal shows it: see [`shown`].
+pub fn looking(look: Look, text: &str) -> String {
+    let style = match look {
+        Look::Good => AnsiColor::Green.on_default(),
+        Look::Doubtful => AnsiColor::Yellow.on_default(),
+        Look::Bad => AnsiColor::Red.on_default(),
+        Look::Head => Style::new().bold(),
+    };
+    format!("{style}{text}{style:#}")
+}
+
+/// Prints a line with its looks, where stdout is a terminal and NO_COLOR is not set; anywhere else without.
+pub fn shown(text: impl AsRef<str>) {
+    let _ = writeln!(anstream::stdout().lock(), "{}", text.as_ref());
+}
+
+/// Returns a text of another machine in one line: nothing in it moves the cursor.
+pub fn one_line(text: &str) -> String {
+    text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
+}
+
+/// Returns a number and its noun, which takes an s unless there is one: `1 worker`, `2 workers`.
+pub fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
+/// Prints rows under a head, each column as wide as its widest cell.
+pub fn table(head: &[&str], rows: &[Vec<String>]) {
+    shown(aligned(head, rows));
+}
+
+/// Returns the look of a word under the title STATE.
+fn look_of(state: &str) -> Option<Look> {
+    match state {
+        "ready" | "answers" | "good" | "ok" => Some(Look::Good),
+        "loading" | "stopping" | "not reporting" => Some(Look::Doubtful),
+        "error" | "does not answer" | "revoked" | "ended" => Some(Look::Bad),
+        _ => None,
+    }
+}
+
+/// Returns rows with their looks under a head, each column as wide as its widest cell takes on a terminal.
 pub fn aligned(head: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
-        cells.chain([head[column].chars().count()]).max().unwrap_or(0)
+        let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.width());
+        cells.chain([head[column].width()]).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
-    let row = |cells: &mut dyn Iterator<Item = &str>| {
-        let padded: Vec<String> =
-            cells.zip(&widths).map(|(cell, width)| format!("{cell:<width$}", width = *width)).collect();
-        padded.join("  ").trim_end().to_owned()
+    let row = |cells: &[&str], look: &dyn Fn(usize, &str) -> Option<Look>| {
+        // Nothing follows the last cell that says something, so that no line ends in blanks.
+        let end = cells.iter().rposition(|cell| !cell.is_empty()).map_or(0, |last| last + 1);
+        let mut text = String::new();
+        for (column, cell) in cells[..end].iter().enumerate() {
+            text.push_str(&look(column, cell).map_or_else(|| (*cell).to_owned(), |look| looking(look, cell)));
+            if column + 1 < end {
+                text.push_str(&" ".repeat(widths[column] - cell.width() + 2));
+            }
+        }
+        text
     };
-    let mut lines = vec![row(&mut head.iter().copied())];
-    lines.extend(rows.iter().map(|cells| row(&mut cells.iter().map(String::as_str))));
+    let mut lines = vec![row(head, &|_, _| Some(Look::Head))];
+    lines.extend(rows.iter().map(|cells| {
+        let cells: Vec<&str> = cells.iter().map(String::as_str).collect();
+        row(&cells, &|column, cell| look_of(cell).filter(|_| head[column] == "STATE"))
+    }));
     lines.join("\n")
 }
 
@@ -70,10 +131,32 @@ mod tests {
 
     #[test]
     fn columns_line_up() {
-        let rows = [vec!["a".into(), "long cell".into(), "x".into()], vec!["ü".into(), "b".into(), "y".into()]];
+        let rows = [vec!["a".into(), "long cell".into(), "x".into()], vec!["模型".into(), "b".into(), String::new()]];
+        let plain = |text: &str| anstream::adapter::strip_str(text).to_string();
         assert_eq!(
-            aligned(&["ONE", "TWO", "THREE"], &rows),
-            "ONE  TWO        THREE\na    long cell  x\nü    b          y"
+            plain(&aligned(&["ONE", "TWO", "THREE"], &rows)),
+            "ONE   TWO        THREE\na     long cell  x\n模型  b"
+        );
+    }
+
+    #[test]
+    fn states_and_titles_have_a_look_and_other_cells_do_not() {
+        let rows = [vec!["ready".into(), "ready".into()]];
+        let told = aligned(&["NAME", "STATE"], &rows);
+        let expected = format!(
+            "{}   {}\nready  {}",
+            looking(Look::Head, "NAME"),
+            looking(Look::Head, "STATE"),
+            looking(Look::Good, "ready")
+        );
+        assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn one_thing_takes_no_s() {
+        assert_eq!(
+            [counted(0, "model"), counted(1, "model"), counted(2, "model")],
+            ["0 models", "1 model", "2 models"]
         );
     }
 }

@@ -21,6 +21,9 @@ pub const REPORT_BYTES_MAX: usize = 256 * 1024;
 /// The most beginnings of prompts that are told, and believed, of one model.
 pub const PREFIXES_MAX: usize = 64;
 
+/// The longest reason that is told of a failed model, in bytes.
+pub const REASON_BYTES_MAX: usize = 300;
+
 /// What a worker says of itself. Health report and presence are this one message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -142,6 +145,9 @@ pub struct CachedModel {
     /// How far its load is, while it is loading.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loading: Option<LoadProgress>,
+    /// Why it failed, for those who operate the network; at most [`REASON_BYTES_MAX`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// Beginnings of prompts whose keys and values are likely at hand, the latest first; see [`crate::prefix`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prefixes: Vec<PrefixDigest>,
@@ -151,7 +157,17 @@ impl CachedModel {
     /// Returns an attested model of which no more is known than how far it is.
     pub fn new(key: ModelKey, digest: Digest, state: ModelState) -> Self {
         let (adapters, prefixes) = (Vec::new(), Vec::new());
-        Self { key, digest, state, attested: true, tokens_per_second: 0.0, adapters, loading: None, prefixes }
+        Self {
+            key,
+            digest,
+            state,
+            attested: true,
+            tokens_per_second: 0.0,
+            adapters,
+            loading: None,
+            reason: None,
+            prefixes,
+        }
     }
 }
 

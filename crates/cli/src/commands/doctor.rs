@@ -1,14 +1,20 @@
 //! `tether doctor`: says what is wrong, in one sentence each, and what to do about it.
 
+use std::collections::BTreeSet;
 use std::net::TcpListener;
 
 use engine::{LoadOptions, VerifiedArtifact, no_progress};
+use protocol::control::Fleet;
+use protocol::health::ModelState;
+use protocol::model::ModelKey;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{Context, Outcome, process_runtime};
+use super::{Context, Outcome, nodes, process_runtime};
 use crate::args::ServerArgs;
 use crate::client::{GatewayClient, Presence};
+use crate::output::Look;
+use crate::settings::Settings;
 use crate::{output, tiny_model};
 
 mod network;
@@ -17,7 +23,10 @@ mod network;
 #[derive(Debug, Serialize)]
 struct Check {
     name: &'static str,
+    /// Whether nothing stands in the way of an answer.
     well: bool,
+    /// Whether somebody should look at it all the same.
+    doubtful: bool,
     detail: String,
 }
 
@@ -25,7 +34,7 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
     let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
     let mut checks = vec![
         // Whoever got here has settings that read.
-        check("settings", Ok(format!("region {}, {} workers", context.settings.region, context.settings.workers))),
+        check("settings", Ok(settings(&context))),
         check("data folder", data_folder(&context)),
         check("keys", keys(&context)),
         check("engine", engine(&context).await),
@@ -36,7 +45,7 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
         Presence::Answers => {
             checks.push(check("gateway", gateway(&client).await));
             checks.push(check("API key", api_key(&client).await));
-            checks.push(check("workers", workers(&client).await));
+            checks.push(workers(&client).await);
         }
         Presence::Closed(error) => checks.push(check("gateway", Err(format!("{error:#}")))),
         Presence::Absent(error) if server.url.is_some() => checks.push(check("gateway", Err(format!("{error:#}")))),
@@ -54,8 +63,13 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
     if context.json {
         output::json(&checks)?;
     } else {
-        for Check { name, well, detail } in &checks {
-            output::line(format!("{}  {name:<13} {detail}", if *well { "ok" } else { "!!" }));
+        for Check { name, well, doubtful, detail } in &checks {
+            let (look, mark) = match (well, doubtful) {
+                (false, _) => (Look::Bad, "!!"),
+                (true, true) => (Look::Doubtful, "! "),
+                (true, false) => (Look::Good, "ok"),
+            };
+            output::shown(format!("{}  {name:<13} {detail}", output::looking(look, mark)));
         }
         output::line(format!("\n{}", summary(&checks)));
     }
@@ -68,7 +82,10 @@ fn summary(checks: &[Check]) -> String {
     let mut wrong: Vec<&Check> = checks.iter().filter(|check| !check.well).collect();
     wrong.sort_by_key(|check| check.name == "bootstrap");
     match wrong[..] {
-        [] => "all is well".to_owned(),
+        [] => match checks.iter().filter(|check| check.doubtful).count() {
+            0 => "all is well".to_owned(),
+            count => format!("nothing stands in the way; look at the {} marked with !", output::counted(count, "line")),
+        },
         [one] => format!("one thing is wrong: {}: {}", one.name, one.detail),
         [first, ..] => {
             format!("{} things are wrong; the likeliest cause is {}: {}", wrong.len(), first.name, first.detail)
@@ -79,7 +96,12 @@ fn summary(checks: &[Check]) -> String {
 fn check(name: &'static str, found: Result<String, String>) -> Check {
     let well = found.is_ok();
     let (Ok(detail) | Err(detail)) = found;
-    Check { name, well, detail }
+    Check { name, well, doubtful: false, detail }
+}
+
+fn settings(context: &Context) -> String {
+    let Settings { region, workers, .. } = &context.settings;
+    format!("region {region}, {} in `tether up`", output::counted(*workers as usize, "worker"))
 }
 
 fn data_folder(context: &Context) -> Result<String, String> {
@@ -105,7 +127,11 @@ fn keys(context: &Context) -> Result<String, String> {
             return Err(format!("{0} can be read by others; run: chmod 600 {0}", file.display()));
         }
     }
-    Ok(if count == 0 { "made at the first start".to_owned() } else { format!("{count} files, private") })
+    Ok(if count == 0 {
+        "made at the first start".to_owned()
+    } else {
+        format!("{}, private", output::counted(count, "file"))
+    })
 }
 
 /// Loads the model that comes with the program, in a process of its own, as a worker would.
@@ -129,7 +155,7 @@ async fn engine(context: &Context) -> Result<String, String> {
 
 async fn api_key(client: &GatewayClient) -> Result<String, String> {
     let models: Value = client.get("/v1/models").await.map_err(|error| format!("{error:#}"))?;
-    Ok(format!("good; {} models", models["data"].as_array().map_or(0, Vec::len)))
+    Ok(format!("good; {} listed", output::counted(models["data"].as_array().map_or(0, Vec::len), "model")))
 }
 
 /// Says whether the gateway answers, and whether it does so on its own.
@@ -146,11 +172,32 @@ async fn gateway(client: &GatewayClient) -> Result<String, String> {
     }
 }
 
-async fn workers(client: &GatewayClient) -> Result<String, String> {
-    match client.get::<Value>("/readyz").await {
-        Ok(_) => Ok("a model is ready".to_owned()),
-        Err(error) => Err(format!("{error:#}; look at `tether nodes` and the log")),
-    }
+/// Says whether models are ready, and which are not. Only a key that operates the network learns the latter.
+async fn workers(client: &GatewayClient) -> Check {
+    let ready = client.get::<Value>("/readyz").await;
+    let fleet = client.get::<Fleet>("/admin/v1/nodes").await.unwrap_or_default();
+    models(ready.map(drop).map_err(|error| format!("{error:#}")), &fleet)
+}
+
+fn models(ready: Result<(), String>, fleet: &Fleet) -> Check {
+    let failed: Vec<String> = nodes::failures(fleet)
+        .map(|(worker, model, why)| format!("{model} on {} is in error: {why}", worker.short()))
+        .collect();
+    let cached = fleet.workers.iter().flat_map(|worker| &worker.report.model_cache);
+    let ready_keys: BTreeSet<&ModelKey> =
+        cached.filter(|model| model.state == ModelState::Ready).map(|model| &model.key).collect();
+    let told = match ready {
+        Ok(()) if ready_keys.is_empty() => Ok("a model is ready".to_owned()),
+        Ok(()) => {
+            let verb = if ready_keys.len() == 1 { "is" } else { "are" };
+            Ok(format!("{} {verb} ready", output::counted(ready_keys.len(), "model")))
+        }
+        Err(error) if failed.is_empty() => Err(format!("{error}; look at `tether nodes` and the log")),
+        Err(error) => Err(error),
+    };
+    let doubtful = !failed.is_empty();
+    let all = |told: String| [vec![told], failed.clone()].concat().join("; ");
+    Check { doubtful, ..check("workers", told.map(all).map_err(all)) }
 }
 
 fn port(context: &Context) -> Result<String, String> {
@@ -163,7 +210,27 @@ fn port(context: &Context) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use protocol::control::FleetWorker;
+
     use super::*;
+
+    #[test]
+    fn a_failed_model_is_told_beside_one_that_is_ready() {
+        let text = r#"{"v":1,"workerId":"KEY","pubKey":"KEY","region":"local","gpuClass":"cpu","vramGB":0,"accelerators":[],
+            "capacity":{"slots":1,"running":0,"waiting":0,"queueMax":1},"supported":[],"latencyHops":0,"epoch":1,"seq":1,
+            "issuedAt":0,"notAfter":1,"modelCache":[
+                {"modelId":"good","version":"1.0","digest":"KEY","state":"ready"},
+                {"modelId":"bad","version":"1.0","digest":"KEY","state":"error","reason":"it is\u001b[2Jcut"}]}"#;
+        let report = serde_json::from_str(&text.replace("KEY", &"ab".repeat(32))).expect("a report");
+        let fleet = Fleet { workers: vec![FleetWorker { report, age_ms: 0, reserved: 0 }] };
+        let told = models(Ok(()), &fleet);
+        assert_eq!(told.detail, "1 model is ready; bad@1.0 on abababab is in error: it is [2Jcut");
+        assert!(told.well && told.doubtful);
+        assert!(summary(&[told]).starts_with("nothing stands in the way"));
+        let told = models(Err("no worker has a model ready".into()), &fleet);
+        assert!(!told.well && told.detail.contains("bad@1.0"), "{told:?}");
+        assert_eq!(models(Ok(()), &Fleet::default()).detail, "a model is ready");
+    }
 
     #[test]
     fn the_last_line_names_the_first_thing_that_others_depend_on() {

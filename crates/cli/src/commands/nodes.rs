@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use protocol::WorkerId;
 use protocol::control::{Fleet, FleetWorker, Member, NodeRole};
 use protocol::health::ModelState;
+use protocol::model::ModelKey;
 use serde_json::json;
 
 use super::{Context, Outcome};
@@ -35,7 +37,7 @@ pub(super) async fn run(context: Context, args: &NodesArgs) -> anyhow::Result<Ou
         let workers = network.fleet.as_ref().map(|fleet| &fleet.workers).ok();
         output::json(&json!({ "workers": workers, "members": network.members.as_ref().ok() }))?;
     } else {
-        output::line(listed(&network));
+        output::shown(listed(&network));
     }
     Ok(Outcome::Well)
 }
@@ -47,7 +49,8 @@ async fn watch(context: &Context, args: &NodesArgs, client: &GatewayClient) -> a
             Ok(network) => listed(&network),
             Err(error) => format!("{error:#}"),
         };
-        output::piece(&format!("{CLEAR}{shown}\n"));
+        output::piece(CLEAR);
+        output::shown(shown);
         tokio::select! {
             () = context.stop.cancelled() => return Ok(Outcome::Well),
             () = tokio::time::sleep(EVERY) => {}
@@ -95,6 +98,16 @@ fn listed(network: &Network) -> String {
     let rows: Vec<Vec<String>> = rows.into_iter().map(|(_, row)| row).collect();
     let head = ["NAME", "ROLE", "NODE", "REGION", "CLASS", "STATE", "RUNNING", "WAITING", "MODELS", "REPORTED"];
     let mut parts = vec![output::aligned(&head, &rows)];
+    let names = |id: &WorkerId| {
+        let member = network.members.iter().flatten().find(|member| member.node.public_key == *id);
+        member.map_or_else(|| id.short(), |member| member.node.name.clone())
+    };
+    let failed: Vec<String> = failures(fleet)
+        .map(|(worker, model, why)| format!("{model} on {} is in error: {why}", names(&worker)))
+        .collect();
+    if !failed.is_empty() {
+        parts.push(failed.join("\n"));
+    }
     if let Err(why) = &network.fleet {
         parts.push(format!("how the workers are is not known: {why}"));
     }
@@ -102,6 +115,17 @@ fn listed(network: &Network) -> String {
         parts.push(format!("names and other nodes are not known: {why}"));
     }
     parts.join("\n\n")
+}
+
+/// Returns the models that failed, where, and why.
+pub(super) fn failures(fleet: &Fleet) -> impl Iterator<Item = (WorkerId, ModelKey, String)> {
+    fleet.workers.iter().flat_map(|worker| {
+        let failed = worker.report.model_cache.iter().filter(|model| model.state == ModelState::Error);
+        failed.map(|model| {
+            let why = model.reason.as_deref().unwrap_or("its log says why");
+            (worker.report.worker_id, model.key.clone(), output::one_line(why))
+        })
+    })
 }
 
 fn order(role: NodeRole) -> usize {

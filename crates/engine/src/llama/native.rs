@@ -63,12 +63,29 @@ fn load_backends() {
 pub(crate) fn instruction_sets() -> &'static str {
     static SETS: OnceLock<String> = OnceLock::new();
     SETS.get_or_init(|| {
-        let ours = start().then_some("TETHER_KERNELS");
+        let ours = start().then_some("our kernels");
         // SAFETY: the text stays until the next call, and there is none.
         let told = unsafe { text(sys::llama_print_system_info()) };
         let used = told.split(['|', ':']).filter_map(|feature| feature.trim().strip_suffix(" = 1"));
-        used.chain(ours).collect::<Vec<_>>().join(" ")
+        let used: Vec<&str> = used.collect();
+        decisive(&used).into_iter().chain(ours).collect::<Vec<_>>().join(", ")
     })
+}
+
+/// Leaves out what says little of the speed: what every processor of a kind has, and what a stronger set includes.
+fn decisive<'a>(used: &[&'a str]) -> Vec<&'a str> {
+    let has = |name: &str| used.contains(&name);
+    let weaker = |name: &str| match name {
+        "AVX2" | "AVX_VNNI" => has("AVX512"),
+        "AVX" => has("AVX2"),
+        "AVX512" => has("AVX512_VNNI"),
+        "NEON" => has("DOTPROD"),
+        "AVX512_VNNI" | "AVX512_BF16" | "AMX_INT8" | "DOTPROD" | "MATMUL_INT8" | "SVE" | "SME" | "METAL" | "CUDA" => {
+            false
+        }
+        _ => true,
+    };
+    used.iter().copied().filter(|name| !weaker(name)).collect()
 }
 
 /// Returns the devices that this build can use.

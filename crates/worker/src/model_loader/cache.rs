@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use engine::{LoadSnapshot, LoadedModel, ModelId};
-use protocol::health::{CachedModel, LoadProgress, ModelState};
+use protocol::health::{CachedModel, LoadProgress, ModelState, REASON_BYTES_MAX};
 use protocol::model::ModelKey;
 use protocol::{AdapterName, PrefixDigest};
 use tokio::sync::{Notify, watch};
@@ -29,7 +29,7 @@ pub(crate) enum Status {
     Loading(Load),
     /// It answers.
     Ready(LoadedModel),
-    /// It could not be loaded, or its engine died; it is tried again. For people and logs of this node only.
+    /// It could not be loaded, or its engine died; it is tried again. For those who operate the network.
     Failed(Arc<str>),
 }
 
@@ -166,17 +166,25 @@ impl ModelCache {
     /// Returns what health reports say of the models in memory, or on their way there.
     pub(crate) fn manifest(&self, snapshots: &[LoadSnapshot]) -> Vec<CachedModel> {
         let cached = self.entries.iter().filter_map(|entry| {
-            let (state, id, loading) = match &*entry.status.borrow() {
+            let (mut loading, mut reason) = (None, None);
+            let (state, id) = match &*entry.status.borrow() {
                 Status::Absent => return None,
-                Status::Loading(load) => (ModelState::Loading, None, Some(load.progress())),
-                Status::Ready(loaded) => (ModelState::Ready, Some(loaded.id), None),
-                Status::Failed(_) => (ModelState::Error, None, None),
+                Status::Loading(load) => {
+                    loading = Some(load.progress());
+                    (ModelState::Loading, None)
+                }
+                Status::Ready(loaded) => (ModelState::Ready, Some(loaded.id)),
+                Status::Failed(why) => {
+                    reason = Some(why[..why.floor_char_boundary(REASON_BYTES_MAX)].to_owned());
+                    (ModelState::Error, None)
+                }
             };
             let snapshot = snapshots.iter().find(|snapshot| Some(snapshot.model) == id);
             Some(CachedModel {
                 attested: entry.model.remote.is_none(),
                 adapters: id.map(|id| entry.adapters_at_hand(id)).unwrap_or_default(),
                 loading,
+                reason,
                 prefixes: id.map(|_| entry.warm_prefixes()).unwrap_or_default(),
                 // JSON has no word for a number that is not finite.
                 tokens_per_second: snapshot

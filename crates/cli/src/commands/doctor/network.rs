@@ -16,6 +16,7 @@ use super::{Check, Context, check};
 use crate::kept_flags::KeptFlags;
 use crate::node::Pool;
 use crate::operator::{client_network, random_key};
+use crate::output;
 
 /// How long a node that was found may take to say what it is.
 const DESCRIBE: Duration = Duration::from_secs(3);
@@ -138,9 +139,9 @@ impl Services {
         let regions = regions.join(" or ");
         Err(if self.silent > 0 {
             format!(
-                "no {word} answers in region {regions}; {} nodes announced themselves there and do not answer: start them \
+                "no {word} answers in region {regions}; {} announced themselves there and do not answer: start them \
                  again (`tether start`), or see that UDP reaches them",
-                self.silent
+                output::counted(self.silent, "node")
             )
         } else {
             format!(
@@ -155,7 +156,7 @@ async fn bootstrap(network: &HyperswarmTransport, addresses: &[std::net::SocketA
     let answers = join_all(addresses.iter().map(|address| network.answers(*address))).await;
     let (count, all) = (answers.iter().filter(|answers| **answers).count(), addresses.len());
     if count > 0 {
-        return Ok(format!("{count} of {all} nodes answer"));
+        return Ok(format!("{count} of {} answer{}", output::counted(all, "node"), if count == 1 { "s" } else { "" }));
     }
     let names: Vec<String> = addresses.iter().map(ToString::to_string).collect();
     Err(format!("no bootstrap node answers at {}; start one, or name another with --bootstrap", names.join(", ")))
