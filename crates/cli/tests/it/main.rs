@@ -17,3 +17,4 @@ mod questions;
 mod real_models;
 #[cfg(feature = "llama")]
 mod stranger;
+mod two_machines;
