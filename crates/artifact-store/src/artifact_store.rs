@@ -55,13 +55,25 @@ pub struct Stored {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// It is not here: fetch it.
-    #[error("artifact {digest} is not in the store")]
+    #[error("artifact {digest} is not in the store: there is no file {}", path.display())]
     Missing {
         /// What was asked for.
         digest: Digest,
+        /// Where it would lie.
+        path: PathBuf,
+    },
+    /// It is not here any more: it was found damaged earlier.
+    #[error("artifact {digest} was damaged and lies in {} now; store it again", path.display())]
+    SetAside {
+        /// What was asked for.
+        digest: Digest,
+        /// Where the damaged one lies.
+        path: PathBuf,
     },
     /// Its bytes are not those of the digest; it was moved aside, to be fetched again.
-    #[error("artifact {digest} has other bytes than its digest says: {found}")]
+    #[error(
+        "artifact {digest} has other bytes than its digest says ({found}) and was moved to quarantine; store it again"
+    )]
     Mismatch {
         /// What was asked for.
         digest: Digest,
@@ -149,7 +161,12 @@ impl ArtifactStore {
         let file = match self.inner.folder.open_file(digest) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(OpenError::Missing { digest: *digest });
+                let aside = self.inner.folder.aside(digest);
+                return Err(if aside.exists() {
+                    OpenError::SetAside { digest: *digest, path: aside }
+                } else {
+                    OpenError::Missing { digest: *digest, path: self.inner.folder.path(digest) }
+                });
             }
             Err(error) => return Err(failed(error)),
         };

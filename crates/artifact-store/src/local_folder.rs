@@ -113,10 +113,15 @@ impl LocalFolder {
         if !same_file(&path, opened)? {
             return Ok(());
         }
-        let folder = self.root.join("quarantine");
-        make_folder(&folder)?;
+        let aside = self.aside(digest);
+        make_folder(aside.parent().unwrap_or(&self.root))?;
         // One a digest: the folder cannot grow without end.
-        fs::rename(&path, folder.join(digest.to_string()))
+        fs::rename(&path, aside)
+    }
+
+    /// Returns where a damaged artifact is moved to.
+    pub(crate) fn aside(&self, digest: &Digest) -> PathBuf {
+        self.root.join("quarantine").join(digest.to_string())
     }
 
     fn incoming(&self) -> PathBuf {

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
 use gateway::{Gateway, GatewayError, GatewayParts, OpenGateway};
@@ -113,7 +113,12 @@ impl Place {
             membership,
             version: VERSION.to_owned(),
         };
-        let open = self.open_gateway(&parts).await?;
+        let open = match self.open_gateway(&parts).await {
+            Err(GatewayError::Bind { address, source }) => {
+                bail!("could not listen on {address}: {source}; choose another address with --bind HOST:PORT")
+            }
+            opened => opened?,
+        };
         self.data.write_address(open.address(), self.settings.gateway.tls_cert.as_deref())?;
         Ok(open)
     }

@@ -276,6 +276,18 @@ fn meant_setting(error: &str) -> Option<String> {
     Some(whole.map_or(meant, String::as_str).to_owned())
 }
 
+/// Writes the dot that the reader of settings leaves out behind an index: `models[0]digest`.
+fn dotted(error: &str) -> String {
+    let mut text = String::new();
+    for letter in error.chars() {
+        if text.ends_with(']') && letter.is_ascii_alphabetic() {
+            text.push('.');
+        }
+        text.push(letter);
+    }
+    text
+}
+
 /// A setting that was given on the command line.
 pub type Flag = (&'static str, config::Value);
 
@@ -330,7 +342,7 @@ pub fn load_with(common: &Common, env: &Env, kept: Option<&KeptFlags>, flags: &[
             Some(meant) => format!("{origin} cannot be used: did you mean {meant}?"),
             None => format!("{origin} cannot be used; `tether config example` shows every setting"),
         };
-        anyhow::Error::new(error).context(context)
+        anyhow!(dotted(&error.to_string())).context(context)
     })?;
     check(&settings).with_context(|| format!("{origin} cannot be used"))?;
     settings.gateway.region = settings.region.clone();
@@ -395,6 +407,12 @@ mod tests {
         assert_eq!(settings.worker.slots, 2);
         assert_eq!(settings.worker.models, Settings::default().worker.models);
         assert_eq!(settings.gateway.rate_limit.requests_per_minute, 600);
+    }
+
+    #[test]
+    fn a_setting_in_a_list_is_named_as_it_is_written() {
+        assert_eq!(dotted("for key `worker.models[0]digest`"), "for key `worker.models[0].digest`");
+        assert_eq!(dotted("no [table] here, a[0]"), "no [table] here, a[0]");
     }
 
     #[test]

@@ -290,15 +290,17 @@ impl WorkerHandle {
         self.loader.cache().ready().into_iter().map(|(key, _)| key).collect()
     }
 
-    /// Waits until every model that is to be in memory answers, or is left out for want of room.
+    /// Waits until every model that is to be in memory answers, is left out for want of room, or could not be loaded; then
+    /// it is the first of these that is told.
     pub async fn ready(&self) -> Result<(), NotReady> {
         let all = async {
+            let mut outcome = Ok(());
             for entry in self.loader.cache().entries() {
                 if self.loader.preloads(entry) {
-                    settled(entry).await?;
+                    outcome = outcome.and(settled(entry).await);
                 }
             }
-            Ok(())
+            outcome
         };
         self.stopped.run_until_cancelled(all).await.unwrap_or(Err(NotReady::Stopped))
     }

@@ -7,10 +7,11 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
+use protocol::control::Fleet;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
-use super::{Context, Outcome, shipped, spinner};
+use super::{Context, Outcome, nodes, shipped, spinner};
 use crate::args::RunArgs;
 use crate::client::{ChatAnswer, GatewayClient, Presence, Refusal, usual_url};
 use crate::local_models;
@@ -77,6 +78,12 @@ async fn missing_model(client: &GatewayClient, asked: &str) -> Option<anyhow::Er
     let name = asked.split(['@', ':']).next().unwrap_or(asked);
     if names.iter().any(|known| known.split(['@', ':']).next() == Some(name)) {
         return None;
+    }
+    // A model that never was ready is not listed. Only a key that operates the network learns why.
+    let fleet: Fleet = client.get("/admin/v1/nodes").await.unwrap_or_default();
+    let mut failures = nodes::failures(&fleet);
+    if let Some((worker, model, why)) = failures.find(|(_, model, _)| model.model_id.as_str() == name) {
+        return Some(anyhow!("{model} on {} is in error: {why}", worker.short()));
     }
     Some(match output::nearest(asked, names) {
         Some(meant) => anyhow!("there is no model {asked:?}; did you mean {meant}? `tether list` shows all"),

@@ -7,7 +7,7 @@ use axum::body::Body;
 use axum::extract::{FromRequestParts, Path};
 use axum::routing::{delete, get, post};
 use http::request::Parts;
-use http::{Extensions, HeaderName, HeaderValue, Method, Response};
+use http::{Extensions, HeaderName, HeaderValue, Method, Response, Uri};
 use protocol::{CorrelationId, ErrorCode, TraceId, WireError};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -78,9 +78,19 @@ pub(super) fn router(bridge: Bridge) -> Router {
     }
 }
 
-async fn no_path(inquiry: Inquiry) -> Response<Body> {
-    let message = "there is nothing under this path; GET /openapi.json tells what there is";
+async fn no_path(uri: Uri, inquiry: Inquiry) -> Response<Body> {
+    let message = nothing_under(uri.path());
     respond(inquiry.context, Err(WireError::new(ErrorCode::NotFound, message)))
+}
+
+/// Most often the base address that a client was given has no /v1, or has it and the client adds another.
+fn nothing_under(path: &str) -> String {
+    let once = path.trim_start_matches("/v1");
+    let is_openai = ["/chat/completions", "/completions", "/embeddings", "/models"].contains(&once);
+    if is_openai && path != format!("/v1{once}") {
+        return format!("there is nothing under {path}; the path is /v1{once}: look at the client's base address");
+    }
+    "there is nothing under this path; GET /openapi.json tells what there is".to_owned()
 }
 
 async fn no_method(inquiry: Inquiry) -> Response<Body> {
@@ -169,6 +179,16 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_base_address_that_lacks_v1_or_has_it_twice_is_told_so() {
+        for path in ["/chat/completions", "/v1/v1/chat/completions"] {
+            assert!(nothing_under(path).contains("the path is /v1/chat/completions:"), "{path}");
+        }
+        for path in ["/", "/v1", "/v1/chat", "/v1/completion"] {
+            assert!(nothing_under(path).contains("/openapi.json"), "{path}");
+        }
+    }
 
     #[test]
     fn what_is_no_origin_is_refused_at_start() {

@@ -8,14 +8,14 @@ use engine::{
     EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, MockOptions,
     MockRuntime, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
 };
-use protocol::ErrorCode;
 use protocol::health::ModelState;
+use protocol::{Digest, ErrorCode};
 use rpc::CallError;
 use rpc::Membership;
-use tether_worker::{Config, NotReady};
+use tether_worker::{Config, NotReady, ServedModel};
 use tokio::time;
 
-use crate::{SECOND, Scene, config, key, next, read, request, slow, states, text};
+use crate::{SECOND, Scene, config, key, model, next, read, request, slow, states, text};
 
 fn is_one(value: f64) -> bool {
     (value - 1.0).abs() < f64::EPSILON
@@ -44,6 +44,22 @@ async fn a_model_that_is_not_preloaded_is_loaded_once_by_its_first_jobs() {
         assert_eq!(text(&read(stream.expect("accepted")).await.0), MockRuntime::text(16));
     }
     assert_eq!(scene.runtime.load_state().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_cannot_be_loaded_says_why_and_holds_up_no_other() {
+    let broken = ServedModel { model_id: "broken".parse().expect("name"), digest: Some(Digest([7; 32])), ..model() };
+    let models = vec![broken, model()];
+    let scene =
+        Scene::new(Config { models, ..config() }, MockOptions { load: SECOND * 5, ..MockOptions::default() }).await;
+    let Err(NotReady::LoadFailed { model, reason }) = scene.handle.ready().await else { panic!("one is broken") };
+    assert_eq!(model.model_id.as_str(), "broken");
+    assert!(reason.contains("is not in the store: there is no file"), "{reason}");
+    assert_eq!(scene.handle.ready_models(), [key()]);
+    time::sleep(SECOND).await;
+    let told = scene.orchestrator.last().model_cache;
+    let told = told.iter().find(|model| model.state == ModelState::Error).expect("it is told");
+    assert_eq!(told.reason.as_deref(), Some(&*reason));
 }
 
 #[tokio::test(start_paused = true)]
