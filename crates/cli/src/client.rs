@@ -21,8 +21,10 @@ use crate::settings::{Env, Settings};
 mod exchange;
 mod trust;
 
-/// How long a gateway may take for whatever is no answer of a model.
+/// How long a gateway may take for anything but the answer of a model.
 const WITHIN: Duration = Duration::from_secs(10);
+/// The longest line of an answer, in bytes. Whoever answers may be another program.
+const LINE_MAX: usize = 16 << 20;
 /// How long it may take to say that it is there.
 const PRESENT_WITHIN: Duration = Duration::from_secs(2);
 
@@ -299,7 +301,8 @@ impl Events {
                 continue;
             }
             match self.response.chunk().await.context("the connection broke off")? {
-                Some(bytes) => self.buffer.extend_from_slice(&bytes),
+                Some(bytes) if self.buffer.len() + bytes.len() <= LINE_MAX => self.buffer.extend_from_slice(&bytes),
+                Some(_) => bail!("a line of the answer has more than {} MiB", LINE_MAX >> 20),
                 None => bail!("the answer has no end"),
             }
         }

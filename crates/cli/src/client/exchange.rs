@@ -23,6 +23,9 @@ use super::trust::{Trust, believing_nobody};
 /// How long a machine may take to take a connection, its name's lookup included.
 const CONNECT: Duration = Duration::from_secs(5);
 
+/// The longest document that is read, in bytes. Whoever answers may be another program.
+const DOCUMENT_MAX: usize = 64 << 20;
+
 /// Why there was no response.
 #[derive(Debug)]
 pub(super) enum Failure {
@@ -60,6 +63,9 @@ impl Response {
         let mut whole = vec![];
         while let Some(bytes) = self.chunk().await? {
             whole.extend_from_slice(&bytes);
+            if whole.len() > DOCUMENT_MAX {
+                bail!("it has more than {} MiB", DOCUMENT_MAX >> 20);
+            }
         }
         Ok(serde_json::from_slice(&whole)?)
     }

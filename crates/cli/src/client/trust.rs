@@ -54,7 +54,7 @@ impl Trust {
     }
 }
 
-/// Returns what makes TLS connections and believes nobody: it tells whether TLS is spoken.
+/// Returns what makes TLS connections and believes nobody: good for asking whether somebody speaks TLS.
 pub(super) fn believing_nobody() -> anyhow::Result<TlsConnector> {
     connector(vec![], RootCertStore::empty())
 }

@@ -91,7 +91,7 @@ async fn missing_model(client: &GatewayClient, asked: &str) -> Option<anyhow::Er
     })
 }
 
-/// Asks, and says which model may be meant where there is none of that name.
+/// Asks, and says which model may be meant where no model has that name.
 async fn ask(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<Outcome> {
     let deadline = Instant::now() + Duration::from_secs(args.timeout);
     let mut is_told = false;
