@@ -66,7 +66,7 @@ pub enum EnrolmentError {
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
     /// The invite's time is over.
-    #[error("the invite has ended, ask for a new one")]
+    #[error("the invite has ended, ask for a new one; if it is new, see that this machine's clock is right")]
     Ended,
     /// The registry refused it.
     #[error("the registry refused the invite: {}", .0.message)]

@@ -202,7 +202,10 @@ async fn ask(context: &Context, pool: &Pool, role: &str, enrolment: Enrolment) -
             None => Ok(format!("{} belongs to the network", key.public_key().short())),
         },
         Err(CallError::Remote(refusal)) if refusal.code == ErrorCode::NodeRevoked => {
-            anyhow::bail!("not admitted: this {role} was revoked; it needs a new key and a new invite")
+            anyhow::bail!(
+                "not admitted: this {role} was revoked; to come back it needs a new key: stop it, move nodes/{role}.key and \
+                 nodes/{role}.enrolment of the data folder away, and join with a new invite"
+            )
         }
         Err(CallError::Remote(refusal)) => anyhow::bail!("not admitted: {}", refusal.message),
         Err(error) => anyhow::bail!("nobody can say whether this {role} belongs to the network: {error}"),
