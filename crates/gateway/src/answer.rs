@@ -103,7 +103,7 @@ impl Default for Expected {
 impl Expected {
     /// Returns what a checked job asks for.
     pub(crate) fn of(input: &Input) -> Self {
-        Self { choices: input.n.unwrap_or(1), embeddings: input.embed.as_ref().map_or(0, |texts| texts.len() as u32) }
+        Self { choices: input.answers(), embeddings: input.embed.as_ref().map_or(0, |texts| texts.len() as u32) }
     }
 }
 

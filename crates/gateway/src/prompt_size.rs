@@ -28,16 +28,18 @@ pub(crate) fn check(input: &Input, messages_max: usize, context_length: u32) -> 
 /// Returns how many tokens the longest text of an input has at least, and the field that it stands in.
 fn tokens_min(input: &Input) -> (usize, &'static str) {
     let of_text = |text: &str| text.len().div_ceil(TOKEN_BYTES_MAX);
+    let of_embed = |text: &EmbedInput| match text {
+        EmbedInput::Text(text) => of_text(text),
+        EmbedInput::Tokens(tokens) => tokens.len(),
+    };
     if let Some(messages) = &input.messages {
         // Texts of two messages share no token; an empty message may be left out by a template.
         let of_message = |message: &Message| of_text(&message.content);
         (messages.iter().map(of_message).sum(), "messages")
     } else if let Some(texts) = &input.embed {
-        let of_embed = |text: &EmbedInput| match text {
-            EmbedInput::Text(text) => of_text(text),
-            EmbedInput::Tokens(tokens) => tokens.len(),
-        };
         (texts.iter().map(of_embed).max().unwrap_or_default(), "input")
+    } else if let Some(prompts) = &input.prompts {
+        (prompts.iter().map(of_embed).max().unwrap_or_default(), "prompt")
     } else {
         let of_prompt = input.prompt.as_deref().map_or(0, of_text);
         (of_prompt.max(input.prompt_tokens.as_ref().map_or(0, Vec::len)), "prompt")

@@ -172,7 +172,6 @@ impl RpcGateway {
                     id: format!("{}{}", endpoint.id_prefix(), id.0.simple()),
                     created: gateway.clock().now().0 / 1000,
                     model,
-                    choices: job.input.n.unwrap_or(1),
                     prompt_chars: completions::prompt_chars(&job),
                     include_usage: false,
                 })

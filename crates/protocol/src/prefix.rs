@@ -11,7 +11,7 @@ use blake2::digest::consts::U8;
 use blake2::{Blake2b, Digest as _};
 
 use crate::id::{AdapterName, PrefixDigest};
-use crate::infer::{InferRequest, Input, Message};
+use crate::infer::{EmbedInput, InferRequest, Input, Message};
 
 /// Text without messages is cut into blocks of this many bytes.
 const BLOCK_BYTES: usize = 512;
@@ -43,7 +43,7 @@ impl PrefixChain {
 
     /// Returns the beginnings of a job's prompt; none where vectors are asked for.
     pub fn of(request: &InferRequest) -> Self {
-        let Input { adapter, messages, prompt, prompt_tokens, tools, template_options, .. } = &request.input;
+        let Input { adapter, messages, prompt, prompt_tokens, prompts, tools, template_options, .. } = &request.input;
         let mut chain = Self::begin(&[
             request.tenant_id.as_str(),
             request.model_id.as_str(),
@@ -59,13 +59,15 @@ impl PrefixChain {
                 chain.push_message(message);
             }
         } else if let Some(prompt) = prompt {
-            for block in prompt.as_bytes().chunks(BLOCK_BYTES) {
-                chain.push(&[block]);
-            }
+            chain.push_text(prompt);
         } else if let Some(tokens) = prompt_tokens {
-            for block in tokens.chunks(BLOCK_TOKENS) {
-                let bytes: Vec<u8> = block.iter().flat_map(|token| token.to_le_bytes()).collect();
-                chain.push(&[&bytes]);
+            chain.push_tokens(tokens);
+        } else {
+            // Several prompts of one request usually begin alike.
+            match prompts.as_ref().and_then(|prompts| prompts.first()) {
+                Some(EmbedInput::Text(text)) => chain.push_text(text),
+                Some(EmbedInput::Tokens(tokens)) => chain.push_tokens(tokens),
+                None => {}
             }
         }
         chain
@@ -89,6 +91,19 @@ impl PrefixChain {
             text(tool_call_id).as_bytes(),
             text(name).as_bytes(),
         ]);
+    }
+
+    fn push_text(&mut self, text: &str) {
+        for block in text.as_bytes().chunks(BLOCK_BYTES) {
+            self.push(&[block]);
+        }
+    }
+
+    fn push_tokens(&mut self, tokens: &[u32]) {
+        for block in tokens.chunks(BLOCK_TOKENS) {
+            let bytes: Vec<u8> = block.iter().flat_map(|token| token.to_le_bytes()).collect();
+            self.push(&[&bytes]);
+        }
     }
 
     fn push(&mut self, parts: &[&[u8]]) {

@@ -448,7 +448,7 @@ impl Desk {
         if deadline.is_some_and(|deadline| deadline <= now) {
             return Err(too_late());
         }
-        let place = self.guard.enter(&request.tenant_id, request.input.n.unwrap_or(1))?;
+        let place = self.guard.enter(&request.tenant_id, request.input.answers())?;
         Ok(Job { request: Arc::new(request), entry, deadline, place })
     }
 

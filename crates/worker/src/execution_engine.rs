@@ -22,7 +22,7 @@ use crate::model_loader::cache::{Entry, Hold};
 use crate::model_loader::{LoadError, LoadFailed, ModelLoader};
 use choices::Choices;
 use chunk_writer::ChunkWriter;
-use translation::{embed_request, generate_request, prompt, wire_error};
+use translation::{embed_request, generate_request, prompt, prompts, wire_error};
 
 pub(crate) use chunk_writer::{empty_chunk, finish, pulse, send_progress};
 
@@ -174,9 +174,9 @@ impl ExecutionEngine {
         adapter: Option<AdapterId>,
         request: &InferRequest,
     ) -> Result<Choices, EngineError> {
-        let count = request.input.n.unwrap_or(1);
         let generate = GenerateRequest { adapter, ..generate_request(loaded.id, request) };
-        Choices::begin(self.runtime.clone(), generate, count, loaded.slots).await
+        let each = request.input.answers_each();
+        Choices::begin(self.runtime.clone(), generate, prompts(&request.input), each, loaded.slots).await
     }
 
     async fn embed(

@@ -15,7 +15,7 @@ pub(crate) struct Transcript {
 impl Transcript {
     /// Begins with what was asked.
     pub(crate) fn new(request: &InferRequest) -> Self {
-        let goes_on = request.input.messages.is_some() && request.input.n.unwrap_or(1) == 1;
+        let goes_on = request.input.messages.is_some() && request.input.answers() == 1;
         let answer = goes_on.then(|| Message::new(Role::Assistant, ""));
         Self { prompt: PrefixChain::of(request), answer }
     }

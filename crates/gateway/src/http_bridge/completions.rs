@@ -4,6 +4,7 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use http::Response;
 use protocol::gateway::Choice;
+use protocol::infer::{EmbedInput, Input};
 use protocol::usage::TokenUsage;
 use protocol::{ErrorCode, WireError};
 use serde::Serialize;
@@ -52,7 +53,6 @@ pub(super) async fn generate(
         id: format!("{}{}", endpoint.id_prefix(), told.correlation_id().0.simple()),
         created: bridge.gateway.clock().now().0 / 1000,
         model,
-        choices: job.input.n.unwrap_or(1),
         prompt_chars: prompt_chars(&job),
         include_usage,
     };
@@ -69,9 +69,19 @@ pub(super) async fn generate(
     }
 }
 
-/// Returns how many characters stand before an answer, where they are known: of tokens they are not.
-pub(crate) fn prompt_chars(job: &Job) -> usize {
-    job.input.prompt.as_ref().map_or(0, |prompt| prompt.chars().count())
+/// Returns how many characters stand before each answer, where they are known: of tokens they are not.
+pub(crate) fn prompt_chars(job: &Job) -> Vec<usize> {
+    let of = |prompt: &EmbedInput| match prompt {
+        EmbedInput::Text(text) => text.chars().count(),
+        EmbedInput::Tokens(_) => 0,
+    };
+    let each = job.input.answers_each() as usize;
+    match &job.input {
+        Input { prompts: Some(prompts), .. } => {
+            prompts.iter().map(of).flat_map(|chars| std::iter::repeat_n(chars, each)).collect()
+        }
+        Input { prompt, .. } => vec![prompt.as_ref().map_or(0, |prompt| prompt.chars().count()); each],
+    }
 }
 
 /// Waits for the whole answer.
@@ -151,7 +161,8 @@ pub(crate) fn write_whole(heading: &Heading, answer: &Answer, whole: &Whole) -> 
     match heading.endpoint {
         Endpoint::Chat => write(heading, answer, "chat.completion", choices.map(ChatChoice::of).collect(), whole.usage),
         Endpoint::Completion => {
-            let choices = choices.map(|choice| TextChoice::of(choice, heading.prompt_chars)).collect();
+            let offset = |index: u32| heading.prompt_chars.get(index as usize).copied().unwrap_or_default();
+            let choices = choices.map(|choice| TextChoice::of(choice, offset(choice.0))).collect();
             write(heading, answer, "text_completion", choices, whole.usage)
         }
     }

@@ -50,10 +50,8 @@ pub(crate) struct Heading {
     pub(crate) created: u64,
     /// The model as the client named it.
     pub(crate) model: String,
-    /// How many answers there are.
-    pub(crate) choices: u32,
-    /// Characters of the prompt that the answers go on with.
-    pub(crate) prompt_chars: usize,
+    /// Characters of the prompt that each answer goes on with.
+    pub(crate) prompt_chars: Vec<usize>,
     /// Whether a chunk with the usage follows the last.
     pub(crate) include_usage: bool,
 }
@@ -171,7 +169,7 @@ pub(super) fn fingerprint(answer: &Answer) -> String {
 
 impl Sse {
     pub(super) fn new(heading: Heading) -> Self {
-        let told = vec![Told { role: false, offset: heading.prompt_chars }; heading.choices as usize];
+        let told = heading.prompt_chars.iter().map(|offset| Told { role: false, offset: *offset }).collect();
         Self { heading, head: vec![], told }
     }
 

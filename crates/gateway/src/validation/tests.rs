@@ -486,7 +486,9 @@ fn a_prompt_may_be_text_or_tokens_and_stand_alone_or_in_an_array() {
         assert_eq!((input.prompt, input.prompt_tokens), (None, Some(vec![1, 2])));
     }
     for prompt in [json!(["a", "b"]), json!([[1, 2], [3]]), json!(["a", [1]])] {
-        refused(completion(json!({"prompt": prompt})), ErrorCode::UnsupportedParameter, "prompt");
+        let input = completion(json!({"prompt": prompt, "n": 3})).expect("well formed").job.input;
+        assert_eq!((input.prompts.as_ref().map(Vec::len), input.answers()), (Some(2), 6));
+        assert_eq!((input.prompt, input.prompt_tokens), (None, None));
     }
     for prompt in [json!([]), json!(null), json!({"a": 1}), json!(["a", 1]), json!([[]])] {
         refused(completion(json!({"prompt": prompt})), ErrorCode::InvalidValue, "prompt");

@@ -6,7 +6,7 @@ use protocol::WireError;
 use protocol::infer::{EmbedInput, Input};
 use serde::{Deserialize, Deserializer, de};
 
-use super::{ErrorCode, invalid};
+use super::invalid;
 
 /// `stop`: a text or several.
 #[derive(Debug)]
@@ -45,16 +45,15 @@ impl<'de> Deserialize<'de> for Stop {
 pub(super) struct Texts(pub(super) Vec<EmbedInput>);
 
 impl Texts {
-    /// Returns the prompt, where it is one.
+    /// Returns the prompt, or the several.
     pub(super) fn into_prompt(mut self) -> Result<Input, WireError> {
-        match (self.0.pop(), self.0.is_empty()) {
-            (Some(EmbedInput::Text(text)), true) => Ok(Input { prompt: Some(text), ..Input::default() }),
-            (Some(EmbedInput::Tokens(tokens)), true) => Ok(Input { prompt_tokens: Some(tokens), ..Input::default() }),
-            (None, _) => Err(invalid("prompt", "must not be empty")),
-            (Some(_), false) => {
-                let message = "prompt takes one text at a time here";
-                Err(WireError::new(ErrorCode::UnsupportedParameter, message).with_param("prompt"))
-            }
+        if self.0.len() > 1 {
+            return Ok(Input { prompts: Some(self.0), ..Input::default() });
+        }
+        match self.0.pop() {
+            Some(EmbedInput::Text(text)) => Ok(Input { prompt: Some(text), ..Input::default() }),
+            Some(EmbedInput::Tokens(tokens)) => Ok(Input { prompt_tokens: Some(tokens), ..Input::default() }),
+            None => Err(invalid("prompt", "must not be empty")),
         }
     }
 }

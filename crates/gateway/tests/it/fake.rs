@@ -196,7 +196,12 @@ impl Fake {
             EmbedInput::Text(text) => Some(text.clone()),
             EmbedInput::Tokens(_) => None,
         });
-        let prompt = messages.map(|message| message.content.clone()).or(request.input.prompt.clone()).or(text);
+        let first = request.input.prompts.as_ref().and_then(|prompts| match &prompts[0] {
+            EmbedInput::Text(text) => Some(text.clone()),
+            EmbedInput::Tokens(_) => None,
+        });
+        let prompt =
+            messages.map(|message| message.content.clone()).or(request.input.prompt.clone()).or(text).or(first);
         let prompt = prompt.expect("a prompt");
         if let Some(code) = prompt.strip_prefix("refuse ") {
             let code: ErrorCode = serde_json::from_value(code.into()).expect("a code");

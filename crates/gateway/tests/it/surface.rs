@@ -1,6 +1,6 @@
 //! What a request may ask for beside a text.
 
-use protocol::infer::InferChunk;
+use protocol::infer::{EmbedInput, InferChunk};
 use serde_json::{Value, json};
 
 use crate::{Network, chat_body, expect_error};
@@ -108,6 +108,29 @@ async fn log_probabilities_have_the_form_of_their_endpoint() {
     assert_eq!(events(&network, "/v1/completions", &body).await[0]["choices"][0]["logprobs"], expected);
     let job = network.fake.jobs.lock().expect("no panic")[0].clone();
     assert_eq!(job.input.logprobs, Some(2));
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_prompts_are_one_job_with_their_answers_in_order() {
+    let network = Network::start().await;
+    let body = json!({"model": "tiny", "prompt": ["several", [1, 2]], "logprobs": 0});
+    let answer = network.post("/v1/completions", &body).send().await.expect("answered");
+    let answer: Value = answer.json().await.expect("JSON");
+    let texts: Vec<_> = answer["choices"].as_array().expect("choices").iter().map(|choice| &choice["text"]).collect();
+    assert_eq!(texts, ["ab", "x"]);
+    let jobs = network.fake.jobs.lock().expect("no panic").clone();
+    let prompts = vec![EmbedInput::Text("several".into()), EmbedInput::Tokens(vec![1, 2])];
+    assert_eq!((jobs.len(), &jobs[0].input.prompts), (1, &Some(prompts)));
+    // One in an array is one.
+    let body = json!({"model": "tiny", "prompt": ["hi"]});
+    network.post("/v1/completions", &body).send().await.expect("answered");
+    assert_eq!(network.fake.jobs.lock().expect("no panic")[1].input.prompt.as_deref(), Some("hi"));
+    for (prompt, n) in [(json!(vec!["x"; 129]), 1), (json!(vec!["x"; 9]), 15), (json!([[1], []]), 1)] {
+        let body = json!({"model": "tiny", "prompt": prompt, "n": n});
+        let refused = network.post("/v1/completions", &body).send().await.expect("answered");
+        expect_error(refused, 400, "invalid_value", Some("prompt")).await;
+    }
     network.end().await;
 }
 

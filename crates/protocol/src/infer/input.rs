@@ -12,7 +12,7 @@ use crate::id::AdapterName;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", remote = "Self")]
 pub struct Input {
-    /// A conversation to go on with. Exactly one of `messages`, `prompt`, `promptTokens` and `embed` is given.
+    /// A conversation to go on with. Exactly one of `messages`, `prompt`, `promptTokens`, `prompts` and `embed` is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub messages: Option<Vec<Message>>,
     /// Text to go on with, as it is.
@@ -21,6 +21,10 @@ pub struct Input {
     /// Tokens of the model to go on with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt_tokens: Option<Vec<u32>>,
+    /// Several texts to go on with, each by itself. The answers to the first come first, `n` to each, and there are at
+    /// most 128 in all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<Vec<EmbedInput>>,
     /// Texts to make vectors of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embed: Option<Vec<EmbedInput>>,
@@ -104,7 +108,19 @@ pub struct Input {
     pub deterministic: bool,
 }
 
-/// A text to make a vector of, or its tokens.
+impl Input {
+    /// Returns how many answers are asked for.
+    pub fn answers(&self) -> u32 {
+        self.answers_each().saturating_mul(self.prompts.as_ref().map_or(1, |prompts| prompts.len() as u32))
+    }
+
+    /// Returns how many of them are to the same prompt.
+    pub fn answers_each(&self) -> u32 {
+        self.n.unwrap_or(1)
+    }
+}
+
+/// A text to go on with or to make a vector of, or its tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum EmbedInput {

@@ -11,6 +11,8 @@ pub const STOP_MAX: usize = 16;
 pub const STOP_BYTES_MAX: usize = 256;
 /// The most answers to one request.
 pub const N_MAX: u32 = 16;
+/// The most answers of one request to several prompts.
+pub const ANSWERS_MAX: u32 = 128;
 /// The most alternatives told for each token; OpenAI's limit.
 pub const LOGPROBS_MAX: u32 = 20;
 /// The most functions a model may be offered; OpenAI's limit.
@@ -31,16 +33,28 @@ impl Input {
         let invalid = |param: &str, message: &str| {
             Err(WireError::new(ErrorCode::InvalidValue, format!("{param} {message}")).with_param(param))
         };
-        let given =
-            [self.messages.is_some(), self.prompt.is_some(), self.prompt_tokens.is_some(), self.embed.is_some()];
+        let Self { messages, prompt, prompt_tokens, prompts, embed, .. } = self;
+        let given = [messages.is_some(), prompt.is_some(), prompt_tokens.is_some(), prompts.is_some(), embed.is_some()];
         if given.into_iter().filter(|given| *given).count() != 1 {
-            return invalid("input", "must have exactly one of messages, prompt, promptTokens and embed");
+            return invalid("input", "must have exactly one of messages, prompt, promptTokens, prompts and embed");
         }
         if self.messages.as_ref().is_some_and(Vec::is_empty) {
             return invalid("messages", "must not be empty");
         }
         if self.prompt_tokens.as_ref().is_some_and(Vec::is_empty) {
             return invalid("prompt", "must not be empty");
+        }
+        if let Some(prompts) = prompts {
+            let no_tokens = |prompt: &EmbedInput| matches!(prompt, EmbedInput::Tokens(tokens) if tokens.is_empty());
+            if prompts.is_empty() || prompts.iter().any(no_tokens) {
+                return invalid("prompt", "must not be empty");
+            }
+            if prompts.len() > ANSWERS_MAX as usize || self.answers() > ANSWERS_MAX {
+                return invalid("prompt", "must have at most 128 texts, and with n at most 128 answers");
+            }
+            if self.count_only {
+                return invalid("countOnly", "is for one prompt at a time");
+            }
         }
         if self.embed.as_ref().is_some_and(|texts| texts.is_empty() || texts.len() > EMBED_MAX) {
             return invalid("embed", "must have 1 to 2048 texts");
@@ -175,7 +189,7 @@ mod tests {
     #[test]
     fn a_value_out_of_range_names_its_field() {
         let prompt = || Input { prompt: Some("x".into()), ..Input::default() };
-        for (input, param) in [
+        let cases = vec![
             (Input { temperature: Some(2.5), ..prompt() }, "temperature"),
             (Input { temperature: Some(f32::NAN), ..prompt() }, "temperature"),
             (Input { top_p: Some(0.0), ..prompt() }, "top_p"),
@@ -202,7 +216,13 @@ mod tests {
             (Input { embed: Some(vec![]), ..Input::default() }, "embed"),
             (Input { embed: Some(vec![EmbedInput::Text(String::new())]), ..Input::default() }, "embed"),
             (Input { prompt_tokens: Some(vec![]), ..Input::default() }, "prompt"),
-        ] {
+            (Input { prompts: Some(vec![]), ..Input::default() }, "prompt"),
+            (Input { prompts: Some(vec![EmbedInput::Tokens(vec![])]), ..Input::default() }, "prompt"),
+            (Input { prompts: Some(vec![EmbedInput::Text("x".into()); 129]), ..Input::default() }, "prompt"),
+            (Input { prompts: Some(vec![EmbedInput::Text("x".into()); 9]), n: Some(15), ..Input::default() }, "prompt"),
+            (Input { prompts: Some(vec![EmbedInput::Text("x".into())]), ..prompt() }, "input"),
+        ];
+        for (input, param) in cases {
             assert_eq!(input.check().expect_err(param).param.as_deref(), Some(param));
         }
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use engine::{EngineError, Event, GenerateRequest, GenerateStream, ModelRuntime};
+use engine::{EngineError, Event, GenerateRequest, GenerateStream, ModelRuntime, PromptInput};
 use futures_util::Stream as _;
 use tokio::time;
 
@@ -15,13 +15,15 @@ const BUSY_WAIT: Duration = Duration::from_millis(100);
 
 /// The answers to one job. Dropping them stops the engine's work on all of them.
 ///
-/// The first begins alone. Once its prompt is evaluated the others begin, one after the other and never more at once
-/// than the engine has slots, so that they find the prompt in its cache and leave its queue to others.
+/// The first to each prompt begins alone. Once the prompt is evaluated the others begin, one after the other and never
+/// more at once than the engine has slots, so that they find the prompt in its cache and leave its queue to others.
 pub(super) struct Choices {
     runtime: Arc<dyn ModelRuntime>,
-    /// That of the first; the others differ in the seed.
+    /// That of the first; the others differ in the seed, or in the prompt.
     request: GenerateRequest,
-    count: u32,
+    prompts: Vec<PromptInput>,
+    /// How many answers there are to each prompt.
+    each: u32,
     side_by_side: usize,
     /// How many have begun.
     begun: u32,
@@ -30,8 +32,8 @@ pub(super) struct Choices {
     running: Vec<Running>,
     /// Whose turn it was last.
     turn: usize,
-    /// Whether the prompt was evaluated.
-    is_primed: bool,
+    /// The prompt that was evaluated last; those before it were as well.
+    primed: Option<u32>,
 }
 
 type Beginning = Pin<Box<dyn Future<Output = Result<GenerateStream, EngineError>> + Send>>;
@@ -42,30 +44,33 @@ struct Running {
 }
 
 impl Choices {
-    /// Begins the first of `count` answers. What is wrong with the request is found here.
+    /// Begins the first of several answers, `each` to each of at least one prompt. What is wrong with the request is
+    /// found here, and what is wrong with a later prompt once its turn comes.
     pub(super) async fn begin(
         runtime: Arc<dyn ModelRuntime>,
         request: GenerateRequest,
-        count: u32,
+        prompts: Vec<PromptInput>,
+        each: u32,
         slots: u32,
     ) -> Result<Self, EngineError> {
-        let events = runtime.generate(request.clone()).await?;
+        let events = runtime.generate(of_index(&request, &prompts, each, 0)).await?;
         Ok(Self {
             runtime,
             request,
-            count,
+            prompts,
+            each,
             side_by_side: slots.max(1) as usize,
             begun: 1,
             beginning: None,
             running: vec![Running { index: 0, events }],
             turn: 0,
-            is_primed: false,
+            primed: None,
         })
     }
 
     /// Returns how many answers there are.
     pub(super) fn count(&self) -> u32 {
-        self.count
+        self.each * self.prompts.len() as u32
     }
 
     /// Returns whether the engine has none of them: the next waits for room.
@@ -87,7 +92,9 @@ impl Choices {
             let Running { index, events } = &mut self.running[self.turn];
             let Poll::Ready(event) = Pin::new(events).poll_next(context) else { continue };
             let (index, event) = (*index, event.unwrap_or_else(|| Err(unfinished()))?);
-            self.is_primed |= !matches!(event, Event::Started { .. } | Event::Progress { .. });
+            if !matches!(event, Event::Started { .. } | Event::Progress { .. }) {
+                self.primed = self.primed.max(Some(index / self.each));
+            }
             if let Event::Done { .. } = event {
                 self.running.swap_remove(self.turn);
             }
@@ -96,13 +103,21 @@ impl Choices {
         Poll::Pending
     }
 
+    /// Returns whether the next one is to begin: there is a place, and its prompt is new or was evaluated.
+    fn may_begin(&self) -> bool {
+        let (prompt, place) = (self.begun / self.each, self.begun % self.each);
+        let is_next = self.begun < self.count() && self.running.len() < self.side_by_side;
+        is_next && (place == 0 || self.primed.is_some_and(|primed| primed >= prompt))
+    }
+
     /// Begins as many of the others as may run now.
     fn poll_begin(&mut self, context: &mut Context<'_>) -> Result<(), EngineError> {
-        while self.is_primed && self.begun < self.count && self.running.len() < self.side_by_side {
-            let (runtime, request, index) = (&self.runtime, &self.request, self.begun);
-            let beginning = self
-                .beginning
-                .get_or_insert_with(|| Box::pin(begin_when_there_is_room(runtime.clone(), of_index(request, index))));
+        while self.may_begin() {
+            let Self { runtime, request, prompts, each, begun, .. } = self;
+            let index = *begun;
+            let beginning = self.beginning.get_or_insert_with(|| {
+                Box::pin(begin_when_there_is_room(runtime.clone(), of_index(request, prompts, *each, index)))
+            });
             let Poll::Ready(begun) = beginning.as_mut().poll(context) else { return Ok(()) };
             self.beginning = None;
             self.running.push(Running { index, events: begun? });
@@ -125,12 +140,16 @@ async fn begin_when_there_is_room(
     }
 }
 
-/// Returns the request of one of several answers: the same on every attempt, and the first as if it were the only one.
-fn of_index(request: &GenerateRequest, index: u32) -> GenerateRequest {
+/// Returns the request of one of several answers: the same on every attempt, and the first to each prompt as if it were
+/// the only one.
+fn of_index(request: &GenerateRequest, prompts: &[PromptInput], each: u32, index: u32) -> GenerateRequest {
     /// The golden ratio's fraction, whose multiples lie far apart.
     const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
     let mut request = request.clone();
-    request.sampling.seed = request.sampling.seed.wrapping_add(STEP.wrapping_mul(u64::from(index)));
+    if let Some(prompt) = prompts.get((index / each) as usize) {
+        request.input = prompt.clone();
+    }
+    request.sampling.seed = request.sampling.seed.wrapping_add(STEP.wrapping_mul(u64::from(index % each)));
     request
 }
 
@@ -144,7 +163,7 @@ mod tests {
     use std::collections::BTreeSet;
     use tokio_util::task::TaskTracker;
 
-    use engine::{LoadOptions, MockOptions, MockRuntime, PromptInput, VerifiedArtifact, no_progress};
+    use engine::{LoadOptions, MockOptions, MockRuntime, VerifiedArtifact, no_progress};
 
     use super::*;
 
@@ -165,7 +184,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_others_begin_once_the_prompt_of_the_first_is_evaluated() {
         let (runtime, request) = engine(4, 0, paced()).await;
-        let mut choices = Choices::begin(runtime.clone(), request, 3, 4).await.expect("it begins");
+        let mut choices =
+            Choices::begin(runtime.clone(), request.clone(), vec![request.input], 3, 4).await.expect("it begins");
         let begun = time::Instant::now();
         let mut told = vec![];
         while told.len() < 4 {
@@ -180,7 +200,9 @@ mod tests {
     async fn each_runs_to_its_end_however_little_room_there_is() {
         // With another's job in the only place of the queue, each finds the engine full at first.
         let (runtime, request) = engine(1, 1, paced()).await;
-        let mut choices = Choices::begin(runtime.clone(), request.clone(), 3, 1).await.expect("it begins");
+        let mut choices = Choices::begin(runtime.clone(), request.clone(), vec![request.input.clone()], 3, 1)
+            .await
+            .expect("it begins");
         let mut other = runtime.generate(request).await.expect("the place in the queue");
         let other = TaskTracker::new().spawn(async move { while other.next().await.is_some() {} });
         let mut ended = vec![];
@@ -196,7 +218,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn dropping_them_stops_them_all() {
         let (runtime, request) = engine(4, 0, MockOptions { tokens: 1_000, ..paced() }).await;
-        let mut choices = Choices::begin(runtime.clone(), request, 3, 4).await.expect("it begins");
+        let mut choices =
+            Choices::begin(runtime.clone(), request.clone(), vec![request.input], 3, 4).await.expect("it begins");
         for _ in 0..12 {
             choices.next().await.expect("it runs");
         }
@@ -210,7 +233,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn seeds_differ_and_the_first_is_that_of_the_request() {
         let (_, request) = engine(1, 0, MockOptions::default()).await;
-        let seeds: BTreeSet<_> = (0..16).map(|index| of_index(&request, index).sampling.seed).collect();
-        assert_eq!((seeds.len(), of_index(&request, 0)), (16, request));
+        let seeds: BTreeSet<_> = (0..16).map(|index| of_index(&request, &[], 16, index).sampling.seed).collect();
+        assert_eq!((seeds.len(), of_index(&request, &[], 16, 0)), (16, request));
     }
 }

@@ -32,6 +32,10 @@ pub(super) struct ChunkWriter {
     /// How far the engine is, where it said so and the caller wants to know.
     progress: Option<Progress>,
     wants_progress: bool,
+    /// How many answers there are to each prompt.
+    each: u32,
+    /// What the prompts took whose first answers have begun.
+    prompt: TokenUsage,
     /// How many answers have ended.
     ended: usize,
     /// Why the first one did.
@@ -49,6 +53,8 @@ impl ChunkWriter {
             waiting_bytes: 0,
             progress: None,
             wants_progress: request.progress,
+            each: request.input.answers_each(),
+            prompt: TokenUsage::default(),
             ended: 0,
             reason: EngineReason::Stop,
             usage: Usage::default(),
@@ -66,9 +72,13 @@ impl ChunkWriter {
         let is_only = self.waiting.len() == 1;
         let Some(payload) = self.waiting.get_mut(index as usize) else { return };
         match event {
-            // The first chunk tells what the prompt took, so that a caller who leaves early can be billed for it.
-            Event::Started { prompt_tokens, cached_tokens } if index == 0 => {
-                payload.usage = Some(TokenUsage { prompt_tokens, cached_tokens, ..TokenUsage::default() });
+            // The first chunk tells what the prompt took, so that a caller who leaves early can be billed for it. Of
+            // several prompts each tells what they took so far, and each is counted once, however many answers it has.
+            Event::Started { prompt_tokens, cached_tokens } if index.is_multiple_of(self.each) => {
+                let all = &mut self.prompt;
+                all.prompt_tokens = all.prompt_tokens.saturating_add(prompt_tokens);
+                all.cached_tokens = all.cached_tokens.saturating_add(cached_tokens);
+                payload.usage = Some(*all);
             }
             Event::Started { .. } => {}
             Event::Progress { tokens_read, tokens_total } => {
@@ -85,8 +95,10 @@ impl ChunkWriter {
                 }
                 if index == 0 {
                     self.reason = reason;
-                    self.usage.prompt_tokens = usage.prompt_tokens;
-                    self.usage.cached_tokens = usage.cached_tokens;
+                }
+                if index.is_multiple_of(self.each) {
+                    self.usage.prompt_tokens = self.usage.prompt_tokens.saturating_add(usage.prompt_tokens);
+                    self.usage.cached_tokens = self.usage.cached_tokens.saturating_add(usage.cached_tokens);
                 }
                 self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(usage.completion_tokens);
                 self.usage.reasoning_tokens = self.usage.reasoning_tokens.saturating_add(usage.reasoning_tokens);

@@ -76,13 +76,21 @@ pub(super) fn prompt(input: &Input) -> PromptInput {
     }
 }
 
+/// Returns all that a job goes on with, in the engine's words: several texts, or one prompt.
+pub(super) fn prompts(input: &Input) -> Vec<PromptInput> {
+    input.prompts.as_ref().map_or_else(|| vec![prompt(input)], |prompts| prompts.iter().map(text).collect())
+}
+
 /// Says which texts to make vectors of, in the engine's words.
 pub(super) fn embed_request(model: ModelId, inputs: &[EmbedInput]) -> EmbedRequest {
-    let inputs = inputs.iter().map(|input| match input {
+    EmbedRequest { model, inputs: inputs.iter().map(text).collect() }
+}
+
+fn text(input: &EmbedInput) -> PromptInput {
+    match input {
         EmbedInput::Text(text) => PromptInput::Text(text.clone()),
         EmbedInput::Tokens(tokens) => PromptInput::Tokens(tokens.clone()),
-    });
-    EmbedRequest { model, inputs: inputs.collect() }
+    }
 }
 
 fn chat_message(message: &Message) -> ChatMessage {

@@ -50,6 +50,28 @@ async fn each_answer_has_its_index_and_its_end_and_the_prompt_is_counted_once() 
 }
 
 #[tokio::test(start_paused = true)]
+async fn several_prompts_are_one_job_and_each_is_counted_once() {
+    for slots in [1, 4] {
+        let mock = MockOptions { per_token: SECOND / 100, ..MockOptions::default() };
+        let scene = Scene::ready(tether_worker::Config { slots, queue_max: 1, ..config() }, mock).await;
+        let prompts = ["one", "two words", "now three words"].map(|text| EmbedInput::Text(text.into()));
+        let prompts = Some([&prompts[..], &[EmbedInput::Tokens(vec![1; 4])]].concat());
+        let input = Input { prompts, prompt: None, ..asking(2).input };
+        let (chunks, error) = read(scene.open(&InferRequest { input, ..request() }).await.expect("accepted")).await;
+        assert_eq!(error, None);
+        let expected = (0..8).map(|index| (index, MockRuntime::text(5))).collect();
+        assert_eq!(texts_by_index(&chunks), expected);
+        let (last, others) = chunks.split_last().expect("chunks");
+        let usage = last.payload.usage.expect("the last tells what it took");
+        assert_eq!((usage.prompt_tokens, usage.completion_tokens), (1 + 2 + 3 + 4, 8 * 5));
+        // A caller who leaves is billed for the prompts that were read by then.
+        let told: Vec<_> =
+            others.iter().filter_map(|chunk| chunk.payload.usage).map(|usage| usage.prompt_tokens).collect();
+        assert!(told.is_sorted() && told.last() == Some(&10), "{told:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_thoughts_of_all_answers_are_counted() {
     let scene = Scene::ready(config(), MockOptions::default()).await;
     let messages = Some(vec![Message::new(Role::User, "hi")]);

@@ -10,14 +10,13 @@ fn sse(endpoint: Endpoint, include_usage: bool) -> Sse {
     of_several(endpoint, 1, include_usage)
 }
 
-fn of_several(endpoint: Endpoint, choices: u32, include_usage: bool) -> Sse {
+fn of_several(endpoint: Endpoint, choices: usize, include_usage: bool) -> Sse {
     let mut sse = Sse::new(Heading {
         endpoint,
         id: format!("{}1", endpoint.id_prefix()),
         created: 7,
         model: "m\"".into(),
-        choices,
-        prompt_chars: 3,
+        prompt_chars: vec![3; choices],
         include_usage,
     });
     sse.set_head("fp_abc");
