@@ -176,11 +176,13 @@ impl ModelRuntime for LlamaRuntime {
         let (loaded, prepared) = loaded.prepare(request).await?;
         drop(preparing);
         let Prepared { mut job, stream } = prepared(admitted);
-        if job.tokens.len() - job.prompt_tokens >= job.limit as usize {
+        let is_over = job.tokens.len() - job.prompt_tokens >= job.limit as usize;
+        if is_over && !job.tells_prompt {
             let (prompt_tokens, completion_tokens) = (job.prompt_tokens as u32, job.limit);
             job.outbox.started(prompt_tokens, 0);
             let usage = Usage { prompt_tokens, completion_tokens, ..Usage::default() };
-            job.outbox.done(Piece::default(), FinishReason::Length, usage);
+            let echo = Piece { text: job.echo.unwrap_or_default(), ..Piece::default() };
+            job.outbox.done(echo, FinishReason::Length, usage);
             return Ok(stream);
         }
         // There is room for every admitted job, so only an engine that ended refuses one.
@@ -389,6 +391,13 @@ impl Loaded {
                 None => Vec::new(),
                 Some(predicted) => loaded.prompts.prediction(&loaded.model, predicted, limit)?,
             };
+            // Who goes on with an answer has the prompt.
+            let is_echoed = request.echo && tokens.len() == prompt_tokens;
+            let echo = is_echoed.then(|| loaded.echo(&request.input, &tokens));
+            let tells_prompt = is_echoed && request.logprobs.is_some();
+            if tells_prompt && request.deterministic {
+                return Err(unsupported("echo", "a deterministic answer tells no log-probabilities of its prompt"));
+            }
             let (outbox, stream) = Outbox::new(tokens.len() as u32);
             let GenerateRequest { adapter, sampling, stop, logprobs, deterministic, .. } = request;
             Ok(move |admitted| {
@@ -401,6 +410,8 @@ impl Loaded {
                     limit,
                     ignore_eos,
                     logprobs,
+                    echo,
+                    tells_prompt,
                     constraint,
                     parser,
                     spoken,
@@ -413,6 +424,18 @@ impl Loaded {
             })
         })
         .await
+    }
+
+    /// Returns the text of a prompt: as it was given, or of its tokens.
+    fn echo(&self, input: &PromptInput, tokens: &[Token]) -> String {
+        match input {
+            PromptInput::Text(text) => text.clone(),
+            PromptInput::Tokens(_) | PromptInput::Chat(_) => {
+                let bytes: Vec<u8> =
+                    tokens.iter().flat_map(|token| self.model.vocabulary().piece(*token, true)).collect();
+                String::from_utf8_lossy(&bytes).into_owned()
+            }
+        }
     }
 
     /// Names the tool whose arguments cannot be held to their schema, where a call is required.

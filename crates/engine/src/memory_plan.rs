@@ -16,6 +16,8 @@ pub const BATCH_TOKENS: u32 = 512;
 pub const SLOTS_MAX: u32 = 192;
 /// Tokens that may be suggested at once: each takes a row of logits for every slot.
 pub const DRAFT_TOKENS_MAX: u32 = 16;
+/// Prompt tokens whose log-probabilities one step tells: each takes a row of logits.
+pub const ECHO_ROWS: u32 = 32;
 /// Tokens of context per sequence where nobody says and the model was trained with more: longer ones are rare, and their
 /// keys and values are most of what a small model takes.
 pub const CONTEXT_DEFAULT: u32 = 8_192;
@@ -93,6 +95,11 @@ pub fn smallest(options: &LoadOptions) -> LoadOptions {
     LoadOptions { context_length, kv_tokens, ..options.clone() }
 }
 
+/// Returns the rows of logits that one step may make.
+pub(crate) fn outputs(slots: u32, draft_tokens: u32) -> u32 {
+    slots * (1 + draft_tokens.min(DRAFT_TOKENS_MAX)) + ECHO_ROWS
+}
+
 /// Returns the memory that a load would take. Where the options leave the layers on a GPU open, all are planned in
 /// host memory, which is then surely enough.
 pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
@@ -100,7 +107,7 @@ pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, Engine
     let model = Dimensions::of(header);
     let on_gpu = options.gpu_layers.unwrap_or(0);
     let (host, device) = devices::split(header, &model, on_gpu, options.kernels);
-    let outputs = u64::from(shape.slots).saturating_mul(1 + u64::from(options.draft_tokens.min(DRAFT_TOKENS_MAX)));
+    let outputs = u64::from(outputs(shape.slots, options.draft_tokens));
     let compute_bytes = model.compute_bytes(u64::from(BATCH_TOKENS), u64::from(shape.kv_tokens), outputs);
     let logits_bytes = outputs.saturating_mul(model.vocabulary).saturating_mul(4);
     let kv_bytes = |cell_bytes: u64| u64::from(shape.kv_tokens).saturating_mul(cell_bytes);

@@ -268,6 +268,9 @@ impl ModelRuntime for MockRuntime {
         {
             return Err(unsupported("adapter", "it is not loaded"));
         }
+        if request.echo {
+            return Err(unsupported("echo", "the mock repeats nothing"));
+        }
         let script = Script::of(&request, self.options.tokens)?;
         let admitted = Arc::clone(&model.admission).try_acquire_owned().map_err(|_| EngineError::Busy)?;
         let prompt_tokens = words(&request.input);

@@ -69,9 +69,11 @@ pub struct Content {
 }
 
 impl Content {
-    /// Returns how many tokens it brings: a worker that names none made at least one of all that it says.
+    /// Returns how many tokens it brings: a worker that names none made at least one of all that it says, unless it
+    /// repeats the prompt, as log-probabilities without tokens do.
     fn tokens(&self) -> u32 {
-        self.tokens.len().max(usize::from(self.has_something() && self.embeddings.is_empty())) as u32
+        let is_answer = self.has_something() && self.embeddings.is_empty() && self.logprobs.is_empty();
+        self.tokens.len().max(usize::from(is_answer)) as u32
     }
 
     /// Says whether it brings something to read, and is not only the end of something.

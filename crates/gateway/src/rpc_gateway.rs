@@ -173,6 +173,7 @@ impl RpcGateway {
                     created: gateway.clock().now().0 / 1000,
                     model,
                     prompt_chars: completions::prompt_chars(&job),
+                    echo: job.input.echo,
                     include_usage: false,
                 })
             }

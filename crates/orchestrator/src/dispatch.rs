@@ -178,6 +178,8 @@ struct PayloadHead<'a> {
     #[serde(default)]
     tokens: Vec<u32>,
     #[serde(default)]
+    logprobs: Vec<IgnoredAny>,
+    #[serde(default)]
     finish_reason: Option<FinishReason>,
     #[serde(default)]
     usage: Option<TokenUsage>,
@@ -296,9 +298,10 @@ impl Relayed {
             self.usage.prompt_tokens = usage.prompt_tokens;
             self.usage.cached_tokens = usage.cached_tokens;
         }
-        // A worker that names no tokens still delivered at least one with all that it says.
-        let says_something =
-            !payload.text.is_empty() || !payload.reasoning.is_empty() || !payload.tool_calls.is_empty();
+        // A worker that names no tokens still delivered at least one with all that it says, unless it repeats the
+        // prompt: log-probabilities without tokens are the prompt's.
+        let says_something = payload.logprobs.is_empty()
+            && !(payload.text.is_empty() && payload.reasoning.is_empty() && payload.tool_calls.is_empty());
         let tokens = payload.tokens.len().max(usize::from(says_something));
         self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(tokens as u32);
     }
@@ -329,6 +332,7 @@ mod tests {
             (r#"{"tokens": [3]}"#, 1),
             (r#"{"text": "a"}"#, 1),
             (r#"{"reasoning": "hm"}"#, 1),
+            (r#"{"text": "prompt", "logprobs": [{}]}"#, 0),
             (r#"{"toolCalls": [{"index": 0, "name": "f"}]}"#, 1),
             (r#"{"usage": {"promptTokens": 5, "completionTokens": 0, "cachedTokens": 2}}"#, 0),
         ] {

@@ -22,7 +22,7 @@ use super::native::{Adapter, Context, ContextOptions, Model};
 use super::pulse::{self, Pulse};
 use super::room::{self, Room};
 use super::sequence::{Finished, Job, Sequence};
-use crate::memory_plan::{BATCH_TOKENS, Shape};
+use crate::memory_plan::{BATCH_TOKENS, Shape, outputs};
 use crate::model_runtime::{AdapterId, Counters, EngineError, LoadSnapshot};
 use crate::sampler::Sampler;
 
@@ -346,7 +346,7 @@ fn main_lane(model: &Arc<Model>, options: Options) -> Result<Lane, EngineError> 
         cells: kv_tokens,
         batch_tokens: BATCH_TOKENS,
         sequences: room::sequences(model, slots),
-        outputs: slots * (1 + options.draft_tokens),
+        outputs: outputs(slots, options.draft_tokens),
         threads: options.threads,
         pooling: None,
     };

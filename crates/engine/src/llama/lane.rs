@@ -14,7 +14,7 @@ use super::pulse::Pulse;
 use super::room::{Room, Strand, common_prefix};
 use super::sequence::{Drawn, Finished, Sequence};
 use super::step_clock::StepClock;
-use crate::memory_plan::BATCH_TOKENS;
+use crate::memory_plan::{BATCH_TOKENS, ECHO_ROWS};
 use crate::model_runtime::{AdapterId, Counters, EngineError, FinishReason};
 use crate::sampler::Sampler;
 
@@ -52,6 +52,15 @@ pub(super) struct Tools<'a> {
     pub(super) counters: &'a mut Counters,
     pub(super) pulse: &'a mut Pulse,
     pub(super) stop: &'a CancellationToken,
+}
+
+/// A row of output that tells how likely a prompt token was.
+#[derive(Debug, Clone, Copy)]
+struct PromptRow {
+    slot: usize,
+    row: usize,
+    /// The place before that token.
+    position: usize,
 }
 
 /// What a step brought.
@@ -96,7 +105,7 @@ impl Lane {
 
     /// Returns whether a generation had better wait: another one is evaluating the beginning they share.
     pub(super) fn is_evaluating_for(&self, sequence: &Sequence) -> bool {
-        if !self.room.can_rewind() || self.deterministic {
+        if !self.room.can_rewind() || self.deterministic || sequence.is_telling_prompt() {
             return false;
         }
         let others = self.at_work().filter(|other| other.job.adapter == sequence.job.adapter);
@@ -120,8 +129,8 @@ impl Lane {
     /// Puts a generation to work; returns how many tokens it looked up in the cache, and how many it found. There must
     /// be a free slot.
     pub(super) fn start(&mut self, mut sequence: Sequence) -> (u64, u64) {
-        let begun = if self.deterministic {
-            // What others left would change the order of sums.
+        let begun = if self.deterministic || sequence.is_telling_prompt() {
+            // What others left would change the order of sums, and has no logits to tell.
             self.room.begin_empty(sequence.job.adapter)
         } else {
             let strands = self.slots.iter().flatten().filter_map(|sequence| sequence.strand.as_ref());
@@ -137,7 +146,8 @@ impl Lane {
 
     /// Tells the readers of those who started.
     pub(super) fn tell_starts(&mut self) {
-        self.slots.iter_mut().flatten().for_each(Sequence::tell_start);
+        let model = Arc::clone(self.room.context.model());
+        self.slots.iter_mut().flatten().for_each(|sequence| sequence.tell_start(model.vocabulary()));
     }
 
     /// Drops the generations whose readers are gone; returns how many.
@@ -169,7 +179,7 @@ impl Lane {
             self.give_way(&mut outcome, &DecodeError::NoRoom);
             return Some(outcome);
         }
-        let rows = self.fill(&plan);
+        let (rows, told) = self.fill(&plan);
         self.room.context.set_adapter(plan.adapter.and_then(|adapter| tools.adapters.get(&adapter)));
         let begin = Instant::now();
         let decoded = self.evaluate(&plan, tools);
@@ -178,6 +188,7 @@ impl Lane {
         match decoded {
             Ok(()) => {
                 self.take_note(&plan, outcome.took, tools.counters);
+                self.tell_prompts(&told, tools.sampler);
                 for (slot, rows) in rows {
                     self.draw(slot, &rows, tools, &mut outcome);
                 }
@@ -209,7 +220,9 @@ impl Lane {
             rows += sequence.suggested.len();
         }
         let deterministic = self.deterministic;
-        let needs: Vec<Need> = self.slots.iter_mut().map(|slot| need(slot.as_mut(), deterministic)).collect();
+        let mut echo_rows = ECHO_ROWS as usize;
+        let needs: Vec<Need> =
+            self.slots.iter_mut().map(|slot| need(slot.as_mut(), deterministic, &mut echo_rows)).collect();
         let room = BATCH_TOKENS as usize;
         let prompt_beside_others = self.clock.prompt_tokens_within(GAP, PROMPT_BESIDE_OTHERS_MIN, room);
         self.turn = (self.turn + 1) % self.slots.len();
@@ -224,12 +237,15 @@ impl Lane {
         Some(plan)
     }
 
-    /// Fills the batch and returns the rows of output of each slot.
-    fn fill(&mut self, plan: &Plan) -> Vec<(usize, Vec<usize>)> {
+    /// Fills the batch and returns the rows of output of each slot, and those that tell of prompts.
+    fn fill(&mut self, plan: &Plan) -> (Vec<(usize, Vec<usize>)>, Vec<PromptRow>) {
         self.batch.clear();
         let mut outputs = Vec::new();
+        let mut told = Vec::new();
         for (slot, (sequence, &share)) in self.slots.iter_mut().zip(&plan.shares).enumerate() {
-            let Some(Sequence { tokens, strand: Some(strand), suggested, .. }) = sequence else { continue };
+            let Some(sequence) = sequence else { continue };
+            let asked: Vec<bool> = (0..share).map(|place| sequence.is_asked_of(sequence.evaluated() + place)).collect();
+            let Sequence { tokens, strand: Some(strand), suggested, .. } = sequence else { continue };
             suggested.truncate(share.saturating_sub(1));
             let begin = strand.tokens.len();
             let coming = tokens[begin..].iter().chain(suggested.iter()).take(share);
@@ -237,7 +253,12 @@ impl Lane {
                 .zip(begin..)
                 .map(|(token, position)| {
                     let output = position + 1 >= tokens.len();
-                    (self.batch.push(*token, position, strand.sequence, output), output)
+                    let is_asked = asked[position - begin];
+                    let row = self.batch.push(*token, position, strand.sequence, output || is_asked);
+                    if is_asked {
+                        told.push(PromptRow { slot, row, position });
+                    }
+                    (row, output)
                 })
                 .filter_map(|(row, output)| output.then_some(row))
                 .collect();
@@ -245,7 +266,17 @@ impl Lane {
                 outputs.push((slot, rows));
             }
         }
-        outputs
+        (outputs, told)
+    }
+
+    /// Tells the readers who want to know it how likely their prompts were.
+    fn tell_prompts(&mut self, told: &[PromptRow], sampler: &mut Sampler) {
+        let model = Arc::clone(self.room.context.model());
+        for &PromptRow { slot, row, position } in told {
+            if let (Some(sequence), Some(logits)) = (&mut self.slots[slot], self.room.context.logits(row)) {
+                sequence.tell_prompt(position, logits, sampler, model.vocabulary());
+            }
+        }
     }
 
     /// Evaluates the batch, unless most of it is for readers who go meanwhile.
@@ -306,6 +337,11 @@ impl Lane {
             let Some(sequence) = &mut slots[slot] else { continue };
             let Some(logits) = sequence.known.take() else { continue };
             has_drawn = true;
+            if sequence.left() == 0 {
+                // Only the prompt was asked for.
+                self.end(slot, Ok(FinishReason::Length), outcome);
+                continue;
+            }
             let drawn = sequence.draw(&logits, tools.sampler, room.context.model().vocabulary());
             let came = u64::from(sequence.pending() > 0);
             outcome.drawn += came;
@@ -326,12 +362,15 @@ impl Lane {
         let model = Arc::clone(room.context.model());
         let suggested = std::mem::take(&mut sequence.suggested);
         let before = sequence.tokens.len();
-        let mut end = None;
         if sequence.generated() == 0
             && let Some(row) = rows.first()
         {
             room.keep_ending(&sequence.tokens, sequence.job.adapter, *row);
         }
+        // Where only the prompt was asked for, nothing is drawn.
+        let is_over = sequence.left() == 0;
+        let mut end = is_over.then_some(Ok(FinishReason::Length));
+        let rows = if is_over { &[][..] } else { rows };
         for (row, suggestion) in rows.iter().zip(suggested.iter().map(Some).chain([None])) {
             let Some(logits) = room.context.logits(*row) else { break };
             match sequence.draw(logits, tools.sampler, model.vocabulary()) {
@@ -400,7 +439,8 @@ impl Lane {
     }
 }
 
-fn need(sequence: Option<&mut Sequence>, deterministic: bool) -> Need {
+/// Returns what a slot wants. Prompts whose log-probabilities are told share the rows that are left for them.
+fn need(sequence: Option<&mut Sequence>, deterministic: bool, echo_rows: &mut usize) -> Need {
     let Some(sequence) = sequence else { return Need { adapter: None, tokens: Tokens::None } };
     let prompt_left = sequence.job.prompt_tokens.saturating_sub(sequence.evaluated());
     let tokens = if sequence.job.outbox.is_full() {
@@ -410,6 +450,14 @@ fn need(sequence: Option<&mut Sequence>, deterministic: bool) -> Need {
     } else if deterministic {
         // The answer's tokens were evaluated one by one, and are again.
         Tokens::Prompt(prompt_left.max(1))
+    } else if sequence.is_telling_prompt() {
+        match sequence.pending().min(*echo_rows) {
+            0 => Tokens::None,
+            count => {
+                *echo_rows -= count;
+                Tokens::Prompt(count)
+            }
+        }
     } else {
         Tokens::Prompt(sequence.pending())
     };

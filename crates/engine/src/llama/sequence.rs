@@ -28,6 +28,10 @@ pub(super) struct Job {
     pub(super) limit: u32,
     pub(super) ignore_eos: bool,
     pub(super) logprobs: Option<u32>,
+    /// The text of the prompt, to be told before the answer.
+    pub(super) echo: Option<String>,
+    /// Whether the log-probabilities of the prompt are told as well.
+    pub(super) tells_prompt: bool,
     /// The form that the answer must have.
     pub(super) constraint: Option<Constraint>,
     /// Takes the answer to a conversation apart.
@@ -57,6 +61,8 @@ pub(super) struct Sequence {
     /// Prompt tokens that were at hand when it started first.
     cached: Option<u32>,
     told_start: bool,
+    /// Prompt tokens whose log-probabilities were told.
+    told_prompt: usize,
     history: History,
     assembler: TextAssembler,
     /// Tokens of the answer that the model thought with, the tags around thoughts included.
@@ -112,6 +118,7 @@ impl Sequence {
             drafter,
             cached: None,
             told_start: false,
+            told_prompt: 0,
             history,
             assembler,
             thoughts,
@@ -159,11 +166,52 @@ impl Sequence {
     }
 
     /// Tells the reader of the start, once.
-    pub(super) fn tell_start(&mut self) {
+    pub(super) fn tell_start(&mut self, vocabulary: Vocabulary<'_>) {
         if let Some(cached) = self.cached
             && !std::mem::replace(&mut self.told_start, true)
         {
             self.job.outbox.started(self.job.prompt_tokens as u32, cached);
+            if self.job.tells_prompt {
+                self.tell_first(vocabulary);
+            }
+        }
+    }
+
+    /// Tells the text of the prompt, and its first token, which nothing comes before.
+    fn tell_first(&mut self, vocabulary: Vocabulary<'_>) {
+        let text = self.job.echo.take().unwrap_or_default();
+        let first = self.tokens[0];
+        let bytes = vocabulary.piece(first, true);
+        // The token that the tokenizer puts before a text is no part of it.
+        let is_written = text.as_bytes().starts_with(&bytes);
+        let bytes = if is_written { bytes } else { Vec::new() };
+        let told = TokenLogprob { token: first.cast_unsigned(), bytes, logprob: 0.0, top: Vec::new() };
+        self.told_prompt = 1;
+        self.job.outbox.piece(Piece { text, logprobs: vec![told], ..Piece::default() });
+    }
+
+    /// Returns whether the log-probabilities of prompt tokens are still to be told.
+    pub(super) fn is_telling_prompt(&self) -> bool {
+        self.job.tells_prompt && self.told_prompt < self.job.prompt_tokens
+    }
+
+    /// Returns whether the logits of a position tell how likely the prompt token behind it was, and nobody knows yet.
+    pub(super) fn is_asked_of(&self, position: usize) -> bool {
+        self.job.tells_prompt && (self.told_prompt.max(1)..self.job.prompt_tokens).contains(&(position + 1))
+    }
+
+    /// Tells how likely the prompt token behind a position was.
+    pub(super) fn tell_prompt(
+        &mut self,
+        position: usize,
+        logits: &[f32],
+        sampler: &mut Sampler,
+        vocabulary: Vocabulary<'_>,
+    ) {
+        if let (Some(top), Some(token)) = (self.job.logprobs, self.tokens.get(position + 1)) {
+            let told = logprobs(sampler, logits, token.cast_unsigned(), top, vocabulary);
+            self.told_prompt = position + 2;
+            self.job.outbox.piece(Piece { logprobs: vec![told], ..Piece::default() });
         }
     }
 
@@ -192,7 +240,11 @@ impl Sequence {
         let logprobs = self.job.logprobs.map(|top| logprobs(sampler, logits, token, top, vocabulary));
         let text = self.assembler.push(&bytes);
         let delta = read(&mut self.job.parser, text, &mut self.thoughts);
-        self.job.outbox.piece(Piece { tokens: vec![token], logprobs: logprobs.into_iter().collect(), ..piece(delta) });
+        let mut piece = Piece { tokens: vec![token], logprobs: logprobs.into_iter().collect(), ..piece(delta) };
+        if let Some(echo) = self.job.echo.take() {
+            piece.text.insert_str(0, &echo);
+        }
+        self.job.outbox.piece(piece);
         let has_called = self.job.parser.as_ref().is_some_and(AnswerParser::is_done);
         Ok(if self.assembler.is_stopped() || has_called {
             Drawn::End(FinishReason::Stop)
@@ -220,6 +272,10 @@ impl Sequence {
             if calls && reason == FinishReason::Stop {
                 reason = FinishReason::ToolCalls;
             }
+        }
+        // An answer without a token has not told it.
+        if let Some(echo) = self.job.echo.take() {
+            last.text.insert_str(0, &echo);
         }
         drop(self.job.admitted);
         Finished { outbox: self.job.outbox, last, reason, usage }

@@ -56,7 +56,7 @@ pub struct Piece {
     /// The tokens behind it, in order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tokens: Vec<u32>,
-    /// One for each token, where they were asked for.
+    /// One for each token, where they were asked for. Those of a prompt that is repeated come before all others.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<TokenLogprob>,
 }
@@ -64,7 +64,8 @@ pub struct Piece {
 impl Piece {
     /// Returns whether it brings nothing.
     pub fn is_empty(&self) -> bool {
-        self.text.is_empty() && self.reasoning.is_empty() && self.tool_calls.is_empty() && self.tokens.is_empty()
+        let Self { text, reasoning, tool_calls, tokens, logprobs } = self;
+        text.is_empty() && reasoning.is_empty() && tool_calls.is_empty() && tokens.is_empty() && logprobs.is_empty()
     }
 
     /// Appends a later piece.

@@ -260,7 +260,7 @@ pub struct GenerateRequest {
     /// Texts that end the answer; they are not part of it.
     #[serde(default)]
     pub stop: Vec<String>,
-    /// The most tokens to generate; `None` goes on to the end of the context.
+    /// The most tokens to generate, 0 included; `None` goes on to the end of the context.
     #[serde(default)]
     pub max_tokens: Option<u32>,
     /// Goes on past the end-of-turn token, for benchmarks. An answer that must have a form ends with it all the same.
@@ -269,6 +269,10 @@ pub struct GenerateRequest {
     /// Tells the log-probability of each token, and of so many of the likeliest in its place.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<u32>,
+    /// Puts the text of the prompt before the answer, and its log-probabilities where they are asked for before those of
+    /// the answer; that of the first token is told as 0. Conversations have no such text.
+    #[serde(default)]
+    pub echo: bool,
     /// What form the answer must have.
     #[serde(default)]
     pub format: OutputFormat,
@@ -298,6 +302,7 @@ impl GenerateRequest {
             max_tokens: None,
             ignore_eos: false,
             logprobs: None,
+            echo: false,
             format: OutputFormat::Text,
             prediction: None,
             continued: Vec::new(),

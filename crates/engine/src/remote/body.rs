@@ -54,6 +54,9 @@ pub(super) fn generation(
     if !request.stop.is_empty() {
         body.insert("stop".into(), json!(request.stop));
     }
+    if request.echo {
+        return Err(unsupported("echo", "the server that runs this model is not asked to repeat its prompt"));
+    }
     // What ends with its form ends there.
     if request.ignore_eos && !has_form(request) {
         match dialect {

@@ -99,6 +99,65 @@ async fn each_token_tells_how_likely_it_was_and_what_else_might_have_come() {
 }
 
 #[tokio::test]
+async fn a_prompt_is_repeated_before_the_answer_where_that_is_asked_for() {
+    let (runtime, model) = loaded().await;
+    let input = PromptInput::Text("The capital of Japan is".into());
+    let plain = GenerateRequest { input, max_tokens: Some(5), ..ask(model, "") };
+    let usual = run(&runtime, plain.clone()).await;
+    let echo = GenerateRequest { echo: true, ..plain };
+    let both = run(&runtime, echo.clone()).await;
+    assert_eq!((both.text, &both.tokens), (format!("The capital of Japan is{}", usual.text), &usual.tokens));
+    for logprobs in [None, Some(0)] {
+        let alone = run(&runtime, GenerateRequest { max_tokens: Some(0), logprobs, ..echo.clone() }).await;
+        assert_eq!((alone.text.as_str(), alone.tokens.len()), ("The capital of Japan is", 0));
+        let usage = alone.usage();
+        assert_eq!((alone.reason(), usage.completion_tokens), (FinishReason::Length, 0));
+        assert_eq!(usage.prompt_tokens, usual.usage().prompt_tokens);
+    }
+    // Where a form or a stop text ends the answer at once, the prompt is told all the same.
+    let ended = run(&runtime, GenerateRequest { stop: vec![usual.text[..1].into()], ..echo }).await;
+    assert_eq!(ended.text, "The capital of Japan is");
+}
+
+#[tokio::test]
+async fn the_likelihood_of_a_prompt_is_what_its_tokens_had_as_an_answer() {
+    let (runtime, model) = loaded().await;
+    let begin = PromptInput::Text("The capital of Japan is".into());
+    let said = GenerateRequest {
+        input: begin,
+        logprobs: Some(2),
+        echo: true,
+        ignore_eos: true,
+        max_tokens: Some(90),
+        ..ask(model, "")
+    };
+    let (said, _) = pieces(&runtime, said).await;
+    assert!(said.logprobs.len() > 94 && said.tokens.len() == 90);
+    let whole: Vec<u32> = said.logprobs.iter().map(|told| told.token).collect();
+    let echo = |logprobs| GenerateRequest {
+        input: PromptInput::Tokens(whole.clone()),
+        logprobs: Some(logprobs),
+        echo: true,
+        max_tokens: Some(0),
+        ..ask(model, "")
+    };
+    // The second finds the first in the cache, and others are at work beside the rest.
+    for _ in 0..2 {
+        let beside = GenerateRequest { ignore_eos: true, max_tokens: Some(40), ..ask(model, "Tell me a story.") };
+        let (told, other, beside) =
+            tokio::join!(pieces(&runtime, echo(2)), pieces(&runtime, echo(0)), run(&runtime, beside));
+        assert_eq!(beside.tokens.len(), 40);
+        assert_eq!((told.0.logprobs.len(), other.0.logprobs.len()), (whole.len(), whole.len()));
+        let first = &told.0.logprobs[0];
+        assert_eq!((first.token, first.top.len()), (whole[0], 0));
+        for (place, (told, said)) in told.0.logprobs.iter().zip(&said.logprobs).enumerate().skip(1) {
+            assert_eq!((told.token, told.top.len()), (said.token, 2), "{place}");
+            assert!((told.logprob - said.logprob).abs() < 0.05, "{place}: {} and {}", told.logprob, said.logprob);
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_banned_token_never_comes() {
     let (runtime, model) = loaded().await;
     let usual = run(&runtime, ask(model, "What is 3 + 4?")).await;

@@ -12,7 +12,7 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::errors;
 use super::job::{self, AnswerFacts, Opening, Told};
-use super::logprobs::{ChatLogprobs, TextLogprobs};
+use super::logprobs::{ChatLogprobs, TextLogprobs, TextPlace};
 use super::router::Bridge;
 use super::sse::{self, Endpoint, Heading, Sse, Usage};
 use super::tool_calls::WholeCall;
@@ -54,6 +54,7 @@ pub(super) async fn generate(
         created: bridge.gateway.clock().now().0 / 1000,
         model,
         prompt_chars: prompt_chars(&job),
+        echo: job.input.echo,
         include_usage,
     };
     let opening = job::open(bridge, asked.admission, job);
@@ -148,9 +149,9 @@ impl<'a> ChatChoice<'a> {
 }
 
 impl<'a> TextChoice<'a> {
-    fn of((index, choice): (u32, &'a Choice), mut offset: usize) -> Self {
+    fn of((index, choice): (u32, &'a Choice), mut place: TextPlace) -> Self {
         let Choice { text, logprobs, finish_reason, .. } = choice;
-        let logprobs = TextLogprobs::of(logprobs, &mut offset);
+        let logprobs = TextLogprobs::of(logprobs, &mut place);
         Self { index, text, logprobs, finish_reason: finish_reason.as_str() }
     }
 }
@@ -161,8 +162,9 @@ pub(crate) fn write_whole(heading: &Heading, answer: &Answer, whole: &Whole) -> 
     match heading.endpoint {
         Endpoint::Chat => write(heading, answer, "chat.completion", choices.map(ChatChoice::of).collect(), whole.usage),
         Endpoint::Completion => {
-            let offset = |index: u32| heading.prompt_chars.get(index as usize).copied().unwrap_or_default();
-            let choices = choices.map(|choice| TextChoice::of(choice, offset(choice.0))).collect();
+            let chars = |index: u32| heading.prompt_chars.get(index as usize).copied().unwrap_or_default();
+            let place = |index: u32| TextPlace::of(chars(index), heading.echo);
+            let choices = choices.map(|choice| TextChoice::of(choice, place(choice.0))).collect();
             write(heading, answer, "text_completion", choices, whole.usage)
         }
     }

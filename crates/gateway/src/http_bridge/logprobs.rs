@@ -27,14 +27,33 @@ struct Told<'a> {
     bytes: &'a [u8],
 }
 
-/// Those of a text completion: one column for each fact.
+/// The likeliest tokens in one place.
+type Likely<'a> = BTreeMap<Cow<'a, str>, f32>;
+
+/// Those of a text completion: one column for each fact. Of a prompt that is repeated, nothing comes before the first.
 #[derive(Debug, Default, PartialEq, Serialize)]
 pub(super) struct TextLogprobs<'a> {
     tokens: Vec<Cow<'a, str>>,
-    token_logprobs: Vec<f32>,
+    token_logprobs: Vec<Option<f32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    top_logprobs: Option<Vec<BTreeMap<Cow<'a, str>, f32>>>,
+    top_logprobs: Option<Vec<Option<Likely<'a>>>>,
     text_offset: Vec<usize>,
+}
+
+/// Where the next token stands in a text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct TextPlace {
+    /// Characters before it.
+    offset: usize,
+    /// Whether it is the first of a prompt that is repeated.
+    is_first: bool,
+}
+
+impl TextPlace {
+    /// Returns where an answer to a prompt of so many characters begins.
+    pub(super) fn of(prompt_chars: usize, echo: bool) -> Self {
+        Self { offset: if echo { 0 } else { prompt_chars }, is_first: echo }
+    }
 }
 
 impl<'a> ChatLogprobs<'a> {
@@ -48,29 +67,32 @@ impl<'a> ChatLogprobs<'a> {
 }
 
 impl<'a> TextLogprobs<'a> {
-    /// Returns `None` where none were asked for. `offset` counts the characters before them, and then those after.
-    pub(super) fn of(tokens: &'a [TokenLogprob], offset: &mut usize) -> Option<Self> {
+    /// Returns `None` where none were asked for. `place` goes on behind them.
+    pub(super) fn of(tokens: &'a [TokenLogprob], place: &mut TextPlace) -> Option<Self> {
         if tokens.is_empty() {
             return None;
         }
         let mut columns = Self::default();
+        let mut tops = vec![];
         for token in tokens {
+            let is_first = std::mem::take(&mut place.is_first);
             let text = text(token);
-            columns.text_offset.push(*offset);
-            *offset += text.chars().count();
+            columns.text_offset.push(place.offset);
+            place.offset += text.chars().count();
             columns.tokens.push(text);
-            columns.token_logprobs.push(token.logprob);
+            columns.token_logprobs.push((!is_first).then_some(token.logprob));
+            tops.push((!is_first).then(|| with_itself(token)));
         }
         if tokens.iter().any(|token| !token.top.is_empty()) {
-            // The token itself is among them, whether it was likely or not.
-            let with_itself = |token: &'a TokenLogprob| {
-                let all = token.top.iter().chain([token]);
-                all.map(|told| (text(told), told.logprob)).collect()
-            };
-            columns.top_logprobs = Some(tokens.iter().map(with_itself).collect());
+            columns.top_logprobs = Some(tops);
         }
         Some(columns)
     }
+}
+
+/// Returns the likeliest in a token's place. The token itself is among them, whether it was likely or not.
+fn with_itself(token: &TokenLogprob) -> Likely<'_> {
+    token.top.iter().chain([token]).map(|told| (text(told), told.logprob)).collect()
 }
 
 fn told(token: &TokenLogprob) -> Told<'_> {
@@ -110,9 +132,23 @@ mod tests {
     }
 
     #[test]
+    fn nothing_comes_before_the_first_token_of_a_prompt_that_is_repeated() {
+        let tokens = [token(b"a", 0.0, vec![]), token(b"b", -0.5, vec![token(b"c", -0.25, vec![])])];
+        let mut place = TextPlace::of(7, true);
+        let expected = json!({
+            "tokens": ["a", "b"], "token_logprobs": [null, -0.5], "top_logprobs": [null, {"b": -0.5, "c": -0.25}],
+            "text_offset": [0, 1]
+        });
+        assert_eq!(to_value(TextLogprobs::of(&tokens, &mut place)).expect("JSON"), expected);
+        let more = [token(b"d", -1.0, vec![])];
+        let expected = json!({"tokens": ["d"], "token_logprobs": [-1.0], "text_offset": [2]});
+        assert_eq!(to_value(TextLogprobs::of(&more, &mut place)).expect("JSON"), expected);
+    }
+
+    #[test]
     fn a_texts_tokens_come_in_columns_with_offsets_that_go_on() {
         let first = [token("né".as_bytes(), -0.5, vec![token(b"no", -0.25, vec![])])];
-        let mut offset = 0;
+        let mut offset = TextPlace::default();
         let expected = json!({
             "tokens": ["né"], "token_logprobs": [-0.5], "top_logprobs": [{"né": -0.5, "no": -0.25}], "text_offset": [0]
         });
@@ -120,6 +156,6 @@ mod tests {
         let second = [token(b"!", -1.0, vec![])];
         let expected = json!({"tokens": ["!"], "token_logprobs": [-1.0], "text_offset": [2]});
         assert_eq!(to_value(TextLogprobs::of(&second, &mut offset)).expect("JSON"), expected);
-        assert_eq!((TextLogprobs::of(&[], &mut offset), offset), (None, 3));
+        assert_eq!((TextLogprobs::of(&[], &mut offset), offset.offset), (None, 3));
     }
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::answer_body::Format;
 use super::errors;
-use super::logprobs::{ChatLogprobs, TextLogprobs};
+use super::logprobs::{ChatLogprobs, TextLogprobs, TextPlace};
 use super::tool_calls::CallDelta;
 use crate::answer::{Answer, Content, Piece};
 
@@ -52,6 +52,8 @@ pub(crate) struct Heading {
     pub(crate) model: String,
     /// Characters of the prompt that each answer goes on with.
     pub(crate) prompt_chars: Vec<usize>,
+    /// Whether the answers begin with the prompt.
+    pub(crate) echo: bool,
     /// Whether a chunk with the usage follows the last.
     pub(crate) include_usage: bool,
 }
@@ -69,8 +71,8 @@ pub(super) struct Sse {
 struct Told {
     /// Whether it has begun.
     role: bool,
-    /// Characters of the prompt, and those whose log-probabilities were told.
-    offset: usize,
+    /// Where its next log-probability stands.
+    place: TextPlace,
 }
 
 #[derive(Serialize)]
@@ -169,7 +171,8 @@ pub(super) fn fingerprint(answer: &Answer) -> String {
 
 impl Sse {
     pub(super) fn new(heading: Heading) -> Self {
-        let told = heading.prompt_chars.iter().map(|offset| Told { role: false, offset: *offset }).collect();
+        let place = |chars: &usize| TextPlace::of(*chars, heading.echo);
+        let told = heading.prompt_chars.iter().map(|chars| Told { role: false, place: place(chars) }).collect();
         Self { heading, head: vec![], told }
     }
 
@@ -202,7 +205,7 @@ impl Sse {
             let delta = Delta::of(content, is_first);
             put_json(&ChatChoice { index, delta, logprobs: ChatLogprobs::of(logprobs), finish_reason }, out);
         } else {
-            let logprobs = TextLogprobs::of(logprobs, &mut told.offset);
+            let logprobs = TextLogprobs::of(logprobs, &mut told.place);
             put_json(&TextChoice { index, text, logprobs, finish_reason }, out);
         }
         out.put_slice(if self.heading.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" });

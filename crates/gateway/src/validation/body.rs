@@ -58,9 +58,9 @@ pub(super) struct Body {
     continue_final_message: Option<bool>,
     add_generation_prompt: Option<bool>,
     deterministic: Option<bool>,
+    echo: Option<bool>,
     // Means something, and is not done here unless it says to change nothing.
     best_of: Option<Count>,
-    echo: Option<bool>,
     suffix: Option<String>,
     min_tokens: Option<Count>,
     functions: Option<Value>,
@@ -168,6 +168,7 @@ impl Body {
             }
             (Some(Logprobs::Count(_)), _) => return Err(invalid("logprobs", "must be true or false")),
         };
+        refuse_unless(!self.echo.unwrap_or(false), "echo")?;
         let tools = tools(self.tools.take().unwrap_or_default())?;
         let tool_choice = tool_choice(self.tool_choice.as_ref())?;
         // A weak model that must call repeats its call without an end, so several are for those who ask for them.
@@ -209,14 +210,16 @@ impl Body {
         refuse_unless(self.top_logprobs.is_none_or(|top| top.0 == 0), "top_logprobs")?;
         refuse_unless(!self.continue_final_message.unwrap_or(false), "continue_final_message")?;
         let max_tokens = self.limit()?.unwrap_or(Limit::Tokens(COMPLETION_TOKENS)).tokens();
-        Ok(Input { max_tokens, logprobs, ..prompt })
+        Ok(Input { max_tokens, logprobs, echo: self.echo.unwrap_or(false), ..prompt })
     }
 
     /// Returns the most tokens of the answer, where the request says.
     fn limit(&self) -> Result<Option<Limit>, WireError> {
         let given = [("max_completion_tokens", self.max_completion_tokens), ("max_tokens", self.max_tokens)];
         match given.into_iter().find_map(|(name, limit)| Some((name, limit?))) {
-            Some((name, Limit::Tokens(0))) => Err(invalid(name, "must be at least 1, or -1 for as many as fit")),
+            Some((name, Limit::Tokens(0))) if !self.echo.unwrap_or(false) => {
+                Err(invalid(name, "must be at least 1, or -1 for as many as fit"))
+            }
             given => Ok(given.map(|(_, limit)| limit)),
         }
     }
@@ -256,7 +259,6 @@ impl Body {
 
     fn check_supported(&self) -> Result<(), WireError> {
         refuse_unless(self.best_of.is_none_or(|best| best == self.n.unwrap_or(Count(1))), "best_of")?;
-        refuse_unless(!self.echo.unwrap_or(false), "echo")?;
         refuse_unless(self.suffix.as_ref().is_none_or(String::is_empty), "suffix")?;
         refuse_unless(self.min_tokens.is_none_or(|count| count.0 == 0), "min_tokens")?;
         let no_call = |choice: &Value| choice == "none" || choice == "auto";

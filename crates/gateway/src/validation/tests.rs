@@ -490,6 +490,10 @@ fn a_prompt_may_be_text_or_tokens_and_stand_alone_or_in_an_array() {
         assert_eq!((input.prompts.as_ref().map(Vec::len), input.answers()), (Some(2), 6));
         assert_eq!((input.prompt, input.prompt_tokens), (None, None));
     }
+    let echo = completion(json!({"prompt": "a", "echo": true, "max_tokens": 0})).expect("well formed").job.input;
+    assert_eq!((echo.echo, echo.max_tokens), (true, Some(0)));
+    refused(completion(json!({"prompt": "a", "max_tokens": 0})), ErrorCode::InvalidValue, "max_tokens");
+    refused(chat(json!({"echo": true})), ErrorCode::UnsupportedParameter, "echo");
     for prompt in [json!([]), json!(null), json!({"a": 1}), json!(["a", 1]), json!([[]])] {
         refused(completion(json!({"prompt": prompt})), ErrorCode::InvalidValue, "prompt");
     }

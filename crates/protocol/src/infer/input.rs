@@ -63,7 +63,11 @@ pub struct Input {
     /// How many answers, 1 to 16; they share the prompt and differ in their seeds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub n: Option<u32>,
-    /// The most tokens to generate.
+    /// Puts the prompt before each answer to it, and its log-probabilities before those of the answer where they are asked
+    /// for; that of its first token, which nothing comes before, is told as 0. For texts only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub echo: bool,
+    /// The most tokens to generate; 0 is for `echo` alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u32>,
     /// 0 takes the likeliest token; 1 leaves the distribution as it is. At most 2. Like `topP`, `topK`, `minP` and

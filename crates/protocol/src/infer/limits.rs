@@ -135,8 +135,11 @@ impl Input {
         if !within(self.frequency_penalty, -2.0, 2.0) {
             return invalid("frequency_penalty", "must be between -2 and 2");
         }
-        if self.max_tokens == Some(0) {
-            return invalid("max_tokens", "must be at least 1");
+        if self.max_tokens == Some(0) && !self.echo {
+            return invalid("max_tokens", "must be at least 1, unless echo is true");
+        }
+        if self.echo && (messages.is_some() || embed.is_some() || self.count_only) {
+            return invalid("echo", "is for texts to go on with");
         }
         if self.stop.len() > STOP_MAX {
             return invalid("stop", "must have at most 16 texts");
@@ -195,6 +198,7 @@ mod tests {
             (Input { top_p: Some(0.0), ..prompt() }, "top_p"),
             (Input { min_p: Some(-0.1), ..prompt() }, "min_p"),
             (Input { max_tokens: Some(0), ..prompt() }, "max_tokens"),
+            (Input { echo: true, ..chat() }, "echo"),
             (Input { stop: vec![String::new()], ..prompt() }, "stop"),
             (Input { stop: vec!["x".into(); 17], ..prompt() }, "stop"),
             (Input { messages: Some(vec![]), ..Input::default() }, "messages"),

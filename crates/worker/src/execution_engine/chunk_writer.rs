@@ -193,11 +193,12 @@ fn bytes_of(piece: &Piece) -> usize {
 }
 
 fn is_empty(payload: &Payload) -> bool {
-    let Payload { text, reasoning, tool_calls, tokens, embeddings, finish_reason, .. } = payload;
+    let Payload { text, reasoning, tool_calls, tokens, logprobs, embeddings, finish_reason, .. } = payload;
     text.is_empty()
         && reasoning.is_empty()
         && tool_calls.is_empty()
         && tokens.is_empty()
+        && logprobs.is_empty()
         && embeddings.is_empty()
         && finish_reason.is_none()
 }

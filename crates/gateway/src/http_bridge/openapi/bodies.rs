@@ -76,9 +76,12 @@ struct FunctionOffer {
 pub(crate) struct CompletionRequest {
     /// `name[@MAJOR.MINOR][:adapter]`; no version means the newest.
     model: String,
-    /// The text or its tokens, alone or in an array.
+    /// The text or its tokens, alone or in an array; several are answered each by itself, at most 128 in all.
     prompt: TextsOrTokens,
-    /// The most tokens to generate; -1 for as many as fit.
+    /// Puts the prompt before the answer, and its log-probabilities before those of the answer.
+    #[schema(default = false)]
+    echo: Option<bool>,
+    /// The most tokens to generate; -1 for as many as fit, and 0 for none beside `echo`.
     #[schema(minimum = -1, default = 16)]
     max_tokens: Option<i64>,
     /// Tells the log-probability of each token, and of so many of the likeliest in its place.

@@ -17,6 +17,7 @@ fn of_several(endpoint: Endpoint, choices: usize, include_usage: bool) -> Sse {
         created: 7,
         model: "m\"".into(),
         prompt_chars: vec![3; choices],
+        echo: false,
         include_usage,
     });
     sse.set_head("fp_abc");
