@@ -20,8 +20,8 @@ pub(super) use operators::rewrite;
 
 /// Gives templates what they would find in Python.
 pub(super) fn add(environment: &mut Environment<'_>) {
-    environment.set_formatter(|output, state, value| match number::as_float(value) {
-        Some(number) => Ok(output.write_str(&number::repr(number))?),
+    environment.set_formatter(|output, state, value| match number::with_floats(value) {
+        Some(text) => Ok(output.write_str(&text)?),
         None => escape_formatter(output, state, value),
     });
     environment.set_unknown_method_callback(methods::call);

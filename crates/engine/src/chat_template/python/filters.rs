@@ -1,7 +1,10 @@
 //! Filters, tests and functions of Jinja2 that minijinja lacks or has in another form.
 
-use minijinja::value::{Kwargs, Rest, Value, ValueKind};
-use minijinja::{Environment, Error, ErrorKind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use minijinja::value::{Kwargs, Object, Rest, Value, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State};
 
 use super::number::display;
 
@@ -48,7 +51,14 @@ pub(in super::super) fn add(environment: &mut Environment<'_>) {
             if value.is_safe() { value.clone() } else { Value::from_safe_string(escaped(&display(value))) }
         });
     }
-    environment.add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.0));
+    environment.add_filter("join", join);
+    environment.add_filter("urlencode", urlencode);
+    environment.add_function("cycler", |items: Rest<Value>| {
+        if items.0.is_empty() {
+            return Err(invalid("at least one item has to be provided"));
+        }
+        Ok(Value::from_object(Cycler { items: items.0, place: AtomicUsize::new(0) }))
+    });
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
     // Whatever has a length and items.
     environment.add_test("sequence", |value: &Value| {
@@ -57,6 +67,79 @@ pub(in super::super) fn add(environment: &mut Environment<'_>) {
     });
     // Python can call an undefined value too, and fails only then.
     environment.add_test("callable", |value: &Value| matches!(value.kind(), ValueKind::Plain | ValueKind::Undefined));
+}
+
+/// The filter `join`, of the letters of a text as well.
+fn join(items: &Value, args: Rest<Value>, options: Kwargs) -> Result<String, Error> {
+    let [between, attribute] = named(["d", "attribute"], &args, &options)?;
+    let item = |item: Value| match &attribute {
+        Some(name) => item.get_item(name).map(|item| display(&item)),
+        None => Ok(display(&item)),
+    };
+    let items: Vec<String> = match items.as_str() {
+        Some(text) => text.chars().map(String::from).collect(),
+        None => items.try_iter()?.map(item).collect::<Result<_, _>>()?,
+    };
+    Ok(items.join(&between.map_or_else(String::new, |between| display(&between))))
+}
+
+/// Gives its items in turn, for ever.
+#[derive(Debug)]
+struct Cycler {
+    items: Vec<Value>,
+    place: AtomicUsize,
+}
+
+impl Cycler {
+    fn current(&self) -> Value {
+        self.items[self.place.load(Ordering::Relaxed)].clone()
+    }
+}
+
+impl Object for Cycler {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        (key.as_str() == Some("current")).then(|| self.current())
+    }
+
+    fn call_method(self: &Arc<Self>, _: &mut State<'_, '_>, method: &str, args: &[Value]) -> Result<Value, Error> {
+        let place = self.place.load(Ordering::Relaxed);
+        let (given, next) = match method {
+            "next" if args.is_empty() => (self.current(), (place + 1) % self.items.len()),
+            "reset" if args.is_empty() => (Value::from(()), 0),
+            _ => return Err(ErrorKind::UnknownMethod.into()),
+        };
+        self.place.store(next, Ordering::Relaxed);
+        Ok(given)
+    }
+}
+
+/// The filter `urlencode`: a text as part of a path, pairs as a query.
+fn urlencode(value: &Value) -> Result<String, Error> {
+    let quoted = |value: &Value| percent_encoded(&display(value), "").replace("%20", "+");
+    let pairs: Vec<String> = match value.kind() {
+        ValueKind::Map => {
+            let pair = |key: Value| Ok(format!("{}={}", quoted(&key), quoted(&value.get_item(&key)?)));
+            value.try_iter()?.map(pair).collect::<Result<_, Error>>()?
+        }
+        ValueKind::Seq | ValueKind::Iterable => {
+            let pair = |pair: Value| {
+                let pair: Vec<Value> = pair.try_iter()?.collect();
+                let [key, value] = &pair[..] else { return Err(invalid("a query is made of pairs")) };
+                Ok(format!("{}={}", quoted(key), quoted(value)))
+            };
+            value.try_iter()?.map(pair).collect::<Result<_, Error>>()?
+        }
+        _ => return Ok(percent_encoded(&display(value), "/")),
+    };
+    Ok(pairs.join("&"))
+}
+
+/// Writes bytes as `%XX`, but for letters, digits, a few signs and those that are kept.
+fn percent_encoded(text: &str, kept: &str) -> String {
+    let is_plain =
+        |byte: u8| byte.is_ascii_alphanumeric() || b"_.-~".contains(&byte) || kept.as_bytes().contains(&byte);
+    let encoded = |byte: u8| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
+    text.bytes().map(encoded).collect()
 }
 
 /// An undefined value has the length 0.

@@ -2,11 +2,50 @@
 
 use minijinja::value::{Value, ValueKind};
 
+/// Levels of lists and mappings within which floats are looked for.
+const DEPTH_MAX: u32 = 32;
+
 /// Returns Python's `str` of a value.
 pub(super) fn display(value: &Value) -> String {
+    with_floats(value).unwrap_or_else(|| value.to_string())
+}
+
+/// Returns Python's `str` of a float, or of a list or a mapping with floats that minijinja writes in another way.
+pub(super) fn with_floats(value: &Value) -> Option<String> {
     match as_float(value) {
-        Some(number) => repr(number),
-        None => value.to_string(),
+        Some(number) => Some(repr(number)),
+        None => has_odd_float(value, DEPTH_MAX).then(|| written(value, DEPTH_MAX)),
+    }
+}
+
+fn has_odd_float(value: &Value, levels: u32) -> bool {
+    let Some(below) = levels.checked_sub(1) else { return false };
+    let is_odd = |item: &Value| has_odd_float(item, below);
+    match value.kind() {
+        ValueKind::Number => as_float(value).is_some_and(|number| repr(number) != value.to_string()),
+        ValueKind::Seq => value.try_iter().is_ok_and(|mut items| items.any(|item| is_odd(&item))),
+        ValueKind::Map => value
+            .try_iter()
+            .is_ok_and(|mut keys| keys.any(|key| is_odd(&key) || value.get_item(&key).is_ok_and(|item| is_odd(&item)))),
+        _ => false,
+    }
+}
+
+fn written(value: &Value, levels: u32) -> String {
+    let (Some(below), Ok(items)) = (levels.checked_sub(1), value.try_iter()) else { return format!("{value:?}") };
+    let item = |item: &Value| as_float(item).map_or_else(|| written(item, below), repr);
+    match value.kind() {
+        ValueKind::Seq => {
+            let items: Vec<String> = items.map(|value| item(&value)).collect();
+            let is_tuple = value.to_string().starts_with('(');
+            let (open, close) = if is_tuple { ('(', ')') } else { ('[', ']') };
+            format!("{open}{}{close}", items.join(", "))
+        }
+        ValueKind::Map => {
+            let pair = |key: Value| format!("{}: {}", item(&key), item(&value.get_item(&key).unwrap_or_default()));
+            format!("{{{}}}", items.map(pair).collect::<Vec<_>>().join(", "))
+        }
+        _ => format!("{value:?}"),
     }
 }
 

@@ -9,7 +9,7 @@ use minijinja::value::{Rest, Value};
 use minijinja::{Environment, Error, ErrorKind};
 
 use super::filters::escaped;
-use super::number::{as_float, display};
+use super::number::{as_float, display, with_floats};
 
 const MOD: &str = "__tether_mod";
 const CONCAT: &str = "__tether_concat";
@@ -85,10 +85,9 @@ fn modulo(left: &Value, right: &Value) -> Result<Value, Error> {
     }
 }
 
-/// A float in the form that `%s` gives it in Python, where minijinja would write another.
+/// Returns a float, or what holds some, in the form that `%s` gives it in Python, where minijinja would write another.
 fn as_whole(value: &Value) -> Option<Value> {
-    let number = as_float(value)?;
-    let python = super::number::repr(number);
+    let python = with_floats(value)?;
     (python != value.to_string()).then(|| Value::from(python))
 }
 
