@@ -55,7 +55,8 @@ const MISSES_MAX: u32 = 2;
 pub struct Patience {
     /// To describe themselves.
     pub describe: Duration,
-    /// To begin an answer, which may take the load of the model and the evaluation of a long prompt.
+    /// To begin an answer, in silence: the load of the model and the evaluation of a long prompt may take it. A server that
+    /// tells how far it is with a prompt is not silent.
     pub begin: Duration,
     /// From one piece of an answer to the next.
     pub idle: Duration,
@@ -67,7 +68,7 @@ impl Default for Patience {
     fn default() -> Self {
         Self {
             describe: Duration::from_secs(5),
-            begin: Duration::from_mins(5),
+            begin: Duration::from_mins(2),
             idle: Duration::from_mins(1),
             probe_every: Duration::from_secs(5),
         }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
+use engine::remote::{Patience, RemoteRuntime};
 use observability::metrics::Metrics;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{Empty, NodeInfo, NodeRole, PRESENCE_DESCRIBE};
@@ -123,7 +124,9 @@ impl BaseWorker {
         let topic = Topic::Control(config.region.clone());
         let (directory, directory_task) = Directory::new(parts.transport.clone(), client.clone(), topic);
         let offers = Offers::new(client.clone(), directory.clone());
-        let runtime = Arc::new(Runtimes { engines: parts.runtime.clone(), servers: Arc::default() });
+        let patience = Patience { begin: config.server_stall(), ..Patience::default() };
+        let runtime =
+            Arc::new(Runtimes { engines: parts.runtime.clone(), servers: Arc::new(RemoteRuntime::new(patience)) });
         let loader = Arc::new(ModelLoader::new(
             ModelCache::new(&config.models, preload),
             LoaderOptions { slots, queue_max, preload, memory_max, seed },

@@ -32,6 +32,10 @@ pub struct Config {
     pub memory_max_mib: u64,
     /// Seconds that jobs have to end when the worker stops.
     pub drain_secs: u64,
+    /// Seconds that a server which answers for a model may be silent before the first token of an answer. It fails the job
+    /// then, which goes to another worker where there is one. A server says nothing while a request waits its turn there or
+    /// its prompt is read, so busy servers with long prompts need more.
+    pub server_stall_secs: u64,
     /// Network hops to the region's centre; fewer is nearer.
     pub latency_hops: u32,
 }
@@ -167,6 +171,9 @@ pub enum ConfigError {
     /// A tenant could never run anything.
     #[error("tenant_jobs_max must be at least 1, or missing for no limit")]
     NoTenantJobs,
+    /// Every server would count as hung.
+    #[error("server_stall_secs must be at least 1")]
+    NoServerStall,
     /// Nothing, or two things, would answer for a model.
     #[error("{0} needs either a file (or the digest of one in the store) or a remote server")]
     Source(ModelKey),
@@ -203,6 +210,7 @@ impl Default for Config {
             preload: true,
             memory_max_mib: 0,
             drain_secs: 30,
+            server_stall_secs: 120,
             latency_hops: 0,
         }
     }
@@ -213,6 +221,9 @@ impl Config {
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.slots == 0 {
             return Err(ConfigError::NoSlots);
+        }
+        if self.server_stall_secs == 0 {
+            return Err(ConfigError::NoServerStall);
         }
         if self.tenant_jobs_max == Some(0) {
             return Err(ConfigError::NoTenantJobs);
@@ -235,6 +246,11 @@ impl Config {
             return Err(ConfigError::TooManyAdapters);
         }
         self.models.iter().try_for_each(ServedModel::check)
+    }
+
+    /// Returns how long servers may be silent before an answer begins.
+    pub fn server_stall(&self) -> Duration {
+        Duration::from_secs(self.server_stall_secs)
     }
 
     /// Returns how long jobs have to end when the worker stops.

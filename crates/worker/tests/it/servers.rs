@@ -9,7 +9,7 @@ use protocol::infer::{FinishReason, InferRequest, Input};
 use protocol::model::{ModelOffer, OfferedSource};
 use protocol::usage::TokenUsage;
 use protocol::{Digest, ErrorCode, WireError};
-use rpc::Membership;
+use rpc::{CallError, Membership};
 use tether_worker::{Config, NotReady, RemoteServer, ServedModel};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -31,8 +31,9 @@ async fn server(tasks: &TaskTracker) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("an address");
     tasks.spawn(async move {
+        let connections = TaskTracker::new();
         while let Ok((stream, _)) = listener.accept().await {
-            answer(stream).await;
+            connections.spawn(answer(stream));
         }
     });
     format!("http://{address}/v1")
@@ -50,6 +51,8 @@ async fn answer(mut stream: TcpStream) {
     }
     let (status, body) = match request.split(' ').nth(1) {
         Some("/v1/models") => (200, MODELS),
+        // It accepts, and then hangs.
+        Some("/v1/completions") if request.contains("hang") => return std::future::pending().await,
         Some("/v1/completions") => (200, ANSWER),
         _ => (404, "{}"),
     };
@@ -59,10 +62,14 @@ async fn answer(mut stream: TcpStream) {
 }
 
 async fn scene(outcome: Result<Empty, WireError>) -> (Scene, Arc<Mutex<Vec<ModelOffer>>>) {
+    scene_with(outcome, config()).await
+}
+
+async fn scene_with(outcome: Result<Empty, WireError>, config: Config) -> (Scene, Arc<Mutex<Vec<ModelOffer>>>) {
     let tasks = TaskTracker::new();
     let remote = RemoteServer { base_url: server(&tasks).await, model: "Org/M".into(), api_key_file: None };
     let served = ServedModel { digest: None, remote: Some(remote), ..model() };
-    let config = Config { models: vec![served], ..config() };
+    let config = Config { models: vec![served], ..config };
     let mut offers = None;
     let prepare = |world: &World| offers = Some(registry(world, outcome));
     let scene =
@@ -98,6 +105,23 @@ async fn a_servers_model_is_offered_reported_unattested_and_answers() {
     let last = &chunks.last().expect("chunks").payload;
     let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 0, reasoning_tokens: 0 };
     assert_eq!((last.finish_reason, last.usage), (Some(FinishReason::Length), Some(usage)));
+}
+
+#[tokio::test]
+async fn a_server_that_hangs_before_its_first_token_fails_the_job_long_before_its_deadline() {
+    let (scene, _) = scene_with(Ok(Empty {}), Config { server_stall_secs: 1, ..config() }).await;
+    scene.handle.ready().await.expect("it is attached and listed");
+    let ask = |prompt: &str| InferRequest {
+        input: Input { prompt: Some(prompt.into()), ..Input::default() },
+        deadline_ms: Some(600_000),
+        ..request()
+    };
+    let (chunks, error) = read(scene.open(&ask("hang")).await.expect("accepted")).await;
+    assert!(chunks.iter().all(|chunk| chunk.progress.is_some()), "{chunks:?}");
+    assert!(matches!(error, Some(CallError::Remote(error)) if error.code == ErrorCode::WorkerFailed));
+    // The request may be at fault, so the server stays in use.
+    let (chunks, error) = read(scene.open(&ask("say it")).await.expect("accepted")).await;
+    assert_eq!((error, text(&chunks).as_str()), (None, "once more"));
 }
 
 #[tokio::test]
