@@ -360,7 +360,10 @@ impl Loaded {
     ) -> Result<(Arc<Self>, impl FnOnce(OwnedSemaphorePermit) -> Prepared), EngineError> {
         self.blocking(move |loaded| {
             let context_length = loaded.shape.context_length;
-            let prompt = loaded.prompts.prompt(&loaded.model, &request.input, context_length)?;
+            let prompt = match &request.suffix {
+                Some(suffix) => loaded.prompts.fill_in(&loaded.model, &request.input, suffix, context_length)?,
+                None => loaded.prompts.prompt(&loaded.model, &request.input, context_length)?,
+            };
             if prompt.tokens.is_empty() {
                 return Err(unsupported("prompt", "there is nothing to continue"));
             }

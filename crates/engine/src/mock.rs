@@ -268,8 +268,9 @@ impl ModelRuntime for MockRuntime {
         {
             return Err(unsupported("adapter", "it is not loaded"));
         }
-        if request.echo {
-            return Err(unsupported("echo", "the mock repeats nothing"));
+        if request.echo || request.suffix.is_some() {
+            let parameter = if request.echo { "echo" } else { "suffix" };
+            return Err(unsupported(parameter, "the mock goes on with its prompt and no more"));
         }
         let script = Script::of(&request, self.options.tokens)?;
         let admitted = Arc::clone(&model.admission).try_acquire_owned().map_err(|_| EngineError::Busy)?;

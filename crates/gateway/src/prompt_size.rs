@@ -41,7 +41,7 @@ fn tokens_min(input: &Input) -> (usize, &'static str) {
     } else if let Some(prompts) = &input.prompts {
         (prompts.iter().map(of_embed).max().unwrap_or_default(), "prompt")
     } else {
-        let of_prompt = input.prompt.as_deref().map_or(0, of_text);
+        let of_prompt = input.prompt.as_deref().map_or(0, of_text) + input.suffix.as_deref().map_or(0, of_text);
         (of_prompt.max(input.prompt_tokens.as_ref().map_or(0, Vec::len)), "prompt")
     }
 }

@@ -82,11 +82,37 @@ impl Prompts {
                 self.rendered_tokens(vocabulary, &rendered, &hidden.marks)
             }
         };
-        if tokens.len() >= context_length as usize {
-            let prompt_tokens = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
-            return Err(EngineError::ContextLength { prompt_tokens, context_length });
-        }
+        fits(tokens.len(), context_length)?;
         Ok(Prompt { tokens, rendered })
+    }
+
+    /// Returns the tokens of a prompt whose answer stands before a suffix, fewer than `context_length`. What the two texts
+    /// say is never read as control tokens: they are somebody's file.
+    pub(super) fn fill_in(
+        &self,
+        model: &Model,
+        input: &PromptInput,
+        suffix: &str,
+        context_length: u32,
+    ) -> Result<Prompt, EngineError> {
+        let vocabulary = model.vocabulary();
+        let [before, after, between] =
+            vocabulary.fill_in().ok_or_else(|| unsupported("suffix", "this model does not fill in texts"))?;
+        let mut tokens: Vec<Token> = vocabulary.begin().into_iter().chain([before]).collect();
+        match input {
+            PromptInput::Tokens(given_tokens) => tokens.extend(given(vocabulary, given_tokens)?),
+            PromptInput::Text(text) => {
+                self.check_length(text, context_length)?;
+                vocabulary.tokenize(text.as_bytes(), false, false, &mut tokens);
+            }
+            PromptInput::Chat(_) => return Err(unsupported("suffix", "it is for texts")),
+        }
+        tokens.push(after);
+        self.check_length(suffix, context_length)?;
+        vocabulary.tokenize(suffix.as_bytes(), false, false, &mut tokens);
+        tokens.push(between);
+        fits(tokens.len(), context_length)?;
+        Ok(Prompt { tokens, rendered: String::new() })
     }
 
     /// Returns how an answer to a conversation is to be formed, and what takes it apart.
@@ -206,6 +232,15 @@ impl Prompts {
         }
         tokens
     }
+}
+
+/// Refuses a prompt that leaves no room for an answer.
+fn fits(tokens: usize, context_length: u32) -> Result<(), EngineError> {
+    if tokens < context_length as usize {
+        return Ok(());
+    }
+    let prompt_tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+    Err(EngineError::ContextLength { prompt_tokens, context_length })
 }
 
 fn tokenize(vocabulary: Vocabulary<'_>, text: &str, whole: bool, control: bool, tokens: &mut Vec<Token>) {

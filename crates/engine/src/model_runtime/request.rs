@@ -269,6 +269,9 @@ pub struct GenerateRequest {
     /// Tells the log-probability of each token, and of so many of the likeliest in its place.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<u32>,
+    /// The text that follows the answer: the model fills in what stands between the prompt and it. For texts and tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suffix: Option<String>,
     /// Puts the text of the prompt before the answer, and its log-probabilities where they are asked for before those of
     /// the answer; that of the first token is told as 0. Conversations have no such text.
     #[serde(default)]
@@ -302,6 +305,7 @@ impl GenerateRequest {
             max_tokens: None,
             ignore_eos: false,
             logprobs: None,
+            suffix: None,
             echo: false,
             format: OutputFormat::Text,
             prediction: None,

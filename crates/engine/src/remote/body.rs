@@ -57,6 +57,9 @@ pub(super) fn generation(
     if request.echo {
         return Err(unsupported("echo", "the server that runs this model is not asked to repeat its prompt"));
     }
+    if request.suffix.is_some() {
+        return Err(unsupported("suffix", "the server that runs this model is not asked to fill in texts"));
+    }
     // What ends with its form ends there.
     if request.ignore_eos && !has_form(request) {
         match dialect {

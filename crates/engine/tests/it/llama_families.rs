@@ -4,13 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use tether_engine::{
-    Event, GenerateRequest, GenerateStream, LlamaRuntime, LoadOptions, ModelId, ModelRuntime, PromptInput, Sampling,
-    TokenLogprob, no_progress,
+    EngineError, Event, GenerateRequest, GenerateStream, LlamaRuntime, LoadOptions, ModelId, ModelRuntime, PromptInput,
+    Sampling, TokenLogprob, no_progress,
 };
 
 use crate::chance::Chance;
-use crate::random_model::{BEGIN, CHUNK, Family, VOCABULARY, WINDOW, Weights, random_model};
-use crate::{options, within};
+use crate::random_model::{BEGIN, CHUNK, FILL_IN, Family, VOCABULARY, WINDOW, Weights, random_model};
+use crate::{ask, options, run, tiny, within};
 
 /// How far probabilities may differ, as logarithms: sums are made in another order.
 const TOLERANCE: f32 = 0.02;
@@ -242,4 +242,38 @@ async fn a_plain_prompt_that_writes_its_first_token_itself_gets_no_second_one() 
     assert_eq!(count("The capital").await, 12);
     assert_eq!(count(&format!("{BEGIN}The capital")).await, 12);
     assert_eq!(count(&format!("{BEGIN}{BEGIN}The capital")).await, 13);
+}
+
+#[tokio::test]
+async fn a_text_is_filled_in_with_the_tokens_that_its_model_knows() {
+    let runtime = LlamaRuntime::new();
+    let artifact = random_model(Family::Full, Weights::F16, 7);
+    let model = within(runtime.load(artifact, options(), no_progress())).await.expect("it loads").id;
+    let fill = |input, suffix: Option<&str>| GenerateRequest {
+        suffix: suffix.map(str::to_owned),
+        max_tokens: Some(8),
+        ignore_eos: true,
+        ..GenerateRequest { input, ..ask(model, "") }
+    };
+    let bytes = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
+    let [before, after, between] = FILL_IN;
+    let begin = VOCABULARY as u32 - 2;
+    // What looks like a control token in somebody's file is text.
+    let (prefix, suffix) = ("f(<|end|>", ") = 1");
+    let by_hand = [&[begin, before][..], &bytes(prefix), &[after], &bytes(suffix), &[between]].concat();
+    let expected = run(&runtime, fill(PromptInput::Tokens(by_hand), None)).await;
+    for input in [PromptInput::Text(prefix.into()), PromptInput::Tokens(bytes(prefix))] {
+        let filled = run(&runtime, fill(input, Some(suffix))).await;
+        assert_eq!(
+            (filled.tokens.clone(), filled.usage().prompt_tokens),
+            (expected.tokens.clone(), expected.usage().prompt_tokens)
+        );
+    }
+    let tiny = within(runtime.load(tiny(), options(), no_progress())).await.expect("it loads").id;
+    let request = GenerateRequest {
+        suffix: Some("x".into()),
+        ..GenerateRequest { input: PromptInput::Text("a".into()), ..ask(tiny, "") }
+    };
+    let refused = within(runtime.generate(request)).await.expect_err("it knows no such tokens");
+    assert!(matches!(&refused, EngineError::Unsupported { parameter, .. } if parameter == "suffix"), "{refused}");
 }

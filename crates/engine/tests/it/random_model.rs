@@ -18,6 +18,8 @@ const LAYERS: usize = 4;
 pub(crate) const VOCABULARY: usize = 272;
 /// The text of the token that every text begins with.
 pub(crate) const BEGIN: &str = "<|begin|>";
+/// The tokens before a beginning, before an end and before what is to be filled in between.
+pub(crate) const FILL_IN: [u32; 3] = [260, 261, 262];
 /// Positions that a sliding window sees.
 pub(crate) const WINDOW: usize = 32;
 /// Positions of a chunk, which llama.cpp fixes for this architecture.
@@ -189,6 +191,9 @@ impl Writer {
         self.texts("tokenizer.ggml.tokens", &tokens);
         self.numbers("tokenizer.ggml.token_type", &kinds);
         self.texts("tokenizer.ggml.merges", &["a b".into()]);
+        for (name, token) in ["fim_pre", "fim_suf", "fim_mid"].into_iter().zip(FILL_IN) {
+            self.number(&format!("tokenizer.ggml.{name}_token_id"), token as usize);
+        }
         self.number("tokenizer.ggml.bos_token_id", VOCABULARY - 2);
         self.number("tokenizer.ggml.eos_token_id", VOCABULARY - 1);
         self.pair("tokenizer.ggml.add_bos_token", 7, &[1]);

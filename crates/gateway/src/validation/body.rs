@@ -59,9 +59,9 @@ pub(super) struct Body {
     add_generation_prompt: Option<bool>,
     deterministic: Option<bool>,
     echo: Option<bool>,
+    suffix: Option<String>,
     // Means something, and is not done here unless it says to change nothing.
     best_of: Option<Count>,
-    suffix: Option<String>,
     min_tokens: Option<Count>,
     functions: Option<Value>,
     function_call: Option<Value>,
@@ -169,6 +169,7 @@ impl Body {
             (Some(Logprobs::Count(_)), _) => return Err(invalid("logprobs", "must be true or false")),
         };
         refuse_unless(!self.echo.unwrap_or(false), "echo")?;
+        refuse_unless(self.suffix.as_ref().is_none_or(String::is_empty), "suffix")?;
         let tools = tools(self.tools.take().unwrap_or_default())?;
         let tool_choice = tool_choice(self.tool_choice.as_ref())?;
         // A weak model that must call repeats its call without an end, so several are for those who ask for them.
@@ -210,7 +211,8 @@ impl Body {
         refuse_unless(self.top_logprobs.is_none_or(|top| top.0 == 0), "top_logprobs")?;
         refuse_unless(!self.continue_final_message.unwrap_or(false), "continue_final_message")?;
         let max_tokens = self.limit()?.unwrap_or(Limit::Tokens(COMPLETION_TOKENS)).tokens();
-        Ok(Input { max_tokens, logprobs, echo: self.echo.unwrap_or(false), ..prompt })
+        let suffix = self.suffix.take().filter(|suffix| !suffix.is_empty());
+        Ok(Input { max_tokens, logprobs, echo: self.echo.unwrap_or(false), suffix, ..prompt })
     }
 
     /// Returns the most tokens of the answer, where the request says.
@@ -259,7 +261,6 @@ impl Body {
 
     fn check_supported(&self) -> Result<(), WireError> {
         refuse_unless(self.best_of.is_none_or(|best| best == self.n.unwrap_or(Count(1))), "best_of")?;
-        refuse_unless(self.suffix.as_ref().is_none_or(String::is_empty), "suffix")?;
         refuse_unless(self.min_tokens.is_none_or(|count| count.0 == 0), "min_tokens")?;
         let no_call = |choice: &Value| choice == "none" || choice == "auto";
         refuse_unless(self.function_call.as_ref().is_none_or(no_call), "function_call")?;

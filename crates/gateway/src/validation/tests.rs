@@ -494,6 +494,10 @@ fn a_prompt_may_be_text_or_tokens_and_stand_alone_or_in_an_array() {
     assert_eq!((echo.echo, echo.max_tokens), (true, Some(0)));
     refused(completion(json!({"prompt": "a", "max_tokens": 0})), ErrorCode::InvalidValue, "max_tokens");
     refused(chat(json!({"echo": true})), ErrorCode::UnsupportedParameter, "echo");
+    for (suffix, expected) in [(json!("}"), Some("}")), (json!(""), None), (json!(null), None)] {
+        let input = completion(json!({"prompt": "{", "suffix": suffix})).expect("well formed").job.input;
+        assert_eq!(input.suffix.as_deref(), expected);
+    }
     for prompt in [json!([]), json!(null), json!({"a": 1}), json!(["a", 1]), json!([[]])] {
         refused(completion(json!({"prompt": prompt})), ErrorCode::InvalidValue, "prompt");
     }

@@ -25,6 +25,9 @@ pub struct Input {
     /// most 128 in all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompts: Option<Vec<EmbedInput>>,
+    /// The text that follows the answer, where the model is to fill in what stands between it and the prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suffix: Option<String>,
     /// Texts to make vectors of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embed: Option<Vec<EmbedInput>>,

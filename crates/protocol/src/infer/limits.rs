@@ -56,6 +56,12 @@ impl Input {
                 return invalid("countOnly", "is for one prompt at a time");
             }
         }
+        if self.suffix.is_some() && (messages.is_some() || embed.is_some()) {
+            return invalid("suffix", "is for texts to go on with");
+        }
+        if self.suffix.is_some() && self.echo {
+            return invalid("suffix", "does not go with echo, as the prompt is no longer the text before the answer");
+        }
         if self.embed.as_ref().is_some_and(|texts| texts.is_empty() || texts.len() > EMBED_MAX) {
             return invalid("embed", "must have 1 to 2048 texts");
         }
@@ -199,6 +205,8 @@ mod tests {
             (Input { min_p: Some(-0.1), ..prompt() }, "min_p"),
             (Input { max_tokens: Some(0), ..prompt() }, "max_tokens"),
             (Input { echo: true, ..chat() }, "echo"),
+            (Input { suffix: Some("x".into()), ..chat() }, "suffix"),
+            (Input { suffix: Some("x".into()), echo: true, ..prompt() }, "suffix"),
             (Input { stop: vec![String::new()], ..prompt() }, "stop"),
             (Input { stop: vec!["x".into(); 17], ..prompt() }, "stop"),
             (Input { messages: Some(vec![]), ..Input::default() }, "messages"),

@@ -35,6 +35,7 @@ pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> Genera
         max_tokens: input.max_tokens,
         ignore_eos: input.ignore_eos,
         logprobs: input.logprobs,
+        suffix: input.suffix.clone(),
         echo: input.echo,
         format: match &input.format {
             infer::OutputFormat::Text => OutputFormat::Text,

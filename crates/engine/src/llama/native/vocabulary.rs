@@ -78,6 +78,26 @@ impl Vocabulary<'_> {
         Some(unsafe { sys::llama_vocab_eos(self.pointer) }).filter(|token| *token >= 0)
     }
 
+    /// Returns the token that begins a text, where the tokenizer puts one before every text.
+    pub(crate) fn begin(self) -> Option<Token> {
+        // SAFETY: it reads a field.
+        Some(unsafe { sys::llama_vocab_bos(self.pointer) }).filter(|token| *token >= 0 && self.adds_begin())
+    }
+
+    /// Returns the tokens before a beginning, before an end and before what is to be filled in between them, where the
+    /// model knows such.
+    pub(crate) fn fill_in(self) -> Option<[Token; 3]> {
+        // SAFETY: they read fields.
+        let tokens = unsafe {
+            [
+                sys::llama_vocab_fim_pre(self.pointer),
+                sys::llama_vocab_fim_suf(self.pointer),
+                sys::llama_vocab_fim_mid(self.pointer),
+            ]
+        };
+        tokens.iter().all(|token| self.tokens().contains(token)).then_some(tokens)
+    }
+
     /// Returns whether the tokenizer puts a token before every text.
     pub(crate) fn adds_begin(self) -> bool {
         // SAFETY: it reads a field.

@@ -78,6 +78,8 @@ pub(crate) struct CompletionRequest {
     model: String,
     /// The text or its tokens, alone or in an array; several are answered each by itself, at most 128 in all.
     prompt: TextsOrTokens,
+    /// The text that follows the answer: the model fills in what stands between. Not every model can.
+    suffix: Option<String>,
     /// Puts the prompt before the answer, and its log-probabilities before those of the answer.
     #[schema(default = false)]
     echo: Option<bool>,
