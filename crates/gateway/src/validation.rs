@@ -127,6 +127,10 @@ fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     }
     decode_within(bytes, usize::MAX).map_err(|error| match error {
         DecodeError::Malformed { path, reason } => {
+            if let Some(field) = reason.strip_prefix("duplicate field `").and_then(|rest| rest.strip_suffix('`')) {
+                let path = if path == "." { field.to_owned() } else { format!("{path}.{field}") };
+                return invalid(&path, "is given more than once");
+            }
             let reason = plain_types(&reason);
             // The whole has no path.
             let told = if path == "." { reason } else { format!("{path}: {reason}") };
@@ -152,7 +156,8 @@ fn plain_types(reason: &str) -> String {
         ("map", "an object"),
         ("unit", "null"),
     ];
-    let Some((found, expected)) = reason.rsplit_once("expected ") else { return reason.to_owned() };
+    let reason = &reason.replace("unknown variant", "unknown value");
+    let Some((found, expected)) = reason.rsplit_once("expected ") else { return reason.clone() };
     let found = found.replace("invalid type: map", "invalid type: object");
     let found = found.replace("invalid type: sequence", "invalid type: array").replace("floating point", "number");
     let plain = TYPES.iter().find(|(rust, _)| *rust == expected).map(|(_, plain)| *plain);

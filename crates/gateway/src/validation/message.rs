@@ -132,7 +132,12 @@ fn no_text(kind: &str, path: String) -> WireError {
         "input_audio" | "audio" | "audio_url" => "audio is",
         "video" | "video_url" => "video is",
         "file" | "input_file" => "files are",
-        _ => return unsupported(path + ".type"),
+        "refusal" => "refusals of others than assistants are",
+        kind => {
+            let kind: String = kind.chars().take(40).collect();
+            let message = format!("{path} is of the type {kind:?}, and only parts of the type \"text\" are taken");
+            return WireError::new(ErrorCode::UnsupportedParameter, message).with_param(path + ".type");
+        }
     };
     let message = format!("{what} not supported here: {path} must be a text");
     WireError::new(ErrorCode::UnsupportedParameter, message).with_param(path)

@@ -290,6 +290,11 @@ fn errors_speak_of_json_and_not_of_rust() {
         (json!({"max_tokens": "x"}), "max_tokens: invalid type: string \"x\", expected a whole number"),
         (json!({"messages": ["x"]}), "messages[0]: invalid type: string \"x\", expected an object"),
         (json!({"messages": {}}), "messages: invalid type: object, expected an array"),
+        (
+            json!({"messages": [{"role": "boss"}]}),
+            "messages[0].role: unknown value `boss`, expected one of `system`, `developer`, `user`, `assistant`, `tool`, \
+             `function`",
+        ),
         (json!({"temperature": true}), "temperature: invalid type: boolean `true`, expected a number"),
         (json!({"stream_options": 3}), "stream_options: invalid type: integer `3`, expected an object"),
         (
@@ -300,7 +305,9 @@ fn errors_speak_of_json_and_not_of_rust() {
         assert_eq!(chat(change).expect_err(expected).message, expected);
     }
     let doubled = parse_chat(br#"{"model":"m","model":"n","messages":[]}"#).expect_err("a field comes twice");
-    assert_eq!(doubled.message, "duplicate field `model`");
+    assert_eq!((doubled.message.as_str(), doubled.param.as_deref()), ("model is given more than once", Some("model")));
+    let nested = parse_chat(br#"{"model":"m","messages":[{"role":"user","role":"user","content":"a"}]}"#);
+    assert_eq!(nested.expect_err("a field comes twice").param.as_deref(), Some("messages[0].role"));
 }
 
 #[test]

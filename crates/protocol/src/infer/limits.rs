@@ -87,6 +87,9 @@ impl Input {
         if !self.tools.iter().all(|tool| is_function_name(&tool.name)) {
             return invalid("tools", "must have names of 1 to 64 letters, digits, _ and -");
         }
+        if !self.tools.iter().filter_map(|tool| tool.parameters.as_ref()).all(may_be_object) {
+            return invalid("tools", "must have parameters of the type \"object\", as arguments have names");
+        }
         let schemas = self.tools.iter().filter_map(|tool| tool.parameters.as_ref());
         let descriptions = self.tools.iter().filter_map(|tool| tool.description.as_ref()).map(String::len).sum();
         if !fit(schemas, descriptions) {
@@ -182,6 +185,15 @@ fn room_beside(value: &Value, room: usize, levels: usize) -> Option<usize> {
     }
 }
 
+/// Returns whether a schema that says a type allows an object.
+fn may_be_object(schema: &Value) -> bool {
+    match schema.get("type") {
+        Some(Value::String(kind)) => kind == "object",
+        Some(Value::Array(kinds)) => kinds.iter().any(|kind| kind == "object"),
+        _ => true,
+    }
+}
+
 /// Says whether OpenAI's clients may call a function so.
 fn is_function_name(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
@@ -223,6 +235,8 @@ mod tests {
             (Input { continue_last: true, ..chat() }, "continue_final_message"),
             (Input { tools: vec![tool("f", Value::Null)], ..prompt() }, "tools"),
             (Input { tools: vec![tool("no name", Value::Null)], ..chat() }, "tools"),
+            (Input { tools: vec![tool("f", json!({"type": "string"}))], ..chat() }, "tools"),
+            (Input { tools: vec![tool("f", json!({"type": ["array", "null"]}))], ..chat() }, "tools"),
             (Input { tool_choice: ToolChoice::Required, ..chat() }, "tool_choice"),
             (Input { tool_choice: ToolChoice::Function("f".into()), ..chat() }, "tool_choice"),
             (Input { embed: Some(vec![]), ..Input::default() }, "embed"),
