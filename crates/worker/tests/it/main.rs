@@ -11,6 +11,7 @@ mod reports;
 mod servers;
 mod several;
 mod stopping;
+mod walled;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -173,6 +174,18 @@ impl Scene {
         wrap: impl FnOnce(Arc<MockRuntime>) -> Arc<dyn ModelRuntime>,
         admit: impl FnOnce(&World) -> Membership,
     ) -> Self {
+        Self::build_behind(config, mock, prepare, wrap, admit, |transport| transport).await
+    }
+
+    /// Sets the scene with something between the worker and the network.
+    async fn build_behind(
+        config: Config,
+        mock: MockOptions,
+        prepare: impl FnOnce(&World),
+        wrap: impl FnOnce(Arc<MockRuntime>) -> Arc<dyn ModelRuntime>,
+        admit: impl FnOnce(&World) -> Membership,
+        wall: impl FnOnce(Arc<dyn Transport>) -> Arc<dyn Transport>,
+    ) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let artifacts = ArtifactStore::in_folder(folder.path()).expect("a store");
         artifacts.put(MODEL_BYTES, 1024).expect("put");
@@ -188,7 +201,7 @@ impl Scene {
         let runtime = Arc::new(MockRuntime::new(mock));
         let metrics = Metrics::new();
         let node_key = NodeKey::from_seed(&[1; 32]);
-        let transport = world.network.node(&node_key);
+        let transport = wall(world.network.node(&node_key));
         let parts = WorkerParts {
             transport: transport.clone(),
             key: node_key,
