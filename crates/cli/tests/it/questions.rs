@@ -68,7 +68,7 @@ fn answer(mut stream: TcpStream, refusals: &mut VecDeque<&str>, heard: &Mutex<Ve
     }
     let (status, body) = match request.split(' ').nth(1) {
         Some("/healthz") => (200, r#"{"status":"ok"}"#),
-        Some("/v1/models") => (200, r#"{"data":[{"id":"m"}]}"#),
+        Some("/admin/v1/models" | "/v1/models") => (200, r#"{"data":[{"id":"m"}]}"#),
         _ => {
             let body = body_of(&request).and_then(|body| serde_json::from_str(&body).ok()).unwrap_or_default();
             heard.lock().expect("no thread panics").push(body);
