@@ -27,7 +27,8 @@ use tracing::{debug, info};
 
 use crate::announcer::{Announcer, topics};
 use crate::capabilities::Capabilities;
-use crate::config::{Config, ServedModel};
+use crate::catalog_watch::CatalogWatch;
+use crate::config::Config;
 use crate::engine_meter::EngineMeter;
 use crate::execution_engine::{Begun, Broken, ExecutionEngine, empty_chunk, finish, pulse, send_progress};
 use crate::health_reporter::{Condition, HealthReporter, Identity, ReportWriter};
@@ -201,9 +202,6 @@ impl BaseWorker {
             key,
             region: config.region.clone(),
             capabilities,
-            supported: config.models.iter().map(ServedModel::key).collect(),
-            adapters: config.models.iter().flat_map(ServedModel::adapter_keys).collect(),
-            pinned: config.models.iter().filter_map(ServedModel::pinned_key).collect(),
             latency_hops: config.latency_hops,
             limits: guard.limits(),
             epoch,
@@ -214,6 +212,7 @@ impl BaseWorker {
 
         let info = NodeInfo { roles: vec![NodeRole::Worker], region: config.region.clone(), version };
         let (taking, asked, known, written) = (desk.clone(), desk.clone(), membership.clone(), reports.clone());
+        let own = membership.clone();
         let described_to = hearing.clone();
         let server = Server::new(transport.clone(), info)
             .stream(START, move |call| taking.clone().take(call))
@@ -234,6 +233,10 @@ impl BaseWorker {
 
         let keepers_stop = life.child_token();
         tasks.spawn(loader.clone().run(keepers_stop.clone()));
+        if config.catalog {
+            let watch = CatalogWatch::new(client.clone(), directory.clone(), own, loader.clone());
+            tasks.spawn(watch.run(keepers_stop.clone()));
+        }
         let meter_stop = life.child_token();
         tasks.spawn(meter(desk.clone(), EngineMeter::new(metrics), meter_stop.clone()));
 
@@ -298,7 +301,7 @@ impl WorkerHandle {
     pub async fn ready(&self) -> Result<(), NotReady> {
         let all = async {
             let mut outcome = Ok(());
-            for entry in self.loader.cache().entries() {
+            for entry in self.loader.cache().entries().iter() {
                 if self.loader.preloads(entry) {
                     outcome = outcome.and(settled(entry).await);
                 }
@@ -435,7 +438,7 @@ impl Desk {
     /// Checks a job and gives it a place; says why not, before any work is done.
     fn admit(&self, request: InferRequest, call_deadline: Option<Instant>) -> Result<Job, WireError> {
         let key = ModelKey { model_id: request.model_id.clone(), version: request.version };
-        let entry = self.loader.cache().find(&key).cloned().ok_or_else(|| {
+        let entry = self.loader.cache().find(&key).ok_or_else(|| {
             WireError::new(ErrorCode::ModelNotHere, format!("this worker does not serve {key}, try another"))
         })?;
         let adapter = request.input.adapter.as_ref();

@@ -18,6 +18,9 @@ pub struct Config {
     pub region: Region,
     /// The models it serves.
     pub models: Vec<ServedModel>,
+    /// Serves every model of the registry's list as well whose file is in this node's store, such as those that
+    /// `tether model add` brought; each is loaded when somebody asks for it.
+    pub catalog: bool,
     /// Jobs that run side by side at most; each model is loaded with as many sequences.
     pub slots: u32,
     /// Jobs that may wait; one more is refused.
@@ -101,6 +104,9 @@ pub struct ServedModel {
     /// Adapters attached at once, at most; the one unused for longest makes room.
     #[serde(default = "adapters_max")]
     pub adapters_max: u32,
+    /// The registry listed it, so that it need not be offered. The program sets it.
+    #[serde(skip)]
+    pub is_listed: bool,
 }
 
 /// Whose kernels compute a model on a CPU.
@@ -204,6 +210,7 @@ impl Default for Config {
         Self {
             region: "local".parse().expect("a region's slug"),
             models: Vec::new(),
+            catalog: true,
             slots: 4,
             queue_max: 64,
             tenant_jobs_max: None,
@@ -296,6 +303,7 @@ impl ServedModel {
             adapters: Vec::new(),
             pinned_adapter: None,
             adapters_max: adapters_max(),
+            is_listed: false,
         }
     }
 

@@ -9,7 +9,7 @@ use engine::LoadSnapshot;
 use futures_util::future::join_all;
 use protocol::control::{Empty, NodeRole, PRESENCE_REPORT};
 use protocol::health::{self, Capacity, EXPIRY, HEARTBEAT, HealthReport};
-use protocol::model::{AdapterKey, ModelKey};
+use protocol::model::ModelKey;
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, PublicKey, Region, codec};
 use rpc::{CallError, Client, Directory};
@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use crate::capabilities::Capabilities;
+use crate::config::ServedModel;
 use crate::hearing::Hearing;
 use crate::model_loader::cache::ModelCache;
 use crate::quota_guard::Limits;
@@ -39,9 +40,6 @@ pub(crate) struct Identity {
     pub(crate) key: NodeKey,
     pub(crate) region: Region,
     pub(crate) capabilities: Capabilities,
-    pub(crate) supported: Vec<ModelKey>,
-    pub(crate) adapters: Vec<AdapterKey>,
-    pub(crate) pinned: Vec<AdapterKey>,
     pub(crate) latency_hops: u32,
     pub(crate) limits: Limits,
     /// Grows at each start of the worker.
@@ -239,6 +237,8 @@ fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u6
     let Limits { slots, queue_max, .. } = identity.limits;
     let (worker_id, issued_at) = (identity.key.public_key(), clock.now());
     let running = condition.jobs.min(slots);
+    let entries = cache.entries();
+    let models = || entries.iter().map(|entry| &entry.model);
     HealthReport {
         v: 1,
         worker_id,
@@ -249,9 +249,9 @@ fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u6
         accelerators: identity.capabilities.accelerators.clone(),
         // Counted here and not by the engines: a job that waits for its model is here as well.
         capacity: Capacity { slots, running, waiting: condition.jobs - running, queue_max },
-        supported: identity.supported.clone(),
-        adapters: identity.adapters.clone(),
-        pinned: identity.pinned.clone(),
+        supported: models().map(ServedModel::key).collect(),
+        adapters: models().flat_map(ServedModel::adapter_keys).collect(),
+        pinned: models().filter_map(ServedModel::pinned_key).collect(),
         model_cache: cache.manifest(&condition.snapshots),
         latency_hops: identity.latency_hops,
         draining: condition.draining,

@@ -6,6 +6,7 @@
 mod announcer;
 mod base_worker;
 mod capabilities;
+mod catalog_watch;
 mod config;
 mod engine_meter;
 mod execution_engine;

@@ -34,7 +34,7 @@ use adapters::Lease;
 use cache::{Entry, Hold, Load, ModelCache, Status};
 use residency::{Order, Place, Seat};
 
-use crate::config::{self, RemoteServer, ServedAdapter};
+use crate::config::{self, RemoteServer, ServedAdapter, ServedModel};
 use crate::offers::OfferError;
 use crate::remote_models::{AttachError, RemoteModels};
 
@@ -68,6 +68,9 @@ pub(crate) struct ModelLoader {
     changes: watch::Sender<()>,
     /// Verification blocks; it is waited for here.
     blocking: TaskTracker,
+    /// One task for each model.
+    keepers: TaskTracker,
+    life: CancellationToken,
 }
 
 /// How models are loaded.
@@ -159,7 +162,8 @@ impl ModelLoader {
         metrics: Metrics,
         changes: watch::Sender<()>,
     ) -> Self {
-        Self { cache, options, runtime, remote, artifacts, metrics, changes, blocking: TaskTracker::new() }
+        let (blocking, keepers, life) = (TaskTracker::new(), TaskTracker::new(), CancellationToken::new());
+        Self { cache, options, runtime, remote, artifacts, metrics, changes, blocking, keepers, life }
     }
 
     pub(crate) fn cache(&self) -> &ModelCache {
@@ -168,27 +172,56 @@ impl ModelLoader {
 
     /// Says whether a model is loaded before anyone asks for it.
     pub(crate) fn preloads(&self, entry: &Entry) -> bool {
-        self.options.preload || entry.model.pin
+        entry.model.pin || self.options.preload && !entry.model.is_listed
     }
 
     /// Keeps every model until `stop`, then unloads them.
     pub(crate) async fn run(self: Arc<Self>, stop: CancellationToken) {
-        let keepers = TaskTracker::new();
-        for entry in self.cache.entries() {
-            let (loader, entry, stop) = (self.clone(), entry.clone(), stop.clone());
-            keepers.spawn(async move {
-                stop.run_until_cancelled(loader.keep(&entry)).await;
-                if let Some(loaded) = entry.loaded() {
-                    loader.set(&entry, Status::Absent);
-                    loader.unload(&entry, loaded.id).await;
-                }
-            });
+        for entry in self.cache.entries().iter() {
+            self.clone().spawn_keeper(entry.clone());
         }
         stop.run_until_cancelled(self.assign_memory()).await;
-        keepers.close();
-        keepers.wait().await;
+        self.life.cancel();
+        self.keepers.close();
+        self.keepers.wait().await;
         self.blocking.close();
         self.blocking.wait().await;
+    }
+
+    /// Serves a further model from now on. Its file must be listed by the registry.
+    pub(crate) fn take_up(self: &Arc<Self>, model: ServedModel) {
+        let entry = self.cache.add(model);
+        self.clone().spawn_keeper(entry);
+        self.changes.send_replace(());
+    }
+
+    /// Serves a model no more.
+    pub(crate) fn let_go(&self, key: &ModelKey) {
+        self.cache.remove(key);
+        self.changes.send_replace(());
+    }
+
+    /// Returns whether an artifact is here; its bytes are verified when it is loaded.
+    pub(crate) fn has_artifact(&self, digest: &Digest) -> bool {
+        self.artifacts.contains(digest)
+    }
+
+    fn spawn_keeper(self: Arc<Self>, entry: Arc<Entry>) {
+        self.keepers.clone().spawn(async move {
+            let ended = async {
+                entry.retired.cancelled().await;
+                entry.is_free().await;
+            };
+            tokio::select! {
+                () = self.life.cancelled() => {}
+                () = ended => {}
+                () = self.keep(&entry) => {}
+            }
+            if let Some(loaded) = entry.loaded() {
+                self.set(&entry, Status::Absent);
+                self.unload(&entry, loaded.id).await;
+            }
+        });
     }
 
     /// Decides again and again which models lie in memory.
@@ -243,8 +276,11 @@ impl ModelLoader {
             if let Some(hold) = entry.hold().filter(|hold| is_wanted(&hold.loaded)) {
                 return Ok(hold);
             }
-            if status.changed().await.is_err() {
-                return Err(LoadFailed { reason: "the worker is stopping".into() });
+            tokio::select! {
+                _ = status.changed() => {}
+                () = entry.retired.cancelled() => {
+                    return Err(LoadFailed { reason: "the model is served no more".into() });
+                }
             }
         }
     }
@@ -318,7 +354,7 @@ impl ModelLoader {
         // What was said of the failures in a row, so that each is said once.
         let mut complaint = None;
         let mut is_wanted = self.preloads(entry);
-        let mut is_offered = false;
+        let mut is_offered = entry.model.is_listed;
         // How long the last load took.
         let mut took = None;
         loop {

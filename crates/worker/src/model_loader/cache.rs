@@ -1,7 +1,7 @@
 //! The models of a worker and how far each is.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use engine::{LoadSnapshot, LoadedModel, ModelId};
@@ -10,6 +10,7 @@ use protocol::model::ModelKey;
 use protocol::{AdapterName, PrefixDigest};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::adapters::Adapters;
 use super::residency::{Order, Place, Seat};
@@ -83,6 +84,8 @@ pub(crate) struct Entry {
     stays_out: AtomicBool,
     /// Jobs that wait for it.
     waiters: AtomicU32,
+    /// It is served no more.
+    pub(crate) retired: CancellationToken,
     /// The engine that was last found dead.
     dead: watch::Sender<Option<(ModelId, Arc<str>)>>,
     /// Failures since the last success of an engine that is still there.
@@ -95,10 +98,10 @@ pub(crate) struct Entry {
     warm: Mutex<WarmPrefixes>,
 }
 
-/// The models that the worker serves, in the order of its configuration.
+/// The models that the worker serves: those of its configuration in its order, and then those of the registry's list.
 #[derive(Debug)]
 pub(crate) struct ModelCache {
-    entries: Vec<Arc<Entry>>,
+    entries: RwLock<Arc<[Arc<Entry>]>>,
     /// Told of each change that may let a model into memory or out of it.
     pub(crate) stirred: Arc<Notify>,
 }
@@ -119,6 +122,9 @@ impl Drop for Hold {
         drop(seat);
         if is_last {
             self.entry.stirred.notify_one();
+            if self.entry.retired.is_cancelled() {
+                self.entry.status.send_modify(|_| {});
+            }
         }
     }
 }
@@ -146,26 +152,47 @@ impl ModelCache {
             let status = if preload || model.pin { Status::Loading(Load::begin(None)) } else { Status::Absent };
             Arc::new(Entry::new(model.clone(), status, stirred.clone()))
         };
-        Self { entries: models.iter().map(entry).collect(), stirred: stirred.clone() }
+        Self { entries: RwLock::new(models.iter().map(entry).collect()), stirred: stirred.clone() }
     }
 
-    pub(crate) fn entries(&self) -> &[Arc<Entry>] {
-        &self.entries
+    /// Adds a model that is loaded when somebody asks for it, and returns its entry.
+    pub(crate) fn add(&self, model: ServedModel) -> Arc<Entry> {
+        let added = Arc::new(Entry::new(model, Status::Absent, self.stirred.clone()));
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        *entries = entries.iter().chain([&added]).cloned().collect();
+        added
     }
 
-    pub(crate) fn find(&self, key: &ModelKey) -> Option<&Arc<Entry>> {
-        self.entries.iter().find(|entry| entry.key == *key)
+    /// Takes a model off the list: no more jobs of it are taken, and it is unloaded once those that run have ended.
+    pub(crate) fn remove(&self, key: &ModelKey) {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let (gone, kept): (Vec<_>, Vec<_>) = entries.iter().cloned().partition(|entry| entry.key == *key);
+        *entries = kept.into();
+        drop(entries);
+        for entry in gone {
+            entry.retired.cancel();
+        }
+    }
+
+    pub(crate) fn entries(&self) -> Arc<[Arc<Entry>]> {
+        self.entries.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn find(&self, key: &ModelKey) -> Option<Arc<Entry>> {
+        self.entries().iter().find(|entry| entry.key == *key).cloned()
     }
 
     /// Returns the models that answer.
     pub(crate) fn ready(&self) -> Vec<(ModelKey, LoadedModel)> {
-        let ready = self.entries.iter().filter_map(|entry| Some((entry.key.clone(), entry.loaded()?)));
+        let entries = self.entries();
+        let ready = entries.iter().filter_map(|entry| Some((entry.key.clone(), entry.loaded()?)));
         ready.collect()
     }
 
     /// Returns what health reports say of the models in memory, or on their way there.
     pub(crate) fn manifest(&self, snapshots: &[LoadSnapshot]) -> Vec<CachedModel> {
-        let cached = self.entries.iter().filter_map(|entry| {
+        let entries = self.entries();
+        let cached = entries.iter().filter_map(|entry| {
             let (mut loading, mut reason) = (None, None);
             let (state, id) = match &*entry.status.borrow() {
                 Status::Absent => return None,
@@ -222,6 +249,7 @@ impl Entry {
             stirred,
             stays_out: AtomicBool::new(false),
             waiters: AtomicU32::new(0),
+            retired: CancellationToken::new(),
             dead: watch::Sender::new(None),
             strikes: AtomicU32::new(0),
             adapters,
@@ -289,7 +317,7 @@ impl Entry {
     /// Returns a hold on the model where it answers and lets jobs in.
     pub(crate) fn hold(self: &Arc<Self>) -> Option<Hold> {
         let mut seat = self.seat();
-        let loaded = self.loaded().filter(|_| !seat.is_closed)?;
+        let loaded = self.loaded().filter(|_| !seat.is_closed && !self.retired.is_cancelled())?;
         seat.jobs += 1;
         drop(seat);
         Some(Hold { entry: self.clone(), loaded })
@@ -315,6 +343,14 @@ impl Entry {
     pub(crate) async fn wanted(&self) {
         while !self.is_waited_for() {
             self.wanted.notified().await;
+        }
+    }
+
+    /// Waits until no job runs on it.
+    pub(crate) async fn is_free(&self) {
+        let mut status = self.status.subscribe();
+        while self.seat().jobs > 0 {
+            let _ = status.changed().await;
         }
     }
 

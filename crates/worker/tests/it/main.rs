@@ -2,6 +2,7 @@
 
 mod adapters;
 mod admission;
+mod catalog;
 mod jobs;
 mod memory;
 mod models;

@@ -1,0 +1,111 @@
+//! Models that the registry lists, and that nobody named in the worker's settings.
+
+use std::sync::{Arc, Mutex};
+
+use engine::{MockOptions, MockRuntime, ModelRuntime as _};
+use protocol::control::{CATALOG_LIST, Catalog, Empty, NodeInfo, NodeRole};
+use protocol::infer::InferRequest;
+use protocol::model::{ModelEntry, ModelKey};
+use protocol::signature::NodeKey;
+use protocol::{Digest, ErrorCode, Topic, UnixMillis};
+use rpc::{CallError, Membership, Server};
+use tether_worker::Config;
+use tokio::time;
+
+use crate::{SECOND, Scene, World, config, key, next, read, region, request, slow, text};
+
+const OTHER_BYTES: &[u8] = b"what the mock takes for another model";
+
+type Listed = Arc<Mutex<Vec<ModelEntry>>>;
+
+fn entry(name: &str, bytes: &[u8]) -> ModelEntry {
+    let (model_id, version) = (name.parse().expect("a name"), "1.0".parse().expect("a version"));
+    ModelEntry {
+        key: ModelKey { model_id, version },
+        digest: Digest::of(bytes),
+        bytes: bytes.len() as u64,
+        context_length: 1,
+        description: String::new(),
+        created_at: UnixMillis(0),
+    }
+}
+
+/// Lets a registry show a list that a test may change.
+fn registry(world: &World, listed: Listed) {
+    let transport = world.network.node(&NodeKey::from_seed(&[9; 32]));
+    let announced = transport.clone();
+    let info = NodeInfo { roles: vec![NodeRole::Registry], region: region(), version: "0".into() };
+    let server = Server::new(transport, info).unary(CATALOG_LIST, move |_, _: Empty| {
+        let models = listed.lock().expect("no test panics in here").clone();
+        async move { Ok(Catalog { models, ..Catalog::default() }) }
+    });
+    world.tasks.spawn(server.run(world.end.clone(), SECOND));
+    world.tasks.spawn(async move { announced.announce(&Topic::Control(region())).await.map(drop) });
+}
+
+async fn scene(config: Config, mock: MockOptions) -> (Scene, Listed) {
+    let listed: Listed = Arc::default();
+    let prepare = |world: &World| {
+        let store = artifact_store::ArtifactStore::in_folder(world.folder.path()).expect("the store");
+        store.put(OTHER_BYTES, 1024).expect("put");
+        registry(world, listed.clone());
+    };
+    let scene = Scene::build(config, mock, prepare, |runtime| runtime, |_| Membership::unchecked()).await;
+    scene.handle.ready().await.expect("it loads");
+    (scene, listed)
+}
+
+fn set(listed: &Listed, models: &[ModelEntry]) {
+    *listed.lock().expect("no test panics in here") = models.to_vec();
+}
+
+fn job(name: &str) -> InferRequest {
+    InferRequest { model_id: name.parse().expect("a name"), ..request() }
+}
+
+fn supported(scene: &Scene) -> Vec<String> {
+    scene.orchestrator.last().supported.iter().map(|key| key.model_id.to_string()).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_is_listed_is_served_where_its_file_is_and_loaded_when_it_is_asked_for() {
+    let (scene, listed) = scene(config(), MockOptions::default()).await;
+    set(&listed, &[entry("other", OTHER_BYTES), entry("elsewhere", b"no bytes of this worker")]);
+    time::sleep(SECOND * 5).await;
+    assert_eq!(supported(&scene), ["tether-tiny", "other"]);
+    assert_eq!(scene.runtime.load_state().len(), 1, "nobody has asked for it");
+    let (chunks, error) = read(scene.open(&job("other")).await.expect("accepted")).await;
+    assert_eq!((error, text(&chunks)), (None, MockRuntime::text(16)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_is_listed_no_more_is_unloaded_once_its_jobs_have_ended() {
+    let (scene, listed) = scene(config(), slow()).await;
+    set(&listed, &[entry("other", OTHER_BYTES)]);
+    time::sleep(SECOND * 5).await;
+    let mut stream = scene.open(&job("other")).await.expect("accepted");
+    next(&mut stream).await.expect("it runs").expect("and well");
+    set(&listed, &[]);
+    time::sleep(SECOND * 5).await;
+    assert_eq!(supported(&scene), ["tether-tiny"]);
+    assert_eq!(scene.refusal(&job("other")).await.code, ErrorCode::ModelNotHere);
+    let (_, error) = read(stream).await;
+    assert_eq!(error, None::<CallError>, "a running answer is not cut");
+    time::sleep(SECOND).await;
+    assert_eq!(scene.handle.ready_models(), [key()]);
+    assert_eq!(scene.runtime.load_state().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_settings_say_of_a_model_wins_and_a_worker_may_keep_to_them() {
+    let (scene, listed) = scene(config(), MockOptions::default()).await;
+    set(&listed, &[entry("tether-tiny", OTHER_BYTES)]);
+    time::sleep(SECOND * 5).await;
+    set(&listed, &[]);
+    time::sleep(SECOND * 5).await;
+    assert_eq!(supported(&scene), ["tether-tiny"], "it came from the settings and stays");
+    let (scene, listed) = self::scene(Config { catalog: false, ..config() }, MockOptions::default()).await;
+    set(&listed, &[entry("other", OTHER_BYTES)]);
+    time::sleep(SECOND * 5).await;
+    assert_eq!(supported(&scene), ["tether-tiny"]);
+}
