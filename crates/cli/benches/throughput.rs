@@ -74,6 +74,7 @@ async fn throughput(model: PathBuf) {
         ..ServedModel::new(key.clone(), stored.digest)
     };
     let entry = ModelEntry {
+        facts: None,
         key,
         digest: stored.digest,
         bytes: stored.bytes,

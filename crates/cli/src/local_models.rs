@@ -249,7 +249,7 @@ mod tests {
     fn listed(version: &str, bytes: &[u8]) -> ModelEntry {
         let key = ModelKey { model_id: "mine".parse().expect("name"), version: version.parse().expect("version") };
         let (context_length, description, created_at) = (1, String::new(), UnixMillis(0));
-        ModelEntry { key, digest: Digest::of(bytes), bytes: 1, context_length, description, created_at }
+        ModelEntry { key, digest: Digest::of(bytes), bytes: 1, context_length, description, created_at, facts: None }
     }
 
     #[test]

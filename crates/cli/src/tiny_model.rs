@@ -48,6 +48,7 @@ pub fn embedded_in(artifacts: ArtifactStore) -> ArtifactStore {
 /// Returns what the registry lists.
 pub fn entry(created_at: UnixMillis) -> ModelEntry {
     ModelEntry {
+        facts: None,
         key: key(),
         digest: digest(),
         bytes: BYTES.len() as u64,

@@ -82,6 +82,11 @@ impl AnswerFormat {
         self.calls.is_some()
     }
 
+    /// Returns whether thoughts of this model are understood.
+    pub fn thinks(&self) -> bool {
+        self.thought.is_some() || self.calls == Some(CallSyntax::Harmony)
+    }
+
     /// Returns the texts that must reach the parser, and grammars, as text though they may be control tokens.
     pub fn preserved_tokens(&self) -> Vec<&'static str> {
         let thought = self.thought.into_iter().flat_map(|(open, close)| [open, close]);

@@ -39,7 +39,7 @@ pub(crate) const TOOL_USE: &str = "tokenizer.chat_template.tool_use";
 const NAME: &str = "chat_template";
 
 /// By these a model without a template is known to speak ChatML.
-const CHATML_TOKENS: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
+pub(crate) const CHATML_TOKENS: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
 // The format most instruction models speak; llama.cpp falls back to it as well.
 const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
                       {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";

@@ -302,4 +302,4 @@ impl TextTable {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

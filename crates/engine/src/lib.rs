@@ -20,6 +20,7 @@ pub mod llama;
 pub mod memory_plan;
 pub mod merge;
 pub mod mock;
+pub mod model_facts;
 pub mod model_runtime;
 pub mod process;
 #[cfg(feature = "remote")]
@@ -30,6 +31,7 @@ pub mod text_assembler;
 #[cfg(feature = "llama")]
 pub use llama::LlamaRuntime;
 pub use mock::{MockOptions, MockRuntime};
+pub use model_facts::ModelFacts;
 pub use model_runtime::*;
 pub use process::{ChildCommand, ProcessRuntime};
 #[cfg(feature = "remote")]

@@ -38,6 +38,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::gguf::{self, Header};
 use crate::hardware::{self, Device};
 use crate::memory_plan::{self, Shape};
+use crate::model_facts;
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, FinishReason, GenerateRequest,
     GenerateStream, Kernels, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, OutputFormat,
@@ -52,10 +53,6 @@ use outbox::Outbox;
 use prompts::Prompts;
 use pulse::{Beats, Pulse};
 use sequence::Job;
-
-/// Architectures that make vectors and do not continue a text.
-const NOT_GENERATIVE: [&str; 9] =
-    ["bert", "clip", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert", "t5encoder"];
 
 /// Runs GGUF models in this process.
 #[derive(Debug)]
@@ -253,7 +250,7 @@ impl Loaded {
     ) -> Result<Self, EngineError> {
         let header = gguf::read_model(&artifact).await?;
         let shape = memory_plan::shape(&header, options)?;
-        let generates = !NOT_GENERATIVE.contains(&header.architecture().unwrap_or_default());
+        let generates = model_facts::generates(&header);
         let prompts = Prompts::new(&header);
         let admission_max = shape.slots as usize + options.queue_max as usize;
         let (work, incoming) = mpsc::channel(admission_max);

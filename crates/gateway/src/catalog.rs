@@ -88,6 +88,7 @@ mod tests {
     fn entry(name: &str, version: &str) -> ModelEntry {
         let key = ModelKey { model_id: name.parse().expect("name"), version: version.parse().expect("version") };
         ModelEntry {
+            facts: None,
             digest: Digest::of(key.to_string().as_bytes()),
             key,
             bytes: 1,

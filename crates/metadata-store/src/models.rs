@@ -10,13 +10,14 @@ use crate::row::{self, integer};
 
 /// Registers a model version; its digest never changes.
 pub(crate) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Result<Result<(), PutModelError>> {
-    let ModelEntry { key, digest, bytes, context_length, description, created_at } = entry;
+    let ModelEntry { key, digest, bytes, context_length, description, created_at, facts } = entry;
     let written = connection
         .prepare_cached(
             "INSERT INTO models (model_id, version_major, version_minor, digest, bytes, context_length, description,
-                                 created_at)
-             VALUES (:model_id, :major, :minor, :digest, :bytes, :context_length, :description, :created_at)
-             ON CONFLICT DO UPDATE SET context_length = excluded.context_length, description = excluded.description
+                                 created_at, facts)
+             VALUES (:model_id, :major, :minor, :digest, :bytes, :context_length, :description, :created_at, :facts)
+             ON CONFLICT DO UPDATE SET context_length = excluded.context_length, description = excluded.description,
+                                       facts = coalesce(excluded.facts, facts)
              WHERE digest = excluded.digest",
         )?
         .execute(named_params! {
@@ -28,6 +29,7 @@ pub(crate) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Resu
             ":context_length": context_length,
             ":description": description,
             ":created_at": integer(created_at.0),
+            ":facts": facts.as_ref().map(row::text_of_json),
         })?;
     if written == 1 {
         return Ok(Ok(()));
@@ -66,5 +68,6 @@ fn record(row: &Row<'_>) -> rusqlite::Result<ModelEntry> {
         context_length: row.get("context_length")?,
         description: row.get("description")?,
         created_at: row::time(row, "created_at")?,
+        facts: row::json_or_null(row, "facts")?,
     })
 }

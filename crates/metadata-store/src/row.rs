@@ -7,8 +7,8 @@ use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, UnixMillis};
 use rusqlite::Row;
 use rusqlite::types::Type;
-use serde::Deserialize;
 use serde::de::{DeserializeOwned, IntoDeserializer as _};
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::metadata_store::JobKey;
@@ -41,6 +41,17 @@ pub(crate) fn word<T: for<'de> Deserialize<'de>>(row: &Row<'_>, column: &str) ->
 /// Reads a JSON document.
 pub(crate) fn json<T: DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<T> {
     serde_json::from_str(row.get_ref(column)?.as_str()?).map_err(|error| malformed(column, error))
+}
+
+/// Reads a JSON document that may be missing.
+pub(crate) fn json_or_null<T: DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<T>> {
+    let Some(text) = row.get_ref(column)?.as_str_or_null()? else { return Ok(None) };
+    serde_json::from_str(text).map(Some).map_err(|error| malformed(column, error))
+}
+
+/// Returns a value as a JSON document.
+pub(crate) fn text_of_json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("a plain value is JSON")
 }
 
 /// Reads an unsigned number of 64 bits.

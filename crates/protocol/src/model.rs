@@ -83,6 +83,79 @@ pub struct ModelEntry {
     pub description: String,
     /// When it was registered.
     pub created_at: UnixMillis,
+    /// What its file says of it, where somebody has told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub facts: Option<ModelFacts>,
+}
+
+/// What a model's file says of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ModelFacts {
+    /// What its makers call it; empty where the file does not say.
+    pub name: String,
+    /// Its architecture, such as `llama`.
+    pub architecture: String,
+    /// How many weights it has.
+    pub parameters: u64,
+    /// How they are kept, such as `Q4_K_M`.
+    pub quantisation: String,
+    /// Tokens of context that it was trained with.
+    pub trained_context: u32,
+    /// What it can do.
+    pub capabilities: Vec<Capability>,
+    /// Whether it has a chat template of its own.
+    pub chat_template: bool,
+    /// Memory that it takes with the default settings, in bytes; 0 where that is not known.
+    pub memory_bytes: u64,
+}
+
+/// The longest name, architecture or quantisation that is kept of a model, in characters.
+const FACT_CHARS_MAX: usize = 128;
+
+impl ModelFacts {
+    /// Returns them cut to sizes that can be kept and shown: they come from files of strangers.
+    #[must_use]
+    pub fn bounded(mut self) -> Self {
+        for text in [&mut self.name, &mut self.architecture, &mut self.quantisation] {
+            *text = text.chars().filter(|letter| !letter.is_control()).take(FACT_CHARS_MAX).collect();
+        }
+        self.capabilities.sort();
+        self.capabilities.dedup();
+        self
+    }
+}
+
+/// What a model can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Capability {
+    /// Continues texts.
+    Completion,
+    /// Takes conversations.
+    Chat,
+    /// Calls tools.
+    Tools,
+    /// Thinks before it answers.
+    Reasoning,
+    /// Was made for vectors of texts.
+    Embeddings,
+    /// Something that this version does not know.
+    #[serde(other)]
+    Unknown,
+}
+
+impl fmt::Display for Capability {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Completion => "completion",
+            Self::Chat => "chat",
+            Self::Tools => "tools",
+            Self::Reasoning => "reasoning",
+            Self::Embeddings => "embeddings",
+            Self::Unknown => "unknown",
+        })
+    }
 }
 
 /// A model that a worker serves, on its way to the registry.
@@ -97,6 +170,9 @@ pub struct ModelOffer {
     pub source: OfferedSource,
     /// Tokens of context.
     pub context_length: u32,
+    /// What its file says of it, where the worker has read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub facts: Option<ModelFacts>,
 }
 
 /// What answers for an offered model.
@@ -176,10 +252,18 @@ mod tests {
     fn an_offer_says_what_answers_for_the_model() {
         let key = ModelKey { model_id: "m".parse().expect("a name"), version: "1.0".parse().expect("a version") };
         let digest = Digest::of(b"model");
-        let file =
-            ModelOffer { key: key.clone(), source: OfferedSource::Artifact { digest, bytes: 5 }, context_length: 512 };
-        let server =
-            ModelOffer { key, source: OfferedSource::Server { served_as: "org/m".into() }, context_length: 512 };
+        let file = ModelOffer {
+            key: key.clone(),
+            source: OfferedSource::Artifact { digest, bytes: 5 },
+            context_length: 512,
+            facts: None,
+        };
+        let server = ModelOffer {
+            key,
+            source: OfferedSource::Server { served_as: "org/m".into() },
+            context_length: 512,
+            facts: None,
+        };
         let head = r#"{"modelId":"m","version":"1.0""#;
         for (offer, source) in
             [(file, format!(r#""digest":"{digest}","bytes":5"#)), (server, r#""servedAs":"org/m""#.to_owned())]
@@ -188,6 +272,16 @@ mod tests {
             assert_eq!(serde_json::to_string(&offer).expect("it is written"), text);
             assert_eq!(serde_json::from_str::<ModelOffer>(&text).expect("it reads"), offer);
         }
+    }
+
+    #[test]
+    fn facts_of_another_version_are_read_and_those_of_strangers_are_cut() {
+        let text = r#"{"quantisation":"Q4_K_M","capabilities":["chat","sings","chat"],"later":1}"#;
+        let facts: ModelFacts = serde_json::from_str(text).expect("it reads");
+        assert_eq!(facts.capabilities, [Capability::Chat, Capability::Unknown, Capability::Chat]);
+        let long = ModelFacts { name: format!("\u{1b}[2Jname{}", "x".repeat(1_000)), ..facts }.bounded();
+        assert!(long.name.starts_with("[2Jname") && long.name.len() == 128, "{}", long.name);
+        assert_eq!(long.capabilities, [Capability::Chat, Capability::Unknown]);
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use metadata_store::{MetadataStore, PutModelError, StoreError};
 use protocol::UnixMillis;
 use protocol::control::Catalog;
-use protocol::model::{ModelEntry, ModelKey, ModelOffer, OfferedSource, SERVED_AS_BYTES_MAX, remote_digest};
+use protocol::model::{
+    ModelEntry, ModelFacts, ModelKey, ModelOffer, OfferedSource, SERVED_AS_BYTES_MAX, remote_digest,
+};
 
 /// Once this many models are listed, no more offers are taken: any worker may make some.
 pub const OFFERED_MAX: usize = 1_000;
@@ -28,6 +30,15 @@ pub enum OfferError {
     Store(#[from] StoreError),
 }
 
+impl OfferError {
+    fn of(error: PutModelError) -> Self {
+        match error {
+            PutModelError::Conflict { key, .. } => Self::Taken(key),
+            PutModelError::Store(error) => Self::Store(error),
+        }
+    }
+}
+
 /// Returns every version of every model.
 pub async fn list(store: &dyn MetadataStore) -> Result<Catalog, StoreError> {
     Ok(Catalog { models: store.models().await?, adapters: store.adapters().await? })
@@ -43,7 +54,8 @@ pub async fn register(store: &dyn MetadataStore, models: Vec<ModelEntry>) -> Res
 
 /// Lists a model that a worker serves, unless it is listed already.
 pub async fn offer(store: &dyn MetadataStore, offer: ModelOffer, now: UnixMillis) -> Result<(), OfferError> {
-    let ModelOffer { key, source, context_length } = offer;
+    let ModelOffer { key, source, context_length, facts } = offer;
+    let facts = facts.map(ModelFacts::bounded);
     let (digest, bytes, description) = match source {
         OfferedSource::Artifact { bytes: 0, .. } => return Err(OfferError::Empty),
         OfferedSource::Artifact { digest, bytes } => (digest, bytes, "A file that a worker brought.".to_owned()),
@@ -56,14 +68,19 @@ pub async fn offer(store: &dyn MetadataStore, offer: ModelOffer, now: UnixMillis
     };
     let models = store.models().await?;
     if let Some(listed) = models.iter().find(|listed| listed.key == key) {
-        return if listed.digest == digest { Ok(()) } else { Err(OfferError::Taken(key)) };
+        if listed.digest != digest {
+            return Err(OfferError::Taken(key));
+        }
+        if listed.facts.is_some() || facts.is_none() {
+            return Ok(());
+        }
+        // An earlier version listed it, which told nothing of it.
+        let known = ModelEntry { facts, ..listed.clone() };
+        return store.put_model(known).await.map_err(OfferError::of);
     }
     if models.len() >= OFFERED_MAX {
         return Err(OfferError::TooMany);
     }
-    let entry = ModelEntry { key, digest, bytes, context_length, description, created_at: now };
-    store.put_model(entry).await.map_err(|error| match error {
-        PutModelError::Conflict { key, .. } => OfferError::Taken(key),
-        PutModelError::Store(error) => OfferError::Store(error),
-    })
+    let entry = ModelEntry { key, digest, bytes, context_length, description, created_at: now, facts };
+    store.put_model(entry).await.map_err(OfferError::of)
 }

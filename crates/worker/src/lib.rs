@@ -12,6 +12,7 @@ mod engine_meter;
 mod execution_engine;
 mod health_reporter;
 mod hearing;
+pub mod model_facts;
 mod model_loader;
 mod offers;
 mod own_server;

@@ -23,7 +23,7 @@ use engine::{
 };
 use observability::metrics::{Metrics, ModelLabel};
 use protocol::Digest;
-use protocol::model::{ModelKey, ModelOffer, OfferedSource};
+use protocol::model::{ModelFacts, ModelKey, ModelOffer, OfferedSource};
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -35,6 +35,7 @@ use cache::{Entry, Hold, Load, ModelCache, Status};
 use residency::{Order, Place, Seat};
 
 use crate::config::{self, RemoteServer, ServedAdapter, ServedModel};
+use crate::model_facts;
 use crate::offers::OfferError;
 use crate::remote_models::{AttachError, RemoteModels};
 
@@ -542,7 +543,7 @@ impl ModelLoader {
             0 => trained.min(CONTEXT_DEFAULT),
             set => set,
         };
-        Ok(Some(offer_of(entry, bytes, context_length)))
+        Ok(Some(offer_of(entry, bytes, context_length, Some(model_facts::of(&header)))))
     }
 
     /// Brings together what a load needs, and plans its memory.
@@ -579,10 +580,10 @@ impl ModelLoader {
         entry: &Arc<Entry>,
         prepared: Prepared,
     ) -> Result<(LoadedModel, Option<ModelOffer>), LoadError> {
-        let (loaded, bytes) = self.load_unlisted(entry, prepared).await?;
+        let (loaded, file) = self.load_unlisted(entry, prepared).await?;
         // A server's model was offered when it was attached.
-        let Some(bytes) = bytes else { return Ok((loaded, None)) };
-        let offer = offer_of(entry, bytes, loaded.context_length);
+        let Some((bytes, facts)) = file else { return Ok((loaded, None)) };
+        let offer = offer_of(entry, bytes, loaded.context_length, facts);
         match self.remote.offers.make(&offer, REGISTRY_WITHIN).await {
             Ok(()) => Ok((loaded, None)),
             Err(OfferError::NoRegistry) => Ok((loaded, Some(offer))),
@@ -593,27 +594,35 @@ impl ModelLoader {
         }
     }
 
-    /// Loads a model. Returns the length of its artifact beside it, where it has one.
+    /// Loads a model. Returns the length of its artifact and what that says of it, where it has one.
     async fn load_unlisted(
         &self,
         entry: &Arc<Entry>,
         prepared: Prepared,
-    ) -> Result<(LoadedModel, Option<u64>), LoadError> {
+    ) -> Result<(LoadedModel, Option<(u64, Option<ModelFacts>)>), LoadError> {
         let Prepared { source, options, .. } = prepared;
         let artifact = match source {
             Source::Artifact(artifact) => artifact,
             Source::Server(server) => return Ok((self.remote.attach(&entry.key, &server, &options).await?, None)),
         };
         let bytes = artifact.bytes;
+        let facts = self.facts_of(&artifact).await;
         if !entry.model.server_command.is_empty() {
             let loaded = self.remote.start(&entry.model.server_command, artifact.file, &options).await?;
-            return Ok((loaded, Some(bytes)));
+            return Ok((loaded, Some((bytes, facts))));
         }
         let artifact = match entry.model.pinned() {
             Some(adapter) => self.merged(entry, artifact, adapter).await?,
             None => artifact,
         };
-        Ok((self.runtime.load(artifact, options, self.progress_of(entry)).await?, Some(bytes)))
+        Ok((self.runtime.load(artifact, options, self.progress_of(entry)).await?, Some((bytes, facts))))
+    }
+
+    /// Reads what a file says of its model. Whether it can be loaded is for the engine to say.
+    async fn facts_of(&self, artifact: &VerifiedArtifact) -> Option<ModelFacts> {
+        let file = artifact.file.try_clone().ok()?;
+        let header = self.blocking.spawn_blocking(move || Header::read(&file)).await;
+        Some(model_facts::of(&header.ok()?.ok()?))
     }
 
     /// Merges the pinned adapter of a model into it, where its weights can hold it.
@@ -699,9 +708,9 @@ fn is_listed(snapshots: &[LoadSnapshot], id: ModelId) -> bool {
 }
 
 /// Returns the offer of a model's artifact.
-fn offer_of(entry: &Entry, bytes: u64, context_length: u32) -> ModelOffer {
+fn offer_of(entry: &Entry, bytes: u64, context_length: u32, facts: Option<ModelFacts>) -> ModelOffer {
     let source = OfferedSource::Artifact { digest: entry.model.digest(), bytes };
-    ModelOffer { key: entry.key.clone(), source, context_length }
+    ModelOffer { key: entry.key.clone(), source, context_length, facts }
 }
 
 /// Returns the label under which a model is counted; versions are counted together.

@@ -75,7 +75,7 @@ impl RemoteModels {
         let address = ServerAddress::new(&server.base_url, api_key)?;
         let loaded = self.runtime.attach(address, &server.model, options).await?;
         let source = OfferedSource::Server { served_as: server.model.clone() };
-        let offer = ModelOffer { key: key.clone(), source, context_length: loaded.context_length };
+        let offer = ModelOffer { key: key.clone(), source, context_length: loaded.context_length, facts: None };
         if let Err(error) = self.offers.make(&offer, REGISTRY_WITHIN).await {
             // It was attached just now, and nobody knows of it.
             let _ = self.runtime.unload(loaded.id).await;

@@ -1,11 +1,11 @@
 use super::*;
 use proptest::prelude::*;
 
-pub(super) fn tiny_header() -> Header {
+pub(crate) fn tiny_header() -> Header {
     Header::parse(&tiny()).expect("it is valid")
 }
 
-pub(super) fn tiny() -> Vec<u8> {
+pub(crate) fn tiny() -> Vec<u8> {
     std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny.gguf")).expect("the tiny model is there")
 }
 

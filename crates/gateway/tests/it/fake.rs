@@ -51,6 +51,7 @@ pub(crate) fn grant(tenant: &str, scopes: &[Scope], policy: TenantPolicy) -> Tok
 pub(crate) fn model(name: &str, version: &str) -> ModelEntry {
     let key = ModelKey { model_id: name.parse().expect("name"), version: version.parse().expect("version") };
     ModelEntry {
+        facts: None,
         digest: Digest::of(key.to_string().as_bytes()),
         key,
         bytes: 1,

@@ -45,6 +45,7 @@ macro_rules! conforms {
             catalogue: a_revoked_token_keeps_the_time_of_its_first_revocation,
             catalogue: a_tenants_latest_rules_hold,
             catalogue: a_model_version_never_changes_its_digest,
+            catalogue: what_is_known_of_a_model_stays_known,
             catalogue: models_are_listed_by_name_and_number,
             catalogue: a_removed_model_is_gone,
             catalogue: adapters_are_listed_by_model_and_name,

@@ -160,6 +160,7 @@ async fn a_wrong_a_revoked_and_an_expired_token_are_refused_alike() {
 async fn a_model_version_never_changes_its_artifact() {
     let desk = desk().await;
     let entry = |digest| ModelEntry {
+        facts: None,
         key: ModelKey { model_id: "m".parse().expect("name"), version: "1.0".parse().expect("version") },
         digest: Digest([digest; 32]),
         bytes: 1,
@@ -180,6 +181,7 @@ async fn adapters_are_added_listed_and_forgotten_over_the_network() {
     let version = |text: &str| text.parse().expect("version");
     let name = || "m".parse().expect("name");
     let models = ["1.9", "1.10"].map(|text| ModelEntry {
+        facts: None,
         key: ModelKey { model_id: name(), version: version(text) },
         digest: Digest([1; 32]),
         bytes: 1,

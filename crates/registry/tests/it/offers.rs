@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use protocol::control::{Empty, MODEL_OFFER, NodeRole};
-use protocol::model::{ModelKey, ModelOffer, OfferedSource, SERVED_AS_BYTES_MAX};
+use protocol::model::{ModelFacts, ModelKey, ModelOffer, OfferedSource, SERVED_AS_BYTES_MAX};
 use protocol::signature::NodeKey;
 use protocol::{Digest, ErrorCode, UnixMillis};
 use rpc::{CallError, Client, Membership};
@@ -21,7 +21,7 @@ fn file(model_id: &str, bytes: &[u8]) -> ModelOffer {
 
 fn of(model_id: &str, source: OfferedSource) -> ModelOffer {
     let key = ModelKey { model_id: model_id.parse().expect("a name"), version: "1.0".parse().expect("a version") };
-    ModelOffer { key, source, context_length: 4_096 }
+    ModelOffer { key, source, context_length: 4_096, facts: None }
 }
 
 /// Makes a node a member that may serve some models; none for all.
@@ -67,6 +67,20 @@ async fn a_workers_file_is_listed_under_its_digest_and_never_becomes_another() {
     let models = catalog::list(&*desk.store).await.expect("read").models;
     let listed: Vec<_> = models.iter().map(|model| (model.digest, model.bytes, model.context_length)).collect();
     assert_eq!(listed, [(Digest::of(b"weights"), 7, 4_096)]);
+}
+
+#[tokio::test]
+async fn what_a_worker_tells_of_a_model_is_kept_and_cut() {
+    let desk = desk().await;
+    let worker = member(&desk, 20, NodeRole::Worker, &[]).await;
+    let facts = |quantisation: &str| ModelFacts { quantisation: quantisation.into(), ..ModelFacts::default() };
+    let told = |quantisation: &str| ModelOffer { facts: Some(facts(quantisation)), ..file("mine", b"weights") };
+    // A worker of an earlier version tells nothing, and the first who does is believed.
+    for offer in [file("mine", b"weights"), told(&"Q".repeat(1_000)), told("F16"), file("mine", b"weights")] {
+        assert_eq!(outcome(&desk, &worker, offer).await, None);
+    }
+    let models = catalog::list(&*desk.store).await.expect("read").models;
+    assert_eq!(models[0].facts, Some(facts(&"Q".repeat(128))));
 }
 
 #[tokio::test]

@@ -57,7 +57,7 @@ fn taken(offers: &Offers) -> Vec<ModelOffer> {
 
 fn offer(bytes: &[u8], context_length: u32) -> ModelOffer {
     let source = OfferedSource::Artifact { digest: Digest::of(bytes), bytes: bytes.len() as u64 };
-    ModelOffer { key: model().key(), source, context_length }
+    ModelOffer { key: model().key(), source, context_length, facts: None }
 }
 
 #[tokio::test(start_paused = true)]
@@ -116,6 +116,9 @@ async fn a_model_that_is_loaded_at_its_first_job_is_listed_before_that() {
     while taken(&offers).is_empty() {
         time::sleep(SECOND / 100).await;
     }
-    assert_eq!(taken(&offers), [offer(GGUF_BYTES, 512)]);
+    let told = taken(&offers);
+    let facts = told[0].facts.clone().expect("the header was read");
+    assert_eq!((facts.architecture.as_str(), facts.trained_context), ("llama", 512));
+    assert_eq!(told, [ModelOffer { facts: Some(facts), ..offer(GGUF_BYTES, 512) }]);
     assert!(scene.runtime.load_state().is_empty(), "nobody asked for it");
 }

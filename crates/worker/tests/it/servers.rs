@@ -96,7 +96,7 @@ async fn a_servers_model_is_offered_reported_unattested_and_answers() {
     let cached = report_with(&scene, ModelState::Ready).await.model_cache.remove(0);
     assert_eq!((cached.attested, cached.digest), (false, Digest::of(b"remote:Org/M")));
     let source = OfferedSource::Server { served_as: "Org/M".into() };
-    let offer = ModelOffer { key: model().key(), source, context_length: 2_048 };
+    let offer = ModelOffer { key: model().key(), source, context_length: 2_048, facts: None };
     assert_eq!(*offers.lock().expect("no test panics in here"), [offer]);
 
     let job = InferRequest { input: Input { prompt: Some("say it".into()), ..Input::default() }, ..request() };

@@ -1,7 +1,7 @@
 //! Tokens, policies, models and presence marks.
 
 use protocol::Digest;
-use protocol::model::{AdapterEntry, ModelEntry};
+use protocol::model::{AdapterEntry, ModelEntry, ModelFacts};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
 use tether_metadata_store::{PutAdapterError, PutModelError, PutTokenError, ReserveError, StoreError, TokenRecord};
@@ -61,6 +61,18 @@ pub(crate) async fn a_model_version_never_changes_its_digest(subject: Subject) {
     let described = ModelEntry { description: "better words".into(), ..model("tether-tiny", "1.0") };
     store.put_model(ModelEntry { created_at: LEASE, ..described.clone() }).await.expect("words may change");
     assert_eq!(store.models().await, Ok(vec![described]));
+}
+
+pub(crate) async fn what_is_known_of_a_model_stays_known(subject: Subject) {
+    let store = subject.store;
+    let facts = ModelFacts { quantisation: "Q4_K_M".into(), parameters: 7, ..ModelFacts::default() };
+    let known = ModelEntry { facts: Some(facts), ..model("tether-tiny", "1.0") };
+    store.put_model(model("tether-tiny", "1.0")).await.expect("is registered");
+    assert_eq!(store.models().await, Ok(vec![model("tether-tiny", "1.0")]));
+    for entry in [known.clone(), model("tether-tiny", "1.0")] {
+        store.put_model(entry).await.expect("is registered");
+        assert_eq!(store.models().await, Ok(vec![known.clone()]));
+    }
 }
 
 pub(crate) async fn models_are_listed_by_name_and_number(subject: Subject) {

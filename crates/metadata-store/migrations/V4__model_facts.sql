@@ -1,0 +1,3 @@
+-- What a model's file says of it, as JSON; null where nobody has told.
+
+ALTER TABLE models ADD COLUMN facts TEXT;

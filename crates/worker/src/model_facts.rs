@@ -1,0 +1,28 @@
+//! What a model's file says of it, in the words of the protocol.
+
+use engine::LoadOptions;
+use engine::gguf::Header;
+use protocol::model::{Capability, ModelFacts};
+
+/// Returns what a header says of its model, loaded with the default settings.
+pub fn of(header: &Header) -> ModelFacts {
+    let facts = engine::ModelFacts::of(header, &LoadOptions::default());
+    let capabilities = [
+        (facts.generates, Capability::Completion),
+        (facts.chats, Capability::Chat),
+        (facts.calls_tools, Capability::Tools),
+        (facts.reasons, Capability::Reasoning),
+        (facts.embeds, Capability::Embeddings),
+    ];
+    let told = ModelFacts {
+        name: facts.name.unwrap_or_default(),
+        architecture: facts.architecture,
+        parameters: facts.parameters,
+        quantisation: facts.quantisation,
+        trained_context: facts.trained_context,
+        capabilities: capabilities.into_iter().filter_map(|(can, what)| can.then_some(what)).collect(),
+        chat_template: facts.has_chat_template,
+        memory_bytes: facts.memory_bytes,
+    };
+    told.bounded()
+}
