@@ -2,19 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read, Seek as _};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use protocol::Digest;
-use sha2::{Digest as _, Sha256};
 use tracing::warn;
 
+use crate::copy::hash;
 use crate::embedded;
 use crate::local_folder::LocalFolder;
-
-/// Bytes read at a time.
-const BUFFER_BYTES: usize = 256 * 1024;
 
 /// Keeps artifacts by digest. Clones are the same store; processes may share a folder.
 #[derive(Debug, Clone)]
@@ -49,6 +46,19 @@ pub struct Stored {
     pub digest: Digest,
     /// How many there are.
     pub bytes: u64,
+}
+
+/// How the bytes of a file came into the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// They were there before.
+    Known,
+    /// The file has another name in the store, and takes no further room.
+    Linked,
+    /// The file system shares them with the file until one of the two is changed.
+    Cloned,
+    /// They were copied.
+    Copied,
 }
 
 /// Why an artifact could not be opened.
@@ -140,6 +150,50 @@ impl ArtifactStore {
         self.put(file, bytes)
     }
 
+    /// Stores the bytes of an open file: shared with it where the file system can, else copied. `progress` gets the number
+    /// of bytes at each step, and ends it with an error. Blocks.
+    pub fn put_open(
+        &self,
+        file: &File,
+        bytes_max: u64,
+        progress: impl FnMut(u64) -> io::Result<()>,
+    ) -> Result<(Stored, Way), PutError> {
+        self.inner.folder.put_open(file, bytes_max, progress)
+    }
+
+    /// Stores a file without a copy of it, by a second name; where the file system allows no such name, as [`Self::put_open`]
+    /// does. The file must not be written in place later: what is stored is found damaged then. Blocks.
+    pub fn put_link(
+        &self,
+        path: &Path,
+        bytes_max: u64,
+        progress: impl FnMut(u64) -> io::Result<()>,
+    ) -> Result<(Stored, Way), PutError> {
+        self.inner.folder.put_link(path, bytes_max, progress)
+    }
+
+    /// Moves a file of the same file system into the store, if its bytes are those of a digest. Otherwise it stays, and what
+    /// its bytes are is returned. Blocks.
+    pub fn put_moved(
+        &self,
+        path: &Path,
+        expected: Option<&Digest>,
+        progress: impl FnMut(u64) -> io::Result<()>,
+    ) -> Result<Stored, PutError> {
+        self.inner.folder.put_moved(path, expected, progress)
+    }
+
+    /// Removes an artifact from the folder; false where it is not there. Whoever has it open keeps it.
+    pub fn remove(&self, digest: &Digest) -> io::Result<bool> {
+        self.inner.folder.remove(digest)
+    }
+
+    /// Returns how many bytes this user may still write beside the artifacts, as far as the system tells.
+    #[cfg(unix)]
+    pub fn room_bytes(&self) -> io::Result<u64> {
+        self.inner.folder.room_bytes()
+    }
+
     /// Makes an empty file beside the artifacts, for what is made of them. It has no name and is gone once it is closed.
     /// Blocks.
     pub fn scratch(&self) -> io::Result<File> {
@@ -182,59 +236,11 @@ impl ArtifactStore {
 }
 
 /// Hashes an open file from its beginning and returns it, at its beginning again.
-fn verify(mut file: File, digest: &Digest) -> Result<VerifiedFile, OpenError> {
+fn verify(file: File, digest: &Digest) -> Result<VerifiedFile, OpenError> {
     let failed = |source| OpenError::Read { digest: *digest, source };
-    file.rewind().map_err(failed)?;
-    let length = file.metadata().map_err(failed)?.len();
-    let mut hasher = Sha256::new();
-    let mut bytes = 0;
-    let mut buffer = vec![0; BUFFER_BYTES];
-    // One byte more than there should be: a file that grows meanwhile ends the reading and fails.
-    let mut reader = (&file).take(length.saturating_add(1));
-    loop {
-        match reader.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(count) => {
-                hasher.update(&buffer[..count]);
-                bytes += count as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(failed(error)),
-        }
-    }
-    let found = Digest(hasher.finalize().into());
+    let Stored { digest: found, bytes } = hash(&file, |_| Ok(())).map_err(failed)?;
     if found != *digest {
         return Err(OpenError::Mismatch { digest: *digest, found });
     }
-    file.rewind().map_err(failed)?;
     Ok(VerifiedFile { file, digest: *digest, bytes })
-}
-
-/// Copies a source to a file and hashes it on the way.
-pub(crate) fn copy_hashed(mut source: impl Read, mut target: impl io::Write, bytes_max: u64) -> Result<Stored, Copy> {
-    let mut hasher = Sha256::new();
-    let mut bytes = 0_u64;
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        let count = match source.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(Copy::Source(error)),
-        };
-        bytes += count as u64;
-        if bytes > bytes_max {
-            return Err(Copy::TooLarge);
-        }
-        hasher.update(&buffer[..count]);
-        target.write_all(&buffer[..count]).map_err(Copy::Target)?;
-    }
-    Ok(Stored { digest: Digest(hasher.finalize().into()), bytes })
-}
-
-/// Why a copy failed, by the side that failed.
-pub(crate) enum Copy {
-    Source(io::Error),
-    TooLarge,
-    Target(io::Error),
 }

@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use protocol::Digest;
 use tracing::debug;
 
-use crate::artifact_store::{Copy, PutError, Stored, copy_hashed};
+use crate::artifact_store::{PutError, Stored, Way};
+use crate::copy::{Copy, copy_hashed, hash};
 
 /// Tells the incoming files of one process apart.
 static NEXT_PART: AtomicU64 = AtomicU64::new(0);
@@ -48,20 +49,104 @@ impl LocalFolder {
             let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
             std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, flags.bits() as i32);
         }
-        let file = options.open(self.path(digest))?;
-        if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a plain file")) }
+        plain(options.open(self.path(digest))?)
     }
 
     pub(crate) fn put(&self, source: impl Read, bytes_max: u64) -> Result<Stored, PutError> {
-        let failed = |source| PutError::Folder { folder: self.root.clone(), source };
-        let mut part = self.part().map_err(failed)?;
-        let stored = copy_hashed(source, &mut part.file, bytes_max).map_err(|error| match error {
+        let mut part = self.part().map_err(|error| self.failed(error))?;
+        let stored = copy_hashed(source, &mut part.file, bytes_max, &mut |_| Ok(()));
+        let stored = stored.map_err(|error| self.copy_failed(error, bytes_max))?;
+        self.keep(part, &stored.digest).map_err(|error| self.failed(error))?;
+        Ok(stored)
+    }
+
+    pub(crate) fn put_open(
+        &self,
+        file: &File,
+        bytes_max: u64,
+        mut progress: impl FnMut(u64) -> io::Result<()>,
+    ) -> Result<(Stored, Way), PutError> {
+        let mut part = self.part().map_err(|error| self.failed(error))?;
+        let (stored, way) = if clone_of(file, &part.file) {
+            (hash(&part.file, progress).map_err(Copy::Source), Way::Cloned)
+        } else {
+            (copy_hashed(file, &mut part.file, bytes_max, &mut progress), Way::Copied)
+        };
+        let stored = stored.map_err(|error| self.copy_failed(error, bytes_max))?;
+        if stored.bytes > bytes_max {
+            return Err(PutError::TooLarge { bytes_max });
+        }
+        self.keep(part, &stored.digest).map_err(|error| self.failed(error))?;
+        Ok((stored, way))
+    }
+
+    pub(crate) fn put_link(
+        &self,
+        path: &Path,
+        bytes_max: u64,
+        progress: impl FnMut(u64) -> io::Result<()>,
+    ) -> Result<(Stored, Way), PutError> {
+        // A link to a link would be no plain file.
+        let path = &fs::canonicalize(path).map_err(PutError::Source)?;
+        let part = self.part().map_err(|error| self.failed(error))?;
+        // The name of a part is this process's alone.
+        let linked = fs::remove_file(&part.path).and_then(|()| fs::hard_link(path, &part.path));
+        let opened = linked.and_then(|()| plain(File::open(&part.path)?)).and_then(|file| {
+            // As for every part; whoever else reads the file may lock it, too.
+            file.try_lock_shared().map(|()| file).map_err(io::Error::from)
+        });
+        let Ok(file) = opened else {
+            drop(part);
+            return self.put_open(&File::open(path).map_err(PutError::Source)?, bytes_max, progress);
+        };
+        let stored = hash(&file, progress).map_err(PutError::Source)?;
+        if stored.bytes > bytes_max {
+            return Err(PutError::TooLarge { bytes_max });
+        }
+        // Its mode is left alone: it is that of the other name as well.
+        self.place(&part.path, &file, &stored.digest).map_err(|error| self.failed(error))?;
+        Ok((stored, Way::Linked))
+    }
+
+    pub(crate) fn put_moved(
+        &self,
+        path: &Path,
+        expected: Option<&Digest>,
+        progress: impl FnMut(u64) -> io::Result<()>,
+    ) -> Result<Stored, PutError> {
+        let file = File::open(path).and_then(plain).map_err(PutError::Source)?;
+        let stored = hash(&file, progress).map_err(PutError::Source)?;
+        if expected.is_none_or(|expected| *expected == stored.digest) {
+            let kept = make_private(&file).and_then(|()| self.place(path, &file, &stored.digest));
+            kept.map_err(|error| self.failed(error))?;
+        }
+        Ok(stored)
+    }
+
+    pub(crate) fn remove(&self, digest: &Digest) -> io::Result<bool> {
+        match fs::remove_file(self.path(digest)) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    #[cfg(unix)]
+    pub(crate) fn room_bytes(&self) -> io::Result<u64> {
+        let told = rustix::fs::statvfs(&self.root)?;
+        Ok(told.f_bavail.saturating_mul(told.f_frsize))
+    }
+
+    fn failed(&self, source: io::Error) -> PutError {
+        PutError::Folder { folder: self.root.clone(), source }
+    }
+
+    fn copy_failed(&self, error: Copy, bytes_max: u64) -> PutError {
+        match error {
             Copy::Source(error) => PutError::Source(error),
             Copy::TooLarge => PutError::TooLarge { bytes_max },
-            Copy::Target(error) => failed(error),
-        })?;
-        self.keep(part, &stored.digest).map_err(failed)?;
-        Ok(stored)
+            Copy::Target(error) => self.failed(error),
+        }
     }
 
     /// Makes an empty file that nobody else can open, and that is gone once it is closed.
@@ -93,17 +178,17 @@ impl LocalFolder {
     }
 
     fn keep(&self, part: Part, digest: &Digest) -> io::Result<()> {
+        make_private(&part.file)?;
+        self.place(&part.path, &part.file, digest)
+    }
+
+    /// Gives a file the name of its digest, once it is on the disk.
+    fn place(&self, from: &Path, file: &File, digest: &Digest) -> io::Result<()> {
         let path = self.path(digest);
         let folder = path.parent().unwrap_or(&self.root);
         make_folder(folder)?;
-        let mut permissions = part.file.metadata()?.permissions();
-        #[cfg(unix)]
-        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o400);
-        #[cfg(not(unix))]
-        permissions.set_readonly(true);
-        part.file.set_permissions(permissions)?;
-        part.file.sync_all()?;
-        fs::rename(&part.path, &path)?;
+        file.sync_all()?;
+        fs::rename(from, &path)?;
         sync_folder(folder)
     }
 
@@ -162,6 +247,32 @@ fn make_folder(path: &Path) -> io::Result<()> {
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     builder.create(path)
+}
+
+/// Refuses what is no plain file.
+fn plain(file: File) -> io::Result<File> {
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a plain file")) }
+}
+
+/// Lets nobody but the owner read a file, and nobody write it.
+fn make_private(file: &File) -> io::Result<()> {
+    let mut permissions = file.metadata()?.permissions();
+    #[cfg(unix)]
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o400);
+    #[cfg(not(unix))]
+    permissions.set_readonly(true);
+    file.set_permissions(permissions)
+}
+
+/// Makes an empty file share the bytes of another, where the file system can.
+#[cfg(target_os = "linux")]
+fn clone_of(source: &File, target: &File) -> bool {
+    rustix::fs::ioctl_ficlone(target, source).is_ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn clone_of(_source: &File, _target: &File) -> bool {
+    false
 }
 
 /// Makes a rename survive a power cut.

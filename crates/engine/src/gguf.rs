@@ -9,6 +9,7 @@
 
 mod adapter;
 mod check;
+mod joined;
 mod reader;
 mod split;
 
@@ -21,6 +22,7 @@ use crate::model_runtime::SamplingDefaults;
 pub use adapter::check_adapter;
 pub(crate) use adapter::{adapter_alpha, adapter_pairs, is_input};
 pub use check::check_model;
+pub use joined::Joined;
 use reader::{Positioned, Reader};
 pub use split::{join, read_adapter, read_model};
 
@@ -263,7 +265,7 @@ impl Header {
     }
 
     fn read_from(input: impl Read, file_bytes: u64) -> Result<Self, GgufError> {
-        let mut reader = Reader { input, offset: 0, file_bytes, key: None };
+        let mut reader = Reader::new(input, file_bytes);
         let header = reader.header();
         header.map_err(|problem| GgufError { offset: reader.offset, key: reader.key, problem })
     }

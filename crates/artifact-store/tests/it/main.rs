@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use protocol::Digest;
 use tempfile::TempDir;
-use tether_artifact_store::{ArtifactStore, OpenError, PutError};
+use tether_artifact_store::{ArtifactStore, OpenError, PutError, Way};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -61,6 +61,85 @@ fn a_file_is_copied_and_can_then_be_removed() {
     let stored = store.put_file(&source).expect("it is copied");
     fs::remove_file(&source).expect("removed");
     assert_eq!(read(&store, &stored.digest), content());
+}
+
+fn went(_: u64) -> std::io::Result<()> {
+    Ok(())
+}
+
+/// Returns what lies in a folder of the store, with the folders below it.
+fn names(folder: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(folder) else { return vec![] };
+    let path = |entry: std::io::Result<fs::DirEntry>| entry.expect("listed").path();
+    let below = |path: PathBuf| if path.is_dir() { names(&path) } else { vec![path.display().to_string()] };
+    entries.map(path).flat_map(below).collect()
+}
+
+#[test]
+fn an_open_file_is_shared_or_copied_whatever_its_length() {
+    let (folder, store) = store();
+    for length in [0, 1, MIB - 1, MIB, MIB + 1, 9 * MIB + 7] {
+        let bytes: Vec<u8> = content().iter().copied().cycle().take(length as usize).collect();
+        let source = folder.path().join("model.gguf");
+        fs::write(&source, &bytes).expect("written");
+        let mut told = 0;
+        let tell = |done| {
+            told = done;
+            Ok(())
+        };
+        let (stored, way) = store.put_open(&fs::File::open(&source).expect("opened"), length, tell).expect("put");
+        assert!(matches!(way, Way::Cloned | Way::Copied), "{way:?}");
+        assert_eq!((stored.digest, stored.bytes, told), (Digest::of(&bytes), length, length));
+        fs::write(&source, b"other").expect("written");
+        assert_eq!(read(&store, &stored.digest), bytes);
+    }
+}
+
+#[test]
+fn who_stops_a_copy_leaves_nothing_behind() {
+    let (folder, store) = store();
+    let source = folder.path().join("model.gguf");
+    fs::write(&source, content().repeat(8)).expect("written");
+    let stop = |done: u64| if done > 3 * MIB { Err(std::io::Error::other("stopped")) } else { Ok(()) };
+    let file = fs::File::open(&source).expect("opened");
+    assert!(matches!(store.put_open(&file, u64::MAX, stop), Err(PutError::Source(_))));
+    assert!(matches!(store.put_link(&source, u64::MAX, stop), Err(PutError::Source(_))));
+    assert!(matches!(store.put_moved(&source, None, stop), Err(PutError::Source(_))));
+    assert!(matches!(store.put_open(&file, MIB, went), Err(PutError::TooLarge { .. })));
+    assert_eq!(names(folder.path()), [source.display().to_string()]);
+}
+
+#[test]
+fn a_linked_file_takes_no_room_and_is_found_out_where_it_is_changed() {
+    let (folder, store) = store();
+    let (source, link) = (folder.path().join("blob"), folder.path().join("model.gguf"));
+    fs::write(&source, content()).expect("written");
+    std::os::unix::fs::symlink("blob", &link).expect("linked");
+    for _ in 0..2 {
+        let (stored, way) = store.put_link(&link, MIB, went).expect("put");
+        assert_eq!((stored.digest, way), (Digest::of(&content()), Way::Linked));
+        assert_eq!(read(&store, &stored.digest), content());
+    }
+    assert_eq!(names(&folder.path().join("incoming")), [""; 0]);
+    assert!(!fs::metadata(&source).expect("it is there").permissions().readonly(), "it is as it was");
+    fs::write(&source, b"changed in place").expect("written");
+    assert!(matches!(store.open(&Digest::of(&content())), Err(OpenError::Mismatch { .. })));
+}
+
+#[test]
+fn a_moved_file_is_one_of_the_store_if_its_bytes_are_right() {
+    let (folder, store) = store();
+    let source = folder.path().join("download");
+    fs::write(&source, content()).expect("written");
+    let wrong = store.put_moved(&source, Some(&Digest::of(b"other")), went).expect("read");
+    assert_eq!(wrong.digest, Digest::of(&content()));
+    assert!(source.exists() && !store.contains(&wrong.digest));
+    let moved = store.put_moved(&source, Some(&wrong.digest), went).expect("moved");
+    assert!(!source.exists());
+    assert_eq!(read(&store, &moved.digest), content());
+    assert!(store.remove(&moved.digest).expect("removed"));
+    assert!(!store.remove(&moved.digest).expect("not there") && !store.contains(&moved.digest));
+    assert!(store.room_bytes().expect("told") > 0);
 }
 
 #[test]

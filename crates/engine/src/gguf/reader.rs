@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use super::{
@@ -44,9 +45,15 @@ pub(super) struct Reader<R> {
     pub(super) offset: u64,
     pub(super) file_bytes: u64,
     pub(super) key: Option<String>,
+    /// The pairs that were read: where each lies, by its key.
+    pub(super) pairs: Vec<(String, Range<u64>)>,
 }
 
 impl<R: Read> Reader<R> {
+    pub(super) fn new(input: R, file_bytes: u64) -> Self {
+        Self { input, offset: 0, file_bytes, key: None, pairs: vec![] }
+    }
+
     pub(super) fn header(&mut self) -> Result<Header, String> {
         if self.array::<4>()? != MAGIC {
             return Err("the file does not begin with GGUF".into());
@@ -75,6 +82,7 @@ impl<R: Read> Reader<R> {
     fn pairs(&mut self, count: u64) -> Result<BTreeMap<String, Value>, String> {
         let mut metadata = BTreeMap::new();
         for _ in 0..count {
+            let start = self.offset;
             let key = self.text(KEY_BYTES_MAX)?;
             self.key = Some(key.clone());
             let kind = self.u32()?;
@@ -83,6 +91,7 @@ impl<R: Read> Reader<R> {
                 return Err(format!("{kind} is not the type that this key has"));
             }
             let value = self.value(&key, kind)?;
+            self.pairs.push((key.clone(), start..self.offset));
             if metadata.insert(key, value).is_some() {
                 return Err("the key occurs twice".into());
             }

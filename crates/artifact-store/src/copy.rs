@@ -1,0 +1,110 @@
+//! Copies and hashes, each on a core of its own.
+
+use std::fs::File;
+use std::io::{self, Read, Seek as _, Write};
+use std::sync::mpsc;
+use std::thread;
+
+use protocol::Digest;
+use sha2::{Digest as _, Sha256};
+
+use crate::artifact_store::Stored;
+
+/// Bytes read at a time.
+const BUFFER_BYTES: usize = 1 << 20;
+/// Buffers that are filled or hashed at once.
+const BUFFERS: usize = 4;
+
+/// Why a copy failed, by the side that failed.
+#[derive(Debug)]
+pub(crate) enum Copy {
+    Source(io::Error),
+    TooLarge,
+    Target(io::Error),
+}
+
+/// Hashes an open file from its beginning, and leaves it there. `progress` gets the number of bytes at each step, and ends
+/// it with an error.
+pub(crate) fn hash(mut file: &File, mut progress: impl FnMut(u64) -> io::Result<()>) -> io::Result<Stored> {
+    file.rewind()?;
+    // One byte more than there should be: a file that grows meanwhile ends the reading, and has another digest.
+    let length = file.metadata()?.len().saturating_add(1);
+    let hashed = copy_hashed(file.take(length), io::sink(), u64::MAX, &mut progress).map_err(|error| match error {
+        Copy::Source(error) | Copy::Target(error) => error,
+        Copy::TooLarge => io::ErrorKind::FileTooLarge.into(),
+    })?;
+    file.rewind()?;
+    Ok(hashed)
+}
+
+/// Copies a source to a target and hashes it on the way.
+pub(crate) fn copy_hashed(
+    mut source: impl Read,
+    mut target: impl Write,
+    bytes_max: u64,
+    progress: &mut impl FnMut(u64) -> io::Result<()>,
+) -> Result<Stored, Copy> {
+    let mut first = vec![0; BUFFER_BYTES];
+    let count = fill(&mut source, &mut first)?;
+    if count < BUFFER_BYTES {
+        // Another thread would take longer than this.
+        let bytes = count as u64;
+        step(bytes, bytes_max, progress)?;
+        target.write_all(&first[..count]).map_err(Copy::Target)?;
+        return Ok(Stored { digest: Digest(Sha256::digest(&first[..count]).into()), bytes });
+    }
+    thread::scope(|scope| {
+        let (filled, to_hash) = mpsc::sync_channel::<(Vec<u8>, usize)>(BUFFERS);
+        let (hashed, free) = mpsc::channel();
+        let hasher = scope.spawn(move || {
+            let mut hasher = Sha256::new();
+            for (buffer, count) in to_hash {
+                hasher.update(&buffer[..count]);
+                // Nobody waits for the last ones.
+                let _ = hashed.send(buffer);
+            }
+            hasher.finalize()
+        });
+        let mut spare = BUFFERS - 1;
+        let mut bytes = 0_u64;
+        let mut next = (first, count);
+        while next.1 > 0 {
+            bytes += next.1 as u64;
+            step(bytes, bytes_max, progress)?;
+            target.write_all(&next.0[..next.1]).map_err(Copy::Target)?;
+            filled.send(next).expect("the hasher waits for more");
+            let mut buffer = if spare > 0 {
+                spare -= 1;
+                vec![0; BUFFER_BYTES]
+            } else {
+                free.recv().expect("the hasher gives back what it took")
+            };
+            let count = fill(&mut source, &mut buffer)?;
+            next = (buffer, count);
+        }
+        drop(filled);
+        let digest = hasher.join().expect("hashing does not panic");
+        Ok(Stored { digest: Digest(digest.into()), bytes })
+    })
+}
+
+fn step(bytes: u64, bytes_max: u64, progress: &mut impl FnMut(u64) -> io::Result<()>) -> Result<(), Copy> {
+    if bytes > bytes_max {
+        return Err(Copy::TooLarge);
+    }
+    progress(bytes).map_err(Copy::Source)
+}
+
+/// Fills a buffer, unless the source ends before.
+fn fill(source: &mut impl Read, buffer: &mut [u8]) -> Result<usize, Copy> {
+    let mut count = 0;
+    while count < buffer.len() {
+        match source.read(&mut buffer[count..]) {
+            Ok(0) => break,
+            Ok(more) => count += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(Copy::Source(error)),
+        }
+    }
+    Ok(count)
+}

@@ -1,0 +1,197 @@
+//! Makes one file of a model that is split into several.
+//!
+//! The pairs of the first part stay as they are, byte for byte, but for those that say how it was split. The tensors keep
+//! their order, and the bytes of each part follow those of the one before.
+
+use std::fs::File;
+use std::io::{self, BufReader, Cursor, Read};
+use std::ops::Range;
+
+use super::reader::{Positioned, Reader};
+use super::{HEADER_BYTES_MAX, Header, check_model, join};
+
+/// What every key begins with that says how a model was split.
+const SPLIT: &str = "split.";
+
+/// How one file is made of the parts of a model.
+#[derive(Debug)]
+pub struct Joined {
+    /// The header of the whole.
+    pub header: Header,
+    /// Everything before the tensors' bytes.
+    head: Vec<u8>,
+    /// Where the bytes of the tensors lie in each part, and how many zeros follow them.
+    data: Vec<(Range<u64>, u64)>,
+}
+
+impl Joined {
+    /// Reads the parts of a model, given in their order, or says why they are no whole model.
+    pub fn of(parts: &[File]) -> Result<Self, String> {
+        let headers =
+            parts.iter().map(Header::read).collect::<Result<Vec<_>, _>>().map_err(|error| error.to_string())?;
+        let mut header = join(headers.clone())?;
+        check_model(&header)?;
+        header.metadata.retain(|key, _| !key.starts_with(SPLIT));
+        let first = parts.first().ok_or("there is no file")?;
+        let alignment = header.unsigned("general.alignment").unwrap_or(32);
+        let mut data = vec![];
+        let mut tensors = vec![];
+        let mut base = 0_u64;
+        for part in headers {
+            let length =
+                part.tensors.iter().map(|tensor| tensor.offset.saturating_add(tensor.bytes)).max().unwrap_or(0);
+            let padded = length.checked_next_multiple_of(alignment).ok_or("a part is too long")?;
+            data.push((part.data_offset..part.data_offset.saturating_add(length), padded - length));
+            for mut tensor in part.tensors {
+                tensor.offset = base.checked_add(tensor.offset).ok_or("the parts are too long")?;
+                tensors.push(tensor);
+            }
+            base = base.checked_add(padded).ok_or("the parts are too long")?;
+        }
+        header.tensors = tensors;
+        let mut joined = Self { header, head: vec![], data };
+        joined.head = joined.write_head(first, alignment)?;
+        joined.header.data_offset = joined.head.len() as u64;
+        Ok(joined)
+    }
+
+    /// Returns the length of the whole file.
+    pub fn bytes(&self) -> u64 {
+        self.data.iter().fold(self.head.len() as u64, |sum, (data, zeros)| sum + (data.end - data.start) + zeros)
+    }
+
+    /// Returns what reads the whole file from its parts.
+    pub fn reader<'a>(&'a self, parts: &'a [File]) -> impl Read + 'a {
+        let tensors = parts.iter().zip(&self.data).map(|(file, (data, zeros))| {
+            let positioned = Positioned { file, offset: data.start };
+            positioned.take(data.end - data.start).chain(io::repeat(0).take(*zeros))
+        });
+        let tensors: Box<dyn Read + 'a> =
+            tensors.fold(Box::new(io::empty()), |before, part| Box::new(before.chain(part)) as Box<dyn Read + 'a>);
+        Cursor::new(&self.head).chain(tensors)
+    }
+
+    fn write_head(&self, first: &File, alignment: u64) -> Result<Vec<u8>, String> {
+        let pairs = pairs(first)?;
+        let kept: Vec<&Range<u64>> =
+            pairs.iter().filter(|(key, _)| !key.starts_with(SPLIT)).map(|(_, range)| range).collect();
+        let mut head = b"GGUF".to_vec();
+        head.extend(self.header.version.to_le_bytes());
+        head.extend((self.header.tensors.len() as u64).to_le_bytes());
+        head.extend((kept.len() as u64).to_le_bytes());
+        for range in kept {
+            let mut pair = Positioned { file: first, offset: range.start }.take(range.end - range.start);
+            pair.read_to_end(&mut head).map_err(|error| format!("the file cannot be read: {error}"))?;
+        }
+        for tensor in &self.header.tensors {
+            head.extend((tensor.name.len() as u64).to_le_bytes());
+            head.extend(tensor.name.as_bytes());
+            head.extend((tensor.dimensions.len() as u32).to_le_bytes());
+            tensor.dimensions.iter().for_each(|side| head.extend(side.to_le_bytes()));
+            head.extend(tensor.kind.to_le_bytes());
+            head.extend(tensor.offset.to_le_bytes());
+        }
+        if head.len() as u64 > HEADER_BYTES_MAX {
+            return Err(format!("the header would be longer than {HEADER_BYTES_MAX} bytes"));
+        }
+        let padded = (head.len() as u64).next_multiple_of(alignment);
+        head.resize(padded as usize, 0);
+        Ok(head)
+    }
+}
+
+/// Returns where each pair of a file lies, by its key.
+fn pairs(file: &File) -> Result<Vec<(String, Range<u64>)>, String> {
+    let file_bytes = file.metadata().map_err(|error| format!("the file cannot be read: {error}"))?.len();
+    let input = BufReader::with_capacity(1 << 16, Positioned { file, offset: 0 });
+    let mut reader = Reader::new(input, file_bytes);
+    reader.header()?;
+    Ok(reader.pairs)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+    use crate::gguf::tests::tiny;
+
+    fn file(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(bytes).expect("written");
+        file
+    }
+
+    fn number(head: &mut Vec<u8>, key: &str, kind: u32, bytes: &[u8]) {
+        head.extend((key.len() as u64).to_le_bytes());
+        head.extend(key.as_bytes());
+        head.extend(kind.to_le_bytes());
+        head.extend(bytes);
+    }
+
+    /// Splits the tiny model as `llama-gguf-split` does: the first part has all pairs, the others only those of the split.
+    fn parts(count: usize) -> Vec<File> {
+        let whole = tiny();
+        let whole_file = file(&whole);
+        let header = Header::read(&whole_file).expect("it is valid");
+        let all_pairs = pairs(&whole_file).expect("read");
+        let share = header.tensors.len().div_ceil(count);
+        let part = |(no, tensors): (usize, &[crate::gguf::Tensor])| {
+            let pairs: &[_] = if no == 0 { &all_pairs } else { &[] };
+            let mut bytes = b"GGUF".to_vec();
+            bytes.extend(3_u32.to_le_bytes());
+            bytes.extend((tensors.len() as u64).to_le_bytes());
+            bytes.extend((pairs.len() as u64 + 3).to_le_bytes());
+            for (_, range) in pairs {
+                bytes.extend(&whole[range.start as usize..range.end as usize]);
+            }
+            number(&mut bytes, "split.no", 2, &(no as u16).to_le_bytes());
+            number(&mut bytes, "split.count", 2, &(count as u16).to_le_bytes());
+            number(&mut bytes, "split.tensors.count", 5, &(header.tensors.len() as i32).to_le_bytes());
+            let mut data = vec![];
+            for tensor in tensors {
+                bytes.extend((tensor.name.len() as u64).to_le_bytes());
+                bytes.extend(tensor.name.as_bytes());
+                bytes.extend((tensor.dimensions.len() as u32).to_le_bytes());
+                tensor.dimensions.iter().for_each(|side| bytes.extend(side.to_le_bytes()));
+                bytes.extend(tensor.kind.to_le_bytes());
+                bytes.extend((data.len() as u64).to_le_bytes());
+                let from = (header.data_offset + tensor.offset) as usize;
+                data.extend(&whole[from..from + tensor.bytes as usize]);
+                data.resize(data.len().next_multiple_of(32), 0);
+            }
+            bytes.resize(bytes.len().next_multiple_of(32), 0);
+            bytes.extend(data);
+            file(&bytes)
+        };
+        header.tensors.chunks(share).enumerate().map(part).collect()
+    }
+
+    fn written(joined: &Joined, parts: &[File]) -> Vec<u8> {
+        let mut bytes = vec![];
+        joined.reader(parts).read_to_end(&mut bytes).expect("read");
+        bytes
+    }
+
+    #[test]
+    fn the_parts_of_a_model_become_the_very_file_they_were_split_from() {
+        for count in [2, 3, 7] {
+            let parts = parts(count);
+            let joined = Joined::of(&parts).expect("they belong together");
+            let bytes = written(&joined, &parts);
+            assert_eq!(bytes.len() as u64, joined.bytes());
+            assert!(bytes == tiny(), "{count} parts");
+            assert_eq!(Header::parse(&bytes).as_ref(), Ok(&joined.header));
+        }
+    }
+
+    #[test]
+    fn parts_that_are_missing_or_in_another_order_are_refused() {
+        let mut swapped = parts(3);
+        swapped.swap(1, 2);
+        assert!(Joined::of(&swapped).expect_err("swapped").contains("says that it is 3 of 3"));
+        assert!(Joined::of(&swapped[..2]).expect_err("missing").contains("3 files, not 2"));
+        assert!(Joined::of(&[]).is_err());
+        assert!(Joined::of(&[file(b"GGU")]).is_err());
+    }
+}
