@@ -75,6 +75,7 @@ async fn throughput(model: PathBuf) {
     };
     let entry = ModelEntry {
         facts: None,
+        added: false,
         key,
         digest: stored.digest,
         bytes: stored.bytes,

@@ -82,7 +82,7 @@ pub enum Command {
     Demo,
     /// Ask a model and print its answer
     Run(RunArgs),
-    /// Look at models
+    /// Add models, look at them, name and forget them
     #[command(subcommand)]
     Model(ModelCommand),
     /// Make, list and revoke API keys
@@ -352,15 +352,75 @@ pub struct RunArgs {
     pub server: ServerArgs,
 }
 
-/// Looks at models.
+/// Adds models, looks at them, names and forgets them.
 #[derive(Debug, Subcommand)]
 pub enum ModelCommand {
-    /// List the models of the network
+    /// Take a model into this machine's store and register it; `tether up` then serves it
+    #[command(visible_alias = "pull", disable_version_flag = true)]
+    Add(ModelAddArgs),
+    /// List the models of the network: how they are, where, and what else they are called
     #[command(visible_alias = "ls")]
     List(ServerArgs),
+    /// Show all that is known of a model
+    Show {
+        /// Model, as name[@MAJOR.MINOR], or an alias
+        model: String,
+        /// Where the network is
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+    /// Forget a model, and delete its file where nothing else needs it
+    Rm {
+        /// Model, as name[@MAJOR.MINOR]
+        model: String,
+        /// Although a worker holds it or an alias stands for it, which is then forgotten, too
+        #[arg(long)]
+        force: bool,
+        /// Where the network is
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+    /// Give a model another name, such as gpt-4o-mini; it holds within 5 seconds
+    Alias(ModelAliasArgs),
     /// Look at the LoRA adapters of models, add and forget them
     #[command(subcommand)]
     Adapter(AdapterCommand),
+}
+
+/// A model to add.
+#[derive(Debug, Clone, Args)]
+pub struct ModelAddArgs {
+    /// GGUF files; the first of several parts stands for all of them
+    #[arg(value_name = "FILE", required = true)]
+    pub sources: Vec<String>,
+    /// Name to ask for it by; by default made of the file's
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Version, as MAJOR.MINOR; by default 1.0
+    #[arg(long, value_name = "MAJOR.MINOR")]
+    pub version: Option<String>,
+    /// One line about it
+    #[arg(long)]
+    pub description: Option<String>,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Another name for a model.
+#[derive(Debug, Clone, Args)]
+pub struct ModelAliasArgs {
+    /// The name to give, or with --rm to forget
+    pub alias: String,
+    /// What it stands for, as name[@MAJOR.MINOR][:adapter]
+    #[arg(required_unless_present = "rm", conflicts_with = "rm")]
+    pub target: Option<String>,
+    /// Forget the name
+    #[arg(long)]
+    pub rm: bool,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
 }
 
 /// Looks at adapters, adds and forgets them.

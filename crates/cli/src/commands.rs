@@ -27,6 +27,7 @@ mod doctor;
 mod engine_host;
 mod manual;
 mod model;
+mod model_add;
 mod nodes;
 mod run;
 mod serve;
@@ -144,7 +145,7 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
 
 async fn command(command: Command, common: &Common, context: Context) -> anyhow::Result<Outcome> {
     // All others end at once where somebody presses Ctrl-C.
-    if !runs_a_service(&command) && !matches!(command, Command::Nodes(_)) {
+    if !runs_a_service(&command) && !matches!(command, Command::Nodes(_) | Command::Model(ModelCommand::Add(_))) {
         return Box::pin(carry_out(command, common, context)).await;
     }
     let listening = up::listen_for_stop(context.stop.clone())?;
@@ -176,6 +177,12 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
         Command::Demo => demo::run(context, common).await,
         Command::Run(args) => run::run(context, args).await,
         Command::Model(ModelCommand::List(server)) | Command::List(server) => model::list(context, &server).await,
+        Command::Model(ModelCommand::Add(args)) => model_add::run(context, args).await,
+        Command::Model(ModelCommand::Show { model, server }) => model::show(context, &model, &server).await,
+        Command::Model(ModelCommand::Rm { model, force, server }) => {
+            model::remove(context, &model, force, &server).await
+        }
+        Command::Model(ModelCommand::Alias(args)) => model::alias(context, args).await,
         Command::Model(ModelCommand::Adapter(AdapterCommand::Add(args))) => adapter::add(context, args).await,
         Command::Model(ModelCommand::Adapter(AdapterCommand::List(server))) => adapter::list(context, &server).await,
         Command::Model(ModelCommand::Adapter(AdapterCommand::Rm { model, name, server })) => {

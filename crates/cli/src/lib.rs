@@ -9,6 +9,7 @@ pub mod data_folder;
 pub mod kept_flags;
 pub mod local_models;
 pub mod metrics_server;
+pub mod model_file;
 pub mod model_names;
 pub mod network;
 pub mod node;

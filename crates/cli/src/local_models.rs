@@ -4,28 +4,25 @@
 //! as long as its length and time of change stay the same. What is served is the copy, which every load verifies.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, Metadata};
+use std::fs;
 use std::path::{self, Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
-use anyhow::{Context as _, anyhow, bail, ensure};
-use artifact_store::ArtifactStore;
-use engine::gguf::{self, Header};
-use indicatif::{ProgressBar, ProgressStyle};
+use anyhow::{Context as _, bail, ensure};
+use artifact_store::{ArtifactStore, Stored, Way};
 use metadata_store::MetadataStore;
+use protocol::control::Catalog;
 use protocol::model::ModelEntry;
 use protocol::{Digest, ModelName, ModelVersion};
 use rpc::identity;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
-use worker::ServedModel;
+use worker::{ServedAdapter, ServedModel};
 
 use crate::data_folder::DataFolder;
+use crate::model_file::{self, ModelFile, Take};
 use crate::model_names;
 use crate::settings::Settings;
-
-/// Files that are smaller than this are copied without a word.
-const QUIET_BYTES: u64 = 16 << 20;
 
 /// A file of a model, as it is named on the command line: `FILE` or `NAME=FILE`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,11 +52,15 @@ pub async fn take_in(settings: &mut Settings, data: &DataFolder) -> anyhow::Resu
     }
     data.create()?;
     let artifacts = ArtifactStore::in_folder(data.artifacts()).context("could not open the artifact store")?;
-    let index = data.path().join("taken-in.json");
+    let index = index(data);
     for model in &mut settings.worker.models {
         let Some(file) = model.file.clone() else { continue };
         let (artifacts, index) = (artifacts.clone(), index.clone());
-        let digest = tokio::task::spawn_blocking(move || take(&artifacts, &index, &file)).await??;
+        let taking = tokio::task::spawn_blocking(move || {
+            // Ctrl-C ends the program here, and the next start clears what is half written.
+            take(&artifacts, &index, &ModelFile::open(&file)?, Take::Copy, &CancellationToken::new())
+        });
+        let (Stored { digest, .. }, _) = taking.await??;
         let expected = *model.digest.get_or_insert(digest);
         ensure!(
             expected == digest,
@@ -104,7 +105,7 @@ fn split(text: &str) -> (Option<&str>, &str) {
 /// Names the files. Two quantisations of one model are told apart by their whole file names.
 fn served(files: &[String], mut taken: BTreeSet<ModelName>) -> anyhow::Result<Vec<ServedModel>> {
     let files = files.iter().map(|text| named(text)).collect::<anyhow::Result<Vec<_>>>()?;
-    let short = |file: &NamedFile| file.name.clone().or_else(|| model_names::of_file(&file.path));
+    let short = |file: &NamedFile| file.name.clone().or_else(|| model_file::name_of(&file.path));
     let mut wanted: BTreeMap<ModelName, usize> = BTreeMap::new();
     for name in files.iter().filter_map(short) {
         *wanted.entry(name).or_default() += 1;
@@ -142,62 +143,57 @@ struct Known {
     digest: Digest,
 }
 
-/// Returns the digest of a model's file, and copies it into the store unless it is there. Blocks.
-fn take(artifacts: &ArtifactStore, index: &Path, file: &Path) -> anyhow::Result<Digest> {
-    let shown = file.display();
-    let opened = File::open(file).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => anyhow!("there is no file {shown}"),
-        _ => anyhow::Error::new(error).context(format!("could not open {shown}")),
-    })?;
-    let metadata = opened.metadata().with_context(|| format!("could not read {shown}"))?;
-    ensure!(metadata.is_file(), "{shown} is not a file; name a model in the GGUF format");
-    let path = path::absolute(file)?.display().to_string();
+/// Returns the digest of a model's file, and takes it into the store unless it is there. Blocks.
+pub fn take(
+    artifacts: &ArtifactStore,
+    index: &Path,
+    file: &ModelFile,
+    how: Take,
+    stop: &CancellationToken,
+) -> anyhow::Result<(Stored, Way)> {
+    let path = path::absolute(file.first())?.display().to_string();
     let mut known = read_index(index);
-    let stamp = (metadata.len(), modified_nanos(&metadata));
+    let (bytes, modified_nanos) = file.stamp()?;
     if let Some(known) = known.get(&path)
-        && (known.bytes, known.modified_nanos) == stamp
+        && (known.bytes, known.modified_nanos) == (bytes, modified_nanos)
         && artifacts.contains(&known.digest)
     {
-        return Ok(known.digest);
+        return Ok((Stored { digest: known.digest, bytes: file.bytes()? }, Way::Known));
     }
-    check(&opened).with_context(|| format!("{shown} cannot be served"))?;
-    let bar = progress(metadata.len(), file);
-    let stored = artifacts.put(bar.wrap_read(opened), metadata.len());
-    bar.finish_and_clear();
-    let stored = stored.with_context(|| format!("could not take {shown} in"))?;
-    info!(file = %shown, digest = %stored.digest, bytes = stored.bytes, "the model's file is in the store");
-    known.insert(path, Known { bytes: stamp.0, modified_nanos: stamp.1, digest: stored.digest });
+    let (stored, way) = file.put(artifacts, how, stop)?;
+    info!(file = path, digest = %stored.digest, bytes = stored.bytes, "the model's file is in the store");
+    known.insert(path, Known { bytes, modified_nanos, digest: stored.digest });
     // Without it the file is only read once more at the next start.
     if let Err(error) = write_index(index, &known) {
         warn!(file = %index.display(), %error, "could not write down which files are in the store");
     }
-    Ok(stored.digest)
+    Ok((stored, way))
 }
 
-/// Refuses what the engine could not load, before it is copied.
-fn check(file: &File) -> anyhow::Result<()> {
-    let header = Header::read(file)?;
-    let parts = header.unsigned("split.count").unwrap_or(1);
-    ensure!(
-        parts <= 1,
-        "it is one of {parts} parts; join them first, with `llama-gguf-split --merge FIRST-PART WHOLE`"
-    );
-    gguf::check_model(&header).map_err(|problem| anyhow!(problem))
+/// Returns the file that remembers which digest the bytes of a path had.
+pub fn index(data: &DataFolder) -> PathBuf {
+    data.path().join("taken-in.json")
 }
 
-fn progress(bytes: u64, file: &Path) -> ProgressBar {
-    if bytes < QUIET_BYTES {
-        return ProgressBar::hidden();
+/// Adds the models that operators have added and whose artifacts are here, with their adapters, to what workers serve.
+pub fn serve_added(models: &mut Vec<ServedModel>, catalog: &Catalog, artifacts: &ArtifactStore) {
+    for entry in catalog.models.iter().filter(|entry| entry.added) {
+        let is_served = models.iter().any(|model| {
+            model.key() == entry.key || (model.model_id == entry.key.model_id && model.digest == Some(entry.digest))
+        });
+        if is_served {
+            continue;
+        }
+        if !artifacts.contains(&entry.digest) {
+            info!(model = %entry.key, digest = %entry.digest, "not served here: its file is not in this folder's store");
+            continue;
+        }
+        let adapters = catalog.adapters.iter().filter(|adapter| adapter.key.model == entry.key);
+        let adapters = adapters.filter(|adapter| artifacts.contains(&adapter.digest));
+        let adapters =
+            adapters.map(|adapter| ServedAdapter { name: adapter.key.adapter.clone(), digest: adapter.digest });
+        models.push(ServedModel { adapters: adapters.collect(), ..ServedModel::new(entry.key.clone(), entry.digest) });
     }
-    let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes} of {total_bytes}, {eta} left");
-    let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let bar = ProgressBar::new(bytes).with_message(format!("copying {}", name.escape_debug()));
-    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-}
-
-fn modified_nanos(metadata: &Metadata) -> u128 {
-    let since = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-    since.unwrap_or_default().as_nanos()
 }
 
 /// Reads what was taken in. A file that is missing or damaged says nothing.
@@ -249,7 +245,16 @@ mod tests {
     fn listed(version: &str, bytes: &[u8]) -> ModelEntry {
         let key = ModelKey { model_id: "mine".parse().expect("name"), version: version.parse().expect("version") };
         let (context_length, description, created_at) = (1, String::new(), UnixMillis(0));
-        ModelEntry { key, digest: Digest::of(bytes), bytes: 1, context_length, description, created_at, facts: None }
+        ModelEntry {
+            key,
+            digest: Digest::of(bytes),
+            bytes: 1,
+            context_length,
+            description,
+            created_at,
+            facts: None,
+            added: false,
+        }
     }
 
     #[test]
@@ -281,7 +286,9 @@ mod tests {
 
         fn take(&self, file: &str) -> anyhow::Result<Digest> {
             let folder = self.folder.path();
-            take(&self.artifacts, &folder.join("taken-in.json"), &folder.join(file))
+            let file = ModelFile::open(&folder.join(file))?;
+            let index = folder.join("taken-in.json");
+            Ok(take(&self.artifacts, &index, &file, Take::Copy, &CancellationToken::new())?.0.digest)
         }
 
         fn write(&self, file: &str, bytes: &[u8]) {
@@ -307,6 +314,22 @@ mod tests {
         assert_eq!(folder.take("m.gguf").expect("read again"), Digest::of(&[tiny_model::BYTES, b"longer"].concat()));
         fs::write(&index, b"{").expect("written");
         folder.take("m.gguf").expect("a damaged index costs a copy and nothing else");
+    }
+
+    #[test]
+    fn what_operators_added_is_served_where_its_file_is() {
+        let folder = Folder::new();
+        folder.artifacts.put(&b"here"[..], 4).expect("stored");
+        let added = |version: &str, bytes: &[u8]| ModelEntry { added: true, ..listed(version, bytes) };
+        let models = vec![listed("1.0", b"here"), added("1.1", b"here"), added("1.2", b"elsewhere")];
+        let catalog = Catalog { models, ..Catalog::default() };
+        let mut served = vec![];
+        serve_added(&mut served, &catalog, &folder.artifacts);
+        assert_eq!(served.iter().map(|model| model.key().to_string()).collect::<Vec<_>>(), ["mine@1.1"]);
+        // What the settings say of it holds.
+        let mut served = vec![ServedModel { threads: 3, ..served[0].clone() }];
+        serve_added(&mut served, &catalog, &folder.artifacts);
+        assert_eq!(served.iter().map(|model| model.threads).collect::<Vec<_>>(), [3]);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
 use futures_util::future::join_all;
 use metadata_store::MetadataStore;
@@ -104,6 +105,9 @@ impl Network {
         registry_store.put_adapter(tiny_model::adapter_entry(clock.now())).await?;
         let mut settings = settings.clone();
         local_models::settle_versions(&mut settings.worker.models, &*registry_store).await?;
+        let artifacts = ArtifactStore::in_folder(data.artifacts()).context("could not open the artifact store")?;
+        let catalog = registry::catalog::list(&*registry_store).await?;
+        local_models::serve_added(&mut settings.worker.models, &catalog, &artifacts);
 
         let keys = Keys::of(data, settings.workers)?;
         let mut medium = Medium::of(&settings, data);

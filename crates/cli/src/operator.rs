@@ -5,19 +5,22 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use metadata_store::MetadataStore;
-use protocol::PublicKey;
 use protocol::control::{
-    ByOperator, INVITE_CREATE, InviteCreate, InviteCreated, Member, Members, NODE_LIST, NODE_RENAME, NODE_REVOKE,
-    NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST,
-    OPERATOR_TOKEN_REVOKE, OperatorRequest, TokenCreate, TokenCreated, TokenInfo, TokenList, TokenRevoke, TokenRevoked,
+    ALIAS_REMOVE, ALIAS_SET, AliasList, AliasRemove, AliasRemoved, AliasSet, ByOperator, Catalog, INVITE_CREATE,
+    InviteCreate, InviteCreated, MODEL_ADD, MODEL_REMOVE, Member, Members, ModelAdd, ModelRemove, ModelRemoved,
+    NODE_LIST, NODE_RENAME, NODE_REVOKE, NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked,
+    OPERATOR_CATALOG_LIST, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest,
+    TokenCreate, TokenCreated, TokenInfo, TokenList, TokenRevoke, TokenRevoked,
 };
+use protocol::model::{AliasEntry, ModelEntry, ModelKey, ModelRef};
 use protocol::signature::NodeKey;
-use registry::TokenOffice;
+use protocol::{Clock as _, ModelName, PublicKey, UnixMillis};
+use registry::{TokenOffice, catalog, models};
 use rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options};
 use rpc::{CallError, Client, SystemClock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::args::ServerArgs;
 use crate::client::{GatewayClient, Presence};
@@ -128,6 +131,69 @@ impl Desk {
         }
     }
 
+    /// Lists the models and their aliases; adapters only where no gateway is asked.
+    pub async fn catalog(&self) -> anyhow::Result<Catalog> {
+        match self {
+            Self::Gateway(client) => {
+                let listed: Value = client.get("/admin/v1/models").await?;
+                let AliasList { aliases } = client.get("/admin/v1/aliases").await?;
+                Ok(Catalog { aliases, ..Self::catalog_of_list(&listed) })
+            }
+            Self::Registry(operator) => operator.ask(OPERATOR_CATALOG_LIST, &operator.request()).await,
+            Self::Store(_, store) => Ok(catalog::list(&**store).await?),
+        }
+    }
+
+    /// Returns the models of a gateway's list, and the aliases that it shows.
+    pub fn catalog_of_list(listed: &Value) -> Catalog {
+        let rows = || listed["data"].as_array().into_iter().flatten();
+        let aliases = rows().filter_map(|row| {
+            let (alias, target) = (row["id"].as_str()?.parse().ok()?, row["alias_of"].as_str()?.parse().ok()?);
+            Some(AliasEntry { alias, target, created_at: UnixMillis(0) })
+        });
+        Catalog { models: rows().filter_map(entry_of).collect(), adapters: vec![], aliases: aliases.collect() }
+    }
+
+    /// Registers a model.
+    pub async fn add_model(&self, new: ModelAdd) -> anyhow::Result<ModelEntry> {
+        match self {
+            Self::Gateway(client) => client.post("/admin/v1/models", &new).await,
+            Self::Registry(operator) => operator.ask(MODEL_ADD, &operator.asking(new)).await,
+            Self::Store(_, store) => Ok(models::add(&**store, new, SystemClock.now()).await?),
+        }
+    }
+
+    /// Forgets a model.
+    pub async fn remove_model(&self, old: ModelRemove) -> anyhow::Result<ModelRemoved> {
+        match self {
+            Self::Gateway(client) => {
+                let ModelRemove { model_id: name, version, force } = old;
+                let model = ModelRef { name, version, adapter: None };
+                client.delete(&format!("/admin/v1/models/{model}?force={force}")).await
+            }
+            Self::Registry(operator) => operator.ask(MODEL_REMOVE, &operator.asking(old)).await,
+            Self::Store(_, store) => Ok(models::remove(&**store, old).await?),
+        }
+    }
+
+    /// Gives a model another name.
+    pub async fn set_alias(&self, new: AliasSet) -> anyhow::Result<AliasEntry> {
+        match self {
+            Self::Gateway(client) => client.post("/admin/v1/aliases", &new).await,
+            Self::Registry(operator) => operator.ask(ALIAS_SET, &operator.asking(new)).await,
+            Self::Store(_, store) => Ok(models::set_alias(&**store, new, SystemClock.now()).await?),
+        }
+    }
+
+    /// Forgets an alias.
+    pub async fn remove_alias(&self, alias: ModelName) -> anyhow::Result<AliasRemoved> {
+        match self {
+            Self::Gateway(client) => client.delete(&format!("/admin/v1/aliases/{alias}")).await,
+            Self::Registry(operator) => operator.ask(ALIAS_REMOVE, &operator.asking(AliasRemove { alias })).await,
+            Self::Store(_, store) => Ok(models::remove_alias(&**store, &alias).await?),
+        }
+    }
+
     /// Lists every node that was ever admitted.
     pub async fn members(&self) -> anyhow::Result<Vec<Member>> {
         match self {
@@ -188,12 +254,31 @@ impl Desk {
 }
 
 /// Says whether a gateway answers. One that cannot be spoken with is an error: it is not passed over.
-async fn answers(client: &GatewayClient) -> anyhow::Result<bool> {
+pub async fn answers(client: &GatewayClient) -> anyhow::Result<bool> {
     match client.presence().await {
         Presence::Answers => Ok(true),
         Presence::Absent(_) => Ok(false),
         Presence::Closed(error) => Err(error),
     }
+}
+
+/// Reads a model of a gateway's list; the rows of adapters and aliases are no models.
+fn entry_of(row: &Value) -> Option<ModelEntry> {
+    let id = row["id"].as_str()?;
+    if id.contains(':') || row["alias_of"].is_string() {
+        return None;
+    }
+    let model_id = id.split('@').next()?.parse().ok()?;
+    Some(ModelEntry {
+        key: ModelKey { model_id, version: row["version"].as_str()?.parse().ok()? },
+        digest: row["digest"].as_str()?.parse().ok()?,
+        bytes: row["bytes"].as_u64().unwrap_or(0),
+        context_length: row["context_length"].as_u64()?.try_into().ok()?,
+        description: row["description"].as_str().unwrap_or_default().to_owned(),
+        created_at: UnixMillis(row["created"].as_u64().unwrap_or(0).saturating_mul(1_000)),
+        facts: serde_json::from_value(row["facts"].clone()).ok(),
+        added: false,
+    })
 }
 
 /// Finds the node that a name, a key or the beginning of a key stands for.
@@ -235,6 +320,10 @@ impl Operator {
         // Nobody is to find this one: it asks, and is gone.
         let network = client_network(settings, data, &pool.bootstrap, &random_key()?).await?;
         Ok(Self { token, registry: pool.registry, client: Client::new(network.clone()), network })
+    }
+
+    fn asking<T>(&self, request: T) -> ByOperator<T> {
+        ByOperator { token: self.token.clone(), request }
     }
 
     fn request(&self) -> OperatorRequest {
@@ -289,7 +378,6 @@ pub async fn client_network(
 
 #[cfg(test)]
 mod tests {
-    use protocol::UnixMillis;
     use protocol::control::{NodeEntry, NodeRole};
 
     use super::*;

@@ -49,6 +49,7 @@ pub fn embedded_in(artifacts: ArtifactStore) -> ArtifactStore {
 pub fn entry(created_at: UnixMillis) -> ModelEntry {
     ModelEntry {
         facts: None,
+        added: false,
         key: key(),
         digest: digest(),
         bytes: BYTES.len() as u64,

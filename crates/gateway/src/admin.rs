@@ -3,16 +3,20 @@
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{RawQuery, State};
 use http::Response;
 use protocol::control::{
-    ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterList, AdapterRemove, AdapterRemoved, CATALOG_LIST, Catalog, Empty,
-    INVITE_CREATE, InviteCreate, InviteCreated, Member, Members, NODE_LIST, NODE_RENAME, NODE_REVOKE, NodeEntry,
-    NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked, NodeRole, OperatorRequest, Scope, TOKEN_CREATE,
-    TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated, TokenList, TokenRevoke, TokenRevoked,
+    ADAPTER_ADD, ADAPTER_REMOVE, ALIAS_REMOVE, ALIAS_SET, AdapterAdd, AdapterList, AdapterRemove, AdapterRemoved,
+    AliasList, AliasRemove, AliasRemoved, AliasSet, ByOperator, CATALOG_LIST, Catalog, Empty, INVITE_CREATE,
+    InviteCreate, InviteCreated, MODEL_ADD, MODEL_REMOVE, Member, Members, ModelAdd, ModelRemove, ModelRemoved,
+    NODE_LIST, NODE_RENAME, NODE_REVOKE, NodeEntry, NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked,
+    NodeRole, OperatorRequest, Scope, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated, TokenList,
+    TokenRevoke, TokenRevoked,
 };
-use protocol::model::{AdapterEntry, ModelRef};
-use protocol::{CorrelationId, ErrorCode, PublicKey, WireError, codec};
+use protocol::health::{CachedModel, ModelState};
+use protocol::model::{AdapterEntry, AliasEntry, ModelEntry, ModelRef};
+use protocol::{CorrelationId, ErrorCode, ModelName, ModelVersion, PublicKey, WireError, codec};
+use serde::de::DeserializeOwned;
 use tracing::info;
 
 use crate::catalog;
@@ -297,6 +301,145 @@ pub(crate) async fn remove_adapter(
         Ok(json(&removed))
     };
     respond(inquiry.context, removed.await)
+}
+
+/// Registers a model. Its artifact must lie where workers find it.
+#[utoipa::path(
+    post, path = "/admin/v1/models", tag = "admin", operation_id = "addModel", security(("bearer" = [])),
+    request_body(content = crate::http_bridge::ModelAdd, content_type = "application/json"),
+    responses(
+        (status = 200, description = "The model as it is registered", body = crate::http_bridge::ModelEntry),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn add_model(State(bridge): State<Bridge>, inquiry: Inquiry, body: Body) -> Response<Body> {
+    let added = async {
+        let token = operator(&bridge, &inquiry).await?;
+        let request: ModelAdd = read(body).await?;
+        let added: ModelEntry = bridge.gateway.ask_registry(MODEL_ADD, &ByOperator { token, request }).await?;
+        info!(model = %added.key, digest = %added.digest, "model registered");
+        Ok(json(&added))
+    };
+    respond(inquiry.context, added.await)
+}
+
+/// Forgets a model. It stays while a worker holds it or an alias stands for it, unless that is forced.
+#[utoipa::path(
+    delete, path = "/admin/v1/models/{id}", tag = "admin", operation_id = "removeModel", security(("bearer" = [])),
+    params(
+        ("id" = String, Path, description = "`name@MAJOR.MINOR`, or `name` where it has one version"),
+        ("force" = Option<bool>, Query, description = "Forget it although it is in use, and the aliases that stand for it"),
+    ),
+    responses(
+        (status = 200, description = "What was forgotten", body = crate::http_bridge::ModelRemoved),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn remove_model(
+    State(bridge): State<Bridge>,
+    Segment(id): Segment,
+    RawQuery(query): RawQuery,
+    inquiry: Inquiry,
+) -> Response<Body> {
+    let removed = async {
+        let token = operator(&bridge, &inquiry).await?;
+        let ModelRef { name: model_id, version, adapter: None } = catalog::parse_ref(&id)? else {
+            return Err(catalog::not_found(&id));
+        };
+        let force = query.is_some_and(|query| query.split('&').any(|part| part == "force=true"));
+        if !force {
+            check_unloaded(&bridge, &model_id, version).await?;
+        }
+        let request = ModelRemove { model_id, version, force };
+        let removed: ModelRemoved = bridge.gateway.ask_registry(MODEL_REMOVE, &ByOperator { token, request }).await?;
+        info!(model = %removed.key, found = removed.found, "model forgotten");
+        Ok(json(&removed))
+    };
+    respond(inquiry.context, removed.await)
+}
+
+/// Refuses to forget a model that a worker holds or loads. Where no orchestrator answers, that is not known.
+async fn check_unloaded(bridge: &Bridge, name: &ModelName, version: Option<ModelVersion>) -> Result<(), WireError> {
+    let Ok(fleet) = bridge.gateway.fleet_now().await else { return Ok(()) };
+    for worker in &fleet.workers {
+        let is_it = |cached: &&CachedModel| {
+            let key = &cached.key;
+            key.model_id == *name
+                && version.is_none_or(|version| key.version == version)
+                && matches!(cached.state, ModelState::Ready | ModelState::Loading)
+        };
+        if let Some(held) = worker.report.model_cache.iter().find(is_it) {
+            let message =
+                format!("{} is in the memory of worker {}; force it", held.key, worker.report.worker_id.short());
+            return Err(WireError::new(ErrorCode::InvalidValue, message).with_param("model"));
+        }
+    }
+    Ok(())
+}
+
+/// Lists the aliases, also those whose model is gone.
+#[utoipa::path(
+    get, path = "/admin/v1/aliases", tag = "admin", operation_id = "listAliases", security(("bearer" = [])),
+    responses(
+        (status = 200, description = "Every alias, by name", body = crate::http_bridge::AliasList),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn aliases(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
+    let listed = async {
+        operator(&bridge, &inquiry).await?;
+        let Catalog { aliases, .. } = bridge.gateway.ask_registry(CATALOG_LIST, &Empty {}).await?;
+        Ok(json(&AliasList { aliases }))
+    };
+    respond(inquiry.context, listed.await)
+}
+
+/// Gives a model another name, within five seconds.
+#[utoipa::path(
+    post, path = "/admin/v1/aliases", tag = "admin", operation_id = "setAlias", security(("bearer" = [])),
+    request_body(content = crate::http_bridge::AliasSet, content_type = "application/json"),
+    responses(
+        (status = 200, description = "The alias as it is kept", body = crate::http_bridge::AliasEntry),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn set_alias(State(bridge): State<Bridge>, inquiry: Inquiry, body: Body) -> Response<Body> {
+    let set = async {
+        let token = operator(&bridge, &inquiry).await?;
+        let request: AliasSet = read(body).await?;
+        let set: AliasEntry = bridge.gateway.ask_registry(ALIAS_SET, &ByOperator { token, request }).await?;
+        info!(alias = %set.alias, target = %set.target, "alias set");
+        Ok(json(&set))
+    };
+    respond(inquiry.context, set.await)
+}
+
+/// Forgets an alias; requests for it are refused within five seconds.
+#[utoipa::path(
+    delete, path = "/admin/v1/aliases/{alias}", tag = "admin", operation_id = "removeAlias", security(("bearer" = [])),
+    params(("alias" = String, Path, description = "The name")),
+    responses(
+        (status = 200, description = "Whether there was such an alias", body = crate::http_bridge::AliasRemoved),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn remove_alias(
+    State(bridge): State<Bridge>,
+    Segment(alias): Segment,
+    inquiry: Inquiry,
+) -> Response<Body> {
+    let removed = async {
+        let token = operator(&bridge, &inquiry).await?;
+        let request = AliasRemove { alias: alias.parse().map_err(|_| catalog::not_found(&alias))? };
+        let removed: AliasRemoved = bridge.gateway.ask_registry(ALIAS_REMOVE, &ByOperator { token, request }).await?;
+        info!(alias, found = removed.found, "alias forgotten");
+        Ok(json(&removed))
+    };
+    respond(inquiry.context, removed.await)
+}
+
+async fn read<T: DeserializeOwned>(body: Body) -> Result<T, WireError> {
+    Ok(codec::decode(&request_body::read(&mut { body }, NEW_BYTES_MAX, BODY_IDLE).await?)?)
 }
 
 /// Lets an operator in and returns the token, by which the registry knows the operator, too.

@@ -1,10 +1,10 @@
 //! The registry's models, ready to be looked up.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use protocol::control::Catalog;
-use protocol::model::{AdapterKey, ModelEntry, ModelKey, ModelRef};
+use protocol::model::{AdapterKey, AliasEntry, ModelEntry, ModelKey, ModelRef};
 use protocol::{AdapterName, ErrorCode, ModelName, ModelVersion, WireError};
 
 /// The registry's models by name, each with its versions from the oldest to the newest.
@@ -12,6 +12,7 @@ use protocol::{AdapterName, ErrorCode, ModelName, ModelVersion, WireError};
 pub(crate) struct Models {
     by_name: HashMap<ModelName, Vec<Arc<ModelEntry>>>,
     adapters: BTreeSet<AdapterKey>,
+    aliases: BTreeMap<ModelName, ModelRef>,
 }
 
 impl Models {
@@ -24,7 +25,31 @@ impl Models {
             versions.sort_by_key(|entry| entry.key.version);
         }
         let adapters = catalog.adapters.into_iter().map(|entry| entry.key).collect();
-        Self { by_name, adapters }
+        let alias = |AliasEntry { alias, target, .. }| (alias, target);
+        Self { by_name, adapters, aliases: catalog.aliases.into_iter().map(alias).collect() }
+    }
+
+    /// Returns the model that is meant: what an alias stands for, or what was named. Returns `None` where an alias is given a
+    /// version or an adapter beside the one that it has.
+    pub(crate) fn meant(&self, wanted: &ModelRef) -> Option<ModelRef> {
+        // A model's own name comes first, should it ever be an alias as well.
+        let target = self.aliases.get(&wanted.name).filter(|_| !self.by_name.contains_key(&wanted.name));
+        let Some(target) = target else { return Some(wanted.clone()) };
+        let adapter = match (&wanted.adapter, &target.adapter) {
+            (Some(_), Some(_)) => return None,
+            (wanted, told) => wanted.clone().or_else(|| told.clone()),
+        };
+        wanted.version.is_none().then(|| ModelRef { adapter, ..target.clone() })
+    }
+
+    /// Returns the aliases with what they stand for, by name.
+    pub(crate) fn aliases(&self) -> impl Iterator<Item = (&ModelName, &ModelRef)> {
+        self.aliases.iter()
+    }
+
+    /// Says whether a name is that of a model or an alias.
+    pub(crate) fn knows(&self, name: &ModelName) -> bool {
+        self.by_name.contains_key(name) || self.aliases.contains_key(name)
     }
 
     /// Says whether a model version has an adapter.
@@ -89,6 +114,7 @@ mod tests {
         let key = ModelKey { model_id: name.parse().expect("name"), version: version.parse().expect("version") };
         ModelEntry {
             facts: None,
+            added: false,
             digest: Digest::of(key.to_string().as_bytes()),
             key,
             bytes: 1,
@@ -112,6 +138,32 @@ mod tests {
         assert_eq!(find("c"), None);
         let all: Vec<_> = models.all().iter().map(|entry| entry.key.to_string()).collect();
         assert_eq!(all, ["a@1.9", "a@1.10", "b@0.1"]);
+    }
+
+    #[test]
+    fn an_alias_is_the_model_that_it_stands_for() {
+        let alias = |alias: &str, target: &str| AliasEntry {
+            alias: alias.parse().expect("a name"),
+            target: target.parse().expect("a model"),
+            created_at: UnixMillis(0),
+        };
+        let aliases = vec![alias("gpt-4o", "a"), alias("old", "a@1.9"), alias("arr", "a:pirate"), alias("b", "a")];
+        let listed = vec![entry("a", "1.9"), entry("b", "0.1")];
+        let models = Models::new(Catalog { models: listed, aliases, ..Catalog::default() });
+        for (wanted, meant) in [
+            ("gpt-4o", Some("a")),
+            ("gpt-4o:pirate", Some("a:pirate")),
+            ("old", Some("a@1.9")),
+            ("arr", Some("a:pirate")),
+            ("b", Some("b")),
+            ("a@1.9", Some("a@1.9")),
+            ("c:x", Some("c:x")),
+            ("gpt-4o@1.9", None),
+            ("arr:polite", None),
+        ] {
+            let found = models.meant(&parse_ref(wanted).expect(wanted));
+            assert_eq!(found.map(|found| found.to_string()).as_deref(), meant, "{wanted}");
+        }
     }
 
     #[test]

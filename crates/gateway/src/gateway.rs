@@ -326,6 +326,7 @@ impl Gateway {
     pub async fn submit(&self, admission: Admission, job: Job) -> Result<Answer, WireError> {
         let Admission { grant, permit, mut record, rate: _ } = admission;
         let opened = async {
+            let job = Job { model: self.meant(&job.model).await?, ..job };
             let entry = self.check_job(&grant, &job, &mut record).await?;
             let patience = self.patience(&record, &job);
             let expected = Expected::of(&job.input);
@@ -377,6 +378,15 @@ impl Gateway {
             self.check_adapter(&entry.key, adapter).await?;
         }
         Ok(entry)
+    }
+
+    /// Returns the model that is meant, where an alias may have been named.
+    pub(crate) async fn meant(&self, wanted: &ModelRef) -> Result<ModelRef, WireError> {
+        let mut models = self.models().await?;
+        if !models.knows(&wanted.name) {
+            models = self.inner.models.get_younger_than(CATALOG_YOUNG, self.fetch_models()).await?;
+        }
+        models.meant(wanted).ok_or_else(|| catalog::not_found(&wanted.to_string()))
     }
 
     /// Returns the catalogue's entry of a model.

@@ -37,8 +37,9 @@ use crate::gateway::{Gateway, GatewayError};
 
 pub(crate) use errors::json;
 pub(crate) use openapi::{
-    AdapterAdd, AdapterEntry, AdapterList, AdapterRemoved, Decision, Errors, Fleet, InviteCreate, InviteCreated,
-    Members, NewName, NodeRenamed, NodeRevoked, TokenCreate, TokenCreated, TokenList, TokenRevoked,
+    AdapterAdd, AdapterEntry, AdapterList, AdapterRemoved, AliasEntry, AliasList, AliasRemoved, AliasSet, Decision,
+    Errors, Fleet, InviteCreate, InviteCreated, Members, ModelAdd, ModelEntry, ModelRemoved, NewName, NodeRenamed,
+    NodeRevoked, TokenCreate, TokenCreated, TokenList, TokenRevoked,
 };
 pub(crate) use router::Bridge;
 

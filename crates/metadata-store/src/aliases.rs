@@ -30,8 +30,7 @@ pub(crate) fn list(connection: &Connection) -> rusqlite::Result<Vec<AliasEntry>>
 
 /// Forgets an alias.
 pub(crate) fn remove(connection: &Connection, alias: &ModelName) -> rusqlite::Result<bool> {
-    let removed =
-        connection.prepare_cached("DELETE FROM aliases WHERE alias = ?1")?.execute((alias.as_str(),))?;
+    let removed = connection.prepare_cached("DELETE FROM aliases WHERE alias = ?1")?.execute((alias.as_str(),))?;
     Ok(removed == 1)
 }
 

@@ -6,6 +6,7 @@
 
 mod adapters;
 mod admission;
+mod aliases;
 mod jobs;
 mod metadata_store;
 mod models;

@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use protocol::control::{NodeRole, Scope};
 use protocol::infer::FinishReason;
-use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
+use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
 use protocol::usage::TokenUsage;
@@ -93,6 +93,16 @@ pub trait MetadataStore: Send + Sync {
 
     /// Forgets an adapter; false where there is none.
     async fn remove_adapter(&self, key: &AdapterKey) -> Result<bool, StoreError>;
+
+    /// Sets what an alias stands for; false where a model has its name. Whether there is such a target is for the caller to
+    /// check.
+    async fn put_alias(&self, entry: AliasEntry) -> Result<bool, StoreError>;
+
+    /// Returns every alias, by name.
+    async fn aliases(&self) -> Result<Vec<AliasEntry>, StoreError>;
+
+    /// Forgets an alias; false where there is none.
+    async fn remove_alias(&self, alias: &ModelName) -> Result<bool, StoreError>;
 
     /// Adds an invite, not redeemed yet.
     async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError>;

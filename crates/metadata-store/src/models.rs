@@ -10,14 +10,15 @@ use crate::row::{self, integer};
 
 /// Registers a model version; its digest never changes.
 pub(crate) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Result<Result<(), PutModelError>> {
-    let ModelEntry { key, digest, bytes, context_length, description, created_at, facts } = entry;
+    let ModelEntry { key, digest, bytes, context_length, description, created_at, facts, added } = entry;
     let written = connection
         .prepare_cached(
             "INSERT INTO models (model_id, version_major, version_minor, digest, bytes, context_length, description,
-                                 created_at, facts)
-             VALUES (:model_id, :major, :minor, :digest, :bytes, :context_length, :description, :created_at, :facts)
+                                 created_at, facts, added)
+             VALUES (:model_id, :major, :minor, :digest, :bytes, :context_length, :description, :created_at, :facts,
+                     :added)
              ON CONFLICT DO UPDATE SET context_length = excluded.context_length, description = excluded.description,
-                                       facts = coalesce(excluded.facts, facts)
+                                       facts = coalesce(excluded.facts, facts), added = max(excluded.added, added)
              WHERE digest = excluded.digest",
         )?
         .execute(named_params! {
@@ -30,6 +31,7 @@ pub(crate) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Resu
             ":description": description,
             ":created_at": integer(created_at.0),
             ":facts": facts.as_ref().map(row::text_of_json),
+            ":added": added,
         })?;
     if written == 1 {
         return Ok(Ok(()));
@@ -69,5 +71,6 @@ fn record(row: &Row<'_>) -> rusqlite::Result<ModelEntry> {
         description: row.get("description")?,
         created_at: row::time(row, "created_at")?,
         facts: row::json_or_null(row, "facts")?,
+        added: row.get("added")?,
     })
 }

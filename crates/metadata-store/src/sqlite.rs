@@ -12,10 +12,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
+use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
-use protocol::{CorrelationId, InviteId, PublicKey, TenantId, UnixMillis, WorkerId};
+use protocol::{CorrelationId, InviteId, ModelName, PublicKey, TenantId, UnixMillis, WorkerId};
 use rusqlite::Connection;
 
 use self::lane::Lane;
@@ -25,7 +25,7 @@ use crate::metadata_store::{
     PutAdapterError, PutInviteError, PutModelError, PutTokenError, ReassignError, Reassignment, Redemption,
     ReserveError, Reserved, Revocation, Settlement, StoreError, TokenRecord, UsageCursor, UsageRecord,
 };
-use crate::{adapters, admission, jobs, models, presence, quotas, reservations, tokens, usage};
+use crate::{adapters, admission, aliases, jobs, models, presence, quotas, reservations, tokens, usage};
 
 /// How a [`SqliteStore`] works. The defaults suit every service.
 #[derive(Debug, Clone)]
@@ -259,6 +259,19 @@ impl MetadataStore for SqliteStore {
     async fn remove_adapter(&self, key: &AdapterKey) -> Result<bool, StoreError> {
         let key = key.clone();
         self.write(move |connection| adapters::remove(connection, &key)).await
+    }
+
+    async fn put_alias(&self, entry: AliasEntry) -> Result<bool, StoreError> {
+        self.write(move |connection| aliases::put(connection, &entry)).await
+    }
+
+    async fn aliases(&self) -> Result<Vec<AliasEntry>, StoreError> {
+        self.read(aliases::list).await
+    }
+
+    async fn remove_alias(&self, alias: &ModelName) -> Result<bool, StoreError> {
+        let alias = alias.clone();
+        self.write(move |connection| aliases::remove(connection, &alias)).await
     }
 
     async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError> {

@@ -8,7 +8,7 @@ use crate::health::HealthReport;
 use crate::id::{
     AdapterName, CorrelationId, Digest, InviteId, ModelName, ModelVersion, PublicKey, Region, TenantId, WorkerId,
 };
-use crate::model::{AdapterEntry, ModelEntry};
+use crate::model::{AdapterEntry, AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
 use crate::policy::TenantPolicy;
 use crate::signature::Signed;
 
@@ -40,6 +40,16 @@ pub const MODEL_OFFER: &str = "registry.model.offer";
 pub const ADAPTER_ADD: &str = "registry.adapter.add";
 /// Registry: forgets an adapter. [`AdapterRemove`] → [`AdapterRemoved`].
 pub const ADAPTER_REMOVE: &str = "registry.adapter.remove";
+/// Registry: registers a model for an operator. [`ByOperator`] of a [`ModelAdd`] → [`ModelEntry`].
+pub const MODEL_ADD: &str = "registry.model.add";
+/// Registry: forgets a model for an operator. [`ByOperator`] of a [`ModelRemove`] → [`ModelRemoved`].
+pub const MODEL_REMOVE: &str = "registry.model.remove";
+/// Registry: gives a model another name for an operator. [`ByOperator`] of an [`AliasSet`] → [`AliasEntry`].
+pub const ALIAS_SET: &str = "registry.alias.set";
+/// Registry: forgets an alias for an operator. [`ByOperator`] of an [`AliasRemove`] → [`AliasRemoved`].
+pub const ALIAS_REMOVE: &str = "registry.alias.remove";
+/// Registry: lists models, adapters and aliases to an operator. [`OperatorRequest`] → [`Catalog`].
+pub const OPERATOR_CATALOG_LIST: &str = "registry.operator.catalog.list";
 /// Registry: tells a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
 pub const POLICY_GET: &str = "registry.policy.get";
 
@@ -243,6 +253,95 @@ pub struct Catalog {
     /// Each adapter of each version.
     #[serde(default)]
     pub adapters: Vec<AdapterEntry>,
+    /// Other names of theirs, by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<AliasEntry>,
+}
+
+/// A model to register.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelAdd {
+    /// Its name.
+    pub model_id: ModelName,
+    /// Its version; missing for the one that has these bytes already, or the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<ModelVersion>,
+    /// SHA-256 of the artifact.
+    pub digest: Digest,
+    /// Length of the artifact in bytes; at least 1.
+    pub bytes: u64,
+    /// Tokens of context; at least 1.
+    pub context_length: u32,
+    /// One line for people.
+    #[serde(default)]
+    pub description: String,
+    /// What its file says of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub facts: Option<ModelFacts>,
+}
+
+/// A model to forget.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelRemove {
+    /// Its name.
+    pub model_id: ModelName,
+    /// Its version; missing for the only one there is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<ModelVersion>,
+    /// Forgets the aliases that stand for it as well; without it, it stays while there are such.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What came of forgetting a model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelRemoved {
+    /// Whether there was such a model.
+    pub found: bool,
+    /// The model.
+    #[serde(flatten)]
+    pub key: ModelKey,
+    /// The aliases that were forgotten with it.
+    pub aliases: Vec<ModelName>,
+    /// The artifacts that nothing in the catalogue needs any more.
+    pub unused: Vec<Digest>,
+}
+
+/// Another name to give a model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AliasSet {
+    /// The name.
+    pub alias: ModelName,
+    /// What it stands for, as `name[@MAJOR.MINOR][:adapter]`; never another alias.
+    pub target: ModelRef,
+}
+
+/// An alias to forget.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AliasRemove {
+    /// The name.
+    pub alias: ModelName,
+}
+
+/// What came of forgetting an alias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AliasRemoved {
+    /// Whether there was such an alias.
+    pub found: bool,
+}
+
+/// Every alias.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AliasList {
+    /// By name.
+    pub aliases: Vec<AliasEntry>,
 }
 
 /// An adapter to register.

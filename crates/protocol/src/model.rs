@@ -10,7 +10,9 @@ use crate::clock::UnixMillis;
 use crate::id::{AdapterName, Digest, MalformedId, ModelName, ModelVersion};
 
 /// A model as a client names it: `name[@MAJOR.MINOR][:adapter]`. No version means the newest.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
 pub struct ModelRef {
     /// The model's name.
     pub name: ModelName,
@@ -47,6 +49,32 @@ impl fmt::Display for ModelRef {
         }
         Ok(())
     }
+}
+
+impl TryFrom<String> for ModelRef {
+    type Error = MalformedId;
+
+    fn try_from(text: String) -> Result<Self, MalformedId> {
+        text.parse()
+    }
+}
+
+impl From<ModelRef> for String {
+    fn from(model: ModelRef) -> Self {
+        model.to_string()
+    }
+}
+
+/// Another name for a model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AliasEntry {
+    /// The name.
+    pub alias: ModelName,
+    /// What it stands for: never another alias.
+    pub target: ModelRef,
+    /// When it was set.
+    pub created_at: UnixMillis,
 }
 
 /// One version of a model.
@@ -86,6 +114,9 @@ pub struct ModelEntry {
     /// What its file says of it, where somebody has told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub facts: Option<ModelFacts>,
+    /// Whether an operator added it, and no worker offered it: nodes that have its artifact serve it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub added: bool,
 }
 
 /// What a model's file says of it.

@@ -1,11 +1,11 @@
 //! The models that exist.
 
 use metadata_store::{MetadataStore, PutModelError, StoreError};
-use protocol::UnixMillis;
 use protocol::control::Catalog;
 use protocol::model::{
     ModelEntry, ModelFacts, ModelKey, ModelOffer, OfferedSource, SERVED_AS_BYTES_MAX, remote_digest,
 };
+use protocol::{ModelName, UnixMillis};
 
 /// Once this many models are listed, no more offers are taken: any worker may make some.
 pub const OFFERED_MAX: usize = 1_000;
@@ -16,6 +16,9 @@ pub enum OfferError {
     /// Another model has its name and version.
     #[error("{0} is another model already, choose another name or version")]
     Taken(ModelKey),
+    /// Its name stands for another model.
+    #[error("{0} is an alias of another model, choose another name")]
+    IsAlias(ModelName),
     /// Its name on its server is empty or too long.
     #[error("the model's name on its server must have 1 to {SERVED_AS_BYTES_MAX} bytes")]
     Nameless,
@@ -41,7 +44,7 @@ impl OfferError {
 
 /// Returns every version of every model.
 pub async fn list(store: &dyn MetadataStore) -> Result<Catalog, StoreError> {
-    Ok(Catalog { models: store.models().await?, adapters: store.adapters().await? })
+    Ok(Catalog { models: store.models().await?, adapters: store.adapters().await?, aliases: store.aliases().await? })
 }
 
 /// Registers model versions. A version never changes its artifact.
@@ -78,9 +81,12 @@ pub async fn offer(store: &dyn MetadataStore, offer: ModelOffer, now: UnixMillis
         let known = ModelEntry { facts, ..listed.clone() };
         return store.put_model(known).await.map_err(OfferError::of);
     }
+    if store.aliases().await?.iter().any(|entry| entry.alias == key.model_id) {
+        return Err(OfferError::IsAlias(key.model_id));
+    }
     if models.len() >= OFFERED_MAX {
         return Err(OfferError::TooMany);
     }
-    let entry = ModelEntry { key, digest, bytes, context_length, description, created_at: now, facts };
+    let entry = ModelEntry { key, digest, bytes, context_length, description, created_at: now, facts, added: false };
     store.put_model(entry).await.map_err(OfferError::of)
 }

@@ -4,6 +4,7 @@
 pub mod adapters;
 pub mod admission;
 pub mod catalog;
+pub mod models;
 pub mod policies;
 pub mod registry;
 pub mod tokens;

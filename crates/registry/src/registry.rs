@@ -8,9 +8,10 @@ use metadata_store::MetadataStore;
 use protocol::admission::Certificate;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
-    ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterRemove, ByOperator, CATALOG_LIST, CERTIFICATE_RENEW, CLOCK_READ,
-    ClockReading, Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate, InviteRedeem, MODEL_OFFER, NODE_LIST, NODE_RENAME,
-    NODE_REVOKE, NodeInfo, NodeRename, NodeRevoke, NodeRole, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST,
+    ADAPTER_ADD, ADAPTER_REMOVE, ALIAS_REMOVE, ALIAS_SET, AdapterAdd, AdapterRemove, AliasRemove, AliasSet, ByOperator,
+    CATALOG_LIST, CERTIFICATE_RENEW, CLOCK_READ, ClockReading, Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate,
+    InviteRedeem, MODEL_ADD, MODEL_OFFER, MODEL_REMOVE, ModelAdd, ModelRemove, NODE_LIST, NODE_RENAME, NODE_REVOKE,
+    NodeInfo, NodeRename, NodeRevoke, NodeRole, OPERATOR_CATALOG_LIST, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST,
     OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET, POOL_STATE, PolicyRequest, PoolStateRequest, Scope,
     TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate, TokenCreated, TokenRevoke,
 };
@@ -25,6 +26,7 @@ use tracing::warn;
 use crate::adapters::{self, AdapterError};
 use crate::admission::{AdmissionError, AdmissionOffice, Grant};
 use crate::catalog::OfferError;
+use crate::models::{self, ModelError};
 use crate::tokens::{Pepper, TokenOffice};
 use crate::{catalog, policies};
 
@@ -165,6 +167,50 @@ impl Registry {
             })
     }
 
+    /// Serves operators what they change of models, from a gateway or without one.
+    fn serve_models(self: &Arc<Self>, server: Server) -> Server {
+        let [listed, added, removed, named, unnamed] = std::array::from_fn(|_| self.clone());
+        server
+            .unary(OPERATOR_CATALOG_LIST, move |caller, request: OperatorRequest| {
+                let registry = listed.clone();
+                async move {
+                    registry.operator(caller, &request.token).await?;
+                    catalog::list(&*registry.parts.store).await.map_err(|error| unavailable(&error))
+                }
+            })
+            .unary(MODEL_ADD, move |caller, asked: ByOperator<ModelAdd>| {
+                let registry = added.clone();
+                async move {
+                    registry.operator(caller, &asked.token).await?;
+                    let (store, now) = (&*registry.parts.store, registry.parts.clock.now());
+                    Ok(models::add(store, asked.request, now).await.inspect_err(log_model)?)
+                }
+            })
+            .unary(MODEL_REMOVE, move |caller, asked: ByOperator<ModelRemove>| {
+                let registry = removed.clone();
+                async move {
+                    registry.operator(caller, &asked.token).await?;
+                    Ok(models::remove(&*registry.parts.store, asked.request).await.inspect_err(log_model)?)
+                }
+            })
+            .unary(ALIAS_SET, move |caller, asked: ByOperator<AliasSet>| {
+                let registry = named.clone();
+                async move {
+                    registry.operator(caller, &asked.token).await?;
+                    let (store, now) = (&*registry.parts.store, registry.parts.clock.now());
+                    Ok(models::set_alias(store, asked.request, now).await.inspect_err(log_model)?)
+                }
+            })
+            .unary(ALIAS_REMOVE, move |caller, asked: ByOperator<AliasRemove>| {
+                let registry = unnamed.clone();
+                async move {
+                    registry.operator(caller, &asked.token).await?;
+                    let store = &*registry.parts.store;
+                    Ok(models::remove_alias(store, &asked.request.alias).await.inspect_err(log_model)?)
+                }
+            })
+    }
+
     async fn issue(&self, new: TokenCreate) -> Result<TokenCreated, WireError> {
         self.tokens.issue(new).await.map_err(|error| {
             warn!(%error, "could not issue a token");
@@ -222,9 +268,9 @@ impl Registry {
     }
 
     fn serve(self: &Arc<Self>, server: Server) -> Server {
-        let [tokens, issued, listed, revoked, models, offered, added, removed, rules] =
+        let [tokens, issued, listed, revoked, catalogue, offered, added, removed, rules] =
             std::array::from_fn(|_| self.clone());
-        self.serve_operators(self.serve_admission(server))
+        self.serve_models(self.serve_operators(self.serve_admission(server)))
             .unary(TOKEN_CHECK, move |caller, request: TokenCheck| {
                 let registry = tokens.clone();
                 async move {
@@ -254,7 +300,7 @@ impl Registry {
                 }
             })
             .unary(CATALOG_LIST, move |caller, _: Empty| {
-                let registry = models.clone();
+                let registry = catalogue.clone();
                 async move {
                     registry.admit(caller.key)?;
                     catalog::list(&*registry.parts.store).await.map_err(|error| unavailable(&error))
@@ -321,6 +367,10 @@ fn own_grant() -> Grant {
 
 fn log_refusal(error: &AdapterError) {
     warn!(%error, "an adapter was neither registered nor forgotten");
+}
+
+fn log_model(error: &ModelError) {
+    warn!(%error, "a change of the catalogue was refused");
 }
 
 fn unavailable(error: &metadata_store::StoreError) -> WireError {

@@ -1,40 +1,396 @@
-//! `tether model`: looks at the models of the network.
+//! `tether model`: looks at the models of the network, names and forgets them.
 
-use serde_json::Value;
+use std::collections::BTreeMap;
 
+use anyhow::{Context as _, anyhow, ensure};
+use artifact_store::ArtifactStore;
+use engine::gguf::Header;
+use indicatif::DecimalBytes;
+use protocol::control::{AliasList, AliasSet, Catalog, Fleet, FleetWorker, Member, ModelRemove};
+use protocol::health::ModelState;
+use protocol::model::{AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
+use protocol::{Digest, ModelName};
+use serde_json::{Value, json};
+
+use super::model_add::model_name;
 use super::{Context, Outcome};
-use crate::args::ServerArgs;
+use crate::args::{ModelAliasArgs, ServerArgs};
 use crate::client::GatewayClient;
+use crate::operator::{Desk, answers};
 use crate::output;
+use crate::tiny_model;
+
+/// Lines of a chat template that are shown.
+const TEMPLATE_LINES: usize = 12;
+/// The longest of them, in characters.
+const TEMPLATE_CHARS: usize = 120;
+
+/// All that is known of the network's models.
+struct Models {
+    /// The gateway's list, where one answers.
+    listed: Option<Value>,
+    catalog: Catalog,
+    /// Missing where no gateway tells.
+    fleet: Option<Fleet>,
+    /// The names of nodes by their keys, as far as they are told.
+    names: BTreeMap<String, String>,
+}
 
 pub(super) async fn list(context: Context, server: &ServerArgs) -> anyhow::Result<Outcome> {
-    let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
-    let models: Value = client.models().await?;
+    let models = Models::look(&context, server).await?;
+    let artifacts = artifacts(&context)?;
     if context.json {
-        output::json(&models)?;
+        output::json(&models.as_json(artifacts.as_ref()))?;
         return Ok(Outcome::Well);
     }
-    let text = |model: &Value, field: &str| match &model[field] {
-        Value::String(text) => text.clone(),
-        Value::Null => String::new(),
-        Value::Array(items) => items.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", "),
-        other => other.to_string(),
-    };
-    let rows: Vec<Vec<String>> = models["data"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|model| {
-            let digest: String = text(model, "digest").chars().take(12).collect();
-            vec![
-                text(model, "id"),
-                text(model, "state"),
-                text(model, "context_length"),
-                text(model, "replicas"),
-                digest,
-            ]
-        })
-        .collect();
-    output::table(&["MODEL", "STATE", "CONTEXT", "REPLICAS", "DIGEST"], &rows);
+    let head = ["MODEL", "SIZE", "QUANT", "CONTEXT", "STATE", "WHERE", "ALIASES"];
+    let mut rows: Vec<Vec<String>> = vec![];
+    for entry in &models.catalog.models {
+        rows.push(models.row(entry, artifacts.as_ref()));
+        let adapters = models.catalog.adapters.iter().filter(|adapter| adapter.key.model == entry.key);
+        rows.extend(adapters.map(|adapter| {
+            let size = DecimalBytes(adapter.bytes).to_string();
+            vec![format!("{}:{}", entry.key, adapter.key.adapter), size, "adapter".into()]
+        }));
+    }
+    output::table(&head, &rows);
+    let is_known = |name: &ModelName| models.catalog.models.iter().any(|entry| entry.key.model_id == *name);
+    for AliasEntry { alias, target, .. } in models.catalog.aliases.iter().filter(|entry| !is_known(&entry.target.name))
+    {
+        output::line(format!("{alias} stands for {target}, which is not there any more"));
+    }
     Ok(Outcome::Well)
+}
+
+pub(super) async fn show(context: Context, model: &str, server: &ServerArgs) -> anyhow::Result<Outcome> {
+    let models = Models::look(&context, server).await?;
+    let artifacts = artifacts(&context)?;
+    let entry = models.find(model)?;
+    let (states, ends) = (models.states(&entry.key), models.aliases_of(&entry.key));
+    let template = template(artifacts.as_ref(), &entry.digest);
+    if context.json {
+        let mut shown = serde_json::to_value(entry)?;
+        shown["state"] = models.state(entry, artifacts.as_ref()).into();
+        shown["where"] = states.iter().map(|(node, state)| json!({ "node": node, "state": state })).collect();
+        shown["aliases"] = ends.into();
+        shown["template"] = template.into();
+        output::json(&shown)?;
+        return Ok(Outcome::Well);
+    }
+    let mut lines = vec![(entry.key.to_string(), String::new())];
+    let mut say = |what: &str, text: String| {
+        if !text.is_empty() {
+            lines.push((what.to_owned(), text));
+        }
+    };
+    let facts = entry.facts.clone().unwrap_or_default();
+    say("made as", facts.name.escape_debug().to_string());
+    say("architecture", facts.architecture.escape_debug().to_string());
+    say("parameters", if facts.parameters > 0 { count(facts.parameters) } else { String::new() });
+    say("quantisation", facts.quantisation.escape_debug().to_string());
+    say("size", size(entry.bytes));
+    say("memory", if facts.memory_bytes > 0 { format!("about {}", size(facts.memory_bytes)) } else { String::new() });
+    say("context", context_of(entry, &facts));
+    say("can do", facts.capabilities.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
+    say("described as", entry.description.escape_debug().to_string());
+    say("digest", format!("sha256:{}", entry.digest));
+    say("state", models.state(entry, artifacts.as_ref()));
+    say("where", states.iter().map(|(node, state)| format!("{node} {state}")).collect::<Vec<_>>().join(", "));
+    say("aliases", ends.join(", "));
+    let adapters = models.catalog.adapters.iter().filter(|adapter| adapter.key.model == entry.key);
+    say("adapters", adapters.map(|adapter| adapter.key.adapter.to_string()).collect::<Vec<_>>().join(", "));
+    let width = lines.iter().skip(1).map(|(what, _)| what.len()).max().unwrap_or(0);
+    for (number, (what, text)) in lines.iter().enumerate() {
+        output::line(if number == 0 { what.clone() } else { format!("  {what:<width$}  {text}") });
+    }
+    if let Some(template) = template {
+        output::line("\n  chat template");
+        for line in template {
+            output::line(format!("    {line}"));
+        }
+    } else if facts.chat_template {
+        output::line("\n  It has a chat template; where its file lies, this shows it.");
+    }
+    Ok(Outcome::Well)
+}
+
+pub(super) async fn remove(context: Context, model: &str, force: bool, server: &ServerArgs) -> anyhow::Result<Outcome> {
+    let ModelRef { name: model_id, version, adapter } = model_ref(model)?;
+    ensure!(adapter.is_none(), "{model} is an adapter; `tether model adapter rm` forgets adapters");
+    ensure!(model_id != tiny_model::key().model_id, "{model_id} comes with the program and is always there");
+    let desk = Desk::of_tokens(server, &context.settings, &context.data, &context.env).await?;
+    let removed = desk.remove_model(ModelRemove { model_id, version, force }).await;
+    desk.leave().await?;
+    let removed = removed?;
+    // Other machines keep what they hold for as long as they like; this one keeps what the network needs.
+    let is_registrys = context.data.registry_store().exists();
+    let (mut freed, mut deleted) = (0, vec![]);
+    if let Some(artifacts) = artifacts(&context)?.filter(|_| is_registrys) {
+        let settings = &context.settings.worker.models;
+        for digest in removed.unused.iter().filter(|digest| !settings.iter().any(|it| it.digest == Some(**digest))) {
+            let bytes = artifacts.peek(digest).and_then(|file| file.metadata()).map_or(0, |metadata| metadata.len());
+            if artifacts.remove(digest).context("could not delete the model's file")? {
+                freed += bytes;
+                deleted.push(*digest);
+            }
+        }
+    }
+    if context.json {
+        output::json(&json!({ "removed": removed, "deleted": deleted, "freedBytes": freed }))?;
+        return Ok(Outcome::Well);
+    }
+    let files = if deleted.is_empty() { String::new() } else { format!("; its file is deleted, {}", size(freed)) };
+    output::line(format!("{} is forgotten{files}", removed.key));
+    for alias in &removed.aliases {
+        output::line(format!("so is {alias}, which stood for it"));
+    }
+    Ok(Outcome::Well)
+}
+
+pub(super) async fn alias(context: Context, args: ModelAliasArgs) -> anyhow::Result<Outcome> {
+    let alias = model_name(&args.alias)?;
+    let target = args.target.as_deref().map(model_ref).transpose()?;
+    let desk = Desk::of_tokens(&args.server, &context.settings, &context.data, &context.env).await?;
+    let done = match target {
+        Some(target) => desk.set_alias(AliasSet { alias: alias.clone(), target }).await.map(Some),
+        None => desk.remove_alias(alias.clone()).await.map(|removed| {
+            removed.found.then(|| AliasEntry {
+                alias: alias.clone(),
+                target: ModelRef { name: alias.clone(), version: None, adapter: None },
+                created_at: protocol::UnixMillis(0),
+            })
+        }),
+    };
+    desk.leave().await?;
+    match (done?, args.rm) {
+        (Some(set), false) if context.json => output::json(&set)?,
+        (Some(set), false) => output::line(format!("{} stands for {} within 5 seconds", set.alias, set.target)),
+        (Some(_), true) => output::line(format!("{alias} is forgotten; requests for it are refused within 5 seconds")),
+        (None, _) => {
+            output::line(format!("there is no alias {alias}; `tether model list` shows them"));
+            return Ok(Outcome::Finding);
+        }
+    }
+    Ok(Outcome::Well)
+}
+
+impl Models {
+    /// Asks the gateway, and the registry or its store where none answers.
+    async fn look(context: &Context, server: &ServerArgs) -> anyhow::Result<Self> {
+        let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
+        if server.url.is_some() || answers(&client).await? {
+            let listed = client.models().await?;
+            let catalog = of_gateway(&client, &listed).await;
+            let fleet = client.get("/admin/v1/nodes").await.ok();
+            let members: Vec<Member> = Desk::Gateway(client).members().await.unwrap_or_default();
+            let named = members.into_iter().map(|member| (member.node.public_key.to_string(), member.node.name));
+            return Ok(Self { listed: Some(listed), catalog, fleet, names: named.collect() });
+        }
+        let has_registry = context.data.registry_store().exists() || context.data.pool()?.is_some();
+        if !has_registry {
+            return Err(anyhow!("nothing answers at {}; start the network with `tether up`", client.url()));
+        }
+        let desk = Desk::of_tokens(server, &context.settings, &context.data, &context.env).await?;
+        let catalog = desk.catalog().await;
+        desk.leave().await?;
+        Ok(Self { listed: None, catalog: catalog?, fleet: None, names: BTreeMap::new() })
+    }
+
+    /// Finds a model by its name, with or without a version, or by an alias.
+    fn find(&self, text: &str) -> anyhow::Result<&ModelEntry> {
+        let mut wanted = model_ref(text)?;
+        if let Some(alias) = self.catalog.aliases.iter().find(|entry| entry.alias == wanted.name) {
+            wanted = alias.target.clone();
+        }
+        let versions = self.catalog.models.iter().filter(|entry| entry.key.model_id == wanted.name);
+        let found = match wanted.version {
+            Some(version) => versions.into_iter().find(|entry| entry.key.version == version),
+            None => versions.max_by_key(|entry| entry.key.version),
+        };
+        found.ok_or_else(|| {
+            let names = self.catalog.models.iter().map(|entry| entry.key.model_id.as_str());
+            match output::nearest(text, names) {
+                Some(meant) => anyhow!("there is no model {text:?}; did you mean {meant}? `tether list` shows all"),
+                None => anyhow!("there is no model {text:?}; `tether list` shows those that there are"),
+            }
+        })
+    }
+
+    /// Returns the workers that serve a model, and how it is there.
+    fn states(&self, key: &ModelKey) -> Vec<(String, String)> {
+        let workers = self.fleet.iter().flat_map(|fleet| &fleet.workers);
+        let serving = workers.filter(|worker| !worker.report.draining && worker.report.supported.contains(key));
+        serving.map(|worker| (self.name_of(worker), state_on(worker, key))).collect()
+    }
+
+    fn name_of(&self, worker: &FleetWorker) -> String {
+        let key = worker.report.worker_id;
+        let name = self.names.get(&key.to_string()).filter(|name| !name.is_empty());
+        name.map_or_else(|| key.short(), |name| name.escape_debug().to_string())
+    }
+
+    /// Returns how a model is where it is best off.
+    fn state(&self, entry: &ModelEntry, artifacts: Option<&ArtifactStore>) -> String {
+        let rank = |state: &str| match state {
+            "ready" => 3,
+            "on disk" => 1,
+            "failed" => 0,
+            _ => 2,
+        };
+        let states = self.states(&entry.key);
+        if let Some((_, best)) = states.iter().max_by_key(|(_, state)| rank(state)) {
+            return best.clone();
+        }
+        // Whoever may not see the workers still sees what the gateway says.
+        let told = self.listed.iter().filter_map(|listed| listed["data"].as_array()).flatten();
+        let mut told = told.filter(|row| is_row_of(row, entry));
+        match told.find_map(|row| row["state"].as_str()) {
+            Some("idle") => "on disk".to_owned(),
+            Some(state) if state != "unserved" => state.to_owned(),
+            _ if artifacts.is_some_and(|artifacts| artifacts.contains(&entry.digest)) => "on disk".to_owned(),
+            _ => "not served".to_owned(),
+        }
+    }
+
+    fn aliases_of(&self, key: &ModelKey) -> Vec<String> {
+        let is_newest = self
+            .catalog
+            .models
+            .iter()
+            .all(|entry| entry.key.model_id != key.model_id || entry.key.version <= key.version);
+        let stands = |entry: &&AliasEntry| {
+            let target = &entry.target;
+            target.name == key.model_id && target.version.map_or(is_newest, |version| version == key.version)
+        };
+        let shown = |entry: &AliasEntry| match &entry.target.adapter {
+            Some(adapter) => format!("{} (:{adapter})", entry.alias),
+            None => entry.alias.to_string(),
+        };
+        self.catalog.aliases.iter().filter(stands).map(shown).collect()
+    }
+
+    fn row(&self, entry: &ModelEntry, artifacts: Option<&ArtifactStore>) -> Vec<String> {
+        let states = self.states(&entry.key);
+        let nodes: Vec<&str> = states.iter().map(|(node, _)| node.as_str()).collect();
+        let facts = entry.facts.clone().unwrap_or_default();
+        vec![
+            entry.key.to_string(),
+            if entry.bytes > 0 { size(entry.bytes) } else { "-".to_owned() },
+            facts.quantisation.escape_debug().to_string(),
+            entry.context_length.to_string(),
+            self.state(entry, artifacts),
+            nodes.join(", "),
+            self.aliases_of(&entry.key).join(", "),
+        ]
+    }
+
+    /// Returns the gateway's list with what else is known, or one of its form where no gateway answers.
+    fn as_json(&self, artifacts: Option<&ArtifactStore>) -> Value {
+        let mut list = self.listed.clone().unwrap_or_else(|| {
+            let rows = self.catalog.models.iter().map(|entry| {
+                let id =
+                    if self.is_newest(&entry.key) { entry.key.model_id.to_string() } else { entry.key.to_string() };
+                json!({
+                    "id": id, "object": "model", "version": entry.key.version, "digest": entry.digest,
+                    "bytes": entry.bytes, "context_length": entry.context_length, "facts": entry.facts,
+                    "description": entry.description, "state": self.state(entry, artifacts),
+                })
+            });
+            json!({ "object": "list", "data": rows.collect::<Vec<_>>() })
+        });
+        for row in list["data"].as_array_mut().into_iter().flatten() {
+            if let Some(entry) = self.catalog.models.iter().find(|entry| is_row_of(row, entry)) {
+                let nodes = self.states(&entry.key);
+                row["where"] = nodes.iter().map(|(node, state)| json!({ "node": node, "state": state })).collect();
+                row["aliases"] = self.aliases_of(&entry.key).into();
+            }
+        }
+        list
+    }
+
+    fn is_newest(&self, key: &ModelKey) -> bool {
+        self.catalog.models.iter().all(|entry| entry.key.model_id != key.model_id || entry.key.version <= key.version)
+    }
+}
+
+/// Returns the catalogue as a gateway tells it: to an operator the whole of it, to anybody else what its list shows.
+async fn of_gateway(client: &GatewayClient, listed: &Value) -> Catalog {
+    let mut catalog = Desk::catalog_of_list(listed);
+    if let Ok(AliasList { aliases }) = client.get("/admin/v1/aliases").await {
+        catalog.aliases = aliases;
+    }
+    if let Ok(protocol::control::AdapterList { adapters }) = client.get("/admin/v1/adapters").await {
+        catalog.adapters = adapters;
+    }
+    catalog
+}
+
+/// Says whether a row of a gateway's list is that of a model, without an adapter.
+fn is_row_of(row: &Value, entry: &ModelEntry) -> bool {
+    let name = row["id"].as_str().unwrap_or_default().split('@').next().unwrap_or_default();
+    row["alias_of"].is_null()
+        && name == entry.key.model_id.as_str()
+        && row["version"].as_str() == Some(entry.key.version.to_string().as_str())
+}
+
+fn state_on(worker: &FleetWorker, key: &ModelKey) -> String {
+    let Some(cached) = worker.report.model_cache.iter().find(|cached| cached.key == *key) else {
+        return "on disk".to_owned();
+    };
+    match (cached.state, cached.loading) {
+        (ModelState::Ready, _) => "ready".to_owned(),
+        (ModelState::Loading, Some(progress)) => format!("loading {} %", progress.percent),
+        (ModelState::Loading, None) => "loading".to_owned(),
+        (ModelState::Error, _) => "failed".to_owned(),
+    }
+}
+
+fn artifacts(context: &Context) -> anyhow::Result<Option<ArtifactStore>> {
+    let folder = context.data.artifacts();
+    if !folder.exists() {
+        return Ok(None);
+    }
+    let artifacts = ArtifactStore::in_folder(folder).context("could not open the artifact store")?;
+    Ok(Some(tiny_model::embedded_in(artifacts)))
+}
+
+/// Returns the first lines of a model's chat template as a terminal can show them, where its file is here.
+fn template(artifacts: Option<&ArtifactStore>, digest: &Digest) -> Option<Vec<String>> {
+    let header = if *digest == tiny_model::digest() {
+        Header::parse(tiny_model::BYTES).ok()?
+    } else {
+        Header::read(&artifacts?.peek(digest).ok()?).ok()?
+    };
+    let template = header.chat_template()?;
+    let mut lines: Vec<String> =
+        template.lines().take(TEMPLATE_LINES).map(|line| line.escape_debug().take(TEMPLATE_CHARS).collect()).collect();
+    if template.lines().count() > TEMPLATE_LINES {
+        lines.push("…".to_owned());
+    }
+    Some(lines)
+}
+
+fn context_of(entry: &ModelEntry, facts: &ModelFacts) -> String {
+    match facts.trained_context {
+        0 => format!("{} tokens", entry.context_length),
+        trained => format!("{} tokens, trained with {trained}", entry.context_length),
+    }
+}
+
+fn model_ref(text: &str) -> anyhow::Result<ModelRef> {
+    text.parse().map_err(|error| anyhow!("{text:?} names no model: {error}"))
+}
+
+fn size(bytes: u64) -> String {
+    DecimalBytes(bytes).to_string()
+}
+
+/// Returns a number of parameters as people say it.
+fn count(parameters: u64) -> String {
+    let number = parameters as f64;
+    match parameters {
+        1_000_000_000.. => format!("{:.1} billion", number / 1e9),
+        1_000_000.. => format!("{:.1} million", number / 1e6),
+        _ => parameters.to_string(),
+    }
 }

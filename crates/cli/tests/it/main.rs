@@ -1,5 +1,6 @@
 //! The program as its users meet it.
 
+mod added_models;
 mod admission;
 mod adoption;
 mod certificates;

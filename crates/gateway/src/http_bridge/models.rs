@@ -7,7 +7,7 @@ use axum::extract::State;
 use http::Response;
 use protocol::control::{Fleet, Scope};
 use protocol::health::{CachedModel, HealthReport, ModelState};
-use protocol::model::ModelEntry;
+use protocol::model::{ModelEntry, ModelFacts, ModelRef};
 use protocol::{AdapterName, Region, WireError};
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -43,6 +43,15 @@ pub(crate) struct Model {
     /// One line for people.
     #[serde(skip_serializing_if = "String::is_empty")]
     description: String,
+    /// What this name stands for, where it is an alias.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alias_of: Option<String>,
+    /// Length of the artifact in bytes; 0 for a model of an adopted server.
+    bytes: u64,
+    /// What its file says of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<super::openapi::ModelFacts>)]
+    facts: Option<ModelFacts>,
 }
 
 /// How far a model's best replica is.
@@ -113,7 +122,22 @@ impl ModelList {
             let adapters = models.adapters_of(&entry.key).map(Some);
             std::iter::once(None).chain(adapters).map(move |adapter| describe(entry, by_name, adapter, fleet))
         });
-        Self { object: "list", data: data.collect() }
+        let mut data: Vec<Model> = data.collect();
+        data.extend(models.aliases().filter_map(|(alias, target)| {
+            // Whatever an alias stands for may be gone.
+            let entry = models.find(&target.name, target.version).filter(|entry| may_see(entry))?;
+            let adapter = target.adapter.as_ref();
+            let is_there = adapter.is_none_or(|adapter| models.has_adapter(&entry.key, adapter));
+            is_there.then(|| Model::named(alias.to_string(), target, describe(entry, true, adapter, fleet)))
+        }));
+        Self { object: "list", data }
+    }
+}
+
+impl Model {
+    /// Returns the model under another name.
+    fn named(alias: String, target: &ModelRef, model: Self) -> Self {
+        Self { id: alias, alias_of: Some(target.to_string()), ..model }
     }
 }
 
@@ -127,7 +151,8 @@ pub(super) async fn get(State(bridge): State<Bridge>, Segment(id): Segment, inqu
     let found = async {
         let (gateway, token) = (&bridge.gateway, inquiry.token.as_deref());
         let grant = gateway.authenticate(token, inquiry.context.origin, Scope::Infer).await?;
-        let wanted = catalog::parse_ref(&id)?;
+        let named = catalog::parse_ref(&id)?;
+        let wanted = gateway.meant(&named).await?;
         let entry = gateway.model(&wanted).await?;
         // To a tenant, a model it may not use is as one that is not there.
         if !grant.policy.allows(&entry.key.model_id) {
@@ -139,7 +164,10 @@ pub(super) async fn get(State(bridge): State<Bridge>, Segment(id): Segment, inqu
         {
             return Err(catalog::not_found(&id));
         }
-        let model = describe(&entry, wanted.version.is_none(), adapter, &*gateway.fleet().await?);
+        let mut model = describe(&entry, wanted.version.is_none(), adapter, &*gateway.fleet().await?);
+        if named != wanted {
+            model = Model::named(named.to_string(), &wanted, model);
+        }
         if !model.state.is_served() {
             return Err(catalog::not_served(&id));
         }
@@ -173,5 +201,8 @@ fn describe(entry: &ModelEntry, by_name: bool, adapter: Option<&AdapterName>, fl
         regions: serving.iter().map(|report| Region::to_string(&report.region)).collect(),
         replicas: progress.iter().filter(|progress| **progress == ModelProgress::Ready).count(),
         description: entry.description.clone(),
+        alias_of: None,
+        bytes: entry.bytes,
+        facts: entry.facts.clone(),
     }
 }

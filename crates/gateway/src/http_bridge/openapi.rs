@@ -62,6 +62,11 @@ pub(super) async fn document() -> Response<Body> {
         admin::adapters,
         admin::add_adapter,
         admin::remove_adapter,
+        admin::add_model,
+        admin::remove_model,
+        admin::aliases,
+        admin::set_alias,
+        admin::remove_alias,
     ),
     modifiers(&Bearer),
 )]
@@ -95,6 +100,14 @@ fn build() -> Value {
         ("AdapterEntry", generator.subschema_for::<protocol::model::AdapterEntry>()),
         ("AdapterList", generator.subschema_for::<protocol::control::AdapterList>()),
         ("AdapterRemoved", generator.subschema_for::<protocol::control::AdapterRemoved>()),
+        ("ModelAdd", generator.subschema_for::<protocol::control::ModelAdd>()),
+        ("ModelEntry", generator.subschema_for::<protocol::model::ModelEntry>()),
+        ("ModelFacts", generator.subschema_for::<protocol::model::ModelFacts>()),
+        ("ModelRemoved", generator.subschema_for::<protocol::control::ModelRemoved>()),
+        ("AliasSet", generator.subschema_for::<protocol::control::AliasSet>()),
+        ("AliasEntry", generator.subschema_for::<protocol::model::AliasEntry>()),
+        ("AliasList", generator.subschema_for::<protocol::control::AliasList>()),
+        ("AliasRemoved", generator.subschema_for::<protocol::control::AliasRemoved>()),
         ("Members", generator.subschema_for::<protocol::control::Members>()),
         ("NodeRevoked", generator.subschema_for::<protocol::control::NodeRevoked>()),
         ("NodeRenamed", generator.subschema_for::<protocol::control::NodeRenamed>()),
@@ -160,6 +173,38 @@ pub(crate) struct AdapterList;
 /// Stands for the contract of this name.
 #[derive(ToSchema)]
 pub(crate) struct AdapterRemoved;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct ModelAdd;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct ModelEntry;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct ModelFacts;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct ModelRemoved;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct AliasSet;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct AliasEntry;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct AliasList;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct AliasRemoved;
 
 /// Stands for the contract of this name.
 #[derive(ToSchema)]

@@ -1,7 +1,9 @@
 use std::time::Duration;
 
+use protocol::UnixMillis;
 use protocol::control::FleetWorker;
 use protocol::health::ModelState;
+use protocol::model::AliasEntry;
 use reqwest::Method;
 use serde_json::{Value, json};
 use tether_gateway::Config;
@@ -25,7 +27,7 @@ async fn served_models_are_listed_the_newest_under_its_plain_name() {
         json!({
             "id": "tiny", "object": "model", "created": 1_700_000_000, "owned_by": "tether", "version": "1.1",
             "state": "ready", "digest": fake::model("tiny", "1.1").digest.to_string(), "context_length": 2048,
-            "regions": ["local"], "replicas": 1
+            "regions": ["local"], "replicas": 1, "bytes": 1
         })
     );
     // A worker loads it at its first job.
@@ -74,6 +76,64 @@ async fn a_model_that_nobody_serves_is_listed_to_operators_alone() {
         assert_eq!(one.status().is_success(), served.contains(&"tiny"), "{state}: the list and one model agree");
         assert_eq!(registered().await["data"][2]["state"], state);
     }
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_alias_is_listed_and_answers_under_its_own_name() {
+    let network = Network::start().await;
+    network.get("/v1/models").await;
+    let alias = |alias: &str, target: &str| AliasEntry {
+        alias: alias.parse().expect("a name"),
+        target: target.parse().expect("a model"),
+        created_at: UnixMillis(0),
+    };
+    let set = [("claude-sonnet-4", "tiny:pirate"), ("gone", "nobody"), ("gpt-4o", "tiny"), ("old", "tiny@1.0")];
+    *network.fake.aliases.lock().expect("no panic") = set.map(|(name, target)| alias(name, target)).to_vec();
+    // A name that the catalogue has not told yet is asked for at once, and the list shows it a second later.
+    tokio::time::sleep(Duration::from_millis(1050)).await;
+    let one: Value = network.get("/v1/models/gpt-4o").await.json().await.expect("JSON");
+    assert_eq!((&one["id"], &one["alias_of"], &one["version"]), (&json!("gpt-4o"), &json!("tiny"), &json!("1.1")));
+    let list: Value = network.get("/v1/models").await.json().await.expect("JSON");
+    assert_eq!(
+        ids(&list),
+        ["other", "tiny", "tiny:pirate", "claude-sonnet-4", "gpt-4o"],
+        "what is served, and no more"
+    );
+    assert_eq!(list["data"][4], one);
+    for missing in ["gone", "gpt-4o@1.1", "claude-sonnet-4:polite", "gpt-5"] {
+        expect_error(network.get(&format!("/v1/models/{missing}")).await, 404, "model_not_found", Some("model")).await;
+    }
+    for name in ["gpt-4o", "claude-sonnet-4"] {
+        let mut body = crate::chat_body("hi");
+        body["model"] = json!(name);
+        let answer: Value =
+            network.post("/v1/chat/completions", &body).send().await.expect("answered").json().await.expect("JSON");
+        assert_eq!(answer["model"], name);
+    }
+    let jobs = network.fake.jobs.lock().expect("no panic").clone();
+    let ran: Vec<_> = jobs.iter().map(|job| (job.model_id.to_string(), job.input.adapter.is_some())).collect();
+    assert_eq!(ran, [("tiny".to_owned(), false), ("tiny".to_owned(), true)]);
+    // What counts for a tenant is the model, and not the name.
+    let picky = network.request(Method::POST, "/v1/chat/completions").bearer_auth(fake::token(3));
+    let mut body = crate::chat_body("hi");
+    body["model"] = json!("gpt-4o");
+    expect_error(picky.json(&body).send().await.expect("answered"), 403, "model_not_allowed", Some("model")).await;
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_in_memory_is_forgotten_only_by_force() {
+    let network = Network::start().await;
+    let remove = async |path: &str| {
+        let request = network.request(Method::DELETE, &format!("/admin/v1/models/{path}"));
+        request.bearer_auth(fake::token(4)).send().await.expect("answered")
+    };
+    expect_error(remove("tiny@1.1").await, 400, "invalid_value", Some("model")).await;
+    expect_error(remove("tiny").await, 400, "invalid_value", Some("model")).await;
+    expect_error(remove("tiny:pirate").await, 404, "model_not_found", Some("model")).await;
+    assert_eq!(remove("tiny@1.0").await.json::<Value>().await.expect("JSON")["found"], false);
+    assert_eq!(remove("tiny@1.1?force=true").await.json::<Value>().await.expect("JSON")["found"], true);
     network.end().await;
 }
 

@@ -5,16 +5,16 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use protocol::control::{
-    CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, FleetWorker, JOB_EXPLAIN, NodeInfo,
-    NodeRole, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate, TokenCreated,
-    TokenGrant, TokenList, TokenRevoke, TokenRevoked,
+    ByOperator, CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, FleetWorker, JOB_EXPLAIN,
+    MODEL_REMOVE, ModelRemove, ModelRemoved, NodeInfo, NodeRole, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST,
+    TOKEN_REVOKE, TokenCheck, TokenCreate, TokenCreated, TokenGrant, TokenList, TokenRevoke, TokenRevoked,
 };
 use protocol::health::{CachedModel, Capacity, HealthReport, ModelState};
 use protocol::infer::{
     EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Payload, Progress, SUBMIT, TokenLogprob,
     ToolCallDelta,
 };
-use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
+use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::signature::NodeKey;
 use protocol::token::{ApiToken, RANDOM_BYTES, TokenKind};
@@ -31,6 +31,8 @@ pub(crate) struct Fake {
     pub(crate) network: MemoryNetwork,
     pub(crate) grants: Arc<Mutex<HashMap<String, TokenGrant>>>,
     pub(crate) models: Arc<Mutex<Vec<ModelEntry>>>,
+    /// Their other names.
+    pub(crate) aliases: Arc<Mutex<Vec<AliasEntry>>>,
     pub(crate) workers: Arc<Mutex<Vec<FleetWorker>>>,
     /// Jobs, in the order they came.
     pub(crate) jobs: Arc<Mutex<Vec<InferRequest>>>,
@@ -52,6 +54,7 @@ pub(crate) fn model(name: &str, version: &str) -> ModelEntry {
     let key = ModelKey { model_id: name.parse().expect("name"), version: version.parse().expect("version") };
     ModelEntry {
         facts: None,
+        added: false,
         digest: Digest::of(key.to_string().as_bytes()),
         key,
         bytes: 1,
@@ -120,6 +123,7 @@ impl Fake {
             grants: Arc::new(Mutex::new(grants)),
             workers: Arc::new(Mutex::new(vec![worker(&models[1], &models[2])])),
             models: Arc::new(Mutex::new(models)),
+            aliases: Arc::default(),
             jobs: Arc::default(),
             cancelled: Arc::default(),
         };
@@ -149,7 +153,7 @@ impl Fake {
     }
 
     fn registry(&self, server: Server) -> Server {
-        let (grants, models) = (self.grants.clone(), self.models.clone());
+        let (grants, models, aliases) = (self.grants.clone(), self.models.clone(), self.aliases.clone());
         server
             .unary(TOKEN_CHECK, move |_, check: TokenCheck| {
                 let grant = grants.lock().expect("no panic").get(&check.token).cloned();
@@ -165,7 +169,13 @@ impl Fake {
             })
             .unary(CATALOG_LIST, move |_, _: Empty| {
                 let models = models.lock().expect("no panic").clone();
-                async move { Ok(Catalog { models, adapters: vec![pirate()] }) }
+                let aliases = aliases.lock().expect("no panic").clone();
+                async move { Ok(Catalog { models, adapters: vec![pirate()], aliases }) }
+            })
+            .unary(MODEL_REMOVE, |_, asked: ByOperator<ModelRemove>| async move {
+                let ModelRemove { model_id, version, force } = asked.request;
+                let key = ModelKey { model_id, version: version.unwrap_or("1.1".parse().expect("version")) };
+                Ok(ModelRemoved { found: force, key, aliases: vec![], unused: vec![] })
             })
     }
 

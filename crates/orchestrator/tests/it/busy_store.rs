@@ -10,10 +10,10 @@ use metadata_store::{
     ReserveError, Reserved, Revocation, Settlement, SqliteStore, StoreError, TerminalState, TokenRecord, UsageCursor,
     UsageRecord,
 };
-use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
+use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
-use protocol::{CorrelationId, InviteId, PublicKey, TenantId, UnixMillis, WorkerId};
+use protocol::{CorrelationId, InviteId, ModelName, PublicKey, TenantId, UnixMillis, WorkerId};
 use tether_orchestrator::Config;
 use tokio::sync::Barrier;
 use tokio::task::JoinSet;
@@ -70,6 +70,9 @@ impl MetadataStore for BusyStore {
     async fn put_adapter(&self, entry: AdapterEntry) -> Result<(), PutAdapterError> { self.store.put_adapter(entry).await }
     async fn adapters(&self) -> Result<Vec<AdapterEntry>, StoreError> { self.store.adapters().await }
     async fn remove_adapter(&self, key: &AdapterKey) -> Result<bool, StoreError> { self.store.remove_adapter(key).await }
+    async fn put_alias(&self, entry: AliasEntry) -> Result<bool, StoreError> { self.store.put_alias(entry).await }
+    async fn aliases(&self) -> Result<Vec<AliasEntry>, StoreError> { self.store.aliases().await }
+    async fn remove_alias(&self, alias: &ModelName) -> Result<bool, StoreError> { self.store.remove_alias(alias).await }
     async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError> { self.store.put_invite(invite).await }
     async fn invite(&self, id: InviteId) -> Result<Option<InviteRecord>, StoreError> { self.store.invite(id).await }
     async fn redeem_invite(&self, id: InviteId, node: PublicKey, now: UnixMillis) -> Result<Redemption, StoreError> { self.store.redeem_invite(id, node, now).await }

@@ -1,6 +1,7 @@
 //! The registry as other nodes see it.
 
 mod admission;
+mod models;
 mod offers;
 
 use std::sync::Arc;
@@ -161,6 +162,7 @@ async fn a_model_version_never_changes_its_artifact() {
     let desk = desk().await;
     let entry = |digest| ModelEntry {
         facts: None,
+        added: false,
         key: ModelKey { model_id: "m".parse().expect("name"), version: "1.0".parse().expect("version") },
         digest: Digest([digest; 32]),
         bytes: 1,
@@ -182,6 +184,7 @@ async fn adapters_are_added_listed_and_forgotten_over_the_network() {
     let name = || "m".parse().expect("name");
     let models = ["1.9", "1.10"].map(|text| ModelEntry {
         facts: None,
+        added: false,
         key: ModelKey { model_id: name(), version: version(text) },
         digest: Digest([1; 32]),
         bytes: 1,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use protocol::control::{Empty, MODEL_OFFER, NodeRole};
-use protocol::model::{ModelFacts, ModelKey, ModelOffer, OfferedSource, SERVED_AS_BYTES_MAX};
+use protocol::model::{AliasEntry, ModelFacts, ModelKey, ModelOffer, OfferedSource, SERVED_AS_BYTES_MAX};
 use protocol::signature::NodeKey;
 use protocol::{Digest, ErrorCode, UnixMillis};
 use rpc::{CallError, Client, Membership};
@@ -67,6 +67,9 @@ async fn a_workers_file_is_listed_under_its_digest_and_never_becomes_another() {
     let models = catalog::list(&*desk.store).await.expect("read").models;
     let listed: Vec<_> = models.iter().map(|model| (model.digest, model.bytes, model.context_length)).collect();
     assert_eq!(listed, [(Digest::of(b"weights"), 7, 4_096)]);
+    let (alias, target) = ("gpt-4o".parse().expect("a name"), "mine".parse().expect("a model"));
+    desk.store.put_alias(AliasEntry { alias, target, created_at: UnixMillis(1) }).await.expect("set");
+    assert_eq!(outcome(&desk, &worker, file("gpt-4o", b"other")).await, Some(ErrorCode::InvalidValue));
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! Tokens, policies, models and presence marks.
 
 use protocol::Digest;
-use protocol::model::{AdapterEntry, ModelEntry, ModelFacts};
+use protocol::model::{AdapterEntry, AliasEntry, ModelEntry, ModelFacts};
 use protocol::policy::TenantPolicy;
 use protocol::presence::HighWater;
 use tether_metadata_store::{PutAdapterError, PutModelError, PutTokenError, ReserveError, StoreError, TokenRecord};
@@ -73,6 +73,32 @@ pub(crate) async fn what_is_known_of_a_model_stays_known(subject: Subject) {
         store.put_model(entry).await.expect("is registered");
         assert_eq!(store.models().await, Ok(vec![known.clone()]));
     }
+}
+
+pub(crate) async fn an_alias_stands_for_its_latest_target_and_never_for_a_models_own_name(subject: Subject) {
+    let store = subject.store;
+    let alias = |target: &str| AliasEntry {
+        alias: "gpt-4o".parse().expect("a name"),
+        target: target.parse().expect("a model"),
+        created_at: NOW,
+    };
+    assert_eq!(store.put_alias(alias("tether-tiny")).await, Ok(true));
+    assert_eq!(store.put_alias(alias("tether-tiny@1.0:pirate")).await, Ok(true));
+    assert_eq!(store.aliases().await, Ok(vec![alias("tether-tiny@1.0:pirate")]));
+    assert_eq!(store.remove_alias(&alias("a").alias).await, Ok(true));
+    assert_eq!(store.remove_alias(&alias("a").alias).await, Ok(false));
+    store.put_model(model("gpt-4o", "1.0")).await.expect("is registered");
+    assert_eq!(store.put_alias(alias("tether-tiny")).await, Ok(false));
+    assert_eq!(store.aliases().await, Ok(vec![]));
+}
+
+pub(crate) async fn a_model_that_was_added_stays_so(subject: Subject) {
+    let store = subject.store;
+    let added = ModelEntry { added: true, ..model("mine", "1.0") };
+    for entry in [model("mine", "1.0"), added.clone(), model("mine", "1.0")] {
+        store.put_model(entry).await.expect("is registered");
+    }
+    assert_eq!(store.models().await, Ok(vec![added]));
 }
 
 pub(crate) async fn models_are_listed_by_name_and_number(subject: Subject) {

@@ -77,6 +77,7 @@ pub(crate) fn model_key(name: &str, version: &str) -> ModelKey {
 pub(crate) fn model(name: &str, version: &str) -> ModelEntry {
     ModelEntry {
         facts: None,
+        added: false,
         key: model_key(name, version),
         digest: Digest([3; 32]),
         bytes: 4_000_000_000,

@@ -1,0 +1,148 @@
+//! Models that are added by command: `tether model add`, `list`, `show`, `alias` and `rm`.
+
+#![cfg(feature = "llama")]
+
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::Stdio;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tether_cli::tiny_model;
+
+use crate::program::{Home, signal, wait_for};
+
+/// Writes a model of its own digest: bytes behind the last tensor belong to nothing.
+fn write_model(home: &Home, file: &str, tail: &[u8]) {
+    fs::write(home.path().join(file), [tiny_model::BYTES, tail].concat()).expect("written");
+}
+
+/// Returns the files of the store.
+fn stored(home: &Home) -> usize {
+    fn files(folder: &Path) -> usize {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        entries.map(|path| if path.is_dir() { files(&path) } else { 1 }).sum()
+    }
+    files(&home.data().join("artifacts"))
+}
+
+fn refused(home: &Home, arguments: &[&str]) -> String {
+    let output = home.run(arguments);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+    String::from_utf8(output.stderr).expect("text")
+}
+
+fn row(home: &Home, id: &str) -> Value {
+    let listed = home.json(&["model", "list", "--json"]);
+    let rows = listed["data"].as_array().expect("a list").clone();
+    rows.into_iter().find(|row| row["id"] == id).unwrap_or_else(|| panic!("no {id} in {listed}"))
+}
+
+fn ask(home: &Home, model: &str) -> String {
+    let answer = home.json(&["run", model, "What is the capital of Japan?", "--temperature", "0", "--json"]);
+    answer["text"].as_str().expect("a text").to_owned()
+}
+
+#[test]
+fn a_model_that_is_added_is_served_by_the_next_network() {
+    let home = Home::new();
+    write_model(&home, "Tiny-Two.Q8_0.gguf", b"2");
+    let told = home.well(&["model", "add", "Tiny-Two.Q8_0.gguf"]);
+    for word in ["tiny-two@1.0 is added: ", "512 tokens of context", "chat", "tether up", "tether run tiny-two"] {
+        assert!(told.contains(word), "{word}: {told}");
+    }
+    // The same again costs nothing and changes nothing.
+    assert!(home.well(&["model", "add", "Tiny-Two.Q8_0.gguf"]).contains("in the store already"));
+    assert_eq!(row(&home, "tiny-two")["state"], "on disk");
+    let shown = home.well(&["model", "show", "tiny-two"]);
+    for word in ["architecture  llama", "chat template", "<|im_start|>", "state         on disk", "sha256:"] {
+        assert!(shown.contains(word), "{word}: {shown}");
+    }
+    fs::remove_file(home.path().join("Tiny-Two.Q8_0.gguf")).expect("it is no longer needed");
+    // Without a network, one is started for the question.
+    assert!(ask(&home, "tiny-two").contains("Tokyo"));
+
+    let up = home.up_with(&["--workers", "1"], &[]);
+    home.well(&["model", "alias", "gpt-4o-mini", "tiny-two"]);
+    assert!(ask(&home, "gpt-4o-mini").contains("Tokyo"));
+    let listed = home.well(&["list"]);
+    let line = listed.lines().find(|line| line.starts_with("tiny-two@1.0")).unwrap_or_else(|| panic!("{listed}"));
+    for word in ["ready", "worker-1", "gpt-4o-mini"] {
+        assert!(line.contains(word), "{word}: {listed}");
+    }
+    assert_eq!(row(&home, "tiny-two")["where"][0]["state"], "ready");
+    assert_eq!(home.json(&["model", "show", "gpt-4o-mini", "--json"])["modelId"], "tiny-two");
+    let held = refused(&home, &["model", "rm", "tiny-two"]);
+    assert!(held.contains("in the memory of worker"), "{held}");
+    assert_eq!(up.end(), Some(0));
+
+    let named = refused(&home, &["model", "rm", "tiny-two"]);
+    assert!(named.contains("gpt-4o-mini"), "{named}");
+    let told = home.well(&["model", "rm", "tiny-two", "--force"]);
+    assert!(told.contains("its file is deleted") && told.contains("so is gpt-4o-mini"), "{told}");
+    assert_eq!(stored(&home), 0);
+    assert!(refused(&home, &["model", "show", "tiny-two"]).contains("there is no model"));
+    assert_eq!(home.run(&["model", "alias", "gpt-4o-mini", "--rm"]).status.code(), Some(1));
+}
+
+#[test]
+fn a_model_is_added_to_a_network_that_runs() {
+    let home = Home::new();
+    write_model(&home, "mine.gguf", b"m");
+    let up = home.up_with(&["--workers", "1"], &[]);
+    let told = home.well(&["model", "add", "mine.gguf", "--name", "ours", "--version", "2.1"]);
+    assert!(told.contains("ours@2.1 is added") && told.contains("from its next start on"), "{told}");
+    assert_eq!(row(&home, "ours")["state"], "unserved");
+    let alias = refused(&home, &["model", "alias", "ours", "tether-tiny"]);
+    assert!(alias.contains("a model's own name"), "{alias}");
+    home.well(&["model", "alias", "claude-sonnet-4", "tether-tiny:pirate"]);
+    assert!(refused(&home, &["model", "alias", "other", "claude-sonnet-4"]).contains("tether-tiny:pirate"));
+    assert!(home.well(&["list"]).contains("claude-sonnet-4 (:pirate)"));
+    let told = home.well(&["model", "rm", "ours@2.1"]);
+    assert!(told.contains("its file is deleted"), "{told}");
+    assert_eq!(up.end(), Some(0));
+}
+
+#[test]
+fn what_cannot_be_added_leaves_nothing_behind() {
+    let home = Home::new();
+    write_model(&home, "mine.gguf", b"1");
+    write_model(&home, "mine2.gguf", b"2");
+    fs::write(home.path().join("picture.gguf"), b"\x89PNG").expect("written");
+    home.well(&["model", "add", "mine.gguf"]);
+    for (arguments, word) in [
+        (&["mine2.gguf", "--name", "mine"][..], "add this one as version 1.1"),
+        (&["mine2.gguf", "--name", "mine", "--version", "1.0"], "choose another name"),
+        (&["mine2.gguf", "--name", "My Model"], "my-model is"),
+        (&["mine2.gguf", "--version", "1"], "MAJOR.MINOR"),
+        (&["mine2.gguf", "--name", "tether-tiny"], "comes with the program"),
+        (&["mine.gguf", "mine2.gguf", "--name", "both"], "for one model"),
+        (&["picture.gguf"], "GGUF"),
+        (&["away.gguf"], "there is no file"),
+    ] {
+        let told = refused(&home, &[&["model", "add"], arguments].concat());
+        assert!(told.contains(word), "{word}: {told}");
+        assert_eq!(stored(&home), 1, "{told}");
+    }
+    home.well(&["model", "add", "mine2.gguf", "--name", "mine", "--version", "1.1"]);
+    assert!(refused(&home, &["model", "rm", "mine"]).contains("the versions 1.0, 1.1"));
+    home.well(&["model", "rm", "mine@1.0"]);
+    assert!(refused(&home, &["model", "rm", "tether-tiny"]).contains("comes with the program"));
+    assert_eq!(stored(&home), 1);
+}
+
+#[test]
+fn who_stops_the_copy_of_a_model_keeps_nothing_of_it() {
+    let home = Home::new();
+    // So long that it takes a moment, and a file that takes no room itself.
+    let mut file = fs::File::create(home.path().join("long.gguf")).expect("made");
+    file.write_all(tiny_model::BYTES).expect("written");
+    file.set_len(1 << 30).expect("longer");
+    let mut command = home.command(&["model", "add", "long.gguf"]);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the program runs");
+    wait_for("the copy to begin", || stored(&home) > 0);
+    signal(child.id(), Signal::INT);
+    let status = child.wait().expect("it ends");
+    assert_eq!((status.code(), stored(&home)), (Some(2), 0));
+}

@@ -1,0 +1,276 @@
+//! What operators change of the catalogue's models and their aliases.
+
+use std::fmt::Write as _;
+
+use metadata_store::{MetadataStore, PutModelError, StoreError};
+use protocol::control::{AliasRemoved, AliasSet, Catalog, ModelAdd, ModelRemove, ModelRemoved};
+use protocol::model::{AdapterKey, AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
+use protocol::{Digest, ErrorCode, ModelName, ModelVersion, UnixMillis, WireError};
+
+use crate::catalog::{self, OFFERED_MAX};
+
+/// The most aliases.
+pub const ALIASES_MAX: usize = 1_000;
+/// The longest description of a model, in bytes.
+const DESCRIPTION_BYTES_MAX: usize = 1_024;
+
+/// Why a model or an alias could not be added or forgotten.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// Another model has the name, or the name and the version.
+    #[error(
+        "{key} is another model already (digest {}); choose another name, or add this one as version {next} of it",
+        short(.registered)
+    )]
+    Taken {
+        /// What was asked for.
+        key: ModelKey,
+        /// What it is.
+        registered: Digest,
+        /// The first version that is free.
+        next: ModelVersion,
+    },
+    /// The name stands for another model.
+    #[error("{alias} is an alias of {target}; choose another name, or forget the alias first")]
+    IsAlias {
+        /// The name.
+        alias: ModelName,
+        /// What it stands for.
+        target: ModelRef,
+    },
+    /// A model has the name of an alias.
+    #[error("{0} is a model's own name; choose another name for the alias")]
+    IsModel(ModelName),
+    /// An alias would stand for another.
+    #[error("{alias} is itself an alias; give what it stands for, {target}")]
+    AliasOfAlias {
+        /// The target that was given.
+        alias: ModelName,
+        /// What that one stands for.
+        target: ModelRef,
+    },
+    /// There is no such model.
+    #[error("the model {0} does not exist")]
+    NoModel(ModelRef),
+    /// It is not clear which one is meant.
+    #[error("{name} has the versions {versions}; say which one, as {name}@VERSION")]
+    Several {
+        /// The name.
+        name: ModelName,
+        /// Its versions.
+        versions: String,
+    },
+    /// Aliases stand for it.
+    #[error("{key} is what {aliases} stands for; forget that first, or force it")]
+    HasAliases {
+        /// The model.
+        key: ModelKey,
+        /// Its aliases.
+        aliases: String,
+    },
+    /// A length makes no sense.
+    #[error("{0}")]
+    Value(&'static str),
+    /// There are too many.
+    #[error("no more than {0} can be listed")]
+    TooMany(usize),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<ModelError> for WireError {
+    fn from(error: ModelError) -> Self {
+        let message = error.to_string();
+        match error {
+            ModelError::NoModel(_) => Self::new(ErrorCode::ModelNotFound, message).with_param("model"),
+            ModelError::Store(_) => Self::new(ErrorCode::Unavailable, "the registry cannot use its store, try again"),
+            ModelError::IsModel(_) => Self::new(ErrorCode::InvalidValue, message).with_param("alias"),
+            _ => Self::new(ErrorCode::InvalidValue, message).with_param("model"),
+        }
+    }
+}
+
+/// Registers a model. Where no version is asked for, it is the one that has these bytes already, or the first.
+pub async fn add(store: &dyn MetadataStore, new: ModelAdd, now: UnixMillis) -> Result<ModelEntry, ModelError> {
+    let catalog = catalog::list(store).await?;
+    let key = free_key(&catalog, &new.model_id, new.version, Some(&new.digest))?;
+    if new.bytes == 0 || new.context_length == 0 {
+        return Err(ModelError::Value("a model's file must have bytes, and its context tokens"));
+    }
+    if new.description.len() > DESCRIPTION_BYTES_MAX {
+        return Err(ModelError::Value("the description must have at most 1024 bytes"));
+    }
+    let known = catalog.models.into_iter().find(|entry| entry.key == key);
+    let entry = ModelEntry {
+        key: key.clone(),
+        digest: new.digest,
+        bytes: new.bytes,
+        context_length: new.context_length,
+        description: new.description,
+        created_at: known.map_or(now, |known| known.created_at),
+        facts: new.facts.map(ModelFacts::bounded),
+        added: true,
+    };
+    match store.put_model(entry.clone()).await {
+        Ok(()) => Ok(entry),
+        // Somebody was faster.
+        Err(PutModelError::Conflict { registered, .. }) => {
+            Err(ModelError::Taken { next: next_of(key.version), key, registered })
+        }
+        Err(PutModelError::Store(error)) => Err(error.into()),
+    }
+}
+
+/// Returns the name and version under which a model can be registered. Without a digest, what is said holds for new bytes.
+pub fn free_key(
+    catalog: &Catalog,
+    name: &ModelName,
+    version: Option<ModelVersion>,
+    digest: Option<&Digest>,
+) -> Result<ModelKey, ModelError> {
+    if let Some(AliasEntry { alias, target, .. }) = catalog.aliases.iter().find(|entry| entry.alias == *name) {
+        return Err(ModelError::IsAlias { alias: alias.clone(), target: target.clone() });
+    }
+    let versions: Vec<&ModelEntry> = catalog.models.iter().filter(|entry| entry.key.model_id == *name).collect();
+    let newest = versions.iter().max_by_key(|entry| entry.key.version);
+    let taken = |entry: &ModelEntry| ModelError::Taken {
+        key: entry.key.clone(),
+        registered: entry.digest,
+        next: next_of(newest.map_or(entry.key.version, |newest| newest.key.version)),
+    };
+    let key = |version| ModelKey { model_id: name.clone(), version };
+    let is_new = |entry: &&&ModelEntry| digest != Some(&entry.digest);
+    match version {
+        Some(version) => match versions.iter().find(|entry| entry.key.version == version).filter(is_new) {
+            Some(other) => Err(taken(other)),
+            None => room(catalog, key(version)),
+        },
+        None => match versions.iter().find(|entry| !is_new(entry)) {
+            Some(same) => Ok(same.key.clone()),
+            None => match newest {
+                Some(other) => Err(taken(other)),
+                None => room(catalog, key(ModelVersion { major: 1, minor: 0 })),
+            },
+        },
+    }
+}
+
+fn room(catalog: &Catalog, key: ModelKey) -> Result<ModelKey, ModelError> {
+    let is_known = catalog.models.iter().any(|entry| entry.key == key);
+    if is_known || catalog.models.len() < OFFERED_MAX { Ok(key) } else { Err(ModelError::TooMany(OFFERED_MAX)) }
+}
+
+fn next_of(version: ModelVersion) -> ModelVersion {
+    ModelVersion { minor: version.minor.saturating_add(1), ..version }
+}
+
+/// Finds the one model that is meant: a name without a version is that of the only one.
+pub fn find(catalog: &Catalog, name: &ModelName, version: Option<ModelVersion>) -> Result<ModelKey, ModelError> {
+    let named = catalog.models.iter().map(|entry| &entry.key).filter(|key| key.model_id == *name);
+    let keys: Vec<&ModelKey> = named.filter(|key| version.is_none_or(|version| key.version == version)).collect();
+    match keys[..] {
+        [one] => Ok(one.clone()),
+        [] => Err(ModelError::NoModel(ModelRef { name: name.clone(), version, adapter: None })),
+        _ => {
+            let versions = list(keys.iter().map(|key| key.version));
+            Err(ModelError::Several { name: name.clone(), versions })
+        }
+    }
+}
+
+/// Forgets a model, its adapters, and with `force` the aliases that stand for it.
+pub async fn remove(store: &dyn MetadataStore, old: ModelRemove) -> Result<ModelRemoved, ModelError> {
+    let catalog = catalog::list(store).await?;
+    let key = find(&catalog, &old.model_id, old.version)?;
+    let orphans = orphans(&catalog, &key);
+    if !orphans.is_empty() && !old.force {
+        return Err(ModelError::HasAliases { key, aliases: list(orphans.iter()) });
+    }
+    for alias in &orphans {
+        store.remove_alias(alias).await?;
+    }
+    let is_gone = |model: &ModelKey| *model == key;
+    let entry = catalog.models.iter().find(|entry| is_gone(&entry.key));
+    let adapters = catalog.adapters.iter().filter(|entry| is_gone(&entry.key.model)).map(|entry| entry.digest);
+    let mut unused: Vec<Digest> = entry.map(|entry| entry.digest).into_iter().chain(adapters).collect();
+    let kept = |digest: &Digest| {
+        let in_model = |entry: &ModelEntry| !is_gone(&entry.key) && entry.digest == *digest;
+        catalog.models.iter().any(in_model)
+            || catalog.adapters.iter().any(|entry| !is_gone(&entry.key.model) && entry.digest == *digest)
+    };
+    unused.retain(|digest| !kept(digest));
+    let found = store.remove_model(&key).await?;
+    Ok(ModelRemoved { found, key, aliases: orphans, unused })
+}
+
+/// Returns the aliases that stand for nothing once a model is gone.
+fn orphans(catalog: &Catalog, gone: &ModelKey) -> Vec<ModelName> {
+    let others = catalog.models.iter().filter(|entry| entry.key.model_id == gone.model_id && entry.key != *gone);
+    let is_last = others.count() == 0;
+    let stands = |entry: &&AliasEntry| {
+        let target = &entry.target;
+        let is_its_version = target.version == Some(gone.version);
+        // An adapter belongs to one version.
+        let is_its_adapter = target.adapter.as_ref().is_some_and(|adapter| {
+            target.version.is_none() && newest(catalog, &target.name).is_some_and(|newest| newest == *gone) && {
+                let key = AdapterKey { model: gone.clone(), adapter: adapter.clone() };
+                catalog.adapters.iter().any(|entry| entry.key == key)
+            }
+        });
+        target.name == gone.model_id && (is_last || is_its_version || is_its_adapter)
+    };
+    catalog.aliases.iter().filter(stands).map(|entry| entry.alias.clone()).collect()
+}
+
+fn newest(catalog: &Catalog, name: &ModelName) -> Option<ModelKey> {
+    catalog.models.iter().map(|entry| &entry.key).filter(|key| key.model_id == *name).max().cloned()
+}
+
+/// Gives a model another name.
+pub async fn set_alias(store: &dyn MetadataStore, new: AliasSet, now: UnixMillis) -> Result<AliasEntry, ModelError> {
+    let AliasSet { alias, target } = new;
+    let catalog = catalog::list(store).await?;
+    if let Some(other) = catalog.aliases.iter().find(|entry| entry.alias == target.name) {
+        return Err(ModelError::AliasOfAlias { alias: other.alias.clone(), target: other.target.clone() });
+    }
+    let key = match target.version {
+        Some(version) => Some(ModelKey { model_id: target.name.clone(), version }),
+        None => newest(&catalog, &target.name),
+    };
+    let is_there = |key: &ModelKey| {
+        let has = |adapter| {
+            let key = AdapterKey { model: key.clone(), adapter };
+            catalog.adapters.iter().any(|entry| entry.key == key)
+        };
+        catalog.models.iter().any(|entry| entry.key == *key) && target.adapter.clone().is_none_or(has)
+    };
+    if !key.is_some_and(|key| is_there(&key)) {
+        return Err(ModelError::NoModel(target));
+    }
+    let is_new = catalog.aliases.iter().all(|entry| entry.alias != alias);
+    if is_new && catalog.aliases.len() >= ALIASES_MAX {
+        return Err(ModelError::TooMany(ALIASES_MAX));
+    }
+    let entry = AliasEntry { alias, target, created_at: now };
+    if store.put_alias(entry.clone()).await? { Ok(entry) } else { Err(ModelError::IsModel(entry.alias)) }
+}
+
+/// Forgets an alias.
+pub async fn remove_alias(store: &dyn MetadataStore, alias: &ModelName) -> Result<AliasRemoved, ModelError> {
+    Ok(AliasRemoved { found: store.remove_alias(alias).await? })
+}
+
+fn list(items: impl Iterator<Item = impl std::fmt::Display>) -> String {
+    let mut text = String::new();
+    for item in items {
+        let before = if text.is_empty() { "" } else { ", " };
+        // Writing to a text does not fail.
+        let _ = write!(text, "{before}{item}");
+    }
+    text
+}
+
+fn short(digest: &Digest) -> String {
+    digest.to_string().chars().take(12).collect()
+}

@@ -1,0 +1,159 @@
+//! Models that operators add and forget, and their aliases.
+
+use std::time::Duration;
+
+use protocol::control::{
+    ALIAS_REMOVE, ALIAS_SET, AliasRemove, AliasRemoved, AliasSet, ByOperator, Catalog, MODEL_ADD, MODEL_REMOVE,
+    ModelAdd, ModelRemove, ModelRemoved, OPERATOR_CATALOG_LIST, OperatorRequest, Scope, TokenCreate,
+};
+use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry};
+use protocol::{Digest, ErrorCode, UnixMillis};
+use rpc::CallError;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::{Desk, desk, new_token};
+
+/// A desk, and the token of an operator whose node belongs to no network.
+struct Scene {
+    desk: Desk,
+    token: String,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let desk = desk().await;
+        let new = TokenCreate { scopes: vec![Scope::Admin], ..new_token(None) };
+        let token = desk.office.issue(new).await.expect("issued").token;
+        Self { desk, token }
+    }
+
+    async fn ask<Reply: DeserializeOwned>(
+        &self,
+        method: &str,
+        request: impl Serialize,
+    ) -> Result<Reply, (ErrorCode, String)> {
+        let asked = ByOperator { token: self.token.clone(), request };
+        let reply = self.desk.stranger.call(self.desk.registry, method, &asked, Duration::from_secs(5)).await;
+        reply.map_err(|error| match error {
+            CallError::Remote(error) => (error.code, error.message),
+            error => panic!("the registry answers: {error}"),
+        })
+    }
+
+    async fn add(&self, name: &str, version: Option<&str>, bytes: &[u8]) -> Result<String, String> {
+        let new = ModelAdd {
+            model_id: name.parse().expect("a name"),
+            version: version.map(|version| version.parse().expect("a version")),
+            digest: Digest::of(bytes),
+            bytes: bytes.len() as u64,
+            context_length: 512,
+            description: String::new(),
+            facts: None,
+        };
+        let added = self.ask::<ModelEntry>(MODEL_ADD, new).await;
+        added.map(|entry| entry.key.to_string()).map_err(|(_, message)| message)
+    }
+
+    async fn alias(&self, alias: &str, target: &str) -> Result<String, String> {
+        let new = AliasSet { alias: alias.parse().expect("a name"), target: target.parse().expect("a model") };
+        let set = self.ask::<AliasEntry>(ALIAS_SET, new).await;
+        set.map(|entry| entry.target.to_string()).map_err(|(_, message)| message)
+    }
+
+    async fn remove(&self, name: &str, version: Option<&str>, force: bool) -> Result<ModelRemoved, String> {
+        let version = version.map(|version| version.parse().expect("a version"));
+        let old = ModelRemove { model_id: name.parse().expect("a name"), version, force };
+        self.ask(MODEL_REMOVE, old).await.map_err(|(_, message)| message)
+    }
+
+    async fn catalog(&self) -> Catalog {
+        let request = OperatorRequest { token: self.token.clone() };
+        let (registry, client) = (self.desk.registry, &self.desk.stranger);
+        client.call(registry, OPERATOR_CATALOG_LIST, &request, Duration::from_secs(5)).await.expect("listed")
+    }
+}
+
+#[tokio::test]
+async fn a_version_is_found_for_the_bytes_that_are_added() {
+    let scene = Scene::new().await;
+    assert_eq!(scene.add("mine", None, b"one").await.as_deref(), Ok("mine@1.0"));
+    assert_eq!(scene.add("mine", None, b"one").await.as_deref(), Ok("mine@1.0"));
+    let taken = scene.add("mine", None, b"two").await.expect_err("taken");
+    assert!(taken.contains("mine@1.0 is another model already") && taken.contains("version 1.1"), "{taken}");
+    assert_eq!(scene.add("mine", Some("2.0"), b"two").await.as_deref(), Ok("mine@2.0"));
+    assert_eq!(scene.add("mine", None, b"one").await.as_deref(), Ok("mine@1.0"), "the same bytes are the same version");
+    let taken = scene.add("mine", Some("1.0"), b"two").await.expect_err("taken");
+    assert!(taken.contains("version 2.1"), "{taken}");
+    assert!(scene.add("empty", None, b"").await.is_err());
+    assert!(scene.catalog().await.models.iter().all(|entry| entry.added));
+}
+
+#[tokio::test]
+async fn an_alias_stands_for_what_is_there_and_for_no_alias() {
+    let scene = Scene::new().await;
+    scene.add("mine", None, b"one").await.expect("added");
+    assert_eq!(scene.alias("gpt-4o", "mine").await.as_deref(), Ok("mine"));
+    for (alias, target, word) in [
+        ("gpt-5", "gpt-4o", "is itself an alias; give what it stands for, mine"),
+        ("gpt-5", "nobody", "nobody does not exist"),
+        ("gpt-5", "mine@3.0", "mine@3.0 does not exist"),
+        ("gpt-5", "mine:pirate", "mine:pirate does not exist"),
+        ("mine", "mine", "is a model's own name"),
+    ] {
+        let refused = scene.alias(alias, target).await.expect_err(target);
+        assert!(refused.contains(word), "{refused}");
+    }
+    let refused = scene.add("gpt-4o", None, b"two").await.expect_err("taken");
+    assert!(refused.contains("gpt-4o is an alias of mine"), "{refused}");
+    assert_eq!(scene.alias("gpt-4o", "mine@1.0").await.as_deref(), Ok("mine@1.0"), "it can be set anew");
+    let forget = AliasRemove { alias: "gpt-4o".parse().expect("a name") };
+    assert!(scene.ask::<AliasRemoved>(ALIAS_REMOVE, forget.clone()).await.expect("forgotten").found);
+    assert!(!scene.ask::<AliasRemoved>(ALIAS_REMOVE, forget).await.expect("nothing to forget").found);
+}
+
+#[tokio::test]
+async fn a_model_is_forgotten_with_what_only_it_needs() {
+    let scene = Scene::new().await;
+    scene.add("mine", None, b"one").await.expect("added");
+    scene.add("mine", Some("1.1"), b"two").await.expect("added");
+    scene.add("twin", None, b"two").await.expect("added");
+    let model = scene.catalog().await.models[0].key.clone();
+    let adapter = AdapterEntry {
+        key: AdapterKey { model, adapter: "pirate".parse().expect("a name") },
+        digest: Digest::of(b"pirate"),
+        bytes: 6,
+        description: String::new(),
+        created_at: UnixMillis(1),
+    };
+    scene.desk.store.put_adapter(adapter).await.expect("kept");
+    for (alias, target) in [("any", "mine"), ("old", "mine@1.0"), ("arr", "mine@1.0:pirate")] {
+        scene.alias(alias, target).await.expect("set");
+    }
+    let unclear = scene.remove("mine", None, true).await.expect_err("two versions");
+    assert!(unclear.contains("the versions 1.0, 1.1"), "{unclear}");
+    let named = scene.remove("mine", Some("1.0"), false).await.expect_err("aliases");
+    assert!(named.contains("what arr, old stands for"), "{named}");
+    let removed = scene.remove("mine", Some("1.0"), true).await.expect("forced");
+    assert_eq!(removed.aliases.iter().map(protocol::ModelName::as_str).collect::<Vec<_>>(), ["arr", "old"]);
+    assert_eq!(removed.unused, [Digest::of(b"one"), Digest::of(b"pirate")]);
+    // Another model has the same bytes, and the alias of any version has none left.
+    assert!(scene.remove("mine", None, false).await.expect_err("an alias").contains("any"));
+    assert_eq!(scene.remove("mine", None, true).await.expect("forced").unused, [Digest([0; 32]); 0]);
+    assert_eq!(scene.remove("twin", None, false).await.expect("free").unused, [Digest::of(b"two")]);
+    assert!(scene.remove("twin", None, false).await.expect_err("gone").contains("does not exist"));
+    assert!(scene.catalog().await.aliases.is_empty());
+}
+
+#[tokio::test]
+async fn only_operators_change_the_catalogue() {
+    let mut scene = Scene::new().await;
+    scene.token = scene.desk.office.issue(new_token(None)).await.expect("issued").token;
+    for refused in [
+        scene.add("mine", None, b"one").await.err(),
+        scene.alias("gpt-4o", "m").await.err(),
+        scene.remove("mine", None, true).await.err(),
+    ] {
+        assert!(refused.is_some_and(|message| message.contains("may not operate")));
+    }
+}
