@@ -12,6 +12,9 @@ use crate::artifact_store::Stored;
 
 /// Bytes read at a time.
 const BUFFER_BYTES: usize = 1 << 20;
+/// Bytes that the kernel copies at a time.
+#[cfg(target_os = "linux")]
+const STEP_BYTES: usize = 8 << 20;
 /// Buffers that are filled or hashed at once.
 const BUFFERS: usize = 4;
 
@@ -35,6 +38,73 @@ pub(crate) fn hash(mut file: &File, mut progress: impl FnMut(u64) -> io::Result<
     })?;
     file.rewind()?;
     Ok(hashed)
+}
+
+/// Copies a file to an empty one and hashes the copy on the way.
+pub(crate) fn copy_file_hashed(
+    source: &File,
+    target: &mut File,
+    bytes_max: u64,
+    progress: &mut impl FnMut(u64) -> io::Result<()>,
+) -> Result<Stored, Copy> {
+    #[cfg(target_os = "linux")]
+    if let Some(copied) = copy_in_kernel(source, target, bytes_max, progress) {
+        return copied;
+    }
+    copy_hashed(source, target, bytes_max, progress)
+}
+
+/// Has the kernel copy, which takes half of the time, while another thread hashes what is there. Returns nothing where the
+/// kernel cannot copy between these files.
+#[cfg(target_os = "linux")]
+fn copy_in_kernel(
+    source: &File,
+    target: &File,
+    bytes_max: u64,
+    progress: &mut impl FnMut(u64) -> io::Result<()>,
+) -> Option<Result<Stored, Copy>> {
+    use std::os::unix::fs::FileExt as _;
+
+    use rustix::fs::copy_file_range;
+
+    let (mut from, mut to) = (0, 0);
+    // The first step tells whether it can.
+    let mut count = copy_file_range(source, Some(&mut from), target, Some(&mut to), STEP_BYTES).ok()?;
+    Some(thread::scope(|scope| {
+        let (copied, to_hash) = mpsc::channel::<u64>();
+        let hasher = scope.spawn(move || {
+            let mut hasher = Sha256::new();
+            let mut buffer = vec![0; BUFFER_BYTES];
+            let mut done = 0;
+            for end in to_hash {
+                while done < end {
+                    let step = (end - done).min(BUFFER_BYTES as u64) as usize;
+                    target.read_exact_at(&mut buffer[..step], done)?;
+                    hasher.update(&buffer[..step]);
+                    done += step as u64;
+                }
+            }
+            Ok::<_, io::Error>(Digest(hasher.finalize().into()))
+        });
+        // What is on the disk already need not be waited for at the end.
+        let (settled, to_sync) = mpsc::sync_channel::<()>(1);
+        let syncer = scope.spawn(move || to_sync.into_iter().try_for_each(|()| target.sync_data()));
+        while count > 0 {
+            step(to, bytes_max, progress)?;
+            // A thread that is gone has failed, which is told at the end; one that is busy looks again later.
+            let _ = copied.send(to);
+            let _ = settled.try_send(());
+            count = match copy_file_range(source, Some(&mut from), target, Some(&mut to), STEP_BYTES) {
+                Ok(count) => count,
+                Err(rustix::io::Errno::INTR) => 1,
+                Err(error) => return Err(Copy::Target(error.into())),
+            };
+        }
+        drop((copied, settled));
+        syncer.join().expect("syncing does not panic").map_err(Copy::Target)?;
+        let digest = hasher.join().expect("hashing does not panic").map_err(Copy::Target)?;
+        Ok(Stored { digest, bytes: to })
+    }))
 }
 
 /// Copies a source to a target and hashes it on the way.

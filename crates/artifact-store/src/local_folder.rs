@@ -12,7 +12,7 @@ use protocol::Digest;
 use tracing::debug;
 
 use crate::artifact_store::{PutError, Stored, Way};
-use crate::copy::{Copy, copy_hashed, hash};
+use crate::copy::{Copy, copy_file_hashed, copy_hashed, hash};
 
 /// Tells the incoming files of one process apart.
 static NEXT_PART: AtomicU64 = AtomicU64::new(0);
@@ -70,7 +70,7 @@ impl LocalFolder {
         let (stored, way) = if clone_of(file, &part.file) {
             (hash(&part.file, progress).map_err(Copy::Source), Way::Cloned)
         } else {
-            (copy_hashed(file, &mut part.file, bytes_max, &mut progress), Way::Copied)
+            (copy_file_hashed(file, &mut part.file, bytes_max, &mut progress), Way::Copied)
         };
         let stored = stored.map_err(|error| self.copy_failed(error, bytes_max))?;
         if stored.bytes > bytes_max {
