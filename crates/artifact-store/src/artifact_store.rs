@@ -172,17 +172,6 @@ impl ArtifactStore {
         self.inner.folder.put_link(path, bytes_max, progress)
     }
 
-    /// Moves a file of the same file system into the store, if its bytes are those of a digest. Otherwise it stays, and what
-    /// its bytes are is returned. Blocks.
-    pub fn put_moved(
-        &self,
-        path: &Path,
-        expected: Option<&Digest>,
-        progress: impl FnMut(u64) -> io::Result<()>,
-    ) -> Result<Stored, PutError> {
-        self.inner.folder.put_moved(path, expected, progress)
-    }
-
     /// Removes an artifact from the folder; false where it is not there. Whoever has it open keeps it.
     pub fn remove(&self, digest: &Digest) -> io::Result<bool> {
         self.inner.folder.remove(digest)

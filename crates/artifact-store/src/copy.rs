@@ -28,7 +28,7 @@ pub(crate) enum Copy {
 
 /// Hashes an open file from its beginning, and leaves it there. `progress` gets the number of bytes at each step, and ends
 /// it with an error.
-pub(crate) fn hash(mut file: &File, mut progress: impl FnMut(u64) -> io::Result<()>) -> io::Result<Stored> {
+pub fn hash(mut file: &File, mut progress: impl FnMut(u64) -> io::Result<()>) -> io::Result<Stored> {
     file.rewind()?;
     // One byte more than there should be: a file that grows meanwhile ends the reading, and has another digest.
     let length = file.metadata()?.len().saturating_add(1);

@@ -8,3 +8,4 @@ mod embedded;
 mod local_folder;
 
 pub use artifact_store::{ArtifactStore, OpenError, PutError, Stored, VerifiedFile, Way};
+pub use copy::hash;

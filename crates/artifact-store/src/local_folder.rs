@@ -108,21 +108,6 @@ impl LocalFolder {
         Ok((stored, Way::Linked))
     }
 
-    pub(crate) fn put_moved(
-        &self,
-        path: &Path,
-        expected: Option<&Digest>,
-        progress: impl FnMut(u64) -> io::Result<()>,
-    ) -> Result<Stored, PutError> {
-        let file = File::open(path).and_then(plain).map_err(PutError::Source)?;
-        let stored = hash(&file, progress).map_err(PutError::Source)?;
-        if expected.is_none_or(|expected| *expected == stored.digest) {
-            let kept = make_private(&file).and_then(|()| self.place(path, &file, &stored.digest));
-            kept.map_err(|error| self.failed(error))?;
-        }
-        Ok(stored)
-    }
-
     pub(crate) fn remove(&self, digest: &Digest) -> io::Result<bool> {
         match fs::remove_file(self.path(digest)) {
             Ok(()) => Ok(true),

@@ -390,8 +390,9 @@ pub enum ModelCommand {
 /// A model to add.
 #[derive(Debug, Clone, Args)]
 pub struct ModelAddArgs {
-    /// GGUF files; the first of several parts stands for all of them
-    #[arg(value_name = "FILE", required = true)]
+    /// GGUF files, where the first of several parts stands for all; URLs of them; or models of the Hugging Face
+    /// Hub, as hf:ORG/REPO or hf:ORG/REPO:QUANT
+    #[arg(value_name = "FILE|URL|hf:ORG/REPO[:QUANT]", required = true)]
     pub sources: Vec<String>,
     /// Name to ask for it by; by default made of the file's
     #[arg(long)]
@@ -402,6 +403,9 @@ pub struct ModelAddArgs {
     /// One line about it
     #[arg(long)]
     pub description: Option<String>,
+    /// Allow plain HTTP beyond this machine
+    #[arg(long)]
+    pub insecure: bool,
     /// Where the network is
     #[command(flatten)]
     pub server: ServerArgs,

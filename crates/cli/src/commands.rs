@@ -177,7 +177,7 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
         Command::Demo => demo::run(context, common).await,
         Command::Run(args) => run::run(context, args).await,
         Command::Model(ModelCommand::List(server)) | Command::List(server) => model::list(context, &server).await,
-        Command::Model(ModelCommand::Add(args)) => model_add::run(context, args).await,
+        Command::Model(ModelCommand::Add(args)) => Box::pin(model_add::run(context, args)).await,
         Command::Model(ModelCommand::Show { model, server }) => model::show(context, &model, &server).await,
         Command::Model(ModelCommand::Rm { model, force, server }) => {
             model::remove(context, &model, force, &server).await

@@ -209,6 +209,11 @@ impl DataFolder {
         self.path.join("artifacts")
     }
 
+    /// Returns the folder of downloads that are not complete.
+    pub fn downloads(&self) -> PathBuf {
+        self.path.join("downloads")
+    }
+
     /// Returns the file of the first API key.
     pub fn api_key_file(&self) -> PathBuf {
         self.path.join("api-key")

@@ -6,6 +6,7 @@ pub mod args;
 pub mod client;
 pub mod commands;
 pub mod data_folder;
+pub mod download;
 pub mod kept_flags;
 pub mod local_models;
 pub mod metrics_server;

@@ -35,7 +35,7 @@ pub fn of_file(path: &Path) -> Option<ModelName> {
 }
 
 /// Returns whether a lower-case word names a type of weights, such as `q4_k_m`, `iq2_xs` or `bf16`.
-fn is_quantisation(word: &str) -> bool {
+pub fn is_quantisation(word: &str) -> bool {
     let digits = word.strip_prefix("iq").or_else(|| word.strip_prefix("tq")).or_else(|| word.strip_prefix('q'));
     matches!(word, "f16" | "f32" | "bf16" | "fp16" | "fp32" | "mxfp4" | "nvfp4")
         || digits.is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use protocol::Digest;
 use tempfile::TempDir;
-use tether_artifact_store::{ArtifactStore, OpenError, PutError, Way};
+use tether_artifact_store::{ArtifactStore, OpenError, PutError, Way, hash};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -105,7 +105,6 @@ fn who_stops_a_copy_leaves_nothing_behind() {
     let file = fs::File::open(&source).expect("opened");
     assert!(matches!(store.put_open(&file, u64::MAX, stop), Err(PutError::Source(_))));
     assert!(matches!(store.put_link(&source, u64::MAX, stop), Err(PutError::Source(_))));
-    assert!(matches!(store.put_moved(&source, None, stop), Err(PutError::Source(_))));
     assert!(matches!(store.put_open(&file, MIB, went), Err(PutError::TooLarge { .. })));
     assert_eq!(names(folder.path()), [source.display().to_string()]);
 }
@@ -128,19 +127,15 @@ fn a_linked_file_takes_no_room_and_is_found_out_where_it_is_changed() {
 }
 
 #[test]
-fn a_moved_file_is_one_of_the_store_if_its_bytes_are_right() {
+fn an_artifact_can_be_removed_and_leaves_its_source_alone() {
     let (folder, store) = store();
     let source = folder.path().join("download");
     fs::write(&source, content()).expect("written");
-    let wrong = store.put_moved(&source, Some(&Digest::of(b"other")), went).expect("read");
-    assert_eq!(wrong.digest, Digest::of(&content()));
-    assert!(source.exists() && !store.contains(&wrong.digest));
-    let moved = store.put_moved(&source, Some(&wrong.digest), went).expect("moved");
-    assert!(!source.exists());
-    assert_eq!(read(&store, &moved.digest), content());
-    assert!(store.remove(&moved.digest).expect("removed"));
-    assert!(!store.remove(&moved.digest).expect("not there") && !store.contains(&moved.digest));
-    assert!(store.room_bytes().expect("told") > 0);
+    let (stored, _) = store.put_link(&source, MIB, went).expect("put");
+    assert_eq!(hash(&fs::File::open(&source).expect("opened"), went).expect("read"), stored);
+    assert!(store.remove(&stored.digest).expect("removed"));
+    assert!(!store.remove(&stored.digest).expect("not there") && !store.contains(&stored.digest));
+    assert!(source.exists() && store.room_bytes().expect("told") > 0);
 }
 
 #[test]

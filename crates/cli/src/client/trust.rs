@@ -31,7 +31,7 @@ impl Trust {
     }
 
     /// Returns what makes TLS connections.
-    pub(super) fn connector(&self) -> anyhow::Result<TlsConnector> {
+    pub(crate) fn connector(&self) -> anyhow::Result<TlsConnector> {
         let mut known = self.own_certificate();
         let roots = match &self.ca {
             Some(file) => {

@@ -234,7 +234,7 @@ impl Models {
         let rank = |state: &str| match state {
             "ready" => 3,
             "on disk" => 1,
-            "failed" => 0,
+            failed if failed.starts_with("failed") => 0,
             _ => 2,
         };
         let states = self.states(&entry.key);
@@ -341,7 +341,10 @@ fn state_on(worker: &FleetWorker, key: &ModelKey) -> String {
         (ModelState::Ready, _) => "ready".to_owned(),
         (ModelState::Loading, Some(progress)) => format!("loading {} %", progress.percent),
         (ModelState::Loading, None) => "loading".to_owned(),
-        (ModelState::Error, _) => "failed".to_owned(),
+        (ModelState::Error, _) => cached
+            .reason
+            .as_deref()
+            .map_or_else(|| "failed".to_owned(), |why| format!("failed: {}", output::one_line(why))),
     }
 }
 

@@ -1,21 +1,26 @@
 //! `tether model add`: takes models into this machine's store and registers them.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use artifact_store::{ArtifactStore, Way};
 use engine::memory_plan::CONTEXT_DEFAULT;
+use http::Uri;
 use indicatif::DecimalBytes;
 use protocol::control::{Catalog, ModelAdd};
 use protocol::model::{ModelEntry, ModelFacts, ModelKey};
-use protocol::{ModelName, ModelVersion};
+use protocol::{Digest, ModelName, ModelVersion};
 use registry::models;
 
 use super::{Context, Outcome};
 use crate::args::ModelAddArgs;
 use crate::client::{GatewayClient, Presence};
+use crate::download::hugging_face::{self, Hub, Repository};
+use crate::download::web::{self, Credential, Web};
+use crate::download::{Downloads, Remote};
 use crate::local_models;
-use crate::model_file::{ModelFile, Take};
+use crate::model_file::{self, ModelFile, PartName, Take};
 use crate::model_names;
 use crate::operator::Desk;
 use crate::output;
@@ -60,53 +65,218 @@ fn next(context: &Context, running: Option<&str>, key: &ModelKey) -> String {
     format!("\nNext:\n\n{up}\n  {program} run {} \"What is the capital of Japan?\"", key.model_id)
 }
 
+/// Where a model comes from.
+enum Source {
+    File(PathBuf),
+    Url(Uri),
+    Hub(Repository),
+}
+
+impl Source {
+    fn of(text: &str) -> anyhow::Result<Self> {
+        if let Some(repository) = Repository::of(text) {
+            return Ok(Self::Hub(repository?));
+        }
+        if text.contains("://") {
+            return Ok(Self::Url(web::parse(&hugging_face::file_of_page(text))?));
+        }
+        Ok(Self::File(std::path::absolute(text).with_context(|| format!("{text:?} is no path"))?))
+    }
+}
+
+/// A model's file on this machine that is to be registered.
+struct Incoming {
+    file: ModelFile,
+    take: Take,
+    /// Whether the file will be there the next time.
+    stays: bool,
+    /// What its bytes should be, where somebody said.
+    expected: Option<Digest>,
+    /// The name that its source makes for it.
+    name: Option<ModelName>,
+}
+
 async fn add_all(
     context: &Context,
     desk: &Desk,
     args: &ModelAddArgs,
     wanted: &Wanted,
 ) -> anyhow::Result<Vec<ModelEntry>> {
-    let mut files = vec![];
+    let mut sources = vec![];
     let mut seen = BTreeSet::new();
-    for source in &args.sources {
-        let path = std::path::absolute(source).with_context(|| format!("{source:?} is no path"))?;
-        let file = tokio::task::spawn_blocking(move || ModelFile::open(&path)).await??;
+    for text in &args.sources {
+        let source = Source::of(text)?;
         // Whoever names all parts of a model names one model.
-        if seen.insert(file.first().to_owned()) {
-            files.push(file);
+        let whole = PartName::of(text).map_or_else(|| text.clone(), |part| part.stem);
+        if seen.insert(whole) {
+            sources.push(source);
         }
     }
-    let is_one = files.len() == 1;
+    let is_one = sources.len() == 1;
     ensure!(is_one || (wanted.name.is_none() && wanted.version.is_none()), "--name and --version are for one model");
+    context.data.create()?;
+    let artifacts = ArtifactStore::in_folder(context.data.artifacts()).context("could not open the artifact store")?;
     let mut added = vec![];
-    for file in files {
-        added.push(add(context, desk, file, Take::Copy, wanted).await?);
+    for source in sources {
+        added.push(match source {
+            Source::File(path) => {
+                let file = tokio::task::spawn_blocking(move || ModelFile::open(&path)).await??;
+                let name = file.name();
+                let incoming = Incoming { file, take: Take::Copy, stays: true, expected: None, name };
+                add(context, desk, &artifacts, incoming, wanted).await?
+            }
+            Source::Url(url) => {
+                let (remotes, name) = of_url(&url)?;
+                let fetch = Fetch { source: url.to_string(), remotes, credential: None, name };
+                let web = Web::new(args.insecure);
+                download(context, desk, &artifacts, &web, fetch, wanted).await?
+            }
+            Source::Hub(repository) => {
+                let (web, hub) = (Web::new(args.insecure), Hub::of(&context.env)?);
+                let found = context.stop.run_until_cancelled(hub.find(&web, &repository)).await;
+                let found = found.context("stopped; nothing was downloaded")??;
+                if !context.json {
+                    let bytes: u64 = found.files.iter().filter_map(|file| file.bytes).sum();
+                    output::line(format!("{}: {}, {}", repository.name, found.label, DecimalBytes(bytes)));
+                }
+                let fetch = Fetch {
+                    source: format!("{}:{}", repository.name, found.label),
+                    remotes: found.files,
+                    credential: hub.credential().cloned(),
+                    name: repository.model_name(),
+                };
+                download(context, desk, &artifacts, &web, fetch, wanted).await?
+            }
+        });
     }
     Ok(added)
+}
+
+/// What to download of one model.
+struct Fetch {
+    source: String,
+    /// Its file, or its parts.
+    remotes: Vec<Remote>,
+    credential: Option<Credential>,
+    name: Option<ModelName>,
+}
+
+/// Returns the file, or the parts, that a URL stands for, and the name that it makes for the model.
+fn of_url(url: &Uri) -> anyhow::Result<(Vec<Remote>, Option<ModelName>)> {
+    let last = url.path().rsplit('/').next().unwrap_or_default();
+    ensure!(!last.is_empty(), "{} is no address of a file", web::shown(url));
+    let plain = |letter: char| if letter.is_ascii_alphanumeric() || "-_.".contains(letter) { letter } else { '_' };
+    let local = |name: &str| {
+        let name: String = name.chars().map(plain).collect();
+        format!("{}.gguf", name.strip_suffix(".gguf").unwrap_or(&name))
+    };
+    let remote = |url: Uri, name: &str| Remote { url, name: local(name), bytes: None, digest: None };
+    let name = model_file::name_of(Path::new(&local(last)));
+    let Some(part) = PartName::of(last).filter(|part| part.count > 1) else {
+        return Ok((vec![remote(url.clone(), last)], name));
+    };
+    let text = url.to_string();
+    let parts = part.all().map(|part| Ok(remote(web::parse(&text.replacen(last, &part, 1))?, &part)));
+    Ok((parts.collect::<anyhow::Result<_>>()?, name))
+}
+
+/// Downloads a model and registers it.
+async fn download(
+    context: &Context,
+    desk: &Desk,
+    artifacts: &ArtifactStore,
+    web: &Web,
+    fetch: Fetch,
+    wanted: &Wanted,
+) -> anyhow::Result<ModelEntry> {
+    let Fetch { source, remotes, credential, name } = fetch;
+    let bytes: Option<u64> = remotes.iter().map(|remote| remote.bytes).sum();
+    // What can be refused is refused before hours of download.
+    let wants = name_for(wanted, name.as_ref(), &source)?;
+    check_free(&desk.catalog().await?, &wants, wanted.version, bytes.filter(|_| remotes.len() == 1))?;
+    let downloads = Downloads::of(&source, &context.data.downloads(), web, credential, artifacts, &context.stop)?;
+    let copies = if remotes.len() > 1 { 2 } else { 1 };
+    let left = bytes.map_or(0, |bytes| (copies * bytes).saturating_sub(downloads.bytes()));
+    model_file::check_room(artifacts, left)?;
+    let mut paths = vec![];
+    for remote in &remotes {
+        let path = downloads.fetch(remote).await?;
+        if remotes.len() > 1 {
+            downloads.verify(remote, &path).await?;
+        }
+        paths.push(path);
+    }
+    let first = paths[0].clone();
+    let file = match tokio::task::spawn_blocking(move || ModelFile::open(&first)).await? {
+        Ok(file) => file,
+        Err(error) => {
+            // It would be no better the next time.
+            downloads.clear();
+            return Err(error.context(format!("{source} is downloaded, and is not kept")));
+        }
+    };
+    let expected = remotes.first().and_then(|remote| remote.digest).filter(|_| remotes.len() == 1);
+    let incoming = Incoming { file, take: Take::Link, stays: false, expected, name: Some(wants) };
+    let added = add(context, desk, artifacts, incoming, wanted).await;
+    if added.as_ref().is_err_and(anyhow::Error::is::<Damaged>) {
+        downloads.clear();
+        return added;
+    }
+    let added = added?;
+    downloads.clear();
+    Ok(added)
+}
+
+/// The bytes that came are not those that were announced.
+#[derive(Debug, thiserror::Error)]
+#[error("what came of {file} has the digest {found} and should have {expected}; it is not kept, try again")]
+struct Damaged {
+    file: String,
+    found: Digest,
+    expected: Digest,
+}
+
+fn name_for(wanted: &Wanted, made: Option<&ModelName>, source: &str) -> anyhow::Result<ModelName> {
+    let Some(name) = wanted.name.as_ref().or(made) else {
+        bail!("{source}: no name can be made of this file's; give it one with --name");
+    };
+    ensure!(*name != tiny_model::key().model_id, "{name} comes with the program; choose another name with --name");
+    Ok(name.clone())
 }
 
 /// Takes a file in and registers it.
 async fn add(
     context: &Context,
     desk: &Desk,
-    file: ModelFile,
-    how: Take,
+    artifacts: &ArtifactStore,
+    incoming: Incoming,
     wanted: &Wanted,
 ) -> anyhow::Result<ModelEntry> {
+    let Incoming { file, take, stays, expected, name } = incoming;
     let shown = file.first().display().to_string();
-    let Some(name) = wanted.name.clone().or_else(|| file.name()) else {
-        bail!("{shown}: no name can be made of this file's; give it one with --name");
-    };
-    ensure!(name != tiny_model::key().model_id, "{name} comes with the program; choose another name with --name");
+    let name = name_for(wanted, name.as_ref(), &shown)?;
     let catalog = desk.catalog().await?;
-    check_free(&catalog, &name, wanted.version, file.bytes()?)?;
-    context.data.create()?;
-    let artifacts = ArtifactStore::in_folder(context.data.artifacts()).context("could not open the artifact store")?;
+    check_free(&catalog, &name, wanted.version, Some(file.bytes()?))?;
     let (facts, context_length) = (file.facts(), file.header().context_length().unwrap_or(0).min(CONTEXT_DEFAULT));
-    let (stored, way) = {
+    let put = {
         let (artifacts, index, stop) = (artifacts.clone(), local_models::index(&context.data), context.stop.clone());
-        tokio::task::spawn_blocking(move || local_models::take(&artifacts, &index, &file, how, &stop)).await??
+        tokio::task::spawn_blocking(move || {
+            if stays {
+                local_models::take(&artifacts, &index, &file, take, &stop)
+            } else {
+                file.put(&artifacts, take, &stop)
+            }
+        })
     };
+    let (stored, way) = put.await??;
+    let is_listed = |entry: &ModelEntry| entry.digest == stored.digest;
+    let is_known = way == Way::Known || catalog.models.iter().any(is_listed);
+    // What is in nobody's list is of no use.
+    let forget = || if is_known { Ok(false) } else { artifacts.remove(&stored.digest) };
+    if let Some(expected) = expected.filter(|expected| *expected != stored.digest) {
+        forget().context("could not take the file out of the store again")?;
+        bail!(Damaged { file: shown, found: stored.digest, expected });
+    }
     let new = ModelAdd {
         model_id: name,
         version: wanted.version,
@@ -119,16 +289,12 @@ async fn add(
     match register(context, desk, new).await {
         Ok(entry) => {
             if !context.json {
-                output::line(told(&entry, way));
+                output::line(told(&entry, if stays { way } else { Way::Copied }));
             }
             Ok(entry)
         }
         Err(error) => {
-            // What is in nobody's list is of no use.
-            let is_listed = |entry: &ModelEntry| entry.digest == stored.digest;
-            if way != Way::Known && !catalog.models.iter().any(is_listed) {
-                artifacts.remove(&stored.digest).context("could not take the file out of the store again")?;
-            }
+            forget().context("could not take the file out of the store again")?;
             Err(error)
         }
     }
@@ -142,11 +308,16 @@ async fn register(context: &Context, desk: &Desk, new: ModelAdd) -> anyhow::Resu
 }
 
 /// Refuses before the copy what would be refused after it. Files of different lengths differ.
-fn check_free(catalog: &Catalog, name: &ModelName, version: Option<ModelVersion>, bytes: u64) -> anyhow::Result<()> {
+fn check_free(
+    catalog: &Catalog,
+    name: &ModelName,
+    version: Option<ModelVersion>,
+    bytes: Option<u64>,
+) -> anyhow::Result<()> {
     let may_be_same = catalog.models.iter().any(|entry| {
         entry.key.model_id == *name
             && version.is_none_or(|version| entry.key.version == version)
-            && entry.bytes == bytes
+            && bytes.is_none_or(|bytes| entry.bytes == bytes)
     });
     if !may_be_same {
         models::free_key(catalog, name, version, None)?;

@@ -7,6 +7,7 @@ mod certificates;
 mod commands;
 mod conversations;
 mod documents;
+mod downloads;
 mod memory_network;
 #[cfg(feature = "llama")]
 mod mesh;

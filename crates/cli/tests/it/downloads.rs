@@ -1,0 +1,338 @@
+//! Models from the web and the Hub, by the program and a server of the test.
+
+#![cfg(feature = "llama")]
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use serde_json::{Value, json};
+use tether_cli::tiny_model;
+
+use crate::program::Home;
+
+/// A request as the server saw it.
+#[derive(Debug, Clone, Default)]
+struct Asked {
+    path: String,
+    headers: HashMap<String, String>,
+}
+
+impl Asked {
+    fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).map(String::as_str)
+    }
+
+    fn range(&self) -> Option<usize> {
+        self.header("range")?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
+    }
+}
+
+/// What the server says.
+struct Said {
+    head: String,
+    body: Vec<u8>,
+}
+
+impl Said {
+    fn new(status: &str, headers: &[(&str, &str)], body: &[u8]) -> Self {
+        let mut head = format!("HTTP/1.1 {status}\r\nconnection: close\r\n");
+        for (name, value) in headers {
+            head = format!("{head}{name}: {value}\r\n");
+        }
+        if !headers.iter().any(|(name, _)| *name == "content-length" || *name == "transfer-encoding") {
+            head = format!("{head}content-length: {}\r\n", body.len());
+        }
+        Self { head, body: body.to_vec() }
+    }
+
+    /// A whole file, or its end where that is asked for and the file is the same.
+    fn file(asked: &Asked, bytes: &[u8], etag: &str) -> Self {
+        let is_same = asked.header("if-range").is_none_or(|known| known == etag);
+        match asked.range().filter(|_| is_same) {
+            Some(from) if from >= bytes.len() => {
+                let range = format!("bytes */{}", bytes.len());
+                Self::new("416 Range Not Satisfiable", &[("content-range", &range)], b"")
+            }
+            Some(from) => {
+                let range = format!("bytes {from}-{}/{}", bytes.len() - 1, bytes.len());
+                Self::new("206 Partial Content", &[("content-range", &range), ("etag", etag)], &bytes[from..])
+            }
+            None => Self::new("200 OK", &[("etag", etag)], bytes),
+        }
+    }
+
+    fn redirect(to: &str) -> Self {
+        Self::new("302 Found", &[("location", to)], b"")
+    }
+
+    /// Says that all would come, and ends before.
+    fn cut(mut self, after: usize) -> Self {
+        self.body.truncate(after);
+        self
+    }
+}
+
+/// A server that answers each request as a function says, and remembers it.
+struct Server {
+    url: String,
+    asked: Arc<Mutex<Vec<Asked>>>,
+}
+
+impl Server {
+    fn new(answer: impl Fn(&Asked, usize) -> Said + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("bound"));
+        let asked: Arc<Mutex<Vec<Asked>>> = Arc::default();
+        let (answer, seen) = (Arc::new(answer), asked.clone());
+        // It ends with the process of the test.
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (answer, seen) = (answer.clone(), seen.clone());
+                thread::spawn(move || serve(stream, &*answer, &seen));
+            }
+        });
+        Self { url, asked }
+    }
+
+    fn asked(&self) -> Vec<Asked> {
+        self.asked.lock().expect("no panic").clone()
+    }
+}
+
+fn serve(mut stream: TcpStream, answer: &dyn Fn(&Asked, usize) -> Said, seen: &Mutex<Vec<Asked>>) {
+    let mut asked = Asked::default();
+    let mut lines = BufReader::new(stream.try_clone().expect("a stream")).lines();
+    let Some(Ok(first)) = lines.next() else { return };
+    first.split(' ').nth(1).unwrap_or_default().clone_into(&mut asked.path);
+    while let Some(Ok(line)) = lines.next() {
+        let Some((name, value)) = line.split_once(": ") else { break };
+        asked.headers.insert(name.to_lowercase(), value.to_owned());
+    }
+    let number = {
+        let mut seen = seen.lock().expect("no panic");
+        seen.push(asked.clone());
+        seen.iter().filter(|before| before.path == asked.path).count()
+    };
+    let said = answer(&asked, number);
+    // Whoever has enough leaves.
+    let _ = stream.write_all(format!("{}\r\n", said.head).as_bytes());
+    let _ = stream.write_all(&said.body);
+}
+
+/// A model of its own digest.
+fn model() -> Vec<u8> {
+    [tiny_model::BYTES, &vec![7; 100_000]].concat()
+}
+
+fn run(home: &Home, arguments: &[&str], variables: &[(&str, &str)]) -> Output {
+    let mut command = home.command(&[&["model", "add"], arguments].concat());
+    command.envs(variables.iter().copied()).output().expect("the program runs")
+}
+
+fn well(home: &Home, arguments: &[&str], variables: &[(&str, &str)]) -> String {
+    let output = run(home, arguments, variables);
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{errors}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+fn refused(home: &Home, arguments: &[&str], variables: &[(&str, &str)]) -> String {
+    let output = run(home, arguments, variables);
+    assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stdout));
+    String::from_utf8(output.stderr).expect("text")
+}
+
+/// Returns the SHA-256 of some bytes, as the system's own program makes it.
+fn digest(bytes: &[u8]) -> String {
+    let mut child = Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it runs");
+    child.stdin.take().expect("piped").write_all(bytes).expect("written");
+    let output = child.wait_with_output().expect("it ends");
+    String::from_utf8(output.stdout).expect("text").split(' ').next().expect("a digest").to_owned()
+}
+
+fn listed(home: &Home) -> Vec<(String, String)> {
+    let list = home.json(&["model", "list", "--json"]);
+    let row =
+        |row: &Value| (row["id"].as_str().expect("id").to_owned(), row["digest"].as_str().expect("it").to_owned());
+    list["data"].as_array().expect("a list").iter().map(row).collect()
+}
+
+/// Returns what lies in the folder of downloads.
+fn left(home: &Home) -> usize {
+    fs::read_dir(home.data().join("downloads")).map_or(0, Iterator::count)
+}
+
+#[test]
+fn a_download_goes_on_where_it_was_cut_and_is_verified() {
+    let home = Home::new();
+    let bytes = model();
+    let whole = bytes.clone();
+    let server = Server::new(move |asked, number| match (asked.path.as_str(), number) {
+        ("/m/Mine.Q8_0.gguf", 1) => Said::file(asked, &whole, "\"a\"").cut(60_000),
+        ("/m/Mine.Q8_0.gguf", 2) => Said::new("503 Service Unavailable", &[], b"busy"),
+        ("/m/Mine.Q8_0.gguf", _) => Said::file(asked, &whole, "\"a\""),
+        _ => Said::new("404 Not Found", &[], b""),
+    });
+    let told = well(&home, &[&format!("{}/m/Mine.Q8_0.gguf", server.url)], &[]);
+    assert!(told.contains("mine@1.0 is added"), "{told}");
+    assert_eq!(listed(&home), [("mine".to_owned(), digest(&bytes))]);
+    let asked = server.asked();
+    let ranges: Vec<_> = asked.iter().map(|asked| (asked.range(), asked.header("if-range"))).collect();
+    assert_eq!(ranges, [(None, None), (Some(60_000), Some("\"a\"")), (Some(60_000), Some("\"a\""))]);
+    assert_eq!(left(&home), 0, "nothing of it is left beside the store");
+}
+
+#[test]
+fn a_file_that_changed_meanwhile_is_downloaded_from_its_beginning() {
+    let home = Home::new();
+    let bytes = model();
+    let whole = bytes.clone();
+    let server = Server::new(move |asked, number| match number {
+        1 => Said::file(asked, &[whole.clone(), vec![1]].concat(), "\"old\"").cut(60_000),
+        _ => Said::file(asked, &whole, "\"new\""),
+    });
+    well(&home, &[&format!("{}/mine.gguf", server.url)], &[]);
+    assert_eq!(listed(&home), [("mine".to_owned(), digest(&bytes))]);
+    assert_eq!(server.asked()[1].header("if-range"), Some("\"old\""));
+}
+
+#[test]
+fn a_part_that_is_all_there_or_too_long_is_found_out() {
+    for (have, requests) in [(0, 1), (1, 2)] {
+        let home = Home::new();
+        let whole = model();
+        // What came before is as long as the file, or longer, while the note does not say how long that is.
+        let first = [whole.clone(), vec![9; have]].concat();
+        let server = Server::new(move |asked, number| match number {
+            1 => Said::new("200 OK", &[("etag", "\"a\""), ("transfer-encoding", "chunked")], &chunk(&first)),
+            _ => Said::file(asked, &whole, "\"a\""),
+        });
+        well(&home, &[&format!("{}/mine.gguf", server.url)], &[]);
+        assert_eq!(listed(&home), [("mine".to_owned(), digest(&model()))]);
+        assert_eq!(server.asked()[1].range(), Some(model().len() + have));
+        assert_eq!(server.asked().len(), 1 + requests);
+    }
+}
+
+/// One chunk of a body, without the end of it.
+fn chunk(bytes: &[u8]) -> Vec<u8> {
+    [format!("{:x}\r\n", bytes.len()).as_bytes(), bytes, b"\r\n"].concat()
+}
+
+#[test]
+fn redirects_are_followed_without_the_token_and_a_circle_is_named() {
+    let bytes = model();
+    let whole = bytes.clone();
+    let storage = Server::new(move |asked, _| Said::file(asked, &whole, "\"a\""));
+    let to = format!("{}/blob?signature=secret", storage.url);
+    let files = json!([
+        {"type": "directory", "path": "sub"},
+        {"type": "file", "path": "README.md", "size": 5},
+        {"type": "file", "path": "mmproj-F16.gguf", "size": 5, "lfs": {"oid": "0".repeat(64), "size": 5}},
+        {"type": "file", "path": "sub/m-Q8_0.gguf", "size": bytes.len(), "lfs": {"oid": digest(&bytes), "size": bytes.len()}},
+    ]);
+    let (first, second) = (json!([files[0], files[1]]).to_string(), json!([files[2], files[3]]).to_string());
+    let hub = Server::new(move |asked, _| match asked.path.as_str() {
+        "/api/models/org/My-Model-GGUF/tree/main?recursive=true" => {
+            let next = format!("<http://{}/api/page2>; rel=\"next\"", asked.header("host").expect("a host"));
+            Said::new("200 OK", &[("link", &next)], first.as_bytes())
+        }
+        "/api/page2" => Said::new("200 OK", &[], second.as_bytes()),
+        "/org/My-Model-GGUF/resolve/main/sub/m-Q8_0.gguf" => Said::redirect("/inner"),
+        "/inner" => Said::redirect(&to),
+        "/round.gguf" => Said::redirect("/about"),
+        "/about" => Said::redirect("/round.gguf"),
+        path if path.starts_with("/far/") => {
+            let number: u32 = path["/far/".len()..].trim_end_matches(".gguf").parse().expect("a number");
+            Said::redirect(&format!("/far/{}.gguf", number + 1))
+        }
+        _ => Said::new("404 Not Found", &[], b""),
+    });
+    let home = Home::new();
+    let variables = [("HF_ENDPOINT", hub.url.as_str()), ("HF_TOKEN", "hf_secret")];
+    let told = well(&home, &["hf:org/My-Model-GGUF"], &variables);
+    assert!(told.contains("org/My-Model-GGUF: Q8_0") && told.contains("my-model@1.0 is added"), "{told}");
+    assert_eq!(listed(&home), [("my-model".to_owned(), digest(&bytes))]);
+    assert!(hub.asked().iter().all(|asked| asked.header("authorization") == Some("Bearer hf_secret")));
+    assert!(storage.asked().iter().all(|asked| asked.header("authorization").is_none()), "{:?}", storage.asked());
+
+    let told = refused(&home, &[&format!("{}/round.gguf", hub.url)], &[]);
+    assert!(told.contains("sends in a circle"), "{told}");
+    let told = refused(&home, &[&format!("{}/far/1.gguf", hub.url)], &[]);
+    assert!(told.contains("redirects more than 10 times"), "{told}");
+    // What the environment does not say, the Hub's own folder does.
+    fs::create_dir_all(home.path().join(".cache/huggingface")).expect("made");
+    fs::write(home.path().join(".cache/huggingface/token"), "hf_kept\n").expect("written");
+    refused(&home, &["hf.co/org/My-Model-GGUF:Q2_K"], &[("HF_ENDPOINT", hub.url.as_str())]);
+    assert_eq!(hub.asked().last().expect("asked").header("authorization"), Some("Bearer hf_kept"));
+}
+
+#[test]
+fn each_refusal_of_the_hub_has_a_sentence_of_its_own() {
+    let bytes = model();
+    let (whole, oid) = (bytes.clone(), digest(&bytes));
+    let files = json!([
+        {"type": "file", "path": "m-Q4_K_M.gguf", "size": bytes.len(), "lfs": {"oid": "0".repeat(64), "size": bytes.len()}},
+        {"type": "file", "path": "m-Q8_0.gguf", "size": 10, "lfs": {"oid": oid, "size": 10}},
+        {"type": "file", "path": "m-Q6_K.gguf", "size": bytes.len(), "lfs": {"oid": oid, "size": bytes.len()}},
+        {"type": "file", "path": "m-F16-00001-of-00002.gguf", "size": 3},
+    ]);
+    let list = files.to_string();
+    let hub = Server::new(move |asked, _| {
+        let gated = [("x-error-code", "GatedRepo")];
+        match asked.path.as_str() {
+            "/api/models/o/gated/tree/main?recursive=true" => Said::new("403 Forbidden", &gated, b""),
+            "/api/models/o/private/tree/main?recursive=true" => Said::new("401 Unauthorized", &[], b""),
+            "/api/models/o/empty/tree/main?recursive=true" => Said::new("200 OK", &[], b"[]"),
+            "/api/models/o/odd/tree/main?recursive=true" => Said::new("200 OK", &[], b"<html>"),
+            "/api/models/o/busy/tree/main?recursive=true" => Said::new("429 Too Many Requests", &[], b""),
+            "/api/models/o/m/tree/main?recursive=true" => Said::new("200 OK", &[], list.as_bytes()),
+            // Bytes without end, and bytes that are others than those of the list.
+            "/o/m/resolve/main/m-Q8_0.gguf" => Said::new("200 OK", &[("transfer-encoding", "chunked")], &chunk(&whole)),
+            "/o/m/resolve/main/m-Q4_K_M.gguf" => Said::file(asked, &whole, "\"a\""),
+            "/o/m/resolve/main/m-Q6_K.gguf" => Said::new("403 Forbidden", &[], b""),
+            _ => Said::new("404 Not Found", &[], b""),
+        }
+    });
+    let home = Home::new();
+    let variables = [("HF_ENDPOINT", hub.url.as_str())];
+    for (source, words) in [
+        ("hf:o/gated", &["is gated", "accept its terms on", "/o/gated", "HF_TOKEN"][..]),
+        ("hf:o/private", &["shows no o/private", "set HF_TOKEN"]),
+        ("hf:o/missing", &["has no repository o/missing"]),
+        ("hf:o/empty", &["no model in the GGUF format"]),
+        ("hf:o/odd", &["does not list files as the Hub does"]),
+        ("hf:o/busy", &["takes no more requests"]),
+        ("hf:o/m:Q4_K_S", &["has no \"Q4_K_S\"", "did you mean o/m:Q4_K_M?", "Q6_K, Q8_0"]),
+        ("hf:o/m:F16", &["has no \"F16\""]),
+        ("hf:o/m:Q8_0", &["sends more than the 10 bytes"]),
+        ("hf:o/m:Q4_K_M", &["has the digest", "should have 000000"]),
+        ("hf:o/m:Q6_K", &["refuses m-Q6_K.gguf", "HF_TOKEN"]),
+        ("hf:o", &["hf:ORG/REPO"]),
+        ("http://192.0.2.1/m.gguf", &["--insecure"]),
+        ("ftp://127.0.0.1/m.gguf", &["is no URL"]),
+    ] {
+        let told = refused(&home, &[source], &variables);
+        for word in words {
+            assert!(told.contains(word), "{source}: {told}");
+        }
+    }
+    let nobody = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound");
+    let told = refused(&home, &[&format!("http://{nobody}/m.gguf")], &[]);
+    assert!(told.contains("takes no connection"), "{told}");
+    let told = refused(&home, &[&format!("{}/page.gguf", hub.url)], &[]);
+    assert!(told.contains("there is nothing at") && told.contains("/page.gguf"), "{told}");
+    let page = Server::new(|_, _| Said::new("200 OK", &[], b"<html>a page that is no model</html>"));
+    let told = refused(&home, &[&format!("{}/m.gguf", page.url)], &[]);
+    assert!(told.contains("is not kept") && told.contains("GGUF"), "{told}");
+    let stored = home.data().join("artifacts/sha256");
+    let artifacts = fs::read_dir(stored)
+        .expect("a folder")
+        .flat_map(|folder| fs::read_dir(folder.expect("it").path()).expect("it"));
+    assert_eq!(artifacts.count(), 0);
+}
