@@ -68,7 +68,7 @@ fn copy_in_kernel(
     use rustix::fs::copy_file_range;
 
     let (mut from, mut to) = (0, 0);
-    // The first step tells whether it can.
+    // Where it cannot, the first step fails.
     let mut count = copy_file_range(source, Some(&mut from), target, Some(&mut to), STEP_BYTES).ok()?;
     Some(thread::scope(|scope| {
         let (copied, to_hash) = mpsc::channel::<u64>();

@@ -392,8 +392,11 @@ pub enum ModelCommand {
 pub struct ModelAddArgs {
     /// GGUF files, where the first of several parts stands for all; URLs of them; or models of the Hugging Face
     /// Hub, as hf:ORG/REPO or hf:ORG/REPO:QUANT
-    #[arg(value_name = "FILE|URL|hf:ORG/REPO[:QUANT]", required = true)]
+    #[arg(value_name = "FILE|URL|hf:ORG/REPO[:QUANT]", required_unless_present = "from")]
     pub sources: Vec<String>,
+    /// Take models that another program keeps on this machine, by its names for them; without a name, list them
+    #[arg(long, value_name = "ollama|lmstudio|huggingface|FOLDER")]
+    pub from: Option<String>,
     /// Name to ask for it by; by default made of the file's
     #[arg(long)]
     pub name: Option<String>,

@@ -117,7 +117,7 @@ impl<'a> Downloads<'a> {
             match tried {
                 Ok(()) => return Ok(path),
                 Err(Cut::Lasting(error)) => return Err(error),
-                // Who has no network need not wait to be told.
+                // Without a network, waiting does not help.
                 Err(Cut::Unreachable(error)) if before == 0 && tries == 0 => return Err(error),
                 Err(Cut::Passing(error) | Cut::Unreachable(error)) => {
                     // A server that sends a little each time is slow, and no failure.

@@ -10,6 +10,7 @@ pub mod download;
 pub mod kept_flags;
 pub mod local_models;
 pub mod metrics_server;
+pub mod model_caches;
 pub mod model_file;
 pub mod model_names;
 pub mod network;

@@ -20,6 +20,7 @@ use crate::download::hugging_face::{self, Hub, Repository};
 use crate::download::web::{self, Credential, Web};
 use crate::download::{Downloads, Remote};
 use crate::local_models;
+use crate::model_caches::{Cache, Cached};
 use crate::model_file::{self, ModelFile, PartName, Take};
 use crate::model_names;
 use crate::operator::Desk;
@@ -35,6 +36,10 @@ struct Wanted {
 }
 
 pub(super) async fn run(context: Context, args: ModelAddArgs) -> anyhow::Result<Outcome> {
+    if let Some(cache) = args.from.as_deref().filter(|_| args.sources.is_empty()) {
+        let Ok(cache) = cache.parse::<Cache>();
+        return list_cache(&context, &cache);
+    }
     let wanted = Wanted::of(&args)?;
     // A key that may not, or a network that does not answer, is said before anything is copied.
     let desk = Desk::of_tokens(&args.server, &context.settings, &context.data, &context.env).await?;
@@ -65,8 +70,26 @@ fn next(context: &Context, running: Option<&str>, key: &ModelKey) -> String {
     format!("\nNext:\n\n{up}\n  {program} run {} \"What is the capital of Japan?\"", key.model_id)
 }
 
+/// Lists what another program keeps.
+fn list_cache(context: &Context, cache: &Cache) -> anyhow::Result<Outcome> {
+    let models = cache.models(&context.env);
+    if context.json {
+        output::json(&models)?;
+        return Ok(Outcome::Well);
+    }
+    if models.is_empty() {
+        output::line(cache.nothing(&context.env));
+        return Ok(Outcome::Finding);
+    }
+    let row = |model: &Cached| vec![model.name.escape_debug().to_string(), DecimalBytes(model.bytes).to_string()];
+    output::table(&["MODEL", "SIZE"], &models.iter().map(row).collect::<Vec<_>>());
+    output::line(format!("\nNext:\n\n  {} model add --from {} {}", context.program(), cache.word(), models[0].name));
+    Ok(Outcome::Well)
+}
+
 /// Where a model comes from.
 enum Source {
+    Cached(Cached),
     File(PathBuf),
     Url(Uri),
     Hub(Repository),
@@ -105,7 +128,10 @@ async fn add_all(
     let mut sources = vec![];
     let mut seen = BTreeSet::new();
     for text in &args.sources {
-        let source = Source::of(text)?;
+        let source = match args.from.as_deref().map(str::parse::<Cache>) {
+            Some(Ok(cache)) => Source::Cached(cache.find(&context.env, text)?),
+            None => Source::of(text)?,
+        };
         // Whoever names all parts of a model names one model.
         let whole = PartName::of(text).map_or_else(|| text.clone(), |part| part.stem);
         if seen.insert(whole) {
@@ -123,6 +149,13 @@ async fn add_all(
                 let file = tokio::task::spawn_blocking(move || ModelFile::open(&path)).await??;
                 let name = file.name();
                 let incoming = Incoming { file, take: Take::Copy, stays: true, expected: None, name };
+                add(context, desk, &artifacts, incoming, wanted).await?
+            }
+            Source::Cached(cached) => {
+                let path = cached.path.clone();
+                let file = tokio::task::spawn_blocking(move || ModelFile::open(&path)).await??;
+                let name = cached.model_name();
+                let incoming = Incoming { file, take: Take::Link, stays: true, expected: cached.digest, name };
                 add(context, desk, &artifacts, incoming, wanted).await?
             }
             Source::Url(url) => {
@@ -289,7 +322,12 @@ async fn add(
     match register(context, desk, new).await {
         Ok(entry) => {
             if !context.json {
-                output::line(told(&entry, if stays { way } else { Way::Copied }));
+                // A download is nobody's file but the store's.
+                output::line(told(
+                    &entry,
+                    if stays { take } else { Take::Copy },
+                    if stays { way } else { Way::Copied },
+                ));
             }
             Ok(entry)
         }
@@ -325,11 +363,12 @@ fn check_free(
     Ok(())
 }
 
-fn told(entry: &ModelEntry, way: Way) -> String {
-    let how = match way {
-        Way::Known => ", whose file was in the store already",
-        Way::Linked => ", whose file takes no further room",
-        Way::Cloned | Way::Copied => "",
+fn told(entry: &ModelEntry, take: Take, way: Way) -> String {
+    let how = match (way, take) {
+        (Way::Known, _) => " (its file was in the store already)",
+        (Way::Linked | Way::Cloned, Take::Link) => " (its file takes no further room)",
+        (Way::Copied, Take::Link) => " (its file had to be copied: it is split, or lies on another disk)",
+        _ => "",
     };
     let facts = entry.facts.as_ref().map(|facts| format!(": {}", summary(facts, entry.bytes))).unwrap_or_default();
     format!("{} is added{how}{facts}", entry.key)

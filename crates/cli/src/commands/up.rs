@@ -12,8 +12,10 @@ use super::{Context, Outcome, shipped};
 use crate::addresses;
 use crate::adopt::Adoption;
 use crate::local_models;
+use crate::model_caches;
 use crate::network::{Network, Supplies};
 use crate::output;
+use crate::tiny_model;
 
 pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     local_models::take_in(&mut context.settings, &context.data).await?;
@@ -47,7 +49,8 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
         // The network goes on trying; whoever watches should know.
         output::line(format!("not every model is ready: {error:#}"));
     }
-    output::line(greeting(&context, &network, awaited.as_deref()));
+    let found = found(&context, &network).await;
+    output::line(greeting(&context, &network, awaited.as_deref(), found.as_deref()));
     let broken = tokio::select! {
         () = stop.cancelled() => None,
         error = network.broken() => Some(error),
@@ -60,7 +63,21 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     }
 }
 
-fn greeting(context: &Context, network: &Network, awaited: Option<&str>) -> String {
+/// Says what another program keeps on this machine, where the network serves no model of its user's own.
+async fn found(context: &Context, network: &Network) -> Option<String> {
+    if network.ready_models().iter().any(|key| *key != tiny_model::key()) {
+        return None;
+    }
+    let env = context.env.clone();
+    let found = tokio::task::spawn_blocking(move || model_caches::found(&env)).await.ok()?;
+    let (cache, models) = found.first()?;
+    let more = found.iter().map(|(_, models)| models.len()).sum::<usize>() - 1;
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let (name, word) = (models.first()?.name.escape_debug(), cache.word());
+    Some(format!("Found on this machine: {name}{more}; {} model add --from {word} {name}", context.program()))
+}
+
+fn greeting(context: &Context, network: &Network, awaited: Option<&str>, found: Option<&str>) -> String {
     let greeting = Greeting {
         workers: network.workers.len(),
         region: context.settings.region.as_str(),
@@ -72,6 +89,7 @@ fn greeting(context: &Context, network: &Network, awaited: Option<&str>) -> Stri
         program: context.program(),
         invite: network.invite.as_deref(),
         awaited,
+        found,
     };
     greeting.to_string()
 }
@@ -91,6 +109,8 @@ struct Greeting<'a> {
     program: String,
     /// An invite for a worker, where other machines may join.
     invite: Option<&'a str>,
+    /// Models of other programs, where the user has none.
+    found: Option<&'a str>,
     /// Where servers are looked for that are to be adopted, while none answers.
     awaited: Option<&'a str>,
 }
@@ -130,6 +150,9 @@ impl fmt::Display for Greeting<'_> {
                 "\nOn another machine, to run jobs there, too (`{program} invite` makes a line for each further one):"
             )?;
             writeln!(out, "\n  tether join {invite}")?;
+        }
+        if let Some(found) = self.found {
+            writeln!(out, "\n{found}")?;
         }
         writeln!(out, "\nCtrl-C stops it.")
     }
@@ -171,6 +194,7 @@ mod tests {
             key_file: "/d/api-key".into(),
             program: "tether".into(),
             invite: None,
+            found: None,
             awaited: None,
         }
     }
@@ -197,6 +221,12 @@ mod tests {
         assert!(!greeting().to_string().contains("tether join"));
         let told = Greeting { invite: Some("tth_join_x"), ..greeting() }.to_string();
         assert!(told.contains("\n  tether join tth_join_x\n") && told.contains("`tether invite`"), "{told}");
+    }
+
+    #[test]
+    fn models_of_other_programs_are_named_with_the_command_that_adds_one() {
+        let told = Greeting { found: Some("Found on this machine: llama3.2:3b"), ..greeting() }.to_string();
+        assert!(told.contains("\nFound on this machine: llama3.2:3b\n"), "{told}");
     }
 
     #[test]

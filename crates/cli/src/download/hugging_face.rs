@@ -87,7 +87,8 @@ struct Lfs {
 }
 
 impl Repository {
-    /// Reads `hf:ORG/REPO[:QUANT]`, `hf.co/ORG/REPO[:QUANT]` and a repository's page on the Hub. Other texts are none.
+    /// Reads `hf:ORG/REPO[:QUANT]`, `hf.co/ORG/REPO[:QUANT]` and a repository's page on the Hub. Returns nothing for
+    /// other texts.
     pub fn of(text: &str) -> Option<anyhow::Result<Self>> {
         let bare = text.strip_prefix("https://").unwrap_or(text);
         let rest = ["hf:", "hf.co/", "huggingface.co/"].iter().find_map(|prefix| bare.strip_prefix(prefix))?;

@@ -49,9 +49,9 @@ pub struct Credential {
 pub struct Response {
     /// Where it came from, behind all redirects.
     pub url: Uri,
-    /// Its status.
+    /// What the last server said, which is no redirect.
     pub status: StatusCode,
-    /// Its headers.
+    /// The headers of that answer.
     pub headers: HeaderMap,
     body: Incoming,
     /// Drives the connection, and ends with the response.

@@ -110,6 +110,7 @@ fn what_cannot_be_added_leaves_nothing_behind() {
     write_model(&home, "mine.gguf", b"1");
     write_model(&home, "mine2.gguf", b"2");
     fs::write(home.path().join("picture.gguf"), b"\x89PNG").expect("written");
+    write_model(&home, "part-00001-of-00002.gguf", b"");
     home.well(&["model", "add", "mine.gguf"]);
     for (arguments, word) in [
         (&["mine2.gguf", "--name", "mine"][..], "add this one as version 1.1"),
@@ -120,6 +121,7 @@ fn what_cannot_be_added_leaves_nothing_behind() {
         (&["mine.gguf", "mine2.gguf", "--name", "both"], "for one model"),
         (&["picture.gguf"], "GGUF"),
         (&["away.gguf"], "there is no file"),
+        (&["part-00001-of-00002.gguf"], "part-00002-of-00002.gguf is missing"),
     ] {
         let told = refused(&home, &[&["model", "add"], arguments].concat());
         assert!(told.contains(word), "{word}: {told}");
@@ -145,4 +147,73 @@ fn who_stops_the_copy_of_a_model_keeps_nothing_of_it() {
     signal(child.id(), Signal::INT);
     let status = child.wait().expect("it ends");
     assert_eq!((status.code(), stored(&home)), (Some(2), 0));
+}
+
+/// Returns the file of a model in the store, of which there is one.
+fn artifact(home: &Home) -> std::path::PathBuf {
+    let folders = fs::read_dir(home.data().join("artifacts/sha256")).expect("a folder");
+    let files = folders.flat_map(|folder| fs::read_dir(folder.expect("listed").path()).expect("a folder"));
+    files.map(|file| file.expect("listed").path()).next().expect("a file")
+}
+
+#[test]
+fn models_of_other_programs_are_taken_without_a_copy() {
+    use std::os::unix::fs::MetadataExt as _;
+
+    let bytes = [tiny_model::BYTES, b"cached"].concat();
+    let digest = protocol::Digest::of(&bytes).to_string();
+    let home = Home::new();
+    let write = |path: &str, bytes: &[u8]| {
+        let path = home.path().join(path);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        fs::write(&path, bytes).expect("written");
+        path
+    };
+    let layer = format!(r#"{{"mediaType":"application/vnd.ollama.image.model","digest":"sha256:{digest}"}}"#);
+    let manifest = format!(r#"{{"layers":[{{"mediaType":"x","digest":"sha256:00"}},{layer}]}}"#);
+    write(".ollama/models/manifests/registry.ollama.ai/library/tiny-two/latest", manifest.as_bytes());
+    write(
+        ".ollama/models/manifests/registry.ollama.ai/library/gone/latest",
+        manifest.replace(&digest, &"0".repeat(64)).as_bytes(),
+    );
+    let blob = write(&format!(".ollama/models/blobs/sha256-{digest}"), &bytes);
+    write(".lmstudio/models/acme/Studio-GGUF/Studio-Q8_0.gguf", &[tiny_model::BYTES, b"studio"].concat());
+    write(".lmstudio/models/acme/Studio-GGUF/mmproj-F16.gguf", b"x");
+    let hub = ".cache/huggingface/hub/models--acme--Hub-GGUF";
+    write(&format!("{hub}/refs/main"), b"rev1\n");
+    let kept = write(&format!("{hub}/blobs/abc"), &[tiny_model::BYTES, b"hub"].concat());
+    fs::create_dir_all(home.path().join(format!("{hub}/snapshots/rev1"))).expect("made");
+    std::os::unix::fs::symlink("../../blobs/abc", home.path().join(format!("{hub}/snapshots/rev1/Hub-Q4_0.gguf")))
+        .expect("linked");
+
+    for (cache, name) in [
+        ("ollama", "tiny-two:latest"),
+        ("lmstudio", "acme/Studio-GGUF/Studio-Q8_0.gguf"),
+        ("huggingface", "acme/Hub-GGUF/Hub-Q4_0.gguf"),
+    ] {
+        let listed = home.json(&["model", "add", "--from", cache, "--json"]);
+        let names: Vec<&str> =
+            listed.as_array().expect("a list").iter().map(|model| model["name"].as_str().expect("it")).collect();
+        assert_eq!(names, [name], "{cache}");
+    }
+    assert!(
+        home.well(&["model", "add", "--from", "ollama"]).contains("tether model add --from ollama tiny-two:latest")
+    );
+    assert!(refused(&home, &["model", "add", "--from", "ollama", "tiny-tow"]).contains("did you mean tiny-two?"));
+    assert_eq!(home.run(&["model", "add", "--from", "empty-folder"]).status.code(), Some(1));
+
+    let told = home.well(&["model", "add", "--from", "ollama", "tiny-two"]);
+    assert!(told.contains("tiny-two") && told.contains("takes no further room"), "{told}");
+    let inode = |path: &Path| fs::metadata(path).expect("it is there").ino();
+    assert_eq!(inode(&artifact(&home)), inode(&blob));
+    home.well(&["model", "rm", "tiny-two"]);
+    assert!(blob.exists(), "it is Ollama's");
+    home.well(&["model", "add", "--from", "hf", "Hub-Q4_0.gguf"]);
+    assert_eq!(inode(&artifact(&home)), inode(&kept));
+    home.well(&["model", "rm", "hub"]);
+    // Bytes that are not those of the name are refused.
+    fs::write(&blob, [tiny_model::BYTES, b"other"].concat()).expect("written");
+    let told = refused(&home, &["model", "add", "--from", "ollama", "tiny-two"]);
+    assert!(told.contains("should have"), "{told}");
+    assert_eq!(stored(&home), 0);
 }
