@@ -101,7 +101,7 @@ pub trait MetadataStore: Send + Sync {
     /// Returns every alias, by name.
     async fn aliases(&self) -> Result<Vec<AliasEntry>, StoreError>;
 
-    /// Forgets an alias; false where there is none.
+    /// Forgets an alias; false where it does not exist.
     async fn remove_alias(&self, alias: &ModelName) -> Result<bool, StoreError>;
 
     /// Adds an invite, not redeemed yet.

@@ -262,7 +262,7 @@ pub struct Catalog {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelAdd {
-    /// Its name.
+    /// The name to ask for it by.
     pub model_id: ModelName,
     /// Its version; missing for the one that has these bytes already, or the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -285,7 +285,7 @@ pub struct ModelAdd {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelRemove {
-    /// Its name.
+    /// The name of the model.
     pub model_id: ModelName,
     /// Its version; missing for the only one there is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -301,7 +301,7 @@ pub struct ModelRemove {
 pub struct ModelRemoved {
     /// Whether there was such a model.
     pub found: bool,
-    /// The model.
+    /// The model that was meant.
     #[serde(flatten)]
     pub key: ModelKey,
     /// The aliases that were forgotten with it.
@@ -314,7 +314,7 @@ pub struct ModelRemoved {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AliasSet {
-    /// The name.
+    /// The name to give.
     pub alias: ModelName,
     /// What it stands for, as `name[@MAJOR.MINOR][:adapter]`; never another alias.
     pub target: ModelRef,
@@ -324,7 +324,7 @@ pub struct AliasSet {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AliasRemove {
-    /// The name.
+    /// The name to forget.
     pub alias: ModelName,
 }
 
@@ -340,7 +340,7 @@ pub struct AliasRemoved {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AliasList {
-    /// By name.
+    /// The aliases by name.
     pub aliases: Vec<AliasEntry>,
 }
 

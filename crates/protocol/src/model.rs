@@ -69,7 +69,7 @@ impl From<ModelRef> for String {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AliasEntry {
-    /// The name.
+    /// The name that clients ask for.
     pub alias: ModelName,
     /// What it stands for: never another alias.
     pub target: ModelRef,
@@ -133,7 +133,7 @@ pub struct ModelFacts {
     pub quantisation: String,
     /// Tokens of context that it was trained with.
     pub trained_context: u32,
-    /// What it can do.
+    /// What it can do, as far as its file shows.
     pub capabilities: Vec<Capability>,
     /// Whether it has a chat template of its own.
     pub chat_template: bool,

@@ -25,7 +25,7 @@ pub enum ModelError {
     Taken {
         /// What was asked for.
         key: ModelKey,
-        /// What it is.
+        /// The digest that it has.
         registered: Digest,
         /// The first version that is free.
         next: ModelVersion,
@@ -33,7 +33,7 @@ pub enum ModelError {
     /// The name stands for another model.
     #[error("{alias} is an alias of {target}; choose another name, or forget the alias first")]
     IsAlias {
-        /// The name.
+        /// The name that was asked for.
         alias: ModelName,
         /// What it stands for.
         target: ModelRef,
@@ -55,17 +55,17 @@ pub enum ModelError {
     /// It is not clear which one is meant.
     #[error("{name} has the versions {versions}; say which one, as {name}@VERSION")]
     Several {
-        /// The name.
+        /// The name that was asked for.
         name: ModelName,
-        /// Its versions.
+        /// All of its versions.
         versions: String,
     },
     /// Aliases stand for it.
     #[error("{key} is what {aliases} stands for; forget that first, or force it")]
     HasAliases {
-        /// The model.
+        /// The model to forget.
         key: ModelKey,
-        /// Its aliases.
+        /// What stands for it.
         aliases: String,
     },
     /// A length makes no sense.

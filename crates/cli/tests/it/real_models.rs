@@ -128,3 +128,24 @@ async fn real_models_answer_the_same_request_alike_to_the_bit() {
     }
     assert_eq!(up.end(), Some(0));
 }
+
+#[test]
+fn a_real_model_is_added_listed_named_asked_and_forgotten() {
+    let home = Home::new();
+    home.well(&["model", "add", &file("smollm2"), "--name", "smol"]);
+    let shown = home.json(&["model", "show", "smol", "--json"]);
+    let facts = &shown["facts"];
+    assert_eq!((&facts["architecture"], &facts["trainedContext"]), (&json!("llama"), &json!(8_192)), "{shown}");
+    assert!(facts["parameters"].as_u64().is_some_and(|count| (130_000_000..140_000_000).contains(&count)), "{shown}");
+    assert!(facts["memoryBytes"].as_u64().is_some_and(|bytes| bytes > 100_000_000), "{shown}");
+    home.well(&["model", "alias", "gpt-4o-mini", "smol"]);
+    let up = home.up_with(&["--workers", "1"], &[]);
+    let listed = home.well(&["model", "list"]);
+    let line = listed.lines().find(|line| line.starts_with("smol@1.0")).unwrap_or_else(|| panic!("{listed}"));
+    assert!(line.contains("Q4_1") && line.contains("ready") && line.contains("gpt-4o-mini"), "{listed}");
+    let asked = ["run", "gpt-4o-mini", "What is the capital of France?", "--temperature", "0", "--max-tokens", "16"];
+    assert!(home.well(&asked).contains("Paris"));
+    assert_eq!(up.end(), Some(0));
+    home.well(&["model", "rm", "smol", "--force"]);
+    assert!(!home.well(&["model", "list"]).contains("smol"));
+}
