@@ -10,14 +10,13 @@ use std::path::{self, Path, PathBuf};
 use anyhow::{Context as _, bail, ensure};
 use artifact_store::{ArtifactStore, Stored, Way};
 use metadata_store::MetadataStore;
-use protocol::control::Catalog;
 use protocol::model::ModelEntry;
 use protocol::{Digest, ModelName, ModelVersion};
 use rpc::identity;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
-use worker::{ServedAdapter, ServedModel};
+use worker::ServedModel;
 
 use crate::data_folder::DataFolder;
 use crate::model_file::{self, ModelFile, Take};
@@ -175,27 +174,6 @@ pub fn index(data: &DataFolder) -> PathBuf {
     data.path().join("taken-in.json")
 }
 
-/// Adds the models that operators have added and whose artifacts are here, with their adapters, to what workers serve.
-pub fn serve_added(models: &mut Vec<ServedModel>, catalog: &Catalog, artifacts: &ArtifactStore) {
-    for entry in catalog.models.iter().filter(|entry| entry.added) {
-        let is_served = models.iter().any(|model| {
-            model.key() == entry.key || (model.model_id == entry.key.model_id && model.digest == Some(entry.digest))
-        });
-        if is_served {
-            continue;
-        }
-        if !artifacts.contains(&entry.digest) {
-            info!(model = %entry.key, digest = %entry.digest, "not served here: its file is not in this folder's store");
-            continue;
-        }
-        let adapters = catalog.adapters.iter().filter(|adapter| adapter.key.model == entry.key);
-        let adapters = adapters.filter(|adapter| artifacts.contains(&adapter.digest));
-        let adapters =
-            adapters.map(|adapter| ServedAdapter { name: adapter.key.adapter.clone(), digest: adapter.digest });
-        models.push(ServedModel { adapters: adapters.collect(), ..ServedModel::new(entry.key.clone(), entry.digest) });
-    }
-}
-
 /// Reads what was taken in. A file that is missing or damaged says nothing.
 fn read_index(index: &Path) -> BTreeMap<String, Known> {
     fs::read(index).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
@@ -314,22 +292,6 @@ mod tests {
         assert_eq!(folder.take("m.gguf").expect("read again"), Digest::of(&[tiny_model::BYTES, b"longer"].concat()));
         fs::write(&index, b"{").expect("written");
         folder.take("m.gguf").expect("a damaged index costs a copy and nothing else");
-    }
-
-    #[test]
-    fn what_operators_added_is_served_where_its_file_is() {
-        let folder = Folder::new();
-        folder.artifacts.put(&b"here"[..], 4).expect("stored");
-        let added = |version: &str, bytes: &[u8]| ModelEntry { added: true, ..listed(version, bytes) };
-        let models = vec![listed("1.0", b"here"), added("1.1", b"here"), added("1.2", b"elsewhere")];
-        let catalog = Catalog { models, ..Catalog::default() };
-        let mut served = vec![];
-        serve_added(&mut served, &catalog, &folder.artifacts);
-        assert_eq!(served.iter().map(|model| model.key().to_string()).collect::<Vec<_>>(), ["mine@1.1"]);
-        // What the settings say of it holds.
-        let mut served = vec![ServedModel { threads: 3, ..served[0].clone() }];
-        serve_added(&mut served, &catalog, &folder.artifacts);
-        assert_eq!(served.iter().map(|model| model.threads).collect::<Vec<_>>(), [3]);
     }
 
     #[test]

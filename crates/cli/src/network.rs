@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
 use futures_util::future::join_all;
 use metadata_store::MetadataStore;
@@ -105,9 +104,6 @@ impl Network {
         registry_store.put_adapter(tiny_model::adapter_entry(clock.now())).await?;
         let mut settings = settings.clone();
         local_models::settle_versions(&mut settings.worker.models, &*registry_store).await?;
-        let artifacts = ArtifactStore::in_folder(data.artifacts()).context("could not open the artifact store")?;
-        let catalog = registry::catalog::list(&*registry_store).await?;
-        local_models::serve_added(&mut settings.worker.models, &catalog, &artifacts);
 
         let keys = Keys::of(data, settings.workers)?;
         let mut medium = Medium::of(&settings, data);
@@ -161,18 +157,19 @@ impl Network {
         addresses::urls(self.address, self.tls).swap_remove(0)
     }
 
-    /// Returns the models that answer: those of the user first, and the one that comes with the program last.
-    pub fn ready_models(&self) -> Vec<ModelKey> {
-        let mut ready: Vec<ModelKey> = self.workers.iter().flat_map(WorkerHandle::ready_models).collect();
-        ready.sort_by_key(|key| (*key == tiny_model::key(), key.clone()));
-        ready.dedup();
-        ready
+    /// Returns the models that are served: those of the user first, and the one that comes with the program last.
+    pub fn served_models(&self) -> Vec<ModelKey> {
+        let mut served: Vec<ModelKey> = self.workers.iter().flat_map(WorkerHandle::served_models).collect();
+        served.sort_by_key(|key| (*key == tiny_model::key(), key.clone()));
+        served.dedup();
+        served
     }
 
-    /// Waits until every worker holds its models, and the orchestrator knows.
+    /// Waits until every worker holds its models and has taken up those that were added, and the orchestrator knows.
     pub async fn ready(&self) -> anyhow::Result<()> {
         for worker in &self.workers {
             worker.ready().await?;
+            worker.has_catalog().await;
         }
         let deadline = tokio::time::Instant::now() + Duration::from_secs(15);
         // A model that is in memory gets jobs once that was reported.

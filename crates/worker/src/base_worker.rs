@@ -47,6 +47,8 @@ const BEGIN_BEFORE_ACCEPT: Duration = Duration::from_millis(200);
 const READ_AT_ONCE_BYTES: usize = 256 * 1024;
 /// How often the engines are looked at while nothing ends.
 const METER_EVERY: Duration = Duration::from_millis(500);
+/// How long the registry's list may take to be read at the start.
+const CATALOG_WITHIN: Duration = Duration::from_secs(3);
 /// How long a caller may take to receive an error or a refusal.
 const LAST_WORD: Duration = Duration::from_secs(1);
 
@@ -84,6 +86,7 @@ pub struct BaseWorker {
     directory_task: DirectoryTask,
     hearing: Arc<Hearing>,
     changes: watch::Sender<()>,
+    catalog_read: watch::Sender<Option<Instant>>,
     stopped: CancellationToken,
     /// Handles learn of the end of a worker that never ran, too.
     end: DropGuard,
@@ -93,6 +96,8 @@ pub struct BaseWorker {
 #[derive(Debug, Clone)]
 pub struct WorkerHandle {
     worker_id: WorkerId,
+    /// When the registry's list was first read.
+    catalog_read: watch::Sender<Option<Instant>>,
     loader: Arc<ModelLoader>,
     hearing: Arc<Hearing>,
     stopped: CancellationToken,
@@ -141,6 +146,7 @@ impl BaseWorker {
         let stopped = CancellationToken::new();
         let end = stopped.clone().drop_guard();
         let hearing = Arc::new(Hearing::new(config.region.clone()));
+        let catalog_read = watch::Sender::new((!config.catalog).then(Instant::now));
         Self {
             config,
             parts,
@@ -152,6 +158,7 @@ impl BaseWorker {
             directory_task,
             hearing,
             changes,
+            catalog_read,
             stopped,
             end,
         }
@@ -161,7 +168,8 @@ impl BaseWorker {
     pub fn handle(&self) -> WorkerHandle {
         let worker_id = self.parts.transport.public_key();
         let (loader, hearing) = (self.loader.clone(), self.hearing.clone());
-        WorkerHandle { worker_id, loader, hearing, stopped: self.stopped.clone() }
+        let (catalog_read, stopped) = (self.catalog_read.clone(), self.stopped.clone());
+        WorkerHandle { worker_id, catalog_read, loader, hearing, stopped }
     }
 
     /// Works until `stop`; then refuses new jobs, lets those that are here end, and leaves.
@@ -177,6 +185,7 @@ impl BaseWorker {
             directory_task,
             hearing,
             changes,
+            catalog_read,
             end: _end,
             ..
         } = self;
@@ -219,8 +228,9 @@ impl BaseWorker {
             .unary(PRESENCE_DESCRIBE, move |caller, _: Empty| {
                 let described = asked.check(caller.key).map(|()| {
                     // The orchestrator that asks has the report with the answer.
-                    described_to.heard();
-                    written.sign()
+                    let (now, signed) = (Instant::now(), written.sign());
+                    described_to.heard(now);
+                    signed
                 });
                 async move { described }
             })
@@ -234,7 +244,7 @@ impl BaseWorker {
         let keepers_stop = life.child_token();
         tasks.spawn(loader.clone().run(keepers_stop.clone()));
         if config.catalog {
-            let watch = CatalogWatch::new(client.clone(), directory.clone(), own, loader.clone());
+            let watch = CatalogWatch::new(client.clone(), directory.clone(), own, loader.clone(), catalog_read);
             tasks.spawn(watch.run(keepers_stop.clone()));
         }
         let meter_stop = life.child_token();
@@ -289,6 +299,26 @@ impl WorkerHandle {
     /// Returns the processes that hold its models.
     pub fn engine_pids(&self) -> Vec<u32> {
         self.loader.cache().ready().into_iter().filter_map(|(_, loaded)| loaded.pid).collect()
+    }
+
+    /// Waits until the models that operators added are taken up, and an orchestrator knows; not for long where no registry
+    /// or no orchestrator answers.
+    pub async fn has_catalog(&self) {
+        let mut read = self.catalog_read.subscribe();
+        let known = async {
+            let read = read.wait_for(Option::is_some).await.ok().and_then(|read| *read);
+            if let Some(read) = read {
+                self.hearing.has_heard_of(read).await;
+            }
+        };
+        let _ = time::timeout(CATALOG_WITHIN, known).await;
+    }
+
+    /// Returns the models that it serves: those that answer, and those that it loads when somebody asks for them.
+    pub fn served_models(&self) -> Vec<ModelKey> {
+        let entries = self.loader.cache().entries();
+        let served = entries.iter().filter(|entry| !matches!(*entry.status.borrow(), Status::Failed(_)));
+        served.map(|entry| entry.key.clone()).collect()
     }
 
     /// Returns the models that answer.

@@ -1,4 +1,4 @@
-//! Takes up the models that the registry lists and whose files are here, and lets go of those that it lists no more.
+//! Takes up the models that operators added and whose files are here, and lets go of those that were removed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,7 +7,8 @@ use std::time::Duration;
 use protocol::control::{CATALOG_LIST, Catalog, Empty, NodeRole};
 use protocol::model::{AdapterEntry, ModelEntry, ModelKey};
 use rpc::{Client, Directory, Membership};
-use tokio::time::{self, MissedTickBehavior};
+use tokio::sync::watch;
+use tokio::time::{self, Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
@@ -16,10 +17,12 @@ use crate::model_loader::ModelLoader;
 
 /// How often the list is read.
 const EVERY: Duration = Duration::from_secs(3);
+/// How long a registry may take to be found at the start.
+const FOUND_WITHIN: Duration = Duration::from_secs(2);
 /// How long a registry may take to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
-/// Keeps the models of a worker equal to the registry's list, beside those of its configuration.
+/// Keeps the models of a worker equal to those that operators added, beside those of its configuration.
 pub(crate) struct CatalogWatch {
     client: Client,
     directory: Directory,
@@ -27,11 +30,20 @@ pub(crate) struct CatalogWatch {
     loader: Arc<ModelLoader>,
     /// The models that were taken up.
     taken: BTreeMap<ModelKey, ServedModel>,
+    /// When the list was first read.
+    read: watch::Sender<Option<Instant>>,
 }
 
 impl CatalogWatch {
-    pub(crate) fn new(client: Client, directory: Directory, membership: Membership, loader: Arc<ModelLoader>) -> Self {
-        Self { client, directory, membership, loader, taken: BTreeMap::new() }
+    /// Makes a watch that says when it first read the list.
+    pub(crate) fn new(
+        client: Client,
+        directory: Directory,
+        membership: Membership,
+        loader: Arc<ModelLoader>,
+        read: watch::Sender<Option<Instant>>,
+    ) -> Self {
+        Self { client, directory, membership, loader, taken: BTreeMap::new(), read }
     }
 
     /// Watches until `stop`.
@@ -39,10 +51,13 @@ impl CatalogWatch {
         let watching = async {
             let mut ticks = time::interval(EVERY);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            // A registry that is being found is asked as soon as it is.
+            self.directory.wait_for(NodeRole::Registry, FOUND_WITHIN).await;
             loop {
                 ticks.tick().await;
-                if let Some(catalog) = self.read().await {
+                if let Some(catalog) = self.list().await {
                     self.reconcile(&catalog);
+                    self.read.send_if_modified(|read| read.replace(read.unwrap_or_else(Instant::now)).is_none());
                 }
             }
         };
@@ -50,7 +65,7 @@ impl CatalogWatch {
     }
 
     /// Reads the list. Without a registry nothing changes.
-    async fn read(&self) -> Option<Catalog> {
+    async fn list(&self) -> Option<Catalog> {
         for registry in self.directory.find(NodeRole::Registry) {
             match self.client.call::<_, Catalog>(registry, CATALOG_LIST, &Empty {}, ANSWER_WITHIN).await {
                 Ok(catalog) => return Some(catalog),
@@ -63,8 +78,8 @@ impl CatalogWatch {
     fn reconcile(&mut self, catalog: &Catalog) {
         let own = self.membership.own();
         let may_serve = |model: &ModelEntry| own.as_ref().is_none_or(|own| own.allows_model(&model.key.model_id));
-        // What another server answers for has no file.
-        let here = catalog.models.iter().filter(|model| model.bytes > 0 && self.loader.has_artifact(&model.digest));
+        // What a worker offered is that worker's to serve.
+        let here = catalog.models.iter().filter(|model| model.added && self.loader.has_artifact(&model.digest));
         let wanted: BTreeMap<ModelKey, ServedModel> = here
             .filter(|model| may_serve(model))
             .map(|model| (model.key.clone(), self.served(model, &catalog.adapters)))

@@ -18,8 +18,8 @@ pub struct Config {
     pub region: Region,
     /// The models it serves.
     pub models: Vec<ServedModel>,
-    /// Serves every model of the registry's list as well whose file is in this node's store, such as those that
-    /// `tether model add` brought; each is loaded when somebody asks for it.
+    /// Serves the models that `tether model add` brought as well, as far as their files are in this node's store; each is
+    /// loaded when somebody asks for it.
     pub catalog: bool,
     /// Jobs that run side by side at most; each model is loaded with as many sequences.
     pub slots: u32,

@@ -66,6 +66,9 @@ pub(crate) struct ReportWriter<Look> {
     has_warned: AtomicBool,
 }
 
+/// A signed report, and when it was written.
+type Written = (Instant, Arc<Signed>);
+
 /// Pushes signed reports to every orchestrator it knows.
 pub(crate) struct HealthReporter<Look> {
     writer: Arc<ReportWriter<Look>>,
@@ -73,7 +76,7 @@ pub(crate) struct HealthReporter<Look> {
     directory: Directory,
     hearing: Arc<Hearing>,
     changes: watch::Receiver<()>,
-    latest: watch::Sender<Option<Arc<Signed>>>,
+    latest: watch::Sender<Option<Written>>,
     pushers: BTreeMap<PublicKey, DropGuard>,
     tasks: TaskTracker,
 }
@@ -169,8 +172,8 @@ impl<Look: Fn() -> Condition> HealthReporter<Look> {
 
     /// Signs a report and hands it to the pushers.
     fn report(&mut self) {
-        let signed = Arc::new(self.writer.sign());
-        self.latest.send_replace(Some(signed));
+        let written = Instant::now();
+        self.latest.send_replace(Some((written, Arc::new(self.writer.sign()))));
         let known = self.directory.find(NodeRole::Orchestrator);
         self.pushers.retain(|peer, _| known.contains(peer));
         for peer in known {
@@ -198,19 +201,14 @@ impl<Look: Fn() -> Condition> HealthReporter<Look> {
 }
 
 /// Pushes each report to one orchestrator; those that come while it is slow are skipped for the latest.
-async fn push(
-    client: Client,
-    peer: PublicKey,
-    mut latest: watch::Receiver<Option<Arc<Signed>>>,
-    hearing: Arc<Hearing>,
-) {
+async fn push(client: Client, peer: PublicKey, mut latest: watch::Receiver<Option<Written>>, hearing: Arc<Hearing>) {
     loop {
         let report = latest.borrow_and_update().clone();
-        if let Some(report) = report {
+        if let Some((written, report)) = report {
             let pushed = client.call::<_, Empty>(peer, PRESENCE_REPORT, &*report, PUSH_WITHIN).await;
             log_refusal(peer, &pushed);
             match pushed {
-                Ok(Empty {}) => hearing.heard(),
+                Ok(Empty {}) => hearing.heard(written),
                 Err(CallError::Remote(error)) => hearing.refused(peer, error.message),
                 Err(_) => {}
             }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use protocol::control::NodeRole;
 use protocol::{PublicKey, Region};
 use rpc::Directory;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -19,6 +20,8 @@ const REPEAT: Duration = Duration::from_mins(5);
 pub(crate) struct Hearing {
     region: Region,
     state: Mutex<State>,
+    /// When the latest report was written that an orchestrator has.
+    written: watch::Sender<Option<Instant>>,
 }
 
 #[derive(Debug)]
@@ -46,11 +49,25 @@ struct Facts<'a> {
 
 impl Hearing {
     pub(crate) fn new(region: Region) -> Self {
-        Self { region, state: Mutex::new(State { heard: Instant::now(), told: None, why: None, refusal: None }) }
+        let state = State { heard: Instant::now(), told: None, why: None, refusal: None };
+        Self { region, state: Mutex::new(state), written: watch::Sender::new(None) }
     }
 
-    /// Notes that an orchestrator has a report.
-    pub(crate) fn heard(&self) {
+    /// Waits until an orchestrator has a report that was written then or later.
+    pub(crate) async fn has_heard_of(&self, then: Instant) {
+        // The sender lives as long as this.
+        let _ = self.written.subscribe().wait_for(|written| written.is_some_and(|written| written >= then)).await;
+    }
+
+    /// Notes that an orchestrator has a report that was written then.
+    pub(crate) fn heard(&self, written: Instant) {
+        self.written.send_if_modified(|latest| {
+            let is_later = latest.is_none_or(|latest| latest < written);
+            if is_later {
+                *latest = Some(written);
+            }
+            is_later
+        });
         let mut state = self.state();
         (state.heard, state.refusal, state.why) = (Instant::now(), None, None);
         if state.told.take().is_some() {
@@ -159,7 +176,7 @@ mod tests {
         assert!(!is_due());
         time::advance(REPEAT / 2).await;
         assert!(is_due());
-        hearing.heard();
+        hearing.heard(Instant::now());
         assert!(!is_due());
     }
 }

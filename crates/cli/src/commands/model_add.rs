@@ -51,23 +51,20 @@ pub(super) async fn run(context: Context, args: ModelAddArgs) -> anyhow::Result<
         return Ok(Outcome::Well);
     }
     let Some(first) = added.first() else { return Ok(Outcome::Well) };
-    output::line(next(&context, desk_runs(&context, &args).await.as_deref(), &first.key));
+    output::line(next(&context, is_up(&context, &args).await, &first.key));
     Ok(Outcome::Well)
 }
 
-/// Returns where the network is that runs here, where one does.
-async fn desk_runs(context: &Context, args: &ModelAddArgs) -> Option<String> {
-    let client = GatewayClient::find(&args.server, &context.settings, &context.data, &context.env).ok()?;
-    matches!(client.presence().await, Presence::Answers).then(|| client.url().to_owned())
+/// Returns whether a network runs here.
+async fn is_up(context: &Context, args: &ModelAddArgs) -> bool {
+    let client = GatewayClient::find(&args.server, &context.settings, &context.data, &context.env);
+    matches!(client, Ok(client) if matches!(client.presence().await, Presence::Answers))
 }
 
-fn next(context: &Context, running: Option<&str>, key: &ModelKey) -> String {
+fn next(context: &Context, is_up: bool, key: &ModelKey) -> String {
     let program = context.program();
-    let up = match running {
-        None => format!("  {program} up"),
-        Some(url) => format!("  {program} up    (again: the network at {url} serves it from its next start on)"),
-    };
-    format!("\nNext:\n\n{up}\n  {program} run {} \"What is the capital of Japan?\"", key.model_id)
+    let up = if is_up { String::new() } else { format!("  {program} up\n") };
+    format!("\nNext:\n\n{up}  {program} run {} \"What is the capital of Japan?\"", key.model_id)
 }
 
 /// Lists what another program keeps.

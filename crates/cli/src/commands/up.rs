@@ -65,7 +65,7 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
 
 /// Says what another program keeps on this machine, where the network serves no model of its user's own.
 async fn found(context: &Context, network: &Network) -> Option<String> {
-    if network.ready_models().iter().any(|key| *key != tiny_model::key()) {
+    if network.served_models().iter().any(|key| *key != tiny_model::key()) {
         return None;
     }
     let env = context.env.clone();
@@ -81,7 +81,7 @@ fn greeting(context: &Context, network: &Network, awaited: Option<&str>, found: 
     let greeting = Greeting {
         workers: network.workers.len(),
         region: context.settings.region.as_str(),
-        models: network.ready_models().iter().map(|key| key.model_id.to_string()).collect(),
+        models: network.served_models().iter().map(|key| key.model_id.to_string()).collect(),
         urls: addresses::urls(network.address, network.tls),
         certificate: context.settings.gateway.tls_cert.as_deref(),
         key: if network.key_is_new { format!("{}  (made just now)", network.api_key) } else { network.api_key.clone() },

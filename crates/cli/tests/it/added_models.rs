@@ -66,11 +66,12 @@ fn a_model_that_is_added_is_served_by_the_next_network() {
     let up = home.up_with(&["--workers", "1"], &[]);
     home.well(&["model", "alias", "gpt-4o-mini", "tiny-two"]);
     assert!(ask(&home, "gpt-4o-mini").contains("Tokyo"));
-    let listed = home.well(&["list"]);
-    let line = listed.lines().find(|line| line.starts_with("tiny-two@1.0")).unwrap_or_else(|| panic!("{listed}"));
-    for word in ["ready", "worker-1", "gpt-4o-mini"] {
-        assert!(line.contains(word), "{word}: {listed}");
-    }
+    // It is in memory since it was asked, and a report tells that.
+    wait_for("the list to show it in memory", || {
+        let listed = home.well(&["list"]);
+        let line = listed.lines().find(|line| line.starts_with("tiny-two@1.0")).unwrap_or_else(|| panic!("{listed}"));
+        ["ready", "worker-1", "gpt-4o-mini"].iter().all(|word| line.contains(word))
+    });
     assert_eq!(row(&home, "tiny-two")["where"][0]["state"], "ready");
     assert_eq!(home.json(&["model", "show", "gpt-4o-mini", "--json"])["modelId"], "tiny-two");
     let held = refused(&home, &["model", "rm", "tiny-two"]);
@@ -92,15 +93,19 @@ fn a_model_is_added_to_a_network_that_runs() {
     write_model(&home, "mine.gguf", b"m");
     let up = home.up_with(&["--workers", "1"], &[]);
     let told = home.well(&["model", "add", "mine.gguf", "--name", "ours", "--version", "2.1"]);
-    assert!(told.contains("ours@2.1 is added") && told.contains("from its next start on"), "{told}");
-    assert_eq!(row(&home, "ours")["state"], "unserved");
+    assert!(told.contains("ours@2.1 is added") && !told.contains("tether up"), "{told}");
+    // The running worker takes it up by itself.
+    wait_for("the model to be served", || row(&home, "ours")["state"] != "unserved");
+    assert!(ask(&home, "ours").contains("Tokyo"));
     let alias = refused(&home, &["model", "alias", "ours", "tether-tiny"]);
     assert!(alias.contains("a model's own name"), "{alias}");
     home.well(&["model", "alias", "claude-sonnet-4", "tether-tiny:pirate"]);
     assert!(refused(&home, &["model", "alias", "other", "claude-sonnet-4"]).contains("tether-tiny:pirate"));
     assert!(home.well(&["list"]).contains("claude-sonnet-4 (:pirate)"));
-    let told = home.well(&["model", "rm", "ours@2.1"]);
+    let told = home.well(&["model", "rm", "ours@2.1", "--force"]);
     assert!(told.contains("its file is deleted"), "{told}");
+    // And lets it go.
+    wait_for("the model to be unloaded", || up.children().len() == 1);
     assert_eq!(up.end(), Some(0));
 }
 

@@ -62,14 +62,8 @@ fn clients_see_what_is_served_and_operators_what_is_registered() {
     assert_eq!(listed(&home, &of_client), ["mine", "tether-tiny", "tether-tiny:pirate"]);
     assert_eq!(up.end(), Some(0));
 
-    // The same network, and nobody names the file again: its copy is there, and loaded when somebody asks for it.
+    // The same network, without the file: its name stays in the registry.
     let up = home.up_with(&["--workers", "1"], &[]);
-    wait_for("the model to be taken up", || listed(&home, &of_client).contains(&"mine".to_owned()));
-    assert!(ask(&home, "mine")["text"].as_str().expect("text").contains("Tokyo"));
-    assert_eq!(up.end(), Some(0));
-
-    // A worker that keeps to its settings: the name stays in the registry.
-    let up = home.up_with(&["--workers", "1"], &[("TETHER_WORKER__CATALOG", "false")]);
     assert_eq!(listed(&home, &of_client), ["tether-tiny", "tether-tiny:pirate"]);
     let all = home.json(&["model", "list", "--json"]);
     assert_eq!((&all["data"][0]["id"], &all["data"][0]["state"]), (&"mine".into(), &"unserved".into()), "{all}");

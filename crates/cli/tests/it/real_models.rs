@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::program::{Home, Up};
+use crate::program::{Home, Up, wait_for};
 
 /// What both real models and the tiny one may take together, in bytes.
 const MEMORY_MAX: u64 = 1_500_000_000;
@@ -140,11 +140,14 @@ fn a_real_model_is_added_listed_named_asked_and_forgotten() {
     assert!(facts["memoryBytes"].as_u64().is_some_and(|bytes| bytes > 100_000_000), "{shown}");
     home.well(&["model", "alias", "gpt-4o-mini", "smol"]);
     let up = home.up_with(&["--workers", "1"], &[]);
-    let listed = home.well(&["model", "list"]);
-    let line = listed.lines().find(|line| line.starts_with("smol@1.0")).unwrap_or_else(|| panic!("{listed}"));
-    assert!(line.contains("Q4_1") && line.contains("ready") && line.contains("gpt-4o-mini"), "{listed}");
+    let line = || {
+        let listed = home.well(&["model", "list"]);
+        listed.lines().find(|line| line.starts_with("smol@1.0")).unwrap_or_else(|| panic!("{listed}")).to_owned()
+    };
+    assert!(line().contains("Q4_1") && line().contains("on disk") && line().contains("gpt-4o-mini"), "{}", line());
     let asked = ["run", "gpt-4o-mini", "What is the capital of France?", "--temperature", "0", "--max-tokens", "16"];
     assert!(home.well(&asked).contains("Paris"));
+    wait_for("the list to show it in memory", || line().contains("ready"));
     assert_eq!(up.end(), Some(0));
     home.well(&["model", "rm", "smol", "--force"]);
     assert!(!home.well(&["model", "list"]).contains("smol"));

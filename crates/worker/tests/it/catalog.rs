@@ -1,4 +1,4 @@
-//! Models that the registry lists, and that nobody named in the worker's settings.
+//! Models that operators added, and that nobody named in the worker's settings.
 
 use std::sync::{Arc, Mutex};
 
@@ -27,6 +27,8 @@ fn entry(name: &str, bytes: &[u8]) -> ModelEntry {
         context_length: 1,
         description: String::new(),
         created_at: UnixMillis(0),
+        facts: None,
+        added: true,
     }
 }
 
@@ -68,9 +70,10 @@ fn supported(scene: &Scene) -> Vec<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_model_that_is_listed_is_served_where_its_file_is_and_loaded_when_it_is_asked_for() {
+async fn a_model_that_was_added_is_served_where_its_file_is_and_loaded_when_it_is_asked_for() {
     let (scene, listed) = scene(config(), MockOptions::default()).await;
-    set(&listed, &[entry("other", OTHER_BYTES), entry("elsewhere", b"no bytes of this worker")]);
+    let offered = ModelEntry { added: false, ..entry("offered", OTHER_BYTES) };
+    set(&listed, &[entry("other", OTHER_BYTES), entry("elsewhere", b"no bytes of this worker"), offered]);
     time::sleep(SECOND * 5).await;
     assert_eq!(supported(&scene), ["tether-tiny", "other"]);
     assert_eq!(scene.runtime.load_state().len(), 1, "nobody has asked for it");
@@ -79,7 +82,7 @@ async fn a_model_that_is_listed_is_served_where_its_file_is_and_loaded_when_it_i
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_model_that_is_listed_no_more_is_unloaded_once_its_jobs_have_ended() {
+async fn a_model_that_was_removed_is_unloaded_once_its_jobs_have_ended() {
     let (scene, listed) = scene(config(), slow()).await;
     set(&listed, &[entry("other", OTHER_BYTES)]);
     time::sleep(SECOND * 5).await;
