@@ -112,6 +112,16 @@ pub enum PutError {
         /// The limit.
         bytes_max: u64,
     },
+    /// The disk has no room for a copy.
+    #[error("the artifact takes {bytes} bytes, and the disk of {} has {room_bytes} free", folder.display())]
+    NoRoom {
+        /// The length of the copy.
+        bytes: u64,
+        /// What this user may still write there.
+        room_bytes: u64,
+        /// The store's folder.
+        folder: PathBuf,
+    },
     /// The folder could not be written.
     #[error("the artifact could not be written to {}", folder.display())]
     Folder {

@@ -70,6 +70,7 @@ impl LocalFolder {
         let (stored, way) = if clone_of(file, &part.file) {
             (hash(&part.file, progress).map_err(Copy::Source), Way::Cloned)
         } else {
+            self.check_room(file)?;
             (copy_file_hashed(file, &mut part.file, bytes_max, &mut progress), Way::Copied)
         };
         let stored = stored.map_err(|error| self.copy_failed(error, bytes_max))?;
@@ -120,6 +121,18 @@ impl LocalFolder {
     pub(crate) fn room_bytes(&self) -> io::Result<u64> {
         let told = rustix::fs::statvfs(&self.root)?;
         Ok(told.f_bavail.saturating_mul(told.f_frsize))
+    }
+
+    /// Half a copy would take from others what they need.
+    fn check_room(&self, file: &File) -> Result<(), PutError> {
+        let bytes = file.metadata().map_err(PutError::Source)?.len();
+        // A system that does not tell is found out by the copy itself.
+        match self.room_bytes() {
+            Ok(room_bytes) if room_bytes < bytes => {
+                Err(PutError::NoRoom { bytes, room_bytes, folder: self.root.clone() })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn failed(&self, source: io::Error) -> PutError {

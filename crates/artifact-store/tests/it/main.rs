@@ -110,6 +110,26 @@ fn who_stops_a_copy_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_file_that_the_disk_has_no_room_for_is_refused_before_it_is_copied() {
+    let (folder, store) = store();
+    let source = folder.path().join("model.gguf");
+    let room = store.room_bytes().expect("told");
+    // A hole takes no room; its copy might.
+    fs::File::create(&source).and_then(|file| file.set_len(room + (64 << 30))).expect("a long file");
+    let mut steps = 0;
+    let outcome = store.put_open(&fs::File::open(&source).expect("opened"), u64::MAX, |_| {
+        steps += 1;
+        Err(std::io::Error::other("where it is shared, it is stopped here"))
+    });
+    match outcome {
+        Err(PutError::NoRoom { bytes, .. }) => assert_eq!((bytes, steps), (room + (64 << 30), 0)),
+        Err(PutError::Source(_)) => {}
+        outcome => panic!("{outcome:?}"),
+    }
+    assert_eq!(names(folder.path()), [source.display().to_string()]);
+}
+
+#[test]
 fn a_linked_file_takes_no_room_and_is_found_out_where_it_is_changed() {
     let (folder, store) = store();
     let (source, link) = (folder.path().join("blob"), folder.path().join("model.gguf"));
