@@ -4,9 +4,11 @@ use schemars::generate::{SchemaGenerator, SchemaSettings};
 use serde_json::Value;
 
 use crate::admission::{Certificate, RevocationList};
+use crate::control::Catalog;
 use crate::gateway::{GatewayAnswer, GatewaySubmission};
 use crate::health::HealthReport;
 use crate::infer::{InferChunk, InferRequest};
+use crate::model::ModelOffer;
 use crate::signature::Signed;
 
 /// Returns each published contract's file name and schema (JSON Schema 2020-12).
@@ -20,6 +22,8 @@ pub fn published() -> Vec<(&'static str, Value)> {
         ("gateway.submission.json", schema(SchemaGenerator::root_schema_for::<GatewaySubmission>)),
         ("gateway.answer.json", schema(SchemaGenerator::root_schema_for::<GatewayAnswer>)),
         ("health.report.json", schema(SchemaGenerator::root_schema_for::<HealthReport>)),
+        ("registry.catalog.json", schema(SchemaGenerator::root_schema_for::<Catalog>)),
+        ("registry.offer.json", schema(SchemaGenerator::root_schema_for::<ModelOffer>)),
         ("admission.certificate.json", schema(SchemaGenerator::root_schema_for::<Certificate>)),
         ("admission.revocations.json", schema(SchemaGenerator::root_schema_for::<RevocationList>)),
         ("signed.json", schema(SchemaGenerator::root_schema_for::<Signed>)),
