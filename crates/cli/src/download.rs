@@ -115,7 +115,10 @@ impl<'a> Downloads<'a> {
                 bail!("stopped; the same command goes on with what came of {}", remote.name)
             };
             match tried {
-                Ok(()) => return Ok(path),
+                Ok(()) => {
+                    make_private(&path).with_context(|| format!("could not change {}", path.display()))?;
+                    return Ok(path);
+                }
                 Err(Cut::Lasting(error)) => return Err(error),
                 // Without a network, waiting does not help.
                 Err(Cut::Unreachable(error)) if before == 0 && tries == 0 => return Err(error),
@@ -288,6 +291,13 @@ impl<'a> Downloads<'a> {
         self.discard(path);
         Cut::Passing(anyhow!("{why}; it is downloaded from its beginning"))
     }
+}
+
+/// Lets nobody write a file that is complete: the store takes it as it is.
+fn make_private(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    fs::set_permissions(path, fs::Permissions::from_mode(0o400))
 }
 
 fn length(path: &Path) -> u64 {

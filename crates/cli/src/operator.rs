@@ -53,9 +53,9 @@ pub enum Desk {
 }
 
 impl Desk {
-    /// Finds where keys are made: at the gateway that is named or runs here, else at the network's registry, else in
+    /// Finds where keys and models are kept: at the gateway that is named or runs here, else at the network's registry, else in
     /// the store.
-    pub async fn of_tokens(
+    pub async fn of_registry(
         server: &ServerArgs,
         settings: &Settings,
         data: &DataFolder,

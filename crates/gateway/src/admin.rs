@@ -369,8 +369,11 @@ async fn check_unloaded(bridge: &Bridge, name: &ModelName, version: Option<Model
                 && matches!(cached.state, ModelState::Ready | ModelState::Loading)
         };
         if let Some(held) = worker.report.model_cache.iter().find(is_it) {
-            let message =
-                format!("{} is in the memory of worker {}; force it", held.key, worker.report.worker_id.short());
+            let message = format!(
+                "{} is in the memory of worker {}; wait until it is unloaded, or force it (--force)",
+                held.key,
+                worker.report.worker_id.short()
+            );
             return Err(WireError::new(ErrorCode::InvalidValue, message).with_param("model"));
         }
     }

@@ -61,7 +61,7 @@ pub enum ModelError {
         versions: String,
     },
     /// Aliases stand for it.
-    #[error("{key} is what {aliases} stands for; forget that first, or force it")]
+    #[error("{key} is what {aliases} stands for; forget that first, or force it (--force)")]
     HasAliases {
         /// The model to forget.
         key: ModelKey,

@@ -54,6 +54,14 @@ pub(super) async fn list(context: Context, server: &ServerArgs) -> anyhow::Resul
         }));
     }
     output::table(&head, &rows);
+    if models.catalog.adapters.is_empty() {
+        // Whoever may not ask for them still sees those that are served.
+        let listed = models.listed.iter().filter_map(|listed| listed["data"].as_array()).flatten();
+        let ids = listed.filter(|row| row["alias_of"].is_null()).filter_map(|row| row["id"].as_str());
+        rows.extend(
+            ids.filter(|id| id.contains(':')).map(|id| vec![id.to_owned(), String::new(), "adapter".to_owned()]),
+        );
+    }
     let is_known = |name: &ModelName| models.catalog.models.iter().any(|entry| entry.key.model_id == *name);
     for AliasEntry { alias, target, .. } in models.catalog.aliases.iter().filter(|entry| !is_known(&entry.target.name))
     {
@@ -84,15 +92,17 @@ pub(super) async fn show(context: Context, model: &str, server: &ServerArgs) -> 
         }
     };
     let facts = entry.facts.clone().unwrap_or_default();
-    say("made as", facts.name.escape_debug().to_string());
-    say("architecture", facts.architecture.escape_debug().to_string());
+    say("made as", output::one_line(&facts.name));
+    say("architecture", output::one_line(&facts.architecture));
     say("parameters", if facts.parameters > 0 { count(facts.parameters) } else { String::new() });
-    say("quantisation", facts.quantisation.escape_debug().to_string());
+    say("quantisation", output::one_line(&facts.quantisation));
     say("size", size(entry.bytes));
     say("memory", if facts.memory_bytes > 0 { format!("about {}", size(facts.memory_bytes)) } else { String::new() });
     say("context", context_of(entry, &facts));
     say("can do", facts.capabilities.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
-    say("described as", entry.description.escape_debug().to_string());
+    if entry.description != facts.name {
+        say("described as", output::one_line(&entry.description));
+    }
     say("digest", format!("sha256:{}", entry.digest));
     say("state", models.state(entry, artifacts.as_ref()));
     say("where", states.iter().map(|(node, state)| format!("{node} {state}")).collect::<Vec<_>>().join(", "));
@@ -118,7 +128,7 @@ pub(super) async fn remove(context: Context, model: &str, force: bool, server: &
     let ModelRef { name: model_id, version, adapter } = model_ref(model)?;
     ensure!(adapter.is_none(), "{model} is an adapter; `tether model adapter rm` forgets adapters");
     ensure!(model_id != tiny_model::key().model_id, "{model_id} comes with the program and is always there");
-    let desk = Desk::of_tokens(server, &context.settings, &context.data, &context.env).await?;
+    let desk = Desk::of_registry(server, &context.settings, &context.data, &context.env).await?;
     let removed = desk.remove_model(ModelRemove { model_id, version, force }).await;
     desk.leave().await?;
     let removed = removed?;
@@ -150,7 +160,7 @@ pub(super) async fn remove(context: Context, model: &str, force: bool, server: &
 pub(super) async fn alias(context: Context, args: ModelAliasArgs) -> anyhow::Result<Outcome> {
     let alias = model_name(&args.alias)?;
     let target = args.target.as_deref().map(model_ref).transpose()?;
-    let desk = Desk::of_tokens(&args.server, &context.settings, &context.data, &context.env).await?;
+    let desk = Desk::of_registry(&args.server, &context.settings, &context.data, &context.env).await?;
     let done = match target {
         Some(target) => desk.set_alias(AliasSet { alias: alias.clone(), target }).await.map(Some),
         None => desk.remove_alias(alias.clone()).await.map(|removed| {
@@ -190,7 +200,7 @@ impl Models {
         if !has_registry {
             return Err(anyhow!("nothing answers at {}; start the network with `tether up`", client.url()));
         }
-        let desk = Desk::of_tokens(server, &context.settings, &context.data, &context.env).await?;
+        let desk = Desk::of_registry(server, &context.settings, &context.data, &context.env).await?;
         let catalog = desk.catalog().await;
         desk.leave().await?;
         Ok(Self { listed: None, catalog: catalog?, fleet: None, names: BTreeMap::new() })
@@ -226,7 +236,7 @@ impl Models {
     fn name_of(&self, worker: &FleetWorker) -> String {
         let key = worker.report.worker_id;
         let name = self.names.get(&key.to_string()).filter(|name| !name.is_empty());
-        name.map_or_else(|| key.short(), |name| name.escape_debug().to_string())
+        name.map_or_else(|| key.short(), |name| output::one_line(name))
     }
 
     /// Returns how a model is where it is best off.
@@ -276,7 +286,7 @@ impl Models {
         vec![
             entry.key.to_string(),
             if entry.bytes > 0 { size(entry.bytes) } else { "-".to_owned() },
-            facts.quantisation.escape_debug().to_string(),
+            output::one_line(&facts.quantisation),
             entry.context_length.to_string(),
             self.state(entry, artifacts),
             nodes.join(", "),

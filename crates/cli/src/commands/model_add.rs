@@ -42,7 +42,7 @@ pub(super) async fn run(context: Context, args: ModelAddArgs) -> anyhow::Result<
     }
     let wanted = Wanted::of(&args)?;
     // A key that may not, or a network that does not answer, is said before anything is copied.
-    let desk = Desk::of_tokens(&args.server, &context.settings, &context.data, &context.env).await?;
+    let desk = Desk::of_registry(&args.server, &context.settings, &context.data, &context.env).await?;
     let added = add_all(&context, &desk, &args, &wanted).await;
     desk.leave().await?;
     let added = added?;
@@ -78,9 +78,14 @@ fn list_cache(context: &Context, cache: &Cache) -> anyhow::Result<Outcome> {
         output::line(cache.nothing(&context.env));
         return Ok(Outcome::Finding);
     }
-    let row = |model: &Cached| vec![model.name.escape_debug().to_string(), DecimalBytes(model.bytes).to_string()];
+    let row = |model: &Cached| vec![output::one_line(&model.name), DecimalBytes(model.bytes).to_string()];
     output::table(&["MODEL", "SIZE"], &models.iter().map(row).collect::<Vec<_>>());
-    output::line(format!("\nNext:\n\n  {} model add --from {} {}", context.program(), cache.word(), models[0].name));
+    output::line(format!(
+        "\nNext:\n\n  {} model add --from {} {}",
+        context.program(),
+        cache.word(),
+        output::one_line(&models[0].name)
+    ));
     Ok(Outcome::Well)
 }
 
@@ -100,7 +105,13 @@ impl Source {
         if text.contains("://") {
             return Ok(Self::Url(web::parse(&hugging_face::file_of_page(text))?));
         }
-        Ok(Self::File(std::path::absolute(text).with_context(|| format!("{text:?} is no path"))?))
+        let path = std::path::absolute(text).with_context(|| format!("{text:?} is no path"))?;
+        // Others name a model of the Hub without saying that it is one.
+        let is_hubs = || matches!(Repository::of(&format!("hf:{text}")), Some(Ok(_)));
+        if !path.exists() && !text.starts_with(['.', '/', '~']) && is_hubs() {
+            bail!("there is no file {text}; if that is a model of the Hugging Face Hub, write it as hf:{text}");
+        }
+        Ok(Self::File(path))
     }
 }
 
@@ -157,7 +168,9 @@ async fn add_all(
             }
             Source::Url(url) => {
                 let (remotes, name) = of_url(&url)?;
-                let fetch = Fetch { source: url.to_string(), remotes, credential: None, name };
+                // Shown to the Hub alone, should this be a file of it.
+                let credential = Hub::of(&context.env)?.credential().cloned();
+                let fetch = Fetch { source: url.to_string(), remotes, credential, name };
                 let web = Web::new(args.insecure);
                 download(context, desk, &artifacts, &web, fetch, wanted).await?
             }

@@ -108,7 +108,7 @@ fn is_last_admin(tokens: &[TokenInfo], key_id: &str, now: UnixMillis) -> bool {
 }
 
 async fn desk(context: &Context, server: &ServerArgs) -> anyhow::Result<Desk> {
-    Desk::of_tokens(server, &context.settings, &context.data, &context.env).await
+    Desk::of_registry(server, &context.settings, &context.data, &context.env).await
 }
 
 fn row(token: TokenInfo, now: UnixMillis) -> Vec<String> {

@@ -87,17 +87,19 @@ struct Lfs {
 }
 
 impl Repository {
-    /// Reads `hf:ORG/REPO[:QUANT]`, `hf.co/ORG/REPO[:QUANT]` and a repository's page on the Hub. Returns nothing for
-    /// other texts.
+    /// Reads `hf:ORG/REPO[:QUANT]`, `hf.co/ORG/REPO[:QUANT]`, and the page of a repository or a file on the Hub. Returns
+    /// nothing for other texts.
     pub fn of(text: &str) -> Option<anyhow::Result<Self>> {
         let bare = text.strip_prefix("https://").unwrap_or(text);
         let rest = ["hf:", "hf.co/", "huggingface.co/"].iter().find_map(|prefix| bare.strip_prefix(prefix))?;
         let rest = rest.trim_start_matches('/').trim_end_matches('/');
-        // A file's own address is a URL like any other.
-        if rest.contains("/resolve/") || rest.contains("/blob/") {
-            return None;
-        }
-        let (name, wanted) = rest.split_once(':').map_or((rest, None), |(name, wanted)| (name, Some(wanted)));
+        let of_main = ["/resolve/main/", "/blob/main/"].iter().find_map(|middle| rest.split_once(middle));
+        let (name, wanted) = match of_main {
+            Some((name, file)) => (name, file.split('?').next().and_then(|file| file.rsplit('/').next())),
+            // A file of another revision is a URL like any other.
+            None if rest.contains("/resolve/") || rest.contains("/blob/") => return None,
+            None => rest.split_once(':').map_or((rest, None), |(name, wanted)| (name, Some(wanted))),
+        };
         let name = name.strip_suffix("/tree/main").unwrap_or(name);
         let is_plain = |part: &str| {
             !part.is_empty()
@@ -346,11 +348,14 @@ mod tests {
         for text in ["hf:org", "hf:org/", "hf:../r", "hf:o/r/x", "hf:o/r:", "hf:o/r?x"] {
             assert!(Repository::of(text).expect("meant for the Hub").is_err(), "{text}");
         }
-        for text in ["https://huggingface.co/o/r/resolve/main/x.gguf", "https://hub.example/o/r", "o/r", "/hf:o/r"] {
+        let of_file = Some(("o/r".to_owned(), Some("x.gguf".to_owned())));
+        assert_eq!(repository("https://huggingface.co/o/r/resolve/main/sub/x.gguf?download=true"), of_file);
+        assert_eq!(repository("https://huggingface.co/o/r/blob/main/x.gguf"), of_file);
+        for text in ["https://huggingface.co/o/r/resolve/v2/x.gguf", "https://hub.example/o/r", "o/r", "/hf:o/r"] {
             assert!(Repository::of(text).is_none(), "{text}");
         }
-        let page = file_of_page("https://huggingface.co/o/r/blob/main/x.gguf");
-        assert_eq!(page, "https://huggingface.co/o/r/resolve/main/x.gguf");
+        let page = file_of_page("https://huggingface.co/o/r/blob/v2/x.gguf");
+        assert_eq!(page, "https://huggingface.co/o/r/resolve/v2/x.gguf");
         let named = Repository::of("hf:bartowski/Qwen2.5-7B-Instruct-GGUF").expect("the Hub's").expect("a name");
         assert_eq!(named.model_name().expect("a name").as_str(), "qwen2.5-7b-instruct");
     }

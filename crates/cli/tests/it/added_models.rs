@@ -46,7 +46,7 @@ fn ask(home: &Home, model: &str) -> String {
 
 #[test]
 fn a_model_that_is_added_is_served_by_the_next_network() {
-    let home = Home::new();
+    let home = Home::apart();
     write_model(&home, "Tiny-Two.Q8_0.gguf", b"2");
     let told = home.well(&["model", "add", "Tiny-Two.Q8_0.gguf"]);
     for word in ["tiny-two@1.0 is added: ", "512 tokens of context", "chat", "tether up", "tether run tiny-two"] {
@@ -89,7 +89,7 @@ fn a_model_that_is_added_is_served_by_the_next_network() {
 
 #[test]
 fn a_model_is_added_to_a_network_that_runs() {
-    let home = Home::new();
+    let home = Home::apart();
     write_model(&home, "mine.gguf", b"m");
     let up = home.up_with(&["--workers", "1"], &[]);
     let told = home.well(&["model", "add", "mine.gguf", "--name", "ours", "--version", "2.1"]);
@@ -111,7 +111,7 @@ fn a_model_is_added_to_a_network_that_runs() {
 
 #[test]
 fn what_cannot_be_added_leaves_nothing_behind() {
-    let home = Home::new();
+    let home = Home::apart();
     write_model(&home, "mine.gguf", b"1");
     write_model(&home, "mine2.gguf", b"2");
     fs::write(home.path().join("picture.gguf"), b"\x89PNG").expect("written");
@@ -126,6 +126,7 @@ fn what_cannot_be_added_leaves_nothing_behind() {
         (&["mine.gguf", "mine2.gguf", "--name", "both"], "for one model"),
         (&["picture.gguf"], "GGUF"),
         (&["away.gguf"], "there is no file"),
+        (&["org/Repo-GGUF:Q8_0"], "hf:org/Repo-GGUF"),
         (&["part-00001-of-00002.gguf"], "part-00002-of-00002.gguf is missing"),
     ] {
         let told = refused(&home, &[&["model", "add"], arguments].concat());
@@ -141,7 +142,7 @@ fn what_cannot_be_added_leaves_nothing_behind() {
 
 #[test]
 fn who_stops_the_copy_of_a_model_keeps_nothing_of_it() {
-    let home = Home::new();
+    let home = Home::apart();
     // So long that it takes a moment, and a file that takes no room itself.
     let mut file = fs::File::create(home.path().join("long.gguf")).expect("made");
     file.write_all(tiny_model::BYTES).expect("written");
@@ -167,7 +168,7 @@ fn models_of_other_programs_are_taken_without_a_copy() {
 
     let bytes = [tiny_model::BYTES, b"cached"].concat();
     let digest = protocol::Digest::of(&bytes).to_string();
-    let home = Home::new();
+    let home = Home::apart();
     let write = |path: &str, bytes: &[u8]| {
         let path = home.path().join(path);
         fs::create_dir_all(path.parent().expect("a folder")).expect("made");

@@ -169,7 +169,7 @@ fn left(home: &Home) -> usize {
 
 #[test]
 fn a_download_goes_on_where_it_was_cut_and_is_verified() {
-    let home = Home::new();
+    let home = Home::apart();
     let bytes = model();
     let whole = bytes.clone();
     let server = Server::new(move |asked, number| match (asked.path.as_str(), number) {
@@ -189,7 +189,7 @@ fn a_download_goes_on_where_it_was_cut_and_is_verified() {
 
 #[test]
 fn a_file_that_changed_meanwhile_is_downloaded_from_its_beginning() {
-    let home = Home::new();
+    let home = Home::apart();
     let bytes = model();
     let whole = bytes.clone();
     let server = Server::new(move |asked, number| match number {
@@ -204,7 +204,7 @@ fn a_file_that_changed_meanwhile_is_downloaded_from_its_beginning() {
 #[test]
 fn a_part_that_is_all_there_or_too_long_is_found_out() {
     for (have, requests) in [(0, 1), (1, 2)] {
-        let home = Home::new();
+        let home = Home::apart();
         let whole = model();
         // What came before is as long as the file, or longer, while the note does not say how long that is.
         let first = [whole.clone(), vec![9; have]].concat();
@@ -253,7 +253,7 @@ fn redirects_are_followed_without_the_token_and_a_circle_is_named() {
         }
         _ => Said::new("404 Not Found", &[], b""),
     });
-    let home = Home::new();
+    let home = Home::apart();
     let variables = [("HF_ENDPOINT", hub.url.as_str()), ("HF_TOKEN", "hf_secret")];
     let told = well(&home, &["hf:org/My-Model-GGUF"], &variables);
     assert!(told.contains("org/My-Model-GGUF: Q8_0") && told.contains("my-model@1.0 is added"), "{told}");
@@ -299,7 +299,7 @@ fn each_refusal_of_the_hub_has_a_sentence_of_its_own() {
             _ => Said::new("404 Not Found", &[], b""),
         }
     });
-    let home = Home::new();
+    let home = Home::apart();
     let variables = [("HF_ENDPOINT", hub.url.as_str())];
     for (source, words) in [
         ("hf:o/gated", &["is gated", "accept its terms on", "/o/gated", "HF_TOKEN"][..]),

@@ -24,6 +24,17 @@ impl Home {
         Self { folder: tempfile::tempdir().expect("a folder") }
     }
 
+    /// A home whose commands do not ask whatever gateway another test runs at the usual address.
+    pub(crate) fn apart() -> Self {
+        let home = Self::new();
+        let folder = home.path().join(".config/tether");
+        std::fs::create_dir_all(&folder).expect("made");
+        // Nobody listens there.
+        let settings = "version = 1\n[gateway]\nbind = \"127.0.0.1:9\"\n";
+        std::fs::write(folder.join("tether.toml"), settings).expect("written");
+        home
+    }
+
     pub(crate) fn path(&self) -> &Path {
         self.folder.path()
     }

@@ -131,7 +131,7 @@ async fn real_models_answer_the_same_request_alike_to_the_bit() {
 
 #[test]
 fn a_real_model_is_added_listed_named_asked_and_forgotten() {
-    let home = Home::new();
+    let home = Home::apart();
     home.well(&["model", "add", &file("smollm2"), "--name", "smol"]);
     let shown = home.json(&["model", "show", "smol", "--json"]);
     let facts = &shown["facts"];
