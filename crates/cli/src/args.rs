@@ -380,6 +380,22 @@ pub enum ModelCommand {
         #[command(flatten)]
         server: ServerArgs,
     },
+    /// Bring a model into the memory of the workers that serve it, and wait until it is there
+    Load {
+        /// Model, as name[@MAJOR.MINOR], or an alias
+        model: String,
+        /// Where the network is
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+    /// Let a model leave the memory of its workers, unless jobs run on it; it is loaded again when it is asked for
+    Unload {
+        /// Model, as name[@MAJOR.MINOR], or an alias
+        model: String,
+        /// Where the network is
+        #[command(flatten)]
+        server: ServerArgs,
+    },
     /// Give a model another name, such as gpt-4o-mini; it holds within 5 seconds
     Alias(ModelAliasArgs),
     /// Look at the LoRA adapters of models, add and forget them

@@ -8,10 +8,10 @@ use http::Response;
 use protocol::control::{
     ADAPTER_ADD, ADAPTER_REMOVE, ALIAS_REMOVE, ALIAS_SET, AdapterAdd, AdapterList, AdapterRemove, AdapterRemoved,
     AliasList, AliasRemove, AliasRemoved, AliasSet, ByOperator, CATALOG_LIST, Catalog, Empty, INVITE_CREATE,
-    InviteCreate, InviteCreated, MODEL_ADD, MODEL_REMOVE, Member, Members, ModelAdd, ModelRemove, ModelRemoved,
-    NODE_LIST, NODE_RENAME, NODE_REVOKE, NodeEntry, NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked,
-    NodeRole, OperatorRequest, Scope, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated, TokenList,
-    TokenRevoke, TokenRevoked,
+    InviteCreate, InviteCreated, MODEL_ADD, MODEL_REMOVE, Member, Members, ModelAdd, ModelMove, ModelRemove,
+    ModelRemoved, NODE_LIST, NODE_RENAME, NODE_REVOKE, NodeEntry, NodeList, NodeRename, NodeRenamed, NodeRevoke,
+    NodeRevoked, NodeRole, OperatorRequest, Scope, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated,
+    TokenList, TokenRevoke, TokenRevoked,
 };
 use protocol::health::{CachedModel, ModelState};
 use protocol::model::{AdapterEntry, AliasEntry, ModelEntry, ModelRef};
@@ -321,6 +321,46 @@ pub(crate) async fn add_model(State(bridge): State<Bridge>, inquiry: Inquiry, bo
         Ok(json(&added))
     };
     respond(inquiry.context, added.await)
+}
+
+/// Has the workers that serve a model bring it into memory, and says where it is by then.
+#[utoipa::path(
+    post, path = "/admin/v1/models/{id}/load", tag = "admin", operation_id = "loadModel", security(("bearer" = [])),
+    params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
+    responses(
+        (status = 200, description = "Where it is", body = crate::http_bridge::ModelPlaces),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn load_model(State(bridge): State<Bridge>, Segment(id): Segment, inquiry: Inquiry) -> Response<Body> {
+    move_model(&bridge, &id, inquiry, true).await
+}
+
+/// Has the workers that serve a model let it leave their memory, unless jobs run on it, and says where it is by then.
+#[utoipa::path(
+    post, path = "/admin/v1/models/{id}/unload", tag = "admin", operation_id = "unloadModel", security(("bearer" = [])),
+    params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
+    responses(
+        (status = 200, description = "Where it is", body = crate::http_bridge::ModelPlaces),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn unload_model(
+    State(bridge): State<Bridge>,
+    Segment(id): Segment,
+    inquiry: Inquiry,
+) -> Response<Body> {
+    move_model(&bridge, &id, inquiry, false).await
+}
+
+async fn move_model(bridge: &Bridge, id: &str, inquiry: Inquiry, load: bool) -> Response<Body> {
+    let moved = async {
+        operator(bridge, &inquiry).await?;
+        let key = bridge.gateway.model_key(id).await?;
+        info!(model = %key, load, "an operator moves the model");
+        Ok(json(&bridge.gateway.move_model(ModelMove { key, load }).await?))
+    };
+    respond(inquiry.context, moved.await)
 }
 
 /// Forgets a model. It stays while a worker holds it or an alias stands for it, unless that is forced.

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use observability::{Metrics, TraceContext};
 use protocol::control::{
-    CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeRole, Scope,
-    TOKEN_CHECK, TokenCheck, TokenGrant,
+    CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, MODEL_MOVE, ModelMove,
+    ModelPlaces, NodeRole, Scope, TOKEN_CHECK, TokenCheck, TokenGrant,
 };
 use protocol::infer::{InferRequest, Input};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
@@ -494,6 +494,17 @@ impl Gateway {
     /// Returns the live workers as an orchestrator sees them.
     pub(crate) async fn fleet_now(&self) -> Result<Fleet, WireError> {
         self.inner.upstream.ask(NodeRole::Orchestrator, FLEET_LIST, &Empty {}).await.map_err(presentable)
+    }
+
+    /// Returns the model of a name, a name with a version, or an alias.
+    pub(crate) async fn model_key(&self, id: &str) -> Result<ModelKey, WireError> {
+        let meant = self.meant(&catalog::parse_ref(id)?).await?;
+        Ok(self.model(&meant).await?.key.clone())
+    }
+
+    /// Has the workers that serve a model load or unload it.
+    pub(crate) async fn move_model(&self, request: ModelMove) -> Result<ModelPlaces, WireError> {
+        self.inner.upstream.ask(NodeRole::Orchestrator, MODEL_MOVE, &request).await.map_err(presentable)
     }
 
     /// Tells how a job was placed.

@@ -5,13 +5,15 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use metadata_store::{Finalised, MetadataStore, StoreError};
 use observability::Metrics;
 use observability::metrics::{BreakerLabel, PhaseLabel, ReasonLabel};
 use protocol::admission::Exclusion;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
-    Empty, ExplainRequest, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN, NodeInfo, NodeRole, PRESENCE_REPORT,
+    Empty, ExplainRequest, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN, MODEL_MOVE, ModelMove, ModelPlace,
+    ModelPlaceState, ModelPlaces, NodeInfo, NodeRole, PRESENCE_REPORT,
 };
 use protocol::infer::{InferRequest, SUBMIT};
 use protocol::model::ModelKey;
@@ -42,6 +44,8 @@ use crate::reservation_manager::{Ending, ReservationManager};
 use crate::retry_manager::{self, Failure, Plan};
 use crate::scheduler::{self, Candidate, Placement};
 
+/// How long a worker may take to say where a model is.
+const MOVE_WITHIN: Duration = Duration::from_millis(1_500);
 /// How long jobs under way may take to end once the orchestrator stops.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -475,8 +479,27 @@ impl Orchestrator {
         Ok(())
     }
 
+    /// Has every worker that serves a model load or unload it.
+    async fn move_model(&self, request: ModelMove) -> ModelPlaces {
+        let serving =
+            self.fleet.list(Instant::now()).into_iter().filter(|worker| worker.report.serves(&request.key, None));
+        let moves = serving.map(|worker| {
+            let (worker_id, request) = (worker.report.worker_id, &request);
+            async move {
+                match self.client.call::<_, ModelPlaces>(worker_id, MODEL_MOVE, request, MOVE_WITHIN).await {
+                    Ok(places) => places.workers.into_iter().find(|place| place.worker_id == worker_id),
+                    Err(error) => {
+                        Some(ModelPlace { worker_id, state: ModelPlaceState::Unknown, reason: Some(error.to_string()) })
+                    }
+                }
+            }
+        });
+        let workers = join_all(moves).await.into_iter().flatten().collect();
+        ModelPlaces { key: request.key, workers }
+    }
+
     fn serve(self: &Arc<Self>, server: Server) -> Server {
-        let [jobs, reports, fleet, explain] = std::array::from_fn(|_| self.clone());
+        let [jobs, reports, fleet, explain, moving] = std::array::from_fn(|_| self.clone());
         server
             .stream(SUBMIT, move |call| {
                 let orchestrator = jobs.clone();
@@ -490,6 +513,13 @@ impl Orchestrator {
                 let admitted = fleet.membership.standing(caller.key);
                 let listed = admitted.map(|_| FleetMessage { workers: fleet.fleet.list(Instant::now()) });
                 async move { listed.map_err(WireError::from) }
+            })
+            .unary(MODEL_MOVE, move |caller, request: ModelMove| {
+                let orchestrator = moving.clone();
+                async move {
+                    orchestrator.membership.admit(caller.key, NodeRole::Gateway, None)?;
+                    Ok(orchestrator.move_model(request).await)
+                }
             })
             .unary(JOB_EXPLAIN, move |caller, request: ExplainRequest| {
                 let admitted = explain.membership.standing(caller.key).map_err(WireError::from);

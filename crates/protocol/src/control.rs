@@ -50,6 +50,8 @@ pub const ALIAS_SET: &str = "registry.alias.set";
 pub const ALIAS_REMOVE: &str = "registry.alias.remove";
 /// Registry: lists models, adapters and aliases to an operator. [`OperatorRequest`] → [`Catalog`].
 pub const OPERATOR_CATALOG_LIST: &str = "registry.operator.catalog.list";
+/// Orchestrator: has every worker that serves a model load or unload it. Worker: does so. [`ModelMove`] → [`ModelPlaces`].
+pub const MODEL_MOVE: &str = "model.move";
 /// Registry: tells a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
 pub const POLICY_GET: &str = "registry.policy.get";
 
@@ -293,6 +295,59 @@ pub struct ModelRemove {
     /// Forgets the aliases that stand for it as well; without it, it stays while there are such.
     #[serde(default)]
     pub force: bool,
+}
+
+/// A model that is to come into memory, or to leave it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelMove {
+    /// The model.
+    #[serde(flatten)]
+    pub key: ModelKey,
+    /// Whether it is to be in memory.
+    pub load: bool,
+}
+
+/// Where a model is after it was told to move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelPlaces {
+    /// The model.
+    #[serde(flatten)]
+    pub key: ModelKey,
+    /// The workers that serve it.
+    pub workers: Vec<ModelPlace>,
+}
+
+/// Where a model is at one worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelPlace {
+    /// The worker.
+    pub worker_id: WorkerId,
+    /// Where it is.
+    pub state: ModelPlaceState,
+    /// Why it is not where it is wanted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Where a model can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelPlaceState {
+    /// In memory.
+    Loaded,
+    /// On its way there.
+    Loading,
+    /// Not in memory.
+    Unloaded,
+    /// In memory, because jobs run on it.
+    InUse,
+    /// It could not be loaded.
+    Failed,
+    /// The worker does not say.
+    Unknown,
 }
 
 /// What came of forgetting a model.

@@ -11,7 +11,7 @@ use engine::ModelRuntime;
 use engine::remote::{Patience, RemoteRuntime};
 use observability::metrics::Metrics;
 use protocol::codec::MESSAGE_BYTES_MAX;
-use protocol::control::{Empty, NodeInfo, NodeRole, PRESENCE_DESCRIBE};
+use protocol::control::{Empty, MODEL_MOVE, ModelMove, ModelPlace, ModelPlaces, NodeInfo, NodeRole, PRESENCE_DESCRIBE};
 use protocol::infer::{InferRequest, Progress, START};
 use protocol::model::ModelKey;
 use protocol::signature::NodeKey;
@@ -221,7 +221,7 @@ impl BaseWorker {
 
         let info = NodeInfo { roles: vec![NodeRole::Worker], region: config.region.clone(), version };
         let (taking, asked, known, written) = (desk.clone(), desk.clone(), membership.clone(), reports.clone());
-        let own = membership.clone();
+        let (own, moved, worker_id) = (membership.clone(), desk.clone(), transport.public_key());
         let described_to = hearing.clone();
         let server = Server::new(transport.clone(), info)
             .stream(START, move |call| taking.clone().take(call))
@@ -233,6 +233,10 @@ impl BaseWorker {
                     signed
                 });
                 async move { described }
+            })
+            .unary(MODEL_MOVE, move |caller, request: ModelMove| {
+                let places = moved.check(caller.key).and_then(|()| moved.place_of(worker_id, &request));
+                async move { places }
             })
             .membership(membership)
             .body_limit(move |key| {
@@ -468,9 +472,7 @@ impl Desk {
     /// Checks a job and gives it a place; says why not, before any work is done.
     fn admit(&self, request: InferRequest, call_deadline: Option<Instant>) -> Result<Job, WireError> {
         let key = ModelKey { model_id: request.model_id.clone(), version: request.version };
-        let entry = self.loader.cache().find(&key).ok_or_else(|| {
-            WireError::new(ErrorCode::ModelNotHere, format!("this worker does not serve {key}, try another"))
-        })?;
+        let entry = self.loader.cache().find(&key).ok_or_else(|| not_here(&key))?;
         let adapter = request.input.adapter.as_ref();
         if !entry.model.serves(adapter) {
             let name =
@@ -532,6 +534,15 @@ impl Desk {
         }
     }
 
+    /// Has a model move, and says where it is.
+    fn place_of(&self, worker_id: WorkerId, request: &ModelMove) -> Result<ModelPlaces, WireError> {
+        let ModelMove { key, load } = request;
+        let entry = self.loader.cache().find(key).ok_or_else(|| not_here(key))?;
+        let (state, reason) = if *load { self.loader.bring(&entry) } else { entry.send_out() };
+        info!(model = %key, load, ?state, "an operator moved the model");
+        Ok(ModelPlaces { key: key.clone(), workers: vec![ModelPlace { worker_id, state, reason }] })
+    }
+
     fn condition(&self) -> Condition {
         let snapshots = self.loader.observe().snapshots;
         Condition { jobs: self.guard.count(), draining: self.draining.load(Ordering::Relaxed), snapshots }
@@ -589,6 +600,10 @@ async fn refuse(call: StreamCall, error: WireError) {
 
 async fn fail(reply: ReplyStream, error: WireError) {
     let _ = time::timeout(LAST_WORD, reply.fail(error)).await;
+}
+
+fn not_here(key: &ModelKey) -> WireError {
+    WireError::new(ErrorCode::ModelNotHere, format!("this worker does not serve {key}, try another"))
 }
 
 fn stopping() -> WireError {

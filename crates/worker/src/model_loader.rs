@@ -23,6 +23,7 @@ use engine::{
 };
 use observability::metrics::{Metrics, ModelLabel};
 use protocol::Digest;
+use protocol::control::ModelPlaceState;
 use protocol::model::{ModelFacts, ModelKey, ModelOffer, OfferedSource};
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
@@ -53,6 +54,8 @@ const STRIKES_MAX: u32 = 3;
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How long an unload may take before it is given up.
 const UNLOAD_WITHIN: Duration = Duration::from_secs(5);
+/// How long a model that an operator asks for may wait for its room.
+const ASKED_WITHIN: Duration = Duration::from_mins(10);
 /// How long a registry may take to be found before a model answers unlisted: what is listed already needs none.
 const REGISTRY_WITHIN: Duration = Duration::from_millis(500);
 /// How often a model is offered while no registry answers.
@@ -200,6 +203,25 @@ impl ModelLoader {
     pub(crate) fn let_go(&self, key: &ModelKey) {
         self.cache.remove(key);
         self.changes.send_replace(());
+    }
+
+    /// Has a model come into memory, as a job would, and says where it is now.
+    pub(crate) fn bring(self: &Arc<Self>, entry: &Arc<Entry>) -> (ModelPlaceState, Option<String>) {
+        let status = entry.status.borrow().clone();
+        match status {
+            Status::Ready(_) => (ModelPlaceState::Loaded, None),
+            Status::Failed(reason) => (ModelPlaceState::Failed, Some(reason.to_string())),
+            Status::Loading(_) => (ModelPlaceState::Loading, None),
+            Status::Absent => {
+                let (loader, entry) = (self.clone(), entry.clone());
+                self.keepers.spawn(async move {
+                    let asked = time::timeout(ASKED_WITHIN, loader.resident(&entry));
+                    // Whoever asked sees in the list what came of it.
+                    let _ = loader.life.run_until_cancelled(asked).await;
+                });
+                (ModelPlaceState::Loading, None)
+            }
+        }
     }
 
     /// Returns whether an artifact is here; its bytes are verified when it is loaded.

@@ -1,12 +1,15 @@
 //! `tether model`: looks at the models of the network, names and forgets them.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, ensure};
 use artifact_store::ArtifactStore;
 use engine::gguf::Header;
 use indicatif::DecimalBytes;
-use protocol::control::{AliasList, AliasSet, Catalog, Fleet, FleetWorker, Member, ModelRemove};
+use protocol::control::{
+    AliasList, AliasSet, Catalog, Fleet, FleetWorker, Member, ModelPlace, ModelPlaceState, ModelPlaces, ModelRemove,
+};
 use protocol::health::ModelState;
 use protocol::model::{AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
 use protocol::{Digest, ModelName};
@@ -20,6 +23,8 @@ use crate::operator::{Desk, answers};
 use crate::output;
 use crate::tiny_model;
 
+/// How often it is asked whether a model is loaded.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// Lines of a chat template that are shown.
 const TEMPLATE_LINES: usize = 12;
 /// The longest of them, in characters.
@@ -157,6 +162,58 @@ pub(super) async fn remove(context: Context, model: &str, force: bool, server: &
     Ok(Outcome::Well)
 }
 
+/// Brings a model into memory and waits until it is there.
+pub(super) async fn load(context: Context, model: &str, server: &ServerArgs) -> anyhow::Result<Outcome> {
+    let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
+    let path = format!("/admin/v1/models/{}/load", model_ref(model)?);
+    loop {
+        let places: ModelPlaces = client.post(&path, &json!({})).await?;
+        if places.workers.iter().all(|place| place.state != ModelPlaceState::Loading) {
+            return told(&context, client, &places, ModelPlaceState::Loaded).await;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Lets a model leave the memory.
+pub(super) async fn unload(context: Context, model: &str, server: &ServerArgs) -> anyhow::Result<Outcome> {
+    let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
+    let path = format!("/admin/v1/models/{}/unload", model_ref(model)?);
+    let places: ModelPlaces = client.post(&path, &json!({})).await?;
+    told(&context, client, &places, ModelPlaceState::Unloaded).await
+}
+
+/// Says where a model is, and whether it is where it is wanted everywhere.
+async fn told(
+    context: &Context,
+    client: GatewayClient,
+    places: &ModelPlaces,
+    wanted: ModelPlaceState,
+) -> anyhow::Result<Outcome> {
+    let ModelPlaces { key, workers } = places;
+    ensure!(!workers.is_empty(), "no worker serves {key}; `{} model list` shows where models are", context.program());
+    let outcome = if workers.iter().all(|place| place.state == wanted) { Outcome::Well } else { Outcome::Finding };
+    if context.json {
+        output::json(places)?;
+        return Ok(outcome);
+    }
+    let names = names(client).await;
+    for ModelPlace { worker_id, state, reason } in workers {
+        let worker = names.get(&worker_id.to_string()).cloned().unwrap_or_else(|| worker_id.short());
+        let state = match state {
+            ModelPlaceState::Loaded => "in memory",
+            ModelPlaceState::Loading => "being loaded",
+            ModelPlaceState::Unloaded => "not in memory",
+            ModelPlaceState::InUse => "in use",
+            ModelPlaceState::Failed => "not loaded",
+            ModelPlaceState::Unknown => "not known",
+        };
+        let reason = reason.as_ref().map(|reason| format!(": {}", reason.escape_debug())).unwrap_or_default();
+        output::line(format!("{key} at {worker}: {state}{reason}"));
+    }
+    Ok(outcome)
+}
+
 pub(super) async fn alias(context: Context, args: ModelAliasArgs) -> anyhow::Result<Outcome> {
     let alias = model_name(&args.alias)?;
     let target = args.target.as_deref().map(model_ref).transpose()?;
@@ -184,6 +241,13 @@ pub(super) async fn alias(context: Context, args: ModelAliasArgs) -> anyhow::Res
     Ok(Outcome::Well)
 }
 
+/// Returns the names of nodes by their keys, as far as they are told.
+async fn names(client: GatewayClient) -> BTreeMap<String, String> {
+    let members: Vec<Member> = Desk::Gateway(client).members().await.unwrap_or_default();
+    let named = members.into_iter().filter(|member| !member.node.name.is_empty());
+    named.map(|member| (member.node.public_key.to_string(), output::one_line(&member.node.name))).collect()
+}
+
 impl Models {
     /// Asks the gateway, and the registry or its store where none answers.
     async fn look(context: &Context, server: &ServerArgs) -> anyhow::Result<Self> {
@@ -192,9 +256,7 @@ impl Models {
             let listed = client.models().await?;
             let catalog = of_gateway(&client, &listed).await;
             let fleet = client.get("/admin/v1/nodes").await.ok();
-            let members: Vec<Member> = Desk::Gateway(client).members().await.unwrap_or_default();
-            let named = members.into_iter().map(|member| (member.node.public_key.to_string(), member.node.name));
-            return Ok(Self { listed: Some(listed), catalog, fleet, names: named.collect() });
+            return Ok(Self { listed: Some(listed), catalog, fleet, names: names(client).await });
         }
         let has_registry = context.data.registry_store().exists() || context.data.pool()?.is_some();
         if !has_registry {
@@ -235,8 +297,7 @@ impl Models {
 
     fn name_of(&self, worker: &FleetWorker) -> String {
         let key = worker.report.worker_id;
-        let name = self.names.get(&key.to_string()).filter(|name| !name.is_empty());
-        name.map_or_else(|| key.short(), |name| output::one_line(name))
+        self.names.get(&key.to_string()).cloned().unwrap_or_else(|| key.short())
     }
 
     /// Returns how a model is where it is best off.

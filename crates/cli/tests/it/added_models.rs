@@ -73,6 +73,11 @@ fn a_model_that_is_added_is_served_by_the_next_network() {
         ["ready", "worker-1", "gpt-4o-mini"].iter().all(|word| line.contains(word))
     });
     assert_eq!(row(&home, "tiny-two")["where"][0]["state"], "ready");
+    assert!(home.well(&["model", "unload", "gpt-4o-mini"]).contains("tiny-two@1.0 at worker-1: not in memory"));
+    wait_for("the engine to end", || up.children().len() == 1);
+    assert!(home.well(&["model", "load", "tiny-two"]).contains("in memory"));
+    assert_eq!(up.children().len(), 2);
+    assert!(refused(&home, &["model", "load", "tiny-too"]).contains("does not exist"));
     assert_eq!(home.json(&["model", "show", "gpt-4o-mini", "--json"])["modelId"], "tiny-two");
     let held = refused(&home, &["model", "rm", "tiny-two"]);
     assert!(held.contains("in the memory of worker"), "{held}");

@@ -64,6 +64,8 @@ pub(super) async fn document() -> Response<Body> {
         admin::remove_adapter,
         admin::add_model,
         admin::remove_model,
+        admin::load_model,
+        admin::unload_model,
         admin::aliases,
         admin::set_alias,
         admin::remove_alias,
@@ -104,6 +106,7 @@ fn build() -> Value {
         ("ModelEntry", generator.subschema_for::<protocol::model::ModelEntry>()),
         ("ModelFacts", generator.subschema_for::<protocol::model::ModelFacts>()),
         ("ModelRemoved", generator.subschema_for::<protocol::control::ModelRemoved>()),
+        ("ModelPlaces", generator.subschema_for::<protocol::control::ModelPlaces>()),
         ("AliasSet", generator.subschema_for::<protocol::control::AliasSet>()),
         ("AliasEntry", generator.subschema_for::<protocol::model::AliasEntry>()),
         ("AliasList", generator.subschema_for::<protocol::control::AliasList>()),
@@ -189,6 +192,10 @@ pub(crate) struct ModelFacts;
 /// Stands for the contract of this name.
 #[derive(ToSchema)]
 pub(crate) struct ModelRemoved;
+
+/// Stands for the contract of this name.
+#[derive(ToSchema)]
+pub(crate) struct ModelPlaces;
 
 /// Stands for the contract of this name.
 #[derive(ToSchema)]

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use engine::{LoadSnapshot, LoadedModel, ModelId};
+use protocol::control::ModelPlaceState;
 use protocol::health::{CachedModel, LoadProgress, ModelState, REASON_BYTES_MAX};
 use protocol::model::ModelKey;
 use protocol::{AdapterName, PrefixDigest};
@@ -303,6 +304,28 @@ impl Entry {
                 // Others may ask as well.
                 self.stirred.notify_one();
             }
+        }
+    }
+
+    /// Has the model leave the memory, unless jobs run on it, and says where it is now.
+    pub(crate) fn send_out(&self) -> (ModelPlaceState, Option<String>) {
+        let status = self.status.borrow().clone();
+        match status {
+            Status::Ready(_) => {}
+            Status::Loading(_) => return (ModelPlaceState::Loading, Some("it is just being loaded".into())),
+            Status::Absent | Status::Failed(_) => return (ModelPlaceState::Unloaded, None),
+        }
+        if self.model.remote.is_some() {
+            return (ModelPlaceState::Loaded, Some("another program's server holds it".into()));
+        }
+        let jobs = self.seat().jobs;
+        match jobs {
+            0 => {
+                self.obey(Order::Leave);
+                (ModelPlaceState::Unloaded, None)
+            }
+            1 => (ModelPlaceState::InUse, Some("a job runs on it".into())),
+            jobs => (ModelPlaceState::InUse, Some(format!("{jobs} jobs run on it"))),
         }
     }
 

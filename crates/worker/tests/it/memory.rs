@@ -5,6 +5,7 @@ use std::time::Duration;
 use engine::{MockOptions, MockRuntime, ModelRuntime as _};
 use futures_util::future::join_all;
 use protocol::Digest;
+use protocol::control::{MODEL_MOVE, ModelMove, ModelPlaceState, ModelPlaces};
 use protocol::infer::InferRequest;
 use protocol::model::ModelKey;
 use rpc::Membership;
@@ -184,4 +185,35 @@ async fn whoever_waits_for_a_model_and_leaves_keeps_nobody_out() {
 
 fn slow_load() -> MockOptions {
     MockOptions { load: Duration::from_millis(1_500), ..MockOptions::default() }
+}
+
+impl Scene {
+    async fn move_model(&self, name: &str, load: bool) -> (ModelPlaceState, Option<String>) {
+        let request = ModelMove { key: served(name, 0).key(), load };
+        let worker = self.handle.worker_id();
+        let moved: ModelPlaces =
+            self.orchestrator.client.call(worker, MODEL_MOVE, &request, SECOND).await.expect("the worker says");
+        let place = moved.workers.into_iter().next().expect("its own place");
+        (place.state, place.reason)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operator_moves_a_model_into_memory_and_out_of_it() {
+    let mock = MockOptions { per_token: SECOND, ..slow_load() };
+    let scene = scene(&[("one", LARGE, as_it_is), ("two", LARGE, as_it_is)], mock).await;
+    let [first, second] = if scene.resident() == ["one"] { ["one", "two"] } else { ["two", "one"] };
+    assert_eq!(scene.move_model(first, true).await, (ModelPlaceState::Loaded, None));
+    assert_eq!(scene.move_model(second, true).await, (ModelPlaceState::Loading, None));
+    time::sleep(SECOND * 3).await;
+    assert_eq!(scene.resident(), [second], "it took the place of the other, as it does for a job");
+    let mut running = scene.open(&job(second)).await.expect("accepted");
+    next(&mut running).await.expect("it runs").expect("and well");
+    let (state, reason) = scene.move_model(second, false).await;
+    assert_eq!((state, reason.as_deref()), (ModelPlaceState::InUse, Some("a job runs on it")));
+    assert_eq!(read(running).await.1, None);
+    assert_eq!(scene.move_model(second, false).await, (ModelPlaceState::Unloaded, None));
+    time::sleep(SECOND).await;
+    assert_eq!((scene.resident().len(), scene.runtime.load_state().len()), (0, 0));
+    assert!(scene.is_answered(first).await, "a model that was unloaded comes back when it is asked for");
 }
