@@ -328,7 +328,7 @@ pub struct NodesArgs {
 /// What to ask.
 #[derive(Debug, Clone, Args)]
 pub struct RunArgs {
-    /// Model, as name[@MAJOR.MINOR][:adapter]
+    /// Model, as name[@MAJOR.MINOR][:adapter], or a GGUF file, as [NAME=]FILE
     pub model: String,
     /// What to ask; - reads it from stdin, and what is piped in is added to it
     pub prompt: Option<String>,
@@ -347,6 +347,9 @@ pub struct RunArgs {
     /// The same seed gives the same answer
     #[arg(long, value_name = "NUMBER")]
     pub seed: Option<u64>,
+    /// Say after the answer what it took: tokens, speed, and the time until the model was loaded
+    #[arg(long)]
+    pub verbose: bool,
     /// Where the network is
     #[command(flatten)]
     pub server: ServerArgs,

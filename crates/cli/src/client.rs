@@ -74,21 +74,46 @@ pub struct Refusal {
     pub message: String,
 }
 
+/// An answer that failed after it had begun.
+#[derive(Debug, thiserror::Error)]
+#[error("the answer broke off: {message}")]
+pub struct BrokenOff {
+    /// The gateway's word for the cause, such as `worker_failed`.
+    pub code: String,
+    /// The gateway's sentence about it.
+    pub message: String,
+}
+
+/// A part of a streamed answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Piece<'a> {
+    /// What the model thinks before it answers.
+    Thought(&'a str),
+    /// Text of the answer.
+    Text(&'a str),
+}
+
 /// A streamed answer, read to its end.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct ChatAnswer {
-    /// The whole text.
+    /// The whole text, without the model's thoughts.
     pub text: String,
     /// The job's name.
     pub correlation_id: String,
     /// Tries it took.
     pub attempts: u32,
-    /// From the request to the first text.
+    /// From the request to the first text or thought.
     pub first_token: Duration,
-    /// From the first text to the last.
+    /// From the first text or thought to the last.
     pub rest: Duration,
-    /// Tokens of the answer.
+    /// Tokens of the request.
+    pub prompt_tokens: u32,
+    /// Tokens of the request that the worker had evaluated before.
+    pub cached_tokens: u32,
+    /// Tokens of the answer, thoughts included.
     pub completion_tokens: u32,
+    /// Why it ended: `stop`, `length`, and so on.
+    pub finish_reason: String,
 }
 
 impl GatewayClient {
@@ -193,35 +218,43 @@ impl GatewayClient {
         }
     }
 
-    /// Asks for an answer and hands out its text as it comes.
-    pub async fn chat(&self, body: &Value, mut on_text: impl FnMut(&str)) -> anyhow::Result<ChatAnswer> {
+    /// Asks for an answer and hands out its parts as they come. Whoever drops the future stops the answer.
+    pub async fn chat(&self, body: &Value, mut on_piece: impl FnMut(Piece<'_>)) -> anyhow::Result<ChatAnswer> {
         let began = Instant::now();
         let response = self.ask(Method::POST, "/v1/chat/completions", Some(serde_json::to_vec(body)?)).await?;
         let header = |name: &str| response.headers.get(name)?.to_str().ok().map(str::to_owned);
         let mut answer = ChatAnswer {
-            text: String::new(),
             correlation_id: header("x-request-id").unwrap_or_default(),
             attempts: header("x-tether-attempts").and_then(|text| text.parse().ok()).unwrap_or(1),
-            first_token: Duration::ZERO,
-            rest: Duration::ZERO,
-            completion_tokens: 0,
+            ..ChatAnswer::default()
         };
         let mut first = None;
         let mut events = Events::of(response);
         while let Some(event) = events.next().await? {
-            if let Some(message) = event.pointer("/error/message").and_then(Value::as_str) {
-                bail!("the answer broke off: {message}");
+            let text = |pointer: &str| event.pointer(pointer).and_then(Value::as_str).filter(|text| !text.is_empty());
+            let count = |pointer: &str| event.pointer(pointer).and_then(Value::as_u64);
+            if let Some(message) = text("/error/message") {
+                let code = text("/error/code").unwrap_or_default().to_owned();
+                bail!(BrokenOff { code, message: message.to_owned() });
             }
-            if let Some(tokens) = event.pointer("/usage/completion_tokens").and_then(Value::as_u64) {
+            if let Some(tokens) = count("/usage/completion_tokens") {
                 answer.completion_tokens = tokens as u32;
+                answer.prompt_tokens = count("/usage/prompt_tokens").unwrap_or(0) as u32;
+                answer.cached_tokens = count("/usage/prompt_tokens_details/cached_tokens").unwrap_or(0) as u32;
             }
-            let Some(text) = event.pointer("/choices/0/delta/content").and_then(Value::as_str) else { continue };
-            if !text.is_empty() {
+            if let Some(reason) = text("/choices/0/finish_reason") {
+                reason.clone_into(&mut answer.finish_reason);
+            }
+            let thought = text("/choices/0/delta/reasoning_content").map(Piece::Thought);
+            let said = text("/choices/0/delta/content").map(Piece::Text);
+            for piece in thought.into_iter().chain(said) {
                 let first = *first.get_or_insert_with(Instant::now);
                 answer.first_token = first - began;
                 answer.rest = first.elapsed();
-                answer.text.push_str(text);
-                on_text(text);
+                if let Piece::Text(text) = piece {
+                    answer.text.push_str(text);
+                }
+                on_piece(piece);
             }
         }
         Ok(answer)

@@ -29,6 +29,7 @@ mod manual;
 mod model;
 mod model_add;
 mod nodes;
+mod reach;
 mod run;
 mod serve;
 mod start;

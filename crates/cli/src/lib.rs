@@ -21,3 +21,4 @@ pub mod processes;
 pub mod services;
 pub mod settings;
 pub mod tiny_model;
+pub mod voice;

@@ -4,7 +4,8 @@
 //! as long as its length and time of change stay the same. What is served is the copy, which every load verifies.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
 use std::path::{self, Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
@@ -38,6 +39,33 @@ pub fn absolute(text: &str) -> String {
         Some(name) => format!("{name}={}", file.display()),
         None => file.display().to_string(),
     }
+}
+
+/// Returns the `FILE` or `NAME=FILE` that a text names, as it is to be opened, where it names no model by its name. A
+/// name alone may be both; then the file has to begin as one of a model.
+pub fn as_file(text: &str) -> Option<&str> {
+    let (name, file) = split(text);
+    let says_so = name.is_some() || file.contains('/') || file.to_lowercase().ends_with(".gguf");
+    (says_so || begins_as_model(Path::new(file))).then_some(text)
+}
+
+fn begins_as_model(file: &Path) -> bool {
+    let mut magic = [0; 4];
+    file.is_file() && File::open(file).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *b"GGUF"
+}
+
+/// Leaves the file as the one model that the workers serve.
+pub fn serve_only(settings: &mut Settings, file: &str) {
+    settings.worker.models.clear();
+    settings.models = vec![file.to_owned()];
+}
+
+/// Returns the digest that the bytes of a `FILE` or `NAME=FILE` have, where that is known without reading it.
+pub fn known_digest(data: &DataFolder, text: &str) -> anyhow::Result<Option<Digest>> {
+    let file = ModelFile::open(Path::new(split(text).1))?;
+    let known = read_index(&index(data)).remove(&path::absolute(file.first())?.display().to_string());
+    let stamp = file.stamp()?;
+    Ok(known.filter(|known| (known.bytes, known.modified_nanos) == stamp).map(|known| known.digest))
 }
 
 /// Adds the files that the settings name to the models of the workers, and takes every file into the store. Says which

@@ -47,6 +47,8 @@ pub enum Look {
     Bad,
     /// A title.
     Head,
+    /// What may be read past.
+    Aside,
 }
 
 /// Gives a text a look. Whatever prints it must leave the look out where no terminal shows it: see [`shown`].
@@ -56,6 +58,7 @@ pub fn looking(look: Look, text: &str) -> String {
         Look::Doubtful => AnsiColor::Yellow.on_default(),
         Look::Bad => AnsiColor::Red.on_default(),
         Look::Head => Style::new().bold(),
+        Look::Aside => Style::new().dimmed(),
     };
     format!("{style}{text}{style:#}")
 }

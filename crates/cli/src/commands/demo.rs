@@ -20,6 +20,7 @@ use crate::client::GatewayClient;
 use crate::data_folder::DataFolder;
 use crate::operator::{client_network, random_key};
 use crate::processes::Processes;
+use crate::voice::{Screen, Voice};
 use crate::{output, tiny_model};
 
 /// An address of this machine alone, with a port that is free.
@@ -177,7 +178,8 @@ async fn ask(client: &GatewayClient, question: &str) -> anyhow::Result<WorkerId>
         "stream": true,
         "stream_options": { "include_usage": true },
     });
-    let answer = client.chat(&body, output::piece).await?;
+    let mut voice = Voice::new(Screen::of_stdout());
+    let answer = client.chat(&body, |piece| output::piece(&voice.says(piece))).await?;
     let decision: Decision = client.get(&format!("/admin/v1/jobs/{}/decision", answer.correlation_id)).await?;
     let worker = decision.attempts.last().and_then(|attempt| attempt.chosen).context("no worker is known")?;
     output::line(format!("\n  answered by worker {}, attempt {}\n", worker.short(), answer.attempts));

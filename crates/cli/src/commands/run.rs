@@ -6,17 +6,16 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow, bail};
-use protocol::control::Fleet;
+use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
-use super::{Context, Outcome, nodes, shipped, spinner};
+use super::reach::{Reached, missing_model, reach};
+use super::{Context, Outcome};
 use crate::args::RunArgs;
-use crate::client::{ChatAnswer, GatewayClient, Presence, Refusal, usual_url};
-use crate::local_models;
-use crate::network::Network;
+use crate::client::{ChatAnswer, GatewayClient, Refusal};
 use crate::output;
+use crate::voice::{Screen, Voice};
 
 /// The most of stdin that is read, in bytes: more than any model takes.
 const STDIN_MAX: u64 = 64 << 20;
@@ -26,78 +25,39 @@ const AGAIN_EVERY: Duration = Duration::from_secs(1);
 pub(super) async fn run(mut context: Context, mut args: RunArgs) -> anyhow::Result<Outcome> {
     let prompt = prompt(args.prompt.as_deref())?;
     args.prompt = Some(prompt);
-    let client = GatewayClient::find(&args.server, &context.settings, &context.data, &context.env)?;
-    match client.presence().await {
-        Presence::Answers => return ask(&client, &args, context.json).await,
-        Presence::Closed(error) => return Err(error),
-        Presence::Absent(error) if args.server.url.is_some() => return Err(error),
-        Presence::Absent(_) => {}
+    let reached = reach(&mut context, &args.server, Some(&args.model)).await?;
+    if let Some(model) = &reached.model {
+        args.model.clone_from(model);
     }
-    // A network of another folder is likely the one that is meant.
-    let usual = GatewayClient::here(&usual_url(&context.settings), None, &context.settings, &context.data)?;
-    if usual.url() != client.url() && !matches!(usual.presence().await, Presence::Absent(_)) {
-        bail!(
-            "no network of {} runs, but one answers at {}; name its folder with --data-dir, or give --url and \
-             --api-key-file",
-            context.data.path().display(),
-            usual.url()
-        );
-    }
-    // Any free port: this network is nobody else's.
-    context.settings.gateway.bind.set_port(0);
-    context.settings.workers = 1;
-    local_models::take_in(&mut context.settings, &context.data).await?;
-    let waiting = spinner("no network runs here: starting one for this question");
-    let network = Network::start(&context.settings, &context.data, shipped()).await?;
-    let ready = network.ready().await;
-    waiting.finish_and_clear();
-    let asked = match ready {
-        Ok(()) => {
-            let key = Some(network.api_key.clone());
-            let client = GatewayClient::here(&network.url(), key, &context.settings, &context.data)?;
-            ask(&client, &args, context.json).await.map(drop)
-        }
-        Err(error) => Err(error),
-    };
-    network.stop().await?;
+    let asked = ask(&reached, &args, context.json).await;
+    let is_own = reached.is_own();
+    reached.leave().await?;
     asked?;
-    output::note(format!(
-        "no network of {} ran: one was started for this question and has ended; `{} up` keeps one running",
-        context.data.path().display(),
-        context.program()
-    ));
+    if is_own {
+        output::note(format!(
+            "no network of {} ran: one was started for this question and has ended; `{} up` keeps one running",
+            context.data.path().display(),
+            context.program()
+        ));
+    }
     Ok(Outcome::Well)
 }
 
-/// Returns what to say of a model that the network does not have, with the name that may be meant. Returns nothing where
-/// the network has it, or does not say.
-async fn missing_model(client: &GatewayClient, asked: &str) -> Option<anyhow::Error> {
-    let listed: Value = client.models().await.ok()?;
-    let names: Vec<&str> = listed["data"].as_array()?.iter().filter_map(|model| model["id"].as_str()).collect();
-    // A version or an adapter may be asked for that the list does not show by itself.
-    let name = asked.split(['@', ':']).next().unwrap_or(asked);
-    if names.iter().any(|known| known.split(['@', ':']).next() == Some(name)) {
-        return None;
-    }
-    // A model that never was ready is not listed. Only a key that operates the network learns why.
-    let fleet: Fleet = client.get("/admin/v1/nodes").await.unwrap_or_default();
-    let mut failures = nodes::failures(&fleet);
-    if let Some((worker, model, why)) = failures.find(|(_, model, _)| model.model_id.as_str() == name) {
-        return Some(anyhow!("{model} on {} is in error: {why}", worker.short()));
-    }
-    Some(match output::nearest(asked, names) {
-        Some(meant) => anyhow!("there is no model {asked:?}; did you mean {meant}? `tether list` shows all"),
-        None => anyhow!("there is no model {asked:?}; `tether list` shows those that there are"),
-    })
-}
-
 /// Asks, and says which model may be meant where no model has that name.
-async fn ask(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<Outcome> {
-    let deadline = Instant::now() + Duration::from_secs(args.timeout);
+async fn ask(reached: &Reached, args: &RunArgs, as_json: bool) -> anyhow::Result<()> {
+    let client = &reached.client;
+    let began = Instant::now();
+    let deadline = began + Duration::from_secs(args.timeout);
+    let mut load = reached.load;
     let mut is_told = false;
     loop {
         let error = match stream(client, args, as_json).await {
-            Ok(()) => return Ok(Outcome::Well),
+            Ok(answer) => {
+                if args.verbose {
+                    output::note(figures(&answer, load));
+                }
+                return Ok(());
+            }
             Err(error) => error,
         };
         match error.downcast_ref::<Refusal>() {
@@ -106,10 +66,26 @@ async fn ask(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::R
                     output::note(format!("waiting: {}", refusal.message));
                 }
                 sleep(AGAIN_EVERY).await;
+                load = Some(began.elapsed());
             }
             _ => return Err(missing_model(client, &args.model).await.unwrap_or(error)),
         }
     }
+}
+
+/// Returns the line of what an answer took.
+fn figures(answer: &ChatAnswer, load: Option<Duration>) -> String {
+    let ChatAnswer { prompt_tokens, cached_tokens, completion_tokens, first_token, rest, .. } = answer;
+    let load = load.map_or_else(|| "loaded before".to_owned(), |load| format!("loaded in {:.2} s", load.as_secs_f64()));
+    // The first token came with the prompt.
+    let further = f64::from(completion_tokens.saturating_sub(1));
+    let speed =
+        if rest.is_zero() { String::new() } else { format!(" at {:.1} a second", further / rest.as_secs_f64()) };
+    format!(
+        "{prompt_tokens} prompt tokens, {cached_tokens} of them cached; first token after {} ms; {completion_tokens} \
+         tokens{speed}; {load}",
+        first_token.as_millis()
+    )
 }
 
 /// Returns what to ask: the argument, and what is piped in behind it.
@@ -143,20 +119,21 @@ fn joined(given: Option<&str>, piped: &str) -> anyhow::Result<String> {
     }
 }
 
-async fn stream(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<()> {
+async fn stream(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<ChatAnswer> {
+    let mut voice = Voice::new(Screen::of_stdout());
     let answer = client
-        .chat(&body(args), |text| {
+        .chat(&body(args), |piece| {
             if !as_json {
-                output::piece(text);
+                output::piece(&voice.says(piece));
             }
         })
         .await?;
     if as_json {
         output::json(&told(&answer))?;
-    } else if !answer.text.ends_with('\n') || std::io::stdout().is_terminal() {
-        output::line("");
+    } else {
+        output::piece(voice.ends());
     }
-    Ok(())
+    Ok(answer)
 }
 
 fn body(args: &RunArgs) -> Value {
@@ -187,6 +164,8 @@ fn told(answer: &ChatAnswer) -> Value {
         "text": answer.text,
         "requestId": answer.correlation_id,
         "attempts": answer.attempts,
+        "promptTokens": answer.prompt_tokens,
+        "cachedTokens": answer.cached_tokens,
         "completionTokens": answer.completion_tokens,
         "firstTokenMs": answer.first_token.as_secs_f64() * 1e3,
     })
@@ -195,6 +174,24 @@ fn told(answer: &ChatAnswer) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_an_answer_took_is_told_in_a_line() {
+        let answer = ChatAnswer {
+            prompt_tokens: 36,
+            cached_tokens: 12,
+            completion_tokens: 21,
+            first_token: Duration::from_millis(43),
+            rest: Duration::from_millis(200),
+            ..ChatAnswer::default()
+        };
+        assert_eq!(
+            figures(&answer, Some(Duration::from_millis(905))),
+            "36 prompt tokens, 12 of them cached; first token after 43 ms; 21 tokens at 100.0 a second; loaded in 0.91 s"
+        );
+        let one = ChatAnswer { completion_tokens: 1, rest: Duration::ZERO, ..answer };
+        assert!(figures(&one, None).ends_with("1 tokens; loaded before"), "{}", figures(&one, None));
+    }
 
     #[test]
     fn what_is_piped_in_comes_behind_what_is_asked() {

@@ -52,6 +52,35 @@ fn a_file_is_served_under_its_own_name_and_again_after_it_has_changed() {
 }
 
 #[test]
+fn a_file_is_asked_by_its_path_whether_or_not_a_network_runs() {
+    let home = Home::new();
+    write_model(&home, "Mine-1M.Q8_0.gguf", b"5");
+    write_model(&home, "plain", b"6");
+    write_model(&home, "other.gguf", b"7");
+    let question = ["What is the capital of Japan?", "--temperature", "0"];
+    let told = |file: &str| {
+        let output = home.run(&[&["run", file, "--verbose"], &question[..]].concat());
+        let (text, notes) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(0), "{file}: {notes}");
+        assert!(text.contains("Tokyo") && notes.contains(" prompt tokens, 0 of them cached; first token"), "{notes}");
+        notes.into_owned()
+    };
+    for file in ["Mine-1M.Q8_0.gguf", "mine=./plain", "plain"] {
+        let notes = told(file);
+        assert!(notes.contains("loaded in 0.") && notes.contains("one was started for this question"), "{notes}");
+    }
+
+    let up = home.up_with(&["Mine-1M.Q8_0.gguf", "--workers", "1"], &[]);
+    let notes = told("./Mine-1M.Q8_0.gguf");
+    assert!(notes.contains("loaded before") && !notes.contains("started"), "{notes}");
+    let unserved = home.run(&["run", "other.gguf", "hi"]);
+    let told = String::from_utf8_lossy(&unserved.stderr);
+    assert_eq!(unserved.status.code(), Some(2), "{told}");
+    assert!(told.contains("does not serve other.gguf") && told.contains("tether up other.gguf"), "{told}");
+    assert_eq!(up.end(), Some(0));
+}
+
+#[test]
 fn clients_see_what_is_served_and_operators_what_is_registered() {
     let home = Home::new();
     write_model(&home, "mine.gguf", b"4");
@@ -84,10 +113,12 @@ fn a_file_that_cannot_be_served_is_refused_at_once_and_by_name() {
         ("adapter.gguf", "not a model"),
         ("Bad Name=picture.gguf", "lower-case"),
     ] {
-        let output = home.run(&["up", "--bind", "127.0.0.1:0", file]);
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{file}: {errors}");
-        assert!(errors.contains(words), "{file}: {errors}");
+        for command in [&["up", "--bind", "127.0.0.1:0", file][..], &["run", file, "hi"]] {
+            let output = home.run(command);
+            let errors = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{command:?}: {errors}");
+            assert!(errors.contains(words), "{command:?}: {errors}");
+        }
     }
 }
 

@@ -1,0 +1,160 @@
+//! Finds the network that a person wants to talk to: the one that runs, or else one of this command's own.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, bail};
+use protocol::Digest;
+use protocol::control::Fleet;
+use serde_json::Value;
+
+use super::{Context, nodes, shipped, spinner};
+use crate::args::ServerArgs;
+use crate::client::{GatewayClient, Presence, usual_url};
+use crate::local_models;
+use crate::network::Network;
+use crate::output;
+
+/// A network that answers.
+pub(super) struct Reached {
+    /// Asks it.
+    pub(super) client: GatewayClient,
+    /// The model that was named, by the name that the network has for it.
+    pub(super) model: Option<String>,
+    /// How long its models took to be loaded, where the network was started here.
+    pub(super) load: Option<Duration>,
+    own: Option<Network>,
+}
+
+/// Finds the network of the arguments, else of the data folder. Where none runs, one is started that ends with the command.
+/// What is named may be a model of the network, or a file of one.
+pub(super) async fn reach(context: &mut Context, server: &ServerArgs, named: Option<&str>) -> anyhow::Result<Reached> {
+    let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
+    let file = named.and_then(local_models::as_file);
+    match client.presence().await {
+        Presence::Answers => {
+            let model = match file {
+                Some(file) => Some(model_of_file(context, &client, file).await?),
+                None => named.map(str::to_owned),
+            };
+            return Ok(Reached { client, model, load: None, own: None });
+        }
+        Presence::Closed(error) => return Err(error),
+        Presence::Absent(error) if server.url.is_some() => return Err(error),
+        Presence::Absent(_) => {}
+    }
+    // A network of another folder is likely the one that is meant, unless a file is all that is wanted.
+    let usual = GatewayClient::here(&usual_url(&context.settings), None, &context.settings, &context.data)?;
+    if file.is_none() && usual.url() != client.url() && !matches!(usual.presence().await, Presence::Absent(_)) {
+        bail!(
+            "no network of {} runs, but one answers at {}; name its folder with --data-dir, or give --url and \
+             --api-key-file",
+            context.data.path().display(),
+            usual.url()
+        );
+    }
+    start(context, named, file).await
+}
+
+/// Starts a network for this command alone.
+async fn start(context: &mut Context, named: Option<&str>, file: Option<&str>) -> anyhow::Result<Reached> {
+    // Any free port: this network is nobody else's.
+    context.settings.gateway.bind.set_port(0);
+    context.settings.workers = 1;
+    if let Some(file) = file {
+        local_models::serve_only(&mut context.settings, file);
+    }
+    local_models::take_in(&mut context.settings, &context.data).await?;
+    let of_file = || context.settings.worker.models.first().map(|model| model.model_id.to_string());
+    let model = if file.is_some() { of_file() } else { named.map(str::to_owned) };
+    let waiting = spinner("no network runs here: starting one");
+    let began = Instant::now();
+    let network = Network::start(&context.settings, &context.data, shipped()).await?;
+    let ready = network.ready().await;
+    waiting.finish_and_clear();
+    let client = GatewayClient::here(&network.url(), Some(network.api_key.clone()), &context.settings, &context.data);
+    match (ready, client) {
+        (Ok(()), Ok(client)) => Ok(Reached { client, model, load: Some(began.elapsed()), own: Some(network) }),
+        (Err(error), _) | (_, Err(error)) => {
+            network.stop().await?;
+            Err(error)
+        }
+    }
+}
+
+/// Returns the model of a running network whose bytes are those of a file.
+async fn model_of_file(context: &Context, client: &GatewayClient, file: &str) -> anyhow::Result<String> {
+    if let Some(digest) = local_models::known_digest(&context.data, file)?
+        && let Some(model) = model_of_digest(&client.models().await?, digest)
+    {
+        return Ok(model);
+    }
+    bail!(
+        "the network at {} does not serve {file}; stop it and start it with the file, by `{} up {file}`",
+        client.url(),
+        context.program()
+    )
+}
+
+fn model_of_digest(listed: &Value, digest: Digest) -> Option<String> {
+    let digest = digest.to_string();
+    let is_it = |model: &&Value| model["digest"].as_str() == Some(&digest) && model["state"] != "unserved";
+    let ids = listed["data"].as_array()?.iter().filter(is_it).filter_map(|model| model["id"].as_str());
+    // Adapters have the digest of their model.
+    ids.filter(|id| !id.contains(':')).map(str::to_owned).next()
+}
+
+impl Reached {
+    /// Returns whether the network was started by this command and ends with it.
+    pub(super) fn is_own(&self) -> bool {
+        self.own.is_some()
+    }
+
+    /// Ends the network, where it is this command's own.
+    pub(super) async fn leave(self) -> anyhow::Result<()> {
+        match self.own {
+            Some(network) => network.stop().await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// Returns what to say of a model that the network does not have, with the name that may be meant. Returns nothing where
+/// the network has it, or does not say.
+pub(super) async fn missing_model(client: &GatewayClient, asked: &str) -> Option<anyhow::Error> {
+    let listed: Value = client.models().await.ok()?;
+    let names: Vec<&str> = listed["data"].as_array()?.iter().filter_map(|model| model["id"].as_str()).collect();
+    // A version or an adapter may be asked for that the list does not show by itself.
+    let name = asked.split(['@', ':']).next().unwrap_or(asked);
+    if names.iter().any(|known| known.split(['@', ':']).next() == Some(name)) {
+        return None;
+    }
+    // A model that never was ready is not listed. Only a key that operates the network learns why.
+    let fleet: Fleet = client.get("/admin/v1/nodes").await.unwrap_or_default();
+    let mut failures = nodes::failures(&fleet);
+    if let Some((worker, model, why)) = failures.find(|(_, model, _)| model.model_id.as_str() == name) {
+        return Some(anyhow!("{model} on {} is in error: {why}", worker.short()));
+    }
+    Some(match output::nearest(asked, names) {
+        Some(meant) => anyhow!("there is no model {asked:?}; did you mean {meant}? `tether list` shows all"),
+        None => anyhow!("there is no model {asked:?}; `tether list` shows those that there are"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_asked_by_the_name_that_the_network_has_for_its_bytes() {
+        let digest = Digest::of(b"mine");
+        let row =
+            |id: &str, digest: Digest, state: &str| json!({ "id": id, "digest": digest.to_string(), "state": state });
+        let other = row("other", Digest::of(b"other"), "ready");
+        let listed = json!({ "data": [other, row("mine:adapter", digest, "ready"), row("mine@1.0", digest, "idle")] });
+        assert_eq!(model_of_digest(&listed, digest).as_deref(), Some("mine@1.0"));
+        let gone = json!({ "data": [row("mine", digest, "unserved")] });
+        assert_eq!(model_of_digest(&gone, digest), None);
+    }
+}
