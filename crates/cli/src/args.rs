@@ -82,6 +82,8 @@ pub enum Command {
     Demo,
     /// Ask a model and print its answer
     Run(RunArgs),
+    /// Talk with a model; what is piped in is said line by line
+    Chat(ChatArgs),
     /// Add models, look at them, name and forget them
     #[command(subcommand)]
     Model(ModelCommand),
@@ -350,6 +352,23 @@ pub struct RunArgs {
     /// Say after the answer what it took: tokens, speed, and the time until the model was loaded
     #[arg(long)]
     pub verbose: bool,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// With whom to talk.
+#[derive(Debug, Clone, Args)]
+pub struct ChatArgs {
+    /// Model, as name[@MAJOR.MINOR][:adapter], or a GGUF file, as [NAME=]FILE; by default the one that is served, or a
+    /// choice of them
+    pub model: Option<String>,
+    /// What the model is told before: who it is, and how to answer
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Seconds to wait for a model that is being loaded
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub timeout: u64,
     /// Where the network is
     #[command(flatten)]
     pub server: ServerArgs,

@@ -22,6 +22,7 @@ use protocol::control::NodeRole;
 
 mod adapter;
 mod admission;
+mod chat;
 mod demo;
 mod doctor;
 mod engine_host;
@@ -177,6 +178,7 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
         Command::Rename(args) => admission::rename(context, args).await,
         Command::Demo => demo::run(context, common).await,
         Command::Run(args) => run::run(context, args).await,
+        Command::Chat(args) => chat::run(context, args).await,
         Command::Model(ModelCommand::List(server)) | Command::List(server) => model::list(context, &server).await,
         Command::Model(ModelCommand::Add(args)) => Box::pin(model_add::run(context, args)).await,
         Command::Model(ModelCommand::Show { model, server }) => model::show(context, &model, &server).await,

@@ -139,7 +139,7 @@ impl fmt::Display for Greeting<'_> {
             writeln!(out, "\nTry it:\n\n  curl{trust} {url}/v1/chat/completions \\")?;
             writeln!(out, "    -H \"Authorization: Bearer $(cat {})\" \\", self.key_file.display())?;
             writeln!(out, "    -H 'Content-Type: application/json' \\\n    -d '{body}'")?;
-            writeln!(out, "\nNext:\n\n  {program} run {model} \"What is 3 + 4?\"")?;
+            writeln!(out, "\nNext:\n\n  {program} chat {model}\n  {program} run {model} \"What is 3 + 4?\"")?;
         } else {
             writeln!(out, "\nNo model is ready: {program} doctor says why.\n\nNext:\n")?;
         }
@@ -204,6 +204,7 @@ mod tests {
         let told = greeting().to_string();
         assert!(told.contains("serving mine, tether-tiny"), "{told}");
         assert!(told.contains(r#""model":"mine""#) && told.contains("  tether run mine "), "{told}");
+        assert!(told.contains("  tether chat mine\n"), "{told}");
         let elsewhere = Greeting {
             urls: vec!["https://127.0.0.1:1".into(), "https://192.0.2.7:1".into()],
             certificate: Some(Path::new("/c.pem")),

@@ -4,6 +4,8 @@ mod added_models;
 mod admission;
 mod adoption;
 mod certificates;
+#[cfg(target_os = "linux")]
+mod chats;
 mod commands;
 mod conversations;
 mod documents;
@@ -19,4 +21,6 @@ mod questions;
 mod real_models;
 #[cfg(feature = "llama")]
 mod stranger;
+#[cfg(target_os = "linux")]
+mod terminal;
 mod two_machines;

@@ -52,26 +52,34 @@ impl Gateway {
     }
 }
 
-fn answer(mut stream: TcpStream, refusals: &mut VecDeque<&str>, heard: &Mutex<Vec<Value>>) -> std::io::Result<()> {
+/// Reads a request whole; nothing where whoever connected left.
+pub(crate) fn request(stream: &mut TcpStream) -> std::io::Result<Option<String>> {
     let mut request = String::new();
     let mut piece = [0; 4_096];
-    let body_of = |request: &str| request.split_once("\r\n\r\n").map(|(_, body)| body.to_owned());
-    let is_whole = |request: &str| {
-        request.starts_with("GET") && request.ends_with("\r\n\r\n")
-            || body_of(request).is_some_and(|body| serde_json::from_str::<Value>(&body).is_ok())
-    };
+    let is_whole =
+        |request: &str| request.starts_with("GET") && request.ends_with("\r\n\r\n") || !body_of(request).is_null();
     while !is_whole(&request) {
         match stream.read(&mut piece)? {
-            0 => return Ok(()),
+            0 => return Ok(None),
             length => request.push_str(&String::from_utf8_lossy(&piece[..length])),
         }
     }
+    Ok(Some(request))
+}
+
+/// Returns the JSON of a request.
+pub(crate) fn body_of(request: &str) -> Value {
+    let body = request.split_once("\r\n\r\n").map(|(_, body)| body);
+    body.and_then(|body| serde_json::from_str(body).ok()).unwrap_or_default()
+}
+
+fn answer(mut stream: TcpStream, refusals: &mut VecDeque<&str>, heard: &Mutex<Vec<Value>>) -> std::io::Result<()> {
+    let Some(request) = request(&mut stream)? else { return Ok(()) };
     let (status, body) = match request.split(' ').nth(1) {
         Some("/healthz") => (200, r#"{"status":"ok"}"#),
         Some("/admin/v1/models" | "/v1/models") => (200, r#"{"data":[{"id":"m"}]}"#),
         _ => {
-            let body = body_of(&request).and_then(|body| serde_json::from_str(&body).ok()).unwrap_or_default();
-            heard.lock().expect("no thread panics").push(body);
+            heard.lock().expect("no thread panics").push(body_of(&request));
             refusals.pop_front().map_or((200, ANSWER), |refusal| (503, refusal))
         }
     };
