@@ -60,6 +60,12 @@ pub fn serve_only(settings: &mut Settings, file: &str) {
     settings.models = vec![file.to_owned()];
 }
 
+/// Returns the path of a `FILE` or `NAME=FILE`, and the name where one is given.
+pub fn name_and_path(text: &str) -> anyhow::Result<(Option<ModelName>, PathBuf)> {
+    let NamedFile { name, path } = named(text)?;
+    Ok((name, path::absolute(path)?))
+}
+
 /// Returns the digest that the bytes of a `FILE` or `NAME=FILE` have, where that is known without reading it.
 pub fn known_digest(data: &DataFolder, text: &str) -> anyhow::Result<Option<Digest>> {
     let file = ModelFile::open(Path::new(split(text).1))?;

@@ -14,7 +14,7 @@ use protocol::{Digest, ModelName, ModelVersion};
 use registry::models;
 
 use super::{Context, Outcome};
-use crate::args::ModelAddArgs;
+use crate::args::{ModelAddArgs, ServerArgs};
 use crate::client::{GatewayClient, Presence};
 use crate::download::hugging_face::{self, Hub, Repository};
 use crate::download::web::{self, Credential, Web};
@@ -152,13 +152,8 @@ async fn add_all(
     let artifacts = ArtifactStore::in_folder(context.data.artifacts()).context("could not open the artifact store")?;
     let mut added = vec![];
     for source in sources {
-        added.push(match source {
-            Source::File(path) => {
-                let file = tokio::task::spawn_blocking(move || ModelFile::open(&path)).await??;
-                let name = file.name();
-                let incoming = Incoming { file, take: Take::Copy, stays: true, expected: None, name };
-                add(context, desk, &artifacts, incoming, wanted).await?
-            }
+        let (entry, told) = match source {
+            Source::File(path) => add(context, desk, &artifacts, Incoming::of_file(path).await?, wanted).await?,
             Source::Cached(cached) => {
                 let path = cached.path.clone();
                 let file = tokio::task::spawn_blocking(move || ModelFile::open(&path)).await??;
@@ -190,9 +185,37 @@ async fn add_all(
                 };
                 download(context, desk, &artifacts, &web, fetch, wanted).await?
             }
-        });
+        };
+        if !context.json {
+            output::line(told);
+        }
+        added.push(entry);
     }
     Ok(added)
+}
+
+/// Takes one file in and registers it, under a name of its own or the one that it makes.
+pub(super) async fn add_file(
+    context: &Context,
+    server: &ServerArgs,
+    path: PathBuf,
+    name: Option<ModelName>,
+) -> anyhow::Result<ModelEntry> {
+    let incoming = Incoming::of_file(path).await?;
+    let desk = Desk::of_registry(server, &context.settings, &context.data, &context.env).await?;
+    let artifacts = ArtifactStore::in_folder(context.data.artifacts()).context("could not open the artifact store")?;
+    let wanted = Wanted { name, ..Wanted::default() };
+    let added = add(context, &desk, &artifacts, incoming, &wanted).await;
+    desk.leave().await?;
+    added.map(|(entry, _)| entry)
+}
+
+impl Incoming {
+    async fn of_file(path: PathBuf) -> anyhow::Result<Self> {
+        let file = tokio::task::spawn_blocking(move || ModelFile::open(&path)).await??;
+        let name = file.name();
+        Ok(Self { file, take: Take::Copy, stays: true, expected: None, name })
+    }
 }
 
 /// What to download of one model.
@@ -231,7 +254,7 @@ async fn download(
     web: &Web,
     fetch: Fetch,
     wanted: &Wanted,
-) -> anyhow::Result<ModelEntry> {
+) -> anyhow::Result<(ModelEntry, String)> {
     let Fetch { source, remotes, credential, name } = fetch;
     let bytes: Option<u64> = remotes.iter().map(|remote| remote.bytes).sum();
     // What can be refused is refused before hours of download.
@@ -287,14 +310,14 @@ fn name_for(wanted: &Wanted, made: Option<&ModelName>, source: &str) -> anyhow::
     Ok(name.clone())
 }
 
-/// Takes a file in and registers it.
+/// Takes a file in and registers it. Returns what to say of it, too.
 async fn add(
     context: &Context,
     desk: &Desk,
     artifacts: &ArtifactStore,
     incoming: Incoming,
     wanted: &Wanted,
-) -> anyhow::Result<ModelEntry> {
+) -> anyhow::Result<(ModelEntry, String)> {
     let Incoming { file, take, stays, expected, name } = incoming;
     let shown = file.first().display().to_string();
     let name = name_for(wanted, name.as_ref(), &shown)?;
@@ -331,15 +354,9 @@ async fn add(
     };
     match register(context, desk, new).await {
         Ok(entry) => {
-            if !context.json {
-                // A download is nobody's file but the store's.
-                output::line(told(
-                    &entry,
-                    if stays { take } else { Take::Copy },
-                    if stays { way } else { Way::Copied },
-                ));
-            }
-            Ok(entry)
+            // A download is nobody's file but the store's.
+            let told = if stays { told(&entry, take, way) } else { told(&entry, Take::Copy, Way::Copied) };
+            Ok((entry, told))
         }
         Err(error) => {
             forget().context("could not take the file out of the store again")?;

@@ -1,18 +1,25 @@
 //! Finds the network that a person wants to talk to: the one that runs, or else one of this command's own.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use protocol::Digest;
 use protocol::control::Fleet;
+use protocol::model::{ModelEntry, ModelKey};
 use serde_json::Value;
+use tokio::time::{Instant, sleep};
 
-use super::{Context, nodes, shipped, spinner};
+use super::{Context, model_add, nodes, shipped, spinner};
 use crate::args::ServerArgs;
-use crate::client::{GatewayClient, Presence, usual_url};
+use crate::client::{GatewayClient, Presence, Refusal, usual_url};
 use crate::local_models;
 use crate::network::Network;
 use crate::output;
+
+/// How long a worker may take to hear of a model that was added.
+const SERVED_WITHIN: Duration = Duration::from_secs(20);
+/// How often it is asked whether one has.
+const SERVED_AGAIN: Duration = Duration::from_millis(100);
 
 /// A network that answers.
 pub(super) struct Reached {
@@ -33,7 +40,7 @@ pub(super) async fn reach(context: &mut Context, server: &ServerArgs, named: Opt
     match client.presence().await {
         Presence::Answers => {
             let model = match file {
-                Some(file) => Some(model_of_file(context, &client, file).await?),
+                Some(file) => Some(model_of_file(context, server, &client, file).await?),
                 None => named.map(str::to_owned),
             };
             return Ok(Reached { client, model, load: None, own: None });
@@ -81,18 +88,43 @@ async fn start(context: &mut Context, named: Option<&str>, file: Option<&str>) -
     }
 }
 
-/// Returns the model of a running network whose bytes are those of a file.
-async fn model_of_file(context: &Context, client: &GatewayClient, file: &str) -> anyhow::Result<String> {
+/// Returns the model of a running network whose bytes are those of a file. Where it has none, and is this folder's, the file
+/// is added to it.
+async fn model_of_file(
+    context: &Context,
+    server: &ServerArgs,
+    client: &GatewayClient,
+    file: &str,
+) -> anyhow::Result<String> {
     if let Some(digest) = local_models::known_digest(&context.data, file)?
         && let Some(model) = model_of_digest(&client.models().await?, digest)
     {
         return Ok(model);
     }
-    bail!(
-        "the network at {} does not serve {file}; stop it and start it with the file, by `{} up {file}`",
-        client.url(),
+    let (name, path) = local_models::name_and_path(file)?;
+    if let Some(url) = &server.url {
+        let shown = path.display();
+        bail!("the network at {url} does not serve {file}; add it where a worker runs, by `tether model add {shown}`");
+    }
+    let ModelEntry { key, .. } = model_add::add_file(context, server, path, name).await?;
+    output::note(format!(
+        "the network that runs serves {file} as {key} from now on; `{} model rm {key}` takes it out",
         context.program()
-    )
+    ));
+    served(client, &key).await?;
+    Ok(key.to_string())
+}
+
+/// Waits until a worker serves a model that was added just now.
+async fn served(client: &GatewayClient, key: &ModelKey) -> anyhow::Result<()> {
+    let deadline = Instant::now() + SERVED_WITHIN;
+    loop {
+        match client.get::<Value>(&format!("/v1/models/{key}")).await {
+            Ok(_) => return Ok(()),
+            Err(error) if error.is::<Refusal>() && Instant::now() < deadline => sleep(SERVED_AGAIN).await,
+            Err(error) => return Err(error.context("no worker of this data folder serves it yet")),
+        }
+    }
 }
 
 fn model_of_digest(listed: &Value, digest: Digest) -> Option<String> {

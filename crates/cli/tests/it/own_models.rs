@@ -62,21 +62,25 @@ fn a_file_is_asked_by_its_path_whether_or_not_a_network_runs() {
         let output = home.run(&[&["run", file, "--verbose"], &question[..]].concat());
         let (text, notes) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert_eq!(output.status.code(), Some(0), "{file}: {notes}");
-        assert!(text.contains("Tokyo") && notes.contains(" prompt tokens, 0 of them cached; first token"), "{notes}");
+        assert!(text.contains("Tokyo") && notes.contains(" of them cached; first token after "), "{notes}");
         notes.into_owned()
     };
     for file in ["Mine-1M.Q8_0.gguf", "mine=./plain", "plain"] {
         let notes = told(file);
-        assert!(notes.contains("loaded in 0.") && notes.contains("one was started for this question"), "{notes}");
+        assert!(notes.contains("loaded in ") && notes.contains("one was started for this question"), "{notes}");
     }
 
     let up = home.up_with(&["Mine-1M.Q8_0.gguf", "--workers", "1"], &[]);
     let notes = told("./Mine-1M.Q8_0.gguf");
     assert!(notes.contains("loaded before") && !notes.contains("started"), "{notes}");
-    let unserved = home.run(&["run", "other.gguf", "hi"]);
-    let told = String::from_utf8_lossy(&unserved.stderr);
-    assert_eq!(unserved.status.code(), Some(2), "{told}");
-    assert!(told.contains("does not serve other.gguf") && told.contains("tether up other.gguf"), "{told}");
+    let elsewhere = home.run(&["run", "other.gguf", "hi", "--url", &up.url]);
+    let refused = String::from_utf8_lossy(&elsewhere.stderr);
+    assert_eq!(elsewhere.status.code(), Some(2), "{refused}");
+    assert!(refused.contains("does not serve other.gguf") && refused.contains("tether model add /"), "{refused}");
+    // What it does not serve is added to it once.
+    assert!(told("new=other.gguf").contains("serves new=other.gguf as new@1.0 from now on"));
+    assert!(ids(&home).contains(&"new".to_owned()), "{:?}", ids(&home));
+    assert!(!told("other.gguf").contains("from now on"));
     assert_eq!(up.end(), Some(0));
 }
 
