@@ -42,6 +42,8 @@ pub const ITEM_BYTES_MAX: u64 = 64 << 10;
 pub const TENSOR_NAME_BYTES_MAX: u64 = 63;
 /// Arrays of numbers up to this length are kept; longer ones are only checked.
 pub const KEPT_NUMBERS_MAX: u64 = 4_096;
+/// Numbers of all arrays together that are kept: each takes many times its length in the file.
+pub const KEPT_IN_ALL_MAX: u64 = 64 << 10;
 
 const TOKENS_KEY: &str = "tokenizer.ggml.tokens";
 

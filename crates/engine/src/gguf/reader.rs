@@ -7,8 +7,8 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use super::{
-    HEADER_BYTES_MAX, Header, ITEM_BYTES_MAX, KEPT_NUMBERS_MAX, KEY_BYTES_MAX, PAIRS_MAX, TENSOR_NAME_BYTES_MAX,
-    TENSORS_MAX, TEXT_BYTES_MAX, TOKENS_KEY, Tensor, TextTable, Value,
+    HEADER_BYTES_MAX, Header, ITEM_BYTES_MAX, KEPT_IN_ALL_MAX, KEPT_NUMBERS_MAX, KEY_BYTES_MAX, PAIRS_MAX,
+    TENSOR_NAME_BYTES_MAX, TENSORS_MAX, TEXT_BYTES_MAX, TOKENS_KEY, Tensor, TextTable, Value,
 };
 
 const MAGIC: [u8; 4] = *b"GGUF";
@@ -47,11 +47,13 @@ pub(super) struct Reader<R> {
     pub(super) key: Option<String>,
     /// The pairs that were read: where each lies, by its key.
     pub(super) pairs: Vec<(String, Range<u64>)>,
+    /// Numbers of arrays that were kept.
+    kept_numbers: u64,
 }
 
 impl<R: Read> Reader<R> {
     pub(super) fn new(input: R, file_bytes: u64) -> Self {
-        Self { input, offset: 0, file_bytes, key: None, pairs: vec![] }
+        Self { input, offset: 0, file_bytes, key: None, pairs: vec![], kept_numbers: 0 }
     }
 
     pub(super) fn header(&mut self) -> Result<Header, String> {
@@ -139,10 +141,11 @@ impl<R: Read> Reader<R> {
         }
         let item_bytes = number_bytes(kind).ok_or_else(|| format!("{kind} is not a type of array item"))?;
         let total = self.expect_room(items, item_bytes)?;
-        if items > KEPT_NUMBERS_MAX {
+        if items > KEPT_NUMBERS_MAX || self.kept_numbers + items > KEPT_IN_ALL_MAX {
             self.skip(total)?;
             return Ok(Value::Skipped { items });
         }
+        self.kept_numbers += items;
         (0..items).map(|_| self.number(kind)).collect::<Result<_, _>>().map(Value::Array)
     }
 

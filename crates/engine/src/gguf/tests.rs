@@ -115,6 +115,22 @@ fn an_error_names_the_offset_and_the_key() {
 }
 
 #[test]
+fn many_arrays_are_checked_and_few_of_their_numbers_kept() {
+    let pairs = 1_000;
+    let mut builder = Builder::new(0, pairs);
+    for number in 0..pairs {
+        // An array of bytes: a kept number takes tens of times its length in the file.
+        builder.text(&format!("a.{number}")).u32(9).u32(0).u64(KEPT_NUMBERS_MAX);
+        builder.0.extend(std::iter::repeat_n(7, KEPT_NUMBERS_MAX as usize));
+    }
+    let header = Header::parse(&builder.0).expect("it is sound");
+    let kept = header.metadata.values().map(|value| if let Value::Array(items) = value { items.len() } else { 0 });
+    assert_eq!(kept.sum::<usize>() as u64, KEPT_IN_ALL_MAX);
+    let skipped = |value: &Value| matches!(value, Value::Skipped { items: KEPT_NUMBERS_MAX });
+    assert_eq!(header.metadata.values().filter(|value| skipped(value)).count() as u64, pairs - 16);
+}
+
+#[test]
 fn a_tensor_beyond_the_end_of_the_file_is_refused() {
     let mut builder = Builder::new(1, 0);
     builder.text("w").u32(1).u64(1 << 40).u32(0).u64(0);
