@@ -43,6 +43,13 @@ impl Joined {
             let padded = length.checked_next_multiple_of(alignment).ok_or("a part is too long")?;
             data.push((part.data_offset..part.data_offset.saturating_add(length), padded - length));
             for mut tensor in part.tensors {
+                // Each part may say how its own tensors are aligned; the whole has one way.
+                if !tensor.offset.is_multiple_of(alignment) {
+                    return Err(format!(
+                        "the tensor {:?} is aligned otherwise than those of the first file",
+                        tensor.name
+                    ));
+                }
                 tensor.offset = base.checked_add(tensor.offset).ok_or("the parts are too long")?;
                 tensors.push(tensor);
             }
@@ -112,6 +119,9 @@ fn pairs(file: &File) -> Result<Vec<(String, Range<u64>)>, String> {
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
+    use std::os::unix::fs::FileExt as _;
+
+    use proptest::prelude::*;
 
     use super::*;
     use crate::gguf::tests::tiny;
@@ -131,23 +141,38 @@ mod tests {
 
     /// Splits the tiny model as `llama-gguf-split` does: the first part has all pairs, the others only those of the split.
     fn parts(count: usize) -> Vec<File> {
+        let tensors = Header::parse(&tiny()).expect("it is valid").tensors.len();
+        let share = tensors.div_ceil(count);
+        let shares: Vec<usize> = (0..count).map(|part| share.min(tensors - (share * part).min(tensors))).collect();
+        split(&shares, None)
+    }
+
+    /// Deals so many tensors to each part. The first says how the tensors are aligned, where that is given.
+    fn split(shares: &[usize], alignment: Option<u32>) -> Vec<File> {
         let whole = tiny();
+        let count = shares.len();
         let whole_file = file(&whole);
         let header = Header::read(&whole_file).expect("it is valid");
         let all_pairs = pairs(&whole_file).expect("read");
-        let share = header.tensors.len().div_ceil(count);
-        let part = |(no, tensors): (usize, &[crate::gguf::Tensor])| {
+        let mut rest = &header.tensors[..];
+        let part = |(no, share): (usize, &usize)| {
+            let (tensors, behind) = rest.split_at(*share);
+            rest = behind;
+            let alignment = alignment.filter(|_| no == 0);
             let pairs: &[_] = if no == 0 { &all_pairs } else { &[] };
             let mut bytes = b"GGUF".to_vec();
             bytes.extend(3_u32.to_le_bytes());
             bytes.extend((tensors.len() as u64).to_le_bytes());
-            bytes.extend((pairs.len() as u64 + 3).to_le_bytes());
+            bytes.extend((pairs.len() as u64 + 3 + u64::from(alignment.is_some())).to_le_bytes());
             for (_, range) in pairs {
                 bytes.extend(&whole[range.start as usize..range.end as usize]);
             }
             number(&mut bytes, "split.no", 2, &(no as u16).to_le_bytes());
             number(&mut bytes, "split.count", 2, &(count as u16).to_le_bytes());
             number(&mut bytes, "split.tensors.count", 5, &(header.tensors.len() as i32).to_le_bytes());
+            if let Some(alignment) = alignment {
+                number(&mut bytes, "general.alignment", 4, &alignment.to_le_bytes());
+            }
             let mut data = vec![];
             for tensor in tensors {
                 bytes.extend((tensor.name.len() as u64).to_le_bytes());
@@ -164,7 +189,7 @@ mod tests {
             bytes.extend(data);
             file(&bytes)
         };
-        header.tensors.chunks(share).enumerate().map(part).collect()
+        shares.iter().enumerate().map(part).collect()
     }
 
     fn written(joined: &Joined, parts: &[File]) -> Vec<u8> {
@@ -183,6 +208,29 @@ mod tests {
             assert!(bytes == tiny(), "{count} parts");
             assert_eq!(Header::parse(&bytes).as_ref(), Ok(&joined.header));
         }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+        #[test]
+        fn parts_of_strangers_are_refused_or_joined_whole(part in 0..2_usize, at in 0..60_000_u64, byte: u8) {
+            let parts = parts(2);
+            parts[part].write_all_at(&[byte], at).expect("written");
+            if let Ok(joined) = Joined::of(&parts) {
+                let bytes = written(&joined, &parts);
+                prop_assert_eq!(bytes.len() as u64, joined.bytes());
+                prop_assert!(Header::parse(&bytes).is_ok());
+            }
+        }
+    }
+
+    #[test]
+    fn parts_that_are_aligned_otherwise_than_the_first_are_refused() {
+        let tensors = Header::parse(&tiny()).expect("it is valid").tensors.len();
+        assert!(Joined::of(&split(&[0, tensors], Some(32))).is_ok(), "a first part may have no tensors");
+        let error = Joined::of(&split(&[0, tensors], Some(1 << 20))).expect_err("aligned to 32 bytes only");
+        assert!(error.contains("aligned otherwise"), "{error}");
     }
 
     #[test]
