@@ -4,12 +4,14 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 use tether_cli::tiny_model;
 
@@ -85,15 +87,46 @@ struct Server {
 
 impl Server {
     fn new(answer: impl Fn(&Asked, usize) -> Said + Send + Sync + 'static) -> Self {
+        Self::start("http", answer, |stream, answer, seen| serve(stream, answer, seen))
+    }
+
+    /// The same over TLS, with a certificate of an authority that nobody knows.
+    fn secure(
+        certificate: CertificateDer<'static>,
+        key: PrivateKeyDer<'static>,
+        answer: impl Fn(&Asked, usize) -> Said + Send + Sync + 'static,
+    ) -> Self {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .expect("a certificate and its key");
+        let config = Arc::new(config);
+        Self::start("https", answer, move |stream, answer, seen| {
+            let connection = rustls::ServerConnection::new(config.clone()).expect("a connection");
+            let mut stream = rustls::StreamOwned::new(connection, stream);
+            serve(&mut stream, answer, seen);
+            stream.conn.send_close_notify();
+            let _ = stream.flush();
+        })
+    }
+
+    fn start(
+        scheme: &str,
+        answer: impl Fn(&Asked, usize) -> Said + Send + Sync + 'static,
+        speak: impl Fn(TcpStream, &dyn Fn(&Asked, usize) -> Said, &Mutex<Vec<Asked>>) + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let url = format!("http://{}", listener.local_addr().expect("bound"));
+        let url = format!("{scheme}://{}", listener.local_addr().expect("bound"));
         let asked: Arc<Mutex<Vec<Asked>>> = Arc::default();
-        let (answer, seen) = (Arc::new(answer), asked.clone());
+        let (both, seen) = (Arc::new((answer, speak)), asked.clone());
         // It ends with the process of the test.
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let (answer, seen) = (answer.clone(), seen.clone());
-                thread::spawn(move || serve(stream, &*answer, &seen));
+                let (both, seen) = (both.clone(), seen.clone());
+                thread::spawn(move || (both.1)(stream, &both.0, &seen));
             }
         });
         Self { url, asked }
@@ -104,15 +137,18 @@ impl Server {
     }
 }
 
-fn serve(mut stream: TcpStream, answer: &dyn Fn(&Asked, usize) -> Said, seen: &Mutex<Vec<Asked>>) {
-    let mut asked = Asked::default();
-    let mut lines = BufReader::new(stream.try_clone().expect("a stream")).lines();
-    let Some(Ok(first)) = lines.next() else { return };
-    first.split(' ').nth(1).unwrap_or_default().clone_into(&mut asked.path);
-    while let Some(Ok(line)) = lines.next() {
-        let Some((name, value)) = line.split_once(": ") else { break };
-        asked.headers.insert(name.to_lowercase(), value.to_owned());
+fn serve(mut stream: impl Read + Write, answer: &dyn Fn(&Asked, usize) -> Said, seen: &Mutex<Vec<Asked>>) {
+    let (mut head, mut byte) = (vec![], [0]);
+    while !head.ends_with(b"\r\n\r\n") {
+        // Whoever does not trust the certificate leaves.
+        let Ok(1) = stream.read(&mut byte) else { return };
+        head.push(byte[0]);
     }
+    let head = String::from_utf8(head).expect("text");
+    let mut lines = head.lines();
+    let path = lines.next().and_then(|first| first.split(' ').nth(1)).unwrap_or_default().to_owned();
+    let header = |line: &str| line.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned()));
+    let asked = Asked { path, headers: lines.filter_map(header).collect() };
     let number = {
         let mut seen = seen.lock().expect("no panic");
         seen.push(asked.clone());
@@ -122,6 +158,7 @@ fn serve(mut stream: TcpStream, answer: &dyn Fn(&Asked, usize) -> Said, seen: &M
     // Whoever has enough leaves.
     let _ = stream.write_all(format!("{}\r\n", said.head).as_bytes());
     let _ = stream.write_all(&said.body);
+    let _ = stream.flush();
 }
 
 /// A model of its own digest.
@@ -185,6 +222,32 @@ fn a_download_goes_on_where_it_was_cut_and_is_verified() {
     let ranges: Vec<_> = asked.iter().map(|asked| (asked.range(), asked.header("if-range"))).collect();
     assert_eq!(ranges, [(None, None), (Some(60_000), Some("\"a\"")), (Some(60_000), Some("\"a\""))]);
     assert_eq!(left(&home), 0, "nothing of it is left beside the store");
+}
+
+#[test]
+fn a_model_comes_over_tls_from_a_server_that_is_trusted() {
+    let (authority_key, key) = (KeyPair::generate().expect("a key"), KeyPair::generate().expect("a key"));
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = params.self_signed(&authority_key).expect("a certificate").pem();
+    let issuer = Issuer::new(params, authority_key);
+    let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
+    let certificate = params.signed_by(&key, &issuer).expect("a certificate").der().clone();
+    let key = PrivateKeyDer::try_from(key.serialize_der()).expect("a key");
+    let (bytes, whole) = (model(), model());
+    let server = Server::secure(certificate, key, move |asked, number| match number {
+        1 => Said::file(asked, &whole, "\"a\"").cut(60_000),
+        _ => Said::file(asked, &whole, "\"a\""),
+    });
+    let home = Home::apart();
+    let url = format!("{}/mine.gguf", server.url);
+    let told = refused(&home, &[&url], &[]);
+    assert!(told.contains("the certificate of 127.0.0.1") && told.contains("is not trusted here"), "{told}");
+    fs::write(home.path().join("authority.pem"), authority).expect("written");
+    let file = home.path().join("authority.pem").display().to_string();
+    well(&home, &[&url], &[("SSL_CERT_FILE", &file)]);
+    assert_eq!(listed(&home), [("mine".to_owned(), digest(&bytes))]);
+    assert_eq!(server.asked().len(), 2, "it went on after the cut");
 }
 
 #[test]
