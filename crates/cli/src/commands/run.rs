@@ -48,7 +48,7 @@ async fn ask(reached: &Reached, args: &RunArgs, as_json: bool) -> anyhow::Result
     let client = &reached.client;
     let began = Instant::now();
     let deadline = began + Duration::from_secs(args.timeout);
-    let mut load = reached.load;
+    let mut load = Load::of(reached, args).await;
     let mut is_told = false;
     loop {
         let error = match stream(client, args, as_json).await {
@@ -66,17 +66,46 @@ async fn ask(reached: &Reached, args: &RunArgs, as_json: bool) -> anyhow::Result
                     output::note(format!("waiting: {}", refusal.message));
                 }
                 sleep(AGAIN_EVERY).await;
-                load = Some(began.elapsed());
+                load = Load::Took(began.elapsed());
             }
             _ => return Err(missing_model(client, &args.model).await.unwrap_or(error)),
         }
     }
 }
 
+/// When the model was loaded.
+#[derive(Debug, Clone, Copy)]
+enum Load {
+    /// Before it was asked.
+    Before,
+    /// While it was asked: the wait for the first token has it in it.
+    Meanwhile,
+    /// For the question, in so much time.
+    Took(Duration),
+}
+
+impl Load {
+    /// Looks at a model before it is asked, where that is to be told.
+    async fn of(reached: &Reached, args: &RunArgs) -> Self {
+        if let Some(time) = reached.load {
+            return Self::Took(time);
+        }
+        if !args.verbose {
+            return Self::Before;
+        }
+        let told: anyhow::Result<Value> = reached.client.get(&format!("/v1/models/{}", args.model)).await;
+        if told.is_ok_and(|model| model["state"] == "ready") { Self::Before } else { Self::Meanwhile }
+    }
+}
+
 /// Returns the line of what an answer took.
-fn figures(answer: &ChatAnswer, load: Option<Duration>) -> String {
+fn figures(answer: &ChatAnswer, load: Load) -> String {
     let ChatAnswer { prompt_tokens, cached_tokens, completion_tokens, first_token, rest, .. } = answer;
-    let load = load.map_or_else(|| "loaded before".to_owned(), |load| format!("loaded in {:.2} s", load.as_secs_f64()));
+    let load = match load {
+        Load::Before => "loaded before".to_owned(),
+        Load::Meanwhile => "loaded before the first token".to_owned(),
+        Load::Took(time) => format!("loaded in {:.2} s", time.as_secs_f64()),
+    };
     // The first token came with the prompt.
     let further = f64::from(completion_tokens.saturating_sub(1));
     let speed =
@@ -186,11 +215,11 @@ mod tests {
             ..ChatAnswer::default()
         };
         assert_eq!(
-            figures(&answer, Some(Duration::from_millis(905))),
+            figures(&answer, Load::Took(Duration::from_millis(905))),
             "36 prompt tokens, 12 of them cached; first token after 43 ms; 21 tokens at 100.0 a second; loaded in 0.91 s"
         );
         let one = ChatAnswer { completion_tokens: 1, rest: Duration::ZERO, ..answer };
-        assert!(figures(&one, None).ends_with("1 tokens; loaded before"), "{}", figures(&one, None));
+        assert!(figures(&one, Load::Before).ends_with("1 tokens; loaded before"));
     }
 
     #[test]
