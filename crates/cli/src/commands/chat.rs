@@ -46,6 +46,7 @@ pub(super) async fn run(mut context: Context, args: ChatArgs) -> anyhow::Result<
         screen: Screen::of_stdout(),
         load_patience: Duration::from_secs(args.timeout),
         interrupts,
+        ends_network: reached.is_own(),
         last: None,
         home: context.env.get("HOME").map(PathBuf::from),
         failures: 0,
@@ -67,6 +68,8 @@ struct Chat {
     load_patience: Duration,
     /// What Ctrl-C sends, where it stops an answer.
     interrupts: Option<Signal>,
+    /// Whether the network ends with the chat.
+    ends_network: bool,
     last: Option<ChatAnswer>,
     home: Option<PathBuf>,
     /// Texts that came to nothing.
@@ -92,6 +95,9 @@ impl Chat {
         self.model = model;
         if is_person {
             output::line(format!("You talk with {}. /help lists commands, Ctrl-D ends.", self.model));
+            if self.ends_network {
+                self.aside("no network ran: one was started for this chat and ends with it");
+            }
         }
         loop {
             let (read, back) = read(reader, if is_person { PROMPT } else { "" }).await?;
