@@ -105,15 +105,10 @@ pub fn main() -> ExitCode {
         Ok(Outcome::Well) => ExitCode::SUCCESS,
         Ok(Outcome::Finding) => ExitCode::from(FINDING),
         Err(error) => {
-            complain(&error);
+            output::note(format!("{error:#}"));
             ExitCode::from(FAILURE)
         }
     }
-}
-
-#[expect(clippy::print_stderr, reason = "the last word of a program that failed")]
-fn complain(error: &anyhow::Error) {
-    eprintln!("tether: {error:#}");
 }
 
 fn run(cli: Cli) -> anyhow::Result<Outcome> {

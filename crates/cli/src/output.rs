@@ -11,9 +11,9 @@ pub fn line(text: impl AsRef<str>) {
     let _ = writeln!(io::stdout().lock(), "{}", text.as_ref());
 }
 
-/// Prints a line for the person at the terminal, beside what a program reads.
+/// Prints a line for the person at the terminal, beside what a program reads. It may quote a stranger.
 pub fn note(text: impl AsRef<str>) {
-    let _ = writeln!(io::stderr().lock(), "tether: {}", text.as_ref());
+    let _ = writeln!(io::stderr().lock(), "tether: {}", harmless(text.as_ref()));
 }
 
 /// Returns the known name that a mistyped one is likely meant to be.
@@ -66,6 +66,21 @@ pub fn looking(look: Look, text: &str) -> String {
 /// Prints a line with its looks, where stdout is a terminal and NO_COLOR is not set; anywhere else without.
 pub fn shown(text: impl AsRef<str>) {
     let _ = writeln!(anstream::stdout().lock(), "{}", text.as_ref());
+}
+
+/// Returns a text of a stranger in which only line ends and tabs have an effect; other control characters, and those that
+/// turn the direction of writing, are shown escaped.
+pub fn harmless(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for letter in text.chars() {
+        let turns = matches!(letter, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if (letter.is_control() && !matches!(letter, '\n' | '\t')) || turns {
+            shown.extend(letter.escape_default());
+        } else {
+            shown.push(letter);
+        }
+    }
+    shown
 }
 
 /// Returns a text of another machine in one line: nothing in it moves the cursor.

@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal as _};
 use anstream::{AutoStream, ColorChoice};
 
 use crate::client::Piece;
-use crate::output::{self, Look};
+use crate::output::{self, Look, harmless};
 
 /// Where an answer is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,21 +80,6 @@ impl Voice {
     pub fn ends(&self) -> &'static str {
         if self.ends_line && self.screen == Screen::Pipe { "" } else { "\n" }
     }
-}
-
-/// Returns a text of a stranger in which only line ends and tabs have an effect; other control characters, and those that
-/// turn the direction of writing, are shown escaped.
-pub fn harmless(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for letter in text.chars() {
-        let turns = matches!(letter, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        if (letter.is_control() && !matches!(letter, '\n' | '\t')) || turns {
-            shown.extend(letter.escape_default());
-        } else {
-            shown.push(letter);
-        }
-    }
-    shown
 }
 
 #[cfg(test)]

@@ -18,8 +18,8 @@ use super::reach::{missing_model, reach};
 use super::{Context, Outcome};
 use crate::args::ChatArgs;
 use crate::client::{BrokenOff, ChatAnswer, GatewayClient, Piece, Refusal};
-use crate::output::{self, Look, looking};
-use crate::voice::{Screen, Voice, harmless};
+use crate::output::{self, Look, harmless, looking};
+use crate::voice::{Screen, Voice};
 
 mod conversation;
 mod input;
@@ -335,7 +335,7 @@ impl Chat {
 
     fn complain(&mut self, text: &str) {
         self.failures += 1;
-        output::note(harmless(text));
+        output::note(text);
     }
 }
 

@@ -13,6 +13,7 @@ use crate::program::Home;
 
 const LOADING: &str = r#"{"error":{"message":"m@1.0 is being loaded, 12 % so far, try again","code":"model_loading"}}"#;
 const FULL: &str = r#"{"error":{"message":"every worker is busy","code":"no_capacity"}}"#;
+const RAW: &str = r#"{"error":{"message":"\u001b]0;title\u0007","code":"worker_failed"}}"#;
 const ANSWER: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"yes\"}}]}\n\ndata: [DONE]\n\n";
 
 /// A gateway whose answers are known beforehand.
@@ -106,6 +107,13 @@ fn a_question_waits_for_a_model_that_is_being_loaded() {
     let busy = Gateway::refusing(&[FULL]);
     assert_eq!(busy.ask(&["Well?"], "").status.code(), Some(2));
     assert_eq!(busy.asked().len(), 1, "only a load is waited for");
+}
+
+#[test]
+fn an_error_cannot_change_the_terminal() {
+    let output = Gateway::refusing(&[RAW]).ask(&["Well?"], "");
+    assert!(errors(&output).contains("\\u{1b}]0;title\\u{7}"), "{}", errors(&output));
+    assert!(!output.stderr.contains(&0x1b), "{}", errors(&output));
 }
 
 #[test]
