@@ -136,6 +136,8 @@ pub struct LoadOptions {
     /// Memory that the process of this model may take, the mapped file included, in bytes; `None` derives it from the
     /// plan.
     pub memory_max_bytes: Option<u64>,
+    /// Memory that the plan should fit into, in bytes: what nobody has set of context and room is made smaller for it.
+    pub fit_bytes: Option<u64>,
 }
 
 /// Whose kernels compute on the CPU.
@@ -162,6 +164,7 @@ impl Default for LoadOptions {
             draft_tokens: 0,
             kernels: Kernels::Auto,
             memory_max_bytes: None,
+            fit_bytes: None,
         }
     }
 }

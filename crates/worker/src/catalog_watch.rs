@@ -84,12 +84,13 @@ impl CatalogWatch {
             .filter(|model| may_serve(model))
             .map(|model| (model.key.clone(), self.served(model, &catalog.adapters)))
             .collect();
-        let gone: Vec<ModelKey> = self
-            .taken
-            .iter()
-            .filter(|(key, model)| wanted.get(key) != Some(model))
-            .map(|(key, _)| key.clone())
-            .collect();
+        let is_over = |(key, model): &(&ModelKey, &ServedModel)| match wanted.get(*key) {
+            None => true,
+            Some(wanted) if wanted == *model => false,
+            // Its adapters have changed: nobody's job is to suffer from that.
+            Some(wanted) => wanted.digest != model.digest || self.loader.is_unused(key),
+        };
+        let gone: Vec<ModelKey> = self.taken.iter().filter(is_over).map(|(key, _)| key.clone()).collect();
         for key in gone {
             info!(model = %key, "the registry lists the model no more, or otherwise");
             self.loader.let_go(&key);

@@ -224,6 +224,11 @@ impl ModelLoader {
         }
     }
 
+    /// Returns whether no job uses a model.
+    pub(crate) fn is_unused(&self, key: &ModelKey) -> bool {
+        self.cache.find(key).is_none_or(|entry| entry.is_unused())
+    }
+
     /// Returns whether an artifact is here; its bytes are verified when it is loaded.
     pub(crate) fn has_artifact(&self, digest: &Digest) -> bool {
         self.artifacts.contains(digest)
@@ -244,13 +249,14 @@ impl ModelLoader {
                 self.set(&entry, Status::Absent);
                 self.unload(&entry, loaded.id).await;
             }
+            self.cache.forget(&entry);
         });
     }
 
     /// Decides again and again which models lie in memory.
     async fn assign_memory(&self) {
         loop {
-            let entries = self.cache.entries();
+            let entries = self.cache.seated();
             let seats: Vec<Seat> = entries.iter().map(|entry| entry.seat().clone()).collect();
             // Memory is measured only where somebody asks for it: a look at the system takes longer than the decision.
             let is_asked = seats.iter().any(|seat| seat.place == Place::Asking);
@@ -391,7 +397,7 @@ impl ModelLoader {
                 self.set(entry, Status::Loading(Load::begin(took)));
             }
             let ended = match self.prepare(entry).await {
-                Ok(prepared) => match self.admitted(entry, &prepared).await {
+                Ok(mut prepared) => match self.admitted(entry, &mut prepared).await {
                     Ok(true) => {
                         let begun = Instant::now();
                         let loaded = self.load(entry, prepared).await;
@@ -462,7 +468,7 @@ impl ModelLoader {
     async fn memory_for(&self, entry: &Entry, backoff: &mut Backoff) {
         loop {
             time::sleep(backoff.next()).await;
-            let seats: Vec<Seat> = self.cache.entries().iter().map(|entry| entry.seat().clone()).collect();
+            let seats: Vec<Seat> = self.cache.seated().iter().map(|entry| entry.seat().clone()).collect();
             if residency::most(&seats, self.room(&seats)) >= entry.seat().bytes_min {
                 return;
             }
@@ -502,14 +508,19 @@ impl ModelLoader {
     }
 
     /// Waits until a model has room. Returns false where it is not loaded, since nobody waits for it.
-    async fn admitted(&self, entry: &Entry, prepared: &Prepared) -> Result<bool, LoadError> {
+    async fn admitted(&self, entry: &Entry, prepared: &mut Prepared) -> Result<bool, LoadError> {
         if matches!(prepared.source, Source::Server(_)) {
             return Ok(true);
         }
         entry.plan(prepared.bytes, prepared.bytes_min);
         entry.move_to(Place::Asking);
         match entry.ordered().await {
-            Order::Load => Ok(true),
+            Order::Load(room) => {
+                // It is made smaller where it does not fit, and takes no more than that.
+                entry.plan(prepared.bytes.min(room), prepared.bytes_min);
+                prepared.options.fit_bytes = Some(room);
+                Ok(true)
+            }
             Order::Refuse(available_bytes) => {
                 Err(EngineError::OutOfMemory { needed_bytes: prepared.bytes_min, available_bytes }.into())
             }

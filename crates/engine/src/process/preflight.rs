@@ -30,7 +30,8 @@ pub(super) async fn fit(
     available: Option<u64>,
 ) -> Result<(LoadOptions, MemoryPlan), EngineError> {
     let plan = runtime.estimate(artifact, &options).await?;
-    let budget = options.memory_max_bytes.into_iter().chain(available.map(|bytes| bytes - bytes / 10)).min();
+    let spared = available.map(|bytes| bytes - bytes / 10);
+    let budget = options.memory_max_bytes.into_iter().chain(options.fit_bytes).chain(spared).min();
     let Some(budget) = budget.filter(|budget| plan.total_bytes() > *budget) else { return Ok((options, plan)) };
     let file = artifact.file.try_clone().map_err(|error| EngineError::Failed { reason: error.to_string() })?;
     let header = task::spawn_blocking(move || Header::read(&file)).await;
@@ -136,6 +137,10 @@ mod tests {
         let (_, set) = fit(1_024, None).await;
         assert_eq!(fit(1_024, spared(least)).await, (1_024, set));
         assert_eq!(fit(0, Some(1)).await, (512, least));
+        // What its owner grants counts as well, and is no limit of the process.
+        let granted = LoadOptions { fit_bytes: Some(whole - 100), ..LoadOptions::default() };
+        let (fitted, plan) = super::fit(&runtime, &tiny, granted, None).await.expect("it can be planned");
+        assert_eq!((fitted.kv_tokens, plan.total_bytes(), fitted.memory_max_bytes), (512, least, None));
     }
 
     #[test]

@@ -103,6 +103,8 @@ pub(crate) struct Entry {
 #[derive(Debug)]
 pub(crate) struct ModelCache {
     entries: RwLock<Arc<[Arc<Entry>]>>,
+    /// Those that are served no more and still hold memory.
+    leaving: Mutex<Vec<Arc<Entry>>>,
     /// Told of each change that may let a model into memory or out of it.
     pub(crate) stirred: Arc<Notify>,
 }
@@ -138,8 +140,9 @@ pub(crate) struct Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
+        let mut seat = self.entry.seat();
         if self.entry.waiters.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.entry.seat().waiting_since = None;
+            seat.waiting_since = None;
             self.entry.stirred.notify_one();
         }
     }
@@ -153,7 +156,8 @@ impl ModelCache {
             let status = if preload || model.pin { Status::Loading(Load::begin(None)) } else { Status::Absent };
             Arc::new(Entry::new(model.clone(), status, stirred.clone()))
         };
-        Self { entries: RwLock::new(models.iter().map(entry).collect()), stirred: stirred.clone() }
+        let entries = RwLock::new(models.iter().map(entry).collect());
+        Self { entries, leaving: Mutex::default(), stirred: stirred.clone() }
     }
 
     /// Adds a model that is loaded when somebody asks for it, and returns its entry.
@@ -169,10 +173,28 @@ impl ModelCache {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
         let (gone, kept): (Vec<_>, Vec<_>) = entries.iter().cloned().partition(|entry| entry.key == *key);
         *entries = kept.into();
+        self.leaving().extend(gone.iter().cloned());
         drop(entries);
         for entry in gone {
             entry.retired.cancel();
         }
+        self.stirred.notify_one();
+    }
+
+    /// Forgets a model that was taken off the list, now that it holds nothing any more.
+    pub(crate) fn forget(&self, entry: &Arc<Entry>) {
+        self.leaving().retain(|leaving| !Arc::ptr_eq(leaving, entry));
+        self.stirred.notify_one();
+    }
+
+    /// Returns the models that hold memory or may: those that are served, and those that are leaving.
+    pub(crate) fn seated(&self) -> Vec<Arc<Entry>> {
+        let entries = self.entries();
+        entries.iter().cloned().chain(self.leaving().iter().cloned()).collect()
+    }
+
+    fn leaving(&self) -> MutexGuard<'_, Vec<Arc<Entry>>> {
+        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn entries(&self) -> Arc<[Arc<Entry>]> {
@@ -287,10 +309,16 @@ impl Entry {
     pub(crate) fn obey(&self, order: Order) {
         let mut seat = self.seat();
         match order {
-            Order::Leave if seat.jobs > 0 => return,
+            Order::Leave if seat.jobs > 0 => {
+                drop(seat);
+                // Whoever waits for its room must not wait for the next change.
+                return self.stirred.notify_one();
+            }
+            // Its keeper is about to unload it.
+            Order::Open if *self.order.borrow() == Some(Order::Leave) => return,
             Order::Leave | Order::Close => seat.is_closed = true,
             Order::Open => seat.is_closed = false,
-            Order::Load => seat.place = Place::Moving,
+            Order::Load(_) => seat.place = Place::Moving,
             Order::StayOut | Order::Refuse(_) => seat.place = Place::Out,
         }
         drop(seat);
@@ -298,7 +326,7 @@ impl Entry {
             // Those who wait look again.
             Order::Open => self.status.send_modify(|_| {}),
             Order::Close => {}
-            Order::Load | Order::Leave => drop(self.order.send_replace(Some(order))),
+            Order::Load(_) | Order::Leave => drop(self.order.send_replace(Some(order))),
             Order::StayOut | Order::Refuse(_) => {
                 self.order.send_replace(Some(order));
                 // Others may ask as well.
@@ -367,6 +395,11 @@ impl Entry {
         while !self.is_waited_for() {
             self.wanted.notified().await;
         }
+    }
+
+    /// Returns whether no job runs on it or waits for it.
+    pub(crate) fn is_unused(&self) -> bool {
+        self.seat().jobs == 0 && !self.is_waited_for()
     }
 
     /// Waits until no job runs on it.

@@ -52,8 +52,8 @@ pub(crate) struct Seat {
 /// What is to be done with a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// Load it.
-    Load,
+    /// Load it, into so many bytes.
+    Load(u64),
     /// It stays out until somebody asks for it: it does not fit beside the others, and nobody waits for it.
     StayOut,
     /// It cannot be loaded, whatever makes room: so many bytes are the most it could have.
@@ -151,7 +151,7 @@ fn make_room(
         (0..seats.len()).filter(|index| seats[*index].is_in() && !seats[*index].is_pinned).collect();
     let most = most(seats, room);
     let order = if wanted.bytes <= room {
-        Some(Order::Load)
+        Some(Order::Load(room))
     } else if wanted.bytes_min > most {
         Some(Order::Refuse(most))
     } else if wanted.waiting_since.is_none() && !wanted.is_pinned && seats.iter().any(Seat::is_in) {
@@ -188,7 +188,7 @@ fn make_room(
     }
     if sum == room {
         // It takes what there is, with a shorter context.
-        decision.orders.push((asking, Order::Load));
+        decision.orders.push((asking, Order::Load(room)));
     }
 }
 
@@ -246,7 +246,7 @@ mod tests {
     fn what_fits_is_loaded_beside_the_others() {
         let scene = Scene::new();
         let seats = [scene.resident(60, 0), scene.wanted(40, 5)];
-        assert_eq!(decide(&seats, 40, scene.at(5)).orders, [(1, Order::Load)]);
+        assert_eq!(decide(&seats, 40, scene.at(5)).orders, [(1, Order::Load(40))]);
     }
 
     #[test]
@@ -278,7 +278,7 @@ mod tests {
         // One that fits with a shorter context gets all there is.
         let seats = [scene.resident(50, 0), scene.wanted(100, 1)];
         assert_eq!(decide(&seats, 10, scene.at(1)).orders, [(0, Order::Leave)]);
-        assert_eq!(decide(&seats[1..], 60, scene.at(1)).orders, [(0, Order::Load)]);
+        assert_eq!(decide(&seats[1..], 60, scene.at(1)).orders, [(0, Order::Load(60))]);
     }
 
     #[test]
@@ -286,7 +286,7 @@ mod tests {
         let scene = Scene::new();
         let seats = [scene.resident(30, 0), scene.seat(Place::Asking, 20), scene.seat(Place::Asking, 5)];
         assert_eq!(decide(&seats, 10, scene.at(1)).orders, [(1, Order::StayOut)]);
-        assert_eq!(decide(&seats[2..], 10, scene.at(1)).orders, [(0, Order::Load)]);
+        assert_eq!(decide(&seats[2..], 10, scene.at(1)).orders, [(0, Order::Load(10))]);
     }
 
     #[test]
@@ -327,7 +327,7 @@ mod tests {
     fn whoever_waited_longest_is_next() {
         let scene = Scene::new();
         let seats = [scene.seat(Place::Asking, 10), scene.wanted(10, 5), scene.wanted(10, 4)];
-        assert_eq!(decide(&seats, 10, scene.at(6)).orders, [(2, Order::Load)]);
+        assert_eq!(decide(&seats, 10, scene.at(6)).orders, [(2, Order::Load(10))]);
     }
 
     /// Three models of which one fits at a time, asked for again and again, in a world of whole seconds.
@@ -359,7 +359,7 @@ mod tests {
             let room = if seats.iter().any(|seat| seat.place == Place::Moving || seat.is_in()) { 0 } else { 10 };
             for (model, order) in decide(&seats, room, now).orders {
                 match order {
-                    Order::Load => {
+                    Order::Load(_) => {
                         loads += 1;
                         seats[model].place = Place::In(now);
                         seats[model].last_used = now;

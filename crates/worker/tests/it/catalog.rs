@@ -9,12 +9,17 @@ use protocol::model::{ModelEntry, ModelKey};
 use protocol::signature::NodeKey;
 use protocol::{Digest, ErrorCode, Topic, UnixMillis};
 use rpc::{CallError, Membership, Server};
-use tether_worker::Config;
+use tether_worker::{Config, ServedModel};
 use tokio::time;
 
 use crate::{SECOND, Scene, World, config, key, next, read, region, request, slow, text};
 
 const OTHER_BYTES: &[u8] = b"what the mock takes for another model";
+
+/// More than half of a MiB.
+fn large(byte: u8) -> Vec<u8> {
+    vec![byte; 600 << 10]
+}
 
 type Listed = Arc<Mutex<Vec<ModelEntry>>>;
 
@@ -49,7 +54,9 @@ async fn scene(config: Config, mock: MockOptions) -> (Scene, Listed) {
     let listed: Listed = Arc::default();
     let prepare = |world: &World| {
         let store = artifact_store::ArtifactStore::in_folder(world.folder.path()).expect("the store");
-        store.put(OTHER_BYTES, 1024).expect("put");
+        for bytes in [OTHER_BYTES, &large(b'1'), &large(b'2')] {
+            store.put(bytes, 1 << 20).expect("put");
+        }
         registry(world, listed.clone());
     };
     let scene = Scene::build(config, mock, prepare, |runtime| runtime, |_| Membership::unchecked()).await;
@@ -111,4 +118,24 @@ async fn what_the_settings_say_of_a_model_wins_and_a_worker_may_keep_to_them() {
     set(&listed, &[entry("other", OTHER_BYTES)]);
     time::sleep(SECOND * 5).await;
     assert_eq!(supported(&scene), ["tether-tiny"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_was_removed_holds_its_memory_until_it_is_unloaded() {
+    let one = ServedModel::new(entry("one", &large(b'1')).key, Digest::of(&large(b'1')));
+    let config = Config { models: vec![one], memory_max_mib: 1, ..Config::default() };
+    let (scene, listed) = scene(config, MockOptions { per_token: SECOND, ..MockOptions::default() }).await;
+    set(&listed, &[entry("two", &large(b'2'))]);
+    time::sleep(SECOND * 5).await;
+    let mut running = scene.open(&job("two")).await.expect("accepted");
+    next(&mut running).await.expect("it runs").expect("and well");
+    set(&listed, &[]);
+    time::sleep(SECOND * 5).await;
+    // There is no room for both, so this one waits for the end of the other, and is not refused.
+    let waiting = scene.open(&job("one")).await.expect("accepted");
+    time::sleep(SECOND * 2).await;
+    assert_eq!(scene.runtime.load_state().len(), 1);
+    let (ended, answered) = tokio::join!(read(running), read(waiting));
+    assert_eq!((ended.1, answered.1), (None, None));
+    assert_eq!(text(&answered.0), MockRuntime::text(16));
 }
