@@ -243,6 +243,13 @@ impl<'a> Downloads<'a> {
     ) -> Result<(), Cut> {
         let written =
             |error: io::Error| Cut::Lasting(anyhow!(error).context(format!("could not write {}", path.display())));
+        // What is complete can be written no more, and may have a second name in the store.
+        if offset == 0
+            && let Err(error) = fs::remove_file(path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(written(error));
+        }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(written)?;
         file.set_len(offset).map_err(written)?;
         let mut file = io::BufWriter::with_capacity(1 << 20, file);

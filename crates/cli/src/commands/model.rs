@@ -1,7 +1,7 @@
 //! `tether model`: looks at the models of the network, names and forgets them.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, ensure};
 use artifact_store::ArtifactStore;
@@ -25,6 +25,8 @@ use crate::tiny_model;
 
 /// How often it is asked whether a model is loaded.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// How long a load is waited for.
+const LOAD_WITHIN: Duration = Duration::from_mins(10);
 /// Lines of a chat template that are shown.
 const TEMPLATE_LINES: usize = 12;
 /// The longest of them, in characters.
@@ -138,7 +140,7 @@ pub(super) async fn remove(context: Context, model: &str, force: bool, server: &
     desk.leave().await?;
     let removed = removed?;
     // Other machines keep what they hold for as long as they like; this one keeps what the network needs.
-    let is_registrys = context.data.registry_store().exists();
+    let is_registrys = server.url.is_none() && context.data.registry_store().exists();
     let (mut freed, mut deleted) = (0, vec![]);
     if let Some(artifacts) = artifacts(&context)?.filter(|_| is_registrys) {
         let settings = &context.settings.worker.models;
@@ -166,9 +168,11 @@ pub(super) async fn remove(context: Context, model: &str, force: bool, server: &
 pub(super) async fn load(context: Context, model: &str, server: &ServerArgs) -> anyhow::Result<Outcome> {
     let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
     let path = format!("/admin/v1/models/{}/load", model_ref(model)?);
+    let begun = Instant::now();
     loop {
         let places: ModelPlaces = client.post(&path, &json!({})).await?;
-        if places.workers.iter().all(|place| place.state != ModelPlaceState::Loading) {
+        let is_loading = places.workers.iter().any(|place| place.state == ModelPlaceState::Loading);
+        if !is_loading || begun.elapsed() >= LOAD_WITHIN {
             return told(&context, client, &places, ModelPlaceState::Loaded).await;
         }
         tokio::time::sleep(LOOK_EVERY).await;

@@ -174,8 +174,8 @@ async fn add_all(
                 let found = context.stop.run_until_cancelled(hub.find(&web, &repository)).await;
                 let found = found.context("stopped; nothing was downloaded")??;
                 if !context.json {
-                    let bytes: u64 = found.files.iter().filter_map(|file| file.bytes).sum();
-                    output::line(format!("{}: {}, {}", repository.name, found.label, DecimalBytes(bytes)));
+                    let label = output::one_line(&found.label);
+                    output::line(format!("{}: {label}, {}", repository.name, DecimalBytes(found.bytes())));
                 }
                 let fetch = Fetch {
                     source: format!("{}:{}", repository.name, found.label),
@@ -256,13 +256,14 @@ async fn download(
     wanted: &Wanted,
 ) -> anyhow::Result<(ModelEntry, String)> {
     let Fetch { source, remotes, credential, name } = fetch;
-    let bytes: Option<u64> = remotes.iter().map(|remote| remote.bytes).sum();
+    let mut lengths = remotes.iter().map(|remote| remote.bytes);
+    let bytes = lengths.try_fold(0_u64, |sum, bytes| bytes.map(|bytes| sum.saturating_add(bytes)));
     // What can be refused is refused before hours of download.
     let wants = name_for(wanted, name.as_ref(), &source)?;
     check_free(&desk.catalog().await?, &wants, wanted.version, bytes.filter(|_| remotes.len() == 1))?;
     let downloads = Downloads::of(&source, &context.data.downloads(), web, credential, artifacts, &context.stop)?;
     let copies = if remotes.len() > 1 { 2 } else { 1 };
-    let left = bytes.map_or(0, |bytes| (copies * bytes).saturating_sub(downloads.bytes()));
+    let left = bytes.map_or(0, |bytes| bytes.saturating_mul(copies).saturating_sub(downloads.bytes()));
     model_file::check_room(artifacts, left)?;
     let mut paths = vec![];
     for remote in &remotes {

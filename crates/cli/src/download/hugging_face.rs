@@ -68,6 +68,13 @@ pub struct Found {
     pub files: Vec<Remote>,
 }
 
+impl Found {
+    /// Returns the length of all files, as far as the Hub tells; what it says is no sum to rely on.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().filter_map(|file| file.bytes).fold(0, u64::saturating_add)
+    }
+}
+
 /// A file as the Hub lists it.
 #[derive(Debug, Deserialize)]
 struct Entry {
@@ -249,10 +256,7 @@ fn choose(repository: &Repository, mut models: Vec<Found>) -> anyhow::Result<Fou
         None => PREFERRED
             .iter()
             .find_map(|label| models.iter().position(|model| model.label.eq_ignore_ascii_case(label)))
-            .or_else(|| {
-                let bytes = |model: &Found| model.files.iter().filter_map(|file| file.bytes).sum::<u64>();
-                (0..models.len()).min_by_key(|index| bytes(&models[*index]))
-            }),
+            .or_else(|| (0..models.len()).min_by_key(|index| models[*index].bytes())),
         Some(wanted) => models.iter().position(|model| is_meant(model, wanted)),
     };
     let Some(position) = position else {

@@ -133,7 +133,7 @@ impl Web {
         credential: Option<&Credential>,
         more: &[(&'static str, String)],
     ) -> Result<Response, Failure> {
-        let mut url = url.clone();
+        let (first, mut url) = (url.clone(), url.clone());
         let mut seen = vec![];
         loop {
             self.check(&url).map_err(Failure::Lasting)?;
@@ -144,9 +144,10 @@ impl Web {
             let next = follow(&url, location).map_err(Failure::Lasting)?;
             seen.push(url.to_string());
             let error = if seen.contains(&next.to_string()) {
-                anyhow!("{} sends in a circle: {} redirects to {next}, which was asked before", host(&url), shown(&url))
+                let (from, to) = (shown(&url), shown(&next));
+                anyhow!("{} sends in a circle: {from} redirects to {to}, which was asked before", host(&url))
             } else if seen.len() > REDIRECTS_MAX {
-                anyhow!("{} redirects more than {REDIRECTS_MAX} times, last to {}", seen[0], shown(&next))
+                anyhow!("{} redirects more than {REDIRECTS_MAX} times, last to {}", shown(&first), shown(&next))
             } else {
                 url = next;
                 continue;
