@@ -176,7 +176,7 @@ fn of_ollama(folder: &Path) -> Vec<Cached> {
     let named = |path: PathBuf| {
         let manifest: Manifest = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
         let mut weights = manifest.layers.iter().filter(|layer| layer.media_type == OLLAMA_MODEL);
-        // With an adapter it would be another model, and several weights are none that is one file.
+        // With an adapter it would be another model, and a model of several files is left out.
         let (Some(layer), None) = (weights.next(), weights.next()) else { return None };
         if manifest.layers.iter().any(|layer| layer.media_type == OLLAMA_ADAPTER) {
             return None;

@@ -321,7 +321,8 @@ impl ServedModel {
         self.remote.is_some() || !self.server_command.is_empty()
     }
 
-    /// Says whether it stays in memory whatever happens. What another's server holds is none of ours to unload.
+    /// Says whether it stays in memory whatever happens. A model on another program's server
+    /// is not ours to unload.
     pub(crate) fn is_pinned(&self) -> bool {
         self.pin || self.remote.is_some()
     }

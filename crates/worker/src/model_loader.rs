@@ -141,7 +141,7 @@ enum Source {
 
 /// How the time of a loaded model ended.
 enum End {
-    /// Its engine died.
+    /// Its engine died, of the cause that is told.
     Died(Arc<str>),
     /// No registry lists it.
     Refused(Arc<str>),

@@ -72,8 +72,8 @@ impl ChunkWriter {
         let is_only = self.waiting.len() == 1;
         let Some(payload) = self.waiting.get_mut(index as usize) else { return };
         match event {
-            // The first chunk tells what the prompt took, so that a caller who leaves early can be billed for it. Of
-            // several prompts each tells what they took so far, and each is counted once, however many answers it has.
+            // The first chunk has the prompt's tokens, so that a caller who leaves early can be billed for them. Of
+            // several prompts each chunk has the tokens so far, and each prompt is counted once, however many answers it has.
             Event::Started { prompt_tokens, cached_tokens } if index.is_multiple_of(self.each) => {
                 let all = &mut self.prompt;
                 all.prompt_tokens = all.prompt_tokens.saturating_add(prompt_tokens);

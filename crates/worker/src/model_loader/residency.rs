@@ -52,7 +52,7 @@ pub(crate) struct Seat {
 /// What is to be done with a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// Load it, into so many bytes.
+    /// Load it, into at most so many bytes.
     Load(u64),
     /// It stays out until somebody asks for it: it does not fit beside the others, and nobody waits for it.
     StayOut,
@@ -62,7 +62,7 @@ pub(crate) enum Order {
     Close,
     /// Let jobs in again.
     Open,
-    /// Unload it.
+    /// Unload it: no job runs on it, and it lets none in.
     Leave,
 }
 
