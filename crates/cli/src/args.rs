@@ -418,7 +418,7 @@ pub enum ModelCommand {
         #[command(flatten)]
         server: ServerArgs,
     },
-    /// Give a model another name, such as gpt-4o-mini; it holds within 5 seconds
+    /// Give a model another name, such as gpt-4o-mini, or several models one name; it holds within 5 seconds
     Alias(ModelAliasArgs),
     /// Look at the LoRA adapters of models, add and forget them
     #[command(subcommand)]
@@ -452,14 +452,15 @@ pub struct ModelAddArgs {
     pub server: ServerArgs,
 }
 
-/// Another name for a model.
+/// Another name for a model, or one for several.
 #[derive(Debug, Clone, Args)]
 pub struct ModelAliasArgs {
     /// The name to give, or with --rm to forget
     pub alias: String,
-    /// What it stands for, as name[@MAJOR.MINOR][:adapter]
-    #[arg(required_unless_present = "rm", conflicts_with = "rm")]
-    pub target: Option<String>,
+    /// What it stands for, as name[@MAJOR.MINOR][:adapter]; of several models, each request goes to the one that can
+    /// do what it asks and has room
+    #[arg(value_name = "MODEL", required_unless_present = "rm", conflicts_with = "rm")]
+    pub targets: Vec<String>,
     /// Forget the name
     #[arg(long)]
     pub rm: bool,

@@ -149,7 +149,9 @@ impl Desk {
         let rows = || listed["data"].as_array().into_iter().flatten();
         let aliases = rows().filter_map(|row| {
             let (alias, target) = (row["id"].as_str()?.parse().ok()?, row["alias_of"].as_str()?.parse().ok()?);
-            Some(AliasEntry { alias, target, created_at: UnixMillis(0) })
+            let others = row["alternatives"].as_array().into_iter().flatten();
+            let alternatives = others.filter_map(|other| other.as_str()?.parse().ok()).collect();
+            Some(AliasEntry { alias, target, alternatives, created_at: UnixMillis(0) })
         });
         Catalog { models: rows().filter_map(entry_of).collect(), adapters: vec![], aliases: aliases.collect() }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use protocol::infer::{Embedding, FinishReason, Input, TokenLogprob, ToolCallDelta};
-use protocol::model::ModelEntry;
+use protocol::model::{ModelEntry, ModelKey};
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, WireError, codec};
 use rpc::{AnswerStream, CallError};
@@ -36,6 +36,8 @@ pub struct Piece {
     pub seq: u64,
     /// The try that made it.
     pub attempt: u32,
+    /// The model that answers, where it says so; the first piece does.
+    pub model: Option<ModelKey>,
     /// What it brings.
     pub content: Content,
     /// How the answer ended, in its last piece.
@@ -121,7 +123,8 @@ pub struct End {
 /// A job's answer. Dropping it before its end cancels the job.
 pub struct Answer {
     correlation_id: CorrelationId,
-    entry: Arc<ModelEntry>,
+    /// The models that may answer; the one that does is first once that is known.
+    entries: Vec<Arc<ModelEntry>>,
     /// Taken away at the end.
     stream: Option<AnswerStream>,
     check: Sequence,
@@ -133,10 +136,11 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// Takes over an answer that has begun. What is wrong with its first piece is the request's refusal.
+    /// Takes over an answer of one of `entries` that has begun. What is wrong with its first piece is the request's
+    /// refusal.
     pub(crate) fn begin(
         begun: Begun,
-        entry: Arc<ModelEntry>,
+        entries: Vec<Arc<ModelEntry>>,
         expected: Expected,
         record: RequestRecord,
         tracker: TaskTracker,
@@ -146,7 +150,7 @@ impl Answer {
         let correlation_id = record.correlation_id;
         let mut answer = Self {
             correlation_id,
-            entry,
+            entries,
             stream: Some(stream),
             check: Sequence::new(correlation_id, expected),
             first: None,
@@ -165,7 +169,7 @@ impl Answer {
 
     /// Returns the model that answers.
     pub fn model(&self) -> &Arc<ModelEntry> {
-        &self.entry
+        &self.entries[0]
     }
 
     /// Returns the try that answers, counted from 1.
@@ -190,7 +194,10 @@ impl Answer {
     /// Reads what came of the stream: a piece, what went wrong, or nothing where it brings progress alone.
     fn take(&mut self, message: Option<Result<Bytes, CallError>>) -> Option<Result<Piece, WireError>> {
         let piece = match message {
-            Some(Ok(message)) => self.check.read(message).transpose()?,
+            Some(Ok(message)) => {
+                let piece = self.check.read(message).transpose()?;
+                piece.and_then(|piece| self.answers(piece.model.as_ref()).map(|()| piece))
+            }
             Some(Err(error)) => Err(for_clients(error)),
             None => Err(broken("the answer ended without its last chunk")),
         };
@@ -214,6 +221,16 @@ impl Answer {
             }
         }
         Some(piece)
+    }
+
+    /// Takes note of the model that answers, as its first piece says.
+    fn answers(&mut self, model: Option<&ModelKey>) -> Result<(), WireError> {
+        let Some(model) = model else { return Ok(()) };
+        let place = self.entries.iter().position(|entry| entry.key == *model);
+        let place = place.ok_or_else(|| broken("another model answers than was asked for"))?;
+        self.entries.swap(0, place);
+        self.record.of_model(&self.entries[0]);
+        Ok(())
     }
 
     /// Waits for the whole.
@@ -256,6 +273,8 @@ struct Chunk<'a> {
     done: bool,
     #[serde(default = "first_attempt")]
     attempt: u32,
+    #[serde(default)]
+    model: Option<ModelKey>,
     #[serde(default)]
     progress: Option<IgnoredAny>,
 }
@@ -301,8 +320,8 @@ impl Sequence {
         }
         self.next += 1;
         self.attempt = chunk.attempt;
-        let (seq, attempt) = (chunk.seq, chunk.attempt);
-        Ok(Some(Piece { raw, seq, attempt, content, end }))
+        let (seq, attempt, model) = (chunk.seq, chunk.attempt, chunk.model);
+        Ok(Some(Piece { raw, seq, attempt, model, content, end }))
     }
 }
 

@@ -12,7 +12,7 @@ use protocol::{AdapterName, ErrorCode, ModelName, ModelVersion, WireError};
 pub(crate) struct Models {
     by_name: HashMap<ModelName, Vec<Arc<ModelEntry>>>,
     adapters: BTreeSet<AdapterKey>,
-    aliases: BTreeMap<ModelName, ModelRef>,
+    aliases: BTreeMap<ModelName, Vec<ModelRef>>,
 }
 
 impl Models {
@@ -25,26 +25,35 @@ impl Models {
             versions.sort_by_key(|entry| entry.key.version);
         }
         let adapters = catalog.adapters.into_iter().map(|entry| entry.key).collect();
-        let alias = |AliasEntry { alias, target, .. }| (alias, target);
+        let alias = |entry: AliasEntry| (entry.alias.clone(), entry.targets().cloned().collect());
         Self { by_name, adapters, aliases: catalog.aliases.into_iter().map(alias).collect() }
     }
 
-    /// Returns the model that is meant: what an alias stands for, or what was named. Returns `None` where an alias is given a
-    /// version or an adapter beside the one that it has.
-    pub(crate) fn meant(&self, wanted: &ModelRef) -> Option<ModelRef> {
-        // A model's own name comes first, should it ever be an alias as well.
-        let target = self.aliases.get(&wanted.name).filter(|_| !self.by_name.contains_key(&wanted.name));
-        let Some(target) = target else { return Some(wanted.clone()) };
-        let adapter = match (&wanted.adapter, &target.adapter) {
-            (Some(_), Some(_)) => return None,
-            (wanted, told) => wanted.clone().or_else(|| told.clone()),
+    /// Returns the models that are meant, the preferred one first: what an alias stands for, or what was named. Returns
+    /// `None` where an alias is given a version or an adapter beside the one that it has.
+    pub(crate) fn meant(&self, wanted: &ModelRef) -> Option<Vec<ModelRef>> {
+        let Some(targets) = self.stands_for(&wanted.name) else { return Some(vec![wanted.clone()]) };
+        if wanted.version.is_some() {
+            // Its versions are those of the model that has the name.
+            return self.by_name.contains_key(&wanted.name).then(|| vec![wanted.clone()]);
+        }
+        let meant = |target: &ModelRef| match (&wanted.adapter, &target.adapter) {
+            (Some(_), Some(_)) => None,
+            (wanted, told) => Some(ModelRef { adapter: wanted.clone().or_else(|| told.clone()), ..target.clone() }),
         };
-        wanted.version.is_none().then(|| ModelRef { adapter, ..target.clone() })
+        targets.iter().map(meant).collect()
+    }
+
+    /// Returns what a name stands for. A model's own name stands for it alone, unless an alias has it among its targets.
+    pub(crate) fn stands_for(&self, name: &ModelName) -> Option<&[ModelRef]> {
+        let targets = self.aliases.get(name)?;
+        let is_own = !self.by_name.contains_key(name) || targets.iter().any(|target| target.name == *name);
+        is_own.then_some(targets)
     }
 
     /// Returns the aliases with what they stand for, by name.
-    pub(crate) fn aliases(&self) -> impl Iterator<Item = (&ModelName, &ModelRef)> {
-        self.aliases.iter()
+    pub(crate) fn aliases(&self) -> impl Iterator<Item = (&ModelName, &[ModelRef])> {
+        self.aliases.keys().filter_map(|alias| Some((alias, self.stands_for(alias)?)))
     }
 
     /// Says whether a name is that of a model or an alias.
@@ -145,10 +154,22 @@ mod tests {
         let alias = |alias: &str, target: &str| AliasEntry {
             alias: alias.parse().expect("a name"),
             target: target.parse().expect("a model"),
+            alternatives: vec![],
             created_at: UnixMillis(0),
         };
-        let aliases = vec![alias("gpt-4o", "a"), alias("old", "a@1.9"), alias("arr", "a:pirate"), alias("b", "a")];
-        let listed = vec![entry("a", "1.9"), entry("b", "0.1")];
+        let several = |name: &str, target: &str, other: &str| AliasEntry {
+            alternatives: vec![other.parse().expect("a model")],
+            ..alias(name, target)
+        };
+        let aliases = vec![
+            alias("gpt-4o", "a"),
+            alias("old", "a@1.9"),
+            alias("arr", "a:pirate"),
+            alias("b", "a"),
+            several("any", "a", "b@0.1"),
+            several("c", "b", "c"),
+        ];
+        let listed = vec![entry("a", "1.9"), entry("b", "0.1"), entry("c", "3.0")];
         let models = Models::new(Catalog { models: listed, aliases, ..Catalog::default() });
         for (wanted, meant) in [
             ("gpt-4o", Some("a")),
@@ -157,12 +178,18 @@ mod tests {
             ("arr", Some("a:pirate")),
             ("b", Some("b")),
             ("a@1.9", Some("a@1.9")),
-            ("c:x", Some("c:x")),
+            ("d:x", Some("d:x")),
+            ("any", Some("a b@0.1")),
+            ("any:pirate", Some("a:pirate b@0.1:pirate")),
+            ("c", Some("b c")),
+            ("c@3.0", Some("c@3.0")),
+            ("any@1.0", None),
             ("gpt-4o@1.9", None),
             ("arr:polite", None),
         ] {
             let found = models.meant(&parse_ref(wanted).expect(wanted));
-            assert_eq!(found.map(|found| found.to_string()).as_deref(), meant, "{wanted}");
+            let found = found.map(|found| found.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "));
+            assert_eq!(found.as_deref(), meant, "{wanted}");
         }
     }
 

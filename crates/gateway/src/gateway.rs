@@ -25,6 +25,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::answer::{self, Answer, Expected};
 use crate::authentication::Authentication;
+use crate::builds::{self, Build};
 use crate::cached::Cached;
 use crate::catalog::{self, Models};
 use crate::config::{Config, seconds};
@@ -326,18 +327,18 @@ impl Gateway {
     pub async fn submit(&self, admission: Admission, job: Job) -> Result<Answer, WireError> {
         let Admission { grant, permit, mut record, rate: _ } = admission;
         let opened = async {
-            let job = Job { model: self.meant(&job.model).await?, ..job };
-            let entry = self.check_job(&grant, &job, &mut record).await?;
+            let builds = self.check_job(&grant, &job, &mut record).await?;
             let patience = self.patience(&record, &job);
             let expected = Expected::of(&job.input);
-            let request = self.request(&grant, &entry, job, patience, &record)?;
+            let request = self.request(&grant, &builds, job, patience, &record)?;
             let salt = record.correlation_id.0.as_u128();
             let begun = self.inner.upstream.submit(codec::encode(&request).into(), patience, salt).await;
-            Ok((begun.map_err(presentable)?, entry, expected))
+            let entries = builds.into_iter().map(|build| build.entry).collect();
+            Ok((begun.map_err(presentable)?, entries, expected))
         };
         match opened.await {
-            Ok((begun, entry, expected)) => {
-                Answer::begin(begun, entry, expected, record, self.inner.tracker.clone(), permit)
+            Ok((begun, entries, expected)) => {
+                Answer::begin(begun, entries, expected, record, self.inner.tracker.clone(), permit)
             }
             Err(error) => {
                 let error: WireError = error;
@@ -347,13 +348,14 @@ impl Gateway {
         }
     }
 
-    /// Checks what can be checked without an orchestrator, and finds the model.
+    /// Checks what can be checked without an orchestrator, and finds the models that may run the job, of which there is at
+    /// least one.
     async fn check_job(
         &self,
         grant: &TokenGrant,
         job: &Job,
         record: &mut RequestRecord,
-    ) -> Result<Arc<ModelEntry>, WireError> {
+    ) -> Result<Vec<Build>, WireError> {
         record.correlation_id = job.correlation_id.unwrap_or(record.correlation_id);
         record.trace_id = job.trace_id.unwrap_or(record.trace_id);
         if job.tenant_id.as_ref().is_some_and(|tenant| *tenant != grant.tenant_id) {
@@ -361,27 +363,44 @@ impl Gateway {
             return Err(WireError::new(ErrorCode::InsufficientScope, message).with_param("tenantId"));
         }
         job.input.check()?;
-        let entry = self.model(&job.model).await?;
+        let mut checked = Vec::new();
+        for meant in self.meant(&job.model).await? {
+            checked.push(self.check_build(grant, meant, &job.input, record).await);
+        }
+        let builds = builds::choose(checked)?;
+        Ok(builds::those_that_suit(builds, &job.input))
+    }
+
+    /// Checks whether a model may run a job, as far as that is known here.
+    async fn check_build(
+        &self,
+        grant: &TokenGrant,
+        model: ModelRef,
+        input: &Input,
+        record: &mut RequestRecord,
+    ) -> Result<Build, WireError> {
+        let entry = self.model(&model).await?;
         record.of_model(&entry);
-        if !grant.policy.allows(&job.model.name) {
-            let message = format!("this API key may not use the model {}", job.model.name);
+        if !grant.policy.allows(&model.name) {
+            let message = format!("this API key may not use the model {}", model.name);
             return Err(WireError::new(ErrorCode::ModelNotAllowed, message).with_param("model"));
         }
-        if let (Some(named), Some(given)) = (&job.model.adapter, &job.input.adapter)
+        if let (Some(named), Some(given)) = (&model.adapter, &input.adapter)
             && named != given
         {
             let message = format!("adapter is {given}, and the model's name says {named}: give one of them");
             return Err(WireError::new(ErrorCode::InvalidValue, message).with_param("adapter"));
         }
-        prompt_size::check(&job.input, self.inner.config.messages_max, entry.context_length)?;
-        if let Some(adapter) = job.input.adapter.as_ref().or(job.model.adapter.as_ref()) {
+        prompt_size::check(input, self.inner.config.messages_max, entry.context_length)?;
+        let adapter = input.adapter.clone().or(model.adapter);
+        if let Some(adapter) = &adapter {
             self.check_adapter(&entry.key, adapter).await?;
         }
-        Ok(entry)
+        Ok(Build { entry, adapter })
     }
 
-    /// Returns the model that is meant, where an alias may have been named.
-    pub(crate) async fn meant(&self, wanted: &ModelRef) -> Result<ModelRef, WireError> {
+    /// Returns the models that are meant, of which there is at least one: an alias may have been named.
+    pub(crate) async fn meant(&self, wanted: &ModelRef) -> Result<Vec<ModelRef>, WireError> {
         let mut models = self.models().await?;
         if !models.knows(&wanted.name) {
             models = self.inner.models.get_younger_than(CATALOG_YOUNG, self.fetch_models()).await?;
@@ -420,7 +439,7 @@ impl Gateway {
     fn request(
         &self,
         grant: &TokenGrant,
-        entry: &ModelEntry,
+        builds: &[Build],
         job: Job,
         patience: Patience,
         record: &RequestRecord,
@@ -430,11 +449,13 @@ impl Gateway {
             Some(token) => token,
             None => self.make_id()?.to_string().parse().map_err(|_| no_randomness())?,
         };
+        let (first, others) = builds.split_first().ok_or_else(|| catalog::not_found(&job.model.to_string()))?;
         Ok(InferRequest {
             tenant_id: grant.tenant_id.clone(),
-            model_id: entry.key.model_id.clone(),
-            version: entry.key.version,
-            input: Input { adapter: job.input.adapter.or(job.model.adapter), ..job.input },
+            model_id: first.entry.key.model_id.clone(),
+            version: first.entry.key.version,
+            alternatives: others.iter().map(|build| build.entry.key.clone()).collect(),
+            input: Input { adapter: first.adapter.clone(), ..job.input },
             correlation_id: record.correlation_id,
             retry_token,
             trace_id: record.trace_id,
@@ -498,8 +519,20 @@ impl Gateway {
 
     /// Returns the model of a name, a name with a version, or an alias.
     pub(crate) async fn model_key(&self, id: &str) -> Result<ModelKey, WireError> {
-        let meant = self.meant(&catalog::parse_ref(id)?).await?;
-        Ok(self.model(&meant).await?.key.clone())
+        let named = catalog::parse_ref(id)?;
+        // A name that a model has itself means that model to whoever operates it.
+        let own = self.models().await?.find(&named.name, named.version).map(|entry| entry.key.clone());
+        if let Some(key) = own {
+            return Ok(key);
+        }
+        match &self.meant(&named).await?[..] {
+            [one] => Ok(self.model(one).await?.key.clone()),
+            several => {
+                let names: Vec<String> = several.iter().map(ModelRef::to_string).collect();
+                let message = format!("{named} stands for {}: name one of them", names.join(", "));
+                Err(WireError::new(ErrorCode::InvalidValue, message).with_param("model"))
+            }
+        }
     }
 
     /// Has the workers that serve a model load or unload it.

@@ -7,6 +7,7 @@
 mod admin;
 mod answer;
 mod authentication;
+mod builds;
 mod cached;
 mod catalog;
 mod config;

@@ -1,23 +1,27 @@
 //! Other names for models.
 
 use protocol::ModelName;
-use protocol::model::AliasEntry;
+use protocol::model::{AliasEntry, ModelRef};
 use rusqlite::{Connection, Row, named_params};
 
 use crate::row::{self, integer};
 
-/// Sets what an alias stands for, unless a model has its name.
+/// Sets what an alias stands for, unless a model has its name that is not one of its targets.
 pub(crate) fn put(connection: &Connection, entry: &AliasEntry) -> rusqlite::Result<bool> {
-    let AliasEntry { alias, target, created_at } = entry;
+    let AliasEntry { alias, target: _, alternatives: _, created_at } = entry;
+    let targets: Vec<String> = entry.targets().map(ModelRef::to_string).collect();
     let written = connection
         .prepare_cached(
             "INSERT INTO aliases (alias, target, created_at)
-             SELECT :alias, :target, :created_at WHERE NOT EXISTS (SELECT 1 FROM models WHERE model_id = :alias)
+             SELECT :alias, :target, :created_at
+             WHERE :is_own_name OR NOT EXISTS (SELECT 1 FROM models WHERE model_id = :alias)
              ON CONFLICT DO UPDATE SET target = excluded.target, created_at = excluded.created_at",
         )?
         .execute(named_params! {
             ":alias": alias.as_str(),
-            ":target": target.to_string(),
+            // No name has a blank.
+            ":target": targets.join(" "),
+            ":is_own_name": entry.is_own_name(),
             ":created_at": integer(created_at.0),
         })?;
     Ok(written == 1)
@@ -35,9 +39,11 @@ pub(crate) fn remove(connection: &Connection, alias: &ModelName) -> rusqlite::Re
 }
 
 fn record(row: &Row<'_>) -> rusqlite::Result<AliasEntry> {
+    let mut targets = row::parsed_list(row, "target")?.into_iter();
     Ok(AliasEntry {
         alias: row::parsed(row, "alias")?,
-        target: row::parsed(row, "target")?,
+        target: targets.next().ok_or_else(|| row::malformed("target", "it names no model"))?,
+        alternatives: targets.collect(),
         created_at: row::time(row, "created_at")?,
     })
 }

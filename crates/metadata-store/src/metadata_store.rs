@@ -94,8 +94,8 @@ pub trait MetadataStore: Send + Sync {
     /// Forgets an adapter; false where there is none.
     async fn remove_adapter(&self, key: &AdapterKey) -> Result<bool, StoreError>;
 
-    /// Sets what an alias stands for; false where a model has its name. Whether there is such a target is for the caller to
-    /// check.
+    /// Sets what an alias stands for; false where a model has its name that is not one of its targets. Whether there
+    /// are such targets is for the caller to check.
     async fn put_alias(&self, entry: AliasEntry) -> Result<bool, StoreError>;
 
     /// Returns every alias, by name.
@@ -206,6 +206,8 @@ pub struct Reassignment {
     pub key: JobKey,
     /// The attempt that is given up on; the next one is `from_attempt + 1`.
     pub from_attempt: u32,
+    /// The model that runs it next; the job is billed under it.
+    pub model: ModelKey,
     /// Who is to run it next.
     pub worker_id: WorkerId,
     /// How many reservations that worker may hold, this one included.

@@ -60,7 +60,7 @@ pub(crate) fn reassign(
     connection: &Connection,
     reassignment: &Reassignment,
 ) -> rusqlite::Result<Result<(), ReassignError>> {
-    let Reassignment { key, from_attempt, worker_id, worker_capacity, now, lease_until } = reassignment;
+    let Reassignment { key, from_attempt, model, worker_id, worker_capacity, now, lease_until } = reassignment;
     let job: Option<(i64, u32, JobState)> = connection
         .prepare_cached(
             "SELECT job_id, attempt, state FROM jobs
@@ -82,8 +82,11 @@ pub(crate) fn reassign(
     free(connection, job_id)?;
     hold(connection, job_id, worker_id, *lease_until)?;
     connection
-        .prepare_cached("UPDATE jobs SET attempt = attempt + 1, worker_id = ?2, updated_at = ?3 WHERE job_id = ?1")?
-        .execute((job_id, worker_id.0, integer(now.0)))?;
+        .prepare_cached(
+            "UPDATE jobs SET attempt = attempt + 1, worker_id = ?2, updated_at = ?3, model_id = ?4, model_version = ?5
+             WHERE job_id = ?1",
+        )?
+        .execute((job_id, worker_id.0, integer(now.0), model.model_id.as_str(), model.version.to_string()))?;
     Ok(Ok(()))
 }
 

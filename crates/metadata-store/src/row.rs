@@ -31,6 +31,15 @@ where
     row.get_ref(column)?.as_str()?.parse().map_err(|error| malformed(column, error))
 }
 
+/// Reads names that have a blank between them.
+pub(crate) fn parsed_list<T>(row: &Row<'_>, column: &str) -> rusqlite::Result<Vec<T>>
+where
+    T: FromStr<Err: std::fmt::Display>,
+{
+    let names = row.get_ref(column)?.as_str()?.split(' ');
+    names.map(|name| name.parse().map_err(|error| malformed(column, error))).collect()
+}
+
 /// Reads a word of an enum, spelt as on the wire.
 pub(crate) fn word<T: for<'de> Deserialize<'de>>(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<T>> {
     let Some(text) = row.get_ref(column)?.as_str_or_null()? else { return Ok(None) };

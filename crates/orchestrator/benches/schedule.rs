@@ -20,11 +20,11 @@ fn main() {
         let fleet = fleet_of(size, &model);
         let now = tokio::time::Instant::now();
         let weights = Weights::default();
-        let wanted = Wanted { model: &model, adapter: None, prefix: &prompt };
+        let wanted = Wanted { model: &model, adapter: None, prefix: &prompt, short_context: 0 };
         let mut times: Vec<f64> = (0..2000)
             .map(|_| {
                 let began = Instant::now();
-                black_box(fleet.with_candidates(wanted, now, |candidates| place(candidates, &[], &weights)));
+                black_box(fleet.with_candidates(&[wanted], now, |candidates| place(candidates, &[], &weights, &[])));
                 began.elapsed().as_secs_f64() * 1e6
             })
             .collect();

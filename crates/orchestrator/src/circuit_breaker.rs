@@ -126,6 +126,14 @@ impl CircuitBreaker {
         }
     }
 
+    /// Says whether it would refuse a request, without deciding about one.
+    pub fn refuses(&self, now: Instant) -> bool {
+        match self.phase {
+            Phase::Closed => false,
+            Phase::Open { until } | Phase::Probing { until } => now < until,
+        }
+    }
+
     /// Decides about a request.
     pub fn admit(&mut self, now: Instant) -> Admission {
         match self.phase {

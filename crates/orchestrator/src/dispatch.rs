@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use protocol::infer::{FinishReason, START};
+use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, WireError, WorkerId, codec};
 use rpc::{AnswerStream, CallError, Client, Interrupted, ReplyStream, StreamCall, StreamOptions};
@@ -164,6 +165,8 @@ struct ChunkHead<'a> {
     payload: PayloadHead<'a>,
     #[serde(default)]
     progress: Option<IgnoredAny>,
+    #[serde(default)]
+    model: Option<ModelKey>,
 }
 
 #[derive(Deserialize)]
@@ -254,6 +257,9 @@ async fn relay(
         let request = &journey.request;
         if head.correlation_id != request.correlation_id || head.attempt != request.attempt || head.seq != relayed.seq {
             return failed(garbled("a chunk is out of place"), relayed.usage);
+        }
+        if head.model.as_ref().is_some_and(|model| model != journey.model()) {
+            return failed(garbled("another model answers"), relayed.usage);
         }
         if relayed.seq == 0 {
             relayed.heard();

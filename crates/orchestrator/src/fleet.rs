@@ -52,6 +52,8 @@ pub struct Wanted<'a> {
     pub adapter: Option<&'a AdapterName>,
     /// The beginnings of its prompt.
     pub prefix: &'a PrefixChain,
+    /// A context of this many tokens is too short for it; 0 where none is known to be.
+    pub short_context: u32,
 }
 
 /// The workers believed alive.
@@ -115,6 +117,7 @@ impl Fleet {
                 resident: cached.as_ref().is_some_and(|cached| cached.state == ModelState::Ready),
                 loading: cached.as_ref().filter(|cached| cached.state == ModelState::Loading).map(load_progress),
                 failed: cached.as_ref().is_some_and(|cached| cached.state == ModelState::Error),
+                context_length: cached.as_ref().map_or(0, |cached| cached.context_length),
                 tokens_per_second: cached
                     .map(|cached| cached.tokens_per_second)
                     .filter(|speed| speed.is_finite())
@@ -188,18 +191,24 @@ impl Fleet {
         }
     }
 
-    /// Shows the workers that support a job's model to a decision.
+    /// Shows the workers that support one of a job's models to a decision.
     pub fn with_candidates<T>(
         &self,
-        wanted: Wanted<'_>,
+        wanted: &[Wanted<'_>],
         now: Instant,
         decide: impl FnOnce(CandidateIter<'_>) -> T,
     ) -> T {
         let state = self.read();
-        let replicas = state.by_model.get(wanted.model);
-        let list = replicas.map_or(&[][..], |replicas| &replicas.list);
-        let warm = replicas.map(|replicas| replicas.shares(wanted.prefix)).unwrap_or_default();
-        decide(CandidateIter { workers: &state.workers, replicas: list.iter(), warm: &warm, wanted, now })
+        let sources: Vec<Source<'_>> = wanted.iter().map(|wanted| state.source(*wanted)).collect();
+        decide(CandidateIter { workers: &state.workers, sources: &sources, build: 0, replicas: [].iter(), now }.begin())
+    }
+
+    /// Returns how much context a worker has told of a model in its memory; 0 where that is not known.
+    pub fn context_length(&self, worker_id: WorkerId, model: &ModelKey) -> u32 {
+        let state = self.read();
+        let worker = state.by_id.get(&worker_id).and_then(|index| state.workers[*index].as_ref());
+        let cached = worker.and_then(|worker| worker.report.model_cache.iter().find(|cached| cached.key == *model));
+        cached.map_or(0, |cached| cached.context_length)
     }
 
     /// Returns the worker that is farthest with loading what is wanted, where none has it ready.
@@ -293,6 +302,15 @@ impl Fleet {
 }
 
 impl State {
+    fn source<'a>(&'a self, wanted: Wanted<'a>) -> Source<'a> {
+        let replicas = self.by_model.get(wanted.model);
+        Source {
+            replicas: replicas.map_or(&[][..], |replicas| &replicas.list),
+            warm: replicas.map(|replicas| replicas.shares(wanted.prefix)).unwrap_or_default(),
+            wanted,
+        }
+    }
+
     fn place_for(&mut self, worker_id: WorkerId) -> usize {
         let index = self.free.pop().unwrap_or_else(|| {
             self.workers.push(None);
@@ -325,6 +343,11 @@ impl State {
 }
 
 impl Wanted<'_> {
+    /// Says whether the job was too long elsewhere, and is not known to fit here.
+    fn is_too_long_for(&self, replica: &Replica) -> bool {
+        self.short_context > 0 && replica.context_length <= self.short_context
+    }
+
     fn is_adapter_served(&self, worker: &Worker) -> bool {
         worker.report.serves_adapter(self.model, self.adapter)
     }
@@ -335,21 +358,34 @@ impl Wanted<'_> {
     }
 }
 
-/// The workers that support a job's model.
+/// The workers of one model, and what they have of the job's prompt.
+struct Source<'a> {
+    replicas: &'a [Replica],
+    warm: HashMap<usize, f32>,
+    wanted: Wanted<'a>,
+}
+
+/// The workers that support one of a job's models, model by model.
 #[derive(Clone)]
 pub struct CandidateIter<'a> {
     workers: &'a [Option<Worker>],
+    sources: &'a [Source<'a>],
+    /// The source that is read.
+    build: usize,
+    /// What is left of it.
     replicas: std::slice::Iter<'a, Replica>,
-    warm: &'a HashMap<usize, f32>,
-    wanted: Wanted<'a>,
     now: Instant,
 }
 
-impl Iterator for CandidateIter<'_> {
-    type Item = Candidate;
+impl<'a> CandidateIter<'a> {
+    fn begin(self) -> Self {
+        let replicas = self.sources.first().map_or(&[][..], |source| source.replicas).iter();
+        Self { replicas, ..self }
+    }
 
     #[inline]
-    fn next(&mut self) -> Option<Candidate> {
+    fn next_of(&mut self, source: &'a Source<'a>) -> Option<Candidate> {
+        let wanted = &source.wanted;
         for replica in self.replicas.by_ref() {
             let Some(worker) = &self.workers[replica.worker] else { continue };
             // Gone, though nobody has cleared it away yet.
@@ -362,8 +398,10 @@ impl Iterator for CandidateIter<'_> {
                 Some(Refusal::ModelError)
             } else if replica.loading.is_some_and(|progress| !ends_soon(progress)) {
                 Some(Refusal::Loading)
-            } else if !self.wanted.is_adapter_served(worker) {
+            } else if !wanted.is_adapter_served(worker) {
                 Some(Refusal::NoAdapter)
+            } else if wanted.is_too_long_for(replica) {
+                Some(Refusal::ShortContext)
             } else if worker.set_aside_until.is_some_and(|until| self.now < until) {
                 Some(Refusal::SetAside)
             } else {
@@ -371,20 +409,37 @@ impl Iterator for CandidateIter<'_> {
             };
             return Some(Candidate {
                 worker_id: worker.worker_id,
+                build: self.build,
                 resident: replica.resident,
-                adapter_at_hand: self.wanted.is_adapter_at_hand(worker),
+                adapter_at_hand: wanted.is_adapter_at_hand(worker),
                 proximity: worker.proximity,
                 gpu_class_matches: true,
                 slots: worker.slots,
                 capacity: worker.capacity,
                 // The worker's word is up to 5 s old, and other orchestrators' jobs are only in it.
                 load: worker.reported_load.max(worker.reserved.load(Ordering::Relaxed)),
-                warm_share: self.warm.get(&replica.worker).copied().unwrap_or_default(),
+                warm_share: source.warm.get(&replica.worker).copied().unwrap_or_default(),
                 tokens_per_second: replica.tokens_per_second,
                 barred,
             });
         }
         None
+    }
+}
+
+impl Iterator for CandidateIter<'_> {
+    type Item = Candidate;
+
+    #[inline]
+    fn next(&mut self) -> Option<Candidate> {
+        loop {
+            let source = self.sources.get(self.build)?;
+            if let Some(candidate) = self.next_of(source) {
+                return Some(candidate);
+            }
+            self.build += 1;
+            self.replicas = self.sources.get(self.build)?.replicas.iter();
+        }
     }
 }
 

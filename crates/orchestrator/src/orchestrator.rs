@@ -13,7 +13,7 @@ use protocol::admission::Exclusion;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
     Empty, ExplainRequest, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN, MODEL_MOVE, ModelMove, ModelPlace,
-    ModelPlaceState, ModelPlaces, NodeInfo, NodeRole, PRESENCE_REPORT,
+    ModelPlaceState, ModelPlaces, NodeInfo, NodeRole, PRESENCE_REPORT, RefusedWorker,
 };
 use protocol::infer::{InferRequest, SUBMIT};
 use protocol::model::ModelKey;
@@ -42,7 +42,7 @@ use crate::refusals;
 use crate::registry_policies::RegistryPolicies;
 use crate::reservation_manager::{Ending, ReservationManager};
 use crate::retry_manager::{self, Failure, Plan};
-use crate::scheduler::{self, Candidate, Placement};
+use crate::scheduler::{self, Candidate, Placement, Refusal};
 
 /// How long a worker may take to say where a model is.
 const MOVE_WITHIN: Duration = Duration::from_millis(1_500);
@@ -90,7 +90,8 @@ impl Orchestrator {
     /// Until its first chunk a job may be tried again on another worker; what the caller has seen is never begun
     /// anew. A job that was reserved is settled exactly once, and the last chunk waits for that.
     pub async fn submit(&self, mut journey: Journey, delivery: &mut Delivery) -> Result<(), WireError> {
-        self.policies.admit(&journey.request).await?;
+        let policy = self.policies.admit(&journey.request.tenant_id, journey.models()).await?;
+        journey.keep_models(|model| policy.allows(&model.model_id));
         if self.is_convicted(&journey) {
             return Err(refusals::crashes_engines());
         }
@@ -106,6 +107,7 @@ impl Orchestrator {
 
     /// Tries the job once, on the worker that suits it best.
     async fn attempt(&self, journey: &mut Journey, delivery: &mut Delivery) -> Result<AttemptEnd, WireError> {
+        journey.is_dispatched = false;
         let worker = self.choose_worker(journey)?;
         journey.attempt_began = Instant::now();
         self.pass_breaker(journey)?;
@@ -114,23 +116,43 @@ impl Orchestrator {
     }
 
     fn choose_worker(&self, journey: &mut Journey) -> Result<Candidate, WireError> {
-        let adapter = journey.request.input.adapter.as_ref();
-        let wanted = Wanted { model: &journey.model, adapter, prefix: &journey.prefix };
-        let placement = self.fleet.with_candidates(wanted, Instant::now(), |candidates| {
-            scheduler::place(candidates, &journey.tried, &self.config.weights)
+        let models: Vec<ModelKey> = journey.models().cloned().collect();
+        let shut: Vec<bool> = models.iter().map(|model| self.is_shut(model)).collect();
+        let is_choice = models.len() > 1;
+        // A model that fails too often is left alone, unless all do: then the breaker says so.
+        let may_run = |candidate: &Candidate| !is_choice || !shut[candidate.build] || shut.iter().all(|shut| *shut);
+        let table = if is_choice { &models[..] } else { &[] };
+        let wanted = journey.wanted();
+        let placement = self.fleet.with_candidates(&wanted, Instant::now(), |candidates| {
+            scheduler::place(candidates.filter(may_run), &journey.tried, &self.config.weights, table)
         });
-        let worker = placement.chosen.ok_or_else(|| self.nobody(wanted, &placement));
+        let worker = placement.chosen.ok_or_else(|| self.nobody(journey, &wanted, &placement));
+        if let Ok(worker) = &worker {
+            journey.choose(worker.build);
+        }
         journey.record(placement);
         worker
     }
 
     /// Says why nobody gets a job.
-    fn nobody(&self, wanted: Wanted<'_>, placement: &Placement) -> WireError {
-        let Wanted { model, adapter, .. } = wanted;
-        match self.fleet.loading(wanted, Instant::now()) {
-            Some((worker, progress)) => refusals::model_loading(model, worker, progress),
-            None => refusals::no_capacity(model, adapter, placement),
+    fn nobody(&self, journey: &Journey, wanted: &[Wanted<'_>], placement: &Placement) -> WireError {
+        // Whoever is left could do no more than who has said no.
+        let never = [Refusal::ShortContext, Refusal::NoAdapter].map(Refusal::as_str);
+        let can_never = |refused: &RefusedWorker| never.contains(&refused.reason.as_str());
+        if let Some(refusal) = journey.refusal.as_ref().filter(|_| placement.refused.iter().all(can_never)) {
+            return refusal.clone();
         }
+        let loading = wanted.iter().find_map(|wanted| Some((wanted, self.fleet.loading(*wanted, Instant::now())?)));
+        match loading {
+            Some((wanted, (worker, progress))) => refusals::model_loading(wanted.model, worker, progress),
+            None => refusals::no_capacity(journey.model(), journey.request.input.adapter.as_ref(), placement),
+        }
+    }
+
+    /// Says whether a model fails too often to be asked now.
+    fn is_shut(&self, model: &ModelKey) -> bool {
+        let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
+        breakers.get(model).is_some_and(|breaker| breaker.refuses(Instant::now()))
     }
 
     /// Asks the breaker about a job. One that was let in passes with its further attempts as well: a worker's failure
@@ -140,9 +162,9 @@ impl Orchestrator {
             journey.admission = Some(Admission::Pass);
             return Ok(());
         }
-        match self.with_breaker(&journey.model, CircuitBreaker::admit) {
+        match self.with_breaker(journey.model(), CircuitBreaker::admit) {
             Admission::Refuse { retry_after } => {
-                let message = format!("{} fails too often in region {}, try again later", journey.model, self.region);
+                let message = format!("{} fails too often in region {}, try again later", journey.model(), self.region);
                 Err(WireError::new(ErrorCode::BreakerOpen, message).with_retry_after(retry_after))
             }
             admission => {
@@ -155,8 +177,9 @@ impl Orchestrator {
     /// Writes the job and its room on the worker, or moves both there from the worker that failed.
     async fn reserve(&self, journey: &mut Journey, worker: &Candidate) -> Result<(), WireError> {
         journey.tried.push(worker.worker_id);
+        let model = journey.model().clone();
         if let Some(reservation) = &mut journey.reservation {
-            reservation.reassign(worker.worker_id, worker.capacity).await?;
+            reservation.reassign(model, worker.worker_id, worker.capacity).await?;
         } else {
             let reserved = self
                 .reservations
@@ -189,6 +212,7 @@ impl Orchestrator {
             "dispatch"
         );
         let (worker_id, void) = (reservation.worker_id, reservation.void.clone());
+        journey.is_dispatched = true;
         Ok(dispatch::attempt(&self.client, worker_id, options, &void, journey, delivery).await)
     }
 
@@ -205,6 +229,11 @@ impl Orchestrator {
             return ControlFlow::Break(AttemptEnd::Dead { error: refusals::crashes_engines() });
         }
         let failure = Failure { code: error.code, streamed: delivery.has_begun() };
+        if retry_manager::is_of_the_model(failure) && self.rule_out(journey, error) {
+            self.metrics.retries.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
+            journey.step(JobEvent::GiveUpAttempt);
+            return ControlFlow::Continue(());
+        }
         let tries = journey.tried.len() as u32;
         match retry_manager::plan(tries, self.config.attempts_max, failure, journey.request.correlation_id) {
             Plan::GiveUp => {
@@ -224,6 +253,20 @@ impl Orchestrator {
                 }
             }
         }
+    }
+
+    /// Takes note that a model could not do what the job asks. Says whether another, or another worker, may be able to.
+    fn rule_out(&self, journey: &mut Journey, refusal: &WireError) -> bool {
+        let Some(worker) = journey.tried.last().copied().filter(|_| journey.is_dispatched) else { return false };
+        let context = match refusal.code {
+            ErrorCode::ContextLengthExceeded => self.fleet.context_length(worker, journey.model()),
+            _ => 0,
+        };
+        if context == 0 && journey.models().nth(1).is_none() {
+            return false;
+        }
+        journey.rule_out(context, refusal);
+        true
     }
 
     /// Settles the job and tells the caller how it ended.
@@ -260,7 +303,7 @@ impl Orchestrator {
         };
         info!(
             correlation_id = %journey.request.correlation_id,
-            model = %journey.model,
+            model = %journey.model(),
             worker = worker.map(|worker| worker.short()),
             attempts = journey.tried.len(),
             outcome,
@@ -305,7 +348,7 @@ impl Orchestrator {
         let is_dead = journey.crashes >= CRASHES_MAX || crashes.is_convicted(&content, now);
         warn!(
             correlation_id = %journey.request.correlation_id,
-            model = %journey.model,
+            model = %journey.model(),
             suspects = error.suspects,
             is_dead,
             "an engine crashed while it worked on a job"
@@ -328,7 +371,7 @@ impl Orchestrator {
         };
         let began = journey.attempt_began;
         let outcome = journey.tried.last().zip(good).map(|(worker, good)| Outcome { good, worker: *worker, began });
-        self.with_breaker(&journey.model, |breaker, now| match outcome {
+        self.with_breaker(journey.model(), |breaker, now| match outcome {
             Some(outcome) => breaker.record(outcome, now),
             None => breaker.abandon(admission, now),
         });

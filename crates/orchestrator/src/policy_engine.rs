@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use protocol::infer::InferRequest;
+use protocol::model::ModelKey;
 use protocol::policy::TenantPolicy;
-use protocol::{ErrorCode, ModelName, TenantId, WireError};
+use protocol::{ErrorCode, TenantId, WireError};
 use tokio::time::Instant;
 
 /// The span over which requests are counted, in seconds.
@@ -46,16 +46,22 @@ impl PolicyEngine {
         Self { source, fresh, absence_max, tenants: Mutex::default() }
     }
 
-    /// Lets a job in, or says which rule forbids it. A job let in counts towards its tenant's limit.
-    pub async fn admit(&self, request: &InferRequest) -> Result<(), WireError> {
-        self.refresh(&request.tenant_id).await?;
+    /// Lets a job in that may be run by some of these models, or says which rule forbids it. A job let in counts towards
+    /// its tenant's limit. Returns the rules by which it was decided.
+    pub async fn admit<'a>(
+        &self,
+        tenant_id: &TenantId,
+        models: impl Iterator<Item = &'a ModelKey> + Clone,
+    ) -> Result<Arc<TenantPolicy>, WireError> {
+        self.refresh(tenant_id).await?;
         let now = Instant::now();
         let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(tenant) = tenants.get_mut(&request.tenant_id) else {
+        let Some(tenant) = tenants.get_mut(tenant_id) else {
             return Err(WireError::new(ErrorCode::Unavailable, "the tenant's rules are not at hand, try again"));
         };
         tenant.used_at = now;
-        decide(&tenant.policy, &request.model_id, &mut tenant.requests, now)
+        decide(&tenant.policy, models, &mut tenant.requests, now)?;
+        Ok(tenant.policy.clone())
     }
 
     async fn refresh(&self, tenant_id: &TenantId) -> Result<(), WireError> {
@@ -99,14 +105,15 @@ impl PolicyEngine {
 }
 
 /// Decides about one request; pure but for the count of a request let in.
-fn decide(
+fn decide<'a>(
     policy: &TenantPolicy,
-    model: &ModelName,
+    models: impl Iterator<Item = &'a ModelKey> + Clone,
     requests: &mut RequestWindow,
     now: Instant,
 ) -> Result<(), WireError> {
-    if !policy.allows(model) {
-        let message = format!("the tenant's policy does not allow the model {model}");
+    if !models.clone().any(|model| policy.allows(&model.model_id)) {
+        let first = models.map(|model| model.model_id.as_str()).next().unwrap_or_default();
+        let message = format!("the tenant's policy does not allow the model {first}");
         return Err(WireError::new(ErrorCode::ModelNotAllowed, message).with_param("model"));
     }
     let Some(limit) = policy.requests_per_minute else { return Ok(()) };
@@ -172,13 +179,12 @@ mod tests {
         (PolicyEngine::new(source.clone(), Duration::from_secs(5), Duration::from_mins(10)), source)
     }
 
-    fn request(model: &str) -> InferRequest {
-        let text = format!(
-            r#"{{"tenantId":"acme","modelId":"{model}","version":"1.0","input":"hi","retryToken":"r",
-            "correlationId":"018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f","traceId":"{:032x}"}}"#,
-            1
-        );
-        protocol::codec::decode(text.as_bytes()).expect("well formed")
+    /// Asks for one model or for any of several, with blanks between them.
+    async fn admit(engine: &PolicyEngine, models: &str) -> Result<(), WireError> {
+        let version = "1.0".parse().expect("a version");
+        let key = |name: &str| ModelKey { model_id: name.parse().expect("a name"), version };
+        let models: Vec<ModelKey> = models.split(' ').map(key).collect();
+        engine.admit(&"acme".parse().expect("a tenant"), models.iter()).await.map(|_| ())
     }
 
     fn limit(requests_per_minute: u32) -> TenantPolicy {
@@ -189,8 +195,9 @@ mod tests {
     async fn only_allowed_models_pass() {
         let allowed = Some(vec!["tether-tiny".parse().expect("name")]);
         let (engine, _) = engine(TenantPolicy { allowed_models: allowed, ..TenantPolicy::default() });
-        assert_eq!(engine.admit(&request("tether-tiny")).await, Ok(()));
-        let refused = engine.admit(&request("llama3.1-8b")).await.expect_err("not on the list");
+        assert_eq!(admit(&engine, "tether-tiny").await, Ok(()));
+        assert_eq!(admit(&engine, "llama3.1-8b tether-tiny").await, Ok(()), "one of them");
+        let refused = admit(&engine, "llama3.1-8b").await.expect_err("not on the list");
         assert_eq!(refused.code, ErrorCode::ModelNotAllowed);
     }
 
@@ -199,7 +206,7 @@ mod tests {
         let (engine, _) = engine(limit(3));
         let mut passed = vec![];
         for second in 0..200u64 {
-            if engine.admit(&request("m")).await.is_ok() {
+            if admit(&engine, "m").await.is_ok() {
                 passed.push(second);
             }
             time::advance(Duration::from_secs(1)).await;
@@ -211,41 +218,41 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn who_waits_as_told_is_let_in() {
         let (engine, _) = engine(limit(1));
-        engine.admit(&request("m")).await.expect("the first");
+        admit(&engine, "m").await.expect("the first");
         time::advance(Duration::from_secs(20)).await;
-        let refused = engine.admit(&request("m")).await.expect_err("the second");
+        let refused = admit(&engine, "m").await.expect_err("the second");
         assert_eq!(refused.retry_after_ms, Some(40_000));
         time::advance(Duration::from_secs(40)).await;
-        engine.admit(&request("m")).await.expect("after the wait");
+        admit(&engine, "m").await.expect("after the wait");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_changed_rule_applies_within_five_seconds() {
         let (engine, source) = engine(TenantPolicy::default());
-        engine.admit(&request("m")).await.expect("all is allowed");
+        admit(&engine, "m").await.expect("all is allowed");
         *source.0.lock().expect("not poisoned") =
             Ok(TenantPolicy { allowed_models: Some(vec![]), ..TenantPolicy::default() });
         time::advance(Duration::from_secs(5)).await;
-        assert!(engine.admit(&request("m")).await.is_err());
+        assert!(admit(&engine, "m").await.is_err());
     }
 
     #[tokio::test(start_paused = true)]
     async fn rules_outlive_a_silent_registry_for_ten_minutes() {
         let (engine, source) = engine(TenantPolicy::default());
-        engine.admit(&request("m")).await.expect("all is allowed");
+        admit(&engine, "m").await.expect("all is allowed");
         *source.0.lock().expect("not poisoned") = Err(WireError::new(ErrorCode::Unavailable, "gone"));
         time::advance(Duration::from_secs(599)).await;
-        engine.admit(&request("m")).await.expect("known rules go on");
+        admit(&engine, "m").await.expect("known rules go on");
         time::advance(Duration::from_secs(2)).await;
-        assert_eq!(engine.admit(&request("m")).await.expect_err("too old").code, ErrorCode::Unavailable);
+        assert_eq!(admit(&engine, "m").await.expect_err("too old").code, ErrorCode::Unavailable);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_registry_that_refuses_to_tell_rules_is_not_silent() {
         let (engine, source) = engine(TenantPolicy::default());
-        engine.admit(&request("m")).await.expect("all is allowed");
+        admit(&engine, "m").await.expect("all is allowed");
         *source.0.lock().expect("not poisoned") = Err(WireError::new(ErrorCode::NodeRevoked, "expelled"));
         time::advance(Duration::from_secs(6)).await;
-        assert_eq!(engine.admit(&request("m")).await.expect_err("refused").code, ErrorCode::NodeRevoked);
+        assert_eq!(admit(&engine, "m").await.expect_err("refused").code, ErrorCode::NodeRevoked);
     }
 }

@@ -228,14 +228,20 @@ impl ReservationManager {
 }
 
 impl Reservation {
-    /// Moves the job to another worker as its next attempt. On an error the job stays where it is.
-    pub async fn reassign(&mut self, worker_id: WorkerId, worker_capacity: u32) -> Result<(), WireError> {
+    /// Moves the job to another worker or model as its next attempt. On an error the job stays where it is.
+    pub async fn reassign(
+        &mut self,
+        model: ModelKey,
+        worker_id: WorkerId,
+        worker_capacity: u32,
+    ) -> Result<(), WireError> {
         let manager = &self.manager;
         let counted = Counted::on(&manager.fleet, worker_id);
         let now = manager.clock.now();
         let reassignment = Reassignment {
             key: self.key.clone(),
             from_attempt: self.attempt,
+            model,
             worker_id,
             worker_capacity,
             now,

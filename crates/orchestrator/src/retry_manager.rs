@@ -31,6 +31,12 @@ const BACKOFF: Duration = Duration::from_millis(10);
 /// The longest wait.
 const BACKOFF_MAX: Duration = Duration::from_millis(500);
 
+/// Says whether a failure is the model's, which cannot do what was asked: another may be able to.
+pub fn is_of_the_model(failure: Failure) -> bool {
+    let cannot = matches!(failure.code, ErrorCode::UnsupportedParameter | ErrorCode::ContextLengthExceeded);
+    cannot && !failure.streamed
+}
+
 /// Decides what follows a failed attempt, counted from 1.
 pub fn plan(attempt: u32, attempts_max: u32, failure: Failure, correlation_id: CorrelationId) -> Plan {
     // Once the caller has seen part of an answer, another worker's answer cannot be sewn on.

@@ -4,6 +4,7 @@
 
 use protocol::WorkerId;
 use protocol::control::{CandidateScore, RefusedWorker};
+use protocol::model::ModelKey;
 
 pub mod affinity;
 
@@ -12,11 +13,13 @@ use affinity::{Terms, Weights};
 /// Rows of the decision table that are kept; a fleet of thousands is told by its best.
 pub const TABLE_MAX: usize = 64;
 
-/// What is known of a worker that supports the model asked for.
+/// What is known of a worker that supports the model asked for, or one of them. Who supports several comes with each.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Candidate {
     /// The worker.
     pub worker_id: WorkerId,
+    /// Which of the models that may run the job it would run, counted from 0.
+    pub build: usize,
     /// Whether the model is in its memory.
     pub resident: bool,
     /// Whether the adapter asked for is attached there, or none was.
@@ -54,6 +57,8 @@ pub enum Refusal {
     Loading,
     /// It does not serve the adapter asked for.
     NoAdapter,
+    /// Its context is no longer than one that was too short for the job.
+    ShortContext,
     /// It failed this very job before.
     Tried,
 }
@@ -68,6 +73,7 @@ impl Refusal {
             Self::ModelError => "model_error",
             Self::Loading => "loading",
             Self::NoAdapter => "no_adapter",
+            Self::ShortContext => "short_context",
             Self::Tried => "tried",
         }
     }
@@ -84,8 +90,15 @@ pub struct Placement {
     pub refused: Vec<RefusedWorker>,
 }
 
-/// Places a job. `tried` are the workers that failed it before.
-pub fn place(candidates: impl Iterator<Item = Candidate> + Clone, tried: &[WorkerId], weights: &Weights) -> Placement {
+/// Places a job. `tried` are the workers that failed it before; `models` are those that may run it, for the table, and
+/// none where there is only one.
+pub fn place(
+    candidates: impl Iterator<Item = Candidate> + Clone,
+    tried: &[WorkerId],
+    weights: &Weights,
+    models: &[ModelKey],
+) -> Placement {
+    let model_of = |candidate: &Candidate| models.get(candidate.build).cloned();
     let fastest = candidates.clone().map(|candidate| candidate.tokens_per_second).fold(0.0, f32::max);
     let mut placement = Placement::default();
     let mut table: Vec<(f64, Candidate)> = Vec::with_capacity(TABLE_MAX * 2);
@@ -107,7 +120,8 @@ pub fn place(candidates: impl Iterator<Item = Candidate> + Clone, tried: &[Worke
             }
             if placement.refused.len() < TABLE_MAX {
                 let reason = refusal.as_str().to_owned();
-                placement.refused.push(RefusedWorker { worker_id: candidate.worker_id, reason });
+                let (worker_id, model) = (candidate.worker_id, model_of(&candidate));
+                placement.refused.push(RefusedWorker { worker_id, model, reason });
             }
             continue;
         }
@@ -128,10 +142,13 @@ pub fn place(candidates: impl Iterator<Item = Candidate> + Clone, tried: &[Worke
     if let (None, false, Some((score, candidate))) = (chosen, is_one_full, last_resort) {
         chosen = last_resort;
         table.push((score, candidate));
-        placement.refused.retain(|refused| refused.worker_id != candidate.worker_id);
+        let is_it =
+            |refused: &RefusedWorker| refused.worker_id == candidate.worker_id && refused.model == model_of(&candidate);
+        placement.refused.retain(|refused| !is_it(refused));
     }
     cut(&mut table);
-    placement.candidates = table.iter().map(|(score, candidate)| row(*score, candidate, fastest)).collect();
+    let row = |(score, candidate): &(f64, Candidate)| row(*score, candidate, model_of(candidate), fastest);
+    placement.candidates = table.iter().map(row).collect();
     placement.chosen = chosen.map(|(_, candidate)| candidate);
     placement
 }
@@ -158,10 +175,11 @@ fn cut(table: &mut Vec<(f64, Candidate)>) {
     table.truncate(TABLE_MAX);
 }
 
-fn row(score: f64, candidate: &Candidate, fastest: f32) -> CandidateScore {
+fn row(score: f64, candidate: &Candidate, model: Option<ModelKey>, fastest: f32) -> CandidateScore {
     let terms = Terms::of(candidate, fastest);
     CandidateScore {
         worker_id: candidate.worker_id,
+        model,
         score,
         model_match: terms.model_match,
         region_proximity: terms.region_proximity,

@@ -373,6 +373,9 @@ pub struct AliasSet {
     pub alias: ModelName,
     /// What it stands for, as `name[@MAJOR.MINOR][:adapter]`; never another alias.
     pub target: ModelRef,
+    /// What else it stands for, without adapters.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alternatives: Vec<ModelRef>,
 }
 
 /// An alias to forget.
@@ -707,6 +710,9 @@ pub struct AttemptDecision {
 pub struct CandidateScore {
     /// The worker.
     pub worker_id: WorkerId,
+    /// The model that it would run, where several may run the job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelKey>,
     /// The weighted sum.
     pub score: f64,
     /// Exact version served, and resident.
@@ -729,6 +735,9 @@ pub struct CandidateScore {
 pub struct RefusedWorker {
     /// The worker.
     pub worker_id: WorkerId,
+    /// The model that it would have run, where several may run the job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelKey>,
     /// Why, as a short word.
     pub reason: String,
 }

@@ -136,6 +136,9 @@ pub struct CachedModel {
     /// Whether the worker itself checked the bytes that answer. False where another's server answers.
     #[serde(default = "yes", skip_serializing_if = "is_true")]
     pub attested: bool,
+    /// Tokens of context that it has there; 0 where that is not known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub context_length: u32,
     /// Generated tokens a second, smoothed; 0 before the first answer.
     #[serde(default, deserialize_with = "finite")]
     pub tokens_per_second: f32,
@@ -162,6 +165,7 @@ impl CachedModel {
             digest,
             state,
             attested: true,
+            context_length: 0,
             tokens_per_second: 0.0,
             adapters,
             loading: None,
@@ -189,6 +193,11 @@ impl LoadProgress {
         let done = u64::from(self.percent.min(100));
         self.elapsed_ms.saturating_mul(100 - done).checked_div(done).map(Duration::from_millis)
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 fn yes() -> bool {

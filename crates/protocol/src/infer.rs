@@ -11,6 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{CorrelationId, ModelName, ModelVersion, RetryToken, TenantId, TraceId};
+use crate::model::ModelKey;
 use crate::usage::TokenUsage;
 
 pub use input::*;
@@ -33,6 +34,9 @@ pub struct InferRequest {
     pub model_id: ModelName,
     /// Its version.
     pub version: ModelVersion,
+    /// Models that may run it as well; at most [`crate::model::ALTERNATIVES_MAX`] are considered. A worker is sent none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alternatives: Vec<ModelKey>,
     /// What to answer, and how.
     pub input: Input,
     /// The job's name.
@@ -55,6 +59,13 @@ pub struct InferRequest {
 
 fn first_attempt() -> u32 {
     1
+}
+
+impl InferRequest {
+    /// Returns the model to run.
+    pub fn model(&self) -> ModelKey {
+        ModelKey { model_id: self.model_id.clone(), version: self.version }
+    }
 }
 
 /// A job as a client of `POST /infer` writes it; the gateway fills in what is missing.
@@ -97,6 +108,9 @@ pub struct InferChunk {
     pub seq: u64,
     /// What it brings.
     pub payload: Payload,
+    /// The model that answers: in the first chunk, and in those with `progress` that come before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelKey>,
     /// The last chunk of the answer; its payload tells reason and usage.
     pub done: bool,
     /// The try that made it; chunks of a try that was given up on are dropped.

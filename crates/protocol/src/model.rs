@@ -1,6 +1,7 @@
 //! Models as clients name them and as the catalogue knows them.
 
 use std::fmt;
+use std::iter;
 use std::str::FromStr;
 
 use schemars::JsonSchema;
@@ -65,16 +66,34 @@ impl From<ModelRef> for String {
     }
 }
 
-/// Another name for a model.
+/// Another name for a model, or one name for several: a job that asks for it goes to whichever of them suits best.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AliasEntry {
-    /// The name that clients ask for.
+    /// The name that clients ask for. It is a model's own name only where that model is one of its targets.
     pub alias: ModelName,
     /// What it stands for: never another alias.
     pub target: ModelRef,
+    /// What else it stands for, without adapters; at most [`ALTERNATIVES_MAX`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alternatives: Vec<ModelRef>,
     /// When it was set.
     pub created_at: UnixMillis,
+}
+
+/// The most models that one name stands for beside the first.
+pub const ALTERNATIVES_MAX: usize = 15;
+
+impl AliasEntry {
+    /// Returns all that it stands for, the first one first.
+    pub fn targets(&self) -> impl Iterator<Item = &ModelRef> {
+        iter::once(&self.target).chain(&self.alternatives)
+    }
+
+    /// Says whether the name is also that of one of its targets.
+    pub fn is_own_name(&self) -> bool {
+        self.targets().any(|target| target.name == self.alias)
+    }
 }
 
 /// One version of a model.

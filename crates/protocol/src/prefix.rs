@@ -12,6 +12,7 @@ use blake2::{Blake2b, Digest as _};
 
 use crate::id::{AdapterName, PrefixDigest};
 use crate::infer::{EmbedInput, InferRequest, Input, Message};
+use crate::model::ModelKey;
 
 /// Text without messages is cut into blocks of this many bytes.
 const BLOCK_BYTES: usize = 512;
@@ -43,11 +44,16 @@ impl PrefixChain {
 
     /// Returns the beginnings of a job's prompt; none where vectors are asked for.
     pub fn of(request: &InferRequest) -> Self {
+        Self::with(request, &request.model())
+    }
+
+    /// Returns the beginnings of a job's prompt for another model that may run it.
+    pub fn with(request: &InferRequest, model: &ModelKey) -> Self {
         let Input { adapter, messages, prompt, prompt_tokens, prompts, tools, template_options, .. } = &request.input;
         let mut chain = Self::begin(&[
             request.tenant_id.as_str(),
-            request.model_id.as_str(),
-            &request.version.to_string(),
+            model.model_id.as_str(),
+            &model.version.to_string(),
             adapter.as_ref().map_or("", AdapterName::as_str),
         ]);
         if let Some(messages) = messages {
@@ -160,6 +166,7 @@ mod tests {
             tenant_id: "acme".parse().expect("tenant"),
             model_id: "tether-tiny".parse().expect("model"),
             version: "1.0".parse().expect("version"),
+            alternatives: vec![],
             input,
             correlation_id: "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f".parse().expect("id"),
             retry_token: "r".parse().expect("token"),

@@ -81,7 +81,7 @@ pub async fn offer(store: &dyn MetadataStore, offer: ModelOffer, now: UnixMillis
         let known = ModelEntry { facts, ..listed.clone() };
         return store.put_model(known).await.map_err(OfferError::of);
     }
-    if store.aliases().await?.iter().any(|entry| entry.alias == key.model_id) {
+    if store.aliases().await?.iter().any(|entry| entry.alias == key.model_id && !entry.is_own_name()) {
         return Err(OfferError::IsAlias(key.model_id));
     }
     if models.len() >= OFFERED_MAX {

@@ -1,10 +1,11 @@
 //! What operators change of the catalogue's models and their aliases.
 
 use std::fmt::Write as _;
+use std::iter;
 
 use metadata_store::{MetadataStore, PutModelError, StoreError};
 use protocol::control::{AliasRemoved, AliasSet, Catalog, ModelAdd, ModelRemove, ModelRemoved};
-use protocol::model::{AdapterKey, AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
+use protocol::model::{ALTERNATIVES_MAX, AdapterKey, AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
 use protocol::{Digest, ErrorCode, ModelName, ModelVersion, UnixMillis, WireError};
 
 use crate::catalog::{self, OFFERED_MAX};
@@ -39,8 +40,14 @@ pub enum ModelError {
         target: ModelRef,
     },
     /// A model has the name of an alias.
-    #[error("{0} is a model's own name; choose another name for the alias")]
+    #[error("{0} is a model's own name; choose another name, or have it stand for {0} and other models")]
     IsModel(ModelName),
+    /// An alias would stand for too many models.
+    #[error("one name stands for at most {} models", ALTERNATIVES_MAX + 1)]
+    TooManyTargets,
+    /// An alias would stand for several models, and name an adapter.
+    #[error("a name that stands for several models names no adapter; whoever asks for it adds one, as NAME:ADAPTER")]
+    AdapterOfSeveral,
     /// An alias would stand for another.
     #[error("{alias} is itself an alias; give what it stands for, {target}")]
     AliasOfAlias {
@@ -129,7 +136,8 @@ pub fn free_key(
     version: Option<ModelVersion>,
     digest: Option<&Digest>,
 ) -> Result<ModelKey, ModelError> {
-    if let Some(AliasEntry { alias, target, .. }) = catalog.aliases.iter().find(|entry| entry.alias == *name) {
+    let is_foreign = |entry: &&AliasEntry| entry.alias == *name && !entry.is_own_name();
+    if let Some(AliasEntry { alias, target, .. }) = catalog.aliases.iter().find(is_foreign) {
         return Err(ModelError::IsAlias { alias: alias.clone(), target: target.clone() });
     }
     let versions: Vec<&ModelEntry> = catalog.models.iter().filter(|entry| entry.key.model_id == *name).collect();
@@ -179,16 +187,26 @@ pub fn find(catalog: &Catalog, name: &ModelName, version: Option<ModelVersion>) 
     }
 }
 
-/// Forgets a model, its adapters, and with `force` the aliases that stand for it.
+/// Forgets a model, its adapters, and with `force` what stands for it: aliases of it alone are forgotten with it.
 pub async fn remove(store: &dyn MetadataStore, old: ModelRemove) -> Result<ModelRemoved, ModelError> {
     let catalog = catalog::list(store).await?;
     let key = find(&catalog, &old.model_id, old.version)?;
     let orphans = orphans(&catalog, &key);
     if !orphans.is_empty() && !old.force {
-        return Err(ModelError::HasAliases { key, aliases: list(orphans.iter()) });
+        return Err(ModelError::HasAliases { key, aliases: list(orphans.iter().map(|orphan| &orphan.alias)) });
     }
-    for alias in &orphans {
-        store.remove_alias(alias).await?;
+    let mut aliases = Vec::new();
+    for AliasEntry { alias, target, alternatives, created_at } in orphans {
+        let targets = iter::once(target).chain(alternatives);
+        let mut left: Vec<ModelRef> = targets.filter(|target| !is_lost(&catalog, target, &key)).collect();
+        // A model's own name stands for it without an alias.
+        if left.is_empty() || left.len() == 1 && left[0].name == alias {
+            store.remove_alias(&alias).await?;
+            aliases.push(alias);
+        } else {
+            let target = left.remove(0);
+            store.put_alias(AliasEntry { alias, target, alternatives: left, created_at }).await?;
+        }
     }
     let is_gone = |model: &ModelKey| *model == key;
     let entry = catalog.models.iter().find(|entry| is_gone(&entry.key));
@@ -201,59 +219,87 @@ pub async fn remove(store: &dyn MetadataStore, old: ModelRemove) -> Result<Model
     };
     unused.retain(|digest| !kept(digest));
     let found = store.remove_model(&key).await?;
-    Ok(ModelRemoved { found, key, aliases: orphans, unused })
+    Ok(ModelRemoved { found, key, aliases, unused })
 }
 
-/// Returns the aliases that stand for nothing once a model is gone.
-fn orphans(catalog: &Catalog, gone: &ModelKey) -> Vec<ModelName> {
+/// Returns the aliases of which a target is gone once a model is.
+fn orphans(catalog: &Catalog, gone: &ModelKey) -> Vec<AliasEntry> {
+    let lose = |entry: &&AliasEntry| entry.targets().any(|target| is_lost(catalog, target, gone));
+    catalog.aliases.iter().filter(lose).cloned().collect()
+}
+
+/// Says whether a target is nothing any more once a model is gone.
+fn is_lost(catalog: &Catalog, target: &ModelRef, gone: &ModelKey) -> bool {
     let others = catalog.models.iter().filter(|entry| entry.key.model_id == gone.model_id && entry.key != *gone);
     let is_last = others.count() == 0;
-    let stands = |entry: &&AliasEntry| {
-        let target = &entry.target;
-        let is_its_version = target.version == Some(gone.version);
-        // An adapter belongs to one version.
-        let is_its_adapter = target.adapter.as_ref().is_some_and(|adapter| {
-            target.version.is_none() && newest(catalog, &target.name).is_some_and(|newest| newest == *gone) && {
-                let key = AdapterKey { model: gone.clone(), adapter: adapter.clone() };
-                catalog.adapters.iter().any(|entry| entry.key == key)
-            }
-        });
-        target.name == gone.model_id && (is_last || is_its_version || is_its_adapter)
-    };
-    catalog.aliases.iter().filter(stands).map(|entry| entry.alias.clone()).collect()
+    let is_its_version = target.version == Some(gone.version);
+    // An adapter belongs to one version.
+    let is_its_adapter = target.adapter.as_ref().is_some_and(|adapter| {
+        target.version.is_none() && newest(catalog, &target.name).is_some_and(|newest| newest == *gone) && {
+            let key = AdapterKey { model: gone.clone(), adapter: adapter.clone() };
+            catalog.adapters.iter().any(|entry| entry.key == key)
+        }
+    });
+    target.name == gone.model_id && (is_last || is_its_version || is_its_adapter)
 }
 
 fn newest(catalog: &Catalog, name: &ModelName) -> Option<ModelKey> {
     catalog.models.iter().map(|entry| &entry.key).filter(|key| key.model_id == *name).max().cloned()
 }
 
-/// Gives a model another name.
+/// Gives a model another name, or several models one name.
 pub async fn set_alias(store: &dyn MetadataStore, new: AliasSet, now: UnixMillis) -> Result<AliasEntry, ModelError> {
-    let AliasSet { alias, target } = new;
+    let AliasSet { alias, target, mut alternatives } = new;
+    let mut seen = vec![target.clone()];
+    alternatives.retain(|other| {
+        !seen.contains(other) && {
+            seen.push(other.clone());
+            true
+        }
+    });
+    let entry = AliasEntry { alias, target, alternatives, created_at: now };
     let catalog = catalog::list(store).await?;
-    if let Some(other) = catalog.aliases.iter().find(|entry| entry.alias == target.name) {
-        return Err(ModelError::AliasOfAlias { alias: other.alias.clone(), target: other.target.clone() });
-    }
-    let key = match target.version {
-        Some(version) => Some(ModelKey { model_id: target.name.clone(), version }),
-        None => newest(&catalog, &target.name),
-    };
-    let is_there = |key: &ModelKey| {
-        let has = |adapter| {
-            let key = AdapterKey { model: key.clone(), adapter };
-            catalog.adapters.iter().any(|entry| entry.key == key)
-        };
-        catalog.models.iter().any(|entry| entry.key == *key) && target.adapter.clone().is_none_or(has)
-    };
-    if !key.is_some_and(|key| is_there(&key)) {
-        return Err(ModelError::NoModel(target));
-    }
-    let is_new = catalog.aliases.iter().all(|entry| entry.alias != alias);
+    check_targets(&catalog, &entry)?;
+    let is_new = catalog.aliases.iter().all(|known| known.alias != entry.alias);
     if is_new && catalog.aliases.len() >= ALIASES_MAX {
         return Err(ModelError::TooMany(ALIASES_MAX));
     }
-    let entry = AliasEntry { alias, target, created_at: now };
     if store.put_alias(entry.clone()).await? { Ok(entry) } else { Err(ModelError::IsModel(entry.alias)) }
+}
+
+fn check_targets(catalog: &Catalog, entry: &AliasEntry) -> Result<(), ModelError> {
+    let is_model = |name: &ModelName| catalog.models.iter().any(|entry| entry.key.model_id == *name);
+    if entry.alternatives.len() > ALTERNATIVES_MAX {
+        return Err(ModelError::TooManyTargets);
+    }
+    if !entry.alternatives.is_empty() && entry.targets().any(|target| target.adapter.is_some()) {
+        return Err(ModelError::AdapterOfSeveral);
+    }
+    for target in entry.targets() {
+        let of_name = |other: &&AliasEntry| other.alias == target.name && !is_model(&target.name);
+        if let Some(other) = catalog.aliases.iter().find(of_name) {
+            return Err(ModelError::AliasOfAlias { alias: other.alias.clone(), target: other.target.clone() });
+        }
+        let key = match target.version {
+            Some(version) => Some(ModelKey { model_id: target.name.clone(), version }),
+            None => newest(catalog, &target.name),
+        };
+        let is_there = |key: &ModelKey| {
+            let has = |adapter| {
+                let key = AdapterKey { model: key.clone(), adapter };
+                catalog.adapters.iter().any(|entry| entry.key == key)
+            };
+            catalog.models.iter().any(|entry| entry.key == *key) && target.adapter.clone().is_none_or(has)
+        };
+        if !key.is_some_and(|key| is_there(&key)) {
+            return Err(ModelError::NoModel(target.clone()));
+        }
+    }
+    // A model's own name stands for it without an alias, and is not to be that of one of its versions alone.
+    if entry.is_own_name() && entry.alternatives.is_empty() {
+        return Err(ModelError::IsModel(entry.alias.clone()));
+    }
+    Ok(())
 }
 
 /// Forgets an alias.

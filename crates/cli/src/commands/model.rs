@@ -60,7 +60,6 @@ pub(super) async fn list(context: Context, server: &ServerArgs) -> anyhow::Resul
             vec![format!("{}:{}", entry.key, adapter.key.adapter), size, "adapter".into()]
         }));
     }
-    output::table(&head, &rows);
     if models.catalog.adapters.is_empty() {
         // Whoever may not ask for them still sees those that are served.
         let listed = models.listed.iter().filter_map(|listed| listed["data"].as_array()).flatten();
@@ -69,10 +68,12 @@ pub(super) async fn list(context: Context, server: &ServerArgs) -> anyhow::Resul
             ids.filter(|id| id.contains(':')).map(|id| vec![id.to_owned(), String::new(), "adapter".to_owned()]),
         );
     }
+    output::table(&head, &rows);
     let is_known = |name: &ModelName| models.catalog.models.iter().any(|entry| entry.key.model_id == *name);
-    for AliasEntry { alias, target, .. } in models.catalog.aliases.iter().filter(|entry| !is_known(&entry.target.name))
-    {
-        output::line(format!("{alias} stands for {target}, which is not there any more"));
+    for entry in &models.catalog.aliases {
+        for target in entry.targets().filter(|target| !is_known(&target.name)) {
+            output::line(format!("{} stands for {target}, which is not there any more", entry.alias));
+        }
     }
     Ok(Outcome::Well)
 }
@@ -220,27 +221,33 @@ async fn told(
 
 pub(super) async fn alias(context: Context, args: ModelAliasArgs) -> anyhow::Result<Outcome> {
     let alias = model_name(&args.alias)?;
-    let target = args.target.as_deref().map(model_ref).transpose()?;
+    let mut targets = args.targets.iter().map(|target| model_ref(target)).collect::<Result<Vec<_>, _>>()?.into_iter();
     let desk = Desk::of_registry(&args.server, &context.settings, &context.data, &context.env).await?;
-    let done = match target {
-        Some(target) => desk.set_alias(AliasSet { alias: alias.clone(), target }).await.map(Some),
+    let done = match targets.next() {
+        Some(target) => {
+            let set = desk.set_alias(AliasSet { alias, target, alternatives: targets.collect() }).await;
+            set.and_then(|set| say_alias(&context, &set))
+        }
         None => desk.remove_alias(alias.clone()).await.map(|removed| {
-            removed.found.then(|| AliasEntry {
-                alias: alias.clone(),
-                target: ModelRef { name: alias.clone(), version: None, adapter: None },
-                created_at: protocol::UnixMillis(0),
-            })
+            if removed.found {
+                output::line(format!("{alias} is forgotten; requests for it are refused within 5 seconds"));
+                Outcome::Well
+            } else {
+                output::line(format!("there is no alias {alias}; `tether model list` shows them"));
+                Outcome::Finding
+            }
         }),
     };
     desk.leave().await?;
-    match (done?, args.rm) {
-        (Some(set), false) if context.json => output::json(&set)?,
-        (Some(set), false) => output::line(format!("{} stands for {} within 5 seconds", set.alias, set.target)),
-        (Some(_), true) => output::line(format!("{alias} is forgotten; requests for it are refused within 5 seconds")),
-        (None, _) => {
-            output::line(format!("there is no alias {alias}; `tether model list` shows them"));
-            return Ok(Outcome::Finding);
-        }
+    done
+}
+
+fn say_alias(context: &Context, set: &AliasEntry) -> anyhow::Result<Outcome> {
+    if context.json {
+        output::json(set)?;
+    } else {
+        let targets: Vec<String> = set.targets().map(ModelRef::to_string).collect();
+        output::line(format!("{} stands for {} within 5 seconds", set.alias, targets.join(", ")));
     }
     Ok(Outcome::Well)
 }
@@ -275,7 +282,13 @@ impl Models {
     /// Finds a model by its name, with or without a version, or by an alias.
     fn find(&self, text: &str) -> anyhow::Result<&ModelEntry> {
         let mut wanted = model_ref(text)?;
-        if let Some(alias) = self.catalog.aliases.iter().find(|entry| entry.alias == wanted.name) {
+        if let Some(alias) =
+            self.catalog.aliases.iter().find(|entry| entry.alias == wanted.name && !entry.is_own_name())
+        {
+            let targets: Vec<String> = alias.targets().map(ModelRef::to_string).collect();
+            if targets.len() > 1 {
+                return Err(anyhow!("{} stands for {}: name one of them", alias.alias, targets.join(", ")));
+            }
             wanted = alias.target.clone();
         }
         let versions = self.catalog.models.iter().filter(|entry| entry.key.model_id == wanted.name);
@@ -333,15 +346,16 @@ impl Models {
             .models
             .iter()
             .all(|entry| entry.key.model_id != key.model_id || entry.key.version <= key.version);
-        let stands = |entry: &&AliasEntry| {
-            let target = &entry.target;
+        let stands = |target: &&ModelRef| {
             target.name == key.model_id && target.version.map_or(is_newest, |version| version == key.version)
         };
-        let shown = |entry: &AliasEntry| match &entry.target.adapter {
-            Some(adapter) => format!("{} (:{adapter})", entry.alias),
-            None => entry.alias.to_string(),
+        let shown = |entry: &AliasEntry| {
+            entry.targets().find(stands).map(|target| match &target.adapter {
+                Some(adapter) => format!("{} (:{adapter})", entry.alias),
+                None => entry.alias.to_string(),
+            })
         };
-        self.catalog.aliases.iter().filter(stands).map(shown).collect()
+        self.catalog.aliases.iter().filter_map(shown).collect()
     }
 
     fn row(&self, entry: &ModelEntry, artifacts: Option<&ArtifactStore>) -> Vec<String> {

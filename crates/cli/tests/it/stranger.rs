@@ -169,6 +169,7 @@ fn job() -> InferRequest {
         tenant_id: "default".parse().expect("a tenant"),
         model_id: model().model_id,
         version: model().version,
+        alternatives: vec![],
         input,
         correlation_id: CorrelationId(uuid::Uuid::from_bytes([9; 16])),
         retry_token: "stranger".parse().expect("a token"),

@@ -112,7 +112,7 @@ mod tests {
         TokenUsage { prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0, reasoning_tokens: 0 };
 
     fn piece(content: Content) -> Piece {
-        Piece { raw: Bytes::new(), seq: 0, attempt: 1, content, end: None }
+        Piece { raw: Bytes::new(), seq: 0, attempt: 1, model: None, content, end: None }
     }
 
     fn gather(expected: Expected, contents: Vec<Content>) -> Result<Whole, &'static str> {

@@ -123,12 +123,14 @@ pub(super) struct Told {
 /// What a response tells of its answer.
 pub(super) struct AnswerFacts {
     attempt: u32,
+    model: String,
     digest: String,
 }
 
 impl AnswerFacts {
     pub(super) fn of(answer: &Answer) -> Self {
-        Self { attempt: answer.attempt(), digest: answer.model().digest.to_string() }
+        let model = answer.model();
+        Self { attempt: answer.attempt(), model: model.key.to_string(), digest: model.digest.to_string() }
     }
 }
 
@@ -153,6 +155,7 @@ impl Told {
         errors::add_rate(headers, &self.rate);
         if let Some(answer) = answer {
             headers.insert(HeaderName::from_static("x-tether-attempts"), HeaderValue::from(answer.attempt));
+            headers.insert(HeaderName::from_static("x-tether-model"), text(&answer.model));
             headers.insert(HeaderName::from_static("x-tether-model-digest"), text(&answer.digest));
         }
     }

@@ -46,6 +46,9 @@ pub(crate) struct Model {
     /// What this name stands for, where it is an alias.
     #[serde(skip_serializing_if = "Option::is_none")]
     alias_of: Option<String>,
+    /// What else it stands for: each request goes to the one that can do what it asks and has room.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    alternatives: Vec<String>,
     /// Length of the artifact in bytes; 0 for a model of an adopted server.
     bytes: u64,
     /// What its file says of it.
@@ -118,27 +121,50 @@ impl ModelList {
     fn of(models: &Models, fleet: &Fleet, may_see: impl Fn(&ModelEntry) -> bool) -> Self {
         let seen = models.all().into_iter().filter(|entry| may_see(entry));
         let data = seen.flat_map(|entry| {
-            let by_name = models.is_newest(entry);
+            // A name that stands for other models as well has a row of its own.
+            let by_name = models.is_newest(entry) && models.stands_for(&entry.key.model_id).is_none();
             let adapters = models.adapters_of(&entry.key).map(Some);
             std::iter::once(None).chain(adapters).map(move |adapter| describe(entry, by_name, adapter, fleet))
         });
         let mut data: Vec<Model> = data.collect();
-        data.extend(models.aliases().filter_map(|(alias, target)| {
-            // Whatever an alias stands for may be gone.
-            let entry = models.find(&target.name, target.version).filter(|entry| may_see(entry))?;
-            let adapter = target.adapter.as_ref();
-            let is_there = adapter.is_none_or(|adapter| models.has_adapter(&entry.key, adapter));
-            is_there.then(|| Model::named(alias.to_string(), target, describe(entry, true, adapter, fleet)))
+        data.extend(models.aliases().filter_map(|(alias, targets)| {
+            Model::shared(alias.to_string(), describe_all(targets, models, fleet, &may_see))
         }));
         Self { object: "list", data }
     }
 }
 
 impl Model {
-    /// Returns the model under another name.
-    fn named(alias: String, target: &ModelRef, model: Self) -> Self {
-        Self { id: alias, alias_of: Some(target.to_string()), ..model }
+    /// Returns what a name stands for, as one: as good as the best of them. Nothing is left of none.
+    fn shared(name: String, models: Vec<(ModelRef, Self)>) -> Option<Self> {
+        let names: Vec<String> = models.iter().map(|(target, _)| target.to_string()).collect();
+        let (first, alternatives) = names.split_first()?;
+        let (alias_of, alternatives) = (Some(first.clone()), alternatives.to_vec());
+        let one = models.into_iter().map(|(_, model)| model).reduce(|one, other| Self {
+            state: one.state.max(other.state),
+            context_length: one.context_length.max(other.context_length),
+            regions: one.regions.into_iter().chain(other.regions).collect(),
+            replicas: one.replicas + other.replicas,
+            ..one
+        });
+        one.map(|one| Self { id: name, alias_of, alternatives, ..one })
     }
+}
+
+/// Describes the models of a name that are there and may be seen.
+fn describe_all(
+    targets: &[ModelRef],
+    models: &Models,
+    fleet: &Fleet,
+    may_see: impl Fn(&ModelEntry) -> bool,
+) -> Vec<(ModelRef, Model)> {
+    let described = targets.iter().filter_map(|target| {
+        let entry = models.find(&target.name, target.version).filter(|entry| may_see(entry))?;
+        let adapter = target.adapter.as_ref();
+        let is_there = adapter.is_none_or(|adapter| models.has_adapter(&entry.key, adapter));
+        is_there.then(|| (target.clone(), describe(entry, target.version.is_none(), adapter, fleet)))
+    });
+    described.collect()
 }
 
 /// Tells about one model, where it is one of those that the list has.
@@ -152,22 +178,20 @@ pub(super) async fn get(State(bridge): State<Bridge>, Segment(id): Segment, inqu
         let (gateway, token) = (&bridge.gateway, inquiry.token.as_deref());
         let grant = gateway.authenticate(token, inquiry.context.origin, Scope::Infer).await?;
         let named = catalog::parse_ref(&id)?;
-        let wanted = gateway.meant(&named).await?;
-        let entry = gateway.model(&wanted).await?;
+        let meant = gateway.meant(&named).await?;
+        for target in &meant {
+            // One that was registered just now is looked up anew.
+            let _ = gateway.model(target).await;
+        }
         // To a tenant, a model it may not use is as one that is not there.
-        if !grant.policy.allows(&entry.key.model_id) {
-            return Err(catalog::not_found(&id));
-        }
-        let adapter = wanted.adapter.as_ref();
-        if let Some(adapter) = adapter
-            && !gateway.models().await?.has_adapter(&entry.key, adapter)
-        {
-            return Err(catalog::not_found(&id));
-        }
-        let mut model = describe(&entry, wanted.version.is_none(), adapter, &*gateway.fleet().await?);
-        if named != wanted {
-            model = Model::named(named.to_string(), &wanted, model);
-        }
+        let may_see = |entry: &ModelEntry| grant.policy.allows(&entry.key.model_id);
+        let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
+        let mut described = describe_all(&meant, &models, &fleet, may_see);
+        let model = match &described[..] {
+            [(target, _)] if *target == named => described.pop().map(|(_, model)| model),
+            _ => Model::shared(named.to_string(), described),
+        };
+        let model = model.ok_or_else(|| catalog::not_found(&id))?;
         if !model.state.is_served() {
             return Err(catalog::not_served(&id));
         }
@@ -202,6 +226,7 @@ fn describe(entry: &ModelEntry, by_name: bool, adapter: Option<&AdapterName>, fl
         replicas: progress.iter().filter(|progress| **progress == ModelProgress::Ready).count(),
         description: entry.description.clone(),
         alias_of: None,
+        alternatives: vec![],
         bytes: entry.bytes,
         facts: entry.facts.clone(),
     }

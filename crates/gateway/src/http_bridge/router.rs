@@ -18,7 +18,7 @@ use crate::admin;
 use crate::gateway::{Gateway, GatewayError, RequestContext};
 
 /// The headers of ours that pages of other origins may read.
-const EXPOSED: [&str; 13] = [
+const EXPOSED: [&str; 14] = [
     "x-request-id",
     "openai-processing-ms",
     "x-ratelimit-limit-requests",
@@ -30,6 +30,7 @@ const EXPOSED: [&str; 13] = [
     "x-tether-region",
     "x-tether-attempts",
     "x-tether-decision",
+    "x-tether-model",
     "x-tether-model-digest",
     "www-authenticate",
 ];

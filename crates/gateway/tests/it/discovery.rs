@@ -86,6 +86,7 @@ async fn an_alias_is_listed_and_answers_under_its_own_name() {
     let alias = |alias: &str, target: &str| AliasEntry {
         alias: alias.parse().expect("a name"),
         target: target.parse().expect("a model"),
+        alternatives: vec![],
         created_at: UnixMillis(0),
     };
     let set = [("claude-sonnet-4", "tiny:pirate"), ("gone", "nobody"), ("gpt-4o", "tiny"), ("old", "tiny@1.0")];
@@ -119,6 +120,61 @@ async fn an_alias_is_listed_and_answers_under_its_own_name() {
     let mut body = crate::chat_body("hi");
     body["model"] = json!("gpt-4o");
     expect_error(picky.json(&body).send().await.expect("answered"), 403, "model_not_allowed", Some("model")).await;
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_name_over_several_models_is_answered_by_any_of_them_and_the_answer_says_which() {
+    let network = Network::start().await;
+    let name = |name: &str, targets: [&str; 2]| AliasEntry {
+        alias: name.parse().expect("a name"),
+        target: targets[0].parse().expect("a model"),
+        alternatives: vec![targets[1].parse().expect("a model")],
+        created_at: UnixMillis(0),
+    };
+    let shared =
+        [name("any", ["tiny", "other"]), name("gone", ["nobody", "nothing"]), name("other", ["other", "tiny"])];
+    *network.fake.aliases.lock().expect("no panic") = shared.to_vec();
+    network.fake.models.lock().expect("no panic")[1].context_length = 4;
+    let list: Value = network.get("/v1/models").await.json().await.expect("JSON");
+    assert_eq!(ids(&list), ["other@0.1", "tiny", "tiny:pirate", "any", "other"]);
+    let one: Value = network.get("/v1/models/any").await.json().await.expect("JSON");
+    assert_eq!(one, list["data"][3]);
+    assert_eq!((&one["alias_of"], &one["alternatives"]), (&json!("tiny"), &json!(["other"])));
+    assert_eq!((&one["state"], &one["context_length"]), (&json!("ready"), &json!(2048)), "the best that there is");
+    let ask = async |model: &str, prompt: &str, token: u8| {
+        let mut body = crate::chat_body(prompt);
+        body["model"] = json!(model);
+        let request = network.request(Method::POST, "/v1/chat/completions").bearer_auth(fake::token(token));
+        request.json(&body).send().await.expect("answered")
+    };
+    for (prompt, version, digest) in [("as other", "other@0.1", "other@0.1"), ("as tiny", "tiny@1.1", "tiny@1.1")] {
+        let answer = ask("any", prompt, 1).await;
+        assert_eq!(answer.headers()["x-tether-model"], version);
+        let digest = protocol::Digest::of(digest.as_bytes()).to_string();
+        assert_eq!(answer.headers()["x-tether-model-digest"], digest.as_str());
+        let body: Value = answer.json().await.expect("JSON");
+        assert_eq!(body["model"], "any", "the name that was asked for");
+        assert_eq!(body["system_fingerprint"], format!("fp_{}", &digest[..12]));
+    }
+    expect_error(ask("any", "as stranger", 1).await, 500, "internal_error", None).await;
+    // A tenant that may use one of them has that one, and a prompt too long for one goes to the other alone.
+    assert_eq!(ask("any", "as other", 3).await.status(), 200);
+    assert_eq!(ask("any", &"a".repeat(5 * 1024), 1).await.status(), 200);
+    assert_eq!(ask("any:pirate", "hi", 1).await.status(), 200, "one of them has the adapter");
+    expect_error(ask("any", &"a".repeat(3 * 1024 * 1024), 1).await, 400, "context_length_exceeded", Some("messages"))
+        .await;
+    expect_error(ask("gone", "hi", 1).await, 404, "model_not_found", Some("model")).await;
+    let jobs = network.fake.jobs.lock().expect("no panic").clone();
+    let sent = jobs.iter().map(|job| {
+        let others: Vec<String> = job.alternatives.iter().map(ToString::to_string).collect();
+        format!("{} {}", job.model(), others.join(" "))
+    });
+    let both = "tiny@1.1 other@0.1";
+    assert_eq!(sent.collect::<Vec<_>>(), [both, both, both, "other@0.1 ", "other@0.1 ", "tiny@1.1 "]);
+    let load = network.request(Method::POST, "/admin/v1/models/any/load").bearer_auth(fake::token(4));
+    let refused: Value = load.send().await.expect("answered").json().await.expect("JSON");
+    assert_eq!(refused["error"]["message"], "any stands for tiny, other: name one of them");
     network.end().await;
 }
 

@@ -253,7 +253,13 @@ impl Fake {
 
     /// Sends what the prompt asks for.
     async fn play(&self, prompt: &str, request: &InferRequest, reply: &mut ReplyStream) -> Result<(), Interrupted> {
+        let answering = prompt.strip_prefix("as ").map(|name| {
+            let models = [request.model()].into_iter().chain(request.alternatives.iter().cloned());
+            let other = ModelKey { model_id: name.parse().expect("a name"), ..request.model() };
+            models.into_iter().find(|model| model.model_id.as_str() == name).unwrap_or(other)
+        });
         let chunk = |seq: u64, text: &str| InferChunk {
+            model: answering.clone().filter(|_| seq == 0),
             correlation_id: request.correlation_id,
             seq,
             payload: Payload { text: text.into(), tokens: vec![1], ..Payload::default() },

@@ -95,8 +95,9 @@ impl Scene {
     }
 
     fn routable(&self) -> usize {
-        let wanted = Wanted { model: &model(), adapter: None, prefix: &PrefixChain::NONE };
-        self.fleet.with_candidates(wanted, Instant::now(), |found| found.filter(|found| found.barred.is_none()).count())
+        let wanted = Wanted { model: &model(), adapter: None, prefix: &PrefixChain::NONE, short_context: 0 };
+        self.fleet
+            .with_candidates(&[wanted], Instant::now(), |found| found.filter(|found| found.barred.is_none()).count())
     }
 }
 

@@ -23,6 +23,8 @@ pub(super) struct Replica {
     pub(super) resident: bool,
     pub(super) failed: bool,
     pub(super) loading: Option<LoadProgress>,
+    /// Tokens of context; 0 where that is not known.
+    pub(super) context_length: u32,
     pub(super) tokens_per_second: f32,
 }
 

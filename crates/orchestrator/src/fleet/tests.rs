@@ -44,12 +44,12 @@ fn fleet() -> Fleet {
 
 fn of(model: &ModelKey) -> Wanted<'_> {
     static NO_PROMPT: PrefixChain = PrefixChain::NONE;
-    Wanted { model, adapter: None, prefix: &NO_PROMPT }
+    Wanted { model, adapter: None, prefix: &NO_PROMPT, short_context: 0 }
 }
 
 fn serving(fleet: &Fleet, name: &str, now: Instant) -> Vec<u8> {
     let mut ids: Vec<u8> =
-        fleet.with_candidates(of(&model(name)), now, |found| found.map(|found| found.worker_id.0[0]).collect());
+        fleet.with_candidates(&[of(&model(name))], now, |found| found.map(|found| found.worker_id.0[0]).collect());
     ids.sort_unstable();
     ids
 }
@@ -128,8 +128,8 @@ fn workers_are_as_warm_as_their_last_report_says() {
         fleet.update(report, now);
     };
     let shares = |prefix: &PrefixChain| -> Vec<f32> {
-        let wanted = Wanted { model: &model("m"), adapter: None, prefix };
-        let mut found: Vec<Candidate> = fleet.with_candidates(wanted, now, |found| found.collect());
+        let wanted = Wanted { model: &model("m"), adapter: None, prefix, short_context: 0 };
+        let mut found: Vec<Candidate> = fleet.with_candidates(&[wanted], now, |found| found.collect());
         found.sort_by_key(|found| found.worker_id);
         found.into_iter().map(|found| (found.warm_share * 10.0).round() / 10.0).collect()
     };
@@ -159,7 +159,7 @@ fn a_job_with_an_adapter_goes_to_workers_that_serve_it_with_its_model() {
     let seen = |name: &str| {
         let model = model(name);
         let wanted = Wanted { adapter: Some(&at_hand.adapters[0].adapter), ..of(&model) };
-        let mut found: Vec<Candidate> = fleet.with_candidates(wanted, now, |found| found.collect());
+        let mut found: Vec<Candidate> = fleet.with_candidates(&[wanted], now, |found| found.collect());
         found.sort_by_key(|found| found.worker_id);
         found.into_iter().map(|found| (found.adapter_at_hand, found.barred)).collect::<Vec<_>>()
     };
@@ -178,7 +178,7 @@ fn a_worker_whose_model_has_an_adapter_in_it_takes_jobs_with_that_one_only() {
     let barred = |name: &str, adapter: Option<AdapterName>| {
         let model = model(name);
         let wanted = Wanted { adapter: adapter.as_ref(), ..of(&model) };
-        fleet.with_candidates(wanted, now, |found| found.map(|found| found.barred).collect::<Vec<_>>())
+        fleet.with_candidates(&[wanted], now, |found| found.map(|found| found.barred).collect::<Vec<_>>())
     };
     assert_eq!(barred("m", Some(adapter("pirate"))), [None]);
     assert_eq!(barred("m", Some(adapter("other"))), [Some(Refusal::NoAdapter)]);
@@ -207,7 +207,8 @@ fn a_job_waits_for_a_load_that_ends_soon_and_for_no_other() {
     loading(2, 10, 3_000);
     loading(3, 90, 30_000);
     let model = model("m");
-    let barred = || fleet.with_candidates(of(&model), now, |found| found.map(|found| found.barred).collect::<Vec<_>>());
+    let barred =
+        || fleet.with_candidates(&[of(&model)], now, |found| found.map(|found| found.barred).collect::<Vec<_>>());
     assert_eq!(barred(), [Some(Refusal::Loading), Some(Refusal::Loading), None]);
     let farthest = |now| fleet.loading(of(&model), now).map(|(worker, progress)| (worker.0[0], progress.percent));
     assert_eq!(farthest(now), Some((3, 90)));
@@ -220,8 +221,9 @@ fn a_job_waits_for_a_load_that_ends_soon_and_for_no_other() {
 fn a_worker_is_as_loaded_as_the_larger_of_its_word_and_our_count() {
     let (fleet, now) = (fleet(), Instant::now());
     let id = PublicKey([1; 32]);
-    let load =
-        |fleet: &Fleet| fleet.with_candidates(of(&model("m")), now, |mut found| found.next().map(|found| found.load));
+    let load = |fleet: &Fleet| {
+        fleet.with_candidates(&[of(&model("m"))], now, |mut found| found.next().map(|found| found.load))
+    };
     fleet.update(report(1, &["m"]), now);
     fleet.count_reserved(id, true);
     fleet.count_reserved(id, true);

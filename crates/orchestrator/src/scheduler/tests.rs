@@ -5,6 +5,7 @@ use super::*;
 
 fn worker(number: u8) -> Candidate {
     Candidate {
+        build: 0,
         worker_id: PublicKey([number; 32]),
         resident: true,
         adapter_at_hand: true,
@@ -20,7 +21,7 @@ fn worker(number: u8) -> Candidate {
 }
 
 fn chosen(candidates: &[Candidate]) -> Option<WorkerId> {
-    place(candidates.iter().copied(), &[], &Weights::default()).chosen.map(|candidate| candidate.worker_id)
+    place(candidates.iter().copied(), &[], &Weights::default(), &[]).chosen.map(|candidate| candidate.worker_id)
 }
 
 #[test]
@@ -66,7 +67,7 @@ fn equal_scores_go_to_the_lowest_id_in_whatever_order_they_come() {
 fn a_worker_that_cannot_be_taken_is_listed_with_its_reason() {
     let full = Candidate { load: 8, ..worker(1) };
     let draining = Candidate { barred: Some(Refusal::Draining), ..worker(2) };
-    let placement = place([full, draining, worker(3)].into_iter(), &[PublicKey([3; 32])], &Weights::default());
+    let placement = place([full, draining, worker(3)].into_iter(), &[PublicKey([3; 32])], &Weights::default(), &[]);
     assert_eq!(placement.chosen, None);
     let reasons: Vec<&str> = placement.refused.iter().map(|refused| refused.reason.as_str()).collect();
     assert_eq!(reasons, ["full", "draining", "tried"]);
@@ -101,12 +102,12 @@ fn the_best_lead_the_table_in_whatever_order_they_come() {
     // Of equals, the one with the lowest id comes last; and the fast one hides behind a faster one.
     let mut late = slow.clone();
     late.push(numbered(0, 1.0));
-    let placement = place(late.iter().copied(), &[], &Weights::default());
+    let placement = place(late.iter().copied(), &[], &Weights::default(), &[]);
     assert_eq!(placement.candidates[0].worker_id, worker(0).worker_id);
     let mut hidden = slow;
     hidden[TABLE_MAX - 1] = numbered(TABLE_MAX as u8, 9.0);
     hidden[TABLE_MAX] = numbered(TABLE_MAX as u8 + 1, 8.0);
-    let placement = place(hidden.iter().copied(), &[], &Weights::default());
+    let placement = place(hidden.iter().copied(), &[], &Weights::default(), &[]);
     assert_eq!(placement.candidates[1].worker_id, worker(TABLE_MAX as u8 + 1).worker_id);
 }
 
@@ -126,7 +127,7 @@ proptest! {
                 ..worker(0)
             })
             .collect();
-        let placement = place(candidates.iter().copied(), &[], &Weights::default());
+        let placement = place(candidates.iter().copied(), &[], &Weights::default(), &[]);
         prop_assert!(placement.candidates.len() <= TABLE_MAX);
         prop_assert!(placement.candidates.is_sorted_by(|one, other| one.score >= other.score));
         let fits = candidates.iter().filter(|candidate| candidate.load < candidate.capacity).count();
@@ -146,11 +147,11 @@ fn a_worker_that_was_set_aside_is_taken_where_there_is_no_other() {
     assert_eq!(chosen(&[Candidate { load: 3, ..aside(1) }, aside(3)]), Some(worker(3).worker_id), "the better of them");
     assert_eq!(chosen(&[best, Candidate { load: 8, ..worker(2) }]), None, "another has room soon");
     let draining = Candidate { barred: Some(Refusal::Draining), ..worker(2) };
-    let placement = place([best, draining].into_iter(), &[], &Weights::default());
+    let placement = place([best, draining].into_iter(), &[], &Weights::default(), &[]);
     assert_eq!(placement.chosen.map(|candidate| candidate.worker_id), Some(best.worker_id));
     assert_eq!(placement.candidates.len(), 1, "the table shows it");
     assert_eq!(placement.refused.iter().map(|refused| refused.reason.as_str()).collect::<Vec<_>>(), ["draining"]);
-    let tried = place([best].into_iter(), &[best.worker_id], &Weights::default());
+    let tried = place([best].into_iter(), &[best.worker_id], &Weights::default(), &[]);
     assert_eq!((tried.chosen, tried.refused.len()), (None, 1), "not for a job that it failed");
     assert_eq!(chosen(&[Candidate { load: 8, ..best }]), None, "not where it is full");
 }

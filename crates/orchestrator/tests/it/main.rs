@@ -1,6 +1,7 @@
 //! Jobs from their submission to their settlement, against workers that can be told to misbehave.
 
 mod admission;
+mod builds;
 mod busy_store;
 mod crashes;
 mod failures;

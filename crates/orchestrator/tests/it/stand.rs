@@ -45,6 +45,8 @@ pub(crate) enum Manner {
     Mute,
     /// Takes the job, sends one chunk, and waits until it is cancelled.
     Hang,
+    /// Answers, and says that this model does.
+    AnswerAs(ModelKey),
     /// Answers under the number of another attempt.
     WrongAttempt,
 }
@@ -228,6 +230,7 @@ impl Stand {
             tenant_id: "acme".parse().expect("tenant"),
             model_id: model().model_id,
             version: model().version,
+            alternatives: vec![],
             input: serde_json::from_str("\"hi\"").expect("a prompt"),
             correlation_id: CorrelationId(uuid::Uuid::from_u128(number.into())),
             retry_token: format!("token-{number}").parse().expect("token"),
@@ -351,6 +354,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
     let reserved = reserved.expect("a reservation is written before a job is sent");
     assert_eq!(reserved.attempt, request.attempt);
     let attempt = if matches!(manner, Manner::WrongAttempt) { request.attempt + 1 } else { request.attempt };
+    let model = if let Manner::AnswerAs(model) = &manner { Some(model.clone()) } else { None };
     let chunk = |seq, done| {
         let payload = if done {
             let usage =
@@ -362,7 +366,15 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             Payload { text: format!("{seq} "), tokens: vec![seq as u32], usage, ..Payload::default() }
         };
         let progress = None;
-        codec::encode(&InferChunk { correlation_id: request.correlation_id, seq, payload, done, attempt, progress })
+        codec::encode(&InferChunk {
+            correlation_id: request.correlation_id,
+            seq,
+            payload,
+            model: model.clone().filter(|_| seq == 0),
+            done,
+            attempt,
+            progress,
+        })
     };
     let chunks = match manner {
         Manner::Refuse(code) => return call.refuse(WireError::new(code, "refused")).await,
@@ -371,7 +383,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             return std::future::pending().await;
         }
         Manner::Answer(chunks) | Manner::DieAfter(chunks) => chunks,
-        Manner::Hang | Manner::WrongAttempt => 1,
+        Manner::Hang | Manner::WrongAttempt | Manner::AnswerAs(_) => 1,
         Manner::Crash(_) | Manner::Wait | Manner::Read(_) | Manner::FallSilent(_) => 0,
     };
     let Ok(mut reply) = call.accept().await else { return };
@@ -385,8 +397,15 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             tokio::time::sleep(Duration::from_secs(1)).await;
             let progress = Some(Progress { tokens_read: second as u32, tokens_total: seconds as u32 });
             let correlation_id = request.correlation_id;
-            let chunk =
-                InferChunk { correlation_id, seq: 0, payload: Payload::default(), done: false, attempt, progress };
+            let chunk = InferChunk {
+                correlation_id,
+                seq: 0,
+                payload: Payload::default(),
+                model: None,
+                done: false,
+                attempt,
+                progress,
+            };
             if reply.send(&codec::encode(&chunk)).await.is_err() {
                 return cancelled.notify_one();
             }
@@ -404,7 +423,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         return;
     }
     match manner {
-        Manner::Answer(_) | Manner::WrongAttempt => {
+        Manner::Answer(_) | Manner::AnswerAs(_) | Manner::WrongAttempt => {
             let _ = reply.send(&chunk(chunks, true)).await;
             let _ = reply.finish().await;
         }

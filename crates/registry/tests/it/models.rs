@@ -55,8 +55,12 @@ impl Scene {
         added.map(|entry| entry.key.to_string()).map_err(|(_, message)| message)
     }
 
-    async fn alias(&self, alias: &str, target: &str) -> Result<String, String> {
-        let new = AliasSet { alias: alias.parse().expect("a name"), target: target.parse().expect("a model") };
+    /// Sets an alias for one target or for several, with blanks between them, and returns the first that it stands for.
+    async fn alias(&self, alias: &str, targets: &str) -> Result<String, String> {
+        let mut targets = targets.split(' ').map(|target| target.parse().expect("a model"));
+        let alias = alias.parse().expect("a name");
+        let target = targets.next().expect("a target");
+        let new = AliasSet { alias, target, alternatives: targets.collect() };
         let set = self.ask::<AliasEntry>(ALIAS_SET, new).await;
         set.map(|entry| entry.target.to_string()).map_err(|(_, message)| message)
     }
@@ -110,6 +114,66 @@ async fn an_alias_stands_for_what_is_there_and_for_no_alias() {
     let forget = AliasRemove { alias: "gpt-4o".parse().expect("a name") };
     assert!(scene.ask::<AliasRemoved>(ALIAS_REMOVE, forget.clone()).await.expect("forgotten").found);
     assert!(!scene.ask::<AliasRemoved>(ALIAS_REMOVE, forget).await.expect("nothing to forget").found);
+}
+
+#[tokio::test]
+async fn one_name_stands_for_several_models_and_for_one_of_that_name() {
+    let scene = Scene::new().await;
+    for (name, bytes) in [("mine", b"one"), ("yours", b"two"), ("theirs", b"six")] {
+        scene.add(name, None, bytes).await.expect("added");
+    }
+    let adapter = AdapterEntry {
+        key: AdapterKey {
+            model: scene.catalog().await.models[0].key.clone(),
+            adapter: "pirate".parse().expect("a name"),
+        },
+        digest: Digest::of(b"pirate"),
+        bytes: 6,
+        description: String::new(),
+        created_at: UnixMillis(1),
+    };
+    scene.desk.store.put_adapter(adapter).await.expect("kept");
+    scene.alias("any", "mine yours@1.0 mine").await.expect("set");
+    scene.alias("mine", "mine yours theirs").await.expect("its own name is one of them");
+    let many = vec!["mine@1.0"; 20].join(" ");
+    scene.alias("once", &many).await.expect("the same again counts once");
+    for (alias, targets, word) in [
+        ("yours", "mine theirs", "yours is a model's own name"),
+        ("yours", "yours yours", "yours is a model's own name"),
+        ("both", "mine nobody", "nobody does not exist"),
+        ("both", "mine any", "any is itself an alias"),
+        ("both", "mine:pirate yours", "names no adapter"),
+    ] {
+        let refused = scene.alias(alias, targets).await.expect_err(targets);
+        assert!(refused.contains(word), "{targets}: {refused}");
+    }
+    scene.add("mine", Some("1.1"), b"new").await.expect("a further version of a model that shares its name");
+    let told = |catalog: Catalog| -> Vec<String> {
+        let told = |entry: &AliasEntry| {
+            let targets: Vec<_> = entry.targets().map(ToString::to_string).collect();
+            format!("{}: {}", entry.alias, targets.join(" "))
+        };
+        catalog.aliases.iter().map(told).collect()
+    };
+    assert_eq!(told(scene.catalog().await), ["any: mine yours@1.0", "mine: mine yours theirs", "once: mine@1.0"]);
+    // What is left of a name goes on.
+    assert!(scene.remove("yours", None, false).await.expect_err("named").contains("any, mine"));
+    assert!(scene.remove("yours", None, true).await.expect("forced").aliases.is_empty());
+    assert_eq!(told(scene.catalog().await), ["any: mine", "mine: mine theirs", "once: mine@1.0"]);
+    let removed = scene.remove("theirs", None, true).await.expect("forced");
+    assert_eq!(removed.aliases.iter().map(protocol::ModelName::as_str).collect::<Vec<_>>(), ["mine"]);
+}
+
+#[tokio::test]
+async fn seventeen_models_are_too_many_for_one_name() {
+    let scene = Scene::new().await;
+    let names: Vec<String> = (0..17).map(|number| format!("m{number}")).collect();
+    for name in &names {
+        scene.add(name, None, name.as_bytes()).await.expect("added");
+    }
+    assert_eq!(scene.alias("all", &names[..16].join(" ")).await.as_deref(), Ok("m0"));
+    let refused = scene.alias("all", &names.join(" ")).await.expect_err("too many");
+    assert!(refused.contains("at most 16 models"), "{refused}");
 }
 
 #[tokio::test]

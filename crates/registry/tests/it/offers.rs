@@ -68,7 +68,10 @@ async fn a_workers_file_is_listed_under_its_digest_and_never_becomes_another() {
     let listed: Vec<_> = models.iter().map(|model| (model.digest, model.bytes, model.context_length)).collect();
     assert_eq!(listed, [(Digest::of(b"weights"), 7, 4_096)]);
     let (alias, target) = ("gpt-4o".parse().expect("a name"), "mine".parse().expect("a model"));
-    desk.store.put_alias(AliasEntry { alias, target, created_at: UnixMillis(1) }).await.expect("set");
+    desk.store
+        .put_alias(AliasEntry { alias, target, alternatives: vec![], created_at: UnixMillis(1) })
+        .await
+        .expect("set");
     assert_eq!(outcome(&desk, &worker, file("gpt-4o", b"other")).await, Some(ErrorCode::InvalidValue));
 }
 

@@ -141,6 +141,7 @@ impl ChunkWriter {
             transcript.append(payload);
             send_within(reply, bytes).await?;
             chunk.seq += 1;
+            chunk.model = None;
             clear(payload);
         }
         self.waiting_bytes = 0;
@@ -221,6 +222,7 @@ pub(crate) fn empty_chunk(request: &InferRequest) -> InferChunk {
         correlation_id: request.correlation_id,
         seq: 0,
         payload: Payload::default(),
+        model: Some(request.model()),
         done: false,
         attempt: request.attempt,
         progress: None,

@@ -216,14 +216,17 @@ impl ModelCache {
     pub(crate) fn manifest(&self, snapshots: &[LoadSnapshot]) -> Vec<CachedModel> {
         let entries = self.entries();
         let cached = entries.iter().filter_map(|entry| {
-            let (mut loading, mut reason) = (None, None);
+            let (mut loading, mut reason, mut context_length) = (None, None, 0);
             let (state, id) = match &*entry.status.borrow() {
                 Status::Absent => return None,
                 Status::Loading(load) => {
                     loading = Some(load.progress());
                     (ModelState::Loading, None)
                 }
-                Status::Ready(loaded) => (ModelState::Ready, Some(loaded.id)),
+                Status::Ready(loaded) => {
+                    context_length = loaded.context_length;
+                    (ModelState::Ready, Some(loaded.id))
+                }
                 Status::Failed(why) => {
                     reason = Some(why[..why.floor_char_boundary(REASON_BYTES_MAX)].to_owned());
                     (ModelState::Error, None)
@@ -232,6 +235,7 @@ impl ModelCache {
             let snapshot = snapshots.iter().find(|snapshot| Some(snapshot.model) == id);
             Some(CachedModel {
                 attested: entry.model.remote.is_none(),
+                context_length,
                 adapters: id.map(|id| entry.adapters_at_hand(id)).unwrap_or_default(),
                 loading,
                 reason,

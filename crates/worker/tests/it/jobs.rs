@@ -26,6 +26,7 @@ async fn an_answer_comes_in_numbered_chunks_that_end_with_reason_and_usage() {
     for (index, chunk) in chunks.iter().enumerate() {
         assert_eq!((chunk.seq, chunk.attempt), (index as u64, 3));
         assert_eq!((chunk.correlation_id, chunk.done), (CorrelationId(uuid(1)), index == 16));
+        assert_eq!(chunk.model, (index == 0).then(|| request().model()), "the first says which model answers");
     }
     let last = &chunks[16].payload;
     assert_eq!((last.text.as_str(), last.tokens.len()), ("", 0));

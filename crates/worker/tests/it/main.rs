@@ -271,6 +271,7 @@ fn request() -> InferRequest {
         tenant_id: "acme".parse().expect("a tenant"),
         model_id: key().model_id,
         version: key().version,
+        alternatives: vec![],
         input: Input { prompt: Some("one two three".into()), ..Input::default() },
         correlation_id: CorrelationId(uuid(1)),
         retry_token: "r".parse().expect("a token"),

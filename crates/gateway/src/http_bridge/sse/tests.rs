@@ -27,7 +27,7 @@ fn of_several(endpoint: Endpoint, choices: usize, include_usage: bool) -> Sse {
 fn piece(seq: u64, text: &str, end: Option<End>) -> Piece {
     let finish_reason = end.map(|end| end.reason);
     let content = Content { text: text.into(), finish_reason, ..Content::default() };
-    Piece { raw: Bytes::new(), seq, attempt: 1, content, end }
+    Piece { raw: Bytes::new(), seq, attempt: 1, model: None, content, end }
 }
 
 const END: End = End {

@@ -80,6 +80,7 @@ pub(crate) async fn an_alias_stands_for_its_latest_target_and_never_for_a_models
     let alias = |target: &str| AliasEntry {
         alias: "gpt-4o".parse().expect("a name"),
         target: target.parse().expect("a model"),
+        alternatives: vec![],
         created_at: NOW,
     };
     assert_eq!(store.put_alias(alias("tether-tiny")).await, Ok(true));
@@ -90,6 +91,12 @@ pub(crate) async fn an_alias_stands_for_its_latest_target_and_never_for_a_models
     store.put_model(model("gpt-4o", "1.0")).await.expect("is registered");
     assert_eq!(store.put_alias(alias("tether-tiny")).await, Ok(false));
     assert_eq!(store.aliases().await, Ok(vec![]));
+    let several = AliasEntry {
+        alternatives: vec!["tether-tiny@1.0".parse().expect("a model"), "b".parse().expect("a model")],
+        ..alias("gpt-4o")
+    };
+    assert_eq!(store.put_alias(several.clone()).await, Ok(true), "it is one of those that it stands for");
+    assert_eq!(store.aliases().await, Ok(vec![several]));
 }
 
 pub(crate) async fn a_model_that_was_added_stays_so(subject: Subject) {

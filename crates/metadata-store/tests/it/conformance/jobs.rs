@@ -9,7 +9,7 @@ use tether_metadata_store::{
 use uuid::Uuid;
 
 use super::Subject;
-use super::samples::{LEASE, NOW, USAGE, job, key, reassignment, settlement, tenant, worker};
+use super::samples::{LEASE, NOW, USAGE, job, key, model_key, reassignment, settlement, tenant, worker};
 
 pub(crate) async fn a_reserved_job_is_found_as_it_was_written(subject: Subject) {
     let store = subject.store;
@@ -172,8 +172,11 @@ pub(crate) async fn a_job_moves_to_another_worker_as_its_next_attempt(subject: S
     let store = subject.store;
     store.reserve(job(1)).await.expect("reserves");
     let later = UnixMillis(LEASE.0 + 5);
-    store.reassign(Reassignment { lease_until: later, now: LEASE, ..reassignment(1) }).await.expect("moves");
+    let model = model_key("other", "2.1");
+    let move_on = Reassignment { lease_until: later, now: LEASE, model: model.clone(), ..reassignment(1) };
+    store.reassign(move_on).await.expect("moves");
     let moved = store.job(&key(1)).await.expect("reads").expect("is known");
+    assert_eq!(moved.model, model, "another model may run it");
     assert_eq!((moved.worker_id, moved.attempt, moved.state), (worker(2), 2, JobState::Reserved));
     assert_eq!((moved.lease_until, moved.updated_at, moved.created_at), (Some(later), LEASE, NOW));
     assert_eq!(store.active_reservations().await, Ok(vec![(worker(2), 1)]));

@@ -63,6 +63,7 @@ pub(crate) fn reassignment(number: u128) -> Reassignment {
     Reassignment {
         key: key(number),
         from_attempt: 1,
+        model: model_key("llama3.1-8b", "1.0"),
         worker_id: worker(2),
         worker_capacity: 4,
         now: NOW,
