@@ -57,7 +57,7 @@ fn serve_network(folder: &Path, pace_us: u64) {
         let make = || -> anyhow::Result<Arc<dyn ModelRuntime>> {
             Ok(Arc::new(MockRuntime::new(mock(Duration::from_micros(pace_us)))))
         };
-        let supplies = Supplies { runtime: &make, models: vec![], adoption: None };
+        let supplies = Supplies { runtime: &make, models: vec![] };
         let network = Network::start(&settings, &DataFolder::at(folder), supplies).await.unwrap();
         network.ready().await.unwrap();
         println!("{} {}", network.address, network.api_key);

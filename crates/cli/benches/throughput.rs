@@ -86,7 +86,7 @@ async fn throughput(model: PathBuf) {
     let mut settings = Settings { workers: 1, ..Settings::default() };
     settings.gateway.bind.set_port(0);
     settings.worker.models = vec![served];
-    let supplies = Supplies { runtime: &process_runtime, models: vec![entry], adoption: None };
+    let supplies = Supplies { runtime: &process_runtime, models: vec![entry] };
     let network = Network::start(&settings, &data, supplies).await.unwrap();
     network.ready().await.unwrap();
     let client = GatewayClient::new(network.url(), Some(network.api_key.clone())).unwrap();

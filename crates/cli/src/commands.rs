@@ -291,7 +291,7 @@ fn start_logs(settings: &Settings, quiet: bool) -> anyhow::Result<()> {
 
 /// Returns what the program itself brings to a network.
 pub fn shipped() -> Supplies<'static> {
-    Supplies { runtime: &process_runtime, models: vec![], adoption: None }
+    Supplies { runtime: &process_runtime, models: vec![] }
 }
 
 /// Returns the runtime that workers use: each model in a child process, which is this program again.

@@ -1,7 +1,6 @@
 //! The `tether` program: its settings, its commands, the nodes it runs and the whole network in one process.
 
 pub mod addresses;
-pub mod adopt;
 pub mod args;
 pub mod client;
 pub mod commands;

@@ -21,7 +21,6 @@ use worker::ServedModel;
 
 use crate::data_folder::DataFolder;
 use crate::model_file::{self, ModelFile, Take};
-use crate::model_names;
 use crate::settings::Settings;
 
 /// A file of a model, as it is named on the command line: `FILE` or `NAME=FILE`.
@@ -146,7 +145,7 @@ fn served(files: &[String], mut taken: BTreeSet<ModelName>) -> anyhow::Result<Ve
     let mut models = vec![];
     for file in &files {
         let alone = |name: &ModelName| wanted.get(name) == Some(&1) && !taken.contains(name);
-        let whole = || model_names::of(&file.path.to_string_lossy());
+        let whole = || ModelName::made_of(&file.path.to_string_lossy());
         let name = file.name.clone().or_else(|| short(file).filter(alone).or_else(whole)).with_context(|| {
             format!("{0}: no name can be made of this file's; give it one, as NAME={0}", file.path.display())
         })?;

@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::download::hugging_face;
 use crate::model_file::{self, PartName};
-use crate::model_names;
 use crate::output;
 use crate::settings::Env;
 
@@ -143,7 +142,7 @@ impl Cached {
     /// Returns the name that it can have in the network.
     pub fn model_name(&self) -> Option<ModelName> {
         let is_file = self.path.extension().is_some_and(|ending| ending == "gguf");
-        if is_file { model_file::name_of(&self.path) } else { model_names::of(&self.name) }
+        if is_file { model_file::name_of(&self.path) } else { ModelName::made_of(&self.name) }
     }
 }
 

@@ -23,7 +23,6 @@ use tokio_util::sync::CancellationToken;
 use worker::WorkerHandle;
 
 use crate::addresses;
-use crate::adopt::Adoption;
 use crate::data_folder::{DataFolder, FolderLock};
 use crate::local_models;
 use crate::node::{Pool, at_last_port};
@@ -31,17 +30,12 @@ use crate::services::{Place, first_key, open_store, run_gateway};
 use crate::settings::{NetworkSettings, Settings, any_port};
 use crate::tiny_model;
 
-/// The worker of servers that were adopted after the start.
-const LATE: &str = "adopted";
-
 /// What a network is given besides its settings.
 pub struct Supplies<'a> {
     /// Makes the runtime of a worker.
     pub runtime: &'a dyn Fn() -> anyhow::Result<Arc<dyn ModelRuntime>>,
     /// Models to register besides the one that comes with the program.
     pub models: Vec<ModelEntry>,
-    /// Servers that did not answer yet; a worker offers their models as soon as one does.
-    pub adoption: Option<Adoption>,
 }
 
 /// A running network.
@@ -105,7 +99,8 @@ impl Network {
         let mut settings = settings.clone();
         local_models::settle_versions(&mut settings.worker.models, &*registry_store).await?;
 
-        let keys = Keys::of(data, settings.workers)?;
+        let workers = settings.workers.max(u32::from(settings.adopt.is_some()));
+        let keys = Keys::of(data, workers)?;
         let mut medium = Medium::of(&settings, data);
         let registry_end = medium.node(&keys.registry, "registry").await?;
         let mut parts = AdmissionParts::new(
@@ -130,11 +125,7 @@ impl Network {
         let mut stage = Stage { place, medium, keys, admission };
         let registries = stage.registry(registry_end, registry_store.clone());
         let orchestrators = stage.orchestrator(orchestrator_store.clone()).await?;
-        let (mut workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
-        if let Some(adoption) = supplies.adoption {
-            let runtime = (supplies.runtime)()?;
-            stage.adopt_later(adoption, &mut workers, orchestrator_store.clone(), runtime).await?;
-        }
+        let (workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
         let (gateways, address) = stage.gateway().await?;
         Ok(Self {
             address,
@@ -347,9 +338,15 @@ impl Stage {
             let membership = self.admit(key, NodeRole::Worker, &name).await?;
             let transport = self.medium.node(key, &name).await?;
             let mut place = self.place.clone();
+            if place.settings.workers == 0 {
+                // It is there for the servers alone.
+                place.settings.worker.models.clear();
+                place.settings.worker.catalog = false;
+            }
             if number > 1 {
                 // A server has its slots once, however many workers there are.
                 place.settings.worker.models.retain(|model| model.remote.is_none());
+                place.settings.adopt = None;
             }
             let worker = place.worker(transport, key, epoch, membership, runtime()?)?;
             handles.push(worker.handle());
@@ -360,31 +357,6 @@ impl Stage {
             });
         }
         Ok((tier, handles))
-    }
-
-    /// Has one more worker offer the models of servers as soon as one of these answers. The others keep what they hold.
-    async fn adopt_later(
-        &mut self,
-        adoption: Adoption,
-        workers: &mut Tier,
-        epochs: Arc<dyn MetadataStore>,
-        runtime: Arc<dyn ModelRuntime>,
-    ) -> anyhow::Result<()> {
-        let key = self.place.data.node_key(LATE)?;
-        let transport = self.medium.node(&key, LATE).await?;
-        let (mut place, admission) = (self.place.clone(), self.admission.clone());
-        let stop = workers.stop.clone();
-        workers.tasks.spawn(async move {
-            let served = std::mem::take(&mut place.settings.worker.models);
-            let Some(found) = stop.run_until_cancelled(adoption.wait(&served)).await else { return Ok(()) };
-            place.settings.worker.models = found;
-            // Not before: until then it is no worker, and a certificate has its end.
-            let membership = admit(&admission, place.clock.clone(), &key, Grant::of(NodeRole::Worker, LATE)).await?;
-            let epoch = epochs.next_epoch(key.public_key()).await?;
-            place.worker(transport, &key, epoch, membership, runtime)?.run(stop).await;
-            Ok(())
-        });
-        Ok(())
     }
 
     async fn gateway(&mut self) -> anyhow::Result<(Tier, SocketAddr)> {

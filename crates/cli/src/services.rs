@@ -17,7 +17,7 @@ use registry::{AdmissionOffice, Registry, RegistryParts, TokenOffice};
 use rpc::{Membership, Transport};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
-use worker::{BaseWorker, WorkerParts};
+use worker::{Adoption, BaseWorker, WorkerParts};
 
 use crate::data_folder::DataFolder;
 use crate::settings::Settings;
@@ -99,6 +99,7 @@ impl Place {
             artifacts: tiny_model::embedded_in(artifacts),
             metrics: self.metrics.clone(),
             membership,
+            adoption: self.settings.adopt.as_deref().map(Adoption::new).transpose()?,
             version: VERSION.to_owned(),
         };
         Ok(BaseWorker::new(self.settings.worker.clone(), parts))

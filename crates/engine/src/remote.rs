@@ -33,6 +33,7 @@ use self::dialect::{Dialect, Kind, Listed};
 pub use self::discovery::{MODELS_MAX, Survey};
 pub use self::http_client::{AddressError, ServerAddress};
 use self::http_client::{HttpClient, HttpError};
+use crate::model_facts::ModelFacts;
 use crate::model_runtime::{
     Abilities, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
     LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
@@ -116,13 +117,13 @@ impl RemoteRuntime {
         discovery::survey(&self.http, server, within).await.map_err(|error| failed(&error))
     }
 
-    /// Takes a model of a server into use. Of the options, those that concern memory and processors are the server's.
+    /// Takes a model of a server into use, and returns it with what the server says of it. Of the options, those that concern memory and processors are the server's.
     pub async fn attach(
         &self,
         server: ServerAddress,
         name: &str,
         options: &LoadOptions,
-    ) -> Result<LoadedModel, EngineError> {
+    ) -> Result<(LoadedModel, Option<ModelFacts>), EngineError> {
         let Survey { dialect, models } = self.survey(&server, self.patience.describe).await?;
         let listed = models.into_iter().find(|listed| listed.name == name);
         let listed =
@@ -135,13 +136,14 @@ impl RemoteRuntime {
         let abilities = self.abilities(&server, dialect, &listed).await?;
         let id = ModelId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let loaded = LoadedModel { id, context_length, kv_tokens: 0, slots: options.slots, pid: None, abilities };
-        let attached = Attached::new(loaded.clone(), server, listed.name, dialect, options.queue_max);
+        let Listed { name, facts, .. } = listed;
+        let attached = Attached::new(loaded.clone(), server, name, dialect, options.queue_max);
         let attached = Arc::new(attached);
         self.models.write().unwrap_or_else(PoisonError::into_inner).insert(id, attached.clone());
         let probing = probe(self.http.clone(), self.patience, self.models.clone(), attached);
         let stop = self.stop.clone();
         self.tasks.spawn(async move { stop.run_until_cancelled(probing).await });
-        Ok(loaded)
+        Ok((loaded, facts))
     }
 
     /// Finds out whether a model makes vectors, where its server does not say, by asking for one.

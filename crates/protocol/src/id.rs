@@ -159,6 +159,31 @@ impl fmt::Display for ModelVersion {
 }
 
 /// Defines serde and schema through `FromStr` and `Display`.
+/// The longest name of a model, in bytes.
+const MODEL_NAME_BYTES_MAX: usize = 64;
+
+impl ModelName {
+    /// Makes a name of what others call a model: `Qwen/Qwen3-8B` is `qwen3-8b`, `llama3.2:3b` is `llama3.2-3b`. Returns
+    /// `None` where no letter or digit is left.
+    pub fn made_of(text: &str) -> Option<Self> {
+        let last = text.trim_end_matches('/').rsplit(['/', '\\']).next()?.to_lowercase();
+        let last = last.strip_suffix(".gguf").unwrap_or(&last);
+        let last = last.strip_suffix(":latest").unwrap_or(last);
+        let mut name = String::new();
+        for letter in last.chars() {
+            match letter {
+                'a'..='z' | '0'..='9' => name.push(letter),
+                // Words are joined by one mark, and no mark stands at an end.
+                _ if name.is_empty() || name.ends_with(['.', '-']) => {}
+                '.' => name.push('.'),
+                _ => name.push('-'),
+            }
+        }
+        name.truncate(MODEL_NAME_BYTES_MAX);
+        name.trim_end_matches(['.', '-']).parse().ok()
+    }
+}
+
 macro_rules! as_text {
     ($name:ident, $pattern:literal, $description:literal) => {
         impl Serialize for $name {
@@ -325,5 +350,22 @@ mod tests {
     fn a_malformed_name_is_quoted_only_in_part() {
         let error = "X".repeat(10_000).parse::<Region>().expect_err("malformed");
         assert_eq!(error.found.len(), 80);
+    }
+
+    #[test]
+    fn names_of_servers_become_names_of_the_network() {
+        for (served_as, expected) in [
+            ("Qwen/Qwen2.5-7B-Instruct", Some("qwen2.5-7b-instruct")),
+            ("llama3.2:3b", Some("llama3.2-3b")),
+            ("nomic-embed-text:latest", Some("nomic-embed-text")),
+            ("/srv/models/tiny.Q4_K_M.gguf", Some("tiny.q4-k-m")),
+            ("C:\\models\\Phi 4 (mini).gguf", Some("phi-4-mini")),
+            ("--..--", None),
+            ("模型", None),
+            ("", None),
+        ] {
+            assert_eq!(ModelName::made_of(served_as).map(|name| name.to_string()).as_deref(), expected, "{served_as}");
+        }
+        assert_eq!(ModelName::made_of(&"a-".repeat(60)).expect("a name").as_str().len(), 63);
     }
 }

@@ -25,6 +25,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info};
 
+use crate::adoption::{Adoption, AdoptionWatch};
 use crate::announcer::{Announcer, topics};
 use crate::capabilities::Capabilities;
 use crate::catalog_watch::CatalogWatch;
@@ -70,6 +71,8 @@ pub struct WorkerParts {
     pub metrics: Metrics,
     /// Who may give it work, and be told how it is.
     pub membership: Membership,
+    /// Servers whose models it serves as well, as they come and go.
+    pub adoption: Option<Adoption>,
     /// The program's version.
     pub version: String,
 }
@@ -87,6 +90,7 @@ pub struct BaseWorker {
     hearing: Arc<Hearing>,
     changes: watch::Sender<()>,
     catalog_read: watch::Sender<Option<Instant>>,
+    adopted: watch::Sender<Option<usize>>,
     stopped: CancellationToken,
     /// Handles learn of the end of a worker that never ran, too.
     end: DropGuard,
@@ -98,6 +102,8 @@ pub struct WorkerHandle {
     worker_id: WorkerId,
     /// When the registry's list was first read.
     catalog_read: watch::Sender<Option<Instant>>,
+    /// How many models of servers were found, once they were looked for.
+    adopted: watch::Sender<Option<usize>>,
     loader: Arc<ModelLoader>,
     hearing: Arc<Hearing>,
     stopped: CancellationToken,
@@ -147,6 +153,7 @@ impl BaseWorker {
         let end = stopped.clone().drop_guard();
         let hearing = Arc::new(Hearing::new(config.region.clone()));
         let catalog_read = watch::Sender::new((!config.catalog).then(Instant::now));
+        let adopted = watch::Sender::new(parts.adoption.is_none().then_some(0));
         Self {
             config,
             parts,
@@ -159,6 +166,7 @@ impl BaseWorker {
             hearing,
             changes,
             catalog_read,
+            adopted,
             stopped,
             end,
         }
@@ -168,8 +176,8 @@ impl BaseWorker {
     pub fn handle(&self) -> WorkerHandle {
         let worker_id = self.parts.transport.public_key();
         let (loader, hearing) = (self.loader.clone(), self.hearing.clone());
-        let (catalog_read, stopped) = (self.catalog_read.clone(), self.stopped.clone());
-        WorkerHandle { worker_id, catalog_read, loader, hearing, stopped }
+        let (catalog_read, adopted) = (self.catalog_read.clone(), self.adopted.clone());
+        WorkerHandle { worker_id, catalog_read, adopted, loader, hearing, stopped: self.stopped.clone() }
     }
 
     /// Works until `stop`; then refuses new jobs, lets those that are here end, and leaves.
@@ -186,10 +194,11 @@ impl BaseWorker {
             hearing,
             changes,
             catalog_read,
+            adopted,
             end: _end,
             ..
         } = self;
-        let WorkerParts { transport, key, epoch, clock, metrics, membership, version, .. } = parts;
+        let WorkerParts { transport, key, epoch, clock, metrics, membership, adoption, version, .. } = parts;
         let capabilities = Capabilities::of(&runtime.devices().await);
         // Cancelled as well when this future is dropped, so that nothing runs on without its owner.
         let life = CancellationToken::new();
@@ -249,6 +258,10 @@ impl BaseWorker {
         tasks.spawn(loader.clone().run(keepers_stop.clone()));
         if config.catalog {
             let watch = CatalogWatch::new(client.clone(), directory.clone(), own, loader.clone(), catalog_read);
+            tasks.spawn(watch.run(keepers_stop.clone()));
+        }
+        if let Some(adoption) = adoption {
+            let watch = AdoptionWatch::new(adoption, client.clone(), directory.clone(), loader.clone(), adopted);
             tasks.spawn(watch.run(keepers_stop.clone()));
         }
         let meter_stop = life.child_token();
@@ -330,11 +343,18 @@ impl WorkerHandle {
         self.loader.cache().ready().into_iter().map(|(key, _)| key).collect()
     }
 
+    /// Returns how many models of servers it has adopted, as far as it has looked.
+    pub fn adopted_count(&self) -> usize {
+        self.adopted.borrow().unwrap_or(0)
+    }
+
     /// Waits until every model that is to be in memory answers, is left out for want of room, or could not be loaded; then
     /// it is the first of these that is told.
     pub async fn ready(&self) -> Result<(), NotReady> {
         let all = async {
             let mut outcome = Ok(());
+            // Servers are looked for once, whether or not one answers.
+            let _ = self.adopted.subscribe().wait_for(Option::is_some).await;
             for entry in self.loader.cache().entries().iter() {
                 if self.loader.preloads(entry) {
                     outcome = outcome.and(settled(entry).await);

@@ -3,6 +3,7 @@
 //! [`BaseWorker`] answers `infer.start`: its quota guard says whether there is room, the model loader brings the
 //! model into memory, the execution engine runs the job, and the health reporter tells the orchestrators of it all.
 
+mod adoption;
 mod announcer;
 mod base_worker;
 mod capabilities;
@@ -21,6 +22,7 @@ mod remote_models;
 mod runtimes;
 mod transcript;
 
+pub use adoption::{Adoption, AdoptionError};
 pub use base_worker::{BaseWorker, NotReady, WorkerHandle, WorkerParts};
 pub use capabilities::Capabilities;
 pub use config::{Config, ConfigError, RemoteServer, ServedAdapter, ServedModel};

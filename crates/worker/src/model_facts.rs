@@ -6,7 +6,11 @@ use protocol::model::{Capability, ModelFacts};
 
 /// Returns what a header says of its model, loaded with the default settings.
 pub fn of(header: &Header) -> ModelFacts {
-    let facts = engine::ModelFacts::of(header, &LoadOptions::default());
+    told(engine::ModelFacts::of(header, &LoadOptions::default()))
+}
+
+/// Says facts in the words of the protocol.
+pub(crate) fn told(facts: engine::ModelFacts) -> ModelFacts {
     let capabilities = [
         (facts.generates, Capability::Completion),
         (facts.chats, Capability::Chat),

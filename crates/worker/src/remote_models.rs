@@ -17,6 +17,7 @@ use tokio::fs;
 use tokio::time::{sleep, timeout};
 
 use crate::config::RemoteServer;
+use crate::model_facts;
 use crate::offers::{OfferError, Offers};
 use crate::own_server::OwnServer;
 
@@ -73,9 +74,10 @@ impl RemoteModels {
             None => None,
         };
         let address = ServerAddress::new(&server.base_url, api_key)?;
-        let loaded = self.runtime.attach(address, &server.model, options).await?;
+        let (loaded, facts) = self.runtime.attach(address, &server.model, options).await?;
+        let facts = facts.map(model_facts::told);
         let source = OfferedSource::Server { served_as: server.model.clone() };
-        let offer = ModelOffer { key: key.clone(), source, context_length: loaded.context_length, facts: None };
+        let offer = ModelOffer { key: key.clone(), source, context_length: loaded.context_length, facts };
         if let Err(error) = self.offers.make(&offer, REGISTRY_WITHIN).await {
             // It was attached just now, and nobody knows of it.
             let _ = self.runtime.unload(loaded.id).await;
@@ -104,7 +106,7 @@ impl RemoteModels {
             Err(AttachError::Ended)
         };
         let name = timeout(START_WITHIN, listening).await.map_err(|_| AttachError::Silent)??;
-        let loaded = self.runtime.attach(address, &name, options).await?;
+        let (loaded, _) = self.runtime.attach(address, &name, options).await?;
         let loaded = LoadedModel { pid: server.pid(), ..loaded };
         // One that could not have its port has left it to somebody else.
         if server.has_ended() {

@@ -22,7 +22,6 @@ use crate::download::{Downloads, Remote};
 use crate::local_models;
 use crate::model_caches::{Cache, Cached};
 use crate::model_file::{self, ModelFile, PartName, Take};
-use crate::model_names;
 use crate::operator::Desk;
 use crate::output;
 use crate::tiny_model;
@@ -425,7 +424,7 @@ impl Wanted {
 /// Reads a name of a model, or says which one comes near.
 pub(super) fn model_name(text: &str) -> anyhow::Result<ModelName> {
     text.parse().map_err(|_| {
-        let near = model_names::of(text).map(|name| format!("; {name} is")).unwrap_or_default();
+        let near = ModelName::made_of(text).map(|name| format!("; {name} is")).unwrap_or_default();
         anyhow::anyhow!("{text:?} is no name of a model, which has lower-case letters, digits, dots and hyphens{near}")
     })
 }

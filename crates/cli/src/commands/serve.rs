@@ -15,7 +15,6 @@ use tracing::{info, warn};
 use worker::WorkerHandle;
 
 use super::{Context, Outcome, process_runtime};
-use crate::adopt;
 use crate::args::NodeArgs;
 use crate::data_folder::DataFolder;
 use crate::local_models;
@@ -136,8 +135,6 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
 
 async fn worker(place: &mut Place, node: &Node, membership: Membership, stop: CancellationToken) -> anyhow::Result<()> {
     local_models::take_in(&mut place.settings, &place.data).await?;
-    let Some(adopted) = stop.run_until_cancelled(adopt::adopt(&mut place.settings)).await else { return Ok(()) };
-    adopted?;
     let epoch = place.data.next_epoch(node.name)?;
     let worker = place.worker(node.transport(), &node.key, epoch, membership, process_runtime()?)?;
     let handle = worker.handle();

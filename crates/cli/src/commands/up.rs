@@ -7,31 +7,22 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use tokio::signal;
 use tokio_util::sync::CancellationToken;
+use worker::Adoption;
 
 use super::{Context, Outcome, shipped};
 use crate::addresses;
-use crate::adopt::Adoption;
 use crate::local_models;
 use crate::model_caches;
-use crate::network::{Network, Supplies};
+use crate::network::Network;
 use crate::output;
 use crate::tiny_model;
 
 pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     local_models::take_in(&mut context.settings, &context.data).await?;
     let stop = context.stop.clone();
-    let mut adoption = Adoption::of(&context.settings)?;
-    if let Some(servers) = &adoption {
-        let served = &mut context.settings.worker.models;
-        let Some(found) = stop.run_until_cancelled(servers.look(served)).await else { return Ok(Outcome::Well) };
-        if !found.is_empty() {
-            served.extend(found);
-            adoption = None;
-        }
-    }
-    let awaited = adoption.as_ref().map(Adoption::places);
-    let supplies = Supplies { adoption, ..shipped() };
-    let mut network = Network::start(&context.settings, &context.data, supplies).await?;
+    // Before anything starts: a URL may be none.
+    let adoption = context.settings.adopt.as_deref().map(Adoption::new).transpose()?;
+    let mut network = Network::start(&context.settings, &context.data, shipped()).await?;
     if context.settings.network.up_listen.is_some() {
         // Other machines count on it: `tether start` is to bring it back. A trial leaves nothing behind.
         context.keep_flags()?;
@@ -50,6 +41,8 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
         output::line(format!("not every model is ready: {error:#}"));
     }
     let found = found(&context, &network).await;
+    let is_awaited = network.workers.iter().all(|worker| worker.adopted_count() == 0);
+    let awaited = adoption.filter(|_| is_awaited).map(|adoption| adoption.places());
     output::line(greeting(&context, &network, awaited.as_deref(), found.as_deref()));
     let broken = tokio::select! {
         () = stop.cancelled() => None,

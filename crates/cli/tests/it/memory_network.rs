@@ -180,6 +180,7 @@ impl Network {
             artifacts,
             metrics: Metrics::new(),
             membership,
+            adoption: None,
             version: "0".into(),
         };
         let worker = BaseWorker::new(worker::Config { models: vec![model()], ..worker::Config::default() }, parts);

@@ -1,6 +1,9 @@
 //! How servers differ: by whom one is made, and what it says of its models.
 
 use serde::Deserialize;
+use serde_json::Value;
+
+use crate::model_facts::ModelFacts;
 
 /// Who made a server. All of them speak OpenAI's API, and each knows some words more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +33,8 @@ pub struct Listed {
     pub kind: Kind,
     /// Whether it is in the server's memory; most servers list no others.
     pub is_loaded: bool,
+    /// What the server says of it besides, where it does.
+    pub facts: Option<ModelFacts>,
 }
 
 /// What a model is for.
@@ -45,7 +50,7 @@ pub enum Kind {
 
 impl Listed {
     fn named(name: String) -> Self {
-        Self { name, context_length: None, kind: Kind::Unknown, is_loaded: true }
+        Self { name, context_length: None, kind: Kind::Unknown, is_loaded: true, facts: None }
     }
 }
 
@@ -120,7 +125,7 @@ pub fn read_tags(body: &[u8]) -> Option<Vec<Listed>> {
     #[derive(Deserialize)]
     struct Tag {
         name: String,
-        details: serde_json::Value,
+        details: Value,
     }
     let tags = serde_json::from_slice::<Tags>(body).ok()?;
     // llama-server answers here too, without the `details` that Ollama always gives in full; it is known by its owner.
@@ -137,9 +142,19 @@ pub fn add_show(listed: &mut Listed, body: &[u8]) {
         #[serde(default)]
         parameters: String,
         #[serde(default)]
-        model_info: serde_json::Map<String, serde_json::Value>,
+        model_info: serde_json::Map<String, Value>,
         #[serde(default)]
         capabilities: Vec<String>,
+        #[serde(default)]
+        details: Details,
+        #[serde(default)]
+        template: String,
+    }
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Details {
+        family: String,
+        quantization_level: String,
     }
     let Ok(show) = serde_json::from_slice::<Show>(body) else { return };
     let trained = show.model_info.iter().find(|(name, _)| name.ends_with(".context_length"));
@@ -152,6 +167,22 @@ pub fn add_show(listed: &mut Listed, body: &[u8]) {
         (false, true) => Kind::Vectors,
         (false, false) => Kind::Unknown,
     };
+    // Older ones name no abilities.
+    listed.facts = (!show.capabilities.is_empty()).then(|| ModelFacts {
+        name: None,
+        architecture: show.details.family.clone(),
+        parameters: show.model_info.get("general.parameter_count").and_then(Value::as_u64).unwrap_or(0),
+        quantisation: show.details.quantization_level.clone(),
+        trained_context: trained.unwrap_or(0),
+        generates: can("completion"),
+        // Ollama makes conversations of texts where a model has no template.
+        chats: can("completion"),
+        calls_tools: can("tools"),
+        reasons: can("thinking"),
+        embeds: can("embedding"),
+        has_chat_template: !show.template.is_empty(),
+        memory_bytes: 0,
+    });
 }
 
 /// Reads the answer to LM Studio's `GET /api/v0/models`.
@@ -174,6 +205,7 @@ pub fn read_lm_studio(body: &[u8]) -> Option<Vec<Listed>> {
         context_length: model.loaded_context_length.or(model.max_context_length),
         kind: if model.r#type == "embeddings" { Kind::Vectors } else { Kind::Text },
         is_loaded: model.state == "loaded",
+        facts: None,
     });
     Some(listed.collect())
 }
@@ -221,9 +253,17 @@ mod tests {
         let tags = br#"{"models":[{"name":"llama3.2:3b","model":"llama3.2:3b","size":1,"digest":"a8","details":{"family":"llama"}}]}"#;
         let mut listed = read_tags(tags).expect("read").remove(0);
         add_show(&mut listed, br#"{"parameters":"stop \"<|eot_id|>\"","model_info":{"llama.context_length":131072},"capabilities":["completion","tools"]}"#);
+        let facts = listed.facts.take().expect("it names abilities");
         assert_eq!(listed, Listed { kind: Kind::Text, ..named("llama3.2:3b", Some(131_072)) });
+        assert!(facts.generates && facts.chats && facts.calls_tools && !facts.reasons && !facts.embeds);
         add_show(&mut listed, br#"{"parameters":"num_ctx                        8192\nseed 1","model_info":{"bert.context_length":512},"capabilities":["embedding"]}"#);
         assert_eq!((listed.context_length, listed.kind), (Some(8_192), Kind::Vectors));
+        add_show(&mut listed, br#"{"model_info":{"general.parameter_count":7},"details":{"family":"qwen3","quantization_level":"Q4_K_M"},"capabilities":["completion","thinking"],"template":"{{ .Prompt }}"}"#);
+        let facts = listed.facts.take().expect("it names abilities");
+        assert!(facts.reasons && facts.has_chat_template && !facts.calls_tools);
+        assert_eq!((facts.parameters, &*facts.architecture, &*facts.quantisation), (7, "qwen3", "Q4_K_M"));
+        add_show(&mut listed, b"{}");
+        assert_eq!(listed.facts, None, "an older one");
     }
 
     #[test]

@@ -49,7 +49,7 @@ fn hasty() -> Patience {
 
 async fn attach(runtime: &RemoteRuntime, server: &FakeServer, name: &str) -> LoadedModel {
     let options = LoadOptions { slots: 1, queue_max: 1, ..LoadOptions::default() };
-    runtime.attach(address(server), name, &options).await.expect("the server lists it")
+    runtime.attach(address(server), name, &options).await.expect("the server lists it").0
 }
 
 async fn attached_vllm(answer: Reply) -> (FakeServer, RemoteRuntime, ModelId) {

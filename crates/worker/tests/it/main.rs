@@ -212,6 +212,7 @@ impl Scene {
             artifacts,
             metrics: metrics.clone(),
             membership: admit(&world),
+            adoption: None,
             version: "0".into(),
         };
         let worker = BaseWorker::new(config, parts);
