@@ -25,6 +25,14 @@ fn holds(names: &[&str], context_length: u32) -> impl FnOnce(&mut HealthReport) 
     }
 }
 
+/// Has a report say the same of a busy worker, to whom others are preferred.
+fn holds_and_is_busy(names: &'static [&'static str]) -> impl FnOnce(&mut HealthReport) {
+    move |report| {
+        holds(names, 0)(report);
+        report.capacity.running = 3;
+    }
+}
+
 async fn worker(stand: &Stand, number: u8, names: &[&str], context_length: u32, manner: Manner) -> Worker {
     let worker = stand.worker(number, manner).await;
     worker.report(stand, holds(names, context_length)).await.expect("believed");
@@ -45,11 +53,7 @@ async fn what_one_model_cannot_do_another_does_and_is_billed_for() {
     let unable = worker(&stand, 1, &["tether-tiny", "third"], 0, CANNOT).await;
     let able = worker(&stand, 2, &["other"], 0, Manner::Answer(2)).await;
     // So that the model that cannot is asked first.
-    let busy = |report: &mut HealthReport| {
-        holds(&["other"], 0)(report);
-        report.capacity.running = 3;
-    };
-    able.report(&stand, busy).await.expect("believed");
+    able.report(&stand, holds_and_is_busy(&["other"])).await.expect("believed");
     let job = job(&stand, &["other", "third", "nobody-has-it", "other"]);
     let chunks = stand.answer(&job).await.expect("answered, though no model may fail");
     assert_eq!(chunks.len(), 3);
@@ -107,11 +111,7 @@ async fn what_is_too_long_for_one_worker_goes_to_one_with_more_context() {
         workers.push(worker(&stand, number, &["tether-tiny"], context_length, manner).await);
     }
     // Unknown to be long enough, it is taken only where it is asked first.
-    let is_full = |report: &mut HealthReport| {
-        holds(&["tether-tiny"], 0)(report);
-        report.capacity.running = 3;
-    };
-    workers[3].report(&stand, is_full).await.expect("believed");
+    workers[3].report(&stand, holds_and_is_busy(&["tether-tiny"])).await.expect("believed");
     for _ in 0..8 {
         stand.answer(&stand.job()).await.expect("one worker has enough");
     }
@@ -136,6 +136,7 @@ async fn a_model_whose_breaker_is_open_is_passed_over() {
     assert_eq!(code, ErrorCode::BreakerOpen);
     let seen = broken.jobs_seen();
     let well = worker(&stand, 2, &["other"], 0, Manner::Answer(1)).await;
+    well.report(&stand, holds_and_is_busy(&["other"])).await.expect("believed");
     for _ in 0..4 {
         stand.answer(&job(&stand, &["other"])).await.expect("the other model answers");
     }
@@ -147,6 +148,7 @@ async fn a_job_gets_no_model_that_its_tenant_may_not_use() {
     let stand = stand(Config::default()).await;
     let denied = worker(&stand, 1, &["tether-tiny", "third"], 0, Manner::Answer(1)).await;
     let allowed = worker(&stand, 2, &["other"], 0, Manner::Answer(1)).await;
+    allowed.report(&stand, holds_and_is_busy(&["other"])).await.expect("believed");
     let policy = TenantPolicy { allowed_models: Some(vec![key("other").model_id]), ..TenantPolicy::default() };
     *stand.policy.lock().expect("not poisoned") = policy;
     for _ in 0..4 {
