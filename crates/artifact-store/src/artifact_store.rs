@@ -11,7 +11,9 @@ use tracing::warn;
 
 use crate::copy::hash;
 use crate::embedded;
+use crate::fetched::{Fetched, InUse};
 use crate::local_folder::LocalFolder;
+use crate::partial::{self, Partial};
 
 /// Keeps artifacts by digest. Clones are the same store; processes may share a folder.
 #[derive(Debug, Clone)]
@@ -191,6 +193,41 @@ impl ArtifactStore {
     #[cfg(unix)]
     pub fn room_bytes(&self) -> io::Result<u64> {
         self.inner.folder.room_bytes()
+    }
+
+    /// Opens what there is of an artifact that is being fetched; nothing while somebody else writes it. Blocks.
+    pub fn partial(&self, digest: &Digest) -> io::Result<Option<Partial>> {
+        Partial::open(&self.inner.folder, digest)
+    }
+
+    /// Returns how many bytes there are of an artifact that is being fetched.
+    pub fn partial_bytes(&self, digest: &Digest) -> u64 {
+        partial::bytes_of(&self.inner.folder, digest)
+    }
+
+    /// Returns the artifacts that are being fetched, or were and are not complete.
+    pub fn partials(&self) -> io::Result<Vec<Digest>> {
+        partial::list(&self.inner.folder)
+    }
+
+    /// Returns the artifacts that were fetched and are here, the least recently used first.
+    pub fn fetched(&self) -> io::Result<Vec<Fetched>> {
+        self.inner.folder.fetched()
+    }
+
+    /// Notes that a fetched artifact is used, and keeps it here meanwhile; nothing where it is this machine's own.
+    pub fn in_use(&self, digest: &Digest) -> io::Result<Option<InUse>> {
+        self.inner.folder.in_use(digest)
+    }
+
+    /// Deletes a fetched artifact. False where it is in use, or where this machine did not fetch it.
+    pub fn evict(&self, digest: &Digest) -> io::Result<bool> {
+        self.inner.folder.evict(digest)
+    }
+
+    /// Makes an artifact that may have been fetched this machine's own: it makes room for no other.
+    pub fn keep(&self, digest: &Digest) -> io::Result<()> {
+        self.inner.folder.unmark(digest)
     }
 
     /// Makes an empty file beside the artifacts, for what is made of them. It has no name and is gone once it is closed.

@@ -5,7 +5,11 @@
 mod artifact_store;
 mod copy;
 mod embedded;
+mod fetched;
 mod local_folder;
+mod partial;
 
 pub use artifact_store::{ArtifactStore, OpenError, PutError, Stored, VerifiedFile, Way};
 pub use copy::hash;
+pub use fetched::{Fetched, InUse};
+pub use partial::{FinishError, Partial};

@@ -1,7 +1,8 @@
 //! Artifacts in a folder: `sha256/<first two digits>/<digest>`.
 //!
 //! A file appears under its name only when it is whole and on the disk, and is never written again. Beside them,
-//! `incoming/` holds what is being written and `quarantine/` what was found damaged, one file a digest.
+//! `incoming/` holds what is being written, `partial/` what is being fetched from elsewhere, `quarantine/` what was found
+//! damaged, one file a digest, and `fetched/` marks what was fetched.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};
@@ -105,11 +106,17 @@ impl LocalFolder {
             return Err(PutError::TooLarge { bytes_max });
         }
         // Its mode is left alone: it is that of the other name as well.
-        self.place(&part.path, &file, &stored.digest).map_err(|error| self.failed(error))?;
+        let placed = self.place(&part.path, &file, &stored.digest).and_then(|()| self.unmark(&stored.digest));
+        placed.map_err(|error| self.failed(error))?;
         Ok((stored, Way::Linked))
     }
 
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     pub(crate) fn remove(&self, digest: &Digest) -> io::Result<bool> {
+        self.unmark(digest)?;
         match fs::remove_file(self.path(digest)) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -177,11 +184,13 @@ impl LocalFolder {
 
     fn keep(&self, part: Part, digest: &Digest) -> io::Result<()> {
         make_private(&part.file)?;
-        self.place(&part.path, &part.file, digest)
+        self.place(&part.path, &part.file, digest)?;
+        // Whoever brings a file to this machine wants it here, fetched before or not.
+        self.unmark(digest)
     }
 
     /// Gives a file the name of its digest, once it is on the disk.
-    fn place(&self, from: &Path, file: &File, digest: &Digest) -> io::Result<()> {
+    pub(crate) fn place(&self, from: &Path, file: &File, digest: &Digest) -> io::Result<()> {
         let path = self.path(digest);
         let folder = path.parent().unwrap_or(&self.root);
         make_folder(folder)?;
@@ -239,7 +248,7 @@ impl Drop for Part {
     }
 }
 
-fn make_folder(path: &Path) -> io::Result<()> {
+pub(crate) fn make_folder(path: &Path) -> io::Result<()> {
     let mut builder = DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]
@@ -253,7 +262,7 @@ fn plain(file: File) -> io::Result<File> {
 }
 
 /// Lets nobody but the owner read a file, and nobody write it.
-fn make_private(file: &File) -> io::Result<()> {
+pub(crate) fn make_private(file: &File) -> io::Result<()> {
     let mut permissions = file.metadata()?.permissions();
     #[cfg(unix)]
     std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o400);
@@ -280,13 +289,13 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 }
 
 #[cfg(unix)]
-fn same_file(path: &Path, opened: &File) -> io::Result<bool> {
+pub(crate) fn same_file(path: &Path, opened: &File) -> io::Result<bool> {
     use std::os::unix::fs::MetadataExt as _;
     let (there, here) = (fs::symlink_metadata(path)?, opened.metadata()?);
     Ok((there.dev(), there.ino()) == (here.dev(), here.ino()))
 }
 
 #[cfg(not(unix))]
-fn same_file(path: &Path, _opened: &File) -> io::Result<bool> {
+pub(crate) fn same_file(path: &Path, _opened: &File) -> io::Result<bool> {
     fs::exists(path)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use protocol::Digest;
 use tempfile::TempDir;
-use tether_artifact_store::{ArtifactStore, OpenError, PutError, Way, hash};
+use tether_artifact_store::{ArtifactStore, FinishError, OpenError, Partial, PutError, Way, hash};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -299,4 +299,87 @@ fn an_embedded_artifact_under_a_wrong_digest_is_refused() {
     let digest = Digest::of(b"another");
     let store = store.with_embedded(digest, b"a tiny model");
     assert!(matches!(store.open(&digest), Err(OpenError::Mismatch { .. })));
+}
+
+/// Opens what there is of an artifact, which nobody else writes.
+fn partial(store: &ArtifactStore, digest: &Digest) -> Partial {
+    store.partial(digest).expect("it opens").expect("nobody else has it")
+}
+
+#[test]
+fn what_comes_piece_by_piece_goes_on_where_it_ended_and_counts_once_it_is_whole() {
+    let (folder, store) = store();
+    let (bytes, digest) = (content(), Digest::of(&content()));
+    let mut first = partial(&store, &digest);
+    first.append(&bytes[..1_000]).expect("written");
+    assert!(store.partial(&digest).expect("it looks").is_none(), "one writer at a time");
+    drop(first);
+    // Another process, or the next start.
+    let store = ArtifactStore::in_folder(folder.path()).expect("a store");
+    assert_eq!((store.partial_bytes(&digest), store.partials().expect("listed")), (1_000, vec![digest]));
+    let mut second = partial(&store, &digest);
+    assert_eq!(second.bytes(), 1_000);
+    second.append(&bytes[1_000..]).expect("written");
+    assert!(!store.contains(&digest));
+    second.finish().expect("it verifies");
+    assert_eq!(read(&store, &digest), bytes);
+    assert!(store.partials().expect("listed").is_empty());
+}
+
+#[test]
+fn wrong_bytes_are_dropped_and_never_count() {
+    let (_folder, store) = store();
+    let digest = Digest::of(&content());
+    let mut partial = partial(&store, &digest);
+    partial.append(b"something else").expect("written");
+    let refused = partial.finish().expect_err("other bytes");
+    assert!(matches!(refused, FinishError::Mismatch { found } if found == Digest::of(b"something else")));
+    assert!(!store.contains(&digest) && store.partial_bytes(&digest) == 0);
+    partial.append(&content()).expect("written");
+    partial.finish().expect("the right ones");
+    assert!(store.contains(&digest));
+}
+
+/// Has the store fetch an artifact.
+fn fetch(store: &ArtifactStore, bytes: &[u8]) -> Digest {
+    let digest = Digest::of(bytes);
+    let mut partial = partial(store, &digest);
+    partial.append(bytes).expect("written");
+    partial.finish().expect("it verifies");
+    digest
+}
+
+fn fetched(store: &ArtifactStore) -> Vec<Digest> {
+    store.fetched().expect("listed").iter().map(|fetched| fetched.digest).collect()
+}
+
+#[test]
+fn what_was_fetched_is_listed_by_its_last_use_and_leaves_only_unused() {
+    let (folder, store) = store();
+    let [one, two] = [b"one", b"two"].map(|bytes| fetch(&store, bytes));
+    let own = store.put(&b"own"[..], 3).expect("put").digest;
+    assert_eq!(fetched(&store), [one, two]);
+    let held = store.in_use(&one).expect("noted").expect("it was fetched");
+    assert_eq!(fetched(&store), [two, one]);
+    assert!(store.in_use(&own).expect("noted").is_none());
+    // Another worker of this machine.
+    let other = ArtifactStore::in_folder(folder.path()).expect("a store");
+    assert!(!other.evict(&one).expect("looked at"), "it is in use");
+    assert!(!other.evict(&own).expect("looked at"), "it is this machine's own");
+    assert!(other.evict(&two).expect("looked at"));
+    drop(held);
+    assert!(other.evict(&one).expect("looked at"));
+    assert!(!store.contains(&one) && !store.contains(&two) && store.contains(&own));
+    assert!(fetched(&store).is_empty());
+}
+
+#[test]
+fn what_is_brought_to_this_machine_or_kept_counts_as_fetched_no_more() {
+    let (_folder, store) = store();
+    let [one, two] = [b"one", b"two"].map(|bytes| fetch(&store, bytes));
+    store.put(&b"one"[..], 3).expect("put");
+    assert_eq!(fetched(&store), [two]);
+    store.keep(&two).expect("kept");
+    assert!(fetched(&store).is_empty());
+    assert!(!store.evict(&one).expect("looked at") && store.contains(&one) && store.contains(&two));
 }

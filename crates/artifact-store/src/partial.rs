@@ -1,0 +1,148 @@
+//! Artifacts that come piece by piece from elsewhere, in `partial/`: what came stays until the rest does, whatever happens
+//! to the process.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::path::PathBuf;
+
+use protocol::Digest;
+use sha2::{Digest as _, Sha256};
+
+use crate::local_folder::{LocalFolder, make_folder, make_private, same_file};
+
+/// Bytes hashed at a time.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// An artifact that is not complete. Nobody else writes it while this lives.
+#[derive(Debug)]
+pub struct Partial {
+    folder: LocalFolder,
+    digest: Digest,
+    file: File,
+    hasher: Sha256,
+    bytes: u64,
+}
+
+/// Why an artifact that was fetched does not count.
+#[derive(Debug, thiserror::Error)]
+pub enum FinishError {
+    /// Its bytes are not those of the digest. They were dropped.
+    #[error("the bytes have the digest {found}")]
+    Mismatch {
+        /// What the bytes really are.
+        found: Digest,
+    },
+    /// It could not be written.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl Partial {
+    /// Opens what there is of an artifact, or an empty file; nothing while somebody else writes it. Blocks: what came
+    /// earlier is read and hashed.
+    pub(crate) fn open(folder: &LocalFolder, digest: &Digest) -> io::Result<Option<Self>> {
+        let path = path(folder, digest);
+        make_folder(path.parent().unwrap_or(&path))?;
+        let mut options = OpenOptions::new();
+        options.read(true).append(true).create(true);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let file = options.open(&path)?;
+        if file.try_lock().is_err() {
+            return Ok(None);
+        }
+        // Whoever held the lock may have completed or dropped it.
+        if !same_file(&path, &file).unwrap_or(false) {
+            return Ok(None);
+        }
+        let mut partial = Self { folder: folder.clone(), digest: *digest, file, hasher: Sha256::new(), bytes: 0 };
+        partial.hash_what_is_there()?;
+        Ok(Some(partial))
+    }
+
+    fn hash_what_is_there(&mut self) -> io::Result<()> {
+        let mut buffer = vec![0; BUFFER_BYTES];
+        loop {
+            match self.file.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(count) => {
+                    self.hasher.update(&buffer[..count]);
+                    self.bytes += count as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Returns how many bytes there are.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Adds bytes to the end. Blocks. After an error the file is to be opened anew.
+    pub fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all(bytes)?;
+        self.hasher.update(bytes);
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Drops the bytes that there are.
+    pub fn clear(&mut self) -> io::Result<()> {
+        self.file.set_len(0)?;
+        (self.hasher, self.bytes) = (Sha256::new(), 0);
+        Ok(())
+    }
+
+    /// Checks the digest of the bytes and makes them an artifact that was fetched. Where they have another digest, they are
+    /// dropped. Blocks.
+    pub fn finish(&mut self) -> Result<(), FinishError> {
+        let found = Digest(self.hasher.clone().finalize().into());
+        if found != self.digest {
+            self.clear()?;
+            return Err(FinishError::Mismatch { found });
+        }
+        make_private(&self.file)?;
+        // First the mark: a file without one would never make room for others.
+        self.folder.mark(&self.digest)?;
+        Ok(self.folder.place(&path(&self.folder, &self.digest), &self.file, &self.digest)?)
+    }
+
+    /// Forgets the artifact and what there is of it. Blocks.
+    pub fn discard(self) -> io::Result<()> {
+        fs::remove_file(path(&self.folder, &self.digest))
+    }
+}
+
+fn folder_of(folder: &LocalFolder) -> PathBuf {
+    folder.root().join("partial")
+}
+
+fn path(folder: &LocalFolder, digest: &Digest) -> PathBuf {
+    folder_of(folder).join(digest.to_string())
+}
+
+/// Returns how many bytes there are of an artifact that is not complete.
+pub(crate) fn bytes_of(folder: &LocalFolder, digest: &Digest) -> u64 {
+    fs::metadata(path(folder, digest)).map_or(0, |metadata| metadata.len())
+}
+
+/// Returns the artifacts that are not complete.
+pub(crate) fn list(folder: &LocalFolder) -> io::Result<Vec<Digest>> {
+    digests_in(&folder_of(folder))
+}
+
+/// Returns the digests that files of a folder are named by.
+pub(crate) fn digests_in(folder: &std::path::Path) -> io::Result<Vec<Digest>> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(vec![]),
+        entries => entries?,
+    };
+    let mut digests = vec![];
+    for entry in entries {
+        digests.extend(entry?.file_name().to_str().and_then(|name| name.parse::<Digest>().ok()));
+    }
+    digests.sort();
+    Ok(digests)
+}
