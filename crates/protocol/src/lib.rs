@@ -4,6 +4,7 @@
 //! through [`codec`] and [`signature`], and never panic.
 
 pub mod admission;
+pub mod artifact;
 pub mod clock;
 pub mod codec;
 pub mod control;

@@ -3,9 +3,11 @@
 //! Unary calls carry one JSON value each way. Streams speak `tether/stream/1` ([`stream`]): one request, then
 //! messages back under credit, until an end, an error or a cancel. Topics only find peers ([`announce`]);
 //! connections are opened by public key and shared by all calls to a peer ([`client`]). Who belongs to the network is
-//! known by certificates that nodes show each other first ([`membership`]).
+//! known by certificates that nodes show each other first ([`membership`]). Models' files go from node to node by streams
+//! as well ([`artifacts`]).
 
 pub mod announce;
+pub mod artifacts;
 pub mod backoff;
 pub mod client;
 pub mod clock;
@@ -18,6 +20,7 @@ pub mod stream;
 pub mod transport;
 
 pub use announce::Directory;
+pub use artifacts::{ArtifactDesk, ArtifactStream};
 pub use client::{CallError, Client};
 pub use clock::SystemClock;
 pub use enrolment::{Enrolment, EnrolmentError, JoinError};

@@ -283,6 +283,14 @@ impl AnswerStream {
         error
     }
 
+    /// Lets the callee send so many bytes more before any of them is read: for answers that are long and quick, on ways that
+    /// are far. No more than 2 MiB, or the network closes the stream.
+    pub fn widen(&mut self, bytes: u32) {
+        if !self.channel.try_send(Frame::Credit(bytes).encode()) {
+            self.ungranted = self.ungranted.saturating_add(bytes);
+        }
+    }
+
     /// Bounds only the silence between messages from here on, for answers whose deadline is for their beginning.
     pub fn lift_deadline(&mut self) {
         self.deadline = None;

@@ -1,5 +1,6 @@
 //! Calls and streams between nodes, most of them on a memory network.
 
+mod artifacts;
 mod calls;
 mod connections;
 mod hyperswarm;

@@ -31,7 +31,7 @@ impl Clock for PausedClock {
 }
 
 /// A pool, its root, and a network its nodes are on.
-struct Pool {
+pub(crate) struct Pool {
     root: NodeKey,
     clock: Arc<dyn Clock>,
     network: MemoryNetwork,
@@ -41,11 +41,11 @@ struct Pool {
 }
 
 /// A node of it.
-struct Node {
-    key: PublicKey,
+pub(crate) struct Node {
+    pub(crate) key: PublicKey,
     transport: Arc<dyn Transport>,
-    membership: Membership,
-    client: Client,
+    pub(crate) membership: Membership,
+    pub(crate) client: Client,
 }
 
 fn key(seed: u8) -> NodeKey {
@@ -57,7 +57,7 @@ fn region(name: &str) -> protocol::Region {
 }
 
 impl Pool {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             root: key(100),
             clock: Arc::new(PausedClock(Instant::now())),
@@ -68,7 +68,7 @@ impl Pool {
         }
     }
 
-    fn certificate(&self, seed: u8, roles: &[NodeRole]) -> Certificate {
+    pub(crate) fn certificate(&self, seed: u8, roles: &[NodeRole]) -> Certificate {
         let mut serial = self.serial.lock().expect("not poisoned");
         *serial += 1;
         let now = self.clock.now();
@@ -85,11 +85,11 @@ impl Pool {
         }
     }
 
-    fn join(&self, seed: u8, roles: &[NodeRole]) -> Node {
+    pub(crate) fn join(&self, seed: u8, roles: &[NodeRole]) -> Node {
         self.join_with(seed, &self.certificate(seed, roles))
     }
 
-    fn join_with(&self, seed: u8, certificate: &Certificate) -> Node {
+    pub(crate) fn join_with(&self, seed: u8, certificate: &Certificate) -> Node {
         let (pool, key) = (self.root.public_key(), key(seed));
         let transport = self.network.node(&key);
         let signed = certificate.sign(&self.root);
@@ -98,13 +98,18 @@ impl Pool {
         Node { key: key.public_key(), transport, membership, client }
     }
 
+    /// Returns an end of the network for a node without a certificate.
+    pub(crate) fn node(&self, seed: u8) -> Arc<dyn Transport> {
+        self.network.node(&key(seed))
+    }
+
     fn list(&self, version: u64, nodes: &[PublicKey]) -> Signed {
         let keys = nodes.iter().copied().collect();
         RevocationList { version, keys, ..RevocationList::empty(self.root.public_key()) }.sign(&self.root)
     }
 
     /// Serves "whoami", which says why the caller may not be a worker in `local`.
-    fn serve(&self, node: &Node, role: NodeRole, build: impl FnOnce(Server) -> Server) {
+    pub(crate) fn serve(&self, node: &Node, role: NodeRole, build: impl FnOnce(Server) -> Server) {
         let info = NodeInfo { roles: vec![role], region: region("local"), version: "0".into() };
         let membership = node.membership.clone();
         let server = Server::new(node.transport.clone(), info)
