@@ -53,6 +53,7 @@ fn fleet_of(size: u32, model: &ModelKey) -> Fleet {
                 accelerators: vec![],
                 capacity: Capacity { slots: 8, running: (mixed >> 20) as u32 % 12, waiting: 0, queue_max: 8 },
                 supported: vec![model.clone()],
+                to_fetch: vec![],
                 adapters: vec![],
                 pinned: vec![],
                 model_cache: vec![CachedModel {

@@ -40,7 +40,7 @@ fn ends_soon(progress: LoadProgress) -> bool {
 
 /// Returns how far a model is that is loading; a worker that does not tell has only begun.
 fn load_progress(cached: &&mut CachedModel) -> LoadProgress {
-    cached.loading.unwrap_or(LoadProgress { percent: 0, elapsed_ms: 0, bytes: 0 })
+    cached.loading.unwrap_or_default()
 }
 
 /// What a job wants of a worker.
@@ -116,6 +116,7 @@ impl Fleet {
                 worker: index,
                 resident: cached.as_ref().is_some_and(|cached| cached.state == ModelState::Ready),
                 loading: cached.as_ref().filter(|cached| cached.state == ModelState::Loading).map(load_progress),
+                to_fetch: report.to_fetch.contains(model),
                 failed: cached.as_ref().is_some_and(|cached| cached.state == ModelState::Error),
                 context_length: cached.as_ref().map_or(0, |cached| cached.context_length),
                 tokens_per_second: cached
@@ -199,7 +200,7 @@ impl Fleet {
         decide: impl FnOnce(CandidateIter<'_>) -> T,
     ) -> T {
         let state = self.read();
-        let sources: Vec<Source<'_>> = wanted.iter().map(|wanted| state.source(*wanted)).collect();
+        let sources: Vec<Source<'_>> = wanted.iter().map(|wanted| state.source(*wanted, now)).collect();
         decide(CandidateIter { workers: &state.workers, sources: &sources, build: 0, replicas: [].iter(), now }.begin())
     }
 
@@ -209,6 +210,16 @@ impl Fleet {
         let worker = state.by_id.get(&worker_id).and_then(|index| state.workers[*index].as_ref());
         let cached = worker.and_then(|worker| worker.report.model_cache.iter().find(|cached| cached.key == *model));
         cached.map_or(0, |cached| cached.context_length)
+    }
+
+    /// Notes that a worker gets a job of a model whose file it has to fetch first. Its next report says what came of that.
+    pub fn expect_fetch(&self, worker_id: WorkerId, model: &ModelKey) {
+        let mut state = self.write();
+        if let Some(index) = state.by_id.get(&worker_id).copied()
+            && let Some(replicas) = state.by_model.get_mut(model)
+        {
+            replicas.expect_fetch(index);
+        }
     }
 
     /// Returns the worker that is farthest with loading what is wanted, where none has it ready.
@@ -302,11 +313,13 @@ impl Fleet {
 }
 
 impl State {
-    fn source<'a>(&'a self, wanted: Wanted<'a>) -> Source<'a> {
+    fn source<'a>(&'a self, wanted: Wanted<'a>, now: Instant) -> Source<'a> {
         let replicas = self.by_model.get(wanted.model);
+        let list = replicas.map_or(&[][..], |replicas| &replicas.list);
         Source {
-            replicas: replicas.map_or(&[][..], |replicas| &replicas.list),
             warm: replicas.map(|replicas| replicas.shares(wanted.prefix)).unwrap_or_default(),
+            is_coming: list.iter().any(|replica| replica.loading.is_some() && self.is_live(replica, now)),
+            replicas: list,
             wanted,
         }
     }
@@ -318,6 +331,11 @@ impl State {
         });
         self.by_id.insert(worker_id, index);
         index
+    }
+
+    fn is_live(&self, replica: &Replica, now: Instant) -> bool {
+        let worker = self.workers[replica.worker].as_ref();
+        worker.is_some_and(|worker| !worker.draining && now.saturating_duration_since(worker.last_seen) < EXPIRY)
     }
 
     fn forget_replica(&mut self, model: &ModelKey, worker: usize) {
@@ -362,6 +380,8 @@ impl Wanted<'_> {
 struct Source<'a> {
     replicas: &'a [Replica],
     warm: HashMap<usize, f32>,
+    /// A worker fetches or loads the model: one that is on its way is not fetched by another at the same time.
+    is_coming: bool,
     wanted: Wanted<'a>,
 }
 
@@ -396,7 +416,9 @@ impl<'a> CandidateIter<'a> {
                 Some(Refusal::Draining)
             } else if replica.failed {
                 Some(Refusal::ModelError)
-            } else if replica.loading.is_some_and(|progress| !ends_soon(progress)) {
+            } else if replica.loading.is_some_and(|progress| !ends_soon(progress))
+                || replica.to_fetch && source.is_coming
+            {
                 Some(Refusal::Loading)
             } else if !wanted.is_adapter_served(worker) {
                 Some(Refusal::NoAdapter)
@@ -411,6 +433,7 @@ impl<'a> CandidateIter<'a> {
                 worker_id: worker.worker_id,
                 build: self.build,
                 resident: replica.resident,
+                has_file: !replica.to_fetch,
                 adapter_at_hand: wanted.is_adapter_at_hand(worker),
                 proximity: worker.proximity,
                 gpu_class_matches: true,

@@ -129,6 +129,10 @@ impl Orchestrator {
         let worker = placement.chosen.ok_or_else(|| self.nobody(journey, &wanted, &placement));
         if let Ok(worker) = &worker {
             journey.choose(worker.build);
+            if !worker.has_file {
+                // Other jobs are not to have other workers fetch it as well.
+                self.fleet.expect_fetch(worker.worker_id, journey.model());
+            }
         }
         journey.record(placement);
         worker

@@ -52,7 +52,8 @@ pub(crate) fn no_capacity(model: &ModelKey, adapter: Option<&AdapterName>, place
 pub(crate) fn model_loading(model: &ModelKey, worker: WorkerId, progress: LoadProgress) -> WireError {
     const USUAL: Duration = Duration::from_secs(5);
     const LONGEST: Duration = Duration::from_secs(30);
-    let message = format!("{model} is being loaded, {} % so far, try again", progress.percent.min(100));
+    let done = if progress.fetching { "fetched" } else { "loaded" };
+    let message = format!("{model} is being {done}, {} % so far, try again", progress.percent.min(100));
     let wait = progress.remaining().unwrap_or(USUAL).clamp(Duration::from_secs(1), LONGEST);
     // A worker's key leads to the worker; its digest does not.
     let node = Digest::of(&worker.0).to_string()[..8].to_owned();

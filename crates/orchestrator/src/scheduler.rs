@@ -2,6 +2,8 @@
 //!
 //! A pure function of the candidates and the job. It reads no clock and sends nothing; `Orchestrator` does both.
 
+use std::cmp::Ordering;
+
 use protocol::WorkerId;
 use protocol::control::{CandidateScore, RefusedWorker};
 use protocol::model::ModelKey;
@@ -22,6 +24,8 @@ pub struct Candidate {
     pub build: usize,
     /// Whether the model is in its memory.
     pub resident: bool,
+    /// Whether the model's file is on its disk.
+    pub has_file: bool,
     /// Whether the adapter asked for is attached there, or none was.
     pub adapter_at_hand: bool,
     /// 1 in the same region, less the farther away.
@@ -165,13 +169,20 @@ fn refusal(candidate: &Candidate, tried: &[WorkerId]) -> Option<Refusal> {
     }
 }
 
-/// Equal scores go to the lowest id, so that every orchestrator agrees.
+/// Whoever has to fetch the model's file comes last, whatever the score. Equal scores go to the lowest id, so that every
+/// orchestrator agrees.
 fn is_better(one: (f64, &Candidate), other: (f64, &Candidate)) -> bool {
-    one.0 > other.0 || (one.0 >= other.0 && one.1.worker_id < other.1.worker_id)
+    order(one, other).is_lt()
+}
+
+/// The better comes first.
+fn order(one: (f64, &Candidate), other: (f64, &Candidate)) -> Ordering {
+    let by_file = other.1.has_file.cmp(&one.1.has_file);
+    by_file.then_with(|| other.0.total_cmp(&one.0)).then_with(|| one.1.worker_id.cmp(&other.1.worker_id))
 }
 
 fn cut(table: &mut Vec<(f64, Candidate)>) {
-    table.sort_by(|one, other| other.0.total_cmp(&one.0).then_with(|| one.1.worker_id.cmp(&other.1.worker_id)));
+    table.sort_by(|one, other| order((one.0, &one.1), (other.0, &other.1)));
     table.truncate(TABLE_MAX);
 }
 

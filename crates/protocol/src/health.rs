@@ -48,10 +48,13 @@ pub struct HealthReport {
     pub capacity: Capacity,
     /// The models it serves.
     pub supported: Vec<ModelKey>,
+    /// Of those, the models whose file it does not have yet: it fetches it when somebody asks for one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub to_fetch: Vec<ModelKey>,
     /// The adapters it serves them with.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AdapterKey>,
-    /// Of those, the adapters without which it serves their models no more.
+    /// Of the adapters, those without which it serves their models no more.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pinned: Vec<AdapterKey>,
     /// The models it holds in memory.
@@ -176,7 +179,7 @@ impl CachedModel {
 }
 
 /// How far the load of a model is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LoadProgress {
     /// What is done of it, 0 to 100.
@@ -185,6 +188,9 @@ pub struct LoadProgress {
     pub elapsed_ms: u64,
     /// Length of the artifact in bytes; 0 before it was opened.
     pub bytes: u64,
+    /// Its file comes from another node yet, and the rest speaks of that; it is loaded afterwards.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fetching: bool,
 }
 
 impl LoadProgress {
@@ -245,7 +251,8 @@ mod tests {
 
     #[test]
     fn a_load_that_goes_on_as_it_has_ends_in_time() {
-        let remaining = |percent, elapsed_ms| LoadProgress { percent, elapsed_ms, bytes: 0 }.remaining();
+        let remaining =
+            |percent, elapsed_ms| LoadProgress { percent, elapsed_ms, bytes: 0, fetching: false }.remaining();
         assert_eq!(remaining(25, 1000), Some(Duration::from_secs(3)));
         assert_eq!(remaining(0, 1000), None);
         assert_eq!((remaining(100, 1000), remaining(255, 1000)), (Some(Duration::ZERO), Some(Duration::ZERO)));

@@ -143,6 +143,7 @@ mod tests {
             accelerators: vec![],
             capacity: Capacity { slots: 4, running: 0, waiting: 0, queue_max: 8 },
             supported: vec![],
+            to_fetch: vec![],
             adapters: vec![],
             pinned: vec![],
             model_cache: vec![],

@@ -122,6 +122,7 @@ fn fit(report: &mut HealthReport) -> (String, usize) {
         let excess = (body.len() - health::REPORT_BYTES_MAX).div_ceil(MODEL_BYTES_MAX);
         let left = report.supported.split_off(report.supported.len().saturating_sub(excess));
         report.model_cache.retain(|model| !left.contains(&model.key));
+        report.to_fetch.retain(|key| !left.contains(key));
         report.adapters.retain(|adapter| !left.contains(&adapter.model));
         report.pinned.retain(|adapter| !left.contains(&adapter.model));
         body = write(report);
@@ -248,6 +249,7 @@ fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u6
         // Counted here and not by the engines: a job that waits for its model is here as well.
         capacity: Capacity { slots, running, waiting: condition.jobs - running, queue_max },
         supported: models().map(ServedModel::key).collect(),
+        to_fetch: vec![],
         adapters: models().flat_map(ServedModel::adapter_keys).collect(),
         pinned: models().filter_map(ServedModel::pinned_key).collect(),
         model_cache: cache.manifest(&condition.snapshots),
@@ -287,6 +289,7 @@ mod tests {
             accelerators: vec![],
             capacity: Capacity::default(),
             supported: (0..models).map(key).collect(),
+            to_fetch: vec![],
             // The last of them, to see that they are kept.
             adapters: vec![],
             pinned: vec![],

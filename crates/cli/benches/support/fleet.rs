@@ -114,6 +114,7 @@ fn report(key: &NodeKey, seq: u64) -> HealthReport {
         accelerators: vec!["avx2".to_owned(), "avx512-vnni".to_owned()],
         capacity: Capacity { slots: 4, running: 0, waiting: 0, queue_max: 64 },
         supported: vec![tiny_model::key()],
+        to_fetch: vec![],
         adapters: vec![],
         pinned: vec![],
         model_cache: vec![CachedModel {

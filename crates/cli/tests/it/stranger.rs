@@ -133,6 +133,7 @@ impl Seen {
             accelerators: vec![],
             capacity: Capacity { slots: 64, running: 0, waiting: 0, queue_max: 64 },
             supported: vec![model()],
+            to_fetch: vec![],
             adapters: vec![],
             pinned: vec![],
             model_cache: vec![CachedModel {

@@ -38,7 +38,7 @@ impl<'a> Loading<'a> {
         let percent = progress.percent.min(100);
         Self {
             model: model.to_string(),
-            state: "loading",
+            state: if progress.fetching { "fetching" } else { "loading" },
             node,
             progress: f64::from(percent) / 100.0,
             bytes_sent: progress.bytes / 100 * u64::from(percent),
@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn how_far_a_load_is_stands_beside_its_error() {
         let key = "tether-tiny".parse().and_then(|model_id| Ok(ModelKey { model_id, version: "1.0".parse()? }));
-        let progress = LoadProgress { percent: 25, elapsed_ms: 2_000, bytes: 4_000 };
+        let progress = LoadProgress { percent: 25, elapsed_ms: 2_000, bytes: 4_000, fetching: false };
         let loading = LoadingModel { model: key.expect("well formed"), node: "n".into(), progress };
         let mut body = BytesMut::new();
         write(&WireError::new(ErrorCode::ModelLoading, "wait").with_loading(loading), &mut body);

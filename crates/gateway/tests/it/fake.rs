@@ -86,6 +86,7 @@ fn worker(model: &ModelEntry, idle: &ModelEntry) -> FleetWorker {
         accelerators: vec![],
         capacity: Capacity::default(),
         supported: vec![model.key.clone(), idle.key.clone()],
+        to_fetch: vec![],
         adapters: vec![pirate().key],
         pinned: vec![],
         model_cache: vec![cached],

@@ -129,6 +129,7 @@ impl Worker {
             accelerators: vec![],
             capacity: Capacity { slots: 1, running: 0, waiting: 0, queue_max: 1 },
             supported: vec![model()],
+            to_fetch: vec![],
             adapters: vec![],
             pinned: vec![],
             model_cache: vec![cached],

@@ -21,6 +21,8 @@ pub(super) struct Replicas {
 pub(super) struct Replica {
     pub(super) worker: usize,
     pub(super) resident: bool,
+    /// The worker does not have the file yet.
+    pub(super) to_fetch: bool,
     pub(super) failed: bool,
     pub(super) loading: Option<LoadProgress>,
     /// Tokens of context; 0 where that is not known.
@@ -35,6 +37,13 @@ impl Replicas {
         } else {
             self.position.insert(replica.worker, self.list.len());
             self.list.push(replica);
+        }
+    }
+
+    /// Takes it that a worker begins to fetch the model.
+    pub(super) fn expect_fetch(&mut self, worker: usize) {
+        if let Some(&position) = self.position.get(&worker) {
+            self.list[position].loading = Some(LoadProgress { fetching: true, ..LoadProgress::default() });
         }
     }
 

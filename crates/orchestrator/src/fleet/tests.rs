@@ -26,6 +26,7 @@ fn report(number: u8, models: &[&str]) -> HealthReport {
         accelerators: vec![],
         capacity: Capacity { slots: 2, running: 0, waiting: 0, queue_max: 2 },
         supported: models.iter().map(|name| model(name)).collect(),
+        to_fetch: vec![],
         adapters: vec![],
         pinned: vec![],
         model_cache: models.iter().map(cached).collect(),
@@ -186,7 +187,7 @@ fn a_worker_whose_model_has_an_adapter_in_it_takes_jobs_with_that_one_only() {
     assert_eq!(barred("n", None), [None], "another of its models is as it was");
     let mut plain = report(2, &["m"]);
     plain.model_cache[0].state = ModelState::Loading;
-    plain.model_cache[0].loading = Some(LoadProgress { percent: 40, elapsed_ms: 60_000, bytes: 7 });
+    plain.model_cache[0].loading = Some(LoadProgress { percent: 40, elapsed_ms: 60_000, bytes: 7, fetching: false });
     fleet.update(plain, now);
     let (wanted, pirate) = (model("m"), adapter("pirate"));
     let farthest = |adapter| fleet.loading(Wanted { adapter, ..of(&wanted) }, now).map(|(worker, _)| worker.0[0]);
@@ -200,7 +201,7 @@ fn a_job_waits_for_a_load_that_ends_soon_and_for_no_other() {
     let loading = |number, percent, elapsed_ms| {
         let mut report = report(number, &["m"]);
         report.model_cache[0].state = ModelState::Loading;
-        report.model_cache[0].loading = Some(LoadProgress { percent, elapsed_ms, bytes: 7 });
+        report.model_cache[0].loading = Some(LoadProgress { percent, elapsed_ms, bytes: 7, fetching: false });
         fleet.update(report, now);
     };
     loading(1, 0, 0);
@@ -215,6 +216,43 @@ fn a_job_waits_for_a_load_that_ends_soon_and_for_no_other() {
     assert_eq!(farthest(now + EXPIRY), None, "they are gone");
     fleet.update(report(1, &["m"]), now);
     assert_eq!(farthest(now), None, "one has it ready");
+}
+
+#[test]
+fn while_one_worker_fetches_a_model_no_other_begins_to() {
+    let (fleet, now, model) = (fleet(), Instant::now(), model("m"));
+    let report_of = |number| {
+        let mut report = HealthReport { to_fetch: vec![model.clone()], ..report(number, &["m"]) };
+        report.model_cache.clear();
+        fleet.update(report, now);
+    };
+    let barred = |now| {
+        fleet.with_candidates(&[of(&model)], now, |found| {
+            found.map(|found| (found.has_file, found.barred)).collect::<Vec<_>>()
+        })
+    };
+    report_of(1);
+    report_of(2);
+    assert_eq!(barred(now), [(false, None), (false, None)]);
+    // From the job on, before the worker has told.
+    fleet.expect_fetch(PublicKey([1; 32]), &model);
+    assert_eq!(barred(now), [(false, Some(Refusal::Loading)); 2]);
+    assert!(fleet.loading(of(&model), now).is_some_and(|(worker, progress)| worker.0[0] == 1 && progress.fetching));
+    report_of(1);
+    assert_eq!(barred(now), [(false, None), (false, None)], "it has let it be");
+    let mut fetching = report(1, &["m"]);
+    fetching.model_cache[0].state = ModelState::Loading;
+    let progress = LoadProgress { percent: 10, elapsed_ms: 60_000, bytes: 7, fetching: true };
+    fetching.model_cache[0].loading = Some(progress);
+    fetching.to_fetch = vec![model.clone()];
+    fleet.update(fetching, now);
+    assert_eq!(barred(now), [(false, Some(Refusal::Loading)); 2]);
+    fleet.update(report(2, &["m"]), now);
+    assert_eq!(barred(now)[1], (true, None), "one that has the file takes jobs as ever");
+    report_of(2);
+    let late = now + EXPIRY;
+    fleet.update(HealthReport { to_fetch: vec![model.clone()], model_cache: vec![], ..report(3, &["m"]) }, late);
+    assert_eq!(barred(late), [(false, None)], "the one that fetched it is gone");
 }
 
 #[test]

@@ -8,6 +8,7 @@ fn worker(number: u8) -> Candidate {
         build: 0,
         worker_id: PublicKey([number; 32]),
         resident: true,
+        has_file: true,
         adapter_at_hand: true,
         proximity: 1.0,
         gpu_class_matches: true,
@@ -55,6 +56,15 @@ fn an_adapter_at_hand_decides_among_equals_and_not_against_a_model_in_memory() {
     assert_eq!(chosen(&[to_attach, worker(2)]), Some(worker(2).worker_id));
     let to_load = Candidate { resident: false, ..to_attach };
     assert_eq!(chosen(&[to_load, Candidate { worker_id: PublicKey([3; 32]), ..to_attach }]), Some(PublicKey([3; 32])));
+}
+
+#[test]
+fn whoever_has_to_fetch_the_file_comes_last_and_gets_the_job_where_no_other_takes_it() {
+    let far = Candidate { resident: false, proximity: 0.0, load: 7, tokens_per_second: 1.0, ..worker(1) };
+    let to_fetch = Candidate { resident: false, has_file: false, ..worker(2) };
+    assert_eq!(chosen(&[to_fetch, far]), Some(far.worker_id), "a file on the disk, far away and busy");
+    assert_eq!(chosen(&[to_fetch, Candidate { load: 8, ..far }]), Some(to_fetch.worker_id), "the other is full");
+    assert_eq!(chosen(&[to_fetch]), Some(to_fetch.worker_id));
 }
 
 #[test]

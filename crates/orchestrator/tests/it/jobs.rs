@@ -82,7 +82,8 @@ async fn a_model_that_nobody_has_ready_yet_is_refused_with_how_far_it_is() {
     let loading = |percent| {
         move |report: &mut HealthReport| {
             report.model_cache[0].state = ModelState::Loading;
-            report.model_cache[0].loading = Some(LoadProgress { percent, elapsed_ms: 20_000, bytes: 7 });
+            report.model_cache[0].loading =
+                Some(LoadProgress { percent, elapsed_ms: 20_000, bytes: 7, fetching: false });
         }
     };
     worker.report(&stand, loading(50)).await.expect("believed");

@@ -313,6 +313,7 @@ impl Worker {
             accelerators: vec![],
             capacity: Capacity { slots: 4, running: 0, waiting: 0, queue_max: 4 },
             supported: vec![model()],
+            to_fetch: vec![],
             adapters: vec![],
             pinned: vec![],
             model_cache: vec![CachedModel::new(model(), Digest::of(b"model"), ModelState::Ready)],

@@ -58,13 +58,13 @@ impl Load {
         let Self { percent, bytes, expected, .. } = *self;
         let elapsed = self.since.elapsed();
         let Some(expected) = expected.filter(|_| percent == 0) else {
-            return LoadProgress { percent, elapsed_ms: elapsed.as_millis() as u64, bytes };
+            return LoadProgress { percent, elapsed_ms: elapsed.as_millis() as u64, bytes, fetching: false };
         };
         let by_time = 100 * elapsed.as_millis() / expected.as_millis().max(1);
         let percent = percent.max(by_time.clamp(1, 99) as u8);
         // A load that takes longer than expected is told by its own time again.
         let elapsed = elapsed.max(expected * u32::from(percent) / 100);
-        LoadProgress { percent, elapsed_ms: elapsed.as_millis() as u64, bytes }
+        LoadProgress { percent, elapsed_ms: elapsed.as_millis() as u64, bytes, fetching: false }
     }
 }
 
