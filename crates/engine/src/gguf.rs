@@ -1,7 +1,7 @@
 //! Reads the header of a GGUF file without trusting it.
 //!
-//! llama.cpp aborts its process on some malformed files. This parser comes first: it is bounded, never panics,
-//! allocates only what the file really holds, and says where a file is wrong. Layout (little endian): magic, version,
+//! llama.cpp aborts its process on some malformed files. This parser comes first: it never panics, allocates only what the
+//! file really holds and no more than [`KEPT_BYTES_MAX`] (see `docs/adr/0042-headers-within-a-budget.md`), and says where a file is wrong. Layout (little endian): magic, version,
 //! tensor count, pair count, the pairs, the tensor descriptions, padding to the alignment, the tensors.
 //!
 //! [`read_model`] reads a model, which may be cut in several files, and [`check_adapter`] says whether an adapter belongs
@@ -44,6 +44,9 @@ pub const TENSOR_NAME_BYTES_MAX: u64 = 63;
 pub const KEPT_NUMBERS_MAX: u64 = 4_096;
 /// Numbers of all arrays together that are kept: each takes many times its length in the file.
 pub const KEPT_IN_ALL_MAX: u64 = 64 << 10;
+
+/// Memory for all that is kept of the headers of a model, in bytes. The largest vocabularies known take a fifth.
+pub const KEPT_BYTES_MAX: u64 = 24 << 20;
 
 const TOKENS_KEY: &str = "tokenizer.ggml.tokens";
 
@@ -133,17 +136,27 @@ impl std::error::Error for GgufError {}
 impl Header {
     /// Reads the header from the bytes of a whole file.
     pub fn parse(bytes: &[u8]) -> Result<Self, GgufError> {
-        Self::read_from(bytes, bytes.len() as u64)
+        Self::read_from(bytes, bytes.len() as u64, &mut KEPT_BYTES_MAX.clone())
     }
 
     /// Reads the header of an open file, leaving its position alone.
     pub fn read(file: &File) -> Result<Self, GgufError> {
+        Self::read_within(file, &mut KEPT_BYTES_MAX.clone())
+    }
+
+    /// Reads the headers of the files of a model, which together take no more memory than one may.
+    pub fn read_all<'a>(files: impl IntoIterator<Item = &'a File>) -> Result<Vec<Self>, GgufError> {
+        let mut budget = KEPT_BYTES_MAX;
+        files.into_iter().map(|file| Self::read_within(file, &mut budget)).collect()
+    }
+
+    fn read_within(file: &File, budget: &mut u64) -> Result<Self, GgufError> {
         let length = file.metadata().map_err(|error| GgufError {
             offset: 0,
             key: None,
             problem: format!("the file cannot be read: {error}"),
         })?;
-        Self::read_from(BufReader::with_capacity(1 << 16, Positioned { file, offset: 0 }), length.len())
+        Self::read_from(BufReader::with_capacity(1 << 16, Positioned { file, offset: 0 }), length.len(), budget)
     }
 
     /// Returns the text under a key.
@@ -266,9 +279,10 @@ impl Header {
         }
     }
 
-    fn read_from(input: impl Read, file_bytes: u64) -> Result<Self, GgufError> {
-        let mut reader = Reader::new(input, file_bytes);
+    fn read_from(input: impl Read, file_bytes: u64, budget: &mut u64) -> Result<Self, GgufError> {
+        let mut reader = Reader::new(input, file_bytes, *budget);
         let header = reader.header();
+        *budget = reader.budget;
         header.map_err(|problem| GgufError { offset: reader.offset, key: reader.key, problem })
     }
 }

@@ -8,8 +8,10 @@ use std::io::{self, BufReader, Cursor, Read};
 use std::ops::Range;
 
 use super::reader::{Positioned, Reader};
-use super::{HEADER_BYTES_MAX, Header, check_model, join};
+use super::{Header, KEPT_BYTES_MAX, check_model, join};
 
+/// The longest head of a joined file, without its tensors, which lies in memory; the largest vocabularies known take two thirds.
+const HEAD_BYTES_MAX: u64 = 24 << 20;
 /// What every key begins with that says how a model was split.
 const SPLIT: &str = "split.";
 
@@ -27,22 +29,24 @@ pub struct Joined {
 impl Joined {
     /// Reads the parts of a model, given in their order, or says why they are no whole model.
     pub fn of(parts: &[File]) -> Result<Self, String> {
-        let headers =
-            parts.iter().map(Header::read).collect::<Result<Vec<_>, _>>().map_err(|error| error.to_string())?;
-        let mut header = join(headers.clone())?;
+        let first = parts.first().ok_or("there is no file")?;
+        let pairs = pairs(first)?;
+        let headers = Header::read_all(parts).map_err(|error| error.to_string())?;
+        let shares: Vec<_> = headers.iter().map(|part| (part.data_offset, part.tensors.len())).collect();
+        let mut header = join(headers)?;
         check_model(&header)?;
         header.metadata.retain(|key, _| !key.starts_with(SPLIT));
-        let first = parts.first().ok_or("there is no file")?;
         let alignment = header.unsigned("general.alignment").unwrap_or(32);
         let mut data = vec![];
-        let mut tensors = vec![];
+        let mut rest = &mut header.tensors[..];
         let mut base = 0_u64;
-        for part in headers {
-            let length =
-                part.tensors.iter().map(|tensor| tensor.offset.saturating_add(tensor.bytes)).max().unwrap_or(0);
+        for (data_offset, count) in shares {
+            let (tensors, others) = rest.split_at_mut(count);
+            rest = others;
+            let length = tensors.iter().map(|tensor| tensor.offset.saturating_add(tensor.bytes)).max().unwrap_or(0);
             let padded = length.checked_next_multiple_of(alignment).ok_or("a part is too long")?;
-            data.push((part.data_offset..part.data_offset.saturating_add(length), padded - length));
-            for mut tensor in part.tensors {
+            data.push((data_offset..data_offset.saturating_add(length), padded - length));
+            for tensor in tensors {
                 // Each part may say how its own tensors are aligned; the whole has one way.
                 if !tensor.offset.is_multiple_of(alignment) {
                     return Err(format!(
@@ -51,13 +55,11 @@ impl Joined {
                     ));
                 }
                 tensor.offset = base.checked_add(tensor.offset).ok_or("the parts are too long")?;
-                tensors.push(tensor);
             }
             base = base.checked_add(padded).ok_or("the parts are too long")?;
         }
-        header.tensors = tensors;
         let mut joined = Self { header, head: vec![], data };
-        joined.head = joined.write_head(first, alignment)?;
+        joined.head = joined.write_head(first, &pairs, alignment)?;
         joined.header.data_offset = joined.head.len() as u64;
         Ok(joined)
     }
@@ -78,16 +80,20 @@ impl Joined {
         Cursor::new(&self.head).chain(tensors)
     }
 
-    fn write_head(&self, first: &File, alignment: u64) -> Result<Vec<u8>, String> {
-        let pairs = pairs(first)?;
+    fn write_head(&self, first: &File, pairs: &[(String, Range<u64>)], alignment: u64) -> Result<Vec<u8>, String> {
         let kept: Vec<&Range<u64>> =
             pairs.iter().filter(|(key, _)| !key.starts_with(SPLIT)).map(|(_, range)| range).collect();
-        let mut head = b"GGUF".to_vec();
+        let bytes = kept.iter().fold(0, |sum, range| sum + (range.end - range.start));
+        let mut head = Vec::with_capacity(usize::try_from(bytes.min(HEAD_BYTES_MAX)).unwrap_or_default());
+        head.extend(b"GGUF");
         head.extend(self.header.version.to_le_bytes());
         head.extend((self.header.tensors.len() as u64).to_le_bytes());
         head.extend((kept.len() as u64).to_le_bytes());
         for range in kept {
             let mut pair = Positioned { file: first, offset: range.start }.take(range.end - range.start);
+            if head.len() as u64 + (range.end - range.start) > HEAD_BYTES_MAX {
+                return Err(format!("the header would be longer than {} MiB", HEAD_BYTES_MAX >> 20));
+            }
             pair.read_to_end(&mut head).map_err(|error| format!("the file cannot be read: {error}"))?;
         }
         for tensor in &self.header.tensors {
@@ -97,9 +103,6 @@ impl Joined {
             tensor.dimensions.iter().for_each(|side| head.extend(side.to_le_bytes()));
             head.extend(tensor.kind.to_le_bytes());
             head.extend(tensor.offset.to_le_bytes());
-        }
-        if head.len() as u64 > HEADER_BYTES_MAX {
-            return Err(format!("the header would be longer than {HEADER_BYTES_MAX} bytes"));
         }
         let padded = (head.len() as u64).next_multiple_of(alignment);
         head.resize(padded as usize, 0);
@@ -111,7 +114,7 @@ impl Joined {
 fn pairs(file: &File) -> Result<Vec<(String, Range<u64>)>, String> {
     let file_bytes = file.metadata().map_err(|error| format!("the file cannot be read: {error}"))?.len();
     let input = BufReader::with_capacity(1 << 16, Positioned { file, offset: 0 });
-    let mut reader = Reader::new(input, file_bytes);
+    let mut reader = Reader::new(input, file_bytes, KEPT_BYTES_MAX);
     reader.header()?;
     Ok(reader.pairs)
 }

@@ -7,11 +7,18 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use super::{
-    HEADER_BYTES_MAX, Header, ITEM_BYTES_MAX, KEPT_IN_ALL_MAX, KEPT_NUMBERS_MAX, KEY_BYTES_MAX, PAIRS_MAX,
-    TENSOR_NAME_BYTES_MAX, TENSORS_MAX, TEXT_BYTES_MAX, TOKENS_KEY, Tensor, TextTable, Value,
+    HEADER_BYTES_MAX, Header, ITEM_BYTES_MAX, KEPT_BYTES_MAX, KEPT_IN_ALL_MAX, KEPT_NUMBERS_MAX, KEY_BYTES_MAX,
+    PAIRS_MAX, TENSOR_NAME_BYTES_MAX, TENSORS_MAX, TEXT_BYTES_MAX, TOKENS_KEY, Tensor, TextTable, Value,
 };
 
 const MAGIC: [u8; 4] = *b"GGUF";
+
+/// What a pair takes beside its texts: its places in a tree and in a list, each of which may have twice the room that it needs.
+const PAIR_BYTES: u64 = 384;
+/// What a tensor takes beside its name: its place in a list, its dimensions, and its name and place among all names.
+const TENSOR_BYTES: u64 = 384;
+/// Items by which the lists of the vocabulary grow.
+const GROWTH_ITEMS: usize = 256 << 10;
 
 /// Keys of which llama.cpp takes the type for granted, and the number of that type.
 const TYPED_KEYS: [(&str, u32); 8] = [
@@ -49,11 +56,13 @@ pub(super) struct Reader<R> {
     pub(super) pairs: Vec<(String, Range<u64>)>,
     /// Numbers of arrays that were kept.
     kept_numbers: u64,
+    /// Memory that is left for what is kept, in bytes.
+    pub(super) budget: u64,
 }
 
 impl<R: Read> Reader<R> {
-    pub(super) fn new(input: R, file_bytes: u64) -> Self {
-        Self { input, offset: 0, file_bytes, key: None, pairs: vec![], kept_numbers: 0 }
+    pub(super) fn new(input: R, file_bytes: u64, budget: u64) -> Self {
+        Self { input, offset: 0, file_bytes, key: None, pairs: vec![], kept_numbers: 0, budget }
     }
 
     pub(super) fn header(&mut self) -> Result<Header, String> {
@@ -85,7 +94,10 @@ impl<R: Read> Reader<R> {
         let mut metadata = BTreeMap::new();
         for _ in 0..count {
             let start = self.offset;
+            self.keep(PAIR_BYTES)?;
             let key = self.text(KEY_BYTES_MAX)?;
+            // It lies in the list of pairs as well.
+            self.keep(key.len() as u64)?;
             self.key = Some(key.clone());
             let kind = self.u32()?;
             // llama.cpp asserts that these have their types, where it checks those of others.
@@ -146,6 +158,8 @@ impl<R: Read> Reader<R> {
             return Ok(Value::Skipped { items });
         }
         self.kept_numbers += items;
+        // A list that grows has room for up to twice as many.
+        self.keep(items * 2 * size_of::<Value>() as u64)?;
         (0..items).map(|_| self.number(kind)).collect::<Result<_, _>>().map(Value::Array)
     }
 
@@ -157,7 +171,11 @@ impl<R: Read> Reader<R> {
                 self.skip(length)?;
                 continue;
             }
+            self.keep(length + size_of::<u32>() as u64)?;
             let text = self.bytes(length)?;
+            // To double the room would take more than is kept.
+            reserve(&mut table.bytes, text.len());
+            reserve(&mut table.ends, 1);
             table.bytes.extend_from_slice(&text);
             table.ends.push(u32::try_from(table.bytes.len()).map_err(|_| "the vocabulary is too long".to_owned())?);
         }
@@ -170,6 +188,7 @@ impl<R: Read> Reader<R> {
         let mut tensors = Vec::new();
         let mut names = HashSet::new();
         for _ in 0..count {
+            self.keep(TENSOR_BYTES)?;
             let tensor = self.tensor()?;
             if !names.insert(tensor.name.clone()) {
                 return Err("the tensor occurs twice".into());
@@ -241,8 +260,17 @@ impl<R: Read> Reader<R> {
             .ok_or_else(|| format!("{items} items do not fit the rest of the file"))
     }
 
+    /// Takes memory for something that is kept, before it is read.
+    fn keep(&mut self, bytes: u64) -> Result<(), String> {
+        self.budget = self.budget.checked_sub(bytes).ok_or_else(|| {
+            format!("the header takes more than {} MiB of memory, which no model needs", KEPT_BYTES_MAX >> 20)
+        })?;
+        Ok(())
+    }
+
     fn text(&mut self, most: u64) -> Result<String, String> {
         let length = self.bounded("bytes in a text", most)?;
+        self.keep(length)?;
         String::from_utf8(self.bytes(length)?).map_err(|_| "a text is not UTF-8".into())
     }
 
@@ -288,6 +316,13 @@ impl<R: Read> Reader<R> {
         })?;
         self.offset += bytes.len() as u64;
         Ok(())
+    }
+}
+
+/// Makes room for more items, a fixed step at a time.
+fn reserve<T>(items: &mut Vec<T>, more: usize) {
+    if items.capacity() - items.len() < more {
+        items.reserve_exact(more.max(GROWTH_ITEMS));
     }
 }
 

@@ -32,7 +32,7 @@ async fn read_headers(artifact: &VerifiedArtifact) -> Result<Vec<Header>, Engine
     let files = std::iter::once(artifact).chain(&artifact.parts);
     let files =
         files.map(|part| part.file.try_clone()).collect::<Result<Vec<_>, _>>().map_err(|error| failed(&error))?;
-    let read = move || files.iter().map(Header::read).collect::<Result<Vec<_>, _>>();
+    let read = move || Header::read_all(&files);
     let headers = task::spawn_blocking(read).await.map_err(|error| failed(&error))?;
     headers.map_err(|error| EngineError::InvalidModel { reason: error.to_string() })
 }

@@ -9,6 +9,8 @@ mod chat_templates;
 mod embeddings;
 #[cfg(feature = "llama")]
 mod handed_over;
+#[cfg(target_os = "linux")]
+mod header_memory;
 #[cfg(feature = "llama")]
 mod llama_families;
 #[cfg(feature = "llama")]
