@@ -12,6 +12,8 @@ use tracing::warn;
 use crate::copy::hash;
 use crate::embedded;
 use crate::fetched::{Fetched, InUse};
+#[cfg(unix)]
+use crate::known_good;
 use crate::local_folder::LocalFolder;
 use crate::partial::{self, Partial};
 
@@ -27,7 +29,8 @@ struct Inner {
     embedded: BTreeMap<Digest, &'static [u8]>,
 }
 
-/// An open file whose bytes had the digest when they were read through this very descriptor.
+/// An open file whose bytes had the digest when they were read through this very descriptor, or when they were taken in:
+/// the kernel says of the file behind the descriptor that it was not written since.
 ///
 /// What comes from the program itself cannot change any more. A file of the folder belongs to this user alone and is
 /// never written in place, so only its owner or root could change it behind the descriptor.
@@ -246,7 +249,8 @@ impl ArtifactStore {
         self.inner.folder.open_file(digest)
     }
 
-    /// Opens an artifact and verifies all its bytes through the descriptor that is returned. Blocks.
+    /// Opens an artifact and verifies all its bytes through the descriptor that is returned, unless this process hashed
+    /// them when it took the file in and nobody has written the file since. Blocks.
     pub fn open(&self, digest: &Digest) -> Result<VerifiedFile, OpenError> {
         let failed = |source| OpenError::Read { digest: *digest, source };
         if let Some(bytes) = self.inner.embedded.get(digest) {
@@ -265,6 +269,11 @@ impl ArtifactStore {
             }
             Err(error) => return Err(failed(error)),
         };
+        #[cfg(unix)]
+        if known_good::is_known(&file, digest).map_err(failed)? {
+            let bytes = file.metadata().map_err(failed)?.len();
+            return Ok(VerifiedFile { file, digest: *digest, bytes });
+        }
         let opened = file.try_clone().map_err(failed)?;
         let verified = verify(file, digest);
         if matches!(verified, Err(OpenError::Mismatch { .. }))

@@ -6,6 +6,8 @@ mod artifact_store;
 mod copy;
 mod embedded;
 mod fetched;
+#[cfg(unix)]
+mod known_good;
 mod local_folder;
 mod partial;
 

@@ -14,6 +14,8 @@ use tracing::debug;
 
 use crate::artifact_store::{PutError, Stored, Way};
 use crate::copy::{Copy, copy_file_hashed, copy_hashed, hash};
+#[cfg(unix)]
+use crate::known_good;
 
 /// Tells the incoming files of one process apart.
 static NEXT_PART: AtomicU64 = AtomicU64::new(0);
@@ -78,7 +80,12 @@ impl LocalFolder {
         if stored.bytes > bytes_max {
             return Err(PutError::TooLarge { bytes_max });
         }
-        self.keep(part, &stored.digest).map_err(|error| self.failed(error))?;
+        let kept = self.settled(&part.file).and_then(|settled| {
+            let file = part.file.try_clone()?;
+            self.keep(part, &stored.digest)?;
+            remember(&file, &stored.digest, settled)
+        });
+        kept.map_err(|error| self.failed(error))?;
         Ok((stored, way))
     }
 
@@ -101,18 +108,31 @@ impl LocalFolder {
             drop(part);
             return self.put_open(&File::open(path).map_err(PutError::Source)?, bytes_max, progress);
         };
+        // Others may write it while it is hashed.
+        let settled = self.settled(&file).map_err(|error| self.failed(error))?;
         let stored = hash(&file, progress).map_err(PutError::Source)?;
         if stored.bytes > bytes_max {
             return Err(PutError::TooLarge { bytes_max });
         }
         // Its mode is left alone: it is that of the other name as well.
         let placed = self.place(&part.path, &file, &stored.digest).and_then(|()| self.unmark(&stored.digest));
-        placed.map_err(|error| self.failed(error))?;
+        placed.and_then(|()| remember(&file, &stored.digest, settled)).map_err(|error| self.failed(error))?;
         Ok((stored, Way::Linked))
     }
 
     pub(crate) fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Returns when a file was last written, once a later write would have another time.
+    #[cfg(unix)]
+    fn settled(&self, file: &File) -> io::Result<Option<(i64, i64)>> {
+        known_good::settled(file, || self.unnamed())
+    }
+
+    #[cfg(not(unix))]
+    fn settled(&self, _: &File) -> io::Result<Option<(i64, i64)>> {
+        Ok(None)
     }
 
     pub(crate) fn remove(&self, digest: &Digest) -> io::Result<bool> {
@@ -233,6 +253,17 @@ impl LocalFolder {
         }
         Ok(())
     }
+}
+
+/// Notes that a file was hashed, where it is known when it was last written.
+fn remember(file: &File, digest: &Digest, settled: Option<(i64, i64)>) -> io::Result<()> {
+    #[cfg(unix)]
+    if let Some(settled) = settled {
+        known_good::remember(file, *digest, settled)?;
+    }
+    #[cfg(not(unix))]
+    let _ = (file, digest, settled);
+    Ok(())
 }
 
 /// A file on its way in.

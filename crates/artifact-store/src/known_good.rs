@@ -1,0 +1,193 @@
+//! Files that this process has hashed while it took them in, so that they are not hashed once more when they are opened.
+//!
+//! A file is recognised by what the kernel notes of it: its device and number, its length, and the times of its last
+//! write and change. Any later write gives it other times, for the clock of the file system was seen to have moved on from the last
+//! write when the hash was complete; whoever sets the time of the last write changes the time of the last change by
+//! that. Only the owner, who may write behind an open descriptor as well, or root with the clock, gets around it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use protocol::Digest;
+
+/// Shorter files are hashed again: that takes less time than to remember them.
+const BYTES_MIN: u64 = 16 << 20;
+/// The most files that are remembered.
+const FILES_MAX: usize = 256;
+/// How often the clock of the file system is read, and how many times: it moves every 4 to 10 ms.
+const CLOCK_EVERY: Duration = Duration::from_millis(1);
+const CLOCK_READS: u32 = 50;
+
+/// The files by device and number, as the kernel has them; stores of one folder share what they know.
+static KNOWN: Mutex<BTreeMap<(u64, u64), Known>> = Mutex::new(BTreeMap::new());
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Known {
+    digest: Digest,
+    bytes: u64,
+    written: (i64, i64),
+    changed: (i64, i64),
+}
+
+/// A time of a file: seconds and nanoseconds.
+type Time = (i64, i64);
+
+fn known() -> MutexGuard<'static, BTreeMap<(u64, u64), Known>> {
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// When a file was last written, once a later write would have another time. `clock` makes a new file.
+///
+/// To be read before the file is hashed, or before anybody else can open it.
+#[expect(clippy::disallowed_methods, reason = "the store blocks, for some milliseconds here")]
+pub(crate) fn settled(file: &File, mut clock: impl FnMut() -> io::Result<File>) -> io::Result<Option<Time>> {
+    let metadata = file.metadata()?;
+    let written = (metadata.mtime(), metadata.mtime_nsec());
+    if metadata.len() < BYTES_MIN {
+        return Ok(None);
+    }
+    for _ in 0..CLOCK_READS {
+        let now = clock()?.metadata()?;
+        if (now.mtime(), now.mtime_nsec()) > written {
+            return Ok(Some(written));
+        }
+        thread::sleep(CLOCK_EVERY);
+    }
+    Ok(None)
+}
+
+/// Remembers a file that has its name in the store now, unless it was written since it was settled.
+pub(crate) fn remember(file: &File, digest: Digest, settled: Time) -> io::Result<()> {
+    let metadata = file.metadata()?;
+    let (written, changed) = times(&metadata);
+    if written == settled {
+        let mut files = known();
+        if files.len() >= FILES_MAX {
+            files.clear();
+        }
+        let file = (metadata.dev(), metadata.ino());
+        files.insert(file, Known { digest, bytes: metadata.len(), written, changed });
+    }
+    Ok(())
+}
+
+/// Returns whether an open file is one that this process took in with this digest, and that has not changed since.
+pub(crate) fn is_known(file: &File, digest: &Digest) -> io::Result<bool> {
+    let metadata = file.metadata()?;
+    let (written, changed) = times(&metadata);
+    let now = Known { digest: *digest, bytes: metadata.len(), written, changed };
+    Ok(known().get(&(metadata.dev(), metadata.ino())) == Some(&now))
+}
+
+fn times(metadata: &std::fs::Metadata) -> (Time, Time) {
+    ((metadata.mtime(), metadata.mtime_nsec()), (metadata.ctime(), metadata.ctime_nsec()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, FileTimes, OpenOptions};
+    use std::io::Write as _;
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+    use crate::{ArtifactStore, OpenError, Way};
+
+    const BYTES: usize = BYTES_MIN as usize;
+
+    fn store(folder: &Path) -> ArtifactStore {
+        ArtifactStore::in_folder(folder.join("store")).expect("a store")
+    }
+
+    fn source(folder: &Path, length: usize) -> PathBuf {
+        let path = folder.join("model.gguf");
+        fs::write(&path, vec![7; length]).expect("written");
+        path
+    }
+
+    fn place(folder: &Path, digest: &Digest) -> PathBuf {
+        let name = digest.to_string();
+        folder.join("store/sha256").join(&name[..2]).join(name)
+    }
+
+    fn taken(folder: &Path, way: Way, length: usize) -> (ArtifactStore, Digest) {
+        let (store, source) = (store(folder), source(folder, length));
+        let (stored, went) = match way {
+            Way::Linked => store.put_link(&source, u64::MAX, |_| Ok(())).expect("put"),
+            _ => store.put_open(&File::open(&source).expect("opened"), u64::MAX, |_| Ok(())).expect("put"),
+        };
+        assert_eq!(went == Way::Linked, way == Way::Linked);
+        (store, stored.digest)
+    }
+
+    fn is_known_in(folder: &Path, digest: &Digest) -> bool {
+        is_known(&File::open(place(folder, digest)).expect("it is there"), digest).expect("it can be looked at")
+    }
+
+    #[test]
+    fn a_file_that_was_taken_in_is_hashed_once() {
+        for way in [Way::Copied, Way::Linked] {
+            let folder = tempfile::tempdir().expect("a folder");
+            let (taking, digest) = taken(folder.path(), way, BYTES);
+            assert!(is_known_in(folder.path(), &digest), "{way:?}");
+            assert_eq!(taking.open(&digest).expect("it opens").bytes, BYTES_MIN);
+            // Another store of the same folder knows it as well, and no file of another digest.
+            assert!(store(folder.path()).open(&digest).is_ok());
+            assert!(
+                !is_known(&File::open(place(folder.path(), &digest)).expect("there"), &Digest::of(b"x")).expect("told")
+            );
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_written_replaced_or_only_touched_since_is_hashed_again() {
+        type Change = fn(&Path);
+        let overwrite: Change = |path| {
+            let file = OpenOptions::new().write(true).open(path).and_then(|mut file| file.write_all(b"evil"));
+            file.expect("written");
+        };
+        let overwrite_with_its_time: Change = |path| {
+            let times = fs::metadata(path).and_then(|it| Ok(FileTimes::new().set_modified(it.modified()?)));
+            let mut file = OpenOptions::new().write(true).open(path).expect("opened");
+            file.write_all(b"evil").expect("written");
+            file.set_times(times.expect("told")).expect("set");
+        };
+        let replace: Change = |path| {
+            let times = fs::metadata(path).and_then(|it| Ok(FileTimes::new().set_modified(it.modified()?)));
+            fs::remove_file(path).expect("removed");
+            fs::write(path, vec![8; BYTES]).expect("written");
+            let file = OpenOptions::new().write(true).open(path).expect("opened");
+            file.set_times(times.expect("told")).expect("set");
+        };
+        for (way, change) in [
+            (Way::Copied, overwrite),
+            (Way::Copied, overwrite_with_its_time),
+            (Way::Copied, replace),
+            (Way::Linked, overwrite),
+            (Way::Linked, overwrite_with_its_time),
+        ] {
+            let folder = tempfile::tempdir().expect("a folder");
+            let (store, digest) = taken(folder.path(), way, BYTES);
+            let path = place(folder.path(), &digest);
+            fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("set");
+            change(&path);
+            assert!(matches!(store.open(&digest), Err(OpenError::Mismatch { .. })), "{way:?}");
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        let (store, digest) = taken(folder.path(), Way::Copied, BYTES);
+        fs::set_permissions(place(folder.path(), &digest), std::os::unix::fs::PermissionsExt::from_mode(0o600))
+            .expect("set");
+        assert!(!is_known_in(folder.path(), &digest) && store.open(&digest).is_ok());
+    }
+
+    #[test]
+    fn a_short_file_is_always_hashed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (_, digest) = taken(folder.path(), Way::Copied, BYTES - 1);
+        assert!(!is_known_in(folder.path(), &digest));
+    }
+}
