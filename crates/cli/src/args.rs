@@ -160,7 +160,8 @@ pub struct UpArgs {
 /// Which files to serve.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ModelFilesArgs {
-    /// GGUF files to serve besides the configured models; NAME=FILE chooses the name that clients use
+    /// GGUF files to serve besides the configured models; NAME=FILE chooses the name that clients use. `up` also takes
+    /// URLs and models of the Hugging Face Hub (hf:ORG/REPO[:QUANT]), which it adds for good
     #[arg(value_name = "[NAME=]FILE")]
     pub files: Vec<String>,
 }
@@ -330,7 +331,8 @@ pub struct NodesArgs {
 /// What to ask.
 #[derive(Debug, Clone, Args)]
 pub struct RunArgs {
-    /// Model, as name[@MAJOR.MINOR][:adapter], or a GGUF file, as [NAME=]FILE
+    /// Model, as name[@MAJOR.MINOR][:adapter]; a GGUF file, as [NAME=]FILE; a URL of one, or a model of the Hugging
+    /// Face Hub, as hf:ORG/REPO[:QUANT]
     pub model: String,
     /// What to ask; - reads it from stdin, and what is piped in is added to it
     pub prompt: Option<String>,
@@ -360,8 +362,8 @@ pub struct RunArgs {
 /// With whom to talk.
 #[derive(Debug, Clone, Args)]
 pub struct ChatArgs {
-    /// Model, as name[@MAJOR.MINOR][:adapter], or a GGUF file, as [NAME=]FILE; by default the one that is served, or a
-    /// choice of them
+    /// Model, as name[@MAJOR.MINOR][:adapter], a GGUF file, as [NAME=]FILE, a URL or hf:ORG/REPO[:QUANT]; by default
+    /// the one that is served, or a choice of them
     pub model: Option<String>,
     /// What the model is told before: who it is, and how to answer
     #[arg(long, value_name = "TEXT")]

@@ -21,6 +21,11 @@ use tokio_util::sync::CancellationToken;
 use self::web::{Credential, Failure, Response, Web, host, shown};
 use crate::model_file::{self, progress};
 
+/// Says whether a text names something to download: a URL, or a model of the Hugging Face Hub.
+pub fn is_source(text: &str) -> bool {
+    text.contains("://") || hugging_face::Repository::of(text).is_some()
+}
+
 /// Tries in a row that bring no byte before a download is given up.
 const TRIES_MAX: u32 = 6;
 /// The wait before the second try; each further one is twice as long.

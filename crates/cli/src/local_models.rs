@@ -33,6 +33,9 @@ struct NamedFile {
 /// Returns a `FILE` or `NAME=FILE` with its path made absolute, so that it means the same wherever it is read again.
 pub fn absolute(text: &str) -> String {
     let (name, file) = split(text);
+    if crate::download::is_source(file) {
+        return text.to_owned();
+    }
     let file = path::absolute(file).unwrap_or_else(|_| file.into());
     match name {
         Some(name) => format!("{name}={}", file.display()),
@@ -44,6 +47,9 @@ pub fn absolute(text: &str) -> String {
 /// name alone may be both; then the file has to begin as one of a model.
 pub fn as_file(text: &str) -> Option<&str> {
     let (name, file) = split(text);
+    if crate::download::is_source(file) {
+        return None;
+    }
     let says_so = name.is_some() || file.contains('/') || file.to_lowercase().ends_with(".gguf");
     (says_so || begins_as_model(Path::new(file))).then_some(text)
 }
@@ -76,6 +82,9 @@ pub fn known_digest(data: &DataFolder, text: &str) -> anyhow::Result<Option<Dige
 /// Adds the files that the settings name to the models of the workers, and takes every file into the store. Says which
 /// it copies.
 pub async fn take_in(settings: &mut Settings, data: &DataFolder) -> anyhow::Result<()> {
+    if let Some(source) = settings.models.iter().find(|text| crate::download::is_source(split(text).1)) {
+        bail!("{source} is no file of this machine; add it by `tether model add {}`", split(source).1);
+    }
     let taken = settings.worker.models.iter().map(|model| model.model_id.clone()).collect();
     let added = served(&settings.models, taken)?;
     settings.worker.models.extend(added);
@@ -126,7 +135,8 @@ fn version_of(name: &ModelName, wanted: ModelVersion, digest: Digest, listed: &[
     ModelVersion { minor: newest.key.version.minor.saturating_add(1), ..newest.key.version }
 }
 
-fn split(text: &str) -> (Option<&str>, &str) {
+/// Splits a `NAME=FILE`, or a `FILE` without a name.
+pub fn split(text: &str) -> (Option<&str>, &str) {
     // A path may hold an equals sign, and names hold no slash.
     match text.split_once('=') {
         Some((name, file)) if !name.contains(['/', '\\']) && !Path::new(text).exists() => (Some(name), file),
@@ -202,7 +212,22 @@ pub fn take(
     Ok((stored, way))
 }
 
-/// Returns the file that remembers which digest the bytes of a path had.
+/// Returns the digest of what a source of the web brought when it was last downloaded.
+pub fn digest_of_source(index: &Path, source: &str) -> Option<Digest> {
+    read_index(index).remove(source).map(|known| known.digest)
+}
+
+/// Remembers what a source of the web brought.
+pub fn remember_source(index: &Path, source: &str, digest: Digest, bytes: u64) {
+    let mut known = read_index(index);
+    known.insert(source.to_owned(), Known { bytes, modified_nanos: 0, digest });
+    // Without it the source is only asked once more.
+    if let Err(error) = write_index(index, &known) {
+        warn!(file = %index.display(), %error, "could not write down where a model came from");
+    }
+}
+
+/// Returns the file that remembers which digest the bytes of a path, or of a source of the web, had.
 pub fn index(data: &DataFolder) -> PathBuf {
     data.path().join("taken-in.json")
 }
@@ -251,6 +276,18 @@ mod tests {
         assert_eq!(absolute("a.gguf"), here.join("a.gguf").display().to_string());
         assert_eq!(absolute("m=a.gguf"), format!("m={}", here.join("a.gguf").display()));
         assert_eq!(absolute("/m/x=y.gguf"), "/m/x=y.gguf");
+    }
+
+    #[tokio::test]
+    async fn what_is_to_be_downloaded_is_no_file() {
+        for text in ["hf:org/repo:Q4_K_M", "mine=hf:org/repo", "https://models.example/m.gguf", "mine=http://a/m.gguf"]
+        {
+            assert_eq!((absolute(text).as_str(), as_file(text)), (text, None));
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut settings = Settings { models: vec!["mine=hf:org/repo".into()], ..Settings::default() };
+        let refused = take_in(&mut settings, &DataFolder::at(folder.path())).await.expect_err("no file");
+        assert!(refused.to_string().contains("tether model add hf:org/repo"), "{refused}");
     }
 
     fn listed(version: &str, bytes: &[u8]) -> ModelEntry {

@@ -92,17 +92,19 @@ fn list_cache(context: &Context, cache: &Cache) -> anyhow::Result<Outcome> {
 enum Source {
     Cached(Cached),
     File(PathBuf),
+    Remote(RemoteSource),
+}
+
+/// Where a model is downloaded from.
+enum RemoteSource {
     Url(Uri),
     Hub(Repository),
 }
 
 impl Source {
     fn of(text: &str) -> anyhow::Result<Self> {
-        if let Some(repository) = Repository::of(text) {
-            return Ok(Self::Hub(repository?));
-        }
-        if text.contains("://") {
-            return Ok(Self::Url(web::parse(&hugging_face::file_of_page(text))?));
+        if let Some(remote) = RemoteSource::of(text) {
+            return Ok(Self::Remote(remote?));
         }
         let path = std::path::absolute(text).with_context(|| format!("{text:?} is no path"))?;
         // Others name a model of the Hub without saying that it is one.
@@ -111,6 +113,16 @@ impl Source {
             bail!("there is no file {text}; if that is a model of the Hugging Face Hub, write it as hf:{text}");
         }
         Ok(Self::File(path))
+    }
+}
+
+impl RemoteSource {
+    /// Reads a model of the Hub or a URL. Returns nothing for other texts.
+    fn of(text: &str) -> Option<anyhow::Result<Self>> {
+        if let Some(repository) = Repository::of(text) {
+            return Some(repository.map(Self::Hub));
+        }
+        text.contains("://").then(|| Ok(Self::Url(web::parse(&hugging_face::file_of_page(text))?)))
     }
 }
 
@@ -160,29 +172,13 @@ async fn add_all(
                 let incoming = Incoming { file, take: Take::Link, stays: true, expected: cached.digest, name };
                 add(context, desk, &artifacts, incoming, wanted).await?
             }
-            Source::Url(url) => {
-                let (remotes, name) = of_url(&url)?;
-                // Shown to the Hub alone, should this be a file of it.
-                let credential = Hub::of(&context.env)?.credential().cloned();
-                let fetch = Fetch { source: url.to_string(), remotes, credential, name };
-                let web = Web::new(args.insecure);
-                download(context, desk, &artifacts, &web, fetch, wanted).await?
-            }
-            Source::Hub(repository) => {
-                let (web, hub) = (Web::new(args.insecure), Hub::of(&context.env)?);
-                let found = context.stop.run_until_cancelled(hub.find(&web, &repository)).await;
-                let found = found.context("stopped; nothing was downloaded")??;
-                if !context.json {
-                    let label = output::one_line(&found.label);
-                    output::line(format!("{}: {label}, {}", repository.name, DecimalBytes(found.bytes())));
-                }
-                let fetch = Fetch {
-                    source: format!("{}:{}", repository.name, found.label),
-                    remotes: found.files,
-                    credential: hub.credential().cloned(),
-                    name: repository.model_name(),
+            Source::Remote(remote) => {
+                let say = |label: String| {
+                    if !context.json {
+                        output::line(label);
+                    }
                 };
-                download(context, desk, &artifacts, &web, fetch, wanted).await?
+                add_remote(context, desk, &artifacts, remote, args.insecure, wanted, say).await?
             }
         };
         if !context.json {
@@ -191,6 +187,68 @@ async fn add_all(
         added.push(entry);
     }
     Ok(added)
+}
+
+/// Downloads a model and registers it. Tells what it takes before that.
+async fn add_remote(
+    context: &Context,
+    desk: &Desk,
+    artifacts: &ArtifactStore,
+    source: RemoteSource,
+    insecure: bool,
+    wanted: &Wanted,
+    say: impl FnOnce(String),
+) -> anyhow::Result<(ModelEntry, String)> {
+    let (web, hub) = (Web::new(insecure), Hub::of(&context.env)?);
+    let fetch = match source {
+        RemoteSource::Url(url) => {
+            let (remotes, name) = of_url(&url)?;
+            // Shown to the Hub alone, should this be a file of it.
+            Fetch { source: url.to_string(), remotes, credential: hub.credential().cloned(), name }
+        }
+        RemoteSource::Hub(repository) => {
+            let found = context.stop.run_until_cancelled(hub.find(&web, &repository)).await;
+            let found = found.context("stopped; nothing was downloaded")??;
+            let label = output::one_line(&found.label);
+            say(format!("{}: {label}, {}", repository.name, DecimalBytes(found.bytes())));
+            Fetch {
+                source: format!("{}:{}", repository.name, found.label),
+                remotes: found.files,
+                credential: hub.credential().cloned(),
+                name: repository.model_name(),
+            }
+        }
+    };
+    download(context, desk, artifacts, &web, fetch, wanted).await
+}
+
+/// Returns the model of a `[NAME=]URL` or `[NAME=]hf:ORG/REPO`, which is downloaded and registered unless it was before.
+pub(super) async fn of_source(context: &Context, server: &ServerArgs, text: &str) -> anyhow::Result<ModelKey> {
+    let (name, source) = local_models::split(text);
+    let remote = RemoteSource::of(source).with_context(|| format!("{source:?} is no model of the web"))??;
+    context.data.create()?;
+    let artifacts = ArtifactStore::in_folder(context.data.artifacts()).context("could not open the artifact store")?;
+    let desk = Desk::of_registry(server, &context.settings, &context.data, &context.env).await?;
+    let found = async {
+        let wanted = Wanted { name: name.map(model_name).transpose()?, ..Wanted::default() };
+        let index = local_models::index(&context.data);
+        if let Some(digest) = local_models::digest_of_source(&index, source).filter(|digest| artifacts.contains(digest))
+        {
+            let catalog = desk.catalog().await?;
+            let is_it = |key: &ModelKey| wanted.name.as_ref().is_none_or(|name| key.model_id == *name);
+            let known = catalog.models.iter().find(|entry| entry.digest == digest && is_it(&entry.key));
+            if let Some(entry) = known {
+                return Ok(entry.key.clone());
+            }
+        }
+        let (entry, told) = add_remote(context, &desk, &artifacts, remote, false, &wanted, output::note).await?;
+        output::note(told);
+        local_models::remember_source(&index, source, entry.digest, entry.bytes);
+        Ok(entry.key)
+    };
+    let found = found.await;
+    desk.leave().await?;
+    found
 }
 
 /// Takes one file in and registers it, under a name of its own or the one that it makes.

@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep};
 use super::{Context, model_add, nodes, shipped, spinner};
 use crate::args::ServerArgs;
 use crate::client::{GatewayClient, Presence, Refusal, usual_url};
+use crate::download::is_source;
 use crate::local_models;
 use crate::network::Network;
 use crate::output;
@@ -37,11 +38,13 @@ pub(super) struct Reached {
 pub(super) async fn reach(context: &mut Context, server: &ServerArgs, named: Option<&str>) -> anyhow::Result<Reached> {
     let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
     let file = named.and_then(local_models::as_file);
+    let source = named.filter(|named| is_source(local_models::split(named).1));
     match client.presence().await {
         Presence::Answers => {
-            let model = match file {
-                Some(file) => Some(model_of_file(context, server, &client, file).await?),
-                None => named.map(str::to_owned),
+            let model = match (file, source) {
+                (Some(file), _) => Some(model_of_file(context, server, &client, file).await?),
+                (None, Some(source)) => Some(model_of_source(context, server, &client, source).await?),
+                (None, None) => named.map(str::to_owned),
             };
             return Ok(Reached { client, model, load: None, own: None });
         }
@@ -51,13 +54,21 @@ pub(super) async fn reach(context: &mut Context, server: &ServerArgs, named: Opt
     }
     // A network of another folder is likely the one that is meant, unless a file is all that is wanted.
     let usual = GatewayClient::here(&usual_url(&context.settings), None, &context.settings, &context.data)?;
-    if file.is_none() && usual.url() != client.url() && !matches!(usual.presence().await, Presence::Absent(_)) {
+    if file.is_none()
+        && source.is_none()
+        && usual.url() != client.url()
+        && !matches!(usual.presence().await, Presence::Absent(_))
+    {
         bail!(
             "no network of {} runs, but one answers at {}; name its folder with --data-dir, or give --url and \
              --api-key-file",
             context.data.path().display(),
             usual.url()
         );
+    }
+    if let Some(source) = source {
+        let key = Box::pin(model_add::of_source(context, server, source)).await?;
+        return start(context, Some(&key.to_string()), None).await;
     }
     start(context, named, file).await
 }
@@ -111,6 +122,22 @@ async fn model_of_file(
         "the network that runs serves {file} as {key} from now on; `{} model rm {key}` takes it out",
         context.program()
     ));
+    served(client, &key).await?;
+    Ok(key.to_string())
+}
+
+/// Returns the model of a URL or of the Hub, which is added to the network of this folder unless it was before.
+async fn model_of_source(
+    context: &Context,
+    server: &ServerArgs,
+    client: &GatewayClient,
+    source: &str,
+) -> anyhow::Result<String> {
+    if let Some(url) = &server.url {
+        let source = local_models::split(source).1;
+        bail!("the network at {url} is another machine's; add the model there, by `tether model add {source}`");
+    }
+    let key = Box::pin(model_add::of_source(context, server, source)).await?;
     served(client, &key).await?;
     Ok(key.to_string())
 }

@@ -9,8 +9,10 @@ use tokio::signal;
 use tokio_util::sync::CancellationToken;
 use worker::Adoption;
 
-use super::{Context, Outcome, shipped};
+use super::{Context, Outcome, model_add, shipped};
 use crate::addresses;
+use crate::args::ServerArgs;
+use crate::download::is_source;
 use crate::local_models;
 use crate::model_caches;
 use crate::network::Network;
@@ -18,6 +20,13 @@ use crate::output;
 use crate::tiny_model;
 
 pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
+    let is_web = |text: &String| is_source(local_models::split(text).1);
+    let (sources, files): (Vec<_>, _) = context.settings.models.drain(..).partition(is_web);
+    context.settings.models = files;
+    for source in sources {
+        // It is served as everything that was added.
+        Box::pin(model_add::of_source(&context, &ServerArgs::default(), &source)).await?;
+    }
     local_models::take_in(&mut context.settings, &context.data).await?;
     let stop = context.stop.clone();
     // Before anything starts: a URL may be none.

@@ -336,6 +336,53 @@ fn redirects_are_followed_without_the_token_and_a_circle_is_named() {
 }
 
 #[test]
+fn a_model_of_the_web_answers_in_one_command_and_is_downloaded_once() {
+    let bytes = model();
+    let whole = bytes.clone();
+    let files = json!([
+        {"type": "file", "path": "m-Q8_0.gguf", "size": bytes.len(), "lfs": {"oid": digest(&bytes), "size": bytes.len()}},
+    ]);
+    let hub = Server::new(move |asked, _| match asked.path.as_str() {
+        "/api/models/org/My-Model-GGUF/tree/main?recursive=true" => {
+            Said::new("200 OK", &[], files.to_string().as_bytes())
+        }
+        "/org/My-Model-GGUF/resolve/main/m-Q8_0.gguf" | "/other.gguf" => Said::file(asked, &whole, "\"a\""),
+        _ => Said::new("404 Not Found", &[], b""),
+    });
+    let home = Home::apart();
+    let ask = |model: &str, more: &[&str]| {
+        let arguments = [&["run", model, "What is 3 + 4?", "--temperature", "0"], more].concat();
+        let output = home.command(&arguments).env("HF_ENDPOINT", &hub.url).output().expect("the program runs");
+        (
+            output.status.code(),
+            String::from_utf8(output.stdout).expect("text"),
+            String::from_utf8(output.stderr).expect("text"),
+        )
+    };
+    let (code, answer, notes) = ask("hf:org/My-Model-GGUF", &[]);
+    assert_eq!(code, Some(0), "{notes}");
+    assert!(answer.contains('7') && answer.lines().count() == 1, "nothing but the answer: {answer}");
+    assert!(notes.contains("org/My-Model-GGUF: Q8_0") && notes.contains("my-model@1.0 is added"), "{notes}");
+    let asked = hub.asked().len();
+    let (_, again, notes) = ask("hf:org/My-Model-GGUF", &[]);
+    assert_eq!((again, hub.asked().len()), (answer.clone(), asked), "it is known by its source: {notes}");
+    let url = format!("{}/other.gguf", hub.url);
+    let (_, other, notes) = ask(&format!("mine={url}"), &[]);
+    assert_eq!(other, answer, "{notes}");
+    let of_both = [("mine".to_owned(), digest(&bytes)), ("my-model".to_owned(), digest(&bytes))];
+    assert_eq!(listed(&home)[..2], of_both);
+    // The same for a network that runs, and for one that is to run.
+    let asked = hub.asked().len();
+    let up = home.up_with(&["hf:org/My-Model-GGUF"], &[]);
+    assert_eq!(ask(&format!("mine={url}"), &[]).1, answer);
+    assert_eq!(hub.asked().len(), asked);
+    let (code, _, notes) = ask(&url, &["--url", &up.url]);
+    assert_eq!(code, Some(2));
+    assert!(notes.contains("add the model there") && notes.contains(&url), "{notes}");
+    assert_eq!(up.end(), Some(0));
+}
+
+#[test]
 fn each_refusal_of_the_hub_has_a_sentence_of_its_own() {
     let bytes = model();
     let (whole, oid) = (bytes.clone(), digest(&bytes));
