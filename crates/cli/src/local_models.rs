@@ -200,6 +200,8 @@ pub fn take(
         && (known.bytes, known.modified_nanos) == (bytes, modified_nanos)
         && artifacts.contains(&known.digest)
     {
+        // It may have been fetched; from here on it is this machine's own.
+        artifacts.keep(&known.digest).context("could not keep the model's file")?;
         return Ok((Stored { digest: known.digest, bytes: file.bytes()? }, Way::Known));
     }
     let (stored, way) = file.put(artifacts, how, stop)?;

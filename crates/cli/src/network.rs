@@ -20,7 +20,7 @@ use rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options};
 use rpc::{Membership, MemoryNetwork, SystemClock, Transport};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use worker::WorkerHandle;
+use worker::{CatalogUse, WorkerHandle};
 
 use crate::addresses;
 use crate::data_folder::{DataFolder, FolderLock};
@@ -341,7 +341,7 @@ impl Stage {
             if place.settings.workers == 0 {
                 // It is there for the servers alone.
                 place.settings.worker.models.clear();
-                place.settings.worker.catalog = false;
+                place.settings.worker.catalog = CatalogUse::Off;
             }
             if number > 1 {
                 // A server has its slots once, however many workers there are.

@@ -53,6 +53,9 @@ impl Place {
             region: self.settings.region.clone(),
             clock: self.clock.clone(),
             store,
+            artifacts: Some(
+                ArtifactStore::in_folder(self.data.artifacts()).context("could not open the artifact store")?,
+            ),
             pepper: self.data.pepper()?,
             admission,
             version: VERSION.to_owned(),

@@ -260,6 +260,19 @@ pub struct Catalog {
     pub aliases: Vec<AliasEntry>,
 }
 
+impl Catalog {
+    /// Returns the models that an artifact belongs to and that nodes may fetch from each other: those that an operator added,
+    /// and whose file or adapter it is.
+    pub fn added_with(&self, digest: &Digest) -> Vec<ModelKey> {
+        let added = self.models.iter().filter(|model| model.added);
+        let has = |model: &ModelEntry| {
+            let adapters = self.adapters.iter().filter(|adapter| adapter.key.model == model.key);
+            model.digest == *digest || adapters.into_iter().any(|adapter| adapter.digest == *digest)
+        };
+        added.filter(|model| has(model)).map(|model| model.key.clone()).collect()
+    }
+}
+
 /// A model to register.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

@@ -4,8 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use artifact_store::ArtifactStore;
 use metadata_store::MetadataStore;
 use protocol::admission::Certificate;
+use protocol::artifact::FETCH;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
     ADAPTER_ADD, ADAPTER_REMOVE, ALIAS_REMOVE, ALIAS_SET, AdapterAdd, AdapterRemove, AliasRemove, AliasSet, ByOperator,
@@ -18,7 +20,7 @@ use protocol::control::{
 use protocol::model::ModelOffer;
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
 use rpc::server::STRANGER_BYTES_MAX;
-use rpc::{Caller, Membership, Server, Transport, announce};
+use rpc::{ArtifactDesk, Caller, Membership, Server, StreamCall, Transport, announce};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -45,6 +47,8 @@ pub struct RegistryParts {
     pub clock: Arc<dyn Clock>,
     /// Models, tokens and rules.
     pub store: Arc<dyn MetadataStore>,
+    /// The models' files that it gives to workers, where it has any.
+    pub artifacts: Option<ArtifactStore>,
     /// The key under which secrets are hashed.
     pub pepper: Pepper,
     /// Says who belongs to the pool.
@@ -58,6 +62,7 @@ pub struct Registry {
     parts: RegistryParts,
     tokens: TokenOffice,
     membership: Membership,
+    artifacts: Option<ArtifactDesk>,
 }
 
 impl Registry {
@@ -72,7 +77,8 @@ impl Registry {
         let certificate = office.certify(own_key, own_grant()).await?;
         let membership = Membership::new(office.pool(), own_key, certificate, parts.clock.clone())
             .expect("what the office has just signed is good");
-        let registry = Arc::new(Self { parts, tokens, membership });
+        let artifacts = parts.artifacts.clone().map(|store| ArtifactDesk::new(store, membership.clone()));
+        let registry = Arc::new(Self { parts, tokens, membership, artifacts });
         registry.take_revocations().await?;
         let known = registry.membership.clone();
         let server = registry
@@ -268,9 +274,13 @@ impl Registry {
     }
 
     fn serve(self: &Arc<Self>, server: Server) -> Server {
-        let [tokens, issued, listed, revoked, catalogue, offered, added, removed, rules] =
+        let [tokens, issued, listed, revoked, catalogue, offered, added, removed, rules, fetched] =
             std::array::from_fn(|_| self.clone());
         self.serve_models(self.serve_operators(self.serve_admission(server)))
+            .stream(FETCH, move |call| {
+                let registry = fetched.clone();
+                async move { registry.give_artifact(call).await }
+            })
             .unary(TOKEN_CHECK, move |caller, request: TokenCheck| {
                 let registry = tokens.clone();
                 async move {
@@ -333,6 +343,19 @@ impl Registry {
                     policies::of(&*registry.parts.store, &request.tenant_id).await.map_err(|error| unavailable(&error))
                 }
             })
+    }
+
+    /// Gives a worker the file of a model that was added.
+    async fn give_artifact(&self, call: StreamCall) {
+        let Some(desk) = &self.artifacts else {
+            let error = WireError::new(ErrorCode::ModelNotHere, "this registry keeps no artifacts, try another node");
+            return call.refuse(error).await;
+        };
+        let models_of = async |digest| {
+            let catalog = catalog::list(&*self.parts.store).await.map_err(|error| unavailable(&error))?;
+            Ok(catalog.added_with(&digest).into_iter().map(|key| key.model_id).collect())
+        };
+        desk.serve(call, models_of).await;
     }
 
     /// Lists a model that a worker serves, if the worker's certificate allows it that name.

@@ -10,6 +10,7 @@ use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
 use engine::remote::{Patience, RemoteRuntime};
 use observability::metrics::Metrics;
+use protocol::artifact::FETCH;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{Empty, MODEL_MOVE, ModelMove, ModelPlace, ModelPlaces, NodeInfo, NodeRole, PRESENCE_DESCRIBE};
 use protocol::infer::{InferRequest, Progress, START};
@@ -18,7 +19,10 @@ use protocol::signature::NodeKey;
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError, WorkerId, codec};
 use rpc::announce::DirectoryTask;
 use rpc::server::STRANGER_BYTES_MAX;
-use rpc::{Client, Directory, Interrupted, Membership, MembershipTask, ReplyStream, Server, StreamCall, Transport};
+use rpc::{
+    ArtifactDesk, Client, Directory, Interrupted, Membership, MembershipTask, ReplyStream, Server, StreamCall,
+    Transport,
+};
 use tokio::sync::{Notify, watch};
 use tokio::time::{self, Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -29,11 +33,13 @@ use crate::adoption::{Adoption, AdoptionWatch};
 use crate::announcer::{Announcer, topics};
 use crate::capabilities::Capabilities;
 use crate::catalog_watch::CatalogWatch;
-use crate::config::Config;
+use crate::config::{CatalogUse, Config};
 use crate::engine_meter::EngineMeter;
 use crate::execution_engine::{Begun, Broken, ExecutionEngine, empty_chunk, finish, pulse, send_progress};
+use crate::fetcher::{Fetcher, FetcherParts};
 use crate::health_reporter::{Condition, HealthReporter, Identity, ReportWriter};
 use crate::hearing::Hearing;
+use crate::listed::Listed;
 use crate::model_loader::cache::{Entry, ModelCache, Status};
 use crate::model_loader::{LoaderOptions, ModelLoader, u64_of};
 use crate::offers::Offers;
@@ -88,6 +94,7 @@ pub struct BaseWorker {
     directory: Directory,
     directory_task: DirectoryTask,
     hearing: Arc<Hearing>,
+    listed: Listed,
     changes: watch::Sender<()>,
     catalog_read: watch::Sender<Option<Instant>>,
     adopted: watch::Sender<Option<usize>>,
@@ -139,12 +146,23 @@ impl BaseWorker {
         let patience = Patience { begin: config.server_stall(), ..Patience::default() };
         let runtime =
             Arc::new(Runtimes { engines: parts.runtime.clone(), servers: Arc::new(RemoteRuntime::new(patience)) });
+        let (listed, free) = (Listed::default(), parts.artifacts.clone());
+        let fetcher = Fetcher::new(FetcherParts {
+            use_of: config.catalog,
+            client: client.clone(),
+            directory: directory.clone(),
+            store: parts.artifacts.clone(),
+            listed: listed.clone(),
+            most_bytes: (config.disk_max_mib > 0).then(|| config.disk_max_mib.saturating_mul(1 << 20)),
+            free_bytes: Arc::new(move || free.room_bytes().ok()),
+            metrics: parts.metrics.clone(),
+        });
         let loader = Arc::new(ModelLoader::new(
             ModelCache::new(&config.models, preload),
             LoaderOptions { slots, queue_max, preload, memory_max, seed },
             runtime.clone(),
             RemoteModels::new(runtime.servers.clone(), offers),
-            parts.artifacts.clone(),
+            fetcher,
             parts.metrics.clone(),
             changes.clone(),
         ));
@@ -152,7 +170,7 @@ impl BaseWorker {
         let stopped = CancellationToken::new();
         let end = stopped.clone().drop_guard();
         let hearing = Arc::new(Hearing::new(config.region.clone()));
-        let catalog_read = watch::Sender::new((!config.catalog).then(Instant::now));
+        let catalog_read = watch::Sender::new((config.catalog == CatalogUse::Off).then(Instant::now));
         let adopted = watch::Sender::new(parts.adoption.is_none().then_some(0));
         Self {
             config,
@@ -164,6 +182,7 @@ impl BaseWorker {
             directory,
             directory_task,
             hearing,
+            listed,
             changes,
             catalog_read,
             adopted,
@@ -192,13 +211,14 @@ impl BaseWorker {
             directory,
             directory_task,
             hearing,
+            listed,
             changes,
             catalog_read,
             adopted,
             end: _end,
             ..
         } = self;
-        let WorkerParts { transport, key, epoch, clock, metrics, membership, adoption, version, .. } = parts;
+        let WorkerParts { transport, key, epoch, clock, artifacts, metrics, membership, adoption, version, .. } = parts;
         let capabilities = Capabilities::of(&runtime.devices().await);
         // Cancelled as well when this future is dropped, so that nothing runs on without its owner.
         let life = CancellationToken::new();
@@ -232,8 +252,13 @@ impl BaseWorker {
         let (taking, asked, known, written) = (desk.clone(), desk.clone(), membership.clone(), reports.clone());
         let (own, moved, worker_id) = (membership.clone(), desk.clone(), transport.public_key());
         let described_to = hearing.clone();
+        let (artifacts, given) = (Arc::new(ArtifactDesk::new(artifacts, membership.clone())), listed.clone());
         let server = Server::new(transport.clone(), info)
             .stream(START, move |call| taking.clone().take(call))
+            .stream(FETCH, move |call| {
+                let (desk, given) = (artifacts.clone(), given.clone());
+                async move { desk.serve(call, async |digest| Ok(given.names_of(&digest))).await }
+            })
             .unary(PRESENCE_DESCRIBE, move |caller, _: Empty| {
                 let described = asked.check(caller.key).map(|()| {
                     // The orchestrator that asks has the report with the answer.
@@ -256,8 +281,9 @@ impl BaseWorker {
 
         let keepers_stop = life.child_token();
         tasks.spawn(loader.clone().run(keepers_stop.clone()));
-        if config.catalog {
-            let watch = CatalogWatch::new(client.clone(), directory.clone(), own, loader.clone(), catalog_read);
+        if config.catalog != CatalogUse::Off {
+            let (client, directory) = (client.clone(), directory.clone());
+            let watch = CatalogWatch::new(client, directory, own, loader.clone(), config.catalog, listed, catalog_read);
             tasks.spawn(watch.run(keepers_stop.clone()));
         }
         if let Some(adoption) = adoption {

@@ -1,9 +1,10 @@
-//! Takes up the models that operators added and whose files are here, and lets go of those that were removed.
+//! Takes up the models that operators added and that this node has or could fetch, and lets go of those that were removed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use protocol::Digest;
 use protocol::control::{CATALOG_LIST, Catalog, Empty, NodeRole};
 use protocol::model::{AdapterEntry, ModelEntry, ModelKey};
 use rpc::{Client, Directory, Membership};
@@ -12,7 +13,8 @@ use tokio::time::{self, Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
-use crate::config::{ServedAdapter, ServedModel};
+use crate::config::{CatalogUse, ServedAdapter, ServedModel};
+use crate::listed::Listed;
 use crate::model_loader::ModelLoader;
 
 /// How often the list is read.
@@ -22,12 +24,20 @@ const FOUND_WITHIN: Duration = Duration::from_secs(2);
 /// How long a registry may take to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
+/// How long a file that was fetched stays when no model has it any more: a registry may be set up anew, or a model removed
+/// by mistake.
+const UNLISTED_FOR: Duration = Duration::from_mins(1);
+
 /// Keeps the models of a worker equal to those that operators added, beside those of its configuration.
 pub(crate) struct CatalogWatch {
     client: Client,
     directory: Directory,
     membership: Membership,
     loader: Arc<ModelLoader>,
+    use_of: CatalogUse,
+    listed: Listed,
+    /// Since when files are listed no more.
+    unlisted: BTreeMap<Digest, Instant>,
     /// The models that were taken up.
     taken: BTreeMap<ModelKey, ServedModel>,
     /// When the list was first read.
@@ -41,9 +51,12 @@ impl CatalogWatch {
         directory: Directory,
         membership: Membership,
         loader: Arc<ModelLoader>,
+        use_of: CatalogUse,
+        listed: Listed,
         read: watch::Sender<Option<Instant>>,
     ) -> Self {
-        Self { client, directory, membership, loader, taken: BTreeMap::new(), read }
+        let (unlisted, taken) = (BTreeMap::new(), BTreeMap::new());
+        Self { client, directory, membership, loader, use_of, listed, unlisted, taken, read }
     }
 
     /// Watches until `stop`.
@@ -57,6 +70,7 @@ impl CatalogWatch {
                 ticks.tick().await;
                 if let Some(catalog) = self.list().await {
                     self.reconcile(&catalog);
+                    self.clear().await;
                     self.read.send_if_modified(|read| read.replace(read.unwrap_or_else(Instant::now)).is_none());
                 }
             }
@@ -76,12 +90,19 @@ impl CatalogWatch {
     }
 
     fn reconcile(&mut self, catalog: &Catalog) {
+        self.listed.update(catalog);
         let own = self.membership.own();
         let may_serve = |model: &ModelEntry| own.as_ref().is_none_or(|own| own.allows_model(&model.key.model_id));
         // What a worker offered is that worker's to serve.
-        let here = catalog.models.iter().filter(|model| model.added && self.loader.has_artifact(&model.digest));
-        let wanted: BTreeMap<ModelKey, ServedModel> = here
-            .filter(|model| may_serve(model))
+        let added = catalog.models.iter().filter(|model| model.added && may_serve(model));
+        // What has been taken up stays: memory that is short for a while is no reason to go.
+        let can_serve = |model: &ModelEntry| {
+            self.loader.has_artifact(&model.digest)
+                || self.loader.could_fetch(&model.digest)
+                || self.use_of == CatalogUse::Fetch && self.taken.contains_key(&model.key)
+        };
+        let wanted: BTreeMap<ModelKey, ServedModel> = added
+            .filter(|model| can_serve(model))
             .map(|model| (model.key.clone(), self.served(model, &catalog.adapters)))
             .collect();
         let is_over = |(key, model): &(&ModelKey, &ServedModel)| match wanted.get(*key) {
@@ -99,17 +120,33 @@ impl CatalogWatch {
         for (key, model) in wanted {
             // What the configuration says of a model wins.
             if self.loader.cache().find(&key).is_none() {
-                info!(model = %key, "the registry lists the model, and its file is here: it is served");
+                info!(model = %key, "the registry lists the model: it is served");
                 self.loader.take_up(model.clone());
                 self.taken.insert(key, model);
             }
         }
+        self.loader.look_at_files();
+    }
+
+    /// Deletes the fetched files of models that were removed a while ago.
+    async fn clear(&mut self) {
+        let (listed, now) = (self.listed.all(), Instant::now());
+        self.unlisted.retain(|digest, _| !listed.contains_key(digest));
+        for digest in self.loader.fetched_files().into_iter().filter(|digest| !listed.contains_key(digest)) {
+            self.unlisted.entry(digest).or_insert(now);
+        }
+        let is_over =
+            |digest: &Digest| self.unlisted.get(digest).is_some_and(|since| now.duration_since(*since) >= UNLISTED_FOR);
+        self.loader.clear_files(is_over).await;
     }
 
     fn served(&self, model: &ModelEntry, adapters: &[AdapterEntry]) -> ServedModel {
         let of_it = adapters.iter().filter(|adapter| adapter.key.model == model.key);
-        let here = of_it.filter(|adapter| self.loader.has_artifact(&adapter.digest));
-        let adapters = here.map(|adapter| ServedAdapter { name: adapter.key.adapter.clone(), digest: adapter.digest });
+        let can_serve =
+            |adapter: &&AdapterEntry| self.use_of == CatalogUse::Fetch || self.loader.has_artifact(&adapter.digest);
+        let adapters = of_it
+            .filter(can_serve)
+            .map(|adapter| ServedAdapter { name: adapter.key.adapter.clone(), digest: adapter.digest });
         ServedModel {
             adapters: adapters.collect(),
             is_listed: true,

@@ -7,7 +7,8 @@ use std::time::Duration;
 use protocol::model::{AdapterKey, ModelKey, remote_digest};
 use protocol::{AdapterName, Digest, ModelName, ModelVersion, Region};
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// The configuration of one worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -18,9 +19,12 @@ pub struct Config {
     pub region: Region,
     /// The models it serves.
     pub models: Vec<ServedModel>,
-    /// Serves the models that `tether model add` brought as well, as far as their files are in this node's store; each is
-    /// loaded when somebody asks for it.
-    pub catalog: bool,
+    /// The models that `tether model add` brought, each loaded when somebody asks for it: `fetch` serves all that this node
+    /// could hold and fetches their files from other nodes, `local` those whose files are in its store, `off` none.
+    pub catalog: CatalogUse,
+    /// Disk that files may take together which were fetched from other nodes, in MiB; 0 takes what is free. The least
+    /// recently used make room, and a GiB of the disk always stays free.
+    pub disk_max_mib: u64,
     /// Jobs that run side by side at most; each model is loaded with as many sequences.
     pub slots: u32,
     /// Jobs that may wait; one more is refused.
@@ -41,6 +45,40 @@ pub struct Config {
     pub server_stall_secs: u64,
     /// Network hops to the region's centre; fewer is nearer.
     pub latency_hops: u32,
+}
+
+/// What a worker does with models that operators added. `true` and `false` stand for `fetch` and `off`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CatalogUse {
+    /// Serves them, and fetches their files where they are asked for.
+    #[default]
+    Fetch,
+    /// Serves those whose files are here.
+    Local,
+    /// Keeps to the models of its settings.
+    Off,
+}
+
+impl<'de> Deserialize<'de> for CatalogUse {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Flag(bool),
+            Word(String),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Flag(true) => Ok(Self::Fetch),
+            Written::Flag(false) => Ok(Self::Off),
+            Written::Word(word) => match word.as_str() {
+                "fetch" | "true" => Ok(Self::Fetch),
+                "local" => Ok(Self::Local),
+                "off" | "false" => Ok(Self::Off),
+                _ => Err(D::Error::custom(format!("catalog is `fetch`, `local` or `off`, and not {word:?}"))),
+            },
+        }
+    }
 }
 
 /// One model that a worker serves, and how it is loaded.
@@ -210,7 +248,8 @@ impl Default for Config {
         Self {
             region: "local".parse().expect("a region's slug"),
             models: Vec::new(),
-            catalog: true,
+            catalog: CatalogUse::default(),
+            disk_max_mib: 0,
             slots: 4,
             queue_max: 64,
             tenant_jobs_max: None,
@@ -404,6 +443,24 @@ mod tests {
         assert_eq!(read("kernels = \"auto\""), Ok(Kernels::Auto));
         assert_eq!(read("kernels = \"off\""), Ok(Kernels::Off));
         assert!(read("kernels = \"fast\"").is_err());
+    }
+
+    #[test]
+    fn what_is_done_with_added_models_is_said_by_a_word_or_by_a_flag() {
+        let read = |text: &str| toml::from_str::<Config>(text).map(|config| config.catalog);
+        for (text, expected) in [
+            ("", CatalogUse::Fetch),
+            ("catalog = true", CatalogUse::Fetch),
+            ("catalog = \"fetch\"", CatalogUse::Fetch),
+            ("catalog = \"local\"", CatalogUse::Local),
+            ("catalog = \"off\"", CatalogUse::Off),
+            ("catalog = false", CatalogUse::Off),
+        ] {
+            assert_eq!(read(text), Ok(expected), "{text}");
+        }
+        let error = read("catalog = \"some\"").expect_err("no such word").to_string();
+        assert!(error.contains("`local`"), "{error}");
+        assert!(toml::to_string(&Config::default()).expect("written").contains("catalog = \"fetch\""));
     }
 
     #[test]

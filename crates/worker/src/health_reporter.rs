@@ -249,7 +249,7 @@ fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u6
         // Counted here and not by the engines: a job that waits for its model is here as well.
         capacity: Capacity { slots, running, waiting: condition.jobs - running, queue_max },
         supported: models().map(ServedModel::key).collect(),
-        to_fetch: vec![],
+        to_fetch: entries.iter().filter(|entry| entry.is_to_fetch()).map(|entry| entry.key.clone()).collect(),
         adapters: models().flat_map(ServedModel::adapter_keys).collect(),
         pinned: models().filter_map(ServedModel::pinned_key).collect(),
         model_cache: cache.manifest(&condition.snapshots),

@@ -1,7 +1,7 @@
 //! Loads models and runs jobs.
 //!
 //! [`BaseWorker`] answers `infer.start`: its quota guard says whether there is room, the model loader brings the
-//! model into memory, the execution engine runs the job, and the health reporter tells the orchestrators of it all.
+//! model into memory, whose file its fetcher gets from another node where it is not here, the execution engine runs the job, and the health reporter tells the orchestrators of it all.
 
 mod adoption;
 mod announcer;
@@ -11,8 +11,10 @@ mod catalog_watch;
 mod config;
 mod engine_meter;
 mod execution_engine;
+mod fetcher;
 mod health_reporter;
 mod hearing;
+mod listed;
 pub mod model_facts;
 mod model_loader;
 mod offers;
@@ -25,5 +27,5 @@ mod transcript;
 pub use adoption::{Adoption, AdoptionError};
 pub use base_worker::{BaseWorker, NotReady, WorkerHandle, WorkerParts};
 pub use capabilities::Capabilities;
-pub use config::{Config, ConfigError, RemoteServer, ServedAdapter, ServedModel};
+pub use config::{CatalogUse, Config, ConfigError, RemoteServer, ServedAdapter, ServedModel};
 pub use quota_guard::{Limits, Occupancy, Refusal, admit};

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use std::{fmt, io, mem};
 
-use artifact_store::{ArtifactStore, OpenError, VerifiedFile};
+use artifact_store::{ArtifactStore, InUse, OpenError, VerifiedFile};
 use engine::gguf::Header;
 use engine::hardware;
 use engine::memory_plan::{self, CONTEXT_DEFAULT};
@@ -36,6 +36,7 @@ use cache::{Entry, Hold, Load, ModelCache, Status};
 use residency::{Order, Place, Seat};
 
 use crate::config::{self, RemoteServer, ServedAdapter, ServedModel};
+use crate::fetcher::{FetchError, Fetcher};
 use crate::model_facts;
 use crate::offers::OfferError;
 use crate::remote_models::{AttachError, RemoteModels};
@@ -68,6 +69,7 @@ pub(crate) struct ModelLoader {
     runtime: Arc<dyn ModelRuntime>,
     remote: RemoteModels,
     artifacts: ArtifactStore,
+    fetcher: Fetcher,
     metrics: Metrics,
     changes: watch::Sender<()>,
     /// Verification blocks; it is waited for here.
@@ -117,6 +119,8 @@ pub(crate) enum LoadError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     Attach(#[from] AttachError),
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
     #[error("no file for a merged model could be made: {0}")]
     Scratch(io::Error),
     #[error("the verification did not end")]
@@ -131,6 +135,8 @@ struct Prepared {
     bytes: u64,
     /// The memory it takes with the shortest context that nobody has set.
     bytes_min: u64,
+    /// Keeps its file from making room for others, where that was fetched.
+    in_use: Option<InUse>,
 }
 
 /// What answers for a model.
@@ -162,12 +168,13 @@ impl ModelLoader {
         options: LoaderOptions,
         runtime: Arc<dyn ModelRuntime>,
         remote: RemoteModels,
-        artifacts: ArtifactStore,
+        fetcher: Fetcher,
         metrics: Metrics,
         changes: watch::Sender<()>,
     ) -> Self {
+        let artifacts = fetcher.store().clone();
         let (blocking, keepers, life) = (TaskTracker::new(), TaskTracker::new(), CancellationToken::new());
-        Self { cache, options, runtime, remote, artifacts, metrics, changes, blocking, keepers, life }
+        Self { cache, options, runtime, remote, artifacts, fetcher, metrics, changes, blocking, keepers, life }
     }
 
     pub(crate) fn cache(&self) -> &ModelCache {
@@ -181,6 +188,7 @@ impl ModelLoader {
 
     /// Keeps every model until `stop`, then unloads them.
     pub(crate) async fn run(self: Arc<Self>, stop: CancellationToken) {
+        self.look_at_files();
         for entry in self.cache.entries().iter() {
             self.clone().spawn_keeper(entry.clone());
         }
@@ -195,6 +203,7 @@ impl ModelLoader {
     /// Serves a further model from now on. Its file must be listed by the registry.
     pub(crate) fn take_up(self: &Arc<Self>, model: ServedModel) {
         let entry = self.cache.add(model);
+        self.look_at_files();
         self.clone().spawn_keeper(entry);
         self.changes.send_replace(());
     }
@@ -232,6 +241,56 @@ impl ModelLoader {
     /// Returns whether an artifact is here; its bytes are verified when it is loaded.
     pub(crate) fn has_artifact(&self, digest: &Digest) -> bool {
         self.artifacts.contains(digest)
+    }
+
+    /// Returns whether this worker could come to serve a model whose file is not here: it could fetch it, and hold it in
+    /// memory.
+    pub(crate) fn could_fetch(&self, digest: &Digest) -> bool {
+        let Some(file) = self.fetcher.fetchable(digest) else { return false };
+        file.memory_min <= self.most_memory() && self.fetcher.could_take(digest, file.bytes)
+    }
+
+    /// Notes which models have no file here and are to be fetched.
+    pub(crate) fn look_at_files(&self) {
+        let mut is_news = false;
+        for entry in self.cache.entries().iter().filter(|entry| entry.model.remote.is_none()) {
+            let digest = entry.model.digest();
+            let is_here = self.artifacts.contains(&digest);
+            is_news |= entry.set_to_fetch(!is_here && self.fetcher.fetchable(&digest).is_some());
+        }
+        if is_news {
+            self.changes.send_replace(());
+        }
+    }
+
+    /// Returns what was fetched, complete or not.
+    pub(crate) fn fetched_files(&self) -> Vec<Digest> {
+        self.fetcher.kept().unwrap_or_default()
+    }
+
+    /// Deletes what was fetched, is over and belongs to no model that is served.
+    pub(crate) async fn clear_files(&self, is_over: impl Fn(&Digest) -> bool) {
+        let entries = self.cache.entries();
+        let is_served = |digest: &Digest| {
+            let has = |model: &ServedModel| {
+                model.digest() == *digest || model.adapters.iter().any(|adapter| adapter.digest == *digest)
+            };
+            entries.iter().any(|entry| has(&entry.model))
+        };
+        match self.fetcher.clear(|digest| is_over(digest) && !is_served(digest)).await {
+            Ok(gone) => {
+                for digest in gone {
+                    info!(%digest, "a fetched file that is listed no more is deleted");
+                }
+            }
+            Err(error) => warn!(%error, "files that were fetched could not be deleted"),
+        }
+    }
+
+    /// Returns the memory that a model could have if all left that may leave.
+    fn most_memory(&self) -> u64 {
+        let seats: Vec<Seat> = self.cache.seated().iter().map(|entry| entry.seat().clone()).collect();
+        residency::most(&seats, self.room(&seats))
     }
 
     fn spawn_keeper(self: Arc<Self>, entry: Arc<Entry>) {
@@ -367,7 +426,7 @@ impl ModelLoader {
                 }
                 entry.adapters.removed(model, evicted);
             }
-            let artifact = self.open(adapter.digest).await?;
+            let artifact = self.obtain(adapter.digest, &|_, _, _| {}).await?;
             let id = self.runtime.add_adapter(model, artifact).await?;
             info!(model = %entry.key, adapter = %adapter.name, "the adapter is attached");
             Ok::<_, LoadError>(id)
@@ -396,9 +455,11 @@ impl ModelLoader {
             if !matches!(*entry.status.borrow(), Status::Loading(_)) {
                 self.set(entry, Status::Loading(Load::begin(took)));
             }
+            let mut in_use = None;
             let ended = match self.prepare(entry).await {
                 Ok(mut prepared) => match self.admitted(entry, &mut prepared).await {
                     Ok(true) => {
+                        in_use = prepared.in_use.take();
                         let begun = Instant::now();
                         let loaded = self.load(entry, prepared).await;
                         took = loaded.is_ok().then(|| begun.elapsed()).or(took);
@@ -440,6 +501,10 @@ impl ModelLoader {
                     entry.move_to(Place::Moving);
                     // What is left of it may still hold memory, or a job.
                     self.unload(entry, id).await;
+                    if in_use.take().is_some() {
+                        // Its last use ends now.
+                        drop(self.in_use(entry.model.digest()).await);
+                    }
                     wait
                 }
                 Err(error) => {
@@ -468,8 +533,8 @@ impl ModelLoader {
     async fn memory_for(&self, entry: &Entry, backoff: &mut Backoff) {
         loop {
             time::sleep(backoff.next()).await;
-            let seats: Vec<Seat> = self.cache.seated().iter().map(|entry| entry.seat().clone()).collect();
-            if residency::most(&seats, self.room(&seats)) >= entry.seat().bytes_min {
+            let bytes_min = entry.seat().bytes_min;
+            if self.most_memory() >= bytes_min {
                 return;
             }
         }
@@ -597,14 +662,53 @@ impl ModelLoader {
             ..LoadOptions::default()
         };
         if let Some(server) = entry.model.remote.clone() {
-            return Ok(Prepared { source: Source::Server(server), options, bytes: 0, bytes_min: 0 });
+            return Ok(Prepared { source: Source::Server(server), options, bytes: 0, bytes_min: 0, in_use: None });
         }
-        let artifact = self.open(entry.model.digest()).await?;
+        let (artifact, in_use) = self.file_of(entry).await?;
         entry.opened(artifact.bytes);
         let bytes = self.runtime.estimate(&artifact, &options).await?.total_bytes();
         let smallest = memory_plan::smallest(&options);
         let bytes_min = self.runtime.estimate(&artifact, &smallest).await?.total_bytes().min(bytes);
-        Ok(Prepared { source: Source::Artifact(artifact), options, bytes, bytes_min })
+        Ok(Prepared { source: Source::Artifact(artifact), options, bytes, bytes_min, in_use })
+    }
+
+    /// Opens the file of a model, which is fetched first where it is not here. It stays here for as long as what is returned
+    /// beside it lives.
+    async fn file_of(&self, entry: &Entry) -> Result<(VerifiedArtifact, Option<InUse>), LoadError> {
+        let digest = entry.model.digest();
+        if let Some(file) = self.fetcher.fetchable(&digest).filter(|_| !self.artifacts.contains(&digest)) {
+            let available_bytes = self.most_memory();
+            if file.memory_min > available_bytes {
+                // It would come in vain.
+                entry.plan(file.memory_min, file.memory_min);
+                return Err(EngineError::OutOfMemory { needed_bytes: file.memory_min, available_bytes }.into());
+            }
+        }
+        let told = Mutex::new(None);
+        let note = |there: u64, of: u64, begun_with: u64| {
+            entry.fetching(there, of, begun_with);
+            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+            if told.is_none_or(|told: Instant| told.elapsed() >= PROGRESS_EVERY) {
+                *told = Some(Instant::now());
+                self.changes.send_replace(());
+            }
+        };
+        let obtained = self.obtain(digest, &note).await;
+        self.look_at_files();
+        let artifact = obtained?;
+        if told.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+            entry.fetched();
+            self.changes.send_replace(());
+        }
+        Ok((artifact, self.in_use(digest).await))
+    }
+
+    /// Notes that a file is used, where it was fetched.
+    async fn in_use(&self, digest: Digest) -> Option<InUse> {
+        let artifacts = self.artifacts.clone();
+        let noted = self.blocking.spawn_blocking(move || artifacts.in_use(&digest)).await.ok()?;
+        // It could make room while it is used: it is there for those who have it open, and fetched again.
+        noted.inspect_err(|error| warn!(%digest, %error, "a fetched file could not be marked as used")).ok()?
     }
 
     /// Loads a model and offers it. Returns the offer where no registry has listed it yet.
@@ -666,7 +770,7 @@ impl ModelLoader {
         adapter: &ServedAdapter,
     ) -> Result<VerifiedArtifact, LoadError> {
         entry.set_merged(false);
-        let opened = self.open(adapter.digest).await?;
+        let opened = self.obtain(adapter.digest, &|_, _, _| {}).await?;
         let artifacts = self.artifacts.clone();
         let scratch = self.blocking.spawn_blocking(move || artifacts.scratch()).await;
         let scratch = scratch.map_err(|_| LoadError::Interrupted)?.map_err(LoadError::Scratch)?;
@@ -692,6 +796,25 @@ impl ModelLoader {
                 changes.send_replace(());
             }
         })
+    }
+
+    /// Opens an artifact; one that is not here, or is damaged, is fetched where another node may have it.
+    async fn obtain(
+        &self,
+        digest: Digest,
+        note: &(dyn Fn(u64, u64, u64) + Send + Sync),
+    ) -> Result<VerifiedArtifact, LoadError> {
+        match self.open(digest).await {
+            Err(LoadError::Artifact(error))
+                if !matches!(error, OpenError::Read { .. }) && self.fetcher.fetchable(&digest).is_some() =>
+            {
+                info!(%digest, reason = %error, "a model's file is fetched from another node");
+                self.count(&error.into());
+                self.fetcher.fetch(&digest, note).await?;
+                self.open(digest).await
+            }
+            opened => opened,
+        }
     }
 
     async fn open(&self, digest: Digest) -> Result<VerifiedArtifact, LoadError> {

@@ -23,6 +23,12 @@ use crate::operator::{Desk, answers};
 use crate::output;
 use crate::tiny_model;
 
+/// A worker has the model in memory.
+const READY: &str = "ready";
+/// Its file is on a worker's disk.
+const ON_DISK: &str = "on disk";
+/// A worker fetches its file when somebody asks for it.
+const NOT_FETCHED: &str = "not fetched";
 /// How often it is asked whether a model is loaded.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How long a load is waited for.
@@ -320,10 +326,11 @@ impl Models {
     /// Returns how a model is where it is best off.
     fn state(&self, entry: &ModelEntry, artifacts: Option<&ArtifactStore>) -> String {
         let rank = |state: &str| match state {
-            "ready" => 3,
-            "on disk" => 1,
+            READY => 4,
+            ON_DISK => 2,
+            NOT_FETCHED => 1,
             failed if failed.starts_with("failed") => 0,
-            _ => 2,
+            _ => 3,
         };
         let states = self.states(&entry.key);
         if let Some((_, best)) = states.iter().max_by_key(|(_, state)| rank(state)) {
@@ -333,9 +340,9 @@ impl Models {
         let told = self.listed.iter().filter_map(|listed| listed["data"].as_array()).flatten();
         let mut told = told.filter(|row| is_row_of(row, entry));
         match told.find_map(|row| row["state"].as_str()) {
-            Some("idle") => "on disk".to_owned(),
+            Some("idle") => ON_DISK.to_owned(),
             Some(state) if state != "unserved" => state.to_owned(),
-            _ if artifacts.is_some_and(|artifacts| artifacts.contains(&entry.digest)) => "on disk".to_owned(),
+            _ if artifacts.is_some_and(|artifacts| artifacts.contains(&entry.digest)) => ON_DISK.to_owned(),
             _ => "not served".to_owned(),
         }
     }
@@ -359,8 +366,7 @@ impl Models {
     }
 
     fn row(&self, entry: &ModelEntry, artifacts: Option<&ArtifactStore>) -> Vec<String> {
-        let states = self.states(&entry.key);
-        let nodes: Vec<&str> = states.iter().map(|(node, _)| node.as_str()).collect();
+        let nodes = places(&self.states(&entry.key));
         let facts = entry.facts.clone().unwrap_or_default();
         vec![
             entry.key.to_string(),
@@ -368,7 +374,7 @@ impl Models {
             output::one_line(&facts.quantisation),
             entry.context_length.to_string(),
             self.state(entry, artifacts),
-            nodes.join(", "),
+            nodes,
             self.aliases_of(&entry.key).join(", "),
         ]
     }
@@ -402,6 +408,19 @@ impl Models {
     }
 }
 
+/// Returns the nodes that have a model, those with it in memory first. Whoever would have to fetch its file does not have it.
+fn places(states: &[(String, String)]) -> String {
+    let named = |(node, state): &(String, String)| match state.as_str() {
+        READY => node.clone(),
+        ON_DISK => format!("{node} (disk)"),
+        failed if failed.starts_with("failed") => format!("{node} (failed)"),
+        state => format!("{node} ({state})"),
+    };
+    let mut there: Vec<_> = states.iter().filter(|(_, state)| state != NOT_FETCHED).collect();
+    there.sort_by_key(|(_, state)| (state != READY, state == ON_DISK));
+    there.into_iter().map(named).collect::<Vec<_>>().join(", ")
+}
+
 /// Returns the catalogue as a gateway tells it: to an operator the whole of it, to anybody else what its list shows.
 async fn of_gateway(client: &GatewayClient, listed: &Value) -> Catalog {
     let mut catalog = Desk::catalog_of_list(listed);
@@ -423,11 +442,13 @@ fn is_row_of(row: &Value, entry: &ModelEntry) -> bool {
 }
 
 fn state_on(worker: &FleetWorker, key: &ModelKey) -> String {
-    let Some(cached) = worker.report.model_cache.iter().find(|cached| cached.key == *key) else {
-        return "on disk".to_owned();
+    let report = &worker.report;
+    let Some(cached) = report.model_cache.iter().find(|cached| cached.key == *key) else {
+        return if report.to_fetch.contains(key) { NOT_FETCHED } else { ON_DISK }.to_owned();
     };
     match (cached.state, cached.loading) {
-        (ModelState::Ready, _) => "ready".to_owned(),
+        (ModelState::Ready, _) => READY.to_owned(),
+        (ModelState::Loading, Some(progress)) if progress.fetching => format!("fetching {} %", progress.percent),
         (ModelState::Loading, Some(progress)) => format!("loading {} %", progress.percent),
         (ModelState::Loading, None) => "loading".to_owned(),
         (ModelState::Error, _) => cached
@@ -484,5 +505,24 @@ fn count(parameters: u64) -> String {
         1_000_000_000.. => format!("{:.1} billion", number / 1e9),
         1_000_000.. => format!("{:.1} million", number / 1e6),
         _ => parameters.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_a_node_that_has_the_model_and_says_where() {
+        let state = |node: &str, state: &str| (node.to_owned(), state.to_owned());
+        let states = [
+            state("a", ON_DISK),
+            state("b", NOT_FETCHED),
+            state("c", "fetching 43 %"),
+            state("d", READY),
+            state("e", "failed: no room"),
+        ];
+        assert_eq!(places(&states), "d, c (fetching 43 %), e (failed), a (disk)");
+        assert_eq!(places(&states[1..2]), "");
     }
 }

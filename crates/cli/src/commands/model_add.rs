@@ -50,6 +50,16 @@ pub(super) async fn run(context: Context, args: ModelAddArgs) -> anyhow::Result<
         return Ok(Outcome::Well);
     }
     let Some(first) = added.first() else { return Ok(Outcome::Well) };
+    // Workers fetch a file from the registry's machine, or from a worker that has it.
+    let gives = ["registry", "worker", "up"];
+    let roles = context.data.roles();
+    let is_given = context.data.registry_store().exists() || roles.iter().any(|role| gives.contains(role));
+    if !is_given {
+        output::line(
+            "its file lies on this machine alone, where no registry and no worker runs, so that no other machine can \
+             fetch it; add it on one that has such a node",
+        );
+    }
     output::line(next(&context, is_up(&context, &args).await, &first.key));
     Ok(Outcome::Well)
 }

@@ -171,3 +171,52 @@ fn two_machines_make_a_network_with_two_commands_and_are_back_with_one_each() {
     there.end();
     here.end();
 }
+
+/// Returns a model's row of the list that a machine shows.
+fn row(machine: &Machine, id: &str) -> Value {
+    let output = machine.tether(&["model", "list", "--json"]).output().expect("it runs");
+    let told: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let rows = told["data"].as_array().cloned().unwrap_or_default();
+    rows.into_iter().find(|row| row["id"] == id).unwrap_or_default()
+}
+
+#[test]
+fn a_model_that_is_added_on_one_machine_is_answered_by_the_other() {
+    let [mut here, mut there] = match machines() {
+        Ok(machines) => machines,
+        Err(reason) => {
+            println!("skipped: this system lets nobody make network namespaces: {reason}");
+            return;
+        }
+    };
+    here.start(&["up", "--workers", "0", "--listen", &format!("{HERE}:49737")]);
+    let invite = |log: &str| log.lines().find_map(|line| line.trim().strip_prefix("tether join ").map(str::to_owned));
+    wait_for("the line for the other machine", || invite(&here.log()).is_some());
+    there.start(&["join", &invite(&here.log()).expect("printed")]);
+    wait_for("the other machine to be ready", || here.workers_ready() == 1);
+
+    let bytes = [tether_cli::tiny_model::BYTES, b"of the one machine"].concat();
+    fs::write(here.home.path().join("mine.gguf"), &bytes).expect("written");
+    let added = here.tether(&["model", "add", "mine.gguf"]).output().expect("it runs");
+    assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
+    let state = |machine: &Machine| row(machine, "mine")["where"][0]["state"].clone();
+    wait_for("the worker to offer it", || state(&here) == "not fetched");
+    let digest = protocol::Digest::of(&bytes).to_string();
+    let fetched = there.home.data().join("artifacts/sha256").join(&digest[..2]).join(&digest);
+    assert!(!fetched.exists(), "nobody has asked for it");
+    let question = ["run", "mine", "What is 3 + 4?", "--temperature", "0"];
+    let output = here.tether(&question).output().expect("it runs");
+    assert!(
+        String::from_utf8_lossy(&output.stdout).contains("3 + 4 = 7"),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(fetched.exists() && !there.home.data().join("artifacts/partial").join(&digest).exists());
+    wait_for("the list to show where it is", || state(&here) == "ready");
+    // Only what was fetched goes when the model is removed.
+    let removed = here.tether(&["model", "rm", "mine", "--force"]).output().expect("it runs");
+    assert!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
+    wait_for("the worker to let go of it", || row(&here, "mine").is_null());
+    there.end();
+    here.end();
+}

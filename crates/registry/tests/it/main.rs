@@ -66,6 +66,7 @@ async fn desk() -> Desk {
         region: "local".parse().expect("region"),
         clock: clock.clone(),
         store: store.clone(),
+        artifacts: None,
         pepper: Pepper([9; 32]),
         admission: admission.clone(),
         version: "0".into(),

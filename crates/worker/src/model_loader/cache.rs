@@ -44,12 +44,36 @@ pub(crate) struct Load {
     bytes: u64,
     /// How long it took the last time, and the wait before it; guessed from its length for the first load.
     expected: Option<Duration>,
+    /// Its file comes from another node yet.
+    fetch: Option<Fetch>,
+}
+
+/// How much there is of a file that is being fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Fetch {
+    /// What was there when the fetch began.
+    begun_with: u64,
+    there: u64,
+    of: u64,
+}
+
+impl Fetch {
+    /// Returns how far the whole file is, with the time that it would have taken at this pace.
+    fn progress(self, elapsed: Duration) -> LoadProgress {
+        let percent = (100 * u128::from(self.there) / u128::from(self.of.max(1))).min(100) as u8;
+        let came = self.there.saturating_sub(self.begun_with);
+        let whole = elapsed.as_millis() * u128::from(self.there) / u128::from(came.max(1));
+        // Of one that has only begun nobody knows when it ends.
+        let percent = if came == 0 { 0 } else { percent };
+        let elapsed_ms = u64::try_from(whole).unwrap_or(u64::MAX);
+        LoadProgress { percent, elapsed_ms, bytes: self.of, fetching: true }
+    }
 }
 
 impl Load {
     /// Begins a load that is expected to take so long, where that is known.
     pub(crate) fn begin(expected: Option<Duration>) -> Self {
-        Self { since: Instant::now(), percent: 0, bytes: 0, expected }
+        Self { since: Instant::now(), percent: 0, bytes: 0, expected, fetch: None }
     }
 
     /// Returns how far it is. Before the engine tells, a load is as far as the time says that it is expected to take, so
@@ -57,6 +81,9 @@ impl Load {
     fn progress(&self) -> LoadProgress {
         let Self { percent, bytes, expected, .. } = *self;
         let elapsed = self.since.elapsed();
+        if let Some(fetch) = self.fetch {
+            return fetch.progress(elapsed);
+        }
         let Some(expected) = expected.filter(|_| percent == 0) else {
             return LoadProgress { percent, elapsed_ms: elapsed.as_millis() as u64, bytes, fetching: false };
         };
@@ -83,6 +110,8 @@ pub(crate) struct Entry {
     stirred: Arc<Notify>,
     /// It was not loaded at the start, since there was no room.
     stays_out: AtomicBool,
+    /// Its file is not here, and can be fetched.
+    to_fetch: AtomicBool,
     /// Jobs that wait for it.
     waiters: AtomicU32,
     /// It is served no more.
@@ -275,6 +304,7 @@ impl Entry {
             order: watch::Sender::new(None),
             stirred,
             stays_out: AtomicBool::new(false),
+            to_fetch: AtomicBool::new(false),
             waiters: AtomicU32::new(0),
             retired: CancellationToken::new(),
             dead: watch::Sender::new(None),
@@ -476,6 +506,32 @@ impl Entry {
                 load.expected.get_or_insert(FIRST_LOAD + Duration::from_millis(bytes / LOAD_BYTES_PER_MILLI));
             }
         });
+    }
+
+    /// Returns whether its file is to be fetched before it can be loaded.
+    pub(crate) fn is_to_fetch(&self) -> bool {
+        self.to_fetch.load(Ordering::Relaxed)
+    }
+
+    /// Notes whether it is, and returns whether that is news.
+    pub(crate) fn set_to_fetch(&self, to_fetch: bool) -> bool {
+        self.to_fetch.swap(to_fetch, Ordering::Relaxed) != to_fetch
+    }
+
+    /// Notes how much of its file has come, of how much, and how much was there at the beginning.
+    pub(crate) fn fetching(&self, there: u64, of: u64, begun_with: u64) {
+        self.status.send_modify(|status| {
+            let fetch = Some(Fetch { begun_with, there, of });
+            match status {
+                Status::Loading(load) if load.fetch.is_some() => load.fetch = fetch,
+                _ => *status = Status::Loading(Load { fetch, ..Load::begin(None) }),
+            }
+        });
+    }
+
+    /// Notes that its file is here, and that its load begins.
+    pub(crate) fn fetched(&self) {
+        self.status.send_replace(Status::Loading(Load::begin(None)));
     }
 
     /// Notes how far the load is. Says whether that is farther than before.

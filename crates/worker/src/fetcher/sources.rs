@@ -1,0 +1,134 @@
+//! Finds the nodes that have a file: workers that say so, and then the registries.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use protocol::control::{Empty, FLEET_LIST, Fleet, NodeRole};
+use protocol::health::HealthReport;
+use protocol::model::ModelKey;
+use protocol::{Digest, PublicKey};
+use rpc::{Client, Directory};
+use tokio::time::Instant;
+use tracing::debug;
+
+/// How long an orchestrator may take to list the workers.
+const FLEET_WITHIN: Duration = Duration::from_secs(5);
+/// How long a registry may take to be found.
+const REGISTRY_WITHIN: Duration = Duration::from_secs(2);
+/// Workers asked in one round.
+const WORKERS_MAX: usize = 8;
+/// For how long a node is not asked that sent wrong bytes.
+pub(crate) const AVOID_FOR: Duration = Duration::from_mins(10);
+
+/// A node that may have a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Source {
+    pub(crate) peer: PublicKey,
+    pub(crate) is_registry: bool,
+}
+
+/// Knows whom to ask.
+pub(crate) struct Sources {
+    client: Client,
+    pub(super) directory: Directory,
+    /// Nodes that sent wrong bytes, and until when they are not asked.
+    avoided: Mutex<BTreeMap<PublicKey, Instant>>,
+}
+
+impl Sources {
+    pub(crate) fn new(client: Client, directory: Directory) -> Self {
+        Self { client, directory, avoided: Mutex::default() }
+    }
+
+    /// Returns the nodes to ask for a file of these models, one after the other.
+    ///
+    /// Workers come first, in an order that is this node's own: where many fetch at once they serve each other, and the
+    /// registry is asked by few.
+    pub(crate) async fn of(&self, digest: &Digest, models: &[ModelKey]) -> Vec<Source> {
+        let own = self.client.public_key();
+        let mut workers: Vec<PublicKey> = self
+            .fleet()
+            .await
+            .workers
+            .into_iter()
+            .map(|worker| worker.report)
+            .filter(|report| report.worker_id != own && has_file(report, digest, models))
+            .map(|report| report.worker_id)
+            .collect();
+        workers.sort_by_key(|peer| Digest::of(&[own.0, peer.0, digest.0].concat()));
+        workers.truncate(WORKERS_MAX);
+        self.directory.wait_for(NodeRole::Registry, REGISTRY_WITHIN).await;
+        let workers = workers.into_iter().map(|peer| Source { peer, is_registry: false });
+        let registries = self.directory.find(NodeRole::Registry).into_iter();
+        let all = workers.chain(registries.map(|peer| Source { peer, is_registry: true }));
+        all.filter(|source| !self.is_avoided(source.peer)).collect()
+    }
+
+    async fn fleet(&self) -> Fleet {
+        for orchestrator in self.directory.find(NodeRole::Orchestrator) {
+            match self.client.call::<_, Fleet>(orchestrator, FLEET_LIST, &Empty {}, FLEET_WITHIN).await {
+                Ok(fleet) => return fleet,
+                Err(error) => debug!(orchestrator = orchestrator.short(), %error, "the workers could not be listed"),
+            }
+        }
+        Fleet::default()
+    }
+
+    /// Does not ask a node for a while.
+    pub(crate) fn avoid(&self, peer: PublicKey) {
+        self.avoided().insert(peer, Instant::now() + AVOID_FOR);
+    }
+
+    /// Says why nobody is asked.
+    pub(crate) fn nobody(&self) -> String {
+        if self.avoided().is_empty() {
+            "no node that has it answers".to_owned()
+        } else {
+            let minutes = AVOID_FOR.as_secs() / 60;
+            format!("no node that has it answers, but for such that sent other bytes less than {minutes} minutes ago")
+        }
+    }
+
+    fn is_avoided(&self, peer: PublicKey) -> bool {
+        let now = Instant::now();
+        let mut avoided = self.avoided();
+        avoided.retain(|_, until| *until > now);
+        avoided.contains_key(&peer)
+    }
+
+    fn avoided(&self) -> MutexGuard<'_, BTreeMap<PublicKey, Instant>> {
+        self.avoided.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Returns whether a worker says that it has a file of one of these models: the model's own, or an adapter's, which it may
+/// turn out not to have.
+fn has_file(report: &HealthReport, digest: &Digest, models: &[ModelKey]) -> bool {
+    models.iter().filter(|key| report.supported.contains(key) && !report.to_fetch.contains(key)).any(|key| {
+        // A model of the same name on an adopted server has no file.
+        let cached = report.model_cache.iter().find(|cached| cached.key == *key);
+        cached.is_none_or(|cached| cached.attested || cached.digest == *digest)
+    })
+}
+
+/// Returns who is to blame for wrong bytes. A registry is not, where others had a part in them.
+pub(crate) fn blamed(contributors: &[Source], is_resumed: bool) -> Vec<PublicKey> {
+    let is_alone = contributors.len() == 1 && !is_resumed;
+    contributors.iter().filter(|source| is_alone || !source.is_registry).map(|source| source.peer).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_registry_is_blamed_for_what_it_sent_alone_and_a_worker_for_all_it_had_a_part_in() {
+        let worker = Source { peer: PublicKey([1; 32]), is_registry: false };
+        let registry = Source { peer: PublicKey([2; 32]), is_registry: true };
+        assert_eq!(blamed(&[registry], false), [registry.peer]);
+        assert_eq!(blamed(&[registry], true), []);
+        assert_eq!(blamed(&[worker], true), [worker.peer]);
+        assert_eq!(blamed(&[worker, registry], false), [worker.peer]);
+    }
+}

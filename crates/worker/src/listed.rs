@@ -1,0 +1,80 @@
+//! The artifacts of the models that operators added, as the registry last listed them: what nodes fetch from each other.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use protocol::control::Catalog;
+use protocol::model::{ModelEntry, ModelKey};
+use protocol::{Digest, ModelName};
+use tokio::sync::watch;
+
+/// What the catalogue says of one artifact.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ListedFile {
+    /// Its length in bytes.
+    pub(crate) bytes: u64,
+    /// The memory that its model takes at least, in bytes; 0 for an adapter.
+    pub(crate) memory_min: u64,
+    /// The models that it belongs to.
+    pub(crate) models: Vec<ModelKey>,
+}
+
+/// The artifacts that are listed. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Listed(watch::Sender<Arc<BTreeMap<Digest, ListedFile>>>);
+
+impl Listed {
+    /// Takes what the registry lists.
+    pub(crate) fn update(&self, catalog: &Catalog) {
+        let added: BTreeMap<&ModelKey, &ModelEntry> =
+            catalog.models.iter().filter(|model| model.added).map(|model| (&model.key, model)).collect();
+        let mut files: BTreeMap<Digest, ListedFile> = BTreeMap::new();
+        let mut add = |digest: Digest, bytes: u64, memory_min: u64, key: &ModelKey| {
+            let file = files.entry(digest).or_insert_with(|| ListedFile { bytes, memory_min, models: vec![] });
+            file.models.push(key.clone());
+        };
+        for model in added.values() {
+            add(model.digest, model.bytes, memory_min(model), &model.key);
+        }
+        for adapter in catalog.adapters.iter().filter(|adapter| added.contains_key(&adapter.key.model)) {
+            add(adapter.digest, adapter.bytes, 0, &adapter.key.model);
+        }
+        self.0.send_if_modified(|known| {
+            let is_news = **known != files;
+            if is_news {
+                *known = Arc::new(files);
+            }
+            is_news
+        });
+    }
+
+    /// Returns what is listed of an artifact.
+    pub(crate) fn get(&self, digest: &Digest) -> Option<ListedFile> {
+        self.0.borrow().get(digest).cloned()
+    }
+
+    /// Returns all artifacts.
+    pub(crate) fn all(&self) -> Arc<BTreeMap<Digest, ListedFile>> {
+        self.0.borrow().clone()
+    }
+
+    /// Returns the names of the models that an artifact belongs to.
+    pub(crate) fn names_of(&self, digest: &Digest) -> Vec<ModelName> {
+        self.get(digest).into_iter().flat_map(|file| file.models).map(|key| key.model_id).collect()
+    }
+
+    /// Waits until an artifact is not listed. Cancel safe.
+    pub(crate) async fn until_gone(&self, digest: &Digest) {
+        let mut files = self.0.subscribe();
+        // The sender lives as long as this.
+        let _ = files.wait_for(|files| !files.contains_key(digest)).await;
+    }
+}
+
+/// Returns the memory that a model takes at least, as far as the catalogue tells: its weights, and of what comes to them
+/// with the default settings a quarter, since contexts are shortened where memory is short. The plan before the load
+/// knows better.
+fn memory_min(model: &ModelEntry) -> u64 {
+    let told = model.facts.as_ref().map_or(0, |facts| facts.memory_bytes);
+    model.bytes.saturating_add(told.saturating_sub(model.bytes) / 4)
+}
