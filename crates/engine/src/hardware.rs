@@ -1,8 +1,14 @@
 //! What the machine computes with, and the names under which schedulers and people know it.
 
+mod installed_gpus;
+mod unused_gpus;
+
 use std::thread;
 
 use serde::{Deserialize, Serialize};
+
+pub use installed_gpus::{DeviceNode, InstalledGpu, InstalledGpus, Vendor};
+pub use unused_gpus::{UnusedGpu, WhyUnused, unused_gpus};
 
 /// Returns how many threads compute, of as many as are wanted; 0 leaves one core of three or more to the network and
 /// to other programs. More threads than cores only wait for each other, and there may be none left to start.
@@ -27,6 +33,57 @@ pub fn cores() -> u32 {
 /// control groups; `None` where the system does not tell.
 pub fn free_memory_bytes() -> Option<u64> {
     crate::process::host_memory::available_bytes()
+}
+
+/// What a runtime can compute with.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hardware {
+    /// The devices.
+    pub devices: Vec<Device>,
+    /// The interfaces to GPUs that this build should have.
+    pub backends: Vec<Backend>,
+}
+
+impl Hardware {
+    /// Returns the GPUs that layers are placed on: those with memory of their own, or else those of one interface that
+    /// share the machine's, as llama.cpp chooses them.
+    pub fn gpus(&self) -> Vec<&Device> {
+        gpus(&self.devices)
+    }
+}
+
+/// An interface to GPUs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Backend {
+    /// Its short name, such as `cuda`, `vulkan` or `metal`.
+    pub name: String,
+    /// Whether it can be used.
+    pub state: BackendState,
+}
+
+impl Backend {
+    /// Returns the name of its library, where it has one of its own.
+    pub fn library(&self) -> String {
+        format!("libggml-{}.so", self.name)
+    }
+}
+
+/// Whether an interface to GPUs can be used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BackendState {
+    /// It runs, with devices or without.
+    Loaded {
+        /// What it complained of when it started.
+        complaint: Option<String>,
+    },
+    /// Its library is not beside the program.
+    Missing,
+    /// Its library cannot be loaded.
+    NotLoadable {
+        /// What the dynamic linker says.
+        reason: String,
+    },
 }
 
 /// A place where models are computed.
@@ -71,9 +128,27 @@ impl Device {
     }
 }
 
-/// Returns the memory that is free on all graphics processors together, in bytes.
+impl std::fmt::Display for Device {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{} ({})", self.description, self.name)
+    }
+}
+
+/// Returns the GPUs that layers are placed on, of all devices.
+pub(crate) fn gpus(devices: &[Device]) -> Vec<&Device> {
+    let of_kind = |kind| devices.iter().filter(move |device| device.kind == kind);
+    let with_memory: Vec<_> = of_kind(DeviceKind::Gpu).collect();
+    if !with_memory.is_empty() {
+        return with_memory;
+    }
+    let integrated = || of_kind(DeviceKind::IntegratedGpu);
+    let interface = integrated().next().map(Device::interface);
+    integrated().filter(|device| Some(device.interface()) == interface).collect()
+}
+
+/// Returns the memory that is free on all GPUs that layers are placed on, in bytes.
 pub fn free_gpu_bytes(devices: &[Device]) -> u64 {
-    devices.iter().filter(|device| device.is_gpu()).fold(0, |sum, device| sum.saturating_add(device.free_bytes))
+    gpus(devices).iter().fold(0, |sum, device| sum.saturating_add(device.free_bytes))
 }
 
 /// Words that say who made a processor or how it is mounted, and not which one it is.
@@ -188,6 +263,10 @@ mod tests {
         ];
         assert_eq!(free_gpu_bytes(&devices), 7);
         assert_eq!(free_gpu_bytes(&[]), 0);
+        // llama.cpp leaves integrated ones alone beside others, and those of a second interface.
+        let integrated = |name, free_bytes| device(name, DeviceKind::IntegratedGpu, free_bytes);
+        assert_eq!(free_gpu_bytes(&[devices.as_slice(), &[integrated("Vulkan0", 5)]].concat()), 7);
+        assert_eq!(free_gpu_bytes(&[integrated("Vulkan0", 5), integrated("Vulkan1", 6), integrated("MTL0", 1)]), 11);
     }
 
     fn device(name: &str, kind: DeviceKind, free_bytes: u64) -> Device {

@@ -16,6 +16,7 @@ mod forms;
 mod lane;
 pub(crate) mod native;
 mod outbox;
+mod placement;
 mod prompts;
 mod pulse;
 mod room;
@@ -36,13 +37,14 @@ use tokio::task;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::gguf::{self, Header};
-use crate::hardware::{self, Device};
+use crate::hardware::{self, Hardware};
 use crate::memory_plan::{self, Shape};
 use crate::model_facts;
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, FinishReason, GenerateRequest,
     GenerateStream, Kernels, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, OutputFormat,
-    Piece, ProgressSink, PromptInput, RuntimeInfo, SamplingDefaults, ToolChoice, Usage, VerifiedArtifact, unsupported,
+    Piece, Placement, ProgressSink, PromptInput, RuntimeInfo, SamplingDefaults, ToolChoice, Usage, VerifiedArtifact,
+    unsupported,
 };
 use crate::sampler;
 use embedder::EmbedJob;
@@ -72,6 +74,7 @@ struct Loaded {
     sampling_defaults: SamplingDefaults,
     shape: Shape,
     abilities: Abilities,
+    placement: Placement,
     work: mpsc::Sender<Work>,
     /// Room for running and waiting requests.
     admission: Arc<Semaphore>,
@@ -105,15 +108,14 @@ impl Default for LlamaRuntime {
 #[async_trait]
 impl ModelRuntime for LlamaRuntime {
     fn describe(&self) -> RuntimeInfo {
-        let names: Vec<_> =
-            native::devices().iter().map(|device| format!("{} ({})", device.description, device.name)).collect();
+        let names: Vec<_> = native::devices().iter().map(ToString::to_string).collect();
         let detail = format!("llama.cpp with {} on {}", native::instruction_sets(), names.join(", "));
         RuntimeInfo { kind: "llama".into(), detail }
     }
 
-    async fn devices(&self) -> Vec<Device> {
+    async fn hardware(&self) -> Hardware {
         // Drivers take their time when they start.
-        task::spawn_blocking(native::devices).await.unwrap_or_default()
+        task::spawn_blocking(native::hardware).await.unwrap_or_default()
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
@@ -129,9 +131,9 @@ impl ModelRuntime for LlamaRuntime {
         let id = ModelId(self.next_model.fetch_add(1, Ordering::Relaxed));
         let loaded = Loaded::load(id, artifact, &options, progress).await?;
         let Shape { context_length, slots, kv_tokens } = loaded.shape;
-        let abilities = loaded.abilities;
+        let (abilities, placement) = (loaded.abilities, loaded.placement.clone());
         lock(&self.models).insert(id, Arc::new(loaded));
-        Ok(LoadedModel { id, context_length, kv_tokens, slots, pid: None, abilities })
+        Ok(LoadedModel { id, context_length, kv_tokens, slots, pid: None, abilities, placement })
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
@@ -265,13 +267,10 @@ impl Loaded {
             draft_tokens: options.draft_tokens.min(memory_plan::DRAFT_TOKENS_MAX),
             row_by_row: memory_plan::is_row_by_row(&header, options.kernels),
         };
-        let as_many_as_fit = || {
-            let free_bytes = hardware::free_gpu_bytes(&native::devices());
-            memory_plan::layers_that_fit(&header, options, free_bytes)
-        };
-        let gpu_layers = options.gpu_layers.unwrap_or_else(as_many_as_fit);
+        let placement = placement::place(&header, options, &native::devices());
         let without_kernels = options.kernels == Kernels::Off;
-        let model_options = ModelOptions { gpu_layers, without_kernels, ..ModelOptions::default() };
+        let model_options =
+            ModelOptions { gpu_layers: placement.gpu_layers, without_kernels, ..ModelOptions::default() };
         let beats = Arc::new(Beats::default());
         let (told, pulse, stopped) = (Arc::clone(&snapshot), Pulse::new(Arc::clone(&beats)), stop.clone());
         let serve = move || {
@@ -313,6 +312,7 @@ impl Loaded {
             forms,
             shape,
             abilities,
+            placement,
             work,
             admission,
             admission_max,

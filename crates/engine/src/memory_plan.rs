@@ -126,6 +126,11 @@ pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, Engine
     })
 }
 
+/// Returns the layers of a model that may lie on a GPU, the output counted as one.
+pub fn layers(header: &Header) -> u32 {
+    u32::try_from(Dimensions::of(header).cell_bytes.len()).unwrap_or(u32::MAX).saturating_add(1)
+}
+
 /// What of a model its buffers depend on.
 #[derive(Debug)]
 struct Dimensions {
@@ -246,4 +251,4 @@ fn is_packed(_: &Tensor, _: Kernels) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -16,9 +16,10 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::hardware::Hardware;
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, Event, FinishReason, GenerateRequest,
-    GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime,
+    GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, Placement,
     ProgressSink, PromptInput, RuntimeInfo, Usage, VerifiedArtifact, unsupported,
 };
 use crate::sampler;
@@ -181,6 +182,10 @@ impl ModelRuntime for MockRuntime {
         RuntimeInfo { kind: "mock".into(), detail }
     }
 
+    async fn hardware(&self) -> Hardware {
+        Hardware::default()
+    }
+
     async fn estimate(&self, artifact: &VerifiedArtifact, _options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
         Ok(MemoryPlan { weights_bytes: artifact.bytes, ..MemoryPlan::default() })
     }
@@ -222,7 +227,15 @@ impl ModelRuntime for MockRuntime {
             embedding_length: Self::EMBEDDING_LENGTH,
             adapters: true,
         };
-        Ok(LoadedModel { id, context_length, kv_tokens: 0, slots, pid: None, abilities })
+        Ok(LoadedModel {
+            id,
+            context_length,
+            kv_tokens: 0,
+            slots,
+            pid: None,
+            abilities,
+            placement: Placement::default(),
+        })
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::hardware::Device;
+use crate::hardware::Hardware;
 pub use answer::*;
 pub use request::*;
 
@@ -31,9 +31,7 @@ pub trait ModelRuntime: Send + Sync + 'static {
     fn describe(&self) -> RuntimeInfo;
 
     /// Returns what models can be computed with; nothing where a runtime does not know.
-    async fn devices(&self) -> Vec<Device> {
-        Vec::new()
-    }
+    async fn hardware(&self) -> Hardware;
 
     /// Returns the memory that `load` would take, read from the header of the artifact.
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError>;
@@ -228,6 +226,26 @@ pub struct LoadedModel {
     pub pid: Option<u32>,
     /// What it can do.
     pub abilities: Abilities,
+    /// What computes it.
+    pub placement: Placement,
+}
+
+/// What computes a loaded model, and how much of what was wished for it got. All is 0 where it is not known.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Placement {
+    /// Its layers, with the output as one more.
+    pub layers: u32,
+    /// Those of them that are on GPUs.
+    pub gpu_layers: u32,
+    /// What computes it, such as `NVIDIA H200 (CUDA0)`: GPUs where layers are on them, and else the processor.
+    pub devices: Vec<String>,
+    /// Memory that was free on GPUs before it was loaded, in bytes; `None` where there is no GPU.
+    pub vram_free_bytes: Option<u64>,
+    /// Memory of GPUs that it takes, in bytes.
+    pub vram_bytes: u64,
+    /// Tokens of context that it was made for.
+    pub context_trained: u32,
 }
 
 /// What a loaded model can do. What it cannot is refused with [`EngineError::Unsupported`].

@@ -31,7 +31,7 @@ use tokio::time;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use crate::hardware::{self, Device};
+use crate::hardware::{self, Hardware};
 use crate::model_runtime::{
     AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
     LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
@@ -141,16 +141,16 @@ impl ModelRuntime for ProcessRuntime {
         })
     }
 
-    async fn devices(&self) -> Vec<Device> {
-        match time::timeout(HELLO_WITHIN, spawn::ask_devices(&self.command)).await {
-            Ok(Ok(devices)) => devices,
+    async fn hardware(&self) -> Hardware {
+        match time::timeout(HELLO_WITHIN, spawn::ask_hardware(&self.command)).await {
+            Ok(Ok(hardware)) => hardware,
             Ok(Err(error)) => {
                 tracing::warn!(%error, "no engine process says what it computes with");
-                Vec::new()
+                Hardware::default()
             }
             Err(_) => {
                 tracing::warn!("an engine process did not say within {HELLO_WITHIN:?} what it computes with");
-                Vec::new()
+                Hardware::default()
             }
         }
     }

@@ -33,11 +33,12 @@ use self::dialect::{Dialect, Kind, Listed};
 pub use self::discovery::{MODELS_MAX, Survey};
 pub use self::http_client::{AddressError, ServerAddress};
 use self::http_client::{HttpClient, HttpError};
+use crate::hardware::Hardware;
 use crate::model_facts::ModelFacts;
 use crate::model_runtime::{
     Abilities, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
-    LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
-    unsupported,
+    LoadedModel, MemoryPlan, ModelId, ModelRuntime, Placement, ProgressSink, PromptInput, RuntimeInfo,
+    VerifiedArtifact, unsupported,
 };
 
 /// The ids of attached models begin here, so that they differ from those of every other runtime of a process.
@@ -135,7 +136,15 @@ impl RemoteRuntime {
         };
         let abilities = self.abilities(&server, dialect, &listed).await?;
         let id = ModelId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let loaded = LoadedModel { id, context_length, kv_tokens: 0, slots: options.slots, pid: None, abilities };
+        let loaded = LoadedModel {
+            id,
+            context_length,
+            kv_tokens: 0,
+            slots: options.slots,
+            pid: None,
+            abilities,
+            placement: Placement::default(),
+        };
         let Listed { name, facts, .. } = listed;
         let attached = Attached::new(loaded.clone(), server, name, dialect, options.queue_max);
         let attached = Arc::new(attached);
@@ -203,6 +212,10 @@ impl RemoteRuntime {
 impl ModelRuntime for RemoteRuntime {
     fn describe(&self) -> RuntimeInfo {
         RuntimeInfo { kind: "remote".into(), detail: "servers of OpenAI's API".into() }
+    }
+
+    async fn hardware(&self) -> Hardware {
+        Hardware::default()
     }
 
     /// A server's memory is its own: here a model takes none.

@@ -1,5 +1,6 @@
 //! `Health.Report`: what a worker says of itself every five seconds and on change (T5, T6).
 
+use std::fmt;
 use std::time::Duration;
 
 use schemars::JsonSchema;
@@ -23,6 +24,9 @@ pub const PREFIXES_MAX: usize = 64;
 
 /// The longest reason that is told of a failed model, in bytes.
 pub const REASON_BYTES_MAX: usize = 300;
+
+/// The longest text that names the devices of a model, in bytes.
+pub const DEVICE_BYTES_MAX: usize = 200;
 
 /// What a worker says of itself. Health report and presence are this one message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -157,6 +161,40 @@ pub struct CachedModel {
     /// Beginnings of prompts whose keys and values are likely at hand, the latest first; see [`crate::prefix`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prefixes: Vec<PrefixDigest>,
+    /// What computes it, once it is loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
+}
+
+/// What computes a loaded model, and the context that it has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Placement {
+    /// The device or devices, such as `NVIDIA H200 (CUDA0)`; at most [`DEVICE_BYTES_MAX`].
+    pub device: String,
+    /// Its layers, with the output as one more.
+    pub layers: u32,
+    /// Those of them that are on GPUs; the processor computes the others.
+    pub gpu_layers: u32,
+    /// Tokens of context of a job.
+    pub context_length: u32,
+    /// Tokens of context that it would have with more memory; the same where memory was no limit.
+    pub context_wanted: u32,
+}
+
+impl fmt::Display for Placement {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { device, layers, gpu_layers, context_length, context_wanted } = self;
+        match gpu_layers {
+            0 => write!(formatter, "computed by {device}")?,
+            on_gpu => write!(formatter, "{on_gpu} of {layers} layers on {device}")?,
+        }
+        write!(formatter, ", {context_length} tokens of context")?;
+        if context_length < context_wanted {
+            write!(formatter, " ({context_wanted} do not fit into memory)")?;
+        }
+        Ok(())
+    }
 }
 
 impl CachedModel {
@@ -174,6 +212,7 @@ impl CachedModel {
             loading: None,
             reason: None,
             prefixes,
+            placement: None,
         }
     }
 }

@@ -34,6 +34,7 @@ use crate::announcer::{Announcer, topics};
 use crate::capabilities::Capabilities;
 use crate::catalog_watch::CatalogWatch;
 use crate::config::{CatalogUse, Config};
+use crate::device_report;
 use crate::engine_meter::EngineMeter;
 use crate::execution_engine::{Begun, Broken, ExecutionEngine, empty_chunk, finish, pulse, send_progress};
 use crate::fetcher::{Fetcher, FetcherParts};
@@ -219,7 +220,9 @@ impl BaseWorker {
             ..
         } = self;
         let WorkerParts { transport, key, epoch, clock, artifacts, metrics, membership, adoption, version, .. } = parts;
-        let capabilities = Capabilities::of(&runtime.devices().await);
+        let hardware = runtime.hardware().await;
+        device_report::log_devices(&hardware);
+        let capabilities = Capabilities::of(&hardware.devices);
         // Cancelled as well when this future is dropped, so that nothing runs on without its owner.
         let life = CancellationToken::new();
         let _end_of_life = life.clone().drop_guard();

@@ -9,6 +9,7 @@ mod base_worker;
 mod capabilities;
 mod catalog_watch;
 mod config;
+mod device_report;
 mod engine_meter;
 mod execution_engine;
 mod fetcher;

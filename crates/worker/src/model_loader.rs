@@ -36,6 +36,7 @@ use cache::{Entry, Hold, Load, ModelCache, Status};
 use residency::{Order, Place, Seat};
 
 use crate::config::{self, RemoteServer, ServedAdapter, ServedModel};
+use crate::device_report;
 use crate::fetcher::{FetchError, Fetcher};
 use crate::model_facts;
 use crate::offers::OfferError;
@@ -542,13 +543,16 @@ impl ModelLoader {
 
     /// Lets a loaded model take jobs until it dies, is refused or is to leave.
     async fn serve(&self, entry: &Arc<Entry>, loaded: LoadedModel, offer: Option<ModelOffer>) -> End {
-        let LoadedModel { id, pid, context_length, kv_tokens, slots, .. } = loaded;
+        let (id, pid) = (loaded.id, loaded.pid);
         info!(model = %entry.key, pid, "the model is ready");
-        if kv_tokens > 0 {
+        if let Some(line) = device_report::layers_line(&loaded.placement, entry.model.gpu_layers) {
+            info!(model = %entry.key, "{line}");
+        }
+        if loaded.kv_tokens > 0 {
             info!(
                 model = %entry.key,
-                "a job holds up to {context_length} tokens, and the {slots} slots share {kv_tokens}; \
-                 context_length and kv_tokens of the model change that, and with it the memory it takes"
+                "{}; context_length and kv_tokens of the model change that, and with it the memory it takes",
+                device_report::context_line(&loaded, &entry.model)
             );
         }
         entry.forgive();

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use engine::hardware::Hardware;
 use engine::remote::{self, RemoteRuntime};
 use engine::{
     AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
@@ -25,6 +26,10 @@ impl Runtimes {
 impl ModelRuntime for Runtimes {
     fn describe(&self) -> RuntimeInfo {
         self.engines.describe()
+    }
+
+    async fn hardware(&self) -> Hardware {
+        self.engines.hardware().await
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {

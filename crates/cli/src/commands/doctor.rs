@@ -17,6 +17,7 @@ use crate::output::Look;
 use crate::settings::Settings;
 use crate::{output, tiny_model};
 
+mod devices;
 mod network;
 
 /// One thing that was looked at.
@@ -39,13 +40,16 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
         check("keys", keys(&context)),
         check("engine", engine(&context).await),
     ];
+    checks.extend(devices::checks(&context.settings).await);
     checks.extend(network::checks(&context).await);
     let roles = context.data.roles();
     match client.presence().await {
         Presence::Answers => {
             checks.push(check("gateway", gateway(&client).await));
             checks.push(check("API key", api_key(&client).await));
-            checks.push(workers(&client).await);
+            let fleet = client.get::<Fleet>("/admin/v1/nodes").await.unwrap_or_default();
+            checks.push(workers(&client, &fleet).await);
+            checks.extend(devices::placements(&fleet));
         }
         Presence::Closed(error) => checks.push(check("gateway", Err(format!("{error:#}")))),
         Presence::Absent(error) if server.url.is_some() => checks.push(check("gateway", Err(format!("{error:#}")))),
@@ -146,7 +150,8 @@ async fn engine(context: &Context) -> Result<String, String> {
         parts: vec![],
     };
     let runtime = process_runtime().map_err(|error| text(&error))?;
-    let options = LoadOptions { threads: 1, ..LoadOptions::default() };
+    // As a worker does it, so that a GPU has to compute too.
+    let options = LoadOptions { threads: 1, gpu_layers: None, ..LoadOptions::default() };
     let loaded = runtime.load(artifact, options, no_progress()).await.map_err(|error| text(&error))?;
     let detail = runtime.describe().detail;
     runtime.unload(loaded.id).await.map_err(|error| text(&error))?;
@@ -173,10 +178,9 @@ async fn gateway(client: &GatewayClient) -> Result<String, String> {
 }
 
 /// Says whether models are ready, and which are not. Only a key that operates the network learns the latter.
-async fn workers(client: &GatewayClient) -> Check {
+async fn workers(client: &GatewayClient, fleet: &Fleet) -> Check {
     let ready = client.get::<Value>("/readyz").await;
-    let fleet = client.get::<Fleet>("/admin/v1/nodes").await.unwrap_or_default();
-    models(ready.map(drop).map_err(|error| format!("{error:#}")), &fleet)
+    models(ready.map(drop).map_err(|error| format!("{error:#}")), fleet)
 }
 
 fn models(ready: Result<(), String>, fleet: &Fleet) -> Check {

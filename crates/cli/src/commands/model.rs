@@ -10,7 +10,7 @@ use indicatif::DecimalBytes;
 use protocol::control::{
     AliasList, AliasSet, Catalog, Fleet, FleetWorker, Member, ModelPlace, ModelPlaceState, ModelPlaces, ModelRemove,
 };
-use protocol::health::ModelState;
+use protocol::health::{ModelState, Placement};
 use protocol::model::{AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
 use protocol::{Digest, ModelName};
 use serde_json::{Value, json};
@@ -120,6 +120,9 @@ pub(super) async fn show(context: Context, model: &str, server: &ServerArgs) -> 
     say("digest", format!("sha256:{}", entry.digest));
     say("state", models.state(entry, artifacts.as_ref()));
     say("where", states.iter().map(|(node, state)| format!("{node} {state}")).collect::<Vec<_>>().join(", "));
+    for (node, placement) in models.placements(&entry.key) {
+        say("computed", format!("on {node}: {}", output::one_line(&placement.to_string())));
+    }
     say("aliases", ends.join(", "));
     let adapters = models.catalog.adapters.iter().filter(|adapter| adapter.key.model == entry.key);
     say("adapters", adapters.map(|adapter| adapter.key.adapter.to_string()).collect::<Vec<_>>().join(", "));
@@ -316,6 +319,16 @@ impl Models {
         let workers = self.fleet.iter().flat_map(|fleet| &fleet.workers);
         let serving = workers.filter(|worker| !worker.report.draining && worker.report.supported.contains(key));
         serving.map(|worker| (self.name_of(worker), state_on(worker, key))).collect()
+    }
+
+    /// Returns what computes a model, on each worker that has it in memory.
+    fn placements(&self, key: &ModelKey) -> Vec<(String, &Placement)> {
+        let workers = self.fleet.iter().flat_map(|fleet| &fleet.workers);
+        let placed = workers.filter_map(|worker| {
+            let cached = worker.report.model_cache.iter().find(|cached| cached.key == *key)?;
+            Some((self.name_of(worker), cached.placement.as_ref()?))
+        });
+        placed.collect()
     }
 
     fn name_of(&self, worker: &FleetWorker) -> String {

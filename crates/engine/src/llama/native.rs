@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+mod backends;
 mod batch;
 mod context;
 mod log;
@@ -14,6 +15,7 @@ mod matrices;
 mod model;
 mod vocabulary;
 
+use std::collections::BTreeSet;
 use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -21,7 +23,7 @@ use std::sync::OnceLock;
 
 use llama_cpp_sys_2 as sys;
 
-use crate::hardware::{Device, DeviceKind};
+use crate::hardware::{Backend, Device, DeviceKind, Hardware};
 
 pub(super) use batch::Batch;
 pub(super) use context::{Context, ContextOptions, DecodeError, Pooling};
@@ -31,32 +33,28 @@ pub(super) use vocabulary::{Token, Vocabulary};
 /// Starts llama.cpp, once for the life of the process; every handle's constructor calls it. Returns whether it
 /// multiplies with our kernels where it can.
 pub(crate) fn start() -> bool {
-    static STARTED: OnceLock<bool> = OnceLock::new();
-    *STARTED.get_or_init(|| {
+    started().has_matrices
+}
+
+/// What llama.cpp brought when it started.
+struct Started {
+    has_matrices: bool,
+    backends: Vec<Backend>,
+}
+
+fn started() -> &'static Started {
+    static STARTED: OnceLock<Started> = OnceLock::new();
+    STARTED.get_or_init(|| {
         log::take_over();
-        #[cfg(feature = "portable")]
-        load_backends();
-        // SAFETY: it is called once, before anything else of llama.cpp's.
+        let backends = backends::start();
+        // SAFETY: it is called once, before anything else of llama.cpp's but the loading of its backends.
         unsafe { sys::llama_backend_init() };
         #[cfg(matrices)]
         let has_matrices = matrices::register();
         #[cfg(not(matrices))]
         let has_matrices = false;
-        has_matrices
+        Started { has_matrices, backends }
     })
-}
-
-/// Loads the processor's best variant, and whatever else lies beside the program.
-#[cfg(feature = "portable")]
-fn load_backends() {
-    let folder = std::env::current_exe().ok().and_then(|program| Some(program.parent()?.to_owned()));
-    let folder = folder.and_then(|folder| std::ffi::CString::new(folder.into_os_string().into_encoded_bytes()).ok());
-    match folder {
-        // SAFETY: the path is a string that ends with a zero and lives for the call.
-        Some(folder) => unsafe { sys::ggml_backend_load_all_from_path(folder.as_ptr()) },
-        // SAFETY: it takes no arguments.
-        None => unsafe { sys::ggml_backend_load_all() },
-    }
 }
 
 /// Returns the instruction sets of the kernels that run on the CPU, as llama.cpp names them, and ours where they run.
@@ -88,13 +86,35 @@ fn decisive<'a>(used: &[&'a str]) -> Vec<&'a str> {
     used.iter().copied().filter(|name| !weaker(name)).collect()
 }
 
-/// Returns the devices that this build can use.
+/// Returns what this build can compute with.
+pub(crate) fn hardware() -> Hardware {
+    Hardware { devices: devices(), backends: started().backends.clone() }
+}
+
+/// Returns the devices that this build can use. A GPU that has two interfaces is told once, as llama.cpp uses it.
 pub(crate) fn devices() -> Vec<Device> {
     start();
+    let mut known = BTreeSet::new();
     // SAFETY: the registry is filled by then, and an index below the count is valid.
     (0..unsafe { sys::ggml_backend_dev_count() })
-        .map(|index| unsafe { device(sys::ggml_backend_dev_get(index)) })
+        .map(|index| unsafe { sys::ggml_backend_dev_get(index) })
+        // SAFETY: they come from the registry.
+        .filter(|found| unsafe { address(*found) }.is_none_or(|address| known.insert(address)))
+        .map(|found| unsafe { device(found) })
         .collect()
+}
+
+/// Returns where a device is plugged in, where that is known.
+///
+/// # Safety
+/// The device must come from the registry.
+unsafe fn address(device: sys::ggml_backend_dev_t) -> Option<String> {
+    // SAFETY: the fields are filled by the call, and its texts live as long as the process.
+    unsafe {
+        let mut properties = std::mem::zeroed();
+        sys::ggml_backend_dev_get_props(device, &raw mut properties);
+        (!properties.device_id.is_null()).then(|| text(properties.device_id))
+    }
 }
 
 /// # Safety

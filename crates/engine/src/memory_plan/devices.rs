@@ -1,6 +1,6 @@
 //! Which parts of a model lie where when some of its layers are on a GPU.
 
-use super::{BATCH_TOKENS, Dimensions, is_packed, is_repacked, plan};
+use super::{BATCH_TOKENS, Dimensions, is_packed, is_repacked, layers, plan};
 use crate::gguf::{Header, Tensor};
 use crate::model_runtime::{Kernels, LoadOptions};
 
@@ -22,12 +22,11 @@ pub(super) struct Share {
 
 /// Returns the largest number of layers that fits the free memory of a GPU, the output counted as one; 0 for none.
 pub fn layers_that_fit(header: &Header, options: &LoadOptions, vram_free_bytes: u64) -> u32 {
-    let most = u32::try_from(Dimensions::of(header).cell_bytes.len()).unwrap_or(u32::MAX).saturating_add(1);
     let fits = |layers: &u32| {
         let options = LoadOptions { gpu_layers: Some(*layers), ..options.clone() };
         plan(header, &options).is_ok_and(|plan| plan.vram_bytes.saturating_add(SPARED_BYTES) <= vram_free_bytes)
     };
-    (1..=most).rev().find(fits).unwrap_or(0)
+    (1..=layers(header)).rev().find(fits).unwrap_or(0)
 }
 
 /// Returns what the host and the GPUs hold. llama.cpp places the last layers first, and the output before all of them;

@@ -9,7 +9,7 @@ pub(super) fn tiny() -> Header {
 }
 
 /// The tiny model with weights of a form that no kernel wants in another order.
-pub(super) fn plain() -> Header {
+pub(crate) fn plain() -> Header {
     const F16: u32 = 1;
     let mut header = tiny();
     header.tensors.iter_mut().for_each(|tensor| tensor.kind = F16);

@@ -99,8 +99,8 @@ async fn serve<R: ModelRuntime>(runtime: Arc<R>, files: StdUnixStream, socket: U
     let writer = tasks.spawn(write_frames(queue, writing));
     let server =
         Arc::new(Server { runtime, model: Mutex::default(), calls: Mutex::default(), outgoing, busy: Notify::new() });
-    let (info, devices) = (server.runtime.describe(), server.runtime.devices().await);
-    server.tell(&ToParent::Hello { info, devices }).await;
+    let (info, hardware) = (server.runtime.describe(), server.runtime.hardware().await);
+    server.tell(&ToParent::Hello { info, hardware }).await;
     tasks.spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&server).report()));
 
     let mut frames = FrameReader::new(reading);

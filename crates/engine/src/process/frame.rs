@@ -4,7 +4,7 @@ use bytes::{Buf, BytesMut};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::hardware::Device;
+use crate::hardware::Hardware;
 use crate::model_runtime::{
     AdapterId, Embeddings, EngineError, Event, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, PromptInput,
     RuntimeInfo,
@@ -107,7 +107,7 @@ pub enum ToParent {
         /// The runtime it serves.
         info: RuntimeInfo,
         /// What that computes with.
-        devices: Vec<Device>,
+        hardware: Hardware,
     },
     /// A share of the load is done.
     Progress {

@@ -11,7 +11,7 @@ use tokio::process::{Child, Command};
 use super::ChildCommand;
 use super::frame::ToParent;
 use super::pipe::FrameReader;
-use crate::hardware::Device;
+use crate::hardware::Hardware;
 
 /// How often a thread of an engine looks whether the others are done before it sleeps, some 10 to 25 µs; GNU's OpenMP
 /// looks 300,000 times unless told. Where other programs want the cores, a thread that spins keeps the core from the
@@ -47,11 +47,11 @@ pub(super) fn spawn(command: &ChildCommand) -> io::Result<Spawned> {
 }
 
 /// Starts a process that only says what it computes with, so that no driver starts in the worker's own.
-pub(super) async fn ask_devices(command: &ChildCommand) -> io::Result<Vec<Device>> {
+pub(super) async fn ask_hardware(command: &ChildCommand) -> io::Result<Hardware> {
     let Spawned { child: _child, frames, files: _files } = spawn(command)?;
     let (reading, _writing) = frames.into_split();
     match FrameReader::new(reading).next().await.map_err(io::Error::other)? {
-        Some(ToParent::Hello { devices, .. }) => Ok(devices),
+        Some(ToParent::Hello { hardware, .. }) => Ok(hardware),
         _ => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the process did not say hello")),
     }
 }

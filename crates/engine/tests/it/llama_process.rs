@@ -135,9 +135,9 @@ async fn flipped_bits_load_or_are_invalid_models_and_harm_nobody() {
 
 #[tokio::test]
 async fn a_process_says_what_it_computes_with_before_any_model_is_loaded() {
-    let devices = within(host(&["llama"]).devices()).await;
+    let devices = within(host(&["llama"]).hardware()).await.devices;
     assert!(devices.iter().any(|device| !device.is_gpu() && device.total_bytes > 0), "{devices:?}");
-    assert!(within(host(&["nonsense"]).devices()).await.is_empty());
+    assert!(within(host(&["nonsense"]).hardware()).await.devices.is_empty());
 }
 
 #[tokio::test]

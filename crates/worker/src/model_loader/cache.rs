@@ -17,6 +17,7 @@ use super::adapters::Adapters;
 use super::residency::{Order, Place, Seat};
 use super::warm_prefixes::WarmPrefixes;
 use crate::config::ServedModel;
+use crate::device_report;
 
 /// What any load takes, and how fast its bytes are read, where nothing is known of an earlier one.
 const FIRST_LOAD: Duration = Duration::from_secs(1);
@@ -245,7 +246,7 @@ impl ModelCache {
     pub(crate) fn manifest(&self, snapshots: &[LoadSnapshot]) -> Vec<CachedModel> {
         let entries = self.entries();
         let cached = entries.iter().filter_map(|entry| {
-            let (mut loading, mut reason, mut context_length) = (None, None, 0);
+            let (mut loading, mut reason, mut context_length, mut placement) = (None, None, 0, None);
             let (state, id) = match &*entry.status.borrow() {
                 Status::Absent => return None,
                 Status::Loading(load) => {
@@ -254,6 +255,7 @@ impl ModelCache {
                 }
                 Status::Ready(loaded) => {
                     context_length = loaded.context_length;
+                    placement = device_report::placement_of(loaded, &entry.model);
                     (ModelState::Ready, Some(loaded.id))
                 }
                 Status::Failed(why) => {
@@ -268,6 +270,7 @@ impl ModelCache {
                 adapters: id.map(|id| entry.adapters_at_hand(id)).unwrap_or_default(),
                 loading,
                 reason,
+                placement,
                 prefixes: id.map(|_| entry.warm_prefixes()).unwrap_or_default(),
                 // JSON has no word for a number that is not finite.
                 tokens_per_second: snapshot

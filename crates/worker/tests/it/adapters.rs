@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use artifact_store::ArtifactStore;
 use async_trait::async_trait;
+use engine::hardware::Hardware;
 use engine::{
     AdapterId, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan,
     MockOptions, MockRuntime, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
@@ -203,6 +204,10 @@ impl Attaching {
 impl ModelRuntime for Attaching {
     fn describe(&self) -> RuntimeInfo {
         self.mock.describe()
+    }
+
+    async fn hardware(&self) -> Hardware {
+        self.mock.hardware().await
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {

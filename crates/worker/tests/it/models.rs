@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use engine::hardware::Hardware;
 use engine::{
     EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, MockOptions,
     MockRuntime, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
@@ -245,6 +246,10 @@ struct Odd {
 impl ModelRuntime for Odd {
     fn describe(&self) -> RuntimeInfo {
         self.mock.describe()
+    }
+
+    async fn hardware(&self) -> Hardware {
+        self.mock.hardware().await
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {

@@ -4,7 +4,7 @@
 
 #![allow(unsafe_code)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
 use std::sync::Once;
@@ -17,6 +17,7 @@ const LINE_CHARS_MAX: usize = 300;
 thread_local! {
     // A load logs on the thread that asked for it, so loads side by side keep their errors apart.
     static ERRORS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+    static IS_QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Takes over the log of this process; later calls do nothing.
@@ -33,6 +34,15 @@ pub(super) fn take_errors() -> Vec<String> {
     ERRORS.take()
 }
 
+/// Keeps the errors of a call for whoever asks, and out of the log.
+#[cfg(feature = "portable")]
+pub(super) fn quietly<T>(call: impl FnOnce() -> T) -> T {
+    IS_QUIET.set(true);
+    let result = call();
+    IS_QUIET.set(false);
+    result
+}
+
 unsafe extern "C" fn on_log(level: llama_cpp_sys_2::ggml_log_level, text: *const c_char, _data: *mut c_void) {
     if text.is_null() {
         return;
@@ -45,7 +55,10 @@ unsafe extern "C" fn on_log(level: llama_cpp_sys_2::ggml_log_level, text: *const
         return;
     }
     if level == llama_cpp_sys_2::GGML_LOG_LEVEL_ERROR {
-        tracing::warn!(target: "llama_cpp", "{line}");
+        let is_quiet = IS_QUIET.try_with(Cell::get).unwrap_or_default();
+        if !is_quiet {
+            tracing::warn!(target: "llama_cpp", "{line}");
+        }
         // A thread that is ending has no place for errors any more.
         let _ = ERRORS.try_with(|errors| {
             let mut errors = errors.borrow_mut();

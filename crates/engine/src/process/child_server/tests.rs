@@ -5,9 +5,10 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
 use super::*;
+use crate::hardware::Hardware;
 use crate::model_runtime::{
-    Abilities, AdapterId, Counters, Embeddings, GenerateStream, MemoryPlan, ModelId, ProgressSink, PromptInput,
-    RuntimeInfo,
+    Abilities, AdapterId, Counters, Embeddings, GenerateStream, MemoryPlan, ModelId, Placement, ProgressSink,
+    PromptInput, RuntimeInfo,
 };
 use crate::process::handover;
 
@@ -27,6 +28,10 @@ impl ModelRuntime for Numbers {
         RuntimeInfo { kind: "numbers".into(), detail: String::new() }
     }
 
+    async fn hardware(&self) -> Hardware {
+        Hardware::default()
+    }
+
     async fn estimate(&self, _: &VerifiedArtifact, _: &LoadOptions) -> Result<MemoryPlan, EngineError> {
         Ok(MemoryPlan::default())
     }
@@ -39,7 +44,15 @@ impl ModelRuntime for Numbers {
     ) -> Result<LoadedModel, EngineError> {
         progress(1.0);
         let abilities = Abilities::default();
-        Ok(LoadedModel { id: ModelId(7), context_length: 8, kv_tokens: 0, slots: 1, pid: None, abilities })
+        Ok(LoadedModel {
+            id: ModelId(7),
+            context_length: 8,
+            kv_tokens: 0,
+            slots: 1,
+            pid: None,
+            abilities,
+            placement: Placement::default(),
+        })
     }
 
     async fn add_adapter(&self, model: ModelId, artifact: VerifiedArtifact) -> Result<AdapterId, EngineError> {
