@@ -6,7 +6,7 @@ use engine::{MockOptions, MockRuntime, ModelRuntime as _};
 use futures_util::future::join_all;
 use protocol::Digest;
 use protocol::control::{MODEL_MOVE, ModelMove, ModelPlaceState, ModelPlaces};
-use protocol::infer::InferRequest;
+use protocol::infer::{InferRequest, Input};
 use protocol::model::ModelKey;
 use rpc::Membership;
 use tether_worker::{Config, ServedModel};
@@ -154,17 +154,21 @@ async fn a_running_answer_is_never_cut_to_make_room() {
 async fn under_alternating_load_one_load_serves_many_jobs() {
     let mock = MockOptions { per_token: SECOND / 100, ..slow_load() };
     let scene = scene(&[("one", LARGE, as_it_is), ("two", LARGE, as_it_is)], mock).await;
-    // Each has its next job as soon as one is answered. Without turns the models would change places for each of them.
-    let client = |name: &'static str| {
+    // Each has its next job as soon as one is answered. Their jobs end at different times, after 150, 110 and 70 ms, so that a
+    // model in its turn is always busy. Without turns the models would change places after one job of each.
+    let client = |(name, tokens): (&'static str, u32)| {
         let scene = &scene;
         async move {
             for _ in 0..60 {
-                assert!(scene.is_answered(name).await);
+                let request = job(name);
+                let input = Input { max_tokens: Some(tokens), ..request.input };
+                let stream = scene.open(&InferRequest { input, ..request }).await.expect("accepted");
+                assert_eq!(read(stream).await.1, None);
             }
         }
     };
-    join_all(["one", "two"].map(client)).await;
-    let (loads, jobs) = (scene.loads(), 2 * 60);
+    join_all([("one", 16), ("one", 12), ("one", 8), ("two", 16), ("two", 12), ("two", 8)].map(client)).await;
+    let (loads, jobs) = (scene.loads(), 6 * 60);
     assert!(loads * 5 <= jobs, "{loads} loads for {jobs} jobs");
 }
 
