@@ -8,7 +8,7 @@ mod devices;
 
 use crate::gguf::{Header, Tensor};
 use crate::model_runtime::{EngineError, Kernels, LoadOptions, MemoryPlan};
-pub use devices::layers_that_fit;
+pub use devices::{VRAM_SPARED_BYTES, layers_that_fit};
 
 /// Tokens that one decode step evaluates at most.
 pub const BATCH_TOKENS: u32 = 512;

@@ -16,7 +16,8 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::hardware::Hardware;
+use crate::hardware::{Device, DeviceKind, Hardware};
+use crate::memory_plan::VRAM_SPARED_BYTES;
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, Event, FinishReason, GenerateRequest,
     GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, Placement,
@@ -51,6 +52,9 @@ pub struct MockOptions {
     pub die_after: u32,
     /// Generations that start and then do nothing until the model is unloaded, counted after those that die.
     pub hang_first: u32,
+    /// Memory of a GPU, in bytes, on which models lie unless they are kept off it; 0 for no GPU. A model takes there what
+    /// its file is long.
+    pub vram_bytes: u64,
 }
 
 impl Default for MockOptions {
@@ -65,6 +69,7 @@ impl Default for MockOptions {
             die_first: 0,
             die_after: 0,
             hang_first: 0,
+            vram_bytes: 0,
         }
     }
 }
@@ -183,16 +188,21 @@ impl ModelRuntime for MockRuntime {
     }
 
     async fn hardware(&self) -> Hardware {
-        Hardware::default()
+        let (free_bytes, total_bytes) = (self.options.vram_bytes, self.options.vram_bytes);
+        let (name, description) = ("MOCK0".into(), "a GPU that is none".into());
+        let gpu = Device { name, description, kind: DeviceKind::Gpu, free_bytes, total_bytes };
+        Hardware { devices: if total_bytes > 0 { vec![gpu] } else { vec![] }, backends: vec![] }
     }
 
-    async fn estimate(&self, artifact: &VerifiedArtifact, _options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
-        Ok(MemoryPlan { weights_bytes: artifact.bytes, ..MemoryPlan::default() })
+    async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
+        let is_on_gpu = options.gpu_layers.is_some_and(|layers| layers > 0);
+        let vram_bytes = if is_on_gpu { artifact.bytes } else { 0 };
+        Ok(MemoryPlan { weights_bytes: artifact.bytes, vram_bytes, ..MemoryPlan::default() })
     }
 
     async fn load(
         &self,
-        _artifact: VerifiedArtifact,
+        artifact: VerifiedArtifact,
         options: LoadOptions,
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError> {
@@ -227,15 +237,18 @@ impl ModelRuntime for MockRuntime {
             embedding_length: Self::EMBEDDING_LENGTH,
             adapters: true,
         };
-        Ok(LoadedModel {
-            id,
-            context_length,
-            kv_tokens: 0,
-            slots,
-            pid: None,
-            abilities,
-            placement: Placement::default(),
-        })
+        let fit_bytes = options.vram_fit_bytes.unwrap_or(self.options.vram_bytes).min(self.options.vram_bytes);
+        let is_on_gpu = options.gpu_layers != Some(0) && artifact.bytes + VRAM_SPARED_BYTES <= fit_bytes;
+        let placement = Placement {
+            layers: 1,
+            gpu_layers: u32::from(is_on_gpu),
+            devices: vec![if is_on_gpu { "MOCK0".into() } else { "CPU".into() }],
+            vram_free_bytes: Some(fit_bytes),
+            vram_bytes: if is_on_gpu { artifact.bytes } else { 0 },
+            context_trained: context_length,
+        };
+        let placement = if self.options.vram_bytes > 0 { placement } else { Placement::default() };
+        Ok(LoadedModel { id, context_length, kv_tokens: 0, slots, pid: None, abilities, placement })
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {

@@ -136,6 +136,8 @@ pub struct LoadOptions {
     pub memory_max_bytes: Option<u64>,
     /// Memory that the plan should fit into, in bytes: what nobody has set of context and room is made smaller for it.
     pub fit_bytes: Option<u64>,
+    /// Memory of GPUs that layers may take where `gpu_layers` leaves open how many, in bytes; `None` for what is free.
+    pub vram_fit_bytes: Option<u64>,
 }
 
 /// Whose kernels compute on the CPU.
@@ -163,6 +165,7 @@ impl Default for LoadOptions {
             kernels: Kernels::Auto,
             memory_max_bytes: None,
             fit_bytes: None,
+            vram_fit_bytes: None,
         }
     }
 }

@@ -137,8 +137,9 @@ impl BaseWorker {
     /// Makes a worker. The configuration should have passed [`Config::check`].
     pub fn new(config: Config, parts: WorkerParts) -> Self {
         let changes = watch::Sender::new(());
-        let Config { slots, queue_max, tenant_jobs_max, preload, memory_max_mib, .. } = config;
-        let memory_max = (memory_max_mib > 0).then(|| memory_max_mib.saturating_mul(1 << 20));
+        let Config { slots, queue_max, tenant_jobs_max, preload, memory_max_mib, vram_max_mib, .. } = config;
+        let bytes = |mib: u64| (mib > 0).then(|| mib.saturating_mul(1 << 20));
+        let (memory_max, vram_max) = (bytes(memory_max_mib), bytes(vram_max_mib));
         let seed = u64_of(&parts.key.public_key().0);
         let client = Client::new(parts.transport.clone()).with_membership(parts.membership.clone());
         let topic = Topic::Control(config.region.clone());
@@ -160,7 +161,7 @@ impl BaseWorker {
         });
         let loader = Arc::new(ModelLoader::new(
             ModelCache::new(&config.models, preload),
-            LoaderOptions { slots, queue_max, preload, memory_max, seed },
+            LoaderOptions { slots, queue_max, preload, memory_max, vram_max, seed },
             runtime.clone(),
             RemoteModels::new(runtime.servers.clone(), offers),
             fetcher,
@@ -222,6 +223,7 @@ impl BaseWorker {
         let WorkerParts { transport, key, epoch, clock, artifacts, metrics, membership, adoption, version, .. } = parts;
         let hardware = runtime.hardware().await;
         device_report::log_devices(&hardware);
+        loader.set_hardware(&hardware);
         let capabilities = Capabilities::of(&hardware.devices);
         // Cancelled as well when this future is dropped, so that nothing runs on without its owner.
         let life = CancellationToken::new();

@@ -37,6 +37,8 @@ pub struct Config {
     /// Memory that the models may take together, in MiB; 0 takes what the machine has free. What is not in use makes room
     /// for what is asked for.
     pub memory_max_mib: u64,
+    /// Memory of GPUs that all models may take together, in MiB; 0 takes what is free when the worker starts.
+    pub vram_max_mib: u64,
     /// Seconds that jobs have to end when the worker stops.
     pub drain_secs: u64,
     /// Seconds that a server which answers for a model may be silent before the first token of an answer. It fails the job
@@ -255,6 +257,7 @@ impl Default for Config {
             tenant_jobs_max: None,
             preload: true,
             memory_max_mib: 0,
+            vram_max_mib: 0,
             drain_secs: 30,
             server_stall_secs: 120,
             latency_hops: 0,

@@ -8,18 +8,18 @@ pub(crate) mod cache;
 mod residency;
 mod warm_prefixes;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use std::{fmt, io, mem};
 
 use artifact_store::{ArtifactStore, InUse, OpenError, VerifiedFile};
 use engine::gguf::Header;
-use engine::hardware;
-use engine::memory_plan::{self, CONTEXT_DEFAULT};
+use engine::hardware::{self, Hardware};
+use engine::memory_plan::{self, CONTEXT_DEFAULT, VRAM_SPARED_BYTES};
 use engine::merge::Merge;
 use engine::{
-    AdapterId, EngineError, Kernels, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, ProgressSink,
-    VerifiedArtifact,
+    AdapterId, EngineError, Kernels, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, Placement,
+    ProgressSink, VerifiedArtifact,
 };
 use observability::metrics::{Metrics, ModelLabel};
 use protocol::Digest;
@@ -33,7 +33,7 @@ use tracing::{debug, info, warn};
 
 use adapters::Lease;
 use cache::{Entry, Hold, Load, ModelCache, Status};
-use residency::{Order, Place, Seat};
+use residency::{Order, Place, Room, Seat};
 
 use crate::config::{self, RemoteServer, ServedAdapter, ServedModel};
 use crate::device_report;
@@ -67,6 +67,8 @@ const OFFER_EVERY: Duration = Duration::from_secs(5);
 pub(crate) struct ModelLoader {
     cache: ModelCache,
     options: LoaderOptions,
+    /// Memory of GPUs that models may take together, in bytes; not set where there is no GPU.
+    vram: OnceLock<u64>,
     runtime: Arc<dyn ModelRuntime>,
     remote: RemoteModels,
     artifacts: ArtifactStore,
@@ -91,6 +93,8 @@ pub(crate) struct LoaderOptions {
     pub(crate) preload: bool,
     /// Memory that all models may take together, in bytes; `None` for what the machine has free.
     pub(crate) memory_max: Option<u64>,
+    /// Memory of GPUs that all models may take together, in bytes; `None` for what is free at the start.
+    pub(crate) vram_max: Option<u64>,
     /// Where the jitter of retries comes from, so that a run repeats and workers differ.
     pub(crate) seed: u64,
 }
@@ -126,6 +130,11 @@ pub(crate) enum LoadError {
     Scratch(io::Error),
     #[error("the verification did not end")]
     Interrupted,
+    #[error(
+        "gpu_layers asks for {needed_mib} MiB of the GPU, of which {available_mib} MiB can be had; \
+         without gpu_layers as many layers are placed there as fit"
+    )]
+    OutOfVram { needed_mib: u64, available_mib: u64 },
 }
 
 /// What a load needs.
@@ -136,6 +145,8 @@ struct Prepared {
     bytes: u64,
     /// The memory it takes with the shortest context that nobody has set.
     bytes_min: u64,
+    /// The memory of GPUs that it takes with all the layers that it may have there, in bytes.
+    vram_bytes: u64,
     /// Keeps its file from making room for others, where that was fetched.
     in_use: Option<InUse>,
 }
@@ -175,7 +186,16 @@ impl ModelLoader {
     ) -> Self {
         let artifacts = fetcher.store().clone();
         let (blocking, keepers, life) = (TaskTracker::new(), TaskTracker::new(), CancellationToken::new());
-        Self { cache, options, runtime, remote, artifacts, fetcher, metrics, changes, blocking, keepers, life }
+        let vram = OnceLock::new();
+        Self { cache, options, vram, runtime, remote, artifacts, fetcher, metrics, changes, blocking, keepers, life }
+    }
+
+    /// Learns what models may take of GPUs, before any of them is loaded.
+    pub(crate) fn set_hardware(&self, hardware: &Hardware) {
+        if !hardware.gpus().is_empty() {
+            let free_bytes = hardware::free_gpu_bytes(&hardware.devices);
+            let _ = self.vram.set(self.options.vram_max.map_or(free_bytes, |most| most.min(free_bytes)));
+        }
     }
 
     pub(crate) fn cache(&self) -> &ModelCache {
@@ -248,7 +268,7 @@ impl ModelLoader {
     /// memory.
     pub(crate) fn could_fetch(&self, digest: &Digest) -> bool {
         let Some(file) = self.fetcher.fetchable(digest) else { return false };
-        file.memory_min <= self.most_memory() && self.fetcher.could_take(digest, file.bytes)
+        file.memory_min <= self.most_room().host && self.fetcher.could_take(digest, file.bytes)
     }
 
     /// Notes which models have no file here and are to be fetched.
@@ -289,7 +309,7 @@ impl ModelLoader {
     }
 
     /// Returns the memory that a model could have if all left that may leave.
-    fn most_memory(&self) -> u64 {
+    fn most_room(&self) -> Room {
         let seats: Vec<Seat> = self.cache.seated().iter().map(|entry| entry.seat().clone()).collect();
         residency::most(&seats, self.room(&seats))
     }
@@ -320,7 +340,7 @@ impl ModelLoader {
             let seats: Vec<Seat> = entries.iter().map(|entry| entry.seat().clone()).collect();
             // Memory is measured only where somebody asks for it: a look at the system takes longer than the decision.
             let is_asked = seats.iter().any(|seat| seat.place == Place::Asking);
-            let room = if is_asked { self.room(&seats) } else { 0 };
+            let room = if is_asked { self.room(&seats) } else { Room { host: 0, gpu: 0 } };
             let decision = residency::decide(&seats, room, Instant::now());
             for (index, order) in decision.orders {
                 entries[index].obey(order);
@@ -332,14 +352,17 @@ impl ModelLoader {
         }
     }
 
-    /// Returns the memory that a further model can have, in bytes: what the models leave of their share, and no more than
-    /// nine tenths of what the machine has.
-    fn room(&self, seats: &[Seat]) -> u64 {
-        let taken =
-            seats.iter().filter(|seat| matches!(seat.place, Place::In(_) | Place::Moving)).map(|seat| seat.bytes);
-        let left = self.options.memory_max.map(|most| most.saturating_sub(taken.fold(0, u64::saturating_add)));
+    /// Returns the memory that a further model can have: what the models leave of their share, and no more than nine tenths
+    /// of what the machine has.
+    fn room(&self, seats: &[Seat]) -> Room {
+        let holding = || seats.iter().filter(|seat| matches!(seat.place, Place::In(_) | Place::Moving));
+        let sum = |bytes: fn(&Seat) -> u64| holding().map(bytes).fold(0, u64::saturating_add);
+        let left = self.options.memory_max.map(|most| most.saturating_sub(sum(|seat| seat.bytes)));
         let free = hardware::free_memory_bytes().map(|bytes| bytes - bytes / 10);
-        left.into_iter().chain(free).min().unwrap_or(u64::MAX)
+        Room {
+            host: left.into_iter().chain(free).min().unwrap_or(u64::MAX),
+            gpu: self.vram.get().map_or(u64::MAX, |most| most.saturating_sub(sum(|seat| seat.vram_bytes))),
+        }
     }
 
     /// Returns a hold on a served model once it answers, loading it if need be.
@@ -519,7 +542,7 @@ impl ModelLoader {
                     self.set(entry, Status::Failed(error.to_string().into()));
                     is_wanted = true;
                     entry.move_to(Place::Out);
-                    if let LoadError::Engine(EngineError::OutOfMemory { .. }) = error {
+                    if let LoadError::Engine(EngineError::OutOfMemory { .. }) | LoadError::OutOfVram { .. } = error {
                         self.memory_for(entry, &mut backoff).await;
                     }
                     backoff.next()
@@ -534,8 +557,7 @@ impl ModelLoader {
     async fn memory_for(&self, entry: &Entry, backoff: &mut Backoff) {
         loop {
             time::sleep(backoff.next()).await;
-            let bytes_min = entry.seat().bytes_min;
-            if self.most_memory() >= bytes_min {
+            if self.most_room().holds(entry.seat().room_min()) {
                 return;
             }
         }
@@ -556,6 +578,8 @@ impl ModelLoader {
             );
         }
         entry.forgive();
+        let Placement { gpu_layers, vram_bytes, .. } = loaded.placement;
+        entry.plan_vram(if gpu_layers > 0 { vram_bytes.saturating_add(VRAM_SPARED_BYTES) } else { 0 }, None);
         entry.set_ready(loaded);
         entry.move_to(Place::In(Instant::now()));
         self.changes.send_replace(());
@@ -582,16 +606,26 @@ impl ModelLoader {
             return Ok(true);
         }
         entry.plan(prepared.bytes, prepared.bytes_min);
+        // What its settings ask for it gets, or it is not loaded.
+        let vram_bytes_min = prepared.options.gpu_layers.map_or(0, |_| prepared.vram_bytes);
+        entry.plan_vram(prepared.vram_bytes, Some(vram_bytes_min));
         entry.move_to(Place::Asking);
         match entry.ordered().await {
             Order::Load(room) => {
                 // It is made smaller where it does not fit, and takes no more than that.
-                entry.plan(prepared.bytes.min(room), prepared.bytes_min);
-                prepared.options.fit_bytes = Some(room);
+                entry.plan(prepared.bytes.min(room.host), prepared.bytes_min);
+                entry.plan_vram(prepared.vram_bytes.min(room.gpu), None);
+                prepared.options.fit_bytes = Some(room.host);
+                prepared.options.vram_fit_bytes = Some(room.gpu);
                 Ok(true)
             }
-            Order::Refuse(available_bytes) => {
-                Err(EngineError::OutOfMemory { needed_bytes: prepared.bytes_min, available_bytes }.into())
+            Order::Refuse(most) if prepared.bytes_min <= most.host => {
+                let (needed_mib, available_mib) = (prepared.vram_bytes >> 20, most.gpu >> 20);
+                Err(LoadError::OutOfVram { needed_mib, available_mib })
+            }
+            Order::Refuse(most) => {
+                let (needed_bytes, available_bytes) = (prepared.bytes_min, most.host);
+                Err(EngineError::OutOfMemory { needed_bytes, available_bytes }.into())
             }
             _ => {
                 let needed = prepared.bytes >> 20;
@@ -666,14 +700,22 @@ impl ModelLoader {
             ..LoadOptions::default()
         };
         if let Some(server) = entry.model.remote.clone() {
-            return Ok(Prepared { source: Source::Server(server), options, bytes: 0, bytes_min: 0, in_use: None });
+            return Ok(Prepared {
+                source: Source::Server(server),
+                options,
+                bytes: 0,
+                bytes_min: 0,
+                vram_bytes: 0,
+                in_use: None,
+            });
         }
         let (artifact, in_use) = self.file_of(entry).await?;
         entry.opened(artifact.bytes);
         let bytes = self.runtime.estimate(&artifact, &options).await?.total_bytes();
         let smallest = memory_plan::smallest(&options);
         let bytes_min = self.runtime.estimate(&artifact, &smallest).await?.total_bytes().min(bytes);
-        Ok(Prepared { source: Source::Artifact(artifact), options, bytes, bytes_min, in_use })
+        let vram_bytes = self.vram_bytes(&artifact, &options).await?;
+        Ok(Prepared { source: Source::Artifact(artifact), options, bytes, bytes_min, vram_bytes, in_use })
     }
 
     /// Opens the file of a model, which is fetched first where it is not here. It stays here for as long as what is returned
@@ -681,7 +723,7 @@ impl ModelLoader {
     async fn file_of(&self, entry: &Entry) -> Result<(VerifiedArtifact, Option<InUse>), LoadError> {
         let digest = entry.model.digest();
         if let Some(file) = self.fetcher.fetchable(&digest).filter(|_| !self.artifacts.contains(&digest)) {
-            let available_bytes = self.most_memory();
+            let available_bytes = self.most_room().host;
             if file.memory_min > available_bytes {
                 // It would come in vain.
                 entry.plan(file.memory_min, file.memory_min);
@@ -713,6 +755,17 @@ impl ModelLoader {
         let noted = self.blocking.spawn_blocking(move || artifacts.in_use(&digest)).await.ok()?;
         // It could make room while it is used: it is there for those who have it open, and fetched again.
         noted.inspect_err(|error| warn!(%digest, %error, "a fetched file could not be marked as used")).ok()?
+    }
+
+    /// Returns the memory of GPUs that a model takes with all the layers that it may have there, in bytes.
+    async fn vram_bytes(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<u64, LoadError> {
+        let on_gpu = options.gpu_layers.unwrap_or(u32::MAX);
+        if self.vram.get().is_none() || on_gpu == 0 {
+            return Ok(0);
+        }
+        let options = LoadOptions { gpu_layers: Some(on_gpu), ..options.clone() };
+        let bytes = self.runtime.estimate(artifact, &options).await?.vram_bytes;
+        Ok(bytes.saturating_add(VRAM_SPARED_BYTES))
     }
 
     /// Loads a model and offers it. Returns the offer where no registry has listed it yet.

@@ -13,7 +13,10 @@ pub(super) fn place(header: &Header, options: &LoadOptions, devices: &[Device]) 
     let gpu_layers = match options.gpu_layers {
         Some(wanted) if vram_free_bytes.is_some() => wanted.min(layers),
         Some(_) => 0,
-        None => vram_free_bytes.map_or(0, |free| memory_plan::layers_that_fit(header, options, free)),
+        None => vram_free_bytes.map_or(0, |free| {
+            let fit_bytes = options.vram_fit_bytes.unwrap_or(free).min(free);
+            memory_plan::layers_that_fit(header, options, fit_bytes)
+        }),
     };
     let planned = memory_plan::plan(header, &LoadOptions { gpu_layers: Some(gpu_layers), ..options.clone() });
     let is_host = |device: &&Device| !device.is_gpu();
@@ -63,5 +66,8 @@ mod tests {
         assert_eq!(placed(Some(3), &large), (all, 3, gpus));
         assert_eq!(placed(Some(0), &large), (all, 0, cpu.clone()));
         assert_eq!(placed(None, &small), (all, 0, cpu));
+        // Others may have been granted what is free.
+        let options = LoadOptions { gpu_layers: None, vram_fit_bytes: Some(0), ..LoadOptions::default() };
+        assert_eq!(place(&plain(), &options, &large).gpu_layers, 0);
     }
 }

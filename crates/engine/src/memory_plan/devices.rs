@@ -4,8 +4,8 @@ use super::{BATCH_TOKENS, Dimensions, is_packed, is_repacked, layers, plan};
 use crate::gguf::{Header, Tensor};
 use crate::model_runtime::{Kernels, LoadOptions};
 
-/// Memory of a GPU that is left to its driver and to fragmentation.
-const SPARED_BYTES: u64 = 512 << 20;
+/// Memory of a GPU that each model leaves to its driver and to fragmentation.
+pub const VRAM_SPARED_BYTES: u64 = 512 << 20;
 /// What a batch of tokens brings back of their embeddings: Linux maps 64 KiB around what is touched.
 const LOOKED_UP_BYTES: u64 = (BATCH_TOKENS as u64) << 16;
 const INPUT: &str = "token_embd.weight";
@@ -24,7 +24,7 @@ pub(super) struct Share {
 pub fn layers_that_fit(header: &Header, options: &LoadOptions, vram_free_bytes: u64) -> u32 {
     let fits = |layers: &u32| {
         let options = LoadOptions { gpu_layers: Some(*layers), ..options.clone() };
-        plan(header, &options).is_ok_and(|plan| plan.vram_bytes.saturating_add(SPARED_BYTES) <= vram_free_bytes)
+        plan(header, &options).is_ok_and(|plan| plan.vram_bytes.saturating_add(VRAM_SPARED_BYTES) <= vram_free_bytes)
     };
     (1..=layers(header)).rev().find(fits).unwrap_or(0)
 }
@@ -109,7 +109,8 @@ mod tests {
 
     #[test]
     fn as_many_layers_are_placed_as_fit() {
-        let needs = |layers| plan(&plain(), &options(layers)).expect("it can be planned").vram_bytes + SPARED_BYTES;
+        let needs =
+            |layers| plan(&plain(), &options(layers)).expect("it can be planned").vram_bytes + VRAM_SPARED_BYTES;
         assert_eq!(layers_that_fit(&plain(), &LoadOptions::default(), 0), 0);
         assert_eq!(layers_that_fit(&plain(), &LoadOptions::default(), needs(3)), 3);
         assert_eq!(layers_that_fit(&plain(), &LoadOptions::default(), needs(3) - 1), 2);

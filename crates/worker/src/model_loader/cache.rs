@@ -291,6 +291,8 @@ impl Entry {
             place: Place::Out,
             bytes: 0,
             bytes_min: 0,
+            vram_bytes: 0,
+            vram_bytes_min: 0,
             is_pinned: model.is_pinned(),
             keep_alive: model.keep_alive(),
             jobs: 0,
@@ -327,6 +329,13 @@ impl Entry {
     pub(crate) fn plan(&self, bytes: u64, bytes_min: u64) {
         let mut seat = self.seat();
         (seat.bytes, seat.bytes_min) = (bytes, bytes_min);
+    }
+
+    /// Notes the memory of GPUs that it takes, in bytes, and that it takes at least, where that is known anew.
+    pub(crate) fn plan_vram(&self, bytes: u64, bytes_min: Option<u64>) {
+        let mut seat = self.seat();
+        seat.vram_bytes = bytes;
+        seat.vram_bytes_min = bytes_min.unwrap_or(seat.vram_bytes_min);
     }
 
     /// Says where it is now, and lets it be decided anew which models lie in memory.

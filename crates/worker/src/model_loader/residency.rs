@@ -1,6 +1,7 @@
 //! Decides which models lie in memory: those that are asked for, as far as they fit (W3).
 //!
-//! A pure function of the seats and the memory there is. It reads no clock and moves nothing; `ModelLoader` does both.
+//! A pure function of the seats and the memory there is, the machine's and that of its GPUs. It reads no clock and moves
+//! nothing; `ModelLoader` does both.
 //!
 //! What is idle makes room for what is wanted, the least recently used first. Where all that could make room is busy, the
 //! jobs of one model are served together: after a turn no more of them are let in, those that run end, and the models
@@ -27,6 +28,28 @@ pub(crate) enum Place {
     In(Instant),
 }
 
+/// Memory of the machine and of its GPUs, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Room {
+    pub(crate) host: u64,
+    /// No limit where models lie on no GPU.
+    pub(crate) gpu: u64,
+}
+
+impl Room {
+    pub(crate) fn holds(self, other: Self) -> bool {
+        other.host <= self.host && other.gpu <= self.gpu
+    }
+
+    fn with(self, other: Self) -> Self {
+        Self { host: self.host.saturating_add(other.host), gpu: self.gpu.saturating_add(other.gpu) }
+    }
+
+    fn at_most(self, other: Self) -> Self {
+        Self { host: self.host.min(other.host), gpu: self.gpu.min(other.gpu) }
+    }
+}
+
 /// What is known of one model.
 #[derive(Debug, Clone)]
 pub(crate) struct Seat {
@@ -35,6 +58,11 @@ pub(crate) struct Seat {
     pub(crate) bytes: u64,
     /// The memory it takes at least, with the shortest context.
     pub(crate) bytes_min: u64,
+    /// The memory of GPUs that it takes, in bytes, or would take with all the layers that it may have there.
+    pub(crate) vram_bytes: u64,
+    /// The memory of GPUs without which it is not loaded: all that its settings ask for, or nothing where they ask for what
+    /// fits.
+    pub(crate) vram_bytes_min: u64,
     /// It is never unloaded to make room for others, nor because it is idle.
     pub(crate) is_pinned: bool,
     /// How long it stays without work; `None` for ever.
@@ -52,12 +80,12 @@ pub(crate) struct Seat {
 /// What is to be done with a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// Load it, into at most so many bytes.
-    Load(u64),
+    /// Load it, into at most so much memory.
+    Load(Room),
     /// It stays out until somebody asks for it: it does not fit beside the others, and nobody waits for it.
     StayOut,
-    /// It cannot be loaded, whatever makes room: so many bytes are the most it could have.
-    Refuse(u64),
+    /// It cannot be loaded, whatever makes room: so much is the most it could have.
+    Refuse(Room),
     /// Let no more jobs in.
     Close,
     /// Let jobs in again.
@@ -74,6 +102,15 @@ pub(crate) struct Decision {
 }
 
 impl Seat {
+    /// Returns what it takes, or would take.
+    fn room(&self) -> Room {
+        Room { host: self.bytes, gpu: self.vram_bytes }
+    }
+
+    pub(crate) fn room_min(&self) -> Room {
+        Room { host: self.bytes_min, gpu: self.vram_bytes_min }
+    }
+
     fn is_in(&self) -> bool {
         matches!(self.place, Place::In(_))
     }
@@ -95,8 +132,8 @@ impl Seat {
     }
 }
 
-/// Decides. `room` is the memory that can be had as things are, in bytes.
-pub(crate) fn decide(seats: &[Seat], room: u64, now: Instant) -> Decision {
+/// Decides. `room` is the memory that can be had as things are.
+pub(crate) fn decide(seats: &[Seat], room: Room, now: Instant) -> Decision {
     let mut decision = Decision::default();
     let mut leaving = BTreeSet::new();
     for (index, seat) in seats.iter().enumerate() {
@@ -124,9 +161,9 @@ pub(crate) fn decide(seats: &[Seat], room: u64, now: Instant) -> Decision {
 }
 
 /// Returns the memory that a model could have if all left that may leave.
-pub(crate) fn most(seats: &[Seat], room: u64) -> u64 {
+pub(crate) fn most(seats: &[Seat], room: Room) -> Room {
     let others = seats.iter().filter(|seat| seat.is_in() && !seat.is_pinned);
-    others.fold(room, |sum, seat| sum.saturating_add(seat.bytes))
+    others.fold(room, |sum, seat| sum.with(seat.room()))
 }
 
 /// Returns the model that is next: the one that jobs have waited for longest, then what is pinned, then the first.
@@ -140,7 +177,7 @@ fn first_asking(seats: &[Seat]) -> Option<usize> {
 fn make_room(
     seats: &[Seat],
     asking: usize,
-    room: u64,
+    room: Room,
     now: Instant,
     leaving: &mut BTreeSet<usize>,
     closing: &mut BTreeSet<usize>,
@@ -150,9 +187,9 @@ fn make_room(
     let mut others: Vec<usize> =
         (0..seats.len()).filter(|index| seats[*index].is_in() && !seats[*index].is_pinned).collect();
     let most = most(seats, room);
-    let order = if wanted.bytes <= room {
+    let order = if room.holds(wanted.room()) {
         Some(Order::Load(room))
-    } else if wanted.bytes_min > most {
+    } else if !most.holds(wanted.room_min()) {
         Some(Order::Refuse(most))
     } else if wanted.waiting_since.is_none() && !wanted.is_pinned && seats.iter().any(Seat::is_in) {
         Some(Order::StayOut)
@@ -169,14 +206,15 @@ fn make_room(
         let since = if let Place::In(since) = seat.place { since } else { now };
         if seat.can_leave() { (false, seat.last_used) } else { (true, since) }
     });
-    let needed = wanted.bytes.min(most);
+    let needed = wanted.room().at_most(most);
     let mut sum = room;
     for index in others {
-        if sum >= needed {
-            break;
-        }
         let seat = &seats[index];
-        sum = sum.saturating_add(seat.bytes);
+        // What it would leave behind is of no use where only the other kind of memory is short.
+        if sum.holds(needed) || (needed.host <= sum.host && seat.vram_bytes == 0) {
+            continue;
+        }
+        sum = sum.with(seat.room());
         if seat.can_leave() {
             leaving.insert(index);
             continue;
@@ -206,6 +244,11 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
+    /// A machine without a GPU.
+    fn host(bytes: u64) -> Room {
+        Room { host: bytes, gpu: u64::MAX }
+    }
+
     struct Scene {
         begin: Instant,
     }
@@ -224,6 +267,8 @@ mod tests {
                 place,
                 bytes,
                 bytes_min: bytes / 2,
+                vram_bytes: 0,
+                vram_bytes_min: 0,
                 is_pinned: false,
                 keep_alive: Some(SECOND * 300),
                 jobs: 0,
@@ -246,17 +291,17 @@ mod tests {
     fn what_fits_is_loaded_beside_the_others() {
         let scene = Scene::new();
         let seats = [scene.resident(60, 0), scene.wanted(40, 5)];
-        assert_eq!(decide(&seats, 40, scene.at(5)).orders, [(1, Order::Load(40))]);
+        assert_eq!(decide(&seats, host(40), scene.at(5)).orders, [(1, Order::Load(host(40)))]);
     }
 
     #[test]
     fn the_least_recently_used_make_room_and_no_more_than_needed() {
         let scene = Scene::new();
         let seats = [scene.resident(30, 9), scene.resident(30, 3), scene.resident(30, 6), scene.wanted(50, 10)];
-        assert_eq!(decide(&seats, 10, scene.at(10)).orders, [(1, Order::Leave), (2, Order::Leave)]);
+        assert_eq!(decide(&seats, host(10), scene.at(10)).orders, [(1, Order::Leave), (2, Order::Leave)]);
         // They are still on their way.
         let moving = [scene.resident(30, 9), scene.seat(Place::Moving, 30), scene.wanted(50, 10)];
-        assert_eq!(decide(&moving, 10, scene.at(10)).orders, []);
+        assert_eq!(decide(&moving, host(10), scene.at(10)).orders, []);
     }
 
     #[test]
@@ -264,29 +309,29 @@ mod tests {
         let scene = Scene::new();
         let pinned = Seat { is_pinned: true, ..scene.resident(60, 0) };
         let seats = [pinned.clone(), scene.resident(30, 5), scene.wanted(40, 6)];
-        assert_eq!(decide(&seats, 10, scene.at(6)).orders, [(1, Order::Leave)]);
+        assert_eq!(decide(&seats, host(10), scene.at(6)).orders, [(1, Order::Leave)]);
         let seats = [pinned.clone(), scene.wanted(90, 6)];
-        assert_eq!(decide(&seats, 10, scene.at(1_000)).orders, [(1, Order::Refuse(10))]);
-        assert_eq!(decide(&[pinned], 10, scene.at(1_000_000)), Decision::default());
+        assert_eq!(decide(&seats, host(10), scene.at(1_000)).orders, [(1, Order::Refuse(host(10)))]);
+        assert_eq!(decide(&[pinned], host(10), scene.at(1_000_000)), Decision::default());
     }
 
     #[test]
     fn a_model_that_never_fits_takes_nobodys_place() {
         let scene = Scene::new();
         let seats = [scene.resident(30, 0), scene.wanted(100, 1)];
-        assert_eq!(decide(&seats, 10, scene.at(1)).orders, [(1, Order::Refuse(40))]);
+        assert_eq!(decide(&seats, host(10), scene.at(1)).orders, [(1, Order::Refuse(host(40)))]);
         // One that fits with a shorter context gets all there is.
         let seats = [scene.resident(50, 0), scene.wanted(100, 1)];
-        assert_eq!(decide(&seats, 10, scene.at(1)).orders, [(0, Order::Leave)]);
-        assert_eq!(decide(&seats[1..], 60, scene.at(1)).orders, [(0, Order::Load(60))]);
+        assert_eq!(decide(&seats, host(10), scene.at(1)).orders, [(0, Order::Leave)]);
+        assert_eq!(decide(&seats[1..], host(60), scene.at(1)).orders, [(0, Order::Load(host(60)))]);
     }
 
     #[test]
     fn a_model_that_nobody_waits_for_takes_nobodys_place() {
         let scene = Scene::new();
         let seats = [scene.resident(30, 0), scene.seat(Place::Asking, 20), scene.seat(Place::Asking, 5)];
-        assert_eq!(decide(&seats, 10, scene.at(1)).orders, [(1, Order::StayOut)]);
-        assert_eq!(decide(&seats[2..], 10, scene.at(1)).orders, [(0, Order::Load(10))]);
+        assert_eq!(decide(&seats, host(10), scene.at(1)).orders, [(1, Order::StayOut)]);
+        assert_eq!(decide(&seats[2..], host(10), scene.at(1)).orders, [(0, Order::Load(host(10)))]);
     }
 
     #[test]
@@ -294,40 +339,73 @@ mod tests {
         let scene = Scene::new();
         let busy = Seat { jobs: 2, ..scene.resident(60, 0) };
         let seats = [busy.clone(), scene.wanted(60, 10)];
-        let early = decide(&seats, 10, scene.at(12));
+        let early = decide(&seats, host(10), scene.at(12));
         assert_eq!(early, Decision { orders: vec![], look_again: Some(scene.at(13)) });
-        assert_eq!(decide(&seats, 10, scene.at(13)).orders, [(0, Order::Close)]);
+        assert_eq!(decide(&seats, host(10), scene.at(13)).orders, [(0, Order::Close)]);
         let closed = Seat { is_closed: true, ..busy.clone() };
-        assert_eq!(decide(&[closed.clone(), scene.wanted(60, 10)], 10, scene.at(14)).orders, []);
+        assert_eq!(decide(&[closed.clone(), scene.wanted(60, 10)], host(10), scene.at(14)).orders, []);
         // Its last job ended; others wait for it, and for their turn.
         let done = Seat { jobs: 0, waiting_since: Some(scene.at(13)), ..closed.clone() };
-        assert_eq!(decide(&[done, scene.wanted(60, 10)], 10, scene.at(15)).orders, [(0, Order::Leave)]);
+        assert_eq!(decide(&[done, scene.wanted(60, 10)], host(10), scene.at(15)).orders, [(0, Order::Leave)]);
         // Whoever waited has gone.
-        assert_eq!(decide(&[closed], 10, scene.at(14)).orders, [(0, Order::Open)]);
+        assert_eq!(decide(&[closed], host(10), scene.at(14)).orders, [(0, Order::Open)]);
         // One that has only come has its turn first.
         let young = Seat { place: Place::In(scene.at(12)), ..busy };
-        assert_eq!(decide(&[young, scene.wanted(60, 2)], 10, scene.at(13)).look_again, Some(scene.at(15)));
+        assert_eq!(decide(&[young, scene.wanted(60, 2)], host(10), scene.at(13)).look_again, Some(scene.at(15)));
     }
 
     #[test]
     fn an_idle_model_leaves_after_its_time_and_one_that_is_kept_does_not() {
         let scene = Scene::new();
         let seats = [scene.resident(30, 7), Seat { keep_alive: None, ..scene.resident(30, 7) }];
-        let before = decide(&seats, 100, scene.at(306));
+        let before = decide(&seats, host(100), scene.at(306));
         assert_eq!(before, Decision { orders: vec![], look_again: Some(scene.at(307)) });
-        assert_eq!(decide(&seats, 100, scene.at(307)).orders, [(0, Order::Leave)]);
+        assert_eq!(decide(&seats, host(100), scene.at(307)).orders, [(0, Order::Leave)]);
         let busy = [
             Seat { jobs: 1, ..scene.resident(30, 7) },
             Seat { waiting_since: Some(scene.at(8)), ..scene.resident(30, 7) },
         ];
-        assert_eq!(decide(&busy, 100, scene.at(9_999)), Decision::default());
+        assert_eq!(decide(&busy, host(100), scene.at(9_999)), Decision::default());
     }
 
     #[test]
     fn whoever_waited_longest_is_next() {
         let scene = Scene::new();
         let seats = [scene.seat(Place::Asking, 10), scene.wanted(10, 5), scene.wanted(10, 4)];
-        assert_eq!(decide(&seats, 10, scene.at(6)).orders, [(2, Order::Load(10))]);
+        assert_eq!(decide(&seats, host(10), scene.at(6)).orders, [(2, Order::Load(host(10)))]);
+    }
+
+    #[test]
+    fn models_make_room_on_a_gpu_as_they_do_in_memory() {
+        let scene = Scene::new();
+        let on_gpu = |vram_bytes, last_used| Seat { vram_bytes, ..scene.resident(1, last_used) };
+        let wants = |vram_bytes| Seat { vram_bytes, ..scene.wanted(1, 20) };
+        let room = |gpu| Room { host: 100, gpu };
+        // It fits beside the others.
+        let seats = [on_gpu(60, 0), wants(40)];
+        assert_eq!(decide(&seats, room(40), scene.at(20)).orders, [(1, Order::Load(room(40)))]);
+        // The least recently used leave, and only those that are on the GPU.
+        let seats = [scene.resident(50, 1), on_gpu(30, 9), on_gpu(30, 3), on_gpu(30, 6), wants(50)];
+        assert_eq!(decide(&seats, room(10), scene.at(20)).orders, [(2, Order::Leave), (3, Order::Leave)]);
+        // Busy ones have their turn.
+        let busy = Seat { jobs: 1, ..on_gpu(60, 0) };
+        assert_eq!(decide(&[busy.clone(), wants(50)], room(10), scene.at(22)).orders, []);
+        assert_eq!(decide(&[busy, wants(50)], room(10), scene.at(23)).orders, [(0, Order::Close)]);
+    }
+
+    #[test]
+    fn a_model_that_no_gpu_holds_takes_what_there_is_unless_its_settings_say_how_much() {
+        let scene = Scene::new();
+        let wants = |vram_bytes_min| Seat { vram_bytes: 90, vram_bytes_min, ..scene.wanted(1, 0) };
+        let room = |gpu| Room { host: 100, gpu };
+        let pinned = Seat { vram_bytes: 60, is_pinned: true, ..scene.resident(1, 0) };
+        let with = |wanted| [pinned.clone(), wanted];
+        assert_eq!(decide(&with(wants(0)), room(10), scene.at(1)).orders, [(1, Order::Load(room(10)))]);
+        assert_eq!(decide(&with(wants(90)), room(10), scene.at(1)).orders, [(1, Order::Refuse(room(10)))]);
+        // All that may leave does first.
+        let idle = Seat { vram_bytes: 20, ..scene.resident(1, 0) };
+        let seats = [pinned.clone(), idle, wants(0)];
+        assert_eq!(decide(&seats, room(10), scene.at(1)).orders, [(1, Order::Leave)]);
     }
 
     /// Three models of which one fits at a time, asked for again and again, in a world of whole seconds.
@@ -357,7 +435,7 @@ mod tests {
                 seats[model].waiting_since = waiting[model].first().map(|since| scene.at(*since));
             }
             let room = if seats.iter().any(|seat| seat.place == Place::Moving || seat.is_in()) { 0 } else { 10 };
-            for (model, order) in decide(&seats, room, now).orders {
+            for (model, order) in decide(&seats, host(room), now).orders {
                 match order {
                     Order::Load(_) => {
                         loads += 1;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use engine::memory_plan::VRAM_SPARED_BYTES;
 use engine::{MockOptions, MockRuntime, ModelRuntime as _};
 use futures_util::future::join_all;
 use protocol::Digest;
@@ -220,4 +221,35 @@ async fn an_operator_moves_a_model_into_memory_and_out_of_it() {
     time::sleep(SECOND).await;
     assert_eq!((scene.resident().len(), scene.runtime.load_state().len()), (0, 0));
     assert!(scene.is_answered(first).await, "a model that was unloaded comes back when it is asked for");
+}
+
+/// Two models on a GPU that holds one of them, beside what each leaves free there.
+async fn on_a_gpu(change: fn(&mut ServedModel)) -> Scene {
+    let mock = MockOptions { vram_bytes: VRAM_SPARED_BYTES + (1 << 20), ..MockOptions::default() };
+    scene(&[("one", 300 << 10, as_it_is), ("two", 300 << 10, change)], mock).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn models_make_room_on_a_gpu_as_they_do_in_memory() {
+    let scene = on_a_gpu(as_it_is).await;
+    assert_eq!(scene.resident(), ["one"], "memory would hold both, and the GPU does not");
+    assert!(scene.is_answered("two").await);
+    assert_eq!(scene.resident(), ["two"]);
+    // One that is kept off the GPU takes nothing of it.
+    let scene = on_a_gpu(|model| model.gpu_layers = Some(0)).await;
+    assert_eq!(scene.resident(), ["one", "two"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_beside_one_that_is_pinned_takes_what_the_gpu_has_left_or_says_why_not() {
+    let pinned: fn(&mut ServedModel) = |model| model.pin = true;
+    let mock = || MockOptions { vram_bytes: VRAM_SPARED_BYTES + (1 << 20), ..MockOptions::default() };
+    let scene = scene(&[("one", 300 << 10, pinned), ("two", 300 << 10, as_it_is)], mock()).await;
+    assert!(scene.is_answered("two").await, "the processor computes it");
+    assert_eq!(scene.resident(), ["one", "two"]);
+
+    let all_layers: fn(&mut ServedModel) = |model| model.gpu_layers = Some(99);
+    let scene = self::scene(&[("one", 300 << 10, pinned), ("two", 300 << 10, all_layers)], mock()).await;
+    let not_ready = scene.handle.ready().await.expect_err("it does not fit").to_string();
+    assert!(not_ready.contains("gpu_layers asks for 512 MiB of the GPU, of which"), "{not_ready}");
 }
