@@ -76,6 +76,8 @@ async fn throughput(model: PathBuf) {
     let entry = ModelEntry {
         facts: None,
         added: false,
+        pin: false,
+        keep_alive_secs: None,
         key,
         digest: stored.digest,
         bytes: stored.bytes,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use protocol::keep_alive::KeepAlive;
 
 /// Dependable AI inference over scattered machines, behind one OpenAI-compatible address.
 #[derive(Debug, Parser)]
@@ -259,6 +260,10 @@ pub struct InviteArgs {
     pub hours: u32,
 }
 
+fn keep_alive(text: &str) -> Result<i64, &'static str> {
+    text.parse().map(|KeepAlive(secs)| secs)
+}
+
 /// What a node does in the network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Role {
@@ -408,12 +413,31 @@ pub enum ModelCommand {
     Load {
         /// Model, as name[@MAJOR.MINOR], or an alias
         model: String,
+        /// How long it stays without work, from now on and on every worker: seconds, 10m, -1 for ever, or 0 to unload it
+        #[arg(long, value_name = "TIME", value_parser = keep_alive, allow_hyphen_values = true)]
+        keep_alive: Option<i64>,
         /// Where the network is
         #[command(flatten)]
         server: ServerArgs,
     },
     /// Let a model leave the memory of its workers, unless jobs run on it; it is loaded again when it is asked for
     Unload {
+        /// Model, as name[@MAJOR.MINOR], or an alias
+        model: String,
+        /// Where the network is
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+    /// Have every worker that may serve a model load it and keep it in memory, also after a restart
+    Pin {
+        /// Model, as name[@MAJOR.MINOR], or an alias
+        model: String,
+        /// Where the network is
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+    /// Let a pinned model leave the memory again when nobody uses it
+    Unpin {
         /// Model, as name[@MAJOR.MINOR], or an alias
         model: String,
         /// Where the network is

@@ -180,7 +180,11 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
         Command::Model(ModelCommand::Rm { model, force, server }) => {
             model::remove(context, &model, force, &server).await
         }
-        Command::Model(ModelCommand::Load { model, server }) => model::load(context, &model, &server).await,
+        Command::Model(ModelCommand::Load { model, keep_alive, server }) => {
+            model::load(context, &model, keep_alive, &server).await
+        }
+        Command::Model(ModelCommand::Pin { model, server }) => model::pin(context, &model, true, &server).await,
+        Command::Model(ModelCommand::Unpin { model, server }) => model::pin(context, &model, false, &server).await,
         Command::Model(ModelCommand::Unload { model, server }) => model::unload(context, &model, &server).await,
         Command::Model(ModelCommand::Alias(args)) => model::alias(context, args).await,
         Command::Model(ModelCommand::Adapter(AdapterCommand::Add(args))) => adapter::add(context, args).await,

@@ -304,6 +304,8 @@ mod tests {
             created_at,
             facts: None,
             added: false,
+            pin: false,
+            keep_alive_secs: None,
         }
     }
 

@@ -7,10 +7,10 @@ use anyhow::{Context as _, anyhow, bail};
 use metadata_store::MetadataStore;
 use protocol::control::{
     ALIAS_REMOVE, ALIAS_SET, AliasList, AliasRemove, AliasRemoved, AliasSet, ByOperator, Catalog, INVITE_CREATE,
-    InviteCreate, InviteCreated, MODEL_ADD, MODEL_REMOVE, Member, Members, ModelAdd, ModelRemove, ModelRemoved,
-    NODE_LIST, NODE_RENAME, NODE_REVOKE, NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked,
-    OPERATOR_CATALOG_LIST, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest,
-    TokenCreate, TokenCreated, TokenInfo, TokenList, TokenRevoke, TokenRevoked,
+    InviteCreate, InviteCreated, MODEL_ADD, MODEL_KEEP, MODEL_REMOVE, Member, Members, ModelAdd, ModelKeep,
+    ModelRemove, ModelRemoved, NODE_LIST, NODE_RENAME, NODE_REVOKE, NodeList, NodeRename, NodeRenamed, NodeRevoke,
+    NodeRevoked, OPERATOR_CATALOG_LIST, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE,
+    OperatorRequest, TokenCreate, TokenCreated, TokenInfo, TokenList, TokenRevoke, TokenRevoked,
 };
 use protocol::model::{AliasEntry, ModelEntry, ModelKey, ModelRef};
 use protocol::signature::NodeKey;
@@ -178,6 +178,20 @@ impl Desk {
         }
     }
 
+    /// Says how long workers keep a model in memory.
+    pub async fn keep_model(&self, change: ModelKeep) -> anyhow::Result<ModelEntry> {
+        match self {
+            Self::Gateway(client) => {
+                let ModelKeep { model_id: name, version, pin, keep_alive_secs } = change;
+                let model = ModelRef { name, version, adapter: None };
+                let change = json!({ "pin": pin, "keepAliveSecs": keep_alive_secs });
+                client.post(&format!("/admin/v1/models/{model}/keep"), &change).await
+            }
+            Self::Registry(operator) => operator.ask(MODEL_KEEP, &operator.asking(change)).await,
+            Self::Store(_, store) => Ok(models::keep(&**store, change).await?),
+        }
+    }
+
     /// Gives a model another name.
     pub async fn set_alias(&self, new: AliasSet) -> anyhow::Result<AliasEntry> {
         match self {
@@ -280,6 +294,8 @@ fn entry_of(row: &Value) -> Option<ModelEntry> {
         created_at: UnixMillis(row["created"].as_u64().unwrap_or(0).saturating_mul(1_000)),
         facts: serde_json::from_value(row["facts"].clone()).ok(),
         added: false,
+        pin: row["pinned"] == true,
+        keep_alive_secs: row["keep_alive_secs"].as_i64(),
     })
 }
 

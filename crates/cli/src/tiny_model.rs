@@ -50,6 +50,8 @@ pub fn entry(created_at: UnixMillis) -> ModelEntry {
     ModelEntry {
         facts: None,
         added: false,
+        pin: false,
+        keep_alive_secs: None,
         key: key(),
         digest: digest(),
         bytes: BYTES.len() as u64,

@@ -8,13 +8,13 @@ use http::Response;
 use protocol::control::{
     ADAPTER_ADD, ADAPTER_REMOVE, ALIAS_REMOVE, ALIAS_SET, AdapterAdd, AdapterList, AdapterRemove, AdapterRemoved,
     AliasList, AliasRemove, AliasRemoved, AliasSet, ByOperator, CATALOG_LIST, Catalog, Empty, INVITE_CREATE,
-    InviteCreate, InviteCreated, MODEL_ADD, MODEL_REMOVE, Member, Members, ModelAdd, ModelMove, ModelRemove,
-    ModelRemoved, NODE_LIST, NODE_RENAME, NODE_REVOKE, NodeEntry, NodeList, NodeRename, NodeRenamed, NodeRevoke,
-    NodeRevoked, NodeRole, OperatorRequest, Scope, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated,
-    TokenList, TokenRevoke, TokenRevoked,
+    InviteCreate, InviteCreated, MODEL_ADD, MODEL_KEEP, MODEL_REMOVE, Member, Members, ModelAdd, ModelKeep, ModelMove,
+    ModelRemove, ModelRemoved, NODE_LIST, NODE_RENAME, NODE_REVOKE, NodeEntry, NodeList, NodeRename, NodeRenamed,
+    NodeRevoke, NodeRevoked, NodeRole, OperatorRequest, Scope, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCreate,
+    TokenCreated, TokenList, TokenRevoke, TokenRevoked,
 };
 use protocol::health::{CachedModel, ModelState};
-use protocol::model::{AdapterEntry, AliasEntry, ModelEntry, ModelRef};
+use protocol::model::{AdapterEntry, AliasEntry, ModelEntry, ModelKey, ModelRef};
 use protocol::{CorrelationId, ErrorCode, ModelName, ModelVersion, PublicKey, WireError, codec};
 use serde::de::DeserializeOwned;
 use tracing::info;
@@ -327,13 +327,74 @@ pub(crate) async fn add_model(State(bridge): State<Bridge>, inquiry: Inquiry, bo
 #[utoipa::path(
     post, path = "/admin/v1/models/{id}/load", tag = "admin", operation_id = "loadModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
+    request_body(content = crate::http_bridge::ModelKept, content_type = "application/json"),
     responses(
         (status = 200, description = "Where it is", body = crate::http_bridge::ModelPlaces),
         crate::http_bridge::Errors,
     ),
 )]
-pub(crate) async fn load_model(State(bridge): State<Bridge>, Segment(id): Segment, inquiry: Inquiry) -> Response<Body> {
-    move_model(&bridge, &id, inquiry, true).await
+pub(crate) async fn load_model(
+    State(bridge): State<Bridge>,
+    Segment(id): Segment,
+    inquiry: Inquiry,
+    body: Body,
+) -> Response<Body> {
+    let moved = async {
+        let token = operator(&bridge, &inquiry).await?;
+        let Kept { keep_alive_secs, .. } = read(body).await?;
+        let key = bridge.gateway.model_key(&id).await?;
+        if keep_alive_secs.is_some() {
+            keep(&bridge, token, &key, Kept { pin: None, keep_alive_secs }).await?;
+        }
+        info!(model = %key, keep_alive_secs, "an operator has the model loaded");
+        Ok(json(&bridge.gateway.move_model(ModelMove { key, load: true, keep_alive_secs }).await?))
+    };
+    respond(inquiry.context, moved.await)
+}
+
+/// What is to be changed of how long workers keep a model.
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Kept {
+    #[serde(default)]
+    pin: Option<bool>,
+    #[serde(default)]
+    keep_alive_secs: Option<i64>,
+}
+
+/// Says how long workers keep a model in memory, for good: unless their own settings say otherwise, they follow within
+/// seconds, also after a restart.
+#[utoipa::path(
+    post, path = "/admin/v1/models/{id}/keep", tag = "admin", operation_id = "keepModel", security(("bearer" = [])),
+    params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
+    request_body(content = crate::http_bridge::ModelKept, content_type = "application/json"),
+    responses(
+        (status = 200, description = "The model as it is registered", body = crate::http_bridge::ModelEntry),
+        crate::http_bridge::Errors,
+    ),
+)]
+pub(crate) async fn keep_model(
+    State(bridge): State<Bridge>,
+    Segment(id): Segment,
+    inquiry: Inquiry,
+    body: Body,
+) -> Response<Body> {
+    let kept = async {
+        let token = operator(&bridge, &inquiry).await?;
+        let change: Kept = read(body).await?;
+        let key = bridge.gateway.model_key(&id).await?;
+        Ok(json(&keep(&bridge, token, &key, change).await?))
+    };
+    respond(inquiry.context, kept.await)
+}
+
+async fn keep(bridge: &Bridge, token: String, key: &ModelKey, change: Kept) -> Result<ModelEntry, WireError> {
+    let Kept { pin, keep_alive_secs } = change;
+    let ModelKey { model_id, version } = key.clone();
+    let request = ModelKeep { model_id, version: Some(version), pin, keep_alive_secs };
+    let kept = bridge.gateway.ask_registry(MODEL_KEEP, &ByOperator { token, request }).await?;
+    info!(model = %key, ?pin, ?keep_alive_secs, "an operator said how long the model is kept");
+    Ok(kept)
 }
 
 /// Has the workers that serve a model let it leave their memory, unless jobs run on it, and says where it is by then.
@@ -350,15 +411,11 @@ pub(crate) async fn unload_model(
     Segment(id): Segment,
     inquiry: Inquiry,
 ) -> Response<Body> {
-    move_model(&bridge, &id, inquiry, false).await
-}
-
-async fn move_model(bridge: &Bridge, id: &str, inquiry: Inquiry, load: bool) -> Response<Body> {
     let moved = async {
-        operator(bridge, &inquiry).await?;
-        let key = bridge.gateway.model_key(id).await?;
-        info!(model = %key, load, "an operator moves the model");
-        Ok(json(&bridge.gateway.move_model(ModelMove { key, load }).await?))
+        operator(&bridge, &inquiry).await?;
+        let key = bridge.gateway.model_key(&id).await?;
+        info!(model = %key, "an operator has the model unloaded");
+        Ok(json(&bridge.gateway.move_model(ModelMove { key, load: false, keep_alive_secs: None }).await?))
     };
     respond(inquiry.context, moved.await)
 }

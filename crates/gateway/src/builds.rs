@@ -94,6 +94,8 @@ mod tests {
             created_at: UnixMillis(0),
             facts: Some(ModelFacts { capabilities: capabilities.to_vec(), ..ModelFacts::default() }),
             added: false,
+            pin: false,
+            keep_alive_secs: None,
         };
         Build { entry: Arc::new(entry), adapter: None }
     }

@@ -124,6 +124,8 @@ mod tests {
         ModelEntry {
             facts: None,
             added: false,
+            pin: false,
+            keep_alive_secs: None,
             digest: Digest::of(key.to_string().as_bytes()),
             key,
             bytes: 1,

@@ -38,8 +38,8 @@ use crate::gateway::{Gateway, GatewayError};
 pub(crate) use errors::json;
 pub(crate) use openapi::{
     AdapterAdd, AdapterEntry, AdapterList, AdapterRemoved, AliasEntry, AliasList, AliasRemoved, AliasSet, Decision,
-    Errors, Fleet, InviteCreate, InviteCreated, Members, ModelAdd, ModelEntry, ModelPlaces, ModelRemoved, NewName,
-    NodeRenamed, NodeRevoked, TokenCreate, TokenCreated, TokenList, TokenRevoked,
+    Errors, Fleet, InviteCreate, InviteCreated, Members, ModelAdd, ModelEntry, ModelKept, ModelPlaces, ModelRemoved,
+    NewName, NodeRenamed, NodeRevoked, TokenCreate, TokenCreated, TokenList, TokenRevoked,
 };
 pub(crate) use router::Bridge;
 

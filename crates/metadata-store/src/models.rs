@@ -10,13 +10,14 @@ use crate::row::{self, integer};
 
 /// Registers a model version; its digest never changes.
 pub(crate) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Result<Result<(), PutModelError>> {
-    let ModelEntry { key, digest, bytes, context_length, description, created_at, facts, added } = entry;
+    let ModelEntry { key, digest, bytes, context_length, description, created_at, facts, added, pin, keep_alive_secs } =
+        entry;
     let written = connection
         .prepare_cached(
             "INSERT INTO models (model_id, version_major, version_minor, digest, bytes, context_length, description,
-                                 created_at, facts, added)
+                                 created_at, facts, added, pin, keep_alive_secs)
              VALUES (:model_id, :major, :minor, :digest, :bytes, :context_length, :description, :created_at, :facts,
-                     :added)
+                     :added, :pin, :keep_alive_secs)
              ON CONFLICT DO UPDATE SET context_length = excluded.context_length, description = excluded.description,
                                        facts = coalesce(excluded.facts, facts), added = max(excluded.added, added)
              WHERE digest = excluded.digest",
@@ -32,6 +33,8 @@ pub(crate) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Resu
             ":created_at": integer(created_at.0),
             ":facts": facts.as_ref().map(row::text_of_json),
             ":added": added,
+            ":pin": pin,
+            ":keep_alive_secs": keep_alive_secs,
         })?;
     if written == 1 {
         return Ok(Ok(()));
@@ -42,6 +45,22 @@ pub(crate) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Resu
         .optional()?
         .ok_or(rusqlite::Error::QueryReturnedNoRows)?;
     Ok(Err(PutModelError::Conflict { key: key.clone(), registered: Digest(registered) }))
+}
+
+/// Sets how long a model is kept in memory.
+pub(crate) fn keep(
+    connection: &Connection,
+    key: &ModelKey,
+    pin: bool,
+    keep_alive_secs: Option<i64>,
+) -> rusqlite::Result<bool> {
+    let written = connection
+        .prepare_cached(
+            "UPDATE models SET pin = ?4, keep_alive_secs = ?5
+             WHERE (model_id, version_major, version_minor) = (?1, ?2, ?3)",
+        )?
+        .execute((key.model_id.as_str(), key.version.major, key.version.minor, pin, keep_alive_secs))?;
+    Ok(written == 1)
 }
 
 /// Returns every model version.
@@ -72,5 +91,7 @@ fn record(row: &Row<'_>) -> rusqlite::Result<ModelEntry> {
         created_at: row::time(row, "created_at")?,
         facts: row::json_or_null(row, "facts")?,
         added: row.get("added")?,
+        pin: row.get("pin")?,
+        keep_alive_secs: row.get("keep_alive_secs")?,
     })
 }

@@ -243,6 +243,11 @@ impl MetadataStore for SqliteStore {
         self.read(models::list).await
     }
 
+    async fn keep_model(&self, key: &ModelKey, pin: bool, keep_alive_secs: Option<i64>) -> Result<bool, StoreError> {
+        let key = key.clone();
+        self.write(move |connection| models::keep(connection, &key, pin, keep_alive_secs)).await
+    }
+
     async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError> {
         let key = key.clone();
         self.write(move |connection| models::remove(connection, &key)).await

@@ -44,6 +44,8 @@ pub const ADAPTER_REMOVE: &str = "registry.adapter.remove";
 pub const MODEL_ADD: &str = "registry.model.add";
 /// Registry: forgets a model for an operator. [`ByOperator`] of a [`ModelRemove`] → [`ModelRemoved`].
 pub const MODEL_REMOVE: &str = "registry.model.remove";
+/// Registry: says for an operator how long workers keep a model in memory. [`ByOperator`] of a [`ModelKeep`] → [`ModelEntry`].
+pub const MODEL_KEEP: &str = "registry.model.keep";
 /// Registry: gives a model another name for an operator. [`ByOperator`] of an [`AliasSet`] → [`AliasEntry`].
 pub const ALIAS_SET: &str = "registry.alias.set";
 /// Registry: forgets an alias for an operator. [`ByOperator`] of an [`AliasRemove`] → [`AliasRemoved`].
@@ -310,6 +312,23 @@ pub struct ModelRemove {
     pub force: bool,
 }
 
+/// How long workers keep a model in memory. What is missing stays as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelKeep {
+    /// The name of the model.
+    pub model_id: ModelName,
+    /// Its version; missing for the only one there is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<ModelVersion>,
+    /// Whether they keep it whatever happens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin: Option<bool>,
+    /// Seconds without work after which they unload it; -1 for never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_alive_secs: Option<i64>,
+}
+
 /// A model that is to come into memory, or to leave it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -319,6 +338,9 @@ pub struct ModelMove {
     pub key: ModelKey,
     /// Whether it is to be in memory.
     pub load: bool,
+    /// Seconds without work for which it stays there this time; -1 for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_alive_secs: Option<i64>,
 }
 
 /// Where a model is after it was told to move.

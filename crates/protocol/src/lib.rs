@@ -13,6 +13,7 @@ pub mod gateway;
 pub mod health;
 pub mod id;
 pub mod infer;
+pub mod keep_alive;
 pub mod model;
 pub mod policy;
 pub mod prefix;

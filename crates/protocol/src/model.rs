@@ -136,6 +136,12 @@ pub struct ModelEntry {
     /// Whether an operator added it, and no worker offered it: nodes that have its artifact serve it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub added: bool,
+    /// Whether workers keep it in memory whatever happens, unless their own settings say otherwise.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pin: bool,
+    /// Seconds without work after which workers unload it, unless their own settings say otherwise; -1 for never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_alive_secs: Option<i64>,
 }
 
 /// What a model's file says of it.

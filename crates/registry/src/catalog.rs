@@ -87,6 +87,8 @@ pub async fn offer(store: &dyn MetadataStore, offer: ModelOffer, now: UnixMillis
     if models.len() >= OFFERED_MAX {
         return Err(OfferError::TooMany);
     }
-    let entry = ModelEntry { key, digest, bytes, context_length, description, created_at: now, facts, added: false };
+    let (created_at, added, pin, keep_alive_secs) = (now, false, false, None);
+    let entry =
+        ModelEntry { key, digest, bytes, context_length, description, created_at, facts, added, pin, keep_alive_secs };
     store.put_model(entry).await.map_err(OfferError::of)
 }

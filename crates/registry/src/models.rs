@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::iter;
 
 use metadata_store::{MetadataStore, PutModelError, StoreError};
-use protocol::control::{AliasRemoved, AliasSet, Catalog, ModelAdd, ModelRemove, ModelRemoved};
+use protocol::control::{AliasRemoved, AliasSet, Catalog, ModelAdd, ModelKeep, ModelRemove, ModelRemoved};
 use protocol::model::{ALTERNATIVES_MAX, AdapterKey, AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
 use protocol::{Digest, ErrorCode, ModelName, ModelVersion, UnixMillis, WireError};
 
@@ -115,9 +115,11 @@ pub async fn add(store: &dyn MetadataStore, new: ModelAdd, now: UnixMillis) -> R
         bytes: new.bytes,
         context_length: new.context_length,
         description: new.description,
-        created_at: known.map_or(now, |known| known.created_at),
+        created_at: known.as_ref().map_or(now, |known| known.created_at),
         facts: new.facts.map(ModelFacts::bounded),
         added: true,
+        pin: known.as_ref().is_some_and(|known| known.pin),
+        keep_alive_secs: known.and_then(|known| known.keep_alive_secs),
     };
     match store.put_model(entry.clone()).await {
         Ok(()) => Ok(entry),
@@ -127,6 +129,22 @@ pub async fn add(store: &dyn MetadataStore, new: ModelAdd, now: UnixMillis) -> R
         }
         Err(PutModelError::Store(error)) => Err(error.into()),
     }
+}
+
+/// Says how long workers keep a model in memory.
+pub async fn keep(store: &dyn MetadataStore, change: ModelKeep) -> Result<ModelEntry, ModelError> {
+    let catalog = catalog::list(store).await?;
+    let key = find(&catalog, &change.model_id, change.version)?;
+    let gone =
+        || ModelError::NoModel(ModelRef { name: key.model_id.clone(), version: Some(key.version), adapter: None });
+    let known = catalog.models.into_iter().find(|entry| entry.key == key).ok_or_else(gone)?;
+    let kept = ModelEntry {
+        pin: change.pin.unwrap_or(known.pin),
+        // Nothing below -1 means anything else.
+        keep_alive_secs: change.keep_alive_secs.map(|secs| secs.max(-1)).or(known.keep_alive_secs),
+        ..known
+    };
+    if store.keep_model(&key, kept.pin, kept.keep_alive_secs).await? { Ok(kept) } else { Err(gone()) }
 }
 
 /// Returns the name and version under which a model can be registered. Without a digest, what is said holds for new bytes.

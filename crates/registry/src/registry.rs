@@ -12,10 +12,11 @@ use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
     ADAPTER_ADD, ADAPTER_REMOVE, ALIAS_REMOVE, ALIAS_SET, AdapterAdd, AdapterRemove, AliasRemove, AliasSet, ByOperator,
     CATALOG_LIST, CERTIFICATE_RENEW, CLOCK_READ, ClockReading, Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate,
-    InviteRedeem, MODEL_ADD, MODEL_OFFER, MODEL_REMOVE, ModelAdd, ModelRemove, NODE_LIST, NODE_RENAME, NODE_REVOKE,
-    NodeInfo, NodeRename, NodeRevoke, NodeRole, OPERATOR_CATALOG_LIST, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST,
-    OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET, POOL_STATE, PolicyRequest, PoolStateRequest, Scope,
-    TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate, TokenCreated, TokenRevoke,
+    InviteRedeem, MODEL_ADD, MODEL_KEEP, MODEL_OFFER, MODEL_REMOVE, ModelAdd, ModelKeep, ModelRemove, NODE_LIST,
+    NODE_RENAME, NODE_REVOKE, NodeInfo, NodeRename, NodeRevoke, NodeRole, OPERATOR_CATALOG_LIST, OPERATOR_TOKEN_CREATE,
+    OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET, POOL_STATE, PolicyRequest,
+    PoolStateRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate,
+    TokenCreated, TokenRevoke,
 };
 use protocol::model::ModelOffer;
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
@@ -175,7 +176,7 @@ impl Registry {
 
     /// Serves operators what they change of models, from a gateway or without one.
     fn serve_models(self: &Arc<Self>, server: Server) -> Server {
-        let [listed, added, removed, named, unnamed] = std::array::from_fn(|_| self.clone());
+        let [listed, added, removed, kept, named, unnamed] = std::array::from_fn(|_| self.clone());
         server
             .unary(OPERATOR_CATALOG_LIST, move |caller, request: OperatorRequest| {
                 let registry = listed.clone();
@@ -197,6 +198,13 @@ impl Registry {
                 async move {
                     registry.operator(caller, &asked.token).await?;
                     Ok(models::remove(&*registry.parts.store, asked.request).await.inspect_err(log_model)?)
+                }
+            })
+            .unary(MODEL_KEEP, move |caller, asked: ByOperator<ModelKeep>| {
+                let registry = kept.clone();
+                async move {
+                    registry.operator(caller, &asked.token).await?;
+                    Ok(models::keep(&*registry.parts.store, asked.request).await.inspect_err(log_model)?)
                 }
             })
             .unary(ALIAS_SET, move |caller, asked: ByOperator<AliasSet>| {

@@ -309,6 +309,8 @@ mod tests {
             created_at: UnixMillis(0),
             facts: None,
             added: false,
+            pin: false,
+            keep_alive_secs: None,
         };
         let alias = AliasEntry {
             alias: "gpt".parse().expect("a name"),

@@ -228,7 +228,9 @@ impl BaseWorker {
         // Cancelled as well when this future is dropped, so that nothing runs on without its owner.
         let life = CancellationToken::new();
         let _end_of_life = life.clone().drop_guard();
+        let bounds = config.clone();
         let desk = Arc::new(Desk {
+            bound_keep_alive: Box::new(move |secs| bounds.bounded_keep_alive(secs)),
             membership: membership.clone(),
             region: config.region.clone(),
             draining: AtomicBool::new(false),
@@ -432,6 +434,8 @@ struct Desk {
     region: Region,
     draining: AtomicBool,
     guard: Arc<QuotaGuard>,
+    /// Brings a request's `keep_alive` within the worker's bounds.
+    bound_keep_alive: Box<dyn Fn(i64) -> i64 + Send + Sync>,
     loader: Arc<ModelLoader>,
     engine: ExecutionEngine,
     /// Ends the jobs that did not end by themselves.
@@ -538,6 +542,9 @@ impl Desk {
             return Err(too_late());
         }
         let place = self.guard.enter(&request.tenant_id, request.input.answers())?;
+        if let Some(secs) = request.input.keep_alive_secs {
+            entry.keep_for((self.bound_keep_alive)(secs));
+        }
         Ok(Job { request: Arc::new(request), entry, deadline, place })
     }
 
@@ -587,9 +594,9 @@ impl Desk {
 
     /// Has a model move, and says where it is.
     fn place_of(&self, worker_id: WorkerId, request: &ModelMove) -> Result<ModelPlaces, WireError> {
-        let ModelMove { key, load } = request;
+        let ModelMove { key, load, keep_alive_secs } = request;
         let entry = self.loader.cache().find(key).ok_or_else(|| not_here(key))?;
-        let (state, reason) = if *load { self.loader.bring(&entry) } else { entry.send_out() };
+        let (state, reason) = if *load { self.loader.bring(&entry, *keep_alive_secs) } else { entry.send_out() };
         info!(model = %key, load, ?state, "an operator moved the model");
         Ok(ModelPlaces { key: key.clone(), workers: vec![ModelPlace { worker_id, state, reason }] })
     }

@@ -125,6 +125,15 @@ impl CatalogWatch {
                 self.taken.insert(key, model);
             }
         }
+        for listed in &catalog.models {
+            if let Some(entry) = self.loader.cache().find(&listed.key)
+                && entry.model.digest() == listed.digest
+                && entry.follow(listed.pin, listed.keep_alive_secs)
+            {
+                info!(model = %listed.key, "the model is pinned: it is loaded, and stays");
+                self.loader.bring(&entry, None);
+            }
+        }
         self.loader.look_at_files();
     }
 

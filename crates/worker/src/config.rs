@@ -39,6 +39,11 @@ pub struct Config {
     pub memory_max_mib: u64,
     /// Memory of GPUs that all models may take together, in MiB; 0 takes what is free when the worker starts.
     pub vram_max_mib: u64,
+    /// The shortest and the longest `keep_alive` of a request that is followed, in seconds; -1 for any. Other requests get the
+    /// nearest of the two.
+    pub keep_alive_secs_min: i64,
+    /// The longest; see the shortest.
+    pub keep_alive_secs_max: i64,
     /// Seconds that jobs have to end when the worker stops.
     pub drain_secs: u64,
     /// Seconds that a server which answers for a model may be silent before the first token of an answer. It fails the job
@@ -125,11 +130,13 @@ pub struct ServedModel {
     #[serde(default = "draft_tokens")]
     pub draft_tokens: u32,
     /// Seconds without work after which it is unloaded; it is loaded again when somebody asks for it. -1 keeps it for ever.
-    #[serde(default = "keep_alive_secs")]
-    pub keep_alive_secs: i64,
-    /// Loads it at the start, and never unloads it to make room for others or because nobody uses it.
-    #[serde(default)]
-    pub pin: bool,
+    /// Where it is missing, it is what the network says of the model, and else 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_alive_secs: Option<i64>,
+    /// Loads it at the start, and never unloads it to make room for others or because nobody uses it. Where it is missing,
+    /// `tether model pin` decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin: Option<bool>,
     /// Whose kernels compute it on a CPU: `auto` takes Tether's where the processor has AVX-512 and VNNI, `off` leaves all
     /// to ggml, slower, and then an answer at temperature 0 may change in a rare word when it is asked for again.
     #[serde(default)]
@@ -188,9 +195,7 @@ fn first_version() -> ModelVersion {
 }
 
 /// Five minutes, as Ollama does.
-fn keep_alive_secs() -> i64 {
-    300
-}
+const KEEP_ALIVE_SECS: i64 = 300;
 
 fn prompt_cache_mib() -> u64 {
     256
@@ -258,6 +263,8 @@ impl Default for Config {
             preload: true,
             memory_max_mib: 0,
             vram_max_mib: 0,
+            keep_alive_secs_min: 0,
+            keep_alive_secs_max: -1,
             drain_secs: 30,
             server_stall_secs: 120,
             latency_hops: 0,
@@ -295,6 +302,15 @@ impl Config {
             return Err(ConfigError::TooManyAdapters);
         }
         self.models.iter().try_for_each(ServedModel::check)
+    }
+
+    /// Returns the `keep_alive` of a request within the bounds.
+    pub(crate) fn bounded_keep_alive(&self, secs: i64) -> i64 {
+        // For ever is the longest.
+        let rank = |secs: i64| if secs < 0 { i64::MAX } else { secs };
+        let (min, max) = (self.keep_alive_secs_min.max(0), rank(self.keep_alive_secs_max));
+        let bounded = rank(secs).max(min).min(max);
+        if bounded == i64::MAX { -1 } else { bounded }
     }
 
     /// Returns how long servers may be silent before an answer begins.
@@ -339,8 +355,8 @@ impl ServedModel {
             kv_tokens: 0,
             prompt_cache_mib: prompt_cache_mib(),
             draft_tokens: draft_tokens(),
-            keep_alive_secs: keep_alive_secs(),
-            pin: false,
+            keep_alive_secs: None,
+            pin: None,
             kernels: Kernels::default(),
             adapters: Vec::new(),
             pinned_adapter: None,
@@ -363,15 +379,15 @@ impl ServedModel {
         self.remote.is_some() || !self.server_command.is_empty()
     }
 
-    /// Says whether it stays in memory whatever happens. A model on another program's server
-    /// is not ours to unload.
-    pub(crate) fn is_pinned(&self) -> bool {
-        self.pin || self.remote.is_some()
+    /// Says whether it stays in memory whatever happens, where the network pins it or not. A model on another program's
+    /// server is not ours to unload.
+    pub(crate) fn is_pinned(&self, by_network: bool) -> bool {
+        self.pin.unwrap_or(by_network) || self.remote.is_some()
     }
 
-    /// Returns how long it stays in memory without work; `None` for ever.
-    pub(crate) fn keep_alive(&self) -> Option<Duration> {
-        u64::try_from(self.keep_alive_secs).ok().map(Duration::from_secs)
+    /// Returns how long it stays in memory without work, unless a request or an operator says otherwise; `None` for ever.
+    pub(crate) fn keep_alive(&self, by_network: Option<i64>) -> Option<Duration> {
+        duration_of(self.keep_alive_secs.or(by_network).unwrap_or(KEEP_ALIVE_SECS))
     }
 
     /// Returns the adapter that it is always served with.
@@ -426,6 +442,11 @@ impl ServedModel {
     }
 }
 
+/// Returns a time in seconds; `None` for ever, which all negative ones stand for.
+pub(crate) fn duration_of(secs: i64) -> Option<Duration> {
+    u64::try_from(secs).ok().map(Duration::from_secs)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -464,6 +485,25 @@ mod tests {
         let error = read("catalog = \"some\"").expect_err("no such word").to_string();
         assert!(error.contains("`local`"), "{error}");
         assert!(toml::to_string(&Config::default()).expect("written").contains("catalog = \"fetch\""));
+    }
+
+    #[test]
+    fn a_requests_keep_alive_is_kept_within_bounds() {
+        let bounded = |min, max, secs| {
+            Config { keep_alive_secs_min: min, keep_alive_secs_max: max, ..Config::default() }.bounded_keep_alive(secs)
+        };
+        for (min, max, secs, expected) in [
+            (0, -1, -1, -1),
+            (0, -1, 0, 0),
+            (0, -1, 7, 7),
+            (60, 600, 0, 60),
+            (60, 600, 90, 90),
+            (60, 600, 9_999, 600),
+            (60, 600, -1, 600),
+            (0, 0, -1, 0),
+        ] {
+            assert_eq!(bounded(min, max, secs), expected, "{secs} in {min} to {max}");
+        }
     }
 
     #[test]

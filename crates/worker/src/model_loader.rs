@@ -204,7 +204,7 @@ impl ModelLoader {
 
     /// Says whether a model is loaded before anyone asks for it.
     pub(crate) fn preloads(&self, entry: &Entry) -> bool {
-        entry.model.pin || self.options.preload && !entry.model.is_listed
+        entry.model.pin == Some(true) || self.options.preload && !entry.model.is_listed
     }
 
     /// Keeps every model until `stop`, then unloads them.
@@ -235,11 +235,28 @@ impl ModelLoader {
         self.changes.send_replace(());
     }
 
-    /// Has a model come into memory, as a job would, and says where it is now.
-    pub(crate) fn bring(self: &Arc<Self>, entry: &Arc<Entry>) -> (ModelPlaceState, Option<String>) {
+    /// Has a model come into memory, as a job would, and says where it is now. With a time it stays for so many seconds without
+    /// work; for none of them it is to leave.
+    pub(crate) fn bring(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        keep_alive_secs: Option<i64>,
+    ) -> (ModelPlaceState, Option<String>) {
+        if let Some(secs) = keep_alive_secs {
+            entry.keep_for(secs);
+            if secs == 0 {
+                return entry.send_out();
+            }
+        }
         let status = entry.status.borrow().clone();
         match status {
             Status::Ready(_) => (ModelPlaceState::Loaded, None),
+            // It would be loaded in vain, again and again.
+            Status::Absent if entry.leaves_at_once() => {
+                let why =
+                    "its keep_alive is 0, so that it would leave at once; give it one (--keep-alive 10m), or pin it";
+                (ModelPlaceState::Unloaded, Some(why.into()))
+            }
             Status::Failed(reason) => (ModelPlaceState::Failed, Some(reason.to_string())),
             Status::Loading(_) => (ModelPlaceState::Loading, None),
             Status::Absent => {

@@ -8,7 +8,8 @@ use artifact_store::ArtifactStore;
 use engine::gguf::Header;
 use indicatif::DecimalBytes;
 use protocol::control::{
-    AliasList, AliasSet, Catalog, Fleet, FleetWorker, Member, ModelPlace, ModelPlaceState, ModelPlaces, ModelRemove,
+    AliasList, AliasSet, Catalog, Fleet, FleetWorker, Member, ModelKeep, ModelPlace, ModelPlaceState, ModelPlaces,
+    ModelRemove,
 };
 use protocol::health::{ModelState, Placement};
 use protocol::model::{AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
@@ -123,6 +124,7 @@ pub(super) async fn show(context: Context, model: &str, server: &ServerArgs) -> 
     for (node, placement) in models.placements(&entry.key) {
         say("computed", format!("on {node}: {}", output::one_line(&placement.to_string())));
     }
+    say("kept", kept(entry));
     say("aliases", ends.join(", "));
     let adapters = models.catalog.adapters.iter().filter(|adapter| adapter.key.model == entry.key);
     say("adapters", adapters.map(|adapter| adapter.key.adapter.to_string()).collect::<Vec<_>>().join(", "));
@@ -174,19 +176,49 @@ pub(super) async fn remove(context: Context, model: &str, force: bool, server: &
     Ok(Outcome::Well)
 }
 
-/// Brings a model into memory and waits until it is there.
-pub(super) async fn load(context: Context, model: &str, server: &ServerArgs) -> anyhow::Result<Outcome> {
+/// Brings a model into memory and waits until it is there; where it is to stay for no time, it leaves.
+pub(super) async fn load(
+    context: Context,
+    model: &str,
+    keep_alive_secs: Option<i64>,
+    server: &ServerArgs,
+) -> anyhow::Result<Outcome> {
     let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
     let path = format!("/admin/v1/models/{}/load", model_ref(model)?);
     let begun = Instant::now();
+    let mut body = keep_alive_secs.map_or_else(|| json!({}), |secs| json!({ "keepAliveSecs": secs }));
+    let wanted = if keep_alive_secs == Some(0) { ModelPlaceState::Unloaded } else { ModelPlaceState::Loaded };
     loop {
-        let places: ModelPlaces = client.post(&path, &json!({})).await?;
+        let places: ModelPlaces = client.post(&path, &body).await?;
+        // It is said once.
+        body = json!({});
         let is_loading = places.workers.iter().any(|place| place.state == ModelPlaceState::Loading);
         if !is_loading || begun.elapsed() >= LOAD_WITHIN {
-            return told(&context, client, &places, ModelPlaceState::Loaded).await;
+            return told(&context, client, &places, wanted).await;
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
+}
+
+/// Has workers keep a model in memory whatever happens, or no longer.
+pub(super) async fn pin(context: Context, model: &str, pin: bool, server: &ServerArgs) -> anyhow::Result<Outcome> {
+    let ModelRef { name: model_id, version, adapter } = model_ref(model)?;
+    ensure!(adapter.is_none(), "{model} is an adapter; pin its model");
+    let desk = Desk::of_registry(server, &context.settings, &context.data, &context.env).await?;
+    let kept = desk.keep_model(ModelKeep { model_id, version, pin: Some(pin), keep_alive_secs: None }).await;
+    desk.leave().await?;
+    let kept = kept?;
+    if context.json {
+        output::json(&kept)?;
+    } else if pin {
+        let key = &kept.key;
+        output::line(format!(
+            "{key} is pinned: workers that may serve it load it within seconds, and keep it in memory"
+        ));
+    } else {
+        output::line(format!("{} is not pinned any more, and leaves the memory when nobody uses it", kept.key));
+    }
+    Ok(Outcome::Well)
 }
 
 /// Lets a model leave the memory.
@@ -494,6 +526,16 @@ fn template(artifacts: Option<&ArtifactStore>, digest: &Digest) -> Option<Vec<St
         lines.push("…".to_owned());
     }
     Some(lines)
+}
+
+/// Returns how long workers keep a model in memory, where an operator said so.
+fn kept(entry: &ModelEntry) -> String {
+    match (entry.pin, entry.keep_alive_secs) {
+        (true, _) => "pinned".to_owned(),
+        (false, Some(secs)) if secs < 0 => "for ever, unless others need its memory".to_owned(),
+        (false, Some(secs)) => format!("{secs} s without work"),
+        (false, None) => String::new(),
+    }
 }
 
 fn context_of(entry: &ModelEntry, facts: &ModelFacts) -> String {

@@ -51,6 +51,12 @@ pub(crate) struct Model {
     alternatives: Vec<String>,
     /// Length of the artifact in bytes; 0 for a model of an adopted server.
     bytes: u64,
+    /// Whether workers keep it in memory whatever happens.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pinned: bool,
+    /// Seconds without work for which they keep it, where an operator said so; -1 for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    keep_alive_secs: Option<i64>,
     /// What its file says of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<super::openapi::ModelFacts>)]
@@ -228,6 +234,8 @@ fn describe(entry: &ModelEntry, by_name: bool, adapter: Option<&AdapterName>, fl
         alias_of: None,
         alternatives: vec![],
         bytes: entry.bytes,
+        pinned: entry.pin,
+        keep_alive_secs: entry.keep_alive_secs,
         facts: entry.facts.clone(),
     }
 }

@@ -66,6 +66,7 @@ pub(super) async fn document() -> Response<Body> {
         admin::remove_model,
         admin::load_model,
         admin::unload_model,
+        admin::keep_model,
         admin::aliases,
         admin::set_alias,
         admin::remove_alias,

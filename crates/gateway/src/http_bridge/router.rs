@@ -64,6 +64,7 @@ pub(super) fn router(bridge: Bridge) -> Router {
         .route("/admin/v1/models", get(admin::models).post(admin::add_model))
         .route("/admin/v1/models/{id}", delete(admin::remove_model))
         .route("/admin/v1/models/{id}/load", post(admin::load_model))
+        .route("/admin/v1/models/{id}/keep", post(admin::keep_model))
         .route("/admin/v1/models/{id}/unload", post(admin::unload_model))
         .route("/admin/v1/aliases", get(admin::aliases).post(admin::set_alias))
         .route("/admin/v1/aliases/{alias}", delete(admin::remove_alias))

@@ -5,6 +5,7 @@ use std::fmt;
 
 use protocol::AdapterName;
 use protocol::infer::{Input, OutputFormat, ToolChoice};
+use protocol::keep_alive::KeepAlive;
 use protocol::model::ModelRef;
 use protocol::{ErrorCode, WireError};
 use serde::{Deserialize, Deserializer, de};
@@ -58,6 +59,7 @@ pub(super) struct Body {
     continue_final_message: Option<bool>,
     add_generation_prompt: Option<bool>,
     deterministic: Option<bool>,
+    keep_alive: Option<KeepAlive>,
     echo: Option<bool>,
     suffix: Option<String>,
     // Means something, and is not done here unless it says to change nothing.
@@ -309,6 +311,7 @@ impl Body {
             stop: self.stop.map(|stop| stop.0).unwrap_or_default(),
             ignore_eos: self.ignore_eos.unwrap_or(false),
             deterministic: self.deterministic.unwrap_or(false),
+            keep_alive_secs: self.keep_alive.map(|KeepAlive(secs)| secs),
             ..own
         };
         input.check()?;

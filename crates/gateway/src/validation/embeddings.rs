@@ -1,6 +1,7 @@
 //! What `POST /v1/embeddings` takes.
 
 use protocol::infer::Input;
+use protocol::keep_alive::KeepAlive;
 use protocol::{AdapterName, WireError};
 use serde::Deserialize;
 
@@ -38,14 +39,21 @@ struct Body {
     adapter: Option<AdapterName>,
     encoding_format: Option<Encoding>,
     dimensions: Option<u32>,
+    keep_alive: Option<KeepAlive>,
 }
 
 /// Reads the body of `POST /v1/embeddings`.
 pub fn parse_embeddings(bytes: &[u8]) -> Result<Vectors, WireError> {
-    let Body { model, input, adapter, encoding_format, dimensions } = read(bytes)?;
+    let Body { model, input, adapter, encoding_format, dimensions, keep_alive } = read(bytes)?;
     let (model, name) = named_model(model.as_deref())?;
     let texts = input.ok_or_else(|| missing("input"))?.0;
-    let input = Input { embed: Some(texts), adapter, dimensions, ..Input::default() };
+    let input = Input {
+        embed: Some(texts),
+        adapter,
+        dimensions,
+        keep_alive_secs: keep_alive.map(|KeepAlive(secs)| secs),
+        ..Input::default()
+    };
     input.check().map_err(under_its_name)?;
     Ok(Vectors { job: job(model, input), model: name, encoding: encoding_format.unwrap_or_default() })
 }

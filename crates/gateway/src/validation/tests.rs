@@ -68,6 +68,25 @@ fn max_completion_tokens_goes_before_max_tokens() {
 }
 
 #[test]
+fn a_request_says_in_ollamas_form_how_long_the_model_stays() {
+    for (value, expected) in [
+        (json!("5m"), Some(300)),
+        (json!(60), Some(60)),
+        (json!(-1), Some(-1)),
+        (json!(0), Some(0)),
+        (json!(null), None),
+    ] {
+        let field = json!({"keep_alive": value});
+        assert_eq!(chat(field.clone()).expect("well formed").job.input.keep_alive_secs, expected);
+        assert_eq!(completion(field).expect("well formed").job.input.keep_alive_secs, expected);
+        let body = json!({"model": "m", "input": "x", "keep_alive": value}).to_string();
+        assert_eq!(parse_embeddings(body.as_bytes()).expect("well formed").job.input.keep_alive_secs, expected);
+    }
+    let error = chat(json!({"keep_alive": "soon"})).expect_err("no time");
+    assert!(error.message.contains("30s") && error.param.as_deref() == Some("keep_alive"), "{error:?}");
+}
+
+#[test]
 fn harmless_and_unknown_fields_pass() {
     chat(json!({
         "user": "u", "metadata": {"a": "b"}, "store": true, "service_tier": "auto", "safety_identifier": "s",

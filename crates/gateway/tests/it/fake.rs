@@ -55,6 +55,8 @@ pub(crate) fn model(name: &str, version: &str) -> ModelEntry {
     ModelEntry {
         facts: None,
         added: false,
+        pin: false,
+        keep_alive_secs: None,
         digest: Digest::of(key.to_string().as_bytes()),
         key,
         bytes: 1,

@@ -48,6 +48,7 @@ macro_rules! conforms {
             catalogue: what_is_known_of_a_model_stays_known,
             catalogue: an_alias_stands_for_its_latest_target_and_never_for_a_models_own_name,
             catalogue: a_model_that_was_added_stays_so,
+            catalogue: how_long_a_model_is_kept_outlives_its_registration,
             catalogue: models_are_listed_by_name_and_number,
             catalogue: a_removed_model_is_gone,
             catalogue: adapters_are_listed_by_model_and_name,

@@ -66,6 +66,10 @@ impl MetadataStore for BusyStore {
     async fn tenants(&self) -> Result<Vec<(TenantId, TenantPolicy)>, StoreError> { self.store.tenants().await }
     async fn put_model(&self, entry: ModelEntry) -> Result<(), PutModelError> { self.store.put_model(entry).await }
     async fn models(&self) -> Result<Vec<ModelEntry>, StoreError> { self.store.models().await }
+    async fn keep_model(&self, key: &ModelKey, pin: bool, keep_alive_secs: Option<i64>) -> Result<bool, StoreError> {
+        self.store.keep_model(key, pin, keep_alive_secs).await
+    }
+
     async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError> { self.store.remove_model(key).await }
     async fn put_adapter(&self, entry: AdapterEntry) -> Result<(), PutAdapterError> { self.store.put_adapter(entry).await }
     async fn adapters(&self) -> Result<Vec<AdapterEntry>, StoreError> { self.store.adapters().await }

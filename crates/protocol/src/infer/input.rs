@@ -113,6 +113,9 @@ pub struct Input {
     /// Evaluates the answer by itself, slower, so that the same build of the engine gives it again to the bit.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub deterministic: bool,
+    /// Seconds without work for which the model stays in memory after this; -1 for ever. A worker may bound it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_alive_secs: Option<i64>,
 }
 
 impl Input {

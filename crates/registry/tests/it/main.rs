@@ -164,6 +164,8 @@ async fn a_model_version_never_changes_its_artifact() {
     let entry = |digest| ModelEntry {
         facts: None,
         added: false,
+        pin: false,
+        keep_alive_secs: None,
         key: ModelKey { model_id: "m".parse().expect("name"), version: "1.0".parse().expect("version") },
         digest: Digest([digest; 32]),
         bytes: 1,
@@ -186,6 +188,8 @@ async fn adapters_are_added_listed_and_forgotten_over_the_network() {
     let models = ["1.9", "1.10"].map(|text| ModelEntry {
         facts: None,
         added: false,
+        pin: false,
+        keep_alive_secs: None,
         key: ModelKey { model_id: name(), version: version(text) },
         digest: Digest([1; 32]),
         bytes: 1,

@@ -45,6 +45,8 @@ fn entry(bytes: &[u8]) -> ModelEntry {
         created_at: UnixMillis(0),
         facts: None,
         added: true,
+        pin: false,
+        keep_alive_secs: None,
     }
 }
 

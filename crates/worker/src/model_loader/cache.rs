@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::adapters::Adapters;
 use super::residency::{Order, Place, Seat};
 use super::warm_prefixes::WarmPrefixes;
-use crate::config::ServedModel;
+use crate::config::{ServedModel, duration_of};
 use crate::device_report;
 
 /// What any load takes, and how fast its bytes are read, where nothing is known of an earlier one.
@@ -96,6 +96,17 @@ impl Load {
     }
 }
 
+/// What others than this worker's settings say of how long a model stays in memory.
+#[derive(Debug, Default, Clone, Copy)]
+struct Wishes {
+    /// The registry's list pins it.
+    pin: bool,
+    /// What the list says, in seconds.
+    listed: Option<i64>,
+    /// What the last request or operator said for this time in memory, in seconds.
+    asked: Option<i64>,
+}
+
 /// A model that the worker serves.
 #[derive(Debug)]
 pub(crate) struct Entry {
@@ -105,6 +116,7 @@ pub(crate) struct Entry {
     /// Somebody wants it in memory.
     wanted: Notify,
     seat: Mutex<Seat>,
+    wishes: Mutex<Wishes>,
     /// What was decided of it, for its keeper.
     pub(crate) order: watch::Sender<Option<Order>>,
     /// Whoever decides is told of each change.
@@ -183,7 +195,8 @@ impl ModelCache {
     pub(crate) fn new(models: &[ServedModel], preload: bool) -> Self {
         let stirred = Arc::new(Notify::new());
         let entry = |model: &ServedModel| {
-            let status = if preload || model.pin { Status::Loading(Load::begin(None)) } else { Status::Absent };
+            let status =
+                if preload || model.pin == Some(true) { Status::Loading(Load::begin(None)) } else { Status::Absent };
             Arc::new(Entry::new(model.clone(), status, stirred.clone()))
         };
         let entries = RwLock::new(models.iter().map(entry).collect());
@@ -293,8 +306,8 @@ impl Entry {
             bytes_min: 0,
             vram_bytes: 0,
             vram_bytes_min: 0,
-            is_pinned: model.is_pinned(),
-            keep_alive: model.keep_alive(),
+            is_pinned: model.is_pinned(false),
+            keep_alive: model.keep_alive(None),
             jobs: 0,
             waiting_since: None,
             last_used: Instant::now(),
@@ -306,6 +319,7 @@ impl Entry {
             status: watch::Sender::new(status),
             wanted: Notify::new(),
             seat: Mutex::new(seat),
+            wishes: Mutex::default(),
             order: watch::Sender::new(None),
             stirred,
             stays_out: AtomicBool::new(false),
@@ -323,6 +337,41 @@ impl Entry {
     /// Returns what is known of it when it is decided which models lie in memory.
     pub(crate) fn seat(&self) -> MutexGuard<'_, Seat> {
         self.seat.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Follows what the registry's list says of how long it is kept. Says whether it is pinned from now on and was not before.
+    pub(crate) fn follow(&self, pin: bool, keep_alive_secs: Option<i64>) -> bool {
+        self.wish(|wishes| (wishes.pin, wishes.listed) = (pin, keep_alive_secs))
+    }
+
+    /// Follows what a request or an operator says of how long it is kept this time, in seconds; -1 for ever.
+    pub(crate) fn keep_for(&self, secs: i64) {
+        self.wish(|wishes| wishes.asked = Some(secs));
+    }
+
+    fn wish(&self, change: impl FnOnce(&mut Wishes)) -> bool {
+        let mut wishes = self.wishes.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut wishes);
+        let is_pinned = self.model.is_pinned(wishes.pin);
+        let keep_alive = match wishes.asked {
+            Some(secs) => duration_of(secs),
+            None => self.model.keep_alive(wishes.listed),
+        };
+        drop(wishes);
+        let mut seat = self.seat();
+        let is_news = is_pinned && !seat.is_pinned;
+        if (seat.is_pinned, seat.keep_alive) != (is_pinned, keep_alive) {
+            (seat.is_pinned, seat.keep_alive) = (is_pinned, keep_alive);
+            drop(seat);
+            self.stirred.notify_one();
+        }
+        is_news
+    }
+
+    /// Returns whether it leaves the memory as soon as it has no job.
+    pub(crate) fn leaves_at_once(&self) -> bool {
+        let seat = self.seat();
+        seat.keep_alive == Some(Duration::ZERO) && !seat.is_pinned
     }
 
     /// Notes the memory that it takes, and that it takes at least, in bytes.
@@ -347,6 +396,10 @@ impl Entry {
             seat.last_used = since;
         }
         drop(seat);
+        if place == Place::Moving {
+            // What was said of this time holds no longer.
+            self.wish(|wishes| wishes.asked = None);
+        }
         self.order.send_replace(None);
         self.stirred.notify_one();
     }

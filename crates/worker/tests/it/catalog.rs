@@ -38,6 +38,8 @@ fn entry(name: &str, bytes: &[u8]) -> ModelEntry {
         created_at: UnixMillis(0),
         facts: None,
         added: true,
+        pin: false,
+        keep_alive_secs: None,
     }
 }
 
@@ -243,4 +245,27 @@ async fn a_file_that_nobody_has_fails_the_job_and_the_report_says_why() {
     let reports = scene.orchestrator.reports();
     let mut told = reports.iter().flat_map(|report| &report.model_cache).filter_map(|cached| cached.reason.as_deref());
     assert!(told.any(|why| why.contains("could not be fetched")), "{reports:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_network_pins_is_fetched_loaded_and_kept_unless_the_settings_say_otherwise() {
+    let own =
+        ServedModel { pin: Some(false), ..ServedModel::new(entry("own", OTHER_BYTES).key, Digest::of(OTHER_BYTES)) };
+    let config = Config { models: vec![own], preload: false, ..Config::default() };
+    let (scene, listed) = scene(config, MockOptions::default()).await;
+    let pinned = |entry: ModelEntry| ModelEntry { pin: true, ..entry };
+    set(&listed, &[pinned(entry("elsewhere", ELSEWHERE)), pinned(entry("own", OTHER_BYTES))]);
+    time::sleep(SECOND * 10).await;
+    let resident = || scene.handle.ready_models().iter().map(|key| key.model_id.to_string()).collect::<Vec<_>>();
+    assert_eq!(resident(), ["elsewhere"]);
+    time::sleep(SECOND * 3_000).await;
+    assert_eq!(resident(), ["elsewhere"]);
+    set(&listed, &[ModelEntry { keep_alive_secs: Some(60), ..entry("elsewhere", ELSEWHERE) }]);
+    time::sleep(SECOND * 10).await;
+    assert_eq!(resident(), Vec::<String>::new(), "it was unused for longer than that");
+    assert_eq!(read(scene.open(&job("elsewhere")).await.expect("accepted")).await.1, None);
+    time::sleep(SECOND * 50).await;
+    assert_eq!(resident(), ["elsewhere"]);
+    time::sleep(SECOND * 20).await;
+    assert_eq!(resident(), Vec::<String>::new());
 }

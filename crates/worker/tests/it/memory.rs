@@ -90,10 +90,10 @@ async fn a_model_that_nobody_uses_is_unloaded_and_comes_back_when_it_is_asked_fo
 #[tokio::test(start_paused = true)]
 async fn a_model_stays_as_long_as_it_is_told_to() {
     let models: [Model<'_>; 4] = [
-        ("for-ever", 10, |model| model.keep_alive_secs = -1),
-        ("pinned", 10, |model| (model.pin, model.keep_alive_secs) = (true, 1)),
-        ("a-minute", 10, |model| model.keep_alive_secs = 60),
-        ("at-once", 10, |model| model.keep_alive_secs = 0),
+        ("for-ever", 10, |model| model.keep_alive_secs = Some(-1)),
+        ("pinned", 10, |model| (model.pin, model.keep_alive_secs) = (Some(true), Some(1))),
+        ("a-minute", 10, |model| model.keep_alive_secs = Some(60)),
+        ("at-once", 10, |model| model.keep_alive_secs = Some(0)),
     ];
     let scene = scene(&models, MockOptions::default()).await;
     time::sleep(SECOND * 30).await;
@@ -121,7 +121,7 @@ async fn what_is_idle_makes_room_for_what_is_asked_for() {
 
 #[tokio::test(start_paused = true)]
 async fn what_is_pinned_makes_room_for_nobody_and_what_never_fits_takes_nobodys_place() {
-    let pinned: fn(&mut ServedModel) = |model| model.pin = true;
+    let pinned: fn(&mut ServedModel) = |model| model.pin = Some(true);
     let scene =
         scene(&[("one", LARGE, pinned), ("two", LARGE, as_it_is), ("huge", 2 << 20, as_it_is)], slow_load()).await;
     // Whoever comes first, the pinned one gets its place.
@@ -194,7 +194,16 @@ fn slow_load() -> MockOptions {
 
 impl Scene {
     async fn move_model(&self, name: &str, load: bool) -> (ModelPlaceState, Option<String>) {
-        let request = ModelMove { key: served(name, 0).key(), load };
+        self.move_for(name, load, None).await
+    }
+
+    async fn move_for(
+        &self,
+        name: &str,
+        load: bool,
+        keep_alive_secs: Option<i64>,
+    ) -> (ModelPlaceState, Option<String>) {
+        let request = ModelMove { key: served(name, 0).key(), load, keep_alive_secs };
         let worker = self.handle.worker_id();
         let moved: ModelPlaces =
             self.orchestrator.client.call(worker, MODEL_MOVE, &request, SECOND).await.expect("the worker says");
@@ -242,7 +251,7 @@ async fn models_make_room_on_a_gpu_as_they_do_in_memory() {
 
 #[tokio::test(start_paused = true)]
 async fn a_model_beside_one_that_is_pinned_takes_what_the_gpu_has_left_or_says_why_not() {
-    let pinned: fn(&mut ServedModel) = |model| model.pin = true;
+    let pinned: fn(&mut ServedModel) = |model| model.pin = Some(true);
     let mock = || MockOptions { vram_bytes: VRAM_SPARED_BYTES + (1 << 20), ..MockOptions::default() };
     let scene = scene(&[("one", 300 << 10, pinned), ("two", 300 << 10, as_it_is)], mock()).await;
     assert!(scene.is_answered("two").await, "the processor computes it");
@@ -252,4 +261,52 @@ async fn a_model_beside_one_that_is_pinned_takes_what_the_gpu_has_left_or_says_w
     let scene = self::scene(&[("one", 300 << 10, pinned), ("two", 300 << 10, all_layers)], mock()).await;
     let not_ready = scene.handle.ready().await.expect_err("it does not fit").to_string();
     assert!(not_ready.contains("gpu_layers asks for 512 MiB of the GPU, of which"), "{not_ready}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_is_loaded_for_as_long_as_an_operator_says() {
+    let at_once: fn(&mut ServedModel) = |model| model.keep_alive_secs = Some(0);
+    let scene = scene(&[("one", 10, at_once)], MockOptions::default()).await;
+    time::sleep(SECOND).await;
+    let (state, reason) = scene.move_model("one", true).await;
+    assert_eq!(state, ModelPlaceState::Unloaded, "it would be waited for in vain");
+    assert!(reason.is_some_and(|why| why.contains("--keep-alive")));
+    assert_eq!(scene.move_for("one", true, Some(60)).await.0, ModelPlaceState::Loading);
+    time::sleep(SECOND * 50).await;
+    assert_eq!(scene.resident(), ["one"]);
+    time::sleep(SECOND * 20).await;
+    assert_eq!(scene.resident(), Vec::<String>::new());
+    // That was for this time.
+    assert!(scene.is_answered("one").await);
+    time::sleep(SECOND).await;
+    assert_eq!(scene.resident(), Vec::<String>::new());
+    scene.move_for("one", true, Some(-1)).await;
+    time::sleep(SECOND * 9_999).await;
+    assert_eq!(scene.resident(), ["one"]);
+    assert_eq!(scene.move_for("one", true, Some(0)).await, (ModelPlaceState::Unloaded, None));
+    time::sleep(SECOND).await;
+    assert_eq!(scene.resident(), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_says_how_long_the_model_stays_and_a_pinned_one_stays() {
+    let pinned: fn(&mut ServedModel) = |model| model.pin = Some(true);
+    let scene = scene(&[("one", 10, as_it_is), ("pinned", 10, pinned)], MockOptions::default()).await;
+    let asked = async |name: &str, keep_alive_secs: Option<i64>| {
+        let request = job(name);
+        let input = Input { keep_alive_secs, ..request.input };
+        let stream = scene.open(&InferRequest { input, ..request }).await.expect("accepted");
+        assert_eq!(read(stream).await.1, None);
+    };
+    asked("one", Some(1_000)).await;
+    time::sleep(SECOND * 900).await;
+    assert_eq!(scene.resident(), ["one", "pinned"]);
+    // The last word counts, and who says nothing changes nothing.
+    asked("one", None).await;
+    time::sleep(SECOND * 900).await;
+    assert_eq!(scene.resident(), ["one", "pinned"]);
+    asked("one", Some(0)).await;
+    asked("pinned", Some(0)).await;
+    time::sleep(SECOND).await;
+    assert_eq!(scene.resident(), ["pinned"]);
 }

@@ -49,6 +49,18 @@ pub(crate) struct ChatCompletionRequest {
     sampling: Sampling,
 }
 
+/// How long workers keep a model in memory.
+#[derive(ToSchema)]
+#[schema(rename_all = "camelCase")]
+#[expect(dead_code, reason = "described, never made")]
+pub(crate) struct ModelKept {
+    /// Whether they keep it whatever happens. `load` does not change that.
+    pin: Option<bool>,
+    /// Seconds without work after which they unload it; -1 for never.
+    #[schema(minimum = -1)]
+    keep_alive_secs: Option<i64>,
+}
+
 /// A function the model may call.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "described, never made")]
@@ -145,6 +157,10 @@ struct Sampling {
     structured_outputs: Option<Value>,
     /// An adapter of the model, where its name does not say one. Not OpenAI's.
     adapter: Option<String>,
+    /// How long the model stays in memory without work after this: seconds, or a time such as `5m`; -1 for ever, and 0 not at
+    /// all. Workers may bound it. Ollama's, and not OpenAI's.
+    #[schema(value_type = Option<Value>)]
+    keep_alive: Option<Value>,
 }
 
 #[derive(ToSchema)]
@@ -199,6 +215,9 @@ pub(crate) struct EmbeddingRequest {
     /// Refused unless it is the length of the model's vectors.
     #[schema(minimum = 1)]
     dimensions: Option<u32>,
+    /// As for completions. Not OpenAI's.
+    #[schema(value_type = Option<Value>)]
+    keep_alive: Option<Value>,
 }
 
 /// Vectors, of length 1.

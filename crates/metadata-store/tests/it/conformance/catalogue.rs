@@ -108,6 +108,19 @@ pub(crate) async fn a_model_that_was_added_stays_so(subject: Subject) {
     assert_eq!(store.models().await, Ok(vec![added]));
 }
 
+pub(crate) async fn how_long_a_model_is_kept_outlives_its_registration(subject: Subject) {
+    let store = subject.store;
+    let plain = model("mine", "1.0");
+    assert_eq!(store.keep_model(&plain.key, true, Some(-1)).await, Ok(false));
+    store.put_model(plain.clone()).await.expect("is registered");
+    assert_eq!(store.keep_model(&plain.key, true, Some(-1)).await, Ok(true));
+    store.put_model(plain.clone()).await.expect("is registered again");
+    let kept = ModelEntry { pin: true, keep_alive_secs: Some(-1), ..plain.clone() };
+    assert_eq!(store.models().await, Ok(vec![kept]));
+    assert_eq!(store.keep_model(&plain.key, false, None).await, Ok(true));
+    assert_eq!(store.models().await, Ok(vec![plain]));
+}
+
 pub(crate) async fn models_are_listed_by_name_and_number(subject: Subject) {
     let store = subject.store;
     for (name, version) in [("b", "1.10"), ("b", "1.9"), ("a", "2.0")] {

@@ -79,6 +79,8 @@ pub(crate) fn model(name: &str, version: &str) -> ModelEntry {
     ModelEntry {
         facts: None,
         added: false,
+        pin: false,
+        keep_alive_secs: None,
         key: model_key(name, version),
         digest: Digest([3; 32]),
         bytes: 4_000_000_000,
