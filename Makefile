@@ -24,15 +24,18 @@ ifeq ($(TETHER),)
 	scripts/with-progress cargo build --profile $(PROFILE) --package tether
 endif
 
+# What gives the command after it a CUDA toolkit, where one is needed.
+WITH_CUDA = $(if $(findstring cuda,$(FEATURES)),scripts/with-cuda)
+
 # Without this machine's own instructions, and with libraries found beside the program, wherever that lies.
 dist: export RUSTFLAGS = -C link-arg=-Wl,-rpath,$$ORIGIN
 dist: export CARGO_TARGET_DIR = $(abspath $(TARGET_DIR))/dist
-dist: ## Makes dist/tether, a release that is fast on any processor (FEATURES=portable,vulkan for more)
-	@scripts/setup build
+dist: ## Makes dist/tether, a release that is fast on any processor (FEATURES=portable,cuda for GPUs too, CUDA_ARCHS=90)
+	@scripts/setup $(if $(WITH_CUDA),cuda,build)
 	@# The build of llama.cpp stumbles over the links that it left there.
 	rm -f $(abspath $(TARGET_DIR))/dist/release/{,deps/}lib{llama,ggml}*.so
-	scripts/with-progress cargo build --release --package tether --features $(or $(FEATURES),portable)
-	scripts/dist $(abspath $(TARGET_DIR))/dist/release dist/tether
+	$(WITH_CUDA) scripts/with-progress cargo build --release --package tether --features $(or $(FEATURES),portable)
+	$(WITH_CUDA) scripts/dist $(abspath $(TARGET_DIR))/dist/release dist/tether
 
 demo: build ## Starts a network, asks it, kills an engine, asks again, and cleans up
 	@$(PROGRAM) demo
