@@ -223,6 +223,11 @@ impl ArtifactStore {
         self.inner.folder.in_use(digest)
     }
 
+    /// Says whether a fetched artifact is in use at this moment.
+    pub fn is_in_use(&self, digest: &Digest) -> bool {
+        self.inner.folder.is_in_use(digest)
+    }
+
     /// Deletes a fetched artifact. False where it is in use, or where this machine did not fetch it.
     pub fn evict(&self, digest: &Digest) -> io::Result<bool> {
         self.inner.folder.evict(digest)

@@ -84,6 +84,11 @@ impl LocalFolder {
         Ok(Some(InUse { _mark: mark }))
     }
 
+    /// Says whether a fetched artifact is in use at this moment.
+    pub(crate) fn is_in_use(&self, digest: &Digest) -> bool {
+        File::open(self.mark_path(digest)).is_ok_and(|mark| mark.try_lock().is_err())
+    }
+
     /// Deletes a fetched artifact. False where it is in use, or was not fetched.
     pub(crate) fn evict(&self, digest: &Digest) -> io::Result<bool> {
         let path = self.mark_path(digest);

@@ -108,15 +108,14 @@ impl LocalFolder {
             drop(part);
             return self.put_open(&File::open(path).map_err(PutError::Source)?, bytes_max, progress);
         };
-        // Others may write it while it is hashed.
-        let settled = self.settled(&file).map_err(|error| self.failed(error))?;
         let stored = hash(&file, progress).map_err(PutError::Source)?;
         if stored.bytes > bytes_max {
             return Err(PutError::TooLarge { bytes_max });
         }
         // Its mode is left alone: it is that of the other name as well.
         let placed = self.place(&part.path, &file, &stored.digest).and_then(|()| self.unmark(&stored.digest));
-        placed.and_then(|()| remember(&file, &stored.digest, settled)).map_err(|error| self.failed(error))?;
+        // It is not remembered as hashed: its other name may be written behind our back.
+        placed.map_err(|error| self.failed(error))?;
         Ok((stored, Way::Linked))
     }
 

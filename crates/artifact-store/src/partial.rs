@@ -47,7 +47,15 @@ impl Partial {
         options.read(true).append(true).create(true);
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        let file = options.open(&path)?;
+        let file = match options.open(&path) {
+            // The process ended while it made an artifact of it, which nobody writes any more.
+            #[cfg(unix)]
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+                options.open(&path)?
+            }
+            file => file?,
+        };
         if file.try_lock().is_err() {
             return Ok(None);
         }
@@ -102,6 +110,10 @@ impl Partial {
         if found != self.digest {
             self.clear()?;
             return Err(FinishError::Mismatch { found });
+        }
+        if self.folder.path(&self.digest).is_file() {
+            // Somebody brought it to this machine meanwhile: it stays that machine's own.
+            return Ok(fs::remove_file(path(&self.folder, &self.digest))?);
         }
         make_private(&self.file)?;
         // First the mark: a file without one would never make room for others.

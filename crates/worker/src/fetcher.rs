@@ -369,12 +369,15 @@ impl Fetcher {
     async fn make_room(&self, digest: &Digest, bytes: u64, there: u64) -> Result<UnderWay<'_>, FetchError> {
         let _making_room = self.making_room.lock().await;
         let wanted = bytes - there;
-        let mut oldest = self.store.fetched()?.into_iter();
+        let fetched = self.store.fetched()?;
         let mut usage = self.usage(Some(digest))?;
         let shortage = Shortage { wanted, usage };
-        if !usage.could_take(wanted) {
+        // Nothing leaves in vain.
+        let can_leave = fetched.iter().filter(|fetched| !self.store.is_in_use(&fetched.digest));
+        if usage.missing(wanted) > can_leave.map(|fetched| fetched.bytes).sum() {
             return Err(FetchError::NoRoom(shortage));
         }
+        let mut oldest = fetched.into_iter();
         while usage.missing(wanted) > 0 {
             let Some(next) = oldest.next() else { return Err(FetchError::NoRoom(shortage)) };
             let store = self.store.clone();
@@ -411,12 +414,19 @@ impl Fetcher {
         let store = self.store.clone();
         let clear = move || {
             let mut gone = vec![];
+            let mut note = |digest: Digest, done: io::Result<bool>| match done {
+                Ok(true) => gone.push(digest),
+                Ok(false) => {}
+                // The others are to go all the same.
+                Err(error) => warn!(%digest, %error, "a file that was fetched could not be deleted"),
+            };
             for digest in fetched {
-                gone.extend(store.evict(&digest)?.then_some(digest));
+                note(digest, store.evict(&digest));
             }
             for digest in partials {
                 // Whoever fetches it now needs it.
-                gone.extend(store.partial(&digest)?.map(Partial::discard).transpose()?.map(|()| digest));
+                let partial = store.partial(&digest).and_then(|partial| partial.map(Partial::discard).transpose());
+                note(digest, partial.map(|discarded| discarded.is_some()));
             }
             Ok(gone)
         };

@@ -326,6 +326,32 @@ fn what_comes_piece_by_piece_goes_on_where_it_ended_and_counts_once_it_is_whole(
     assert!(store.partials().expect("listed").is_empty());
 }
 
+#[cfg(unix)]
+#[test]
+fn a_process_that_ends_while_it_completes_an_artifact_costs_nothing() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let (folder, store) = store();
+    let (bytes, digest) = (content(), Digest::of(&content()));
+    partial(&store, &digest).append(&bytes).expect("written");
+    // As far as that it had made the file one that nobody writes.
+    let path = folder.path().join("partial").join(digest.to_string());
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o400)).expect("set");
+    partial(&store, &digest).finish().expect("the next process completes it");
+    assert_eq!(read(&store, &digest), bytes);
+}
+
+#[test]
+fn what_is_brought_to_the_machine_while_it_is_fetched_is_the_machines_own() {
+    let (_folder, store) = store();
+    let (bytes, digest) = (content(), Digest::of(&content()));
+    let mut fetching = partial(&store, &digest);
+    fetching.append(&bytes).expect("written");
+    store.put(&bytes[..], u64::MAX).expect("put");
+    fetching.finish().expect("it is there");
+    assert!(fetched(&store).is_empty() && store.partials().expect("listed").is_empty());
+    assert!(!store.evict(&digest).expect("asked") && store.contains(&digest));
+}
+
 #[test]
 fn wrong_bytes_are_dropped_and_never_count() {
     let (_folder, store) = store();

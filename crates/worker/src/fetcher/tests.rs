@@ -389,8 +389,10 @@ async fn the_least_recently_used_make_room_and_those_in_use_never() {
     let scene = Scene::with(&[Kind::Good], None, Some(3_500_000)).await;
     let used = scene.put_fetched(b'u', 1_000_000);
     let held = scene.store.in_use(&used).expect("noted");
+    let idle = scene.put_fetched(b'i', 300_000);
     let refused = scene.fetch().await.expect_err("it is in use").to_string();
     assert!(refused.contains("disk_max_mib") && scene.store.contains(&used), "{refused}");
+    assert!(scene.store.contains(&idle), "nothing leaves in vain");
     drop(held);
     scene.fetch().await.expect("it is no more");
     assert!(!scene.store.contains(&used));
