@@ -30,12 +30,22 @@ pub enum Change {
     None,
 }
 
+/// While a worker fetches a model no other does, if it will be there within this time.
+const FETCH_WAIT: Duration = Duration::from_mins(10);
+/// How long nobody asks how fast it is.
+const FETCH_BEGINS: Duration = Duration::from_mins(1);
 /// A job waits at its worker for a load that ends within this time.
 const LOAD_WAIT: Duration = Duration::from_secs(5);
 
 /// Says whether a job should wait for a load. Of one that has only begun nobody knows.
 fn ends_soon(progress: LoadProgress) -> bool {
     progress.remaining().is_some_and(|remaining| remaining <= LOAD_WAIT)
+}
+
+/// Says whether a model is on its way to a worker and will be there in time: one whose way is too slow is not waited for.
+fn is_under_way(progress: LoadProgress) -> bool {
+    progress.elapsed_ms < FETCH_BEGINS.as_millis() as u64
+        || progress.remaining().is_some_and(|remaining| remaining <= FETCH_WAIT)
 }
 
 /// Returns how far a model is that is loading; a worker that does not tell has only begun.
@@ -318,7 +328,9 @@ impl State {
         let list = replicas.map_or(&[][..], |replicas| &replicas.list);
         Source {
             warm: replicas.map(|replicas| replicas.shares(wanted.prefix)).unwrap_or_default(),
-            is_coming: list.iter().any(|replica| replica.loading.is_some() && self.is_live(replica, now)),
+            is_coming: list
+                .iter()
+                .any(|replica| replica.loading.is_some_and(is_under_way) && self.is_live(replica, now)),
             replicas: list,
             wanted,
         }

@@ -12,7 +12,7 @@ use crate::circuit_breaker::Admission;
 use crate::fleet::Wanted;
 use crate::job::{JobEvent, JobState};
 use crate::reservation_manager::Reservation;
-use crate::scheduler::Placement;
+use crate::scheduler::{Placement, Tried};
 
 /// A model that may run a job.
 struct Build {
@@ -43,8 +43,8 @@ pub struct Journey {
     pub deadline: Instant,
     /// Whether its caller reads how far it is.
     pub wants_progress: bool,
-    /// Workers that had it, in order.
-    pub tried: Vec<WorkerId>,
+    /// Workers that had it, and the model that each was to run, in order.
+    pub tried: Vec<Tried>,
     /// Its room on a worker.
     pub reservation: Option<Reservation>,
     /// What the breaker said to the present attempt.
@@ -105,6 +105,11 @@ impl Journey {
         self.builds.iter().map(|build| &build.model)
     }
 
+    /// Returns the worker that had it last.
+    pub fn last_worker(&self) -> Option<WorkerId> {
+        self.tried.last().map(|(worker, _)| *worker)
+    }
+
     /// Leaves out the models that it may not have, unless it may have none.
     pub fn keep_models(&mut self, may_have: impl Fn(&ModelKey) -> bool) {
         if self.models().any(&may_have) {
@@ -141,10 +146,10 @@ impl Journey {
         build.short_context = if context == 0 { u32::MAX } else { build.short_context.max(context) };
     }
 
-    /// Returns what the request is, whoever's client repeats it: its tenant, its model and its input.
+    /// Returns what the request is, whoever's client repeats it: its tenant, the model that it asks for and its input.
     pub fn content(&self) -> Digest {
         let InferRequest { tenant_id, input, .. } = &self.request;
-        Digest::of(&codec::encode(&(tenant_id, self.model(), input)))
+        Digest::of(&codec::encode(&(tenant_id, &self.builds[0].model, input)))
     }
 
     /// Keeps the table of a placement.

@@ -13,7 +13,7 @@ use protocol::admission::Exclusion;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
     Empty, ExplainRequest, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN, MODEL_MOVE, ModelMove, ModelPlace,
-    ModelPlaceState, ModelPlaces, NodeInfo, NodeRole, PRESENCE_REPORT, RefusedWorker,
+    ModelPlaceState, ModelPlaces, NodeInfo, NodeRole, PRESENCE_REPORT,
 };
 use protocol::infer::{InferRequest, SUBMIT};
 use protocol::model::ModelKey;
@@ -112,6 +112,10 @@ impl Orchestrator {
         journey.attempt_began = Instant::now();
         self.pass_breaker(journey)?;
         self.reserve(journey, &worker).await?;
+        if !worker.has_file {
+            // Other jobs are not to have other workers fetch it as well.
+            self.fleet.expect_fetch(worker.worker_id, journey.model());
+        }
         self.dispatch(journey, delivery).await
     }
 
@@ -129,10 +133,6 @@ impl Orchestrator {
         let worker = placement.chosen.ok_or_else(|| self.nobody(journey, &wanted, &placement));
         if let Ok(worker) = &worker {
             journey.choose(worker.build);
-            if !worker.has_file {
-                // Other jobs are not to have other workers fetch it as well.
-                self.fleet.expect_fetch(worker.worker_id, journey.model());
-            }
         }
         journey.record(placement);
         worker
@@ -140,11 +140,14 @@ impl Orchestrator {
 
     /// Says why nobody gets a job.
     fn nobody(&self, journey: &Journey, wanted: &[Wanted<'_>], placement: &Placement) -> WireError {
-        // Whoever is left could do no more than who has said no.
-        let never = [Refusal::ShortContext, Refusal::NoAdapter].map(Refusal::as_str);
-        let can_never = |refused: &RefusedWorker| never.contains(&refused.reason.as_str());
-        if let Some(refusal) = journey.refusal.as_ref().filter(|_| placement.refused.iter().all(can_never)) {
-            return refusal.clone();
+        // Final only where whoever is left could do no more than who has said no, whatever else keeps them from the job.
+        if let Some(refusal) = &journey.refusal {
+            let can_never =
+                |candidate: Candidate| matches!(candidate.barred, Some(Refusal::ShortContext | Refusal::NoAdapter));
+            let is_final = self.fleet.with_candidates(wanted, Instant::now(), |mut all| all.all(can_never));
+            if is_final {
+                return refusal.clone();
+            }
         }
         let loading = wanted.iter().find_map(|wanted| Some((wanted, self.fleet.loading(*wanted, Instant::now())?)));
         match loading {
@@ -180,7 +183,7 @@ impl Orchestrator {
 
     /// Writes the job and its room on the worker, or moves both there from the worker that failed.
     async fn reserve(&self, journey: &mut Journey, worker: &Candidate) -> Result<(), WireError> {
-        journey.tried.push(worker.worker_id);
+        journey.tried.push((worker.worker_id, worker.build));
         let model = journey.model().clone();
         if let Some(reservation) = &mut journey.reservation {
             reservation.reassign(model, worker.worker_id, worker.capacity).await?;
@@ -261,7 +264,7 @@ impl Orchestrator {
 
     /// Takes note that a model could not do what the job asks. Says whether another, or another worker, may be able to.
     fn rule_out(&self, journey: &mut Journey, refusal: &WireError) -> bool {
-        let Some(worker) = journey.tried.last().copied().filter(|_| journey.is_dispatched) else { return false };
+        let Some(worker) = journey.last_worker().filter(|_| journey.is_dispatched) else { return false };
         let context = match refusal.code {
             ErrorCode::ContextLengthExceeded => self.fleet.context_length(worker, journey.model()),
             _ => 0,
@@ -293,7 +296,7 @@ impl Orchestrator {
             AttemptEnd::Dead { error } => (Ending::dead(error.clone()), JobEvent::Die),
         };
         journey.step(event);
-        let (worker, outcome) = (journey.tried.last().copied(), ending.outcome());
+        let (worker, outcome) = (journey.last_worker(), ending.outcome());
         journey.note(outcome);
         let error = ending.error.clone();
         if let Some(error) = &error
@@ -374,7 +377,7 @@ impl Orchestrator {
             AttemptEnd::CallerGone { .. } | AttemptEnd::Dead { .. } => None,
         };
         let began = journey.attempt_began;
-        let outcome = journey.tried.last().zip(good).map(|(worker, good)| Outcome { good, worker: *worker, began });
+        let outcome = journey.last_worker().zip(good).map(|(worker, good)| Outcome { good, worker, began });
         self.with_breaker(journey.model(), |breaker, now| match outcome {
             Some(outcome) => breaker.record(outcome, now),
             None => breaker.abandon(admission, now),

@@ -63,7 +63,7 @@ pub enum Refusal {
     NoAdapter,
     /// Its context is no longer than one that was too short for the job.
     ShortContext,
-    /// It failed this very job before.
+    /// It failed this very job before, with the same model.
     Tried,
 }
 
@@ -94,11 +94,14 @@ pub struct Placement {
     pub refused: Vec<RefusedWorker>,
 }
 
-/// Places a job. `tried` are the workers that failed it before; `models` are those that may run it, for the table, and
+/// A worker that failed a job, and the model that it ran then, counted as [`Candidate::build`] is.
+pub type Tried = (WorkerId, usize);
+
+/// Places a job. `tried` are those that failed it before; `models` are those that may run it, for the table, and
 /// none where there is only one.
 pub fn place(
     candidates: impl Iterator<Item = Candidate> + Clone,
-    tried: &[WorkerId],
+    tried: &[Tried],
     weights: &Weights,
     models: &[ModelKey],
 ) -> Placement {
@@ -157,10 +160,10 @@ pub fn place(
     placement
 }
 
-fn refusal(candidate: &Candidate, tried: &[WorkerId]) -> Option<Refusal> {
+fn refusal(candidate: &Candidate, tried: &[Tried]) -> Option<Refusal> {
     if candidate.barred.is_some() {
         candidate.barred
-    } else if tried.contains(&candidate.worker_id) {
+    } else if tried.contains(&(candidate.worker_id, candidate.build)) {
         Some(Refusal::Tried)
     } else if candidate.load >= candidate.capacity {
         Some(Refusal::Full)

@@ -247,6 +247,12 @@ fn while_one_worker_fetches_a_model_no_other_begins_to() {
     fetching.to_fetch = vec![model.clone()];
     fleet.update(fetching, now);
     assert_eq!(barred(now), [(false, Some(Refusal::Loading)); 2]);
+    let mut slow = report(1, &["m"]);
+    slow.model_cache[0].state = ModelState::Loading;
+    slow.model_cache[0].loading = Some(LoadProgress { elapsed_ms: 120_000, ..progress });
+    slow.to_fetch = vec![model.clone()];
+    fleet.update(slow, now);
+    assert_eq!(barred(now)[1], (false, None), "that takes 18 minutes yet: another fetches it as well");
     fleet.update(report(2, &["m"]), now);
     assert_eq!(barred(now)[1], (true, None), "one that has the file takes jobs as ever");
     report_of(2);

@@ -77,7 +77,8 @@ fn equal_scores_go_to_the_lowest_id_in_whatever_order_they_come() {
 fn a_worker_that_cannot_be_taken_is_listed_with_its_reason() {
     let full = Candidate { load: 8, ..worker(1) };
     let draining = Candidate { barred: Some(Refusal::Draining), ..worker(2) };
-    let placement = place([full, draining, worker(3)].into_iter(), &[PublicKey([3; 32])], &Weights::default(), &[]);
+    let placement =
+        place([full, draining, worker(3)].into_iter(), &[(PublicKey([3; 32]), 0)], &Weights::default(), &[]);
     assert_eq!(placement.chosen, None);
     let reasons: Vec<&str> = placement.refused.iter().map(|refused| refused.reason.as_str()).collect();
     assert_eq!(reasons, ["full", "draining", "tried"]);
@@ -161,7 +162,7 @@ fn a_worker_that_was_set_aside_is_taken_where_there_is_no_other() {
     assert_eq!(placement.chosen.map(|candidate| candidate.worker_id), Some(best.worker_id));
     assert_eq!(placement.candidates.len(), 1, "the table shows it");
     assert_eq!(placement.refused.iter().map(|refused| refused.reason.as_str()).collect::<Vec<_>>(), ["draining"]);
-    let tried = place([best].into_iter(), &[best.worker_id], &Weights::default(), &[]);
+    let tried = place([best].into_iter(), &[(best.worker_id, 0)], &Weights::default(), &[]);
     assert_eq!((tried.chosen, tried.refused.len()), (None, 1), "not for a job that it failed");
     assert_eq!(chosen(&[Candidate { load: 8, ..best }]), None, "not where it is full");
 }

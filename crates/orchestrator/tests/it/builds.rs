@@ -121,6 +121,36 @@ async fn what_is_too_long_for_one_worker_goes_to_one_with_more_context() {
 }
 
 #[tokio::test]
+async fn a_worker_whose_one_model_fails_is_asked_for_the_other() {
+    let stand = stand(Config::default()).await;
+    // It refuses one of its models, as a worker does whose server is away, and answers for the other.
+    let both = worker(&stand, 1, &["tether-tiny", "other"], 0, Manner::Only(key("other"))).await;
+    for _ in 0..2 {
+        let job = job(&stand, &["other"]);
+        stand.answer(&job).await.expect("the other model answers");
+        assert_eq!(stand.record(&job).await.expect("kept").model, key("other"));
+    }
+    assert!(both.jobs_seen() >= 3);
+}
+
+#[tokio::test]
+async fn a_refusal_is_not_final_while_a_model_that_may_be_able_is_shut_off() {
+    let mut config = Config::default();
+    config.breaker.open_secs = 1_000;
+    let stand = stand(config).await;
+    worker(&stand, 2, &["other"], 0, Manner::DieAfter(0)).await;
+    for _ in 0..100 {
+        let other = InferRequest { model_id: key("other").model_id, ..stand.job() };
+        if stand.answer(&other).await.expect_err("it dies").code == ErrorCode::BreakerOpen {
+            break;
+        }
+    }
+    worker(&stand, 1, &["tether-tiny"], 0, CANNOT).await;
+    let refused = stand.answer(&job(&stand, &["other"])).await.expect_err("one cannot, the other is shut off");
+    assert_ne!(refused.code, ErrorCode::UnsupportedParameter, "{refused}");
+}
+
+#[tokio::test]
 async fn a_model_whose_breaker_is_open_is_passed_over() {
     let mut config = Config::default();
     config.breaker.open_secs = 1_000;

@@ -47,6 +47,8 @@ pub(crate) enum Manner {
     Hang,
     /// Answers, and says that this model does.
     AnswerAs(ModelKey),
+    /// Answers for this model, and has none other.
+    Only(ModelKey),
     /// Answers under the number of another attempt.
     WrongAttempt,
 }
@@ -379,12 +381,15 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
     };
     let chunks = match manner {
         Manner::Refuse(code) => return call.refuse(WireError::new(code, "refused")).await,
+        Manner::Only(model) if model != request.model() => {
+            return call.refuse(WireError::new(ErrorCode::ModelNotHere, "not here")).await;
+        }
         Manner::Mute => {
             let _call = call;
             return std::future::pending().await;
         }
         Manner::Answer(chunks) | Manner::DieAfter(chunks) => chunks,
-        Manner::Hang | Manner::WrongAttempt | Manner::AnswerAs(_) => 1,
+        Manner::Hang | Manner::WrongAttempt | Manner::AnswerAs(_) | Manner::Only(_) => 1,
         Manner::Crash(_) | Manner::Wait | Manner::Read(_) | Manner::FallSilent(_) => 0,
     };
     let Ok(mut reply) = call.accept().await else { return };
@@ -424,7 +429,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         return;
     }
     match manner {
-        Manner::Answer(_) | Manner::AnswerAs(_) | Manner::WrongAttempt => {
+        Manner::Answer(_) | Manner::AnswerAs(_) | Manner::Only(_) | Manner::WrongAttempt => {
             let _ = reply.send(&chunk(chunks, true)).await;
             let _ = reply.finish().await;
         }
