@@ -74,11 +74,15 @@ pub async fn offer(store: &dyn MetadataStore, offer: ModelOffer, now: UnixMillis
         if listed.digest != digest {
             return Err(OfferError::Taken(key));
         }
-        if listed.facts.is_some() || facts.is_none() {
+        // Where workers have it with different contexts, the longest counts: jobs find a worker that has enough.
+        let known = ModelEntry {
+            facts: listed.facts.clone().or(facts),
+            context_length: listed.context_length.max(context_length),
+            ..listed.clone()
+        };
+        if known == *listed {
             return Ok(());
         }
-        // An earlier version listed it, which told nothing of it.
-        let known = ModelEntry { facts, ..listed.clone() };
         return store.put_model(known).await.map_err(OfferError::of);
     }
     if store.aliases().await?.iter().any(|entry| entry.alias == key.model_id && !entry.is_own_name()) {

@@ -213,19 +213,6 @@ pub async fn remove(store: &dyn MetadataStore, old: ModelRemove) -> Result<Model
     if !orphans.is_empty() && !old.force {
         return Err(ModelError::HasAliases { key, aliases: list(orphans.iter().map(|orphan| &orphan.alias)) });
     }
-    let mut aliases = Vec::new();
-    for AliasEntry { alias, target, alternatives, created_at } in orphans {
-        let targets = iter::once(target).chain(alternatives);
-        let mut left: Vec<ModelRef> = targets.filter(|target| !is_lost(&catalog, target, &key)).collect();
-        // A model's own name stands for it without an alias.
-        if left.is_empty() || left.len() == 1 && left[0].name == alias {
-            store.remove_alias(&alias).await?;
-            aliases.push(alias);
-        } else {
-            let target = left.remove(0);
-            store.put_alias(AliasEntry { alias, target, alternatives: left, created_at }).await?;
-        }
-    }
     let is_gone = |model: &ModelKey| *model == key;
     let entry = catalog.models.iter().find(|entry| is_gone(&entry.key));
     let adapters = catalog.adapters.iter().filter(|entry| is_gone(&entry.key.model)).map(|entry| entry.digest);
@@ -236,7 +223,25 @@ pub async fn remove(store: &dyn MetadataStore, old: ModelRemove) -> Result<Model
             || catalog.adapters.iter().any(|entry| !is_gone(&entry.key.model) && entry.digest == *digest)
     };
     unused.retain(|digest| !kept(digest));
+    // The model goes first: a name that is left to others may be its own.
     let found = store.remove_model(&key).await?;
+    let mut aliases = Vec::new();
+    for AliasEntry { alias, target, alternatives, created_at } in orphans {
+        let targets = iter::once(target).chain(alternatives);
+        let mut left: Vec<ModelRef> = targets.filter(|target| !is_lost(&catalog, target, &key)).collect();
+        // A model's own name stands for it without an alias.
+        let is_needed = left.len() > 1 || left.first().is_some_and(|target| target.name != alias);
+        let is_kept = is_needed && {
+            let target = left.remove(0);
+            let entry = AliasEntry { alias: alias.clone(), target, alternatives: left, created_at };
+            // Another version may have the name, which is that model's alone then.
+            store.put_alias(entry).await?
+        };
+        if !is_kept {
+            store.remove_alias(&alias).await?;
+            aliases.push(alias);
+        }
+    }
     Ok(ModelRemoved { found, key, aliases, unused })
 }
 

@@ -160,8 +160,24 @@ async fn one_name_stands_for_several_models_and_for_one_of_that_name() {
     assert!(scene.remove("yours", None, false).await.expect_err("named").contains("any, mine"));
     assert!(scene.remove("yours", None, true).await.expect("forced").aliases.is_empty());
     assert_eq!(told(scene.catalog().await), ["any: mine", "mine: mine theirs", "once: mine@1.0"]);
+    // Of two versions that have the name, one is left: then the name is that one's.
     let removed = scene.remove("theirs", None, true).await.expect("forced");
     assert_eq!(removed.aliases.iter().map(protocol::ModelName::as_str).collect::<Vec<_>>(), ["mine"]);
+    // The model whose own name it is goes, and the name is the other's.
+    scene.add("yours", None, b"two").await.expect("added");
+    scene.alias("mine", "yours mine@1.1").await.expect("set");
+    let removed = scene.remove("mine", Some("1.1"), true).await.expect("forced");
+    assert_eq!(removed.aliases.len(), 1, "mine@1.0 has the name");
+    scene.alias("mine", "yours mine").await.expect("set");
+    assert!(
+        scene
+            .remove("mine", Some("1.0"), true)
+            .await
+            .expect("forced")
+            .aliases
+            .contains(&"any".parse().expect("a name"))
+    );
+    assert_eq!(told(scene.catalog().await), ["mine: yours"]);
 }
 
 #[tokio::test]
