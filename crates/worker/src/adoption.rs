@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::remote::dialect::{Dialect, Listed};
-use engine::remote::{AddressError, RemoteRuntime, ServerAddress, Survey};
+use engine::remote::{AddressError, MODELS_MAX, RemoteRuntime, ServerAddress, Survey};
 use futures_util::future::join_all;
 use protocol::control::{CATALOG_LIST, Catalog, Empty, NodeRole};
 use protocol::model::{ModelKey, remote_digest};
@@ -18,6 +18,7 @@ use tracing::{info, warn};
 
 use crate::config::{RemoteServer, ServedModel};
 use crate::model_loader::ModelLoader;
+use crate::model_loader::cache::Status;
 
 /// Where servers listen unless they are told otherwise: Ollama, LM Studio, vLLM, SGLang, and llama-server twice.
 const PORTS: [u16; 6] = [11_434, 1_234, 8_000, 30_000, 8_080, 8_081];
@@ -33,6 +34,8 @@ const REGISTRY_WITHIN: Duration = Duration::from_secs(2);
 const UNLISTED_MAX: u32 = 2;
 /// Looks in a row at a server that does not answer, after which its models leave: it may only have been started anew.
 const SILENT_MAX: u32 = 12;
+/// Models of one server that are given names, over time: the registry keeps each of them.
+const NAMED_MAX: usize = 2 * MODELS_MAX;
 /// The version under which models of servers are listed.
 const VERSION: ModelVersion = ModelVersion { major: 1, minor: 0 };
 
@@ -82,8 +85,10 @@ type Source = (String, String);
 #[derive(Debug, PartialEq, Eq)]
 struct Taken {
     key: ModelKey,
-    /// Looks in a row in which it was not seen.
-    missed: u32,
+    /// Looks in a row at a server that answered and did not list it.
+    unlisted: u32,
+    /// Looks in a row at a server that did not answer.
+    silent: u32,
 }
 
 /// Keeps the models of a worker equal to those of servers, beside those of its configuration.
@@ -93,6 +98,8 @@ pub(crate) struct AdoptionWatch {
     directory: Directory,
     loader: Arc<ModelLoader>,
     taken: BTreeMap<Source, Taken>,
+    /// The models that were ever given names.
+    named: BTreeSet<Source>,
     /// Models that could not be named, so that it is said once.
     nameless: BTreeSet<Source>,
     /// How many models there were at the last look; none before the first.
@@ -108,8 +115,8 @@ impl AdoptionWatch {
         loader: Arc<ModelLoader>,
         looked: watch::Sender<Option<usize>>,
     ) -> Self {
-        let (taken, nameless) = (BTreeMap::new(), BTreeSet::new());
-        Self { adoption, client, directory, loader, taken, nameless, looked }
+        let (taken, named, nameless) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
+        Self { adoption, client, directory, loader, taken, named, nameless, looked }
     }
 
     /// Watches until `stop`.
@@ -141,18 +148,54 @@ impl AdoptionWatch {
             }
         }
         let new: Vec<(String, Dialect, Listed)> = new(&self.taken, &found);
-        if new.is_empty() {
+        let is_seen = |(server, model): &Source| {
+            let survey = found.iter().find(|(url, _)| url == server).and_then(|(_, survey)| survey.as_ref());
+            survey.is_some_and(|survey| survey.models.iter().any(|listed| listed.name == *model))
+        };
+        self.nameless.retain(is_seen);
+        let failed: Vec<Source> = self.failed();
+        if new.is_empty() && failed.is_empty() {
             return;
         }
-        let catalog = self.catalog().await;
+        // Without a registry nothing is listed, and no name can be chosen.
+        let Some(catalog) = self.catalog().await else { return };
+        for source in failed {
+            self.let_go_of_taken_name(&source, &catalog);
+        }
         for (server, dialect, listed) in new {
             self.take_up(server, dialect, listed, &catalog);
+        }
+    }
+
+    /// Returns the models that are not attached, for whatever reason.
+    fn failed(&self) -> Vec<Source> {
+        let has_failed = |key: &ModelKey| {
+            let entry = self.loader.cache().find(key);
+            entry.is_some_and(|entry| matches!(*entry.status.borrow(), Status::Failed(_)))
+        };
+        self.taken.iter().filter(|(_, taken)| has_failed(&taken.key)).map(|(source, _)| source.clone()).collect()
+    }
+
+    /// Lets go of a model whose name has become another's since it was chosen. The next look gives it one that is free.
+    fn let_go_of_taken_name(&mut self, source: &Source, catalog: &Catalog) {
+        let Some(taken) = self.taken.get(source) else { return };
+        if !is_free(&taken.key.model_id, &source.1, catalog, &BTreeSet::new()) {
+            info!(server = source.0, model = source.1, name = %taken.key, "the name is another model's now");
+            self.loader.let_go(&taken.key);
+            self.taken.remove(source);
         }
     }
 
     fn take_up(&mut self, server: String, dialect: Dialect, listed: Listed, catalog: &Catalog) {
         let source = (server.clone(), listed.name.clone());
         let model = listed.name.as_str();
+        let of_server = self.named.iter().filter(|(url, _)| *url == server).count();
+        if of_server >= NAMED_MAX && !self.named.contains(&source) {
+            if self.nameless.insert(source) {
+                warn!(server, model, "not adopted: the server has had {NAMED_MAX} models since this worker started");
+            }
+            return;
+        }
         let here: BTreeSet<ModelName> =
             self.loader.cache().entries().iter().map(|entry| entry.key.model_id.clone()).collect();
         let Some((name, wanted)) = name_of(model, dialect, |name| is_free(name, model, catalog, &here)) else {
@@ -171,17 +214,18 @@ impl AdoptionWatch {
         let key = ModelKey { model_id: name, version: VERSION };
         let remote = RemoteServer { base_url: server, model: listed.name, api_key_file: None };
         self.loader.take_up(ServedModel::on_server(key.clone(), remote));
-        self.taken.insert(source, Taken { key, missed: 0 });
+        self.named.insert(source.clone());
+        self.taken.insert(source, Taken { key, unlisted: 0, silent: 0 });
     }
 
-    /// Reads the registry's list; an empty one where no registry answers, which then refuses what it cannot list.
-    async fn catalog(&self) -> Catalog {
+    /// Reads the registry's list; nothing where no registry answers.
+    async fn catalog(&self) -> Option<Catalog> {
         for registry in self.directory.find(NodeRole::Registry) {
             if let Ok(catalog) = self.client.call(registry, CATALOG_LIST, &Empty {}, REGISTRY_WITHIN).await {
-                return catalog;
+                return Some(catalog);
             }
         }
-        Catalog::default()
+        None
     }
 }
 
@@ -201,9 +245,12 @@ fn gone(taken: &mut BTreeMap<Source, Taken>, found: &[(String, Option<Survey>)])
     for (source, taken) in taken.iter_mut() {
         let survey = found.iter().find(|(server, _)| *server == source.0).and_then(|(_, survey)| survey.as_ref());
         let is_listed = survey.map(|survey| survey.models.iter().any(|listed| listed.name == source.1));
-        taken.missed = if is_listed == Some(true) { 0 } else { taken.missed + 1 };
-        let most = if is_listed.is_some() { UNLISTED_MAX } else { SILENT_MAX };
-        if taken.missed >= most {
+        (taken.unlisted, taken.silent) = match is_listed {
+            Some(true) => (0, 0),
+            Some(false) => (taken.unlisted + 1, 0),
+            None => (0, taken.silent + 1),
+        };
+        if taken.unlisted >= UNLISTED_MAX || taken.silent >= SILENT_MAX {
             gone.push(source.clone());
         }
     }
@@ -265,8 +312,9 @@ mod tests {
 
     fn taken(names: &[(&str, &str)]) -> BTreeMap<Source, Taken> {
         let key = |name: &str| ModelKey { model_id: ModelName::made_of(name).expect("a name"), version: VERSION };
-        let one =
-            |(url, name): &(&str, &str)| (((*url).to_owned(), (*name).to_owned()), Taken { key: key(name), missed: 0 });
+        let one = |(url, name): &(&str, &str)| {
+            (((*url).to_owned(), (*name).to_owned()), Taken { key: key(name), unlisted: 0, silent: 0 })
+        };
         names.iter().map(one).collect()
     }
 
@@ -296,6 +344,10 @@ mod tests {
             assert_eq!(gone(&mut models, &[server("a", &["m"])]).len(), 0, "it was seen in between");
             assert_eq!(gone(&mut models, &[server("a", &["n"])]).len(), 0);
         }
+        for _ in 1..SILENT_MAX {
+            assert_eq!(gone(&mut models, &[("a".to_owned(), None)]).len(), 0);
+        }
+        assert_eq!(gone(&mut models, &[server("a", &[])]).len(), 0, "it was started anew, and loads yet");
     }
 
     #[test]
