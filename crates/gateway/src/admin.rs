@@ -341,7 +341,10 @@ pub(crate) async fn load_model(
 ) -> Response<Body> {
     let moved = async {
         let token = operator(&bridge, &inquiry).await?;
-        let Kept { keep_alive_secs, .. } = read(body).await?;
+        let bytes = request_body::read(&mut { body }, NEW_BYTES_MAX, BODY_IDLE).await?;
+        // A request without a body loads the model and changes nothing.
+        let change: Kept = if bytes.is_empty() { Kept::default() } else { codec::decode(&bytes)? };
+        let keep_alive_secs = change.keep_alive_secs;
         let key = bridge.gateway.model_key(&id).await?;
         if keep_alive_secs.is_some() {
             keep(&bridge, token, &key, Kept { pin: None, keep_alive_secs }).await?;
@@ -353,12 +356,10 @@ pub(crate) async fn load_model(
 }
 
 /// What is to be changed of how long workers keep a model.
-#[derive(serde::Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Default, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 struct Kept {
-    #[serde(default)]
     pin: Option<bool>,
-    #[serde(default)]
     keep_alive_secs: Option<i64>,
 }
 
