@@ -15,9 +15,9 @@ use crate::partial::digests_in;
 /// An artifact that was fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fetched {
-    /// Its digest.
+    /// SHA-256 of its bytes.
     pub digest: Digest,
-    /// Its length.
+    /// Its length in bytes.
     pub bytes: u64,
     /// The number of its last use; greater is later.
     pub last_use: u64,

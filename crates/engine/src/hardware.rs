@@ -38,7 +38,7 @@ pub fn free_memory_bytes() -> Option<u64> {
 /// What a runtime can compute with.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hardware {
-    /// The devices.
+    /// What can compute, as the backends of this build tell.
     pub devices: Vec<Device>,
     /// The interfaces to GPUs that this build should have.
     pub backends: Vec<Backend>,

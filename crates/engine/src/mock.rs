@@ -189,7 +189,7 @@ impl ModelRuntime for MockRuntime {
 
     async fn hardware(&self) -> Hardware {
         let (free_bytes, total_bytes) = (self.options.vram_bytes, self.options.vram_bytes);
-        let (name, description) = ("MOCK0".into(), "a GPU that is none".into());
+        let (name, description) = ("MOCK0".into(), "a GPU of the mock".into());
         let gpu = Device { name, description, kind: DeviceKind::Gpu, free_bytes, total_bytes };
         Hardware { devices: if total_bytes > 0 { vec![gpu] } else { vec![] }, backends: vec![] }
     }

@@ -229,7 +229,7 @@ pub struct LoadedModel {
     pub pid: Option<u32>,
     /// What it can do.
     pub abilities: Abilities,
-    /// What computes it.
+    /// Where its layers lie, and what computes them.
     pub placement: Placement,
 }
 

@@ -81,7 +81,7 @@ pub trait MetadataStore: Send + Sync {
     /// Returns every model version, by name and then by version.
     async fn models(&self) -> Result<Vec<ModelEntry>, StoreError>;
 
-    /// Sets how long workers keep a model version in memory; false where there is none. [`Self::put_model`] leaves that as it is.
+    /// Sets how long workers keep a model version in memory; false where it does not exist. [`Self::put_model`] leaves that as it is.
     async fn keep_model(&self, key: &ModelKey, pin: bool, keep_alive_secs: Option<i64>) -> Result<bool, StoreError>;
 
     /// Forgets a model version and its adapters; false where there is none.

@@ -17,7 +17,7 @@ use crate::scheduler::{Placement, Tried};
 /// A model that may run a job.
 struct Build {
     model: ModelKey,
-    /// The beginnings of its prompt, by which a worker is found that has one of them at hand.
+    /// The beginnings of its prompt: a worker that knows one of them is preferred.
     prefix: PrefixChain,
     /// A context of this many tokens is too short for it; 0 where none is known to be.
     short_context: u32,

@@ -140,7 +140,7 @@ impl Orchestrator {
 
     /// Says why nobody gets a job.
     fn nobody(&self, journey: &Journey, wanted: &[Wanted<'_>], placement: &Placement) -> WireError {
-        // Final only where whoever is left could do no more than who has said no, whatever else keeps them from the job.
+        // A refusal is final where every other worker would refuse as well, whether or not it has room now.
         if let Some(refusal) = &journey.refusal {
             let can_never =
                 |candidate: Candidate| matches!(candidate.barred, Some(Refusal::ShortContext | Refusal::NoAdapter));

@@ -53,7 +53,7 @@ impl Listed {
         self.0.borrow().get(digest).cloned()
     }
 
-    /// Returns all artifacts.
+    /// Returns every artifact of models that were added, and of their adapters.
     pub(crate) fn all(&self) -> Arc<BTreeMap<Digest, ListedFile>> {
         self.0.borrow().clone()
     }

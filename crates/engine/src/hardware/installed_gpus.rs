@@ -28,7 +28,7 @@ pub enum Vendor {
 }
 
 impl Vendor {
-    /// Returns its name.
+    /// Returns the name that people know the maker by.
     pub fn name(self) -> &'static str {
         match self {
             Self::Nvidia => "NVIDIA",
@@ -51,7 +51,7 @@ impl Vendor {
 /// A GPU that the machine has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InstalledGpu {
-    /// Who made it.
+    /// Who made it, as its PCI number says.
     pub vendor: Vendor,
     /// Its PCI address, such as `0000:01:00.0`; empty where it has none.
     pub address: String,

@@ -23,13 +23,13 @@ pub enum WhyUnused {
     /// The library of the interface belongs beside the program and is not there.
     #[error("{library} is missing beside the program; keep the files of a release together")]
     LibraryMissing {
-        /// Its name.
+        /// File name of the backend, as ggml has it.
         library: String,
     },
     /// The library of the interface cannot be loaded.
     #[error("{library} cannot be loaded: {reason}")]
     NotLoadable {
-        /// Its name.
+        /// File name of the backend, as ggml has it.
         library: String,
         /// What the dynamic linker says.
         reason: String,
@@ -43,9 +43,9 @@ pub enum WhyUnused {
          else install the library of the same version"
     )]
     NoDriverLibrary {
-        /// The driver's version.
+        /// The driver's version, as the kernel tells it.
         version: String,
-        /// The library.
+        /// File name of the driver's library.
         library: String,
     },
     /// The driver is older than the CUDA that this build uses.
@@ -53,7 +53,7 @@ pub enum WhyUnused {
         "the driver {version} is too old for the CUDA of this build; install a newer one (580 or newer for CUDA 13)"
     )]
     DriverTooOld {
-        /// The driver's version.
+        /// The driver's version, as the kernel tells it.
         version: String,
     },
     /// Its device file is not here.
@@ -73,7 +73,7 @@ pub enum WhyUnused {
     /// The driver offers none, for a reason of its own.
     #[error("its driver offers no {interface} device{}", reason(.complaint.as_deref()))]
     NotOffered {
-        /// The interface.
+        /// The interface that was asked, such as CUDA.
         interface: String,
         /// What it complained of.
         complaint: Option<String>,

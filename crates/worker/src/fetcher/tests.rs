@@ -234,7 +234,7 @@ async fn answer(call: StreamCall, offset: usize, kind: Kind, before: usize) {
     }
     let bytes = content.len() as u64 + u64::from(kind == Kind::Longer);
     let mut reply = call.accept().await.expect("wanted");
-    // Whoever sends what is no good is left in the middle.
+    // A source that sends bad bytes is left before its end.
     let _ = reply.send(&codec::encode(&ArtifactHead { bytes })).await;
     let rest = &content[offset..];
     let parts: Vec<Vec<u8>> = match kind {
