@@ -5,7 +5,8 @@
 //!
 //! What is idle makes room for what is wanted, the least recently used first. Where all that could make room is busy, the
 //! jobs of one model are served together: after a turn no more of them are let in, those that run end, and the models
-//! change places. So A A B B is served rather than A B A B, and nobody waits for ever.
+//! change places. A model whose last job has only just ended counts as busy, because a client that asks one thing after
+//! another is about to ask the next. So A A B B is served rather than A B A B, and nobody waits for ever.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,6 +15,10 @@ use tokio::time::Instant;
 
 /// How long a model that others wait for keeps its place while it has work, and how long they wait at least.
 pub(crate) const TURN: Duration = Duration::from_secs(3);
+
+/// How long a model is left in memory after its last job, within its turn, when another model is waited for. It covers the
+/// pause of a client between two requests, and is shorter than most loads.
+pub(crate) const LINGER: Duration = Duration::from_millis(250);
 
 /// Where a model is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,6 +130,11 @@ impl Seat {
         self.keep_alive.filter(|_| is_idle).and_then(|keep_alive| self.last_used.checked_add(keep_alive))
     }
 
+    /// Returns until when its last client may ask again, within its turn.
+    fn lingers_until(&self, waiting_since: Instant) -> Instant {
+        if self.is_closed { self.last_used } else { (self.last_used + LINGER).min(self.turn_ends(waiting_since)) }
+    }
+
     /// Returns when its turn is over for the sake of one that has been waited for since then.
     fn turn_ends(&self, waiting_since: Instant) -> Instant {
         let begun = if let Place::In(since) = self.place { since.max(waiting_since) } else { waiting_since };
@@ -216,7 +226,10 @@ fn make_room(
         }
         sum = sum.with(seat.room());
         if seat.can_leave() {
-            leaving.insert(index);
+            match wanted.waiting_since.map(|since| seat.lingers_until(since)) {
+                Some(until) if until > now => decision.look_again_at(Some(until)),
+                _ => drop(leaving.insert(index)),
+            }
             continue;
         }
         match wanted.waiting_since.map(|since| seat.turn_ends(since)) {
@@ -408,25 +421,50 @@ mod tests {
         assert_eq!(decide(&seats, room(10), scene.at(1)).orders, [(1, Order::Leave)]);
     }
 
+    #[test]
+    fn a_model_stays_for_a_moment_after_its_last_job_but_not_beyond_its_turn() {
+        let scene = Scene::new();
+        let after = |millis| scene.at(5) + Duration::from_millis(millis);
+        let seats = [scene.resident(60, 5), scene.wanted(60, 4)];
+        let early = decide(&seats, host(10), after(200));
+        assert_eq!(early, Decision { orders: vec![], look_again: Some(after(250)) });
+        assert_eq!(decide(&seats, host(10), after(250)).orders, [(0, Order::Leave)]);
+        // Its turn ended meanwhile.
+        let seats = [scene.resident(60, 5), scene.wanted(60, 1)];
+        assert_eq!(decide(&seats, host(10), after(0)).orders, [(0, Order::Leave)]);
+    }
+
     /// Three models of which one fits at a time, asked for again and again, in a world of whole seconds.
     fn play(asks: &[(u64, usize)], job_seconds: u64) -> (usize, Vec<u64>) {
+        play_on(SECOND, asks, job_seconds, |_| None)
+    }
+
+    /// The same in a world of ticks. `pause` gives the ticks after which a model is asked for again once a job of it ended.
+    fn play_on(
+        tick: Duration,
+        asks: &[(u64, usize)],
+        job_ticks: u64,
+        pause: impl Fn(usize) -> Option<u64>,
+    ) -> (usize, Vec<u64>) {
         let scene = Scene::new();
+        let mut asks = asks.to_vec();
         let mut seats = vec![scene.seat(Place::Out, 10); 3];
         let mut waiting: Vec<Vec<u64>> = vec![vec![]; 3];
         let mut running: Vec<(usize, u64)> = vec![];
         let (mut loads, mut waits) = (0, vec![]);
-        for second in 0..5_000 {
-            let now = scene.at(second);
+        for at in 0..5_000 {
+            let now = scene.begin + tick * u32::try_from(at).expect("few");
             running.retain(|(model, end)| {
-                let runs = *end > second;
+                let runs = *end > at;
                 if !runs {
                     seats[*model].jobs -= 1;
                     seats[*model].last_used = now;
+                    asks.extend(pause(*model).map(|pause| (at + pause, *model)));
                 }
                 runs
             });
-            for (_, model) in asks.iter().filter(|(at, _)| *at == second) {
-                waiting[*model].push(second);
+            for (_, model) in asks.extract_if(.., |(asked_at, _)| *asked_at == at) {
+                waiting[model].push(at);
             }
             for model in 0..3 {
                 if seats[model].place == Place::Out && !waiting[model].is_empty() {
@@ -455,9 +493,9 @@ mod tests {
             for model in 0..3 {
                 if seats[model].is_in() && !seats[model].is_closed {
                     for since in std::mem::take(&mut waiting[model]) {
-                        waits.push(second - since);
+                        waits.push(at - since);
                         seats[model].jobs += 1;
-                        running.push((model, second + job_seconds));
+                        running.push((model, at + job_ticks));
                     }
                     seats[model].waiting_since = None;
                 }
@@ -485,5 +523,11 @@ mod tests {
         let asks: Vec<_> = (0..2_000).map(|number: u64| (number / 4, (number % 2) as usize)).collect();
         let (loads, waits) = play(&asks, 1);
         assert!(waits.len() == 2_000 && loads * 5 <= waits.len(), "{loads} loads of {} jobs", waits.len());
+    }
+    #[test]
+    fn two_clients_that_ask_one_thing_after_another_do_not_cost_a_load_for_each_request() {
+        // Jobs of 300 ms, and 50 ms until the next request of the same client.
+        let (loads, waits) = play_on(SECOND / 20, &[(0, 0), (1, 1)], 6, |_| Some(1));
+        assert!(waits.len() > 500 && loads * 5 <= waits.len(), "{loads} loads of {} jobs", waits.len());
     }
 }
