@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::answer::{self, Answer, Expected};
+use crate::answer::{Answer, Expected};
 use crate::authentication::Authentication;
 use crate::builds::{self, Build};
 use crate::cached::Cached;
@@ -299,7 +299,7 @@ impl Gateway {
         };
         let grant =
             inner.authentication.check(token, origin, inner.clock.now(), self.membership().is_registry_away(), ask);
-        let grant = grant.await.map_err(presentable)?;
+        let grant = grant.await.map_err(WireError::for_clients)?;
         if !grant.scopes.contains(&scope) {
             let message = match scope {
                 Scope::Infer => "this API key may not run models",
@@ -334,7 +334,7 @@ impl Gateway {
             let salt = record.correlation_id.0.as_u128();
             let begun = self.inner.upstream.submit(codec::encode(&request).into(), patience, salt).await;
             let entries = builds.into_iter().map(|build| build.entry).collect();
-            Ok((begun.map_err(presentable)?, entries, expected))
+            Ok((begun.map_err(WireError::for_clients)?, entries, expected))
         };
         match opened.await {
             Ok((begun, entries, expected)) => {
@@ -498,8 +498,12 @@ impl Gateway {
     }
 
     async fn fetch_models(&self) -> Result<Models, WireError> {
-        let catalog: Catalog =
-            self.inner.upstream.ask(NodeRole::Registry, CATALOG_LIST, &Empty {}).await.map_err(presentable)?;
+        let catalog: Catalog = self
+            .inner
+            .upstream
+            .ask(NodeRole::Registry, CATALOG_LIST, &Empty {})
+            .await
+            .map_err(WireError::for_clients)?;
         Ok(Models::new(catalog))
     }
 
@@ -514,7 +518,7 @@ impl Gateway {
 
     /// Returns the live workers as an orchestrator sees them.
     pub(crate) async fn fleet_now(&self) -> Result<Fleet, WireError> {
-        self.inner.upstream.ask(NodeRole::Orchestrator, FLEET_LIST, &Empty {}).await.map_err(presentable)
+        self.inner.upstream.ask(NodeRole::Orchestrator, FLEET_LIST, &Empty {}).await.map_err(WireError::for_clients)
     }
 
     /// Returns the model of a name, a name with a version, or an alias.
@@ -537,13 +541,13 @@ impl Gateway {
 
     /// Has the workers that serve a model load or unload it.
     pub(crate) async fn move_model(&self, request: ModelMove) -> Result<ModelPlaces, WireError> {
-        self.inner.upstream.ask(NodeRole::Orchestrator, MODEL_MOVE, &request).await.map_err(presentable)
+        self.inner.upstream.ask(NodeRole::Orchestrator, MODEL_MOVE, &request).await.map_err(WireError::for_clients)
     }
 
     /// Tells how a job was placed.
     pub(crate) async fn explain(&self, correlation_id: CorrelationId) -> Result<Decision, WireError> {
         let request = ExplainRequest { correlation_id };
-        self.inner.upstream.ask(NodeRole::Orchestrator, JOB_EXPLAIN, &request).await.map_err(presentable)
+        self.inner.upstream.ask(NodeRole::Orchestrator, JOB_EXPLAIN, &request).await.map_err(WireError::for_clients)
     }
 
     /// Says whether a node answers in a role.
@@ -557,7 +561,7 @@ impl Gateway {
         method: &str,
         request: &Request,
     ) -> Result<Reply, WireError> {
-        self.inner.upstream.ask(NodeRole::Registry, method, request).await.map_err(presentable)
+        self.inner.upstream.ask(NodeRole::Registry, method, request).await.map_err(WireError::for_clients)
     }
 
     /// Says whether some worker can answer something, or why that is not known.
@@ -648,11 +652,6 @@ fn quota(config: &Config, grant: &TokenGrant) -> Quota {
         None if limit.requests_per_minute == 0 => Quota::UNLIMITED,
         None => Quota { per_minute: limit.requests_per_minute, burst: limit.burst.max(1) },
     }
-}
-
-fn presentable(mut error: WireError) -> WireError {
-    answer::translate(&mut error);
-    error
 }
 
 fn no_randomness() -> WireError {

@@ -291,7 +291,7 @@ impl Orchestrator {
                     .take()
                     .filter(|_| error.code == ErrorCode::NoCapacity)
                     .unwrap_or_else(|| error.clone());
-                (Ending::failed(refusals::outward(error)), JobEvent::Fail)
+                (Ending::failed(error.as_job_failure()), JobEvent::Fail)
             }
             AttemptEnd::Dead { error } => (Ending::dead(error.clone()), JobEvent::Die),
         };

@@ -9,27 +9,6 @@ use protocol::{AdapterName, Digest, ErrorCode, WireError, WorkerId};
 
 use crate::scheduler::{Placement, Refusal};
 
-/// How a client sees an error that nodes speak of among themselves.
-pub(crate) fn outward(mut error: WireError) -> WireError {
-    match error.code {
-        ErrorCode::WorkerFull | ErrorCode::WorkerStopping | ErrorCode::ModelNotHere => {
-            WireError::new(ErrorCode::NoCapacity, "no worker has room for this model, try again")
-                .with_retry_after(Duration::from_secs(1))
-        }
-        ErrorCode::EngineCrashed => WireError::new(ErrorCode::WorkerFailed, error.message),
-        ErrorCode::StaleAttempt
-        | ErrorCode::NotEnrolled
-        | ErrorCode::NodeRevoked
-        | ErrorCode::UnknownMethod
-        | ErrorCode::InternalError => {
-            error.code = ErrorCode::WorkerFailed;
-            "the worker failed".clone_into(&mut error.message);
-            error
-        }
-        _ => error,
-    }
-}
-
 /// Says that a request is given to no further engine.
 pub(crate) fn crashes_engines() -> WireError {
     let message = "engines crashed on this request, so it is not run again; change it";

@@ -193,6 +193,29 @@ impl ErrorCode {
         }
     }
 
+    /// Returns the code of a job that failed of what a worker said.
+    pub fn as_job_failure(self) -> Self {
+        match self {
+            Self::WorkerFull | Self::WorkerStopping | Self::ModelNotHere => Self::NoCapacity,
+            Self::EngineCrashed
+            | Self::StaleAttempt
+            | Self::NotEnrolled
+            | Self::NodeRevoked
+            | Self::UnknownMethod
+            | Self::InternalError => Self::WorkerFailed,
+            code => code,
+        }
+    }
+
+    /// Returns the code that clients see. Codes that nodes use among themselves stay among them.
+    pub fn for_clients(self) -> Self {
+        match self {
+            Self::NotEnrolled | Self::NodeRevoked | Self::UnknownMethod | Self::InternalError => Self::InternalError,
+            Self::Cancelled => Self::Unavailable,
+            code => code.as_job_failure(),
+        }
+    }
+
     /// Says whether another worker may do better.
     pub fn blame(self) -> Blame {
         match self {
@@ -286,6 +309,32 @@ impl WireError {
         self.code != ErrorCode::RequestCrashesEngine
     }
 
+    /// Returns the error of a job that failed of what a worker said.
+    #[must_use]
+    pub fn as_job_failure(mut self) -> Self {
+        let said = self.code;
+        self.code = said.as_job_failure();
+        match self.code {
+            code if code == said => self,
+            ErrorCode::NoCapacity => Self::new(self.code, "no worker has room for this model, try again")
+                .with_retry_after(Duration::from_secs(1)),
+            // What an engine says of its crash helps the caller; what nodes say of each other does not.
+            _ if said == ErrorCode::EngineCrashed => self,
+            _ => Self { message: "the worker failed".into(), ..self },
+        }
+    }
+
+    /// Returns the error as clients see it.
+    #[must_use]
+    pub fn for_clients(mut self) -> Self {
+        let said = self.code;
+        self.code = said.for_clients();
+        if said != self.code && self.code == ErrorCode::InternalError {
+            "a defect between our nodes, not of this request".clone_into(&mut self.message);
+        }
+        self
+    }
+
     /// Says how long to wait. Official SDKs give up above 120 s, so that is the most ever said.
     #[must_use]
     pub fn with_retry_after(mut self, wait: Duration) -> Self {
@@ -305,6 +354,33 @@ mod tests {
         {
             assert_eq!(serde_json::to_value(code).expect("serialises"), code.as_str());
         }
+    }
+
+    #[test]
+    fn codes_that_nodes_use_among_themselves_stay_among_them() {
+        use ErrorCode as E;
+        // What a worker said, what the job failed of, and what a client reads where a node says it of itself.
+        for (said, job, client) in [
+            (E::WorkerFull, E::NoCapacity, E::NoCapacity),
+            (E::WorkerStopping, E::NoCapacity, E::NoCapacity),
+            (E::ModelNotHere, E::NoCapacity, E::NoCapacity),
+            (E::EngineCrashed, E::WorkerFailed, E::WorkerFailed),
+            (E::StaleAttempt, E::WorkerFailed, E::WorkerFailed),
+            (E::NotEnrolled, E::WorkerFailed, E::InternalError),
+            (E::NodeRevoked, E::WorkerFailed, E::InternalError),
+            (E::UnknownMethod, E::WorkerFailed, E::InternalError),
+            (E::InternalError, E::WorkerFailed, E::InternalError),
+            (E::Cancelled, E::Cancelled, E::Unavailable),
+            (E::ContextLengthExceeded, E::ContextLengthExceeded, E::ContextLengthExceeded),
+            (E::NoCapacity, E::NoCapacity, E::NoCapacity),
+        ] {
+            assert_eq!(WireError::new(said, "x").as_job_failure().code, job, "{said} of a worker");
+            assert_eq!(WireError::new(said, "x").for_clients().code, client, "{said}");
+        }
+        let crashed = WireError::new(E::EngineCrashed, "the engine crashed").as_job_failure();
+        assert_eq!(crashed.message, "the engine crashed");
+        assert_eq!(WireError::new(E::NotEnrolled, "10.0.0.1 is unknown").as_job_failure().message, "the worker failed");
+        assert!(!WireError::new(E::NotEnrolled, "10.0.0.1 is unknown").for_clients().message.contains("10.0.0.1"));
     }
 
     #[test]
