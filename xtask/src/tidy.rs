@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
+mod decisions;
 mod dependencies;
 mod example_config;
 mod floors;
@@ -51,6 +52,7 @@ pub(crate) fn run(tether: Option<PathBuf>) -> Result<bool> {
     }
     findings.extend(seed_names::check(&files));
     findings.extend(invariants::check(&files));
+    findings.extend(decisions::check(&files));
     findings.extend(text::check(&files));
     findings.extend(links::check(&files, |path| root.join(path).exists()));
     // A program that does not build is one finding among others.
