@@ -40,11 +40,9 @@ pub struct VerifiedFile {
     pub file: File,
     /// SHA-256 of its bytes.
     pub digest: Digest,
-    /// Its length.
     pub bytes: u64,
 }
 
-/// What was put.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored {
     /// SHA-256 of the bytes: their name from here on.
@@ -62,7 +60,6 @@ pub enum Way {
     Linked,
     /// The file system shares them with the file until one of the two is changed.
     Cloned,
-    /// They were copied.
     Copied,
 }
 
@@ -100,7 +97,6 @@ pub enum OpenError {
     Read {
         /// What was asked for.
         digest: Digest,
-        /// Why.
         source: io::Error,
     },
 }
@@ -113,10 +109,7 @@ pub enum PutError {
     Source(#[source] io::Error),
     /// There are more bytes than allowed.
     #[error("the artifact has more than {bytes_max} bytes")]
-    TooLarge {
-        /// The limit.
-        bytes_max: u64,
-    },
+    TooLarge { bytes_max: u64 },
     /// The disk has no room for a copy.
     #[error("the artifact takes {bytes} bytes, and the disk of {} has {room_bytes} free", folder.display())]
     NoRoom {
@@ -124,17 +117,11 @@ pub enum PutError {
         bytes: u64,
         /// What this user may still write there.
         room_bytes: u64,
-        /// The store's folder.
         folder: PathBuf,
     },
     /// The folder could not be written.
     #[error("the artifact could not be written to {}", folder.display())]
-    Folder {
-        /// The store's folder.
-        folder: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Folder { folder: PathBuf, source: io::Error },
 }
 
 impl ArtifactStore {

@@ -4,7 +4,7 @@
 //! This file runs itself again as each node. Bootstrap node, registry, orchestrator and gateway are the program as it
 //! is; the worker holds a mock engine of fixed pace. They speak over Hyperswarm on loopback.
 
-#![allow(missing_docs, clippy::print_stdout, clippy::print_stderr, clippy::unwrap_used, clippy::disallowed_methods)]
+#![allow(clippy::print_stdout, clippy::print_stderr, clippy::unwrap_used, clippy::disallowed_methods)]
 
 #[path = "support/baseline.rs"]
 mod baseline;

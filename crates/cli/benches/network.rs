@@ -3,7 +3,7 @@
 //! The network runs in a process of its own over a mock engine of fixed pace, so that its CPU time can be told from
 //! the client's. Each figure stands beside what it is compared with, taken in turns in the same run.
 
-#![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods)]
+#![allow(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods)]
 
 #[path = "support/baseline.rs"]
 mod baseline;

@@ -1,7 +1,7 @@
 //! Speed of a realistic model through the network, beside the engine alone, and the memory of an idle network:
 //! `make bench`, which also makes the model.
 
-#![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods)]
+#![allow(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods)]
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};

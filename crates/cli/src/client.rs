@@ -40,7 +40,6 @@ pub struct GatewayClient {
 /// Whether a gateway answers.
 #[derive(Debug)]
 pub enum Presence {
-    /// It answers.
     Answers,
     /// Nobody does, or a program that is no gateway; the reason says so.
     Absent(anyhow::Error),
@@ -62,7 +61,6 @@ impl ServerArgs {
     }
 }
 
-/// A gateway's refusal.
 #[derive(Debug, thiserror::Error)]
 #[error("{url} answered {status}: {message}")]
 pub struct Refusal {
@@ -98,9 +96,7 @@ pub enum Piece<'a> {
 pub struct ChatAnswer {
     /// The whole text, without the model's thoughts.
     pub text: String,
-    /// The job's name.
     pub correlation_id: String,
-    /// Tries it took.
     pub attempts: u32,
     /// From the request to the first text or thought.
     pub first_token: Duration,

@@ -45,13 +45,11 @@ const FAILURE: u8 = 2;
 /// What a command found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// All is well.
     Well,
     /// Something is wrong, and was said.
     Finding,
 }
 
-/// What commands share.
 pub struct Context {
     /// The settings in force.
     pub settings: Settings,

@@ -34,12 +34,10 @@ impl DataFolder {
         Ok(Self { path })
     }
 
-    /// Takes any folder.
     pub fn at(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
     }
 
-    /// Returns its path.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -34,7 +34,6 @@ const WAIT_FIRST: Duration = Duration::from_secs(1);
 /// A file to download.
 #[derive(Debug, Clone)]
 pub struct Remote {
-    /// Where it is.
     pub url: Uri,
     /// Its name, without folders.
     pub name: String,
@@ -70,7 +69,6 @@ enum Cut {
     Passing(anyhow::Error),
     /// So may it, where the server was reached before.
     Unreachable(anyhow::Error),
-    /// It stays so.
     Lasting(anyhow::Error),
 }
 

@@ -19,7 +19,6 @@ pub struct MetricsServer {
 }
 
 impl MetricsServer {
-    /// Opens an address.
     pub async fn bind(address: SocketAddr, metrics: Metrics) -> anyhow::Result<Self> {
         let listener = TcpListener::bind(address).await;
         let listener =
@@ -27,7 +26,6 @@ impl MetricsServer {
         Ok(Self { listener, metrics })
     }
 
-    /// Returns the address.
     pub fn address(&self) -> anyhow::Result<SocketAddr> {
         self.listener.local_addr().context("a socket without an address")
     }

@@ -27,9 +27,7 @@ const OLLAMA_ADAPTER: &str = "application/vnd.ollama.image.adapter";
 /// Where models of other programs lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cache {
-    /// Ollama's folder.
     Ollama,
-    /// LM Studio's folders.
     LmStudio,
     /// The cache of the Hub's programs.
     HuggingFace,

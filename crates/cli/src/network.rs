@@ -38,7 +38,6 @@ pub struct Supplies<'a> {
     pub models: Vec<ModelEntry>,
 }
 
-/// A running network.
 pub struct Network {
     /// Where the gateway listens.
     pub address: SocketAddr,
@@ -48,7 +47,6 @@ pub struct Network {
     pub api_key: String,
     /// Whether the key was made just now.
     pub key_is_new: bool,
-    /// The workers.
     pub workers: Vec<WorkerHandle>,
     /// What every service counts.
     pub metrics: Metrics,

@@ -25,7 +25,6 @@ const KEEP_FIRST: Duration = Duration::from_secs(2);
 
 /// One node of a network of processes.
 pub struct Node {
-    /// Its key.
     pub key: NodeKey,
     /// Its role, under which its files lie in the data folder.
     pub name: &'static str,

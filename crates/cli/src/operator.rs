@@ -97,7 +97,6 @@ impl Desk {
         )
     }
 
-    /// Makes a key.
     pub async fn create_token(&self, new: TokenCreate) -> anyhow::Result<TokenCreated> {
         match self {
             Self::Gateway(client) => client.post("/admin/v1/tokens", &new).await,
@@ -109,7 +108,6 @@ impl Desk {
         }
     }
 
-    /// Lists the keys.
     pub async fn tokens(&self) -> anyhow::Result<Vec<TokenInfo>> {
         let TokenList { tokens } = match self {
             Self::Gateway(client) => client.get("/admin/v1/tokens").await?,
@@ -156,7 +154,6 @@ impl Desk {
         Catalog { models: rows().filter_map(entry_of).collect(), adapters: vec![], aliases: aliases.collect() }
     }
 
-    /// Registers a model.
     pub async fn add_model(&self, new: ModelAdd) -> anyhow::Result<ModelEntry> {
         match self {
             Self::Gateway(client) => client.post("/admin/v1/models", &new).await,
@@ -165,7 +162,6 @@ impl Desk {
         }
     }
 
-    /// Forgets a model.
     pub async fn remove_model(&self, old: ModelRemove) -> anyhow::Result<ModelRemoved> {
         match self {
             Self::Gateway(client) => {
@@ -201,7 +197,6 @@ impl Desk {
         }
     }
 
-    /// Forgets an alias.
     pub async fn remove_alias(&self, alias: ModelName) -> anyhow::Result<AliasRemoved> {
         match self {
             Self::Gateway(client) => client.delete(&format!("/admin/v1/aliases/{alias}")).await,
@@ -222,7 +217,6 @@ impl Desk {
         }
     }
 
-    /// Makes an invite.
     pub async fn invite(&self, new: InviteCreate) -> anyhow::Result<InviteCreated> {
         match self {
             Self::Gateway(client) => client.post("/admin/v1/invites", &new).await,
@@ -348,7 +342,6 @@ impl Operator {
         OperatorRequest { token: self.token.clone() }
     }
 
-    /// Asks the registry.
     pub async fn ask<Request: Serialize, Reply: DeserializeOwned>(
         &self,
         method: &str,
@@ -361,7 +354,6 @@ impl Operator {
         })
     }
 
-    /// Leaves the network.
     pub async fn leave(self) {
         self.network.stop().await;
     }

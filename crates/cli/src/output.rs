@@ -39,13 +39,10 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
 /// How a word looks on a terminal that shows colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Look {
-    /// All is well.
     Good,
     /// Somebody should look at it.
     Doubtful,
-    /// Something is wrong.
     Bad,
-    /// A title.
     Head,
     /// What may be read past.
     Aside,

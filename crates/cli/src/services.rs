@@ -23,7 +23,6 @@ use crate::data_folder::DataFolder;
 use crate::settings::Settings;
 use crate::tiny_model;
 
-/// The program's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What every service of a process shares.
@@ -31,9 +30,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub struct Place {
     /// The settings in force.
     pub settings: Settings,
-    /// Where files lie.
     pub data: DataFolder,
-    /// Where they count.
     pub metrics: Metrics,
     /// The time of day.
     pub clock: Arc<dyn Clock>,
@@ -83,7 +80,6 @@ impl Place {
         Orchestrator::run(self.settings.orchestrator.clone(), parts, stop).await.context("the orchestrator stopped")
     }
 
-    /// Makes a worker.
     pub fn worker(
         &self,
         transport: Arc<dyn Transport>,

@@ -8,9 +8,7 @@ use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
 use protocol::{AdapterName, Digest, UnixMillis};
 use worker::{ServedAdapter, ServedModel};
 
-/// The model file.
 pub static BYTES: &[u8] = include_bytes!("../../../models/tiny.gguf");
-/// The adapter's file.
 pub static ADAPTER_BYTES: &[u8] = include_bytes!("../../../models/tiny-lora-pirate.gguf");
 
 static DIGEST: LazyLock<Digest> = LazyLock::new(|| Digest::of(BYTES));

@@ -28,7 +28,6 @@ pub struct Voice {
 }
 
 impl Screen {
-    /// Looks at stdout.
     pub fn of_stdout() -> Self {
         let stdout = io::stdout();
         if !stdout.is_terminal() {

@@ -1,6 +1,6 @@
 //! What a draw costs at the vocabulary of Qwen: `cargo bench -p tether-engine --bench sampler`.
 
-#![allow(missing_docs, clippy::print_stdout, clippy::disallowed_methods)]
+#![allow(clippy::print_stdout, clippy::disallowed_methods)]
 
 use std::hint::black_box;
 use std::time::Instant;

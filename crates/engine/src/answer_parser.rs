@@ -36,7 +36,6 @@ pub struct AnswerFormat {
 /// More of an answer, taken apart.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Delta {
-    /// Text to append.
     pub text: String,
     /// Text to append to what the model thinks.
     pub reasoning: String,

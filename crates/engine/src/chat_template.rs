@@ -151,7 +151,6 @@ impl ChatTemplate {
     }
 }
 
-/// One template.
 #[derive(Debug)]
 struct Program {
     environment: Environment<'static>,

@@ -55,7 +55,6 @@ const TOKENS_KEY: &str = "tokenizer.ggml.tokens";
 pub struct Header {
     /// Format version, 2 or 3.
     pub version: u32,
-    /// Metadata by key.
     pub metadata: BTreeMap<String, Value>,
     /// The tensors in file order.
     pub tensors: Vec<Tensor>,
@@ -63,7 +62,6 @@ pub struct Header {
     pub data_offset: u64,
 }
 
-/// One metadata value.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
     /// An unsigned integer of any width.
@@ -72,13 +70,10 @@ pub enum Value {
     Signed(i64),
     /// A float of either width.
     Float(f64),
-    /// A truth value.
     Bool(bool),
-    /// Text.
     Text(String),
     /// Numbers or truth values of an array that is short enough to keep.
     Array(Vec<Value>),
-    /// The vocabulary.
     Texts(TextTable),
     /// An array that was checked and skipped.
     Skipped {
@@ -97,7 +92,6 @@ pub struct TextTable {
 /// Where one tensor lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tensor {
-    /// Its name.
     pub name: String,
     /// Elements by dimension, the fastest first.
     pub dimensions: Vec<u64>,
@@ -112,11 +106,9 @@ pub struct Tensor {
 /// Why a file is not a GGUF file that can be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GgufError {
-    /// Where reading stopped.
     pub offset: u64,
     /// The key or tensor at that place, where one is known.
     pub key: Option<String>,
-    /// What is wrong.
     pub problem: String,
 }
 

@@ -27,9 +27,7 @@ pub struct ModelFacts {
     pub quantisation: String,
     /// Tokens of context that it was trained with.
     pub trained_context: u32,
-    /// Continues texts.
     pub generates: bool,
-    /// Takes conversations.
     pub chats: bool,
     /// Is told of tools and calls them.
     pub calls_tools: bool,

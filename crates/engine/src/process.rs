@@ -61,9 +61,7 @@ const STALL_LIMIT: Duration = Duration::from_secs(20);
 /// How to start a process that calls [`serve_child`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChildCommand {
-    /// The program.
     pub program: PathBuf,
-    /// Its arguments.
     pub args: Vec<OsString>,
     /// Variables added to its environment.
     pub envs: Vec<(OsString, OsString)>,

@@ -55,7 +55,6 @@ const MISSES_MAX: u32 = 2;
 /// How long servers may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {
-    /// To describe themselves.
     pub describe: Duration,
     /// To begin an answer, in silence: the load of the model and the evaluation of a long prompt may take it. A server that
     /// tells how far it is with a prompt is not silent.

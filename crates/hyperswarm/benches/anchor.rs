@@ -6,7 +6,7 @@
 //! installed, its peers measure the same (`anchor.js`) right before and right after, so that neither side has the quieter
 //! machine; the last column says how much more, or how much sooner, this crate does it than the better of the two.
 
-#![allow(missing_docs, clippy::print_stdout, clippy::print_stderr, clippy::unwrap_used, clippy::disallowed_methods)]
+#![allow(clippy::print_stdout, clippy::print_stderr, clippy::unwrap_used, clippy::disallowed_methods)]
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};

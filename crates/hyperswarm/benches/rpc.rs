@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p tether-hyperswarm --bench rpc -- [seal] [echo] [processes]`
 
-#![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods)]
+#![allow(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods)]
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddrV4;

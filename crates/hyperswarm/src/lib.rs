@@ -7,6 +7,8 @@
 //! - [`dht_rpc`]: requests between nodes of a Kademlia table; [`hyperdht`]: records, announcements, connections by key
 //! - [`protomux`]: many protocols on one connection; [`rpc`]: requests and responses on it
 
+#![warn(missing_docs)]
+
 pub mod compact_encoding;
 pub mod crypto;
 pub mod dht_rpc;

@@ -46,9 +46,7 @@ pub struct Attention {
     pub heads: usize,
     /// Heads of a key and of a value; each serves as many heads of queries.
     pub kv_heads: usize,
-    /// Queries.
     pub queries: usize,
-    /// Cells.
     pub cells: usize,
     /// The position of each cell in its sequence; null where cells are in the order of their positions.
     pub positions: *const i32,
@@ -541,7 +539,6 @@ impl Unit<'_> {
         }
     }
 
-    /// Writes the results.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
     unsafe fn finish(&self) {
         let it = self.attention;

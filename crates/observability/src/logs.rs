@@ -8,7 +8,6 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 /// How logs are written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people.
     #[default]
     Pretty,
     /// One JSON object a line.
@@ -20,10 +19,7 @@ pub enum LogFormat {
 pub enum LogError {
     /// The filter makes no sense.
     #[error("the log filter {filter:?} is malformed, write for example `info` or `info,tether_gateway=debug`")]
-    Filter {
-        /// What was given.
-        filter: String,
-    },
+    Filter { filter: String },
     /// Logs were set up before.
     #[error("logs are set up already")]
     Twice,

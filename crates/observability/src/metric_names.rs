@@ -14,7 +14,6 @@ pub const ENGINE_CANCELLED: &str = "tether_engine_cancelled";
 pub const ENGINE_DEATHS: &str = "tether_engine_deaths";
 /// Prompt tokens of finished jobs.
 pub const PROMPT_TOKENS: &str = "tether_prompt_tokens";
-/// Tokens generated.
 pub const GENERATION_TOKENS: &str = "tether_generation_tokens";
 /// Prompt tokens that engines looked up among those they had evaluated before.
 pub const PREFIX_CACHE_QUERIES: &str = "tether_prefix_cache_queries";
@@ -24,11 +23,9 @@ pub const PREFIX_CACHE_HITS: &str = "tether_prefix_cache_hits";
 pub const DRAFTED_TOKENS: &str = "tether_engine_drafted_tokens";
 /// Those of them that were right.
 pub const ACCEPTED_TOKENS: &str = "tether_engine_accepted_tokens";
-/// Finished requests.
 pub const REQUESTS: &str = "tether_requests";
 /// From the request to its first token.
 pub const TIME_TO_FIRST_TOKEN: &str = "tether_time_to_first_token_seconds";
-/// Between tokens.
 pub const INTER_TOKEN_LATENCY: &str = "tether_inter_token_latency_seconds";
 /// From the request to its end.
 pub const REQUEST_DURATION: &str = "tether_request_duration_seconds";
@@ -46,11 +43,9 @@ pub const FAILOVERS: &str = "tether_failovers";
 pub const SHED: &str = "tether_shed";
 /// Requests refused by a rate limit.
 pub const THROTTLED: &str = "tether_throttled";
-/// Reservations held.
 pub const RESERVATIONS_ACTIVE: &str = "tether_reservations_active";
 /// Health reports that were dropped.
 pub const PRESENCE_REJECTED: &str = "tether_presence_rejected";
-/// Workers believed alive.
 pub const WORKERS_LIVE: &str = "tether_workers_live";
 /// Live workers that have a model on its way into memory.
 pub const WORKERS_LOADING: &str = "tether_workers_loading";

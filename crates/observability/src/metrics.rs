@@ -20,7 +20,6 @@ pub type Ratio = Gauge<f64, AtomicU64>;
 /// Labels of one model.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ModelLabel {
-    /// Its name.
     pub model: String,
 }
 
@@ -38,16 +37,13 @@ pub struct RequestLabel {
 /// Labels of a breaker.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct BreakerLabel {
-    /// The model.
     pub model: String,
-    /// The region.
     pub region: String,
 }
 
 /// A label that says why.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabel {
-    /// Why.
     pub reason: &'static str,
 }
 
@@ -62,63 +58,34 @@ pub struct PhaseLabel {
 #[derive(Clone)]
 pub struct Metrics {
     registry: Arc<std::sync::Mutex<Registry>>,
-    /// See [`names::REQUESTS_RUNNING`].
     pub requests_running: Family<ModelLabel, Gauge>,
-    /// See [`names::REQUESTS_WAITING`].
     pub requests_waiting: Family<ModelLabel, Gauge>,
-    /// See [`names::KV_CACHE_USAGE`].
     pub kv_cache_usage: Family<ModelLabel, Ratio>,
-    /// See [`names::DECODE_STEPS`].
     pub decode_steps: Family<ModelLabel, Counter>,
-    /// See [`names::ENGINE_CANCELLED`].
     pub engine_cancelled: Family<ModelLabel, Counter>,
-    /// See [`names::ENGINE_DEATHS`].
     pub engine_deaths: Family<ModelLabel, Counter>,
-    /// See [`names::PROMPT_TOKENS`].
     pub prompt_tokens: Family<ModelLabel, Counter>,
-    /// See [`names::GENERATION_TOKENS`].
     pub generation_tokens: Family<ModelLabel, Counter>,
-    /// See [`names::PREFIX_CACHE_QUERIES`].
     pub prefix_cache_queries: Family<ModelLabel, Counter>,
-    /// See [`names::PREFIX_CACHE_HITS`].
     pub prefix_cache_hits: Family<ModelLabel, Counter>,
-    /// See [`names::DRAFTED_TOKENS`].
     pub drafted_tokens: Family<ModelLabel, Counter>,
-    /// See [`names::ACCEPTED_TOKENS`].
     pub accepted_tokens: Family<ModelLabel, Counter>,
-    /// See [`names::REQUESTS`].
     pub requests: Family<RequestLabel, Counter>,
-    /// See [`names::TIME_TO_FIRST_TOKEN`].
     pub time_to_first_token: Family<ModelLabel, Histogram>,
-    /// See [`names::INTER_TOKEN_LATENCY`].
     pub inter_token_latency: Family<ModelLabel, Histogram>,
-    /// See [`names::REQUEST_DURATION`].
     pub request_duration: Family<ModelLabel, Histogram>,
-    /// See [`names::BREAKER_STATE`].
     pub breaker_state: Family<BreakerLabel, Gauge>,
-    /// See [`names::BREAKER_TRANSITIONS`].
     pub breaker_transitions: Family<BreakerLabel, Counter>,
-    /// See [`names::RETRIES`].
     pub retries: Family<ReasonLabel, Counter>,
-    /// See [`names::RETRIES_EXHAUSTED`].
     pub retries_exhausted: Counter,
-    /// See [`names::FAILOVERS`].
     pub failovers: Family<PhaseLabel, Counter>,
-    /// See [`names::SHED`].
     pub shed: Family<ReasonLabel, Counter>,
-    /// See [`names::THROTTLED`].
     pub throttled: Counter,
-    /// See [`names::RESERVATIONS_ACTIVE`].
     pub reservations_active: Gauge,
-    /// See [`names::PRESENCE_REJECTED`].
     pub presence_rejected: Family<ReasonLabel, Counter>,
-    /// See [`names::WORKERS_LIVE`].
     pub workers_live: Gauge,
-    /// See [`names::WORKERS_LOADING`].
     pub workers_loading: Gauge,
-    /// See [`names::REGISTRY_SILENCE`].
     pub registry_silence: Ratio,
-    /// See [`names::ARTIFACT_VERIFY_FAILURES`].
     pub artifact_verify_failures: Counter,
 }
 

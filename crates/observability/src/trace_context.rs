@@ -5,7 +5,6 @@ use protocol::TraceId;
 /// A request's place in a trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TraceContext {
-    /// The trace.
     pub trace_id: TraceId,
     /// The caller's span, zero at the root.
     pub parent_span: [u8; 8],
@@ -35,7 +34,6 @@ impl TraceContext {
         (parent_span != [0; 8]).then_some(Self { trace_id, parent_span, sampled: byte(flags)? & 1 == 1 })
     }
 
-    /// Begins a trace.
     pub fn begin() -> Self {
         let mut trace = [0; 16];
         // Without randomness, a trace that nobody can tell from another beats a request refused.

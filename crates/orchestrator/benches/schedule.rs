@@ -1,6 +1,6 @@
 //! Times one scheduling decision over fleets of several sizes: `cargo bench -p tether-orchestrator`.
 
-#![allow(missing_docs, clippy::print_stdout)]
+#![allow(clippy::print_stdout)]
 
 use std::hint::black_box;
 use std::time::Instant;

@@ -35,9 +35,7 @@ impl Default for BreakerConfig {
 /// What a breaker does with requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BreakerState {
-    /// Lets requests through.
     Closed,
-    /// Refuses.
     Open,
     /// Lets one probe through.
     HalfOpen,
@@ -62,10 +60,7 @@ pub enum Admission {
     /// It may pass as the only one; its outcome decides.
     Probe,
     /// It may not pass before this time is over.
-    Refuse {
-        /// How long.
-        retry_after: Duration,
-    },
+    Refuse { retry_after: Duration },
 }
 
 /// What came of a request that was let through.
@@ -79,7 +74,6 @@ pub struct Outcome {
     pub began: Instant,
 }
 
-/// A breaker.
 #[derive(Debug)]
 pub struct CircuitBreaker {
     config: BreakerConfig,

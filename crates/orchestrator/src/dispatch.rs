@@ -28,7 +28,6 @@ pub struct Delivery {
 }
 
 enum State {
-    /// Nothing was sent.
     Waiting(StreamCall),
     /// The answer is on its way.
     Streaming(ReplyStream),
@@ -42,7 +41,6 @@ impl Delivery {
         Self { state: State::Waiting(call), stall, has_begun: false }
     }
 
-    /// Sends a chunk.
     pub async fn send(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
         self.has_begun = true;
         time::timeout(self.stall, self.state.send(chunk)).await.unwrap_or(Err(Interrupted))
@@ -67,7 +65,6 @@ impl Delivery {
         self.has_begun
     }
 
-    /// Ends the answer.
     pub async fn finish(self) {
         // A caller that is gone needs no end.
         if let State::Streaming(reply) = self.state {
@@ -112,7 +109,6 @@ pub enum AttemptEnd {
         last_chunk: Bytes,
         /// Why the answer ended.
         finish_reason: Option<FinishReason>,
-        /// What it took.
         usage: TokenUsage,
         /// The longest silence of the worker until its answer began.
         silence: Duration,
@@ -124,7 +120,6 @@ pub enum AttemptEnd {
     },
     /// The worker refused or failed.
     Failed {
-        /// What went wrong.
         error: WireError,
         /// Whether the worker had not even acknowledged the job.
         unacknowledged: bool,

@@ -56,7 +56,6 @@ fn load_progress(cached: &&mut CachedModel) -> LoadProgress {
 /// What a job wants of a worker.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
-    /// The model.
     pub model: &'a ModelKey,
     /// The adapter to run it with.
     pub adapter: Option<&'a AdapterName>,

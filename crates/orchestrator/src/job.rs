@@ -16,7 +16,6 @@ pub enum JobState {
     Streaming,
     /// The answer is whole.
     Completed,
-    /// It went wrong.
     Failed,
     /// Its caller gave up.
     Cancelled,
@@ -29,9 +28,7 @@ pub enum JobState {
 pub enum JobEvent {
     /// A reservation was written.
     Reserve,
-    /// The worker acknowledged.
     Acknowledge,
-    /// A chunk came.
     Chunk,
     /// The last chunk came.
     Complete,

@@ -64,7 +64,6 @@ pub struct Journey {
 }
 
 impl Journey {
-    /// Begins.
     pub fn new(mut request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
         // The orchestrator itself tells work from silence by it.
         let wants_progress = std::mem::replace(&mut request.progress, true);

@@ -53,17 +53,14 @@ const DRAIN: Duration = Duration::from_secs(10);
 pub struct OrchestratorParts {
     /// Its end of the network.
     pub transport: Arc<dyn Transport>,
-    /// Where it stands.
     pub region: Region,
     /// The time of day.
     pub clock: Arc<dyn Clock>,
     /// Jobs, reservations and usage.
     pub store: Arc<dyn MetadataStore>,
-    /// Where it counts.
     pub metrics: Metrics,
     /// Who may give it jobs and reports, and get them.
     pub membership: Membership,
-    /// The program's version.
     pub version: String,
 }
 

@@ -77,13 +77,10 @@ impl Drop for Counted {
 
 /// How a job ends.
 pub struct Ending {
-    /// Its terminal state.
     pub state: TerminalState,
     /// Why the answer ended.
     pub finish_reason: Option<FinishReason>,
-    /// What it took.
     pub usage: Option<TokenUsage>,
-    /// What went wrong.
     pub error: Option<WireError>,
 }
 

@@ -8,7 +8,6 @@ use protocol::{CorrelationId, ErrorCode};
 /// How an attempt failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Failure {
-    /// What went wrong.
     pub code: ErrorCode,
     /// Whether part of the answer had reached the caller.
     pub streamed: bool,
@@ -22,7 +21,6 @@ pub enum Plan {
         /// How long to wait.
         after: Duration,
     },
-    /// Nobody tries.
     GiveUp,
 }
 

@@ -18,7 +18,6 @@ pub const TABLE_MAX: usize = 64;
 /// What is known of a worker that supports the model asked for, or one of them. Who supports several comes with each.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Candidate {
-    /// The worker.
     pub worker_id: WorkerId,
     /// Which of the models that may run the job it would run, counted from 0.
     pub build: usize,

@@ -3,6 +3,8 @@
 //! No I/O, no async, no clock: every function here is a pure function of its arguments. Bytes from a peer enter
 //! through [`codec`] and [`signature`], and never panic.
 
+#![warn(missing_docs)]
+
 pub mod admission;
 pub mod artifact;
 pub mod clock;

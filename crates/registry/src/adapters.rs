@@ -14,7 +14,6 @@ pub enum AdapterError {
     /// It could not be registered.
     #[error(transparent)]
     Put(#[from] PutAdapterError),
-    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }

@@ -42,7 +42,6 @@ const REVOCATION_MARGIN: Duration = Duration::from_hours(24);
 pub struct Grant {
     /// Its name, for people.
     pub name: String,
-    /// Its roles.
     pub roles: Vec<NodeRole>,
     /// Where; none for everywhere.
     pub regions: Vec<Region>,
@@ -127,7 +126,6 @@ pub enum AdmissionError {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// The store failed.
     #[error("could not read or write the registry's store")]
     Store(#[from] StoreError),
 }
@@ -148,7 +146,6 @@ impl From<AdmissionError> for WireError {
 }
 
 impl AdmissionOffice {
-    /// Opens an office.
     pub fn new(parts: AdmissionParts) -> Self {
         let (attempts, list, changes) = (Attempts::default(), RwLock::default(), watch::Sender::new(0));
         Self(Arc::new(Inner { parts, attempts, list, changes }))

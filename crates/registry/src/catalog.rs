@@ -28,7 +28,6 @@ pub enum OfferError {
     /// There are too many already.
     #[error("no more than {OFFERED_MAX} models are listed")]
     TooMany,
-    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }

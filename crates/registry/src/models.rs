@@ -81,7 +81,6 @@ pub enum ModelError {
     /// There are too many.
     #[error("no more than {0} can be listed")]
     TooMany(usize),
-    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -325,7 +324,6 @@ fn check_targets(catalog: &Catalog, entry: &AliasEntry) -> Result<(), ModelError
     Ok(())
 }
 
-/// Forgets an alias.
 pub async fn remove_alias(store: &dyn MetadataStore, alias: &ModelName) -> Result<AliasRemoved, ModelError> {
     Ok(AliasRemoved { found: store.remove_alias(alias).await? })
 }

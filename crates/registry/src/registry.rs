@@ -42,7 +42,6 @@ const OWN_CERTIFICATE_EVERY: Duration = Duration::from_mins(1);
 pub struct RegistryParts {
     /// Its end of the network.
     pub transport: Arc<dyn Transport>,
-    /// Where it stands.
     pub region: Region,
     /// The time of day.
     pub clock: Arc<dyn Clock>,
@@ -54,7 +53,6 @@ pub struct RegistryParts {
     pub pepper: Pepper,
     /// Says who belongs to the pool.
     pub admission: AdmissionOffice,
-    /// The program's version.
     pub version: String,
 }
 

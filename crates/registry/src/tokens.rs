@@ -33,7 +33,6 @@ pub enum IssueError {
     /// The token could not be kept.
     #[error("could not keep the token")]
     Put(#[from] PutTokenError),
-    /// The store failed.
     #[error("could not read or write the tenant's rules")]
     Store(#[from] StoreError),
 }
@@ -104,7 +103,6 @@ impl TokenOffice {
         Ok(TokenList { tokens: self.store.tokens().await?.into_iter().map(info).collect() })
     }
 
-    /// Revokes a token.
     pub async fn revoke(&self, key_id: &str) -> Result<TokenRevoked, StoreError> {
         Ok(TokenRevoked { found: self.store.revoke_token(key_id, self.clock.now()).await? })
     }

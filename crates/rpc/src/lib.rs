@@ -6,6 +6,8 @@
 //! known by certificates that nodes show each other first ([`membership`]). Models' files go from node to node by streams
 //! as well ([`artifacts`]).
 
+#![warn(missing_docs)]
+
 pub mod announce;
 pub mod artifacts;
 pub mod backoff;

@@ -80,7 +80,6 @@ pub struct WorkerParts {
     pub membership: Membership,
     /// Servers whose models it serves as well, as they come and go.
     pub adoption: Option<Adoption>,
-    /// The program's version.
     pub version: String,
 }
 
@@ -122,12 +121,7 @@ pub struct WorkerHandle {
 pub enum NotReady {
     /// A model could not be loaded. The worker goes on trying.
     #[error("{model}: {reason}")]
-    LoadFailed {
-        /// The model.
-        model: ModelKey,
-        /// Why.
-        reason: Arc<str>,
-    },
+    LoadFailed { model: ModelKey, reason: Arc<str> },
     /// The worker has stopped.
     #[error("the worker has stopped")]
     Stopped,

@@ -29,7 +29,6 @@ pub(crate) use chunk_writer::{empty_chunk, finish, pulse, send_progress};
 /// The most engines of a model that one job is given to, one after the other.
 const ENGINES_MAX: u32 = 2;
 
-/// Runs jobs.
 pub(crate) struct ExecutionEngine {
     runtime: Arc<dyn ModelRuntime>,
     loader: Arc<ModelLoader>,

@@ -111,7 +111,6 @@ pub(crate) struct LoadFailed {
 pub(crate) struct Observation {
     /// The models that answer.
     pub(crate) ready: Vec<(ModelKey, ModelId)>,
-    /// Each engine's state.
     pub(crate) snapshots: Vec<LoadSnapshot>,
 }
 

@@ -46,7 +46,6 @@ impl OwnServer {
         format!("http://{}:{}", Ipv4Addr::LOCALHOST, self.port)
     }
 
-    /// Returns its process.
     pub(crate) fn pid(&self) -> Option<u32> {
         self.child.id()
     }

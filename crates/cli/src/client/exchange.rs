@@ -29,7 +29,6 @@ const DOCUMENT_MAX: usize = 64 << 20;
 /// Why there was no response.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// Nobody listens there.
     Refused,
     /// It stands in the way of every request, and the text says what to do.
     Closed(anyhow::Error),

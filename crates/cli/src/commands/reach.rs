@@ -24,7 +24,6 @@ const SERVED_AGAIN: Duration = Duration::from_millis(100);
 
 /// A network that answers.
 pub(super) struct Reached {
-    /// Asks it.
     pub(super) client: GatewayClient,
     /// The model that was named, by the name that the network has for it.
     pub(super) model: Option<String>,

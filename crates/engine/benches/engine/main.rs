@@ -4,7 +4,7 @@
 //! Both sides are asked by the same client, with the same tokens, in turn; every figure is taken where the answer is
 //! read. Ours runs in a process of its own, as it ships.
 
-#![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods)]
+#![allow(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods)]
 
 mod comparison;
 mod continuation;

@@ -19,7 +19,6 @@ pub(super) struct Harmony {
 enum State {
     /// The prompt ends within a head, so the answer begins with the rest of it.
     Begin,
-    /// Between two messages.
     Head,
     /// The same, where the first of them called a function.
     BehindCall,

@@ -52,11 +52,9 @@ enum State {
         name: String,
         count: usize,
     },
-    /// After arguments.
     Closing {
         wrapper: Wrapper,
     },
-    /// After a call.
     Between,
 }
 
@@ -67,7 +65,6 @@ enum Wrapper {
     Object,
     /// `<function=…>`.
     Function,
-    /// Nothing.
     None,
 }
 

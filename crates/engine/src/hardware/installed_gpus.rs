@@ -17,13 +17,9 @@ const DISPLAY_CLASS: &str = "0x03";
 /// Who made a GPU. Displays of server boards and of virtual machines are by others, and compute nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Vendor {
-    /// NVIDIA.
     Nvidia,
-    /// AMD.
     Amd,
-    /// Intel.
     Intel,
-    /// Apple.
     Apple,
 }
 

@@ -10,7 +10,6 @@ use super::{Backend, BackendState, Device, Hardware};
 pub struct UnusedGpu {
     /// Which one, for people.
     pub gpu: String,
-    /// Why.
     pub why: WhyUnused,
 }
 

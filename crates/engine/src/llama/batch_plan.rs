@@ -7,7 +7,6 @@ use crate::model_runtime::AdapterId;
 pub(super) struct Need {
     /// The adapter that its tokens are evaluated with.
     pub(super) adapter: Option<AdapterId>,
-    /// Its tokens.
     pub(super) tokens: Tokens,
 }
 
@@ -34,7 +33,6 @@ pub(super) struct Plan {
 /// How much a step may hold.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    /// Tokens.
     pub(super) room: usize,
     /// Prompt tokens while any slot generates: a longer step delays its next token.
     pub(super) prompt_beside_others: usize,

@@ -75,7 +75,6 @@ impl Endings {
         self.entries.retain(|entry| entry.adapter != Some(adapter));
     }
 
-    /// Drops everything.
     pub(super) fn clear(&mut self) {
         self.entries.clear();
     }

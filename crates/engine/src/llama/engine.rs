@@ -31,14 +31,18 @@ const RATE_WINDOW: Duration = Duration::from_secs(5);
 
 /// What an engine thread is asked to do.
 pub(super) enum Work {
-    /// Continue a prompt.
     Generate(Box<Job>),
-    /// Make a vector.
     Embed(EmbedJob),
     /// Attach an adapter from its verified file.
-    AddAdapter { adapter: AdapterId, file: File, attached: oneshot::Sender<Result<(), EngineError>> },
+    AddAdapter {
+        adapter: AdapterId,
+        file: File,
+        attached: oneshot::Sender<Result<(), EngineError>>,
+    },
     /// Let an adapter go once nothing runs with it.
-    RemoveAdapter { adapter: AdapterId },
+    RemoveAdapter {
+        adapter: AdapterId,
+    },
 }
 
 /// How an engine works.

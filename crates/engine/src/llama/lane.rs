@@ -66,7 +66,6 @@ struct PromptRow {
 /// What a step brought.
 #[derive(Default)]
 pub(super) struct Outcome {
-    /// Generations that ended.
     pub(super) finished: Vec<Finished>,
     /// Generations that lost their cells to others and wait to go on, the eldest first.
     pub(super) preempted: Vec<Sequence>,

@@ -15,7 +15,6 @@ use crate::model_runtime::{AdapterId, EngineError, FinishReason, Piece, Sampling
 use crate::sampler::{History, SampleError, Sampler};
 use crate::text_assembler::TextAssembler;
 
-/// An admitted generation.
 pub(super) struct Job {
     /// The prompt's tokens, and those of the answer that its reader has already.
     pub(super) tokens: Vec<Token>,
@@ -305,7 +304,6 @@ fn piece(delta: Delta) -> Piece {
 }
 
 impl Finished {
-    /// Tells the reader.
     pub(super) fn tell(self) {
         self.outbox.done(self.last, self.reason, self.usage);
     }

@@ -15,7 +15,6 @@ pub(super) struct Snapshots {
 /// One sequence as it was.
 #[derive(Debug)]
 pub(super) struct Snapshot {
-    /// Its tokens.
     pub(super) tokens: Vec<Token>,
     /// The adapter it was evaluated with.
     pub(super) adapter: Option<AdapterId>,

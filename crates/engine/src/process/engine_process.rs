@@ -61,7 +61,6 @@ struct State {
     generations: HashMap<u64, Generation>,
     questions: HashMap<u64, oneshot::Sender<Result<Answer, EngineError>>>,
     snapshot: Option<LoadSnapshot>,
-    /// Frames that came.
     heard: u64,
     /// Whether something was asked since the last frame came.
     asked: bool,
@@ -86,7 +85,6 @@ pub(super) struct Loading {
 
 /// Why the frames of a process ended.
 enum Ending {
-    /// The socket closed.
     Closed,
     /// The worker wants it to end.
     Killed,

@@ -8,15 +8,10 @@ use crate::model_facts::ModelFacts;
 /// Who made a server. All of them speak OpenAI's API, and each knows some words more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dialect {
-    /// vLLM.
     Vllm,
-    /// SGLang.
     Sglang,
-    /// llama.cpp's own server.
     LlamaServer,
-    /// Ollama.
     Ollama,
-    /// LM Studio.
     LmStudio,
     /// Somebody else: only what OpenAI's API has is asked of it.
     Other,
@@ -40,9 +35,7 @@ pub struct Listed {
 /// What a model is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// It continues texts.
     Text,
-    /// It makes vectors.
     Vectors,
     /// Its server does not tell.
     Unknown,

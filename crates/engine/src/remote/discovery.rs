@@ -13,9 +13,7 @@ pub const MODELS_MAX: usize = 256;
 /// A server and its models.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Survey {
-    /// Who made it.
     pub dialect: Dialect,
-    /// Its models.
     pub models: Vec<Listed>,
 }
 

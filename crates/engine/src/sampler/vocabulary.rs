@@ -50,7 +50,6 @@ pub(super) fn weight(logit: f32, highest: f32, floor: f32, temperature: f32) -> 
     if logit < floor { 0.0 } else { exp((logit - highest) / temperature) }
 }
 
-/// Weighs all tokens.
 pub(super) fn weigh(logits: &[f32], highest: f32, floor: f32, temperature: f32, weights: &mut Vec<f32>) {
     weights.resize(logits.len(), 0.0);
     let (chunks, rest) = logits.as_chunks::<LANES>();

@@ -1,7 +1,7 @@
 //! The kernels beside what the same numbers give in plain arithmetic.
 
 #![cfg(target_arch = "x86_64")]
-#![allow(missing_docs, unsafe_code)]
+#![allow(unsafe_code)]
 
 mod attention;
 mod products;

@@ -30,7 +30,6 @@ pub(crate) enum Status {
     Absent,
     /// It is being verified or loaded.
     Loading(Load),
-    /// It answers.
     Ready(LoadedModel),
     /// It could not be loaded, or its engine died; it is tried again. For those who operate the network.
     Failed(Arc<str>),
@@ -524,7 +523,6 @@ impl Entry {
         self.merged.load(Ordering::Relaxed)
     }
 
-    /// Notes it.
     pub(crate) fn set_merged(&self, merged: bool) {
         self.merged.store(merged, Ordering::Relaxed);
     }
@@ -629,7 +627,6 @@ impl Entry {
         self.strikes.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Forgets the failures.
     pub(crate) fn forgive(&self) {
         // Read first: the usual case writes nothing that cores would have to share.
         if self.strikes.load(Ordering::Relaxed) != 0 {

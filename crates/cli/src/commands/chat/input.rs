@@ -22,7 +22,6 @@ pub(super) const COMMANDS: [(&str, &str, &str); 10] = [
 /// What a person wants.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Input {
-    /// An empty line.
     Nothing,
     /// Text for the model.
     Say(String),

@@ -11,7 +11,6 @@ use super::number::display;
 /// The widest text that padding makes.
 const WIDTH_MAX: i64 = 10_000;
 
-/// Adds them all.
 pub(in super::super) fn add(environment: &mut Environment<'_>) {
     for name in ["length", "count"] {
         environment.add_filter(name, length);

@@ -19,7 +19,6 @@ pub(crate) struct Batch {
 unsafe impl Send for Batch {}
 
 impl Batch {
-    /// Empties the batch.
     pub(crate) fn clear(&mut self) {
         self.tokens.clear();
         self.positions.clear();

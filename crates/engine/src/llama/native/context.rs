@@ -21,7 +21,6 @@ pub(crate) struct ContextOptions {
     pub(crate) sequences: u32,
     /// Rows of output that a batch has at most.
     pub(crate) outputs: u32,
-    /// Threads that compute.
     pub(crate) threads: i32,
     /// Makes vectors of texts instead of continuing them.
     pub(crate) pooling: Option<Pooling>,
@@ -34,7 +33,6 @@ pub(crate) enum Pooling {
     OfModel,
     /// Not at all: each token keeps its own.
     Tokens,
-    /// Their mean.
     Mean,
     /// That of the first token.
     First,
@@ -112,7 +110,6 @@ impl Context {
         })
     }
 
-    /// Returns the model.
     pub(crate) fn model(&self) -> &Arc<Model> {
         &self.model
     }
@@ -234,7 +231,6 @@ impl Context {
         unsafe { sys::llama_memory_seq_cp(self.memory(), from, to, 0, end as i32) }
     }
 
-    /// Forgets everything.
     pub(crate) fn clear(&mut self) {
         // SAFETY: the memory belongs to the context.
         unsafe { sys::llama_memory_clear(self.memory(), false) }

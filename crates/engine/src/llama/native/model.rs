@@ -25,7 +25,6 @@ pub(crate) struct ModelOptions {
 /// llama.cpp gives up keys and values that these layers no longer see, as soon as it needs their place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Window {
-    /// All of it.
     All,
     /// So many positions, the last one included.
     Sliding(usize),
