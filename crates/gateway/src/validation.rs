@@ -62,7 +62,7 @@ pub fn parse_completion(bytes: &[u8]) -> Result<Generation, WireError> {
 /// Reads the body of `POST /infer`.
 pub fn parse_infer(bytes: &[u8]) -> Result<Job, WireError> {
     let submission: InferSubmission = read(bytes).map_err(native_missing_model)?;
-    submission.input.check().map_err(native)?;
+    submission.input.check().map_err(|invalid| native(invalid.into()))?;
     if submission.deadline_ms == Some(0) {
         return Err(invalid("deadlineMs", "must be at least 1"));
     }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use inference::InvalidInput;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -274,6 +275,12 @@ pub struct LoadingModel {
     pub node: String,
     /// How far that one is.
     pub progress: LoadProgress,
+}
+
+impl From<InvalidInput> for WireError {
+    fn from(invalid: InvalidInput) -> Self {
+        Self::new(ErrorCode::InvalidValue, invalid.to_string()).with_param(invalid.param)
+    }
 }
 
 impl WireError {

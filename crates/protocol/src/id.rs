@@ -2,89 +2,13 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
 
+use inference::name::is_model_name;
+pub use inference::name::{AdapterName, MalformedId};
+use inference::text_id;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use uuid::Uuid;
-
-/// Says which part of a name is malformed and what it should be.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{part} {found:?} is malformed: {expected}")]
-pub struct MalformedId {
-    /// The part, such as `region`.
-    pub part: &'static str,
-    /// What was found, cut to 80 characters.
-    pub found: String,
-    /// What was expected.
-    pub expected: &'static str,
-}
-
-impl MalformedId {
-    pub(crate) fn new(part: &'static str, found: &str, expected: &'static str) -> Self {
-        Self { part, found: found.chars().take(80).collect(), expected }
-    }
-}
-
-/// Defines a checked, cheaply cloned text id with its serde, display and schema.
-macro_rules! text_id {
-    ($(#[$doc:meta])* $name:ident, $part:literal, $expected:literal, $pattern:literal, $check:expr) => {
-        $(#[$doc])*
-        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(Arc<str>);
-
-        impl $name {
-            /// Returns the text.
-            pub fn as_str(&self) -> &str {
-                &self.0
-            }
-        }
-
-        impl FromStr for $name {
-            type Err = MalformedId;
-
-            fn from_str(text: &str) -> Result<Self, MalformedId> {
-                let check: fn(&str) -> bool = $check;
-                if check(text) { Ok(Self(text.into())) } else { Err(MalformedId::new($part, text, $expected)) }
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str(&self.0)
-            }
-        }
-
-        impl fmt::Debug for $name {
-            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(formatter, "{}({})", stringify!($name), self.0)
-            }
-        }
-
-        impl Serialize for $name {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.serialize_str(&self.0)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
-                text.parse().map_err(de::Error::custom)
-            }
-        }
-
-        impl JsonSchema for $name {
-            fn schema_name() -> std::borrow::Cow<'static, str> {
-                stringify!($name).into()
-            }
-
-            fn json_schema(_: &mut SchemaGenerator) -> Schema {
-                json_schema!({ "type": "string", "pattern": $pattern, "description": $expected })
-            }
-        }
-    };
-}
 
 fn is_slug(text: &str) -> bool {
     let word =
@@ -92,21 +16,9 @@ fn is_slug(text: &str) -> bool {
     text.len() <= 64 && text.split('-').all(word)
 }
 
-fn is_model_name(text: &str) -> bool {
-    let word =
-        |word: &str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
-    text.len() <= 64 && text.split(['.', '-']).all(word)
-}
-
 text_id! {
     /// A model's name, such as `llama3.1-8b` (T4).
     ModelName, "model", "lower-case letters and digits in words joined by '.' or '-', at most 64 characters",
-    "^[a-z0-9]+([.-][a-z0-9]+)*$", is_model_name
-}
-
-text_id! {
-    /// A LoRA adapter's name; it reads like a model's.
-    AdapterName, "adapter", "lower-case letters and digits in words joined by '.' or '-', at most 64 characters",
     "^[a-z0-9]+([.-][a-z0-9]+)*$", is_model_name
 }
 
@@ -158,7 +70,6 @@ impl fmt::Display for ModelVersion {
     }
 }
 
-/// Defines serde and schema through `FromStr` and `Display`.
 /// The longest name of a model, in bytes.
 const MODEL_NAME_BYTES_MAX: usize = 64;
 
@@ -184,6 +95,7 @@ impl ModelName {
     }
 }
 
+/// Defines serde and schema through `FromStr` and `Display`.
 macro_rules! as_text {
     ($name:ident, $pattern:literal, $description:literal) => {
         impl Serialize for $name {

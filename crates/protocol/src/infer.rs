@@ -1,8 +1,5 @@
 //! `Infer.Request` and `Infer.Chunk`: a job on its way to a worker, and its answer on the way back (T5).
 
-mod input;
-mod limits;
-
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -14,8 +11,11 @@ use crate::id::{CorrelationId, ModelName, ModelVersion, RetryToken, TenantId, Tr
 use crate::model::ModelKey;
 use crate::usage::TokenUsage;
 
-pub use input::*;
-pub use limits::*;
+pub use inference::{
+    ANSWERS_MAX, EMBED_MAX, EmbedInput, FinishReason, Input, InvalidInput, LOGIT_BIAS_MAX, LOGPROBS_MAX, Message,
+    N_MAX, OutputFormat, Progress, Role, SCHEMA_BYTES_MAX, SCHEMA_DEPTH_MAX, STOP_BYTES_MAX, STOP_MAX, TOOLS_MAX,
+    TokenLogprob, Tool, ToolCall, ToolCallDelta, ToolChoice,
+};
 
 /// The name of the stream that takes a job to an orchestrator, or from a client to a gateway, which also answers it as
 /// a unary call.
@@ -121,16 +121,6 @@ pub struct InferChunk {
     pub progress: Option<Progress>,
 }
 
-/// How far a job is whose answer has nothing new yet.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Progress {
-    /// Tokens of the prompt that are evaluated or cached; 0 while the job waits its turn.
-    pub tokens_read: u32,
-    /// Tokens to evaluate before the answer begins; 0 where nobody knows.
-    pub tokens_total: u32,
-}
-
 /// A job that is worked on, or that waits its turn, says so at least this often.
 pub const PROGRESS_WITHIN: Duration = Duration::from_secs(2);
 
@@ -175,38 +165,6 @@ fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 
-/// More of one call. The first of a call brings its id and name.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default)]
-pub struct ToolCallDelta {
-    /// Which call of the answer, counted from 0.
-    pub index: u32,
-    /// The call's name within the conversation.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// The function's name.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    /// Text to append to its arguments.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub arguments: String,
-}
-
-/// How likely a token was, by the model alone, before any setting of the request.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct TokenLogprob {
-    /// The token.
-    pub token: u32,
-    /// Its bytes, which need not be whole characters.
-    pub bytes: Vec<u8>,
-    /// The natural logarithm of its probability.
-    pub logprob: f32,
-    /// The likeliest tokens in its place, the likeliest first.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub top: Vec<TokenLogprob>,
-}
-
 /// The vector of one text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -233,29 +191,6 @@ impl Embedding {
     }
 }
 
-/// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum FinishReason {
-    /// The model ended its turn, or a stop text came.
-    Stop,
-    /// The token limit or the end of the context was reached.
-    Length,
-    /// The model ended its turn and called functions.
-    ToolCalls,
-}
-
-impl FinishReason {
-    /// Returns the word OpenAI's clients know it by.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::Length => "length",
-            Self::ToolCalls => "tool_calls",
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -272,5 +207,13 @@ mod tests {
         for text in ["AACAPw", "AACAPwA=", "?", "AACAPw==\n"] {
             assert_eq!(Embedding { index: 0, base64: text.into() }.vector(), None, "{text}");
         }
+    }
+
+    #[test]
+    fn an_error_in_the_input_is_located() {
+        let text =
+            br#"{"modelId":"m","input":{"messages":[{"role":"user","content":"a"},{"role":"wizard","content":"b"}]}}"#;
+        let error = crate::codec::decode::<InferSubmission>(text).expect_err("no such role");
+        assert!(error.to_string().starts_with("input.messages[1].role"), "{error}");
     }
 }

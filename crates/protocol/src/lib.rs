@@ -24,7 +24,8 @@ pub mod schema;
 pub mod signature;
 pub mod token;
 pub mod topic;
-pub mod usage;
+
+pub use inference::usage;
 
 pub use clock::{Clock, UnixMillis};
 pub use error_code::{ErrorCode, WireError};

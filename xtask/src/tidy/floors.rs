@@ -6,6 +6,7 @@ use serde_json::Value;
 /// The floor of each crate's folder, as in `ARCHITECTURE.md`.
 const FLOORS: &[(&str, u64)] = &[
     ("hyperswarm", 0),
+    ("inference", 0),
     ("kernels", 0),
     ("engine", 0),
     ("protocol", 1),
@@ -23,6 +24,7 @@ const FLOORS: &[(&str, u64)] = &[
 
 /// The ground is for those who need it: a ground crate, and the crates that may use it.
 const GROUND: &[(&str, &[&str])] = &[
+    ("inference", &["engine", "protocol"]),
     ("kernels", &["engine"]),
     ("engine", &["worker", "cli", "simulation"]),
     ("hyperswarm", &["rpc", "cli", "simulation"]),

@@ -40,7 +40,7 @@ fn check_lines(file: &SourceFile) -> Vec<String> {
     // These kinds do run: the process that another test starts, and what `interop/run` and `make bench-engine` ask for.
     let excused = ["runs only as the child of ", "needs Node: make interop", "needs models: make bench-engine"]
         .map(|why| format!("{ignored} = \"{why}"));
-    let is_language = file.path.starts_with("crates/protocol/src/");
+    let is_language = ["crates/inference/src/", "crates/protocol/src/"].iter().any(|src| file.path.starts_with(src));
     let mut findings = vec![];
     for (index, line) in file.text.lines().enumerate() {
         let at = format!("{}:{}", file.path, index + 1);
@@ -51,7 +51,7 @@ fn check_lines(file: &SourceFile) -> Vec<String> {
             findings.push(format!("{at}: a path below {home} is somebody's own"));
         }
         for word in OUTSIDE_WORLD.iter().filter(|word| is_language && line.contains(**word)) {
-            findings.push(format!("{at}: protocol does no I/O, so no {word}"));
+            findings.push(format!("{at}: inference and protocol do no I/O, so no {word}"));
         }
         let code = line.trim_start();
         if file.has_extension("rs") && code.starts_with(&ignored) && !excused.iter().any(|why| code.starts_with(why)) {

@@ -54,7 +54,7 @@ pub fn parse_embeddings(bytes: &[u8]) -> Result<Vectors, WireError> {
         keep_alive_secs: keep_alive.map(|KeepAlive(secs)| secs),
         ..Input::default()
     };
-    input.check().map_err(under_its_name)?;
+    input.check().map_err(|invalid| under_its_name(invalid.into()))?;
     Ok(Vectors { job: job(model, input), model: name, encoding: encoding_format.unwrap_or_default() })
 }
 

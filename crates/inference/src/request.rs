@@ -6,7 +6,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use crate::id::AdapterName;
+use crate::constraint::OutputFormat;
+use crate::message::Message;
+use crate::name::AdapterName;
+use crate::tool::{Tool, ToolChoice};
 
 /// What to answer, and how. A bare string is a prompt with all else at its default.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -150,133 +153,6 @@ impl EmbedInput {
     }
 }
 
-/// A function that the model may call.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Tool {
-    /// Its name, 1 to 64 letters, digits, `_` and `-`.
-    pub name: String,
-    /// What it does, for the model to read.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub description: Option<String>,
-    /// The JSON schema of its arguments.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub parameters: Option<Value>,
-}
-
-/// Whether the model calls functions.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub enum ToolChoice {
-    /// As it sees fit.
-    #[default]
-    Auto,
-    /// Never.
-    None,
-    /// At least one.
-    Required,
-    /// This one.
-    Function(String),
-}
-
-impl ToolChoice {
-    fn is_auto(&self) -> bool {
-        *self == Self::Auto
-    }
-}
-
-/// What form an answer must have.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub enum OutputFormat {
-    /// Any.
-    #[default]
-    Text,
-    /// A JSON object.
-    Json,
-    /// JSON that the schema allows.
-    JsonSchema(Value),
-    /// Text that the whole regular expression matches.
-    Regex(String),
-    /// Text of a grammar in llguidance's dialect of Lark.
-    Lark(String),
-}
-
-impl OutputFormat {
-    fn is_text(&self) -> bool {
-        *self == Self::Text
-    }
-}
-
-/// One message of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Message {
-    /// Who speaks.
-    pub role: Role,
-    /// What is said; may be empty where an assistant only calls functions.
-    #[serde(default)]
-    pub content: String,
-    /// What an assistant thought before it spoke.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reasoning: Option<String>,
-    /// The functions an assistant called.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub tool_calls: Vec<ToolCall>,
-    /// The call that a tool's message answers.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tool_call_id: Option<String>,
-    /// The name of who speaks, or of the tool that answers.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-}
-
-impl Message {
-    /// Returns a message of plain text.
-    pub fn new(role: Role, content: impl Into<String>) -> Self {
-        let content = content.into();
-        Self { role, content, reasoning: None, tool_calls: Vec::new(), tool_call_id: None, name: None }
-    }
-}
-
-/// A function that an assistant called.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct ToolCall {
-    /// The call's name within the conversation.
-    pub id: String,
-    /// The function's name.
-    pub name: String,
-    /// Its arguments as JSON text; a model may write text that is not JSON.
-    pub arguments: String,
-}
-
-/// Who speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Instructions of whoever built the application.
-    System,
-    /// A person.
-    User,
-    /// The model.
-    Assistant,
-    /// A function that the model called.
-    Tool,
-}
-
-impl Role {
-    /// Returns the word chat templates know it by.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::System => "system",
-            Self::User => "user",
-            Self::Assistant => "assistant",
-            Self::Tool => "tool",
-        }
-    }
-}
-
 impl<'de> Deserialize<'de> for Input {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         // A visitor instead of an untagged enum, which would hide where in the input an error lies.
@@ -316,20 +192,11 @@ impl Serialize for Input {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::infer::InferSubmission;
 
     #[test]
     fn a_bare_string_is_a_prompt() {
         let input: Input = serde_json::from_str("\"hello\"").expect("a string is an input");
         assert_eq!(input.prompt.as_deref(), Some("hello"));
         input.check().expect("a prompt is enough");
-    }
-
-    #[test]
-    fn an_error_in_the_input_is_located() {
-        let text =
-            br#"{"modelId":"m","input":{"messages":[{"role":"user","content":"a"},{"role":"wizard","content":"b"}]}}"#;
-        let error = crate::codec::decode::<InferSubmission>(text).expect_err("no such role");
-        assert!(error.to_string().starts_with("input.messages[1].role"), "{error}");
     }
 }

@@ -2,8 +2,10 @@
 
 use serde_json::Value;
 
-use super::{EmbedInput, Input, OutputFormat, Role, ToolChoice};
-use crate::error_code::{ErrorCode, WireError};
+use crate::constraint::OutputFormat;
+use crate::message::Role;
+use crate::request::{EmbedInput, Input};
+use crate::tool::ToolChoice;
 
 /// The most texts in `stop`.
 pub const STOP_MAX: usize = 16;
@@ -27,12 +29,20 @@ pub const SCHEMA_BYTES_MAX: usize = 256 * 1024;
 /// The most levels of a schema.
 pub const SCHEMA_DEPTH_MAX: usize = 48;
 
+/// A value that an [`Input`] must not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{param} {problem}")]
+pub struct InvalidInput {
+    /// The field, as clients of OpenAI's API name it.
+    pub param: &'static str,
+    /// What is wrong with it, such as `must be between 0 and 2`.
+    pub problem: &'static str,
+}
+
 impl Input {
     /// Checks what types cannot: that exactly one prompt is given, and that numbers lie within their ranges.
-    pub fn check(&self) -> Result<(), WireError> {
-        let invalid = |param: &str, message: &str| {
-            Err(WireError::new(ErrorCode::InvalidValue, format!("{param} {message}")).with_param(param))
-        };
+    pub fn check(&self) -> Result<(), InvalidInput> {
+        let invalid = |param, problem| Err(InvalidInput { param, problem });
         let Self { messages, prompt, prompt_tokens, prompts, embed, .. } = self;
         let given = [messages.is_some(), prompt.is_some(), prompt_tokens.is_some(), prompts.is_some(), embed.is_some()];
         if given.into_iter().filter(|given| *given).count() != 1 {
@@ -205,7 +215,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::infer::{Message, Tool};
+    use crate::message::Message;
+    use crate::tool::Tool;
 
     #[test]
     fn a_value_out_of_range_names_its_field() {
@@ -249,7 +260,7 @@ mod tests {
             (Input { prompts: Some(vec![EmbedInput::Text("x".into())]), ..prompt() }, "input"),
         ];
         for (input, param) in cases {
-            assert_eq!(input.check().expect_err(param).param.as_deref(), Some(param));
+            assert_eq!(input.check().expect_err(param).param, param);
         }
     }
     #[test]
@@ -269,8 +280,8 @@ mod tests {
                 (Input { format: OutputFormat::JsonSchema(schema.clone()), ..chat() }, "response_format"),
                 (Input { template_options: options, ..chat() }, "chat_template_kwargs"),
             ] {
-                let refused = input.check().err().and_then(|error| error.param);
-                assert_eq!(refused.as_deref(), (!fits).then_some(param));
+                let refused = input.check().err().map(|error| error.param);
+                assert_eq!(refused, (!fits).then_some(param));
             }
         }
         let long = OutputFormat::Regex("x".repeat(SCHEMA_BYTES_MAX + 1));
