@@ -39,134 +39,118 @@ pub struct InvalidInput {
     pub problem: &'static str,
 }
 
+/// Returns the refusal of a field unless the condition holds.
+pub(crate) fn ensure(holds: bool, param: &'static str, problem: &'static str) -> Result<(), InvalidInput> {
+    if holds { Ok(()) } else { Err(InvalidInput { param, problem }) }
+}
+
 impl Input {
     /// Checks what types cannot: that exactly one prompt is given, and that numbers lie within their ranges.
     pub fn check(&self) -> Result<(), InvalidInput> {
-        let invalid = |param, problem| Err(InvalidInput { param, problem });
+        self.check_prompt()?;
+        self.check_tools()?;
+        self.check_schemas()?;
+        self.check_tool_choice()?;
+        self.check_counts()?;
+        self.check_sampling()?;
+        self.check_end()
+    }
+
+    fn check_prompt(&self) -> Result<(), InvalidInput> {
         let Self { messages, prompt, prompt_tokens, prompts, embed, .. } = self;
         let given = [messages.is_some(), prompt.is_some(), prompt_tokens.is_some(), prompts.is_some(), embed.is_some()];
-        if given.into_iter().filter(|given| *given).count() != 1 {
-            return invalid("input", "must have exactly one of messages, prompt, promptTokens, prompts and embed");
-        }
-        if self.messages.as_ref().is_some_and(Vec::is_empty) {
-            return invalid("messages", "must not be empty");
-        }
-        if self.prompt_tokens.as_ref().is_some_and(Vec::is_empty) {
-            return invalid("prompt", "must not be empty");
-        }
+        let is_one = given.into_iter().filter(|given| *given).count() == 1;
+        ensure(is_one, "input", "must have exactly one of messages, prompt, promptTokens, prompts and embed")?;
+        ensure(!messages.as_ref().is_some_and(Vec::is_empty), "messages", "must not be empty")?;
+        ensure(!prompt_tokens.as_ref().is_some_and(Vec::is_empty), "prompt", "must not be empty")?;
         if let Some(prompts) = prompts {
             let no_tokens = |prompt: &EmbedInput| matches!(prompt, EmbedInput::Tokens(tokens) if tokens.is_empty());
-            if prompts.is_empty() || prompts.iter().any(no_tokens) {
-                return invalid("prompt", "must not be empty");
-            }
-            if prompts.len() > ANSWERS_MAX as usize || self.answers() > ANSWERS_MAX {
-                return invalid("prompt", "must have at most 128 texts, and with n at most 128 answers");
-            }
-            if self.count_only {
-                return invalid("countOnly", "is for one prompt at a time");
-            }
+            ensure(!prompts.is_empty() && !prompts.iter().any(no_tokens), "prompt", "must not be empty")?;
+            let are_few = prompts.len() <= ANSWERS_MAX as usize && self.answers() <= ANSWERS_MAX;
+            ensure(are_few, "prompt", "must have at most 128 texts, and with n at most 128 answers")?;
+            ensure(!self.count_only, "countOnly", "is for one prompt at a time")?;
         }
-        if self.suffix.is_some() && (messages.is_some() || embed.is_some()) {
-            return invalid("suffix", "is for texts to go on with");
+        if self.suffix.is_some() {
+            ensure(messages.is_none() && embed.is_none(), "suffix", "is for texts to go on with")?;
+            let problem = "does not go with echo, as the prompt is no longer the text before the answer";
+            ensure(!self.echo, "suffix", problem)?;
         }
-        if self.suffix.is_some() && self.echo {
-            return invalid("suffix", "does not go with echo, as the prompt is no longer the text before the answer");
+        if let Some(texts) = embed {
+            ensure((1..=EMBED_MAX).contains(&texts.len()), "embed", "must have 1 to 2048 texts")?;
+            ensure(!texts.iter().any(EmbedInput::is_empty), "embed", "must not have empty texts")?;
+            ensure(!self.count_only, "countOnly", "is for prompts, and not for texts to make vectors of")?;
         }
-        if self.embed.as_ref().is_some_and(|texts| texts.is_empty() || texts.len() > EMBED_MAX) {
-            return invalid("embed", "must have 1 to 2048 texts");
-        }
-        if self.embed.as_ref().is_some_and(|texts| texts.iter().any(EmbedInput::is_empty)) {
-            return invalid("embed", "must not have empty texts");
-        }
-        if self.embed.is_some() && self.count_only {
-            return invalid("countOnly", "is for prompts, and not for texts to make vectors of");
-        }
-        if self.dimensions == Some(0) {
-            return invalid("dimensions", "must be at least 1");
-        }
-        let last = self.messages.as_ref().and_then(|messages| messages.last());
-        if self.continue_last && !last.is_some_and(|last| last.role == Role::Assistant && !last.content.is_empty()) {
-            return invalid("continue_final_message", "needs an assistant's text as the last message");
-        }
-        if self.messages.is_none() && !self.tools.is_empty() {
-            return invalid("tools", "are for conversations");
-        }
-        if self.tools.len() > TOOLS_MAX {
-            return invalid("tools", "must be at most 128");
-        }
-        if !self.tools.iter().all(|tool| is_function_name(&tool.name)) {
-            return invalid("tools", "must have names of 1 to 64 letters, digits, _ and -");
-        }
-        if !self.tools.iter().filter_map(|tool| tool.parameters.as_ref()).all(may_be_object) {
-            return invalid("tools", "must have parameters of the type \"object\", as arguments have names");
-        }
-        let schemas = self.tools.iter().filter_map(|tool| tool.parameters.as_ref());
-        let descriptions = self.tools.iter().filter_map(|tool| tool.description.as_ref()).map(String::len).sum();
-        if !fit(schemas, descriptions) {
-            return invalid("tools", "must be at most 256 KiB and 48 levels deep");
-        }
-        if !fit(self.template_options.values(), 0) {
-            return invalid("chat_template_kwargs", "must be at most 256 KiB and 48 levels deep");
-        }
+        ensure(self.dimensions != Some(0), "dimensions", "must be at least 1")?;
+        let last = messages.as_ref().and_then(|messages| messages.last());
+        let is_begun = last.is_some_and(|last| last.role == Role::Assistant && !last.content.is_empty());
+        let problem = "needs an assistant's text as the last message";
+        ensure(!self.continue_last || is_begun, "continue_final_message", problem)
+    }
+
+    fn check_tools(&self) -> Result<(), InvalidInput> {
+        let tools = &self.tools;
+        let schemas = || tools.iter().filter_map(|tool| tool.parameters.as_ref());
+        ensure(self.messages.is_some() || tools.is_empty(), "tools", "are for conversations")?;
+        ensure(tools.len() <= TOOLS_MAX, "tools", "must be at most 128")?;
+        let are_named = tools.iter().all(|tool| is_function_name(&tool.name));
+        ensure(are_named, "tools", "must have names of 1 to 64 letters, digits, _ and -")?;
+        let problem = "must have parameters of the type \"object\", as arguments have names";
+        ensure(schemas().all(may_be_object), "tools", problem)?;
+        let descriptions = tools.iter().filter_map(|tool| tool.description.as_ref()).map(String::len).sum();
+        ensure(fit(schemas(), descriptions), "tools", "must be at most 256 KiB and 48 levels deep")
+    }
+
+    fn check_schemas(&self) -> Result<(), InvalidInput> {
+        let problem = "must be at most 256 KiB and 48 levels deep";
+        ensure(fit(self.template_options.values(), 0), "chat_template_kwargs", problem)?;
         let format_fits = match &self.format {
             OutputFormat::Text | OutputFormat::Json => true,
             OutputFormat::JsonSchema(schema) => fit([schema], 0),
             OutputFormat::Regex(text) | OutputFormat::Lark(text) => text.len() <= SCHEMA_BYTES_MAX,
         };
-        if !format_fits {
-            return invalid("response_format", "must be at most 256 KiB and 48 levels deep");
-        }
+        ensure(format_fits, "response_format", problem)
+    }
+
+    fn check_tool_choice(&self) -> Result<(), InvalidInput> {
         match &self.tool_choice {
-            ToolChoice::Required if self.tools.is_empty() => return invalid("tool_choice", "needs tools"),
-            ToolChoice::Function(name) if !self.tools.iter().any(|tool| tool.name == *name) => {
-                return invalid("tool_choice", "names a function that is not among the tools");
+            ToolChoice::Auto | ToolChoice::None => Ok(()),
+            ToolChoice::Required => ensure(!self.tools.is_empty(), "tool_choice", "needs tools"),
+            ToolChoice::Function(name) => {
+                let is_offered = self.tools.iter().any(|tool| tool.name == *name);
+                ensure(is_offered, "tool_choice", "names a function that is not among the tools")
             }
-            _ => {}
         }
-        if self.n.is_some_and(|n| !(1..=N_MAX).contains(&n)) {
-            return invalid("n", "must be between 1 and 16");
-        }
-        if self.logprobs.is_some_and(|count| count > LOGPROBS_MAX) {
-            return invalid("logprobs", "must be at most 20");
-        }
-        if self.logit_bias.len() > LOGIT_BIAS_MAX {
-            return invalid("logit_bias", "must have at most 1024 tokens");
-        }
-        if !self.logit_bias.values().all(|bias| (-100.0..=100.0).contains(bias)) {
-            return invalid("logit_bias", "must have values between -100 and 100");
-        }
-        let within = |value: Option<f32>, low: f32, high: f32| value.is_none_or(|value| (low..=high).contains(&value));
-        if !within(self.temperature, 0.0, 2.0) {
-            return invalid("temperature", "must be between 0 and 2");
-        }
-        if !within(self.top_p, f32::MIN_POSITIVE, 1.0) {
-            return invalid("top_p", "must be above 0 and at most 1");
-        }
-        if !within(self.min_p, 0.0, 1.0) {
-            return invalid("min_p", "must be between 0 and 1");
-        }
-        if !within(self.repetition_penalty, f32::MIN_POSITIVE, 2.0) {
-            return invalid("repetition_penalty", "must be above 0 and at most 2");
-        }
-        if !within(self.presence_penalty, -2.0, 2.0) {
-            return invalid("presence_penalty", "must be between -2 and 2");
-        }
-        if !within(self.frequency_penalty, -2.0, 2.0) {
-            return invalid("frequency_penalty", "must be between -2 and 2");
-        }
-        if self.max_tokens == Some(0) && !self.echo {
-            return invalid("max_tokens", "must be at least 1, unless echo is true");
-        }
-        if self.echo && (messages.is_some() || embed.is_some() || self.count_only) {
-            return invalid("echo", "is for texts to go on with");
-        }
-        if self.stop.len() > STOP_MAX {
-            return invalid("stop", "must have at most 16 texts");
-        }
-        if self.stop.iter().any(|stop| stop.is_empty() || stop.len() > STOP_BYTES_MAX) {
-            return invalid("stop", "must have texts of 1 to 256 bytes");
+    }
+
+    fn check_counts(&self) -> Result<(), InvalidInput> {
+        ensure(self.n.is_none_or(|n| (1..=N_MAX).contains(&n)), "n", "must be between 1 and 16")?;
+        ensure(self.logprobs.is_none_or(|count| count <= LOGPROBS_MAX), "logprobs", "must be at most 20")?;
+        ensure(self.logit_bias.len() <= LOGIT_BIAS_MAX, "logit_bias", "must have at most 1024 tokens")
+    }
+
+    fn check_sampling(&self) -> Result<(), InvalidInput> {
+        let are_within = self.logit_bias.values().all(|bias| (-100.0..=100.0).contains(bias));
+        ensure(are_within, "logit_bias", "must have values between -100 and 100")?;
+        for (param, value, least, most, problem) in [
+            ("temperature", self.temperature, 0.0, 2.0, "must be between 0 and 2"),
+            ("top_p", self.top_p, f32::MIN_POSITIVE, 1.0, "must be above 0 and at most 1"),
+            ("min_p", self.min_p, 0.0, 1.0, "must be between 0 and 1"),
+            ("repetition_penalty", self.repetition_penalty, f32::MIN_POSITIVE, 2.0, "must be above 0 and at most 2"),
+            ("presence_penalty", self.presence_penalty, -2.0, 2.0, "must be between -2 and 2"),
+            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "must be between -2 and 2"),
+        ] {
+            ensure(value.is_none_or(|value| (least..=most).contains(&value)), param, problem)?;
         }
         Ok(())
+    }
+
+    fn check_end(&self) -> Result<(), InvalidInput> {
+        ensure(self.max_tokens != Some(0) || self.echo, "max_tokens", "must be at least 1, unless echo is true")?;
+        let repeats = self.messages.is_none() && self.embed.is_none() && !self.count_only;
+        ensure(!self.echo || repeats, "echo", "is for texts to go on with")?;
+        ensure(self.stop.len() <= STOP_MAX, "stop", "must have at most 16 texts")?;
+        let are_short = self.stop.iter().all(|stop| (1..=STOP_BYTES_MAX).contains(&stop.len()));
+        ensure(are_short, "stop", "must have texts of 1 to 256 bytes")
     }
 }
 
@@ -263,6 +247,7 @@ mod tests {
             assert_eq!(input.check().expect_err(param).param, param);
         }
     }
+
     #[test]
     fn schemas_have_bounds_of_size_and_depth_wherever_they_stand() {
         let nested = |levels| (1..levels).fold(Value::Null, |inner, _| json!([inner]));
