@@ -1,12 +1,21 @@
-//! Attention over keys and values that many sequences share.
+//! Attention of queries to a KV cache whose cells belong to many sequences.
 //!
-//! Where sequences share a room, most cells are none of a given query's business, which is what the mask says. Those that
-//! are, are sorted into blocks of sixteen by their positions, wherever they lie: position 0 to 15, 16 to 31 and so on, each
-//! in its lane. The keys of a block are turned on their side once for all heads that share them, and the softmax is kept up
-//! to date from block to block.
+//! The method is online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) over blocks of
+//! keys, as FlashAttention has it (Dao et al., 2022). For a query `q` of one head, with keys `k` and values `v`:
 //!
-//! So the result of a query depends, to the bit, on the keys and values that it sees and on their positions: not on the
-//! cells that hold them, not on what else is in the room or is asked beside it, not on how a prompt was cut into batches.
+//! ```text
+//! s_i = scale · q·k_i + mask_i           m = max(m, s_i)           p_i = exp(s_i - m)
+//! denominator = Σ p_i                    acc = Σ p_i · v_i         output = acc / denominator
+//! ```
+//!
+//! A larger running maximum `m` rescales the denominator and the accumulator of the blocks before.
+//!
+//! The mask hides most cells from a given query. The cells that some query sees are sorted into blocks of sixteen by
+//! their positions: positions 0 to 15, 16 to 31 and so on, position `p` in SIMD lane `p % 16`. The keys of a block are
+//! transposed once for all heads that share them (grouped-query attention).
+//!
+//! So the result of a query depends, to the bit, only on the keys and values that it sees and on their positions. It does
+//! not depend on which cells hold them, on other sequences and queries, or on how a prompt was cut into batches (ADR 0029).
 
 use std::arch::x86_64::{
     __m256i, __m512, __m512i, __mmask16, _mm_cvtsi32_si128, _mm256_and_si256, _mm256_cmpneq_epi16_mask,
@@ -23,60 +32,61 @@ use std::ops::Range;
 
 use crate::{LANES, is_supported};
 
-/// The widest head.
+/// The most numbers of a head.
 const WIDTH_MAX: usize = 256;
-/// Rows, one for each query and head, that a unit holds at most, where a query has no more heads than that.
+/// The most rows (pairs of query and head) of a unit, unless one query alone has more heads.
 const ROWS_MAX: usize = 128;
-/// Queries that a unit holds at most.
+/// The most queries of a unit.
 const QUERIES_MAX: usize = 16;
-/// Queries up to which each is a unit of its own: they are of many sequences, or few.
+/// Up to so many queries, each is a unit of its own: they belong to many sequences, or there are few of them.
 const ALONE_MAX: usize = 16;
-/// Minus infinity as a 16-bit float: what the mask says of a cell that is none of a query's business.
+/// Minus infinity as a 16-bit float: the mask of a cell that a query does not see.
 const HIDDEN: i16 = 0xfc00_u16.cast_signed();
-/// What stands in the place of a position that no cell has.
+/// The cell of a position that no cell has.
 const NOWHERE: u32 = u32::MAX;
 
-/// The attention of some queries to the cells of a room. Strides are in bytes.
+/// Attention of `queries` queries to `cells` cells of a KV cache. Shapes are `[slow][fast]`; strides are in bytes, and the
+/// numbers of one head are adjacent.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Attention {
-    /// Numbers of a head, of its queries, keys and values alike.
+    /// Numbers of a head (head dimension) of queries, keys and values: a multiple of 16, at most 256.
     pub width: usize,
     /// Heads of a query.
     pub heads: usize,
-    /// Heads of a key and of a value; each serves as many heads of queries.
+    /// Heads of a key and of a value; a divisor of `heads`.
     pub kv_heads: usize,
     pub queries: usize,
     pub cells: usize,
     /// The position of each cell in its sequence; null where cells are in the order of their positions.
     pub positions: *const i32,
-    /// A number that no position of a cell that is seen reaches.
+    /// All positions of visible cells are less than this.
     pub positions_end: usize,
-    /// What products are multiplied with.
+    /// The factor of `q·k`, usually `1/√width`.
     pub scale: f32,
-    /// Queries, 32-bit floats.
+    /// `[queries][heads][width]`, 32-bit floats.
     pub query: *const f32,
     /// From one query to the next.
     pub query_stride: usize,
     /// From one head of a query to the next.
     pub query_head_stride: usize,
-    /// Keys, 16-bit floats.
+    /// `[cells][kv_heads][width]`, 16-bit floats.
     pub key: *const u16,
     /// From one key to the next.
     pub key_stride: usize,
     /// From one head of a key to the next.
     pub key_head_stride: usize,
-    /// Values, 16-bit floats.
+    /// `[cells][kv_heads][width]`, 16-bit floats.
     pub value: *const u16,
     /// From one value to the next.
     pub value_stride: usize,
     /// From one head of a value to the next.
     pub value_head_stride: usize,
-    /// What is added to the product of a query and a key, as 16-bit floats: a row of cells for each query.
+    /// `[queries][cells]`, 16-bit floats: added to the scaled products; minus infinity hides a cell.
     pub mask: *const u16,
     /// From one row to the next.
     pub mask_stride: usize,
-    /// The results: all heads of the first query, then those of the next.
+    /// `[queries][heads][width]`, 32-bit floats.
     pub output: *mut f32,
     /// From one head to the next.
     pub output_stride: usize,
@@ -85,7 +95,7 @@ pub struct Attention {
 /// How an attention is divided among threads.
 #[derive(Debug, Clone, Copy)]
 struct Division {
-    /// Heads of queries that share a head of keys.
+    /// Heads of queries that prob a head of keys.
     group: usize,
     /// Queries of a unit.
     queries: usize,
@@ -93,27 +103,27 @@ struct Division {
     parts: usize,
 }
 
-/// What a unit keeps while it goes through the cells.
+/// One thread's share of the work, with its scratch memory. A row is a pair of query and head.
 #[derive(Clone)]
 struct Unit<'a> {
     attention: &'a Attention,
     kv_head: usize,
     queries: Range<usize>,
     heads: Range<usize>,
-    /// Scaled queries, by row.
+    /// Scaled queries, `[rows][width]`.
     scaled: *mut f32,
-    /// Sums of values, by row.
-    sums: *mut f32,
-    /// The largest product so far, by row.
-    largest: *mut f32,
-    /// The sum of all weights so far, by row.
-    weights: *mut f32,
-    /// Keys of a block, by number and then by cell.
+    /// Accumulators of `p·v`, `[rows][width]`.
+    acc: *mut f32,
+    /// The largest score so far, `[rows]`.
+    running_max: *mut f32,
+    /// Sum of `p` so far, `[rows]`.
+    denominator: *mut f32,
+    /// Keys of a block, transposed: `[width][16]`.
     keys: *mut f32,
-    /// Values of a block, by cell.
+    /// Values of a block, `[16][width]`.
     values: *mut f32,
-    /// Weights of a block, by head and then by cell.
-    shares: *mut f32,
+    /// `p` of a block, `[heads][16]`.
+    probs: *mut f32,
     /// The cell of each position, from the block of the first one that is seen on, or [`NOWHERE`].
     places: *mut u32,
     /// Which lanes of a block each query sees, by block and then by query.
@@ -145,15 +155,15 @@ impl Attention {
         self.queries.div_ceil(queries) * self.kv_heads * parts
     }
 
-    /// Returns how many numbers a thread needs beside it all.
+    /// Returns how many 32-bit numbers of scratch memory a thread needs.
     pub fn scratch_floats(&self) -> usize {
         let Division { group, queries, .. } = self.division(1);
         let rows = group * queries;
         2 * rows * (self.width + 1) + 2 * LANES * self.width + group * LANES + self.blocks_max() * (LANES + LANES / 2)
     }
 
-    /// Returns how many blocks of positions there may be, with one before and one behind that are written to only where
-    /// sixteen cells reach over the border of a block.
+    /// Returns how many blocks of positions there may be. One more before and one after are written to where sixteen cells
+    /// reach over the border of a block.
     fn blocks_max(&self) -> usize {
         let end = if self.positions.is_null() { self.cells } else { self.positions_end };
         end.div_ceil(LANES) + 3
@@ -162,37 +172,37 @@ impl Attention {
     /// Computes one unit.
     ///
     /// # Safety
-    /// All pointers must lead to as many numbers as they say, `scratch` to [`Attention::scratch_floats`]; no other
-    /// thread may compute the same unit meanwhile.
+    /// All pointers must lead to as many numbers as their shapes say, `scratch` to [`Attention::scratch_floats`]. No other
+    /// thread may compute the same unit at the same time.
     ///
     /// # Panics
-    /// Where it is not possible, or there is no such unit.
+    /// If [`Attention::is_possible`] returns false, or `unit` is not less than [`Attention::units`].
     pub unsafe fn attend(&self, unit: usize, threads: usize, scratch: *mut f32) {
         assert!(self.is_possible() && unit < self.units(threads), "there is no such unit");
         let Division { group, queries, parts } = self.division(threads);
         let (part, unit) = (unit % parts, unit / parts);
         let (kv_head, first) = (unit % self.kv_heads, unit / self.kv_heads * queries);
         let rows = group * queries;
-        // SAFETY: the caller vouches for the room, whose parts do not overlap, and the processor was asked.
+        // SAFETY: the caller vouches for the memory, its parts do not overlap, and the processor was checked.
         unsafe {
-            let sums = scratch.add(rows * self.width);
-            let largest = sums.add(rows * self.width);
-            let keys = largest.add(2 * rows);
+            let acc = scratch.add(rows * self.width);
+            let running_max = acc.add(rows * self.width);
+            let keys = running_max.add(2 * rows);
             let values = keys.add(LANES * self.width);
-            let shares = values.add(LANES * self.width);
-            let places = shares.add(group * LANES).cast::<u32>();
+            let probs = values.add(LANES * self.width);
+            let places = probs.add(group * LANES).cast::<u32>();
             let unit = Unit {
                 attention: self,
                 kv_head,
                 queries: first..self.queries.min(first + queries),
                 heads: group * part / parts..group * (part + 1) / parts,
                 scaled: scratch,
-                sums,
-                largest,
-                weights: largest.add(rows),
+                acc,
+                running_max,
+                denominator: running_max.add(rows),
                 keys,
                 values,
-                shares,
+                probs,
                 places,
                 seen: places.add(self.blocks_max() * LANES).cast(),
             };
@@ -200,7 +210,7 @@ impl Attention {
         }
     }
 
-    /// Returns which of sixteen cells a query sees, and which of them are given more weight or less.
+    /// Returns which of sixteen cells a query sees, and for which of them the mask adds something.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn seen(&self, query: usize, cell: usize) -> (__mmask16, __mmask16) {
@@ -215,7 +225,7 @@ impl Attention {
 struct Block {
     cells: [u32; LANES],
     seen: [__mmask16; QUERIES_MAX],
-    /// Some cells are given more weight or less.
+    /// The mask adds something to some scores.
     is_biased: bool,
 }
 
@@ -245,7 +255,7 @@ impl Unit<'_> {
     unsafe fn compute_together(&self) -> Result<(), Conflict> {
         // SAFETY: as in `compute`.
         unsafe {
-            self.begin();
+            self.start();
             let (blocks, is_biased) = self.sort()?;
             for number in 1..=blocks {
                 let seen = _mm256_loadu_si256(self.seen.add(number * LANES).cast());
@@ -255,9 +265,9 @@ impl Unit<'_> {
                 let mut block = Block { cells: [0; LANES], seen: [0; QUERIES_MAX], is_biased };
                 _mm256_storeu_si256(block.seen.as_mut_ptr().cast(), seen);
                 block.cells.copy_from_slice(std::slice::from_raw_parts(self.places.add(number * LANES), LANES));
-                // Lanes without a cell stand for one that is there, and that nobody sees in them.
-                let there = block.cells.into_iter().find(|cell| *cell != NOWHERE).unwrap_or(0);
-                block.cells.iter_mut().filter(|cell| **cell == NOWHERE).for_each(|cell| *cell = there);
+                // Lanes without a cell load another one, which no query sees there.
+                let other = block.cells.into_iter().find(|cell| *cell != NOWHERE).unwrap_or(0);
+                block.cells.iter_mut().filter(|cell| **cell == NOWHERE).for_each(|cell| *cell = other);
                 self.attend_to(&block);
             }
             self.finish();
@@ -276,10 +286,10 @@ impl Unit<'_> {
         unsafe { _mm512_loadu_si512(self.attention.positions.add(first).cast()) }
     }
 
-    /// Returns which of sixteen cells each query sees, which of them any query sees, and whether some weigh more or less.
+    /// Returns which of sixteen cells each query sees, which of them any query sees, and whether the mask adds something.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn look(&self, first: usize) -> ([__mmask16; QUERIES_MAX], __mmask16, bool) {
+    unsafe fn visible(&self, first: usize) -> ([__mmask16; QUERIES_MAX], __mmask16, bool) {
         let (mut all, mut any, mut biased) = ([0; QUERIES_MAX], 0, 0);
         for (seen, query) in all.iter_mut().zip(self.queries.clone()) {
             // SAFETY: as in `compute`.
@@ -292,7 +302,7 @@ impl Unit<'_> {
     }
 
     /// Sorts the cells that any query sees by their positions; returns how many blocks they fill, the first of which is
-    /// number 1, and whether some weigh more or less.
+    /// number 1, and whether the mask adds something.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn sort(&self) -> Result<(usize, bool), Conflict> {
         let it = self.attention;
@@ -301,7 +311,7 @@ impl Unit<'_> {
         for first in (0..it.cells).step_by(LANES) {
             // SAFETY: as in `compute`, here and below.
             unsafe {
-                let (_, any, biased) = self.look(first);
+                let (_, any, biased) = self.visible(first);
                 is_biased |= biased;
                 if any != 0 {
                     let positions = self.positions(first);
@@ -317,7 +327,7 @@ impl Unit<'_> {
         let origin = lowest / LANES as i32 * LANES as i32;
         let blocks = (highest - origin) as usize / LANES + 1;
         assert!(lowest >= 0 && blocks + 2 <= self.attention.blocks_max(), "no position is beyond the last");
-        // SAFETY: there is room for so many blocks.
+        // SAFETY: the scratch memory holds so many blocks.
         unsafe {
             std::slice::from_raw_parts_mut(self.places, (blocks + 2) * LANES).fill(NOWHERE);
             std::slice::from_raw_parts_mut(self.seen, (blocks + 2) * LANES).fill(0);
@@ -325,7 +335,7 @@ impl Unit<'_> {
         for first in (0..it.cells).step_by(LANES) {
             // SAFETY: every cell that is seen has a position from the lowest to the highest.
             unsafe {
-                let (seen, any, _) = self.look(first);
+                let (seen, any, _) = self.visible(first);
                 if any != 0 {
                     self.place(first, &seen, any, origin)?;
                 }
@@ -405,8 +415,8 @@ impl Unit<'_> {
             self.load_block(&block.cells);
             for (query, seen) in self.queries.clone().zip(block.seen) {
                 if seen != 0 {
-                    self.weigh(query, block, seen);
-                    self.add_values(query, seen);
+                    self.softmax_block(query, block, seen);
+                    self.accumulate_values(query, seen);
                 }
             }
         }
@@ -416,9 +426,9 @@ impl Unit<'_> {
         (query - self.queries.start) * self.heads.len() + head - self.heads.start
     }
 
-    /// Takes in the queries.
+    /// Scales the queries and clears the accumulators.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    unsafe fn begin(&self) {
+    unsafe fn start(&self) {
         let it = self.attention;
         let scale = _mm512_set1_ps(it.scale);
         for query in self.queries.clone() {
@@ -427,20 +437,20 @@ impl Unit<'_> {
                 let whole = self.kv_head * (it.heads / it.kv_heads) + head;
                 // SAFETY: as in `compute`.
                 unsafe {
-                    *self.largest.add(row) = f32::NEG_INFINITY;
-                    *self.weights.add(row) = 0.0;
+                    *self.running_max.add(row) = f32::NEG_INFINITY;
+                    *self.denominator.add(row) = 0.0;
                     let from = it.query.byte_add(query * it.query_stride + whole * it.query_head_stride);
                     for place in (0..it.width).step_by(LANES) {
                         let numbers = _mm512_mul_ps(_mm512_loadu_ps(from.add(place)), scale);
                         _mm512_storeu_ps(self.scaled.add(row * it.width + place), numbers);
-                        _mm512_storeu_ps(self.sums.add(row * it.width + place), _mm512_setzero_ps());
+                        _mm512_storeu_ps(self.acc.add(row * it.width + place), _mm512_setzero_ps());
                     }
                 }
             }
         }
     }
 
-    /// Takes in the keys and values of a block.
+    /// Loads the keys, transposed, and the values of a block as 32-bit floats.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
     unsafe fn load_block(&self, cells: &[u32; LANES]) {
         let it = self.attention;
@@ -465,9 +475,10 @@ impl Unit<'_> {
         }
     }
 
-    /// Multiplies a query's heads with the keys of a block, and makes weights of the products.
+    /// One step of the online softmax: scores of a query's heads against a block, then `p`, the running maximum and the
+    /// denominator.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    unsafe fn weigh(&self, query: usize, block: &Block, seen: __mmask16) {
+    unsafe fn softmax_block(&self, query: usize, block: &Block, seen: __mmask16) {
         const ROWS: usize = 4;
         let it = self.attention;
         // SAFETY: as in `compute`.
@@ -494,44 +505,44 @@ impl Unit<'_> {
                     let row = first + done + index;
                     let product = _mm512_add_ps(product, bias);
                     let product = _mm512_mask_mov_ps(_mm512_set1_ps(f32::NEG_INFINITY), seen, product);
-                    let before = *self.largest.add(row);
-                    let largest = before.max(_mm512_reduce_max_ps(product));
-                    let share = exp(_mm512_add_ps(product, _mm512_set1_ps(-largest)));
-                    _mm512_storeu_ps(self.shares.add((done + index) * LANES), share);
-                    let weights = self.weights.add(row);
-                    if largest > before {
-                        let less = (before - largest).exp();
-                        *self.largest.add(row) = largest;
-                        *weights *= less;
+                    let before = *self.running_max.add(row);
+                    let running_max = before.max(_mm512_reduce_max_ps(product));
+                    let prob = exp(_mm512_add_ps(product, _mm512_set1_ps(-running_max)));
+                    _mm512_storeu_ps(self.probs.add((done + index) * LANES), prob);
+                    let denominator = self.denominator.add(row);
+                    if running_max > before {
+                        let rescale = (before - running_max).exp();
+                        *self.running_max.add(row) = running_max;
+                        *denominator *= rescale;
                         for place in (0..it.width).step_by(LANES) {
-                            let sum = self.sums.add(row * it.width + place);
-                            _mm512_storeu_ps(sum, _mm512_mul_ps(_mm512_loadu_ps(sum), _mm512_set1_ps(less)));
+                            let acc = self.acc.add(row * it.width + place);
+                            _mm512_storeu_ps(acc, _mm512_mul_ps(_mm512_loadu_ps(acc), _mm512_set1_ps(rescale)));
                         }
                     }
-                    *weights += _mm512_reduce_add_ps(share);
+                    *denominator += _mm512_reduce_add_ps(prob);
                 }
                 done += rows;
             }
         }
     }
 
-    /// Adds the values of a block, each with its weight, to the sums of a query's heads. What a query does not see is
-    /// not looked at: it may be no number, of a sequence that went wrong.
+    /// Adds `p·v` of a block to the accumulators of a query's heads. Values that the query does not see are skipped: they
+    /// may be NaN, if another sequence went wrong.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    unsafe fn add_values(&self, query: usize, seen: __mmask16) {
+    unsafe fn accumulate_values(&self, query: usize, seen: __mmask16) {
         let width = self.attention.width;
         let (first, count) = (self.row(query, self.heads.start), self.heads.len());
         for head in 0..count {
             // SAFETY: as in `compute`.
             unsafe {
-                let (shares, sums) = (self.shares.add(head * LANES), self.sums.add((first + head) * width));
+                let (probs, acc) = (self.probs.add(head * LANES), self.acc.add((first + head) * width));
                 let mut place = 0;
                 while place < width {
                     let values = self.values.add(place);
                     let step = match width - place {
-                        64.. => add_strip::<4>(shares, values, width, sums.add(place), seen),
-                        32.. => add_strip::<2>(shares, values, width, sums.add(place), seen),
-                        _ => add_strip::<1>(shares, values, width, sums.add(place), seen),
+                        64.. => add_strip::<4>(probs, values, width, acc.add(place), seen),
+                        32.. => add_strip::<2>(probs, values, width, acc.add(place), seen),
+                        _ => add_strip::<1>(probs, values, width, acc.add(place), seen),
                     };
                     place += step;
                 }
@@ -548,13 +559,13 @@ impl Unit<'_> {
                 let whole = self.kv_head * (it.heads / it.kv_heads) + head;
                 // SAFETY: as in `compute`.
                 unsafe {
-                    let weights = *self.weights.add(row);
-                    // A query that sees nothing has nothing to say.
-                    let part = _mm512_set1_ps(if weights == 0.0 { 0.0 } else { 1.0 / weights });
+                    let denominator = *self.denominator.add(row);
+                    // The output of a query that sees no cell is zero.
+                    let part = _mm512_set1_ps(if denominator == 0.0 { 0.0 } else { 1.0 / denominator });
                     let to = it.output.byte_add((query * it.heads + whole) * it.output_stride);
                     for place in (0..it.width).step_by(LANES) {
-                        let sum = _mm512_loadu_ps(self.sums.add(row * it.width + place));
-                        _mm512_storeu_ps(to.add(place), _mm512_mul_ps(sum, part));
+                        let acc = _mm512_loadu_ps(self.acc.add(row * it.width + place));
+                        _mm512_storeu_ps(to.add(place), _mm512_mul_ps(acc, part));
                     }
                 }
             }
@@ -569,7 +580,7 @@ fn iota() -> __m512i {
     _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 }
 
-/// Returns the products of some rows with sixteen keys.
+/// Returns the dot products of `ROWS` rows with the sixteen transposed keys.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
 unsafe fn products<const ROWS: usize>(rows: *const f32, keys: *const f32, width: usize) -> [__m512; ROWS] {
@@ -594,26 +605,27 @@ fn pad<const ROWS: usize>(products: [__m512; ROWS]) -> [__m512; 4] {
     padded
 }
 
-/// Adds a strip of the values of a block to a sum; returns its width.
+/// Adds `p·v` of a strip of numbers to the accumulator of a row; returns the width of the strip.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
 unsafe fn add_strip<const REGISTERS: usize>(
-    shares: *const f32,
+    probs: *const f32,
     values: *const f32,
     width: usize,
-    sums: *mut f32,
+    acc: *mut f32,
     seen: __mmask16,
 ) -> usize {
     let mut strip = [_mm512_setzero_ps(); REGISTERS];
-    // SAFETY: the caller vouches for sums, shares and values.
+    // SAFETY: the caller vouches for accumulator, probabilities and values.
     unsafe {
-        for (index, sum) in strip.iter_mut().enumerate() {
-            *sum = _mm512_loadu_ps(sums.add(index * LANES));
+        for (index, register) in strip.iter_mut().enumerate() {
+            *register = _mm512_loadu_ps(acc.add(index * LANES));
         }
         let mut add = |cell: usize| {
-            let share = _mm512_set1_ps(*shares.add(cell));
-            for (index, sum) in strip.iter_mut().enumerate() {
-                *sum = _mm512_fmadd_ps(share, _mm512_loadu_ps(values.add(cell * width + index * LANES)), *sum);
+            let prob = _mm512_set1_ps(*probs.add(cell));
+            for (index, register) in strip.iter_mut().enumerate() {
+                let values = _mm512_loadu_ps(values.add(cell * width + index * LANES));
+                *register = _mm512_fmadd_ps(prob, values, *register);
             }
         };
         if seen == __mmask16::MAX {
@@ -625,21 +637,22 @@ unsafe fn add_strip<const REGISTERS: usize>(
                 left &= left - 1;
             }
         }
-        for (index, sum) in strip.into_iter().enumerate() {
-            _mm512_storeu_ps(sums.add(index * LANES), sum);
+        for (index, register) in strip.into_iter().enumerate() {
+            _mm512_storeu_ps(acc.add(index * LANES), register);
         }
     }
     REGISTERS * LANES
 }
 
-/// Returns the powers of e, for exponents that are not above 0, to seven digits. What is below -87 is next to nothing.
+/// Returns `exp(x)` for `x ≤ 0` to seven digits: Cody–Waite range reduction, then a polynomial. Results below `exp(-87)` are
+/// rounded up to it.
 #[inline]
 #[target_feature(enable = "avx512f,fma")]
 fn exp(exponents: __m512) -> __m512 {
-    // As the second operand, what is no number stays so.
+    // NaN stays NaN as the second operand.
     let exponents = _mm512_max_ps(_mm512_set1_ps(-87.0), exponents);
     let powers = _mm512_roundscale_ps::<0>(_mm512_mul_ps(exponents, _mm512_set1_ps(std::f32::consts::LOG2_E)));
-    // The logarithm of 2 in two parts, of which the first has few digits: products with it are exact.
+    // ln 2 in two parts (Cody and Waite): the first has few digits, so that products with it are exact.
     let rest = _mm512_fnmadd_ps(powers, _mm512_set1_ps(0.693_359_4), exponents);
     let rest = _mm512_fnmadd_ps(powers, _mm512_set1_ps(-2.121_944_4e-4), rest);
     // Taylor's series, to the seventh power of at most 0.35.

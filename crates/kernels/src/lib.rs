@@ -1,12 +1,13 @@
-//! Products with quantised matrices, and attention, for processors with AVX-512 and VNNI.
+//! Quantised matrix products and attention for processors with AVX-512 and VNNI.
 //!
-//! A model's answer is made of products `W·x`: a matrix of weights, in blocks of small numbers with a scale each, by one
-//! vector for each token. The weights are packed once, at the load, so that one load from memory brings what sixteen
-//! outputs need next. The vectors are brought into blocks of bytes before each product. What is then left is
-//! `vpdpbusd`, which adds up four products of bytes in each of sixteen lanes, twice a cycle.
+//! A layer computes `y = W·x` for each token: `W` is `[rows][columns]` in blocks of 32 small numbers with one scale each, `x`
+//! has `columns` 32-bit floats. The weights are packed once, at the load, so that one load from memory brings what sixteen
+//! rows need next. Each `x` is quantised to blocks of signed bytes before the product. The inner loop is `vpdpbusd`, which
+//! adds four products of bytes in each of sixteen SIMD lanes, twice a cycle.
 //!
-//! What one vector gives does not depend on how many others are multiplied beside it: the order of its sums is always
-//! the same. What holds for attention stands at [`Attention`]'s module. How fast this is beside ggml's own kernels stands in `docs/benchmarks.md`; why it exists, in ADR 0027.
+//! The result for one `x` does not depend on how many others are multiplied with it: sums always have the same order. For
+//! attention see [`Attention`]'s module. `docs/benchmarks.md` compares the speed with ggml's own kernels; ADR 0027 gives
+//! the reasons for this crate.
 
 #![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code)]
@@ -21,11 +22,11 @@ use std::ops::Range;
 
 pub use attention::Attention;
 
-/// Numbers that share a scale, as ggml's formats have them.
+/// Numbers that share a scale in ggml's formats.
 pub const BLOCK: usize = 32;
-/// Outputs that are made side by side, one in each lane.
+/// 32-bit numbers in a SIMD register: rows that are computed at once.
 pub const LANES: usize = 16;
-/// Vectors that are multiplied with a part of the weights while that is in registers.
+/// The most vectors that are multiplied with weights while these are in registers.
 const TILE: usize = 16;
 
 /// How weights are written, in ggml's terms and with ggml's numbers.
@@ -64,7 +65,7 @@ impl Quantization {
     }
 }
 
-/// Returns whether this processor can multiply here.
+/// Returns whether this processor has the instructions.
 pub fn is_supported() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
@@ -74,7 +75,7 @@ pub fn is_supported() -> bool {
         && is_x86_feature_detected!("fma")
 }
 
-/// The form of a matrix that can be packed, on a processor that can multiply it.
+/// The shape and format of a matrix that can be packed, on a processor that can multiply it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Matrix {
     quantization: Quantization,
@@ -83,8 +84,7 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// Returns the form of a matrix that turns vectors of `columns` numbers into vectors of `rows`, or `None` where it
-    /// cannot be packed.
+    /// Returns the shape `[rows][columns]`, or `None` if it cannot be packed or the processor lacks the instructions.
     pub fn new(quantization: Quantization, columns: usize, rows: usize) -> Option<Self> {
         // Two blocks, with their scales, fill whole cache lines.
         let fits = columns > 0 && columns.is_multiple_of(2 * BLOCK) && rows > 0 && rows.is_multiple_of(LANES);
@@ -115,28 +115,28 @@ impl Matrix {
         self.columns / BLOCK
     }
 
-    /// Brings a matrix from ggml's order into ours.
+    /// Packs a matrix: ggml's order in, ours out (see `packing.rs`).
     ///
     /// # Panics
-    /// Where either is not as long as [`Matrix::bytes`].
+    /// If either is not as long as [`Matrix::bytes`].
     pub fn pack(self, source: &[u8], packed: &mut [u8]) {
         assert_eq!((source.len(), packed.len()), (self.bytes(), self.bytes()), "a matrix has another length");
         packing::pack(self, source, packed);
     }
 
-    /// Returns the bytes that so many vectors take once they are taken in.
+    /// Returns the bytes of `count` quantised vectors.
     pub fn inputs_bytes(self, count: usize) -> usize {
         count * self.blocks() * inputs::BLOCK_BYTES
     }
 
-    /// Takes in some blocks of the vector at `index` of `count`.
+    /// Quantises some blocks of vector `index` of `count` into `inputs`.
     ///
     /// # Safety
-    /// `inputs` must have room for [`Matrix::inputs_bytes`] of `count` vectors. No other thread may take in the same
-    /// blocks meanwhile.
+    /// `inputs` must have [`Matrix::inputs_bytes`] of `count` vectors. No other thread may quantise the same blocks at the
+    /// same time.
     ///
     /// # Panics
-    /// Where the vector is not as long as the matrix has columns, or has no such blocks.
+    /// If the vector does not have `columns` numbers, or `blocks` or `index` are out of range.
     pub unsafe fn take_in(self, vector: &[f32], blocks: Range<usize>, index: usize, count: usize, inputs: *mut u8) {
         assert_eq!(vector.len(), self.columns, "a vector has another length than the matrix has columns");
         assert!(index < count && blocks.end <= self.blocks(), "there is no such vector or block");
@@ -149,11 +149,10 @@ impl Matrix {
     ///
     /// # Safety
     /// `packed` must be a matrix that [`Matrix::pack`] wrote, `inputs` must hold `count` whole vectors, and `outputs` must
-    /// have room for `count` vectors of as many numbers as there are rows. No other thread may write to the same groups
-    /// meanwhile.
+    /// have space for `[count][rows]` numbers. No other thread may write to the same groups at the same time.
     ///
     /// # Panics
-    /// Where there are no such groups.
+    /// If `groups` is out of range.
     pub unsafe fn multiply(
         self,
         packed: *const u8,

@@ -9,7 +9,7 @@ const HIDDEN: u16 = 0xfc00;
 
 /// A room of keys and values, queries, and which of them see which cells.
 #[derive(Debug)]
-struct Room {
+struct Cells {
     width: usize,
     heads: usize,
     kv_heads: usize,
@@ -39,7 +39,7 @@ fn float(half: u16) -> f64 {
     }
 }
 
-impl Room {
+impl Cells {
     fn new(width: usize, [heads, kv_heads]: [usize; 2], queries: usize, cells: usize, seed: u64) -> Self {
         let mut numbers = Numbers(seed);
         let mut halves = |count: usize| (0..count).map(|_| numbers.half()).collect::<Vec<_>>();
@@ -142,7 +142,7 @@ proptest! {
         seed: u64,
     ) {
         prop_assume!(is_supported());
-        let room = Room::new(registers * 16, [group * kv_heads, kv_heads], queries, blocks * 16, seed);
+        let room = Cells::new(registers * 16, [group * kv_heads, kv_heads], queries, blocks * 16, seed);
         let output = room.attend(2);
         for query in 0..queries {
             for head in 0..room.heads {
@@ -163,7 +163,7 @@ fn cells_that_a_query_does_not_see_may_hold_anything() {
     if !is_supported() {
         return;
     }
-    let mut room = Room::new(64, [4, 2], 3, 64, 7);
+    let mut room = Cells::new(64, [4, 2], 3, 64, 7);
     let output = room.attend(1);
     let hidden: Vec<usize> =
         (0..room.cells).filter(|cell| (0..3).all(|query| room.mask[query * room.cells + cell] == HIDDEN)).collect();
@@ -177,7 +177,7 @@ fn cells_that_a_query_does_not_see_may_hold_anything() {
 }
 
 /// Moves every cell to a place by chance among others that nobody sees.
-fn scattered(room: &Room, seed: u64) -> Room {
+fn scattered(room: &Cells, seed: u64) -> Cells {
     let mut numbers = Numbers(seed);
     let (count, row) = (room.count(), room.kv_heads * room.width);
     let cells = room.cells * 3;
@@ -196,11 +196,11 @@ fn scattered(room: &Room, seed: u64) -> Room {
             mask[query * cells + place] = room.mask[query * room.cells + cell];
         }
     }
-    Room { cells, keys, values, mask, positions, queries: room.queries.clone(), ..*room }
+    Cells { cells, keys, values, mask, positions, queries: room.queries.clone(), ..*room }
 }
 
 /// Moves all cells on by some places, with unseen ones before them.
-fn moved(room: &Room, by: usize) -> Room {
+fn moved(room: &Cells, by: usize) -> Cells {
     let (count, row) = (room.count(), room.kv_heads * room.width);
     let cells = (room.cells + by).next_multiple_of(16);
     let mut keys = vec![0x7e00; cells * row];
@@ -215,13 +215,13 @@ fn moved(room: &Room, by: usize) -> Room {
             mask[query * cells + place] = room.mask[query * room.cells + cell];
         }
     }
-    Room { cells, keys, values, mask, positions, queries: room.queries.clone(), ..*room }
+    Cells { cells, keys, values, mask, positions, queries: room.queries.clone(), ..*room }
 }
 
 /// A prompt of one sequence: each query sees the cells up to its own, and no more than a window of them.
-fn prompt(queries: usize, window: usize, seed: u64) -> Room {
+fn prompt(queries: usize, window: usize, seed: u64) -> Cells {
     let cells = queries.next_multiple_of(16);
-    let mut room = Room::new(64, [14, 2], queries, cells, seed);
+    let mut room = Cells::new(64, [14, 2], queries, cells, seed);
     for (query, row) in room.mask.chunks_mut(cells).enumerate() {
         row.fill(HIDDEN);
         row[(query + 1).saturating_sub(window)..=query].fill(0);
@@ -230,7 +230,7 @@ fn prompt(queries: usize, window: usize, seed: u64) -> Room {
 }
 
 /// Puts two rooms of the same form side by side, and asks the queries of both.
-fn side_by_side(one: &Room, other: &Room) -> Room {
+fn side_by_side(one: &Cells, other: &Cells) -> Cells {
     let cells = one.cells + other.cells;
     let mut mask = Vec::new();
     for row in one.mask.chunks(one.cells) {
@@ -242,7 +242,7 @@ fn side_by_side(one: &Room, other: &Room) -> Room {
         mask.extend_from_slice(row);
     }
     let both = |one: &[u16], other: &[u16]| [one, other].concat();
-    Room {
+    Cells {
         cells,
         queries: [&one.queries[..], &other.queries].concat(),
         keys: both(&one.keys, &other.keys),
@@ -254,12 +254,12 @@ fn side_by_side(one: &Room, other: &Room) -> Room {
 }
 
 /// Asks one query by itself.
-fn alone(room: &Room, query: usize) -> Vec<f32> {
+fn alone(room: &Cells, query: usize) -> Vec<f32> {
     let row = room.heads * room.width;
     let queries = room.queries[query * row..][..row].to_vec();
     let mask = room.mask[query * room.cells..][..room.cells].to_vec();
     let (keys, values, positions) = (room.keys.clone(), room.values.clone(), room.positions.clone());
-    Room { queries, keys, values, mask, positions, ..*room }.attend(1)
+    Cells { queries, keys, values, mask, positions, ..*room }.attend(1)
 }
 
 #[test]
@@ -312,7 +312,7 @@ fn what_is_not_finite_reaches_those_who_see_it_and_no_others() {
     if !is_supported() {
         return;
     }
-    let mut room = Room::new(32, [2, 1], 2, 16, 1);
+    let mut room = Cells::new(32, [2, 1], 2, 16, 1);
     room.mask.fill(0);
     room.mask[..8].fill(HIDDEN);
     room.values[..32].fill(0x7e00);
@@ -326,7 +326,7 @@ fn what_is_not_finite_reaches_those_who_see_it_and_no_others() {
 
 #[test]
 fn heads_that_do_not_fill_the_lanes_are_left_to_others() {
-    let room = Room::new(16, [2, 2], 1, 16, 1);
+    let room = Cells::new(16, [2, 2], 1, 16, 1);
     let attention = Attention {
         width: 16,
         heads: 2,
