@@ -43,7 +43,7 @@ class Network:
     key: str
 
     def call(self, method, path, body=None, headers=JSON, key=None):
-        """Sends exactly this, without what an SDK would add or repair. An empty key sends none."""
+        """Sends exactly this, without what an SDK would add or repair. An empty key sends no header."""
         key = self.key if key is None else key
         headers = headers | ({"Authorization": f"Bearer {key}"} if key else {})
         body = json.dumps(body) if isinstance(body, dict) else body

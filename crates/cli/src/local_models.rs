@@ -177,7 +177,7 @@ fn named(text: &str) -> anyhow::Result<NamedFile> {
     Ok(NamedFile { name, path: file.into() })
 }
 
-/// What is known of a file that was taken in.
+/// A file that was taken into the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Known {
     bytes: u64,

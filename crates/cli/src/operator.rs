@@ -43,7 +43,7 @@ pub struct Operator {
 }
 
 /// Where an operator's commands go.
-pub enum Desk {
+pub enum AdminClient {
     /// To a gateway, which asks the registry.
     Gateway(GatewayClient),
     /// To the registry, from a machine that belongs to its network.
@@ -52,7 +52,7 @@ pub enum Desk {
     Store(TokenOffice, Arc<dyn MetadataStore>),
 }
 
-impl Desk {
+impl AdminClient {
     /// Finds where keys and models are kept: at the gateway that is named or runs here, else at the network's registry, else in
     /// the store.
     pub async fn of_registry(

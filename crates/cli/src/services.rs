@@ -160,7 +160,7 @@ pub fn open_store(path: &std::path::Path) -> anyhow::Result<Arc<dyn MetadataStor
     Ok(Arc::new(SqliteStore::open(path, StoreOptions::default())?))
 }
 
-/// Returns the key in the data folder. Where there is none, one is made that may do everything.
+/// Returns the API key in the data folder, or makes one with every scope.
 pub async fn first_key(data: &DataFolder, office: &TokenOffice) -> anyhow::Result<(String, bool)> {
     if let Some(key) = data.api_key().filter(|key| !key.is_empty()) {
         return Ok((key, false));

@@ -295,7 +295,7 @@ impl TextTable {
         self.ends.len()
     }
 
-    /// Returns whether there is none.
+    /// Returns whether the table has no text.
     pub fn is_empty(&self) -> bool {
         self.ends.is_empty()
     }

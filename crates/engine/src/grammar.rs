@@ -1,7 +1,7 @@
 //! Keeps an answer to a form: a JSON object, a JSON schema, a regular expression or a grammar.
 //!
 //! [`Grammars`] knows the bytes of each token of one model and compiles forms; a [`Constraint`] follows one answer and
-//! tells which tokens may come next. The work is done by llguidance, which computes a mask in well under a millisecond
+//! returns which tokens may come next. The work is done by llguidance, which computes a mask in well under a millisecond
 //! and counts its steps. Forms come from strangers: [`limits`] refuses what it would not bound itself, and a panic in it
 //! is an error of the request.
 

@@ -105,7 +105,7 @@ fn is_matrix(tensor: &Tensor) -> bool {
     tensor.dimensions.len() >= 2 && tensor.dimensions[2..].iter().all(|side| *side == 1)
 }
 
-/// Makes room for a copy; false where there is none. Half a copy would take from others what they need.
+/// Reserves disk space for a copy; returns false if the disk is too full. Half a copy would take space that others need.
 fn reserve(file: &File, bytes: u64) -> bool {
     #[cfg(target_os = "linux")]
     {
@@ -302,7 +302,7 @@ mod tests {
     #[test]
     fn a_change_is_the_product_of_its_halves() {
         let file = tempfile::tempfile().expect("temporary files work");
-        // Three rows of four numbers, behind a byte that is none of theirs.
+        // Three rows of four numbers, after a byte that does not belong to them.
         let before: Vec<u8> = (0..12_u8).flat_map(|number| f32::from(number).to_le_bytes()).collect();
         file.write_all_at(&[[7].as_slice(), &before].concat(), 0).expect("it is written");
         let matrix = Tensor { name: "m".into(), dimensions: vec![4, 3], kind: 0, offset: 1, bytes: 48 };

@@ -54,7 +54,7 @@ const MISSES_MAX: u32 = 2;
 
 /// How long servers may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Patience {
+pub struct Timeouts {
     pub describe: Duration,
     /// To begin an answer, in silence: the load of the model and the evaluation of a long prompt may take it. A server that
     /// tells how far it is with a prompt is not silent.
@@ -65,7 +65,7 @@ pub struct Patience {
     pub probe_every: Duration,
 }
 
-impl Default for Patience {
+impl Default for Timeouts {
     fn default() -> Self {
         Self {
             describe: Duration::from_secs(5),
@@ -80,7 +80,7 @@ impl Default for Patience {
 #[derive(Debug)]
 pub struct RemoteRuntime {
     http: HttpClient,
-    patience: Patience,
+    timeouts: Timeouts,
     models: Models,
     next_id: AtomicU64,
     tasks: TaskTracker,
@@ -93,17 +93,17 @@ type Models = Arc<RwLock<BTreeMap<ModelId, Arc<Attached>>>>;
 
 impl Default for RemoteRuntime {
     fn default() -> Self {
-        Self::new(Patience::default())
+        Self::new(Timeouts::default())
     }
 }
 
 impl RemoteRuntime {
     /// Makes a runtime without models.
-    pub fn new(patience: Patience) -> Self {
+    pub fn new(timeouts: Timeouts) -> Self {
         let stop = CancellationToken::new();
         Self {
             http: HttpClient::new(),
-            patience,
+            timeouts,
             models: Models::default(),
             next_id: AtomicU64::new(FIRST_ID),
             tasks: TaskTracker::new(),
@@ -124,7 +124,7 @@ impl RemoteRuntime {
         name: &str,
         options: &LoadOptions,
     ) -> Result<(LoadedModel, Option<ModelFacts>), EngineError> {
-        let Survey { dialect, models } = self.survey(&server, self.patience.describe).await?;
+        let Survey { dialect, models } = self.survey(&server, self.timeouts.describe).await?;
         let listed = models.into_iter().find(|listed| listed.name == name);
         let listed =
             listed.ok_or_else(|| EngineError::Failed { reason: format!("the server does not list {name}") })?;
@@ -148,7 +148,7 @@ impl RemoteRuntime {
         let attached = Attached::new(loaded.clone(), server, name, dialect, options.queue_max);
         let attached = Arc::new(attached);
         self.models.write().unwrap_or_else(PoisonError::into_inner).insert(id, attached.clone());
-        let probing = probe(self.http.clone(), self.patience, self.models.clone(), attached);
+        let probing = probe(self.http.clone(), self.timeouts, self.models.clone(), attached);
         let stop = self.stop.clone();
         self.tasks.spawn(async move { stop.run_until_cancelled(probing).await });
         Ok((loaded, facts))
@@ -166,7 +166,7 @@ impl RemoteRuntime {
             return Ok(text);
         }
         let body = json!({"model": listed.name, "input": ["a"]});
-        let within = if listed.kind == Kind::Vectors { self.patience.begin } else { self.patience.describe };
+        let within = if listed.kind == Kind::Vectors { self.timeouts.begin } else { self.timeouts.describe };
         let vectors = match self.http.ask(server, "/v1/embeddings", &body, within).await {
             Ok(body) => vectors::read_embeddings(&body, 1),
             Err(error) => Err(failed(&error)),
@@ -201,7 +201,7 @@ impl RemoteRuntime {
     }
 
     async fn ask(&self, attached: &Attached, path: &str, body: &Value) -> Result<Value, EngineError> {
-        let answer = self.http.ask(&attached.server, path, body, self.patience.describe).await;
+        let answer = self.http.ask(&attached.server, path, body, self.timeouts.describe).await;
         let answer = answer.map_err(|error| self.lost(attached, error))?;
         serde_json::from_slice(&answer).map_err(|_| EngineError::Failed { reason: "the server sent no JSON".into() })
     }
@@ -240,7 +240,7 @@ impl ModelRuntime for RemoteRuntime {
         }
         let call = body::generation(attached.dialect, &attached.name, attached.loaded.context_length, &request)?;
         let seat = attached.enter()?;
-        let opened = self.http.open(&attached.server, call.path, &call.body, self.patience.begin);
+        let opened = self.http.open(&attached.server, call.path, &call.body, self.timeouts.begin);
         let response = tokio::select! {
             biased;
             () = attached.unloaded.cancelled() => return Err(EngineError::NotLoaded),
@@ -248,7 +248,7 @@ impl ModelRuntime for RemoteRuntime {
         };
         let (sink, stream) = GenerateStream::channel(EVENTS_MAX);
         let reader = AnswerReader::new(guessed_tokens(&request.input));
-        let relaying = generation::relay(response, reader, sink, seat, self.patience);
+        let relaying = generation::relay(response, reader, sink, seat, self.timeouts);
         let stop = self.stop.clone();
         self.tasks.spawn(async move { stop.run_until_cancelled(relaying).await });
         Ok(stream)
@@ -270,7 +270,7 @@ impl ModelRuntime for RemoteRuntime {
         }
         let _seat = attached.enter()?;
         let path = "/v1/embeddings";
-        let answer = self.http.post(&attached.server, path, &body, VECTOR_BYTES_MAX, self.patience.begin).await;
+        let answer = self.http.post(&attached.server, path, &body, VECTOR_BYTES_MAX, self.timeouts.begin).await;
         vectors::read_embeddings(&answer.map_err(|error| self.lost(&attached, error))?, request.inputs.len())
     }
 
@@ -311,12 +311,12 @@ impl ModelRuntime for RemoteRuntime {
 }
 
 /// Watches a model until its server no longer lists it.
-async fn probe(http: HttpClient, patience: Patience, models: Models, attached: Arc<Attached>) {
+async fn probe(http: HttpClient, timeouts: Timeouts, models: Models, attached: Arc<Attached>) {
     let watching = async {
         let mut misses = 0;
         while misses < MISSES_MAX {
-            sleep(patience.probe_every).await;
-            match discovery::lists(&http, &attached.server, &attached.name, patience.describe).await {
+            sleep(timeouts.probe_every).await;
+            match discovery::lists(&http, &attached.server, &attached.name, timeouts.describe).await {
                 Ok(true) => misses = 0,
                 Ok(false) => misses += 1,
                 Err(error) => {

@@ -8,7 +8,6 @@
 pub mod announcer;
 pub mod commands;
 mod connect;
-mod desk;
 #[cfg(test)]
 mod golden;
 pub mod handshake;
@@ -16,6 +15,7 @@ pub mod holepunch;
 pub mod noise_payload;
 pub mod persistent;
 pub mod records;
+mod request_handler;
 pub mod router;
 mod server;
 #[cfg(test)]
@@ -34,9 +34,9 @@ use tokio_util::task::TaskTracker;
 pub use self::announcer::{RelayAddresses, TopicAnnouncer};
 use self::connect::KnownAddresses;
 pub use self::connect::{ConnectError, ConnectOptions, Step};
-use self::desk::Desk;
 use self::persistent::Limits;
 use self::records::{FindPeer, Lookup, MutableValue, Peer, StoreError};
+use self::request_handler::RequestHandler;
 pub use self::server::{FirewallRule, ListenError, Server, ServerOptions};
 use crate::crypto::{KeyPair, PublicKey};
 use crate::dht_rpc::{self, DhtRpc, Id};
@@ -114,7 +114,7 @@ pub struct HyperDht {
 struct Shared {
     rpc: DhtRpc,
     udx: Udx,
-    desk: Arc<Desk>,
+    request_handler: Arc<RequestHandler>,
     known: Mutex<KnownAddresses>,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -144,8 +144,8 @@ impl Drop for Shared {
 impl HyperDht {
     /// Opens the sockets and begins to look for other nodes. Must be called within a runtime.
     pub fn start(config: Config) -> io::Result<Self> {
-        let (udx, desk) = (Udx::new(), Arc::new(Desk::new(config.limits)));
-        let rpc = DhtRpc::start(config.rpc(), udx.clone(), desk.clone())?;
+        let (udx, request_handler) = (Udx::new(), Arc::new(RequestHandler::new(config.limits)));
+        let rpc = DhtRpc::start(config.rpc(), udx.clone(), request_handler.clone())?;
         let mut known = KnownAddresses::default();
         for (server, addresses) in config.known_addresses {
             known.set(server, addresses);
@@ -153,7 +153,7 @@ impl HyperDht {
         let shared = Shared {
             rpc,
             udx,
-            desk,
+            request_handler,
             known: Mutex::new(known),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -191,7 +191,7 @@ impl HyperDht {
 
     /// Returns peers that announced a topic to this node itself, which a walk through the others does not tell.
     pub fn kept_peers(&self, topic: &Id) -> Vec<Peer> {
-        self.shared.desk.peers(topic)
+        self.shared.request_handler.peers(topic)
     }
 
     /// Looks for the peers that announced a topic, among the other nodes.

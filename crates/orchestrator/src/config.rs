@@ -20,7 +20,7 @@ pub struct Config {
     pub registry_absence: Duration,
     /// Milliseconds a worker has to acknowledge a job before it is set aside; long requests get more.
     pub dispatch_ack_ms: u64,
-    /// Milliseconds a connection to a worker may take to open, where there is none yet.
+    /// Milliseconds that opening a new connection to a worker may take.
     pub dispatch_connect_ms: u64,
     /// Seconds a worker that did not acknowledge a job gets no other, unless there is no other worker.
     pub set_aside_secs: u64,

@@ -15,7 +15,7 @@ use affinity::{Terms, Weights};
 /// Rows of the decision table that are kept; a fleet of thousands is told by its best.
 pub const TABLE_MAX: usize = 64;
 
-/// What is known of a worker that supports the model asked for, or one of them. Who supports several comes with each.
+/// A worker and one of the requested models that it supports. A worker that supports several is listed once for each.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Candidate {
     pub worker_id: WorkerId,

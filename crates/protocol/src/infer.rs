@@ -182,7 +182,7 @@ impl Embedding {
         Self { index, base64: BASE64_STANDARD.encode(bytes) }
     }
 
-    /// Reads the vector, or returns `None` where it is none.
+    /// Reads the vector, or returns `None` if the bytes are not one.
     pub fn vector(&self) -> Option<Vec<f32>> {
         let bytes = BASE64_STANDARD.decode(&self.base64).ok()?;
         let (numbers, rest) = bytes.as_chunks();

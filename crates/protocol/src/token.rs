@@ -57,7 +57,7 @@ pub enum MalformedToken {
         found: usize,
     },
     /// It holds a character that no token has there.
-    #[error("character {position} is none that an API token has there")]
+    #[error("invalid character at position {position} of the API token")]
     Alphabet {
         /// Which, counted from 1.
         position: usize,

@@ -21,7 +21,7 @@ use protocol::control::{
 use protocol::model::ModelOffer;
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
 use rpc::server::STRANGER_BYTES_MAX;
-use rpc::{ArtifactDesk, Caller, Membership, Server, StreamCall, Transport, announce};
+use rpc::{ArtifactServer, Caller, Membership, Server, StreamCall, Transport, announce};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -61,7 +61,7 @@ pub struct Registry {
     parts: RegistryParts,
     tokens: TokenOffice,
     membership: Membership,
-    artifacts: Option<ArtifactDesk>,
+    artifacts: Option<ArtifactServer>,
 }
 
 impl Registry {
@@ -76,7 +76,7 @@ impl Registry {
         let certificate = office.certify(own_key, own_grant()).await?;
         let membership = Membership::new(office.pool(), own_key, certificate, parts.clock.clone())
             .expect("what the office has just signed is good");
-        let artifacts = parts.artifacts.clone().map(|store| ArtifactDesk::new(store, membership.clone()));
+        let artifacts = parts.artifacts.clone().map(|store| ArtifactServer::new(store, membership.clone()));
         let registry = Arc::new(Self { parts, tokens, membership, artifacts });
         registry.take_revocations().await?;
         let known = registry.membership.clone();
@@ -353,7 +353,7 @@ impl Registry {
 
     /// Gives a worker the file of a model that was added.
     async fn give_artifact(&self, call: StreamCall) {
-        let Some(desk) = &self.artifacts else {
+        let Some(artifact_server) = &self.artifacts else {
             let error = WireError::new(ErrorCode::ModelNotHere, "this registry keeps no artifacts, try another node");
             return call.refuse(error).await;
         };
@@ -361,7 +361,7 @@ impl Registry {
             let catalog = catalog::list(&*self.parts.store).await.map_err(|error| unavailable(&error))?;
             Ok(catalog.added_with(&digest).into_iter().map(|key| key.model_id).collect())
         };
-        desk.serve(call, models_of).await;
+        artifact_server.serve(call, models_of).await;
     }
 
     /// Lists a model that a worker serves, if the worker's certificate allows it that name.

@@ -38,7 +38,7 @@ const STALL: Duration = Duration::from_secs(20);
 const AHEAD_BYTES: u32 = 1 << 20;
 
 /// Gives artifacts of a store to the workers of the pool.
-pub struct ArtifactDesk {
+pub struct ArtifactServer {
     store: ArtifactStore,
     membership: Membership,
     reads: Arc<Semaphore>,
@@ -47,14 +47,14 @@ pub struct ArtifactDesk {
 
 /// A place among those who are read for.
 struct Read<'a> {
-    desk: &'a ArtifactDesk,
+    artifact_server: &'a ArtifactServer,
     peer: PublicKey,
     _permit: tokio::sync::OwnedSemaphorePermit,
 }
 
 impl Drop for Read<'_> {
     fn drop(&mut self) {
-        let mut by_peer = self.desk.by_peer();
+        let mut by_peer = self.artifact_server.by_peer();
         if let Some(count) = by_peer.get_mut(&self.peer) {
             *count -= 1;
             if *count == 0 {
@@ -64,8 +64,8 @@ impl Drop for Read<'_> {
     }
 }
 
-impl ArtifactDesk {
-    /// Makes a desk of a store.
+impl ArtifactServer {
+    /// Serves the artifacts of a store.
     pub fn new(store: ArtifactStore, membership: Membership) -> Self {
         Self { store, membership, reads: Arc::new(Semaphore::new(READS_MAX)), by_peer: Mutex::default() }
     }
@@ -120,7 +120,7 @@ impl ArtifactDesk {
         }
         *count += 1;
         drop(by_peer);
-        Ok(Read { desk: self, peer, _permit: permit })
+        Ok(Read { artifact_server: self, peer, _permit: permit })
     }
 
     async fn open(&self, wanted: ArtifactFetch) -> Result<(File, u64), WireError> {

@@ -160,7 +160,7 @@ impl Client {
             }
             Ok(Err(RequestError::Transport(error))) => Err(error.into()),
             Err(_) => {
-                link.doubt().raise();
+                link.suspicion().raise();
                 Err(CallError::Deadline)
             }
         }
@@ -188,18 +188,18 @@ impl Client {
         let opened = match time::timeout_at(accept_until, link.connection().open_channel()).await {
             Ok(Ok(channel)) => {
                 options.accept_within = accept_until.saturating_duration_since(Instant::now());
-                AnswerStream::open(channel, method, body, options, link.doubt().clone()).await
+                AnswerStream::open(channel, method, body, options, link.suspicion().clone()).await
             }
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(CallError::NotAccepted),
         };
         if matches!(opened, Err(CallError::NotAccepted)) {
-            link.doubt().raise();
+            link.suspicion().raise();
         }
         opened
     }
 
-    /// Opens a connection to a peer where there is none, so that the next call need not wait for it.
+    /// Opens a connection to a peer unless one is open, so that the next call does not wait for it.
     pub async fn connect(&self, peer: PublicKey) -> Result<(), CallError> {
         self.linked(peer).await.map(drop)
     }

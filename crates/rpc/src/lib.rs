@@ -22,7 +22,7 @@ pub mod stream;
 pub mod transport;
 
 pub use announce::Directory;
-pub use artifacts::{ArtifactDesk, ArtifactStream};
+pub use artifacts::{ArtifactServer, ArtifactStream};
 pub use client::{CallError, Client};
 pub use clock::SystemClock;
 pub use enrolment::{Enrolment, EnrolmentError, JoinError};

@@ -368,11 +368,11 @@ impl Shared {
     async fn handle(&self, caller: Caller, incoming: Incoming, allowance: Allowance) {
         match incoming {
             Incoming::Request { method, body, mut reply } => {
-                let room = allowance.begin(body.len()).and_then(|mut room| {
-                    room.grow(body.len())?;
-                    Ok(room)
+                let reserved = allowance.begin(body.len()).and_then(|mut reserved| {
+                    reserved.grow(body.len())?;
+                    Ok(reserved)
                 });
-                let answer = match (room, self.server.unary.get(method.as_str())) {
+                let answer = match (reserved, self.server.unary.get(method.as_str())) {
                     (Err(error), _) => Err(error),
                     (Ok(_), None) => Err(unknown(&method)),
                     (Ok(_room), Some(Unary { handler, finishes: true })) => handler(caller, body).await,

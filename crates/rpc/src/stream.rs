@@ -13,8 +13,8 @@ use protocol::{ErrorCode, PublicKey, WireError, codec};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::client::CallError;
-use crate::client::links::Doubt;
-use crate::server::budget::{Allowance, Room};
+use crate::client::links::Suspicion;
+use crate::server::budget::{Allowance, ReservedBytes};
 use crate::transport::Channel;
 
 /// The most bytes of a payload in one frame; longer payloads are cut, so that streams share a connection fairly.
@@ -198,7 +198,7 @@ pub struct AnswerStream {
     channel: Box<dyn Channel>,
     options: StreamOptions,
     /// Raised when the callee falls silent.
-    doubt: Doubt,
+    suspicion: Suspicion,
     deadline: Option<Instant>,
     /// When the last message came.
     heard_at: Instant,
@@ -219,14 +219,14 @@ impl AnswerStream {
         method: &str,
         body: Bytes,
         options: StreamOptions,
-        doubt: Doubt,
+        suspicion: Suspicion,
     ) -> Result<Self, CallError> {
         let heard_at = Instant::now();
         let deadline = options.deadline.map(|wait| heard_at + wait);
         let mut stream = Self {
             channel,
             options,
-            doubt,
+            suspicion,
             deadline,
             heard_at,
             timer: None,
@@ -313,7 +313,7 @@ impl AnswerStream {
                 () = timer.as_mut() => {
                     let (until, late) = self.patience();
                     if Instant::now() >= until {
-                        self.doubt.raise();
+                        self.suspicion.raise();
                         // Not finished: the callee may still be at work, and is told to stop when this is dropped.
                         return Some(Err(late));
                     }
@@ -376,7 +376,7 @@ impl AnswerStream {
 impl Drop for AnswerStream {
     fn drop(&mut self) {
         if !self.finished {
-            // Where there is no room for the frame, the closing channel says the same.
+            // Where the queue is full, the closing channel says the same.
             let _ = self.channel.try_send(Frame::Cancel.encode());
         }
     }
@@ -393,8 +393,8 @@ pub struct StreamCall {
     pub body: Bytes,
     /// When the caller stops waiting.
     pub deadline: Option<Instant>,
-    /// What the request takes of the server's room.
-    _room: Room,
+    /// Bytes of the request that count against the server's budget.
+    _reserved: ReservedBytes,
     reply: ReplyStream,
 }
 
@@ -410,12 +410,12 @@ impl StreamCall {
         let deadline =
             (deadline_ms > 0).then(|| Instant::now().checked_add(Duration::from_millis(deadline_ms))).flatten();
         let body_bytes = body_bytes as usize;
-        let begun = allowance.begin(body_bytes).and_then(|mut room| {
-            room.grow(body.len())?;
-            Ok(room)
+        let begun = allowance.begin(body_bytes).and_then(|mut reserved| {
+            reserved.grow(body.len())?;
+            Ok(reserved)
         });
-        let mut room = match begun {
-            Ok(room) => room,
+        let mut reserved = match begun {
+            Ok(reserved) => reserved,
             Err(error) => {
                 channel.send(Frame::Error(error).encode()).await;
                 return None;
@@ -429,7 +429,7 @@ impl StreamCall {
             while whole.len() < body_bytes {
                 match Frame::decode(channel.receive().await?) {
                     Ok(Frame::Part(part)) if !part.is_empty() && whole.len() + part.len() <= body_bytes => {
-                        if let Err(error) = room.grow(part.len()) {
+                        if let Err(error) = reserved.grow(part.len()) {
                             channel.send(Frame::Error(error).encode()).await;
                             return None;
                         }
@@ -441,7 +441,7 @@ impl StreamCall {
             whole.freeze()
         };
         let reply = ReplyStream { channel, credit: u64::from(credit), interrupted: false };
-        Some(Self { peer, method, body, deadline, _room: room, reply })
+        Some(Self { peer, method, body, deadline, _reserved: reserved, reply })
     }
 
     /// Takes the call.
@@ -478,7 +478,7 @@ pub struct ReplyStream {
 }
 
 impl ReplyStream {
-    /// Sends a message, waiting for credit and room.
+    /// Sends a message, waiting for credit and for space in the queue.
     pub async fn send(&mut self, message: &[u8]) -> Result<(), Interrupted> {
         let mut rest = message;
         loop {

@@ -71,7 +71,7 @@ pub trait Channel: fmt::Debug + Send + Sync + 'static {
     /// or not at all.
     async fn send(&self, message: Bytes) -> bool;
 
-    /// Sends a message where there is room. Returns false where there is none, or the peer is gone.
+    /// Sends a message. Returns false if the queue is full or the peer is gone.
     fn try_send(&self, message: Bytes) -> bool;
 
     /// Returns the next message, or `None` where the peer is gone. Cancel safe. One reader at a time.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
-use engine::remote::{Patience, RemoteRuntime};
+use engine::remote::{RemoteRuntime, Timeouts};
 use observability::metrics::Metrics;
 use protocol::artifact::FETCH;
 use protocol::codec::MESSAGE_BYTES_MAX;
@@ -20,7 +20,7 @@ use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError, WorkerId, 
 use rpc::announce::DirectoryTask;
 use rpc::server::STRANGER_BYTES_MAX;
 use rpc::{
-    ArtifactDesk, Client, Directory, Interrupted, Membership, MembershipTask, ReplyStream, Server, StreamCall,
+    ArtifactServer, Client, Directory, Interrupted, Membership, MembershipTask, ReplyStream, Server, StreamCall,
     Transport,
 };
 use tokio::sync::{Notify, watch};
@@ -139,9 +139,9 @@ impl BaseWorker {
         let topic = Topic::Control(config.region.clone());
         let (directory, directory_task) = Directory::new(parts.transport.clone(), client.clone(), topic);
         let offers = Offers::new(client.clone(), directory.clone());
-        let patience = Patience { begin: config.server_stall(), ..Patience::default() };
+        let timeouts = Timeouts { begin: config.server_stall(), ..Timeouts::default() };
         let runtime =
-            Arc::new(Runtimes { engines: parts.runtime.clone(), servers: Arc::new(RemoteRuntime::new(patience)) });
+            Arc::new(Runtimes { engines: parts.runtime.clone(), servers: Arc::new(RemoteRuntime::new(timeouts)) });
         let (listed, free) = (Listed::default(), parts.artifacts.clone());
         let fetcher = Fetcher::new(FetcherParts {
             use_of: config.catalog,
@@ -223,7 +223,7 @@ impl BaseWorker {
         let life = CancellationToken::new();
         let _end_of_life = life.clone().drop_guard();
         let bounds = config.clone();
-        let desk = Arc::new(Desk {
+        let handlers = Arc::new(Handlers {
             bound_keep_alive: Box::new(move |secs| bounds.bounded_keep_alive(secs)),
             membership: membership.clone(),
             region: config.region.clone(),
@@ -245,20 +245,20 @@ impl BaseWorker {
             limits: guard.limits(),
             epoch,
         };
-        let looked_at = desk.clone();
+        let looked_at = handlers.clone();
         let look = move || looked_at.condition();
         let reports = Arc::new(ReportWriter::new(identity, clock, look, loader.clone()));
 
         let info = NodeInfo { roles: vec![NodeRole::Worker], region: config.region.clone(), version };
-        let (taking, asked, known, written) = (desk.clone(), desk.clone(), membership.clone(), reports.clone());
-        let (own, moved, worker_id) = (membership.clone(), desk.clone(), transport.public_key());
+        let (taking, asked, known, written) = (handlers.clone(), handlers.clone(), membership.clone(), reports.clone());
+        let (own, moved, worker_id) = (membership.clone(), handlers.clone(), transport.public_key());
         let described_to = hearing.clone();
-        let (artifacts, given) = (Arc::new(ArtifactDesk::new(artifacts, membership.clone())), listed.clone());
+        let (artifacts, given) = (Arc::new(ArtifactServer::new(artifacts, membership.clone())), listed.clone());
         let server = Server::new(transport.clone(), info)
             .stream(START, move |call| taking.clone().take(call))
             .stream(FETCH, move |call| {
-                let (desk, given) = (artifacts.clone(), given.clone());
-                async move { desk.serve(call, async |digest| Ok(given.names_of(&digest))).await }
+                let (handlers, given) = (artifacts.clone(), given.clone());
+                async move { handlers.serve(call, async |digest| Ok(given.names_of(&digest))).await }
             })
             .unary(PRESENCE_DESCRIBE, move |caller, _: Empty| {
                 let described = asked.check(caller.key).map(|()| {
@@ -292,23 +292,23 @@ impl BaseWorker {
             tasks.spawn(watch.run(keepers_stop.clone()));
         }
         let meter_stop = life.child_token();
-        tasks.spawn(meter(desk.clone(), EngineMeter::new(metrics), meter_stop.clone()));
+        tasks.spawn(meter(handlers.clone(), EngineMeter::new(metrics), meter_stop.clone()));
 
         let reporter_stop = life.child_token();
         tasks.spawn(directory_task.run(reporter_stop.clone()));
         tasks.spawn(MembershipTask::new(client.clone(), directory.clone()).run(server_stop.clone()));
         let reporter = HealthReporter::new(reports, client, directory, hearing, changes.subscribe());
         let reporter = tasks.spawn(reporter.run(reporter_stop.clone()));
-        let (wanting, region) = (desk.clone(), config.region.clone());
+        let (wanting, region) = (handlers.clone(), config.region.clone());
         let announcer = Announcer::new(transport, move || wanting.wanted_topics(&region), changes.subscribe());
         let announcer = tasks.spawn(announcer.run(reporter_stop.clone()));
 
         stop.cancelled().await;
         info!(jobs = guard.count(), "the worker is stopping");
-        desk.draining.store(true, Ordering::Relaxed);
+        handlers.draining.store(true, Ordering::Relaxed);
         changes.send_replace(());
         if time::timeout(config.drain(), guard.empty()).await.is_err() {
-            desk.give_up.cancel();
+            handlers.give_up.cancel();
             let _ = time::timeout(LAST_WORD, guard.empty()).await;
         }
         reporter_stop.cancel();
@@ -409,21 +409,21 @@ async fn settled(entry: &Entry) -> Result<(), NotReady> {
 }
 
 /// Counts what the engines do until `stop`.
-async fn meter(desk: Arc<Desk>, mut meter: EngineMeter, stop: CancellationToken) {
+async fn meter(handlers: Arc<Handlers>, mut meter: EngineMeter, stop: CancellationToken) {
     let counting = async {
         loop {
-            meter.add(&desk.loader.observe());
+            meter.add(&handlers.loader.observe());
             // What a job took is told when it ends, and what its cancel stopped soon after.
-            let _ = time::timeout(METER_EVERY, desk.job_ended.notified()).await;
+            let _ = time::timeout(METER_EVERY, handlers.job_ended.notified()).await;
         }
     };
     stop.run_until_cancelled(counting).await;
-    meter.add(&desk.loader.observe());
+    meter.add(&handlers.loader.observe());
     meter.clear();
 }
 
 /// Where jobs come in.
-struct Desk {
+struct Handlers {
     membership: Membership,
     region: Region,
     draining: AtomicBool,
@@ -473,7 +473,7 @@ struct Job {
     place: Place,
 }
 
-impl Desk {
+impl Handlers {
     /// Takes a job or refuses it, and answers it.
     async fn take(self: Arc<Self>, call: StreamCall) {
         if let Err(error) = self.check_in(call.peer) {

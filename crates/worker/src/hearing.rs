@@ -34,7 +34,7 @@ struct State {
     refusal: Option<(PublicKey, String)>,
 }
 
-/// What is known of the way to an orchestrator.
+/// How the reports to one orchestrator fared.
 #[derive(Debug, Default)]
 struct Facts<'a> {
     region: &'a str,

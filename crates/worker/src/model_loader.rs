@@ -33,7 +33,7 @@ use tracing::{debug, info, warn};
 
 use adapters::Lease;
 use cache::{Entry, Hold, Load, ModelCache, Status};
-use residency::{Order, Place, Room, Seat};
+use residency::{Memory, Order, Place, Seat};
 
 use crate::config::{self, RemoteServer, ServedAdapter, ServedModel};
 use crate::device_report;
@@ -284,7 +284,7 @@ impl ModelLoader {
     /// memory.
     pub(crate) fn could_fetch(&self, digest: &Digest) -> bool {
         let Some(file) = self.fetcher.fetchable(digest) else { return false };
-        file.memory_min <= self.most_room().host && self.fetcher.could_take(digest, file.bytes)
+        file.memory_min <= self.most_memory().host && self.fetcher.could_take(digest, file.bytes)
     }
 
     /// Notes which models have no file here and are to be fetched.
@@ -325,9 +325,9 @@ impl ModelLoader {
     }
 
     /// Returns the memory that a model could have if all left that may leave.
-    fn most_room(&self) -> Room {
+    fn most_memory(&self) -> Memory {
         let seats: Vec<Seat> = self.cache.seated().iter().map(|entry| entry.seat().clone()).collect();
-        residency::most(&seats, self.room(&seats))
+        residency::most(&seats, self.memory(&seats))
     }
 
     fn spawn_keeper(self: Arc<Self>, entry: Arc<Entry>) {
@@ -356,7 +356,7 @@ impl ModelLoader {
             let seats: Vec<Seat> = entries.iter().map(|entry| entry.seat().clone()).collect();
             // Memory is measured only where somebody asks for it: a look at the system takes longer than the decision.
             let is_asked = seats.iter().any(|seat| seat.place == Place::Asking);
-            let room = if is_asked { self.room(&seats) } else { Room { host: 0, gpu: 0 } };
+            let room = if is_asked { self.memory(&seats) } else { Memory { host: 0, gpu: 0 } };
             let decision = residency::decide(&seats, room, Instant::now());
             for (index, order) in decision.orders {
                 entries[index].obey(order);
@@ -370,12 +370,12 @@ impl ModelLoader {
 
     /// Returns the memory that a further model can have: what the models leave of their share, and no more than nine tenths
     /// of what the machine has.
-    fn room(&self, seats: &[Seat]) -> Room {
+    fn memory(&self, seats: &[Seat]) -> Memory {
         let holding = || seats.iter().filter(|seat| matches!(seat.place, Place::In(_) | Place::Moving));
         let sum = |bytes: fn(&Seat) -> u64| holding().map(bytes).fold(0, u64::saturating_add);
         let left = self.options.memory_max.map(|most| most.saturating_sub(sum(|seat| seat.bytes)));
         let free = hardware::free_memory_bytes().map(|bytes| bytes - bytes / 10);
-        Room {
+        Memory {
             host: left.into_iter().chain(free).min().unwrap_or(u64::MAX),
             gpu: self.vram.get().map_or(u64::MAX, |most| most.saturating_sub(sum(|seat| seat.vram_bytes))),
         }
@@ -573,7 +573,7 @@ impl ModelLoader {
     async fn memory_for(&self, entry: &Entry, backoff: &mut Backoff) {
         loop {
             time::sleep(backoff.next()).await;
-            if self.most_room().holds(entry.seat().room_min()) {
+            if self.most_memory().holds(entry.seat().memory_min()) {
                 return;
             }
         }
@@ -739,7 +739,7 @@ impl ModelLoader {
     async fn file_of(&self, entry: &Entry) -> Result<(VerifiedArtifact, Option<InUse>), LoadError> {
         let digest = entry.model.digest();
         if let Some(file) = self.fetcher.fetchable(&digest).filter(|_| !self.artifacts.contains(&digest)) {
-            let available_bytes = self.most_room().host;
+            let available_bytes = self.most_memory().host;
             if file.memory_min > available_bytes {
                 // It would come in vain.
                 entry.plan(file.memory_min, file.memory_min);

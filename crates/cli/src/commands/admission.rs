@@ -12,7 +12,7 @@ use super::serve::{follow_parent, name, run_role};
 use super::{Context, Outcome};
 use crate::args::{InviteArgs, JoinArgs, RenameArgs, RevokeArgs, Role};
 use crate::node::{Node, Pool};
-use crate::operator::{Desk, find_node};
+use crate::operator::{AdminClient, find_node};
 use crate::output;
 
 impl From<Role> for NodeRole {
@@ -35,7 +35,7 @@ pub(super) async fn invite(context: Context, args: InviteArgs) -> anyhow::Result
             context.data.path().display()
         );
     }
-    let desk = Desk::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
+    let admin = AdminClient::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
     let new = InviteCreate {
         token: String::new(),
         roles: vec![args.role.into()],
@@ -45,8 +45,8 @@ pub(super) async fn invite(context: Context, args: InviteArgs) -> anyhow::Result
         valid_secs: Some(u64::from(args.hours) * 3600),
         bootstrap: vec![],
     };
-    let created = desk.invite(new).await;
-    desk.leave().await?;
+    let created = admin.invite(new).await;
+    admin.leave().await?;
     let created = created?;
     if context.json {
         output::json(&created)?;
@@ -105,13 +105,13 @@ pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Out
 
 /// Takes a node out of the network.
 pub(super) async fn revoke(context: Context, args: RevokeArgs) -> anyhow::Result<Outcome> {
-    let desk = Desk::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
+    let admin = AdminClient::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
     let asked = async {
-        let public_key = find(&desk, &args.node).await?;
-        anyhow::Ok((public_key, desk.revoke_node(public_key).await?))
+        let public_key = find(&admin, &args.node).await?;
+        anyhow::Ok((public_key, admin.revoke_node(public_key).await?))
     };
     let asked = asked.await;
-    desk.leave().await?;
+    admin.leave().await?;
     let (public_key, revoked) = asked?;
     if context.json {
         output::json(&revoked)?;
@@ -125,13 +125,13 @@ pub(super) async fn revoke(context: Context, args: RevokeArgs) -> anyhow::Result
 
 /// Gives a node another name.
 pub(super) async fn rename(context: Context, args: RenameArgs) -> anyhow::Result<Outcome> {
-    let desk = Desk::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
+    let admin = AdminClient::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
     let asked = async {
-        let public_key = find(&desk, &args.node).await?;
-        anyhow::Ok((public_key, desk.rename_node(public_key, &args.name).await?))
+        let public_key = find(&admin, &args.node).await?;
+        anyhow::Ok((public_key, admin.rename_node(public_key, &args.name).await?))
     };
     let asked = asked.await;
-    desk.leave().await?;
+    admin.leave().await?;
     let (public_key, renamed) = asked?;
     if context.json {
         output::json(&renamed)?;
@@ -143,7 +143,7 @@ pub(super) async fn rename(context: Context, args: RenameArgs) -> anyhow::Result
     Ok(if renamed.found { Outcome::Well } else { Outcome::Finding })
 }
 
-/// Says what is known of the way to a registry that does not answer: which of the addresses that lead to it do.
+/// Says which of the addresses that lead to an unreachable registry answer.
 fn no_way(addresses: &[(SocketAddrV4, bool)]) -> String {
     if let Some((address, _)) = addresses.iter().find(|(_, answers)| *answers) {
         return format!("could not join: {address} answers, but the registry does not; see that it runs");
@@ -169,10 +169,10 @@ fn no_way(addresses: &[(SocketAddrV4, bool)]) -> String {
 }
 
 /// Finds a node; a whole key needs no list.
-async fn find(desk: &Desk, text: &str) -> anyhow::Result<PublicKey> {
+async fn find(admin: &AdminClient, text: &str) -> anyhow::Result<PublicKey> {
     match text.parse() {
         Ok(public_key) => Ok(public_key),
-        Err(_) => find_node(&desk.members().await?, text),
+        Err(_) => find_node(&admin.members().await?, text),
     }
 }
 

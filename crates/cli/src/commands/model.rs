@@ -20,7 +20,7 @@ use super::model_add::model_name;
 use super::{Context, Outcome};
 use crate::args::{ModelAliasArgs, ServerArgs};
 use crate::client::GatewayClient;
-use crate::operator::{Desk, answers};
+use crate::operator::{AdminClient, answers};
 use crate::output;
 use crate::tiny_model;
 
@@ -147,9 +147,9 @@ pub(super) async fn remove(context: Context, model: &str, force: bool, server: &
     let ModelRef { name: model_id, version, adapter } = model_ref(model)?;
     ensure!(adapter.is_none(), "{model} is an adapter; `tether model adapter rm` forgets adapters");
     ensure!(model_id != tiny_model::key().model_id, "{model_id} comes with the program and is always there");
-    let desk = Desk::of_registry(server, &context.settings, &context.data, &context.env).await?;
-    let removed = desk.remove_model(ModelRemove { model_id, version, force }).await;
-    desk.leave().await?;
+    let admin = AdminClient::of_registry(server, &context.settings, &context.data, &context.env).await?;
+    let removed = admin.remove_model(ModelRemove { model_id, version, force }).await;
+    admin.leave().await?;
     let removed = removed?;
     // Other machines keep what they hold for as long as they like; this one keeps what the network needs.
     let is_registrys = server.url.is_none() && context.data.registry_store().exists();
@@ -204,9 +204,9 @@ pub(super) async fn load(
 pub(super) async fn pin(context: Context, model: &str, pin: bool, server: &ServerArgs) -> anyhow::Result<Outcome> {
     let ModelRef { name: model_id, version, adapter } = model_ref(model)?;
     ensure!(adapter.is_none(), "{model} is an adapter; pin its model");
-    let desk = Desk::of_registry(server, &context.settings, &context.data, &context.env).await?;
-    let kept = desk.keep_model(ModelKeep { model_id, version, pin: Some(pin), keep_alive_secs: None }).await;
-    desk.leave().await?;
+    let admin = AdminClient::of_registry(server, &context.settings, &context.data, &context.env).await?;
+    let kept = admin.keep_model(ModelKeep { model_id, version, pin: Some(pin), keep_alive_secs: None }).await;
+    admin.leave().await?;
     let kept = kept?;
     if context.json {
         output::json(&kept)?;
@@ -263,13 +263,13 @@ async fn told(
 pub(super) async fn alias(context: Context, args: ModelAliasArgs) -> anyhow::Result<Outcome> {
     let alias = model_name(&args.alias)?;
     let mut targets = args.targets.iter().map(|target| model_ref(target)).collect::<Result<Vec<_>, _>>()?.into_iter();
-    let desk = Desk::of_registry(&args.server, &context.settings, &context.data, &context.env).await?;
+    let admin = AdminClient::of_registry(&args.server, &context.settings, &context.data, &context.env).await?;
     let done = match targets.next() {
         Some(target) => {
-            let set = desk.set_alias(AliasSet { alias, target, alternatives: targets.collect() }).await;
+            let set = admin.set_alias(AliasSet { alias, target, alternatives: targets.collect() }).await;
             set.and_then(|set| say_alias(&context, &set))
         }
-        None => desk.remove_alias(alias.clone()).await.map(|removed| {
+        None => admin.remove_alias(alias.clone()).await.map(|removed| {
             if removed.found {
                 output::line(format!("{alias} is forgotten; requests for it are refused within 5 seconds"));
                 Outcome::Well
@@ -279,7 +279,7 @@ pub(super) async fn alias(context: Context, args: ModelAliasArgs) -> anyhow::Res
             }
         }),
     };
-    desk.leave().await?;
+    admin.leave().await?;
     done
 }
 
@@ -295,7 +295,7 @@ fn say_alias(context: &Context, set: &AliasEntry) -> anyhow::Result<Outcome> {
 
 /// Returns the names of nodes by their keys, as far as they are told.
 async fn names(client: GatewayClient) -> BTreeMap<String, String> {
-    let members: Vec<Member> = Desk::Gateway(client).members().await.unwrap_or_default();
+    let members: Vec<Member> = AdminClient::Gateway(client).members().await.unwrap_or_default();
     let named = members.into_iter().filter(|member| !member.node.name.is_empty());
     named.map(|member| (member.node.public_key.to_string(), output::one_line(&member.node.name))).collect()
 }
@@ -314,9 +314,9 @@ impl Models {
         if !has_registry {
             return Err(anyhow!("nothing answers at {}; start the network with `tether up`", client.url()));
         }
-        let desk = Desk::of_registry(server, &context.settings, &context.data, &context.env).await?;
-        let catalog = desk.catalog().await;
-        desk.leave().await?;
+        let admin = AdminClient::of_registry(server, &context.settings, &context.data, &context.env).await?;
+        let catalog = admin.catalog().await;
+        admin.leave().await?;
         Ok(Self { listed: None, catalog: catalog?, fleet: None, names: BTreeMap::new() })
     }
 
@@ -468,7 +468,7 @@ fn places(states: &[(String, String)]) -> String {
 
 /// Returns the catalogue as a gateway tells it: to an operator the whole of it, to anybody else what its list shows.
 async fn of_gateway(client: &GatewayClient, listed: &Value) -> Catalog {
-    let mut catalog = Desk::catalog_of_list(listed);
+    let mut catalog = AdminClient::catalog_of_list(listed);
     if let Ok(AliasList { aliases }) = client.get("/admin/v1/aliases").await {
         catalog.aliases = aliases;
     }

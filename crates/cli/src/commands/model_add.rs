@@ -22,7 +22,7 @@ use crate::download::{Downloads, Remote};
 use crate::local_models;
 use crate::model_caches::{Cache, Cached};
 use crate::model_file::{self, ModelFile, PartName, Take};
-use crate::operator::Desk;
+use crate::operator::AdminClient;
 use crate::output;
 use crate::tiny_model;
 
@@ -41,9 +41,9 @@ pub(super) async fn run(context: Context, args: ModelAddArgs) -> anyhow::Result<
     }
     let wanted = Wanted::of(&args)?;
     // A key that may not, or a network that does not answer, is said before anything is copied.
-    let desk = Desk::of_registry(&args.server, &context.settings, &context.data, &context.env).await?;
-    let added = add_all(&context, &desk, &args, &wanted).await;
-    desk.leave().await?;
+    let admin = AdminClient::of_registry(&args.server, &context.settings, &context.data, &context.env).await?;
+    let added = add_all(&context, &admin, &args, &wanted).await;
+    admin.leave().await?;
     let added = added?;
     if context.json {
         output::json(&added)?;
@@ -150,7 +150,7 @@ struct Incoming {
 
 async fn add_all(
     context: &Context,
-    desk: &Desk,
+    admin: &AdminClient,
     args: &ModelAddArgs,
     wanted: &Wanted,
 ) -> anyhow::Result<Vec<ModelEntry>> {
@@ -174,13 +174,13 @@ async fn add_all(
     let mut added = vec![];
     for source in sources {
         let (entry, told) = match source {
-            Source::File(path) => add(context, desk, &artifacts, Incoming::of_file(path).await?, wanted).await?,
+            Source::File(path) => add(context, admin, &artifacts, Incoming::of_file(path).await?, wanted).await?,
             Source::Cached(cached) => {
                 let path = cached.path.clone();
                 let file = tokio::task::spawn_blocking(move || ModelFile::open(&path)).await??;
                 let name = cached.model_name();
                 let incoming = Incoming { file, take: Take::Link, stays: true, expected: cached.digest, name };
-                add(context, desk, &artifacts, incoming, wanted).await?
+                add(context, admin, &artifacts, incoming, wanted).await?
             }
             Source::Remote(remote) => {
                 let say = |label: String| {
@@ -188,7 +188,7 @@ async fn add_all(
                         output::line(label);
                     }
                 };
-                add_remote(context, desk, &artifacts, remote, args.insecure, wanted, say).await?
+                add_remote(context, admin, &artifacts, remote, args.insecure, wanted, say).await?
             }
         };
         if !context.json {
@@ -202,7 +202,7 @@ async fn add_all(
 /// Downloads a model and registers it. Tells what it takes before that.
 async fn add_remote(
     context: &Context,
-    desk: &Desk,
+    admin: &AdminClient,
     artifacts: &ArtifactStore,
     source: RemoteSource,
     insecure: bool,
@@ -229,7 +229,7 @@ async fn add_remote(
             }
         }
     };
-    download(context, desk, artifacts, &web, fetch, wanted).await
+    download(context, admin, artifacts, &web, fetch, wanted).await
 }
 
 /// Returns the model of a `[NAME=]URL` or `[NAME=]hf:ORG/REPO`, which is downloaded and registered unless it was before.
@@ -238,26 +238,26 @@ pub(super) async fn of_source(context: &Context, server: &ServerArgs, text: &str
     let remote = RemoteSource::of(source).with_context(|| format!("{source:?} is no model of the web"))??;
     context.data.create()?;
     let artifacts = ArtifactStore::in_folder(context.data.artifacts()).context("could not open the artifact store")?;
-    let desk = Desk::of_registry(server, &context.settings, &context.data, &context.env).await?;
+    let admin = AdminClient::of_registry(server, &context.settings, &context.data, &context.env).await?;
     let found = async {
         let wanted = Wanted { name: name.map(model_name).transpose()?, ..Wanted::default() };
         let index = local_models::index(&context.data);
         if let Some(digest) = local_models::digest_of_source(&index, source).filter(|digest| artifacts.contains(digest))
         {
-            let catalog = desk.catalog().await?;
+            let catalog = admin.catalog().await?;
             let is_it = |key: &ModelKey| wanted.name.as_ref().is_none_or(|name| key.model_id == *name);
             let known = catalog.models.iter().find(|entry| entry.digest == digest && is_it(&entry.key));
             if let Some(entry) = known {
                 return Ok(entry.key.clone());
             }
         }
-        let (entry, told) = add_remote(context, &desk, &artifacts, remote, false, &wanted, output::note).await?;
+        let (entry, told) = add_remote(context, &admin, &artifacts, remote, false, &wanted, output::note).await?;
         output::note(told);
         local_models::remember_source(&index, source, entry.digest, entry.bytes);
         Ok(entry.key)
     };
     let found = found.await;
-    desk.leave().await?;
+    admin.leave().await?;
     found
 }
 
@@ -269,11 +269,11 @@ pub(super) async fn add_file(
     name: Option<ModelName>,
 ) -> anyhow::Result<ModelEntry> {
     let incoming = Incoming::of_file(path).await?;
-    let desk = Desk::of_registry(server, &context.settings, &context.data, &context.env).await?;
+    let admin = AdminClient::of_registry(server, &context.settings, &context.data, &context.env).await?;
     let artifacts = ArtifactStore::in_folder(context.data.artifacts()).context("could not open the artifact store")?;
     let wanted = Wanted { name, ..Wanted::default() };
-    let added = add(context, &desk, &artifacts, incoming, &wanted).await;
-    desk.leave().await?;
+    let added = add(context, &admin, &artifacts, incoming, &wanted).await;
+    admin.leave().await?;
     added.map(|(entry, _)| entry)
 }
 
@@ -316,7 +316,7 @@ fn of_url(url: &Uri) -> anyhow::Result<(Vec<Remote>, Option<ModelName>)> {
 /// Downloads a model and registers it.
 async fn download(
     context: &Context,
-    desk: &Desk,
+    admin: &AdminClient,
     artifacts: &ArtifactStore,
     web: &Web,
     fetch: Fetch,
@@ -327,7 +327,7 @@ async fn download(
     let bytes = lengths.try_fold(0_u64, |sum, bytes| bytes.map(|bytes| sum.saturating_add(bytes)));
     // What can be refused is refused before hours of download.
     let wants = name_for(wanted, name.as_ref(), &source)?;
-    check_free(&desk.catalog().await?, &wants, wanted.version, bytes.filter(|_| remotes.len() == 1))?;
+    check_free(&admin.catalog().await?, &wants, wanted.version, bytes.filter(|_| remotes.len() == 1))?;
     let downloads = Downloads::of(&source, &context.data.downloads(), web, credential, artifacts, &context.stop)?;
     let copies = if remotes.len() > 1 { 2 } else { 1 };
     let left = bytes.map_or(0, |bytes| bytes.saturating_mul(copies).saturating_sub(downloads.bytes()));
@@ -351,7 +351,7 @@ async fn download(
     };
     let expected = remotes.first().and_then(|remote| remote.digest).filter(|_| remotes.len() == 1);
     let incoming = Incoming { file, take: Take::Link, stays: false, expected, name: Some(wants) };
-    let added = add(context, desk, artifacts, incoming, wanted).await;
+    let added = add(context, admin, artifacts, incoming, wanted).await;
     if added.as_ref().is_err_and(anyhow::Error::is::<Damaged>) {
         downloads.clear();
         return added;
@@ -381,7 +381,7 @@ fn name_for(wanted: &Wanted, made: Option<&ModelName>, source: &str) -> anyhow::
 /// Takes a file in and registers it. Returns what to say of it, too.
 async fn add(
     context: &Context,
-    desk: &Desk,
+    admin: &AdminClient,
     artifacts: &ArtifactStore,
     incoming: Incoming,
     wanted: &Wanted,
@@ -389,7 +389,7 @@ async fn add(
     let Incoming { file, take, stays, expected, name } = incoming;
     let shown = file.first().display().to_string();
     let name = name_for(wanted, name.as_ref(), &shown)?;
-    let catalog = desk.catalog().await?;
+    let catalog = admin.catalog().await?;
     check_free(&catalog, &name, wanted.version, Some(file.bytes()?))?;
     let (facts, context_length) = (file.facts(), file.header().context_length().unwrap_or(0).min(CONTEXT_DEFAULT));
     let put = {
@@ -420,7 +420,7 @@ async fn add(
         description: wanted.description.clone().unwrap_or_else(|| facts.name.clone()),
         facts: Some(facts),
     };
-    match register(context, desk, new).await {
+    match register(context, admin, new).await {
         Ok(entry) => {
             // A download is nobody's file but the store's.
             let told = if stays { told(&entry, take, way) } else { told(&entry, Take::Copy, Way::Copied) };
@@ -433,11 +433,11 @@ async fn add(
     }
 }
 
-async fn register(context: &Context, desk: &Desk, new: ModelAdd) -> anyhow::Result<ModelEntry> {
+async fn register(context: &Context, admin: &AdminClient, new: ModelAdd) -> anyhow::Result<ModelEntry> {
     if context.stop.is_cancelled() {
         bail!("stopped; the model is not registered");
     }
-    desk.add_model(new).await
+    admin.add_model(new).await
 }
 
 /// Refuses before the copy what would be refused after it. Files of different lengths differ.

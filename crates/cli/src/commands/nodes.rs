@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{Context, Outcome};
 use crate::args::NodesArgs;
 use crate::client::GatewayClient;
-use crate::operator::Desk;
+use crate::operator::AdminClient;
 use crate::output;
 
 /// How often the list is taken anew while it is watched.
@@ -61,13 +61,13 @@ async fn watch(context: &Context, args: &NodesArgs, client: &GatewayClient) -> a
 /// Asks the gateway, and the registry itself where none answers. It is an error where neither tells anything.
 async fn look(context: &Context, args: &NodesArgs, client: &GatewayClient) -> anyhow::Result<Network> {
     let fleet = client.get::<Fleet>("/admin/v1/nodes").await;
-    let told = Desk::Gateway(client.clone()).members().await;
+    let told = AdminClient::Gateway(client.clone()).members().await;
     let is_member = args.server.url.is_none() && context.data.pool().is_ok_and(|pool| pool.is_some());
     let told = match told {
         Err(_) if is_member => {
-            let desk = Desk::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
-            let told = desk.members().await;
-            desk.leave().await?;
+            let admin = AdminClient::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
+            let told = admin.members().await;
+            admin.leave().await?;
             told
         }
         told => told,

@@ -12,7 +12,7 @@ use time::format_description::well_known::Rfc3339;
 
 use super::{Context, Outcome};
 use crate::args::{ServerArgs, TokenCreateArgs, TokenRevokeArgs};
-use crate::operator::Desk;
+use crate::operator::AdminClient;
 use crate::output;
 
 pub(super) async fn create(context: Context, args: TokenCreateArgs) -> anyhow::Result<Outcome> {
@@ -24,9 +24,9 @@ pub(super) async fn create(context: Context, args: TokenCreateArgs) -> anyhow::R
         expires_at: args.expires_days.map(days),
         requests_per_minute: args.requests_per_minute,
     };
-    let desk = desk(&context, &args.server).await?;
-    let created = desk.create_token(new).await;
-    desk.leave().await?;
+    let admin = admin(&context, &args.server).await?;
+    let created = admin.create_token(new).await;
+    admin.leave().await?;
     let created = created?;
     if context.json {
         output::json(&created)?;
@@ -37,9 +37,9 @@ pub(super) async fn create(context: Context, args: TokenCreateArgs) -> anyhow::R
 }
 
 pub(super) async fn list(context: Context, server: &ServerArgs) -> anyhow::Result<Outcome> {
-    let desk = desk(&context, server).await?;
-    let tokens = desk.tokens().await;
-    desk.leave().await?;
+    let admin = admin(&context, server).await?;
+    let tokens = admin.tokens().await;
+    admin.leave().await?;
     let tokens = tokens?;
     if context.json {
         output::json(&tokens)?;
@@ -57,9 +57,9 @@ pub(super) async fn revoke(context: Context, args: &TokenRevokeArgs) -> anyhow::
     let well_formed = key_id.len() == 8 && key_id.bytes().all(|byte| byte.is_ascii_alphanumeric());
     let mut found = false;
     if well_formed {
-        let desk = desk(&context, &args.server).await?;
-        let revoked = revoke_at(&desk, args).await;
-        desk.leave().await?;
+        let admin = admin(&context, &args.server).await?;
+        let revoked = revoke_at(&admin, args).await;
+        admin.leave().await?;
         found = revoked?;
     }
     if found {
@@ -71,15 +71,15 @@ pub(super) async fn revoke(context: Context, args: &TokenRevokeArgs) -> anyhow::
     }
 }
 
-async fn revoke_at(desk: &Desk, args: &TokenRevokeArgs) -> anyhow::Result<bool> {
-    if !args.yes && is_last_admin(&desk.tokens().await?, &args.key_id, SystemClock.now()) {
+async fn revoke_at(admin: &AdminClient, args: &TokenRevokeArgs) -> anyhow::Result<bool> {
+    if !args.yes && is_last_admin(&admin.tokens().await?, &args.key_id, SystemClock.now()) {
         confirm(&format!(
             "{} is the last key that operates this network. Without it keys, invites and revocations are made only with the \
              registry stopped, by `tether token create --admin` in its data folder.",
             args.key_id
         ))?;
     }
-    Ok(desk.revoke_token(&args.key_id).await?.found)
+    Ok(admin.revoke_token(&args.key_id).await?.found)
 }
 
 /// Asks a person to go on. A script says so beforehand.
@@ -107,8 +107,8 @@ fn is_last_admin(tokens: &[TokenInfo], key_id: &str, now: UnixMillis) -> bool {
     good.next().is_some_and(|first| first.key_id == key_id) && good.next().is_none()
 }
 
-async fn desk(context: &Context, server: &ServerArgs) -> anyhow::Result<Desk> {
-    Desk::of_registry(server, &context.settings, &context.data, &context.env).await
+async fn admin(context: &Context, server: &ServerArgs) -> anyhow::Result<AdminClient> {
+    AdminClient::of_registry(server, &context.settings, &context.data, &context.env).await
 }
 
 fn row(token: TokenInfo, now: UnixMillis) -> Vec<String> {

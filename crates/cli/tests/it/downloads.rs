@@ -19,12 +19,12 @@ use crate::program::Home;
 
 /// A request as the server saw it.
 #[derive(Debug, Clone, Default)]
-struct Asked {
+struct Received {
     path: String,
     headers: HashMap<String, String>,
 }
 
-impl Asked {
+impl Received {
     fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).map(String::as_str)
     }
@@ -53,7 +53,7 @@ impl Said {
     }
 
     /// A whole file, or its end where that is asked for and the file is the same.
-    fn file(asked: &Asked, bytes: &[u8], etag: &str) -> Self {
+    fn file(asked: &Received, bytes: &[u8], etag: &str) -> Self {
         let is_same = asked.header("if-range").is_none_or(|known| known == etag);
         match asked.range().filter(|_| is_same) {
             Some(from) if from >= bytes.len() => {
@@ -82,11 +82,11 @@ impl Said {
 /// A server that answers each request as a function says, and remembers it.
 struct Server {
     url: String,
-    asked: Arc<Mutex<Vec<Asked>>>,
+    asked: Arc<Mutex<Vec<Received>>>,
 }
 
 impl Server {
-    fn new(answer: impl Fn(&Asked, usize) -> Said + Send + Sync + 'static) -> Self {
+    fn new(answer: impl Fn(&Received, usize) -> Said + Send + Sync + 'static) -> Self {
         Self::start("http", answer, |stream, answer, seen| serve(stream, answer, seen))
     }
 
@@ -94,7 +94,7 @@ impl Server {
     fn secure(
         certificate: CertificateDer<'static>,
         key: PrivateKeyDer<'static>,
-        answer: impl Fn(&Asked, usize) -> Said + Send + Sync + 'static,
+        answer: impl Fn(&Received, usize) -> Said + Send + Sync + 'static,
     ) -> Self {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = rustls::ServerConfig::builder_with_provider(provider)
@@ -115,12 +115,12 @@ impl Server {
 
     fn start(
         scheme: &str,
-        answer: impl Fn(&Asked, usize) -> Said + Send + Sync + 'static,
-        speak: impl Fn(TcpStream, &dyn Fn(&Asked, usize) -> Said, &Mutex<Vec<Asked>>) + Send + Sync + 'static,
+        answer: impl Fn(&Received, usize) -> Said + Send + Sync + 'static,
+        speak: impl Fn(TcpStream, &dyn Fn(&Received, usize) -> Said, &Mutex<Vec<Received>>) + Send + Sync + 'static,
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("{scheme}://{}", listener.local_addr().expect("bound"));
-        let asked: Arc<Mutex<Vec<Asked>>> = Arc::default();
+        let asked: Arc<Mutex<Vec<Received>>> = Arc::default();
         let (both, seen) = (Arc::new((answer, speak)), asked.clone());
         // It ends with the process of the test.
         thread::spawn(move || {
@@ -132,12 +132,12 @@ impl Server {
         Self { url, asked }
     }
 
-    fn asked(&self) -> Vec<Asked> {
+    fn asked(&self) -> Vec<Received> {
         self.asked.lock().expect("no panic").clone()
     }
 }
 
-fn serve(mut stream: impl Read + Write, answer: &dyn Fn(&Asked, usize) -> Said, seen: &Mutex<Vec<Asked>>) {
+fn serve(mut stream: impl Read + Write, answer: &dyn Fn(&Received, usize) -> Said, seen: &Mutex<Vec<Received>>) {
     let (mut head, mut byte) = (vec![], [0]);
     while !head.ends_with(b"\r\n\r\n") {
         // Whoever does not trust the certificate leaves.
@@ -148,7 +148,7 @@ fn serve(mut stream: impl Read + Write, answer: &dyn Fn(&Asked, usize) -> Said, 
     let mut lines = head.lines();
     let path = lines.next().and_then(|first| first.split(' ').nth(1)).unwrap_or_default().to_owned();
     let header = |line: &str| line.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned()));
-    let asked = Asked { path, headers: lines.filter_map(header).collect() };
+    let asked = Received { path, headers: lines.filter_map(header).collect() };
     let number = {
         let mut seen = seen.lock().expect("no panic");
         seen.push(asked.clone());

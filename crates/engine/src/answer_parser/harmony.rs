@@ -5,7 +5,7 @@ use super::{Input, Output};
 
 const MESSAGE: &str = "<|message|>";
 const ENDS: [&str; 5] = ["<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>"];
-/// A head that is longer is none.
+/// Longer heads count as text.
 const HEAD_BYTES_MAX: usize = 512;
 
 /// A reader of channels.

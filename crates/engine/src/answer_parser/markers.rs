@@ -1,6 +1,6 @@
 //! Finds markers in text of which more may come.
 
-/// What is known of a text.
+/// Whether a text is a marker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Search {
     /// A marker of this length begins here.

@@ -9,7 +9,7 @@ use super::markers::{self, Search};
 use super::{Input, Output};
 use crate::model_runtime::Tool;
 
-/// A longer name is none.
+/// Names longer than this are rejected.
 const NAME_BYTES_MAX: usize = 256;
 const FUNCTION: &str = "<function=";
 const PARAMETER: &str = "<parameter=";
@@ -38,7 +38,7 @@ enum State {
         is_fresh: bool,
     },
     Text,
-    /// After what begins a call, which comes out as text where it is none.
+    /// After the opening of a call. It is written out as text if no call follows.
     Opened {
         written: String,
     },

@@ -50,7 +50,7 @@ impl Dialect {
             ..ChatMessage::new("tool", "needle-result")
         };
         let called = chat(vec![asks.clone(), calls, answers]);
-        // Python's own notation of an object is none that a model should read, nor is JSON within JSON.
+        // A model should read neither Python's notation of an object nor JSON within JSON.
         let shows_call = |dialect: Self, unwanted: &str| {
             let prompt = render(dialect.variables(&called));
             prompt.contains("needle_key") && prompt.contains("needle_value") && !prompt.contains(unwanted)

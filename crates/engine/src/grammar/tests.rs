@@ -77,7 +77,7 @@ fn tokens_are_allowed_by_the_bytes_they_write() {
     }
     let mask = constraint.mask().expect("it goes on");
     assert!(mask.allows(COLON));
-    assert!(!mask.allows(CALL), "a control token is no text");
+    assert!(!mask.allows(CALL), "a special token is not text");
     assert!(!mask.allows(END), "the object is open");
     assert!(!mask.allows(259), "a token without bytes writes nothing");
 }

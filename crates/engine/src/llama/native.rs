@@ -62,7 +62,7 @@ pub(crate) fn instruction_sets() -> &'static str {
     static SETS: OnceLock<String> = OnceLock::new();
     SETS.get_or_init(|| {
         let ours = start().then_some("our kernels");
-        // SAFETY: the text stays until the next call, and there is none.
+        // SAFETY: the text stays until the next call, which never comes.
         let told = unsafe { text(sys::llama_print_system_info()) };
         let used = told.split(['|', ':']).filter_map(|feature| feature.trim().strip_suffix(" = 1"));
         let used: Vec<&str> = used.collect();

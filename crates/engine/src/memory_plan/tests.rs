@@ -49,7 +49,7 @@ fn the_scratch_space_is_what_llama_cpp_allocates() {
 
 #[test]
 fn what_ggml_brings_into_another_order_is_kept_twice_and_the_embeddings_of_tokens_are_not() {
-    // A format that is none of our kernels'.
+    // A format that our kernels do not compute.
     const IQ4_NL: u32 = 20;
     let tensor =
         |name: &str, kind| Tensor { name: name.into(), dimensions: vec![64, 64], kind, offset: 0, bytes: 1_000 };

@@ -63,7 +63,7 @@ pub enum ToChild {
     Unload,
 }
 
-/// What is known of a file that is handed over.
+/// A file that is handed over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileInfo {
     /// The digest that it was checked against.

@@ -3,7 +3,7 @@
 use reqwest::Response;
 use tokio::time::{Instant, timeout};
 
-use super::Patience;
+use super::Timeouts;
 use super::answer_reader::AnswerReader;
 use super::attached::Seat;
 use super::event_stream::EventReader;
@@ -16,14 +16,14 @@ pub(super) async fn relay(
     reader: AnswerReader,
     sink: GenerateSink,
     seat: Seat,
-    patience: Patience,
+    timeouts: Timeouts,
 ) {
     let (unloaded, cancelled) = (seat.0.unloaded.clone(), sink.cancelled.clone());
     let failed = tokio::select! {
         biased;
         () = cancelled.cancelled() => return seat.count_cancelled(),
         () = unloaded.cancelled() => EngineError::NotLoaded,
-        answered = answer(response, reader, &sink, &seat, patience) => match answered {
+        answered = answer(response, reader, &sink, &seat, timeouts) => match answered {
             Ok(()) => return,
             Err(error) => error,
         },
@@ -38,13 +38,13 @@ async fn answer(
     mut reader: AnswerReader,
     sink: &GenerateSink,
     seat: &Seat,
-    patience: Patience,
+    timeouts: Timeouts,
 ) -> Result<(), EngineError> {
     let mut stream = EventReader::default();
     let mut events = Vec::new();
     let mut first_piece = None;
     while !reader.is_done() {
-        let within = if reader.has_started() { patience.idle } else { patience.begin };
+        let within = if reader.has_started() { timeouts.idle } else { timeouts.begin };
         let read = timeout(within, response.chunk()).await.map_err(|_| HttpError::TooSlow);
         match read.and_then(|chunk| Ok(chunk?)) {
             Ok(Some(bytes)) => stream.push(&bytes),

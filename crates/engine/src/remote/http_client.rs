@@ -20,7 +20,7 @@ pub struct ServerAddress {
     api_key: Option<String>,
 }
 
-/// Why an address is none.
+/// Why an address is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AddressError {
     /// It is no URL.

@@ -19,7 +19,7 @@ const TOP: u32 = 20;
 
 /// An answer as it was told.
 #[derive(Debug, Default)]
-struct Told {
+struct Reported {
     tokens: Vec<u32>,
     logprobs: Vec<TokenLogprob>,
     cached_tokens: u32,
@@ -63,7 +63,7 @@ impl Subject {
     }
 
     /// Compares the first and the last token of an answer with what a fresh context says in their places.
-    async fn check(&mut self, prompt: &[u32], told: &Told) {
+    async fn check(&mut self, prompt: &[u32], told: &Reported) {
         self.cached_tokens += told.cached_tokens;
         for place in BTreeSet::from([0, told.tokens.len() - 1]) {
             let fresh = GenerateRequest {
@@ -126,8 +126,8 @@ impl Subject {
     }
 }
 
-async fn read(mut stream: GenerateStream) -> Told {
-    let mut told = Told::default();
+async fn read(mut stream: GenerateStream) -> Reported {
+    let mut told = Reported::default();
     while let Some(event) = within(stream.next()).await {
         match event.expect("it answers") {
             Event::Started { cached_tokens, .. } => told.cached_tokens = cached_tokens,

@@ -11,7 +11,7 @@ use crate::random_model::{Family, VOCABULARY, Weights, random_model};
 use crate::{options, within};
 
 /// The tokens of an answer, with the bits of the logarithms of their probabilities.
-type Told = Vec<(u32, u32)>;
+type Drawn = Vec<(u32, u32)>;
 
 struct Subject {
     runtime: LlamaRuntime,
@@ -31,7 +31,7 @@ impl Subject {
         Self { runtime, model, deterministic: false }
     }
 
-    async fn answer(&self, prompt: &[u32]) -> Told {
+    async fn answer(&self, prompt: &[u32]) -> Drawn {
         let request = GenerateRequest {
             sampling: Sampling { temperature: 0.0, ..Sampling::default() },
             max_tokens: Some(24),
@@ -50,7 +50,7 @@ impl Subject {
         told
     }
 
-    async fn answers(&self, prompts: &[Vec<u32>]) -> Vec<Told> {
+    async fn answers(&self, prompts: &[Vec<u32>]) -> Vec<Drawn> {
         let mut answers = Vec::new();
         for prompt in prompts {
             answers.push(self.answer(prompt).await);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tether_engine::remote::dialect::{Dialect, Kind};
-use tether_engine::remote::{Patience, RemoteRuntime, ServerAddress};
+use tether_engine::remote::{RemoteRuntime, ServerAddress, Timeouts};
 use tether_engine::{
     ChatMessage, EmbedRequest, EngineError, Event, FinishReason, GenerateRequest, LoadOptions, LoadedModel, ModelId,
     ModelRuntime, PromptInput, Usage,
@@ -42,9 +42,9 @@ fn address(server: &FakeServer) -> ServerAddress {
     ServerAddress::new(&server.url(), Some("sesame".into())).expect("an address")
 }
 
-fn hasty() -> Patience {
+fn hasty() -> Timeouts {
     let short = Duration::from_millis(100);
-    Patience { describe: PATIENCE, begin: PATIENCE, idle: short, probe_every: short }
+    Timeouts { describe: PATIENCE, begin: PATIENCE, idle: short, probe_every: short }
 }
 
 async fn attach(runtime: &RemoteRuntime, server: &FakeServer, name: &str) -> LoadedModel {
@@ -130,7 +130,7 @@ async fn one_request_more_than_slots_and_queue_is_refused() {
 #[tokio::test]
 async fn a_server_that_falls_silent_or_breaks_off_fails_the_answer() {
     let server = FakeServer::start(|path, _| vllm(path, Reply::EventsAndSilence(FIRST_PIECE.into()))).await;
-    let silent = RemoteRuntime::new(Patience { idle: Duration::from_millis(100), ..Patience::default() });
+    let silent = RemoteRuntime::new(Timeouts { idle: Duration::from_millis(100), ..Timeouts::default() });
     let id = attach(&silent, &server, "qwen/Qwen3-8B").await.id;
     let fell_silent = events_of(&silent, question(id)).await.pop();
     let (_server, runtime, id) = attached_vllm(Reply::Events(FIRST_PIECE.into())).await;

@@ -598,7 +598,7 @@ impl State {
         bytes: &Bytes,
         now: Instant,
     ) {
-        // The Node package goes by the number alone. An answer from elsewhere is none that an honest node sends.
+        // The Node package goes by the number alone. No honest node answers from another address.
         if self.inflight.get(&response.tid).is_none_or(|inflight| inflight.to != from) {
             return;
         }

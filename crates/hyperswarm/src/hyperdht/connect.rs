@@ -65,7 +65,7 @@ impl Default for ConnectOptions {
 /// Why there is no connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
-    /// The server's key is none that a server can have.
+    /// The server's key is not a valid public key.
     #[error("the key is not a valid one")]
     InvalidKey,
     /// Nobody that was asked knows the server.
@@ -251,8 +251,8 @@ impl<'a> Attempt<'a> {
         let mut known = given.to_vec();
         known.extend(self.shared.known().get(&self.remote));
         // What announced itself here is the server itself.
-        known.extend(self.shared.desk.router().relay(&self.target, Instant::now()));
-        if self.shared.desk.serves(&self.target) {
+        known.extend(self.shared.request_handler.router().relay(&self.target, Instant::now()));
+        if self.shared.request_handler.serves(&self.target) {
             known.push(self.shared.own_address());
         }
         known

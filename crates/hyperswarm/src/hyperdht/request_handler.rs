@@ -17,13 +17,13 @@ use crate::crypto::{PublicKey, random};
 use crate::dht_rpc::{Handler, Id, IncomingRequest, ReplyOptions, UNKNOWN_COMMAND};
 
 /// Hands handshakes to the servers of this node or on to others, and the rest to the store.
-pub(super) struct Desk {
+pub(super) struct RequestHandler {
     router: Mutex<Router>,
     store: Mutex<Store>,
     servers: Mutex<HashMap<Target, mpsc::Sender<Incoming>>>,
 }
 
-impl Desk {
+impl RequestHandler {
     pub(super) fn new(limits: Limits) -> Self {
         let store = Store::new(limits, u64::from_le_bytes(random()));
         Self { router: Mutex::default(), store: Mutex::new(store), servers: Mutex::default() }
@@ -90,7 +90,7 @@ impl Desk {
     }
 }
 
-impl Handler for Desk {
+impl Handler for RequestHandler {
     fn on_request(&self, request: IncomingRequest) {
         match request.command {
             PEER_HANDSHAKE => self.on_handshake(request),

@@ -22,8 +22,8 @@ use tracing::{debug, trace};
 use self::answers::{Answers, Seen};
 use super::HyperDht;
 use super::announcer::Announcer;
-use super::desk::act;
 use super::noise_payload::{Firewall, NoisePayload, Refusal, UdxInfo};
+use super::request_handler::act;
 use super::router::Back;
 use crate::crypto::noise::{Responder, Session};
 use crate::crypto::{KeyPair, PublicKey, hash, namespace};
@@ -147,7 +147,7 @@ pub(super) async fn listen(node: &HyperDht, key_pair: KeyPair, options: ServerOp
     let target = hash(&[public_key.as_bytes()]);
     let (inbox_sender, inbox) = mpsc::channel(INBOX_MAX);
     let (sender, connections) = mpsc::channel(options.backlog_max.max(1));
-    if !shared.desk.open(target, public_key, inbox_sender) {
+    if !shared.request_handler.open(target, public_key, inbox_sender) {
         return Err(ListenError::AlreadyListening);
     }
     let (stop, stopped) = (shared.stop.child_token(), CancellationToken::new());
@@ -162,11 +162,11 @@ pub(super) async fn listen(node: &HyperDht, key_pair: KeyPair, options: ServerOp
         connections: sender,
         stop: stop.clone(),
     };
-    let (desk, done) = (shared.desk.clone(), stopped.clone().drop_guard());
+    let (request_handler, done) = (shared.request_handler.clone(), stopped.clone().drop_guard());
     let leaving = announcer.clone();
     shared.tasks.spawn(async move {
         task.run().await;
-        desk.close(&target);
+        request_handler.close(&target);
         leaving.stop().await;
         drop(done);
     });

@@ -328,7 +328,7 @@ async fn a_client_goes_on_to_the_next_relay_when_one_is_gone_or_silent() {
     let clueless = HyperDht::bootstrapper(LOOPBACK).unwrap();
     let silent = HyperDht::bootstrapper(LOOPBACK).unwrap();
     let (inbox, _kept) = tokio::sync::mpsc::channel(1);
-    silent.shared.desk.open(hash(&[keys(1).public_key().as_bytes()]), keys(9).public_key(), inbox);
+    silent.shared.request_handler.open(hash(&[keys(1).public_key().as_bytes()]), keys(9).public_key(), inbox);
 
     let client = member(&bootstrap, None).await;
     let options = through(&[nowhere, clueless.local_address(), silent.local_address()]);

@@ -193,7 +193,7 @@ fn refuse(responder: Responder<'_>, request: &Request) -> Delivery {
     }
     let method = std::str::from_utf8(&request.method).unwrap_or_default();
     let error = encode_error(request.id, &RemoteError::unknown_method(method));
-    // An answer longer than a message, or a closed channel: then there is none.
+    // Sending fails if the channel is closed or the answer is too long. Nobody could be told.
     let _ = responder.send(RESPONSE, &[&error]);
     Delivery::Answered
 }

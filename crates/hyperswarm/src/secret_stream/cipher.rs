@@ -185,7 +185,7 @@ impl Run {
         let mut last = [0; 48];
         last[..tail.len()].copy_from_slice(tail);
         let padded = tail.len() * 2;
-        // The first length is that of the additional data, of which there is none.
+        // The first length is that of the additional data, which is empty.
         last[padded + 8..padded + 16].copy_from_slice(&((BLOCK_BYTES + text_bytes) as u64).to_le_bytes());
         let length = padded + 16;
         let whole = length / 16 * 16;

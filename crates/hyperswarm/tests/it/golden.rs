@@ -28,7 +28,7 @@ pub(crate) fn cases(value: &Value) -> &[Value] {
     cases
 }
 
-/// Bytes that are written in hexadecimal; `null` is none.
+/// Bytes that are written in hexadecimal; `null` stands for no bytes.
 pub(crate) fn bytes(value: &Value) -> Vec<u8> {
     hex::decode(value.as_str().unwrap_or_default()).expect("hexadecimal")
 }

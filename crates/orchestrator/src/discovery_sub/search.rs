@@ -47,14 +47,14 @@ pub struct Search {
     client: Client,
     fleet: Arc<Fleet>,
     regions: Vec<Region>,
-    asked: Mutex<Asked>,
+    asked: Mutex<Contacts>,
     permits: Arc<Semaphore>,
     tasks: TaskTracker,
 }
 
 /// Whom not to ask.
 #[derive(Debug, Default)]
-struct Asked {
+struct Contacts {
     now: HashSet<PublicKey>,
     resting: HashMap<PublicKey, Rest>,
 }
@@ -66,7 +66,7 @@ struct Rest {
     until: Instant,
 }
 
-impl Asked {
+impl Contacts {
     /// Says whether a node is to be asked.
     fn is_due(&self, key: PublicKey, now: Instant) -> bool {
         !self.now.contains(&key) && self.resting.get(&key).is_none_or(|rest| rest.until <= now)
@@ -212,7 +212,7 @@ impl Search {
         Ok(report)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Asked> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Contacts> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -224,7 +224,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn who_has_nothing_to_say_is_asked_ever_more_rarely_and_memory_is_bounded() {
         let (own, key) = (PublicKey([0; 32]), PublicKey([1; 32]));
-        let (mut asked, begin) = (Asked::default(), Instant::now());
+        let (mut asked, begin) = (Contacts::default(), Instant::now());
         let mut times = 0;
         for second in 0..3600 {
             let now = begin + Duration::from_secs(second);

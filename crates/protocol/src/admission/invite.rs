@@ -63,7 +63,7 @@ pub enum MalformedInvite {
     #[error("an invite has at most {INVITE_LENGTH_MAX} characters")]
     Length,
     /// It holds a character that no invite has.
-    #[error("character {position} is none that an invite has")]
+    #[error("invalid character at position {position} of the invite")]
     Alphabet {
         /// Which, counted from 1.
         position: usize,

@@ -13,7 +13,7 @@ use protocol::signature::NodeKey;
 use protocol::{Clock as _, ErrorCode, InviteId, PublicKey};
 use rpc::{CallError, Client, Enrolment, JoinError, Membership};
 
-use crate::{Desk, desk, new_token};
+use crate::{TestRegistry, new_token, test};
 
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_hours(1);
@@ -36,7 +36,7 @@ fn joined_code(outcome: Result<Enrolment, JoinError>) -> ErrorCode {
     }
 }
 
-impl Desk {
+impl TestRegistry {
     async fn token(&self, scopes: &[Scope]) -> String {
         let new = TokenCreate { scopes: scopes.to_vec(), ..new_token(None) };
         self.office.issue(new).await.expect("issued").token
@@ -53,7 +53,7 @@ impl Desk {
             roles: vec![NodeRole::Worker],
             regions: vec!["local".parse().expect("region")],
             models: vec!["tether-tiny".parse().expect("name")],
-            name: "the box under the desk".into(),
+            name: "the box under the test".into(),
             valid_secs: None,
             bootstrap: vec![],
         };
@@ -83,92 +83,92 @@ impl Desk {
 
 #[tokio::test]
 async fn an_invite_makes_a_node_a_member_with_what_it_allows() {
-    let desk = desk().await;
-    let invite = desk.invite().await;
-    assert_eq!((invite.registry, invite.pool), (desk.registry, desk.admission.pool()));
+    let test = test().await;
+    let invite = test.invite().await;
+    assert_eq!((invite.registry, invite.pool), (test.registry, test.admission.pool()));
     assert_eq!(
         (invite.roles.clone(), invite.bootstrap.clone()),
         (vec![NodeRole::Worker], vec!["192.0.2.1:49737".into()])
     );
-    let newcomer = desk.newcomer(10);
+    let newcomer = test.newcomer(10);
     assert_eq!(
-        code(newcomer.call::<_, Catalog>(desk.registry, CATALOG_LIST, &Empty {}, SECOND).await),
+        code(newcomer.call::<_, Catalog>(test.registry, CATALOG_LIST, &Empty {}, SECOND).await),
         ErrorCode::NotEnrolled
     );
 
-    let enrolment = desk.join(&newcomer, &invite).await.expect("joined");
+    let enrolment = test.join(&newcomer, &invite).await.expect("joined");
     let own_key = key(10).public_key();
     let certificate =
-        Certificate::verify(&enrolment.certificate, invite.pool, own_key, desk.clock.now()).expect("good");
+        Certificate::verify(&enrolment.certificate, invite.pool, own_key, test.clock.now()).expect("good");
     assert_eq!(certificate.roles, [NodeRole::Worker]);
     assert_eq!(certificate.regions.len(), 1);
     assert_eq!(certificate.models.len(), 1);
-    assert_eq!(certificate.not_after, desk.clock.now().after(CERTIFICATE_LIFE));
+    assert_eq!(certificate.not_after, test.clock.now().after(CERTIFICATE_LIFE));
 
-    let path = desk.folder.path().join("enrolment.json");
-    let membership = enrolment.membership(&path, own_key, desk.clock.clone()).expect("good");
-    let member = Client::new(desk.network.node(&key(10))).with_membership(membership);
-    member.call::<_, Catalog>(desk.registry, CATALOG_LIST, &Empty {}, SECOND).await.expect("a member may ask");
+    let path = test.folder.path().join("enrolment.json");
+    let membership = enrolment.membership(&path, own_key, test.clock.clone()).expect("good");
+    let member = Client::new(test.network.node(&key(10))).with_membership(membership);
+    member.call::<_, Catalog>(test.registry, CATALOG_LIST, &Empty {}, SECOND).await.expect("a member may ask");
     // Tokens are the gateways' business.
     assert_eq!(
-        code(member.call::<_, TokenList>(desk.registry, TOKEN_LIST, &Empty {}, SECOND).await),
+        code(member.call::<_, TokenList>(test.registry, TOKEN_LIST, &Empty {}, SECOND).await),
         ErrorCode::NotEnrolled
     );
     // The registry shows its own certificate.
-    member.meet(desk.registry, SECOND).await.expect("met");
-    assert!(member.membership().has_role(desk.registry, NodeRole::Registry));
+    member.meet(test.registry, SECOND).await.expect("met");
+    assert!(member.membership().has_role(test.registry, NodeRole::Registry));
 }
 
 #[tokio::test]
 async fn an_invite_brings_one_node_in_and_that_node_may_ask_again() {
-    let desk = desk().await;
-    let invite = desk.invite().await;
-    let first = desk.newcomer(10);
-    let one = desk.join(&first, &invite).await.expect("joined");
-    assert_eq!(joined_code(desk.join(&desk.newcomer(11), &invite).await), ErrorCode::InviteUsed);
+    let test = test().await;
+    let invite = test.invite().await;
+    let first = test.newcomer(10);
+    let one = test.join(&first, &invite).await.expect("joined");
+    assert_eq!(joined_code(test.join(&test.newcomer(11), &invite).await), ErrorCode::InviteUsed);
     // Its reply may have been lost.
-    let again = desk.join(&first, &invite).await.expect("the same node");
+    let again = test.join(&first, &invite).await.expect("the same node");
     assert_ne!(again.certificate, one.certificate);
 }
 
 #[tokio::test]
 async fn wrong_expired_and_unknown_invites_are_refused_each_with_its_own_code() {
-    let desk = desk().await;
-    let (invite, newcomer) = (desk.invite().await, desk.newcomer(10));
+    let test = test().await;
+    let (invite, newcomer) = (test.invite().await, test.newcomer(10));
     let unknown = Invite { id: InviteId([0; 8]), ..invite.clone() };
-    assert_eq!(joined_code(desk.join(&newcomer, &unknown).await), ErrorCode::InviteUnknown);
+    assert_eq!(joined_code(test.join(&newcomer, &unknown).await), ErrorCode::InviteUnknown);
     let wrong = Invite { secret: InviteSecret([0; 24]), ..invite.clone() };
-    assert_eq!(joined_code(desk.join(&newcomer, &wrong).await), ErrorCode::InviteWrongSecret);
+    assert_eq!(joined_code(test.join(&newcomer, &wrong).await), ErrorCode::InviteWrongSecret);
     let garbled = InviteRedeem { invite_id: invite.id, secret: "x".into(), name: String::new() };
-    let refused = newcomer.call::<_, Enrolled>(desk.registry, INVITE_REDEEM, &garbled, SECOND).await;
+    let refused = newcomer.call::<_, Enrolled>(test.registry, INVITE_REDEEM, &garbled, SECOND).await;
     assert_eq!(code(refused), ErrorCode::InviteWrongSecret);
-    desk.pass(HOUR * 24);
-    let outcome = desk.join(&newcomer, &invite).await;
+    test.pass(HOUR * 24);
+    let outcome = test.join(&newcomer, &invite).await;
     assert!(matches!(outcome, Err(JoinError::Ended)), "{outcome:?}");
     // A node whose clock is behind learns it from the registry.
-    let fresh = Invite { expires_at: desk.clock.now().after(HOUR), ..invite };
-    assert_eq!(joined_code(desk.join(&newcomer, &fresh).await), ErrorCode::InviteExpired);
-    assert_eq!(desk.admission.nodes().await.expect("readable").nodes.len(), 2, "the gateway and the registry");
+    let fresh = Invite { expires_at: test.clock.now().after(HOUR), ..invite };
+    assert_eq!(joined_code(test.join(&newcomer, &fresh).await), ErrorCode::InviteExpired);
+    assert_eq!(test.admission.nodes().await.expect("readable").nodes.len(), 2, "the gateway and the registry");
 }
 
 #[tokio::test]
 async fn whoever_guesses_at_invites_is_slowed_down() {
-    let desk = desk().await;
-    let invite = desk.invite().await;
+    let test = test().await;
+    let invite = test.invite().await;
     let wrong = Invite { secret: InviteSecret([0; 24]), ..invite.clone() };
-    let guesser = desk.newcomer(10);
+    let guesser = test.newcomer(10);
     let mut codes = vec![];
     for _ in 0..20 {
-        codes.push(joined_code(desk.join(&guesser, &wrong).await));
+        codes.push(joined_code(test.join(&guesser, &wrong).await));
     }
     assert_eq!(codes.iter().filter(|code| **code == ErrorCode::RateLimitExceeded).count(), 10);
-    desk.join(&desk.newcomer(11), &invite).await.expect("another node is not held up");
+    test.join(&test.newcomer(11), &invite).await.expect("another node is not held up");
 }
 
 #[tokio::test]
 async fn only_an_operators_token_makes_invites_revokes_and_lists() {
-    let desk = desk().await;
-    let infer = desk.token(&[Scope::Infer]).await;
+    let test = test().await;
+    let infer = test.token(&[Scope::Infer]).await;
     for (token, expected) in [(infer, ErrorCode::InsufficientScope), ("nonsense".into(), ErrorCode::InvalidApiKey)] {
         let invite = InviteCreate {
             token: token.clone(),
@@ -179,23 +179,23 @@ async fn only_an_operators_token_makes_invites_revokes_and_lists() {
             valid_secs: None,
             bootstrap: vec![],
         };
-        assert_eq!(code(desk.ask::<InviteCreated>(INVITE_CREATE, &invite).await), expected);
-        let revoke = NodeRevoke { token: token.clone(), public_key: desk.registry };
-        assert_eq!(code(desk.ask::<NodeRevoked>(NODE_REVOKE, &revoke).await), expected);
-        assert_eq!(code(desk.ask::<NodeList>(NODE_LIST, &OperatorRequest { token }).await), expected);
+        assert_eq!(code(test.ask::<InviteCreated>(INVITE_CREATE, &invite).await), expected);
+        let revoke = NodeRevoke { token: token.clone(), public_key: test.registry };
+        assert_eq!(code(test.ask::<NodeRevoked>(NODE_REVOKE, &revoke).await), expected);
+        assert_eq!(code(test.ask::<NodeList>(NODE_LIST, &OperatorRequest { token }).await), expected);
     }
     // Wrong tokens are counted by key.
     let request = OperatorRequest { token: "nonsense".into() };
     let mut limited = 0;
     for _ in 0..20 {
-        limited += u32::from(code(desk.ask::<NodeList>(NODE_LIST, &request).await) == ErrorCode::RateLimitExceeded);
+        limited += u32::from(code(test.ask::<NodeList>(NODE_LIST, &request).await) == ErrorCode::RateLimitExceeded);
     }
     assert!(limited > 0);
 }
 
 #[tokio::test]
 async fn an_invite_that_makes_no_sense_is_refused_by_its_field() {
-    let desk = desk().await;
+    let test = test().await;
     let good = InviteCreate {
         token: String::new(),
         roles: vec![NodeRole::Worker],
@@ -205,7 +205,7 @@ async fn an_invite_that_makes_no_sense_is_refused_by_its_field() {
         valid_secs: Some(60),
         bootstrap: vec![],
     };
-    desk.admission.invite(good.clone()).await.expect("made");
+    test.admission.invite(good.clone()).await.expect("made");
     for (request, field) in [
         (InviteCreate { roles: vec![], ..good.clone() }, "roles"),
         (InviteCreate { valid_secs: Some(0), ..good.clone() }, "validSecs"),
@@ -214,95 +214,95 @@ async fn an_invite_that_makes_no_sense_is_refused_by_its_field() {
         (InviteCreate { name: "x".repeat(65), ..good.clone() }, "name"),
         (InviteCreate { models: vec!["m".parse().expect("name"); 257], ..good }, "models"),
     ] {
-        let error = desk.admission.invite(request).await.expect_err("refused").to_string();
+        let error = test.admission.invite(request).await.expect_err("refused").to_string();
         assert!(error.starts_with(field), "{error}");
     }
 }
 
 #[tokio::test]
 async fn a_member_gets_its_next_certificate_and_nobody_else_does() {
-    let desk = desk().await;
-    let member = desk.member(10).await;
+    let test = test().await;
+    let member = test.member(10).await;
     let before = member.membership().own().expect("a member");
-    desk.pass(HOUR * 24 * 20);
-    let renewed: Enrolled = member.call(desk.registry, CERTIFICATE_RENEW, &Empty {}, SECOND).await.expect("renewed");
+    test.pass(HOUR * 24 * 20);
+    let renewed: Enrolled = member.call(test.registry, CERTIFICATE_RENEW, &Empty {}, SECOND).await.expect("renewed");
     member.membership().renew(renewed.certificate).expect("good");
     let after = member.membership().own().expect("a member");
     assert!(after.serial > before.serial && after.not_after > before.not_after);
     assert_eq!((&after.roles, &after.regions, &after.models), (&before.roles, &before.regions, &before.models));
-    let stranger = desk.stranger.call::<_, Enrolled>(desk.registry, CERTIFICATE_RENEW, &Empty {}, SECOND).await;
+    let stranger = test.stranger.call::<_, Enrolled>(test.registry, CERTIFICATE_RENEW, &Empty {}, SECOND).await;
     assert_eq!(code(stranger), ErrorCode::NotEnrolled);
     // Twenty days later the first one has ended, and the second one goes on.
-    desk.pass(HOUR * 24 * 20);
-    member.call::<_, Catalog>(desk.registry, CATALOG_LIST, &Empty {}, SECOND).await.expect("still a member");
-    desk.pass(HOUR * 24 * 20);
+    test.pass(HOUR * 24 * 20);
+    member.call::<_, Catalog>(test.registry, CATALOG_LIST, &Empty {}, SECOND).await.expect("still a member");
+    test.pass(HOUR * 24 * 20);
     assert_eq!(
-        code(member.call::<_, Enrolled>(desk.registry, CERTIFICATE_RENEW, &Empty {}, SECOND).await),
+        code(member.call::<_, Enrolled>(test.registry, CERTIFICATE_RENEW, &Empty {}, SECOND).await),
         ErrorCode::NotEnrolled
     );
 }
 
 #[tokio::test]
 async fn a_revoked_node_is_out_at_once_for_good_and_everybody_is_told() {
-    let desk = desk().await;
-    let (member, other) = (desk.member(10).await, desk.member(11).await);
+    let test = test().await;
+    let (member, other) = (test.member(10).await, test.member(11).await);
     let expelled = key(10).public_key();
     let state = |version| PoolStateRequest { version };
-    let at_first: PoolState = other.call(desk.registry, POOL_STATE, &state(0), SECOND).await.expect("told");
+    let at_first: PoolState = other.call(test.registry, POOL_STATE, &state(0), SECOND).await.expect("told");
     assert_eq!(at_first, PoolState { version: 0, revocations: None });
-    member.call::<_, Catalog>(desk.registry, CATALOG_LIST, &Empty {}, SECOND).await.expect("a member");
+    member.call::<_, Catalog>(test.registry, CATALOG_LIST, &Empty {}, SECOND).await.expect("a member");
 
-    let token = desk.token(&[Scope::Admin]).await;
+    let token = test.token(&[Scope::Admin]).await;
     let request = NodeRevoke { token: token.clone(), public_key: expelled };
-    let revoked: NodeRevoked = desk.ask(NODE_REVOKE, &request).await.expect("revoked");
+    let revoked: NodeRevoked = test.ask(NODE_REVOKE, &request).await.expect("revoked");
     assert!(revoked.found);
-    let told: PoolState = other.call(desk.registry, POOL_STATE, &state(0), SECOND).await.expect("told");
-    let list = RevocationList::verify(&told.revocations.expect("news"), desk.admission.pool()).expect("good");
+    let told: PoolState = other.call(test.registry, POOL_STATE, &state(0), SECOND).await.expect("told");
+    let list = RevocationList::verify(&told.revocations.expect("news"), test.admission.pool()).expect("good");
     assert_eq!((list.version, list.keys.into_iter().collect::<Vec<_>>()), (revoked.version, vec![expelled]));
-    let known: PoolState = other.call(desk.registry, POOL_STATE, &state(revoked.version), SECOND).await.expect("told");
+    let known: PoolState = other.call(test.registry, POOL_STATE, &state(revoked.version), SECOND).await.expect("told");
     assert_eq!(known.revocations, None);
 
     tokio::time::sleep(SECOND / 10).await;
     for method in [CATALOG_LIST, CERTIFICATE_RENEW] {
-        let refused = member.call::<_, Empty>(desk.registry, method, &Empty {}, SECOND).await;
+        let refused = member.call::<_, Empty>(test.registry, method, &Empty {}, SECOND).await;
         assert_eq!(code(refused), ErrorCode::NodeRevoked, "{method}");
     }
     // A new invite does not bring the same key back.
-    let invite = desk.invite().await;
-    assert_eq!(joined_code(desk.join(&member, &invite).await), ErrorCode::NodeRevoked);
-    desk.join(&desk.newcomer(12), &invite).await.expect("the invite is not used up by that");
-    let nodes = desk.ask::<NodeList>(NODE_LIST, &OperatorRequest { token }).await.expect("listed").nodes;
+    let invite = test.invite().await;
+    assert_eq!(joined_code(test.join(&member, &invite).await), ErrorCode::NodeRevoked);
+    test.join(&test.newcomer(12), &invite).await.expect("the invite is not used up by that");
+    let nodes = test.ask::<NodeList>(NODE_LIST, &OperatorRequest { token }).await.expect("listed").nodes;
     let of = |key: PublicKey| nodes.iter().find(|node| node.public_key == key).expect("listed");
     assert!(of(expelled).revoked_at.is_some() && of(key(11).public_key()).revoked_at.is_none());
-    assert_eq!(of(key(12).public_key()).name, "the box under the desk");
+    assert_eq!(of(key(12).public_key()).name, "the box under the test");
 }
 
 #[tokio::test]
 async fn a_key_that_was_never_admitted_can_be_expelled_and_the_list_forgets_it_in_time() {
-    let desk = desk().await;
+    let test = test().await;
     // The registry has certified itself before time passes.
-    desk.invite().await;
+    test.invite().await;
     let lost = key(50).public_key();
-    let first = desk.admission.revoke(lost).await.expect("revoked");
+    let first = test.admission.revoke(lost).await.expect("revoked");
     assert!(!first.found);
-    let list = |signed| RevocationList::verify(&signed, desk.admission.pool()).expect("good");
-    assert!(list(desk.admission.revocations().await.expect("made")).keys.contains(&lost));
-    desk.pass(CERTIFICATE_LIFE + HOUR * 25);
-    let second = desk.admission.revoke(key(51).public_key()).await.expect("revoked");
+    let list = |signed| RevocationList::verify(&signed, test.admission.pool()).expect("good");
+    assert!(list(test.admission.revocations().await.expect("made")).keys.contains(&lost));
+    test.pass(CERTIFICATE_LIFE + HOUR * 25);
+    let second = test.admission.revoke(key(51).public_key()).await.expect("revoked");
     assert!(second.version > first.version);
-    let later = list(desk.admission.revocations().await.expect("made"));
+    let later = list(test.admission.revocations().await.expect("made"));
     assert!(!later.keys.contains(&lost), "its certificate, if it had one, ended long ago");
     // It is refused all the same.
-    assert_eq!(joined_code(desk.join(&desk.newcomer(50), &desk.invite().await).await), ErrorCode::NodeRevoked);
+    assert_eq!(joined_code(test.join(&test.newcomer(50), &test.invite().await).await), ErrorCode::NodeRevoked);
 }
 
 #[tokio::test]
 async fn the_store_never_holds_an_invites_secret() {
-    let desk = desk().await;
-    let invite = desk.invite().await;
-    desk.store.close().await.expect("closed");
+    let test = test().await;
+    let invite = test.invite().await;
+    test.store.close().await.expect("closed");
     let (raw, hex) = (invite.secret.0.to_vec(), invite.secret.to_hex().into_bytes());
-    for file in std::fs::read_dir(desk.folder.path()).expect("a folder") {
+    for file in std::fs::read_dir(test.folder.path()).expect("a folder") {
         let bytes = std::fs::read(file.expect("a file").path()).expect("readable");
         assert!(
             ![&raw, &hex].iter().any(|secret| bytes.windows(secret.len()).any(|window| window == secret.as_slice()))
@@ -312,29 +312,29 @@ async fn the_store_never_holds_an_invites_secret() {
 
 #[tokio::test]
 async fn another_pools_root_admits_nobody_here() {
-    let desk = desk().await;
+    let test = test().await;
     let (pretender, node) = (key(101), key(20));
     let certificate = Certificate {
         pool: pretender.public_key(),
         public_key: node.public_key(),
         ..Certificate::verify(
-            &desk
+            &test
                 .admission
                 .certify(node.public_key(), tether_registry::Grant::of(NodeRole::Gateway, "g"))
                 .await
                 .expect("issued"),
-            desk.admission.pool(),
+            test.admission.pool(),
             node.public_key(),
-            desk.clock.now(),
+            test.clock.now(),
         )
         .expect("good")
     };
     let signed = certificate.sign(&pretender);
     let foreign =
-        Membership::new(pretender.public_key(), node.public_key(), signed, desk.clock.clone()).expect("good there");
-    let client = Client::new(desk.network.node(&node)).with_membership(foreign);
+        Membership::new(pretender.public_key(), node.public_key(), signed, test.clock.clone()).expect("good there");
+    let client = Client::new(test.network.node(&node)).with_membership(foreign);
     assert_eq!(
-        code(client.call::<_, TokenList>(desk.registry, TOKEN_LIST, &Empty {}, SECOND).await),
+        code(client.call::<_, TokenList>(test.registry, TOKEN_LIST, &Empty {}, SECOND).await),
         ErrorCode::NotEnrolled
     );
 }

@@ -33,7 +33,7 @@ impl Clock for SetClock {
     }
 }
 
-struct Desk {
+struct TestRegistry {
     network: MemoryNetwork,
     client: Client,
     stranger: Client,
@@ -46,7 +46,7 @@ struct Desk {
     _tasks: TaskTracker,
 }
 
-async fn desk() -> Desk {
+async fn test() -> TestRegistry {
     let folder = tempfile::tempdir().expect("a folder");
     let store = SqliteStore::open(folder.path().join("registry.db"), StoreOptions::default()).expect("opened");
     let store: Arc<dyn MetadataStore> = Arc::new(store);
@@ -73,7 +73,7 @@ async fn desk() -> Desk {
     };
     let tasks = TaskTracker::new();
     tasks.spawn(async move { Registry::run(parts, CancellationToken::new()).await.expect("runs") });
-    Desk {
+    TestRegistry {
         client: Client::new(network.node(&gateway)).with_membership(member),
         network: network.clone(),
         admission,
@@ -87,7 +87,7 @@ async fn desk() -> Desk {
     }
 }
 
-impl Desk {
+impl TestRegistry {
     async fn ask<Reply: DeserializeOwned>(&self, method: &str, request: &impl Serialize) -> Result<Reply, CallError> {
         self.client.call(self.registry, method, request, Duration::from_secs(5)).await
     }
@@ -112,11 +112,11 @@ fn is_refused(outcome: &Result<TokenGrant, CallError>) -> bool {
 
 #[tokio::test]
 async fn an_issued_token_is_good_for_its_tenant_and_scopes() {
-    let desk = desk().await;
+    let test = test().await;
     let policy = TenantPolicy { requests_per_minute: Some(7), ..TenantPolicy::default() };
-    desk.store.put_policy(&tenant(), &policy).await.expect("kept");
-    let token = desk.office.issue(new_token(None)).await.expect("issued");
-    let grant = desk.check(&token.token).await.expect("good");
+    test.store.put_policy(&tenant(), &policy).await.expect("kept");
+    let token = test.office.issue(new_token(None)).await.expect("issued");
+    let grant = test.check(&token.token).await.expect("good");
     assert_eq!(grant.tenant_id, tenant());
     assert_eq!(grant.scopes, [Scope::Infer]);
     assert_eq!(grant.policy, policy);
@@ -125,10 +125,10 @@ async fn an_issued_token_is_good_for_its_tenant_and_scopes() {
 
 #[tokio::test]
 async fn the_store_never_holds_the_secret() {
-    let desk = desk().await;
-    let token = desk.office.issue(new_token(None)).await.expect("issued");
-    desk.store.close().await.expect("closed");
-    for file in std::fs::read_dir(desk.folder.path()).expect("a folder") {
+    let test = test().await;
+    let token = test.office.issue(new_token(None)).await.expect("issued");
+    test.store.close().await.expect("closed");
+    for file in std::fs::read_dir(test.folder.path()).expect("a folder") {
         let bytes = std::fs::read(file.expect("a file").path()).expect("readable");
         let secret = &token.token.as_bytes()[18..];
         assert!(!bytes.windows(secret.len()).any(|window| window == secret));
@@ -137,21 +137,21 @@ async fn the_store_never_holds_the_secret() {
 
 #[tokio::test]
 async fn a_wrong_a_revoked_and_an_expired_token_are_refused_alike() {
-    let desk = desk().await;
-    let now = desk.clock.now();
-    let revoked = desk.office.issue(new_token(None)).await.expect("issued");
-    assert!(desk.office.revoke(&revoked.key_id).await.expect("revoked").found);
-    let expiring = desk.office.issue(new_token(Some(now.after(Duration::from_mins(1))))).await.expect("issued");
-    assert!(desk.check(&expiring.token).await.is_ok());
-    desk.clock.0.store(now.0 + 60_000, Ordering::SeqCst);
+    let test = test().await;
+    let now = test.clock.now();
+    let revoked = test.office.issue(new_token(None)).await.expect("issued");
+    assert!(test.office.revoke(&revoked.key_id).await.expect("revoked").found);
+    let expiring = test.office.issue(new_token(Some(now.after(Duration::from_mins(1))))).await.expect("issued");
+    assert!(test.check(&expiring.token).await.is_ok());
+    test.clock.0.store(now.0 + 60_000, Ordering::SeqCst);
 
     // Issued under another pepper: well formed, of a known shape, and never of this registry.
-    let other = TokenOffice::new(desk.store.clone(), desk.clock.clone(), Pepper([8; 32]));
+    let other = TokenOffice::new(test.store.clone(), test.clock.clone(), Pepper([8; 32]));
     let foreign = other.issue(new_token(None)).await.expect("issued");
 
     let mut messages = std::collections::HashSet::new();
     for text in [revoked.token, expiring.token, foreign.token, "nonsense".into()] {
-        let outcome = desk.check(&text).await;
+        let outcome = test.check(&text).await;
         assert!(is_refused(&outcome), "{outcome:?}");
         messages.insert(outcome.expect_err("refused").to_string());
     }
@@ -160,7 +160,7 @@ async fn a_wrong_a_revoked_and_an_expired_token_are_refused_alike() {
 
 #[tokio::test]
 async fn a_model_version_never_changes_its_artifact() {
-    let desk = desk().await;
+    let test = test().await;
     let entry = |digest| ModelEntry {
         facts: None,
         added: false,
@@ -173,16 +173,16 @@ async fn a_model_version_never_changes_its_artifact() {
         description: String::new(),
         created_at: UnixMillis(1),
     };
-    catalog::register(&*desk.store, vec![entry(1)]).await.expect("registered");
-    catalog::register(&*desk.store, vec![entry(1)]).await.expect("the same again is fine");
-    assert!(catalog::register(&*desk.store, vec![entry(2)]).await.is_err());
-    let listed: Catalog = desk.ask(CATALOG_LIST, &Empty {}).await.expect("listed");
+    catalog::register(&*test.store, vec![entry(1)]).await.expect("registered");
+    catalog::register(&*test.store, vec![entry(1)]).await.expect("the same again is fine");
+    assert!(catalog::register(&*test.store, vec![entry(2)]).await.is_err());
+    let listed: Catalog = test.ask(CATALOG_LIST, &Empty {}).await.expect("listed");
     assert_eq!(listed.models, [entry(1)]);
 }
 
 #[tokio::test]
 async fn adapters_are_added_listed_and_forgotten_over_the_network() {
-    let desk = desk().await;
+    let test = test().await;
     let version = |text: &str| text.parse().expect("version");
     let name = || "m".parse().expect("name");
     let models = ["1.9", "1.10"].map(|text| ModelEntry {
@@ -197,7 +197,7 @@ async fn adapters_are_added_listed_and_forgotten_over_the_network() {
         description: String::new(),
         created_at: UnixMillis(1),
     });
-    catalog::register(&*desk.store, models.to_vec()).await.expect("registered");
+    catalog::register(&*test.store, models.to_vec()).await.expect("registered");
     let new = AdapterAdd {
         model_id: name(),
         version: None,
@@ -206,10 +206,10 @@ async fn adapters_are_added_listed_and_forgotten_over_the_network() {
         bytes: 7,
         description: "Arr!".into(),
     };
-    let added: AdapterEntry = desk.ask(ADAPTER_ADD, &new).await.expect("added");
+    let added: AdapterEntry = test.ask(ADAPTER_ADD, &new).await.expect("added");
     assert_eq!(added.key.to_string(), "m@1.10:pirate", "of the newest version");
-    assert_eq!(added.created_at, desk.clock.now());
-    let listed: Catalog = desk.ask(CATALOG_LIST, &Empty {}).await.expect("listed");
+    assert_eq!(added.created_at, test.clock.now());
+    let listed: Catalog = test.ask(CATALOG_LIST, &Empty {}).await.expect("listed");
     assert_eq!(listed.adapters, [added]);
 
     let other = AdapterAdd { digest: Digest([3; 32]), ..new.clone() };
@@ -220,26 +220,26 @@ async fn adapters_are_added_listed_and_forgotten_over_the_network() {
         (of_nothing, ErrorCode::ModelNotFound),
         (of_no_version, ErrorCode::ModelNotFound),
     ] {
-        let refusal = desk.ask::<AdapterEntry>(ADAPTER_ADD, &refused).await.expect_err("refused");
+        let refusal = test.ask::<AdapterEntry>(ADAPTER_ADD, &refused).await.expect_err("refused");
         assert!(matches!(&refusal, CallError::Remote(error) if error.code == code), "{refusal}");
     }
 
     let old = AdapterRemove { model_id: name(), version: None, adapter: new.adapter };
-    assert!(desk.ask::<AdapterRemoved>(ADAPTER_REMOVE, &old).await.expect("answered").found);
-    assert!(!desk.ask::<AdapterRemoved>(ADAPTER_REMOVE, &old).await.expect("answered").found);
+    assert!(test.ask::<AdapterRemoved>(ADAPTER_REMOVE, &old).await.expect("answered").found);
+    assert!(!test.ask::<AdapterRemoved>(ADAPTER_REMOVE, &old).await.expect("answered").found);
 }
 
 #[tokio::test]
 async fn a_node_that_is_not_enrolled_learns_nothing() {
-    let desk = desk().await;
-    let token = desk.office.issue(new_token(None)).await.expect("issued");
+    let test = test().await;
+    let token = test.office.issue(new_token(None)).await.expect("issued");
     let check = TokenCheck { token: token.token };
     let rules = PolicyRequest { tenant_id: tenant() };
     let deadline = Duration::from_secs(5);
     let refusals = [
-        desk.stranger.call::<_, TokenGrant>(desk.registry, TOKEN_CHECK, &check, deadline).await.err(),
-        desk.stranger.call::<_, Catalog>(desk.registry, CATALOG_LIST, &Empty {}, deadline).await.err(),
-        desk.stranger.call::<_, TenantPolicy>(desk.registry, POLICY_GET, &rules, deadline).await.err(),
+        test.stranger.call::<_, TokenGrant>(test.registry, TOKEN_CHECK, &check, deadline).await.err(),
+        test.stranger.call::<_, Catalog>(test.registry, CATALOG_LIST, &Empty {}, deadline).await.err(),
+        test.stranger.call::<_, TenantPolicy>(test.registry, POLICY_GET, &rules, deadline).await.err(),
     ];
     for refusal in refusals {
         assert!(
@@ -251,16 +251,16 @@ async fn a_node_that_is_not_enrolled_learns_nothing() {
 
 #[tokio::test]
 async fn tokens_are_issued_listed_and_revoked_over_the_network() {
-    let desk = desk().await;
+    let test = test().await;
     let new = TokenCreate { requests_per_minute: Some(9), ..new_token(None) };
-    let created: TokenCreated = desk.ask(TOKEN_CREATE, &new).await.expect("issued");
-    let grant = desk.check(&created.token).await.expect("good");
+    let created: TokenCreated = test.ask(TOKEN_CREATE, &new).await.expect("issued");
+    let grant = test.check(&created.token).await.expect("good");
     assert_eq!(grant.policy.requests_per_minute, Some(9));
-    let listed: TokenList = desk.ask(TOKEN_LIST, &Empty {}).await.expect("listed");
+    let listed: TokenList = test.ask(TOKEN_LIST, &Empty {}).await.expect("listed");
     assert_eq!(listed.tokens.iter().map(|token| token.key_id.as_str()).collect::<Vec<_>>(), [&created.key_id]);
     let revoke = TokenRevoke { key_id: created.key_id };
-    assert!(desk.ask::<TokenRevoked>(TOKEN_REVOKE, &revoke).await.expect("revoked").found);
-    assert!(is_refused(&desk.check(&created.token).await));
+    assert!(test.ask::<TokenRevoked>(TOKEN_REVOKE, &revoke).await.expect("revoked").found);
+    assert!(is_refused(&test.check(&created.token).await));
     let nobody = TokenRevoke { key_id: "nobody00".into() };
-    assert!(!desk.ask::<TokenRevoked>(TOKEN_REVOKE, &nobody).await.expect("answered").found);
+    assert!(!test.ask::<TokenRevoked>(TOKEN_REVOKE, &nobody).await.expect("answered").found);
 }

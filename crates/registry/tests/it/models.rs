@@ -12,20 +12,20 @@ use rpc::CallError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::{Desk, desk, new_token};
+use crate::{TestRegistry, new_token, test};
 
-/// A desk, and the token of an operator whose node belongs to no network.
+/// A test, and the token of an operator whose node belongs to no network.
 struct Scene {
-    desk: Desk,
+    test: TestRegistry,
     token: String,
 }
 
 impl Scene {
     async fn new() -> Self {
-        let desk = desk().await;
+        let test = test().await;
         let new = TokenCreate { scopes: vec![Scope::Admin], ..new_token(None) };
-        let token = desk.office.issue(new).await.expect("issued").token;
-        Self { desk, token }
+        let token = test.office.issue(new).await.expect("issued").token;
+        Self { test, token }
     }
 
     async fn ask<Reply: DeserializeOwned>(
@@ -34,7 +34,7 @@ impl Scene {
         request: impl Serialize,
     ) -> Result<Reply, (ErrorCode, String)> {
         let asked = ByOperator { token: self.token.clone(), request };
-        let reply = self.desk.stranger.call(self.desk.registry, method, &asked, Duration::from_secs(5)).await;
+        let reply = self.test.stranger.call(self.test.registry, method, &asked, Duration::from_secs(5)).await;
         reply.map_err(|error| match error {
             CallError::Remote(error) => (error.code, error.message),
             error => panic!("the registry answers: {error}"),
@@ -73,7 +73,7 @@ impl Scene {
 
     async fn catalog(&self) -> Catalog {
         let request = OperatorRequest { token: self.token.clone() };
-        let (registry, client) = (self.desk.registry, &self.desk.stranger);
+        let (registry, client) = (self.test.registry, &self.test.stranger);
         client.call(registry, OPERATOR_CATALOG_LIST, &request, Duration::from_secs(5)).await.expect("listed")
     }
 }
@@ -132,7 +132,7 @@ async fn one_name_stands_for_several_models_and_for_one_of_that_name() {
         description: String::new(),
         created_at: UnixMillis(1),
     };
-    scene.desk.store.put_adapter(adapter).await.expect("kept");
+    scene.test.store.put_adapter(adapter).await.expect("kept");
     scene.alias("any", "mine yours@1.0 mine").await.expect("set");
     scene.alias("mine", "mine yours theirs").await.expect("its own name is one of them");
     let many = vec!["mine@1.0"; 20].join(" ");
@@ -206,7 +206,7 @@ async fn a_model_is_forgotten_with_what_only_it_needs() {
         description: String::new(),
         created_at: UnixMillis(1),
     };
-    scene.desk.store.put_adapter(adapter).await.expect("kept");
+    scene.test.store.put_adapter(adapter).await.expect("kept");
     for (alias, target) in [("any", "mine"), ("old", "mine@1.0"), ("arr", "mine@1.0:pirate")] {
         scene.alias(alias, target).await.expect("set");
     }
@@ -228,7 +228,7 @@ async fn a_model_is_forgotten_with_what_only_it_needs() {
 #[tokio::test]
 async fn only_operators_change_the_catalogue() {
     let mut scene = Scene::new().await;
-    scene.token = scene.desk.office.issue(new_token(None)).await.expect("issued").token;
+    scene.token = scene.test.office.issue(new_token(None)).await.expect("issued").token;
     for refused in [
         scene.add("mine", None, b"one").await.err(),
         scene.alias("gpt-4o", "m").await.err(),

@@ -19,7 +19,7 @@ use super::introduction::Introduction;
 use crate::backoff;
 use crate::transport::{Connection, RequestError, Transport};
 
-/// How long a peer in doubt may take to say that it is there.
+/// How long a peer in suspicion may take to say that it is there.
 const PING_WITHIN: Duration = Duration::from_millis(500);
 /// The wait after the first dial that failed; it doubles.
 const BACKOFF: Duration = Duration::from_millis(100);
@@ -64,9 +64,9 @@ enum Opening {
 
 /// Whether a peer fell silent: then it is asked before its connection is used again. Clones are the same.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Doubt(Arc<AtomicBool>);
+pub(crate) struct Suspicion(Arc<AtomicBool>);
 
-impl Doubt {
+impl Suspicion {
     /// Notes that an answer did not come in time. Its method may be slow, or its peer gone.
     pub(crate) fn raise(&self) {
         self.0.store(true, Ordering::Relaxed);
@@ -86,7 +86,7 @@ pub(super) struct Link {
     connection: Arc<dyn Connection>,
     /// What was said first in it.
     pub(super) introduction: Introduction,
-    doubt: Doubt,
+    suspicion: Suspicion,
     /// Held by the one who asks the peer.
     asking: tokio::sync::Mutex<()>,
 }
@@ -97,25 +97,25 @@ impl Link {
     }
 
     /// Returns what notes that a call got no answer in time.
-    pub(super) fn doubt(&self) -> &Doubt {
-        &self.doubt
+    pub(super) fn suspicion(&self) -> &Suspicion {
+        &self.suspicion
     }
 
     fn is_sound(&self) -> bool {
-        !self.doubt.is_raised() && !self.connection.is_closed()
+        !self.suspicion.is_raised() && !self.connection.is_closed()
     }
 
-    /// Asks a peer in doubt whether it is there; those who come meanwhile wait for the outcome.
+    /// Asks a peer in suspicion whether it is there; those who come meanwhile wait for the outcome.
     async fn answers(&self) -> bool {
         let _asking = self.asking.lock().await;
         if self.connection.is_closed() {
             return false;
         }
-        if self.doubt.is_raised() {
+        if self.suspicion.is_raised() {
             let ping = self.connection.request(NODE_PING, Bytes::from(codec::encode(&Empty {})));
             match time::timeout(PING_WITHIN, ping).await {
                 // Whatever it answers, it is there.
-                Ok(Ok(_) | Err(RequestError::Remote(_))) => self.doubt.settle(),
+                Ok(Ok(_) | Err(RequestError::Remote(_))) => self.suspicion.settle(),
                 Ok(Err(RequestError::Transport(_))) | Err(_) => {
                     self.connection.close();
                     return false;
@@ -145,13 +145,13 @@ impl Links {
         Self { transport, connect_within, peers: Arc::default(), tasks: TaskTracker::new(), stop, _end: end }
     }
 
-    /// Returns a connection to a peer that is believed to be there, and opens one where there is none. Cancel safe:
+    /// Returns a connection to a peer that is believed to be alive, and opens one if needed. Cancel safe:
     /// a dial goes on for those who come later.
     pub(super) async fn get(&self, peer: PublicKey) -> Result<Arc<Link>, CallError> {
         if let Some(link) = self.sound(peer) {
             return Ok(link);
         }
-        // Once more after a connection that turned out dead; what is opened just now is in no doubt.
+        // Once more after a connection that turned out dead; what is opened just now is in no suspicion.
         for _ in 0..2 {
             let mut opening = self.opening(peer)?;
             let opened = match opening.wait_for(|opening| !matches!(opening, Opening::Dialling)).await {
@@ -268,9 +268,9 @@ impl Dial {
         self.note(&outcome);
         self.told.send_replace(match outcome {
             Ok(connection) => {
-                let (doubt, asking) = (Doubt::default(), tokio::sync::Mutex::default());
+                let (suspicion, asking) = (Suspicion::default(), tokio::sync::Mutex::default());
                 let introduction = Introduction::default();
-                Opening::Open(Arc::new(Link { connection, introduction, doubt, asking }))
+                Opening::Open(Arc::new(Link { connection, introduction, suspicion, asking }))
             }
             Err(error) => Opening::Failed(error),
         });

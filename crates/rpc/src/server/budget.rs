@@ -12,7 +12,7 @@ use super::Limits;
 /// Says how long a request of a caller may be.
 pub(super) type BodyLimit = Box<dyn Fn(PublicKey) -> usize + Send + Sync>;
 
-/// Room for the requests that a server holds at once.
+/// ReservedBytes for the requests that a server holds at once.
 pub(super) struct Budget {
     limit_of: Option<BodyLimit>,
     members: Arc<Semaphore>,
@@ -25,9 +25,9 @@ pub(crate) struct Allowance {
     pool: Arc<Semaphore>,
 }
 
-/// Room taken for a request; given back when this is dropped.
+/// ReservedBytes taken for a request; given back when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Room {
+pub(crate) struct ReservedBytes {
     limit: usize,
     pool: Arc<Semaphore>,
     bytes: usize,
@@ -56,17 +56,17 @@ impl Allowance {
     }
 
     /// Begins a request that says how long it is. Nothing is taken for what has not come.
-    pub(crate) fn begin(self, bytes: usize) -> Result<Room, WireError> {
+    pub(crate) fn begin(self, bytes: usize) -> Result<ReservedBytes, WireError> {
         let Self { limit, pool } = self;
         if bytes > limit {
             let message = format!("the request has {bytes} bytes, more than the {limit} that this node takes from you");
             return Err(WireError::new(ErrorCode::RequestTooLarge, message));
         }
-        Ok(Room { limit, pool, bytes: 0, permit: None })
+        Ok(ReservedBytes { limit, pool, bytes: 0, permit: None })
     }
 }
 
-impl Room {
+impl ReservedBytes {
     /// Takes room for bytes that came.
     pub(crate) fn grow(&mut self, bytes: usize) -> Result<(), WireError> {
         if bytes == 0 {
@@ -110,7 +110,7 @@ mod tests {
             let mut room = budget.allowance(key).begin(bytes)?;
             room.grow(bytes).map(|()| room)
         };
-        let held: Vec<Room> = (0..2).map(|_| take(STRANGER, 100).expect("room")).collect();
+        let held: Vec<ReservedBytes> = (0..2).map(|_| take(STRANGER, 100).expect("room")).collect();
         assert_eq!(take(STRANGER, 100).expect_err("they have 250").code, ErrorCode::Unavailable);
         let member = take(MEMBER, 750).expect("the members' own share");
         assert_eq!(take(MEMBER, 1).expect_err("full").code, ErrorCode::Unavailable);
@@ -122,7 +122,8 @@ mod tests {
     #[test]
     fn a_length_alone_takes_nothing() {
         let budget = budget();
-        let announced: Vec<Room> = (0..50).map(|_| budget.allowance(STRANGER).begin(100).expect("allowed")).collect();
+        let announced: Vec<ReservedBytes> =
+            (0..50).map(|_| budget.allowance(STRANGER).begin(100).expect("allowed")).collect();
         let mut room = budget.allowance(STRANGER).begin(100).expect("allowed");
         room.grow(60).expect("room");
         room.grow(40).expect("room");

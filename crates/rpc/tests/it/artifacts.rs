@@ -8,7 +8,7 @@ use protocol::artifact::{ArtifactFetch, FETCH};
 use protocol::control::NodeRole;
 use protocol::{Digest, ErrorCode, ModelName};
 use tether_rpc::artifacts::{READS_MAX, READS_PER_PEER_MAX};
-use tether_rpc::{ArtifactDesk, ArtifactStream, CallError};
+use tether_rpc::{ArtifactServer, ArtifactStream, CallError};
 
 use crate::membership::{Node, Pool};
 
@@ -33,16 +33,16 @@ fn scene() -> Scene {
         store.put(bytes, 1 << 30).expect("put");
     }
     let registry = pool.join(1, &[NodeRole::Registry]);
-    let desk = Arc::new(ArtifactDesk::new(store, registry.membership.clone()));
+    let artifact_server = Arc::new(ArtifactServer::new(store, registry.membership.clone()));
     let digests = [Digest::of(&listed()), Digest::of(AWAY)];
     pool.serve(&registry, NodeRole::Registry, move |server| {
         server.stream(FETCH, move |call| {
-            let desk = desk.clone();
+            let artifact_server = artifact_server.clone();
             let models_of = move |digest| async move {
                 let names: Vec<ModelName> = vec!["mine".parse().expect("a name")];
                 Ok(if digests.contains(&digest) { names } else { vec![] })
             };
-            async move { desk.serve(call, models_of).await }
+            async move { artifact_server.serve(call, models_of).await }
         })
     });
     Scene { pool, registry, _folder: folder }

@@ -296,14 +296,14 @@ async fn a_directory_lists_only_what_a_peer_is_certified_for() {
 }
 
 /// A registry that tells this list and gives this certificate.
-struct Desk {
+struct FakeRegistry {
     list: Arc<Mutex<Signed>>,
     polls: Arc<Mutex<u64>>,
 }
 
-fn registry(pool: &Arc<Pool>, node: &Node) -> Desk {
-    let desk = Desk { list: Arc::new(Mutex::new(pool.list(0, &[]))), polls: Arc::default() };
-    let (list, polls, root) = (desk.list.clone(), desk.polls.clone(), pool.root.public_key());
+fn registry(pool: &Arc<Pool>, node: &Node) -> FakeRegistry {
+    let fake = FakeRegistry { list: Arc::new(Mutex::new(pool.list(0, &[]))), polls: Arc::default() };
+    let (list, polls, root) = (fake.list.clone(), fake.polls.clone(), pool.root.public_key());
     let renewing = pool.clone();
     pool.serve(node, NodeRole::Registry, |server| {
         server
@@ -321,7 +321,7 @@ fn registry(pool: &Arc<Pool>, node: &Node) -> Desk {
                 async move { Ok(Enrolled { certificate, revocations }) }
             })
     });
-    desk
+    fake
 }
 
 #[tokio::test(start_paused = true)]
@@ -329,7 +329,7 @@ async fn a_revocation_is_known_within_five_seconds_and_outlives_the_registry() {
     let pool = Arc::new(Pool::new());
     let topic = Topic::Control(region("local"));
     let (keeper, worker) = (pool.join(1, &[NodeRole::Registry]), pool.join(2, &[NodeRole::Worker]));
-    let desk = registry(&pool, &keeper);
+    let fake = registry(&pool, &keeper);
     keeper.transport.announce(&topic).await.expect("announced");
     let (directory, task) = Directory::new(worker.transport.clone(), worker.client.clone(), topic);
     pool.tasks.spawn(task.run(pool.stop.clone()));
@@ -338,7 +338,7 @@ async fn a_revocation_is_known_within_five_seconds_and_outlives_the_registry() {
     assert!(worker.membership.is_member(keeper.key));
 
     let expelled = key(9).public_key();
-    *desk.list.lock().expect("not poisoned") = pool.list(5, &[expelled]);
+    *fake.list.lock().expect("not poisoned") = pool.list(5, &[expelled]);
     let begun = Instant::now();
     worker.membership.until_revoked(expelled).await;
     assert!(begun.elapsed() <= SECOND * 5, "{:?}", begun.elapsed());

@@ -8,7 +8,7 @@ use protocol::health::{Capacity, HealthReport};
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::signature::NodeKey;
 use protocol::{PublicKey, Region, Topic, UnixMillis, WireError, codec};
-use rpc::{ArtifactDesk, Membership, MemoryNetwork, Server, StreamCall};
+use rpc::{ArtifactServer, Membership, MemoryNetwork, Server, StreamCall};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
@@ -94,7 +94,7 @@ enum Kind {
 }
 
 /// What a node was asked for: the offsets.
-type Asked = Arc<Mutex<Vec<u64>>>;
+type Received = Arc<Mutex<Vec<u64>>>;
 
 /// A network with a fetcher, workers of some kinds, and a registry.
 struct Scene {
@@ -104,7 +104,7 @@ struct Scene {
     folder: TempDir,
     free: Arc<AtomicU64>,
     /// What each worker was asked, and then what the registry was.
-    asked: Vec<Asked>,
+    asked: Vec<Received>,
     stop: CancellationToken,
 }
 
@@ -198,10 +198,10 @@ async fn source(
     key: &NodeKey,
     role: NodeRole,
     kind: Kind,
-) -> Asked {
+) -> Received {
     let transport = network.node(key);
     let info = NodeInfo { roles: vec![role], region: region(), version: "0".into() };
-    let asked: Asked = Arc::default();
+    let asked: Received = Arc::default();
     let noted = asked.clone();
     let server = Server::new(transport.clone(), info).stream(FETCH, move |call| {
         let wanted: ArtifactFetch = codec::decode(&call.body).expect("a request");
@@ -227,8 +227,8 @@ async fn answer(call: StreamCall, offset: usize, kind: Kind, before: usize) {
             let folder = tempfile::tempdir().expect("a folder");
             let store = ArtifactStore::in_folder(folder.path()).expect("a store");
             store.put(&content[..], u64::MAX).expect("put");
-            let desk = ArtifactDesk::new(store, Membership::unchecked());
-            return desk.serve(call, async |_| Ok(vec!["mine".parse().expect("a name")])).await;
+            let artifact_server = ArtifactServer::new(store, Membership::unchecked());
+            return artifact_server.serve(call, async |_| Ok(vec!["mine".parse().expect("a name")])).await;
         }
         _ => {}
     }

@@ -333,7 +333,7 @@ impl Entry {
         }
     }
 
-    /// Returns what is known of it when it is decided which models lie in memory.
+    /// Returns the facts by which residency is decided.
     pub(crate) fn seat(&self) -> MutexGuard<'_, Seat> {
         self.seat.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -35,13 +35,13 @@ pub(crate) enum Place {
 
 /// Memory of the machine and of its GPUs, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Room {
+pub(crate) struct Memory {
     pub(crate) host: u64,
     /// No limit where models lie on no GPU.
     pub(crate) gpu: u64,
 }
 
-impl Room {
+impl Memory {
     pub(crate) fn holds(self, other: Self) -> bool {
         other.host <= self.host && other.gpu <= self.gpu
     }
@@ -55,7 +55,7 @@ impl Room {
     }
 }
 
-/// What is known of one model.
+/// Facts about one model.
 #[derive(Debug, Clone)]
 pub(crate) struct Seat {
     pub(crate) place: Place,
@@ -86,11 +86,11 @@ pub(crate) struct Seat {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Order {
     /// Load it, into at most so much memory.
-    Load(Room),
+    Load(Memory),
     /// It stays out until somebody asks for it: it does not fit beside the others, and nobody waits for it.
     StayOut,
     /// It cannot be loaded, whatever makes room: so much is the most it could have.
-    Refuse(Room),
+    Refuse(Memory),
     /// Let no more jobs in.
     Close,
     /// Let jobs in again.
@@ -108,12 +108,12 @@ pub(crate) struct Decision {
 
 impl Seat {
     /// Returns what it takes, or would take.
-    fn room(&self) -> Room {
-        Room { host: self.bytes, gpu: self.vram_bytes }
+    fn memory(&self) -> Memory {
+        Memory { host: self.bytes, gpu: self.vram_bytes }
     }
 
-    pub(crate) fn room_min(&self) -> Room {
-        Room { host: self.bytes_min, gpu: self.vram_bytes_min }
+    pub(crate) fn memory_min(&self) -> Memory {
+        Memory { host: self.bytes_min, gpu: self.vram_bytes_min }
     }
 
     fn is_in(&self) -> bool {
@@ -143,7 +143,7 @@ impl Seat {
 }
 
 /// Decides. `room` is the memory that can be had as things are.
-pub(crate) fn decide(seats: &[Seat], room: Room, now: Instant) -> Decision {
+pub(crate) fn decide(seats: &[Seat], room: Memory, now: Instant) -> Decision {
     let mut decision = Decision::default();
     let mut leaving = BTreeSet::new();
     for (index, seat) in seats.iter().enumerate() {
@@ -171,9 +171,9 @@ pub(crate) fn decide(seats: &[Seat], room: Room, now: Instant) -> Decision {
 }
 
 /// Returns the memory that a model could have if all left that may leave.
-pub(crate) fn most(seats: &[Seat], room: Room) -> Room {
+pub(crate) fn most(seats: &[Seat], room: Memory) -> Memory {
     let others = seats.iter().filter(|seat| seat.is_in() && !seat.is_pinned);
-    others.fold(room, |sum, seat| sum.with(seat.room()))
+    others.fold(room, |sum, seat| sum.with(seat.memory()))
 }
 
 /// Returns the model that is next: the one that jobs have waited for longest, then what is pinned, then the first.
@@ -187,7 +187,7 @@ fn first_asking(seats: &[Seat]) -> Option<usize> {
 fn make_room(
     seats: &[Seat],
     asking: usize,
-    room: Room,
+    room: Memory,
     now: Instant,
     leaving: &mut BTreeSet<usize>,
     closing: &mut BTreeSet<usize>,
@@ -197,9 +197,9 @@ fn make_room(
     let mut others: Vec<usize> =
         (0..seats.len()).filter(|index| seats[*index].is_in() && !seats[*index].is_pinned).collect();
     let most = most(seats, room);
-    let order = if room.holds(wanted.room()) {
+    let order = if room.holds(wanted.memory()) {
         Some(Order::Load(room))
-    } else if !most.holds(wanted.room_min()) {
+    } else if !most.holds(wanted.memory_min()) {
         Some(Order::Refuse(most))
     } else if wanted.waiting_since.is_none() && !wanted.is_pinned && seats.iter().any(Seat::is_in) {
         Some(Order::StayOut)
@@ -216,7 +216,7 @@ fn make_room(
         let since = if let Place::In(since) = seat.place { since } else { now };
         if seat.can_leave() { (false, seat.last_used) } else { (true, since) }
     });
-    let needed = wanted.room().at_most(most);
+    let needed = wanted.memory().at_most(most);
     let mut sum = room;
     for index in others {
         let seat = &seats[index];
@@ -224,7 +224,7 @@ fn make_room(
         if sum.holds(needed) || (needed.host <= sum.host && seat.vram_bytes == 0) {
             continue;
         }
-        sum = sum.with(seat.room());
+        sum = sum.with(seat.memory());
         if seat.can_leave() {
             match wanted.waiting_since.map(|since| seat.lingers_until(since)) {
                 Some(until) if until > now => decision.look_again_at(Some(until)),
@@ -258,8 +258,8 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     /// A machine without a GPU.
-    fn host(bytes: u64) -> Room {
-        Room { host: bytes, gpu: u64::MAX }
+    fn host(bytes: u64) -> Memory {
+        Memory { host: bytes, gpu: u64::MAX }
     }
 
     struct Scene {
@@ -393,7 +393,7 @@ mod tests {
         let scene = Scene::new();
         let on_gpu = |vram_bytes, last_used| Seat { vram_bytes, ..scene.resident(1, last_used) };
         let wants = |vram_bytes| Seat { vram_bytes, ..scene.wanted(1, 20) };
-        let room = |gpu| Room { host: 100, gpu };
+        let room = |gpu| Memory { host: 100, gpu };
         // It fits beside the others.
         let seats = [on_gpu(60, 0), wants(40)];
         assert_eq!(decide(&seats, room(40), scene.at(20)).orders, [(1, Order::Load(room(40)))]);
@@ -410,7 +410,7 @@ mod tests {
     fn a_model_that_no_gpu_holds_takes_what_there_is_unless_its_settings_say_how_much() {
         let scene = Scene::new();
         let wants = |vram_bytes_min| Seat { vram_bytes: 90, vram_bytes_min, ..scene.wanted(1, 0) };
-        let room = |gpu| Room { host: 100, gpu };
+        let room = |gpu| Memory { host: 100, gpu };
         let pinned = Seat { vram_bytes: 60, is_pinned: true, ..scene.resident(1, 0) };
         let with = |wanted| [pinned.clone(), wanted];
         assert_eq!(decide(&with(wants(0)), room(10), scene.at(1)).orders, [(1, Order::Load(room(10)))]);

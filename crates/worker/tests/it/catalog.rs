@@ -9,7 +9,7 @@ use protocol::infer::InferRequest;
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::signature::NodeKey;
 use protocol::{Digest, ErrorCode, Topic, UnixMillis};
-use rpc::{ArtifactDesk, ArtifactStream, CallError, Membership, Server};
+use rpc::{ArtifactServer, ArtifactStream, CallError, Membership, Server};
 use tether_worker::{CatalogUse, Config, ServedModel};
 use tokio::time;
 
@@ -51,15 +51,15 @@ fn registry(world: &World, listed: Listed) {
     let given = world.folder.path().join("of-the-registry");
     let store = artifact_store::ArtifactStore::in_folder(given).expect("a store");
     store.put(ELSEWHERE, 1 << 20).expect("put");
-    let desk = Arc::new(ArtifactDesk::new(store, Membership::unchecked()));
+    let artifact_server = Arc::new(ArtifactServer::new(store, Membership::unchecked()));
     let server = Server::new(transport, info)
         .unary(CATALOG_LIST, move |_, _: Empty| {
             let models = listed.lock().expect("no test panics in here").clone();
             async move { Ok(Catalog { models, ..Catalog::default() }) }
         })
         .stream(FETCH, move |call| {
-            let desk = desk.clone();
-            async move { desk.serve(call, async |_| Ok(vec!["m".parse().expect("a name")])).await }
+            let artifact_server = artifact_server.clone();
+            async move { artifact_server.serve(call, async |_| Ok(vec!["m".parse().expect("a name")])).await }
         });
     world.tasks.spawn(server.run(world.end.clone(), SECOND));
     world.tasks.spawn(async move { announced.announce(&Topic::Control(region())).await.map(drop) });

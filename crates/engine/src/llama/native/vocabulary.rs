@@ -51,7 +51,7 @@ impl Vocabulary<'_> {
         (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_str().map(str::to_owned).ok()).flatten()
     }
 
-    /// Returns whether the token steers the model and is no text.
+    /// Returns whether this is a special token.
     pub(crate) fn is_control(self, token: Token) -> bool {
         self.has_attribute(token, sys::LLAMA_TOKEN_ATTR_CONTROL | sys::LLAMA_TOKEN_ATTR_UNKNOWN)
     }

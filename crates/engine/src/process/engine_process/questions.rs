@@ -17,7 +17,7 @@ const TEXTS_MAX: usize = 32;
 const EMBED_WITHIN: Duration = Duration::from_hours(1);
 
 /// A question that was asked; when it is dropped without an answer, the process is told to forget it.
-struct Asked<'a> {
+struct PendingQuestion<'a> {
     process: &'a EngineProcess,
     id: u64,
     answered: oneshot::Receiver<Result<Answer, EngineError>>,
@@ -57,8 +57,9 @@ impl EngineProcess {
         let [file] = handover::describe(&artifact)
             .try_into()
             .map_err(|_| EngineError::InvalidModel { reason: "an adapter is one file".into() })?;
-        let asked = self.open_question()?;
-        let frame = encode(&ToChild::AddAdapter { id: asked.id, file }).map_err(|error| too_long("adapter", &error))?;
+        let pending = self.open_question()?;
+        let frame =
+            encode(&ToChild::AddAdapter { id: pending.id, file }).map_err(|error| too_long("adapter", &error))?;
         {
             let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
             let place = self.outgoing.try_reserve().map_err(|_| EngineError::Busy)?;
@@ -67,7 +68,7 @@ impl EngineProcess {
             place.send(frame);
         }
         drop(artifact);
-        match asked.answer(within).await? {
+        match pending.answer(within).await? {
             Answer::Adapter(adapter) => Ok(adapter),
             _ => Err(nonsense()),
         }
@@ -91,13 +92,13 @@ impl EngineProcess {
     }
 
     async fn ask(&self, question: Question, within: Duration) -> Result<Answer, EngineError> {
-        let asked = self.open_question()?;
-        let frame = encode(&ToChild::Ask { id: asked.id, question }).map_err(|error| too_long("input", &error))?;
+        let pending = self.open_question()?;
+        let frame = encode(&ToChild::Ask { id: pending.id, question }).map_err(|error| too_long("input", &error))?;
         self.outgoing.try_send(frame).map_err(|_| EngineError::Busy)?;
-        asked.answer(within).await
+        pending.answer(within).await
     }
 
-    fn open_question(&self) -> Result<Asked<'_>, EngineError> {
+    fn open_question(&self) -> Result<PendingQuestion<'_>, EngineError> {
         let id = self.number();
         let (asker, answered) = oneshot::channel();
         let mut state = self.state();
@@ -106,11 +107,11 @@ impl EngineProcess {
         }
         state.questions.insert(id, asker);
         state.asked = true;
-        Ok(Asked { process: self, id, answered })
+        Ok(PendingQuestion { process: self, id, answered })
     }
 }
 
-impl Asked<'_> {
+impl PendingQuestion<'_> {
     async fn answer(mut self, within: Duration) -> Result<Answer, EngineError> {
         match time::timeout(within, &mut self.answered).await {
             Ok(Ok(answer)) => answer,
@@ -120,7 +121,7 @@ impl Asked<'_> {
     }
 }
 
-impl Drop for Asked<'_> {
+impl Drop for PendingQuestion<'_> {
     fn drop(&mut self) {
         let is_open = self.process.state().questions.remove(&self.id).is_some();
         if is_open {

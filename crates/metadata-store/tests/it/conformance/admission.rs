@@ -17,7 +17,7 @@ pub(crate) fn invite() -> InviteRecord {
     InviteRecord {
         invite_id: ID,
         hash: [4; 32],
-        name: "the box under the desk".into(),
+        name: "the box under the artifact_server".into(),
         roles: vec![NodeRole::Worker],
         regions: vec!["eu-west".parse().expect("a region")],
         models: vec!["tether-tiny".parse().expect("a name")],
