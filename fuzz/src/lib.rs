@@ -18,7 +18,6 @@ use engine::remote::event_stream::EventReader;
 use engine::remote::{dialect, refusal, vectors};
 use engine::text_assembler::TextAssembler;
 use engine::{Chat, ChatMessage, LoadOptions, Tool, ToolCall, memory_plan};
-use gateway::validation;
 use observability::trace_context::TraceContext;
 use protocol::admission::{Certificate, Invite, RevocationList};
 use protocol::health::HealthReport;
@@ -132,28 +131,28 @@ pub fn infer_submission(bytes: &[u8]) {
 
 /// The body of `POST /v1/chat/completions`.
 pub fn chat_request(bytes: &[u8]) {
-    if let Ok(generation) = validation::parse_chat(bytes) {
+    if let Ok(generation) = gateway::parse_chat(bytes) {
         assert_eq!(generation.job.input.check(), Ok(()), "what passed is a sound job");
     }
 }
 
 /// The body of `POST /v1/embeddings`.
 pub fn embedding_request(bytes: &[u8]) {
-    if let Ok(vectors) = validation::parse_embeddings(bytes) {
+    if let Ok(vectors) = gateway::parse_embeddings(bytes) {
         assert_eq!(vectors.job.input.check(), Ok(()), "what passed is a sound job");
     }
 }
 
 /// The body of `POST /v1/completions`.
 pub fn completion_request(bytes: &[u8]) {
-    if let Ok(generation) = validation::parse_completion(bytes) {
+    if let Ok(generation) = gateway::parse_completion(bytes) {
         assert_eq!(generation.job.input.check(), Ok(()), "what passed is a sound job");
     }
 }
 
 /// The body of `infer.submit` at a gateway.
 pub fn gateway_submission(bytes: &[u8]) {
-    if let Ok(submission) = validation::submission::parse_submission(bytes)
+    if let Ok(submission) = gateway::parse_submission(bytes)
         && let Ok(read) = submission.asked.read()
     {
         assert_eq!(read.job.input.check(), Ok(()), "what passed is a sound job");
@@ -162,7 +161,7 @@ pub fn gateway_submission(bytes: &[u8]) {
 
 /// The body of `POST /infer`.
 pub fn infer_body(bytes: &[u8]) {
-    if let Ok(job) = validation::parse_infer(bytes) {
+    if let Ok(job) = gateway::parse_infer(bytes) {
         assert_eq!(job.input.check(), Ok(()), "what passed is a sound job");
     }
 }

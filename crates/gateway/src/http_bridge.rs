@@ -1,24 +1,22 @@
 //! HTTP in, jobs out: the OpenAI API, our own, and what operators and probes look at.
 
-mod answer_body;
+mod admin;
+pub(crate) mod answer_body;
 mod chat;
 pub(crate) mod completions;
 mod connection;
 pub(crate) mod embeddings;
-mod errors;
+pub(crate) mod errors;
 mod health;
 mod infer;
 mod input_tokens;
 mod job;
 mod limits;
-mod logprobs;
 pub(crate) mod models;
 mod openapi;
 pub(crate) mod request_body;
 pub(crate) mod router;
-pub(crate) mod sse;
 mod tls;
-mod tool_calls;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

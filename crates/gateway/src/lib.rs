@@ -4,7 +4,6 @@
 //! [`Gateway::submit`] (which model, which orchestrator), and gets an [`Answer`]. [`http_bridge`] translates between
 //! that and the OpenAI API, [`rpc_gateway`] between that and RPC.
 
-mod admin;
 mod answer;
 mod authentication;
 mod builds;
@@ -13,13 +12,15 @@ mod catalog;
 mod config;
 mod gateway;
 mod http_bridge;
+mod openai;
 mod prompt_size;
 mod rate_limit;
 mod request_record;
 mod rpc_gateway;
 mod upstream;
-pub mod validation;
 
 pub use answer::{Answer, Content, End, Piece, parse_chunk};
 pub use config::{Config, RateLimitConfig};
 pub use gateway::{Admission, Gateway, GatewayError, GatewayParts, Job, OpenGateway, Origin, RequestContext};
+pub use openai::request::{Encoding, Generation, Vectors, parse_chat, parse_completion, parse_embeddings, parse_infer};
+pub use rpc_gateway::submission::{Asked, Read, Submission, parse_submission};

@@ -1,7 +1,9 @@
 //! RPC in, jobs out: `infer.submit` from any key that brings an API token (G1).
 //!
 //! What comes in here passes the same [`Gateway::admit`] and [`Gateway::submit`] as what comes in by HTTP, is read by
-//! the same [`crate::validation`], and fails with the same codes.
+//! the same [`crate::openai::request`], and fails with the same codes.
+
+pub(crate) mod submission;
 
 use std::time::Duration;
 
@@ -20,10 +22,11 @@ use crate::answer::{Answer, Whole};
 use crate::config::seconds;
 use crate::gateway::{Gateway, Job, Origin};
 use crate::http_bridge::models::{self, ModelList};
-use crate::http_bridge::sse::Heading;
 use crate::http_bridge::{completions, embeddings};
-use crate::validation::submission::{Read, Submission, Words, parse_submission};
-use crate::validation::{self, Encoding};
+use crate::openai::request::{self, Encoding};
+use crate::openai::response::sse::Heading;
+
+use submission::{Read, Submission, Words, parse_submission};
 
 /// Calls besides jobs that may be under way: lists of models, and jobs about to be refused.
 const CALLS_BESIDES: usize = 1024;
@@ -181,7 +184,7 @@ impl RpcGateway {
         match gateway.submit(admission, job).await {
             Ok(answer) => Ok(Opened { answer: Box::new(answer), wording }),
             // The field at fault is named as the client wrote it.
-            Err(error) if matches!(wording, Wording::Native) => Err(validation::native(error)),
+            Err(error) if matches!(wording, Wording::Native) => Err(request::native(error)),
             Err(error) => Err(error),
         }
     }

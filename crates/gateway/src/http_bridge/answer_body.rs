@@ -17,7 +17,7 @@ use crate::answer::{Answer, Piece};
 const COALESCED_BYTES: usize = 16 * 1024;
 
 /// How the pieces of an answer are written.
-pub(super) trait Format: Send + Unpin + 'static {
+pub(crate) trait Format: Send + Unpin + 'static {
     /// Takes note of the answer before its first piece.
     fn begin(&mut self, answer: &Answer);
 

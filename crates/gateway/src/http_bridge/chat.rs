@@ -6,8 +6,8 @@ use http::Response;
 
 use super::completions::generate;
 use super::router::Bridge;
-use super::sse::Endpoint;
-use crate::validation;
+use crate::openai::request;
+use crate::openai::response::sse::Endpoint;
 
 /// Answers a conversation.
 #[utoipa::path(
@@ -21,5 +21,5 @@ use crate::validation;
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    generate(&bridge, request, Endpoint::Chat, validation::parse_chat).await
+    generate(&bridge, request, Endpoint::Chat, request::parse_chat).await
 }

@@ -12,13 +12,13 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::errors;
 use super::job::{self, AnswerFacts, Opening, Told};
-use super::logprobs::{ChatLogprobs, TextLogprobs, TextPlace};
 use super::router::Bridge;
-use super::sse::{self, Endpoint, Heading, Sse, Usage};
-use super::tool_calls::WholeCall;
 use crate::answer::{Answer, Whole};
 use crate::gateway::Job;
-use crate::validation::{self, Generation};
+use crate::openai::request::{self, Generation};
+use crate::openai::response::logprobs::{ChatLogprobs, TextLogprobs, TextPlace};
+use crate::openai::response::sse::{self, Endpoint, Heading, Sse, Usage};
+use crate::openai::response::tool_calls::WholeCall;
 
 /// Goes on with a text.
 #[utoipa::path(
@@ -32,7 +32,7 @@ use crate::validation::{self, Generation};
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    generate(&bridge, request, Endpoint::Completion, validation::parse_completion).await
+    generate(&bridge, request, Endpoint::Completion, request::parse_completion).await
 }
 
 /// Answers a request of either endpoint.

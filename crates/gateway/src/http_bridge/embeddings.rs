@@ -12,7 +12,7 @@ use super::errors;
 use super::job::{self, AnswerFacts, Opening, Told};
 use super::router::Bridge;
 use crate::answer::Whole;
-use crate::validation::{self, Encoding, Vectors};
+use crate::openai::request::{self, Encoding, Vectors};
 
 /// Makes a vector of each text.
 #[utoipa::path(
@@ -24,7 +24,7 @@ use crate::validation::{self, Encoding, Vectors};
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    let asked = match job::ask(&bridge, request, validation::parse_embeddings).await {
+    let asked = match job::ask(&bridge, request, request::parse_embeddings).await {
         Ok(asked) => asked,
         Err(response) => return response,
     };

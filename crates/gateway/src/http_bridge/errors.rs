@@ -57,7 +57,7 @@ struct Detail<'a> {
 }
 
 /// Writes an error's JSON.
-pub(super) fn write(error: &WireError, out: &mut BytesMut) {
+pub(crate) fn write(error: &WireError, out: &mut BytesMut) {
     let detail = Detail {
         message: &error.message,
         r#type: error.code.error_type(),

@@ -11,7 +11,7 @@ use super::errors;
 use super::job::{self, Told};
 use super::router::Bridge;
 use crate::answer::{Answer, Piece};
-use crate::validation;
+use crate::openai::request;
 
 /// Runs a job and streams its chunks, one JSON object a line.
 #[utoipa::path(
@@ -24,13 +24,13 @@ use crate::validation;
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    let asked = match job::ask(&bridge, request, validation::parse_infer).await {
+    let asked = match job::ask(&bridge, request, request::parse_infer).await {
         Ok(asked) => asked,
         Err(response) => return response,
     };
     let told = Told::new(asked.context, &asked.parsed, asked.rate);
     let opening = job::open(&bridge, asked.admission, asked.parsed);
-    let opening = Box::pin(async move { opening.await.map_err(validation::native) });
+    let opening = Box::pin(async move { opening.await.map_err(request::native) });
     job::stream(&bridge, opening, Lines, "application/x-ndjson", told).await
 }
 

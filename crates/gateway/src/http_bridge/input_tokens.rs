@@ -11,7 +11,7 @@ use super::errors;
 use super::job::{self, AnswerFacts, Opening, Told};
 use super::router::Bridge;
 use crate::answer;
-use crate::validation;
+use crate::openai::request;
 
 /// The length of a prompt.
 #[derive(Serialize, ToSchema)]
@@ -32,7 +32,7 @@ pub(super) struct InputTokens {
     ),
 )]
 pub(super) async fn count(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    let asked = match job::ask(&bridge, request, validation::parse_chat).await {
+    let asked = match job::ask(&bridge, request, request::parse_chat).await {
         Ok(asked) => asked,
         Err(response) => return response,
     };

@@ -1,5 +1,5 @@
 //! The OpenAPI document. Contracts of ours are shown by the schemas that `protocol` publishes, `bodies` shows
-//! what `validation` reads.
+//! what `openai::request` reads.
 
 mod bodies;
 
@@ -14,8 +14,7 @@ use serde_json::{Map, Value};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{IntoResponses, Modify, OpenApi, ToSchema};
 
-use super::{chat, completions, embeddings, health, infer, input_tokens, models};
-use crate::admin;
+use super::{admin, chat, completions, embeddings, health, infer, input_tokens, models};
 
 pub(crate) use bodies::*;
 

@@ -13,8 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
-use super::{chat, completions, embeddings, errors, health, infer, input_tokens, job, models, openapi};
-use crate::admin;
+use super::{admin, chat, completions, embeddings, errors, health, infer, input_tokens, job, models, openapi};
 use crate::gateway::{Gateway, GatewayError, RequestContext};
 
 /// The headers of ours that pages of other origins may read.

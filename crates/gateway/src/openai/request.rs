@@ -7,7 +7,6 @@ mod body;
 mod embeddings;
 mod format;
 mod message;
-pub mod submission;
 mod texts;
 mod tools;
 
@@ -115,7 +114,7 @@ fn native_missing_model(error: WireError) -> WireError {
 }
 
 /// Reads a JSON object. The limit on its length was kept while it was received.
-fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
+pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     // Fields that are passed over are not looked into, so the whole is checked first.
     if let Err(error) = std::str::from_utf8(bytes) {
         return Err(not_json("invalid UTF-8", &bytes[..error.valid_up_to()]));
@@ -174,7 +173,7 @@ fn not_json(what: &str, good: &[u8]) -> WireError {
     WireError::new(ErrorCode::InvalidJson, format!("not valid JSON: {what} at line {line} column {column}"))
 }
 
-fn invalid(param: &str, what: &str) -> WireError {
+pub(crate) fn invalid(param: &str, what: &str) -> WireError {
     WireError::new(ErrorCode::InvalidValue, format!("{param} {what}")).with_param(param)
 }
 
@@ -182,7 +181,7 @@ fn missing(param: &str) -> WireError {
     invalid(param, "is missing")
 }
 
-fn unsupported(param: impl Into<String>) -> WireError {
+pub(crate) fn unsupported(param: impl Into<String>) -> WireError {
     let param = param.into();
     let message = format!("{param} is not supported here; leave it out");
     WireError::new(ErrorCode::UnsupportedParameter, message).with_param(param)

@@ -4,12 +4,12 @@ use protocol::WireError;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::{
+use crate::gateway::Job;
+use crate::openai::request::{
     Encoding, Generation, Vectors, invalid, parse_chat, parse_completion, parse_embeddings, parse_infer, read,
     unsupported,
 };
-use crate::gateway::Job;
-use crate::http_bridge::sse::Endpoint;
+use crate::openai::response::sse::Endpoint;
 
 /// What an RPC client sends, with its job still unread: whoever has no good token is not read to the end.
 pub struct Submission {

@@ -8,11 +8,11 @@ use protocol::infer::FinishReason;
 use protocol::usage::TokenUsage;
 use serde::Serialize;
 
-use super::answer_body::Format;
-use super::errors;
 use super::logprobs::{ChatLogprobs, TextLogprobs, TextPlace};
 use super::tool_calls::CallDelta;
 use crate::answer::{Answer, Content, Piece};
+use crate::http_bridge::answer_body::Format;
+use crate::http_bridge::errors;
 
 /// Which of OpenAI's two endpoints an answer is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +59,7 @@ pub(crate) struct Heading {
 }
 
 /// Writes an answer as server-sent events.
-pub(super) struct Sse {
+pub(crate) struct Sse {
     heading: Heading,
     /// A chunk's JSON up to its choices, the same for each, made once.
     head: Vec<u8>,
@@ -130,7 +130,7 @@ struct Head<'a> {
 
 /// Usage as OpenAI's clients read it.
 #[derive(Serialize)]
-pub(super) struct Usage {
+pub(crate) struct Usage {
     prompt_tokens: u32,
     completion_tokens: u32,
     total_tokens: u32,
@@ -165,12 +165,12 @@ impl From<TokenUsage> for Usage {
 }
 
 /// Returns the fingerprint of the model that answers: the beginning of its digest.
-pub(super) fn fingerprint(answer: &Answer) -> String {
+pub(crate) fn fingerprint(answer: &Answer) -> String {
     format!("fp_{}", &answer.model().digest.to_string()[..12])
 }
 
 impl Sse {
-    pub(super) fn new(heading: Heading) -> Self {
+    pub(crate) fn new(heading: Heading) -> Self {
         let place = |chars: &usize| TextPlace::of(*chars, heading.echo);
         let told = heading.prompt_chars.iter().map(|chars| Told { role: false, place: place(chars) }).collect();
         Self { heading, head: vec![], told }

@@ -19,9 +19,9 @@ use protocol::{CorrelationId, ErrorCode, ModelName, ModelVersion, PublicKey, Wir
 use serde::de::DeserializeOwned;
 use tracing::info;
 
+use super::router::{Inquiry, Segment, respond};
+use super::{Bridge, json, request_body};
 use crate::catalog;
-use crate::http_bridge::router::{Inquiry, Segment, respond};
-use crate::http_bridge::{Bridge, json, request_body};
 
 /// The longest description of a token or an adapter to make.
 const NEW_BYTES_MAX: usize = 64 * 1024;
