@@ -27,7 +27,7 @@ use protocol::presence::{self, Facts};
 use protocol::signature::Signed;
 use protocol::token::ApiToken;
 use protocol::{Topic, UnixMillis, codec};
-use rpc::stream::Frame;
+use rpc::frame::Frame;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tether_cli::args::Common;

@@ -16,9 +16,10 @@ use tokio::task::spawn_blocking;
 use tokio::time;
 use tracing::{debug, warn};
 
-use crate::client::{CallError, Client};
+use crate::client::{AnswerStream, CallError, Client, StreamOptions};
+use crate::frame::FRAME_PAYLOAD_MAX;
 use crate::membership::Membership;
-use crate::stream::{AnswerStream, FRAME_PAYLOAD_MAX, Interrupted, ReplyStream, StreamCall, StreamOptions};
+use crate::server::{Interrupted, ReplyStream, StreamCall};
 
 /// Files that are read for others at once; one more caller is told to try another node.
 pub const READS_MAX: usize = 8;

@@ -16,11 +16,13 @@ use tokio::time::{self, Instant};
 use self::introduction::introduce;
 use self::links::{Link, Links};
 use crate::membership::Membership;
-use crate::stream::{AnswerStream, StreamOptions};
 use crate::transport::{RequestError, Transport, TransportError};
 
+mod answer_stream;
 mod introduction;
-pub(crate) mod links;
+mod links;
+
+pub use answer_stream::{AnswerStream, REQUEST_BYTES_PER_SEC, StreamOptions};
 
 /// How long a connection may take to open.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);

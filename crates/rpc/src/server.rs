@@ -20,12 +20,15 @@ use tracing::debug;
 
 use self::budget::{Allowance, BodyLimit, Budget};
 use self::connections::{CallMark, Connections, Place};
+use crate::frame::Frame;
 use crate::membership::Membership;
-use crate::stream::{Frame, StreamCall};
 use crate::transport::{Channel, Connection, Incoming, Transport};
 
-pub(crate) mod budget;
+mod budget;
 mod connections;
+mod stream_call;
+
+pub use stream_call::{Interrupted, ReplyStream, StreamCall};
 
 /// How long a caller may take to send its request.
 const OPENING: Duration = Duration::from_secs(10);

@@ -7,7 +7,7 @@ use protocol::signature::NodeKey;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, codec};
 use rpc::CallError;
-use rpc::stream::{Frame, WINDOW};
+use rpc::frame::{Frame, WINDOW};
 use tether_worker::Config;
 use tokio::time::{self, Instant};
 

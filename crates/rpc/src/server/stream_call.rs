@@ -1,0 +1,183 @@
+//! The callee's half of a stream.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use protocol::{ErrorCode, PublicKey, WireError};
+use tokio::time::Instant;
+
+use super::budget::{Allowance, ReservedBytes};
+use crate::frame::{FRAME_PAYLOAD_MAX, Frame, data_frame};
+use crate::transport::Channel;
+
+/// A call that a peer opened and that waits to be accepted or refused.
+#[derive(Debug)]
+pub struct StreamCall {
+    /// Who calls.
+    pub peer: PublicKey,
+    /// The method's name.
+    pub method: String,
+    /// The request.
+    pub body: Bytes,
+    /// When the caller stops waiting.
+    pub deadline: Option<Instant>,
+    /// Bytes of the request that count against the server's budget.
+    _reserved: ReservedBytes,
+    reply: ReplyStream,
+}
+
+impl StreamCall {
+    /// Reads the opening of a stream, as far as its caller may send one.
+    pub(crate) async fn read(peer: PublicKey, channel: Box<dyn Channel>, allowance: Allowance) -> Option<Self> {
+        let first = Frame::decode(channel.receive().await?);
+        let Ok(Frame::Open { credit, deadline_ms, method, body_bytes, body }) = first else {
+            let error = WireError::new(ErrorCode::InvalidValue, "a tether/stream/1 opening was expected");
+            channel.send(Frame::Error(error).encode()).await;
+            return None;
+        };
+        let deadline =
+            (deadline_ms > 0).then(|| Instant::now().checked_add(Duration::from_millis(deadline_ms))).flatten();
+        let body_bytes = body_bytes as usize;
+        let begun = allowance.begin(body_bytes).and_then(|mut reserved| {
+            reserved.grow(body.len())?;
+            Ok(reserved)
+        });
+        let mut reserved = match begun {
+            Ok(reserved) => reserved,
+            Err(error) => {
+                channel.send(Frame::Error(error).encode()).await;
+                return None;
+            }
+        };
+        let body = if body.len() == body_bytes {
+            body
+        } else {
+            // Grows as parts come: a length alone reserves nothing.
+            let mut whole = BytesMut::from(&body[..]);
+            while whole.len() < body_bytes {
+                match Frame::decode(channel.receive().await?) {
+                    Ok(Frame::Part(part)) if !part.is_empty() && whole.len() + part.len() <= body_bytes => {
+                        if let Err(error) = reserved.grow(part.len()) {
+                            channel.send(Frame::Error(error).encode()).await;
+                            return None;
+                        }
+                        whole.extend_from_slice(&part);
+                    }
+                    _ => return None,
+                }
+            }
+            whole.freeze()
+        };
+        let reply = ReplyStream { channel, credit: u64::from(credit), interrupted: false };
+        Some(Self { peer, method, body, deadline, _reserved: reserved, reply })
+    }
+
+    /// Takes the call.
+    pub async fn accept(self) -> Result<ReplyStream, Interrupted> {
+        let mut reply = self.reply;
+        reply.push(Frame::Accept.encode()).await?;
+        Ok(reply)
+    }
+
+    /// Waits until the caller cancels or is gone. Cancel safe.
+    pub async fn cancelled(&mut self) {
+        self.reply.cancelled().await;
+    }
+
+    /// Refuses the call.
+    pub async fn refuse(self, error: WireError) {
+        // A caller that is gone needs no answer.
+        let _ = self.reply.fail(error).await;
+    }
+}
+
+/// The caller cancelled or is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the caller wants no more")]
+pub struct Interrupted;
+
+/// The callee's end of a stream. Dropping it without an end closes the channel, which the caller takes for a failure.
+#[derive(Debug)]
+pub struct ReplyStream {
+    channel: Box<dyn Channel>,
+    /// Bytes the caller still takes.
+    credit: u64,
+    interrupted: bool,
+}
+
+impl ReplyStream {
+    /// Sends a message, waiting for credit and for space in the queue.
+    pub async fn send(&mut self, message: &[u8]) -> Result<(), Interrupted> {
+        let mut rest = message;
+        loop {
+            let cut = rest.len().min(FRAME_PAYLOAD_MAX);
+            let (payload, tail) = rest.split_at(cut);
+            self.drain()?;
+            // A window smaller than a frame is overdrawn once rather than waited on for ever.
+            while self.credit == 0 {
+                self.control().await?;
+            }
+            self.credit = self.credit.saturating_sub(cut as u64);
+            self.push(data_frame(!tail.is_empty(), payload)).await?;
+            if tail.is_empty() {
+                return Ok(());
+            }
+            rest = tail;
+        }
+    }
+
+    /// Ends the answer.
+    pub async fn finish(mut self) -> Result<(), Interrupted> {
+        self.push(Frame::End.encode()).await
+    }
+
+    /// Ends the answer with an error.
+    pub async fn fail(mut self, error: WireError) -> Result<(), Interrupted> {
+        self.push(Frame::Error(error).encode()).await
+    }
+
+    /// Waits until the caller cancels or is gone. Cancel safe.
+    pub async fn cancelled(&mut self) {
+        while self.control().await.is_ok() {}
+    }
+
+    async fn push(&mut self, frame: Bytes) -> Result<(), Interrupted> {
+        loop {
+            tokio::select! {
+                biased;
+                sent = self.channel.send(frame.clone()) => return if sent { Ok(()) } else { Err(Interrupted) },
+                frame = self.channel.receive() => Self::take(&mut self.credit, &mut self.interrupted, frame)?,
+            }
+        }
+    }
+
+    async fn control(&mut self) -> Result<(), Interrupted> {
+        if self.interrupted {
+            return Err(Interrupted);
+        }
+        let frame = self.channel.receive().await;
+        Self::take(&mut self.credit, &mut self.interrupted, frame)
+    }
+
+    /// Takes what the caller has said so far, without waiting.
+    fn drain(&mut self) -> Result<(), Interrupted> {
+        if self.interrupted {
+            return Err(Interrupted);
+        }
+        while let Some(frame) = self.channel.try_receive() {
+            Self::take(&mut self.credit, &mut self.interrupted, Some(frame))?;
+        }
+        Ok(())
+    }
+
+    fn take(credit: &mut u64, interrupted: &mut bool, frame: Option<Bytes>) -> Result<(), Interrupted> {
+        if let Some(Ok(Frame::Credit(more))) = frame.map(Frame::decode) {
+            *credit = credit.saturating_add(more.into());
+            Ok(())
+        } else {
+            // A cancel, a closed channel or nonsense: nobody useful is left at the other end.
+            *interrupted = true;
+            Err(Interrupted)
+        }
+    }
+}
