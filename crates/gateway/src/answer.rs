@@ -1,5 +1,6 @@
 //! A job's answer on its way to the client, checked piece by piece.
 
+mod stream_format;
 mod whole;
 
 use std::sync::Arc;
@@ -19,9 +20,9 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, error};
 
 use crate::request_record::RequestRecord;
-use crate::upstream::Begun;
 use whole::Gathering;
 
+pub(crate) use stream_format::StreamFormat;
 pub(crate) use whole::Whole;
 
 /// How long an orchestrator may take to close a stream after its last chunk.
@@ -120,6 +121,13 @@ pub struct End {
     pub usage: TokenUsage,
 }
 
+/// The stream of an answer that has begun.
+pub(crate) struct Begun {
+    pub(crate) stream: AnswerStream,
+    /// Its first chunk; missing where the answer ended without one.
+    pub(crate) first: Option<Bytes>,
+}
+
 /// A job's answer. Dropping it before its end cancels the job.
 pub struct Answer {
     correlation_id: CorrelationId,
@@ -211,7 +219,7 @@ impl Answer {
                     self.record.piece();
                 }
                 if let Some(end) = &piece.end {
-                    self.record.completed(end);
+                    self.record.completed(end.reason, end.usage);
                     self.close();
                 }
             }

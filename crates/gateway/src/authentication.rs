@@ -10,8 +10,8 @@ use protocol::{Digest, ErrorCode, UnixMillis, WireError};
 use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
-use crate::gateway::Origin;
 use crate::rate_limit::{Quota, RateLimit};
+use crate::request_context::Origin;
 
 /// Tokens remembered at once.
 const TOKENS_MAX: usize = 10_000;

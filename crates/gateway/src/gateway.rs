@@ -1,7 +1,5 @@
-//! Where HTTP and RPC meet: one way in for every request.
+//! Lets requests in and hands their jobs to orchestrators, whichever door they came by.
 
-use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,9 +10,7 @@ use protocol::control::{
 };
 use protocol::infer::{InferRequest, Input};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
-use protocol::{
-    AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, RetryToken, TenantId, TraceId, WireError, codec,
-};
+use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, TenantId, WireError, codec};
 use rpc::{Membership, Transport};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -29,11 +25,11 @@ use crate::builds::{self, Build};
 use crate::cached::Cached;
 use crate::catalog::{self, Models};
 use crate::config::{Config, seconds};
-use crate::http_bridge::HttpBridge;
+use crate::job::Job;
 use crate::prompt_size;
 use crate::rate_limit::{Quota, RateLimit, Verdict};
+use crate::request_context::{Admission, Origin, Refusal, RequestContext};
 use crate::request_record::RequestRecord;
-use crate::rpc_gateway::RpcGateway;
 use crate::upstream::{self, Patience, Upstream, UpstreamTask};
 
 /// How long the list of live workers is believed.
@@ -62,36 +58,6 @@ pub struct GatewayParts {
     pub version: String,
 }
 
-/// Why a gateway does not run.
-#[derive(Debug, thiserror::Error)]
-pub enum GatewayError {
-    /// The address can't be had.
-    #[error("could not listen on {address}")]
-    Bind {
-        /// The address.
-        address: SocketAddr,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// Only one of the two TLS files is configured.
-    #[error("tls_cert and tls_key are given both or not at all")]
-    TlsIncomplete,
-    /// A TLS file can't be used.
-    #[error("could not use the TLS file {}: {reason}", path.display())]
-    Tls {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// A configured origin is none.
-    #[error("cors_origins: {origin:?} is not an origin such as https://app.example.com")]
-    Origin {
-        /// What was given.
-        origin: String,
-    },
-}
-
 /// Takes requests, checks them and hands them to orchestrators. Clones are the same gateway.
 #[derive(Clone)]
 pub struct Gateway {
@@ -117,75 +83,6 @@ struct Inner {
     reload: Notify,
 }
 
-/// Where a request comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Origin {
-    /// An address, by HTTP.
-    Address(IpAddr),
-    /// A node, by RPC.
-    Node(PublicKey),
-}
-
-/// What is known of a request before it is read.
-#[derive(Debug, Clone, Copy)]
-pub struct RequestContext {
-    /// The name its job will have, unless the client brings one.
-    pub correlation_id: CorrelationId,
-    /// The trace it belongs to.
-    pub trace_id: TraceId,
-    /// Where it comes from.
-    pub origin: Option<Origin>,
-    /// When it came.
-    pub received: Instant,
-}
-
-/// A request that may go on: its token is good, its tenant is within its rate, and there is room for it.
-pub struct Admission {
-    grant: Arc<TokenGrant>,
-    rate: Verdict,
-    permit: OwnedSemaphorePermit,
-    record: RequestRecord,
-}
-
-/// A job as a client asks for it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Job {
-    /// The model to run.
-    pub model: ModelRef,
-    /// What to answer, and how.
-    pub input: Input,
-    /// Must be the token's own tenant where it is given.
-    pub tenant_id: Option<TenantId>,
-    /// The job's name; that of the request where it is missing.
-    pub correlation_id: Option<CorrelationId>,
-    /// The same token never runs a job twice; made up where it is missing.
-    pub retry_token: Option<RetryToken>,
-    /// The trace the job belongs to; that of the request where it is missing.
-    pub trace_id: Option<TraceId>,
-    /// How long the client will wait for the answer to begin; the configured time where it is missing or longer.
-    pub deadline: Option<Duration>,
-}
-
-/// A request that was refused, and what its bucket said.
-#[derive(Debug)]
-pub(crate) struct Refusal {
-    pub(crate) error: WireError,
-    pub(crate) rate: Option<Verdict>,
-}
-
-impl Admission {
-    /// Returns the tenant's standing with its rate limit.
-    pub(crate) fn rate(&self) -> Verdict {
-        self.rate
-    }
-
-    /// Ends the request with an error.
-    pub(crate) fn refuse(mut self, error: WireError) -> Refusal {
-        self.record.failed(error.code);
-        Refusal { error, rate: Some(self.rate) }
-    }
-}
-
 impl Gateway {
     /// Makes a gateway. It does nothing until it runs.
     pub fn new(config: Config, parts: GatewayParts) -> Self {
@@ -207,17 +104,6 @@ impl Gateway {
             config,
         };
         Self { inner: Arc::new(inner) }
-    }
-
-    /// Opens the HTTP address, so that a caller learns it before requests come.
-    pub async fn bind(self) -> Result<OpenGateway, GatewayError> {
-        let http = HttpBridge::bind(self.clone()).await?;
-        Ok(OpenGateway { gateway: self, http })
-    }
-
-    /// Serves until `stop`, and then until the requests under way are done or the drain time is over.
-    pub async fn run(self, stop: CancellationToken) -> Result<(), GatewayError> {
-        self.bind().await?.run(stop).await
     }
 
     /// Looks at the TLS files at once, as after a certificate was renewed.
@@ -607,40 +493,6 @@ impl Gateway {
     /// Returns where this gateway's tasks are counted.
     pub(crate) fn tracker(&self) -> &TaskTracker {
         &self.inner.tracker
-    }
-}
-
-/// A gateway whose HTTP address is open, ready to serve.
-pub struct OpenGateway {
-    gateway: Gateway,
-    http: HttpBridge,
-}
-
-impl OpenGateway {
-    /// Returns the address it serves HTTP on.
-    pub fn address(&self) -> SocketAddr {
-        self.http.address()
-    }
-
-    /// Returns the gateway, to be asked while it runs.
-    pub fn gateway(&self) -> &Gateway {
-        &self.gateway
-    }
-
-    /// Serves HTTP and RPC until `stop`, and then until the requests under way are done or the drain time is over.
-    pub async fn run(self, stop: CancellationToken) -> Result<(), GatewayError> {
-        let Self { gateway, http } = self;
-        let tracker = gateway.tracker().clone();
-        // Background work goes on while requests drain: they may still need a peer.
-        let drained = CancellationToken::new();
-        let (tended, tending) = (gateway.clone(), drained.clone());
-        tracker.spawn(async move { tended.tend(tending).await });
-        let rpc = RpcGateway::new(gateway);
-        tokio::join!(http.run(stop.clone(), drained.clone()), rpc.run(stop));
-        drained.cancel();
-        tracker.close();
-        tracker.wait().await;
-        Ok(())
     }
 }
 

@@ -1,24 +1,26 @@
 //! HTTP in, jobs out: the OpenAI API, our own, and what operators and probes look at.
 
 mod admin;
-pub(crate) mod answer_body;
+mod answer_body;
 mod chat;
-pub(crate) mod completions;
+mod completions;
 mod connection;
-pub(crate) mod embeddings;
-pub(crate) mod errors;
+mod embeddings;
+mod errors;
+mod extract;
 mod health;
 mod infer;
 mod input_tokens;
 mod job;
 mod limits;
-pub(crate) mod models;
+mod models;
 mod openapi;
-pub(crate) mod request_body;
-pub(crate) mod router;
+mod request_body;
+mod router;
 mod tls;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,15 +33,13 @@ use tracing::{debug, info, warn};
 use self::connection::Connections;
 use self::tls::Tls;
 use crate::config::seconds;
-use crate::gateway::{Gateway, GatewayError};
+use crate::gateway::Gateway;
 
-pub(crate) use errors::json;
 pub(crate) use openapi::{
     AdapterAdd, AdapterEntry, AdapterList, AdapterRemoved, AliasEntry, AliasList, AliasRemoved, AliasSet, Decision,
-    Errors, Fleet, InviteCreate, InviteCreated, Members, ModelAdd, ModelEntry, ModelKept, ModelPlaces, ModelRemoved,
-    NewName, NodeRenamed, NodeRevoked, TokenCreate, TokenCreated, TokenList, TokenRevoked,
+    Errors, Fleet, InviteCreate, InviteCreated, Members, ModelAdd, ModelEntry, ModelFacts, ModelKept, ModelPlaces,
+    ModelRemoved, NewName, NodeRenamed, NodeRevoked, TokenCreate, TokenCreated, TokenList, TokenRevoked,
 };
-pub(crate) use router::Bridge;
 
 /// The wait after the system refused a connection, for want of file descriptors perhaps.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -47,6 +47,36 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n\
     content-type: application/json\r\ncontent-length: 123\r\n\r\n\
     {\"error\":{\"message\":\"this gateway holds too many connections\",\"type\":\"overloaded_error\",\"param\":null,\"code\":\"unavailable\"}}";
+
+/// Why a gateway does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// The address can't be had.
+    #[error("could not listen on {address}")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Only one of the two TLS files is configured.
+    #[error("tls_cert and tls_key are given both or not at all")]
+    TlsIncomplete,
+    /// A TLS file can't be used.
+    #[error("could not use the TLS file {}: {reason}", path.display())]
+    Tls {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A configured origin is none.
+    #[error("cors_origins: {origin:?} is not an origin such as https://app.example.com")]
+    Origin {
+        /// What was given.
+        origin: String,
+    },
+}
 
 /// An open HTTP address, ready to serve.
 pub(crate) struct HttpBridge {

@@ -1,8 +1,8 @@
 //! Takes requests from HTTP and RPC clients, checks them, and streams answers.
 //!
 //! Every request, whatever it came in by, passes [`Gateway::admit`] (whose is it, is there room) and then
-//! [`Gateway::submit`] (which model, which orchestrator), and gets an [`Answer`]. [`http_bridge`] translates between
-//! that and the OpenAI API, [`rpc_gateway`] between that and RPC.
+//! [`Gateway::submit`] (which model, which orchestrator), and gets an [`Answer`]. [`http_bridge`] and [`rpc_gateway`]
+//! are the doors to these two, [`open_gateway`] opens both, and [`openai`] translates between jobs and the OpenAI API.
 
 mod answer;
 mod authentication;
@@ -12,15 +12,25 @@ mod catalog;
 mod config;
 mod gateway;
 mod http_bridge;
+mod infer_request;
+mod job;
+mod json_body;
+mod open_gateway;
 mod openai;
 mod prompt_size;
 mod rate_limit;
+mod request_context;
 mod request_record;
 mod rpc_gateway;
 mod upstream;
 
 pub use answer::{Answer, Content, End, Piece, parse_chunk};
 pub use config::{Config, RateLimitConfig};
-pub use gateway::{Admission, Gateway, GatewayError, GatewayParts, Job, OpenGateway, Origin, RequestContext};
-pub use openai::request::{Encoding, Generation, Vectors, parse_chat, parse_completion, parse_embeddings, parse_infer};
+pub use gateway::{Gateway, GatewayParts};
+pub use http_bridge::GatewayError;
+pub use infer_request::parse_infer;
+pub use job::Job;
+pub use open_gateway::OpenGateway;
+pub use openai::request::{Encoding, Generation, Vectors, parse_chat, parse_completion, parse_embeddings};
+pub use request_context::{Admission, Origin, RequestContext};
 pub use rpc_gateway::submission::{Asked, Read, Submission, parse_submission};

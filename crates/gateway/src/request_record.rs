@@ -5,13 +5,12 @@ use std::time::Duration;
 use observability::Metrics;
 use observability::metrics::{ModelLabel, ReasonLabel, RequestLabel};
 use prometheus_client::metrics::histogram::Histogram;
+use protocol::infer::FinishReason;
 use protocol::model::ModelEntry;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, TraceId};
 use tokio::time::Instant;
 use tracing::info;
-
-use crate::answer::End;
 
 /// A request under way. Dropping it counts and logs it: as cancelled, unless an end was noted.
 pub(crate) struct RequestRecord {
@@ -91,10 +90,10 @@ impl RequestRecord {
         }
     }
 
-    pub(crate) fn completed(&mut self, end: &End) {
+    pub(crate) fn completed(&mut self, reason: FinishReason, usage: TokenUsage) {
         self.outcome = "completed";
-        self.finish_reason = end.reason.as_str();
-        self.usage = end.usage;
+        self.finish_reason = reason.as_str();
+        self.usage = usage;
     }
 
     pub(crate) fn failed(&mut self, code: ErrorCode) {
@@ -147,8 +146,6 @@ impl Drop for RequestRecord {
 
 #[cfg(test)]
 mod tests {
-    use protocol::infer::FinishReason;
-
     use super::*;
 
     fn record() -> RequestRecord {
@@ -168,7 +165,7 @@ mod tests {
         );
         assert_eq!(record.outcome, "cancelled");
         let whole = TokenUsage { prompt_tokens: 7, completion_tokens: 4, cached_tokens: 3, reasoning_tokens: 0 };
-        record.completed(&End { reason: FinishReason::Stop, usage: whole });
+        record.completed(FinishReason::Stop, whole);
         assert_eq!((record.usage, record.outcome), (whole, "completed"));
     }
 

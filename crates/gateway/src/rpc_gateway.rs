@@ -8,7 +8,7 @@ pub(crate) mod submission;
 use std::time::Duration;
 
 use observability::TraceContext;
-use protocol::control::{NodeInfo, NodeRole};
+use protocol::control::{NodeInfo, NodeRole, Scope};
 use protocol::gateway::{GatewayAnswer, MODELS, ModelsRequest};
 use protocol::infer::SUBMIT;
 use protocol::{ErrorCode, PublicKey, Topic, WireError};
@@ -20,12 +20,15 @@ use tracing::info;
 
 use crate::answer::{Answer, Whole};
 use crate::config::seconds;
-use crate::gateway::{Gateway, Job, Origin};
-use crate::http_bridge::models::{self, ModelList};
-use crate::http_bridge::{completions, embeddings};
-use crate::openai::request::{self, Encoding};
-use crate::openai::response::sse::Heading;
-
+use crate::gateway::Gateway;
+use crate::infer_request::native;
+use crate::job::Job;
+use crate::openai::request::Encoding;
+use crate::openai::response::Heading;
+use crate::openai::response::models::ModelList;
+use crate::openai::response::vectors::write_vectors;
+use crate::openai::response::whole::write_whole;
+use crate::request_context::Origin;
 use submission::{Read, Submission, Words, parse_submission};
 
 /// Calls besides jobs that may be under way: lists of models, and jobs about to be refused.
@@ -128,15 +131,18 @@ impl RpcGateway {
         let Opened { mut answer, wording } = self.open(caller, body, None, true).await?;
         let whole = answer.collect().await?;
         let written = match wording {
-            Wording::Generation(heading) => completions::write_whole(&heading, &answer, &whole).ok(),
-            Wording::Vectors { model, encoding } => embeddings::write_vectors(&model, encoding, &whole),
+            Wording::Generation(heading) => write_whole(&heading, &answer, &whole).ok(),
+            Wording::Vectors { model, encoding } => write_vectors(&model, encoding, &whole),
             Wording::Native => native_answer(&answer, whole).and_then(|answer| to_raw_value(&answer).ok()),
         };
         written.ok_or_else(|| WireError::new(ErrorCode::InternalError, "the answer could not be written"))
     }
 
     async fn models(&self, caller: PublicKey, request: &ModelsRequest) -> Result<ModelList, WireError> {
-        models::list_for(&self.gateway, Some(&request.token), Some(Origin::Node(caller))).await
+        let gateway = &self.gateway;
+        let grant = gateway.authenticate(Some(&request.token), Some(Origin::Node(caller)), Scope::Infer).await?;
+        let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
+        Ok(ModelList::served(&models, &fleet, &grant.policy))
     }
 
     /// Lets a submission in, reads it, and hands its job to an orchestrator.
@@ -170,21 +176,13 @@ impl RpcGateway {
             Words::Vectors { model, encoding } => Wording::Vectors { model, encoding },
             Words::Generation { endpoint, model, .. } => {
                 let id = job.correlation_id.unwrap_or(context.correlation_id);
-                Wording::Generation(Heading {
-                    endpoint,
-                    id: format!("{}{}", endpoint.id_prefix(), id.0.simple()),
-                    created: gateway.clock().now().0 / 1000,
-                    model,
-                    prompt_chars: completions::prompt_chars(&job),
-                    echo: job.input.echo,
-                    include_usage: false,
-                })
+                Wording::Generation(Heading::new(endpoint, model, &job, id, gateway.clock().now()))
             }
         };
         match gateway.submit(admission, job).await {
             Ok(answer) => Ok(Opened { answer: Box::new(answer), wording }),
             // The field at fault is named as the client wrote it.
-            Err(error) if matches!(wording, Wording::Native) => Err(request::native(error)),
+            Err(error) if matches!(wording, Wording::Native) => Err(native(error)),
             Err(error) => Err(error),
         }
     }

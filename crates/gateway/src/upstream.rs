@@ -8,13 +8,13 @@ use bytes::Bytes;
 use protocol::control::NodeRole;
 use protocol::{ErrorCode, PublicKey, Region, Topic, WireError, infer};
 use rpc::announce::DirectoryTask;
-use rpc::{AnswerStream, CallError, Client, Directory, Membership, MembershipTask, StreamOptions, Transport};
+use rpc::{CallError, Client, Directory, Membership, MembershipTask, StreamOptions, Transport};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::answer;
+use crate::answer::{self, Begun};
 
 /// How long a unary call may take.
 const CALL: Duration = Duration::from_secs(2);
@@ -38,13 +38,6 @@ pub(crate) struct Upstream {
 pub(crate) struct Patience {
     pub(crate) deadline: Instant,
     pub(crate) stall: Duration,
-}
-
-/// An answer that has begun.
-pub(crate) struct Begun {
-    pub(crate) stream: AnswerStream,
-    /// Its first chunk; missing where the answer ended without one.
-    pub(crate) first: Option<Bytes>,
 }
 
 /// Keeps an [`Upstream`] fresh while it runs: who is there, and who may be.

@@ -19,9 +19,11 @@ use protocol::{CorrelationId, ErrorCode, ModelName, ModelVersion, PublicKey, Wir
 use serde::de::DeserializeOwned;
 use tracing::info;
 
-use super::router::{Inquiry, Segment, respond};
-use super::{Bridge, json, request_body};
+use super::errors::json;
+use super::extract::{Bridge, Inquiry, Segment, respond};
+use super::request_body;
 use crate::catalog;
+use crate::openai::response::models::ModelList;
 
 /// The longest description of a token or an adapter to make.
 const NEW_BYTES_MAX: usize = 64 * 1024;
@@ -48,14 +50,15 @@ pub(crate) async fn nodes(State(bridge): State<Bridge>, inquiry: Inquiry) -> Res
 #[utoipa::path(
     get, path = "/admin/v1/models", tag = "admin", operation_id = "listRegisteredModels", security(("bearer" = [])),
     responses(
-        (status = 200, description = "Every model, by name and then by version", body = crate::http_bridge::models::ModelList),
+        (status = 200, description = "Every model, by name and then by version", body = ModelList),
         crate::http_bridge::Errors,
     ),
 )]
 pub(crate) async fn models(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
     let listed = async {
         operator(&bridge, &inquiry).await?;
-        Ok(json(&crate::http_bridge::models::registered(&bridge.gateway).await?))
+        let (models, fleet) = (bridge.gateway.models_now().await?, bridge.gateway.fleet_now().await?);
+        Ok(json(&ModelList::registered(&models, &fleet)))
     };
     respond(inquiry.context, listed.await)
 }

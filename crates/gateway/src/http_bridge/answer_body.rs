@@ -11,25 +11,10 @@ use protocol::WireError;
 use tokio::time::{self, Instant, Sleep};
 use tokio_util::sync::ReusableBoxFuture;
 
-use crate::answer::{Answer, Piece};
+use crate::answer::{Answer, Piece, StreamFormat};
 
 /// Pieces that are ready are written in one go, up to this many bytes.
 const COALESCED_BYTES: usize = 16 * 1024;
-
-/// How the pieces of an answer are written.
-pub(crate) trait Format: Send + Unpin + 'static {
-    /// Takes note of the answer before its first piece.
-    fn begin(&mut self, answer: &Answer);
-
-    /// Writes a piece, and whatever follows the last.
-    fn piece(&mut self, piece: &Piece, out: &mut BytesMut);
-
-    /// Writes an error, after which nothing follows.
-    fn failure(&mut self, error: &WireError, out: &mut BytesMut);
-
-    /// Returns what is written when there is nothing to say.
-    fn keep_alive(&self) -> &'static [u8];
-}
 
 /// An answer as the body of a response. Dropping it cancels the job.
 pub(super) struct AnswerBody<F> {
@@ -58,7 +43,7 @@ enum Event {
     Ended,
 }
 
-impl<F: Format> AnswerBody<F> {
+impl<F: StreamFormat> AnswerBody<F> {
     /// Makes the body of an answer that has begun.
     pub(super) fn new(mut format: F, answer: Box<Answer>, keep_alive_every: Duration) -> Self {
         format.begin(&answer);
@@ -144,7 +129,7 @@ async fn next(mut answer: Box<Answer>) -> Step {
     Step { answer: Some(answer), event }
 }
 
-impl<F: Format> http_body::Body for AnswerBody<F> {
+impl<F: StreamFormat> http_body::Body for AnswerBody<F> {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -176,7 +161,7 @@ mod tests {
 
     struct Marks;
 
-    impl Format for Marks {
+    impl StreamFormat for Marks {
         fn begin(&mut self, _: &Answer) {}
 
         fn piece(&mut self, _: &Piece, _: &mut BytesMut) {}

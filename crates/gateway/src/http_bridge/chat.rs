@@ -5,9 +5,8 @@ use axum::extract::{Request, State};
 use http::Response;
 
 use super::completions::generate;
-use super::router::Bridge;
-use crate::openai::request;
-use crate::openai::response::sse::Endpoint;
+use super::extract::Bridge;
+use crate::openai::{Endpoint, request};
 
 /// Answers a conversation.
 #[utoipa::path(

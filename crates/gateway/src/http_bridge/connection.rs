@@ -23,10 +23,12 @@ use tower::Service as _;
 use tracing::debug;
 
 use super::errors;
+use super::extract::Bridge;
 use super::limits::{Activity, Limits, TrackedBody, Watched};
-use super::router::{self, Bridge};
+use super::router;
 use super::tls::Tls;
-use crate::gateway::{Gateway, Origin};
+use crate::gateway::Gateway;
+use crate::request_context::Origin;
 
 /// The largest request head, in bytes.
 const HEAD_BYTES_MAX: usize = 64 * 1024;

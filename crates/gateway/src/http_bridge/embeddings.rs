@@ -3,16 +3,13 @@
 use axum::body::Body;
 use axum::extract::{Request, State};
 use http::Response;
-use protocol::infer::Embedding;
 use protocol::{ErrorCode, WireError};
-use serde::Serialize;
-use serde_json::value::{RawValue, to_raw_value};
 
 use super::errors;
+use super::extract::Bridge;
 use super::job::{self, AnswerFacts, Opening, Told};
-use super::router::Bridge;
-use crate::answer::Whole;
 use crate::openai::request::{self, Encoding, Vectors};
+use crate::openai::response::vectors::write_vectors;
 
 /// Makes a vector of each text.
 #[utoipa::path(
@@ -46,49 +43,4 @@ async fn whole(opening: Opening, model: &str, encoding: Encoding) -> Result<(Res
     let written = write_vectors(model, encoding, &whole);
     let written = written.ok_or_else(|| WireError::new(ErrorCode::InternalError, "the answer could not be written"))?;
     Ok((errors::json(&written), facts))
-}
-
-#[derive(Serialize)]
-struct List<'a> {
-    object: &'static str,
-    data: Vec<Item<'a>>,
-    model: &'a str,
-    usage: Usage,
-}
-
-#[derive(Serialize)]
-struct Item<'a> {
-    object: &'static str,
-    index: u32,
-    embedding: Vector<'a>,
-}
-
-#[derive(Serialize)]
-#[serde(untagged)]
-enum Vector<'a> {
-    Numbers(Vec<f32>),
-    Base64(&'a str),
-}
-
-#[derive(Serialize)]
-struct Usage {
-    prompt_tokens: u32,
-    total_tokens: u32,
-}
-
-impl<'a> Item<'a> {
-    fn of(embedding: &'a Embedding, encoding: Encoding) -> Option<Self> {
-        let vector = match encoding {
-            Encoding::Float => Vector::Numbers(embedding.vector()?),
-            Encoding::Base64 => Vector::Base64(&embedding.base64),
-        };
-        Some(Self { object: "embedding", index: embedding.index, embedding: vector })
-    }
-}
-
-/// Writes vectors as `OpenAI` does, or returns `None` where a worker sent something else.
-pub(crate) fn write_vectors(model: &str, encoding: Encoding, whole: &Whole) -> Option<Box<RawValue>> {
-    let data = whole.embeddings.iter().map(|embedding| Item::of(embedding, encoding)).collect::<Option<_>>()?;
-    let usage = Usage { prompt_tokens: whole.usage.prompt_tokens, total_tokens: whole.usage.total_tokens() };
-    to_raw_value(&List { object: "list", data, model, usage }).ok()
 }

@@ -1,78 +1,21 @@
-//! Errors as OpenAI's clients read them: `{"error":{"message","type","param","code"}}`, and the headers beside it.
+//! Responses without an answer: JSON, errors, and the headers that go with them.
 
 use axum::body::Body;
-use bytes::{BufMut as _, BytesMut};
+use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
-use protocol::error_code::LoadingModel;
 use protocol::{CorrelationId, ErrorCode, WireError};
 use serde::Serialize;
 
+use crate::openai::response::error;
 use crate::rate_limit::{Quota, Verdict};
 
 /// The wait told where the error itself tells none and clients should wait.
 const DEFAULT_WAIT_MS: u64 = 1000;
 
-/// An error as OpenAI's clients read it.
-#[derive(Serialize)]
-struct Envelope<'a> {
-    error: Detail<'a>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    loading: Option<Loading<'a>>,
-}
-
-/// How far the model is, beside the error that says that it is being loaded.
-#[derive(Serialize)]
-struct Loading<'a> {
-    model: String,
-    state: &'static str,
-    node: &'a str,
-    progress: f64,
-    bytes_sent: u64,
-    total_bytes: u64,
-    eta_seconds: Option<u64>,
-}
-
-impl<'a> Loading<'a> {
-    fn of(loading: &'a LoadingModel) -> Self {
-        let LoadingModel { model, node, progress } = loading;
-        let percent = progress.percent.min(100);
-        Self {
-            model: model.to_string(),
-            state: if progress.fetching { "fetching" } else { "loading" },
-            node,
-            progress: f64::from(percent) / 100.0,
-            bytes_sent: progress.bytes / 100 * u64::from(percent),
-            total_bytes: progress.bytes,
-            eta_seconds: progress.remaining().map(|remaining| remaining.as_secs()),
-        }
-    }
-}
-
-#[derive(Serialize)]
-struct Detail<'a> {
-    message: &'a str,
-    r#type: &'static str,
-    param: Option<&'a str>,
-    code: &'static str,
-}
-
-/// Writes an error's JSON.
-pub(crate) fn write(error: &WireError, out: &mut BytesMut) {
-    let detail = Detail {
-        message: &error.message,
-        r#type: error.code.error_type(),
-        param: error.param.as_deref(),
-        code: error.code.as_str(),
-    };
-    let loading = error.loading.as_deref().map(Loading::of);
-    let written = serde_json::to_writer(out.writer(), &Envelope { error: detail, loading });
-    debug_assert!(written.is_ok(), "texts are always writable");
-}
-
 /// Makes an error's response.
 pub(crate) fn failure(error: &WireError) -> Response<Body> {
     let mut body = BytesMut::new();
-    write(error, &mut body);
+    error::write(error, &mut body);
     let mut response = Response::new(Body::from(body.freeze()));
     *response.status_mut() =
         StatusCode::from_u16(error.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
@@ -154,37 +97,7 @@ pub(crate) fn json<T: Serialize>(value: &T) -> Response<Body> {
 mod tests {
     use std::time::Duration;
 
-    use protocol::health::LoadProgress;
-    use protocol::model::ModelKey;
-
     use super::*;
-
-    #[test]
-    fn an_error_has_the_four_fields_clients_expect() {
-        let error = WireError::new(ErrorCode::MissingModel, "say \"which\"").with_param("model");
-        let mut body = BytesMut::new();
-        write(&error, &mut body);
-        let expected = r#"{"error":{"message":"say \"which\"","type":"invalid_request_error","param":"model","code":"missing_model"}}"#;
-        assert_eq!(body, expected.as_bytes());
-    }
-
-    #[test]
-    fn how_far_a_load_is_stands_beside_its_error() {
-        let key = "tether-tiny".parse().and_then(|model_id| Ok(ModelKey { model_id, version: "1.0".parse()? }));
-        let progress = LoadProgress { percent: 25, elapsed_ms: 2_000, bytes: 4_000, fetching: false };
-        let loading = LoadingModel { model: key.expect("well formed"), node: "n".into(), progress };
-        let mut body = BytesMut::new();
-        write(&WireError::new(ErrorCode::ModelLoading, "wait").with_loading(loading), &mut body);
-        let told: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
-        assert_eq!(told["error"]["type"], "overloaded_error");
-        assert_eq!(
-            told["loading"],
-            serde_json::json!({
-                "model": "tether-tiny@1.0", "state": "loading", "node": "n", "progress": 0.25,
-                "bytes_sent": 1_000, "total_bytes": 4_000, "eta_seconds": 6,
-            })
-        );
-    }
 
     #[test]
     fn each_code_brings_the_headers_of_its_row() {

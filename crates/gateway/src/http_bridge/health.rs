@@ -8,7 +8,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::errors;
-use super::router::{Bridge, Inquiry, respond};
+use super::extract::{Bridge, Inquiry, respond};
 
 /// How OpenMetrics text is announced.
 const OPEN_METRICS: HeaderValue =

@@ -6,12 +6,11 @@ use bytes::{BufMut as _, BytesMut};
 use http::Response;
 use protocol::WireError;
 
-use super::answer_body::Format;
-use super::errors;
+use super::extract::Bridge;
 use super::job::{self, Told};
-use super::router::Bridge;
-use crate::answer::{Answer, Piece};
-use crate::openai::request;
+use crate::answer::{Answer, Piece, StreamFormat};
+use crate::infer_request::{native, parse_infer};
+use crate::openai::response::error;
 
 /// Runs a job and streams its chunks, one JSON object a line.
 #[utoipa::path(
@@ -24,20 +23,20 @@ use crate::openai::request;
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    let asked = match job::ask(&bridge, request, request::parse_infer).await {
+    let asked = match job::ask(&bridge, request, parse_infer).await {
         Ok(asked) => asked,
         Err(response) => return response,
     };
     let told = Told::new(asked.context, &asked.parsed, asked.rate);
     let opening = job::open(&bridge, asked.admission, asked.parsed);
-    let opening = Box::pin(async move { opening.await.map_err(request::native) });
+    let opening = Box::pin(async move { opening.await.map_err(native) });
     job::stream(&bridge, opening, Lines, "application/x-ndjson", told).await
 }
 
 /// Writes an answer as lines of JSON: the chunks as the orchestrator sent them.
 struct Lines;
 
-impl Format for Lines {
+impl StreamFormat for Lines {
     fn begin(&mut self, _: &Answer) {}
 
     fn piece(&mut self, piece: &Piece, out: &mut BytesMut) {
@@ -51,8 +50,8 @@ impl Format for Lines {
         out.put_u8(b'\n');
     }
 
-    fn failure(&mut self, error: &WireError, out: &mut BytesMut) {
-        errors::write(error, out);
+    fn failure(&mut self, failure: &WireError, out: &mut BytesMut) {
+        error::write(failure, out);
         out.put_u8(b'\n');
     }
 

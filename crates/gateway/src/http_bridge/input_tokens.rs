@@ -8,8 +8,8 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::errors;
+use super::extract::Bridge;
 use super::job::{self, AnswerFacts, Opening, Told};
-use super::router::Bridge;
 use crate::answer;
 use crate::openai::request;
 

@@ -9,14 +9,15 @@ use protocol::{CorrelationId, WireError};
 use tokio::time;
 use tracing::debug;
 
-use super::answer_body::{AnswerBody, Format};
+use super::answer_body::AnswerBody;
 use super::errors::{self, text};
+use super::extract::{Bridge, context, token};
 use super::request_body;
-use super::router::{Bridge, context};
-use crate::answer::Answer;
+use crate::answer::{Answer, StreamFormat};
 use crate::config::seconds;
-use crate::gateway::{Admission, Job, Refusal, RequestContext};
+use crate::job::Job;
 use crate::rate_limit::Verdict;
+use crate::request_context::{Admission, Refusal, RequestContext};
 
 /// A request that was let in, with its body read.
 pub(super) struct Asked<T> {
@@ -29,18 +30,6 @@ pub(super) struct Asked<T> {
 
 /// An answer that begins soon.
 pub(super) type Opening = Pin<Box<dyn Future<Output = Result<Box<Answer>, WireError>> + Send>>;
-
-/// Returns the API token of a request. Whatever is no text is no token either, but it was an attempt at one.
-pub(super) fn token(headers: &HeaderMap) -> Option<&str> {
-    let bearer = headers.get(header::AUTHORIZATION).map(|value| {
-        let value = value.to_str().unwrap_or_default();
-        match value.split_once(' ') {
-            Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
-            _ => "",
-        }
-    });
-    bearer.or_else(|| headers.get("x-api-key").map(|value| value.to_str().unwrap_or_default()))
-}
 
 /// Lets a request in and reads its body, or makes the response that says why not.
 pub(super) async fn ask<T>(
@@ -67,7 +56,7 @@ pub(super) async fn ask<T>(
         let bytes = request_body::read(&mut body, config.body_bytes_max, idle).await?;
         parse(&bytes)
     };
-    let rate = admission.rate();
+    let rate = admission.rate;
     match read.await {
         Ok(parsed) => Ok(Asked { context, rate, admission, parsed }),
         Err(error) => {
@@ -85,7 +74,7 @@ pub(super) fn open(bridge: &Bridge, admission: Admission, job: Job) -> Opening {
 }
 
 /// Makes the response of a stream: with the status of an error that comes soon enough.
-pub(super) async fn stream<F: Format>(
+pub(super) async fn stream<F: StreamFormat>(
     bridge: &Bridge,
     mut opening: Opening,
     format: F,
@@ -174,24 +163,4 @@ fn refused(refusal: &Refusal, request: CorrelationId) -> Response<Body> {
         errors::add_rate(response.headers_mut(), rate);
     }
     response
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn token_of(name: &'static str, value: &'static str) -> Option<String> {
-        let mut headers = HeaderMap::new();
-        headers.insert(name, HeaderValue::from_static(value));
-        token(&headers).map(str::to_owned)
-    }
-
-    #[test]
-    fn a_token_comes_in_either_of_two_headers() {
-        assert_eq!(token_of("authorization", "Bearer abc").as_deref(), Some("abc"));
-        assert_eq!(token_of("authorization", "bearer  abc ").as_deref(), Some("abc"));
-        assert_eq!(token_of("x-api-key", "abc").as_deref(), Some("abc"));
-        assert_eq!(token_of("authorization", "Basic abc").as_deref(), Some(""));
-        assert_eq!(token_of("x-other", "abc"), None);
-    }
 }

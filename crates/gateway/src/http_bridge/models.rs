@@ -1,98 +1,14 @@
-//! The models that are served, and for operators those that are registered.
-
-use std::collections::BTreeSet;
+//! The models that are served.
 
 use axum::body::Body;
 use axum::extract::State;
 use http::Response;
-use protocol::control::{Fleet, Scope};
-use protocol::health::{CachedModel, HealthReport, ModelState};
-use protocol::model::{ModelEntry, ModelFacts, ModelRef};
-use protocol::{AdapterName, Region, WireError};
-use serde::Serialize;
-use utoipa::ToSchema;
+use protocol::control::Scope;
 
 use super::errors;
-use super::router::{Bridge, Inquiry, Segment, respond};
-use crate::catalog::{self, Models};
-use crate::gateway::{Gateway, Origin};
-
-/// A model. `state` and what follows are Tether's additions.
-#[derive(Serialize, ToSchema)]
-pub(crate) struct Model {
-    /// Its name where it is the newest version, else `name@MAJOR.MINOR`; with an adapter, `:adapter` follows.
-    id: String,
-    /// Always `model`.
-    object: &'static str,
-    /// When it was registered, in seconds since 1970.
-    created: u64,
-    /// Always `tether`.
-    owned_by: &'static str,
-    /// Its version.
-    version: String,
-    /// How far its best replica is.
-    state: ModelProgress,
-    /// SHA-256 of the artifact, in hex.
-    digest: String,
-    /// Tokens of context.
-    context_length: u32,
-    /// Where workers serve it.
-    regions: BTreeSet<String>,
-    /// Workers that have it ready.
-    replicas: usize,
-    /// One line for people.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    description: String,
-    /// What this name stands for, where it is an alias.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    alias_of: Option<String>,
-    /// What else it stands for: each request goes to the one that can do what it asks and has room.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    alternatives: Vec<String>,
-    /// Length of the artifact in bytes; 0 for a model of an adopted server.
-    bytes: u64,
-    /// Whether workers keep it in memory whatever happens.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pinned: bool,
-    /// Seconds without work for which they keep it, where an operator said so; -1 for ever.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    keep_alive_secs: Option<i64>,
-    /// What its file says of it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<super::openapi::ModelFacts>)]
-    facts: Option<ModelFacts>,
-}
-
-/// How far a model's best replica is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-enum ModelProgress {
-    /// No worker takes jobs of it. Only operators see such models.
-    Unserved,
-    /// It failed to load on each worker that would serve it. Only operators see such models.
-    Error,
-    /// A worker loads it at its first job.
-    Idle,
-    /// A worker loads it.
-    Loading,
-    /// It answers.
-    Ready,
-}
-
-impl ModelProgress {
-    /// Returns whether jobs of the model have a worker to go to.
-    fn is_served(self) -> bool {
-        self >= Self::Idle
-    }
-}
-
-#[derive(Serialize, ToSchema)]
-pub(crate) struct ModelList {
-    /// Always `list`.
-    object: &'static str,
-    /// Each version of each model that a worker serves and this API key may use, and each with each of its adapters.
-    data: Vec<Model>,
-}
+use super::extract::{Bridge, Inquiry, Segment, respond};
+use crate::catalog;
+use crate::openai::response::models::{Model, ModelList};
 
 /// Lists the models that a worker serves and this API key may use.
 #[utoipa::path(
@@ -100,77 +16,13 @@ pub(crate) struct ModelList {
     responses((status = 200, description = "The models", body = ModelList), super::openapi::Errors),
 )]
 pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
-    let listed = list_for(&bridge.gateway, inquiry.token.as_deref(), inquiry.context.origin).await;
-    respond(inquiry.context, listed.map(|list| errors::json(&list)))
-}
-
-/// Lists the models that a worker serves and a token may use.
-pub(crate) async fn list_for(
-    gateway: &Gateway,
-    token: Option<&str>,
-    origin: Option<Origin>,
-) -> Result<ModelList, WireError> {
-    let grant = gateway.authenticate(token, origin, Scope::Infer).await?;
-    let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
-    let mut listed = ModelList::of(&models, &fleet, |entry| grant.policy.allows(&entry.key.model_id));
-    listed.data.retain(|model| model.state.is_served());
-    Ok(listed)
-}
-
-/// Lists every registered model, also those that no worker serves.
-pub(crate) async fn registered(gateway: &Gateway) -> Result<ModelList, WireError> {
-    let (models, fleet) = (gateway.models_now().await?, gateway.fleet_now().await?);
-    Ok(ModelList::of(&models, &fleet, |_| true))
-}
-
-impl ModelList {
-    fn of(models: &Models, fleet: &Fleet, may_see: impl Fn(&ModelEntry) -> bool) -> Self {
-        let seen = models.all().into_iter().filter(|entry| may_see(entry));
-        let data = seen.flat_map(|entry| {
-            // A name that stands for other models as well has a row of its own.
-            let by_name = models.is_newest(entry) && models.stands_for(&entry.key.model_id).is_none();
-            let adapters = models.adapters_of(&entry.key).map(Some);
-            std::iter::once(None).chain(adapters).map(move |adapter| describe(entry, by_name, adapter, fleet))
-        });
-        let mut data: Vec<Model> = data.collect();
-        data.extend(models.aliases().filter_map(|(alias, targets)| {
-            Model::shared(alias.to_string(), describe_all(targets, models, fleet, &may_see))
-        }));
-        Self { object: "list", data }
-    }
-}
-
-impl Model {
-    /// Returns what a name stands for, as one: as good as the best of them. Nothing is left of none.
-    fn shared(name: String, models: Vec<(ModelRef, Self)>) -> Option<Self> {
-        let names: Vec<String> = models.iter().map(|(target, _)| target.to_string()).collect();
-        let (first, alternatives) = names.split_first()?;
-        let (alias_of, alternatives) = (Some(first.clone()), alternatives.to_vec());
-        let one = models.into_iter().map(|(_, model)| model).reduce(|one, other| Self {
-            state: one.state.max(other.state),
-            context_length: one.context_length.max(other.context_length),
-            regions: one.regions.into_iter().chain(other.regions).collect(),
-            replicas: one.replicas + other.replicas,
-            ..one
-        });
-        one.map(|one| Self { id: name, alias_of, alternatives, ..one })
-    }
-}
-
-/// Describes the models of a name that are there and may be seen.
-fn describe_all(
-    targets: &[ModelRef],
-    models: &Models,
-    fleet: &Fleet,
-    may_see: impl Fn(&ModelEntry) -> bool,
-) -> Vec<(ModelRef, Model)> {
-    let described = targets.iter().filter_map(|target| {
-        let entry = models.find(&target.name, target.version).filter(|entry| may_see(entry))?;
-        let adapter = target.adapter.as_ref();
-        let is_there = adapter.is_none_or(|adapter| models.has_adapter(&entry.key, adapter));
-        is_there.then(|| (target.clone(), describe(entry, target.version.is_none(), adapter, fleet)))
-    });
-    described.collect()
+    let listed = async {
+        let gateway = &bridge.gateway;
+        let grant = gateway.authenticate(inquiry.token.as_deref(), inquiry.context.origin, Scope::Infer).await?;
+        let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
+        Ok(errors::json(&ModelList::served(&models, &fleet, &grant.policy)))
+    };
+    respond(inquiry.context, listed.await)
 }
 
 /// Tells about one model, where it is one of those that the list has.
@@ -189,53 +41,13 @@ pub(super) async fn get(State(bridge): State<Bridge>, Segment(id): Segment, inqu
             // One that was registered just now is looked up anew.
             let _ = gateway.model(target).await;
         }
-        // To a tenant, a model it may not use is as one that is not there.
-        let may_see = |entry: &ModelEntry| grant.policy.allows(&entry.key.model_id);
         let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
-        let mut described = describe_all(&meant, &models, &fleet, may_see);
-        let model = match &described[..] {
-            [(target, _)] if *target == named => described.pop().map(|(_, model)| model),
-            _ => Model::shared(named.to_string(), described),
-        };
+        let model = Model::named(&named, &meant, &models, &fleet, &grant.policy);
         let model = model.ok_or_else(|| catalog::not_found(&id))?;
-        if !model.state.is_served() {
+        if !model.is_served() {
             return Err(catalog::not_served(&id));
         }
         Ok(errors::json(&model))
     };
     respond(inquiry.context, found.await)
-}
-
-/// Says what is known of a model. A pure function of the catalogue's entry and the fleet.
-fn describe(entry: &ModelEntry, by_name: bool, adapter: Option<&AdapterName>, fleet: &Fleet) -> Model {
-    let key = &entry.key;
-    let id = if by_name { key.model_id.to_string() } else { key.to_string() };
-    let reports = fleet.workers.iter().map(|worker| &worker.report);
-    let serving: Vec<_> = reports.filter(|report| report.serves(key, adapter)).collect();
-    let progress = |report: &&HealthReport| match report.model_cache.iter().find(|cached| cached.key == *key) {
-        None => ModelProgress::Idle,
-        Some(CachedModel { state: ModelState::Ready, .. }) => ModelProgress::Ready,
-        Some(CachedModel { state: ModelState::Loading, .. }) => ModelProgress::Loading,
-        Some(CachedModel { state: ModelState::Error, .. }) => ModelProgress::Error,
-    };
-    let progress: Vec<_> = serving.iter().map(progress).collect();
-    Model {
-        id: adapter.map_or_else(|| id.clone(), |adapter| format!("{id}:{adapter}")),
-        object: "model",
-        created: entry.created_at.0 / 1000,
-        owned_by: "tether",
-        version: key.version.to_string(),
-        state: progress.iter().copied().max().unwrap_or(ModelProgress::Unserved),
-        digest: entry.digest.to_string(),
-        context_length: entry.context_length,
-        regions: serving.iter().map(|report| Region::to_string(&report.region)).collect(),
-        replicas: progress.iter().filter(|progress| **progress == ModelProgress::Ready).count(),
-        description: entry.description.clone(),
-        alias_of: None,
-        alternatives: vec![],
-        bytes: entry.bytes,
-        pinned: entry.pin,
-        keep_alive_secs: entry.keep_alive_secs,
-        facts: entry.facts.clone(),
-    }
 }

@@ -1,20 +1,14 @@
 //! Which path does what.
 
-use std::convert::Infallible;
-
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{FromRequestParts, Path};
 use axum::routing::{delete, get, post};
-use http::request::Parts;
-use http::{Extensions, HeaderName, HeaderValue, Method, Response, Uri};
-use protocol::{CorrelationId, ErrorCode, TraceId, WireError};
-use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use http::{HeaderName, HeaderValue, Method, Response, Uri};
+use protocol::{ErrorCode, WireError};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
-use super::{admin, chat, completions, embeddings, errors, health, infer, input_tokens, job, models, openapi};
-use crate::gateway::{Gateway, GatewayError, RequestContext};
+use super::extract::{Bridge, Inquiry, respond};
+use super::{GatewayError, admin, chat, completions, embeddings, health, infer, input_tokens, models, openapi};
 
 /// The headers of ours that pages of other origins may read.
 const EXPOSED: [&str; 14] = [
@@ -33,14 +27,6 @@ const EXPOSED: [&str; 14] = [
     "x-tether-model-digest",
     "www-authenticate",
 ];
-
-/// What handlers need.
-#[derive(Clone)]
-pub(crate) struct Bridge {
-    pub(crate) gateway: Gateway,
-    /// Cancelled once the gateway is asked to stop.
-    pub(crate) stop: CancellationToken,
-}
 
 /// Builds the router. Each route is also in the OpenAPI document; a test compares them.
 pub(super) fn router(bridge: Bridge) -> Router {
@@ -102,52 +88,6 @@ fn nothing_under(path: &str) -> String {
 async fn no_method(inquiry: Inquiry) -> Response<Body> {
     let message = "this path does not take this method; the header Allow tells which";
     respond(inquiry.context, Err(WireError::new(ErrorCode::MethodNotAllowed, message)))
-}
-
-/// Returns what is known of a request.
-pub(super) fn context(extensions: &Extensions) -> RequestContext {
-    // Every request gets one as it comes in; a blank one beats a panic.
-    extensions.get().copied().unwrap_or_else(|| RequestContext {
-        correlation_id: CorrelationId(uuid::Uuid::nil()),
-        trace_id: TraceId([0; 16]),
-        origin: None,
-        received: Instant::now(),
-    })
-}
-
-/// What is known of a request whose body does not matter.
-pub(crate) struct Inquiry {
-    pub(crate) context: RequestContext,
-    pub(crate) token: Option<String>,
-}
-
-/// A part of a path that names something.
-pub(crate) struct Segment(pub(crate) String);
-
-impl<S: Send + Sync> FromRequestParts<S> for Segment {
-    type Rejection = Response<Body>;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response<Body>> {
-        let segment = Path::<String>::from_request_parts(parts, state).await;
-        segment.map(|Path(text)| Self(text)).map_err(|_| {
-            let message = "the path is not UTF-8 once its percent signs are decoded";
-            respond(context(&parts.extensions), Err(WireError::new(ErrorCode::NotFound, message)))
-        })
-    }
-}
-
-impl<S: Sync> FromRequestParts<S> for Inquiry {
-    type Rejection = Infallible;
-
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
-        let token = job::token(&parts.headers).map(str::to_owned);
-        Ok(Self { context: context(&parts.extensions), token })
-    }
-}
-
-/// Makes the response of a request that is no job.
-pub(crate) fn respond(context: RequestContext, outcome: Result<Response<Body>, WireError>) -> Response<Body> {
-    errors::with_request(outcome.unwrap_or_else(|error| errors::failure(&error)), context.correlation_id)
 }
 
 /// Checks that the configured origins are some.

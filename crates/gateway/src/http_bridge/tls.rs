@@ -17,8 +17,9 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::GatewayError;
 use crate::config::{Config, seconds};
-use crate::gateway::{Gateway, GatewayError};
+use crate::gateway::Gateway;
 
 /// Accepts TLS connections with the newest certificate.
 #[derive(Clone)]

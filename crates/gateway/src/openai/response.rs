@@ -1,5 +1,108 @@
 //! The answers of jobs, written as OpenAI's clients read them.
 
-pub(crate) mod logprobs;
+mod chunk;
+pub(crate) mod error;
+mod logprobs;
+pub(crate) mod models;
 pub(crate) mod sse;
-pub(crate) mod tool_calls;
+mod tool_calls;
+pub(crate) mod vectors;
+pub(crate) mod whole;
+
+use protocol::infer::{EmbedInput, Input};
+use protocol::usage::TokenUsage;
+use protocol::{CorrelationId, UnixMillis};
+use serde::Serialize;
+
+use super::Endpoint;
+use crate::answer::Answer;
+use crate::job::Job;
+
+/// What the chunks of one answer have in common, and what stands at the head of a whole one.
+#[derive(Debug, Clone)]
+pub(crate) struct Heading {
+    pub(crate) endpoint: Endpoint,
+    /// The answer's id.
+    pub(crate) id: String,
+    /// Seconds since 1970.
+    pub(crate) created: u64,
+    /// The model as the client named it.
+    pub(crate) model: String,
+    /// Characters of the prompt that each answer goes on with.
+    pub(crate) prompt_chars: Vec<usize>,
+    /// Whether the answers begin with the prompt.
+    pub(crate) echo: bool,
+    /// Whether a chunk with the usage follows the last.
+    pub(crate) include_usage: bool,
+}
+
+impl Heading {
+    /// Returns the heading of the answer to a job that came at `now`, without a chunk for the usage.
+    pub(crate) fn new(endpoint: Endpoint, model: String, job: &Job, id: CorrelationId, now: UnixMillis) -> Self {
+        Self {
+            endpoint,
+            id: format!("{}{}", endpoint.id_prefix(), id.0.simple()),
+            created: now.0 / 1000,
+            model,
+            prompt_chars: prompt_chars(&job.input),
+            echo: job.input.echo,
+            include_usage: false,
+        }
+    }
+}
+
+/// Usage as OpenAI's clients read it.
+#[derive(Serialize)]
+struct Usage {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    total_tokens: u32,
+    prompt_tokens_details: PromptTokensDetails,
+    /// Missing where the model did not think.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completion_tokens_details: Option<CompletionTokensDetails>,
+}
+
+#[derive(Serialize)]
+struct PromptTokensDetails {
+    cached_tokens: u32,
+}
+
+#[derive(Serialize)]
+struct CompletionTokensDetails {
+    reasoning_tokens: u32,
+}
+
+impl From<TokenUsage> for Usage {
+    fn from(usage: TokenUsage) -> Self {
+        Self {
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+            total_tokens: usage.total_tokens(),
+            prompt_tokens_details: PromptTokensDetails { cached_tokens: usage.cached_tokens },
+            completion_tokens_details: Some(usage.reasoning_tokens)
+                .filter(|thought| *thought > 0)
+                .map(|reasoning_tokens| CompletionTokensDetails { reasoning_tokens }),
+        }
+    }
+}
+
+/// Returns the fingerprint of the model that answers: the beginning of its digest.
+fn fingerprint(answer: &Answer) -> String {
+    format!("fp_{}", &answer.model().digest.to_string()[..12])
+}
+
+/// Returns how many characters stand before each answer, where they are known: of tokens they are not.
+fn prompt_chars(input: &Input) -> Vec<usize> {
+    let of = |prompt: &EmbedInput| match prompt {
+        EmbedInput::Text(text) => text.chars().count(),
+        EmbedInput::Tokens(_) => 0,
+    };
+    let each = input.answers_each() as usize;
+    match input {
+        Input { prompts: Some(prompts), .. } => {
+            prompts.iter().map(of).flat_map(|chars| std::iter::repeat_n(chars, each)).collect()
+        }
+        Input { prompt, .. } => vec![prompt.as_ref().map_or(0, |prompt| prompt.chars().count()); each],
+    }
+}

@@ -4,12 +4,11 @@ use protocol::WireError;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::gateway::Job;
-use crate::openai::request::{
-    Encoding, Generation, Vectors, invalid, parse_chat, parse_completion, parse_embeddings, parse_infer, read,
-    unsupported,
-};
-use crate::openai::response::sse::Endpoint;
+use crate::infer_request::parse_infer;
+use crate::job::Job;
+use crate::json_body::{invalid, read, unsupported};
+use crate::openai::Endpoint;
+use crate::openai::request::{Encoding, Generation, Vectors, parse_chat, parse_completion, parse_embeddings};
 
 /// What an RPC client sends, with its job still unread: whoever has no good token is not read to the end.
 pub struct Submission {

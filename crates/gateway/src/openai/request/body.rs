@@ -15,8 +15,9 @@ use super::format::{self, ResponseFormat, StructuredOutputs};
 use super::message::{ChatMessage, Prediction};
 use super::texts::{Stop, Texts};
 use super::tools::{OfferedTool, tool_choice, tools};
-use super::{COMPLETION_TOKENS, Generation, invalid, is_empty, job, missing, refuse_unless};
+use super::{COMPLETION_TOKENS, Generation, job};
 use crate::catalog;
+use crate::json_body::{invalid, is_empty, missing, refuse_unless};
 
 /// One type without `flatten`, which would read everything twice.
 #[derive(Debug, Deserialize)]

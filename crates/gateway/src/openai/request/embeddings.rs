@@ -6,9 +6,10 @@ use protocol::{AdapterName, WireError};
 use serde::Deserialize;
 
 use super::body::named_model;
+use super::job;
 use super::texts::Texts;
-use super::{job, missing, read};
-use crate::gateway::Job;
+use crate::job::Job;
+use crate::json_body::{missing, read};
 
 /// A request for vectors.
 #[derive(Debug, Clone, PartialEq)]

@@ -5,7 +5,7 @@ use protocol::infer::OutputFormat;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{invalid, is_empty, missing, refuse_unless, unsupported};
+use crate::json_body::{invalid, is_empty, missing, refuse_unless, unsupported};
 
 /// `response_format`. An answer keeps to its schema; what a grammar cannot keep of it is refused where it is `strict`, and
 /// left out where it is not.

@@ -7,7 +7,7 @@ use protocol::{ErrorCode, WireError};
 use serde::{Deserialize, Deserializer, de};
 use serde_json::Value;
 
-use super::{is_empty, missing, refuse_unless, unsupported};
+use crate::json_body::{is_empty, missing, refuse_unless, unsupported};
 
 /// A message of a conversation.
 #[derive(Debug, Deserialize)]

@@ -1,8 +1,10 @@
 use proptest::prelude::*;
+use protocol::ErrorCode;
 use protocol::infer::{EmbedInput, Message, OutputFormat, Role, Tool, ToolCall, ToolChoice};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
+use crate::infer_request::parse_infer;
 
 fn chat(change: Value) -> Result<Generation, WireError> {
     let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
@@ -564,20 +566,6 @@ fn texts_to_make_vectors_of_come_in_four_forms() {
         assert_eq!((error.code, error.param.as_deref()), (ErrorCode::InvalidValue, Some(param)), "{error}");
     }
     assert_eq!(read(json!({"model": null})).expect_err("no model").code, ErrorCode::MissingModel);
-}
-
-#[test]
-fn a_native_error_names_the_native_field() {
-    let param = |body: &str| parse_infer(body.as_bytes()).expect_err(body).param;
-    let out_of_range = r#"{"modelId":"m","input":{"prompt":"x","topP":2}}"#;
-    assert_eq!(param(out_of_range).as_deref(), Some("input.topP"));
-    let without_tools = r#"{"modelId":"m","input":{"messages":[{"role":"user"}],"toolChoice":"required"}}"#;
-    assert_eq!(param(without_tools).as_deref(), Some("input.toolChoice"));
-    let long = format!(r#"{{"modelId":"m","input":{{"prompt":"x","format":{{"regex":"{}"}}}}}}"#, "x".repeat(300_000));
-    assert_eq!(param(&long).as_deref(), Some("input.format"));
-    assert_eq!(param(r#"{"modelId":"m","input":{}}"#).as_deref(), Some("input"));
-    assert_eq!(param(r#"{"modelId":"M","input":"x"}"#).as_deref(), Some("modelId"));
-    assert_eq!(param(r#"{"modelId":"m","input":"x","deadlineMs":0}"#).as_deref(), Some("deadlineMs"));
 }
 
 #[test]

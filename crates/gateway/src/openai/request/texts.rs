@@ -6,7 +6,7 @@ use protocol::WireError;
 use protocol::infer::{EmbedInput, Input};
 use serde::{Deserialize, Deserializer, de};
 
-use super::invalid;
+use crate::json_body::invalid;
 
 /// `stop`: a text or several.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use protocol::infer::{Tool, ToolChoice};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{invalid, missing, refuse_unless, unsupported};
+use crate::json_body::{invalid, missing, refuse_unless, unsupported};
 
 /// An entry of `tools`. Its `strict` is passed over: where a model's calls can be held to a schema, they are.
 #[derive(Debug, Deserialize)]

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 /// Those of a chat: one entry a token.
 #[derive(Serialize)]
-pub(crate) struct ChatLogprobs<'a> {
+pub(super) struct ChatLogprobs<'a> {
     content: Vec<ChatToken<'a>>,
     refusal: (),
 }
@@ -32,7 +32,7 @@ type Likely<'a> = BTreeMap<Cow<'a, str>, f32>;
 
 /// Those of a text completion: one column for each fact. Of a prompt that is repeated, nothing comes before the first.
 #[derive(Debug, Default, PartialEq, Serialize)]
-pub(crate) struct TextLogprobs<'a> {
+pub(super) struct TextLogprobs<'a> {
     tokens: Vec<Cow<'a, str>>,
     token_logprobs: Vec<Option<f32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -42,7 +42,7 @@ pub(crate) struct TextLogprobs<'a> {
 
 /// Where the next token stands in a text.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct TextPlace {
+pub(super) struct TextPlace {
     /// Characters before it.
     offset: usize,
     /// Whether it is the first of a prompt that is repeated.
@@ -51,14 +51,14 @@ pub(crate) struct TextPlace {
 
 impl TextPlace {
     /// Returns where an answer to a prompt of so many characters begins.
-    pub(crate) fn of(prompt_chars: usize, echo: bool) -> Self {
+    pub(super) fn of(prompt_chars: usize, echo: bool) -> Self {
         Self { offset: if echo { 0 } else { prompt_chars }, is_first: echo }
     }
 }
 
 impl<'a> ChatLogprobs<'a> {
     /// Returns `None` where none were asked for.
-    pub(crate) fn of(tokens: &'a [TokenLogprob]) -> Option<Self> {
+    pub(super) fn of(tokens: &'a [TokenLogprob]) -> Option<Self> {
         let content = tokens
             .iter()
             .map(|token| ChatToken { told: told(token), top_logprobs: token.top.iter().map(told).collect() });
@@ -68,7 +68,7 @@ impl<'a> ChatLogprobs<'a> {
 
 impl<'a> TextLogprobs<'a> {
     /// Returns `None` where none were asked for. `place` goes on behind them.
-    pub(crate) fn of(tokens: &'a [TokenLogprob], place: &mut TextPlace) -> Option<Self> {
+    pub(super) fn of(tokens: &'a [TokenLogprob], place: &mut TextPlace) -> Option<Self> {
         if tokens.is_empty() {
             return None;
         }

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 /// A call in a whole answer.
 #[derive(Serialize)]
-pub(crate) struct WholeCall<'a> {
+pub(super) struct WholeCall<'a> {
     id: &'a str,
     r#type: &'static str,
     function: WholeFunction<'a>,
@@ -19,7 +19,7 @@ struct WholeFunction<'a> {
 
 /// More of a call in a streamed answer.
 #[derive(Serialize)]
-pub(crate) struct CallDelta<'a> {
+pub(super) struct CallDelta<'a> {
     index: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<&'a str>,
@@ -37,14 +37,14 @@ struct FunctionDelta<'a> {
 }
 
 impl<'a> WholeCall<'a> {
-    pub(crate) fn of(call: &'a ToolCall) -> Self {
+    pub(super) fn of(call: &'a ToolCall) -> Self {
         let ToolCall { id, name, arguments } = call;
         Self { id, r#type: "function", function: WholeFunction { name, arguments } }
     }
 }
 
 impl<'a> CallDelta<'a> {
-    pub(crate) fn of(delta: &'a ToolCallDelta) -> Self {
+    pub(super) fn of(delta: &'a ToolCallDelta) -> Self {
         let ToolCallDelta { index, id, name, arguments } = delta;
         let (id, name) = (id.as_deref(), name.as_deref());
         Self { index: *index, id, r#type: id.map(|_| "function"), function: FunctionDelta { name, arguments } }

@@ -1,0 +1,103 @@
+//! What handlers take from a request besides its body.
+
+use std::convert::Infallible;
+
+use axum::body::Body;
+use axum::extract::{FromRequestParts, Path};
+use http::request::Parts;
+use http::{Extensions, HeaderMap, Response, header};
+use protocol::{CorrelationId, ErrorCode, TraceId, WireError};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::errors;
+use crate::gateway::Gateway;
+use crate::request_context::RequestContext;
+
+/// What handlers need.
+#[derive(Clone)]
+pub(crate) struct Bridge {
+    pub(crate) gateway: Gateway,
+    /// Cancelled once the gateway is asked to stop.
+    pub(crate) stop: CancellationToken,
+}
+
+/// Returns what is known of a request.
+pub(super) fn context(extensions: &Extensions) -> RequestContext {
+    // Every request gets one as it comes in; a blank one beats a panic.
+    extensions.get().copied().unwrap_or_else(|| RequestContext {
+        correlation_id: CorrelationId(uuid::Uuid::nil()),
+        trace_id: TraceId([0; 16]),
+        origin: None,
+        received: Instant::now(),
+    })
+}
+
+/// What is known of a request whose body does not matter.
+pub(crate) struct Inquiry {
+    pub(crate) context: RequestContext,
+    pub(crate) token: Option<String>,
+}
+
+/// A part of a path that names something.
+pub(crate) struct Segment(pub(crate) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = Response<Body>;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response<Body>> {
+        let segment = Path::<String>::from_request_parts(parts, state).await;
+        segment.map(|Path(text)| Self(text)).map_err(|_| {
+            let message = "the path is not UTF-8 once its percent signs are decoded";
+            respond(context(&parts.extensions), Err(WireError::new(ErrorCode::NotFound, message)))
+        })
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Inquiry {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        let token = token(&parts.headers).map(str::to_owned);
+        Ok(Self { context: context(&parts.extensions), token })
+    }
+}
+
+/// Makes the response of a request that is no job.
+pub(crate) fn respond(context: RequestContext, outcome: Result<Response<Body>, WireError>) -> Response<Body> {
+    errors::with_request(outcome.unwrap_or_else(|error| errors::failure(&error)), context.correlation_id)
+}
+
+/// Returns the API token of a request. Whatever is no text is no token either, but it was an attempt at one.
+pub(super) fn token(headers: &HeaderMap) -> Option<&str> {
+    let bearer = headers.get(header::AUTHORIZATION).map(|value| {
+        let value = value.to_str().unwrap_or_default();
+        match value.split_once(' ') {
+            Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
+            _ => "",
+        }
+    });
+    bearer.or_else(|| headers.get("x-api-key").map(|value| value.to_str().unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    fn token_of(name: &'static str, value: &'static str) -> Option<String> {
+        let mut headers = HeaderMap::new();
+        headers.insert(name, HeaderValue::from_static(value));
+        token(&headers).map(str::to_owned)
+    }
+
+    #[test]
+    fn a_token_comes_in_either_of_two_headers() {
+        assert_eq!(token_of("authorization", "Bearer abc").as_deref(), Some("abc"));
+        assert_eq!(token_of("authorization", "bearer  abc ").as_deref(), Some("abc"));
+        assert_eq!(token_of("x-api-key", "abc").as_deref(), Some("abc"));
+        assert_eq!(token_of("authorization", "Basic abc").as_deref(), Some(""));
+        assert_eq!(token_of("x-other", "abc"), None);
+    }
+}

@@ -1,0 +1,94 @@
+//! Reads a body of JSON, and says in JSON's words what is wrong with it.
+
+use protocol::codec::{DecodeError, decode_within};
+use protocol::{ErrorCode, WireError};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// Reads a JSON object. The limit on its length was kept while it was received.
+pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
+    // Fields that are passed over are not looked into, so the whole is checked first.
+    if let Err(error) = std::str::from_utf8(bytes) {
+        return Err(not_json("invalid UTF-8", &bytes[..error.valid_up_to()]));
+    }
+    // An array would be taken for the fields of an object, in their order.
+    let start = bytes.iter().position(|byte| !byte.is_ascii_whitespace()).unwrap_or(bytes.len());
+    if bytes.get(start) != Some(&b'{') {
+        return Err(not_json("expected an object", &bytes[..start]));
+    }
+    decode_within(bytes, usize::MAX).map_err(|error| match error {
+        DecodeError::Malformed { path, reason } => {
+            if let Some(field) = reason.strip_prefix("duplicate field `").and_then(|rest| rest.strip_suffix('`')) {
+                let path = if path == "." { field.to_owned() } else { format!("{path}.{field}") };
+                return invalid(&path, "is given more than once");
+            }
+            let reason = plain_types(&reason);
+            // The whole has no path.
+            let told = if path == "." { reason } else { format!("{path}: {reason}") };
+            WireError { message: told, ..DecodeError::Malformed { path, reason: String::new() }.into() }
+        }
+        error => error.into(),
+    })
+}
+
+/// Says in JSON's words what serde says in Rust's.
+fn plain_types(reason: &str) -> String {
+    const TYPES: [(&str, &str); 12] = [
+        ("u8", "a whole number"),
+        ("u32", "a whole number"),
+        ("u64", "a whole number"),
+        ("usize", "a whole number"),
+        ("i64", "a whole number"),
+        ("f32", "a number"),
+        ("f64", "a number"),
+        ("a sequence", "an array"),
+        ("sequence", "an array"),
+        ("a map", "an object"),
+        ("map", "an object"),
+        ("unit", "null"),
+    ];
+    let reason = &reason.replace("unknown variant", "unknown value");
+    let Some((found, expected)) = reason.rsplit_once("expected ") else { return reason.clone() };
+    let found = found.replace("invalid type: map", "invalid type: object");
+    let found = found.replace("invalid type: sequence", "invalid type: array").replace("floating point", "number");
+    let plain = TYPES.iter().find(|(rust, _)| *rust == expected).map(|(_, plain)| *plain);
+    let is_type =
+        ["struct ", "enum ", "tuple struct ", "newtype struct "].iter().any(|kind| expected.starts_with(kind));
+    let expected = plain.unwrap_or(if is_type { "an object" } else { expected });
+    format!("{found}expected {expected}")
+}
+
+/// Says what is wrong right after the bytes that were good.
+fn not_json(what: &str, good: &[u8]) -> WireError {
+    let line = good.split(|byte| *byte == b'\n').count();
+    let column = good.iter().rev().take_while(|byte| **byte != b'\n').count() + 1;
+    WireError::new(ErrorCode::InvalidJson, format!("not valid JSON: {what} at line {line} column {column}"))
+}
+
+pub(crate) fn invalid(param: &str, what: &str) -> WireError {
+    WireError::new(ErrorCode::InvalidValue, format!("{param} {what}")).with_param(param)
+}
+
+pub(crate) fn missing(param: &str) -> WireError {
+    invalid(param, "is missing")
+}
+
+pub(crate) fn unsupported(param: impl Into<String>) -> WireError {
+    let param = param.into();
+    let message = format!("{param} is not supported here; leave it out");
+    WireError::new(ErrorCode::UnsupportedParameter, message).with_param(param)
+}
+
+pub(crate) fn refuse_unless(harmless: bool, param: &str) -> Result<(), WireError> {
+    if harmless { Ok(()) } else { Err(unsupported(param)) }
+}
+
+/// Says whether a value asks for nothing.
+pub(crate) fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    }
+}

@@ -1,0 +1,201 @@
+//! Models, as OpenAI's clients list them.
+
+use std::collections::BTreeSet;
+
+use protocol::control::Fleet;
+use protocol::health::{CachedModel, HealthReport, ModelState};
+use protocol::model::{ModelEntry, ModelFacts, ModelRef};
+use protocol::policy::TenantPolicy;
+use protocol::{AdapterName, Region};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::catalog::Models;
+
+/// A model. `state` and what follows are Tether's additions.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct Model {
+    /// Its name where it is the newest version, else `name@MAJOR.MINOR`; with an adapter, `:adapter` follows.
+    id: String,
+    /// Always `model`.
+    object: &'static str,
+    /// When it was registered, in seconds since 1970.
+    created: u64,
+    /// Always `tether`.
+    owned_by: &'static str,
+    /// Its version.
+    version: String,
+    /// How far its best replica is.
+    state: ModelProgress,
+    /// SHA-256 of the artifact, in hex.
+    digest: String,
+    /// Tokens of context.
+    context_length: u32,
+    /// Where workers serve it.
+    regions: BTreeSet<String>,
+    /// Workers that have it ready.
+    replicas: usize,
+    /// One line for people.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    description: String,
+    /// What this name stands for, where it is an alias.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alias_of: Option<String>,
+    /// What else it stands for: each request goes to the one that can do what it asks and has room.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    alternatives: Vec<String>,
+    /// Length of the artifact in bytes; 0 for a model of an adopted server.
+    bytes: u64,
+    /// Whether workers keep it in memory whatever happens.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pinned: bool,
+    /// Seconds without work for which they keep it, where an operator said so; -1 for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    keep_alive_secs: Option<i64>,
+    /// What its file says of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<crate::http_bridge::ModelFacts>)]
+    facts: Option<ModelFacts>,
+}
+
+/// How far a model's best replica is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum ModelProgress {
+    /// No worker takes jobs of it. Only operators see such models.
+    Unserved,
+    /// It failed to load on each worker that would serve it. Only operators see such models.
+    Error,
+    /// A worker loads it at its first job.
+    Idle,
+    /// A worker loads it.
+    Loading,
+    /// It answers.
+    Ready,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ModelList {
+    /// Always `list`.
+    object: &'static str,
+    /// Each version of each model that a worker serves and this API key may use, and each with each of its adapters.
+    data: Vec<Model>,
+}
+
+impl ModelList {
+    /// Lists the models that a worker serves and a tenant may use.
+    pub(crate) fn served(models: &Models, fleet: &Fleet, policy: &TenantPolicy) -> Self {
+        let mut list = Self::of(models, fleet, |entry| policy.allows(&entry.key.model_id));
+        list.data.retain(Model::is_served);
+        list
+    }
+
+    /// Lists every registered model, also those that no worker serves.
+    pub(crate) fn registered(models: &Models, fleet: &Fleet) -> Self {
+        Self::of(models, fleet, |_| true)
+    }
+
+    fn of(models: &Models, fleet: &Fleet, may_see: impl Fn(&ModelEntry) -> bool) -> Self {
+        let seen = models.all().into_iter().filter(|entry| may_see(entry));
+        let data = seen.flat_map(|entry| {
+            // A name that stands for other models as well has a row of its own.
+            let by_name = models.is_newest(entry) && models.stands_for(&entry.key.model_id).is_none();
+            let adapters = models.adapters_of(&entry.key).map(Some);
+            std::iter::once(None).chain(adapters).map(move |adapter| describe(entry, by_name, adapter, fleet))
+        });
+        let mut data: Vec<Model> = data.collect();
+        data.extend(models.aliases().filter_map(|(alias, targets)| {
+            Model::shared(alias.to_string(), describe_all(targets, models, fleet, &may_see))
+        }));
+        Self { object: "list", data }
+    }
+}
+
+impl Model {
+    /// Returns what a name stands for, where a tenant may use it.
+    pub(crate) fn named(
+        name: &ModelRef,
+        meant: &[ModelRef],
+        models: &Models,
+        fleet: &Fleet,
+        policy: &TenantPolicy,
+    ) -> Option<Self> {
+        // To a tenant, a model it may not use is as one that is not there.
+        let may_see = |entry: &ModelEntry| policy.allows(&entry.key.model_id);
+        let mut described = describe_all(meant, models, fleet, may_see);
+        match &described[..] {
+            [(target, _)] if target == name => described.pop().map(|(_, model)| model),
+            _ => Self::shared(name.to_string(), described),
+        }
+    }
+
+    /// Returns whether jobs of it have a worker to go to.
+    pub(crate) fn is_served(&self) -> bool {
+        self.state >= ModelProgress::Idle
+    }
+
+    /// Returns what a name stands for, as one: as good as the best of them. Nothing is left of none.
+    fn shared(name: String, models: Vec<(ModelRef, Self)>) -> Option<Self> {
+        let names: Vec<String> = models.iter().map(|(target, _)| target.to_string()).collect();
+        let (first, alternatives) = names.split_first()?;
+        let (alias_of, alternatives) = (Some(first.clone()), alternatives.to_vec());
+        let one = models.into_iter().map(|(_, model)| model).reduce(|one, other| Self {
+            state: one.state.max(other.state),
+            context_length: one.context_length.max(other.context_length),
+            regions: one.regions.into_iter().chain(other.regions).collect(),
+            replicas: one.replicas + other.replicas,
+            ..one
+        });
+        one.map(|one| Self { id: name, alias_of, alternatives, ..one })
+    }
+}
+
+/// Describes the models of a name that are there and may be seen.
+fn describe_all(
+    targets: &[ModelRef],
+    models: &Models,
+    fleet: &Fleet,
+    may_see: impl Fn(&ModelEntry) -> bool,
+) -> Vec<(ModelRef, Model)> {
+    let described = targets.iter().filter_map(|target| {
+        let entry = models.find(&target.name, target.version).filter(|entry| may_see(entry))?;
+        let adapter = target.adapter.as_ref();
+        let is_there = adapter.is_none_or(|adapter| models.has_adapter(&entry.key, adapter));
+        is_there.then(|| (target.clone(), describe(entry, target.version.is_none(), adapter, fleet)))
+    });
+    described.collect()
+}
+
+/// Says what is known of a model. A pure function of the catalogue's entry and the fleet.
+fn describe(entry: &ModelEntry, by_name: bool, adapter: Option<&AdapterName>, fleet: &Fleet) -> Model {
+    let key = &entry.key;
+    let id = if by_name { key.model_id.to_string() } else { key.to_string() };
+    let reports = fleet.workers.iter().map(|worker| &worker.report);
+    let serving: Vec<_> = reports.filter(|report| report.serves(key, adapter)).collect();
+    let progress = |report: &&HealthReport| match report.model_cache.iter().find(|cached| cached.key == *key) {
+        None => ModelProgress::Idle,
+        Some(CachedModel { state: ModelState::Ready, .. }) => ModelProgress::Ready,
+        Some(CachedModel { state: ModelState::Loading, .. }) => ModelProgress::Loading,
+        Some(CachedModel { state: ModelState::Error, .. }) => ModelProgress::Error,
+    };
+    let progress: Vec<_> = serving.iter().map(progress).collect();
+    Model {
+        id: adapter.map_or_else(|| id.clone(), |adapter| format!("{id}:{adapter}")),
+        object: "model",
+        created: entry.created_at.0 / 1000,
+        owned_by: "tether",
+        version: key.version.to_string(),
+        state: progress.iter().copied().max().unwrap_or(ModelProgress::Unserved),
+        digest: entry.digest.to_string(),
+        context_length: entry.context_length,
+        regions: serving.iter().map(|report| Region::to_string(&report.region)).collect(),
+        replicas: progress.iter().filter(|progress| **progress == ModelProgress::Ready).count(),
+        description: entry.description.clone(),
+        alias_of: None,
+        alternatives: vec![],
+        bytes: entry.bytes,
+        pinned: entry.pin,
+        keep_alive_secs: entry.keep_alive_secs,
+        facts: entry.facts.clone(),
+    }
+}
