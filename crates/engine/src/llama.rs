@@ -1,25 +1,25 @@
 //! The embedded runtime: GGUF models on llama.cpp.
 //!
-//! Each loaded model has one engine thread that does all its work (`engine.rs`): what generates shares a *lane*, which
-//! is a context with its *room* of keys and values. Prompts are rendered and cut in tokens beside it, so a long prompt
-//! delays nobody's next token. A poisoned model can still abort the process: run this runtime behind
+//! Each loaded model has one engine thread that does all its work (`engine.rs`). Its generations share a batch scheduler,
+//! which owns a llama.cpp context with the KV cache. Prompts are rendered and tokenised on other threads, so a long prompt
+//! delays no running generation. A malicious model can still abort the process: run this runtime behind
 //! [`crate::process::serve_child`].
 
 mod batch_plan;
+mod batch_scheduler;
 mod cell_ledger;
 mod control_texts;
 mod draft;
 mod embedder;
-mod endings;
 mod engine;
 mod forms;
-mod lane;
+mod kv_cache;
 pub(crate) mod native;
 mod outbox;
 mod placement;
+mod prompt_logits;
 mod prompts;
 mod pulse;
-mod room;
 mod sequence;
 mod snapshots;
 mod step_clock;
@@ -184,7 +184,7 @@ impl ModelRuntime for LlamaRuntime {
             job.outbox.done(echo, FinishReason::Length, usage);
             return Ok(stream);
         }
-        // There is room for every admitted job, so only an engine that ended refuses one.
+        // The queue holds every admitted job, so only an engine that has ended refuses one.
         loaded.work.try_send(Work::Generate(Box::new(job))).map_err(|_| EngineError::NotLoaded)?;
         Ok(stream)
     }

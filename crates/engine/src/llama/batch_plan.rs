@@ -1,4 +1,4 @@
-//! Decides which tokens one decode step evaluates. A pure function.
+//! Decides which tokens one step evaluates: continuous batching with chunked prefill. A pure function.
 
 use crate::model_runtime::AdapterId;
 
@@ -15,9 +15,9 @@ pub(super) struct Need {
 pub(super) enum Tokens {
     /// None: the slot is empty or paused.
     None,
-    /// Its last token and so many suggested ones, to get the next.
+    /// Decode: its last token and so many draft tokens.
     Next(usize),
-    /// So many prompt tokens.
+    /// Prefill: so many prompt tokens.
     Prompt(usize),
 }
 
@@ -30,12 +30,12 @@ pub(super) struct Plan {
     pub(super) shares: Vec<usize>,
 }
 
-/// How much a step may hold.
+/// Limits of one step.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    pub(super) room: usize,
-    /// Prompt tokens while any slot generates: a longer step delays its next token.
-    pub(super) prompt_beside_others: usize,
+    pub(super) batch_tokens_max: usize,
+    /// Prompt tokens while any slot decodes: a longer step delays its next token.
+    pub(super) prefill_tokens_max: usize,
     /// Whether a step may have tokens of several slots.
     ///
     /// Where llama.cpp keeps states, sequences in one batch disturb each other:
@@ -45,17 +45,16 @@ pub(super) struct Limits {
 
 /// Returns the next step, or `None` where no slot wants anything.
 ///
-/// A step evaluates with one adapter. Those who wait for another take turns with it, step by step, so that all make
-/// progress: `last` is whose turn it was. Every generating slot of the adapter gets its tokens. Slots with prompts share
-/// what is left evenly, so that a short prompt does not wait for a long one; what cannot be shared evenly goes to the
-/// slots from `first` on.
+/// A step evaluates with one adapter. Adapters take turns, step by step; `last` is the adapter of the last step. Every
+/// decoding slot of the adapter gets its tokens. Slots in prefill share the rest evenly, so that a short prompt does not
+/// wait for a long one; a remainder goes to the slots from `first` on.
 pub(super) fn plan(needs: &[Need], last: Option<AdapterId>, first: usize, limits: Limits) -> Option<Plan> {
     let adapter = next_in_turn(needs, last)?.adapter;
     if !limits.together {
         return Some(Plan { adapter, shares: alone(needs, adapter, first, limits) });
     }
     let mut shares = vec![0; needs.len()];
-    let mut left = limits.room;
+    let mut left = limits.batch_tokens_max;
     for (share, need) in shares.iter_mut().zip(needs) {
         if let Tokens::Next(suggested) = need.tokens
             && need.adapter == adapter
@@ -65,7 +64,7 @@ pub(super) fn plan(needs: &[Need], last: Option<AdapterId>, first: usize, limits
         }
     }
     if needs.iter().any(|need| matches!(need.tokens, Tokens::Next(_))) {
-        left = left.min(limits.prompt_beside_others);
+        left = left.min(limits.prefill_tokens_max);
     }
     loop {
         let wants = |slot: usize| match needs[slot] {
@@ -87,24 +86,28 @@ pub(super) fn plan(needs: &[Need], last: Option<AdapterId>, first: usize, limits
     }
 }
 
-/// Returns the shares of a step with one slot, whose turn it is from `first` on.
+/// Returns the shares of a step with a single slot: the first that wants tokens, from `first` on.
 fn alone(needs: &[Need], adapter: Option<AdapterId>, first: usize, limits: Limits) -> Vec<usize> {
     let mut shares = vec![0; needs.len()];
     let wants = |slot: &usize| needs[*slot].adapter == adapter && needs[*slot].tokens != Tokens::None;
     if let Some(slot) = (0..needs.len()).map(|step| (first + step) % needs.len()).find(wants) {
         shares[slot] = match needs[slot].tokens {
             Tokens::None => 0,
-            Tokens::Next(suggested) => (1 + suggested).min(limits.room),
+            Tokens::Next(suggested) => (1 + suggested).min(limits.batch_tokens_max),
             Tokens::Prompt(tokens) => {
                 let others = needs.iter().any(|need| matches!(need.tokens, Tokens::Next(_)));
-                tokens.min(if others { limits.prompt_beside_others.clamp(1, limits.room) } else { limits.room })
+                tokens.min(if others {
+                    limits.prefill_tokens_max.clamp(1, limits.batch_tokens_max)
+                } else {
+                    limits.batch_tokens_max
+                })
             }
         };
     }
     shares
 }
 
-/// Returns the need whose adapter comes after the last one, in the order of their numbers and round again.
+/// Returns a need with the next adapter after `last`, round robin by number.
 fn next_in_turn(needs: &[Need], last: Option<AdapterId>) -> Option<&Need> {
     let wanted = || needs.iter().filter(|need| need.tokens != Tokens::None);
     let later = wanted().filter(|need| need.adapter > last).min_by_key(|need| need.adapter);
@@ -116,7 +119,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LIMITS: Limits = Limits { room: 512, prompt_beside_others: 256, together: true };
+    const LIMITS: Limits = Limits { batch_tokens_max: 512, prefill_tokens_max: 256, together: true };
 
     fn plain(tokens: Tokens) -> Need {
         Need { adapter: None, tokens }
@@ -150,7 +153,7 @@ mod tests {
     #[test]
     fn an_odd_token_goes_round() {
         let needs = [Tokens::Prompt(100); 3];
-        let limits = Limits { room: 4, ..LIMITS };
+        let limits = Limits { batch_tokens_max: 4, ..LIMITS };
         assert_eq!(shares(&needs, 0, limits), [2, 1, 1]);
         assert_eq!(shares(&needs, 2, limits), [1, 1, 2]);
     }
@@ -193,7 +196,7 @@ mod tests {
         fn a_step_is_never_overfull_and_never_idle_without_cause(
             kinds in prop::collection::vec((0_u8..3, 1_usize..700, 0_u64..3), 1..40),
             first in 0_usize..40,
-            room in 1_usize..600,
+            batch_tokens_max in 1_usize..600,
             last in 0_u64..3,
             together: bool,
         ) {
@@ -205,12 +208,12 @@ mod tests {
                     _ => Tokens::Prompt(*tokens),
                 },
             }).collect();
-            let limits = Limits { room, prompt_beside_others: 256, together };
+            let limits = Limits { batch_tokens_max, prefill_tokens_max: 256, together };
             let Some(plan) = plan(&needs, Some(AdapterId(last)), first % needs.len(), limits) else {
                 prop_assert!(needs.iter().all(|need| need.tokens == Tokens::None));
                 return Ok(());
             };
-            prop_assert!((1..=room).contains(&plan.shares.iter().sum::<usize>()));
+            prop_assert!((1..=batch_tokens_max).contains(&plan.shares.iter().sum::<usize>()));
             for (share, need) in plan.shares.iter().zip(&needs) {
                 let most = match need.tokens {
                     Tokens::None => 0,

@@ -1,4 +1,4 @@
-//! Keeps count of the cells of a room of keys and values, as llama.cpp does inside and does not tell.
+//! Counts the cells of a KV cache as llama.cpp does inside, without an interface to ask it.
 
 /// Which cells are held, and by how many sequences.
 #[derive(Debug)]
@@ -9,17 +9,17 @@ pub(super) struct CellLedger {
 
 /// The cells that one sequence holds, one for each of its tokens.
 ///
-/// They go back by [`CellLedger::release`] alone.
+/// Only [`CellLedger::release`] gives them back.
 #[derive(Debug, Default)]
 pub(super) struct Cells(Vec<u32>);
 
 impl CellLedger {
-    /// Returns the ledger of an empty room.
+    /// Returns the ledger of an empty cache.
     pub(super) fn new(cells: u32) -> Self {
         Self { holders: vec![0; cells as usize], free: (0..cells).rev().collect() }
     }
 
-    /// Returns how many cells the room has.
+    /// Returns how many cells the cache has.
     pub(super) fn len(&self) -> usize {
         self.holders.len()
     }
@@ -31,7 +31,7 @@ impl CellLedger {
 
     /// Gives a sequence so many more cells. There must be as many free ones.
     pub(super) fn take(&mut self, cells: &mut Cells, count: usize) {
-        let left = self.free.len().checked_sub(count).expect("llama.cpp found room for these tokens, so there is");
+        let left = self.free.len().checked_sub(count).expect("llama.cpp had cells for these tokens");
         for cell in self.free.drain(left..) {
             self.holders[cell as usize] = 1;
             cells.0.push(cell);

@@ -35,7 +35,7 @@ pub(super) struct Embedder {
     context_length: u32,
     pooling: Pooling,
     reading: Reading,
-    room: Option<(Context, Sizes)>,
+    context: Option<(Context, Sizes)>,
     batch: Batch,
     open: Vec<Open>,
 }
@@ -85,7 +85,7 @@ impl Embedder {
             // Models that were not made for it have no pooling of their own; the mean is what serves best.
             pooling: probe.pooling().unwrap_or(Pooling::Mean),
             reading: if probe.is_causal() { Reading::Pieces } else { Reading::Whole },
-            room: None,
+            context: None,
             batch: Batch::default(),
             open: Vec::new(),
         })
@@ -101,7 +101,7 @@ impl Embedder {
         for open in self.open.drain(..) {
             open.job.fail(error.clone());
         }
-        if let Some((context, _)) = &mut self.room {
+        if let Some((context, _)) = &mut self.context {
             context.clear();
         }
     }
@@ -109,14 +109,14 @@ impl Embedder {
     /// Reads one batch of texts, in their order; returns how many tokens it evaluated.
     pub(super) fn step(&mut self, jobs: &mut VecDeque<EmbedJob>, stop: &CancellationToken, pulse: &mut Pulse) -> u64 {
         self.drop_cancelled();
-        if let Err(error) = self.make_room(jobs, pulse) {
+        if let Err(error) = self.ensure_context(jobs, pulse) {
             // The next text may be a shorter one.
             if let Some(job) = jobs.pop_front() {
                 job.fail(error);
             }
             return 0;
         }
-        let Some((context, sizes)) = &mut self.room else { return 0 };
+        let Some((context, sizes)) = &mut self.context else { return 0 };
         take_in(&mut self.open, jobs, *sizes);
         if self.open.is_empty() {
             return 0;
@@ -135,7 +135,7 @@ impl Embedder {
                 self.finish();
             }
             // Whoever asked for it is dropped before the next step.
-            Err(error @ (DecodeError::Aborted | DecodeError::NoRoom | DecodeError::Failed(_))) => {
+            Err(error @ (DecodeError::Aborted | DecodeError::CacheFull | DecodeError::Failed(_))) => {
                 self.fail_all(&EngineError::Failed { reason: error.to_string() });
             }
         }
@@ -143,7 +143,7 @@ impl Embedder {
     }
 
     fn drop_cancelled(&mut self) {
-        let Some((context, _)) = &mut self.room else { return };
+        let Some((context, _)) = &mut self.context else { return };
         self.open.retain(|open| {
             let stays = !open.job.is_cancelled();
             if !stays {
@@ -154,10 +154,10 @@ impl Embedder {
     }
 
     /// Makes a larger context where the next text needs one, once nothing is read in the old one.
-    fn make_room(&mut self, jobs: &VecDeque<EmbedJob>, pulse: &mut Pulse) -> Result<(), EngineError> {
+    fn ensure_context(&mut self, jobs: &VecDeque<EmbedJob>, pulse: &mut Pulse) -> Result<(), EngineError> {
         let Some(next) = jobs.front().filter(|_| self.open.is_empty()) else { return Ok(()) };
         let longest = u32::try_from(next.tokens.len()).unwrap_or(u32::MAX);
-        if self.room.as_ref().is_some_and(|(_, sizes)| sizes.cells >= longest) {
+        if self.context.as_ref().is_some_and(|(_, sizes)| sizes.cells >= longest) {
             return Ok(());
         }
         let vocabulary = self.model.vocabulary().len();
@@ -174,15 +174,15 @@ impl Embedder {
             }),
         };
         // The old one goes first: the two need not fit side by side.
-        self.room = None;
+        self.context = None;
         let context = pulse.hold(|| Context::new(&self.model, options));
-        self.room = Some((context.map_err(|reason| EngineError::Failed { reason })?, sizes));
+        self.context = Some((context.map_err(|reason| EngineError::Failed { reason })?, sizes));
         Ok(())
     }
 
     /// Tells the vectors of the texts that are read to their end.
     fn finish(&mut self) {
-        let Some((context, _)) = &mut self.room else { return };
+        let Some((context, _)) = &mut self.context else { return };
         for open in self.open.extract_if(.., |open| open.read == open.job.tokens.len()) {
             let made = match self.reading {
                 Reading::Pieces => normalised(&open.pooled),
@@ -281,7 +281,7 @@ mod tests {
             threads: 1,
             pooling: Some(Pooling::Mean),
         };
-        let mut at_once = Context::new(&model, at_once).expect("there is room");
+        let mut at_once = Context::new(&model, at_once).expect("the context fits");
         let mut batch = Batch::default();
         for (position, token) in text.iter().enumerate() {
             batch.push(*token, position, 0, true);
@@ -291,14 +291,14 @@ mod tests {
 
         let shape = Shape { context_length: 512, slots: 1, kv_tokens: 512 };
         let options = Options { shape, threads: 1, prompt_cache_bytes: 0, draft_tokens: 0, row_by_row: true };
-        let mut embedder = Embedder::new(&model, options).expect("there is room");
+        let mut embedder = Embedder::new(&model, options).expect("the context fits");
         let (made, mut vector) = oneshot::channel();
         let admission = Arc::new(Semaphore::new(1)).try_acquire_owned().expect("it is free");
         let mut jobs = VecDeque::from([EmbedJob { tokens: text.to_vec(), made, admitted: Arc::new(admission) }]);
         let (stop, mut pulse) = (CancellationToken::new(), Pulse::new(Arc::default()));
-        embedder.make_room(&jobs, &mut pulse).expect("there is room");
+        embedder.ensure_context(&jobs, &mut pulse).expect("the context fits");
         // Short pieces, as with a large vocabulary.
-        embedder.room.as_mut().expect("it was made").1.batch_tokens = 32;
+        embedder.context.as_mut().expect("it was made").1.batch_tokens = 32;
         let mut evaluated = vec![];
         while !jobs.is_empty() || !embedder.is_idle() {
             evaluated.push(embedder.step(&mut jobs, &stop, &mut pulse));

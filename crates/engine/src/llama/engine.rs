@@ -1,7 +1,7 @@
 //! The thread that owns one loaded model and does all its work.
 //!
 //! Between two steps it takes new work, drops what was cancelled and starts what waits. Without work it sleeps.
-//! Generations share the main lane; those that must repeat to the bit have a lane, and a context, of their own.
+//! Generations share the main batch scheduler; deterministic ones have a scheduler, and a context, of their own.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
@@ -16,17 +16,17 @@ use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::batch_scheduler::{BatchScheduler, Outcome, Tools};
 use super::embedder::{EmbedJob, Embedder};
-use super::lane::{Lane, Outcome, Tools};
+use super::kv_cache::{self, KvCache};
 use super::native::{Adapter, Context, ContextOptions, Model};
 use super::pulse::{self, Pulse};
-use super::room::{self, Room};
 use super::sequence::{Finished, Job, Sequence};
 use crate::memory_plan::{BATCH_TOKENS, Shape, outputs};
 use crate::model_runtime::{AdapterId, Counters, EngineError, LoadSnapshot};
 use crate::sampler::Sampler;
 
-/// Over what time the tokens a second are smoothed.
+/// Time constant of the smoothed tokens per second.
 const RATE_WINDOW: Duration = Duration::from_secs(5);
 
 /// What an engine thread is asked to do.
@@ -52,7 +52,7 @@ pub(super) struct Options {
     pub(super) threads: i32,
     pub(super) prompt_cache_bytes: u64,
     pub(super) draft_tokens: u32,
-    /// A row has the same bits whatever is beside it.
+    /// The result of a row does not depend on the other rows of a step.
     pub(super) row_by_row: bool,
 }
 
@@ -60,8 +60,8 @@ pub(super) struct Options {
 pub(super) struct Engine {
     model: Arc<Model>,
     options: Options,
-    main: Option<Lane>,
-    exact: Option<Lane>,
+    main: Option<BatchScheduler>,
+    exact: Option<BatchScheduler>,
     embedder: Option<Embedder>,
     waiting: VecDeque<Sequence>,
     embeds: VecDeque<EmbedJob>,
@@ -88,7 +88,7 @@ impl Engine {
         pulse: Pulse,
         stop: CancellationToken,
     ) -> Result<Self, EngineError> {
-        let main = generates.then(|| main_lane(&model, options)).transpose()?;
+        let main = generates.then(|| main_scheduler(&model, options)).transpose()?;
         Ok(Self {
             model,
             options,
@@ -119,7 +119,7 @@ impl Engine {
             self.release_adapters();
             self.publish();
             // Whoever sees a start sees the slot taken.
-            self.main.iter_mut().chain(&mut self.exact).for_each(Lane::tell_starts);
+            self.main.iter_mut().chain(&mut self.exact).for_each(BatchScheduler::send_starts);
             let worked = self.step();
             if !worked {
                 if !connected && self.is_idle() {
@@ -131,19 +131,19 @@ impl Engine {
         self.end_all(&EngineError::NotLoaded);
     }
 
-    /// Does the next step of each lane and makes one batch of vectors; returns false where there is nothing to do.
+    /// Runs the next step of each scheduler and one batch of embeddings; returns false if there is nothing to do.
     fn step(&mut self) -> bool {
         let Self { main, exact, adapters, sampler, counters, pulse, stop, .. } = self;
         let mut tools = Tools { adapters, sampler, counters, pulse, stop };
         let outcomes: Vec<Outcome> =
-            main.iter_mut().chain(exact.iter_mut()).filter_map(|lane| lane.step(&mut tools)).collect();
+            main.iter_mut().chain(exact.iter_mut()).filter_map(|scheduler| scheduler.step(&mut tools)).collect();
         let mut worked = !outcomes.is_empty();
         for outcome in outcomes {
             self.rate.add(outcome.drawn, outcome.took);
             for sequence in outcome.preempted.into_iter().rev() {
                 self.waiting.push_front(sequence);
             }
-            self.tell_finished(outcome.finished);
+            self.send_finished(outcome.finished);
         }
         worked |= self.embed();
         worked
@@ -175,10 +175,10 @@ impl Engine {
         self.waiting.is_empty()
             && self.embeds.is_empty()
             && self.embedder.as_ref().is_none_or(Embedder::is_idle)
-            && self.lanes().all(|lane| lane.at_work().next().is_none())
+            && self.schedulers().all(|scheduler| scheduler.running().next().is_none())
     }
 
-    fn lanes(&self) -> impl Iterator<Item = &Lane> {
+    fn schedulers(&self) -> impl Iterator<Item = &BatchScheduler> {
         self.main.iter().chain(&self.exact)
     }
 
@@ -214,15 +214,15 @@ impl Engine {
         self.waiting.retain(|sequence| !sequence.job.outbox.is_cancelled());
         self.embeds.retain(|job| !job.is_cancelled());
         let dropped = waiting - self.waiting.len() - self.embeds.len();
-        let lanes = self.main.iter_mut().chain(&mut self.exact);
-        let stopped: usize = lanes.map(Lane::drop_cancelled).sum();
+        let schedulers = self.main.iter_mut().chain(&mut self.exact);
+        let stopped: usize = schedulers.map(BatchScheduler::drop_cancelled).sum();
         self.counters.cancelled += (dropped + stopped) as u64;
     }
 
-    /// Starts what waits, in the order of its coming.
+    /// Starts waiting generations in the order of their arrival.
     ///
-    /// Who must wait for room makes all behind it wait, so that long prompts get their turn; who waits for another to
-    /// evaluate their common beginning does not.
+    /// A generation without KV cache capacity blocks those behind it, so that long prompts get their turn. One that waits for
+    /// another to evaluate their shared prefix does not.
     fn start_waiting(&mut self) {
         let mut deferred = VecDeque::new();
         let mut is_full = false;
@@ -231,8 +231,8 @@ impl Engine {
                 sequence.job.outbox.fail(gone_adapter());
                 continue;
             }
-            let lane = match self.lane(&sequence) {
-                Ok(Some(lane)) => lane,
+            let scheduler = match self.scheduler(&sequence) {
+                Ok(Some(scheduler)) => scheduler,
                 Ok(None) => {
                     sequence.job.outbox.fail(EngineError::NotLoaded);
                     continue;
@@ -242,14 +242,14 @@ impl Engine {
                     continue;
                 }
             };
-            let must_wait = !lane.has_slot() || !lane.has_room_for(&sequence);
-            if lane.has_slot() && lane.is_evaluating_for(&sequence) {
+            let is_blocked = !scheduler.has_slot() || !scheduler.has_capacity_for(&sequence);
+            if scheduler.has_slot() && scheduler.is_evaluating_prefix_of(&sequence) {
                 deferred.push_back(sequence);
-            } else if must_wait || (is_full && !sequence.job.deterministic) {
+            } else if is_blocked || (is_full && !sequence.job.deterministic) {
                 is_full |= !sequence.job.deterministic;
                 deferred.push_back(sequence);
             } else {
-                let (queries, hits) = lane.start(sequence);
+                let (queries, hits) = scheduler.start(sequence);
                 self.counters.prefix_queries += queries;
                 self.counters.prefix_hits += hits;
             }
@@ -257,13 +257,13 @@ impl Engine {
         self.waiting = deferred;
     }
 
-    /// Returns the lane where a generation belongs.
-    fn lane(&mut self, sequence: &Sequence) -> Result<Option<&mut Lane>, EngineError> {
+    /// Returns the batch scheduler of a generation.
+    fn scheduler(&mut self, sequence: &Sequence) -> Result<Option<&mut BatchScheduler>, EngineError> {
         if !sequence.job.deterministic {
             return Ok(self.main.as_mut());
         }
         if self.exact.is_none() {
-            self.exact = Some(self.pulse.hold(|| exact_lane(&self.model, self.options))?);
+            self.exact = Some(self.pulse.hold(|| exact_scheduler(&self.model, self.options))?);
         }
         Ok(self.exact.as_mut())
     }
@@ -272,13 +272,13 @@ impl Engine {
     fn release_adapters(&mut self) {
         for adapter in std::mem::take(&mut self.leaving) {
             let uses = |sequence: &Sequence| sequence.job.adapter == Some(adapter);
-            if self.waiting.iter().any(uses) || self.lanes().flat_map(Lane::at_work).any(uses) {
+            if self.waiting.iter().any(uses) || self.schedulers().flat_map(BatchScheduler::running).any(uses) {
                 self.leaving.push(adapter);
                 continue;
             }
-            for lane in self.main.iter_mut().chain(&mut self.exact) {
-                lane.room.forget_adapter(adapter);
-                lane.room.context.set_adapter(None);
+            for scheduler in self.main.iter_mut().chain(&mut self.exact) {
+                scheduler.kv_cache.forget_adapter(adapter);
+                scheduler.kv_cache.context.set_adapter(None);
             }
             self.adapters.remove(&adapter);
         }
@@ -286,7 +286,8 @@ impl Engine {
 
     /// Waits for work, for the end, for a reader that makes room or goes, or until waiting readers are to be told.
     fn sleep(&mut self) {
-        let at_work = self.lanes().flat_map(Lane::at_work).map(|sequence| sequence.job.outbox.room().boxed());
+        let at_work =
+            self.schedulers().flat_map(BatchScheduler::running).map(|sequence| sequence.job.outbox.room().boxed());
         let waiting = self.waiting.iter().map(|sequence| sequence.job.outbox.gone().boxed());
         let readers: Vec<_> = at_work.chain(waiting).collect();
         let until = (!readers.is_empty()).then(|| Instant::now() + pulse::TELL_EVERY);
@@ -306,8 +307,8 @@ impl Engine {
         }
     }
 
-    /// Counts the ends before it tells them, so that whoever sees an end sees the counters and the room as well.
-    fn tell_finished(&mut self, finished: Vec<Finished>) {
+    /// Updates the counters before it sends the ends, so that a reader that sees an end also sees the counters.
+    fn send_finished(&mut self, finished: Vec<Finished>) {
         if finished.is_empty() {
             return;
         }
@@ -321,7 +322,7 @@ impl Engine {
     fn end_all(&mut self, error: &EngineError) {
         self.work.close();
         self.take_work();
-        let running = self.main.iter_mut().chain(&mut self.exact).flat_map(Lane::drain);
+        let running = self.main.iter_mut().chain(&mut self.exact).flat_map(BatchScheduler::drain);
         for sequence in running.chain(self.waiting.drain(..)) {
             sequence.job.outbox.fail(error.clone());
         }
@@ -334,8 +335,8 @@ impl Engine {
     }
 
     fn publish(&mut self) {
-        let running = self.lanes().flat_map(Lane::at_work).count() as u32;
-        let usage = self.main.as_ref().map_or(0.0, |lane| lane.room.usage());
+        let running = self.schedulers().flat_map(BatchScheduler::running).count() as u32;
+        let usage = self.main.as_ref().map_or(0.0, |scheduler| scheduler.kv_cache.usage());
         let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
         snapshot.running = running;
         snapshot.kv_usage = usage;
@@ -344,22 +345,22 @@ impl Engine {
     }
 }
 
-fn main_lane(model: &Arc<Model>, options: Options) -> Result<Lane, EngineError> {
+fn main_scheduler(model: &Arc<Model>, options: Options) -> Result<BatchScheduler, EngineError> {
     let Shape { slots, kv_tokens, .. } = options.shape;
     let context = ContextOptions {
         cells: kv_tokens,
         batch_tokens: BATCH_TOKENS,
-        sequences: room::sequences(model, slots),
+        sequences: kv_cache::sequences(model, slots),
         outputs: outputs(slots, options.draft_tokens),
         threads: options.threads,
         pooling: None,
     };
     let context = Context::new(model, context).map_err(|reason| EngineError::Failed { reason })?;
-    let room = Room::new(context, kv_tokens, slots, options.prompt_cache_bytes);
-    Ok(Lane::new(room, slots, options, false))
+    let kv_cache = KvCache::new(context, kv_tokens, slots, options.prompt_cache_bytes);
+    Ok(BatchScheduler::new(kv_cache, slots, options, false))
 }
 
-fn exact_lane(model: &Arc<Model>, options: Options) -> Result<Lane, EngineError> {
+fn exact_scheduler(model: &Arc<Model>, options: Options) -> Result<BatchScheduler, EngineError> {
     let cells = options.shape.context_length;
     let context = ContextOptions {
         cells,
@@ -370,7 +371,7 @@ fn exact_lane(model: &Arc<Model>, options: Options) -> Result<Lane, EngineError>
         pooling: None,
     };
     let context = Context::new(model, context).map_err(|reason| EngineError::Failed { reason })?;
-    Ok(Lane::new(Room::new(context, cells, 1, 0), 1, options, true))
+    Ok(BatchScheduler::new(KvCache::new(context, cells, 1, 0), 1, options, true))
 }
 
 /// Returns the refusal of an adapter that is not attached.

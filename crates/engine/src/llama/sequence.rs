@@ -1,4 +1,4 @@
-//! One generation: what it was asked, how far it is, and how its tokens become its answer.
+//! One generation: its request, its state, and how its tokens become the answer.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -6,9 +6,9 @@ use std::sync::Arc;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::draft::Drafter;
+use super::kv_cache::{CachedPrefix, CachedSequence};
 use super::native::{Token, Vocabulary};
 use super::outbox::Outbox;
-use super::room::{Beginning, Strand};
 use crate::answer_parser::{AnswerParser, Delta};
 use crate::grammar::Constraint;
 use crate::model_runtime::{AdapterId, EngineError, FinishReason, Piece, Sampling, TokenLogprob, Usage, unsupported};
@@ -45,19 +45,19 @@ pub(super) struct Job {
     pub(super) admitted: OwnedSemaphorePermit,
 }
 
-/// A generation that waits or is at work.
+/// A waiting or running generation.
 pub(super) struct Sequence {
     pub(super) job: Job,
     /// Prompt and answer so far.
     pub(super) tokens: Vec<Token>,
-    /// What of them is evaluated; `None` while it waits.
-    pub(super) strand: Option<Strand>,
-    /// The logits behind the prompt, where they were known at the start; the first token is drawn from them.
+    /// The tokens that are in the KV cache; `None` while it waits.
+    pub(super) in_cache: Option<CachedSequence>,
+    /// The logits after the prompt, if known at the start; the first token is sampled from them.
     pub(super) known: Option<Arc<[f32]>>,
-    /// The tokens that are evaluated along with the last one, in case they come next.
+    /// Draft tokens that are evaluated with the last one.
     pub(super) suggested: Vec<Token>,
     pub(super) drafter: Drafter,
-    /// Prompt tokens that were at hand when it started first.
+    /// Prompt tokens that were cached at its first start.
     cached: Option<u32>,
     told_start: bool,
     /// Prompt tokens whose log-probabilities were told.
@@ -77,7 +77,7 @@ pub(super) enum Drawn {
     End(FinishReason),
 }
 
-/// A generation that came to its end, told once the room it held is free.
+/// A generation that has ended. Its reader is told once its cells are free.
 pub(super) struct Finished {
     outbox: Outbox,
     last: Piece,
@@ -111,7 +111,7 @@ impl Sequence {
         Some(Self {
             job,
             tokens,
-            strand: None,
+            in_cache: None,
             known: None,
             suggested: Vec::new(),
             drafter,
@@ -126,7 +126,7 @@ impl Sequence {
 
     /// Returns how many tokens are evaluated.
     pub(super) fn evaluated(&self) -> usize {
-        self.strand.as_ref().map_or(0, |strand| strand.tokens.len())
+        self.in_cache.as_ref().map_or(0, |in_cache| in_cache.tokens.len())
     }
 
     /// Returns how many tokens are still to be evaluated before the next one can be drawn.
@@ -149,23 +149,21 @@ impl Sequence {
         self.job.limit.saturating_sub(self.generated())
     }
 
-    /// Begins to work on a strand that has the beginning of the tokens.
-    pub(super) fn start(&mut self, beginning: Beginning) {
-        let Beginning { strand, logits } = beginning;
-        let cached = strand.tokens.len().min(self.job.prompt_tokens) as u32;
-        self.strand = Some(strand);
-        self.known = logits;
-        // Who lost its cells and starts again counts as it did at first.
-        self.cached.get_or_insert(cached);
+    /// Starts with a cached prefix of its tokens.
+    pub(super) fn start(&mut self, prefix: CachedPrefix) {
+        // A preempted generation that starts again keeps the count of its first start.
+        self.cached.get_or_insert(prefix.cached.tokens.len().min(self.job.prompt_tokens) as u32);
+        self.in_cache = Some(prefix.cached);
+        self.known = prefix.logits;
     }
 
-    /// Takes note of how much of the prompt is evaluated, for the reader to be told.
+    /// Records how much of the prompt is evaluated, for progress reports.
     pub(super) fn note_reading(&self) {
         self.job.outbox.reading().reach(self.evaluated());
     }
 
     /// Tells the reader of the start, once.
-    pub(super) fn tell_start(&mut self, vocabulary: Vocabulary<'_>) {
+    pub(super) fn send_start(&mut self, vocabulary: Vocabulary<'_>) {
         if let Some(cached) = self.cached
             && !std::mem::replace(&mut self.told_start, true)
         {
@@ -190,7 +188,7 @@ impl Sequence {
     }
 
     /// Returns whether the log-probabilities of prompt tokens are still to be told.
-    pub(super) fn is_telling_prompt(&self) -> bool {
+    pub(super) fn echoes_prompt(&self) -> bool {
         self.job.tells_prompt && self.told_prompt < self.job.prompt_tokens
     }
 
@@ -200,7 +198,7 @@ impl Sequence {
     }
 
     /// Tells how likely the prompt token behind a position was.
-    pub(super) fn tell_prompt(
+    pub(super) fn send_prompt_logprob(
         &mut self,
         position: usize,
         logits: &[f32],

@@ -1,10 +1,10 @@
-//! Keys and values of conversations that lost their cells, kept in host memory within a budget of bytes.
+//! Keys and values of evicted sequences, kept in host memory within a budget of bytes.
 
+use super::kv_cache::common_prefix;
 use super::native::{Token, Window};
-use super::room::common_prefix;
 use crate::model_runtime::AdapterId;
 
-/// Snapshots of sequences, the least recently used first.
+/// Snapshots of sequences in LRU order.
 #[derive(Debug)]
 pub(super) struct Snapshots {
     bytes_max: u64,
@@ -12,7 +12,7 @@ pub(super) struct Snapshots {
     entries: Vec<Snapshot>,
 }
 
-/// One sequence as it was.
+/// One evicted sequence.
 #[derive(Debug)]
 pub(super) struct Snapshot {
     pub(super) tokens: Vec<Token>,
@@ -25,7 +25,7 @@ pub(super) struct Snapshot {
 }
 
 impl Snapshot {
-    /// Returns whether a text can go on behind so many of its tokens.
+    /// Returns whether a sequence can go on after so many of its tokens.
     fn is_whole(&self, length: usize, window: Window) -> bool {
         self.first <= window.first_seen(length)
     }
@@ -42,7 +42,7 @@ impl Snapshots {
         bytes <= self.bytes_max
     }
 
-    /// Keeps a snapshot, for which the least recently used ones give way, and those that it can stand for.
+    /// Keeps a snapshot. Snapshots of its prefixes are dropped, and the least recently used over the budget.
     pub(super) fn keep(&mut self, snapshot: Snapshot) {
         if !self.takes(snapshot.bytes.len() as u64) {
             return;
@@ -63,7 +63,7 @@ impl Snapshots {
         self.entries.drain(..excess);
     }
 
-    /// Returns the place of the snapshot with the longest beginning that a prompt can go on from, and its length.
+    /// Returns the index of the snapshot with the longest usable common prefix, and the length of that.
     pub(super) fn find(&self, prompt: &[Token], adapter: Option<AdapterId>) -> Option<(usize, usize)> {
         let entries = self.entries.iter().enumerate().filter(|(_, entry)| entry.adapter == adapter);
         let common = entries.filter_map(|(place, entry)| {

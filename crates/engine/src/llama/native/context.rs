@@ -1,4 +1,4 @@
-//! A room of keys and values in which sequences of one model are evaluated.
+//! A context of llama.cpp: the KV cache in which sequences of one model are evaluated.
 
 use std::ffi::c_void;
 use std::ptr::{self, NonNull};
@@ -44,8 +44,8 @@ pub(crate) enum Pooling {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum DecodeError {
     /// There are not enough free cells. Nothing has changed.
-    #[error("there is no room for more keys and values")]
-    NoRoom,
+    #[error("the KV cache is full")]
+    CacheFull,
     /// The caller asked to stop. Nothing has changed, provided the batch was no larger than `batch_tokens`.
     #[error("the evaluation was stopped")]
     Aborted,
@@ -82,9 +82,9 @@ impl Context {
             parameters.n_outputs_max = options.outputs.max(options.sequences);
             parameters.n_threads = options.threads;
             parameters.n_threads_batch = options.threads;
-            // One room for all sequences: without it, copying a part of one fails an assertion.
+            // One KV cache for all sequences: without it, copying a part of one fails an assertion.
             parameters.kv_unified = true;
-            // Layers with a window have room for all positions, so that a sequence can mostly be cut back and shared.
+            // Layers with a window keep cells for all positions, so that a sequence can mostly be truncated and shared.
             parameters.swa_full = true;
             parameters.no_perf = true;
             if let Some(pooling) = options.pooling {
@@ -138,7 +138,7 @@ impl Context {
         let outcome = decode();
         match outcome {
             0 => Ok(()),
-            1 => Err(DecodeError::NoRoom),
+            1 => Err(DecodeError::CacheFull),
             2 => Err(DecodeError::Aborted),
             code => Err(DecodeError::Failed(complaint(&format!("code {code}")))),
         }
@@ -227,7 +227,7 @@ impl Context {
 
     /// Lets a sequence begin as another does, up to a position. The cells are shared.
     pub(crate) fn share(&mut self, from: i32, to: i32, end: usize) {
-        // SAFETY: as above; the room is unified, so a part may be copied.
+        // SAFETY: as above; the cache is unified, so a part may be copied.
         unsafe { sys::llama_memory_seq_cp(self.memory(), from, to, 0, end as i32) }
     }
 
@@ -246,7 +246,7 @@ impl Context {
         }
     }
 
-    /// Brings back what [`Context::save`] of a context of this model copied. Returns whether there was room for it.
+    /// Brings back what [`Context::save`] of a context of this model copied. Returns whether there were enough cells.
     pub(crate) fn restore(&mut self, sequence: i32, bytes: &[u8]) -> bool {
         // SAFETY: the bytes come from `save`, in this process.
         unsafe { sys::llama_state_seq_set_data(self.as_ptr(), bytes.as_ptr(), bytes.len(), sequence) != 0 }
