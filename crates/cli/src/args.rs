@@ -9,37 +9,35 @@ use protocol::keep_alive::KeepAlive;
 #[derive(Debug, Parser)]
 #[command(name = "tether", version, arg_required_else_help = true, propagate_version = true, max_term_width = 100)]
 pub struct Cli {
-    /// What is the same for all commands.
     #[command(flatten)]
     pub common: Common,
-    /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What is the same for all commands.
+/// Options of all commands.
 #[derive(Debug, Clone, Default, Args)]
 pub struct Common {
-    /// Settings file; by default tether.toml in the configuration folder
+    /// Settings file [default: tether.toml in the configuration folder]
     #[arg(long, global = true, value_name = "FILE", env = "TETHER_CONFIG")]
     pub config: Option<PathBuf>,
-    /// Folder for keys, stores and models
+    /// Folder for keys, databases and models
     #[arg(long, global = true, value_name = "FOLDER")]
     pub data_dir: Option<PathBuf>,
-    /// How logs are written
+    /// Log format
     #[arg(long, global = true, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
-    /// Print JSON where the command reads something
+    /// Print JSON (commands that show something)
     #[arg(long, global = true)]
     pub json: bool,
 }
 
-/// How logs are written.
+/// Log format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Lines for people.
     Pretty,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
@@ -53,63 +51,63 @@ impl LogFormat {
     }
 }
 
-/// What to do.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run the whole network in one process
     #[command(visible_alias = "serve")]
     Up(UpArgs),
-    /// Help nodes to find each other
+    /// Run a bootstrap node, which helps nodes find each other
     Bootstrap(NodeArgs),
-    /// Keep models, API keys and the list of who belongs to the network
+    /// Run a registry, which keeps models, API keys and the members of the network
     Registry(NodeArgs),
-    /// Place jobs on workers
+    /// Run an orchestrator, which places jobs on workers
     Orchestrator(OrchestratorArgs),
-    /// Take requests over HTTP and from peers
+    /// Run a gateway, which serves the OpenAI-compatible API
     Gateway(GatewayArgs),
-    /// Run jobs
+    /// Run a worker, which loads models and runs jobs
     Worker(WorkerArgs),
-    /// Start again every service that was started or joined in this data folder, with the flags it had
+    /// Restart every service of this data folder with the flags it had
     Start(StartArgs),
-    /// Make an invite: the one line with which another machine joins
+    /// Create an invite, with which another machine joins the network
     Invite(InviteArgs),
-    /// Join a network by an invite, and do what it invites to
+    /// Join a network with an invite and start the invited service
     Join(JoinArgs),
-    /// Take a node out of the network; it gets no work within 5 seconds
+    /// Remove a node from the network within 5 seconds
     Revoke(RevokeArgs),
-    /// Give a node another name
+    /// Rename a node
     Rename(RenameArgs),
-    /// Show a network of processes at work: ask, kill the worker that answered, ask again
+    /// Demonstrate a network of processes: ask, kill the worker that answered, ask again
     Demo,
-    /// Ask a model and print its answer
+    /// Ask a model one question and print the answer
     Run(RunArgs),
-    /// Talk with a model; what is piped in is said line by line
+    /// Chat with a model; piped input is sent line by line
     Chat(ChatArgs),
-    /// Add models, look at them, name and forget them
+    /// Add, list, load, alias and remove models
     #[command(subcommand)]
     Model(ModelCommand),
-    /// Make, list and revoke API keys
+    /// Create, list and revoke API keys
     #[command(subcommand)]
     Token(TokenCommand),
-    /// List the models of the network, as `model list` does
+    /// List the models of the network (same as `model list`)
     #[command(visible_alias = "ls")]
     List(ServerArgs),
-    /// List the nodes of the network: what they do, and how they are
+    /// List the nodes of the network and their state
     #[command(visible_alias = "ps")]
     Nodes(NodesArgs),
-    /// Say what is wrong, and what to do about it
+    /// Diagnose problems and suggest what to do
     Doctor(ServerArgs),
-    /// Look at the settings
+    /// Show or check the settings
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// Print what completes commands in a shell: source it, or put it where the shell looks
+    /// Print a shell completion script
     Completions {
-        /// The shell
+        /// Shell to complete in
         shell: clap_complete::Shell,
     },
     /// Write the manual pages into a folder
     Man {
-        /// The folder; it is made where it is missing
+        /// The folder; created if it does not exist
         folder: PathBuf,
     },
     /// Hold one model, for a worker
@@ -120,14 +118,14 @@ pub enum Command {
 /// Where the running network is.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ServerArgs {
-    /// Address of the gateway; by default the one of this data folder
+    /// Address of the gateway [default: the gateway of this data folder]
     #[arg(long, value_name = "URL", env = "TETHER_URL")]
     pub url: Option<String>,
-    /// File that holds the API key; by default the one of this data folder
+    /// File with the API key [default: the key of this data folder]
     #[arg(long, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
-    /// PEM file of the authority that issued the gateway's certificate, or of that certificate; by default
-    /// the system's authorities. The gateway of this data folder needs none
+    /// PEM file with the gateway's certificate or its authority [default: the system's authorities]. Not needed for the
+    /// gateway of this data folder
     #[arg(long, value_name = "FILE", env = "TETHER_CA")]
     pub ca: Option<PathBuf>,
 }
@@ -138,13 +136,13 @@ pub struct UpArgs {
     /// Address to serve HTTP on
     #[arg(long, value_name = "HOST:PORT")]
     pub bind: Option<String>,
-    /// UDP address at which other machines may join with `tether join`
+    /// UDP address on which other machines may join with `tether join`
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub listen: Option<String>,
     /// Name of this region
     #[arg(long, value_name = "REGION")]
     pub region: Option<String>,
-    /// Workers to run
+    /// Number of workers
     #[arg(long, value_name = "COUNT")]
     pub workers: Option<u32>,
     /// What else its workers serve
@@ -161,8 +159,8 @@ pub struct UpArgs {
 /// Which files to serve.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ModelFilesArgs {
-    /// GGUF files to serve besides the configured models; NAME=FILE chooses the name that clients use. `up` also takes
-    /// URLs and models of the Hugging Face Hub (hf:ORG/REPO[:QUANT]), which it adds for good
+    /// GGUF files to serve besides the configured models; NAME=FILE sets the model name. `up` also takes URLs and models
+    /// of the Hugging Face Hub (hf:ORG/REPO[:QUANT]), which it adds permanently
     #[arg(value_name = "[NAME=]FILE")]
     pub files: Vec<String>,
 }
@@ -170,8 +168,8 @@ pub struct ModelFilesArgs {
 /// Which servers to adopt.
 #[derive(Debug, Clone, Default, Args)]
 pub struct AdoptArgs {
-    /// Offer the models of servers that run already, too (vLLM, SGLang, llama-server, Ollama, LM Studio); without
-    /// a URL, of those found on this machine
+    /// Also serve the models of running servers (vLLM, SGLang, llama-server, Ollama, LM Studio); without a URL, of those
+    /// found on this machine
     #[arg(long, value_name = "URL,...", value_delimiter = ',', num_args = 0..=1)]
     pub adopt: Option<Vec<String>>,
 }
@@ -193,16 +191,16 @@ pub struct WorkerArgs {
 /// How a node reaches the others.
 #[derive(Debug, Clone, Default, Args)]
 pub struct NodeArgs {
-    /// Nodes that every node knows: where to look for others
+    /// Bootstrap nodes of the network
     #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',')]
     pub bootstrap: Option<Vec<String>>,
     /// Name of this region
     #[arg(long, value_name = "REGION")]
     pub region: Option<String>,
-    /// UDP address to listen on; port 0 takes a free one
+    /// UDP address to listen on; port 0 picks a free port
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub listen: Option<String>,
-    /// HTTP address at which to show this service's metrics
+    /// HTTP address to serve this service's Prometheus metrics on
     #[arg(long, value_name = "HOST:PORT")]
     pub metrics_listen: Option<String>,
     /// Ends when the process that started it does
@@ -224,7 +222,7 @@ pub struct OrchestratorArgs {
     /// How it reaches the others
     #[command(flatten)]
     pub node: NodeArgs,
-    /// Other regions whose workers it uses
+    /// Other regions whose workers may be used
     #[arg(long, value_name = "REGION,...", value_delimiter = ',')]
     pub near_regions: Option<Vec<String>>,
 }
@@ -243,19 +241,19 @@ pub struct GatewayArgs {
 /// Whom to invite.
 #[derive(Debug, Clone, Args)]
 pub struct InviteArgs {
-    /// What the new node may do
+    /// Role of the new node
     #[arg(long, value_enum, value_name = "ROLE", default_value = "worker")]
     pub role: Role,
-    /// Regions it may stand in; by default any
+    /// Regions it may run in [default: any]
     #[arg(long, value_name = "REGION,...", value_delimiter = ',')]
     pub regions: Vec<String>,
-    /// Who it is for
+    /// Name of the new node
     #[arg(long, default_value = "")]
     pub name: String,
     /// Where the network is
     #[command(flatten)]
     pub server: ServerArgs,
-    /// Hours for which the invite holds
+    /// Hours until the invite expires
     #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=24))]
     pub hours: u32,
 }
@@ -283,19 +281,19 @@ pub struct JoinArgs {
     /// How this node reaches the others
     #[command(flatten)]
     pub node: NodeArgs,
-    /// Address to serve HTTP on, where the invite is for a gateway
+    /// Address to serve HTTP on (gateways)
     #[arg(long, value_name = "HOST:PORT")]
     pub bind: Option<String>,
-    /// What else it serves, where the invite is for a worker
+    /// What else it serves (workers)
     #[command(flatten)]
     pub models: ModelFilesArgs,
-    /// What else it offers, where the invite is for a worker
+    /// What else it offers (workers)
     #[command(flatten)]
     pub adopt: AdoptArgs,
-    /// Other regions whose workers it uses, where the invite is for an orchestrator
+    /// Other regions whose workers may be used (orchestrators)
     #[arg(long, value_name = "REGION,...", value_delimiter = ',')]
     pub near_regions: Option<Vec<String>>,
-    /// Only keep what the invite brings; `tether worker` then starts the node
+    /// Enrol without starting the service; `tether start` starts it
     #[arg(long)]
     pub only_enrol: bool,
 }
@@ -303,7 +301,7 @@ pub struct JoinArgs {
 /// Whom to take out.
 #[derive(Debug, Clone, Args)]
 pub struct RevokeArgs {
-    /// The node: its name, its key, or the beginning of its key, as `tether nodes` shows them
+    /// Name of the node, its key, or the first digits of its key (see `tether nodes`)
     pub node: String,
     /// Where the network is
     #[command(flatten)]
@@ -313,9 +311,9 @@ pub struct RevokeArgs {
 /// What to call a node.
 #[derive(Debug, Clone, Args)]
 pub struct RenameArgs {
-    /// The node: its name, its key, or the beginning of its key, as `tether nodes` shows them
+    /// Name of the node, its key, or the first digits of its key (see `tether nodes`)
     pub node: String,
-    /// Its new name
+    /// New name
     pub name: String,
     /// Where the network is
     #[command(flatten)]
@@ -328,7 +326,7 @@ pub struct NodesArgs {
     /// Where the network is
     #[command(flatten)]
     pub server: ServerArgs,
-    /// Go on showing them as they change, until Ctrl-C
+    /// Follow changes until Ctrl-C
     #[arg(long, conflicts_with = "json")]
     pub watch: bool,
 }
@@ -336,27 +334,27 @@ pub struct NodesArgs {
 /// What to ask.
 #[derive(Debug, Clone, Args)]
 pub struct RunArgs {
-    /// Model, as name[@MAJOR.MINOR][:adapter]; a GGUF file, as [NAME=]FILE; a URL of one, or a model of the Hugging
-    /// Face Hub, as hf:ORG/REPO[:QUANT]
+    /// Model as name[@MAJOR.MINOR][:adapter], or a GGUF file, [NAME=]FILE, or a URL, or a model of the Hugging Face Hub,
+    /// hf:ORG/REPO[:QUANT]
     pub model: String,
-    /// What to ask; - reads it from stdin, and what is piped in is added to it
+    /// The prompt; - reads it from stdin. Piped input is appended to it
     pub prompt: Option<String>,
-    /// What the model is told before: who it is, and how to answer
+    /// System prompt
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// Seconds to wait for a model that is being loaded
+    /// Seconds to wait while the model is loaded
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub timeout: u64,
-    /// The most tokens to generate
+    /// Maximum number of tokens to generate
     #[arg(long, value_name = "COUNT")]
     pub max_tokens: Option<u32>,
-    /// 0 takes the likeliest token each time
+    /// Sampling temperature; 0 always takes the most likely token
     #[arg(long, value_name = "NUMBER")]
     pub temperature: Option<f32>,
-    /// The same seed gives the same answer
+    /// Sampling seed; the same seed gives the same answer
     #[arg(long, value_name = "NUMBER")]
     pub seed: Option<u64>,
-    /// Say after the answer what it took: tokens, speed, and the time until the model was loaded
+    /// Print statistics after the answer: tokens, tokens per second, load time
     #[arg(long)]
     pub verbose: bool,
     /// Where the network is
@@ -367,13 +365,13 @@ pub struct RunArgs {
 /// With whom to talk.
 #[derive(Debug, Clone, Args)]
 pub struct ChatArgs {
-    /// Model, as name[@MAJOR.MINOR][:adapter], a GGUF file, as [NAME=]FILE, a URL or hf:ORG/REPO[:QUANT]; by default
-    /// the one that is served, or a choice of them
+    /// Model as name[@MAJOR.MINOR][:adapter], or a GGUF file, [NAME=]FILE, or a URL, or hf:ORG/REPO[:QUANT] [default: the
+    /// served model, or a choice if there are several]
     pub model: Option<String>,
-    /// What the model is told before: who it is, and how to answer
+    /// System prompt
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// Seconds to wait for a model that is being loaded
+    /// Seconds to wait while the model is loaded
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub timeout: u64,
     /// Where the network is
@@ -384,69 +382,69 @@ pub struct ChatArgs {
 /// Adds models, looks at them, names and forgets them.
 #[derive(Debug, Subcommand)]
 pub enum ModelCommand {
-    /// Take a model into this machine's store and register it; `tether up` then serves it
+    /// Add a model from a file, a URL, the Hugging Face Hub or another program
     #[command(visible_alias = "pull", disable_version_flag = true)]
     Add(ModelAddArgs),
-    /// List the models of the network: how they are, where, and what else they are called
+    /// List the models of the network with their state, nodes and aliases
     #[command(visible_alias = "ls")]
     List(ServerArgs),
-    /// Show all that is known of a model
+    /// Show the details of a model
     Show {
-        /// Model, as name[@MAJOR.MINOR], or an alias
+        /// Model as name[@MAJOR.MINOR], or an alias
         model: String,
         /// Where the network is
         #[command(flatten)]
         server: ServerArgs,
     },
-    /// Forget a model, and delete its file where nothing else needs it
+    /// Remove a model, and its file unless something else uses it
     Rm {
-        /// Model, as name[@MAJOR.MINOR]
+        /// Model as name[@MAJOR.MINOR]
         model: String,
-        /// Although a worker holds it or an alias stands for it, which is then forgotten, too
+        /// Also if a worker has it in memory or aliases point to it; those aliases are removed
         #[arg(long)]
         force: bool,
         /// Where the network is
         #[command(flatten)]
         server: ServerArgs,
     },
-    /// Bring a model into the memory of the workers that serve it, and wait until it is there
+    /// Load a model into the memory of its workers and wait until it is ready
     Load {
-        /// Model, as name[@MAJOR.MINOR], or an alias
+        /// Model as name[@MAJOR.MINOR], or an alias
         model: String,
-        /// How long it stays without work, from now on and on every worker: seconds, 10m, -1 for ever, or 0 to unload it
+        /// How long it stays in memory when idle, on every worker: seconds, 10m, -1 for ever, 0 to unload it
         #[arg(long, value_name = "TIME", value_parser = keep_alive, allow_hyphen_values = true)]
         keep_alive: Option<i64>,
         /// Where the network is
         #[command(flatten)]
         server: ServerArgs,
     },
-    /// Let a model leave the memory of its workers, unless jobs run on it; it is loaded again when it is asked for
+    /// Unload a model from memory, unless jobs are running; the next request loads it again
     Unload {
-        /// Model, as name[@MAJOR.MINOR], or an alias
+        /// Model as name[@MAJOR.MINOR], or an alias
         model: String,
         /// Where the network is
         #[command(flatten)]
         server: ServerArgs,
     },
-    /// Have every worker that may serve a model load it and keep it in memory, also after a restart
+    /// Keep a model in memory on every worker that may serve it, also after restarts
     Pin {
-        /// Model, as name[@MAJOR.MINOR], or an alias
+        /// Model as name[@MAJOR.MINOR], or an alias
         model: String,
         /// Where the network is
         #[command(flatten)]
         server: ServerArgs,
     },
-    /// Let a pinned model leave the memory again when nobody uses it
+    /// Undo `pin`: the model is unloaded when idle again
     Unpin {
-        /// Model, as name[@MAJOR.MINOR], or an alias
+        /// Model as name[@MAJOR.MINOR], or an alias
         model: String,
         /// Where the network is
         #[command(flatten)]
         server: ServerArgs,
     },
-    /// Give a model another name, such as gpt-4o-mini, or several models one name; it holds within 5 seconds
+    /// Give a model another name, such as gpt-4o-mini, or several models one name; effective within 5 seconds
     Alias(ModelAliasArgs),
-    /// Look at the LoRA adapters of models, add and forget them
+    /// Add, list and remove LoRA adapters
     #[command(subcommand)]
     Adapter(AdapterCommand),
 }
@@ -454,23 +452,22 @@ pub enum ModelCommand {
 /// A model to add.
 #[derive(Debug, Clone, Args)]
 pub struct ModelAddArgs {
-    /// GGUF files, where the first of several parts stands for all; URLs of them; or models of the Hugging Face
-    /// Hub, as hf:ORG/REPO or hf:ORG/REPO:QUANT
+    /// GGUF files or URLs (of a split model, the first part), or models of the Hugging Face Hub, hf:ORG/REPO[:QUANT]
     #[arg(value_name = "FILE|URL|hf:ORG/REPO[:QUANT]", required_unless_present = "from")]
     pub sources: Vec<String>,
-    /// Take models that another program keeps on this machine, by its names for them; without a name, list them
+    /// Add models that another program keeps on this machine, by its names for them; without a name, list them
     #[arg(long, value_name = "ollama|lmstudio|huggingface|FOLDER")]
     pub from: Option<String>,
-    /// Name to ask for it by; by default made of the file's
+    /// Name of the model [default: made from the file name]
     #[arg(long)]
     pub name: Option<String>,
-    /// Version, as MAJOR.MINOR; by default 1.0
+    /// Version as MAJOR.MINOR [default: 1.0]
     #[arg(long, value_name = "MAJOR.MINOR")]
     pub version: Option<String>,
-    /// One line about it
+    /// Description, one line
     #[arg(long)]
     pub description: Option<String>,
-    /// Allow plain HTTP beyond this machine
+    /// Allow downloads over plain HTTP from other machines
     #[arg(long)]
     pub insecure: bool,
     /// Where the network is
@@ -481,13 +478,13 @@ pub struct ModelAddArgs {
 /// Another name for a model, or one for several.
 #[derive(Debug, Clone, Args)]
 pub struct ModelAliasArgs {
-    /// The name to give, or with --rm to forget
+    /// The alias
     pub alias: String,
-    /// What it stands for, as name[@MAJOR.MINOR][:adapter]; of several models, each request goes to the one that can
-    /// do what it asks and has room
+    /// Its target, name[@MAJOR.MINOR][:adapter]. With several targets, each request goes to one that supports it and has
+    /// capacity
     #[arg(value_name = "MODEL", required_unless_present = "rm", conflicts_with = "rm")]
     pub targets: Vec<String>,
-    /// Forget the name
+    /// Remove the alias
     #[arg(long)]
     pub rm: bool,
     /// Where the network is
@@ -498,16 +495,16 @@ pub struct ModelAliasArgs {
 /// Looks at adapters, adds and forgets them.
 #[derive(Debug, Subcommand)]
 pub enum AdapterCommand {
-    /// Take an adapter into this machine's store and register it
+    /// Add an adapter from a GGUF file
     Add(AdapterAddArgs),
     /// List the adapters of the network
     #[command(visible_alias = "ls")]
     List(ServerArgs),
-    /// Forget an adapter; requests for it are refused within 5 seconds
+    /// Remove an adapter; effective within 5 seconds
     Rm {
-        /// Model, as name[@MAJOR.MINOR]
+        /// Model as name[@MAJOR.MINOR]
         model: String,
-        /// The adapter's name
+        /// Name of the adapter
         name: String,
         /// Where the network is
         #[command(flatten)]
@@ -518,13 +515,13 @@ pub enum AdapterCommand {
 /// An adapter to add.
 #[derive(Debug, Clone, Args)]
 pub struct AdapterAddArgs {
-    /// Model, as name[@MAJOR.MINOR]
+    /// Model as name[@MAJOR.MINOR]
     pub model: String,
-    /// Name to ask for it by, as model:name
+    /// Name of the adapter; clients ask for model:name
     pub name: String,
-    /// The adapter, a GGUF file
+    /// GGUF file of the adapter
     pub file: PathBuf,
-    /// One line about it
+    /// Description, one line
     #[arg(long, default_value = "")]
     pub description: String,
     /// Where the network is
@@ -535,7 +532,7 @@ pub struct AdapterAddArgs {
 /// Makes, lists and revokes API keys.
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
-    /// Make a key; it is shown this once
+    /// Create a key; the secret is shown only once
     Create(TokenCreateArgs),
     /// List the keys, without their secrets
     #[command(visible_alias = "ls")]
@@ -547,9 +544,9 @@ pub enum TokenCommand {
 /// A key to revoke.
 #[derive(Debug, Clone, Args)]
 pub struct TokenRevokeArgs {
-    /// The eight characters after tth_live_
+    /// Id of the key: the eight characters after tth_live_
     pub key_id: String,
-    /// Revoke the last key that operates the network without a question
+    /// Do not ask before revoking the last admin key
     #[arg(long)]
     pub yes: bool,
     /// Where the network is
@@ -560,19 +557,19 @@ pub struct TokenRevokeArgs {
 /// A key to make.
 #[derive(Debug, Clone, Args)]
 pub struct TokenCreateArgs {
-    /// Who pays
+    /// Tenant that the key belongs to
     #[arg(long, default_value = "default")]
     pub tenant: String,
-    /// What the key is for
+    /// Name of the key
     #[arg(long, default_value = "")]
     pub name: String,
-    /// Let the key operate the network too
+    /// Make it an admin key, which may also operate the network
     #[arg(long)]
     pub admin: bool,
-    /// Days after which the key ends
+    /// Days until the key expires
     #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36_500))]
     pub expires_days: Option<u32>,
-    /// Requests the tenant may make a minute; 0 removes the limit
+    /// Requests per minute of the tenant; 0 removes the limit
     #[arg(long, value_name = "COUNT")]
     pub requests_per_minute: Option<u32>,
     /// Where the network is
@@ -585,6 +582,6 @@ pub struct TokenCreateArgs {
 pub enum ConfigCommand {
     /// Print a settings file with every default
     Example,
-    /// Check the settings and print what is in force
+    /// Check the settings and print the effective ones
     Check,
 }
