@@ -18,10 +18,11 @@ mod state;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -267,11 +268,11 @@ impl Drop for Handle {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State<Arc<Link>>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     fn pairings(&self) -> MutexGuard<'_, HashMap<Key, mpsc::Sender<Incoming>>> {
-        self.pairings.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pairings.lock()
     }
 
     /// Lets the reading task see to what it did not bring about itself.

@@ -8,10 +8,11 @@ mod frames;
 mod wire;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -228,7 +229,7 @@ impl fmt::Debug for SecretStream {
 
 impl Shared {
     fn sealing(&self) -> MutexGuard<'_, Sealing> {
-        self.sealing.lock().unwrap_or_else(PoisonError::into_inner)
+        self.sealing.lock()
     }
 
     /// Seals onto the stream's queue under the lock, so that messages lie there in the order of their nonces.

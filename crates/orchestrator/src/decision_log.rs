@@ -1,8 +1,9 @@
 //! How the last jobs were placed, for `tether explain`.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use protocol::CorrelationId;
 use protocol::control::Decision;
 
@@ -26,7 +27,7 @@ impl DecisionLog {
 
     /// Keeps a job's decision, forgetting the oldest where the log is full.
     pub fn keep(&self, decision: Decision) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         let id = decision.correlation_id;
         if state.decisions.insert(id, Arc::new(decision)).is_none() {
             state.order.push_back(id);
@@ -40,6 +41,6 @@ impl DecisionLog {
 
     /// Returns a job's decision while it is remembered.
     pub fn get(&self, id: CorrelationId) -> Option<Arc<Decision>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).decisions.get(&id).cloned()
+        self.state.lock().decisions.get(&id).cloned()
     }
 }

@@ -3,12 +3,13 @@
 //! Workers look for orchestrators and push their reports; [`search`] looks for those that do not.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use metadata_store::MetadataStore;
 use observability::Metrics;
 use observability::metrics::ReasonLabel;
+use parking_lot::Mutex;
 use protocol::control::NodeRole;
 use protocol::health::HealthReport;
 use protocol::presence::{self, Facts, HighWater, Rejection};
@@ -62,7 +63,7 @@ impl DiscoverySub {
     /// Takes a report that came over a connection of `remote_key`. Says what it changed.
     pub fn take(&self, remote_key: PublicKey, signed: &Signed) -> Result<Change, Rejection> {
         let admitted = {
-            let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut marks = self.marks.lock();
             let facts = Facts {
                 remote_key,
                 regions: &self.regions,
@@ -152,7 +153,7 @@ impl DiscoverySub {
     }
 
     async fn save_marks(&self) {
-        let unsaved = std::mem::take(&mut self.marks.lock().unwrap_or_else(PoisonError::into_inner).unsaved);
+        let unsaved = std::mem::take(&mut self.marks.lock().unsaved);
         if unsaved.is_empty() {
             return;
         }

@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use metadata_store::{Finalised, MetadataStore, StoreError};
 use observability::Metrics;
 use observability::metrics::{BreakerLabel, PhaseLabel, ReasonLabel};
+use parking_lot::{Mutex, MutexGuard};
 use protocol::admission::Exclusion;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
@@ -155,7 +156,7 @@ impl Orchestrator {
 
     /// Says whether a model fails too often to be asked now.
     fn is_shut(&self, model: &ModelKey) -> bool {
-        let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
+        let breakers = self.breakers.lock();
         breakers.get(model).is_some_and(|breaker| breaker.refuses(Instant::now()))
     }
 
@@ -361,7 +362,7 @@ impl Orchestrator {
     }
 
     fn crashes(&self) -> MutexGuard<'_, CrashRecord> {
-        self.crashes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.crashes.lock()
     }
 
     /// Lets the breaker know what came of a request that it let pass.
@@ -388,7 +389,7 @@ impl Orchestrator {
     }
 
     fn with_breaker<T>(&self, model: &ModelKey, act: impl FnOnce(&mut CircuitBreaker, Instant) -> T) -> T {
-        let mut breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut breakers = self.breakers.lock();
         if !breakers.contains_key(model) {
             breakers.insert(model.clone(), CircuitBreaker::new(self.config.breaker.clone()));
         }

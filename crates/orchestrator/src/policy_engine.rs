@@ -1,10 +1,11 @@
 //! What a tenant may do, decided for each job. The rules come from the registry; changes apply within seconds.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use protocol::model::ModelKey;
 use protocol::policy::TenantPolicy;
 use protocol::{ErrorCode, TenantId, WireError};
@@ -55,7 +56,7 @@ impl PolicyEngine {
     ) -> Result<Arc<TenantPolicy>, WireError> {
         self.refresh(tenant_id).await?;
         let now = Instant::now();
-        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tenants = self.tenants.lock();
         let Some(tenant) = tenants.get_mut(tenant_id) else {
             return Err(WireError::new(ErrorCode::Unavailable, "the tenant's rules are not at hand, try again"));
         };
@@ -66,7 +67,7 @@ impl PolicyEngine {
 
     async fn refresh(&self, tenant_id: &TenantId) -> Result<(), WireError> {
         let age = {
-            let tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+            let tenants = self.tenants.lock();
             tenants.get(tenant_id).map(|tenant| tenant.read_at.elapsed())
         };
         let may_stand = age.is_some_and(|age| age < self.absence_max);
@@ -86,7 +87,7 @@ impl PolicyEngine {
 
     fn remember(&self, tenant_id: &TenantId, policy: TenantPolicy) {
         let now = Instant::now();
-        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tenants = self.tenants.lock();
         if let Some(tenant) = tenants.get_mut(tenant_id) {
             tenant.read_at = now;
             if *tenant.policy != policy {
@@ -166,7 +167,7 @@ mod tests {
     #[async_trait]
     impl PolicySource for Fixed {
         async fn policy(&self, _: &TenantId) -> Result<TenantPolicy, WireError> {
-            self.0.lock().expect("not poisoned").clone()
+            self.0.lock().clone()
         }
 
         fn is_away(&self) -> bool {
@@ -230,8 +231,7 @@ mod tests {
     async fn a_changed_rule_applies_within_five_seconds() {
         let (engine, source) = engine(TenantPolicy::default());
         admit(&engine, "m").await.expect("all is allowed");
-        *source.0.lock().expect("not poisoned") =
-            Ok(TenantPolicy { allowed_models: Some(vec![]), ..TenantPolicy::default() });
+        *source.0.lock() = Ok(TenantPolicy { allowed_models: Some(vec![]), ..TenantPolicy::default() });
         time::advance(Duration::from_secs(5)).await;
         assert!(admit(&engine, "m").await.is_err());
     }
@@ -240,7 +240,7 @@ mod tests {
     async fn rules_outlive_a_silent_registry_for_ten_minutes() {
         let (engine, source) = engine(TenantPolicy::default());
         admit(&engine, "m").await.expect("all is allowed");
-        *source.0.lock().expect("not poisoned") = Err(WireError::new(ErrorCode::Unavailable, "gone"));
+        *source.0.lock() = Err(WireError::new(ErrorCode::Unavailable, "gone"));
         time::advance(Duration::from_secs(599)).await;
         admit(&engine, "m").await.expect("known rules go on");
         time::advance(Duration::from_secs(2)).await;
@@ -251,7 +251,7 @@ mod tests {
     async fn a_registry_that_refuses_to_tell_rules_is_not_silent() {
         let (engine, source) = engine(TenantPolicy::default());
         admit(&engine, "m").await.expect("all is allowed");
-        *source.0.lock().expect("not poisoned") = Err(WireError::new(ErrorCode::NodeRevoked, "expelled"));
+        *source.0.lock() = Err(WireError::new(ErrorCode::NodeRevoked, "expelled"));
         time::advance(Duration::from_secs(6)).await;
         assert_eq!(admit(&engine, "m").await.expect_err("refused").code, ErrorCode::NodeRevoked);
     }

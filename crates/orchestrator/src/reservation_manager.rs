@@ -1,7 +1,7 @@
 //! Reserves room and writes the job before it is sent, keeps the lease alive, and settles the job (O6).
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use metadata_store::{
@@ -9,6 +9,7 @@ use metadata_store::{
     Reserved, Settlement, StoreError, TerminalState,
 };
 use observability::Metrics;
+use parking_lot::Mutex;
 use protocol::infer::{FinishReason, InferRequest};
 use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
@@ -219,8 +220,8 @@ impl ReservationManager {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<JobKey, CancellationToken>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<JobKey, CancellationToken>> {
+        self.held.lock()
     }
 }
 

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use artifact_store::ArtifactStore;
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use protocol::artifact::{ArtifactFetch, ArtifactHead, FETCH};
 use protocol::control::NodeRole;
 use protocol::{Digest, ErrorCode, ModelName, PublicKey, WireError, codec};
@@ -149,7 +150,7 @@ impl ArtifactServer {
     }
 
     fn by_peer(&self) -> MutexGuard<'_, HashMap<PublicKey, usize>> {
-        self.by_peer.lock().unwrap_or_else(PoisonError::into_inner)
+        self.by_peer.lock()
     }
 }
 

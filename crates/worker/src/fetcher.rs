@@ -7,12 +7,13 @@ pub(crate) mod sources;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use artifact_store::{ArtifactStore, FinishError, Partial};
 use bytes::BytesMut;
 use observability::metrics::Metrics;
+use parking_lot::{Mutex, MutexGuard};
 use protocol::artifact::ArtifactFetch;
 use protocol::{Digest, ErrorCode};
 use rpc::{ArtifactStream, CallError, Client, Directory};
@@ -434,12 +435,12 @@ impl Fetcher {
     }
 
     fn under_way(&self) -> MutexGuard<'_, BTreeMap<Digest, u64>> {
-        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+        self.under_way.lock()
     }
 }
 
 fn lock(partial: &Shared) -> MutexGuard<'_, Partial> {
-    partial.lock().unwrap_or_else(PoisonError::into_inner)
+    partial.lock()
 }
 
 fn bytes_of(partial: &Shared) -> u64 {

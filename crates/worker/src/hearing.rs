@@ -1,8 +1,8 @@
 //! Notices that no orchestrator takes this worker's reports, and says why in words that an operator can act on.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use protocol::control::NodeRole;
 use protocol::{PublicKey, Region};
 use rpc::Directory;
@@ -109,7 +109,7 @@ impl Hearing {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

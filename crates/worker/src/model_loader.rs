@@ -8,7 +8,7 @@ pub(crate) mod cache;
 mod residency;
 mod warm_prefixes;
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use std::{fmt, io, mem};
 
@@ -22,6 +22,7 @@ use engine::{
     ProgressSink, VerifiedArtifact,
 };
 use observability::metrics::{Metrics, ModelLabel};
+use parking_lot::Mutex;
 use protocol::Digest;
 use protocol::control::ModelPlaceState;
 use protocol::model::{ModelFacts, ModelKey, ModelOffer, OfferedSource};
@@ -749,7 +750,7 @@ impl ModelLoader {
         let told = Mutex::new(None);
         let note = |there: u64, of: u64, begun_with: u64| {
             entry.fetching(there, of, begun_with);
-            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut told = told.lock();
             if told.is_none_or(|told: Instant| told.elapsed() >= PROGRESS_EVERY) {
                 *told = Some(Instant::now());
                 self.changes.send_replace(());
@@ -758,7 +759,7 @@ impl ModelLoader {
         let obtained = self.obtain(digest, &note).await;
         self.look_at_files();
         let artifact = obtained?;
-        if told.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+        if told.lock().is_some() {
             entry.fetched();
             self.changes.send_replace(());
         }
@@ -863,7 +864,7 @@ impl ModelLoader {
     fn progress_of(&self, entry: &Arc<Entry>) -> ProgressSink {
         let (entry, changes, told) = (entry.clone(), self.changes.clone(), Mutex::new(Instant::now()));
         Box::new(move |share| {
-            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut told = told.lock();
             if entry.progressed(share) && told.elapsed() >= PROGRESS_EVERY {
                 *told = Instant::now();
                 changes.send_replace(());

@@ -2,9 +2,10 @@
 //! answers counts as many times as they run side by side.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use protocol::{ErrorCode, TenantId, WireError};
 use tokio::sync::watch;
 
@@ -118,7 +119,7 @@ impl QuotaGuard {
     }
 
     fn jobs(&self) -> MutexGuard<'_, Jobs> {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.jobs.lock()
     }
 }
 

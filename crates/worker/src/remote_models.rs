@@ -7,11 +7,12 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use engine::remote::{AddressError, RemoteRuntime, ServerAddress};
 use engine::{EngineError, LoadOptions, LoadedModel, ModelId, ModelRuntime as _};
+use parking_lot::Mutex;
 use protocol::model::{ModelKey, ModelOffer, OfferedSource};
 use tokio::fs;
 use tokio::time::{sleep, timeout};
@@ -113,13 +114,13 @@ impl RemoteModels {
             let _ = self.runtime.unload(loaded.id).await;
             return Err(AttachError::Ended);
         }
-        self.own.lock().unwrap_or_else(PoisonError::into_inner).insert(loaded.id, server);
+        self.own.lock().insert(loaded.id, server);
         Ok(loaded)
     }
 
     /// Ends the server of a model, where this worker started it.
     pub(crate) fn end(&self, model: ModelId) {
-        self.own.lock().unwrap_or_else(PoisonError::into_inner).remove(&model);
+        self.own.lock().remove(&model);
     }
 }
 

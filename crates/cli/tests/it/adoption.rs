@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::program::{Home, wait_for};
@@ -38,7 +39,7 @@ impl Fake {
     }
 
     fn page(&self, path: &str, body: &Value) {
-        self.pages.lock().expect("no panic").insert(path.to_owned(), body.to_string());
+        self.pages.lock().insert(path.to_owned(), body.to_string());
     }
 
     /// Has a server of vLLM's kind list these models.
@@ -65,7 +66,7 @@ impl Fake {
             }
         }
         let path = request.split(' ').nth(1).unwrap_or_default();
-        let page = self.pages.lock().expect("no panic").get(path).cloned();
+        let page = self.pages.lock().get(path).cloned();
         let (status, body) = match (path, page) {
             (_, Some(page)) => (200, page),
             ("/v1/chat/completions", None) if request.contains(&format!("{} cannot", self.says)) => {

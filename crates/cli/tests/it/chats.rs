@@ -5,10 +5,11 @@ use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Output, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread;
 
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::program::{Home, wait_for};
@@ -39,7 +40,7 @@ impl Gateway {
     }
 
     fn asked(&self) -> Vec<Value> {
-        self.asked.lock().expect("no thread panics").clone()
+        self.asked.lock().clone()
     }
 
     /// Says lines to a chat, and returns what it prints.
@@ -69,7 +70,7 @@ fn serve(mut stream: TcpStream, models: &[&str], asked: &Mutex<Vec<Value>>, left
     }
     let body = body_of(&request);
     let count = {
-        let mut asked = asked.lock().expect("no thread panics");
+        let mut asked = asked.lock();
         asked.push(body.clone());
         asked.len()
     };

@@ -7,9 +7,10 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 
+use parking_lot::Mutex;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
@@ -133,7 +134,7 @@ impl Server {
     }
 
     fn asked(&self) -> Vec<Received> {
-        self.asked.lock().expect("no panic").clone()
+        self.asked.lock().clone()
     }
 }
 
@@ -150,7 +151,7 @@ fn serve(mut stream: impl Read + Write, answer: &dyn Fn(&Received, usize) -> Sai
     let header = |line: &str| line.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned()));
     let asked = Received { path, headers: lines.filter_map(header).collect() };
     let number = {
-        let mut seen = seen.lock().expect("no panic");
+        let mut seen = seen.lock();
         seen.push(asked.clone());
         seen.iter().filter(|before| before.path == asked.path).count()
     };

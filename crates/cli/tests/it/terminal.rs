@@ -3,10 +3,12 @@
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
+use std::panic::AssertUnwindSafe;
 use std::process::{Child, Command, ExitStatus};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 
+use parking_lot::Mutex;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 use crate::program::wait_for;
@@ -62,8 +64,8 @@ impl Terminal {
     /// Waits until something is shown, and returns what was shown up to there since it was last asked.
     pub(crate) fn sees(&mut self, text: &str) -> String {
         let (shown, seen) = (self.shown.clone(), self.seen);
-        let unseen = || shown.lock().expect("no thread panics")[seen..].to_owned();
-        let found = std::panic::catch_unwind(|| wait_for(text, || unseen().contains(text)));
+        let unseen = || shown.lock()[seen..].to_owned();
+        let found = std::panic::catch_unwind(AssertUnwindSafe(|| wait_for(text, || unseen().contains(text))));
         assert!(found.is_ok(), "{text:?} never came; what did is {:?}", unseen());
         let mut passed = unseen();
         passed.truncate(passed.find(text).expect("it came") + text.len());
@@ -99,7 +101,7 @@ fn listen(keys: OwnedFd, shown: Arc<Mutex<String>>) {
                 Err(error) => error.valid_up_to(),
             };
             let text: Vec<u8> = begun.drain(..whole).collect();
-            shown.lock().expect("no thread panics").push_str(&String::from_utf8_lossy(&text));
+            shown.lock().push_str(&String::from_utf8_lossy(&text));
         }
     });
 }

@@ -1,9 +1,10 @@
 //! The acting side of a node: sockets, timers and tasks around its [`State`].
 
 use std::net::SocketAddrV4;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -37,7 +38,7 @@ pub(super) struct Node {
 impl Node {
     /// Lets the state decide, then does what it decided.
     pub(super) fn with<T>(&self, decide: impl FnOnce(&mut State) -> T) -> T {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         let result = decide(&mut state);
         let outbox = std::mem::take(&mut state.outbox);
         let hurry = std::mem::take(&mut state.hurry) || !state.jobs.is_empty();

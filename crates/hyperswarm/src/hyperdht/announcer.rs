@@ -3,10 +3,11 @@
 mod topic_announcer;
 
 use std::net::SocketAddrV4;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, watch};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -64,7 +65,7 @@ struct Relays {
 
 impl Shared {
     fn relays(&self) -> MutexGuard<'_, Relays> {
-        self.relays.lock().unwrap_or_else(PoisonError::into_inner)
+        self.relays.lock()
     }
 }
 

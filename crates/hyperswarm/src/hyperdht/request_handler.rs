@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddrV4;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -30,7 +30,7 @@ impl RequestHandler {
     }
 
     pub(super) fn router(&self) -> MutexGuard<'_, Router> {
-        self.router.lock().unwrap_or_else(PoisonError::into_inner)
+        self.router.lock()
     }
 
     /// Hands handshakes for a target to `inbox` from here on. Returns false when another server has it.
@@ -56,7 +56,7 @@ impl RequestHandler {
     }
 
     fn servers(&self) -> MutexGuard<'_, HashMap<Target, mpsc::Sender<Incoming>>> {
-        self.servers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.servers.lock()
     }
 
     fn on_handshake(&self, request: IncomingRequest) {
@@ -73,13 +73,13 @@ impl RequestHandler {
 
     /// Lets the store answer. Returns false when it does not: the node does not last, or the command is unknown.
     fn is_kept(&self, request: &IncomingRequest) -> bool {
-        let mut store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut store = self.store.lock();
         store.on_request(request, &mut *self.router(), Instant::now())
     }
 
     /// Returns peers that announced a topic to this node.
     pub(super) fn peers(&self, topic: &Id) -> Vec<Peer> {
-        self.store.lock().unwrap_or_else(PoisonError::into_inner).peers(topic, Instant::now())
+        self.store.lock().peers(topic, Instant::now())
     }
 
     fn on_holepunch(&self, request: &IncomingRequest) {

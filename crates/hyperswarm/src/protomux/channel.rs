@@ -2,10 +2,11 @@
 
 use std::fmt;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
+use parking_lot::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
 
 use super::inbox::{Inbox, Message, Queue};
@@ -63,7 +64,7 @@ impl Link {
     }
 
     fn local_id(&self) -> MutexGuard<'_, Option<u64>> {
-        self.local_id.lock().unwrap_or_else(PoisonError::into_inner)
+        self.local_id.lock()
     }
 
     /// Sends while the lock keeps the id this channel's own.

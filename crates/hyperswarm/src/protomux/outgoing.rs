@@ -1,8 +1,7 @@
 //! What a connection sends: each message alone, or many in one batch while someone holds them back.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use bytes::BytesMut;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::head::Head;
 use super::state::{BATCH, CONTROL};
@@ -108,6 +107,6 @@ impl Outgoing {
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+        self.held.lock()
     }
 }

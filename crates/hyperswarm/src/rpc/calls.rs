@@ -1,10 +1,10 @@
 //! What a channel of requests has under way, in both directions.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, oneshot};
 
 use super::codec::{EVENT, REQUEST, RESPONSE, Request, Response, encode_error};
@@ -111,11 +111,11 @@ impl Calls {
     }
 
     fn sent(&self) -> MutexGuard<'_, Sent> {
-        self.sent.lock().unwrap_or_else(PoisonError::into_inner)
+        self.sent.lock()
     }
 
     fn received(&self) -> MutexGuard<'_, Received> {
-        self.received.lock().unwrap_or_else(PoisonError::into_inner)
+        self.received.lock()
     }
 
     fn take_request(&self, responder: Responder<'_>, message: Bytes) -> Delivery {

@@ -67,9 +67,10 @@ impl Wire {
 #[cfg(test)]
 mod memory {
     use std::collections::VecDeque;
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
 
     use bytes::Bytes;
+    use parking_lot::Mutex;
     use tokio::sync::watch;
     use tokio_util::sync::CancellationToken;
 
@@ -132,7 +133,7 @@ mod memory {
         pub(super) fn end(&self) {
             let mut first = false;
             self.outgoing.send_modify(|queue| first = !std::mem::replace(&mut queue.ended, true));
-            let mut ends = self.ends.lock().unwrap();
+            let mut ends = self.ends.lock();
             *ends += usize::from(first);
             if *ends == 2 {
                 self.destroyed.cancel();

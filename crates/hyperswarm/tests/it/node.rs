@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
@@ -67,7 +68,7 @@ impl Node {
         arguments["id"] = json!(id);
         arguments["do"] = json!(action);
         let (answer, answered) = oneshot::channel();
-        self.waiting.lock().expect("no panic").insert(id, answer);
+        self.waiting.lock().insert(id, answer);
         self.stdin.lock().await.write_all(format!("{arguments}\n").as_bytes()).await.expect("the script listens");
         let answer = time::timeout(PATIENCE, answered).await;
         let answer = answer.unwrap_or_else(|_| panic!("no answer to {action} {arguments}"));
@@ -85,12 +86,12 @@ async fn hand_out(mut lines: tokio::io::Lines<BufReader<ChildStdout>>, waiting: 
         // The packages print warnings now and then.
         let Ok(answer) = serde_json::from_str::<Value>(&line) else { continue };
         let Some(id) = answer["id"].as_u64() else { continue };
-        let Some(asker) = waiting.lock().expect("no panic").remove(&id) else { continue };
+        let Some(asker) = waiting.lock().remove(&id) else { continue };
         let outcome = match answer.get("error") {
             Some(error) => Err(Failure::from_json(error)),
             None => Ok(answer["ok"].clone()),
         };
         let _ = asker.send(outcome);
     }
-    waiting.lock().expect("no panic").clear();
+    waiting.lock().clear();
 }

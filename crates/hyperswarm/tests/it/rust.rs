@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
+use parking_lot::Mutex;
 use tether_hyperswarm::crypto::{KeyPair, PublicKey, hash};
 use tether_hyperswarm::hyperdht::{Config, ConnectOptions, HyperDht, ServerOptions, records};
 use tether_hyperswarm::protomux::{self, Protomux};
@@ -119,7 +120,7 @@ impl RustServer {
     async fn listen(&self) {
         let server = self.node.dht.listen(self.node.keys.clone(), ServerOptions::default()).await.expect("listening");
         let (stop, shared, tasks) = (CancellationToken::new(), self.shared.clone(), self.tasks.clone());
-        *self.listening.lock().expect("no panic") = Some(stop.clone().drop_guard());
+        *self.listening.lock() = Some(stop.clone().drop_guard());
         self.tasks.spawn(async move {
             let key = server.public_key();
             while let Some(Some(stream)) = stop.run_until_cancelled(server.accept()).await {
@@ -143,22 +144,21 @@ impl RustServer {
     }
 
     pub(crate) fn events(&self) -> Vec<Vec<u8>> {
-        std::mem::take(&mut *self.shared.events.lock().expect("no panic"))
+        std::mem::take(&mut *self.shared.events.lock())
     }
 
     pub(crate) fn connections(&self) -> (u64, u64) {
-        let open = self.shared.connections.lock().expect("no panic").len();
+        let open = self.shared.connections.lock().len();
         (open as u64, self.shared.opened.load(Ordering::Relaxed) as u64)
     }
 
     pub(crate) async fn ask(&self, method: &str, value: &[u8]) -> Vec<Vec<u8>> {
-        let clients: Vec<Rpc> =
-            self.shared.connections.lock().expect("no panic").iter().map(|(_, rpc)| rpc.clone()).collect();
+        let clients: Vec<Rpc> = self.shared.connections.lock().iter().map(|(_, rpc)| rpc.clone()).collect();
         join_all(clients.iter().map(async |client| request(client, method, value).await.expect("an answer"))).await
     }
 
     pub(crate) async fn listen_again(&self) {
-        self.listening.lock().expect("no panic").take();
+        self.listening.lock().take();
         // The first listener takes its announcement back before another may follow it.
         for _ in 0..100 {
             match self.node.dht.listen(self.node.keys.clone(), ServerOptions::default()).await {
@@ -173,7 +173,7 @@ impl RustServer {
     }
 
     pub(crate) fn drop_connections(&self) {
-        for (mux, _) in self.shared.connections.lock().expect("no panic").iter() {
+        for (mux, _) in self.shared.connections.lock().iter() {
             mux.destroy();
         }
     }
@@ -187,16 +187,12 @@ async fn serve(shared: Arc<Shared>, stream: SecretStream, key: PublicKey) {
     let mux = Protomux::new(stream, protomux::Options::default());
     let (rpc, requests) = Rpc::open(&mux, key.as_bytes(), &rpc::Options::default()).expect("a new channel");
     mux.start();
-    shared.connections.lock().expect("no panic").push((mux.clone(), rpc.clone()));
+    shared.connections.lock().push((mux.clone(), rpc.clone()));
     answer(requests, &shared.events).await;
     mux.destroy();
     mux.closed().await;
     let stream = mux.stream();
-    shared
-        .connections
-        .lock()
-        .expect("no panic")
-        .retain(|(other, _)| other.stream().handshake_hash() != stream.handshake_hash());
+    shared.connections.lock().retain(|(other, _)| other.stream().handshake_hash() != stream.handshake_hash());
 }
 
 /// Answers until the channel is closed. Slow answers are overtaken.
@@ -204,7 +200,7 @@ async fn answer(requests: Requests, events: &Mutex<Vec<Vec<u8>>>) {
     let tasks = TaskTracker::new();
     while let Some(request) = requests.next().await {
         if request.is_event() {
-            events.lock().expect("no panic").push(value_of(&request).to_vec());
+            events.lock().push(value_of(&request).to_vec());
         } else if request.method() == "delay" {
             tasks.spawn(async move {
                 let value = value_of(&request);
@@ -290,12 +286,12 @@ impl RustClient {
 
     pub(crate) async fn connect(&self, name: &str, target: &Target) -> Result<(), Failure> {
         let connection = self.open(target).await?;
-        self.connections.lock().expect("no panic").insert(name.into(), Arc::new(connection));
+        self.connections.lock().insert(name.into(), Arc::new(connection));
         Ok(())
     }
 
     fn named(&self, name: &str) -> Arc<Connection> {
-        self.connections.lock().expect("no panic").get(name).expect("a connection of that name").clone()
+        self.connections.lock().get(name).expect("a connection of that name").clone()
     }
 
     pub(crate) async fn request(&self, name: &str, method: &str, value: &[u8]) -> Result<Vec<u8>, Failure> {
@@ -344,12 +340,12 @@ impl RustClient {
                     return;
                 }
                 if let Err(failure) = self.visit_once(target, index).await {
-                    failures.lock().expect("no panic").push(format!("{index}: {failure:?}"));
+                    failures.lock().push(format!("{index}: {failure:?}"));
                 }
             }
         }))
         .await;
-        failures.into_inner().expect("no panic")
+        failures.into_inner()
     }
 
     async fn visit_once(&self, target: &Target, index: usize) -> Result<(), Failure> {
@@ -369,7 +365,7 @@ impl RustClient {
     }
 
     pub(crate) async fn disconnect(&self, name: &str) {
-        let connection = self.connections.lock().expect("no panic").remove(name).expect("a connection of that name");
+        let connection = self.connections.lock().remove(name).expect("a connection of that name");
         connection.leave().await;
     }
 }

@@ -4,9 +4,10 @@
 //! few at a time, and whoever has nothing to say is asked ever more rarely.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use protocol::control::{Empty, PRESENCE_DESCRIBE};
 use protocol::health::HEARTBEAT;
 use protocol::signature::Signed;
@@ -212,8 +213,8 @@ impl Search {
         Ok(report)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Contacts> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> parking_lot::MutexGuard<'_, Contacts> {
+        self.asked.lock()
     }
 }
 

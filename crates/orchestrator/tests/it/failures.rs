@@ -76,7 +76,7 @@ async fn a_worker_that_does_not_acknowledge_is_set_aside() {
     }
     assert_eq!((mute.jobs_seen(), answering.jobs_seen()), (1, 5));
     // A worker that was started anew is not blamed for what it was.
-    *mute.manner.lock().expect("not poisoned") = Manner::Answer(1);
+    *mute.manner.lock() = Manner::Answer(1);
     mute.report(&stand, |report| report.epoch = 2).await.expect("believed");
     answering.report(&stand, |report| report.draining = true).await.expect("believed");
     stand.answer(&stand.job()).await.expect("answered by the restarted one");
@@ -88,7 +88,7 @@ async fn one_late_acknowledgement_does_not_shut_a_network_of_one_worker() {
     let worker = stand.worker(1, Manner::Mute).await;
     let error = stand.answer(&stand.job()).await.expect_err("it does not acknowledge");
     assert_eq!(error.code, ErrorCode::WorkerFailed);
-    *worker.manner.lock().expect("not poisoned") = Manner::Answer(1);
+    *worker.manner.lock() = Manner::Answer(1);
     stand.answer(&stand.job()).await.expect("there is no other");
 }
 
@@ -133,7 +133,7 @@ async fn a_model_that_keeps_failing_opens_its_breaker_and_a_probe_closes_it() {
     assert_eq!(refused.code, ErrorCode::BreakerOpen);
     assert!(refused.retry_after_ms.is_some_and(|wait| wait <= 1000));
     assert_eq!(worker.jobs_seen(), seen);
-    *worker.manner.lock().expect("not poisoned") = Manner::Answer(1);
+    *worker.manner.lock() = Manner::Answer(1);
     tokio::time::sleep(Duration::from_millis(1100)).await;
     stand.answer(&stand.job()).await.expect("the probe");
     stand.answer(&stand.job()).await.expect("closed again");

@@ -47,7 +47,7 @@ async fn a_prompt_that_is_read_for_ten_minutes_is_answered_and_speaks_well_of_it
     let worker = stand.worker(1, Manner::Read(600)).await;
     // As many as the breaker needs to judge, the others long enough to be slow for it.
     for seconds in [600, 90, 90, 90, 90, 90, 90, 90, 90, 90, 90] {
-        *worker.manner.lock().expect("not poisoned") = Manner::Read(seconds);
+        *worker.manner.lock() = Manner::Read(seconds);
         let begun = Instant::now();
         let answer = submit(&stand, &wanting_progress(&stand), Duration::from_mins(15)).await.expect("accepted");
         // The store has a thread of its own, which paused time would not wait for.
@@ -90,7 +90,7 @@ async fn a_running_answer_outlives_its_deadline_and_one_that_has_not_begun_does_
     let answer = submit(&stand, &wanting_progress(&stand), Duration::from_millis(3_500)).await.expect("accepted");
     let (chunks, _, error) = listen(answer).await;
     assert_eq!((error, chunks.len()), (None, 3));
-    *worker.manner.lock().expect("not poisoned") = Manner::Read(600);
+    *worker.manner.lock() = Manner::Read(600);
     let answer = submit(&stand, &wanting_progress(&stand), Duration::from_millis(1_500)).await.expect("accepted");
     let (chunks, _, error) = listen(answer).await;
     assert_eq!((chunks, error.map(|error| error.code)), (vec![], Some(ErrorCode::DeadlineExceeded)));

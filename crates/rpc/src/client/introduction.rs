@@ -1,9 +1,10 @@
 //! What is said first in a connection: who this node is.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use protocol::control::{Hello, NODE_HELLO};
 use protocol::{WireError, codec};
 use tokio::task::unconstrained;
@@ -42,7 +43,7 @@ impl Introduction {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

@@ -1,11 +1,12 @@
 //! One connection a peer: opened once however many wait for it, looked after, and not tried too often.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use protocol::control::{Empty, NODE_PING};
 use protocol::{PublicKey, codec};
 use tokio::sync::watch;
@@ -246,7 +247,7 @@ impl Peers {
 }
 
 fn lock(peers: &Mutex<Peers>) -> MutexGuard<'_, Peers> {
-    peers.lock().unwrap_or_else(PoisonError::into_inner)
+    peers.lock()
 }
 
 /// The opening of a connection.

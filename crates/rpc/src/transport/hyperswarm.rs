@@ -8,8 +8,8 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddrV4;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -21,6 +21,7 @@ use hyperswarm::hyperdht::{self, ConnectOptions, HyperDht, Server, ServerOptions
 use hyperswarm::protomux::{self, ChannelOptions, Overflow, Pairing, Protomux};
 use hyperswarm::rpc::{self as hyperswarm_rpc, Cause, IncomingRequest, RemoteError, Requests, Rpc, UNKNOWN_METHOD};
 use hyperswarm::secret_stream::SecretStream;
+use parking_lot::{Mutex, MutexGuard};
 use protocol::signature::NodeKey;
 use protocol::{ErrorCode, PublicKey, Topic, WireError, codec};
 use serde::{Deserialize, Serialize};
@@ -221,11 +222,11 @@ impl HyperswarmTransport {
     }
 
     fn announced(&self) -> MutexGuard<'_, HashMap<Topic, TopicAnnouncer>> {
-        self.announced.lock().unwrap_or_else(PoisonError::into_inner)
+        self.announced.lock()
     }
 
     fn hints(&self) -> MutexGuard<'_, HashMap<PublicKey, Vec<SocketAddrV4>>> {
-        self.hints.lock().unwrap_or_else(PoisonError::into_inner)
+        self.hints.lock()
     }
 }
 

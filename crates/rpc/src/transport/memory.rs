@@ -1,10 +1,11 @@
 //! A network within one process: what `tether up` and the tests run on.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use protocol::signature::NodeKey;
 use protocol::{PublicKey, Topic, WireError};
 use tokio::sync::{mpsc, oneshot};
@@ -46,14 +47,14 @@ struct Lifeline {
 
 impl Lifeline {
     fn hold(&self, connection: &CancellationToken) {
-        let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut connections = self.connections.lock();
         connections.retain(|connection| !connection.is_cancelled());
         connections.push(connection.clone());
     }
 
     fn cut(&self) {
         self.closed.cancel();
-        for connection in self.connections.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for connection in self.connections.lock().drain(..) {
             connection.cancel();
         }
     }
@@ -88,7 +89,7 @@ impl MemoryNetwork {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -1,8 +1,9 @@
 //! Nodes that show each other certificates.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use protocol::admission::{Certificate, Exclusion, RevocationList, certificate};
 use protocol::control::{
     CERTIFICATE_RENEW, Empty, Enrolled, Hello, NODE_HELLO, NodeInfo, NodeRole, POOL_STATE, PoolState, PoolStateRequest,
@@ -69,7 +70,7 @@ impl Pool {
     }
 
     pub(crate) fn certificate(&self, seed: u8, roles: &[NodeRole]) -> Certificate {
-        let mut serial = self.serial.lock().expect("not poisoned");
+        let mut serial = self.serial.lock();
         *serial += 1;
         let now = self.clock.now();
         Certificate {
@@ -308,8 +309,8 @@ fn registry(pool: &Arc<Pool>, node: &Node) -> FakeRegistry {
     pool.serve(node, NodeRole::Registry, |server| {
         server
             .unary(POOL_STATE, move |_, request: PoolStateRequest| {
-                *polls.lock().expect("not poisoned") += 1;
-                let list = list.lock().expect("not poisoned").clone();
+                *polls.lock() += 1;
+                let list = list.lock().clone();
                 let version = RevocationList::verify(&list, root).expect("a good list").version;
                 let revocations = (version != request.version).then_some(list);
                 async move { Ok(PoolState { version, revocations }) }
@@ -338,7 +339,7 @@ async fn a_revocation_is_known_within_five_seconds_and_outlives_the_registry() {
     assert!(worker.membership.is_member(keeper.key));
 
     let expelled = key(9).public_key();
-    *fake.list.lock().expect("not poisoned") = pool.list(5, &[expelled]);
+    *fake.list.lock() = pool.list(5, &[expelled]);
     let begun = Instant::now();
     worker.membership.until_revoked(expelled).await;
     assert!(begun.elapsed() <= SECOND * 5, "{:?}", begun.elapsed());

@@ -1,9 +1,9 @@
 //! Finds the nodes that have a file: workers that say so, and then the registries.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use protocol::control::{Empty, FLEET_LIST, Fleet, NodeRole};
 use protocol::health::HealthReport;
 use protocol::model::ModelKey;
@@ -98,7 +98,7 @@ impl Sources {
     }
 
     fn avoided(&self) -> MutexGuard<'_, BTreeMap<PublicKey, Instant>> {
-        self.avoided.lock().unwrap_or_else(PoisonError::into_inner)
+        self.avoided.lock()
     }
 }
 

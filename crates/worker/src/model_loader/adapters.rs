@@ -1,9 +1,10 @@
 //! The adapters of one model: attached to its engine at their first use, while it runs, and taken off again when others
 //! need the room (W3).
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use engine::{AdapterId, ModelId};
+use parking_lot::{Mutex, MutexGuard};
 use protocol::AdapterName;
 use tokio::sync::{Notify, OnceCell};
 
@@ -98,7 +99,7 @@ impl Adapters {
     }
 
     fn shelf(&self) -> MutexGuard<'_, Shelf> {
-        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shelf.lock()
     }
 }
 

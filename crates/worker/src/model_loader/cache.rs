@@ -1,10 +1,11 @@
 //! The models of a worker and how far each is.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use engine::{LoadSnapshot, LoadedModel, ModelId};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use protocol::control::ModelPlaceState;
 use protocol::health::{CachedModel, LoadProgress, ModelState, REASON_BYTES_MAX};
 use protocol::model::ModelKey;
@@ -205,14 +206,14 @@ impl ModelCache {
     /// Adds a model that is loaded when somebody asks for it, and returns its entry.
     pub(crate) fn add(&self, model: ServedModel) -> Arc<Entry> {
         let added = Arc::new(Entry::new(model, Status::Absent, self.stirred.clone()));
-        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.entries.write();
         *entries = entries.iter().chain([&added]).cloned().collect();
         added
     }
 
     /// Takes a model off the list: no more jobs of it are taken, and it is unloaded once those that run have ended.
     pub(crate) fn remove(&self, key: &ModelKey) {
-        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.entries.write();
         let (gone, kept): (Vec<_>, Vec<_>) = entries.iter().cloned().partition(|entry| entry.key == *key);
         *entries = kept.into();
         self.leaving().extend(gone.iter().cloned());
@@ -236,11 +237,11 @@ impl ModelCache {
     }
 
     fn leaving(&self) -> MutexGuard<'_, Vec<Arc<Entry>>> {
-        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
+        self.leaving.lock()
     }
 
     pub(crate) fn entries(&self) -> Arc<[Arc<Entry>]> {
-        self.entries.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.entries.read().clone()
     }
 
     pub(crate) fn find(&self, key: &ModelKey) -> Option<Arc<Entry>> {
@@ -335,7 +336,7 @@ impl Entry {
 
     /// Returns the facts by which residency is decided.
     pub(crate) fn seat(&self) -> MutexGuard<'_, Seat> {
-        self.seat.lock().unwrap_or_else(PoisonError::into_inner)
+        self.seat.lock()
     }
 
     /// Follows what the registry's list says of how long it is kept. Says whether it is pinned from now on and was not before.
@@ -349,7 +350,7 @@ impl Entry {
     }
 
     fn wish(&self, change: impl FnOnce(&mut Wishes)) -> bool {
-        let mut wishes = self.wishes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wishes = self.wishes.lock();
         change(&mut wishes);
         let is_pinned = self.model.is_pinned(wishes.pin);
         let keep_alive = match wishes.asked {
@@ -546,18 +547,18 @@ impl Entry {
     pub(crate) fn remember(&self, id: ModelId, marks: impl Iterator<Item = PrefixDigest>) {
         // A job may outlive its engine; the next engine has nothing of it.
         if self.loaded().is_some_and(|loaded| loaded.id == id) {
-            self.warm.lock().unwrap_or_else(PoisonError::into_inner).remember(marks);
+            self.warm.lock().remember(marks);
         }
     }
 
     fn warm_prefixes(&self) -> Vec<PrefixDigest> {
-        self.warm.lock().unwrap_or_else(PoisonError::into_inner).list()
+        self.warm.lock().list()
     }
 
     /// Makes the model answer on an engine that has evaluated nothing yet.
     pub(crate) fn set_ready(&self, loaded: LoadedModel) {
         self.adapters.begin(loaded.id);
-        *self.warm.lock().unwrap_or_else(PoisonError::into_inner) = WarmPrefixes::default();
+        *self.warm.lock() = WarmPrefixes::default();
         self.status.send_replace(Status::Ready(loaded));
     }
 

@@ -1,6 +1,6 @@
 //! How adapters are attached to a model that runs, and taken off again.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use artifact_store::ArtifactStore;
 use async_trait::async_trait;
@@ -9,6 +9,7 @@ use engine::{
     AdapterId, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan,
     MockOptions, MockRuntime, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
 };
+use parking_lot::Mutex;
 use protocol::health::ModelState;
 use protocol::infer::{EmbedInput, InferRequest, Input};
 use protocol::{AdapterName, Digest, ErrorCode};
@@ -65,7 +66,7 @@ impl Scene {
 }
 
 fn calls_of(calls: &Calls) -> Vec<Call> {
-    calls.lock().expect("not poisoned").clone()
+    calls.lock().clone()
 }
 
 fn add(id: u64, adapter: &str) -> Call {
@@ -193,7 +194,7 @@ struct Attaching {
 
 impl Attaching {
     fn note(&self, call: impl FnOnce(u64) -> Call) {
-        let mut calls = self.calls.lock().expect("not poisoned");
+        let mut calls = self.calls.lock();
         let added = calls.iter().filter(|call| matches!(call, Call::Add(..))).count() as u64;
         let call = call(added + 1);
         calls.push(call);

@@ -1,9 +1,10 @@
 //! Networks of real nodes on this host that keep records.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 
 use super::*;
@@ -45,7 +46,7 @@ impl Default for Keeper {
 
 impl Handler for Keeper {
     fn on_request(&self, request: IncomingRequest) {
-        let mut kept = self.kept.lock().unwrap();
+        let mut kept = self.kept.lock();
         let (store, routes) = &mut *kept;
         if !store.on_request(&request, routes, Instant::now()) {
             request.error(UNKNOWN_COMMAND);
@@ -71,7 +72,7 @@ impl TestNode {
     }
 
     pub(in crate::hyperdht) fn knows_route(&self, public_key: &PublicKey) -> bool {
-        self.keeper.kept.lock().unwrap().1.routes.contains_key(&hash(&[public_key.as_bytes()]))
+        self.keeper.kept.lock().1.routes.contains_key(&hash(&[public_key.as_bytes()]))
     }
 }
 
