@@ -35,11 +35,7 @@ use self::tls::Tls;
 use crate::config::seconds;
 use crate::gateway::Gateway;
 
-pub(crate) use openapi::{
-    AdapterAdd, AdapterEntry, AdapterList, AdapterRemoved, AliasEntry, AliasList, AliasRemoved, AliasSet, Decision,
-    Errors, Fleet, InviteCreate, InviteCreated, Members, ModelAdd, ModelEntry, ModelFacts, ModelKept, ModelPlaces,
-    ModelRemoved, NewName, NodeRenamed, NodeRevoked, TokenCreate, TokenCreated, TokenList, TokenRevoked,
-};
+pub(crate) use openapi::ModelFacts;
 
 /// The wait after the system refused a connection, for want of file descriptors perhaps.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

@@ -1,6 +1,7 @@
 //! Responses without an answer: JSON, errors, and the headers that go with them.
 
 use axum::body::Body;
+use axum::response::IntoResponse;
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use protocol::{CorrelationId, ErrorCode, WireError};
@@ -8,12 +9,15 @@ use serde::Serialize;
 
 use crate::openai::response::error;
 use crate::rate_limit::{Quota, Verdict};
+use crate::request_context::RequestContext;
 
+/// Bears the name of the request, or of its job.
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The wait told where the error itself tells none and clients should wait.
 const DEFAULT_WAIT_MS: u64 = 1000;
 
 /// Makes an error's response.
-pub(crate) fn failure(error: &WireError) -> Response<Body> {
+pub(super) fn failure(error: &WireError) -> Response<Body> {
     let mut body = BytesMut::new();
     error::write(error, &mut body);
     let mut response = Response::new(Body::from(body.freeze()));
@@ -42,6 +46,26 @@ pub(crate) fn failure(error: &WireError) -> Response<Body> {
     response
 }
 
+/// Why a request that is no job is refused.
+pub(super) struct ApiError(WireError);
+
+impl From<WireError> for ApiError {
+    fn from(error: WireError) -> Self {
+        Self(error)
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response<Body> {
+        failure(&self.0)
+    }
+}
+
+/// Makes an error's response that bears the request's name.
+pub(super) fn refuse(context: RequestContext, error: &WireError) -> Response<Body> {
+    with_request(failure(error), context.correlation_id)
+}
+
 /// Returns how long a client should wait, where it should.
 fn wait_ms(error: &WireError) -> Option<u64> {
     let retryable = matches!(error.code.http_status(), 409 | 429 | 503);
@@ -49,8 +73,8 @@ fn wait_ms(error: &WireError) -> Option<u64> {
 }
 
 /// Adds the request's name.
-pub(crate) fn with_request(mut response: Response<Body>, request: CorrelationId) -> Response<Body> {
-    response.headers_mut().insert(HeaderName::from_static("x-request-id"), text(&request.to_string()));
+pub(super) fn with_request(mut response: Response<Body>, request: CorrelationId) -> Response<Body> {
+    response.headers_mut().insert(REQUEST_ID, text(&request.to_string()));
     response
 }
 
@@ -82,7 +106,7 @@ pub(super) fn text(value: &str) -> HeaderValue {
 }
 
 /// Makes a JSON response.
-pub(crate) fn json<T: Serialize>(value: &T) -> Response<Body> {
+pub(super) fn json<T: Serialize>(value: &T) -> Response<Body> {
     match serde_json::to_vec(value) {
         Ok(body) => {
             let mut response = Response::new(Body::from(body));

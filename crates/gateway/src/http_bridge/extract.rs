@@ -2,24 +2,23 @@
 
 use std::convert::Infallible;
 
-use axum::body::Body;
 use axum::extract::{FromRequestParts, Path};
 use http::request::Parts;
-use http::{Extensions, HeaderMap, Response, header};
+use http::{Extensions, HeaderMap, header};
 use protocol::{CorrelationId, ErrorCode, TraceId, WireError};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::errors;
+use super::errors::ApiError;
 use crate::gateway::Gateway;
 use crate::request_context::RequestContext;
 
 /// What handlers need.
 #[derive(Clone)]
-pub(crate) struct Bridge {
-    pub(crate) gateway: Gateway,
+pub(super) struct Bridge {
+    pub(super) gateway: Gateway,
     /// Cancelled once the gateway is asked to stop.
-    pub(crate) stop: CancellationToken,
+    pub(super) stop: CancellationToken,
 }
 
 /// Returns what is known of a request.
@@ -34,22 +33,22 @@ pub(super) fn context(extensions: &Extensions) -> RequestContext {
 }
 
 /// What is known of a request whose body does not matter.
-pub(crate) struct Inquiry {
-    pub(crate) context: RequestContext,
-    pub(crate) token: Option<String>,
+pub(super) struct Inquiry {
+    pub(super) context: RequestContext,
+    pub(super) token: Option<String>,
 }
 
 /// A part of a path that names something.
-pub(crate) struct Segment(pub(crate) String);
+pub(super) struct Segment(pub(super) String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Segment {
-    type Rejection = Response<Body>;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response<Body>> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let segment = Path::<String>::from_request_parts(parts, state).await;
         segment.map(|Path(text)| Self(text)).map_err(|_| {
             let message = "the path is not UTF-8 once its percent signs are decoded";
-            respond(context(&parts.extensions), Err(WireError::new(ErrorCode::NotFound, message)))
+            WireError::new(ErrorCode::NotFound, message).into()
         })
     }
 }
@@ -61,11 +60,6 @@ impl<S: Sync> FromRequestParts<S> for Inquiry {
         let token = token(&parts.headers).map(str::to_owned);
         Ok(Self { context: context(&parts.extensions), token })
     }
-}
-
-/// Makes the response of a request that is no job.
-pub(crate) fn respond(context: RequestContext, outcome: Result<Response<Body>, WireError>) -> Response<Body> {
-    errors::with_request(outcome.unwrap_or_else(|error| errors::failure(&error)), context.correlation_id)
 }
 
 /// Returns the API token of a request. Whatever is no text is no token either, but it was an attempt at one.

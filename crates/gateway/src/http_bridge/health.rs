@@ -8,7 +8,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::errors;
-use super::extract::{Bridge, Inquiry, respond};
+use super::extract::{Bridge, Inquiry};
 
 /// How OpenMetrics text is announced.
 const OPEN_METRICS: HeaderValue =
@@ -63,26 +63,27 @@ pub(super) async fn alias() -> Response<Body> {
     ),
 )]
 pub(super) async fn ready(State(bridge): State<Bridge>, Inquiry { context, .. }: Inquiry) -> Response<Body> {
-    if bridge.stop.is_cancelled() {
-        return respond(context, Err(WireError::new(ErrorCode::Unavailable, "this gateway is stopping")));
+    match readiness(&bridge).await {
+        Ok(readiness) => errors::json(&readiness),
+        Err(error) => errors::refuse(context, &error),
     }
-    match bridge.gateway.is_routable().await {
-        Ok(true) => {}
-        Ok(false) => {
-            return respond(context, Err(WireError::new(ErrorCode::NoCapacity, "no worker has a model ready")));
-        }
-        Err(unknown) => return respond(context, Err(unknown)),
+}
+
+async fn readiness(bridge: &Bridge) -> Result<Readiness, WireError> {
+    if bridge.stop.is_cancelled() {
+        return Err(WireError::new(ErrorCode::Unavailable, "this gateway is stopping"));
+    }
+    if !bridge.gateway.is_routable().await? {
+        return Err(WireError::new(ErrorCode::NoCapacity, "no worker has a model ready"));
     }
     let membership = bridge.gateway.membership();
     if !membership.is_registry_away() {
-        return errors::json(&Readiness { status: "ok", registry_silent_secs: None, closes_in_secs: None });
+        return Ok(Readiness { status: "ok", registry_silent_secs: None, closes_in_secs: None });
     }
-    if let Err(closed) = bridge.gateway.check_registry() {
-        return respond(context, Err(closed));
-    }
+    bridge.gateway.check_registry()?;
     let silence = membership.registry_silence();
     let left = bridge.gateway.config().registry_absence.saturating_sub(silence);
-    errors::json(&Readiness {
+    Ok(Readiness {
         status: "degraded",
         registry_silent_secs: Some(silence.as_secs()),
         closes_in_secs: Some(left.as_secs()),

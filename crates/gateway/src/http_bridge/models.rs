@@ -1,12 +1,11 @@
 //! The models that are served.
 
-use axum::body::Body;
+use axum::Json;
 use axum::extract::State;
-use http::Response;
 use protocol::control::Scope;
 
-use super::errors;
-use super::extract::{Bridge, Inquiry, Segment, respond};
+use super::errors::ApiError;
+use super::extract::{Bridge, Inquiry, Segment};
 use crate::catalog;
 use crate::openai::response::models::{Model, ModelList};
 
@@ -15,14 +14,11 @@ use crate::openai::response::models::{Model, ModelList};
     get, path = "/v1/models", tag = "openai", operation_id = "listModels", security(("bearer" = [])),
     responses((status = 200, description = "The models", body = ModelList), super::openapi::Errors),
 )]
-pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Response<Body> {
-    let listed = async {
-        let gateway = &bridge.gateway;
-        let grant = gateway.authenticate(inquiry.token.as_deref(), inquiry.context.origin, Scope::Infer).await?;
-        let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
-        Ok(errors::json(&ModelList::served(&models, &fleet, &grant.policy)))
-    };
-    respond(inquiry.context, listed.await)
+pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Result<Json<ModelList>, ApiError> {
+    let gateway = &bridge.gateway;
+    let grant = gateway.authenticate(inquiry.token.as_deref(), inquiry.context.origin, Scope::Infer).await?;
+    let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
+    Ok(Json(ModelList::served(&models, &fleet, &grant.policy)))
 }
 
 /// Tells about one model, where it is one of those that the list has.
@@ -31,23 +27,24 @@ pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Resp
     params(("id" = String, Path, description = "`name`, which is its newest version, or `name@MAJOR.MINOR`")),
     responses((status = 200, description = "The model", body = Model), super::openapi::Errors),
 )]
-pub(super) async fn get(State(bridge): State<Bridge>, Segment(id): Segment, inquiry: Inquiry) -> Response<Body> {
-    let found = async {
-        let (gateway, token) = (&bridge.gateway, inquiry.token.as_deref());
-        let grant = gateway.authenticate(token, inquiry.context.origin, Scope::Infer).await?;
-        let named = catalog::parse_ref(&id)?;
-        let meant = gateway.meant(&named).await?;
-        for target in &meant {
-            // One that was registered just now is looked up anew.
-            let _ = gateway.model(target).await;
-        }
-        let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
-        let model = Model::named(&named, &meant, &models, &fleet, &grant.policy);
-        let model = model.ok_or_else(|| catalog::not_found(&id))?;
-        if !model.is_served() {
-            return Err(catalog::not_served(&id));
-        }
-        Ok(errors::json(&model))
-    };
-    respond(inquiry.context, found.await)
+pub(super) async fn get(
+    State(bridge): State<Bridge>,
+    Segment(id): Segment,
+    inquiry: Inquiry,
+) -> Result<Json<Model>, ApiError> {
+    let gateway = &bridge.gateway;
+    let grant = gateway.authenticate(inquiry.token.as_deref(), inquiry.context.origin, Scope::Infer).await?;
+    let named = catalog::parse_ref(&id)?;
+    let meant = gateway.meant(&named).await?;
+    for target in &meant {
+        // One that was registered just now is looked up anew.
+        let _ = gateway.model(target).await;
+    }
+    let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
+    let model = Model::named(&named, &meant, &models, &fleet, &grant.policy);
+    let model = model.ok_or_else(|| catalog::not_found(&id))?;
+    if !model.is_served() {
+        return Err(catalog::not_served(&id).into());
+    }
+    Ok(Json(model))
 }

@@ -2,13 +2,15 @@
 
 use axum::Router;
 use axum::body::Body;
+use axum::extract::Request;
+use axum::middleware::{self, Next};
 use axum::routing::{delete, get, post};
 use http::{HeaderName, HeaderValue, Method, Response, Uri};
 use protocol::{ErrorCode, WireError};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
-use super::extract::{Bridge, Inquiry, respond};
-use super::{GatewayError, admin, chat, completions, embeddings, health, infer, input_tokens, models, openapi};
+use super::extract::{Bridge, Inquiry, context};
+use super::{GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, models, openapi};
 
 /// The headers of ours that pages of other origins may read.
 const EXPOSED: [&str; 14] = [
@@ -31,7 +33,7 @@ const EXPOSED: [&str; 14] = [
 /// Builds the router. Each route is also in the OpenAPI document; a test compares them.
 pub(super) fn router(bridge: Bridge) -> Router {
     let origins = bridge.gateway.config().cors_origins.clone();
-    let router = Router::new()
+    let api = Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/chat/completions/input_tokens", post(input_tokens::count))
         .route("/v1/completions", post(completions::create))
@@ -39,40 +41,47 @@ pub(super) fn router(bridge: Bridge) -> Router {
         .route("/v1/models", get(models::list))
         .route("/v1/models/{id}", get(models::get))
         .route("/infer", post(infer::create))
+        .route("/admin/v1/nodes", get(admin::fleet::list))
+        .route("/admin/v1/models", get(admin::models::list).post(admin::models::add))
+        .route("/admin/v1/models/{id}", delete(admin::models::remove))
+        .route("/admin/v1/models/{id}/load", post(admin::models::load))
+        .route("/admin/v1/models/{id}/keep", post(admin::models::keep))
+        .route("/admin/v1/models/{id}/unload", post(admin::models::unload))
+        .route("/admin/v1/aliases", get(admin::aliases::list).post(admin::aliases::set))
+        .route("/admin/v1/aliases/{alias}", delete(admin::aliases::remove))
+        .route("/admin/v1/members", get(admin::members::list))
+        .route("/admin/v1/members/{public_key}", delete(admin::members::revoke).patch(admin::members::rename))
+        .route("/admin/v1/invites", post(admin::members::create_invite))
+        .route("/admin/v1/jobs/{correlation_id}/decision", get(admin::fleet::decision))
+        .route("/admin/v1/tokens", get(admin::tokens::list).post(admin::tokens::create))
+        .route("/admin/v1/tokens/{key_id}", delete(admin::tokens::revoke))
+        .route("/admin/v1/adapters", get(admin::adapters::list).post(admin::adapters::add))
+        .route("/admin/v1/adapters/{id}", delete(admin::adapters::remove))
+        .layer(middleware::from_fn(name_request));
+    let operations = Router::new()
         .route("/healthz", get(health::live))
         .route("/health", get(health::alias))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(health::metrics))
         .route("/version", get(health::version))
-        .route("/openapi.json", get(openapi::document))
-        .route("/admin/v1/nodes", get(admin::nodes))
-        .route("/admin/v1/models", get(admin::models).post(admin::add_model))
-        .route("/admin/v1/models/{id}", delete(admin::remove_model))
-        .route("/admin/v1/models/{id}/load", post(admin::load_model))
-        .route("/admin/v1/models/{id}/keep", post(admin::keep_model))
-        .route("/admin/v1/models/{id}/unload", post(admin::unload_model))
-        .route("/admin/v1/aliases", get(admin::aliases).post(admin::set_alias))
-        .route("/admin/v1/aliases/{alias}", delete(admin::remove_alias))
-        .route("/admin/v1/members", get(admin::members))
-        .route("/admin/v1/members/{public_key}", delete(admin::revoke_member).patch(admin::rename_member))
-        .route("/admin/v1/invites", post(admin::create_invite))
-        .route("/admin/v1/jobs/{correlation_id}/decision", get(admin::decision))
-        .route("/admin/v1/tokens", get(admin::tokens).post(admin::create_token))
-        .route("/admin/v1/tokens/{key_id}", delete(admin::revoke_token))
-        .route("/admin/v1/adapters", get(admin::adapters).post(admin::add_adapter))
-        .route("/admin/v1/adapters/{id}", delete(admin::remove_adapter))
-        .fallback(no_path)
-        .method_not_allowed_fallback(no_method)
-        .with_state(bridge);
+        .route("/openapi.json", get(openapi::document));
+    let router = api.merge(operations).fallback(no_path).method_not_allowed_fallback(no_method).with_state(bridge);
     match cors(&origins) {
         Some(layer) => router.layer(layer),
         None => router,
     }
 }
 
+/// Adds the request's name to a response that does not bear its job's.
+async fn name_request(request: Request, next: Next) -> Response<Body> {
+    let name = context(request.extensions()).correlation_id;
+    let response = next.run(request).await;
+    if response.headers().contains_key(errors::REQUEST_ID) { response } else { errors::with_request(response, name) }
+}
+
 async fn no_path(uri: Uri, inquiry: Inquiry) -> Response<Body> {
     let message = nothing_under(uri.path());
-    respond(inquiry.context, Err(WireError::new(ErrorCode::NotFound, message)))
+    errors::refuse(inquiry.context, &WireError::new(ErrorCode::NotFound, message))
 }
 
 /// Most often the base address that a client was given has no /v1, or has it and the client adds another.
@@ -87,7 +96,7 @@ fn nothing_under(path: &str) -> String {
 
 async fn no_method(inquiry: Inquiry) -> Response<Body> {
     let message = "this path does not take this method; the header Allow tells which";
-    respond(inquiry.context, Err(WireError::new(ErrorCode::MethodNotAllowed, message)))
+    errors::refuse(inquiry.context, &WireError::new(ErrorCode::MethodNotAllowed, message))
 }
 
 /// Checks that the configured origins are some.

@@ -1,0 +1,57 @@
+//! Other names for models.
+
+use axum::Json;
+use protocol::control::{
+    ALIAS_REMOVE, ALIAS_SET, AliasList, AliasRemove, AliasRemoved, AliasSet, CATALOG_LIST, Catalog, Empty,
+};
+use protocol::model::AliasEntry;
+use tracing::info;
+
+use super::{AdminBody, Operator, openapi};
+use crate::catalog;
+use crate::http_bridge::errors::ApiError;
+use crate::http_bridge::extract::Segment;
+
+/// Lists the aliases, also those whose model is gone.
+#[utoipa::path(
+    get, path = "/admin/v1/aliases", tag = "admin", operation_id = "listAliases", security(("bearer" = [])),
+    responses(
+        (status = 200, description = "Every alias, by name", body = openapi::AliasList),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn list(operator: Operator) -> Result<Json<AliasList>, ApiError> {
+    let Catalog { aliases, .. } = operator.gateway.ask_registry(CATALOG_LIST, &Empty {}).await?;
+    Ok(Json(AliasList { aliases }))
+}
+
+/// Gives a model another name, within five seconds.
+#[utoipa::path(
+    post, path = "/admin/v1/aliases", tag = "admin", operation_id = "setAlias", security(("bearer" = [])),
+    request_body(content = openapi::AliasSet, content_type = "application/json"),
+    responses(
+        (status = 200, description = "The alias as it is kept", body = openapi::AliasEntry),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn set(operator: Operator, AdminBody(new): AdminBody<AliasSet>) -> Result<Json<AliasEntry>, ApiError> {
+    let set: AliasEntry = operator.ask_registry(ALIAS_SET, new).await?;
+    info!(alias = %set.alias, target = %set.target, "alias set");
+    Ok(Json(set))
+}
+
+/// Forgets an alias; requests for it are refused within five seconds.
+#[utoipa::path(
+    delete, path = "/admin/v1/aliases/{alias}", tag = "admin", operation_id = "removeAlias", security(("bearer" = [])),
+    params(("alias" = String, Path, description = "The name")),
+    responses(
+        (status = 200, description = "Whether there was such an alias", body = openapi::AliasRemoved),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn remove(Segment(alias): Segment, operator: Operator) -> Result<Json<AliasRemoved>, ApiError> {
+    let request = AliasRemove { alias: alias.parse().map_err(|_| catalog::not_found(&alias))? };
+    let removed: AliasRemoved = operator.ask_registry(ALIAS_REMOVE, request).await?;
+    info!(alias, found = removed.found, "alias forgotten");
+    Ok(Json(removed))
+}

@@ -1,0 +1,37 @@
+//! The live workers, and how jobs were placed on them.
+
+use axum::Json;
+use protocol::control::{Decision, Fleet};
+use protocol::{CorrelationId, ErrorCode, WireError};
+
+use super::{Operator, openapi};
+use crate::http_bridge::errors::ApiError;
+use crate::http_bridge::extract::Segment;
+
+/// Lists the live workers.
+#[utoipa::path(
+    get, path = "/admin/v1/nodes", tag = "admin", operation_id = "listNodes", security(("bearer" = [])),
+    responses(
+        (status = 200, description = "The live workers", body = openapi::Fleet),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn list(operator: Operator) -> Result<Json<Fleet>, ApiError> {
+    Ok(Json(operator.gateway.fleet_now().await?))
+}
+
+/// Tells how a job was placed: every try, and every candidate of each.
+#[utoipa::path(
+    get, path = "/admin/v1/jobs/{correlationId}/decision", tag = "admin", operation_id = "explainJob", security(("bearer" = [])),
+    params(("correlationId" = String, Path, description = "The job's name, as `x-tether-decision` told it")),
+    responses(
+        (status = 200, description = "How it was placed", body = openapi::Decision),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn decision(Segment(correlation_id): Segment, operator: Operator) -> Result<Json<Decision>, ApiError> {
+    let correlation_id: CorrelationId = correlation_id.parse().map_err(|malformed: protocol::MalformedId| {
+        WireError::new(ErrorCode::InvalidValue, malformed.to_string()).with_param("correlationId")
+    })?;
+    Ok(Json(operator.gateway.explain(correlation_id).await?))
+}

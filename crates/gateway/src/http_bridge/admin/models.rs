@@ -1,0 +1,174 @@
+//! The registered models, and which of them workers hold.
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::RawQuery;
+use protocol::control::{
+    MODEL_ADD, MODEL_KEEP, MODEL_REMOVE, ModelAdd, ModelKeep, ModelMove, ModelPlaces, ModelRemove, ModelRemoved,
+};
+use protocol::health::{CachedModel, ModelState};
+use protocol::model::{ModelEntry, ModelKey, ModelRef};
+use protocol::{ErrorCode, ModelName, ModelVersion, WireError};
+use serde::Deserialize;
+use tracing::info;
+
+use super::{AdminBody, Operator, decode, openapi, read};
+use crate::catalog;
+use crate::gateway::Gateway;
+use crate::http_bridge::errors::ApiError;
+use crate::http_bridge::extract::Segment;
+use crate::openai::response::models::ModelList;
+
+/// Lists every registered model, also those that no worker serves.
+#[utoipa::path(
+    get, path = "/admin/v1/models", tag = "admin", operation_id = "listRegisteredModels", security(("bearer" = [])),
+    responses(
+        (status = 200, description = "Every model, by name and then by version", body = ModelList),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn list(Operator { gateway, .. }: Operator) -> Result<Json<ModelList>, ApiError> {
+    let (models, fleet) = (gateway.models_now().await?, gateway.fleet_now().await?);
+    Ok(Json(ModelList::registered(&models, &fleet)))
+}
+
+/// Registers a model. Its artifact must lie where workers find it.
+#[utoipa::path(
+    post, path = "/admin/v1/models", tag = "admin", operation_id = "addModel", security(("bearer" = [])),
+    request_body(content = openapi::ModelAdd, content_type = "application/json"),
+    responses(
+        (status = 200, description = "The model as it is registered", body = openapi::ModelEntry),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn add(operator: Operator, AdminBody(new): AdminBody<ModelAdd>) -> Result<Json<ModelEntry>, ApiError> {
+    let added: ModelEntry = operator.ask_registry(MODEL_ADD, new).await?;
+    info!(model = %added.key, digest = %added.digest, "model registered");
+    Ok(Json(added))
+}
+
+/// Forgets a model. It stays while a worker holds it or an alias stands for it, unless that is forced.
+#[utoipa::path(
+    delete, path = "/admin/v1/models/{id}", tag = "admin", operation_id = "removeModel", security(("bearer" = [])),
+    params(
+        ("id" = String, Path, description = "`name@MAJOR.MINOR`, or `name` where it has one version"),
+        ("force" = Option<bool>, Query, description = "Forget it although it is in use, and the aliases that stand for it"),
+    ),
+    responses(
+        (status = 200, description = "What was forgotten", body = openapi::ModelRemoved),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn remove(
+    Segment(id): Segment,
+    RawQuery(query): RawQuery,
+    operator: Operator,
+) -> Result<Json<ModelRemoved>, ApiError> {
+    let ModelRef { name: model_id, version, adapter: None } = catalog::parse_ref(&id)? else {
+        return Err(catalog::not_found(&id).into());
+    };
+    let force = query.is_some_and(|query| query.split('&').any(|part| part == "force=true"));
+    if !force {
+        check_unloaded(&operator.gateway, &model_id, version).await?;
+    }
+    let removed: ModelRemoved = operator.ask_registry(MODEL_REMOVE, ModelRemove { model_id, version, force }).await?;
+    info!(model = %removed.key, found = removed.found, "model forgotten");
+    Ok(Json(removed))
+}
+
+/// Refuses to forget a model that a worker holds or loads. Where no orchestrator answers, that is not known.
+async fn check_unloaded(gateway: &Gateway, name: &ModelName, version: Option<ModelVersion>) -> Result<(), WireError> {
+    let Ok(fleet) = gateway.fleet_now().await else { return Ok(()) };
+    for worker in &fleet.workers {
+        let is_it = |cached: &&CachedModel| {
+            let key = &cached.key;
+            key.model_id == *name
+                && version.is_none_or(|version| key.version == version)
+                && matches!(cached.state, ModelState::Ready | ModelState::Loading)
+        };
+        if let Some(held) = worker.report.model_cache.iter().find(is_it) {
+            let message = format!(
+                "{} is in the memory of worker {}; wait until it is unloaded, or force it (--force)",
+                held.key,
+                worker.report.worker_id.short()
+            );
+            return Err(WireError::new(ErrorCode::InvalidValue, message).with_param("model"));
+        }
+    }
+    Ok(())
+}
+
+/// Has the workers that serve a model bring it into memory, and says where it is by then.
+#[utoipa::path(
+    post, path = "/admin/v1/models/{id}/load", tag = "admin", operation_id = "loadModel", security(("bearer" = [])),
+    params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
+    request_body(content = openapi::ModelKept, content_type = "application/json"),
+    responses(
+        (status = 200, description = "Where it is", body = openapi::ModelPlaces),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn load(Segment(id): Segment, operator: Operator, body: Body) -> Result<Json<ModelPlaces>, ApiError> {
+    let bytes = read(body).await?;
+    // A request without a body loads the model and changes nothing.
+    let change: Kept = if bytes.is_empty() { Kept::default() } else { decode(&bytes)? };
+    let keep_alive_secs = change.keep_alive_secs;
+    let key = operator.gateway.model_key(&id).await?;
+    if keep_alive_secs.is_some() {
+        set_keep(&operator, &key, Kept { pin: None, keep_alive_secs }).await?;
+    }
+    info!(model = %key, keep_alive_secs, "an operator has the model loaded");
+    Ok(Json(operator.gateway.move_model(ModelMove { key, load: true, keep_alive_secs }).await?))
+}
+
+/// Has the workers that serve a model let it leave their memory, unless jobs run on it, and says where it is by then.
+#[utoipa::path(
+    post, path = "/admin/v1/models/{id}/unload", tag = "admin", operation_id = "unloadModel", security(("bearer" = [])),
+    params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
+    responses(
+        (status = 200, description = "Where it is", body = openapi::ModelPlaces),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn unload(Segment(id): Segment, operator: Operator) -> Result<Json<ModelPlaces>, ApiError> {
+    let key = operator.gateway.model_key(&id).await?;
+    info!(model = %key, "an operator has the model unloaded");
+    Ok(Json(operator.gateway.move_model(ModelMove { key, load: false, keep_alive_secs: None }).await?))
+}
+
+/// Says how long workers keep a model in memory, for good: unless their own settings say otherwise, they follow within
+/// seconds, also after a restart.
+#[utoipa::path(
+    post, path = "/admin/v1/models/{id}/keep", tag = "admin", operation_id = "keepModel", security(("bearer" = [])),
+    params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
+    request_body(content = openapi::ModelKept, content_type = "application/json"),
+    responses(
+        (status = 200, description = "The model as it is registered", body = openapi::ModelEntry),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn keep(
+    Segment(id): Segment,
+    operator: Operator,
+    AdminBody(change): AdminBody<Kept>,
+) -> Result<Json<ModelEntry>, ApiError> {
+    let key = operator.gateway.model_key(&id).await?;
+    Ok(Json(set_keep(&operator, &key, change).await?))
+}
+
+/// What is to be changed of how long workers keep a model.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct Kept {
+    pin: Option<bool>,
+    keep_alive_secs: Option<i64>,
+}
+
+async fn set_keep(operator: &Operator, key: &ModelKey, change: Kept) -> Result<ModelEntry, WireError> {
+    let Kept { pin, keep_alive_secs } = change;
+    let ModelKey { model_id, version } = key.clone();
+    let request = ModelKeep { model_id, version: Some(version), pin, keep_alive_secs };
+    let kept = operator.ask_registry(MODEL_KEEP, request).await?;
+    info!(model = %key, ?pin, ?keep_alive_secs, "an operator said how long the model is kept");
+    Ok(kept)
+}

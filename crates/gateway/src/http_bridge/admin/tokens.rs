@@ -1,0 +1,57 @@
+//! API tokens.
+
+use axum::Json;
+use protocol::control::{
+    Empty, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated, TokenList, TokenRevoke, TokenRevoked,
+};
+use tracing::info;
+
+use super::{AdminBody, Operator, openapi};
+use crate::http_bridge::errors::ApiError;
+use crate::http_bridge::extract::Segment;
+
+/// Lists the tokens, without their secrets.
+#[utoipa::path(
+    get, path = "/admin/v1/tokens", tag = "admin", operation_id = "listTokens", security(("bearer" = [])),
+    responses(
+        (status = 200, description = "Every token, the oldest first", body = openapi::TokenList),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn list(operator: Operator) -> Result<Json<TokenList>, ApiError> {
+    Ok(Json(operator.gateway.ask_registry(TOKEN_LIST, &Empty {}).await?))
+}
+
+/// Makes a token.
+#[utoipa::path(
+    post, path = "/admin/v1/tokens", tag = "admin", operation_id = "createToken", security(("bearer" = [])),
+    request_body(content = openapi::TokenCreate, content_type = "application/json"),
+    responses(
+        (status = 200, description = "The token, told this once", body = openapi::TokenCreated),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn create(
+    operator: Operator,
+    AdminBody(new): AdminBody<TokenCreate>,
+) -> Result<Json<TokenCreated>, ApiError> {
+    let created: TokenCreated = operator.gateway.ask_registry(TOKEN_CREATE, &new).await?;
+    info!(key_id = created.key_id, tenant_id = %created.tenant_id, "token made");
+    Ok(Json(created))
+}
+
+/// Revokes a token; it stops working within five seconds.
+#[utoipa::path(
+    delete, path = "/admin/v1/tokens/{keyId}", tag = "admin", operation_id = "revokeToken", security(("bearer" = [])),
+    params(("keyId" = String, Path, description = "The token's public part")),
+    responses(
+        (status = 200, description = "Whether there was such a token", body = openapi::TokenRevoked),
+        openapi::Errors,
+    ),
+)]
+pub(crate) async fn revoke(Segment(key_id): Segment, operator: Operator) -> Result<Json<TokenRevoked>, ApiError> {
+    let request = TokenRevoke { key_id };
+    let revoked: TokenRevoked = operator.gateway.ask_registry(TOKEN_REVOKE, &request).await?;
+    info!(key_id = request.key_id, found = revoked.found, "token revoked");
+    Ok(Json(revoked))
+}
