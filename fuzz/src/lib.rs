@@ -17,7 +17,7 @@ use engine::remote::answer_reader::AnswerReader;
 use engine::remote::event_stream::EventReader;
 use engine::remote::{dialect, refusal, vectors};
 use engine::text_assembler::TextAssembler;
-use engine::{Chat, ChatMessage, LoadOptions, Tool, ToolCall, memory_plan};
+use engine::{Chat, LoadOptions, Message, Role, Tool, ToolCall, memory_plan};
 use observability::trace_context::TraceContext;
 use protocol::admission::{Certificate, Invite, RevocationList};
 use protocol::health::HealthReport;
@@ -270,10 +270,11 @@ pub fn gguf_pair(bytes: &[u8]) {
 pub fn chat_template(bytes: &[u8]) {
     let Some(source) = text(bytes) else { return };
     let Ok(template) = ChatTemplate::new(Some(source), "<s>", "</s>") else { return };
-    let said = |role: &str, content: &str| ChatMessage::new(role, content);
+    let said = |role: Role, content: &str| Message::new(role, content);
     let call = ToolCall { id: "call_1".into(), name: "add".into(), arguments: r#"{"a":[1,null],"b":"{}"}"#.into() };
-    let calls = ChatMessage { tool_calls: vec![call], reasoning: Some("hm".into()), ..said("assistant", "") };
-    let messages = vec![said("system", "Be brief."), said("user", "{{ 7 * 7 }}"), calls, said("tool", "49")];
+    let calls = Message { tool_calls: vec![call], reasoning: Some("hm".into()), ..said(Role::Assistant, "") };
+    let messages =
+        vec![said(Role::System, "Be brief."), said(Role::User, "{{ 7 * 7 }}"), calls, said(Role::Tool, "49")];
     let parameters = Some(serde_json::json!({ "type": "object", "properties": { "a": { "type": "array" } } }));
     let tool = Tool { name: "add".into(), description: None, parameters };
     let _ = template.render(&Chat { tools: vec![tool], ..messages.into() }, SystemTime::UNIX_EPOCH);

@@ -37,11 +37,11 @@ def say(role, content, **more):
 
 def calls(*arguments, content=""):
     made = [{"id": f"call{n:05}", "name": "get_weather", "arguments": text} for n, text in enumerate(arguments)]
-    return say("assistant", content, tool_calls=made)
+    return say("assistant", content, toolCalls=made)
 
 
 def result(text, number=0):
-    return say("tool", text, tool_call_id=f"call{number:05}", name="get_weather")
+    return say("tool", text, toolCallId=f"call{number:05}", name="get_weather")
 
 
 USER = say("user", "How are you?")

@@ -122,7 +122,7 @@ async fn through_the_network(client: &GatewayClient) -> f64 {
 }
 
 async fn engine_alone(runtime: &dyn ModelRuntime, model: engine::ModelId) -> f64 {
-    let message = engine::ChatMessage::new("user", "once upon a time");
+    let message = engine::Message::new(engine::Role::User, "once upon a time");
     let request = GenerateRequest {
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         max_tokens: Some(TOKENS),

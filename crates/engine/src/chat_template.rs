@@ -21,7 +21,7 @@ use minijinja::value::{Serde, Value};
 use minijinja::{Environment, Error, ErrorKind};
 
 use crate::gguf::Header;
-use crate::model_runtime::{Chat, ChatMessage, EngineError};
+use crate::model_runtime::{Chat, EngineError, Message, Role};
 use conversation::Dialect;
 
 /// The most text that a template may make of a conversation, beyond four times the conversation itself.
@@ -131,7 +131,7 @@ impl ChatTemplate {
 
     /// Returns the template if it renders a conversation, or refuses one in words of its own.
     pub fn checked(self) -> Result<Self, ChatTemplateError> {
-        match self.render(&Chat::from(vec![ChatMessage::new("user", "Hello.")]), SystemTime::UNIX_EPOCH) {
+        match self.render(&Chat::from(vec![Message::new(Role::User, "Hello.")]), SystemTime::UNIX_EPOCH) {
             Err(error @ ChatTemplateError::Broken(_)) => Err(error),
             _ => Ok(self),
         }

@@ -43,10 +43,9 @@ use crate::model_facts;
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, FinishReason, GenerateRequest,
     GenerateStream, Kernels, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, OutputFormat,
-    Piece, Placement, ProgressSink, PromptInput, RuntimeInfo, SamplingDefaults, ToolChoice, Usage, VerifiedArtifact,
-    unsupported,
+    Piece, Placement, ProgressSink, PromptInput, RuntimeInfo, SamplingDefaults, TokenUsage, ToolChoice,
+    VerifiedArtifact, unsupported,
 };
-use crate::sampler;
 use embedder::EmbedJob;
 use engine::{Engine, Options, Work};
 use forms::Forms;
@@ -179,7 +178,7 @@ impl ModelRuntime for LlamaRuntime {
         if is_over && !job.tells_prompt {
             let (prompt_tokens, completion_tokens) = (job.prompt_tokens as u32, job.limit);
             job.outbox.started(prompt_tokens, 0);
-            let usage = Usage { prompt_tokens, completion_tokens, ..Usage::default() };
+            let usage = TokenUsage { prompt_tokens, completion_tokens, ..TokenUsage::default() };
             let echo = Piece { text: job.echo.unwrap_or_default(), ..Piece::default() };
             job.outbox.done(echo, FinishReason::Length, usage);
             return Ok(stream);
@@ -327,7 +326,7 @@ impl Loaded {
 
     /// Refuses what this model or this runtime does not do.
     fn check(&self, request: &GenerateRequest) -> Result<(), EngineError> {
-        sampler::check(&request.sampling)?;
+        request.sampling.check()?;
         if !self.abilities.generate {
             let parameter = if let PromptInput::Chat(_) = request.input { "messages" } else { "prompt" };
             return Err(unsupported(parameter, "this model makes embeddings and generates no text"));

@@ -21,9 +21,8 @@ use crate::memory_plan::VRAM_SPARED_BYTES;
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, Event, FinishReason, GenerateRequest,
     GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, Placement,
-    ProgressSink, PromptInput, RuntimeInfo, Usage, VerifiedArtifact, unsupported,
+    Progress, ProgressSink, PromptInput, RuntimeInfo, TokenUsage, VerifiedArtifact, unsupported,
 };
-use crate::sampler;
 use script::{Script, word};
 
 /// Unread events that a stream holds before its generation waits for the reader.
@@ -131,7 +130,7 @@ enum Fate {
 
 /// How a generation ended that no error ended.
 enum Ended {
-    Done(FinishReason, Usage),
+    Done(FinishReason, TokenUsage),
     Cancelled,
 }
 
@@ -288,7 +287,7 @@ impl ModelRuntime for MockRuntime {
 
     async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
         let model = self.model(request.model)?;
-        sampler::check(&request.sampling)?;
+        request.sampling.check()?;
         if let Some(adapter) = request.adapter
             && !model.adapters.lock().unwrap_or_else(PoisonError::into_inner).contains(&adapter)
         {
@@ -424,7 +423,7 @@ impl Answer {
         let reason = if limit < script.len() { FinishReason::Length } else { script.reason() };
         Ok(Ended::Done(reason, {
             let reasoning_tokens = script.thoughts().min(count);
-            Usage { prompt_tokens, completion_tokens: count, cached_tokens: 0, reasoning_tokens }
+            TokenUsage { prompt_tokens, completion_tokens: count, cached_tokens: 0, reasoning_tokens }
         }))
     }
 
@@ -443,7 +442,7 @@ impl Answer {
             }
             if !self.model.hangs.load(Ordering::Relaxed) {
                 let tokens_read = (f64::from(self.prompt_tokens) * share) as u32;
-                let progress = Event::Progress { tokens_read, tokens_total: self.prompt_tokens };
+                let progress = Event::Progress(Progress { tokens_read, tokens_total: self.prompt_tokens });
                 // A reader without room for it has other things to read.
                 let _ = self.sink.events.try_send(Ok(progress));
             }

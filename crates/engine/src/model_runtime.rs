@@ -19,6 +19,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::hardware::Hardware;
 pub use answer::*;
+pub use inference::{
+    EmbedInput, FinishReason, InvalidInput, LeftToModel, Message, OutputFormat, Progress, Role, Sampling,
+    SamplingDefaults, TokenLogprob, TokenUsage, Tool, ToolCall, ToolCallDelta, ToolChoice,
+};
 pub use request::*;
 
 /// A place where models run.
@@ -378,6 +382,12 @@ impl fmt::Display for Size {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = self.0 as f64 / f64::from(1 << 20);
         if mib < 1_000.0 { write!(formatter, "{mib:.0} MiB") } else { write!(formatter, "{:.1} GiB", mib / 1_024.0) }
+    }
+}
+
+impl From<InvalidInput> for EngineError {
+    fn from(invalid: InvalidInput) -> Self {
+        unsupported(invalid.param, invalid.problem)
     }
 }
 

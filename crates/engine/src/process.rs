@@ -36,7 +36,6 @@ use crate::model_runtime::{
     AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
     LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
 };
-use crate::sampler;
 use crate::{gguf, memory_plan};
 pub use child_server::{ServeError, serve_child};
 use engine_process::{EngineProcess, Loading};
@@ -211,7 +210,7 @@ impl ModelRuntime for ProcessRuntime {
     async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
         let process = self.model(request.model)?;
         // Numbers that are not finite have no JSON.
-        sampler::check(&request.sampling)?;
+        request.sampling.check()?;
         process.generate(request).await
     }
 

@@ -10,7 +10,7 @@ mod history;
 mod token_mask;
 mod vocabulary;
 
-use crate::model_runtime::{EngineError, Sampling, unsupported};
+use crate::model_runtime::Sampling;
 use candidates::Candidates;
 
 pub use history::History;
@@ -39,33 +39,6 @@ pub struct Sampler {
     changed: Vec<f32>,
     candidates: Candidates,
     weights: Vec<f32>,
-}
-
-/// Refuses settings that mean nothing.
-pub fn check(sampling: &Sampling) -> Result<(), EngineError> {
-    let refuse = |parameter, reason| Err(unsupported(parameter, reason));
-    if !(sampling.temperature >= 0.0 && sampling.temperature.is_finite()) {
-        return refuse("temperature", "it must be a number from 0");
-    }
-    if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
-        return refuse("top_p", "it must be above 0 and at most 1");
-    }
-    if !(0.0..=1.0).contains(&sampling.min_p) {
-        return refuse("min_p", "it must lie between 0 and 1");
-    }
-    if !(sampling.repetition_penalty > 0.0 && sampling.repetition_penalty <= 2.0) {
-        return refuse("repetition_penalty", "it must be above 0 and at most 2");
-    }
-    if !(-2.0..=2.0).contains(&sampling.presence_penalty) {
-        return refuse("presence_penalty", "it must lie between -2 and 2");
-    }
-    if !(-2.0..=2.0).contains(&sampling.frequency_penalty) {
-        return refuse("frequency_penalty", "it must lie between -2 and 2");
-    }
-    if !sampling.logit_bias.iter().all(|(_, bias)| (BAN..=100.0).contains(bias)) {
-        return refuse("logit_bias", "each must lie between -100 and 100");
-    }
-    Ok(())
 }
 
 /// Returns a number in [0, 1) that depends on nothing but the seed and the position.

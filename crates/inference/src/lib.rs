@@ -9,6 +9,7 @@ pub mod limits;
 pub mod message;
 pub mod name;
 pub mod request;
+pub mod sampling;
 pub mod tool;
 pub mod usage;
 
@@ -18,5 +19,6 @@ pub use limits::*;
 pub use message::{Message, Role};
 pub use name::AdapterName;
 pub use request::{EmbedInput, Input};
+pub use sampling::{LeftToModel, Sampling, SamplingDefaults};
 pub use tool::{Tool, ToolCall, ToolCallDelta, ToolChoice};
 pub use usage::TokenUsage;

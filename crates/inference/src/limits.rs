@@ -5,6 +5,7 @@ use serde_json::Value;
 use crate::constraint::OutputFormat;
 use crate::message::Role;
 use crate::request::{EmbedInput, Input};
+use crate::sampling::Sampling;
 use crate::tool::ToolChoice;
 
 /// The most texts in `stop`.
@@ -52,7 +53,7 @@ impl Input {
         self.check_schemas()?;
         self.check_tool_choice()?;
         self.check_counts()?;
-        self.check_sampling()?;
+        Sampling::of(self, 0).check()?;
         self.check_end()
     }
 
@@ -126,22 +127,6 @@ impl Input {
         ensure(self.n.is_none_or(|n| (1..=N_MAX).contains(&n)), "n", "must be between 1 and 16")?;
         ensure(self.logprobs.is_none_or(|count| count <= LOGPROBS_MAX), "logprobs", "must be at most 20")?;
         ensure(self.logit_bias.len() <= LOGIT_BIAS_MAX, "logit_bias", "must have at most 1024 tokens")
-    }
-
-    fn check_sampling(&self) -> Result<(), InvalidInput> {
-        let are_within = self.logit_bias.values().all(|bias| (-100.0..=100.0).contains(bias));
-        ensure(are_within, "logit_bias", "must have values between -100 and 100")?;
-        for (param, value, least, most, problem) in [
-            ("temperature", self.temperature, 0.0, 2.0, "must be between 0 and 2"),
-            ("top_p", self.top_p, f32::MIN_POSITIVE, 1.0, "must be above 0 and at most 1"),
-            ("min_p", self.min_p, 0.0, 1.0, "must be between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty, f32::MIN_POSITIVE, 2.0, "must be above 0 and at most 2"),
-            ("presence_penalty", self.presence_penalty, -2.0, 2.0, "must be between -2 and 2"),
-            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "must be between -2 and 2"),
-        ] {
-            ensure(value.is_none_or(|value| (least..=most).contains(&value)), param, problem)?;
-        }
-        Ok(())
     }
 
     fn check_end(&self) -> Result<(), InvalidInput> {

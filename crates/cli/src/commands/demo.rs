@@ -320,7 +320,10 @@ async fn directly() -> anyhow::Result<Figures> {
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         max_tokens: Some(TOKENS),
         ignore_eos: true,
-        ..GenerateRequest::new(loaded.id, PromptInput::Chat(vec![engine::ChatMessage::new("user", PROMPT)].into()))
+        ..GenerateRequest::new(
+            loaded.id,
+            PromptInput::Chat(vec![engine::Message::new(engine::Role::User, PROMPT)].into()),
+        )
     };
     let mut rounds = vec![];
     for _ in 0..ROUNDS {

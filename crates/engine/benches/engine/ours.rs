@@ -80,7 +80,7 @@ impl Side for Ours {
         let tokens = events.filter_map(|event| {
             ready(match event.unwrap() {
                 Event::Piece(piece) => Some(piece.tokens),
-                Event::Started { .. } | Event::Progress { .. } | Event::Done { .. } => None,
+                Event::Started { .. } | Event::Progress(_) | Event::Done { .. } => None,
             })
         });
         tokens.filter(|tokens| ready(!tokens.is_empty())).boxed()

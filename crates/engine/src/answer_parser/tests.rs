@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::model_runtime::{ChatMessage, Tool};
+use crate::model_runtime::{Message, Role, Tool};
 
 const HERMES: &str = "<tool_call> </tool_call> <think> </think>";
 const LLAMA: &str = "<|python_tag|>";
@@ -25,7 +25,7 @@ fn chat() -> Chat {
             "required": ["place"], "additionalProperties": false,
         })),
     };
-    Chat { tools: vec![tool("weather"), tool("time")], ..vec![ChatMessage::new("user", "?")].into() }
+    Chat { tools: vec![tool("weather"), tool("time")], ..vec![Message::new(Role::User, "?")].into() }
 }
 
 /// Returns text, reasoning and calls of an answer that comes in pieces.
@@ -171,7 +171,7 @@ fn arguments_come_as_they_are_written() {
 #[test]
 fn ids_follow_from_the_seed_and_differ_within_a_conversation() {
     let ids = |messages: usize, seed: u64, template: &str| {
-        let said = vec![ChatMessage::new("user", "?"); messages];
+        let said = vec![Message::new(Role::User, "?"); messages];
         let chat = Chat { messages: said, ..chat() };
         let call = "<function=time>{}</function>[TOOL_CALLS][{\"name\": \"time\"}]";
         let mut parser = AnswerParser::new(AnswerFormat::detect(template), &chat, "", seed);

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::ChatTemplateError;
-use crate::model_runtime::{Chat, ChatMessage, ToolChoice};
+use crate::model_runtime::{Chat, Message, Role, ToolChoice};
 
 /// How many tools are tried one by one; each try costs a rendering.
 const TOOLS_TRIED: usize = 8;
@@ -16,7 +16,7 @@ pub(super) fn find(
 ) -> ChatTemplateError {
     // What the template refuses in words of its own it has at least understood.
     let works = |chat: &Chat| !matches!(render(chat), Err(ChatTemplateError::Broken(_)));
-    let plain = |chat: &Chat| Chat { messages: vec![ChatMessage::new("user", "Hello.")], ..chat.clone() };
+    let plain = |chat: &Chat| Chat { messages: vec![Message::new(Role::User, "Hello.")], ..chat.clone() };
     let unfit = |parameter: String, reason| ChatTemplateError::Unfit { parameter, reason };
 
     for name in chat.template_options.keys() {

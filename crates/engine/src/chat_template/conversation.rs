@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
-use crate::model_runtime::{Chat, ChatMessage, Tool, ToolCall, ToolChoice};
+use crate::model_runtime::{Chat, Message, Role, Tool, ToolCall, ToolChoice};
 use crate::sampler;
 
 /// The length of the ids that Mistral's templates take.
@@ -28,8 +28,8 @@ impl Dialect {
     pub(super) fn find(render: impl Fn(Map<String, Value>) -> String) -> Self {
         const SAID: &str = "needle-said";
         const LONG_ID: &str = "call_0123456789abcdef";
-        let asks = ChatMessage::new("user", SAID);
-        let chat = |messages: Vec<ChatMessage>| Chat {
+        let asks = Message::new(Role::User, SAID);
+        let chat = |messages: Vec<Message>| Chat {
             messages,
             tools: vec![Tool { name: "needle_tool".into(), description: Some("finds".into()), parameters: None }],
             ..Chat::default()
@@ -43,12 +43,9 @@ impl Dialect {
             name: "needle_tool".into(),
             arguments: r#"{"needle_key":"needle_value"}"#.into(),
         };
-        let calls = ChatMessage { tool_calls: vec![call.clone()], ..ChatMessage::new("assistant", "") };
-        let answers = ChatMessage {
-            tool_call_id: Some(call.id),
-            name: Some(call.name),
-            ..ChatMessage::new("tool", "needle-result")
-        };
+        let calls = Message { tool_calls: vec![call.clone()], ..Message::new(Role::Assistant, "") };
+        let answers =
+            Message { tool_call_id: Some(call.id), name: Some(call.name), ..Message::new(Role::Tool, "needle-result") };
         let called = chat(vec![asks.clone(), calls, answers]);
         // A model should read neither Python's notation of an object nor JSON within JSON.
         let shows_call = |dialect: Self, unwanted: &str| {
@@ -83,7 +80,7 @@ impl Dialect {
     }
 
     /// A field that is missing is not defined, since templates ask whether it is.
-    fn message(self, message: &ChatMessage, id: &dyn Fn(&str) -> String) -> Value {
+    fn message(self, message: &Message, id: &dyn Fn(&str) -> String) -> Value {
         let mut fields = Map::new();
         fields.insert("role".into(), message.role.as_str().into());
         let content = message.content.as_str();

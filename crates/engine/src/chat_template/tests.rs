@@ -1,13 +1,13 @@
 use serde_json::json;
 
 use super::*;
-use crate::model_runtime::{Tool, ToolCall, ToolChoice};
+use crate::model_runtime::{Message, Role, Tool, ToolCall, ToolChoice};
 
-fn say(role: &str, content: &str) -> ChatMessage {
-    ChatMessage::new(role, content)
+fn say(role: Role, content: &str) -> Message {
+    Message::new(role, content)
 }
 
-fn render(source: &str, messages: &[ChatMessage]) -> Result<String, ChatTemplateError> {
+fn render(source: &str, messages: &[Message]) -> Result<String, ChatTemplateError> {
     render_chat(source, &messages.to_vec().into())
 }
 
@@ -18,7 +18,7 @@ fn render_chat(source: &str, chat: &Chat) -> Result<String, ChatTemplateError> {
 #[test]
 fn a_model_without_a_template_speaks_chatml() {
     let template = ChatTemplate::new(None, "", "").expect("it compiles");
-    let chat = vec![say("system", "Be brief."), say("user", "Hi <b>\"you\"</b>")].into();
+    let chat = vec![say(Role::System, "Be brief."), say(Role::User, "Hi <b>\"you\"</b>")].into();
     let prompt = template.render(&chat, SystemTime::UNIX_EPOCH);
     let expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <b>\"you\"</b><|im_end|>\n\
                     <|im_start|>assistant\n";
@@ -29,7 +29,7 @@ fn a_model_without_a_template_speaks_chatml() {
 fn blocks_are_trimmed_as_the_authors_of_templates_expect() {
     let source = "{%- for message in messages %}\n    {%- if message['role'] == 'user' %}\n{{ bos_token }}[{{ \
                   message['content'] | trim }}]\n    {% endif %}\n{% endfor %}";
-    assert_eq!(render(source, &[say("user", " hi ")]).as_deref(), Ok("<s>[hi]\n"));
+    assert_eq!(render(source, &[say(Role::User, " hi ")]).as_deref(), Ok("<s>[hi]\n"));
 }
 
 #[test]
@@ -37,15 +37,15 @@ fn python_methods_namespaces_and_loop_controls_work() {
     let source = "{% set state = namespace(last='') %}{% for m in messages %}{% if m.content.startswith('x') %}\
                   {% continue %}{% endif %}{% set state.last = m.content.split(' ')[-1].upper() %}{% endfor %}\
                   {{ state.last }}{{ messages[1:] | length }}{{ tools is defined }}{{ eos_token }}";
-    let prompt = render(source, &[say("user", "one two"), say("user", "x")]);
+    let prompt = render(source, &[say(Role::User, "one two"), say(Role::User, "x")]);
     assert_eq!(prompt.as_deref(), Ok("TWO1True</s>"));
 }
 
 #[test]
 fn a_refusal_by_the_template_concerns_the_messages() {
     let source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}ok";
-    assert_eq!(render(source, &[say("user", "a")]).as_deref(), Ok("ok"));
-    let error = render(source, &[say("system", "a")]).expect_err("it raises");
+    assert_eq!(render(source, &[say(Role::User, "a")]).as_deref(), Ok("ok"));
+    let error = render(source, &[say(Role::System, "a")]).expect_err("it raises");
     assert_eq!(error, ChatTemplateError::Refused("no system role".into()));
     let error = EngineError::from(error);
     assert!(matches!(error, EngineError::Unsupported { parameter, .. } if parameter == "messages"));
@@ -89,9 +89,9 @@ fn weather() -> Tool {
     }
 }
 
-fn calls(arguments: &str) -> ChatMessage {
+fn calls(arguments: &str) -> Message {
     let call = ToolCall { id: "call_1".into(), name: "weather".into(), arguments: arguments.into() };
-    ChatMessage { tool_calls: vec![call], ..say("assistant", "") }
+    Message { tool_calls: vec![call], ..say(Role::Assistant, "") }
 }
 
 #[test]
@@ -106,35 +106,35 @@ fn json_is_written_as_python_writes_it() {
     assert_eq!(render(&source, &[calls(arguments)]).as_deref(), Ok(expected));
     let source = source.replace("indent=2, sort_keys=true, ensure_ascii=true", "separators=(',', ':')");
     assert_eq!(render(&source, &[calls(r#"{"a": [1, 2]}"#)]).as_deref(), Ok(r#"{"a":[1,2]}"#));
-    assert!(render("{{ nothing | tojson }}", &[say("user", "")]).is_err());
+    assert!(render("{{ nothing | tojson }}", &[say(Role::User, "")]).is_err());
 }
 
 #[test]
 fn filters_and_tests_are_those_of_jinja2() {
     let source =
         "{{ '{\\n\\na\\n' | indent(2, first=true) }}|{{ none is iterable }}|{{ 'a' is iterable }}|{{ [] is iterable }}";
-    assert_eq!(render(source, &[say("user", "")]).as_deref(), Ok("  {\n\n  a\n|False|True|True"));
+    assert_eq!(render(source, &[say(Role::User, "")]).as_deref(), Ok("  {\n\n  a\n|False|True|True"));
 }
 
 #[test]
 fn generation_blocks_and_dates_are_those_of_hugging_face() {
     let source = "{%- generation -%} {{ messages[0].content }} {%- endgeneration %}{% raw %}{% if {% endraw %}\
                   {{ strftime_now('%d %b %Y') }}";
-    assert_eq!(render(source, &[say("user", "hi")]).as_deref(), Ok("hi{% if 01 Jan 1970"));
+    assert_eq!(render(source, &[say(Role::User, "hi")]).as_deref(), Ok("hi{% if 01 Jan 1970"));
 }
 
 #[test]
 fn content_comes_in_the_form_the_template_reads() {
     let parts = "{% for m in messages %}{{ m['content'][0]['text'] }};{% endfor %}";
-    assert_eq!(render(parts, &[say("user", "a"), say("user", "b")]).as_deref(), Ok("a;b;"));
+    assert_eq!(render(parts, &[say(Role::User, "a"), say(Role::User, "b")]).as_deref(), Ok("a;b;"));
     let text =
         "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}parts{% endif %}{% endfor %}";
-    assert_eq!(render(text, &[say("user", "a")]).as_deref(), Ok("a"));
+    assert_eq!(render(text, &[say(Role::User, "a")]).as_deref(), Ok("a"));
 }
 
 #[test]
 fn arguments_come_in_the_form_the_template_reads() {
-    let called = [say("user", "?"), calls(r#"{"place":"Rome"}"#)];
+    let called = [say(Role::User, "?"), calls(r#"{"place":"Rome"}"#)];
     let walk = "{% for m in messages %}{% for c in m.tool_calls or [] %}";
     let object = format!("{walk}{{{{ c.function.arguments | tojson }}}}{{% endfor %}}{{% endfor %}}");
     assert_eq!(render(&object, &called).as_deref(), Ok(r#"{"place": "Rome"}"#));
@@ -145,13 +145,13 @@ fn arguments_come_in_the_form_the_template_reads() {
     let text = format!("{walk}{{{{ 'args: ' + c.function.arguments }}}}{{% endfor %}}{{% endfor %}}");
     assert_eq!(render(&text, &called).as_deref(), Ok(r#"args: {"place":"Rome"}"#));
     // What a model wrote need not be JSON, and is told as it was.
-    assert_eq!(render(&object, &[say("user", "?"), calls("oops")]).as_deref(), Ok("\"oops\""));
+    assert_eq!(render(&object, &[say(Role::User, "?"), calls("oops")]).as_deref(), Ok("\"oops\""));
 }
 
 #[test]
 fn tools_are_offered_unless_they_must_not_be_called() {
     let source = "{% if tools %}{{ tools | tojson }}{% else %}none{% endif %}{{ messages[0].content }}";
-    let chat = Chat { tools: vec![weather()], ..vec![say("user", "!")].into() };
+    let chat = Chat { tools: vec![weather()], ..vec![say(Role::User, "!")].into() };
     let shown = r#"[{"type": "function", "function": {"name": "weather", "description": "Tells <the> weather", "#
         .to_owned()
         + r#""parameters": {"type": "object", "properties": {"place": {"type": "string"}}}}}]!"#;
@@ -169,7 +169,7 @@ fn a_template_for_tools_is_used_for_tools_only() {
     assert!(!template.takes_tools());
     let template = template.with_tool_use("{{ bos_token }} {{ tools[0].function.name }}").expect("it compiles");
     assert!(template.takes_tools());
-    let chat = Chat::from(vec![say("user", "!")]);
+    let chat = Chat::from(vec![say(Role::User, "!")]);
     assert_eq!(template.render(&chat, SystemTime::UNIX_EPOCH).as_deref(), Ok("plain <s>"));
     let chat = Chat { tools: vec![weather()], ..chat };
     assert_eq!(template.render(&chat, SystemTime::UNIX_EPOCH).as_deref(), Ok("<s> weather"));
@@ -178,7 +178,7 @@ fn a_template_for_tools_is_used_for_tools_only() {
 #[test]
 fn options_reach_the_template_and_hide_nothing_of_the_conversation() {
     let source = "{{ enable_thinking }} {{ messages[0].content }}{{ messages[0].reasoning_content }}{{ bos_token }}";
-    let message = ChatMessage { reasoning: Some("hm".into()), ..say("assistant", "a") };
+    let message = Message { reasoning: Some("hm".into()), ..say(Role::Assistant, "a") };
     let options = json!({ "enable_thinking": false, "messages": [], "bos_token": "forged" });
     let template_options = options.as_object().expect("it is an object").clone();
     let chat = Chat { template_options, ..vec![message].into() };
@@ -200,7 +200,7 @@ fn snippets_render_as_jinja2_renders_them() {
         rendered: Option<String>,
     }
     let golden: Golden = serde_json::from_str(include_str!("snippets.json")).expect("it is JSON");
-    let chat = Chat { template_options: golden.variables, ..vec![say("user", "Hello there")].into() };
+    let chat = Chat { template_options: golden.variables, ..vec![say(Role::User, "Hello there")].into() };
     let differences: Vec<String> = golden
         .snippets
         .into_iter()
@@ -220,7 +220,7 @@ fn a_request_that_a_template_fails_on_is_the_requests_fault_and_names_its_field(
         let EngineError::Unsupported { parameter, reason } = error else { panic!("{error:?}") };
         (parameter, reason)
     };
-    let asked: Chat = vec![say("user", "hi")].into();
+    let asked: Chat = vec![say(Role::User, "hi")].into();
     let option = |name: &str| {
         let options = json!({ name: 5, "other": "x" });
         Chat { template_options: options.as_object().expect("an object").clone(), ..asked.clone() }
@@ -232,7 +232,7 @@ fn a_request_that_a_template_fails_on_is_the_requests_fault_and_names_its_field(
 
     let walk = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{% for k, v in \
                 c.function.arguments | items %}{{ k }}={{ v }}{% endfor %}{% endfor %}{% endfor %}";
-    let cut = vec![say("user", "hi"), calls(r#"{"place": "Ro"#), ChatMessage { ..say("tool", "20") }];
+    let cut = vec![say(Role::User, "hi"), calls(r#"{"place": "Ro"#), Message { ..say(Role::Tool, "20") }];
     let (parameter, reason) = fails(walk, &cut.into());
     assert_eq!(parameter, "messages[1].tool_calls[0].function.arguments");
     assert!(reason.contains("must be a JSON object"), "{reason}");
@@ -244,7 +244,10 @@ fn a_request_that_a_template_fails_on_is_the_requests_fault_and_names_its_field(
     assert_eq!(parameter, "tools[1]");
 
     let short = "{% if messages | length > 2 %}{{ messages.none.none }}{% endif %}{{ messages[0].content }}";
-    assert_eq!(fails(short, &vec![say("user", "a"), say("assistant", "b"), say("user", "c")].into()).0, "messages");
+    assert_eq!(
+        fails(short, &vec![say(Role::User, "a"), say(Role::Assistant, "b"), say(Role::User, "c")].into()).0,
+        "messages"
+    );
     // Nothing that a client changes would help here.
     let (parameter, reason) = fails("{{ nothing.at.all }}", &asked);
     assert!(parameter == "messages" && reason.contains("takes no conversations"), "{reason}");
@@ -276,7 +279,7 @@ fn what_tools_may_leave_out_is_filled_in_for_templates_that_read_it() {
                   {% for name in t.function.parameters.properties | items %}{{ name }}{% endfor %}{% endfor %}\
                   {{ messages[0].content }}";
     let bare = Tool { name: "f".into(), description: None, parameters: Some(json!({})) };
-    let chat = Chat { tools: vec![bare], ..vec![say("user", "hi")].into() };
+    let chat = Chat { tools: vec![bare], ..vec![say(Role::User, "hi")].into() };
     assert_eq!(render_chat(source, &chat).as_deref(), Ok("//  fhi"));
 }
 
@@ -288,11 +291,11 @@ fn ids_are_shortened_for_templates_that_take_nine_letters() {
                   {{ raise_exception('ids have 9 letters') }}{% endif %}[{{ m.tool_call_id }}]{% endif %}{{ m.content }}\
                   {% endfor %}";
     let call = |id: &str| ToolCall { id: id.into(), name: "weather".into(), arguments: "{}".into() };
-    let answer = |id: &str| ChatMessage { tool_call_id: Some(id.into()), ..say("tool", "20") };
+    let answer = |id: &str| Message { tool_call_id: Some(id.into()), ..say(Role::Tool, "20") };
     let conversation = |ids: &[&str]| {
-        let calls = ChatMessage { tool_calls: ids.iter().map(|id| call(id)).collect(), ..say("assistant", "") };
+        let calls = Message { tool_calls: ids.iter().map(|id| call(id)).collect(), ..say(Role::Assistant, "") };
         let answers = ids.iter().map(|id| answer(id));
-        Chat::from([say("user", "?"), calls].into_iter().chain(answers).collect::<Vec<_>>())
+        Chat::from([say(Role::User, "?"), calls].into_iter().chain(answers).collect::<Vec<_>>())
     };
     let prompt = render_chat(source, &conversation(&["call_0123456789abcdef"])).expect("it renders");
     assert_eq!(prompt, "?<789abcdef {}>[789abcdef]20");
@@ -318,7 +321,7 @@ fn a_last_message_is_continued_where_it_ends() {
     let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}\
                   {% if add_generation_prompt %}<assistant>{% endif %}";
     let continued = |source: &str, last: &str| {
-        let messages = vec![say("user", "Well, what?"), say("assistant", last)];
+        let messages = vec![say(Role::User, "Well, what?"), say(Role::Assistant, last)];
         render_chat(source, &Chat { continue_last: true, ..messages.into() })
     };
     assert_eq!(continued(source, "Well, ").as_deref(), Ok("<user>Well, what?</user><assistant>Well, "));

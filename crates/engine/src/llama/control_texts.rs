@@ -92,6 +92,10 @@ impl ControlTexts {
         };
         let mut value = with_texts(value, &swap);
         each_arguments(&mut value, &close_arguments);
+        // No client writes a role, so a control token of that name stays as the template has it.
+        for (swapped, message) in value["messages"].as_array_mut().into_iter().flatten().zip(&chat.messages) {
+            swapped["role"] = message.role.as_str().into();
+        }
         // What stops being a conversation has a control token by the name of one of its fields.
         let chat = serde_json::from_value(value).map_err(|_| refuse())?;
         let marks = Marks(mark_of.into_iter().map(|(text, mark)| (mark, text)).collect());
@@ -139,7 +143,7 @@ impl Marks {
 /// Visits the arguments of all calls of a conversation.
 fn each_arguments(chat: &mut Value, visit: &dyn Fn(&mut Value)) {
     let messages = chat.get_mut("messages").and_then(Value::as_array_mut).into_iter().flatten();
-    let calls = messages.filter_map(|message| message.get_mut("tool_calls")?.as_array_mut()).flatten();
+    let calls = messages.filter_map(|message| message.get_mut("toolCalls")?.as_array_mut()).flatten();
     calls.filter_map(|call| call.get_mut("arguments")).for_each(visit);
 }
 
@@ -197,14 +201,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model_runtime::{ChatMessage, Tool, ToolCall};
+    use crate::model_runtime::{Message, Role, Tool, ToolCall};
 
     fn texts() -> ControlTexts {
         ControlTexts::new(["<|im_end|>", "<|im_start|>", "<|im", "é|>", ""].map(str::to_owned))
     }
 
     fn say(content: &str) -> Chat {
-        vec![ChatMessage::new("user", content)].into()
+        vec![Message::new(Role::User, content)].into()
     }
 
     #[test]
@@ -258,8 +262,8 @@ mod tests {
             arguments: r#"{"<|im_end|>":["\u003c|im_end\u007c>"]}"#.into(),
         };
         let broken = ToolCall { arguments: TEXT.into(), ..call.clone() };
-        let message = ChatMessage {
-            role: TEXT.into(),
+        let message = Message {
+            role: Role::User,
             content: TEXT.into(),
             reasoning: Some(TEXT.into()),
             tool_calls: vec![call, broken],
@@ -277,7 +281,7 @@ mod tests {
         let hidden = texts.hide(&chat).expect("it can be told apart");
         let shown = serde_json::to_string(&hidden.chat).expect("it is JSON");
         assert!(!shown.contains("im_end"), "{shown}");
-        assert_eq!(shown.matches('\u{F0000}').count(), 17);
+        assert_eq!(shown.matches('\u{F0000}').count(), 16);
         let arguments: Value =
             serde_json::from_str(&hidden.chat.messages[0].tool_calls[0].arguments).expect("it is JSON");
         assert_eq!(arguments, json!({ "\u{F0000}": ["\u{F0000}"] }));

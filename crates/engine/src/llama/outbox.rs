@@ -7,7 +7,7 @@ use tokio::sync::mpsc::{OwnedPermit, Sender};
 use tokio_util::sync::CancellationToken;
 
 use super::pulse::Reading;
-use crate::model_runtime::{EngineError, Event, FinishReason, GenerateSink, GenerateStream, Piece, Usage};
+use crate::model_runtime::{EngineError, Event, FinishReason, GenerateSink, GenerateStream, Piece, TokenUsage};
 
 /// Unread events that a stream holds before pieces are merged.
 const EVENTS_MAX: usize = 256;
@@ -98,7 +98,7 @@ impl Outbox {
     }
 
     /// Ends the stream with an answer.
-    pub(super) fn done(mut self, last: Piece, reason: FinishReason, usage: Usage) {
+    pub(super) fn done(mut self, last: Piece, reason: FinishReason, usage: TokenUsage) {
         self.merged.append(last);
         self.hand_last_piece();
         self.hand_end(Ok(Event::Done { reason, usage }));
@@ -168,7 +168,7 @@ mod tests {
         outbox.started(3, 0);
         outbox.piece(piece("a", 1));
         outbox.piece(piece("b", 2));
-        outbox.done(Piece::default(), FinishReason::Stop, Usage::default());
+        outbox.done(Piece::default(), FinishReason::Stop, TokenUsage::default());
         let items = read_all(stream).await;
         assert_eq!(items.len(), 4);
         assert_eq!(items[2], Ok(Event::Piece(Piece { text: "b".into(), tokens: vec![2], ..Piece::default() })));
@@ -181,7 +181,7 @@ mod tests {
         for token in 0..100 {
             outbox.piece(piece("x", token));
         }
-        outbox.done(Piece { text: "!".into(), ..Piece::default() }, FinishReason::Length, Usage::default());
+        outbox.done(Piece { text: "!".into(), ..Piece::default() }, FinishReason::Length, TokenUsage::default());
         let items = read_all(stream).await;
         assert_eq!(items.len(), 4);
         let Ok(Event::Piece(Piece { text, tokens, .. })) = &items[2] else { panic!("{items:?}") };

@@ -283,7 +283,7 @@ mod tests {
 
     use super::super::native::ModelOptions;
     use super::*;
-    use crate::model_runtime::ChatMessage;
+    use crate::model_runtime::{Message, Role};
 
     const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny.gguf");
 
@@ -295,8 +295,8 @@ mod tests {
         let model = Model::load(&[&file], options, |_| true).expect("it loads");
         let vocabulary = model.vocabulary();
         let control_tokens = |content: &str| {
-            let said = [("user", content), ("assistant", "No."), ("user", "Why?")];
-            let said = said.map(|(role, content)| ChatMessage::new(role, content));
+            let said = [(Role::User, content), (Role::Assistant, "No."), (Role::User, "Why?")];
+            let said = said.map(|(role, content)| Message::new(role, content));
             let prompt = prompts.prompt(&model, &PromptInput::Chat(said.to_vec().into()), 512).expect("it fits");
             prompt.tokens.into_iter().filter(|token| vocabulary.is_control(*token)).collect::<Vec<_>>()
         };

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::Sender;
 
-use crate::model_runtime::{EngineError, Event};
+use crate::model_runtime::{EngineError, Event, Progress};
 
 /// How often readers are told; half of what [`Event::Progress`] promises, because who was told something else in the
 /// meantime is left out once.
@@ -99,7 +99,8 @@ impl Reading {
         if !self.was_told.swap(false, Ordering::Relaxed) {
             let tokens_read = self.tokens_read.load(Ordering::Relaxed);
             // A reader without room for it has other things to read.
-            let _ = self.events.try_send(Ok(Event::Progress { tokens_read, tokens_total: self.tokens_total }));
+            let _ =
+                self.events.try_send(Ok(Event::Progress(Progress { tokens_read, tokens_total: self.tokens_total })));
         }
     }
 }
@@ -112,7 +113,7 @@ mod tests {
 
     fn told(reader: &mut mpsc::Receiver<Result<Event, EngineError>>) -> Vec<(u32, u32)> {
         let mut told = vec![];
-        while let Ok(Ok(Event::Progress { tokens_read, tokens_total })) = reader.try_recv() {
+        while let Ok(Ok(Event::Progress(Progress { tokens_read, tokens_total }))) = reader.try_recv() {
             told.push((tokens_read, tokens_total));
         }
         told

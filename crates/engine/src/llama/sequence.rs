@@ -11,7 +11,9 @@ use super::native::{Token, Vocabulary};
 use super::outbox::Outbox;
 use crate::answer_parser::{AnswerParser, Delta};
 use crate::grammar::Constraint;
-use crate::model_runtime::{AdapterId, EngineError, FinishReason, Piece, Sampling, TokenLogprob, Usage, unsupported};
+use crate::model_runtime::{
+    AdapterId, EngineError, FinishReason, Piece, Sampling, TokenLogprob, TokenUsage, unsupported,
+};
 use crate::sampler::{History, SampleError, Sampler};
 use crate::text_assembler::TextAssembler;
 
@@ -82,7 +84,7 @@ pub(super) struct Finished {
     outbox: Outbox,
     last: Piece,
     reason: FinishReason,
-    usage: Usage,
+    usage: TokenUsage,
 }
 
 impl Sequence {
@@ -254,7 +256,7 @@ impl Sequence {
 
     /// Ends the generation and gives up its place.
     pub(super) fn finish(mut self, mut reason: FinishReason) -> Finished {
-        let usage = Usage {
+        let usage = TokenUsage {
             prompt_tokens: self.job.prompt_tokens as u32,
             completion_tokens: self.generated(),
             cached_tokens: self.cached.unwrap_or(0),

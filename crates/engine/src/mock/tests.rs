@@ -2,7 +2,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::*;
-use crate::model_runtime::{Chat, ChatMessage, OutputFormat, Piece, Tool, ToolChoice, no_progress};
+use crate::model_runtime::{Chat, Message, OutputFormat, Piece, Progress, Role, Tool, ToolChoice, no_progress};
 
 fn artifact() -> VerifiedArtifact {
     let file = tempfile::tempfile().expect("temporary files work");
@@ -44,7 +44,7 @@ async fn an_answer_comes_at_the_pace_that_was_set() {
     let (text, last) = read(runtime.generate(request(model)).await.expect("it starts")).await;
     assert_eq!(begin.elapsed(), Duration::from_millis(140));
     assert_eq!(text, MockRuntime::text(5));
-    let usage = Usage { prompt_tokens: 3, completion_tokens: 5, cached_tokens: 0, reasoning_tokens: 0 };
+    let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 5, cached_tokens: 0, reasoning_tokens: 0 };
     assert_eq!(last, Some(Ok(Event::Done { reason: FinishReason::Stop, usage })));
 }
 
@@ -134,7 +134,7 @@ async fn gather(mut stream: GenerateStream) -> (Piece, FinishReason) {
     let mut whole = Piece::default();
     loop {
         match stream.next().await.expect("an end comes").expect("and a good one") {
-            Event::Started { .. } | Event::Progress { .. } => {}
+            Event::Started { .. } | Event::Progress(_) => {}
             Event::Piece(piece) => whole.append(piece),
             Event::Done { reason, .. } => return (whole, reason),
         }
@@ -151,7 +151,7 @@ async fn a_reader_is_told_every_second_how_far_its_prompt_is() {
     while let Some(event) = stream.next().await {
         told.push(event.expect("all is well"));
     }
-    let progress = |tokens_read| Event::Progress { tokens_read, tokens_total: 4 };
+    let progress = |tokens_read| Event::Progress(Progress { tokens_read, tokens_total: 4 });
     assert_eq!(told[1..4], [progress(1), progress(2), progress(3)]);
     assert!(matches!(told[4], Event::Piece(_)));
 }
@@ -167,7 +167,7 @@ async fn a_function_that_must_be_called_is_called_as_its_schema_says() {
     for (tool_choice, called) in
         [(ToolChoice::Required, Some("f")), (ToolChoice::Function("g".into()), Some("g")), (ToolChoice::Auto, None)]
     {
-        let messages = vec![ChatMessage::new("user", "hi")];
+        let messages = vec![Message::new(Role::User, "hi")];
         let chat = Chat { messages, tools: vec![tool("f"), tool("g")], tool_choice, ..Chat::default() };
         let request = GenerateRequest::new(model, PromptInput::Chat(chat));
         let (whole, reason) = gather(runtime.generate(request).await.expect("it starts")).await;
@@ -183,7 +183,7 @@ async fn a_function_that_must_be_called_is_called_as_its_schema_says() {
 async fn json_log_probabilities_and_thoughts_come_where_they_are_asked_for() {
     let (runtime, model) = mock(MockOptions::default(), LoadOptions::default()).await;
     let template_options = [("enable_thinking".to_owned(), true.into())].into_iter().collect();
-    let messages = vec![ChatMessage::new("user", "hi")];
+    let messages = vec![Message::new(Role::User, "hi")];
     let asked = GenerateRequest {
         logprobs: Some(2),
         format: OutputFormat::JsonSchema(json!({"type": "object", "properties": {"a": {"type": "string"}}})),

@@ -1,5 +1,6 @@
 //! What a model answers: the events of a generation, and vectors.
 
+use inference::{FinishReason, Progress, TokenLogprob, TokenUsage, ToolCallDelta};
 use serde::{Deserialize, Serialize};
 
 /// What a generation tells, in this order: one `Started`, any number of `Piece`, one `Done`. `Progress` may come anywhere
@@ -16,12 +17,9 @@ pub enum Event {
     },
     /// The engine is at work although nothing else is ready to be told: at most 2 s pass without an event while the
     /// engine is well and the reader keeps up. Before `Started` the request waits for a slot.
-    Progress {
-        /// Tokens of the prompt that are evaluated or were cached; never falls.
-        tokens_read: u32,
-        /// Tokens to evaluate before the answer begins, or goes on where it is continued.
-        tokens_total: u32,
-    },
+    ///
+    /// `tokens_read` never falls. A continued answer goes on once `tokens_total` are evaluated.
+    Progress(Progress),
     /// More of the answer.
     Piece(Piece),
     /// The end of the answer.
@@ -29,7 +27,7 @@ pub enum Event {
         /// Why it ended.
         reason: FinishReason,
         /// What it took.
-        usage: Usage,
+        usage: TokenUsage,
     },
 }
 
@@ -41,6 +39,8 @@ impl Event {
 }
 
 /// More of an answer. The text is whole UTF-8 and may be empty while a character, a stop text or a call is incomplete.
+///
+/// A type of its own: the `Payload` of `protocol` also holds vectors, counts, and the index of one of several answers.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Piece {
@@ -77,62 +77,6 @@ impl Piece {
         self.tokens.extend(later.tokens);
         self.logprobs.extend(later.logprobs);
     }
-}
-
-/// More of one call. The first of a call brings its id and name.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ToolCallDelta {
-    /// Which call of the answer, counted from 0.
-    pub index: u32,
-    /// The call's name within the conversation.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// The function's name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    /// Text to append to its arguments.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub arguments: String,
-}
-
-/// How likely a token was. Probabilities are those of the model, before any setting of the request.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct TokenLogprob {
-    /// The token.
-    pub token: u32,
-    /// Its bytes, which need not be whole characters.
-    pub bytes: Vec<u8>,
-    /// The natural logarithm of its probability; finite.
-    pub logprob: f32,
-    /// The likeliest tokens in its place, the likeliest first.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub top: Vec<TokenLogprob>,
-}
-
-/// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FinishReason {
-    /// The model ended its turn, or a stop text came.
-    Stop,
-    /// The token limit or the end of the context was reached.
-    Length,
-    /// The model ended its turn and called functions.
-    ToolCalls,
-}
-
-/// What a generation took.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Usage {
-    /// Tokens of the prompt.
-    pub prompt_tokens: u32,
-    /// Tokens of the answer.
-    pub completion_tokens: u32,
-    /// Prompt tokens that were not evaluated again.
-    pub cached_tokens: u32,
-    /// Tokens of the answer that the model thought with.
-    #[serde(default)]
-    pub reasoning_tokens: u32,
 }
 
 /// Vectors of texts, in the order of the request.

@@ -1,82 +1,16 @@
 //! What is asked of a model: a continuation of a prompt, or vectors of texts.
 
+use inference::{EmbedInput, LeftToModel, Message, OutputFormat, Sampling, Tool, ToolChoice};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{AdapterId, ModelId};
 
-/// One message of a conversation.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ChatMessage {
-    /// `system`, `user`, `assistant` or `tool`.
-    pub role: String,
-    /// Plain text.
-    pub content: String,
-    /// What an assistant thought before it spoke; templates that keep it show it to the model again.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reasoning: Option<String>,
-    /// The functions an assistant called.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub tool_calls: Vec<ToolCall>,
-    /// The call that a tool's message answers.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tool_call_id: Option<String>,
-    /// The name of who speaks, or of the tool that answers.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-}
-
-impl ChatMessage {
-    /// Returns a message of plain text.
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into(), ..Self::default() }
-    }
-}
-
-/// A function that an assistant called.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ToolCall {
-    /// The call's name within the conversation.
-    pub id: String,
-    /// The function's name.
-    pub name: String,
-    /// Its arguments as JSON text; a model may write text that is not JSON.
-    pub arguments: String,
-}
-
-/// A function that a model may call.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Tool {
-    /// Its name.
-    pub name: String,
-    /// What it does, for the model to read.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub description: Option<String>,
-    /// The JSON schema of its arguments.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub parameters: Option<Value>,
-}
-
-/// Whether a model calls functions.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ToolChoice {
-    /// As it sees fit.
-    #[default]
-    Auto,
-    /// Never.
-    None,
-    /// At least one.
-    Required,
-    /// This one.
-    Function(String),
-}
-
-/// A conversation to go on with.
+/// A conversation to go on with. An [`Input`](inference::Input) has these fields too, beside those of other prompts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Chat {
     /// What was said, the oldest first.
-    pub messages: Vec<ChatMessage>,
+    pub messages: Vec<Message>,
     /// The functions the model may call.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tools: Vec<Tool>,
@@ -94,13 +28,13 @@ pub struct Chat {
     pub template_options: serde_json::Map<String, Value>,
 }
 
-impl From<Vec<ChatMessage>> for Chat {
-    fn from(messages: Vec<ChatMessage>) -> Self {
+impl From<Vec<Message>> for Chat {
+    fn from(messages: Vec<Message>) -> Self {
         Self { messages, ..Self::default() }
     }
 }
 
-/// What to continue.
+/// What to continue. An [`Input`](inference::Input) may have several prompts; a generation has one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PromptInput {
@@ -117,131 +51,17 @@ pub enum PromptInput {
     Tokens(Vec<u32>),
 }
 
-/// How the next token is drawn. `temperature` 0 takes the likeliest.
-///
-/// Bias and penalties change the logits first, in this order; then the filters apply, then the temperature.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Sampling {
-    /// 0 and above; 1 leaves the distribution as it is.
-    pub temperature: f32,
-    /// Keeps the smallest set of tokens whose probabilities sum to this, in (0, 1]; 1 keeps all.
-    pub top_p: f32,
-    /// Keeps this many of the likeliest tokens; 0 keeps all.
-    pub top_k: u32,
-    /// Keeps tokens at least this share as likely as the likeliest, in [0, 1]; 0 keeps all.
-    pub min_p: f32,
-    /// Divides the positive logits, and multiplies the negative ones, of tokens seen in prompt or answer; 1 leaves
-    /// them, in (0, 2].
-    #[serde(default = "one")]
-    pub repetition_penalty: f32,
-    /// Taken off the logit of each token that the answer has, in [-2, 2].
-    #[serde(default)]
-    pub presence_penalty: f32,
-    /// Taken off the logit of a token for each time that the answer has it, in [-2, 2].
-    #[serde(default)]
-    pub frequency_penalty: f32,
-    /// Added to the logits of tokens by number, in [-100, 100]; -100 bans a token.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub logit_bias: Vec<(u32, f32)>,
-    /// The same seed, model and input give the same draws.
-    pub seed: u64,
-}
-
-fn one() -> f32 {
-    1.0
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            logit_bias: Vec::new(),
-            seed: 0,
+impl From<EmbedInput> for PromptInput {
+    fn from(input: EmbedInput) -> Self {
+        match input {
+            EmbedInput::Text(text) => Self::Text(text),
+            EmbedInput::Tokens(tokens) => Self::Tokens(tokens),
         }
     }
 }
 
-/// Which settings of sampling a request leaves to its model. A runtime fills them in with [`SamplingDefaults`], or has
-/// the server that runs the model do so.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct LeftToModel {
-    /// [`Sampling::temperature`].
-    pub temperature: bool,
-    /// [`Sampling::top_p`].
-    pub top_p: bool,
-    /// [`Sampling::top_k`].
-    pub top_k: bool,
-    /// [`Sampling::min_p`].
-    pub min_p: bool,
-    /// [`Sampling::repetition_penalty`].
-    pub repetition_penalty: bool,
-}
-
-/// How a model samples where a request leaves it open.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct SamplingDefaults {
-    /// [`Sampling::temperature`].
-    pub temperature: f32,
-    /// [`Sampling::top_p`].
-    pub top_p: f32,
-    /// [`Sampling::top_k`].
-    pub top_k: u32,
-    /// [`Sampling::min_p`].
-    pub min_p: f32,
-    /// [`Sampling::repetition_penalty`].
-    pub repetition_penalty: f32,
-}
-
-/// Those of llama.cpp.
-impl Default for SamplingDefaults {
-    fn default() -> Self {
-        Self { temperature: 0.8, top_p: 0.95, top_k: 40, min_p: 0.05, repetition_penalty: 1.0 }
-    }
-}
-
-impl SamplingDefaults {
-    /// Fills in what a request leaves open.
-    pub fn fill(&self, sampling: &mut Sampling, left: LeftToModel) {
-        let set = |value: &mut f32, left: bool, default: f32| {
-            if left {
-                *value = default;
-            }
-        };
-        set(&mut sampling.temperature, left.temperature, self.temperature);
-        set(&mut sampling.top_p, left.top_p, self.top_p);
-        set(&mut sampling.min_p, left.min_p, self.min_p);
-        set(&mut sampling.repetition_penalty, left.repetition_penalty, self.repetition_penalty);
-        if left.top_k {
-            sampling.top_k = self.top_k;
-        }
-    }
-}
-
-/// What form an answer must have.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OutputFormat {
-    /// Any.
-    #[default]
-    Text,
-    /// A JSON object.
-    Json,
-    /// JSON that the schema allows.
-    JsonSchema(Value),
-    /// Text that the whole regular expression matches.
-    Regex(String),
-    /// Text of a grammar in llguidance's dialect of Lark.
-    Lark(String),
-}
-
-/// One generation.
+/// One generation. Unlike an [`Input`](inference::Input) it has one prompt and one answer, the numbers of a loaded model
+/// and adapter, and a value for each setting.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerateRequest {
     /// The model to use.
@@ -249,7 +69,7 @@ pub struct GenerateRequest {
     /// The adapter to use it with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterId>,
-    /// What to continue.
+    /// What to continue. An [`Input`](inference::Input) may have several prompts; a generation has one.
     pub input: PromptInput,
     /// How to draw tokens.
     #[serde(default)]

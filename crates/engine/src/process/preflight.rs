@@ -10,7 +10,7 @@ use crate::chat_template::ChatTemplate;
 use crate::gguf::Header;
 use crate::memory_plan;
 use crate::model_runtime::{
-    Chat, ChatMessage, EngineError, LoadOptions, MemoryPlan, ModelRuntime, Tool, VerifiedArtifact,
+    Chat, EngineError, LoadOptions, MemoryPlan, Message, ModelRuntime, Role, Tool, VerifiedArtifact,
 };
 
 /// How much memory the template of a model may take to render a short conversation.
@@ -75,13 +75,13 @@ pub(super) async fn probe_template(file: &File) -> Result<(), EngineError> {
         let before = memory_limit::limit_growth(PROBE_BYTES_MAX);
         // Whether it compiles, or refuses the conversations, is of no interest here.
         if let Ok(template) = ChatTemplate::of_model(&header) {
-            let render = |roles: &[&str], tools: &[Tool]| {
-                let messages: Vec<_> = roles.iter().map(|role| ChatMessage::new(*role, "Hello.")).collect();
+            let render = |roles: &[Role], tools: &[Tool]| {
+                let messages: Vec<_> = roles.iter().map(|role| Message::new(*role, "Hello.")).collect();
                 let _ = template.render(&Chat { tools: tools.to_vec(), ..messages.into() }, SystemTime::UNIX_EPOCH);
             };
-            render(&["user"], &[]);
-            render(&["system", "user", "assistant", "user"], &[]);
-            render(&["user"], &[Tool { name: "greet".into(), description: None, parameters: None }]);
+            render(&[Role::User], &[]);
+            render(&[Role::System, Role::User, Role::Assistant, Role::User], &[]);
+            render(&[Role::User], &[Tool { name: "greet".into(), description: None, parameters: None }]);
         }
         memory_limit::restore(before);
     });

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::model_runtime::{EngineError, Event, FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage};
+use crate::model_runtime::{EngineError, Event, FinishReason, Piece, TokenLogprob, TokenUsage, ToolCallDelta};
 
 /// What servers send after the last chunk.
 const DONE: &[u8] = b"[DONE]";
@@ -17,9 +17,9 @@ pub struct AnswerReader {
     is_done: bool,
     has_calls: bool,
     reason: Option<FinishReason>,
-    told: Option<Usage>,
+    told: Option<TokenUsage>,
     /// What is said where a server tells no usage.
-    guess: Usage,
+    guess: TokenUsage,
 }
 
 impl AnswerReader {
@@ -32,7 +32,7 @@ impl AnswerReader {
             has_calls: false,
             reason: None,
             told: None,
-            guess: Usage { prompt_tokens, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 },
+            guess: TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 },
         }
     }
 
@@ -52,10 +52,10 @@ impl AnswerReader {
             self.told = Some(usage.into());
         }
         if let Some(progress) = chunk.prompt_progress {
-            self.guess = Usage { prompt_tokens: progress.total, cached_tokens: progress.cache, ..self.guess };
+            self.guess = TokenUsage { prompt_tokens: progress.total, cached_tokens: progress.cache, ..self.guess };
         }
         if !std::mem::replace(&mut self.has_started, true) {
-            let Usage { prompt_tokens, cached_tokens, .. } = self.told.unwrap_or(self.guess);
+            let TokenUsage { prompt_tokens, cached_tokens, .. } = self.told.unwrap_or(self.guess);
             events.push(Event::Started { prompt_tokens, cached_tokens });
         }
         for choice in chunk.choices.unwrap_or_default() {
@@ -71,7 +71,7 @@ impl AnswerReader {
         }
         let reason = self.reason.ok_or_else(|| failed("the answer broke off"))?;
         if !std::mem::replace(&mut self.has_started, true) {
-            let Usage { prompt_tokens, cached_tokens, .. } = self.told.unwrap_or(self.guess);
+            let TokenUsage { prompt_tokens, cached_tokens, .. } = self.told.unwrap_or(self.guess);
             events.push(Event::Started { prompt_tokens, cached_tokens });
         }
         let reason = if self.has_calls && reason == FinishReason::Stop { FinishReason::ToolCalls } else { reason };
@@ -198,7 +198,7 @@ struct CompletionDetails {
     reasoning_tokens: Option<u32>,
 }
 
-impl From<ToldUsage> for Usage {
+impl From<ToldUsage> for TokenUsage {
     fn from(told: ToldUsage) -> Self {
         Self {
             prompt_tokens: told.prompt_tokens,
@@ -297,7 +297,7 @@ mod tests {
             r#"{"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4},"completion_tokens_details":{"reasoning_tokens":2}}}"#,
             "[DONE]",
         ]);
-        let usage = Usage { prompt_tokens: 12, completion_tokens: 3, cached_tokens: 4, reasoning_tokens: 2 };
+        let usage = TokenUsage { prompt_tokens: 12, completion_tokens: 3, cached_tokens: 4, reasoning_tokens: 2 };
         let started = Event::Started { prompt_tokens: 12, cached_tokens: 4 };
         let done = Event::Done { reason: FinishReason::Stop, usage };
         assert_eq!(events, Ok(vec![started, text("To"), text("kyo"), done]));
@@ -310,7 +310,7 @@ mod tests {
             r#"{"choices":[{"text":"b","finish_reason":"length"}]}"#,
             "[DONE]",
         ]);
-        let usage = Usage { prompt_tokens: 9, completion_tokens: 2, cached_tokens: 0, reasoning_tokens: 0 };
+        let usage = TokenUsage { prompt_tokens: 9, completion_tokens: 2, cached_tokens: 0, reasoning_tokens: 0 };
         let done = Event::Done { reason: FinishReason::Length, usage };
         assert_eq!(events.expect("read").last(), Some(&done));
     }

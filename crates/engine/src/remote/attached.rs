@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::dialect::Dialect;
 use super::http_client::ServerAddress;
-use crate::model_runtime::{Counters, EngineError, LoadSnapshot, LoadedModel, Usage};
+use crate::model_runtime::{Counters, EngineError, LoadSnapshot, LoadedModel, TokenUsage};
 
 /// How much an answer's speed counts against those before it.
 const SPEED_WEIGHT: f32 = 0.2;
@@ -79,7 +79,7 @@ impl Attached {
 
 impl Seat {
     /// Counts an answer that came to its end, `within` of its first piece.
-    pub(super) fn count(&self, usage: Usage, within: Duration) {
+    pub(super) fn count(&self, usage: TokenUsage, within: Duration) {
         let mut done = self.0.done.lock().unwrap_or_else(PoisonError::into_inner);
         let counters = &mut done.counters;
         counters.prompt_tokens += u64::from(usage.prompt_tokens.saturating_sub(usage.cached_tokens));

@@ -8,8 +8,8 @@ use serde_json::{Map, Value, json};
 use super::dialect::Dialect;
 use crate::json_form;
 use crate::model_runtime::{
-    Chat, ChatMessage, EngineError, GenerateRequest, LeftToModel, OutputFormat, PromptInput, Sampling, Tool,
-    ToolChoice, unsupported,
+    Chat, EngineError, GenerateRequest, LeftToModel, Message, OutputFormat, PromptInput, Sampling, Tool, ToolChoice,
+    unsupported,
 };
 
 /// A request to a server.
@@ -210,8 +210,8 @@ fn add_chat(body: &mut Map<String, Value>, dialect: Dialect, chat: &Chat) -> Res
 }
 
 /// Writes a message as OpenAI's API has it, and what an assistant thought under both names that are in use.
-pub(super) fn message(message: &ChatMessage) -> Value {
-    let ChatMessage { role, content, reasoning, tool_calls, tool_call_id, name } = message;
+pub(super) fn message(message: &Message) -> Value {
+    let Message { role, content, reasoning, tool_calls, tool_call_id, name } = message;
     let mut written = Map::new();
     written.insert("role".into(), role.as_str().into());
     written.insert("content".into(), content.as_str().into());
@@ -290,13 +290,13 @@ fn unknown(parameter: &str, dialect: Dialect) -> EngineError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model_runtime::{ModelId, ToolCall};
+    use crate::model_runtime::{ModelId, Role, ToolCall};
 
     const ALL: [Dialect; 6] =
         [Dialect::Vllm, Dialect::Sglang, Dialect::LlamaServer, Dialect::Ollama, Dialect::LmStudio, Dialect::Other];
 
     fn chat() -> GenerateRequest {
-        let chat = Chat::from(vec![ChatMessage::new("user", "hi")]);
+        let chat = Chat::from(vec![Message::new(Role::User, "hi")]);
         GenerateRequest::new(ModelId(1), PromptInput::Chat(chat))
     }
 
@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn a_last_message_is_continued_where_a_server_can() {
-        let last = Chat { continue_last: true, ..vec![ChatMessage::new("assistant", "Well, ")].into() };
+        let last = Chat { continue_last: true, ..vec![Message::new(Role::Assistant, "Well, ")].into() };
         let request = GenerateRequest { input: PromptInput::Chat(last), ..chat() };
         let body = said(Dialect::Vllm, &request).expect("said");
         assert_eq!((&body["continue_final_message"], &body["add_generation_prompt"]), (&json!(true), &json!(false)));
@@ -403,8 +403,8 @@ mod tests {
     fn calls_answers_and_thoughts_are_told_as_openai_writes_them() {
         let call = ToolCall { id: "c1".into(), name: "add".into(), arguments: "{}".into() };
         let asked =
-            ChatMessage { tool_calls: vec![call], reasoning: Some("hm".into()), ..ChatMessage::new("assistant", "") };
-        let answered = ChatMessage { tool_call_id: Some("c1".into()), ..ChatMessage::new("tool", "3") };
+            Message { tool_calls: vec![call], reasoning: Some("hm".into()), ..Message::new(Role::Assistant, "") };
+        let answered = Message { tool_call_id: Some("c1".into()), ..Message::new(Role::Tool, "3") };
         let conversation = Chat {
             messages: vec![asked, answered],
             tools: vec![Tool { name: "add".into(), description: None, parameters: Some(json!({"type": "object"})) }],

@@ -56,7 +56,7 @@ async fn answer(
         }
         for event in events.drain(..) {
             match &event {
-                Event::Started { .. } | Event::Progress { .. } => {}
+                Event::Started { .. } | Event::Progress(_) => {}
                 Event::Piece(_) => {
                     first_piece.get_or_insert_with(Instant::now);
                 }

@@ -53,9 +53,11 @@ def message_of(said, family):
         message["content"] = [{"type": "text", "text": said["content"]}]
     if "reasoning" in said:
         message |= {"reasoning_content": said["reasoning"], "thinking": said["reasoning"]}
-    if "tool_calls" in said:
-        message["tool_calls"] = [call_of(call, family) for call in said["tool_calls"]]
-    return message | {key: said[key] for key in ("tool_call_id", "name") if key in said}
+    if "toolCalls" in said:
+        message["tool_calls"] = [call_of(call, family) for call in said["toolCalls"]]
+    if "toolCallId" in said:
+        message["tool_call_id"] = said["toolCallId"]
+    return message | {key: said[key] for key in ("name",) if key in said}
 
 
 def call_of(call, family):

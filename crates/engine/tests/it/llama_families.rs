@@ -135,7 +135,7 @@ async fn read(mut stream: GenerateStream) -> Reported {
                 told.tokens.extend(piece.tokens);
                 told.logprobs.extend(piece.logprobs);
             }
-            Event::Progress { .. } | Event::Done { .. } => {}
+            Event::Progress(_) | Event::Done { .. } => {}
         }
     }
     told

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 use tether_engine::{
-    Chat, ChatMessage, EngineError, Event, FinishReason, GenerateRequest, LeftToModel, LlamaRuntime, ModelId,
-    ModelRuntime, OutputFormat, Piece, PromptInput, Sampling, Tool, ToolChoice, no_progress,
+    Chat, EngineError, Event, FinishReason, GenerateRequest, LeftToModel, LlamaRuntime, Message, ModelId, ModelRuntime,
+    OutputFormat, Piece, PromptInput, Role, Sampling, Tool, ToolChoice, no_progress,
 };
 
 use super::{ask, options, run, tiny, tiny_with_template, within};
@@ -31,7 +31,7 @@ async fn pieces(runtime: &LlamaRuntime, request: GenerateRequest) -> (Piece, Fin
         match within(stream.next()).await.expect("it has an end").expect("it goes on") {
             Event::Piece(piece) => whole.append(piece),
             Event::Done { reason, .. } => return (whole, reason),
-            Event::Started { .. } | Event::Progress { .. } => {}
+            Event::Started { .. } | Event::Progress(_) => {}
         }
     }
 }
@@ -201,7 +201,7 @@ async fn a_required_call_comes_as_a_call() {
     });
     let tool = Tool { name: "weather".into(), description: None, parameters: Some(parameters) };
     let chat = |tool_choice| Chat {
-        messages: vec![ChatMessage::new("user", "How is the weather in Tokyo?")],
+        messages: vec![Message::new(Role::User, "How is the weather in Tokyo?")],
         tools: vec![tool.clone()],
         tool_choice,
         ..Chat::default()
@@ -231,7 +231,7 @@ async fn where_one_call_is_wanted_nothing_is_generated_behind_it() {
     let tool = Tool { name: "weather".into(), description: None, parameters: Some(json!({ "enum": [{ "a": 1 }] })) };
     let request = |one_call, seed| {
         let chat = Chat {
-            messages: vec![ChatMessage::new("user", "How is the weather?")],
+            messages: vec![Message::new(Role::User, "How is the weather?")],
             tools: vec![tool.clone()],
             tool_choice: ToolChoice::Required,
             one_call,
@@ -257,7 +257,7 @@ async fn where_one_call_is_wanted_nothing_is_generated_behind_it() {
 async fn a_model_without_calls_refuses_tools() {
     let (runtime, model) = loaded().await;
     let tool = Tool { name: "weather".into(), description: None, parameters: None };
-    let chat = Chat { messages: vec![ChatMessage::new("user", "Hi.")], tools: vec![tool], ..Chat::default() };
+    let chat = Chat { messages: vec![Message::new(Role::User, "Hi.")], tools: vec![tool], ..Chat::default() };
     let refused = within(runtime.generate(GenerateRequest { input: PromptInput::Chat(chat), ..ask(model, "") })).await;
     assert!(matches!(refused.err(), Some(EngineError::Unsupported { parameter, .. }) if parameter == "tools"));
 }
@@ -266,7 +266,7 @@ async fn a_model_without_calls_refuses_tools() {
 async fn a_model_without_calls_takes_tools_that_must_not_be_called() {
     let (runtime, model) = loaded().await;
     let tool = Tool { name: "weather".into(), description: None, parameters: None };
-    let messages = vec![ChatMessage::new("user", "What is 3 + 4?")];
+    let messages = vec![Message::new(Role::User, "What is 3 + 4?")];
     let chat = Chat { messages, tools: vec![tool], tool_choice: ToolChoice::None, ..Chat::default() };
     let answer = run(&runtime, GenerateRequest { input: PromptInput::Chat(chat), ..ask(model, "") }).await;
     assert_eq!(answer.text, "3 + 4 = 7");
@@ -278,7 +278,7 @@ async fn a_forced_call_takes_schemas_as_libraries_write_them() {
     let artifact = tiny_with_template(WITH_TOOLS);
     let model = within(runtime.load(artifact, options(), no_progress())).await.expect("it loads").id;
     let forced = |tools: Vec<Tool>| {
-        let messages = vec![ChatMessage::new("user", "How is the weather?")];
+        let messages = vec![Message::new(Role::User, "How is the weather?")];
         let chat = Chat { messages, tools, tool_choice: ToolChoice::Required, one_call: true, ..Chat::default() };
         GenerateRequest { input: PromptInput::Chat(chat), max_tokens: Some(40), ..ask(model, "") }
     };
@@ -315,7 +315,7 @@ async fn the_arguments_of_a_forced_call_hold_what_their_schema_names() {
     let tool = Tool { name: "f".into(), description: None, parameters: Some(parameters) };
     for seed in 0..16 {
         let chat = Chat {
-            messages: vec![ChatMessage::new("user", "How is the weather?")],
+            messages: vec![Message::new(Role::User, "How is the weather?")],
             tools: vec![tool.clone()],
             tool_choice: ToolChoice::Required,
             one_call: true,
@@ -345,7 +345,7 @@ async fn an_answer_that_keeps_to_a_form_cannot_go_on_past_its_end() {
     assert_eq!((&going_on.text, going_on.reason()), (&usual.text, FinishReason::Stop));
     let parameters = json!({ "type": "object", "properties": { "a": { "enum": [1] } }, "required": ["a"] });
     let tool = Tool { name: "f".into(), description: None, parameters: Some(parameters) };
-    let messages = vec![ChatMessage::new("user", "hi")];
+    let messages = vec![Message::new(Role::User, "hi")];
     let chat =
         Chat { messages, tools: vec![tool], tool_choice: ToolChoice::Required, one_call: true, ..Chat::default() };
     let model = within(runtime.load(tiny_with_template(WITH_TOOLS), options(), no_progress())).await.expect("loads").id;
@@ -362,7 +362,7 @@ async fn the_tokens_of_a_thought_are_counted_also_where_it_is_gone_on_with() {
     let model = within(runtime.load(tiny_with_template(template), options(), no_progress())).await.expect("loads").id;
     let thinking = |thinks: bool, continued: &[u32]| {
         let template_options = json!({ "enable_thinking": thinks }).as_object().expect("an object").clone();
-        let messages = vec![ChatMessage::new("user", "What is 3 + 4?")];
+        let messages = vec![Message::new(Role::User, "What is 3 + 4?")];
         let input = PromptInput::Chat(Chat { messages, template_options, ..Chat::default() });
         GenerateRequest { input, continued: continued.to_vec(), max_tokens: Some(8), ..ask(model, "") }
     };
@@ -378,7 +378,7 @@ async fn the_tokens_of_a_thought_are_counted_also_where_it_is_gone_on_with() {
 #[tokio::test]
 async fn a_last_message_is_gone_on_with() {
     let (runtime, model) = loaded().await;
-    let messages = vec![ChatMessage::new("user", "What is 3 + 4?"), ChatMessage::new("assistant", "3 + 4")];
+    let messages = vec![Message::new(Role::User, "What is 3 + 4?"), Message::new(Role::Assistant, "3 + 4")];
     let chat = Chat { messages, continue_last: true, ..Chat::default() };
     let answer = run(&runtime, GenerateRequest { input: PromptInput::Chat(chat), ..ask(model, "") }).await;
     assert_eq!(answer.text, " = 7");

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use futures_util::future::join_all;
 use tether_engine::{
-    ChatMessage, EngineError, Event, FinishReason, GenerateRequest, LlamaRuntime, LoadOptions, ModelId, ModelRuntime,
-    PromptInput, Sampling, no_progress,
+    EngineError, Event, FinishReason, GenerateRequest, LlamaRuntime, LoadOptions, Message, ModelId, ModelRuntime,
+    PromptInput, Role, Sampling, no_progress,
 };
 
 use crate::{Answer, artifact_of, ask, doubling, endless, options, read, run, tiny, tiny_with_template, until, within};
@@ -246,7 +246,7 @@ async fn count(runtime: &LlamaRuntime, model: ModelId, input: PromptInput) -> u3
 }
 
 fn said(content: &str) -> PromptInput {
-    PromptInput::Chat(vec![ChatMessage::new("user", content)].into())
+    PromptInput::Chat(vec![Message::new(Role::User, content)].into())
 }
 
 fn turns(content: &str) -> PromptInput {

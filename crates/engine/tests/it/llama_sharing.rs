@@ -1,8 +1,8 @@
 //! What generations of one model share: keys and values, the room for them, and the turns of adapters.
 
 use tether_engine::{
-    AdapterId, ChatMessage, EngineError, Event, FinishReason, GenerateRequest, LlamaRuntime, LoadOptions, ModelId,
-    ModelRuntime, Piece, PromptInput, Sampling, no_progress,
+    AdapterId, EngineError, Event, FinishReason, GenerateRequest, LlamaRuntime, LoadOptions, Message, ModelId,
+    ModelRuntime, Piece, PromptInput, Role, Sampling, no_progress,
 };
 
 use super::{PATIENCE, artifact, ask, options, read, run, tiny, until, within};
@@ -35,8 +35,8 @@ fn story(sentences: usize) -> String {
 async fn a_conversation_that_goes_on_is_not_evaluated_again() {
     let (runtime, model) = loaded(options()).await;
     let first = run(&runtime, ask(model, "What is 3 + 4?")).await;
-    let mut messages = vec![ChatMessage::new("user", "What is 3 + 4?"), ChatMessage::new("assistant", &first.text)];
-    messages.push(ChatMessage::new("user", "What is the capital of Japan?"));
+    let mut messages = vec![Message::new(Role::User, "What is 3 + 4?"), Message::new(Role::Assistant, &first.text)];
+    messages.push(Message::new(Role::User, "What is the capital of Japan?"));
     let second = GenerateRequest { input: PromptInput::Chat(messages.into()), ..ask(model, "") };
     let before = runtime.load_state()[0].counters;
     let answer = run(&runtime, second.clone()).await;

@@ -43,8 +43,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use tether_engine::{
-    ChatMessage, EngineError, Event, FinishReason, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, ModelId,
-    ModelRuntime, Piece, PromptInput, Sampling, Usage, VerifiedArtifact,
+    EngineError, Event, FinishReason, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, Message, ModelId,
+    ModelRuntime, Piece, PromptInput, Role, Sampling, TokenUsage, VerifiedArtifact,
 };
 
 /// Longer than anything here should ever take on a busy machine.
@@ -102,7 +102,7 @@ fn options() -> LoadOptions {
 
 /// A greedy request for an answer to one question.
 fn ask(model: ModelId, question: &str) -> GenerateRequest {
-    let input = PromptInput::Chat(vec![ChatMessage::new("user", question)].into());
+    let input = PromptInput::Chat(vec![Message::new(Role::User, question)].into());
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
     GenerateRequest { sampling, ..GenerateRequest::new(model, input) }
 }
@@ -119,7 +119,7 @@ struct Answer {
     tokens: Vec<u32>,
     pieces: usize,
     started: Option<u32>,
-    end: Result<(FinishReason, Usage), EngineError>,
+    end: Result<(FinishReason, TokenUsage), EngineError>,
 }
 
 impl Answer {
@@ -127,7 +127,7 @@ impl Answer {
         self.end.as_ref().expect("the answer is complete").0
     }
 
-    fn usage(&self) -> Usage {
+    fn usage(&self) -> TokenUsage {
         self.end.as_ref().expect("the answer is complete").1
     }
 }
@@ -149,7 +149,7 @@ async fn read(mut stream: GenerateStream) -> Answer {
                 answer.pieces += 1;
             }
             Ok(Event::Done { reason, usage }) => answer.end = Ok((reason, usage)),
-            Ok(Event::Progress { .. }) => {}
+            Ok(Event::Progress(_)) => {}
             Err(error) => answer.end = Err(error),
         }
     }

@@ -1,7 +1,8 @@
 //! Every kind of request to every kind of model: no combination ends a process or gives NaN.
 
 use tether_engine::{
-    ChatMessage, EmbedRequest, GenerateRequest, Kernels, LoadOptions, ModelRuntime, PromptInput, Sampling, no_progress,
+    EmbedRequest, GenerateRequest, Kernels, LoadOptions, Message, ModelRuntime, PromptInput, Role, Sampling,
+    no_progress,
 };
 
 use crate::process_runtime::host;
@@ -30,7 +31,7 @@ async fn every_model_answers_chats_texts_and_embeddings_in_every_quantization_wi
             // Longer than the window of the one that has one, and than what one step takes beside others.
             let long = "abc d".repeat(40);
             for input in [
-                PromptInput::Chat(vec![ChatMessage::new("user", long.clone())].into()),
+                PromptInput::Chat(vec![Message::new(Role::User, long.clone())].into()),
                 PromptInput::Text(long.clone()),
                 PromptInput::Text("a".into()),
             ] {

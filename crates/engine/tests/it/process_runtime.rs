@@ -299,7 +299,7 @@ async fn progress(mut stream: GenerateStream) -> Vec<(u32, u32)> {
     let mut told = vec![];
     loop {
         match within(stream.next()).await.expect("it has an end").expect("and a good one") {
-            Event::Progress { tokens_read, tokens_total } => told.push((tokens_read, tokens_total)),
+            Event::Progress(progress) => told.push((progress.tokens_read, progress.tokens_total)),
             Event::Done { .. } => return told,
             _ => {}
         }

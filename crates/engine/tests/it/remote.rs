@@ -8,8 +8,8 @@ use serde_json::json;
 use tether_engine::remote::dialect::{Dialect, Kind};
 use tether_engine::remote::{RemoteRuntime, ServerAddress, Timeouts};
 use tether_engine::{
-    ChatMessage, EmbedRequest, EngineError, Event, FinishReason, GenerateRequest, LoadOptions, LoadedModel, ModelId,
-    ModelRuntime, PromptInput, Usage,
+    EmbedRequest, EngineError, Event, FinishReason, GenerateRequest, LoadOptions, LoadedModel, Message, ModelId,
+    ModelRuntime, PromptInput, Role, TokenUsage,
 };
 use tokio::time::timeout;
 
@@ -60,7 +60,7 @@ async fn attached_vllm(answer: Reply) -> (FakeServer, RemoteRuntime, ModelId) {
 }
 
 fn question(model: ModelId) -> GenerateRequest {
-    let messages = vec![ChatMessage::new("user", "What is the capital of Japan?")];
+    let messages = vec![Message::new(Role::User, "What is the capital of Japan?")];
     GenerateRequest { max_tokens: Some(9), ..GenerateRequest::new(model, PromptInput::Chat(messages.into())) }
 }
 
@@ -77,7 +77,7 @@ async fn events_of(runtime: &RemoteRuntime, request: GenerateRequest) -> Vec<Res
 async fn an_answer_of_vllm_comes_whole_with_its_usage() {
     let (server, runtime, id) = attached_vllm(Reply::Events(VLLM_ANSWER.into())).await;
     let events = events_of(&runtime, question(id)).await;
-    let usage = Usage { prompt_tokens: 14, completion_tokens: 4, cached_tokens: 8, reasoning_tokens: 0 };
+    let usage = TokenUsage { prompt_tokens: 14, completion_tokens: 4, cached_tokens: 8, reasoning_tokens: 0 };
     assert_eq!(events.last(), Some(&Ok(Event::Done { reason: FinishReason::Stop, usage })));
     let (mut text, mut reasoning) = (String::new(), String::new());
     for event in events {
@@ -188,7 +188,7 @@ async fn a_refusal_says_what_the_caller_can_do() {
 #[tokio::test]
 async fn tokens_are_counted_where_the_server_can() {
     let (_server, runtime, id) = attached_vllm(Reply::Silence).await;
-    let chat = PromptInput::Chat(vec![ChatMessage::new("user", "hi")].into());
+    let chat = PromptInput::Chat(vec![Message::new(Role::User, "hi")].into());
     assert_eq!(runtime.count_tokens(id, &chat).await, Ok(7));
     assert_eq!(runtime.count_tokens(id, &PromptInput::Tokens(vec![1, 2])).await, Ok(2));
 }

@@ -92,7 +92,7 @@ impl Choices {
             let Running { index, events } = &mut self.running[self.turn];
             let Poll::Ready(event) = Pin::new(events).poll_next(context) else { continue };
             let (index, event) = (*index, event.unwrap_or_else(|| Err(unfinished()))?);
-            if !matches!(event, Event::Started { .. } | Event::Progress { .. }) {
+            if !matches!(event, Event::Started { .. } | Event::Progress(_)) {
                 self.primed = self.primed.max(Some(index / self.each));
             }
             if let Event::Done { .. } = event {

@@ -3,14 +3,14 @@
 use std::mem;
 use std::time::Duration;
 
-use engine::{Embeddings, Event, FinishReason as EngineReason, Piece, Usage};
+use engine::{Embeddings, Event, Piece};
 use protocol::infer::{Embedding, FinishReason, InferChunk, InferRequest, PROGRESS_WITHIN, Payload, Progress};
 use protocol::usage::TokenUsage;
 use rpc::ReplyStream;
 use tokio::time::{self, Instant, Interval, MissedTickBehavior};
 
 use super::Broken;
-use super::translation::{append, finish_reason, token_usage};
+use super::translation::append;
 use crate::transcript::Transcript;
 
 /// Pieces that are ready together become one chunk, up to about this many bytes.
@@ -39,8 +39,8 @@ pub(super) struct ChunkWriter {
     /// How many answers have ended.
     ended: usize,
     /// Why the first one did.
-    reason: EngineReason,
-    usage: Usage,
+    reason: FinishReason,
+    usage: TokenUsage,
     transcript: Transcript,
 }
 
@@ -56,8 +56,8 @@ impl ChunkWriter {
             each: request.input.answers_each(),
             prompt: TokenUsage::default(),
             ended: 0,
-            reason: EngineReason::Stop,
-            usage: Usage::default(),
+            reason: FinishReason::Stop,
+            usage: TokenUsage::default(),
             transcript: Transcript::new(request),
         }
     }
@@ -81,9 +81,7 @@ impl ChunkWriter {
                 payload.usage = Some(*all);
             }
             Event::Started { .. } => {}
-            Event::Progress { tokens_read, tokens_total } => {
-                self.progress = self.wants_progress.then_some(Progress { tokens_read, tokens_total });
-            }
+            Event::Progress(progress) => self.progress = self.wants_progress.then_some(progress),
             Event::Piece(piece) => {
                 self.waiting_bytes += bytes_of(&piece);
                 append(payload, piece);
@@ -91,7 +89,7 @@ impl ChunkWriter {
             Event::Done { reason, usage } => {
                 self.ended += 1;
                 if !is_only {
-                    payload.finish_reason = Some(finish_reason(reason));
+                    payload.finish_reason = Some(reason);
                 }
                 if index == 0 {
                     self.reason = reason;
@@ -155,7 +153,7 @@ impl ChunkWriter {
         reply: &mut ReplyStream,
     ) -> Result<InferChunk, Broken> {
         let Embeddings { vectors, prompt_tokens } = embeddings;
-        let usage = Usage { prompt_tokens, ..Usage::default() };
+        let usage = TokenUsage { prompt_tokens, ..TokenUsage::default() };
         self.add(0, Event::Started { prompt_tokens, cached_tokens: 0 });
         for (index, vector) in (0..).zip(vectors) {
             let embedding = Embedding::new(index, &vector);
@@ -166,7 +164,7 @@ impl ChunkWriter {
             }
         }
         self.send(reply).await?;
-        self.add(0, Event::Done { reason: EngineReason::Stop, usage });
+        self.add(0, Event::Done { reason: FinishReason::Stop, usage });
         Ok(self.last().0)
     }
 
@@ -179,8 +177,8 @@ impl ChunkWriter {
 
     /// Returns the last chunk, for when every answer has ended and was sent, and what was said.
     pub(super) fn last(self) -> (InferChunk, Transcript) {
-        let finish_reason = Some(finish_reason(self.reason));
-        let usage = Some(token_usage(self.usage));
+        let finish_reason = Some(self.reason);
+        let usage = Some(self.usage);
         let payload = Payload { finish_reason, usage, ..Payload::default() };
         (InferChunk { payload, done: true, ..self.chunk }, self.transcript)
     }

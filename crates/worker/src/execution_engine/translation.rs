@@ -1,11 +1,7 @@
 //! Says jobs in the engine's words, and what the engine says in the network's.
 
-use engine::{
-    Chat, ChatMessage, EmbedRequest, EngineError, FinishReason as EngineReason, GenerateRequest, LeftToModel, ModelId,
-    OutputFormat, Piece, PromptInput, Sampling, TokenLogprob, Tool, ToolCall, ToolCallDelta, ToolChoice, Usage,
-};
-use protocol::infer::{self, EmbedInput, FinishReason, InferRequest, Input, Message, Payload};
-use protocol::usage::TokenUsage;
+use engine::{Chat, EmbedRequest, EngineError, GenerateRequest, LeftToModel, ModelId, Piece, PromptInput, Sampling};
+use protocol::infer::{EmbedInput, InferRequest, Input, Payload};
 use protocol::{ErrorCode, WireError};
 
 use crate::model_loader::u64_of;
@@ -13,44 +9,18 @@ use crate::model_loader::u64_of;
 /// Says a job in the engine's words.
 pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> GenerateRequest {
     let input = &request.input;
-    let neutral = Sampling::default();
-    let sampling = Sampling {
-        temperature: input.temperature.unwrap_or(neutral.temperature),
-        top_p: input.top_p.unwrap_or(neutral.top_p),
-        top_k: input.top_k.unwrap_or(neutral.top_k),
-        min_p: input.min_p.unwrap_or(neutral.min_p),
-        repetition_penalty: input.repetition_penalty.unwrap_or(neutral.repetition_penalty),
-        presence_penalty: input.presence_penalty.unwrap_or(neutral.presence_penalty),
-        frequency_penalty: input.frequency_penalty.unwrap_or(neutral.frequency_penalty),
-        logit_bias: input.logit_bias.iter().map(|(token, bias)| (*token, *bias)).collect(),
-        // The job's own name, so that another attempt on another worker draws the same tokens.
-        seed: input.seed.unwrap_or_else(|| {
-            let (first, second) = request.correlation_id.0.as_bytes().split_at(8);
-            u64_of(first) ^ u64_of(second)
-        }),
-    };
+    // The job's own name, so that another attempt on another worker draws the same tokens.
+    let (first, second) = request.correlation_id.0.as_bytes().split_at(8);
     GenerateRequest {
-        sampling,
+        sampling: Sampling::of(input, u64_of(first) ^ u64_of(second)),
+        left_to_model: LeftToModel::of(input),
         stop: input.stop.clone(),
         max_tokens: input.max_tokens,
         ignore_eos: input.ignore_eos,
         logprobs: input.logprobs,
         suffix: input.suffix.clone(),
         echo: input.echo,
-        format: match &input.format {
-            infer::OutputFormat::Text => OutputFormat::Text,
-            infer::OutputFormat::Json => OutputFormat::Json,
-            infer::OutputFormat::JsonSchema(schema) => OutputFormat::JsonSchema(schema.clone()),
-            infer::OutputFormat::Regex(expression) => OutputFormat::Regex(expression.clone()),
-            infer::OutputFormat::Lark(grammar) => OutputFormat::Lark(grammar.clone()),
-        },
-        left_to_model: LeftToModel {
-            temperature: input.temperature.is_none(),
-            top_p: input.top_p.is_none(),
-            top_k: input.top_k.is_none(),
-            min_p: input.min_p.is_none(),
-            repetition_penalty: input.repetition_penalty.is_none(),
-        },
+        format: input.format.clone(),
         prediction: input.prediction.clone().map(PromptInput::Text),
         deterministic: input.deterministic,
         ..GenerateRequest::new(model, prompt(input))
@@ -61,14 +31,9 @@ pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> Genera
 pub(super) fn prompt(input: &Input) -> PromptInput {
     match input {
         Input { messages: Some(messages), .. } => PromptInput::Chat(Chat {
-            messages: messages.iter().map(chat_message).collect(),
-            tools: input.tools.iter().map(tool).collect(),
-            tool_choice: match &input.tool_choice {
-                infer::ToolChoice::Auto => ToolChoice::Auto,
-                infer::ToolChoice::None => ToolChoice::None,
-                infer::ToolChoice::Required => ToolChoice::Required,
-                infer::ToolChoice::Function(name) => ToolChoice::Function(name.clone()),
-            },
+            messages: messages.clone(),
+            tools: input.tools.clone(),
+            tool_choice: input.tool_choice.clone(),
             one_call: input.one_call,
             continue_last: input.continue_last,
             template_options: input.template_options.clone(),
@@ -80,40 +45,16 @@ pub(super) fn prompt(input: &Input) -> PromptInput {
 
 /// Returns all that a job goes on with, in the engine's words: several texts, or one prompt.
 pub(super) fn prompts(input: &Input) -> Vec<PromptInput> {
-    input.prompts.as_ref().map_or_else(|| vec![prompt(input)], |prompts| prompts.iter().map(text).collect())
+    input.prompts.as_deref().map_or_else(|| vec![prompt(input)], texts)
 }
 
 /// Says which texts to make vectors of, in the engine's words.
 pub(super) fn embed_request(model: ModelId, inputs: &[EmbedInput]) -> EmbedRequest {
-    EmbedRequest { model, inputs: inputs.iter().map(text).collect() }
+    EmbedRequest { model, inputs: texts(inputs) }
 }
 
-fn text(input: &EmbedInput) -> PromptInput {
-    match input {
-        EmbedInput::Text(text) => PromptInput::Text(text.clone()),
-        EmbedInput::Tokens(tokens) => PromptInput::Tokens(tokens.clone()),
-    }
-}
-
-fn chat_message(message: &Message) -> ChatMessage {
-    let Message { role, content, reasoning, tool_calls, tool_call_id, name } = message;
-    let tool_calls = tool_calls.iter().map(|call| {
-        let infer::ToolCall { id, name, arguments } = call.clone();
-        ToolCall { id, name, arguments }
-    });
-    ChatMessage {
-        role: role.as_str().to_owned(),
-        content: content.clone(),
-        reasoning: reasoning.clone(),
-        tool_calls: tool_calls.collect(),
-        tool_call_id: tool_call_id.clone(),
-        name: name.clone(),
-    }
-}
-
-fn tool(tool: &infer::Tool) -> Tool {
-    let infer::Tool { name, description, parameters } = tool.clone();
-    Tool { name, description, parameters }
+fn texts(inputs: &[EmbedInput]) -> Vec<PromptInput> {
+    inputs.iter().cloned().map(PromptInput::from).collect()
 }
 
 /// Appends more of an answer to what waits to be sent of it.
@@ -122,36 +63,13 @@ pub(super) fn append(payload: &mut Payload, piece: Piece) {
     let join = |whole: &mut String, more: String| if whole.is_empty() { *whole = more } else { whole.push_str(&more) };
     join(&mut payload.text, text);
     join(&mut payload.reasoning, reasoning);
-    payload.tool_calls.extend(tool_calls.into_iter().map(tool_call_delta));
+    payload.tool_calls.extend(tool_calls);
     if payload.tokens.is_empty() {
         payload.tokens = tokens;
     } else {
         payload.tokens.extend(tokens);
     }
-    payload.logprobs.extend(logprobs.into_iter().map(token_logprob));
-}
-
-fn tool_call_delta(delta: ToolCallDelta) -> infer::ToolCallDelta {
-    let ToolCallDelta { index, id, name, arguments } = delta;
-    infer::ToolCallDelta { index, id, name, arguments }
-}
-
-fn token_logprob(told: TokenLogprob) -> infer::TokenLogprob {
-    let TokenLogprob { token, bytes, logprob, top } = told;
-    infer::TokenLogprob { token, bytes, logprob, top: top.into_iter().map(token_logprob).collect() }
-}
-
-pub(super) fn finish_reason(reason: EngineReason) -> FinishReason {
-    match reason {
-        EngineReason::Stop => FinishReason::Stop,
-        EngineReason::Length => FinishReason::Length,
-        EngineReason::ToolCalls => FinishReason::ToolCalls,
-    }
-}
-
-pub(super) fn token_usage(usage: Usage) -> TokenUsage {
-    let Usage { prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens } = usage;
-    TokenUsage { prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens }
+    payload.logprobs.extend(logprobs);
 }
 
 /// Says an engine's error in the network's words. Reasons stay here: they may name paths and processes.
@@ -186,8 +104,9 @@ pub(super) fn wire_error(error: &EngineError, input: &Input) -> WireError {
 
 #[cfg(test)]
 mod tests {
+    use engine::{Message, OutputFormat, Role, Tool, ToolCall, ToolChoice};
+
     use super::*;
-    use protocol::infer::Role;
 
     fn request(input: Input) -> InferRequest {
         InferRequest {
@@ -230,50 +149,34 @@ mod tests {
             top_k: Some(9),
             min_p: Some(0.1),
             repetition_penalty: Some(1.5),
-            presence_penalty: Some(-1.0),
-            frequency_penalty: Some(0.5),
-            logit_bias: [(7, -100.0)].into(),
             seed: Some(42),
             stop: vec!["END".into()],
             ignore_eos: true,
             ..Input::default()
         };
-        let generate = generate_request(ModelId(1), &request(input));
-        assert_eq!(generate.input, PromptInput::Chat(vec![ChatMessage::new("user", "hi")].into()));
-        assert_eq!(
-            generate.sampling,
-            Sampling {
-                temperature: 0.0,
-                top_p: 0.5,
-                top_k: 9,
-                min_p: 0.1,
-                repetition_penalty: 1.5,
-                presence_penalty: -1.0,
-                frequency_penalty: 0.5,
-                logit_bias: vec![(7, -100.0)],
-                seed: 42,
-            }
-        );
+        let generate = generate_request(ModelId(1), &request(input.clone()));
+        assert_eq!(generate.input, PromptInput::Chat(vec![Message::new(Role::User, "hi")].into()));
+        assert_eq!(generate.sampling, Sampling::of(&input, 0));
         assert_eq!(generate.left_to_model, LeftToModel::default());
         assert_eq!((generate.stop, generate.max_tokens, generate.ignore_eos), (vec!["END".to_owned()], Some(5), true));
     }
 
     #[test]
     fn what_a_conversation_offers_and_the_form_of_its_answer_reach_the_engine() {
-        let call = infer::ToolCall { id: "c1".into(), name: "f".into(), arguments: "{}".into() };
+        let call = ToolCall { id: "c1".into(), name: "f".into(), arguments: "{}".into() };
         let messages = vec![
             Message { tool_calls: vec![call], reasoning: Some("hm".into()), ..Message::new(Role::Assistant, "") },
             Message { tool_call_id: Some("c1".into()), ..Message::new(Role::Tool, "42") },
         ];
         let schema = serde_json::json!({"type": "object"});
-        let offered = infer::Tool { name: "f".into(), description: None, parameters: Some(schema.clone()) };
+        let offered = Tool { name: "f".into(), description: None, parameters: Some(schema.clone()) };
         let input = Input {
             messages: Some(messages),
             tools: vec![offered],
-            tool_choice: infer::ToolChoice::Function("f".into()),
+            tool_choice: ToolChoice::Function("f".into()),
             one_call: true,
             continue_last: true,
-            format: infer::OutputFormat::JsonSchema(schema.clone()),
+            format: OutputFormat::JsonSchema(schema.clone()),
             logprobs: Some(3),
             prediction: Some("so".into()),
             ..Input::default()
@@ -282,7 +185,7 @@ mod tests {
         let PromptInput::Chat(chat) = generate.input else { panic!("a conversation") };
         assert_eq!(chat.messages[0].tool_calls[0].name, "f");
         assert_eq!(chat.messages[0].reasoning.as_deref(), Some("hm"));
-        assert_eq!((&*chat.messages[1].role, chat.messages[1].tool_call_id.as_deref()), ("tool", Some("c1")));
+        assert_eq!((chat.messages[1].role, chat.messages[1].tool_call_id.as_deref()), (Role::Tool, Some("c1")));
         assert_eq!(chat.tools, [Tool { name: "f".into(), description: None, parameters: Some(schema.clone()) }]);
         assert_eq!((chat.tool_choice, chat.one_call), (ToolChoice::Function("f".into()), true));
         assert!(chat.continue_last);
