@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use protocol::Digest;
 
 /// Shorter files are hashed again: that takes less time than to remember them.
@@ -38,7 +38,7 @@ struct Known {
 type Time = (i64, i64);
 
 fn known() -> MutexGuard<'static, BTreeMap<(u64, u64), Known>> {
-    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+    KNOWN.lock()
 }
 
 /// When a file was last written, once a later write would have another time. `clock` makes a new file.

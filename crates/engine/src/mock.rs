@@ -5,12 +5,13 @@ mod vectors;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::future;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
@@ -159,7 +160,7 @@ impl MockRuntime {
     }
 
     fn model(&self, id: ModelId) -> Result<Arc<MockModel>, EngineError> {
-        let models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+        let models = self.models.lock();
         models.get(&id).cloned().ok_or(EngineError::NotLoaded)
     }
 
@@ -228,7 +229,7 @@ impl ModelRuntime for MockRuntime {
             adapters: Mutex::default(),
             unloaded: CancellationToken::new(),
         };
-        self.models.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(model));
+        self.models.lock().insert(id, Arc::new(model));
         let abilities = Abilities {
             generate: true,
             chat: true,
@@ -251,7 +252,7 @@ impl ModelRuntime for MockRuntime {
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
-        let removed = self.models.lock().unwrap_or_else(PoisonError::into_inner).remove(&model);
+        let removed = self.models.lock().remove(&model);
         removed.ok_or(EngineError::NotLoaded)?.unloaded.cancel();
         Ok(())
     }
@@ -260,13 +261,13 @@ impl ModelRuntime for MockRuntime {
         let model = self.model(model)?;
         pause(self.options.load).await;
         let id = AdapterId(self.next_id());
-        model.adapters.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+        model.adapters.lock().insert(id);
         Ok(id)
     }
 
     async fn remove_adapter(&self, model: ModelId, adapter: AdapterId) -> Result<(), EngineError> {
         let model = self.model(model)?;
-        let was_there = model.adapters.lock().unwrap_or_else(PoisonError::into_inner).remove(&adapter);
+        let was_there = model.adapters.lock().remove(&adapter);
         if was_there { Ok(()) } else { Err(unsupported("adapter", "it is not loaded")) }
     }
 
@@ -289,7 +290,7 @@ impl ModelRuntime for MockRuntime {
         let model = self.model(request.model)?;
         request.sampling.check()?;
         if let Some(adapter) = request.adapter
-            && !model.adapters.lock().unwrap_or_else(PoisonError::into_inner).contains(&adapter)
+            && !model.adapters.lock().contains(&adapter)
         {
             return Err(unsupported("adapter", "it is not loaded"));
         }
@@ -318,7 +319,7 @@ impl ModelRuntime for MockRuntime {
     }
 
     fn load_state(&self) -> Vec<LoadSnapshot> {
-        let models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+        let models = self.models.lock();
         models.values().map(|model| model.snapshot(self.options.per_token)).collect()
     }
 }
@@ -327,7 +328,7 @@ impl MockModel {
     fn snapshot(&self, per_token: Duration) -> LoadSnapshot {
         let running = self.slots - self.slot.available_permits() as u32;
         let admitted = (self.admission_max - self.admission.available_permits()) as u32;
-        let counters = *self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        let counters = *self.counters.lock();
         LoadSnapshot {
             model: self.id,
             slots: self.slots,
@@ -345,7 +346,7 @@ impl MockModel {
     }
 
     fn count(&self, change: impl FnOnce(&mut Counters)) {
-        change(&mut self.counters.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.counters.lock());
     }
 }
 

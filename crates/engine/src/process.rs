@@ -21,11 +21,12 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::time;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -117,8 +118,8 @@ impl ProcessRuntime {
         self.models().get(&id).cloned().ok_or(EngineError::NotLoaded)
     }
 
-    fn models(&self) -> std::sync::MutexGuard<'_, Models> {
-        self.models.lock().unwrap_or_else(PoisonError::into_inner)
+    fn models(&self) -> parking_lot::MutexGuard<'_, Models> {
+        self.models.lock()
     }
 }
 
@@ -132,7 +133,7 @@ impl fmt::Debug for ProcessRuntime {
 impl ModelRuntime for ProcessRuntime {
     fn describe(&self) -> RuntimeInfo {
         // The first process says what it serves; until then only the program is known.
-        self.info.lock().unwrap_or_else(PoisonError::into_inner).clone().unwrap_or_else(|| RuntimeInfo {
+        self.info.lock().clone().unwrap_or_else(|| RuntimeInfo {
             kind: "process".into(),
             detail: format!("a process of {} for each model", self.command.program.display()),
         })
@@ -175,7 +176,7 @@ impl ModelRuntime for ProcessRuntime {
         let models = Arc::downgrade(&self.models);
         let gone = move || {
             if let Some(models) = models.upgrade() {
-                models.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+                models.lock().remove(&id);
             }
         };
         let loading = Loading { progress, loaded, stall_limit: self.stall_limit };
@@ -186,7 +187,7 @@ impl ModelRuntime for ProcessRuntime {
         })?;
         let (model, info) = answer.map_err(|_| EngineError::NotLoaded)??;
         abandoned.disarm();
-        *self.info.lock().unwrap_or_else(PoisonError::into_inner) = Some(info);
+        *self.info.lock() = Some(info);
         let pid = Some(process.pid);
         process.enlist(|process| drop(self.models().insert(id, process)));
         Ok(LoadedModel { id, pid, ..model })

@@ -16,11 +16,12 @@ pub mod refusal;
 pub mod vectors;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use parking_lot::RwLock;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -147,7 +148,7 @@ impl RemoteRuntime {
         let Listed { name, facts, .. } = listed;
         let attached = Attached::new(loaded.clone(), server, name, dialect, options.queue_max);
         let attached = Arc::new(attached);
-        self.models.write().unwrap_or_else(PoisonError::into_inner).insert(id, attached.clone());
+        self.models.write().insert(id, attached.clone());
         let probing = probe(self.http.clone(), self.timeouts, self.models.clone(), attached);
         let stop = self.stop.clone();
         self.tasks.spawn(async move { stop.run_until_cancelled(probing).await });
@@ -184,7 +185,7 @@ impl RemoteRuntime {
     }
 
     fn find(&self, id: ModelId) -> Result<Arc<Attached>, EngineError> {
-        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        let models = self.models.read();
         models.get(&id).cloned().ok_or(EngineError::NotLoaded)
     }
 
@@ -305,7 +306,7 @@ impl ModelRuntime for RemoteRuntime {
     }
 
     fn load_state(&self) -> Vec<LoadSnapshot> {
-        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        let models = self.models.read();
         models.values().map(|attached| attached.snapshot()).collect()
     }
 }
@@ -331,7 +332,7 @@ async fn probe(http: HttpClient, timeouts: Timeouts, models: Models, attached: A
 }
 
 fn forget(models: &Models, id: ModelId) -> Option<Arc<Attached>> {
-    models.write().unwrap_or_else(PoisonError::into_inner).remove(&id)
+    models.write().remove(&id)
 }
 
 fn failed(error: &HttpError) -> EngineError {

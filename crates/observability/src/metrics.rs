@@ -57,7 +57,7 @@ pub struct PhaseLabel {
 /// Every metric of the program. Clones share them; services count, the gateway shows.
 #[derive(Clone)]
 pub struct Metrics {
-    registry: Arc<std::sync::Mutex<Registry>>,
+    registry: Arc<parking_lot::Mutex<Registry>>,
     pub requests_running: Family<ModelLabel, Gauge>,
     pub requests_waiting: Family<ModelLabel, Gauge>,
     pub kv_cache_usage: Family<ModelLabel, Ratio>,
@@ -139,7 +139,7 @@ impl Metrics {
 
     #[rustfmt::skip] // One line a metric.
     fn register(&self) {
-        let mut registry = self.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut registry = self.registry.lock();
         let registry = &mut *registry;
         registry.register(names::REQUESTS_RUNNING, "Requests that generate", self.requests_running.clone());
         registry.register(names::REQUESTS_WAITING, "Requests that wait at a worker", self.requests_waiting.clone());
@@ -174,13 +174,13 @@ impl Metrics {
 
     /// Adds metrics that are gathered only when they are shown.
     pub fn register_collector(&self, collector: Box<dyn Collector>) {
-        self.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner).register_collector(collector);
+        self.registry.lock().register_collector(collector);
     }
 
     /// Writes all metrics in the text form that Prometheus reads (OpenMetrics 1.0).
     pub fn encode(&self) -> String {
         let mut text = String::new();
-        let registry = self.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let registry = self.registry.lock();
         prometheus_client::encoding::text::encode(&mut text, &registry).expect("writing to a string does not fail");
         text
     }

@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::time;
@@ -163,7 +164,7 @@ impl<R: ModelRuntime> Server<R> {
     }
 
     fn model(&self) -> Result<LoadedModel, EngineError> {
-        self.model.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or(EngineError::NotLoaded)
+        self.model.lock().clone().ok_or(EngineError::NotLoaded)
     }
 
     fn state(&self) -> Option<LoadSnapshot> {
@@ -187,7 +188,7 @@ impl<R: ModelRuntime> Server<R> {
         });
         match self.load_within_limits(artifact, options, progress).await {
             Ok(model) => {
-                *self.model.lock().unwrap_or_else(PoisonError::into_inner) = Some(model.clone());
+                *self.model.lock() = Some(model.clone());
                 match self.state() {
                     Some(state) => self.tell(&ToParent::Loaded { model, state }).await,
                     None => self.tell(&ToParent::NotLoaded { error: EngineError::NotLoaded }).await,
@@ -213,17 +214,17 @@ impl<R: ModelRuntime> Server<R> {
 
     fn enter(&self, id: u64) -> Call {
         let call = Call { cancel: CancellationToken::new(), credit: Arc::new(Semaphore::new(CREDIT)) };
-        self.calls.lock().unwrap_or_else(PoisonError::into_inner).insert(id, call.clone());
+        self.calls.lock().insert(id, call.clone());
         self.busy.notify_one();
         call
     }
 
     fn call(&self, id: u64) -> Option<Call> {
-        self.calls.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+        self.calls.lock().get(&id).cloned()
     }
 
     fn leave(&self, id: u64) {
-        self.calls.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        self.calls.lock().remove(&id);
         self.busy.notify_one();
     }
 
@@ -309,7 +310,7 @@ impl<R: ModelRuntime> Server<R> {
             loop {
                 time::sleep(STATE_EVERY).await;
                 self.tell_state().await;
-                let none = self.calls.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+                let none = self.calls.lock().is_empty();
                 if none && self.state().is_none_or(|state| state.running + state.waiting == 0) {
                     self.tell_state().await;
                     break;

@@ -1,9 +1,10 @@
 //! One model on one server: how busy it is here, and what it has done.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::dialect::Dialect;
@@ -63,7 +64,7 @@ impl Attached {
     /// Says how busy it is.
     pub(super) fn snapshot(&self) -> LoadSnapshot {
         let active = self.active.load(Ordering::Relaxed);
-        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        let done = self.done.lock();
         LoadSnapshot {
             model: self.loaded.id,
             slots: self.loaded.slots,
@@ -80,7 +81,7 @@ impl Attached {
 impl Seat {
     /// Counts an answer that came to its end, `within` of its first piece.
     pub(super) fn count(&self, usage: TokenUsage, within: Duration) {
-        let mut done = self.0.done.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut done = self.0.done.lock();
         let counters = &mut done.counters;
         counters.prompt_tokens += u64::from(usage.prompt_tokens.saturating_sub(usage.cached_tokens));
         counters.generated_tokens += u64::from(usage.completion_tokens);
@@ -97,7 +98,7 @@ impl Seat {
 
     /// Counts an answer whose reader left.
     pub(super) fn count_cancelled(&self) {
-        self.0.done.lock().unwrap_or_else(PoisonError::into_inner).counters.cancelled += 1;
+        self.0.done.lock().counters.cancelled += 1;
     }
 }
 

@@ -1,8 +1,9 @@
 //! What an engine process wrote to standard error, kept to explain its death.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::io::AsyncReadExt;
 use tokio::process::ChildStderr;
 
@@ -44,7 +45,7 @@ impl LastWords {
 
     /// Returns the line that tells most: what a process died of says more than the trace that comes after it.
     pub(super) fn telling(&self) -> Option<String> {
-        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = self.0.lock();
         let telling = TELLING.iter().find_map(|words| lines.iter().rev().find(|line| line.contains(words)));
         telling.or(lines.back()).cloned()
     }
@@ -56,7 +57,7 @@ impl LastWords {
             return;
         }
         tracing::debug!(target: "engine_process", pid, "{text}");
-        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = self.0.lock();
         if lines.len() == LINES_MAX {
             // A long trace must not push out what it is the trace of.
             let is_telling = |line: &String| TELLING.iter().any(|words| line.contains(words));

@@ -1,6 +1,5 @@
 //! What is asked of an engine process and has one answer.
 
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -61,7 +60,7 @@ impl EngineProcess {
         let frame =
             encode(&ToChild::AddAdapter { id: pending.id, file }).map_err(|error| too_long("adapter", &error))?;
         {
-            let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+            let files = self.files.lock();
             let place = self.outgoing.try_reserve().map_err(|_| EngineError::Busy)?;
             handover::send(&files, &artifact)
                 .map_err(|error| EngineError::Failed { reason: format!("the adapter was not handed over: {error}") })?;
