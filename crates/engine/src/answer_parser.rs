@@ -86,13 +86,13 @@ impl AnswerFormat {
         self.thought.is_some() || self.calls == Some(CallSyntax::Harmony)
     }
 
-    /// Returns the texts that must reach the parser, and grammars, as text though they may be control tokens.
+    /// Returns the texts that must reach the parser, and grammars, as text though they may be special tokens.
     pub fn preserved_tokens(&self) -> Vec<&'static str> {
         let thought = self.thought.into_iter().flat_map(|(open, close)| [open, close]);
         thought.chain(self.calls.into_iter().flat_map(CallSyntax::markers).copied()).collect()
     }
 
-    /// Returns the form that an answer must have instead of the one that was asked for: a call where one is required,
+    /// Returns the constraint that replaces the requested one: a call where one is required,
     /// and thoughts before what is to be JSON. `prompt` is what the answer goes on with.
     pub fn constraint(&self, chat: &Chat, format: &OutputFormat, prompt: &str) -> Option<OutputFormat> {
         let before = self.thought.map_or_else(String::new, |(open, close)| thought_rule(open, close, prompt));
@@ -111,7 +111,7 @@ impl AnswerFormat {
         (!before.is_empty()).then_some(OutputFormat::Lark(rules))
     }
 
-    /// Returns the forms that the arguments of the tools are held to where a call is required, in the order of the tools.
+    /// Returns the constraints on the arguments of the tools where a call is required, in the order of the tools.
     pub fn argument_forms<'a>(&self, chat: &'a Chat) -> impl Iterator<Item = OutputFormat> + use<'a> {
         chat.tools.iter().map(|tool| OutputFormat::JsonSchema(call_syntax::arguments(tool)))
     }

@@ -1,8 +1,8 @@
-//! Keeps an answer to a form: a JSON object, a JSON schema, a regular expression or a grammar.
+//! Structured output: an answer is constrained to a JSON object, a JSON schema, a regular expression or a grammar.
 //!
-//! [`Grammars`] knows the bytes of each token of one model and compiles forms; a [`Constraint`] follows one answer and
+//! [`Grammars`] knows the bytes of each token of one model and compiles constraints. A [`Constraint`] follows one answer and
 //! returns which tokens may come next. The work is done by llguidance, which computes a mask in well under a millisecond
-//! and counts its steps. Forms come from strangers: [`limits`] refuses what it would not bound itself, and a panic in it
+//! and counts its steps. Constraints come from clients: [`limits`] refuses what llguidance would not bound, and a panic in it
 //! is an error of the request.
 
 mod limits;
@@ -31,18 +31,18 @@ const REASON_BYTES_MAX: usize = 400;
 pub struct TokenTable {
     /// What each token writes; empty for one that must not come.
     pub bytes: Vec<Vec<u8>>,
-    /// Whether it is a control token, which no text can mean; as many as `bytes`.
+    /// Whether it is a special token, which no text can mean; as many as `bytes`.
     pub special: Vec<bool>,
     /// The tokens that end an answer.
     pub eog: Vec<u32>,
 }
 
-/// Compiles forms for one model.
+/// Compiles constraints for one model.
 pub struct Grammars {
     factory: ParserFactory,
 }
 
-/// Follows one answer through its form. A clone goes on by itself from where the original is.
+/// Follows one answer through its constraint. A clone goes on independently from the same place.
 #[derive(Clone)]
 pub struct Constraint {
     matcher: Matcher,
@@ -69,7 +69,7 @@ impl Grammars {
         Ok(Self { factory })
     }
 
-    /// Compiles a form; `None` for free text. Blocks for milliseconds.
+    /// Compiles a constraint; `None` for free text. Blocks for milliseconds.
     pub fn constraint(&self, format: &OutputFormat) -> Result<Option<Constraint>, EngineError> {
         let grammar = match format {
             OutputFormat::Text => return Ok(None),
@@ -108,7 +108,7 @@ impl Grammars {
         let work = || {
             let parser = self.factory.create_parser(TopLevelGrammar::from_grammar(grammar));
             let mut matcher = Matcher::new(parser);
-            // A form that allows nothing shows here, before the model has begun.
+            // A constraint that allows nothing shows here, before the model has begun.
             matcher.compute_mask().map(|_| Constraint { matcher }).map_err(|error| plain(&format!("{error:#}")))
         };
         thread::scope(|scope| {
@@ -155,7 +155,7 @@ fn token_environment(table: TokenTable) -> Option<TokEnv> {
         if special && !word.is_empty() {
             word.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
         } else if word.len() > 1 && word[0] == TokTrie::SPECIAL_TOKEN_MARKER {
-            // No UTF-8 begins so, and the library would take it for a control token.
+            // No UTF-8 begins so, and the library would take it for a special token.
             word.clear();
         }
     }

@@ -1,4 +1,4 @@
-//! How JSON is written where a form demands it.
+//! How JSON is written where a constraint demands it.
 
 use serde_json::{Map, Value, json};
 

@@ -8,11 +8,10 @@
 mod batch_plan;
 mod batch_scheduler;
 mod cell_ledger;
-mod control_texts;
+mod constraints;
 mod draft;
 mod embedder;
 mod engine;
-mod forms;
 mod kv_cache;
 pub(crate) mod native;
 mod outbox;
@@ -22,16 +21,18 @@ mod prompts;
 mod pulse;
 mod sequence;
 mod snapshots;
+mod special_tokens;
 mod step_clock;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use async_trait::async_trait;
 use futures_util::future::try_join_all;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -46,9 +47,9 @@ use crate::model_runtime::{
     Piece, Placement, ProgressSink, PromptInput, RuntimeInfo, SamplingDefaults, TokenUsage, ToolChoice,
     VerifiedArtifact, unsupported,
 };
+use constraints::Constraints;
 use embedder::EmbedJob;
 use engine::{Engine, Options, Work};
-use forms::Forms;
 use native::{Model, ModelOptions, Token};
 use outbox::Outbox;
 use prompts::Prompts;
@@ -69,7 +70,7 @@ struct Loaded {
     model: Arc<Model>,
     header: Header,
     prompts: Prompts,
-    forms: Forms,
+    constraints: Constraints,
     sampling_defaults: SamplingDefaults,
     shape: Shape,
     abilities: Abilities,
@@ -298,7 +299,7 @@ impl Loaded {
             embedding_length: if model.has_encoder() { 0 } else { model.embedding_length() },
             adapters: generates,
         };
-        let forms = Forms::new(prompts.spoken(model.vocabulary()));
+        let constraints = Constraints::new(prompts.spoken(model.vocabulary()));
         let admission = Arc::new(Semaphore::new(admission_max));
         let thread = Mutex::new(Some(thread));
         let adapters = Mutex::default();
@@ -308,7 +309,7 @@ impl Loaded {
             sampling_defaults: header.sampling_defaults(),
             header,
             prompts,
-            forms,
+            constraints,
             shape,
             abilities,
             placement,
@@ -363,20 +364,20 @@ impl Loaded {
             if prompt.tokens.is_empty() {
                 return Err(unsupported("prompt", "there is nothing to continue"));
             }
-            let (form, parser) = match &request.input {
+            let (format, parser) = match &request.input {
                 PromptInput::Chat(chat) => {
                     let seed = request.sampling.seed;
-                    let (form, parser) = loaded.prompts.answer(chat, &prompt, &request.format, seed)?;
-                    (form, Some(parser))
+                    let (format, parser) = loaded.prompts.answer(chat, &prompt, &request.format, seed)?;
+                    (format, Some(parser))
                 }
                 PromptInput::Text(_) | PromptInput::Tokens(_) => (None, None),
             };
-            let form = form.as_ref().unwrap_or(&request.format);
-            let constraint = loaded.forms.constraint(loaded.model.vocabulary(), form);
+            let format = format.as_ref().unwrap_or(&request.format);
+            let constraint = loaded.constraints.constraint(loaded.model.vocabulary(), format);
             let constraint = constraint.map_err(|error| loaded.blame_tools(&request.input, error))?;
-            // A form says where an answer ends, as in vLLM.
+            // A format says where an answer ends, as in vLLM.
             let ignore_eos = request.ignore_eos && constraint.is_none();
-            let spoken = if parser.is_some() { loaded.forms.spoken() } else { Arc::default() };
+            let spoken = if parser.is_some() { loaded.constraints.spoken() } else { Arc::default() };
             let prompt_tokens = prompt.tokens.len();
             let mut tokens = prompt.tokens;
             let continued = PromptInput::Tokens(request.continued);
@@ -443,12 +444,12 @@ impl Loaded {
         if !matches!(chat.tool_choice, ToolChoice::Required | ToolChoice::Function(_)) {
             return error;
         }
-        let fault = |form: &OutputFormat| match self.forms.constraint(self.model.vocabulary(), form) {
+        let fault = |format: &OutputFormat| match self.constraints.constraint(self.model.vocabulary(), format) {
             Err(EngineError::Unsupported { reason, .. }) => Some(reason),
             _ => None,
         };
         let mut faults = self.prompts.argument_forms(chat).enumerate();
-        match faults.find_map(|(index, form)| Some((index, fault(&form)?))) {
+        match faults.find_map(|(index, format)| Some((index, fault(&format)?))) {
             Some((index, reason)) => unsupported(format!("tools[{index}].function.parameters"), reason),
             None => unsupported("tools", reason.clone()),
         }
@@ -545,7 +546,7 @@ fn idle(model: ModelId, slots: u32) -> LoadSnapshot {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock()
 }
 
 fn failed(error: &dyn std::error::Error) -> EngineError {

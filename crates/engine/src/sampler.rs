@@ -28,8 +28,8 @@ pub enum SampleError {
     /// The model gave something that is not a number, or nothing at all.
     #[error("the model gave logits that are not finite")]
     NotFinite,
-    /// Bias and form together forbid every token.
-    #[error("logit_bias and the form of the answer leave no token")]
+    /// Bias and constraint together forbid every token.
+    #[error("logit_bias and the constraint on the answer leave no token")]
     NothingAllowed,
 }
 

@@ -1,8 +1,8 @@
-//! What forms may ask for, and where a schema is at fault.
+//! Limits of constraints, and which part of a schema is at fault.
 
 use serde_json::Value;
 
-/// The longest form, in bytes.
+/// The longest schema, expression or grammar, in bytes.
 const BYTES_MAX: usize = 128 << 10;
 /// How deep a schema may nest.
 const DEPTH_MAX: usize = 64;
@@ -19,9 +19,9 @@ const MAPS: [&str; 4] = ["properties", "patternProperties", "$defs", "definition
 const PARTS: [&str; 8] =
     ["items", "prefixItems", "additionalProperties", "additionalItems", "anyOf", "oneOf", "allOf", "not"];
 
-/// Refuses a form that is too long.
-pub(super) fn check_text(form: &str) -> Result<(), String> {
-    if form.len() > BYTES_MAX { Err(format!("it is longer than {BYTES_MAX} bytes")) } else { Ok(()) }
+/// Refuses a text that is too long.
+pub(super) fn check_text(text: &str) -> Result<(), String> {
+    if text.len() > BYTES_MAX { Err(format!("it is longer than {BYTES_MAX} bytes")) } else { Ok(()) }
 }
 
 /// Refuses a grammar that is too long or holds a schema that asks for too much.

@@ -6,7 +6,7 @@ use super::*;
 
 /// The token that ends an answer.
 const END: u32 = 256;
-/// A control token that writes `<|call|>`.
+/// A special token that writes `<|call|>`.
 const CALL: u32 = 257;
 /// Writes `": `, as tokenizers like to.
 const COLON: u32 = 258;

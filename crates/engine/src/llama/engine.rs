@@ -6,12 +6,13 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use futures_util::future::{self, FutureExt};
+use parking_lot::Mutex;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -337,7 +338,7 @@ impl Engine {
     fn publish(&mut self) {
         let running = self.schedulers().flat_map(BatchScheduler::running).count() as u32;
         let usage = self.main.as_ref().map_or(0.0, |scheduler| scheduler.kv_cache.usage());
-        let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut snapshot = self.snapshot.lock();
         snapshot.running = running;
         snapshot.kv_usage = usage;
         snapshot.tokens_per_second = self.rate.tokens_per_second;

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
-use super::control_texts::{self, ControlTexts, Marks, Piece};
 use super::native::{Model, Token, Vocabulary};
+use super::special_tokens::{self, Marks, Piece, SpecialTokens};
 use crate::answer_parser::{AnswerFormat, AnswerParser};
 use crate::chat_template::{self, ChatTemplate, ChatTemplateError};
 use crate::gguf::{Header, Value};
@@ -20,7 +20,7 @@ pub(super) struct Prompts {
     bos_token: Option<String>,
     longest_token_bytes: usize,
     /// Read from the vocabulary when the first conversation comes, because it is there only after the weights.
-    control_texts: OnceLock<ControlTexts>,
+    special_tokens: OnceLock<SpecialTokens>,
 }
 
 /// A prompt that is ready to be continued.
@@ -44,7 +44,7 @@ impl Prompts {
         let longest_token_bytes = longest_token_bytes.unwrap_or(0).max(1);
         let sources = [header.chat_template(), header.text(chat_template::TOOL_USE)];
         let answers = AnswerFormat::detect(&sources.into_iter().flatten().collect::<String>());
-        Self { template, answers, bos_token: header.bos_token(), longest_token_bytes, control_texts: OnceLock::new() }
+        Self { template, answers, bos_token: header.bos_token(), longest_token_bytes, special_tokens: OnceLock::new() }
     }
 
     /// Returns whether the model takes conversations.
@@ -76,7 +76,7 @@ impl Prompts {
             }
             PromptInput::Chat(chat) => {
                 let template = self.template.as_ref().map_err(Clone::clone)?;
-                let hidden = self.control_texts.get_or_init(|| control_texts(vocabulary)).hide(chat)?;
+                let hidden = self.special_tokens.get_or_init(|| special_tokens(vocabulary)).hide(chat)?;
                 rendered = template.render(&hidden.chat, today())?;
                 self.check_length(&rendered, context_length)?;
                 self.rendered_tokens(vocabulary, &rendered, &hidden.marks)
@@ -87,7 +87,7 @@ impl Prompts {
     }
 
     /// Returns the tokens of a prompt whose answer stands before a suffix, fewer than `context_length`. What the two texts
-    /// say is never read as control tokens: they are somebody's file.
+    /// say is never read as special tokens: they are somebody's file.
     pub(super) fn fill_in(
         &self,
         model: &Model,
@@ -127,16 +127,16 @@ impl Prompts {
         if !chat.tools.is_empty() && chat.tool_choice != ToolChoice::None && !self.takes_tools() {
             return Err(unsupported("tools", "this model calls no functions"));
         }
-        let form = self.answers.constraint(chat, format, &prompt.rendered);
-        Ok((form, AnswerParser::new(self.answers, chat, &prompt.rendered, seed)))
+        let format = self.answers.constraint(chat, format, &prompt.rendered);
+        Ok((format, AnswerParser::new(self.answers, chat, &prompt.rendered, seed)))
     }
 
-    /// Returns the forms of the arguments of a conversation's tools.
+    /// Returns the constraints of the arguments of a conversation's tools.
     pub(super) fn argument_forms<'a>(&self, chat: &'a Chat) -> impl Iterator<Item = OutputFormat> + use<'a> {
         self.answers.argument_forms(chat)
     }
 
-    /// Returns the control tokens whose texts belong to answers.
+    /// Returns the special tokens whose texts belong to answers.
     pub(super) fn spoken(&self, vocabulary: Vocabulary<'_>) -> BTreeSet<Token> {
         let tokens = self.answers.preserved_tokens().into_iter().filter_map(|text| {
             let mut tokens = Vec::new();
@@ -266,15 +266,15 @@ fn given(vocabulary: Vocabulary<'_>, tokens: &[u32]) -> Result<Vec<Token>, Engin
     }
 }
 
-/// Reads from a vocabulary which texts stand for control tokens.
-fn control_texts(vocabulary: Vocabulary<'_>) -> ControlTexts {
+/// Reads from a vocabulary which texts stand for special tokens.
+fn special_tokens(vocabulary: Vocabulary<'_>) -> SpecialTokens {
     let texts = vocabulary.tokens().filter_map(|token| {
         let text = vocabulary.text(token)?;
         let is_control = vocabulary.is_control(token) || vocabulary.is_end(token);
-        let is_delimiter = vocabulary.is_user_defined(token) && control_texts::looks_like_delimiter(&text);
+        let is_delimiter = vocabulary.is_user_defined(token) && special_tokens::looks_like_delimiter(&text);
         (is_control || is_delimiter).then_some(text)
     });
-    ControlTexts::new(texts)
+    SpecialTokens::new(texts)
 }
 
 #[cfg(test)]
@@ -288,7 +288,7 @@ mod tests {
     const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny.gguf");
 
     #[test]
-    fn only_the_template_writes_control_tokens() {
+    fn only_the_template_writes_special_tokens() {
         let file = File::open(TINY).expect("the model is there");
         let prompts = Prompts::new(&Header::read(&file).expect("it is a model"));
         let options = ModelOptions { vocabulary_only: true, ..ModelOptions::default() };

@@ -33,11 +33,11 @@ pub(super) struct Job {
     pub(super) echo: Option<String>,
     /// Whether the log-probabilities of the prompt are told as well.
     pub(super) tells_prompt: bool,
-    /// The form that the answer must have.
+    /// The constraint on the answer (structured output).
     pub(super) constraint: Option<Constraint>,
     /// Takes the answer to a conversation apart.
     pub(super) parser: Option<AnswerParser>,
-    /// Control tokens whose texts are part of the answer.
+    /// Special tokens whose texts are part of the answer.
     pub(super) spoken: Arc<BTreeSet<Token>>,
     /// The answer that the caller predicts.
     pub(super) prediction: Vec<Token>,
@@ -88,7 +88,7 @@ pub(super) struct Finished {
 }
 
 impl Sequence {
-    /// Returns `None`, and tells the reader, where the tokens that it has do not have the form that is asked for.
+    /// Returns `None`, and tells the reader, if the tokens that it continues violate the constraint.
     pub(super) fn new(mut job: Job, vocabulary: Vocabulary<'_>) -> Option<Self> {
         let tokens = std::mem::take(&mut job.tokens);
         let (prompt, continued) = tokens.split_at(job.prompt_tokens);
@@ -311,7 +311,7 @@ impl Finished {
 
 fn logprobs(sampler: &mut Sampler, logits: &[f32], token: u32, top: u32, vocabulary: Vocabulary<'_>) -> TokenLogprob {
     let say = |token: u32, logprob: f32, top| {
-        // Control tokens have texts as well, and a caller who asks for likelihoods wants to see them.
+        // Special tokens have texts as well, and a caller who asks for likelihoods wants to see them.
         TokenLogprob { token, bytes: vocabulary.piece(token.cast_signed(), true), logprob, top }
     };
     let (logprob, top) = sampler.logprob(logits, token, top);

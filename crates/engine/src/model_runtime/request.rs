@@ -40,11 +40,11 @@ impl From<Vec<Message>> for Chat {
 pub enum PromptInput {
     /// A conversation; the model's own chat template makes a prompt of it.
     ///
-    /// What the messages say is never read as control tokens, so nobody forges another's turn.
+    /// What the messages say is never read as special tokens, so nobody forges another's turn.
     Chat(Chat),
     /// Text, taken as it is.
     ///
-    /// The texts of control tokens in it are read as those tokens, as llama-server does: whoever sends a raw prompt
+    /// The texts of special tokens in it are read as those tokens, as llama-server does: whoever sends a raw prompt
     /// writes the turns as well. What comes from people belongs in a conversation.
     Text(String),
     /// Tokens of the model's own vocabulary.
@@ -83,7 +83,7 @@ pub struct GenerateRequest {
     /// The most tokens to generate, 0 included; `None` goes on to the end of the context.
     #[serde(default)]
     pub max_tokens: Option<u32>,
-    /// Goes on past the end-of-turn token, for benchmarks. An answer that must have a form ends with it all the same.
+    /// Goes on past the end-of-turn token, for benchmarks. A constrained answer still ends with its constraint.
     #[serde(default)]
     pub ignore_eos: bool,
     /// Tells the log-probability of each token, and of so many of the likeliest in its place.
@@ -96,7 +96,7 @@ pub struct GenerateRequest {
     /// the answer; that of the first token is told as 0. Conversations have no such text.
     #[serde(default)]
     pub echo: bool,
-    /// What form the answer must have.
+    /// The constraint on the answer (structured output).
     #[serde(default)]
     pub format: OutputFormat,
     /// The answer that the caller expects, as text or tokens: where it is right, the answer comes faster.

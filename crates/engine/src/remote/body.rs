@@ -60,7 +60,7 @@ pub(super) fn generation(
     if request.suffix.is_some() {
         return Err(unsupported("suffix", "the server that runs this model is not asked to fill in texts"));
     }
-    // What ends with its form ends there.
+    // A constrained answer ends with its constraint.
     if request.ignore_eos && !has_form(request) {
         match dialect {
             Dialect::Vllm | Dialect::Sglang | Dialect::LlamaServer => body.insert("ignore_eos".into(), true.into()),
@@ -88,7 +88,7 @@ pub(super) fn generation(
     Ok(Call { path, body: body.into() })
 }
 
-/// Returns whether the answer must have a form, and ends with it.
+/// Returns whether the answer is constrained, and ends with its constraint.
 fn has_form(request: &GenerateRequest) -> bool {
     let must_call = |chat: &Chat| matches!(chat.tool_choice, ToolChoice::Required | ToolChoice::Function(_));
     request.format != OutputFormat::Text || matches!(&request.input, PromptInput::Chat(chat) if must_call(chat))

@@ -258,7 +258,7 @@ async fn a_text_is_filled_in_with_the_tokens_that_its_model_knows() {
     let bytes = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
     let [before, after, between] = FILL_IN;
     let begin = VOCABULARY as u32 - 2;
-    // What looks like a control token in somebody's file is text.
+    // What looks like a special token in somebody's file is text.
     let (prefix, suffix) = ("f(<|end|>", ") = 1");
     let by_hand = [&[begin, before][..], &bytes(prefix), &[after], &bytes(suffix), &[between]].concat();
     let expected = run(&runtime, fill(PromptInput::Tokens(by_hand), None)).await;

@@ -12,9 +12,9 @@ mod handed_over;
 #[cfg(target_os = "linux")]
 mod header_memory;
 #[cfg(feature = "llama")]
-mod llama_families;
+mod llama_constraints;
 #[cfg(feature = "llama")]
-mod llama_forms;
+mod llama_families;
 #[cfg(feature = "llama")]
 mod llama_process;
 #[cfg(feature = "llama")]

@@ -111,7 +111,7 @@ impl Vocabulary<'_> {
     }
 
     /// Cuts a text in tokens, appending them. `whole` adds what the tokenizer puts around a text; `control` reads the
-    /// texts of control tokens as those tokens.
+    /// texts of special tokens as those tokens.
     pub(crate) fn tokenize(self, text: &[u8], whole: bool, control: bool, tokens: &mut Vec<Token>) {
         let length = i32::try_from(text.len()).expect("prompts are far below 2 GiB");
         // A token is a byte at least, and at most two are added.
@@ -134,7 +134,7 @@ impl Vocabulary<'_> {
         }
     }
 
-    /// Returns the bytes that a token adds to a text; none for control tokens, unless their texts are wanted.
+    /// Returns the bytes that a token adds to a text; none for special tokens, unless their texts are wanted.
     pub(crate) fn piece(self, token: Token, control: bool) -> Vec<u8> {
         if !self.tokens().contains(&token) {
             return Vec::new();

@@ -1,4 +1,4 @@
-//! Keeps the answers of one model to the forms that are asked for.
+//! Structured output: constraints on the answers of one model.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, OnceLock};
@@ -7,25 +7,25 @@ use super::native::{Token, Vocabulary};
 use crate::grammar::{Constraint, Grammars, TokenTable};
 use crate::model_runtime::{EngineError, OutputFormat};
 
-/// The grammars of one model. They are made when the first form is asked for, which takes some hundred milliseconds.
+/// The grammars of one model. They are made for the first request that needs one, which takes some hundred milliseconds.
 #[derive(Debug)]
-pub(super) struct Forms {
+pub(super) struct Constraints {
     spoken: Arc<BTreeSet<Token>>,
     grammars: OnceLock<Result<Grammars, EngineError>>,
 }
 
-impl Forms {
-    /// `spoken` are the control tokens whose texts belong to answers.
+impl Constraints {
+    /// `spoken` are the special tokens whose text belongs to answers.
     pub(super) fn new(spoken: BTreeSet<Token>) -> Self {
         Self { spoken: Arc::new(spoken), grammars: OnceLock::new() }
     }
 
-    /// Returns the control tokens whose texts belong to answers.
+    /// Returns the special tokens whose text belongs to answers.
     pub(super) fn spoken(&self) -> Arc<BTreeSet<Token>> {
         Arc::clone(&self.spoken)
     }
 
-    /// Returns what keeps one answer to a form; `None` for free text. Blocks for milliseconds.
+    /// Returns the constraint of one answer; `None` for free text. Blocks for milliseconds.
     pub(super) fn constraint(
         &self,
         vocabulary: Vocabulary<'_>,

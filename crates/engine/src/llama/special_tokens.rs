@@ -1,6 +1,6 @@
-//! Keeps what people write from being read as control tokens.
+//! Keeps what people write from being read as special tokens.
 //!
-//! A prompt is tokenised with the texts of control tokens read as those tokens, because chat templates write their
+//! A prompt is tokenised with the texts of special tokens read as those tokens, because chat templates write their
 //! delimiters as text. A message that holds `<|im_end|>` could so end its own turn and forge the next. Such a text is
 //! swapped for one private-use character, a mark, before the template is rendered: a mark survives trimming, cutting
 //! and moving, so the place is found again whatever the template does. It is then tokenised as the text it stood for.
@@ -17,9 +17,9 @@ use crate::model_runtime::{Chat, EngineError, unsupported};
 /// Characters that no vocabulary has a use for.
 const MARKS: [RangeInclusive<char>; 2] = ['\u{F0000}'..='\u{FFFFD}', '\u{100000}'..='\u{10FFFD}'];
 
-/// The texts that the tokenizer of one model reads as control tokens.
+/// The texts that the tokenizer of one model reads as special tokens.
 #[derive(Debug)]
-pub(super) struct ControlTexts {
+pub(super) struct SpecialTokens {
     texts: HashSet<String>,
     /// Their distinct lengths in bytes, longest first, as the tokenizer prefers them.
     lengths: Vec<usize>,
@@ -27,14 +27,14 @@ pub(super) struct ControlTexts {
     first_bytes: [bool; 256],
 }
 
-/// A conversation without control texts.
+/// A conversation without texts of special tokens.
 #[derive(Debug)]
 pub(super) struct Hidden<'a> {
     pub(super) chat: Cow<'a, Chat>,
     pub(super) marks: Marks,
 }
 
-/// What stands for which control text.
+/// What stands for which text of a special token.
 #[derive(Debug, Default)]
 pub(super) struct Marks(BTreeMap<char, String>);
 
@@ -43,11 +43,11 @@ pub(super) struct Marks(BTreeMap<char, String>);
 pub(super) enum Piece<'a> {
     /// Control texts in it are the template's own.
     Template(&'a str),
-    /// A control text that somebody wrote.
+    /// A text of a special token that somebody wrote.
     Spoken(&'a str),
 }
 
-impl ControlTexts {
+impl SpecialTokens {
     pub(super) fn new(texts: impl IntoIterator<Item = String>) -> Self {
         let texts: HashSet<String> = texts.into_iter().filter(|text| !text.is_empty()).collect();
         let mut lengths: Vec<usize> = texts.iter().map(String::len).collect();
@@ -60,9 +60,9 @@ impl ControlTexts {
         Self { texts, lengths, first_bytes }
     }
 
-    /// Swaps the control texts in a conversation for marks; most have none and stay as they are.
+    /// Swaps the texts of special tokens in a conversation for marks; most have none and stay as they are.
     pub(super) fn hide<'a>(&self, chat: &'a Chat) -> Result<Hidden<'a>, EngineError> {
-        let refuse = || unsupported("messages", "the text of a control token cannot be told apart from it");
+        let refuse = || unsupported("messages", "the text of a special token cannot be told apart from it");
         let mut value = serde_json::to_value(chat).map_err(|_| refuse())?;
         each_arguments(&mut value, &open_arguments);
         let mut found = HashSet::new();
@@ -92,17 +92,17 @@ impl ControlTexts {
         };
         let mut value = with_texts(value, &swap);
         each_arguments(&mut value, &close_arguments);
-        // No client writes a role, so a control token of that name stays as the template has it.
+        // No client writes a role, so a special token of that name stays as the template has it.
         for (swapped, message) in value["messages"].as_array_mut().into_iter().flatten().zip(&chat.messages) {
             swapped["role"] = message.role.as_str().into();
         }
-        // What stops being a conversation has a control token by the name of one of its fields.
+        // What stops being a conversation has a special token by the name of one of its fields.
         let chat = serde_json::from_value(value).map_err(|_| refuse())?;
         let marks = Marks(mark_of.into_iter().map(|(text, mark)| (mark, text)).collect());
         Ok(Hidden { chat: Cow::Owned(chat), marks })
     }
 
-    /// Finds the control texts, leftmost and longest first, with their places.
+    /// Finds the texts of special tokens, leftmost and longest first, with their places.
     fn find<'a>(&'a self, text: &'a str) -> impl Iterator<Item = (usize, &'a str)> {
         let mut at = 0;
         std::iter::from_fn(move || {
@@ -147,7 +147,7 @@ fn each_arguments(chat: &mut Value, visit: &dyn Fn(&mut Value)) {
     calls.filter_map(|call| call.get_mut("arguments")).for_each(visit);
 }
 
-/// Reads arguments as a template will, which undoes escapes that a control text could hide behind.
+/// Reads arguments as a template will, which undoes escapes that a text of a special token could hide behind.
 fn open_arguments(arguments: &mut Value) {
     if let Some(Ok(object @ Value::Object(_))) = arguments.as_str().map(serde_json::from_str) {
         *arguments = object;
@@ -203,8 +203,8 @@ mod tests {
     use super::*;
     use crate::model_runtime::{Message, Role, Tool, ToolCall};
 
-    fn texts() -> ControlTexts {
-        ControlTexts::new(["<|im_end|>", "<|im_start|>", "<|im", "é|>", ""].map(str::to_owned))
+    fn texts() -> SpecialTokens {
+        SpecialTokens::new(["<|im_end|>", "<|im_start|>", "<|im", "é|>", ""].map(str::to_owned))
     }
 
     fn say(content: &str) -> Chat {
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn control_texts_are_hidden_wherever_people_write() {
+    fn special_tokens_are_hidden_wherever_people_write() {
         const TEXT: &str = "<|im_end|>";
         let call = ToolCall {
             id: TEXT.into(),
