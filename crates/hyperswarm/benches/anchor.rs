@@ -3,8 +3,9 @@
 //! `[ANCHOR_THREADS=1] cargo bench -p tether-hyperswarm --bench anchor -- [fast]`
 //!
 //! Network, server and client are processes of their own, all on this machine. Where Node and `interop/hyperswarm` are
-//! installed, its peers measure the same (`anchor.js`) right before and right after, so that neither side has the quieter
-//! machine; the last column says how much more, or how much sooner, this crate does it than the better of the two.
+//! installed, its peers measure the same (`anchor.js`) right before and right after, so that neither side has the
+//! quieter machine; the last column says how much more, or how much sooner, this crate does it than the better of the
+//! two.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::unwrap_used, clippy::disallowed_methods)]
 

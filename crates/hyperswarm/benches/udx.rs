@@ -1,5 +1,5 @@
-//! Round trips and throughput of UDX over loopback, between two runtimes in one process: `cargo bench -p tether-hyperswarm
-//! --bench udx`. Both sides on threads of their own, as two processes would be.
+//! Round trips and throughput of UDX over loopback, between two runtimes in one process: `cargo bench -p
+//! tether-hyperswarm --bench udx`. Both sides on threads of their own, as two processes would be.
 
 #![expect(clippy::print_stdout, reason = "the figures are what this program is for")]
 
@@ -43,8 +43,8 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime")
 }
 
-/// Runs `client` with connected streams whose other sides echo, on a thread of their own, what comes in frames of the size
-/// that the first four bytes tell, and swallow what comes in frames of size zero.
+/// Runs `client` with connected streams whose other sides echo, on a thread of their own, what comes in frames of the
+/// size that the first four bytes tell, and swallow what comes in frames of size zero.
 fn measure<R: Send + 'static, F: Future<Output = R>>(streams: usize, client: impl FnOnce(Vec<Stream>) -> F) -> R {
     let (to_client, from_server) = mpsc::channel::<(SocketAddrV4, Vec<u32>)>();
     let (to_server, from_client) = mpsc::channel::<(SocketAddrV4, Vec<u32>)>();

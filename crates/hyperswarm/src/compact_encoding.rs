@@ -37,7 +37,7 @@ impl<'a> Decoder<'a> {
         self.rest
     }
 
-    /// Says whether everything was read.
+    /// Returns whether everything was read.
     pub fn is_empty(&self) -> bool {
         self.rest.is_empty()
     }

@@ -32,7 +32,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 pub use self::aging_map::AgingMap;
-pub use self::incoming_request::{IncomingRequest, ReplyOptions};
+pub use self::incoming_request::{DhtRequest, ReplyOptions};
 pub use self::message::{INVALID_TOKEN, Id, Message, Request, Response, Token, UNKNOWN_COMMAND, node_id};
 pub use self::nat_sampler::{NatSampler, Reflexive};
 pub use self::own_address::reachable;
@@ -130,7 +130,7 @@ impl Config {
 /// Answers the commands of the layer above. Called where datagrams are read, so it must not block.
 pub trait Handler: Send + Sync {
     /// Takes a request. Whoever does not know its command answers [`UNKNOWN_COMMAND`].
-    fn on_request(&self, request: IncomingRequest);
+    fn on_request(&self, request: DhtRequest);
 }
 
 /// A handler that knows no commands: a node that only keeps a table.
@@ -138,7 +138,7 @@ pub trait Handler: Send + Sync {
 pub struct NoCommands;
 
 impl Handler for NoCommands {
-    fn on_request(&self, request: IncomingRequest) {
+    fn on_request(&self, request: DhtRequest) {
         request.error(UNKNOWN_COMMAND);
     }
 }
@@ -176,7 +176,7 @@ pub struct RequestOptions {
 
 /// What a node answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reply {
+pub struct DhtReply {
     /// Who answered.
     pub from: SocketAddrV4,
     /// The node's id, where it is a lasting part of the table.
@@ -199,7 +199,7 @@ pub struct Reply {
 
 /// Why a request has no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum RequestError {
+pub enum DhtRequestError {
     /// The node was asked several times.
     #[error("the node does not answer")]
     Timeout,
@@ -247,7 +247,7 @@ impl DhtRpc {
     }
 
     /// Sends a request to one node and waits for the answer, which may be an error of the node.
-    pub async fn request(&self, call: Call, to: SocketAddrV4) -> Result<Reply, RequestError> {
+    pub async fn request(&self, call: Call, to: SocketAddrV4) -> Result<DhtReply, DhtRequestError> {
         self.request_with(call, to, RequestOptions::default()).await
     }
 
@@ -257,17 +257,17 @@ impl DhtRpc {
         call: Call,
         to: SocketAddrV4,
         options: RequestOptions,
-    ) -> Result<Reply, RequestError> {
+    ) -> Result<DhtReply, DhtRequestError> {
         self.node.request(&call, to, options, false).await
     }
 
     /// Asks a node for a sign of life.
-    pub async fn ping(&self, to: SocketAddrV4, options: RequestOptions) -> Result<Reply, RequestError> {
+    pub async fn ping(&self, to: SocketAddrV4, options: RequestOptions) -> Result<DhtReply, DhtRequestError> {
         self.node.request(&Call::new(PING), to, options, true).await
     }
 
     /// Asks a node for a sign of life after a delay of at most ten seconds.
-    pub async fn delayed_ping(&self, to: SocketAddrV4, delay: Duration) -> Result<Reply, RequestError> {
+    pub async fn delayed_ping(&self, to: SocketAddrV4, delay: Duration) -> Result<DhtReply, DhtRequestError> {
         let millis = u32::try_from(delay.as_millis()).unwrap_or(u32::MAX);
         let call = Call { value: Some(millis.to_le_bytes().to_vec().into()), ..Call::new(DELAYED_PING) };
         let timeout = Some(delay + Duration::from_secs(1));
@@ -300,12 +300,12 @@ impl DhtRpc {
         self.node.with(|state| state.id())
     }
 
-    /// Says whether this node is a lasting part of the table.
+    /// Returns whether this node is a lasting part of the table.
     pub fn is_persistent(&self) -> bool {
         self.node.with(|state| !state.ephemeral)
     }
 
-    /// Says whether others may be unable to reach this node.
+    /// Returns whether others may be unable to reach this node.
     pub fn is_firewalled(&self) -> bool {
         self.node.with(|state| state.firewalled)
     }
@@ -336,7 +336,7 @@ impl DhtRpc {
         self.node.stop.run_until_cancelled(bootstrapped.wait_for(|done| *done)).await.map(drop).unwrap_or_default();
     }
 
-    /// Says whether the node was stopped.
+    /// Returns whether the node was stopped.
     pub fn is_stopped(&self) -> bool {
         self.node.stop.is_cancelled()
     }

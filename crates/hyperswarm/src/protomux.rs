@@ -3,7 +3,8 @@
 //! A channel carries the messages of one protocol. It is named by the protocol and, where there may be several, an id.
 //! Both sides open it, in either order or at once; what one side sends before the other has opened waits there.
 //!
-//! `state` knows the rules and nothing else. One task reads the connection and hands each message to its channel's inbox.
+//! `state` knows the rules and nothing else. One task reads the connection and hands each message to its channel's
+//! inbox.
 
 mod channel;
 #[cfg(feature = "fuzzing")]
@@ -28,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use self::channel::Channel;
-pub use self::inbox::{Message, Overflow};
+pub use self::inbox::{ChannelMessage, Overflow};
 pub use self::pairing::{AcceptError, Incoming, Pairing};
 
 pub(crate) use self::channel::{Outlet, Responder};
@@ -164,7 +165,8 @@ impl Protomux {
         &self.handle.shared.stream
     }
 
-    /// Opens a channel. An empty id stands for none. Messages may be sent at once; the peer may still refuse the channel.
+    /// Opens a channel. An empty id stands for none. Messages may be sent at once; the peer may still refuse the
+    /// channel.
     pub fn open(&self, protocol: &str, id: &[u8], options: ChannelOptions) -> Result<Channel, OpenError> {
         let queue = Arc::new(Queue::new(options.queue_bytes_max, options.overflow));
         let outlet = self.open_with(protocol, id, &options.handshake, Arc::clone(&queue) as Arc<dyn Inbox>)?;
@@ -231,7 +233,7 @@ impl Protomux {
         self.close();
     }
 
-    /// Says whether the connection has ended, by either side: nothing can be opened any more.
+    /// Returns whether the connection has ended, by either side: nothing can be opened any more.
     pub fn is_closed(&self) -> bool {
         self.handle.shared.stop.is_cancelled()
     }
@@ -327,7 +329,7 @@ enum Reading {
     Waits,
 }
 
-/// Says whether the parts of an opening fit into one message.
+/// Returns whether the parts of an opening fit into one message.
 fn fits(parts: &[&[u8]]) -> bool {
     const OVERHEAD_BYTES: usize = 64;
     parts.iter().fold(OVERHEAD_BYTES, |sum, part| sum.saturating_add(part.len())) <= MESSAGE_BYTES_MAX

@@ -224,7 +224,7 @@ impl IncomingRequest {
         &self.value
     }
 
-    /// Says whether the peer expects no response.
+    /// Returns whether the peer expects no response.
     pub fn is_event(&self) -> bool {
         self.reply.id == EVENT
     }

@@ -17,7 +17,7 @@ use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use self::frames::{FIRST_FRAME_BYTES, MESSAGE_BYTES_MAX, OpenError, Opener, Sealer, TooLong};
+pub use self::frames::{DecryptError, FIRST_FRAME_BYTES, MESSAGE_BYTES_MAX, Opener, Sealer, TooLong};
 use self::wire::Wire;
 use crate::crypto::noise::Session;
 use crate::crypto::{PublicKey, random};
@@ -60,7 +60,7 @@ pub struct Closed;
 pub enum ReceiveError {
     /// The other side sent what is not a sealed message. The stream was destroyed.
     #[error(transparent)]
-    Open(#[from] OpenError),
+    Open(#[from] DecryptError),
     /// The other side ended in the middle of a message.
     #[error("the stream ended inside a message")]
     CutOff,
@@ -93,7 +93,7 @@ struct Sealing {
 
 struct Opening {
     opener: Opener,
-    failed: Option<OpenError>,
+    failed: Option<DecryptError>,
 }
 
 impl SecretStream {
@@ -133,7 +133,7 @@ impl SecretStream {
         self.shared.session.local_key
     }
 
-    /// Says whether this side opened the connection.
+    /// Returns whether this side opened the connection.
     pub fn is_initiator(&self) -> bool {
         self.shared.session.is_initiator
     }
@@ -239,7 +239,7 @@ impl Shared {
         self.wire.write(sealing.frames.split().freeze()).map_err(|_| SendError::Closed)
     }
 
-    fn start(&self, opening: &mut Opening) -> Result<bool, OpenError> {
+    fn start(&self, opening: &mut Opening) -> Result<bool, DecryptError> {
         if let Some(error) = opening.failed {
             return Err(error);
         }
@@ -249,7 +249,7 @@ impl Shared {
         })
     }
 
-    fn open(&self, opening: &mut Opening) -> Result<Option<Bytes>, OpenError> {
+    fn open(&self, opening: &mut Opening) -> Result<Option<Bytes>, DecryptError> {
         if let Some(error) = opening.failed {
             return Err(error);
         }

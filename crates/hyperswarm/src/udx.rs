@@ -1,7 +1,8 @@
 //! Reliable streams over UDP datagrams, as libudx speaks them.
 //!
-//! A [`Udx`] holds the streams of a node by id, a [`Socket`] carries them, a [`Stream`] is what its user reads and writes.
-//! What a stream does is decided in a state machine without sockets or clocks (`connection`); `driver` feeds it.
+//! A [`Udx`] holds the streams of a node by id, a [`Socket`] carries them, a [`Stream`] is what its user reads and
+//! writes. What a stream does is decided in a state machine without sockets or clocks (`connection`); `driver` feeds
+//! it.
 
 mod congestion;
 mod connection;
@@ -36,7 +37,7 @@ pub use stream::Stream;
 use stream::Shared;
 
 /// Decides whether a stream takes packets that come by another socket than its own, or before it is connected.
-pub type Firewall = Arc<dyn Fn(&Socket, SocketAddrV4) -> bool + Send + Sync>;
+pub type PacketFilter = Arc<dyn Fn(&Socket, SocketAddrV4) -> bool + Send + Sync>;
 
 /// How a stream behaves.
 #[derive(Clone)]
@@ -46,7 +47,7 @@ pub struct StreamOptions {
     /// Sends a heartbeat when nothing was heard for this long. An unanswered one has no consequence.
     pub keep_alive: Option<Duration>,
     /// Returns whether to take a packet that comes by another socket than the stream's. All are taken without it.
-    pub firewall: Option<Firewall>,
+    pub firewall: Option<PacketFilter>,
 }
 
 impl Default for StreamOptions {
@@ -85,7 +86,7 @@ pub enum StreamError {
 /// The stream was ended or closed, so that nothing can be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the stream is closed for writing")]
-pub struct Closed;
+pub struct StreamClosed;
 
 /// What a stream has done and what it knows of its path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,8 +127,8 @@ impl Udx {
         Self::default()
     }
 
-    /// Binds a socket and starts its task. Whatever arrives and isn't UDX goes to the receiver, or is dropped while that
-    /// is full. Must be called within a runtime.
+    /// Binds a socket and starts its task. Whatever arrives and isn't UDX goes to the receiver, or is dropped while
+    /// that is full. Must be called within a runtime.
     pub fn bind(&self, address: SocketAddrV4) -> io::Result<(Socket, mpsc::Receiver<Datagram>)> {
         driver::bind(&self.table, address)
     }

@@ -35,7 +35,7 @@ impl<K: Eq + Hash + Clone, V> AgingMap<K, V> {
         self.entries.len()
     }
 
-    /// Says whether there is no entry.
+    /// Returns whether there is no entry.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }

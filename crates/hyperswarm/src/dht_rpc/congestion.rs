@@ -20,7 +20,7 @@ impl Congestion {
         Self { slots: [0; 4], current: 0, total: 0, slot_max }
     }
 
-    /// Says whether the next request has to wait.
+    /// Returns whether the next request has to wait.
     pub(super) fn is_full(&self) -> bool {
         self.total >= 2 * self.slot_max || self.slots[self.current] >= self.slot_max
     }

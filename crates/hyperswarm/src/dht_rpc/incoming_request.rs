@@ -12,7 +12,7 @@ use crate::udx::Socket;
 
 /// A request of another node that the table leaves to the [`Handler`](super::Handler). It may go without an answer.
 #[derive(Clone)]
-pub struct IncomingRequest {
+pub struct DhtRequest {
     /// What to do.
     pub command: u64,
     /// What it is about.
@@ -57,7 +57,7 @@ impl ReplyOptions {
     }
 }
 
-impl IncomingRequest {
+impl DhtRequest {
     /// Answers with a value, a token and closer nodes.
     pub fn reply(&self, value: Option<&[u8]>) {
         self.reply_with(value, &ReplyOptions::default());
@@ -108,10 +108,10 @@ impl IncomingRequest {
     }
 }
 
-impl std::fmt::Debug for IncomingRequest {
+impl std::fmt::Debug for DhtRequest {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter
-            .debug_struct("IncomingRequest")
+            .debug_struct("DhtRequest")
             .field("command", &self.command)
             .field("from", &self.from)
             .field("tid", &self.tid)

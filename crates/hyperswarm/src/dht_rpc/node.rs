@@ -11,11 +11,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, trace};
 
-use super::incoming_request::IncomingRequest;
+use super::incoming_request::DhtRequest;
 use super::message::{Message, PING_NAT};
 use super::query::{Query, QueryStream};
 use super::state::{Job, Outbound, State, Via};
-use super::{Call, Handler, Reply, RequestError, RequestOptions};
+use super::{Call, DhtReply, DhtRequestError, Handler, RequestOptions};
 use crate::udx::{Datagram, Socket};
 
 /// How long a node that may have a firewall waits for a sign that it has none, on top of four round trips.
@@ -81,7 +81,7 @@ impl Node {
         to: SocketAddrV4,
         options: RequestOptions,
         internal: bool,
-    ) -> Result<Reply, RequestError> {
+    ) -> Result<DhtReply, DhtRequestError> {
         let (sender, reply) = tokio::sync::oneshot::channel();
         let outbound = Outbound {
             to,
@@ -96,7 +96,7 @@ impl Node {
             waiter: super::state::Waiter::Call(sender),
         };
         self.with(|state| state.request(outbound, Instant::now()))?;
-        reply.await.map_err(|_| RequestError::Stopped)?
+        reply.await.map_err(|_| DhtRequestError::Stopped)?
     }
 
     /// Takes a datagram that came to a socket.
@@ -107,7 +107,7 @@ impl Node {
             Ok(Message::Response(response)) => self.with(|state| state.on_response(via, from, response, &bytes, now)),
             Ok(Message::Request(request)) => {
                 let Some(foreign) = self.with(|state| state.on_request(via, from, &request, now)) else { return };
-                self.handler.on_request(IncomingRequest {
+                self.handler.on_request(DhtRequest {
                     command: request.command,
                     target: request.target,
                     token: request.token,

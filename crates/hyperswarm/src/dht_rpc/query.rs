@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::Reply;
+use super::DhtReply;
 use super::message::{FIND_NODE, Id};
 use super::node::Node;
 use super::routing_table::K;
@@ -60,7 +60,7 @@ pub struct QueryStream {
     // Bounded by the walk: it meets so many nodes, each of which has so many copies of a request to miss.
     sender: mpsc::UnboundedSender<Step>,
     steps: mpsc::UnboundedReceiver<Step>,
-    replies: VecDeque<Reply>,
+    replies: VecDeque<DhtReply>,
     is_done: bool,
 }
 
@@ -77,7 +77,7 @@ impl QueryStream {
     }
 
     /// Waits for the next reply that is not an error. `None` means that the walk is over. Cancel safe.
-    pub async fn next(&mut self) -> Option<Reply> {
+    pub async fn next(&mut self) -> Option<DhtReply> {
         loop {
             if let Some(reply) = self.replies.pop_front() {
                 return Some(reply);
@@ -94,13 +94,13 @@ impl QueryStream {
     }
 
     /// Walks to the end, and returns the closest nodes that answered, closest first: at most 20.
-    pub async fn closest(mut self) -> Vec<Reply> {
+    pub async fn closest(mut self) -> Vec<DhtReply> {
         while self.next().await.is_some() {}
         self.walk.into_closest()
     }
 
     /// Returns the closest nodes that answered so far, closest first.
-    pub fn into_closest(self) -> Vec<Reply> {
+    pub fn into_closest(self) -> Vec<DhtReply> {
         self.walk.into_closest()
     }
 

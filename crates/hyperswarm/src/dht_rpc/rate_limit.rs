@@ -35,7 +35,7 @@ impl RateLimit {
         Self { buckets, secret, start, per_second: per_second as f32, burst: burst as f32 }
     }
 
-    /// Says whether a request from this source may be answered.
+    /// Returns whether a request from this source may be answered.
     pub(super) fn allows(&mut self, source: SocketAddrV4, now: Instant) -> bool {
         // Every node of a test network is on this host, so that only its sockets are told apart.
         self.take(&source, 1.0, now)

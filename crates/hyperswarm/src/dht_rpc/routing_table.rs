@@ -74,7 +74,7 @@ impl RoutingTable {
         self.heard.len()
     }
 
-    /// Says whether no node is known.
+    /// Returns whether no node is known.
     pub(super) fn is_empty(&self) -> bool {
         self.heard.is_empty()
     }

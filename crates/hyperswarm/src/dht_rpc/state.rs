@@ -20,7 +20,7 @@ use super::routing_table::{Insertion, K, RoutingTable, TableNode};
 use super::timeouts::Timeouts;
 use super::tokens::Tokens;
 use super::walk::DownHint;
-use super::{Config, Reply, RequestError, reachable};
+use super::{Config, DhtReply, DhtRequestError, reachable};
 use crate::compact_encoding::{Decoder, Encoder};
 use crate::udx::Socket;
 
@@ -72,7 +72,7 @@ pub(super) struct Outgoing {
 #[derive(Debug)]
 pub(super) enum Step {
     Late(SocketAddrV4),
-    Answered(SocketAddrV4, Reply),
+    Answered(SocketAddrV4, DhtReply),
     Failed(SocketAddrV4),
 }
 
@@ -80,7 +80,7 @@ pub(super) enum Step {
 #[derive(Debug)]
 pub(super) enum Waiter {
     Nobody,
-    Call(oneshot::Sender<Result<Reply, RequestError>>),
+    Call(oneshot::Sender<Result<DhtReply, DhtRequestError>>),
     Walk(mpsc::UnboundedSender<Step>),
     /// The table: lets the node go unless it is heard.
     Check(Id),
@@ -342,12 +342,12 @@ impl State {
     // Requests of this node.
 
     /// Sends a request, or lets it wait its turn. The waiter hears how it ends, unless this fails.
-    pub(super) fn request(&mut self, outbound: Outbound<'_>, now: Instant) -> Result<(), RequestError> {
+    pub(super) fn request(&mut self, outbound: Outbound<'_>, now: Instant) -> Result<(), DhtRequestError> {
         if self.stopped {
-            return Err(RequestError::Stopped);
+            return Err(DhtRequestError::Stopped);
         }
         if self.inflight.len() >= REQUESTS_MAX || self.waiting.len() >= WAITING_MAX {
-            return Err(RequestError::Busy);
+            return Err(DhtRequestError::Busy);
         }
         let mut tid = self.chance.draw() as u16;
         while self.inflight.contains_key(&tid) {
@@ -498,7 +498,7 @@ impl State {
         }
         match inflight.waiter {
             Waiter::Nobody => {}
-            Waiter::Call(sender) => drop(sender.send(Err(RequestError::Timeout))),
+            Waiter::Call(sender) => drop(sender.send(Err(DhtRequestError::Timeout))),
             Waiter::Walk(steps) => drop(steps.send(Step::Failed(inflight.to))),
             Waiter::Check(_) => self.checks -= 1,
             Waiter::Swap(_, new) => {
@@ -609,7 +609,7 @@ impl State {
         }
         let from_id = response.id.filter(|id| *id == node_id(from));
         self.hear(via, from, from_id, response.to, now);
-        let reply = Reply {
+        let reply = DhtReply {
             from,
             from_id,
             to: response.to,
@@ -876,7 +876,7 @@ impl State {
         self.delayed.clear();
         for (_, inflight) in self.inflight.drain() {
             match inflight.waiter {
-                Waiter::Call(sender) => drop(sender.send(Err(RequestError::Stopped))),
+                Waiter::Call(sender) => drop(sender.send(Err(DhtRequestError::Stopped))),
                 Waiter::Walk(steps) => drop(steps.send(Step::Failed(inflight.to))),
                 Waiter::Nobody | Waiter::Check(_) | Waiter::Swap(..) => {}
             }
@@ -884,7 +884,7 @@ impl State {
     }
 }
 
-/// Says whether a node may have named this one in good faith.
+/// Returns whether a node may have named this one in good faith.
 fn is_plausible(node: SocketAddrV4, named_by: SocketAddrV4) -> bool {
     let ip = node.ip();
     node.port() != 0

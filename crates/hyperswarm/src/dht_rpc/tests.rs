@@ -13,7 +13,7 @@ pub(crate) struct Echo {
 }
 
 impl Handler for Echo {
-    fn on_request(&self, request: IncomingRequest) {
+    fn on_request(&self, request: DhtRequest) {
         self.requests.fetch_add(1, Ordering::Relaxed);
         match request.command {
             7 => request.reply(request.value.as_deref()),
@@ -159,7 +159,7 @@ async fn a_silent_node_times_out_and_leaves_the_table() {
     let address = address_of(&dead);
     dead.stop().await;
     assert!(nodes[0].routing_nodes().contains(&address));
-    assert_eq!(within(nodes[0].ping(address, RequestOptions::default())).await, Err(RequestError::Timeout));
+    assert_eq!(within(nodes[0].ping(address, RequestOptions::default())).await, Err(DhtRequestError::Timeout));
     assert!(!nodes[0].routing_nodes().contains(&address));
 
     // What failed a moment ago holds no query up.
@@ -272,8 +272,8 @@ async fn stopping_ends_requests_that_wait() {
         other.stop().await;
     };
     let (result, ()) = within(futures_util::future::join(request, stop)).await;
-    assert_eq!(result, Err(RequestError::Stopped));
-    assert_eq!(nodes[1].request(Call::new(7), nobody).await, Err(RequestError::Stopped));
+    assert_eq!(result, Err(DhtRequestError::Stopped));
+    assert_eq!(nodes[1].request(Call::new(7), nobody).await, Err(DhtRequestError::Stopped));
     stop_all(nodes).await;
 }
 

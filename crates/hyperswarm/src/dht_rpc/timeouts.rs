@@ -54,7 +54,7 @@ impl Timeouts {
         self.failed.insert(node, (), now);
     }
 
-    /// Says whether a node failed to answer in the last minute.
+    /// Returns whether a node failed to answer in the last minute.
     pub(super) fn failed_lately(&self, node: SocketAddrV4, now: Instant) -> bool {
         self.failed.get(&node, now).is_some()
     }

@@ -30,7 +30,7 @@ impl Tokens {
         token(&self.current, host)
     }
 
-    /// Says whether a host got this token not long ago.
+    /// Returns whether a host got this token not long ago.
     pub(super) fn accepts(&self, token_: &Token, host: Ipv4Addr) -> bool {
         token(&self.current, host) == *token_ || token(&self.previous, host) == *token_
     }

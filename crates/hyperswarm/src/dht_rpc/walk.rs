@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddrV4;
 
-use super::Reply;
+use super::DhtReply;
 use super::message::{Id, node_id};
 use super::routing_table::{K, distance};
 
@@ -45,7 +45,7 @@ pub(super) struct Walk {
     /// Those to ask, closest first.
     pending: BTreeMap<Id, SocketAddrV4>,
     met: HashMap<SocketAddrV4, Met>,
-    closest: Vec<(Id, Reply)>,
+    closest: Vec<(Id, DhtReply)>,
     asked: usize,
     slow: usize,
     patient: usize,
@@ -147,7 +147,7 @@ impl Walk {
     }
 
     /// Takes the answer of a node that was asked.
-    pub(super) fn answered(&mut self, node: SocketAddrV4, reply: &Reply) {
+    pub(super) fn answered(&mut self, node: SocketAddrV4, reply: &DhtReply) {
         self.settle(node, Met::Answered);
         if reply.error == 0 {
             self.answered += 1;
@@ -209,7 +209,7 @@ impl Walk {
         std::mem::take(&mut self.hints)
     }
 
-    /// Says whether the walk goes on. Ask everyone that [`next`](Self::next) names first.
+    /// Returns whether the walk goes on. Ask everyone that [`next`](Self::next) names first.
     pub(super) fn progress(&self) -> Progress {
         let late_but_enough = self.asked == self.slow && self.closest.len() >= K;
         let hopeless_but_some = self.asked == self.patient && self.answered > 0;
@@ -220,7 +220,7 @@ impl Walk {
     }
 
     /// Returns the closest nodes that answered, closest first.
-    pub(super) fn into_closest(self) -> Vec<Reply> {
+    pub(super) fn into_closest(self) -> Vec<DhtReply> {
         self.closest.into_iter().map(|(_, reply)| reply).collect()
     }
 
@@ -228,7 +228,7 @@ impl Walk {
         self.closest.len() < K || self.closest.last().is_some_and(|(farthest, _)| distance < farthest)
     }
 
-    fn keep(&mut self, distance: Id, reply: &Reply) {
+    fn keep(&mut self, distance: Id, reply: &DhtReply) {
         if let Err(index) = self.closest.binary_search_by(|(other, _)| other.cmp(&distance))
             && index < K
         {

@@ -18,7 +18,7 @@ pub use self::topic_announcer::{RelayAddresses, TopicAnnouncer};
 use super::commands::FIND_PEER;
 use super::records::{Peer, announce_to, unannounce_from};
 use crate::crypto::{KeyPair, PublicKey, hash};
-use crate::dht_rpc::{Call, DhtRpc, Id, K, Query, Reply};
+use crate::dht_rpc::{Call, DhtReply, DhtRpc, Id, K, Query};
 
 /// How many relays a server has.
 const RELAYS: usize = 3;
@@ -106,7 +106,7 @@ impl Announcer {
         self.shared.relays().addresses.clone()
     }
 
-    /// Says whether a node knows the way to the server, or did until a short while ago.
+    /// Returns whether a node knows the way to the server, or did until a short while ago.
     pub fn is_relay(&self, address: SocketAddrV4) -> bool {
         let relays = self.shared.relays();
         relays.current.iter().chain(&relays.previous).any(|relay| relay.relay_address == address)
@@ -189,14 +189,14 @@ impl Task {
         }
     }
 
-    /// Says whether a relay still knows the way to this server, at the address where it is. A ping would not tell a
+    /// Returns whether a relay still knows the way to this server, at the address where it is. A ping would not tell a
     /// relay that was started again, nor a router that gave this node another port.
     async fn is_kept(&self, relay: Relay) -> bool {
         let answer = self.ask(relay.relay_address).await;
         answer.is_some_and(|reply| reply.to == relay.peer_address && names(&reply, &self.key_pair.public_key()))
     }
 
-    async fn ask(&self, node: SocketAddrV4) -> Option<Reply> {
+    async fn ask(&self, node: SocketAddrV4) -> Option<DhtReply> {
         let call = Call { target: Some(self.target), ..Call::new(FIND_PEER) };
         self.dht.request(call, node).await.ok().filter(|reply| reply.error == 0)
     }
@@ -235,7 +235,7 @@ impl Task {
     }
 }
 
-fn names(reply: &Reply, public_key: &PublicKey) -> bool {
+fn names(reply: &DhtReply, public_key: &PublicKey) -> bool {
     let peer = reply.value.as_deref().and_then(|value| Peer::decode(value).ok());
     peer.is_some_and(|peer| peer.public_key == *public_key)
 }

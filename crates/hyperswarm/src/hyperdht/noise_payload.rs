@@ -173,7 +173,7 @@ impl NoisePayload {
         Self { refusal: Some(refusal), ..Self::default() }
     }
 
-    /// Says whether the sender speaks a version that is understood here.
+    /// Returns whether the sender speaks a version that is understood here.
     pub fn is_compatible(&self) -> bool {
         self.version == VERSION
     }

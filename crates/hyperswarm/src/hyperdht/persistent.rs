@@ -15,7 +15,7 @@ use super::commands::{
 use super::records::{Announcement, Audience, LookupReply, MutableValue, Peer, Purpose, SEQ_REUSED, SEQ_TOO_LOW};
 use crate::compact_encoding::Decoder;
 use crate::crypto::{PublicKey, hash};
-use crate::dht_rpc::{AgingMap, Id, IncomingRequest, ReplyOptions, Token};
+use crate::dht_rpc::{AgingMap, DhtRequest, Id, ReplyOptions, Token};
 
 mod topics;
 
@@ -123,7 +123,7 @@ impl Store {
     }
 
     /// Answers a request of another node, unless this node does not last or knows no such command: then returns false.
-    pub fn on_request(&mut self, request: &IncomingRequest, routes: &mut impl Routes, now: Instant) -> bool {
+    pub fn on_request(&mut self, request: &DhtRequest, routes: &mut impl Routes, now: Instant) -> bool {
         let Some(node) = &request.local_id else { return false };
         let question = Question {
             command: request.command,

@@ -16,7 +16,7 @@ use super::commands::{
 use super::persistent::{PEERS_MAX, VALUE_LENGTH_MAX};
 use crate::compact_encoding::Encoder;
 use crate::crypto::{KeyPair, PublicKey, hash};
-use crate::dht_rpc::{Call, DhtRpc, INVALID_TOKEN, Id, Query, QueryStream, Reply, Token};
+use crate::dht_rpc::{Call, DhtReply, DhtRpc, INVALID_TOKEN, Id, Query, QueryStream, Token};
 
 /// Another value was stored under the same number.
 pub const SEQ_REUSED: u64 = 16;
@@ -146,8 +146,8 @@ pub(super) async fn announce_to(
     target: Id,
     key_pair: &KeyPair,
     peer: &Peer,
-    reply: &Reply,
-) -> Option<Reply> {
+    reply: &DhtReply,
+) -> Option<DhtReply> {
     commit(dht, ANNOUNCE, target, reply, |node, token| {
         let audience = Audience { target: &target, node, token };
         Announcement::sign(Purpose::Announce, peer.clone(), audience, key_pair).encode().into()
@@ -157,7 +157,12 @@ pub(super) async fn announce_to(
 }
 
 /// Takes an announcement back from one node that answered a FIND_PEER or LOOKUP. Returns its confirmation.
-pub(super) async fn unannounce_from(dht: &DhtRpc, target: Id, key_pair: &KeyPair, reply: &Reply) -> Option<Reply> {
+pub(super) async fn unannounce_from(
+    dht: &DhtRpc,
+    target: Id,
+    key_pair: &KeyPair,
+    reply: &DhtReply,
+) -> Option<DhtReply> {
     let peer = Peer { public_key: key_pair.public_key(), relay_addresses: Vec::new() };
     commit(dht, UNANNOUNCE, target, reply, |node, token| {
         let audience = Audience { target: &target, node, token };
@@ -230,7 +235,7 @@ fn mutable_query(target: Id, seq_min: u64) -> Query {
 }
 
 /// Stores the same value at all these nodes; one of them is enough.
-async fn store(dht: &DhtRpc, command: u64, target: Id, closest: &[Reply], value: &Bytes) -> Result<(), StoreError> {
+async fn store(dht: &DhtRpc, command: u64, target: Id, closest: &[DhtReply], value: &Bytes) -> Result<(), StoreError> {
     let puts = closest.iter().map(|reply| commit(dht, command, target, reply, |_, _| value.clone()));
     let answers: Vec<_> = join_all(puts).await.into_iter().flatten().map(|reply| reply.error).collect();
     if answers.contains(&0) {
@@ -249,9 +254,9 @@ async fn commit(
     dht: &DhtRpc,
     command: u64,
     target: Id,
-    reply: &Reply,
+    reply: &DhtReply,
     value: impl Fn(&Id, &Token) -> Bytes,
-) -> Option<Reply> {
+) -> Option<DhtReply> {
     let node = reply.from_id?;
     let mut token = reply.token?;
     let mut is_second = false;

@@ -14,7 +14,7 @@ use super::records::Peer;
 use super::router::{Decision, Origin, Router, Target};
 use super::server::Incoming;
 use crate::crypto::{PublicKey, random};
-use crate::dht_rpc::{Handler, Id, IncomingRequest, ReplyOptions, UNKNOWN_COMMAND};
+use crate::dht_rpc::{DhtRequest, Handler, Id, ReplyOptions, UNKNOWN_COMMAND};
 
 /// Hands handshakes to the servers of this node or on to others, and the rest to the store.
 pub(super) struct RequestHandler {
@@ -50,7 +50,7 @@ impl RequestHandler {
         self.servers().remove(target);
     }
 
-    /// Says whether a server of this node has a target.
+    /// Returns whether a server of this node has a target.
     pub(super) fn serves(&self, target: &Target) -> bool {
         self.servers().contains_key(target)
     }
@@ -59,7 +59,7 @@ impl RequestHandler {
         self.servers.lock()
     }
 
-    fn on_handshake(&self, request: IncomingRequest) {
+    fn on_handshake(&self, request: DhtRequest) {
         let (Some(target), Some(value)) = (request.target, request.value.clone()) else { return };
         let origin = Origin { from: request.from, tid: request.tid };
         let decision = self.router().on_handshake(&target, &value, origin, Instant::now());
@@ -72,7 +72,7 @@ impl RequestHandler {
     }
 
     /// Lets the store answer. Returns false when it does not: the node does not last, or the command is unknown.
-    fn is_kept(&self, request: &IncomingRequest) -> bool {
+    fn is_kept(&self, request: &DhtRequest) -> bool {
         let mut store = self.store.lock();
         store.on_request(request, &mut *self.router(), Instant::now())
     }
@@ -82,7 +82,7 @@ impl RequestHandler {
         self.store.lock().peers(topic, Instant::now())
     }
 
-    fn on_holepunch(&self, request: &IncomingRequest) {
+    fn on_holepunch(&self, request: &DhtRequest) {
         let (Some(target), Some(value)) = (request.target, request.value.as_deref()) else { return };
         let origin = Origin { from: request.from, tid: request.tid };
         let decision = self.router().on_holepunch(&target, value, origin, Instant::now());
@@ -91,7 +91,7 @@ impl RequestHandler {
 }
 
 impl Handler for RequestHandler {
-    fn on_request(&self, request: IncomingRequest) {
+    fn on_request(&self, request: DhtRequest) {
         match request.command {
             PEER_HANDSHAKE => self.on_handshake(request),
             PEER_HOLEPUNCH => self.on_holepunch(&request),
@@ -116,7 +116,7 @@ impl Routes for Router {
 }
 
 /// Does what was decided about a request.
-pub(super) fn act(request: &IncomingRequest, decision: Decision<'_>) {
+pub(super) fn act(request: &DhtRequest, decision: Decision<'_>) {
     match decision {
         Decision::Forward { value, to } => request.relay(&value, to),
         Decision::Respond { value, to } => {

@@ -92,7 +92,7 @@ impl Back {
         }
     }
 
-    /// Says whether no relay is in between.
+    /// Returns whether no relay is in between.
     pub fn is_direct(self) -> bool {
         matches!(self, Self::ToClient { .. })
     }
@@ -256,7 +256,7 @@ impl Router {
         true
     }
 
-    /// Says whether a client waits for this answer. Others are not sent what they did not ask for.
+    /// Returns whether a client waits for this answer. Others are not sent what they did not ask for.
     fn is_passing(&self, target: &Target, client: SocketAddrV4, tid: u16, now: Instant) -> bool {
         self.passages
             .get(&(client, tid))

@@ -27,7 +27,7 @@ use super::request_handler::act;
 use super::router::Back;
 use crate::crypto::noise::{Responder, Session};
 use crate::crypto::{KeyPair, PublicKey, hash, namespace};
-use crate::dht_rpc::{DhtRpc, IncomingRequest};
+use crate::dht_rpc::{DhtRequest, DhtRpc};
 use crate::secret_stream::{self, SecretStream};
 use crate::udx::{self, Udx};
 
@@ -134,7 +134,7 @@ impl Drop for Server {
 pub(super) struct Incoming {
     pub(super) noise: Bytes,
     pub(super) back: Back,
-    pub(super) request: IncomingRequest,
+    pub(super) request: DhtRequest,
 }
 
 /// Starts a server on a node and announces it.
@@ -253,7 +253,7 @@ impl ServerTask {
         half_open
     }
 
-    fn shake_hands(&self, noise: &[u8], back: Back, request: &IncomingRequest) -> Option<(Vec<u8>, Option<HalfOpen>)> {
+    fn shake_hands(&self, noise: &[u8], back: Back, request: &DhtRequest) -> Option<(Vec<u8>, Option<HalfOpen>)> {
         let mut responder = Responder::new(&self.key_pair, &namespace("hyperswarm/dht", 0));
         let (payload, client) = responder
             .receive(noise)
@@ -315,7 +315,7 @@ impl ServerTask {
 }
 
 /// Sends an answer the way the handshake came.
-fn send(request: &IncomingRequest, back: Back, noise: &[u8]) {
+fn send(request: &DhtRequest, back: Back, noise: &[u8]) {
     act(request, back.decide(noise));
 }
 

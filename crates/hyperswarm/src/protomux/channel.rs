@@ -9,7 +9,7 @@ use futures_util::FutureExt;
 use parking_lot::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
 
-use super::inbox::{Inbox, Message, Queue};
+use super::inbox::{ChannelMessage, Inbox, Queue};
 use super::state::Member;
 use super::{Handle, Shared};
 use crate::secret_stream::{Closed, SendError};
@@ -165,12 +165,12 @@ impl Channel {
     }
 
     /// Returns the next message, or `None` when the channel is closed. Cancel safe.
-    pub async fn receive(&self) -> Option<Message> {
+    pub async fn receive(&self) -> Option<ChannelMessage> {
         self.queue.next().await
     }
 
     /// Returns the next message if one is here.
-    pub fn try_receive(&self) -> Option<Message> {
+    pub fn try_receive(&self) -> Option<ChannelMessage> {
         self.queue.try_next()
     }
 

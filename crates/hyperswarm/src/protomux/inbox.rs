@@ -47,7 +47,7 @@ pub enum Overflow {
 
 /// A message of a channel.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Message {
+pub struct ChannelMessage {
     /// Which of the protocol's messages it is.
     pub kind: u64,
     /// Its content.
@@ -65,7 +65,7 @@ pub(super) struct Queue {
 
 #[derive(Default)]
 struct Waiting {
-    messages: VecDeque<Message>,
+    messages: VecDeque<ChannelMessage>,
     bytes: usize,
     is_writer_waiting: bool,
     is_shut: bool,
@@ -77,7 +77,7 @@ impl Queue {
     }
 
     /// Returns the next message, or `None` when no more come. Cancel safe.
-    pub(super) async fn next(&self) -> Option<Message> {
+    pub(super) async fn next(&self) -> Option<ChannelMessage> {
         loop {
             let readable = self.readable.notified();
             {
@@ -96,11 +96,11 @@ impl Queue {
     }
 
     /// Returns the next message if one is here.
-    pub(super) fn try_next(&self) -> Option<Message> {
+    pub(super) fn try_next(&self) -> Option<ChannelMessage> {
         self.pop(&mut self.waiting())
     }
 
-    fn pop(&self, waiting: &mut Waiting) -> Option<Message> {
+    fn pop(&self, waiting: &mut Waiting) -> Option<ChannelMessage> {
         let message = waiting.messages.pop_front()?;
         waiting.bytes -= cost(&message.payload);
         if waiting.is_writer_waiting && waiting.bytes <= self.bytes_max / 2 {
@@ -133,7 +133,7 @@ impl Inbox for Queue {
             };
         }
         waiting.bytes += cost;
-        waiting.messages.push_back(Message { kind, payload });
+        waiting.messages.push_back(ChannelMessage { kind, payload });
         drop(waiting);
         self.readable.notify_one();
         Delivery::Taken

@@ -272,12 +272,12 @@ impl<M: Member> State<M> {
         Ok(())
     }
 
-    /// Says whether a batch is not read to its end.
+    /// Returns whether a batch is not read to its end.
     pub(super) fn has_unread(&self) -> bool {
         self.unread.is_some()
     }
 
-    /// Says whether so much waits to be accepted or rejected that nothing more may be read.
+    /// Returns whether so much waits to be accepted or rejected that nothing more may be read.
     pub(super) fn is_crowded(&self) -> bool {
         self.pending_bytes > self.pending_bytes_max
     }
@@ -287,7 +287,7 @@ impl<M: Member> State<M> {
         std::mem::swap(&mut self.events, events);
     }
 
-    /// Says whether something is to be done.
+    /// Returns whether something is to be done.
     pub(super) fn has_events(&self) -> bool {
         !self.events.is_empty()
     }

@@ -44,8 +44,8 @@ async fn channels_opened_by_both_sides_at_once_are_one() {
     theirs.send(300, &[b"c"]).unwrap();
     assert_eq!(mine.opened().await.unwrap(), "welcome");
     assert_eq!(theirs.opened().await.unwrap(), "hello");
-    assert_eq!(theirs.receive().await.unwrap(), Message { kind: 0, payload: "ab".into() });
-    assert_eq!(mine.receive().await.unwrap(), Message { kind: 300, payload: "c".into() });
+    assert_eq!(theirs.receive().await.unwrap(), ChannelMessage { kind: 0, payload: "ab".into() });
+    assert_eq!(mine.receive().await.unwrap(), ChannelMessage { kind: 300, payload: "c".into() });
 }
 
 #[tokio::test(start_paused = true)]

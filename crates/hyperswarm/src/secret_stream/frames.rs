@@ -30,7 +30,7 @@ pub struct TooLong(pub usize);
 
 /// Why what the other side sent is not a stream of sealed messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum OpenError {
+pub enum DecryptError {
     /// The first frame has the wrong length or names another connection.
     #[error("the first frame is not of this connection")]
     WrongHeader,
@@ -116,12 +116,12 @@ impl Opener {
     /// Returns the next message, if it is complete. Empty ones only keep the connection alive and are skipped.
     ///
     /// After an error the stream is of no more use.
-    pub fn pop(&mut self) -> Result<Option<Bytes>, OpenError> {
+    pub fn pop(&mut self) -> Result<Option<Bytes>, DecryptError> {
         while let Some(frame_bytes) = self.frame_bytes() {
             let body_bytes = frame_bytes - LENGTH_BYTES;
             let Some(cipher) = &mut self.cipher else {
                 if body_bytes != FIRST_BODY_BYTES {
-                    return Err(OpenError::WrongHeader);
+                    return Err(DecryptError::WrongHeader);
                 }
                 if self.received.len() < frame_bytes {
                     return Ok(None);
@@ -130,14 +130,14 @@ impl Opener {
                 continue;
             };
             if body_bytes < OVERHEAD_BYTES {
-                return Err(OpenError::TooShort);
+                return Err(DecryptError::TooShort);
             }
             if self.received.len() < frame_bytes {
                 return Ok(None);
             }
             if body_bytes <= COPIED_BYTES_MAX {
                 let body = &mut self.received[LENGTH_BYTES..frame_bytes];
-                cipher.open(body).map_err(|_| OpenError::Forged)?;
+                cipher.open(body).map_err(|_| DecryptError::Forged)?;
                 let message = Bytes::copy_from_slice(&body[1..=body_bytes - OVERHEAD_BYTES]);
                 self.received.advance(frame_bytes);
                 if message.is_empty() {
@@ -146,7 +146,7 @@ impl Opener {
                 return Ok(Some(message));
             }
             let mut frame = self.received.split_to(frame_bytes);
-            cipher.open(&mut frame[LENGTH_BYTES..]).map_err(|_| OpenError::Forged)?;
+            cipher.open(&mut frame[LENGTH_BYTES..]).map_err(|_| DecryptError::Forged)?;
             frame.advance(LENGTH_BYTES + 1);
             frame.truncate(body_bytes - OVERHEAD_BYTES);
             return Ok(Some(frame.freeze()));
@@ -155,11 +155,11 @@ impl Opener {
     }
 
     /// Takes the first frame once it is complete. Says whether it was taken, now or before.
-    pub fn start_cipher(&mut self) -> Result<bool, OpenError> {
+    pub fn start_cipher(&mut self) -> Result<bool, DecryptError> {
         match self.frame_bytes() {
             Some(frame_bytes) if self.cipher.is_none() => {
                 if frame_bytes != FIRST_FRAME_BYTES {
-                    return Err(OpenError::WrongHeader);
+                    return Err(DecryptError::WrongHeader);
                 }
                 if self.received.len() >= frame_bytes {
                     self.start(frame_bytes)?;
@@ -170,7 +170,7 @@ impl Opener {
         Ok(self.cipher.is_some())
     }
 
-    /// Says whether the stream may end here: between frames, and after the first.
+    /// Returns whether the stream may end here: between frames, and after the first.
     pub fn is_between_messages(&self) -> bool {
         self.cipher.is_some() && self.received.is_empty()
     }
@@ -180,12 +180,12 @@ impl Opener {
         Some(LENGTH_BYTES + u32::from_le_bytes([length[0], length[1], length[2], 0]) as usize)
     }
 
-    fn start(&mut self, frame_bytes: usize) -> Result<(), OpenError> {
+    fn start(&mut self, frame_bytes: usize) -> Result<(), DecryptError> {
         let frame = self.received.split_to(frame_bytes);
         let (stream_id, header) = frame[LENGTH_BYTES..].split_at(32);
-        let header = header.try_into().map_err(|_| OpenError::WrongHeader)?;
+        let header = header.try_into().map_err(|_| DecryptError::WrongHeader)?;
         if stream_id != self.stream_id {
-            return Err(OpenError::WrongHeader);
+            return Err(DecryptError::WrongHeader);
         }
         self.cipher = Some(Cipher::new(&self.key, header));
         Ok(())
@@ -212,7 +212,7 @@ mod tests {
         Session { is_initiator, local_key: keys.0, remote_key: keys.1, tx, rx, hash: [5; 64] }
     }
 
-    fn opened(opener: &mut Opener) -> Result<Vec<Bytes>, OpenError> {
+    fn opened(opener: &mut Opener) -> Result<Vec<Bytes>, DecryptError> {
         std::iter::from_fn(|| opener.pop().transpose()).collect()
     }
 
@@ -231,14 +231,14 @@ mod tests {
         assert_eq!(frame[35..], [6; HEADER_BYTES]);
         let mut mine = Opener::new(&session(true));
         mine.feed(&frame);
-        assert_eq!(mine.pop(), Err(OpenError::WrongHeader), "a frame sent back is not the other side's");
+        assert_eq!(mine.pop(), Err(DecryptError::WrongHeader), "a frame sent back is not the other side's");
     }
 
     #[test]
     fn a_first_frame_of_another_length_is_refused_at_once() {
         let mut opener = Opener::new(&session(true));
         opener.feed(&[0xff, 0xff, 0xff]);
-        assert_eq!(opener.pop(), Err(OpenError::WrongHeader));
+        assert_eq!(opener.pop(), Err(DecryptError::WrongHeader));
     }
 
     #[test]
@@ -247,7 +247,7 @@ mod tests {
         let mut opener = Opener::new(&session(true));
         opener.feed(&first);
         opener.feed(&[16, 0, 0]);
-        assert_eq!(opener.pop(), Err(OpenError::TooShort));
+        assert_eq!(opener.pop(), Err(DecryptError::TooShort));
     }
 
     #[test]

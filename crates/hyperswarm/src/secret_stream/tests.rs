@@ -100,8 +100,8 @@ async fn an_end_inside_a_message_is_an_error() {
 async fn foreign_bytes_destroy_the_stream() {
     let (client, server) = memory_pair(&quiet());
     client.shared.wire.write(Bytes::from([&[17, 0, 0][..], &[1; 17]].concat())).unwrap();
-    assert!(matches!(server.receive().await, Err(ReceiveError::Open(OpenError::Forged))));
-    assert!(matches!(server.receive().await, Err(ReceiveError::Open(OpenError::Forged))));
+    assert!(matches!(server.receive().await, Err(ReceiveError::Open(DecryptError::Forged))));
+    assert!(matches!(server.receive().await, Err(ReceiveError::Open(DecryptError::Forged))));
     client.closed().await;
     assert_eq!(client.send(&[b"more"]), Err(SendError::Closed));
 }

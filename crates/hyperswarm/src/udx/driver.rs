@@ -38,7 +38,8 @@ const SOCKET_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 pub(crate) fn bind(table: &Arc<Table>, address: SocketAddrV4) -> io::Result<(Socket, mpsc::Receiver<Datagram>)> {
     let socket = std::net::UdpSocket::bind(address)?;
     socket.set_nonblocking(true)?;
-    // This also forbids fragments, as libudx does: a packet too large for the path is lost, which the MTU search expects.
+    // This also forbids fragments, as libudx does: a packet too large for the path is lost, which the MTU search
+    // expects.
     let state = UdpSocketState::new((&socket).into())?;
     // Less than asked for is slower under load, no more.
     let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);

@@ -96,7 +96,8 @@ impl<'a> Packet<'a> {
     }
 }
 
-/// Returns the number nearest to `near` whose low half is `wire`, so that numbers which wrap on the wire never wrap here.
+/// Returns the number nearest to `near` whose low half is `wire`, so that numbers which wrap on the wire never wrap
+/// here.
 pub(crate) fn unwrap_sequence(wire: u32, near: u64) -> u64 {
     near.wrapping_add_signed(i64::from(wire.wrapping_sub(near as u32) as i32))
 }

@@ -85,7 +85,8 @@ impl Receiver {
             return;
         }
         if sequence == self.next {
-            // The packet that all others wait for is taken even when early ones fill the window, and an end needs no room.
+            // The packet that all others wait for is taken even when early ones fill the window, and an end needs no
+            // room.
             if self.unread < self.window_max || payload.is_empty() {
                 self.deliver(sequence, kind, payload, expected);
                 self.deliver_early();

@@ -366,7 +366,8 @@ impl Sender {
     }
 
     fn arm_probe(&mut self, now: Instant) {
-        // During recovery too, as QUIC does: the packets sent last may be lost as well, and nothing else would tell soon.
+        // During recovery too, as QUIC does: the packets sent last may be lost as well, and nothing else would tell
+        // soon.
         self.probe_at = (self.probe_allowed && !self.packets.is_empty())
             .then(|| now + self.round_trip.probe_timeout())
             .filter(|at| self.timeout_at.is_none_or(|timeout| *at < timeout));

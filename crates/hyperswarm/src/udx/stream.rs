@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::connection::Connection;
 use super::socket::lock;
-use super::{Closed, Firewall, Socket, Stats, StreamError, StreamOptions, Table};
+use super::{PacketFilter, Socket, Stats, StreamClosed, StreamError, StreamOptions, Table};
 use crate::crypto::random;
 
 /// Unsent bytes from which `room` waits, and to which they must fall before it goes on.
@@ -35,7 +35,7 @@ struct Handle {
 /// What handles and the tasks of sockets share.
 pub(crate) struct Shared {
     pub(crate) id: u32,
-    firewall: Option<Firewall>,
+    firewall: Option<PacketFilter>,
     inner: Mutex<Inner>,
     room: Notify,
     first: Notify,
@@ -81,7 +81,7 @@ impl Shared {
         lock(&self.inner)
     }
 
-    pub(crate) fn firewall(&self) -> Option<&Firewall> {
+    pub(crate) fn firewall(&self) -> Option<&PacketFilter> {
         self.firewall.as_ref()
     }
 
@@ -212,11 +212,11 @@ impl Stream {
     }
 
     /// Appends bytes. Never waits; ask `room` between writes, or memory is the only bound.
-    pub fn write(&self, bytes: Bytes) -> Result<(), Closed> {
+    pub fn write(&self, bytes: Bytes) -> Result<(), StreamClosed> {
         let shared = self.shared();
         let mut inner = shared.lock();
         if !inner.connection.is_writable() {
-            return Err(Closed);
+            return Err(StreamClosed);
         }
         inner.connection.write(bytes);
         shared.flush(inner);
@@ -224,7 +224,7 @@ impl Stream {
     }
 
     /// Waits until little enough is unsent that more may be written. Cancel safe.
-    pub async fn room(&self) -> Result<(), Closed> {
+    pub async fn room(&self) -> Result<(), StreamClosed> {
         let shared = self.shared();
         let mut limit = HIGH_WATER;
         loop {
@@ -232,7 +232,7 @@ impl Stream {
             {
                 let mut inner = shared.lock();
                 if !inner.connection.is_writable() {
-                    return Err(Closed);
+                    return Err(StreamClosed);
                 }
                 if inner.connection.sender().unsent() < limit {
                     return Ok(());

@@ -13,7 +13,7 @@ use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::{Closed, Socket, Stream, StreamError, StreamOptions, Udx};
+use super::{Socket, Stream, StreamClosed, StreamError, StreamOptions, Udx};
 
 pub(crate) const ANY: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0);
 
@@ -125,8 +125,8 @@ async fn destroying_resets_the_other_side_and_drops_what_waits() {
     pair.here.destroy();
     assert_eq!(soon(pair.there.read()).await, Err(StreamError::Reset));
     assert_eq!(soon(pair.here.read()).await, Err(StreamError::Destroyed));
-    assert_eq!(pair.here.write(Bytes::from_static(b"too late")), Err(Closed));
-    assert_eq!(soon(pair.there.room()).await, Err(Closed));
+    assert_eq!(pair.here.write(Bytes::from_static(b"too late")), Err(StreamClosed));
+    assert_eq!(soon(pair.there.room()).await, Err(StreamClosed));
     soon(pair.here.closed()).await;
 }
 

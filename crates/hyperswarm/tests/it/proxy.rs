@@ -139,7 +139,7 @@ async fn bring_back(back: Arc<UdpSocket>, front: Arc<UdpSocket>, client: SocketA
     }
 }
 
-/// Says whether these are a request of the DHT other than `PEER_HANDSHAKE`.
+/// Returns whether these are a request of the DHT other than `PEER_HANDSHAKE`.
 fn is_other_request(bytes: &[u8]) -> bool {
     let [3, flags, ..] = bytes else { return false };
     let id = if flags & 1 == 0 { 0 } else { 32 };

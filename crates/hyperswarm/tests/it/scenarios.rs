@@ -145,7 +145,8 @@ pub(crate) async fn a_server_that_listens_again_is_found_again(pair: Pair, serve
     pair.server.listen_again().await;
     pair.client.connect(NAME, &pair.target).await.expect("connected again");
     pair.echo(b"after").await;
-    // Another process with the same key, at another address. The connection to the first is dead, and may not know it yet.
+    // Another process with the same key, at another address. The connection to the first is dead, and may not know it
+    // yet.
     let Pair { net, server: first, client, target } = pair;
     first.stop().await;
     let _second = Server::start(server, &net.bootstrap(), 1).await;

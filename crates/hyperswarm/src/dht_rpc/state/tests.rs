@@ -36,7 +36,7 @@ impl Subject {
         self.sent().into_iter().map(|(to, _)| to).collect()
     }
 
-    fn call(&mut self, to: SocketAddrV4) -> oneshot::Receiver<Result<Reply, RequestError>> {
+    fn call(&mut self, to: SocketAddrV4) -> oneshot::Receiver<Result<DhtReply, DhtRequestError>> {
         let (sender, receiver) = oneshot::channel();
         let outbound = Outbound::internal(PING, to, Waiter::Call(sender));
         self.state.request(outbound, self.now).unwrap();
@@ -94,7 +94,7 @@ async fn a_request_is_sent_four_times_and_then_fails() {
     let copies = subject.sent();
     assert_eq!(copies.len(), 4);
     assert!(copies.windows(2).all(|pair| pair[0] == pair[1]), "every copy is the same");
-    assert_eq!(reply.try_recv(), Ok(Err(RequestError::Timeout)));
+    assert_eq!(reply.try_recv(), Ok(Err(DhtRequestError::Timeout)));
     assert!(subject.state.inflight.is_empty() && subject.state.deadlines.is_empty());
 }
 
@@ -132,12 +132,12 @@ async fn requests_beyond_the_window_wait_and_too_many_are_refused() {
     let mut refused = 0;
     for _ in 0..WAITING_MAX + 10 {
         let result = subject.state.request(Outbound::internal(PING, node(9), Waiter::Nobody), subject.now);
-        refused += usize::from(result == Err(RequestError::Busy));
+        refused += usize::from(result == Err(DhtRequestError::Busy));
     }
     assert!(refused > 0);
     assert!(subject.state.waiting.len() <= WAITING_MAX);
     subject.state.stop();
-    assert_eq!(replies.remove(0).try_recv(), Ok(Err(RequestError::Stopped)));
+    assert_eq!(replies.remove(0).try_recv(), Ok(Err(DhtRequestError::Stopped)));
 }
 
 #[tokio::test(start_paused = true)]

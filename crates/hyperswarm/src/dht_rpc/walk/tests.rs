@@ -6,8 +6,8 @@ fn node(number: u16) -> SocketAddrV4 {
     SocketAddrV4::new([10, 0, 0, 1].into(), number)
 }
 
-fn reply(from: SocketAddrV4, closer_nodes: &[SocketAddrV4]) -> Reply {
-    Reply {
+fn reply(from: SocketAddrV4, closer_nodes: &[SocketAddrV4]) -> DhtReply {
+    DhtReply {
         from,
         from_id: Some(node_id(from)),
         to: node(9),
@@ -124,7 +124,7 @@ fn endless_names_are_cut_short() {
         asked += 1;
         // No id, so nothing ever counts as close.
         let fresh: Vec<_> = (0..20).map(|index| node(100 + asked * 20 + index)).collect();
-        walk.answered(next, &Reply { from_id: None, ..reply(next, &fresh) });
+        walk.answered(next, &DhtReply { from_id: None, ..reply(next, &fresh) });
     }
     assert_eq!(usize::from(asked), NODES_MAX);
 }

@@ -155,7 +155,7 @@ impl Task {
         }
     }
 
-    /// Says whether a node that was started again, or does not answer, has lost the announcement.
+    /// Returns whether a node that was started again, or does not answer, has lost the announcement.
     async fn is_kept(&self, node: SocketAddrV4) -> bool {
         let call = Call { target: Some(self.topic), ..Call::new(LOOKUP) };
         let Ok(reply) = self.dht.request(call, node).await else { return false };

@@ -24,7 +24,7 @@ impl MutableValue {
         Self { seq, value, signature }
     }
 
-    /// Says whether the owner of the key signed it.
+    /// Returns whether the owner of the key signed it.
     pub fn is_of(&self, public_key: &PublicKey) -> bool {
         public_key.verify(&signable(self.seq, &self.value), &self.signature)
     }

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 
 use super::*;
 use crate::dht_rpc::tests::{address_of, local};
-use crate::dht_rpc::{Config, Handler, IncomingRequest, UNKNOWN_COMMAND};
+use crate::dht_rpc::{Config, DhtRequest, Handler, UNKNOWN_COMMAND};
 use crate::hyperdht::persistent::{Limits, Routes, Store};
 use crate::udx::Udx;
 
@@ -45,7 +45,7 @@ impl Default for Keeper {
 }
 
 impl Handler for Keeper {
-    fn on_request(&self, request: IncomingRequest) {
+    fn on_request(&self, request: DhtRequest) {
         let mut kept = self.kept.lock();
         let (store, routes) = &mut *kept;
         if !store.on_request(&request, routes, Instant::now()) {

@@ -49,7 +49,7 @@ impl Bucket {
 }
 
 impl RateLimit {
-    /// Says whether `machine` may cause one more handshake, and counts it.
+    /// Returns whether `machine` may cause one more handshake, and counts it.
     pub(super) fn take(&mut self, machine: Ipv4Addr, now: Instant) -> bool {
         // All nodes of a test network are on one machine, and only that machine can send from there.
         if machine.is_loopback() {

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::Value;
-use tether_hyperswarm::protomux::{self, ChannelOptions, Message, Protomux};
+use tether_hyperswarm::protomux::{self, ChannelMessage, ChannelOptions, Protomux};
 use tether_hyperswarm::rpc::{self, Cause, RemoteError, RequestError, Rpc};
 use tether_hyperswarm::secret_stream::{self, SecretStream};
 use tether_hyperswarm::udx::{StreamOptions, Udx};
@@ -69,7 +69,7 @@ async fn a_channel_opens_takes_messages_and_batches_and_closes() {
     let expected = [(0, "pipelined".into()), (1, counting(300)), (0, counting(3))];
     let batch = [(0, counting(3)), (1, counting(300)), (0, Bytes::new())];
     for (kind, payload) in expected.into_iter().chain(batch) {
-        assert_eq!(channel.receive().await, Some(Message { kind, payload }));
+        assert_eq!(channel.receive().await, Some(ChannelMessage { kind, payload }));
     }
     // What this side says is what Node says.
     channel.send(0, &[b"pipe", b"lined"]).expect("open");

@@ -2,7 +2,7 @@ use bytes::BytesMut;
 use serde_json::Value;
 use tether_hyperswarm::crypto::PublicKey;
 use tether_hyperswarm::crypto::noise::Session;
-use tether_hyperswarm::secret_stream::{OpenError, Opener, Sealer};
+use tether_hyperswarm::secret_stream::{DecryptError, Opener, Sealer};
 
 use super::{bytes, cases, fixed, read};
 
@@ -79,7 +79,7 @@ fn a_frame_of_the_own_side_or_a_bent_one_is_refused() {
         let is_initiator = side["initiator"] == true;
         let mut opener = Opener::new(&session(is_initiator));
         opener.feed(&wire);
-        assert_eq!(opener.pop(), Err(OpenError::WrongHeader));
+        assert_eq!(opener.pop(), Err(DecryptError::WrongHeader));
         for at in [3, 34, 59 + 3, wire.len() - 1] {
             let mut bent = wire.clone();
             bent[at] ^= 1;
