@@ -29,8 +29,8 @@ struct Inner {
     embedded: BTreeMap<Digest, &'static [u8]>,
 }
 
-/// An open file whose bytes had the digest when they were read through this very descriptor, or when they were taken in:
-/// the kernel says of the file behind the descriptor that it was not written since.
+/// An open file whose bytes had the digest when they were read through this very descriptor, or when they were taken
+/// in: the kernel says of the file behind the descriptor that it was not written since.
 ///
 /// What comes from the program itself cannot change any more. A file of the folder belongs to this user alone and is
 /// never written in place, so only its owner or root could change it behind the descriptor.
@@ -152,8 +152,8 @@ impl ArtifactStore {
         self.put(file, bytes)
     }
 
-    /// Stores the bytes of an open file: shared with it where the file system can, else copied. `progress` gets the number
-    /// of bytes at each step, and ends it with an error. Blocks.
+    /// Stores the bytes of an open file: shared with it where the file system can, else copied. `progress` gets the
+    /// number of bytes at each step, and ends it with an error. Blocks.
     pub fn put_open(
         &self,
         file: &File,
@@ -163,8 +163,9 @@ impl ArtifactStore {
         self.inner.folder.put_open(file, bytes_max, progress)
     }
 
-    /// Stores a file without a copy of it, by a second name; where the file system allows no such name, as [`Self::put_open`]
-    /// does. The file must not be written in place later: what is stored is found damaged then. Blocks.
+    /// Stores a file without a copy of it, by a second name; where the file system allows no such name, as
+    /// [`Self::put_open`] does. The file must not be written in place later: what is stored is found damaged then.
+    /// Blocks.
     pub fn put_link(
         &self,
         path: &Path,
@@ -210,7 +211,7 @@ impl ArtifactStore {
         self.inner.folder.in_use(digest)
     }
 
-    /// Says whether a fetched artifact is in use at this moment.
+    /// Returns whether a fetched artifact is in use at this moment.
     pub fn is_in_use(&self, digest: &Digest) -> bool {
         self.inner.folder.is_in_use(digest)
     }
@@ -225,13 +226,13 @@ impl ArtifactStore {
         self.inner.folder.unmark(digest)
     }
 
-    /// Makes an empty file beside the artifacts, for what is made of them. It has no name and is gone once it is closed.
-    /// Blocks.
+    /// Makes an empty file beside the artifacts, for what is made of them. It has no name and is gone once it is
+    /// closed. Blocks.
     pub fn scratch(&self) -> io::Result<File> {
         self.inner.folder.unnamed()
     }
 
-    /// Says whether an artifact is here. Its bytes are not looked at.
+    /// Returns whether an artifact is here. Its bytes are not looked at.
     pub fn contains(&self, digest: &Digest) -> bool {
         self.inner.embedded.contains_key(digest) || self.inner.folder.path(digest).is_file()
     }

@@ -26,8 +26,8 @@ pub(crate) enum Copy {
     Target(io::Error),
 }
 
-/// Hashes an open file from its beginning, and leaves it there. `progress` gets the number of bytes at each step, and ends
-/// it with an error.
+/// Hashes an open file from its beginning, and leaves it there. `progress` gets the number of bytes at each step, and
+/// ends it with an error.
 pub fn hash(mut file: &File, mut progress: impl FnMut(u64) -> io::Result<()>) -> io::Result<Stored> {
     file.rewind()?;
     // One byte more than there should be: a file that grows meanwhile ends the reading, and has another digest.
@@ -54,8 +54,8 @@ pub(crate) fn copy_file_hashed(
     copy_hashed(source, target, bytes_max, progress)
 }
 
-/// Has the kernel copy, which takes half of the time, while another thread hashes what is there. Returns nothing where the
-/// kernel cannot copy between these files.
+/// Has the kernel copy, which takes half of the time, while another thread hashes what is there. Returns nothing where
+/// the kernel cannot copy between these files.
 #[cfg(target_os = "linux")]
 fn copy_in_kernel(
     source: &File,

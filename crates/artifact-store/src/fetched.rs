@@ -84,7 +84,7 @@ impl LocalFolder {
         Ok(Some(InUse { _mark: mark }))
     }
 
-    /// Says whether a fetched artifact is in use at this moment.
+    /// Returns whether a fetched artifact is in use at this moment.
     pub(crate) fn is_in_use(&self, digest: &Digest) -> bool {
         File::open(self.mark_path(digest)).is_ok_and(|mark| mark.try_lock().is_err())
     }

@@ -1,9 +1,11 @@
-//! Files that this process has hashed while it copied them in, so that they are not hashed once more when they are opened.
+//! Files that this process has hashed while it copied them in, so that they are not hashed once more when they are
+//! opened.
 //!
 //! A file is recognised by what the kernel notes of it: its device and number, its length, and the times of its last
-//! write and change. Any later write gives it other times, for the clock of the file system was seen to have moved on from the last
-//! write when the hash was complete; whoever sets the time of the last write changes the time of the last change by
-//! that. Only the owner, who may write behind an open descriptor as well, or root with the clock, gets around it.
+//! write and change. Any later write gives it other times, for the clock of the file system was seen to have moved on
+//! from the last write when the hash was complete; whoever sets the time of the last write changes the time of the last
+//! change by that. Only the owner, who may write behind an open descriptor as well, or root with the clock, gets around
+//! it.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -1,8 +1,8 @@
 //! Artifacts in a folder: `sha256/<first two digits>/<digest>`.
 //!
 //! A file appears under its name only when it is whole and on the disk, and is never written again. Beside them,
-//! `incoming/` holds what is being written, `partial/` what is being fetched from elsewhere, `quarantine/` what was found
-//! damaged, one file a digest, and `fetched/` marks what was fetched.
+//! `incoming/` holds what is being written, `partial/` what is being fetched from elsewhere, `quarantine/` what was
+//! found damaged, one file a digest, and `fetched/` marks what was fetched.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};

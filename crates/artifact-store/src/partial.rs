@@ -1,5 +1,5 @@
-//! Artifacts that come piece by piece from elsewhere, in `partial/`: what came stays until the rest does, whatever happens
-//! to the process.
+//! Artifacts that come piece by piece from elsewhere, in `partial/`: what came stays until the rest does, whatever
+//! happens to the process.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -103,8 +103,8 @@ impl Partial {
         Ok(())
     }
 
-    /// Checks the digest of the bytes and makes them an artifact that was fetched. Where they have another digest, they are
-    /// dropped. Blocks.
+    /// Checks the digest of the bytes and makes them an artifact that was fetched. Where they have another digest, they
+    /// are dropped. Blocks.
     pub fn finish(&mut self) -> Result<(), FinishError> {
         let found = Digest(self.hasher.clone().finalize().into());
         if found != self.digest {

@@ -2,8 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _, UdpSocket};
 
-/// Returns the URLs of a service that listens on an address. The first works on this machine; where the service listens on
-/// every address, the second works on others.
+/// Returns the URLs of a service that listens on an address. The first works on this machine; where the service listens
+/// on every address, the second works on others.
 pub fn urls(listens: SocketAddr, tls: bool) -> Vec<String> {
     let scheme = if tls { "https" } else { "http" };
     let mut hosts = vec![from_here(listens)];
@@ -15,8 +15,8 @@ pub fn urls(listens: SocketAddr, tls: bool) -> Vec<String> {
     hosts.into_iter().map(|host| format!("{scheme}://{host}")).collect()
 }
 
-/// Returns what a person means by an address to listen on: a port alone is one of this machine, and names are looked up.
-/// What cannot be understood is returned as it is.
+/// Returns what a person means by an address to listen on: a port alone is one of this machine, and names are looked
+/// up. What cannot be understood is returned as it is.
 pub fn to_bind(text: &str) -> String {
     if let Ok(port) = text.parse::<u16>() {
         return SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port).to_string();

@@ -159,8 +159,8 @@ pub struct UpArgs {
 /// Which files to serve.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ModelFilesArgs {
-    /// GGUF files to serve besides the configured models; NAME=FILE sets the model name. `up` also takes URLs and models
-    /// of the Hugging Face Hub (hf:ORG/REPO[:QUANT]), which it adds permanently
+    /// GGUF files to serve besides the configured models; NAME=FILE sets the model name. `up` also takes URLs and
+    /// models of the Hugging Face Hub (hf:ORG/REPO[:QUANT]), which it adds permanently
     #[arg(value_name = "[NAME=]FILE")]
     pub files: Vec<String>,
 }
@@ -168,8 +168,8 @@ pub struct ModelFilesArgs {
 /// Which servers to adopt.
 #[derive(Debug, Clone, Default, Args)]
 pub struct AdoptArgs {
-    /// Also serve the models of running servers (vLLM, SGLang, llama-server, Ollama, LM Studio); without a URL, of those
-    /// found on this machine
+    /// Also serve the models of running servers (vLLM, SGLang, llama-server, Ollama, LM Studio); without a URL, of
+    /// those found on this machine
     #[arg(long, value_name = "URL,...", value_delimiter = ',', num_args = 0..=1)]
     pub adopt: Option<Vec<String>>,
 }
@@ -334,8 +334,8 @@ pub struct NodesArgs {
 /// What to ask.
 #[derive(Debug, Clone, Args)]
 pub struct RunArgs {
-    /// Model as name[@MAJOR.MINOR][:adapter], or a GGUF file, [NAME=]FILE, or a URL, or a model of the Hugging Face Hub,
-    /// hf:ORG/REPO[:QUANT]
+    /// Model as name[@MAJOR.MINOR][:adapter], or a GGUF file, [NAME=]FILE, or a URL, or a model of the Hugging Face
+    /// Hub, hf:ORG/REPO[:QUANT]
     pub model: String,
     /// The prompt; - reads it from stdin. Piped input is appended to it
     pub prompt: Option<String>,
@@ -365,8 +365,8 @@ pub struct RunArgs {
 /// With whom to talk.
 #[derive(Debug, Clone, Args)]
 pub struct ChatArgs {
-    /// Model as name[@MAJOR.MINOR][:adapter], or a GGUF file, [NAME=]FILE, or a URL, or hf:ORG/REPO[:QUANT] [default: the
-    /// served model, or a choice if there are several]
+    /// Model as name[@MAJOR.MINOR][:adapter], or a GGUF file, [NAME=]FILE, or a URL, or hf:ORG/REPO[:QUANT] [default:
+    /// the served model, or a choice if there are several]
     pub model: Option<String>,
     /// System prompt
     #[arg(long, value_name = "TEXT")]
@@ -480,8 +480,8 @@ pub struct ModelAddArgs {
 pub struct ModelAliasArgs {
     /// The alias
     pub alias: String,
-    /// Its target, name[@MAJOR.MINOR][:adapter]. With several targets, each request goes to one that supports it and has
-    /// capacity
+    /// Its target, name[@MAJOR.MINOR][:adapter]. With several targets, each request goes to one that supports it and
+    /// has capacity
     #[arg(value_name = "MODEL", required_unless_present = "rm", conflicts_with = "rm")]
     pub targets: Vec<String>,
     /// Remove the alias

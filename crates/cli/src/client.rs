@@ -143,7 +143,7 @@ impl GatewayClient {
         &self.url
     }
 
-    /// Says whether a gateway answers there.
+    /// Returns whether a gateway answers there.
     pub async fn presence(&self) -> Presence {
         let asked = timeout(PRESENT_WITHIN, async {
             // Whoever it is needs no key to say so.

@@ -265,7 +265,7 @@ fn role(command: &Command) -> Option<&'static str> {
     }
 }
 
-/// Says whether a command runs until it is stopped, and logs what happens.
+/// Returns whether a command runs until it is stopped, and logs what happens.
 fn runs_a_service(command: &Command) -> bool {
     matches!(
         command,

@@ -1,7 +1,7 @@
 //! Downloads files into `downloads/` beside the store, and goes on where an earlier download ended.
 //!
-//! A file lies there under its own name in a folder of its source, with a note of what it is to become. It is complete once
-//! the server has sent what it announced; what it holds is verified by whoever takes it into the store.
+//! A file lies there under its own name in a folder of its source, with a note of what it is to become. It is complete
+//! once the server has sent what it announced; what it holds is verified by whoever takes it into the store.
 
 pub mod hugging_face;
 pub mod web;
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use self::web::{Credential, Failure, Response, Web, host, shown};
 use crate::model_file::{self, progress};
 
-/// Says whether a text names something to download: a URL, or a model of the Hugging Face Hub.
+/// Returns whether a text names something to download: a URL, or a model of the Hugging Face Hub.
 pub fn is_source(text: &str) -> bool {
     text.contains("://") || hugging_face::Repository::of(text).is_some()
 }
@@ -106,8 +106,8 @@ impl<'a> Downloads<'a> {
         Self { wait_first, ..self }
     }
 
-    /// Downloads a file, or what is left of it, and returns where it lies. Ends early once it is stopped; what came stays
-    /// for the next time.
+    /// Downloads a file, or what is left of it, and returns where it lies. Ends early once it is stopped; what came
+    /// stays for the next time.
     pub async fn fetch(&self, remote: &Remote) -> anyhow::Result<PathBuf> {
         let path = self.folder.join(&remote.name);
         let (mut tries, mut wait) = (0, self.wait_first);

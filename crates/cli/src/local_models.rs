@@ -1,7 +1,7 @@
 //! Takes model files of this machine into the artifact store, so that workers can serve them.
 //!
-//! A file is read and copied once. `taken-in.json` in the data folder remembers which digest the bytes of a path had, for
-//! as long as its length and time of change stay the same. What is served is the copy, which every load verifies.
+//! A file is read and copied once. `taken-in.json` in the data folder remembers which digest the bytes of a path had,
+//! for as long as its length and time of change stay the same. What is served is the copy, which every load verifies.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};

@@ -1,4 +1,5 @@
-//! Finds the models that other programs keep on this machine: Ollama, LM Studio, the Hugging Face Hub's cache, any folder.
+//! Finds the models that other programs keep on this machine: Ollama, LM Studio, the Hugging Face Hub's cache, any
+//! folder.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -66,7 +66,8 @@ impl PartName {
 }
 
 impl ModelFile {
-    /// Opens a model's file, with all parts where it is one of several, and refuses what the engine could not load. Blocks.
+    /// Opens a model's file, with all parts where it is one of several, and refuses what the engine could not load.
+    /// Blocks.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         let paths = match path.to_str().and_then(PartName::of) {
             Some(part) if part.count > 1 => part.all().map(PathBuf::from).collect(),

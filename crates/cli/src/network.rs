@@ -1,6 +1,6 @@
 //! The whole network in one process: registry, orchestrator, workers and gateway, each a node of its own with its own
-//! key. What runs here as tasks runs elsewhere as processes. Where it listens on UDP other machines join it; otherwise its
-//! nodes meet in memory.
+//! key. What runs here as tasks runs elsewhere as processes. Where it listens on UDP other machines join it; otherwise
+//! its nodes meet in memory.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;

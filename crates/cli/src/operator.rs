@@ -53,8 +53,8 @@ pub enum AdminClient {
 }
 
 impl AdminClient {
-    /// Finds where keys and models are kept: at the gateway that is named or runs here, else at the network's registry, else in
-    /// the store.
+    /// Finds where keys and models are kept: at the gateway that is named or runs here, else at the network's registry,
+    /// else in the store.
     pub async fn of_registry(
         server: &ServerArgs,
         settings: &Settings,
@@ -263,7 +263,7 @@ impl AdminClient {
     }
 }
 
-/// Says whether a gateway answers. One that cannot be spoken with is an error: it is not passed over.
+/// Returns whether a gateway answers. One that cannot be spoken with is an error: it is not passed over.
 pub async fn answers(client: &GatewayClient) -> anyhow::Result<bool> {
     match client.presence().await {
         Presence::Answers => Ok(true),

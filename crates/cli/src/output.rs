@@ -65,8 +65,8 @@ pub fn shown(text: impl AsRef<str>) {
     let _ = writeln!(anstream::stdout().lock(), "{}", text.as_ref());
 }
 
-/// Returns a text of a stranger in which only line ends and tabs have an effect; other control characters, and those that
-/// turn the direction of writing, are shown escaped.
+/// Returns a text of a stranger in which only line ends and tabs have an effect; other control characters, and those
+/// that turn the direction of writing, are shown escaped.
 pub fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for letter in text.chars() {

@@ -71,8 +71,8 @@ pub struct NetworkSettings {
     pub up_listen: Option<SocketAddrV4>,
     /// Nodes to ask for others, as `host:port`. A node that joined by an invite knows those of its network.
     pub bootstrap: Vec<String>,
-    /// How long gateways and orchestrators go on with the keys, models and rules they know while no registry answers, in
-    /// seconds; then they refuse everything until one does.
+    /// How long gateways and orchestrators go on with the keys, models and rules they know while no registry answers,
+    /// in seconds; then they refuse everything until one does.
     pub registry_absence_secs: u64,
 }
 

@@ -1,11 +1,12 @@
 //! Reads the header of a GGUF file without trusting it.
 //!
-//! llama.cpp aborts its process on some malformed files. This parser comes first: it never panics, allocates only what the
-//! file really holds and no more than [`KEPT_BYTES_MAX`] (see `docs/adr/0042-headers-within-a-budget.md`), and says where a file is wrong. Layout (little endian): magic, version,
-//! tensor count, pair count, the pairs, the tensor descriptions, padding to the alignment, the tensors.
+//! llama.cpp aborts its process on some malformed files. This parser comes first: it never panics, allocates only what
+//! the file really holds and no more than [`KEPT_BYTES_MAX`] (see `docs/adr/0042-headers-within-a-budget.md`), and says
+//! where a file is wrong. Layout (little endian): magic, version, tensor count, pair count, the pairs, the tensor
+//! descriptions, padding to the alignment, the tensors.
 //!
-//! [`read_model`] reads a model, which may be cut in several files, and [`check_adapter`] says whether an adapter belongs
-//! to it.
+//! [`read_model`] reads a model, which may be cut in several files, and [`check_adapter`] says whether an adapter
+//! belongs to it.
 
 mod adapter;
 mod check;
@@ -174,8 +175,8 @@ impl Header {
         }
     }
 
-    /// Returns how the model wants to be sampled. Values come from the keys `general.sampling.…`; a key that is missing, or
-    /// whose value no request may have, gives llama.cpp's default.
+    /// Returns how the model wants to be sampled. Values come from the keys `general.sampling.…`; a key that is
+    /// missing, or whose value no request may have, gives llama.cpp's default.
     pub fn sampling_defaults(&self) -> SamplingDefaults {
         let of_llama_cpp = SamplingDefaults::default();
         let number = |name: &str, default: f32, low: f32, high: f32| {

@@ -1,8 +1,8 @@
 //! The embedded runtime: GGUF models on llama.cpp.
 //!
-//! Each loaded model has one engine thread that does all its work (`engine.rs`). Its generations share a batch scheduler,
-//! which owns a llama.cpp context with the KV cache. Prompts are rendered and tokenised on other threads, so a long prompt
-//! delays no running generation. A malicious model can still abort the process: run this runtime behind
+//! Each loaded model has one engine thread that does all its work (`engine.rs`). Its generations share a batch
+//! scheduler, which owns a llama.cpp context with the KV cache. Prompts are rendered and tokenised on other threads, so
+//! a long prompt delays no running generation. A malicious model can still abort the process: run this runtime behind
 //! [`crate::process::serve_child`].
 
 mod batch_plan;

@@ -18,8 +18,8 @@ pub const SLOTS_MAX: u32 = 192;
 pub const DRAFT_TOKENS_MAX: u32 = 16;
 /// Prompt tokens whose log-probabilities one step tells: each takes a row of logits.
 pub const ECHO_ROWS: u32 = 32;
-/// Tokens of context per sequence where nobody says and the model was trained with more: longer ones are rare, and their
-/// keys and values are most of what a small model takes.
+/// Tokens of context per sequence where nobody says and the model was trained with more: longer ones are rare, and
+/// their keys and values are most of what a small model takes.
 pub const CONTEXT_DEFAULT: u32 = 8_192;
 /// Tokens that all sequences together can hold where nobody says, unless one sequence of full length needs more.
 const ROOM_DEFAULT: u32 = 8_192;
@@ -72,8 +72,8 @@ pub fn shape(header: &Header, options: &LoadOptions) -> Result<Shape, EngineErro
     Ok(Shape { context_length, slots, kv_tokens: kv_tokens.next_multiple_of(CELL_BLOCK) })
 }
 
-/// Returns options that take less memory, from those that nobody has set, the largest first: a smaller room, then shorter
-/// and shorter contexts. What somebody has set stays.
+/// Returns options that take less memory, from those that nobody has set, the largest first: a smaller room, then
+/// shorter and shorter contexts. What somebody has set stays.
 pub fn smaller(options: &LoadOptions, context_length: u32) -> Vec<LoadOptions> {
     let room = |context_length| LoadOptions {
         context_length,
@@ -215,7 +215,8 @@ pub fn is_row_by_row(header: &Header, kernels: Kernels) -> bool {
     header.tensors.iter().all(is_exact)
 }
 
-/// Returns whether the kernels of ggml's CPU backend want a copy of a matrix in another order, which is made at the load.
+/// Returns whether the kernels of ggml's CPU backend want a copy of a matrix in another order, which is made at the
+/// load.
 fn is_repacked(tensor: &Tensor) -> bool {
     const Q4_0: u32 = 2;
     const Q8_0: u32 = 8;

@@ -1,8 +1,8 @@
 //! Merges an adapter into the weights of its model, in a copy of the model's file.
 //!
 //! An adapter beside the weights takes part in each token's evaluation; one that every job uses anyway costs nothing
-//! once it is merged. What it changes is small, so weights of few bits would be rounded back to what they were: there it
-//! stays beside them, which [`Merge::Refused`] says.
+//! once it is merged. What it changes is small, so weights of few bits would be rounded back to what they were: there
+//! it stays beside them, which [`Merge::Refused`] says.
 
 use std::fs::File;
 use std::io;
@@ -105,7 +105,8 @@ fn is_matrix(tensor: &Tensor) -> bool {
     tensor.dimensions.len() >= 2 && tensor.dimensions[2..].iter().all(|side| *side == 1)
 }
 
-/// Reserves disk space for a copy; returns false if the disk is too full. Half a copy would take space that others need.
+/// Reserves disk space for a copy; returns false if the disk is too full. Half a copy would take space that others
+/// need.
 fn reserve(file: &File, bytes: u64) -> bool {
     #[cfg(target_os = "linux")]
     {

@@ -52,8 +52,8 @@ pub struct MockOptions {
     pub die_after: u32,
     /// Generations that start and then do nothing until the model is unloaded, counted after those that die.
     pub hang_first: u32,
-    /// Memory of a GPU, in bytes, on which models lie unless they are kept off it; 0 for no GPU. A model takes there what
-    /// its file is long.
+    /// Memory of a GPU, in bytes, on which models lie unless they are kept off it; 0 for no GPU. A model takes there
+    /// what its file is long.
     pub vram_bytes: u64,
 }
 

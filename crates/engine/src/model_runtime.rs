@@ -123,7 +123,8 @@ pub struct LoadOptions {
     pub slots: u32,
     /// Requests that may wait for a slot; one more is refused with [`EngineError::Busy`].
     pub queue_max: u32,
-    /// Threads for decoding, no more than there are cores; 0 takes all cores, or all but one where there are more than two.
+    /// Threads for decoding, no more than there are cores; 0 takes all cores, or all but one where there are more than
+    /// two.
     pub threads: u32,
     /// Layers to place on a GPU; 0 keeps all on the CPU, `None` places as many as its free memory holds.
     pub gpu_layers: Option<u32>,
@@ -361,14 +362,10 @@ pub enum EngineError {
     },
     /// The engine failed, or its process was ended from outside: try elsewhere.
     #[error("the engine failed: {reason}")]
-    Failed {
-        /// What is known of it.
-        reason: String,
-    },
+    Failed { reason: String },
     /// The engine's process crashed while it worked on this request: try elsewhere, but not again and again.
     #[error("the engine crashed: {reason}")]
     Crashed {
-        /// What is known of it.
         reason: String,
         /// How many requests it was working on, this one included.
         suspects: u32,

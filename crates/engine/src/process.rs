@@ -3,8 +3,8 @@
 //! A failed assertion in C++ or the kernel's out-of-memory killer ends one engine process, not the worker; and what a
 //! model held is surely freed when its process is. Over its standard input, a socket, the child gets verified files as
 //! open descriptors, so it loads the bytes that were verified ([`handover`]); its standard output is a socket that
-//! carries [`frame`]s both ways. The child bounds its own memory against templates that ask for any amount of it, and is
-//! killed when its engine hangs.
+//! carries [`frame`]s both ways. The child bounds its own memory against templates that ask for any amount of it, and
+//! is killed when its engine hangs.
 
 mod child_server;
 mod engine_process;
@@ -52,7 +52,8 @@ const HELLO_WITHIN: Duration = Duration::from_secs(30);
 /// How long a process may take to unload before it is killed.
 const UNLOAD_WITHIN: Duration = Duration::from_secs(2);
 
-/// How long an engine that owes something may go without a sign of life before it counts as hung, unless told otherwise.
+/// How long an engine that owes something may go without a sign of life before it counts as hung, unless told
+/// otherwise.
 ///
 /// A batch of 512 tokens takes two slow cores minutes with a large model, but between two operations of a batch an
 /// engine shows that it lives, and one operation takes no more than a few seconds.
@@ -99,8 +100,9 @@ impl ProcessRuntime {
 
     /// Sets after how long a process whose engine hangs is killed; 20 seconds unless set.
     ///
-    /// It is killed when it owes tokens to a reader that reads and shows no sign of life for so long, or when it is busy
-    /// and says nothing at all. Choose several times what the slowest operation within a batch takes on this machine.
+    /// It is killed when it owes tokens to a reader that reads and shows no sign of life for so long, or when it is
+    /// busy and says nothing at all. Choose several times what the slowest operation within a batch takes on this
+    /// machine.
     #[must_use]
     pub fn with_stall_limit(mut self, limit: Duration) -> Self {
         self.stall_limit = limit;

@@ -57,8 +57,8 @@ const MISSES_MAX: u32 = 2;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
     pub describe: Duration,
-    /// To begin an answer, in silence: the load of the model and the evaluation of a long prompt may take it. A server that
-    /// tells how far it is with a prompt is not silent.
+    /// To begin an answer, in silence: the load of the model and the evaluation of a long prompt may take it. A server
+    /// that tells how far it is with a prompt is not silent.
     pub begin: Duration,
     /// From one piece of an answer to the next.
     pub idle: Duration,
@@ -118,7 +118,8 @@ impl RemoteRuntime {
         discovery::survey(&self.http, server, within).await.map_err(|error| failed(&error))
     }
 
-    /// Takes a model of a server into use, and returns it with what the server says of it. Of the options, those that concern memory and processors are the server's.
+    /// Takes a model of a server into use, and returns it with what the server says of it. Of the options, those that
+    /// concern memory and processors are the server's.
     pub async fn attach(
         &self,
         server: ServerAddress,

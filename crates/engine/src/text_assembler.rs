@@ -42,8 +42,8 @@ impl TextAssembler {
         self.stopped
     }
 
-    /// Ends the answer and returns what was held back. Where the limit of tokens cut it, more bytes would have completed
-    /// its last character.
+    /// Ends the answer and returns what was held back. Where the limit of tokens cut it, more bytes would have
+    /// completed its last character.
     pub fn finish(&mut self, is_cut: bool) -> String {
         if self.stopped {
             return String::new();

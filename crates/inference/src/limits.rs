@@ -139,7 +139,7 @@ impl Input {
     }
 }
 
-/// Says whether values are small enough together, beside so many bytes that are counted already.
+/// Returns whether values are small enough together, beside so many bytes that are counted already.
 fn fit<'a>(values: impl IntoIterator<Item = &'a Value>, bytes: usize) -> bool {
     let mut room = SCHEMA_BYTES_MAX.checked_sub(bytes);
     for value in values {
@@ -173,7 +173,7 @@ fn may_be_object(schema: &Value) -> bool {
     }
 }
 
-/// Says whether OpenAI's clients may call a function so.
+/// Returns whether OpenAI's clients may call a function so.
 fn is_function_name(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
     (1..=64).contains(&name.len()) && name.bytes().all(allowed)

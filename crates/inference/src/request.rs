@@ -15,7 +15,8 @@ use crate::tool::{Tool, ToolChoice};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", remote = "Self")]
 pub struct Input {
-    /// A conversation to go on with. Exactly one of `messages`, `prompt`, `promptTokens`, `prompts` and `embed` is given.
+    /// A conversation to go on with. Exactly one of `messages`, `prompt`, `promptTokens`, `prompts` and `embed` is
+    /// given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub messages: Option<Vec<Message>>,
     /// Text to go on with, as it is.
@@ -69,8 +70,8 @@ pub struct Input {
     /// How many answers, 1 to 16; they share the prompt and differ in their seeds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub n: Option<u32>,
-    /// Puts the prompt before each answer to it, and its log-probabilities before those of the answer where they are asked
-    /// for; that of its first token, which nothing comes before, is told as 0. For texts only.
+    /// Puts the prompt before each answer to it, and its log-probabilities before those of the answer where they are
+    /// asked for; that of its first token, which nothing comes before, is told as 0. For texts only.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub echo: bool,
     /// The most tokens to generate; 0 is for `echo` alone.
@@ -144,7 +145,7 @@ pub enum EmbedInput {
 }
 
 impl EmbedInput {
-    /// Says whether there is nothing to make a vector of.
+    /// Returns whether there is nothing to make a vector of.
     pub fn is_empty(&self) -> bool {
         match self {
             Self::Text(text) => text.is_empty(),

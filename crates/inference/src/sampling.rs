@@ -56,8 +56,8 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Returns the settings of a request, those that it leaves open at a value that changes nothing; [`LeftToModel`] has
-    /// which they are. `seed` is for a request without one.
+    /// Returns the settings of a request, those that it leaves open at a value that changes nothing; [`LeftToModel`]
+    /// has which they are. `seed` is for a request without one.
     pub fn of(input: &Input, seed: u64) -> Self {
         let neutral = Self::default();
         Self {

@@ -1,7 +1,7 @@
 //! Attention of queries to a KV cache whose cells belong to many sequences.
 //!
-//! The method is online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) over blocks of
-//! keys, as FlashAttention has it (Dao et al., 2022). For a query `q` of one head, with keys `k` and values `v`:
+//! The method is online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) over blocks
+//! of keys, as FlashAttention has it (Dao et al., 2022). For a query `q` of one head, with keys `k` and values `v`:
 //!
 //! ```text
 //! s_i = scale · q·k_i + mask_i           m = max(m, s_i)           p_i = exp(s_i - m)
@@ -14,8 +14,9 @@
 //! their positions: positions 0 to 15, 16 to 31 and so on, position `p` in SIMD lane `p % 16`. The keys of a block are
 //! transposed once for all heads that share them (grouped-query attention).
 //!
-//! So the result of a query depends, to the bit, only on the keys and values that it sees and on their positions. It does
-//! not depend on which cells hold them, on other sequences and queries, or on how a prompt was cut into batches (ADR 0029).
+//! So the result of a query depends, to the bit, only on the keys and values that it sees and on their positions. It
+//! does not depend on which cells hold them, on other sequences and queries, or on how a prompt was cut into batches
+//! (ADR 0029).
 
 use std::arch::x86_64::{
     __m256i, __m512, __m512i, __mmask16, _mm_cvtsi32_si128, _mm256_and_si256, _mm256_cmpneq_epi16_mask,
@@ -45,8 +46,8 @@ const HIDDEN: i16 = 0xfc00_u16.cast_signed();
 /// The cell of a position that no cell has.
 const NOWHERE: u32 = u32::MAX;
 
-/// Attention of `queries` queries to `cells` cells of a KV cache. Shapes are `[slow][fast]`; strides are in bytes, and the
-/// numbers of one head are adjacent.
+/// Attention of `queries` queries to `cells` cells of a KV cache. Shapes are `[slow][fast]`; strides are in bytes, and
+/// the numbers of one head are adjacent.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Attention {
@@ -162,8 +163,8 @@ impl Attention {
         2 * rows * (self.width + 1) + 2 * LANES * self.width + group * LANES + self.blocks_max() * (LANES + LANES / 2)
     }
 
-    /// Returns how many blocks of positions there may be. One more before and one after are written to where sixteen cells
-    /// reach over the border of a block.
+    /// Returns how many blocks of positions there may be. One more before and one after are written to where sixteen
+    /// cells reach over the border of a block.
     fn blocks_max(&self) -> usize {
         let end = if self.positions.is_null() { self.cells } else { self.positions_end };
         end.div_ceil(LANES) + 3
@@ -172,8 +173,8 @@ impl Attention {
     /// Computes one unit.
     ///
     /// # Safety
-    /// All pointers must lead to as many numbers as their shapes say, `scratch` to [`Attention::scratch_floats`]. No other
-    /// thread may compute the same unit at the same time.
+    /// All pointers must lead to as many numbers as their shapes say, `scratch` to
+    /// [`Attention::scratch_floats`]. No other thread may compute the same unit at the same time.
     ///
     /// # Panics
     /// If [`Attention::is_possible`] returns false, or `unit` is not less than [`Attention::units`].
@@ -286,7 +287,8 @@ impl Unit<'_> {
         unsafe { _mm512_loadu_si512(self.attention.positions.add(first).cast()) }
     }
 
-    /// Returns which of sixteen cells each query sees, which of them any query sees, and whether the mask adds something.
+    /// Returns which of sixteen cells each query sees, which of them any query sees, and whether the mask adds
+    /// something.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn visible(&self, first: usize) -> ([__mmask16; QUERIES_MAX], __mmask16, bool) {
@@ -526,8 +528,8 @@ impl Unit<'_> {
         }
     }
 
-    /// Adds `p·v` of a block to the accumulators of a query's heads. Values that the query does not see are skipped: they
-    /// may be NaN, if another sequence went wrong.
+    /// Adds `p·v` of a block to the accumulators of a query's heads. Values that the query does not see are skipped:
+    /// they may be NaN, if another sequence went wrong.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
     unsafe fn accumulate_values(&self, query: usize, seen: __mmask16) {
         let width = self.attention.width;
@@ -644,8 +646,8 @@ unsafe fn add_strip<const REGISTERS: usize>(
     REGISTERS * LANES
 }
 
-/// Returns `exp(x)` for `x ≤ 0` to seven digits: Cody–Waite range reduction, then a polynomial. Results below `exp(-87)` are
-/// rounded up to it.
+/// Returns `exp(x)` for `x ≤ 0` to seven digits: Cody–Waite range reduction, then a polynomial. Results below
+/// `exp(-87)` are rounded up to it.
 #[inline]
 #[target_feature(enable = "avx512f,fma")]
 fn exp(exponents: __m512) -> __m512 {

@@ -1,13 +1,13 @@
 //! Quantised matrix products and attention for processors with AVX-512 and VNNI.
 //!
-//! A layer computes `y = W·x` for each token: `W` is `[rows][columns]` in blocks of 32 small numbers with one scale each, `x`
-//! has `columns` 32-bit floats. The weights are packed once, at the load, so that one load from memory brings what sixteen
-//! rows need next. Each `x` is quantised to blocks of signed bytes before the product. The inner loop is `vpdpbusd`, which
-//! adds four products of bytes in each of sixteen SIMD lanes, twice a cycle.
+//! A layer computes `y = W·x` for each token: `W` is `[rows][columns]` in blocks of 32 small numbers with one scale
+//! each, `x` has `columns` 32-bit floats. The weights are packed once, at the load, so that one load from memory brings
+//! what sixteen rows need next. Each `x` is quantised to blocks of signed bytes before the product. The inner loop is
+//! `vpdpbusd`, which adds four products of bytes in each of sixteen SIMD lanes, twice a cycle.
 //!
-//! The result for one `x` does not depend on how many others are multiplied with it: sums always have the same order. For
-//! attention see [`Attention`]'s module. `docs/benchmarks.md` compares the speed with ggml's own kernels; ADR 0027 gives
-//! the reasons for this crate.
+//! The result for one `x` does not depend on how many others are multiplied with it: sums always have the same order.
+//! For attention see [`Attention`]'s module. `docs/benchmarks.md` compares the speed with ggml's own kernels; ADR 0027
+//! gives the reasons for this crate.
 
 #![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code)]
@@ -132,8 +132,8 @@ impl Matrix {
     /// Quantises some blocks of vector `index` of `count` into `inputs`.
     ///
     /// # Safety
-    /// `inputs` must have [`Matrix::inputs_bytes`] of `count` vectors. No other thread may quantise the same blocks at the
-    /// same time.
+    /// `inputs` must have [`Matrix::inputs_bytes`] of `count` vectors. No other thread may quantise the same
+    /// blocks at the same time.
     ///
     /// # Panics
     /// If the vector does not have `columns` numbers, or `blocks` or `index` are out of range.
@@ -148,8 +148,9 @@ impl Matrix {
     /// `outputs + i * rows` on.
     ///
     /// # Safety
-    /// `packed` must be a matrix that [`Matrix::pack`] wrote, `inputs` must hold `count` whole vectors, and `outputs` must
-    /// have space for `[count][rows]` numbers. No other thread may write to the same groups at the same time.
+    /// `packed` must be a matrix that [`Matrix::pack`] wrote, `inputs` must hold `count` whole vectors, and
+    /// `outputs` must have space for `[count][rows]` numbers. No other thread may write to the same groups at the same
+    /// time.
     ///
     /// # Panics
     /// If `groups` is out of range.

@@ -1,9 +1,9 @@
 //! The order of packed weights.
 //!
-//! Sixteen rows make a group. A group has its blocks in pairs: the scales of both blocks, sixteen each, then the numbers
-//! of both. A number's place is `[word][row][byte of the word]`, where a word is four numbers that are multiplied at
-//! once; of four-bit numbers, the low halves of the words are the block's first half and the high halves its second, as
-//! ggml has them. Bytes are made unsigned.
+//! Sixteen rows make a group. A group has its blocks in pairs: the scales of both blocks, sixteen each, then the
+//! numbers of both. A number's place is `[word][row][byte of the word]`, where a word is four numbers that are
+//! multiplied at once; of four-bit numbers, the low halves of the words are the block's first half and the high halves
+//! its second, as ggml has them. Bytes are made unsigned.
 
 use crate::{LANES, Matrix, Quantization};
 

@@ -28,8 +28,8 @@ pub enum LogError {
 /// Sends logs to stderr from here on. `filter` reads like `info,tether_gateway=debug`.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), LogError> {
     let parsed = EnvFilter::try_new(filter).map_err(|_| LogError::Filter { filter: filter.to_owned() })?;
-    // A log that cannot be written, as where its disk is full or its terminal is gone, stops nothing: the subscriber would
-    // complain on stderr, which is the same place, and panic.
+    // A log that cannot be written, as where its disk is full or its terminal is gone, stops nothing: the subscriber
+    // would complain on stderr, which is the same place, and panic.
     let builder =
         tracing_subscriber::fmt().with_env_filter(parsed).with_writer(std::io::stderr).log_internal_errors(false);
     let done = match format {

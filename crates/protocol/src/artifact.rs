@@ -1,7 +1,7 @@
 //! `artifact.fetch`: the bytes of a model's file, or of an adapter's, from a node that has it.
 //!
-//! The callee's first message is an [`ArtifactHead`]; each further one is the next bytes from the offset on, and the stream
-//! ends with the file. Nobody believes the bytes before their digest is checked.
+//! The callee's first message is an [`ArtifactHead`]; each further one is the next bytes from the offset on, and the
+//! stream ends with the file. Nobody believes the bytes before their digest is checked.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

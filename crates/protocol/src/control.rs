@@ -44,7 +44,8 @@ pub const ADAPTER_REMOVE: &str = "registry.adapter.remove";
 pub const MODEL_ADD: &str = "registry.model.add";
 /// Registry: forgets a model for an operator. [`ByOperator`] of a [`ModelRemove`] → [`ModelRemoved`].
 pub const MODEL_REMOVE: &str = "registry.model.remove";
-/// Registry: says for an operator how long workers keep a model in memory. [`ByOperator`] of a [`ModelKeep`] → [`ModelEntry`].
+/// Registry: says for an operator how long workers keep a model in memory. [`ByOperator`] of a [`ModelKeep`] →
+/// [`ModelEntry`].
 pub const MODEL_KEEP: &str = "registry.model.keep";
 /// Registry: gives a model another name for an operator. [`ByOperator`] of an [`AliasSet`] → [`AliasEntry`].
 pub const ALIAS_SET: &str = "registry.alias.set";
@@ -52,7 +53,8 @@ pub const ALIAS_SET: &str = "registry.alias.set";
 pub const ALIAS_REMOVE: &str = "registry.alias.remove";
 /// Registry: lists models, adapters and aliases to an operator. [`OperatorRequest`] → [`Catalog`].
 pub const OPERATOR_CATALOG_LIST: &str = "registry.operator.catalog.list";
-/// Orchestrator: has every worker that serves a model load or unload it. Worker: does so. [`ModelMove`] → [`ModelPlaces`].
+/// Orchestrator: has every worker that serves a model load or unload it. Worker: does so. [`ModelMove`] →
+/// [`ModelPlaces`].
 pub const MODEL_MOVE: &str = "model.move";
 /// Registry: tells a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
 pub const POLICY_GET: &str = "registry.policy.get";
@@ -263,8 +265,8 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// Returns the models that an artifact belongs to and that nodes may fetch from each other: those that an operator added,
-    /// and whose file or adapter it is.
+    /// Returns the models that an artifact belongs to and that nodes may fetch from each other: those that an operator
+    /// added, and whose file or adapter it is.
     pub fn added_with(&self, digest: &Digest) -> Vec<ModelKey> {
         let added = self.models.iter().filter(|model| model.added);
         let has = |model: &ModelEntry| {

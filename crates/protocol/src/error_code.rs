@@ -217,7 +217,7 @@ impl ErrorCode {
         }
     }
 
-    /// Says whether another worker may do better.
+    /// Returns whether another worker may do better.
     pub fn blame(self) -> Blame {
         match self {
             Self::WorkerFull
@@ -310,8 +310,8 @@ impl WireError {
         self
     }
 
-    /// Says whether the same request may fare better at another time. Official SDKs repeat what fails with 500 or more
-    /// unless they are told not to.
+    /// Returns whether the same request may fare better at another time. Official SDKs repeat what fails with 500 or
+    /// more unless they are told not to.
     pub fn should_retry(&self) -> bool {
         self.code != ErrorCode::RequestCrashesEngine
     }

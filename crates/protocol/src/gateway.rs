@@ -16,7 +16,8 @@ use crate::usage::TokenUsage;
 /// Gateway: lists the models a token may use, as `GET /v1/models` does. [`ModelsRequest`] → OpenAI's list.
 pub const MODELS: &str = "infer.models";
 
-/// A job on its way from a client to a gateway. Exactly one of `request`, `chat`, `completion` and `embedding` is given.
+/// A job on its way from a client to a gateway. Exactly one of `request`, `chat`, `completion` and `embedding` is
+/// given.
 #[derive(Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Gateway.Submission")]

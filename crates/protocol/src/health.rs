@@ -116,7 +116,7 @@ impl HealthReport {
         adapter.is_none_or(served)
     }
 
-    /// Says whether the worker is gone after this report: it takes nothing new and has nothing left.
+    /// Returns whether the worker is gone after this report: it takes nothing new and has nothing left.
     pub fn is_last(&self) -> bool {
         self.draining && self.capacity.running == 0 && self.capacity.waiting == 0
     }

@@ -34,7 +34,8 @@ pub struct InferRequest {
     pub model_id: ModelName,
     /// Its version.
     pub version: ModelVersion,
-    /// Models that may run it as well; at most [`crate::model::ALTERNATIVES_MAX`] are considered. A worker is sent none.
+    /// Models that may run it as well; at most [`crate::model::ALTERNATIVES_MAX`] are considered. A worker is sent
+    /// none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alternatives: Vec<ModelKey>,
     /// What to answer, and how.
@@ -103,8 +104,8 @@ pub struct InferSubmission {
 pub struct InferChunk {
     /// The job.
     pub correlation_id: CorrelationId,
-    /// Its place in the answer, counted from 0 without gaps. A chunk with `progress` has the place of the one that comes
-    /// next, and takes none.
+    /// Its place in the answer, counted from 0 without gaps. A chunk with `progress` has the place of the one that
+    /// comes next, and takes none.
     pub seq: u64,
     /// What it brings.
     pub payload: Payload,

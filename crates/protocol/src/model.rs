@@ -90,7 +90,7 @@ impl AliasEntry {
         iter::once(&self.target).chain(&self.alternatives)
     }
 
-    /// Says whether the name is also that of one of its targets.
+    /// Returns whether the name is also that of one of its targets.
     pub fn is_own_name(&self) -> bool {
         self.targets().any(|target| target.name == self.alias)
     }

@@ -18,7 +18,7 @@ pub struct TenantPolicy {
 }
 
 impl TenantPolicy {
-    /// Says whether the tenant may use a model.
+    /// Returns whether the tenant may use a model.
     pub fn allows(&self, model: &ModelName) -> bool {
         self.allowed_models.as_ref().is_none_or(|allowed| allowed.contains(model))
     }

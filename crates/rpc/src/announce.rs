@@ -145,7 +145,8 @@ impl DirectoryTask {
         stop.run_until_cancelled(async { tokio::join!(self.recall(), refreshing) }).await;
     }
 
-    /// Asks the peers of an earlier run. Who kept this node's topics then may be gone, and nothing be found for a while.
+    /// Asks the peers of an earlier run. Who kept this node's topics then may be gone, and nothing be found for a
+    /// while.
     async fn recall(&self) {
         let mut answers = std::pin::pin!(self.ask(self.transport.remembered().into_iter().take(ASKED_MAX)));
         while let Some((key, info)) = answers.next().await {

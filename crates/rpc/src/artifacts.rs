@@ -72,7 +72,8 @@ impl ArtifactServer {
         Self { store, membership, reads: Arc::new(Semaphore::new(READS_MAX)), by_peer: Mutex::default() }
     }
 
-    /// Answers a call. `models_of` returns the models that the catalogue lists with an artifact: nothing else is given away.
+    /// Answers a call. `models_of` returns the models that the catalogue lists with an artifact: nothing else is given
+    /// away.
     pub async fn serve<Listing>(&self, call: StreamCall, models_of: impl FnOnce(Digest) -> Listing)
     where
         Listing: Future<Output = Result<Vec<ModelName>, WireError>>,

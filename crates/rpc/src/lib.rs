@@ -1,10 +1,10 @@
 //! Typed calls, token streams and announcements between nodes, over a [`transport::Transport`].
 //!
-//! Unary calls carry one JSON value each way. Streams speak `tether/stream/1` ([`frame`]): one request, then
-//! messages back under credit, until an end, an error or a cancel. Topics only find peers ([`announce`]);
-//! connections are opened by public key and shared by all calls to a peer ([`client`]). Who belongs to the network is
-//! known by certificates that nodes show each other first ([`membership`]). Models' files go from node to node by streams
-//! as well ([`artifacts`]).
+//! Unary calls carry one JSON value each way. Streams speak `tether/stream/1` ([`frame`]): one request, then messages
+//! back under credit, until an end, an error or a cancel. Topics only find peers ([`announce`]); connections are opened
+//! by public key and shared by all calls to a peer ([`client`]). Who belongs to the network is known by certificates
+//! that nodes show each other first ([`membership`]). Models' files go from node to node by streams as well
+//! ([`artifacts`]).
 
 #![warn(missing_docs)]
 

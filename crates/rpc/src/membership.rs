@@ -101,12 +101,12 @@ impl Membership {
         self
     }
 
-    /// Says whether a key belongs to the pool, whatever its role.
+    /// Returns whether a key belongs to the pool, whatever its role.
     pub fn is_member(&self, key: PublicKey) -> bool {
         self.standing(key).is_ok()
     }
 
-    /// Says whether a key may act in a role.
+    /// Returns whether a key may act in a role.
     pub fn has_role(&self, key: PublicKey, role: NodeRole) -> bool {
         self.admit(key, role, None).is_ok()
     }
@@ -131,7 +131,7 @@ impl Membership {
         Ok(Some(known.certificate.clone()))
     }
 
-    /// Says whether a key was expelled.
+    /// Returns whether a key was expelled.
     pub fn is_revoked(&self, key: PublicKey) -> bool {
         self.0.as_ref().is_some_and(|inner| inner.read().revoked.contains(&key))
     }
@@ -241,7 +241,7 @@ impl Membership {
         self.0.as_ref().map_or(Duration::ZERO, |inner| inner.read().confirmed.elapsed())
     }
 
-    /// Says whether no registry answers: it was asked several times since one did.
+    /// Returns whether no registry answers: it was asked several times since one did.
     pub fn is_registry_away(&self) -> bool {
         self.registry_silence() > AWAY_AFTER
     }
@@ -255,7 +255,7 @@ impl Membership {
         }
     }
 
-    /// Says whether there is admission.
+    /// Returns whether there is admission.
     pub fn is_checked(&self) -> bool {
         self.0.is_some()
     }
@@ -265,7 +265,7 @@ impl Membership {
         self.0.as_ref().and_then(|inner| inner.registry)
     }
 
-    /// Says whether this node needs its next certificate.
+    /// Returns whether this node needs its next certificate.
     pub(crate) fn is_due(&self) -> bool {
         self.0.as_ref().is_some_and(|inner| self.own().is_some_and(|own| own.is_due(inner.clock.now())))
     }

@@ -57,7 +57,7 @@ pub trait Connection: Send + Sync + 'static {
     /// connection is closed. A network may carry none on a connection that this node opened. One reader at a time.
     async fn next(&self) -> Option<Incoming>;
 
-    /// Says whether the connection is closed.
+    /// Returns whether the connection is closed.
     fn is_closed(&self) -> bool;
 
     /// Closes the connection: what is under way on it fails at both ends.

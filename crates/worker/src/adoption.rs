@@ -257,7 +257,7 @@ fn gone(taken: &mut BTreeMap<Source, Taken>, found: &[(String, Option<Survey>)])
     gone
 }
 
-/// Says whether a server's model can have a name: nobody here and no other model in the registry has it.
+/// Returns whether a server's model can have a name: nobody here and no other model in the registry has it.
 fn is_free(name: &ModelName, served_as: &str, catalog: &Catalog, here: &BTreeSet<ModelName>) -> bool {
     let digest = remote_digest(served_as);
     let is_other = |key: &ModelKey| key.model_id == *name && key.version == VERSION;

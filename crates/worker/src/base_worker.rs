@@ -345,8 +345,8 @@ impl WorkerHandle {
         self.loader.cache().ready().into_iter().filter_map(|(_, loaded)| loaded.pid).collect()
     }
 
-    /// Waits until the models that operators added are taken up, and an orchestrator knows; not for long where no registry
-    /// or no orchestrator answers.
+    /// Waits until the models that operators added are taken up, and an orchestrator knows; not for long where no
+    /// registry or no orchestrator answers.
     pub async fn has_catalog(&self) {
         let mut read = self.catalog_read.subscribe();
         let known = async {
@@ -375,8 +375,8 @@ impl WorkerHandle {
         self.adopted.borrow().unwrap_or(0)
     }
 
-    /// Waits until every model that is to be in memory answers, is left out for want of room, or could not be loaded; then
-    /// it is the first of these that is told.
+    /// Waits until every model that is to be in memory answers, is left out for want of room, or could not be loaded;
+    /// then it is the first of these that is told.
     pub async fn ready(&self) -> Result<(), NotReady> {
         let all = async {
             let mut outcome = Ok(());
@@ -481,7 +481,8 @@ impl Handlers {
         }
         let (body, deadline) = (call.body.clone(), call.deadline);
         let (caller, request) = if body.len() > READ_AT_ONCE_BYTES {
-            // Accepted means that it has arrived and may have a place: its length must not look like a worker's silence.
+            // Accepted means that it has arrived and may have a place: its length must not look like a worker's
+            // silence.
             let Ok(reply) = call.accept().await else { return };
             let read = self.reading.spawn_blocking(move || read(&body)).await;
             (Caller::Accepted(reply), read.unwrap_or_else(|_| Err(stopping())))
@@ -504,7 +505,7 @@ impl Handlers {
         );
     }
 
-    /// Says whether a node has business here.
+    /// Returns whether a node has business here.
     fn check(&self, peer: PublicKey) -> Result<(), WireError> {
         Ok(self.membership.admit(peer, NodeRole::Orchestrator, Some(&self.region))?)
     }

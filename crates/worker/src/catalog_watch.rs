@@ -1,4 +1,5 @@
-//! Takes up the models that operators added and that this node has or could fetch, and lets go of those that were removed.
+//! Takes up the models that operators added and that this node has or could fetch, and lets go of those that were
+//! removed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,8 +25,8 @@ const FOUND_WITHIN: Duration = Duration::from_secs(2);
 /// How long a registry may take to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
-/// How long a file that was fetched stays when no model has it any more: a registry may be set up anew, or a model removed
-/// by mistake.
+/// How long a file that was fetched stays when no model has it any more: a registry may be set up anew, or a model
+/// removed by mistake.
 const UNLISTED_FOR: Duration = Duration::from_mins(1);
 
 /// Keeps the models of a worker equal to those that operators added, beside those of its configuration.

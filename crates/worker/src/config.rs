@@ -19,8 +19,9 @@ pub struct Config {
     pub region: Region,
     /// The models it serves.
     pub models: Vec<ServedModel>,
-    /// The models that `tether model add` brought, each loaded when somebody asks for it: `fetch` serves all that this node
-    /// could hold and fetches their files from other nodes, `local` those whose files are in its store, `off` none.
+    /// The models that `tether model add` brought, each loaded when somebody asks for it: `fetch` serves all that this
+    /// node could hold and fetches their files from other nodes, `local` those whose files are in its store, `off`
+    /// none.
     pub catalog: CatalogUse,
     /// Disk that files may take together which were fetched from other nodes, in MiB; 0 takes what is free. The least
     /// recently used make room, and a GiB of the disk always stays free.
@@ -34,21 +35,21 @@ pub struct Config {
     pub tenant_jobs_max: Option<u32>,
     /// Loads the models at the start, as far as they fit, and not at their first job.
     pub preload: bool,
-    /// Memory that the models may take together, in MiB; 0 takes what the machine has free. What is not in use makes room
-    /// for what is asked for.
+    /// Memory that the models may take together, in MiB; 0 takes what the machine has free. What is not in use makes
+    /// room for what is asked for.
     pub memory_max_mib: u64,
     /// Memory of GPUs that all models may take together, in MiB; 0 takes what is free when the worker starts.
     pub vram_max_mib: u64,
-    /// The shortest and the longest `keep_alive` of a request that is followed, in seconds; -1 for any. Other requests get the
-    /// nearest of the two.
+    /// The shortest and the longest `keep_alive` of a request that is followed, in seconds; -1 for any. Other requests
+    /// get the nearest of the two.
     pub keep_alive_secs_min: i64,
     /// The longest; see the shortest.
     pub keep_alive_secs_max: i64,
     /// Seconds that jobs have to end when the worker stops.
     pub drain_secs: u64,
-    /// Seconds that a server which answers for a model may be silent before the first token of an answer. It fails the job
-    /// then, which goes to another worker where there is one. A server says nothing while a request waits its turn there or
-    /// its prompt is read, so busy servers with long prompts need more.
+    /// Seconds that a server which answers for a model may be silent before the first token of an answer. It fails the
+    /// job then, which goes to another worker where there is one. A server says nothing while a request waits its turn
+    /// there or its prompt is read, so busy servers with long prompts need more.
     pub server_stall_secs: u64,
     /// Network hops to the region's centre; fewer is nearer.
     pub latency_hops: u32,
@@ -113,14 +114,15 @@ pub struct ServedModel {
     /// Tokens of context per job; 0 takes what the model was trained with, at most 8192 and less where memory is short.
     #[serde(default)]
     pub context_length: u32,
-    /// Threads for decoding, no more than there are cores; 0 takes all cores, or all but one where there are more than two.
+    /// Threads for decoding, no more than there are cores; 0 takes all cores, or all but one where there are more than
+    /// two.
     #[serde(default)]
     pub threads: u32,
     /// Layers to place on a GPU; 0 keeps all on the CPU, and where it is missing as many are placed as fit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_layers: Option<u32>,
-    /// Tokens that all jobs together can hold; 0 takes 8192, at least one context and at most one for each slot. More lets
-    /// more long jobs run side by side.
+    /// Tokens that all jobs together can hold; 0 takes 8192, at least one context and at most one for each slot. More
+    /// lets more long jobs run side by side.
     #[serde(default)]
     pub kv_tokens: u32,
     /// Memory for conversations that lost their place in the engine, in MiB; they need not be evaluated again.
@@ -129,23 +131,24 @@ pub struct ServedModel {
     /// Tokens that a repeated passage may suggest at once, at most 16; 0 does not speculate. Answers stay the same.
     #[serde(default = "draft_tokens")]
     pub draft_tokens: u32,
-    /// Seconds without work after which it is unloaded; it is loaded again when somebody asks for it. -1 keeps it for ever.
-    /// Where it is missing, it is what the network says of the model, and else 300.
+    /// Seconds without work after which it is unloaded; it is loaded again when somebody asks for it. -1 keeps it for
+    /// ever. Where it is missing, it is what the network says of the model, and else 300.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_alive_secs: Option<i64>,
-    /// Loads it at the start, and never unloads it to make room for others or because nobody uses it. Where it is missing,
-    /// `tether model pin` decides.
+    /// Loads it at the start, and never unloads it to make room for others or because nobody uses it. Where it is
+    /// missing, `tether model pin` decides.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pin: Option<bool>,
-    /// Whose kernels compute it on a CPU: `auto` takes Tether's where the processor has AVX-512 and VNNI, `off` leaves all
-    /// to ggml, slower, and then an answer at temperature 0 may change in a rare word when it is asked for again.
+    /// Whose kernels compute it on a CPU: `auto` takes Tether's where the processor has AVX-512 and VNNI, `off` leaves
+    /// all to ggml, slower, and then an answer at temperature 0 may change in a rare word when it is asked for again.
     #[serde(default)]
     pub kernels: Kernels,
     /// The LoRA adapters it is served with; each is attached at its first job.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<ServedAdapter>,
-    /// The name of its one adapter, where it serves it with that and no longer without: jobs with it go here, all others
-    /// elsewhere. It is merged into the weights at the load where these are of 8 bits and more, and costs nothing then.
+    /// The name of its one adapter, where it serves it with that and no longer without: jobs with it go here, all
+    /// others elsewhere. It is merged into the weights at the load where these are of 8 bits and more, and costs
+    /// nothing then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pinned_adapter: Option<AdapterName>,
     /// Adapters attached at once, at most; the one unused for longest makes room.
@@ -374,18 +377,19 @@ impl ServedModel {
         self.adapters.iter().find(|adapter| adapter.name == *name)
     }
 
-    /// Says whether a server answers for it, and not an engine of ours.
+    /// Returns whether a server answers for it, and not an engine of ours.
     pub(crate) fn is_server(&self) -> bool {
         self.remote.is_some() || !self.server_command.is_empty()
     }
 
-    /// Says whether it stays in memory whatever happens, where the network pins it or not. A model on another program's
-    /// server is not ours to unload.
+    /// Returns whether it stays in memory whatever happens, where the network pins it or not. A model on another
+    /// program's server is not ours to unload.
     pub(crate) fn is_pinned(&self, by_network: bool) -> bool {
         self.pin.unwrap_or(by_network) || self.remote.is_some()
     }
 
-    /// Returns how long it stays in memory without work, unless a request or an operator says otherwise; `None` for ever.
+    /// Returns how long it stays in memory without work, unless a request or an operator says otherwise; `None` for
+    /// ever.
     pub(crate) fn keep_alive(&self, by_network: Option<i64>) -> Option<Duration> {
         duration_of(self.keep_alive_secs.or(by_network).unwrap_or(KEEP_ALIVE_SECS))
     }
@@ -395,7 +399,7 @@ impl ServedModel {
         self.adapter(self.pinned_adapter.as_ref()?)
     }
 
-    /// Says whether it is served with this adapter, or without one.
+    /// Returns whether it is served with this adapter, or without one.
     pub(crate) fn serves(&self, adapter: Option<&AdapterName>) -> bool {
         match &self.pinned_adapter {
             Some(pinned) => adapter == Some(pinned),

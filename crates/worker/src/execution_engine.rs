@@ -96,8 +96,8 @@ impl ExecutionEngine {
 
     /// Waits until the model is in memory and hands it the job. What is wrong with the request is found here.
     ///
-    /// An engine that turns out to be gone has begun nothing: the job waits for the next one. A second one that goes may
-    /// go because of the job.
+    /// An engine that turns out to be gone has begun nothing: the job waits for the next one. A second one that goes
+    /// may go because of the job.
     pub(crate) async fn begin(&self, entry: Arc<Entry>, request: Arc<InferRequest>) -> Result<Begun, WireError> {
         let mut hold = self.loader.resident(&entry).await.map_err(|error| load_failed(&error))?;
         let mut engines = 1;
@@ -198,8 +198,8 @@ impl ExecutionEngine {
 
     /// Sends the answer chunk by chunk as it comes, and returns its last chunk for the caller to send.
     ///
-    /// The last chunk is left to the caller, so that the job's place can be free before its end is known. `has_begun` is
-    /// cancelled with the first part of the answer.
+    /// The last chunk is left to the caller, so that the job's place can be free before its end is known. `has_begun`
+    /// is cancelled with the first part of the answer.
     pub(crate) async fn answer(
         &self,
         begun: Begun,

@@ -1,4 +1,5 @@
-//! Fetches models' files from other nodes that have them, goes on where an earlier try ended, and makes room for them (W2).
+//! Fetches models' files from other nodes that have them, goes on where an earlier try ended, and makes room for them
+//! (W2).
 //!
 //! Nothing that comes is believed: a file counts once all of its bytes have the digest that the registry lists.
 

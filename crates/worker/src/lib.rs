@@ -1,7 +1,8 @@
 //! Loads models and runs jobs.
 //!
-//! [`BaseWorker`] answers `infer.start`: its quota guard says whether there is room, the model loader brings the
-//! model into memory, whose file its fetcher gets from another node where it is not here, the execution engine runs the job, and the health reporter tells the orchestrators of it all.
+//! [`BaseWorker`] answers `infer.start`: its quota guard says whether there is room, the model loader brings the model
+//! into memory, whose file its fetcher gets from another node where it is not here, the execution engine runs the job,
+//! and the health reporter tells the orchestrators of it all.
 
 mod adoption;
 mod announcer;

@@ -1,4 +1,5 @@
-//! The artifacts of the models that operators added, as the registry last listed them: what nodes fetch from each other.
+//! The artifacts of the models that operators added, as the registry last listed them: what nodes fetch from each
+//! other.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -71,9 +72,9 @@ impl Listed {
     }
 }
 
-/// Returns the memory that a model takes at least, as far as the catalogue tells: its weights, and of what comes to them
-/// with the default settings a quarter, since contexts are shortened where memory is short. The plan before the load
-/// knows better.
+/// Returns the memory that a model takes at least, as far as the catalogue tells: its weights, and of what comes to
+/// them with the default settings a quarter, since contexts are shortened where memory is short. The plan before the
+/// load knows better.
 fn memory_min(model: &ModelEntry) -> u64 {
     let told = model.facts.as_ref().map_or(0, |facts| facts.memory_bytes);
     model.bytes.saturating_add(told.saturating_sub(model.bytes) / 4)

@@ -202,7 +202,7 @@ impl ModelLoader {
         &self.cache
     }
 
-    /// Says whether a model is loaded before anyone asks for it.
+    /// Returns whether a model is loaded before anyone asks for it.
     pub(crate) fn preloads(&self, entry: &Entry) -> bool {
         entry.model.pin == Some(true) || self.options.preload && !entry.model.is_listed
     }
@@ -235,8 +235,8 @@ impl ModelLoader {
         self.changes.send_replace(());
     }
 
-    /// Has a model come into memory, as a job would, and says where it is now. With a time it stays for so many seconds without
-    /// work; for none of them it is to leave.
+    /// Has a model come into memory, as a job would, and says where it is now. With a time it stays for so many seconds
+    /// without work; for none of them it is to leave.
     pub(crate) fn bring(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
@@ -281,8 +281,8 @@ impl ModelLoader {
         self.artifacts.contains(digest)
     }
 
-    /// Returns whether this worker could come to serve a model whose file is not here: it could fetch it, and hold it in
-    /// memory.
+    /// Returns whether this worker could come to serve a model whose file is not here: it could fetch it, and hold it
+    /// in memory.
     pub(crate) fn could_fetch(&self, digest: &Digest) -> bool {
         let Some(file) = self.fetcher.fetchable(digest) else { return false };
         file.memory_min <= self.most_memory().host && self.fetcher.could_take(digest, file.bytes)
@@ -369,8 +369,8 @@ impl ModelLoader {
         }
     }
 
-    /// Returns the memory that a further model can have: what the models leave of their share, and no more than nine tenths
-    /// of what the machine has.
+    /// Returns the memory that a further model can have: what the models leave of their share, and no more than nine
+    /// tenths of what the machine has.
     fn memory(&self, seats: &[Seat]) -> Memory {
         let holding = || seats.iter().filter(|seat| matches!(seat.place, Place::In(_) | Place::Moving));
         let sum = |bytes: fn(&Seat) -> u64| holding().map(bytes).fold(0, u64::saturating_add);
@@ -735,8 +735,8 @@ impl ModelLoader {
         Ok(Prepared { source: Source::Artifact(artifact), options, bytes, bytes_min, vram_bytes, in_use })
     }
 
-    /// Opens the file of a model, which is fetched first where it is not here. It stays here for as long as what is returned
-    /// beside it lives.
+    /// Opens the file of a model, which is fetched first where it is not here. It stays here for as long as what is
+    /// returned beside it lives.
     async fn file_of(&self, entry: &Entry) -> Result<(VerifiedArtifact, Option<InUse>), LoadError> {
         let digest = entry.model.digest();
         if let Some(file) = self.fetcher.fetchable(&digest).filter(|_| !self.artifacts.contains(&digest)) {

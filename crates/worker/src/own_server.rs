@@ -50,7 +50,7 @@ impl OwnServer {
         self.child.id()
     }
 
-    /// Says whether it has ended.
+    /// Returns whether it has ended.
     pub(crate) fn has_ended(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
     }

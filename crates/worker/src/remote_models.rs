@@ -1,7 +1,7 @@
 //! Models of servers: of adopted ones, and of those that the worker starts itself on an artifact.
 //!
-//! An adopted model is offered to the registry, so that clients can name it, and answers here only once it is listed: what
-//! the registry refuses, because the name is another model's or not this worker's to serve, gets no job.
+//! An adopted model is offered to the registry, so that clients can name it, and answers here only once it is listed:
+//! what the registry refuses, because the name is another model's or not this worker's to serve, gets no job.
 
 use std::collections::BTreeMap;
 use std::fs::File;

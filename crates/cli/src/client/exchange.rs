@@ -174,7 +174,7 @@ async fn exchange(
     Ok(Response { status: head.status, headers: head.headers, body, _connection: driver })
 }
 
-/// Says whether TLS is spoken where plain HTTP failed.
+/// Returns whether TLS is spoken where plain HTTP failed.
 async fn speaks_tls(base: &Uri) -> bool {
     let Ok(connector) = believing_nobody() else { return false };
     let Ok(stream) = connect(base).await else { return false };

@@ -1,4 +1,5 @@
-//! `tether demo`: shows a network of processes at work. Ask, kill the worker that answered, ask again; then a few figures.
+//! `tether demo`: shows a network of processes at work. Ask, kill the worker that answered, ask again; then a few
+//! figures.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;

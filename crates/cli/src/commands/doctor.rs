@@ -163,7 +163,7 @@ async fn api_key(client: &GatewayClient) -> Result<String, String> {
     Ok(format!("good; {} listed", output::counted(models["data"].as_array().map_or(0, Vec::len), "model")))
 }
 
-/// Says whether the gateway answers, and whether it does so on its own.
+/// Returns whether the gateway answers, and whether it does so on its own.
 async fn gateway(client: &GatewayClient) -> Result<String, String> {
     let ready: Value = client.get("/readyz").await.unwrap_or_default();
     let seconds = |name: &str| ready.get(name).and_then(Value::as_u64);
@@ -177,7 +177,7 @@ async fn gateway(client: &GatewayClient) -> Result<String, String> {
     }
 }
 
-/// Says whether models are ready, and which are not. Only a key that operates the network learns the latter.
+/// Returns whether models are ready, and which are not. Only a key that operates the network learns the latter.
 async fn workers(client: &GatewayClient, fleet: &Fleet) -> Check {
     let ready = client.get::<Value>("/readyz").await;
     models(ready.map(drop).map_err(|error| format!("{error:#}")), fleet)

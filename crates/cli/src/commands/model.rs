@@ -453,7 +453,8 @@ impl Models {
     }
 }
 
-/// Returns the nodes that have a model, those with it in memory first. Whoever would have to fetch its file does not have it.
+/// Returns the nodes that have a model, those with it in memory first. Whoever would have to fetch its file does not
+/// have it.
 fn places(states: &[(String, String)]) -> String {
     let named = |(node, state): &(String, String)| match state.as_str() {
         READY => node.clone(),
@@ -478,7 +479,7 @@ async fn of_gateway(client: &GatewayClient, listed: &Value) -> Catalog {
     catalog
 }
 
-/// Says whether a row of a gateway's list is that of a model, without an adapter.
+/// Returns whether a row of a gateway's list is that of a model, without an adapter.
 fn is_row_of(row: &Value, entry: &ModelEntry) -> bool {
     let name = row["id"].as_str().unwrap_or_default().split('@').next().unwrap_or_default();
     row["alias_of"].is_null()

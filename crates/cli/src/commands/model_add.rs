@@ -232,7 +232,8 @@ async fn add_remote(
     download(context, admin, artifacts, &web, fetch, wanted).await
 }
 
-/// Returns the model of a `[NAME=]URL` or `[NAME=]hf:ORG/REPO`, which is downloaded and registered unless it was before.
+/// Returns the model of a `[NAME=]URL` or `[NAME=]hf:ORG/REPO`, which is downloaded and registered unless it was
+/// before.
 pub(super) async fn of_source(context: &Context, server: &ServerArgs, text: &str) -> anyhow::Result<ModelKey> {
     let (name, source) = local_models::split(text);
     let remote = RemoteSource::of(source).with_context(|| format!("{source:?} is no model of the web"))??;

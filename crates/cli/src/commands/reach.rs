@@ -32,8 +32,8 @@ pub(super) struct Reached {
     own: Option<Network>,
 }
 
-/// Finds the network of the arguments, else of the data folder. Where none runs, one is started that ends with the command.
-/// What is named may be a model of the network, or a file of one.
+/// Finds the network of the arguments, else of the data folder. Where none runs, one is started that ends with the
+/// command. What is named may be a model of the network, or a file of one.
 pub(super) async fn reach(context: &mut Context, server: &ServerArgs, named: Option<&str>) -> anyhow::Result<Reached> {
     let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
     let file = named.and_then(local_models::as_file);
@@ -98,8 +98,8 @@ async fn start(context: &mut Context, named: Option<&str>, file: Option<&str>) -
     }
 }
 
-/// Returns the model of a running network whose bytes are those of a file. Where it has none, and is this folder's, the file
-/// is added to it.
+/// Returns the model of a running network whose bytes are those of a file. Where it has none, and is this folder's, the
+/// file is added to it.
 async fn model_of_file(
     context: &Context,
     server: &ServerArgs,
@@ -176,8 +176,8 @@ impl Reached {
     }
 }
 
-/// Returns what to say of a model that the network does not have, with the name that may be meant. Returns nothing where
-/// the network has it, or does not say.
+/// Returns what to say of a model that the network does not have, with the name that may be meant. Returns nothing
+/// where the network has it, or does not say.
 pub(super) async fn missing_model(client: &GatewayClient, asked: &str) -> Option<anyhow::Error> {
     let listed: Value = client.models().await.ok()?;
     let names: Vec<&str> = listed["data"].as_array()?.iter().filter_map(|model| model["id"].as_str()).collect();

@@ -1,5 +1,5 @@
-//! `tether bootstrap`, `registry`, `orchestrator`, `gateway` and `worker`: one node of a network of processes each, until
-//! Ctrl-C. `tether join` ends here too.
+//! `tether bootstrap`, `registry`, `orchestrator`, `gateway` and `worker`: one node of a network of processes each,
+//! until Ctrl-C. `tether join` ends here too.
 
 use std::sync::Arc;
 use std::time::Duration;

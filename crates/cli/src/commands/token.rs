@@ -96,7 +96,7 @@ fn confirm(warning: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Says whether a key is the only good one that operates the network.
+/// Returns whether a key is the only good one that operates the network.
 fn is_last_admin(tokens: &[TokenInfo], key_id: &str, now: UnixMillis) -> bool {
     let is_good = |token: &&TokenInfo| {
         token.scopes.contains(&Scope::Admin)

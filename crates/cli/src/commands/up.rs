@@ -166,8 +166,8 @@ pub(super) fn outlive_terminal() -> anyhow::Result<()> {
     signal::unix::signal(signal::unix::SignalKind::hangup()).context("no signals").map(drop)
 }
 
-/// Listens for Ctrl-C and SIGTERM from here on; the future that is returned cancels the token at the first, and never ends.
-/// Called before a command does anything that somebody may want to end.
+/// Listens for Ctrl-C and SIGTERM from here on; the future that is returned cancels the token at the first, and never
+/// ends. Called before a command does anything that somebody may want to end.
 pub(super) fn listen_for_stop(stop: CancellationToken) -> anyhow::Result<impl Future<Output = Infallible>> {
     let mut interrupt = signal::unix::signal(signal::unix::SignalKind::interrupt()).context("no signals")?;
     let mut terminate = signal::unix::signal(signal::unix::SignalKind::terminate()).context("no signals")?;

@@ -94,8 +94,8 @@ struct Lfs {
 }
 
 impl Repository {
-    /// Reads `hf:ORG/REPO[:QUANT]`, `hf.co/ORG/REPO[:QUANT]`, and the page of a repository or a file on the Hub. Returns
-    /// nothing for other texts.
+    /// Reads `hf:ORG/REPO[:QUANT]`, `hf.co/ORG/REPO[:QUANT]`, and the page of a repository or a file on the Hub.
+    /// Returns nothing for other texts.
     pub fn of(text: &str) -> Option<anyhow::Result<Self>> {
         let bare = text.strip_prefix("https://").unwrap_or(text);
         let rest = ["hf:", "hf.co/", "huggingface.co/"].iter().find_map(|prefix| bare.strip_prefix(prefix))?;
@@ -209,7 +209,8 @@ impl Hub {
         }
     }
 
-    /// Puts the files together that make one model. What projects images is a part of a model that this engine does not load.
+    /// Puts the files together that make one model. What projects images is a part of a model that this engine does not
+    /// load.
     fn models(&self, repository: &Repository, entries: Vec<Entry>) -> anyhow::Result<Vec<Found>> {
         let mut sets: BTreeMap<String, Vec<(String, Entry)>> = BTreeMap::new();
         for entry in entries.into_iter().filter(|entry| entry.kind == "file") {

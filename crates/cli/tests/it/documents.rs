@@ -1,7 +1,8 @@
 //! Runs the commands of the documents, so that what they promise and what the program does stay the same.
 //!
-//! A block that begins with "```sh run" is run, line by line, in a home of its own for each section. Commands that stay up
-//! are started and waited for; a network in one process, and the end of a section, stop what ran before, as Ctrl-C does.
+//! A block that begins with "```sh run" is run, line by line, in a home of its own for each section. Commands that stay
+//! up are started and waited for; a network in one process, and the end of a section, stop what ran before, as Ctrl-C
+//! does.
 
 #![cfg(feature = "llama")]
 

@@ -44,7 +44,8 @@ pub(crate) struct Answered {
 }
 
 impl Mesh {
-    /// Starts bootstrap nodes, a registry, an orchestrator, a gateway and workers, each by an invite where it needs one.
+    /// Starts bootstrap nodes, a registry, an orchestrator, a gateway and workers, each by an invite where it needs
+    /// one.
     pub(crate) async fn start(bootstrap_nodes: &[&str], workers: &[&str]) -> Self {
         let home = Home::new();
         let mut processes = Processes::of(env!("CARGO_BIN_EXE_tether"), home.path());

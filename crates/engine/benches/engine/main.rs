@@ -1,5 +1,5 @@
-//! Our engine beside upstream's `llama-server` and `llama-bench`: `make bench-engine`, which makes the models and builds
-//! the programs. `BENCH_MODELS`, `BENCH_MEASURES` (parts of their names) and `BENCH_ROUNDS` choose less.
+//! Our engine beside upstream's `llama-server` and `llama-bench`: `make bench-engine`, which makes the models and
+//! builds the programs. `BENCH_MODELS`, `BENCH_MEASURES` (parts of their names) and `BENCH_ROUNDS` choose less.
 //!
 //! Both sides are asked by the same client, with the same tokens, in turn; every figure is taken where the answer is
 //! read. Ours runs in a process of its own, as it ships.

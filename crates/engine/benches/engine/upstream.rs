@@ -93,7 +93,8 @@ impl Side for LlamaServer {
         let mut body = json!({
             "prompt": question.prompt, "n_predict": question.tokens, "ignore_eos": true, "stream": true,
             "return_tokens": true, "temperature": 0, "samplers": ["top_k"], "top_k": 1,
-            // A byte that begins no character is held back together with the tokens after it. Ours tells tokens at once.
+            // A byte that begins no character is held back together with the tokens after it. Ours tells tokens at
+            // once.
             "logit_bias": (128..256).map(|token| json!([token, false])).collect::<Value>(),
         });
         if let Some(index) = question.adapter {

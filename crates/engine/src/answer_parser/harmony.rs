@@ -1,4 +1,5 @@
-//! Reads the channels of gpt-oss: `<|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…`.
+//! Reads the channels of gpt-oss:
+//! `<|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…`.
 
 use super::markers::{self, Search};
 use super::{Input, Output};

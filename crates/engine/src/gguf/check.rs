@@ -108,7 +108,8 @@ fn check_vocabulary(header: &Header) -> Result<(), String> {
     }
 }
 
-/// Returns the numbers under a key of the architecture, one for all layers or one for each; `None` for values that are not numbers.
+/// Returns the numbers under a key of the architecture, one for all layers or one for each; `None` for values that are
+/// not numbers.
 fn all_of(header: &Header, name: &str) -> Vec<Option<u64>> {
     let Some(architecture) = header.architecture() else { return Vec::new() };
     match header.metadata.get(&format!("{architecture}.{name}")) {

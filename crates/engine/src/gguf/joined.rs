@@ -1,7 +1,7 @@
 //! Makes one file of a model that is split into several.
 //!
-//! The pairs of the first part stay as they are, byte for byte, but for those that say how it was split. The tensors keep
-//! their order, and the bytes of each part follow those of the one before.
+//! The pairs of the first part stay as they are, byte for byte, but for those that say how it was split. The tensors
+//! keep their order, and the bytes of each part follow those of the one before.
 
 use std::fs::File;
 use std::io::{self, BufReader, Cursor, Read};
@@ -10,7 +10,8 @@ use std::ops::Range;
 use super::reader::{Positioned, Reader};
 use super::{Header, KEPT_BYTES_MAX, check_model, join};
 
-/// The longest head of a joined file, without its tensors, which lies in memory; the largest vocabularies known take two thirds.
+/// The longest head of a joined file, without its tensors, which lies in memory; the largest vocabularies known take
+/// two thirds.
 const HEAD_BYTES_MAX: u64 = 24 << 20;
 /// What every key begins with that says how a model was split.
 const SPLIT: &str = "split.";
@@ -142,7 +143,8 @@ mod tests {
         head.extend(bytes);
     }
 
-    /// Splits the tiny model as `llama-gguf-split` does: the first part has all pairs, the others only those of the split.
+    /// Splits the tiny model as `llama-gguf-split` does: the first part has all pairs, the others only those of the
+    /// split.
     fn parts(count: usize) -> Vec<File> {
         let tensors = Header::parse(&tiny()).expect("it is valid").tensors.len();
         let share = tensors.div_ceil(count);

@@ -13,7 +13,8 @@ use super::{
 
 const MAGIC: [u8; 4] = *b"GGUF";
 
-/// What a pair takes beside its texts: its places in a tree and in a list, each of which may have twice the room that it needs.
+/// What a pair takes beside its texts: its places in a tree and in a list, each of which may have twice the room that
+/// it needs.
 const PAIR_BYTES: u64 = 384;
 /// What a tensor takes beside its name: its place in a list, its dimensions, and its name and place among all names.
 const TENSOR_BYTES: u64 = 384;

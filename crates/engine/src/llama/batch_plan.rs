@@ -46,8 +46,8 @@ pub(super) struct Limits {
 /// Returns the next step, or `None` where no slot wants anything.
 ///
 /// A step evaluates with one adapter. Adapters take turns, step by step; `last` is the adapter of the last step. Every
-/// decoding slot of the adapter gets its tokens. Slots in prefill share the rest evenly, so that a short prompt does not
-/// wait for a long one; a remainder goes to the slots from `first` on.
+/// decoding slot of the adapter gets its tokens. Slots in prefill share the rest evenly, so that a short prompt does
+/// not wait for a long one; a remainder goes to the slots from `first` on.
 pub(super) fn plan(needs: &[Need], last: Option<AdapterId>, first: usize, limits: Limits) -> Option<Plan> {
     let adapter = next_in_turn(needs, last)?.adapter;
     if !limits.together {

@@ -125,8 +125,8 @@ impl BatchScheduler {
         self.running().next().is_none() || self.kv_cache.available() >= needed + promised
     }
 
-    /// Starts a generation; returns how many tokens it looked up in the prefix cache, and how many it found. There must be
-    /// a free slot.
+    /// Starts a generation; returns how many tokens it looked up in the prefix cache, and how many it found. There must
+    /// be a free slot.
     pub(super) fn start(&mut self, mut sequence: Sequence) -> (u64, u64) {
         let begun = if self.deterministic || sequence.echoes_prompt() {
             // A cached prefix would change the order of sums, and has no logits to report.

@@ -7,7 +7,8 @@ use super::native::{Token, Vocabulary};
 use crate::grammar::{Constraint, Grammars, TokenTable};
 use crate::model_runtime::{EngineError, OutputFormat};
 
-/// The grammars of one model. They are made for the first request that needs one, which takes some hundred milliseconds.
+/// The grammars of one model. They are made for the first request that needs one, which takes some hundred
+/// milliseconds.
 #[derive(Debug)]
 pub(super) struct Constraints {
     spoken: Arc<BTreeSet<Token>>,

@@ -12,8 +12,8 @@ const NGRAM: usize = 3;
 const LOOK_BACK: usize = 8_192;
 /// What one token's outcome weighs in the estimate of how often suggestions are right.
 const WEIGHT: f32 = 0.1;
-/// Steps without a single hit after which suggesting pauses, where suggestions are rarely right: of those that are right
-/// half of the time, three steps in a row are all wrong often enough.
+/// Steps without a single hit after which suggesting pauses, where suggestions are rarely right: of those that are
+/// right half of the time, three steps in a row are all wrong often enough.
 const MISSES_MAX: u32 = 3;
 /// The estimate up to which suggestions are rarely right.
 const RARELY: f32 = 0.3;
@@ -103,8 +103,8 @@ fn repeated(source: &[Token], text: &[Token]) -> Option<usize> {
         .map(|(_, behind)| behind)
 }
 
-/// Returns what a step of so many rows usually costs, beside one of a single row: on processors four rows cost 1.8 times
-/// one.
+/// Returns what a step of so many rows usually costs, beside one of a single row: on processors four rows cost 1.8
+/// times one.
 pub(super) fn usual_cost(rows: usize) -> f32 {
     const EACH_FURTHER_ROW: f32 = 0.27;
     1.0 + EACH_FURTHER_ROW * rows.saturating_sub(1) as f32
@@ -112,8 +112,8 @@ pub(super) fn usual_cost(rows: usize) -> f32 {
 
 /// Returns how many suggested tokens make the fastest step: those that yield the most tokens a second.
 ///
-/// `hit_rate` is the chance of each to be right, `rows` what the step has without them, `seconds` what a step of so many
-/// rows takes.
+/// `hit_rate` is the chance of each to be right, `rows` what the step has without them, `seconds` what a step of so
+/// many rows takes.
 pub(super) fn worthwhile(hit_rate: f32, most: usize, rows: usize, seconds: impl Fn(usize) -> f32) -> usize {
     let mut expected = rows as f32;
     let mut chance = 1.0;

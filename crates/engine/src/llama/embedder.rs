@@ -1,8 +1,8 @@
 //! Makes vectors of texts, in a context of its own.
 //!
 //! Most models read from left to right: their texts come in pieces, several texts to a batch, and the vectors of tokens
-//! are pooled here, so that a text may be as long as the model's context. The others see a text as a whole: a batch holds
-//! whole texts, and llama.cpp pools.
+//! are pooled here, so that a text may be as long as the model's context. The others see a text as a whole: a batch
+//! holds whole texts, and llama.cpp pools.
 
 mod sizes;
 

@@ -222,8 +222,8 @@ impl Engine {
 
     /// Starts waiting generations in the order of their arrival.
     ///
-    /// A generation without KV cache capacity blocks those behind it, so that long prompts get their turn. One that waits for
-    /// another to evaluate their shared prefix does not.
+    /// A generation without KV cache capacity blocks those behind it, so that long prompts get their turn. One that
+    /// waits for another to evaluate their shared prefix does not.
     fn start_waiting(&mut self) {
         let mut deferred = VecDeque::new();
         let mut is_full = false;

@@ -19,8 +19,8 @@ use crate::model_runtime::AdapterId;
 const RETAINED_MAX: u32 = 32;
 /// Cells of all retained sequences but the latest; the others move to host memory.
 ///
-/// Attention reads every cell up to the last one in use: 10,000 cells that no running sequence needs cost a model of 0.5
-/// billion parameters a quarter of its speed. A copy costs a few microseconds a token.
+/// Attention reads every cell up to the last one in use: 10,000 cells that no running sequence needs cost a model of
+/// 0.5 billion parameters a quarter of its speed. A copy costs a few microseconds a token.
 const RETAINED_CELLS_MAX: usize = 1_024;
 /// Tokens that restoring a snapshot must save, beyond what the cache has, to be worth the copy.
 const SNAPSHOT_GAIN_MIN: usize = 32;
@@ -94,7 +94,8 @@ impl KvCache {
         self.can_rewind
     }
 
-    /// Returns the fraction of the cells that running sequences hold, 0 to 1. Cells of retained sequences count as free.
+    /// Returns the fraction of the cells that running sequences hold, 0 to 1. Cells of retained sequences count as
+    /// free.
     pub(super) fn usage(&self) -> f32 {
         1.0 - self.available() as f32 / self.ledger.len() as f32
     }
@@ -121,8 +122,8 @@ impl KvCache {
         }
     }
 
-    /// Begins the sequence of a prompt with as much of it as the cache or host memory has. The last token is left out unless
-    /// its logits are known. There must be fewer running sequences than slots.
+    /// Begins the sequence of a prompt with as much of it as the cache or host memory has. The last token is left out
+    /// unless its logits are known. There must be fewer running sequences than slots.
     pub(super) fn begin<'a>(
         &mut self,
         prompt: &[Token],
@@ -186,8 +187,8 @@ impl KvCache {
         cached.tokens.extend_from_slice(tokens);
     }
 
-    /// Truncates a sequence to so many tokens. If that is impossible, or the sequence could not go on from there, all of it
-    /// is forgotten.
+    /// Truncates a sequence to so many tokens. If that is impossible, or the sequence could not go on from there, all
+    /// of it is forgotten.
     pub(super) fn rewind(&mut self, cached: &mut CachedSequence, length: usize) {
         if cached.tokens.len() <= length {
             return;

@@ -1,8 +1,8 @@
 //! The logits after prompts, kept so that the same prompt need not be evaluated again.
 //!
-//! With many kernels the last bits of a row differ between a row alone and a row in a batch. If only the last token of a
-//! prompt were evaluated again, its logits would differ slightly from the first time, and 8-bit activations turn a slight
-//! difference into another text. A repeated prompt goes on from exactly the logits of the first time.
+//! With many kernels the last bits of a row differ between a row alone and a row in a batch. If only the last token of
+//! a prompt were evaluated again, its logits would differ slightly from the first time, and 8-bit activations turn a
+//! slight difference into another text. A repeated prompt goes on from exactly the logits of the first time.
 
 use std::sync::Arc;
 

@@ -86,8 +86,8 @@ impl Prompts {
         Ok(Prompt { tokens, rendered })
     }
 
-    /// Returns the tokens of a prompt whose answer stands before a suffix, fewer than `context_length`. What the two texts
-    /// say is never read as special tokens: they are somebody's file.
+    /// Returns the tokens of a prompt whose answer stands before a suffix, fewer than `context_length`. What the two
+    /// texts say is never read as special tokens: they are somebody's file.
     pub(super) fn fill_in(
         &self,
         model: &Model,
@@ -181,8 +181,8 @@ impl Prompts {
         Ok(tokens)
     }
 
-    /// Returns the tokens of an answer that is predicted, as many as the answer may have. Of a longer text the rest is not
-    /// looked at.
+    /// Returns the tokens of an answer that is predicted, as many as the answer may have. Of a longer text the rest is
+    /// not looked at.
     pub(super) fn prediction(&self, model: &Model, input: &PromptInput, limit: u32) -> Result<Vec<Token>, EngineError> {
         let mut tokens = match input {
             PromptInput::Tokens(tokens) => given(model.vocabulary(), tokens)?,

@@ -3,8 +3,8 @@
 use inference::{FinishReason, Progress, TokenLogprob, TokenUsage, ToolCallDelta};
 use serde::{Deserialize, Serialize};
 
-/// What a generation tells, in this order: one `Started`, any number of `Piece`, one `Done`. `Progress` may come anywhere
-/// before the `Done`.
+/// What a generation tells, in this order: one `Started`, any number of `Piece`, one `Done`. `Progress` may come
+/// anywhere before the `Done`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {

@@ -60,8 +60,8 @@ impl From<EmbedInput> for PromptInput {
     }
 }
 
-/// One generation. Unlike an [`Input`](inference::Input) it has one prompt and one answer, the numbers of a loaded model
-/// and adapter, and a value for each setting.
+/// One generation. Unlike an [`Input`](inference::Input) it has one prompt and one answer, the numbers of a loaded
+/// model and adapter, and a value for each setting.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerateRequest {
     /// The model to use.
@@ -89,11 +89,12 @@ pub struct GenerateRequest {
     /// Tells the log-probability of each token, and of so many of the likeliest in its place.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<u32>,
-    /// The text that follows the answer: the model fills in what stands between the prompt and it. For texts and tokens.
+    /// The text that follows the answer: the model fills in what stands between the prompt and it. For texts and
+    /// tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suffix: Option<String>,
-    /// Puts the text of the prompt before the answer, and its log-probabilities where they are asked for before those of
-    /// the answer; that of the first token is told as 0. Conversations have no such text.
+    /// Puts the text of the prompt before the answer, and its log-probabilities where they are asked for before those
+    /// of the answer; that of the first token is told as 0. Conversations have no such text.
     #[serde(default)]
     pub echo: bool,
     /// The constraint on the answer (structured output).

@@ -79,12 +79,12 @@ impl AnswerReader {
         Ok(())
     }
 
-    /// Says whether anything of the answer has come.
+    /// Returns whether anything of the answer has come.
     pub fn has_started(&self) -> bool {
         self.has_started
     }
 
-    /// Says whether the answer has come to its end.
+    /// Returns whether the answer has come to its end.
     pub fn is_done(&self) -> bool {
         self.is_done
     }

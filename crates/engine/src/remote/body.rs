@@ -1,7 +1,7 @@
 //! Says a generation in a server's words.
 //!
-//! What a request leaves to the model is left to the server, which knows the defaults of its models. What the server has
-//! no word for is refused and not left out.
+//! What a request leaves to the model is left to the server, which knows the defaults of its models. What the server
+//! has no word for is refused and not left out.
 
 use serde_json::{Map, Value, json};
 

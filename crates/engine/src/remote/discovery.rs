@@ -50,7 +50,7 @@ pub(super) async fn survey(http: &HttpClient, server: &ServerAddress, within: Du
     Ok(Survey { dialect, models })
 }
 
-/// Says whether a server lists a model.
+/// Returns whether a server lists a model.
 pub(super) async fn lists(
     http: &HttpClient,
     server: &ServerAddress,

@@ -45,7 +45,8 @@ impl EventReader {
         if self.searched > EVENT_BYTES_MAX { Err(TooLong) } else { Ok(None) }
     }
 
-    /// Keeps what follows `data:`. Comments, which servers send to keep a connection alive, and other fields say nothing.
+    /// Keeps what follows `data:`. Comments, which servers send to keep a connection alive, and other fields say
+    /// nothing.
     fn take_line(&mut self, line: &[u8]) -> Result<(), TooLong> {
         let Some(value) = line.strip_prefix(b"data:") else { return Ok(()) };
         if std::mem::replace(&mut self.has_data, true) {

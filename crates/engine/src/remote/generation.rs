@@ -10,7 +10,8 @@ use super::event_stream::EventReader;
 use super::http_client::HttpError;
 use crate::model_runtime::{EngineError, Event, GenerateSink};
 
-/// Reads the answer to its end, or until nobody reads it any more. Then the connection is closed, by which servers know.
+/// Reads the answer to its end, or until nobody reads it any more. Then the connection is closed, by which servers
+/// know.
 pub(super) async fn relay(
     response: Response,
     reader: AnswerReader,

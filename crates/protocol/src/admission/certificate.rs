@@ -137,17 +137,17 @@ impl Certificate {
         }
     }
 
-    /// Says whether the node may be in a region.
+    /// Returns whether the node may be in a region.
     pub fn allows_region(&self, region: &Region) -> bool {
         self.regions.is_empty() || self.regions.contains(region)
     }
 
-    /// Says whether the node may serve a model.
+    /// Returns whether the node may serve a model.
     pub fn allows_model(&self, model: &ModelName) -> bool {
         self.models.is_empty() || self.models.contains(model)
     }
 
-    /// Says whether it is time for the next certificate: half of this one's life is over.
+    /// Returns whether it is time for the next certificate: half of this one's life is over.
     pub fn is_due(&self, now: UnixMillis) -> bool {
         let half = self.not_after.since(self.not_before) / 2;
         now >= self.not_before.after(half)

@@ -106,12 +106,12 @@ impl fmt::Debug for InviteSecret {
 }
 
 impl Invite {
-    /// Says whether it is too late to redeem it.
+    /// Returns whether it is too late to redeem it.
     pub fn has_ended(&self, now: UnixMillis) -> bool {
         now >= self.expires_at
     }
 
-    /// Says whether a certificate is what this invite promised.
+    /// Returns whether a certificate is what this invite promised.
     pub fn promised(&self, certificate: &Certificate) -> bool {
         certificate.pool == self.pool && self.roles.iter().all(|role| certificate.roles.contains(role))
     }

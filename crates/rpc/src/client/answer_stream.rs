@@ -20,8 +20,8 @@ pub struct StreamOptions {
     /// For the callee to accept or refuse a request of a single frame; a longer one takes a second more for each
     /// [`REQUEST_BYTES_PER_SEC`].
     pub accept_within: Duration,
-    /// For the whole answer, until [`AnswerStream::lift_deadline`]; the callee is told. `None` waits as long as messages
-    /// come.
+    /// For the whole answer, until [`AnswerStream::lift_deadline`]; the callee is told. `None` waits as long as
+    /// messages come.
     pub deadline: Option<Duration>,
     /// For each message after the acceptance.
     pub stall: Duration,
@@ -118,8 +118,8 @@ impl AnswerStream {
         error
     }
 
-    /// Lets the callee send so many bytes more before any of them is read: for answers that are long and quick, on ways that
-    /// are far. No more than 2 MiB, or the network closes the stream.
+    /// Lets the callee send so many bytes more before any of them is read: for answers that are long and quick, on ways
+    /// that are far. No more than 2 MiB, or the network closes the stream.
     pub fn widen(&mut self, bytes: u32) {
         if !self.channel.try_send(Frame::Credit(bytes).encode()) {
             self.ungranted = self.ungranted.saturating_add(bytes);

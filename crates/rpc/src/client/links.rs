@@ -128,7 +128,7 @@ impl Link {
 }
 
 impl Peer {
-    /// Says whether forgetting this peer changes nothing.
+    /// Returns whether forgetting this peer changes nothing.
     fn is_idle(&self, now: Instant) -> bool {
         let unused = match self.opening.as_ref().map(|opening| opening.borrow().clone()) {
             None | Some(Opening::Failed(_)) => true,

@@ -50,7 +50,7 @@ impl Budget {
 }
 
 impl Allowance {
-    /// Says whether the caller has a smaller limit than members.
+    /// Returns whether the caller has a smaller limit than members.
     pub(super) fn is_strangers(&self) -> bool {
         self.limit < MESSAGE_BYTES_MAX
     }

@@ -101,7 +101,7 @@ impl Place {
         CallMark(self.calls.clone())
     }
 
-    /// Says whether no call is under way.
+    /// Returns whether no call is under way.
     pub(super) fn is_idle(&self) -> bool {
         self.calls.load(Ordering::Relaxed) == 0
     }

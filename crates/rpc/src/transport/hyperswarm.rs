@@ -202,7 +202,7 @@ impl HyperswarmTransport {
         self.dht.bootstrapped().await;
     }
 
-    /// Says whether a node of the DHT answers at an address.
+    /// Returns whether a node of the DHT answers at an address.
     pub async fn answers(&self, address: SocketAddrV4) -> bool {
         self.dht.rpc().ping(address, RequestOptions::default()).await.is_ok()
     }

@@ -73,7 +73,8 @@ impl ChunkWriter {
         let Some(payload) = self.waiting.get_mut(index as usize) else { return };
         match event {
             // The first chunk has the prompt's tokens, so that a caller who leaves early can be billed for them. Of
-            // several prompts each chunk has the tokens so far, and each prompt is counted once, however many answers it has.
+            // several prompts each chunk has the tokens so far, and each prompt is counted once, however many answers
+            // it has.
             Event::Started { prompt_tokens, cached_tokens } if index.is_multiple_of(self.each) => {
                 let all = &mut self.prompt;
                 all.prompt_tokens = all.prompt_tokens.saturating_add(prompt_tokens);
@@ -104,17 +105,17 @@ impl ChunkWriter {
         }
     }
 
-    /// Says whether enough waits to be sent.
+    /// Returns whether enough waits to be sent.
     pub(super) fn is_full(&self) -> bool {
         self.waiting_bytes >= CHUNK_BYTES_MAX
     }
 
-    /// Says whether every answer has ended.
+    /// Returns whether every answer has ended.
     pub(super) fn is_complete(&self) -> bool {
         self.ended == self.waiting.len()
     }
 
-    /// Says whether part of the answer was sent.
+    /// Returns whether part of the answer was sent.
     pub(super) fn has_begun(&self) -> bool {
         self.chunk.seq > 0
     }

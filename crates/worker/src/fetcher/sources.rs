@@ -102,8 +102,8 @@ impl Sources {
     }
 }
 
-/// Returns whether a worker says that it has a file of one of these models: the model's own, or an adapter's, which it may
-/// turn out not to have.
+/// Returns whether a worker says that it has a file of one of these models: the model's own, or an adapter's, which it
+/// may turn out not to have.
 fn has_file(report: &HealthReport, digest: &Digest, models: &[ModelKey]) -> bool {
     models.iter().filter(|key| report.supported.contains(key) && !report.to_fetch.contains(key)).any(|key| {
         // A model of the same name on an adopted server has no file.

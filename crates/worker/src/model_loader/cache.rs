@@ -77,8 +77,8 @@ impl Load {
         Self { since: Instant::now(), percent: 0, bytes: 0, expected, fetch: None }
     }
 
-    /// Returns how far it is. Before the engine tells, a load is as far as the time says that it is expected to take, so
-    /// that jobs wait for one that ends soon from its beginning on.
+    /// Returns how far it is. Before the engine tells, a load is as far as the time says that it is expected to take,
+    /// so that jobs wait for one that ends soon from its beginning on.
     fn progress(&self) -> LoadProgress {
         let Self { percent, bytes, expected, .. } = *self;
         let elapsed = self.since.elapsed();
@@ -339,7 +339,8 @@ impl Entry {
         self.seat.lock()
     }
 
-    /// Follows what the registry's list says of how long it is kept. Says whether it is pinned from now on and was not before.
+    /// Follows what the registry's list says of how long it is kept. Says whether it is pinned from now on and was not
+    /// before.
     pub(crate) fn follow(&self, pin: bool, keep_alive_secs: Option<i64>) -> bool {
         self.wish(|wishes| (wishes.pin, wishes.listed) = (pin, keep_alive_secs))
     }
@@ -519,7 +520,7 @@ impl Entry {
         self.stays_out.store(true, Ordering::Relaxed);
     }
 
-    /// Says whether the pinned adapter is part of the weights of the present engine.
+    /// Returns whether the pinned adapter is part of the weights of the present engine.
     pub(crate) fn is_merged(&self) -> bool {
         self.merged.load(Ordering::Relaxed)
     }

@@ -1,12 +1,12 @@
 //! Decides which models lie in memory: those that are asked for, as far as they fit (W3).
 //!
-//! A pure function of the seats and the memory there is, the machine's and that of its GPUs. It reads no clock and moves
-//! nothing; `ModelLoader` does both.
+//! A pure function of the seats and the memory there is, the machine's and that of its GPUs. It reads no clock and
+//! moves nothing; `ModelLoader` does both.
 //!
-//! What is idle makes room for what is wanted, the least recently used first. Where all that could make room is busy, the
-//! jobs of one model are served together: after a turn no more of them are let in, those that run end, and the models
-//! change places. A model whose last job has only just ended counts as busy, because a client that asks one thing after
-//! another is about to ask the next. So A A B B is served rather than A B A B, and nobody waits for ever.
+//! What is idle makes room for what is wanted, the least recently used first. Where all that could make room is busy,
+//! the jobs of one model are served together: after a turn no more of them are let in, those that run end, and the
+//! models change places. A model whose last job has only just ended counts as busy, because a client that asks one
+//! thing after another is about to ask the next. So A A B B is served rather than A B A B, and nobody waits for ever.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -16,8 +16,8 @@ use tokio::time::Instant;
 /// How long a model that others wait for keeps its place while it has work, and how long they wait at least.
 pub(crate) const TURN: Duration = Duration::from_secs(3);
 
-/// How long a model is left in memory after its last job, within its turn, when another model is waited for. It covers the
-/// pause of a client between two requests, and is shorter than most loads.
+/// How long a model is left in memory after its last job, within its turn, when another model is waited for. It covers
+/// the pause of a client between two requests, and is shorter than most loads.
 pub(crate) const LINGER: Duration = Duration::from_millis(250);
 
 /// Where a model is.
@@ -65,8 +65,8 @@ pub(crate) struct Seat {
     pub(crate) bytes_min: u64,
     /// The memory of GPUs that it takes, in bytes, or would take with all the layers that it may have there.
     pub(crate) vram_bytes: u64,
-    /// The memory of GPUs without which it is not loaded: all that its settings ask for, or nothing where they ask for what
-    /// fits.
+    /// The memory of GPUs without which it is not loaded: all that its settings ask for, or nothing where they ask for
+    /// what fits.
     pub(crate) vram_bytes_min: u64,
     /// It is never unloaded to make room for others, nor because it is idle.
     pub(crate) is_pinned: bool,
@@ -439,7 +439,8 @@ mod tests {
         play_on(SECOND, asks, job_seconds, |_| None)
     }
 
-    /// The same in a world of ticks. `pause` gives the ticks after which a model is asked for again once a job of it ended.
+    /// The same in a world of ticks. `pause` gives the ticks after which a model is asked for again once a job of it
+    /// ended.
     fn play_on(
         tick: Duration,
         asks: &[(u64, usize)],

@@ -155,8 +155,8 @@ async fn a_running_answer_is_never_cut_to_make_room() {
 async fn under_alternating_load_one_load_serves_many_jobs() {
     let mock = MockOptions { per_token: SECOND / 100, ..slow_load() };
     let scene = scene(&[("one", LARGE, as_it_is), ("two", LARGE, as_it_is)], mock).await;
-    // Each has its next job as soon as one is answered. Their jobs end at different times, after 150, 110 and 70 ms, so that a
-    // model in its turn is always busy. Without turns the models would change places after one job of each.
+    // Each has its next job as soon as one is answered. Their jobs end at different times, after 150, 110 and 70 ms, so
+    // that a model in its turn is always busy. Without turns the models would change places after one job of each.
     let client = |(name, tokens): (&'static str, u32)| {
         let scene = &scene;
         async move {
@@ -259,7 +259,8 @@ async fn a_model_beside_one_that_is_pinned_takes_what_the_gpu_has_left_or_says_w
 
     let all_layers: fn(&mut ServedModel) = |model| model.gpu_layers = Some(99);
     let scene = self::scene(&[("one", 300 << 10, pinned), ("two", 300 << 10, all_layers)], mock()).await;
-    // Whichever was verified first is loaded first; once the pinned one is there, the other is refused when it is asked for.
+    // Whichever was verified first is loaded first; once the pinned one is there, the other is refused when it is asked
+    // for.
     let mut not_ready = String::new();
     for _ in 0..100 {
         if let Ok(answer) = scene.open(&job("two")).await {

@@ -1,4 +1,5 @@
-//! A worker and an orchestrator that are both behind firewalls: lookups find the other one, and no connection comes about.
+//! A worker and an orchestrator that are both behind firewalls: lookups find the other one, and no connection comes
+//! about.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,5 @@
-//! What `tether doctor` says of a network of processes: who answers, whether this machine belongs to it, whose clock is off.
+//! What `tether doctor` says of a network of processes: who answers, whether this machine belongs to it, whose clock is
+//! off.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -122,7 +123,7 @@ struct Services {
 }
 
 impl Services {
-    /// Says whether services of a role answer, and where.
+    /// Returns whether services of a role answer, and where.
     fn of(&self, role: NodeRole) -> Result<String, String> {
         let word = match role {
             NodeRole::Orchestrator => "orchestrator",
@@ -173,7 +174,7 @@ fn clock(ours: UnixMillis, other: UnixMillis, within: Duration) -> Result<String
     Err(format!("this clock is {seconds:.0} s {word} the registry's; set it: reports more than 5 s off are dropped"))
 }
 
-/// Says whether a node of this machine belongs to the network. `None` where there is no such node.
+/// Returns whether a node of this machine belongs to the network. `None` where there is no such node.
 async fn admission(context: &Context, pool: &Pool, role: &'static str) -> Option<Result<String, String>> {
     let path = context.data.enrolment(role);
     let enrolment = match Enrolment::load(&path) {

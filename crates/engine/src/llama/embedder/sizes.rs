@@ -27,9 +27,9 @@ pub(super) struct Sizes {
 
 /// Returns the sizes that hold a text of so many tokens and those that a model of this context will likely be given.
 ///
-/// llama.cpp plans a batch of as many tokens as fit, spread evenly over [`TEXTS_MAX`] sequences, and for that rounds the
-/// tokens up to a multiple of the sequences, but not the outputs. Where every token is an output, the two then differ
-/// and the process aborts. So a batch is a multiple of the sequences here.
+/// llama.cpp plans a batch of as many tokens as fit, spread evenly over [`TEXTS_MAX`] sequences, and for that rounds
+/// the tokens up to a multiple of the sequences, but not the outputs. Where every token is an output, the two then
+/// differ and the process aborts. So a batch is a multiple of the sequences here.
 pub(super) fn sizes(reading: Reading, vocabulary: u32, longest: u32, context_length: u32) -> Sizes {
     let cells = longest.max(CELLS_MIN).next_power_of_two().min(context_length.max(longest)).max(TEXTS_MAX);
     let batch_tokens = match reading {
