@@ -35,8 +35,6 @@ use self::tls::Tls;
 use crate::config::seconds;
 use crate::gateway::Gateway;
 
-pub(crate) use openapi::ModelFacts;
-
 /// The wait after the system refused a connection, for want of file descriptors perhaps.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What a connection too many is told, where it speaks plain HTTP.

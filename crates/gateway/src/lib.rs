@@ -18,6 +18,7 @@ mod json_body;
 mod open_gateway;
 mod openai;
 mod prompt_size;
+mod published;
 mod rate_limit;
 mod request_context;
 mod request_record;

@@ -20,7 +20,7 @@ use serde::de::DeserializeOwned;
 
 use super::errors::ApiError;
 use super::extract::{Bridge, context, token};
-use super::{openapi, request_body};
+use super::request_body;
 use crate::gateway::Gateway;
 
 /// The longest body of an operator's request.

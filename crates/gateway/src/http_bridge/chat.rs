@@ -5,18 +5,21 @@ use axum::extract::{Request, State};
 use http::Response;
 
 use super::completions::generate;
+use super::errors::ApiError;
 use super::extract::Bridge;
-use crate::openai::{Endpoint, request};
+use crate::openai::Endpoint;
+use crate::openai::request::{self, ChatCompletionRequest};
+use crate::openai::response::whole::ChatCompletion;
 
 /// Answers a conversation.
 #[utoipa::path(
     post, path = "/v1/chat/completions", tag = "openai", operation_id = "createChatCompletion", security(("bearer" = [])),
-    request_body = super::openapi::ChatCompletionRequest,
+    request_body = ChatCompletionRequest,
     responses(
         (status = 200, description = "The answer; as server-sent events where `stream` is true", content(
-            (super::openapi::ChatCompletion = "application/json"), (String = "text/event-stream"),
+            (ChatCompletion = "application/json"), (String = "text/event-stream"),
         )),
-        super::openapi::Errors,
+        ApiError,
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {

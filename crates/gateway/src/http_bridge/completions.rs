@@ -5,24 +5,24 @@ use axum::extract::{Request, State};
 use http::Response;
 use protocol::{ErrorCode, WireError};
 
-use super::errors;
+use super::errors::{self, ApiError};
 use super::extract::Bridge;
 use super::job::{self, AnswerFacts, Opening, Told};
 use crate::openai::Endpoint;
-use crate::openai::request::{self, Generation};
+use crate::openai::request::{self, CompletionRequest, Generation};
 use crate::openai::response::Heading;
 use crate::openai::response::sse::Sse;
-use crate::openai::response::whole::write_whole;
+use crate::openai::response::whole::{Completion, write_whole};
 
 /// Goes on with a text.
 #[utoipa::path(
     post, path = "/v1/completions", tag = "openai", operation_id = "createCompletion", security(("bearer" = [])),
-    request_body = super::openapi::CompletionRequest,
+    request_body = CompletionRequest,
     responses(
         (status = 200, description = "The answer; as server-sent events where `stream` is true", content(
-            (super::openapi::Completion = "application/json"), (String = "text/event-stream"),
+            (Completion = "application/json"), (String = "text/event-stream"),
         )),
-        super::openapi::Errors,
+        ApiError,
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {

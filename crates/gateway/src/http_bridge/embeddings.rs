@@ -5,19 +5,19 @@ use axum::extract::{Request, State};
 use http::Response;
 use protocol::{ErrorCode, WireError};
 
-use super::errors;
+use super::errors::{self, ApiError};
 use super::extract::Bridge;
 use super::job::{self, AnswerFacts, Opening, Told};
-use crate::openai::request::{self, Encoding, Vectors};
-use crate::openai::response::vectors::write_vectors;
+use crate::openai::request::{self, EmbeddingRequest, Encoding, Vectors};
+use crate::openai::response::vectors::{EmbeddingList, write_vectors};
 
 /// Makes a vector of each text.
 #[utoipa::path(
     post, path = "/v1/embeddings", tag = "openai", operation_id = "createEmbedding", security(("bearer" = [])),
-    request_body = super::openapi::EmbeddingRequest,
+    request_body = EmbeddingRequest,
     responses(
-        (status = 200, description = "The vectors, in the order of the texts", body = super::openapi::EmbeddingList),
-        super::openapi::Errors,
+        (status = 200, description = "The vectors, in the order of the texts", body = EmbeddingList),
+        ApiError,
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {

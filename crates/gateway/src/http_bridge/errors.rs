@@ -1,13 +1,17 @@
 //! Responses without an answer: JSON, errors, and the headers that go with them.
 
+use std::collections::BTreeMap;
+
 use axum::body::Body;
 use axum::response::IntoResponse;
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use protocol::{CorrelationId, ErrorCode, WireError};
 use serde::Serialize;
+use utoipa::openapi::{self, ContentBuilder, Ref, RefOr, ResponseBuilder};
+use utoipa::{IntoResponses, ToSchema as _};
 
-use crate::openai::response::error;
+use crate::openai::response::error::{self, ErrorBody};
 use crate::rate_limit::{Quota, Verdict};
 use crate::request_context::RequestContext;
 
@@ -58,6 +62,31 @@ impl From<WireError> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response<Body> {
         failure(&self.0)
+    }
+}
+
+/// What each status means to requests that need an API key.
+const STATUSES: [(u16, &str); 13] = [
+    (400, "The request makes no sense, or asks for what is not done here; `param` names the field."),
+    (401, "No API key, or a wrong, revoked or expired one."),
+    (403, "The API key does not allow it."),
+    (404, "There is no such model or job."),
+    (408, "The body came too slowly."),
+    (409, "A job of this retry token exists already."),
+    (413, "The body is over the limit."),
+    (415, "The body is not JSON."),
+    (429, "Too many requests; `Retry-After` tells when the next may come."),
+    (500, "A defect of ours."),
+    (502, "The workers that tried failed."),
+    (503, "No room, or a part of the network is away; `Retry-After` tells when to try again."),
+    (504, "The deadline passed."),
+];
+
+impl IntoResponses for ApiError {
+    fn responses() -> BTreeMap<String, RefOr<openapi::Response>> {
+        let body = || ContentBuilder::new().schema(Some(Ref::from_schema_name(ErrorBody::name()))).build();
+        let response = |meaning| ResponseBuilder::new().description(meaning).content("application/json", body()).into();
+        STATUSES.map(|(status, meaning)| (status.to_string(), response(meaning))).into()
     }
 }
 

@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 
 use super::errors;
 use super::extract::{Bridge, Inquiry};
+use crate::openai::response::error::ErrorBody;
 
 /// How OpenMetrics text is announced.
 const OPEN_METRICS: HeaderValue =
@@ -59,7 +60,7 @@ pub(super) async fn alias() -> Response<Body> {
     get, path = "/readyz", tag = "operations", operation_id = "ready",
     responses(
         (status = 200, description = "Ready", body = Readiness),
-        (status = 503, description = "Not ready", body = super::openapi::ErrorBody),
+        (status = 503, description = "Not ready", body = ErrorBody),
     ),
 )]
 pub(super) async fn ready(State(bridge): State<Bridge>, Inquiry { context, .. }: Inquiry) -> Response<Body> {

@@ -6,20 +6,22 @@ use bytes::{BufMut as _, BytesMut};
 use http::Response;
 use protocol::WireError;
 
+use super::errors::ApiError;
 use super::extract::Bridge;
 use super::job::{self, Told};
 use crate::answer::{Answer, Piece, StreamFormat};
 use crate::infer_request::{native, parse_infer};
 use crate::openai::response::error;
+use crate::published;
 
 /// Runs a job and streams its chunks, one JSON object a line.
 #[utoipa::path(
     post, path = "/infer", tag = "tether", operation_id = "infer", security(("bearer" = [])),
-    request_body(content = super::openapi::InferSubmission, content_type = "application/json"),
+    request_body(content = published::InferSubmission, content_type = "application/json"),
     responses(
         (status = 200, description = "Chunks, the last with `done` true; an error after the first is a line `{\"error\":{…}}`",
-         body = super::openapi::InferChunk, content_type = "application/x-ndjson"),
-        super::openapi::Errors,
+         body = published::InferChunk, content_type = "application/x-ndjson"),
+        ApiError,
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {

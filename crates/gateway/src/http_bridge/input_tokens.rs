@@ -7,11 +7,11 @@ use protocol::WireError;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::errors;
+use super::errors::{self, ApiError};
 use super::extract::Bridge;
 use super::job::{self, AnswerFacts, Opening, Told};
 use crate::answer;
-use crate::openai::request;
+use crate::openai::request::{self, ChatCompletionRequest};
 
 /// The length of a prompt.
 #[derive(Serialize, ToSchema)]
@@ -25,10 +25,10 @@ pub(super) struct InputTokens {
 /// Counts the tokens of a conversation as the model would read it, without an answer and without cost.
 #[utoipa::path(
     post, path = "/v1/chat/completions/input_tokens", tag = "openai", operation_id = "countInputTokens",
-    security(("bearer" = [])), request_body = super::openapi::ChatCompletionRequest,
+    security(("bearer" = [])), request_body = ChatCompletionRequest,
     responses(
         (status = 200, description = "The number of tokens", body = InputTokens),
-        super::openapi::Errors,
+        ApiError,
     ),
 )]
 pub(super) async fn count(State(bridge): State<Bridge>, request: Request) -> Response<Body> {

@@ -12,7 +12,7 @@ use crate::openai::response::models::{Model, ModelList};
 /// Lists the models that a worker serves and this API key may use.
 #[utoipa::path(
     get, path = "/v1/models", tag = "openai", operation_id = "listModels", security(("bearer" = [])),
-    responses((status = 200, description = "The models", body = ModelList), super::openapi::Errors),
+    responses((status = 200, description = "The models", body = ModelList), ApiError),
 )]
 pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Result<Json<ModelList>, ApiError> {
     let gateway = &bridge.gateway;
@@ -25,7 +25,7 @@ pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Resu
 #[utoipa::path(
     get, path = "/v1/models/{id}", tag = "openai", operation_id = "retrieveModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name`, which is its newest version, or `name@MAJOR.MINOR`")),
-    responses((status = 200, description = "The model", body = Model), super::openapi::Errors),
+    responses((status = 200, description = "The model", body = Model), ApiError),
 )]
 pub(super) async fn get(
     State(bridge): State<Bridge>,

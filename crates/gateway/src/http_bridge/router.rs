@@ -1,13 +1,18 @@
 //! Which path does what.
 
+use std::sync::LazyLock;
+
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::middleware::{self, Next};
-use axum::routing::{delete, get, post};
-use http::{HeaderName, HeaderValue, Method, Response, Uri};
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Method, Response, Uri, header};
 use protocol::{ErrorCode, WireError};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
+use utoipa::OpenApi as _;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::extract::{Bridge, Inquiry, context};
 use super::{GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, models, openapi};
@@ -30,46 +35,64 @@ const EXPOSED: [&str; 14] = [
     "www-authenticate",
 ];
 
-/// Builds the router. Each route is also in the OpenAPI document; a test compares them.
+static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| openapi::write(routes().get_openapi()));
+
+/// Builds the router.
 pub(super) fn router(bridge: Bridge) -> Router {
     let origins = bridge.gateway.config().cors_origins.clone();
-    let api = Router::new()
-        .route("/v1/chat/completions", post(chat::create))
-        .route("/v1/chat/completions/input_tokens", post(input_tokens::count))
-        .route("/v1/completions", post(completions::create))
-        .route("/v1/embeddings", post(embeddings::create))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{id}", get(models::get))
-        .route("/infer", post(infer::create))
-        .route("/admin/v1/nodes", get(admin::fleet::list))
-        .route("/admin/v1/models", get(admin::models::list).post(admin::models::add))
-        .route("/admin/v1/models/{id}", delete(admin::models::remove))
-        .route("/admin/v1/models/{id}/load", post(admin::models::load))
-        .route("/admin/v1/models/{id}/keep", post(admin::models::keep))
-        .route("/admin/v1/models/{id}/unload", post(admin::models::unload))
-        .route("/admin/v1/aliases", get(admin::aliases::list).post(admin::aliases::set))
-        .route("/admin/v1/aliases/{alias}", delete(admin::aliases::remove))
-        .route("/admin/v1/members", get(admin::members::list))
-        .route("/admin/v1/members/{public_key}", delete(admin::members::revoke).patch(admin::members::rename))
-        .route("/admin/v1/invites", post(admin::members::create_invite))
-        .route("/admin/v1/jobs/{correlation_id}/decision", get(admin::fleet::decision))
-        .route("/admin/v1/tokens", get(admin::tokens::list).post(admin::tokens::create))
-        .route("/admin/v1/tokens/{key_id}", delete(admin::tokens::revoke))
-        .route("/admin/v1/adapters", get(admin::adapters::list).post(admin::adapters::add))
-        .route("/admin/v1/adapters/{id}", delete(admin::adapters::remove))
-        .layer(middleware::from_fn(name_request));
-    let operations = Router::new()
-        .route("/healthz", get(health::live))
-        .route("/health", get(health::alias))
-        .route("/readyz", get(health::ready))
-        .route("/metrics", get(health::metrics))
-        .route("/version", get(health::version))
-        .route("/openapi.json", get(openapi::document));
-    let router = api.merge(operations).fallback(no_path).method_not_allowed_fallback(no_method).with_state(bridge);
+    let router = Router::from(routes()).fallback(no_path).method_not_allowed_fallback(no_method).with_state(bridge);
     match cors(&origins) {
         Some(layer) => router.layer(layer),
         None => router,
     }
+}
+
+/// Returns every route with its description.
+fn routes() -> OpenApiRouter<Bridge> {
+    let api = OpenApiRouter::with_openapi(openapi::Document::openapi())
+        .routes(routes!(chat::create))
+        .routes(routes!(input_tokens::count))
+        .routes(routes!(completions::create))
+        .routes(routes!(embeddings::create))
+        .routes(routes!(models::list))
+        .routes(routes!(models::get))
+        .routes(routes!(infer::create))
+        .routes(routes!(admin::fleet::list))
+        .routes(routes!(admin::fleet::decision))
+        .routes(routes!(admin::models::list, admin::models::add))
+        .routes(routes!(admin::models::remove))
+        .routes(routes!(admin::models::load))
+        .routes(routes!(admin::models::keep))
+        .routes(routes!(admin::models::unload))
+        .routes(routes!(admin::aliases::list, admin::aliases::set))
+        .routes(routes!(admin::aliases::remove))
+        .routes(routes!(admin::members::list))
+        .routes(routes!(admin::members::revoke, admin::members::rename))
+        .routes(routes!(admin::members::create_invite))
+        .routes(routes!(admin::tokens::list, admin::tokens::create))
+        .routes(routes!(admin::tokens::revoke))
+        .routes(routes!(admin::adapters::list, admin::adapters::add))
+        .routes(routes!(admin::adapters::remove))
+        .layer(middleware::from_fn(name_request));
+    let operations = OpenApiRouter::new()
+        .routes(routes!(health::live))
+        .routes(routes!(health::alias))
+        .routes(routes!(health::ready))
+        .routes(routes!(health::metrics))
+        .routes(routes!(health::version))
+        .routes(routes!(document));
+    api.merge(operations)
+}
+
+/// Tells what there is: this document.
+#[utoipa::path(
+    get, path = "/openapi.json", tag = "operations", operation_id = "openapi",
+    responses((status = 200, description = "This document", body = Object)),
+)]
+async fn document() -> Response<Body> {
+    let mut response = Response::new(Body::from(DOCUMENT.clone()));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
 }
 
 /// Adds the request's name to a response that does not bear its job's.
@@ -133,7 +156,65 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::Value;
+
     use super::*;
+
+    fn build() -> Value {
+        serde_json::from_slice(&DOCUMENT).expect("JSON")
+    }
+
+    #[test]
+    fn every_route_is_in_the_document() {
+        // A router lists its paths only where it is printed, with those of its fallback.
+        let printed = format!("{:?}", Router::from(routes()));
+        let paths = printed.split('"').filter(|text| text.starts_with('/'));
+        let routed: BTreeSet<&str> =
+            paths.filter(|path| !["/", "/{*__private__axum_fallback}"].contains(path)).collect();
+        let document = build();
+        let described: BTreeSet<&str> =
+            document["paths"].as_object().expect("paths").keys().map(String::as_str).collect();
+        assert_eq!(routed, described);
+    }
+
+    #[test]
+    fn every_reference_leads_somewhere() {
+        let document = build();
+        let mut references = vec![];
+        collect(&document, &mut references);
+        assert!(references.len() > 20);
+        for reference in references {
+            let pointer = reference.strip_prefix('#').expect("a local reference");
+            assert!(document.pointer(pointer).is_some(), "{reference}");
+        }
+    }
+
+    fn collect(value: &Value, references: &mut Vec<String>) {
+        match value {
+            Value::Object(fields) => {
+                references.extend(fields.get("$ref").and_then(Value::as_str).map(str::to_owned));
+                fields.values().for_each(|field| collect(field, references));
+            }
+            Value::Array(items) => items.iter().for_each(|item| collect(item, references)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn operations_have_names_of_their_own() {
+        let document = build();
+        let operations = document["paths"]
+            .as_object()
+            .expect("paths")
+            .values()
+            .flat_map(|path| path.as_object().expect("operations").values());
+        let names: Vec<_> =
+            operations.map(|operation| operation["operationId"].as_str().expect("named").to_owned()).collect();
+        let distinct: BTreeSet<_> = names.iter().collect();
+        assert_eq!(distinct.len(), names.len(), "{names:?}");
+    }
 
     #[test]
     fn a_base_address_that_lacks_v1_or_has_it_twice_is_told_so() {

@@ -16,8 +16,8 @@ use protocol::model::ModelRef;
 
 use crate::job::Job;
 use crate::json_body::{read, refuse_unless};
-use body::Body;
-
+pub(crate) use body::{ChatCompletionRequest, CompletionRequest};
+pub(crate) use embeddings::EmbeddingRequest;
 pub use embeddings::{Encoding, Vectors, parse_embeddings};
 
 /// The tokens of a text completion that names no limit: OpenAI's default.
@@ -38,7 +38,7 @@ pub struct Generation {
 
 /// Reads the body of `POST /v1/chat/completions`.
 pub fn parse_chat(bytes: &[u8]) -> Result<Generation, WireError> {
-    let mut body: Body = read(bytes)?;
+    let ChatCompletionRequest(mut body) = read(bytes)?;
     let (model, name) = body.model()?;
     let own = body.chat_input()?;
     refuse_unless(body.prompt.is_none(), "prompt")?;
@@ -47,7 +47,7 @@ pub fn parse_chat(bytes: &[u8]) -> Result<Generation, WireError> {
 
 /// Reads the body of `POST /v1/completions`.
 pub fn parse_completion(bytes: &[u8]) -> Result<Generation, WireError> {
-    let mut body: Body = read(bytes)?;
+    let CompletionRequest(mut body) = read(bytes)?;
     let (model, name) = body.model()?;
     let own = body.text_input()?;
     refuse_unless(body.messages.is_none(), "messages")?;

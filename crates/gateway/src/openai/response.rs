@@ -13,6 +13,7 @@ use protocol::infer::{EmbedInput, Input};
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, UnixMillis};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::Endpoint;
 use crate::answer::Answer;
@@ -51,8 +52,9 @@ impl Heading {
     }
 }
 
-/// Usage as OpenAI's clients read it.
-#[derive(Serialize)]
+/// What an answer took.
+#[derive(Serialize, ToSchema)]
+#[schema(as = CompletionUsage)]
 struct Usage {
     prompt_tokens: u32,
     completion_tokens: u32,
@@ -63,13 +65,15 @@ struct Usage {
     completion_tokens_details: Option<CompletionTokensDetails>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct PromptTokensDetails {
+    /// Prompt tokens that were cached and not evaluated again.
     cached_tokens: u32,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct CompletionTokensDetails {
+    /// Tokens that the model thought with; they are among `completion_tokens`.
     reasoning_tokens: u32,
 }
 

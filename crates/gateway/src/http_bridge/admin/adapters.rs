@@ -7,17 +7,18 @@ use protocol::control::{
 use protocol::model::{AdapterEntry, ModelRef};
 use tracing::info;
 
-use super::{AdminBody, Operator, openapi};
+use super::{AdminBody, Operator};
 use crate::catalog;
 use crate::http_bridge::errors::ApiError;
 use crate::http_bridge::extract::Segment;
+use crate::published;
 
 /// Lists the adapters of every model.
 #[utoipa::path(
     get, path = "/admin/v1/adapters", tag = "admin", operation_id = "listAdapters", security(("bearer" = [])),
     responses(
-        (status = 200, description = "Every adapter, by model and then by name", body = openapi::AdapterList),
-        openapi::Errors,
+        (status = 200, description = "Every adapter, by model and then by name", body = published::AdapterList),
+        ApiError,
     ),
 )]
 pub(crate) async fn list(operator: Operator) -> Result<Json<AdapterList>, ApiError> {
@@ -28,10 +29,10 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<AdapterList>, ApiErr
 /// Registers an adapter of a model. Its artifact must lie where the workers of the model find it.
 #[utoipa::path(
     post, path = "/admin/v1/adapters", tag = "admin", operation_id = "addAdapter", security(("bearer" = [])),
-    request_body(content = openapi::AdapterAdd, content_type = "application/json"),
+    request_body(content = published::AdapterAdd, content_type = "application/json"),
     responses(
-        (status = 200, description = "The adapter as it is registered", body = openapi::AdapterEntry),
-        openapi::Errors,
+        (status = 200, description = "The adapter as it is registered", body = published::AdapterEntry),
+        ApiError,
     ),
 )]
 pub(crate) async fn add(
@@ -48,8 +49,8 @@ pub(crate) async fn add(
     delete, path = "/admin/v1/adapters/{id}", tag = "admin", operation_id = "removeAdapter", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name:adapter`, of the newest version, or `name@MAJOR.MINOR:adapter`")),
     responses(
-        (status = 200, description = "Whether there was such an adapter", body = openapi::AdapterRemoved),
-        openapi::Errors,
+        (status = 200, description = "Whether there was such an adapter", body = published::AdapterRemoved),
+        ApiError,
     ),
 )]
 pub(crate) async fn remove(Segment(id): Segment, operator: Operator) -> Result<Json<AdapterRemoved>, ApiError> {

@@ -7,17 +7,18 @@ use protocol::control::{
 use protocol::model::AliasEntry;
 use tracing::info;
 
-use super::{AdminBody, Operator, openapi};
+use super::{AdminBody, Operator};
 use crate::catalog;
 use crate::http_bridge::errors::ApiError;
 use crate::http_bridge::extract::Segment;
+use crate::published;
 
 /// Lists the aliases, also those whose model is gone.
 #[utoipa::path(
     get, path = "/admin/v1/aliases", tag = "admin", operation_id = "listAliases", security(("bearer" = [])),
     responses(
-        (status = 200, description = "Every alias, by name", body = openapi::AliasList),
-        openapi::Errors,
+        (status = 200, description = "Every alias, by name", body = published::AliasList),
+        ApiError,
     ),
 )]
 pub(crate) async fn list(operator: Operator) -> Result<Json<AliasList>, ApiError> {
@@ -28,10 +29,10 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<AliasList>, ApiError
 /// Gives a model another name, within five seconds.
 #[utoipa::path(
     post, path = "/admin/v1/aliases", tag = "admin", operation_id = "setAlias", security(("bearer" = [])),
-    request_body(content = openapi::AliasSet, content_type = "application/json"),
+    request_body(content = published::AliasSet, content_type = "application/json"),
     responses(
-        (status = 200, description = "The alias as it is kept", body = openapi::AliasEntry),
-        openapi::Errors,
+        (status = 200, description = "The alias as it is kept", body = published::AliasEntry),
+        ApiError,
     ),
 )]
 pub(crate) async fn set(operator: Operator, AdminBody(new): AdminBody<AliasSet>) -> Result<Json<AliasEntry>, ApiError> {
@@ -45,8 +46,8 @@ pub(crate) async fn set(operator: Operator, AdminBody(new): AdminBody<AliasSet>)
     delete, path = "/admin/v1/aliases/{alias}", tag = "admin", operation_id = "removeAlias", security(("bearer" = [])),
     params(("alias" = String, Path, description = "The name")),
     responses(
-        (status = 200, description = "Whether there was such an alias", body = openapi::AliasRemoved),
-        openapi::Errors,
+        (status = 200, description = "Whether there was such an alias", body = published::AliasRemoved),
+        ApiError,
     ),
 )]
 pub(crate) async fn remove(Segment(alias): Segment, operator: Operator) -> Result<Json<AliasRemoved>, ApiError> {

@@ -4,16 +4,17 @@ use axum::Json;
 use protocol::control::{Decision, Fleet};
 use protocol::{CorrelationId, ErrorCode, WireError};
 
-use super::{Operator, openapi};
+use super::Operator;
 use crate::http_bridge::errors::ApiError;
 use crate::http_bridge::extract::Segment;
+use crate::published;
 
 /// Lists the live workers.
 #[utoipa::path(
     get, path = "/admin/v1/nodes", tag = "admin", operation_id = "listNodes", security(("bearer" = [])),
     responses(
-        (status = 200, description = "The live workers", body = openapi::Fleet),
-        openapi::Errors,
+        (status = 200, description = "The live workers", body = published::Fleet),
+        ApiError,
     ),
 )]
 pub(crate) async fn list(operator: Operator) -> Result<Json<Fleet>, ApiError> {
@@ -25,8 +26,8 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<Fleet>, ApiError> {
     get, path = "/admin/v1/jobs/{correlationId}/decision", tag = "admin", operation_id = "explainJob", security(("bearer" = [])),
     params(("correlationId" = String, Path, description = "The job's name, as `x-tether-decision` told it")),
     responses(
-        (status = 200, description = "How it was placed", body = openapi::Decision),
-        openapi::Errors,
+        (status = 200, description = "How it was placed", body = published::Decision),
+        ApiError,
     ),
 )]
 pub(crate) async fn decision(Segment(correlation_id): Segment, operator: Operator) -> Result<Json<Decision>, ApiError> {

@@ -6,18 +6,21 @@ use protocol::control::{
     NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked, NodeRole, OperatorRequest,
 };
 use protocol::{ErrorCode, PublicKey, WireError};
+use serde::Deserialize;
 use tracing::info;
+use utoipa::ToSchema;
 
-use super::{AdminBody, Operator, openapi};
+use super::{AdminBody, Operator};
 use crate::http_bridge::errors::ApiError;
 use crate::http_bridge::extract::Segment;
+use crate::published;
 
 /// Lists every node that was ever admitted, whatever it does, and says which of them answer.
 #[utoipa::path(
     get, path = "/admin/v1/members", tag = "admin", operation_id = "listMembers", security(("bearer" = [])),
     responses(
-        (status = 200, description = "Every node, the first admitted first", body = openapi::Members),
-        openapi::Errors,
+        (status = 200, description = "Every node, the first admitted first", body = published::Members),
+        ApiError,
     ),
 )]
 pub(crate) async fn list(operator: Operator) -> Result<Json<Members>, ApiError> {
@@ -36,8 +39,8 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<Members>, ApiError> 
     delete, path = "/admin/v1/members/{publicKey}", tag = "admin", operation_id = "revokeMember", security(("bearer" = [])),
     params(("publicKey" = String, Path, description = "The node's key, 64 hex digits")),
     responses(
-        (status = 200, description = "Whether there was such a node", body = openapi::NodeRevoked),
-        openapi::Errors,
+        (status = 200, description = "Whether there was such a node", body = published::NodeRevoked),
+        ApiError,
     ),
 )]
 pub(crate) async fn revoke(Segment(public_key): Segment, operator: Operator) -> Result<Json<NodeRevoked>, ApiError> {
@@ -51,16 +54,16 @@ pub(crate) async fn revoke(Segment(public_key): Segment, operator: Operator) -> 
 #[utoipa::path(
     patch, path = "/admin/v1/members/{publicKey}", tag = "admin", operation_id = "renameMember", security(("bearer" = [])),
     params(("publicKey" = String, Path, description = "The node's key, 64 hex digits")),
-    request_body(content = openapi::NewName, content_type = "application/json"),
+    request_body(content = NewName, content_type = "application/json"),
     responses(
-        (status = 200, description = "Whether there was such a node", body = openapi::NodeRenamed),
-        openapi::Errors,
+        (status = 200, description = "Whether there was such a node", body = published::NodeRenamed),
+        ApiError,
     ),
 )]
 pub(crate) async fn rename(
     Segment(public_key): Segment,
     operator: Operator,
-    AdminBody(new): AdminBody<openapi::NewName>,
+    AdminBody(new): AdminBody<NewName>,
 ) -> Result<Json<NodeRenamed>, ApiError> {
     let request = NodeRename { token: operator.token, public_key: member_key(&public_key)?, name: new.name };
     Ok(Json(operator.gateway.ask_registry(NODE_RENAME, &request).await?))
@@ -69,10 +72,10 @@ pub(crate) async fn rename(
 /// Makes an invite. It is told this once.
 #[utoipa::path(
     post, path = "/admin/v1/invites", tag = "admin", operation_id = "createInvite", security(("bearer" = [])),
-    request_body(content = openapi::InviteCreate, content_type = "application/json"),
+    request_body(content = published::InviteCreate, content_type = "application/json"),
     responses(
-        (status = 200, description = "The invite, told this once", body = openapi::InviteCreated),
-        openapi::Errors,
+        (status = 200, description = "The invite, told this once", body = published::InviteCreated),
+        ApiError,
     ),
 )]
 pub(crate) async fn create_invite(
@@ -83,6 +86,13 @@ pub(crate) async fn create_invite(
     let created: InviteCreated = operator.gateway.ask_registry(INVITE_CREATE, &request).await?;
     info!(invite = %created.invite_id, "invite made");
     Ok(Json(created))
+}
+
+/// Another name for a node.
+#[derive(Deserialize, ToSchema)]
+pub(crate) struct NewName {
+    /// 1 to 64 printable characters.
+    name: String,
 }
 
 fn member_key(text: &str) -> Result<PublicKey, WireError> {

@@ -11,20 +11,22 @@ use protocol::model::{ModelEntry, ModelKey, ModelRef};
 use protocol::{ErrorCode, ModelName, ModelVersion, WireError};
 use serde::Deserialize;
 use tracing::info;
+use utoipa::ToSchema;
 
-use super::{AdminBody, Operator, decode, openapi, read};
+use super::{AdminBody, Operator, decode, read};
 use crate::catalog;
 use crate::gateway::Gateway;
 use crate::http_bridge::errors::ApiError;
 use crate::http_bridge::extract::Segment;
 use crate::openai::response::models::ModelList;
+use crate::published;
 
 /// Lists every registered model, also those that no worker serves.
 #[utoipa::path(
     get, path = "/admin/v1/models", tag = "admin", operation_id = "listRegisteredModels", security(("bearer" = [])),
     responses(
         (status = 200, description = "Every model, by name and then by version", body = ModelList),
-        openapi::Errors,
+        ApiError,
     ),
 )]
 pub(crate) async fn list(Operator { gateway, .. }: Operator) -> Result<Json<ModelList>, ApiError> {
@@ -35,10 +37,10 @@ pub(crate) async fn list(Operator { gateway, .. }: Operator) -> Result<Json<Mode
 /// Registers a model. Its artifact must lie where workers find it.
 #[utoipa::path(
     post, path = "/admin/v1/models", tag = "admin", operation_id = "addModel", security(("bearer" = [])),
-    request_body(content = openapi::ModelAdd, content_type = "application/json"),
+    request_body(content = published::ModelAdd, content_type = "application/json"),
     responses(
-        (status = 200, description = "The model as it is registered", body = openapi::ModelEntry),
-        openapi::Errors,
+        (status = 200, description = "The model as it is registered", body = published::ModelEntry),
+        ApiError,
     ),
 )]
 pub(crate) async fn add(operator: Operator, AdminBody(new): AdminBody<ModelAdd>) -> Result<Json<ModelEntry>, ApiError> {
@@ -55,8 +57,8 @@ pub(crate) async fn add(operator: Operator, AdminBody(new): AdminBody<ModelAdd>)
         ("force" = Option<bool>, Query, description = "Forget it although it is in use, and the aliases that stand for it"),
     ),
     responses(
-        (status = 200, description = "What was forgotten", body = openapi::ModelRemoved),
-        openapi::Errors,
+        (status = 200, description = "What was forgotten", body = published::ModelRemoved),
+        ApiError,
     ),
 )]
 pub(crate) async fn remove(
@@ -102,10 +104,10 @@ async fn check_unloaded(gateway: &Gateway, name: &ModelName, version: Option<Mod
 #[utoipa::path(
     post, path = "/admin/v1/models/{id}/load", tag = "admin", operation_id = "loadModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
-    request_body(content = openapi::ModelKept, content_type = "application/json"),
+    request_body(content = Kept, content_type = "application/json"),
     responses(
-        (status = 200, description = "Where it is", body = openapi::ModelPlaces),
-        openapi::Errors,
+        (status = 200, description = "Where it is", body = published::ModelPlaces),
+        ApiError,
     ),
 )]
 pub(crate) async fn load(Segment(id): Segment, operator: Operator, body: Body) -> Result<Json<ModelPlaces>, ApiError> {
@@ -126,8 +128,8 @@ pub(crate) async fn load(Segment(id): Segment, operator: Operator, body: Body) -
     post, path = "/admin/v1/models/{id}/unload", tag = "admin", operation_id = "unloadModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
     responses(
-        (status = 200, description = "Where it is", body = openapi::ModelPlaces),
-        openapi::Errors,
+        (status = 200, description = "Where it is", body = published::ModelPlaces),
+        ApiError,
     ),
 )]
 pub(crate) async fn unload(Segment(id): Segment, operator: Operator) -> Result<Json<ModelPlaces>, ApiError> {
@@ -141,10 +143,10 @@ pub(crate) async fn unload(Segment(id): Segment, operator: Operator) -> Result<J
 #[utoipa::path(
     post, path = "/admin/v1/models/{id}/keep", tag = "admin", operation_id = "keepModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
-    request_body(content = openapi::ModelKept, content_type = "application/json"),
+    request_body(content = Kept, content_type = "application/json"),
     responses(
-        (status = 200, description = "The model as it is registered", body = openapi::ModelEntry),
-        openapi::Errors,
+        (status = 200, description = "The model as it is registered", body = published::ModelEntry),
+        ApiError,
     ),
 )]
 pub(crate) async fn keep(
@@ -156,11 +158,15 @@ pub(crate) async fn keep(
     Ok(Json(set_keep(&operator, &key, change).await?))
 }
 
-/// What is to be changed of how long workers keep a model.
-#[derive(Default, Deserialize)]
+/// How long workers keep a model in memory.
+#[derive(Default, Deserialize, ToSchema)]
+#[schema(as = ModelKept)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Kept {
+    /// Whether they keep it whatever happens. `load` does not change that.
     pin: Option<bool>,
+    /// Seconds without work after which they unload it; -1 for never.
+    #[schema(minimum = -1)]
     keep_alive_secs: Option<i64>,
 }
 

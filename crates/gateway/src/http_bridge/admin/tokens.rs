@@ -6,16 +6,17 @@ use protocol::control::{
 };
 use tracing::info;
 
-use super::{AdminBody, Operator, openapi};
+use super::{AdminBody, Operator};
 use crate::http_bridge::errors::ApiError;
 use crate::http_bridge::extract::Segment;
+use crate::published;
 
 /// Lists the tokens, without their secrets.
 #[utoipa::path(
     get, path = "/admin/v1/tokens", tag = "admin", operation_id = "listTokens", security(("bearer" = [])),
     responses(
-        (status = 200, description = "Every token, the oldest first", body = openapi::TokenList),
-        openapi::Errors,
+        (status = 200, description = "Every token, the oldest first", body = published::TokenList),
+        ApiError,
     ),
 )]
 pub(crate) async fn list(operator: Operator) -> Result<Json<TokenList>, ApiError> {
@@ -25,10 +26,10 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<TokenList>, ApiError
 /// Makes a token.
 #[utoipa::path(
     post, path = "/admin/v1/tokens", tag = "admin", operation_id = "createToken", security(("bearer" = [])),
-    request_body(content = openapi::TokenCreate, content_type = "application/json"),
+    request_body(content = published::TokenCreate, content_type = "application/json"),
     responses(
-        (status = 200, description = "The token, told this once", body = openapi::TokenCreated),
-        openapi::Errors,
+        (status = 200, description = "The token, told this once", body = published::TokenCreated),
+        ApiError,
     ),
 )]
 pub(crate) async fn create(
@@ -45,8 +46,8 @@ pub(crate) async fn create(
     delete, path = "/admin/v1/tokens/{keyId}", tag = "admin", operation_id = "revokeToken", security(("bearer" = [])),
     params(("keyId" = String, Path, description = "The token's public part")),
     responses(
-        (status = 200, description = "Whether there was such a token", body = openapi::TokenRevoked),
-        openapi::Errors,
+        (status = 200, description = "Whether there was such a token", body = published::TokenRevoked),
+        ApiError,
     ),
 )]
 pub(crate) async fn revoke(Segment(key_id): Segment, operator: Operator) -> Result<Json<TokenRevoked>, ApiError> {

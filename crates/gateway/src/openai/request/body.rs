@@ -10,6 +10,8 @@ use protocol::model::ModelRef;
 use protocol::{ErrorCode, WireError};
 use serde::{Deserialize, Deserializer, de};
 use serde_json::{Map, Value};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
 use super::format::{self, ResponseFormat, StructuredOutputs};
 use super::message::{ChatMessage, Prediction};
@@ -18,70 +20,202 @@ use super::tools::{OfferedTool, tool_choice, tools};
 use super::{COMPLETION_TOKENS, Generation, job};
 use crate::catalog;
 use crate::json_body::{invalid, is_empty, missing, refuse_unless};
+use crate::published;
 
-/// One type without `flatten`, which would read everything twice.
+/// The fields that only texts have.
+pub(super) const TEXTS_ALONE: [&str; 3] = ["prompt", "suffix", "echo"];
+/// The fields that only conversations have.
+pub(super) const CHATS_ALONE: [&str; 10] = [
+    "messages",
+    "top_logprobs",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "prediction",
+    "reasoning_effort",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "add_generation_prompt",
+];
+
+/// The body of `POST /v1/chat/completions`.
 #[derive(Debug, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct ChatCompletionRequest(pub(super) Body);
+
+/// The body of `POST /v1/completions`.
+#[derive(Debug, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct CompletionRequest(pub(super) Body);
+
+impl PartialSchema for ChatCompletionRequest {
+    fn schema() -> RefOr<Schema> {
+        let description = "A conversation to answer. Unknown fields are passed over; fields of OpenAI's that mean something \
+                           and are not done here are refused with `unsupported_parameter`.";
+        Body::schema_without(&TEXTS_ALONE, description)
+    }
+}
+
+impl ToSchema for ChatCompletionRequest {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        Body::schemas(schemas);
+    }
+}
+
+impl PartialSchema for CompletionRequest {
+    fn schema() -> RefOr<Schema> {
+        Body::schema_without(&CHATS_ALONE, "A text to go on with.")
+    }
+}
+
+impl ToSchema for CompletionRequest {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        Body::schemas(schemas);
+    }
+}
+
+/// What both take. One type without `flatten`, which would read everything twice.
+#[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct Body {
+    /// `name[@MAJOR.MINOR][:adapter]`; no version means the newest.
+    #[schema(value_type = String)]
     model: Option<String>,
+    /// The conversation so far.
+    #[schema(value_type = Vec<ChatMessage>, min_items = 1)]
     pub(super) messages: Option<Vec<ChatMessage>>,
+    /// The text or its tokens, alone or in an array; several are answered each by itself, at most 128 in all.
+    #[schema(value_type = Texts)]
     pub(super) prompt: Option<Texts>,
+    /// An adapter of the model, where its name does not say one. Not OpenAI's.
+    #[schema(value_type = Option<published::AdapterName>)]
     adapter: Option<AdapterName>,
+    /// The most tokens to generate; -1 for as many as fit. A chat's answer may fill the context where this and `max_tokens`
+    /// are missing.
+    #[schema(value_type = Option<i64>, minimum = -1)]
     max_completion_tokens: Option<Limit>,
+    /// The older name of `max_completion_tokens`, and the only one that OpenAI has for texts; 16 where a text's request has
+    /// neither. 0 generates nothing and is for texts with `echo`.
+    #[schema(value_type = Option<i64>, minimum = -1)]
     max_tokens: Option<Limit>,
+    /// Whether the answer comes as server-sent events.
+    #[schema(default = false)]
     stream: Option<bool>,
+    /// Only with `stream`.
     stream_options: Option<StreamOptions>,
+    /// How many answers; they share the prompt.
+    #[schema(value_type = Option<u32>, minimum = 1, maximum = 16, default = 1)]
     n: Option<Count>,
+    /// 0 takes the likeliest token, and 1 leaves the distribution as it is. Where this and the next three are missing, they
+    /// are what the model's file says (`general.sampling.…` in a GGUF), and else llama.cpp's: 0.8, 0.95, 40 and 0.05.
+    #[schema(minimum = 0, maximum = 2)]
     temperature: Option<f32>,
+    /// Keeps the smallest set of tokens whose probabilities sum to this.
+    #[schema(exclusive_minimum = 0, maximum = 1)]
     top_p: Option<f32>,
+    /// Keeps this many of the likeliest tokens; -1 or 0 keeps all. Not OpenAI's.
+    #[schema(minimum = -1)]
     top_k: Option<i64>,
+    /// Keeps tokens at least this share as likely as the likeliest. Not OpenAI's.
+    #[schema(minimum = 0, maximum = 1)]
     min_p: Option<f32>,
+    /// Makes tokens of prompt and answer less likely by a factor. Not OpenAI's.
+    #[schema(exclusive_minimum = 0, maximum = 2)]
     repetition_penalty: Option<f32>,
+    /// Makes tokens that the answer has less likely.
+    #[schema(minimum = -2, maximum = 2)]
     presence_penalty: Option<f32>,
+    /// The same, for each time that the answer has them.
+    #[schema(minimum = -2, maximum = 2)]
     frequency_penalty: Option<f32>,
+    /// Added to the logits of tokens by number.
     logit_bias: Option<BTreeMap<String, f32>>,
+    /// Returns the log-probability of each token. Chats take true or false, and `top_logprobs`; texts take the number of the
+    /// likeliest tokens to return in its place, at most 20.
+    #[schema(inline)]
     logprobs: Option<Logprobs>,
+    /// Returns as many of the likeliest tokens in each one's place, where `logprobs` is true.
+    #[schema(value_type = Option<u32>, maximum = 20)]
     top_logprobs: Option<Count>,
+    /// The same seed draws the same tokens of the same logits.
     #[serde(default, deserialize_with = "seed")]
+    #[schema(value_type = Option<i64>)]
     seed: Option<u64>,
+    /// Texts that end the answer, at most 16.
     stop: Option<Stop>,
+    /// Goes on past the end-of-turn token. Not OpenAI's. An answer that must have a form ends all the same.
     ignore_eos: Option<bool>,
+    /// What form the answer must have.
     response_format: Option<ResponseFormat>,
+    /// The same in vLLM's words. Not OpenAI's.
     structured_outputs: Option<StructuredOutputs>,
+    /// The older name of `structured_outputs.json`.
     guided_json: Option<Value>,
+    /// The older name of `structured_outputs.regex`.
     guided_regex: Option<String>,
+    /// The older name of `structured_outputs.choice`.
     guided_choice: Option<Vec<String>>,
+    /// The older name of `structured_outputs.grammar`.
     guided_grammar: Option<String>,
+    /// The functions the model may call.
+    #[schema(max_items = 128)]
     tools: Option<Vec<OfferedTool>>,
+    /// `auto`, `none`, `required`, or `{"type":"function","function":{"name":…}}`.
     tool_choice: Option<Value>,
+    /// False ends the answer behind its first call. It is false where it is missing and `tool_choice` is `required`.
     parallel_tool_calls: Option<bool>,
+    /// What the answer will probably be. Where it is right, the answer comes faster.
     prediction: Option<Prediction>,
+    /// How long a model thinks that can: `none`, `minimal`, `low`, `medium`, `high` or `xhigh`.
     reasoning_effort: Option<String>,
+    /// Variables for the model's chat template. Not OpenAI's.
+    #[schema(value_type = Option<Object>)]
     chat_template_kwargs: Option<Map<String, Value>>,
+    /// Goes on with the last message, which must be an assistant's; the answer is what follows. Not OpenAI's.
     continue_final_message: Option<bool>,
+    /// Must not be true where `continue_final_message` is. Not OpenAI's.
     add_generation_prompt: Option<bool>,
+    /// Evaluates the answer by itself, slower, so that the same build of the engine gives it again to the bit. Not OpenAI's.
     deterministic: Option<bool>,
+    /// How long the model stays in memory without work after this: seconds, or a time such as `5m`; -1 for ever, and 0 not at
+    /// all. Workers may bound it. Ollama's, and not OpenAI's.
+    #[schema(value_type = Option<Value>)]
     keep_alive: Option<KeepAlive>,
+    /// Puts the prompt before the answer, and its log-probabilities before those of the answer.
+    #[schema(default = false)]
     echo: Option<bool>,
+    /// The text that follows the answer: the model fills in what stands between. Not every model can.
     suffix: Option<String>,
     // Means something, and is not done here unless it says to change nothing.
+    /// Refused unless it is `n`.
+    #[schema(value_type = Option<u32>)]
     best_of: Option<Count>,
+    /// Refused unless it is 0.
+    #[schema(value_type = Option<u32>)]
     min_tokens: Option<Count>,
+    /// Refused unless it is empty; `tools` offers functions.
     functions: Option<Value>,
+    /// Refused unless it is `none` or `auto`; `tool_choice` says more.
     function_call: Option<Value>,
+    /// Refused where it names anything but `text`.
     modalities: Option<Value>,
+    /// Refused unless it is empty.
     audio: Option<Value>,
+    /// Refused unless it is empty.
     web_search_options: Option<Value>,
+    /// Refused unless it is empty; `stop` takes texts.
     stop_token_ids: Option<Value>,
+    /// Refused unless it is empty: a model has its own.
     chat_template: Option<Value>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 struct StreamOptions {
+    /// Whether a chunk with the usage comes before `[DONE]`.
     include_usage: Option<bool>,
 }
 
 /// `logprobs`: a switch for chats, a count for texts.
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected true, false or a count")]
 enum Logprobs {
     Switch(bool),
@@ -155,6 +289,17 @@ fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
 }
 
 impl Body {
+    /// Describes the body of one endpoint: what both take, without the fields that the other has alone.
+    fn schema_without(theirs: &[&str], description: &str) -> RefOr<Schema> {
+        let mut schema = Self::schema();
+        if let RefOr::T(Schema::Object(object)) = &mut schema {
+            object.description = Some(description.to_owned());
+            object.properties.retain(|name, _| !theirs.contains(&name.as_str()));
+            object.required.retain(|name| !theirs.contains(&name.as_str()));
+        }
+        schema
+    }
+
     pub(super) fn model(&self) -> Result<(ModelRef, String), WireError> {
         named_model(self.model.as_deref())
     }

@@ -4,12 +4,14 @@ use protocol::infer::Input;
 use protocol::keep_alive::KeepAlive;
 use protocol::{AdapterName, WireError};
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use super::body::named_model;
 use super::job;
 use super::texts::Texts;
 use crate::job::Job;
 use crate::json_body::{missing, read};
+use crate::published;
 
 /// A request for vectors.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,7 +25,7 @@ pub struct Vectors {
 }
 
 /// How vectors are written.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Encoding {
     /// As an array of numbers.
@@ -33,19 +35,32 @@ pub enum Encoding {
     Base64,
 }
 
-#[derive(Debug, Deserialize)]
-struct Body {
+/// Texts to make vectors of.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct EmbeddingRequest {
+    /// `name[@MAJOR.MINOR][:adapter]`; no version means the newest.
+    #[schema(value_type = String)]
     model: Option<String>,
+    /// At most 2048 texts.
+    #[schema(value_type = Texts)]
     input: Option<Texts>,
+    /// An adapter of the model, where its name does not say one. Not OpenAI's.
+    #[schema(value_type = Option<published::AdapterName>)]
     adapter: Option<AdapterName>,
+    /// `float`, or `base64` for the bytes of little-endian 32-bit floats.
+    #[schema(inline, default = "float")]
     encoding_format: Option<Encoding>,
+    /// Refused unless it is the length of the model's vectors.
+    #[schema(minimum = 1)]
     dimensions: Option<u32>,
+    /// As for completions. Not OpenAI's.
+    #[schema(value_type = Option<Value>)]
     keep_alive: Option<KeepAlive>,
 }
 
 /// Reads the body of `POST /v1/embeddings`.
 pub fn parse_embeddings(bytes: &[u8]) -> Result<Vectors, WireError> {
-    let Body { model, input, adapter, encoding_format, dimensions, keep_alive } = read(bytes)?;
+    let EmbeddingRequest { model, input, adapter, encoding_format, dimensions, keep_alive } = read(bytes)?;
     let (model, name) = named_model(model.as_deref())?;
     let texts = input.ok_or_else(|| missing("input"))?.0;
     let input = Input {

@@ -4,32 +4,44 @@ use protocol::WireError;
 use protocol::infer::OutputFormat;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
 use crate::json_body::{invalid, is_empty, missing, refuse_unless, unsupported};
 
-/// `response_format`. An answer keeps to its schema; what a grammar cannot keep of it is refused where it is `strict`, and
-/// left out where it is not.
-#[derive(Debug, Deserialize)]
+/// What form an answer must have.
+#[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct ResponseFormat {
+    /// `text`, `json_object` or `json_schema`.
     #[serde(rename = "type")]
     kind: String,
+    /// With `json_schema`: what the answer keeps to.
     json_schema: Option<JsonSchema>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+/// A schema; its `name` is passed over.
+#[derive(Debug, Default, Deserialize, ToSchema)]
 struct JsonSchema {
+    /// The JSON schema.
+    #[schema(value_type = Object)]
     schema: Option<Value>,
+    /// What cannot be kept of the schema is refused where this is true, and left out otherwise.
     strict: Option<bool>,
 }
 
 /// vLLM's `structured_outputs`, and its older fields with the prefix `guided_`. At most one is given.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 pub(super) struct StructuredOutputs {
+    /// A JSON schema, or its text.
     pub(super) json: Option<Value>,
+    /// Whether the answer must be a JSON object.
     pub(super) json_object: Option<bool>,
+    /// A regular expression that the whole answer matches.
     pub(super) regex: Option<String>,
+    /// Texts of which the answer is one.
     pub(super) choice: Option<Vec<String>>,
+    /// A Lark grammar.
     pub(super) grammar: Option<String>,
+    /// Refused unless it is empty.
     pub(super) structural_tag: Option<Value>,
 }
 

@@ -6,26 +6,34 @@ use protocol::infer::{Message, Role, ToolCall};
 use protocol::{ErrorCode, WireError};
 use serde::{Deserialize, Deserializer, de};
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use crate::json_body::{is_empty, missing, refuse_unless, unsupported};
 
-/// A message of a conversation.
-#[derive(Debug, Deserialize)]
+/// One message of a conversation.
+#[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct ChatMessage {
     role: ChatRole,
+    /// May be null where an assistant only calls functions.
     content: Option<Content>,
+    /// Who speaks, by name.
     name: Option<String>,
+    /// The functions an assistant called.
     tool_calls: Option<Vec<Call>>,
+    /// The call that a tool's message answers.
     tool_call_id: Option<String>,
-    /// What an assistant thought, as DeepSeek's and vLLM's clients send it back.
+    /// What an assistant thought before it spoke, as DeepSeek's and vLLM's clients send it back. Not OpenAI's.
     reasoning_content: Option<String>,
     /// The newer name of `reasoning_content`.
     reasoning: Option<String>,
+    /// Refused unless it is empty; `tool_calls` has the calls.
     function_call: Option<Value>,
+    /// Refused unless it is empty.
     audio: Option<Value>,
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
+/// Who speaks. `function` is refused.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum ChatRole {
     System,
@@ -37,17 +45,22 @@ enum ChatRole {
 }
 
 /// A function that an assistant called.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(as = MessageToolCall)]
 struct Call {
     id: String,
+    /// `function`, also where it is missing.
     #[serde(rename = "type")]
     kind: Option<String>,
+    #[schema(value_type = CalledFunction)]
     function: Option<CalledFunction>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(as = MessageFunctionCall)]
 struct CalledFunction {
     name: String,
+    /// JSON, as text.
     arguments: String,
 }
 
@@ -85,10 +98,12 @@ impl ChatMessage {
 }
 
 /// An answer that is foreseen.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct Prediction {
+    /// Always `content`.
     #[serde(rename = "type")]
     kind: String,
+    #[schema(value_type = Content)]
     content: Option<Content>,
 }
 
@@ -143,17 +158,24 @@ fn no_text(kind: &str, path: String) -> WireError {
     WireError::new(ErrorCode::UnsupportedParameter, message).with_param(path)
 }
 
-#[derive(Debug)]
+/// A text, or parts of one.
+#[derive(Debug, ToSchema)]
+#[schema(as = ChatContent)]
+#[serde(untagged)]
 enum Content {
     Text(String),
     Parts(Vec<Part>),
 }
 
-#[derive(Debug, Deserialize)]
+/// A part of a text.
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(as = TextPart)]
 struct Part {
+    /// `text`, `input_text` or `output_text`; of an assistant also `refusal`.
     #[serde(rename = "type")]
     kind: String,
     text: Option<String>,
+    /// The text of a refusal.
     refusal: Option<String>,
 }
 

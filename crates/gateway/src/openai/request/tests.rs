@@ -603,3 +603,25 @@ proptest! {
         let _ = parse_embeddings(&bytes);
     }
 }
+
+#[test]
+fn a_field_that_one_endpoint_has_alone_does_nothing_in_the_other() {
+    let plain = (chat(json!({})).expect("sound"), completion(json!({})).expect("sound"));
+    let check = |field: &str, outcome: Result<Generation, WireError>, plain: &Generation| match outcome {
+        Ok(generation) => assert_eq!(generation, *plain, "{field}"),
+        Err(error) => assert_eq!((error.code, error.param.as_deref()), (ErrorCode::UnsupportedParameter, Some(field))),
+    };
+    let texts = [json!("x"), json!("x"), json!(true)];
+    for (field, value) in body::TEXTS_ALONE.into_iter().zip(texts) {
+        check(field, chat(json!({field: value})), &plain.0);
+    }
+    let chats = json!({
+        "messages": [{"role": "user", "content": "x"}], "top_logprobs": 1, "tool_choice": "required",
+        "tools": [{"type": "function", "function": {"name": "f"}}], "parallel_tool_calls": true,
+        "prediction": {"type": "content", "content": "x"}, "reasoning_effort": "low",
+        "chat_template_kwargs": {"x": 1}, "continue_final_message": true, "add_generation_prompt": true,
+    });
+    for field in body::CHATS_ALONE {
+        check(field, completion(json!({field: chats[field]})), &plain.1);
+    }
+}

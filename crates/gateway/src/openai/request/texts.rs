@@ -5,12 +5,23 @@ use std::fmt;
 use protocol::WireError;
 use protocol::infer::{EmbedInput, Input};
 use serde::{Deserialize, Deserializer, de};
+use utoipa::openapi::{OneOfBuilder, RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
 use crate::json_body::invalid;
 
 /// `stop`: a text or several.
 #[derive(Debug)]
 pub(super) struct Stop(pub(super) Vec<String>);
+
+impl PartialSchema for Stop {
+    fn schema() -> RefOr<Schema> {
+        let schema = OneOfBuilder::new().item(String::schema()).item(Vec::<String>::schema());
+        schema.description(Some("A text, or several.")).into()
+    }
+}
+
+impl ToSchema for Stop {}
 
 impl<'de> Deserialize<'de> for Stop {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -57,6 +68,16 @@ impl Texts {
         }
     }
 }
+
+impl PartialSchema for Texts {
+    fn schema() -> RefOr<Schema> {
+        let of_one = OneOfBuilder::new().item(String::schema()).item(Vec::<u32>::schema());
+        let schema = of_one.item(Vec::<String>::schema()).item(Vec::<Vec<u32>>::schema());
+        schema.description(Some("A text or several, or tokens of one text or of each of several.")).into()
+    }
+}
+
+impl ToSchema for Texts {}
 
 impl<'de> Deserialize<'de> for Texts {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

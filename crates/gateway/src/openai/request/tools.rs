@@ -4,21 +4,28 @@ use protocol::WireError;
 use protocol::infer::{Tool, ToolChoice};
 use serde::Deserialize;
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use crate::json_body::{invalid, missing, refuse_unless, unsupported};
 
-/// An entry of `tools`. Its `strict` is passed over: where a model's calls can be held to a schema, they are.
-#[derive(Debug, Deserialize)]
+/// A function the model may call. Its `strict` is passed over: where a model's calls can be held to a schema, they are.
+#[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct OfferedTool {
+    /// Always `function`.
     #[serde(rename = "type")]
     kind: String,
+    #[schema(value_type = OfferedFunction)]
     function: Option<OfferedFunction>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 struct OfferedFunction {
+    /// 1 to 64 letters, digits, `_` and `-`.
     name: String,
+    /// What it does, for the model to read.
     description: Option<String>,
+    /// The JSON schema of its arguments.
+    #[schema(value_type = Option<Object>)]
     parameters: Option<Value>,
 }
 

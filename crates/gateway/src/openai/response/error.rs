@@ -4,21 +4,38 @@ use bytes::{BufMut as _, BytesMut};
 use protocol::WireError;
 use protocol::error_code::LoadingModel;
 use serde::Serialize;
+use utoipa::ToSchema;
 
-/// An error as OpenAI's clients read it.
-#[derive(Serialize)]
-struct Envelope<'a> {
-    error: Detail<'a>,
+/// Every error has this form.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ErrorBody<'a> {
+    error: ErrorDetail<'a>,
+    /// How far the model is, where the error says that it is being loaded.
     #[serde(skip_serializing_if = "Option::is_none")]
     loading: Option<Loading<'a>>,
 }
 
-/// How far the model is, beside the error that says that it is being loaded.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+struct ErrorDetail<'a> {
+    /// What went wrong and what to do, for people.
+    message: &'a str,
+    /// OpenAI's kind of error.
+    r#type: &'static str,
+    /// The field at fault.
+    param: Option<&'a str>,
+    /// What went wrong, for programs.
+    code: &'static str,
+}
+
+/// How far a model is on its way into memory.
+#[derive(Serialize, ToSchema)]
 struct Loading<'a> {
     model: String,
+    /// `fetching` or `loading`.
     state: &'static str,
+    /// Stands for the worker that is furthest along, always by the same name.
     node: &'a str,
+    /// From 0 to 1.
     progress: f64,
     bytes_sent: u64,
     total_bytes: u64,
@@ -41,24 +58,16 @@ impl<'a> Loading<'a> {
     }
 }
 
-#[derive(Serialize)]
-struct Detail<'a> {
-    message: &'a str,
-    r#type: &'static str,
-    param: Option<&'a str>,
-    code: &'static str,
-}
-
 /// Writes an error's JSON.
 pub(crate) fn write(error: &WireError, out: &mut BytesMut) {
-    let detail = Detail {
+    let detail = ErrorDetail {
         message: &error.message,
         r#type: error.code.error_type(),
         param: error.param.as_deref(),
         code: error.code.as_str(),
     };
     let loading = error.loading.as_deref().map(Loading::of);
-    let written = serde_json::to_writer(out.writer(), &Envelope { error: detail, loading });
+    let written = serde_json::to_writer(out.writer(), &ErrorBody { error: detail, loading });
     debug_assert!(written.is_ok(), "texts are always writable");
 }
 

@@ -5,38 +5,52 @@ use std::collections::BTreeMap;
 
 use protocol::infer::TokenLogprob;
 use serde::Serialize;
+use utoipa::ToSchema;
 
-/// Those of a chat: one entry a token.
-#[derive(Serialize)]
+/// The log-probabilities of a chat: one entry for each token.
+#[derive(Serialize, ToSchema)]
 pub(super) struct ChatLogprobs<'a> {
     content: Vec<ChatToken<'a>>,
+    /// Always null.
+    #[schema(value_type = Option<String>)]
     refusal: (),
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = ChatTokenLogprob)]
 struct ChatToken<'a> {
     #[serde(flatten)]
+    #[schema(inline)]
     told: Told<'a>,
+    /// The likeliest in its place.
     top_logprobs: Vec<Told<'a>>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = TopLogprob)]
 struct Told<'a> {
+    /// Its text; where it is part of a character, only its bytes tell which.
+    #[schema(value_type = String)]
     token: Cow<'a, str>,
     logprob: f32,
+    #[schema(value_type = Vec<u32>)]
     bytes: &'a [u8],
 }
 
 /// The likeliest tokens in one place.
 type Likely<'a> = BTreeMap<Cow<'a, str>, f32>;
 
-/// Those of a text completion: one column for each fact. Of a prompt that is repeated, nothing comes before the first.
-#[derive(Debug, Default, PartialEq, Serialize)]
+/// The log-probabilities of a text completion: one column for each fact. Of a prompt that is repeated, nothing comes before the first.
+#[derive(Debug, Default, PartialEq, Serialize, ToSchema)]
 pub(super) struct TextLogprobs<'a> {
+    #[schema(value_type = Vec<String>)]
     tokens: Vec<Cow<'a, str>>,
     token_logprobs: Vec<Option<f32>>,
+    /// The likeliest in each token's place, where they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<BTreeMap<String, f32>>>>)]
     top_logprobs: Option<Vec<Option<Likely<'a>>>>,
+    /// Where each token begins, in characters.
     text_offset: Vec<usize>,
 }
 

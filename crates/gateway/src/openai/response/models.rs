@@ -11,6 +11,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::catalog::Models;
+use crate::published;
 
 /// A model. `state` and what follows are Tether's additions.
 #[derive(Serialize, ToSchema)]
@@ -54,7 +55,7 @@ pub(crate) struct Model {
     keep_alive_secs: Option<i64>,
     /// What its file says of it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<crate::http_bridge::ModelFacts>)]
+    #[schema(value_type = Option<published::ModelFacts>)]
     facts: Option<ModelFacts>,
 }
 

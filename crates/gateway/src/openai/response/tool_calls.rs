@@ -2,18 +2,23 @@
 
 use protocol::infer::{ToolCall, ToolCallDelta};
 use serde::Serialize;
+use utoipa::ToSchema;
 
-/// A call in a whole answer.
-#[derive(Serialize)]
+/// A function that is called.
+#[derive(Serialize, ToSchema)]
+#[schema(as = ChatToolCall)]
 pub(super) struct WholeCall<'a> {
     id: &'a str,
+    /// Always `function`.
     r#type: &'static str,
     function: WholeFunction<'a>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = CalledFunction)]
 struct WholeFunction<'a> {
     name: &'a str,
+    /// JSON, as text. A model may write text that is not JSON.
     arguments: &'a str,
 }
 

@@ -3,43 +3,48 @@
 use protocol::infer::Embedding;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
+use utoipa::ToSchema;
 
 use crate::answer::Whole;
 use crate::openai::request::Encoding;
 
-#[derive(Serialize)]
-struct List<'a> {
+/// Vectors, of length 1.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct EmbeddingList<'a> {
+    /// `list`.
     object: &'static str,
-    data: Vec<Item<'a>>,
+    data: Vec<EmbeddingItem<'a>>,
     model: &'a str,
-    usage: Usage,
+    usage: EmbeddingUsage,
 }
 
-#[derive(Serialize)]
-struct Item<'a> {
+#[derive(Serialize, ToSchema)]
+struct EmbeddingItem<'a> {
+    /// `embedding`.
     object: &'static str,
+    /// Which text it is of.
     index: u32,
-    embedding: Vector<'a>,
+    embedding: EmbeddingVector<'a>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 #[serde(untagged)]
-enum Vector<'a> {
+enum EmbeddingVector<'a> {
     Numbers(Vec<f32>),
     Base64(&'a str),
 }
 
-#[derive(Serialize)]
-struct Usage {
+#[derive(Serialize, ToSchema)]
+struct EmbeddingUsage {
     prompt_tokens: u32,
     total_tokens: u32,
 }
 
-impl<'a> Item<'a> {
+impl<'a> EmbeddingItem<'a> {
     fn of(embedding: &'a Embedding, encoding: Encoding) -> Option<Self> {
         let vector = match encoding {
-            Encoding::Float => Vector::Numbers(embedding.vector()?),
-            Encoding::Base64 => Vector::Base64(&embedding.base64),
+            Encoding::Float => EmbeddingVector::Numbers(embedding.vector()?),
+            Encoding::Base64 => EmbeddingVector::Base64(&embedding.base64),
         };
         Some(Self { object: "embedding", index: embedding.index, embedding: vector })
     }
@@ -47,7 +52,8 @@ impl<'a> Item<'a> {
 
 /// Writes vectors as `OpenAI` does, or returns `None` where a worker sent something else.
 pub(crate) fn write_vectors(model: &str, encoding: Encoding, whole: &Whole) -> Option<Box<RawValue>> {
-    let data = whole.embeddings.iter().map(|embedding| Item::of(embedding, encoding)).collect::<Option<_>>()?;
-    let usage = Usage { prompt_tokens: whole.usage.prompt_tokens, total_tokens: whole.usage.total_tokens() };
-    to_raw_value(&List { object: "list", data, model, usage }).ok()
+    let data =
+        whole.embeddings.iter().map(|embedding| EmbeddingItem::of(embedding, encoding)).collect::<Option<_>>()?;
+    let usage = EmbeddingUsage { prompt_tokens: whole.usage.prompt_tokens, total_tokens: whole.usage.total_tokens() };
+    to_raw_value(&EmbeddingList { object: "list", data, model, usage }).ok()
 }

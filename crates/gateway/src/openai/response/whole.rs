@@ -1,52 +1,81 @@
 //! Answers as a whole.
 
 use protocol::gateway::Choice;
-use protocol::usage::TokenUsage;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
+use utoipa::ToSchema;
 
 use super::logprobs::{ChatLogprobs, TextLogprobs, TextPlace};
 use super::tool_calls::WholeCall;
 use super::{Heading, Usage, fingerprint};
 use crate::answer::{Answer, Whole};
 use crate::openai::Endpoint;
+use crate::published;
 
-#[derive(Serialize)]
-struct Envelope<'a, C> {
+/// An answer to a conversation.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ChatCompletion<'a> {
     id: &'a str,
+    /// `chat.completion`.
     object: &'static str,
+    /// Seconds since 1970.
     created: u64,
     model: &'a str,
+    /// The beginning of the model's digest.
     system_fingerprint: &'a str,
-    choices: Vec<C>,
+    choices: Vec<ChatChoice<'a>>,
     usage: Usage,
 }
 
-#[derive(Serialize)]
+/// A text that was gone on with.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct Completion<'a> {
+    id: &'a str,
+    /// `text_completion`.
+    object: &'static str,
+    /// Seconds since 1970.
+    created: u64,
+    model: &'a str,
+    /// The beginning of the model's digest.
+    system_fingerprint: &'a str,
+    choices: Vec<TextChoice<'a>>,
+    usage: Usage,
+}
+
+#[derive(Serialize, ToSchema)]
 struct ChatChoice<'a> {
     index: u32,
     message: AssistantMessage<'a>,
+    /// Null unless asked for.
     logprobs: Option<ChatLogprobs<'a>>,
+    #[schema(value_type = published::FinishReason)]
     finish_reason: &'static str,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct AssistantMessage<'a> {
+    /// Always `assistant`.
     role: &'static str,
     /// Null where the model only calls functions.
     content: Option<&'a str>,
+    /// What the model thought before it spoke; missing where it did not. Not OpenAI's.
     #[serde(skip_serializing_if = "str::is_empty")]
     reasoning_content: &'a str,
+    /// The functions it calls; missing where it calls none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<WholeCall<'a>>,
+    /// Always null.
+    #[schema(value_type = Option<String>)]
     refusal: (),
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct TextChoice<'a> {
     index: u32,
     text: &'a str,
+    /// Null unless asked for.
     logprobs: Option<TextLogprobs<'a>>,
+    #[schema(value_type = published::FinishReason)]
     finish_reason: &'static str,
 }
 
@@ -75,25 +104,26 @@ impl<'a> TextChoice<'a> {
 /// Writes a whole answer as `OpenAI` does.
 pub(crate) fn write_whole(heading: &Heading, answer: &Answer, whole: &Whole) -> serde_json::Result<Box<RawValue>> {
     let choices = (0..).zip(&whole.choices);
-    match heading.endpoint {
-        Endpoint::Chat => write(heading, answer, "chat.completion", choices.map(ChatChoice::of).collect(), whole.usage),
+    let Heading { endpoint, id, created, model, .. } = heading;
+    let (created, system_fingerprint, usage) = (*created, &*fingerprint(answer), whole.usage.into());
+    match endpoint {
+        Endpoint::Chat => {
+            let (object, choices) = ("chat.completion", choices.map(ChatChoice::of).collect());
+            to_raw_value(&ChatCompletion { id, object, created, model, system_fingerprint, choices, usage })
+        }
         Endpoint::Completion => {
             let chars = |index: u32| heading.prompt_chars.get(index as usize).copied().unwrap_or_default();
             let place = |index: u32| TextPlace::of(chars(index), heading.echo);
             let choices = choices.map(|choice| TextChoice::of(choice, place(choice.0))).collect();
-            write(heading, answer, "text_completion", choices, whole.usage)
+            to_raw_value(&Completion {
+                id,
+                object: "text_completion",
+                created,
+                model,
+                system_fingerprint,
+                choices,
+                usage,
+            })
         }
     }
-}
-
-fn write<C: Serialize>(
-    heading: &Heading,
-    answer: &Answer,
-    object: &'static str,
-    choices: Vec<C>,
-    usage: TokenUsage,
-) -> serde_json::Result<Box<RawValue>> {
-    let Heading { id, created, model, .. } = heading;
-    let system_fingerprint = &fingerprint(answer);
-    to_raw_value(&Envelope { id, object, created: *created, model, system_fingerprint, choices, usage: usage.into() })
 }
