@@ -153,7 +153,7 @@ pub fn completion_request(bytes: &[u8]) {
 /// The body of `infer.submit` at a gateway.
 pub fn gateway_submission(bytes: &[u8]) {
     if let Ok(submission) = gateway::parse_submission(bytes)
-        && let Ok(read) = submission.asked.read()
+        && let Ok(read) = submission.job.read()
     {
         assert_eq!(read.job.input.check(), Ok(()), "what passed is a sound job");
     }

@@ -79,7 +79,7 @@ impl Content {
         self.tokens.len().max(usize::from(is_answer)) as u32
     }
 
-    /// Says whether it brings something to read, and is not only the end of something.
+    /// Returns whether it brings something to read, and is not only the end of something.
     pub(crate) fn has_something(&self) -> bool {
         let Self { text, reasoning, tool_calls, logprobs, embeddings, .. } = self;
         !(text.is_empty()
@@ -333,7 +333,7 @@ impl Sequence {
     }
 }
 
-/// Says whether a chunk brings progress and no part of the answer.
+/// Returns whether a chunk brings progress and no part of the answer.
 pub(crate) fn is_progress(raw: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct Head {

@@ -44,7 +44,8 @@ impl Models {
         targets.iter().map(meant).collect()
     }
 
-    /// Returns what a name stands for. A model's own name stands for it alone, unless an alias has it among its targets.
+    /// Returns what a name stands for. A model's own name stands for it alone, unless an alias has it among its
+    /// targets.
     pub(crate) fn stands_for(&self, name: &ModelName) -> Option<&[ModelRef]> {
         let targets = self.aliases.get(name)?;
         let is_own = !self.by_name.contains_key(name) || targets.iter().any(|target| target.name == *name);
@@ -56,12 +57,12 @@ impl Models {
         self.aliases.keys().filter_map(|alias| Some((alias, self.stands_for(alias)?)))
     }
 
-    /// Says whether a name is that of a model or an alias.
+    /// Returns whether a name is that of a model or an alias.
     pub(crate) fn knows(&self, name: &ModelName) -> bool {
         self.by_name.contains_key(name) || self.aliases.contains_key(name)
     }
 
-    /// Says whether a model version has an adapter.
+    /// Returns whether a model version has an adapter.
     pub(crate) fn has_adapter(&self, model: &ModelKey, adapter: &AdapterName) -> bool {
         self.adapters.contains(&AdapterKey { model: model.clone(), adapter: adapter.clone() })
     }
@@ -87,7 +88,7 @@ impl Models {
         all
     }
 
-    /// Says whether this is the newest version of its model.
+    /// Returns whether this is the newest version of its model.
     pub(crate) fn is_newest(&self, entry: &ModelEntry) -> bool {
         self.find(&entry.key.model_id, None).is_some_and(|newest| newest.key == entry.key)
     }

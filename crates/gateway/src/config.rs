@@ -49,11 +49,11 @@ pub struct Config {
     pub keep_alive_ms: u64,
     /// How long requests may go on once the gateway is asked to stop, in seconds.
     pub drain_secs: u64,
-    /// How long a job may wait for its first token where the client sets no shorter limit, in seconds. An answer that has
-    /// begun runs on as long as its client listens.
+    /// How long a job may wait for its first token where the client sets no shorter limit, in seconds. An answer that
+    /// has begun runs on as long as its client listens.
     pub request_deadline_secs: u64,
-    /// How long an answer may be silent before it is given up, in seconds. Jobs that are read or wait their turn are not
-    /// silent.
+    /// How long an answer may be silent before it is given up, in seconds. Jobs that are read or wait their turn are
+    /// not silent.
     pub stall_timeout_secs: u64,
     /// How long a token's check is believed, in seconds; a revoked token works this much longer. At most 5.
     pub token_cache_secs: u64,

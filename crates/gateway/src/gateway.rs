@@ -30,7 +30,7 @@ use crate::prompt_size;
 use crate::rate_limit::{Quota, RateLimit, Verdict};
 use crate::request_context::{Admission, Origin, Refusal, RequestContext};
 use crate::request_record::RequestRecord;
-use crate::upstream::{self, Patience, Upstream, UpstreamTask};
+use crate::upstream::{self, Timeouts, Upstream, UpstreamTask};
 
 /// How long the list of live workers is believed.
 const FLEET_BELIEVED: Duration = Duration::from_secs(1);
@@ -214,11 +214,11 @@ impl Gateway {
         let Admission { grant, permit, mut record, rate: _ } = admission;
         let opened = async {
             let builds = self.check_job(&grant, &job, &mut record).await?;
-            let patience = self.patience(&record, &job);
+            let timeouts = self.timeouts(&record, &job);
             let expected = Expected::of(&job.input);
-            let request = self.request(&grant, &builds, job, patience, &record)?;
+            let request = self.request(&grant, &builds, job, timeouts, &record)?;
             let salt = record.correlation_id.0.as_u128();
-            let begun = self.inner.upstream.submit(codec::encode(&request).into(), patience, salt).await;
+            let begun = self.inner.upstream.submit(codec::encode(&request).into(), timeouts, salt).await;
             let entries = builds.into_iter().map(|build| build.entry).collect();
             Ok((begun.map_err(WireError::for_clients)?, entries, expected))
         };
@@ -234,8 +234,8 @@ impl Gateway {
         }
     }
 
-    /// Checks what can be checked without an orchestrator, and finds the models that may run the job, of which there is at
-    /// least one.
+    /// Checks what can be checked without an orchestrator, and finds the models that may run the job, of which there is
+    /// at least one.
     async fn check_job(
         &self,
         grant: &TokenGrant,
@@ -315,11 +315,11 @@ impl Gateway {
         Err(catalog::not_found(&format!("{model}:{adapter}")))
     }
 
-    fn patience(&self, record: &RequestRecord, job: &Job) -> Patience {
+    fn timeouts(&self, record: &RequestRecord, job: &Job) -> Timeouts {
         let config = &self.inner.config;
         let longest = seconds(config.request_deadline_secs);
         let wait = job.deadline.map_or(longest, |wait| wait.min(longest));
-        Patience { deadline: record.started() + wait, stall: seconds(config.stall_timeout_secs) }
+        Timeouts { deadline: record.started() + wait, stall: seconds(config.stall_timeout_secs) }
     }
 
     fn request(
@@ -327,10 +327,10 @@ impl Gateway {
         grant: &TokenGrant,
         builds: &[Build],
         job: Job,
-        patience: Patience,
+        timeouts: Timeouts,
         record: &RequestRecord,
     ) -> Result<InferRequest, WireError> {
-        let left = patience.deadline.saturating_duration_since(Instant::now());
+        let left = timeouts.deadline.saturating_duration_since(Instant::now());
         let retry_token = match job.retry_token {
             Some(token) => token,
             None => self.make_id()?.to_string().parse().map_err(|_| no_randomness())?,
@@ -436,7 +436,7 @@ impl Gateway {
         self.inner.upstream.ask(NodeRole::Orchestrator, JOB_EXPLAIN, &request).await.map_err(WireError::for_clients)
     }
 
-    /// Says whether a node answers in a role.
+    /// Returns whether a node answers in a role.
     pub(crate) fn answers(&self, node: PublicKey, role: NodeRole) -> bool {
         node == self.inner.transport.public_key() || self.inner.upstream.knows(node, role)
     }
@@ -450,7 +450,7 @@ impl Gateway {
         self.inner.upstream.ask(NodeRole::Registry, method, request).await.map_err(WireError::for_clients)
     }
 
-    /// Says whether some worker can answer something, or why that is not known.
+    /// Returns whether some worker can answer something, or why that is not known.
     pub(crate) async fn is_routable(&self) -> Result<bool, WireError> {
         let fleet = self.fleet().await?;
         Ok(fleet.workers.iter().any(|worker| worker.report.can_answer()))

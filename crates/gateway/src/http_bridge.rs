@@ -64,7 +64,7 @@ pub enum GatewayError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A configured origin is none.
+    /// A configured origin is invalid.
     #[error("cors_origins: {origin:?} is not an origin such as https://app.example.com")]
     Origin {
         /// What was given.

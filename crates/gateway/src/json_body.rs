@@ -83,7 +83,7 @@ pub(crate) fn refuse_unless(harmless: bool, param: &str) -> Result<(), WireError
     if harmless { Ok(()) } else { Err(unsupported(param)) }
 }
 
-/// Says whether a value asks for nothing.
+/// Returns whether a value asks for nothing.
 pub(crate) fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null => true,

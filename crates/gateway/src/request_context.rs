@@ -20,7 +20,7 @@ pub enum Origin {
     Node(PublicKey),
 }
 
-/// What is known of a request before it is read.
+/// Context of a request, known before its body is read.
 #[derive(Debug, Clone, Copy)]
 pub struct RequestContext {
     /// The name its job will have, unless the client brings one.

@@ -107,7 +107,7 @@ impl RpcGateway {
     /// Answers with each chunk as it comes. A call is accepted with its first chunk: until then it can be refused.
     async fn stream(&self, mut call: StreamCall) {
         let (body, peer, deadline) = (call.body.clone(), call.peer, call.deadline);
-        let patience = seconds(self.gateway.config().write_timeout_secs);
+        let write_timeout = seconds(self.gateway.config().write_timeout_secs);
         let opened = tokio::select! {
             biased;
             opened = self.open(peer, &body, deadline, false) => opened,
@@ -118,11 +118,11 @@ impl RpcGateway {
         match opened {
             Ok(Opened { answer, .. }) => {
                 if let Ok(reply) = call.accept().await {
-                    relay(*answer, reply, patience).await;
+                    relay(*answer, reply, write_timeout).await;
                 }
             }
             // A caller that does not listen needs no answer.
-            Err(error) => drop(time::timeout(patience, call.refuse(error)).await),
+            Err(error) => drop(time::timeout(write_timeout, call.refuse(error)).await),
         }
     }
 
@@ -157,7 +157,7 @@ impl RpcGateway {
         let submission = parse_submission(body);
         let trace = submission.as_ref().ok().and_then(|submission| submission.traceparent.as_deref());
         let context = gateway.context(Some(Origin::Node(caller)), trace.and_then(TraceContext::parse))?;
-        let Submission { token, asked, traceparent: _ } = match submission {
+        let Submission { token, job, traceparent: _ } = match submission {
             Ok(submission) => submission,
             Err(error) => {
                 gateway.turn_down(context, &error);
@@ -165,7 +165,7 @@ impl RpcGateway {
             }
         };
         let admission = gateway.admit(token.as_deref(), context).await?;
-        let read = asked.read().and_then(|read| if is_whole { read.for_one_value() } else { Ok(read) });
+        let read = job.read().and_then(|read| if is_whole { read.for_one_value() } else { Ok(read) });
         let Read { job, words } = match read {
             Ok(read) => read,
             Err(error) => return Err(admission.refuse(error).error),
@@ -203,7 +203,7 @@ fn native_answer(answer: &Answer, whole: Whole) -> Option<GatewayAnswer> {
 }
 
 /// Passes the chunks on. A caller that leaves one unread for too long counts as gone, which cancels the job.
-async fn relay(mut answer: Answer, mut reply: ReplyStream, patience: Duration) {
+async fn relay(mut answer: Answer, mut reply: ReplyStream, write_timeout: Duration) {
     loop {
         let piece = tokio::select! {
             biased;
@@ -211,18 +211,18 @@ async fn relay(mut answer: Answer, mut reply: ReplyStream, patience: Duration) {
             () = reply.cancelled() => return,
         };
         match piece {
-            Some(Ok(piece)) => match time::timeout(patience, reply.send(&piece.raw)).await {
+            Some(Ok(piece)) => match time::timeout(write_timeout, reply.send(&piece.raw)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) | Err(_) => return,
             },
             // What the request took is counted before its client learns of the end.
             Some(Err(error)) => {
                 drop(answer);
-                return drop(time::timeout(patience, reply.fail(error)).await);
+                return drop(time::timeout(write_timeout, reply.fail(error)).await);
             }
             None => {
                 drop(answer);
-                return drop(time::timeout(patience, reply.finish()).await);
+                return drop(time::timeout(write_timeout, reply.finish()).await);
             }
         }
     }

@@ -35,7 +35,7 @@ pub(crate) struct Upstream {
 
 /// Until when a job's answer must begin, and how long it may be silent.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Patience {
+pub(crate) struct Timeouts {
     pub(crate) deadline: Instant,
     pub(crate) stall: Duration,
 }
@@ -66,7 +66,7 @@ impl Upstream {
         self.client.membership()
     }
 
-    /// Says whether a node of a role answered lately.
+    /// Returns whether a node of a role answered lately.
     pub(crate) fn knows(&self, node: PublicKey, role: NodeRole) -> bool {
         self.directory.find(role).contains(&node)
     }
@@ -98,7 +98,7 @@ impl Upstream {
 
     /// Hands a job to an orchestrator and waits until its answer begins or one refuses it. `salt` spreads the waits
     /// between tries.
-    pub(crate) async fn submit(&self, body: Bytes, patience: Patience, salt: u128) -> Result<Begun, WireError> {
+    pub(crate) async fn submit(&self, body: Bytes, timeouts: Timeouts, salt: u128) -> Result<Begun, WireError> {
         let mut last = away(NodeRole::Orchestrator);
         let mut may_be_known = false;
         for round in 0..ROUNDS {
@@ -106,12 +106,12 @@ impl Upstream {
                 time::sleep(backoff(round, salt)).await;
             }
             for peer in self.peers(NodeRole::Orchestrator).await? {
-                let left = patience.deadline.saturating_duration_since(Instant::now());
+                let left = timeouts.deadline.saturating_duration_since(Instant::now());
                 // An orchestrator accepts once a worker has said something, which may take as long as the job may wait.
-                let options = StreamOptions { accept_within: left, deadline: Some(left), stall: patience.stall };
+                let options = StreamOptions { accept_within: left, deadline: Some(left), stall: timeouts.stall };
                 match self.begin(peer, body.clone(), options).await {
                     Ok(begun) => return Ok(begun),
-                    Err(_) if patience.deadline <= Instant::now() => return Err(CallError::Deadline.into()),
+                    Err(_) if timeouts.deadline <= Instant::now() => return Err(CallError::Deadline.into()),
                     Err(error) => {
                         // One that refused has not kept the job; one that broke off may have.
                         let refused = matches!(error, CallError::Remote(_) | CallError::Unreachable { .. });
@@ -158,7 +158,7 @@ impl Upstream {
     }
 }
 
-/// Says whether an error is about the peer, or about something that only another peer knows.
+/// Returns whether an error is about the peer, or about something that only another peer knows.
 fn another_may_know(code: ErrorCode) -> bool {
     matches!(
         code,

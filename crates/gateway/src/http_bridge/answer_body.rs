@@ -104,7 +104,7 @@ impl<F: StreamFormat> AnswerBody<F> {
         }
     }
 
-    /// Says whether the stream was silent for so long that it should say so.
+    /// Returns whether the stream was silent for so long that it should say so.
     fn poll_silence(&mut self, context: &mut Context<'_>) -> Poll<()> {
         loop {
             std::task::ready!(self.keep_alive.as_mut().poll(context));

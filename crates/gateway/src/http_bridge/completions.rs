@@ -7,7 +7,7 @@ use protocol::{ErrorCode, WireError};
 
 use super::errors::{self, ApiError};
 use super::extract::Bridge;
-use super::job::{self, AnswerFacts, Opening, Told};
+use super::job::{self, AnswerFacts, Opening, ResponseHeaders};
 use crate::openai::Endpoint;
 use crate::openai::request::{self, CompletionRequest, Generation};
 use crate::openai::response::Heading;
@@ -36,24 +36,25 @@ pub(super) async fn generate(
     endpoint: Endpoint,
     parse: fn(&[u8]) -> Result<Generation, WireError>,
 ) -> Response<Body> {
-    let asked = match job::ask(bridge, request, parse).await {
-        Ok(asked) => asked,
+    let admitted = match job::ask(bridge, request, parse).await {
+        Ok(admitted) => admitted,
         Err(response) => return response,
     };
-    let Generation { job, model, stream, include_usage } = asked.parsed;
-    let told = Told::new(asked.context, &job, asked.rate);
+    let Generation { job, model, stream, include_usage } = admitted.parsed;
+    let response_headers = ResponseHeaders::new(admitted.context, &job, admitted.rate);
     let now = bridge.gateway.clock().now();
-    let heading = Heading { include_usage, ..Heading::new(endpoint, model, &job, told.correlation_id(), now) };
-    let opening = job::open(bridge, asked.admission, job);
+    let heading =
+        Heading { include_usage, ..Heading::new(endpoint, model, &job, response_headers.correlation_id(), now) };
+    let opening = job::open(bridge, admitted.admission, job);
     if stream {
-        return job::stream(bridge, opening, Sse::new(heading), "text/event-stream", told).await;
+        return job::stream(bridge, opening, Sse::new(heading), "text/event-stream", response_headers).await;
     }
     match whole(opening, &heading).await {
         Ok((mut response, facts)) => {
-            told.add(bridge, response.headers_mut(), Some(&facts));
+            response_headers.add(bridge, response.headers_mut(), Some(&facts));
             response
         }
-        Err(error) => told.failure(bridge, &error),
+        Err(error) => response_headers.failure(bridge, &error),
     }
 }
 

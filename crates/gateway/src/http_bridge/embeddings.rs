@@ -7,7 +7,7 @@ use protocol::{ErrorCode, WireError};
 
 use super::errors::{self, ApiError};
 use super::extract::Bridge;
-use super::job::{self, AnswerFacts, Opening, Told};
+use super::job::{self, AnswerFacts, Opening, ResponseHeaders};
 use crate::openai::request::{self, EmbeddingRequest, Encoding, Vectors};
 use crate::openai::response::vectors::{EmbeddingList, write_vectors};
 
@@ -21,18 +21,18 @@ use crate::openai::response::vectors::{EmbeddingList, write_vectors};
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    let asked = match job::ask(&bridge, request, request::parse_embeddings).await {
-        Ok(asked) => asked,
+    let admitted = match job::ask(&bridge, request, request::parse_embeddings).await {
+        Ok(admitted) => admitted,
         Err(response) => return response,
     };
-    let Vectors { job, model, encoding } = asked.parsed;
-    let told = Told::new(asked.context, &job, asked.rate);
-    match whole(job::open(&bridge, asked.admission, job), &model, encoding).await {
+    let Vectors { job, model, encoding } = admitted.parsed;
+    let response_headers = ResponseHeaders::new(admitted.context, &job, admitted.rate);
+    match whole(job::open(&bridge, admitted.admission, job), &model, encoding).await {
         Ok((mut response, facts)) => {
-            told.add(&bridge, response.headers_mut(), Some(&facts));
+            response_headers.add(&bridge, response.headers_mut(), Some(&facts));
             response
         }
-        Err(error) => told.failure(&bridge, &error),
+        Err(error) => response_headers.failure(&bridge, &error),
     }
 }
 

@@ -32,7 +32,7 @@ pub(super) fn context(extensions: &Extensions) -> RequestContext {
     })
 }
 
-/// What is known of a request whose body does not matter.
+/// Context of a request whose body does not matter.
 pub(super) struct Inquiry {
     pub(super) context: RequestContext,
     pub(super) token: Option<String>,
@@ -62,7 +62,7 @@ impl<S: Sync> FromRequestParts<S> for Inquiry {
     }
 }
 
-/// Returns the API token of a request. Whatever is no text is no token either, but it was an attempt at one.
+/// Returns the API token of a request. A header that is not valid UTF-8 counts as an attempt with a wrong token.
 pub(super) fn token(headers: &HeaderMap) -> Option<&str> {
     let bearer = headers.get(header::AUTHORIZATION).map(|value| {
         let value = value.to_str().unwrap_or_default();

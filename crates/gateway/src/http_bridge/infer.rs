@@ -8,7 +8,7 @@ use protocol::WireError;
 
 use super::errors::ApiError;
 use super::extract::Bridge;
-use super::job::{self, Told};
+use super::job::{self, ResponseHeaders};
 use crate::answer::{Answer, Piece, StreamFormat};
 use crate::infer_request::{native, parse_infer};
 use crate::openai::response::error;
@@ -25,14 +25,14 @@ use crate::published;
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    let asked = match job::ask(&bridge, request, parse_infer).await {
-        Ok(asked) => asked,
+    let admitted = match job::ask(&bridge, request, parse_infer).await {
+        Ok(admitted) => admitted,
         Err(response) => return response,
     };
-    let told = Told::new(asked.context, &asked.parsed, asked.rate);
-    let opening = job::open(&bridge, asked.admission, asked.parsed);
+    let response_headers = ResponseHeaders::new(admitted.context, &admitted.parsed, admitted.rate);
+    let opening = job::open(&bridge, admitted.admission, admitted.parsed);
     let opening = Box::pin(async move { opening.await.map_err(native) });
-    job::stream(&bridge, opening, Lines, "application/x-ndjson", told).await
+    job::stream(&bridge, opening, Lines, "application/x-ndjson", response_headers).await
 }
 
 /// Writes an answer as lines of JSON: the chunks as the orchestrator sent them.

@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use super::errors::{self, ApiError};
 use super::extract::Bridge;
-use super::job::{self, AnswerFacts, Opening, Told};
+use super::job::{self, AnswerFacts, Opening, ResponseHeaders};
 use crate::answer;
 use crate::openai::request::{self, ChatCompletionRequest};
 
@@ -32,19 +32,19 @@ pub(super) struct InputTokens {
     ),
 )]
 pub(super) async fn count(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    let asked = match job::ask(&bridge, request, request::parse_chat).await {
-        Ok(asked) => asked,
+    let admitted = match job::ask(&bridge, request, request::parse_chat).await {
+        Ok(admitted) => admitted,
         Err(response) => return response,
     };
-    let mut job = asked.parsed.job;
+    let mut job = admitted.parsed.job;
     (job.input.count_only, job.input.n) = (true, None);
-    let told = Told::new(asked.context, &job, asked.rate);
-    match whole(job::open(&bridge, asked.admission, job)).await {
+    let response_headers = ResponseHeaders::new(admitted.context, &job, admitted.rate);
+    match whole(job::open(&bridge, admitted.admission, job)).await {
         Ok((mut response, facts)) => {
-            told.add(&bridge, response.headers_mut(), Some(&facts));
+            response_headers.add(&bridge, response.headers_mut(), Some(&facts));
             response
         }
-        Err(error) => told.failure(&bridge, &error),
+        Err(error) => response_headers.failure(&bridge, &error),
     }
 }
 

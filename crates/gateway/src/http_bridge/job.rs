@@ -20,7 +20,7 @@ use crate::rate_limit::Verdict;
 use crate::request_context::{Admission, Refusal, RequestContext};
 
 /// A request that was let in, with its body read.
-pub(super) struct Asked<T> {
+pub(super) struct Admitted<T> {
     pub(super) context: RequestContext,
     pub(super) rate: Verdict,
     pub(super) admission: Admission,
@@ -36,7 +36,7 @@ pub(super) async fn ask<T>(
     bridge: &Bridge,
     request: Request,
     parse: impl FnOnce(&[u8]) -> Result<T, WireError>,
-) -> Result<Asked<T>, Response<Body>> {
+) -> Result<Admitted<T>, Response<Body>> {
     let context = context(request.extensions());
     let (parts, mut body) = request.into_parts();
     if let Some(theirs) = parts.headers.get("x-client-request-id").and_then(|value| value.to_str().ok()) {
@@ -58,7 +58,7 @@ pub(super) async fn ask<T>(
     };
     let rate = admission.rate;
     match read.await {
-        Ok(parsed) => Ok(Asked { context, rate, admission, parsed }),
+        Ok(parsed) => Ok(Admitted { context, rate, admission, parsed }),
         Err(error) => {
             let refusal = admission.refuse(error);
             request_body::discard(body, &parts.headers).await;
@@ -79,7 +79,7 @@ pub(super) async fn stream<F: StreamFormat>(
     mut opening: Opening,
     format: F,
     content_type: &'static str,
-    told: Told,
+    response_headers: ResponseHeaders,
 ) -> Response<Body> {
     let keep_alive = bridge.gateway.config().keep_alive();
     // Until the first piece is there, an error still has a status of its own; later, proxies grow impatient.
@@ -88,7 +88,7 @@ pub(super) async fn stream<F: StreamFormat>(
             let facts = AnswerFacts::of(&answer);
             (AnswerBody::new(format, answer, keep_alive), Some(facts))
         }
-        Ok(Err(error)) => return told.failure(bridge, &error),
+        Ok(Err(error)) => return response_headers.failure(bridge, &error),
         Err(_) => (AnswerBody::pending(format, opening, keep_alive), None),
     };
     let mut response = Response::new(Body::new(body));
@@ -97,13 +97,13 @@ pub(super) async fn stream<F: StreamFormat>(
     // Nginx and its kin would gather the pieces.
     headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, no-store"));
-    told.add(bridge, headers, answer.as_ref());
+    response_headers.add(bridge, headers, answer.as_ref());
     response
 }
 
 /// What a response tells of its request.
 #[derive(Clone, Copy)]
-pub(super) struct Told {
+pub(super) struct ResponseHeaders {
     context: RequestContext,
     correlation_id: CorrelationId,
     rate: Verdict,
@@ -123,7 +123,7 @@ impl AnswerFacts {
     }
 }
 
-impl Told {
+impl ResponseHeaders {
     pub(super) fn new(context: RequestContext, job: &Job, rate: Verdict) -> Self {
         Self { context, correlation_id: job.correlation_id.unwrap_or(context.correlation_id), rate }
     }

@@ -70,7 +70,7 @@ enum Watch {
     Wait(Duration),
 }
 
-/// Says whether a connection has taken too long. A pure function of what is known of it and the present millisecond.
+/// Returns whether a connection has taken too long. A pure function of what is known of it and the present millisecond.
 fn judge(facts: Facts, limits: Limits, now: u64) -> Watch {
     let left = |since: u64, limit: Duration| {
         let end = since.saturating_add(limit.as_millis() as u64);

@@ -118,11 +118,11 @@ fn nothing_under(path: &str) -> String {
 }
 
 async fn no_method(inquiry: Inquiry) -> Response<Body> {
-    let message = "this path does not take this method; the header Allow tells which";
+    let message = "this path does not take this method; the Allow header lists those that it takes";
     errors::refuse(inquiry.context, &WireError::new(ErrorCode::MethodNotAllowed, message))
 }
 
-/// Checks that the configured origins are some.
+/// Checks that the configured origins are valid.
 pub(super) fn check_origins(origins: &[String]) -> Result<(), GatewayError> {
     let plausible = |origin: &str| {
         origin == "*" || (origin.contains("://") && !origin.ends_with('/') && HeaderValue::from_str(origin).is_ok())

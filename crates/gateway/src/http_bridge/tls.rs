@@ -101,7 +101,7 @@ impl Tls {
         }
     }
 
-    /// Says whether there was something new.
+    /// Returns whether there was something new.
     fn reload(&self) -> Result<bool, GatewayError> {
         let contents = self.files.read()?;
         if *self.current.contents.read().unwrap_or_else(PoisonError::into_inner) == contents {

@@ -17,11 +17,11 @@ pub struct Submission {
     /// The W3C trace context that the job goes on with.
     pub traceparent: Option<String>,
     /// The job.
-    pub asked: Asked,
+    pub job: UnreadJob,
 }
 
 /// A job that is not read yet.
-pub struct Asked {
+pub struct UnreadJob {
     kind: Kind,
     text: Box<RawValue>,
 }
@@ -77,15 +77,15 @@ pub fn parse_submission(bytes: &[u8]) -> Result<Submission, WireError> {
     let Envelope { token, request, chat, completion, embedding, traceparent } = read(bytes)?;
     let given =
         [(Kind::Native, request), (Kind::Chat, chat), (Kind::Completion, completion), (Kind::Embedding, embedding)];
-    let mut given = given.into_iter().filter_map(|(kind, text)| Some(Asked { kind, text: text? }));
-    let (Some(asked), None) = (given.next(), given.next()) else {
+    let mut given = given.into_iter().filter_map(|(kind, text)| Some(UnreadJob { kind, text: text? }));
+    let (Some(job), None) = (given.next(), given.next()) else {
         let what = "or chat, completion or embedding must be given, and only one of them";
         return Err(invalid("request", what));
     };
-    Ok(Submission { token, traceparent, asked })
+    Ok(Submission { token, traceparent, job })
 }
 
-impl Asked {
+impl UnreadJob {
     /// Reads the job as HTTP would.
     pub fn read(&self) -> Result<Read, WireError> {
         let text = self.text.get().as_bytes();
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     fn read_job(text: &str) -> Result<Read, WireError> {
-        parse_submission(text.as_bytes())?.asked.read()
+        parse_submission(text.as_bytes())?.job.read()
     }
 
     #[test]

@@ -89,12 +89,12 @@ pub(super) struct Body {
     /// An adapter of the model, where its name does not say one. Not OpenAI's.
     #[schema(value_type = Option<published::AdapterName>)]
     adapter: Option<AdapterName>,
-    /// The most tokens to generate; -1 for as many as fit. A chat's answer may fill the context where this and `max_tokens`
-    /// are missing.
+    /// The most tokens to generate; -1 for as many as fit. A chat's answer may fill the context where this and
+    /// `max_tokens` are missing.
     #[schema(value_type = Option<i64>, minimum = -1)]
     max_completion_tokens: Option<Limit>,
-    /// The older name of `max_completion_tokens`, and the only one that OpenAI has for texts; 16 where a text's request has
-    /// neither. 0 generates nothing and is for texts with `echo`.
+    /// The older name of `max_completion_tokens`, and the only one that OpenAI has for texts; 16 where a text's request
+    /// has neither. 0 generates nothing and is for texts with `echo`.
     #[schema(value_type = Option<i64>, minimum = -1)]
     max_tokens: Option<Limit>,
     /// Whether the answer comes as server-sent events.
@@ -105,8 +105,9 @@ pub(super) struct Body {
     /// How many answers; they share the prompt.
     #[schema(value_type = Option<u32>, minimum = 1, maximum = 16, default = 1)]
     n: Option<Count>,
-    /// 0 takes the likeliest token, and 1 leaves the distribution as it is. Where this and the next three are missing, they
-    /// are what the model's file says (`general.sampling.…` in a GGUF), and else llama.cpp's: 0.8, 0.95, 40 and 0.05.
+    /// 0 takes the likeliest token, and 1 leaves the distribution as it is. Where this and the next three are missing,
+    /// they are what the model's file says (`general.sampling.…` in a GGUF), and else llama.cpp's: 0.8, 0.95, 40 and
+    /// 0.05.
     #[schema(minimum = 0, maximum = 2)]
     temperature: Option<f32>,
     /// Keeps the smallest set of tokens whose probabilities sum to this.
@@ -129,8 +130,8 @@ pub(super) struct Body {
     frequency_penalty: Option<f32>,
     /// Added to the logits of tokens by number.
     logit_bias: Option<BTreeMap<String, f32>>,
-    /// Returns the log-probability of each token. Chats take true or false, and `top_logprobs`; texts take the number of the
-    /// likeliest tokens to return in its place, at most 20.
+    /// Returns the log-probability of each token. Chats take true or false, and `top_logprobs`; texts take the number
+    /// of the likeliest tokens to return in its place, at most 20.
     #[schema(inline)]
     logprobs: Option<Logprobs>,
     /// Returns as many of the likeliest tokens in each one's place, where `logprobs` is true.
@@ -174,10 +175,11 @@ pub(super) struct Body {
     continue_final_message: Option<bool>,
     /// Must not be true where `continue_final_message` is. Not OpenAI's.
     add_generation_prompt: Option<bool>,
-    /// Evaluates the answer by itself, slower, so that the same build of the engine gives it again to the bit. Not OpenAI's.
+    /// Evaluates the answer by itself, slower, so that the same build of the engine gives it again to the bit. Not
+    /// OpenAI's.
     deterministic: Option<bool>,
-    /// How long the model stays in memory without work after this: seconds, or a time such as `5m`; -1 for ever, and 0 not at
-    /// all. Workers may bound it. Ollama's, and not OpenAI's.
+    /// How long the model stays in memory without work after this: seconds, or a time such as `5m`; -1 for ever, and 0
+    /// not at all. Workers may bound it. Ollama's, and not OpenAI's.
     #[schema(value_type = Option<Value>)]
     keep_alive: Option<KeepAlive>,
     /// Puts the prompt before the answer, and its log-probabilities before those of the answer.

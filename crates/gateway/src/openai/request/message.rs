@@ -140,7 +140,7 @@ fn join(parts: Vec<Part>, path: &str, of_assistant: bool) -> Result<String, Wire
     Ok(whole)
 }
 
-/// Refuses a part that is no text, by the word that people have for what it holds.
+/// Refuses a part of a message that is not text, and names its kind.
 fn no_text(kind: &str, path: String) -> WireError {
     let what = match kind {
         "image_url" | "image" | "input_image" => "images are",

@@ -21,14 +21,14 @@ pub(super) struct ChatLogprobs<'a> {
 struct ChatToken<'a> {
     #[serde(flatten)]
     #[schema(inline)]
-    told: Told<'a>,
+    token: TopLogprob<'a>,
     /// The likeliest in its place.
-    top_logprobs: Vec<Told<'a>>,
+    top_logprobs: Vec<TopLogprob<'a>>,
 }
 
 #[derive(Serialize, ToSchema)]
 #[schema(as = TopLogprob)]
-struct Told<'a> {
+struct TopLogprob<'a> {
     /// Its text; where it is part of a character, only its bytes tell which.
     #[schema(value_type = String)]
     token: Cow<'a, str>,
@@ -40,7 +40,8 @@ struct Told<'a> {
 /// The likeliest tokens in one place.
 type Likely<'a> = BTreeMap<Cow<'a, str>, f32>;
 
-/// The log-probabilities of a text completion: one column for each fact. Of a prompt that is repeated, nothing comes before the first.
+/// The log-probabilities of a text completion: one column for each fact. Of a prompt that is repeated, nothing comes
+/// before the first.
 #[derive(Debug, Default, PartialEq, Serialize, ToSchema)]
 pub(super) struct TextLogprobs<'a> {
     #[schema(value_type = Vec<String>)]
@@ -73,9 +74,10 @@ impl TextPlace {
 impl<'a> ChatLogprobs<'a> {
     /// Returns `None` where none were asked for.
     pub(super) fn of(tokens: &'a [TokenLogprob]) -> Option<Self> {
-        let content = tokens
-            .iter()
-            .map(|token| ChatToken { told: told(token), top_logprobs: token.top.iter().map(told).collect() });
+        let content = tokens.iter().map(|token| ChatToken {
+            token: top_logprob(token),
+            top_logprobs: token.top.iter().map(top_logprob).collect(),
+        });
         (!tokens.is_empty()).then(|| Self { content: content.collect(), refusal: () })
     }
 }
@@ -109,8 +111,8 @@ fn with_itself(token: &TokenLogprob) -> Likely<'_> {
     token.top.iter().chain([token]).map(|told| (text(told), told.logprob)).collect()
 }
 
-fn told(token: &TokenLogprob) -> Told<'_> {
-    Told { token: text(token), logprob: token.logprob, bytes: &token.bytes }
+fn top_logprob(token: &TokenLogprob) -> TopLogprob<'_> {
+    TopLogprob { token: text(token), logprob: token.logprob, bytes: &token.bytes }
 }
 
 /// Returns a token's text. Where it is part of a character only its bytes tell which.

@@ -19,12 +19,12 @@ pub(crate) struct Sse {
     heading: Heading,
     /// A chunk's JSON up to its choices, the same for each, made once.
     head: Vec<u8>,
-    told: Vec<Told>,
+    choices: Vec<ChoiceState>,
 }
 
-/// What was told of one of several answers.
+/// What was sent of one of several answers.
 #[derive(Clone, Default)]
-struct Told {
+struct ChoiceState {
     /// Whether it has begun.
     role: bool,
     /// Where its next log-probability stands.
@@ -34,8 +34,9 @@ struct Told {
 impl Sse {
     pub(crate) fn new(heading: Heading) -> Self {
         let place = |chars: &usize| TextPlace::of(*chars, heading.echo);
-        let told = heading.prompt_chars.iter().map(|chars| Told { role: false, place: place(chars) }).collect();
-        Self { heading, head: vec![], told }
+        let choices =
+            heading.prompt_chars.iter().map(|chars| ChoiceState { role: false, place: place(chars) }).collect();
+        Self { heading, head: vec![], choices }
     }
 
     fn set_head(&mut self, fingerprint: &str) {
@@ -51,10 +52,10 @@ impl Sse {
     fn content(&mut self, piece: &Piece, out: &mut BytesMut) {
         let content = &piece.content;
         let Content { index, text, logprobs, finish_reason, .. } = content;
-        let Some(told) = self.told.get_mut(*index as usize) else { return };
+        let Some(choice) = self.choices.get_mut(*index as usize) else { return };
         let is_chat = self.heading.endpoint == Endpoint::Chat;
         // A token may be part of a character and bring no text yet. The first piece brings the role in any case.
-        if !content.has_something() && finish_reason.is_none() && (told.role || !is_chat) {
+        if !content.has_something() && finish_reason.is_none() && (choice.role || !is_chat) {
             return;
         }
         out.reserve(64 + self.head.len() + 2 * text.len() + 128);
@@ -63,11 +64,11 @@ impl Sse {
         out.put_slice(&self.head);
         let (index, finish_reason) = (*index, finish_reason.map(FinishReason::as_str));
         if is_chat {
-            let is_first = !std::mem::replace(&mut told.role, true);
+            let is_first = !std::mem::replace(&mut choice.role, true);
             let delta = Delta::of(content, is_first);
             put_json(&ChatChoice { index, delta, logprobs: ChatLogprobs::of(logprobs), finish_reason }, out);
         } else {
-            let logprobs = TextLogprobs::of(logprobs, &mut told.place);
+            let logprobs = TextLogprobs::of(logprobs, &mut choice.place);
             put_json(&TextChoice { index, text, logprobs, finish_reason }, out);
         }
         out.put_slice(if self.heading.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" });
