@@ -39,7 +39,6 @@ pub struct Piece {
     pub attempt: u32,
     /// The model that answers, where it says so; the first piece does.
     pub model: Option<ModelKey>,
-    /// What it brings.
     pub content: Content,
     /// How the answer ended, in its last piece.
     pub end: Option<End>,
@@ -93,9 +92,7 @@ impl Content {
 /// How much was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Expected {
-    /// Answers.
     pub(crate) choices: u32,
-    /// Vectors.
     pub(crate) embeddings: u32,
 }
 
@@ -115,9 +112,7 @@ impl Expected {
 /// How an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct End {
-    /// Why.
     pub reason: FinishReason,
-    /// What it took.
     pub usage: TokenUsage,
 }
 

@@ -47,29 +47,20 @@ const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconn
 pub enum GatewayError {
     /// The address can't be had.
     #[error("could not listen on {address}")]
-    Bind {
-        /// The address.
-        address: SocketAddr,
-        /// Why.
-        source: std::io::Error,
-    },
+    Bind { address: SocketAddr, source: std::io::Error },
     /// Only one of the two TLS files is configured.
     #[error("tls_cert and tls_key are given both or not at all")]
     TlsIncomplete,
     /// A TLS file can't be used.
     #[error("could not use the TLS file {}: {reason}", path.display())]
     Tls {
-        /// The file.
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
     },
     /// A configured origin is invalid.
     #[error("cors_origins: {origin:?} is not an origin such as https://app.example.com")]
-    Origin {
-        /// What was given.
-        origin: String,
-    },
+    Origin { origin: String },
 }
 
 /// An open HTTP address, ready to serve.

@@ -23,7 +23,6 @@ pub(crate) struct Quota {
 }
 
 impl Quota {
-    /// Lets everything pass.
     pub(crate) const UNLIMITED: Self = Self { burst: u32::MAX, per_minute: u32::MAX };
 }
 

@@ -29,7 +29,6 @@ pub struct RequestContext {
     pub trace_id: TraceId,
     /// Where it comes from.
     pub origin: Option<Origin>,
-    /// When it came.
     pub received: Instant,
 }
 

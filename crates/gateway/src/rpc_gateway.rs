@@ -50,12 +50,14 @@ struct Opened {
 
 /// Whose words a job and its answer are in.
 enum Wording {
-    /// Ours.
     Native,
     /// `OpenAI`'s.
     Generation(Heading),
     /// `OpenAI`'s, for vectors.
-    Vectors { model: String, encoding: Encoding },
+    Vectors {
+        model: String,
+        encoding: Encoding,
+    },
 }
 
 impl RpcGateway {

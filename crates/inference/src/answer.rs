@@ -17,7 +17,7 @@ pub struct Progress {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenLogprob {
-    /// The token.
+    /// Id of the token in the model's vocabulary.
     pub token: u32,
     /// Its bytes, which need not be whole characters.
     pub bytes: Vec<u8>,

@@ -8,10 +8,10 @@ use serde_json::Value;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum OutputFormat {
-    /// Any.
+    /// Free text, without a constraint.
     #[default]
     Text,
-    /// A JSON object.
+    /// Any JSON object.
     Json,
     /// JSON that the schema allows.
     JsonSchema(Value),

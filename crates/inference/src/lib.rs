@@ -3,6 +3,8 @@
 //! No I/O. The types are written in JSON as they travel between nodes (`protocol` versions the messages around them and
 //! publishes their schemas), and in the same form between a worker and its engine processes.
 
+#![warn(missing_docs)]
+
 pub mod answer;
 pub mod constraint;
 pub mod limits;

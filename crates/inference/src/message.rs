@@ -9,7 +9,7 @@ use crate::tool::ToolCall;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Message {
-    /// Who speaks.
+    /// Author of the message.
     pub role: Role,
     /// What is said; may be empty where an assistant only calls functions.
     #[serde(default)]
@@ -36,15 +36,15 @@ impl Message {
     }
 }
 
-/// Who speaks.
+/// Author of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// Instructions of whoever built the application.
     System,
-    /// A person.
+    /// The user of the model.
     User,
-    /// The model.
+    /// The model itself.
     Assistant,
     /// A function that the model called.
     Tool,

@@ -8,7 +8,7 @@ pub struct MalformedId {
     pub part: &'static str,
     /// What was found, cut to 80 characters.
     pub found: String,
-    /// What was expected.
+    /// Description of what is accepted.
     pub expected: &'static str,
 }
 
@@ -28,7 +28,7 @@ macro_rules! text_id {
         pub struct $name(std::sync::Arc<str>);
 
         impl $name {
-            /// Returns the text.
+            /// Returns the name as text.
             pub fn as_str(&self) -> &str {
                 &self.0
             }

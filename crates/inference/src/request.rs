@@ -138,7 +138,7 @@ impl Input {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum EmbedInput {
-    /// Text.
+    /// One text.
     Text(String),
     /// Tokens of the model.
     Tokens(Vec<u32>),

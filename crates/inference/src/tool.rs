@@ -25,11 +25,11 @@ pub enum ToolChoice {
     /// As it sees fit.
     #[default]
     Auto,
-    /// Never.
+    /// No calls.
     None,
-    /// At least one.
+    /// At least one call.
     Required,
-    /// This one.
+    /// A call of this function.
     Function(String),
 }
 
@@ -45,7 +45,7 @@ impl ToolChoice {
 pub struct ToolCall {
     /// The call's name within the conversation.
     pub id: String,
-    /// The function's name.
+    /// Name of the function, as the model calls it.
     pub name: String,
     /// Its arguments as JSON text; a model may write text that is not JSON.
     pub arguments: String,
@@ -60,7 +60,7 @@ pub struct ToolCallDelta {
     /// The call's name within the conversation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// The function's name.
+    /// Name of the function, in the first part of a call.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Text to append to its arguments.

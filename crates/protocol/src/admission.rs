@@ -33,7 +33,7 @@ pub enum Exclusion {
     /// Its certificate has ended.
     #[error("this node's certificate has ended, join again with a new invite")]
     Ended,
-    /// It was expelled.
+    /// The node was revoked.
     #[error("this node was revoked; to come back it needs a new key and a new invite")]
     Revoked,
     /// Its certificate is for other roles.

@@ -14,9 +14,9 @@ pub enum DecodeError {
     /// There are more bytes than allowed.
     #[error("the message has {bytes} bytes, more than {max}")]
     TooLarge {
-        /// Its length.
+        /// Length of the message.
         bytes: usize,
-        /// The limit.
+        /// Maximum length.
         max: usize,
     },
     /// The bytes are not JSON.
@@ -100,7 +100,7 @@ fn plain_reason(error: &serde_json::Error) -> String {
     }
 }
 
-/// Writes a message.
+/// Encodes a message as JSON.
 pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
     serde_json::to_vec(message).expect("messages hold nothing that JSON cannot say")
 }

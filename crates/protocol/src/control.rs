@@ -93,13 +93,13 @@ pub struct Empty {}
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum NodeRole {
-    /// Takes requests.
+    /// Accepts requests of clients.
     Gateway,
-    /// Places jobs.
+    /// Places jobs on workers.
     Orchestrator,
     /// Knows models and tokens.
     Registry,
-    /// Runs jobs.
+    /// Loads models and runs jobs.
     Worker,
 }
 
@@ -107,11 +107,11 @@ pub enum NodeRole {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeInfo {
-    /// What it does.
+    /// Roles that the node serves.
     pub roles: Vec<NodeRole>,
-    /// Where it stands.
+    /// Region of the node.
     pub region: Region,
-    /// The program's version.
+    /// Version of the program.
     pub version: String,
 }
 
@@ -122,15 +122,15 @@ pub type PresenceReport = Signed;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Fleet {
-    /// Each live worker.
+    /// Live workers, in no particular order.
     pub workers: Vec<FleetWorker>,
 }
 
-/// One live worker.
+/// A live worker as an orchestrator sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FleetWorker {
-    /// Its last report.
+    /// Last accepted health report.
     pub report: HealthReport,
     /// Milliseconds since that report came.
     pub age_ms: u64,
@@ -156,9 +156,9 @@ pub struct TokenGrant {
     pub tenant_id: TenantId,
     /// What it may do.
     pub scopes: Vec<Scope>,
-    /// The tenant's rules.
+    /// Policy of the tenant.
     pub policy: TenantPolicy,
-    /// When it ends.
+    /// Expiry of the token; `None` for never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<UnixMillis>,
 }
@@ -174,7 +174,7 @@ pub struct TokenCreate {
     pub name: String,
     /// What it may do.
     pub scopes: Vec<Scope>,
-    /// When it ends.
+    /// Expiry of the token; `None` for never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<UnixMillis>,
     /// Sets the tenant's requests a minute; 0 removes the limit.
@@ -188,9 +188,9 @@ pub struct TokenCreate {
 pub struct TokenCreated {
     /// The whole token, told this once.
     pub token: String,
-    /// Its public part.
+    /// Public part of the token.
     pub key_id: String,
-    /// Whose it is.
+    /// Tenant that the token belongs to.
     pub tenant_id: TenantId,
 }
 
@@ -198,7 +198,7 @@ pub struct TokenCreated {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenList {
-    /// The oldest first.
+    /// All tokens, oldest first.
     pub tokens: Vec<TokenInfo>,
 }
 
@@ -206,9 +206,9 @@ pub struct TokenList {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenInfo {
-    /// Its public part.
+    /// Public part of the token.
     pub key_id: String,
-    /// Whose it is.
+    /// Tenant that the token belongs to.
     pub tenant_id: TenantId,
     /// What it is for, for people.
     pub name: String,
@@ -216,7 +216,7 @@ pub struct TokenInfo {
     pub scopes: Vec<Scope>,
     /// When it was made.
     pub created_at: UnixMillis,
-    /// When it ends.
+    /// Expiry of the token; `None` for never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<UnixMillis>,
     /// When it was revoked.
@@ -228,7 +228,7 @@ pub struct TokenInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenRevoke {
-    /// Its public part.
+    /// Public part of the token.
     pub key_id: String,
 }
 
@@ -244,9 +244,9 @@ pub struct TokenRevoked {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
-    /// Run models.
+    /// May submit jobs.
     Infer,
-    /// Operate the network.
+    /// May call the admin API.
     Admin,
 }
 
@@ -335,7 +335,7 @@ pub struct ModelKeep {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelMove {
-    /// The model.
+    /// Name and version of the model.
     #[serde(flatten)]
     pub key: ModelKey,
     /// Whether it is to be in memory.
@@ -349,7 +349,7 @@ pub struct ModelMove {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelPlaces {
-    /// The model.
+    /// Name and version of the model.
     #[serde(flatten)]
     pub key: ModelKey,
     /// The workers that serve it.
@@ -360,9 +360,9 @@ pub struct ModelPlaces {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelPlace {
-    /// The worker.
+    /// Worker that serves the model.
     pub worker_id: WorkerId,
-    /// Where it is.
+    /// Whether the worker has it in memory.
     pub state: ModelPlaceState,
     /// Why it is not where it is wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -373,11 +373,11 @@ pub struct ModelPlace {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ModelPlaceState {
-    /// In memory.
+    /// In memory and ready.
     Loaded,
     /// On its way there.
     Loading,
-    /// Not in memory.
+    /// Served, but not in memory.
     Unloaded,
     /// In memory, because jobs run on it.
     InUse,
@@ -431,7 +431,7 @@ pub struct AliasRemoved {
     pub found: bool,
 }
 
-/// Every alias.
+/// All aliases of the network.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AliasList {
@@ -443,12 +443,12 @@ pub struct AliasList {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AdapterAdd {
-    /// The model.
+    /// Name of the model.
     pub model_id: ModelName,
     /// Its version; the newest where it is missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<ModelVersion>,
-    /// The adapter's name.
+    /// Name of the adapter.
     pub adapter: AdapterName,
     /// SHA-256 of the artifact.
     pub digest: Digest,
@@ -463,12 +463,12 @@ pub struct AdapterAdd {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AdapterRemove {
-    /// The model.
+    /// Name of the model.
     pub model_id: ModelName,
     /// Its version; the newest where it is missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<ModelVersion>,
-    /// The adapter's name.
+    /// Name of the adapter.
     pub adapter: AdapterName,
 }
 
@@ -492,7 +492,7 @@ pub struct AdapterList {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PolicyRequest {
-    /// The tenant.
+    /// Tenant whose policy this is.
     pub tenant_id: TenantId,
 }
 
@@ -537,9 +537,9 @@ pub struct InviteCreate {
 pub struct InviteCreated {
     /// The whole invite, told this once.
     pub invite: String,
-    /// Its public name.
+    /// Public id of the invite.
     pub invite_id: InviteId,
-    /// When it ends.
+    /// Expiry of the invite.
     pub expires_at: UnixMillis,
 }
 
@@ -547,7 +547,7 @@ pub struct InviteCreated {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct InviteRedeem {
-    /// Its public name.
+    /// Public id of the invite.
     pub invite_id: InviteId,
     /// Its secret in hex.
     pub secret: String,
@@ -572,7 +572,7 @@ pub struct Enrolled {
 pub struct NodeRevoke {
     /// An API token that may operate the network.
     pub token: String,
-    /// The node.
+    /// Public key of the node.
     pub public_key: PublicKey,
 }
 
@@ -593,7 +593,7 @@ pub struct NodeRename {
     /// An API token that may operate the network. By HTTP it is the request's own.
     #[serde(default)]
     pub token: String,
-    /// The node.
+    /// Public key of the node.
     pub public_key: PublicKey,
     /// Its new name, for people.
     pub name: String,
@@ -637,7 +637,7 @@ pub struct NodeList {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeEntry {
-    /// Its key.
+    /// Public key of the node.
     pub public_key: PublicKey,
     /// Its name, for people.
     pub name: String,
@@ -690,7 +690,7 @@ pub struct PoolStateRequest {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PoolState {
-    /// The list's version.
+    /// Version of the revocation list that the caller has.
     pub version: u64,
     /// The list, where the caller has another version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -709,7 +709,7 @@ pub struct ClockReading {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ExplainRequest {
-    /// The job.
+    /// Id of the job.
     pub correlation_id: CorrelationId,
 }
 
@@ -717,7 +717,7 @@ pub struct ExplainRequest {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Decision {
-    /// The job.
+    /// Id of the job.
     pub correlation_id: CorrelationId,
     /// Whose job it is.
     pub tenant_id: TenantId,
@@ -729,9 +729,9 @@ pub struct Decision {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptDecision {
-    /// Counted from 1.
+    /// Number of the attempt, from 1.
     pub attempt: u32,
-    /// The worker chosen.
+    /// Worker that was chosen; `None` if no candidate was left.
     pub chosen: Option<WorkerId>,
     /// What became of it.
     pub outcome: String,
@@ -745,12 +745,12 @@ pub struct AttemptDecision {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CandidateScore {
-    /// The worker.
+    /// Worker that was scored.
     pub worker_id: WorkerId,
     /// The model that it would run, where several may run the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelKey>,
-    /// The weighted sum.
+    /// Weighted sum of the terms.
     pub score: f64,
     /// Exact version served, and resident.
     pub model_match: f64,
@@ -770,7 +770,7 @@ pub struct CandidateScore {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RefusedWorker {
-    /// The worker.
+    /// Worker that was ruled out.
     pub worker_id: WorkerId,
     /// The model that it would have run, where several may run the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -32,7 +32,7 @@ pub enum ErrorCode {
     ModelNotAllowed,
     /// No such model or version.
     ModelNotFound,
-    /// No such path.
+    /// The gateway has no such path.
     NotFound,
     /// The path does not take this method.
     MethodNotAllowed,
@@ -54,7 +54,7 @@ pub enum ErrorCode {
     EngineCrashed,
     /// Engines crashed on this request again and again: it is not run any more.
     RequestCrashesEngine,
-    /// The deadline passed.
+    /// The deadline passed before the answer began.
     DeadlineExceeded,
     /// No worker has room.
     NoCapacity,
@@ -247,7 +247,7 @@ impl fmt::Display for ErrorCode {
 #[serde(rename_all = "camelCase")]
 #[error("{code}: {message}")]
 pub struct WireError {
-    /// What went wrong.
+    /// Code by which programs tell errors apart.
     pub code: ErrorCode,
     /// What went wrong and what to do, for people. Never an address, a path or a secret.
     pub message: String,
@@ -269,7 +269,7 @@ pub struct WireError {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LoadingModel {
-    /// The model.
+    /// The model that is being loaded.
     pub model: ModelKey,
     /// Stands for the worker that is farthest; it says nothing of it, but is the same each time.
     pub node: String,

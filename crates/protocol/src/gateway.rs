@@ -67,11 +67,11 @@ impl fmt::Debug for GatewaySubmission {
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Gateway.Answer")]
 pub struct GatewayAnswer {
-    /// The job.
+    /// Id of the job.
     pub correlation_id: CorrelationId,
     /// The model that answered.
     pub model_id: ModelName,
-    /// Its version.
+    /// Version of the model that answered.
     pub version: ModelVersion,
     /// The answer, or the first of several.
     #[serde(flatten)]
@@ -82,7 +82,7 @@ pub struct GatewayAnswer {
     /// Vectors, where they were asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub embeddings: Vec<Embedding>,
-    /// What it took.
+    /// Tokens that are billed.
     pub usage: TokenUsage,
     /// The try that answered, counted from 1.
     pub attempt: u32,
@@ -103,7 +103,7 @@ pub struct Choice {
     /// One for each token, where they were asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<TokenLogprob>,
-    /// Why it ended.
+    /// Why generation ended.
     pub finish_reason: FinishReason,
 }
 
@@ -111,7 +111,7 @@ pub struct Choice {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelsRequest {
-    /// The API token.
+    /// API token of the caller.
     pub token: String,
 }
 

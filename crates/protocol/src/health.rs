@@ -37,7 +37,7 @@ pub struct HealthReport {
     pub v: u32,
     /// The worker's public key in hex.
     pub worker_id: WorkerId,
-    /// The same key.
+    /// The key that signs the report; equal to `worker_id`.
     pub pub_key: PublicKey,
     /// Where the worker stands.
     pub region: Region,
@@ -84,9 +84,9 @@ pub struct HealthReport {
 pub struct Capacity {
     /// Jobs that run side by side at most.
     pub slots: u32,
-    /// Jobs that run.
+    /// Running jobs.
     pub running: u32,
-    /// Jobs that wait.
+    /// Queued jobs.
     pub waiting: u32,
     /// Jobs that may wait at most.
     pub queue_max: u32,
@@ -133,7 +133,7 @@ impl Capacity {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CachedModel {
-    /// Name and version.
+    /// Name and version of the model.
     #[serde(flatten)]
     pub key: ModelKey,
     /// SHA-256 of the artifact it was loaded from.
@@ -260,7 +260,7 @@ fn is_true(flag: &bool) -> bool {
 pub enum ModelState {
     /// On its way into memory.
     Loading,
-    /// Ready to answer.
+    /// Loaded and ready for jobs.
     Ready,
     /// Failed to load or died; it is tried again.
     Error,

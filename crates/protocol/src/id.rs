@@ -43,9 +43,9 @@ text_id! {
 /// A model's version, `MAJOR.MINOR`. The greater is the newer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModelVersion {
-    /// The first number.
+    /// `MAJOR` of `MAJOR.MINOR`.
     pub major: u32,
-    /// The second number.
+    /// `MINOR` of `MAJOR.MINOR`.
     pub minor: u32,
 }
 

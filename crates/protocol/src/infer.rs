@@ -28,11 +28,11 @@ pub const START: &str = "infer.start";
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Infer.Request")]
 pub struct InferRequest {
-    /// Who pays.
+    /// Tenant that is billed.
     pub tenant_id: TenantId,
     /// The model to run.
     pub model_id: ModelName,
-    /// Its version.
+    /// Version of the model.
     pub version: ModelVersion,
     /// Models that may run it as well; at most [`crate::model::ALTERNATIVES_MAX`] are considered. A worker is sent
     /// none.
@@ -40,7 +40,7 @@ pub struct InferRequest {
     pub alternatives: Vec<ModelKey>,
     /// What to answer, and how.
     pub input: Input,
-    /// The job's name.
+    /// Id of the job in logs, traces and stores.
     pub correlation_id: CorrelationId,
     /// The same token never runs a job twice.
     pub retry_token: RetryToken,
@@ -102,12 +102,12 @@ pub struct InferSubmission {
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Infer.Chunk")]
 pub struct InferChunk {
-    /// The job.
+    /// Id of the job.
     pub correlation_id: CorrelationId,
     /// Its place in the answer, counted from 0 without gaps. A chunk with `progress` has the place of the one that
     /// comes next, and takes none.
     pub seq: u64,
-    /// What it brings.
+    /// Part of the answer.
     pub payload: Payload,
     /// The model that answers: in the first chunk, and in those with `progress` that come before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -129,7 +129,7 @@ pub const PROGRESS_WITHIN: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Payload {
-    /// Text to append.
+    /// Text to append to the answer.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub text: String,
     /// Text to append to what the model thinks before it answers.
@@ -177,7 +177,7 @@ pub struct Embedding {
 }
 
 impl Embedding {
-    /// Writes a vector.
+    /// Encodes a vector as base64 of little-endian 32-bit floats.
     pub fn new(index: u32, vector: &[f32]) -> Self {
         let bytes: Vec<u8> = vector.iter().flat_map(|number| number.to_le_bytes()).collect();
         Self { index, base64: BASE64_STANDARD.encode(bytes) }

@@ -15,7 +15,7 @@ use crate::id::{AdapterName, Digest, MalformedId, ModelName, ModelVersion};
 #[serde(try_from = "String", into = "String")]
 #[schemars(with = "String")]
 pub struct ModelRef {
-    /// The model's name.
+    /// Name without version or adapter.
     pub name: ModelName,
     /// The version asked for.
     pub version: Option<ModelVersion>,
@@ -100,9 +100,9 @@ impl AliasEntry {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelKey {
-    /// The model's name.
+    /// Name without version.
     pub model_id: ModelName,
-    /// Its version.
+    /// Version of the bytes: a name and version never change theirs.
     pub version: ModelVersion,
 }
 
@@ -116,14 +116,14 @@ impl fmt::Display for ModelKey {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelEntry {
-    /// Name and version.
+    /// Name and version of the model.
     #[serde(flatten)]
     pub key: ModelKey,
     /// SHA-256 of the artifact; for a model of an adopted server, see [`remote_digest`].
     pub digest: Digest,
     /// Length of the artifact in bytes; 0 for a model of an adopted server.
     pub bytes: u64,
-    /// Tokens of context.
+    /// Context length in tokens.
     pub context_length: u32,
     /// One line for people.
     #[serde(default)]
@@ -186,11 +186,11 @@ impl ModelFacts {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Capability {
-    /// Continues texts.
+    /// `/v1/completions`: continues a text.
     Completion,
-    /// Takes conversations.
+    /// `/v1/chat/completions`: answers a conversation.
     Chat,
-    /// Calls tools.
+    /// Calls the functions that a request offers.
     Tools,
     /// Thinks before it answers.
     Reasoning,
@@ -224,7 +224,7 @@ pub struct ModelOffer {
     /// What answers for it.
     #[serde(flatten)]
     pub source: OfferedSource,
-    /// Tokens of context.
+    /// Context length in tokens.
     pub context_length: u32,
     /// What its file says of it, where the worker has read it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -265,7 +265,7 @@ pub struct AdapterKey {
     /// The model's name and version.
     #[serde(flatten)]
     pub model: ModelKey,
-    /// The adapter's name.
+    /// Name of the adapter, unique for its model.
     pub adapter: AdapterName,
 }
 

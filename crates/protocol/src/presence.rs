@@ -15,7 +15,7 @@ pub const SKEW_MAX: Duration = Duration::from_secs(5);
 /// The last report believed of a worker; a later one has a greater pair.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HighWater {
-    /// The worker's start.
+    /// Epoch of the worker: how often it was started.
     pub epoch: u64,
     /// The report within it.
     pub seq: u64,
@@ -27,7 +27,7 @@ pub enum Rejection {
     /// More bytes than a report may have.
     #[error("the report is too large")]
     TooLarge,
-    /// Not a report.
+    /// The bytes are not a health report.
     #[error("the report is malformed")]
     Malformed,
     /// Another version of the contract.
@@ -84,7 +84,7 @@ pub struct Facts<'a> {
     pub admitted: &'a dyn Fn(&Region) -> Result<(), Exclusion>,
     /// The last report believed of this worker.
     pub high_water: Option<HighWater>,
-    /// The present.
+    /// Present time.
     pub now: UnixMillis,
 }
 

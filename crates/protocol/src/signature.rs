@@ -40,13 +40,13 @@ impl std::fmt::Debug for NodeKey {
     }
 }
 
-/// A signed text.
+/// A text with its signature.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Signed {
     /// The text, exactly as it was signed: a JSON document in a string.
     pub body: String,
-    /// Who signed it.
+    /// Public key of the signer.
     pub key: PublicKey,
     /// The ed25519 signature, 128 lower-case hex digits.
     pub signature: String,

@@ -21,7 +21,7 @@ const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmn
 /// What a token is for. Both are as secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TokenKind {
-    /// Real work.
+    /// `tth_live_`: for real work.
     Live,
     /// Trials and automated tests.
     Test,
@@ -47,7 +47,7 @@ pub struct ApiToken {
 /// Why a text is not a token. It never quotes the text, which may be a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MalformedToken {
-    /// It begins otherwise.
+    /// The prefix is not that of a token.
     #[error("an API token begins with tth_live_ or tth_test_")]
     Prefix,
     /// It was cut, or has something appended.

@@ -6,7 +6,6 @@ use protocol::usage::TokenUsage;
 
 use super::{Expected, Piece};
 
-/// A whole answer.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Whole {
     /// As many as were asked for.
@@ -15,7 +14,6 @@ pub(crate) struct Whole {
     pub(crate) embeddings: Vec<Embedding>,
     /// The tokens of the prompt, where no more was asked for.
     pub(crate) input_tokens: Option<u32>,
-    /// What it took.
     pub(crate) usage: TokenUsage,
 }
 

@@ -13,7 +13,6 @@ use super::errors::ApiError;
 use crate::gateway::Gateway;
 use crate::request_context::RequestContext;
 
-/// What handlers need.
 #[derive(Clone)]
 pub(super) struct Bridge {
     pub(super) gateway: Gateway,

@@ -20,7 +20,6 @@ use crate::config::{Config, seconds};
 pub(super) struct Limits {
     /// For a request's head, or a TLS handshake.
     pub(super) head: Duration,
-    /// Between requests.
     idle: Duration,
     /// To make room for more of an answer.
     write: Duration,
@@ -40,7 +39,6 @@ impl Limits {
 #[derive(Debug)]
 pub(super) struct Activity {
     begun: Instant,
-    /// Requests being answered.
     requests: AtomicUsize,
     /// Since when no request is being answered.
     idle_since: AtomicU64,

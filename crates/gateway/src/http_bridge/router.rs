@@ -37,7 +37,6 @@ const EXPOSED: [&str; 14] = [
 
 static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| openapi::write(routes().get_openapi()));
 
-/// Builds the router.
 pub(super) fn router(bridge: Bridge) -> Router {
     let origins = bridge.gateway.config().cors_origins.clone();
     let router = Router::from(routes()).fallback(no_path).method_not_allowed_fallback(no_method).with_state(bridge);

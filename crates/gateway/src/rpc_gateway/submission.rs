@@ -12,11 +12,9 @@ use crate::openai::request::{Encoding, Generation, Vectors, parse_chat, parse_co
 
 /// What an RPC client sends, with its job still unread: whoever has no good token is not read to the end.
 pub struct Submission {
-    /// The API token.
     pub token: Option<String>,
     /// The W3C trace context that the job goes on with.
     pub traceparent: Option<String>,
-    /// The job.
     pub job: UnreadJob,
 }
 
@@ -43,7 +41,6 @@ pub struct Read {
 
 /// Whose words a job came in.
 pub(crate) enum Words {
-    /// Ours.
     Native,
     /// `OpenAI`'s, for an answer.
     Generation {

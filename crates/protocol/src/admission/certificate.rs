@@ -13,7 +13,7 @@ use crate::signature::{NodeKey, Signed};
 
 /// The kind under which certificates are signed.
 pub const KIND: &str = "certificate";
-/// The contract's version.
+/// Version of the format.
 pub const VERSION: u32 = 1;
 /// The largest certificate taken, in bytes.
 pub const CERTIFICATE_BYTES_MAX: usize = 64 * 1024;
@@ -29,7 +29,7 @@ pub struct Certificate {
     pub serial: u64,
     /// The pool: its root's public key, which signs this.
     pub pool: PublicKey,
-    /// The node.
+    /// Public key of the node.
     pub public_key: PublicKey,
     /// What it may be.
     pub roles: Vec<NodeRole>,
@@ -39,9 +39,9 @@ pub struct Certificate {
     /// The models it may serve as a worker; none for all.
     #[serde(default)]
     pub models: Vec<ModelName>,
-    /// When it begins.
+    /// Beginning of validity.
     pub not_before: UnixMillis,
-    /// When it ends.
+    /// End of validity.
     pub not_after: UnixMillis,
 }
 
@@ -51,22 +51,22 @@ pub enum CertificateError {
     /// More bytes than a certificate may have.
     #[error("the certificate is too large")]
     TooLarge,
-    /// Not a certificate.
+    /// The bytes are not a certificate.
     #[error("the certificate is malformed")]
     Malformed,
     /// Another version of the contract.
     #[error("the certificate has another version")]
     Version,
-    /// Another pool's.
+    /// The certificate is signed by another root key.
     #[error("the certificate is of another pool")]
     Pool,
-    /// Another node's.
+    /// The certificate names another public key.
     #[error("the certificate is for another key")]
     Holder,
     /// It has not begun.
     #[error("the certificate has not begun yet; are the clocks right?")]
     Early,
-    /// It has ended.
+    /// The certificate has expired.
     #[error("the certificate has ended, join again with a new invite")]
     Ended,
     /// The signature does not verify.

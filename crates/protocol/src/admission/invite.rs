@@ -39,11 +39,11 @@ pub struct Invite {
     pub pool: PublicKey,
     /// The registry that redeems it.
     pub registry: PublicKey,
-    /// Its public name.
+    /// Public id of the invite.
     pub id: InviteId,
-    /// What proves it.
+    /// Secret that proves possession.
     pub secret: InviteSecret,
-    /// When it ends.
+    /// Expiry of the invite.
     pub expires_at: UnixMillis,
     /// What the node may become.
     pub roles: Vec<NodeRole>,
@@ -56,7 +56,7 @@ pub struct Invite {
 /// Why a text is not an invite. It never quotes the text, which holds a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MalformedInvite {
-    /// It begins otherwise.
+    /// The prefix is not that of an invite.
     #[error("an invite begins with {PREFIX}")]
     Prefix,
     /// It is longer than any invite.
@@ -74,13 +74,13 @@ pub enum MalformedInvite {
     /// A newer program wrote it.
     #[error("the invite has version {found}, and this program reads version {VERSION}")]
     Version {
-        /// Its version.
+        /// Version that was found.
         found: u8,
     },
     /// Its content makes no sense.
     #[error("the invite's {part} is malformed")]
     Content {
-        /// Which part.
+        /// Name of the malformed part.
         part: &'static str,
     },
 }

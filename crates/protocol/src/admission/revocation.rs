@@ -11,7 +11,7 @@ use crate::signature::{NodeKey, Signed};
 
 /// The kind under which revocation lists are signed.
 pub const KIND: &str = "revocations";
-/// The contract's version.
+/// Version of the format.
 pub const VERSION: u32 = 1;
 /// The largest list taken, in bytes: some hundred thousand keys.
 pub const LIST_BYTES_MAX: usize = 8 * 1024 * 1024;
@@ -27,7 +27,7 @@ pub struct RevocationList {
     pub pool: PublicKey,
     /// Grows with each revocation; 0 before the first.
     pub version: u64,
-    /// The expelled nodes.
+    /// Public keys of the revoked nodes.
     pub keys: BTreeSet<PublicKey>,
 }
 
@@ -37,13 +37,13 @@ pub enum RevocationError {
     /// More bytes than a list may have.
     #[error("the revocation list is too large")]
     TooLarge,
-    /// Not a list.
+    /// The bytes are not a revocation list.
     #[error("the revocation list is malformed")]
     Malformed,
     /// Another version of the contract.
     #[error("the revocation list has another version of the contract")]
     Version,
-    /// Another pool's.
+    /// The list is signed by another root key.
     #[error("the revocation list is of another pool")]
     Pool,
     /// The signature does not verify.
