@@ -4,19 +4,8 @@
 //! [`MetadataStore`] is the one interface; [`SqliteStore`] keeps it in a file. The orchestrator and the registry each
 //! own a store of their own. A call that returned `Ok` is on the disk.
 
-mod adapters;
-mod admission;
-mod aliases;
-mod jobs;
 mod metadata_store;
-mod models;
-mod presence;
-mod quotas;
-mod reservations;
-mod row;
 mod sqlite;
-mod tokens;
-mod usage;
 
 pub use metadata_store::{
     FinaliseError, Finalised, InviteRecord, InviteRedemption, JobError, JobKey, JobRecord, JobState, MetadataStore,

@@ -3,8 +3,19 @@
 //! Writes go to one thread that commits whatever waits as one group; reads go to another, so that they never wait
 //! behind a commit. Calls wait without blocking the async runtime.
 
-mod lane;
+mod adapters;
+mod admission;
+mod aliases;
+mod db_thread;
+mod jobs;
+mod models;
 mod open;
+mod policies;
+mod presence;
+mod reservations;
+mod row;
+mod tokens;
+mod usage;
 mod writer;
 
 use std::path::Path;
@@ -18,14 +29,13 @@ use protocol::presence::HighWater;
 use protocol::{CorrelationId, InviteId, ModelName, PublicKey, TenantId, UnixMillis, WorkerId};
 use rusqlite::Connection;
 
-use self::lane::Lane;
+use self::db_thread::DbThread;
 pub use self::open::OpenError;
 use crate::metadata_store::{
     FinaliseError, Finalised, InviteRecord, JobKey, JobRecord, MetadataStore, NewCertificate, NewJob, NodeRecord,
     PutAdapterError, PutInviteError, PutModelError, PutTokenError, ReassignError, Reassignment, Redemption,
     ReserveError, Reserved, Revocation, Settlement, StoreError, TokenRecord, UsageCursor, UsageRecord,
 };
-use crate::{adapters, admission, aliases, jobs, models, presence, quotas, reservations, tokens, usage};
 
 /// How a [`SqliteStore`] works. The defaults suit every service.
 #[derive(Debug, Clone)]
@@ -62,7 +72,7 @@ pub struct SqliteStore(Backend);
 
 enum Backend {
     // The reader is dropped first: the last connection to leave takes the write-ahead log along.
-    File { reader: Lane, writer: Lane },
+    File { reader: DbThread, writer: DbThread },
     // Without a disk there is nothing to wait for: each call runs where it is made, in an order the caller decides.
     Memory(Mutex<Option<Connection>>),
 }
@@ -73,13 +83,13 @@ impl SqliteStore {
     /// A file has one store at a time, over all processes of a machine.
     pub fn open(path: impl AsRef<Path>, options: StoreOptions) -> Result<Self, OpenError> {
         let open::Opened { writer, reader, lock } = open::open(path.as_ref(), &options)?;
-        let start = |name: &'static str, work: Box<dyn FnOnce(lane::Tasks) + Send>| {
-            Lane::start(name, &options, work)
+        let start = |name: &'static str, work: Box<dyn FnOnce(db_thread::Tasks) + Send>| {
+            DbThread::start(name, &options, work)
                 .map_err(|error| OpenError::Unwritable { path: path.as_ref().to_owned(), reason: error.to_string() })
         };
         let group_max = options.group_max.max(1);
         Ok(Self(Backend::File {
-            reader: start("store-reader", Box::new(move |tasks| lane::read_all(&reader, tasks)))?,
+            reader: start("store-reader", Box::new(move |tasks| db_thread::read_all(&reader, tasks)))?,
             writer: start(
                 "store-writer",
                 Box::new(move |tasks| {
@@ -223,16 +233,16 @@ impl MetadataStore for SqliteStore {
 
     async fn put_policy(&self, tenant_id: &TenantId, policy: &TenantPolicy) -> Result<(), StoreError> {
         let (tenant_id, policy) = (tenant_id.clone(), policy.clone());
-        self.write(move |connection| quotas::put(connection, &tenant_id, &policy)).await
+        self.write(move |connection| policies::put(connection, &tenant_id, &policy)).await
     }
 
     async fn policy(&self, tenant_id: &TenantId) -> Result<Option<TenantPolicy>, StoreError> {
         let tenant_id = tenant_id.clone();
-        self.read(move |connection| quotas::find(connection, &tenant_id)).await
+        self.read(move |connection| policies::find(connection, &tenant_id)).await
     }
 
     async fn tenants(&self) -> Result<Vec<(TenantId, TenantPolicy)>, StoreError> {
-        self.read(quotas::list).await
+        self.read(policies::list).await
     }
 
     async fn put_model(&self, entry: ModelEntry) -> Result<(), PutModelError> {

@@ -2,10 +2,10 @@
 
 use rusqlite::Connection;
 
-use super::lane::{Operation, Task, Tasks};
+use super::db_thread::{Operation, Task, Tasks};
 use crate::metadata_store::StoreError;
 
-/// Writes until the lane is closed, up to `group_max` operations a commit.
+/// Writes until it is closed, up to `group_max` operations a commit.
 ///
 /// A group is what waits at that moment: nothing is held back to make it larger, so a lone write is as fast as the
 /// disk. While one group is synced the next one gathers by itself.

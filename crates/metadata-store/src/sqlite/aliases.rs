@@ -4,10 +4,10 @@ use protocol::ModelName;
 use protocol::model::{AliasEntry, ModelRef};
 use rusqlite::{Connection, Row, named_params};
 
-use crate::row::{self, integer};
+use super::row::{self, integer};
 
 /// Sets what an alias stands for, unless a model has its name that is not one of its targets.
-pub(crate) fn put(connection: &Connection, entry: &AliasEntry) -> rusqlite::Result<bool> {
+pub(super) fn put(connection: &Connection, entry: &AliasEntry) -> rusqlite::Result<bool> {
     let AliasEntry { alias, target: _, alternatives: _, created_at } = entry;
     let targets: Vec<String> = entry.targets().map(ModelRef::to_string).collect();
     let written = connection
@@ -28,12 +28,12 @@ pub(crate) fn put(connection: &Connection, entry: &AliasEntry) -> rusqlite::Resu
 }
 
 /// Returns every alias.
-pub(crate) fn list(connection: &Connection) -> rusqlite::Result<Vec<AliasEntry>> {
+pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<AliasEntry>> {
     connection.prepare_cached("SELECT * FROM aliases ORDER BY alias")?.query_map((), record)?.collect()
 }
 
 /// Forgets an alias.
-pub(crate) fn remove(connection: &Connection, alias: &ModelName) -> rusqlite::Result<bool> {
+pub(super) fn remove(connection: &Connection, alias: &ModelName) -> rusqlite::Result<bool> {
     let removed = connection.prepare_cached("DELETE FROM aliases WHERE alias = ?1")?.execute((alias.as_str(),))?;
     Ok(removed == 1)
 }

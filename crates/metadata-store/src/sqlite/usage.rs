@@ -4,11 +4,11 @@ use protocol::usage::TokenUsage;
 use protocol::{PublicKey, TenantId};
 use rusqlite::{Connection, Row};
 
+use super::row::{self, integer};
 use crate::metadata_store::{UsageCursor, UsageRecord};
-use crate::row::{self, integer};
 
 /// Bills a job that was settled in the same transaction. A second bill for a job breaks a constraint of the table.
-pub(crate) fn bill(connection: &Connection, job_id: i64, usage: &TokenUsage) -> rusqlite::Result<()> {
+pub(super) fn bill(connection: &Connection, job_id: i64, usage: &TokenUsage) -> rusqlite::Result<()> {
     connection
         .prepare_cached(
             "INSERT INTO usage (job_id, tenant_id, correlation_id, retry_token, model_id, model_version, region,
@@ -22,7 +22,7 @@ pub(crate) fn bill(connection: &Connection, job_id: i64, usage: &TokenUsage) -> 
 }
 
 /// Returns a tenant's records behind a cursor.
-pub(crate) fn list(
+pub(super) fn list(
     connection: &Connection,
     tenant_id: &TenantId,
     after: UsageCursor,

@@ -4,11 +4,11 @@ use protocol::model::{AdapterEntry, AdapterKey, ModelKey};
 use protocol::{Digest, ModelVersion};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
+use super::row::{self, integer};
 use crate::metadata_store::PutAdapterError;
-use crate::row::{self, integer};
 
 /// Registers an adapter of a model version that is registered.
-pub(crate) fn put(connection: &Connection, entry: &AdapterEntry) -> rusqlite::Result<Result<(), PutAdapterError>> {
+pub(super) fn put(connection: &Connection, entry: &AdapterEntry) -> rusqlite::Result<Result<(), PutAdapterError>> {
     let AdapterEntry { key: key @ AdapterKey { model, adapter }, digest, bytes, description, created_at } = entry;
     let written = connection
         .prepare_cached(
@@ -45,7 +45,7 @@ pub(crate) fn put(connection: &Connection, entry: &AdapterEntry) -> rusqlite::Re
 }
 
 /// Returns every adapter.
-pub(crate) fn list(connection: &Connection) -> rusqlite::Result<Vec<AdapterEntry>> {
+pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<AdapterEntry>> {
     connection
         .prepare_cached("SELECT * FROM adapters ORDER BY model_id, version_major, version_minor, adapter")?
         .query_map((), record)?
@@ -53,7 +53,7 @@ pub(crate) fn list(connection: &Connection) -> rusqlite::Result<Vec<AdapterEntry
 }
 
 /// Forgets an adapter.
-pub(crate) fn remove(connection: &Connection, key: &AdapterKey) -> rusqlite::Result<bool> {
+pub(super) fn remove(connection: &Connection, key: &AdapterKey) -> rusqlite::Result<bool> {
     let removed = connection
         .prepare_cached(
             "DELETE FROM adapters WHERE (model_id, version_major, version_minor, adapter) = (?1, ?2, ?3, ?4)",
@@ -63,7 +63,7 @@ pub(crate) fn remove(connection: &Connection, key: &AdapterKey) -> rusqlite::Res
 }
 
 /// Forgets the adapters of a model version.
-pub(crate) fn remove_all(connection: &Connection, model: &ModelKey) -> rusqlite::Result<()> {
+pub(super) fn remove_all(connection: &Connection, model: &ModelKey) -> rusqlite::Result<()> {
     connection
         .prepare_cached("DELETE FROM adapters WHERE (model_id, version_major, version_minor) = (?1, ?2, ?3)")?
         .execute((model.model_id.as_str(), model.version.major, model.version.minor))

@@ -14,17 +14,17 @@ use uuid::Uuid;
 use crate::metadata_store::JobKey;
 
 /// Returns the integer SQLite keeps; it has no room for the upper half of `u64`.
-pub(crate) fn integer(value: u64) -> i64 {
+pub(super) fn integer(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
 /// Returns the error for a column that holds something else than it should.
-pub(crate) fn malformed(column: &str, reason: impl std::fmt::Display) -> rusqlite::Error {
+pub(super) fn malformed(column: &str, reason: impl std::fmt::Display) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(0, Type::Text, format!("{column}: {reason}").into())
 }
 
 /// Reads a name.
-pub(crate) fn parsed<T>(row: &Row<'_>, column: &str) -> rusqlite::Result<T>
+pub(super) fn parsed<T>(row: &Row<'_>, column: &str) -> rusqlite::Result<T>
 where
     T: FromStr<Err: std::fmt::Display>,
 {
@@ -32,7 +32,7 @@ where
 }
 
 /// Reads names that have a blank between them.
-pub(crate) fn parsed_list<T>(row: &Row<'_>, column: &str) -> rusqlite::Result<Vec<T>>
+pub(super) fn parsed_list<T>(row: &Row<'_>, column: &str) -> rusqlite::Result<Vec<T>>
 where
     T: FromStr<Err: std::fmt::Display>,
 {
@@ -41,40 +41,40 @@ where
 }
 
 /// Reads a word of an enum, spelt as on the wire.
-pub(crate) fn word<T: for<'de> Deserialize<'de>>(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<T>> {
+pub(super) fn word<T: for<'de> Deserialize<'de>>(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<T>> {
     let Some(text) = row.get_ref(column)?.as_str_or_null()? else { return Ok(None) };
     let read: Result<T, serde::de::value::Error> = T::deserialize(text.into_deserializer());
     read.map(Some).map_err(|error| malformed(column, error))
 }
 
 /// Reads a JSON document.
-pub(crate) fn json<T: DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<T> {
+pub(super) fn json<T: DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<T> {
     serde_json::from_str(row.get_ref(column)?.as_str()?).map_err(|error| malformed(column, error))
 }
 
 /// Reads a JSON document that may be missing.
-pub(crate) fn json_or_null<T: DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<T>> {
+pub(super) fn json_or_null<T: DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<T>> {
     let Some(text) = row.get_ref(column)?.as_str_or_null()? else { return Ok(None) };
     serde_json::from_str(text).map(Some).map_err(|error| malformed(column, error))
 }
 
 /// Returns a value as a JSON document.
-pub(crate) fn text_of_json(value: &impl Serialize) -> String {
+pub(super) fn text_of_json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("a plain value is JSON")
 }
 
 /// Reads an unsigned number of 64 bits.
-pub(crate) fn unsigned(row: &Row<'_>, column: &str) -> rusqlite::Result<u64> {
+pub(super) fn unsigned(row: &Row<'_>, column: &str) -> rusqlite::Result<u64> {
     u64::try_from(row.get::<_, i64>(column)?).map_err(|error| malformed(column, error))
 }
 
 /// Reads a time.
-pub(crate) fn time(row: &Row<'_>, column: &str) -> rusqlite::Result<UnixMillis> {
+pub(super) fn time(row: &Row<'_>, column: &str) -> rusqlite::Result<UnixMillis> {
     unsigned(row, column).map(UnixMillis)
 }
 
 /// Reads a time that may be missing.
-pub(crate) fn time_or_null(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<UnixMillis>> {
+pub(super) fn time_or_null(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<UnixMillis>> {
     match row.get::<_, Option<i64>>(column)? {
         Some(_) => time(row, column).map(Some),
         None => Ok(None),
@@ -82,7 +82,7 @@ pub(crate) fn time_or_null(row: &Row<'_>, column: &str) -> rusqlite::Result<Opti
 }
 
 /// Reads what makes a job the same job.
-pub(crate) fn job_key(row: &Row<'_>) -> rusqlite::Result<JobKey> {
+pub(super) fn job_key(row: &Row<'_>) -> rusqlite::Result<JobKey> {
     Ok(JobKey {
         tenant_id: parsed(row, "tenant_id")?,
         correlation_id: CorrelationId(Uuid::from_bytes(row.get("correlation_id")?)),
@@ -91,12 +91,12 @@ pub(crate) fn job_key(row: &Row<'_>) -> rusqlite::Result<JobKey> {
 }
 
 /// Reads a model's name and version.
-pub(crate) fn model_key(row: &Row<'_>) -> rusqlite::Result<ModelKey> {
+pub(super) fn model_key(row: &Row<'_>) -> rusqlite::Result<ModelKey> {
     Ok(ModelKey { model_id: parsed(row, "model_id")?, version: parsed(row, "model_version")? })
 }
 
 /// Reads what a job took.
-pub(crate) fn token_usage(row: &Row<'_>) -> rusqlite::Result<TokenUsage> {
+pub(super) fn token_usage(row: &Row<'_>) -> rusqlite::Result<TokenUsage> {
     Ok(TokenUsage {
         prompt_tokens: row.get("prompt_tokens")?,
         completion_tokens: row.get("completion_tokens")?,

@@ -4,12 +4,12 @@ use protocol::model::{ModelEntry, ModelKey};
 use protocol::{Digest, ModelVersion};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
-use crate::adapters;
+use super::adapters;
+use super::row::{self, integer};
 use crate::metadata_store::PutModelError;
-use crate::row::{self, integer};
 
 /// Registers a model version; its digest never changes.
-pub(crate) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Result<Result<(), PutModelError>> {
+pub(super) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Result<Result<(), PutModelError>> {
     let ModelEntry { key, digest, bytes, context_length, description, created_at, facts, added, pin, keep_alive_secs } =
         entry;
     let written = connection
@@ -48,7 +48,7 @@ pub(crate) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Resu
 }
 
 /// Sets how long a model is kept in memory.
-pub(crate) fn keep(
+pub(super) fn keep(
     connection: &Connection,
     key: &ModelKey,
     pin: bool,
@@ -64,7 +64,7 @@ pub(crate) fn keep(
 }
 
 /// Returns every model version.
-pub(crate) fn list(connection: &Connection) -> rusqlite::Result<Vec<ModelEntry>> {
+pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<ModelEntry>> {
     connection
         .prepare_cached("SELECT * FROM models ORDER BY model_id, version_major, version_minor")?
         .query_map((), record)?
@@ -72,7 +72,7 @@ pub(crate) fn list(connection: &Connection) -> rusqlite::Result<Vec<ModelEntry>>
 }
 
 /// Forgets a model version and its adapters.
-pub(crate) fn remove(connection: &Connection, key: &ModelKey) -> rusqlite::Result<bool> {
+pub(super) fn remove(connection: &Connection, key: &ModelKey) -> rusqlite::Result<bool> {
     adapters::remove_all(connection, key)?;
     let removed = connection
         .prepare_cached("DELETE FROM models WHERE (model_id, version_major, version_minor) = (?1, ?2, ?3)")?

@@ -12,10 +12,10 @@ use tokio::time;
 use super::StoreOptions;
 use crate::metadata_store::StoreError;
 
-/// What waits for a lane's thread.
+/// What waits for the thread.
 pub(super) type Tasks = mpsc::Receiver<Task>;
 
-/// Something for a lane's thread to do.
+/// Something for the thread to do.
 pub(super) enum Task {
     /// Run an operation and answer its caller.
     Run(Box<dyn Operation>),
@@ -56,7 +56,7 @@ where
 }
 
 /// A handle on the thread. Dropping it finishes what waits and joins the thread.
-pub(super) struct Lane {
+pub(super) struct DbThread {
     // Taken only by `drop`.
     tasks: Option<mpsc::Sender<Task>>,
     thread: Option<JoinHandle<()>>,
@@ -65,7 +65,7 @@ pub(super) struct Lane {
     patience: Duration,
 }
 
-impl Lane {
+impl DbThread {
     /// Starts the thread.
     pub(super) fn start(
         name: &str,
@@ -109,7 +109,7 @@ impl Lane {
     pub(super) async fn close(&self) {
         if let Some(tasks) = &self.tasks {
             // Not bounded by patience: the thread takes this when it has done what came before. It fails only where
-            // the lane is closed.
+            // it is closed.
             let _ = tasks.send(Task::Close).await;
         }
         let mut finished = self.finished.clone();
@@ -117,7 +117,7 @@ impl Lane {
     }
 }
 
-impl Drop for Lane {
+impl Drop for DbThread {
     fn drop(&mut self) {
         // Without a sender the thread ends by itself when it has done what waits.
         self.tasks.take();
@@ -128,7 +128,7 @@ impl Drop for Lane {
     }
 }
 
-/// Runs reads one by one until the lane is closed.
+/// Runs reads one by one until it is closed.
 pub(super) fn read_all(connection: &Connection, mut tasks: Tasks) {
     while let Some(task) = tasks.blocking_recv() {
         match task {

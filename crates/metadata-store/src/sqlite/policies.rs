@@ -4,10 +4,10 @@ use protocol::TenantId;
 use protocol::policy::TenantPolicy;
 use rusqlite::{Connection, OptionalExtension as _};
 
-use crate::row;
+use super::row;
 
 /// Sets a tenant's rules.
-pub(crate) fn put(connection: &Connection, tenant_id: &TenantId, policy: &TenantPolicy) -> rusqlite::Result<()> {
+pub(super) fn put(connection: &Connection, tenant_id: &TenantId, policy: &TenantPolicy) -> rusqlite::Result<()> {
     let policy = serde_json::to_string(policy).expect("a policy holds nothing that JSON cannot say");
     connection
         .prepare_cached(
@@ -19,7 +19,7 @@ pub(crate) fn put(connection: &Connection, tenant_id: &TenantId, policy: &Tenant
 }
 
 /// Returns a tenant's rules.
-pub(crate) fn find(connection: &Connection, tenant_id: &TenantId) -> rusqlite::Result<Option<TenantPolicy>> {
+pub(super) fn find(connection: &Connection, tenant_id: &TenantId) -> rusqlite::Result<Option<TenantPolicy>> {
     connection
         .prepare_cached("SELECT policy FROM policies WHERE tenant_id = ?1")?
         .query_row((tenant_id.as_str(),), |row| row::json(row, "policy"))
@@ -27,7 +27,7 @@ pub(crate) fn find(connection: &Connection, tenant_id: &TenantId) -> rusqlite::R
 }
 
 /// Returns every tenant that has rules.
-pub(crate) fn list(connection: &Connection) -> rusqlite::Result<Vec<(TenantId, TenantPolicy)>> {
+pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<(TenantId, TenantPolicy)>> {
     connection
         .prepare_cached("SELECT tenant_id, policy FROM policies ORDER BY tenant_id")?
         .query_map((), |row| Ok((row::parsed(row, "tenant_id")?, row::json(row, "policy")?)))?

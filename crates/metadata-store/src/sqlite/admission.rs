@@ -4,13 +4,13 @@ use protocol::{InviteId, PublicKey, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 use serde::Serialize;
 
+use super::row::{self, integer};
 use crate::metadata_store::{
     InviteRecord, InviteRedemption, NewCertificate, NodeRecord, PutInviteError, Redemption, Revocation,
 };
-use crate::row::{self, integer};
 
 /// Adds an invite.
-pub(crate) fn put_invite(
+pub(super) fn put_invite(
     connection: &Connection,
     invite: &InviteRecord,
 ) -> rusqlite::Result<Result<(), PutInviteError>> {
@@ -34,7 +34,7 @@ pub(crate) fn put_invite(
 }
 
 /// Returns an invite.
-pub(crate) fn invite(connection: &Connection, invite_id: InviteId) -> rusqlite::Result<Option<InviteRecord>> {
+pub(super) fn invite(connection: &Connection, invite_id: InviteId) -> rusqlite::Result<Option<InviteRecord>> {
     connection
         .prepare_cached("SELECT * FROM invites WHERE invite_id = ?1")?
         .query_row((invite_id.0,), |row| {
@@ -56,7 +56,7 @@ pub(crate) fn invite(connection: &Connection, invite_id: InviteId) -> rusqlite::
 }
 
 /// Redeems an invite for a node, unless another node has. Its secret and its end are for the caller to check.
-pub(crate) fn redeem_invite(
+pub(super) fn redeem_invite(
     connection: &Connection,
     invite_id: InviteId,
     node: PublicKey,
@@ -78,7 +78,7 @@ pub(crate) fn redeem_invite(
 }
 
 /// Writes a node's next certificate down and returns its number, greater than all before.
-pub(crate) fn put_certificate(connection: &Connection, new: &NewCertificate) -> rusqlite::Result<u64> {
+pub(super) fn put_certificate(connection: &Connection, new: &NewCertificate) -> rusqlite::Result<u64> {
     connection
         .prepare_cached(
             "INSERT INTO nodes (public_key, serial, name, roles, regions, models, joined_at, not_before, not_after)
@@ -105,7 +105,7 @@ pub(crate) fn put_certificate(connection: &Connection, new: &NewCertificate) -> 
 }
 
 /// Returns a node.
-pub(crate) fn node(connection: &Connection, public_key: PublicKey) -> rusqlite::Result<Option<NodeRecord>> {
+pub(super) fn node(connection: &Connection, public_key: PublicKey) -> rusqlite::Result<Option<NodeRecord>> {
     connection
         .prepare_cached(
             "SELECT nodes.*, revoked_at FROM nodes LEFT JOIN revocations USING (public_key) WHERE public_key = ?1",
@@ -115,7 +115,7 @@ pub(crate) fn node(connection: &Connection, public_key: PublicKey) -> rusqlite::
 }
 
 /// Returns every node, the first admitted first.
-pub(crate) fn nodes(connection: &Connection) -> rusqlite::Result<Vec<NodeRecord>> {
+pub(super) fn nodes(connection: &Connection) -> rusqlite::Result<Vec<NodeRecord>> {
     connection
         .prepare_cached(
             "SELECT nodes.*, revoked_at FROM nodes LEFT JOIN revocations USING (public_key)
@@ -126,7 +126,7 @@ pub(crate) fn nodes(connection: &Connection) -> rusqlite::Result<Vec<NodeRecord>
 }
 
 /// Gives a node another name, and says whether there is such a node.
-pub(crate) fn rename_node(connection: &Connection, public_key: PublicKey, name: &str) -> rusqlite::Result<bool> {
+pub(super) fn rename_node(connection: &Connection, public_key: PublicKey, name: &str) -> rusqlite::Result<bool> {
     let renamed =
         connection.prepare_cached("UPDATE nodes SET name = ?2 WHERE public_key = ?1")?.execute((public_key.0, name))?;
     Ok(renamed > 0)
@@ -135,7 +135,7 @@ pub(crate) fn rename_node(connection: &Connection, public_key: PublicKey, name: 
 /// Expels a key and returns the version of the list that names it. The first time counts.
 ///
 /// A version is at least the time of its revocation, so that versions grow even where a store was lost.
-pub(crate) fn revoke_node(connection: &Connection, public_key: PublicKey, now: UnixMillis) -> rusqlite::Result<u64> {
+pub(super) fn revoke_node(connection: &Connection, public_key: PublicKey, now: UnixMillis) -> rusqlite::Result<u64> {
     connection
         .prepare_cached(
             "INSERT INTO revocations (public_key, version, revoked_at)
@@ -149,7 +149,7 @@ pub(crate) fn revoke_node(connection: &Connection, public_key: PublicKey, now: U
 }
 
 /// Returns who was expelled, by version.
-pub(crate) fn revocations(connection: &Connection) -> rusqlite::Result<Vec<Revocation>> {
+pub(super) fn revocations(connection: &Connection) -> rusqlite::Result<Vec<Revocation>> {
     connection
         .prepare_cached("SELECT * FROM revocations ORDER BY version")?
         .query_map((), |row| {

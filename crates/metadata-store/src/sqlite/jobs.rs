@@ -5,11 +5,11 @@ use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, PublicKey, TenantId, TraceId};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
+use super::row::{self, integer};
+use super::{reservations, usage};
 use crate::metadata_store::{
     FinaliseError, Finalised, JobError, JobKey, JobRecord, JobState, Settlement, TerminalState,
 };
-use crate::row::{self, integer};
-use crate::{reservations, usage};
 
 /// Selects jobs with their reservation and their bill, where they have them.
 macro_rules! select_jobs {
@@ -24,7 +24,7 @@ macro_rules! select_jobs {
 }
 
 /// Returns a job.
-pub(crate) fn find(connection: &Connection, key: &JobKey) -> rusqlite::Result<Option<JobRecord>> {
+pub(super) fn find(connection: &Connection, key: &JobKey) -> rusqlite::Result<Option<JobRecord>> {
     let sql = select_jobs!("WHERE jobs.tenant_id = ?1 AND jobs.correlation_id = ?2 AND jobs.retry_token = ?3");
     connection
         .prepare_cached(sql)?
@@ -33,12 +33,12 @@ pub(crate) fn find(connection: &Connection, key: &JobKey) -> rusqlite::Result<Op
 }
 
 /// Returns the job of a row number.
-pub(crate) fn find_by_id(connection: &Connection, job_id: i64) -> rusqlite::Result<JobRecord> {
+pub(super) fn find_by_id(connection: &Connection, job_id: i64) -> rusqlite::Result<JobRecord> {
     connection.prepare_cached(select_jobs!("WHERE jobs.job_id = ?1"))?.query_row((job_id,), record)
 }
 
 /// Returns a tenant's latest job of a correlation id.
-pub(crate) fn find_by_correlation(
+pub(super) fn find_by_correlation(
     connection: &Connection,
     tenant_id: &TenantId,
     correlation_id: CorrelationId,
@@ -48,7 +48,7 @@ pub(crate) fn find_by_correlation(
 }
 
 /// Settles a job, frees its reservation and bills it.
-pub(crate) fn finalise(
+pub(super) fn finalise(
     connection: &Connection,
     settlement: &Settlement,
 ) -> rusqlite::Result<Result<Finalised, FinaliseError>> {
@@ -125,7 +125,7 @@ fn record(row: &Row<'_>) -> rusqlite::Result<JobRecord> {
 }
 
 /// Reads where a job stands.
-pub(crate) fn state(row: &Row<'_>) -> rusqlite::Result<JobState> {
+pub(super) fn state(row: &Row<'_>) -> rusqlite::Result<JobState> {
     Ok(match row.get_ref("state")?.as_str()? {
         "reserved" => JobState::Reserved,
         "completed" => JobState::Settled(TerminalState::Completed),

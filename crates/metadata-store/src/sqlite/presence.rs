@@ -4,10 +4,10 @@ use protocol::presence::HighWater;
 use protocol::{PublicKey, WorkerId};
 use rusqlite::{Connection, OptionalExtension as _};
 
-use crate::row;
+use super::row;
 
 /// Returns a node's next epoch.
-pub(crate) fn next_epoch(connection: &Connection, node: PublicKey) -> rusqlite::Result<u64> {
+pub(super) fn next_epoch(connection: &Connection, node: PublicKey) -> rusqlite::Result<u64> {
     connection
         .prepare_cached(
             "INSERT INTO epochs (node, epoch) VALUES (?1, 1)
@@ -17,7 +17,7 @@ pub(crate) fn next_epoch(connection: &Connection, node: PublicKey) -> rusqlite::
 }
 
 /// Returns a worker's mark.
-pub(crate) fn high_water(connection: &Connection, worker_id: WorkerId) -> rusqlite::Result<Option<HighWater>> {
+pub(super) fn high_water(connection: &Connection, worker_id: WorkerId) -> rusqlite::Result<Option<HighWater>> {
     connection
         .prepare_cached("SELECT mark FROM high_waters WHERE worker_id = ?1")?
         .query_row((worker_id.0,), |row| row.get("mark").map(from_bytes))
@@ -25,7 +25,7 @@ pub(crate) fn high_water(connection: &Connection, worker_id: WorkerId) -> rusqli
 }
 
 /// Returns the marks of all workers.
-pub(crate) fn high_waters(connection: &Connection) -> rusqlite::Result<Vec<(WorkerId, HighWater)>> {
+pub(super) fn high_waters(connection: &Connection) -> rusqlite::Result<Vec<(WorkerId, HighWater)>> {
     connection
         .prepare_cached("SELECT worker_id, mark FROM high_waters ORDER BY worker_id")?
         .query_map((), |row| Ok((PublicKey(row.get("worker_id")?), from_bytes(row.get("mark")?))))?
@@ -33,7 +33,7 @@ pub(crate) fn high_waters(connection: &Connection) -> rusqlite::Result<Vec<(Work
 }
 
 /// Raises marks, never lowers them.
-pub(crate) fn raise(connection: &Connection, marks: &[(WorkerId, HighWater)]) -> rusqlite::Result<()> {
+pub(super) fn raise(connection: &Connection, marks: &[(WorkerId, HighWater)]) -> rusqlite::Result<()> {
     let mut statement = connection.prepare_cached(
         "INSERT INTO high_waters (worker_id, mark) VALUES (?1, ?2)
          ON CONFLICT DO UPDATE SET mark = excluded.mark WHERE mark < excluded.mark",

@@ -4,14 +4,14 @@ use protocol::model::ModelKey;
 use protocol::{ErrorCode, PublicKey, UnixMillis, WorkerId};
 use rusqlite::{Connection, OptionalExtension as _, named_params};
 
-use crate::jobs;
+use super::jobs;
+use super::row::integer;
 use crate::metadata_store::{JobKey, JobRecord, JobState, NewJob, ReassignError, Reassignment, ReserveError, Reserved};
-use crate::row::integer;
 
 /// Writes a job and its reservation.
 ///
 /// Conditions come before writes, so that a refusal has nothing to undo.
-pub(crate) fn reserve(connection: &Connection, job: &NewJob) -> rusqlite::Result<Result<Reserved, ReserveError>> {
+pub(super) fn reserve(connection: &Connection, job: &NewJob) -> rusqlite::Result<Result<Reserved, ReserveError>> {
     let NewJob { key, worker_id, worker_capacity, .. } = job;
     if held(connection, worker_id, None)? >= i64::from(*worker_capacity) {
         // A resend finds its job even while the worker is full.
@@ -56,7 +56,7 @@ fn insert_job(connection: &Connection, job: &NewJob) -> rusqlite::Result<Option<
 }
 
 /// Moves a job to another worker as its next attempt.
-pub(crate) fn reassign(
+pub(super) fn reassign(
     connection: &Connection,
     reassignment: &Reassignment,
 ) -> rusqlite::Result<Result<(), ReassignError>> {
@@ -105,13 +105,13 @@ fn hold(connection: &Connection, job_id: i64, worker_id: &WorkerId, lease_until:
 }
 
 /// Frees a job's slot.
-pub(crate) fn free(connection: &Connection, job_id: i64) -> rusqlite::Result<()> {
+pub(super) fn free(connection: &Connection, job_id: i64) -> rusqlite::Result<()> {
     connection.prepare_cached("DELETE FROM reservations WHERE job_id = ?1")?.execute((job_id,))?;
     Ok(())
 }
 
 /// Extends leases and returns the keys that hold none.
-pub(crate) fn renew(
+pub(super) fn renew(
     connection: &Connection,
     keys: &[JobKey],
     lease_until: UnixMillis,
@@ -132,7 +132,7 @@ pub(crate) fn renew(
 }
 
 /// Fails the jobs whose lease has run out and frees their slots.
-pub(crate) fn release_expired(
+pub(super) fn release_expired(
     connection: &Connection,
     now: UnixMillis,
     limit: u32,
@@ -157,7 +157,7 @@ pub(crate) fn release_expired(
 }
 
 /// Returns each worker that holds slots, and how many.
-pub(crate) fn active(connection: &Connection) -> rusqlite::Result<Vec<(WorkerId, u32)>> {
+pub(super) fn active(connection: &Connection) -> rusqlite::Result<Vec<(WorkerId, u32)>> {
     connection
         .prepare_cached("SELECT worker_id, count(*) FROM reservations GROUP BY worker_id ORDER BY worker_id")?
         .query_map((), |row| Ok((PublicKey(row.get(0)?), row.get(1)?)))?

@@ -3,11 +3,11 @@
 use protocol::UnixMillis;
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
+use super::row::{self, integer};
 use crate::metadata_store::{PutTokenError, TokenRecord};
-use crate::row::{self, integer};
 
 /// Adds a token.
-pub(crate) fn put(connection: &Connection, token: &TokenRecord) -> rusqlite::Result<Result<(), PutTokenError>> {
+pub(super) fn put(connection: &Connection, token: &TokenRecord) -> rusqlite::Result<Result<(), PutTokenError>> {
     let inserted = connection
         .prepare_cached(
             "INSERT INTO tokens (key_id, tenant_id, hash, scopes, name, created_at, expires_at, revoked_at)
@@ -28,17 +28,17 @@ pub(crate) fn put(connection: &Connection, token: &TokenRecord) -> rusqlite::Res
 }
 
 /// Returns a token.
-pub(crate) fn find(connection: &Connection, key_id: &str) -> rusqlite::Result<Option<TokenRecord>> {
+pub(super) fn find(connection: &Connection, key_id: &str) -> rusqlite::Result<Option<TokenRecord>> {
     connection.prepare_cached("SELECT * FROM tokens WHERE key_id = ?1")?.query_row((key_id,), record).optional()
 }
 
 /// Returns every token.
-pub(crate) fn list(connection: &Connection) -> rusqlite::Result<Vec<TokenRecord>> {
+pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<TokenRecord>> {
     connection.prepare_cached("SELECT * FROM tokens ORDER BY created_at, key_id")?.query_map((), record)?.collect()
 }
 
 /// Revokes a token; the first revocation keeps its time.
-pub(crate) fn revoke(connection: &Connection, key_id: &str, now: UnixMillis) -> rusqlite::Result<bool> {
+pub(super) fn revoke(connection: &Connection, key_id: &str, now: UnixMillis) -> rusqlite::Result<bool> {
     let revoked = connection
         .prepare_cached("UPDATE tokens SET revoked_at = coalesce(revoked_at, ?2) WHERE key_id = ?1")?
         .execute((key_id, integer(now.0)))?;
