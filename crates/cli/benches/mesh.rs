@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use engine::{LoadOptions, MockRuntime, ModelRuntime};
-use metadata_store::MetadataStore;
+use metadata_store::RegistryStore;
 use observability::Metrics;
 use protocol::control::{Fleet, NodeRole};
 use protocol::health::ModelState;
@@ -33,7 +33,7 @@ use tether_cli::commands::async_runtime;
 use tether_cli::data_folder::DataFolder;
 use tether_cli::node::Node;
 use tether_cli::processes::Processes;
-use tether_cli::services::{Place, open_store};
+use tether_cli::services::{Place, open_job_store, open_registry_store};
 use tether_cli::settings::{self, Env};
 
 use baseline::{cpu_of, direct, mock, mock_alone, percentile, tiny_artifact, two_commits};
@@ -193,8 +193,8 @@ async fn enrol(processes: &Processes, roles: &[&'static str], bootstrap: &str) {
     store.close().await.unwrap();
 }
 
-fn office(data: &DataFolder) -> (AdmissionOffice, NodeKey, Arc<dyn MetadataStore>) {
-    let store = open_store(&data.registry_store()).unwrap();
+fn office(data: &DataFolder) -> (AdmissionOffice, NodeKey, Arc<dyn RegistryStore>) {
+    let store = open_registry_store(&data.registry_store()).unwrap();
     let registry = data.node_key("registry").unwrap();
     let (root, pepper) = (data.root_key().unwrap(), data.pepper().unwrap());
     let parts = AdmissionParts::new(root, store.clone(), Arc::new(SystemClock), pepper, registry.public_key());
@@ -216,7 +216,7 @@ fn work(arguments: &[String]) {
         let bootstrap = Enrolment::load(&data.enrolment("worker")).unwrap().unwrap().bootstrap;
         let node = Node::start(&settings, &data, "worker", &bootstrap).await.unwrap();
         let place = Place { settings, data: data.clone(), metrics: Metrics::new(), clock: Arc::new(SystemClock) };
-        let (epoch, membership) = (data.next_epoch("worker").unwrap(), node.membership().unwrap());
+        let (epoch, membership) = (data.next_epoch("worker", 0).unwrap(), node.membership().unwrap());
         let runtime: Arc<dyn ModelRuntime> = Arc::new(MockRuntime::new(mock(pace)));
         let worker = place.worker(node.transport(), &node.key, epoch, membership, runtime).unwrap();
         worker.run(tokio_util::sync::CancellationToken::new()).await;
@@ -227,7 +227,7 @@ fn work(arguments: &[String]) {
 fn latency(runtime: &tokio::runtime::Runtime, folder: &Path) {
     let mut mesh = runtime.block_on(Mesh::start(folder, Duration::ZERO));
     let mut client = mesh.client();
-    let store = open_store(&folder.join("baseline.db")).unwrap();
+    let store = open_job_store(&folder.join("baseline.db")).unwrap();
     let engine = MockRuntime::new(mock(Duration::ZERO));
     let loaded = runtime.block_on(engine.load(tiny_artifact(), LoadOptions::default(), engine::no_progress())).unwrap();
     let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();

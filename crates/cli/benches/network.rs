@@ -21,7 +21,7 @@ use engine::{LoadOptions, MockRuntime, ModelRuntime};
 use tether_cli::commands::async_runtime;
 use tether_cli::data_folder::DataFolder;
 use tether_cli::network::{Network, Supplies};
-use tether_cli::services::open_store;
+use tether_cli::services::open_job_store;
 use tether_cli::settings::Settings;
 use tokio_util::sync::CancellationToken;
 
@@ -115,7 +115,7 @@ fn one_client(folder: &Path) {
     let server = Server::start(&folder.join("one"), 0);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut client = server.client();
-    let store = open_store(&folder.join("baseline.db")).unwrap();
+    let store = open_job_store(&folder.join("baseline.db")).unwrap();
     let engine = MockRuntime::new(mock(Duration::ZERO));
     let loaded = runtime.block_on(engine.load(tiny_artifact(), LoadOptions::default(), engine::no_progress())).unwrap();
     let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();

@@ -132,8 +132,9 @@ impl DataFolder {
         }
     }
 
-    /// Returns the number of a node's next start: greater than every one before, whatever happens to the process.
-    pub fn next_epoch(&self, node: &str) -> anyhow::Result<u64> {
+    /// Returns the number of a node's next start: greater than every one before, whatever happens to the process, and
+    /// than `above`.
+    pub fn next_epoch(&self, node: &str, above: u64) -> anyhow::Result<u64> {
         let path = self.path.join("nodes").join(format!("{node}.epoch"));
         let last = match fs::read_to_string(&path) {
             Ok(text) => text.trim().parse::<u64>().with_context(|| {
@@ -142,7 +143,7 @@ impl DataFolder {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
             Err(error) => return Err(error).with_context(|| format!("could not read {}", path.display())),
         };
-        let next = last + 1;
+        let next = last.max(above) + 1;
         identity::replace_private(&path, format!("{next}\n").as_bytes())
             .with_context(|| format!("could not write {}", path.display()))?;
         Ok(next)
@@ -303,11 +304,13 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let data = DataFolder::at(folder.path());
         data.node_key("worker").expect("makes the folder");
-        assert_eq!(data.next_epoch("worker").expect("the first"), 1);
-        assert_eq!(data.next_epoch("worker").expect("the second"), 2);
-        assert_eq!(data.next_epoch("gateway").expect("another node's first"), 1);
+        assert_eq!(data.next_epoch("worker", 0).expect("the first"), 1);
+        assert_eq!(data.next_epoch("worker", 0).expect("the second"), 2);
+        assert_eq!(data.next_epoch("gateway", 0).expect("another node's first"), 1);
+        assert_eq!(data.next_epoch("worker", 7).expect("one above what was believed"), 8);
+        assert_eq!(data.next_epoch("worker", 7).expect("the next"), 9);
         fs::write(folder.path().join("nodes/worker.epoch"), "x").expect("written");
-        assert!(data.next_epoch("worker").is_err(), "never begins again by itself");
+        assert!(data.next_epoch("worker", 0).is_err(), "never begins again by itself");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::path::{self, Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use artifact_store::{ArtifactStore, Stored, Way};
-use metadata_store::MetadataStore;
+use metadata_store::RegistryStore;
 use protocol::model::ModelEntry;
 use protocol::{Digest, ModelName, ModelVersion};
 use rpc::identity;
@@ -114,7 +114,7 @@ pub async fn take_in(settings: &mut Settings, data: &DataFolder) -> anyhow::Resu
 
 /// Gives each model of a file the version of the registry that has its bytes, or a new one: a version never changes its
 /// artifact, and the newest one is what clients get who name none.
-pub async fn settle_versions(models: &mut [ServedModel], store: &dyn MetadataStore) -> anyhow::Result<()> {
+pub async fn settle_versions(models: &mut [ServedModel], store: &dyn RegistryStore) -> anyhow::Result<()> {
     let listed = store.models().await?;
     for model in models.iter_mut().filter(|model| model.file.is_some()) {
         let version = version_of(&model.model_id, model.version, model.digest(), &listed);

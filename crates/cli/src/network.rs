@@ -2,6 +2,7 @@
 //! key. What runs here as tasks runs elsewhere as processes. Where it listens on UDP other machines join it; otherwise
 //! its nodes meet in memory.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use engine::ModelRuntime;
 use futures_util::future::join_all;
-use metadata_store::MetadataStore;
+use metadata_store::{JobStore, RegistryStore, Store};
 use observability::Metrics;
 use protocol::Clock;
 use protocol::control::{InviteCreate, NodeRole};
@@ -26,7 +27,7 @@ use crate::addresses;
 use crate::data_folder::{DataFolder, FolderLock};
 use crate::local_models;
 use crate::node::{Pool, at_last_port};
-use crate::services::{Place, first_key, open_store, run_gateway};
+use crate::services::{Place, first_key, open_job_store, open_registry_store, run_gateway};
 use crate::settings::{NetworkSettings, Settings, any_port};
 use crate::tiny_model;
 
@@ -53,7 +54,7 @@ pub struct Network {
     /// An invite for a worker, where other machines may join.
     pub invite: Option<String>,
     data: DataFolder,
-    stores: Vec<Arc<dyn MetadataStore>>,
+    stores: Vec<Arc<dyn Store>>,
     tiers: Vec<Tier>,
     medium: Medium,
     _lock: FolderLock,
@@ -86,8 +87,8 @@ impl Network {
         data.create()?;
         let lock = data.lock(&["registry", "orchestrator", "gateway", "worker"])?;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let registry_store = open_store(&data.registry_store())?;
-        let orchestrator_store = open_store(&data.orchestrator_store())?;
+        let registry_store = open_registry_store(&data.registry_store())?;
+        let orchestrator_store = open_job_store(&data.orchestrator_store())?;
         let office = TokenOffice::new(registry_store.clone(), clock.clone(), data.pepper()?);
         let (api_key, key_is_new) = first_key(data, &office).await?;
         let mut models = supplies.models;
@@ -125,6 +126,7 @@ impl Network {
         let orchestrators = stage.orchestrator(orchestrator_store.clone()).await?;
         let (workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
         let (gateways, address) = stage.gateway().await?;
+        let stores: [Arc<dyn Store>; 2] = [orchestrator_store, registry_store];
         Ok(Self {
             address,
             tls,
@@ -135,7 +137,7 @@ impl Network {
             invite,
             medium: stage.medium,
             data: data.clone(),
-            stores: vec![orchestrator_store, registry_store],
+            stores: stores.into(),
             tiers: vec![gateways, orchestrators, workers, registries],
             _lock: lock,
         })
@@ -304,7 +306,7 @@ impl Stage {
         admit(&self.admission, self.place.clock.clone(), key, Grant::of(role, name)).await
     }
 
-    fn registry(&self, transport: Arc<dyn Transport>, store: Arc<dyn MetadataStore>) -> Tier {
+    fn registry(&self, transport: Arc<dyn Transport>, store: Arc<dyn RegistryStore>) -> Tier {
         let (place, admission) = (self.place.clone(), self.admission.clone());
         let mut tier = Tier::new();
         let stop = tier.stop.clone();
@@ -312,7 +314,7 @@ impl Stage {
         tier
     }
 
-    async fn orchestrator(&mut self, store: Arc<dyn MetadataStore>) -> anyhow::Result<Tier> {
+    async fn orchestrator(&mut self, store: Arc<dyn JobStore>) -> anyhow::Result<Tier> {
         let transport = self.medium.node(&self.keys.orchestrator, "orchestrator").await?;
         let place = self.place.clone();
         let membership = self.admit(&self.keys.orchestrator, NodeRole::Orchestrator, "orchestrator").await?;
@@ -322,17 +324,20 @@ impl Stage {
         Ok(tier)
     }
 
-    /// Starts the workers. Their epochs are counted in the orchestrator's store, the one that is always there.
+    /// Starts the workers. Earlier versions counted their starts in the orchestrator's store, so the count in the folder may
+    /// be behind the reports that the orchestrator has believed.
     async fn workers(
         &mut self,
-        epochs: &dyn MetadataStore,
+        store: &dyn JobStore,
         runtime: &dyn Fn() -> anyhow::Result<Arc<dyn ModelRuntime>>,
     ) -> anyhow::Result<(Tier, Vec<WorkerHandle>)> {
         let mut tier = Tier::new();
         let mut handles = vec![];
+        let believed: BTreeMap<_, _> = store.high_waters().await?.into_iter().collect();
         for (key, number) in self.keys.workers.clone().iter().zip(1..) {
-            let epoch = epochs.next_epoch(key.public_key()).await?;
             let name = format!("worker-{number}");
+            let above = believed.get(&key.public_key()).map_or(0, |mark| mark.epoch);
+            let epoch = self.place.data.next_epoch(&name, above)?;
             let membership = self.admit(key, NodeRole::Worker, &name).await?;
             let transport = self.medium.node(key, &name).await?;
             let mut place = self.place.clone();

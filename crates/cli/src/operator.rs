@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
-use metadata_store::MetadataStore;
+use metadata_store::RegistryStore;
 use protocol::control::{
     ALIAS_REMOVE, ALIAS_SET, AliasList, AliasRemove, AliasRemoved, AliasSet, ByOperator, Catalog, INVITE_CREATE,
     InviteCreate, InviteCreated, MODEL_ADD, MODEL_KEEP, MODEL_REMOVE, Member, Members, ModelAdd, ModelKeep,
@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use crate::args::ServerArgs;
 use crate::client::{GatewayClient, Presence};
 use crate::data_folder::DataFolder;
-use crate::services::open_store;
+use crate::services::open_registry_store;
 use crate::settings::{Env, Settings};
 
 /// The fewest digits of a key that stand for it.
@@ -49,7 +49,7 @@ pub enum AdminClient {
     /// To the registry, from a machine that belongs to its network.
     Registry(Operator),
     /// To the registry's own store, since no registry runs.
-    Store(TokenOffice, Arc<dyn MetadataStore>),
+    Store(TokenOffice, Arc<dyn RegistryStore>),
 }
 
 impl AdminClient {
@@ -71,7 +71,7 @@ impl AdminClient {
             return Operator::find(server, settings, data, env).await.map(Self::Registry);
         }
         data.create()?;
-        let store = open_store(&data.registry_store()).context("could not open the registry's store")?;
+        let store = open_registry_store(&data.registry_store()).context("could not open the registry's store")?;
         let office = TokenOffice::new(store.clone(), Arc::new(SystemClock), data.pepper()?);
         Ok(Self::Store(office, store))
     }

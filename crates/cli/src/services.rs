@@ -1,13 +1,14 @@
 //! Makes each service of the parts that a node brings: on a memory network in one process, or on its own.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
 use gateway::{Gateway, GatewayError, GatewayParts, OpenGateway};
-use metadata_store::{MetadataStore, SqliteStore, StoreOptions};
+use metadata_store::{JobStore, RegistryStore, SqliteStore, StoreOptions};
 use observability::Metrics;
 use orchestrator::{Orchestrator, OrchestratorParts};
 use protocol::Clock;
@@ -41,7 +42,7 @@ impl Place {
     pub async fn registry(
         &self,
         transport: Arc<dyn Transport>,
-        store: Arc<dyn MetadataStore>,
+        store: Arc<dyn RegistryStore>,
         admission: AdmissionOffice,
         stop: CancellationToken,
     ) -> anyhow::Result<()> {
@@ -64,7 +65,7 @@ impl Place {
     pub async fn orchestrator(
         &self,
         transport: Arc<dyn Transport>,
-        store: Arc<dyn MetadataStore>,
+        store: Arc<dyn JobStore>,
         membership: Membership,
         stop: CancellationToken,
     ) -> anyhow::Result<()> {
@@ -155,8 +156,13 @@ pub async fn run_gateway(open: OpenGateway, stop: CancellationToken) -> anyhow::
     outcome
 }
 
-/// Opens a store file.
-pub fn open_store(path: &std::path::Path) -> anyhow::Result<Arc<dyn MetadataStore>> {
+/// Opens the file of an orchestrator.
+pub fn open_job_store(path: &Path) -> anyhow::Result<Arc<dyn JobStore>> {
+    Ok(Arc::new(SqliteStore::open(path, StoreOptions::default())?))
+}
+
+/// Opens the file of a registry.
+pub fn open_registry_store(path: &Path) -> anyhow::Result<Arc<dyn RegistryStore>> {
     Ok(Arc::new(SqliteStore::open(path, StoreOptions::default())?))
 }
 

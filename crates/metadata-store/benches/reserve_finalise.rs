@@ -11,7 +11,7 @@ use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, PublicKey, TraceId, UnixMillis};
 use tether_metadata_store::{
-    Finalised, JobKey, MetadataStore, NewJob, Reserved, Settlement, SqliteStore, StoreOptions, TerminalState,
+    Finalised, JobKey, JobStore, NewJob, Reserved, Settlement, SqliteStore, Store, StoreOptions, TerminalState,
 };
 use tokio::task::JoinSet;
 use uuid::Uuid;

@@ -1,16 +1,19 @@
-//! What must outlive a process: jobs and their reservations, usage, tokens, models, policies, invites, nodes,
-//! revocations and presence marks.
+//! What must outlive a process, by who owns it: [`JobStore`] is the orchestrator's, [`RegistryStore`] the registry's.
 //!
-//! [`MetadataStore`] is the one interface; [`SqliteStore`] keeps it in a file. The orchestrator and the registry each
-//! own a store of their own. A call that returned `Ok` is on the disk.
+//! [`SqliteStore`] is either of them, in a file. A call that returned `Ok` is on the disk.
 
-mod metadata_store;
+mod job_store;
+mod registry_store;
 mod sqlite;
+mod store;
 
-pub use metadata_store::{
-    FinaliseError, Finalised, InviteRecord, InviteRedemption, JobError, JobKey, JobRecord, JobState, MetadataStore,
-    NewCertificate, NewJob, NodeRecord, PutAdapterError, PutInviteError, PutModelError, PutTokenError, ReassignError,
-    Reassignment, Redemption, ReserveError, Reserved, Revocation, Settlement, StoreError, TerminalState, TokenRecord,
-    UsageCursor, UsageRecord,
+pub use job_store::{
+    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment,
+    ReserveError, Reserved, Settlement, TerminalState, UsageCursor, UsageRecord,
+};
+pub use registry_store::{
+    InviteRecord, InviteRedemption, NewCertificate, NodeRecord, PutAdapterError, PutInviteError, PutModelError,
+    PutTokenError, Redemption, RegistryStore, Revocation, TokenRecord,
 };
 pub use sqlite::{OpenError, SqliteStore, StoreOptions};
+pub use store::{Store, StoreError};

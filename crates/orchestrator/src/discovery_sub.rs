@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use metadata_store::MetadataStore;
+use metadata_store::JobStore;
 use observability::Metrics;
 use observability::metrics::ReasonLabel;
 use parking_lot::Mutex;
@@ -32,7 +32,7 @@ pub struct DiscoverySub {
     fleet: Arc<Fleet>,
     regions: Vec<Region>,
     clock: Arc<dyn Clock>,
-    store: Arc<dyn MetadataStore>,
+    store: Arc<dyn JobStore>,
     metrics: Metrics,
     membership: Membership,
     marks: Mutex<Marks>,
@@ -51,7 +51,7 @@ impl DiscoverySub {
         fleet: Arc<Fleet>,
         regions: Vec<Region>,
         clock: Arc<dyn Clock>,
-        store: Arc<dyn MetadataStore>,
+        store: Arc<dyn JobStore>,
         metrics: Metrics,
         membership: Membership,
         known: Vec<(WorkerId, HighWater)>,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use metadata_store::{Finalised, MetadataStore, StoreError};
+use metadata_store::{Finalised, JobStore, StoreError};
 use observability::Metrics;
 use observability::metrics::{BreakerLabel, PhaseLabel, ReasonLabel};
 use parking_lot::{Mutex, MutexGuard};
@@ -58,7 +58,7 @@ pub struct OrchestratorParts {
     /// The time of day.
     pub clock: Arc<dyn Clock>,
     /// Jobs, reservations and usage.
-    pub store: Arc<dyn MetadataStore>,
+    pub store: Arc<dyn JobStore>,
     pub metrics: Metrics,
     /// Who may give it jobs and reports, and get them.
     pub membership: Membership,

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metadata_store::{
-    FinaliseError, Finalised, JobError, JobKey, MetadataStore, NewJob, ReassignError, Reassignment, ReserveError,
-    Reserved, Settlement, StoreError, TerminalState,
+    FinaliseError, Finalised, JobError, JobKey, JobStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved,
+    Settlement, StoreError, TerminalState,
 };
 use observability::Metrics;
 use parking_lot::Mutex;
@@ -30,7 +30,7 @@ const SETTLE_AGAIN_MAX: Duration = Duration::from_secs(1);
 
 /// Reserves, renews and settles.
 pub struct ReservationManager {
-    store: Arc<dyn MetadataStore>,
+    store: Arc<dyn JobStore>,
     clock: Arc<dyn Clock>,
     fleet: Arc<Fleet>,
     metrics: Metrics,
@@ -129,7 +129,7 @@ fn worker_full(message: String) -> WireError {
 impl ReservationManager {
     /// Makes a manager of reservations that last `lease`.
     pub fn new(
-        store: Arc<dyn MetadataStore>,
+        store: Arc<dyn JobStore>,
         clock: Arc<dyn Clock>,
         fleet: Arc<Fleet>,
         metrics: Metrics,

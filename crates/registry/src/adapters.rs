@@ -1,6 +1,6 @@
 //! The adapters of the catalogue's models.
 
-use metadata_store::{MetadataStore, PutAdapterError, StoreError};
+use metadata_store::{PutAdapterError, RegistryStore, StoreError};
 use protocol::control::{AdapterAdd, AdapterRemove, AdapterRemoved};
 use protocol::model::{AdapterEntry, AdapterKey, ModelKey};
 use protocol::{ErrorCode, ModelName, ModelVersion, UnixMillis, WireError};
@@ -35,7 +35,7 @@ impl From<AdapterError> for WireError {
 }
 
 /// Registers an adapter of a model. A name never changes its artifact.
-pub async fn add(store: &dyn MetadataStore, new: AdapterAdd, now: UnixMillis) -> Result<AdapterEntry, AdapterError> {
+pub async fn add(store: &dyn RegistryStore, new: AdapterAdd, now: UnixMillis) -> Result<AdapterEntry, AdapterError> {
     let AdapterAdd { model_id, version, adapter, digest, bytes, description } = new;
     let model = find(store, model_id, version).await?;
     let key = AdapterKey { model, adapter };
@@ -45,7 +45,7 @@ pub async fn add(store: &dyn MetadataStore, new: AdapterAdd, now: UnixMillis) ->
 }
 
 /// Forgets an adapter of a model.
-pub async fn remove(store: &dyn MetadataStore, old: AdapterRemove) -> Result<AdapterRemoved, AdapterError> {
+pub async fn remove(store: &dyn RegistryStore, old: AdapterRemove) -> Result<AdapterRemoved, AdapterError> {
     let AdapterRemove { model_id, version, adapter } = old;
     let model = find(store, model_id, version).await?;
     let found = store.remove_adapter(&AdapterKey { model, adapter }).await?;
@@ -54,7 +54,7 @@ pub async fn remove(store: &dyn MetadataStore, old: AdapterRemove) -> Result<Ada
 
 /// Returns a version of a model, the newest where none is asked for.
 async fn find(
-    store: &dyn MetadataStore,
+    store: &dyn RegistryStore,
     model_id: ModelName,
     version: Option<ModelVersion>,
 ) -> Result<ModelKey, AdapterError> {

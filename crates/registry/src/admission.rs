@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hmac::{Hmac, Mac as _};
 use metadata_store::{
-    InviteRecord, MetadataStore, NewCertificate, NodeRecord, PutInviteError, Redemption, Revocation, StoreError,
+    InviteRecord, NewCertificate, NodeRecord, PutInviteError, Redemption, RegistryStore, Revocation, StoreError,
 };
 use protocol::admission::invite::{BOOTSTRAP_MAX, REGIONS_MAX, SECRET_BYTES};
 use protocol::admission::{
@@ -61,7 +61,7 @@ pub struct AdmissionParts {
     /// The pool's root key. Whoever has it decides who belongs to the pool.
     pub root: NodeKey,
     /// Nodes, invites and revocations.
-    pub store: Arc<dyn MetadataStore>,
+    pub store: Arc<dyn RegistryStore>,
     /// The time of day.
     pub clock: Arc<dyn Clock>,
     /// The key under which secrets are hashed.
@@ -78,7 +78,7 @@ impl AdmissionParts {
     /// Makes the usual parts: certificates of thirty days, and no addresses.
     pub fn new(
         root: NodeKey,
-        store: Arc<dyn MetadataStore>,
+        store: Arc<dyn RegistryStore>,
         clock: Arc<dyn Clock>,
         pepper: Pepper,
         registry: PublicKey,

@@ -1,6 +1,6 @@
 //! The models that exist.
 
-use metadata_store::{MetadataStore, PutModelError, StoreError};
+use metadata_store::{PutModelError, RegistryStore, StoreError};
 use protocol::control::Catalog;
 use protocol::model::{
     ModelEntry, ModelFacts, ModelKey, ModelOffer, OfferedSource, SERVED_AS_BYTES_MAX, remote_digest,
@@ -42,12 +42,12 @@ impl OfferError {
 }
 
 /// Returns every version of every model.
-pub async fn list(store: &dyn MetadataStore) -> Result<Catalog, StoreError> {
+pub async fn list(store: &dyn RegistryStore) -> Result<Catalog, StoreError> {
     Ok(Catalog { models: store.models().await?, adapters: store.adapters().await?, aliases: store.aliases().await? })
 }
 
 /// Registers model versions. A version never changes its artifact.
-pub async fn register(store: &dyn MetadataStore, models: Vec<ModelEntry>) -> Result<(), PutModelError> {
+pub async fn register(store: &dyn RegistryStore, models: Vec<ModelEntry>) -> Result<(), PutModelError> {
     for model in models {
         store.put_model(model).await?;
     }
@@ -55,7 +55,7 @@ pub async fn register(store: &dyn MetadataStore, models: Vec<ModelEntry>) -> Res
 }
 
 /// Lists a model that a worker serves, unless it is listed already.
-pub async fn offer(store: &dyn MetadataStore, offer: ModelOffer, now: UnixMillis) -> Result<(), OfferError> {
+pub async fn offer(store: &dyn RegistryStore, offer: ModelOffer, now: UnixMillis) -> Result<(), OfferError> {
     let ModelOffer { key, source, context_length, facts } = offer;
     let facts = facts.map(ModelFacts::bounded);
     let (digest, bytes, description) = match source {

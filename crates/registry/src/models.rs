@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::iter;
 
-use metadata_store::{MetadataStore, PutModelError, StoreError};
+use metadata_store::{PutModelError, RegistryStore, StoreError};
 use protocol::control::{AliasRemoved, AliasSet, Catalog, ModelAdd, ModelKeep, ModelRemove, ModelRemoved};
 use protocol::model::{ALTERNATIVES_MAX, AdapterKey, AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
 use protocol::{Digest, ErrorCode, ModelName, ModelVersion, UnixMillis, WireError};
@@ -98,7 +98,7 @@ impl From<ModelError> for WireError {
 }
 
 /// Registers a model. Where no version is asked for, it is the one that has these bytes already, or the first.
-pub async fn add(store: &dyn MetadataStore, new: ModelAdd, now: UnixMillis) -> Result<ModelEntry, ModelError> {
+pub async fn add(store: &dyn RegistryStore, new: ModelAdd, now: UnixMillis) -> Result<ModelEntry, ModelError> {
     let catalog = catalog::list(store).await?;
     let key = free_key(&catalog, &new.model_id, new.version, Some(&new.digest))?;
     if new.bytes == 0 || new.context_length == 0 {
@@ -131,7 +131,7 @@ pub async fn add(store: &dyn MetadataStore, new: ModelAdd, now: UnixMillis) -> R
 }
 
 /// Says how long workers keep a model in memory.
-pub async fn keep(store: &dyn MetadataStore, change: ModelKeep) -> Result<ModelEntry, ModelError> {
+pub async fn keep(store: &dyn RegistryStore, change: ModelKeep) -> Result<ModelEntry, ModelError> {
     let catalog = catalog::list(store).await?;
     let key = find(&catalog, &change.model_id, change.version)?;
     let gone =
@@ -205,7 +205,7 @@ pub fn find(catalog: &Catalog, name: &ModelName, version: Option<ModelVersion>) 
 }
 
 /// Forgets a model, its adapters, and with `force` what stands for it: aliases of it alone are forgotten with it.
-pub async fn remove(store: &dyn MetadataStore, old: ModelRemove) -> Result<ModelRemoved, ModelError> {
+pub async fn remove(store: &dyn RegistryStore, old: ModelRemove) -> Result<ModelRemoved, ModelError> {
     let catalog = catalog::list(store).await?;
     let key = find(&catalog, &old.model_id, old.version)?;
     let orphans = orphans(&catalog, &key);
@@ -270,7 +270,7 @@ fn newest(catalog: &Catalog, name: &ModelName) -> Option<ModelKey> {
 }
 
 /// Gives a model another name, or several models one name.
-pub async fn set_alias(store: &dyn MetadataStore, new: AliasSet, now: UnixMillis) -> Result<AliasEntry, ModelError> {
+pub async fn set_alias(store: &dyn RegistryStore, new: AliasSet, now: UnixMillis) -> Result<AliasEntry, ModelError> {
     let AliasSet { alias, target, mut alternatives } = new;
     let mut seen = vec![target.clone()];
     alternatives.retain(|other| {
@@ -324,7 +324,7 @@ fn check_targets(catalog: &Catalog, entry: &AliasEntry) -> Result<(), ModelError
     Ok(())
 }
 
-pub async fn remove_alias(store: &dyn MetadataStore, alias: &ModelName) -> Result<AliasRemoved, ModelError> {
+pub async fn remove_alias(store: &dyn RegistryStore, alias: &ModelName) -> Result<AliasRemoved, ModelError> {
     Ok(AliasRemoved { found: store.remove_alias(alias).await? })
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use artifact_store::ArtifactStore;
-use metadata_store::MetadataStore;
+use metadata_store::RegistryStore;
 use protocol::admission::Certificate;
 use protocol::artifact::FETCH;
 use protocol::codec::MESSAGE_BYTES_MAX;
@@ -46,7 +46,7 @@ pub struct RegistryParts {
     /// The time of day.
     pub clock: Arc<dyn Clock>,
     /// Models, tokens and rules.
-    pub store: Arc<dyn MetadataStore>,
+    pub store: Arc<dyn RegistryStore>,
     /// The models' files that it gives to workers, where it has any.
     pub artifacts: Option<ArtifactStore>,
     /// The key under which secrets are hashed.

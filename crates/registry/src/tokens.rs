@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use hmac::{Hmac, Mac as _};
-use metadata_store::{MetadataStore, PutTokenError, StoreError, TokenRecord};
+use metadata_store::{PutTokenError, RegistryStore, StoreError, TokenRecord};
 use protocol::control::{TokenCreate, TokenCreated, TokenGrant, TokenInfo, TokenList, TokenRevoked};
 use protocol::token::{ApiToken, RANDOM_BYTES, TokenKind};
 use protocol::{Clock, ErrorCode, WireError};
@@ -19,7 +19,7 @@ pub struct Pepper(pub [u8; 32]);
 /// Issues, checks, lists and revokes tokens.
 #[derive(Clone)]
 pub struct TokenOffice {
-    store: Arc<dyn MetadataStore>,
+    store: Arc<dyn RegistryStore>,
     clock: Arc<dyn Clock>,
     pepper: Pepper,
 }
@@ -39,7 +39,7 @@ pub enum IssueError {
 
 impl TokenOffice {
     /// Opens an office over a store.
-    pub fn new(store: Arc<dyn MetadataStore>, clock: Arc<dyn Clock>, pepper: Pepper) -> Self {
+    pub fn new(store: Arc<dyn RegistryStore>, clock: Arc<dyn Clock>, pepper: Pepper) -> Self {
         Self { store, clock, pepper }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use engine::{GenerateRequest, LoadOptions, MockOptions, MockRuntime, ModelRuntime, PromptInput};
-use metadata_store::{JobKey, MetadataStore, NewJob, Settlement, TerminalState};
+use metadata_store::{JobKey, JobStore, NewJob, Settlement, TerminalState};
 use protocol::{CorrelationId, PublicKey, TraceId, UnixMillis};
 use tether_cli::commands::async_runtime;
 use tether_cli::tiny_model;
@@ -58,7 +58,7 @@ pub(crate) fn mock_alone(streams: usize, tokens: u32, pace: Duration) -> f64 {
 }
 
 /// The two durable commits of a request.
-pub(crate) async fn two_commits(store: &dyn MetadataStore, number: u128) -> (Duration, Duration) {
+pub(crate) async fn two_commits(store: &dyn JobStore, number: u128) -> (Duration, Duration) {
     let key = JobKey {
         tenant_id: "bench".parse().unwrap(),
         correlation_id: CorrelationId(uuid::Uuid::from_u128(number)),

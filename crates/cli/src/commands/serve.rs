@@ -21,7 +21,7 @@ use crate::local_models;
 use crate::metrics_server::MetricsServer;
 use crate::node::{Node, Pool, at_last_port, enrolment};
 use crate::output;
-use crate::services::{Place, first_key, open_store, run_gateway};
+use crate::services::{Place, first_key, open_job_store, open_registry_store, run_gateway};
 use crate::tiny_model;
 
 /// How often it is looked whether the network hears the worker.
@@ -55,7 +55,7 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
     let data = &context.data;
     data.create()?;
     let _lock = data.lock(&["registry"])?;
-    let store = open_store(&data.registry_store())?;
+    let store = open_registry_store(&data.registry_store())?;
     let clock: Arc<dyn protocol::Clock> = Arc::new(SystemClock);
     let office = TokenOffice::new(store.clone(), clock.clone(), data.pepper()?);
     let (_, key_is_new) = first_key(data, &office).await?;
@@ -110,7 +110,7 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
     let stop = CancellationToken::new();
     match role {
         NodeRole::Orchestrator => {
-            let store = open_store(&context.data.orchestrator_store())?;
+            let store = open_job_store(&context.data.orchestrator_store())?;
             let run = place.orchestrator(node.transport(), store.clone(), membership, stop.clone());
             let outcome = until_asked(&context.stop, &shown, node, &stop, run).await;
             store.close().await.context("could not close the store")?;
@@ -135,7 +135,7 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
 
 async fn worker(place: &mut Place, node: &Node, membership: Membership, stop: CancellationToken) -> anyhow::Result<()> {
     local_models::take_in(&mut place.settings, &place.data).await?;
-    let epoch = place.data.next_epoch(node.name)?;
+    let epoch = place.data.next_epoch(node.name, 0)?;
     let worker = place.worker(node.transport(), &node.key, epoch, membership, process_runtime()?)?;
     let handle = worker.handle();
     let loading = async {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use artifact_store::ArtifactStore;
 use engine::{MockOptions, MockRuntime};
 use gateway::{Gateway, GatewayParts};
-use metadata_store::{MetadataStore, SqliteStore};
+use metadata_store::{RegistryStore, SqliteStore};
 use observability::Metrics;
 use orchestrator::scheduler::affinity::Weights;
 use orchestrator::{Orchestrator, OrchestratorParts};
@@ -48,7 +48,7 @@ impl Clock for PausedClock {
 pub(crate) struct Network {
     pub(crate) memory: MemoryNetwork,
     clock: Arc<dyn Clock>,
-    store: Arc<dyn MetadataStore>,
+    store: Arc<dyn RegistryStore>,
     office: AdmissionOffice,
     pub(crate) registry: PublicKey,
     pub(crate) orchestrator: PublicKey,
@@ -96,7 +96,7 @@ impl Network {
     /// Starts a network whose engines behave so.
     pub(crate) async fn start_with(certificate_life: Duration, mock: MockOptions) -> Self {
         let clock: Arc<dyn Clock> = Arc::new(PausedClock(Instant::now()));
-        let store: Arc<dyn MetadataStore> = Arc::new(SqliteStore::in_memory().expect("a store"));
+        let store: Arc<dyn RegistryStore> = Arc::new(SqliteStore::in_memory().expect("a store"));
         let (memory, tasks) = (MemoryNetwork::new(), TaskTracker::new());
         let registry = key(1).public_key();
         let parts = AdmissionParts::new(key(100), store.clone(), clock.clone(), PEPPER, registry);

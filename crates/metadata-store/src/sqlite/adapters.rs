@@ -5,7 +5,7 @@ use protocol::{Digest, ModelVersion};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
 use super::row::{self, integer};
-use crate::metadata_store::PutAdapterError;
+use crate::registry_store::PutAdapterError;
 
 /// Registers an adapter of a model version that is registered.
 pub(super) fn put(connection: &Connection, entry: &AdapterEntry) -> rusqlite::Result<Result<(), PutAdapterError>> {

@@ -5,7 +5,7 @@ use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 use serde::Serialize;
 
 use super::row::{self, integer};
-use crate::metadata_store::{
+use crate::registry_store::{
     InviteRecord, InviteRedemption, NewCertificate, NodeRecord, PutInviteError, Redemption, Revocation,
 };
 

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time;
 
 use super::StoreOptions;
-use crate::metadata_store::StoreError;
+use crate::store::StoreError;
 
 /// What waits for the thread.
 pub(super) type Tasks = mpsc::Receiver<Task>;

@@ -2,13 +2,13 @@
 
 use protocol::infer::FinishReason;
 use protocol::usage::TokenUsage;
-use protocol::{CorrelationId, PublicKey, TenantId, TraceId};
+use protocol::{PublicKey, TraceId};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
 use super::row::{self, integer};
 use super::{reservations, usage};
-use crate::metadata_store::{
-    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobState, Settlement, TerminalState,
+use crate::job_store::{
+    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, Settlement, TerminalState,
 };
 
 /// Selects jobs with their reservation and their bill, where they have them.
@@ -35,16 +35,6 @@ pub(super) fn find(connection: &Connection, key: &JobKey) -> rusqlite::Result<Op
 /// Returns the job of a row number.
 pub(super) fn find_by_id(connection: &Connection, job_id: i64) -> rusqlite::Result<JobRecord> {
     connection.prepare_cached(select_jobs!("WHERE jobs.job_id = ?1"))?.query_row((job_id,), record)
-}
-
-/// Returns a tenant's latest job of a correlation id.
-pub(super) fn find_by_correlation(
-    connection: &Connection,
-    tenant_id: &TenantId,
-    correlation_id: CorrelationId,
-) -> rusqlite::Result<Option<JobRecord>> {
-    let sql = select_jobs!("WHERE jobs.tenant_id = ?1 AND jobs.correlation_id = ?2 ORDER BY jobs.job_id DESC LIMIT 1");
-    connection.prepare_cached(sql)?.query_row((tenant_id.as_str(), correlation_id.0.as_bytes()), record).optional()
 }
 
 /// Settles a job, frees its reservation and bills it.
@@ -92,8 +82,8 @@ pub(super) fn finalise(
 fn refusal(connection: &Connection, key: &JobKey) -> rusqlite::Result<Result<Finalised, FinaliseError>> {
     Ok(match find(connection, key)? {
         None => Err(FinaliseError::NotFound),
-        Some(JobRecord { state: JobState::Settled(state), .. }) => Ok(Finalised::AlreadySettled { state }),
-        Some(JobRecord { state: JobState::Reserved, attempt, .. }) => Ok(Finalised::Stale { attempt }),
+        Some(JobRecord { state: DurableState::Settled(state), .. }) => Ok(Finalised::AlreadySettled { state }),
+        Some(JobRecord { state: DurableState::Reserved, attempt, .. }) => Ok(Finalised::Stale { attempt }),
     })
 }
 
@@ -125,13 +115,13 @@ fn record(row: &Row<'_>) -> rusqlite::Result<JobRecord> {
 }
 
 /// Reads where a job stands.
-pub(super) fn state(row: &Row<'_>) -> rusqlite::Result<JobState> {
+pub(super) fn state(row: &Row<'_>) -> rusqlite::Result<DurableState> {
     Ok(match row.get_ref("state")?.as_str()? {
-        "reserved" => JobState::Reserved,
-        "completed" => JobState::Settled(TerminalState::Completed),
-        "failed" => JobState::Settled(TerminalState::Failed),
-        "cancelled" => JobState::Settled(TerminalState::Cancelled),
-        "dead" => JobState::Settled(TerminalState::Dead),
+        "reserved" => DurableState::Reserved,
+        "completed" => DurableState::Settled(TerminalState::Completed),
+        "failed" => DurableState::Settled(TerminalState::Failed),
+        "cancelled" => DurableState::Settled(TerminalState::Cancelled),
+        "dead" => DurableState::Settled(TerminalState::Dead),
         other => return Err(row::malformed("state", format_args!("{other:?} is no state of a job"))),
     })
 }

@@ -6,7 +6,7 @@ use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
 use super::adapters;
 use super::row::{self, integer};
-use crate::metadata_store::PutModelError;
+use crate::registry_store::PutModelError;
 
 /// Registers a model version; its digest never changes.
 pub(super) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Result<Result<(), PutModelError>> {

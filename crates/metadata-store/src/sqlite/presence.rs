@@ -1,28 +1,8 @@
-//! What keeps a health report from being replayed: a node's own epoch, and the mark of the last report believed.
+//! What keeps a health report from being replayed: the mark of the last report believed of each worker.
 
 use protocol::presence::HighWater;
 use protocol::{PublicKey, WorkerId};
-use rusqlite::{Connection, OptionalExtension as _};
-
-use super::row;
-
-/// Returns a node's next epoch.
-pub(super) fn next_epoch(connection: &Connection, node: PublicKey) -> rusqlite::Result<u64> {
-    connection
-        .prepare_cached(
-            "INSERT INTO epochs (node, epoch) VALUES (?1, 1)
-             ON CONFLICT DO UPDATE SET epoch = epoch + 1 RETURNING epoch",
-        )?
-        .query_row((node.0,), |row| row::unsigned(row, "epoch"))
-}
-
-/// Returns a worker's mark.
-pub(super) fn high_water(connection: &Connection, worker_id: WorkerId) -> rusqlite::Result<Option<HighWater>> {
-    connection
-        .prepare_cached("SELECT mark FROM high_waters WHERE worker_id = ?1")?
-        .query_row((worker_id.0,), |row| row.get("mark").map(from_bytes))
-        .optional()
-}
+use rusqlite::Connection;
 
 /// Returns the marks of all workers.
 pub(super) fn high_waters(connection: &Connection) -> rusqlite::Result<Vec<(WorkerId, HighWater)>> {

@@ -6,7 +6,7 @@ use rusqlite::{Connection, OptionalExtension as _, named_params};
 
 use super::jobs;
 use super::row::integer;
-use crate::metadata_store::{JobKey, JobRecord, JobState, NewJob, ReassignError, Reassignment, ReserveError, Reserved};
+use crate::job_store::{DurableState, JobKey, JobRecord, NewJob, ReassignError, Reassignment, ReserveError, Reserved};
 
 /// Writes a job and its reservation.
 ///
@@ -61,7 +61,7 @@ pub(super) fn reassign(
     reassignment: &Reassignment,
 ) -> rusqlite::Result<Result<(), ReassignError>> {
     let Reassignment { key, from_attempt, model, worker_id, worker_capacity, now, lease_until } = reassignment;
-    let job: Option<(i64, u32, JobState)> = connection
+    let job: Option<(i64, u32, DurableState)> = connection
         .prepare_cached(
             "SELECT job_id, attempt, state FROM jobs
              WHERE tenant_id = ?1 AND correlation_id = ?2 AND retry_token = ?3",
@@ -73,7 +73,7 @@ pub(super) fn reassign(
     let Some((job_id, attempt, state)) = job else {
         return Ok(Err(ReassignError::NotFound));
     };
-    if attempt != *from_attempt || state != JobState::Reserved {
+    if attempt != *from_attempt || state != DurableState::Reserved {
         return Ok(Err(ReassignError::Stale { state, attempt }));
     }
     if held(connection, worker_id, Some(job_id))? >= i64::from(*worker_capacity) {

@@ -11,7 +11,7 @@ use serde::de::{DeserializeOwned, IntoDeserializer as _};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::metadata_store::JobKey;
+use crate::job_store::JobKey;
 
 /// Returns the integer SQLite keeps; it has no room for the upper half of `u64`.
 pub(super) fn integer(value: u64) -> i64 {

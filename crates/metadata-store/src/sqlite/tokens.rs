@@ -4,7 +4,7 @@ use protocol::UnixMillis;
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
 use super::row::{self, integer};
-use crate::metadata_store::{PutTokenError, TokenRecord};
+use crate::registry_store::{PutTokenError, TokenRecord};
 
 /// Adds a token.
 pub(super) fn put(connection: &Connection, token: &TokenRecord) -> rusqlite::Result<Result<(), PutTokenError>> {

@@ -5,7 +5,7 @@ use protocol::{PublicKey, TenantId};
 use rusqlite::{Connection, Row};
 
 use super::row::{self, integer};
-use crate::metadata_store::{UsageCursor, UsageRecord};
+use crate::job_store::{UsageCursor, UsageRecord};
 
 /// Bills a job that was settled in the same transaction. A second bill for a job breaks a constraint of the table.
 pub(super) fn bill(connection: &Connection, job_id: i64, usage: &TokenUsage) -> rusqlite::Result<()> {

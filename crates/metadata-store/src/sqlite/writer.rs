@@ -3,7 +3,7 @@
 use rusqlite::Connection;
 
 use super::db_thread::{Operation, Task, Tasks};
-use crate::metadata_store::StoreError;
+use crate::store::StoreError;
 
 /// Writes until it is closed, up to `group_max` operations a commit.
 ///

@@ -1,4 +1,5 @@
-//! The behaviour every `MetadataStore` has. An implementation is checked by one call of [`conforms`].
+//! The behaviour that every [`JobStore`] and every [`RegistryStore`] has. An implementation is checked by one call of
+//! [`job_store_conforms`] or [`registry_store_conforms`].
 
 pub(crate) mod admission;
 pub(crate) mod catalogue;
@@ -8,18 +9,21 @@ pub(crate) mod samples;
 
 use std::sync::Arc;
 
-use tether_metadata_store::MetadataStore;
+use tether_metadata_store::{JobStore, RegistryStore};
 
 /// A store under test, and what must live as long as it does.
-pub(crate) struct Subject {
-    pub(crate) store: Arc<dyn MetadataStore>,
+pub(crate) struct Subject<S: ?Sized> {
+    pub(crate) store: Arc<S>,
     pub(crate) _keep: Box<dyn Send>,
 }
 
+pub(crate) type Jobs = Subject<dyn JobStore>;
+pub(crate) type Registry = Subject<dyn RegistryStore>;
+
 /// Makes a test of each behaviour, on stores that `$make` makes.
-macro_rules! conforms {
+macro_rules! job_store_conforms {
     ($make:path) => {
-        $crate::conformance::conforms! { $make =>
+        $crate::conformance::behaviours! { $make =>
             jobs: a_reserved_job_is_found_as_it_was_written,
             jobs: the_same_key_again_returns_the_job_there_is,
             jobs: a_resend_finds_its_job_even_while_the_worker_is_full,
@@ -37,9 +41,22 @@ macro_rules! conforms {
             jobs: a_job_nobody_wrote_is_not_found,
             jobs: a_lease_that_ran_out_fails_its_job_and_frees_the_slot,
             jobs: a_renewed_lease_lives_on_and_is_never_shortened,
-            jobs: the_latest_job_of_a_correlation_id_is_found,
             jobs: usage_is_read_in_pages_without_gap_or_repeat,
             jobs: usage_is_each_tenants_own,
+            jobs: a_mark_is_raised_and_never_lowered,
+            jobs: a_closed_store_says_so,
+            concurrency: of_64_reservations_of_one_slot_exactly_one_is_made,
+            concurrency: of_64_resends_of_one_job_exactly_one_is_new,
+            concurrency: of_64_settlements_of_one_job_exactly_one_bills,
+            concurrency: random_traffic_never_overcommits_a_worker_and_bills_each_job_once,
+        }
+    };
+}
+
+/// Makes a test of each behaviour, on stores that `$make` makes.
+macro_rules! registry_store_conforms {
+    ($make:path) => {
+        $crate::conformance::behaviours! { $make =>
             catalogue: a_token_is_found_as_it_was_written,
             catalogue: a_key_id_is_given_once,
             catalogue: a_revoked_token_keeps_the_time_of_its_first_revocation,
@@ -54,21 +71,17 @@ macro_rules! conforms {
             catalogue: adapters_are_listed_by_model_and_name,
             catalogue: an_adapter_needs_its_model_and_keeps_its_digest,
             catalogue: a_removed_adapter_is_gone_and_goes_with_its_model,
-            catalogue: a_nodes_epoch_grows_by_one_at_each_call,
-            catalogue: a_mark_is_raised_and_never_lowered,
-            catalogue: a_closed_store_says_so,
             admission: an_invite_is_found_as_it_was_written,
             admission: an_invite_is_redeemed_by_one_node_only,
             admission: a_certificate_has_a_number_greater_than_all_before,
             admission: a_revoked_node_keeps_its_first_time_and_version,
             admission: versions_of_the_revocation_list_grow_whatever_the_clock_says,
             concurrency: of_64_nodes_that_redeem_one_invite_exactly_one_does,
-            concurrency: of_64_reservations_of_one_slot_exactly_one_is_made,
-            concurrency: of_64_resends_of_one_job_exactly_one_is_new,
-            concurrency: of_64_settlements_of_one_job_exactly_one_bills,
-            concurrency: random_traffic_never_overcommits_a_worker_and_bills_each_job_once,
         }
     };
+}
+
+macro_rules! behaviours {
     ($make:path => $($group:ident : $behaviour:ident),* $(,)?) => {
         $(
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -79,4 +92,4 @@ macro_rules! conforms {
     };
 }
 
-pub(crate) use conforms;
+pub(crate) use {behaviours, job_store_conforms, registry_store_conforms};

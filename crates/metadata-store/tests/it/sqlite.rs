@@ -9,28 +9,49 @@ use std::time::Duration;
 use rusqlite::Connection;
 use tempfile::TempDir;
 use tether_metadata_store::{
-    MetadataStore, NewJob, OpenError, ReserveError, Reserved, SqliteStore, StoreError, StoreOptions, UsageCursor,
+    JobStore, NewJob, OpenError, RegistryStore, ReserveError, Reserved, SqliteStore, Store, StoreError, StoreOptions,
+    UsageCursor,
 };
 use tokio::task::JoinSet;
 
 use crate::conformance::samples::{LEASE, job, key, settlement, tenant, worker};
-use crate::conformance::{Subject, conforms};
+use crate::conformance::{Jobs, Registry, Subject, job_store_conforms, registry_store_conforms};
 
 mod in_a_file {
-    super::conforms!(super::file);
+    mod jobs {
+        super::super::job_store_conforms!(super::super::jobs_in_a_file);
+    }
+
+    mod registry {
+        super::super::registry_store_conforms!(super::super::registry_in_a_file);
+    }
 }
 
 mod in_memory {
-    super::conforms!(super::memory);
+    mod jobs {
+        super::super::job_store_conforms!(super::super::jobs_in_memory);
+    }
+
+    mod registry {
+        super::super::registry_store_conforms!(super::super::registry_in_memory);
+    }
 }
 
-fn file() -> Subject {
+fn jobs_in_a_file() -> Jobs {
     let folder = folder();
-    let store = open(&path(&folder)).expect("opens");
-    Subject { store: Arc::new(store), _keep: Box::new(folder) }
+    Subject { store: Arc::new(open(&path(&folder)).expect("opens")), _keep: Box::new(folder) }
 }
 
-fn memory() -> Subject {
+fn registry_in_a_file() -> Registry {
+    let folder = folder();
+    Subject { store: Arc::new(open(&path(&folder)).expect("opens")), _keep: Box::new(folder) }
+}
+
+fn jobs_in_memory() -> Jobs {
+    Subject { store: Arc::new(SqliteStore::in_memory().expect("opens")), _keep: Box::new(()) }
+}
+
+fn registry_in_memory() -> Registry {
     Subject { store: Arc::new(SqliteStore::in_memory().expect("opens")), _keep: Box::new(()) }
 }
 
@@ -65,15 +86,14 @@ async fn what_was_written_is_there_after_a_restart() {
     let folder = folder();
     let store = open(&path(&folder)).expect("opens");
     store.reserve(job(1)).await.expect("reserves");
-    assert_eq!(store.next_epoch(worker(1)).await, Ok(1));
     store.close().await.expect("closes");
     // The closed store lives on; another may have the file.
     let next = open(&path(&folder)).expect("opens");
     assert!(matches!(next.reserve(job(1)).await, Ok(Reserved::Duplicate(_))));
-    assert_eq!(next.next_epoch(worker(1)).await, Ok(2));
+    assert_eq!(next.reserve(job(2)).await, Ok(Reserved::New));
     drop(next);
     let last = open(&path(&folder)).expect("opens");
-    assert_eq!(last.next_epoch(worker(1)).await, Ok(3));
+    assert!(matches!(last.reserve(job(2)).await, Ok(Reserved::Duplicate(_))));
 }
 
 #[test]
@@ -190,7 +210,7 @@ fn no_damaged_byte_makes_opening_or_reading_panic() {
             }
             let _ = runtime.block_on(store.active_reservations());
             let _ = runtime.block_on(store.usage(&tenant("acme"), UsageCursor::default(), 10));
-            assert_ne!(runtime.block_on(store.next_epoch(worker(1))), Err(StoreError::Closed), "a thread panicked");
+            assert_ne!(runtime.block_on(store.high_waters()), Err(StoreError::Closed), "a thread panicked");
             assert_ne!(runtime.block_on(store.models()), Err(StoreError::Closed), "a thread panicked");
         }
     }

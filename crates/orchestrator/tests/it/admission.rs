@@ -139,5 +139,5 @@ async fn a_job_that_runs_on_a_worker_when_it_is_revoked_is_cut_off() {
     assert!(matches!(ended, Some(Err(CallError::Remote(_)))), "{ended:?}");
     assert!(begun.elapsed() <= SECOND * 5, "{:?}", begun.elapsed());
     time::timeout(SECOND, worker.cancelled.notified()).await.expect("the worker was told to stop");
-    assert_ne!(stand.settled(&job).await.state, metadata_store::JobState::Reserved);
+    assert_ne!(stand.settled(&job).await.state, metadata_store::DurableState::Reserved);
 }

@@ -1,6 +1,6 @@
 //! Jobs that several models may run.
 
-use metadata_store::{JobState, TerminalState};
+use metadata_store::{DurableState, TerminalState};
 use protocol::ErrorCode;
 use protocol::health::{CachedModel, HealthReport, ModelState};
 use protocol::infer::InferRequest;
@@ -59,7 +59,7 @@ async fn what_one_model_cannot_do_another_does_and_is_billed_for() {
     assert_eq!(chunks.len(), 3);
     assert_eq!((unable.jobs_seen(), able.jobs_seen()), (2, 1), "each model was asked once");
     let record = stand.record(&job).await.expect("kept");
-    assert_eq!((record.model, record.state), (key("other"), JobState::Settled(TerminalState::Completed)));
+    assert_eq!((record.model, record.state), (key("other"), DurableState::Settled(TerminalState::Completed)));
     assert_eq!(stand.usage().await.into_iter().map(|usage| usage.model).collect::<Vec<_>>(), [key("other")]);
     let attempts = stand.explain(&job).await.attempts;
     assert_eq!(attempts.len(), 3);
@@ -82,7 +82,7 @@ async fn what_no_model_can_do_is_refused_as_the_last_one_refused_it() {
     assert_eq!(refused.code, ErrorCode::ContextLengthExceeded);
     let seen: usize = workers.iter().map(Worker::jobs_seen).sum();
     assert_eq!(seen, 2, "a worker with no more context than one that refused is not asked");
-    assert_eq!(stand.settled(&job).await.state, JobState::Settled(TerminalState::Failed));
+    assert_eq!(stand.settled(&job).await.state, DurableState::Settled(TerminalState::Failed));
     assert_eq!(stand.usage().await, []);
 }
 

@@ -1,6 +1,6 @@
 //! What an engine's crash does to the job it worked on, and to all others.
 
-use metadata_store::{JobState, TerminalState};
+use metadata_store::{DurableState, TerminalState};
 use protocol::ErrorCode;
 use protocol::infer::InferRequest;
 use tether_orchestrator::Config;
@@ -30,7 +30,7 @@ async fn a_request_on_which_two_engines_crashed_is_given_to_no_third() {
     assert!(!error.message.contains("try again"), "{error}");
     assert_eq!(seen(&workers), 2);
     let record = stand.record(&job).await.expect("kept");
-    assert_eq!(record.state, JobState::Settled(TerminalState::Dead));
+    assert_eq!(record.state, DurableState::Settled(TerminalState::Dead));
     assert_eq!(record.error.map(|error| error.code), Some(ErrorCode::RequestCrashesEngine));
     assert_eq!(stand.usage().await, []);
 

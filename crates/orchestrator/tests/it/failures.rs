@@ -1,6 +1,6 @@
 use std::time::{Duration, Instant};
 
-use metadata_store::{JobState, TerminalState};
+use metadata_store::{DurableState, TerminalState};
 use protocol::ErrorCode;
 use tether_orchestrator::Config;
 
@@ -41,7 +41,7 @@ async fn nobody_tries_a_fourth_time() {
     assert_eq!(error.code, ErrorCode::WorkerFailed);
     assert_eq!(workers.iter().map(super::stand::Worker::jobs_seen).sum::<usize>(), 3);
     let record = stand.record(&job).await.expect("kept");
-    assert_eq!(record.state, JobState::Settled(TerminalState::Failed));
+    assert_eq!(record.state, DurableState::Settled(TerminalState::Failed));
     assert_eq!(record.error.map(|error| error.code), Some(ErrorCode::WorkerFailed));
     assert_eq!(stand.usage().await, []);
 }
@@ -57,7 +57,7 @@ async fn an_answer_that_broke_off_is_an_error_and_is_not_billed() {
     answer.next().await.expect("a chunk").expect("no error");
     let end = answer.next().await.expect("an end").expect_err("the worker died");
     assert_eq!(protocol::WireError::from(end).code, ErrorCode::WorkerFailed);
-    assert_eq!(stand.settled(&job).await.state, JobState::Settled(TerminalState::Failed));
+    assert_eq!(stand.settled(&job).await.state, DurableState::Settled(TerminalState::Failed));
     assert_eq!(stand.usage().await, []);
     assert!(healthy.jobs_seen() <= 1);
 }
@@ -116,7 +116,7 @@ async fn a_deadline_ends_a_job_that_hangs() {
     let refused = protocol::WireError::from(refused.expect_err("the deadline passes"));
     assert_eq!(refused.code, ErrorCode::DeadlineExceeded);
     worker.cancelled.notified().await;
-    assert_eq!(stand.settled(&job).await.state, JobState::Settled(TerminalState::Failed));
+    assert_eq!(stand.settled(&job).await.state, DurableState::Settled(TerminalState::Failed));
 }
 
 #[tokio::test]

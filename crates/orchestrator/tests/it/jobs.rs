@@ -1,7 +1,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use metadata_store::{JobState, TerminalState};
+use metadata_store::{DurableState, TerminalState};
 use protocol::ErrorCode;
 use protocol::health::{HealthReport, LoadProgress, ModelState};
 use protocol::policy::TenantPolicy;
@@ -23,7 +23,7 @@ async fn an_answer_arrives_whole_and_is_billed_once() {
     let usage = chunks.last().and_then(|chunk| chunk.payload.usage).expect("the last chunk tells the usage");
     // Whoever holds the last chunk holds a settled job: no waiting here.
     let record = stand.record(&job).await.expect("kept");
-    assert_eq!(record.state, JobState::Settled(TerminalState::Completed));
+    assert_eq!(record.state, DurableState::Settled(TerminalState::Completed));
     assert_eq!(record.worker_id, worker.key.public_key());
     let billed = stand.usage().await;
     assert_eq!(billed.iter().map(|record| record.usage).collect::<Vec<_>>(), [usage]);
@@ -40,7 +40,7 @@ async fn a_caller_that_leaves_stops_the_worker_and_pays_for_what_it_got() {
     drop(answer);
     worker.cancelled.notified().await;
     let record = stand.settled(&job).await;
-    assert_eq!(record.state, JobState::Settled(TerminalState::Cancelled));
+    assert_eq!(record.state, DurableState::Settled(TerminalState::Cancelled));
     let got =
         protocol::usage::TokenUsage { prompt_tokens: 3, completion_tokens: 1, cached_tokens: 0, reasoning_tokens: 0 };
     assert_eq!(record.usage, Some(got));
@@ -53,7 +53,7 @@ async fn a_caller_that_reads_nothing_does_not_hold_its_place_for_ever() {
     let job = stand.job();
     let _unread = stand.submit(&job).await.expect("accepted");
     let record = stand.settled(&job).await;
-    assert_eq!(record.state, JobState::Settled(TerminalState::Cancelled));
+    assert_eq!(record.state, DurableState::Settled(TerminalState::Cancelled));
     assert_eq!(stand.store.active_reservations().await.expect("readable"), []);
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use metadata_store::{JobRecord, MetadataStore, SqliteStore, UsageCursor, UsageRecord};
+use metadata_store::{JobKey, JobRecord, JobStore, SqliteStore, UsageCursor, UsageRecord};
 use observability::Metrics;
 use parking_lot::Mutex;
 use protocol::admission::{Certificate, RevocationList};
@@ -59,7 +59,7 @@ pub(crate) struct Stand {
     pub(crate) membership: Membership,
     /// What the registry tells of the expelled.
     pub(crate) list: Arc<Mutex<Signed>>,
-    pub(crate) store: Arc<dyn MetadataStore>,
+    pub(crate) store: Arc<dyn JobStore>,
     pub(crate) metrics: Metrics,
     pub(crate) orchestrator: PublicKey,
     pub(crate) gateway: Client,
@@ -134,7 +134,7 @@ pub(crate) async fn stand(config: Config) -> Stand {
     stand_on(Arc::new(SqliteStore::in_memory().expect("a store")), config).await
 }
 
-pub(crate) async fn stand_on(store: Arc<dyn MetadataStore>, config: Config) -> Stand {
+pub(crate) async fn stand_on(store: Arc<dyn JobStore>, config: Config) -> Stand {
     let network = MemoryNetwork::new();
     let metrics = Metrics::new();
     let tasks = TaskTracker::new();
@@ -259,7 +259,7 @@ impl Stand {
     }
 
     pub(crate) async fn record(&self, job: &InferRequest) -> Option<JobRecord> {
-        self.store.job_by_correlation(&job.tenant_id, job.correlation_id).await.expect("readable")
+        self.store.job(&job_key(job)).await.expect("readable")
     }
 
     pub(crate) async fn usage(&self) -> Vec<UsageRecord> {
@@ -283,7 +283,7 @@ impl Stand {
     pub(crate) async fn settled(&self, job: &InferRequest) -> JobRecord {
         for _ in 0..500 {
             if let Some(record) = self.record(job).await
-                && record.state != metadata_store::JobState::Reserved
+                && record.state != metadata_store::DurableState::Reserved
             {
                 return record;
             }
@@ -352,9 +352,14 @@ impl Worker {
     }
 }
 
-async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: Arc<dyn MetadataStore>) {
+fn job_key(request: &InferRequest) -> JobKey {
+    let InferRequest { tenant_id, correlation_id, retry_token, .. } = request.clone();
+    JobKey { tenant_id, correlation_id, retry_token }
+}
+
+async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: Arc<dyn JobStore>) {
     let request: InferRequest = codec::decode(&call.body).expect("a job");
-    let reserved = store.job_by_correlation(&request.tenant_id, request.correlation_id).await.expect("readable");
+    let reserved = store.job(&job_key(&request)).await.expect("readable");
     let reserved = reserved.expect("a reservation is written before a job is sent");
     assert_eq!(reserved.attempt, request.attempt);
     let attempt = if matches!(manner, Manner::WrongAttempt) { request.attempt + 1 } else { request.attempt };

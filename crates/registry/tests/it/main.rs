@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use metadata_store::{MetadataStore, SqliteStore, StoreOptions};
+use metadata_store::{RegistryStore, SqliteStore, StoreOptions};
 use protocol::control::{
     ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterRemove, AdapterRemoved, CATALOG_LIST, Catalog, Empty, NodeRole,
     POLICY_GET, PolicyRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate,
@@ -40,7 +40,7 @@ struct TestRegistry {
     registry: PublicKey,
     office: TokenOffice,
     admission: AdmissionOffice,
-    store: Arc<dyn MetadataStore>,
+    store: Arc<dyn RegistryStore>,
     clock: Arc<SetClock>,
     folder: tempfile::TempDir,
     _tasks: TaskTracker,
@@ -49,7 +49,7 @@ struct TestRegistry {
 async fn test() -> TestRegistry {
     let folder = tempfile::tempdir().expect("a folder");
     let store = SqliteStore::open(folder.path().join("registry.db"), StoreOptions::default()).expect("opened");
-    let store: Arc<dyn MetadataStore> = Arc::new(store);
+    let store: Arc<dyn RegistryStore> = Arc::new(store);
     let clock = Arc::new(SetClock(AtomicU64::new(1_000_000)));
     let network = MemoryNetwork::new();
     let gateway = NodeKey::from_seed(&[2; 32]);

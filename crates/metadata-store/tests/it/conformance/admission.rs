@@ -8,7 +8,7 @@ use tether_metadata_store::{
     InviteRecord, InviteRedemption, NewCertificate, NodeRecord, PutInviteError, Redemption, Revocation,
 };
 
-use super::Subject;
+use super::Registry;
 use super::samples::{LEASE, NOW, worker};
 
 pub(crate) const ID: InviteId = InviteId([7; 8]);
@@ -32,7 +32,7 @@ fn certificate(node: PublicKey) -> NewCertificate {
     NewCertificate { public_key: node, name, roles, regions, models, not_before: NOW, not_after: LEASE, now: NOW }
 }
 
-pub(crate) async fn an_invite_is_found_as_it_was_written(subject: Subject) {
+pub(crate) async fn an_invite_is_found_as_it_was_written(subject: Registry) {
     let store = subject.store;
     assert_eq!(store.invite(ID).await, Ok(None));
     store.put_invite(invite()).await.expect("is added");
@@ -42,7 +42,7 @@ pub(crate) async fn an_invite_is_found_as_it_was_written(subject: Subject) {
     assert_eq!(store.invite(ID).await, Ok(Some(invite())));
 }
 
-pub(crate) async fn an_invite_is_redeemed_by_one_node_only(subject: Subject) {
+pub(crate) async fn an_invite_is_redeemed_by_one_node_only(subject: Registry) {
     let store = subject.store;
     assert_eq!(store.redeem_invite(ID, worker(1), NOW).await, Ok(Redemption::Unknown));
     store.put_invite(invite()).await.expect("is added");
@@ -53,7 +53,7 @@ pub(crate) async fn an_invite_is_redeemed_by_one_node_only(subject: Subject) {
     assert_eq!(store.invite(ID).await, Ok(Some(InviteRecord { redeemed, ..invite() })));
 }
 
-pub(crate) async fn a_certificate_has_a_number_greater_than_all_before(subject: Subject) {
+pub(crate) async fn a_certificate_has_a_number_greater_than_all_before(subject: Registry) {
     let store = subject.store;
     assert_eq!(store.put_certificate(certificate(worker(1))).await, Ok(1));
     assert_eq!(store.put_certificate(certificate(worker(2))).await, Ok(2));
@@ -78,7 +78,7 @@ pub(crate) async fn a_certificate_has_a_number_greater_than_all_before(subject: 
     assert_eq!(store.nodes().await, Ok(vec![first, second]));
 }
 
-pub(crate) async fn a_revoked_node_keeps_its_first_time_and_version(subject: Subject) {
+pub(crate) async fn a_revoked_node_keeps_its_first_time_and_version(subject: Registry) {
     let store = subject.store;
     store.put_certificate(certificate(worker(1))).await.expect("is written");
     assert_eq!(store.revocations().await, Ok(vec![]));
@@ -89,7 +89,7 @@ pub(crate) async fn a_revoked_node_keeps_its_first_time_and_version(subject: Sub
     assert_eq!(store.revocations().await, Ok(vec![revocation]));
 }
 
-pub(crate) async fn versions_of_the_revocation_list_grow_whatever_the_clock_says(subject: Subject) {
+pub(crate) async fn versions_of_the_revocation_list_grow_whatever_the_clock_says(subject: Registry) {
     let store = subject.store;
     let mut last = 0;
     for (number, now) in [(1, NOW), (2, NOW), (3, UnixMillis(5)), (4, LEASE)] {

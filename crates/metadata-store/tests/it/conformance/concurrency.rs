@@ -5,18 +5,18 @@ use std::sync::Arc;
 
 use protocol::WorkerId;
 use tether_metadata_store::{
-    Finalised, JobKey, MetadataStore, NewJob, ReassignError, Reassignment, Redemption, ReserveError, Reserved,
-    Settlement, UsageCursor,
+    Finalised, JobKey, JobStore, NewJob, ReassignError, Reassignment, Redemption, ReserveError, Reserved, Settlement,
+    UsageCursor,
 };
 use tokio::task::JoinSet;
 
-use super::Subject;
 use super::admission::{ID, invite};
 use super::samples::{NOW, job, key, reassignment, settlement, tenant, worker};
+use super::{Jobs, Registry, Subject};
 
 const CLIENTS: u128 = 64;
 
-pub(crate) async fn of_64_reservations_of_one_slot_exactly_one_is_made(subject: Subject) {
+pub(crate) async fn of_64_reservations_of_one_slot_exactly_one_is_made(subject: Jobs) {
     let outcomes =
         at_once(
             &subject,
@@ -29,7 +29,7 @@ pub(crate) async fn of_64_reservations_of_one_slot_exactly_one_is_made(subject: 
     assert_eq!(subject.store.active_reservations().await, Ok(vec![(worker(1), 1)]));
 }
 
-pub(crate) async fn of_64_resends_of_one_job_exactly_one_is_new(subject: Subject) {
+pub(crate) async fn of_64_resends_of_one_job_exactly_one_is_new(subject: Jobs) {
     let outcomes = at_once(&subject, |store, number| async move {
         store.reserve(NewJob { worker_id: worker(number as u8), ..job(1) }).await.expect("is no error")
     })
@@ -37,7 +37,7 @@ pub(crate) async fn of_64_resends_of_one_job_exactly_one_is_new(subject: Subject
     assert_eq!(outcomes.iter().filter(|outcome| **outcome == Reserved::New).count(), 1);
 }
 
-pub(crate) async fn of_64_settlements_of_one_job_exactly_one_bills(subject: Subject) {
+pub(crate) async fn of_64_settlements_of_one_job_exactly_one_bills(subject: Jobs) {
     subject.store.reserve(job(1)).await.expect("reserves");
     let outcomes =
         at_once(&subject, |store, _| async move { store.finalise(settlement(1)).await.expect("is no error") }).await;
@@ -45,7 +45,7 @@ pub(crate) async fn of_64_settlements_of_one_job_exactly_one_bills(subject: Subj
     assert_eq!(subject.store.usage(&tenant("acme"), UsageCursor::default(), 10).await.expect("reads").len(), 1);
 }
 
-pub(crate) async fn of_64_nodes_that_redeem_one_invite_exactly_one_does(subject: Subject) {
+pub(crate) async fn of_64_nodes_that_redeem_one_invite_exactly_one_does(subject: Registry) {
     subject.store.put_invite(invite()).await.expect("is added");
     let outcomes = at_once(&subject, |store, number| async move {
         store.redeem_invite(ID, worker(number as u8), NOW).await.expect("is no error")
@@ -56,8 +56,9 @@ pub(crate) async fn of_64_nodes_that_redeem_one_invite_exactly_one_does(subject:
 }
 
 /// Has all clients act at once.
-async fn at_once<T, F>(subject: &Subject, act: impl Fn(Arc<dyn MetadataStore>, u128) -> F) -> Vec<T>
+async fn at_once<S, T, F>(subject: &Subject<S>, act: impl Fn(Arc<S>, u128) -> F) -> Vec<T>
 where
+    S: ?Sized,
     T: Send + 'static,
     F: Future<Output = T> + Send + 'static,
 {
@@ -67,7 +68,7 @@ where
 const WORKERS: u64 = 3;
 const CAPACITY: u32 = 5;
 
-pub(crate) async fn random_traffic_never_overcommits_a_worker_and_bills_each_job_once(subject: Subject) {
+pub(crate) async fn random_traffic_never_overcommits_a_worker_and_bills_each_job_once(subject: Jobs) {
     for seed in 0..4_u32 {
         let billed: usize = at_once(&subject, |store, client| traffic(store, u128::from(seed) * CLIENTS + client))
             .await
@@ -80,7 +81,7 @@ pub(crate) async fn random_traffic_never_overcommits_a_worker_and_bills_each_job
 }
 
 /// Reserves, moves and settles jobs, checks the slots in between, and returns how many jobs it settled.
-async fn traffic(store: Arc<dyn MetadataStore>, client: u128) -> usize {
+async fn traffic(store: Arc<dyn JobStore>, client: u128) -> usize {
     let mut random = Random(client as u64);
     let mut settled = 0;
     for number in 0..12 {
@@ -120,7 +121,7 @@ async fn traffic(store: Arc<dyn MetadataStore>, client: u128) -> usize {
     settled
 }
 
-async fn check_slots(store: &dyn MetadataStore) {
+async fn check_slots(store: &dyn JobStore) {
     let held: HashMap<WorkerId, u32> = store.active_reservations().await.expect("reads").into_iter().collect();
     assert!(held.values().all(|held| *held <= CAPACITY), "overcommitted: {held:?}");
 }

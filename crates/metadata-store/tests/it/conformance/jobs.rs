@@ -1,17 +1,17 @@
-//! Jobs, reservations and usage.
+//! Jobs, reservations, usage and presence marks.
 
 use protocol::infer::FinishReason;
-use protocol::{CorrelationId, ErrorCode, UnixMillis};
+use protocol::presence::HighWater;
+use protocol::{ErrorCode, UnixMillis};
 use tether_metadata_store::{
-    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobState, NewJob, ReassignError, Reassignment, ReserveError,
-    Reserved, Settlement, TerminalState, UsageCursor,
+    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, NewJob, ReassignError, Reassignment,
+    ReserveError, Reserved, Settlement, StoreError, TerminalState, UsageCursor,
 };
-use uuid::Uuid;
 
-use super::Subject;
+use super::Jobs;
 use super::samples::{LEASE, NOW, USAGE, job, key, model_key, reassignment, settlement, tenant, worker};
 
-pub(crate) async fn a_reserved_job_is_found_as_it_was_written(subject: Subject) {
+pub(crate) async fn a_reserved_job_is_found_as_it_was_written(subject: Jobs) {
     let store = subject.store;
     assert_eq!(store.reserve(job(1)).await, Ok(Reserved::New));
     let NewJob { trace_id, model, region, worker_id, request_fingerprint, .. } = job(1);
@@ -22,7 +22,7 @@ pub(crate) async fn a_reserved_job_is_found_as_it_was_written(subject: Subject) 
         region,
         worker_id,
         attempt: 1,
-        state: JobState::Reserved,
+        state: DurableState::Reserved,
         finish_reason: None,
         error: None,
         usage: None,
@@ -35,7 +35,7 @@ pub(crate) async fn a_reserved_job_is_found_as_it_was_written(subject: Subject) 
     assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 1)]));
 }
 
-pub(crate) async fn the_same_key_again_returns_the_job_there_is(subject: Subject) {
+pub(crate) async fn the_same_key_again_returns_the_job_there_is(subject: Jobs) {
     let store = subject.store;
     store.reserve(job(1)).await.expect("reserves");
     let again = NewJob { worker_id: worker(2), request_fingerprint: [6; 32], ..job(1) };
@@ -47,19 +47,19 @@ pub(crate) async fn the_same_key_again_returns_the_job_there_is(subject: Subject
     store.finalise(settlement(1)).await.expect("settles");
     let outcome = store.reserve(job(1)).await.expect("a resend is no error");
     let Reserved::Duplicate(known) = outcome else { panic!("the job is known: {outcome:?}") };
-    assert_eq!(known.state, JobState::Settled(TerminalState::Completed));
+    assert_eq!(known.state, DurableState::Settled(TerminalState::Completed));
     assert_eq!(known.lease_until, None);
     assert_eq!(store.active_reservations().await, Ok(vec![]));
 }
 
-pub(crate) async fn a_resend_finds_its_job_even_while_the_worker_is_full(subject: Subject) {
+pub(crate) async fn a_resend_finds_its_job_even_while_the_worker_is_full(subject: Jobs) {
     let store = subject.store;
     let only = NewJob { worker_capacity: 1, ..job(1) };
     store.reserve(only.clone()).await.expect("reserves");
     assert!(matches!(store.reserve(only).await, Ok(Reserved::Duplicate(_))));
 }
 
-pub(crate) async fn another_tenant_token_or_id_is_another_job(subject: Subject) {
+pub(crate) async fn another_tenant_token_or_id_is_another_job(subject: Jobs) {
     let store = subject.store;
     let keys = [
         key(1),
@@ -73,7 +73,7 @@ pub(crate) async fn another_tenant_token_or_id_is_another_job(subject: Subject) 
     assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 4)]));
 }
 
-pub(crate) async fn a_full_worker_takes_no_further_job(subject: Subject) {
+pub(crate) async fn a_full_worker_takes_no_further_job(subject: Jobs) {
     let store = subject.store;
     for number in 1..=4 {
         store.reserve(job(number)).await.expect("there is room");
@@ -86,7 +86,7 @@ pub(crate) async fn a_full_worker_takes_no_further_job(subject: Subject) {
     assert_eq!(store.reserve(nowhere).await, Err(ReserveError::NoCapacity { worker_id: worker(3) }));
 }
 
-pub(crate) async fn a_settled_job_frees_its_slot(subject: Subject) {
+pub(crate) async fn a_settled_job_frees_its_slot(subject: Jobs) {
     let store = subject.store;
     for number in 1..=4 {
         store.reserve(job(number)).await.expect("there is room");
@@ -103,7 +103,7 @@ pub(crate) async fn a_settled_job_frees_its_slot(subject: Subject) {
     }
 }
 
-pub(crate) async fn a_settled_job_says_how_it_ended(subject: Subject) {
+pub(crate) async fn a_settled_job_says_how_it_ended(subject: Jobs) {
     let store = subject.store;
     store.reserve(job(1)).await.expect("reserves");
     store.reserve(job(2)).await.expect("reserves");
@@ -115,15 +115,15 @@ pub(crate) async fn a_settled_job_says_how_it_ended(subject: Subject) {
     store.finalise(failed).await.expect("settles");
 
     let completed = store.job(&key(1)).await.expect("reads").expect("is known");
-    assert_eq!(completed.state, JobState::Settled(TerminalState::Completed));
+    assert_eq!(completed.state, DurableState::Settled(TerminalState::Completed));
     assert_eq!(completed.finish_reason, Some(FinishReason::Length));
     assert_eq!((completed.usage, completed.lease_until), (Some(USAGE), None));
     assert_eq!((completed.created_at, completed.updated_at), (NOW, UnixMillis(NOW.0 + 7)));
     let failed = store.job(&key(2)).await.expect("reads").expect("is known");
-    assert_eq!((failed.state, failed.error), (JobState::Settled(TerminalState::Failed), Some(error)));
+    assert_eq!((failed.state, failed.error), (DurableState::Settled(TerminalState::Failed), Some(error)));
 }
 
-pub(crate) async fn a_second_settlement_changes_and_bills_nothing(subject: Subject) {
+pub(crate) async fn a_second_settlement_changes_and_bills_nothing(subject: Jobs) {
     let store = subject.store;
     store.reserve(job(1)).await.expect("reserves");
     store.finalise(settlement(1)).await.expect("settles");
@@ -136,7 +136,7 @@ pub(crate) async fn a_second_settlement_changes_and_bills_nothing(subject: Subje
     assert_eq!(store.usage(&tenant("acme"), UsageCursor::default(), 10).await.expect("reads").len(), 1);
 }
 
-pub(crate) async fn only_completed_and_cancelled_jobs_are_billed(subject: Subject) {
+pub(crate) async fn only_completed_and_cancelled_jobs_are_billed(subject: Jobs) {
     let store = subject.store;
     let endings = [
         (1, TerminalState::Completed, Some(USAGE)),
@@ -156,7 +156,7 @@ pub(crate) async fn only_completed_and_cancelled_jobs_are_billed(subject: Subjec
     assert_eq!((&record.model, &record.region, record.settled_at), (&job(1).model, &job(1).region, NOW));
 }
 
-pub(crate) async fn an_attempt_that_was_given_up_on_cannot_settle(subject: Subject) {
+pub(crate) async fn an_attempt_that_was_given_up_on_cannot_settle(subject: Jobs) {
     let store = subject.store;
     store.reserve(job(1)).await.expect("reserves");
     store.reassign(reassignment(1)).await.expect("moves");
@@ -168,7 +168,7 @@ pub(crate) async fn an_attempt_that_was_given_up_on_cannot_settle(subject: Subje
     assert_eq!(store.finalise(present).await, Ok(Finalised::Settled));
 }
 
-pub(crate) async fn a_job_moves_to_another_worker_as_its_next_attempt(subject: Subject) {
+pub(crate) async fn a_job_moves_to_another_worker_as_its_next_attempt(subject: Jobs) {
     let store = subject.store;
     store.reserve(job(1)).await.expect("reserves");
     let later = UnixMillis(LEASE.0 + 5);
@@ -177,25 +177,25 @@ pub(crate) async fn a_job_moves_to_another_worker_as_its_next_attempt(subject: S
     store.reassign(move_on).await.expect("moves");
     let moved = store.job(&key(1)).await.expect("reads").expect("is known");
     assert_eq!(moved.model, model, "another model may run it");
-    assert_eq!((moved.worker_id, moved.attempt, moved.state), (worker(2), 2, JobState::Reserved));
+    assert_eq!((moved.worker_id, moved.attempt, moved.state), (worker(2), 2, DurableState::Reserved));
     assert_eq!((moved.lease_until, moved.updated_at, moved.created_at), (Some(later), LEASE, NOW));
     assert_eq!(store.active_reservations().await, Ok(vec![(worker(2), 1)]));
 }
 
-pub(crate) async fn a_job_moves_only_from_its_present_attempt(subject: Subject) {
+pub(crate) async fn a_job_moves_only_from_its_present_attempt(subject: Jobs) {
     let store = subject.store;
     store.reserve(job(1)).await.expect("reserves");
     store.reassign(reassignment(1)).await.expect("moves");
-    let stale = ReassignError::Stale { state: JobState::Reserved, attempt: 2 };
+    let stale = ReassignError::Stale { state: DurableState::Reserved, attempt: 2 };
     assert_eq!(store.reassign(reassignment(1)).await, Err(stale));
     let settle = Settlement { attempt: 2, worker_id: worker(2), ..settlement(1) };
     store.finalise(settle).await.expect("settles");
-    let settled = ReassignError::Stale { state: JobState::Settled(TerminalState::Completed), attempt: 2 };
+    let settled = ReassignError::Stale { state: DurableState::Settled(TerminalState::Completed), attempt: 2 };
     assert_eq!(store.reassign(Reassignment { from_attempt: 2, ..reassignment(1) }).await, Err(settled));
     assert_eq!(store.active_reservations().await, Ok(vec![]));
 }
 
-pub(crate) async fn a_job_stays_where_it_is_when_the_next_worker_is_full(subject: Subject) {
+pub(crate) async fn a_job_stays_where_it_is_when_the_next_worker_is_full(subject: Jobs) {
     let store = subject.store;
     store.reserve(job(1)).await.expect("reserves");
     let refused = store.reassign(Reassignment { worker_capacity: 0, ..reassignment(1) }).await;
@@ -204,7 +204,7 @@ pub(crate) async fn a_job_stays_where_it_is_when_the_next_worker_is_full(subject
     assert_eq!(store.finalise(settlement(1)).await, Ok(Finalised::Settled));
 }
 
-pub(crate) async fn a_job_may_try_again_on_its_own_full_worker(subject: Subject) {
+pub(crate) async fn a_job_may_try_again_on_its_own_full_worker(subject: Jobs) {
     let store = subject.store;
     store.reserve(NewJob { worker_capacity: 1, ..job(1) }).await.expect("reserves");
     let again = Reassignment { worker_id: worker(1), worker_capacity: 1, ..reassignment(1) };
@@ -212,16 +212,15 @@ pub(crate) async fn a_job_may_try_again_on_its_own_full_worker(subject: Subject)
     assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 1)]));
 }
 
-pub(crate) async fn a_job_nobody_wrote_is_not_found(subject: Subject) {
+pub(crate) async fn a_job_nobody_wrote_is_not_found(subject: Jobs) {
     let store = subject.store;
     assert_eq!(store.job(&key(1)).await, Ok(None));
-    assert_eq!(store.job_by_correlation(&tenant("acme"), key(1).correlation_id).await, Ok(None));
     assert_eq!(store.reassign(reassignment(1)).await, Err(ReassignError::NotFound));
     assert_eq!(store.finalise(settlement(1)).await, Err(FinaliseError::NotFound));
     assert_eq!(store.renew(vec![key(1)], LEASE).await, Ok(vec![key(1)]));
 }
 
-pub(crate) async fn a_lease_that_ran_out_fails_its_job_and_frees_the_slot(subject: Subject) {
+pub(crate) async fn a_lease_that_ran_out_fails_its_job_and_frees_the_slot(subject: Jobs) {
     let store = subject.store;
     for number in 1..=4 {
         let lease_until = UnixMillis(LEASE.0 + number as u64);
@@ -232,7 +231,7 @@ pub(crate) async fn a_lease_that_ran_out_fails_its_job_and_frees_the_slot(subjec
     let first = store.release_expired(now, 2).await.expect("releases");
     assert_eq!(first.iter().map(|job| job.key.clone()).collect::<Vec<_>>(), [key(1), key(2)], "the oldest first");
     for job in first {
-        assert_eq!((job.state, job.lease_until), (JobState::Settled(TerminalState::Failed), None));
+        assert_eq!((job.state, job.lease_until), (DurableState::Settled(TerminalState::Failed), None));
         assert_eq!(job.error.expect("says why").code, ErrorCode::WorkerFailed);
         assert_eq!(job.updated_at, now);
     }
@@ -243,7 +242,7 @@ pub(crate) async fn a_lease_that_ran_out_fails_its_job_and_frees_the_slot(subjec
     assert_eq!(store.usage(&tenant("acme"), UsageCursor::default(), 10).await, Ok(vec![]));
 }
 
-pub(crate) async fn a_renewed_lease_lives_on_and_is_never_shortened(subject: Subject) {
+pub(crate) async fn a_renewed_lease_lives_on_and_is_never_shortened(subject: Jobs) {
     let store = subject.store;
     store.reserve(job(1)).await.expect("reserves");
     store.reserve(job(2)).await.expect("reserves");
@@ -255,19 +254,7 @@ pub(crate) async fn a_renewed_lease_lives_on_and_is_never_shortened(subject: Sub
     assert_eq!(store.job(&key(1)).await.expect("reads").expect("is known").lease_until, Some(later));
 }
 
-pub(crate) async fn the_latest_job_of_a_correlation_id_is_found(subject: Subject) {
-    let store = subject.store;
-    for token in ["z", "a", "m"] {
-        let key = JobKey { retry_token: token.parse().expect("a token"), ..key(1) };
-        store.reserve(NewJob { key, ..job(1) }).await.expect("reserves");
-    }
-    let found = store.job_by_correlation(&tenant("acme"), key(1).correlation_id).await.expect("reads");
-    assert_eq!(found.expect("is known").key.retry_token.as_str(), "m");
-    assert_eq!(store.job_by_correlation(&tenant("other"), key(1).correlation_id).await, Ok(None));
-    assert_eq!(store.job_by_correlation(&tenant("acme"), CorrelationId(Uuid::from_u128(2))).await, Ok(None));
-}
-
-pub(crate) async fn usage_is_read_in_pages_without_gap_or_repeat(subject: Subject) {
+pub(crate) async fn usage_is_read_in_pages_without_gap_or_repeat(subject: Jobs) {
     let store = subject.store;
     for number in 0..10 {
         store.reserve(job(number)).await.expect("reserves");
@@ -286,11 +273,39 @@ pub(crate) async fn usage_is_read_in_pages_without_gap_or_repeat(subject: Subjec
     assert_eq!(read, (3..10).map(key).collect::<Vec<_>>());
 }
 
-pub(crate) async fn usage_is_each_tenants_own(subject: Subject) {
+pub(crate) async fn usage_is_each_tenants_own(subject: Jobs) {
     let store = subject.store;
     let other = JobKey { tenant_id: tenant("other"), ..key(1) };
     store.reserve(NewJob { key: other.clone(), ..job(1) }).await.expect("reserves");
     store.finalise(Settlement { key: other, ..settlement(1) }).await.expect("settles");
     assert_eq!(store.usage(&tenant("acme"), UsageCursor::default(), 10).await, Ok(vec![]));
     assert_eq!(store.usage(&tenant("other"), UsageCursor::default(), 10).await.expect("reads").len(), 1);
+}
+
+pub(crate) async fn a_mark_is_raised_and_never_lowered(subject: Jobs) {
+    let store = subject.store;
+    let mark = |epoch, seq| HighWater { epoch, seq };
+    assert_eq!(store.high_waters().await, Ok(vec![]));
+    // Each step: what is offered, and what holds then. Peers choose these numbers, up to the largest.
+    for (offered, holds) in [
+        (mark(3, 5), mark(3, 5)),
+        (mark(3, 4), mark(3, 5)),
+        (mark(2, 900), mark(3, 5)),
+        (mark(3, 256), mark(3, 256)),
+        (mark(4, 0), mark(4, 0)),
+        (mark(u64::MAX, 1), mark(u64::MAX, 1)),
+        (mark(u64::MAX, u64::MAX), mark(u64::MAX, u64::MAX)),
+    ] {
+        store.raise_high_water(vec![(worker(1), offered), (worker(2), mark(1, 1))]).await.expect("raises");
+        assert_eq!(store.high_waters().await, Ok(vec![(worker(1), holds), (worker(2), mark(1, 1))]));
+    }
+}
+
+pub(crate) async fn a_closed_store_says_so(subject: Jobs) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    store.close().await.expect("closes");
+    assert_eq!(store.reserve(job(2)).await, Err(ReserveError::Store(StoreError::Closed)));
+    assert_eq!(store.job(&key(1)).await, Err(StoreError::Closed));
+    store.close().await.expect("closing again does nothing");
 }

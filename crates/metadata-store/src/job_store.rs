@@ -1,0 +1,340 @@
+//! The orchestrator's store: jobs, their reservations, usage, and the last health report of each worker.
+
+use async_trait::async_trait;
+use protocol::infer::FinishReason;
+use protocol::model::ModelKey;
+use protocol::presence::HighWater;
+use protocol::usage::TokenUsage;
+use protocol::{CorrelationId, ErrorCode, Region, RetryToken, TenantId, TraceId, UnixMillis, WorkerId};
+
+use crate::store::{Store, StoreError};
+
+/// Keeps jobs. Several orchestrators may share one store: the attempt number is the fencing token of their writes, and the
+/// lease of a reservation ends when its orchestrator no longer renews it.
+#[async_trait]
+pub trait JobStore: Store {
+    /// Writes a job and its reservation, unless its worker is full. The same key again returns the job there is.
+    async fn reserve(&self, job: NewJob) -> Result<Reserved, ReserveError>;
+
+    /// Moves a job to another worker as its next attempt, and frees the reservation it had.
+    ///
+    /// Only the attempt named in `from_attempt` can be moved, and only while the job is unsettled.
+    async fn reassign(&self, reassignment: Reassignment) -> Result<(), ReassignError>;
+
+    /// Settles a job: its terminal state, the end of its reservation, and what is billed, in one transaction.
+    ///
+    /// A job is settled once, by its present attempt; whoever comes later changes and bills nothing.
+    async fn finalise(&self, settlement: Settlement) -> Result<Finalised, FinaliseError>;
+
+    /// Extends the leases of running jobs, never shortens them, and returns the keys that hold no reservation.
+    async fn renew(&self, keys: Vec<JobKey>, lease_until: UnixMillis) -> Result<Vec<JobKey>, StoreError>;
+
+    /// Fails up to `limit` jobs whose lease has run out, frees their reservations, and returns the jobs.
+    async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError>;
+
+    /// Returns a job.
+    async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError>;
+
+    /// Returns each worker that holds reservations, and how many.
+    async fn active_reservations(&self) -> Result<Vec<(WorkerId, u32)>, StoreError>;
+
+    /// Returns up to `limit` usage records of a tenant behind a cursor, the oldest first.
+    async fn usage(&self, tenant_id: &TenantId, after: UsageCursor, limit: u32)
+    -> Result<Vec<UsageRecord>, StoreError>;
+
+    /// Returns the marks of all workers.
+    async fn high_waters(&self) -> Result<Vec<(WorkerId, HighWater)>, StoreError>;
+
+    /// Raises marks; one that is not above the mark there is changes nothing.
+    async fn raise_high_water(&self, marks: Vec<(WorkerId, HighWater)>) -> Result<(), StoreError>;
+}
+
+/// What makes a job the same job.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JobKey {
+    /// Who pays.
+    pub tenant_id: TenantId,
+    /// The job's name.
+    pub correlation_id: CorrelationId,
+    /// The same token never runs a job twice.
+    pub retry_token: RetryToken,
+}
+
+/// A job to write before it is sent to its worker.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    /// What makes it the same job.
+    pub key: JobKey,
+    /// The trace it belongs to.
+    pub trace_id: TraceId,
+    /// The model it runs.
+    pub model: ModelKey,
+    /// Where it runs.
+    pub region: Region,
+    /// Who is to run it.
+    pub worker_id: WorkerId,
+    /// How many reservations that worker may hold, this one included.
+    pub worker_capacity: u32,
+    /// Which try this is; 1 for a new job.
+    pub attempt: u32,
+    /// The present time.
+    pub now: UnixMillis,
+    /// When the reservation ends unless it is renewed.
+    pub lease_until: UnixMillis,
+    /// Hash of the request's body; tells a resend from another request under the same key.
+    pub request_fingerprint: [u8; 32],
+}
+
+/// What came of a reservation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reserved {
+    /// The job is new and has its reservation.
+    New,
+    /// A job of this key is known. Nothing was written; compare the fingerprint, then attach or replay.
+    Duplicate(Box<JobRecord>),
+}
+
+/// Moves a job to another worker.
+#[derive(Debug, Clone)]
+pub struct Reassignment {
+    /// The job.
+    pub key: JobKey,
+    /// The attempt that is given up on; the next one is `from_attempt + 1`.
+    pub from_attempt: u32,
+    /// The model that runs it next; the job is billed under it.
+    pub model: ModelKey,
+    /// Who is to run it next.
+    pub worker_id: WorkerId,
+    /// How many reservations that worker may hold, this one included.
+    pub worker_capacity: u32,
+    /// The present time.
+    pub now: UnixMillis,
+    /// When the new reservation ends unless it is renewed.
+    pub lease_until: UnixMillis,
+}
+
+/// How a job ends.
+#[derive(Debug, Clone)]
+pub struct Settlement {
+    /// The job.
+    pub key: JobKey,
+    /// The attempt that settles it.
+    pub attempt: u32,
+    /// The worker of that attempt.
+    pub worker_id: WorkerId,
+    /// How it ends.
+    pub state: TerminalState,
+    /// Why the answer ended.
+    pub finish_reason: Option<FinishReason>,
+    /// What went wrong.
+    pub error: Option<JobError>,
+    /// What it took. Billed when the job is completed or cancelled, and dropped otherwise.
+    pub usage: Option<TokenUsage>,
+    /// The present time.
+    pub now: UnixMillis,
+}
+
+/// What came of a settlement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finalised {
+    /// This call settled the job.
+    Settled,
+    /// The job had been settled; nothing was changed or billed.
+    AlreadySettled {
+        /// How it had ended.
+        state: TerminalState,
+    },
+    /// The job has moved on to another attempt or worker; nothing was changed or billed.
+    Stale {
+        /// The present attempt.
+        attempt: u32,
+    },
+}
+
+/// How a job can end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TerminalState {
+    /// The answer is whole.
+    Completed,
+    /// It went wrong.
+    Failed,
+    /// The caller gave up.
+    Cancelled,
+    /// It went wrong so often that nobody tries again.
+    Dead,
+}
+
+impl TerminalState {
+    /// Returns the state as it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Dead => "dead",
+        }
+    }
+
+    /// Says whether what the job took is billed.
+    pub fn is_billed(self) -> bool {
+        matches!(self, Self::Completed | Self::Cancelled)
+    }
+}
+
+/// The part of a job's state that outlives the orchestrator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DurableState {
+    /// It has a reservation and is not settled.
+    Reserved,
+    /// It has ended.
+    Settled(TerminalState),
+}
+
+impl DurableState {
+    /// Returns the state as it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Reserved => "reserved",
+            Self::Settled(state) => state.as_str(),
+        }
+    }
+}
+
+/// What went wrong with a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobError {
+    /// What, as clients name it.
+    pub code: ErrorCode,
+    /// What, for people.
+    pub message: String,
+}
+
+/// A job as it was written last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobRecord {
+    /// What makes it the same job.
+    pub key: JobKey,
+    /// The trace it belongs to.
+    pub trace_id: TraceId,
+    /// The model it runs.
+    pub model: ModelKey,
+    /// Where it runs.
+    pub region: Region,
+    /// Who runs it, or ran it last.
+    pub worker_id: WorkerId,
+    /// Which try that is, counted from 1.
+    pub attempt: u32,
+    /// Where it stands.
+    pub state: DurableState,
+    /// Why its answer ended.
+    pub finish_reason: Option<FinishReason>,
+    /// What went wrong.
+    pub error: Option<JobError>,
+    /// What was billed.
+    pub usage: Option<TokenUsage>,
+    /// Hash of the request's body.
+    pub request_fingerprint: [u8; 32],
+    /// When its reservation ends; none once it is settled.
+    pub lease_until: Option<UnixMillis>,
+    /// When it was first reserved.
+    pub created_at: UnixMillis,
+    /// When it was reserved, reassigned or settled last.
+    pub updated_at: UnixMillis,
+}
+
+/// What a settled job took.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UsageRecord {
+    /// Its place among all usage records; it grows in the order of the settlements.
+    pub sequence: u64,
+    /// The job.
+    pub key: JobKey,
+    /// The model it ran.
+    pub model: ModelKey,
+    /// Where it ran.
+    pub region: Region,
+    /// Who ran it.
+    pub worker_id: WorkerId,
+    /// The attempt that was settled.
+    pub attempt: u32,
+    /// What it took.
+    pub usage: TokenUsage,
+    /// When it was settled.
+    pub settled_at: UnixMillis,
+}
+
+impl UsageRecord {
+    /// Returns the cursor that goes on behind this record.
+    pub fn cursor(&self) -> UsageCursor {
+        UsageCursor { settled_at: self.settled_at, sequence: self.sequence }
+    }
+}
+
+/// A place in a tenant's usage, between two records.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UsageCursor {
+    settled_at: UnixMillis,
+    sequence: u64,
+}
+
+impl UsageCursor {
+    /// Returns the place before the first record that was settled at `time` or later.
+    pub fn since(time: UnixMillis) -> Self {
+        // Sequences start at 1.
+        Self { settled_at: time, sequence: 0 }
+    }
+
+    pub(crate) fn parts(self) -> (UnixMillis, u64) {
+        (self.settled_at, self.sequence)
+    }
+}
+
+/// Why a job could not be reserved.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReserveError {
+    /// The worker holds as many reservations as it may: try another.
+    #[error("worker {} has no free slot", .worker_id.short())]
+    NoCapacity {
+        /// The worker.
+        worker_id: WorkerId,
+    },
+    /// The store failed.
+    #[error("could not write the reservation")]
+    Store(#[from] StoreError),
+}
+
+/// Why a job could not be moved to another worker.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReassignError {
+    /// There is no such job.
+    #[error("there is no such job")]
+    NotFound,
+    /// The job is settled, or at another attempt: whoever asks has lost it.
+    #[error("the job is {} at attempt {attempt}", .state.as_str())]
+    Stale {
+        /// Where the job stands.
+        state: DurableState,
+        /// Its present attempt.
+        attempt: u32,
+    },
+    /// The worker holds as many reservations as it may: try another.
+    #[error("worker {} has no free slot", .worker_id.short())]
+    NoCapacity {
+        /// The worker.
+        worker_id: WorkerId,
+    },
+    /// The store failed.
+    #[error("could not move the reservation")]
+    Store(#[from] StoreError),
+}
+
+/// Why a job could not be settled.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FinaliseError {
+    /// There is no such job.
+    #[error("there is no such job")]
+    NotFound,
+    /// The store failed.
+    #[error("could not settle the job")]
+    Store(#[from] StoreError),
+}

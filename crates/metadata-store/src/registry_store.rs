@@ -1,0 +1,286 @@
+//! The registry's store: tokens, policies, models with their adapters and aliases, invites, nodes, revocations.
+
+use async_trait::async_trait;
+use protocol::control::{NodeRole, Scope};
+use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey};
+use protocol::policy::TenantPolicy;
+use protocol::{Digest, InviteId, ModelName, PublicKey, Region, TenantId, UnixMillis};
+
+use crate::store::{Store, StoreError};
+
+/// Keeps the catalogue of models, the tokens and policies of tenants, and the nodes of the network.
+#[async_trait]
+pub trait RegistryStore: Store {
+    /// Adds a token.
+    async fn put_token(&self, token: TokenRecord) -> Result<(), PutTokenError>;
+
+    /// Returns the token of a key id, revoked and expired ones too.
+    async fn token(&self, key_id: &str) -> Result<Option<TokenRecord>, StoreError>;
+
+    /// Returns every token, the oldest first.
+    async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError>;
+
+    /// Revokes a token; false where there is none. The first revocation keeps its time.
+    async fn revoke_token(&self, key_id: &str, now: UnixMillis) -> Result<bool, StoreError>;
+
+    /// Sets a tenant's rules.
+    async fn put_policy(&self, tenant_id: &TenantId, policy: &TenantPolicy) -> Result<(), StoreError>;
+
+    /// Returns a tenant's rules, where it has any.
+    async fn policy(&self, tenant_id: &TenantId) -> Result<Option<TenantPolicy>, StoreError>;
+
+    /// Registers a model version. The same digest again updates what describes it; another digest is refused.
+    async fn put_model(&self, entry: ModelEntry) -> Result<(), PutModelError>;
+
+    /// Returns every model version, by name and then by version.
+    async fn models(&self) -> Result<Vec<ModelEntry>, StoreError>;
+
+    /// Sets how long workers keep a model version in memory; false where it does not exist. [`Self::put_model`] leaves that as it is.
+    async fn keep_model(&self, key: &ModelKey, pin: bool, keep_alive_secs: Option<i64>) -> Result<bool, StoreError>;
+
+    /// Forgets a model version and its adapters; false where there is none.
+    async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError>;
+
+    /// Registers an adapter of a model version. The same digest again updates what describes it; another digest is
+    /// refused.
+    async fn put_adapter(&self, entry: AdapterEntry) -> Result<(), PutAdapterError>;
+
+    /// Returns every adapter, by model and then by name.
+    async fn adapters(&self) -> Result<Vec<AdapterEntry>, StoreError>;
+
+    /// Forgets an adapter; false where there is none.
+    async fn remove_adapter(&self, key: &AdapterKey) -> Result<bool, StoreError>;
+
+    /// Sets what an alias stands for; false where a model has its name that is not one of its targets. Whether there
+    /// are such targets is for the caller to check.
+    async fn put_alias(&self, entry: AliasEntry) -> Result<bool, StoreError>;
+
+    /// Returns every alias, by name.
+    async fn aliases(&self) -> Result<Vec<AliasEntry>, StoreError>;
+
+    /// Forgets an alias; false where it does not exist.
+    async fn remove_alias(&self, alias: &ModelName) -> Result<bool, StoreError>;
+
+    /// Adds an invite, not redeemed yet.
+    async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError>;
+
+    /// Returns an invite, redeemed and expired ones too.
+    async fn invite(&self, invite_id: InviteId) -> Result<Option<InviteRecord>, StoreError>;
+
+    /// Redeems an invite for a node, unless another node has. Its secret and its end are for the caller to check.
+    async fn redeem_invite(
+        &self,
+        invite_id: InviteId,
+        node: PublicKey,
+        now: UnixMillis,
+    ) -> Result<Redemption, StoreError>;
+
+    /// Writes a node's next certificate down and returns its number, greater than all before.
+    async fn put_certificate(&self, certificate: NewCertificate) -> Result<u64, StoreError>;
+
+    /// Returns a node with its last certificate, expelled ones too.
+    async fn node(&self, public_key: PublicKey) -> Result<Option<NodeRecord>, StoreError>;
+
+    /// Returns every node that was ever admitted, the first first.
+    async fn nodes(&self) -> Result<Vec<NodeRecord>, StoreError>;
+
+    /// Gives a node another name. Returns false where there is no such node.
+    async fn rename_node(&self, public_key: PublicKey, name: &str) -> Result<bool, StoreError>;
+
+    /// Expels a key, known or not, and returns the version of the list that names it. The first time counts.
+    ///
+    /// Versions grow, and are not below the time they are made, so that they grow even where a store was lost.
+    async fn revoke_node(&self, public_key: PublicKey, now: UnixMillis) -> Result<u64, StoreError>;
+
+    /// Returns who was expelled, by version.
+    async fn revocations(&self) -> Result<Vec<Revocation>, StoreError>;
+}
+
+/// An API token as the registry keeps it: never the secret itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenRecord {
+    /// The public part.
+    pub key_id: String,
+    /// Whose it is.
+    pub tenant_id: TenantId,
+    /// Keyed hash of the secret.
+    pub hash: [u8; 32],
+    /// What it may do.
+    pub scopes: Vec<Scope>,
+    /// What it is for, for people.
+    pub name: String,
+    /// When it was made.
+    pub created_at: UnixMillis,
+    /// When it ends.
+    pub expires_at: Option<UnixMillis>,
+    /// When it was revoked.
+    pub revoked_at: Option<UnixMillis>,
+}
+
+/// An invite as it is kept: never its secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InviteRecord {
+    /// Its public name.
+    pub invite_id: InviteId,
+    /// Keyed hash of the secret.
+    pub hash: [u8; 32],
+    /// Who it is for, for people.
+    pub name: String,
+    /// What the node may become.
+    pub roles: Vec<NodeRole>,
+    /// Where; none for everywhere.
+    pub regions: Vec<Region>,
+    /// The models it may serve; none for all.
+    pub models: Vec<ModelName>,
+    /// When it was made.
+    pub created_at: UnixMillis,
+    /// When it ends.
+    pub expires_at: UnixMillis,
+    /// Who redeemed it, and when.
+    pub redeemed: Option<InviteRedemption>,
+}
+
+/// The one use of an invite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InviteRedemption {
+    /// The node it brought in.
+    pub node: PublicKey,
+    /// When.
+    pub at: UnixMillis,
+}
+
+/// What came of redeeming an invite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Redemption {
+    /// It is used up by this.
+    Done,
+    /// The same node had redeemed it before.
+    Again,
+    /// Another node had.
+    Used,
+    /// There is no such invite.
+    Unknown,
+}
+
+/// A certificate to be written down before it is signed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewCertificate {
+    /// The node.
+    pub public_key: PublicKey,
+    /// Its name, for people.
+    pub name: String,
+    /// What it may be.
+    pub roles: Vec<NodeRole>,
+    /// Where; none for everywhere.
+    pub regions: Vec<Region>,
+    /// The models it may serve; none for all.
+    pub models: Vec<ModelName>,
+    /// When it begins.
+    pub not_before: UnixMillis,
+    /// When it ends.
+    pub not_after: UnixMillis,
+    /// The present time.
+    pub now: UnixMillis,
+}
+
+/// A node with its last certificate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeRecord {
+    /// Its key.
+    pub public_key: PublicKey,
+    /// The certificate's number.
+    pub serial: u64,
+    /// Its name, for people.
+    pub name: String,
+    /// What it may be.
+    pub roles: Vec<NodeRole>,
+    /// Where; none for everywhere.
+    pub regions: Vec<Region>,
+    /// The models it may serve; none for all.
+    pub models: Vec<ModelName>,
+    /// When it was first admitted.
+    pub joined_at: UnixMillis,
+    /// When the certificate begins.
+    pub not_before: UnixMillis,
+    /// When it ends.
+    pub not_after: UnixMillis,
+    /// When the node was expelled.
+    pub revoked_at: Option<UnixMillis>,
+}
+
+/// A key that was expelled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Revocation {
+    /// The key.
+    pub public_key: PublicKey,
+    /// The version of the list that first named it.
+    pub version: u64,
+    /// When.
+    pub revoked_at: UnixMillis,
+}
+
+/// Why an invite could not be added.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PutInviteError {
+    /// There is one of this name.
+    #[error("there is an invite {invite_id}")]
+    Taken {
+        /// The name.
+        invite_id: InviteId,
+    },
+    /// The store failed.
+    #[error("could not write the invite")]
+    Store(#[from] StoreError),
+}
+
+/// Why a token could not be added.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PutTokenError {
+    /// The key id is taken: make another token.
+    #[error("key id {key_id} is taken")]
+    Taken {
+        /// The key id.
+        key_id: String,
+    },
+    /// The store failed.
+    #[error("could not write the token")]
+    Store(#[from] StoreError),
+}
+
+/// Why a model could not be registered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PutModelError {
+    /// The version has another artifact, and a version never changes: register a new version.
+    #[error("{key} is registered with digest {registered}; a version never changes, register a new one")]
+    Conflict {
+        /// The model version.
+        key: ModelKey,
+        /// The digest it has.
+        registered: Digest,
+    },
+    /// The store failed.
+    #[error("could not write the model")]
+    Store(#[from] StoreError),
+}
+
+/// Why an adapter could not be registered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PutAdapterError {
+    /// Its model is not registered.
+    #[error("{model} is not registered")]
+    NoModel {
+        /// The model version.
+        model: ModelKey,
+    },
+    /// The name has another artifact: remove it first, or choose another name.
+    #[error("{key} is registered with digest {registered}; remove it first, or choose another name")]
+    Conflict {
+        /// The adapter.
+        key: AdapterKey,
+        /// The digest it has.
+        registered: Digest,
+    },
+    /// The store failed.
+    #[error("could not write the adapter")]
+    Store(#[from] StoreError),
+}

@@ -1,0 +1,62 @@
+//! [`JobStore`] in SQLite: what each call reads or writes.
+
+use async_trait::async_trait;
+use protocol::presence::HighWater;
+use protocol::{TenantId, UnixMillis, WorkerId};
+
+use super::{SqliteStore, jobs, presence, reservations, usage};
+use crate::job_store::{
+    FinaliseError, Finalised, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved,
+    Settlement, UsageCursor, UsageRecord,
+};
+use crate::store::StoreError;
+
+#[async_trait]
+impl JobStore for SqliteStore {
+    async fn reserve(&self, job: NewJob) -> Result<Reserved, ReserveError> {
+        self.write(move |connection| reservations::reserve(connection, &job)).await?
+    }
+
+    async fn reassign(&self, reassignment: Reassignment) -> Result<(), ReassignError> {
+        self.write(move |connection| reservations::reassign(connection, &reassignment)).await?
+    }
+
+    async fn finalise(&self, settlement: Settlement) -> Result<Finalised, FinaliseError> {
+        self.write(move |connection| jobs::finalise(connection, &settlement)).await?
+    }
+
+    async fn renew(&self, keys: Vec<JobKey>, lease_until: UnixMillis) -> Result<Vec<JobKey>, StoreError> {
+        self.write(move |connection| reservations::renew(connection, &keys, lease_until)).await
+    }
+
+    async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError> {
+        self.write(move |connection| reservations::release_expired(connection, now, limit)).await
+    }
+
+    async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> {
+        let key = key.clone();
+        self.read(move |connection| jobs::find(connection, &key)).await
+    }
+
+    async fn active_reservations(&self) -> Result<Vec<(WorkerId, u32)>, StoreError> {
+        self.read(reservations::active).await
+    }
+
+    async fn usage(
+        &self,
+        tenant_id: &TenantId,
+        after: UsageCursor,
+        limit: u32,
+    ) -> Result<Vec<UsageRecord>, StoreError> {
+        let tenant_id = tenant_id.clone();
+        self.read(move |connection| usage::list(connection, &tenant_id, after, limit)).await
+    }
+
+    async fn high_waters(&self) -> Result<Vec<(WorkerId, HighWater)>, StoreError> {
+        self.read(presence::high_waters).await
+    }
+
+    async fn raise_high_water(&self, marks: Vec<(WorkerId, HighWater)>) -> Result<(), StoreError> {
+        self.write(move |connection| presence::raise(connection, &marks)).await
+    }
+}
