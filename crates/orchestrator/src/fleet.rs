@@ -447,7 +447,6 @@ impl<'a> CandidateIter<'a> {
                 has_file: !replica.to_fetch,
                 adapter_at_hand: wanted.is_adapter_at_hand(worker),
                 proximity: worker.proximity,
-                gpu_class_matches: true,
                 slots: worker.slots,
                 capacity: worker.capacity,
                 // The worker's word is up to 5 s old, and other orchestrators' jobs are only in it.

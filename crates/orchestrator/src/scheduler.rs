@@ -29,8 +29,6 @@ pub struct Candidate {
     pub adapter_at_hand: bool,
     /// 1 in the same region, less the farther away.
     pub proximity: f32,
-    /// Whether its accelerator is of the class asked for, or none was.
-    pub gpu_class_matches: bool,
     /// Jobs it runs side by side.
     pub slots: u32,
     /// Jobs it may hold, running and waiting.
@@ -196,7 +194,6 @@ fn row(score: f64, candidate: &Candidate, model: Option<ModelKey>, fastest: f32)
         score,
         model_match: terms.model_match,
         region_proximity: terms.region_proximity,
-        gpu_class: terms.gpu_class,
         queue_depth: terms.queue_depth,
         warm_cache: terms.warm_cache,
         speed: terms.speed,

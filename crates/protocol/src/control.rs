@@ -756,8 +756,6 @@ pub struct CandidateScore {
     pub model_match: f64,
     /// Same region, or how far.
     pub region_proximity: f64,
-    /// Fits the class asked for.
-    pub gpu_class: f64,
     /// The emptier the better.
     pub queue_depth: f64,
     /// The prompt's beginning is at hand.

@@ -1,6 +1,7 @@
 //! How well a worker suits a job: a weighted sum of terms between 0 and 1 (O2).
 
 use schemars::JsonSchema;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::Candidate;
@@ -13,21 +14,30 @@ pub struct Weights {
     pub model_match: f64,
     /// The worker is near.
     pub region_proximity: f64,
-    /// The accelerator is of the class asked for.
-    pub gpu_class: f64,
     /// The worker has little to do.
     pub queue_depth: f64,
     /// The prompt's beginning is at hand.
     pub warm_cache: f64,
     /// The worker is fast.
     pub speed: f64,
+    /// Read and ignored: settings written for earlier versions have it.
+    #[serde(skip_serializing)]
+    #[schemars(skip)]
+    pub gpu_class: IgnoredAny,
 }
 
 impl Default for Weights {
     fn default() -> Self {
         // An idle worker that has to load the model first must lose against a busy one that has it. One that has the
         // whole prompt at hand wins while it has a free slot; beyond, waiting would cost more than evaluating anew.
-        Self { model_match: 4.0, region_proximity: 2.0, gpu_class: 1.0, queue_depth: 3.0, warm_cache: 1.5, speed: 0.5 }
+        Self {
+            model_match: 4.0,
+            region_proximity: 2.0,
+            queue_depth: 3.0,
+            warm_cache: 1.5,
+            speed: 0.5,
+            gpu_class: IgnoredAny,
+        }
     }
 }
 
@@ -38,8 +48,6 @@ pub struct Terms {
     pub model_match: f64,
     /// 1 in the same region, less the farther away.
     pub region_proximity: f64,
-    /// 1 where the class fits.
-    pub gpu_class: f64,
     /// 1 idle, half with all slots taken, less with a queue.
     pub queue_depth: f64,
     /// Share of the prompt at hand.
@@ -61,7 +69,6 @@ impl Terms {
                 (false, _) => 0.5,
             },
             region_proximity: f64::from(candidate.proximity),
-            gpu_class: f64::from(u8::from(candidate.gpu_class_matches)),
             queue_depth: slots / (slots + f64::from(candidate.load)),
             warm_cache: f64::from(candidate.warm_share),
             speed: if known { f64::from(candidate.tokens_per_second / fastest) } else { 0.5 },
@@ -73,7 +80,6 @@ impl Terms {
     pub fn score(&self, weights: &Weights) -> f64 {
         self.model_match * weights.model_match
             + self.region_proximity * weights.region_proximity
-            + self.gpu_class * weights.gpu_class
             + self.queue_depth * weights.queue_depth
             + self.warm_cache * weights.warm_cache
             + self.speed * weights.speed

@@ -11,7 +11,6 @@ fn worker(number: u8) -> Candidate {
         has_file: true,
         adapter_at_hand: true,
         proximity: 1.0,
-        gpu_class_matches: true,
         slots: 4,
         capacity: 8,
         load: 0,
@@ -27,27 +26,27 @@ fn chosen(candidates: &[Candidate]) -> Option<WorkerId> {
 
 #[test]
 fn each_term_decides_when_all_else_is_equal() {
-    let better: [fn(&mut Candidate); 6] = [
+    let better: [fn(&mut Candidate); 5] = [
         |worker| worker.resident = true,
         |worker| worker.proximity = 1.0,
-        |worker| worker.gpu_class_matches = true,
         |worker| worker.load = 0,
         |worker| worker.warm_share = 1.0,
         |worker| worker.tokens_per_second = 10.0,
     ];
     for (term, improve) in better.into_iter().enumerate() {
-        let poor = |number| Candidate {
-            resident: false,
-            proximity: 0.0,
-            gpu_class_matches: false,
-            load: 3,
-            tokens_per_second: 1.0,
-            ..worker(number)
-        };
+        let poor =
+            |number| Candidate { resident: false, proximity: 0.0, load: 3, tokens_per_second: 1.0, ..worker(number) };
         let mut good = poor(2);
         improve(&mut good);
         assert_eq!(chosen(&[poor(1), good, poor(3)]), Some(good.worker_id), "term {term}");
     }
+}
+
+#[test]
+fn settings_of_earlier_versions_may_name_a_weight_for_the_gpu_class() {
+    let weights: Weights = serde_json::from_str(r#"{"gpu_class": 1.0, "speed": 0.25}"#).expect("is read");
+    assert_eq!(weights, Weights { speed: 0.25, ..Weights::default() });
+    assert!(!serde_json::to_string(&weights).expect("is written").contains("gpu_class"));
 }
 
 #[test]
