@@ -1,6 +1,13 @@
+use tokio::sync::oneshot;
+
+use super::answers::Foreign;
+use super::requests::{WAITING_MAX, is_plausible};
 use super::*;
-use crate::dht_rpc::Message;
+use crate::compact_encoding::Encoder;
+use crate::dht_rpc::message::{DELAYED_PING, DOWN_HINT, FIND_NODE, PING, PING_NAT, Request, Response, node_id};
+use crate::dht_rpc::routing_table::K;
 use crate::dht_rpc::tests::local;
+use crate::dht_rpc::{DhtReply, DhtRequestError, Message};
 
 fn node(number: u16) -> SocketAddrV4 {
     SocketAddrV4::new([127, 0, 0, 1].into(), number)

@@ -1,0 +1,73 @@
+//! What others see of this node, and whether it lasts.
+
+use std::net::SocketAddrV4;
+
+use super::{Job, State, Via};
+use crate::dht_rpc::message::{Id, node_id};
+use crate::dht_rpc::nat_sampler::NatSampler;
+
+impl State {
+    /// Returns the socket that this node talks from.
+    pub(in crate::dht_rpc) fn via(&self) -> Via {
+        if self.firewalled { Via::Client } else { Via::Server }
+    }
+
+    pub(in crate::dht_rpc) fn id(&self) -> Option<Id> {
+        (!self.ephemeral).then(|| *self.table.id())
+    }
+
+    pub(in crate::dht_rpc) fn remote_address(&self) -> Option<SocketAddrV4> {
+        self.sampler.host_and_port().filter(|address| !self.firewalled && address.port() == self.server_port)
+    }
+
+    /// Returns up to five nodes that can tell whether this one can be reached.
+    pub(in crate::dht_rpc) fn witnesses(&self) -> Vec<SocketAddrV4> {
+        let mut nodes: Vec<_> = self.table.latest().take(5).map(|node| node.address).collect();
+        if nodes.len() < 5 {
+            nodes.extend(self.bootstrap.iter().filter(|node| !nodes.contains(node)).copied().collect::<Vec<_>>());
+        }
+        nodes
+    }
+
+    /// Takes the word of witnesses that reached the server socket, if it is enough. Says whether there is no firewall.
+    pub(in crate::dht_rpc) fn on_witnesses(&mut self, asked: usize, seen: &[SocketAddrV4]) -> bool {
+        let mut sampler = NatSampler::default();
+        for address in seen {
+            sampler.add(*address);
+        }
+        let enough = if asked >= 5 { 3 } else { 1 };
+        let Some(address) = sampler.host_and_port() else { return false };
+        // A port that is mapped to another one cannot be told to others, who would take it from the node's id.
+        let is_open = seen.len() >= enough
+            && self.sampler.address().is_some_and(|own| own.host == *address.ip())
+            && address.port() == self.server_port;
+        if is_open {
+            self.firewalled = false;
+            self.passing_samples.clear();
+            self.sampler = sampler;
+        }
+        is_open
+    }
+
+    /// Makes the node a lasting part of the table, if its address is certain.
+    pub(in crate::dht_rpc) fn settle_identity(&mut self) -> bool {
+        match self.sampler.host_and_port() {
+            Some(address) if !self.firewalled && self.ephemeral => {
+                self.become_persistent(address);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    pub(super) fn become_persistent(&mut self, address: SocketAddrV4) {
+        self.ephemeral = false;
+        let id = node_id(address);
+        if *self.table.id() != id {
+            self.table.move_to(id);
+            if self.bootstrapped {
+                self.start(Job::Refresh(id));
+            }
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! What is due with time: the table is kept, walks are begun, silent nodes are let go.
+
+use std::net::SocketAddrV4;
+
+use tokio::time::Instant;
+
+use super::requests::{Outbound, Waiter};
+use super::{Answer, Job, REFRESH_TICKS, REMEMBERED_MAX, State, TICK, Via};
+use crate::dht_rpc::congestion::SLOT;
+use crate::dht_rpc::message::{Id, PING};
+use crate::dht_rpc::routing_table::{Insertion, K, TableNode};
+
+/// A node asked within the last minute need not be asked again.
+const RECENT_TICKS: u64 = 12;
+/// Half an hour: a node that lasted so long will probably last longer.
+const OLD_TICKS: u64 = 360;
+const REPINGS_MAX: usize = 3;
+
+impl State {
+    /// Returns when [`State::on_time`] has to be called next.
+    pub(in crate::dht_rpc) fn next_deadline(&mut self) -> Instant {
+        let first = self.deadlines.first().map(|(at, _)| *at);
+        let delayed = self.delayed.first_key_value().map(|((at, _), _)| *at);
+        let next = [first, delayed].into_iter().flatten().fold(self.next_slot.min(self.next_tick), Instant::min);
+        self.asked_deadline = next;
+        self.hurry = false;
+        next
+    }
+
+    /// Does what is due.
+    pub(in crate::dht_rpc) fn on_time(&mut self, now: Instant) {
+        while let Some((at, tid)) = self.deadlines.first().copied()
+            && at <= now
+        {
+            self.deadlines.pop_first();
+            self.on_timeout(tid, now);
+        }
+        while let Some(entry) = self.delayed.first_entry()
+            && entry.key().0 <= now
+        {
+            let (via, to, tid) = entry.remove();
+            self.answer(&via, to, tid, None, Answer { error: 0, value: None, token: false, closer_nodes: false });
+        }
+        if self.next_slot <= now {
+            self.next_slot = now + SLOT;
+            self.tokens.rotate(now, || self.chance.bytes());
+            self.congestion.next_slot();
+            self.send_waiting(now);
+        }
+        if self.next_tick <= now {
+            self.next_tick = now + TICK;
+            self.on_tick(now);
+        }
+    }
+
+    fn on_tick(&mut self, now: Instant) {
+        self.tick += 1;
+        self.down_hints = 0;
+        if !self.bootstrapped {
+            return;
+        }
+        if self.ephemeral && (self.adaptive || self.forced) {
+            self.stable_ticks = self.stable_ticks.saturating_sub(1);
+            if self.forced {
+                self.start(Job::CheckNetwork);
+            } else if self.stable_ticks == 0 {
+                self.stable_ticks = 3 * self.stable_ticks_max;
+                let host = self.sampler.address().map(|address| address.host);
+                // A network that was found wanting need not be asked again.
+                if host != self.checked_host {
+                    self.checked_host = host;
+                    self.start(Job::CheckNetwork);
+                }
+            }
+        }
+        if self.tick.is_multiple_of(8) {
+            self.ping_some(now);
+        }
+        self.refresh_ticks = self.refresh_ticks.saturating_sub(1);
+        // A node that knows nobody looks for company at once, one that knows few soon.
+        let is_alone = self.table.is_empty() && !self.entry_nodes().is_empty();
+        let knows_few = self.tick.is_multiple_of(64) && self.table.len() < K;
+        if self.refresh_ticks == 0 || is_alone || knows_few {
+            self.refresh_ticks = REFRESH_TICKS;
+            let random = self.chance.draw();
+            let target = self.table.pick(random).map_or(*self.table.id(), |node| node.id);
+            self.start(Job::Refresh(target));
+        }
+    }
+
+    pub(super) fn start(&mut self, job: Job) {
+        let is_running = match job {
+            Job::Refresh(_) => &mut self.is_refreshing,
+            Job::CheckNetwork => &mut self.is_checking,
+        };
+        if !std::mem::replace(is_running, true) {
+            self.jobs.push(job);
+        }
+    }
+
+    /// Notes that a job is done and may be started again.
+    pub(in crate::dht_rpc) fn finished(&mut self, job: Job) {
+        match job {
+            Job::Refresh(_) => self.is_refreshing = false,
+            Job::CheckNetwork => self.is_checking = false,
+        }
+    }
+
+    fn ping_some(&mut self, now: Instant) {
+        let tick = self.tick;
+        let mut count = if self.inflight.len() > 2 { 3 } else { 5 };
+        let Some(oldest) = self.table.oldest().next() else { return };
+        if tick - oldest.pinged < RECENT_TICKS {
+            count = 2;
+        }
+        let ids: Vec<Id> =
+            self.table.oldest().take(count).filter(|node| node.pinged != tick).map(|node| node.id).collect();
+        for id in ids {
+            self.check(&id, now);
+        }
+    }
+
+    /// Asks a node for a sign of life; it leaves the table without one.
+    pub(super) fn check(&mut self, id: &Id, now: Instant) {
+        let tick = self.tick;
+        let Some(node) = self.table.get_mut(id) else { return };
+        node.pinged = tick;
+        let address = node.address;
+        if self.request(Outbound::internal(PING, address, Waiter::Check(*id)), now).is_ok() {
+            self.checks += 1;
+        }
+    }
+
+    /// Notes that a node was heard, and what it says about this one's address.
+    pub(super) fn hear(&mut self, via: &Via, from: SocketAddrV4, from_id: Option<Id>, to: SocketAddrV4, now: Instant) {
+        let tick = self.tick;
+        let Some(id) = from_id else {
+            // A few samples of nodes that do not last are taken: the first nodes of a network are such.
+            if self.passing_samples.len() < self.bootstrap.len().max(1) && self.passing_samples.insert(from) {
+                self.sampler.add(to);
+            }
+            return;
+        };
+        let is_expected = via.is_server() != self.firewalled && !matches!(via, Via::Other(_));
+        if let Some(node) = self.table.get_mut(&id) {
+            if is_expected && node.sampled.is_none_or(|sampled| tick - sampled >= OLD_TICKS) {
+                node.to = Some(to);
+                node.sampled = Some(tick);
+                self.sampler.add(to);
+            }
+            self.table.touch(&id, tick);
+        } else {
+            self.add_node(TableNode::new(id, from, Some(to), tick), now);
+        }
+    }
+
+    pub(super) fn add_node(&mut self, mut node: TableNode, now: Instant) {
+        let tick = self.tick;
+        (node.added, node.pinged, node.seen) = (tick, tick, tick);
+        let sample = node.to.filter(|_| node.sampled.is_none());
+        let mut added = node.clone();
+        added.sampled = sample.map(|_| tick).or(node.sampled);
+        match self.table.insert(added) {
+            Insertion::Added => sample.into_iter().for_each(|to| self.sampler.add(to)),
+            Insertion::Full => self.on_full_row(node, now),
+            Insertion::Known => {}
+        }
+    }
+
+    /// A full row keeps its nodes, as long as the one heard longest ago still answers.
+    fn on_full_row(&mut self, new: TableNode, now: Instant) {
+        if !self.bootstrapped || self.repings >= REPINGS_MAX {
+            return;
+        }
+        let tick = self.tick;
+        let candidates = self.table.row(&new.id).iter().filter(|node| node.pinged != tick);
+        let Some(oldest) = candidates.min_by_key(|node| (node.pinged, node.added)) else { return };
+        if tick - oldest.pinged < RECENT_TICKS && tick - oldest.added > OLD_TICKS {
+            return;
+        }
+        let (id, address) = (oldest.id, oldest.address);
+        self.table.get_mut(&id).into_iter().for_each(|node| node.pinged = tick);
+        let outbound = Outbound::internal(PING, address, Waiter::Swap(id, Box::new(new)));
+        if self.request(outbound, now).is_ok() {
+            self.repings += 1;
+        }
+    }
+
+    pub(super) fn forget(&mut self, id: &Id) {
+        if let Some(node) = self.table.remove(id) {
+            self.remembered.retain(|known| *known != node.address);
+            self.remembered.push_back(node.address);
+            if self.remembered.len() > REMEMBERED_MAX {
+                self.remembered.pop_front();
+            }
+        }
+    }
+
+    /// Returns nodes that have lasted, for another start.
+    pub(in crate::dht_rpc) fn routing_nodes(&self) -> Vec<SocketAddrV4> {
+        self.table.latest().map(|node| node.address).take(REMEMBERED_MAX).collect()
+    }
+
+    /// Returns where a walk that knows too few nodes may begin as well.
+    pub(in crate::dht_rpc) fn entry_nodes(&self) -> Vec<SocketAddrV4> {
+        let mut nodes = self.bootstrap.clone();
+        if self.table.len() < K / 4 {
+            nodes.extend(self.known.iter().chain(&self.remembered));
+        }
+        nodes
+    }
+
+    pub(in crate::dht_rpc) fn failed_lately(&self, node: SocketAddrV4, now: Instant) -> bool {
+        self.timeouts.failed_lately(node, now)
+    }
+
+    pub(in crate::dht_rpc) fn is_quiet(&self) -> bool {
+        self.inflight.len() < 3
+    }
+
+    pub(in crate::dht_rpc) fn postpone_refresh(&mut self) {
+        self.refresh_ticks = REFRESH_TICKS;
+    }
+}
