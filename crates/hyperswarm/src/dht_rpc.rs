@@ -40,7 +40,7 @@ pub use self::query::{Query, QueryStream};
 pub use self::routing_table::K;
 
 use self::message::{DELAYED_PING, PING};
-use self::node::Node;
+use self::node::{Node, Waiting};
 use self::state::{State, Via};
 use crate::crypto::random;
 use crate::udx::{Datagram, Socket, Udx};
@@ -230,6 +230,7 @@ impl DhtRpc {
             server,
             handler,
             state: Mutex::new(state),
+            waiting: Waiting::default(),
             concurrency: config.concurrency.max(1),
             quick_firewall: config.quick_firewall,
             forced: config.ephemeral == Some(false),

@@ -1,11 +1,13 @@
 //! The acting side of a node: sockets, timers and tasks around its [`State`].
 
+use std::collections::HashMap;
 use std::net::SocketAddrV4;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc, watch};
+use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -14,7 +16,7 @@ use tracing::{debug, trace};
 use super::incoming_request::DhtRequest;
 use super::message::{Message, PING_NAT};
 use super::query::{Query, QueryStream};
-use super::state::{Job, Outbound, State, Via};
+use super::state::{CallId, Effect, Job, Outbound, State, Step, Via, WALK_STEPS, Waiter, WalkId};
 use super::{Call, DhtReply, DhtRequestError, Handler, RequestOptions};
 use crate::udx::{Datagram, Socket};
 
@@ -26,6 +28,7 @@ pub(super) struct Node {
     pub(super) server: Socket,
     pub(super) handler: Arc<dyn Handler>,
     pub(super) state: Mutex<State>,
+    pub(super) waiting: Waiting,
     pub(super) concurrency: usize,
     pub(super) quick_firewall: bool,
     pub(super) forced: bool,
@@ -35,21 +38,92 @@ pub(super) struct Node {
     pub(super) tasks: TaskTracker,
 }
 
+/// Who waits for the ends of requests. Each leaves when it is dropped.
+#[derive(Default)]
+pub(super) struct Waiting {
+    next_id: AtomicU64,
+    calls: Mutex<HashMap<CallId, oneshot::Sender<Result<DhtReply, DhtRequestError>>>>,
+    walks: Mutex<HashMap<WalkId, mpsc::Sender<Step>>>,
+}
+
+impl Waiting {
+    fn next_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// What a walk hears of its requests.
+pub(super) struct Steps {
+    node: Arc<Node>,
+    pub(super) walk: WalkId,
+    pub(super) steps: mpsc::Receiver<Step>,
+}
+
+impl Steps {
+    pub(super) fn of(node: &Arc<Node>) -> Self {
+        let walk = WalkId(node.waiting.next_id());
+        let (sender, steps) = mpsc::channel(WALK_STEPS);
+        lock(&node.waiting.walks).insert(walk, sender);
+        Self { node: node.clone(), walk, steps }
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        lock(&self.node.waiting.walks).remove(&self.walk);
+        self.node.with(|state| state.abandon_walk(self.walk));
+    }
+}
+
+/// The caller of a request that was sent.
+struct Caller<'a> {
+    node: &'a Arc<Node>,
+    call: CallId,
+    tid: u16,
+}
+
+impl Drop for Caller<'_> {
+    fn drop(&mut self) {
+        if lock(&self.node.waiting.calls).remove(&self.call).is_some() {
+            self.node.with(|state| state.abandon_call(self.tid, self.call));
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock()
+}
+
 impl Node {
     /// Lets the state decide, then does what it decided.
-    pub(super) fn with<T>(&self, decide: impl FnOnce(&mut State) -> T) -> T {
-        let mut state = self.state.lock();
+    pub(super) fn with<T>(self: &Arc<Self>, decide: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = lock(&self.state);
         let result = decide(&mut state);
-        let outbox = std::mem::take(&mut state.outbox);
-        let hurry = std::mem::take(&mut state.hurry) || !state.jobs.is_empty();
+        let effects = std::mem::take(&mut state.effects);
         drop(state);
-        for outgoing in outbox {
-            self.socket(&outgoing.via).send(outgoing.to, &outgoing.bytes);
-        }
-        if hurry {
-            self.hurry.notify_one();
+        for effect in effects {
+            self.carry_out(effect);
         }
         result
+    }
+
+    fn carry_out(self: &Arc<Self>, effect: Effect) {
+        match effect {
+            Effect::Send(outgoing) => self.socket(&outgoing.via).send(outgoing.to, &outgoing.bytes),
+            Effect::Complete(call, outcome) => {
+                if let Some(caller) = lock(&self.waiting.calls).remove(&call) {
+                    let _ = caller.send(outcome);
+                }
+            }
+            Effect::Step(walk, step) => {
+                if let Some(steps) = lock(&self.waiting.walks).get(&walk) {
+                    // There is room for every step that a walk can have.
+                    let _ = steps.try_send(step);
+                }
+            }
+            Effect::Start(job) => self.spawn(job),
+            Effect::Reschedule => self.hurry.notify_one(),
+        }
     }
 
     pub(super) fn socket<'a>(&'a self, via: &'a Via) -> &'a Socket {
@@ -76,13 +150,13 @@ impl Node {
     }
 
     pub(super) async fn request(
-        &self,
+        self: &Arc<Self>,
         call: &Call,
         to: SocketAddrV4,
         options: RequestOptions,
         internal: bool,
     ) -> Result<DhtReply, DhtRequestError> {
-        let (sender, reply) = tokio::sync::oneshot::channel();
+        let call_id = CallId(self.waiting.next_id());
         let outbound = Outbound {
             to,
             internal,
@@ -93,10 +167,14 @@ impl Node {
             via: options.socket.as_ref().map(|socket| self.via_of(socket)),
             retries: options.retries,
             timeout: options.timeout,
-            waiter: super::state::Waiter::Call(sender),
+            waiter: Waiter::Call(call_id),
         };
-        self.with(|state| state.request(outbound, Instant::now()))?;
-        reply.await.map_err(|_| DhtRequestError::Stopped)?
+        let (sender, outcome) = oneshot::channel();
+        lock(&self.waiting.calls).insert(call_id, sender);
+        let sent = self.with(|state| state.request(outbound, Instant::now()));
+        let tid = sent.inspect_err(|_| drop(lock(&self.waiting.calls).remove(&call_id)))?;
+        let _caller = Caller { node: self, call: call_id, tid };
+        outcome.await.map_err(|_| DhtRequestError::Stopped)?
     }
 
     /// Takes a datagram that came to a socket.
@@ -132,7 +210,7 @@ impl Node {
         }
     }
 
-    /// Calls the state when something is due, and starts the jobs that it wants done.
+    /// Calls the state when something is due.
     pub(super) async fn keep_time(self: Arc<Self>) {
         while !self.stop.is_cancelled() {
             let next = self.with(State::next_deadline);
@@ -141,13 +219,7 @@ impl Node {
                 () = self.hurry.notified() => {}
                 () = self.stop.cancelled() => return,
             }
-            let jobs = self.with(|state| {
-                state.on_time(Instant::now());
-                std::mem::take(&mut state.jobs)
-            });
-            for job in jobs {
-                self.spawn(job);
-            }
+            self.with(|state| state.on_time(Instant::now()));
         }
     }
 
@@ -197,8 +269,8 @@ impl Node {
         self.bootstrapped.send_replace(true);
     }
 
-    fn probe_server_socket(self: Arc<Self>, witness: SocketAddrV4) -> tokio::sync::oneshot::Receiver<()> {
-        let (sender, receiver) = tokio::sync::oneshot::channel();
+    fn probe_server_socket(self: Arc<Self>, witness: SocketAddrV4) -> oneshot::Receiver<()> {
+        let (sender, receiver) = oneshot::channel();
         let stop = self.stop.clone();
         let node = self.clone();
         self.tasks.spawn(async move {
@@ -211,7 +283,7 @@ impl Node {
     }
 
     /// Asks a node to answer to the server socket. Returns the address that the answer was sent to.
-    async fn ask_for_pong(&self, witness: SocketAddrV4) -> Option<SocketAddrV4> {
+    async fn ask_for_pong(self: &Arc<Self>, witness: SocketAddrV4) -> Option<SocketAddrV4> {
         let port = self.server.local_address().port();
         let call = Call { value: Some(port.to_le_bytes().to_vec().into()), ..Call::new(PING_NAT) };
         let reply = self.request(&call, witness, RequestOptions::default(), true).await.ok()?;
@@ -219,7 +291,7 @@ impl Node {
     }
 
     /// Finds out whether other nodes reach this one, and makes it a lasting node if so. Says whether anything changed.
-    pub(super) async fn check_network(&self, firewall_only: bool) -> bool {
+    pub(super) async fn check_network(self: &Arc<Self>, firewall_only: bool) -> bool {
         let (is_firewalled, is_ephemeral) = self.with(|state| (state.firewalled, state.ephemeral));
         if !is_ephemeral || (firewall_only && !is_firewalled) {
             return false;

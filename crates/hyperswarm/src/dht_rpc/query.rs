@@ -5,12 +5,11 @@ use std::net::SocketAddrV4;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::DhtReply;
 use super::message::{FIND_NODE, Id};
-use super::node::Node;
+use super::node::{Node, Steps};
 use super::routing_table::K;
 use super::state::{Outbound, Step, Waiter};
 use super::walk::{Progress, Walk};
@@ -57,23 +56,20 @@ pub struct QueryStream {
     node: Arc<Node>,
     query: Query,
     walk: Walk,
-    // Bounded by the walk: it meets so many nodes, each of which has so many copies of a request to miss.
-    sender: mpsc::UnboundedSender<Step>,
-    steps: mpsc::UnboundedReceiver<Step>,
+    heard: Steps,
     replies: VecDeque<DhtReply>,
     is_done: bool,
 }
 
 impl QueryStream {
     pub(super) fn new(node: Arc<Node>, query: Query) -> Self {
-        let (sender, steps) = mpsc::unbounded_channel();
         let concurrency = node.concurrency(query.in_background);
         let mut walk = Walk::new(query.target, node.with(|state| state.id()), concurrency, query.nodes.len() >= K);
         query.nodes.iter().for_each(|address| walk.add(*address));
         if walk.pending() < K {
             add_known(&node, &mut walk, &query.target);
         }
-        Self { node, query, walk, sender, steps, replies: VecDeque::new(), is_done: false }
+        Self { heard: Steps::of(&node), node, query, walk, replies: VecDeque::new(), is_done: false }
     }
 
     /// Waits for the next reply that is not an error. `None` means that the walk is over. Cancel safe.
@@ -85,9 +81,9 @@ impl QueryStream {
             if self.is_done || !self.ask() {
                 return None;
             }
-            let step = self.steps.recv().await?;
+            let step = self.heard.steps.recv().await?;
             self.take(step);
-            while let Ok(step) = self.steps.try_recv() {
+            while let Ok(step) = self.heard.steps.try_recv() {
                 self.take(step);
             }
         }
@@ -107,7 +103,7 @@ impl QueryStream {
     /// Sends what is to be sent. Says whether the walk goes on.
     fn ask(&mut self) -> bool {
         let now = Instant::now();
-        let Self { node, query, walk, sender, .. } = self;
+        let Self { node, query, walk, heard, .. } = self;
         loop {
             let hints = walk.take_hints();
             node.with(|state| {
@@ -127,7 +123,7 @@ impl QueryStream {
                         via: None,
                         retries: is_suspect.then_some(0),
                         timeout: None,
-                        waiter: Waiter::Walk(sender.clone()),
+                        waiter: Waiter::Walk(heard.walk),
                     };
                     if state.request(outbound, now).is_err() {
                         walk.skipped(to);
@@ -165,7 +161,7 @@ impl QueryStream {
 }
 
 /// Adds the closest nodes of the table, and the ways into it where those are few.
-fn add_known(node: &Node, walk: &mut Walk, target: &Id) {
+fn add_known(node: &Arc<Node>, walk: &mut Walk, target: &Id) {
     node.with(|state| {
         let closest: Vec<_> = state.table.closest(target, K).into_iter().map(|node| node.address).collect();
         for address in closest {

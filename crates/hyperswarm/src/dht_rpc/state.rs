@@ -1,6 +1,6 @@
 //! Everything a node decides: whom it knows, whom it asks again, what it answers.
 //!
-//! Pure: time and datagrams come in, datagrams and jobs go out. [`DhtRpc`](super::DhtRpc) acts on them.
+//! Pure: time and datagrams come in, and [`Effect`]s go out, which the node carries out in their order.
 
 mod answers;
 mod identity;
@@ -22,11 +22,11 @@ use super::rate_limit::RateLimit;
 use super::routing_table::RoutingTable;
 use super::timeouts::Timeouts;
 use super::tokens::Tokens;
-use super::{Config, reachable};
+use super::{Config, DhtReply, DhtRequestError, reachable};
 use crate::udx::Socket;
 
 pub(super) use self::answers::Answer;
-pub(super) use self::requests::{Outbound, Step, Waiter};
+pub(super) use self::requests::{CallId, Outbound, Step, WALK_STEPS, Waiter, WalkId};
 
 /// How often a node looks after its table.
 pub(super) const TICK: Duration = Duration::from_secs(5);
@@ -50,6 +50,19 @@ impl Via {
     fn is_server(&self) -> bool {
         matches!(self, Self::Server)
     }
+}
+
+/// What a decision leads to.
+#[derive(Debug)]
+pub(super) enum Effect {
+    Send(Outgoing),
+    /// A call has ended.
+    Complete(CallId, Result<DhtReply, DhtRequestError>),
+    /// A request of a walk got further.
+    Step(WalkId, Step),
+    Start(Job),
+    /// The next deadline is nearer than the one that [`State::next_deadline`] returned last.
+    Reschedule,
 }
 
 /// A datagram to be sent.
@@ -111,10 +124,8 @@ pub(super) struct State {
     passing_samples: HashSet<SocketAddrV4>,
     checked_host: Option<std::net::Ipv4Addr>,
 
-    pub(super) outbox: Vec<Outgoing>,
-    pub(super) jobs: Vec<Job>,
-    /// Whether the next deadline is nearer than the one that was asked for.
-    pub(super) hurry: bool,
+    pub(super) effects: Vec<Effect>,
+    /// When [`State::on_time`] will be called next, as far as is known.
     asked_deadline: Instant,
 }
 
@@ -185,9 +196,7 @@ impl State {
             is_checking: false,
             passing_samples: HashSet::new(),
             checked_host: None,
-            outbox: Vec::new(),
-            jobs: Vec::new(),
-            hurry: false,
+            effects: Vec::new(),
             asked_deadline: now,
             chance,
         };

@@ -10,7 +10,7 @@ use super::message::{Id, node_id};
 use super::routing_table::{K, distance};
 
 /// No honest walk meets so many nodes; a dishonest one is cut short.
-const NODES_MAX: usize = 400;
+pub(super) const NODES_MAX: usize = 400;
 
 /// A node that timed out this often is no longer waited for, once another has answered.
 const TIMEOUTS_PATIENT: u32 = 2;

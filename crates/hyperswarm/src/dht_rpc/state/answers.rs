@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Outgoing, State, Via};
+use super::{Effect, Outgoing, State, Via};
 use crate::compact_encoding::Decoder;
 use crate::dht_rpc::message::{
     DELAYED_PING, DOWN_HINT, FIND_NODE, INVALID_TOKEN, Id, PING, PING_NAT, Request, Response, UNKNOWN_COMMAND, node_id,
@@ -83,8 +83,8 @@ impl State {
                     && self.delayed.len() < DELAYED_PINGS_MAX
                 {
                     self.delayed_count += 1;
-                    self.hurry |= now + delay < self.asked_deadline;
                     self.delayed.insert((now + delay, self.delayed_count), (via.clone(), from, request.tid));
+                    self.wake_by(now + delay);
                 }
             }
             _ => {
@@ -134,7 +134,7 @@ impl State {
         };
         let mut bytes = Vec::with_capacity(256 + answer.value.map_or(0, <[u8]>::len));
         response.encode(&mut bytes);
-        self.outbox.push(Outgoing { via: via.clone(), to, bytes: bytes.into() });
+        self.effects.push(Effect::Send(Outgoing { via: via.clone(), to, bytes: bytes.into() }));
     }
 
     /// Sends a request on to another node, under the number that its sender gave it.
@@ -143,6 +143,6 @@ impl State {
         let to = request.to;
         let mut bytes = Vec::with_capacity(128 + request.value.map_or(0, <[u8]>::len));
         Request { id, token: None, ..request }.encode(&mut bytes);
-        self.outbox.push(Outgoing { via: via.clone(), to, bytes: bytes.into() });
+        self.effects.push(Effect::Send(Outgoing { via: via.clone(), to, bytes: bytes.into() }));
     }
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddrV4;
 use tokio::time::Instant;
 
 use super::requests::{Outbound, Waiter};
-use super::{Answer, Job, REFRESH_TICKS, REMEMBERED_MAX, State, TICK, Via};
+use super::{Answer, Effect, Job, REFRESH_TICKS, REMEMBERED_MAX, State, TICK, Via};
 use crate::dht_rpc::congestion::SLOT;
 use crate::dht_rpc::message::{Id, PING};
 use crate::dht_rpc::routing_table::{Insertion, K, TableNode};
@@ -23,8 +23,15 @@ impl State {
         let delayed = self.delayed.first_key_value().map(|((at, _), _)| *at);
         let next = [first, delayed].into_iter().flatten().fold(self.next_slot.min(self.next_tick), Instant::min);
         self.asked_deadline = next;
-        self.hurry = false;
         next
+    }
+
+    /// Has [`State::on_time`] called by then.
+    pub(super) fn wake_by(&mut self, deadline: Instant) {
+        if deadline < self.asked_deadline {
+            self.asked_deadline = deadline;
+            self.effects.push(Effect::Reschedule);
+        }
     }
 
     /// Does what is due.
@@ -94,7 +101,7 @@ impl State {
             Job::CheckNetwork => &mut self.is_checking,
         };
         if !std::mem::replace(is_running, true) {
-            self.jobs.push(job);
+            self.effects.push(Effect::Start(job));
         }
     }
 

@@ -4,20 +4,29 @@ use std::net::SocketAddrV4;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::{Outgoing, State, Via};
+use super::{Effect, Outgoing, State, Via};
 use crate::compact_encoding::Encoder;
 use crate::dht_rpc::message::{DOWN_HINT, Id, Request, Response, node_id};
 use crate::dht_rpc::routing_table::TableNode;
-use crate::dht_rpc::walk::DownHint;
+use crate::dht_rpc::walk::{DownHint, NODES_MAX};
 use crate::dht_rpc::{DhtReply, DhtRequestError};
 
 const REQUESTS_MAX: usize = 8_192;
 pub(super) const WAITING_MAX: usize = 2_048;
 const DOWN_HINTS_PER_TICK: usize = 50;
 const RETRIES: u8 = 3;
+/// The most steps of one walk: it asks each node once, whose every copy may be late, and which answers or fails.
+pub(in crate::dht_rpc) const WALK_STEPS: usize = NODES_MAX * (RETRIES as usize + 2);
+
+/// A request that somebody waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(in crate::dht_rpc) struct CallId(pub(in crate::dht_rpc) u64);
+
+/// A walk that sends requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(in crate::dht_rpc) struct WalkId(pub(in crate::dht_rpc) u64);
 
 /// What a query hears of its requests.
 #[derive(Debug)]
@@ -31,22 +40,12 @@ pub(in crate::dht_rpc) enum Step {
 #[derive(Debug)]
 pub(in crate::dht_rpc) enum Waiter {
     Nobody,
-    Call(oneshot::Sender<Result<DhtReply, DhtRequestError>>),
-    Walk(mpsc::UnboundedSender<Step>),
+    Call(CallId),
+    Walk(WalkId),
     /// The table: lets the node go unless it is heard.
     Check(Id),
     /// The table: lets the new node have the old one's place unless that is heard.
     Swap(Id, Box<TableNode>),
-}
-
-impl Waiter {
-    fn is_gone(&self) -> bool {
-        match self {
-            Self::Call(sender) => sender.is_closed(),
-            Self::Walk(sender) => sender.is_closed(),
-            Self::Nobody | Self::Check(_) | Self::Swap(..) => false,
-        }
-    }
 }
 
 /// A request of this node.
@@ -93,11 +92,13 @@ pub(super) struct Inflight {
     pub(super) sent: Instant,
     pub(super) deadline: Option<Instant>,
     pub(super) waiter: Waiter,
+    /// Whether who waited is gone: an answer is taken, but no further copy is sent.
+    pub(super) is_abandoned: bool,
 }
 
 impl State {
-    /// Sends a request, or lets it wait its turn. The waiter hears how it ends, unless this fails.
-    pub(in crate::dht_rpc) fn request(&mut self, outbound: Outbound<'_>, now: Instant) -> Result<(), DhtRequestError> {
+    /// Sends a request, or lets it wait its turn, and returns its number. The waiter hears how it ends, unless this fails.
+    pub(in crate::dht_rpc) fn request(&mut self, outbound: Outbound<'_>, now: Instant) -> Result<u16, DhtRequestError> {
         if self.stopped {
             return Err(DhtRequestError::Stopped);
         }
@@ -132,6 +133,7 @@ impl State {
             sent: now,
             deadline: None,
             waiter: outbound.waiter,
+            is_abandoned: false,
         };
         self.inflight.insert(tid, inflight);
         if self.congestion.is_full() {
@@ -139,7 +141,21 @@ impl State {
         } else {
             self.send_copy(tid, now);
         }
-        Ok(())
+        Ok(tid)
+    }
+
+    /// Notes that nobody waits for a call any more.
+    pub(in crate::dht_rpc) fn abandon_call(&mut self, tid: u16, call: CallId) {
+        if let Some(inflight) = self.inflight.get_mut(&tid) {
+            inflight.is_abandoned |= matches!(inflight.waiter, Waiter::Call(waiting) if waiting == call);
+        }
+    }
+
+    /// Notes that nobody waits for a walk any more.
+    pub(in crate::dht_rpc) fn abandon_walk(&mut self, walk: WalkId) {
+        for inflight in self.inflight.values_mut() {
+            inflight.is_abandoned |= matches!(inflight.waiter, Waiter::Walk(waiting) if waiting == walk);
+        }
     }
 
     /// Tells nodes that ones they named are down, so many per tick.
@@ -166,15 +182,16 @@ impl State {
         let deadline = now + timeout;
         inflight.deadline = Some(deadline);
         self.deadlines.insert((deadline, tid));
-        self.hurry |= deadline < self.asked_deadline;
         self.congestion.sent();
-        self.outbox.push(Outgoing { via: inflight.via.clone(), to: inflight.to, bytes: inflight.bytes.clone() });
+        let outgoing = Outgoing { via: inflight.via.clone(), to: inflight.to, bytes: inflight.bytes.clone() };
+        self.effects.push(Effect::Send(outgoing));
+        self.wake_by(deadline);
     }
 
     pub(super) fn send_waiting(&mut self, now: Instant) {
         while !self.congestion.is_full() {
             let Some(tid) = self.waiting.pop_front() else { return };
-            if self.inflight.get(&tid).is_some_and(|inflight| inflight.waiter.is_gone()) {
+            if self.inflight.get(&tid).is_some_and(|inflight| inflight.is_abandoned) {
                 self.inflight.remove(&tid);
             } else {
                 self.send_copy(tid, now);
@@ -224,8 +241,8 @@ impl State {
         };
         match inflight.waiter {
             Waiter::Nobody => {}
-            Waiter::Call(sender) => drop(sender.send(Ok(reply))),
-            Waiter::Walk(steps) => drop(steps.send(Step::Answered(inflight.to, reply))),
+            Waiter::Call(call) => self.effects.push(Effect::Complete(call, Ok(reply))),
+            Waiter::Walk(walk) => self.effects.push(Effect::Step(walk, Step::Answered(inflight.to, reply))),
             Waiter::Check(id) => {
                 self.checks -= 1;
                 // It answers, but no longer as a lasting node.
@@ -247,13 +264,13 @@ impl State {
     pub(super) fn on_timeout(&mut self, tid: u16, now: Instant) {
         let Some(inflight) = self.inflight.get_mut(&tid) else { return };
         inflight.deadline = None;
-        if inflight.waiter.is_gone() {
+        if inflight.is_abandoned {
             self.inflight.remove(&tid);
             self.congestion.settled();
             return;
         }
-        if let Waiter::Walk(steps) = &inflight.waiter {
-            let _ = steps.send(Step::Late(inflight.to));
+        if let Waiter::Walk(walk) = inflight.waiter {
+            self.effects.push(Effect::Step(walk, Step::Late(inflight.to)));
         }
         if inflight.copies <= inflight.retries {
             self.send_copy(tid, now);
@@ -268,8 +285,8 @@ impl State {
         }
         match inflight.waiter {
             Waiter::Nobody => {}
-            Waiter::Call(sender) => drop(sender.send(Err(DhtRequestError::Timeout))),
-            Waiter::Walk(steps) => drop(steps.send(Step::Failed(inflight.to))),
+            Waiter::Call(call) => self.effects.push(Effect::Complete(call, Err(DhtRequestError::Timeout))),
+            Waiter::Walk(walk) => self.effects.push(Effect::Step(walk, Step::Failed(inflight.to))),
             Waiter::Check(_) => self.checks -= 1,
             Waiter::Swap(_, new) => {
                 self.repings -= 1;
@@ -287,8 +304,8 @@ impl State {
         self.delayed.clear();
         for (_, inflight) in self.inflight.drain() {
             match inflight.waiter {
-                Waiter::Call(sender) => drop(sender.send(Err(DhtRequestError::Stopped))),
-                Waiter::Walk(steps) => drop(steps.send(Step::Failed(inflight.to))),
+                Waiter::Call(call) => self.effects.push(Effect::Complete(call, Err(DhtRequestError::Stopped))),
+                Waiter::Walk(walk) => self.effects.push(Effect::Step(walk, Step::Failed(inflight.to))),
                 Waiter::Nobody | Waiter::Check(_) | Waiter::Swap(..) => {}
             }
         }

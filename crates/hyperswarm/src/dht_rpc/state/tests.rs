@@ -1,5 +1,3 @@
-use tokio::sync::oneshot;
-
 use super::answers::Foreign;
 use super::requests::{WAITING_MAX, is_plausible};
 use super::*;
@@ -21,6 +19,10 @@ fn seed() -> [u8; 256] {
 struct Subject {
     state: State,
     now: Instant,
+    calls: u64,
+    sent: Vec<Outgoing>,
+    ended: HashMap<CallId, Result<DhtReply, DhtRequestError>>,
+    started: Vec<Job>,
 }
 
 impl Subject {
@@ -28,26 +30,51 @@ impl Subject {
         let now = Instant::now();
         let mut state = State::new(&config, node(1_000), now, seed);
         state.bootstrapped = true;
-        Self { state, now }
+        let (sent, ended, started) = (Vec::new(), HashMap::new(), Vec::new());
+        Self { state, now, calls: 0, sent, ended, started }
     }
 
     fn open() -> Self {
         Self::new(local(&[]))
     }
 
+    /// Sorts what the state has decided.
+    fn take_effects(&mut self) {
+        for effect in std::mem::take(&mut self.state.effects) {
+            match effect {
+                Effect::Send(outgoing) => self.sent.push(outgoing),
+                Effect::Complete(call, outcome) => assert!(self.ended.insert(call, outcome).is_none(), "it ends once"),
+                Effect::Start(job) => self.started.push(job),
+                Effect::Step(..) | Effect::Reschedule => {}
+            }
+        }
+    }
+
     fn sent(&mut self) -> Vec<(SocketAddrV4, Vec<u8>)> {
-        std::mem::take(&mut self.state.outbox).into_iter().map(|out| (out.to, out.bytes.to_vec())).collect()
+        self.take_effects();
+        self.sent.drain(..).map(|out| (out.to, out.bytes.to_vec())).collect()
+    }
+
+    fn started(&mut self) -> Vec<Job> {
+        self.take_effects();
+        std::mem::take(&mut self.started)
+    }
+
+    /// Returns how a call ended, once.
+    fn outcome(&mut self, (call, _): (CallId, u16)) -> Option<Result<DhtReply, DhtRequestError>> {
+        self.take_effects();
+        self.ended.remove(&call)
     }
 
     fn targets(&mut self) -> Vec<SocketAddrV4> {
         self.sent().into_iter().map(|(to, _)| to).collect()
     }
 
-    fn call(&mut self, to: SocketAddrV4) -> oneshot::Receiver<Result<DhtReply, DhtRequestError>> {
-        let (sender, receiver) = oneshot::channel();
-        let outbound = Outbound::internal(PING, to, Waiter::Call(sender));
-        self.state.request(outbound, self.now).unwrap();
-        receiver
+    fn call(&mut self, to: SocketAddrV4) -> (CallId, u16) {
+        self.calls += 1;
+        let call = CallId(self.calls);
+        let tid = self.state.request(Outbound::internal(PING, to, Waiter::Call(call)), self.now).unwrap();
+        (call, tid)
     }
 
     /// Answers a ping from this address.
@@ -67,7 +94,7 @@ impl Subject {
     /// Takes a ping of a lasting node.
     fn hear(&mut self, from: SocketAddrV4) {
         self.ask(from, request(PING, None));
-        self.state.outbox.clear();
+        self.sent();
     }
 
     fn ask(&mut self, from: SocketAddrV4, request: Request<'_>) -> Option<Foreign> {
@@ -96,45 +123,55 @@ fn tid_of(datagram: &[u8]) -> u16 {
 #[tokio::test(start_paused = true)]
 async fn a_request_is_sent_four_times_and_then_fails() {
     let mut subject = Subject::open();
-    let mut reply = subject.call(node(1));
+    let call = subject.call(node(1));
     subject.pass(Duration::from_secs(10));
     let copies = subject.sent();
     assert_eq!(copies.len(), 4);
     assert!(copies.windows(2).all(|pair| pair[0] == pair[1]), "every copy is the same");
-    assert_eq!(reply.try_recv(), Ok(Err(DhtRequestError::Timeout)));
+    assert_eq!(subject.outcome(call), Some(Err(DhtRequestError::Timeout)));
     assert!(subject.state.inflight.is_empty() && subject.state.deadlines.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_response_from_elsewhere_or_with_another_number_is_ignored() {
     let mut subject = Subject::open();
-    let mut reply = subject.call(node(1));
+    let call = subject.call(node(1));
     let tid = tid_of(&subject.sent()[0].1);
     subject.respond(node(2), tid);
     subject.respond(node(1), tid.wrapping_add(1));
-    assert!(reply.try_recv().is_err());
+    assert_eq!(subject.outcome(call), None);
     subject.respond(node(1), tid);
-    assert_eq!(reply.try_recv().unwrap().unwrap().from, node(1));
+    assert_eq!(subject.outcome(call).unwrap().unwrap().from, node(1));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_caller_that_left_is_not_sent_for_any_more() {
     let mut subject = Subject::open();
-    drop(subject.call(node(1)));
+    let (call, tid) = subject.call(node(1));
+    subject.state.abandon_call(tid, call);
     subject.pass(Duration::from_secs(10));
     assert_eq!(subject.sent().len(), 1);
     assert!(subject.state.inflight.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_walk_hears_of_each_request_no_more_often_than_there_is_room_for() {
+    let mut subject = Subject::open();
+    subject.state.request(Outbound::internal(FIND_NODE, node(1), Waiter::Walk(WalkId(1))), subject.now).unwrap();
+    subject.pass(Duration::from_secs(10));
+    let steps = subject.state.effects.iter().filter(|effect| matches!(effect, Effect::Step(WalkId(1), _))).count();
+    assert_eq!(steps * crate::dht_rpc::walk::NODES_MAX, WALK_STEPS);
+}
+
+#[tokio::test(start_paused = true)]
 async fn requests_beyond_the_window_wait_and_too_many_are_refused() {
     let mut subject = Subject::new(Config { window_max: 3, ..local(&[]) });
-    let mut replies: Vec<_> = (1..=5).map(|number| subject.call(node(number))).collect();
+    let calls: Vec<_> = (1..=5).map(|number| subject.call(node(number))).collect();
     let sent = subject.sent();
     assert_eq!(sent.len(), 3);
     subject.respond(node(1), tid_of(&sent[0].1));
     assert_eq!(subject.targets(), [node(4)], "an answer makes room");
-    assert!(replies.remove(0).try_recv().unwrap().is_ok());
+    assert!(subject.outcome(calls[0]).unwrap().is_ok());
 
     let mut refused = 0;
     for _ in 0..WAITING_MAX + 10 {
@@ -144,7 +181,7 @@ async fn requests_beyond_the_window_wait_and_too_many_are_refused() {
     assert!(refused > 0);
     assert!(subject.state.waiting.len() <= WAITING_MAX);
     subject.state.stop();
-    assert_eq!(replies.remove(0).try_recv(), Ok(Err(DhtRequestError::Stopped)));
+    assert_eq!(subject.outcome(calls[1]), Some(Err(DhtRequestError::Stopped)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -244,8 +281,7 @@ async fn silent_nodes_leave_the_table_and_are_remembered_as_a_way_in() {
     assert!(subject.state.table.is_empty());
     let entries = subject.state.entry_nodes();
     assert!([50, 1, 2, 3].iter().all(|number| entries.contains(&node(*number))), "{entries:?}");
-    assert_eq!(subject.state.jobs.len(), 1, "one walk at a time looks for company");
-    assert!(matches!(subject.state.jobs[0], Job::Refresh(_)));
+    assert!(matches!(subject.started()[..], [Job::Refresh(_)]), "one walk at a time looks for company");
 }
 
 #[tokio::test(start_paused = true)]
@@ -258,8 +294,8 @@ async fn an_idle_node_looks_around_every_five_minutes() {
             subject.respond(to, tid_of(&ping));
         }
         subject.pass(Duration::from_secs(5));
-        walks += subject.state.jobs.len();
-        for job in std::mem::take(&mut subject.state.jobs) {
+        for job in subject.started() {
+            walks += 1;
             subject.state.finished(job);
         }
     }
@@ -277,13 +313,12 @@ async fn a_stable_node_looks_at_its_network_once_per_address() {
     });
     subject.state.sampler.add(node(1_000));
     subject.pass(Duration::from_secs(49));
-    assert!(!subject.state.jobs.contains(&Job::CheckNetwork));
+    assert!(!subject.started().contains(&Job::CheckNetwork));
     subject.pass(Duration::from_secs(6));
-    assert!(subject.state.jobs.contains(&Job::CheckNetwork));
-    subject.state.jobs.clear();
+    assert!(subject.started().contains(&Job::CheckNetwork));
     subject.state.finished(Job::CheckNetwork);
     subject.pass(Duration::from_mins(10));
-    assert!(!subject.state.jobs.contains(&Job::CheckNetwork), "the same network again");
+    assert!(!subject.started().contains(&Job::CheckNetwork), "the same network again");
 }
 
 #[tokio::test(start_paused = true)]
