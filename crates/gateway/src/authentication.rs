@@ -1,9 +1,10 @@
 //! Whose token is it? Asks the registry, and believes the answer for a few seconds.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use protocol::control::TokenGrant;
 use protocol::token::ApiToken;
 use protocol::{Digest, ErrorCode, UnixMillis, WireError};
@@ -115,7 +116,7 @@ impl Authentication {
             let confirmed = entry.check.get().and_then(|check| check.confirmed.as_ref());
             confirmed.is_some_and(|confirmed| now < confirmed.at + self.absence_max)
         };
-        let mut checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut checks = self.checks.lock();
         let last = checks.get(&token);
         if let Some(entry) = last.filter(|entry| is_believed(entry)) {
             return entry.clone();

@@ -1,8 +1,9 @@
 //! One value that is fetched when it is asked for and believed for a while.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// How long a stale value is served before the next try to refresh it.
@@ -74,19 +75,19 @@ impl<T> Cached<T> {
         let value = Arc::new(fetch.await?);
         let fetched = Instant::now();
         let held = Held { value: value.clone(), fetched, fresh_until: fetched + self.believed };
-        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(held);
+        *self.held.lock() = Some(held);
         Ok(value)
     }
 
     fn keep(&self, stale: Arc<T>) -> Arc<T> {
-        if let Some(held) = &mut *self.held.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(held) = &mut *self.held.lock() {
             held.fresh_until = Instant::now() + RETRY;
         }
         stale
     }
 
     fn held<V>(&self, read: impl FnOnce(&Held<T>) -> V) -> Option<V> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(read)
+        self.held.lock().as_ref().map(read)
     }
 }
 

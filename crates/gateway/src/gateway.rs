@@ -1,9 +1,10 @@
 //! Lets requests in and hands their jobs to orchestrators, whichever door they came by.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use observability::{Metrics, TraceContext};
+use parking_lot::Mutex;
 use protocol::control::{
     CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, MODEL_MOVE, ModelMove,
     ModelPlaces, NodeRole, Scope, TOKEN_CHECK, TokenCheck, TokenGrant,
@@ -458,7 +459,7 @@ impl Gateway {
 
     /// Keeps up with the peers until `stop`. Called once, by whoever runs the gateway.
     pub(crate) async fn tend(&self, stop: CancellationToken) {
-        let task = self.inner.upstream_task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let task = self.inner.upstream_task.lock().take();
         if let Some(task) = task {
             task.run(stop).await;
         }

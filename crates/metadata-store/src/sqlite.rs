@@ -21,10 +21,10 @@ mod usage;
 mod writer;
 
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use rusqlite::Connection;
 
 use self::db_thread::DbThread;
@@ -136,7 +136,7 @@ fn on_the_spot<T>(
     run: impl FnOnce(&Connection) -> rusqlite::Result<T>,
 ) -> Result<T, StoreError> {
     // A panic inside a call rolls its transaction back, so the connection behind a poisoned lock is sound.
-    let connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
+    let connection = connection.lock();
     Ok(run(connection.as_ref().ok_or(StoreError::Closed)?)?)
 }
 
@@ -167,7 +167,7 @@ impl Store for SqliteStore {
                 writer.close().await;
             }
             Backend::Memory(connection) => {
-                connection.lock().unwrap_or_else(PoisonError::into_inner).take();
+                connection.lock().take();
             }
         }
         Ok(())

@@ -1,9 +1,10 @@
 //! TLS, with a certificate that can be renewed in place.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::RwLock;
 use rustls::ServerConfig;
 use rustls::crypto::CryptoProvider;
 use rustls::server::{ClientHello, ResolvesServerCert};
@@ -53,7 +54,7 @@ struct Contents {
 
 impl ResolvesServerCert for Current {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.key.read().unwrap_or_else(PoisonError::into_inner).clone())
+        Some(self.key.read().clone())
     }
 }
 
@@ -104,13 +105,13 @@ impl Tls {
     /// Returns whether there was something new.
     fn reload(&self) -> Result<bool, GatewayError> {
         let contents = self.files.read()?;
-        if *self.current.contents.read().unwrap_or_else(PoisonError::into_inner) == contents {
+        if *self.current.contents.read() == contents {
             return Ok(false);
         }
         let provider = rustls::crypto::ring::default_provider();
         let key = self.files.parse(&contents, &provider)?;
-        *self.current.key.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(key);
-        *self.current.contents.write().unwrap_or_else(PoisonError::into_inner) = contents;
+        *self.current.key.write() = Arc::new(key);
+        *self.current.contents.write() = contents;
         Ok(true)
     }
 }

@@ -29,7 +29,7 @@ async fn a_chat_completion_has_the_shape_clients_expect() {
             }
         })
     );
-    let job = network.fake.jobs.lock().expect("no panic")[0].clone();
+    let job = network.fake.jobs.lock()[0].clone();
     let id = job.correlation_id.to_string();
     assert_eq!(body["id"], format!("chatcmpl-{}", id.replace('-', "")));
     assert_eq!(headers["x-request-id"], id.as_str());
@@ -118,7 +118,7 @@ async fn the_native_api_streams_chunks_a_line_each_under_the_clients_names() {
     let chunks: Vec<InferChunk> = text.lines().map(|line| serde_json::from_str(line).expect("a chunk")).collect();
     assert_eq!(chunks.iter().map(|chunk| chunk.seq).collect::<Vec<_>>(), [0, 1, 2]);
     assert!(chunks[2].done && chunks[2].payload.usage.is_some());
-    let job = network.fake.jobs.lock().expect("no panic")[0].clone();
+    let job = network.fake.jobs.lock()[0].clone();
     assert_eq!((job.retry_token.as_str(), job.version.to_string().as_str()), ("again", "1.0"));
     assert_eq!(job.trace_id.to_string(), "4bf92f3577b34da6a3ce929d0e0e4736");
     assert!(job.deadline_ms.is_some_and(|left| left <= 5000));
@@ -136,7 +136,7 @@ async fn a_trace_goes_on_where_the_client_began_it() {
         .post("/v1/chat/completions", &chat_body("hi"))
         .header("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
     traced.send().await.expect("answered");
-    let job = network.fake.jobs.lock().expect("no panic")[0].clone();
+    let job = network.fake.jobs.lock()[0].clone();
     assert_eq!(job.trace_id.to_string(), "4bf92f3577b34da6a3ce929d0e0e4736");
     network.end().await;
 }

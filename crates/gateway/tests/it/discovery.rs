@@ -68,7 +68,7 @@ async fn a_model_that_nobody_serves_is_listed_to_operators_alone() {
         (|worker| worker.report.draining = true, &[], "unserved"),
     ];
     for (change, served, state) in changes {
-        network.fake.workers.lock().expect("no panic").iter_mut().for_each(change);
+        network.fake.workers.lock().iter_mut().for_each(change);
         tokio::time::sleep(Duration::from_millis(1050)).await;
         let list: Value = network.get("/v1/models").await.json().await.expect("JSON");
         assert_eq!(ids(&list), served, "{state}");
@@ -90,7 +90,7 @@ async fn an_alias_is_listed_and_answers_under_its_own_name() {
         created_at: UnixMillis(0),
     };
     let set = [("claude-sonnet-4", "tiny:pirate"), ("gone", "nobody"), ("gpt-4o", "tiny"), ("old", "tiny@1.0")];
-    *network.fake.aliases.lock().expect("no panic") = set.map(|(name, target)| alias(name, target)).to_vec();
+    *network.fake.aliases.lock() = set.map(|(name, target)| alias(name, target)).to_vec();
     // A name that the catalogue has not told yet is asked for at once, and the list shows it a second later.
     tokio::time::sleep(Duration::from_millis(1050)).await;
     let one: Value = network.get("/v1/models/gpt-4o").await.json().await.expect("JSON");
@@ -112,7 +112,7 @@ async fn an_alias_is_listed_and_answers_under_its_own_name() {
             network.post("/v1/chat/completions", &body).send().await.expect("answered").json().await.expect("JSON");
         assert_eq!(answer["model"], name);
     }
-    let jobs = network.fake.jobs.lock().expect("no panic").clone();
+    let jobs = network.fake.jobs.lock().clone();
     let ran: Vec<_> = jobs.iter().map(|job| (job.model_id.to_string(), job.input.adapter.is_some())).collect();
     assert_eq!(ran, [("tiny".to_owned(), false), ("tiny".to_owned(), true)]);
     // What counts for a tenant is the model, and not the name.
@@ -134,8 +134,8 @@ async fn one_name_over_several_models_is_answered_by_any_of_them_and_the_answer_
     };
     let shared =
         [name("any", ["tiny", "other"]), name("gone", ["nobody", "nothing"]), name("other", ["other", "tiny"])];
-    *network.fake.aliases.lock().expect("no panic") = shared.to_vec();
-    network.fake.models.lock().expect("no panic")[1].context_length = 4;
+    *network.fake.aliases.lock() = shared.to_vec();
+    network.fake.models.lock()[1].context_length = 4;
     let list: Value = network.get("/v1/models").await.json().await.expect("JSON");
     assert_eq!(ids(&list), ["other@0.1", "tiny", "tiny:pirate", "any", "other"]);
     let one: Value = network.get("/v1/models/any").await.json().await.expect("JSON");
@@ -165,7 +165,7 @@ async fn one_name_over_several_models_is_answered_by_any_of_them_and_the_answer_
     expect_error(ask("any", &"a".repeat(3 * 1024 * 1024), 1).await, 400, "context_length_exceeded", Some("messages"))
         .await;
     expect_error(ask("gone", "hi", 1).await, 404, "model_not_found", Some("model")).await;
-    let jobs = network.fake.jobs.lock().expect("no panic").clone();
+    let jobs = network.fake.jobs.lock().clone();
     let sent = jobs.iter().map(|job| {
         let others: Vec<String> = job.alternatives.iter().map(ToString::to_string).collect();
         format!("{} {}", job.model(), others.join(" "))
@@ -218,7 +218,7 @@ async fn probes_tell_alive_from_ready() {
     for path in ["/healthz", "/health", "/readyz"] {
         assert_eq!(network.request(Method::GET, path).send().await.expect("answered").status(), 200, "{path}");
     }
-    network.fake.workers.lock().expect("no panic").clear();
+    network.fake.workers.lock().clear();
     tokio::time::sleep(Duration::from_millis(1050)).await;
     let unready = network.request(Method::GET, "/readyz").send().await.expect("answered");
     expect_error(unready, 503, "no_capacity", None).await;

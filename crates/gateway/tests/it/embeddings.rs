@@ -24,7 +24,7 @@ async fn vectors_have_the_shape_clients_expect() {
     assert_eq!(ask(&network, &body).await, expected);
     let body = json!({"model": "tiny:pirate", "input": "vectors", "encoding_format": "base64", "dimensions": 2});
     assert_eq!(ask(&network, &body).await["data"][0]["embedding"], "AAAAAAAAAD8=");
-    let job = network.fake.jobs.lock().expect("no panic")[1].clone();
+    let job = network.fake.jobs.lock()[1].clone();
     assert_eq!(job.input.embed, Some(vec![EmbedInput::Text("vectors".into())]));
     assert_eq!((job.input.adapter.expect("named").as_str(), job.input.dimensions), ("pirate", Some(2)));
     network.end().await;

@@ -1,9 +1,10 @@
 //! A registry and an orchestrator that do as the prompt says.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use protocol::control::{
     ByOperator, CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, FleetWorker, JOB_EXPLAIN,
     MODEL_REMOVE, ModelRemove, ModelRemoved, NodeInfo, NodeRole, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST,
@@ -159,7 +160,7 @@ impl Fake {
         let (grants, models, aliases) = (self.grants.clone(), self.models.clone(), self.aliases.clone());
         server
             .unary(TOKEN_CHECK, move |_, check: TokenCheck| {
-                let grant = grants.lock().expect("no panic").get(&check.token).cloned();
+                let grant = grants.lock().get(&check.token).cloned();
                 async move { grant.ok_or_else(|| WireError::new(ErrorCode::InvalidApiKey, "no such key")) }
             })
             .unary(TOKEN_CREATE, |_, new: TokenCreate| async move {
@@ -171,8 +172,8 @@ impl Fake {
                 Ok(TokenRevoked { found: revoke.key_id == "abcdefgh" })
             })
             .unary(CATALOG_LIST, move |_, _: Empty| {
-                let models = models.lock().expect("no panic").clone();
-                let aliases = aliases.lock().expect("no panic").clone();
+                let models = models.lock().clone();
+                let aliases = aliases.lock().clone();
                 async move { Ok(Catalog { models, adapters: vec![pirate()], aliases }) }
             })
             .unary(MODEL_REMOVE, |_, asked: ByOperator<ModelRemove>| async move {
@@ -186,7 +187,7 @@ impl Fake {
         let (workers, fake) = (self.workers.clone(), self.clone());
         server
             .unary(FLEET_LIST, move |_, _: Empty| {
-                let workers = workers.lock().expect("no panic").clone();
+                let workers = workers.lock().clone();
                 async move { Ok(Fleet { workers }) }
             })
             .unary(JOB_EXPLAIN, |_, request: ExplainRequest| async move {
@@ -204,7 +205,7 @@ impl Fake {
 
     async fn submit(&self, mut call: StreamCall) {
         let request: InferRequest = codec::decode(&call.body).expect("the gateway sends well-formed jobs");
-        self.jobs.lock().expect("no panic").push(request.clone());
+        self.jobs.lock().push(request.clone());
         let messages = request.input.messages.as_ref().and_then(|messages| messages.last());
         let text = request.input.embed.as_ref().and_then(|texts| match &texts[0] {
             EmbedInput::Text(text) => Some(text.clone()),
@@ -236,7 +237,7 @@ impl Fake {
         // Breaks off with a job that it has written, and finds it there when it comes again.
         if prompt == "restart" {
             let is_this = |job: &&InferRequest| job.correlation_id == request.correlation_id;
-            let times = self.jobs.lock().expect("no panic").iter().filter(is_this).count();
+            let times = self.jobs.lock().iter().filter(is_this).count();
             if times > 1 {
                 return call.refuse(WireError::new(ErrorCode::IdempotencyInProgress, "a job of it exists")).await;
             }

@@ -81,7 +81,7 @@ async fn thoughts_and_calls_are_kept_apart_from_the_text() {
         json!({}),
     ];
     assert_eq!(deltas, expected);
-    let job = network.fake.jobs.lock().expect("no panic")[0].clone();
+    let job = network.fake.jobs.lock()[0].clone();
     assert_eq!(job.input.tools[0].name, "weather");
     network.end().await;
 }
@@ -106,7 +106,7 @@ async fn log_probabilities_have_the_form_of_their_endpoint() {
     let answer: Value = answer.json().await.expect("JSON");
     assert_eq!(answer["choices"][0]["logprobs"], expected);
     assert_eq!(events(&network, "/v1/completions", &body).await[0]["choices"][0]["logprobs"], expected);
-    let job = network.fake.jobs.lock().expect("no panic")[0].clone();
+    let job = network.fake.jobs.lock()[0].clone();
     assert_eq!(job.input.logprobs, Some(2));
     network.end().await;
 }
@@ -119,13 +119,13 @@ async fn several_prompts_are_one_job_with_their_answers_in_order() {
     let answer: Value = answer.json().await.expect("JSON");
     let texts: Vec<_> = answer["choices"].as_array().expect("choices").iter().map(|choice| &choice["text"]).collect();
     assert_eq!(texts, ["ab", "x"]);
-    let jobs = network.fake.jobs.lock().expect("no panic").clone();
+    let jobs = network.fake.jobs.lock().clone();
     let prompts = vec![EmbedInput::Text("several".into()), EmbedInput::Tokens(vec![1, 2])];
     assert_eq!((jobs.len(), &jobs[0].input.prompts), (1, &Some(prompts)));
     // One in an array is one.
     let body = json!({"model": "tiny", "prompt": ["hi"]});
     network.post("/v1/completions", &body).send().await.expect("answered");
-    assert_eq!(network.fake.jobs.lock().expect("no panic")[1].input.prompt.as_deref(), Some("hi"));
+    assert_eq!(network.fake.jobs.lock()[1].input.prompt.as_deref(), Some("hi"));
     for (prompt, n) in [(json!(vec!["x"; 129]), 1), (json!(vec!["x"; 9]), 15), (json!([[1], []]), 1)] {
         let body = json!({"model": "tiny", "prompt": prompt, "n": n});
         let refused = network.post("/v1/completions", &body).send().await.expect("answered");
@@ -148,7 +148,7 @@ async fn an_adapter_is_named_by_the_model_or_by_a_field_of_its_own() {
         let answer: Value = ask(model, adapter).await.json().await.expect("JSON");
         assert_eq!(answer["model"], model);
     }
-    let jobs = network.fake.jobs.lock().expect("no panic").clone();
+    let jobs = network.fake.jobs.lock().clone();
     assert!(jobs.iter().all(|job| job.input.adapter.as_ref().is_some_and(|name| name.as_str() == "pirate")));
     expect_error(ask("tiny:pirate", Some("poet")).await, 400, "invalid_value", Some("adapter")).await;
     network.end().await;
@@ -164,7 +164,7 @@ async fn our_own_api_carries_it_all() {
     let body = json!({"modelId": "tiny", "input": {"prompt": "several", "n": 2, "format": "json", "logprobs": 1}});
     let text = network.post("/infer", &body).send().await.expect("answered").text().await.expect("text");
     assert_eq!(text.lines().count(), 6);
-    let job = network.fake.jobs.lock().expect("no panic")[1].clone();
+    let job = network.fake.jobs.lock()[1].clone();
     assert_eq!((job.input.n, job.input.format), (Some(2), protocol::infer::OutputFormat::Json));
     let body = json!({"modelId": "tiny", "input": {"prompt": "x", "n": 17}});
     let refused = network.post("/infer", &body).send().await.expect("answered");
