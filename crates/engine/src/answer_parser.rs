@@ -1,8 +1,8 @@
-//! Takes an answer apart while it comes: what the model thinks, what it says, which functions it calls.
+//! Splits an answer into reasoning, text and tool calls while it is generated.
 //!
-//! Families of models write these in their own ways, and a chat template shows which: [`AnswerFormat::detect`] reads
-//! it there. What comes out does not depend on how the text was cut, nothing is held back but what may still become a
-//! marker or the head of a call, and what turns out to be no call comes out as the text it is.
+//! Model families write these in different formats. [`AnswerFormat::detect`] finds the format of a model in its chat
+//! template. The result does not depend on how the text was split into pieces. Only text that may still become a
+//! marker or the head of a call is held back. Text that turns out not to be a call is returned as text.
 
 mod call_head;
 mod call_syntax;

@@ -1,10 +1,10 @@
-//! Makes a prompt of a conversation with the model's own chat template.
+//! Renders a conversation into a prompt with the model's own chat template.
 //!
-//! Templates are Jinja programs that come with a model and are written for Python, as Hugging Face runs them, so they
-//! get what they would get there. They are run with limits: fuel against endless loops, a ceiling on the text they
-//! make, and no access to anything but the conversation. The memory they take on the way cannot be bounded here:
-//! `a ~ a` doubles a text for one unit of fuel, and no hook of minijinja sees it. Templates of strangers are therefore
-//! rendered in an engine process, which [`crate::process::serve_child`] bounds.
+//! Chat templates are Jinja programs that ship with a model. They are written for Hugging Face's Python environment,
+//! so this module imitates that environment. Templates run with limits: fuel against endless loops, a maximum length
+//! of the rendered text, and access to nothing but the conversation. Their peak memory cannot be bounded here: `a ~
+//! a` doubles a text for one unit of fuel, and no hook of minijinja sees it. Untrusted templates are therefore
+//! rendered in an engine process, whose memory [`crate::process::serve_child`] limits.
 
 mod blame;
 mod conversation;

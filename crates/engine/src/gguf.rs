@@ -1,12 +1,13 @@
-//! Reads the header of a GGUF file without trusting it.
+//! Parses the header of an untrusted GGUF file.
 //!
-//! llama.cpp aborts its process on some malformed files. This parser comes first: it never panics, allocates only what
-//! the file really holds and no more than [`KEPT_BYTES_MAX`] (see `docs/adr/0042-headers-within-a-budget.md`), and says
-//! where a file is wrong. Layout (little endian): magic, version, tensor count, pair count, the pairs, the tensor
-//! descriptions, padding to the alignment, the tensors.
+//! llama.cpp aborts its process on some malformed files, so this parser runs first. It never panics, allocates only
+//! for data that the file really contains and at most [`KEPT_BYTES_MAX`] (see
+//! `docs/adr/0042-headers-within-a-budget.md`), and reports where a file is malformed. The layout, in little endian,
+//! is: magic, version, tensor count, pair count, the key-value pairs, the tensor descriptions, padding to the
+//! alignment, the tensors.
 //!
-//! [`read_model`] reads a model, which may be cut in several files, and [`check_adapter`] says whether an adapter
-//! belongs to it.
+//! [`read_model`] reads a model, which may be split into several files. [`check_adapter`] checks whether an adapter
+//! fits it.
 
 mod adapter;
 mod check;

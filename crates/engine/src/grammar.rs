@@ -1,9 +1,9 @@
 //! Structured output: an answer is constrained to a JSON object, a JSON schema, a regular expression or a grammar.
 //!
-//! [`Grammars`] knows the bytes of each token of one model and compiles constraints. A [`Constraint`] follows one
-//! answer and returns which tokens may come next. The work is done by llguidance, which computes a mask in well under a
-//! millisecond and counts its steps. Constraints come from clients: [`limits`] refuses what llguidance would not bound,
-//! and a panic in it is an error of the request.
+//! [`Grammars`] holds the bytes of each token of one model and compiles constraints. A [`Constraint`] follows one
+//! answer and returns the tokens that may come next. llguidance does the work: it computes a mask in well under a
+//! millisecond and counts its steps. Constraints come from clients: [`limits`] rejects those that llguidance would
+//! not bound, and a panic inside llguidance becomes an error of the request.
 
 mod limits;
 

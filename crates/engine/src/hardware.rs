@@ -1,4 +1,4 @@
-//! What the machine computes with, and the names under which schedulers and people know it.
+//! The compute devices of this machine, and the names that schedulers and users know them by.
 
 mod installed_gpus;
 mod unused_gpus;

@@ -1,4 +1,4 @@
-//! How JSON is written where a constraint demands it.
+//! The JSON layout that constraints require.
 
 use serde_json::{Map, Value, json};
 

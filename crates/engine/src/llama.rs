@@ -1,9 +1,9 @@
 //! The embedded runtime: GGUF models on llama.cpp.
 //!
 //! Each loaded model has one engine thread that does all its work (`engine.rs`). Its generations share a batch
-//! scheduler, which owns a llama.cpp context with the KV cache. Prompts are rendered and tokenised on other threads, so
-//! a long prompt delays no running generation. A malicious model can still abort the process: run this runtime behind
-//! [`crate::process::serve_child`].
+//! scheduler, which owns a llama.cpp context with the KV cache. Prompts are rendered and tokenised on other threads,
+//! so that a long prompt does not delay running generations. A malicious model can still abort the process, so run
+//! this runtime in [`crate::process::serve_child`].
 
 mod batch_plan;
 mod batch_scheduler;

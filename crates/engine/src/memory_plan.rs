@@ -1,8 +1,8 @@
-//! Predicts the memory a model needs, from its header alone.
+//! Predicts the memory that a model needs, from its header alone.
 //!
-//! What is predicted is the peak of a process that has evaluated a full batch: its resident memory, which is the
-//! weights as they are mapped and everything it allocated. The sums follow what llama.cpp allocates for a dense
-//! transformer with flash attention, and are within a tenth of what was measured; see `tests/it/memory.rs`.
+//! The prediction is the peak resident memory of a process that has evaluated a full batch: the mapped weights and
+//! everything it allocated. The sums follow what llama.cpp allocates for a dense transformer with flash attention,
+//! and are within a tenth of the measured values; see `tests/it/memory.rs`.
 
 mod devices;
 

@@ -1,8 +1,8 @@
 //! Merges an adapter into the weights of its model, in a copy of the model's file.
 //!
-//! An adapter beside the weights takes part in each token's evaluation; one that every job uses anyway costs nothing
-//! once it is merged. What it changes is small, so weights of few bits would be rounded back to what they were: there
-//! it stays beside them, which [`Merge::Refused`] says.
+//! An adapter that is kept separate adds work to each token. An adapter that every job uses anyway costs nothing once
+//! it is merged. The change it makes is small, so weights of few bits would be rounded back to what they were.
+//! [`Merge::Refused`] reports that case, and the adapter stays separate.
 
 use std::fs::File;
 use std::io;

@@ -1,4 +1,4 @@
-//! A runtime without a model, of fixed pace, for tests and benchmarks of everything around the engine.
+//! A runtime without a model, at a fixed pace, for tests and benchmarks of everything around the engine.
 
 mod script;
 mod vectors;

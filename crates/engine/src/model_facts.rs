@@ -1,4 +1,4 @@
-//! What a model's header says of the model, in the words that people use of models.
+//! Facts about a model, read from its header, in the terms that users know.
 
 use std::collections::BTreeMap;
 

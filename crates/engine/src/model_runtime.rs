@@ -1,7 +1,7 @@
-//! What every model runtime offers: the trait [`ModelRuntime`] and the words it speaks.
+//! What every model runtime offers: the trait [`ModelRuntime`] and its types.
 //!
-//! A runtime knows nothing of networks, tenants or jobs. Every type that crosses the pipe to an engine process
-//! is serialisable; see [`crate::process`].
+//! A runtime knows nothing of networks, tenants or jobs. Every type that crosses the pipe to an engine process is
+//! serialisable; see [`crate::process`].
 
 mod answer;
 mod request;

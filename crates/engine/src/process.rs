@@ -1,10 +1,10 @@
-//! Keeps each loaded model in a child process.
+//! Runs each loaded model in a child process.
 //!
-//! A failed assertion in C++ or the kernel's out-of-memory killer ends one engine process, not the worker; and what a
-//! model held is surely freed when its process is. Over its standard input, a socket, the child gets verified files as
-//! open descriptors, so it loads the bytes that were verified ([`handover`]); its standard output is a socket that
-//! carries [`frame`]s both ways. The child bounds its own memory against templates that ask for any amount of it, and
-//! is killed when its engine hangs.
+//! A failed assertion in C++ or the kernel's out-of-memory killer ends one engine process, not the worker, and all
+//! memory of a model is certain to be freed when its process ends. The child's standard input is a socket through
+//! which it receives verified files as open descriptors, so it loads exactly the bytes that were verified
+//! ([`handover`]). Its standard output is a socket that carries [`frame`]s both ways. The child limits its own
+//! memory, because a template can ask for any amount. It is killed when its engine hangs.
 
 mod child_server;
 mod engine_process;

@@ -1,8 +1,8 @@
-//! Servers of OpenAI's API as a model runtime: vLLM, SGLang, llama-server, Ollama, LM Studio and others.
+//! OpenAI-compatible servers as a model runtime: vLLM, SGLang, llama-server, Ollama, LM Studio and others.
 //!
-//! Such a server was started by somebody else, on files that nobody here has seen. So a model is attached by its
-//! server's address and its name there, and not loaded from an artifact. What a server sends is bounded and never
-//! panics, and of what it says in a refusal clients see no address or path.
+//! Such a server was started by somebody else, from files that this node has not seen. So a model is attached by its
+//! server's address and its name there, and not loaded from an artifact. Input from a server is bounded and never
+//! causes a panic. Refusals are passed to clients without addresses or paths.
 
 pub mod answer_reader;
 mod attached;

@@ -1,9 +1,10 @@
-//! Draws the next token from logits.
+//! Samples the next token from logits.
 //!
-//! A draw is a pure function of the logits, the settings, the seed, the token's position in the sequence and the tokens
-//! before it. It keeps no state, so a worker that continues another's answer draws as the first would have. Bias,
-//! penalties and mask change the logits first; then filters apply in the order of llama.cpp: top-k, top-p, min-p,
-//! temperature. Its arithmetic is its own to the last bit, so equal logits give equal draws on every machine.
+//! A draw is a pure function of the logits, the settings, the seed, the token's position in the sequence and the
+//! tokens before it. It keeps no state, so a worker that continues another worker's answer draws as the first would
+//! have. Bias, penalties and mask change the logits first. Then the filters apply in llama.cpp's order: top-k, top-p,
+//! min-p, temperature. The arithmetic does not depend on platform libraries, so equal logits give equal draws on
+//! every machine.
 
 mod candidates;
 mod history;

@@ -1,8 +1,8 @@
-//! Makes text of token bytes as they come, and ends it at a stop text.
+//! Turns token bytes into text as they arrive (the detokenizer), and ends the text at a stop sequence.
 //!
-//! What comes out does not depend on how the bytes were cut: it is the lossy UTF-8 reading of all bytes, up to the
-//! first place where a stop text is complete. Characters and stop texts that may still be completed are held back, and
-//! a character that the limit of tokens cut is left out.
+//! The result does not depend on how the bytes were split: it is the lossy UTF-8 decoding of all bytes, up to the
+//! first place where a stop sequence is complete. Characters and stop sequences that may still be completed are held
+//! back. A character that the token limit cut is dropped.
 
 /// Assembles the text of one answer.
 #[derive(Debug, Clone, Default)]

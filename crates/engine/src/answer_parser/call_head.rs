@@ -1,4 +1,4 @@
-//! Reads the head of a call that is written as one JSON object.
+//! Parses the head of a tool call that is written as one JSON object.
 
 use super::json_span::value_end;
 

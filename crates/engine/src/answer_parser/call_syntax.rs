@@ -1,4 +1,4 @@
-//! How families of models write calls.
+//! The formats in which model families write tool calls.
 
 use std::fmt::Write;
 

@@ -1,4 +1,4 @@
-//! Reads the channels of gpt-oss:
+//! Parses the channels of gpt-oss (the harmony format):
 //! `<|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…`.
 
 use super::markers::{self, Search};

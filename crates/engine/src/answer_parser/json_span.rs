@@ -1,4 +1,4 @@
-//! Finds where a JSON object or array ends, without reading what it holds.
+//! Finds the end of a JSON object or array without parsing its contents.
 
 /// A place within nested brackets.
 #[derive(Debug, Clone, Copy, Default)]

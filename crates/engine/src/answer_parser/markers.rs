@@ -1,4 +1,4 @@
-//! Finds markers in text of which more may come.
+//! Finds markers in text that may still grow.
 
 /// Whether a text is a marker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! Reads answers whose thoughts and calls stand between tags.
+//! Parses answers whose reasoning and tool calls are enclosed in tags.
 
 use serde_json::Value;
 

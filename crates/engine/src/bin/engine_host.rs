@@ -1,6 +1,6 @@
 //! An engine process for tests: `engine-host llama`, or `engine-host mock [name=number]…`.
 //!
-//! The shipped program serves the same from a hidden subcommand.
+//! The shipped program offers the same through a hidden subcommand.
 
 use std::process::ExitCode;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Finds the field of a request that a template fails on, by rendering the conversation without it.
+//! Finds the request field that makes a template fail, by rendering the conversation without each candidate.
 
 use serde_json::Value;
 

@@ -1,4 +1,4 @@
-//! A conversation as a template sees it: OpenAI's JSON, with the liberties that templates take.
+//! A conversation as a template sees it: OpenAI's JSON, in the dialect that the template expects.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,4 +1,4 @@
-//! What templates expect of Python and of Hugging Face beyond Jinja.
+//! The parts of Python and of Hugging Face's environment that templates expect beyond Jinja itself.
 
 mod filters;
 mod methods;

@@ -1,4 +1,4 @@
-//! The date as Python's `strftime` writes it, in English and UTC.
+//! Formats dates as Python's `strftime` does, in English and UTC.
 
 use std::fmt::Write;
 use std::time::SystemTime;

@@ -1,7 +1,8 @@
-//! Says whether an adapter belongs to a model.
+//! Checks whether a LoRA adapter fits a model.
 //!
-//! An adapter changes matrices of its model by the product of two narrow ones, `lora_a` and `lora_b`. llama.cpp refuses
-//! some misfits with an error and ends its process on others, at the latest when the first token is evaluated.
+//! An adapter adds the product of two low-rank matrices, `lora_a` and `lora_b`, to weights of its model. llama.cpp
+//! rejects some mismatches with an error. On others it aborts its process, at the latest when it evaluates the first
+//! token.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;

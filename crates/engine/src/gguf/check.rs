@@ -1,7 +1,7 @@
-//! Says whether what a model's header tells agrees with itself.
+//! Checks whether a model's header is consistent.
 //!
-//! llama.cpp checks much of it and answers with an error. Here stands what it takes for granted: there it would end its
-//! process, divide by zero or read beyond an array.
+//! llama.cpp checks much of the header itself and returns errors. This module checks what llama.cpp takes for
+//! granted, where an inconsistent header would make it abort, divide by zero or read out of bounds.
 
 use std::collections::HashSet;
 

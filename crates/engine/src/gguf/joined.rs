@@ -1,7 +1,7 @@
-//! Makes one file of a model that is split into several.
+//! Joins the files of a split model into one.
 //!
-//! The pairs of the first part stay as they are, byte for byte, but for those that say how it was split. The tensors
-//! keep their order, and the bytes of each part follow those of the one before.
+//! The key-value pairs of the first part are kept byte for byte, except those that describe the split. The tensors
+//! keep their order, and the data of each part follows that of the part before.
 
 use std::fs::File;
 use std::io::{self, BufReader, Cursor, Read};

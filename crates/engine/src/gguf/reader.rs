@@ -1,4 +1,4 @@
-//! Reads the bytes of a header.
+//! Reads primitive values from the bytes of a header.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;

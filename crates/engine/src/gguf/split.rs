@@ -1,4 +1,4 @@
-//! Reads models and adapters from their open files, of which a model may have several.
+//! Reads the headers of models and adapters from open files. A model may be split into several files.
 
 use std::collections::HashSet;
 

@@ -1,4 +1,4 @@
-//! Limits of constraints, and which part of a schema is at fault.
+//! Limits of constraints, and the search for the part of a schema that is at fault.
 
 use serde_json::Value;
 

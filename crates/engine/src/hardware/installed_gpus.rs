@@ -1,4 +1,4 @@
-//! Finds the GPUs of a machine without any driver's library: by what the kernel tells in files.
+//! Detects the machine's GPUs without any driver library, from the files that the kernel exposes.
 
 use std::fs::{self, File};
 use std::io::Read as _;

@@ -1,4 +1,4 @@
-//! Says of each GPU that a machine has and that computes nothing why that is so: a pure function of facts.
+//! Explains why each installed but unused GPU is not used: a pure function of the detected facts.
 
 use std::fmt;
 

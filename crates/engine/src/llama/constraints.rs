@@ -1,4 +1,4 @@
-//! Structured output: constraints on the answers of one model.
+//! Structured output: compiles the constraints on a model's answers.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, OnceLock};

@@ -1,8 +1,8 @@
-//! Suggests the next tokens of an answer, so that one step can evaluate several.
+//! Drafts the next tokens of an answer, so that one step can evaluate several (speculative decoding).
 //!
-//! A suggestion comes from the answer its caller predicts, or from an earlier passage that ended as the text does now.
-//! Suggested tokens are evaluated together with the last one and taken only as far as the sampler draws the same, so
-//! they change the speed of an answer and never its text.
+//! A draft comes from the answer that the caller predicts, or from an earlier passage that ended as the text does now
+//! (prompt lookup). Draft tokens are evaluated together with the last token and accepted only as far as the sampler
+//! draws the same ones, so they change the speed of an answer and never its text.
 
 use super::native::Token;
 

@@ -1,8 +1,8 @@
-//! Makes vectors of texts, in a context of its own.
+//! Computes embedding vectors of texts, in a context of its own.
 //!
-//! Most models read from left to right: their texts come in pieces, several texts to a batch, and the vectors of tokens
-//! are pooled here, so that a text may be as long as the model's context. The others see a text as a whole: a batch
-//! holds whole texts, and llama.cpp pools.
+//! Most models attend causally: their texts are evaluated in chunks, several texts to a batch, and the token vectors
+//! are pooled here, so a text may be as long as the model's context. Other models need the whole text at once: a
+//! batch holds whole texts, and llama.cpp does the pooling.
 
 mod sizes;
 

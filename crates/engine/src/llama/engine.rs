@@ -1,7 +1,7 @@
 //! The thread that owns one loaded model and does all its work.
 //!
-//! Between two steps it takes new work, drops what was cancelled and starts what waits. Without work it sleeps.
-//! Generations share the main batch scheduler; deterministic ones have a scheduler, and a context, of their own.
+//! Between two steps it accepts new work, drops cancelled work and starts waiting work. Without work it sleeps.
+//! Generations share the main batch scheduler. Deterministic ones have a scheduler, and a context, of their own.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;

@@ -1,8 +1,8 @@
-//! Safe bindings to llama.cpp's C interface: the one place in this crate where Rust speaks with C++.
+//! Safe bindings to llama.cpp's C interface: the one place in this crate where Rust calls C++.
 //!
-//! Handles own what they point to and keep alive what they rest on: a context and an adapter hold their model. What
-//! C++ would abort on is checked here first where that is cheap; what cannot be checked is why models run in processes
-//! of their own. See `docs/adr/0018-bindings-of-our-own.md`.
+//! Handles own what they point to and keep alive what they depend on: a context and an adapter hold their model.
+//! Cheap checks here prevent calls on which C++ would abort. Since not everything can be checked, models run in
+//! processes of their own. See `docs/adr/0018-bindings-of-our-own.md`.
 
 #![allow(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! Hands events to a reader without ever waiting for it.
+//! Sends events to a reader without ever blocking on it.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Decides how many layers of a model go to GPUs, from what is there.
+//! Decides how many layers of a model to offload to GPUs.
 
 use crate::gguf::Header;
 use crate::hardware::{self, Device};

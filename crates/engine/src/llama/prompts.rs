@@ -1,4 +1,4 @@
-//! Makes tokens of what is to be continued.
+//! Renders and tokenises prompts.
 
 use std::collections::BTreeSet;
 use std::sync::OnceLock;

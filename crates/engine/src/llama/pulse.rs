@@ -1,7 +1,7 @@
-//! Shows that an engine thread lives, and tells readers how far it is with their prompts.
+//! Shows that an engine thread is alive, and reports prefill progress to readers.
 //!
-//! It beats in the engine's loop and between the operations of a batch, so that a batch that takes minutes is known
-//! from an engine that hangs.
+//! It beats in the engine's loop and between the operations of a batch, so that a batch that takes minutes can be
+//! told from an engine that hangs.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};

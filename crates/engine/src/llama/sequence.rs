@@ -1,4 +1,4 @@
-//! One generation: its request, its state, and how its tokens become the answer.
+//! One generation: its request, its state, and how its tokens become an answer.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -1,10 +1,10 @@
-//! Keeps what people write from being read as special tokens.
+//! Keeps text from users from being tokenised as special tokens.
 //!
-//! A prompt is tokenised with the texts of special tokens read as those tokens, because chat templates write their
-//! delimiters as text. A message that holds `<|im_end|>` could so end its own turn and forge the next. Such a text is
-//! swapped for one private-use character, a mark, before the template is rendered: a mark survives trimming, cutting
-//! and moving, so the place is found again whatever the template does. It is then tokenised as the text it stood for.
-//! Tools, calls and template options come from people as well, and are treated alike.
+//! A prompt is tokenised with special tokens enabled, because chat templates write their delimiters as text. A
+//! message that contains `<|im_end|>` could therefore end its own turn and forge the next. So each such text is
+//! replaced by one private-use character, a mark, before the template is rendered. A mark survives trimming, cutting
+//! and moving, so it can be found again whatever the template does. It is then tokenised as the plain text that it
+//! stands for. Tools, calls and template options also come from users and are treated the same way.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};

@@ -1,4 +1,4 @@
-//! Learns what steps take, so that their size can be chosen.
+//! Learns how long steps take, so that their size can be chosen.
 
 use std::time::Duration;
 

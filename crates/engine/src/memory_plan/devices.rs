@@ -1,4 +1,4 @@
-//! Which parts of a model lie where when some of its layers are on a GPU.
+//! Splits a model's memory between the host and the GPU when some of its layers are offloaded.
 
 use super::{BATCH_TOKENS, Dimensions, is_packed, is_repacked, layers, plan};
 use crate::gguf::{Header, Tensor};

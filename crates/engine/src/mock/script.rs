@@ -1,4 +1,4 @@
-//! What a mock says, token by token.
+//! The text that the mock generates, token by token.
 
 use serde_json::{Map, Value, json};
 

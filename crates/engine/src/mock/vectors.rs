@@ -1,4 +1,4 @@
-//! Vectors that say nothing, but the same for the same text.
+//! Mock embedding vectors: meaningless, but equal for equal texts.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 

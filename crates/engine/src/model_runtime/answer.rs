@@ -1,4 +1,4 @@
-//! What a model answers: the events of a generation, and vectors.
+//! The output of a model: the events of a generation, and embedding vectors.
 
 use inference::{FinishReason, Progress, TokenLogprob, TokenUsage, ToolCallDelta};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! What is asked of a model: a continuation of a prompt, or vectors of texts.
+//! The requests to a model: to generate a continuation of a prompt, or to embed texts.
 
 use inference::{EmbedInput, LeftToModel, Message, OutputFormat, Sampling, Tool, ToolChoice};
 use serde::{Deserialize, Serialize};

@@ -1,8 +1,8 @@
-//! Hands open files from a worker to its engine process.
+//! Passes open files from a worker to its engine process.
 //!
-//! Descriptors travel over a Unix socket that carries nothing else, one message for each model or adapter, in the
-//! order of the frames that speak of them. A message is sent before its frame, so it is there when the frame comes.
-//! No path is ever told, so what was verified is what is loaded.
+//! Descriptors travel over a Unix socket that carries nothing else: one message for each model or adapter, in the
+//! order of the frames that refer to them. A message is sent before its frame, so it has arrived when the frame does.
+//! No path is ever sent, so the bytes that are loaded are the bytes that were verified.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};

@@ -1,12 +1,12 @@
-//! Holds an engine process to a growth of memory, because a chat template can ask for any amount of it.
+//! Limits how far the memory of an engine process may grow, because a chat template can ask for any amount.
 //!
-//! A template comes with a model and doubles a text sixty times within its fuel. minijinja counts instructions, not
-//! bytes, and its hooks (formatter, filters, methods) see neither `~` and `+` nor text that `{% set %}` captures, so
-//! within the process only the allocator could refuse, and a refusal of the allocator ends the process. An engine
-//! process may end so: it takes one model along, as after any other crash, and the machine comes to no harm.
+//! A template comes with a model and can double a text sixty times within its fuel. minijinja counts instructions,
+//! not bytes, and its hooks (formatter, filters, methods) see neither `~` and `+` nor text that `{% set %}` captures.
+//! So within the process only the allocator could refuse, and a failed allocation ends the process. That is
+//! acceptable in an engine process: it takes down one model, as any other crash does, and does not harm the machine.
 //!
-//! The limit is on private writable memory (`RLIMIT_DATA`), which is what allocations take. A limit on the address
-//! space would count the mapped weights and what GPU drivers reserve, tens of GiB at the first decode, as well.
+//! The limit is on private writable memory (`RLIMIT_DATA`), from which allocations come. A limit on the address space
+//! would also count the mapped weights and the tens of GiB that GPU drivers reserve at the first decode.
 
 use std::fs;
 

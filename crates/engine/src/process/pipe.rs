@@ -1,4 +1,4 @@
-//! Moves frames over a socket.
+//! Sends and receives frames over a socket.
 
 use std::io;
 

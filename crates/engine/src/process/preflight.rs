@@ -1,4 +1,4 @@
-//! What an engine process checks before its model takes memory.
+//! The checks that an engine process makes before its model takes memory.
 
 use std::fs::File;
 use std::time::{Duration, SystemTime};

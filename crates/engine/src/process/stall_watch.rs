@@ -1,7 +1,8 @@
-//! Decides when an engine that owes something has done nothing for too long.
+//! Decides when an engine with outstanding work has made no progress for too long.
 //!
-//! A pure function of what is seen at looks a fixed time apart; `EngineProcess` looks and acts. Looks are counted and
-//! not the time between them, because a machine that was suspended, or too busy to look, suspends the engine as well.
+//! A pure function of observations made at a fixed interval; `EngineProcess` observes and acts. It counts
+//! observations instead of measuring time, because a machine that was suspended, or too busy to observe, held up the
+//! engine as well.
 
 /// Looks in a row without a sign of life after which an engine has stalled.
 pub(super) const LOOKS: u32 = 8;

@@ -1,4 +1,4 @@
-//! Reads what a server streams of an answer: its chunks as JSON in, the events of a generation out.
+//! Turns the streamed JSON chunks of a server's answer into the events of a generation.
 
 use std::collections::BTreeMap;
 

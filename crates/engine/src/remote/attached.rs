@@ -1,4 +1,4 @@
-//! One model on one server: how busy it is here, and what it has done.
+//! One model on one server: its load from this node, and its counters.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};

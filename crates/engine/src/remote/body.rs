@@ -1,7 +1,7 @@
-//! Says a generation in a server's words.
+//! Builds the request body for a server.
 //!
-//! What a request leaves to the model is left to the server, which knows the defaults of its models. What the server
-//! has no word for is refused and not left out.
+//! Parameters that a request leaves unset are left to the server, which knows the defaults of its models. Parameters
+//! that the server does not support are refused, not dropped.
 
 use serde_json::{Map, Value, json};
 

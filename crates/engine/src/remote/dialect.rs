@@ -1,4 +1,4 @@
-//! How servers differ: by whom one is made, and what it says of its models.
+//! Differences between servers: how to recognise a server's software, and what it reports about its models.
 
 use serde::Deserialize;
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! Finds out what a server is and which models it has.
+//! Detects a server's software and its models.
 
 use std::time::Duration;
 

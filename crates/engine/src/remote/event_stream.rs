@@ -1,4 +1,4 @@
-//! Cuts a server's event stream (`text/event-stream`) into the data of its events.
+//! Splits a server's event stream (`text/event-stream`) into the data of its events.
 
 use bytes::{Buf as _, BytesMut};
 

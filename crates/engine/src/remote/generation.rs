@@ -1,4 +1,4 @@
-//! Carries one answer from a server to its reader.
+//! Relays one answer from a server to its reader.
 
 use reqwest::Response;
 use tokio::time::{Instant, timeout};

@@ -1,4 +1,4 @@
-//! Speaks HTTP/1.1 with servers. Nothing is waited for without a deadline, and nothing is read without a limit.
+//! An HTTP/1.1 client for servers. Every wait has a deadline, and every read has a limit.
 
 use std::fmt;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What a server's refusal means to the caller.
+//! Translates a server's refusal into an error for the caller.
 
 use serde_json::Value;
 

@@ -1,4 +1,4 @@
-//! Reads vectors as servers write them: numbers, or Base64 of little-endian floats.
+//! Parses embedding vectors as servers write them: numbers, or Base64 of little-endian floats.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;

@@ -1,4 +1,4 @@
-//! The likeliest tokens of a vocabulary.
+//! Selects the most likely tokens of a vocabulary.
 
 use super::vocabulary;
 

@@ -1,4 +1,4 @@
-//! The tokens a sequence has seen, as far as penalties ask for them.
+//! Counts how often the answer has each token of a sequence, as far as penalties need it.
 
 use crate::model_runtime::Sampling;
 

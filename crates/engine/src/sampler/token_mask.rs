@@ -1,4 +1,4 @@
-//! The set of tokens that may come next.
+//! A mask of the tokens that may come next.
 
 /// A set of tokens, a bit for each. Tokens beyond its end are not in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

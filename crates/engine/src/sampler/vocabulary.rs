@@ -1,6 +1,6 @@
-//! Arithmetic over a whole vocabulary, in shapes that compilers make vector instructions of.
+//! Arithmetic over a whole vocabulary, written so that the compiler can vectorise it.
 //!
-//! Nothing here depends on the machine: the exponential is a polynomial of ours, and sums have one order.
+//! Results do not depend on the machine: the exponential is a polynomial of our own, and sums have a fixed order.
 
 /// Logits that are looked at together; a multiple of [`LANES`].
 const BLOCK: usize = 1_024;

@@ -1,4 +1,4 @@
-//! Filters, tests and functions of Jinja2 that minijinja lacks or has in another form.
+//! Jinja2 filters, tests and functions that minijinja lacks or implements differently.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,4 +1,4 @@
-//! Methods of Python's texts and lists that `minijinja_contrib` does not have.
+//! Methods of Python's strings and lists that `minijinja_contrib` does not have.
 
 use minijinja::value::{Tuple, Value, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State};

@@ -1,4 +1,4 @@
-//! How Python writes numbers with a fraction.
+//! Formats floating-point numbers as Python does.
 
 use minijinja::value::{Value, ValueKind};
 

@@ -1,8 +1,8 @@
-//! Operators that mean more in Python than in minijinja, whose own cannot be replaced: `%` with a text on its left,
-//! `~` with floats, `+` with a text that is marked as safe, and a loop over the letters of a text.
+//! Operators that do more in Python than in minijinja, whose built-in operators cannot be replaced: `%` with a string
+//! on its left, `~` with floats, `+` with a string marked as safe, and a loop over the characters of a string.
 //!
-//! [`rewrite`] writes them as calls of functions that [`add`] brings. It reads just enough of Jinja's grammar to know
-//! what the operands are, and leaves everything else as it is.
+//! [`rewrite`] turns them into calls of functions that [`add`] registers. It parses just enough of Jinja's grammar to
+//! find the operands, and leaves everything else unchanged.
 
 use minijinja::formatting::{self, FormatStyle};
 use minijinja::value::{Rest, Value};

@@ -1,4 +1,4 @@
-//! Chooses how large the context is that makes vectors.
+//! Chooses the size of the embedding context.
 
 use crate::memory_plan::{BATCH_TOKENS, EMBED_LOGITS_BYTES_MAX};
 

@@ -1,4 +1,4 @@
-//! Loads ggml's backends, and says which interfaces to GPUs there are and why one of them is not.
+//! Loads ggml's backends, and reports which GPU interfaces are available and why one is missing.
 
 #![allow(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! Tokens that are evaluated together.
+//! A batch: the tokens that one step evaluates together.
 
 use llama_cpp_sys_2 as sys;
 

@@ -1,4 +1,4 @@
-//! A context of llama.cpp: the KV cache in which sequences of one model are evaluated.
+//! A llama.cpp context: the KV cache in which sequences of one model are evaluated.
 
 use std::ffi::c_void;
 use std::ptr::{self, NonNull};

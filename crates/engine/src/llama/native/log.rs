@@ -1,6 +1,7 @@
 //! Sends llama.cpp's log to `tracing` instead of standard error.
 //!
-//! The crate's own bridge keeps llama.cpp's levels, which are too loud, and cannot tell a caller why a load failed.
+//! The crate's own bridge keeps llama.cpp's levels, which are too noisy, and cannot return the reason for a failed
+//! load to its caller.
 
 #![allow(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! Our kernels, as `native/matrices.cpp` asks for them when ggml multiplies.
+//! Our matrix kernels, which ggml calls through `native/matrices.cpp`.
 
 use std::ops::Range;
 use std::ptr::{self, NonNull};

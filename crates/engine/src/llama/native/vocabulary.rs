@@ -1,4 +1,4 @@
-//! A model's tokens and their texts.
+//! The tokens of a model and their texts.
 
 use std::ffi::{CStr, c_char};
 use std::marker::PhantomData;

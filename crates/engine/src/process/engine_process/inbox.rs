@@ -1,4 +1,4 @@
-//! Takes what an engine process says, frame by frame.
+//! Handles the messages of an engine process, frame by frame.
 
 use tokio::sync::mpsc;
 

@@ -1,4 +1,4 @@
-//! What an engine process wrote to standard error, kept to explain its death.
+//! The last lines that an engine process wrote to standard error, kept to explain its death.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! What is asked of an engine process and has one answer.
+//! Requests to an engine process that have exactly one reply.
 
 use std::time::Duration;
 
