@@ -1,4 +1,4 @@
-//! Traces, metrics and logs: their names, their context, their export.
+//! Traces, metrics and logs: names, context and export.
 
 pub mod logs;
 pub mod metric_names;

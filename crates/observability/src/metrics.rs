@@ -1,4 +1,4 @@
-//! Every metric of the program, in one registry.
+//! All metrics of the program, in one registry.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use prometheus_client::registry::Registry;
 
 use crate::metric_names as names;
 
-/// A gauge of fractions.
+/// A gauge with a fractional value.
 pub type Ratio = Gauge<f64, AtomicU64>;
 
 /// Labels of one model.
@@ -34,27 +34,25 @@ pub struct RequestLabel {
     pub finish_reason: &'static str,
 }
 
-/// Labels of a breaker.
+/// Labels of a circuit breaker.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct BreakerLabel {
     pub model: String,
     pub region: String,
 }
 
-/// A label that says why.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabel {
     pub reason: &'static str,
 }
 
-/// A label that says when.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PhaseLabel {
     /// `pre_token` or `mid_stream`.
     pub phase: &'static str,
 }
 
-/// Every metric of the program. Clones share them; services count, the gateway shows.
+/// All metrics of the program. Clones share them: services update them, and the gateway exposes them.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Arc<parking_lot::Mutex<Registry>>,
@@ -89,17 +87,17 @@ pub struct Metrics {
     pub artifact_verify_failures: Counter,
 }
 
-/// Seconds, as vLLM cuts the time to the first token.
+/// Bucket bounds in seconds, as in vLLM's time to first token.
 const FIRST_TOKEN_BUCKETS: [f64; 19] =
     [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 80.0, 2560.0];
-/// Seconds, as vLLM cuts the time between tokens.
+/// Bucket bounds in seconds, as in vLLM's time between tokens.
 const INTER_TOKEN_BUCKETS: [f64; 13] = [0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5];
-/// Seconds of a whole request, doubling as in the OpenTelemetry GenAI conventions.
+/// Bucket bounds of a request's duration in seconds, doubling as in the OpenTelemetry GenAI conventions.
 const DURATION_BUCKETS: [f64; 14] =
     [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92];
 
 impl Metrics {
-    /// Makes the registry and registers every metric.
+    /// Creates the registry and registers every metric.
     pub fn new() -> Self {
         let metrics = Self {
             registry: Arc::default(),
@@ -137,7 +135,7 @@ impl Metrics {
         metrics
     }
 
-    #[rustfmt::skip] // One line a metric.
+    #[rustfmt::skip] // One line per metric.
     fn register(&self) {
         let mut registry = self.registry.lock();
         let registry = &mut *registry;
@@ -172,12 +170,12 @@ impl Metrics {
         registry.register(names::ARTIFACT_VERIFY_FAILURES, "Artifacts whose bytes did not match their digest", self.artifact_verify_failures.clone());
     }
 
-    /// Adds metrics that are gathered only when they are shown.
+    /// Adds metrics that are collected only when they are exposed.
     pub fn register_collector(&self, collector: Box<dyn Collector>) {
         self.registry.lock().register_collector(collector);
     }
 
-    /// Writes all metrics in the text form that Prometheus reads (OpenMetrics 1.0).
+    /// Encodes all metrics in the OpenMetrics 1.0 text format, which Prometheus scrapes.
     pub fn encode(&self) -> String {
         let mut text = String::new();
         let registry = self.registry.lock();

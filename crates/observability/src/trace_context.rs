@@ -1,4 +1,4 @@
-//! W3C trace context: which trace a request belongs to.
+//! W3C trace context: the trace that a request belongs to.
 
 use protocol::TraceId;
 
@@ -13,13 +13,13 @@ pub struct TraceContext {
 }
 
 impl TraceContext {
-    /// Reads a `traceparent` header, `00-<32 hex>-<16 hex>-<2 hex>`; `None` where it is malformed, as W3C has it:
-    /// a malformed header starts a new trace.
+    /// Parses a `traceparent` header, `00-<32 hex>-<16 hex>-<2 hex>`. Returns `None` if it is malformed: by the W3C
+    /// specification, a malformed header starts a new trace.
     pub fn parse(header: &str) -> Option<Self> {
         let mut parts = header.trim().split('-');
         let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
         let version = byte(version)?;
-        // Version 00 has four parts; later ones may have more; ff is forbidden.
+        // Version 00 has four parts, later versions may have more, and ff is forbidden.
         if version == 0xff || (version == 0 && parts.next().is_some()) {
             return None;
         }
@@ -36,7 +36,7 @@ impl TraceContext {
 
     pub fn begin() -> Self {
         let mut trace = [0; 16];
-        // Without randomness, a trace that nobody can tell from another beats a request refused.
+        // If there is no randomness, an ambiguous trace id is better than a refused request.
         if getrandom::fill(&mut trace).is_err() {
             trace[15] = 1;
         }
