@@ -1,4 +1,4 @@
-//! One store over all the places where artifacts lie.
+//! The artifact store: artifacts in a folder and those embedded in the program.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,7 +17,7 @@ use crate::known_good;
 use crate::local_folder::LocalFolder;
 use crate::partial::{self, Partial};
 
-/// Keeps artifacts by digest. Clones are the same store; processes may share a folder.
+/// Keeps artifacts by digest. Clones share the store, and processes may share its folder.
 #[derive(Debug, Clone)]
 pub struct ArtifactStore {
     inner: Arc<Inner>,
@@ -29,14 +29,14 @@ struct Inner {
     embedded: BTreeMap<Digest, &'static [u8]>,
 }
 
-/// An open file whose bytes had the digest when they were read through this very descriptor, or when they were taken
-/// in: the kernel says of the file behind the descriptor that it was not written since.
+/// An open file whose bytes matched the digest, either when they were read through this descriptor or when they were
+/// stored. In the second case the kernel confirms that the file behind the descriptor has not been written since.
 ///
-/// What comes from the program itself cannot change any more. A file of the folder belongs to this user alone and is
-/// never written in place, so only its owner or root could change it behind the descriptor.
+/// Embedded artifacts can no longer change. A file in the folder belongs to this user and is never written in place,
+/// so only its owner or root could change it behind the descriptor.
 #[derive(Debug)]
 pub struct VerifiedFile {
-    /// The file, at its beginning.
+    /// The file, positioned at its start.
     pub file: File,
     /// SHA-256 of its bytes.
     pub digest: Digest,
@@ -45,20 +45,19 @@ pub struct VerifiedFile {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored {
-    /// SHA-256 of the bytes: their name from here on.
+    /// SHA-256 of the bytes, by which they are stored.
     pub digest: Digest,
-    /// How many there are.
     pub bytes: u64,
 }
 
-/// How the bytes of a file came into the store.
+/// How a file was brought into the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// They were there before.
+    /// The store already had the artifact.
     Known,
-    /// The file has another name in the store, and takes no further room.
+    /// The file got a second name in the store and takes no extra space.
     Linked,
-    /// The file system shares them with the file until one of the two is changed.
+    /// The file system shares the blocks with the file until one of the two changes (reflink).
     Cloned,
     Copied,
 }
@@ -71,76 +70,70 @@ pub enum OpenError {
     Missing {
         /// What was asked for.
         digest: Digest,
-        /// Where it would lie.
+        /// The path where it would be stored.
         path: PathBuf,
     },
-    /// It is not here any more: it was found damaged earlier.
+    /// The artifact was found damaged earlier and moved to quarantine.
     #[error("artifact {digest} was damaged and lies in {} now; store it again", path.display())]
     SetAside {
-        /// What was asked for.
         digest: Digest,
-        /// Where the damaged one lies.
+        /// The path of the damaged file.
         path: PathBuf,
     },
-    /// Its bytes are not those of the digest; it was moved aside, to be fetched again.
+    /// The bytes do not match the digest. The file was moved to quarantine; fetch it again.
     #[error(
         "artifact {digest} has other bytes than its digest says ({found}) and was moved to quarantine; store it again"
     )]
     Mismatch {
-        /// What was asked for.
         digest: Digest,
-        /// What the bytes really are.
+        /// The digest of the actual bytes.
         found: Digest,
     },
-    /// It could not be read.
     #[error("artifact {digest} could not be read")]
     Read {
-        /// What was asked for.
         digest: Digest,
         source: io::Error,
     },
 }
 
-/// Why an artifact could not be put.
+/// Why an artifact could not be stored.
 #[derive(Debug, thiserror::Error)]
 pub enum PutError {
-    /// The source could not be read.
     #[error("the artifact's source could not be read")]
     Source(#[source] io::Error),
-    /// There are more bytes than allowed.
+    /// The artifact is longer than allowed.
     #[error("the artifact has more than {bytes_max} bytes")]
     TooLarge { bytes_max: u64 },
-    /// The disk has no room for a copy.
+    /// The disk has no space for a copy.
     #[error("the artifact takes {bytes} bytes, and the disk of {} has {room_bytes} free", folder.display())]
     NoRoom {
         /// The length of the copy.
         bytes: u64,
-        /// What this user may still write there.
+        /// The bytes that this user may still write there.
         room_bytes: u64,
         folder: PathBuf,
     },
-    /// The folder could not be written.
+    /// The folder is not writable.
     #[error("the artifact could not be written to {}", folder.display())]
     Folder { folder: PathBuf, source: io::Error },
 }
 
 impl ArtifactStore {
-    /// Opens the store in a folder, which is made where it is missing.
+    /// Opens the store in a folder, which is created if it is missing.
     pub fn in_folder(root: impl Into<PathBuf>) -> io::Result<Self> {
         Ok(Self { inner: Arc::new(Inner { folder: LocalFolder::open(root.into())?, embedded: BTreeMap::new() }) })
     }
 
-    /// Adds an artifact that lies in the program itself. It is verified when it is opened, like any other.
+    /// Adds an artifact that is embedded in the program. It is verified when it is opened, like any other.
     #[must_use]
     pub fn with_embedded(mut self, digest: Digest, bytes: &'static [u8]) -> Self {
         Arc::make_mut(&mut self.inner).embedded.insert(digest, bytes);
         self
     }
 
-    /// Stores what `source` gives, at most `bytes_max`. Blocks.
+    /// Stores the bytes of `source`, at most `bytes_max`. Blocks.
     ///
-    /// The bytes are on the disk when this returns. An artifact that was there before is replaced, which heals it
-    /// where it was damaged.
+    /// The bytes are on disk when this returns. An existing artifact is replaced, which repairs it if it was damaged.
     pub fn put(&self, source: impl Read, bytes_max: u64) -> Result<Stored, PutError> {
         self.inner.folder.put(source, bytes_max)
     }
@@ -152,8 +145,9 @@ impl ArtifactStore {
         self.put(file, bytes)
     }
 
-    /// Stores the bytes of an open file: shared with it where the file system can, else copied. `progress` gets the
-    /// number of bytes at each step, and ends it with an error. Blocks.
+    /// Stores the bytes of an open file. They are shared with that file if the file system supports it (reflink),
+    /// else copied. `progress` receives the number of bytes at each step; an error from it aborts the operation.
+    /// Blocks.
     pub fn put_open(
         &self,
         file: &File,
@@ -163,8 +157,8 @@ impl ArtifactStore {
         self.inner.folder.put_open(file, bytes_max, progress)
     }
 
-    /// Stores a file without a copy of it, by a second name; where the file system allows no such name, as
-    /// [`Self::put_open`] does. The file must not be written in place later: what is stored is found damaged then.
+    /// Stores a file without copying it, as a hard link. If the file system does not allow the link, falls back to
+    /// [`Self::put_open`]. The file must not be written in place later: the artifact would then be found damaged.
     /// Blocks.
     pub fn put_link(
         &self,
@@ -175,75 +169,77 @@ impl ArtifactStore {
         self.inner.folder.put_link(path, bytes_max, progress)
     }
 
-    /// Removes an artifact from the folder; false where it is not there. Whoever has it open keeps it.
+    /// Removes an artifact from the folder. Returns false if it is not there. Readers that have it open keep it.
     pub fn remove(&self, digest: &Digest) -> io::Result<bool> {
         self.inner.folder.remove(digest)
     }
 
-    /// Returns how many bytes this user may still write beside the artifacts, as far as the system tells.
+    /// Returns how many bytes this user may still write to the store's disk, as far as the system reports it.
     #[cfg(unix)]
     pub fn room_bytes(&self) -> io::Result<u64> {
         self.inner.folder.room_bytes()
     }
 
-    /// Opens what there is of an artifact that is being fetched; nothing while somebody else writes it. Blocks.
+    /// Opens the partial file of an artifact that is being fetched. Returns `None` while another process writes it.
+    /// Blocks.
     pub fn partial(&self, digest: &Digest) -> io::Result<Option<Partial>> {
         Partial::open(&self.inner.folder, digest)
     }
 
-    /// Returns how many bytes there are of an artifact that is being fetched.
+    /// Returns how many bytes of an artifact have been fetched so far.
     pub fn partial_bytes(&self, digest: &Digest) -> u64 {
         partial::bytes_of(&self.inner.folder, digest)
     }
 
-    /// Returns the artifacts that are being fetched, or were and are not complete.
+    /// Returns the artifacts whose fetch is running or was interrupted.
     pub fn partials(&self) -> io::Result<Vec<Digest>> {
         partial::list(&self.inner.folder)
     }
 
-    /// Returns the artifacts that were fetched and are here, the least recently used first.
+    /// Returns the fetched artifacts in the store, the least recently used first.
     pub fn fetched(&self) -> io::Result<Vec<Fetched>> {
         self.inner.folder.fetched()
     }
 
-    /// Notes that a fetched artifact is used, and keeps it here meanwhile; nothing where it is this machine's own.
+    /// Records a use of a fetched artifact and protects it from eviction while the result lives. Returns `None` if
+    /// the artifact belongs to this machine.
     pub fn in_use(&self, digest: &Digest) -> io::Result<Option<InUse>> {
         self.inner.folder.in_use(digest)
     }
 
-    /// Returns whether a fetched artifact is in use at this moment.
+    /// Returns whether a fetched artifact is in use.
     pub fn is_in_use(&self, digest: &Digest) -> bool {
         self.inner.folder.is_in_use(digest)
     }
 
-    /// Deletes a fetched artifact. False where it is in use, or where this machine did not fetch it.
+    /// Deletes a fetched artifact. Returns false if it is in use or was not fetched by this machine.
     pub fn evict(&self, digest: &Digest) -> io::Result<bool> {
         self.inner.folder.evict(digest)
     }
 
-    /// Makes an artifact that may have been fetched this machine's own: it makes room for no other.
+    /// Makes an artifact that may have been fetched this machine's own, so that it is never evicted.
     pub fn keep(&self, digest: &Digest) -> io::Result<()> {
         self.inner.folder.unmark(digest)
     }
 
-    /// Makes an empty file beside the artifacts, for what is made of them. It has no name and is gone once it is
-    /// closed. Blocks.
+    /// Creates an empty, unnamed file in the store's folder, for derived data. It is deleted when it is closed.
+    /// Blocks.
     pub fn scratch(&self) -> io::Result<File> {
         self.inner.folder.unnamed()
     }
 
-    /// Returns whether an artifact is here. Its bytes are not looked at.
+    /// Returns whether the store has an artifact. Its bytes are not verified.
     pub fn contains(&self, digest: &Digest) -> bool {
         self.inner.embedded.contains_key(digest) || self.inner.folder.path(digest).is_file()
     }
 
-    /// Opens an artifact of the folder to look at, without verifying it: what is read may be anything.
+    /// Opens an artifact of the folder without verifying it: its bytes are untrusted.
     pub fn peek(&self, digest: &Digest) -> io::Result<File> {
         self.inner.folder.open_file(digest)
     }
 
-    /// Opens an artifact and verifies all its bytes through the descriptor that is returned, unless this process hashed
-    /// them when it took the file in and nobody has written the file since. Blocks.
+    /// Opens an artifact and verifies all its bytes through the returned descriptor. Verification is skipped if this
+    /// process hashed the bytes when it stored the file and the file has not been written since. Blocks.
     pub fn open(&self, digest: &Digest) -> Result<VerifiedFile, OpenError> {
         let failed = |source| OpenError::Read { digest: *digest, source };
         if let Some(bytes) = self.inner.embedded.get(digest) {
@@ -278,7 +274,7 @@ impl ArtifactStore {
     }
 }
 
-/// Hashes an open file from its beginning and returns it, at its beginning again.
+/// Hashes an open file from its start and rewinds it.
 fn verify(file: File, digest: &Digest) -> Result<VerifiedFile, OpenError> {
     let failed = |source| OpenError::Read { digest: *digest, source };
     let Stored { digest: found, bytes } = hash(&file, |_| Ok(())).map_err(failed)?;

@@ -1,4 +1,4 @@
-//! Copies and hashes, each on a core of its own.
+//! Copies and hashes files, with one thread for each of the two.
 
 use std::fs::File;
 use std::io::{self, Read, Seek as _, Write};
@@ -10,15 +10,14 @@ use sha2::{Digest as _, Sha256};
 
 use crate::artifact_store::Stored;
 
-/// Bytes read at a time.
 const BUFFER_BYTES: usize = 1 << 20;
 /// Bytes that the kernel copies at a time.
 #[cfg(target_os = "linux")]
 const STEP_BYTES: usize = 8 << 20;
-/// Buffers that are filled or hashed at once.
+/// Buffers in flight between reading and hashing.
 const BUFFERS: usize = 4;
 
-/// Why a copy failed, by the side that failed.
+/// Why a copy failed, by side.
 #[derive(Debug)]
 pub(crate) enum Copy {
     Source(io::Error),
@@ -26,11 +25,11 @@ pub(crate) enum Copy {
     Target(io::Error),
 }
 
-/// Hashes an open file from its beginning, and leaves it there. `progress` gets the number of bytes at each step, and
-/// ends it with an error.
+/// Hashes an open file from its start and rewinds it. `progress` receives the number of bytes at each step; an error
+/// from it aborts the operation.
 pub fn hash(mut file: &File, mut progress: impl FnMut(u64) -> io::Result<()>) -> io::Result<Stored> {
     file.rewind()?;
-    // One byte more than there should be: a file that grows meanwhile ends the reading, and has another digest.
+    // One byte more than expected: a file that grows meanwhile ends the read and gets another digest.
     let length = file.metadata()?.len().saturating_add(1);
     let hashed = copy_hashed(file.take(length), io::sink(), u64::MAX, &mut progress).map_err(|error| match error {
         Copy::Source(error) | Copy::Target(error) => error,
@@ -40,7 +39,7 @@ pub fn hash(mut file: &File, mut progress: impl FnMut(u64) -> io::Result<()>) ->
     Ok(hashed)
 }
 
-/// Copies a file to an empty one and hashes the copy on the way.
+/// Copies a file into an empty one and hashes the copy on the way.
 pub(crate) fn copy_file_hashed(
     source: &File,
     target: &mut File,
@@ -54,8 +53,8 @@ pub(crate) fn copy_file_hashed(
     copy_hashed(source, target, bytes_max, progress)
 }
 
-/// Has the kernel copy, which takes half of the time, while another thread hashes what is there. Returns nothing where
-/// the kernel cannot copy between these files.
+/// Copies in the kernel, which takes half the time, while another thread hashes the bytes already copied. Returns
+/// `None` if the kernel cannot copy between these files.
 #[cfg(target_os = "linux")]
 fn copy_in_kernel(
     source: &File,
@@ -68,7 +67,7 @@ fn copy_in_kernel(
     use rustix::fs::copy_file_range;
 
     let (mut from, mut to) = (0, 0);
-    // Where it cannot, the first step fails.
+    // If the kernel cannot copy, the first step fails.
     let mut count = copy_file_range(source, Some(&mut from), target, Some(&mut to), STEP_BYTES).ok()?;
     Some(thread::scope(|scope| {
         let (copied, to_hash) = mpsc::channel::<u64>();
@@ -86,12 +85,13 @@ fn copy_in_kernel(
             }
             Ok::<_, io::Error>(Digest(hasher.finalize().into()))
         });
-        // What is on the disk already need not be waited for at the end.
+        // Syncing while copying shortens the final sync.
         let (settled, to_sync) = mpsc::sync_channel::<()>(1);
         let syncer = scope.spawn(move || to_sync.into_iter().try_for_each(|()| target.sync_data()));
         while count > 0 {
             step(to, bytes_max, progress)?;
-            // A thread that is gone has failed, which is told at the end; one that is busy looks again later.
+            // A send fails only if the thread has failed, and its error is returned at the end. A full channel means
+            // that the syncer is busy and will sync later.
             let _ = copied.send(to);
             let _ = settled.try_send(());
             count = match copy_file_range(source, Some(&mut from), target, Some(&mut to), STEP_BYTES) {
@@ -107,7 +107,7 @@ fn copy_in_kernel(
     }))
 }
 
-/// Copies a source to a target and hashes it on the way.
+/// Copies a source to a target and hashes the bytes on the way.
 pub(crate) fn copy_hashed(
     mut source: impl Read,
     mut target: impl Write,
@@ -117,7 +117,7 @@ pub(crate) fn copy_hashed(
     let mut first = vec![0; BUFFER_BYTES];
     let count = fill(&mut source, &mut first)?;
     if count < BUFFER_BYTES {
-        // Another thread would take longer than this.
+        // For so few bytes, a second thread would take longer.
         let bytes = count as u64;
         step(bytes, bytes_max, progress)?;
         target.write_all(&first[..count]).map_err(Copy::Target)?;
@@ -130,7 +130,7 @@ pub(crate) fn copy_hashed(
             let mut hasher = Sha256::new();
             for (buffer, count) in to_hash {
                 hasher.update(&buffer[..count]);
-                // Nobody waits for the last ones.
+                // The last buffers are not reused.
                 let _ = hashed.send(buffer);
             }
             hasher.finalize()
@@ -165,7 +165,7 @@ fn step(bytes: u64, bytes_max: u64, progress: &mut impl FnMut(u64) -> io::Result
     progress(bytes).map_err(Copy::Source)
 }
 
-/// Fills a buffer, unless the source ends before.
+/// Fills the buffer, unless the source ends first.
 fn fill(source: &mut impl Read, buffer: &mut [u8]) -> Result<usize, Copy> {
     let mut count = 0;
     while count < buffer.len() {

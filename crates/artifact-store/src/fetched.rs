@@ -1,7 +1,7 @@
-//! Which artifacts were fetched from other nodes, and which of them were used last.
+//! Artifacts that were fetched from other nodes, in the order of their last use.
 //!
-//! Each has a mark in `fetched/`, a file with the number of its last use. Whoever uses the artifact holds a lock on its
-//! mark; without a mark, an artifact belongs to this machine and makes room for nobody.
+//! Each fetched artifact has a marker file in `fetched/` that holds the number of its last use. A user of the
+//! artifact locks its marker. An artifact without a marker belongs to this machine and is never evicted.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, Write as _};
@@ -12,18 +12,16 @@ use protocol::Digest;
 use crate::local_folder::{LocalFolder, make_folder, same_file};
 use crate::partial::digests_in;
 
-/// An artifact that was fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fetched {
     /// SHA-256 of its bytes.
     pub digest: Digest,
-    /// Its length in bytes.
     pub bytes: u64,
-    /// The number of its last use; greater is later.
+    /// The number of its last use; higher is more recent.
     pub last_use: u64,
 }
 
-/// Says that a fetched artifact is in use. While this lives, it makes room for nobody.
+/// Marks a fetched artifact as in use. It is not evicted while this value lives.
 #[derive(Debug)]
 pub struct InUse {
     _mark: File,
@@ -38,7 +36,7 @@ impl LocalFolder {
         self.marks_folder().join(digest.to_string())
     }
 
-    /// Notes that an artifact is fetched, and not this machine's own.
+    /// Marks an artifact as fetched.
     pub(crate) fn mark(&self, digest: &Digest) -> io::Result<()> {
         make_folder(&self.marks_folder())?;
         let mut mark = OpenOptions::new().write(true).create(true).truncate(true).open(self.mark_path(digest))?;
@@ -53,7 +51,7 @@ impl LocalFolder {
         }
     }
 
-    /// Returns the artifacts that were fetched and are here, the least recently used first.
+    /// Returns the fetched artifacts in the store, the least recently used first.
     pub(crate) fn fetched(&self) -> io::Result<Vec<Fetched>> {
         let mut all = vec![];
         for digest in digests_in(&self.marks_folder())? {
@@ -65,7 +63,7 @@ impl LocalFolder {
         Ok(all)
     }
 
-    /// Notes that an artifact is used; nothing where it is this machine's own.
+    /// Records a use of an artifact. Returns `None` if it belongs to this machine.
     pub(crate) fn in_use(&self, digest: &Digest) -> io::Result<Option<InUse>> {
         let path = self.mark_path(digest);
         let mut mark = match OpenOptions::new().read(true).write(true).open(&path) {
@@ -74,7 +72,7 @@ impl LocalFolder {
         };
         mark.lock_shared()?;
         if !same_file(&path, &mark).unwrap_or(false) {
-            // It has just made room.
+            // The artifact was evicted meanwhile.
             return Ok(None);
         }
         let number = self.next_use()?.to_string();
@@ -84,12 +82,12 @@ impl LocalFolder {
         Ok(Some(InUse { _mark: mark }))
     }
 
-    /// Returns whether a fetched artifact is in use at this moment.
+    /// Returns whether a fetched artifact is in use.
     pub(crate) fn is_in_use(&self, digest: &Digest) -> bool {
         File::open(self.mark_path(digest)).is_ok_and(|mark| mark.try_lock().is_err())
     }
 
-    /// Deletes a fetched artifact. False where it is in use, or was not fetched.
+    /// Deletes a fetched artifact. Returns false if it is in use or was not fetched.
     pub(crate) fn evict(&self, digest: &Digest) -> io::Result<bool> {
         let path = self.mark_path(digest);
         let mark = match File::open(&path) {
@@ -103,14 +101,14 @@ impl LocalFolder {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        // The lock is held until the mark is gone.
+        // The lock is held until the marker is deleted.
         fs::remove_file(&path)?;
         Ok(true)
     }
 
     fn last_use(&self, digest: &Digest) -> u64 {
         let mut text = String::new();
-        // A damaged mark counts as the oldest.
+        // A damaged marker counts as the oldest.
         let read = File::open(self.mark_path(digest)).and_then(|file| file.take(32).read_to_string(&mut text));
         read.ok().and_then(|_| text.trim().parse().ok()).unwrap_or_default()
     }

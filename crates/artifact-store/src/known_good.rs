@@ -1,11 +1,10 @@
-//! Files that this process has hashed while it copied them in, so that they are not hashed once more when they are
+//! Files that this process hashed while it copied them in, so that they need not be hashed again when they are
 //! opened.
 //!
-//! A file is recognised by what the kernel notes of it: its device and number, its length, and the times of its last
-//! write and change. Any later write gives it other times, for the clock of the file system was seen to have moved on
-//! from the last write when the hash was complete; whoever sets the time of the last write changes the time of the last
-//! change by that. Only the owner, who may write behind an open descriptor as well, or root with the clock, gets around
-//! it.
+//! A file is identified by its device and inode number, its length, its modification time (mtime) and its change time
+//! (ctime). Any later write changes these times: the file system's clock had moved past the last write before the
+//! file was hashed. Setting the modification time changes the change time. Only the owner, who can write through an
+//! open descriptor anyway, and root, who can set the clock, can get around this.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,15 +16,14 @@ use std::time::Duration;
 use parking_lot::{Mutex, MutexGuard};
 use protocol::Digest;
 
-/// Shorter files are hashed again: that takes less time than to remember them.
+/// Shorter files are hashed again, which takes less time than remembering them.
 const BYTES_MIN: u64 = 16 << 20;
-/// The most files that are remembered.
 const FILES_MAX: usize = 256;
-/// How often the clock of the file system is read, and how many times: it moves every 4 to 10 ms.
+/// The interval at which the file system's clock is read, and the number of reads. The clock ticks every 4 to 10 ms.
 const CLOCK_EVERY: Duration = Duration::from_millis(1);
 const CLOCK_READS: u32 = 50;
 
-/// The files by device and number, as the kernel has them; stores of one folder share what they know.
+/// The files by device and inode number, as the kernel reports them. Stores of one folder share this map.
 static KNOWN: Mutex<BTreeMap<(u64, u64), Known>> = Mutex::new(BTreeMap::new());
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,16 +34,16 @@ struct Known {
     changed: (i64, i64),
 }
 
-/// A time of a file: seconds and nanoseconds.
+/// A file time in seconds and nanoseconds.
 type Time = (i64, i64);
 
 fn known() -> MutexGuard<'static, BTreeMap<(u64, u64), Known>> {
     KNOWN.lock()
 }
 
-/// When a file was last written, once a later write would have another time. `clock` makes a new file.
+/// Returns the modification time of a file once any later write would get a later time. `clock` creates a new file.
 ///
-/// To be read before the file is hashed, or before anybody else can open it.
+/// Call this before the file is hashed, or before anyone else can open it.
 #[expect(clippy::disallowed_methods, reason = "the store blocks, for some milliseconds here")]
 pub(crate) fn settled(file: &File, mut clock: impl FnMut() -> io::Result<File>) -> io::Result<Option<Time>> {
     let metadata = file.metadata()?;
@@ -63,7 +61,7 @@ pub(crate) fn settled(file: &File, mut clock: impl FnMut() -> io::Result<File>) 
     Ok(None)
 }
 
-/// Remembers a file that has its name in the store now, unless it was written since it was settled.
+/// Remembers a file that has its final name in the store, unless it was written after `settled`.
 pub(crate) fn remember(file: &File, digest: Digest, settled: Time) -> io::Result<()> {
     let metadata = file.metadata()?;
     let (written, changed) = times(&metadata);
@@ -78,7 +76,7 @@ pub(crate) fn remember(file: &File, digest: Digest, settled: Time) -> io::Result
     Ok(())
 }
 
-/// Returns whether an open file is one that this process took in with this digest, and that has not changed since.
+/// Returns whether this process stored the open file under this digest and the file has not changed since.
 pub(crate) fn is_known(file: &File, digest: &Digest) -> io::Result<bool> {
     let metadata = file.metadata()?;
     let (written, changed) = times(&metadata);
@@ -136,7 +134,7 @@ mod tests {
         let (taking, digest) = taken(folder.path(), Way::Copied, BYTES);
         assert!(is_known_in(folder.path(), &digest));
         assert_eq!(taking.open(&digest).expect("it opens").bytes, BYTES_MIN);
-        // Another store of the same folder knows it as well, and no file of another digest.
+        // Another store of the same folder knows the file as well, but only under its own digest.
         assert!(store(folder.path()).open(&digest).is_ok());
         assert!(
             !is_known(&File::open(place(folder.path(), &digest)).expect("there"), &Digest::of(b"x")).expect("told")

@@ -1,6 +1,6 @@
-//! Bytes by their SHA-256 digest: put once, verified at each opening.
+//! Stores bytes under their SHA-256 digest and verifies them whenever they are opened.
 //!
-//! The store blocks: it reads, hashes and syncs files. Asynchronous callers use it within `spawn_blocking`.
+//! The store blocks: it reads, hashes and syncs files. Asynchronous callers use it in `spawn_blocking`.
 
 mod artifact_store;
 mod copy;

@@ -1,8 +1,8 @@
 //! Artifacts in a folder: `sha256/<first two digits>/<digest>`.
 //!
-//! A file appears under its name only when it is whole and on the disk, and is never written again. Beside them,
-//! `incoming/` holds what is being written, `partial/` what is being fetched from elsewhere, `quarantine/` what was
-//! found damaged, one file a digest, and `fetched/` marks what was fetched.
+//! A file gets its final name only once it is complete and synced to disk, and is never written again. Next to
+//! `sha256/`, `incoming/` holds files that are being written, `partial/` artifacts that are being fetched,
+//! `quarantine/` one damaged file for each digest, and `fetched/` the markers of fetched artifacts.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};
@@ -17,7 +17,7 @@ use crate::copy::{Copy, copy_file_hashed, copy_hashed, hash};
 #[cfg(unix)]
 use crate::known_good;
 
-/// Tells the incoming files of one process apart.
+/// Makes the names of incoming files unique within the process.
 static NEXT_PART: AtomicU64 = AtomicU64::new(0);
 
 #[derive(Debug, Clone)]
@@ -26,7 +26,7 @@ pub(crate) struct LocalFolder {
 }
 
 impl LocalFolder {
-    /// Makes the folders where they are missing, and clears away what a crash left half written.
+    /// Creates missing folders and removes files that a crash left incomplete.
     pub(crate) fn open(root: PathBuf) -> io::Result<Self> {
         let folder = Self { root };
         make_folder(&folder.root.join("sha256"))?;
@@ -35,20 +35,20 @@ impl LocalFolder {
         Ok(folder)
     }
 
-    /// Returns where an artifact lies.
+    /// Returns the path of an artifact.
     pub(crate) fn path(&self, digest: &Digest) -> PathBuf {
         let name = digest.to_string();
         self.root.join("sha256").join(&name[..2]).join(name)
     }
 
-    /// Opens an artifact for reading. Links, pipes and devices are refused.
+    /// Opens an artifact for reading. Symbolic links, pipes and devices are refused.
     pub(crate) fn open_file(&self, digest: &Digest) -> io::Result<File> {
         let mut options = OpenOptions::new();
         options.read(true);
         #[cfg(unix)]
         {
             use rustix::fs::OFlags;
-            // Without NONBLOCK a pipe under this name would hang the reader.
+            // Without NONBLOCK, opening a pipe under this name would hang.
             let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
             std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, flags.bits() as i32);
         }
@@ -95,13 +95,13 @@ impl LocalFolder {
         bytes_max: u64,
         progress: impl FnMut(u64) -> io::Result<()>,
     ) -> Result<(Stored, Way), PutError> {
-        // A link to a link would be no plain file.
+        // A hard link to a symbolic link would not be a plain file.
         let path = &fs::canonicalize(path).map_err(PutError::Source)?;
         let part = self.part().map_err(|error| self.failed(error))?;
-        // The name of a part is this process's alone.
+        // Only this process uses the name of a part.
         let linked = fs::remove_file(&part.path).and_then(|()| fs::hard_link(path, &part.path));
         let opened = linked.and_then(|()| plain(File::open(&part.path)?)).and_then(|file| {
-            // As for every part; whoever else reads the file may lock it, too.
+            // Every part is locked. The lock is shared, since other readers of the file may lock it too.
             file.try_lock_shared().map(|()| file).map_err(io::Error::from)
         });
         let Ok(file) = opened else {
@@ -112,9 +112,9 @@ impl LocalFolder {
         if stored.bytes > bytes_max {
             return Err(PutError::TooLarge { bytes_max });
         }
-        // Its mode is left alone: it is that of the other name as well.
+        // The mode is left unchanged, since the other name shares it.
         let placed = self.place(&part.path, &file, &stored.digest).and_then(|()| self.unmark(&stored.digest));
-        // It is not remembered as hashed: its other name may be written behind our back.
+        // The file is not remembered as hashed, since it may be written through its other name.
         placed.map_err(|error| self.failed(error))?;
         Ok((stored, Way::Linked))
     }
@@ -123,7 +123,7 @@ impl LocalFolder {
         &self.root
     }
 
-    /// Returns when a file was last written, once a later write would have another time.
+    /// Returns the modification time of a file once any later write would get a later time.
     #[cfg(unix)]
     fn settled(&self, file: &File) -> io::Result<Option<(i64, i64)>> {
         known_good::settled(file, || self.unnamed())
@@ -149,10 +149,10 @@ impl LocalFolder {
         Ok(told.f_bavail.saturating_mul(told.f_frsize))
     }
 
-    /// Half a copy would take from others what they need.
+    /// Fails early if the disk has no space for a copy: a partial copy would use up space that others need.
     fn check_room(&self, file: &File) -> Result<(), PutError> {
         let bytes = file.metadata().map_err(PutError::Source)?.len();
-        // A system that does not tell is found out by the copy itself.
+        // If the system does not report its free space, the copy itself finds out.
         match self.room_bytes() {
             Ok(room_bytes) if room_bytes < bytes => {
                 Err(PutError::NoRoom { bytes, room_bytes, folder: self.root.clone() })
@@ -173,13 +173,13 @@ impl LocalFolder {
         }
     }
 
-    /// Makes an empty file that nobody else can open, and that is gone once it is closed.
+    /// Creates an empty file that nobody else can open and that is deleted when it is closed.
     pub(crate) fn unnamed(&self) -> io::Result<File> {
-        // Dropping the part takes its name away; the descriptor stays.
+        // Dropping the part removes its name; the descriptor stays open.
         self.part()?.file.try_clone()
     }
 
-    /// Makes a new file that nobody else writes. It is removed when it is dropped.
+    /// Creates a new file that nobody else writes. It is removed on drop.
     pub(crate) fn part(&self) -> io::Result<Part> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true);
@@ -190,11 +190,11 @@ impl LocalFolder {
             let path = self.incoming().join(format!("{}-{number}", std::process::id()));
             match options.open(&path) {
                 Ok(file) => {
-                    // Says to other processes that the file is in use; see `clear_incoming`.
+                    // Shows other processes that the file is in use; see `clear_incoming`.
                     file.lock()?;
                     return Ok(Part { file, path });
                 }
-                // A process of the same number crashed here once.
+                // Left over from a crashed process with the same process id.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(error),
             }
@@ -204,11 +204,11 @@ impl LocalFolder {
     fn keep(&self, part: Part, digest: &Digest) -> io::Result<()> {
         make_private(&part.file)?;
         self.place(&part.path, &part.file, digest)?;
-        // Whoever brings a file to this machine wants it here, fetched before or not.
+        // A file that is stored explicitly should stay on this machine, even if it was fetched before.
         self.unmark(digest)
     }
 
-    /// Gives a file the name of its digest, once it is on the disk.
+    /// Syncs a file to disk and renames it to its digest.
     pub(crate) fn place(&self, from: &Path, file: &File, digest: &Digest) -> io::Result<()> {
         let path = self.path(digest);
         let folder = path.parent().unwrap_or(&self.root);
@@ -218,7 +218,7 @@ impl LocalFolder {
         sync_folder(folder)
     }
 
-    /// Moves a damaged artifact aside, unless another has taken its place since it was opened.
+    /// Moves a damaged artifact to quarantine, unless it has been replaced since it was opened.
     pub(crate) fn quarantine(&self, digest: &Digest, opened: &File) -> io::Result<()> {
         let path = self.path(digest);
         if !same_file(&path, opened)? {
@@ -226,11 +226,11 @@ impl LocalFolder {
         }
         let aside = self.aside(digest);
         make_folder(aside.parent().unwrap_or(&self.root))?;
-        // One a digest: the folder cannot grow without end.
+        // One file per digest, so the folder cannot grow without bound.
         fs::rename(&path, aside)
     }
 
-    /// Returns where a damaged artifact is moved to.
+    /// Returns the quarantine path of an artifact.
     pub(crate) fn aside(&self, digest: &Digest) -> PathBuf {
         self.root.join("quarantine").join(digest.to_string())
     }
@@ -242,7 +242,7 @@ impl LocalFolder {
     fn clear_incoming(&self) -> io::Result<()> {
         for entry in fs::read_dir(self.incoming())? {
             let path = entry?.path();
-            // A file that another process writes is locked by it.
+            // A file that another process is writing is locked.
             if let Ok(file) = File::open(&path)
                 && file.try_lock().is_ok()
             {
@@ -254,7 +254,7 @@ impl LocalFolder {
     }
 }
 
-/// Notes that a file was hashed, where it is known when it was last written.
+/// Remembers that a file was hashed, if its modification time has settled.
 fn remember(file: &File, digest: &Digest, settled: Option<(i64, i64)>) -> io::Result<()> {
     #[cfg(unix)]
     if let Some(settled) = settled {
@@ -265,7 +265,7 @@ fn remember(file: &File, digest: &Digest, settled: Option<(i64, i64)>) -> io::Re
     Ok(())
 }
 
-/// A file on its way in.
+/// A file that is being written into the store.
 pub(crate) struct Part {
     pub(crate) file: File,
     path: PathBuf,
@@ -273,7 +273,7 @@ pub(crate) struct Part {
 
 impl Drop for Part {
     fn drop(&mut self) {
-        // Gone already where it was kept.
+        // Already renamed if it was kept.
         let _ = fs::remove_file(&self.path);
     }
 }
@@ -286,12 +286,12 @@ pub(crate) fn make_folder(path: &Path) -> io::Result<()> {
     builder.create(path)
 }
 
-/// Returns an error unless it is a plain file.
+/// Returns an error unless the file is a regular file.
 fn plain(file: File) -> io::Result<File> {
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a plain file")) }
 }
 
-/// Lets nobody but the owner read a file, and nobody write it.
+/// Makes a file readable by its owner only, and writable by nobody.
 pub(crate) fn make_private(file: &File) -> io::Result<()> {
     let mut permissions = file.metadata()?.permissions();
     #[cfg(unix)]
@@ -301,7 +301,7 @@ pub(crate) fn make_private(file: &File) -> io::Result<()> {
     file.set_permissions(permissions)
 }
 
-/// Makes an empty file share the bytes of another, where the file system can.
+/// Makes an empty file share the blocks of another one (reflink). Returns false if the file system cannot.
 #[cfg(target_os = "linux")]
 fn clone_of(source: &File, target: &File) -> bool {
     rustix::fs::ioctl_ficlone(target, source).is_ok()
@@ -312,9 +312,9 @@ fn clone_of(_source: &File, _target: &File) -> bool {
     false
 }
 
-/// Makes a rename survive a power cut.
+/// Makes a rename survive a power failure.
 fn sync_folder(path: &Path) -> io::Result<()> {
-    // Windows opens no folders.
+    // Windows cannot open folders.
     if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
 }
 

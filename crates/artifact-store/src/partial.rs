@@ -1,5 +1,4 @@
-//! Artifacts that come piece by piece from elsewhere, in `partial/`: what came stays until the rest does, whatever
-//! happens to the process.
+//! Partially fetched artifacts, in `partial/`. The bytes survive a restart of the process, so a fetch can be resumed.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -10,10 +9,9 @@ use sha2::{Digest as _, Sha256};
 
 use crate::local_folder::{LocalFolder, make_folder, make_private, same_file};
 
-/// Bytes hashed at a time.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// An artifact that is not complete. Nobody else writes it while this lives.
+/// An artifact that is not complete. Nobody else can write it while this value lives.
 #[derive(Debug)]
 pub struct Partial {
     folder: LocalFolder,
@@ -23,23 +21,22 @@ pub struct Partial {
     bytes: u64,
 }
 
-/// Why an artifact that was fetched does not count.
+/// Why a fetched artifact could not be completed.
 #[derive(Debug, thiserror::Error)]
 pub enum FinishError {
-    /// Its bytes are not those of the digest. They were dropped.
+    /// The bytes do not match the digest and were deleted.
     #[error("the bytes have the digest {found}")]
     Mismatch {
-        /// What the bytes really are.
+        /// The digest of the actual bytes.
         found: Digest,
     },
-    /// It could not be written.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
 impl Partial {
-    /// Opens what there is of an artifact, or an empty file; nothing while somebody else writes it. Blocks: what came
-    /// earlier is read and hashed.
+    /// Opens the partial file of an artifact, or creates an empty one. Returns `None` while another process writes
+    /// it. Blocks: the bytes fetched earlier are read and hashed.
     pub(crate) fn open(folder: &LocalFolder, digest: &Digest) -> io::Result<Option<Self>> {
         let path = path(folder, digest);
         make_folder(path.parent().unwrap_or(&path))?;
@@ -48,7 +45,7 @@ impl Partial {
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         let file = match options.open(&path) {
-            // The process ended while it made an artifact of it, which nobody writes any more.
+            // A process ended while it turned the file into an artifact, after it had made it read-only.
             #[cfg(unix)]
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
@@ -59,7 +56,7 @@ impl Partial {
         if file.try_lock().is_err() {
             return Ok(None);
         }
-        // Whoever held the lock may have completed or dropped it.
+        // The previous holder of the lock may have completed or deleted the file.
         if !same_file(&path, &file).unwrap_or(false) {
             return Ok(None);
         }
@@ -83,12 +80,11 @@ impl Partial {
         }
     }
 
-    /// Returns how many bytes there are.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Adds bytes to the end. Blocks. After an error the file is to be opened anew.
+    /// Appends bytes. Blocks. After an error the file must be opened again.
     pub fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all(bytes)?;
         self.hasher.update(bytes);
@@ -96,15 +92,15 @@ impl Partial {
         Ok(())
     }
 
-    /// Drops the bytes that there are.
+    /// Deletes the bytes fetched so far.
     pub fn clear(&mut self) -> io::Result<()> {
         self.file.set_len(0)?;
         (self.hasher, self.bytes) = (Sha256::new(), 0);
         Ok(())
     }
 
-    /// Checks the digest of the bytes and makes them an artifact that was fetched. Where they have another digest, they
-    /// are dropped. Blocks.
+    /// Verifies the digest and turns the bytes into a fetched artifact. Bytes with another digest are deleted.
+    /// Blocks.
     pub fn finish(&mut self) -> Result<(), FinishError> {
         let found = Digest(self.hasher.clone().finalize().into());
         if found != self.digest {
@@ -112,16 +108,16 @@ impl Partial {
             return Err(FinishError::Mismatch { found });
         }
         if self.folder.path(&self.digest).is_file() {
-            // Somebody brought it to this machine meanwhile: it stays that machine's own.
+            // The artifact was stored on this machine meanwhile, so it stays this machine's own.
             return Ok(fs::remove_file(path(&self.folder, &self.digest))?);
         }
         make_private(&self.file)?;
-        // First the mark: a file without one would never make room for others.
+        // The marker comes first: a file without a marker would never be evicted.
         self.folder.mark(&self.digest)?;
         Ok(self.folder.place(&path(&self.folder, &self.digest), &self.file, &self.digest)?)
     }
 
-    /// Forgets the artifact and what there is of it. Blocks.
+    /// Deletes the partial file. Blocks.
     pub fn discard(self) -> io::Result<()> {
         fs::remove_file(path(&self.folder, &self.digest))
     }
@@ -135,17 +131,17 @@ fn path(folder: &LocalFolder, digest: &Digest) -> PathBuf {
     folder_of(folder).join(digest.to_string())
 }
 
-/// Returns how many bytes there are of an artifact that is not complete.
+/// Returns how many bytes of an incomplete artifact there are.
 pub(crate) fn bytes_of(folder: &LocalFolder, digest: &Digest) -> u64 {
     fs::metadata(path(folder, digest)).map_or(0, |metadata| metadata.len())
 }
 
-/// Returns the artifacts that are not complete.
+/// Returns the incomplete artifacts.
 pub(crate) fn list(folder: &LocalFolder) -> io::Result<Vec<Digest>> {
     digests_in(&folder_of(folder))
 }
 
-/// Returns the digests that files of a folder are named by.
+/// Returns the digests that are names of files in a folder.
 pub(crate) fn digests_in(folder: &std::path::Path) -> io::Result<Vec<Digest>> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(vec![]),
