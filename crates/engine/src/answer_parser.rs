@@ -18,7 +18,7 @@ use call_syntax::CallSyntax;
 use harmony::Harmony;
 use tagged::Tagged;
 
-/// Texts around what a model thinks, as far as they are known.
+/// The known tags around reasoning.
 const THOUGHT_TAGS: [(&str, &str); 4] = [
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -26,24 +26,24 @@ const THOUGHT_TAGS: [(&str, &str); 4] = [
     ("<seed:think>", "</seed:think>"),
 ];
 
-/// How a model writes its answers.
+/// The format in which a model writes its answers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AnswerFormat {
     thought: Option<(&'static str, &'static str)>,
     calls: Option<CallSyntax>,
 }
 
-/// More of an answer, taken apart.
+/// A further piece of an answer, split into its parts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Delta {
     pub text: String,
-    /// Text to append to what the model thinks.
+    /// Text to append to the reasoning.
     pub reasoning: String,
-    /// More of its calls.
+    /// Further pieces of the tool calls.
     pub tool_calls: Vec<ToolCallDelta>,
 }
 
-/// Takes one answer apart.
+/// Parses one answer.
 #[derive(Debug, Clone)]
 pub struct AnswerParser {
     reader: Reader,
@@ -59,7 +59,7 @@ enum Reader {
 }
 
 impl Reader {
-    /// Returns whether it stands between two calls, or a call and what follows.
+    /// Returns whether the reader is between two calls, or between a call and what follows.
     fn is_behind_call(&self) -> bool {
         match self {
             Self::Tagged(reader) => reader.is_behind_call(),
@@ -69,31 +69,31 @@ impl Reader {
 }
 
 impl AnswerFormat {
-    /// Reads from a chat template how its model answers.
+    /// Detects the answer format of a model from its chat template.
     pub fn detect(template: &str) -> Self {
         let calls = CallSyntax::detect(template);
         let thought = THOUGHT_TAGS.into_iter().find(|(_, close)| template.contains(close));
         Self { thought: thought.filter(|_| calls != Some(CallSyntax::Harmony)), calls }
     }
 
-    /// Returns whether calls of this model are understood.
+    /// Returns whether tool calls of this model can be parsed.
     pub fn takes_tools(&self) -> bool {
         self.calls.is_some()
     }
 
-    /// Returns whether thoughts of this model are understood.
+    /// Returns whether reasoning of this model can be parsed.
     pub fn thinks(&self) -> bool {
         self.thought.is_some() || self.calls == Some(CallSyntax::Harmony)
     }
 
-    /// Returns the texts that must reach the parser, and grammars, as text though they may be special tokens.
+    /// Returns the texts that must reach the parser and the grammars as text, although they may be special tokens.
     pub fn preserved_tokens(&self) -> Vec<&'static str> {
         let thought = self.thought.into_iter().flat_map(|(open, close)| [open, close]);
         thought.chain(self.calls.into_iter().flat_map(CallSyntax::markers).copied()).collect()
     }
 
-    /// Returns the constraint that replaces the requested one: a call where one is required,
-    /// and thoughts before what is to be JSON. `prompt` is what the answer goes on with.
+    /// Returns the constraint that replaces the requested one: a tool call if one is required, and optional reasoning
+    /// before JSON output. The answer continues `prompt`.
     pub fn constraint(&self, chat: &Chat, format: &OutputFormat, prompt: &str) -> Option<OutputFormat> {
         let before = self.thought.map_or_else(String::new, |(open, close)| thought_rule(open, close, prompt));
         let start = if before.is_empty() { "" } else { "thought " };
@@ -111,7 +111,7 @@ impl AnswerFormat {
         (!before.is_empty()).then_some(OutputFormat::Lark(rules))
     }
 
-    /// Returns the constraints on the arguments of the tools where a call is required, in the order of the tools.
+    /// Returns the constraints on the arguments of the tools if a call is required, in the order of the tools.
     pub fn argument_forms<'a>(&self, chat: &'a Chat) -> impl Iterator<Item = OutputFormat> + use<'a> {
         chat.tools.iter().map(|tool| OutputFormat::JsonSchema(call_syntax::arguments(tool)))
     }
@@ -121,7 +121,7 @@ impl AnswerFormat {
     }
 }
 
-/// Returns the rule of a thought that may come, or that the prompt has begun.
+/// Returns the grammar rule for reasoning that may come, or that the prompt has already begun.
 fn thought_rule(open: &str, close: &str, prompt: &str) -> String {
     let prompt = prompt.trim_end();
     if prompt.ends_with(close) {
@@ -137,8 +137,9 @@ fn thought_rule(open: &str, close: &str, prompt: &str) -> String {
 }
 
 impl AnswerParser {
-    /// Begins an answer to a conversation. `prompt` is what the model was given: some end within a thought. The ids of
-    /// calls follow from the seed, so that another worker that continues an answer names them alike.
+    /// Creates the parser for an answer to a conversation. `prompt` is the rendered prompt, which may end inside
+    /// reasoning. Call ids are derived from the seed, so another worker that continues the answer generates the same
+    /// ids.
     pub fn new(format: AnswerFormat, chat: &Chat, prompt: &str, seed: u64) -> Self {
         let offers_tools = !chat.tools.is_empty() && chat.tool_choice != ToolChoice::None;
         let syntax = format.calls.filter(|_| offers_tools);
@@ -146,27 +147,27 @@ impl AnswerParser {
             Some(CallSyntax::Harmony) => Reader::Harmony(Harmony::new(offers_tools)),
             _ => Reader::Tagged(Tagged::new(format.thought, format.is_thinking(prompt), syntax, &chat.tools)),
         };
-        // Ids differ within a conversation, even where each of its answers has the same seed.
+        // Ids differ within a conversation, even if all its answers have the same seed.
         let first = (chat.messages.len() as u64) << 16;
         let short = matches!(format.calls, Some(CallSyntax::Mistral { .. }));
         let calls = Calls { seed, first, short, ..Calls::default() };
         Self { reader, one_call: chat.one_call, held: String::new(), calls }
     }
 
-    /// Takes more of the answer's text.
+    /// Parses more text of the answer.
     pub fn push(&mut self, text: &str) -> Delta {
         self.held.push_str(text);
         self.read(false, false)
     }
 
-    /// Ends the answer. Returns what was held back, and whether the answer calls functions. Where the limit of tokens
-    /// cut it, what may be the beginning of a call or a marker is left out rather than shown as text.
+    /// Ends the answer. Returns the text that was held back, and whether the answer calls functions. If the token
+    /// limit cut the answer, a possible beginning of a call or a marker is dropped instead of returned as text.
     pub fn finish(&mut self, is_cut: bool) -> (Delta, bool) {
         let delta = self.read(true, is_cut);
         (delta, self.calls.count > 0)
     }
 
-    /// Returns whether the model is in the middle of a thought, as far as the text that came shows.
+    /// Returns whether the model is in the middle of reasoning, as far as the text so far shows.
     pub fn is_thinking(&self) -> bool {
         match &self.reader {
             Reader::Tagged(reader) => reader.is_thinking(),
@@ -174,7 +175,7 @@ impl AnswerParser {
         }
     }
 
-    /// Returns whether the one call that is wanted has been made: what follows is no part of the answer.
+    /// Returns whether only one call is wanted and it is complete. Anything that follows is not part of the answer.
     pub fn is_done(&self) -> bool {
         self.one_call && self.calls.count > 0 && self.reader.is_behind_call()
     }
@@ -202,13 +203,13 @@ impl AnswerParser {
     }
 }
 
-/// What is not read yet.
+/// The unread part of the text.
 #[derive(Debug, Clone, Copy)]
 struct Input<'a> {
     rest: &'a str,
-    /// Nothing more will come.
+    /// No more text will come.
     at_end: bool,
-    /// More would have come.
+    /// The token limit cut the answer.
     is_cut: bool,
 }
 
@@ -223,12 +224,12 @@ impl<'a> Input<'a> {
         self.take(self.rest.len() - self.rest.trim_start().len())
     }
 
-    /// Returns whether what is here is all that the model wanted to say.
+    /// Returns whether the text is complete and was not cut.
     fn is_whole(&self) -> bool {
         self.at_end && !self.is_cut
     }
 
-    /// Returns whether a text comes next, or `None` while it still may.
+    /// Returns whether the input starts with `text`, or `None` while more input may decide it.
     fn begins(&self, text: &str) -> Option<bool> {
         if self.rest.starts_with(text) {
             Some(true)
@@ -240,7 +241,7 @@ impl<'a> Input<'a> {
     }
 }
 
-/// What has been read.
+/// The parsed part of the answer.
 #[derive(Debug)]
 struct Output<'a> {
     delta: Delta,
@@ -253,7 +254,7 @@ struct Calls {
     count: u32,
     seed: u64,
     first: u64,
-    /// Mistral's templates take ids of nine letters and digits only.
+    /// Mistral's templates accept only ids of nine letters and digits.
     short: bool,
 }
 

@@ -24,58 +24,58 @@ use crate::gguf::Header;
 use crate::model_runtime::{Chat, EngineError, Message, Role};
 use conversation::Dialect;
 
-/// The most text that a template may make of a conversation, beyond four times the conversation itself.
+/// The maximum length of a rendered conversation, in addition to four times the conversation's own length.
 const RENDERED_BYTES_MAX: usize = 1 << 20;
-/// Steps that a template may take for an empty conversation.
+/// Fuel for an empty conversation.
 const FUEL_BASE: u64 = 1_000_000;
-/// Steps that a template may take for each message and tool beyond that.
+/// Additional fuel for each message and tool.
 const FUEL_PER_PART: u64 = 20_000;
-/// Steps that a template may take for each byte beyond that; some walk the schemas of tools.
+/// Additional fuel for each byte; some templates walk the schemas of tools.
 const FUEL_PER_BYTE: u64 = 20;
 
-/// Where GGUF files have another template for conversations with tools.
+/// The key under which GGUF files hold a separate template for conversations with tools.
 pub(crate) const TOOL_USE: &str = "tokenizer.chat_template.tool_use";
 
 const NAME: &str = "chat_template";
 
-/// By these a model without a template is known to speak ChatML.
+/// A model without a template is assumed to speak ChatML if its vocabulary has these tokens.
 pub(crate) const CHATML_TOKENS: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
-// The format most instruction models speak; llama.cpp falls back to it as well.
+// The format that most instruction-tuned models use; llama.cpp falls back to it as well.
 const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
                       {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
-/// The compiled chat template of a model, or the two of a model that has another one for tools.
+/// The compiled chat template of a model, with a separate one for tools if the model has it.
 #[derive(Debug)]
 pub struct ChatTemplate {
     plain: Program,
     with_tools: Option<Program>,
 }
 
-/// Why a conversation could not be made a prompt.
+/// Why a conversation could not be rendered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ChatTemplateError {
-    /// The template refused this conversation.
+    /// The template rejected this conversation.
     #[error("the chat template refuses the messages: {0}")]
     Refused(String),
-    /// The template renders other conversations and fails on this one, because of a field of the request.
+    /// The template renders other conversations, but fails on this one because of a field of the request.
     #[error("the chat template fails on it: {reason}")]
     Unfit {
-        /// The field, by OpenAI's name.
+        /// The field, by its name in OpenAI's API.
         parameter: String,
-        /// What the template stumbled over.
+        /// The template's error.
         reason: String,
     },
-    /// The model's file has no template, and nothing says that it speaks ChatML.
+    /// The model's file has no template, and the model does not seem to speak ChatML.
     #[error("this model takes no conversations, because its file has no chat template; send it a prompt instead")]
     Missing,
-    /// The template renders no conversation.
+    /// The template cannot render any conversation.
     #[error(
         "this model takes no conversations, because its chat template cannot be run: {0}; send it a prompt instead"
     )]
     Broken(String),
 }
 
-/// Another worker has the same template and would fail in the same way, so none of these is the engine's failure.
+/// Another worker has the same template and would fail in the same way, so none of these counts as an engine failure.
 impl From<ChatTemplateError> for EngineError {
     fn from(error: ChatTemplateError) -> Self {
         let (parameter, reason) = match error {
@@ -88,16 +88,16 @@ impl From<ChatTemplateError> for EngineError {
 }
 
 impl ChatTemplate {
-    /// Compiles a template; `None` stands for ChatML.
+    /// Compiles a template; `None` means ChatML.
     pub fn new(source: Option<&str>, bos_token: &str, eos_token: &str) -> Result<Self, ChatTemplateError> {
         Ok(Self { plain: Program::new(source.unwrap_or(CHATML), bos_token, eos_token)?, with_tools: None })
     }
 
-    /// Compiles the template of a model, or the two of a model that has another one for tools.
+    /// Compiles the template of a model, and its separate template for tools if it has one.
     pub fn of_model(header: &Header) -> Result<Self, ChatTemplateError> {
         let (bos, eos) = (header.bos_token().unwrap_or_default(), header.eos_token().unwrap_or_default());
         let source = header.chat_template();
-        // A base model would take ChatML for noise, unless it was trained on its tokens.
+        // For a base model, ChatML would be noise, unless it was trained on ChatML's tokens.
         if source.is_none() && !CHATML_TOKENS.iter().all(|token| header.has_token(token)) {
             return Err(ChatTemplateError::Missing);
         }
@@ -108,19 +108,19 @@ impl ChatTemplate {
         }
     }
 
-    /// Takes another template for conversations with tools.
+    /// Sets a separate template for conversations with tools.
     pub fn with_tool_use(mut self, source: &str) -> Result<Self, ChatTemplateError> {
         self.with_tools = Some(Program::new(source, &self.plain.bos_token, &self.plain.eos_token)?);
         Ok(self)
     }
 
-    /// Returns whether the model is told of tools.
+    /// Returns whether the template tells the model about tools.
     pub fn takes_tools(&self) -> bool {
         self.for_tools().dialect().takes_tools
     }
 
-    /// Returns the prompt that asks the model for the next message of the conversation. Some templates tell the date,
-    /// which is that of `now` in UTC.
+    /// Renders the prompt that asks the model for the next message of the conversation. Some templates write the
+    /// date, which is taken from `now` in UTC.
     pub fn render(&self, chat: &Chat, now: SystemTime) -> Result<String, ChatTemplateError> {
         let program = self.program(chat);
         program.render(chat, now).map_err(|error| match error {
@@ -129,7 +129,7 @@ impl ChatTemplate {
         })
     }
 
-    /// Returns the template if it renders a conversation, or refuses one in words of its own.
+    /// Returns the template if it can render a conversation, or rejects one with an error of its own.
     pub fn checked(self) -> Result<Self, ChatTemplateError> {
         match self.render(&Chat::from(vec![Message::new(Role::User, "Hello.")]), SystemTime::UNIX_EPOCH) {
             Err(error @ ChatTemplateError::Broken(_)) => Err(error),
@@ -137,7 +137,7 @@ impl ChatTemplate {
         }
     }
 
-    /// Returns what the template is told of a conversation, beside the first and last token.
+    /// Returns the template's variables for a conversation, except the BOS and EOS tokens.
     pub fn variables(&self, chat: &Chat) -> serde_json::Map<String, serde_json::Value> {
         self.program(chat).dialect().variables(chat)
     }
@@ -156,14 +156,15 @@ struct Program {
     environment: Environment<'static>,
     bos_token: String,
     eos_token: String,
-    /// Found out by rendering, so not before something is to be rendered.
+    /// Determined by rendering, so only on first use.
     dialect: OnceLock<Dialect>,
 }
 
 impl Program {
     fn new(source: &str, bos_token: &str, eos_token: &str) -> Result<Self, ChatTemplateError> {
         let mut environment = Environment::new();
-        // The settings under which Hugging Face renders chat templates, and so the ones they are written for.
+        // The settings with which Hugging Face renders chat templates, and so the ones that templates are written
+        // for.
         environment.set_syntax(
             SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|error| broken(&error))?,
         );
@@ -173,10 +174,10 @@ impl Program {
             Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(Raised(message)))
         });
         environment.set_recursion_limit(64);
-        // Jinja2 knows one kind of line end.
+        // Jinja2 normalises line endings.
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
         let source = python::without_generation_tags(&source).into_owned();
-        // What cannot be read after the rewriting is read as it stands.
+        // If the rewritten template does not parse, the original is used.
         if environment.add_template_owned(NAME, python::rewrite(&source)).is_err() {
             environment.add_template_owned(NAME, source).map_err(|error| broken(&error))?;
         }
@@ -190,8 +191,8 @@ impl Program {
             .get_or_init(|| Dialect::find(|variables| self.run(variables, SystemTime::UNIX_EPOCH).unwrap_or_default()))
     }
 
-    /// Renders a conversation in the template's own dialect. What tools may leave out and the template does not do
-    /// without is filled in.
+    /// Renders a conversation in the template's own dialect. Optional tool fields that the template requires are
+    /// filled in.
     fn render(&self, chat: &Chat, now: SystemTime) -> Result<String, ChatTemplateError> {
         let dialect = self.dialect();
         let rendered = match self.run(dialect.variables(chat), now) {
@@ -229,8 +230,8 @@ impl Program {
     }
 }
 
-/// Returns a prompt up to where the last message ends, without what the template writes behind it. Some templates trim
-/// messages, so the space at its end need not be there.
+/// Cuts the prompt at the end of the last message, without what the template writes after it. Some templates trim
+/// messages, so trailing whitespace may be missing.
 fn up_to(mut prompt: String, last: &str) -> Result<String, ChatTemplateError> {
     let unfit = || ChatTemplateError::Unfit {
         parameter: "continue_final_message".into(),
@@ -244,7 +245,7 @@ fn up_to(mut prompt: String, last: &str) -> Result<String, ChatTemplateError> {
     Ok(prompt)
 }
 
-/// The message that a template gave to `raise_exception`.
+/// The message that a template passed to `raise_exception`.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Raised(String);
@@ -264,7 +265,7 @@ fn classify(error: &Error) -> ChatTemplateError {
     broken(error)
 }
 
-/// Refuses to grow beyond a limit.
+/// A buffer that refuses to grow beyond a limit.
 struct Bounded {
     bytes: Vec<u8>,
     most: usize,

@@ -28,31 +28,32 @@ pub use joined::Joined;
 use reader::{Positioned, Reader};
 pub use split::{join, read_adapter, read_model};
 
-/// The most bytes of header that are read; the largest vocabularies known take a tenth.
+/// The maximum length of a header; the largest known vocabularies take a tenth of it.
 pub const HEADER_BYTES_MAX: u64 = 128 << 20;
-/// The most metadata pairs.
+/// The maximum number of metadata pairs.
 pub const PAIRS_MAX: u64 = 8_192;
-/// The most tensors.
+/// The maximum number of tensors.
 pub const TENSORS_MAX: u64 = 65_536;
-/// The longest key.
+/// The maximum length of a key.
 pub const KEY_BYTES_MAX: u64 = 1_024;
-/// The longest text value; chat templates are the longest known.
+/// The maximum length of a string value; chat templates are the longest known.
 pub const TEXT_BYTES_MAX: u64 = 1 << 20;
-/// The longest text within an array.
+/// The maximum length of a string in an array.
 pub const ITEM_BYTES_MAX: u64 = 64 << 10;
-/// The longest name of a tensor; llama.cpp keeps 64 bytes with the final zero.
+/// The maximum length of a tensor's name; llama.cpp stores 64 bytes with the terminating zero.
 pub const TENSOR_NAME_BYTES_MAX: u64 = 63;
-/// Arrays of numbers up to this length are kept; longer ones are only checked.
+/// Arrays of numbers up to this length are kept. Longer ones are only checked.
 pub const KEPT_NUMBERS_MAX: u64 = 4_096;
-/// Numbers of all arrays together that are kept: each takes many times its length in the file.
+/// The maximum number of array items that are kept in all: each takes many times its length in the file.
 pub const KEPT_IN_ALL_MAX: u64 = 64 << 10;
 
-/// Memory for all that is kept of the headers of a model, in bytes. The largest vocabularies known take a fifth.
+/// The memory budget for all that is kept of a model's headers, in bytes. The largest known vocabularies take a
+/// fifth.
 pub const KEPT_BYTES_MAX: u64 = 24 << 20;
 
 const TOKENS_KEY: &str = "tokenizer.ggml.tokens";
 
-/// The header of a GGUF file: what the model is and where its tensors lie.
+/// The header of a GGUF file: metadata and the positions of the tensors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Header {
     /// Format version, 2 or 3.
@@ -60,13 +61,12 @@ pub struct Header {
     pub metadata: BTreeMap<String, Value>,
     /// The tensors in file order.
     pub tensors: Vec<Tensor>,
-    /// Where the tensors' bytes begin.
+    /// The offset of the tensor data.
     pub data_offset: u64,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
-    /// An unsigned integer of any width.
     Unsigned(u64),
     /// A signed integer of any width.
     Signed(i64),
@@ -74,28 +74,27 @@ pub enum Value {
     Float(f64),
     Bool(bool),
     Text(String),
-    /// Numbers or truth values of an array that is short enough to keep.
+    /// An array of numbers or booleans that is short enough to keep.
     Array(Vec<Value>),
     Texts(TextTable),
     /// An array that was checked and skipped.
     Skipped {
-        /// Its length in items.
         items: u64,
     },
 }
 
-/// Many texts in one allocation.
+/// Many strings in one allocation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TextTable {
     bytes: Vec<u8>,
     ends: Vec<u32>,
 }
 
-/// Where one tensor lies.
+/// The position and shape of one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tensor {
     pub name: String,
-    /// Elements by dimension, the fastest first.
+    /// Elements by dimension, the fastest-varying first.
     pub dimensions: Vec<u64>,
     /// The number of its ggml type.
     pub kind: u32,
@@ -105,11 +104,11 @@ pub struct Tensor {
     pub bytes: u64,
 }
 
-/// Why a file is not a GGUF file that can be used.
+/// Why a file is not a valid GGUF file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GgufError {
     pub offset: u64,
-    /// The key or tensor at that place, where one is known.
+    /// The key or tensor at that offset, if known.
     pub key: Option<String>,
     pub problem: String,
 }
@@ -118,7 +117,7 @@ impl fmt::Display for GgufError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{} at byte {}", self.problem, self.offset)?;
         match &self.key {
-            // A key comes from the file, so it is shown escaped.
+            // A key comes from an untrusted file, so it is shown escaped.
             Some(key) => write!(formatter, " ({key:?})"),
             None => Ok(()),
         }
@@ -128,17 +127,17 @@ impl fmt::Display for GgufError {
 impl std::error::Error for GgufError {}
 
 impl Header {
-    /// Reads the header from the bytes of a whole file.
+    /// Parses the header from the bytes of a whole file.
     pub fn parse(bytes: &[u8]) -> Result<Self, GgufError> {
         Self::read_from(bytes, bytes.len() as u64, &mut KEPT_BYTES_MAX.clone())
     }
 
-    /// Reads the header of an open file, leaving its position alone.
+    /// Reads the header of an open file without moving its position.
     pub fn read(file: &File) -> Result<Self, GgufError> {
         Self::read_within(file, &mut KEPT_BYTES_MAX.clone())
     }
 
-    /// Reads the headers of the files of a model, which together take no more memory than one may.
+    /// Reads the headers of all files of a model. Together they may take no more memory than a single header.
     pub fn read_all<'a>(files: impl IntoIterator<Item = &'a File>) -> Result<Vec<Self>, GgufError> {
         let mut budget = KEPT_BYTES_MAX;
         files.into_iter().map(|file| Self::read_within(file, &mut budget)).collect()
@@ -153,7 +152,7 @@ impl Header {
         Self::read_from(BufReader::with_capacity(1 << 16, Positioned { file, offset: 0 }), length.len(), budget)
     }
 
-    /// Returns the text under a key.
+    /// Returns the string under a key.
     pub fn text(&self, key: &str) -> Option<&str> {
         match self.metadata.get(key) {
             Some(Value::Text(text)) => Some(text),
@@ -166,7 +165,7 @@ impl Header {
         self.metadata.get(key)?.as_unsigned()
     }
 
-    /// Returns the number under a key, whatever its type.
+    /// Returns the number under a key, whatever its numeric type.
     pub fn number(&self, key: &str) -> Option<f64> {
         match self.metadata.get(key)? {
             Value::Unsigned(number) => Some(*number as f64),
@@ -176,8 +175,8 @@ impl Header {
         }
     }
 
-    /// Returns how the model wants to be sampled. Values come from the keys `general.sampling.…`; a key that is
-    /// missing, or whose value no request may have, gives llama.cpp's default.
+    /// Returns the model's recommended sampling parameters, from the keys `general.sampling.…`. A missing key, or a
+    /// value that no request may have, yields llama.cpp's default.
     pub fn sampling_defaults(&self) -> SamplingDefaults {
         let of_llama_cpp = SamplingDefaults::default();
         let number = |name: &str, default: f32, low: f32, high: f32| {
@@ -204,7 +203,7 @@ impl Header {
         self.unsigned(&format!("{}.{name}", self.architecture()?))
     }
 
-    /// Returns whether a token sees only those before it, as the file says or as is usual.
+    /// Returns whether attention is causal, as the file says or by default for the architecture.
     pub fn is_causal(&self) -> bool {
         let Some(architecture) = self.architecture() else { return true };
         match self.metadata.get(&format!("{architecture}.attention.causal")) {
@@ -213,7 +212,7 @@ impl Header {
         }
     }
 
-    /// Returns one number per layer under a key of the architecture; a single number stands for all layers.
+    /// Returns one number per layer for a key of the architecture. A single number applies to all layers.
     pub fn per_layer(&self, name: &str, layers: usize) -> Option<Vec<u64>> {
         match self.metadata.get(&format!("{}.{name}", self.architecture()?))? {
             Value::Array(values) if values.len() >= layers => {
@@ -224,22 +223,21 @@ impl Header {
         }
     }
 
-    /// Returns the tokens of context that the model was trained with.
+    /// Returns the context length that the model was trained with, in tokens.
     pub fn context_length(&self) -> Option<u32> {
         self.hyperparameter("context_length").and_then(|tokens| u32::try_from(tokens).ok())
     }
 
-    /// Returns the chat template.
     pub fn chat_template(&self) -> Option<&str> {
         self.text("tokenizer.chat_template")
     }
 
-    /// Returns the text of the token that begins a sequence.
+    /// Returns the text of the BOS token.
     pub fn bos_token(&self) -> Option<String> {
         self.token("tokenizer.ggml.bos_token_id")
     }
 
-    /// Returns the text of the token that ends a sequence.
+    /// Returns the text of the EOS token.
     pub fn eos_token(&self) -> Option<String> {
         self.token("tokenizer.ggml.eos_token_id")
     }
@@ -252,7 +250,7 @@ impl Header {
         }
     }
 
-    /// Returns the number of tokens in the vocabulary.
+    /// Returns the size of the vocabulary in tokens.
     pub fn vocabulary_size(&self) -> Option<u64> {
         match self.metadata.get(TOKENS_KEY) {
             Some(Value::Texts(table)) => Some(table.len() as u64),
@@ -260,7 +258,7 @@ impl Header {
         }
     }
 
-    /// Returns the sum of all tensors' bytes.
+    /// Returns the total size of all tensors in bytes.
     pub fn tensor_bytes(&self) -> u64 {
         self.tensors.iter().fold(0, |sum, tensor| sum.saturating_add(tensor.bytes))
     }
@@ -292,17 +290,17 @@ impl Value {
 }
 
 impl TextTable {
-    /// Returns how many texts there are.
+    /// Returns the number of strings.
     pub fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// Returns whether the table has no text.
+    /// Returns whether the table is empty.
     pub fn is_empty(&self) -> bool {
         self.ends.is_empty()
     }
 
-    /// Returns the bytes of one text.
+    /// Returns the bytes of one string.
     pub fn get(&self, index: usize) -> Option<&[u8]> {
         let end = *self.ends.get(index)? as usize;
         let start = match index.checked_sub(1) {

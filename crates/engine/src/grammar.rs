@@ -21,19 +21,19 @@ use crate::model_runtime::{EngineError, OutputFormat, unsupported};
 use crate::sampler::TokenMask;
 
 const PARAMETER: &str = "response_format";
-/// Room for schemas that refer to each other a thousand deep; only what is used of it takes memory.
+/// Stack for schemas with a thousand nested references. Only the part that is used takes memory.
 const COMPILER_STACK_BYTES: usize = 64 << 20;
-/// The longest reason that is told.
+/// The maximum length of an error's reason.
 const REASON_BYTES_MAX: usize = 400;
 
-/// The vocabulary of a model, as grammars see it.
+/// The vocabulary of a model, as grammars need it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TokenTable {
-    /// What each token writes; empty for one that must not come.
+    /// The bytes of each token; empty for a token that must not be generated.
     pub bytes: Vec<Vec<u8>>,
-    /// Whether it is a special token, which no text can mean; as many as `bytes`.
+    /// Whether each token is a special token, which text can never produce; as long as `bytes`.
     pub special: Vec<bool>,
-    /// The tokens that end an answer.
+    /// The end-of-generation tokens.
     pub eog: Vec<u32>,
 }
 
@@ -42,14 +42,14 @@ pub struct Grammars {
     factory: ParserFactory,
 }
 
-/// Follows one answer through its constraint. A clone goes on independently from the same place.
+/// Tracks one answer through its constraint. A clone continues independently from the same position.
 #[derive(Clone)]
 pub struct Constraint {
     matcher: Matcher,
 }
 
 impl Grammars {
-    /// Arranges the vocabulary for search, which takes some hundred milliseconds and 500 bytes a token.
+    /// Builds a search trie of the vocabulary, which takes a few hundred milliseconds and 500 bytes per token.
     pub fn new(table: TokenTable) -> Result<Self, EngineError> {
         // The library asserts what it expects of a vocabulary.
         let built = catch_unwind(AssertUnwindSafe(|| ParserFactory::new_simple(&token_environment(table)?).ok()));
@@ -58,10 +58,10 @@ impl Grammars {
         };
         factory.quiet();
         *factory.limits_mut() = ParserLimits {
-            // Some 40 MB for one answer.
+            // About 40 MB per answer.
             max_lexer_states: 20_000,
             max_grammar_size: 100_000,
-            // It would take time that no fuel bounds.
+            // Precomputing takes time that no fuel bounds.
             precompute_large_lexemes: false,
             verbose_errors: false,
             ..ParserLimits::default()
@@ -69,7 +69,7 @@ impl Grammars {
         Ok(Self { factory })
     }
 
-    /// Compiles a constraint; `None` for free text. Blocks for milliseconds.
+    /// Compiles a constraint. Returns `None` for free text. Blocks for milliseconds.
     pub fn constraint(&self, format: &OutputFormat) -> Result<Option<Constraint>, EngineError> {
         let grammar = match format {
             OutputFormat::Text => return Ok(None),
@@ -108,7 +108,7 @@ impl Grammars {
         let work = || {
             let parser = self.factory.create_parser(TopLevelGrammar::from_grammar(grammar));
             let mut matcher = Matcher::new(parser);
-            // A constraint that allows nothing shows here, before the model has begun.
+            // A constraint that allows nothing fails here, before generation begins.
             matcher.compute_mask().map(|_| Constraint { matcher }).map_err(|error| plain(&format!("{error:#}")))
         };
         thread::scope(|scope| {
@@ -126,18 +126,18 @@ impl std::fmt::Debug for Grammars {
 }
 
 impl Constraint {
-    /// Returns the tokens that may come next; those that end the answer where it may end here.
+    /// Returns the tokens that may come next, including the end-of-generation tokens if the answer may end here.
     pub fn mask(&mut self) -> Result<TokenMask, EngineError> {
         let mask = self.matcher.compute_mask_or_eos().map_err(|error| refused(plain(&error.to_string())))?;
         Ok(TokenMask::from_words(mask.into()))
     }
 
-    /// Goes on by a token that the mask allowed, or that an earlier try of the same answer has.
+    /// Advances by a token that the mask allowed, or that an earlier attempt of the same answer generated.
     pub fn accept(&mut self, token: u32) -> Result<(), EngineError> {
         self.matcher.consume_token(token).map_err(|error| refused(plain(&error.to_string())))
     }
 
-    /// Returns whether nothing but the end may come.
+    /// Returns whether the answer must end here.
     pub fn is_complete(&self) -> bool {
         self.matcher.is_stopped()
     }
@@ -155,7 +155,7 @@ fn token_environment(table: TokenTable) -> Option<TokEnv> {
         if special && !word.is_empty() {
             word.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
         } else if word.len() > 1 && word[0] == TokTrie::SPECIAL_TOKEN_MARKER {
-            // No UTF-8 begins so, and the library would take it for a special token.
+            // No UTF-8 text begins with this byte, and the library would take the token for a special one.
             word.clear();
         }
     }
@@ -167,7 +167,7 @@ fn refused(reason: impl Into<String>) -> EngineError {
     unsupported(PARAMETER, reason)
 }
 
-/// Cuts what the library adds for its developers off a message.
+/// Removes details for the library's developers from an error message.
 fn plain(message: &str) -> String {
     if message.starts_with("panic") {
         return "it is too complex".into();

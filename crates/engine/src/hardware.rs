@@ -10,11 +10,12 @@ use serde::{Deserialize, Serialize};
 pub use installed_gpus::{DeviceNode, InstalledGpu, InstalledGpus, Vendor};
 pub use unused_gpus::{UnusedGpu, WhyUnused, unused_gpus};
 
-/// Returns how many threads compute, of as many as are wanted; 0 leaves one core of three or more to the network and
-/// to other programs. More threads than cores only wait for each other, and there may be none left to start.
+/// Returns how many threads to use when `wanted` are asked for. 0 means a default, which leaves one core of three or
+/// more to the network and to other programs. More threads than cores only wait for each other, and the process may
+/// not be able to start them.
 ///
-/// With two cores both compute: measured beside other load and without it, two threads that sleep early are faster than
-/// one.
+/// With two cores the default uses both: measured with and without other load, two threads that go to sleep early are
+/// faster than one.
 pub fn threads(wanted: u32, cores: u32) -> u32 {
     let cores = cores.max(1);
     match wanted {
@@ -24,102 +25,97 @@ pub fn threads(wanted: u32, cores: u32) -> u32 {
     }
 }
 
-/// Returns how many cores this process may use, by its affinity and its control group.
+/// Returns how many cores this process may use, by its affinity mask and its control group.
 pub fn cores() -> u32 {
     thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX))
 }
 
-/// Returns the memory that this process and its children can have without swapping, in bytes, within the limits of its
-/// control groups; `None` where the system does not tell.
+/// Returns the memory that this process and its children can use without swapping, in bytes, within the limits of
+/// their control groups. Returns `None` if the system does not report it.
 pub fn free_memory_bytes() -> Option<u64> {
     crate::process::host_memory::available_bytes()
 }
 
-/// What a runtime can compute with.
+/// The devices and GPU backends that a runtime can use.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hardware {
-    /// What can compute, as the backends of this build tell.
+    /// The compute devices, as reported by the backends of this build.
     pub devices: Vec<Device>,
-    /// The interfaces to GPUs that this build should have.
+    /// The GPU backends that this build should have.
     pub backends: Vec<Backend>,
 }
 
 impl Hardware {
-    /// Returns the GPUs that layers are placed on: those with memory of their own, or else those of one interface that
-    /// share the machine's, as llama.cpp chooses them.
+    /// Returns the GPUs that layers are offloaded to, chosen as llama.cpp does: those with memory of their own, or
+    /// else the integrated GPUs of one backend.
     pub fn gpus(&self) -> Vec<&Device> {
         gpus(&self.devices)
     }
 }
 
-/// An interface to GPUs.
+/// A GPU backend.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Backend {
     /// Its short name, such as `cuda`, `vulkan` or `metal`.
     pub name: String,
-    /// Whether it can be used.
     pub state: BackendState,
 }
 
 impl Backend {
-    /// Returns the name of its library, where it has one of its own.
+    /// Returns the file name of the backend's library, if it is a separate library.
     pub fn library(&self) -> String {
         format!("libggml-{}.so", self.name)
     }
 }
 
-/// Whether an interface to GPUs can be used.
+/// Whether a GPU backend can be used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BackendState {
-    /// It runs, with devices or without.
+    /// The backend is loaded, with or without devices.
     Loaded {
-        /// What it complained of when it started.
+        /// The complaint that it logged when it started.
         complaint: Option<String>,
     },
-    /// Its library is not beside the program.
+    /// Its library is not installed next to the program.
     Missing,
-    /// Its library cannot be loaded.
     NotLoadable {
-        /// What the dynamic linker says.
+        /// The dynamic linker's error.
         reason: String,
     },
 }
 
-/// A place where models are computed.
+/// A compute device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     /// Its short name, such as `CPU` or `CUDA0`.
     pub name: String,
-    /// What it is, such as a processor's model.
+    /// A description, such as the processor's model.
     pub description: String,
-    /// Whether it has memory of its own or is the CPU.
     pub kind: DeviceKind,
-    /// Free memory in bytes; 0 where it is not known.
+    /// Free memory in bytes; 0 if unknown.
     pub free_bytes: u64,
-    /// All its memory in bytes; 0 where it is not known.
+    /// Total memory in bytes; 0 if unknown.
     pub total_bytes: u64,
 }
 
-/// What kind of device it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DeviceKind {
-    /// The processor, or a library that computes on it.
+    /// The CPU, or a library that computes on it.
     Cpu,
-    /// A graphics processor with memory of its own.
+    /// A GPU with memory of its own.
     Gpu,
-    /// A graphics processor that shares the machine's memory.
+    /// An integrated GPU, which shares the machine's memory.
     IntegratedGpu,
 }
 
 impl Device {
-    /// Returns whether it is a graphics processor.
     pub fn is_gpu(&self) -> bool {
         self.kind != DeviceKind::Cpu
     }
 
-    /// Returns the interface through which it is used, such as `cuda`, `vulkan` or `metal`.
+    /// Returns the name of its backend, such as `cuda`, `vulkan` or `metal`.
     pub fn interface(&self) -> String {
         match self.name.trim_end_matches(|letter: char| letter.is_ascii_digit()).to_lowercase().as_str() {
             "mtl" => "metal".to_owned(),
@@ -134,7 +130,7 @@ impl std::fmt::Display for Device {
     }
 }
 
-/// Returns the GPUs that layers are placed on, of all devices.
+/// Returns the GPUs that layers are offloaded to.
 pub(crate) fn gpus(devices: &[Device]) -> Vec<&Device> {
     let of_kind = |kind| devices.iter().filter(move |device| device.kind == kind);
     let with_memory: Vec<_> = of_kind(DeviceKind::Gpu).collect();
@@ -146,12 +142,12 @@ pub(crate) fn gpus(devices: &[Device]) -> Vec<&Device> {
     integrated().filter(|device| Some(device.interface()) == interface).collect()
 }
 
-/// Returns the memory that is free on all GPUs that layers are placed on, in bytes.
+/// Returns the free memory of all GPUs that layers are offloaded to, in bytes.
 pub fn free_gpu_bytes(devices: &[Device]) -> u64 {
     gpus(devices).iter().fold(0, |sum, device| sum.saturating_add(device.free_bytes))
 }
 
-/// Words that say who made a processor or how it is mounted, and not which one it is.
+/// Words that name the vendor of a processor or its mounting, not its model.
 const NOISE: [&str; 24] = [
     "nvidia",
     "geforce",
@@ -179,9 +175,9 @@ const NOISE: [&str; 24] = [
     "hbm3e",
 ];
 
-/// Returns the class of a graphics processor by its description: `NVIDIA H100 80GB HBM3` is an `h100`.
+/// Returns the class of a GPU from its description: `NVIDIA H100 80GB HBM3` is an `h100`.
 ///
-/// Memory and mounting are left out, because equal chips do equal work; the network knows the memory by itself.
+/// Memory size and mounting are dropped, because equal chips do equal work. The memory size is reported separately.
 pub fn gpu_class(description: &str) -> String {
     let lower = description.to_lowercase();
     let mut plain = String::with_capacity(lower.len());
@@ -263,7 +259,7 @@ mod tests {
         ];
         assert_eq!(free_gpu_bytes(&devices), 7);
         assert_eq!(free_gpu_bytes(&[]), 0);
-        // llama.cpp leaves integrated ones alone beside others, and those of a second interface.
+        // llama.cpp ignores integrated GPUs if there are others, and those of a second backend.
         let integrated = |name, free_bytes| device(name, DeviceKind::IntegratedGpu, free_bytes);
         assert_eq!(free_gpu_bytes(&[devices.as_slice(), &[integrated("Vulkan0", 5)]].concat()), 7);
         assert_eq!(free_gpu_bytes(&[integrated("Vulkan0", 5), integrated("Vulkan1", 6), integrated("MTL0", 1)]), 11);

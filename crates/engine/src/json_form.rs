@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-/// Where llguidance looks for options, in the outermost schema.
+/// The keyword under which llguidance reads options, in the outermost schema.
 const OPTIONS: &str = "x-guidance";
 /// Keywords whose value maps names to schemas.
 const MAPS: [&str; 4] = ["properties", "patternProperties", "$defs", "definitions"];
@@ -24,10 +24,10 @@ const PARTS: [&str; 12] = [
 /// Keywords whose value may be null.
 const VALUES: [&str; 4] = ["const", "default", "enum", "examples"];
 
-/// Sets how llguidance reads a schema. Of what a caller set there itself, only `lenient` stays.
+/// Sets llguidance's options for a schema. Of the options that a caller set, only `lenient` is kept.
 pub(crate) fn with_options(schema: &Value) -> Value {
     let mut schema = match schema {
-        // Only an object takes options.
+        // Only an object can carry options.
         Value::Bool(true) => json!({}),
         other => other.clone(),
     };
@@ -38,9 +38,9 @@ pub(crate) fn with_options(schema: &Value) -> Value {
     if let Some(keywords) = schema.as_object_mut() {
         let options = json!({
             "lenient": lenient,
-            // Alternatives that exclude each other need not be proved to.
+            // Without this, llguidance rejects alternatives that it cannot prove to be mutually exclusive.
             "coerce_one_of": true,
-            // A weak model would fill its answer with blanks, which every schema allows otherwise.
+            // Without this, every schema allows arbitrary whitespace, and a weak model would fill its answer with it.
             "whitespace_flexible": false,
             "item_separator": ", ?",
             "key_separator": ": ?",
@@ -50,19 +50,20 @@ pub(crate) fn with_options(schema: &Value) -> Value {
     schema
 }
 
-/// Returns whether what a grammar cannot keep is left out of a schema rather than refused.
+/// Returns whether keywords that a grammar cannot enforce are dropped from the schema, not refused.
 pub(crate) fn is_lenient(schema: &Value) -> bool {
     schema[OPTIONS]["lenient"] == true
 }
 
-/// Asks for a lenient reading of a schema.
+/// Marks a schema as lenient.
 pub(crate) fn make_lenient(schema: &mut Value) {
     if let Some(keywords) = schema.as_object_mut() {
         keywords.insert(OPTIONS.into(), json!({ "lenient": true }));
     }
 }
 
-/// Takes back what [`make_lenient`] wrote, for those who read the schema without llguidance. Returns whether it was.
+/// Removes the options that [`make_lenient`] wrote, for readers other than llguidance. Returns whether the schema was
+/// lenient.
 #[cfg(any(feature = "remote", test))]
 pub(crate) fn take_lenient(schema: &mut Value) -> bool {
     let lenient = is_lenient(schema);
@@ -72,8 +73,9 @@ pub(crate) fn take_lenient(schema: &mut Value) -> bool {
     lenient
 }
 
-/// Forbids properties that a schema does not name, wherever it does not speak of others: a weak model makes them up
-/// without an end. Parts of an `allOf` would forbid each other's, so such a schema stays as it is.
+/// Forbids additional properties in every schema that names its properties and does not mention others: a weak model
+/// would invent properties without end. The parts of an `allOf` would forbid each other's properties, so a schema
+/// with one is left unchanged.
 pub(crate) fn close(schema: &mut Value) {
     let mut has_all_of = false;
     each_schema(schema, &mut |keywords| has_all_of |= keywords.contains_key("allOf"));
@@ -87,7 +89,7 @@ pub(crate) fn close(schema: &mut Value) {
     });
 }
 
-/// Leaves out keywords without a value, which generators of schemas write, and patterns that no automaton keeps.
+/// Drops null keywords, which schema generators write, and patterns that a finite automaton cannot match.
 fn leave_out(keywords: &mut Map<String, Value>) {
     keywords.retain(|keyword, value| match value {
         Value::Null => VALUES.contains(&keyword.as_str()),
@@ -99,7 +101,7 @@ fn leave_out(keywords: &mut Map<String, Value>) {
     }
 }
 
-/// Returns whether a regular expression has a lookaround or a back reference.
+/// Returns whether a regular expression has a lookaround or a backreference.
 fn looks_around(pattern: &str) -> bool {
     let refers_back = pattern.as_bytes().windows(2).any(|pair| pair[0] == b'\\' && (b'1'..=b'9').contains(&pair[1]));
     refers_back || ["(?=", "(?!", "(?<=", "(?<!", "(?P=", "\\k<"].iter().any(|part| pattern.contains(part))

@@ -76,20 +76,20 @@ struct Loaded {
     abilities: Abilities,
     placement: Placement,
     work: mpsc::Sender<Work>,
-    /// Room for running and waiting requests.
+    /// Permits for running and waiting requests.
     admission: Arc<Semaphore>,
     admission_max: usize,
     adapters: Mutex<BTreeSet<AdapterId>>,
     snapshot: Arc<Mutex<LoadSnapshot>>,
     beats: Arc<Beats>,
-    /// Admitted requests whose prompts are still being rendered and cut in tokens; the engine does not owe them yet.
+    /// Admitted requests whose prompts are still being rendered and tokenised. They do not count as work of the
+    /// engine yet.
     preparing: Arc<AtomicU32>,
     stop: CancellationToken,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl LlamaRuntime {
-    /// Returns a runtime without models.
     pub fn new() -> Self {
         Self { models: Mutex::default(), next_model: AtomicU64::new(1), next_adapter: AtomicU64::new(1) }
     }
@@ -114,7 +114,7 @@ impl ModelRuntime for LlamaRuntime {
     }
 
     async fn hardware(&self) -> Hardware {
-        // Drivers take their time when they start.
+        // Drivers may take long to start.
         task::spawn_blocking(native::hardware).await.unwrap_or_default()
     }
 
@@ -140,7 +140,7 @@ impl ModelRuntime for LlamaRuntime {
         let removed = lock(&self.models).remove(&model);
         let loaded = removed.ok_or(EngineError::NotLoaded)?;
         loaded.stop.cancel();
-        // The last handle waits for the engine thread, which ends after its decode step.
+        // Dropping the last handle waits for the engine thread, which ends after its decode step.
         task::spawn_blocking(move || drop(loaded)).await.map_err(|error| failed(&error))
     }
 
@@ -184,7 +184,7 @@ impl ModelRuntime for LlamaRuntime {
             job.outbox.done(echo, FinishReason::Length, usage);
             return Ok(stream);
         }
-        // The queue holds every admitted job, so only an engine that has ended refuses one.
+        // The queue has room for every admitted job, so sending fails only if the engine has ended.
         loaded.work.try_send(Work::Generate(Box::new(job))).map_err(|_| EngineError::NotLoaded)?;
         Ok(stream)
     }
@@ -221,7 +221,7 @@ impl ModelRuntime for LlamaRuntime {
     }
 }
 
-/// Counts an admitted request while its prompt is being made.
+/// Counts an admitted request while its prompt is being prepared.
 struct Preparing(Arc<AtomicU32>);
 
 impl Preparing {
@@ -237,7 +237,7 @@ impl Drop for Preparing {
     }
 }
 
-/// A job and its reader's end, once the job has its place.
+/// A job and its reader's stream, to be completed once the job is admitted.
 struct Prepared {
     job: Job,
     stream: GenerateStream,
@@ -289,7 +289,7 @@ impl Loaded {
         };
         let thread =
             thread::Builder::new().name(format!("engine-{}", id.0)).spawn(serve).map_err(|error| failed(&error))?;
-        // A load that is dropped here ends at the next progress report, and its thread with it.
+        // If this load is dropped here, it ends at the next progress report, together with its thread.
         let model = is_ready.await.map_err(|_| EngineError::Failed { reason: "the engine thread ended".into() })??;
         let stop = abandoned.disarm();
         let abilities = Abilities {
@@ -325,7 +325,7 @@ impl Loaded {
         })
     }
 
-    /// Refuses what this model or this runtime does not do.
+    /// Rejects what this model or this runtime does not support.
     fn check(&self, request: &GenerateRequest) -> Result<(), EngineError> {
         request.sampling.check()?;
         if !self.abilities.generate {
@@ -350,7 +350,7 @@ impl Loaded {
         self.work.send(work).await.map_err(|_| EngineError::NotLoaded)
     }
 
-    /// Makes a job of a request, away from the threads that must not block.
+    /// Turns a request into a job, on a thread that may block.
     async fn prepare(
         self: Arc<Self>,
         request: GenerateRequest,
@@ -375,7 +375,7 @@ impl Loaded {
             let format = format.as_ref().unwrap_or(&request.format);
             let constraint = loaded.constraints.constraint(loaded.model.vocabulary(), format);
             let constraint = constraint.map_err(|error| loaded.blame_tools(&request.input, error))?;
-            // A format says where an answer ends, as in vLLM.
+            // A constraint decides where an answer ends, so `ignore_eos` has no effect with one, as in vLLM.
             let ignore_eos = request.ignore_eos && constraint.is_none();
             let spoken = if parser.is_some() { loaded.constraints.spoken() } else { Arc::default() };
             let prompt_tokens = prompt.tokens.len();
@@ -391,7 +391,7 @@ impl Loaded {
                 None => Vec::new(),
                 Some(predicted) => loaded.prompts.prediction(&loaded.model, predicted, limit)?,
             };
-            // Who goes on with an answer has the prompt.
+            // A request that continues an answer already has the prompt.
             let is_echoed = request.echo && tokens.len() == prompt_tokens;
             let echo = is_echoed.then(|| loaded.echo(&request.input, &tokens));
             let tells_prompt = is_echoed && request.logprobs.is_some();
@@ -426,7 +426,7 @@ impl Loaded {
         .await
     }
 
-    /// Returns the text of a prompt: as it was given, or of its tokens.
+    /// Returns the text of a prompt: as given, or decoded from its tokens.
     fn echo(&self, input: &PromptInput, tokens: &[Token]) -> String {
         match input {
             PromptInput::Text(text) => text.clone(),
@@ -438,7 +438,7 @@ impl Loaded {
         }
     }
 
-    /// Names the tool whose arguments cannot be held to their schema, where a call is required.
+    /// If a call is required, names the tool whose arguments cannot be constrained to their schema.
     fn blame_tools(&self, input: &PromptInput, error: EngineError) -> EngineError {
         let (PromptInput::Chat(chat), EngineError::Unsupported { reason, .. }) = (input, &error) else { return error };
         if !matches!(chat.tool_choice, ToolChoice::Required | ToolChoice::Function(_)) {
@@ -456,7 +456,7 @@ impl Loaded {
     }
 
     async fn tokens(self: Arc<Self>, input: PromptInput) -> Result<(Arc<Self>, Vec<Token>), EngineError> {
-        // A count is of use for prompts that are too long as well.
+        // Tokens can be counted even if the prompt is too long.
         self.blocking(move |loaded| loaded.prompts.prompt(&loaded.model, &input, u32::MAX).map(|prompt| prompt.tokens))
             .await
     }
@@ -495,7 +495,7 @@ impl Drop for Loaded {
     fn drop(&mut self) {
         self.stop.cancel();
         let thread = lock(&self.thread).take();
-        // C++ must not be at work when the process takes down its statics.
+        // C++ must not be running when the process destroys its statics.
         if let Some(thread) = thread
             && thread.join().is_err()
         {
@@ -526,7 +526,7 @@ fn load_model(
     };
     let files: Vec<&File> = std::iter::once(&artifact).chain(&artifact.parts).map(|part| &part.file).collect();
     let loaded = Model::load(&files, options, progress);
-    // Want of memory is not the model's fault, and llama.cpp tells it apart in words only.
+    // Lack of memory is not the model's fault, and llama.cpp distinguishes the two only in its message.
     loaded.map(Arc::new).map_err(|reason| {
         if reason.contains("alloc") { EngineError::Failed { reason } } else { EngineError::InvalidModel { reason } }
     })

@@ -2,26 +2,26 @@
 
 use super::json_span::value_end;
 
-/// A head is decided within so many bytes.
+/// A head is decided within this many bytes.
 const BYTES_MAX: usize = 4_096;
 
-/// What the beginning of an object says of the call.
+/// The result of parsing the beginning of an object.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum CallHead {
-    /// More must come to know.
+    /// More text is needed.
     Open,
-    /// It is no call.
+    /// The object is not a call.
     NoCall,
-    /// A call whose arguments, an object, begin at this place.
+    /// A call whose arguments, an object, begin at this offset.
     Begun { name: String, arguments_at: usize },
-    /// A whole call that ends at this place.
+    /// A complete call that ends at this offset.
     Whole { name: String, arguments: String, end: usize },
 }
 
-/// Reads `{"name": …, "arguments": …}` as far as it has come, with `parameters` for the second key in some families.
-/// `is_strict` takes no other keys.
+/// Parses `{"name": …, "arguments": …}` as far as it has arrived. Some families write `parameters` for the second
+/// key. With `is_strict`, other keys are rejected.
 pub(super) fn read(text: &str, at_end: bool, is_strict: bool) -> CallHead {
-    // What is decided must not depend on how much came at once.
+    // The decision must not depend on how much text arrived at once.
     let within = &text[..text.floor_char_boundary(BYTES_MAX)];
     match read_fields(&mut Cursor { text: within, at: 0 }, is_strict) {
         Ok(head) => head,
@@ -30,11 +30,11 @@ pub(super) fn read(text: &str, at_end: bool, is_strict: bool) -> CallHead {
     }
 }
 
-/// Why reading does not go on.
+/// Why parsing stopped.
 enum Stop {
-    /// The text ends here.
+    /// The text ended.
     Open,
-    /// Something else was expected.
+    /// The text is not a call.
     NoCall,
 }
 
@@ -57,7 +57,7 @@ fn read_fields(cursor: &mut Cursor<'_>, is_strict: bool) -> Result<CallHead, Sto
                 return Ok(CallHead::Begun { name: name.clone(), arguments_at: cursor.at });
             }
             _ if is_arguments && first == b'"' => {
-                // Some models write the arguments as JSON within a text.
+                // Some models write the arguments as JSON inside a string.
                 arguments = Some(cursor.text()?);
             }
             _ if is_arguments => arguments = Some(cursor.value()?.trim_end().to_owned()),
@@ -77,7 +77,7 @@ fn read_fields(cursor: &mut Cursor<'_>, is_strict: bool) -> Result<CallHead, Sto
 }
 
 impl<'a> Cursor<'a> {
-    /// Goes to the next byte that is no space.
+    /// Skips whitespace and returns the next byte.
     fn peek(&mut self) -> Result<u8, Stop> {
         let rest = self.text[self.at..].trim_start();
         self.at = self.text.len() - rest.len();

@@ -7,14 +7,14 @@ use serde_json::{Value, json};
 use crate::json_form::{close, make_lenient, with_options};
 use crate::model_runtime::{Chat, Tool, ToolChoice};
 
-/// The way a family writes calls.
+/// The syntax in which a model family writes tool calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CallSyntax {
     /// `<tool_call>{"name": …, "arguments": …}</tool_call>`, with `<function=…>` for the object in Qwen 3 Coder.
     Hermes,
-    /// `{"name": …, "parameters": …}` in place of an answer, perhaps after `<|python_tag|>`.
+    /// `{"name": …, "parameters": …}` in place of an answer, optionally after `<|python_tag|>`.
     Llama,
-    /// `[TOOL_CALLS][{"name": …, "arguments": …}]`, or `[TOOL_CALLS]name[ARGS]{…}` where it is named.
+    /// `[TOOL_CALLS][{"name": …, "arguments": …}]`, or `[TOOL_CALLS]name[ARGS]{…}` if `is_named`.
     Mistral { is_named: bool },
     /// `<function=name>{…}</function>`.
     Function,
@@ -23,7 +23,7 @@ pub(super) enum CallSyntax {
 }
 
 impl CallSyntax {
-    /// Finds the way that a chat template writes calls of the past in, or asks for.
+    /// Detects the syntax from the past calls that a chat template writes, or from its instructions.
     pub(super) fn detect(template: &str) -> Option<Self> {
         let has = |text: &str| template.contains(text);
         if has("<|channel|>") {
@@ -41,7 +41,7 @@ impl CallSyntax {
         }
     }
 
-    /// Returns the texts by which calls are told from the rest.
+    /// Returns the texts that mark calls.
     pub(super) fn markers(self) -> &'static [&'static str] {
         match self {
             Self::Hermes => &["<tool_call>", "</tool_call>"],
@@ -54,7 +54,7 @@ impl CallSyntax {
         }
     }
 
-    /// Returns the texts that begin a call in the midst of an answer.
+    /// Returns the texts that open a call in the middle of an answer.
     pub(super) fn openers(self) -> &'static [&'static str] {
         match self {
             Self::Hermes => &["<tool_call>", "<function="],
@@ -65,7 +65,7 @@ impl CallSyntax {
         }
     }
 
-    /// Returns the rules of `calls`, in llguidance's dialect of Lark, where the conversation requires one.
+    /// Returns the grammar rules of `calls`, in llguidance's dialect of Lark, if the conversation requires a call.
     pub(super) fn required(self, chat: &Chat) -> Option<String> {
         let tools: Vec<&Tool> = match &chat.tool_choice {
             ToolChoice::Auto | ToolChoice::None => return None,
@@ -114,8 +114,8 @@ impl CallSyntax {
     }
 }
 
-/// Returns the schema of a tool's arguments. Tools are described for people as well, so what a grammar cannot keep is
-/// left out rather than refused.
+/// Returns the JSON schema of a tool's arguments. Tool schemas are also written for people, so keywords that a
+/// grammar cannot enforce are dropped, not refused.
 pub(super) fn arguments(tool: &Tool) -> Value {
     let mut schema = match &tool.parameters {
         Some(Value::Object(schema)) => schema.clone(),

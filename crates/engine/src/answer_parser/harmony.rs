@@ -6,10 +6,9 @@ use super::{Input, Output};
 
 const MESSAGE: &str = "<|message|>";
 const ENDS: [&str; 5] = ["<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>"];
-/// Longer heads count as text.
+/// Longer heads are treated as text.
 const HEAD_BYTES_MAX: usize = 512;
 
-/// A reader of channels.
 #[derive(Debug, Clone)]
 pub(super) struct Harmony {
     offers_tools: bool,
@@ -18,10 +17,10 @@ pub(super) struct Harmony {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// The prompt ends within a head, so the answer begins with the rest of it.
+    /// The prompt ends inside a head, so the answer begins with the rest of it.
     Begin,
     Head,
-    /// The same, where the first of them called a function.
+    /// A head that follows a call.
     BehindCall,
     Body(Channel),
 }
@@ -46,7 +45,7 @@ impl Harmony {
         self.state == State::BehindCall
     }
 
-    /// Reads on; returns whether there is more to do.
+    /// Parses the next part. Returns whether there is more to do.
     pub(super) fn step(&mut self, input: &mut Input<'_>, output: &mut Output<'_>) -> bool {
         match self.state {
             State::Begin => self.begin(input),
@@ -62,7 +61,7 @@ impl Harmony {
         } else if input.rest.is_empty() || may_be.contains(&None) {
             return false;
         } else {
-            // A model that knows no channels just speaks.
+            // A model that does not use channels answers directly.
             self.state = State::Body(Channel::Final);
         }
         true
@@ -106,7 +105,7 @@ impl Harmony {
             Channel::Final => output.text(text),
         }
         if let Some(length) = marker {
-            // A head begins by the last two, and what else ends a message says nothing more.
+            // `<|start|>` and `<|channel|>` begin the next head. Other end markers carry no information.
             if !["<|start|>", "<|channel|>"].iter().any(|head| input.rest.starts_with(head)) {
                 input.take(length);
             }

@@ -1,6 +1,6 @@
 //! Finds the end of a JSON object or array without parsing its contents.
 
-/// A place within nested brackets.
+/// A position within nested brackets.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct JsonSpan {
     depth: u32,
@@ -9,12 +9,12 @@ pub(super) struct JsonSpan {
 }
 
 impl JsonSpan {
-    /// Begins within an object.
+    /// Starts inside an object.
     pub(super) fn within() -> Self {
         Self { depth: 1, ..Self::default() }
     }
 
-    /// Reads on; returns how many bytes belong to the value once its end has come.
+    /// Reads more text. Returns how many of its bytes belong to the value once the end is found.
     pub(super) fn read(&mut self, text: &str) -> Option<usize> {
         for (index, byte) in text.bytes().enumerate() {
             match byte {
@@ -36,7 +36,7 @@ impl JsonSpan {
     }
 }
 
-/// Returns where the value ends that a text begins with, or `None` while more of it may come.
+/// Returns the end of the value that the text starts with, or `None` if the value may be incomplete.
 pub(super) fn value_end(text: &str) -> Option<usize> {
     match text.bytes().next()? {
         b'{' | b'[' => JsonSpan::default().read(text),

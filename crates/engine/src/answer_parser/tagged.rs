@@ -14,23 +14,23 @@ const NAME_BYTES_MAX: usize = 256;
 const FUNCTION: &str = "<function=";
 const PARAMETER: &str = "<parameter=";
 
-/// A reader of tags.
+/// A parser for tags.
 #[derive(Debug, Clone)]
 pub(super) struct Tagged {
     thought: Option<(&'static str, &'static str)>,
     syntax: Option<CallSyntax>,
     tools: Vec<Tool>,
     state: State,
-    /// It has said something.
+    /// Whether any text was output.
     has_spoken: bool,
-    /// The space between what was said and the calls behind it, before and after them. One of the two stands between
-    /// that and what is said next.
+    /// The whitespace between text and the calls after it: the part before the calls and the part after them. One of
+    /// the two is output before the next text.
     space: (String, String),
 }
 
 #[derive(Debug, Clone)]
 enum State {
-    /// Nothing was said yet, so a thought may come, or a call without a tag.
+    /// No text was output yet, so reasoning may follow, or a call without a tag.
     Begin {
         thought: bool,
     },
@@ -38,16 +38,16 @@ enum State {
         is_fresh: bool,
     },
     Text,
-    /// After the opening of a call. It is written out as text if no call follows.
+    /// After the opening of a call. `written` is output as text if no call follows.
     Opened {
         written: String,
     },
-    /// Within arguments that are an object.
+    /// Inside arguments that are a JSON object.
     Arguments {
         span: JsonSpan,
         wrapper: Wrapper,
     },
-    /// Within arguments that are tags.
+    /// Inside arguments that are written as tags.
     Parameters {
         name: String,
         count: usize,
@@ -58,10 +58,10 @@ enum State {
     Between,
 }
 
-/// What arguments are a part of.
+/// What encloses the arguments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wrapper {
-    /// An object with a name beside them.
+    /// An object that holds the name as well.
     Object,
     /// `<function=…>`.
     Function,
@@ -88,7 +88,7 @@ impl Tagged {
         matches!(self.state, State::Closing { .. } | State::Between)
     }
 
-    /// Reads on; returns whether there is more to do.
+    /// Parses the next part. Returns whether there is more to do.
     pub(super) fn step(&mut self, input: &mut Input<'_>, output: &mut Output<'_>) -> bool {
         let next = match &mut self.state {
             State::Begin { thought } => {
@@ -135,7 +135,7 @@ impl Tagged {
             *input = ahead;
             return Some(State::Thought { is_fresh: true });
         }
-        // The lines between a thought and the answer belong to neither.
+        // The blank lines between reasoning and the answer belong to neither.
         if !thought {
             *input = ahead;
         }
@@ -176,11 +176,11 @@ impl Tagged {
                 output.text(said);
                 let written = input.take_space().to_owned();
                 self.has_spoken |= !said.is_empty();
-                // Between two calls nothing is said, and what stood before the first still counts.
+                // There is no text between two calls, so the whitespace before the first one is kept.
                 if !said.is_empty() || !written.is_empty() {
                     self.space = (written.clone(), String::new());
                 }
-                // The tag of a function is read together with its name.
+                // The tag of a function is parsed together with its name.
                 let tag = if input.rest.starts_with(FUNCTION) { "" } else { input.take(length) };
                 Some(State::Opened { written: written + tag })
             }
@@ -193,7 +193,7 @@ impl Tagged {
         }
     }
 
-    /// Reads what follows the beginning of a call.
+    /// Parses what follows the opening of a call.
     fn open(&mut self, written: String, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
         let opened = self.read_opening(&written, input, output);
         if opened.is_none() {
@@ -208,7 +208,7 @@ impl Tagged {
         ahead.take_space();
         let no_call = |input: &mut Input<'_>, output: &mut Output<'_>| {
             output.text(written);
-            // One character at least, so that the same place is not tried again.
+            // Takes at least one character, so that the same place is not tried again.
             output.text(input.take(input.rest.chars().next().map_or(0, char::len_utf8)));
             Some(State::Text)
         };
@@ -247,7 +247,7 @@ impl Tagged {
         let window = &ahead.rest[..ahead.rest.floor_char_boundary(NAME_BYTES_MAX)];
         let is_decided = input.is_whole() || ahead.rest.len() >= NAME_BYTES_MAX;
         if matches!(syntax, CallSyntax::Mistral { .. }) {
-            // The name, perhaps an id, and then the arguments.
+            // The name, an optional id, and then the arguments.
             let name = window.find(['[', '{']).map(|end| window[..end].trim_end());
             let begins = window.find('{');
             return match (name, begins) {
@@ -291,12 +291,12 @@ impl Tagged {
         }
     }
 
-    /// An answer that is an object with a name is a call only where the name is one of the tools'.
+    /// With Llama's syntax, an object with a name is a call only if the name is one of the tools.
     fn allows(&self, name: &str) -> bool {
         self.syntax != Some(CallSyntax::Llama) || self.tools.iter().any(|tool| tool.name == name)
     }
 
-    /// Another call may follow, and then the rest of the answer.
+    /// Handles the text after a call: another call may follow, and then the rest of the answer.
     fn between(&mut self, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
         self.space.1.push_str(input.take_space());
         let separators: &[char] = match self.syntax? {
@@ -315,7 +315,7 @@ impl Tagged {
         if input.rest.is_empty() {
             return None;
         }
-        // Where another call follows, nothing is said yet.
+        // Before another call, no whitespace is output yet.
         for opener in self.syntax?.openers() {
             if input.begins(opener)? {
                 return Some(State::Text);
@@ -329,7 +329,7 @@ impl Tagged {
     }
 }
 
-/// Reads one tag of a function's parameters, or its end.
+/// Parses one parameter tag of a function, or the end of the function.
 fn read_parameter(
     name: &str,
     count: &mut usize,
@@ -344,7 +344,7 @@ fn read_parameter(
         return None;
     }
     if !ahead.begins(PARAMETER)? {
-        // Whatever else comes ends the call.
+        // Anything else ends the call.
         output.arguments(if *count == 0 { "{}" } else { "}" });
         *input = ahead;
         return Some(State::Closing { wrapper: Wrapper::Function });
@@ -365,7 +365,7 @@ fn read_parameter(
     Some(State::Parameters { name: name.to_owned(), count: *count })
 }
 
-/// Reads over what ends a call.
+/// Skips the text that ends a call.
 fn close(wrapper: Wrapper, input: &mut Input<'_>) -> Option<State> {
     let mut ahead = *input;
     ahead.take_space();
@@ -374,7 +374,7 @@ fn close(wrapper: Wrapper, input: &mut Input<'_>) -> Option<State> {
     }
     match wrapper {
         Wrapper::Object if ahead.rest.starts_with(',') => {
-            // More fields than the head has; none of them matters.
+            // The object has more fields than the head. They are ignored.
             let end = JsonSpan::within().read(ahead.rest)?;
             ahead.take(end);
         }
@@ -408,7 +408,7 @@ fn trailing_space(text: &str) -> usize {
     text.len() - text.trim_end().len()
 }
 
-/// Holds back the space at the end of what may be told, since it goes with a tag that follows.
+/// Holds back trailing whitespace, since it belongs to a tag that may follow.
 fn without_space(input: &Input<'_>, length: usize) -> usize {
     if input.at_end && length == input.rest.len() { length } else { length - trailing_space(&input.rest[..length]) }
 }

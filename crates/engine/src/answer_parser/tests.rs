@@ -12,7 +12,7 @@ const FUNCTION: &str = "<function=";
 const HARMONY: &str = "<|channel|>";
 const THINKER: &str = "<think> </think>";
 
-/// A call, put together from its pieces.
+/// A call, assembled from its pieces.
 type Called = (String, String);
 
 fn chat() -> Chat {
@@ -28,7 +28,7 @@ fn chat() -> Chat {
     Chat { tools: vec![tool("weather"), tool("time")], ..vec![Message::new(Role::User, "?")].into() }
 }
 
-/// Returns text, reasoning and calls of an answer that comes in pieces.
+/// Returns the text, the reasoning and the calls of an answer that arrives in pieces.
 fn parse<'a>(template: &str, prompt: &str, pieces: impl IntoIterator<Item = &'a str>) -> (String, String, Vec<Called>) {
     let mut parser = AnswerParser::new(AnswerFormat::detect(template), &chat(), prompt, 7);
     let mut deltas: Vec<Delta> = pieces.into_iter().map(|piece| parser.push(piece)).collect();
@@ -339,7 +339,7 @@ fn markup_that_the_limit_cut_is_never_shown() {
             assert!("I look. Rome.I look.".contains(shown.trim()), "{template} cut at {cut}: {shown:?}");
         }
     }
-    // A limit that cuts nothing but text leaves it whole.
+    // If the limit cuts only text, the text is output in full.
     let mut parser = AnswerParser::new(AnswerFormat::detect(HERMES), &chat(), "", 7);
     let shown = parser.push("a < b ").text + &parser.finish(true).0.text;
     assert_eq!(shown, "a < b ");

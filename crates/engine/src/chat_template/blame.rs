@@ -5,16 +5,16 @@ use serde_json::Value;
 use super::ChatTemplateError;
 use crate::model_runtime::{Chat, Message, Role, ToolChoice};
 
-/// How many tools are tried one by one; each try costs a rendering.
+/// How many tools are tried one by one. Each try costs one rendering.
 const TOOLS_TRIED: usize = 8;
 
-/// Returns the error of a conversation that a template failed on for the given reason.
+/// Returns the error for a conversation on which a template failed with the given reason.
 pub(super) fn find(
     chat: &Chat,
     reason: String,
     render: impl Fn(&Chat) -> Result<String, ChatTemplateError>,
 ) -> ChatTemplateError {
-    // What the template refuses in words of its own it has at least understood.
+    // If the template rejects it with an error of its own, it has at least understood it.
     let works = |chat: &Chat| !matches!(render(chat), Err(ChatTemplateError::Broken(_)));
     let plain = |chat: &Chat| Chat { messages: vec![Message::new(Role::User, "Hello.")], ..chat.clone() };
     let unfit = |parameter: String, reason| ChatTemplateError::Unfit { parameter, reason };
@@ -23,7 +23,7 @@ pub(super) fn find(
         let mut without = chat.clone();
         without.template_options.remove(name);
         if works(&without) {
-            // An option of this name comes from a field of its own as well.
+            // `reasoning_effort` is also a request field of its own.
             let parameter =
                 if name == "reasoning_effort" { name.clone() } else { format!("chat_template_kwargs.{name}") };
             return unfit(parameter, reason);
@@ -49,7 +49,8 @@ pub(super) fn find(
     ChatTemplateError::Broken(reason)
 }
 
-/// Returns the first call whose arguments are no JSON object, and the conversation with an object in place of each.
+/// Returns the first call whose arguments are not a JSON object, and the conversation with an empty object in place
+/// of each such call's arguments.
 fn with_whole_arguments(chat: &Chat) -> Option<(String, Chat)> {
     let mut first = None;
     let mut chat = chat.clone();

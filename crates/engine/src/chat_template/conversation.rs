@@ -7,24 +7,25 @@ use serde_json::{Map, Value, json};
 use crate::model_runtime::{Chat, Message, Role, Tool, ToolCall, ToolChoice};
 use crate::sampler;
 
-/// The length of the ids that Mistral's templates take.
+/// The length of the ids that Mistral's templates accept.
 const SHORT_ID_LENGTH: usize = 9;
 
-/// In what form a template expects what conversations hold.
+/// The form in which a template expects the parts of a conversation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Dialect {
-    /// Content is a list of parts.
+    /// Message content is a list of parts.
     content_parts: bool,
-    /// The arguments of calls are JSON text and no object.
+    /// The arguments of calls are JSON text, not an object.
     argument_text: bool,
-    /// It tells the model of tools.
+    /// The template tells the model about tools.
     pub(super) takes_tools: bool,
-    /// The ids of calls are nine letters and digits, as Mistral has them.
+    /// The ids of calls are nine letters and digits, as in Mistral's templates.
     short_ids: bool,
 }
 
 impl Dialect {
-    /// Finds out by what becomes of words that are easily found again. `render` returns nothing where it fails.
+    /// Detects the dialect by rendering words that are easy to find in the output. `render` returns an empty string
+    /// on failure.
     pub(super) fn find(render: impl Fn(Map<String, Value>) -> String) -> Self {
         const SAID: &str = "needle-said";
         const LONG_ID: &str = "call_0123456789abcdef";
@@ -47,7 +48,7 @@ impl Dialect {
         let answers =
             Message { tool_call_id: Some(call.id), name: Some(call.name), ..Message::new(Role::Tool, "needle-result") };
         let called = chat(vec![asks.clone(), calls, answers]);
-        // A model should read neither Python's notation of an object nor JSON within JSON.
+        // A model should see neither Python's notation of an object nor JSON inside JSON.
         let shows_call = |dialect: Self, unwanted: &str| {
             let prompt = render(dialect.variables(&called));
             prompt.contains("needle_key") && prompt.contains("needle_value") && !prompt.contains(unwanted)
@@ -68,7 +69,7 @@ impl Dialect {
     /// Returns the variables of a template.
     pub(super) fn variables(self, chat: &Chat) -> Map<String, Value> {
         let mut variables = chat.template_options.clone();
-        // Hugging Face defines these in every case.
+        // Hugging Face always defines these.
         variables.insert("documents".into(), Value::Null);
         let tools = if offers_tools(chat) { chat.tools.iter().map(tool).collect() } else { Value::Null };
         variables.insert("tools".into(), tools);
@@ -79,7 +80,7 @@ impl Dialect {
         variables
     }
 
-    /// A field that is missing is not defined, since templates ask whether it is.
+    /// A missing field is left undefined, since templates check for that.
     fn message(self, message: &Message, id: &dyn Fn(&str) -> String) -> Value {
         let mut fields = Map::new();
         fields.insert("role".into(), message.role.as_str().into());
@@ -87,7 +88,7 @@ impl Dialect {
         let content = if self.content_parts { json!([{ "type": "text", "text": content }]) } else { content.into() };
         fields.insert("content".into(), content);
         if let Some(reasoning) = &message.reasoning {
-            // The name of most templates, and the one of gpt-oss.
+            // `reasoning_content` is the name in most templates, `thinking` the one in gpt-oss.
             fields.insert("reasoning_content".into(), reasoning.as_str().into());
             fields.insert("thinking".into(), reasoning.as_str().into());
         }
@@ -113,13 +114,13 @@ impl Dialect {
     }
 }
 
-/// Returns whether the model is told of tools.
+/// Returns whether the model is told about tools.
 pub(super) fn offers_tools(chat: &Chat) -> bool {
     !chat.tools.is_empty() && chat.tool_choice != ToolChoice::None
 }
 
-/// Returns the conversation with an empty description and empty properties where its tools have none. OpenAI's clients
-/// may leave them out, and some templates read them all the same.
+/// Returns the conversation with an empty description and empty properties for tools that lack them. OpenAI's clients
+/// may omit these, but some templates read them anyway.
 pub(super) fn with_whole_tools(chat: &Chat) -> Chat {
     let mut chat = chat.clone();
     for tool in &mut chat.tools {
@@ -132,8 +133,8 @@ pub(super) fn with_whole_tools(chat: &Chat) -> Chat {
     chat
 }
 
-/// Returns ids of nine letters and digits for those of a conversation that are not: the end of each id, as vLLM has
-/// it, and a hash where that would be short or another's.
+/// Maps the ids of a conversation that are not nine letters and digits to ids that are. Like vLLM, it takes the end
+/// of each id, or a hash if the end is too short or already taken.
 fn shortened_ids(chat: &Chat) -> BTreeMap<String, String> {
     let is_short = |id: &str| id.len() == SHORT_ID_LENGTH && id.bytes().all(|byte| byte.is_ascii_alphanumeric());
     let called = chat.messages.iter().flat_map(|message| message.tool_calls.iter().map(|call| &call.id));
@@ -161,7 +162,7 @@ fn tool(tool: &Tool) -> Value {
     if let Some(description) = &tool.description {
         function.insert("description".into(), description.as_str().into());
     }
-    // Templates walk the properties without a look whether there are any.
+    // Templates iterate over the properties without checking that there are any.
     let parameters = tool.parameters.clone().unwrap_or_else(|| json!({ "type": "object", "properties": {} }));
     function.insert("parameters".into(), parameters);
     json!({ "type": "function", "function": function })

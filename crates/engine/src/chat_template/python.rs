@@ -13,12 +13,12 @@ use minijinja::{Environment, Error, ErrorKind, escape_formatter};
 use serde::Serialize;
 use serde_json::ser::{Formatter, Serializer};
 
-/// The widest indentation; Python has no limit, but nobody needs more.
+/// The maximum indentation. Python has no limit, but no template needs more.
 const INDENT_MAX: usize = 16;
 
 pub(super) use operators::rewrite;
 
-/// Gives templates what they would find in Python.
+/// Adds Python's functions, filters and methods to a template environment.
 pub(super) fn add(environment: &mut Environment<'_>) {
     environment.set_formatter(|output, state, value| match number::with_floats(value) {
         Some(text) => Ok(output.write_str(&text)?),
@@ -32,7 +32,7 @@ pub(super) fn add(environment: &mut Environment<'_>) {
     environment.add_test("iterable", is_iterable);
 }
 
-/// The filter `tojson`: Python's `json.dumps`, which leaves HTML and letters beyond ASCII as they are.
+/// The filter `tojson`: Python's `json.dumps`, which escapes neither HTML nor non-ASCII characters.
 fn to_json(value: &Value, indent: Option<usize>, options: Kwargs) -> Result<String, Error> {
     let fail = |reason: &'static str| Error::new(ErrorKind::InvalidOperation, reason);
     if value.is_undefined() {
@@ -62,7 +62,7 @@ fn to_json(value: &Value, indent: Option<usize>, options: Kwargs) -> Result<Stri
     String::from_utf8(written).map_err(|_| fail("it has no JSON"))
 }
 
-/// The filter `indent`, which keeps a line's end at the end.
+/// The filter `indent`, which keeps trailing newlines.
 fn indent(
     text: &str,
     width: Option<usize>,
@@ -81,12 +81,12 @@ fn indent(
     Ok(indented.collect::<Vec<_>>().join("\n"))
 }
 
-/// The test `iterable`: a text is, and `none` is not.
+/// The test `iterable`: strings are iterable, and `none` is not.
 fn is_iterable(value: &Value) -> bool {
     !value.is_none() && (value.as_str().is_some() || value.try_iter().is_ok())
 }
 
-/// How Python writes JSON.
+/// The JSON style of Python's `json.dumps`.
 struct Style {
     item: String,
     key: String,
@@ -185,7 +185,7 @@ impl Formatter for Style {
     }
 }
 
-/// Makes plain conditions of `generation` blocks, by which Hugging Face marks what a model is trained on.
+/// Turns `generation` blocks into plain conditions. Hugging Face marks with them which text a model is trained on.
 pub(super) fn without_generation_tags(source: &str) -> Cow<'_, str> {
     if !source.contains("endgeneration") {
         return source.into();

@@ -18,10 +18,10 @@ const MONTHS: [&str; 12] = [
     "November",
     "December",
 ];
-// The first day of 1970 was a Thursday.
+// 1970-01-01 was a Thursday.
 const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
 
-/// Writes a point in time; a directive that it does not know stays as it is.
+/// Formats a point in time. Unknown directives are left unchanged.
 pub(super) fn format(now: SystemTime, format: &str) -> String {
     let secs = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let (day, second) = (secs / DAY_SECS, secs % DAY_SECS);
@@ -35,7 +35,7 @@ pub(super) fn format(now: SystemTime, format: &str) -> String {
             written.push(character);
             continue;
         }
-        // glibc's way to ask for no zeros in front.
+        // glibc's flag for no leading zeros.
         let bare = characters.next_if_eq(&'-').is_some();
         let mut number = |value: u64, digits: usize| {
             let digits = if bare { 1 } else { digits };
@@ -71,7 +71,7 @@ pub(super) fn format(now: SystemTime, format: &str) -> String {
             Some('P') => written.push_str(if hour < 12 { "am" } else { "pm" }),
             Some('n') => written.push('\n'),
             Some('t') => written.push('\t'),
-            // Python's dates have no zone unless one is given.
+            // Python's dates have no time zone unless one is given.
             Some('z' | 'Z') => {}
             Some(letter @ ('F' | 'T' | 'D' | 'R' | 'r' | 'c' | 'x' | 'X')) => {
                 written.push_str(&self::format(now, composed(letter)));
@@ -86,7 +86,7 @@ pub(super) fn format(now: SystemTime, format: &str) -> String {
     written
 }
 
-/// Returns what a directive is short for.
+/// Returns the expansion of a directive.
 fn composed(letter: char) -> &'static str {
     match letter {
         'F' => "%Y-%m-%d",
@@ -98,16 +98,16 @@ fn composed(letter: char) -> &'static str {
     }
 }
 
-/// Writes a number of at most two digits in the width of two.
+/// Writes a number padded with spaces to a width of two.
 fn spaced(written: &mut String, value: u64) {
     // Writing to a string cannot fail.
     let _ = write!(written, "{value:2}");
 }
 
-/// Returns year, month, day of the month and day of the year of a day counted from the first of 1970.
+/// Returns year, month, day of the month and day of the year for a day counted from 1970-01-01.
 fn civil(mut day: u64) -> (u64, u64, u64, u64) {
     let is_leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
-    // Whole periods of 400 years have the same number of days, so that no date takes long.
+    // Periods of 400 years all have the same number of days. Skipping them bounds the loop.
     const PERIOD_DAYS: u64 = 146_097;
     let mut year = 1_970 + 400 * (day / PERIOD_DAYS);
     day %= PERIOD_DAYS;

@@ -144,7 +144,7 @@ fn arguments_come_in_the_form_the_template_reads() {
     assert_eq!(render(&pairs, &called).as_deref(), Ok("place=Rome"));
     let text = format!("{walk}{{{{ 'args: ' + c.function.arguments }}}}{{% endfor %}}{{% endfor %}}");
     assert_eq!(render(&text, &called).as_deref(), Ok(r#"args: {"place":"Rome"}"#));
-    // What a model wrote need not be JSON, and is told as it was.
+    // What a model wrote need not be JSON, and is rendered unchanged.
     assert_eq!(render(&object, &[say(Role::User, "?"), calls("oops")]).as_deref(), Ok("\"oops\""));
 }
 
@@ -185,7 +185,7 @@ fn options_reach_the_template_and_hide_nothing_of_the_conversation() {
     assert_eq!(render_chat(source, &chat).as_deref(), Ok("False ahm<s>"));
 }
 
-/// Feature by feature; `interop/templates/snippets.py` records and checks what jinja2 makes of them.
+/// Each snippet tests one feature. `interop/templates/snippets.py` records and checks the output of jinja2.
 #[test]
 fn snippets_render_as_jinja2_renders_them() {
     #[derive(serde::Deserialize)]
@@ -196,7 +196,7 @@ fn snippets_render_as_jinja2_renders_them() {
     #[derive(serde::Deserialize)]
     struct Snippet {
         template: String,
-        /// Nothing where jinja2 fails.
+        /// `None` if jinja2 fails.
         rendered: Option<String>,
     }
     let golden: Golden = serde_json::from_str(include_str!("snippets.json")).expect("it is JSON");
@@ -248,7 +248,7 @@ fn a_request_that_a_template_fails_on_is_the_requests_fault_and_names_its_field(
         fails(short, &vec![say(Role::User, "a"), say(Role::Assistant, "b"), say(Role::User, "c")].into()).0,
         "messages"
     );
-    // Nothing that a client changes would help here.
+    // No change to the request would help here.
     let (parameter, reason) = fails("{{ nothing.at.all }}", &asked);
     assert!(parameter == "messages" && reason.contains("takes no conversations"), "{reason}");
 }
@@ -300,7 +300,7 @@ fn ids_are_shortened_for_templates_that_take_nine_letters() {
     let prompt = render_chat(source, &conversation(&["call_0123456789abcdef"])).expect("it renders");
     assert_eq!(prompt, "?<789abcdef {}>[789abcdef]20");
     assert_eq!(render_chat(source, &conversation(&["abc123xyz"])).as_deref(), Ok("?<abc123xyz {}>[abc123xyz]20"));
-    // Two ids with the same end, a short one, and one that another's end is already.
+    // Two ids with the same end, a short id, and one that equals the end of another.
     let prompt = render_chat(source, &conversation(&["call_a_123456789", "call_b_123456789", "x", "123456789"]));
     let prompt = prompt.expect("it renders");
     let ids = |open: char, close: char| -> Vec<String> {
@@ -310,7 +310,7 @@ fn ids_are_shortened_for_templates_that_take_nine_letters() {
     assert_eq!(called, answered);
     assert_eq!(called.iter().collect::<std::collections::BTreeSet<_>>().len(), 4, "{called:?}");
     assert!(called.iter().all(|id| id.len() == 9), "{called:?}");
-    // Other templates see the ids as they are.
+    // Other templates see the original ids.
     let source = "{% for m in messages %}{{ m.tool_call_id }}{{ m.tool_calls[0].id if m.tool_calls }}{% endfor %}";
     let prompt = render_chat(source, &conversation(&["call_1"])).expect("it renders");
     assert_eq!(prompt, "call_1call_1");

@@ -9,15 +9,15 @@ use std::ops::RangeInclusive;
 
 use super::{Header, Tensor, Value};
 
-/// Types of tensors that ggml does not multiply: integers and 64-bit floats.
+/// Tensor types that ggml cannot multiply: integers and 64-bit floats.
 const NOT_MULTIPLIED: RangeInclusive<u32> = 24..=28;
 const INPUT: &str = "token_embd.weight";
 const OUTPUT: &str = "output.weight";
 
-/// The halves of a change, `lora_a` and `lora_b`.
+/// The two factors of one change, `lora_a` and `lora_b`.
 pub(crate) type AdapterPair<'a> = (&'a Tensor, &'a Tensor);
 
-/// Returns what is wrong with an adapter for a model.
+/// Checks an adapter against a model and returns what does not fit.
 pub fn check_adapter(adapter: &Header, model: &Header) -> Result<(), String> {
     if adapter.text("general.type") != Some("adapter") {
         return Err("the file is not an adapter".into());
@@ -37,7 +37,7 @@ pub fn check_adapter(adapter: &Header, model: &Header) -> Result<(), String> {
         return Err("the adapter changes nothing".into());
     }
     let matrices: BTreeMap<&str, &Tensor> = model.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
-    // llama.cpp would take the change of the input for one of the output as well, whose halves are the usual way round.
+    // llama.cpp would also apply the change of the input embeddings to the output, whose factors are not swapped.
     if pairs.contains_key(INPUT) && !matrices.contains_key(OUTPUT) {
         return Err("the adapter changes the embeddings of tokens, with which the model makes its logits".into());
     }
@@ -48,7 +48,7 @@ pub fn check_adapter(adapter: &Header, model: &Header) -> Result<(), String> {
     Ok(())
 }
 
-/// Returns how strong an adapter is.
+/// Returns the alpha of an adapter, which scales its changes.
 pub(crate) fn adapter_alpha(adapter: &Header) -> Option<f64> {
     match adapter.metadata.get("adapter.lora.alpha") {
         Some(Value::Float(alpha)) if alpha.is_finite() => Some(*alpha),
@@ -56,12 +56,12 @@ pub(crate) fn adapter_alpha(adapter: &Header) -> Option<f64> {
     }
 }
 
-/// Returns whether a tensor holds the embeddings of tokens, which are looked up.
+/// Returns whether a tensor holds the token embeddings, which are looked up by row.
 pub(crate) fn is_input(name: &str) -> bool {
     name.ends_with(INPUT)
 }
 
-/// Returns the two halves of each change by the name of what they change.
+/// Returns the two factors of each change, by the name of the tensor that it changes.
 pub(crate) fn adapter_pairs(adapter: &Header) -> Result<BTreeMap<&str, AdapterPair<'_>>, String> {
     let mut halves: BTreeMap<&str, (Option<&Tensor>, Option<&Tensor>)> = BTreeMap::new();
     for tensor in &adapter.tensors {
@@ -70,7 +70,7 @@ pub(crate) fn adapter_pairs(adapter: &Header) -> Result<BTreeMap<&str, AdapterPa
         } else if let Some(name) = tensor.name.strip_suffix(".lora_b") {
             halves.entry(name).or_default().1 = Some(tensor);
         } else if !tensor.name.ends_with("_norm.weight") {
-            // Norms are passed over, as llama.cpp does.
+            // Norms are ignored, as in llama.cpp.
             return Err(format!("the tensor {:?} is neither lora_a nor lora_b", tensor.name));
         }
     }
@@ -87,7 +87,7 @@ fn check_pair((a, b): (&Tensor, &Tensor), matrix: &Tensor) -> Result<(), &'stati
     }
     let is_input = is_input(&matrix.name);
     let (a, b, matrix) = (sides(a), sides(b), sides(matrix));
-    // The embeddings of tokens are looked up by row, so their halves are the other way round.
+    // Token embeddings are looked up by row, so their factors are swapped.
     let fits = if is_input {
         matrix[0] == b[1] && matrix[1] == a[1] && a[0] == b[0]
     } else {
@@ -96,7 +96,7 @@ fn check_pair((a, b): (&Tensor, &Tensor), matrix: &Tensor) -> Result<(), &'stati
     if fits && a[2..] == matrix[2..] && b[2..] == matrix[2..] { Ok(()) } else { Err("the shapes do not fit the model") }
 }
 
-/// Returns the lengths of all four sides; those that are not told are 1.
+/// Returns the lengths of all four dimensions. Missing ones are 1.
 fn sides(tensor: &Tensor) -> [u64; 4] {
     let mut sides = [1; 4];
     for (side, length) in sides.iter_mut().zip(&tensor.dimensions) {
@@ -115,7 +115,7 @@ mod tests {
         Header::parse(&file.expect("the adapter is there")).expect("it is valid")
     }
 
-    /// Returns what is said of the adapter after a change.
+    /// Returns the error for an adapter after a change.
     fn after(change: impl FnOnce(&mut Header)) -> String {
         let mut adapter = pirate();
         change(&mut adapter);

@@ -7,14 +7,14 @@ use std::collections::HashSet;
 
 use super::{Header, TOKENS_KEY, Value};
 
-/// The most layers that llama.cpp knows.
+/// The maximum number of layers in llama.cpp.
 const LAYERS_MAX: u64 = 512;
-/// The most experts that it knows.
+/// The maximum number of experts in llama.cpp.
 const EXPERTS_MAX: u64 = 512;
-/// The longest vector of a token, and other lengths of the kind; the widest models known have a sixteenth.
+/// The maximum embedding length, and the maximum of similar lengths; the widest known models use a sixteenth.
 const LENGTH_MAX: u64 = 1 << 20;
 
-/// Lengths and the least they may be; a layer may well have no heads or no feed-forward matrices.
+/// Lengths and their minimum. A layer may have no heads or no feed-forward matrices.
 const LENGTHS: [(&str, u64); 8] = [
     ("embedding_length", 1),
     ("feed_forward_length", 0),
@@ -26,7 +26,7 @@ const LENGTHS: [(&str, u64); 8] = [
     ("expert_feed_forward_length", 0),
 ];
 
-/// Returns what in a model's header contradicts itself.
+/// Checks that a model's header is consistent.
 pub fn check_model(header: &Header) -> Result<(), String> {
     if header.architecture().is_none() {
         return Err("the file does not say of which architecture the model is".into());
@@ -56,11 +56,11 @@ fn check_lengths(header: &Header) -> Result<(), String> {
     }
 }
 
-/// Keys and values of several heads of attention share one head of keys and values.
+/// Several attention heads share one key-value head.
 fn check_heads(header: &Header) -> Result<(), String> {
     let heads = all_of(header, "attention.head_count");
     let shared = all_of(header, "attention.head_count_kv");
-    // One number stands for all layers.
+    // A single number applies to all layers.
     let layers = heads.len().max(shared.len());
     for (heads, shared) in heads.iter().cycle().zip(shared.iter().cycle()).take(layers) {
         match (heads, shared) {
@@ -86,7 +86,7 @@ fn check_experts(header: &Header) -> Result<(), String> {
     Ok(())
 }
 
-/// What is added before a square root is drawn must not make it negative.
+/// An epsilon is added before a square root, so it must not be negative.
 fn check_epsilons(header: &Header) -> Result<(), String> {
     let epsilons = header.metadata.iter().filter(|(key, _)| key.ends_with("_epsilon"));
     for (key, value) in epsilons {
@@ -100,7 +100,7 @@ fn check_epsilons(header: &Header) -> Result<(), String> {
 fn check_vocabulary(header: &Header) -> Result<(), String> {
     let Some(Value::Texts(tokens)) = header.metadata.get(TOKENS_KEY) else { return Ok(()) };
     let mut known = HashSet::new();
-    // llama.cpp reads a text up to its first zero, and gives an empty one a name of its own.
+    // llama.cpp reads a token's text up to its first zero byte, and gives an empty one a generated name.
     let texts = (0..tokens.len()).filter_map(|token| tokens.get(token)?.split(|byte| *byte == 0).next());
     match texts.filter(|text| !text.is_empty()).find(|text| !known.insert(*text)) {
         Some(text) => Err(format!("the token {:?} is there twice", String::from_utf8_lossy(text))),
@@ -108,8 +108,8 @@ fn check_vocabulary(header: &Header) -> Result<(), String> {
     }
 }
 
-/// Returns the numbers under a key of the architecture, one for all layers or one for each; `None` for values that are
-/// not numbers.
+/// Returns the numbers under a key of the architecture: one for all layers, or one for each. Values that are not
+/// numbers are `None`.
 fn all_of(header: &Header, name: &str) -> Vec<Option<u64>> {
     let Some(architecture) = header.architecture() else { return Vec::new() };
     match header.metadata.get(&format!("{architecture}.{name}")) {
@@ -124,7 +124,7 @@ mod tests {
     use super::*;
     use crate::gguf::tests::{tiny, tiny_header};
 
-    /// Returns what is said of the tiny model once a number is another.
+    /// Returns the result of checking the tiny model with one number changed.
     fn with(name: &str, number: u64) -> Result<(), String> {
         let mut header = tiny_header();
         header.metadata.insert(format!("llama.{name}"), Value::Unsigned(number));
@@ -163,7 +163,7 @@ mod tests {
         assert_eq!(with("attention.head_count_kv", 6), Ok(()));
     }
 
-    /// Damage by chance found this one: ggml asserts it when the first token is evaluated.
+    /// Found by random corruption: ggml asserts this when the first token is evaluated.
     #[test]
     fn an_epsilon_below_zero_is_refused() {
         for epsilon in [-1e-5, f64::NAN, f64::INFINITY] {
@@ -177,7 +177,7 @@ mod tests {
     fn a_vocabulary_with_a_token_twice_is_refused() {
         let bytes = tiny();
         let at = |text: &[u8]| bytes.windows(text.len()).position(|window| window == text).expect("it is there");
-        // The end of a turn becomes its begin.
+        // Turns the end-of-turn token into the start-of-turn token.
         let end = at(b"<|im_end|>");
         let mut twice = bytes.clone();
         twice[end..end + 10].copy_from_slice(b"<|im_start");

@@ -10,25 +10,25 @@ use std::ops::Range;
 use super::reader::{Positioned, Reader};
 use super::{Header, KEPT_BYTES_MAX, check_model, join};
 
-/// The longest head of a joined file, without its tensors, which lies in memory; the largest vocabularies known take
-/// two thirds.
+/// The maximum length of a joined file's header, which is held in memory; the largest known vocabularies take two
+/// thirds.
 const HEAD_BYTES_MAX: u64 = 24 << 20;
-/// What every key begins with that says how a model was split.
+/// The prefix of all keys that describe the split.
 const SPLIT: &str = "split.";
 
-/// How one file is made of the parts of a model.
+/// The layout of one file that is joined from the parts of a model.
 #[derive(Debug)]
 pub struct Joined {
-    /// The header of the whole.
+    /// The header of the joined file.
     pub header: Header,
-    /// Everything before the tensors' bytes.
+    /// All bytes before the tensor data.
     head: Vec<u8>,
-    /// Where the bytes of the tensors lie in each part, and how many zeros follow them.
+    /// The range of the tensor data in each part, and the number of padding zeros after it.
     data: Vec<(Range<u64>, u64)>,
 }
 
 impl Joined {
-    /// Reads the parts of a model, given in their order, or says why they are no whole model.
+    /// Reads the parts of a model, given in order. Returns an error if they do not form a whole model.
     pub fn of(parts: &[File]) -> Result<Self, String> {
         let first = parts.first().ok_or("there is no file")?;
         let pairs = pairs(first)?;
@@ -48,7 +48,7 @@ impl Joined {
             let padded = length.checked_next_multiple_of(alignment).ok_or("a part is too long")?;
             data.push((data_offset..data_offset.saturating_add(length), padded - length));
             for tensor in tensors {
-                // Each part may say how its own tensors are aligned; the whole has one way.
+                // Each part may have its own alignment, but the joined file has only one.
                 if !tensor.offset.is_multiple_of(alignment) {
                     return Err(format!(
                         "the tensor {:?} is aligned otherwise than those of the first file",
@@ -65,12 +65,12 @@ impl Joined {
         Ok(joined)
     }
 
-    /// Returns the length of the whole file.
+    /// Returns the length of the joined file.
     pub fn bytes(&self) -> u64 {
         self.data.iter().fold(self.head.len() as u64, |sum, (data, zeros)| sum + (data.end - data.start) + zeros)
     }
 
-    /// Returns what reads the whole file from its parts.
+    /// Returns a reader over the joined file.
     pub fn reader<'a>(&'a self, parts: &'a [File]) -> impl Read + 'a {
         let tensors = parts.iter().zip(&self.data).map(|(file, (data, zeros))| {
             let positioned = Positioned { file, offset: data.start };
@@ -111,7 +111,7 @@ impl Joined {
     }
 }
 
-/// Returns where each pair of a file lies, by its key.
+/// Returns the byte range of each key-value pair of a file, by key.
 fn pairs(file: &File) -> Result<Vec<(String, Range<u64>)>, String> {
     let file_bytes = file.metadata().map_err(|error| format!("the file cannot be read: {error}"))?.len();
     let input = BufReader::with_capacity(1 << 16, Positioned { file, offset: 0 });
@@ -143,8 +143,8 @@ mod tests {
         head.extend(bytes);
     }
 
-    /// Splits the tiny model as `llama-gguf-split` does: the first part has all pairs, the others only those of the
-    /// split.
+    /// Splits the tiny model as `llama-gguf-split` does: the first part has all pairs, the others only the pairs that
+    /// describe the split.
     fn parts(count: usize) -> Vec<File> {
         let tensors = Header::parse(&tiny()).expect("it is valid").tensors.len();
         let share = tensors.div_ceil(count);
@@ -152,7 +152,8 @@ mod tests {
         split(&shares, None)
     }
 
-    /// Deals so many tensors to each part. The first says how the tensors are aligned, where that is given.
+    /// Splits the tensors into parts with the given numbers of tensors. If `alignment` is given, the first part
+    /// declares it.
     fn split(shares: &[usize], alignment: Option<u32>) -> Vec<File> {
         let whole = tiny();
         let count = shares.len();

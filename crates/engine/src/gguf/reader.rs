@@ -13,15 +13,15 @@ use super::{
 
 const MAGIC: [u8; 4] = *b"GGUF";
 
-/// What a pair takes beside its texts: its places in a tree and in a list, each of which may have twice the room that
-/// it needs.
+/// Memory for a pair in addition to its strings: its entries in a tree and in a list, each of which may have twice
+/// the capacity that it needs.
 const PAIR_BYTES: u64 = 384;
-/// What a tensor takes beside its name: its place in a list, its dimensions, and its name and place among all names.
+/// Memory for a tensor in addition to its name: its list entry, its dimensions, and its entry in the set of names.
 const TENSOR_BYTES: u64 = 384;
-/// Items by which the lists of the vocabulary grow.
+/// The number of items by which the vocabulary's lists grow.
 const GROWTH_ITEMS: usize = 256 << 10;
 
-/// Keys of which llama.cpp takes the type for granted, and the number of that type.
+/// Keys whose type llama.cpp takes for granted, with the number of that type.
 const TYPED_KEYS: [(&str, u32); 8] = [
     ("general.alignment", 4),
     ("general.architecture", 8),
@@ -33,7 +33,7 @@ const TYPED_KEYS: [(&str, u32); 8] = [
     ("split.tensors.count", 5),
 ];
 
-/// Reads a file by position, so that parsers that share its descriptor do not disturb each other.
+/// Reads a file by position, so that parsers that share a descriptor do not disturb each other.
 pub(super) struct Positioned<'a> {
     pub(super) file: &'a File,
     pub(super) offset: u64,
@@ -47,17 +47,17 @@ impl Read for Positioned<'_> {
     }
 }
 
-/// Reads the fields of a header one after another, and knows where it is.
+/// Reads the fields of a header in order and tracks the offset.
 pub(super) struct Reader<R> {
     pub(super) input: R,
     pub(super) offset: u64,
     pub(super) file_bytes: u64,
     pub(super) key: Option<String>,
-    /// The pairs that were read: where each lies, by its key.
+    /// The byte range of each pair read so far, by key.
     pub(super) pairs: Vec<(String, Range<u64>)>,
-    /// Numbers of arrays that were kept.
+    /// The number of array items that were kept.
     kept_numbers: u64,
-    /// Memory that is left for what is kept, in bytes.
+    /// The remaining memory budget for data that is kept, in bytes.
     pub(super) budget: u64,
 }
 
@@ -97,11 +97,11 @@ impl<R: Read> Reader<R> {
             let start = self.offset;
             self.keep(PAIR_BYTES)?;
             let key = self.text(KEY_BYTES_MAX)?;
-            // It lies in the list of pairs as well.
+            // The key is stored in the list of pairs as well.
             self.keep(key.len() as u64)?;
             self.key = Some(key.clone());
             let kind = self.u32()?;
-            // llama.cpp asserts that these have their types, where it checks those of others.
+            // llama.cpp asserts the types of these keys, while it checks those of others.
             if TYPED_KEYS.iter().any(|(typed, right)| *typed == key && *right != kind) {
                 return Err(format!("{kind} is not the type that this key has"));
             }
@@ -148,7 +148,7 @@ impl<R: Read> Reader<R> {
         let kind = self.u32()?;
         let items = self.u64()?;
         if kind == 8 {
-            // A text takes at least the eight bytes of its length.
+            // A string takes at least the eight bytes of its length.
             self.expect_room(items, 8)?;
             return self.texts(items, key == TOKENS_KEY);
         }
@@ -159,7 +159,7 @@ impl<R: Read> Reader<R> {
             return Ok(Value::Skipped { items });
         }
         self.kept_numbers += items;
-        // A list that grows has room for up to twice as many.
+        // A growing vector may allocate twice the capacity that it needs.
         self.keep(items * 2 * size_of::<Value>() as u64)?;
         (0..items).map(|_| self.number(kind)).collect::<Result<_, _>>().map(Value::Array)
     }
@@ -174,7 +174,7 @@ impl<R: Read> Reader<R> {
             }
             self.keep(length + size_of::<u32>() as u64)?;
             let text = self.bytes(length)?;
-            // To double the room would take more than is kept.
+            // Doubling the capacity would take more memory than was budgeted.
             reserve(&mut table.bytes, text.len());
             reserve(&mut table.ends, 1);
             table.bytes.extend_from_slice(&text);
@@ -184,7 +184,7 @@ impl<R: Read> Reader<R> {
     }
 
     fn tensors(&mut self, count: u64) -> Result<Vec<Tensor>, String> {
-        // A description takes at least 24 bytes: name length, dimension count, type and offset.
+        // A tensor description takes at least 24 bytes: name length, dimension count, type and offset.
         self.expect_room(count, 24)?;
         let mut tensors = Vec::new();
         let mut names = HashSet::new();
@@ -247,7 +247,7 @@ impl<R: Read> Reader<R> {
         Ok(())
     }
 
-    /// Reads a count and refuses one above `most`.
+    /// Reads a count and rejects values above `most`.
     fn bounded(&mut self, what: &str, most: u64) -> Result<u64, String> {
         let count = self.u64()?;
         if count > most { Err(format!("{count} {what}, {most} are the most")) } else { Ok(count) }
@@ -261,7 +261,7 @@ impl<R: Read> Reader<R> {
             .ok_or_else(|| format!("{items} items do not fit the rest of the file"))
     }
 
-    /// Takes memory for something that is kept, before it is read.
+    /// Charges the memory of a value to the budget before the value is read.
     fn keep(&mut self, bytes: u64) -> Result<(), String> {
         self.budget = self.budget.checked_sub(bytes).ok_or_else(|| {
             format!("the header takes more than {} MiB of memory, which no model needs", KEPT_BYTES_MAX >> 20)
@@ -320,7 +320,7 @@ impl<R: Read> Reader<R> {
     }
 }
 
-/// Makes room for more items, a fixed step at a time.
+/// Reserves capacity for more items, in fixed steps.
 fn reserve<T>(items: &mut Vec<T>, more: usize) {
     if items.capacity() - items.len() < more {
         items.reserve_exact(more.max(GROWTH_ITEMS));
@@ -337,7 +337,7 @@ fn number_bytes(kind: u32) -> Option<u64> {
     }
 }
 
-/// Returns the elements and the bytes of one block of a ggml type.
+/// Returns the number of elements and bytes in one block of a ggml type.
 fn tensor_block(kind: u32) -> Option<(u64, u64)> {
     Some(match kind {
         0 | 26 => (1, 4),

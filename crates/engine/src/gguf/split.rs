@@ -7,7 +7,7 @@ use tokio::task;
 use super::{Header, check_adapter, check_model};
 use crate::model_runtime::{EngineError, VerifiedArtifact};
 
-/// Reads what a model is, from all of its files, and refuses what llama.cpp would end its process on.
+/// Reads a model's header from all of its files. Rejects models on which llama.cpp would abort.
 pub async fn read_model(artifact: &VerifiedArtifact) -> Result<Header, EngineError> {
     let checked = |headers| {
         let header = join(headers)?;
@@ -17,7 +17,7 @@ pub async fn read_model(artifact: &VerifiedArtifact) -> Result<Header, EngineErr
     checked(read_headers(artifact).await?).map_err(|reason| EngineError::InvalidModel { reason })
 }
 
-/// Reads an adapter's header, and refuses one that does not belong to a model.
+/// Reads an adapter's header. Rejects an adapter that does not fit the model.
 pub async fn read_adapter(artifact: &VerifiedArtifact, model: &Header) -> Result<Header, EngineError> {
     let checked = |headers| {
         let header = join(headers)?;
@@ -37,7 +37,7 @@ async fn read_headers(artifact: &VerifiedArtifact) -> Result<Vec<Header>, Engine
     headers.map_err(|error| EngineError::InvalidModel { reason: error.to_string() })
 }
 
-/// Returns one header for the parts of a model, given in their order, or says why they are no whole model.
+/// Joins the headers of a model's parts, given in order. Returns an error if they do not form a whole model.
 pub fn join(parts: Vec<Header>) -> Result<Header, String> {
     let given = parts.len() as u64;
     let mut parts = parts.into_iter();
@@ -78,7 +78,7 @@ mod tests {
     use crate::gguf::tests::tiny_header;
     use crate::gguf::{Tensor, Value};
 
-    /// The tiny model, its tensors dealt out to so many parts.
+    /// The tiny model, with its tensors dealt out to `count` parts.
     fn parts(count: usize) -> Vec<Header> {
         let whole = tiny_header();
         let dealt =

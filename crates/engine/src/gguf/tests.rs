@@ -63,7 +63,7 @@ fn a_model_says_how_it_wants_to_be_sampled_in_llama_cpps_words() {
     set("penalty_repeat", Value::Float(1.25));
     let expected = SamplingDefaults { temperature: 0.5, top_p: 1.0, top_k: 0, min_p: 0.0, repetition_penalty: 1.25 };
     assert_eq!(header.sampling_defaults(), expected);
-    // What no request may say, a file may not either.
+    // A value that a request may not have is not allowed in a file either.
     for (name, value) in [("temp", -1.0), ("temp", f64::NAN), ("top_p", 0.0), ("min_p", 2.0), ("penalty_repeat", 9.0)] {
         let mut header = tiny_header();
         header.metadata.retain(|key, _| !key.starts_with("general.sampling."));
@@ -119,7 +119,7 @@ fn many_arrays_are_checked_and_few_of_their_numbers_kept() {
     let pairs = 1_000;
     let mut builder = Builder::new(0, pairs);
     for number in 0..pairs {
-        // An array of bytes: a kept number takes tens of times its length in the file.
+        // An array of bytes: a number that is kept takes tens of times its length in the file.
         builder.text(&format!("a.{number}")).u32(9).u32(0).u64(KEPT_NUMBERS_MAX);
         builder.0.extend(std::iter::repeat_n(7, KEPT_NUMBERS_MAX as usize));
     }

@@ -2,15 +2,15 @@
 
 use serde_json::Value;
 
-/// The longest schema, expression or grammar, in bytes.
+/// The maximum length of a schema, an expression or a grammar, in bytes.
 const BYTES_MAX: usize = 128 << 10;
-/// How deep a schema may nest.
+/// The maximum nesting depth of a schema.
 const DEPTH_MAX: usize = 64;
-/// The most items or properties that may be counted; each takes a symbol of the grammar.
+/// The maximum count of items or properties; each takes a symbol of the grammar.
 const COUNT_MAX: u64 = 4_096;
-/// The most name patterns of properties in all; each is compared with each.
+/// The maximum number of property name patterns in all; each is compared with every other.
 const PATTERNS_MAX: usize = 64;
-/// The most parts of a schema that are tried to find what is wrong.
+/// The maximum number of parts of a schema that are tried to find the fault.
 const TRIES_MAX: usize = 64;
 
 /// Keywords whose value maps names to schemas.
@@ -19,16 +19,16 @@ const MAPS: [&str; 4] = ["properties", "patternProperties", "$defs", "definition
 const PARTS: [&str; 8] =
     ["items", "prefixItems", "additionalProperties", "additionalItems", "anyOf", "oneOf", "allOf", "not"];
 
-/// Refuses a text that is too long.
+/// Rejects a text that is too long.
 pub(super) fn check_text(text: &str) -> Result<(), String> {
     if text.len() > BYTES_MAX { Err(format!("it is longer than {BYTES_MAX} bytes")) } else { Ok(()) }
 }
 
-/// Refuses a grammar that is too long or holds a schema that asks for too much.
+/// Rejects a grammar that is too long or that contains a schema beyond the limits.
 pub(super) fn check_lark(grammar: &str) -> Result<(), String> {
     check_text(grammar)?;
     for after in grammar.split("%json").skip(1) {
-        // What is no JSON is told by the compiler, which knows the line.
+        // The compiler reports invalid JSON, since it knows the line.
         if let Some(Ok(schema)) = serde_json::Deserializer::from_str(after).into_iter::<Value>().next() {
             check_schema(&schema)?;
         }
@@ -36,7 +36,7 @@ pub(super) fn check_lark(grammar: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Refuses a schema that asks for more than the compiler bounds, and says where.
+/// Rejects a schema that exceeds a limit the compiler does not enforce, and names the place.
 pub(super) fn check_schema(schema: &Value) -> Result<(), String> {
     if !schema.is_object() && !schema.is_boolean() {
         return Err("a schema is an object".into());
@@ -45,7 +45,7 @@ pub(super) fn check_schema(schema: &Value) -> Result<(), String> {
     size.take(schema, &mut Vec::new())
 }
 
-/// What is left for the rest of a schema.
+/// The remaining budget for the rest of a schema.
 struct Size {
     bytes: usize,
     patterns: usize,
@@ -104,7 +104,8 @@ fn pointer(path: &[&str], key: &str) -> String {
     path.iter().chain([&key]).flat_map(|step| ["/", step]).collect()
 }
 
-/// Finds the smallest part that has a fault of its own. Returns its JSON pointer, empty for the whole, and the fault.
+/// Finds the smallest part that is faulty by itself. Returns its JSON pointer, empty for the whole schema, and the
+/// fault.
 pub(super) fn locate(schema: &Value, fault: String, find_fault: impl Fn(&Value) -> Option<String>) -> (String, String) {
     let mut found = (String::new(), fault);
     let mut within = schema;
@@ -125,7 +126,7 @@ pub(super) fn locate(schema: &Value, fault: String, find_fault: impl Fn(&Value) 
     }
 }
 
-/// Returns the schemas directly within one, with their places in it.
+/// Returns the direct subschemas of a schema, with their JSON pointers.
 fn parts(schema: &Value) -> Vec<(String, &Value)> {
     let maps = MAPS.into_iter().filter_map(|key| Some((key, schema.get(key)?.as_object()?)));
     let named = maps.flat_map(|(key, map)| map.iter().map(move |(name, part)| (format!("/{key}/{name}"), part)));
@@ -137,7 +138,7 @@ fn parts(schema: &Value) -> Vec<(String, &Value)> {
     named.chain(listed).filter(|(_, part)| part.is_object()).collect()
 }
 
-/// Lets a part refer to the definitions of the whole.
+/// Copies the definitions of the whole schema into a part, so that the part can refer to them.
 fn with_definitions(part: &Value, whole: &Value) -> Value {
     let mut part = part.clone();
     if let Some(keywords) = part.as_object_mut() {

@@ -8,10 +8,10 @@ use super::*;
 const END: u32 = 256;
 /// A special token that writes `<|call|>`.
 const CALL: u32 = 257;
-/// Writes `": `, as tokenizers like to.
+/// A token with the text `": `, which is common in tokenizers.
 const COLON: u32 = 258;
 
-/// A vocabulary of all bytes and a few tokens more.
+/// A vocabulary of all bytes and a few more tokens.
 fn grammars() -> Grammars {
     let mut bytes: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
     bytes.extend([b"<|end|>".to_vec(), b"<|call|>".to_vec(), b"\": ".to_vec(), Vec::new()]);
@@ -23,7 +23,7 @@ fn schema(schema: Value) -> OutputFormat {
     OutputFormat::JsonSchema(schema)
 }
 
-/// Returns whether a form takes a text and lets the answer end after it.
+/// Returns whether a constraint accepts a text and lets the answer end after it.
 fn takes(grammars: &Grammars, format: &OutputFormat, text: &str) -> bool {
     let mut constraint = grammars.constraint(format).expect("it compiles").expect("it is a form");
     for byte in text.bytes() {
@@ -195,7 +195,7 @@ fn a_bomb_costs_bounded_time_and_ends_in_an_answer_or_an_error() {
                 }
             }
         }
-        // Optimised it is far below a second; tests run unoptimised and beside others.
+        // An optimised build takes far less than a second. Tests run unoptimised and in parallel.
         assert!(begin.elapsed() < Duration::from_secs(20), "{name} took {:?}", begin.elapsed());
     }
 }

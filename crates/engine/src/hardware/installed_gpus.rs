@@ -6,15 +6,16 @@ use std::path::Path;
 
 use rustix::fs::Access;
 
-/// The most entries of a folder that are looked at, and the most GPUs that are told.
+/// The maximum number of directory entries that are read, and of GPUs that are reported.
 const ENTRIES_MAX: usize = 4_096;
 const GPUS_MAX: usize = 64;
-/// The most that is read of a file of the kernel.
+/// The maximum number of bytes read from a kernel file.
 const FILE_BYTES_MAX: u64 = 4_096;
 /// PCI's class of display controllers: VGA, 3D and others.
 const DISPLAY_CLASS: &str = "0x03";
 
-/// Who made a GPU. Displays of server boards and of virtual machines are by others, and compute nothing.
+/// The vendor of a GPU. Display adapters of server boards and virtual machines are by other vendors and cannot
+/// compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Vendor {
     Nvidia,
@@ -24,7 +25,7 @@ pub enum Vendor {
 }
 
 impl Vendor {
-    /// Returns the name that people know the maker by.
+    /// Returns the vendor's usual name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Nvidia => "NVIDIA",
@@ -44,35 +45,33 @@ impl Vendor {
     }
 }
 
-/// A GPU that the machine has.
+/// A GPU that is installed in the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InstalledGpu {
-    /// Who made it, as its PCI number says.
+    /// The vendor, from its PCI id.
     pub vendor: Vendor,
-    /// Its PCI address, such as `0000:01:00.0`; empty where it has none.
+    /// Its PCI address, such as `0000:01:00.0`; empty if it has none.
     pub address: String,
-    /// Its model, where the driver tells it.
+    /// The model, if the driver reports it.
     pub model: Option<String>,
 }
 
-/// Whether programs of this user may use a device file.
+/// Whether this user may access a device file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum DeviceNode {
-    /// There is no such file.
     #[default]
     Missing,
-    /// There is one, and this user may not read and write it.
+    /// The file exists, but this user may not read and write it.
     Forbidden,
-    /// It can be used.
     Usable,
 }
 
-/// The GPUs of a machine and what their drivers put into the file system.
+/// The installed GPUs and the files that their drivers provide.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct InstalledGpus {
     /// The GPUs, by address.
     pub gpus: Vec<InstalledGpu>,
-    /// The version of NVIDIA's kernel driver, where it is loaded.
+    /// The version of NVIDIA's kernel driver, if it is loaded.
     pub nvidia_driver: Option<String>,
     /// `/dev/nvidia0` and the like.
     pub nvidia_node: DeviceNode,
@@ -81,12 +80,12 @@ pub struct InstalledGpus {
 }
 
 impl InstalledGpus {
-    /// Looks at the file system below a root, `/` but in tests. What cannot be read counts as missing.
+    /// Inspects the file system below a root, which is `/` except in tests. Unreadable files count as missing.
     pub fn find(root: &Path) -> Self {
         let mut gpus = pci_gpus(root);
         let nvidia_node = device_node(&root.join("dev"), "nvidia");
         let has = |vendor| gpus.iter().any(|gpu: &InstalledGpu| gpu.vendor == vendor);
-        // Boards without PCI, and containers that hide it.
+        // For boards without PCI, and containers that hide it.
         let without_pci = |vendor| InstalledGpu { vendor, address: String::new(), model: None };
         let mut others = vec![];
         if nvidia_node != DeviceNode::Missing && !has(Vendor::Nvidia) {
@@ -124,7 +123,7 @@ fn pci_gpus(root: &Path) -> Vec<InstalledGpu> {
     found
 }
 
-/// Returns the best state of the device files whose names are a word and a number.
+/// Returns the best state of the device files whose name is `word` and a number.
 fn device_node(folder: &Path, word: &str) -> DeviceNode {
     let is_numbered = |name: &&String| {
         name.strip_prefix(word).is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_digit()))
@@ -134,12 +133,12 @@ fn device_node(folder: &Path, word: &str) -> DeviceNode {
     if nodes.peek().is_none() {
         return DeviceNode::Missing;
     }
-    // To open it would wake the device up.
+    // Opening it would wake the device up.
     let may_use = |node| rustix::fs::access(&node, Access::READ_OK | Access::WRITE_OK).is_ok();
     if nodes.any(may_use) { DeviceNode::Usable } else { DeviceNode::Forbidden }
 }
 
-/// Returns the version in the words of NVIDIA's kernel driver, such as `580.82.07`.
+/// Returns the version from the text of NVIDIA's kernel driver, such as `580.82.07`.
 fn driver_version(told: &str) -> Option<String> {
     let is_version = |word: &&str| {
         word.contains('.') && word.split('.').all(|part| !part.is_empty() && part.bytes().all(|it| it.is_ascii_digit()))
@@ -167,7 +166,7 @@ fn read(path: &Path) -> Option<String> {
 mod tests {
     use super::*;
 
-    /// A file system with these files, each with a text.
+    /// A file system with the given files and their contents.
     fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().expect("a folder");
         for (path, text) in files {
@@ -180,7 +179,7 @@ mod tests {
 
     fn found(files: &[(&str, &str)]) -> InstalledGpus {
         let mut found = InstalledGpus::find(tree(files).path());
-        // A Mac has one more, wherever it looks.
+        // A Mac always reports one more.
         found.gpus.retain(|gpu| gpu.vendor != Vendor::Apple);
         found
     }
@@ -197,7 +196,7 @@ mod tests {
             ("0x10de", "0x030200", Some(Vendor::Nvidia)),
             ("0x1002", "0x038000", Some(Vendor::Amd)),
             ("0x8086", "0x030000", Some(Vendor::Intel)),
-            // The sound of a graphics card, and a network card.
+            // The audio device of a graphics card, and a network card.
             ("0x10de", "0x040300", None),
             ("0x8086", "0x020000", None),
             // Displays of a server board (ASPEED, Matrox), of QEMU (QXL, virtio, Bochs), VMware and Hyper-V.

@@ -5,44 +5,43 @@ use std::fmt;
 use super::installed_gpus::{DeviceNode, InstalledGpu, InstalledGpus, Vendor};
 use super::{Backend, BackendState, Device, Hardware};
 
-/// A GPU that computes nothing.
+/// An installed GPU that is not used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnusedGpu {
-    /// Which one, for people.
+    /// The name to show to people.
     pub gpu: String,
     pub why: WhyUnused,
 }
 
-/// Why a GPU computes nothing.
+/// Why a GPU is not used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WhyUnused {
-    /// The program was built without an interface to it.
+    /// The program was built without a backend for it.
     #[error("this build has no {} backend; {}", backend_name(*.0), how_to_build(*.0))]
     NoBackend(Vendor),
-    /// The library of the interface belongs beside the program and is not there.
+    /// The backend's library is not installed next to the program.
     #[error("{library} is missing beside the program; keep the files of a release together")]
     LibraryMissing {
-        /// File name of the backend, as ggml has it.
+        /// File name of the backend's library.
         library: String,
     },
-    /// The library of the interface cannot be loaded.
     #[error("{library} cannot be loaded: {reason}")]
     NotLoadable {
-        /// File name of the backend, as ggml has it.
+        /// File name of the backend's library.
         library: String,
-        /// What the dynamic linker says.
+        /// The dynamic linker's error.
         reason: String,
     },
-    /// No driver is loaded in the kernel.
+    /// No kernel driver is loaded.
     #[error("NVIDIA's driver is not installed or not loaded; install it (version 580 or newer for CUDA 13)")]
     NoDriver,
-    /// The kernel has a driver whose library this process does not see.
+    /// The kernel driver is loaded, but this process cannot find the driver's library.
     #[error(
         "the driver {version} is loaded, but its library {library} is not found; in a container, start it with --gpus all, \
          else install the library of the same version"
     )]
     NoDriverLibrary {
-        /// The driver's version, as the kernel tells it.
+        /// The driver's version, as reported by the kernel.
         version: String,
         /// File name of the driver's library.
         library: String,
@@ -52,29 +51,29 @@ pub enum WhyUnused {
         "the driver {version} is too old for the CUDA of this build; install a newer one (580 or newer for CUDA 13)"
     )]
     DriverTooOld {
-        /// The driver's version, as the kernel tells it.
+        /// The driver's version, as reported by the kernel.
         version: String,
     },
-    /// Its device file is not here.
+    /// The device file does not exist.
     #[error("there is no {0}; in a container, start it with access to the GPU (docker run --gpus all, or --device)")]
     NoNode(&'static str),
-    /// Its device file is not for this user.
+    /// This user may not access the device file.
     #[error("this user may not use {0}; add it to the group that may (often video or render)")]
     NodeForbidden(&'static str),
-    /// The driver offers fewer GPUs than there are.
+    /// The driver offers fewer GPUs than are installed.
     #[error("the driver offers {offered} of {installed} GPUs to this program; see CUDA_VISIBLE_DEVICES")]
     Hidden {
-        /// GPUs that can be used.
+        /// The number of usable GPUs.
         offered: usize,
-        /// GPUs that there are.
+        /// The number of installed GPUs.
         installed: usize,
     },
-    /// The driver offers none, for a reason of its own.
+    /// The driver offers no GPU, for a reason of its own.
     #[error("its driver offers no {interface} device{}", reason(.complaint.as_deref()))]
     NotOffered {
-        /// The interface that was asked, such as CUDA.
+        /// The backend, such as CUDA.
         interface: String,
-        /// What it complained of.
+        /// The backend's complaint.
         complaint: Option<String>,
     },
 }
@@ -105,8 +104,8 @@ impl fmt::Display for UnusedGpu {
     }
 }
 
-/// Returns the GPUs that compute nothing, those that have the same reason as one. A processor's own GPU beside one that
-/// is used is not told: it would help little.
+/// Returns the unused GPUs. GPUs with the same reason are grouped into one entry. A processor's integrated GPU is
+/// left out if another GPU is used: it would help little.
 pub fn unused_gpus(hardware: &Hardware, installed: &InstalledGpus) -> Vec<UnusedGpu> {
     let used = |vendor| hardware.devices.iter().filter(|device| vendor_of(device) == Some(vendor)).count();
     let any_is_used = hardware.devices.iter().any(Device::is_gpu);
@@ -149,7 +148,7 @@ fn why(vendor: Vendor, hardware: &Hardware, installed: &InstalledGpus) -> WhyUnu
     }
 }
 
-/// The library through which programs reach NVIDIA's driver.
+/// The library through which programs use NVIDIA's driver.
 const DRIVER_LIBRARY: &str = "libcuda.so.1";
 
 fn needs_driver(reason: &str) -> bool {
@@ -177,7 +176,7 @@ fn not_offered(vendor: Vendor, backend: &Backend, complaint: Option<&str>, insta
     WhyUnused::NotOffered { interface: backend.name.clone(), complaint: complaint.map(str::to_owned) }
 }
 
-/// Returns who made a device that the engine can use, as far as its name tells.
+/// Returns the vendor of a usable device, as far as its name shows it.
 fn vendor_of(device: &Device) -> Option<Vendor> {
     if !device.is_gpu() {
         return None;
@@ -199,7 +198,7 @@ fn vendor_of(device: &Device) -> Option<Vendor> {
     made_by.map(|(vendor, _)| *vendor)
 }
 
-/// Intel's processors have their GPU at this address.
+/// Intel's processors have their integrated GPU at this address.
 fn is_of_processor(gpu: &InstalledGpu) -> bool {
     gpu.vendor == Vendor::Intel && gpu.address.ends_with("00:02.0")
 }

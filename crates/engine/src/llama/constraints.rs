@@ -7,7 +7,7 @@ use super::native::{Token, Vocabulary};
 use crate::grammar::{Constraint, Grammars, TokenTable};
 use crate::model_runtime::{EngineError, OutputFormat};
 
-/// The grammars of one model. They are made for the first request that needs one, which takes some hundred
+/// The grammars of one model. They are built for the first request that needs one, which takes a few hundred
 /// milliseconds.
 #[derive(Debug)]
 pub(super) struct Constraints {
@@ -16,17 +16,17 @@ pub(super) struct Constraints {
 }
 
 impl Constraints {
-    /// `spoken` are the special tokens whose text belongs to answers.
+    /// `spoken` are the special tokens whose text is part of answers.
     pub(super) fn new(spoken: BTreeSet<Token>) -> Self {
         Self { spoken: Arc::new(spoken), grammars: OnceLock::new() }
     }
 
-    /// Returns the special tokens whose text belongs to answers.
+    /// Returns the special tokens whose text is part of answers.
     pub(super) fn spoken(&self) -> Arc<BTreeSet<Token>> {
         Arc::clone(&self.spoken)
     }
 
-    /// Returns the constraint of one answer; `None` for free text. Blocks for milliseconds.
+    /// Compiles the constraint of one answer. Returns `None` for free text. Blocks for milliseconds.
     pub(super) fn constraint(
         &self,
         vocabulary: Vocabulary<'_>,

@@ -6,48 +6,48 @@
 
 use super::native::Token;
 
-/// Tokens that must agree before a passage counts as repeated.
+/// The number of tokens that must match before a passage counts as repeated.
 const NGRAM: usize = 3;
-/// How far back a repeated passage is looked for.
+/// How far back repeated passages are searched for, in tokens.
 const LOOK_BACK: usize = 8_192;
-/// What one token's outcome weighs in the estimate of how often suggestions are right.
+/// The weight of one token's outcome in the moving average of the acceptance rate.
 const WEIGHT: f32 = 0.1;
-/// Steps without a single hit after which suggesting pauses, where suggestions are rarely right: of those that are
-/// right half of the time, three steps in a row are all wrong often enough.
+/// The number of consecutive steps without an accepted token after which drafting pauses, if drafts are rarely right.
+/// If drafts are right half of the time, three wrong steps in a row happen often enough by chance.
 const MISSES_MAX: u32 = 3;
-/// The estimate up to which suggestions are rarely right.
+/// Up to this estimated acceptance rate, drafts count as rarely right.
 const RARELY: f32 = 0.3;
-/// Steps of the first pause; each further miss doubles it.
+/// The length of the first pause in steps. Each further miss doubles it.
 const PAUSE_FIRST: u32 = 16;
-/// Steps of the longest pause.
+/// The length of the longest pause in steps.
 const PAUSE_MAX: u32 = 128;
 
-/// Suggests tokens for one answer.
+/// Drafts tokens for one answer.
 #[derive(Debug)]
 pub(super) struct Drafter {
     prediction: Vec<Token>,
-    /// The place in the prediction that comes next.
+    /// The position of the next token in the prediction.
     cursor: usize,
-    /// Estimated share of suggested tokens that are right.
+    /// Estimated share of draft tokens that are accepted.
     hit_rate: f32,
-    /// Steps in a row without a hit.
+    /// Consecutive steps without an accepted token.
     misses: u32,
-    /// Steps for which nothing is suggested.
+    /// Remaining steps without a draft.
     pause: u32,
 }
 
 impl Drafter {
-    /// Returns the drafter of an answer that its caller predicts; an empty prediction says nothing.
+    /// Creates a drafter from the caller's prediction of the answer, which may be empty.
     pub(super) fn new(prediction: Vec<Token>) -> Self {
         Self { prediction, cursor: 0, hit_rate: 0.5, misses: 0, pause: 0 }
     }
 
-    /// Returns the estimated share of suggested tokens that are right.
+    /// Returns the estimated share of draft tokens that are accepted.
     pub(super) fn hit_rate(&self) -> f32 {
         self.hit_rate
     }
 
-    /// Returns up to `most` tokens that may come next.
+    /// Returns up to `most` draft tokens.
     pub(super) fn suggest(&self, text: &[Token], most: usize) -> Vec<Token> {
         if most == 0 || self.pause > 0 {
             return Vec::new();
@@ -62,11 +62,11 @@ impl Drafter {
         }
     }
 
-    /// Learns which tokens came, in answer to a suggestion of so many.
+    /// Updates the estimates after a step that drafted `suggested` tokens and produced the tokens `came`.
     pub(super) fn learn(&mut self, text: &[Token], came: &[Token], suggested: usize) {
         self.pause = self.pause.saturating_sub(1);
         if suggested > 0 {
-            // Tokens behind the first wrong one were not tried.
+            // Tokens after the first rejected one were not tried.
             let right = came.len().saturating_sub(1);
             for index in 0..suggested.min(right + 1) {
                 let hit = if index < right { 1.0 } else { 0.0 };
@@ -79,9 +79,9 @@ impl Drafter {
                 self.pause = PAUSE_FIRST.saturating_mul(1 << more.min(8)).min(PAUSE_MAX);
             }
         }
-        // A wrong token most likely stands in the place of a right one.
+        // A rejected token most likely replaces one token of the prediction.
         self.cursor = (self.cursor + came.len()).min(self.prediction.len());
-        // Whoever lost the thread finds it where the prediction says what was just said.
+        // If the text has left the prediction, continues where the prediction has the text's last tokens.
         if self.prediction.get(self.cursor.wrapping_sub(1)) != text.last()
             && let Some(place) = repeated(&self.prediction, text)
         {
@@ -90,12 +90,12 @@ impl Drafter {
     }
 }
 
-/// Returns the place behind the latest passage of `source` that ends as `text` does.
+/// Returns the position after the latest passage in `source` that equals the end of `text`.
 fn repeated(source: &[Token], text: &[Token]) -> Option<usize> {
     let end = text.len().checked_sub(NGRAM)?;
     let wanted = &text[end..];
     let earliest = source.len().saturating_sub(LOOK_BACK);
-    // The text itself ends so, which is no repetition.
+    // The end of the text itself does not count as a repetition.
     let places = (earliest..source.len().saturating_sub(NGRAM)).rev();
     places
         .map(|place| (place, place + NGRAM))
@@ -103,17 +103,17 @@ fn repeated(source: &[Token], text: &[Token]) -> Option<usize> {
         .map(|(_, behind)| behind)
 }
 
-/// Returns what a step of so many rows usually costs, beside one of a single row: on processors four rows cost 1.8
-/// times one.
+/// Returns the typical cost of a step with `rows` rows, relative to a single row. On CPUs, four rows cost 1.8 times
+/// one.
 pub(super) fn usual_cost(rows: usize) -> f32 {
     const EACH_FURTHER_ROW: f32 = 0.27;
     1.0 + EACH_FURTHER_ROW * rows.saturating_sub(1) as f32
 }
 
-/// Returns how many suggested tokens make the fastest step: those that yield the most tokens a second.
+/// Returns the number of draft tokens that gives the highest expected number of tokens per second.
 ///
-/// `hit_rate` is the chance of each to be right, `rows` what the step has without them, `seconds` what a step of so
-/// many rows takes.
+/// `hit_rate` is the chance of each draft token to be accepted, `rows` the number of rows without draft tokens, and
+/// `seconds` the duration of a step by its number of rows.
 pub(super) fn worthwhile(hit_rate: f32, most: usize, rows: usize, seconds: impl Fn(usize) -> f32) -> usize {
     let mut expected = rows as f32;
     let mut chance = 1.0;
@@ -151,7 +151,7 @@ mod tests {
     fn a_prediction_is_followed_over_a_wrong_token() {
         let mut drafter = Drafter::new(vec![10, 11, 12, 13, 14]);
         assert_eq!(drafter.suggest(&[1], 3), [10, 11, 12]);
-        // The second token was wrong, and another came in its place.
+        // The second token was rejected, and another one took its place.
         drafter.learn(&[1, 10, 99], &[10, 99], 3);
         assert_eq!(drafter.suggest(&[1, 10, 99], 3), [12, 13, 14]);
     }
@@ -188,7 +188,7 @@ mod tests {
             suggestions += usize::from(suggested > 0);
             drafter.learn(&[2], &[2], suggested);
         }
-        // Five, and then after 64 and 128 steps.
+        // Five drafts, then one after 64 and one after 128 steps.
         assert_eq!(suggestions, 7);
     }
 

@@ -19,16 +19,16 @@ use super::pulse::Pulse;
 use crate::model_runtime::EngineError;
 use sizes::{Reading, Sizes, TEXTS_MAX, sizes};
 
-/// One text to make a vector of.
+/// A text to embed.
 pub(super) struct EmbedJob {
-    /// Its tokens, no more than the context holds and at least one.
+    /// Its tokens: at least one, and no more than fit the context.
     pub(super) tokens: Vec<Token>,
-    /// Takes the vector, of length 1.
+    /// Receives the embedding vector, which has length 1.
     pub(super) made: oneshot::Sender<Result<Vec<f32>, EngineError>>,
     pub(super) admitted: Arc<OwnedSemaphorePermit>,
 }
 
-/// Makes vectors; the context grows with the texts.
+/// Computes embedding vectors. Its context grows with the texts.
 pub(super) struct Embedder {
     model: Arc<Model>,
     threads: i32,
@@ -40,7 +40,7 @@ pub(super) struct Embedder {
     open: Vec<Open>,
 }
 
-/// A text that is being read.
+/// A text that is being evaluated.
 struct Open {
     job: EmbedJob,
     sequence: i32,
@@ -50,7 +50,7 @@ struct Open {
 }
 
 impl EmbedJob {
-    /// Returns whether nobody waits for the vector any more.
+    /// Returns whether the caller no longer waits for the vector.
     pub(super) fn is_cancelled(&self) -> bool {
         self.made.is_closed()
     }
@@ -60,7 +60,7 @@ impl EmbedJob {
     }
 
     fn end(self, made: Result<Vec<f32>, EngineError>) {
-        // The place is free before the caller learns of the end.
+        // The permit is released before the caller learns of the end.
         drop(self.admitted);
         let _ = self.made.send(made);
     }
@@ -68,7 +68,7 @@ impl EmbedJob {
 
 impl Embedder {
     pub(super) fn new(model: &Arc<Model>, options: Options) -> Result<Self, EngineError> {
-        // Only a context knows how the model pools and reads.
+        // Only a context reports the model's pooling and attention type.
         let probe = ContextOptions {
             cells: TEXTS_MAX,
             batch_tokens: TEXTS_MAX,
@@ -82,7 +82,7 @@ impl Embedder {
             model: Arc::clone(model),
             threads: options.threads,
             context_length: options.shape.context_length,
-            // Models that were not made for it have no pooling of their own; the mean is what serves best.
+            // Models that were not made for embeddings have no pooling of their own; the mean works best for them.
             pooling: probe.pooling().unwrap_or(Pooling::Mean),
             reading: if probe.is_causal() { Reading::Pieces } else { Reading::Whole },
             context: None,
@@ -91,12 +91,12 @@ impl Embedder {
         })
     }
 
-    /// Returns whether no text is being read.
+    /// Returns whether no text is being evaluated.
     pub(super) fn is_idle(&self) -> bool {
         self.open.is_empty()
     }
 
-    /// Fails every text that is being read.
+    /// Fails all texts that are being evaluated.
     pub(super) fn fail_all(&mut self, error: &EngineError) {
         for open in self.open.drain(..) {
             open.job.fail(error.clone());
@@ -106,11 +106,11 @@ impl Embedder {
         }
     }
 
-    /// Reads one batch of texts, in their order; returns how many tokens it evaluated.
+    /// Evaluates one batch of texts, in order. Returns the number of evaluated tokens.
     pub(super) fn step(&mut self, jobs: &mut VecDeque<EmbedJob>, stop: &CancellationToken, pulse: &mut Pulse) -> u64 {
         self.drop_cancelled();
         if let Err(error) = self.ensure_context(jobs, pulse) {
-            // The next text may be a shorter one.
+            // The next text may be shorter and fit.
             if let Some(job) = jobs.pop_front() {
                 job.fail(error);
             }
@@ -134,7 +134,7 @@ impl Embedder {
                 }
                 self.finish();
             }
-            // Whoever asked for it is dropped before the next step.
+            // Texts whose callers are gone are dropped before the next step.
             Err(error @ (DecodeError::Aborted | DecodeError::CacheFull | DecodeError::Failed(_))) => {
                 self.fail_all(&EngineError::Failed { reason: error.to_string() });
             }
@@ -153,7 +153,7 @@ impl Embedder {
         });
     }
 
-    /// Makes a larger context where the next text needs one, once nothing is read in the old one.
+    /// Creates a larger context if the next text needs one, once no text is being evaluated in the old one.
     fn ensure_context(&mut self, jobs: &VecDeque<EmbedJob>, pulse: &mut Pulse) -> Result<(), EngineError> {
         let Some(next) = jobs.front().filter(|_| self.open.is_empty()) else { return Ok(()) };
         let longest = u32::try_from(next.tokens.len()).unwrap_or(u32::MAX);
@@ -173,14 +173,14 @@ impl Embedder {
                 Reading::Whole => self.pooling,
             }),
         };
-        // The old one goes first: the two need not fit side by side.
+        // The old context is freed first, since memory may not suffice for both.
         self.context = None;
         let context = pulse.hold(|| Context::new(&self.model, options));
         self.context = Some((context.map_err(|reason| EngineError::Failed { reason })?, sizes));
         Ok(())
     }
 
-    /// Tells the vectors of the texts that are read to their end.
+    /// Sends the vectors of the texts that are completely evaluated.
     fn finish(&mut self) {
         let Some((context, _)) = &mut self.context else { return };
         for open in self.open.extract_if(.., |open| open.read == open.job.tokens.len()) {
@@ -197,7 +197,7 @@ impl Embedder {
     }
 }
 
-/// Opens as many of the next texts as fit beside those that are being read.
+/// Starts as many of the next texts as fit together with those being evaluated.
 fn take_in(open: &mut Vec<Open>, jobs: &mut VecDeque<EmbedJob>, sizes: Sizes) {
     let mut cells: usize = open.iter().map(|open| open.job.tokens.len()).sum();
     let is_free = |sequence: &i32| open.iter().all(|open| open.sequence != *sequence);
@@ -209,7 +209,7 @@ fn take_in(open: &mut Vec<Open>, jobs: &mut VecDeque<EmbedJob>, sizes: Sizes) {
     }
 }
 
-/// Fills a batch with what comes next of each text, and returns for each row which text it is of.
+/// Fills a batch with the next tokens of each text. Returns the index of the text for each row.
 fn fill(batch: &mut Batch, open: &mut [Open], batch_tokens: usize) -> Vec<usize> {
     batch.clear();
     let mut rows = Vec::with_capacity(batch_tokens);
@@ -224,7 +224,7 @@ fn fill(batch: &mut Batch, open: &mut [Open], batch_tokens: usize) -> Vec<usize>
     rows
 }
 
-/// Adds the vectors of a batch's tokens to those of their texts.
+/// Adds the token vectors of a batch to the pooled vectors of their texts.
 fn pool(context: &Context, pooling: Pooling, open: &mut [Open], rows: &[usize]) {
     for (row, index) in rows.iter().enumerate() {
         let Some(vector) = context.token_vector(row) else { continue };
@@ -235,7 +235,7 @@ fn pool(context: &Context, pooling: Pooling, open: &mut [Open], rows: &[usize]) 
         }
         for (sum, number) in pooled.iter_mut().zip(vector) {
             match pooling {
-                // The vector's length is set to 1 at the end, so a sum is as good as a mean.
+                // The vector is normalised at the end, so a sum is as good as a mean.
                 Pooling::Mean | Pooling::OfModel | Pooling::Tokens => *sum += f64::from(*number),
                 Pooling::First => {}
                 Pooling::Last => *sum = f64::from(*number),
@@ -244,7 +244,7 @@ fn pool(context: &Context, pooling: Pooling, open: &mut [Open], rows: &[usize]) 
     }
 }
 
-/// Returns a vector of the same direction and of length 1.
+/// Returns a vector with the same direction and length 1.
 fn normalised(vector: &[f64]) -> Result<Vec<f32>, EngineError> {
     let length = vector.iter().map(|number| number.powi(2)).sum::<f64>().sqrt();
     if !(length.is_finite() && length > 0.0) {
@@ -297,7 +297,7 @@ mod tests {
         let mut jobs = VecDeque::from([EmbedJob { tokens: text.to_vec(), made, admitted: Arc::new(admission) }]);
         let (stop, mut pulse) = (CancellationToken::new(), Pulse::new(Arc::default()));
         embedder.ensure_context(&jobs, &mut pulse).expect("the context fits");
-        // Short pieces, as with a large vocabulary.
+        // Small chunks, as with a large vocabulary.
         embedder.context.as_mut().expect("it was made").1.batch_tokens = 32;
         let mut evaluated = vec![];
         while !jobs.is_empty() || !embedder.is_idle() {

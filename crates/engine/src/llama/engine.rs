@@ -30,30 +30,29 @@ use crate::sampler::Sampler;
 /// Time constant of the smoothed tokens per second.
 const RATE_WINDOW: Duration = Duration::from_secs(5);
 
-/// What an engine thread is asked to do.
+/// A command to an engine thread.
 pub(super) enum Work {
     Generate(Box<Job>),
     Embed(EmbedJob),
-    /// Attach an adapter from its verified file.
+    /// Attaches an adapter from its verified file.
     AddAdapter {
         adapter: AdapterId,
         file: File,
         attached: oneshot::Sender<Result<(), EngineError>>,
     },
-    /// Let an adapter go once nothing runs with it.
+    /// Detaches an adapter once no generation uses it.
     RemoveAdapter {
         adapter: AdapterId,
     },
 }
 
-/// How an engine works.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Options {
     pub(super) shape: Shape,
     pub(super) threads: i32,
     pub(super) prompt_cache_bytes: u64,
     pub(super) draft_tokens: u32,
-    /// The result of a row does not depend on the other rows of a step.
+    /// Whether the result of a row is independent of the other rows in a step.
     pub(super) row_by_row: bool,
 }
 
@@ -67,7 +66,7 @@ pub(super) struct Engine {
     waiting: VecDeque<Sequence>,
     embeds: VecDeque<EmbedJob>,
     adapters: BTreeMap<AdapterId, Arc<Adapter>>,
-    /// Adapters that go once nothing runs with them.
+    /// Adapters to detach once no generation uses them.
     leaving: Vec<AdapterId>,
     work: mpsc::Receiver<Work>,
     snapshot: Arc<Mutex<LoadSnapshot>>,
@@ -79,7 +78,7 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    /// Makes the engine of a loaded model. `generates` reserves the keys and values of its generations.
+    /// Creates the engine of a loaded model. `generates` reserves the KV cache of its generations.
     pub(super) fn new(
         model: Arc<Model>,
         options: Options,
@@ -110,7 +109,7 @@ impl Engine {
         })
     }
 
-    /// Serves until it is stopped, or nobody can ask any more.
+    /// Runs until it is stopped, or until no more work can be sent.
     pub(super) fn serve(mut self) {
         while !self.stop.is_cancelled() {
             self.pulse.beat(Instant::now());
@@ -119,7 +118,7 @@ impl Engine {
             self.start_waiting();
             self.release_adapters();
             self.publish();
-            // Whoever sees a start sees the slot taken.
+            // The snapshot is published first, so that a reader that sees a start also sees the slot taken.
             self.main.iter_mut().chain(&mut self.exact).for_each(BatchScheduler::send_starts);
             let worked = self.step();
             if !worked {
@@ -183,7 +182,7 @@ impl Engine {
         self.main.iter().chain(&self.exact)
     }
 
-    /// Takes new work; returns false once nobody can send any more.
+    /// Accepts new work. Returns false once all senders are gone.
     fn take_work(&mut self) -> bool {
         loop {
             match self.work.try_recv() {
@@ -269,7 +268,7 @@ impl Engine {
         Ok(self.exact.as_mut())
     }
 
-    /// Frees adapters that nothing runs with any more.
+    /// Frees detached adapters that no generation uses any more.
     fn release_adapters(&mut self) {
         for adapter in std::mem::take(&mut self.leaving) {
             let uses = |sequence: &Sequence| sequence.job.adapter == Some(adapter);
@@ -285,7 +284,8 @@ impl Engine {
         }
     }
 
-    /// Waits for work, for the end, for a reader that makes room or goes, or until waiting readers are to be told.
+    /// Sleeps until new work or a stop arrives, until a reader has room or disconnects, or until waiting readers are
+    /// due a progress report.
     fn sleep(&mut self) {
         let at_work =
             self.schedulers().flat_map(BatchScheduler::running).map(|sequence| sequence.job.outbox.room().boxed());
@@ -375,12 +375,12 @@ fn exact_scheduler(model: &Arc<Model>, options: Options) -> Result<BatchSchedule
     Ok(BatchScheduler::new(KvCache::new(context, cells, 1, 0), 1, options, true))
 }
 
-/// Returns the refusal of an adapter that is not attached.
+/// Returns the error for an adapter that is not attached.
 pub(super) fn gone_adapter() -> EngineError {
     crate::model_runtime::unsupported("adapter", "it is not attached to this model")
 }
 
-/// Tokens a second, smoothed over the time in which tokens were made.
+/// Tokens per second, smoothed over the time spent generating.
 #[derive(Debug, Default)]
 struct Rate {
     tokens_per_second: f32,
@@ -402,7 +402,7 @@ impl Rate {
     }
 }
 
-/// Runs a future on this thread, which belongs to no async runtime, to its end or until then.
+/// Runs a future to completion on this thread, which belongs to no async runtime, or until `until`.
 fn block_on(until: Option<Instant>, future: impl Future<Output = ()>) {
     struct Unpark(Thread);
     impl Wake for Unpark {

@@ -30,13 +30,13 @@ pub(super) use context::{Context, ContextOptions, DecodeError, Pooling};
 pub(super) use model::{Adapter, Model, ModelOptions, Window};
 pub(super) use vocabulary::{Token, Vocabulary};
 
-/// Starts llama.cpp, once for the life of the process; every handle's constructor calls it. Returns whether it
-/// multiplies with our kernels where it can.
+/// Initialises llama.cpp, once per process; every handle's constructor calls it. Returns whether llama.cpp multiplies
+/// with our kernels where it can.
 pub(crate) fn start() -> bool {
     started().has_matrices
 }
 
-/// What llama.cpp brought when it started.
+/// What llama.cpp offered when it was initialised.
 struct Started {
     has_matrices: bool,
     backends: Vec<Backend>,
@@ -47,7 +47,7 @@ fn started() -> &'static Started {
     STARTED.get_or_init(|| {
         log::take_over();
         let backends = backends::start();
-        // SAFETY: it is called once, before anything else of llama.cpp's but the loading of its backends.
+        // SAFETY: this is called once, and before any other function of llama.cpp except the loading of its backends.
         unsafe { sys::llama_backend_init() };
         #[cfg(matrices)]
         let has_matrices = matrices::register();
@@ -57,12 +57,12 @@ fn started() -> &'static Started {
     })
 }
 
-/// Returns the instruction sets of the kernels that run on the CPU, as llama.cpp names them, and ours where they run.
+/// Returns the instruction sets that the CPU kernels use, by llama.cpp's names, and whether our own kernels run.
 pub(crate) fn instruction_sets() -> &'static str {
     static SETS: OnceLock<String> = OnceLock::new();
     SETS.get_or_init(|| {
         let ours = start().then_some("our kernels");
-        // SAFETY: the text stays until the next call, which never comes.
+        // SAFETY: the string stays valid until the next call, which never comes.
         let told = unsafe { text(sys::llama_print_system_info()) };
         let used = told.split(['|', ':']).filter_map(|feature| feature.trim().strip_suffix(" = 1"));
         let used: Vec<&str> = used.collect();
@@ -70,7 +70,8 @@ pub(crate) fn instruction_sets() -> &'static str {
     })
 }
 
-/// Leaves out what says little of the speed: what every processor of a kind has, and what a stronger set includes.
+/// Drops features that say little about speed: those that every processor of a kind has, and those that a stronger
+/// feature includes.
 fn decisive<'a>(used: &[&'a str]) -> Vec<&'a str> {
     let has = |name: &str| used.contains(&name);
     let weaker = |name: &str| match name {
@@ -86,30 +87,30 @@ fn decisive<'a>(used: &[&'a str]) -> Vec<&'a str> {
     used.iter().copied().filter(|name| !weaker(name)).collect()
 }
 
-/// Returns what this build can compute with.
+/// Returns the devices and backends of this build.
 pub(crate) fn hardware() -> Hardware {
     Hardware { devices: devices(), backends: started().backends.clone() }
 }
 
-/// Returns the devices that this build can use. A GPU that has two interfaces is told once, as llama.cpp uses it.
+/// Returns the usable devices. A GPU with two backends is listed once, with the one that llama.cpp uses.
 pub(crate) fn devices() -> Vec<Device> {
     start();
     let mut known = BTreeSet::new();
     // SAFETY: the registry is filled by then, and an index below the count is valid.
     (0..unsafe { sys::ggml_backend_dev_count() })
         .map(|index| unsafe { sys::ggml_backend_dev_get(index) })
-        // SAFETY: they come from the registry.
+        // SAFETY: the devices come from the registry.
         .filter(|found| unsafe { address(*found) }.is_none_or(|address| known.insert(address)))
         .map(|found| unsafe { device(found) })
         .collect()
 }
 
-/// Returns where a device is plugged in, where that is known.
+/// Returns the bus address of a device, if it is known.
 ///
 /// # Safety
 /// The device must come from the registry.
 unsafe fn address(device: sys::ggml_backend_dev_t) -> Option<String> {
-    // SAFETY: the fields are filled by the call, and its texts live as long as the process.
+    // SAFETY: the call fills the fields, and their strings live as long as the process.
     unsafe {
         let mut properties = std::mem::zeroed();
         sys::ggml_backend_dev_get_props(device, &raw mut properties);
@@ -139,22 +140,22 @@ unsafe fn device(device: sys::ggml_backend_dev_t) -> Device {
 }
 
 /// # Safety
-/// The pointer must be null or a string that ends with a zero.
+/// The pointer must be null or a zero-terminated string.
 unsafe fn text(pointer: *const std::ffi::c_char) -> String {
     if pointer.is_null() {
         return String::new();
     }
-    // SAFETY: the caller vouches for it.
+    // SAFETY: the caller guarantees it.
     unsafe { CStr::from_ptr(pointer) }.to_string_lossy().into_owned()
 }
 
-/// Returns a path that leads through an open descriptor, so that what was verified is what is read.
+/// Returns a path to an open descriptor, so that the file that is read is the one that was verified.
 fn path_of(file: &File) -> std::ffi::CString {
     const FOLDER: &str = if cfg!(target_os = "linux") { "/proc/self/fd" } else { "/dev/fd" };
     std::ffi::CString::new(format!("{FOLDER}/{}", file.as_raw_fd())).expect("digits have no zero byte")
 }
 
-/// Returns what llama.cpp complained of first on this thread, or else the given words.
+/// Returns the first error that llama.cpp logged on this thread, or `otherwise` if there is none.
 fn complaint(otherwise: &str) -> String {
     log::take_errors().into_iter().next().unwrap_or_else(|| otherwise.into())
 }

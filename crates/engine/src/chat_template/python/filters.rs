@@ -8,7 +8,7 @@ use minijinja::{Environment, Error, ErrorKind, State};
 
 use super::number::display;
 
-/// The widest text that padding makes.
+/// The maximum width of padded text.
 const WIDTH_MAX: i64 = 10_000;
 
 pub(in super::super) fn add(environment: &mut Environment<'_>) {
@@ -33,7 +33,7 @@ pub(in super::super) fn add(environment: &mut Environment<'_>) {
         center(text, width.map_or(Ok(80), i64::try_from)?, " ")
     });
     environment.add_filter("xmlattr", xmlattr);
-    // Any item will do, and always the same one keeps a prompt repeatable.
+    // Any item is valid, and always returning the same one keeps prompts reproducible.
     environment.add_filter("random", |items: &Value| -> Result<Value, Error> {
         Ok(items.try_iter()?.next().unwrap_or(Value::UNDEFINED))
     });
@@ -59,16 +59,16 @@ pub(in super::super) fn add(environment: &mut Environment<'_>) {
         Ok(Value::from_object(Cycler { items: items.0, place: AtomicUsize::new(0) }))
     });
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
-    // Whatever has a length and items.
+    // Any value with a length and items.
     environment.add_test("sequence", |value: &Value| {
         let kinds = [ValueKind::String, ValueKind::Seq, ValueKind::Map, ValueKind::Undefined];
         kinds.contains(&value.kind()) || (value.kind() == ValueKind::Iterable && value.len().is_some())
     });
-    // Python can call an undefined value too, and fails only then.
+    // In Python, an undefined value is callable and fails only when it is called.
     environment.add_test("callable", |value: &Value| matches!(value.kind(), ValueKind::Plain | ValueKind::Undefined));
 }
 
-/// The filter `join`, of the letters of a text as well.
+/// The filter `join`, which also joins the characters of a string.
 fn join(items: &Value, args: Rest<Value>, options: Kwargs) -> Result<String, Error> {
     let [between, attribute] = named(["d", "attribute"], &args, &options)?;
     let item = |item: Value| match &attribute {
@@ -82,7 +82,7 @@ fn join(items: &Value, args: Rest<Value>, options: Kwargs) -> Result<String, Err
     Ok(items.join(&between.map_or_else(String::new, |between| display(&between))))
 }
 
-/// Gives its items in turn, for ever.
+/// Returns its items in turn, forever.
 #[derive(Debug)]
 struct Cycler {
     items: Vec<Value>,
@@ -112,7 +112,7 @@ impl Object for Cycler {
     }
 }
 
-/// The filter `urlencode`: a text as part of a path, pairs as a query.
+/// The filter `urlencode`: encodes a string as part of a path, and pairs as a query.
 fn urlencode(value: &Value) -> Result<String, Error> {
     let quoted = |value: &Value| percent_encoded(&display(value), "").replace("%20", "+");
     let pairs: Vec<String> = match value.kind() {
@@ -133,7 +133,7 @@ fn urlencode(value: &Value) -> Result<String, Error> {
     Ok(pairs.join("&"))
 }
 
-/// Writes bytes as `%XX`, but for letters, digits, a few signs and those that are kept.
+/// Percent-encodes bytes, except letters, digits, `_.-~` and the bytes in `kept`.
 fn percent_encoded(text: &str, kept: &str) -> String {
     let is_plain =
         |byte: u8| byte.is_ascii_alphanumeric() || b"_.-~".contains(&byte) || kept.as_bytes().contains(&byte);
@@ -141,7 +141,7 @@ fn percent_encoded(text: &str, kept: &str) -> String {
     text.bytes().map(encoded).collect()
 }
 
-/// An undefined value has the length 0.
+/// An undefined value has length 0.
 fn length(value: &Value) -> Result<usize, Error> {
     if value.is_undefined() {
         return Ok(0);
@@ -245,7 +245,8 @@ fn wrap(line: &str, width: usize, break_long: bool, on_hyphens: bool) -> Vec<Str
     lines
 }
 
-/// Cuts a line into words and the space between them; words also behind a hyphen within letters.
+/// Splits a line into words and the whitespace between them. With `on_hyphens`, also splits after a hyphen between
+/// letters.
 fn chunks(line: &str, on_hyphens: bool) -> Vec<String> {
     let mut chunks: Vec<String> = Vec::new();
     let letters: Vec<char> = line.chars().collect();
@@ -269,7 +270,7 @@ fn chunks(line: &str, on_hyphens: bool) -> Vec<String> {
     chunks
 }
 
-/// Centres a text as Python does.
+/// Centres a string as Python does.
 pub(super) fn center(text: &str, width: i64, fill: &str) -> Result<String, Error> {
     let padding = padding(text, width, fill)?;
     let count = padding.chars().count();
@@ -278,7 +279,7 @@ pub(super) fn center(text: &str, width: i64, fill: &str) -> Result<String, Error
     Ok(format!("{}{text}{}", &padding[..at], &padding[at..]))
 }
 
-/// Returns what a text lacks to a width.
+/// Returns the padding that a string needs to reach a width.
 pub(super) fn padding(text: &str, width: i64, fill: &str) -> Result<String, Error> {
     if fill.chars().count() != 1 {
         return Err(invalid("the fill character must be exactly one character"));
@@ -299,7 +300,7 @@ fn xmlattr(attributes: &Value, autospace: Option<bool>) -> Result<String, Error>
     Ok(if autospace.unwrap_or(true) && !joined.is_empty() { format!(" {joined}") } else { joined })
 }
 
-/// Escapes a text as `markupsafe` does.
+/// Escapes a string as `markupsafe` does.
 pub(super) fn escaped(text: &str) -> String {
     let mut written = String::with_capacity(text.len());
     for letter in text.chars() {
@@ -315,7 +316,7 @@ pub(super) fn escaped(text: &str) -> String {
     written
 }
 
-/// Returns arguments that are given in their order or by their names; `none` counts as left out.
+/// Returns arguments that are passed by position or by name. `none` counts as omitted.
 fn named<const N: usize>(names: [&str; N], args: &[Value], options: &Kwargs) -> Result<[Option<Value>; N], Error> {
     if args.len() > N {
         return Err(ErrorKind::TooManyArguments.into());

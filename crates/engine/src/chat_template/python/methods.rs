@@ -6,7 +6,7 @@ use minijinja_contrib::pycompat;
 
 use super::filters::{center, padding};
 
-/// Calls a method that minijinja does not know.
+/// Calls a method that minijinja does not have.
 pub(in super::super) fn call(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     let unknown = || Error::from(ErrorKind::UnknownMethod);
     let called = match (value.kind(), value.as_str()) {
@@ -108,7 +108,7 @@ fn of_list(list: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     }
 }
 
-/// Splits from the end, at most so many times; a negative number has no limit.
+/// Splits from the end, at most `most` times. A negative number means no limit.
 fn rsplit(text: &str, separator: Option<&str>, most: i64) -> Value {
     let most = usize::try_from(most).unwrap_or(usize::MAX);
     let mut parts: Vec<&str> = match separator {

@@ -2,7 +2,7 @@
 
 use minijinja::value::{Value, ValueKind};
 
-/// Levels of lists and mappings within which floats are looked for.
+/// The depth of nested lists and mappings to which floats are searched for.
 const DEPTH_MAX: u32 = 32;
 
 /// Returns Python's `str` of a value.
@@ -10,7 +10,7 @@ pub(super) fn display(value: &Value) -> String {
     with_floats(value).unwrap_or_else(|| value.to_string())
 }
 
-/// Returns Python's `str` of a float, or of a list or a mapping with floats that minijinja writes in another way.
+/// Returns Python's `str` of a float, or of a list or mapping with floats that minijinja formats differently.
 pub(super) fn with_floats(value: &Value) -> Option<String> {
     match as_float(value) {
         Some(number) => Some(repr(number)),
@@ -49,7 +49,7 @@ fn written(value: &Value, levels: u32) -> String {
     }
 }
 
-/// Returns the number if it is one with a fraction in Python, `1.0` included.
+/// Returns the number if it is a float in Python, `1.0` included.
 pub(super) fn as_float(value: &Value) -> Option<f64> {
     if value.kind() == ValueKind::Number && !value.is_integer() { f64::try_from(value.clone()).ok() } else { None }
 }

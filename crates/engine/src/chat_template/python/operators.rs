@@ -16,12 +16,12 @@ const CONCAT: &str = "__tether_concat";
 const ADD: &str = "__tether_add";
 const EACH: &str = "__tether_each";
 
-/// How deep brackets may nest; minijinja takes 150 levels.
+/// The maximum nesting of brackets; minijinja allows 150 levels.
 const DEPTH_MAX: usize = 64;
-/// How many operators of a tag are written as nested calls.
+/// The maximum number of operators in a tag that are rewritten as nested calls.
 const CALLS_MAX: usize = 100;
 
-/// Words that end an operand, and begin none.
+/// Words that end an operand and never begin one.
 const KEYWORDS: [&str; 26] = [
     "if",
     "elif",
@@ -51,19 +51,19 @@ const KEYWORDS: [&str; 26] = [
     "without",
 ];
 
-/// Adds what rewritten templates call.
+/// Registers the functions that rewritten templates call.
 pub(in super::super) fn add(environment: &mut Environment<'_>) {
     environment.add_function(MOD, modulo);
     environment.add_function(CONCAT, |parts: Rest<Value>| parts.iter().map(display).collect::<String>());
     environment.add_function(ADD, add_marked);
     environment.add_function(EACH, |value: Value| match value.as_str() {
-        // Such a list knows where it ends, which the letters of a text do not.
+        // Such a list knows which item is the last one; the characters of a string do not.
         Some(text) => text.chars().map(|letter| Value::from(letter.to_string())).collect(),
         None => value,
     });
 }
 
-/// Python's `%`: of a text it fills in values.
+/// Python's `%`: with a string on the left, it formats the values.
 fn modulo(left: &Value, right: &Value) -> Result<Value, Error> {
     if let Some(text) = left.as_str() {
         let values: Vec<Value> = if right.is_tuple() { right.try_iter()?.collect() } else { vec![right.clone()] };
@@ -85,13 +85,14 @@ fn modulo(left: &Value, right: &Value) -> Result<Value, Error> {
     }
 }
 
-/// Returns a float, or what holds some, in the form that `%s` gives it in Python, where minijinja would write another.
+/// Returns a float, or a value that contains floats, as Python's `%s` formats it, if minijinja would format it
+/// differently.
 fn as_whole(value: &Value) -> Option<Value> {
     let python = with_floats(value)?;
     (python != value.to_string()).then(|| Value::from(python))
 }
 
-/// Python's `+` where one side may be marked as safe: the other side is escaped then.
+/// Python's `+` where one side may be marked as safe, in which case the other side is escaped.
 fn add_marked(left: &Value, right: &Value) -> Result<Value, Error> {
     match (left.as_str(), right.as_str()) {
         (Some(one), Some(other)) if left.is_safe() || right.is_safe() => {
@@ -103,7 +104,7 @@ fn add_marked(left: &Value, right: &Value) -> Result<Value, Error> {
     }
 }
 
-/// Writes the operators of a template as calls.
+/// Rewrites the operators of a template as calls.
 pub(in super::super) fn rewrite(source: &str) -> String {
     let mut made = String::with_capacity(source.len() + 64);
     let mut rest = source;
@@ -116,7 +117,7 @@ pub(in super::super) fn rewrite(source: &str) -> String {
             _ => Some(1),
         };
         let Some(end) = end else {
-            // The parser knows better what is wrong.
+            // minijinja's parser gives a better error message.
             rest = tag;
             break;
         };
@@ -142,7 +143,7 @@ fn is_raw(tag: &str) -> bool {
     tag.starts_with("{%") && tag[2..tag.len() - 2].trim_matches(['-', '+']).trim() == "raw"
 }
 
-/// Returns where the text behind `{% raw %}` ends, its closing tag included.
+/// Returns the end of the text after `{% raw %}`, including its closing tag.
 fn after_raw(text: &str) -> Option<usize> {
     let mut from = 0;
     loop {
@@ -155,7 +156,7 @@ fn after_raw(text: &str) -> Option<usize> {
     }
 }
 
-/// Returns where a tag ends that a text begins with.
+/// Returns the end of the tag that the text starts with.
 fn tag_end(tag: &str) -> Option<usize> {
     let close = if tag.starts_with("{{") { "}}" } else { "%}" };
     let mut depth = 0_usize;
@@ -181,7 +182,7 @@ fn tag_end(tag: &str) -> Option<usize> {
     None
 }
 
-/// Returns where a quoted text ends, its quotes included.
+/// Returns the end of a quoted string, including its quotes.
 fn text_end(text: &str) -> Option<usize> {
     let quote = text.as_bytes()[0];
     let mut escaped = false;
@@ -268,18 +269,18 @@ struct Reader<'a> {
     text: &'a str,
     tokens: &'a [Token],
     at: usize,
-    /// How far the text was written.
+    /// The end of the text that was copied to the output.
     written: usize,
-    /// How many brackets are open.
+    /// The number of open brackets.
     depth: usize,
-    /// How many operators were written as calls.
+    /// The number of operators rewritten as calls.
     calls: usize,
 }
 
-/// An operand, written anew.
+/// A rewritten operand.
 struct Operand {
     text: String,
-    /// It, or a part of it, is marked as safe.
+    /// Whether the operand, or a part of it, is marked as safe.
     is_marked: bool,
 }
 
@@ -296,7 +297,7 @@ impl<'a> Reader<'a> {
         self.peek().filter(|(kind, _)| *kind == Kind::Name).map(|(_, word)| word)
     }
 
-    /// Takes the next token, with the space before it.
+    /// Takes the next token, including the whitespace before it.
     fn take(&mut self) -> &'a str {
         let to = self.tokens[self.at].to;
         let taken = &self.text[self.written..to];
@@ -314,7 +315,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Rewrites up to a closing bracket, or to the end.
+    /// Rewrites up to a closing bracket or the end.
     fn segment(&mut self) -> String {
         self.until(|_| false)
     }
@@ -363,7 +364,7 @@ impl<'a> Reader<'a> {
         if self.sign() != Some("~") {
             return left;
         }
-        // One call for all, since each level of nesting costs the parser.
+        // One call for all operands, since each level of nesting costs the parser.
         let space = left.text.len() - left.text.trim_start().len();
         left.text.insert(space, '(');
         left.text.insert_str(space, CONCAT);
@@ -399,7 +400,7 @@ impl<'a> Reader<'a> {
         left
     }
 
-    /// A value with whatever follows it: attributes, calls, filters and tests.
+    /// A value with its attributes, calls, filters and tests.
     fn operand(&mut self) -> Operand {
         let mut text = String::new();
         while let Some("-" | "+") = self.sign() {
@@ -460,10 +461,10 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A pair of brackets and what they hold.
+    /// A pair of brackets and its contents.
     fn group(&mut self, text: &mut String) -> bool {
         if self.depth == DEPTH_MAX {
-            // The parser refuses this anyway.
+            // minijinja's parser rejects this anyway.
             while self.peek().is_some() {
                 text.push_str(self.take());
             }
@@ -481,7 +482,8 @@ impl<'a> Reader<'a> {
         is_marked
     }
 
-    /// Writes an operator as a call; of very many, the last stay as they are, since each one copies its left side.
+    /// Rewrites an operator as a call. Each call copies its left side, so beyond `CALLS_MAX` the operators stay as
+    /// they are.
     fn call(&mut self, function: &str, left: Operand, right: Operand) -> Operand {
         let is_marked = left.is_marked || right.is_marked;
         self.calls += 1;

@@ -33,7 +33,7 @@ fn gpu(vendor: Vendor, address: &str) -> InstalledGpu {
     InstalledGpu { vendor, address: address.into(), model: None }
 }
 
-/// A machine with one GPU whose driver is there and can be used.
+/// A machine with one GPU and a working driver.
 fn machine(vendor: Vendor) -> InstalledGpus {
     InstalledGpus {
         gpus: vec![gpu(vendor, "0000:01:00.0")],
@@ -73,7 +73,7 @@ fn a_gpu_without_a_backend_that_serves_it_is_told_with_the_one_that_would() {
     }
 }
 
-/// NVIDIA's GPU in every state of backend, kernel driver and device file.
+/// An NVIDIA GPU in every combination of backend, kernel driver and device file.
 #[test]
 fn an_nvidia_gpu_is_unused_for_the_first_thing_that_is_missing() {
     use DeviceNode::{Forbidden, Missing, Usable};
@@ -148,11 +148,11 @@ fn of_several_gpus_those_that_compute_nothing_are_told() {
         gpus: vec![of_processor.clone(), gpu(Vendor::Nvidia, "0000:01:00.0")],
         ..machine(Vendor::Nvidia)
     };
-    // A processor's own GPU is told where nothing better is used.
+    // A processor's integrated GPU is reported only if nothing better is used.
     assert_eq!(whys(&hardware(&[("CUDA0", "NVIDIA H200")], std::slice::from_ref(&cuda)), &both), []);
     let reasons = [WhyUnused::NoBackend(Vendor::Nvidia), WhyUnused::NoBackend(Vendor::Intel)];
     assert_eq!(whys(&hardware(&[], &[]), &both), reasons);
-    // The processor's own is used, and the better one is not.
+    // The integrated GPU is used, and the better one is not.
     let intel = hardware(&[("Vulkan0", "Intel(R) UHD Graphics 770")], &[loaded("cuda", Some(OLD)), vulkan]);
     assert_eq!(whys(&intel, &both), [WhyUnused::DriverTooOld { version: "580.82.07".into() }]);
     let two = InstalledGpus {

@@ -2,40 +2,40 @@
 
 use crate::memory_plan::{BATCH_TOKENS, EMBED_LOGITS_BYTES_MAX};
 
-/// Texts that are evaluated side by side at most.
+/// The maximum number of texts that are evaluated together.
 pub(super) const TEXTS_MAX: u32 = 32;
-/// Cells that a context has at least, so that it is not made anew for each text that is a little longer.
+/// The minimum number of cells, so that the context is not recreated for each slightly longer text.
 const CELLS_MIN: u32 = 512;
 
-/// How a model reads a text.
+/// How a model attends to a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reading {
-    /// From left to right, so that a text may come in pieces.
+    /// Causally, so a text may be evaluated in chunks.
     Pieces,
-    /// As a whole: each token sees those after it.
+    /// As a whole: each token attends to later ones too.
     Whole,
 }
 
-/// How large a context is.
+/// The size of a context.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sizes {
-    /// Tokens of a batch, all of which are outputs.
+    /// Tokens per batch, all of which are outputs.
     pub(super) batch_tokens: u32,
-    /// Tokens of all texts that are being read.
+    /// Tokens of all texts that are being evaluated.
     pub(super) cells: u32,
 }
 
-/// Returns the sizes that hold a text of so many tokens and those that a model of this context will likely be given.
+/// Returns sizes that hold a text of `longest` tokens, and other texts likely for a model with this context length.
 ///
-/// llama.cpp plans a batch of as many tokens as fit, spread evenly over [`TEXTS_MAX`] sequences, and for that rounds
-/// the tokens up to a multiple of the sequences, but not the outputs. Where every token is an output, the two then
-/// differ and the process aborts. So a batch is a multiple of the sequences here.
+/// llama.cpp plans a batch of as many tokens as fit, spread evenly over [`TEXTS_MAX`] sequences. For that it rounds
+/// the tokens, but not the outputs, up to a multiple of the number of sequences. If every token is an output, the two
+/// then differ and the process aborts. So the batch size is a multiple of the number of sequences here.
 pub(super) fn sizes(reading: Reading, vocabulary: u32, longest: u32, context_length: u32) -> Sizes {
     let cells = longest.max(CELLS_MIN).next_power_of_two().min(context_length.max(longest)).max(TEXTS_MAX);
     let batch_tokens = match reading {
         Reading::Whole => cells.next_multiple_of(TEXTS_MAX),
         Reading::Pieces => {
-            // llama.cpp makes logits of every token, although nobody reads them, and copies them.
+            // llama.cpp computes and copies the logits of every token, although they are not used.
             let tokens = EMBED_LOGITS_BYTES_MAX / u64::from(vocabulary.max(1)).saturating_mul(8);
             let tokens = tokens.clamp(u64::from(TEXTS_MAX), u64::from(BATCH_TOKENS)) as u32;
             tokens - tokens % TEXTS_MAX
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// The first is llama.cpp's own, in `llama_context::graph_reserve`.
+        /// The first assertion is llama.cpp's own, in `llama_context::graph_reserve`.
         #[test]
         fn any_model_and_text_have_sizes_that_llama_cpp_can_plan(
             is_whole: bool,

@@ -7,10 +7,10 @@ use llama_cpp_sys_2 as sys;
 use super::{log, text};
 use crate::hardware::{Backend, BackendState};
 
-/// What this build was made for: its features.
+/// The backends that this build was made for, by feature.
 const BUILT_FOR: [(&str, bool); 3] =
     [("cuda", cfg!(feature = "cuda")), ("vulkan", cfg!(feature = "vulkan")), ("metal", cfg!(feature = "metal"))];
-/// What may lie beside the program although this build was not made for it.
+/// Backends that may be installed next to the program even if this build was not made for them.
 const INTERFACES: [&str; 5] = ["cuda", "vulkan", "metal", "hip", "sycl"];
 
 /// Loads the backends and returns those for GPUs.
@@ -18,12 +18,12 @@ pub(super) fn start() -> Vec<Backend> {
     let _ = log::take_errors();
     #[cfg(feature = "portable")]
     load();
-    // The first look at the registry starts the backends that are linked.
+    // The first access to the registry starts the backends that are linked in.
     let loaded = loaded();
     let complaints = log::take_errors();
     let mut found = Vec::new();
     for name in loaded.iter().filter(|name| INTERFACES.contains(&name.as_str())) {
-        // It complains under the name of its own functions: `ggml_cuda_init: …`.
+        // A backend logs under the names of its own functions: `ggml_cuda_init: …`.
         let complaint = complaints.iter().find(|line| line.contains(&format!("ggml_{name}")));
         let complaint = complaint.map(|line| line.split_once(": ").map_or(line.as_str(), |(_, what)| what).to_owned());
         found.push(Backend { name: name.clone(), state: BackendState::Loaded { complaint } });
@@ -49,7 +49,7 @@ fn loaded() -> Vec<String> {
     (0..count).map(name).map(interface).collect()
 }
 
-/// Returns why an interface is not in the registry, where it should or could be.
+/// Returns why a backend is not in the registry, if it should or could be there.
 #[cfg(feature = "portable")]
 fn absent(name: &str, is_built: bool) -> Option<BackendState> {
     use std::ffi::CString;
@@ -60,8 +60,8 @@ fn absent(name: &str, is_built: bool) -> Option<BackendState> {
     }
     let path = CString::new(library.into_os_string().into_encoded_bytes()).ok()?;
     let _ = log::take_errors();
-    // It did not load before; this time it says why.
-    // SAFETY: the path is a string that ends with a zero and lives for the call.
+    // Loading failed before. This attempt captures the error.
+    // SAFETY: the path is a zero-terminated string that lives for the call.
     log::quietly(|| unsafe { sys::ggml_backend_load(path.as_ptr()) });
     let told = log::take_errors().into_iter().next().unwrap_or_default();
     let reason = told.split_once(".so: ").map_or(told.as_str(), |(_, reason)| reason);
@@ -73,14 +73,14 @@ fn absent(_: &str, _: bool) -> Option<BackendState> {
     None
 }
 
-/// Loads the processor's best variant, and whatever else lies beside the program.
+/// Loads the best CPU variant, and all other backends installed next to the program.
 #[cfg(feature = "portable")]
 fn load() {
     use std::ffi::CString;
 
     let folder = folder().and_then(|folder| CString::new(folder.into_os_string().into_encoded_bytes()).ok());
     match folder {
-        // SAFETY: the path is a string that ends with a zero and lives for the call.
+        // SAFETY: the path is a zero-terminated string that lives for the call.
         Some(folder) => unsafe { sys::ggml_backend_load_all_from_path(folder.as_ptr()) },
         // SAFETY: it takes no arguments.
         None => unsafe { sys::ggml_backend_load_all() },

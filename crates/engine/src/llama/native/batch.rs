@@ -4,7 +4,7 @@ use llama_cpp_sys_2 as sys;
 
 use super::Token;
 
-/// A batch: for each token its position, its sequence, and whether its output is wanted.
+/// The tokens of a batch, each with its position, its sequence, and whether its output is wanted.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
     tokens: Vec<sys::llama_token>,
@@ -15,7 +15,7 @@ pub(crate) struct Batch {
     sequence_pointers: Vec<*mut sys::llama_seq_id>,
 }
 
-// SAFETY: the pointers lead into the batch's own buffers and are made anew before each use.
+// SAFETY: the pointers point into the batch's own buffers and are rebuilt before each use.
 unsafe impl Send for Batch {}
 
 impl Batch {
@@ -26,7 +26,7 @@ impl Batch {
         self.outputs.clear();
     }
 
-    /// Returns how many tokens it holds.
+    /// Returns the number of tokens.
     pub(crate) fn len(&self) -> usize {
         self.tokens.len()
     }
@@ -40,7 +40,7 @@ impl Batch {
         self.tokens.len() - 1
     }
 
-    /// Returns the batch as llama.cpp takes it; valid until the batch changes.
+    /// Returns the batch in llama.cpp's form; valid until the batch changes.
     pub(super) fn as_raw(&mut self) -> sys::llama_batch {
         self.sequence_counts.resize(self.tokens.len(), 1);
         self.sequence_pointers.clear();

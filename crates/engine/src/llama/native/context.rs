@@ -10,51 +10,50 @@ use llama_cpp_sys_2 as sys;
 use super::model::NO_ADAPTERS;
 use super::{Adapter, Batch, Model, complaint, log};
 
-/// What a context is for, and how large it is.
+/// The purpose and size of a context.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ContextOptions {
-    /// Tokens that all sequences together can hold.
+    /// The number of KV cache cells, shared by all sequences.
     pub(crate) cells: u32,
-    /// Tokens that a batch holds at most.
+    /// The maximum number of tokens in a batch.
     pub(crate) batch_tokens: u32,
-    /// Sequences, numbered from 0; at most 256.
+    /// The number of sequences, numbered from 0; at most 256.
     pub(crate) sequences: u32,
-    /// Rows of output that a batch has at most.
+    /// The maximum number of output rows in a batch.
     pub(crate) outputs: u32,
     pub(crate) threads: i32,
-    /// Makes vectors of texts instead of continuing them.
+    /// If set, the context computes embeddings instead of generating text.
     pub(crate) pooling: Option<Pooling>,
 }
 
-/// How the vectors of tokens become the vector of a text.
+/// How token vectors are combined into the vector of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pooling {
-    /// As the model's file says.
+    /// As the model's file specifies.
     OfModel,
-    /// Not at all: each token keeps its own.
+    /// No pooling: each token keeps its own vector.
     Tokens,
     Mean,
-    /// That of the first token.
+    /// The vector of the first token.
     First,
-    /// That of the last token.
+    /// The vector of the last token.
     Last,
 }
 
 /// Why a batch was not evaluated.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum DecodeError {
-    /// There are not enough free cells. Nothing has changed.
+    /// There are not enough free cells. The context is unchanged.
     #[error("the KV cache is full")]
     CacheFull,
-    /// The caller asked to stop. Nothing has changed, provided the batch was no larger than `batch_tokens`.
+    /// The caller asked to stop. The context is unchanged, provided the batch was no larger than `batch_tokens`.
     #[error("the evaluation was stopped")]
     Aborted,
-    /// Something is wrong with the batch or the model; nothing is known of the keys and values any more.
+    /// The batch or the model is faulty. The state of the KV cache is undefined.
     #[error("llama.cpp could not evaluate a batch: {0}")]
     Failed(String),
 }
 
-/// A context of a model.
 #[derive(Debug)]
 pub(crate) struct Context {
     pointer: NonNull<sys::llama_context>,
@@ -64,27 +63,28 @@ pub(crate) struct Context {
     watch: super::matrices::Watch,
 }
 
-// SAFETY: a context belongs to one thread at a time, which `&mut self` and the lack of `Sync` see to.
+// SAFETY: a context is used by one thread at a time, which `&mut self` and the lack of `Sync` guarantee.
 unsafe impl Send for Context {}
 
 impl Context {
-    /// Makes an empty context, or returns llama.cpp's complaint.
+    /// Creates an empty context, or returns llama.cpp's error.
     pub(crate) fn new(model: &Arc<Model>, options: ContextOptions) -> Result<Self, String> {
         let _ = log::take_errors();
-        // SAFETY: the model is valid, and the parameters hold no pointers of ours.
+        // SAFETY: the model is valid, and the parameters hold none of our pointers.
         let pointer = unsafe {
             let mut parameters = sys::llama_context_default_params();
             parameters.n_ctx = options.cells;
             parameters.n_batch = options.batch_tokens;
             parameters.n_ubatch = options.batch_tokens;
             parameters.n_seq_max = options.sequences;
-            // It keeps a row for each sequence anyway.
+            // llama.cpp keeps a row for each sequence anyway.
             parameters.n_outputs_max = options.outputs.max(options.sequences);
             parameters.n_threads = options.threads;
             parameters.n_threads_batch = options.threads;
-            // One KV cache for all sequences: without it, copying a part of one fails an assertion.
+            // One KV cache for all sequences: otherwise, copying a part of a sequence fails an assertion.
             parameters.kv_unified = true;
-            // Layers with a window keep cells for all positions, so that a sequence can mostly be truncated and shared.
+            // Sliding-window layers keep cells for all positions, so that a sequence can usually be truncated and
+            // shared.
             parameters.swa_full = true;
             parameters.no_perf = true;
             if let Some(pooling) = options.pooling {
@@ -104,7 +104,7 @@ impl Context {
             pointer,
             model: Arc::clone(model),
             adapter: None,
-            // SAFETY: the context is valid, and is freed with what watches it.
+            // SAFETY: the context is valid, and is freed together with its watch.
             #[cfg(matrices)]
             watch: unsafe { super::matrices::Watch::new(pointer.as_ptr(), !model.without_kernels()) },
         })
@@ -114,20 +114,20 @@ impl Context {
         &self.model
     }
 
-    /// Evaluates a batch, unless `stop` says so on the way; it is asked very often, on this thread.
+    /// Evaluates a batch until it is done or `stop` returns true. `stop` is called very often, on this thread.
     pub(crate) fn decode(&mut self, batch: &mut Batch, stop: &mut dyn FnMut() -> bool) -> Result<(), DecodeError> {
         unsafe extern "C" fn ask(stop: *mut c_void) -> bool {
-            // SAFETY: it is the closure that `decode` lends until it returns.
+            // SAFETY: this is the closure that `decode` lends until it returns.
             unsafe { (*stop.cast::<&mut dyn FnMut() -> bool>())() }
         }
         let mut stop = stop;
         let _ = log::take_errors();
         let context = self.as_ptr();
-        // SAFETY: the closure outlives the callback, which is taken away again; the batch lives for the call.
+        // SAFETY: the closure outlives the callback, which is removed again; the batch lives for the call.
         let decode = || unsafe {
             sys::llama_set_abort_callback(context, Some(ask), (&raw mut stop).cast());
             let outcome = sys::llama_decode(context, batch.as_raw());
-            // Work on other devices goes on after the call, and reads what the next call may change.
+            // Devices may work on after the call and read data that the next call may change.
             sys::llama_synchronize(context);
             sys::llama_set_abort_callback(context, None, ptr::null_mut());
             outcome
@@ -144,18 +144,18 @@ impl Context {
         }
     }
 
-    /// Returns the logits of a row of the last batch whose output was wanted.
+    /// Returns the logits of an output row of the last batch.
     pub(crate) fn logits(&self, row: usize) -> Option<&[f32]> {
-        // SAFETY: llama.cpp checks the row; what it returns is as long as the vocabulary and stays until the next call.
+        // SAFETY: llama.cpp checks the row. The result is as long as the vocabulary and valid until the next call.
         unsafe {
             let logits = sys::llama_get_logits_ith(self.as_ptr(), row as i32);
             (!logits.is_null()).then(|| slice::from_raw_parts(logits, self.model.vocabulary().len() as usize))
         }
     }
 
-    /// Returns how the vectors of tokens become one vector of a text; `None` where they do not.
+    /// Returns how token vectors are pooled into the vector of a text; `None` if they are not.
     pub(crate) fn pooling(&self) -> Option<Pooling> {
-        // SAFETY: it reads a field.
+        // SAFETY: the call reads a field.
         match unsafe { sys::llama_pooling_type(self.as_ptr()) } {
             sys::LLAMA_POOLING_TYPE_MEAN => Some(Pooling::Mean),
             sys::LLAMA_POOLING_TYPE_CLS => Some(Pooling::First),
@@ -164,22 +164,22 @@ impl Context {
         }
     }
 
-    /// Returns whether a token sees only those before it.
+    /// Returns whether attention is causal.
     pub(crate) fn is_causal(&self) -> bool {
-        // SAFETY: it reads a field.
+        // SAFETY: the call reads a field.
         unsafe { sys::llama_get_causal_attn(self.as_ptr()) }
     }
 
-    /// Returns the vector of a row of the last batch whose output was wanted, in a context that keeps those of tokens.
+    /// Returns the vector of an output row of the last batch, in a context that keeps token vectors.
     pub(crate) fn token_vector(&self, row: usize) -> Option<&[f32]> {
-        // SAFETY: llama.cpp checks the row; the length is the model's, and the vector stays until the next call.
+        // SAFETY: llama.cpp checks the row. The length is the model's, and the vector is valid until the next call.
         unsafe {
             let vector = sys::llama_get_embeddings_ith(self.as_ptr(), row as i32);
             (!vector.is_null()).then(|| slice::from_raw_parts(vector, self.model.embedding_length() as usize))
         }
     }
 
-    /// Returns the pooled vector of a sequence of the last batch.
+    /// Returns the pooled vector of a sequence in the last batch.
     pub(crate) fn pooled(&self, sequence: i32) -> Option<&[f32]> {
         // SAFETY: as above; the length is the model's.
         unsafe {
@@ -188,7 +188,7 @@ impl Context {
         }
     }
 
-    /// Evaluates what follows with an adapter, or with the model alone.
+    /// Sets the adapter for the following evaluations; `None` means the model alone.
     pub(crate) fn set_adapter(&mut self, adapter: Option<&Arc<Adapter>>) {
         let same = match (&self.adapter, adapter) {
             (None, None) => true,
@@ -198,7 +198,7 @@ impl Context {
         if same {
             return;
         }
-        // SAFETY: the adapter belongs to the model and is held below; the lists are copied.
+        // SAFETY: the adapter belongs to the model and is held below; llama.cpp copies the lists.
         unsafe {
             match adapter {
                 Some(adapter) => {
@@ -213,19 +213,19 @@ impl Context {
         self.adapter = adapter.cloned();
     }
 
-    /// Forgets a sequence from a position on. Returns false where that cannot be done in part.
+    /// Removes a sequence from a position on. Returns false if it cannot be removed in part.
     pub(crate) fn remove(&mut self, sequence: i32, from: usize) -> bool {
-        // SAFETY: the sequence is within the bounds that the engine keeps.
+        // SAFETY: the engine keeps sequences within bounds.
         unsafe { sys::llama_memory_seq_rm(self.memory(), sequence, from as i32, -1) }
     }
 
-    /// Returns the first position of a sequence that every layer still has; `None` for a sequence without any.
+    /// Returns the first position of a sequence that every layer still holds; `None` if there is none.
     pub(crate) fn first_position(&self, sequence: i32) -> Option<usize> {
         // SAFETY: as above.
         usize::try_from(unsafe { sys::llama_memory_seq_pos_min(self.memory(), sequence) }).ok()
     }
 
-    /// Lets a sequence begin as another does, up to a position. The cells are shared.
+    /// Makes the sequence `to` begin with the cells of `from`, up to a position. The cells are shared, not copied.
     pub(crate) fn share(&mut self, from: i32, to: i32, end: usize) {
         // SAFETY: as above; the cache is unified, so a part may be copied.
         unsafe { sys::llama_memory_seq_cp(self.memory(), from, to, 0, end as i32) }
@@ -236,9 +236,9 @@ impl Context {
         unsafe { sys::llama_memory_clear(self.memory(), false) }
     }
 
-    /// Copies a sequence's keys and values to host memory; `None` where that fails.
+    /// Copies a sequence's keys and values to host memory; `None` if that fails.
     pub(crate) fn save(&mut self, sequence: i32) -> Option<Vec<u8>> {
-        // SAFETY: the buffer is as long as is told.
+        // SAFETY: the buffer has the length that is passed.
         unsafe {
             let mut bytes = vec![0; sys::llama_state_seq_get_size(self.as_ptr(), sequence)];
             let written = sys::llama_state_seq_get_data(self.as_ptr(), bytes.as_mut_ptr(), bytes.len(), sequence);
@@ -246,7 +246,8 @@ impl Context {
         }
     }
 
-    /// Brings back what [`Context::save`] of a context of this model copied. Returns whether there were enough cells.
+    /// Restores what [`Context::save`] copied in a context of the same model. Returns whether there were enough
+    /// cells.
     pub(crate) fn restore(&mut self, sequence: i32, bytes: &[u8]) -> bool {
         // SAFETY: the bytes come from `save`, in this process.
         unsafe { sys::llama_state_seq_set_data(self.as_ptr(), bytes.as_ptr(), bytes.len(), sequence) != 0 }
@@ -264,7 +265,7 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: the context is ours alone, and its model and adapter are dropped after it.
+        // SAFETY: only this handle owns the context, and its model and adapter are dropped after it.
         unsafe { sys::llama_free(self.as_ptr()) }
     }
 }

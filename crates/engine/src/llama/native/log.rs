@@ -10,18 +10,18 @@ use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
 use std::sync::Once;
 
-/// Lines that a thread keeps until they are asked for.
+/// The maximum number of error lines that a thread keeps.
 const KEPT_LINES_MAX: usize = 4;
-/// Characters of a line that are kept.
+/// The maximum number of characters that are kept of a line.
 const LINE_CHARS_MAX: usize = 300;
 
 thread_local! {
-    // A load logs on the thread that asked for it, so loads side by side keep their errors apart.
+    // A load logs on the thread that requested it, so concurrent loads keep their errors apart.
     static ERRORS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
     static IS_QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Takes over the log of this process; later calls do nothing.
+/// Installs the log callback of this process. Later calls do nothing.
 pub(super) fn take_over() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -30,12 +30,12 @@ pub(super) fn take_over() {
     });
 }
 
-/// Returns the errors that were logged on this thread since the last call, the first one first.
+/// Returns the errors logged on this thread since the last call, the oldest first.
 pub(super) fn take_errors() -> Vec<String> {
     ERRORS.take()
 }
 
-/// Keeps the errors of a call for whoever asks, and out of the log.
+/// Keeps the errors of a call out of the log. [`take_errors`] still returns them.
 #[cfg(feature = "portable")]
 pub(super) fn quietly<T>(call: impl FnOnce() -> T) -> T {
     IS_QUIET.set(true);
@@ -48,10 +48,10 @@ unsafe extern "C" fn on_log(level: llama_cpp_sys_2::ggml_log_level, text: *const
     if text.is_null() {
         return;
     }
-    // SAFETY: llama.cpp hands a string that ends with a zero and stays for the length of this call.
+    // SAFETY: llama.cpp passes a zero-terminated string that is valid for the length of this call.
     let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
     let line = text.trim();
-    // Progress dots come as lines of their own.
+    // Progress dots arrive as lines of their own.
     if line.trim_matches('.').is_empty() {
         return;
     }
@@ -60,7 +60,7 @@ unsafe extern "C" fn on_log(level: llama_cpp_sys_2::ggml_log_level, text: *const
         if !is_quiet {
             tracing::warn!(target: "llama_cpp", "{line}");
         }
-        // A thread that is ending has no place for errors any more.
+        // A thread that is ending no longer has its list of errors.
         let _ = ERRORS.try_with(|errors| {
             let mut errors = errors.borrow_mut();
             if errors.len() < KEPT_LINES_MAX {

@@ -8,10 +8,10 @@ use kernels::{Attention, LANES, Matrix, Quantization};
 use llama_cpp_sys_2 as sys;
 use rustix::mm::{Advice, madvise};
 
-/// Bytes that are packed before their pages are given back.
+/// The number of bytes packed before their source pages are released.
 const PART_BYTES: usize = 4 << 20;
 
-/// What C++ takes over; the order is that of `tether_matrix_functions`.
+/// The functions passed to C++, in the order of `tether_matrix_functions`.
 #[repr(C)]
 struct Functions {
     can_pack: unsafe extern "C" fn(u32, usize, usize) -> bool,
@@ -24,7 +24,7 @@ struct Functions {
     attend: unsafe extern "C" fn(*const Attention, usize, usize, *mut f32),
 }
 
-/// What `watch.cpp` knows of a context.
+/// The state that `watch.cpp` keeps for a context.
 #[repr(C)]
 struct RawWatch {
     _private: [u8; 0],
@@ -47,14 +47,14 @@ impl Watch {
     /// # Safety
     /// The context must be valid, and outlive the result.
     pub(super) unsafe fn new(context: *const sys::llama_context, with_kernels: bool) -> Self {
-        // SAFETY: the caller vouches for the context.
+        // SAFETY: the caller guarantees that the context is valid.
         let watch = unsafe { tether_watch(context, with_kernels) };
         Self(NonNull::new(watch).expect("C++ allocates or throws"))
     }
 
-    /// Tells ggml, on this thread, that what is evaluated meanwhile is this context.
+    /// Runs `evaluate` and tells ggml, on this thread, that it evaluates this context.
     pub(super) fn during<T>(&self, evaluate: impl FnOnce() -> T) -> T {
-        // SAFETY: the watch lives for the call, and is let go of before it ends.
+        // SAFETY: the watch lives for the call and is released before the call ends.
         unsafe { tether_evaluate(self.0.as_ptr()) };
         let result = evaluate();
         // SAFETY: as above.
@@ -65,14 +65,14 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // SAFETY: it is ours, and no thread evaluates the context.
+        // SAFETY: the handle owns the watch, and no thread evaluates the context.
         unsafe { tether_unwatch(self.0.as_ptr()) }
     }
 }
 
-/// Loads a model whose matrices our kernels may pack, or not.
+/// Loads a model with or without packing its matrices for our kernels.
 pub(super) fn load_with<T>(kernels: bool, load: impl FnOnce() -> T) -> T {
-    // SAFETY: it sets a variable of this thread.
+    // SAFETY: the call sets a thread-local variable.
     unsafe { tether_pack(kernels) };
     let result = load();
     // SAFETY: as above.
@@ -80,13 +80,13 @@ pub(super) fn load_with<T>(kernels: bool, load: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Offers our kernels to ggml, where the processor can run them. Must come before the first model is loaded.
+/// Registers our kernels with ggml if the processor supports them. Must be called before the first model is loaded.
 pub(super) fn register() -> bool {
     let functions =
         Functions { can_pack, pack, inputs_bytes, take_in, multiply, attention_floats, attention_units, attend };
-    // SAFETY: it is called once, before any model is there.
+    // SAFETY: called once, before any model is loaded.
     unsafe { tether_forget_amx() };
-    // SAFETY: the functions are copied, and it is called once, before any model is there.
+    // SAFETY: the functions are copied. Called once, before any model is loaded.
     kernels::is_supported() && unsafe { tether_register_matrices(&raw const functions) }
 }
 
@@ -94,7 +94,7 @@ fn matrix(kind: u32, columns: usize, rows: usize) -> Option<Matrix> {
     Matrix::new(Quantization::of_ggml(kind)?, columns, rows)
 }
 
-/// A matrix that `can_pack` was asked about before.
+/// A matrix for which `can_pack` returned true.
 fn packed(kind: u32, columns: usize, rows: usize) -> Matrix {
     matrix(kind, columns, rows).expect("only what can be packed is packed")
 }
@@ -103,7 +103,7 @@ extern "C" fn can_pack(kind: u32, columns: usize, rows: usize) -> bool {
     matrix(kind, columns, rows).is_some()
 }
 
-/// Packs a matrix, and lets go of the pages of the file that it comes from, part by part: a model is in memory once.
+/// Packs a matrix and releases the source's file pages part by part, so that the model is in memory only once.
 unsafe extern "C" fn pack(kind: u32, columns: usize, rows: usize, source: *const u8, to: *mut u8) {
     let whole = packed(kind, columns, rows);
     let is_file = is_of_file(source.addr());
@@ -111,8 +111,8 @@ unsafe extern "C" fn pack(kind: u32, columns: usize, rows: usize, source: *const
     for first in (0..whole.groups()).step_by(groups) {
         let part = packed(kind, columns, LANES * groups.min(whole.groups() - first));
         let begin = first * whole.group_bytes();
-        // SAFETY: ggml vouches for both, whose size it asserts. A page of a file that is let go is read again where it
-        // is needed again.
+        // SAFETY: ggml guarantees both buffers and asserts their size. A released file page is read again if it is
+        // needed again.
         unsafe {
             let source = source.add(begin);
             let bytes = slice::from_raw_parts(source, part.bytes());
@@ -125,7 +125,7 @@ unsafe extern "C" fn pack(kind: u32, columns: usize, rows: usize, source: *const
     }
 }
 
-/// Returns whether memory is a view of a file.
+/// Returns whether an address belongs to a file mapping.
 fn is_of_file(address: usize) -> bool {
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     maps.lines().any(|line| {
@@ -133,12 +133,12 @@ fn is_of_file(address: usize) -> bool {
         let range = fields.next().and_then(|range| range.split_once('-'));
         let Some((from, to)) = range else { return false };
         let number = |text| usize::from_str_radix(text, 16).unwrap_or(0);
-        // The fifth field is the file's number, which what is no file has not.
+        // The fifth field is the inode, which is 0 for mappings without a file.
         (number(from)..number(to)).contains(&address) && fields.nth(3).is_some_and(|inode| inode != "0")
     })
 }
 
-/// Returns the pages that lie in a range as a whole.
+/// Returns the pages that lie entirely within a range.
 fn whole_pages(range: Range<usize>) -> Range<usize> {
     let page = rustix::param::page_size();
     range.start.next_multiple_of(page)..range.end / page * page
@@ -159,8 +159,8 @@ unsafe extern "C" fn take_in(
     count: usize,
     inputs: *mut u8,
 ) {
-    // SAFETY: the vector has as many numbers as the matrix has columns; ggml made the room that `inputs_bytes` named,
-    // and no two threads are given the same blocks.
+    // SAFETY: the vector has one number per column of the matrix. ggml allocated the `inputs_bytes` bytes, and no two
+    // threads are given the same blocks.
     unsafe {
         let vector = slice::from_raw_parts(vector, columns);
         packed(kind, columns, rows).take_in(vector, from..to, index, count, inputs);
@@ -178,7 +178,7 @@ unsafe extern "C" fn multiply(
     to: usize,
     outputs: *mut f32,
 ) {
-    // SAFETY: `pack` wrote the matrix, `take_in` all inputs; no two threads are given the same groups.
+    // SAFETY: `pack` wrote the matrix, and `take_in` all inputs. No two threads are given the same groups.
     unsafe { packed(kind, columns, rows).multiply(matrix, inputs, count, from..to, outputs) };
 }
 
@@ -194,6 +194,6 @@ unsafe extern "C" fn attention_units(attention: *const Attention, threads: usize
 }
 
 unsafe extern "C" fn attend(attention: *const Attention, unit: usize, threads: usize, scratch: *mut f32) {
-    // SAFETY: as above; the tensors are as ggml describes them, and every thread has a scratch and units of its own.
+    // SAFETY: as above. ggml describes the tensors correctly, and every thread has its own scratch and units.
     unsafe { (*attention).attend(unit, threads, scratch) };
 }

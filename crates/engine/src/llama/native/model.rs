@@ -9,31 +9,30 @@ use llama_cpp_sys_2 as sys;
 
 use super::{Vocabulary, complaint, log, path_of, start};
 
-/// How to load a model.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct ModelOptions {
-    /// Layers to place on GPUs.
+    /// The number of layers to offload to GPUs.
     pub(crate) gpu_layers: u32,
-    /// Reads the vocabulary and nothing else.
+    /// Loads only the vocabulary.
     pub(crate) vocabulary_only: bool,
-    /// Uses ggml's kernels alone.
+    /// Uses only ggml's own kernels.
     pub(crate) without_kernels: bool,
 }
 
-/// What some layers of a model see of a text.
+/// The attention window of a model's layers, as far as it is limited.
 ///
-/// llama.cpp gives up keys and values that these layers no longer see, as soon as it needs their place.
+/// llama.cpp discards keys and values outside the window as soon as it needs their cells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Window {
     All,
-    /// So many positions, the last one included.
+    /// The last positions, including the current one.
     Sliding(usize),
-    /// What lies in the same chunk of so many positions.
+    /// The positions in the same chunk.
     Chunk(usize),
 }
 
 impl Window {
-    /// Returns the first position that every layer needs to evaluate the token at a position.
+    /// Returns the first position that every layer needs to evaluate the token at `position`.
     pub(crate) fn first_seen(self, position: usize) -> usize {
         match self {
             Self::All => 0,
@@ -43,35 +42,35 @@ impl Window {
     }
 }
 
-/// A model in memory.
 #[derive(Debug)]
 pub(crate) struct Model {
     pointer: NonNull<sys::llama_model>,
     without_kernels: bool,
 }
 
-// SAFETY: a loaded model is only read, but for its list of adapters, which `Adapter` guards.
+// SAFETY: a loaded model is only read, except for its list of adapters, which `Adapter` guards.
 unsafe impl Send for Model {}
 // SAFETY: as above.
 unsafe impl Sync for Model {}
 
 impl Model {
-    /// Loads a model from its open files, in order. `progress` takes the share that is done and says whether to go on.
+    /// Loads a model from its open files, in order. `progress` receives the completed share and returns whether to
+    /// continue.
     ///
-    /// Returns llama.cpp's complaint where it fails.
+    /// Returns llama.cpp's error if loading fails.
     pub(crate) fn load<F>(files: &[&File], options: ModelOptions, mut progress: F) -> Result<Self, String>
     where
         F: FnMut(f32) -> bool,
     {
         unsafe extern "C" fn report<F: FnMut(f32) -> bool>(share: f32, progress: *mut c_void) -> bool {
-            // SAFETY: it is the closure that `load` lends for the length of the call.
+            // SAFETY: this is the closure that `load` lends for the length of the call.
             unsafe { (*progress.cast::<F>())(share) }
         }
         start();
         let paths: Vec<_> = files.iter().map(|file| path_of(file)).collect();
         let mut paths: Vec<*const c_char> = paths.iter().map(|path| path.as_ptr()).collect();
         let _ = log::take_errors();
-        // SAFETY: paths and closure live until the load returns, and nothing keeps them.
+        // SAFETY: paths and closure live until the load returns, and llama.cpp does not keep them.
         let load = || unsafe {
             let mut parameters = sys::llama_model_default_params();
             parameters.n_gpu_layers = i32::try_from(options.gpu_layers).unwrap_or(i32::MAX);
@@ -91,33 +90,33 @@ impl Model {
         Ok(Self { pointer, without_kernels: options.without_kernels })
     }
 
-    /// Returns the model's vocabulary.
     pub(crate) fn vocabulary(&self) -> Vocabulary<'_> {
         // SAFETY: the vocabulary is part of the model, which the result borrows.
         unsafe { Vocabulary::new(sys::llama_model_get_vocab(self.as_ptr())) }
     }
 
-    /// Returns how many numbers the vector of a text has.
+    /// Returns the length of an embedding vector.
     pub(crate) fn embedding_length(&self) -> u32 {
         // SAFETY: the pointer is valid, here and below.
         unsafe { sys::llama_model_n_embd_out(self.as_ptr()) }.unsigned_abs()
     }
 
-    /// Returns whether ggml's kernels are used alone.
+    /// Returns whether only ggml's own kernels are used.
     #[cfg(matrices)]
     pub(super) fn without_kernels(&self) -> bool {
         self.without_kernels
     }
 
-    /// Returns whether a sequence's state can be cut back to an earlier position. What is recurrent cannot.
+    /// Returns whether a sequence can be cut back to an earlier position. Recurrent state cannot be.
     pub(crate) fn can_rewind(&self) -> bool {
         // SAFETY: it reads fields.
         unsafe { !sys::llama_model_is_recurrent(self.as_ptr()) && !sys::llama_model_is_hybrid(self.as_ptr()) }
     }
 
-    /// Returns what its layers see of a text.
+    /// Returns the attention window of its layers.
     pub(crate) fn window(&self) -> Window {
-        // SAFETY: it reads fields; the text is as long as is told, and short of its last zero.
+        // SAFETY: the calls read fields. The text buffer has the length that is passed, including the terminating
+        // zero.
         let (width, architecture) = unsafe {
             let mut text = [0_u8; 32];
             let key = c"general.architecture".as_ptr();
@@ -126,15 +125,15 @@ impl Model {
         };
         match usize::try_from(width).unwrap_or(0) {
             0 => Window::All,
-            // The only architecture with chunks, which llama.cpp does not tell in other ways.
+            // The only architecture with chunked attention, which llama.cpp does not report otherwise.
             width if architecture.starts_with(b"llama4\0") => Window::Chunk(width),
             width => Window::Sliding(width),
         }
     }
 
-    /// Returns whether the model needs an encoder's pass that this runtime does not make.
+    /// Returns whether the model needs an encoder pass, which this runtime does not support.
     pub(crate) fn has_encoder(&self) -> bool {
-        // SAFETY: it reads a field.
+        // SAFETY: the call reads a field.
         unsafe { sys::llama_model_has_encoder(self.as_ptr()) }
     }
 
@@ -157,13 +156,13 @@ pub(crate) struct Adapter {
     _model: Arc<Model>,
 }
 
-// SAFETY: it is only read once it is made.
+// SAFETY: an adapter is only read after it is loaded.
 unsafe impl Send for Adapter {}
 // SAFETY: as above.
 unsafe impl Sync for Adapter {}
 
 impl Adapter {
-    /// Reads an adapter from its open file. Only the engine's thread may make and drop adapters, because the model
+    /// Loads an adapter from its open file. Only the engine's thread may load and drop adapters, because the model
     /// keeps a list of them.
     pub(crate) fn load(model: &Arc<Model>, file: &File) -> Result<Self, String> {
         let path = path_of(file);
@@ -181,12 +180,12 @@ impl Adapter {
 
 impl Drop for Adapter {
     fn drop(&mut self) {
-        // SAFETY: contexts that use the adapter hold it, so none does any more.
+        // SAFETY: contexts that use the adapter hold it, so no context uses it any more.
         unsafe { sys::llama_adapter_lora_free(self.as_ptr()) }
     }
 }
 
-/// Makes a null list of adapters plain to read.
+/// A null list of adapters.
 pub(super) const NO_ADAPTERS: *mut *mut sys::llama_adapter_lora = ptr::null_mut();
 
 #[cfg(test)]
