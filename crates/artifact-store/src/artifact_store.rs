@@ -65,10 +65,9 @@ pub enum Way {
 /// Why an artifact could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// It is not here: fetch it.
+    /// The artifact is not in the store and must be fetched.
     #[error("artifact {digest} is not in the store: there is no file {}", path.display())]
     Missing {
-        /// What was asked for.
         digest: Digest,
         /// The path where it would be stored.
         path: PathBuf,
