@@ -10,48 +10,49 @@ use crate::gguf::{Header, Tensor};
 use crate::model_runtime::{EngineError, Kernels, LoadOptions, MemoryPlan};
 pub use devices::{VRAM_SPARED_BYTES, layers_that_fit};
 
-/// Tokens that one decode step evaluates at most.
+/// The maximum number of tokens in one step.
 pub const BATCH_TOKENS: u32 = 512;
-/// Sequences that may generate side by side; llama.cpp knows 256, and some are kept for those who come back.
+/// The maximum number of sequences that generate at the same time; llama.cpp supports 256, and some are kept for the
+/// prefix cache.
 pub const SLOTS_MAX: u32 = 192;
-/// Tokens that may be suggested at once: each takes a row of logits for every slot.
+/// The maximum number of draft tokens: each takes a row of logits for every slot.
 pub const DRAFT_TOKENS_MAX: u32 = 16;
-/// Prompt tokens whose log-probabilities one step tells: each takes a row of logits.
+/// The maximum number of prompt tokens whose log-probabilities one step returns: each takes a row of logits.
 pub const ECHO_ROWS: u32 = 32;
-/// Tokens of context per sequence where nobody says and the model was trained with more: longer ones are rare, and
-/// their keys and values are most of what a small model takes.
+/// The default context length of a sequence if the model was trained with more. Longer contexts are rare, and the KV
+/// cache is most of what a small model takes.
 pub const CONTEXT_DEFAULT: u32 = 8_192;
-/// Tokens that all sequences together can hold where nobody says, unless one sequence of full length needs more.
+/// The default size of the KV cache in tokens, unless one sequence of full length needs more.
 const ROOM_DEFAULT: u32 = 8_192;
-/// The shortest context that a model is given by itself because memory is short.
+/// The shortest context length that is chosen automatically when memory is short.
 const CONTEXT_MIN: u32 = 1_024;
-/// Cells come in blocks of so many.
+/// KV cache cells are allocated in blocks of this size.
 const CELL_BLOCK: u32 = 256;
-/// The program, its libraries and its threads, with what llama.cpp makes for any model.
+/// The program, its libraries and its threads, and what llama.cpp allocates for any model.
 const PROGRAM_BYTES: u64 = 18 << 20;
-/// What the logits of a batch of texts to embed take at most, twice counted, because they are made and copied.
+/// The maximum memory for the logits of an embedding batch. Logits count twice, because they are computed and copied.
 pub(crate) const EMBED_LOGITS_BYTES_MAX: u64 = 128 << 20;
-/// What llama.cpp and we keep of each token of the vocabulary.
+/// Memory that llama.cpp and this program keep for each token of the vocabulary.
 const TOKEN_BYTES: u64 = 160;
 
-/// The options that a model will really be loaded with.
+/// The sizes with which a model is actually loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// Tokens of context per sequence.
+    /// The context length of a sequence in tokens.
     pub context_length: u32,
-    /// Sequences that generate side by side.
+    /// The number of sequences that generate at the same time.
     pub slots: u32,
-    /// Tokens that all of them together can hold.
+    /// The size of the KV cache in tokens, shared by all sequences.
     pub kv_tokens: u32,
 }
 
-/// Returns the shape that fits both the wish and the model.
+/// Returns the shape that fits both the options and the model.
 pub fn shape(header: &Header, options: &LoadOptions) -> Result<Shape, EngineError> {
     let trained = header
         .context_length()
         .filter(|tokens| *tokens > 0)
         .ok_or_else(|| EngineError::InvalidModel { reason: "the file does not say how long its context is".into() })?;
-    // Positions beyond those seen in training give noise.
+    // The model gives noise for positions beyond those seen in training.
     let context_length = match options.context_length {
         0 => trained.min(CONTEXT_DEFAULT),
         wanted => wanted.min(trained),
@@ -72,8 +73,8 @@ pub fn shape(header: &Header, options: &LoadOptions) -> Result<Shape, EngineErro
     Ok(Shape { context_length, slots, kv_tokens: kv_tokens.next_multiple_of(CELL_BLOCK) })
 }
 
-/// Returns options that take less memory, from those that nobody has set, the largest first: a smaller room, then
-/// shorter and shorter contexts. What somebody has set stays.
+/// Returns options that take less memory, the largest first: first a smaller KV cache, then ever shorter contexts.
+/// Values that are set explicitly are kept.
 pub fn smaller(options: &LoadOptions, context_length: u32) -> Vec<LoadOptions> {
     let room = |context_length| LoadOptions {
         context_length,
@@ -88,20 +89,20 @@ pub fn smaller(options: &LoadOptions, context_length: u32) -> Vec<LoadOptions> {
     contexts.into_iter().map(room).collect()
 }
 
-/// Returns the options that take the least memory, as far as nobody has set them.
+/// Returns the options that take the least memory. Values that are set explicitly are kept.
 pub fn smallest(options: &LoadOptions) -> LoadOptions {
     let context_length = if options.context_length == 0 { CONTEXT_MIN } else { options.context_length };
     let kv_tokens = if options.kv_tokens == 0 { context_length } else { options.kv_tokens };
     LoadOptions { context_length, kv_tokens, ..options.clone() }
 }
 
-/// Returns the rows of logits that one step may make.
+/// Returns the maximum number of logit rows in one step.
 pub(crate) fn outputs(slots: u32, draft_tokens: u32) -> u32 {
     slots * (1 + draft_tokens.min(DRAFT_TOKENS_MAX)) + ECHO_ROWS
 }
 
-/// Returns the memory that a load would take. Where the options leave the layers on a GPU open, all are planned in
-/// host memory, which is then surely enough.
+/// Returns the memory that a load would take. If the options leave the number of GPU layers open, all layers are
+/// planned in host memory, which is then certain to suffice.
 pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
     let shape = shape(header, options)?;
     let model = Dimensions::of(header);
@@ -126,12 +127,12 @@ pub fn plan(header: &Header, options: &LoadOptions) -> Result<MemoryPlan, Engine
     })
 }
 
-/// Returns the layers of a model that may lie on a GPU, the output counted as one.
+/// Returns the number of layers that can be offloaded to GPUs, counting the output as one.
 pub fn layers(header: &Header) -> u32 {
     u32::try_from(Dimensions::of(header).cell_bytes.len()).unwrap_or(u32::MAX).saturating_add(1)
 }
 
-/// What of a model its buffers depend on.
+/// The dimensions that determine a model's buffers.
 #[derive(Debug)]
 struct Dimensions {
     /// Bytes of the keys and values of one token, by layer.
@@ -152,7 +153,7 @@ impl Dimensions {
         let kv_heads = header.per_layer("attention.head_count_kv", layers).unwrap_or_else(|| vec![heads; layers]);
         // Keys and values are 16-bit floats.
         let row_bytes = key_width.saturating_add(value_width).saturating_mul(2);
-        // Of many experts, some are at work at a time.
+        // Only some of the experts are active at a time.
         let experts = number("expert_used_count").max(1);
         let feed_forward = header
             .hyperparameter("expert_feed_forward_length")
@@ -167,8 +168,9 @@ impl Dimensions {
         }
     }
 
-    /// Returns the scratch space of a full batch: five rows of activations are alive in the feed-forward layer, beside
-    /// three of its own, and in the last step the logits are in their place. The mask is made of 16-bit floats.
+    /// Returns the scratch space of a full batch. The feed-forward layer keeps five rows of activations alive in
+    /// addition to three of its own; in the last step the logits take their place. The mask consists of 16-bit
+    /// floats.
     fn compute_bytes(&self, batch: u64, cells: u64, outputs: u64) -> u64 {
         let feed_forward = self.feed_forward.saturating_mul(3).saturating_mul(batch);
         let logits = self.vocabulary.saturating_mul(outputs.min(batch));
@@ -177,34 +179,34 @@ impl Dimensions {
         floats.saturating_mul(4).saturating_add(cells.saturating_mul(batch).saturating_mul(2))
     }
 
-    /// Returns what contexts take that are made when they are first needed: one evaluates a sequence by itself, one
-    /// makes vectors of texts.
+    /// Returns the memory of the contexts that are created on first use: one for deterministic generations, and one
+    /// for embeddings.
     fn later_bytes(&self, context_length: u64, is_causal: bool) -> u64 {
         let batch = u64::from(BATCH_TOKENS);
         let cell_bytes = self.cell_bytes.iter().copied().fold(0, u64::saturating_add);
         let cells_bytes = context_length.saturating_mul(cell_bytes);
         let alone = cells_bytes.saturating_add(self.compute_bytes(batch, context_length, 1));
         let vectors = if is_causal {
-            // Every token of a batch is an output, whose logits are made as well.
+            // Every token of a batch is an output, so its logits are computed as well.
             cells_bytes
                 .saturating_add(self.compute_bytes(batch, context_length, 1))
                 .saturating_add(EMBED_LOGITS_BYTES_MAX)
         } else {
-            // A text is one batch. Room for its logits is set aside, and never touched.
+            // A text is one batch. Memory for its logits is reserved, but never touched.
             let logits_bytes = self.vocabulary.saturating_mul(4).saturating_mul(context_length);
             self.compute_bytes(context_length, context_length, 1).saturating_add(logits_bytes)
         };
         alone.saturating_add(vectors)
     }
 
-    /// Returns what a product takes while it is made: its rows in the form that the weights want.
+    /// Returns the temporary memory of a matrix product: its rows, converted to the format that the weights need.
     fn work_bytes(&self) -> u64 {
         self.feed_forward.max(self.width).saturating_mul(u64::from(BATCH_TOKENS)).saturating_mul(2)
     }
 }
 
-/// Returns whether every product of a model is made row by row, so that a row has the same bits whatever is beside it.
-/// ggml multiplies several rows of most types with other kernels than one.
+/// Returns whether every matrix product of a model is computed row by row, so that a row's bits do not depend on the
+/// other rows. For most types, ggml multiplies several rows with other kernels than a single one.
 pub fn is_row_by_row(header: &Header, kernels: Kernels) -> bool {
     const Q4_1: u32 = 3;
     const Q5_1: u32 = 7;
@@ -215,8 +217,7 @@ pub fn is_row_by_row(header: &Header, kernels: Kernels) -> bool {
     header.tensors.iter().all(is_exact)
 }
 
-/// Returns whether the kernels of ggml's CPU backend want a copy of a matrix in another order, which is made at the
-/// load.
+/// Returns whether ggml's CPU backend repacks a matrix at load, which takes a second copy.
 fn is_repacked(tensor: &Tensor) -> bool {
     const Q4_0: u32 = 2;
     const Q8_0: u32 = 8;
@@ -234,7 +235,7 @@ fn is_repacked(tensor: &Tensor) -> bool {
     kinds.contains(&tensor.kind) && rows.is_multiple_of(8)
 }
 
-/// Returns whether our kernels take a matrix, and make a copy of it at the load instead.
+/// Returns whether our kernels pack a matrix at load, which replaces ggml's copy.
 #[cfg(matrices)]
 fn is_packed(tensor: &Tensor, kernels: Kernels) -> bool {
     if kernels == Kernels::Off {

@@ -15,22 +15,22 @@ use tokio_util::sync::CancellationToken;
 use crate::gguf::{self, Header, Tensor};
 use crate::model_runtime::{EngineError, VerifiedArtifact};
 
-/// Bytes that are copied, or changed, at a time.
+/// Bytes that are copied or changed at a time.
 const STEP_BYTES: usize = 1 << 20;
 /// Numbers that share a scale in `Q8_0`.
 const BLOCK: usize = 32;
 const BLOCK_BYTES: usize = 2 + BLOCK;
 
-/// What became of an adapter.
+/// The result of a merge.
 #[derive(Debug)]
 pub enum Merge {
-    /// A model whose matrices have the changes of the adapter in them.
+    /// The model with the adapter's changes merged into its weights.
     Done(VerifiedArtifact),
-    /// It stays beside the weights, for this reason.
+    /// The adapter cannot be merged and stays separate, for this reason.
     Refused(String),
 }
 
-/// How numbers are written that can take a small change.
+/// Number formats that are precise enough for small changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
     F32,
@@ -39,8 +39,8 @@ enum Form {
     Q8_0,
 }
 
-/// Merges an adapter into a model, whose changed copy is written to an empty file. An adapter that does not belong to
-/// the model is [`EngineError::InvalidModel`]. Ends early where it is dropped.
+/// Merges an adapter into a copy of a model, which is written to the empty file `scratch`. Returns
+/// [`EngineError::InvalidModel`] if the adapter does not fit the model. Dropping the future stops the merge.
 pub async fn merge(model: &VerifiedArtifact, adapter: &VerifiedArtifact, scratch: File) -> Result<Merge, EngineError> {
     if !model.parts.is_empty() {
         return Ok(Merge::Refused("the model is cut in several files".into()));
@@ -54,7 +54,7 @@ pub async fn merge(model: &VerifiedArtifact, adapter: &VerifiedArtifact, scratch
     let files = model.file.try_clone().and_then(|model| Ok((model, adapter.file.try_clone()?)));
     let (model_file, adapter_file) = files.map_err(|error| failed(&error))?;
     let bytes = model.bytes;
-    // Whoever waits no longer ends it.
+    // Dropping the future stops the blocking task.
     let stop = CancellationToken::new();
     let (stopped, _waits) = (stop.clone(), stop.drop_guard());
     let written = task::spawn_blocking(move || {
@@ -72,7 +72,7 @@ pub async fn merge(model: &VerifiedArtifact, adapter: &VerifiedArtifact, scratch
     })
 }
 
-/// Returns why an adapter that belongs to a model cannot be merged into it.
+/// Returns why an adapter that fits a model cannot be merged into it.
 fn obstacle(model: &Header, adapter: &Header) -> Option<String> {
     let pairs = match gguf::adapter_pairs(adapter) {
         Ok(pairs) => pairs,
@@ -105,15 +105,15 @@ fn is_matrix(tensor: &Tensor) -> bool {
     tensor.dimensions.len() >= 2 && tensor.dimensions[2..].iter().all(|side| *side == 1)
 }
 
-/// Reserves disk space for a copy; returns false if the disk is too full. Half a copy would take space that others
-/// need.
+/// Reserves disk space for the copy. Returns false if the disk is too full: a partial copy would take space that
+/// others need.
 fn reserve(file: &File, bytes: u64) -> bool {
     #[cfg(target_os = "linux")]
     {
         use rustix::fs::{FallocateFlags, fallocate};
         use rustix::io::Errno;
 
-        // Some file systems do not know it; there the copy itself finds out.
+        // Some file systems do not support it. There, the copy itself finds out.
         !matches!(fallocate(file, FallocateFlags::empty(), 0, bytes), Err(Errno::NOSPC | Errno::DQUOT | Errno::FBIG))
     }
     #[cfg(not(target_os = "linux"))]
@@ -140,7 +140,7 @@ fn go_on(stop: &CancellationToken) -> io::Result<()> {
     if stop.is_cancelled() { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) }
 }
 
-/// Adds the changes of an adapter to the matrices of a model's file.
+/// Adds the changes of an adapter to the matrices in a model's file.
 fn change(
     file: &File,
     model: &Header,
@@ -155,7 +155,7 @@ fn change(
         let matrix = matrix(model, name).ok_or_else(|| invalid("the model lacks a matrix"))?;
         let form = Form::of(matrix.kind).ok_or_else(|| invalid("a matrix has another form"))?;
         let rank = a.dimensions.get(1).copied().unwrap_or(1).max(1);
-        // As llama.cpp reads it, no strength is the plain product.
+        // As in llama.cpp, an alpha of 0 means the plain product.
         let scale = if alpha == 0.0 { 1.0 } else { (alpha / rank as f64) as f32 };
         let halves = (read(adapter_file, adapter, a)?, read(adapter_file, adapter, b)?);
         let change = Change { halves, scale, rank: rank as usize };
@@ -197,7 +197,7 @@ impl Change {
     }
 }
 
-/// Reads all numbers of one half of a change.
+/// Reads all numbers of one factor of a change.
 fn read(file: &File, adapter: &Header, half: &Tensor) -> io::Result<Vec<f32>> {
     let form = Form::of(half.kind).ok_or_else(|| io::Error::other("a half has another form"))?;
     let mut bytes = vec![0; half.bytes as usize];
@@ -209,7 +209,7 @@ fn read(file: &File, adapter: &Header, half: &Tensor) -> io::Result<Vec<f32>> {
 }
 
 impl Form {
-    /// Returns the form with ggml's number for it.
+    /// Returns the format for ggml's type number.
     fn of(kind: u32) -> Option<Self> {
         match kind {
             0 => Some(Self::F32),

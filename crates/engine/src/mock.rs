@@ -26,34 +26,33 @@ use crate::model_runtime::{
 };
 use script::{Script, word};
 
-/// Unread events that a stream holds before its generation waits for the reader.
+/// The number of unread events that a stream holds before its generation waits for the reader.
 const EVENTS_MAX: usize = 256;
-/// How often the reader of a generation that waits is told that the engine lives.
+/// How often the reader of a waiting generation receives progress.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
-/// How a [`MockRuntime`] behaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MockOptions {
-    /// Time from the moment a slot is free to the first token; zero never sleeps.
+    /// Time from the moment a slot is free to the first token. Zero means no sleep.
     pub first_token: Duration,
-    /// Time between two tokens; zero never sleeps.
+    /// Time between two tokens. Zero means no sleep.
     pub per_token: Duration,
-    /// Tokens of an answer that the request does not limit.
+    /// Length of an answer in tokens if the request sets no limit.
     pub tokens: u32,
-    /// Tokens of context where the load options leave it open.
+    /// Context length in tokens if the load options leave it open.
     pub context_length: u32,
     /// Time that a load takes.
     pub load: Duration,
-    /// Generations that fail before their first event, counted from the start of the runtime.
+    /// The number of generations that fail before their first event, counted from the start of the runtime.
     pub fail_first: u32,
-    /// Generations that die in mid-stream, counted after those that fail at once.
+    /// The number of generations that die in mid-stream, counted after those that fail at once.
     pub die_first: u32,
-    /// Tokens that a dying generation gives before it dies.
+    /// The number of tokens that a dying generation sends before it dies.
     pub die_after: u32,
-    /// Generations that start and then do nothing until the model is unloaded, counted after those that die.
+    /// The number of generations that start and then hang until the model is unloaded, counted after those that die.
     pub hang_first: u32,
-    /// Memory of a GPU, in bytes, on which models lie unless they are kept off it; 0 for no GPU. A model takes there
-    /// what its file is long.
+    /// Memory of a simulated GPU in bytes, on which models are placed unless the options keep them off it; 0 for no
+    /// GPU. A model takes as much of it as its file is long.
     pub vram_bytes: u64,
 }
 
@@ -76,11 +75,12 @@ impl Default for MockOptions {
 
 /// Answers every prompt with `tok0 tok1 tok2 …` at a fixed pace. A prompt takes as many tokens as it has words.
 ///
-/// Where JSON is asked for the answer is the simplest that the schema allows, and where a function must be called it
-/// calls it with such arguments. It thinks a word first where the template is told `enable_thinking`. Texts become
-/// vectors of [`MockRuntime::EMBEDDING_LENGTH`] numbers, the same for the same text. Adapters change nothing.
+/// If JSON is requested, the answer is the simplest value that the schema allows. If a function must be called, the
+/// answer calls it with such arguments. If the template option `enable_thinking` is set, the answer begins with one
+/// word of reasoning. Embeddings have [`MockRuntime::EMBEDDING_LENGTH`] numbers, and equal texts get equal vectors.
+/// Adapters change nothing.
 ///
-/// It follows Tokio's clock, so paused time works. Slots, queue, cancellation and counters behave as with a model.
+/// It uses Tokio's clock, so paused time works. Slots, queue, cancellation and counters behave as with a real model.
 #[derive(Debug)]
 pub struct MockRuntime {
     options: MockOptions,
@@ -95,26 +95,26 @@ struct MockModel {
     id: ModelId,
     slots: u32,
     context_length: u32,
-    /// Running and waiting generations.
+    /// Permits for running and waiting generations.
     admission: Arc<Semaphore>,
     admission_max: usize,
     slot: Arc<Semaphore>,
     counters: Mutex<Counters>,
     beats: AtomicU64,
-    /// Whether a generation hangs, and with it the engine.
+    /// Whether a generation hangs, and the whole engine with it.
     hangs: AtomicBool,
     adapters: Mutex<BTreeSet<AdapterId>>,
     unloaded: CancellationToken,
 }
 
-/// One generation, once it was admitted.
+/// An admitted generation.
 struct Answer {
     model: Arc<MockModel>,
     options: MockOptions,
     sink: GenerateSink,
     script: Script,
     prompt_tokens: u32,
-    /// Tokens that were told on another try.
+    /// Tokens that an earlier attempt already sent.
     told: u32,
     limit: u32,
     fate: Fate,
@@ -129,14 +129,13 @@ enum Fate {
     Hang,
 }
 
-/// How a generation ended that no error ended.
+/// How a generation ended without an error.
 enum Ended {
     Done(FinishReason, TokenUsage),
     Cancelled,
 }
 
 impl MockRuntime {
-    /// Returns a runtime without models.
     pub fn new(options: MockOptions) -> Self {
         Self {
             options,
@@ -147,10 +146,10 @@ impl MockRuntime {
         }
     }
 
-    /// Numbers of each vector.
+    /// The length of each vector.
     pub const EMBEDDING_LENGTH: u32 = 8;
 
-    /// Returns the text that an answer of so many tokens has.
+    /// Returns the text of an answer of `tokens` tokens.
     pub fn text(tokens: u32) -> String {
         (0..tokens).map(word).collect()
     }
@@ -363,12 +362,12 @@ impl Answer {
         let cancelled = sink.cancelled.clone();
         let ended = tokio::select! {
             biased;
-            // An engine that hangs does not see that its reader is gone either.
+            // A hanging engine does not notice either that its reader is gone.
             () = cancelled.cancelled(), if fate != Fate::Hang => Ok(Ended::Cancelled),
             () = model.unloaded.cancelled() => Err(EngineError::NotLoaded),
             ended = self.tell() => ended,
         };
-        // The counters and the room come first, so that whoever sees the end sees them as well.
+        // Counters and permit are updated first, so that a reader that sees the end also sees them updated.
         drop(self.admitted);
         let last = match ended {
             Ok(Ended::Done(reason, usage)) => {
@@ -387,7 +386,7 @@ impl Answer {
         }
     }
 
-    /// Tells the answer up to its end, which it returns instead of telling.
+    /// Sends the answer except its end event, which is returned.
     async fn tell(&self) -> Result<Ended, EngineError> {
         let Self { model, options, sink, script, prompt_tokens, told, limit, fate, .. } = self;
         let (prompt_tokens, limit, fate) = (*prompt_tokens, *limit, *fate);
@@ -428,8 +427,8 @@ impl Answer {
         }))
     }
 
-    /// Waits, and tells the reader every second that the engine lives. `within` is how long the prompt takes to
-    /// evaluate, or `None` while the request waits for a slot.
+    /// Awaits a future and sends progress to the reader every second. `within` is the duration of the prefill, or
+    /// `None` while the request waits for a slot.
     async fn telling_progress<T>(&self, within: Option<Duration>, wait: impl Future<Output = T>) -> T {
         let mut wait = pin!(wait);
         let begun = time::Instant::now();
@@ -444,7 +443,7 @@ impl Answer {
             if !self.model.hangs.load(Ordering::Relaxed) {
                 let tokens_read = (f64::from(self.prompt_tokens) * share) as u32;
                 let progress = Event::Progress(Progress { tokens_read, tokens_total: self.prompt_tokens });
-                // A reader without room for it has other things to read.
+                // If the stream is full, the reader has other events to read.
                 let _ = self.sink.events.try_send(Ok(progress));
             }
         }

@@ -8,46 +8,46 @@ use crate::gguf::{Header, Tensor};
 use crate::memory_plan;
 use crate::model_runtime::LoadOptions;
 
-/// Architectures that make vectors and do not continue a text.
+/// Architectures that compute embeddings and do not generate text.
 const NOT_GENERATIVE: [&str; 9] =
     ["bert", "clip", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert", "t5encoder"];
-/// Set in a file's type where llama.cpp has guessed it.
+/// The bit that marks a file type as guessed by llama.cpp.
 const GUESSED: u64 = 1 << 10;
 
-/// What a model's header says of the model.
+/// Facts about a model, from its header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelFacts {
-    /// What its makers call it, as the file says it.
+    /// The name in the file, as chosen by the model's authors.
     pub name: Option<String>,
     /// Its architecture, such as `llama`.
     pub architecture: String,
-    /// How many weights it has.
+    /// The number of weights.
     pub parameters: u64,
-    /// How its weights are kept, such as `Q4_K_M`.
+    /// The quantisation of its weights, such as `Q4_K_M`.
     pub quantisation: String,
-    /// Tokens of context that it was trained with.
+    /// The context length in tokens that it was trained with.
     pub trained_context: u32,
     pub generates: bool,
     pub chats: bool,
-    /// Is told of tools and calls them.
+    /// Whether its template describes tools and its calls can be parsed.
     pub calls_tools: bool,
-    /// Thinks before it answers, in a way that is understood.
+    /// Whether it reasons before it answers, in a format that can be parsed.
     pub reasons: bool,
-    /// Was made for vectors of texts.
+    /// Whether it was made for embeddings.
     pub embeds: bool,
-    /// Has a chat template of its own.
+    /// Whether the file has a chat template.
     pub has_chat_template: bool,
-    /// Memory that it takes when it is loaded so, in bytes.
+    /// Memory in bytes that it takes when it is loaded with the given options.
     pub memory_bytes: u64,
 }
 
-/// Returns whether a model continues texts.
+/// Returns whether a model generates text.
 pub(crate) fn generates(header: &Header) -> bool {
     !NOT_GENERATIVE.contains(&header.architecture().unwrap_or_default())
 }
 
 impl ModelFacts {
-    /// Reads a header. No template is run: that takes memory, and is left to engine processes.
+    /// Reads the facts from a header. No template is rendered: that takes memory, and is left to engine processes.
     pub fn of(header: &Header, options: &LoadOptions) -> Self {
         let generates = generates(header);
         let template = header.chat_template();
@@ -63,7 +63,7 @@ impl ModelFacts {
             trained_context: header.context_length().unwrap_or(0),
             generates,
             chats,
-            // A template that never names the tools leaves them out.
+            // A template that never mentions `tools` does not pass them to the model.
             calls_tools: chats && answers.takes_tools() && both.contains("tools"),
             reasons: chats && answers.thinks(),
             embeds: !generates || header.hyperparameter("pooling_type").is_some_and(|kind| kind > 0),
@@ -79,7 +79,7 @@ fn parameters(header: &Header) -> u64 {
     header.tensors.iter().map(elements).fold(0, u64::saturating_add)
 }
 
-/// Returns how the weights are kept: as the file says it, else by what most of their bytes are.
+/// Returns the quantisation that the file names, or else the type of most of its bytes.
 fn quantisation(header: &Header) -> String {
     let told = header.unsigned("general.file_type").and_then(|number| of_file_type(number & !GUESSED));
     told.or_else(|| of_most(header)).unwrap_or("unknown").to_owned()
@@ -96,7 +96,7 @@ fn of_most(header: &Header) -> Option<&'static str> {
     of_tensor(most)
 }
 
-/// Names a file's type, as `llama_ftype` of llama.cpp numbers them.
+/// Returns the name of a file type, as numbered by llama.cpp's `llama_ftype`.
 fn of_file_type(number: u64) -> Option<&'static str> {
     Some(match number {
         0 => "F32",
@@ -139,7 +139,7 @@ fn of_file_type(number: u64) -> Option<&'static str> {
     })
 }
 
-/// Names a tensor's type, as `ggml_type` numbers them.
+/// Returns the name of a tensor type, as numbered by `ggml_type`.
 fn of_tensor(kind: u32) -> Option<&'static str> {
     Some(match kind {
         0 => "F32",
@@ -224,7 +224,7 @@ mod tests {
         let key = "tokenizer.chat_template";
         set(&mut header, key, "{% for tool in tools %}{{ tool }}{% endfor %}<tool_call></tool_call><think></think>");
         assert!(facts(&header).calls_tools && facts(&header).reasons);
-        // The markers alone call nothing: the model would not hear of the tools.
+        // The markers alone are not enough: the model would not know about the tools.
         set(&mut header, key, "{{ messages }}<tool_call></tool_call>");
         assert!(!facts(&header).calls_tools && !facts(&header).reasons);
         header.metadata.remove(key);

@@ -9,17 +9,17 @@ use tokio_util::sync::CancellationToken;
 use super::pulse::Reading;
 use crate::model_runtime::{EngineError, Event, FinishReason, GenerateSink, GenerateStream, Piece, TokenUsage};
 
-/// Unread events that a stream holds before pieces are merged.
+/// The number of unread events that a stream holds before pieces are merged.
 const EVENTS_MAX: usize = 256;
-/// Tokens that are merged for a slow reader before its generation pauses.
+/// The number of tokens merged for a slow reader before its generation pauses (backpressure).
 const MERGED_TOKENS_MAX: usize = 128;
 
 type Item = Result<Event, EngineError>;
 
 /// The engine's side of one stream.
 ///
-/// Room for the start, the last piece and the end is set aside at once, so that a generation can always end, however
-/// much progress an unread stream holds.
+/// Capacity for the start, the last piece and the end is reserved at creation, so that a generation can always end,
+/// however many progress events an unread stream holds.
 #[derive(Debug)]
 pub(super) struct Outbox {
     events: Sender<Item>,
@@ -27,13 +27,13 @@ pub(super) struct Outbox {
     last_piece: Option<OwnedPermit<Item>>,
     end: Option<OwnedPermit<Item>>,
     cancelled: CancellationToken,
-    /// What the reader had no room for.
+    /// Text that did not fit into the stream yet.
     merged: Piece,
     reading: Arc<Reading>,
 }
 
 impl Outbox {
-    /// Makes a stream and the outbox that feeds it, for a prompt of so many tokens.
+    /// Creates a stream and the outbox that feeds it, for a prompt of `tokens_total` tokens.
     pub(super) fn new(tokens_total: u32) -> (Self, GenerateStream) {
         Self::with_capacity(EVENTS_MAX, tokens_total)
     }
@@ -47,7 +47,7 @@ impl Outbox {
         (Self { events, start, last_piece, end, cancelled, merged: Piece::default(), reading }, stream)
     }
 
-    /// Returns how far the engine is with the prompt.
+    /// Returns the prefill progress of the prompt.
     pub(super) fn reading(&self) -> &Arc<Reading> {
         &self.reading
     }
@@ -66,7 +66,7 @@ impl Outbox {
         }
     }
 
-    /// Hands on more text, merged with what the reader had no room for.
+    /// Sends more text, merged with text that did not fit before.
     pub(super) fn piece(&mut self, piece: Piece) {
         self.merged.append(piece);
         self.flush();
@@ -81,7 +81,7 @@ impl Outbox {
         !self.merged.is_empty()
     }
 
-    /// Waits until a paused generation may go on: there is room, or the reader is gone.
+    /// Waits until a paused generation may continue: the stream has capacity, or the reader is gone.
     pub(super) fn room(&self) -> impl Future<Output = ()> + use<> {
         let (events, cancelled) = (self.events.clone(), self.cancelled.clone());
         async move {
@@ -97,7 +97,7 @@ impl Outbox {
         self.cancelled.clone().cancelled_owned()
     }
 
-    /// Ends the stream with an answer.
+    /// Ends the stream successfully.
     pub(super) fn done(mut self, last: Piece, reason: FinishReason, usage: TokenUsage) {
         self.merged.append(last);
         self.hand_last_piece();
@@ -141,7 +141,7 @@ impl Outbox {
 
 impl Drop for Outbox {
     fn drop(&mut self) {
-        // An engine that panics must not leave a stream that just stops.
+        // If the engine panics, the stream must still end with an error.
         self.hand_end(Err(EngineError::Failed { reason: "the engine gave up the generation".into() }));
     }
 }

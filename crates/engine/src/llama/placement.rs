@@ -5,7 +5,7 @@ use crate::hardware::{self, Device};
 use crate::memory_plan;
 use crate::model_runtime::{LoadOptions, Placement};
 
-/// Returns where a model will lie.
+/// Decides where to place a model.
 pub(super) fn place(header: &Header, options: &LoadOptions, devices: &[Device]) -> Placement {
     let gpus = hardware::gpus(devices);
     let vram_free_bytes = (!gpus.is_empty()).then(|| hardware::free_gpu_bytes(devices));
@@ -21,7 +21,7 @@ pub(super) fn place(header: &Header, options: &LoadOptions, devices: &[Device]) 
     let planned = memory_plan::plan(header, &LoadOptions { gpu_layers: Some(gpu_layers), ..options.clone() });
     let is_host = |device: &&Device| !device.is_gpu();
     let devices = match gpu_layers {
-        // Libraries that compute on the processor come as devices of their own.
+        // Libraries that compute on the CPU are listed as devices of their own.
         0 => devices.iter().filter(is_host).take(1).collect(),
         _ => gpus,
     };
@@ -66,7 +66,7 @@ mod tests {
         assert_eq!(placed(Some(3), &large), (all, 3, gpus));
         assert_eq!(placed(Some(0), &large), (all, 0, cpu.clone()));
         assert_eq!(placed(None, &small), (all, 0, cpu));
-        // Others may have been granted what is free.
+        // Free memory may already be granted to other models.
         let options = LoadOptions { gpu_layers: None, vram_fit_bytes: Some(0), ..LoadOptions::default() };
         assert_eq!(place(&plain(), &options, &large).gpu_layers, 0);
     }

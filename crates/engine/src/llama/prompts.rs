@@ -11,22 +11,22 @@ use crate::chat_template::{self, ChatTemplate, ChatTemplateError};
 use crate::gguf::{Header, Value};
 use crate::model_runtime::{Chat, EngineError, OutputFormat, PromptInput, ToolChoice, unsupported};
 
-/// What is needed to make tokens of a prompt.
+/// Renders and tokenises the prompts of one model.
 #[derive(Debug)]
 pub(super) struct Prompts {
     template: Result<ChatTemplate, ChatTemplateError>,
-    /// How the model writes its answers.
+    /// The format in which the model writes its answers.
     answers: AnswerFormat,
     bos_token: Option<String>,
     longest_token_bytes: usize,
-    /// Read from the vocabulary when the first conversation comes, because it is there only after the weights.
+    /// Read from the vocabulary on the first conversation, because the vocabulary is loaded with the weights.
     special_tokens: OnceLock<SpecialTokens>,
 }
 
-/// A prompt that is ready to be continued.
+/// A tokenised prompt.
 pub(super) struct Prompt {
     pub(super) tokens: Vec<Token>,
-    /// What the chat template made of a conversation.
+    /// The rendered conversation.
     rendered: String,
 }
 
@@ -37,7 +37,7 @@ impl Prompts {
             _ => None,
         };
         let template = ChatTemplate::of_model(header).and_then(ChatTemplate::checked);
-        // Such a model can still continue plain text, so the fault is told when a conversation comes.
+        // Such a model can still complete plain text, so the error is returned when a conversation arrives.
         if let Err(error) = &template {
             tracing::warn!(%error, "the model takes no conversations");
         }
@@ -47,17 +47,17 @@ impl Prompts {
         Self { template, answers, bos_token: header.bos_token(), longest_token_bytes, special_tokens: OnceLock::new() }
     }
 
-    /// Returns whether the model takes conversations.
+    /// Returns whether the model accepts conversations.
     pub(super) fn takes_chats(&self) -> bool {
         self.template.is_ok()
     }
 
-    /// Returns whether the model calls functions.
+    /// Returns whether the model supports tool calls.
     pub(super) fn takes_tools(&self) -> bool {
         self.answers.takes_tools() && self.template.as_ref().is_ok_and(ChatTemplate::takes_tools)
     }
 
-    /// Returns the tokens of an input, fewer than `context_length`.
+    /// Tokenises an input. Fails if it leaves no space for an answer in `context_length`.
     pub(super) fn prompt(
         &self,
         model: &Model,
@@ -86,8 +86,9 @@ impl Prompts {
         Ok(Prompt { tokens, rendered })
     }
 
-    /// Returns the tokens of a prompt whose answer stands before a suffix, fewer than `context_length`. What the two
-    /// texts say is never read as special tokens: they are somebody's file.
+    /// Builds a fill-in-the-middle prompt, whose answer comes before `suffix`. Fails if it leaves no space for an
+    /// answer in `context_length`. Special tokens in the two texts are treated as plain text, since the texts are a
+    /// user's file.
     pub(super) fn fill_in(
         &self,
         model: &Model,
@@ -115,7 +116,7 @@ impl Prompts {
         Ok(Prompt { tokens, rendered: String::new() })
     }
 
-    /// Returns how an answer to a conversation is to be formed, and what takes it apart.
+    /// Returns the constraint on the answer to a conversation, and the parser for it.
     pub(super) fn answer(
         &self,
         chat: &Chat,
@@ -131,24 +132,24 @@ impl Prompts {
         Ok((format, AnswerParser::new(self.answers, chat, &prompt.rendered, seed)))
     }
 
-    /// Returns the constraints of the arguments of a conversation's tools.
+    /// Returns the constraints on the arguments of a conversation's tools.
     pub(super) fn argument_forms<'a>(&self, chat: &'a Chat) -> impl Iterator<Item = OutputFormat> + use<'a> {
         self.answers.argument_forms(chat)
     }
 
-    /// Returns the special tokens whose texts belong to answers.
+    /// Returns the special tokens whose text is part of answers.
     pub(super) fn spoken(&self, vocabulary: Vocabulary<'_>) -> BTreeSet<Token> {
         let tokens = self.answers.preserved_tokens().into_iter().filter_map(|text| {
             let mut tokens = Vec::new();
             vocabulary.tokenize(text.as_bytes(), false, true, &mut tokens);
-            // What is written with several tokens is text already.
+            // A marker of several tokens is already text.
             tokens.pop().filter(|token| tokens.is_empty() && vocabulary.is_control(*token))
         });
         tokens.collect()
     }
 
-    /// Returns the tokens of a text that a vector is made of, at least one and at most as many as told, with all that
-    /// the tokenizer puts around a text.
+    /// Tokenises a text to embed, including the tokens that the tokenizer puts around a text. The result has at least
+    /// one and at most `tokens_max` tokens.
     pub(super) fn embed_tokens(
         &self,
         model: &Model,
@@ -159,7 +160,7 @@ impl Prompts {
             PromptInput::Tokens(tokens) => given(model.vocabulary(), tokens)?,
             PromptInput::Text(text) => {
                 self.check_length(text, tokens_max.saturating_add(1)).map_err(|error| match error {
-                    // The whole length is there for the text, since no answer follows.
+                    // The text may fill the whole context, since no answer follows.
                     EngineError::ContextLength { prompt_tokens, .. } => {
                         EngineError::ContextLength { prompt_tokens, context_length: tokens_max }
                     }
@@ -181,8 +182,7 @@ impl Prompts {
         Ok(tokens)
     }
 
-    /// Returns the tokens of an answer that is predicted, as many as the answer may have. Of a longer text the rest is
-    /// not looked at.
+    /// Tokenises a predicted answer, up to the answer's limit. The rest of a longer text is ignored.
     pub(super) fn prediction(&self, model: &Model, input: &PromptInput, limit: u32) -> Result<Vec<Token>, EngineError> {
         let mut tokens = match input {
             PromptInput::Tokens(tokens) => given(model.vocabulary(), tokens)?,
@@ -199,7 +199,7 @@ impl Prompts {
         Ok(tokens)
     }
 
-    /// Refuses a far too long text before it is cut in tokens: none is longer than the longest.
+    /// Rejects a far too long text before it is tokenised, based on the length of the longest token.
     fn check_length(&self, text: &str, context_length: u32) -> Result<(), EngineError> {
         let at_least = (text.len() / self.longest_token_bytes) as u64;
         if at_least < u64::from(context_length) {
@@ -209,21 +209,21 @@ impl Prompts {
         Err(EngineError::ContextLength { prompt_tokens, context_length })
     }
 
-    /// Returns a text without the first token that it writes itself, where the tokenizer would add a second one.
+    /// Strips the BOS token from a text that already contains it, if the tokenizer would add a second one.
     fn without_begin<'a>(&self, vocabulary: Vocabulary<'_>, text: &'a str) -> &'a str {
         let bos = self.bos_token.as_deref().filter(|bos| !bos.is_empty() && vocabulary.adds_begin());
         bos.and_then(|bos| text.strip_prefix(bos)).unwrap_or(text)
     }
 
     fn rendered_tokens(&self, vocabulary: Vocabulary<'_>, text: &str, marks: &Marks) -> Vec<Token> {
-        // Templates often write it.
+        // Templates often write the BOS token.
         let text = self.without_begin(vocabulary, text);
         let mut tokens = Vec::new();
         for (number, piece) in marks.cut(text).into_iter().enumerate() {
             match piece {
                 Piece::Template(text) => tokenize(vocabulary, text, number == 0, true, &mut tokens),
                 Piece::Spoken(text) => {
-                    // In two halves, because added tokens that pass for ordinary ones are found in any text.
+                    // In two halves, because added tokens that count as ordinary ones are matched in any text.
                     let (head, tail) = text.split_at(text.chars().next().map_or(0, char::len_utf8));
                     tokenize(vocabulary, head, false, false, &mut tokens);
                     tokenize(vocabulary, tail, false, false, &mut tokens);
@@ -234,7 +234,7 @@ impl Prompts {
     }
 }
 
-/// Refuses a prompt that leaves no room for an answer.
+/// Rejects a prompt that leaves no space for an answer.
 fn fits(tokens: usize, context_length: u32) -> Result<(), EngineError> {
     if tokens < context_length as usize {
         return Ok(());
@@ -245,19 +245,19 @@ fn fits(tokens: usize, context_length: u32) -> Result<(), EngineError> {
 
 fn tokenize(vocabulary: Vocabulary<'_>, text: &str, whole: bool, control: bool, tokens: &mut Vec<Token>) {
     vocabulary.tokenize(text.as_bytes(), whole, control, tokens);
-    // An end that some tokenizers add would end the answer before it begins.
+    // Some tokenizers add an EOS token, which would end the answer before it begins.
     if whole && vocabulary.adds_end() && tokens.last().copied() == vocabulary.end_of_sequence() {
         tokens.pop();
     }
 }
 
-/// Returns the present, which some templates tell the model.
+/// Returns the current time, which some templates write into the prompt.
 #[expect(clippy::disallowed_methods, reason = "a template's date is for the model to read, and decides nothing")]
 fn today() -> SystemTime {
     SystemTime::now()
 }
 
-/// Takes tokens as they are, once every one of them is known.
+/// Returns the given tokens, after checking that all of them exist.
 fn given(vocabulary: Vocabulary<'_>, tokens: &[u32]) -> Result<Vec<Token>, EngineError> {
     let known = vocabulary.len();
     match tokens.iter().find(|token| **token >= known) {
@@ -266,7 +266,7 @@ fn given(vocabulary: Vocabulary<'_>, tokens: &[u32]) -> Result<Vec<Token>, Engin
     }
 }
 
-/// Reads from a vocabulary which texts stand for special tokens.
+/// Collects the texts of a vocabulary's special tokens.
 fn special_tokens(vocabulary: Vocabulary<'_>) -> SpecialTokens {
     let texts = vocabulary.tokens().filter_map(|token| {
         let text = vocabulary.text(token)?;

@@ -11,11 +11,11 @@ use tokio::sync::mpsc::Sender;
 
 use crate::model_runtime::{EngineError, Event, Progress};
 
-/// How often readers are told; half of what [`Event::Progress`] promises, because who was told something else in the
-/// meantime is left out once.
+/// How often readers receive progress. This is half the interval that [`Event::Progress`] promises, because a reader
+/// that received another event in the meantime is skipped once.
 pub(super) const TELL_EVERY: Duration = Duration::from_secs(1);
 
-/// The engine thread's own side.
+/// The engine thread's side of the pulse.
 #[derive(Debug)]
 pub(super) struct Pulse {
     beats: Arc<Beats>,
@@ -23,20 +23,20 @@ pub(super) struct Pulse {
     readings: Vec<Weak<Reading>>,
 }
 
-/// What others see of a pulse.
+/// The side of the pulse that other threads see.
 #[derive(Debug, Default)]
 pub(super) struct Beats {
     count: AtomicU64,
     is_held: AtomicBool,
 }
 
-/// How far the engine is with one prompt, and who wants to know.
+/// The prefill progress of one prompt, and its reader.
 #[derive(Debug)]
 pub(super) struct Reading {
     events: Sender<Result<Event, EngineError>>,
     tokens_read: AtomicU32,
     tokens_total: u32,
-    /// Whether the reader was told something since the last round.
+    /// Whether the reader received an event since the last round.
     was_told: AtomicBool,
 }
 
@@ -45,12 +45,12 @@ impl Pulse {
         Self { beats, next: Instant::now() + TELL_EVERY, readings: Vec::new() }
     }
 
-    /// Tells the reader of a prompt from here on.
+    /// Reports the progress of a prompt to its reader from now on.
     pub(super) fn follow(&mut self, reading: &Arc<Reading>) {
         self.readings.push(Arc::downgrade(reading));
     }
 
-    /// Shows that the engine lives, and tells the readers when it is time for it.
+    /// Shows that the engine is alive, and sends progress to readers when it is due.
     pub(super) fn beat(&mut self, now: Instant) {
         self.beats.count.fetch_add(1, Ordering::Relaxed);
         if now < self.next {
@@ -60,7 +60,7 @@ impl Pulse {
         self.readings.retain(|reading| reading.upgrade().inspect(|reading| reading.tell()).is_some());
     }
 
-    /// Runs what cannot beat and has its own limit of time, such as reading a file.
+    /// Runs work that cannot beat and has a time limit of its own, such as reading a file.
     pub(super) fn hold<T>(&mut self, work: impl FnOnce() -> T) -> T {
         self.beats.is_held.store(true, Ordering::Relaxed);
         let done = work();
@@ -70,7 +70,7 @@ impl Pulse {
 }
 
 impl Beats {
-    /// Returns a number that has grown since the last call if the engine lives.
+    /// Returns a number that has grown since the last call if the engine is alive.
     pub(super) fn count(&self) -> u64 {
         if self.is_held.load(Ordering::Relaxed) {
             self.count.fetch_add(1, Ordering::Relaxed);
@@ -84,13 +84,13 @@ impl Reading {
         Self { events, tokens_read: AtomicU32::new(0), tokens_total, was_told: AtomicBool::new(false) }
     }
 
-    /// Takes note of how many tokens are evaluated. Those of a prompt that is read again count once.
+    /// Records the number of evaluated tokens. Tokens that are evaluated again count once.
     pub(super) fn reach(&self, tokens: usize) {
         let tokens = u32::try_from(tokens).unwrap_or(u32::MAX).min(self.tokens_total);
         self.tokens_read.fetch_max(tokens, Ordering::Relaxed);
     }
 
-    /// Takes note that the reader was told something.
+    /// Records that the reader received an event.
     pub(super) fn told(&self) {
         self.was_told.store(true, Ordering::Relaxed);
     }
@@ -98,7 +98,7 @@ impl Reading {
     fn tell(&self) {
         if !self.was_told.swap(false, Ordering::Relaxed) {
             let tokens_read = self.tokens_read.load(Ordering::Relaxed);
-            // A reader without room for it has other things to read.
+            // If the stream is full, the reader has other events to read.
             let _ =
                 self.events.try_send(Ok(Event::Progress(Progress { tokens_read, tokens_total: self.tokens_total })));
         }
@@ -134,7 +134,7 @@ mod tests {
         reading.reach(60);
         beat(30);
         assert_eq!(told(&mut reader), [(0, 100), (60, 100)]);
-        // It lost its cells and begins again.
+        // The prompt lost its cells and starts again.
         reading.reach(10);
         reading.told();
         beat(45);

@@ -18,30 +18,30 @@ use crate::sampler::{History, SampleError, Sampler};
 use crate::text_assembler::TextAssembler;
 
 pub(super) struct Job {
-    /// The prompt's tokens, and those of the answer that its reader has already.
+    /// The tokens of the prompt, followed by those of the answer that the reader already has.
     pub(super) tokens: Vec<Token>,
-    /// How many of them are the prompt's.
+    /// The number of tokens that belong to the prompt.
     pub(super) prompt_tokens: usize,
     pub(super) adapter: Option<AdapterId>,
     pub(super) sampling: Sampling,
     pub(super) stop: Vec<String>,
-    /// The most tokens of the answer, those included that its reader has.
+    /// The maximum number of tokens in the answer, including those that the reader already has.
     pub(super) limit: u32,
     pub(super) ignore_eos: bool,
     pub(super) logprobs: Option<u32>,
-    /// The text of the prompt, to be told before the answer.
+    /// The text of the prompt, to be sent before the answer.
     pub(super) echo: Option<String>,
-    /// Whether the log-probabilities of the prompt are told as well.
+    /// Whether the log-probabilities of the prompt are sent as well.
     pub(super) tells_prompt: bool,
     /// The constraint on the answer (structured output).
     pub(super) constraint: Option<Constraint>,
-    /// Takes the answer to a conversation apart.
+    /// Parses the answer to a conversation.
     pub(super) parser: Option<AnswerParser>,
-    /// Special tokens whose texts are part of the answer.
+    /// Special tokens whose text is part of the answer.
     pub(super) spoken: Arc<BTreeSet<Token>>,
     /// The answer that the caller predicts.
     pub(super) prediction: Vec<Token>,
-    /// Evaluated by itself, so that it is the same to the bit whenever it is repeated.
+    /// Whether it is evaluated by itself, so that repeating it gives bit-identical results.
     pub(super) deterministic: bool,
     pub(super) outbox: Outbox,
     pub(super) admitted: OwnedSemaphorePermit,
@@ -50,7 +50,7 @@ pub(super) struct Job {
 /// A waiting or running generation.
 pub(super) struct Sequence {
     pub(super) job: Job,
-    /// Prompt and answer so far.
+    /// The tokens of the prompt and of the answer so far.
     pub(super) tokens: Vec<Token>,
     /// The tokens that are in the KV cache; `None` while it waits.
     pub(super) in_cache: Option<CachedSequence>,
@@ -62,24 +62,24 @@ pub(super) struct Sequence {
     /// Prompt tokens that were cached at its first start.
     cached: Option<u32>,
     told_start: bool,
-    /// Prompt tokens whose log-probabilities were told.
+    /// The number of prompt tokens whose log-probabilities were sent.
     told_prompt: usize,
     history: History,
     assembler: TextAssembler,
-    /// Tokens of the answer that the model thought with, the tags around thoughts included.
+    /// Reasoning tokens of the answer, including the tags around the reasoning.
     thoughts: u32,
 }
 
-/// How a drawn token leaves a generation.
+/// The outcome of drawing a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Drawn {
-    /// It goes on with this token.
+    /// The generation continues with this token.
     Token(Token),
-    /// It ended, with a token or without.
+    /// The generation ended, with a token or without.
     End(FinishReason),
 }
 
-/// A generation that has ended. Its reader is told once its cells are free.
+/// A generation that has ended. Its reader is notified once its cells are free.
 pub(super) struct Finished {
     outbox: Outbox,
     last: Piece,
@@ -88,7 +88,7 @@ pub(super) struct Finished {
 }
 
 impl Sequence {
-    /// Returns `None`, and tells the reader, if the tokens that it continues violate the constraint.
+    /// Returns `None`, and sends an error to the reader, if the tokens that it continues violate the constraint.
     pub(super) fn new(mut job: Job, vocabulary: Vocabulary<'_>) -> Option<Self> {
         let tokens = std::mem::take(&mut job.tokens);
         let (prompt, continued) = tokens.split_at(job.prompt_tokens);
@@ -105,7 +105,7 @@ impl Sequence {
                 job.outbox.fail(error);
                 return None;
             }
-            // The reader has this text.
+            // The reader already has this text.
             let text = assembler.push(&vocabulary.piece(*token, job.spoken.contains(token)));
             let _ = read(&mut job.parser, text, &mut thoughts);
         }
@@ -126,27 +126,27 @@ impl Sequence {
         })
     }
 
-    /// Returns how many tokens are evaluated.
+    /// Returns the number of tokens in the KV cache.
     pub(super) fn evaluated(&self) -> usize {
         self.in_cache.as_ref().map_or(0, |in_cache| in_cache.tokens.len())
     }
 
-    /// Returns how many tokens are still to be evaluated before the next one can be drawn.
+    /// Returns the number of tokens to evaluate before the next one can be drawn.
     pub(super) fn pending(&self) -> usize {
         self.tokens.len() - self.evaluated()
     }
 
-    /// Returns how many tokens the answer has.
+    /// Returns the number of tokens in the answer.
     pub(super) fn generated(&self) -> u32 {
         (self.tokens.len() - self.job.prompt_tokens) as u32
     }
 
-    /// Returns whether the whole prompt is evaluated, and only what was drawn last is not.
+    /// Returns whether the whole prompt is evaluated, and only the last token is not.
     pub(super) fn is_generating(&self) -> bool {
         self.pending() == 1 && self.evaluated() >= self.job.prompt_tokens
     }
 
-    /// Returns how many more tokens may be drawn.
+    /// Returns the number of tokens that may still be drawn.
     pub(super) fn left(&self) -> u32 {
         self.job.limit.saturating_sub(self.generated())
     }
@@ -164,7 +164,7 @@ impl Sequence {
         self.job.outbox.reading().reach(self.evaluated());
     }
 
-    /// Tells the reader of the start, once.
+    /// Sends the start event to the reader, once.
     pub(super) fn send_start(&mut self, vocabulary: Vocabulary<'_>) {
         if let Some(cached) = self.cached
             && !std::mem::replace(&mut self.told_start, true)
@@ -176,12 +176,12 @@ impl Sequence {
         }
     }
 
-    /// Tells the text of the prompt, and its first token, which nothing comes before.
+    /// Sends the text of the prompt and its first token, which has no log-probability.
     fn tell_first(&mut self, vocabulary: Vocabulary<'_>) {
         let text = self.job.echo.take().unwrap_or_default();
         let first = self.tokens[0];
         let bytes = vocabulary.piece(first, true);
-        // The token that the tokenizer puts before a text is no part of it.
+        // The token that the tokenizer puts before a text is not part of the text.
         let is_written = text.as_bytes().starts_with(&bytes);
         let bytes = if is_written { bytes } else { Vec::new() };
         let told = TokenLogprob { token: first.cast_unsigned(), bytes, logprob: 0.0, top: Vec::new() };
@@ -189,17 +189,17 @@ impl Sequence {
         self.job.outbox.piece(Piece { text, logprobs: vec![told], ..Piece::default() });
     }
 
-    /// Returns whether the log-probabilities of prompt tokens are still to be told.
+    /// Returns whether log-probabilities of prompt tokens remain to be sent.
     pub(super) fn echoes_prompt(&self) -> bool {
         self.job.tells_prompt && self.told_prompt < self.job.prompt_tokens
     }
 
-    /// Returns whether the logits of a position tell how likely the prompt token behind it was, and nobody knows yet.
+    /// Returns whether the logits at a position give the log-probability of a prompt token that was not sent yet.
     pub(super) fn is_asked_of(&self, position: usize) -> bool {
         self.job.tells_prompt && (self.told_prompt.max(1)..self.job.prompt_tokens).contains(&(position + 1))
     }
 
-    /// Tells how likely the prompt token behind a position was.
+    /// Sends the log-probability of the prompt token after a position.
     pub(super) fn send_prompt_logprob(
         &mut self,
         position: usize,
@@ -214,14 +214,15 @@ impl Sequence {
         }
     }
 
-    /// Draws the next token from the logits of the last one, and tells the reader.
+    /// Draws the next token from the logits of the last one and sends it to the reader.
     pub(super) fn draw(
         &mut self,
         logits: &[f32],
         sampler: &mut Sampler,
         vocabulary: Vocabulary<'_>,
     ) -> Result<Drawn, EngineError> {
-        // A draw depends on the token's place alone, so that a continued answer draws as the first try would have.
+        // The draw depends on the token's position alone, so a continued answer draws as the first attempt would
+        // have.
         let position = self.tokens.len() as u64;
         let mask = self.job.constraint.as_mut().map(Constraint::mask).transpose()?;
         let token =
@@ -254,7 +255,7 @@ impl Sequence {
         })
     }
 
-    /// Ends the generation and gives up its place.
+    /// Ends the generation and releases its permit.
     pub(super) fn finish(mut self, mut reason: FinishReason) -> Finished {
         let usage = TokenUsage {
             prompt_tokens: self.job.prompt_tokens as u32,
@@ -263,7 +264,7 @@ impl Sequence {
             reasoning_tokens: self.thoughts,
         };
         let rest = self.assembler.finish(reason == FinishReason::Length);
-        // It is the rest of tokens that were counted.
+        // This text belongs to tokens that were already counted.
         let mut last = piece(read(&mut self.job.parser, rest, &mut 0));
         if let Some(parser) = &mut self.job.parser {
             let (delta, calls) = parser.finish(reason == FinishReason::Length);
@@ -272,7 +273,7 @@ impl Sequence {
                 reason = FinishReason::ToolCalls;
             }
         }
-        // An answer without a token has not told it.
+        // An answer without a token has not sent the echo yet.
         if let Some(echo) = self.job.echo.take() {
             last.text.insert_str(0, &echo);
         }
@@ -281,7 +282,7 @@ impl Sequence {
     }
 }
 
-/// Takes the text of one token apart, where somebody wants that, and counts the token where it is part of a thought.
+/// Parses the text of one token if there is a parser, and counts the token if it is part of reasoning.
 fn read(parser: &mut Option<AnswerParser>, text: String, thoughts: &mut u32) -> Delta {
     let Some(parser) = parser else { return Delta { text, ..Delta::default() } };
     let was_thinking = parser.is_thinking();
@@ -290,7 +291,7 @@ fn read(parser: &mut Option<AnswerParser>, text: String, thoughts: &mut u32) -> 
     delta
 }
 
-/// Tells apart what the request brought about itself: an engine that fails a few times in a row is replaced.
+/// Separates errors that the request caused, since an engine that fails several times in a row is replaced.
 fn refusal(error: SampleError) -> EngineError {
     match error {
         SampleError::NothingAllowed => unsupported("logit_bias", error.to_string()),
@@ -311,7 +312,7 @@ impl Finished {
 
 fn logprobs(sampler: &mut Sampler, logits: &[f32], token: u32, top: u32, vocabulary: Vocabulary<'_>) -> TokenLogprob {
     let say = |token: u32, logprob: f32, top| {
-        // Special tokens have texts as well, and a caller who asks for likelihoods wants to see them.
+        // The texts of special tokens are included, since a caller that asks for log-probabilities wants to see them.
         TokenLogprob { token, bytes: vocabulary.piece(token.cast_signed(), true), logprob, top }
     };
     let (logprob, top) = sampler.logprob(logits, token, top);

@@ -14,36 +14,36 @@ use serde_json::{Map, Value};
 
 use crate::model_runtime::{Chat, EngineError, unsupported};
 
-/// Characters that no vocabulary has a use for.
+/// Private-use characters that no vocabulary needs.
 const MARKS: [RangeInclusive<char>; 2] = ['\u{F0000}'..='\u{FFFFD}', '\u{100000}'..='\u{10FFFD}'];
 
 /// The texts that the tokenizer of one model reads as special tokens.
 #[derive(Debug)]
 pub(super) struct SpecialTokens {
     texts: HashSet<String>,
-    /// Their distinct lengths in bytes, longest first, as the tokenizer prefers them.
+    /// Their distinct lengths in bytes, longest first, since the tokenizer prefers the longest match.
     lengths: Vec<usize>,
-    /// Which bytes one of them begins with.
+    /// The bytes with which one of the texts begins.
     first_bytes: [bool; 256],
 }
 
-/// A conversation without texts of special tokens.
+/// A conversation in which the texts of special tokens are replaced by marks.
 #[derive(Debug)]
 pub(super) struct Hidden<'a> {
     pub(super) chat: Cow<'a, Chat>,
     pub(super) marks: Marks,
 }
 
-/// What stands for which text of a special token.
+/// The text of a special token for each mark.
 #[derive(Debug, Default)]
 pub(super) struct Marks(BTreeMap<char, String>);
 
 /// A part of a prompt.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Piece<'a> {
-    /// Control texts in it are the template's own.
+    /// Text of the template. Special tokens in it are the template's own.
     Template(&'a str),
-    /// A text of a special token that somebody wrote.
+    /// The text of a special token that a user wrote.
     Spoken(&'a str),
 }
 
@@ -60,7 +60,8 @@ impl SpecialTokens {
         Self { texts, lengths, first_bytes }
     }
 
-    /// Swaps the texts of special tokens in a conversation for marks; most have none and stay as they are.
+    /// Replaces the texts of special tokens in a conversation by marks. Most conversations have none and are not
+    /// copied.
     pub(super) fn hide<'a>(&self, chat: &'a Chat) -> Result<Hidden<'a>, EngineError> {
         let refuse = || unsupported("messages", "the text of a special token cannot be told apart from it");
         let mut value = serde_json::to_value(chat).map_err(|_| refuse())?;
@@ -92,17 +93,17 @@ impl SpecialTokens {
         };
         let mut value = with_texts(value, &swap);
         each_arguments(&mut value, &close_arguments);
-        // No client writes a role, so a special token of that name stays as the template has it.
+        // Clients do not choose the text of a role, so a special token with that name is left to the template.
         for (swapped, message) in value["messages"].as_array_mut().into_iter().flatten().zip(&chat.messages) {
             swapped["role"] = message.role.as_str().into();
         }
-        // What stops being a conversation has a special token by the name of one of its fields.
+        // If the result is no longer a conversation, a special token has the name of one of its fields.
         let chat = serde_json::from_value(value).map_err(|_| refuse())?;
         let marks = Marks(mark_of.into_iter().map(|(text, mark)| (mark, text)).collect());
         Ok(Hidden { chat: Cow::Owned(chat), marks })
     }
 
-    /// Finds the texts of special tokens, leftmost and longest first, with their places.
+    /// Finds the texts of special tokens, leftmost and longest first, with their offsets.
     fn find<'a>(&'a self, text: &'a str) -> impl Iterator<Item = (usize, &'a str)> {
         let mut at = 0;
         std::iter::from_fn(move || {
@@ -124,12 +125,12 @@ impl SpecialTokens {
 }
 
 impl Marks {
-    /// Cuts a rendered prompt at its marks. The first piece is always the template's.
+    /// Splits a rendered prompt at its marks. The first piece always belongs to the template.
     pub(super) fn cut<'a>(&'a self, prompt: &'a str) -> Vec<Piece<'a>> {
         let mut pieces = Vec::new();
         let mut end = 0;
         let marks = prompt.char_indices().filter_map(|(at, character)| Some((at, character, self.0.get(&character)?)));
-        // Nearly all prompts have no marks, and need not be searched.
+        // Nearly all prompts have no marks and need not be searched.
         for (at, mark, text) in marks.take(if self.0.is_empty() { 0 } else { usize::MAX }) {
             pieces.push(Piece::Template(&prompt[end..at]));
             pieces.push(Piece::Spoken(text));
@@ -147,7 +148,7 @@ fn each_arguments(chat: &mut Value, visit: &dyn Fn(&mut Value)) {
     calls.filter_map(|call| call.get_mut("arguments")).for_each(visit);
 }
 
-/// Reads arguments as a template will, which undoes escapes that a text of a special token could hide behind.
+/// Parses arguments as a template will. This undoes escapes that could hide the text of a special token.
 fn open_arguments(arguments: &mut Value) {
     if let Some(Ok(object @ Value::Object(_))) = arguments.as_str().map(serde_json::from_str) {
         *arguments = object;
@@ -186,10 +187,10 @@ fn with_texts(value: Value, swap: &dyn Fn(&str) -> String) -> Value {
     }
 }
 
-/// Returns whether a token of an ordinary kind has the look of a delimiter.
+/// Returns whether an ordinary token looks like a delimiter.
 ///
-/// Converters leave some delimiters as ordinary added tokens, which tokenizers find in any text. `<think>` and
-/// `<tool_call>` are such tokens as well, but they end no turn, and templates look for them in messages.
+/// Converters leave some delimiters as ordinary added tokens, which tokenizers match in any text. `<think>` and
+/// `<tool_call>` are such tokens as well, but they do not end a turn, and templates look for them in messages.
 pub(super) fn looks_like_delimiter(text: &str) -> bool {
     (text.starts_with("<|") && text.ends_with("|>"))
         || (text.starts_with("<｜") && text.ends_with("｜>"))

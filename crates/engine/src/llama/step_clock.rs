@@ -2,21 +2,21 @@
 
 use std::time::Duration;
 
-/// Rows up to which a step's time is kept by their number.
+/// The maximum number of rows for which durations are kept.
 const ROWS_MAX: usize = 32;
-/// Prompt tokens below which a step says little about the speed of prompts.
+/// A step with fewer prompt tokens says little about the speed of prefill.
 const PROMPT_MIN: usize = 32;
-/// What one step weighs.
+/// The weight of one step in the moving average.
 const WEIGHT: f32 = 0.2;
-/// Prompt tokens beside others are a multiple of this, as the processor's kernels like them.
+/// Prompt tokens in a mixed step are a multiple of this, which suits the CPU kernels.
 const GRAIN: usize = 32;
 
-/// Smoothed times of steps.
+/// Smoothed durations of steps.
 #[derive(Debug)]
 pub(super) struct StepClock {
-    /// Seconds of a step that only generates, by its rows; 0 where none was seen.
+    /// Seconds of a decode-only step, by its rows; 0 if none was measured.
     by_rows: [f32; ROWS_MAX + 1],
-    /// Seconds for each token of a step with prompts.
+    /// Seconds per token of a step with prompt tokens.
     per_prompt_token: f32,
 }
 
@@ -27,7 +27,7 @@ impl Default for StepClock {
 }
 
 impl StepClock {
-    /// Takes note of a step of so many rows, of which so many are of prompts.
+    /// Records a step of `rows` rows, of which `prompt_rows` belong to prompts.
     pub(super) fn note(&mut self, rows: usize, prompt_rows: usize, took: Duration) {
         let smooth = |mean: &mut f32, seconds: f32| {
             if *mean == 0.0 { *mean = seconds } else { *mean += WEIGHT * (seconds - *mean) }
@@ -39,14 +39,14 @@ impl StepClock {
         }
     }
 
-    /// Returns what a step of so many rows takes; of rows never seen, what the next smaller step takes, so that they
-    /// are tried.
+    /// Returns the duration of a step with `rows` rows. If that number was never measured, it returns the duration of
+    /// the next smaller step, so that the number is tried.
     pub(super) fn seconds(&self, rows: usize) -> f32 {
         let known = self.by_rows[..=rows.min(ROWS_MAX)].iter().rev().find(|seconds| **seconds > 0.0);
         known.copied().unwrap_or(1.0)
     }
 
-    /// Returns how many prompt tokens a step takes within so long, at least and at most as told.
+    /// Returns how many prompt tokens a step can evaluate within `gap`, between `least` and `most`.
     pub(super) fn prompt_tokens_within(&self, gap: Duration, least: usize, most: usize) -> usize {
         if self.per_prompt_token == 0.0 {
             return least;

@@ -4,23 +4,24 @@ use super::{BATCH_TOKENS, Dimensions, is_packed, is_repacked, layers, plan};
 use crate::gguf::{Header, Tensor};
 use crate::model_runtime::{Kernels, LoadOptions};
 
-/// Memory of a GPU that each model leaves to its driver and to fragmentation.
+/// GPU memory that each model leaves to the driver and to fragmentation.
 pub const VRAM_SPARED_BYTES: u64 = 512 << 20;
-/// What a batch of tokens brings back of their embeddings: Linux maps 64 KiB around what is touched.
+/// The part of the embeddings that a batch pages in again: Linux maps 64 KiB around each access.
 const LOOKED_UP_BYTES: u64 = (BATCH_TOKENS as u64) << 16;
 const INPUT: &str = "token_embd.weight";
 const OUTPUT: &str = "output.weight";
 
-/// What one side holds of a model.
+/// The part of a model that the host or the GPUs hold.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Share {
     pub(super) weights_bytes: u64,
     pub(super) repacked_bytes: u64,
-    /// Keys and values of one token.
+    /// Bytes of the keys and values of one token.
     pub(super) cell_bytes: u64,
 }
 
-/// Returns the largest number of layers that fits the free memory of a GPU, the output counted as one; 0 for none.
+/// Returns the largest number of layers that fits the free memory of a GPU, counting the output as one; 0 if none
+/// fits.
 pub fn layers_that_fit(header: &Header, options: &LoadOptions, vram_free_bytes: u64) -> u32 {
     let fits = |layers: &u32| {
         let options = LoadOptions { gpu_layers: Some(*layers), ..options.clone() };
@@ -29,8 +30,8 @@ pub fn layers_that_fit(header: &Header, options: &LoadOptions, vram_free_bytes: 
     (1..=layers(header)).rev().find(fits).unwrap_or(0)
 }
 
-/// Returns what the host and the GPUs hold. llama.cpp places the last layers first, and the output before all of them;
-/// the input stays with the host.
+/// Returns the parts of the host and of the GPUs. llama.cpp offloads the output first and then the layers from the
+/// last one; the token embeddings stay on the host.
 pub(super) fn split(header: &Header, model: &Dimensions, on_gpu: u32, kernels: Kernels) -> (Share, Share) {
     let layers = model.cell_bytes.len();
     let first_on_gpu = (layers + 1).saturating_sub(on_gpu as usize);
@@ -39,7 +40,7 @@ pub(super) fn split(header: &Header, model: &Dimensions, on_gpu: u32, kernels: K
         let share = if layer < first_on_gpu { &mut host } else { &mut device };
         share.cell_bytes = share.cell_bytes.saturating_add(*bytes);
     }
-    // A model without an output of its own makes its logits with the embeddings of its tokens.
+    // A model without an output matrix computes its logits with the token embeddings.
     let is_tied = !header.tensors.iter().any(|tensor| tensor.name == OUTPUT);
     for tensor in &header.tensors {
         let is_input = tensor.name == INPUT;
@@ -55,7 +56,7 @@ pub(super) fn split(header: &Header, model: &Dimensions, on_gpu: u32, kernels: K
         if is_multiplied && (is_packed(tensor, kernels) || is_repacked(tensor)) {
             host.repacked_bytes = host.repacked_bytes.saturating_add(tensor.bytes);
         }
-        // Our kernels let the file's pages go; of embeddings that are looked up, some come back.
+        // Our kernels release the file's pages. Of embeddings that are looked up, some are paged in again.
         let mapped = match is_multiplied && is_packed(tensor, kernels) {
             false => tensor.bytes,
             true if is_input => tensor.bytes.min(LOOKED_UP_BYTES),
@@ -66,7 +67,7 @@ pub(super) fn split(header: &Header, model: &Dimensions, on_gpu: u32, kernels: K
     (host, device)
 }
 
-/// Returns the layer that a tensor belongs to, by its name.
+/// Returns the layer of a tensor, from its name.
 fn layer_of(tensor: &Tensor) -> Option<usize> {
     tensor.name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
 }
@@ -90,7 +91,7 @@ mod tests {
         for on_gpu in 1..=5 {
             let (host, device) = split(&header, &model, on_gpu, Kernels::Auto);
             assert_eq!(host.cell_bytes + device.cell_bytes, whole.0.cell_bytes);
-            // The tiny model has no output of its own, so both sides hold the embeddings of its tokens.
+            // The tiny model has no output matrix, so both sides hold the token embeddings.
             assert_eq!(host.weights_bytes + device.weights_bytes, header.tensor_bytes() + tied, "{on_gpu} layers");
         }
         let all = split(&header, &model, 99, Kernels::Auto);

@@ -8,7 +8,7 @@ pub(super) fn tiny() -> Header {
     Header::parse(&file.expect("the tiny model is there")).expect("it is valid")
 }
 
-/// The tiny model with weights of a form that no kernel wants in another order.
+/// The tiny model with weights of a type that no kernel repacks.
 pub(crate) fn plain() -> Header {
     const F16: u32 = 1;
     let mut header = tiny();
@@ -25,7 +25,7 @@ fn the_plan_of_the_tiny_model_is_the_sum_of_its_parts() {
     assert_eq!((plan.vram_bytes, plan.cache_bytes), (0, 256 * MIB));
 }
 
-/// The buffers that llama.cpp said it made: width, feed-forward, vocabulary, cells, outputs, and MiB of scratch space.
+/// Buffers that llama.cpp reported: width, feed-forward, vocabulary, cells, outputs, and MiB of scratch space.
 #[test]
 fn the_scratch_space_is_what_llama_cpp_allocates() {
     let measured = [
@@ -49,7 +49,7 @@ fn the_scratch_space_is_what_llama_cpp_allocates() {
 
 #[test]
 fn what_ggml_brings_into_another_order_is_kept_twice_and_the_embeddings_of_tokens_are_not() {
-    // A format that our kernels do not compute.
+    // A type that our kernels do not support.
     const IQ4_NL: u32 = 20;
     let tensor =
         |name: &str, kind| Tensor { name: name.into(), dimensions: vec![64, 64], kind, offset: 0, bytes: 1_000 };
@@ -58,7 +58,7 @@ fn what_ggml_brings_into_another_order_is_kept_twice_and_the_embeddings_of_token
     header.tensors = names.map(|name| tensor(name, IQ4_NL)).into();
     let repacked = |header: &Header| plan(header, &LoadOptions::default()).expect("it can be planned").repacked_bytes;
     assert_eq!(repacked(&header), 2_000);
-    // Without an output of its own, a model makes its logits with them.
+    // A model without an output matrix computes its logits with the token embeddings.
     header.tensors.remove(1);
     assert_eq!(repacked(&header), 2_000);
     header.tensors[1].kind = 1;
@@ -84,10 +84,10 @@ fn what_our_kernels_take_is_kept_once() {
     let without = LoadOptions { kernels: Kernels::Off, ..LoadOptions::default() };
     let plan_without = plan(&header, &without).expect("it can be planned");
     assert_eq!((plan_without.weights_bytes, plan_without.repacked_bytes), (1_000, 1_000));
-    // Rows that do not fill the lanes are left to ggml.
+    // Matrices whose rows do not fill the SIMD lanes are left to ggml.
     header.tensors[0].dimensions = vec![64, 56];
     assert_eq!(kept(&header), (1_000, 1_000));
-    // What makes the logits is looked up as well, and comes back in part.
+    // Token embeddings that also compute the logits are looked up as well, and are paged in again in part.
     header.tensors[0] =
         Tensor { name: "token_embd.weight".into(), dimensions: vec![64, 64], ..header.tensors[0].clone() };
     assert_eq!(kept(&header), (1_000, 1_000));
@@ -134,7 +134,7 @@ fn what_nobody_set_is_enough_for_most_and_no_more() {
     assert_eq!(shape_of(131_072, set(0, 0)), (8_192, 8_192));
     assert_eq!(shape_of(512, set(0, 0)), (512, 2_048));
     assert_eq!(shape_of(4_096, set(0, 0)), (4_096, 8_192));
-    // Who asks for more gets it.
+    // Explicit sizes are granted.
     assert_eq!(shape_of(131_072, set(32_768, 0)), (32_768, 32_768));
     assert_eq!(shape_of(131_072, set(32_768, 100_000)), (32_768, 100_096));
 }

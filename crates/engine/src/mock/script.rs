@@ -7,30 +7,30 @@ use crate::model_runtime::{
     ToolChoice, unsupported,
 };
 
-/// The log-probability of each token told; that of each alternative is one less than that of the one before.
+/// The log-probability of each token. Each alternative's is one less than that of the one before.
 const LOGPROB: f32 = -0.5;
-/// Schemas that go on inside themselves end here.
+/// The depth at which recursive schemas are cut off.
 const DEPTH_MAX: u32 = 16;
 
 /// The answer to one request.
 pub(super) struct Script {
-    /// Whether a thought comes first.
+    /// Whether the answer begins with reasoning.
     thinks: bool,
     body: Body,
     logprobs: Option<u32>,
 }
 
 enum Body {
-    /// So many words, a token each.
+    /// This many words, one token each.
     Words(u32),
-    /// A text that is one token.
+    /// A text that is a single token.
     Text(String),
-    /// A call: its name is a token, and its arguments are another.
+    /// A call: one token for its name, and one for its arguments.
     Call { name: String, arguments: String },
 }
 
 impl Script {
-    /// Returns what to answer; `words` is the length of an answer that may be anything.
+    /// Returns the answer to a request. `words` is the length of an unconstrained answer.
     pub(super) fn of(request: &GenerateRequest, words: u32) -> Result<Self, EngineError> {
         let chat = match &request.input {
             PromptInput::Chat(chat) => Some(chat),
@@ -49,7 +49,6 @@ impl Script {
         Ok(Self { thinks, body, logprobs: request.logprobs })
     }
 
-    /// Returns the number of tokens.
     pub(super) fn len(&self) -> u32 {
         let body = match &self.body {
             Body::Words(count) => *count,
@@ -59,12 +58,12 @@ impl Script {
         body.saturating_add(self.thinks.into())
     }
 
-    /// Returns how many of them are thoughts.
+    /// Returns the number of reasoning tokens.
     pub(super) fn thoughts(&self) -> u32 {
         self.thinks.into()
     }
 
-    /// Returns why the answer ends where nothing cuts it short.
+    /// Returns the finish reason, unless the answer is cut short.
     pub(super) fn reason(&self) -> FinishReason {
         match self.body {
             Body::Words(_) | Body::Text(_) => FinishReason::Stop,
@@ -72,7 +71,7 @@ impl Script {
         }
     }
 
-    /// Returns what a token brings, counted from 0.
+    /// Returns the piece of a token, counted from 0.
     pub(super) fn piece(&self, token: u32) -> Piece {
         let piece = match (token.checked_sub(self.thinks.into()), &self.body) {
             (None, _) => Piece { reasoning: "hm".into(), ..Piece::default() },
@@ -91,7 +90,7 @@ impl Script {
     }
 }
 
-/// Returns a word of an answer that may be anything.
+/// Returns a word of an unconstrained answer.
 pub(super) fn word(place: u32) -> String {
     if place == 0 { "tok0".into() } else { format!(" tok{place}") }
 }
@@ -121,7 +120,7 @@ fn logprob(token: u32, piece: &Piece, count: u32) -> TokenLogprob {
     TokenLogprob { top: (0..count).map(of).collect(), ..of(0) }
 }
 
-/// Returns the simplest value that a schema allows, as far as it needs no more than its types.
+/// Returns the simplest value that a schema allows, considering only its types.
 fn instance(schema: &Value, root: &Value, depth: u32) -> Value {
     let Some(below) = depth.checked_sub(1) else { return Value::Null };
     let inner = |schema: &Value| instance(schema, root, below);

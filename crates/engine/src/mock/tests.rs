@@ -129,7 +129,7 @@ async fn a_prompt_as_long_as_the_context_is_refused() {
     assert_eq!(runtime.load_state()[0].waiting, 0);
 }
 
-/// Returns all pieces as one, and why the answer ended.
+/// Returns all pieces merged into one, and the finish reason.
 async fn gather(mut stream: GenerateStream) -> (Piece, FinishReason) {
     let mut whole = Piece::default();
     loop {

@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use super::MockRuntime;
 use crate::model_runtime::{EngineError, PromptInput, unsupported};
 
-/// Returns the vector of a text, of length 1.
+/// Returns the vector of a text, normalised to length 1.
 pub(super) fn vector(input: &PromptInput) -> Result<Vec<f32>, EngineError> {
     let number = |place: u32| {
         let mut hasher = DefaultHasher::new();
@@ -15,7 +15,7 @@ pub(super) fn vector(input: &PromptInput) -> Result<Vec<f32>, EngineError> {
             PromptInput::Chat(_) => {}
         }
         place.hash(&mut hasher);
-        // Never 0, so that there is a length to divide by.
+        // Never 0, so that the length is never 0 either.
         (hasher.finish() % 1_000) as f32 + 1.0
     };
     if let PromptInput::Chat(_) = input {

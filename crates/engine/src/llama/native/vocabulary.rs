@@ -7,7 +7,7 @@ use llama_cpp_sys_2 as sys;
 
 use super::Model;
 
-/// A token as llama.cpp counts it; never negative within a vocabulary.
+/// A token id in llama.cpp's type; never negative within a vocabulary.
 pub(crate) type Token = i32;
 
 /// The vocabulary of a loaded model. It never changes.
@@ -17,7 +17,7 @@ pub(crate) struct Vocabulary<'model> {
     model: PhantomData<&'model Model>,
 }
 
-// SAFETY: it is only read.
+// SAFETY: the vocabulary is only read.
 unsafe impl Send for Vocabulary<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for Vocabulary<'_> {}
@@ -29,25 +29,24 @@ impl Vocabulary<'_> {
         Self { pointer, model: PhantomData }
     }
 
-    /// Returns how many tokens there are.
+    /// Returns the number of tokens.
     pub(crate) fn len(self) -> u32 {
-        // SAFETY: the pointer is valid, here and below, as long as the model lives.
+        // SAFETY: here and below, the pointer is valid as long as the model lives.
         unsafe { sys::llama_vocab_n_tokens(self.pointer) }.unsigned_abs()
     }
 
-    /// Returns all tokens.
     pub(crate) fn tokens(self) -> std::ops::Range<Token> {
         0..self.len().cast_signed()
     }
 
-    /// Returns the text under which the vocabulary lists a token.
+    /// Returns the text of a token's vocabulary entry.
     pub(crate) fn text(self, token: Token) -> Option<String> {
         if !self.tokens().contains(&token) {
             return None;
         }
-        // SAFETY: the token is within the vocabulary; the string lives as long as it does.
+        // SAFETY: the token is within the vocabulary, and the string lives as long as the vocabulary does.
         let text = unsafe { sys::llama_vocab_get_text(self.pointer, token) };
-        // SAFETY: it is null or a string that ends with a zero.
+        // SAFETY: it is null or a zero-terminated string.
         (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_str().map(str::to_owned).ok()).flatten()
     }
 
@@ -56,7 +55,7 @@ impl Vocabulary<'_> {
         self.has_attribute(token, sys::LLAMA_TOKEN_ATTR_CONTROL | sys::LLAMA_TOKEN_ATTR_UNKNOWN)
     }
 
-    /// Returns whether the token was added by the makers of the model.
+    /// Returns whether the model's authors added the token.
     pub(crate) fn is_user_defined(self, token: Token) -> bool {
         self.has_attribute(token, sys::LLAMA_TOKEN_ATTR_USER_DEFINED)
     }
@@ -66,28 +65,27 @@ impl Vocabulary<'_> {
         self.tokens().contains(&token) && unsafe { sys::llama_vocab_get_attr(self.pointer, token) } & attributes != 0
     }
 
-    /// Returns whether the token ends an answer.
+    /// Returns whether the token ends a generation (EOG).
     pub(crate) fn is_end(self, token: Token) -> bool {
-        // SAFETY: it looks the token up in a set.
+        // SAFETY: the call looks the token up in a set.
         unsafe { sys::llama_vocab_is_eog(self.pointer, token) }
     }
 
-    /// Returns the token that ends a sequence, where there is one.
+    /// Returns the end-of-sequence token (EOS), if there is one.
     pub(crate) fn end_of_sequence(self) -> Option<Token> {
-        // SAFETY: it reads a field.
+        // SAFETY: the call reads a field.
         Some(unsafe { sys::llama_vocab_eos(self.pointer) }).filter(|token| *token >= 0)
     }
 
-    /// Returns the token that begins a text, where the tokenizer puts one before every text.
+    /// Returns the beginning-of-sequence token (BOS), if the tokenizer puts it before every text.
     pub(crate) fn begin(self) -> Option<Token> {
-        // SAFETY: it reads a field.
+        // SAFETY: the call reads a field.
         Some(unsafe { sys::llama_vocab_bos(self.pointer) }).filter(|token| *token >= 0 && self.adds_begin())
     }
 
-    /// Returns the tokens before a beginning, before an end and before what is to be filled in between them, where the
-    /// model knows such.
+    /// Returns the fill-in-the-middle tokens for prefix, suffix and middle, if the model has them.
     pub(crate) fn fill_in(self) -> Option<[Token; 3]> {
-        // SAFETY: they read fields.
+        // SAFETY: the calls read fields.
         let tokens = unsafe {
             [
                 sys::llama_vocab_fim_pre(self.pointer),
@@ -98,35 +96,35 @@ impl Vocabulary<'_> {
         tokens.iter().all(|token| self.tokens().contains(token)).then_some(tokens)
     }
 
-    /// Returns whether the tokenizer puts a token before every text.
+    /// Returns whether the tokenizer puts a BOS token before every text.
     pub(crate) fn adds_begin(self) -> bool {
-        // SAFETY: it reads a field.
+        // SAFETY: the call reads a field.
         unsafe { sys::llama_vocab_get_add_bos(self.pointer) }
     }
 
-    /// Returns whether the tokenizer puts a token after every text.
+    /// Returns whether the tokenizer puts an EOS token after every text.
     pub(crate) fn adds_end(self) -> bool {
-        // SAFETY: it reads a field.
+        // SAFETY: the call reads a field.
         unsafe { sys::llama_vocab_get_add_eos(self.pointer) }
     }
 
-    /// Cuts a text in tokens, appending them. `whole` adds what the tokenizer puts around a text; `control` reads the
-    /// texts of special tokens as those tokens.
+    /// Tokenises a text and appends the tokens. `whole` adds the tokens that the tokenizer puts around a text.
+    /// `control` parses the texts of special tokens as those tokens.
     pub(crate) fn tokenize(self, text: &[u8], whole: bool, control: bool, tokens: &mut Vec<Token>) {
         let length = i32::try_from(text.len()).expect("prompts are far below 2 GiB");
-        // A token is a byte at least, and at most two are added.
+        // Every token has at least one byte, and at most two tokens are added.
         let mut room = text.len() / 2 + 8;
         loop {
             let begin = tokens.len();
             tokens.reserve(room);
             let spare = i32::try_from(tokens.capacity() - begin).unwrap_or(i32::MAX);
-            // SAFETY: text and spare room are valid for the lengths that are told.
+            // SAFETY: the text and the spare capacity are valid for the lengths that are passed.
             let count = unsafe {
                 let end = tokens.as_mut_ptr().add(begin);
                 sys::llama_tokenize(self.pointer, text.as_ptr().cast(), length, end, spare, whole, control)
             };
             if let Ok(count) = usize::try_from(count) {
-                // SAFETY: so many were written behind those that were there.
+                // SAFETY: `count` tokens were written after the existing ones.
                 unsafe { tokens.set_len(begin + count) };
                 return;
             }
@@ -134,7 +132,7 @@ impl Vocabulary<'_> {
         }
     }
 
-    /// Returns the bytes that a token adds to a text; none for special tokens, unless their texts are wanted.
+    /// Returns the bytes that a token adds to a text. They are empty for special tokens, unless `control` is set.
     pub(crate) fn piece(self, token: Token, control: bool) -> Vec<u8> {
         if !self.tokens().contains(&token) {
             return Vec::new();
@@ -142,7 +140,7 @@ impl Vocabulary<'_> {
         let mut bytes = vec![0_u8; 32];
         loop {
             let room = i32::try_from(bytes.len()).unwrap_or(i32::MAX);
-            // SAFETY: the token is within the vocabulary, and the buffer is as long as is told.
+            // SAFETY: the token is within the vocabulary, and the buffer has the length that is passed.
             let count = unsafe {
                 sys::llama_token_to_piece(self.pointer, token, bytes.as_mut_ptr().cast::<c_char>(), room, 0, control)
             };
