@@ -25,16 +25,16 @@ pub use inference::{
 };
 pub use request::*;
 
-/// A place where models run.
+/// Loads models and generates text with them.
 ///
 /// Methods are cheap to call and safe to cancel. Dropping a [`GenerateStream`] stops its generation within one
 /// decode step.
 #[async_trait]
 pub trait ModelRuntime: Send + Sync + 'static {
-    /// Says what this runtime is and what it can do.
+    /// Returns what this runtime is.
     fn describe(&self) -> RuntimeInfo;
 
-    /// Returns what models can be computed with; nothing where a runtime does not know.
+    /// Returns the compute devices. The result is empty if the runtime does not know them.
     async fn hardware(&self) -> Hardware;
 
     /// Returns the memory that `load` would take, read from the header of the artifact.
@@ -48,52 +48,51 @@ pub trait ModelRuntime: Send + Sync + 'static {
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError>;
 
-    /// Attaches an adapter to a loaded model, while it generates. What is wrong with the artifact is
-    /// [`EngineError::InvalidModel`]; room for one more is made by the caller.
+    /// Attaches an adapter to a loaded model, which may be generating. An invalid artifact is
+    /// [`EngineError::InvalidModel`]. The caller evicts another adapter first if necessary.
     async fn add_adapter(&self, model: ModelId, artifact: VerifiedArtifact) -> Result<AdapterId, EngineError> {
         let _ = (model, artifact);
         Err(unsupported("adapter", "this runtime has no adapters"))
     }
 
-    /// Frees an adapter. Generations under way with it end first; new ones are refused at once.
+    /// Detaches an adapter. Running generations that use it end first; new ones are rejected at once.
     async fn remove_adapter(&self, model: ModelId, adapter: AdapterId) -> Result<(), EngineError> {
         let _ = (model, adapter);
         Err(unsupported("adapter", "this runtime has no adapters"))
     }
 
-    /// Frees a model. Generations under way end with [`EngineError::NotLoaded`].
+    /// Unloads a model. Running generations end with [`EngineError::NotLoaded`].
     async fn unload(&self, model: ModelId) -> Result<(), EngineError>;
 
-    /// Starts a generation. Errors that concern the request are returned here, before the first event.
+    /// Starts a generation. Errors in the request are returned here, before the first event.
     async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError>;
 
-    /// Makes a vector of each text.
+    /// Computes one embedding vector for each text.
     async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
         let _ = request;
         Err(unsupported("input", "this runtime makes no embeddings"))
     }
 
-    /// Returns the number of tokens the input takes, chat template included.
+    /// Returns the number of tokens in the input, including the chat template.
     async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError>;
 
-    /// Returns how busy each loaded model is; what the network schedules on.
+    /// Returns the load of each model, which the network schedules on.
     fn load_state(&self) -> Vec<LoadSnapshot>;
 }
 
-/// A loaded model within one runtime.
+/// The id of a loaded model within one runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ModelId(pub u64);
 
-/// An adapter of a loaded model.
+/// The id of an adapter of a loaded model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct AdapterId(pub u64);
 
-/// What a runtime is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuntimeInfo {
     /// `llama`, `mock` or another short name.
     pub kind: String,
-    /// The build and the instruction sets or devices in use, as one line for people.
+    /// The build and the instruction sets or devices in use, as one line to show to people.
     pub detail: String,
 }
 
@@ -108,7 +107,7 @@ pub struct VerifiedArtifact {
     pub sha256: String,
     /// Its length in bytes.
     pub bytes: u64,
-    /// The other files of a model that is split, in their order, each checked as the first one was.
+    /// The other files of a split model, in order, each verified as the first one was.
     pub parts: Vec<VerifiedArtifact>,
 }
 
@@ -116,43 +115,44 @@ pub struct VerifiedArtifact {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoadOptions {
-    /// Tokens of context per sequence; 0 takes what the model was trained with, at most 8,192 and less where memory is
-    /// short.
+    /// Context length of a sequence in tokens. 0 means the length that the model was trained with, at most 8,192 and
+    /// less if memory is short.
     pub context_length: u32,
-    /// Sequences that generate side by side.
+    /// The number of sequences that generate at the same time.
     pub slots: u32,
-    /// Requests that may wait for a slot; one more is refused with [`EngineError::Busy`].
+    /// The number of requests that may wait for a slot. Further requests are rejected with [`EngineError::Busy`].
     pub queue_max: u32,
-    /// Threads for decoding, no more than there are cores; 0 takes all cores, or all but one where there are more than
+    /// Threads for decoding, limited to the number of cores. 0 means all cores, or all but one if there are more than
     /// two.
     pub threads: u32,
-    /// Layers to place on a GPU; 0 keeps all on the CPU, `None` places as many as its free memory holds.
+    /// Layers to offload to GPUs. 0 keeps all on the CPU, and `None` offloads as many as fit the free memory.
     pub gpu_layers: Option<u32>,
-    /// Tokens that all sequences together can hold; 0 takes 8,192, at least one context and at most one for each slot.
+    /// Size of the KV cache in tokens, shared by all sequences. 0 means 8,192, but at least one context and at most
+    /// one context per slot.
     pub kv_tokens: u32,
-    /// Host memory for keys and values of conversations that lost their place, in bytes; 0 keeps none.
+    /// Host memory for the keys and values of evicted sequences, in bytes; 0 disables it.
     pub prompt_cache_bytes: u64,
-    /// Tokens that a repeated passage may suggest at once; 0 does not speculate.
+    /// The maximum number of draft tokens in a step; 0 disables speculative decoding.
     pub draft_tokens: u32,
-    /// Whose kernels compute on the CPU.
+    /// Which kernels compute on the CPU.
     pub kernels: Kernels,
-    /// Memory that the process of this model may take, the mapped file included, in bytes; `None` derives it from the
-    /// plan.
+    /// Memory that the process of this model may take in bytes, including the mapped file. `None` derives the limit
+    /// from the plan.
     pub memory_max_bytes: Option<u64>,
-    /// Memory that the plan should fit into, in bytes: what nobody has set of context and room is made smaller for it.
+    /// Memory that the plan should fit into, in bytes. Context length and KV cache size are reduced for it if they
+    /// are not set explicitly.
     pub fit_bytes: Option<u64>,
-    /// Memory of GPUs that layers may take where `gpu_layers` leaves open how many, in bytes; `None` for what is free.
+    /// GPU memory that layers may take if `gpu_layers` is `None`, in bytes; `None` means all free memory.
     pub vram_fit_bytes: Option<u64>,
 }
 
-/// Whose kernels compute on the CPU.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kernels {
-    /// Tether's where the processor has AVX-512 and VNNI and the model's format suits them, else those of ggml.
+    /// Tether's kernels if the CPU has AVX-512 and VNNI and they support the model's format, else ggml's.
     #[default]
     Auto,
-    /// Those of ggml.
+    /// ggml's kernels.
     Off,
 }
 
@@ -175,35 +175,35 @@ impl Default for LoadOptions {
     }
 }
 
-/// Memory a model needs, in bytes.
+/// The memory that a model needs, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MemoryPlan {
-    /// The weights that stay as they lie in the file, which is mapped.
+    /// The weights that are used directly from the mapped file.
     pub weights_bytes: u64,
-    /// Copies of weights in the order that the CPU wants.
+    /// Copies of weights that are repacked for the CPU.
     pub repacked_bytes: u64,
-    /// Keys and values of all slots at full context.
+    /// The KV cache of all sequences.
     pub kv_bytes: u64,
     /// Scratch space of the compute graph, and the logits.
     pub compute_bytes: u64,
-    /// Conversations that lost their place, once there are so many.
+    /// The maximum memory for evicted sequences.
     pub cache_bytes: u64,
-    /// The process that holds it all, vocabulary included.
+    /// The process itself, including the vocabulary.
     pub process_bytes: u64,
-    /// What is taken only by models that make vectors or run sequences by themselves; no part of the whole.
+    /// Memory taken only by models that compute embeddings or run deterministic generations; not part of the total.
     pub later_bytes: u64,
-    /// Memory of GPUs, beside all of the above.
+    /// GPU memory, in addition to all of the above.
     pub vram_bytes: u64,
 }
 
 impl MemoryPlan {
-    /// Returns the whole need of the machine's own memory, in bytes.
+    /// Returns the total host memory, in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.weights_bytes.saturating_add(self.private_bytes())
     }
 
-    /// Returns what is allocated, and not mapped from the file.
+    /// Returns the memory that is allocated, as opposed to mapped from the file.
     pub fn private_bytes(&self) -> u64 {
         [self.repacked_bytes, self.kv_bytes, self.compute_bytes, self.cache_bytes, self.process_bytes]
             .into_iter()
@@ -211,89 +211,86 @@ impl MemoryPlan {
     }
 }
 
-/// Takes the share of a load that is done, 0.0 to 1.0, in rising order.
+/// Receives the completed share of a load, from 0.0 to 1.0, in ascending order.
 pub type ProgressSink = Box<dyn Fn(f32) + Send + Sync>;
 
-/// Returns a sink that drops every report.
+/// Returns a sink that ignores every report.
 pub fn no_progress() -> ProgressSink {
     Box::new(|_| {})
 }
 
-/// A model that is ready to generate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadedModel {
-    /// Its name within the runtime.
+    /// Its id within the runtime.
     pub id: ModelId,
-    /// Tokens of context per sequence.
+    /// Context length of a sequence in tokens.
     pub context_length: u32,
-    /// Tokens that all sequences together can hold; 0 where it is not known.
+    /// Size of the KV cache in tokens, shared by all sequences; 0 if unknown.
     pub kv_tokens: u32,
-    /// Sequences that generate side by side.
+    /// The number of sequences that generate at the same time.
     pub slots: u32,
-    /// The process that holds it, where it has one of its own.
+    /// The process that runs it, if it has one of its own.
     pub pid: Option<u32>,
-    /// What it can do.
     pub abilities: Abilities,
-    /// Where its layers lie, and what computes them.
+    /// Where its layers are placed.
     pub placement: Placement,
 }
 
-/// What computes a loaded model, and how much of what was wished for it got. All is 0 where it is not known.
+/// Where a loaded model is placed, and how much of the requested placement it got. All fields are 0 if unknown.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Placement {
-    /// Its layers, with the output as one more.
+    /// The number of layers, counting the output as one.
     pub layers: u32,
-    /// Those of them that are on GPUs.
+    /// The number of layers on GPUs.
     pub gpu_layers: u32,
-    /// What computes it, such as `NVIDIA H200 (CUDA0)`: GPUs where layers are on them, and else the processor.
+    /// The devices that compute it, such as `NVIDIA H200 (CUDA0)`: GPUs if layers are on them, else the CPU.
     pub devices: Vec<String>,
-    /// Memory that was free on GPUs before it was loaded, in bytes; `None` where there is no GPU.
+    /// GPU memory that was free before the load, in bytes; `None` if there is no GPU.
     pub vram_free_bytes: Option<u64>,
-    /// Memory of GPUs that it takes, in bytes.
+    /// GPU memory that it takes, in bytes.
     pub vram_bytes: u64,
-    /// Tokens of context that it was made for.
+    /// The context length that it was trained with, in tokens.
     pub context_trained: u32,
 }
 
-/// What a loaded model can do. What it cannot is refused with [`EngineError::Unsupported`].
+/// What a loaded model can do. Requests for anything else are rejected with [`EngineError::Unsupported`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Abilities {
-    /// Continues texts.
+    /// Generates text.
     pub generate: bool,
-    /// Takes conversations.
+    /// Accepts conversations.
     pub chat: bool,
     /// Calls functions.
     pub tools: bool,
-    /// Makes vectors of this many numbers; 0 where it makes none.
+    /// The length of its embedding vectors; 0 if it computes none.
     pub embedding_length: u32,
-    /// Takes adapters.
+    /// Accepts adapters.
     pub adapters: bool,
 }
 
-/// How busy one model is, and what it has done since it was loaded.
+/// The load of one model, and its counters since it was loaded.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LoadSnapshot {
-    /// The model.
     pub model: ModelId,
-    /// Sequences that generate side by side at most.
+    /// The maximum number of sequences that generate at the same time.
     pub slots: u32,
-    /// Requests that generate.
+    /// The number of generating requests.
     pub running: u32,
-    /// Requests that wait for a slot.
+    /// The number of requests that wait for a slot.
     pub waiting: u32,
-    /// Share of the key-value room in use, 0 to 1.
+    /// Share of the KV cache in use, 0 to 1.
     pub kv_usage: f32,
-    /// Generated tokens a second, smoothed; 0 before the first answer.
+    /// Generated tokens per second, smoothed; 0 before the first answer.
     pub tokens_per_second: f32,
-    /// What was done, ever growing while the model stays loaded.
+    /// Counters, which only grow while the model stays loaded.
     pub counters: Counters,
-    /// Grows while the engine is at work, within a batch as well; one that owes tokens and shows no growth hangs.
+    /// Grows while the engine is working, even within a batch. An engine that has work and shows no growth hangs.
     pub beats: u64,
 }
 
-/// Ever-growing counts of one loaded model.
+/// Monotonic counters of one loaded model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
     /// Batches evaluated.
@@ -304,75 +301,73 @@ pub struct Counters {
     pub generated_tokens: u64,
     /// Generations that ran to their end.
     pub completed: u64,
-    /// Generations that were cancelled by their caller.
+    /// Generations that their caller cancelled.
     pub cancelled: u64,
     /// Prompt tokens that were looked up in the prefix cache.
     pub prefix_queries: u64,
-    /// Those of them that were found.
+    /// Prompt tokens that were found in the prefix cache.
     pub prefix_hits: u64,
-    /// Tokens that speculation suggested.
+    /// Draft tokens of speculative decoding.
     pub drafted_tokens: u64,
-    /// Those of them that were taken.
+    /// Draft tokens that were accepted.
     pub accepted_tokens: u64,
 }
 
-/// Why the engine could not do something, by what the caller can do about it.
+/// Why the engine could not do something. Variants differ by what the caller can do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EngineError {
-    /// The request does not fit the context: shorten it.
+    /// The request does not fit the context. Shorten it.
     #[error("the prompt has {prompt_tokens} tokens, and with the answer must fit a context of {context_length}")]
     ContextLength {
         /// Tokens of the prompt.
         prompt_tokens: u32,
-        /// Tokens the model can hold.
+        /// Tokens that fit the context.
         context_length: u32,
     },
-    /// The request asks for what this model or runtime does not do: change it.
+    /// This model or runtime does not support something in the request. Change the request.
     #[error("{parameter} is not supported: {reason}")]
     Unsupported {
         /// The field of the request.
         parameter: String,
-        /// Why.
         reason: String,
     },
-    /// All slots are taken and the queue is full: try elsewhere or later.
+    /// All slots are taken and the queue is full. Try another worker, or later.
     #[error("all slots are taken and the queue is full")]
     Busy,
-    /// The model is not loaded (any more): load it or try elsewhere.
+    /// The model is not loaded, or no longer. Load it or try another worker.
     #[error("the model is not loaded")]
     NotLoaded,
-    /// The artifact is not a model that this runtime can load: replace it.
+    /// The artifact is not a model that this runtime can load. Replace it.
     #[error("the artifact is not a usable model: {reason}")]
     InvalidModel {
-        /// What is wrong with it.
         reason: String,
     },
-    /// The model needs more memory than there is: try elsewhere, or with less room.
+    /// The model needs more memory than is available. Try another worker, or a smaller KV cache.
     #[error(
         "the model needs {} of memory, and {} can be had; a smaller context_length or kv_tokens needs less",
         Size(*.needed_bytes),
         Size(*.available_bytes)
     )]
     OutOfMemory {
-        /// What a load is predicted to take.
+        /// The predicted memory of the load.
         needed_bytes: u64,
-        /// What it may take.
+        /// The memory that the load may take.
         available_bytes: u64,
     },
-    /// The engine failed, or its process was ended from outside: try elsewhere.
+    /// The engine failed, or its process was killed from outside. Try another worker.
     #[error("the engine failed: {reason}")]
     Failed { reason: String },
-    /// The engine's process crashed while it worked on this request: try elsewhere, but not again and again.
+    /// The engine's process crashed while it worked on this request. Try another worker, but only a few times.
     #[error("the engine crashed: {reason}")]
     Crashed {
         reason: String,
-        /// How many requests it was working on, this one included.
+        /// The number of requests it was working on, including this one.
         suspects: u32,
     },
 }
 
-/// Says a number of bytes as people do.
+/// Formats a number of bytes for people.
 struct Size(u64);
 
 impl fmt::Display for Size {
@@ -388,12 +383,12 @@ impl From<InvalidInput> for EngineError {
     }
 }
 
-/// Returns the refusal of a field of a request.
+/// Returns the error for an unsupported field of a request.
 pub fn unsupported(parameter: impl Into<String>, reason: impl Into<String>) -> EngineError {
     EngineError::Unsupported { parameter: parameter.into(), reason: reason.into() }
 }
 
-/// The events of one generation. Dropping it cancels the generation.
+/// The events of one generation. Dropping the stream cancels the generation.
 #[derive(Debug)]
 pub struct GenerateStream {
     events: mpsc::Receiver<Result<Event, EngineError>>,
@@ -403,14 +398,14 @@ pub struct GenerateStream {
 /// The runtime's side of a [`GenerateStream`].
 #[derive(Debug, Clone)]
 pub struct GenerateSink {
-    /// Takes events; it is bounded, and a runtime must not block a whole model on one slow reader.
+    /// Receives events. The channel is bounded, and a runtime must not block a whole model on one slow reader.
     pub events: mpsc::Sender<Result<Event, EngineError>>,
     /// Cancelled when the reader is gone.
     pub cancelled: CancellationToken,
 }
 
 impl GenerateStream {
-    /// Makes a stream with room for `capacity` unread events, and its other side.
+    /// Creates a stream that holds `capacity` unread events, and its sink.
     pub fn channel(capacity: usize) -> (GenerateSink, Self) {
         let (sender, events) = mpsc::channel(capacity);
         let cancelled = CancellationToken::new();

@@ -41,34 +41,33 @@ use crate::{gguf, memory_plan};
 pub use child_server::{ServeError, serve_child};
 use engine_process::{EngineProcess, Loading};
 
-/// Events of one generation that may be under way unacknowledged.
+/// The number of events of one generation that may be unacknowledged.
 const CREDIT: usize = 256;
-/// How long a load may take, whatever the size of the model or adapter.
+/// The base time limit for loading a model or adapter.
 const LOAD_WITHIN: Duration = Duration::from_mins(5);
-/// How much longer it may take for each GiB.
+/// Additional load time per GiB.
 const LOAD_WITHIN_PER_GIB: Duration = Duration::from_secs(20);
-/// How long a process may take to start and to say what it is; drivers of accelerators take seconds.
+/// The time limit for a process to start and say hello; GPU drivers take seconds.
 const HELLO_WITHIN: Duration = Duration::from_secs(30);
-/// How long a process may take to unload before it is killed.
+/// The time limit for unloading before the process is killed.
 const UNLOAD_WITHIN: Duration = Duration::from_secs(2);
 
-/// How long an engine that owes something may go without a sign of life before it counts as hung, unless told
-/// otherwise.
+/// The default time after which an engine with outstanding work and no sign of life counts as hung.
 ///
-/// A batch of 512 tokens takes two slow cores minutes with a large model, but between two operations of a batch an
-/// engine shows that it lives, and one operation takes no more than a few seconds.
+/// With a large model on two slow cores, a batch of 512 tokens takes minutes. But an engine shows a sign of life
+/// between two operations of a batch, and one operation takes no more than a few seconds.
 const STALL_LIMIT: Duration = Duration::from_secs(20);
 
-/// How to start a process that calls [`serve_child`].
+/// The command that starts a process which calls [`serve_child`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChildCommand {
     pub program: PathBuf,
     pub args: Vec<OsString>,
-    /// Variables added to its environment.
+    /// Variables to add to its environment.
     pub envs: Vec<(OsString, OsString)>,
 }
 
-/// Runs each model in a process of its own.
+/// Runs each model in its own process.
 pub struct ProcessRuntime {
     command: ChildCommand,
     stall_limit: Duration,
@@ -83,7 +82,7 @@ pub struct ProcessRuntime {
 type Models = BTreeMap<ModelId, Arc<EngineProcess>>;
 
 impl ProcessRuntime {
-    /// Returns a runtime without models; its processes end when it is dropped.
+    /// Returns a runtime without models. Its processes end when it is dropped.
     pub fn new(command: ChildCommand) -> Self {
         let stop = CancellationToken::new();
         Self {
@@ -98,18 +97,18 @@ impl ProcessRuntime {
         }
     }
 
-    /// Sets after how long a process whose engine hangs is killed; 20 seconds unless set.
+    /// Sets the time after which a hung process is killed. The default is 20 seconds.
     ///
-    /// It is killed when it owes tokens to a reader that reads and shows no sign of life for so long, or when it is
-    /// busy and says nothing at all. Choose several times what the slowest operation within a batch takes on this
-    /// machine.
+    /// A process is killed if it owes tokens to a reader that keeps up and shows no sign of life for this long, or if
+    /// it is busy and sends nothing at all. Choose several times the duration of the slowest operation within a batch
+    /// on this machine.
     #[must_use]
     pub fn with_stall_limit(mut self, limit: Duration) -> Self {
         self.stall_limit = limit;
         self
     }
 
-    /// Ends every process and returns when they are gone.
+    /// Ends every process, and returns when all are gone.
     pub async fn shut_down(&self) {
         self.stop.cancel();
         self.tasks.close();
@@ -134,7 +133,7 @@ impl fmt::Debug for ProcessRuntime {
 #[async_trait]
 impl ModelRuntime for ProcessRuntime {
     fn describe(&self) -> RuntimeInfo {
-        // The first process says what it serves; until then only the program is known.
+        // The first process reports its runtime. Until then only the program is known.
         self.info.lock().clone().unwrap_or_else(|| RuntimeInfo {
             kind: "process".into(),
             detail: format!("a process of {} for each model", self.command.program.display()),
@@ -173,7 +172,7 @@ impl ModelRuntime for ProcessRuntime {
         let patience = load_within(&artifact);
         let (loaded, is_loaded) = oneshot::channel();
         let kill = self.stop.child_token();
-        // A load that fails, is late or is dropped takes its process with it.
+        // If a load fails, times out or is dropped, its process is killed.
         let abandoned = kill.clone().drop_guard();
         let models = Arc::downgrade(&self.models);
         let gone = move || {
@@ -212,7 +211,7 @@ impl ModelRuntime for ProcessRuntime {
 
     async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
         let process = self.model(request.model)?;
-        // Numbers that are not finite have no JSON.
+        // JSON has no numbers that are not finite.
         request.sampling.check()?;
         process.generate(request).await
     }
@@ -226,7 +225,7 @@ impl ModelRuntime for ProcessRuntime {
     }
 
     fn load_state(&self) -> Vec<LoadSnapshot> {
-        // The list is let go before any process is asked, which has a lock of its own.
+        // The list's lock is released before any process is asked, since each has a lock of its own.
         let models = self.models().clone();
         models.iter().filter_map(|(id, process)| process.snapshot(*id)).collect()
     }

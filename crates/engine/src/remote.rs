@@ -42,27 +42,27 @@ use crate::model_runtime::{
     VerifiedArtifact, unsupported,
 };
 
-/// The ids of attached models begin here, so that they differ from those of every other runtime of a process.
+/// The first id of attached models, so that their ids differ from those of all other runtimes in the process.
 pub const FIRST_ID: u64 = 1 << 63;
-/// Events that may wait for a slow reader; then its server waits, too.
+/// The number of events that may wait for a slow reader. After that, the server is slowed down too (backpressure).
 const EVENTS_MAX: usize = 256;
-/// The context of a model whose server tells none and whose caller says none.
+/// The assumed context length of a model if neither its server nor the caller specifies one.
 const CONTEXT_ASSUMED: u32 = 4_096;
-/// The most bytes that vectors may take: those of 2,048 texts, as decimal numbers.
+/// The maximum length of an embedding response: 2,048 vectors as decimal numbers.
 const VECTOR_BYTES_MAX: usize = 128 << 20;
-/// Probes in a row that a server may miss before its models count as gone.
+/// The number of consecutive probes that a server may miss before its models count as gone.
 const MISSES_MAX: u32 = 2;
 
-/// How long servers may take.
+/// Time limits for servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
     pub describe: Duration,
-    /// To begin an answer, in silence: the load of the model and the evaluation of a long prompt may take it. A server
-    /// that tells how far it is with a prompt is not silent.
+    /// For starting an answer without a sign of life: loading the model and evaluating a long prompt may take this
+    /// long. A server that reports prefill progress shows signs of life.
     pub begin: Duration,
-    /// From one piece of an answer to the next.
+    /// Between two pieces of an answer.
     pub idle: Duration,
-    /// Between two looks at whether a server still lists a model.
+    /// The interval between checks that a server still lists a model.
     pub probe_every: Duration,
 }
 
@@ -77,7 +77,7 @@ impl Default for Timeouts {
     }
 }
 
-/// Runs models on servers that run already.
+/// Runs models on existing servers.
 #[derive(Debug)]
 pub struct RemoteRuntime {
     http: HttpClient,
@@ -86,7 +86,7 @@ pub struct RemoteRuntime {
     next_id: AtomicU64,
     tasks: TaskTracker,
     stop: CancellationToken,
-    /// Ends the probes and the generations.
+    /// Stops the probes and the generations on drop.
     _end: DropGuard,
 }
 
@@ -99,7 +99,7 @@ impl Default for RemoteRuntime {
 }
 
 impl RemoteRuntime {
-    /// Makes a runtime without models.
+    /// Creates a runtime without models.
     pub fn new(timeouts: Timeouts) -> Self {
         let stop = CancellationToken::new();
         Self {
@@ -113,13 +113,13 @@ impl RemoteRuntime {
         }
     }
 
-    /// Asks a server what it is and which models it has. Each of its answers may take `within`.
+    /// Asks a server for its software and its models. Each of its responses may take `within`.
     pub async fn survey(&self, server: &ServerAddress, within: Duration) -> Result<Survey, EngineError> {
         discovery::survey(&self.http, server, within).await.map_err(|error| failed(&error))
     }
 
-    /// Takes a model of a server into use, and returns it with what the server says of it. Of the options, those that
-    /// concern memory and processors are the server's.
+    /// Attaches a model of a server, and returns it with the facts that the server reports about it. Options that
+    /// concern memory and processors are ignored, since they are the server's.
     pub async fn attach(
         &self,
         server: ServerAddress,
@@ -156,7 +156,7 @@ impl RemoteRuntime {
         Ok((loaded, facts))
     }
 
-    /// Finds out whether a model makes vectors, where its server does not say, by asking for one.
+    /// Determines what a model can do, by requesting an embedding unless its server says that it generates text.
     async fn abilities(
         &self,
         server: &ServerAddress,
@@ -177,7 +177,7 @@ impl RemoteRuntime {
         match (listed.kind, embedding_length) {
             (Kind::Vectors, Err(error)) => Err(error),
             (_, Err(_)) => Ok(text),
-            // Of these, a model that makes vectors does nothing else.
+            // With these servers, a model that computes embeddings does nothing else.
             (Kind::Unknown, Ok(embedding_length)) if !matches!(dialect, Dialect::Vllm | Dialect::Sglang) => {
                 Ok(Abilities { embedding_length, ..text })
             }
@@ -190,7 +190,7 @@ impl RemoteRuntime {
         models.get(&id).cloned().ok_or(EngineError::NotLoaded)
     }
 
-    /// Says an error in the words of the contract. A server that cannot be reached is gone, with all that it had.
+    /// Translates an error. If a server cannot be reached, its model counts as gone.
     fn lost(&self, attached: &Attached, error: HttpError) -> EngineError {
         match error {
             HttpError::Unreachable => {
@@ -219,12 +219,12 @@ impl ModelRuntime for RemoteRuntime {
         Hardware::default()
     }
 
-    /// A server's memory is its own: here a model takes none.
+    /// The server's memory is its own, so a model takes none here.
     async fn estimate(&self, _: &VerifiedArtifact, _: &LoadOptions) -> Result<MemoryPlan, EngineError> {
         Ok(MemoryPlan::default())
     }
 
-    /// Refuses: a server loads its models itself, see [`RemoteRuntime::attach`].
+    /// Always fails: a server loads its models itself, see [`RemoteRuntime::attach`].
     async fn load(&self, _: VerifiedArtifact, _: LoadOptions, _: ProgressSink) -> Result<LoadedModel, EngineError> {
         Err(EngineError::InvalidModel { reason: "a remote server loads its models itself; attach them by name".into() })
     }
@@ -340,7 +340,8 @@ fn failed(error: &HttpError) -> EngineError {
     EngineError::Failed { reason: error.to_string() }
 }
 
-/// Returns how many tokens a prompt may have, at four bytes a token: what is said until its server tells.
+/// Returns an estimate of a prompt's length at four bytes per token, which is used until its server reports the
+/// length.
 fn guessed_tokens(input: &PromptInput) -> u32 {
     let bytes = match input {
         PromptInput::Tokens(tokens) => return tokens.len() as u32,

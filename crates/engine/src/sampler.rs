@@ -17,7 +17,7 @@ use candidates::Candidates;
 pub use history::History;
 pub use token_mask::TokenMask;
 
-/// What stands for the logarithm of zero, as in OpenAI's answers.
+/// The log-probability that stands for the logarithm of zero, as in OpenAI's API.
 pub const LOGPROB_MIN: f32 = -9_999.0;
 
 /// The bias that bans a token whatever its logit.
@@ -26,7 +26,7 @@ const BAN: f32 = -100.0;
 /// Why no token could be drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SampleError {
-    /// The model gave something that is not a number, or nothing at all.
+    /// The model returned a logit that is not finite, or no logits at all.
     #[error("the model gave logits that are not finite")]
     NotFinite,
     /// Bias and constraint together forbid every token.
@@ -34,7 +34,7 @@ pub enum SampleError {
     NothingAllowed,
 }
 
-/// Buffers that a sampler keeps from draw to draw.
+/// Buffers that a sampler reuses between draws.
 #[derive(Debug, Default)]
 pub struct Sampler {
     changed: Vec<f32>,
@@ -42,19 +42,19 @@ pub struct Sampler {
     weights: Vec<f32>,
 }
 
-/// Returns a number in [0, 1) that depends on nothing but the seed and the position.
+/// Returns a number in [0, 1) that depends only on the seed and the position.
 pub fn uniform(seed: u64, position: u64) -> f64 {
     (hash(seed, position) >> 11) as f64 / (1_u64 << 53) as f64
 }
 
-/// Returns bits that depend on nothing but the seed and the position.
+/// Returns bits that depend only on the seed and the position.
 pub(crate) fn hash(seed: u64, position: u64) -> u64 {
     // Two rounds of the SplitMix64 finaliser: one spreads the seed, one the position on top of it.
     mix(mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15)) ^ position.wrapping_mul(0xd134_2543_de82_ef95))
 }
 
 impl Sampler {
-    /// Draws the token at `position`; the likeliest, and of equals the lowest, at temperature 0.
+    /// Draws the token at `position`. At temperature 0 it is the most likely token, and of equals the lowest.
     pub fn sample(
         &mut self,
         logits: &[f32],
@@ -99,9 +99,9 @@ impl Sampler {
         Ok(vocabulary::pick(&self.weights, point).map_or(best, |index| kept[index].token))
     }
 
-    /// Returns the log-probability of a token, and the `top` likeliest tokens with theirs, the likeliest first.
+    /// Returns the log-probability of a token, and the `top` most likely tokens with theirs, the most likely first.
     ///
-    /// All are finite: [`LOGPROB_MIN`] stands for what cannot be.
+    /// All values are finite: [`LOGPROB_MIN`] stands for a probability of zero.
     pub fn logprob(&mut self, logits: &[f32], token: u32, top: u32) -> (f32, Vec<(u32, f32)>) {
         let Some((_, highest)) = vocabulary::likeliest(logits).filter(|(_, highest)| highest.is_finite()) else {
             return (LOGPROB_MIN, Vec::new());
@@ -129,7 +129,7 @@ fn penalise(logits: &mut [f32], sampling: &Sampling, history: &History) {
         if answered > 0 {
             *logit -= sampling.presence_penalty + sampling.frequency_penalty * answered as f32;
         }
-        // A tiny divisor must not make a number infinite that the model gave as a finite one.
+        // A tiny divisor must not turn a finite logit into infinity.
         *logit = logit.min(f32::MAX);
     }
 }

@@ -4,7 +4,6 @@
 //! first place where a stop sequence is complete. Characters and stop sequences that may still be completed are held
 //! back. A character that the token limit cut is dropped.
 
-/// Assembles the text of one answer.
 #[derive(Debug, Clone, Default)]
 pub struct TextAssembler {
     stops: Vec<String>,
@@ -14,13 +13,13 @@ pub struct TextAssembler {
 }
 
 impl TextAssembler {
-    /// Starts an answer that ends at any of these texts; empty ones are ignored.
+    /// Begins an answer that ends at any of these stop sequences; empty ones are ignored.
     pub fn new(stops: &[String]) -> Self {
         let stops = stops.iter().filter(|stop| !stop.is_empty()).cloned().collect();
         Self { stops, ..Self::default() }
     }
 
-    /// Takes the bytes of a token and returns the text that is certain by then.
+    /// Appends the bytes of a token and returns the text that can no longer change.
     pub fn push(&mut self, bytes: &[u8]) -> String {
         if self.stopped {
             return String::new();
@@ -37,13 +36,13 @@ impl TextAssembler {
         std::mem::replace(&mut self.held, rest)
     }
 
-    /// Returns whether a stop text was completed; what follows it is ignored.
+    /// Returns whether a stop sequence was completed. Any text after it is ignored.
     pub fn is_stopped(&self) -> bool {
         self.stopped
     }
 
-    /// Ends the answer and returns what was held back. Where the limit of tokens cut it, more bytes would have
-    /// completed its last character.
+    /// Ends the answer and returns the text that was held back. If the token limit cut the answer, an incomplete last
+    /// character is dropped, since more bytes would have completed it.
     pub fn finish(&mut self, is_cut: bool) -> String {
         if self.stopped {
             return String::new();
@@ -60,7 +59,7 @@ impl TextAssembler {
         std::mem::take(&mut self.held)
     }
 
-    /// Appends the whole characters of the bytes to `held`, and keeps an incomplete last one for later.
+    /// Appends the complete characters of the bytes to `held`, and keeps an incomplete last one for later.
     fn decode(&mut self, bytes: &[u8]) {
         self.incomplete.extend_from_slice(bytes);
         let mut rest = self.incomplete.as_slice();
@@ -85,7 +84,8 @@ impl TextAssembler {
         self.incomplete.drain(..self.incomplete.len() - keep);
     }
 
-    /// Returns where the stop text begins that is completed first beyond `known` bytes; of two, the longer one.
+    /// Returns the start of the stop sequence that is completed first after `known` bytes; if two end there, the
+    /// longer one's.
     fn find_stop(&self, known: usize) -> Option<usize> {
         let ends = self.held.char_indices().map(|(start, character)| start + character.len_utf8());
         ends.skip_while(|end| *end <= known).find_map(|end| {
@@ -94,7 +94,7 @@ impl TextAssembler {
         })
     }
 
-    /// Returns the length of the longest end of `held` that some stop text begins with.
+    /// Returns the length of the longest suffix of `held` that is a prefix of a stop sequence.
     fn held_back(&self) -> usize {
         let held = self.held.as_bytes();
         let longest = |stop: &String| {
@@ -121,7 +121,7 @@ mod tests {
         (text, stopped)
     }
 
-    /// Cuts a whole text at the stop text that is completed first.
+    /// Cuts a complete text at the stop sequence that is completed first.
     fn naive(text: &str, stops: &[String]) -> String {
         for end in 1..=text.len() {
             let Some(head) = text.get(..end) else { continue };

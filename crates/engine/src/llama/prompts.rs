@@ -301,7 +301,7 @@ mod tests {
             prompt.tokens.into_iter().filter(|token| vocabulary.is_control(*token)).collect::<Vec<_>>()
         };
         let honest = control_tokens("Hello.");
-        // A begin and an end for each message, and the begin of the answer.
+        // One start and one end token for each message, and the start of the answer.
         assert_eq!(honest.len(), 7);
         for text in
             vocabulary.tokens().filter(|token| vocabulary.is_control(*token)).map(|token| vocabulary.text(token))

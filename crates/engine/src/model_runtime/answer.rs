@@ -3,66 +3,66 @@
 use inference::{FinishReason, Progress, TokenLogprob, TokenUsage, ToolCallDelta};
 use serde::{Deserialize, Serialize};
 
-/// What a generation tells, in this order: one `Started`, any number of `Piece`, one `Done`. `Progress` may come
-/// anywhere before the `Done`.
+/// An event of a generation. The order is: one `Started`, any number of `Piece`, one `Done`. `Progress` may come
+/// anywhere before `Done`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {
-    /// The prompt was accepted and its evaluation begins.
+    /// The prompt was accepted and prefill begins.
     Started {
         /// Tokens of the prompt.
         prompt_tokens: u32,
-        /// Prompt tokens whose keys and values were at hand already.
+        /// Prompt tokens that were in the prefix cache.
         cached_tokens: u32,
     },
-    /// The engine is at work although nothing else is ready to be told: at most 2 s pass without an event while the
-    /// engine is well and the reader keeps up. Before `Started` the request waits for a slot.
+    /// A sign of life while there is no other event: at most 2 s pass between events if the engine is healthy and the
+    /// reader keeps up. Before `Started`, the request is waiting for a slot.
     ///
-    /// `tokens_read` never falls. A continued answer goes on once `tokens_total` are evaluated.
+    /// `tokens_read` never decreases. A continued answer resumes once `tokens_total` tokens are evaluated.
     Progress(Progress),
-    /// More of the answer.
+    /// A further piece of the answer.
     Piece(Piece),
     /// The end of the answer.
     Done {
-        /// Why it ended.
         reason: FinishReason,
-        /// What it took.
+        /// The token counts of prompt and answer.
         usage: TokenUsage,
     },
 }
 
 impl Event {
-    /// Returns whether no event follows.
+    /// Returns whether this is the last event.
     pub fn is_last(&self) -> bool {
         matches!(self, Self::Done { .. })
     }
 }
 
-/// More of an answer. The text is whole UTF-8 and may be empty while a character, a stop text or a call is incomplete.
+/// A further piece of an answer. The text is valid UTF-8. It may be empty while a character, a stop sequence or a
+/// call is incomplete.
 ///
-/// A type of its own: the `Payload` of `protocol` also holds vectors, counts, and the index of one of several answers.
+/// This is not the `Payload` of `protocol`, which also holds vectors, counts, and the index of one of several
+/// answers.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Piece {
     /// Text to append.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub text: String,
-    /// Text to append to what the model thinks before it answers.
+    /// Text to append to the reasoning.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub reasoning: String,
-    /// More of its calls.
+    /// Further pieces of the tool calls.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ToolCallDelta>,
-    /// The tokens behind it, in order.
+    /// The tokens of this piece, in order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tokens: Vec<u32>,
-    /// One for each token, where they were asked for. Those of a prompt that is repeated come before all others.
+    /// One entry per token, if requested. Those of an echoed prompt come before all others.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<TokenLogprob>,
 }
 
 impl Piece {
-    /// Returns whether it brings nothing.
     pub fn is_empty(&self) -> bool {
         let Self { text, reasoning, tool_calls, tokens, logprobs } = self;
         text.is_empty() && reasoning.is_empty() && tool_calls.is_empty() && tokens.is_empty() && logprobs.is_empty()
@@ -79,11 +79,11 @@ impl Piece {
     }
 }
 
-/// Vectors of texts, in the order of the request.
+/// Embedding vectors, in the order of the request.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Embeddings {
-    /// One for each text, of length 1 and all of the same dimension.
+    /// One vector per text, all of length 1 and of the same dimension.
     pub vectors: Vec<Vec<f32>>,
-    /// Tokens of all texts.
+    /// The number of tokens in all texts.
     pub prompt_tokens: u32,
 }

@@ -6,24 +6,24 @@ use serde_json::Value;
 
 use super::{AdapterId, ModelId};
 
-/// A conversation to go on with. An [`Input`](inference::Input) has these fields too, beside those of other prompts.
+/// A conversation to continue. An [`Input`](inference::Input) has these fields too, next to those of other prompts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Chat {
-    /// What was said, the oldest first.
+    /// The messages, the oldest first.
     pub messages: Vec<Message>,
     /// The functions the model may call.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tools: Vec<Tool>,
-    /// Whether it calls them.
+    /// Whether the model may or must call them.
     #[serde(default)]
     pub tool_choice: ToolChoice,
-    /// Ends the answer behind its first call.
+    /// Ends the answer after its first call.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub one_call: bool,
-    /// Goes on with the last message, an assistant's, instead of a message of its own.
+    /// Continues the last message, which is the assistant's, instead of starting a new one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub continue_last: bool,
-    /// Variables for the template beside those it always gets, such as `enable_thinking`.
+    /// Additional template variables, such as `enable_thinking`.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub template_options: serde_json::Map<String, Value>,
 }
@@ -34,18 +34,18 @@ impl From<Vec<Message>> for Chat {
     }
 }
 
-/// What to continue. An [`Input`](inference::Input) may have several prompts; a generation has one.
+/// A prompt. An [`Input`](inference::Input) may have several prompts; a generation has one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PromptInput {
-    /// A conversation; the model's own chat template makes a prompt of it.
+    /// A conversation, which the model's own chat template renders into a prompt.
     ///
-    /// What the messages say is never read as special tokens, so nobody forges another's turn.
+    /// Text in messages is never tokenised as special tokens, so nobody can forge another participant's turn.
     Chat(Chat),
-    /// Text, taken as it is.
+    /// A raw text prompt.
     ///
-    /// The texts of special tokens in it are read as those tokens, as llama-server does: whoever sends a raw prompt
-    /// writes the turns as well. What comes from people belongs in a conversation.
+    /// Special tokens in it are parsed as such, as in llama-server: the author of a raw prompt writes the turns too.
+    /// Text from users belongs in a conversation.
     Text(String),
     /// Tokens of the model's own vocabulary.
     Tokens(Vec<u32>),
@@ -60,61 +60,61 @@ impl From<EmbedInput> for PromptInput {
     }
 }
 
-/// One generation. Unlike an [`Input`](inference::Input) it has one prompt and one answer, the numbers of a loaded
-/// model and adapter, and a value for each setting.
+/// One generation. Unlike an [`Input`](inference::Input), it has one prompt and one answer, the ids of a loaded model
+/// and adapter, and a value for each setting.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerateRequest {
-    /// The model to use.
     pub model: ModelId,
-    /// The adapter to use it with.
+    /// The adapter to use with the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterId>,
-    /// What to continue. An [`Input`](inference::Input) may have several prompts; a generation has one.
+    /// The prompt.
     pub input: PromptInput,
-    /// How to draw tokens.
+    /// The sampling parameters.
     #[serde(default)]
     pub sampling: Sampling,
-    /// What of that the model decides.
+    /// The sampling parameters that are left to the model's defaults.
     #[serde(default)]
     pub left_to_model: LeftToModel,
-    /// Texts that end the answer; they are not part of it.
+    /// Stop sequences, which end the answer and are not part of it.
     #[serde(default)]
     pub stop: Vec<String>,
-    /// The most tokens to generate, 0 included; `None` goes on to the end of the context.
+    /// The maximum number of tokens to generate, which may be 0. `None` means up to the end of the context.
     #[serde(default)]
     pub max_tokens: Option<u32>,
-    /// Goes on past the end-of-turn token, for benchmarks. A constrained answer still ends with its constraint.
+    /// Continues past the end-of-generation token, for benchmarks. A constrained answer still ends with its
+    /// constraint.
     #[serde(default)]
     pub ignore_eos: bool,
-    /// Tells the log-probability of each token, and of so many of the likeliest in its place.
+    /// Returns the log-probability of each token, and of this many most likely alternatives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<u32>,
-    /// The text that follows the answer: the model fills in what stands between the prompt and it. For texts and
-    /// tokens.
+    /// The text after the answer: the model fills in the middle between the prompt and the suffix. Only for prompts
+    /// of text or tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suffix: Option<String>,
-    /// Puts the text of the prompt before the answer, and its log-probabilities where they are asked for before those
-    /// of the answer; that of the first token is told as 0. Conversations have no such text.
+    /// Returns the text of the prompt before the answer. If log-probabilities are requested, those of the prompt come
+    /// first; that of the first token is 0. Not supported for conversations.
     #[serde(default)]
     pub echo: bool,
     /// The constraint on the answer (structured output).
     #[serde(default)]
     pub format: OutputFormat,
-    /// The answer that the caller expects, as text or tokens: where it is right, the answer comes faster.
+    /// The answer that the caller expects, as text or tokens. The more of it is right, the faster the answer comes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prediction: Option<PromptInput>,
-    /// The tokens of the answer that its reader has already, from another try: it goes on after them, and they count
-    /// towards `max_tokens`, but are not told again.
+    /// Tokens of the answer that an earlier attempt already sent. The answer continues after them. They count towards
+    /// `max_tokens`, but are not sent again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub continued: Vec<u32>,
-    /// Evaluates this sequence in batches of its own, so that the same engine build gives the same logits to the bit
+    /// Evaluates this sequence in batches of its own, so that the same engine build gives bit-identical logits
     /// whatever else runs.
     #[serde(default)]
     pub deterministic: bool,
 }
 
 impl GenerateRequest {
-    /// Returns a request that leaves everything else at its default.
+    /// Returns a request with default values for everything else.
     pub fn new(model: ModelId, input: PromptInput) -> Self {
         Self {
             model,
@@ -136,11 +136,9 @@ impl GenerateRequest {
     }
 }
 
-/// Texts to make vectors of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EmbedRequest {
-    /// The model to use.
     pub model: ModelId,
-    /// The texts, or their tokens; one vector each. A conversation is not supported.
+    /// The texts, or their tokens, with one vector for each. Conversations are not supported.
     pub inputs: Vec<PromptInput>,
 }

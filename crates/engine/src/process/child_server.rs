@@ -22,32 +22,32 @@ use crate::model_runtime::{
     VerifiedArtifact,
 };
 
-/// Between two reports of how busy the model is, while it is.
+/// The interval between load reports while the model is busy.
 const STATE_EVERY: Duration = Duration::from_millis(100);
-/// How long generations may take to tell their end once the model is unloaded.
+/// The time for generations to send their end once the model is unloaded.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Why an engine process could not go on.
+/// Why an engine process could not continue.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The process was not started by a `ProcessRuntime`.
     #[error("the standard streams are not those of an engine process: {0}")]
     Streams(#[source] io::Error),
-    /// The worker sent something that cannot be understood.
+    /// The worker sent a malformed message.
     #[error("the worker cannot be understood: {0}")]
     Protocol(String),
 }
 
-/// Serves one model until it is unloaded. Standard input is the socket on which files come, standard output that of
-/// the frames.
+/// Serves one model until it is unloaded. Standard input is the socket for files, and standard output the socket for
+/// frames.
 ///
-/// Ends the whole process at once, even in the middle of a decode, when the worker is gone.
+/// If the worker is gone, the whole process is killed at once, even in the middle of a decode.
 pub async fn serve_child(runtime: impl ModelRuntime) -> Result<(), ServeError> {
     let (files, socket) = standard_streams().map_err(ServeError::Streams)?;
     match serve(Arc::new(runtime), files, socket).await {
         Ok(End::Unloaded) => Ok(()),
         Ok(End::WorkerGone) => {
-            // An orderly exit would wait for the decode, or pull the ground from under it.
+            // An orderly exit would wait for the decode, or free memory that it uses.
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
             Ok(())
         }
@@ -62,19 +62,19 @@ fn standard_streams() -> io::Result<(StdUnixStream, UnixStream)> {
         stream.local_addr()?;
         stream.set_nonblocking(true)?;
     }
-    // Whatever prints to standard output from here on must not get between the frames.
+    // Nothing that prints to standard output later may get between the frames.
     rustix::stdio::dup2_stdout(io::stderr())?;
     Ok((files, UnixStream::from_std(socket)?))
 }
 
-/// How serving ended without a fault.
+/// How serving ended normally.
 #[derive(Debug, PartialEq, Eq)]
 enum End {
     Unloaded,
     WorkerGone,
 }
 
-/// What the tasks of the engine process share.
+/// The state that the tasks of the engine process share.
 struct Server<R> {
     runtime: Arc<R>,
     model: Mutex<Option<LoadedModel>>,
@@ -83,11 +83,11 @@ struct Server<R> {
     busy: Notify,
 }
 
-/// The worker's hold on a generation or a question.
+/// The handle of a generation or a question.
 #[derive(Clone)]
 struct Call {
     cancel: CancellationToken,
-    /// Events of a generation that may still be sent before the worker acknowledges some.
+    /// The number of events that may still be sent before the worker acknowledges some.
     credit: Arc<Semaphore>,
 }
 
@@ -148,7 +148,7 @@ async fn serve<R: ModelRuntime>(runtime: Arc<R>, files: StdUnixStream, socket: U
         stop.cancel();
         drop(server);
         tasks.close();
-        // The writer ends once every task has dropped its sender, and with it the last frame is out.
+        // The writer ends once every task has dropped its sender, after the last frame is written.
         let _ = time::timeout(FAREWELL, writer).await;
     }
     Ok(end)
@@ -157,7 +157,7 @@ async fn serve<R: ModelRuntime>(runtime: Arc<R>, files: StdUnixStream, socket: U
 impl<R: ModelRuntime> Server<R> {
     async fn tell(&self, message: &ToParent) {
         match encode(message) {
-            // A writer that ended means that the worker is gone, which the reading side notices.
+            // If the writer has ended, the worker is gone, which the reading side notices.
             Ok(frame) => drop(self.outgoing.send(frame).await),
             Err(error) => tracing::error!(%error, "a message to the worker is dropped"),
         }
@@ -181,7 +181,7 @@ impl<R: ModelRuntime> Server<R> {
     async fn load(self: Arc<Self>, artifact: VerifiedArtifact, options: LoadOptions) {
         let outgoing = self.outgoing.clone();
         let progress = Box::new(move |share| {
-            // A report that finds the queue full is superseded by the next.
+            // A report that does not fit the queue is superseded by the next one.
             if let Ok(frame) = encode(&ToParent::Progress { share }) {
                 let _ = outgoing.try_send(frame);
             }
@@ -229,7 +229,7 @@ impl<R: ModelRuntime> Server<R> {
     }
 
     async fn generate(self: Arc<Self>, id: u64, request: GenerateRequest, call: Call) {
-        // Dropping the stream, here or in the middle, is what cancels it in the runtime.
+        // Dropping the stream cancels the generation in the runtime.
         let _ = call.cancel.run_until_cancelled(self.relay(id, request, &call.credit)).await;
         self.leave(id);
     }
@@ -249,7 +249,7 @@ impl<R: ModelRuntime> Server<R> {
         self.tell(&ToParent::Accepted { id }).await;
         loop {
             let item = stream.next().await;
-            // The end needs no credit: there is always room for it.
+            // The end event needs no credit: capacity for it is always reserved.
             match item {
                 Some(Ok(event)) if event.is_last() => {
                     self.tell_state().await;
@@ -293,7 +293,7 @@ impl<R: ModelRuntime> Server<R> {
             }
             Question::Embed(inputs) => {
                 let embeddings = self.runtime.embed(EmbedRequest { model, inputs }).await?;
-                // Numbers that are not finite have no JSON.
+                // JSON has no numbers that are not finite.
                 if embeddings.vectors.iter().flatten().all(|number| number.is_finite()) {
                     Ok(Answer::Vectors(embeddings))
                 } else {
@@ -303,7 +303,7 @@ impl<R: ModelRuntime> Server<R> {
         }
     }
 
-    /// Reports how busy the model is while it is, and once more when it no longer is.
+    /// Reports the model's load while it is busy, and once more when it becomes idle.
     async fn report(self: Arc<Self>) {
         loop {
             self.busy.notified().await;

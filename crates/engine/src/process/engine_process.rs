@@ -32,21 +32,22 @@ use crate::model_runtime::{
 use inbox::Inbox;
 use last_words::LastWords;
 
-/// How long a process may take to admit a generation or to answer a question.
+/// The time limit for admitting a generation or answering a question.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
-/// How long a process may take to exit once its socket is closed.
+/// The time limit for exiting once the socket is closed.
 const EXIT_WITHIN: Duration = Duration::from_secs(2);
-/// Events after which the consumed ones are acknowledged; well below the credit, so that nothing stalls.
+/// The number of consumed events after which they are acknowledged; well below the credit, so that nothing stalls.
 const ACKNOWLEDGE_EVERY: u32 = 64;
-/// Events that wait for a reader beyond those under way.
+/// The number of events that wait for a reader, in addition to those in flight.
 const READER_EVENTS_MAX: usize = 32;
 
 type Item = Result<Event, EngineError>;
 
-/// A running engine process with its model, once that is loaded.
+/// A running engine process, and its model once it is loaded.
 pub(super) struct EngineProcess {
     pub(super) pid: u32,
-    /// Takes the files that frames speak of; held until the frame is queued, so that both keep the same order.
+    /// The socket for files that frames refer to. It is locked until the frame is queued, so that files and frames
+    /// keep the same order.
     files: Mutex<StdUnixStream>,
     outgoing: mpsc::Sender<Vec<u8>>,
     next_number: AtomicU64,
@@ -57,44 +58,44 @@ pub(super) struct EngineProcess {
 }
 
 struct State {
-    /// Why no more requests are taken.
+    /// Why no more requests are accepted.
     closed: Option<EngineError>,
     generations: HashMap<u64, Generation>,
     questions: HashMap<u64, oneshot::Sender<Result<Answer, EngineError>>>,
     snapshot: Option<LoadSnapshot>,
     heard: u64,
-    /// Whether something was asked since the last frame came.
+    /// Whether a request was sent since the last frame arrived.
     asked: bool,
 }
 
 struct Generation {
     admitted: Option<oneshot::Sender<Result<(), EngineError>>>,
     events: mpsc::Sender<Item>,
-    /// Whether its prompt is being evaluated, or was; before, it waits for a slot.
+    /// Whether prefill has started. Before, the generation waits for a slot.
     started: bool,
-    /// Events that came and were not acknowledged; at [`CREDIT`] the process waits for the reader.
+    /// Events that arrived and were not acknowledged. At [`CREDIT`], the process waits for the reader.
     unacknowledged: usize,
 }
 
-/// What a load waits for.
+/// The state of a running load.
 pub(super) struct Loading {
     pub(super) progress: ProgressSink,
     pub(super) loaded: oneshot::Sender<Result<(LoadedModel, RuntimeInfo), EngineError>>,
-    /// How long the engine may hang once it has loaded.
+    /// How long the engine may hang after the load.
     pub(super) stall_limit: Duration,
 }
 
 /// Why the frames of a process ended.
 enum Ending {
     Closed,
-    /// The worker wants it to end.
+    /// The worker ended the process.
     Killed,
-    /// It said something that makes no sense, or it hangs.
+    /// The process sent an invalid message, or it hangs.
     Fault(String),
 }
 
 impl EngineProcess {
-    /// Starts a process that begins to load; `gone` is called when it has ended, before anyone learns of it.
+    /// Starts a process and begins to load. `gone` is called when the process has ended, before anyone is notified.
     pub(super) fn start(
         command: &ChildCommand,
         artifact: VerifiedArtifact,
@@ -115,7 +116,7 @@ impl EngineProcess {
         tasks.spawn(write_frames(queue, writing));
         let last_words = LastWords::default();
         let stderr = child.stderr.take().map(|stderr| tasks.spawn(last_words.clone().listen(stderr, pid)));
-        // The queue is empty, so there is room.
+        // The queue is empty, so this cannot fail.
         let _ = outgoing.try_send(load);
         let state = State {
             closed: None,
@@ -146,12 +147,13 @@ impl EngineProcess {
             };
             let Inbox { loading, info, .. } = inbox;
             let status = reap(child, &ending).await;
-            // The last words may still be in the pipe; a grandchild that holds it open must not hold us up.
+            // The last lines may still be in the pipe. A grandchild that holds the pipe open must not block this
+            // task.
             if let Some(stderr) = stderr {
                 let _ = time::timeout(Duration::from_millis(500), stderr).await;
             }
             let reason = explain(pid, &ending, status, last_words.telling());
-            // Closed first, so that nobody enters it in the list after it was struck off.
+            // The process is closed first, so that it cannot be added to the list after it was removed.
             let was_closed = supervised.state().closed.replace(EngineError::Failed { reason: reason.clone() });
             let crash = (was_closed.is_none() && has_crashed(&ending, status)).then(|| reason.clone());
             if let Some(error) = was_closed {
@@ -167,21 +169,21 @@ impl EngineProcess {
         Ok(process)
     }
 
-    /// Lets the caller enter the process in its list, unless it has ended already.
+    /// Lets the caller add the process to its list, unless the process has ended.
     pub(super) fn enlist(self: &Arc<Self>, enter: impl FnOnce(Arc<Self>)) {
-        // Under this lock, because a process is closed before it is struck off the list.
+        // Under this lock, because a process is closed before it is removed from the list.
         let state = self.state();
         if state.closed.is_none() {
             enter(Arc::clone(self));
         }
     }
 
-    /// Returns how busy the model is, under the name it has in this runtime.
+    /// Returns the load of the model, under its id in this runtime.
     pub(super) fn snapshot(&self, model: ModelId) -> Option<LoadSnapshot> {
         let state = self.state();
         let mut snapshot = state.snapshot.clone()?;
         snapshot.model = model;
-        // What was sent a moment ago is not in the last report yet.
+        // Requests that were just sent are not in the last report yet.
         let active = (state.generations.len() as u32).max(snapshot.running + snapshot.waiting);
         snapshot.running = active.min(snapshot.slots);
         snapshot.waiting = active - snapshot.running;
@@ -193,7 +195,7 @@ impl EngineProcess {
         let frame = encode(&ToChild::Generate { id, request: Box::new(request) })
             .map_err(|error| too_long("messages", &error))?;
         let (admitted, is_admitted) = oneshot::channel();
-        // Room for all that may be under way, and for the end.
+        // Capacity for all events that may be in flight, and for the end.
         let (events, incoming) = mpsc::channel(CREDIT + 2);
         {
             let mut state = self.state();
@@ -206,7 +208,7 @@ impl EngineProcess {
             state.asked = true;
         }
         let (sink, stream) = GenerateStream::channel(READER_EVENTS_MAX);
-        // From here on, dropping the stream cancels; the queue keeps the order of the two frames.
+        // From here on, dropping the stream cancels the generation; the queue keeps the two frames in order.
         if self.outgoing.try_send(frame).is_err() {
             self.state().generations.remove(&id);
             return Err(EngineError::Busy);
@@ -219,7 +221,7 @@ impl EngineProcess {
         }
     }
 
-    /// Asks the process to end, insists after `patience`, and returns when it has ended.
+    /// Asks the process to end, kills it after `patience`, and returns when it has ended.
     pub(super) async fn unload(&self, patience: Duration) {
         self.state().closed.get_or_insert(EngineError::NotLoaded);
         if let Ok(frame) = encode(&ToChild::Unload) {
@@ -227,7 +229,7 @@ impl EngineProcess {
         }
         if time::timeout(patience, self.gone.cancelled()).await.is_err() {
             self.kill.cancel();
-            // A killed process goes at once, unless the kernel itself is stuck.
+            // A killed process ends at once, unless the kernel itself is stuck.
             let _ = time::timeout(EXIT_WITHIN, self.gone.cancelled()).await;
         }
     }
@@ -236,13 +238,13 @@ impl EngineProcess {
         self.state.lock()
     }
 
-    /// Returns what is wrong once the engine, or the whole process, has hung for so long.
+    /// Waits until the engine or the whole process has hung for `limit`, and returns what is wrong.
     async fn stall(&self, limit: Duration) -> String {
         let (mut engine, mut process) = (StallWatch::default(), StallWatch::default());
         loop {
             time::sleep(limit / stall_watch::LOOKS).await;
             let state = self.state();
-            // Until the model is loaded, the load has a limit of its own.
+            // Until the model is loaded, the load has a time limit of its own.
             let Some(snapshot) = &state.snapshot else { continue };
             if engine.is_stalled(state.engine_owes(), snapshot.beats) {
                 return format!("its engine made no progress for {limit:?}");
@@ -257,7 +259,7 @@ impl EngineProcess {
         self.next_number.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Hands the events of one generation to its reader, as fast as that one reads.
+    /// Relays the events of one generation at the reader's pace (backpressure).
     async fn relay(self: Arc<Self>, id: u64, mut incoming: mpsc::Receiver<Item>, sink: GenerateSink) {
         let read = async {
             let mut consumed = 0;
@@ -275,8 +277,8 @@ impl EngineProcess {
                 }
             }
         };
-        // A reader that goes closes its queue and cancels: either may be noticed first. A generation that has ended is
-        // not in the list any more.
+        // A reader that goes away closes its queue and cancels, and either may be noticed first. A generation that
+        // has ended is no longer in the list.
         sink.cancelled.run_until_cancelled(read).await;
         if self.state().generations.remove(&id).is_some() {
             self.tell(&ToChild::Cancel { id }).await;
@@ -285,13 +287,13 @@ impl EngineProcess {
 
     async fn tell(&self, message: &ToChild) {
         if let Ok(frame) = encode(message) {
-            // A writer that ended means that the process is gone, which its supervisor notices.
+            // If the writer has ended, the process is gone, which its supervisor notices.
             let _ = self.outgoing.send(frame).await;
         }
     }
 
-    /// Ends everything that waits for this process, once it is closed. A crash is laid only to what the process was
-    /// working on.
+    /// Fails all requests to this process, once it is closed. A crash is attributed only to requests that the process
+    /// was working on.
     fn end_all(&self, crash: Option<String>) {
         let (generations, questions, suspected, error) = {
             let mut state = self.state();
@@ -315,13 +317,14 @@ impl EngineProcess {
 }
 
 impl State {
-    /// Returns whether the process is to say something: it tells its state several times a second while it is busy.
+    /// Returns whether the process owes a message: while it is busy, it reports its state several times a second.
     fn process_owes(&self) -> bool {
         self.asked || !self.generations.is_empty() || !self.questions.is_empty()
     }
 
-    /// Returns the generations that the process was working on: those that it reads, those that have begun, and of the
-    /// others the oldest, as far as there are slots, because the word that they began may have died with the process.
+    /// Returns the generations that the process was working on: those being admitted and those that have started. Of
+    /// the others it includes the oldest, up to the number of slots, because their start events may have been lost
+    /// with the process.
     fn worked_on(&self) -> HashSet<u64> {
         let mut begun = HashSet::new();
         let mut waiting = Vec::new();
@@ -339,12 +342,12 @@ impl State {
         begun
     }
 
-    /// Returns whether the engine has something to do that waits for nobody else.
+    /// Returns whether the engine has work that waits for nobody else.
     fn engine_owes(&self) -> bool {
         let Some(snapshot) = &self.snapshot else { return false };
-        // Those whose readers are behind pause, and others may wait for their slots.
+        // Generations with slow readers pause, and others may wait for their slots.
         let paused = self.generations.values().filter(|generation| generation.unacknowledged >= CREDIT).count();
-        // Cancelled generations are no longer listed here, but an engine at work drops them within a step.
+        // Cancelled generations are no longer listed here, but a working engine drops them within one step.
         snapshot.running as usize > paused || (snapshot.running == 0 && snapshot.waiting > 0)
     }
 }
@@ -372,8 +375,8 @@ fn explain(pid: u32, ending: &Ending, status: Option<ExitStatus>, last_words: Op
     }
 }
 
-/// Returns whether a process ended by itself: by a signal that its own instructions raise, or by leaving. Whatever else
-/// ends one comes from outside, as the kernel's kill does where memory runs out.
+/// Returns whether a process ended by itself: by exiting, or by a signal that its own instructions raise. All other
+/// signals come from outside, such as the kernel's SIGKILL when memory runs out.
 fn has_crashed(ending: &Ending, status: Option<ExitStatus>) -> bool {
     use rustix::process::Signal;
     let own = [Signal::ABORT, Signal::SEGV, Signal::ILL, Signal::BUS, Signal::FPE, Signal::SYS, Signal::TRAP];
@@ -382,9 +385,9 @@ fn has_crashed(ending: &Ending, status: Option<ExitStatus>) -> bool {
     matches!(ending, Ending::Closed) && status.is_some_and(by_itself)
 }
 
-/// Tells a load whether the model or the machine is to blame for the death of its process.
+/// Decides whether the model or the machine is to blame for the death of a loading process.
 fn blame(reason: String, said_hello: bool, ending: &Ending, status: Option<ExitStatus>) -> EngineError {
-    // The kernel kills where memory runs out; a poisoned model crashes by itself.
+    // The kernel kills processes when memory runs out. A malicious model makes its process crash.
     let killed = status.is_some_and(|status| status.signal() == Some(9));
     if said_hello && !killed && matches!(ending, Ending::Closed) {
         EngineError::InvalidModel { reason }

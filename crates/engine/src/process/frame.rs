@@ -10,177 +10,158 @@ use crate::model_runtime::{
     RuntimeInfo,
 };
 
-/// The longest frame, without its length.
+/// The maximum length of a frame, without its length field.
 pub const FRAME_BYTES_MAX: usize = 16 << 20;
 
 const LENGTH_BYTES: usize = 4;
 
-/// What a worker tells its engine process. The files that a message speaks of come before it; see [`super::handover`].
+/// A message from a worker to its engine process. Files that a message refers to are sent before it; see
+/// [`super::handover`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToChild {
-    /// Load the model; comes once, first.
+    /// Loads the model. Sent once, as the first message.
     Load {
-        /// How to load it.
         options: LoadOptions,
-        /// The files of the model, in their order.
+        /// The files of the model, in order.
         files: Vec<FileInfo>,
     },
-    /// Start a generation; the model named in the request is ignored.
+    /// Starts a generation. The model id in the request is ignored.
     Generate {
-        /// Its number, never used before.
+        /// Its id, never reused.
         id: u64,
-        /// What to generate.
         request: Box<GenerateRequest>,
     },
-    /// Stop a generation, or forget a question.
+    /// Cancels a generation or a question.
     Cancel {
-        /// Its number.
         id: u64,
     },
-    /// This many more events of a generation were consumed.
+    /// Reports that more events of a generation were consumed.
     Acknowledge {
-        /// Its number.
+        /// The id of the generation.
         id: u64,
-        /// How many.
+        /// The number of events.
         events: u32,
     },
-    /// Attach an adapter, which is answered with its name.
+    /// Attaches an adapter. The answer is its id.
     AddAdapter {
-        /// The number of the question, never used before.
+        /// The id of the question, never reused.
         id: u64,
-        /// The adapter's file.
         file: FileInfo,
     },
-    /// Answer a question.
+    /// Asks a question.
     Ask {
-        /// Its number, never used before.
+        /// Its id, never reused.
         id: u64,
-        /// The question.
         question: Question,
     },
-    /// Free the model and end.
+    /// Unloads the model and ends the process.
     Unload,
 }
 
 /// A file that is handed over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileInfo {
-    /// The digest that it was checked against.
+    /// The digest that it was verified against.
     pub sha256: String,
-    /// Its length.
     pub bytes: u64,
 }
 
-/// What has one answer.
+/// A request with exactly one answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Question {
-    /// How many tokens has this input?
+    /// Counts the tokens of an input.
     CountTokens(PromptInput),
-    /// Which vectors have these texts?
+    /// Embeds texts.
     Embed(Vec<PromptInput>),
-    /// Is this adapter freed?
+    /// Frees an adapter.
     RemoveAdapter(AdapterId),
 }
 
-/// What is answered to a question, or to a new adapter.
+/// The answer to a question, or to a new adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
-    /// The tokens of an input.
+    /// The number of tokens in the input.
     Tokens(u32),
-    /// The vectors of texts.
     Vectors(Embeddings),
-    /// The name of a new adapter.
+    /// The id of the new adapter.
     Adapter(AdapterId),
-    /// An adapter is freed.
+    /// The adapter is freed.
     Removed,
 }
 
-/// What an engine process tells its worker.
+/// A message from an engine process to its worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToParent {
-    /// The process runs; comes once, first.
+    /// The process is running. Sent once, as the first message.
     Hello {
-        /// The runtime it serves.
+        /// The runtime that it serves.
         info: RuntimeInfo,
-        /// What that computes with.
+        /// The devices of that runtime.
         hardware: Hardware,
     },
-    /// A share of the load is done.
     Progress {
-        /// From 0 to 1.
+        /// The completed share of the load, from 0 to 1.
         share: f32,
     },
-    /// The model is ready.
     Loaded {
-        /// The model, under the number it has in that process.
+        /// The model, with its id in that process.
         model: LoadedModel,
         /// Its first snapshot.
         state: LoadSnapshot,
     },
-    /// The model could not be loaded; the process ends.
+    /// The model could not be loaded. The process ends.
     NotLoaded {
-        /// Why.
         error: EngineError,
     },
-    /// A generation was admitted.
     Accepted {
-        /// Its number.
+        /// The id of the generation.
         id: u64,
     },
-    /// A generation was not admitted.
     Refused {
-        /// Its number.
+        /// The id of the generation.
         id: u64,
-        /// Why.
         error: EngineError,
     },
-    /// An event of a generation.
     Event {
-        /// Its number.
+        /// The id of the generation.
         id: u64,
-        /// The event.
         event: Event,
     },
     /// A generation failed.
     Failed {
-        /// Its number.
+        /// The id of the generation.
         id: u64,
-        /// Why.
         error: EngineError,
     },
-    /// The answer to a question.
     Answer {
-        /// Its number.
+        /// The id of the question.
         id: u64,
-        /// The answer.
         answer: Result<Answer, EngineError>,
     },
-    /// How busy the model is; comes before each end of a generation as well.
+    /// The load of the model; also sent before each end of a generation.
     State {
-        /// The snapshot.
         state: LoadSnapshot,
     },
 }
 
-/// Why bytes are not a frame.
+/// Why bytes are not a valid frame.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// The frame is longer than [`FRAME_BYTES_MAX`].
     #[error("a frame of {bytes} bytes is too long")]
     TooLong {
-        /// Its length.
         bytes: usize,
     },
-    /// The frame does not hold the expected message.
+    /// The frame does not contain the expected message.
     #[error("a frame cannot be read")]
     Malformed(#[from] serde_json::Error),
 }
 
-/// Returns the frame of a message.
+/// Encodes a message as a frame.
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     let mut frame = vec![0; LENGTH_BYTES];
     serde_json::to_writer(&mut frame, message)?;
@@ -192,7 +173,7 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     Ok(frame)
 }
 
-/// Takes the first message off the buffer, or returns `None` when it is not all there yet.
+/// Removes the first message from the buffer. Returns `None` if it is not complete yet.
 pub fn decode<T: DeserializeOwned>(buffer: &mut BytesMut) -> Result<Option<T>, FrameError> {
     let Some(length) = buffer.first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
     let bytes = u32::from_le_bytes(*length) as usize;

@@ -17,15 +17,15 @@ use rustix::net::{
 use super::frame::FileInfo;
 use crate::model_runtime::VerifiedArtifact;
 
-/// The most files of one model; Linux lets no more than 253 travel at once.
+/// The maximum number of files of one model; Linux passes at most 253 descriptors at once.
 pub const FILES_MAX: usize = 250;
 
-/// Returns what a frame says of the files of an artifact, in their order.
+/// Returns the descriptions of an artifact's files that go into a frame, in order.
 pub fn describe(artifact: &VerifiedArtifact) -> Vec<FileInfo> {
     files(artifact).map(|file| FileInfo { sha256: file.sha256.clone(), bytes: file.bytes }).collect()
 }
 
-/// Sends the files of an artifact. Waits for nobody when the socket is non-blocking.
+/// Sends the files of an artifact. Does not block if the socket is non-blocking.
 pub fn send(socket: &UnixStream, artifact: &VerifiedArtifact) -> io::Result<()> {
     let descriptors: Vec<BorrowedFd<'_>> = files(artifact).map(|file| file.file.as_fd()).collect();
     if descriptors.len() > FILES_MAX {
@@ -35,12 +35,12 @@ pub fn send(socket: &UnixStream, artifact: &VerifiedArtifact) -> io::Result<()> 
     let mut space = vec![MaybeUninit::uninit(); rights.size()];
     let mut control = SendAncillaryBuffer::new(&mut space);
     control.push(rights);
-    // Descriptors ride on at least one byte.
+    // At least one byte must accompany descriptors.
     rustix::net::sendmsg(socket, &[IoSlice::new(&[0])], &mut control, SendFlags::empty())?;
     Ok(())
 }
 
-/// Receives the files that a frame speaks of. Waits for nobody when the socket is non-blocking.
+/// Receives the files that a frame refers to. Does not block if the socket is non-blocking.
 pub fn receive(socket: &UnixStream, infos: &[FileInfo]) -> io::Result<VerifiedArtifact> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

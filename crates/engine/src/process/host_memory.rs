@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-/// Returns the memory that can be had without swapping, of the machine and within the limits of every control group
-/// that this process is in, such as that of a container or of a systemd unit; `None` where the system does not tell.
+/// Returns the memory that is available without swapping, limited by the machine and by every control group of this
+/// process, such as that of a container or of a systemd unit. Returns `None` if the system does not report it.
 pub(crate) fn available_bytes() -> Option<u64> {
     within(Path::new("/"))
 }
@@ -25,7 +25,7 @@ fn of_machine(meminfo: &str) -> Option<u64> {
     kib.checked_mul(1_024)
 }
 
-/// The two forms that control groups have; a machine may use both.
+/// The two versions of control groups; a machine may use both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Version {
     One,
@@ -33,7 +33,7 @@ enum Version {
 }
 
 impl Version {
-    /// Returns where the groups that limit memory are mounted, below `/sys/fs/cgroup`.
+    /// Returns the mount point of the memory controller, below `/sys/fs/cgroup`.
     fn folder(self) -> &'static str {
         match self {
             Self::One => "memory",
@@ -41,17 +41,17 @@ impl Version {
         }
     }
 
-    /// Returns the names of the limits, of the use, and of the pages of files that can be had again.
+    /// Returns the names of the limits, of the usage, and of the statistic for reclaimable file pages.
     fn names(self) -> (&'static [&'static str], &'static str, &'static str) {
         match self {
             Self::One => (&["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_inactive_file"),
-            // Beyond the lower one a group is not killed but slowed down to a crawl.
+            // Above `memory.high` a group is not killed, but slowed to a crawl.
             Self::Two => (&["memory.max", "memory.high"], "memory.current", "inactive_file"),
         }
     }
 }
 
-/// Returns the groups that may limit memory, by the kernel's list of those that a process is in.
+/// Returns the groups that may limit memory, from the kernel's list of the process's groups.
 fn groups(membership: &str) -> impl Iterator<Item = (Version, PathBuf)> + '_ {
     membership.lines().filter_map(|line| {
         let mut parts = line.splitn(3, ':');
@@ -65,8 +65,8 @@ fn groups(membership: &str) -> impl Iterator<Item = (Version, PathBuf)> + '_ {
     })
 }
 
-/// Returns the folders of a group and of all that it is within. In a container the group's own path may lead nowhere;
-/// its limits are then those at the mount itself.
+/// Returns the folders of a group and of its ancestors. In a container, the group's own path may not exist; its
+/// limits are then those at the mount point itself.
 fn levels(mount: &Path, group: &Path) -> impl Iterator<Item = PathBuf> {
     let names: Vec<_> = group
         .components()
@@ -79,7 +79,8 @@ fn levels(mount: &Path, group: &Path) -> impl Iterator<Item = PathBuf> {
     (0..=names.len()).rev().map(move |depth| mount.join(names[..depth].iter().collect::<PathBuf>()))
 }
 
-/// Returns what a group has left; `None` where it has no limit. Pages of files can be had again.
+/// Returns the remaining memory of a group, or `None` if it has no limit. File pages count as available, since they
+/// can be reclaimed.
 fn of_group(folder: &Path, version: Version) -> Option<u64> {
     let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
     let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
@@ -98,7 +99,7 @@ mod tests {
 
     const GIB: u64 = 1 << 30;
 
-    /// A root folder with the files given.
+    /// A root folder with the given files.
     fn root(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().expect("temporary folders work");
         for (path, text) in files {
@@ -174,7 +175,7 @@ mod tests {
             ])
         };
         assert_eq!(limited("/user/limited"), Some(GIB - 600));
-        // Within a container the mount is the group, whatever its path says.
+        // Inside a container the mount point is the group, whatever its path says.
         assert_eq!(limited(""), Some(GIB - 600));
         assert_eq!(limited("/elsewhere"), Some(15_000_000 * 1_024));
     }

@@ -12,9 +12,9 @@ use std::fs;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Lets the process take so many bytes beyond what it has, and returns the limit that held before.
+/// Allows the process `bytes` more memory than it has, and returns the previous limit.
 ///
-/// Returns `None` and changes nothing where the system does not tell what the process has.
+/// Returns `None` and changes nothing if the system does not report the current use.
 pub(super) fn limit_growth(bytes: u64) -> Option<Rlimit> {
     let before = getrlimit(Resource::Data);
     let wanted = data_bytes()?.saturating_add(bytes);
@@ -28,7 +28,7 @@ pub(super) fn limit_growth(bytes: u64) -> Option<Rlimit> {
     }
 }
 
-/// Puts back the limit that [`limit_growth`] returned.
+/// Restores the limit that [`limit_growth`] returned.
 pub(super) fn restore(before: Option<Rlimit>) {
     if let Some(before) = before
         && let Err(error) = setrlimit(Resource::Data, before)
@@ -37,7 +37,7 @@ pub(super) fn restore(before: Option<Rlimit>) {
     }
 }
 
-/// Returns the private writable memory of this process, its stacks included.
+/// Returns the private writable memory of this process, including its stacks.
 fn data_bytes() -> Option<u64> {
     let pages: u64 = fs::read_to_string("/proc/self/statm").ok()?.split(' ').nth(5)?.parse().ok()?;
     Some(pages.saturating_mul(rustix::param::page_size() as u64))

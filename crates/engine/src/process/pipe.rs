@@ -10,12 +10,12 @@ use tokio::sync::mpsc;
 
 use super::frame::{self, FrameError};
 
-/// Frames that wait to be written.
+/// The number of frames that wait to be written.
 pub(super) const FRAMES_MAX: usize = 1_024;
-/// Frames that go out in one write.
+/// The number of frames in one write.
 const FRAMES_PER_WRITE: usize = 256;
 
-/// Why no more frames come.
+/// Why no more frames arrive.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PipeError {
     #[error("the socket failed: {0}")]
@@ -24,7 +24,6 @@ pub(super) enum PipeError {
     Frame(#[from] FrameError),
 }
 
-/// Reads one frame after another.
 pub(super) struct FrameReader {
     socket: OwnedReadHalf,
     buffer: BytesMut,
@@ -35,7 +34,7 @@ impl FrameReader {
         Self { socket, buffer: BytesMut::with_capacity(1 << 16) }
     }
 
-    /// Returns the next message, or `None` when the other side is gone. Cancel safe.
+    /// Returns the next message, or `None` if the other side is gone. Cancel safe.
     pub(super) async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, PipeError> {
         loop {
             if let Some(message) = frame::decode(&mut self.buffer)? {
@@ -44,7 +43,7 @@ impl FrameReader {
             self.buffer.reserve(1 << 14);
             match self.socket.read_buf(&mut self.buffer).await {
                 Ok(0) => return Ok(None),
-                // A process that died with unread bytes resets the connection.
+                // If a process dies with unread bytes, the connection is reset.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
                 other => other?,
             };
@@ -52,7 +51,7 @@ impl FrameReader {
     }
 }
 
-/// Writes frames until no sender is left or the other side is gone; what is queued goes out in one write.
+/// Writes frames until no sender is left or the other side is gone. All queued frames go out in one write.
 pub(super) async fn write_frames(mut queue: mpsc::Receiver<Vec<u8>>, mut socket: OwnedWriteHalf) {
     let mut frames = Vec::with_capacity(FRAMES_PER_WRITE);
     let mut bytes = Vec::new();
@@ -61,7 +60,7 @@ pub(super) async fn write_frames(mut queue: mpsc::Receiver<Vec<u8>>, mut socket:
         for frame in frames.drain(..) {
             bytes.extend_from_slice(&frame);
         }
-        // The reading side sees the end as well and tells it.
+        // The reading side notices the end as well and reports it.
         if socket.write_all(&bytes).await.is_err() {
             return;
         }

@@ -13,16 +13,17 @@ use crate::model_runtime::{
     Chat, EngineError, LoadOptions, MemoryPlan, Message, ModelRuntime, Role, Tool, VerifiedArtifact,
 };
 
-/// How much memory the template of a model may take to render a short conversation.
+/// The maximum memory for rendering short conversations with a model's template.
 const PROBE_BYTES_MAX: u64 = 1 << 30;
-/// How long it may take; a sound one takes a thousandth.
+/// The time limit for that. A sound template takes a thousandth of it.
 const PROBE_WITHIN: Duration = Duration::from_secs(10);
-/// How much memory the process may take beyond its plan: for prompts on their way to tokens, adapters, templates that
-/// are harmless to the probe and not to other conversations, and whatever the plan does not know of.
+/// Memory that the process may take beyond its plan: for tokenising prompts, for adapters, for templates that are
+/// harmless to the probe but not with other conversations, and for anything the plan does not know of.
 const BEYOND_PLAN_BYTES: u64 = 2 << 30;
 
-/// Returns options that fit the memory there is, with a tenth to spare, and their plan: those given where they fit, or
-/// else smaller ones as far as nobody has set them. Where none fits, the smallest are returned, to be refused.
+/// Returns options that fit the available memory with a tenth to spare, and their plan: the given ones if they fit,
+/// or else smaller ones. Values that are set explicitly are kept. If no options fit, the smallest are returned and
+/// will be rejected.
 pub(super) async fn fit(
     runtime: &impl ModelRuntime,
     artifact: &VerifiedArtifact,
@@ -49,7 +50,7 @@ pub(super) async fn fit(
     Ok(smallest)
 }
 
-/// Returns how much memory the process may allocate for a model, or refuses a model that does not fit.
+/// Returns the memory that the process may allocate for a model, or an error if the model does not fit.
 pub(super) fn growth(plan: &MemoryPlan, max: Option<u64>, available: Option<u64>) -> Result<u64, EngineError> {
     let (needed_bytes, available_bytes) =
         (plan.total_bytes(), max.into_iter().chain(available).min().unwrap_or(u64::MAX));
@@ -57,23 +58,23 @@ pub(super) fn growth(plan: &MemoryPlan, max: Option<u64>, available: Option<u64>
         return Err(EngineError::OutOfMemory { needed_bytes, available_bytes });
     }
     Ok(match max {
-        // What is mapped from the file is no allocation.
+        // Pages mapped from the file are not allocations.
         Some(max) => max - plan.weights_bytes,
         None => plan.private_bytes().saturating_add(plan.later_bytes).saturating_add(BEYOND_PLAN_BYTES),
     })
 }
 
-/// Renders short conversations with the template in a model's file, under a limit of memory and time.
+/// Renders short conversations with the template in a model's file, with limits on memory and time.
 ///
-/// A template that takes too much memory ends the process, before the model has taken any; the worker then blames the
-/// model. What else is wrong with a file is for the runtime to find.
+/// A template that takes too much memory ends the process before the model takes any; the worker then blames the
+/// model. The runtime finds all other faults in the file.
 pub(super) async fn probe_template(file: &File) -> Result<(), EngineError> {
     let too_much = |what: &str| EngineError::InvalidModel { reason: format!("its chat template {what}") };
     let file = file.try_clone().map_err(|error| EngineError::Failed { reason: error.to_string() })?;
     let probe = task::spawn_blocking(move || {
         let Ok(header) = Header::read(&file) else { return };
         let before = memory_limit::limit_growth(PROBE_BYTES_MAX);
-        // Whether it compiles, or refuses the conversations, is of no interest here.
+        // It does not matter here whether the template compiles or rejects the conversations.
         if let Ok(template) = ChatTemplate::of_model(&header) {
             let render = |roles: &[Role], tools: &[Tool]| {
                 let messages: Vec<_> = roles.iter().map(|role| Message::new(*role, "Hello.")).collect();
@@ -133,11 +134,11 @@ mod tests {
         let spared = |bytes: u64| Some(bytes * 10 / 9 + 9);
         assert_eq!(fit(0, spared(whole)).await, (0, whole));
         assert_eq!(fit(0, spared(whole - 100)).await, (512, least));
-        // What somebody set stays, and what fits nowhere is left to be refused.
+        // Explicit values are kept, and options that cannot fit are left to be rejected.
         let (_, set) = fit(1_024, None).await;
         assert_eq!(fit(1_024, spared(least)).await, (1_024, set));
         assert_eq!(fit(0, Some(1)).await, (512, least));
-        // What its owner grants counts as well, and is no limit of the process.
+        // Memory granted by the caller counts as well, and does not limit the process.
         let granted = LoadOptions { fit_bytes: Some(whole - 100), ..LoadOptions::default() };
         let (fitted, plan) = super::fit(&runtime, &tiny, granted, None).await.expect("it can be planned");
         assert_eq!((fitted.kv_tokens, plan.total_bytes(), fitted.memory_max_bytes), (512, least, None));

@@ -13,12 +13,12 @@ use super::frame::ToParent;
 use super::pipe::FrameReader;
 use crate::hardware::Hardware;
 
-/// How often a thread of an engine looks whether the others are done before it sleeps, some 10 to 25 µs; GNU's OpenMP
-/// looks 300,000 times unless told. Where other programs want the cores, a thread that spins keeps the core from the
-/// very thread that it waits for. See `docs/adr/0031-engine-threads-sleep-early.md`.
+/// How often an engine thread polls for the others before it sleeps, about 10 to 25 µs. GNU's OpenMP polls 300,000
+/// times by default. If other programs need the cores, a spinning thread keeps the core from the very thread that it
+/// waits for. See `docs/adr/0031-engine-threads-sleep-early.md`.
 const SPIN_COUNT: &str = "500";
 
-/// A process that was started, and the worker's ends of its sockets. It is killed when it is dropped.
+/// A started process and the worker's ends of its sockets. It is killed on drop.
 pub(super) struct Spawned {
     pub(super) child: Child,
     pub(super) frames: UnixStream,
@@ -34,19 +34,20 @@ pub(super) fn spawn(command: &ChildCommand) -> io::Result<Spawned> {
         .args(&command.args)
         .env("GOMP_SPINCOUNT", SPIN_COUNT)
         .envs(command.envs.iter().map(|(name, value)| (name, value)))
-        // An assertion that fails would start a debugger to print a trace.
+        // A failed assertion would start a debugger to print a backtrace.
         .env("GGML_NO_BACKTRACE", "1")
         .stdin(Stdio::from(OwnedFd::from(their_files)))
         .stdout(Stdio::from(OwnedFd::from(their_frames)))
         .stderr(Stdio::piped())
-        // Ctrl-C on a terminal is for the program, which lets its jobs end, and not for the engines they need.
+        // Ctrl-C on a terminal is meant for the program, which lets its jobs finish, and not for the engines that
+        // they need.
         .process_group(0)
         .kill_on_drop(true)
         .spawn()?;
     Ok(Spawned { child, frames: UnixStream::from_std(frames)?, files })
 }
 
-/// Starts a process that only says what it computes with, so that no driver starts in the worker's own.
+/// Starts a process that only reports its devices, so that no driver is started in the worker's own process.
 pub(super) async fn ask_hardware(command: &ChildCommand) -> io::Result<Hardware> {
     let Spawned { child: _child, frames, files: _files } = spawn(command)?;
     let (reading, _writing) = frames.into_split();

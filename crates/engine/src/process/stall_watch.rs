@@ -4,10 +4,10 @@
 //! observations instead of measuring time, because a machine that was suspended, or too busy to observe, held up the
 //! engine as well.
 
-/// Looks in a row without a sign of life after which an engine has stalled.
+/// The number of consecutive observations without progress after which an engine counts as stalled.
 pub(super) const LOOKS: u32 = 8;
 
-/// Watches one count that grows while work is done.
+/// Watches a counter that grows while work is done.
 #[derive(Debug, Default)]
 pub(super) struct StallWatch {
     count: u64,
@@ -15,7 +15,8 @@ pub(super) struct StallWatch {
 }
 
 impl StallWatch {
-    /// Takes a look; returns whether work was owed, and the count the same, at every look for so long.
+    /// Records an observation. Returns whether work was outstanding and the counter unchanged for the last [`LOOKS`]
+    /// observations.
     pub(super) fn is_stalled(&mut self, owes: bool, count: u64) -> bool {
         self.silent_looks = if owes && count == self.count { self.silent_looks + 1 } else { 0 };
         self.count = count;
@@ -27,7 +28,8 @@ impl StallWatch {
 mod tests {
     use super::*;
 
-    /// Returns at which looks an engine counts as stalled that shows these counts, each for so many looks.
+    /// Returns the observations at which an engine counts as stalled. Each entry of `shown` is repeated as often as its
+    /// last number says.
     fn stalled(shown: &[(bool, u64, u32)]) -> Vec<usize> {
         let mut watch = StallWatch::default();
         let looks = shown.iter().flat_map(|&(owes, count, looks)| (0..looks).map(move |_| (owes, count)));

@@ -7,10 +7,10 @@ use serde_json::Value;
 
 use crate::model_runtime::{EngineError, Event, FinishReason, Piece, TokenLogprob, TokenUsage, ToolCallDelta};
 
-/// What servers send after the last chunk.
+/// The data that servers send after the last chunk.
 const DONE: &[u8] = b"[DONE]";
 
-/// Reads the chunks of one answer, in their order.
+/// Parses the chunks of one answer, in order.
 #[derive(Debug)]
 pub struct AnswerReader {
     has_started: bool,
@@ -18,13 +18,13 @@ pub struct AnswerReader {
     has_calls: bool,
     reason: Option<FinishReason>,
     told: Option<TokenUsage>,
-    /// What is said where a server tells no usage.
+    /// The usage to report if the server reports none.
     guess: TokenUsage,
 }
 
 impl AnswerReader {
-    /// Begins an answer. Servers that tell no usage are believed to have read `prompt_tokens`, and to have sent one
-    /// token with each chunk.
+    /// Begins an answer. For servers that report no usage, it assumes a prompt of `prompt_tokens` and one token per
+    /// chunk.
     pub fn new(prompt_tokens: u32) -> Self {
         Self {
             has_started: false,
@@ -36,7 +36,7 @@ impl AnswerReader {
         }
     }
 
-    /// Appends what an event of the stream tells.
+    /// Parses the data of one stream event and appends the resulting events.
     pub fn read(&mut self, data: &[u8], events: &mut Vec<Event>) -> Result<(), EngineError> {
         if self.is_done {
             return Ok(());
@@ -64,7 +64,7 @@ impl AnswerReader {
         Ok(())
     }
 
-    /// Takes note that the stream is over, with or without a last word.
+    /// Ends the answer, whether or not the stream ended with `[DONE]`.
     pub fn end(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
         if std::mem::replace(&mut self.is_done, true) {
             return Ok(());
@@ -79,12 +79,12 @@ impl AnswerReader {
         Ok(())
     }
 
-    /// Returns whether anything of the answer has come.
+    /// Returns whether any part of the answer has arrived.
     pub fn has_started(&self) -> bool {
         self.has_started
     }
 
-    /// Returns whether the answer has come to its end.
+    /// Returns whether the answer is complete.
     pub fn is_done(&self) -> bool {
         self.is_done
     }
@@ -120,7 +120,8 @@ fn failed(reason: impl Into<String>) -> EngineError {
     EngineError::Failed { reason: reason.into() }
 }
 
-/// Returns what an error says, for this node's log: servers write it as a text, or as an object with a `message`.
+/// Returns an error's message for this node's log. Servers write an error as a string, or as an object with a
+/// `message`.
 pub(super) fn error_message(error: &Value) -> String {
     let text = error.as_str().or_else(|| error.get("message")?.as_str()).unwrap_or("an error without words");
     text.chars().take(300).collect()
@@ -171,7 +172,7 @@ impl From<CallDelta> for ToolCallDelta {
     }
 }
 
-/// What llama-server tells while it reads a prompt.
+/// The prefill progress that llama-server reports.
 #[derive(Deserialize)]
 struct Progress {
     total: u32,
@@ -212,8 +213,8 @@ impl From<ToldUsage> for TokenUsage {
     }
 }
 
-/// Conversations have a list with an entry for each token; plain completions have lists side by side, except those
-/// of llama-server, which writes both alike.
+/// Chat completions have one list with an entry for each token. Plain completions have parallel lists, except those
+/// of llama-server, which uses the same form for both.
 #[derive(Deserialize)]
 struct Logprobs {
     content: Option<Vec<ToldLogprob>>,
@@ -250,7 +251,7 @@ impl Logprobs {
     }
 }
 
-/// A token without its number: most servers tell none.
+/// A token without its id, which most servers do not report.
 fn named_logprob((token, logprob): (String, f32)) -> TokenLogprob {
     TokenLogprob { token: 0, bytes: token.into_bytes(), logprob: finite(logprob), top: Vec::new() }
 }
@@ -266,7 +267,7 @@ impl From<ToldLogprob> for TokenLogprob {
     }
 }
 
-/// Numbers that JSON cannot say again would break the answer further on.
+/// Clamps a log-probability to finite values, since JSON has no other numbers and they would break the answer later.
 fn finite(logprob: f32) -> f32 {
     logprob.clamp(f32::MIN, f32::MAX)
 }

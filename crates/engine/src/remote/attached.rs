@@ -11,19 +11,19 @@ use super::dialect::Dialect;
 use super::http_client::ServerAddress;
 use crate::model_runtime::{Counters, EngineError, LoadSnapshot, LoadedModel, TokenUsage};
 
-/// How much an answer's speed counts against those before it.
+/// The weight of one answer's speed in the moving average.
 const SPEED_WEIGHT: f32 = 0.2;
 
-/// A model that generates on a server.
+/// A model on a server.
 #[derive(Debug)]
 pub(super) struct Attached {
-    /// What its caller was told of it.
+    /// The description that its caller received.
     pub(super) loaded: LoadedModel,
     pub(super) server: ServerAddress,
     /// Its name on the server.
     pub(super) name: String,
     pub(super) dialect: Dialect,
-    /// Requests that may wait beside those that its slots hold.
+    /// Requests that may wait in addition to those in its slots.
     pub(super) queue_max: u32,
     /// Cancelled when the model is unloaded.
     pub(super) unloaded: CancellationToken,
@@ -37,7 +37,7 @@ struct Done {
     tokens_per_second: f32,
 }
 
-/// A request's place, given back when it is dropped.
+/// A request's place, which is released on drop.
 #[derive(Debug)]
 pub(super) struct Seat(pub(super) Arc<Attached>);
 
@@ -61,7 +61,7 @@ impl Attached {
         entered.map(|_| Seat(self.clone())).map_err(|_| EngineError::Busy)
     }
 
-    /// Says how busy it is.
+    /// Returns its load and counters.
     pub(super) fn snapshot(&self) -> LoadSnapshot {
         let active = self.active.load(Ordering::Relaxed);
         let done = self.done.lock();
@@ -79,7 +79,7 @@ impl Attached {
 }
 
 impl Seat {
-    /// Counts an answer that came to its end, `within` of its first piece.
+    /// Counts a completed answer that ended `within` this time after its first piece.
     pub(super) fn count(&self, usage: TokenUsage, within: Duration) {
         let mut done = self.0.done.lock();
         let counters = &mut done.counters;
@@ -88,7 +88,7 @@ impl Seat {
         counters.prefix_queries += u64::from(usage.prompt_tokens);
         counters.prefix_hits += u64::from(usage.cached_tokens);
         counters.completed += 1;
-        // The first token's time is the prompt's.
+        // The time of the first token belongs to prefill.
         let speed = usage.completion_tokens.saturating_sub(1) as f32 / within.as_secs_f32();
         if speed.is_finite() && speed > 0.0 {
             let before = done.tokens_per_second;
@@ -96,7 +96,7 @@ impl Seat {
         }
     }
 
-    /// Counts an answer whose reader left.
+    /// Counts an answer whose reader is gone.
     pub(super) fn count_cancelled(&self) {
         self.0.done.lock().counters.cancelled += 1;
     }

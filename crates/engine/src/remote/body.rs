@@ -15,13 +15,12 @@ use crate::model_runtime::{
 /// A request to a server.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Call {
-    /// The path below the server's address.
+    /// The path, relative to the server's address.
     pub(super) path: &'static str,
-    /// What is sent there.
     pub(super) body: Value,
 }
 
-/// Returns what to ask a server for.
+/// Builds the request for a generation.
 pub(super) fn generation(
     dialect: Dialect,
     model: &str,
@@ -41,7 +40,8 @@ pub(super) fn generation(
     body.insert("model".into(), model.into());
     body.insert("stream".into(), true.into());
     let mut stream_options = json!({"include_usage": true});
-    // These tell the length of the prompt with the first chunk, so that callers who leave early are billed for it.
+    // With these options, servers report the prompt's length in the first chunk, so that callers who leave early are
+    // billed for it.
     match dialect {
         Dialect::Vllm | Dialect::Sglang => stream_options["continuous_usage_stats"] = true.into(),
         Dialect::LlamaServer => {
@@ -88,7 +88,7 @@ pub(super) fn generation(
     Ok(Call { path, body: body.into() })
 }
 
-/// Returns whether the answer is constrained, and ends with its constraint.
+/// Returns whether the answer is constrained and so ends with its constraint.
 fn has_form(request: &GenerateRequest) -> bool {
     let must_call = |chat: &Chat| matches!(chat.tool_choice, ToolChoice::Required | ToolChoice::Function(_));
     request.format != OutputFormat::Text || matches!(&request.input, PromptInput::Chat(chat) if must_call(chat))
@@ -106,7 +106,7 @@ fn add_prompt(body: &mut Map<String, Value>, dialect: Dialect, request: &Generat
     body.insert("prompt".into(), prompt);
     match (request.max_tokens, dialect) {
         (Some(most), _) => body.insert("max_tokens".into(), most.into()),
-        // Left out, it would be OpenAI's 16.
+        // If the field is missing, servers use OpenAI's default of 16.
         (None, Dialect::Vllm | Dialect::Sglang | Dialect::Other) => body.insert("max_tokens".into(), Value::Null),
         (None, _) => None,
     };
@@ -141,7 +141,7 @@ fn add_sampling(
             set("top_k", left.top_k, top_k.into());
             set("min_p", left.min_p, sampling.min_p.into());
             set("repeat_penalty", left.repetition_penalty, sampling.repetition_penalty.into());
-            // Penalties look at the whole of prompt and answer.
+            // Penalties apply to the whole prompt and answer.
             let last_n = context_length.into();
             set("repeat_last_n", left.repetition_penalty || dialect == Dialect::LmStudio, last_n);
         }
@@ -162,7 +162,7 @@ fn add_sampling(
     }
     body.insert("presence_penalty".into(), sampling.presence_penalty.into());
     body.insert("frequency_penalty".into(), sampling.frequency_penalty.into());
-    // Servers read seeds of 31 bits to 64; small ones, which people write, arrive as they are.
+    // Servers accept seeds of 31 to 64 bits. Small seeds, which people write, are passed unchanged.
     body.insert("seed".into(), ((sampling.seed ^ (sampling.seed >> 32)) & 0x7fff_ffff).into());
     if !sampling.logit_bias.is_empty() {
         if dialect == Dialect::Ollama {
@@ -195,7 +195,7 @@ fn add_chat(body: &mut Map<String, Value>, dialect: Dialect, chat: &Chat) -> Res
                 body.insert("continue_final_message".into(), true.into());
                 body.insert("add_generation_prompt".into(), false.into());
             }
-            // It goes on with an assistant's last message unasked.
+            // llama-server continues an assistant's last message by default.
             Dialect::LlamaServer => {}
             _ => return Err(unknown("continue_final_message", dialect)),
         }
@@ -209,7 +209,7 @@ fn add_chat(body: &mut Map<String, Value>, dialect: Dialect, chat: &Chat) -> Res
     Ok(())
 }
 
-/// Writes a message as OpenAI's API has it, and what an assistant thought under both names that are in use.
+/// Writes a message in the form of OpenAI's API. Reasoning is written under both names that are in use.
 pub(super) fn message(message: &Message) -> Value {
     let Message { role, content, reasoning, tool_calls, tool_call_id, name } = message;
     let mut written = Map::new();
@@ -261,7 +261,7 @@ fn add_format(
     };
     let field = match (format, dialect) {
         (OutputFormat::Text, _) => return Ok(()),
-        // llama-server knows its own field only where the prompt is a text.
+        // llama-server supports its own field only for text prompts.
         (OutputFormat::Json, Dialect::LlamaServer) if !is_chat => ("json_schema", json!({"type": "object"})),
         (OutputFormat::JsonSchema(schema), Dialect::LlamaServer) if !is_chat => ("json_schema", read(schema).0),
         (OutputFormat::Json | OutputFormat::JsonSchema(_), Dialect::Ollama | Dialect::LmStudio | Dialect::Other)

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use crate::model_facts::ModelFacts;
 
-/// Who made a server. All of them speak OpenAI's API, and each knows some words more.
+/// The software of a server. All of them speak OpenAI's API, each with extensions of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dialect {
     Vllm,
@@ -13,31 +13,30 @@ pub enum Dialect {
     LlamaServer,
     Ollama,
     LmStudio,
-    /// Somebody else: only what OpenAI's API has is asked of it.
+    /// Any other software. Only features of OpenAI's API are used.
     Other,
 }
 
-/// What a server says of one of its models.
+/// A model as listed by a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
     /// The model's name on that server.
     pub name: String,
-    /// Tokens of context, where the server tells.
+    /// The context length in tokens, if the server reports it.
     pub context_length: Option<u32>,
-    /// What it is for, where the server tells.
+    /// The kind of model, if the server reports it.
     pub kind: Kind,
-    /// Whether it is in the server's memory; most servers list no others.
+    /// Whether it is loaded in the server's memory; most servers list only loaded models.
     pub is_loaded: bool,
-    /// What the server says of it besides, where it does.
+    /// Further facts, if the server reports them.
     pub facts: Option<ModelFacts>,
 }
 
-/// What a model is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Text,
     Vectors,
-    /// Its server does not tell.
+    /// The server does not report the kind.
     Unknown,
 }
 
@@ -48,7 +47,7 @@ impl Listed {
 }
 
 impl Dialect {
-    /// Returns the name people know it by.
+    /// Returns the name of the software.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Vllm => "vLLM",
@@ -61,11 +60,11 @@ impl Dialect {
     }
 }
 
-/// Reads the answer to `GET /v1/models`: the models, and the dialect where the owner of the first tells it.
+/// Parses the response to `GET /v1/models`: the models, and the dialect if the owner of the first model shows it.
 pub fn read_models(body: &[u8]) -> Option<(Vec<Listed>, Option<Dialect>)> {
     #[derive(Deserialize)]
     struct Models {
-        // Ollama writes `null` where it has none.
+        // Ollama writes `null` if there are no models.
         data: Option<Vec<Model>>,
     }
     #[derive(Deserialize)]
@@ -94,7 +93,7 @@ pub fn read_models(body: &[u8]) -> Option<(Vec<Listed>, Option<Dialect>)> {
     Some((listed.collect(), dialect))
 }
 
-/// Reads the context of one sequence from the answer to llama-server's `GET /props`.
+/// Parses the context length of one sequence from llama-server's response to `GET /props`.
 pub fn read_props(body: &[u8]) -> Option<u32> {
     #[derive(Deserialize)]
     struct Props {
@@ -105,11 +104,11 @@ pub fn read_props(body: &[u8]) -> Option<u32> {
         n_ctx: u32,
     }
     let context = serde_json::from_slice::<Props>(body).ok()?.default_generation_settings.n_ctx;
-    // A server that starts others for each model has none itself.
+    // A server that starts other servers for its models has no context of its own.
     (context > 0).then_some(context)
 }
 
-/// Reads the answer to Ollama's `GET /api/tags`.
+/// Parses the response to Ollama's `GET /api/tags`.
 pub fn read_tags(body: &[u8]) -> Option<Vec<Listed>> {
     #[derive(Deserialize)]
     struct Tags {
@@ -121,14 +120,15 @@ pub fn read_tags(body: &[u8]) -> Option<Vec<Listed>> {
         details: Value,
     }
     let tags = serde_json::from_slice::<Tags>(body).ok()?;
-    // llama-server answers here too, without the `details` that Ollama always gives in full; it is known by its owner.
+    // llama-server answers here too, but without the complete `details` that Ollama always sends. It is recognised by
+    // the owner of its models.
     let ours = tags.models.into_iter().filter(|tag| tag.details.is_object());
     Some(ours.map(|tag| Listed::named(tag.name)).collect())
 }
 
-/// Adds to a model what Ollama's `POST /api/show` says of it.
+/// Adds the facts from Ollama's `POST /api/show` to a model.
 ///
-/// Ollama cuts prompts to `num_ctx` without a word. Where a model sets it, that is its context.
+/// Ollama silently truncates prompts to `num_ctx`. If a model sets it, that is its context length.
 pub fn add_show(listed: &mut Listed, body: &[u8]) {
     #[derive(Deserialize)]
     struct Show {
@@ -160,7 +160,7 @@ pub fn add_show(listed: &mut Listed, body: &[u8]) {
         (false, true) => Kind::Vectors,
         (false, false) => Kind::Unknown,
     };
-    // Older ones name no abilities.
+    // Older versions do not list capabilities.
     listed.facts = (!show.capabilities.is_empty()).then(|| ModelFacts {
         name: None,
         architecture: show.details.family.clone(),
@@ -168,7 +168,7 @@ pub fn add_show(listed: &mut Listed, body: &[u8]) {
         quantisation: show.details.quantization_level.clone(),
         trained_context: trained.unwrap_or(0),
         generates: can("completion"),
-        // Ollama makes conversations of texts where a model has no template.
+        // If a model has no template, Ollama renders conversations as plain text.
         chats: can("completion"),
         calls_tools: can("tools"),
         reasons: can("thinking"),
@@ -178,7 +178,7 @@ pub fn add_show(listed: &mut Listed, body: &[u8]) {
     });
 }
 
-/// Reads the answer to LM Studio's `GET /api/v0/models`.
+/// Parses the response to LM Studio's `GET /api/v0/models`.
 pub fn read_lm_studio(body: &[u8]) -> Option<Vec<Listed>> {
     #[derive(Deserialize)]
     struct Models {

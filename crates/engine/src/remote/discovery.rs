@@ -7,7 +7,7 @@ use serde_json::json;
 use super::dialect::{Dialect, Listed, add_show, read_lm_studio, read_models, read_props, read_tags};
 use super::http_client::{HttpClient, HttpError, ServerAddress};
 
-/// How many models of one server are looked at; further ones are left out.
+/// The maximum number of models that are read from one server; further ones are ignored.
 pub const MODELS_MAX: usize = 256;
 
 /// A server and its models.
@@ -17,7 +17,7 @@ pub struct Survey {
     pub models: Vec<Listed>,
 }
 
-/// Asks a server for its models, and then for what its dialect adds. Each answer may take `within`.
+/// Asks a server for its models, and then for the details that its dialect offers. Each response may take `within`.
 pub(super) async fn survey(http: &HttpClient, server: &ServerAddress, within: Duration) -> Result<Survey, HttpError> {
     let models = http.get(server, "/v1/models", within).await?;
     let (mut models, told) = read_models(&models).ok_or(HttpError::NoModels)?;

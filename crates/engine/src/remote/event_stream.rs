@@ -2,16 +2,16 @@
 
 use bytes::{Buf as _, BytesMut};
 
-/// The longest event taken, in bytes: log-probabilities of many tokens fit many times.
+/// The maximum length of an event in bytes, which leaves ample space for the log-probabilities of many tokens.
 pub const EVENT_BYTES_MAX: usize = 1 << 20;
 
-/// Reads an event stream however its bytes are cut.
+/// Parses an event stream, however its bytes are split.
 #[derive(Debug, Default)]
 pub struct EventReader {
     unread: BytesMut,
-    /// Bytes of `unread` that hold no line's end.
+    /// The number of bytes in `unread` that were searched without finding a line end.
     searched: usize,
-    /// The data of the event under way.
+    /// The data of the current event.
     data: Vec<u8>,
     has_data: bool,
 }
@@ -22,12 +22,12 @@ pub struct EventReader {
 pub struct TooLong;
 
 impl EventReader {
-    /// Takes more of the stream.
+    /// Appends more of the stream.
     pub fn push(&mut self, bytes: &[u8]) {
         self.unread.extend_from_slice(bytes);
     }
 
-    /// Returns the data of the next event that is whole.
+    /// Returns the data of the next complete event.
     pub fn next_event(&mut self) -> Result<Option<Vec<u8>>, TooLong> {
         while let Some(length) = self.unread[self.searched..].iter().position(|byte| *byte == b'\n') {
             let mut line = self.unread.split_to(self.searched + length);
@@ -45,8 +45,8 @@ impl EventReader {
         if self.searched > EVENT_BYTES_MAX { Err(TooLong) } else { Ok(None) }
     }
 
-    /// Keeps what follows `data:`. Comments, which servers send to keep a connection alive, and other fields say
-    /// nothing.
+    /// Keeps the text after `data:`. Other fields are ignored, and so are comments, which servers send to keep a
+    /// connection alive.
     fn take_line(&mut self, line: &[u8]) -> Result<(), TooLong> {
         let Some(value) = line.strip_prefix(b"data:") else { return Ok(()) };
         if std::mem::replace(&mut self.has_data, true) {

@@ -10,8 +10,8 @@ use super::event_stream::EventReader;
 use super::http_client::HttpError;
 use crate::model_runtime::{EngineError, Event, GenerateSink};
 
-/// Reads the answer to its end, or until nobody reads it any more. Then the connection is closed, by which servers
-/// know.
+/// Reads the answer to its end, or until its reader is gone. The connection is then closed, which tells the server to
+/// stop.
 pub(super) async fn relay(
     response: Response,
     reader: AnswerReader,
@@ -29,7 +29,7 @@ pub(super) async fn relay(
             Err(error) => error,
         },
     };
-    // The place is free before the caller learns of the end.
+    // The place is released before the caller learns of the end.
     drop(seat);
     let _ = sink.events.send(Err(failed)).await;
 }
@@ -65,7 +65,7 @@ async fn answer(
                     seat.count(*usage, first_piece.map(|first| first.elapsed()).unwrap_or_default());
                 }
             }
-            // A reader that is gone cancels this.
+            // If the reader is gone, this task is cancelled.
             let _ = sink.events.send(Ok(event)).await;
         }
     }

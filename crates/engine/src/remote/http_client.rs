@@ -8,12 +8,12 @@ use reqwest::{Client, RequestBuilder, Response, Url};
 use serde_json::Value;
 use tokio::time::timeout;
 
-/// How long a server may take to accept a connection.
+/// The time limit for connecting to a server.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
-/// The longest answer taken that describes something.
+/// The maximum length of a response that describes something.
 const DESCRIPTION_BYTES_MAX: usize = 4 << 20;
 
-/// Where a server is, and the key it asks for.
+/// The address of a server, and its API key if it needs one.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ServerAddress {
     root: String,
@@ -23,18 +23,18 @@ pub struct ServerAddress {
 /// Why an address is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AddressError {
-    /// It is no URL.
+    /// The address is not a URL.
     #[error("it is no URL; write it as http://host:port")]
     Malformed,
-    /// It asks for TLS.
+    /// The address requires TLS.
     #[error("only http:// is spoken; reach a distant server through a tunnel or a proxy of your own that adds TLS")]
     Scheme,
-    /// It holds a name or a password.
+    /// The address contains a user name or a password.
     #[error("it must hold no password; give an API key in its own file")]
     Password,
 }
 
-/// Why a server gave no answer.
+/// Why a request to a server failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum HttpError {
     #[error("the server cannot be reached")]
@@ -51,12 +51,12 @@ pub(super) enum HttpError {
     Refused { status: u16, body: Vec<u8> },
 }
 
-/// A client of any number of servers.
+/// A client for any number of servers.
 #[derive(Debug, Clone)]
 pub(super) struct HttpClient(Client);
 
 impl ServerAddress {
-    /// Reads an address, with or without the `/v1` that OpenAI's clients are given.
+    /// Parses an address, with or without the `/v1` that OpenAI's clients expect.
     pub fn new(base_url: &str, api_key: Option<String>) -> Result<Self, AddressError> {
         let url = Url::parse(base_url).map_err(|_| AddressError::Malformed)?;
         if url.scheme() == "https" {
@@ -87,18 +87,18 @@ impl fmt::Debug for ServerAddress {
 
 impl HttpClient {
     pub(super) fn new() -> Self {
-        // A server that redirects would be sent prompts and key for another; the environment's proxy likewise.
+        // A redirect would send prompts and API key to another server, and so would a proxy from the environment.
         let client = Client::builder().connect_timeout(CONNECT_WITHIN).redirect(Policy::none()).no_proxy();
         Self(client.tcp_nodelay(true).build().expect("nothing of this depends on the machine"))
     }
 
-    /// Asks for a description.
+    /// Requests a description with GET.
     pub(super) async fn get(&self, server: &ServerAddress, path: &str, within: Duration) -> Result<Vec<u8>, HttpError> {
         let request = self.0.get(format!("{}{path}", server.root));
         whole(signed(request, server), DESCRIPTION_BYTES_MAX, within).await
     }
 
-    /// Sends a request and reads its answer, up to `bytes_max`.
+    /// Sends a request and reads its response, up to `bytes_max`.
     pub(super) async fn post(
         &self,
         server: &ServerAddress,
@@ -111,7 +111,7 @@ impl HttpClient {
         whole(signed(request, server), bytes_max, within).await
     }
 
-    /// Asks for a description by a body.
+    /// Requests a description with POST and a body.
     pub(super) async fn ask(
         &self,
         server: &ServerAddress,
@@ -122,7 +122,8 @@ impl HttpClient {
         self.post(server, path, body, DESCRIPTION_BYTES_MAX, within).await
     }
 
-    /// Sends a request and returns its answer with the body unread. Dropping either closes the connection.
+    /// Sends a request and returns its response with the body unread. Dropping the future or the response closes the
+    /// connection.
     pub(super) async fn open(
         &self,
         server: &ServerAddress,
@@ -148,7 +149,7 @@ async fn begin(request: RequestBuilder) -> Result<Response, HttpError> {
         return Ok(response);
     }
     let status = response.status().as_u16();
-    // What it says of the refusal is worth a try, and no failure of its own.
+    // The body explains the refusal. If it cannot be read, the status alone is returned.
     let body = read(response, DESCRIPTION_BYTES_MAX).await.unwrap_or_default();
     Err(HttpError::Refused { status, body })
 }

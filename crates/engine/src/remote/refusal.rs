@@ -5,10 +5,10 @@ use serde_json::Value;
 use super::answer_reader::error_message;
 use crate::model_runtime::{EngineError, unsupported};
 
-/// Reads a refusal. Of the server's own words, callers see only those that cannot name a place.
+/// Translates a refusal. Of the server's message, callers see only words that cannot name a location.
 pub fn engine_error(status: u16, body: &[u8], context_length: u32) -> EngineError {
     let body: Value = serde_json::from_slice(body).unwrap_or_default();
-    // FastAPI's own refusals have a `detail` in place of an `error`; some servers write neither around it.
+    // FastAPI's own errors have a `detail` instead of an `error`, and some servers write the fields at the top level.
     let error = body.get("error").or_else(|| body.get("detail")).unwrap_or(&body);
     let message = error_message(error);
     match status {
@@ -43,8 +43,8 @@ fn told_number(error: &Value, field: &str) -> Option<u32> {
     error.get(field)?.as_u64()?.try_into().ok()
 }
 
-/// Returns the tokens that did not fit: as the server tells them, or else the greatest number of its message that is
-/// not the context's.
+/// Returns the number of tokens that did not fit: as reported by the server, or else the greatest number in its
+/// message other than the context length.
 fn told_tokens(error: &Value, message: &str, context_length: u32) -> u32 {
     let numbers = || message.split(|letter: char| !letter.is_ascii_digit()).filter_map(|digits| digits.parse().ok());
     told_number(error, "n_prompt_tokens")
@@ -52,7 +52,7 @@ fn told_tokens(error: &Value, message: &str, context_length: u32) -> u32 {
         .unwrap_or_default()
 }
 
-/// Leaves out each word that could be a path or an address: where a server is, is its worker's business.
+/// Removes each word that could be a path or an address, since the server's location must not reach clients.
 fn placeless(words: &str) -> String {
     let is_place = |word: &&str| word.contains(['/', '\\', '@']) || word.contains(':') && word.contains('.');
     words.split_whitespace().map(|word| if is_place(&word) { "…" } else { word }).collect::<Vec<_>>().join(" ")

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::model_runtime::{Embeddings, EngineError};
 
-/// Reads the answer to `POST /v1/embeddings` for `count` texts, and gives each vector the length 1.
+/// Parses the response to `POST /v1/embeddings` for `count` texts, and normalises each vector to length 1.
 pub fn read_embeddings(body: &[u8], count: usize) -> Result<Embeddings, EngineError> {
     let answer: Answer = serde_json::from_slice(body).map_err(|_| malformed())?;
     let mut vectors = vec![Vec::new(); count];

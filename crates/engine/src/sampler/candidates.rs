@@ -2,9 +2,9 @@
 
 use super::vocabulary;
 
-/// Logits that are looked at together when few of them matter.
+/// The block size for skipping logits when few of them matter.
 const BLOCK: usize = 64;
-/// Candidates that are sorted rather than divided further.
+/// Up to this number, candidates are sorted instead of partitioned further.
 const SORTED_MAX: usize = 64;
 
 /// A token that may be drawn.
@@ -14,12 +14,11 @@ pub(super) struct Candidate {
     pub(super) token: u32,
 }
 
-/// A buffer of candidates.
 #[derive(Debug, Default)]
 pub(super) struct Candidates(Vec<Candidate>);
 
 impl Candidates {
-    /// Returns the tokens that `top_k` and then `top_p` keep, in the order of tokens.
+    /// Returns the tokens that `top_k` and then `top_p` keep, ordered by token id.
     pub(super) fn keep(&mut self, logits: &[f32], highest: f32, top_k: u32, top_p: f32) -> &[Candidate] {
         if top_k > 0 {
             self.take_likeliest(logits, highest, top_k as usize);
@@ -33,12 +32,12 @@ impl Candidates {
                 self.cut(highest, weight(&self.0, highest) * f64::from(top_p));
             }
         }
-        // The order of logits is the first thing that rounding changes.
+        // Not ordered by logit, since that order is the first thing that rounding changes.
         self.0.sort_unstable_by_key(|candidate| candidate.token);
         &self.0
     }
 
-    /// Returns the `count` likeliest tokens, the likeliest first; tokens that cannot be are left out.
+    /// Returns the `count` most likely tokens, the most likely first. Tokens with probability zero are left out.
     pub(super) fn likeliest(&mut self, logits: &[f32], highest: f32, count: u32) -> &[Candidate] {
         self.take_likeliest(logits, highest, count as usize);
         self.0.sort_unstable_by(likelier);
@@ -53,13 +52,13 @@ impl Candidates {
         }
     }
 
-    /// Takes all tokens above a floor that is lowered until they are enough, or all there are.
+    /// Collects all tokens above a floor, which is lowered until there are enough tokens or all are collected.
     fn collect(&mut self, logits: &[f32], highest: f32, enough: impl Fn(&[Candidate]) -> bool) {
         for width in [3.0, 6.0, 12.0, 24.0, f32::INFINITY] {
             let floor = (highest - width).max(f32::MIN);
             self.0.clear();
             for (number, block) in logits.chunks(BLOCK).enumerate() {
-                // Most blocks hold nothing of interest.
+                // Most blocks contain no token above the floor.
                 if vocabulary::maximum(block).0 < floor {
                     continue;
                 }
@@ -73,9 +72,9 @@ impl Candidates {
         }
     }
 
-    /// Keeps the smallest set of likeliest candidates that weigh `goal`.
+    /// Keeps the smallest set of most likely candidates with a total weight of at least `goal`.
     fn cut(&mut self, highest: f32, goal: f64) {
-        // Those before `low` are in, those from `high` on are not needed.
+        // Candidates before `low` are in the set, and those from `high` on are not.
         let (mut low, mut high, mut reached) = (0, self.0.len(), 0.0);
         while high - low > SORTED_MAX {
             let middle = (high - low) / 2;
@@ -98,7 +97,7 @@ impl Candidates {
     }
 }
 
-/// Returns what some candidates weigh together at temperature 1.
+/// Returns the total weight of some candidates at temperature 1.
 fn weight(candidates: &[Candidate], highest: f32) -> f64 {
     let weigh = |candidate: &Candidate| vocabulary::weight(candidate.logit, highest, f32::NEG_INFINITY, 1.0);
     candidates.iter().map(|candidate| f64::from(weigh(candidate))).sum()

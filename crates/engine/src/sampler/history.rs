@@ -2,15 +2,15 @@
 
 use crate::model_runtime::Sampling;
 
-/// How often the answer has each token of prompt and answer.
+/// How often each token of prompt and answer occurs in the answer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct History {
-    /// In the order of tokens: there are few, and each draw walks them all. A token of the prompt alone counts 0.
+    /// Ordered by token, since there are few and each draw walks them all. A token of the prompt alone has count 0.
     answered: Vec<(u32, u32)>,
 }
 
 impl History {
-    /// Begins an answer to a prompt.
+    /// Starts the history of an answer with its prompt.
     pub fn new(prompt: &[u32]) -> Self {
         let mut answered: Vec<_> = prompt.iter().map(|token| (*token, 0)).collect();
         answered.sort_unstable();
@@ -18,7 +18,8 @@ impl History {
         Self { answered }
     }
 
-    /// Returns whether draws by these settings depend on a history; any will do where they do not.
+    /// Returns whether sampling with these settings depends on the history. If not, any history gives the same
+    /// result.
     pub fn is_needed(sampling: &Sampling) -> bool {
         (sampling.repetition_penalty - 1.0).abs() > 0.0
             || sampling.presence_penalty.abs() > 0.0
@@ -33,7 +34,7 @@ impl History {
         }
     }
 
-    /// Returns each token with how often the answer has it.
+    /// Returns each token with its number of occurrences in the answer.
     pub(super) fn tokens(&self) -> impl Iterator<Item = (u32, u32)> {
         self.answered.iter().copied()
     }

@@ -29,7 +29,7 @@ impl Past {
         Sampler::default().sample(logits, sampling, position, &history, mask.as_ref())
     }
 
-    /// The plainest reading of what changes a logit.
+    /// The simplest implementation of the changes to a logit.
     fn change(&self, token: u32, mut logit: f64, sampling: &Sampling) -> f64 {
         for (_, bias) in sampling.logit_bias.iter().filter(|(biased, _)| *biased == token) {
             logit += if *bias <= -100.0 { f64::NEG_INFINITY } else { f64::from(*bias) };
@@ -47,7 +47,7 @@ impl Past {
     }
 }
 
-/// The plainest reading of the settings: change, sort everything, filter, normalise, walk.
+/// The simplest implementation of sampling: change, sort everything, filter, normalise, walk.
 fn reference(logits: &[f32], sampling: &Sampling, position: u64, past: &Past) -> u32 {
     let changed = (0..).zip(logits).map(|(token, logit)| (token, past.change(token, f64::from(*logit), sampling)));
     let mut all: Vec<(u32, f64)> = changed.collect();
@@ -217,7 +217,7 @@ proptest! {
         let agree = |position| {
             past.draw(&logits, &sampling, position) == Ok(reference(&logits, &sampling, position, &past))
         };
-        // Single and double precision may part on the edge between two neighbours, and only there.
+        // Single and double precision may differ at the boundary between two neighbours, and only there.
         if !agree(position) {
             prop_assert!((1..=20).filter(|step| !agree(position + step)).count() <= 1);
         }

@@ -1,23 +1,23 @@
 //! A mask of the tokens that may come next.
 
-/// A set of tokens, a bit for each. Tokens beyond its end are not in it.
+/// A bit set of tokens. Tokens beyond its end are not in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TokenMask {
     words: Vec<u32>,
 }
 
 impl TokenMask {
-    /// Takes a set as words of 32 tokens, the lowest bit first.
+    /// Creates a mask from words of 32 tokens, the lowest bit first.
     pub fn from_words(words: Vec<u32>) -> Self {
         Self { words }
     }
 
-    /// Returns whether a token may come.
+    /// Returns whether a token may come next.
     pub fn allows(&self, token: u32) -> bool {
         self.words.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
     }
 
-    /// Rules out every other token.
+    /// Bans all tokens that are not in the mask.
     pub(super) fn apply(&self, logits: &mut [f32]) {
         for (number, logits) in logits.chunks_mut(32).enumerate() {
             match self.words.get(number) {

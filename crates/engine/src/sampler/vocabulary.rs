@@ -2,13 +2,13 @@
 //!
 //! Results do not depend on the machine: the exponential is a polynomial of our own, and sums have a fixed order.
 
-/// Logits that are looked at together; a multiple of [`LANES`].
+/// The number of logits per block; a multiple of [`LANES`].
 const BLOCK: usize = 1_024;
-/// Numbers that are computed side by side.
+/// The number of SIMD lanes.
 const LANES: usize = 16;
 
-/// Returns the likeliest token, of equals the lowest, and its logit; `None` where a logit is NaN or plus infinity, or
-/// where there are none.
+/// Returns the most likely token, of equals the lowest, and its logit. Returns `None` if a logit is NaN or plus
+/// infinity, or if there are no logits.
 pub(super) fn likeliest(logits: &[f32]) -> Option<(u32, f32)> {
     let mut best = 0;
     let mut highest = f32::NEG_INFINITY;
@@ -29,7 +29,7 @@ pub(super) fn likeliest(logits: &[f32]) -> Option<(u32, f32)> {
     Some(((start + within) as u32, highest))
 }
 
-/// Returns the greatest of some numbers, and whether one is NaN.
+/// Returns the greatest value, and whether any value is NaN.
 pub(super) fn maximum(values: &[f32]) -> (f32, bool) {
     let mut highest = [f32::NEG_INFINITY; LANES];
     let mut unordered = [false; LANES];
@@ -45,7 +45,7 @@ pub(super) fn maximum(values: &[f32]) -> (f32, bool) {
     (highest, unordered.contains(&true) || rest.iter().any(|value| value.is_nan()))
 }
 
-/// Returns how likely a token is against the likeliest; 0 below the floor.
+/// Returns the probability of a token relative to the most likely one; 0 below the floor.
 pub(super) fn weight(logit: f32, highest: f32, floor: f32, temperature: f32) -> f32 {
     if logit < floor { 0.0 } else { exp((logit - highest) / temperature) }
 }
@@ -64,12 +64,12 @@ pub(super) fn weigh(logits: &[f32], highest: f32, floor: f32, temperature: f32, 
     }
 }
 
-/// Returns the sum of what all tokens weigh at temperature 1.
+/// Returns the total weight of all tokens at temperature 1.
 pub(super) fn total(logits: &[f32], highest: f32) -> f64 {
     logits.chunks(BLOCK).map(|block| sum(block, |logit| exp(logit - highest))).sum()
 }
 
-/// Returns the index whose share of the sum holds the point.
+/// Returns the index whose share of the total weight contains `point`.
 pub(super) fn pick(weights: &[f32], point: f64) -> Option<usize> {
     let goal = point * weights.chunks(BLOCK).map(|block| sum(block, |weight| weight)).sum::<f64>();
     let mut reached = 0.0;
@@ -89,7 +89,7 @@ pub(super) fn pick(weights: &[f32], point: f64) -> Option<usize> {
     weights.iter().rposition(|weight| *weight > 0.0)
 }
 
-/// Sums a block in single precision, lane by lane; a lane is too short to lose much.
+/// Sums a block in single precision, lane by lane. A lane is too short to lose much precision.
 fn sum(block: &[f32], of: impl Fn(f32) -> f32) -> f64 {
     let mut sums = [0.0_f32; LANES];
     let (chunks, rest) = block.as_chunks::<LANES>();
@@ -101,18 +101,19 @@ fn sum(block: &[f32], of: impl Fn(f32) -> f32) -> f64 {
     sums.into_iter().chain(rest.iter().map(|value| of(*value))).map(f64::from).sum()
 }
 
-/// Returns e to the power of `x`, which is 0 at most, within three units in the last place; 0 below -87.
+/// Returns e to the power of `x`, for `x` of at most 0. The error is at most three units in the last place; below -87
+/// the result is 0.
 fn exp(x: f32) -> f32 {
-    // Adding it rounds to whole numbers, which its low bits then hold.
+    // Adding this constant rounds to an integer, which the low bits then hold.
     const ROUND: f32 = 12_582_912.0;
-    // ln 2 in two parts, the first exact in few bits, so that taking off whole multiples loses nothing.
+    // ln 2 in two parts. The first has few significant bits, so that subtracting integer multiples of it is exact.
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     let bounded = x.max(-87.0);
     let shifted = bounded * std::f32::consts::LOG2_E + ROUND;
     let power = shifted - ROUND;
     let rest = bounded - power * LN_2_HIGH - power * LN_2_LOW;
-    // The Taylor series, far enough for |rest| up to ln 2 / 2.
+    // The Taylor series, with enough terms for |rest| up to ln 2 / 2.
     let mut series = 1.0 / 5_040.0;
     for factor in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         series = series * rest + factor;

@@ -14,7 +14,7 @@ use crate::process::handover;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Names an adapter after the number in its file, and makes of a text a vector of the number in it.
+/// Uses the number in an adapter's file as its id, and embeds a text as the number in it.
 #[derive(Default)]
 struct Numbers {
     adapters: Mutex<Vec<AdapterId>>,
@@ -137,7 +137,7 @@ impl Worker {
         worker
     }
 
-    /// Goes, and waits for the child to notice.
+    /// Closes the connection and waits for the child to notice.
     async fn leave(self) {
         drop((self.reading, self.writing));
         self.tasks.close();

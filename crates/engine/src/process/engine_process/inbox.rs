@@ -7,7 +7,7 @@ use crate::model_runtime::{EngineError, Event, RuntimeInfo};
 use crate::process::frame::{Answer, ToParent};
 use crate::process::pipe::FrameReader;
 
-/// Where the frames of a process arrive.
+/// Receives the frames of a process.
 pub(super) struct Inbox<'a> {
     pub(super) process: &'a EngineProcess,
     pub(super) loading: Option<Loading>,
@@ -15,7 +15,7 @@ pub(super) struct Inbox<'a> {
 }
 
 impl Inbox<'_> {
-    /// Takes frames until there are no more, and returns why.
+    /// Handles frames until there are no more, and returns the reason.
     pub(super) async fn read(&mut self, mut frames: FrameReader) -> Ending {
         loop {
             match frames.next().await {
@@ -82,7 +82,7 @@ impl Inbox<'_> {
             Some(asker) => asker.send(answer).err(),
             None => Some(answer),
         };
-        // Nobody has the name of an adapter whose caller left, so nobody else would free it.
+        // If the caller is gone, nobody knows the adapter's id, so nobody else would free it.
         if let Some(Ok(Answer::Adapter(adapter))) = unheard {
             self.process.forget_adapter(adapter);
         }
@@ -91,7 +91,7 @@ impl Inbox<'_> {
     fn hand(&self, id: u64, item: Item) -> Result<(), String> {
         let end = item.as_ref().map_or(true, Event::is_last);
         let mut state = self.process.state();
-        // A generation that was cancelled may still have events under way.
+        // Events of a cancelled generation may still be in flight.
         let Some(generation) = state.generations.get_mut(&id) else { return Ok(()) };
         generation.unacknowledged += 1;
         generation.started |= matches!(item, Ok(Event::Started { .. }));

@@ -7,12 +7,11 @@ use parking_lot::Mutex;
 use tokio::io::AsyncReadExt;
 use tokio::process::ChildStderr;
 
-/// Lines that are kept.
 const LINES_MAX: usize = 16;
 /// The longest line that is kept in one piece.
 const LINE_BYTES_MAX: usize = 4_096;
 
-/// Words of lines that tell what a process died of, the most telling first.
+/// Patterns of lines that show the cause of death, the most telling first.
 const TELLING: [&str; 4] = ["memory allocation of", "failed to allocate", "ASSERT", "rror"];
 
 /// The last lines of one process.
@@ -20,7 +19,7 @@ const TELLING: [&str; 4] = ["memory allocation of", "failed to allocate", "ASSER
 pub(super) struct LastWords(Arc<Mutex<VecDeque<String>>>);
 
 impl LastWords {
-    /// Sends standard error to the log, line by line, until it ends, and keeps the last lines.
+    /// Logs standard error line by line until it ends, and keeps the last lines.
     pub(super) async fn listen(self, mut stderr: ChildStderr, pid: u32) {
         let mut buffer = Vec::new();
         let mut line = Vec::new();
@@ -43,7 +42,7 @@ impl LastWords {
         self.keep(&mut line, pid);
     }
 
-    /// Returns the line that tells most: what a process died of says more than the trace that comes after it.
+    /// Returns the most telling line: the cause of death says more than the backtrace after it.
     pub(super) fn telling(&self) -> Option<String> {
         let lines = self.0.lock();
         let telling = TELLING.iter().find_map(|words| lines.iter().rev().find(|line| line.contains(words)));
@@ -59,7 +58,7 @@ impl LastWords {
         tracing::debug!(target: "engine_process", pid, "{text}");
         let mut lines = self.0.lock();
         if lines.len() == LINES_MAX {
-            // A long trace must not push out what it is the trace of.
+            // A long backtrace must not push out the line with its cause.
             let is_telling = |line: &String| TELLING.iter().any(|words| line.contains(words));
             let oldest = lines.iter().position(|line| !is_telling(line)).unwrap_or(0);
             lines.remove(oldest);

@@ -10,12 +10,14 @@ use crate::model_runtime::{AdapterId, Embeddings, EngineError, PromptInput, Veri
 use crate::process::frame::{Answer, Question, ToChild, encode};
 use crate::process::handover;
 
-/// Texts that are embedded by one question. Their vectors, as JSON, are a quarter of a frame at the widest models.
+/// The number of texts in one embedding question. For the widest models, their vectors as JSON take a quarter of a
+/// frame.
 const TEXTS_MAX: usize = 32;
-/// How long they may take together; a caller has a deadline of its own, and an engine that hangs is given up on sooner.
+/// The time limit for these texts together. Callers have deadlines of their own, and a hung engine is given up
+/// earlier.
 const EMBED_WITHIN: Duration = Duration::from_hours(1);
 
-/// A question that was asked; when it is dropped without an answer, the process is told to forget it.
+/// A question in flight. If it is dropped without an answer, the process is told to forget it.
 struct PendingQuestion<'a> {
     process: &'a EngineProcess,
     id: u64,
@@ -30,7 +32,7 @@ impl EngineProcess {
         }
     }
 
-    /// Asks for the vectors of a few texts at a time, so that any number of them fits the frames.
+    /// Requests the vectors of a few texts at a time, so that any number of texts fits the frames.
     pub(in crate::process) async fn embed(&self, inputs: &[PromptInput]) -> Result<Embeddings, EngineError> {
         let mut all = Embeddings::default();
         for texts in inputs.chunks(TEXTS_MAX) {
@@ -80,7 +82,7 @@ impl EngineProcess {
         }
     }
 
-    /// Has an adapter freed that nobody asks for.
+    /// Frees an adapter that no caller uses.
     pub(super) fn forget_adapter(&self, adapter: AdapterId) {
         let question = Question::RemoveAdapter(adapter);
         if let Ok(frame) = encode(&ToChild::Ask { id: self.number(), question })
@@ -125,11 +127,11 @@ impl Drop for PendingQuestion<'_> {
         let is_open = self.process.state().questions.remove(&self.id).is_some();
         if is_open {
             if let Ok(frame) = encode(&ToChild::Cancel { id: self.id }) {
-                // A full queue is no reason to wait: the answer is dropped when it comes.
+                // If the queue is full, nothing is lost: the answer is dropped when it arrives.
                 let _ = self.process.outgoing.try_send(frame);
             }
         } else if let Ok(Ok(Answer::Adapter(adapter))) = self.answered.try_recv() {
-            // It came in the moment in which the caller left.
+            // The answer arrived at the moment the caller left.
             self.process.forget_adapter(adapter);
         }
     }
