@@ -3,7 +3,7 @@
 //! Each loaded model has one engine thread that does all its work (`engine.rs`). Its generations share a batch
 //! scheduler, which owns a llama.cpp context with the KV cache. Prompts are rendered and tokenised on other threads,
 //! so that a long prompt does not delay running generations. A malicious model can still abort the process, so run
-//! this runtime in [`crate::process::serve_child`].
+//! this runtime through [`crate::process::serve_child`].
 
 mod batch_plan;
 mod batch_scheduler;

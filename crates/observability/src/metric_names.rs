@@ -12,7 +12,7 @@ pub const DECODE_STEPS: &str = "tether_engine_decode_steps";
 pub const ENGINE_CANCELLED: &str = "tether_engine_cancelled";
 /// Engine processes that died.
 pub const ENGINE_DEATHS: &str = "tether_engine_deaths";
-/// Prompt tokens of finished jobs.
+/// Prompt tokens that engines evaluated.
 pub const PROMPT_TOKENS: &str = "tether_prompt_tokens";
 pub const GENERATION_TOKENS: &str = "tether_generation_tokens";
 /// Prompt tokens that engines looked up in the prefix cache.
@@ -24,16 +24,16 @@ pub const DRAFTED_TOKENS: &str = "tether_engine_drafted_tokens";
 /// Draft tokens that were accepted.
 pub const ACCEPTED_TOKENS: &str = "tether_engine_accepted_tokens";
 pub const REQUESTS: &str = "tether_requests";
-/// From the request to its first token.
+/// Time from the request to its first token.
 pub const TIME_TO_FIRST_TOKEN: &str = "tether_time_to_first_token_seconds";
 pub const INTER_TOKEN_LATENCY: &str = "tether_inter_token_latency_seconds";
-/// From the request to its end.
+/// Time from the request to its end.
 pub const REQUEST_DURATION: &str = "tether_request_duration_seconds";
 /// State of a circuit breaker: 0 closed, 1 open, 2 half-open.
 pub const BREAKER_STATE: &str = "tether_breaker_state";
 /// State changes of a circuit breaker.
 pub const BREAKER_TRANSITIONS: &str = "tether_breaker_transitions";
-/// Attempts after the first, by the phase in which the previous attempt failed.
+/// Attempts after the first, by the error code of the attempt before.
 pub const RETRIES: &str = "tether_retries";
 /// Jobs that failed after their last attempt.
 pub const RETRIES_EXHAUSTED: &str = "tether_retries_exhausted";

@@ -176,7 +176,7 @@ impl Tagged {
                 output.text(said);
                 let written = input.take_space().to_owned();
                 self.has_spoken |= !said.is_empty();
-                // There is no text between two calls, so the whitespace before the first one is kept.
+                // Nothing is output between two calls, so the whitespace before the first one is kept.
                 if !said.is_empty() || !written.is_empty() {
                     self.space = (written.clone(), String::new());
                 }

@@ -155,7 +155,7 @@ fn path_of(file: &File) -> std::ffi::CString {
     std::ffi::CString::new(format!("{FOLDER}/{}", file.as_raw_fd())).expect("digits have no zero byte")
 }
 
-/// Returns the first error that llama.cpp logged on this thread, or `otherwise` if there is none.
+/// Returns the first error that llama.cpp logged on this thread, or `otherwise` if it logged no error.
 fn complaint(otherwise: &str) -> String {
     log::take_errors().into_iter().next().unwrap_or_else(|| otherwise.into())
 }

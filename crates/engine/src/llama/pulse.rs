@@ -1,7 +1,7 @@
 //! Shows that an engine thread is alive, and reports prefill progress to readers.
 //!
 //! It beats in the engine's loop and between the operations of a batch, so that a batch that takes minutes can be
-//! told from an engine that hangs.
+//! distinguished from an engine that hangs.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};

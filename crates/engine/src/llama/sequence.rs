@@ -221,8 +221,8 @@ impl Sequence {
         sampler: &mut Sampler,
         vocabulary: Vocabulary<'_>,
     ) -> Result<Drawn, EngineError> {
-        // The draw depends on the token's position alone, so a continued answer draws as the first attempt would
-        // have.
+        // The random number depends only on the seed and the token's position, so a continued answer draws as the
+        // first attempt would have.
         let position = self.tokens.len() as u64;
         let mask = self.job.constraint.as_mut().map(Constraint::mask).transpose()?;
         let token =

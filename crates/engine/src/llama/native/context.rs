@@ -219,7 +219,7 @@ impl Context {
         unsafe { sys::llama_memory_seq_rm(self.memory(), sequence, from as i32, -1) }
     }
 
-    /// Returns the first position of a sequence that every layer still holds; `None` if there is none.
+    /// Returns the first position of a sequence that every layer still holds; `None` if the sequence is empty.
     pub(crate) fn first_position(&self, sequence: i32) -> Option<usize> {
         // SAFETY: as above.
         usize::try_from(unsafe { sys::llama_memory_seq_pos_min(self.memory(), sequence) }).ok()

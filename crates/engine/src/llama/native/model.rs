@@ -19,7 +19,7 @@ pub(crate) struct ModelOptions {
     pub(crate) without_kernels: bool,
 }
 
-/// The attention window of a model's layers, as far as it is limited.
+/// How far back the layers of a model attend, if some of them are limited.
 ///
 /// llama.cpp discards keys and values outside the window as soon as it needs their cells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
