@@ -112,7 +112,7 @@ pub enum PutError {
         room_bytes: u64,
         folder: PathBuf,
     },
-    /// The folder is not writable.
+    /// Writing to the folder failed.
     #[error("the artifact could not be written to {}", folder.display())]
     Folder { folder: PathBuf, source: io::Error },
 }
@@ -179,7 +179,7 @@ impl ArtifactStore {
         self.inner.folder.room_bytes()
     }
 
-    /// Opens the partial file of an artifact that is being fetched. Returns `None` while another process writes it.
+    /// Opens the partial file of an artifact that is being fetched. Returns `None` while someone else writes it.
     /// Blocks.
     pub fn partial(&self, digest: &Digest) -> io::Result<Option<Partial>> {
         Partial::open(&self.inner.folder, digest)

@@ -2,9 +2,9 @@
 //! opened.
 //!
 //! A file is identified by its device and inode number, its length, its modification time (mtime) and its change time
-//! (ctime). Any later write changes these times: the file system's clock had moved past the last write before the
-//! file was hashed. Setting the modification time changes the change time. Only the owner, who can write through an
-//! open descriptor anyway, and root, who can set the clock, can get around this.
+//! (ctime). Any later write changes these times, because a file is remembered only after the file system's clock was
+//! seen to move past its last write. Setting the modification time changes the change time. Only the owner, who can
+//! write through an open descriptor anyway, and root, who can set the clock, can get around this.
 
 use std::collections::BTreeMap;
 use std::fs::File;

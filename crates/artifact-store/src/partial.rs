@@ -35,7 +35,7 @@ pub enum FinishError {
 }
 
 impl Partial {
-    /// Opens the partial file of an artifact, or creates an empty one. Returns `None` while another process writes
+    /// Opens the partial file of an artifact, or creates an empty one. Returns `None` while someone else writes
     /// it. Blocks: the bytes fetched earlier are read and hashed.
     pub(crate) fn open(folder: &LocalFolder, digest: &Digest) -> io::Result<Option<Self>> {
         let path = path(folder, digest);
