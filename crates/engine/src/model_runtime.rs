@@ -183,7 +183,7 @@ pub struct MemoryPlan {
     pub weights_bytes: u64,
     /// Copies of weights that are repacked for the CPU.
     pub repacked_bytes: u64,
-    /// The KV cache of all sequences.
+    /// The KV cache of the layers in host memory.
     pub kv_bytes: u64,
     /// Scratch space of the compute graph, and the logits.
     pub compute_bytes: u64,
