@@ -1,4 +1,4 @@
-//! Takes up the models of servers that run already as they appear, and lets go of those that are gone.
+//! Adopts the models of OpenAI-compatible servers as they appear, and drops those that are gone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,26 +20,26 @@ use crate::config::{RemoteServer, ServedModel};
 use crate::model_loader::ModelLoader;
 use crate::model_loader::cache::Status;
 
-/// Where servers listen unless they are told otherwise: Ollama, LM Studio, vLLM, SGLang, and llama-server twice.
+/// Default ports of Ollama, LM Studio, vLLM, SGLang, and (two) of llama-server.
 const PORTS: [u16; 6] = [11_434, 1_234, 8_000, 30_000, 8_080, 8_081];
-/// How long a server of this machine may take for each of its answers.
+/// Timeout of each request to a server of this machine.
 const HERE_WITHIN: Duration = Duration::from_millis(500);
-/// How long any other may take.
+/// Timeout of each request to any other server.
 const ELSEWHERE_WITHIN: Duration = Duration::from_secs(5);
-/// How often servers are looked for, and at.
+/// How often servers are polled.
 const EVERY: Duration = Duration::from_secs(5);
-/// How long a registry may take to be found at the start, and to answer.
+/// How long to wait for a registry to be found at the start, and for its answer.
 const REGISTRY_WITHIN: Duration = Duration::from_secs(2);
-/// Looks in a row at a server that answers and no longer lists a model, after which the model leaves.
+/// A model is dropped after this many polls in a row in which its server answers but does not list it.
 const UNLISTED_MAX: u32 = 2;
-/// Looks in a row at a server that does not answer, after which its models leave: it may only have been started anew.
+/// A model is dropped after this many polls in a row without an answer from its server, which may only be restarting.
 const SILENT_MAX: u32 = 12;
-/// Models of one server that are given names, over time: the registry keeps each of them.
+/// The most models of one server that are given names over time: the registry keeps each of them.
 const NAMED_MAX: usize = 2 * MODELS_MAX;
-/// The version under which models of servers are listed.
+/// The version under which servers' models are listed.
 const VERSION: ModelVersion = ModelVersion { major: 1, minor: 0 };
 
-/// Servers of OpenAI's API whose models a worker serves as well.
+/// OpenAI-compatible servers whose models a worker serves as well.
 pub struct Adoption {
     servers: Vec<ServerAddress>,
     within: Duration,
@@ -55,7 +55,7 @@ pub struct AdoptionError {
 }
 
 impl Adoption {
-    /// Adopts the servers at these URLs, or those on the usual ports of this machine where none is given.
+    /// Adopts the servers at these URLs, or those on the default ports of this machine if none is given.
     pub fn new(urls: &[String]) -> Result<Self, AdoptionError> {
         let usual: Vec<String> = PORTS.map(|port| format!("http://127.0.0.1:{port}")).into();
         let (urls, within) = if urls.is_empty() { (&usual[..], HERE_WITHIN) } else { (urls, ELSEWHERE_WITHIN) };
@@ -65,12 +65,12 @@ impl Adoption {
         Ok(Self { servers, within, runtime: RemoteRuntime::default() })
     }
 
-    /// Says where it looks, for people.
+    /// Returns the servers' addresses, for display.
     pub fn places(&self) -> String {
         self.servers.iter().map(ServerAddress::as_str).collect::<Vec<_>>().join(", ")
     }
 
-    /// Asks every server for its models. One that does not answer has `None`.
+    /// Asks every server for its models. The result is `None` for a server that does not answer.
     async fn look(&self) -> Vec<(&ServerAddress, Option<Survey>)> {
         let surveys = self.servers.iter().map(|server| self.runtime.survey(server, self.within));
         let surveys = join_all(surveys).await.into_iter().map(Result::ok);
@@ -81,33 +81,33 @@ impl Adoption {
 /// A model of a server: the server's address, and the model's name there.
 type Source = (String, String);
 
-/// A model that was taken up.
+/// An adopted model.
 #[derive(Debug, PartialEq, Eq)]
 struct Taken {
     key: ModelKey,
-    /// Looks in a row at a server that answered and did not list it.
+    /// Polls in a row in which the server answered and did not list it.
     unlisted: u32,
-    /// Looks in a row at a server that did not answer.
+    /// Polls in a row in which the server did not answer.
     silent: u32,
 }
 
-/// Keeps the models of a worker equal to those of servers, beside those of its configuration.
+/// Keeps a worker's adopted models equal to those of the servers. Models of its configuration are left alone.
 pub(crate) struct AdoptionWatch {
     adoption: Adoption,
     client: Client,
     directory: Directory,
     loader: Arc<ModelLoader>,
     taken: BTreeMap<Source, Taken>,
-    /// The models that were ever given names.
+    /// Every model that was ever given a name.
     named: BTreeSet<Source>,
-    /// Models that could not be named, so that it is said once.
+    /// Models that could not be named, so that each is reported once.
     nameless: BTreeSet<Source>,
-    /// How many models there were at the last look; none before the first.
+    /// How many models the last poll found; `None` before the first poll.
     looked: watch::Sender<Option<usize>>,
 }
 
 impl AdoptionWatch {
-    /// Makes a watch that says how many models it found.
+    /// Creates a watch that publishes how many models it found.
     pub(crate) fn new(
         adoption: Adoption,
         client: Client,
@@ -119,7 +119,7 @@ impl AdoptionWatch {
         Self { adoption, client, directory, loader, taken, named, nameless, looked }
     }
 
-    /// Watches until `stop`.
+    /// Polls the servers until `stop`.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let watching = async {
             let mut ticks = time::interval(EVERY);
@@ -157,7 +157,7 @@ impl AdoptionWatch {
         if new.is_empty() && failed.is_empty() {
             return;
         }
-        // Without a registry nothing is listed, and no name can be chosen.
+        // Without a registry no model is listed, and no name can be chosen.
         let Some(catalog) = self.catalog().await else { return };
         for source in failed {
             self.let_go_of_taken_name(&source, &catalog);
@@ -167,7 +167,7 @@ impl AdoptionWatch {
         }
     }
 
-    /// Returns the models that are not attached, for whatever reason.
+    /// Returns the models that could not be attached, for whatever reason.
     fn failed(&self) -> Vec<Source> {
         let has_failed = |key: &ModelKey| {
             let entry = self.loader.cache().find(key);
@@ -176,7 +176,7 @@ impl AdoptionWatch {
         self.taken.iter().filter(|(_, taken)| has_failed(&taken.key)).map(|(source, _)| source.clone()).collect()
     }
 
-    /// Lets go of a model whose name has become another's since it was chosen. The next look gives it one that is free.
+    /// Drops a model whose name another model has taken since it was chosen. The next poll gives it a free name.
     fn let_go_of_taken_name(&mut self, source: &Source, catalog: &Catalog) {
         let Some(taken) = self.taken.get(source) else { return };
         if !is_free(&taken.key.model_id, &source.1, catalog, &BTreeSet::new()) {
@@ -218,7 +218,7 @@ impl AdoptionWatch {
         self.taken.insert(source, Taken { key, unlisted: 0, silent: 0 });
     }
 
-    /// Reads the registry's list; nothing where no registry answers.
+    /// Returns the registry's catalog, or `None` if no registry answers.
     async fn catalog(&self) -> Option<Catalog> {
         for registry in self.directory.find(NodeRole::Registry) {
             if let Ok(catalog) = self.client.call(registry, CATALOG_LIST, &Empty {}, REGISTRY_WITHIN).await {
@@ -229,7 +229,7 @@ impl AdoptionWatch {
     }
 }
 
-/// Returns the models in a server's memory that were not taken up yet.
+/// Returns the loaded models of the servers that are not adopted yet.
 fn new(taken: &BTreeMap<Source, Taken>, found: &[(String, Option<Survey>)]) -> Vec<(String, Dialect, Listed)> {
     let surveys = found.iter().filter_map(|(server, survey)| Some((server, survey.as_ref()?)));
     let listed = surveys.flat_map(|(server, Survey { dialect, models })| {
@@ -239,7 +239,7 @@ fn new(taken: &BTreeMap<Source, Taken>, found: &[(String, Option<Survey>)]) -> V
     listed.filter(|(server, _, listed)| listed.is_loaded && is_new(server, &listed.name)).collect()
 }
 
-/// Counts the looks in which models were not seen, and returns those that were missed too often.
+/// Counts the polls that did not find a model, and returns the models that were missed too often.
 fn gone(taken: &mut BTreeMap<Source, Taken>, found: &[(String, Option<Survey>)]) -> Vec<Source> {
     let mut gone = Vec::new();
     for (source, taken) in taken.iter_mut() {
@@ -257,7 +257,7 @@ fn gone(taken: &mut BTreeMap<Source, Taken>, found: &[(String, Option<Survey>)])
     gone
 }
 
-/// Returns whether a server's model can have a name: nobody here and no other model in the registry has it.
+/// Returns whether a server's model can have a name: no model here and no other model in the registry has it.
 fn is_free(name: &ModelName, served_as: &str, catalog: &Catalog, here: &BTreeSet<ModelName>) -> bool {
     let digest = remote_digest(served_as);
     let is_other = |key: &ModelKey| key.model_id == *name && key.version == VERSION;
@@ -267,10 +267,10 @@ fn is_free(name: &ModelName, served_as: &str, catalog: &Catalog, here: &BTreeSet
         && !catalog.models.iter().any(|entry| is_other(&entry.key) && entry.digest != digest)
 }
 
-/// Names a server's model: by its own name there, or with its server's kind behind it where that is taken. Returns the
-/// name as well that it would have had.
+/// Chooses a name for a server's model: its own name there or, if that is taken, one with the kind of server appended.
+/// Also returns the name that was preferred.
 fn name_of(served_as: &str, dialect: Dialect, is_free: impl Fn(&ModelName) -> bool) -> Option<(ModelName, ModelName)> {
-    /// Servers of one kind with one model, on one machine.
+    /// The most servers of one kind that serve the same model on one machine.
     const LIKE_IT_MAX: usize = 9;
     let wanted = ModelName::made_of(served_as)?;
     if is_free(&wanted) {

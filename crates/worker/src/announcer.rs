@@ -1,4 +1,4 @@
-//! Makes the worker findable: on the presence topic, and on one topic for each model that answers (T4, T6).
+//! Announces the worker on the presence topic, and on one topic for each model that is ready (T4, T6).
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -13,15 +13,15 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-/// How long the network may take to announce one topic.
+/// Timeout for announcing one topic.
 const ANNOUNCE_WITHIN: Duration = Duration::from_secs(10);
-/// How long all of them may take to be taken back at the end.
+/// Timeout for unannouncing all topics at the end.
 const UNANNOUNCE_WITHIN: Duration = Duration::from_secs(2);
 
 /// Keeps the announced topics equal to the wanted ones.
 pub(crate) struct Announcer<Wanted> {
     transport: Arc<dyn Transport>,
-    /// Says which topics the worker should be found under.
+    /// Returns the topics that should be announced.
     wanted: Wanted,
     changes: watch::Receiver<()>,
     announced: BTreeSet<Topic>,
@@ -32,7 +32,7 @@ impl<Wanted: Fn() -> BTreeSet<Topic>> Announcer<Wanted> {
         Self { transport, wanted, changes, announced: BTreeSet::new() }
     }
 
-    /// Announces until `stop`, then takes everything back.
+    /// Announces until `stop`, then unannounces every topic.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let announcing = async {
             loop {
@@ -41,7 +41,7 @@ impl<Wanted: Fn() -> BTreeSet<Topic>> Announcer<Wanted> {
                 if wanted != self.announced {
                     self.reconcile(&wanted).await;
                 }
-                // What failed is tried again, change or not.
+                // A topic that failed is retried, even if nothing has changed.
                 let _ = time::timeout(HEARTBEAT, self.changes.changed()).await;
             }
         };
@@ -61,7 +61,7 @@ impl<Wanted: Fn() -> BTreeSet<Topic>> Announcer<Wanted> {
             if self.announced.contains(topic) {
                 continue;
             }
-            // Entered first: an announcement that is cut off by the stop may have reached the network.
+            // Recorded first: an announcement that `stop` interrupts may already have reached the network.
             self.announced.insert(topic.clone());
             match time::timeout(ANNOUNCE_WITHIN, self.transport.announce(topic)).await {
                 Ok(Ok(())) => continue,

@@ -48,37 +48,37 @@ use crate::quota_guard::{Limits, Place, QuotaGuard};
 use crate::remote_models::RemoteModels;
 use crate::runtimes::Runtimes;
 
-/// How long a job may take to begin before it is accepted all the same. Orchestrators wait 500 ms for the
-/// acceptance; a job that begins sooner can still be refused for what the engine finds wrong with it.
+/// A job that has not begun after this time is accepted all the same. Orchestrators wait 500 ms for the acceptance. A
+/// job that begins sooner can still be refused if the engine rejects its request.
 const BEGIN_BEFORE_ACCEPT: Duration = Duration::from_millis(200);
-/// A request longer than this takes a while to read, so it is accepted first and read beside the network's tasks.
+/// A request longer than this takes a while to parse, so it is accepted first and parsed on a blocking thread.
 const READ_AT_ONCE_BYTES: usize = 256 * 1024;
-/// How often the engines are looked at while nothing ends.
+/// How often the engines are polled while no job ends.
 const METER_EVERY: Duration = Duration::from_millis(500);
-/// How long the registry's list may take to be read at the start.
+/// How long to wait for the registry's catalog at the start.
 const CATALOG_WITHIN: Duration = Duration::from_secs(3);
 /// How long a caller may take to receive an error or a refusal.
 const LAST_WORD: Duration = Duration::from_secs(1);
 
-/// What a worker is made of besides its configuration.
+/// What a worker is built from, besides its configuration.
 pub struct WorkerParts {
-    /// Its end of the network.
+    /// Its transport to the network.
     pub transport: Arc<dyn Transport>,
-    /// Its key, the same as the transport's.
+    /// Its key, which is also the transport's.
     pub key: NodeKey,
-    /// The number of this start; greater than at every start before.
+    /// The number of this start; greater than that of every earlier start.
     pub epoch: u64,
-    /// The time of day, for its reports.
+    /// Wall clock for its reports.
     pub clock: Arc<dyn Clock>,
-    /// Where its models run.
+    /// The runtime that runs its models.
     pub runtime: Arc<dyn ModelRuntime>,
-    /// Where its models lie.
+    /// The store of its model files.
     pub artifacts: ArtifactStore,
-    /// Where it counts; workers of one process may share them.
+    /// Its metrics; workers of one process may share them.
     pub metrics: Metrics,
-    /// Who may give it work, and be told how it is.
+    /// Decides which nodes may give it work and read its state.
     pub membership: Membership,
-    /// Servers whose models it serves as well, as they come and go.
+    /// Servers whose models it serves as well, while they run.
     pub adoption: Option<Adoption>,
     pub version: String,
 }
@@ -99,17 +99,17 @@ pub struct BaseWorker {
     catalog_read: watch::Sender<Option<Instant>>,
     adopted: watch::Sender<Option<usize>>,
     stopped: CancellationToken,
-    /// Handles learn of the end of a worker that never ran, too.
+    /// Handles also see the end of a worker that never ran.
     end: DropGuard,
 }
 
-/// Looks at a worker from outside. Clones look at the same.
+/// Observes a worker from outside. Clones observe the same worker.
 #[derive(Debug, Clone)]
 pub struct WorkerHandle {
     worker_id: WorkerId,
-    /// When the registry's list was first read.
+    /// When the registry's catalog was first read.
     catalog_read: watch::Sender<Option<Instant>>,
-    /// How many models of servers were found, once they were looked for.
+    /// How many servers' models were found; `None` before the first poll.
     adopted: watch::Sender<Option<usize>>,
     loader: Arc<ModelLoader>,
     hearing: Arc<Hearing>,
@@ -119,7 +119,7 @@ pub struct WorkerHandle {
 /// Why a worker will not be ready.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NotReady {
-    /// A model could not be loaded. The worker goes on trying.
+    /// A model could not be loaded. The worker keeps trying.
     #[error("{model}: {reason}")]
     LoadFailed { model: ModelKey, reason: Arc<str> },
     /// The worker has stopped.
@@ -128,7 +128,7 @@ pub enum NotReady {
 }
 
 impl BaseWorker {
-    /// Makes a worker. The configuration should have passed [`Config::check`].
+    /// Creates a worker. The configuration must have passed [`Config::check`].
     pub fn new(config: Config, parts: WorkerParts) -> Self {
         let changes = watch::Sender::new(());
         let Config { slots, queue_max, tenant_jobs_max, preload, memory_max_mib, vram_max_mib, .. } = config;
@@ -187,7 +187,7 @@ impl BaseWorker {
         }
     }
 
-    /// Returns a handle to look at the worker while it runs.
+    /// Returns a handle that observes the worker while it runs.
     pub fn handle(&self) -> WorkerHandle {
         let worker_id = self.parts.transport.public_key();
         let (loader, hearing) = (self.loader.clone(), self.hearing.clone());
@@ -195,7 +195,7 @@ impl BaseWorker {
         WorkerHandle { worker_id, catalog_read, adopted, loader, hearing, stopped: self.stopped.clone() }
     }
 
-    /// Works until `stop`; then refuses new jobs, lets those that are here end, and leaves.
+    /// Runs until `stop`; then refuses new jobs, lets running jobs finish, and leaves the network.
     pub async fn run(self, stop: CancellationToken) {
         let Self {
             config,
@@ -219,7 +219,7 @@ impl BaseWorker {
         device_report::log_devices(&hardware);
         loader.set_hardware(&hardware);
         let capabilities = Capabilities::of(&hardware.devices);
-        // Cancelled as well when this future is dropped, so that nothing runs on without its owner.
+        // Also cancelled when this future is dropped, so that no task outlives its owner.
         let life = CancellationToken::new();
         let _end_of_life = life.clone().drop_guard();
         let bounds = config.clone();
@@ -262,7 +262,7 @@ impl BaseWorker {
             })
             .unary(PRESENCE_DESCRIBE, move |caller, _: Empty| {
                 let described = asked.check(caller.key).map(|()| {
-                    // The orchestrator that asks has the report with the answer.
+                    // The orchestrator that asks receives the report with the response.
                     let (now, signed) = (Instant::now(), written.sign());
                     described_to.heard(now);
                     signed
@@ -312,7 +312,7 @@ impl BaseWorker {
             let _ = time::timeout(LAST_WORD, guard.empty()).await;
         }
         reporter_stop.cancel();
-        // The server stays until the orchestrators know: they would take silence for a fault.
+        // The server stays up until the orchestrators know of the end: they would take silence for a failure.
         let _ = reporter.await;
         let _ = announcer.await;
         server_stop.cancel();
@@ -330,23 +330,22 @@ impl fmt::Debug for BaseWorker {
 }
 
 impl WorkerHandle {
-    /// Returns the worker's public key.
     pub fn worker_id(&self) -> WorkerId {
         self.worker_id
     }
 
-    /// Returns why no orchestrator takes the worker's reports, while that is so.
+    /// Returns why no orchestrator accepts the worker's reports, or `None` while that is no problem.
     pub fn unheard(&self) -> Option<String> {
         self.hearing.unheard()
     }
 
-    /// Returns the processes that hold its models.
+    /// Returns the process ids of its engines.
     pub fn engine_pids(&self) -> Vec<u32> {
         self.loader.cache().ready().into_iter().filter_map(|(_, loaded)| loaded.pid).collect()
     }
 
-    /// Waits until the models that operators added are taken up, and an orchestrator knows; not for long where no
-    /// registry or no orchestrator answers.
+    /// Waits until the models that operators added are served and an orchestrator knows of them. The wait is short if
+    /// no registry or no orchestrator answers.
     pub async fn has_catalog(&self) {
         let mut read = self.catalog_read.subscribe();
         let known = async {
@@ -358,29 +357,29 @@ impl WorkerHandle {
         let _ = time::timeout(CATALOG_WITHIN, known).await;
     }
 
-    /// Returns the models that it serves: those that answer, and those that it loads when somebody asks for them.
+    /// Returns the models that it serves: those in memory, and those that it loads on demand.
     pub fn served_models(&self) -> Vec<ModelKey> {
         let entries = self.loader.cache().entries();
         let served = entries.iter().filter(|entry| !matches!(*entry.status.borrow(), Status::Failed(_)));
         served.map(|entry| entry.key.clone()).collect()
     }
 
-    /// Returns the models that answer.
+    /// Returns the models that are ready.
     pub fn ready_models(&self) -> Vec<ModelKey> {
         self.loader.cache().ready().into_iter().map(|(key, _)| key).collect()
     }
 
-    /// Returns how many models of servers it has adopted, as far as it has looked.
+    /// Returns how many servers' models the last poll found.
     pub fn adopted_count(&self) -> usize {
         self.adopted.borrow().unwrap_or(0)
     }
 
-    /// Waits until every model that is to be in memory answers, is left out for want of room, or could not be loaded;
-    /// then it is the first of these that is told.
+    /// Waits until every model that is to be in memory is ready, is left out for lack of memory, or has failed. Returns
+    /// the first failure.
     pub async fn ready(&self) -> Result<(), NotReady> {
         let all = async {
             let mut outcome = Ok(());
-            // Servers are looked for once, whether or not one answers.
+            // Servers are polled once, whether or not one answers.
             let _ = self.adopted.subscribe().wait_for(Option::is_some).await;
             for entry in self.loader.cache().entries().iter() {
                 if self.loader.preloads(entry) {
@@ -408,12 +407,12 @@ async fn settled(entry: &Entry) -> Result<(), NotReady> {
     }
 }
 
-/// Counts what the engines do until `stop`.
+/// Records the engines' metrics until `stop`.
 async fn meter(handlers: Arc<Handlers>, mut meter: EngineMeter, stop: CancellationToken) {
     let counting = async {
         loop {
             meter.add(&handlers.loader.observe());
-            // What a job took is told when it ends, and what its cancel stopped soon after.
+            // A job's work is counted when the job ends, and work that a cancellation stopped, soon after.
             let _ = time::timeout(METER_EVERY, handlers.job_ended.notified()).await;
         }
     };
@@ -422,20 +421,20 @@ async fn meter(handlers: Arc<Handlers>, mut meter: EngineMeter, stop: Cancellati
     meter.clear();
 }
 
-/// Where jobs come in.
+/// Handlers of the worker's RPC methods.
 struct Handlers {
     membership: Membership,
     region: Region,
     draining: AtomicBool,
     guard: Arc<QuotaGuard>,
-    /// Brings a request's `keep_alive` within the worker's bounds.
+    /// Clamps a request's `keep_alive` to the worker's bounds.
     bound_keep_alive: Box<dyn Fn(i64) -> i64 + Send + Sync>,
     loader: Arc<ModelLoader>,
     engine: ExecutionEngine,
     /// Ends the jobs that did not end by themselves.
     give_up: CancellationToken,
     job_ended: Notify,
-    /// Requests that are read on threads of their own.
+    /// Requests that are being parsed on blocking threads.
     reading: TaskTracker,
 }
 
@@ -453,7 +452,7 @@ impl Caller {
         }
     }
 
-    /// Says that its job is not run.
+    /// Refuses or fails the call.
     async fn refuse(self, error: WireError) {
         match self {
             Self::Waiting(call) => refuse(call, error).await,
@@ -465,7 +464,7 @@ impl Caller {
     }
 }
 
-/// A job that has its place.
+/// An admitted job.
 struct Job {
     request: Arc<InferRequest>,
     entry: Arc<Entry>,
@@ -474,15 +473,15 @@ struct Job {
 }
 
 impl Handlers {
-    /// Takes a job or refuses it, and answers it.
+    /// Admits or refuses a job, and answers it.
     async fn take(self: Arc<Self>, call: StreamCall) {
         if let Err(error) = self.check_in(call.peer) {
             return refuse(call, error).await;
         }
         let (body, deadline) = (call.body.clone(), call.deadline);
         let (caller, request) = if body.len() > READ_AT_ONCE_BYTES {
-            // Accepted means that it has arrived and may have a place: its length must not look like a worker's
-            // silence.
+            // Accepting early only means that the request has arrived and may be admitted. Without it, the time to
+            // parse a long request would look like a worker that does not respond.
             let Ok(reply) = call.accept().await else { return };
             let read = self.reading.spawn_blocking(move || read(&body)).await;
             (Caller::Accepted(reply), read.unwrap_or_else(|_| Err(stopping())))
@@ -505,12 +504,12 @@ impl Handlers {
         );
     }
 
-    /// Returns whether a node has business here.
+    /// Returns an error unless the node is an orchestrator of this pool and region.
     fn check(&self, peer: PublicKey) -> Result<(), WireError> {
         Ok(self.membership.admit(peer, NodeRole::Orchestrator, Some(&self.region))?)
     }
 
-    /// Says why a node's job is not even read, where it is not.
+    /// Returns an error if a node's job is to be refused without parsing it.
     fn check_in(&self, peer: PublicKey) -> Result<(), WireError> {
         self.check(peer)?;
         if self.draining.load(Ordering::Relaxed) {
@@ -519,7 +518,7 @@ impl Handlers {
         Ok(self.guard.check_room()?)
     }
 
-    /// Checks a job and gives it a place; says why not, before any work is done.
+    /// Admits a job, or returns the reason for refusing it, before any work is done.
     fn admit(&self, request: InferRequest, call_deadline: Option<Instant>) -> Result<Job, WireError> {
         let key = ModelKey { model_id: request.model_id.clone(), version: request.version };
         let entry = self.loader.cache().find(&key).ok_or_else(|| not_here(&key))?;
@@ -553,7 +552,7 @@ impl Handlers {
                 caller.refuse(error.clone()).await;
                 return Err(Broken::Failed(error));
             }
-            // The model is on its way into memory, or the engine has much to do.
+            // The model is being loaded, or the engine is busy.
             Err(_) => None,
         };
         let mut reply = caller.accept().await?;
@@ -574,7 +573,7 @@ impl Handlers {
                 answered = answering => answered,
             }
         };
-        // The place is free before the caller learns of the end, so that it may send the next job at once.
+        // The place is freed before the caller learns of the end, so that it may send the next job at once.
         drop(place);
         match answered {
             Ok(last) => finish(reply, &last).await,
@@ -587,7 +586,7 @@ impl Handlers {
         }
     }
 
-    /// Has a model move, and says where it is.
+    /// Loads or unloads a model, and returns its state.
     fn place_of(&self, worker_id: WorkerId, request: &ModelMove) -> Result<ModelPlaces, WireError> {
         let ModelMove { key, load, keep_alive_secs } = request;
         let entry = self.loader.cache().find(key).ok_or_else(|| not_here(key))?;
@@ -601,7 +600,7 @@ impl Handlers {
         Condition { jobs: self.guard.count(), draining: self.draining.load(Ordering::Relaxed), snapshots }
     }
 
-    /// Returns the topics to be found under: none, once no more work is taken.
+    /// Returns the topics to announce: none while draining.
     fn wanted_topics(&self, region: &Region) -> BTreeSet<Topic> {
         if self.draining.load(Ordering::Relaxed) {
             return BTreeSet::new();
@@ -610,14 +609,14 @@ impl Handlers {
     }
 }
 
-/// Reads a job and checks what types cannot.
+/// Parses a job and checks what its types cannot express.
 fn read(body: &[u8]) -> Result<InferRequest, WireError> {
     let request: InferRequest = codec::decode(body)?;
     request.input.check()?;
     Ok(request)
 }
 
-/// Waits until a job has begun, and tells its caller meanwhile that it waits.
+/// Waits until a job has begun, and sends its caller progress meanwhile.
 async fn wait(
     mut beginning: impl Future<Output = Result<Begun, WireError>> + Unpin,
     request: &InferRequest,
@@ -635,7 +634,7 @@ async fn wait(
     }
 }
 
-/// Waits until an answer that has not begun is too late.
+/// Waits until the deadline of an answer that has not begun.
 async fn passed(deadline: Option<Instant>, has_begun: &CancellationToken) {
     if let Some(deadline) = deadline
         && has_begun.run_until_cancelled(time::sleep_until(deadline)).await.is_some()

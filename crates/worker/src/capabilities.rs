@@ -1,11 +1,11 @@
-//! What the machine can do, as schedulers and people name it (W8).
+//! The machine's capabilities, as schedulers and operators name them (W8).
 
 use engine::hardware::{Device, gpu_class};
 
 /// The labels under which a worker is scheduled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
-    /// The class of its accelerator; `cpu` for none.
+    /// The class of its accelerator; `cpu` without one.
     pub gpu_class: String,
     /// Memory of its accelerators, in GiB.
     pub vram_gb: u32,
@@ -14,10 +14,10 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// Returns the labels of a machine with these devices, whose CPU is looked at here.
+    /// Returns the labels of a machine with these devices. Detects the CPU's features itself.
     pub fn of(devices: &[Device]) -> Self {
         let gpus = || devices.iter().filter(|device| device.is_gpu());
-        // Of several, the one with the most memory is what large models are for.
+        // Of several GPUs, the one with the most memory determines which large models fit.
         let largest = gpus().max_by_key(|device| device.total_bytes);
         let gpu_bytes = gpus().fold(0_u64, |sum, device| sum.saturating_add(device.total_bytes));
         let mut accelerators: Vec<String> = gpus().map(Device::interface).collect();
@@ -26,7 +26,7 @@ impl Capabilities {
         accelerators.extend(cpu_features().into_iter().filter(|(_, there)| *there).map(|(name, _)| name.to_owned()));
         Self {
             gpu_class: largest.map_or_else(|| "cpu".to_owned(), |device| gpu_class(&device.description)),
-            // Drivers keep some of it to themselves, so the nearest number is what is printed on the box.
+            // Drivers reserve some memory, so the nearest whole number is the advertised size.
             vram_gb: (gpu_bytes as f64 / f64::from(1 << 30)).round() as u32,
             accelerators,
         }
@@ -82,7 +82,7 @@ mod tests {
     fn a_machine_without_an_accelerator_is_of_class_cpu() {
         let found = Capabilities::of(&[]);
         assert_eq!((found.gpu_class.as_str(), found.vram_gb), ("cpu", 0));
-        // Labels read like the region's slug: schedulers and people compare them as they are.
+        // Labels have the form of the region's slug: schedulers and people compare them verbatim.
         let slug = |label: &String| label.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'));
         assert!(found.accelerators.iter().all(slug), "{:?}", found.accelerators);
     }

@@ -1,5 +1,4 @@
-//! Takes up the models that operators added and that this node has or could fetch, and lets go of those that were
-//! removed.
+//! Serves the models that operators added and that this node has or could fetch, and drops those that were removed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,18 +17,18 @@ use crate::config::{CatalogUse, ServedAdapter, ServedModel};
 use crate::listed::Listed;
 use crate::model_loader::ModelLoader;
 
-/// How often the list is read.
+/// How often the catalog is read.
 const EVERY: Duration = Duration::from_secs(3);
-/// How long a registry may take to be found at the start.
+/// How long to wait for a registry to be found at the start.
 const FOUND_WITHIN: Duration = Duration::from_secs(2);
 /// How long a registry may take to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
-/// How long a file that was fetched stays when no model has it any more: a registry may be set up anew, or a model
+/// How long a fetched file is kept after no listed model has it any more. A registry may be set up anew, or a model
 /// removed by mistake.
 const UNLISTED_FOR: Duration = Duration::from_mins(1);
 
-/// Keeps the models of a worker equal to those that operators added, beside those of its configuration.
+/// Keeps a worker's models equal to those that operators added. Models of its configuration are left alone.
 pub(crate) struct CatalogWatch {
     client: Client,
     directory: Directory,
@@ -37,16 +36,16 @@ pub(crate) struct CatalogWatch {
     loader: Arc<ModelLoader>,
     use_of: CatalogUse,
     listed: Listed,
-    /// Since when files are listed no more.
+    /// Since when each file has not been listed.
     unlisted: BTreeMap<Digest, Instant>,
-    /// The models that were taken up.
+    /// The models that this watch added.
     taken: BTreeMap<ModelKey, ServedModel>,
-    /// When the list was first read.
+    /// When the catalog was first read.
     read: watch::Sender<Option<Instant>>,
 }
 
 impl CatalogWatch {
-    /// Makes a watch that says when it first read the list.
+    /// Creates a watch that publishes when it first read the catalog.
     pub(crate) fn new(
         client: Client,
         directory: Directory,
@@ -60,12 +59,12 @@ impl CatalogWatch {
         Self { client, directory, membership, loader, use_of, listed, unlisted, taken, read }
     }
 
-    /// Watches until `stop`.
+    /// Follows the catalog until `stop`.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let watching = async {
             let mut ticks = time::interval(EVERY);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            // A registry that is being found is asked as soon as it is.
+            // Wait for the registry, so that its catalog is read as soon as it is found.
             self.directory.wait_for(NodeRole::Registry, FOUND_WITHIN).await;
             loop {
                 ticks.tick().await;
@@ -79,7 +78,7 @@ impl CatalogWatch {
         stop.run_until_cancelled(watching).await;
     }
 
-    /// Reads the list. Without a registry nothing changes.
+    /// Reads the catalog. Without a registry nothing changes.
     async fn list(&self) -> Option<Catalog> {
         for registry in self.directory.find(NodeRole::Registry) {
             match self.client.call::<_, Catalog>(registry, CATALOG_LIST, &Empty {}, ANSWER_WITHIN).await {
@@ -94,9 +93,9 @@ impl CatalogWatch {
         self.listed.update(catalog);
         let own = self.membership.own();
         let may_serve = |model: &ModelEntry| own.as_ref().is_none_or(|own| own.allows_model(&model.key.model_id));
-        // What a worker offered is that worker's to serve.
+        // A model that a worker offered is served by that worker only.
         let added = catalog.models.iter().filter(|model| model.added && may_serve(model));
-        // What has been taken up stays: memory that is short for a while is no reason to go.
+        // A model that was added stays: a temporary shortage of memory is no reason to drop it.
         let can_serve = |model: &ModelEntry| {
             self.loader.has_artifact(&model.digest)
                 || self.loader.could_fetch(&model.digest)
@@ -109,7 +108,7 @@ impl CatalogWatch {
         let is_over = |(key, model): &(&ModelKey, &ServedModel)| match wanted.get(*key) {
             None => true,
             Some(wanted) if wanted == *model => false,
-            // Its adapters have changed: nobody's job is to suffer from that.
+            // Its adapters have changed: wait until no job uses it.
             Some(wanted) => wanted.digest != model.digest || self.loader.is_unused(key),
         };
         let gone: Vec<ModelKey> = self.taken.iter().filter(is_over).map(|(key, _)| key.clone()).collect();
@@ -119,7 +118,7 @@ impl CatalogWatch {
             self.taken.remove(&key);
         }
         for (key, model) in wanted {
-            // What the configuration says of a model wins.
+            // The configuration's settings of a model take precedence.
             if self.loader.cache().find(&key).is_none() {
                 info!(model = %key, "the registry lists the model: it is served");
                 self.loader.take_up(model.clone());
@@ -138,7 +137,7 @@ impl CatalogWatch {
         self.loader.look_at_files();
     }
 
-    /// Deletes the fetched files of models that were removed a while ago.
+    /// Deletes the fetched files of models that were removed some time ago.
     async fn clear(&mut self) {
         let (listed, now) = (self.listed.all(), Instant::now());
         self.unlisted.retain(|digest, _| !listed.contains_key(digest));

@@ -1,4 +1,4 @@
-//! Says in plain lines what computes: which device, how many layers lie on it, and why a GPU is not used.
+//! Describes where models run: on which device, how many layers it holds, and why a GPU is not used.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use tracing::{info, warn};
 
 use crate::config::ServedModel;
 
-/// Logs what this machine computes with, and each GPU that it has and does not compute with.
+/// Logs the devices that run models, and each GPU that is not used.
 pub(crate) fn log_devices(hardware: &Hardware) {
     let Some(line) = devices_line(hardware) else { return };
     info!("{line}");
@@ -19,7 +19,7 @@ pub(crate) fn log_devices(hardware: &Hardware) {
     }
 }
 
-/// Returns what computes models; `None` where no engine says.
+/// Returns a line about the devices that run models; `None` if no engine reports any.
 fn devices_line(hardware: &Hardware) -> Option<String> {
     let gpus = hardware.gpus();
     if gpus.is_empty() {
@@ -30,7 +30,7 @@ fn devices_line(hardware: &Hardware) -> Option<String> {
     Some(format!("models are computed by {}", gpus.iter().map(told).collect::<Vec<_>>().join("; ")))
 }
 
-/// Returns where the layers of a loaded model lie, and why not on a GPU where there is one; `None` where nobody knows.
+/// Returns a line about where a loaded model's layers are, and why not on a GPU if there is one; `None` if unknown.
 pub(crate) fn layers_line(placement: &Placement, asked: Option<u32>) -> Option<String> {
     let Placement { layers, gpu_layers, devices, vram_free_bytes, .. } = placement;
     if *layers == 0 {
@@ -61,7 +61,7 @@ pub(crate) fn layers_line(placement: &Placement, asked: Option<u32>) -> Option<S
     })
 }
 
-/// Returns how many tokens the context of a loaded model has, and why not more.
+/// Returns a line about how many tokens the context of a loaded model holds, and why not more.
 pub(crate) fn context_line(loaded: &LoadedModel, model: &ServedModel) -> String {
     let LoadedModel { context_length, kv_tokens, slots, placement, .. } = loaded;
     let wanted = context_wanted(loaded, model);
@@ -78,7 +78,7 @@ pub(crate) fn context_line(loaded: &LoadedModel, model: &ServedModel) -> String 
     format!("a job holds up to {context_length} tokens, and the {slots} slots share {kv_tokens}{why}")
 }
 
-/// Returns the context that a model would have with memory enough.
+/// Returns the context length that a model would have with enough memory.
 fn context_wanted(loaded: &LoadedModel, model: &ServedModel) -> u32 {
     match (loaded.placement.context_trained, model.context_length) {
         (0, _) => loaded.context_length,
@@ -87,7 +87,7 @@ fn context_wanted(loaded: &LoadedModel, model: &ServedModel) -> u32 {
     }
 }
 
-/// Returns what a health report says of a loaded model.
+/// Returns a loaded model's placement as health reports have it.
 pub(crate) fn placement_of(loaded: &LoadedModel, model: &ServedModel) -> Option<health::Placement> {
     let Placement { layers, gpu_layers, devices, .. } = &loaded.placement;
     if *layers == 0 {
@@ -203,7 +203,7 @@ mod tests {
             let line = format!("a job holds up to {context_length} tokens, and the 4 slots share 8192{told}");
             assert_eq!(context_line(&loaded, &model(set)), line);
         }
-        // A runtime that does not know what a model was made for.
+        // A runtime that does not know the context length that a model was trained with.
         let unknown = loaded(512, Placement { context_trained: 0, ..placement(0, None) });
         assert_eq!(context_line(&unknown, &model(0)), "a job holds up to 512 tokens, and the 4 slots share 8192");
     }

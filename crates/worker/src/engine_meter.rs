@@ -1,6 +1,6 @@
-//! Counts what the engines did.
+//! Counts the engines' work.
 //!
-//! Engines tell totals since their load, and several workers may share the metrics; so only differences are added.
+//! Engines report totals since their load, and several workers may share the metrics, so only differences are added.
 
 use std::collections::BTreeMap;
 
@@ -9,14 +9,14 @@ use observability::metrics::{Metrics, ModelLabel};
 
 use crate::model_loader::{Observation, label};
 
-/// Carries engines' totals over into the metrics.
+/// Adds the engines' totals to the metrics.
 #[derive(Debug)]
 pub(crate) struct EngineMeter {
     metrics: Metrics,
     seen: BTreeMap<ModelId, Seen>,
 }
 
-/// What was last told of one engine.
+/// The last observation of one engine.
 #[derive(Debug, Clone)]
 struct Seen {
     label: ModelLabel,
@@ -45,7 +45,7 @@ impl EngineMeter {
         }
     }
 
-    /// Takes the present load of every engine off the gauges.
+    /// Subtracts the present load of every engine from the gauges.
     pub(crate) fn clear(&mut self) {
         for id in self.seen.keys().copied().collect::<Vec<_>>() {
             self.forget(id);
@@ -92,7 +92,7 @@ impl Seen {
         let difference = |before: u32, now: u32| i64::from(now) - i64::from(before);
         metrics.requests_running.get_or_create(&self.label).inc_by(difference(self.running, running));
         metrics.requests_waiting.get_or_create(&self.label).inc_by(difference(self.waiting, waiting));
-        // A share can't be added up over workers: whoever's changed last is shown.
+        // A ratio cannot be summed over workers: the gauge shows the worker that changed last.
         if self.kv_usage.to_bits() != kv_usage.to_bits() {
             metrics.kv_cache_usage.get_or_create(&self.label).set(f64::from(kv_usage));
         }

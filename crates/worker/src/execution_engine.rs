@@ -1,4 +1,4 @@
-//! Runs jobs on a model runtime: words of the network in, chunks out (W4).
+//! Runs jobs on a model runtime: translates requests, and streams answers as chunks (W4).
 
 mod choices;
 mod chunk_writer;
@@ -26,7 +26,7 @@ use translation::{embed_request, generate_request, prompt, prompts, wire_error};
 
 pub(crate) use chunk_writer::{empty_chunk, finish, pulse, send_progress};
 
-/// The most engines of a model that one job is given to, one after the other.
+/// The most engines of a model that one job is tried on, one after the other.
 const ENGINES_MAX: u32 = 2;
 
 pub(crate) struct ExecutionEngine {
@@ -34,23 +34,23 @@ pub(crate) struct ExecutionEngine {
     loader: Arc<ModelLoader>,
 }
 
-/// A job that runs. Dropping it stops the engine's work on it.
+/// A running job. Dropping it stops the engine's work on it.
 pub(crate) struct Begun {
     entry: Arc<Entry>,
     model: ModelId,
     work: Work,
-    /// Keeps the adapter where it is.
+    /// Keeps the adapter attached.
     _adapter: Option<Lease>,
     /// Keeps the model in memory.
     _hold: Hold,
 }
 
 enum Work {
-    /// Answers on their way.
+    /// Streamed answers.
     Choices(Box<Choices>),
-    /// Vectors, which are made all at once.
+    /// Embedding vectors, which are computed all at once.
     Vectors(Embeddings),
-    /// The number of a prompt's tokens.
+    /// The number of the prompt's tokens.
     Count(u32),
 }
 
@@ -58,7 +58,7 @@ enum Work {
 enum NotBegun {
     /// The engine failed it or is gone.
     Engine(EngineError),
-    /// It does not run on this worker, and the caller is told why.
+    /// It cannot run on this worker, and the caller learns why.
     Refused(WireError),
 }
 
@@ -68,12 +68,12 @@ impl From<EngineError> for NotBegun {
     }
 }
 
-/// Why an answer ended before its end.
+/// Why an answer ended early.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Broken {
     /// The caller cancelled or is gone: nobody needs an answer.
     Interrupted,
-    /// It failed, and the caller is told.
+    /// It failed, and the caller receives the error.
     Failed(WireError),
 }
 
@@ -94,10 +94,10 @@ impl ExecutionEngine {
         Self { runtime, loader }
     }
 
-    /// Waits until the model is in memory and hands it the job. What is wrong with the request is found here.
+    /// Waits until the model is in memory and gives the job to its engine. Errors of the request are returned here.
     ///
-    /// An engine that turns out to be gone has begun nothing: the job waits for the next one. A second one that goes
-    /// may go because of the job.
+    /// If the engine turns out to be gone, nothing has begun and the job waits for the next one. If that one goes too,
+    /// the job may be the cause.
     pub(crate) async fn begin(&self, entry: Arc<Entry>, request: Arc<InferRequest>) -> Result<Begun, WireError> {
         let mut hold = self.loader.resident(&entry).await.map_err(|error| load_failed(&error))?;
         let mut engines = 1;
@@ -140,7 +140,7 @@ impl ExecutionEngine {
         Ok((work, lease))
     }
 
-    /// Returns the adapter that a job asks for, attached; none where it is part of the weights.
+    /// Returns the attached adapter that a job asks for; `None` if it is merged into the weights.
     async fn attach(
         &self,
         entry: &Entry,
@@ -160,7 +160,7 @@ impl ExecutionEngine {
             )) => Err(error.into()),
             Err(error) => {
                 warn!(model = %entry.key, adapter = %adapter.name, %error, "the adapter could not be attached");
-                // A refusal: the model itself is well.
+                // A refusal, not a failure: the model itself works.
                 let message = "this worker cannot attach the adapter, try another";
                 Err(NotBegun::Refused(WireError::new(ErrorCode::ModelNotHere, message)))
             }
@@ -184,7 +184,7 @@ impl ExecutionEngine {
         inputs: &[EmbedInput],
         dimensions: Option<u32>,
     ) -> Result<Embeddings, EngineError> {
-        // 0 says that the runtime does not know it before it makes one.
+        // 0 means that the runtime does not know the length before it has made a vector.
         let known = (loaded.abilities.embedding_length != 0).then_some(loaded.abilities.embedding_length as usize);
         check_length(dimensions, known)?;
         let embeddings = self.runtime.embed(embed_request(loaded.id, inputs)).await?;
@@ -196,9 +196,9 @@ impl ExecutionEngine {
         Ok(embeddings)
     }
 
-    /// Sends the answer chunk by chunk as it comes, and returns its last chunk for the caller to send.
+    /// Sends the answer chunk by chunk as it is generated, and returns the last chunk for the caller to send.
     ///
-    /// The last chunk is left to the caller, so that the job's place can be free before its end is known. `has_begun`
+    /// The caller sends the last chunk, so that it can free the job's place before the client sees the end. `has_begun`
     /// is cancelled with the first part of the answer.
     pub(crate) async fn answer(
         &self,
@@ -220,7 +220,8 @@ impl ExecutionEngine {
         let mut writer = ChunkWriter::new(request, choices.count());
         let mut pulse = pulse();
         loop {
-            // An adopted server says nothing while it reads a prompt, and a full engine nothing to who is not let in.
+            // An adopted server sends nothing during prefill, and a full engine sends nothing to a request that it has
+            // not admitted.
             let is_unheard = choices.is_outside() || entry.model.is_server() && !writer.has_begun();
             let mut next = tokio::select! {
                 biased;
@@ -232,7 +233,7 @@ impl ExecutionEngine {
                     continue;
                 }
             };
-            // What else is ready rides along: under load, few large chunks cost less than many small ones.
+            // Batch whatever else is ready: under load, few large chunks cost less than many small ones.
             let failure = loop {
                 match next {
                     Ok((index, event)) => {
@@ -267,7 +268,7 @@ impl ExecutionEngine {
         }
     }
 
-    /// Takes note of an engine's error and says it in the network's words.
+    /// Records an engine's error and translates it to a wire error.
     fn failed(&self, entry: &Entry, model: ModelId, error: &EngineError, request: &InferRequest) -> WireError {
         self.loader.job_failed(entry, model, error);
         if let EngineError::Failed { .. } | EngineError::Crashed { .. } | EngineError::InvalidModel { .. } = error {
@@ -283,7 +284,7 @@ impl fmt::Debug for ExecutionEngine {
     }
 }
 
-/// Checks that vectors are as long as was asked for, as far as their length is known.
+/// Checks that vectors have the requested length, if their length is known.
 fn check_length(wanted: Option<u32>, known: Option<usize>) -> Result<(), EngineError> {
     match (wanted, known) {
         (Some(wanted), Some(known)) if wanted as usize != known => {

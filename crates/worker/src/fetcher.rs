@@ -1,7 +1,6 @@
-//! Fetches models' files from other nodes that have them, goes on where an earlier try ended, and makes room for them
-//! (W2).
+//! Fetches model files from other nodes, resumes interrupted downloads, and frees disk space for them (W2).
 //!
-//! Nothing that comes is believed: a file counts once all of its bytes have the digest that the registry lists.
+//! No source is trusted: a file counts once all of its bytes have the digest that the registry lists.
 
 pub(crate) mod disk;
 pub(crate) mod sources;
@@ -28,22 +27,22 @@ use crate::listed::{Listed, ListedFile};
 use disk::{FreeBytes, Shortage, Usage};
 use sources::{AVOID_FOR, Source, Sources, blamed};
 
-/// Files fetched at once. A node gives one caller as many.
+/// Files fetched at once. A node serves as many to one caller.
 const FETCHES_MAX: usize = 2;
 /// Bytes written at a time.
 const BLOCK_BYTES: usize = 1 << 20;
-/// Rounds in a row through all sources without a byte, before the fetch is given up.
+/// Consecutive rounds through all sources without a byte after which the fetch is given up.
 const ROUNDS_MAX: u32 = 3;
-/// The wait after such a round, and after one in which a source was busy.
+/// The wait after such a round, and after a round in which a source was busy.
 const ROUND_WAIT: Duration = Duration::from_secs(2);
-/// For how long busy sources are waited for.
+/// How long to keep waiting for busy sources.
 const BUSY_FOR: Duration = Duration::from_mins(10);
-/// Wrong files in a row before the fetch is given up.
+/// Consecutive digest mismatches after which the fetch is given up.
 const MISMATCHES_MAX: u32 = 3;
-/// A source that sends less than this within this time is left for another.
+/// A source that sends less than this within `SLOW_AFTER` is left for another.
 const SLOW_BYTES: u64 = 64 * 1024;
 const SLOW_AFTER: Duration = Duration::from_secs(30);
-/// How often it is looked whether a file is there that somebody else on this machine fetches.
+/// How often to check whether another process on this machine has completed its fetch of the same file.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Fetches files for one worker.
@@ -57,21 +56,21 @@ pub(crate) struct Fetcher {
     free_bytes: FreeBytes,
     metrics: Metrics,
     places: Semaphore,
-    /// What is being fetched, and how long it is.
+    /// The files that are being fetched, with their lengths.
     under_way: Mutex<BTreeMap<Digest, u64>>,
-    /// Held while room is made.
+    /// Held while disk space is freed.
     making_room: tokio::sync::Mutex<()>,
     blocking: TaskTracker,
 }
 
-/// What a fetcher is made of.
+/// What a fetcher is built from.
 pub(crate) struct FetcherParts {
     pub(crate) use_of: CatalogUse,
     pub(crate) client: Client,
     pub(crate) directory: Directory,
     pub(crate) store: ArtifactStore,
     pub(crate) listed: Listed,
-    /// The most that fetched files may take together, in bytes; `None` for what is free.
+    /// The most bytes that fetched files may take together; `None` for no limit but the free space.
     pub(crate) most_bytes: Option<u64>,
     pub(crate) free_bytes: FreeBytes,
     pub(crate) metrics: Metrics,
@@ -96,9 +95,9 @@ pub(crate) enum FetchError {
 enum Cut {
     /// It failed, does not have the file, or cannot be reached.
     Failed(String),
-    /// It gives to others at the moment.
+    /// It is busy serving other nodes.
     Busy(String),
-    /// What it has is not what is listed.
+    /// Its data does not match the listed file.
     Wrong(String),
     /// The file could not be written.
     Disk(io::Error),
@@ -113,12 +112,12 @@ impl Cut {
     }
 }
 
-/// Takes note of how many bytes of how many there are, and of how many there were at the beginning.
+/// Called with the bytes there are, the length of the file, and the bytes that were there at the beginning.
 pub(crate) type Progress<'a> = &'a (dyn Fn(u64, u64, u64) + Send + Sync);
 
 type Shared = Arc<Mutex<Partial>>;
 
-/// Says that a file is being fetched, as long as it is.
+/// Marks a file as being fetched until dropped.
 struct UnderWay<'a> {
     fetcher: &'a Fetcher,
     digest: Digest,
@@ -149,23 +148,23 @@ impl Fetcher {
         }
     }
 
-    /// Returns where files lie.
+    /// Returns the store of the files.
     pub(crate) fn store(&self) -> &ArtifactStore {
         &self.store
     }
 
-    /// Returns what is listed of a file that may be fetched.
+    /// Returns the catalog's entry of a file that may be fetched.
     pub(crate) fn fetchable(&self, digest: &Digest) -> Option<ListedFile> {
         self.listed.get(digest).filter(|_| self.use_of == CatalogUse::Fetch)
     }
 
-    /// Returns whether the disk could take a file, with or without those that were fetched before.
+    /// Returns whether the disk could hold a file, after evicting earlier fetched files if need be.
     pub(crate) fn could_take(&self, digest: &Digest, bytes: u64) -> bool {
         let left = bytes.saturating_sub(self.store.partial_bytes(digest));
         self.usage(Some(digest)).is_ok_and(|usage| usage.could_take(left))
     }
 
-    /// Fetches a file that is listed, unless it is here. Cancel safe: what came stays.
+    /// Fetches a listed file unless it is here. Cancel safe: the bytes received so far are kept.
     pub(crate) async fn fetch(&self, digest: &Digest, progress: Progress<'_>) -> Result<(), FetchError> {
         let file = self.fetchable(digest).ok_or(FetchError::Withdrawn)?;
         tokio::select! {
@@ -176,7 +175,7 @@ impl Fetcher {
     }
 
     async fn fetch_listed(&self, digest: &Digest, file: &ListedFile, progress: Progress<'_>) -> Result<(), FetchError> {
-        // Closed by nobody.
+        // The semaphore is never closed.
         let _place = self.places.acquire().await;
         let Some(partial) = self.partial(digest).await? else { return Ok(()) };
         let begun_with = bytes_of(&partial);
@@ -220,7 +219,7 @@ impl Fetcher {
         }
     }
 
-    /// Reads what is left of a file from one source after the other, and returns those that sent some of it.
+    /// Reads the rest of a file from one source after the other, and returns the sources that sent some of it.
     async fn collect(
         &self,
         digest: &Digest,
@@ -272,7 +271,7 @@ impl Fetcher {
         Ok(contributors)
     }
 
-    /// Reads from one source what is left of a file. What came stays, however it ends.
+    /// Reads the rest of a file from one source. The bytes received are kept, however it ends.
     async fn read_from(
         &self,
         source: Source,
@@ -304,7 +303,8 @@ impl Fetcher {
                 }
             }
             if block.len() >= BLOCK_BYTES {
-                // One block is written while the next one comes, and never two at once: they have an order.
+                // One block is written while the next one is received. Two are never written at once, since their order
+                // matters.
                 if let Some(written) = writing.take() {
                     note(finished(written).await.map_err(Cut::Disk)?);
                 }
@@ -324,7 +324,7 @@ impl Fetcher {
         ended
     }
 
-    /// Writes a block, and returns how many bytes there are then.
+    /// Writes a block, and returns the file's length so far.
     fn append(&self, partial: &Shared, block: bytes::Bytes) -> tokio::task::JoinHandle<io::Result<u64>> {
         let partial = partial.clone();
         self.blocking.spawn_blocking(move || {
@@ -334,7 +334,7 @@ impl Fetcher {
         })
     }
 
-    /// Opens what there is of a file, once nobody else on this machine fetches it; nothing where it is complete.
+    /// Opens the partial file once no other process on this machine fetches it; `None` if the file is complete.
     async fn partial(&self, digest: &Digest) -> io::Result<Option<Shared>> {
         loop {
             let (store, digest) = (self.store.clone(), *digest);
@@ -343,7 +343,7 @@ impl Fetcher {
                     return Ok(Some(None));
                 }
                 let Some(partial) = store.partial(&digest)? else { return Ok(None) };
-                // Whoever fetched it may have completed it in between.
+                // Another process may have completed the file before this one took the lock.
                 if store.contains(&digest) {
                     partial.discard()?;
                     return Ok(Some(None));
@@ -367,14 +367,14 @@ impl Fetcher {
         done.await.unwrap_or_else(|error| Err(io::Error::other(error).into()))
     }
 
-    /// Deletes files that were fetched, the least recently used first, until a file has room.
+    /// Evicts fetched files, least recently used first, until there is space for a file.
     async fn make_room(&self, digest: &Digest, bytes: u64, there: u64) -> Result<UnderWay<'_>, FetchError> {
         let _making_room = self.making_room.lock().await;
         let wanted = bytes - there;
         let fetched = self.store.fetched()?;
         let mut usage = self.usage(Some(digest))?;
         let shortage = Shortage { wanted, usage };
-        // Nothing leaves in vain.
+        // Nothing is evicted unless that frees enough.
         let can_leave = fetched.iter().filter(|fetched| !self.store.is_in_use(&fetched.digest));
         if usage.missing(wanted) > can_leave.map(|fetched| fetched.bytes).sum() {
             return Err(FetchError::NoRoom(shortage));
@@ -392,7 +392,7 @@ impl Fetcher {
         Ok(UnderWay { fetcher: self, digest: *digest })
     }
 
-    /// Looks at the disk, for a file that is to be fetched beside the others.
+    /// Measures the disk, for a file that is to be fetched besides those under way.
     fn usage(&self, wanted: Option<&Digest>) -> io::Result<Usage> {
         let under_way = self.under_way().clone();
         let others = under_way.iter().filter(|(digest, _)| Some(*digest) != wanted);
@@ -402,13 +402,14 @@ impl Fetcher {
         Ok(Usage { free: (self.free_bytes)(), most: self.most_bytes, fetched, partial, coming })
     }
 
-    /// Returns what was fetched, complete or not.
+    /// Returns the fetched files, complete or not.
     pub(crate) fn kept(&self) -> io::Result<Vec<Digest>> {
         let fetched = self.store.fetched()?.into_iter().map(|fetched| fetched.digest);
         Ok(fetched.chain(self.store.partials()?).collect())
     }
 
-    /// Deletes what was fetched, complete or not, and is over, unless it is in use. Returns what is gone.
+    /// Deletes fetched files, complete or not, for which `is_over` holds and that are not in use. Returns those that
+    /// were deleted.
     pub(crate) async fn clear(&self, is_over: impl Fn(&Digest) -> bool) -> io::Result<Vec<Digest>> {
         let fetched = self.store.fetched()?.into_iter().map(|fetched| fetched.digest);
         let fetched: Vec<Digest> = fetched.filter(&is_over).collect();
@@ -419,14 +420,14 @@ impl Fetcher {
             let mut note = |digest: Digest, done: io::Result<bool>| match done {
                 Ok(true) => gone.push(digest),
                 Ok(false) => {}
-                // The others are to go all the same.
+                // The remaining files are deleted all the same.
                 Err(error) => warn!(%digest, %error, "a file that was fetched could not be deleted"),
             };
             for digest in fetched {
                 note(digest, store.evict(&digest));
             }
             for digest in partials {
-                // Whoever fetches it now needs it.
+                // A partial file that is being fetched is still needed.
                 let partial = store.partial(&digest).and_then(|partial| partial.map(Partial::discard).transpose());
                 note(digest, partial.map(|discarded| discarded.is_some()));
             }

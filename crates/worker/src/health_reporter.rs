@@ -1,4 +1,4 @@
-//! Tells the region's orchestrators how this worker is: every five seconds, and soon after each change (W5, T6).
+//! Reports this worker's health to the region's orchestrators: every five seconds, and soon after each change (W5, T6).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -25,44 +25,44 @@ use crate::hearing::Hearing;
 use crate::model_loader::cache::ModelCache;
 use crate::quota_guard::Limits;
 
-/// Changes that come faster are told together.
+/// Changes within this time share a report.
 const CHANGE_GAP: Duration = Duration::from_millis(200);
-/// How long an orchestrator may take to receive a report.
+/// Timeout for pushing a report to an orchestrator.
 const PUSH_WITHIN: Duration = Duration::from_secs(2);
-/// How long it may take for the last one.
+/// The same timeout for the last report.
 const LAST_PUSH_WITHIN: Duration = Duration::from_secs(1);
 
-/// What one model may take in a report: its name twice, its digest and the rest.
+/// The most bytes that one model takes in a report: its name twice, its digest and the rest.
 const MODEL_BYTES_MAX: usize = 512;
 
-/// What never changes in a worker's reports.
+/// The constant part of a worker's reports.
 pub(crate) struct Identity {
     pub(crate) key: NodeKey,
     pub(crate) region: Region,
     pub(crate) capabilities: Capabilities,
     pub(crate) latency_hops: u32,
     pub(crate) limits: Limits,
-    /// Grows at each start of the worker.
+    /// Grows with each start of the worker.
     pub(crate) epoch: u64,
 }
 
-/// How a worker is at one moment.
+/// A worker's load at one moment.
 pub(crate) struct Condition {
-    /// Jobs that are here.
+    /// Places that admitted jobs take.
     pub(crate) jobs: u32,
     pub(crate) draining: bool,
     pub(crate) snapshots: Vec<LoadSnapshot>,
 }
 
-/// Writes and signs reports of how the worker is.
+/// Writes and signs health reports.
 pub(crate) struct ReportWriter<Look> {
     identity: Identity,
     clock: Arc<dyn Clock>,
-    /// Says how the worker is.
+    /// Returns the worker's condition.
     look: Look,
     loader: Arc<crate::model_loader::ModelLoader>,
     seq: AtomicU64,
-    /// Whether it was told that reports leave something out.
+    /// Whether a warning was logged that reports are incomplete.
     has_warned: AtomicBool,
 }
 
@@ -91,7 +91,7 @@ impl<Look: Fn() -> Condition> ReportWriter<Look> {
         Self { identity, clock, look, loader, seq: AtomicU64::new(0), has_warned: AtomicBool::new(false) }
     }
 
-    /// Signs a report of the present, later than all before it.
+    /// Signs a report of the present state, with a higher sequence number than all before it.
     pub(crate) fn sign(&self) -> Signed {
         let seq = self.seq.fetch_add(1, Ordering::Relaxed) + 1;
         let condition = (self.look)();
@@ -105,8 +105,9 @@ impl<Look: Fn() -> Condition> ReportWriter<Look> {
     }
 }
 
-/// Writes a report within the limit, and says how many models it had to leave out: the last in the order of the
-/// configuration, those in memory after all others. What only speeds jobs up goes before any model.
+/// Encodes a report within the size limit, and returns how many models had to be left out. The last models in the order
+/// of the configuration are dropped first, those in memory after all others. Hints that only speed jobs up are dropped
+/// before any model.
 fn fit(report: &mut HealthReport) -> (String, usize) {
     let write = |report: &HealthReport| String::from_utf8(codec::encode(report)).expect("JSON is UTF-8");
     let before = report.supported.len();
@@ -118,7 +119,7 @@ fn fit(report: &mut HealthReport) -> (String, usize) {
         report.supported.sort_by_key(|key| !in_memory.contains(key));
     }
     while body.len() > health::REPORT_BYTES_MAX && !report.supported.is_empty() {
-        // No model takes more than this, so that too many are never left out at once.
+        // No model takes more than this, so that no more models than necessary are dropped at once.
         let excess = (body.len() - health::REPORT_BYTES_MAX).div_ceil(MODEL_BYTES_MAX);
         let left = report.supported.split_off(report.supported.len().saturating_sub(excess));
         report.model_cache.retain(|model| !left.contains(&model.key));
@@ -154,7 +155,7 @@ impl<Look: Fn() -> Condition> HealthReporter<Look> {
             loop {
                 tokio::select! {
                     _ = heartbeat.tick() => {
-                        // Who was revoked was told so, and needs no other reason.
+                        // A revoked worker was told so, and needs no other reason.
                         if !self.client.membership().is_revoked(self.client.public_key()) {
                             self.hearing.look(&self.directory);
                         }
@@ -201,7 +202,7 @@ impl<Look: Fn() -> Condition> HealthReporter<Look> {
     }
 }
 
-/// Pushes each report to one orchestrator; those that come while it is slow are skipped for the latest.
+/// Pushes each report to one orchestrator. Reports that come while it is slow are skipped for the latest one.
 async fn push(client: Client, peer: PublicKey, mut latest: watch::Receiver<Option<Written>>, hearing: Arc<Hearing>) {
     loop {
         let report = latest.borrow_and_update().clone();
@@ -231,7 +232,7 @@ fn log_refusal(peer: PublicKey, pushed: &Result<Empty, CallError>) {
     }
 }
 
-/// Says how the worker is, in the words of the contract.
+/// Builds a health report.
 fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u64, clock: &dyn Clock) -> HealthReport {
     let Limits { slots, queue_max, .. } = identity.limits;
     let (worker_id, issued_at) = (identity.key.public_key(), clock.now());
@@ -246,7 +247,7 @@ fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u6
         gpu_class: identity.capabilities.gpu_class.clone(),
         vram_gb: identity.capabilities.vram_gb,
         accelerators: identity.capabilities.accelerators.clone(),
-        // Counted here and not by the engines: a job that waits for its model is here as well.
+        // Counted here and not by the engines, which do not see a job that waits for its model.
         capacity: Capacity { slots, running, waiting: condition.jobs - running, queue_max },
         supported: models().map(ServedModel::key).collect(),
         to_fetch: entries.iter().filter(|entry| entry.is_to_fetch()).map(|entry| entry.key.clone()).collect(),
@@ -290,7 +291,7 @@ mod tests {
             capacity: Capacity::default(),
             supported: (0..models).map(key).collect(),
             to_fetch: vec![],
-            // The last of them, to see that they are kept.
+            // The last ones, to check that they are kept.
             adapters: vec![],
             pinned: vec![],
             model_cache: (models - in_memory..models).map(cached).collect(),

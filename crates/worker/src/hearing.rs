@@ -1,4 +1,4 @@
-//! Notices that no orchestrator takes this worker's reports, and says why in words that an operator can act on.
+//! Detects that no orchestrator accepts this worker's reports, and logs a reason that an operator can act on.
 
 use std::time::Duration;
 
@@ -10,17 +10,17 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-/// How long a worker may go unheard before it says so: with the heartbeat that looks, at most 15 seconds.
+/// How long reports may go unaccepted before it is logged. With the heartbeat that checks, that is at most 15 seconds.
 const UNHEARD_MAX: Duration = Duration::from_secs(10);
-/// How often it says so while nothing changes.
+/// How often the warning is repeated while nothing changes.
 const REPEAT: Duration = Duration::from_mins(5);
 
-/// Who takes this worker's reports, as far as it can tell.
+/// Tracks which orchestrators accept this worker's reports.
 #[derive(Debug)]
 pub(crate) struct Hearing {
     region: Region,
     state: Mutex<State>,
-    /// When the latest report was written that an orchestrator has.
+    /// When the latest accepted report was written.
     written: watch::Sender<Option<Instant>>,
 }
 
@@ -28,21 +28,21 @@ pub(crate) struct Hearing {
 struct State {
     heard: Instant,
     told: Option<Instant>,
-    /// Why nobody takes reports, while that is so.
+    /// Why no orchestrator accepts reports; `None` while that is no problem.
     why: Option<String>,
-    /// The last refusal: by whom, and why.
+    /// The last refusal: by which orchestrator, and why.
     refusal: Option<(PublicKey, String)>,
 }
 
-/// How the reports to one orchestrator fared.
+/// The facts from which the reason is derived.
 #[derive(Debug, Default)]
 struct Facts<'a> {
     region: &'a str,
     /// Orchestrators of this region that answer.
     orchestrators: usize,
-    /// Nodes of this region that were found and do not answer.
+    /// Nodes of this region that were found but do not answer.
     unreachable: usize,
-    /// Where the registry stands, if it is somewhere else.
+    /// The registry's region, if it is another one.
     registry_region: Option<&'a str>,
     refusal: Option<(String, &'a str)>,
 }
@@ -53,13 +53,13 @@ impl Hearing {
         Self { region, state: Mutex::new(state), written: watch::Sender::new(None) }
     }
 
-    /// Waits until an orchestrator has a report that was written then or later.
+    /// Waits until an orchestrator has a report that was written at `then` or later.
     pub(crate) async fn has_heard_of(&self, then: Instant) {
-        // The sender lives as long as this.
+        // The sender lives as long as `self`.
         let _ = self.written.subscribe().wait_for(|written| written.is_some_and(|written| written >= then)).await;
     }
 
-    /// Notes that an orchestrator has a report that was written then.
+    /// Records that an orchestrator has accepted a report, written at this time.
     pub(crate) fn heard(&self, written: Instant) {
         self.written.send_if_modified(|latest| {
             let is_later = latest.is_none_or(|latest| latest < written);
@@ -75,12 +75,12 @@ impl Hearing {
         }
     }
 
-    /// Notes that an orchestrator refused a report.
+    /// Records that an orchestrator refused a report.
     pub(crate) fn refused(&self, orchestrator: PublicKey, why: String) {
         self.state().refusal = Some((orchestrator, why));
     }
 
-    /// Says so where nobody has taken a report for too long.
+    /// Logs a warning if no orchestrator has accepted a report for too long.
     pub(crate) fn look(&self, directory: &Directory) {
         let mut state = self.state();
         let now = Instant::now();
@@ -103,7 +103,7 @@ impl Hearing {
         state.why = Some(why);
     }
 
-    /// Returns why nobody takes this worker's reports, while that is so.
+    /// Returns why no orchestrator accepts this worker's reports, or `None` while that is no problem.
     pub(crate) fn unheard(&self) -> Option<String> {
         self.state().why.clone()
     }

@@ -1,8 +1,8 @@
 //! Loads models and runs jobs.
 //!
-//! [`BaseWorker`] answers `infer.start`: its quota guard says whether there is room, the model loader brings the model
-//! into memory, whose file its fetcher gets from another node where it is not here, the execution engine runs the job,
-//! and the health reporter tells the orchestrators of it all.
+//! [`BaseWorker`] answers `infer.start`. Its quota guard decides whether there is a free place, and the model loader
+//! brings the model into memory. If the model's file is not here, the fetcher gets it from another node. The execution
+//! engine runs the job, and the health reporter keeps the orchestrators informed.
 
 mod adoption;
 mod announcer;

@@ -1,5 +1,5 @@
-//! The artifacts of the models that operators added, as the registry last listed them: what nodes fetch from each
-//! other.
+//! The artifacts of the models that operators added, as the registry last listed them: the files that nodes fetch from
+//! each other.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,23 +9,23 @@ use protocol::model::{ModelEntry, ModelKey};
 use protocol::{Digest, ModelName};
 use tokio::sync::watch;
 
-/// What the catalogue says of one artifact.
+/// The catalog's facts about one artifact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ListedFile {
     /// Its length in bytes.
     pub(crate) bytes: u64,
-    /// The memory that its model takes at least, in bytes; 0 for an adapter.
+    /// The least memory that its model takes, in bytes; 0 for an adapter.
     pub(crate) memory_min: u64,
     /// The models that it belongs to.
     pub(crate) models: Vec<ModelKey>,
 }
 
-/// The artifacts that are listed. Clones are the same.
+/// The listed artifacts. Clones share their state.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Listed(watch::Sender<Arc<BTreeMap<Digest, ListedFile>>>);
 
 impl Listed {
-    /// Takes what the registry lists.
+    /// Replaces the list with that of a catalog.
     pub(crate) fn update(&self, catalog: &Catalog) {
         let added: BTreeMap<&ModelKey, &ModelEntry> =
             catalog.models.iter().filter(|model| model.added).map(|model| (&model.key, model)).collect();
@@ -49,12 +49,12 @@ impl Listed {
         });
     }
 
-    /// Returns what is listed of an artifact.
+    /// Returns the facts about a listed artifact.
     pub(crate) fn get(&self, digest: &Digest) -> Option<ListedFile> {
         self.0.borrow().get(digest).cloned()
     }
 
-    /// Returns every artifact of models that were added, and of their adapters.
+    /// Returns every artifact of the added models and of their adapters.
     pub(crate) fn all(&self) -> Arc<BTreeMap<Digest, ListedFile>> {
         self.0.borrow().clone()
     }
@@ -64,17 +64,17 @@ impl Listed {
         self.get(digest).into_iter().flat_map(|file| file.models).map(|key| key.model_id).collect()
     }
 
-    /// Waits until an artifact is not listed. Cancel safe.
+    /// Waits until an artifact is no longer listed. Cancel safe.
     pub(crate) async fn until_gone(&self, digest: &Digest) {
         let mut files = self.0.subscribe();
-        // The sender lives as long as this.
+        // The sender lives as long as `self`.
         let _ = files.wait_for(|files| !files.contains_key(digest)).await;
     }
 }
 
-/// Returns the memory that a model takes at least, as far as the catalogue tells: its weights, and of what comes to
-/// them with the default settings a quarter, since contexts are shortened where memory is short. The plan before the
-/// load knows better.
+/// Estimates the least memory that a model takes, from the catalog. Counts its weights, and a quarter of what the
+/// default settings need besides them, since contexts are shortened when memory is short. The plan before the load is
+/// more precise.
 fn memory_min(model: &ModelEntry) -> u64 {
     let told = model.facts.as_ref().map_or(0, |facts| facts.memory_bytes);
     model.bytes.saturating_add(told.saturating_sub(model.bytes) / 4)

@@ -1,15 +1,15 @@
-//! What a model's file says of it, in the words of the protocol.
+//! Facts about a model from its file, as the protocol has them.
 
 use engine::LoadOptions;
 use engine::gguf::Header;
 use protocol::model::{Capability, ModelFacts};
 
-/// Returns what a header says of its model, loaded with the default settings.
+/// Returns the facts in a header, with the default load settings.
 pub fn of(header: &Header) -> ModelFacts {
     told(engine::ModelFacts::of(header, &LoadOptions::default()))
 }
 
-/// Says facts in the words of the protocol.
+/// Converts facts to the protocol's type.
 pub(crate) fn told(facts: engine::ModelFacts) -> ModelFacts {
     let capabilities = [
         (facts.generates, Capability::Completion),

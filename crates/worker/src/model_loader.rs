@@ -1,7 +1,7 @@
-//! Brings models into memory: verified, once each, and again when their engine dies (W2).
+//! Loads models into memory: verified, once each, and again when their engine dies (W2).
 //!
-//! Each model has one keeper, a task that alone loads and unloads it. So however many jobs want a model, it is
-//! loaded once, and they all wait for the same load.
+//! Each model has one keeper, the only task that loads and unloads it. However many jobs want a model, it is loaded
+//! once, and they all wait for the same load.
 
 pub(crate) mod adapters;
 pub(crate) mod cache;
@@ -43,23 +43,23 @@ use crate::model_facts;
 use crate::offers::OfferError;
 use crate::remote_models::{AttachError, RemoteModels};
 
-/// The wait after the first failure; it doubles with each.
+/// The wait after the first failure; it doubles with each further one.
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 /// The longest wait.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
-/// An engine that lived this long ends the row of failures before it.
+/// An engine that lived this long resets the backoff.
 const STEADY: Duration = Duration::from_mins(1);
-/// A model whose engine died and that is loaded again after such a wait counts as loading: jobs wait for it.
+/// A dead engine's model that is reloaded within this time counts as loading, so that jobs wait for it.
 const RELOAD_SOON: Duration = Duration::from_secs(1);
-/// Failures in a row after which an engine that seems alive is replaced.
+/// Consecutive failures after which an engine that seems alive is replaced.
 const STRIKES_MAX: u32 = 3;
 /// How often the progress of a load is reported.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How long an unload may take before it is given up.
 const UNLOAD_WITHIN: Duration = Duration::from_secs(5);
-/// How long a model that an operator asks for may wait for its room.
+/// How long a model that an operator asks for may wait for memory.
 const ASKED_WITHIN: Duration = Duration::from_mins(10);
-/// How long a registry may take to be found before a model answers unlisted: what is listed already needs none.
+/// How long to wait for a registry before a model is served unlisted. A model that is listed already needs none.
 const REGISTRY_WITHIN: Duration = Duration::from_millis(500);
 /// How often a model is offered while no registry answers.
 const OFFER_EVERY: Duration = Duration::from_secs(5);
@@ -68,7 +68,7 @@ const OFFER_EVERY: Duration = Duration::from_secs(5);
 pub(crate) struct ModelLoader {
     cache: ModelCache,
     options: LoaderOptions,
-    /// Memory of GPUs that models may take together, in bytes; not set where there is no GPU.
+    /// GPU memory that models may take together, in bytes; not set without a GPU.
     vram: OnceLock<u64>,
     runtime: Arc<dyn ModelRuntime>,
     remote: RemoteModels,
@@ -76,7 +76,7 @@ pub(crate) struct ModelLoader {
     fetcher: Fetcher,
     metrics: Metrics,
     changes: watch::Sender<()>,
-    /// Verification blocks; it is waited for here.
+    /// Verification blocks, so it runs on these threads and is awaited.
     blocking: TaskTracker,
     /// One task for each model.
     keepers: TaskTracker,
@@ -86,31 +86,31 @@ pub(crate) struct ModelLoader {
 /// How models are loaded.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LoaderOptions {
-    /// Sequences that run side by side.
+    /// Sequences that run concurrently.
     pub(crate) slots: u32,
-    /// Requests that an engine may let wait.
+    /// The most requests that an engine may queue.
     pub(crate) queue_max: u32,
-    /// Loads at the start, and not at the first job.
+    /// Loads models at the start rather than at the first job.
     pub(crate) preload: bool,
     /// Memory that all models may take together, in bytes; `None` for what the machine has free.
     pub(crate) memory_max: Option<u64>,
-    /// Memory of GPUs that all models may take together, in bytes; `None` for what is free at the start.
+    /// GPU memory that all models may take together, in bytes; `None` for what is free at the start.
     pub(crate) vram_max: Option<u64>,
-    /// Where the jitter of retries comes from, so that a run repeats and workers differ.
+    /// Seed of the retries' jitter, so that a run is repeatable and workers differ.
     pub(crate) seed: u64,
 }
 
-/// The model can't be had here for the time being.
+/// The model is unavailable here for the time being.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the model could not be loaded: {reason}")]
 pub(crate) struct LoadFailed {
-    /// Why, for this node's log.
+    /// The reason, for this node's log.
     pub(crate) reason: Arc<str>,
 }
 
-/// How busy the engines are, at one moment.
+/// Load of the engines at one moment.
 pub(crate) struct Observation {
-    /// The models that answer.
+    /// The models that are ready.
     pub(crate) ready: Vec<(ModelKey, ModelId)>,
     pub(crate) snapshots: Vec<LoadSnapshot>,
 }
@@ -143,32 +143,32 @@ struct Prepared {
     options: LoadOptions,
     /// The memory it takes, in bytes.
     bytes: u64,
-    /// The memory it takes with the shortest context that nobody has set.
+    /// The memory it takes with the shortest context that its settings allow, in bytes.
     bytes_min: u64,
-    /// The memory of GPUs that it takes with all the layers that it may have there, in bytes.
+    /// The GPU memory that it takes with every layer that may be on a GPU, in bytes.
     vram_bytes: u64,
-    /// Keeps its file from making room for others, where that was fetched.
+    /// Protects its file from eviction, if it was fetched.
     in_use: Option<InUse>,
 }
 
-/// What answers for a model.
+/// What serves a model.
 enum Source {
     Artifact(VerifiedArtifact),
     Server(RemoteServer),
 }
 
-/// How the time of a loaded model ended.
+/// Why a loaded model stopped serving.
 enum End {
-    /// Its engine died, of the cause that is told.
+    /// Its engine died, for this reason.
     Died(Arc<str>),
-    /// No registry lists it.
+    /// The registry refused to list it.
     Refused(Arc<str>),
-    /// It made room, or nobody used it.
+    /// It was unloaded, to free memory or because it was idle.
     Left,
 }
 
 impl LoadError {
-    /// Returns what kind of error an engine's is.
+    /// Returns the kind of an engine's error.
     fn engine(&self) -> Option<mem::Discriminant<EngineError>> {
         if let Self::Engine(error) = self { Some(mem::discriminant(error)) } else { None }
     }
@@ -190,7 +190,7 @@ impl ModelLoader {
         Self { cache, options, vram, runtime, remote, artifacts, fetcher, metrics, changes, blocking, keepers, life }
     }
 
-    /// Learns what models may take of GPUs, before any of them is loaded.
+    /// Sets the GPU memory that models may take. Called before any model is loaded.
     pub(crate) fn set_hardware(&self, hardware: &Hardware) {
         if !hardware.gpus().is_empty() {
             let free_bytes = hardware::free_gpu_bytes(&hardware.devices);
@@ -202,7 +202,7 @@ impl ModelLoader {
         &self.cache
     }
 
-    /// Returns whether a model is loaded before anyone asks for it.
+    /// Returns whether a model is loaded before any job asks for it.
     pub(crate) fn preloads(&self, entry: &Entry) -> bool {
         entry.model.pin == Some(true) || self.options.preload && !entry.model.is_listed
     }
@@ -221,7 +221,7 @@ impl ModelLoader {
         self.blocking.wait().await;
     }
 
-    /// Serves a further model from now on. Its file must be listed by the registry.
+    /// Starts to serve a further model. The registry must list its file.
     pub(crate) fn take_up(self: &Arc<Self>, model: ServedModel) {
         let entry = self.cache.add(model);
         self.look_at_files();
@@ -229,14 +229,14 @@ impl ModelLoader {
         self.changes.send_replace(());
     }
 
-    /// Serves a model no more.
+    /// Stops serving a model.
     pub(crate) fn let_go(&self, key: &ModelKey) {
         self.cache.remove(key);
         self.changes.send_replace(());
     }
 
-    /// Has a model come into memory, as a job would, and says where it is now. With a time it stays for so many seconds
-    /// without work; for none of them it is to leave.
+    /// Loads a model as a job would, and returns its present state. `keep_alive_secs` is how long it stays without
+    /// work; with 0 it is unloaded instead.
     pub(crate) fn bring(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
@@ -251,7 +251,7 @@ impl ModelLoader {
         let status = entry.status.borrow().clone();
         match status {
             Status::Ready(_) => (ModelPlaceState::Loaded, None),
-            // It would be loaded in vain, again and again.
+            // It would be loaded and unloaded again and again.
             Status::Absent if entry.leaves_at_once() => {
                 let why =
                     "its keep_alive is 0, so that it would leave at once; give it one (--keep-alive 10m), or pin it";
@@ -263,7 +263,7 @@ impl ModelLoader {
                 let (loader, entry) = (self.clone(), entry.clone());
                 self.keepers.spawn(async move {
                     let asked = time::timeout(ASKED_WITHIN, loader.resident(&entry));
-                    // Whoever asked sees in the list what came of it.
+                    // The list of models shows the outcome.
                     let _ = loader.life.run_until_cancelled(asked).await;
                 });
                 (ModelPlaceState::Loading, None)
@@ -276,19 +276,19 @@ impl ModelLoader {
         self.cache.find(key).is_none_or(|entry| entry.is_unused())
     }
 
-    /// Returns whether an artifact is here; its bytes are verified when it is loaded.
+    /// Returns whether an artifact is here. Its bytes are verified when it is loaded.
     pub(crate) fn has_artifact(&self, digest: &Digest) -> bool {
         self.artifacts.contains(digest)
     }
 
-    /// Returns whether this worker could come to serve a model whose file is not here: it could fetch it, and hold it
-    /// in memory.
+    /// Returns whether this worker could serve a model whose file is not here: it can fetch the file, and the model
+    /// fits in its memory.
     pub(crate) fn could_fetch(&self, digest: &Digest) -> bool {
         let Some(file) = self.fetcher.fetchable(digest) else { return false };
         file.memory_min <= self.most_memory().host && self.fetcher.could_take(digest, file.bytes)
     }
 
-    /// Notes which models have no file here and are to be fetched.
+    /// Records which models have no file here and must be fetched.
     pub(crate) fn look_at_files(&self) {
         let mut is_news = false;
         for entry in self.cache.entries().iter().filter(|entry| entry.model.remote.is_none()) {
@@ -301,12 +301,12 @@ impl ModelLoader {
         }
     }
 
-    /// Returns what was fetched, complete or not.
+    /// Returns the fetched files, complete or not.
     pub(crate) fn fetched_files(&self) -> Vec<Digest> {
         self.fetcher.kept().unwrap_or_default()
     }
 
-    /// Deletes what was fetched, is over and belongs to no model that is served.
+    /// Deletes the fetched files for which `is_over` holds and that no served model needs.
     pub(crate) async fn clear_files(&self, is_over: impl Fn(&Digest) -> bool) {
         let entries = self.cache.entries();
         let is_served = |digest: &Digest| {
@@ -325,7 +325,7 @@ impl ModelLoader {
         }
     }
 
-    /// Returns the memory that a model could have if all left that may leave.
+    /// Returns the memory that a model could have if every model that may be unloaded were.
     fn most_memory(&self) -> Memory {
         let seats: Vec<Seat> = self.cache.seated().iter().map(|entry| entry.seat().clone()).collect();
         residency::most(&seats, self.memory(&seats))
@@ -350,12 +350,12 @@ impl ModelLoader {
         });
     }
 
-    /// Decides again and again which models lie in memory.
+    /// Repeatedly decides which models stay in memory.
     async fn assign_memory(&self) {
         loop {
             let entries = self.cache.seated();
             let seats: Vec<Seat> = entries.iter().map(|entry| entry.seat().clone()).collect();
-            // Memory is measured only where somebody asks for it: a look at the system takes longer than the decision.
+            // Memory is measured only if a model asks for it: measuring takes longer than the decision.
             let is_asked = seats.iter().any(|seat| seat.place == Place::Asking);
             let room = if is_asked { self.memory(&seats) } else { Memory { host: 0, gpu: 0 } };
             let decision = residency::decide(&seats, room, Instant::now());
@@ -369,8 +369,8 @@ impl ModelLoader {
         }
     }
 
-    /// Returns the memory that a further model can have: what the models leave of their share, and no more than nine
-    /// tenths of what the machine has.
+    /// Returns the memory that a further model can have: what the others leave of the configured limit, and at most
+    /// nine tenths of what the machine has.
     fn memory(&self, seats: &[Seat]) -> Memory {
         let holding = || seats.iter().filter(|seat| matches!(seat.place, Place::In(_) | Place::Moving));
         let sum = |bytes: fn(&Seat) -> u64| holding().map(bytes).fold(0, u64::saturating_add);
@@ -382,7 +382,7 @@ impl ModelLoader {
         }
     }
 
-    /// Returns a hold on a served model once it answers, loading it if need be.
+    /// Returns a hold on a served model once it is ready, and loads it if need be.
     pub(crate) async fn resident(&self, entry: &Arc<Entry>) -> Result<Hold, LoadFailed> {
         match entry.hold() {
             Some(hold) => Ok(hold),
@@ -390,7 +390,7 @@ impl ModelLoader {
         }
     }
 
-    /// Returns a hold on a served model once it answers on another engine than one that is gone.
+    /// Returns a hold on a served model once it is ready on another engine than `gone`.
     pub(crate) async fn resident_after(&self, entry: &Arc<Entry>, gone: ModelId) -> Result<Hold, LoadFailed> {
         Self::held(entry, |loaded| loaded.id != gone).await
     }
@@ -414,9 +414,9 @@ impl ModelLoader {
         }
     }
 
-    /// Looks at the engines, and notices those that are gone.
+    /// Observes the engines, and detects those that are gone.
     pub(crate) fn observe(&self) -> Observation {
-        // The list comes first: a model that is loaded meanwhile must not look dead.
+        // The list is read first: a model that is loaded meanwhile must not look dead.
         let ready: Vec<_> = self.cache.ready().into_iter().map(|(key, loaded)| (key, loaded.id)).collect();
         let snapshots = self.runtime.load_state();
         for (key, id) in &ready {
@@ -429,11 +429,11 @@ impl ModelLoader {
         Observation { ready, snapshots }
     }
 
-    /// Takes note that a job failed on an engine.
+    /// Records that a job failed on an engine.
     pub(crate) fn job_failed(&self, entry: &Entry, id: ModelId, error: &EngineError) {
         let dead = match error {
             EngineError::NotLoaded | EngineError::Crashed { .. } => true,
-            // One request may fail by itself; an engine that fails them all is as good as dead.
+            // One request may fail by itself; an engine that fails every request is as good as dead.
             EngineError::Failed { .. } => !is_listed(&self.runtime.load_state(), id) || entry.strike() >= STRIKES_MAX,
             _ => false,
         };
@@ -442,7 +442,7 @@ impl ModelLoader {
         }
     }
 
-    /// Returns whether an engine failed a job because it was gone already, and not because of the job.
+    /// Returns whether a job failed because the engine was already gone, and not because of the job.
     pub(crate) fn is_gone(&self, id: ModelId, error: &EngineError) -> bool {
         match error {
             EngineError::NotLoaded => true,
@@ -451,7 +451,7 @@ impl ModelLoader {
         }
     }
 
-    /// Returns an adapter of a model that answers, and attaches it first if need be: once, however many jobs want it.
+    /// Returns an adapter of a ready model, and attaches it first if need be: once, however many jobs want it.
     pub(crate) async fn attach(
         &self,
         entry: &Entry,
@@ -461,7 +461,7 @@ impl ModelLoader {
         let lease = entry.adapters.lease(model, &adapter.name).await.ok_or(EngineError::NotLoaded)?;
         let attaching = lease.id.get_or_try_init(|| async {
             while let Some(evicted) = entry.adapters.evicted(model) {
-                // What is left of it does no harm, and goes with the engine.
+                // An adapter that could not be removed does no harm, and goes with the engine.
                 if let Err(error) = self.runtime.remove_adapter(model, evicted).await {
                     debug!(model = %entry.key, %error, "an adapter could not be taken off");
                 }
@@ -477,10 +477,10 @@ impl ModelLoader {
         Ok((id, lease))
     }
 
-    /// Loads one model whenever it is wanted and has room, waits for its death or its leave, and begins again.
+    /// Loads one model whenever it is wanted and fits, waits until it dies or is unloaded, and starts over.
     async fn keep(&self, entry: &Arc<Entry>) {
         let mut backoff = Backoff::new(self.options.seed ^ digest_seed(entry));
-        // What was said of the failures in a row, so that each is said once.
+        // The last failure that was logged, so that a repeated one is logged once.
         let mut complaint = None;
         let mut is_wanted = self.preloads(entry);
         let mut is_offered = entry.model.is_listed;
@@ -540,10 +540,10 @@ impl ModelLoader {
                     }
                     self.set(entry, status);
                     entry.move_to(Place::Moving);
-                    // What is left of it may still hold memory, or a job.
+                    // A dead engine's remains may still hold memory, or a job.
                     self.unload(entry, id).await;
                     if in_use.take().is_some() {
-                        // Its last use ends now.
+                        // Marks the file as used until now.
                         drop(self.in_use(entry.model.digest()).await);
                     }
                     wait
@@ -570,7 +570,7 @@ impl ModelLoader {
         }
     }
 
-    /// Waits until a model that had no room could have some: its bytes need not be read and verified before that.
+    /// Waits until a model that did not fit could fit: until then its bytes need not be read and verified.
     async fn memory_for(&self, entry: &Entry, backoff: &mut Backoff) {
         loop {
             time::sleep(backoff.next()).await;
@@ -580,7 +580,7 @@ impl ModelLoader {
         }
     }
 
-    /// Lets a loaded model take jobs until it dies, is refused or is to leave.
+    /// Lets a loaded model run jobs until it dies, is refused or is to be unloaded.
     async fn serve(&self, entry: &Arc<Entry>, loaded: LoadedModel, offer: Option<ModelOffer>) -> End {
         let (id, pid) = (loaded.id, loaded.pid);
         info!(model = %entry.key, pid, "the model is ready");
@@ -617,19 +617,19 @@ impl ModelLoader {
         }
     }
 
-    /// Waits until a model has room. Returns false where it is not loaded, since nobody waits for it.
+    /// Waits until there is memory for a model. Returns false if it is not loaded because nobody waits for it.
     async fn admitted(&self, entry: &Entry, prepared: &mut Prepared) -> Result<bool, LoadError> {
         if matches!(prepared.source, Source::Server(_)) {
             return Ok(true);
         }
         entry.plan(prepared.bytes, prepared.bytes_min);
-        // What its settings ask for it gets, or it is not loaded.
+        // A model gets the GPU layers that its settings ask for, or is not loaded.
         let vram_bytes_min = prepared.options.gpu_layers.map_or(0, |_| prepared.vram_bytes);
         entry.plan_vram(prepared.vram_bytes, Some(vram_bytes_min));
         entry.move_to(Place::Asking);
         match entry.ordered().await {
             Order::Load(room) => {
-                // It is made smaller where it does not fit, and takes no more than that.
+                // A model that does not fit is shrunk to this memory, and takes no more.
                 entry.plan(prepared.bytes.min(room.host), prepared.bytes_min);
                 entry.plan_vram(prepared.vram_bytes.min(room.gpu), None);
                 prepared.options.fit_bytes = Some(room.host);
@@ -652,7 +652,7 @@ impl ModelLoader {
         }
     }
 
-    /// Offers a model again and again until it is listed; then waits for ever. Returns why it will not be listed.
+    /// Offers a model until it is listed, and then never returns. Returns only if the model is refused.
     async fn offer_until_listed(&self, offer: Option<ModelOffer>) -> OfferError {
         while let Some(offer) = &offer {
             time::sleep(OFFER_EVERY).await;
@@ -665,7 +665,7 @@ impl ModelLoader {
         std::future::pending().await
     }
 
-    /// Offers a model that is loaded at its first job, which only comes once clients can name it.
+    /// Offers a model that is loaded at its first job. Clients can send one only after it is listed.
     async fn offer_unloaded(&self, entry: &Entry) {
         match self.describe(entry).await {
             Ok(Some(offer)) => {
@@ -699,7 +699,7 @@ impl ModelLoader {
         Ok(Some(offer_of(entry, bytes, context_length, Some(model_facts::of(&header)))))
     }
 
-    /// Brings together what a load needs, and plans its memory.
+    /// Collects what a load needs, and plans its memory.
     async fn prepare(&self, entry: &Entry) -> Result<Prepared, LoadError> {
         let options = LoadOptions {
             context_length: entry.model.context_length,
@@ -735,14 +735,14 @@ impl ModelLoader {
         Ok(Prepared { source: Source::Artifact(artifact), options, bytes, bytes_min, vram_bytes, in_use })
     }
 
-    /// Opens the file of a model, which is fetched first where it is not here. It stays here for as long as what is
-    /// returned beside it lives.
+    /// Opens a model's file, and fetches it first if it is not here. The file is not evicted while the returned
+    /// [`InUse`] lives.
     async fn file_of(&self, entry: &Entry) -> Result<(VerifiedArtifact, Option<InUse>), LoadError> {
         let digest = entry.model.digest();
         if let Some(file) = self.fetcher.fetchable(&digest).filter(|_| !self.artifacts.contains(&digest)) {
             let available_bytes = self.most_memory().host;
             if file.memory_min > available_bytes {
-                // It would come in vain.
+                // The fetch would be in vain.
                 entry.plan(file.memory_min, file.memory_min);
                 return Err(EngineError::OutOfMemory { needed_bytes: file.memory_min, available_bytes }.into());
             }
@@ -766,15 +766,16 @@ impl ModelLoader {
         Ok((artifact, self.in_use(digest).await))
     }
 
-    /// Notes that a file is used, where it was fetched.
+    /// Marks a file as in use, if it was fetched.
     async fn in_use(&self, digest: Digest) -> Option<InUse> {
         let artifacts = self.artifacts.clone();
         let noted = self.blocking.spawn_blocking(move || artifacts.in_use(&digest)).await.ok()?;
-        // It could make room while it is used: it is there for those who have it open, and fetched again.
+        // An unmarked file may be evicted while it is used. It stays readable for those who have it open, and is
+        // fetched again.
         noted.inspect_err(|error| warn!(%digest, %error, "a fetched file could not be marked as used")).ok()?
     }
 
-    /// Returns the memory of GPUs that a model takes with all the layers that it may have there, in bytes.
+    /// Returns the GPU memory that a model takes with every layer that may be on a GPU, in bytes.
     async fn vram_bytes(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<u64, LoadError> {
         let on_gpu = options.gpu_layers.unwrap_or(u32::MAX);
         if self.vram.get().is_none() || on_gpu == 0 {
@@ -785,7 +786,7 @@ impl ModelLoader {
         Ok(bytes.saturating_add(VRAM_SPARED_BYTES))
     }
 
-    /// Loads a model and offers it. Returns the offer where no registry has listed it yet.
+    /// Loads a model and offers it. Returns the offer if no registry has listed it yet.
     async fn load(
         &self,
         entry: &Arc<Entry>,
@@ -805,7 +806,7 @@ impl ModelLoader {
         }
     }
 
-    /// Loads a model. Returns the length of its artifact and what that says of it, where it has one.
+    /// Loads a model. Returns the length of its artifact and the facts in it, if it has one.
     async fn load_unlisted(
         &self,
         entry: &Arc<Entry>,
@@ -829,14 +830,14 @@ impl ModelLoader {
         Ok((self.runtime.load(artifact, options, self.progress_of(entry)).await?, Some((bytes, facts))))
     }
 
-    /// Reads what a file says of its model. Whether it can be loaded is for the engine to say.
+    /// Reads a file's facts about its model. Whether it can be loaded is for the engine to decide.
     async fn facts_of(&self, artifact: &VerifiedArtifact) -> Option<ModelFacts> {
         let file = artifact.file.try_clone().ok()?;
         let header = self.blocking.spawn_blocking(move || Header::read(&file)).await;
         Some(model_facts::of(&header.ok()?.ok()?))
     }
 
-    /// Merges the pinned adapter of a model into it, where its weights can hold it.
+    /// Merges a model's pinned adapter into its weights, if their format allows it.
     async fn merged(
         &self,
         entry: &Entry,
@@ -860,7 +861,7 @@ impl ModelLoader {
         Ok(merged)
     }
 
-    /// Returns what notes the progress of a load, and has it reported now and then.
+    /// Returns a sink that records the progress of a load and has it reported from time to time.
     fn progress_of(&self, entry: &Arc<Entry>) -> ProgressSink {
         let (entry, changes, told) = (entry.clone(), self.changes.clone(), Mutex::new(Instant::now()));
         Box::new(move |share| {
@@ -872,7 +873,7 @@ impl ModelLoader {
         })
     }
 
-    /// Opens an artifact; one that is not here, or is damaged, is fetched where another node may have it.
+    /// Opens an artifact. If it is missing or damaged, fetches it when another node may have it.
     async fn obtain(
         &self,
         digest: Digest,
@@ -943,7 +944,7 @@ fn offer_of(entry: &Entry, bytes: u64, context_length: u32, facts: Option<ModelF
     ModelOffer { key: entry.key.clone(), source, context_length, facts }
 }
 
-/// Returns the label under which a model is counted; versions are counted together.
+/// Returns the metrics label of a model; its versions are counted together.
 pub(crate) fn label(key: &ModelKey) -> ModelLabel {
     ModelLabel { model: key.model_id.to_string() }
 }
@@ -952,12 +953,12 @@ fn digest_seed(entry: &Entry) -> u64 {
     entry.model.digest().0.chunks_exact(8).fold(0, |seed, chunk| seed ^ u64_of(chunk))
 }
 
-/// Returns eight bytes as a number, and fewer as well.
+/// Returns up to eight bytes as a big-endian number.
 pub(crate) fn u64_of(bytes: &[u8]) -> u64 {
     bytes.iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
-/// Waits that double, each cut by up to a half, so that workers that failed together do not retry together.
+/// Exponential backoff. Each wait is cut by up to a half, so that workers that failed together do not retry together.
 struct Backoff {
     random: u64,
     failures: u32,

@@ -1,4 +1,4 @@
-//! Offers the models that this worker serves to a registry, so that clients can name them.
+//! Offers this worker's models to a registry, so that clients can name them.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ impl Offers {
         Self { client, directory }
     }
 
-    /// Returns once a registry lists the model. A registry has `found_within` to be found.
+    /// Returns once a registry lists the model. Waits up to `found_within` for a registry to be found.
     pub(crate) async fn make(&self, offer: &ModelOffer, found_within: Duration) -> Result<(), OfferError> {
         self.directory.wait_for(NodeRole::Registry, found_within).await;
         for registry in self.directory.find(NodeRole::Registry) {
@@ -41,7 +41,7 @@ impl Offers {
                 Err(CallError::Remote(refusal)) if refusal.code.blame() == Blame::Caller => {
                     return Err(OfferError::Refused(refusal));
                 }
-                // It cannot read its store, or does not answer: the next one may.
+                // It cannot read its store, or does not answer: try the next one.
                 Err(_) => {}
             }
         }

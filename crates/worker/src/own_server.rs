@@ -1,7 +1,7 @@
 //! Servers that the worker starts itself, each on a file that it has verified.
 //!
-//! The file is the server's standard input, and the server is told to open that: so what it reads is what was checked,
-//! whatever becomes of the path that the file once had.
+//! The file is the server's standard input, and the server is told to open that. So it reads the verified bytes,
+//! whatever happens to the file's path.
 
 use std::fs::File;
 use std::io;
@@ -10,13 +10,13 @@ use std::process::Stdio;
 
 use tokio::process::{Child, Command};
 
-/// The path by which a program opens its standard input anew.
+/// The path by which a program reopens its standard input.
 #[cfg(target_os = "linux")]
 const STDIN: &str = "/proc/self/fd/0";
 #[cfg(not(target_os = "linux"))]
 const STDIN: &str = "/dev/fd/0";
 
-/// A server that runs until this is dropped.
+/// A running server. Dropping it ends the server.
 #[derive(Debug)]
 pub(crate) struct OwnServer {
     child: Child,
@@ -24,9 +24,9 @@ pub(crate) struct OwnServer {
 }
 
 impl OwnServer {
-    /// Starts a command in which `{model}` stands for the model's file and `{port}` for the port to listen on.
+    /// Starts a command. `{model}` in it stands for the model's file and `{port}` for the port to listen on.
     pub(crate) fn start(command: &[String], model: File) -> io::Result<Self> {
-        // Free a moment ago; a server that cannot have it ends, and is started again on another.
+        // The port was free a moment ago. A server that cannot bind it ends, and is restarted on another.
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
         let said = |word: &String| word.replace("{model}", STDIN).replace("{port}", &port.to_string());
         let mut words = command.iter().map(said);
@@ -41,7 +41,7 @@ impl OwnServer {
         Ok(Self { child, port })
     }
 
-    /// Returns where it listens.
+    /// Returns the server's URL.
     pub(crate) fn base_url(&self) -> String {
         format!("http://{}:{}", Ipv4Addr::LOCALHOST, self.port)
     }
@@ -50,7 +50,7 @@ impl OwnServer {
         self.child.id()
     }
 
-    /// Returns whether it has ended.
+    /// Returns whether the process has ended.
     pub(crate) fn has_ended(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
     }
@@ -67,7 +67,7 @@ mod tests {
 
     use super::*;
 
-    /// Returns what is in a file once something is.
+    /// Waits until a file is written, and returns its contents.
     async fn written(path: &Path) -> String {
         loop {
             match fs::read_to_string(path) {
@@ -83,7 +83,7 @@ mod tests {
         let (model, told) = (folder.path().join("model"), folder.path().join("told"));
         File::create(&model).expect("made").write_all(b"weights ").expect("written");
         let opened = File::open(&model).expect("opened");
-        // The path is another file's by now.
+        // Another file takes over the path.
         fs::remove_file(&model).expect("removed");
         fs::write(&model, "others").expect("written");
         let script = format!("cat {{model}} > '{0}'; printf '{{port}}.' >> '{0}'; exec sleep 600", told.display());

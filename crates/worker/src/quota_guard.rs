@@ -1,5 +1,5 @@
-//! Says whether a job may come in: there must be room, and its tenant must be within its share (W6). A job of several
-//! answers counts as many times as they run side by side.
+//! Decides whether a job is admitted: a place must be free, and its tenant must be within its share (W6). A job of
+//! several answers counts as many times as they run concurrently.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,30 +9,30 @@ use parking_lot::{Mutex, MutexGuard};
 use protocol::{ErrorCode, TenantId, WireError};
 use tokio::sync::watch;
 
-/// How long a refused caller should leave this worker alone.
+/// How long a refused caller should avoid this worker.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// How many jobs a worker takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Jobs that run at most.
+    /// The most jobs that run.
     pub slots: u32,
-    /// Jobs that wait at most.
+    /// The most jobs that wait.
     pub queue_max: u32,
-    /// Jobs of one tenant at most, running and waiting; `None` for no limit.
+    /// The most jobs of one tenant, running and waiting; `None` for no limit.
     pub tenant_jobs_max: Option<u32>,
 }
 
-/// How many jobs a worker has, before the one to decide on.
+/// The jobs of a worker, without the one to decide on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Occupancy {
     /// All jobs, running and waiting.
     pub jobs: u32,
-    /// Those of the tenant that brings another.
+    /// The jobs of the same tenant.
     pub tenant_jobs: u32,
 }
 
-/// Why a job may not come in.
+/// Why a job is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// All slots are taken and the queue is full.
@@ -49,7 +49,7 @@ impl From<Refusal> for WireError {
     }
 }
 
-/// Decides whether one more job may come in that takes so many places.
+/// Decides whether a job that takes this many places is admitted.
 pub fn admit(limits: &Limits, occupancy: Occupancy, places: u32) -> Result<(), Refusal> {
     if occupancy.jobs.saturating_add(places) > limits.slots.saturating_add(limits.queue_max) {
         return Err(Refusal::QueueFull);
@@ -60,7 +60,7 @@ pub fn admit(limits: &Limits, occupancy: Occupancy, places: u32) -> Result<(), R
     Ok(())
 }
 
-/// Counts the jobs that are here.
+/// Counts the admitted jobs.
 #[derive(Debug)]
 pub(crate) struct QuotaGuard {
     limits: Limits,
@@ -84,8 +84,8 @@ impl QuotaGuard {
         self.limits
     }
 
-    /// Takes places for a tenant's job, one for each of its answers that may run side by side, or says why there are
-    /// none.
+    /// Takes places for a tenant's job, one for each of its answers that may run concurrently, or returns why it is
+    /// refused.
     pub(crate) fn enter(self: &Arc<Self>, tenant: &TenantId, answers: u32) -> Result<Place, Refusal> {
         let places = answers.min(self.limits.slots).max(1);
         {
@@ -99,17 +99,17 @@ impl QuotaGuard {
         Ok(Place { guard: self.clone(), tenant: tenant.clone(), places })
     }
 
-    /// Says why not even the smallest job has a place, where it has none.
+    /// Returns an error if not even the smallest job can be admitted.
     pub(crate) fn check_room(&self) -> Result<(), Refusal> {
         admit(&self.limits, Occupancy { jobs: self.count(), tenant_jobs: 0 }, 1)
     }
 
-    /// Returns how many jobs are here.
+    /// Returns how many places are taken.
     pub(crate) fn count(&self) -> u32 {
         self.jobs().count
     }
 
-    /// Waits until no job is here.
+    /// Waits until no job is left.
     pub(crate) async fn empty(&self) {
         let mut changes = self.changes.subscribe();
         while self.count() > 0 {
@@ -123,7 +123,7 @@ impl QuotaGuard {
     }
 }
 
-/// A job's places at the worker, given back when it is dropped.
+/// A job's places at the worker, freed when dropped.
 #[derive(Debug)]
 pub(crate) struct Place {
     guard: Arc<QuotaGuard>,
@@ -184,7 +184,7 @@ mod tests {
         assert_eq!(admit(&unlimited, two, 3), Err(Refusal::QueueFull));
         assert_eq!(admit(&LIMITS, two, 2), Err(Refusal::TenantShare));
         let guard = guard();
-        // Of three answers two run side by side, in two slots.
+        // Of three answers two run concurrently, in two slots.
         let place = guard.enter(&tenant("a"), 3).expect("within its share");
         assert_eq!((guard.count(), guard.enter(&tenant("a"), 2).expect_err("over it")), (2, Refusal::TenantShare));
         drop(place);

@@ -1,7 +1,7 @@
 //! Models of servers: of adopted ones, and of those that the worker starts itself on an artifact.
 //!
-//! An adopted model is offered to the registry, so that clients can name it, and answers here only once it is listed:
-//! what the registry refuses, because the name is another model's or not this worker's to serve, gets no job.
+//! An adopted model is offered to the registry, so that clients can name it, and is served only once it is listed. If
+//! the registry refuses it, because another model has the name or this worker may not serve it, it gets no job.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,24 +22,24 @@ use crate::model_facts;
 use crate::offers::{OfferError, Offers};
 use crate::own_server::OwnServer;
 
-/// How long a registry may take to be found.
+/// How long to wait for a registry to be found.
 const REGISTRY_WITHIN: Duration = Duration::from_secs(10);
 
-/// How long a server of our own may take to load its model.
+/// How long a server that the worker starts may take to load its model.
 const START_WITHIN: Duration = Duration::from_mins(10);
-/// How often it is asked meanwhile, and how long it may take to say.
+/// How often such a server is polled meanwhile, and the timeout of each poll.
 const ASK_EVERY: Duration = Duration::from_millis(200);
 
-/// Attaches models, and tells registries.
+/// Attaches servers' models, and offers them to registries.
 pub(crate) struct RemoteModels {
     runtime: Arc<RemoteRuntime>,
-    /// Offers models of artifacts, too.
+    /// Also offers models of artifacts.
     pub(crate) offers: Offers,
-    /// The servers that this worker started, by the model of each.
+    /// The servers that this worker started, by model.
     own: Mutex<BTreeMap<ModelId, OwnServer>>,
 }
 
-/// Why a server's model is of no use.
+/// Why a server's model cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AttachError {
     #[error("the server's address is of no use: {0}")]
@@ -87,7 +87,7 @@ impl RemoteModels {
         Ok(loaded)
     }
 
-    /// Starts a server on a verified file, and attaches the model that it has then.
+    /// Starts a server on a verified file, and attaches its model.
     pub(crate) async fn start(
         &self,
         command: &[String],
@@ -109,7 +109,7 @@ impl RemoteModels {
         let name = timeout(START_WITHIN, listening).await.map_err(|_| AttachError::Silent)??;
         let (loaded, _) = self.runtime.attach(address, &name, options).await?;
         let loaded = LoadedModel { pid: server.pid(), ..loaded };
-        // One that could not have its port has left it to somebody else.
+        // If the server could not bind its port, another program answered there.
         if server.has_ended() {
             let _ = self.runtime.unload(loaded.id).await;
             return Err(AttachError::Ended);
@@ -118,7 +118,7 @@ impl RemoteModels {
         Ok(loaded)
     }
 
-    /// Ends the server of a model, where this worker started it.
+    /// Ends the server of a model, if this worker started it.
     pub(crate) fn end(&self, model: ModelId) {
         self.own.lock().remove(&model);
     }

@@ -1,4 +1,4 @@
-//! The runtimes of one worker as one: its own engines, and the servers that it has adopted.
+//! Combines the runtimes of one worker: its own engines, and the servers that it has adopted.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use engine::{
     LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
 };
 
-/// Passes each call to the runtime that has the model. Artifacts are loaded by the engines.
+/// Forwards each call to the runtime that has the model. Artifacts are loaded by the engines.
 pub(crate) struct Runtimes {
     pub(crate) engines: Arc<dyn ModelRuntime>,
     pub(crate) servers: Arc<RemoteRuntime>,

@@ -1,19 +1,19 @@
-//! What a job leaves behind in its engine: keys and values of its prompt and, in a conversation, of the answer.
+//! What a job leaves in the engine's prefix cache: its prompt and, in a conversation, the answer.
 
 use protocol::infer::{InferRequest, Message, Payload, Role, ToolCall};
 use protocol::prefix::PrefixChain;
 
-/// A prompt, and the answer as far as it was given.
+/// A prompt, and the answer so far.
 #[derive(Debug)]
 pub(crate) struct Transcript {
     prompt: PrefixChain,
-    /// Missing where nothing goes on from the answer: outside conversations, and with several answers, of which the
-    /// caller takes one.
+    /// `None` if no later prompt can continue the answer: outside conversations, and with several answers, of which the
+    /// caller picks one.
     answer: Option<Message>,
 }
 
 impl Transcript {
-    /// Begins with what was asked.
+    /// Starts with the request's prompt.
     pub(crate) fn new(request: &InferRequest) -> Self {
         let goes_on = request.input.messages.is_some() && request.input.answers() == 1;
         let answer = goes_on.then(|| Message::new(Role::Assistant, ""));
@@ -29,7 +29,7 @@ impl Transcript {
             if index == tool_calls.len() {
                 tool_calls.push(ToolCall { id: String::new(), name: String::new(), arguments: String::new() });
             }
-            // An engine that counts its calls with gaps has an answer that nobody recognises, and no more.
+            // If an engine numbers its calls with gaps, the only harm is an answer that no later prompt matches.
             let Some(call) = tool_calls.get_mut(index) else { continue };
             call.id.push_str(delta.id.as_deref().unwrap_or_default());
             call.name.push_str(delta.name.as_deref().unwrap_or_default());
@@ -37,12 +37,12 @@ impl Transcript {
         }
     }
 
-    /// Returns the beginnings of the prompt.
+    /// Returns the prefixes of the prompt.
     pub(crate) fn asked(&self) -> &PrefixChain {
         &self.prompt
     }
 
-    /// Returns the beginnings of the prompt with the answer, as the next turn begins.
+    /// Returns the prefixes of the prompt with the answer, with which the next turn begins.
     pub(crate) fn answered(mut self) -> PrefixChain {
         if let Some(answer) = &self.answer {
             self.prompt.push_message(answer);

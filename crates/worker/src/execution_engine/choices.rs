@@ -1,4 +1,4 @@
-//! The answers to one job, generated side by side and told as one stream of events.
+//! The answers to one job, generated concurrently and merged into one stream of events.
 
 use std::future;
 use std::pin::Pin;
@@ -10,29 +10,30 @@ use engine::{EngineError, Event, GenerateRequest, GenerateStream, ModelRuntime, 
 use futures_util::Stream as _;
 use tokio::time;
 
-/// How long an answer that finds the engine full waits before it asks again.
+/// How long to wait before retrying when the engine is full.
 const BUSY_WAIT: Duration = Duration::from_millis(100);
 
 /// The answers to one job. Dropping them stops the engine's work on all of them.
 ///
-/// The first to each prompt begins alone. Once the prompt is evaluated the others begin, one after the other and never
-/// more at once than the engine has slots, so that they find the prompt in its cache and leave its queue to others.
+/// The first answer to each prompt begins alone. Once its prompt is evaluated, the others begin one after the other.
+/// They never exceed the engine's slots, so that they find the prompt in the prefix cache and leave the engine's queue
+/// to other jobs.
 pub(super) struct Choices {
     runtime: Arc<dyn ModelRuntime>,
-    /// That of the first; the others differ in the seed, or in the prompt.
+    /// The request of the first answer. The others differ in the seed or the prompt.
     request: GenerateRequest,
     prompts: Vec<PromptInput>,
-    /// How many answers there are to each prompt.
+    /// How many answers each prompt gets.
     each: u32,
     side_by_side: usize,
-    /// How many have begun.
+    /// How many answers have begun.
     begun: u32,
-    /// The next, on its way to the engine.
+    /// The next answer, while it is being submitted to the engine.
     beginning: Option<Beginning>,
     running: Vec<Running>,
-    /// Whose turn it was last.
+    /// The index of the answer that was polled last.
     turn: usize,
-    /// The prompt that was evaluated last; those before it were as well.
+    /// The last prompt that was evaluated; all before it are evaluated as well.
     primed: Option<u32>,
 }
 
@@ -44,8 +45,8 @@ struct Running {
 }
 
 impl Choices {
-    /// Begins the first of several answers, `each` to each of at least one prompt. What is wrong with the request is
-    /// found here, and what is wrong with a later prompt once its turn comes.
+    /// Begins the first of several answers, `each` to each of at least one prompt. Errors of the request are returned
+    /// here, and errors of a later prompt when its turn comes.
     pub(super) async fn begin(
         runtime: Arc<dyn ModelRuntime>,
         request: GenerateRequest,
@@ -73,20 +74,20 @@ impl Choices {
         self.each * self.prompts.len() as u32
     }
 
-    /// Returns whether the engine has none of them: the next waits for room.
+    /// Returns whether no answer is running: the next one waits for a place in the engine.
     pub(super) fn is_outside(&self) -> bool {
         self.running.is_empty()
     }
 
-    /// Returns the next event of any answer, and which one it is of. Not to be called after the end of them all.
-    /// Cancel safe.
+    /// Returns the next event and the index of its answer. Must not be called after all answers have ended. Cancel
+    /// safe.
     pub(super) async fn next(&mut self) -> Result<(u32, Event), EngineError> {
         future::poll_fn(|context| self.poll_next(context)).await
     }
 
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<(u32, Event), EngineError>> {
         self.poll_begin(context)?;
-        // Each in turn, so that one that is fast does not hold the others up.
+        // Round-robin, so that a fast answer does not hold up the others.
         for _ in 0..self.running.len() {
             self.turn = (self.turn + 1) % self.running.len();
             let Running { index, events } = &mut self.running[self.turn];
@@ -103,14 +104,15 @@ impl Choices {
         Poll::Pending
     }
 
-    /// Returns whether the next one is to begin: there is a place, and its prompt is new or was evaluated.
+    /// Returns whether the next answer may begin: a slot is free, and it is the first to its prompt or its prompt is
+    /// evaluated.
     fn may_begin(&self) -> bool {
         let (prompt, place) = (self.begun / self.each, self.begun % self.each);
         let is_next = self.begun < self.count() && self.running.len() < self.side_by_side;
         is_next && (place == 0 || self.primed.is_some_and(|primed| primed >= prompt))
     }
 
-    /// Begins as many of the others as may run now.
+    /// Begins as many of the remaining answers as may run.
     fn poll_begin(&mut self, context: &mut Context<'_>) -> Result<(), EngineError> {
         while self.may_begin() {
             let Self { runtime, request, prompts, each, begun, .. } = self;
@@ -127,7 +129,7 @@ impl Choices {
     }
 }
 
-/// Part of the answer may be with the caller already: a full engine is waited for as long as the caller listens.
+/// Waits for a full engine as long as the caller listens: part of the answer may have been sent already.
 async fn begin_when_there_is_room(
     runtime: Arc<dyn ModelRuntime>,
     request: GenerateRequest,
@@ -140,10 +142,10 @@ async fn begin_when_there_is_room(
     }
 }
 
-/// Returns the request of one of several answers: the same on every attempt, and the first to each prompt as if it were
-/// the only one.
+/// Returns the request of one of several answers. It is the same on every attempt, and the first answer to each prompt
+/// is the one that a single answer would be.
 fn of_index(request: &GenerateRequest, prompts: &[PromptInput], each: u32, index: u32) -> GenerateRequest {
-    /// The golden ratio's fraction, whose multiples lie far apart.
+    /// The golden ratio's fraction, whose multiples are far apart.
     const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
     let mut request = request.clone();
     if let Some(prompt) = prompts.get((index / each) as usize) {
@@ -153,7 +155,7 @@ fn of_index(request: &GenerateRequest, prompts: &[PromptInput], each: u32, index
     request
 }
 
-/// An engine must end its streams with a word.
+/// The error for a stream that ends without a `Done` event.
 fn unfinished() -> EngineError {
     EngineError::Failed { reason: "the stream ended without an end".into() }
 }
@@ -198,7 +200,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn each_runs_to_its_end_however_little_room_there_is() {
-        // With another's job in the only place of the queue, each finds the engine full at first.
+        // Another job holds the queue's only place, so each submission finds the engine full at first.
         let (runtime, request) = engine(1, 1, paced()).await;
         let mut choices = Choices::begin(runtime.clone(), request.clone(), vec![request.input.clone()], 3, 1)
             .await

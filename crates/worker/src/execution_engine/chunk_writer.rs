@@ -1,4 +1,4 @@
-//! Makes chunks of what an engine tells.
+//! Turns an engine's events into chunks.
 
 use std::mem;
 use std::time::Duration;
@@ -13,32 +13,32 @@ use super::Broken;
 use super::translation::append;
 use crate::transcript::Transcript;
 
-/// Pieces that are ready together become one chunk, up to about this many bytes.
+/// Pieces that are ready together share a chunk, up to about this many bytes.
 const CHUNK_BYTES_MAX: usize = 4 * 1024;
 /// Vectors share a chunk up to about this many bytes.
 const VECTORS_BYTES_MAX: usize = 64 * 1024;
-/// What one log-probability takes in a chunk, about.
+/// The approximate size of one logprob in a chunk.
 const LOGPROB_BYTES: usize = 64;
 /// How long a caller may leave a chunk unread before it counts as gone.
 const CALLER_STALL: Duration = Duration::from_mins(1);
 
-/// Writes the chunks of one job into buffers that it keeps.
+/// Writes the chunks of one job into reused buffers.
 pub(super) struct ChunkWriter {
     chunk: InferChunk,
     bytes: Vec<u8>,
-    /// What waits to be sent, of each answer.
+    /// What is still to be sent of each answer.
     waiting: Vec<Payload>,
     waiting_bytes: usize,
-    /// How far the engine is, where it said so and the caller wants to know.
+    /// The engine's last progress, if the caller wants to know.
     progress: Option<Progress>,
     wants_progress: bool,
-    /// How many answers there are to each prompt.
+    /// How many answers each prompt gets.
     each: u32,
-    /// What the prompts took whose first answers have begun.
+    /// Usage of the prompts whose first answers have begun.
     prompt: TokenUsage,
     /// How many answers have ended.
     ended: usize,
-    /// Why the first one did.
+    /// Why the first answer ended.
     reason: FinishReason,
     usage: TokenUsage,
     transcript: Transcript,
@@ -62,19 +62,19 @@ impl ChunkWriter {
         }
     }
 
-    /// Returns what the engine has heard and said.
+    /// Returns the prompt and the answer so far.
     pub(super) fn transcript(&self) -> &Transcript {
         &self.transcript
     }
 
-    /// Takes note of what an answer tells.
+    /// Records an event of an answer.
     pub(super) fn add(&mut self, index: u32, event: Event) {
         let is_only = self.waiting.len() == 1;
         let Some(payload) = self.waiting.get_mut(index as usize) else { return };
         match event {
-            // The first chunk has the prompt's tokens, so that a caller who leaves early can be billed for them. Of
-            // several prompts each chunk has the tokens so far, and each prompt is counted once, however many answers
-            // it has.
+            // The first chunk has the prompt's tokens, so that a caller that leaves early can be billed for them. With
+            // several prompts each chunk has the tokens so far. Each prompt is counted once, however many answers it
+            // has.
             Event::Started { prompt_tokens, cached_tokens } if index.is_multiple_of(self.each) => {
                 let all = &mut self.prompt;
                 all.prompt_tokens = all.prompt_tokens.saturating_add(prompt_tokens);
@@ -105,7 +105,7 @@ impl ChunkWriter {
         }
     }
 
-    /// Returns whether enough waits to be sent.
+    /// Returns whether the buffered output fills a chunk.
     pub(super) fn is_full(&self) -> bool {
         self.waiting_bytes >= CHUNK_BYTES_MAX
     }
@@ -120,12 +120,12 @@ impl ChunkWriter {
         self.chunk.seq > 0
     }
 
-    /// Takes note that the job waits though no engine says so.
+    /// Records that the job is waiting, when the engine reports no progress.
     pub(super) fn wait(&mut self) {
         self.progress = self.wants_progress.then(Progress::default);
     }
 
-    /// Sends what waits, if anything, and how far the engine is where nothing does.
+    /// Sends the buffered output, or the engine's progress if nothing is buffered.
     pub(super) async fn send(&mut self, reply: &mut ReplyStream) -> Result<(), Broken> {
         let Self { chunk, bytes, waiting, transcript, progress, .. } = self;
         if let Some(progress) = progress.take()
@@ -147,7 +147,7 @@ impl ChunkWriter {
         Ok(())
     }
 
-    /// Sends vectors, all of them, and returns the last chunk.
+    /// Sends all vectors, and returns the last chunk.
     pub(super) async fn send_vectors(
         mut self,
         embeddings: Embeddings,
@@ -169,14 +169,14 @@ impl ChunkWriter {
         Ok(self.last().0)
     }
 
-    /// Returns the only chunk of an answer that is a number of tokens. Nothing was evaluated, and nothing is billed.
+    /// Returns the only chunk of a token count. Nothing was evaluated, and nothing is billed.
     pub(super) fn count(self, tokens: u32) -> InferChunk {
         let (finish_reason, usage) = (Some(FinishReason::Stop), Some(TokenUsage::default()));
         let payload = Payload { input_tokens: Some(tokens), finish_reason, usage, ..Payload::default() };
         InferChunk { payload, done: true, ..self.chunk }
     }
 
-    /// Returns the last chunk, for when every answer has ended and was sent, and what was said.
+    /// Returns the last chunk and the transcript. Called once every answer has ended and was sent.
     pub(super) fn last(self) -> (InferChunk, Transcript) {
         let finish_reason = Some(self.reason);
         let usage = Some(self.usage);
@@ -203,7 +203,7 @@ fn is_empty(payload: &Payload) -> bool {
         && finish_reason.is_none()
 }
 
-/// Empties a payload and keeps its buffers.
+/// Empties a payload but keeps its buffers.
 fn clear(payload: &mut Payload) {
     payload.text.clear();
     payload.reasoning.clear();
@@ -215,7 +215,7 @@ fn clear(payload: &mut Payload) {
     payload.usage = None;
 }
 
-/// Returns a job's first chunk with nothing in it.
+/// Returns a job's first chunk, without content.
 pub(crate) fn empty_chunk(request: &InferRequest) -> InferChunk {
     InferChunk {
         correlation_id: request.correlation_id,
@@ -228,7 +228,7 @@ pub(crate) fn empty_chunk(request: &InferRequest) -> InferChunk {
     }
 }
 
-/// Says how far a job is. `next` is the chunk that comes after it.
+/// Sends a job's progress. `next` is the chunk that follows.
 pub(crate) async fn send_progress(
     next: &InferChunk,
     progress: Progress,
@@ -239,7 +239,7 @@ pub(crate) async fn send_progress(
     send_within(reply, &bytes).await
 }
 
-/// Says when a job that waits is to say so again.
+/// Returns the interval at which a waiting job sends its progress.
 pub(crate) fn pulse() -> Interval {
     let every = PROGRESS_WITHIN / 2;
     let mut pulse = time::interval_at(Instant::now() + every, every);

@@ -1,4 +1,4 @@
-//! Says jobs in the engine's words, and what the engine says in the network's.
+//! Translates jobs to engine requests, and engine events and errors to the wire.
 
 use engine::{Chat, EmbedRequest, EngineError, GenerateRequest, LeftToModel, ModelId, Piece, PromptInput, Sampling};
 use protocol::infer::{EmbedInput, InferRequest, Input, Payload};
@@ -6,10 +6,10 @@ use protocol::{ErrorCode, WireError};
 
 use crate::model_loader::u64_of;
 
-/// Says a job in the engine's words.
+/// Returns the engine request of a job.
 pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> GenerateRequest {
     let input = &request.input;
-    // The job's own name, so that another attempt on another worker draws the same tokens.
+    // Seeded by the correlation id, so that an attempt on another worker draws the same tokens.
     let (first, second) = request.correlation_id.0.as_bytes().split_at(8);
     GenerateRequest {
         sampling: Sampling::of(input, u64_of(first) ^ u64_of(second)),
@@ -27,7 +27,7 @@ pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> Genera
     }
 }
 
-/// Says what a job goes on with, in the engine's words.
+/// Returns the prompt of a job.
 pub(super) fn prompt(input: &Input) -> PromptInput {
     match input {
         Input { messages: Some(messages), .. } => PromptInput::Chat(Chat {
@@ -43,12 +43,12 @@ pub(super) fn prompt(input: &Input) -> PromptInput {
     }
 }
 
-/// Returns all that a job goes on with, in the engine's words: several texts, or one prompt.
+/// Returns all prompts of a job: several texts, or one prompt.
 pub(super) fn prompts(input: &Input) -> Vec<PromptInput> {
     input.prompts.as_deref().map_or_else(|| vec![prompt(input)], texts)
 }
 
-/// Says which texts to make vectors of, in the engine's words.
+/// Returns the engine request for embedding these inputs.
 pub(super) fn embed_request(model: ModelId, inputs: &[EmbedInput]) -> EmbedRequest {
     EmbedRequest { model, inputs: texts(inputs) }
 }
@@ -57,7 +57,7 @@ fn texts(inputs: &[EmbedInput]) -> Vec<PromptInput> {
     inputs.iter().cloned().map(PromptInput::from).collect()
 }
 
-/// Appends more of an answer to what waits to be sent of it.
+/// Appends a piece of an answer to its unsent payload.
 pub(super) fn append(payload: &mut Payload, piece: Piece) {
     let Piece { text, reasoning, tool_calls, tokens, logprobs } = piece;
     let join = |whole: &mut String, more: String| if whole.is_empty() { *whole = more } else { whole.push_str(&more) };
@@ -72,7 +72,7 @@ pub(super) fn append(payload: &mut Payload, piece: Piece) {
     payload.logprobs.extend(logprobs);
 }
 
-/// Says an engine's error in the network's words. Reasons stay here: they may name paths and processes.
+/// Translates an engine's error to a wire error. Reasons are left out: they may name paths and processes.
 pub(super) fn wire_error(error: &EngineError, input: &Input) -> WireError {
     match error {
         EngineError::ContextLength { prompt_tokens, context_length } => {
@@ -81,7 +81,7 @@ pub(super) fn wire_error(error: &EngineError, input: &Input) -> WireError {
                 Input { embed: Some(_), .. } => ("input", "input"),
                 _ => ("prompt", "prompt"),
             };
-            // OpenAI's wording: clients tell by it that they must shorten, and not by the code.
+            // OpenAI's wording: clients recognize a full context by this message, not by the code.
             let message = format!(
                 "This model's maximum context length is {context_length} tokens. However, your {what} resulted in \
                  {prompt_tokens} tokens. Please reduce the length of the {what}."
@@ -203,7 +203,7 @@ mod tests {
         assert_ne!(seed(&first), seed(&InferRequest { correlation_id: id, ..first.clone() }));
     }
 
-    /// LiteLLM, aider, Cline and others look for these words.
+    /// LiteLLM, aider, Cline and others match these words.
     #[test]
     fn a_full_context_is_told_in_openais_words() {
         let error = EngineError::ContextLength { prompt_tokens: 9031, context_length: 4096 };

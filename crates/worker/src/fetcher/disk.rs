@@ -1,31 +1,31 @@
-//! Decides how much has to leave the disk for a file that is to be fetched.
+//! Decides how many bytes of fetched files must be evicted for a new file.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// What always stays free of the disk, in bytes.
+/// Bytes of the disk that always stay free.
 pub(crate) const SPARE_BYTES: u64 = 1 << 30;
 
-/// Says how many bytes the disk has free, as far as the system tells.
+/// Returns how many bytes the disk has free, if the system reports it.
 pub(crate) type FreeBytes = Arc<dyn Fn() -> Option<u64> + Send + Sync>;
 
-/// How the disk is used, at one moment. All in bytes.
+/// Use of the disk at one moment, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Usage {
-    /// What this user may still write; `None` where the system does not tell.
+    /// What this user may still write; `None` if the system does not report it.
     pub(crate) free: Option<u64>,
     /// The most that fetched files may take.
     pub(crate) most: Option<u64>,
-    /// What the fetched files take.
+    /// The size of the fetched files.
     pub(crate) fetched: u64,
-    /// What there is of files that are not complete.
+    /// The size of incomplete files.
     pub(crate) partial: u64,
-    /// What other files that are being fetched take yet.
+    /// What the other files that are being fetched still need.
     pub(crate) coming: u64,
 }
 
 impl Usage {
-    /// Returns how many bytes of fetched files have to leave, so that so many can be written.
+    /// Returns how many bytes of fetched files must be evicted so that `wanted` bytes can be written.
     pub(crate) fn missing(&self, wanted: u64) -> u64 {
         let wanted = wanted.saturating_add(self.coming);
         let by_disk = self.free.map_or(0, |free| wanted.saturating_add(SPARE_BYTES).saturating_sub(free));
@@ -34,13 +34,13 @@ impl Usage {
         by_disk.max(by_budget)
     }
 
-    /// Returns whether so many bytes can be written if all fetched files leave.
+    /// Returns whether `wanted` bytes can be written once all fetched files are evicted.
     pub(crate) fn could_take(&self, wanted: u64) -> bool {
         self.missing(wanted) <= self.fetched
     }
 }
 
-/// There is no room for a file.
+/// There is not enough disk space for a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Shortage {
     pub(crate) wanted: u64,

@@ -1,4 +1,4 @@
-//! Finds the nodes that have a file: workers that say so, and then the registries.
+//! Finds the nodes that have a file: first workers that report it, then the registries.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,13 +12,13 @@ use rpc::{Client, Directory};
 use tokio::time::Instant;
 use tracing::debug;
 
-/// How long an orchestrator may take to list the workers.
+/// Timeout for an orchestrator's list of workers.
 const FLEET_WITHIN: Duration = Duration::from_secs(5);
-/// How long a registry may take to be found.
+/// How long to wait for a registry to be found.
 const REGISTRY_WITHIN: Duration = Duration::from_secs(2);
 /// Workers asked in one round.
 const WORKERS_MAX: usize = 8;
-/// For how long a node is not asked that sent wrong bytes.
+/// How long a node that sent wrong bytes is avoided.
 pub(crate) const AVOID_FOR: Duration = Duration::from_mins(10);
 
 /// A node that may have a file.
@@ -28,11 +28,11 @@ pub(crate) struct Source {
     pub(crate) is_registry: bool,
 }
 
-/// Knows whom to ask.
+/// Finds the nodes to ask for a file.
 pub(crate) struct Sources {
     client: Client,
     pub(super) directory: Directory,
-    /// Nodes that sent wrong bytes, and until when they are not asked.
+    /// Nodes that sent wrong bytes, and until when they are avoided.
     avoided: Mutex<BTreeMap<PublicKey, Instant>>,
 }
 
@@ -41,10 +41,10 @@ impl Sources {
         Self { client, directory, avoided: Mutex::default() }
     }
 
-    /// Returns the nodes to ask for a file of these models, one after the other.
+    /// Returns the nodes to ask for a file of these models, in order.
     ///
-    /// Workers come first, in an order that is this node's own: where many fetch at once they serve each other, and the
-    /// registry is asked by few.
+    /// Workers come first, in an order that differs from node to node. When many nodes fetch at once they serve each
+    /// other, and few ask the registry.
     pub(crate) async fn of(&self, digest: &Digest, models: &[ModelKey]) -> Vec<Source> {
         let own = self.client.public_key();
         let mut workers: Vec<PublicKey> = self
@@ -75,12 +75,12 @@ impl Sources {
         Fleet::default()
     }
 
-    /// Does not ask a node for a while.
+    /// Avoids a node for a while.
     pub(crate) fn avoid(&self, peer: PublicKey) {
         self.avoided().insert(peer, Instant::now() + AVOID_FOR);
     }
 
-    /// Says why nobody is asked.
+    /// Explains why there is no source to ask.
     pub(crate) fn nobody(&self) -> String {
         if self.avoided().is_empty() {
             "no node that has it answers".to_owned()
@@ -102,8 +102,8 @@ impl Sources {
     }
 }
 
-/// Returns whether a worker says that it has a file of one of these models: the model's own, or an adapter's, which it
-/// may turn out not to have.
+/// Returns whether a worker reports a file of one of these models: the model's own or an adapter's. It may turn out not
+/// to have the adapter's.
 fn has_file(report: &HealthReport, digest: &Digest, models: &[ModelKey]) -> bool {
     models.iter().filter(|key| report.supported.contains(key) && !report.to_fetch.contains(key)).any(|key| {
         // A model of the same name on an adopted server has no file.
@@ -112,7 +112,7 @@ fn has_file(report: &HealthReport, digest: &Digest, models: &[ModelKey]) -> bool
     })
 }
 
-/// Returns who is to blame for wrong bytes. A registry is not, where others had a part in them.
+/// Returns the nodes to blame for wrong bytes. A registry is blamed only if it sent the whole file.
 pub(crate) fn blamed(contributors: &[Source], is_resumed: bool) -> Vec<PublicKey> {
     let is_alone = contributors.len() == 1 && !is_resumed;
     contributors.iter().filter(|source| is_alone || !source.is_registry).map(|source| source.peer).collect()

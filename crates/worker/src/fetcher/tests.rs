@@ -1,4 +1,4 @@
-//! Fetches over a network in memory, from nodes of every kind.
+//! Fetches over an in-memory network, from sources that behave well and badly.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -74,36 +74,36 @@ fn report(worker_id: PublicKey) -> HealthReport {
     }
 }
 
-/// How a node behaves that is asked for the file.
+/// How a node that is asked for the file behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// It has it and gives it.
+    /// It has the file and sends it.
     Good,
-    /// It goes away after so many bytes.
+    /// It disappears after this many bytes.
     Dying(usize),
-    /// It sends other bytes, of the right length.
+    /// It sends wrong bytes of the right length.
     False,
-    /// It says that the file is longer than it is listed.
+    /// It claims that the file is longer than listed.
     Longer,
-    /// It sends more than it says.
+    /// It sends more than it announced.
     Endless,
-    /// It sends next to nothing.
+    /// It sends almost nothing.
     Slow,
-    /// It gives to others, the first so many times.
+    /// It is busy for this many requests.
     Busy(usize),
 }
 
-/// What a node was asked for: the offsets.
+/// The offsets that a node was asked for.
 type Received = Arc<Mutex<Vec<u64>>>;
 
-/// A network with a fetcher, workers of some kinds, and a registry.
+/// A network with a fetcher, workers of these kinds, and a registry.
 struct Scene {
     fetcher: Fetcher,
     store: ArtifactStore,
     listed: Listed,
     folder: TempDir,
     free: Arc<AtomicU64>,
-    /// What each worker was asked, and then what the registry was.
+    /// The requests to each worker, and then those to the registry.
     asked: Vec<Received>,
     stop: CancellationToken,
 }
@@ -122,7 +122,7 @@ impl Scene {
     async fn with(workers: &[Kind], registry: Option<Kind>, most_bytes: Option<u64>) -> Self {
         let (network, tasks, stop) = (MemoryNetwork::new(), TaskTracker::new(), CancellationToken::new());
         let own = NodeKey::from_seed(&[1; 32]);
-        // In the order in which they are asked.
+        // In the order in which the fetcher asks them.
         let mut keys: Vec<NodeKey> =
             (10..10 + workers.len() as u8).map(|seed| NodeKey::from_seed(&[seed; 32])).collect();
         keys.sort_by_key(|key| Digest::of(&[own.public_key().0, key.public_key().0, digest().0].concat()));
@@ -176,11 +176,11 @@ impl Scene {
     }
 
     fn is_here(&self) -> bool {
-        // Only the right bytes are ever opened.
+        // Opening verifies the digest.
         self.store.open(&digest()).is_ok()
     }
 
-    /// Makes a file that was fetched some time ago.
+    /// Stores a file that was fetched some time ago.
     fn put_fetched(&self, byte: u8, length: usize) -> Digest {
         let bytes = vec![byte; length];
         let mut partial = self.store.partial(&Digest::of(&bytes)).expect("opened").expect("free");
@@ -190,7 +190,7 @@ impl Scene {
     }
 }
 
-/// Puts a node on the network that is asked for the file.
+/// Adds a node to the network that serves the file.
 async fn source(
     network: &MemoryNetwork,
     tasks: &TaskTracker,
@@ -234,7 +234,7 @@ async fn answer(call: StreamCall, offset: usize, kind: Kind, before: usize) {
     }
     let bytes = content.len() as u64 + u64::from(kind == Kind::Longer);
     let mut reply = call.accept().await.expect("wanted");
-    // A source that sends bad bytes is left before its end.
+    // The fetcher hangs up on a source that sends bad bytes.
     let _ = reply.send(&codec::encode(&ArtifactHead { bytes })).await;
     let rest = &content[offset..];
     let parts: Vec<Vec<u8>> = match kind {
@@ -381,7 +381,7 @@ async fn the_least_recently_used_make_room_and_those_in_use_never() {
     let [used, old, young] = [b'u', b'o', b'y'].map(|byte| scene.put_fetched(byte, 1_000_000));
     let held = scene.store.in_use(&used).expect("noted").expect("fetched");
     let own = scene.store.put(&vec![b'm'; 4_000_000][..], u64::MAX).expect("put").digest;
-    // Three of five, and three more are to come.
+    // Fetched files take 3 MB of the allowed 5 MB, and the new file takes 3 MB more.
     scene.fetch().await.expect("it comes");
     assert!(!scene.store.contains(&old), "one was enough");
     assert!(scene.store.contains(&young) && scene.store.contains(&own) && scene.is_here());
@@ -407,7 +407,7 @@ async fn what_is_removed_meanwhile_is_fetched_no_further_and_goes() {
     };
     let (fetched, ()) = tokio::join!(scene.fetch(), removing);
     assert!(matches!(fetched, Err(FetchError::Withdrawn)));
-    // The writer of the last block lets go of the file.
+    // The task that writes the last block releases the file.
     while scene.store.partial(&digest()).expect("opened").is_none() {
         time::sleep(SECOND / 100).await;
     }
@@ -431,7 +431,7 @@ async fn two_workers_of_a_machine_fetch_a_file_once() {
     assert_eq!(scene.asked(0), [0]);
 }
 
-/// Makes a second fetcher on the network of a scene.
+/// Creates a second fetcher on the network of a scene.
 fn second_of(scene: &Scene) -> Fetcher {
     let Fetcher { client, sources, .. } = &scene.fetcher;
     let told = scene.free.clone();

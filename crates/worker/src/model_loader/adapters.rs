@@ -1,5 +1,5 @@
-//! The adapters of one model: attached to its engine at their first use, while it runs, and taken off again when others
-//! need the room (W3).
+//! The adapters of one model: attached to its running engine at their first use, and removed when others need the place
+//! (W3).
 
 use std::sync::Arc;
 
@@ -13,17 +13,17 @@ use tokio::sync::{Notify, OnceCell};
 pub(crate) struct Adapters {
     most: usize,
     shelf: Mutex<Shelf>,
-    /// Told when an adapter is no longer used.
+    /// Notified when an adapter is no longer used.
     freed: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Shelf {
-    /// The engine they are attached to; another one has none of them.
+    /// The engine that they are attached to; another engine has none of them.
     engine: Option<ModelId>,
-    /// The latest used last.
+    /// Least recently used first.
     attached: Vec<Attached>,
-    /// Taken off the shelf, and still to be taken off the engine.
+    /// Evicted, and still to be removed from the engine.
     evicted: Vec<AdapterId>,
 }
 
@@ -35,33 +35,33 @@ struct Attached {
     users: u32,
 }
 
-/// A place of an adapter at an engine, kept there for as long as this lives.
+/// A use of an adapter, which stays attached while this lives.
 #[derive(Debug)]
 pub(crate) struct Lease {
     adapters: Arc<Adapters>,
     engine: ModelId,
     name: AdapterName,
-    /// Filled by the first of those that use it.
+    /// Filled by the first user.
     pub(crate) id: Arc<OnceCell<AdapterId>>,
 }
 
 impl Adapters {
-    /// Makes an empty shelf with room for so many; at least one.
+    /// Creates an empty set with room for `most` adapters, at least one.
     pub(crate) fn new(most: u32) -> Arc<Self> {
         Arc::new(Self { most: most.max(1) as usize, shelf: Mutex::default(), freed: Notify::new() })
     }
 
-    /// Begins anew with an engine that has no adapter yet.
+    /// Starts over with an engine that has no adapter yet.
     pub(crate) fn begin(&self, engine: ModelId) {
         *self.shelf() = Shelf { engine: Some(engine), ..Shelf::default() };
         self.freed.notify_waiters();
     }
 
-    /// Takes a place for an adapter, in that of the one unused for longest where all are taken. Waits while all are
-    /// used; returns none where the engine is not the present one. Cancel safe.
+    /// Leases a place for an adapter, and evicts the least recently used one if all are taken. Waits while all are in
+    /// use. Returns `None` if the engine is not the present one. Cancel safe.
     pub(crate) async fn lease(self: &Arc<Self>, engine: ModelId, name: &AdapterName) -> Option<Lease> {
         loop {
-            // Listens before it looks, so that what is freed in between is not missed.
+            // Subscribes before it checks, so that an adapter that is freed in between is not missed.
             let freed = self.freed.notified();
             {
                 let mut shelf = self.shelf();
@@ -76,13 +76,13 @@ impl Adapters {
         }
     }
 
-    /// Returns an adapter that is to be taken off an engine, until it was.
+    /// Returns an adapter that must still be removed from the engine.
     pub(crate) fn evicted(&self, engine: ModelId) -> Option<AdapterId> {
         let shelf = self.shelf();
         if shelf.engine == Some(engine) { shelf.evicted.last().copied() } else { None }
     }
 
-    /// Says that an adapter was taken off an engine.
+    /// Records that an adapter was removed from an engine.
     pub(crate) fn removed(&self, engine: ModelId, id: AdapterId) {
         let mut shelf = self.shelf();
         if shelf.engine == Some(engine) {
@@ -90,7 +90,7 @@ impl Adapters {
         }
     }
 
-    /// Returns the adapters at hand.
+    /// Returns the attached adapters.
     pub(crate) fn at_hand(&self, engine: ModelId) -> Vec<AdapterName> {
         let shelf = self.shelf();
         let at_hand = shelf.attached.iter().filter(|attached| attached.id.initialized());
@@ -149,14 +149,14 @@ mod tests {
         text.parse().expect("a name")
     }
 
-    /// Makes a shelf of an engine.
+    /// Creates the adapters of an engine.
     fn adapters(most: u32) -> Arc<Adapters> {
         let adapters = Adapters::new(most);
         adapters.begin(ENGINE);
         adapters
     }
 
-    /// Takes a place and attaches the adapter under a number where it is not yet.
+    /// Leases an adapter and attaches it under this number if it is not attached yet.
     async fn attach(adapters: &Arc<Adapters>, text: &str, number: u64) -> Lease {
         let lease = adapters.lease(ENGINE, &name(text)).await.expect("the engine is the present one");
         lease.id.get_or_init(|| async { AdapterId(number) }).await;

@@ -1,4 +1,4 @@
-//! The models of a worker and how far each is.
+//! The models of a worker and their states.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -20,19 +20,19 @@ use super::warm_prefixes::WarmPrefixes;
 use crate::config::{ServedModel, duration_of};
 use crate::device_report;
 
-/// What any load takes, and how fast its bytes are read, where nothing is known of an earlier one.
+/// The base time of any load, and how fast its bytes are read, before a first load was measured.
 const FIRST_LOAD: Duration = Duration::from_secs(1);
 const LOAD_BYTES_PER_MILLI: u64 = 500_000;
 
-/// How far a model is.
+/// The state of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Status {
-    /// Nobody has asked for it.
+    /// It is not in memory.
     Absent,
     /// It is being verified or loaded.
     Loading(Load),
     Ready(LoadedModel),
-    /// It could not be loaded, or its engine died; it is tried again. For those who operate the network.
+    /// It could not be loaded, or its engine died; it is retried. The reason is for operators.
     Failed(Arc<str>),
 }
 
@@ -43,13 +43,13 @@ pub(crate) struct Load {
     percent: u8,
     /// Length of the artifact; 0 before it was opened.
     bytes: u64,
-    /// How long it took the last time, and the wait before it; guessed from its length for the first load.
+    /// How long the last load took, with the wait before it; for the first load, estimated from the length.
     expected: Option<Duration>,
-    /// Its file comes from another node yet.
+    /// Set while its file is fetched from another node.
     fetch: Option<Fetch>,
 }
 
-/// How much there is of a file that is being fetched.
+/// Progress of a fetch, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Fetch {
     /// What was there when the fetch began.
@@ -59,12 +59,12 @@ struct Fetch {
 }
 
 impl Fetch {
-    /// Returns how far the whole file is, with the time that it would have taken at this pace.
+    /// Returns the progress of the whole file, with the time that all of it would have taken at this pace.
     fn progress(self, elapsed: Duration) -> LoadProgress {
         let percent = (100 * u128::from(self.there) / u128::from(self.of.max(1))).min(100) as u8;
         let came = self.there.saturating_sub(self.begun_with);
         let whole = elapsed.as_millis() * u128::from(self.there) / u128::from(came.max(1));
-        // Of one that has only begun nobody knows when it ends.
+        // Nothing has come yet, so its end cannot be estimated.
         let percent = if came == 0 { 0 } else { percent };
         let elapsed_ms = u64::try_from(whole).unwrap_or(u64::MAX);
         LoadProgress { percent, elapsed_ms, bytes: self.of, fetching: true }
@@ -72,13 +72,13 @@ impl Fetch {
 }
 
 impl Load {
-    /// Begins a load that is expected to take so long, where that is known.
+    /// Begins a load, with its expected time if that is known.
     pub(crate) fn begin(expected: Option<Duration>) -> Self {
         Self { since: Instant::now(), percent: 0, bytes: 0, expected, fetch: None }
     }
 
-    /// Returns how far it is. Before the engine tells, a load is as far as the time says that it is expected to take,
-    /// so that jobs wait for one that ends soon from its beginning on.
+    /// Returns the progress of the load. Before the engine reports any, it is derived from the expected time, so that
+    /// jobs wait from the beginning for a load that ends soon.
     fn progress(&self) -> LoadProgress {
         let Self { percent, bytes, expected, .. } = *self;
         let elapsed = self.since.elapsed();
@@ -90,20 +90,20 @@ impl Load {
         };
         let by_time = 100 * elapsed.as_millis() / expected.as_millis().max(1);
         let percent = percent.max(by_time.clamp(1, 99) as u8);
-        // A load that takes longer than expected is told by its own time again.
+        // A load that takes longer than expected is estimated by its own time again.
         let elapsed = elapsed.max(expected * u32::from(percent) / 100);
         LoadProgress { percent, elapsed_ms: elapsed.as_millis() as u64, bytes, fetching: false }
     }
 }
 
-/// What others than this worker's settings say of how long a model stays in memory.
+/// How long a model stays in memory, by sources other than this worker's settings.
 #[derive(Debug, Default, Clone, Copy)]
 struct Wishes {
-    /// The registry's list pins it.
+    /// The catalog pins it.
     pin: bool,
-    /// What the list says, in seconds.
+    /// The catalog's `keep_alive`, in seconds.
     listed: Option<i64>,
-    /// What the last request or operator said for this time in memory, in seconds.
+    /// The `keep_alive` of the last request or operator while it is in memory, in seconds.
     asked: Option<i64>,
 }
 
@@ -113,45 +113,45 @@ pub(crate) struct Entry {
     pub(crate) model: ServedModel,
     pub(crate) key: ModelKey,
     pub(crate) status: watch::Sender<Status>,
-    /// Somebody wants it in memory.
+    /// Notified when a job wants it in memory.
     wanted: Notify,
     seat: Mutex<Seat>,
     wishes: Mutex<Wishes>,
-    /// What was decided of it, for its keeper.
+    /// The last decision, for its keeper.
     pub(crate) order: watch::Sender<Option<Order>>,
-    /// Whoever decides is told of each change.
+    /// Notifies the residency decision of each change.
     stirred: Arc<Notify>,
-    /// It was not loaded at the start, since there was no room.
+    /// It was not loaded at the start for lack of memory.
     stays_out: AtomicBool,
     /// Its file is not here, and can be fetched.
     to_fetch: AtomicBool,
     /// Jobs that wait for it.
     waiters: AtomicU32,
-    /// It is served no more.
+    /// Cancelled when it is no longer served.
     pub(crate) retired: CancellationToken,
-    /// The engine that was last found dead.
+    /// The engine that was last found dead, and why.
     dead: watch::Sender<Option<(ModelId, Arc<str>)>>,
-    /// Failures since the last success of an engine that is still there.
+    /// Consecutive failures of an engine that is still there.
     strikes: AtomicU32,
     /// The adapters of the present engine.
     pub(crate) adapters: Arc<Adapters>,
-    /// The pinned adapter is part of the weights.
+    /// The pinned adapter is merged into the weights.
     merged: AtomicBool,
-    /// What the present engine likely has at hand.
+    /// The prompt prefixes that the present engine likely has in its KV cache.
     warm: Mutex<WarmPrefixes>,
 }
 
-/// The models that the worker serves: those of its configuration in its order, and then those of the registry's list.
+/// The models that the worker serves: those of its configuration, in its order, and then those of the catalog.
 #[derive(Debug)]
 pub(crate) struct ModelCache {
     entries: RwLock<Arc<[Arc<Entry>]>>,
-    /// Those that are served no more and still hold memory.
+    /// Models that are no longer served and still hold memory.
     leaving: Mutex<Vec<Arc<Entry>>>,
-    /// Told of each change that may let a model into memory or out of it.
+    /// Notified of each change that may let a model into memory or out of it.
     pub(crate) stirred: Arc<Notify>,
 }
 
-/// A job's hold on a model in memory: while it lasts, the model is not unloaded to make room.
+/// A job's hold on a model in memory. While it lives, the model is not unloaded to free memory.
 #[derive(Debug)]
 pub(crate) struct Hold {
     entry: Arc<Entry>,
@@ -191,7 +191,7 @@ impl Drop for Waiting<'_> {
 }
 
 impl ModelCache {
-    /// Makes the cache of models that are loaded at the start, or of which only the pinned ones are.
+    /// Creates the cache. With `preload` all models are loaded at the start, otherwise only the pinned ones.
     pub(crate) fn new(models: &[ServedModel], preload: bool) -> Self {
         let stirred = Arc::new(Notify::new());
         let entry = |model: &ServedModel| {
@@ -203,7 +203,7 @@ impl ModelCache {
         Self { entries, leaving: Mutex::default(), stirred: stirred.clone() }
     }
 
-    /// Adds a model that is loaded when somebody asks for it, and returns its entry.
+    /// Adds a model that is loaded on demand, and returns its entry.
     pub(crate) fn add(&self, model: ServedModel) -> Arc<Entry> {
         let added = Arc::new(Entry::new(model, Status::Absent, self.stirred.clone()));
         let mut entries = self.entries.write();
@@ -211,7 +211,7 @@ impl ModelCache {
         added
     }
 
-    /// Takes a model off the list: no more jobs of it are taken, and it is unloaded once those that run have ended.
+    /// Removes a model: it takes no more jobs, and is unloaded once those that run have ended.
     pub(crate) fn remove(&self, key: &ModelKey) {
         let mut entries = self.entries.write();
         let (gone, kept): (Vec<_>, Vec<_>) = entries.iter().cloned().partition(|entry| entry.key == *key);
@@ -224,7 +224,7 @@ impl ModelCache {
         self.stirred.notify_one();
     }
 
-    /// Forgets a model that was taken off the list, now that it holds nothing any more.
+    /// Forgets a removed model that holds no memory any more.
     pub(crate) fn forget(&self, entry: &Arc<Entry>) {
         self.leaving().retain(|leaving| !Arc::ptr_eq(leaving, entry));
         self.stirred.notify_one();
@@ -248,14 +248,14 @@ impl ModelCache {
         self.entries().iter().find(|entry| entry.key == *key).cloned()
     }
 
-    /// Returns the models that answer.
+    /// Returns the models that are ready.
     pub(crate) fn ready(&self) -> Vec<(ModelKey, LoadedModel)> {
         let entries = self.entries();
         let ready = entries.iter().filter_map(|entry| Some((entry.key.clone(), entry.loaded()?)));
         ready.collect()
     }
 
-    /// Returns what health reports say of the models in memory, or on their way there.
+    /// Returns the health report's entries of the models in memory, or being loaded.
     pub(crate) fn manifest(&self, snapshots: &[LoadSnapshot]) -> Vec<CachedModel> {
         let entries = self.entries();
         let cached = entries.iter().filter_map(|entry| {
@@ -285,7 +285,7 @@ impl ModelCache {
                 reason,
                 placement,
                 prefixes: id.map(|_| entry.warm_prefixes()).unwrap_or_default(),
-                // JSON has no word for a number that is not finite.
+                // JSON cannot express a number that is not finite.
                 tokens_per_second: snapshot
                     .map(|snapshot| snapshot.tokens_per_second)
                     .filter(|speed| speed.is_finite())
@@ -339,13 +339,13 @@ impl Entry {
         self.seat.lock()
     }
 
-    /// Follows what the registry's list says of how long it is kept. Says whether it is pinned from now on and was not
-    /// before.
+    /// Applies the catalog's pin and `keep_alive`. Returns whether the model has become pinned.
     pub(crate) fn follow(&self, pin: bool, keep_alive_secs: Option<i64>) -> bool {
         self.wish(|wishes| (wishes.pin, wishes.listed) = (pin, keep_alive_secs))
     }
 
-    /// Follows what a request or an operator says of how long it is kept this time, in seconds; -1 for ever.
+    /// Applies the `keep_alive` of a request or an operator, in seconds; -1 for ever. It holds until the model is
+    /// unloaded.
     pub(crate) fn keep_for(&self, secs: i64) {
         self.wish(|wishes| wishes.asked = Some(secs));
     }
@@ -369,26 +369,26 @@ impl Entry {
         is_news
     }
 
-    /// Returns whether it leaves the memory as soon as it has no job.
+    /// Returns whether it is unloaded as soon as it has no job.
     pub(crate) fn leaves_at_once(&self) -> bool {
         let seat = self.seat();
         seat.keep_alive == Some(Duration::ZERO) && !seat.is_pinned
     }
 
-    /// Notes the memory that it takes, and that it takes at least, in bytes.
+    /// Records the memory that it takes, and the least that it can take, in bytes.
     pub(crate) fn plan(&self, bytes: u64, bytes_min: u64) {
         let mut seat = self.seat();
         (seat.bytes, seat.bytes_min) = (bytes, bytes_min);
     }
 
-    /// Notes the memory of GPUs that it takes, in bytes, and that it takes at least, where that is known anew.
+    /// Records the GPU memory that it takes, in bytes, and the least that it can take, if that has changed.
     pub(crate) fn plan_vram(&self, bytes: u64, bytes_min: Option<u64>) {
         let mut seat = self.seat();
         seat.vram_bytes = bytes;
         seat.vram_bytes_min = bytes_min.unwrap_or(seat.vram_bytes_min);
     }
 
-    /// Says where it is now, and lets it be decided anew which models lie in memory.
+    /// Sets its place, and triggers a new decision about which models stay in memory.
     pub(crate) fn move_to(&self, place: Place) {
         let mut seat = self.seat();
         seat.place = place;
@@ -398,20 +398,20 @@ impl Entry {
         }
         drop(seat);
         if place == Place::Moving {
-            // What was said of this time holds no longer.
+            // A request's `keep_alive` ends with this time in memory.
             self.wish(|wishes| wishes.asked = None);
         }
         self.order.send_replace(None);
         self.stirred.notify_one();
     }
 
-    /// Takes a decision, unless a job has come meanwhile that it did not know of.
+    /// Applies a decision, unless a job has come meanwhile that it did not know of.
     pub(crate) fn obey(&self, order: Order) {
         let mut seat = self.seat();
         match order {
             Order::Leave if seat.jobs > 0 => {
                 drop(seat);
-                // Whoever waits for its room must not wait for the next change.
+                // Decide again, so that a model that waits for this memory need not wait for the next change.
                 return self.stirred.notify_one();
             }
             // Its keeper is about to unload it.
@@ -423,19 +423,19 @@ impl Entry {
         }
         drop(seat);
         match order {
-            // Those who wait look again.
+            // Wakes the waiting jobs.
             Order::Open => self.status.send_modify(|_| {}),
             Order::Close => {}
             Order::Load(_) | Order::Leave => drop(self.order.send_replace(Some(order))),
             Order::StayOut | Order::Refuse(_) => {
                 self.order.send_replace(Some(order));
-                // Others may ask as well.
+                // Another model may be waiting for memory as well.
                 self.stirred.notify_one();
             }
         }
     }
 
-    /// Has the model leave the memory, unless jobs run on it, and says where it is now.
+    /// Unloads the model unless jobs run on it, and returns its state.
     pub(crate) fn send_out(&self) -> (ModelPlaceState, Option<String>) {
         let status = self.status.borrow().clone();
         match status {
@@ -457,7 +457,7 @@ impl Entry {
         }
     }
 
-    /// Waits until its keeper has something to do, and returns what.
+    /// Waits for the next order to its keeper.
     pub(crate) async fn ordered(&self) -> Order {
         let mut orders = self.order.subscribe();
         let order = orders.wait_for(Option::is_some).await;
@@ -465,7 +465,7 @@ impl Entry {
         order.ok().and_then(|order| *order).unwrap_or(Order::StayOut)
     }
 
-    /// Returns a hold on the model where it answers and lets jobs in.
+    /// Returns a hold on the model if it is ready and accepts jobs.
     pub(crate) fn hold(self: &Arc<Self>) -> Option<Hold> {
         let mut seat = self.seat();
         let loaded = self.loaded().filter(|_| !seat.is_closed && !self.retired.is_cancelled())?;
@@ -474,7 +474,7 @@ impl Entry {
         Some(Hold { entry: self.clone(), loaded })
     }
 
-    /// Begins to wait for the model.
+    /// Registers a waiting job.
     pub(crate) fn wait(&self) -> Waiting<'_> {
         let mut seat = self.seat();
         self.waiters.fetch_add(1, Ordering::AcqRel);
@@ -510,17 +510,17 @@ impl Entry {
         }
     }
 
-    /// Returns whether it was left out at the start for want of room.
+    /// Returns whether it was left out at the start for lack of memory.
     pub(crate) fn has_stayed_out(&self) -> bool {
         self.stays_out.load(Ordering::Relaxed)
     }
 
-    /// Notes that it is loaded when somebody asks for it, and not before.
+    /// Records that it is loaded on demand only.
     pub(crate) fn stay_out(&self) {
         self.stays_out.store(true, Ordering::Relaxed);
     }
 
-    /// Returns whether the pinned adapter is part of the weights of the present engine.
+    /// Returns whether the pinned adapter is merged into the present engine's weights.
     pub(crate) fn is_merged(&self) -> bool {
         self.merged.load(Ordering::Relaxed)
     }
@@ -536,7 +536,7 @@ impl Entry {
         }
     }
 
-    /// Returns the model where it answers.
+    /// Returns the model if it is ready.
     pub(crate) fn loaded(&self) -> Option<LoadedModel> {
         match &*self.status.borrow() {
             Status::Ready(loaded) => Some(loaded.clone()),
@@ -544,9 +544,9 @@ impl Entry {
         }
     }
 
-    /// Takes the beginnings of a prompt that an engine evaluated, the longest first.
+    /// Records the prefixes of a prompt that an engine evaluated, the longest first.
     pub(crate) fn remember(&self, id: ModelId, marks: impl Iterator<Item = PrefixDigest>) {
-        // A job may outlive its engine; the next engine has nothing of it.
+        // A job may outlive its engine, and the next engine has none of its prefixes.
         if self.loaded().is_some_and(|loaded| loaded.id == id) {
             self.warm.lock().remember(marks);
         }
@@ -556,14 +556,14 @@ impl Entry {
         self.warm.lock().list()
     }
 
-    /// Makes the model answer on an engine that has evaluated nothing yet.
+    /// Makes the model ready on a new engine, which has evaluated nothing yet.
     pub(crate) fn set_ready(&self, loaded: LoadedModel) {
         self.adapters.begin(loaded.id);
         *self.warm.lock() = WarmPrefixes::default();
         self.status.send_replace(Status::Ready(loaded));
     }
 
-    /// Notes the length of the artifact that is being loaded.
+    /// Records the length of the artifact that is being loaded.
     pub(crate) fn opened(&self, bytes: u64) {
         self.status.send_modify(|status| {
             if let Status::Loading(load) = status {
@@ -573,17 +573,17 @@ impl Entry {
         });
     }
 
-    /// Returns whether its file is to be fetched before it can be loaded.
+    /// Returns whether its file must be fetched before it can be loaded.
     pub(crate) fn is_to_fetch(&self) -> bool {
         self.to_fetch.load(Ordering::Relaxed)
     }
 
-    /// Notes whether it is, and returns whether that is news.
+    /// Records whether its file must be fetched, and returns whether that has changed.
     pub(crate) fn set_to_fetch(&self, to_fetch: bool) -> bool {
         self.to_fetch.swap(to_fetch, Ordering::Relaxed) != to_fetch
     }
 
-    /// Notes how much of its file has come, of how much, and how much was there at the beginning.
+    /// Records the progress of its fetch, in bytes.
     pub(crate) fn fetching(&self, there: u64, of: u64, begun_with: u64) {
         self.status.send_modify(|status| {
             let fetch = Some(Fetch { begun_with, there, of });
@@ -594,12 +594,12 @@ impl Entry {
         });
     }
 
-    /// Notes that its file is here, and that its load begins.
+    /// Records that its file is here, and that its load begins.
     pub(crate) fn fetched(&self) {
         self.status.send_replace(Status::Loading(Load::begin(None)));
     }
 
-    /// Notes how far the load is. Says whether that is farther than before.
+    /// Records the progress of its load. Returns whether the percentage has grown.
     pub(crate) fn progressed(&self, share: f32) -> bool {
         let percent = (share.clamp(0.0, 1.0) * 100.0) as u8;
         self.status.send_if_modified(|status| match status {
@@ -611,12 +611,12 @@ impl Entry {
         })
     }
 
-    /// Says that an engine is dead, and of what; one that was replaced already does not matter.
+    /// Declares an engine dead, with the cause. If it was replaced already, nothing happens.
     pub(crate) fn bury(&self, id: ModelId, cause: impl Into<Arc<str>>) {
         self.dead.send_replace(Some((id, cause.into())));
     }
 
-    /// Waits until an engine is found dead, and returns of what.
+    /// Waits until an engine is declared dead, and returns the cause.
     pub(crate) async fn died(&self, id: ModelId) -> Arc<str> {
         let mut dead = self.dead.subscribe();
         let found = dead.wait_for(|dead| dead.as_ref().is_some_and(|(dead, _)| *dead == id)).await;
@@ -624,13 +624,13 @@ impl Entry {
         found.ok().and_then(|dead| dead.as_ref().map(|(_, cause)| cause.clone())).unwrap_or_default()
     }
 
-    /// Counts a failure and returns how many came in a row.
+    /// Counts a failure, and returns the number of consecutive failures.
     pub(crate) fn strike(&self) -> u32 {
         self.strikes.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     pub(crate) fn forgive(&self) {
-        // Read first: the usual case writes nothing that cores would have to share.
+        // Checked first: the common case must not write to a cache line that cores share.
         if self.strikes.load(Ordering::Relaxed) != 0 {
             self.strikes.store(0, Ordering::Relaxed);
         }

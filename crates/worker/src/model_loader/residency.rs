@@ -1,35 +1,36 @@
-//! Decides which models lie in memory: those that are asked for, as far as they fit (W3).
+//! Decides which models are in memory: those that are asked for, as far as they fit (W3).
 //!
-//! A pure function of the seats and the memory there is, the machine's and that of its GPUs. It reads no clock and
-//! moves nothing; `ModelLoader` does both.
+//! A pure function of the seats and the available memory, the machine's and its GPUs'. It reads no clock and moves
+//! nothing; `ModelLoader` does both.
 //!
-//! What is idle makes room for what is wanted, the least recently used first. Where all that could make room is busy,
-//! the jobs of one model are served together: after a turn no more of them are let in, those that run end, and the
-//! models change places. A model whose last job has only just ended counts as busy, because a client that asks one
-//! thing after another is about to ask the next. So A A B B is served rather than A B A B, and nobody waits for ever.
+//! Idle models are unloaded for wanted ones, the least recently used first. If only busy models could free enough
+//! memory, the jobs of one model are served together. After a turn the model takes no more jobs, finishes those that
+//! run, and the models are swapped. A model whose last job has only just ended counts as busy, because a client that
+//! sends one request after another is about to send the next. So A A B B is served rather than A B A B, and no model
+//! starves.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long a model that others wait for keeps its place while it has work, and how long they wait at least.
+/// How long a busy model keeps its place while others wait for it. They wait at least as long.
 pub(crate) const TURN: Duration = Duration::from_secs(3);
 
-/// How long a model is left in memory after its last job, within its turn, when another model is waited for. It covers
+/// How long a model stays in memory after its last job, within its turn, while another model is waited for. It covers
 /// the pause of a client between two requests, and is shorter than most loads.
 pub(crate) const LINGER: Duration = Duration::from_millis(250);
 
 /// Where a model is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// Not in memory, and not on its way there.
+    /// Not in memory, and not being loaded.
     Out,
-    /// It is to be loaded once it has room.
+    /// Waits for memory to be loaded.
     Asking,
-    /// On its way into memory, or out of it.
+    /// Being loaded or unloaded.
     Moving,
-    /// It answers, since then.
+    /// Ready since then.
     In(Instant),
 }
 
@@ -37,7 +38,7 @@ pub(crate) enum Place {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Memory {
     pub(crate) host: u64,
-    /// No limit where models lie on no GPU.
+    /// Unlimited if no model uses a GPU.
     pub(crate) gpu: u64,
 }
 
@@ -61,45 +62,45 @@ pub(crate) struct Seat {
     pub(crate) place: Place,
     /// The memory it takes, in bytes, or would take with the context that most requests need.
     pub(crate) bytes: u64,
-    /// The memory it takes at least, with the shortest context.
+    /// The least memory it can take, with the shortest context, in bytes.
     pub(crate) bytes_min: u64,
-    /// The memory of GPUs that it takes, in bytes, or would take with all the layers that it may have there.
+    /// The GPU memory that it takes, in bytes, or would take with every layer that may be on a GPU.
     pub(crate) vram_bytes: u64,
-    /// The memory of GPUs without which it is not loaded: all that its settings ask for, or nothing where they ask for
-    /// what fits.
+    /// The GPU memory without which it is not loaded: all that its settings ask for, or nothing if they ask for what
+    /// fits.
     pub(crate) vram_bytes_min: u64,
-    /// It is never unloaded to make room for others, nor because it is idle.
+    /// It is never unloaded to free memory, nor because it is idle.
     pub(crate) is_pinned: bool,
-    /// How long it stays without work; `None` for ever.
+    /// How long it stays loaded without work; `None` for ever.
     pub(crate) keep_alive: Option<Duration>,
     /// Jobs that run on it.
     pub(crate) jobs: u32,
     /// Since when jobs wait for it.
     pub(crate) waiting_since: Option<Instant>,
-    /// When the last job ended, or the load.
+    /// When the last job, or the load, ended.
     pub(crate) last_used: Instant,
-    /// It lets no more jobs in.
+    /// It takes no more jobs.
     pub(crate) is_closed: bool,
 }
 
 /// What is to be done with a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// Load it, into at most so much memory.
+    /// Load it, into at most this much memory.
     Load(Memory),
-    /// It stays out until somebody asks for it: it does not fit beside the others, and nobody waits for it.
+    /// It stays out until a job asks for it: it does not fit beside the others, and no job waits for it.
     StayOut,
-    /// It cannot be loaded, whatever makes room: so much is the most it could have.
+    /// It cannot be loaded, whatever is unloaded: this is the most memory it could have.
     Refuse(Memory),
-    /// Let no more jobs in.
+    /// Take no more jobs.
     Close,
-    /// Let jobs in again.
+    /// Take jobs again.
     Open,
-    /// Unload it: no job runs on it, and it lets none in.
+    /// Unload it: no job runs on it, and it takes none.
     Leave,
 }
 
-/// What is to be done, and when to look again if nothing happens before.
+/// The orders, and when to decide again if nothing changes before.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Decision {
     pub(crate) orders: Vec<(usize, Order)>,
@@ -107,7 +108,7 @@ pub(crate) struct Decision {
 }
 
 impl Seat {
-    /// Returns what it takes, or would take.
+    /// Returns the memory it takes, or would take.
     fn memory(&self) -> Memory {
         Memory { host: self.bytes, gpu: self.vram_bytes }
     }
@@ -124,25 +125,25 @@ impl Seat {
         self.jobs == 0 && (self.is_closed || self.waiting_since.is_none())
     }
 
-    /// Returns when it is unloaded because nobody uses it.
+    /// Returns when it is unloaded because it is idle.
     fn idle_until(&self) -> Option<Instant> {
         let is_idle = self.is_in() && !self.is_pinned && self.jobs == 0 && self.waiting_since.is_none();
         self.keep_alive.filter(|_| is_idle).and_then(|keep_alive| self.last_used.checked_add(keep_alive))
     }
 
-    /// Returns until when its last client may ask again, within its turn.
+    /// Returns until when its last client may send the next request, within its turn.
     fn lingers_until(&self, waiting_since: Instant) -> Instant {
         if self.is_closed { self.last_used } else { (self.last_used + LINGER).min(self.turn_ends(waiting_since)) }
     }
 
-    /// Returns when its turn is over for the sake of one that has been waited for since then.
+    /// Returns when its turn ends for the sake of a model that has been waited for since `waiting_since`.
     fn turn_ends(&self, waiting_since: Instant) -> Instant {
         let begun = if let Place::In(since) = self.place { since.max(waiting_since) } else { waiting_since };
         begun + TURN
     }
 }
 
-/// Decides. `room` is the memory that can be had as things are.
+/// Returns the orders for all seats. `room` is the memory that is available now.
 pub(crate) fn decide(seats: &[Seat], room: Memory, now: Instant) -> Decision {
     let mut decision = Decision::default();
     let mut leaving = BTreeSet::new();
@@ -153,7 +154,7 @@ pub(crate) fn decide(seats: &[Seat], room: Memory, now: Instant) -> Decision {
         }
     }
     let mut closing = BTreeSet::new();
-    // What is on its way would falsify the memory that is measured.
+    // A model that is being moved would falsify the measured memory.
     if !seats.iter().any(|seat| seat.place == Place::Moving)
         && leaving.is_empty()
         && let Some(asking) = first_asking(seats)
@@ -170,13 +171,13 @@ pub(crate) fn decide(seats: &[Seat], room: Memory, now: Instant) -> Decision {
     decision
 }
 
-/// Returns the memory that a model could have if all left that may leave.
+/// Returns the memory that a model could have if every model that may be unloaded were.
 pub(crate) fn most(seats: &[Seat], room: Memory) -> Memory {
     let others = seats.iter().filter(|seat| seat.is_in() && !seat.is_pinned);
     others.fold(room, |sum, seat| sum.with(seat.memory()))
 }
 
-/// Returns the model that is next: the one that jobs have waited for longest, then what is pinned, then the first.
+/// Returns the next model to load: the one that jobs have waited for longest, then a pinned one, then the first.
 fn first_asking(seats: &[Seat]) -> Option<usize> {
     let asking = seats.iter().enumerate().filter(|(_, seat)| seat.place == Place::Asking);
     let next =
@@ -210,7 +211,7 @@ fn make_room(
         decision.orders.push((asking, order));
         return;
     }
-    // What can leave goes first, the least recently used before others; of the busy ones the longest in memory.
+    // Models that can be unloaded go first, least recently used first; busy ones follow, the longest in memory first.
     others.sort_by_key(|index| {
         let seat = &seats[*index];
         let since = if let Place::In(since) = seat.place { since } else { now };
@@ -220,7 +221,7 @@ fn make_room(
     let mut sum = room;
     for index in others {
         let seat = &seats[index];
-        // What it would leave behind is of no use where only the other kind of memory is short.
+        // Skip a model that would only free the kind of memory that is not short.
         if sum.holds(needed) || (needed.host <= sum.host && seat.vram_bytes == 0) {
             continue;
         }
@@ -238,7 +239,7 @@ fn make_room(
         }
     }
     if sum == room {
-        // It takes what there is, with a shorter context.
+        // It takes what is available, with a shorter context.
         decision.orders.push((asking, Order::Load(room)));
     }
 }
@@ -257,7 +258,7 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// A machine without a GPU.
+    /// Memory of a machine without a GPU.
     fn host(bytes: u64) -> Memory {
         Memory { host: bytes, gpu: u64::MAX }
     }
@@ -312,7 +313,7 @@ mod tests {
         let scene = Scene::new();
         let seats = [scene.resident(30, 9), scene.resident(30, 3), scene.resident(30, 6), scene.wanted(50, 10)];
         assert_eq!(decide(&seats, host(10), scene.at(10)).orders, [(1, Order::Leave), (2, Order::Leave)]);
-        // They are still on their way.
+        // Both are still being moved.
         let moving = [scene.resident(30, 9), scene.seat(Place::Moving, 30), scene.wanted(50, 10)];
         assert_eq!(decide(&moving, host(10), scene.at(10)).orders, []);
     }
@@ -333,7 +334,7 @@ mod tests {
         let scene = Scene::new();
         let seats = [scene.resident(30, 0), scene.wanted(100, 1)];
         assert_eq!(decide(&seats, host(10), scene.at(1)).orders, [(1, Order::Refuse(host(40)))]);
-        // One that fits with a shorter context gets all there is.
+        // A model that fits only with a shorter context gets all there is.
         let seats = [scene.resident(50, 0), scene.wanted(100, 1)];
         assert_eq!(decide(&seats, host(10), scene.at(1)).orders, [(0, Order::Leave)]);
         assert_eq!(decide(&seats[1..], host(60), scene.at(1)).orders, [(0, Order::Load(host(60)))]);
@@ -357,12 +358,12 @@ mod tests {
         assert_eq!(decide(&seats, host(10), scene.at(13)).orders, [(0, Order::Close)]);
         let closed = Seat { is_closed: true, ..busy.clone() };
         assert_eq!(decide(&[closed.clone(), scene.wanted(60, 10)], host(10), scene.at(14)).orders, []);
-        // Its last job ended; others wait for it, and for their turn.
+        // Its last job has ended, and the wanted model's turn comes before its own waiting jobs.
         let done = Seat { jobs: 0, waiting_since: Some(scene.at(13)), ..closed.clone() };
         assert_eq!(decide(&[done, scene.wanted(60, 10)], host(10), scene.at(15)).orders, [(0, Order::Leave)]);
-        // Whoever waited has gone.
+        // Nobody waits for the other model any more.
         assert_eq!(decide(&[closed], host(10), scene.at(14)).orders, [(0, Order::Open)]);
-        // One that has only come has its turn first.
+        // A model that was only just loaded has its turn first.
         let young = Seat { place: Place::In(scene.at(12)), ..busy };
         assert_eq!(decide(&[young, scene.wanted(60, 2)], host(10), scene.at(13)).look_again, Some(scene.at(15)));
     }
@@ -397,10 +398,10 @@ mod tests {
         // It fits beside the others.
         let seats = [on_gpu(60, 0), wants(40)];
         assert_eq!(decide(&seats, room(40), scene.at(20)).orders, [(1, Order::Load(room(40)))]);
-        // The least recently used leave, and only those that are on the GPU.
+        // The least recently used are unloaded, and only those on the GPU.
         let seats = [scene.resident(50, 1), on_gpu(30, 9), on_gpu(30, 3), on_gpu(30, 6), wants(50)];
         assert_eq!(decide(&seats, room(10), scene.at(20)).orders, [(2, Order::Leave), (3, Order::Leave)]);
-        // Busy ones have their turn.
+        // Busy models have their turn.
         let busy = Seat { jobs: 1, ..on_gpu(60, 0) };
         assert_eq!(decide(&[busy.clone(), wants(50)], room(10), scene.at(22)).orders, []);
         assert_eq!(decide(&[busy, wants(50)], room(10), scene.at(23)).orders, [(0, Order::Close)]);
@@ -415,7 +416,7 @@ mod tests {
         let with = |wanted| [pinned.clone(), wanted];
         assert_eq!(decide(&with(wants(0)), room(10), scene.at(1)).orders, [(1, Order::Load(room(10)))]);
         assert_eq!(decide(&with(wants(90)), room(10), scene.at(1)).orders, [(1, Order::Refuse(room(10)))]);
-        // All that may leave does first.
+        // Every idle model is unloaded first.
         let idle = Seat { vram_bytes: 20, ..scene.resident(1, 0) };
         let seats = [pinned.clone(), idle, wants(0)];
         assert_eq!(decide(&seats, room(10), scene.at(1)).orders, [(1, Order::Leave)]);
@@ -429,18 +430,18 @@ mod tests {
         let early = decide(&seats, host(10), after(200));
         assert_eq!(early, Decision { orders: vec![], look_again: Some(after(250)) });
         assert_eq!(decide(&seats, host(10), after(250)).orders, [(0, Order::Leave)]);
-        // Its turn ended meanwhile.
+        // Its turn has ended meanwhile.
         let seats = [scene.resident(60, 5), scene.wanted(60, 1)];
         assert_eq!(decide(&seats, host(10), after(0)).orders, [(0, Order::Leave)]);
     }
 
-    /// Three models of which one fits at a time, asked for again and again, in a world of whole seconds.
+    /// Simulates three models of which one fits at a time, wanted again and again, with ticks of one second.
     fn play(asks: &[(u64, usize)], job_seconds: u64) -> (usize, Vec<u64>) {
         play_on(SECOND, asks, job_seconds, |_| None)
     }
 
-    /// The same in a world of ticks. `pause` gives the ticks after which a model is asked for again once a job of it
-    /// ended.
+    /// The same with ticks of any length. `pause` returns after how many ticks a model is wanted again once a job of it
+    /// has ended.
     fn play_on(
         tick: Duration,
         asks: &[(u64, usize)],
@@ -513,7 +514,7 @@ mod tests {
         ) {
             let (_, waits) = play(&asks, job_seconds);
             prop_assert_eq!(waits.len(), asks.len(), "every job is served");
-            // Two others have their turns before, each with jobs that were let in at its end.
+            // Two other models have their turns before, each with jobs that were admitted at its end.
             let most = 3 * (TURN.as_secs() + job_seconds + 3);
             prop_assert!(waits.iter().all(|wait| *wait <= most), "{:?} of {most}", waits.iter().max());
         }

@@ -1,19 +1,19 @@
-//! The beginnings of prompts that an engine likely still has at hand.
+//! The prompt prefixes that an engine likely still has in its prefix cache.
 //!
-//! An engine does not tell what it keeps and what it drops; that the latest prompts are kept and the oldest dropped
-//! holds for all of them. A worker that is wrong about it evaluates a prompt that another would have had to evaluate.
+//! Engines do not report what they keep and what they evict, but all of them keep the latest prompts and evict the
+//! oldest. A worker that guesses wrong evaluates a prompt that another worker would have had to evaluate.
 
 use protocol::PrefixDigest;
 use protocol::health::PREFIXES_MAX;
 
-/// The latest beginnings, each once, the latest first.
+/// The latest prefixes without duplicates, latest first.
 #[derive(Debug, Default)]
 pub(crate) struct WarmPrefixes {
     latest: Vec<PrefixDigest>,
 }
 
 impl WarmPrefixes {
-    /// Takes the beginnings of a prompt that was evaluated just now, the longest first.
+    /// Records the prefixes of a prompt that was just evaluated, the longest first.
     pub(crate) fn remember(&mut self, marks: impl Iterator<Item = PrefixDigest>) {
         let mut latest: Vec<PrefixDigest> = marks.take(PREFIXES_MAX).collect();
         let before = std::mem::take(&mut self.latest);
@@ -23,7 +23,7 @@ impl WarmPrefixes {
         self.latest = latest;
     }
 
-    /// Returns what is remembered, the latest first.
+    /// Returns the remembered prefixes, latest first.
     pub(crate) fn list(&self) -> Vec<PrefixDigest> {
         self.latest.clone()
     }
