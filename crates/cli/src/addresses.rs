@@ -1,9 +1,9 @@
-//! Under which addresses a service of this machine can be reached.
+//! Addresses at which a service of this machine can be reached.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _, UdpSocket};
 
-/// Returns the URLs of a service that listens on an address. The first works on this machine; where the service listens
-/// on every address, the second works on others.
+/// Returns the URLs of a service that listens on an address. The first works on this machine. If the service listens on
+/// every address, the second works on other machines.
 pub fn urls(listens: SocketAddr, tls: bool) -> Vec<String> {
     let scheme = if tls { "https" } else { "http" };
     let mut hosts = vec![from_here(listens)];
@@ -15,19 +15,19 @@ pub fn urls(listens: SocketAddr, tls: bool) -> Vec<String> {
     hosts.into_iter().map(|host| format!("{scheme}://{host}")).collect()
 }
 
-/// Returns what a person means by an address to listen on: a port alone is one of this machine, and names are looked
-/// up. What cannot be understood is returned as it is.
+/// Parses an address to listen on as people write it: a port alone means this machine, and names are resolved. Text
+/// that cannot be resolved is returned unchanged.
 pub fn to_bind(text: &str) -> String {
     if let Ok(port) = text.parse::<u16>() {
         return SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port).to_string();
     }
     let mut found = text.to_socket_addrs().into_iter().flatten();
-    // The familiar family where a name has both.
+    // Prefer IPv4 if a name has both.
     let found = found.find(SocketAddr::is_ipv4).or_else(|| text.to_socket_addrs().ok()?.next());
     found.map_or_else(|| text.to_owned(), |address| address.to_string())
 }
 
-/// Returns the address under which this machine reaches a service of its own.
+/// Returns the address at which this machine reaches one of its own services.
 pub fn from_here(listens: SocketAddr) -> SocketAddr {
     let ip = match listens.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
@@ -37,9 +37,9 @@ pub fn from_here(listens: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listens.port())
 }
 
-/// Returns this machine's address towards the rest of the world, as its routes have it. Nothing is sent.
+/// Returns this machine's address on its default route. Nothing is sent.
 fn outward(v6: bool) -> Option<IpAddr> {
-    // Addresses for documentation: no one has them, and every default route leads there.
+    // Addresses reserved for documentation: no machine has them, and every default route covers them.
     let (any, far): (IpAddr, IpAddr) = if v6 {
         (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into())
     } else {

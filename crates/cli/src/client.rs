@@ -1,4 +1,4 @@
-//! Talks to a gateway over HTTP, as any client would.
+//! HTTP client of a gateway.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -21,11 +21,11 @@ use crate::settings::{Env, Settings};
 mod exchange;
 mod trust;
 
-/// How long a gateway may take for anything but the answer of a model.
+/// Timeout of every request except a model's answer.
 const WITHIN: Duration = Duration::from_secs(10);
-/// The longest line of an answer, in bytes. Whoever answers may be another program.
+/// The longest line of an answer, in bytes. The server may be another program.
 const LINE_MAX: usize = 16 << 20;
-/// How long it may take to say that it is there.
+/// Timeout of the check whether a gateway is there.
 const PRESENT_WITHIN: Duration = Duration::from_secs(2);
 
 /// A gateway and a key to it.
@@ -41,14 +41,14 @@ pub struct GatewayClient {
 #[derive(Debug)]
 pub enum Presence {
     Answers,
-    /// Nobody does, or a program that is no gateway; the reason says so.
+    /// Nothing answers, or a program that is not a gateway; the error says which.
     Absent(anyhow::Error),
-    /// It cannot be spoken with, and the reason says what to do.
+    /// It cannot be talked to, and the error says what to do.
     Closed(anyhow::Error),
 }
 
 impl ServerArgs {
-    /// Returns the API key: that of the file that was named, else the environment's, else the data folder's.
+    /// Returns the API key: from the named file, else the environment, else the data folder.
     pub fn api_key(&self, data: &DataFolder, env: &Env) -> anyhow::Result<Option<String>> {
         Ok(match &self.api_key_file {
             Some(file) => {
@@ -66,9 +66,9 @@ impl ServerArgs {
 pub struct Refusal {
     url: String,
     status: StatusCode,
-    /// The gateway's word for the cause, such as `model_loading`.
+    /// The gateway's error code, such as `model_loading`.
     pub code: String,
-    /// The gateway's sentence about it.
+    /// The gateway's error message.
     pub message: String,
 }
 
@@ -76,16 +76,16 @@ pub struct Refusal {
 #[derive(Debug, thiserror::Error)]
 #[error("the answer broke off: {message}")]
 pub struct BrokenOff {
-    /// The gateway's word for the cause, such as `worker_failed`.
+    /// The gateway's error code, such as `worker_failed`.
     pub code: String,
-    /// The gateway's sentence about it.
+    /// The gateway's error message.
     pub message: String,
 }
 
 /// A part of a streamed answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Piece<'a> {
-    /// What the model thinks before it answers.
+    /// Reasoning before the answer.
     Thought(&'a str),
     /// Text of the answer.
     Text(&'a str),
@@ -94,51 +94,50 @@ pub enum Piece<'a> {
 /// A streamed answer, read to its end.
 #[derive(Debug, Clone, Default)]
 pub struct ChatAnswer {
-    /// The whole text, without the model's thoughts.
+    /// The whole text, without the reasoning.
     pub text: String,
     pub correlation_id: String,
     pub attempts: u32,
-    /// From the request to the first text or thought.
+    /// From the request to the first text or reasoning.
     pub first_token: Duration,
-    /// From the first text or thought to the last.
+    /// From the first text or reasoning to the last.
     pub rest: Duration,
     /// Tokens of the request.
     pub prompt_tokens: u32,
-    /// Tokens of the request that the worker had evaluated before.
+    /// Tokens of the request that the worker found in its prefix cache.
     pub cached_tokens: u32,
-    /// Tokens of the answer, thoughts included.
+    /// Tokens of the answer, including the reasoning.
     pub completion_tokens: u32,
-    /// Why it ended: `stop`, `length`, and so on.
+    /// Why the answer ended: `stop`, `length`, and so on.
     pub finish_reason: String,
 }
 
 impl GatewayClient {
-    /// Makes a client of an address such as `http://127.0.0.1:7070`.
+    /// Creates a client of an address such as `http://127.0.0.1:7070`.
     pub fn new(url: impl AsRef<str>, key: Option<String>) -> anyhow::Result<Self> {
         let base = exchange::base(url.as_ref())?;
         let url = base.to_string().trim_end_matches('/').to_owned();
         Ok(Self { base, url, key, trust: Trust::default() })
     }
 
-    /// Has the client believe other certificates than those that the system believes.
+    /// Trusts other certificates than the system's.
     #[must_use]
     pub fn trusting(self, trust: Trust) -> Self {
         Self { trust, ..self }
     }
 
-    /// Finds the gateway and the key: what the arguments say, else what the data folder holds.
+    /// Returns a client of the gateway that the arguments name, else of the data folder's.
     pub fn find(args: &ServerArgs, settings: &Settings, data: &DataFolder, env: &Env) -> anyhow::Result<Self> {
         let url = args.url.clone().or_else(|| data.address()).unwrap_or_else(|| usual_url(settings));
         let trust = Trust::new(args.ca.clone(), own_certificate(settings, data));
         Ok(Self::new(url, args.api_key(data, env)?)?.trusting(trust))
     }
 
-    /// Makes a client of a gateway of this folder and these settings.
+    /// Returns a client of a gateway that runs with this folder and these settings.
     pub fn here(url: &str, key: Option<String>, settings: &Settings, data: &DataFolder) -> anyhow::Result<Self> {
         Ok(Self::new(url, key)?.trusting(Trust::new(None, own_certificate(settings, data))))
     }
 
-    /// Returns the gateway's address.
     pub fn url(&self) -> &str {
         &self.url
     }
@@ -146,7 +145,7 @@ impl GatewayClient {
     /// Returns whether a gateway answers there.
     pub async fn presence(&self) -> Presence {
         let asked = timeout(PRESENT_WITHIN, async {
-            // Whoever it is needs no key to say so.
+            // Sent without the key: the check needs none, and the server may be another program.
             let nobody = Self { key: None, ..self.clone() };
             let response = nobody.send(Method::GET, "/healthz", None).await?;
             let is_success = response.status.is_success();
@@ -168,10 +167,10 @@ impl GatewayClient {
         self.exchange(Method::GET, path, None).await
     }
 
-    /// Lists the registered models; those that are served, where the key is not an operator's.
+    /// Lists the registered models, or the served ones if the key is not an operator's.
     pub async fn models(&self) -> anyhow::Result<Value> {
         match self.get("/admin/v1/models").await {
-            // Gateways of an earlier version do not know the path.
+            // Gateways of an earlier version do not have the path.
             Err(error)
                 if error
                     .downcast_ref::<Refusal>()
@@ -183,17 +182,17 @@ impl GatewayClient {
         }
     }
 
-    /// Sends a JSON document and reads another.
+    /// Posts a JSON document and reads the JSON response.
     pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
         self.exchange(Method::POST, path, Some(serde_json::to_vec(body)?)).await
     }
 
-    /// Sends a change as a JSON document and reads another.
+    /// Patches a resource with a JSON document and reads the JSON response.
     pub async fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
         self.exchange(Method::PATCH, path, Some(serde_json::to_vec(body)?)).await
     }
 
-    /// Deletes something and reads what came of it.
+    /// Deletes a resource and reads the JSON response.
     pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
         self.exchange(Method::DELETE, path, None).await
     }
@@ -214,7 +213,7 @@ impl GatewayClient {
         }
     }
 
-    /// Asks for an answer and hands out its parts as they come. Whoever drops the future stops the answer.
+    /// Requests an answer and passes on its parts as they arrive. Dropping the future stops the answer.
     pub async fn chat(&self, body: &Value, mut on_piece: impl FnMut(Piece<'_>)) -> anyhow::Result<ChatAnswer> {
         let began = Instant::now();
         let response = self.ask(Method::POST, "/v1/chat/completions", Some(serde_json::to_vec(body)?)).await?;
@@ -256,7 +255,7 @@ impl GatewayClient {
         Ok(answer)
     }
 
-    /// Sends a request and expects that it did well.
+    /// Sends a request and returns an error unless its status is a success.
     async fn ask(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> anyhow::Result<Response> {
         let response = self.send(method, path, body).await.map_err(|failure| self.told(failure))?;
         let status = response.status;
@@ -287,7 +286,7 @@ impl GatewayClient {
         exchange::send(&self.base, &self.trust, (method, path), body.map(Bytes::from), self.key.as_deref()).await
     }
 
-    /// Says why there was no response.
+    /// Returns an error that explains why there was no response.
     fn told(&self, failure: Failure) -> anyhow::Error {
         match failure {
             Failure::Refused => anyhow!("nothing answers at {}; start the network with `tether up`", self.url),
@@ -296,12 +295,12 @@ impl GatewayClient {
     }
 }
 
-/// Returns where a gateway of these settings listens.
+/// Returns the URL at which a gateway with these settings listens.
 pub fn usual_url(settings: &Settings) -> String {
     addresses::urls(settings.gateway.bind, settings.gateway.tls_cert.is_some()).swap_remove(0)
 }
 
-/// Returns the file of the certificate of the gateway that runs here, by what it wrote down, else by the settings.
+/// Returns the certificate file of the gateway that runs here: the one that it recorded, else the one in the settings.
 fn own_certificate(settings: &Settings, data: &DataFolder) -> Option<PathBuf> {
     data.certificate().or_else(|| settings.gateway.tls_cert.clone())
 }

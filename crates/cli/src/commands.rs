@@ -1,4 +1,4 @@
-//! One module a command, and what they share: settings, logs, the runtime, the exit code.
+//! The commands, one module each, and what they share: settings, logs, the runtime, the exit code.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -37,37 +37,37 @@ mod start;
 mod token;
 mod up;
 
-/// The command did what it was asked and found something wrong.
+/// The command succeeded and found something wrong.
 const FINDING: u8 = 1;
-/// The command could not do what it was asked.
+/// The command failed.
 const FAILURE: u8 = 2;
 
-/// What a command found.
+/// The outcome of a command that succeeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     Well,
-    /// Something is wrong, and was said.
+    /// Something is wrong, and was reported.
     Finding,
 }
 
 pub struct Context {
     /// The settings in force.
     pub settings: Settings,
-    /// Where this machine keeps what it keeps.
+    /// The data folder of this machine.
     pub data: DataFolder,
-    /// The flags that the node of this command is started with, where it runs one.
+    /// The flags that this command's node is started with, if it runs one.
     pub kept: Option<KeptFlags>,
-    /// The environment, as far as it matters.
+    /// The environment variables that matter.
     pub env: Env,
     /// Whether to print JSON.
     pub json: bool,
-    /// Cancelled when the person at the terminal, or the system, wants a command that stays up to end.
+    /// Cancelled by Ctrl-C or SIGTERM, for commands that run until they are stopped.
     pub stop: CancellationToken,
 }
 
 impl Context {
-    /// Returns what a command line about this network begins with: the program, and the data folder where it is not the
-    /// user's own.
+    /// Returns the beginning of a command line about this network: the program, and the data folder if it is not the
+    /// user's default one.
     pub fn program(&self) -> String {
         let path = self.data.path();
         if self.env.data_folder().as_deref() == Some(path) {
@@ -82,18 +82,18 @@ impl Context {
         }
     }
 
-    /// Has the node start the same way next time. Called once it has started.
+    /// Keeps the flags for the node's next start. Called once it has started.
     fn keep_flags(&self) -> anyhow::Result<()> {
         self.kept.as_ref().map_or(Ok(()), KeptFlags::write)
     }
 }
 
-/// Runs the program and returns its exit code: 0 well, 1 something is wrong, 2 it could not be done.
+/// Runs the program and returns its exit code: 0 for success, 1 if something is wrong, 2 for a failure.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are no errors.
+            // Help and version are not errors.
             let code = if error.use_stderr() { FAILURE } else { 0 };
             let _ = error.print();
             return ExitCode::from(code);
@@ -139,7 +139,7 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
 }
 
 async fn command(command: Command, common: &Common, context: Context) -> anyhow::Result<Outcome> {
-    // All others end at once where somebody presses Ctrl-C.
+    // Ctrl-C ends all other commands at once.
     if !runs_a_service(&command) && !matches!(command, Command::Nodes(_) | Command::Model(ModelCommand::Add(_))) {
         return Box::pin(carry_out(command, common, context)).await;
     }
@@ -196,7 +196,7 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
         Command::Nodes(server) => nodes::run(context, &server).await,
         Command::Doctor(server) => doctor::run(context, &server).await,
         Command::Config(ConfigCommand::Check) => check_config(&context),
-        // Done before there were settings.
+        // Handled before the settings were read.
         Command::Config(ConfigCommand::Example)
         | Command::EngineHost
         | Command::Completions { .. }
@@ -259,7 +259,7 @@ fn role(command: &Command) -> Option<&'static str> {
         Command::Orchestrator(_) => Some("orchestrator"),
         Command::Gateway(_) => Some("gateway"),
         Command::Worker(_) => Some("worker"),
-        // What is wrong with an invite is said when it is redeemed.
+        // An invalid invite is reported when it is redeemed.
         Command::Join(args) => admission::role_of(&args.invite).ok().and_then(|role| serve::name(role).ok()),
         _ => None,
     }
@@ -284,34 +284,34 @@ fn env_sets_filter(env: &Env) -> bool {
     env.get("TETHER_LOG__FILTER").is_some()
 }
 
-/// Sets logs up. Commands that answer a question only log what went wrong.
+/// Sets up logging. Commands that answer a question log errors only.
 fn start_logs(settings: &Settings, quiet: bool) -> anyhow::Result<()> {
     let filter = if quiet { "error" } else { &settings.log.filter };
     observability::logs::init(settings.log.format()?, filter)?;
     Ok(())
 }
 
-/// Returns what the program itself brings to a network.
+/// Returns the runtime and the models that ship with the program.
 pub fn shipped() -> Supplies<'static> {
     Supplies { runtime: &process_runtime, models: vec![] }
 }
 
-/// Returns the runtime that workers use: each model in a child process, which is this program again.
+/// Returns the runtime that workers use: each model in a child process, which runs this program.
 pub fn process_runtime() -> anyhow::Result<Arc<dyn ModelRuntime>> {
     let program = std::env::current_exe().context("the program does not know where it lies")?;
     let command = ChildCommand { program, args: vec!["engine-host".into()], envs: vec![] };
     Ok(Arc::new(ProcessRuntime::new(command)))
 }
 
-/// Makes the runtime that serves the network. 0 threads are half of the cores: a thread that wakes beside an engine
-/// holds up every thread of the engine, and passing chunks on takes little.
+/// Creates the async runtime that serves the network. 0 threads means half of the cores: a thread that wakes on an
+/// engine's core delays every thread of the engine, and passing chunks on takes little CPU time.
 pub fn async_runtime(threads: u32) -> std::io::Result<tokio::runtime::Runtime> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = if threads == 0 { cores.div_ceil(2) } else { threads as usize };
     tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()
 }
 
-/// Shows that something takes its time, on a terminal only.
+/// Shows a spinner, on a terminal only.
 pub fn spinner(message: &str) -> indicatif::ProgressBar {
     let bar = indicatif::ProgressBar::new_spinner().with_message(message.to_owned());
     bar.enable_steady_tick(std::time::Duration::from_millis(100));

@@ -14,20 +14,19 @@ use crate::addresses;
 use crate::node::Pool;
 use crate::settings::{Env, Settings};
 
-/// The folder that holds everything this machine keeps.
 #[derive(Debug, Clone)]
 pub struct DataFolder {
     path: PathBuf,
 }
 
-/// Held while nodes run on a folder, so that no others of their roles do.
+/// Locks of the roles whose nodes run on a folder, held while this lives.
 #[derive(Debug)]
 pub struct FolderLock {
     _files: Vec<File>,
 }
 
 impl DataFolder {
-    /// Returns the folder that the settings name, or the user's, without making it.
+    /// Returns the folder that the settings name, or the user's default, without creating it.
     pub fn of(settings: &Settings, env: &Env) -> anyhow::Result<Self> {
         let named = settings.data_dir.clone().or_else(|| env.data_folder());
         let path = named.context("no home folder is known; name a data folder with --data-dir")?;
@@ -42,7 +41,7 @@ impl DataFolder {
         &self.path
     }
 
-    /// Makes the folder where it is missing.
+    /// Creates the folder if it is missing.
     pub fn create(&self) -> anyhow::Result<()> {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true);
@@ -51,7 +50,7 @@ impl DataFolder {
         builder.create(&self.path).with_context(|| format!("could not make the data folder {}", self.path.display()))
     }
 
-    /// Keeps other nodes of these roles off this folder. `tether up` takes all of them.
+    /// Locks these roles, so that no other node of them runs on this folder. `tether up` locks all of them.
     pub fn lock(&self, roles: &[&str]) -> anyhow::Result<FolderLock> {
         let files = roles.iter().map(|role| self.lock_role(role)).collect::<Result<_, _>>()?;
         Ok(FolderLock { _files: files })
@@ -71,17 +70,17 @@ impl DataFolder {
         }
     }
 
-    /// Returns a node's key, made at its first start.
+    /// Returns a node's key, created at its first start.
     pub fn node_key(&self, node: &str) -> anyhow::Result<NodeKey> {
         Ok(identity::load_or_create(&self.path.join("nodes").join(format!("{node}.key")))?)
     }
 
-    /// Returns the root key of the pool, made at the registry's first start.
+    /// Returns the root key of the pool, created at the registry's first start.
     pub fn root_key(&self) -> anyhow::Result<NodeKey> {
         Ok(identity::load_or_create(&self.path.join("root.key"))?)
     }
 
-    /// Returns the key under which token secrets are hashed, made at the first start.
+    /// Returns the key for hashing token secrets, created at the first start.
     pub fn pepper(&self) -> anyhow::Result<Pepper> {
         let path = self.path.join("pepper");
         match fs::read(&path) {
@@ -104,14 +103,14 @@ impl DataFolder {
         }
     }
 
-    /// Writes down which network this folder belongs to.
+    /// Records which network this folder belongs to.
     pub fn write_pool(&self, pool: &Pool) -> anyhow::Result<()> {
         let path = self.path.join("pool.json");
         identity::replace_private(&path, &codec::encode(pool))
             .with_context(|| format!("could not write {}", path.display()))
     }
 
-    /// Forgets the network that this folder's own registry founded, as it goes on alone.
+    /// Forgets the network that this folder's own registry founded, when it goes on in one process.
     pub fn forget_pool(&self, registry: PublicKey) -> anyhow::Result<()> {
         if self.pool()?.is_some_and(|pool| pool.registry == registry) {
             let path = self.path.join("pool.json");
@@ -120,7 +119,7 @@ impl DataFolder {
         Ok(())
     }
 
-    /// Returns which network this folder belongs to, where it does.
+    /// Returns the network that this folder belongs to, if any.
     pub fn pool(&self) -> anyhow::Result<Option<Pool>> {
         let path = self.path.join("pool.json");
         match fs::read(&path) {
@@ -149,12 +148,12 @@ impl DataFolder {
         Ok(next)
     }
 
-    /// Returns the file of a node's place in its pool.
+    /// Returns the file of a node's enrolment.
     pub fn enrolment(&self, node: &str) -> PathBuf {
         self.path.join("nodes").join(format!("{node}.enrolment"))
     }
 
-    /// Writes down why nobody takes the worker's reports, or that somebody does.
+    /// Records why no orchestrator accepts the worker's reports, or that one does.
     pub fn write_unheard(&self, why: Option<&str>) -> std::io::Result<()> {
         let path = self.path.join("nodes").join("worker.unheard");
         match why {
@@ -166,7 +165,7 @@ impl DataFolder {
         }
     }
 
-    /// Returns why nobody takes the worker's reports, where that is so.
+    /// Returns why no orchestrator accepts the worker's reports, if that is so.
     pub fn unheard(&self) -> Option<String> {
         fs::read_to_string(self.path.join("nodes").join("worker.unheard")).ok()
     }
@@ -176,10 +175,10 @@ impl DataFolder {
         self.path.join("nodes").join(format!("{node}.toml"))
     }
 
-    /// Returns the roles whose nodes were started or enrolled here, in the order in which they start.
+    /// Returns the roles of the nodes that were started or enrolled here, in start order.
     pub fn roles(&self) -> Vec<&'static str> {
         let is_here = |role: &&str| self.kept_flags(role).exists() || self.enrolment(role).exists();
-        // `tether up` is all of the others.
+        // `tether up` runs all of the other roles.
         let all: &[_] = if is_here(&"up") {
             &["bootstrap", "up"]
         } else {
@@ -188,7 +187,7 @@ impl DataFolder {
         all.iter().copied().filter(is_here).collect()
     }
 
-    /// Returns the file of the peers that a node knows.
+    /// Returns the file of a node's known peers.
     pub fn known_peers(&self, node: &str) -> PathBuf {
         self.path.join("nodes").join(format!("{node}.peers"))
     }
@@ -208,7 +207,7 @@ impl DataFolder {
         self.path.join("artifacts")
     }
 
-    /// Returns the folder of downloads that are not complete.
+    /// Returns the folder of incomplete downloads.
     pub fn downloads(&self) -> PathBuf {
         self.path.join("downloads")
     }
@@ -218,12 +217,12 @@ impl DataFolder {
         self.path.join("api-key")
     }
 
-    /// Returns the first API key, where there is one.
+    /// Returns the first API key, if there is one.
     pub fn api_key(&self) -> Option<String> {
         fs::read_to_string(self.api_key_file()).ok().map(|text| text.trim().to_owned())
     }
 
-    /// Writes down where the network that runs here listens, and where its certificate lies if it speaks TLS.
+    /// Records the address of the network that runs here, and its certificate file if it uses TLS.
     pub fn write_address(&self, address: SocketAddr, certificate: Option<&Path>) -> anyhow::Result<()> {
         let write = |name: &str, text: &str| {
             let path = self.path.join(name);
@@ -231,39 +230,39 @@ impl DataFolder {
                 .with_context(|| format!("could not write {}", path.display()))
         };
         match certificate {
-            // Commands run in other folders.
+            // Commands may run in other working folders.
             Some(file) => write("certificate", &std::path::absolute(file)?.display().to_string())?,
             None => drop(fs::remove_file(self.path.join("certificate"))),
         }
         write("address", &addresses::urls(address, certificate.is_some()).swap_remove(0))
     }
 
-    /// Forgets where the network listened: it does no more, and somebody else may.
+    /// Forgets the network's address once it has stopped, since another program may listen there.
     pub fn forget_address(&self) {
-        // Whoever asks a dead address is told so.
+        // A stale file does little harm: a client finds out that nothing answers.
         for name in ["address", "certificate"] {
             let _ = fs::remove_file(self.path.join(name));
         }
     }
 
-    /// Returns the file of the certificate of the gateway that runs here, or did last, where it speaks TLS.
+    /// Returns the certificate file of the gateway that runs or last ran here, if it uses TLS.
     pub fn certificate(&self) -> Option<PathBuf> {
         Some(PathBuf::from(fs::read_to_string(self.path.join("certificate")).ok()?.trim()))
     }
 
-    /// Writes down on which UDP address a node of this folder listens.
+    /// Records the UDP address on which a node of this folder listens.
     pub fn write_listen_address(&self, node: &str, address: SocketAddrV4) -> anyhow::Result<()> {
         let path = self.path.join(format!("{node}.listen"));
         identity::replace_private(&path, format!("{address}\n").as_bytes())
             .with_context(|| format!("could not write {}", path.display()))
     }
 
-    /// Returns on which UDP address a node of this folder listens, or did last.
+    /// Returns the UDP address on which a node of this folder listens or last listened.
     pub fn listen_address(&self, node: &str) -> Option<SocketAddrV4> {
         fs::read_to_string(self.path.join(format!("{node}.listen"))).ok()?.trim().parse().ok()
     }
 
-    /// Returns where the network that runs here listens, or did last.
+    /// Returns the URL of the network that runs or last ran here.
     pub fn address(&self) -> Option<String> {
         fs::read_to_string(self.path.join("address")).ok().map(|text| text.trim().to_owned())
     }

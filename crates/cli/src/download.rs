@@ -1,7 +1,8 @@
-//! Downloads files into `downloads/` beside the store, and goes on where an earlier download ended.
+//! Downloads files into `downloads/` beside the store, and resumes interrupted downloads.
 //!
-//! A file lies there under its own name in a folder of its source, with a note of what it is to become. It is complete
-//! once the server has sent what it announced; what it holds is verified by whoever takes it into the store.
+//! Each source has a folder of its own, with the files under their own names and a note about each incomplete one. A
+//! file is complete once the server has sent as much as it announced. Its contents are verified when it is added to the
+//! store.
 
 pub mod hugging_face;
 pub mod web;
@@ -26,24 +27,24 @@ pub fn is_source(text: &str) -> bool {
     text.contains("://") || hugging_face::Repository::of(text).is_some()
 }
 
-/// Tries in a row that bring no byte before a download is given up.
+/// Consecutive tries without a byte after which a download is given up.
 const TRIES_MAX: u32 = 6;
-/// The wait before the second try; each further one is twice as long.
+/// The wait before the second try; it doubles with each further one.
 const WAIT_FIRST: Duration = Duration::from_secs(1);
 
 /// A file to download.
 #[derive(Debug, Clone)]
 pub struct Remote {
     pub url: Uri,
-    /// Its name, without folders.
+    /// The file's name, without folders.
     pub name: String,
-    /// Its length, where that is known.
+    /// The length in bytes, if known.
     pub bytes: Option<u64>,
-    /// The digest of its bytes, where that is known.
+    /// The digest, if known.
     pub digest: Option<Digest>,
 }
 
-/// Downloads the files of one source into a folder of their own. No other process does so at the same time.
+/// Downloads the files of one source into a folder of their own, which other processes are locked out of.
 #[derive(Debug)]
 pub struct Downloads<'a> {
     web: &'a Web,
@@ -55,7 +56,7 @@ pub struct Downloads<'a> {
     _lock: File,
 }
 
-/// What is written down of a file that is not complete.
+/// The saved facts about an incomplete file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Note {
     url: String,
@@ -63,11 +64,11 @@ struct Note {
     bytes: Option<u64>,
 }
 
-/// How one try ended that did not complete the file.
+/// Why a try did not complete the file.
 enum Cut {
-    /// Another try may go better.
+    /// A retry may succeed.
     Passing(anyhow::Error),
-    /// So may it, where the server was reached before.
+    /// A retry may succeed if the server was reached before.
     Unreachable(anyhow::Error),
     Lasting(anyhow::Error),
 }
@@ -100,14 +101,14 @@ impl<'a> Downloads<'a> {
         Ok(Self { web, credential, folder, artifacts, stop, wait_first: WAIT_FIRST, _lock: lock })
     }
 
-    /// Waits less between tries.
+    /// Sets the first wait between tries.
     #[must_use]
     pub fn waiting(self, wait_first: Duration) -> Self {
         Self { wait_first, ..self }
     }
 
-    /// Downloads a file, or what is left of it, and returns where it lies. Ends early once it is stopped; what came
-    /// stays for the next time.
+    /// Downloads a file, or the rest of it, and returns its path. Ends early when stopped; the bytes received are kept
+    /// for the next time.
     pub async fn fetch(&self, remote: &Remote) -> anyhow::Result<PathBuf> {
         let path = self.folder.join(&remote.name);
         let (mut tries, mut wait) = (0, self.wait_first);
@@ -126,7 +127,7 @@ impl<'a> Downloads<'a> {
                 // Without a network, waiting does not help.
                 Err(Cut::Unreachable(error)) if before == 0 && tries == 0 => return Err(error),
                 Err(Cut::Passing(error) | Cut::Unreachable(error)) => {
-                    // A server that sends a little each time is slow, and no failure.
+                    // A server that sends a little each time is slow, which is not a failure.
                     (tries, wait) = if length(&path) > before { (1, self.wait_first) } else { (tries + 1, 2 * wait) };
                     if tries >= TRIES_MAX {
                         return Err(
@@ -142,13 +143,13 @@ impl<'a> Downloads<'a> {
         }
     }
 
-    /// Returns how many bytes have come so far.
+    /// Returns how many bytes have been downloaded.
     pub fn bytes(&self) -> u64 {
         let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
         entries.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).sum()
     }
 
-    /// Checks that a file that was downloaded has the digest that it should, and discards it otherwise.
+    /// Checks that a downloaded file has the expected digest, and discards it otherwise.
     pub async fn verify(&self, remote: &Remote, path: &Path) -> anyhow::Result<()> {
         let Some(expected) = remote.digest else { return Ok(()) };
         let (shown, stop, whole) = (remote.name.clone(), self.stop.clone(), path.to_owned());
@@ -168,13 +169,13 @@ impl<'a> Downloads<'a> {
         Ok(())
     }
 
-    /// Forgets what was downloaded, once it is in the store.
+    /// Deletes the downloads, once they are in the store.
     pub fn clear(self) {
-        // What stays is only in the way.
+        // Leftovers do no harm.
         let _ = fs::remove_dir_all(&self.folder);
     }
 
-    /// Forgets a file that turned out to be wrong.
+    /// Discards a file that turned out to be wrong.
     pub fn discard(&self, path: &Path) {
         let _ = fs::remove_file(path);
         let _ = fs::remove_file(note_of(path));
@@ -185,7 +186,7 @@ impl<'a> Downloads<'a> {
         if remote.bytes.is_some_and(|bytes| note.is_some() && length(path) == bytes) {
             return Ok(());
         }
-        // Without a strong ETag nothing says that the rest belongs to the beginning, unless the digest will.
+        // Only a strong ETag or a known digest shows that the rest belongs to the same file.
         let etag = note.as_ref().and_then(|note| note.etag.clone()).filter(|etag| !etag.starts_with("W/"));
         let have = length(path);
         let goes_on = have > 0 && note.is_some() && (etag.is_some() || remote.digest.is_some());
@@ -246,7 +247,7 @@ impl<'a> Downloads<'a> {
     ) -> Result<(), Cut> {
         let written =
             |error: io::Error| Cut::Lasting(anyhow!(error).context(format!("could not write {}", path.display())));
-        // What is complete can be written no more, and may have a second name in the store.
+        // A complete file is read-only and may be hard-linked into the store, so it is replaced and not overwritten.
         if offset == 0
             && let Err(error) = fs::remove_file(path)
             && error.kind() != io::ErrorKind::NotFound
@@ -256,7 +257,7 @@ impl<'a> Downloads<'a> {
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(written)?;
         file.set_len(offset).map_err(written)?;
         let mut file = io::BufWriter::with_capacity(1 << 20, file);
-        // A server that announces nothing may send what the disk holds, and no more.
+        // A server that announces no length may fill the free space of the disk, but no more.
         let most = whole.unwrap_or_else(|| self.artifacts.room_bytes().unwrap_or(u64::MAX).saturating_add(offset));
         let bar = progress(whole.unwrap_or(0), &format!("downloading {}", remote.name.escape_debug()));
         bar.set_position(offset);
@@ -303,7 +304,7 @@ impl<'a> Downloads<'a> {
     }
 }
 
-/// Lets nobody write a file that is complete: the store takes it as it is.
+/// Makes a complete file read-only: the store takes it as it is.
 fn make_private(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
 
@@ -328,14 +329,14 @@ fn write_note(path: &Path, note: Option<&Note>) -> io::Result<()> {
     fs::write(note_of(path), serde_json::to_vec(&note)?)
 }
 
-/// Reads `Content-Range`: where the part begins, and how long the whole is.
+/// Parses `Content-Range`: the start of the part, and the length of the whole.
 fn range(response: &Response) -> Option<(u64, Option<u64>)> {
     let (part, whole) = response.header("content-range")?.strip_prefix("bytes ")?.split_once('/')?;
     let start = if part == "*" { 0 } else { part.split_once('-')?.0.parse().ok()? };
     Some((start, whole.parse().ok()))
 }
 
-/// Says why a server gives no file.
+/// Explains why a server refuses a file.
 fn refused(remote: &Remote, status: StatusCode) -> Cut {
     let url = shown(&remote.url);
     match status.as_u16() {

@@ -1,5 +1,5 @@
-//! The flags that a node was started with, kept in its folder: after a power cut the name of its role alone, or
-//! `tether start`, brings it back as it was.
+//! The flags that a node was started with, saved in its folder. After a power cut, the command of its role without
+//! flags, or `tether start`, restarts it as it was.
 
 use std::fs;
 use std::io;
@@ -12,7 +12,7 @@ use toml::{Table, Value};
 use crate::data_folder::DataFolder;
 use crate::settings::Flag;
 
-/// The flags that one node of a data folder was started with, as the settings that they stand for.
+/// The flags that one node of a data folder was started with, as settings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KeptFlags {
     path: PathBuf,
@@ -21,7 +21,7 @@ pub struct KeptFlags {
 }
 
 impl KeptFlags {
-    /// Reads what is kept of a role. A node that was never started has kept nothing.
+    /// Reads the flags saved for a role. A node that was never started has none saved.
     pub fn read(data: &DataFolder, role: &str) -> anyhow::Result<Self> {
         let path = data.kept_flags(role);
         let settings = match fs::read_to_string(&path) {
@@ -33,7 +33,7 @@ impl KeptFlags {
         Ok(Self { path, role: role.to_owned(), settings })
     }
 
-    /// Puts flags that were given again in the place of those that are kept.
+    /// Replaces saved flags by those that were given again.
     pub fn replace(&mut self, flags: &[Flag]) -> anyhow::Result<()> {
         for (name, value) in flags {
             let value: Value = value.clone().try_deserialize().context("a flag cannot be kept")?;
@@ -51,12 +51,12 @@ impl KeptFlags {
         Ok(())
     }
 
-    /// Returns them as a settings file.
+    /// Returns the flags as a settings file.
     pub fn to_toml(&self) -> String {
         self.settings.to_string()
     }
 
-    /// Writes them down, in whole or not at all.
+    /// Saves the flags atomically.
     pub fn write(&self) -> anyhow::Result<()> {
         let text = format!(
             "# The flags that `tether {}` was started with. A flag that is given again replaces its line here; delete a line\n\

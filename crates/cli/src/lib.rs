@@ -1,4 +1,4 @@
-//! The `tether` program: its settings, its commands, the nodes it runs and the whole network in one process.
+//! The `tether` program: its settings, its commands, the nodes that it runs, and the whole network in one process.
 
 pub mod addresses;
 pub mod args;

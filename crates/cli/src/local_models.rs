@@ -1,7 +1,7 @@
-//! Takes model files of this machine into the artifact store, so that workers can serve them.
+//! Adds model files of this machine to the artifact store, so that workers can serve them.
 //!
-//! A file is read and copied once. `taken-in.json` in the data folder remembers which digest the bytes of a path had,
-//! for as long as its length and time of change stay the same. What is served is the copy, which every load verifies.
+//! A file is read and copied once. `taken-in.json` in the data folder maps a path to the digest of its bytes, valid
+//! while the file's length and modification time stay the same. Workers serve the copy, which every load verifies.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -23,14 +23,14 @@ use crate::data_folder::DataFolder;
 use crate::model_file::{self, ModelFile, Take};
 use crate::settings::Settings;
 
-/// A file of a model, as it is named on the command line: `FILE` or `NAME=FILE`.
+/// A model's file as named on the command line: `FILE` or `NAME=FILE`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct NamedFile {
     name: Option<ModelName>,
     path: PathBuf,
 }
 
-/// Returns a `FILE` or `NAME=FILE` with its path made absolute, so that it means the same wherever it is read again.
+/// Makes the path of a `FILE` or `NAME=FILE` absolute, so that it means the same in every working folder.
 pub fn absolute(text: &str) -> String {
     let (name, file) = split(text);
     if crate::download::is_source(file) {
@@ -43,8 +43,8 @@ pub fn absolute(text: &str) -> String {
     }
 }
 
-/// Returns the `FILE` or `NAME=FILE` that a text names, as it is to be opened, where it names no model by its name. A
-/// name alone may be both; then the file has to begin as one of a model.
+/// Returns the text if it is a `FILE` or `NAME=FILE`, and `None` if it is the name of a model. A bare name may be
+/// either: it counts as a file if that begins like a GGUF file.
 pub fn as_file(text: &str) -> Option<&str> {
     let (name, file) = split(text);
     if crate::download::is_source(file) {
@@ -59,19 +59,19 @@ fn begins_as_model(file: &Path) -> bool {
     file.is_file() && File::open(file).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *b"GGUF"
 }
 
-/// Leaves the file as the one model that the workers serve.
+/// Makes a file the only model that the workers serve.
 pub fn serve_only(settings: &mut Settings, file: &str) {
     settings.worker.models.clear();
     settings.models = vec![file.to_owned()];
 }
 
-/// Returns the path of a `FILE` or `NAME=FILE`, and the name where one is given.
+/// Returns the path of a `FILE` or `NAME=FILE`, and the name if one is given.
 pub fn name_and_path(text: &str) -> anyhow::Result<(Option<ModelName>, PathBuf)> {
     let NamedFile { name, path } = named(text)?;
     Ok((name, path::absolute(path)?))
 }
 
-/// Returns the digest that the bytes of a `FILE` or `NAME=FILE` have, where that is known without reading it.
+/// Returns the digest of a `FILE` or `NAME=FILE`, if it is known without reading the file.
 pub fn known_digest(data: &DataFolder, text: &str) -> anyhow::Result<Option<Digest>> {
     let file = ModelFile::open(Path::new(split(text).1))?;
     let known = read_index(&index(data)).remove(&path::absolute(file.first())?.display().to_string());
@@ -79,8 +79,7 @@ pub fn known_digest(data: &DataFolder, text: &str) -> anyhow::Result<Option<Dige
     Ok(known.filter(|known| (known.bytes, known.modified_nanos) == stamp).map(|known| known.digest))
 }
 
-/// Adds the files that the settings name to the models of the workers, and takes every file into the store. Says which
-/// it copies.
+/// Adds the files that the settings name to the workers' models and to the store. Reports which files it copies.
 pub async fn take_in(settings: &mut Settings, data: &DataFolder) -> anyhow::Result<()> {
     if let Some(source) = settings.models.iter().find(|text| crate::download::is_source(split(text).1)) {
         bail!("{source} is no file of this machine; add it by `tether model add {}`", split(source).1);
@@ -98,7 +97,7 @@ pub async fn take_in(settings: &mut Settings, data: &DataFolder) -> anyhow::Resu
         let Some(file) = model.file.clone() else { continue };
         let (artifacts, index) = (artifacts.clone(), index.clone());
         let taking = tokio::task::spawn_blocking(move || {
-            // Ctrl-C ends the program here, and the next start clears what is half written.
+            // Ctrl-C ends the program here, and the next start deletes the incomplete copy.
             take(&artifacts, &index, &ModelFile::open(&file)?, Take::Copy, &CancellationToken::new())
         });
         let (Stored { digest, .. }, _) = taking.await??;
@@ -112,8 +111,8 @@ pub async fn take_in(settings: &mut Settings, data: &DataFolder) -> anyhow::Resu
     Ok(())
 }
 
-/// Gives each model of a file the version of the registry that has its bytes, or a new one: a version never changes its
-/// artifact, and the newest one is what clients get who name none.
+/// Gives each model with a file the registry's version that has its bytes, or a new one. A version never changes its
+/// artifact, and clients that name no version get the newest one.
 pub async fn settle_versions(models: &mut [ServedModel], store: &dyn RegistryStore) -> anyhow::Result<()> {
     let listed = store.models().await?;
     for model in models.iter_mut().filter(|model| model.file.is_some()) {
@@ -135,16 +134,16 @@ fn version_of(name: &ModelName, wanted: ModelVersion, digest: Digest, listed: &[
     ModelVersion { minor: newest.key.version.minor.saturating_add(1), ..newest.key.version }
 }
 
-/// Splits a `NAME=FILE`, or a `FILE` without a name.
+/// Splits `NAME=FILE`, or a `FILE` without a name.
 pub fn split(text: &str) -> (Option<&str>, &str) {
-    // A path may hold an equals sign, and names hold no slash.
+    // A path may contain an equals sign, and a name contains no slash.
     match text.split_once('=') {
         Some((name, file)) if !name.contains(['/', '\\']) && !Path::new(text).exists() => (Some(name), file),
         _ => (None, text),
     }
 }
 
-/// Names the files. Two quantisations of one model are told apart by their whole file names.
+/// Returns a served model for each file. Two quantisations of one model are named by their whole file names.
 fn served(files: &[String], mut taken: BTreeSet<ModelName>) -> anyhow::Result<Vec<ServedModel>> {
     let files = files.iter().map(|text| named(text)).collect::<anyhow::Result<Vec<_>>>()?;
     let short = |file: &NamedFile| file.name.clone().or_else(|| model_file::name_of(&file.path));
@@ -177,7 +176,7 @@ fn named(text: &str) -> anyhow::Result<NamedFile> {
     Ok(NamedFile { name, path: file.into() })
 }
 
-/// A file that was taken into the store.
+/// A file that was added to the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Known {
     bytes: u64,
@@ -185,7 +184,7 @@ struct Known {
     digest: Digest,
 }
 
-/// Returns the digest of a model's file, and takes it into the store unless it is there. Blocks.
+/// Returns the digest of a model's file, and adds it to the store unless it is there. Blocks.
 pub fn take(
     artifacts: &ArtifactStore,
     index: &Path,
@@ -200,41 +199,41 @@ pub fn take(
         && (known.bytes, known.modified_nanos) == (bytes, modified_nanos)
         && artifacts.contains(&known.digest)
     {
-        // It may have been fetched; from here on it is this machine's own.
+        // The file may have been fetched from another node. From here on it is not evicted as such.
         artifacts.keep(&known.digest).context("could not keep the model's file")?;
         return Ok((Stored { digest: known.digest, bytes: file.bytes()? }, Way::Known));
     }
     let (stored, way) = file.put(artifacts, how, stop)?;
     info!(file = path, digest = %stored.digest, bytes = stored.bytes, "the model's file is in the store");
     known.insert(path, Known { bytes, modified_nanos, digest: stored.digest });
-    // Without it the file is only read once more at the next start.
+    // If this fails, the next start only has to read the file again.
     if let Err(error) = write_index(index, &known) {
         warn!(file = %index.display(), %error, "could not write down which files are in the store");
     }
     Ok((stored, way))
 }
 
-/// Returns the digest of what a source of the web brought when it was last downloaded.
+/// Returns the digest of what was last downloaded from a source.
 pub fn digest_of_source(index: &Path, source: &str) -> Option<Digest> {
     read_index(index).remove(source).map(|known| known.digest)
 }
 
-/// Remembers what a source of the web brought.
+/// Remembers the digest of what was downloaded from a source.
 pub fn remember_source(index: &Path, source: &str, digest: Digest, bytes: u64) {
     let mut known = read_index(index);
     known.insert(source.to_owned(), Known { bytes, modified_nanos: 0, digest });
-    // Without it the source is only asked once more.
+    // If this fails, the source only has to be asked again.
     if let Err(error) = write_index(index, &known) {
         warn!(file = %index.display(), %error, "could not write down where a model came from");
     }
 }
 
-/// Returns the file that remembers which digest the bytes of a path, or of a source of the web, had.
+/// Returns the file that maps paths and download sources to digests.
 pub fn index(data: &DataFolder) -> PathBuf {
     data.path().join("taken-in.json")
 }
 
-/// Reads what was taken in. A file that is missing or damaged says nothing.
+/// Reads the index. A missing or damaged file counts as empty.
 fn read_index(index: &Path) -> BTreeMap<String, Known> {
     fs::read(index).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
 }
@@ -355,7 +354,7 @@ mod tests {
         let digest = folder.take("m.gguf").expect("taken in");
         assert_eq!(digest, tiny_model::digest());
         assert!(folder.artifacts.contains(&digest));
-        // The index is believed for a file that has not changed, and for no other.
+        // The index is trusted only for a file that has not changed.
         let index = folder.folder.path().join("taken-in.json");
         let other = Digest::of(b"other");
         folder.artifacts.put(&b"other"[..], 5).expect("stored");

@@ -1,4 +1,4 @@
-//! Shows a service's metrics over HTTP, for Prometheus to scrape.
+//! Serves a process's metrics over HTTP, for Prometheus to scrape.
 
 use std::net::SocketAddr;
 
@@ -9,10 +9,10 @@ use axum::routing::get;
 use observability::Metrics;
 use tokio::net::TcpListener;
 
-/// How OpenMetrics text is announced.
+/// Content type of OpenMetrics text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// An address at which metrics are shown once it is served.
+/// A bound address that serves metrics once `serve` runs.
 pub struct MetricsServer {
     listener: TcpListener,
     metrics: Metrics,
@@ -30,14 +30,14 @@ impl MetricsServer {
         self.listener.local_addr().context("a socket without an address")
     }
 
-    /// Shows the metrics until this is dropped.
+    /// Serves the metrics until this future is dropped.
     pub async fn serve(self) {
         let Self { listener, metrics } = self;
         let show = move || {
             let text = metrics.encode();
             async move { ([(header::CONTENT_TYPE, OPEN_METRICS)], text) }
         };
-        // It goes on whatever happens to a connection.
+        // A failed connection does not end the server.
         let _ = axum::serve(listener, Router::new().route("/metrics", get(show))).await;
     }
 }

@@ -1,4 +1,4 @@
-//! Finds the models that other programs keep on this machine: Ollama, LM Studio, the Hugging Face Hub's cache, any
+//! Finds the models that other programs keep on this machine: Ollama, LM Studio, the Hugging Face Hub's cache, or any
 //! folder.
 
 use std::collections::BTreeMap;
@@ -15,17 +15,17 @@ use crate::model_file::{self, PartName};
 use crate::output;
 use crate::settings::Env;
 
-/// Folders below a cache's own that are looked into.
+/// How deep a cache's folders are searched.
 const DEPTH_MAX: usize = 6;
-/// Files that are looked at: whoever names `/` does not wait for ever.
+/// The most files that are examined, so that a search of `/` ends.
 const ENTRIES_MAX: usize = 50_000;
-/// Where Ollama's service keeps models on Linux.
+/// The model folder of Ollama's service on Linux.
 const OLLAMA_SERVICE: &str = "/usr/share/ollama/.ollama/models";
-/// What Ollama calls the weights of a model, and an adapter that belongs to it.
+/// Ollama's media types of a model's weights, and of an adapter.
 const OLLAMA_MODEL: &str = "application/vnd.ollama.image.model";
 const OLLAMA_ADAPTER: &str = "application/vnd.ollama.image.adapter";
 
-/// Where models of other programs lie.
+/// A place where other programs keep models.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cache {
     Ollama,
@@ -36,16 +36,16 @@ pub enum Cache {
     Folder(PathBuf),
 }
 
-/// A model of a cache.
+/// A model in a cache.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Cached {
-    /// What its program calls it.
+    /// The name that its program uses.
     pub name: String,
     /// Its file, or the first part of it.
     pub path: PathBuf,
-    /// Its length, all parts together.
+    /// The length of all its parts, in bytes.
     pub bytes: u64,
-    /// The digest that its program knows.
+    /// The digest that its program recorded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub digest: Option<Digest>,
 }
@@ -64,7 +64,7 @@ impl FromStr for Cache {
 }
 
 impl Cache {
-    /// Returns the word that names it on a command line.
+    /// Returns its name on a command line.
     pub fn word(&self) -> String {
         match self {
             Self::Ollama => "ollama".to_owned(),
@@ -74,7 +74,7 @@ impl Cache {
         }
     }
 
-    /// Returns the folders that it may have.
+    /// Returns the folders where it may be.
     pub fn folders(&self, env: &Env) -> Vec<PathBuf> {
         let below_home = |path: &str| env.get("HOME").map(|home| Path::new(home).join(path));
         match self {
@@ -105,7 +105,7 @@ impl Cache {
         models
     }
 
-    /// Finds the model of a name, or of the last part of one. Blocks.
+    /// Finds a model by its name, or by the last part of it. Blocks.
     pub fn find(&self, env: &Env, wanted: &str) -> anyhow::Result<Cached> {
         let models = self.models(env);
         let is_named = |model: &&Cached| {
@@ -124,7 +124,7 @@ impl Cache {
         Err(anyhow!("{word} has no model {wanted:?}{near} `tether model add --from {word}` lists what it has"))
     }
 
-    /// Says that there is no model, and where it was looked for one.
+    /// Returns a message that no model was found, with the folders that were searched.
     pub fn nothing(&self, env: &Env) -> String {
         let folders: Vec<String> = self.folders(env).iter().map(|folder| folder.display().to_string()).collect();
         format!("there is no model in {}", folders.join(" or "))
@@ -132,20 +132,20 @@ impl Cache {
 }
 
 impl Cached {
-    /// Returns the last part of its name, which finds it as well.
+    /// Returns the last part of the name, by which the model can be found as well.
     fn short_name(&self) -> &str {
         let last = self.name.rsplit('/').next().unwrap_or(&self.name);
         last.strip_suffix(":latest").unwrap_or(last)
     }
 
-    /// Returns the name that it can have in the network.
+    /// Returns the name that the model can have in the network.
     pub fn model_name(&self) -> Option<ModelName> {
         let is_file = self.path.extension().is_some_and(|ending| ending == "gguf");
         if is_file { model_file::name_of(&self.path) } else { ModelName::made_of(&self.name) }
     }
 }
 
-/// Returns the caches of this machine that have models, with these. Blocks.
+/// Returns the caches of this machine that have models, each with its models. Blocks.
 pub fn found(env: &Env) -> Vec<(Cache, Vec<Cached>)> {
     let known = [Cache::Ollama, Cache::LmStudio, Cache::HuggingFace];
     let with_models = known.into_iter().map(|cache| {
@@ -155,7 +155,7 @@ pub fn found(env: &Env) -> Vec<(Cache, Vec<Cached>)> {
     with_models.filter(|(_, models)| !models.is_empty()).collect()
 }
 
-/// A manifest of Ollama: what a model is made of.
+/// A manifest of Ollama, which lists a model's layers.
 #[derive(Debug, Deserialize)]
 struct Manifest {
     layers: Vec<Layer>,
@@ -168,13 +168,13 @@ struct Layer {
     digest: String,
 }
 
-/// Reads `manifests/REGISTRY/NAMESPACE/MODEL/TAG`, whose layers lie in `blobs/sha256-…`.
+/// Reads `manifests/REGISTRY/NAMESPACE/MODEL/TAG`, whose layers are in `blobs/sha256-…`.
 fn of_ollama(folder: &Path) -> Vec<Cached> {
     let manifests = folder.join("manifests");
     let named = |path: PathBuf| {
         let manifest: Manifest = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
         let mut weights = manifest.layers.iter().filter(|layer| layer.media_type == OLLAMA_MODEL);
-        // With an adapter it would be another model, and a model of several files is left out.
+        // A model with an adapter would answer differently without it, and a model of several files is not supported.
         let (Some(layer), None) = (weights.next(), weights.next()) else { return None };
         if manifest.layers.iter().any(|layer| layer.media_type == OLLAMA_ADAPTER) {
             return None;
@@ -209,17 +209,17 @@ fn of_hub(folder: &Path) -> Vec<Cached> {
     models.collect()
 }
 
-/// Finds GGUF files below a folder; parts of a model are one.
+/// Finds GGUF files below a folder; the parts of a split model count as one.
 fn of_folder(folder: &Path) -> Vec<Cached> {
     let mut models: BTreeMap<String, Vec<(PathBuf, u64)>> = BTreeMap::new();
     for path in files(folder) {
         let Some(name) = path.strip_prefix(folder).ok().and_then(Path::to_str) else { continue };
         let lower = name.to_lowercase();
-        // What projects images is no model by itself.
+        // An image projector is not a model by itself.
         if lower.strip_suffix(".gguf").is_none() || lower.contains("mmproj") {
             continue;
         }
-        // A link to a blob that is gone has no length.
+        // A link whose blob is gone has no length.
         let Ok(bytes) = fs::metadata(&path).map(|metadata| metadata.len()) else { continue };
         let whole = PartName::of(name).map_or_else(|| name.to_owned(), |part| format!("{}.gguf", part.stem));
         models.entry(whole).or_default().push((path, bytes));
@@ -244,7 +244,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
                 return found;
             }
             let path = entry.path();
-            // A link to a folder may lead in a circle.
+            // Links to folders are not followed: they may form a cycle.
             match entry.file_type() {
                 Ok(kind) if kind.is_dir() && depth < DEPTH_MAX => waiting.push((path, depth + 1)),
                 Ok(kind) if !kind.is_dir() => found.push(path),

@@ -1,4 +1,4 @@
-//! A model's GGUF file on this machine, or the parts of one that is split, on the way into the store.
+//! A model's GGUF file on this machine, whole or split, which is to be added to the store.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,12 +16,12 @@ use worker::model_facts;
 
 use crate::model_names;
 
-/// Files that are smaller than this are copied without a word.
+/// Files smaller than this are copied without a progress bar.
 const QUIET_BYTES: u64 = 16 << 20;
-/// Room that is left on the disk at least: others write there, too.
+/// Space that is left free on the disk, since other programs write there too.
 const SPARE_BYTES: u64 = 32 << 20;
 
-/// A model's file or its parts, read far enough to know that the engine can load it.
+/// A model's file or its parts, with the header that shows whether the engine can load it.
 #[derive(Debug)]
 pub struct ModelFile {
     paths: Vec<PathBuf>,
@@ -30,26 +30,27 @@ pub struct ModelFile {
     joined: Option<Joined>,
 }
 
-/// How a file comes into the store.
+/// How a file is added to the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Take {
-    /// As a copy of its own.
+    /// As a copy.
     Copy,
-    /// By a second name where the file system has that: the file stays as it is, as those of other programs' caches do.
+    /// As a hard link if the file system supports it. For files that never change, such as those in other programs'
+    /// caches.
     Link,
 }
 
-/// A part of a model that is split: `NAME-00002-of-00003.gguf`.
+/// The name of a part of a split model: `NAME-00002-of-00003.gguf`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PartName {
-    /// What comes before the numbers, the folder with it.
+    /// The path before the numbers, including the folder.
     pub stem: String,
-    /// The parts of the whole.
+    /// The number of parts.
     pub count: u32,
 }
 
 impl PartName {
-    /// Reads a file's name or path. A name of another form is that of a whole model.
+    /// Parses a file's name or path. Returns `None` for the file of a whole model.
     pub fn of(path: &str) -> Option<Self> {
         let rest = path.strip_suffix(".gguf")?;
         let (rest, count) = rest.rsplit_once("-of-")?;
@@ -59,15 +60,14 @@ impl PartName {
         (1..=count).contains(&number).then(|| Self { stem: stem.to_owned(), count })
     }
 
-    /// Returns the names of all parts, in their order.
+    /// Returns the names of all parts, in order.
     pub fn all(&self) -> impl Iterator<Item = String> + '_ {
         (1..=self.count).map(|number| format!("{}-{number:05}-of-{:05}.gguf", self.stem, self.count))
     }
 }
 
 impl ModelFile {
-    /// Opens a model's file, with all parts where it is one of several, and refuses what the engine could not load.
-    /// Blocks.
+    /// Opens a model's file, with all its parts if it is split. Refuses a file that the engine could not load. Blocks.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         let paths = match path.to_str().and_then(PartName::of) {
             Some(part) if part.count > 1 => part.all().map(PathBuf::from).collect(),
@@ -92,22 +92,22 @@ impl ModelFile {
         Ok(Self { paths, files, header: joined.header.clone(), joined: Some(joined) })
     }
 
-    /// Returns the name that the file's makes for the model, without its quantisation.
+    /// Returns the model name that the file name suggests, without its quantisation.
     pub fn name(&self) -> Option<ModelName> {
         name_of(self.first())
     }
 
-    /// Returns what the file says of its model.
+    /// Returns the facts about the model in the file's header.
     pub fn facts(&self) -> ModelFacts {
         model_facts::of(&self.header)
     }
 
-    /// Returns the header of the whole.
+    /// Returns the header of the whole model.
     pub fn header(&self) -> &Header {
         &self.header
     }
 
-    /// Returns the length that it has in the store.
+    /// Returns the length that it will have in the store.
     pub fn bytes(&self) -> anyhow::Result<u64> {
         match (&self.joined, &self.files[..]) {
             (Some(joined), _) => Ok(joined.bytes()),
@@ -118,7 +118,7 @@ impl ModelFile {
         }
     }
 
-    /// Returns what is different once a file has changed: the length of all parts, and the latest time of change.
+    /// Returns what changes when a file is modified: the length of all parts, and the latest modification time.
     pub fn stamp(&self) -> anyhow::Result<(u64, u128)> {
         let mut stamp = (0, 0);
         for file in &self.files {
@@ -139,7 +139,7 @@ impl ModelFile {
         self.joined.is_some()
     }
 
-    /// Takes it into the store, as one file. Leaves nothing behind where it fails or is stopped. Blocks.
+    /// Adds it to the store, as one file. Leaves nothing behind if it fails or is stopped. Blocks.
     pub fn put(
         &self,
         artifacts: &ArtifactStore,
@@ -173,15 +173,15 @@ impl ModelFile {
     }
 }
 
-/// Returns the name that a file's makes for a model, without its quantisation and the number of a part.
+/// Returns the model name that a file name suggests, without its quantisation and part number.
 pub fn name_of(path: &Path) -> Option<ModelName> {
     let whole = path.to_str().and_then(PartName::of).map(|part| PathBuf::from(format!("{}.gguf", part.stem)));
     model_names::of_file(whole.as_deref().unwrap_or(path))
 }
 
-/// Checks that the store's disk has room for so many bytes more.
+/// Checks that the store's disk has space for this many more bytes.
 pub fn check_room(artifacts: &ArtifactStore, bytes: u64) -> anyhow::Result<()> {
-    // A system that does not tell is found out by the copy itself.
+    // If the system does not report the free space, the copy itself will fail when there is too little.
     let Ok(room) = artifacts.room_bytes() else { return Ok(()) };
     ensure!(
         room >= bytes.saturating_add(SPARE_BYTES),
@@ -192,7 +192,7 @@ pub fn check_room(artifacts: &ArtifactStore, bytes: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Shows how far something is, on a terminal only.
+/// Returns a progress bar, visible on a terminal only.
 pub fn progress(bytes: u64, message: &str) -> ProgressBar {
     if bytes < QUIET_BYTES {
         return ProgressBar::hidden();
@@ -203,12 +203,12 @@ pub fn progress(bytes: u64, message: &str) -> ProgressBar {
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// Returns a file's name as it can be shown.
+/// Returns a file's name, escaped for display.
 pub fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().escape_debug().to_string()
 }
 
-/// The error of a reader whose user has given up.
+/// Returns the error of a reader that was stopped.
 pub fn stopped() -> io::Error {
     io::Error::other("stopped")
 }
@@ -227,7 +227,7 @@ fn open(part: &Path, named: &Path) -> anyhow::Result<File> {
     Ok(file)
 }
 
-/// Tells how many bytes have been read, and ends where that says so.
+/// Reports how many bytes have been read, and stops when the callback returns an error.
 struct Watched<R, F> {
     reader: R,
     done: u64,

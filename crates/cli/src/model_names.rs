@@ -1,17 +1,18 @@
-//! Makes names of the network out of what files are called.
+//! Derives model names from file names.
 
 use std::path::Path;
 
 use protocol::ModelName;
 
-/// Makes a name of a file's, without its quantisation: `SmolLM2-135M-Instruct.Q4_1.gguf` is `smollm2-135m-instruct`.
+/// Derives a model name from a file name, without its quantisation: `SmolLM2-135M-Instruct.Q4_1.gguf` is
+/// `smollm2-135m-instruct`.
 pub fn of_file(path: &Path) -> Option<ModelName> {
     let stem = path.file_stem()?.to_string_lossy().to_lowercase();
     let shorter = stem.rfind(['.', '-']).filter(|mark| is_quantisation(&stem[mark + 1..])).map(|mark| &stem[..mark]);
     shorter.and_then(ModelName::made_of).or_else(|| ModelName::made_of(&stem))
 }
 
-/// Returns whether a lower-case word names a type of weights, such as `q4_k_m`, `iq2_xs` or `bf16`.
+/// Returns whether a lower-case word names a weight type, such as `q4_k_m`, `iq2_xs` or `bf16`.
 pub fn is_quantisation(word: &str) -> bool {
     let digits = word.strip_prefix("iq").or_else(|| word.strip_prefix("tq")).or_else(|| word.strip_prefix('q'));
     matches!(word, "f16" | "f32" | "bf16" | "fp16" | "fp32" | "mxfp4" | "nvfp4")

@@ -1,6 +1,6 @@
-//! The whole network in one process: registry, orchestrator, workers and gateway, each a node of its own with its own
-//! key. What runs here as tasks runs elsewhere as processes. Where it listens on UDP other machines join it; otherwise
-//! its nodes meet in memory.
+//! The whole network in one process: registry, orchestrator, workers and gateway, each a node with a key of its own.
+//! They run as tasks here, and as processes elsewhere. If the network listens on UDP, other machines can join it;
+//! otherwise its nodes communicate in memory.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -31,27 +31,27 @@ use crate::services::{Place, first_key, open_job_store, open_registry_store, run
 use crate::settings::{NetworkSettings, Settings, any_port};
 use crate::tiny_model;
 
-/// What a network is given besides its settings.
+/// What a network needs besides its settings.
 pub struct Supplies<'a> {
-    /// Makes the runtime of a worker.
+    /// Creates the runtime of a worker.
     pub runtime: &'a dyn Fn() -> anyhow::Result<Arc<dyn ModelRuntime>>,
-    /// Models to register besides the one that comes with the program.
+    /// Models to register besides the built-in one.
     pub models: Vec<ModelEntry>,
 }
 
 pub struct Network {
-    /// Where the gateway listens.
+    /// The gateway's address.
     pub address: SocketAddr,
-    /// Whether it speaks TLS.
+    /// Whether the gateway uses TLS.
     pub tls: bool,
-    /// The first API key, which operates the network.
+    /// The first API key, which has the admin scope.
     pub api_key: String,
-    /// Whether the key was made just now.
+    /// Whether the key was created by this start.
     pub key_is_new: bool,
     pub workers: Vec<WorkerHandle>,
-    /// What every service counts.
+    /// Metrics of all services.
     pub metrics: Metrics,
-    /// An invite for a worker, where other machines may join.
+    /// An invite for a worker, if other machines may join.
     pub invite: Option<String>,
     data: DataFolder,
     stores: Vec<Arc<dyn Store>>,
@@ -60,7 +60,7 @@ pub struct Network {
     _lock: FolderLock,
 }
 
-/// Services that stop together. Those that give work stop before those that take it.
+/// Services that stop together. Tiers that dispatch work stop before those that run it.
 struct Tier {
     stop: CancellationToken,
     tasks: JoinSet<anyhow::Result<()>>,
@@ -113,7 +113,7 @@ impl Network {
         if parts.bootstrap.is_empty() {
             data.forget_pool(keys.registry.public_key())?;
         } else {
-            // Operators find the registry by it, as in a network of processes.
+            // Operators find the registry by this file, as in a network of processes.
             data.write_pool(&Pool { registry: keys.registry.public_key(), bootstrap: parts.bootstrap.clone() })?;
         }
         let admission = AdmissionOffice::new(parts);
@@ -143,12 +143,12 @@ impl Network {
         })
     }
 
-    /// Returns the gateway's address as a URL, as this machine reaches it.
+    /// Returns the gateway's URL for this machine.
     pub fn url(&self) -> String {
         addresses::urls(self.address, self.tls).swap_remove(0)
     }
 
-    /// Returns the models that are served: those of the user first, and the one that comes with the program last.
+    /// Returns the served models: the user's first, and the built-in one last.
     pub fn served_models(&self) -> Vec<ModelKey> {
         let mut served: Vec<ModelKey> = self.workers.iter().flat_map(WorkerHandle::served_models).collect();
         served.sort_by_key(|key| (*key == tiny_model::key(), key.clone()));
@@ -156,14 +156,14 @@ impl Network {
         served
     }
 
-    /// Waits until every worker holds its models and has taken up those that were added, and the orchestrator knows.
+    /// Waits until every worker has loaded its models and serves the added ones, and the orchestrator knows.
     pub async fn ready(&self) -> anyhow::Result<()> {
         for worker in &self.workers {
             worker.ready().await?;
             worker.has_catalog().await;
         }
         let deadline = tokio::time::Instant::now() + Duration::from_secs(15);
-        // A model that is in memory gets jobs once that was reported.
+        // A loaded model gets jobs only once a report has listed it.
         let awaited =
             || self.metrics.workers_live.get() < self.workers.len() as i64 || self.metrics.workers_loading.get() > 0;
         while awaited() {
@@ -175,7 +175,7 @@ impl Network {
         Ok(())
     }
 
-    /// Waits until a service ends by itself, which none should.
+    /// Waits until a service ends by itself, which is always an error.
     pub async fn broken(&mut self) -> anyhow::Error {
         let ends =
             self.tiers.iter_mut().filter(|tier| !tier.tasks.is_empty()).map(|tier| Box::pin(tier.tasks.join_next()));
@@ -186,7 +186,7 @@ impl Network {
         }
     }
 
-    /// Stops every service, those that give work first, and closes the stores.
+    /// Stops every service, those that dispatch work first, and closes the stores.
     pub async fn stop(mut self) -> anyhow::Result<()> {
         let mut outcome = Ok(());
         for tier in &mut self.tiers {
@@ -201,7 +201,7 @@ impl Network {
     }
 }
 
-/// Makes an invite with which one other machine joins as a worker.
+/// Creates an invite with which one other machine joins as a worker.
 async fn invite_worker(admission: &AdmissionOffice) -> anyhow::Result<String> {
     let new = InviteCreate {
         token: String::new(),
@@ -215,20 +215,20 @@ async fn invite_worker(admission: &AdmissionOffice) -> anyhow::Result<String> {
     Ok(admission.invite(new).await.context("could not make an invite")?.invite)
 }
 
-/// How the nodes of the process reach each other.
+/// How the nodes of the process communicate.
 enum Medium {
-    /// In memory, where nobody else is.
+    /// In memory, out of reach of other machines.
     Memory(MemoryNetwork),
-    /// Over UDP, where other machines are, too.
+    /// Over UDP, within reach of other machines.
     Udp(Udp),
 }
 
-/// The ends of nodes on a network between machines.
+/// The transports of the nodes on a UDP network.
 struct Udp {
     listen: SocketAddrV4,
     settings: NetworkSettings,
     data: DataFolder,
-    /// The first is the registry's: the others begin with it.
+    /// The first one is the registry's, and the bootstrap node of the others.
     ends: Vec<Arc<HyperswarmTransport>>,
 }
 
@@ -247,7 +247,7 @@ impl Medium {
         matches!(self, Self::Udp(_))
     }
 
-    /// Returns where other machines begin.
+    /// Returns the bootstrap addresses for other machines.
     fn bootstrap(&self) -> Vec<String> {
         match self {
             Self::Memory(_) => vec![],
@@ -257,7 +257,7 @@ impl Medium {
         }
     }
 
-    /// Puts a node on the network. The registry comes first.
+    /// Adds a node to the network. The registry must be the first.
     async fn node(&mut self, key: &NodeKey, name: &str) -> anyhow::Result<Arc<dyn Transport>> {
         let begin_at = self.bootstrap();
         match self {
@@ -275,7 +275,7 @@ impl Medium {
 
 impl Udp {
     async fn node(&mut self, key: &NodeKey, name: &str, begin_at: &[String]) -> anyhow::Result<Arc<dyn Transport>> {
-        // The registry is where others look for the network; its companions take any port.
+        // Other machines find the network at the registry's port; the other nodes take any port.
         let listen = if self.ends.is_empty() { self.listen } else { any_port(self.listen) };
         let options = Options {
             listen,
@@ -324,8 +324,7 @@ impl Stage {
         Ok(tier)
     }
 
-    /// Starts the workers. Earlier versions counted their starts in the orchestrator's store, so the count in the folder may
-    /// be behind the reports that the orchestrator has believed.
+    /// Starts the workers. Their epochs are counted in the orchestrator's store, which always exists.
     async fn workers(
         &mut self,
         store: &dyn JobStore,
@@ -342,12 +341,12 @@ impl Stage {
             let transport = self.medium.node(key, &name).await?;
             let mut place = self.place.clone();
             if place.settings.workers == 0 {
-                // It is there for the servers alone.
+                // This worker exists for the adopted servers only.
                 place.settings.worker.models.clear();
                 place.settings.worker.catalog = CatalogUse::Off;
             }
             if number > 1 {
-                // A server has its slots once, however many workers there are.
+                // A server's slots must be counted once, so only the first worker serves it.
                 place.settings.worker.models.retain(|model| model.remote.is_none());
                 place.settings.adopt = None;
             }
@@ -374,7 +373,7 @@ impl Stage {
     }
 }
 
-/// Makes a node of this process a member: its operator has the root key and needs no invite.
+/// Enrols a node of this process: its operator has the root key and needs no invite.
 async fn admit(
     admission: &AdmissionOffice,
     clock: Arc<dyn Clock>,

@@ -1,4 +1,4 @@
-//! One node of a network of processes: its key and its end of the network.
+//! One node of a network of processes: its key and its transport.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -18,33 +18,33 @@ use tracing::warn;
 use crate::data_folder::DataFolder;
 use crate::settings::{NetworkSettings, Settings};
 
-/// How often the addresses of known peers are written down.
+/// How often the addresses of known peers are saved.
 const KEEP_EVERY: Duration = Duration::from_secs(30);
-/// The first time, so that a node that is killed early knows them too.
+/// The delay before they are first saved, so that a node that is killed early knows them too.
 const KEEP_FIRST: Duration = Duration::from_secs(2);
 
 /// One node of a network of processes.
 pub struct Node {
     pub key: NodeKey,
-    /// Its role, under which its files lie in the data folder.
+    /// Its role, which names its files in the data folder.
     pub name: &'static str,
     network: Arc<HyperswarmTransport>,
     settings: NetworkSettings,
     data: DataFolder,
 }
 
-/// Where operators of a network find it: kept beside what its nodes keep.
+/// How operators find a network. Saved in the data folder.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Pool {
     /// The registry's public key.
     pub registry: PublicKey,
-    /// Addresses of nodes that know the network, `host:port`.
+    /// Addresses of bootstrap nodes, `host:port`.
     pub bootstrap: Vec<String>,
 }
 
 impl Node {
-    /// Puts a node on the network. `bootstrap` are addresses known besides those of the settings.
+    /// Starts a node. `bootstrap` has addresses besides those of the settings.
     pub async fn start(
         settings: &Settings,
         data: &DataFolder,
@@ -66,29 +66,28 @@ impl Node {
         Ok(Self { key, name, network, settings: settings.network.clone(), data: data.clone() })
     }
 
-    /// Returns the node's public key.
     pub fn public_key(&self) -> PublicKey {
         self.key.public_key()
     }
 
-    /// Returns the node's end of the network as services take it.
+    /// Returns the node's transport, for services.
     pub fn transport(&self) -> Arc<dyn Transport> {
         self.network.clone()
     }
 
-    /// Returns the UDP address under which other machines reach this one, as far as it can tell.
+    /// Returns the UDP address at which other machines reach this node, as far as it can tell.
     pub fn address(&self) -> SocketAddrV4 {
         self.network.reachable_address()
     }
 
-    /// Returns the addresses at which the network was looked for, and which of them answer.
+    /// Returns the bootstrap addresses, each with whether it answers.
     pub async fn answering(&self, bootstrap: &[String]) -> anyhow::Result<Vec<(SocketAddrV4, bool)>> {
         let addresses = self.settings.and(bootstrap).bootstrap_addresses().await?;
         let asked = addresses.iter().map(async |address| (*address, self.network.answers(*address).await));
         Ok(join_all(asked).await)
     }
 
-    /// Writes the known peers down now and then, so that the node finds them again without a bootstrap node.
+    /// Saves the known peers from time to time, so that the node finds them again without a bootstrap node.
     pub async fn keep_peers(&self, stop: &CancellationToken) {
         let mut wait = KEEP_FIRST;
         while stop.run_until_cancelled(tokio::time::sleep(wait)).await.is_some() {
@@ -100,7 +99,7 @@ impl Node {
     fn keep_peers_now(&self) {
         let known = self.network.known_peers();
         let path = self.data.known_peers(self.name);
-        // What an earlier run knew is worth more than nothing.
+        // If no peer is known now, what an earlier run saved is better than nothing.
         if known != KnownPeers::default()
             && let Err(error) = known.write(&path)
         {
@@ -114,7 +113,7 @@ impl Node {
         self.network.stop().await;
     }
 
-    /// Reads how this node belongs to its pool, or says how to make it belong.
+    /// Returns the node's membership in its pool. The error explains how to enrol it.
     pub fn membership(&self) -> anyhow::Result<Membership> {
         let path = self.data.enrolment(self.name);
         let enrolment = enrolment(&self.data, self.name)?;
@@ -122,7 +121,7 @@ impl Node {
     }
 }
 
-/// Starts a node. Where any port will do it takes the one that it had last, at which others know it.
+/// Starts a node. If it may take any port, prefers its last one, at which other nodes know it.
 pub async fn at_last_port<T>(
     listen: SocketAddrV4,
     last: Option<SocketAddrV4>,
@@ -141,7 +140,7 @@ pub async fn at_last_port<T>(
         .with_context(|| format!("could not listen on UDP {listen}; choose another address with --listen"))
 }
 
-/// Reads how a node belongs to its pool, or says how to make it belong.
+/// Reads a node's enrolment. The error explains how to enrol it.
 pub fn enrolment(data: &DataFolder, name: &str) -> anyhow::Result<Enrolment> {
     match Enrolment::load(&data.enrolment(name))? {
         Some(enrolment) => Ok(enrolment),

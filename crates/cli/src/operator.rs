@@ -1,4 +1,4 @@
-//! Where operators' commands go: to a gateway over HTTP, to the registry by RPC, or to its store while nothing runs.
+//! Routes operators' commands: to a gateway over HTTP, to the registry by RPC, or to its store while no registry runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,33 +28,33 @@ use crate::data_folder::DataFolder;
 use crate::services::open_registry_store;
 use crate::settings::{Env, Settings};
 
-/// The fewest digits of a key that stand for it.
+/// The fewest digits of a key that may stand for it.
 const PREFIX_MIN: usize = 4;
-/// How long a registry may take, the way to it included.
+/// Timeout for a registry's answer, including the connection to it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Asks a network's registry.
+/// RPC client of a network's registry.
 pub struct Operator {
-    /// The API key to show.
+    /// The API key to authenticate with.
     pub token: String,
     registry: PublicKey,
     client: Client,
     network: Arc<HyperswarmTransport>,
 }
 
-/// Where an operator's commands go.
+/// The target of an operator's commands.
 pub enum AdminClient {
-    /// To a gateway, which asks the registry.
+    /// A gateway, which forwards them to the registry.
     Gateway(GatewayClient),
-    /// To the registry, from a machine that belongs to its network.
+    /// The registry, from a machine that belongs to its network.
     Registry(Operator),
-    /// To the registry's own store, since no registry runs.
+    /// The registry's own store, while no registry runs.
     Store(TokenOffice, Arc<dyn RegistryStore>),
 }
 
 impl AdminClient {
-    /// Finds where keys and models are kept: at the gateway that is named or runs here, else at the network's registry,
-    /// else in the store.
+    /// Returns the target for commands about keys and models: the gateway that is named or runs here, else the
+    /// network's registry, else the store.
     pub async fn of_registry(
         server: &ServerArgs,
         settings: &Settings,
@@ -65,7 +65,8 @@ impl AdminClient {
         if server.url.is_some() || answers(&client).await? {
             return Ok(Self::Gateway(client));
         }
-        // A store that no registry holds can be opened: the way back for those who lost their last key.
+        // A store that no registry has locked can be opened. This is the way back for operators who lost their last
+        // key.
         let is_free = || data.registry_store().exists() && data.lock(&["registry"]).is_ok();
         if data.pool()?.is_some() && !is_free() {
             return Operator::find(server, settings, data, env).await.map(Self::Registry);
@@ -76,8 +77,8 @@ impl AdminClient {
         Ok(Self::Store(office, store))
     }
 
-    /// Finds who knows the nodes: the gateway that is named, else the registry of the network that this folder belongs
-    /// to, else the gateway that runs here.
+    /// Returns the target for commands about nodes: the gateway that is named, else the registry of this folder's
+    /// network, else the gateway that runs here.
     pub async fn of_nodes(
         server: &ServerArgs,
         settings: &Settings,
@@ -117,7 +118,7 @@ impl AdminClient {
         Ok(tokens)
     }
 
-    /// Revokes a key. `key_id` is well formed: it becomes part of a path.
+    /// Revokes a key. `key_id` must be well formed: it becomes part of a path.
     pub async fn revoke_token(&self, key_id: &str) -> anyhow::Result<TokenRevoked> {
         match self {
             Self::Gateway(client) => client.delete(&format!("/admin/v1/tokens/{key_id}")).await,
@@ -129,7 +130,7 @@ impl AdminClient {
         }
     }
 
-    /// Lists the models and their aliases; adapters only where no gateway is asked.
+    /// Lists the models and their aliases. A gateway's answer has no adapters.
     pub async fn catalog(&self) -> anyhow::Result<Catalog> {
         match self {
             Self::Gateway(client) => {
@@ -142,7 +143,7 @@ impl AdminClient {
         }
     }
 
-    /// Returns the models of a gateway's list, and the aliases that it shows.
+    /// Returns the models and aliases in a gateway's list.
     pub fn catalog_of_list(listed: &Value) -> Catalog {
         let rows = || listed["data"].as_array().into_iter().flatten();
         let aliases = rows().filter_map(|row| {
@@ -174,7 +175,7 @@ impl AdminClient {
         }
     }
 
-    /// Says how long workers keep a model in memory.
+    /// Sets how long workers keep a model in memory.
     pub async fn keep_model(&self, change: ModelKeep) -> anyhow::Result<ModelEntry> {
         match self {
             Self::Gateway(client) => {
@@ -188,7 +189,7 @@ impl AdminClient {
         }
     }
 
-    /// Gives a model another name.
+    /// Sets an alias of a model.
     pub async fn set_alias(&self, new: AliasSet) -> anyhow::Result<AliasEntry> {
         match self {
             Self::Gateway(client) => client.post("/admin/v1/aliases", &new).await,
@@ -227,7 +228,7 @@ impl AdminClient {
         }
     }
 
-    /// Takes a node out of the network.
+    /// Removes a node from the network.
     pub async fn revoke_node(&self, public_key: PublicKey) -> anyhow::Result<NodeRevoked> {
         match self {
             Self::Gateway(client) => client.delete(&format!("/admin/v1/members/{public_key}")).await,
@@ -238,7 +239,7 @@ impl AdminClient {
         }
     }
 
-    /// Gives a node another name.
+    /// Renames a node.
     pub async fn rename_node(&self, public_key: PublicKey, name: &str) -> anyhow::Result<NodeRenamed> {
         match self {
             Self::Gateway(client) => {
@@ -263,7 +264,8 @@ impl AdminClient {
     }
 }
 
-/// Returns whether a gateway answers. One that cannot be spoken with is an error: it is not passed over.
+/// Returns whether a gateway answers. A gateway that cannot be talked to is an error, so that it is not silently
+/// bypassed.
 pub async fn answers(client: &GatewayClient) -> anyhow::Result<bool> {
     match client.presence().await {
         Presence::Answers => Ok(true),
@@ -272,7 +274,7 @@ pub async fn answers(client: &GatewayClient) -> anyhow::Result<bool> {
     }
 }
 
-/// Reads a model of a gateway's list; the rows of adapters and aliases are no models.
+/// Parses a model in a gateway's list. Returns `None` for the rows of adapters and aliases.
 fn entry_of(row: &Value) -> Option<ModelEntry> {
     let id = row["id"].as_str()?;
     if id.contains(':') || row["alias_of"].is_string() {
@@ -293,7 +295,7 @@ fn entry_of(row: &Value) -> Option<ModelEntry> {
     })
 }
 
-/// Finds the node that a name, a key or the beginning of a key stands for.
+/// Finds a node by its name, its key or the first digits of its key.
 pub fn find_node(members: &[Member], text: &str) -> anyhow::Result<PublicKey> {
     if let Ok(key) = text.parse() {
         return Ok(key);
@@ -329,7 +331,7 @@ impl Operator {
                 data.api_key_file().display()
             )
         })?;
-        // Nobody is to find this one: it asks, and is gone.
+        // A random key: this node only asks and leaves, and need not be found.
         let network = client_network(settings, data, &pool.bootstrap, &random_key()?).await?;
         Ok(Self { token, registry: pool.registry, client: Client::new(network.clone()), network })
     }
@@ -359,14 +361,14 @@ impl Operator {
     }
 }
 
-/// Makes a key for a node that nobody needs to know again.
+/// Returns a random key for a node that need not be recognised again.
 pub fn random_key() -> anyhow::Result<NodeKey> {
     let mut seed = [0; 32];
     getrandom::fill(&mut seed).context("could not draw random bytes")?;
     Ok(NodeKey::from_seed(&seed))
 }
 
-/// Joins a network for some questions.
+/// Joins a network for a few requests.
 pub async fn client_network(
     settings: &Settings,
     data: &DataFolder,
@@ -375,7 +377,7 @@ pub async fn client_network(
 ) -> anyhow::Result<Arc<HyperswarmTransport>> {
     let roles = ["registry", "gateway", "orchestrator", "worker"];
     let mut bootstrap = settings.network.and(bootstrap).bootstrap_addresses().await?;
-    // A node of this folder knows the way even when every bootstrap node is gone.
+    // A node of this folder can be the bootstrap node even when all others are gone.
     bootstrap.extend(roles.iter().filter_map(|role| data.listen_address(role)));
     let options = Options {
         listen: crate::settings::any_port(settings.network.listen),

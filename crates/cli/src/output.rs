@@ -1,4 +1,4 @@
-//! What people and programs read on stdout.
+//! Prints to stdout and stderr, for people and programs.
 
 use std::io::{self, Write as _};
 
@@ -6,24 +6,24 @@ use anstyle::{AnsiColor, Style};
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr as _;
 
-/// Prints a line. A reader that went away is no error.
+/// Prints a line. A closed pipe is not an error.
 pub fn line(text: impl AsRef<str>) {
     let _ = writeln!(io::stdout().lock(), "{}", text.as_ref());
 }
 
-/// Prints a line for the person at the terminal, beside what a program reads. It may quote a stranger.
+/// Prints a line for the user to stderr, apart from what a program reads. It may contain untrusted text.
 pub fn note(text: impl AsRef<str>) {
     let _ = writeln!(io::stderr().lock(), "tether: {}", harmless(text.as_ref()));
 }
 
-/// Returns the known name that a mistyped one is likely meant to be.
+/// Returns the known name that a mistyped one is probably meant to be.
 pub fn nearest<'a>(mistyped: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let similarity = |name: &str| strsim::jaro_winkler(mistyped, name);
     let best = known.into_iter().max_by(|one, other| similarity(one).total_cmp(&similarity(other)))?;
     (similarity(best) > 0.9).then_some(best)
 }
 
-/// Prints text as it comes, without waiting for the end of the line.
+/// Prints text at once, without waiting for the end of the line.
 pub fn piece(text: &str) {
     let mut stdout = io::stdout().lock();
     let _ = stdout.write_all(text.as_bytes());
@@ -36,19 +36,19 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How a word looks on a terminal that shows colours.
+/// The style of a word on a terminal with colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Look {
     Good,
-    /// Somebody should look at it.
+    /// Deserves attention.
     Doubtful,
     Bad,
     Head,
-    /// What may be read past.
+    /// Less important.
     Aside,
 }
 
-/// Gives a text a look. Whatever prints it must leave the look out where no terminal shows it: see [`shown`].
+/// Styles a text. It must be printed with [`shown`], which removes the style if there is no terminal.
 pub fn looking(look: Look, text: &str) -> String {
     let style = match look {
         Look::Good => AnsiColor::Green.on_default(),
@@ -60,13 +60,13 @@ pub fn looking(look: Look, text: &str) -> String {
     format!("{style}{text}{style:#}")
 }
 
-/// Prints a line with its looks, where stdout is a terminal and NO_COLOR is not set; anywhere else without.
+/// Prints a line, with its styles only if stdout is a terminal and NO_COLOR is not set.
 pub fn shown(text: impl AsRef<str>) {
     let _ = writeln!(anstream::stdout().lock(), "{}", text.as_ref());
 }
 
-/// Returns a text of a stranger in which only line ends and tabs have an effect; other control characters, and those
-/// that turn the direction of writing, are shown escaped.
+/// Makes untrusted text safe for a terminal. Only line ends and tabs keep their effect; other control characters, and
+/// those that change the writing direction, are escaped.
 pub fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for letter in text.chars() {
@@ -80,22 +80,22 @@ pub fn harmless(text: &str) -> String {
     shown
 }
 
-/// Returns a text of another machine in one line: nothing in it moves the cursor.
+/// Returns another machine's text on one line, without control characters.
 pub fn one_line(text: &str) -> String {
     text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
 }
 
-/// Returns a number and its noun, which takes an s unless there is one: `1 worker`, `2 workers`.
+/// Returns a number and its noun, with a plural s unless it is one: `1 worker`, `2 workers`.
 pub fn counted(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// Prints rows under a head, each column as wide as its widest cell.
+/// Prints a table with a header, each column as wide as its widest cell.
 pub fn table(head: &[&str], rows: &[Vec<String>]) {
     shown(aligned(head, rows));
 }
 
-/// Returns the look of a word under the title STATE.
+/// Returns the style of a word in the column STATE.
 fn look_of(state: &str) -> Option<Look> {
     match state {
         "ready" | "answers" | "good" | "ok" => Some(Look::Good),
@@ -105,7 +105,7 @@ fn look_of(state: &str) -> Option<Look> {
     }
 }
 
-/// Returns rows with their looks under a head, each column as wide as its widest cell takes on a terminal.
+/// Returns styled rows under a header, each column as wide as its widest cell on a terminal.
 pub fn aligned(head: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.width());
@@ -113,7 +113,7 @@ pub fn aligned(head: &[&str], rows: &[Vec<String>]) -> String {
     };
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     let row = |cells: &[&str], look: &dyn Fn(usize, &str) -> Option<Look>| {
-        // Nothing follows the last cell that says something, so that no line ends in blanks.
+        // Cells after the last non-empty one are left out, so that no line ends in spaces.
         let end = cells.iter().rposition(|cell| !cell.is_empty()).map_or(0, |last| last + 1);
         let mut text = String::new();
         for (column, cell) in cells[..end].iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Nodes as child processes on this machine: this program again, each on a data folder of its own.
+//! Nodes as child processes on this machine: each runs this program on a data folder of its own.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -12,10 +12,10 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::data_folder::DataFolder;
 
-/// How long a node may take to end once it is asked to.
+/// How long a node may take to end when asked to.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Nodes as child processes. What still runs when this is dropped is killed, by its process id.
+/// Nodes as child processes. Those that still run when this is dropped are killed.
 #[derive(Debug)]
 pub struct Processes {
     program: PathBuf,
@@ -30,13 +30,13 @@ struct Member {
 }
 
 impl Processes {
-    /// Keeps the nodes' folders below `folder`.
+    /// Runs this program, with the nodes' folders in `folder`.
     pub fn below(folder: &Path) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("the program does not know where it lies")?;
         Ok(Self::of(program, folder))
     }
 
-    /// Runs this program, and keeps the nodes' folders below `folder`.
+    /// Runs the given program, with the nodes' folders in `folder`.
     pub fn of(program: impl Into<PathBuf>, folder: &Path) -> Self {
         Self { program: program.into(), folder: folder.to_owned(), running: vec![] }
     }
@@ -64,7 +64,7 @@ impl Processes {
         Ok(())
     }
 
-    /// Runs a command on a node's folder to its end, and returns what it printed.
+    /// Runs a command on a node's folder to its end, and returns its output.
     pub fn run(&self, name: &str, arguments: &[&str]) -> anyhow::Result<String> {
         let output = self.command(name, arguments).output().context("could not run this program")?;
         if !output.status.success() {
@@ -79,7 +79,7 @@ impl Processes {
         command
     }
 
-    /// Waits until a node's folder holds something, and returns it.
+    /// Waits until `look` finds something in a node's folder, and returns it.
     pub async fn wait_for<T>(
         &mut self,
         name: &str,
@@ -105,7 +105,7 @@ impl Processes {
         self.wait_for(name, PATIENCE, |data| data.listen_address(role)).await
     }
 
-    /// Fails where a node ended by itself.
+    /// Fails if a node has ended by itself.
     pub fn check(&mut self, name: &str) -> anyhow::Result<()> {
         let member = self.running.iter_mut().find(|member| member.name == name).context("no such node")?;
         if let Some(status) = member.child.try_wait().context("no word of a child")? {
@@ -129,7 +129,7 @@ impl Processes {
         self.running.iter().find(|member| member.name == name).map(|member| member.child.id())
     }
 
-    /// Kills a node at once, as if its plug were pulled.
+    /// Kills a node at once, as a power cut would.
     pub fn kill(&mut self, name: &str) -> anyhow::Result<()> {
         let at = self.running.iter().position(|member| member.name == name).context("no such node")?;
         let mut member = self.running.swap_remove(at);
@@ -138,8 +138,7 @@ impl Processes {
         Ok(())
     }
 
-    /// Asks a node to end, and waits until it has. It is an error where it has to be killed, or ends otherwise than
-    /// well.
+    /// Asks a node to end, and waits for it. Fails if it has to be killed, or exits with an error.
     pub async fn end(&mut self, name: &str) -> anyhow::Result<()> {
         let member = self.running.iter_mut().find(|member| member.name == name).context("no such node")?;
         let ended = member.end().await?;
@@ -154,7 +153,7 @@ impl Processes {
     /// Asks every node to end, those started last first, and kills those that do not.
     pub async fn stop(&mut self) -> anyhow::Result<()> {
         let mut stubborn = vec![];
-        // Each stays in the list until it has ended: who gives up waiting here leaves none behind.
+        // Each node stays in the list until it has ended, so that dropping this future leaves no process behind.
         while let Some(member) = self.running.last_mut() {
             if member.end().await?.is_none() {
                 stubborn.push(member.name.clone());
@@ -169,7 +168,7 @@ impl Processes {
 }
 
 impl Member {
-    /// Asks it to end, and returns how it did; nothing where it had to be killed.
+    /// Asks the process to end, and returns its exit status; `None` if it had to be killed.
     async fn end(&mut self) -> anyhow::Result<Option<ExitStatus>> {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         if let Some(pid) = pid {

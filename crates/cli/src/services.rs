@@ -1,4 +1,4 @@
-//! Makes each service of the parts that a node brings: on a memory network in one process, or on its own.
+//! Builds each service from a node's parts: in one process on a memory network, or in a process of its own.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -26,14 +26,14 @@ use crate::tiny_model;
 
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// What every service of a process shares.
+/// What all services of a process share.
 #[derive(Clone)]
 pub struct Place {
     /// The settings in force.
     pub settings: Settings,
     pub data: DataFolder,
     pub metrics: Metrics,
-    /// The time of day.
+    /// Wall clock.
     pub clock: Arc<dyn Clock>,
 }
 
@@ -105,7 +105,7 @@ impl Place {
         Ok(BaseWorker::new(self.settings.worker.clone(), parts))
     }
 
-    /// Opens a gateway's address.
+    /// Binds a gateway's address.
     pub async fn gateway(&self, transport: Arc<dyn Transport>, membership: Membership) -> anyhow::Result<OpenGateway> {
         let parts = GatewayParts {
             transport,
@@ -124,7 +124,7 @@ impl Place {
         Ok(open)
     }
 
-    /// Opens the address. Where any port will do, the one that the gateway had last keeps its clients.
+    /// Binds the address. If any port will do, prefers the gateway's last one, so that its clients still find it.
     async fn open_gateway(&self, parts: &GatewayParts) -> Result<OpenGateway, GatewayError> {
         let config = self.settings.gateway.clone();
         let last = self.data.address().and_then(|url| url.rsplit_once(':')?.1.parse().ok());
@@ -139,7 +139,7 @@ impl Place {
     }
 }
 
-/// Runs a gateway until `stop`. SIGHUP has it look at its TLS files.
+/// Runs a gateway until `stop`. SIGHUP makes it reload its TLS files.
 pub async fn run_gateway(open: OpenGateway, stop: CancellationToken) -> anyhow::Result<()> {
     let gateway = open.gateway().clone();
     let mut hangups = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).context("no signals")?;
@@ -166,7 +166,7 @@ pub fn open_registry_store(path: &Path) -> anyhow::Result<Arc<dyn RegistryStore>
     Ok(Arc::new(SqliteStore::open(path, StoreOptions::default())?))
 }
 
-/// Returns the API key in the data folder, or makes one with every scope.
+/// Returns the API key in the data folder, or creates one with every scope.
 pub async fn first_key(data: &DataFolder, office: &TokenOffice) -> anyhow::Result<(String, bool)> {
     if let Some(key) = data.api_key().filter(|key| !key.is_empty()) {
         return Ok((key, false));

@@ -1,5 +1,4 @@
-//! What comes with the program: the model `tether-tiny`, a demonstration, and its adapter `pirate`; see
-//! `models/README.md`.
+//! The built-in demonstration model `tether-tiny`, and its adapter `pirate`; see `models/README.md`.
 
 use std::sync::LazyLock;
 
@@ -31,19 +30,19 @@ fn adapter_name() -> AdapterName {
     "pirate".parse().expect("a well-formed name")
 }
 
-/// Returns how workers serve it.
+/// Returns the settings with which workers serve it.
 pub fn served() -> ServedModel {
     let pirate = ServedAdapter { name: adapter_name(), digest: *ADAPTER_DIGEST };
-    // One thread: the model is so small that more only wait for each other.
+    // One thread: the model is so small that more threads would only wait for each other.
     ServedModel { threads: 1, adapters: vec![pirate], ..ServedModel::new(key(), digest()) }
 }
 
-/// Adds the files to a store.
+/// Embeds the files in a store.
 pub fn embedded_in(artifacts: ArtifactStore) -> ArtifactStore {
     artifacts.with_embedded(digest(), BYTES).with_embedded(*ADAPTER_DIGEST, ADAPTER_BYTES)
 }
 
-/// Returns what the registry lists.
+/// Returns the model's entry in the catalogue.
 pub fn entry(created_at: UnixMillis) -> ModelEntry {
     ModelEntry {
         facts: None,
@@ -59,7 +58,7 @@ pub fn entry(created_at: UnixMillis) -> ModelEntry {
     }
 }
 
-/// Returns what the registry lists of the adapter.
+/// Returns the adapter's entry in the catalogue.
 pub fn adapter_entry(created_at: UnixMillis) -> AdapterEntry {
     AdapterEntry {
         key: AdapterKey { model: key(), adapter: adapter_name() },

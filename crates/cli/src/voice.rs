@@ -1,4 +1,4 @@
-//! Shows what a model says as it comes. Nothing in it can move the cursor or change the terminal.
+//! Prints a model's answer as it arrives. Nothing in it can move the cursor or change the terminal.
 
 use std::io::{self, IsTerminal as _};
 
@@ -7,14 +7,14 @@ use anstream::{AutoStream, ColorChoice};
 use crate::client::Piece;
 use crate::output::{self, Look, harmless};
 
-/// Where an answer is shown.
+/// Where an answer is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Screen {
-    /// A file or another program, which gets the answer as it is and without the thoughts.
+    /// A file or another program, which gets the answer unchanged and without the reasoning.
     Pipe,
     /// A terminal without colours.
     Plain,
-    /// A terminal with colours: thoughts are dimmed.
+    /// A terminal with colours: reasoning is dimmed.
     Coloured,
 }
 
@@ -41,7 +41,6 @@ impl Screen {
 }
 
 impl Voice {
-    /// Makes the voice of one answer.
     pub fn new(screen: Screen) -> Self {
         Self { screen, is_thinking: false, has_begun: false, ends_line: false }
     }
@@ -67,7 +66,7 @@ impl Voice {
         (self.is_thinking, self.has_begun, self.ends_line) = (thinks, true, text.ends_with('\n'));
         let text = harmless(text);
         if thinks && self.screen == Screen::Coloured {
-            // Each piece by itself, so that an answer may stop anywhere.
+            // Each piece is styled by itself, so that the answer may stop anywhere.
             shown.push_str(&output::looking(Look::Aside, &text));
         } else {
             shown.push_str(&text);
@@ -75,7 +74,7 @@ impl Voice {
         shown
     }
 
-    /// Returns what ends the answer: a line of its own on a terminal, and no second end of line elsewhere.
+    /// Returns what ends the answer: a line end on a terminal, and elsewhere only if the answer has none.
     pub fn ends(&self) -> &'static str {
         if self.ends_line && self.screen == Screen::Pipe { "" } else { "\n" }
     }

@@ -20,34 +20,34 @@ use tokio::time::timeout;
 
 use super::trust::{Trust, believing_nobody};
 
-/// How long a machine may take to take a connection, its name's lookup included.
+/// Timeout for connecting, including name resolution.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// The longest document that is read, in bytes. Whoever answers may be another program.
+/// The longest document that is read, in bytes. The server may be another program.
 const DOCUMENT_MAX: usize = 64 << 20;
 
 /// Why there was no response.
 #[derive(Debug)]
 pub(super) enum Failure {
     Refused,
-    /// It stands in the way of every request, and the text says what to do.
+    /// The same error would stop every request; it says what to do.
     Closed(anyhow::Error),
-    /// Somebody took the request, and said nothing that is HTTP.
+    /// Something accepted the request, but sent no valid HTTP.
     Broken(anyhow::Error),
 }
 
-/// A response whose body is still to come.
+/// A response whose body has not been read.
 #[derive(Debug)]
 pub(super) struct Response {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     body: Incoming,
-    /// Drives the connection, and ends with the response.
+    /// Drives the connection, and is dropped with the response.
     _connection: JoinSet<hyper::Result<()>>,
 }
 
 impl Response {
-    /// Returns the next bytes of the body, and nothing after its end. Cancel-safe.
+    /// Returns the next bytes of the body, or `None` at its end. Cancel safe.
     pub(super) async fn chunk(&mut self) -> hyper::Result<Option<Bytes>> {
         while let Some(frame) = self.body.frame().await.transpose()? {
             if let Ok(data) = frame.into_data() {
@@ -70,7 +70,7 @@ impl Response {
     }
 }
 
-/// Sends a request to a gateway: its URL, what comes behind it, a JSON document where there is one, and a key.
+/// Sends a request to a gateway: its URL, a method and path, a JSON document if there is one, and a key.
 pub(super) async fn send(
     base: &Uri,
     trust: &Trust,
@@ -145,7 +145,7 @@ async fn connect(base: &Uri) -> Result<TcpStream, Failure> {
     for address in found {
         last = match timeout(CONNECT, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => {
-                // A request is one write: nothing is gained by waiting for more.
+                // A request is a single write, so waiting for more data gains nothing.
                 let _ = stream.set_nodelay(true);
                 return Ok(stream);
             }
@@ -174,7 +174,7 @@ async fn exchange(
     Ok(Response { status: head.status, headers: head.headers, body, _connection: driver })
 }
 
-/// Returns whether TLS is spoken where plain HTTP failed.
+/// Returns whether the server speaks TLS, after plain HTTP failed.
 async fn speaks_tls(base: &Uri) -> bool {
     let Ok(connector) = believing_nobody() else { return false };
     let Ok(stream) = connect(base).await else { return false };
@@ -190,7 +190,7 @@ fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
 }
 
-/// Says why TLS was not to be had, and what to do.
+/// Returns an error that explains why TLS failed, and what to do.
 fn untrusted(base: &Uri, error: &io::Error) -> anyhow::Error {
     let (url, host) = (shown(base), bare_host(base));
     let plain = || {
@@ -205,7 +205,7 @@ fn untrusted(base: &Uri, error: &io::Error) -> anyhow::Error {
     };
     let why = match error {
         rustls::Error::InvalidMessage(_) => return plain(),
-        // What else may be wrong with a certificate of one's own, such as its being an authority, ends the same way.
+        // Other defects of a self-signed certificate, such as being a CA certificate, end the same way.
         rustls::Error::InvalidCertificate(why) => why,
         rustls::Error::AlertReceived(AlertDescription::HandshakeFailure | AlertDescription::ProtocolVersion) => {
             return anyhow!("{url} speaks no version of TLS that is safe: 1.2 and 1.3 are");
@@ -240,7 +240,7 @@ fn untrusted(base: &Uri, error: &io::Error) -> anyhow::Error {
 
 const ANOTHER_NAME: &str = "use a name that it is for, or give the certificate itself with --ca FILE";
 
-/// Returns what a certificate says of a name, without the word for its kind: `DnsName("a")` is `a`.
+/// Returns the name in a certificate's entry, without its kind: `DnsName("a")` is `a`.
 fn plain_name(told: &str) -> &str {
     told.split_once('(').map_or(told, |(_, rest)| rest.trim_end_matches(')')).trim_matches('"')
 }
@@ -253,11 +253,10 @@ fn broken(base: &Uri, error: &hyper::Error) -> Failure {
     })
 }
 
-/// Reads a gateway's address as people write it: they leave the scheme out, and give the address that OpenAI's clients
-/// want.
+/// Parses a gateway's address as people write it: without a scheme, or as the base URL that OpenAI's clients want.
 pub(super) fn base(given: &str) -> anyhow::Result<Uri> {
     let trimmed = given.trim();
-    // A scheme alone is no address without its slashes either.
+    // Without its slashes, a bare scheme would not be recognised as one.
     let trimmed = if trimmed.ends_with("://") { trimmed } else { trimmed.trim_end_matches('/') };
     let trimmed = trimmed.strip_suffix("/v1").unwrap_or(trimmed);
     let whole = if trimmed.contains("://") { trimmed.to_owned() } else { format!("http://{trimmed}") };

@@ -1,4 +1,4 @@
-//! Which certificates of gateways are believed.
+//! Which certificates of gateways are trusted.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -12,32 +12,32 @@ use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio_rustls::TlsConnector;
 
-/// Which certificates of gateways are believed. Files are read anew for each connection, so that a renewed certificate
-/// is believed as soon as it is there.
+/// Which certificates of gateways are trusted. Files are read again for each connection, so that a renewed certificate
+/// is trusted at once.
 #[derive(Debug, Clone, Default)]
 pub struct Trust {
-    /// Authorities, and certificates that are believed as they are; without it, the system's authorities.
+    /// CA certificates, and certificates that are trusted as they are. Without it the system's CAs are trusted.
     pub ca: Option<PathBuf>,
-    /// The certificate of this machine's own gateway, believed as it is.
+    /// The certificate of this machine's own gateway, trusted as it is.
     pub own: Option<PathBuf>,
     system: Arc<OnceLock<RootCertStore>>,
 }
 
 impl Trust {
-    /// Believes what a file holds or, without one, what the system believes; and the certificate of this machine's own
+    /// Trusts the certificates in a file or, without one, the system's CAs, and the certificate of this machine's own
     /// gateway.
     pub fn new(ca: Option<PathBuf>, own: Option<PathBuf>) -> Self {
         Self { ca, own, system: Arc::default() }
     }
 
-    /// Returns what makes TLS connections.
+    /// Returns a connector for TLS connections.
     pub(crate) fn connector(&self) -> anyhow::Result<TlsConnector> {
         let mut known = self.own_certificate();
         let roots = match &self.ca {
             Some(file) => {
                 let given = certificates(file)?;
                 let mut roots = RootCertStore::empty();
-                // Whatever cannot be an authority is believed as it is.
+                // A certificate that cannot be a CA is trusted as it is.
                 roots.add_parsable_certificates(given.iter().cloned());
                 known.extend(given);
                 roots
@@ -47,14 +47,14 @@ impl Trust {
         connector(known, roots)
     }
 
-    /// A gateway that cannot show its own certificate has told its owner so.
+    /// Returns the own gateway's certificate, or nothing if it cannot be read: the gateway itself has reported that.
     fn own_certificate(&self) -> Vec<CertificateDer<'static>> {
         let chain = self.own.as_deref().map(certificates).and_then(Result::ok).unwrap_or_default();
         chain.into_iter().take(1).collect()
     }
 }
 
-/// Returns what makes TLS connections and believes nobody: good for asking whether somebody speaks TLS.
+/// Returns a connector that trusts no certificate, to detect whether a server speaks TLS.
 pub(super) fn believing_nobody() -> anyhow::Result<TlsConnector> {
     connector(vec![], RootCertStore::empty())
 }
@@ -82,18 +82,18 @@ fn certificates(file: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     Ok(found)
 }
 
-/// A system without authorities, such as a bare container, believes nobody.
+/// Returns the system's CAs: none on a system without any, such as a bare container.
 fn system_authorities() -> RootCertStore {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     roots
 }
 
-/// Believes some certificates as they are, to the byte, and others by their authority, their names and their dates.
+/// Accepts some certificates as they are, byte for byte, and others by their issuer, name and dates.
 #[derive(Debug)]
 struct Verifier {
     known: Vec<CertificateDer<'static>>,
-    /// Missing where there are no authorities.
+    /// `None` if there are no CAs.
     authorities: Option<Arc<WebPkiServerVerifier>>,
     algorithms: WebPkiSupportedAlgorithms,
 }
@@ -122,7 +122,7 @@ impl ServerCertVerifier for Verifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        // Whoever named a certificate knows whose it is: its names and dates say nothing more.
+        // The user vouched for this very certificate, so its names and dates do not matter.
         if self.known.iter().any(|known| known == end_entity) {
             return Ok(ServerCertVerified::assertion());
         }

@@ -1,4 +1,4 @@
-//! `tether model adapter`: adds, lists and forgets LoRA adapters.
+//! `tether model adapter`: adds, lists and removes LoRA adapters.
 
 use anyhow::Context as _;
 use artifact_store::ArtifactStore;
@@ -74,7 +74,7 @@ pub(super) async fn remove(
     }
 }
 
-/// Reads a model's name without an adapter.
+/// Parses a model's name, and refuses an adapter in it.
 fn model(text: &str) -> anyhow::Result<ModelRef> {
     let model: ModelRef = text.parse()?;
     anyhow::ensure!(model.adapter.is_none(), "{text}: give the model and the adapter's name apart");

@@ -25,7 +25,7 @@ impl From<Role> for NodeRole {
     }
 }
 
-/// Makes an invite and prints the line that redeems it.
+/// Creates an invite and prints the command that redeems it.
 pub(super) async fn invite(context: Context, args: InviteArgs) -> anyhow::Result<Outcome> {
     let regions = args.regions.iter().map(|region| region.parse()).collect::<Result<_, _>>()?;
     if args.server.url.is_none() && context.data.pool()?.is_none() && context.data.address().is_some() {
@@ -63,7 +63,7 @@ pub(super) fn role_of(invite: &str) -> anyhow::Result<NodeRole> {
     Ok(role)
 }
 
-/// Redeems an invite, and does what it invites to.
+/// Redeems an invite, and runs a node of its role.
 pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Outcome> {
     follow_parent(&args.node)?;
     let invite: Invite = args.invite.trim().parse().context("this is no invite")?;
@@ -103,7 +103,7 @@ pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Out
     Box::pin(run_role(&context, role, &node)).await
 }
 
-/// Takes a node out of the network.
+/// Removes a node from the network.
 pub(super) async fn revoke(context: Context, args: RevokeArgs) -> anyhow::Result<Outcome> {
     let admin = AdminClient::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
     let asked = async {
@@ -123,7 +123,7 @@ pub(super) async fn revoke(context: Context, args: RevokeArgs) -> anyhow::Result
     Ok(if revoked.found { Outcome::Well } else { Outcome::Finding })
 }
 
-/// Gives a node another name.
+/// Renames a node.
 pub(super) async fn rename(context: Context, args: RenameArgs) -> anyhow::Result<Outcome> {
     let admin = AdminClient::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
     let asked = async {
@@ -143,7 +143,7 @@ pub(super) async fn rename(context: Context, args: RenameArgs) -> anyhow::Result
     Ok(if renamed.found { Outcome::Well } else { Outcome::Finding })
 }
 
-/// Says which of the addresses that lead to an unreachable registry answer.
+/// Reports which addresses answer, when the registry cannot be reached.
 fn no_way(addresses: &[(SocketAddrV4, bool)]) -> String {
     if let Some((address, _)) = addresses.iter().find(|(_, answers)| *answers) {
         return format!("could not join: {address} answers, but the registry does not; see that it runs");
@@ -168,7 +168,7 @@ fn no_way(addresses: &[(SocketAddrV4, bool)]) -> String {
     )
 }
 
-/// Finds a node; a whole key needs no list.
+/// Returns a node's public key. A complete key needs no lookup.
 async fn find(admin: &AdminClient, text: &str) -> anyhow::Result<PublicKey> {
     match text.parse() {
         Ok(public_key) => Ok(public_key),
@@ -176,7 +176,7 @@ async fn find(admin: &AdminClient, text: &str) -> anyhow::Result<PublicKey> {
     }
 }
 
-/// Returns this machine's name, for the network's lists.
+/// Returns this machine's host name, for the network's lists.
 fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

@@ -1,4 +1,4 @@
-//! `tether chat`: talks with a model. Where no network runs, one is started for the conversation.
+//! `tether chat`: chats with a model. If no network runs, one is started for the conversation.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, IsTerminal as _, Write as _};
@@ -25,11 +25,11 @@ mod conversation;
 mod input;
 mod reader;
 
-/// What a person types behind.
+/// The input prompt.
 const PROMPT: &str = "> ";
-/// How often it is asked whether a model is loaded.
+/// How often a loading model is retried.
 const AGAIN_EVERY: Duration = Duration::from_secs(1);
-/// How long an answer may keep a person waiting before something turns.
+/// A spinner appears when an answer takes longer than this.
 const SPIN_AFTER: Duration = Duration::from_millis(300);
 
 pub(super) async fn run(mut context: Context, args: ChatArgs) -> anyhow::Result<Outcome> {
@@ -58,21 +58,21 @@ pub(super) async fn run(mut context: Context, args: ChatArgs) -> anyhow::Result<
     Ok(if chat.failures > 0 && !is_person { Outcome::Finding } else { Outcome::Well })
 }
 
-/// A conversation at work.
+/// A running chat.
 struct Chat {
     client: GatewayClient,
     model: String,
     conversation: Conversation,
     screen: Screen,
-    /// How long a model that is being loaded is waited for.
+    /// How long to wait for a model that is being loaded.
     load_patience: Duration,
-    /// What Ctrl-C sends, where it stops an answer.
+    /// Ctrl-C signals, if they stop an answer.
     interrupts: Option<Signal>,
     /// Whether the network ends with the chat.
     ends_network: bool,
     last: Option<ChatAnswer>,
     home: Option<PathBuf>,
-    /// Texts that came to nothing.
+    /// Inputs that failed.
     failures: usize,
 }
 
@@ -117,7 +117,7 @@ impl Chat {
         }
     }
 
-    /// Returns the model to begin with: the one that was named, the only one, or the one that a person chooses.
+    /// Returns the model to begin with: the one that was named, the only one, or the one that the user chooses.
     async fn choose(
         &self,
         named: Option<&str>,
@@ -140,7 +140,7 @@ impl Chat {
         }
         self.list(&served);
         loop {
-            // Nothing else happens meanwhile.
+            // Nothing else runs meanwhile, so blocking is fine.
             let Some(text) = tokio::task::block_in_place(|| reader.read("Which one, by number or name? "))? else {
                 return Ok(None);
             };
@@ -152,7 +152,7 @@ impl Chat {
         }
     }
 
-    /// Returns the names of the models that are served.
+    /// Returns the names of the served models.
     async fn served(&self) -> anyhow::Result<Vec<String>> {
         let listed: Value = self.client.get("/v1/models").await?;
         let models = listed["data"].as_array().into_iter().flatten();
@@ -213,7 +213,7 @@ impl Chat {
         output::line(format!("so far    {said}{tokens}"));
     }
 
-    /// Returns the file that a person means: `~/` is their home.
+    /// Expands `~/` to the home folder.
     fn in_home(&self, file: &str) -> PathBuf {
         match (file.strip_prefix("~/"), &self.home) {
             (Some(rest), Some(home)) => home.join(rest),
@@ -230,7 +230,7 @@ impl Chat {
         }
     }
 
-    /// Asks, shows the answer as it comes, and keeps what came of it.
+    /// Asks, shows the answer as it arrives, and records the outcome.
     async fn ask(&mut self, question: String) {
         let mut said = String::new();
         let mut voice = Voice::new(self.screen);
@@ -264,18 +264,18 @@ impl Chat {
             End::Failed(error) => self.complain(&failure(&error, &self.model, has_shown)),
         }
         if self.interrupts.is_some() {
-            // A person sees where the next question begins.
+            // An empty line separates the answer from the next question.
             output::line("");
         }
     }
 
-    /// Waits for a model that is being loaded, and for the end of the answer or Ctrl-C.
+    /// Waits for the model to be loaded, and then for the end of the answer or Ctrl-C.
     async fn answer(&mut self, question: &str, mut on_piece: impl FnMut(Piece<'_>)) -> End {
         let body = self.conversation.request(&self.model, question);
         let deadline = Instant::now() + self.load_patience;
         let bar = ProgressBar::new_spinner().with_message(format!("{} is at it", self.model));
         let (client, interrupts) = (&self.client, &mut self.interrupts);
-        // What was pressed before the question stops nothing.
+        // Ctrl-C from before the question stops nothing.
         while interrupts.as_mut().is_some_and(|signals| futures_util::FutureExt::now_or_never(signals.recv()).is_some())
         {
         }
@@ -317,7 +317,7 @@ impl Chat {
         end
     }
 
-    /// Says something beside the conversation.
+    /// Prints a remark that is not part of the conversation.
     fn aside(&self, text: &str) {
         match self.screen {
             Screen::Pipe => output::note(text),
@@ -326,7 +326,7 @@ impl Chat {
         }
     }
 
-    /// Tells a person that a command has done its work.
+    /// Confirms to an interactive user that a command is done.
     fn confirm(&self, text: &str) {
         if self.interrupts.is_some() {
             self.aside(text);
@@ -339,12 +339,12 @@ impl Chat {
     }
 }
 
-/// Reads the next text on a thread of its own: it may take a person hours.
+/// Reads the next input on a blocking thread: a person may take hours.
 async fn read(mut reader: Reader, prompt: &'static str) -> anyhow::Result<(Option<String>, Reader)> {
     tokio::task::spawn_blocking(move || Ok((reader.read(prompt)?, reader))).await?
 }
 
-/// Waits for Ctrl-C, where it is to stop an answer.
+/// Waits for Ctrl-C, if it stops an answer.
 async fn pressed(interrupts: &mut Option<Signal>) {
     match interrupts {
         Some(signals) => drop(signals.recv().await),
@@ -352,7 +352,7 @@ async fn pressed(interrupts: &mut Option<Signal>) {
     }
 }
 
-/// Finds a model by its number in the list or by its name.
+/// Returns a model by its number in the list or by its name.
 async fn find(served: &[String], named: &str, client: &GatewayClient) -> anyhow::Result<String> {
     if let Ok(number) = named.parse::<usize>()
         && !served.iter().any(|model| model == named)
@@ -366,7 +366,7 @@ async fn find(served: &[String], named: &str, client: &GatewayClient) -> anyhow:
     }
 }
 
-/// Says why a question got no answer, or not all of it, and what to do.
+/// Explains why a question got no answer, or only part of one, and what to do.
 fn failure(error: &anyhow::Error, model: &str, has_shown: bool) -> String {
     let refusal = error.downcast_ref::<Refusal>().map(|refusal| (&refusal.code, &refusal.message));
     let broken = error.downcast_ref::<BrokenOff>().map(|broken| (&broken.code, &broken.message));
@@ -382,7 +382,7 @@ fn failure(error: &anyhow::Error, model: &str, has_shown: bool) -> String {
     }
 }
 
-/// Writes a file that is not there yet, or is to be replaced.
+/// Writes a file. An existing one is overwritten only if `replaces` is set.
 fn save(file: &Path, text: &str, replaces: bool) -> anyhow::Result<()> {
     let mut options = OpenOptions::new();
     options.write(true).create(true);

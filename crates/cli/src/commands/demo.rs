@@ -1,5 +1,5 @@
-//! `tether demo`: shows a network of processes at work. Ask, kill the worker that answered, ask again; then a few
-//! figures.
+//! `tether demo`: shows a network of processes at work. Asks a model, kills the worker that answered, asks again, and
+//! then prints a few measurements.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
@@ -24,17 +24,17 @@ use crate::processes::Processes;
 use crate::voice::{Screen, Voice};
 use crate::{output, tiny_model};
 
-/// An address of this machine alone, with a port that is free.
+/// The loopback address with any free port.
 const LOOPBACK: &str = "127.0.0.1:0";
-/// How long a process may take until it can be used.
+/// How long a process may take to become usable.
 const READY: Duration = Duration::from_secs(30);
-/// Times each figure is taken; the median is shown.
+/// How often each measurement is repeated; the median is shown.
 const ROUNDS: usize = 15;
 /// Tokens of each measured answer.
 const TOKENS: u32 = 64;
 
 pub(super) async fn run(mut context: Context, common: &Common) -> anyhow::Result<Outcome> {
-    // Nothing is left behind unless a folder was named.
+    // Nothing is left on disk unless a folder was named.
     let temporary = tempfile::tempdir().context("no temporary folder")?;
     let folder = common.data_dir.clone().unwrap_or_else(|| temporary.path().to_owned());
     context.settings.network.listen = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0);
@@ -59,10 +59,10 @@ pub(super) async fn run(mut context: Context, common: &Common) -> anyhow::Result
     Ok(Outcome::Well)
 }
 
-/// The network as this process sees it.
+/// The running network, seen from this process.
 struct Running {
     gateway: GatewayClient,
-    /// A peer of the network: for what is measured without HTTP.
+    /// A peer of the network, for measurements without HTTP.
     network: Arc<HyperswarmTransport>,
     registry: PublicKey,
     workers: Vec<(&'static str, WorkerId)>,
@@ -114,7 +114,7 @@ async fn start(context: &Context, processes: &mut Processes) -> anyhow::Result<R
     Ok(Running { gateway, network, registry: pool.registry, workers, startup })
 }
 
-/// Waits until both workers hold the model and the orchestrator knows, and returns who they are.
+/// Waits until both workers are ready and the orchestrator knows, and returns their ids.
 async fn ready(processes: &mut Processes, gateway: &GatewayClient) -> anyhow::Result<Vec<(&'static str, WorkerId)>> {
     let deadline = Instant::now() + READY;
     loop {
@@ -190,7 +190,7 @@ async fn ask(client: &GatewayClient, question: &str) -> anyhow::Result<WorkerId>
     Ok(worker)
 }
 
-/// What the table shows.
+/// The measurements of the printed table.
 struct Table {
     discovery: Duration,
     connect: Duration,
@@ -204,7 +204,7 @@ async fn measure(running: &Running) -> anyhow::Result<Table> {
     Ok(Table { discovery, connect, through: through_the_network(&running.gateway).await?, direct: directly().await? })
 }
 
-/// How long a node that knows only the bootstrap nodes takes to find a worker by its topic.
+/// Measures how long a node that knows only the bootstrap nodes takes to find a worker by its topic.
 async fn discovery(running: &Running) -> anyhow::Result<Duration> {
     let topic = Topic::Presence(WORKERS[0].1.parse()?);
     let mut rounds = vec![];
@@ -219,11 +219,11 @@ async fn discovery(running: &Running) -> anyhow::Result<Duration> {
     Ok(median(rounds))
 }
 
-/// How long a connection to a node takes whose public key is all that is known, its first answer included.
+/// Measures how long connecting to a node by its public key takes, including its first response.
 async fn connecting(running: &Running) -> anyhow::Result<Duration> {
     let mut rounds = vec![];
     for _ in 0..ROUNDS {
-        // A client of its own makes a connection of its own.
+        // Each client opens a connection of its own.
         let client = Client::new(running.network.clone());
         let began = Instant::now();
         client.call::<_, NodeInfo>(running.registry, NODE_DESCRIBE, &Empty {}, READY).await?;
@@ -272,7 +272,7 @@ struct Figures {
 }
 
 impl Figures {
-    /// Takes the median of each column.
+    /// Returns the median of each column.
     fn of(mut rounds: Vec<(Duration, f64)>) -> Self {
         rounds.sort_by_key(|round| round.0);
         let first_token = rounds[rounds.len() / 2].0;
@@ -302,7 +302,7 @@ async fn through_the_network(client: &GatewayClient) -> anyhow::Result<Figures> 
     Ok(Figures::of(rounds))
 }
 
-/// Asks an engine process of our own, with nothing in between.
+/// Measures an engine process without the network.
 async fn directly() -> anyhow::Result<Figures> {
     let runtime = process_runtime()?;
     let mut file = tempfile::tempfile().context("no temporary file")?;
@@ -313,7 +313,7 @@ async fn directly() -> anyhow::Result<Figures> {
         bytes: tiny_model::BYTES.len() as u64,
         parts: vec![],
     };
-    // As the network's workers have it, or the two would not be compared.
+    // The same options as the network's workers, so that the two can be compared.
     let ServedModel { threads, draft_tokens, .. } = tiny_model::served();
     let options = LoadOptions { threads, draft_tokens, ..LoadOptions::default() };
     let loaded = runtime.load(artifact, options, no_progress()).await?;

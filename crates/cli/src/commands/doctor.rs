@@ -1,4 +1,4 @@
-//! `tether doctor`: says what is wrong, in one sentence each, and what to do about it.
+//! `tether doctor`: reports what is wrong, in one sentence each, and what to do about it.
 
 use std::collections::BTreeSet;
 use std::net::TcpListener;
@@ -20,13 +20,13 @@ use crate::{output, tiny_model};
 mod devices;
 mod network;
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Debug, Serialize)]
 struct Check {
     name: &'static str,
-    /// Whether nothing stands in the way of an answer.
+    /// Whether the network can answer as far as this check goes.
     well: bool,
-    /// Whether somebody should look at it all the same.
+    /// Whether it deserves attention all the same.
     doubtful: bool,
     detail: String,
 }
@@ -34,7 +34,7 @@ struct Check {
 pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result<Outcome> {
     let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
     let mut checks = vec![
-        // Whoever got here has settings that read.
+        // The settings are valid, or the command would not have got here.
         check("settings", Ok(settings(&context))),
         check("data folder", data_folder(&context)),
         check("keys", keys(&context)),
@@ -80,8 +80,8 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
     Ok(if well { Outcome::Well } else { Outcome::Finding })
 }
 
-/// Says in a line how it stands. Checks come in the order in which things depend on each other, so that the first that
-/// fails is the likeliest cause; only a running network needs no bootstrap node.
+/// Returns a summary line. Checks are in the order of their dependencies, so that the first failed one is the likeliest
+/// cause. Only the bootstrap check comes last: a running network needs no bootstrap node.
 fn summary(checks: &[Check]) -> String {
     let mut wrong: Vec<&Check> = checks.iter().filter(|check| !check.well).collect();
     wrong.sort_by_key(|check| check.name == "bootstrap");
@@ -116,7 +116,7 @@ fn data_folder(context: &Context) -> Result<String, String> {
     Ok(folder.display().to_string())
 }
 
-/// Files that their owner alone may read.
+/// Checks that only their owner may read the key files.
 fn keys(context: &Context) -> Result<String, String> {
     use std::os::unix::fs::PermissionsExt as _;
     let mut files = vec![context.data.api_key_file(), context.data.path().join("pepper")];
@@ -138,7 +138,7 @@ fn keys(context: &Context) -> Result<String, String> {
     })
 }
 
-/// Loads the model that comes with the program, in a process of its own, as a worker would.
+/// Loads the built-in model in a process of its own, as a worker would.
 async fn engine(context: &Context) -> Result<String, String> {
     let text = |error: &dyn std::fmt::Display| format!("the built-in model does not load: {error}");
     let mut file = tempfile::tempfile_in(context.data.path()).map_err(|error| text(&error))?;
@@ -150,7 +150,7 @@ async fn engine(context: &Context) -> Result<String, String> {
         parts: vec![],
     };
     let runtime = process_runtime().map_err(|error| text(&error))?;
-    // As a worker does it, so that a GPU has to compute too.
+    // The same options as a worker's, so that a GPU is tested too.
     let options = LoadOptions { threads: 1, gpu_layers: None, ..LoadOptions::default() };
     let loaded = runtime.load(artifact, options, no_progress()).await.map_err(|error| text(&error))?;
     let detail = runtime.describe().detail;
@@ -163,7 +163,7 @@ async fn api_key(client: &GatewayClient) -> Result<String, String> {
     Ok(format!("good; {} listed", output::counted(models["data"].as_array().map_or(0, Vec::len), "model")))
 }
 
-/// Returns whether the gateway answers, and whether it does so on its own.
+/// Returns an error if the gateway, which answers, no longer hears from a registry.
 async fn gateway(client: &GatewayClient) -> Result<String, String> {
     let ready: Value = client.get("/readyz").await.unwrap_or_default();
     let seconds = |name: &str| ready.get(name).and_then(Value::as_u64);
@@ -177,7 +177,7 @@ async fn gateway(client: &GatewayClient) -> Result<String, String> {
     }
 }
 
-/// Returns whether models are ready, and which are not. Only a key that operates the network learns the latter.
+/// Returns whether models are ready, and which are not. Only an operator's key may see which.
 async fn workers(client: &GatewayClient, fleet: &Fleet) -> Check {
     let ready = client.get::<Value>("/readyz").await;
     models(ready.map(drop).map_err(|error| format!("{error:#}")), fleet)

@@ -1,4 +1,4 @@
-//! Holds one model for a worker, in a process of its own: a model that aborts takes nothing else with it.
+//! Runs one model for a worker, in a process of its own, so that a crash takes nothing else with it.
 
 use super::Outcome;
 
@@ -17,7 +17,7 @@ pub(super) fn run() -> anyhow::Result<Outcome> {
     Ok(Outcome::Well)
 }
 
-/// Says that this build holds no models.
+/// Fails: this build has no engine.
 #[cfg(not(feature = "llama"))]
 pub(super) fn run() -> anyhow::Result<Outcome> {
     anyhow::bail!("this program was built without the feature `llama` and cannot hold models")

@@ -1,4 +1,4 @@
-//! `tether completions` and `tether man`: what shells and `man` read, made of the commands themselves.
+//! `tether completions` and `tether man`: shell completions and man pages, generated from the commands.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use super::Outcome;
 use crate::args::Cli;
 use crate::output;
 
-/// Prints a shell's script.
+/// Prints a shell's completion script.
 pub(super) fn completions(shell: Shell) -> anyhow::Result<Outcome> {
     let mut script = vec![];
     clap_complete::generate(shell, &mut Cli::command(), "tether", &mut script);
@@ -19,7 +19,7 @@ pub(super) fn completions(shell: Shell) -> anyhow::Result<Outcome> {
     Ok(Outcome::Well)
 }
 
-/// Writes a page for the program and one for each command.
+/// Writes a man page for the program and one for each command.
 pub(super) fn pages(folder: &Path) -> anyhow::Result<Outcome> {
     let failed = || format!("could not write to {}", folder.display());
     fs::create_dir_all(folder).with_context(failed)?;

@@ -1,4 +1,4 @@
-//! `tether model`: looks at the models of the network, names and forgets them.
+//! `tether model`: shows, names and removes the models of the network.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -28,25 +28,25 @@ use crate::tiny_model;
 const READY: &str = "ready";
 /// Its file is on a worker's disk.
 const ON_DISK: &str = "on disk";
-/// A worker fetches its file when somebody asks for it.
+/// A worker fetches its file at the first request.
 const NOT_FETCHED: &str = "not fetched";
-/// How often it is asked whether a model is loaded.
+/// How often to check whether a model is loaded.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
-/// How long a load is waited for.
+/// How long to wait for a load.
 const LOAD_WITHIN: Duration = Duration::from_mins(10);
-/// Lines of a chat template that are shown.
+/// The most lines of a chat template that are shown.
 const TEMPLATE_LINES: usize = 12;
-/// The longest of them, in characters.
+/// The most characters of such a line.
 const TEMPLATE_CHARS: usize = 120;
 
-/// All that is known of the network's models.
+/// Everything known about the network's models.
 struct Models {
-    /// The gateway's list, where one answers.
+    /// The gateway's list, if one answers.
     listed: Option<Value>,
     catalog: Catalog,
-    /// Missing where no gateway tells.
+    /// `None` if no gateway reports it.
     fleet: Option<Fleet>,
-    /// The names of nodes by their keys, as far as they are told.
+    /// Node names by public key, as far as they are known.
     names: BTreeMap<String, String>,
 }
 
@@ -68,7 +68,7 @@ pub(super) async fn list(context: Context, server: &ServerArgs) -> anyhow::Resul
         }));
     }
     if models.catalog.adapters.is_empty() {
-        // Whoever may not ask for them still sees those that are served.
+        // A user who may not list the registered adapters still sees the served ones.
         let listed = models.listed.iter().filter_map(|listed| listed["data"].as_array()).flatten();
         let ids = listed.filter(|row| row["alias_of"].is_null()).filter_map(|row| row["id"].as_str());
         rows.extend(
@@ -151,7 +151,7 @@ pub(super) async fn remove(context: Context, model: &str, force: bool, server: &
     let removed = admin.remove_model(ModelRemove { model_id, version, force }).await;
     admin.leave().await?;
     let removed = removed?;
-    // Other machines keep what they hold for as long as they like; this one keeps what the network needs.
+    // Other machines decide for themselves what they keep; this one deletes what the network no longer needs.
     let is_registrys = server.url.is_none() && context.data.registry_store().exists();
     let (mut freed, mut deleted) = (0, vec![]);
     if let Some(artifacts) = artifacts(&context)?.filter(|_| is_registrys) {
@@ -176,7 +176,7 @@ pub(super) async fn remove(context: Context, model: &str, force: bool, server: &
     Ok(Outcome::Well)
 }
 
-/// Brings a model into memory and waits until it is there; where it is to stay for no time, it leaves.
+/// Loads a model and waits until it is in memory; with a `keep_alive` of 0, unloads it instead.
 pub(super) async fn load(
     context: Context,
     model: &str,
@@ -190,7 +190,7 @@ pub(super) async fn load(
     let wanted = if keep_alive_secs == Some(0) { ModelPlaceState::Unloaded } else { ModelPlaceState::Loaded };
     loop {
         let places: ModelPlaces = client.post(&path, &body).await?;
-        // It is said once.
+        // The `keep_alive` is sent once.
         body = json!({});
         let is_loading = places.workers.iter().any(|place| place.state == ModelPlaceState::Loading);
         if !is_loading || begun.elapsed() >= LOAD_WITHIN {
@@ -200,7 +200,7 @@ pub(super) async fn load(
     }
 }
 
-/// Has workers keep a model in memory whatever happens, or no longer.
+/// Pins or unpins a model on its workers.
 pub(super) async fn pin(context: Context, model: &str, pin: bool, server: &ServerArgs) -> anyhow::Result<Outcome> {
     let ModelRef { name: model_id, version, adapter } = model_ref(model)?;
     ensure!(adapter.is_none(), "{model} is an adapter; pin its model");
@@ -221,7 +221,7 @@ pub(super) async fn pin(context: Context, model: &str, pin: bool, server: &Serve
     Ok(Outcome::Well)
 }
 
-/// Lets a model leave the memory.
+/// Unloads a model.
 pub(super) async fn unload(context: Context, model: &str, server: &ServerArgs) -> anyhow::Result<Outcome> {
     let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
     let path = format!("/admin/v1/models/{}/unload", model_ref(model)?);
@@ -229,7 +229,7 @@ pub(super) async fn unload(context: Context, model: &str, server: &ServerArgs) -
     told(&context, client, &places, ModelPlaceState::Unloaded).await
 }
 
-/// Says where a model is, and whether it is where it is wanted everywhere.
+/// Prints where a model is. The outcome says whether every worker has it in the wanted state.
 async fn told(
     context: &Context,
     client: GatewayClient,
@@ -293,7 +293,7 @@ fn say_alias(context: &Context, set: &AliasEntry) -> anyhow::Result<Outcome> {
     Ok(Outcome::Well)
 }
 
-/// Returns the names of nodes by their keys, as far as they are told.
+/// Returns node names by public key, as far as they are known.
 async fn names(client: GatewayClient) -> BTreeMap<String, String> {
     let members: Vec<Member> = AdminClient::Gateway(client).members().await.unwrap_or_default();
     let named = members.into_iter().filter(|member| !member.node.name.is_empty());
@@ -301,7 +301,7 @@ async fn names(client: GatewayClient) -> BTreeMap<String, String> {
 }
 
 impl Models {
-    /// Asks the gateway, and the registry or its store where none answers.
+    /// Asks the gateway, or if none answers the registry or its store.
     async fn look(context: &Context, server: &ServerArgs) -> anyhow::Result<Self> {
         let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
         if server.url.is_some() || answers(&client).await? {
@@ -346,14 +346,14 @@ impl Models {
         })
     }
 
-    /// Returns the workers that serve a model, and how it is there.
+    /// Returns the workers that serve a model, each with the model's state there.
     fn states(&self, key: &ModelKey) -> Vec<(String, String)> {
         let workers = self.fleet.iter().flat_map(|fleet| &fleet.workers);
         let serving = workers.filter(|worker| !worker.report.draining && worker.report.supported.contains(key));
         serving.map(|worker| (self.name_of(worker), state_on(worker, key))).collect()
     }
 
-    /// Returns what computes a model, on each worker that has it in memory.
+    /// Returns a model's placement on each worker that has it in memory.
     fn placements(&self, key: &ModelKey) -> Vec<(String, &Placement)> {
         let workers = self.fleet.iter().flat_map(|fleet| &fleet.workers);
         let placed = workers.filter_map(|worker| {
@@ -368,7 +368,7 @@ impl Models {
         self.names.get(&key.to_string()).cloned().unwrap_or_else(|| key.short())
     }
 
-    /// Returns how a model is where it is best off.
+    /// Returns the best state that a model has on any worker.
     fn state(&self, entry: &ModelEntry, artifacts: Option<&ArtifactStore>) -> String {
         let rank = |state: &str| match state {
             READY => 4,
@@ -381,7 +381,7 @@ impl Models {
         if let Some((_, best)) = states.iter().max_by_key(|(_, state)| rank(state)) {
             return best.clone();
         }
-        // Whoever may not see the workers still sees what the gateway says.
+        // A user who may not see the workers still sees the gateway's state.
         let told = self.listed.iter().filter_map(|listed| listed["data"].as_array()).flatten();
         let mut told = told.filter(|row| is_row_of(row, entry));
         match told.find_map(|row| row["state"].as_str()) {
@@ -424,7 +424,7 @@ impl Models {
         ]
     }
 
-    /// Returns the gateway's list with what else is known, or one of its form where no gateway answers.
+    /// Returns the gateway's list with further facts, or a list of the same form if no gateway answers.
     fn as_json(&self, artifacts: Option<&ArtifactStore>) -> Value {
         let mut list = self.listed.clone().unwrap_or_else(|| {
             let rows = self.catalog.models.iter().map(|entry| {
@@ -453,8 +453,8 @@ impl Models {
     }
 }
 
-/// Returns the nodes that have a model, those with it in memory first. Whoever would have to fetch its file does not
-/// have it.
+/// Returns the nodes that have a model, those with it in memory first. A node that would have to fetch the file does
+/// not count.
 fn places(states: &[(String, String)]) -> String {
     let named = |(node, state): &(String, String)| match state.as_str() {
         READY => node.clone(),
@@ -467,7 +467,7 @@ fn places(states: &[(String, String)]) -> String {
     there.into_iter().map(named).collect::<Vec<_>>().join(", ")
 }
 
-/// Returns the catalogue as a gateway tells it: to an operator the whole of it, to anybody else what its list shows.
+/// Returns the catalogue through a gateway: complete for an operator, otherwise only what the list shows.
 async fn of_gateway(client: &GatewayClient, listed: &Value) -> Catalog {
     let mut catalog = AdminClient::catalog_of_list(listed);
     if let Ok(AliasList { aliases }) = client.get("/admin/v1/aliases").await {
@@ -479,7 +479,7 @@ async fn of_gateway(client: &GatewayClient, listed: &Value) -> Catalog {
     catalog
 }
 
-/// Returns whether a row of a gateway's list is that of a model, without an adapter.
+/// Returns whether a row of a gateway's list is a model's own, and not an adapter's.
 fn is_row_of(row: &Value, entry: &ModelEntry) -> bool {
     let name = row["id"].as_str().unwrap_or_default().split('@').next().unwrap_or_default();
     row["alias_of"].is_null()
@@ -513,7 +513,7 @@ fn artifacts(context: &Context) -> anyhow::Result<Option<ArtifactStore>> {
     Ok(Some(tiny_model::embedded_in(artifacts)))
 }
 
-/// Returns the first lines of a model's chat template as a terminal can show them, where its file is here.
+/// Returns the first lines of a model's chat template, safe for a terminal, if its file is here.
 fn template(artifacts: Option<&ArtifactStore>, digest: &Digest) -> Option<Vec<String>> {
     let header = if *digest == tiny_model::digest() {
         Header::parse(tiny_model::BYTES).ok()?
@@ -529,7 +529,7 @@ fn template(artifacts: Option<&ArtifactStore>, digest: &Digest) -> Option<Vec<St
     Some(lines)
 }
 
-/// Returns how long workers keep a model in memory, where an operator said so.
+/// Returns how long workers keep a model in memory, if an operator has set that.
 fn kept(entry: &ModelEntry) -> String {
     match (entry.pin, entry.keep_alive_secs) {
         (true, _) => "pinned".to_owned(),
@@ -554,7 +554,7 @@ fn size(bytes: u64) -> String {
     DecimalBytes(bytes).to_string()
 }
 
-/// Returns a number of parameters as people say it.
+/// Formats a number of parameters for people.
 fn count(parameters: u64) -> String {
     let number = parameters as f64;
     match parameters {

@@ -1,4 +1,4 @@
-//! `tether model add`: takes models into this machine's store and registers them.
+//! `tether model add`: adds models to this machine's store and registers them.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ use crate::operator::AdminClient;
 use crate::output;
 use crate::tiny_model;
 
-/// What a model is to be called, where that is said.
+/// The requested name and version, if any.
 #[derive(Debug, Clone, Default)]
 struct Wanted {
     name: Option<ModelName>,
@@ -40,7 +40,7 @@ pub(super) async fn run(context: Context, args: ModelAddArgs) -> anyhow::Result<
         return list_cache(&context, &cache);
     }
     let wanted = Wanted::of(&args)?;
-    // A key that may not, or a network that does not answer, is said before anything is copied.
+    // A missing permission or an unreachable network is reported before anything is copied.
     let admin = AdminClient::of_registry(&args.server, &context.settings, &context.data, &context.env).await?;
     let added = add_all(&context, &admin, &args, &wanted).await;
     admin.leave().await?;
@@ -76,7 +76,7 @@ fn next(context: &Context, is_up: bool, key: &ModelKey) -> String {
     format!("\nNext:\n\n{up}  {program} run {} \"What is the capital of Japan?\"", key.model_id)
 }
 
-/// Lists what another program keeps.
+/// Lists the models in another program's cache.
 fn list_cache(context: &Context, cache: &Cache) -> anyhow::Result<Outcome> {
     let models = cache.models(&context.env);
     if context.json {
@@ -98,7 +98,7 @@ fn list_cache(context: &Context, cache: &Cache) -> anyhow::Result<Outcome> {
     Ok(Outcome::Well)
 }
 
-/// Where a model comes from.
+/// The source of a model.
 enum Source {
     Cached(Cached),
     File(PathBuf),
@@ -117,7 +117,7 @@ impl Source {
             return Ok(Self::Remote(remote?));
         }
         let path = std::path::absolute(text).with_context(|| format!("{text:?} is no path"))?;
-        // Others name a model of the Hub without saying that it is one.
+        // Other tools accept a Hub repository without the prefix `hf:`.
         let is_hubs = || matches!(Repository::of(&format!("hf:{text}")), Some(Ok(_)));
         if !path.exists() && !text.starts_with(['.', '/', '~']) && is_hubs() {
             bail!("there is no file {text}; if that is a model of the Hugging Face Hub, write it as hf:{text}");
@@ -127,7 +127,7 @@ impl Source {
 }
 
 impl RemoteSource {
-    /// Reads a model of the Hub or a URL. Returns nothing for other texts.
+    /// Parses a Hub repository or a URL. Returns `None` for other texts.
     fn of(text: &str) -> Option<anyhow::Result<Self>> {
         if let Some(repository) = Repository::of(text) {
             return Some(repository.map(Self::Hub));
@@ -136,15 +136,15 @@ impl RemoteSource {
     }
 }
 
-/// A model's file on this machine that is to be registered.
+/// A model file on this machine that is to be registered.
 struct Incoming {
     file: ModelFile,
     take: Take,
-    /// Whether the file will be there the next time.
+    /// Whether the file stays where it is.
     stays: bool,
-    /// What its bytes should be, where somebody said.
+    /// The expected digest, if known.
     expected: Option<Digest>,
-    /// The name that its source makes for it.
+    /// The name that its source suggests.
     name: Option<ModelName>,
 }
 
@@ -161,7 +161,7 @@ async fn add_all(
             Some(Ok(cache)) => Source::Cached(cache.find(&context.env, text)?),
             None => Source::of(text)?,
         };
-        // Whoever names all parts of a model names one model.
+        // Several parts of one model are one source.
         let whole = PartName::of(text).map_or_else(|| text.clone(), |part| part.stem);
         if seen.insert(whole) {
             sources.push(source);
@@ -199,7 +199,7 @@ async fn add_all(
     Ok(added)
 }
 
-/// Downloads a model and registers it. Tells what it takes before that.
+/// Downloads a model and registers it. Prints the download size first.
 async fn add_remote(
     context: &Context,
     admin: &AdminClient,
@@ -213,7 +213,7 @@ async fn add_remote(
     let fetch = match source {
         RemoteSource::Url(url) => {
             let (remotes, name) = of_url(&url)?;
-            // Shown to the Hub alone, should this be a file of it.
+            // The credential is sent to the Hub only, in case this is one of its files.
             Fetch { source: url.to_string(), remotes, credential: hub.credential().cloned(), name }
         }
         RemoteSource::Hub(repository) => {
@@ -232,8 +232,7 @@ async fn add_remote(
     download(context, admin, artifacts, &web, fetch, wanted).await
 }
 
-/// Returns the model of a `[NAME=]URL` or `[NAME=]hf:ORG/REPO`, which is downloaded and registered unless it was
-/// before.
+/// Returns the model of a `[NAME=]URL` or `[NAME=]hf:ORG/REPO`. Downloads and registers it unless that was done before.
 pub(super) async fn of_source(context: &Context, server: &ServerArgs, text: &str) -> anyhow::Result<ModelKey> {
     let (name, source) = local_models::split(text);
     let remote = RemoteSource::of(source).with_context(|| format!("{source:?} is no model of the web"))??;
@@ -262,7 +261,7 @@ pub(super) async fn of_source(context: &Context, server: &ServerArgs, text: &str
     found
 }
 
-/// Takes one file in and registers it, under a name of its own or the one that it makes.
+/// Adds one file and registers it, under the given name or the one that the file suggests.
 pub(super) async fn add_file(
     context: &Context,
     server: &ServerArgs,
@@ -286,7 +285,7 @@ impl Incoming {
     }
 }
 
-/// What to download of one model.
+/// The downloads that make up one model.
 struct Fetch {
     source: String,
     /// Its file, or its parts.
@@ -295,7 +294,7 @@ struct Fetch {
     name: Option<ModelName>,
 }
 
-/// Returns the file, or the parts, that a URL stands for, and the name that it makes for the model.
+/// Returns the file or the parts that a URL stands for, and the name that it suggests for the model.
 fn of_url(url: &Uri) -> anyhow::Result<(Vec<Remote>, Option<ModelName>)> {
     let last = url.path().rsplit('/').next().unwrap_or_default();
     ensure!(!last.is_empty(), "{} is no address of a file", web::shown(url));
@@ -326,7 +325,7 @@ async fn download(
     let Fetch { source, remotes, credential, name } = fetch;
     let mut lengths = remotes.iter().map(|remote| remote.bytes);
     let bytes = lengths.try_fold(0_u64, |sum, bytes| bytes.map(|bytes| sum.saturating_add(bytes)));
-    // What can be refused is refused before hours of download.
+    // Everything that can be refused is refused before hours of download.
     let wants = name_for(wanted, name.as_ref(), &source)?;
     check_free(&admin.catalog().await?, &wants, wanted.version, bytes.filter(|_| remotes.len() == 1))?;
     let downloads = Downloads::of(&source, &context.data.downloads(), web, credential, artifacts, &context.stop)?;
@@ -345,7 +344,7 @@ async fn download(
     let file = match tokio::task::spawn_blocking(move || ModelFile::open(&first)).await? {
         Ok(file) => file,
         Err(error) => {
-            // It would be no better the next time.
+            // Downloading it again would not help.
             downloads.clear();
             return Err(error.context(format!("{source} is downloaded, and is not kept")));
         }
@@ -362,7 +361,7 @@ async fn download(
     Ok(added)
 }
 
-/// The bytes that came are not those that were announced.
+/// The downloaded bytes do not have the announced digest.
 #[derive(Debug, thiserror::Error)]
 #[error("what came of {file} has the digest {found} and should have {expected}; it is not kept, try again")]
 struct Damaged {
@@ -379,7 +378,7 @@ fn name_for(wanted: &Wanted, made: Option<&ModelName>, source: &str) -> anyhow::
     Ok(name.clone())
 }
 
-/// Takes a file in and registers it. Returns what to say of it, too.
+/// Adds a file and registers it. Also returns what to print about it.
 async fn add(
     context: &Context,
     admin: &AdminClient,
@@ -406,7 +405,7 @@ async fn add(
     let (stored, way) = put.await??;
     let is_listed = |entry: &ModelEntry| entry.digest == stored.digest;
     let is_known = way == Way::Known || catalog.models.iter().any(is_listed);
-    // What is in nobody's list is of no use.
+    // A file that no model in the catalogue uses is deleted again.
     let forget = || if is_known { Ok(false) } else { artifacts.remove(&stored.digest) };
     if let Some(expected) = expected.filter(|expected| *expected != stored.digest) {
         forget().context("could not take the file out of the store again")?;
@@ -423,7 +422,7 @@ async fn add(
     };
     match register(context, admin, new).await {
         Ok(entry) => {
-            // A download is nobody's file but the store's.
+            // A downloaded file belongs to the store only, so it counts as copied.
             let told = if stays { told(&entry, take, way) } else { told(&entry, Take::Copy, Way::Copied) };
             Ok((entry, told))
         }
@@ -441,7 +440,7 @@ async fn register(context: &Context, admin: &AdminClient, new: ModelAdd) -> anyh
     admin.add_model(new).await
 }
 
-/// Refuses before the copy what would be refused after it. Files of different lengths differ.
+/// Refuses before the copy what the registry would refuse after it. Files of different lengths differ.
 fn check_free(
     catalog: &Catalog,
     name: &ModelName,
@@ -490,7 +489,7 @@ impl Wanted {
     }
 }
 
-/// Reads a name of a model, or says which one comes near.
+/// Parses a model's name. The error suggests a valid name that is similar.
 pub(super) fn model_name(text: &str) -> anyhow::Result<ModelName> {
     text.parse().map_err(|_| {
         let near = ModelName::made_of(text).map(|name| format!("; {name} is")).unwrap_or_default();

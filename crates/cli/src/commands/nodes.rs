@@ -1,4 +1,4 @@
-//! `tether nodes`: lists the nodes of the network, once or as they change.
+//! `tether nodes`: lists the nodes of the network, once or continuously.
 
 use std::time::Duration;
 
@@ -14,16 +14,16 @@ use crate::client::GatewayClient;
 use crate::operator::AdminClient;
 use crate::output;
 
-/// How often the list is taken anew while it is watched.
+/// How often the list is refreshed while it is watched.
 const EVERY: Duration = Duration::from_secs(1);
-/// Moves the terminal's cursor to its first line and clears what follows.
+/// Moves the cursor to the top left and clears the rest of the terminal.
 const CLEAR: &str = "\x1b[H\x1b[2J";
 
-/// Who belongs to the network, and how its workers are.
+/// The members of the network, and the state of its workers.
 struct Network {
-    /// Missing where no registry tells, with the reason.
+    /// An error if no registry reports them, with the reason.
     members: Result<Vec<Member>, String>,
-    /// Missing where no gateway or orchestrator tells, with the reason.
+    /// An error if no gateway or orchestrator reports it, with the reason.
     fleet: Result<Fleet, String>,
 }
 
@@ -44,7 +44,7 @@ pub(super) async fn run(context: Context, args: &NodesArgs) -> anyhow::Result<Ou
 
 async fn watch(context: &Context, args: &NodesArgs, client: &GatewayClient) -> anyhow::Result<Outcome> {
     loop {
-        // A gateway that is away for a moment is worth a line, and no end.
+        // A gateway that is briefly unreachable is reported and does not end the watch.
         let shown = match look(context, args, client).await {
             Ok(network) => listed(&network),
             Err(error) => format!("{error:#}"),
@@ -58,7 +58,7 @@ async fn watch(context: &Context, args: &NodesArgs, client: &GatewayClient) -> a
     }
 }
 
-/// Asks the gateway, and the registry itself where none answers. It is an error where neither tells anything.
+/// Asks the gateway, or the registry itself if none answers. Fails if neither reports anything.
 async fn look(context: &Context, args: &NodesArgs, client: &GatewayClient) -> anyhow::Result<Network> {
     let fleet = client.get::<Fleet>("/admin/v1/nodes").await;
     let told = AdminClient::Gateway(client.clone()).members().await;
@@ -92,7 +92,7 @@ fn listed(network: &Network) -> String {
         let role = member.node.roles.first().copied().unwrap_or(NodeRole::Worker);
         rows.push((order(role), member_row(member, role, worker, network.fleet.is_ok())));
     }
-    // Those whom the registry does not name, as where it cannot be asked.
+    // Workers that the registry does not list, for instance because it cannot be asked.
     rows.extend(strangers.into_iter().map(|worker| (order(NodeRole::Worker), worker_row("", worker))));
     rows.sort();
     let rows: Vec<Vec<String>> = rows.into_iter().map(|(_, row)| row).collect();
@@ -117,7 +117,7 @@ fn listed(network: &Network) -> String {
     parts.join("\n\n")
 }
 
-/// Returns the models that failed, where, and why.
+/// Returns the models that failed, each with its worker and the reason.
 pub(super) fn failures(fleet: &Fleet) -> impl Iterator<Item = (WorkerId, ModelKey, String)> {
     fleet.workers.iter().flat_map(|worker| {
         let failed = worker.report.model_cache.iter().filter(|model| model.state == ModelState::Error);

@@ -1,4 +1,4 @@
-//! Finds the network that a person wants to talk to: the one that runs, or else one of this command's own.
+//! Finds the network to talk to: the one that runs, or else one that this command starts.
 
 use std::time::Duration;
 
@@ -17,23 +17,23 @@ use crate::local_models;
 use crate::network::Network;
 use crate::output;
 
-/// How long a worker may take to hear of a model that was added.
+/// How long a worker may take to serve a model that was just added.
 const SERVED_WITHIN: Duration = Duration::from_secs(20);
-/// How often it is asked whether one has.
+/// How often to check whether one does.
 const SERVED_AGAIN: Duration = Duration::from_millis(100);
 
 /// A network that answers.
 pub(super) struct Reached {
     pub(super) client: GatewayClient,
-    /// The model that was named, by the name that the network has for it.
+    /// The requested model, by its name in the network.
     pub(super) model: Option<String>,
-    /// How long its models took to be loaded, where the network was started here.
+    /// How long its models took to load, if the network was started here.
     pub(super) load: Option<Duration>,
     own: Option<Network>,
 }
 
-/// Finds the network of the arguments, else of the data folder. Where none runs, one is started that ends with the
-/// command. What is named may be a model of the network, or a file of one.
+/// Finds the network of the arguments, else of the data folder. If none runs, starts one that ends with the command.
+/// `named` may be a model of the network, a model file, or a source to download.
 pub(super) async fn reach(context: &mut Context, server: &ServerArgs, named: Option<&str>) -> anyhow::Result<Reached> {
     let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
     let file = named.and_then(local_models::as_file);
@@ -51,7 +51,7 @@ pub(super) async fn reach(context: &mut Context, server: &ServerArgs, named: Opt
         Presence::Absent(error) if server.url.is_some() => return Err(error),
         Presence::Absent(_) => {}
     }
-    // A network of another folder is likely the one that is meant, unless a file is all that is wanted.
+    // The user probably means the network of another folder, unless they gave a file or a source.
     let usual = GatewayClient::here(&usual_url(&context.settings), None, &context.settings, &context.data)?;
     if file.is_none()
         && source.is_none()
@@ -74,7 +74,7 @@ pub(super) async fn reach(context: &mut Context, server: &ServerArgs, named: Opt
 
 /// Starts a network for this command alone.
 async fn start(context: &mut Context, named: Option<&str>, file: Option<&str>) -> anyhow::Result<Reached> {
-    // Any free port: this network is nobody else's.
+    // Any free port: no other program uses this network.
     context.settings.gateway.bind.set_port(0);
     context.settings.workers = 1;
     if let Some(file) = file {
@@ -98,8 +98,8 @@ async fn start(context: &mut Context, named: Option<&str>, file: Option<&str>) -
     }
 }
 
-/// Returns the model of a running network whose bytes are those of a file. Where it has none, and is this folder's, the
-/// file is added to it.
+/// Returns the model of a running network that has the bytes of a file. If there is no such model and the network is
+/// this folder's, adds the file to it.
 async fn model_of_file(
     context: &Context,
     server: &ServerArgs,
@@ -125,7 +125,7 @@ async fn model_of_file(
     Ok(key.to_string())
 }
 
-/// Returns the model of a URL or of the Hub, which is added to the network of this folder unless it was before.
+/// Returns the model of a URL or a Hub repository. Adds it to this folder's network unless that was done before.
 async fn model_of_source(
     context: &Context,
     server: &ServerArgs,
@@ -141,7 +141,7 @@ async fn model_of_source(
     Ok(key.to_string())
 }
 
-/// Waits until a worker serves a model that was added just now.
+/// Waits until a worker serves a model that was just added.
 async fn served(client: &GatewayClient, key: &ModelKey) -> anyhow::Result<()> {
     let deadline = Instant::now() + SERVED_WITHIN;
     loop {
@@ -157,17 +157,17 @@ fn model_of_digest(listed: &Value, digest: Digest) -> Option<String> {
     let digest = digest.to_string();
     let is_it = |model: &&Value| model["digest"].as_str() == Some(&digest) && model["state"] != "unserved";
     let ids = listed["data"].as_array()?.iter().filter(is_it).filter_map(|model| model["id"].as_str());
-    // Adapters have the digest of their model.
+    // An adapter's row has the digest of its model.
     ids.filter(|id| !id.contains(':')).map(str::to_owned).next()
 }
 
 impl Reached {
-    /// Returns whether the network was started by this command and ends with it.
+    /// Returns whether this command started the network and ends it.
     pub(super) fn is_own(&self) -> bool {
         self.own.is_some()
     }
 
-    /// Ends the network, where it is this command's own.
+    /// Stops the network if this command started it.
     pub(super) async fn leave(self) -> anyhow::Result<()> {
         match self.own {
             Some(network) => network.stop().await,
@@ -176,17 +176,17 @@ impl Reached {
     }
 }
 
-/// Returns what to say of a model that the network does not have, with the name that may be meant. Returns nothing
-/// where the network has it, or does not say.
+/// Returns an error for a model that the network does not have, with a suggestion. Returns `None` if the network has
+/// it, or cannot be asked.
 pub(super) async fn missing_model(client: &GatewayClient, asked: &str) -> Option<anyhow::Error> {
     let listed: Value = client.models().await.ok()?;
     let names: Vec<&str> = listed["data"].as_array()?.iter().filter_map(|model| model["id"].as_str()).collect();
-    // A version or an adapter may be asked for that the list does not show by itself.
+    // The requested version or adapter may exist without a row of its own in the list.
     let name = asked.split(['@', ':']).next().unwrap_or(asked);
     if names.iter().any(|known| known.split(['@', ':']).next() == Some(name)) {
         return None;
     }
-    // A model that never was ready is not listed. Only a key that operates the network learns why.
+    // A model that was never ready is not listed. Only an operator's key may see why.
     let fleet: Fleet = client.get("/admin/v1/nodes").await.unwrap_or_default();
     let mut failures = nodes::failures(&fleet);
     if let Some((worker, model, why)) = failures.find(|(_, model, _)| model.model_id.as_str() == name) {

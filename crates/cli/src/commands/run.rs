@@ -1,4 +1,4 @@
-//! `tether run`: asks a model. Where no network runs, one is started for the question.
+//! `tether run`: asks a model. If no network runs, one is started for the question.
 
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Read as _};
@@ -17,9 +17,9 @@ use crate::client::{ChatAnswer, GatewayClient, Refusal};
 use crate::output;
 use crate::voice::{Screen, Voice};
 
-/// The most of stdin that is read, in bytes: more than any model takes.
+/// The most bytes that are read from stdin: more than any model's context holds.
 const STDIN_MAX: u64 = 64 << 20;
-/// How often it is asked whether a model is loaded.
+/// How often a loading model is retried.
 const AGAIN_EVERY: Duration = Duration::from_secs(1);
 
 pub(super) async fn run(mut context: Context, mut args: RunArgs) -> anyhow::Result<Outcome> {
@@ -43,7 +43,7 @@ pub(super) async fn run(mut context: Context, mut args: RunArgs) -> anyhow::Resu
     Ok(Outcome::Well)
 }
 
-/// Asks, and says which model may be meant where no model has that name.
+/// Asks, and suggests a model if none has the requested name.
 async fn ask(reached: &Reached, args: &RunArgs, as_json: bool) -> anyhow::Result<()> {
     let client = &reached.client;
     let began = Instant::now();
@@ -76,16 +76,16 @@ async fn ask(reached: &Reached, args: &RunArgs, as_json: bool) -> anyhow::Result
 /// When the model was loaded.
 #[derive(Debug, Clone, Copy)]
 enum Load {
-    /// Before it was asked.
+    /// Before the question.
     Before,
-    /// While it was asked: the wait for the first token has it in it.
+    /// During the question: the time to the first token includes it.
     Meanwhile,
-    /// For the question, in so much time.
+    /// For the question, in this time.
     Took(Duration),
 }
 
 impl Load {
-    /// Looks at a model before it is asked, where that is to be told.
+    /// Checks whether a model is loaded before the question, if statistics are wanted.
     async fn of(reached: &Reached, args: &RunArgs) -> Self {
         if let Some(time) = reached.load {
             return Self::Took(time);
@@ -98,7 +98,7 @@ impl Load {
     }
 }
 
-/// Returns the line of what an answer took.
+/// Returns the line with an answer's statistics.
 fn figures(answer: &ChatAnswer, load: Load) -> String {
     let ChatAnswer { prompt_tokens, cached_tokens, completion_tokens, first_token, rest, .. } = answer;
     let load = match load {
@@ -106,7 +106,7 @@ fn figures(answer: &ChatAnswer, load: Load) -> String {
         Load::Meanwhile => "loaded before the first token".to_owned(),
         Load::Took(time) => format!("loaded in {:.2} s", time.as_secs_f64()),
     };
-    // The first token came with the prompt.
+    // The first token is computed by the prefill, so it does not count towards the decode speed.
     let further = f64::from(completion_tokens.saturating_sub(1));
     let speed =
         if rest.is_zero() { String::new() } else { format!(" at {:.1} a second", further / rest.as_secs_f64()) };
@@ -117,13 +117,13 @@ fn figures(answer: &ChatAnswer, load: Load) -> String {
     )
 }
 
-/// Returns what to ask: the argument, and what is piped in behind it.
+/// Returns the prompt: the argument, followed by piped input.
 fn prompt(given: Option<&str>) -> anyhow::Result<String> {
     let stdin = io::stdin();
     let piped = match given {
         None if stdin.is_terminal() => bail!("what is to be asked? write it behind the model, or pipe it in"),
         None | Some("-") => true,
-        // Somebody else's terminal, or /dev/null, has nothing to say; a file or a pipe was given on purpose.
+        // Another program's terminal or /dev/null has no input for us; a file or a pipe was given on purpose.
         Some(_) => {
             let kind = stdin.as_fd().try_clone_to_owned().and_then(|stdin| File::from(stdin).metadata());
             kind.is_ok_and(|kind| kind.is_file() || kind.file_type().is_fifo())

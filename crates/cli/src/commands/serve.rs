@@ -1,5 +1,5 @@
-//! `tether bootstrap`, `registry`, `orchestrator`, `gateway` and `worker`: one node of a network of processes each,
-//! until Ctrl-C. `tether join` ends here too.
+//! `tether bootstrap`, `registry`, `orchestrator`, `gateway` and `worker`: each runs one node of a network of
+//! processes, until Ctrl-C. `tether join` ends here too.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,12 +24,12 @@ use crate::output;
 use crate::services::{Place, first_key, open_job_store, open_registry_store, run_gateway};
 use crate::tiny_model;
 
-/// How often it is looked whether the network hears the worker.
+/// How often to check whether orchestrators accept the worker's reports.
 const TELL_EVERY: Duration = Duration::from_secs(1);
-/// How long a worker may take to hold its models before that is worth a word.
+/// A warning is logged if a worker takes longer than this to load its models.
 const LOADING: Duration = Duration::from_mins(1);
 
-/// Runs a node that others begin with.
+/// Runs a bootstrap node.
 pub(super) async fn bootstrap(context: Context, args: &NodeArgs) -> anyhow::Result<Outcome> {
     follow_parent(args)?;
     context.data.create()?;
@@ -65,7 +65,7 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
     let node = Node::start(&context.settings, data, "registry", &[]).await?;
     let mut bootstrap = context.settings.network.bootstrap.clone();
     if bootstrap.is_empty() {
-        // A network that begins with its registry.
+        // The registry is the network's first bootstrap node.
         bootstrap.push(node.address().to_string());
     }
     data.write_pool(&Pool { registry: node.public_key(), bootstrap: bootstrap.clone() })?;
@@ -100,7 +100,7 @@ pub(super) async fn enrolled(context: Context, role: NodeRole, args: &NodeArgs) 
     Box::pin(run_role(&context, role, &node)).await
 }
 
-/// Runs a node that is on the network already.
+/// Runs the service of a node that is on the network already.
 pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> anyhow::Result<Outcome> {
     let membership = node.membership()?;
     info!(role = node.name, key = %node.public_key(), address = %node.address(), "on the network");
@@ -150,7 +150,7 @@ async fn worker(place: &mut Place, node: &Node, membership: Membership, stop: Ca
     Ok(())
 }
 
-/// Writes down whether the network hears the worker, for `tether doctor` to read.
+/// Records whether orchestrators accept the worker's reports, for `tether doctor` to read.
 async fn tell_doctor(data: &DataFolder, handle: &WorkerHandle) {
     let mut told = None;
     loop {
@@ -165,7 +165,7 @@ async fn tell_doctor(data: &DataFolder, handle: &WorkerHandle) {
     }
 }
 
-/// Runs a service until somebody asks it to stop or it ends by itself, and takes its node off the network.
+/// Runs a service until it is asked to stop or ends by itself, and takes its node off the network.
 async fn until_asked(
     asked: &CancellationToken,
     place: &Place,
@@ -210,7 +210,7 @@ fn place(context: &Context, clock: Arc<dyn protocol::Clock>) -> Place {
     Place { settings: context.settings.clone(), data: context.data.clone(), metrics: Metrics::new(), clock }
 }
 
-/// Returns the name under which a role's files lie.
+/// Returns the name of a role's files.
 pub(super) fn name(role: NodeRole) -> anyhow::Result<&'static str> {
     match role {
         NodeRole::Gateway => Ok("gateway"),
@@ -220,7 +220,7 @@ pub(super) fn name(role: NodeRole) -> anyhow::Result<&'static str> {
     }
 }
 
-/// Has this process end with the one that started it, where that was asked for.
+/// Ends this process with its parent, if the arguments ask for that.
 pub(super) fn follow_parent(args: &NodeArgs) -> anyhow::Result<()> {
     end_with_parent(args.with_parent)
 }

@@ -1,5 +1,5 @@
-//! `tether start`: runs every service that was started or joined in a data folder, each as a process of its own, and
-//! starts one that ends by itself again.
+//! `tether start`: runs every service that was started or joined in a data folder, each in a process of its own, and
+//! restarts those that end by themselves.
 
 use std::ffi::OsString;
 use std::process::{ExitStatus, Stdio};
@@ -20,12 +20,12 @@ use super::{Context, Outcome};
 use crate::args::{Common, StartArgs};
 use crate::output;
 
-/// How long a service may take to end: longer than any of them lets its work go on.
+/// How long a service may take to end: longer than any of them drains its jobs.
 const PATIENCE: Duration = Duration::from_mins(1);
-/// The waits before a service that ended by itself is started again.
+/// The first and the longest wait before a service that ended by itself is restarted.
 const WAIT_FIRST: Duration = Duration::from_secs(1);
 const WAIT_MAX: Duration = Duration::from_secs(30);
-/// A service that ran for so long was well, whatever ended it.
+/// A service that ran this long resets the wait.
 const WELL_AFTER: Duration = Duration::from_mins(1);
 
 pub(super) async fn run(context: &Context, common: &Common, args: &StartArgs) -> anyhow::Result<Outcome> {
@@ -56,7 +56,7 @@ pub(super) async fn run(context: &Context, common: &Common, args: &StartArgs) ->
         hung = pass_on_hangups(&hung_up) => hung?,
     }
     output::line("stopping");
-    // Those that give work stop before those that take it.
+    // Services that dispatch work stop before those that run it.
     let mut outcome = Ok(Outcome::Well);
     for (role, stop, mut task) in services.into_iter().rev() {
         stop.cancel();
@@ -69,7 +69,7 @@ pub(super) async fn run(context: &Context, common: &Common, args: &StartArgs) ->
     outcome
 }
 
-/// Tells the services of each SIGHUP, for ever.
+/// Passes each SIGHUP on to the services. Never returns on success.
 async fn pass_on_hangups(hung_up: &watch::Sender<()>) -> anyhow::Result<()> {
     let mut hangups = unix::signal(unix::SignalKind::hangup()).context("no signals")?;
     while hangups.recv().await.is_some() {
@@ -90,7 +90,7 @@ fn arguments(context: &Context, common: &Common, role: &str) -> Vec<OsString> {
     arguments
 }
 
-/// A service as a process.
+/// A service that runs as a child process.
 struct Service {
     role: &'static str,
     program: std::path::PathBuf,
@@ -104,7 +104,7 @@ impl Service {
         command.spawn().with_context(|| format!("could not start {}", self.program.display()))
     }
 
-    /// Keeps the service running until `stop`, and ends it then.
+    /// Keeps the service running until `stop`, then ends it.
     async fn supervise(
         self,
         mut child: Child,
@@ -118,7 +118,7 @@ impl Service {
                 tokio::select! {
                     () = stop.cancelled() => return end(&mut child).await,
                     ended = child.wait() => break ended.context("no word of a child")?,
-                    // The sender outlives this.
+                    // The sender outlives this task.
                     Ok(()) = hangups.changed() => send(&child, Signal::HUP),
                 }
             };
@@ -135,14 +135,14 @@ impl Service {
     }
 }
 
-/// Sends a signal to a service. One that has ended meanwhile is noticed by whoever waits for it.
+/// Sends a signal to a service. If it has ended meanwhile, the task that waits for it notices.
 fn send(child: &Child, signal: Signal) {
     if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw) {
         let _ = kill_process(pid, signal);
     }
 }
 
-/// Asks a service to end, and kills it when it does not.
+/// Asks a service to end, and kills it if it does not.
 async fn end(child: &mut Child) -> anyhow::Result<()> {
     send(child, Signal::TERM);
     match time::timeout(PATIENCE, child.wait()).await {

@@ -1,4 +1,4 @@
-//! `tether token`: makes, lists and revokes API keys.
+//! `tether token`: creates, lists and revokes API keys.
 
 use std::io::{self, BufRead as _, IsTerminal as _};
 use std::time::Duration;
@@ -82,7 +82,7 @@ async fn revoke_at(admin: &AdminClient, args: &TokenRevokeArgs) -> anyhow::Resul
     Ok(admin.revoke_token(&args.key_id).await?.found)
 }
 
-/// Asks a person to go on. A script says so beforehand.
+/// Asks the user for confirmation. A script must confirm with a flag.
 fn confirm(warning: &str) -> anyhow::Result<()> {
     if !io::stdin().is_terminal() {
         bail!("{warning} Give --yes to go on");
@@ -96,7 +96,7 @@ fn confirm(warning: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Returns whether a key is the only good one that operates the network.
+/// Returns whether a key is the only valid one with the admin scope.
 fn is_last_admin(tokens: &[TokenInfo], key_id: &str, now: UnixMillis) -> bool {
     let is_good = |token: &&TokenInfo| {
         token.scopes.contains(&Scope::Admin)

@@ -24,19 +24,20 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     let (sources, files): (Vec<_>, _) = context.settings.models.drain(..).partition(is_web);
     context.settings.models = files;
     for source in sources {
-        // It is served as everything that was added.
+        // It is served like every added model.
         Box::pin(model_add::of_source(&context, &ServerArgs::default(), &source)).await?;
     }
     local_models::take_in(&mut context.settings, &context.data).await?;
     let stop = context.stop.clone();
-    // Before anything starts: a URL may be none.
+    // Checked before anything starts: a URL may be invalid.
     let adoption = context.settings.adopt.as_deref().map(Adoption::new).transpose()?;
     let mut network = Network::start(&context.settings, &context.data, shipped()).await?;
     if context.settings.network.up_listen.is_some() {
-        // Other machines count on it: `tether start` is to bring it back. A trial leaves nothing behind.
+        // Other machines rely on this network, so `tether start` must be able to restart it. A trial run leaves nothing
+        // behind.
         context.keep_flags()?;
     }
-    // A spinner and the log would share a line.
+    // A plain line: a spinner would share its line with the log.
     output::line("loading models");
     let ready = tokio::select! {
         ready = network.ready() => ready,
@@ -46,7 +47,7 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
         }
     };
     if let Err(error) = ready {
-        // The network goes on trying; whoever watches should know.
+        // The network keeps trying, but the user should know.
         output::line(format!("not every model is ready: {error:#}"));
     }
     let found = found(&context, &network).await;
@@ -65,7 +66,7 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     }
 }
 
-/// Says what another program keeps on this machine, where the network serves no model of its user's own.
+/// Suggests models in another program's cache, if the network serves no model of the user's own.
 async fn found(context: &Context, network: &Network) -> Option<String> {
     if network.served_models().iter().any(|key| *key != tiny_model::key()) {
         return None;
@@ -96,24 +97,24 @@ fn greeting(context: &Context, network: &Network, awaited: Option<&str>, found: 
     greeting.to_string()
 }
 
-/// What a person needs to know of a network that has just started.
+/// Facts to print about a network that has just started.
 struct Greeting<'a> {
     workers: usize,
     region: &'a str,
-    /// The models that answer; the first stands in the examples.
+    /// The models that are ready; the first one is used in the examples.
     models: Vec<String>,
-    /// Where the gateway can be reached: the first from this machine.
+    /// URLs of the gateway; the first works on this machine.
     urls: Vec<String>,
     certificate: Option<&'a Path>,
     key: String,
     key_file: PathBuf,
-    /// What a command line for this network begins with.
+    /// The beginning of command lines for this network.
     program: String,
-    /// An invite for a worker, where other machines may join.
+    /// An invite for a worker, if other machines may join.
     invite: Option<&'a str>,
-    /// Models of other programs, where the user has none.
+    /// Models of other programs, if the user has none.
     found: Option<&'a str>,
-    /// Where servers are looked for that are to be adopted, while none answers.
+    /// Where servers to adopt are looked for, while none answers.
     awaited: Option<&'a str>,
 }
 
@@ -160,14 +161,14 @@ impl fmt::Display for Greeting<'_> {
     }
 }
 
-/// Has this process outlive its terminal: SIGHUP is a request to reload, wherever something can be reloaded. Whoever
-/// listens for a signal once has taken its default away for good.
+/// Keeps this process running when its terminal closes: SIGHUP is a request to reload, where anything can be reloaded.
+/// Registering a signal handler once replaces the default action for good.
 pub(super) fn outlive_terminal() -> anyhow::Result<()> {
     signal::unix::signal(signal::unix::SignalKind::hangup()).context("no signals").map(drop)
 }
 
-/// Listens for Ctrl-C and SIGTERM from here on; the future that is returned cancels the token at the first, and never
-/// ends. Called before a command does anything that somebody may want to end.
+/// Listens for Ctrl-C and SIGTERM from this call on. The returned future cancels the token at the first of them, and
+/// never completes. Call it before a command does anything that the user may want to stop.
 pub(super) fn listen_for_stop(stop: CancellationToken) -> anyhow::Result<impl Future<Output = Infallible>> {
     let mut interrupt = signal::unix::signal(signal::unix::SignalKind::interrupt()).context("no signals")?;
     let mut terminate = signal::unix::signal(signal::unix::SignalKind::terminate()).context("no signals")?;

@@ -1,8 +1,8 @@
 //! Finds a model's files in a repository of the Hugging Face Hub.
 //!
-//! The Hub lists a repository's files at `/api/models/ORG/REPO/tree/main?recursive=true`, in pages that a `Link` header
-//! joins; a file that lies in its large file storage has the SHA-256 of its bytes there. It is read at
-//! `/ORG/REPO/resolve/main/FILE`, which leads to another server.
+//! The Hub lists a repository's files at `/api/models/ORG/REPO/tree/main?recursive=true`, in pages connected by `Link`
+//! headers. Files in its large file storage (LFS) have their SHA-256 there. A file is downloaded from
+//! `/ORG/REPO/resolve/main/FILE`, which redirects to another server.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -20,12 +20,12 @@ use crate::model_names;
 use crate::output;
 use crate::settings::Env;
 
-/// Where the Hub is, unless `HF_ENDPOINT` says otherwise.
+/// The Hub's URL, unless `HF_ENDPOINT` overrides it.
 const ENDPOINT: &str = "https://huggingface.co";
-/// Pages of a list that are read at most; one has a thousand files.
+/// The most pages of a list that are read; a page has a thousand files.
 const PAGES_MAX: usize = 50;
-/// Quantisations in the order in which one is taken where nobody says: small enough for most machines and hardly worse
-/// than more.
+/// Quantisations in order of preference if none is requested: small enough for most machines, and hardly worse than
+/// larger ones.
 const PREFERRED: [&str; 14] = [
     "Q4_K_M",
     "UD-Q4_K_XL",
@@ -43,16 +43,16 @@ const PREFERRED: [&str; 14] = [
     "Q3_K_M",
 ];
 
-/// A repository, and which of its models is meant.
+/// A repository, and which of its models is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repository {
     /// Its name, `ORG/REPO`.
     pub name: String,
-    /// A quantisation or a file's name, where one is asked for.
+    /// The requested quantisation or file name, if any.
     pub wanted: Option<String>,
 }
 
-/// The Hub, and who asks it.
+/// The Hub, with the user's credential.
 #[derive(Debug)]
 pub struct Hub {
     endpoint: Uri,
@@ -62,20 +62,20 @@ pub struct Hub {
 /// A model of a repository.
 #[derive(Debug, Clone)]
 pub struct Found {
-    /// Its quantisation, or its file's name where that tells none.
+    /// Its quantisation, or its file name if that has none.
     pub label: String,
-    /// Its file, or its parts in their order.
+    /// Its file, or its parts in order.
     pub files: Vec<Remote>,
 }
 
 impl Found {
-    /// Returns the length of all files, as far as the Hub tells; what it says is no sum to rely on.
+    /// Returns the length of all files, as far as the Hub reports it. The sum is an estimate only.
     pub fn bytes(&self) -> u64 {
         self.files.iter().filter_map(|file| file.bytes).fold(0, u64::saturating_add)
     }
 }
 
-/// A file as the Hub lists it.
+/// A file in the Hub's list.
 #[derive(Debug, Deserialize)]
 struct Entry {
     #[serde(rename = "type")]
@@ -86,7 +86,7 @@ struct Entry {
     lfs: Option<Lfs>,
 }
 
-/// Where a file's bytes lie in the large file storage.
+/// A file's entry in the large file storage (LFS).
 #[derive(Debug, Deserialize)]
 struct Lfs {
     oid: String,
@@ -94,8 +94,8 @@ struct Lfs {
 }
 
 impl Repository {
-    /// Reads `hf:ORG/REPO[:QUANT]`, `hf.co/ORG/REPO[:QUANT]`, and the page of a repository or a file on the Hub.
-    /// Returns nothing for other texts.
+    /// Parses `hf:ORG/REPO[:QUANT]`, `hf.co/ORG/REPO[:QUANT]`, and the Hub page of a repository or a file. Returns
+    /// `None` for other texts.
     pub fn of(text: &str) -> Option<anyhow::Result<Self>> {
         let bare = text.strip_prefix("https://").unwrap_or(text);
         let rest = ["hf:", "hf.co/", "huggingface.co/"].iter().find_map(|prefix| bare.strip_prefix(prefix))?;
@@ -103,7 +103,7 @@ impl Repository {
         let of_main = ["/resolve/main/", "/blob/main/"].iter().find_map(|middle| rest.split_once(middle));
         let (name, wanted) = match of_main {
             Some((name, file)) => (name, file.split('?').next().and_then(|file| file.rsplit('/').next())),
-            // A file of another revision is a URL like any other.
+            // A file of another revision is treated as a plain URL.
             None if rest.contains("/resolve/") || rest.contains("/blob/") => return None,
             None => rest.split_once(':').map_or((rest, None), |(name, wanted)| (name, Some(wanted))),
         };
@@ -122,7 +122,7 @@ impl Repository {
         Some(Ok(Self { name: name.to_owned(), wanted: wanted.map(str::to_owned) }))
     }
 
-    /// Returns the name that the repository's makes for a model.
+    /// Returns the model name that the repository's name suggests.
     pub fn model_name(&self) -> Option<ModelName> {
         let repo = self.name.rsplit('/').next()?;
         let lower = repo.to_lowercase();
@@ -131,14 +131,14 @@ impl Repository {
     }
 }
 
-/// Returns a file's address on the Hub where a page of it was given.
+/// Returns the download URL of a file's page on the Hub. Other URLs are returned unchanged.
 pub fn file_of_page(url: &str) -> String {
     let is_hub = url.starts_with("https://huggingface.co/") || url.starts_with("https://hf.co/");
     if is_hub { url.replacen("/blob/", "/resolve/", 1) } else { url.to_owned() }
 }
 
 impl Hub {
-    /// Finds the Hub and a token for it as its own programs do.
+    /// Finds the Hub and the user's token in the same places as its own programs.
     pub fn of(env: &Env) -> anyhow::Result<Self> {
         let endpoint = env.get("HF_ENDPOINT").unwrap_or(ENDPOINT).trim_end_matches('/');
         let endpoint = parse(endpoint).context("HF_ENDPOINT is wrong")?;
@@ -146,12 +146,12 @@ impl Hub {
         Ok(Self { endpoint, credential })
     }
 
-    /// Returns what is shown to the Hub.
+    /// Returns the credential for the Hub.
     pub fn credential(&self) -> Option<&Credential> {
         self.credential.as_ref()
     }
 
-    /// Returns the address of something below the Hub's own.
+    /// Returns the URL of a path on the Hub.
     fn url(&self, path: &str) -> anyhow::Result<Uri> {
         parse(&format!("{}{path}", self.endpoint.to_string().trim_end_matches('/')))
     }
@@ -209,8 +209,7 @@ impl Hub {
         }
     }
 
-    /// Puts the files together that make one model. What projects images is a part of a model that this engine does not
-    /// load.
+    /// Groups the files that make up one model. Image projectors are left out, since this engine does not load them.
     fn models(&self, repository: &Repository, entries: Vec<Entry>) -> anyhow::Result<Vec<Found>> {
         let mut sets: BTreeMap<String, Vec<(String, Entry)>> = BTreeMap::new();
         for entry in entries.into_iter().filter(|entry| entry.kind == "file") {
@@ -227,7 +226,7 @@ impl Hub {
         for (stem, mut files) in sets {
             files.sort_by(|(one, _), (other, _)| one.cmp(other));
             let expected = files.first().and_then(|(name, _)| PartName::of(name)).map_or(1, |part| part.count as usize);
-            // A set that is not whole is no model.
+            // A set with missing parts cannot be loaded.
             if files.len() != expected {
                 continue;
             }
@@ -246,7 +245,7 @@ impl Hub {
     }
 }
 
-/// Chooses the model that is asked for, or one of a sensible quantisation.
+/// Chooses the requested model, or one with a sensible quantisation.
 fn choose(repository: &Repository, mut models: Vec<Found>) -> anyhow::Result<Found> {
     let name = &repository.name;
     ensure!(
@@ -279,7 +278,7 @@ fn is_meant(model: &Found, wanted: &str) -> bool {
         })
 }
 
-/// Returns the quantisation that a file's name ends with, or the whole name.
+/// Returns the quantisation at the end of a file name, or the whole name.
 fn label(stem: &str) -> String {
     let name = stem.rsplit('/').next().unwrap_or(stem);
     let name = name.strip_suffix(".gguf").unwrap_or(name);
@@ -295,28 +294,28 @@ fn label(stem: &str) -> String {
     }
 }
 
-/// Returns where the next page of a list is, out of a `Link` header.
+/// Returns the URL of a list's next page from a `Link` header.
 fn next_page(link: &str) -> Option<&str> {
     let parts = link.split(',').find(|part| part.contains("rel=\"next\""))?;
     let (_, rest) = parts.split_once('<')?;
     Some(rest.split_once('>')?.0)
 }
 
-/// Writes a path so that it can be part of a URL.
+/// Percent-encodes a path for a URL.
 fn encoded(path: &str) -> String {
     let mut text = String::new();
     for byte in path.bytes() {
         if byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte) {
             text.push(char::from(byte));
         } else {
-            // Writing to a text does not fail.
+            // Writing to a string does not fail.
             let _ = write!(text, "%{byte:02X}");
         }
     }
     text
 }
 
-/// Returns the token of this user for the Hub: from the environment, or where `hf auth login` leaves it.
+/// Returns the user's token for the Hub: from the environment, or from where `hf auth login` stores it.
 fn token(env: &Env) -> Option<String> {
     let told = env.get("HF_TOKEN").or_else(|| env.get("HUGGING_FACE_HUB_TOKEN")).map(str::to_owned);
     let file = env.get("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(home(env)?.join("token")));
@@ -324,7 +323,7 @@ fn token(env: &Env) -> Option<String> {
     told.or_else(kept).map(|token| token.trim().to_owned()).filter(|token| !token.is_empty())
 }
 
-/// Returns the folder that the Hub's programs keep things in.
+/// Returns the home folder of the Hub's programs.
 pub fn home(env: &Env) -> Option<PathBuf> {
     if let Some(folder) = env.get("HF_HOME") {
         return Some(folder.into());

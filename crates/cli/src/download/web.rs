@@ -1,4 +1,4 @@
-//! One GET request over a connection of its own, and the redirects behind it.
+//! GET requests, each over a connection of its own, with redirects.
 
 use std::io;
 use std::net::IpAddr;
@@ -19,58 +19,58 @@ use tokio::time::timeout;
 
 use crate::client::Trust;
 
-/// How long a machine may take to take a connection, its name's lookup and TLS included.
+/// Timeout for connecting, including name resolution and TLS.
 const CONNECT: Duration = Duration::from_secs(15);
-/// How long it may take to answer, and to go on with an answer.
+/// Timeout for the response, and for each further part of it.
 const ANSWER: Duration = Duration::from_mins(1);
 /// The most redirects that are followed.
 const REDIRECTS_MAX: usize = 10;
 /// The longest document that is read into memory.
 const DOCUMENT_BYTES_MAX: usize = 16 << 20;
 
-/// Reads what is at URLs.
+/// HTTP client for downloads.
 #[derive(Debug, Clone)]
 pub struct Web {
     trust: Trust,
-    /// Lets plain HTTP leave this machine.
+    /// Allows plain HTTP to other machines.
     is_insecure: bool,
 }
 
-/// A secret, and where it may be shown.
+/// A secret, and the server that may receive it.
 #[derive(Debug, Clone)]
 pub struct Credential {
-    /// Scheme, host and port of the one server that gets it.
+    /// Scheme, host and port of the only server that receives it.
     origin: String,
     secret: String,
 }
 
-/// A response whose body is still to come.
+/// A response whose body has not been read.
 #[derive(Debug)]
 pub struct Response {
-    /// Where it came from, behind all redirects.
+    /// Its URL, after all redirects.
     pub url: Uri,
-    /// What the last server said, which is no redirect.
+    /// The status of the final response, which is not a redirect.
     pub status: StatusCode,
-    /// The headers of that answer.
+    /// The headers of the final response.
     pub headers: HeaderMap,
     body: Incoming,
-    /// Drives the connection, and ends with the response.
+    /// Drives the connection, and is dropped with the response.
     _connection: JoinSet<hyper::Result<()>>,
 }
 
 /// Why there was no response.
 #[derive(Debug)]
 pub enum Failure {
-    /// Another try may well go better.
+    /// A retry may succeed.
     Passing(anyhow::Error),
-    /// There is no way to the server.
+    /// The server cannot be reached.
     Unreachable(anyhow::Error),
-    /// It stays so, and the text says what to do.
+    /// A retry would fail as well; the error says what to do.
     Lasting(anyhow::Error),
 }
 
 impl Failure {
-    /// Returns what went wrong.
+    /// Returns the underlying error.
     pub fn into_error(self) -> anyhow::Error {
         match self {
             Self::Passing(error) | Self::Unreachable(error) | Self::Lasting(error) => error,
@@ -79,14 +79,14 @@ impl Failure {
 }
 
 impl Credential {
-    /// Returns a secret for one server.
+    /// Creates a credential for one server.
     pub fn new(url: &Uri, secret: impl Into<String>) -> Self {
         Self { origin: origin(url), secret: secret.into() }
     }
 }
 
 impl Response {
-    /// Returns the next bytes of the body, and nothing after its end.
+    /// Returns the next bytes of the body, or `None` at its end.
     pub async fn chunk(&mut self) -> io::Result<Option<Bytes>> {
         loop {
             let frame = timeout(ANSWER, self.body.frame()).await;
@@ -121,12 +121,12 @@ impl Response {
 }
 
 impl Web {
-    /// Believes the certificates that the system believes. Plain HTTP stays on this machine unless that is allowed.
+    /// Trusts the system's CAs. Plain HTTP to other machines is refused unless it is allowed here.
     pub fn new(is_insecure: bool) -> Self {
         Self { trust: Trust::default(), is_insecure }
     }
 
-    /// Asks for what is at a URL, and follows redirects. A credential is shown to its own server alone.
+    /// Requests a URL, and follows redirects. A credential is sent to its own server only.
     pub async fn get(
         &self,
         url: &Uri,
@@ -156,7 +156,7 @@ impl Web {
         }
     }
 
-    /// Plain HTTP can be read and changed on its way.
+    /// Refuses plain HTTP, which can be read and changed on the way.
     fn check(&self, url: &Uri) -> anyhow::Result<()> {
         let is_plain = url.scheme_str() == Some("http");
         ensure!(
@@ -253,7 +253,7 @@ fn innermost(error: &anyhow::Error) -> String {
     error.root_cause().to_string()
 }
 
-/// Returns where a redirect leads.
+/// Returns the target of a redirect.
 fn follow(from: &Uri, location: &str) -> anyhow::Result<Uri> {
     let scheme = from.scheme_str().unwrap_or("https");
     let authority = from.authority().map_or("", |authority| authority.as_str());
@@ -277,7 +277,7 @@ fn follow(from: &Uri, location: &str) -> anyhow::Result<Uri> {
     Ok(next)
 }
 
-/// Reads a URL of the web.
+/// Parses an HTTP or HTTPS URL.
 pub fn parse(text: &str) -> anyhow::Result<Uri> {
     match text.parse::<Uri>() {
         Ok(url)
@@ -291,7 +291,7 @@ pub fn parse(text: &str) -> anyhow::Result<Uri> {
     }
 }
 
-/// Returns a URL without what may be secret in it.
+/// Returns a URL without its parts that may be secret.
 pub fn shown(url: &Uri) -> String {
     format!("{}{}", origin(url), url.path())
 }
@@ -302,7 +302,7 @@ fn origin(url: &Uri) -> String {
     format!("{}://{authority}", url.scheme_str().unwrap_or_default())
 }
 
-/// Returns the host of a URL, for people.
+/// Returns the host of a URL, for display.
 pub fn host(url: &Uri) -> &str {
     url.authority().map_or("", |authority| authority.as_str())
 }

@@ -1,4 +1,4 @@
-//! A settings file with every setting, its default, and what it does: the words are those of the code.
+//! Generates a settings file with every setting, its default and its description, which is the setting's doc comment.
 
 use std::fmt::Write as _;
 
@@ -21,7 +21,7 @@ pub fn example() -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// Returns the names of all settings that are no tables, such as `gateway.bind`.
+/// Returns the names of all settings that are not tables, such as `gateway.bind`.
 pub(super) fn names() -> Vec<String> {
     let schema = schema_for!(Settings).to_value();
     let mut names = vec![];
@@ -41,7 +41,7 @@ fn add_names(names: &mut Vec<String>, path: &str, schema: &Json, root: &Json) {
     }
 }
 
-/// Writes a table: its settings first, then those without a default, then the tables within.
+/// Writes a table: first its settings, then those without a default, then the tables in it.
 fn write_table(text: &mut String, path: &str, table: &Table, schema: &Json, root: &Json) {
     let is_table =
         |value: &Value| value.is_table() || value.as_array().is_some_and(|items| items.iter().any(Value::is_table));
@@ -86,7 +86,7 @@ fn describe(text: &mut String, schema: &Json, name: &str, root: &Json) {
     }
 }
 
-/// Follows a reference to where a schema stands.
+/// Resolves a schema's reference.
 fn resolve<'a>(schema: &'a Json, root: &'a Json) -> &'a Json {
     let target = schema["$ref"].as_str().and_then(|reference| root.pointer(reference.trim_start_matches('#')));
     target.unwrap_or(schema)

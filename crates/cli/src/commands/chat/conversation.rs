@@ -1,4 +1,4 @@
-//! What was said in a chat, and what is sent and saved of it.
+//! The turns of a chat, and how they are sent and saved.
 
 use serde_json::{Map, Value, json};
 
@@ -19,22 +19,22 @@ struct Turn {
     question: String,
     answer: String,
     model: String,
-    /// Whether the answer came to its end.
+    /// Whether the answer is complete.
     is_whole: bool,
 }
 
 impl Conversation {
-    /// Returns what the model is told before all else.
+    /// Returns the system prompt.
     pub(super) fn system(&self) -> Option<&str> {
         self.system.as_deref()
     }
 
-    /// Sets or takes away what the model is told before all else.
+    /// Sets or removes the system prompt.
     pub(super) fn set_system(&mut self, text: Option<String>) {
         self.system = text;
     }
 
-    /// Sets how answers are drawn.
+    /// Changes a sampling parameter.
     pub(super) fn set(&mut self, setting: Setting) {
         let (name, value) = match setting {
             Setting::Temperature(value) => ("temperature", value.map(Value::from)),
@@ -48,24 +48,24 @@ impl Conversation {
         }
     }
 
-    /// Returns what was set about the answers, in words.
+    /// Describes the sampling parameters that were set.
     pub(super) fn sampling(&self) -> String {
         let set: Vec<String> = self.sampling.iter().map(|(name, value)| format!("{name} {value}")).collect();
         if set.is_empty() { "the model's own".to_owned() } else { set.join(", ") }
     }
 
-    /// Returns how many questions were answered.
+    /// Returns the number of answered questions.
     pub(super) fn turns(&self) -> usize {
         self.turns.len()
     }
 
-    /// Forgets what was said.
+    /// Forgets the turns.
     pub(super) fn clear(&mut self) {
         self.turns.clear();
         self.unanswered = None;
     }
 
-    /// Returns the request with which a question is asked.
+    /// Returns the request body for a question.
     pub(super) fn request(&self, model: &str, question: &str) -> Value {
         let mut messages = self.messages();
         messages.push(json!({ "role": "user", "content": question }));
@@ -81,18 +81,18 @@ impl Conversation {
         body
     }
 
-    /// Keeps an answer, or the part of it that came.
+    /// Records an answer, or the part of it that arrived.
     pub(super) fn answered(&mut self, model: &str, question: String, answer: String, is_whole: bool) {
         self.unanswered = None;
         self.turns.push(Turn { question, answer, model: model.to_owned(), is_whole });
     }
 
-    /// Keeps a question that got no answer for another try. The model never hears of it otherwise.
+    /// Keeps an unanswered question for a retry. It is not sent to the model otherwise.
     pub(super) fn failed(&mut self, question: String) {
         self.unanswered = Some(question);
     }
 
-    /// Takes the last question and its answer back, to ask it again.
+    /// Removes the last question and its answer, to ask the question again.
     pub(super) fn take_last(&mut self) -> Option<String> {
         self.unanswered.take().or_else(|| Some(self.turns.pop()?.question))
     }
@@ -106,7 +106,7 @@ impl Conversation {
         messages
     }
 
-    /// Writes it down for people.
+    /// Renders the conversation as Markdown.
     pub(super) fn markdown(&self) -> String {
         let mut parts = vec!["# A conversation".to_owned()];
         if let Some(system) = &self.system {
@@ -121,7 +121,7 @@ impl Conversation {
         parts.join("\n\n") + "\n"
     }
 
-    /// Writes it down for programs: what would be sent to go on with it.
+    /// Renders the conversation as JSON: the request that would continue it.
     pub(super) fn json(&self, model: &str) -> String {
         let mut whole = json!({ "model": model, "messages": self.messages() });
         for (name, value) in &self.sampling {

@@ -1,11 +1,11 @@
-//! What a person types into a chat: text for the model, or a command.
+//! Parses chat input: text for the model, or a command.
 
 use crate::output::nearest;
 
-/// Begins and ends a text of several lines.
+/// Begins and ends a multi-line text.
 const FENCE: &str = "\"\"\"";
 
-/// The commands, with what follows each and what it does.
+/// The commands, each with its arguments and description.
 pub(super) const COMMANDS: [(&str, &str, &str); 10] = [
     ("/help", "", "list the commands"),
     ("/model", "[NAME]", "list the models, or go on with another one"),
@@ -19,7 +19,7 @@ pub(super) const COMMANDS: [(&str, &str, &str); 10] = [
     ("/bye", "", "end; Ctrl-D does, too"),
 ];
 
-/// What a person wants.
+/// A parsed input.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Input {
     Nothing,
@@ -46,7 +46,7 @@ pub(super) enum Order {
     Bye,
 }
 
-/// A setting of the answers; nothing stands for the model's own.
+/// A sampling parameter; `None` restores the model's default.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Setting {
     Temperature(Option<f64>),
@@ -55,7 +55,7 @@ pub(super) enum Setting {
     MaxTokens(Option<u32>),
 }
 
-/// Returns whether a text is whole: no fence is open, and its last line does not go on.
+/// Returns whether an input is complete: no fence is open, and its last line does not end with a backslash.
 pub(super) fn is_whole(text: &str) -> bool {
     match body(text).trim_start().strip_prefix(FENCE) {
         Some(fenced) => fenced.trim_end().ends_with(FENCE),
@@ -63,7 +63,7 @@ pub(super) fn is_whole(text: &str) -> bool {
     }
 }
 
-/// Reads a whole text. The error is a sentence for whoever typed it.
+/// Parses a complete input. The error is a message for the user.
 pub(super) fn parse(text: &str) -> Result<Input, String> {
     let is_command = text.starts_with('/') && text[1..].starts_with(|first: char| first.is_ascii_alphabetic());
     if !is_command {
@@ -101,7 +101,7 @@ pub(super) fn parse(text: &str) -> Result<Input, String> {
     Ok(Input::Do(order))
 }
 
-/// Returns the text behind a command that takes one of several lines, else all of it.
+/// Returns the text after a command that takes a multi-line text, else the whole input.
 fn body(text: &str) -> &str {
     match text.strip_prefix("/system") {
         Some(rest) if rest.starts_with(char::is_whitespace) => rest,
@@ -109,7 +109,7 @@ fn body(text: &str) -> &str {
     }
 }
 
-/// Takes the fences off, or joins lines that go on.
+/// Removes the fences, or joins continued lines.
 fn plain(text: &str) -> String {
     let trimmed = text.trim();
     match trimmed.strip_prefix(FENCE).and_then(|rest| rest.strip_suffix(FENCE)) {

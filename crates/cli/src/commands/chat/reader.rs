@@ -1,4 +1,4 @@
-//! Reads what a person types, or what is piped in.
+//! Reads chat input from a terminal or a pipe.
 
 use std::io::{self, BufRead as _, Read as _};
 use std::path::{Path, PathBuf};
@@ -18,30 +18,30 @@ use rustyline::{
 use super::input;
 use crate::output;
 
-/// Texts that are remembered.
+/// The most inputs in the history.
 const HISTORY_MAX: usize = 1_000;
-/// The longest text that is remembered, in bytes.
+/// The longest input that enters the history, in bytes.
 const REMEMBERED_MAX: usize = 8 << 10;
-/// The longest text that is taken, in bytes.
+/// The longest input that is accepted, in bytes.
 const TEXT_MAX: usize = 16 << 20;
 
-/// Where texts come from.
+/// The source of inputs.
 pub(super) enum Reader {
     /// A person at a terminal.
     Person(Box<Person>),
-    /// A pipe or a file, each line a text.
+    /// A pipe or a file; each line is an input.
     Lines,
 }
 
-/// A person at a terminal, and what was typed before.
+/// A person at a terminal, with the input history.
 pub(super) struct Person {
     editor: Editor<Typing, FileHistory>,
-    /// Missing where nothing is remembered.
+    /// `None` if the history is not saved.
     history: Option<PathBuf>,
 }
 
 impl Reader {
-    /// Makes the editor of a person, whose texts are remembered in a file.
+    /// Creates a line editor whose history is saved in a file.
     pub(super) fn of_person(history: &Path) -> anyhow::Result<Self> {
         let config = Config::builder().max_history_size(HISTORY_MAX)?.auto_add_history(false).build();
         let mut editor = Editor::with_config(config).context("the terminal cannot be used")?;
@@ -59,7 +59,7 @@ impl Reader {
         Ok(Self::Person(Box::new(Person { editor, history })))
     }
 
-    /// Reads the next text, and returns nothing where there is no further one. Blocks.
+    /// Reads the next input; `None` at the end. Blocks.
     pub(super) fn read(&mut self, prompt: &str) -> anyhow::Result<Option<String>> {
         match self {
             Self::Person(person) => person.read(prompt),
@@ -95,11 +95,11 @@ impl Person {
     }
 }
 
-/// Reads lines until they make a whole text.
+/// Reads lines until the input is complete.
 fn lines() -> anyhow::Result<Option<String>> {
     let mut text = String::new();
     loop {
-        // A line more than there may be is found out, and no more of it is read.
+        // One byte more than the limit is enough to detect an input that is too long.
         let room = (TEXT_MAX + 1).saturating_sub(text.len());
         let count = io::stdin().lock().take(room as u64).read_line(&mut text);
         let count = count.context("stdin cannot be read as text")?;
@@ -116,7 +116,7 @@ fn lines() -> anyhow::Result<Option<String>> {
     }
 }
 
-/// Knows when a text is whole, and the commands.
+/// Detects incomplete input, and completes commands.
 struct Typing;
 
 impl Validator for Typing {
@@ -149,7 +149,7 @@ impl Hinter for Typing {
 
 impl Helper for Typing {}
 
-/// Ctrl-C takes back what was typed, and ends the chat where that is nothing.
+/// Ctrl-C discards the typed text, or ends the chat if nothing was typed.
 struct Abandon;
 
 impl ConditionalEventHandler for Abandon {

@@ -1,4 +1,4 @@
-//! What `tether doctor` says of the devices that compute: which they are, why a GPU is not used, where layers lie.
+//! Checks of `tether doctor` for devices: which run models, why a GPU is not used, and where layers are.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::commands::process_runtime;
 use crate::output;
 use crate::settings::Settings;
 
-/// Says what this machine computes with, and why not with each GPU that it has.
+/// Reports the devices of this machine that run models, and why each other GPU is not used.
 pub(super) async fn checks(settings: &Settings) -> Vec<Check> {
     let Ok(runtime) = process_runtime() else { return vec![] };
     let kept_off = settings.worker.models.iter().filter(|model| model.gpu_layers == Some(0));
@@ -35,7 +35,7 @@ fn told(hardware: &Hardware, installed: &InstalledGpus, kept_off: &[String]) -> 
     lines
 }
 
-/// Says of each model in memory what computes it, and how long its context is.
+/// Reports for each model in memory on which devices it runs, and how long its context is.
 pub(super) fn placements(fleet: &Fleet) -> Vec<Check> {
     let told = |worker: &protocol::control::FleetWorker| {
         let id = worker.report.worker_id.short();
@@ -58,7 +58,7 @@ fn doubtful(line: String) -> Check {
     Check { doubtful: true, ..well(line) }
 }
 
-/// Names of devices come from drivers and from other machines.
+/// Returns a check on one line: device names come from drivers and from other machines.
 fn named(name: &'static str, line: String) -> Check {
     check(name, Ok(output::one_line(&line)))
 }

@@ -1,5 +1,5 @@
-//! What `tether doctor` says of a network of processes: who answers, whether this machine belongs to it, whose clock is
-//! off.
+//! Checks of `tether doctor` for a network of processes: which nodes answer, whether this machine belongs to it, and
+//! whose clock is off.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -19,16 +19,16 @@ use crate::node::Pool;
 use crate::operator::{client_network, random_key};
 use crate::output;
 
-/// How long a node that was found may take to say what it is.
+/// Timeout for a node's description.
 const DESCRIBE: Duration = Duration::from_secs(3);
-/// Nodes of one region that are asked. Anyone may announce on a topic.
+/// The most nodes of one region that are asked. Anyone may announce on a topic.
 const ASKED_MAX: usize = 64;
 /// How long a node may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The roles of nodes that have an enrolment.
+/// The roles whose nodes are enrolled.
 const ROLES: [&str; 3] = ["orchestrator", "gateway", "worker"];
 
-/// Looks at the network that the data folder belongs to. There is nothing to say where it belongs to none.
+/// Checks the network that the data folder belongs to. Returns nothing if it belongs to none.
 pub(super) async fn checks(context: &Context) -> Vec<Check> {
     let pool = match context.data.pool() {
         Ok(Some(pool)) => pool,
@@ -74,7 +74,7 @@ async fn look(context: &Context, pool: &Pool) -> anyhow::Result<Vec<Check>> {
     Ok(checks)
 }
 
-/// Returns the regions that matter here: those of this machine's services, and the registry's.
+/// Returns the relevant regions: those of this machine's services, and the registry's.
 async fn regions(context: &Context, pool: &Pool, client: &Client) -> anyhow::Result<BTreeSet<Region>> {
     let mut regions = BTreeSet::new();
     for role in context.data.roles() {
@@ -91,7 +91,7 @@ async fn regions(context: &Context, pool: &Pool, client: &Client) -> anyhow::Res
     Ok(regions)
 }
 
-/// Asks every node that announces itself as a service of these regions what it is.
+/// Asks every node that announces itself as a service of these regions for its role.
 async fn services(network: &HyperswarmTransport, client: &Client, regions: &BTreeSet<Region>) -> Services {
     let mut services = Services { regions: regions.clone(), ..Services::default() };
     for region in regions {
@@ -116,14 +116,14 @@ async fn services(network: &HyperswarmTransport, client: &Client, regions: &BTre
 #[derive(Debug, Default)]
 struct Services {
     regions: BTreeSet<Region>,
-    /// How many answer, by what they do and where.
+    /// How many answer, by role and region.
     answering: BTreeMap<(NodeRole, Region), usize>,
-    /// How many do not, whatever they are.
+    /// How many do not answer, of any role.
     silent: usize,
 }
 
 impl Services {
-    /// Returns whether services of a role answer, and where.
+    /// Returns how many services of a role answer, and where.
     fn of(&self, role: NodeRole) -> Result<String, String> {
         let word = match role {
             NodeRole::Orchestrator => "orchestrator",
@@ -163,7 +163,7 @@ async fn bootstrap(network: &HyperswarmTransport, addresses: &[std::net::SocketA
     Err(format!("no bootstrap node answers at {}; start one, or name another with --bootstrap", names.join(", ")))
 }
 
-/// Compares two clocks, of which the other was read at some time within the last `within`.
+/// Compares two clocks. The other one was read within the last `within`.
 fn clock(ours: UnixMillis, other: UnixMillis, within: Duration) -> Result<String, String> {
     let skew = ours.distance(other).saturating_sub(within);
     if skew <= SKEW_MAX / 2 {
@@ -174,7 +174,7 @@ fn clock(ours: UnixMillis, other: UnixMillis, within: Duration) -> Result<String
     Err(format!("this clock is {seconds:.0} s {word} the registry's; set it: reports more than 5 s off are dropped"))
 }
 
-/// Returns whether a node of this machine belongs to the network. `None` where there is no such node.
+/// Checks whether a node of this machine belongs to the network. `None` if there is no such node.
 async fn admission(context: &Context, pool: &Pool, role: &'static str) -> Option<Result<String, String>> {
     let path = context.data.enrolment(role);
     let enrolment = match Enrolment::load(&path) {
