@@ -218,7 +218,7 @@ impl AdoptionWatch {
         self.taken.insert(source, Taken { key, unlisted: 0, silent: 0 });
     }
 
-    /// Returns the registry's catalog, or `None` if no registry answers.
+    /// Returns the registry's catalogue, or `None` if no registry answers.
     async fn catalog(&self) -> Option<Catalog> {
         for registry in self.directory.find(NodeRole::Registry) {
             if let Ok(catalog) = self.client.call(registry, CATALOG_LIST, &Empty {}, REGISTRY_WITHIN).await {

@@ -55,7 +55,7 @@ const BEGIN_BEFORE_ACCEPT: Duration = Duration::from_millis(200);
 const READ_AT_ONCE_BYTES: usize = 256 * 1024;
 /// How often the engines are polled while no job ends.
 const METER_EVERY: Duration = Duration::from_millis(500);
-/// How long to wait for the registry's catalog at the start.
+/// How long to wait for the registry's catalogue at the start.
 const CATALOG_WITHIN: Duration = Duration::from_secs(3);
 /// How long a caller may take to receive an error or a refusal.
 const LAST_WORD: Duration = Duration::from_secs(1);
@@ -107,7 +107,7 @@ pub struct BaseWorker {
 #[derive(Debug, Clone)]
 pub struct WorkerHandle {
     worker_id: WorkerId,
-    /// When the registry's catalog was first read.
+    /// When the registry's catalogue was first read.
     catalog_read: watch::Sender<Option<Instant>>,
     /// How many servers' models were found; `None` before the first poll.
     adopted: watch::Sender<Option<usize>>,

@@ -17,7 +17,7 @@ use crate::config::{CatalogUse, ServedAdapter, ServedModel};
 use crate::listed::Listed;
 use crate::model_loader::ModelLoader;
 
-/// How often the catalog is read.
+/// How often the catalogue is read.
 const EVERY: Duration = Duration::from_secs(3);
 /// How long to wait for a registry to be found at the start.
 const FOUND_WITHIN: Duration = Duration::from_secs(2);
@@ -40,12 +40,12 @@ pub(crate) struct CatalogWatch {
     unlisted: BTreeMap<Digest, Instant>,
     /// The models that this watch added.
     taken: BTreeMap<ModelKey, ServedModel>,
-    /// When the catalog was first read.
+    /// When the catalogue was first read.
     read: watch::Sender<Option<Instant>>,
 }
 
 impl CatalogWatch {
-    /// Creates a watch that publishes when it first read the catalog.
+    /// Creates a watch that publishes when it first read the catalogue.
     pub(crate) fn new(
         client: Client,
         directory: Directory,
@@ -59,12 +59,12 @@ impl CatalogWatch {
         Self { client, directory, membership, loader, use_of, listed, unlisted, taken, read }
     }
 
-    /// Follows the catalog until `stop`.
+    /// Follows the catalogue until `stop`.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let watching = async {
             let mut ticks = time::interval(EVERY);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            // Wait for the registry, so that its catalog is read as soon as it is found.
+            // Wait for the registry, so that its catalogue is read as soon as it is found.
             self.directory.wait_for(NodeRole::Registry, FOUND_WITHIN).await;
             loop {
                 ticks.tick().await;
@@ -78,7 +78,7 @@ impl CatalogWatch {
         stop.run_until_cancelled(watching).await;
     }
 
-    /// Reads the catalog. Without a registry nothing changes.
+    /// Reads the catalogue. Without a registry nothing changes.
     async fn list(&self) -> Option<Catalog> {
         for registry in self.directory.find(NodeRole::Registry) {
             match self.client.call::<_, Catalog>(registry, CATALOG_LIST, &Empty {}, ANSWER_WITHIN).await {

@@ -153,7 +153,7 @@ impl Fetcher {
         &self.store
     }
 
-    /// Returns the catalog's entry of a file that may be fetched.
+    /// Returns the catalogue's entry of a file that may be fetched.
     pub(crate) fn fetchable(&self, digest: &Digest) -> Option<ListedFile> {
         self.listed.get(digest).filter(|_| self.use_of == CatalogUse::Fetch)
     }

@@ -9,7 +9,7 @@ use protocol::model::{ModelEntry, ModelKey};
 use protocol::{Digest, ModelName};
 use tokio::sync::watch;
 
-/// The catalog's facts about one artifact.
+/// The catalogue's facts about one artifact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ListedFile {
     /// Its length in bytes.
@@ -25,7 +25,7 @@ pub(crate) struct ListedFile {
 pub(crate) struct Listed(watch::Sender<Arc<BTreeMap<Digest, ListedFile>>>);
 
 impl Listed {
-    /// Replaces the list with that of a catalog.
+    /// Replaces the list with that of a catalogue.
     pub(crate) fn update(&self, catalog: &Catalog) {
         let added: BTreeMap<&ModelKey, &ModelEntry> =
             catalog.models.iter().filter(|model| model.added).map(|model| (&model.key, model)).collect();
@@ -72,7 +72,7 @@ impl Listed {
     }
 }
 
-/// Estimates the least memory that a model takes, from the catalog. Counts its weights, and a quarter of what the
+/// Estimates the least memory that a model takes, from the catalogue. Counts its weights, and a quarter of what the
 /// default settings need besides them, since contexts are shortened when memory is short. The plan before the load is
 /// more precise.
 fn memory_min(model: &ModelEntry) -> u64 {

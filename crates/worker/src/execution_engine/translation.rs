@@ -81,7 +81,7 @@ pub(super) fn wire_error(error: &EngineError, input: &Input) -> WireError {
                 Input { embed: Some(_), .. } => ("input", "input"),
                 _ => ("prompt", "prompt"),
             };
-            // OpenAI's wording: clients recognize a full context by this message, not by the code.
+            // OpenAI's wording: clients recognise a full context by this message, not by the code.
             let message = format!(
                 "This model's maximum context length is {context_length} tokens. However, your {what} resulted in \
                  {prompt_tokens} tokens. Please reduce the length of the {what}."

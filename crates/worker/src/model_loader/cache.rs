@@ -99,9 +99,9 @@ impl Load {
 /// How long a model stays in memory, by sources other than this worker's settings.
 #[derive(Debug, Default, Clone, Copy)]
 struct Wishes {
-    /// The catalog pins it.
+    /// The catalogue pins it.
     pin: bool,
-    /// The catalog's `keep_alive`, in seconds.
+    /// The catalogue's `keep_alive`, in seconds.
     listed: Option<i64>,
     /// The `keep_alive` of the last request or operator while it is in memory, in seconds.
     asked: Option<i64>,
@@ -141,7 +141,7 @@ pub(crate) struct Entry {
     warm: Mutex<WarmPrefixes>,
 }
 
-/// The models that the worker serves: those of its configuration, in its order, and then those of the catalog.
+/// The models that the worker serves: those of its configuration, in its order, and then those of the catalogue.
 #[derive(Debug)]
 pub(crate) struct ModelCache {
     entries: RwLock<Arc<[Arc<Entry>]>>,
@@ -339,7 +339,7 @@ impl Entry {
         self.seat.lock()
     }
 
-    /// Applies the catalog's pin and `keep_alive`. Returns whether the model has become pinned.
+    /// Applies the catalogue's pin and `keep_alive`. Returns whether the model has become pinned.
     pub(crate) fn follow(&self, pin: bool, keep_alive_secs: Option<i64>) -> bool {
         self.wish(|wishes| (wishes.pin, wishes.listed) = (pin, keep_alive_secs))
     }
