@@ -142,7 +142,7 @@ impl GatewayClient {
         &self.url
     }
 
-    /// Returns whether a gateway answers there.
+    /// Checks whether a gateway answers at the URL.
     pub async fn presence(&self) -> Presence {
         let asked = timeout(PRESENT_WITHIN, async {
             // Sent without the key: the check needs none, and the server may be another program.

@@ -110,7 +110,7 @@ impl DataFolder {
             .with_context(|| format!("could not write {}", path.display()))
     }
 
-    /// Forgets the network that this folder's own registry founded, when it goes on in one process.
+    /// Forgets the network that this folder's own registry founded, when it goes on without other machines.
     pub fn forget_pool(&self, registry: PublicKey) -> anyhow::Result<()> {
         if self.pool()?.is_some_and(|pool| pool.registry == registry) {
             let path = self.path.join("pool.json");
