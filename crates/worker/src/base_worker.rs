@@ -344,8 +344,8 @@ impl WorkerHandle {
         self.loader.cache().ready().into_iter().filter_map(|(_, loaded)| loaded.pid).collect()
     }
 
-    /// Waits until the models that operators added are served and an orchestrator knows of them. The wait is short if
-    /// no registry or no orchestrator answers.
+    /// Waits until the models that operators added are served and an orchestrator knows of them. Gives up after a few
+    /// seconds if no registry or no orchestrator answers.
     pub async fn has_catalog(&self) {
         let mut read = self.catalog_read.subscribe();
         let known = async {

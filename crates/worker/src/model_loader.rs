@@ -325,7 +325,7 @@ impl ModelLoader {
         }
     }
 
-    /// Returns the memory that a model could have if every model that may be unloaded were.
+    /// Returns the memory that a model could have if all others that may be unloaded were unloaded.
     fn most_memory(&self) -> Memory {
         let seats: Vec<Seat> = self.cache.seated().iter().map(|entry| entry.seat().clone()).collect();
         residency::most(&seats, self.memory(&seats))
@@ -652,7 +652,7 @@ impl ModelLoader {
         }
     }
 
-    /// Offers a model until it is listed, and then never returns. Returns only if the model is refused.
+    /// Offers a model until it is listed. Returns only if the registry refuses it.
     async fn offer_until_listed(&self, offer: Option<ModelOffer>) -> OfferError {
         while let Some(offer) = &offer {
             time::sleep(OFFER_EVERY).await;

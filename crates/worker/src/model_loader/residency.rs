@@ -171,7 +171,7 @@ pub(crate) fn decide(seats: &[Seat], room: Memory, now: Instant) -> Decision {
     decision
 }
 
-/// Returns the memory that a model could have if every model that may be unloaded were.
+/// Returns the memory that a model could have if all others that may be unloaded were unloaded.
 pub(crate) fn most(seats: &[Seat], room: Memory) -> Memory {
     let others = seats.iter().filter(|seat| seat.is_in() && !seat.is_pinned);
     others.fold(room, |sum, seat| sum.with(seat.memory()))
