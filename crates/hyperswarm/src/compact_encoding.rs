@@ -1,26 +1,29 @@
-//! How values become bytes: the format of the Node package `compact-encoding`.
+//! Encodes values as bytes in the format of the Node package `compact-encoding`.
 //!
-//! Integers are little-endian. A `uint` takes one byte up to `0xfc`, else a marker byte and 2, 4 or 8 bytes.
+//! Integers are little-endian. A `uint` up to `0xfc` takes one byte. A larger one takes a marker byte and 2, 4 or 8
+//! bytes.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6};
 
 use bytes::{BufMut, BytesMut};
 
-/// The largest integer that JavaScript holds exactly. Larger ones are neither sent nor accepted.
+/// The largest integer that JavaScript represents exactly. Decoding rejects larger ones, and callers must not encode
+/// them.
 pub const UINT_MAX: u64 = (1 << 53) - 1;
 
-/// Why bytes could not be read.
+/// Why bytes could not be decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
-    /// The value is longer than the bytes at hand.
+    /// The value is longer than the remaining bytes.
     #[error("the value ends too early")]
     Truncated,
-    /// The bytes say something that the format does not allow.
+    /// The bytes violate the format.
     #[error("{0}")]
     Invalid(&'static str),
 }
 
-/// Reads values from the front of a slice. A failed read leaves the rest undefined; give up then.
+/// Decodes values from the front of a slice. After a failed read the position is unspecified, so the decoder must not
+/// be used further.
 #[derive(Debug, Clone)]
 pub struct Decoder<'a> {
     rest: &'a [u8],
@@ -32,56 +35,56 @@ impl<'a> Decoder<'a> {
         Self { rest: bytes }
     }
 
-    /// Returns what is left, without taking it.
+    /// Returns the remaining bytes without reading them.
     pub fn rest(&self) -> &'a [u8] {
         self.rest
     }
 
-    /// Returns whether everything was read.
+    /// Returns whether all bytes were read.
     pub fn is_empty(&self) -> bool {
         self.rest.is_empty()
     }
 
-    /// Takes all that is left (`raw`).
+    /// Reads all remaining bytes (`raw`).
     pub fn raw(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.rest)
     }
 
-    /// Takes exactly `length` bytes.
+    /// Reads exactly `length` bytes.
     pub fn bytes(&mut self, length: usize) -> Result<&'a [u8], DecodeError> {
         let (taken, rest) = self.rest.split_at_checked(length).ok_or(DecodeError::Truncated)?;
         self.rest = rest;
         Ok(taken)
     }
 
-    /// Takes an array of `N` bytes, such as a key (`fixed32`, `fixed64`).
+    /// Reads an array of `N` bytes, such as a key (`fixed32`, `fixed64`).
     pub fn fixed<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
         let (taken, rest) = self.rest.split_first_chunk::<N>().ok_or(DecodeError::Truncated)?;
         self.rest = rest;
         Ok(*taken)
     }
 
-    /// Takes one byte.
+    /// Reads one byte.
     pub fn u8(&mut self) -> Result<u8, DecodeError> {
         Ok(self.fixed::<1>()?[0])
     }
 
-    /// Takes two bytes.
+    /// Reads two bytes.
     pub fn u16(&mut self) -> Result<u16, DecodeError> {
         Ok(u16::from_le_bytes(self.fixed()?))
     }
 
-    /// Takes four bytes.
+    /// Reads four bytes.
     pub fn u32(&mut self) -> Result<u32, DecodeError> {
         Ok(u32::from_le_bytes(self.fixed()?))
     }
 
-    /// Takes eight bytes.
+    /// Reads eight bytes.
     pub fn u64(&mut self) -> Result<u64, DecodeError> {
         Ok(u64::from_le_bytes(self.fixed()?))
     }
 
-    /// Takes an integer of one to nine bytes.
+    /// Reads an integer of one to nine bytes.
     pub fn uint(&mut self) -> Result<u64, DecodeError> {
         let value = match self.u8()? {
             0xfd => self.u16()?.into(),
@@ -95,35 +98,35 @@ impl<'a> Decoder<'a> {
         Ok(value)
     }
 
-    /// Takes a length and that many bytes.
+    /// Reads a length and that many bytes.
     pub fn buffer(&mut self) -> Result<&'a [u8], DecodeError> {
         let length = usize::try_from(self.uint()?).map_err(|_| DecodeError::Truncated)?;
         self.bytes(length)
     }
 
-    /// Takes a buffer where an empty one stands for none (the package's `buffer`, which decodes empty as `null`).
+    /// Reads a buffer; an empty one means no value (the package's `buffer`, which decodes an empty buffer as `null`).
     pub fn optional_buffer(&mut self) -> Result<Option<&'a [u8]>, DecodeError> {
         Ok(Some(self.buffer()?).filter(|bytes| !bytes.is_empty()))
     }
 
-    /// Takes a length and that many bytes of UTF-8.
+    /// Reads a length and that many bytes of UTF-8.
     pub fn string(&mut self) -> Result<&'a str, DecodeError> {
         std::str::from_utf8(self.buffer()?).map_err(|_| DecodeError::Invalid("the string is not UTF-8"))
     }
 
-    /// Takes four octets and a port.
+    /// Reads four octets and a port.
     pub fn ipv4(&mut self) -> Result<SocketAddrV4, DecodeError> {
         let octets: [u8; 4] = self.fixed()?;
         Ok(SocketAddrV4::new(Ipv4Addr::from(octets), self.u16()?))
     }
 
-    /// Takes sixteen octets and a port.
+    /// Reads sixteen octets and a port.
     pub fn ipv6(&mut self) -> Result<SocketAddrV6, DecodeError> {
         let octets: [u8; 16] = self.fixed()?;
         Ok(SocketAddrV6::new(Ipv6Addr::from(octets), self.u16()?, 0, 0))
     }
 
-    /// Takes a count and that many items, of which there may be at most `items_max`.
+    /// Reads a count and that many items. More than `items_max` items are an error.
     pub fn array<T>(
         &mut self,
         items_max: usize,
@@ -137,7 +140,7 @@ impl<'a> Decoder<'a> {
     }
 }
 
-/// Appends values. Implemented for the buffers that messages are written to.
+/// Appends encoded values. Implemented for the buffers that messages are written to.
 pub trait Encoder {
     /// Appends bytes as they are (`raw`, `fixed32`, `fixed64`).
     fn write_raw(&mut self, bytes: &[u8]);
@@ -157,7 +160,7 @@ pub trait Encoder {
         self.write_raw(&value.to_le_bytes());
     }
 
-    /// Appends an integer in one to nine bytes. What exceeds [`UINT_MAX`] is a mistake of the caller.
+    /// Appends an integer in one to nine bytes. It must not exceed [`UINT_MAX`].
     fn write_uint(&mut self, value: u64) {
         debug_assert!(value <= UINT_MAX, "JavaScript cannot hold {value}");
         if value <= 0xfc {
@@ -174,7 +177,7 @@ pub trait Encoder {
         }
     }
 
-    /// Appends a length and the bytes. An empty buffer stands for none as well.
+    /// Appends a length and the bytes. An empty buffer also encodes the absence of a value.
     fn write_buffer(&mut self, bytes: &[u8]) {
         self.write_uint(bytes.len() as u64);
         self.write_raw(bytes);
@@ -221,7 +224,7 @@ impl Encoder for BytesMut {
     }
 }
 
-/// Returns how many bytes [`Encoder::write_uint`] takes for a value.
+/// Returns how many bytes [`Encoder::write_uint`] writes for a value.
 pub fn uint_size(value: u64) -> usize {
     match value {
         0..=0xfc => 1,

@@ -1,4 +1,4 @@
-//! Keys, hashes and sealed messages, as the Node packages use libsodium for them.
+//! Keys, hashes and authenticated encryption, compatible with how the Node packages use libsodium.
 
 pub mod hash;
 pub mod key_pair;
@@ -8,7 +8,7 @@ pub mod secretbox;
 pub use hash::{hash, keyed_hash, namespace};
 pub use key_pair::{KeyPair, PublicKey};
 
-/// Returns unpredictable bytes. The one place of this crate where chance comes in.
+/// Returns cryptographically random bytes. All randomness of this crate comes from here.
 pub fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).expect("the operating system has a source of randomness");

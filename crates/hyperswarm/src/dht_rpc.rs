@@ -1,8 +1,8 @@
-//! Requests between the nodes of a Kademlia table, compatible with the Node package `dht-rpc`.
+//! Requests between the nodes of a Kademlia DHT, compatible with the Node package `dht-rpc`.
 //!
-//! [`DhtRpc`] is one node: it keeps a table of other nodes, answers what they ask about it, and walks towards a target
-//! for a [`Query`]. The commands of the layer above go to a [`Handler`]. What a node decides is in [`state`], which
-//! does no I/O; [`node`] acts on it.
+//! [`DhtRpc`] is one node. It keeps a routing table, answers requests about it, and walks towards a target for a
+//! [`Query`]. The commands of the layer above go to a [`Handler`]. The decisions of a node are made in [`state`], which
+//! does no I/O; [`node`] carries them out.
 
 mod aging_map;
 mod congestion;
@@ -45,39 +45,40 @@ use self::state::{State, Via};
 use crate::crypto::random;
 use crate::udx::{Datagram, Socket, Udx};
 
-/// The port that nodes use by custom.
+/// The conventional port of the DHT.
 pub const DEFAULT_PORT: u16 = 49_737;
 
-/// What a node is to be.
+/// Configuration of a node.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The address to bind to. `127.0.0.1` keeps a test network to itself.
+    /// The address to bind to. `127.0.0.1` confines a test network to this host.
     pub host: Ipv4Addr,
-    /// The first of five ports to try. 0 takes any.
+    /// The first of five ports to try. Port 0 takes any free port.
     pub port: u16,
-    /// Whether any port will do when those are taken.
+    /// Whether to take any free port if all five are in use.
     pub any_port: bool,
-    /// Nodes that know others. None starts a network of its own.
+    /// Bootstrap nodes. An empty list starts a new network.
     pub bootstrap: Vec<SocketAddrV4>,
-    /// Nodes from an earlier run, so that this one finds the network without the bootstrap nodes as well.
+    /// Nodes from an earlier run, so that this node can join even if no bootstrap node answers.
     pub known_nodes: Vec<SocketAddrV4>,
-    /// Whether the node stays out of other nodes' tables. `None` lets it in once it has proven stable and reachable.
+    /// Whether the node stays out of other nodes' routing tables. `None` makes it persistent once it has proven stable
+    /// and reachable.
     pub ephemeral: Option<bool>,
-    /// Whether others may be unable to reach the node. `true` lets it find out.
+    /// Whether others may be unable to reach the node. `true` lets the node detect it.
     pub firewalled: bool,
-    /// Whether to look for a firewall as soon as the first node answers.
+    /// Whether to check for a firewall as soon as the first node answers.
     pub quick_firewall: bool,
-    /// The address that others reach this node at, where that is certain, as for a bootstrap node.
+    /// The address at which others reach this node, if it is known for certain, as for a bootstrap node.
     pub public_address: Option<SocketAddrV4>,
-    /// How long a node must have run before it becomes a lasting part of the table.
+    /// How long a node must have run before it becomes persistent.
     pub stable_after: Duration,
     /// How many nodes a query asks at once.
     pub concurrency: usize,
-    /// How many requests may be on their way without an answer, per 750 ms.
+    /// How many unanswered requests may be in flight, per slot of 750 ms.
     pub window_max: usize,
-    /// How many requests per second one source may send lastingly.
+    /// The sustained number of requests per second that one source may send.
     pub requests_per_second: u32,
-    /// How many requests one source may send at once.
+    /// The number of requests that one source may send in a burst.
     pub requests_burst: u32,
 }
 
@@ -103,7 +104,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// A node that others begin with: lasting and open, at an address that never changes.
+    /// Returns the configuration of a bootstrap node: persistent, not firewalled, at an address that never changes.
     pub fn bootstrapper(address: SocketAddrV4) -> Self {
         Self {
             host: *address.ip(),
@@ -115,10 +116,10 @@ impl Config {
         }
     }
 
-    /// Returns the address that others see for sure, if the node knows it.
+    /// Returns the address that others are certain to see, if the node knows it.
     fn known_public_address(&self, server: SocketAddrV4) -> Option<SocketAddrV4> {
-        // The first node of a network has nobody to ask and must answer at once: it goes by what it is bound to, and by
-        // the machine's own address where that is every address.
+        // The first node of a network has no other node to ask and must answer at once. It uses the address it is bound
+        // to, or the host's own address if it is bound to every address.
         let own = reachable(server);
         let is_sure = !self.host.is_unspecified() || self.ephemeral == Some(false);
         let is_first = is_sure && self.bootstrap.iter().all(|node| *node == own);
@@ -127,13 +128,13 @@ impl Config {
     }
 }
 
-/// Answers the commands of the layer above. Called where datagrams are read, so it must not block.
+/// Handles the commands of the layer above. Called from the task that reads datagrams, so it must not block.
 pub trait Handler: Send + Sync {
-    /// Takes a request. Whoever does not know its command answers [`UNKNOWN_COMMAND`].
+    /// Handles a request. Answers a command that it does not know with [`UNKNOWN_COMMAND`].
     fn on_request(&self, request: DhtRequest);
 }
 
-/// A handler that knows no commands: a node that only keeps a table.
+/// A handler that knows no commands, for a node that only keeps a routing table.
 #[derive(Debug, Default)]
 pub struct NoCommands;
 
@@ -146,64 +147,64 @@ impl Handler for NoCommands {
 /// A request to one node.
 #[derive(Debug, Clone, Default)]
 pub struct Call {
-    /// What to do.
+    /// The command.
     pub command: u64,
-    /// What it is about.
+    /// What the command is about.
     pub target: Option<Id>,
-    /// What the node gave out before, where it is asked to store something.
+    /// The token that the node issued before, if the node is asked to store something.
     pub token: Option<Token>,
-    /// The rest, as the command wants it.
+    /// The value, in the command's format.
     pub value: Option<Bytes>,
 }
 
 impl Call {
-    /// Starts with a command alone.
+    /// Makes a request with a command alone.
     pub fn new(command: u64) -> Self {
         Self { command, ..Self::default() }
     }
 }
 
-/// How a request differs from a plain one.
+/// Options of a request.
 #[derive(Clone, Default)]
 pub struct RequestOptions {
-    /// The socket to send from instead of the node's own. What comes back to it must go to [`DhtRpc::receive`].
+    /// The socket to send from instead of the node's own. Datagrams that it receives must go to [`DhtRpc::receive`].
     pub socket: Option<Socket>,
-    /// How often to send it again, instead of three times.
+    /// How often to resend, instead of three times.
     pub retries: Option<u8>,
-    /// How long to wait for an answer to each copy, instead of what the node's earlier answers suggest.
+    /// How long to wait for an answer to each copy, instead of the estimate from the node's earlier answers.
     pub timeout: Option<Duration>,
 }
 
-/// What a node answered.
+/// The answer of a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DhtReply {
-    /// Who answered.
+    /// The address of the node that answered.
     pub from: SocketAddrV4,
-    /// The node's id, where it is a lasting part of the table.
+    /// The node's id, if it is persistent.
     pub from_id: Option<Id>,
-    /// This node's address as the other sees it.
+    /// This node's address as the other node sees it.
     pub to: SocketAddrV4,
-    /// Whether it came to the server socket, which only an open node asks from.
+    /// Whether the answer came to the server socket, which a node asks from only if it is not firewalled.
     pub on_server_socket: bool,
-    /// How long it took.
+    /// The round-trip time.
     pub rtt: Duration,
-    /// What to send back before anything is stored.
+    /// The token to send back with a request to store something.
     pub token: Option<Token>,
     /// Nodes closer to the target.
     pub closer_nodes: Vec<SocketAddrV4>,
-    /// Why the node refused, or 0.
+    /// The error code, or 0.
     pub error: u64,
-    /// The rest, as the command has it.
+    /// The value, in the command's format.
     pub value: Option<Bytes>,
 }
 
 /// Why a request has no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum DhtRequestError {
-    /// The node was asked several times.
+    /// The node did not answer any of several copies.
     #[error("the node does not answer")]
     Timeout,
-    /// More requests are on their way than a node may have.
+    /// Too many requests are in flight.
     #[error("too many requests are on their way")]
     Busy,
     /// This node was stopped.
@@ -211,7 +212,7 @@ pub enum DhtRequestError {
     Stopped,
 }
 
-/// A node of the table. Clones are the same node, which stops when the last of them is gone.
+/// A node of the DHT. Clones refer to the same node, which stops when the last clone is dropped.
 #[derive(Clone)]
 pub struct DhtRpc {
     node: Arc<Node>,
@@ -219,7 +220,7 @@ pub struct DhtRpc {
 }
 
 impl DhtRpc {
-    /// Opens the sockets and begins to look for other nodes. Call it within a Tokio runtime.
+    /// Opens the sockets and starts looking for other nodes. Must be called within a Tokio runtime.
     pub fn start(config: Config, udx: Udx, handler: Arc<dyn Handler>) -> io::Result<Self> {
         let (server, server_datagrams) = bind_server(&config, &udx)?;
         let (client, client_datagrams) = udx.bind(SocketAddrV4::new(config.host, 0))?;
@@ -247,12 +248,12 @@ impl DhtRpc {
         Ok(Self { node, _stop_on_drop: Arc::new(stop.drop_guard()) })
     }
 
-    /// Sends a request to one node and waits for the answer, which may be an error of the node.
+    /// Sends a request to one node and waits for the answer, which may be an error from that node.
     pub async fn request(&self, call: Call, to: SocketAddrV4) -> Result<DhtReply, DhtRequestError> {
         self.request_with(call, to, RequestOptions::default()).await
     }
 
-    /// Does the same as [`request`](Self::request) with options.
+    /// Like [`request`](Self::request), with options.
     pub async fn request_with(
         &self,
         call: Call,
@@ -262,12 +263,12 @@ impl DhtRpc {
         self.node.request(&call, to, options, false).await
     }
 
-    /// Asks a node for a sign of life.
+    /// Pings a node.
     pub async fn ping(&self, to: SocketAddrV4, options: RequestOptions) -> Result<DhtReply, DhtRequestError> {
         self.node.request(&Call::new(PING), to, options, true).await
     }
 
-    /// Asks a node for a sign of life after a delay of at most ten seconds.
+    /// Asks a node to answer a ping after a delay of at most ten seconds.
     pub async fn delayed_ping(&self, to: SocketAddrV4, delay: Duration) -> Result<DhtReply, DhtRequestError> {
         let millis = u32::try_from(delay.as_millis()).unwrap_or(u32::MAX);
         let call = Call { value: Some(millis.to_le_bytes().to_vec().into()), ..Call::new(DELAYED_PING) };
@@ -275,33 +276,33 @@ impl DhtRpc {
         self.node.request(&call, to, RequestOptions { timeout, ..RequestOptions::default() }, true).await
     }
 
-    /// Walks towards a target and asks the nodes on the way.
+    /// Walks towards a target and queries the nodes on the way.
     pub fn query(&self, query: Query) -> QueryStream {
         self.node.with(State::postpone_refresh);
         QueryStream::new(self.node.clone(), query)
     }
 
-    /// Takes a datagram that came to a socket which somebody lent for a request.
+    /// Handles a datagram that arrived at a socket which a caller lent for a request.
     pub fn receive(&self, socket: &Socket, datagram: Datagram) {
         self.node.receive(&self.node.via_of(socket), datagram);
     }
 
-    /// Returns this node's address as others see it, where they can reach it.
+    /// Returns this node's address as others see it, if they can reach it there.
     pub fn remote_address(&self) -> Option<SocketAddrV4> {
         self.node.with(|state| state.remote_address())
     }
 
-    /// Returns what other nodes say about this node's address, whether or not they can reach it.
+    /// Returns what other nodes report about this node's address, whether or not they can reach it.
     pub fn reflexive_address(&self) -> Option<Reflexive> {
         self.node.with(|state| state.sampler.address())
     }
 
-    /// Returns this node's id, once it is a lasting part of the table.
+    /// Returns this node's id, once the node is persistent.
     pub fn id(&self) -> Option<Id> {
         self.node.with(|state| state.id())
     }
 
-    /// Returns whether this node is a lasting part of the table.
+    /// Returns whether this node is persistent.
     pub fn is_persistent(&self) -> bool {
         self.node.with(|state| !state.ephemeral)
     }
@@ -311,27 +312,27 @@ impl DhtRpc {
         self.node.with(|state| state.firewalled)
     }
 
-    /// Returns the socket that this node talks from.
+    /// Returns the socket that this node sends from.
     pub fn socket(&self) -> Socket {
         self.node.socket(&self.node.with(|state| state.via())).clone()
     }
 
-    /// Returns the socket that an open node is reached at.
+    /// Returns the socket at which a node without a firewall is reached.
     pub fn server_socket(&self) -> Socket {
         self.node.server.clone()
     }
 
-    /// Returns the socket that a node behind a firewall talks from.
+    /// Returns the socket that a firewalled node sends from.
     pub fn client_socket(&self) -> Socket {
         self.node.client.clone()
     }
 
-    /// Returns nodes that last, those heard last first, for `known_nodes` of another start.
+    /// Returns persistent nodes, the most recently heard first, to be passed as `known_nodes` to the next start.
     pub fn routing_nodes(&self) -> Vec<SocketAddrV4> {
         self.node.with(|state| state.routing_nodes())
     }
 
-    /// Waits until the first walk is over, whether or not it met anyone.
+    /// Waits until the first walk is over, whether or not it found any node.
     pub async fn bootstrapped(&self) {
         let mut bootstrapped = self.node.bootstrapped.subscribe();
         self.node.stop.run_until_cancelled(bootstrapped.wait_for(|done| *done)).await.map(drop).unwrap_or_default();
@@ -359,7 +360,7 @@ impl std::fmt::Debug for DhtRpc {
     }
 }
 
-/// Binds the first free of five ports, so that a node that starts again is found where it was.
+/// Binds the first free one of five ports, so that a restarted node is usually found at its old address.
 fn bind_server(config: &Config, udx: &Udx) -> io::Result<(Socket, mpsc::Receiver<Datagram>)> {
     let mut last_error = None;
     let ports = if config.port == 0 { 0..0 } else { config.port..config.port.saturating_add(5) };

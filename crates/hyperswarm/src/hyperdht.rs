@@ -1,9 +1,10 @@
-//! Records, announcements and connections by public key, on top of [`crate::dht_rpc`]. Compatible with the Node
-//! package `hyperdht`.
+//! Stores records, announces peers and opens connections by public key, on top of [`crate::dht_rpc`]. Compatible with
+//! the Node package `hyperdht`.
 //!
-//! A server announces itself to the three nodes closest to the hash of its key. They are its relays: a client finds
-//! them by a walk through the table and hands them a Noise message, which they pass on. With the server's answer both
-//! ends know each other's address and stream, and connect over UDX without anyone in between.
+//! A server announces itself to the three nodes closest to the hash of its public key. These nodes become its relays. A
+//! client finds them by walking the DHT and sends them a Noise handshake message, which they forward to the server. The
+//! server's answer gives each side the address and the stream of the other. The two then connect over UDX without a
+//! relay in between.
 
 pub mod announcer;
 pub mod commands;
@@ -44,28 +45,28 @@ use crate::dht_rpc::{self, DhtRpc, Id};
 use crate::secret_stream::SecretStream;
 use crate::udx::Udx;
 
-/// What a node of the DHT is to be.
+/// Configuration of a DHT node.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The address to bind to. Port 0 takes any; another one is taken, or the start fails.
+    /// The address to bind to. Port 0 takes any free port. Starting fails if another port is in use.
     pub bind: SocketAddrV4,
-    /// Nodes that know others. None starts a network of its own.
+    /// Bootstrap nodes. An empty list starts a new network.
     pub bootstrap: Vec<SocketAddrV4>,
-    /// Nodes from an earlier run ([`HyperDht::routing_nodes`]), asked as well.
+    /// Nodes from an earlier run ([`HyperDht::routing_nodes`]), used in addition to `bootstrap`.
     pub known_nodes: Vec<SocketAddrV4>,
-    /// Where servers were found in an earlier run ([`HyperDht::known_addresses`]).
+    /// Addresses at which servers were found in an earlier run ([`HyperDht::known_addresses`]).
     pub known_addresses: Vec<(PublicKey, Vec<SocketAddrV4>)>,
-    /// Whether the node stays out of the table, as clients and short-lived programs should.
+    /// Whether the node stays out of other nodes' routing tables, as clients and short-lived programs should.
     pub ephemeral: bool,
-    /// Whether others may be unable to reach the node. `None` lets it find out.
+    /// Whether others may be unable to reach the node. `None` lets the node detect it.
     pub firewalled: Option<bool>,
-    /// The address that others reach this node at, where that is certain.
+    /// The address at which others reach this node, if it is known for certain.
     pub public_address: Option<SocketAddrV4>,
-    /// How many requests per second one source may send lastingly.
+    /// The sustained number of requests per second that one source may send.
     pub requests_per_second: u32,
-    /// How many requests one source may send at once.
+    /// The number of requests that one source may send in a burst.
     pub requests_burst: u32,
-    /// How much a lasting node keeps for others.
+    /// How much a persistent node stores for others.
     pub limits: Limits,
 }
 
@@ -105,13 +106,13 @@ impl Config {
     }
 }
 
-/// A node of the DHT. Clones are the same node.
+/// A node of the DHT. Clones refer to the same node.
 #[derive(Clone)]
 pub struct HyperDht {
     shared: Arc<Shared>,
 }
 
-/// What the clones of a node, its servers and its connecting clients share.
+/// State shared by the clones of a node, its servers and its connecting clients.
 struct Shared {
     rpc: DhtRpc,
     udx: Udx,
@@ -126,7 +127,7 @@ impl Shared {
         self.known.lock()
     }
 
-    /// Returns where this node reaches itself.
+    /// Returns the address at which this node reaches itself.
     fn own_address(&self) -> SocketAddrV4 {
         let mut address = self.rpc.server_socket().local_address();
         if address.ip().is_unspecified() {
@@ -143,7 +144,7 @@ impl Drop for Shared {
 }
 
 impl HyperDht {
-    /// Opens the sockets and begins to look for other nodes. Must be called within a runtime.
+    /// Opens the sockets and starts looking for other nodes. Must be called within a Tokio runtime.
     pub fn start(config: Config) -> io::Result<Self> {
         let (udx, request_handler) = (Udx::new(), Arc::new(RequestHandler::new(config.limits)));
         let rpc = DhtRpc::start(config.rpc(), udx.clone(), request_handler.clone())?;
@@ -162,7 +163,7 @@ impl HyperDht {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Starts a node that others begin with: lasting, open, at an address that never changes.
+    /// Starts a bootstrap node: persistent, not firewalled, at an address that never changes.
     pub fn bootstrapper(bind: SocketAddrV4) -> io::Result<Self> {
         let config = Config { bind, ephemeral: false, firewalled: Some(false), ..Config::default() };
         Self::start(config)
@@ -170,7 +171,7 @@ impl HyperDht {
 
     /// Connects to the server that listens with `remote`'s secret key, as the owner of `key_pair`.
     ///
-    /// The server has proven that it is there and holds the key when this returns.
+    /// When this returns, the server has proven that it is online and holds the key.
     pub async fn connect(
         &self,
         key_pair: &KeyPair,
@@ -180,27 +181,28 @@ impl HyperDht {
         connect::connect(&self.shared, key_pair, remote, options).await
     }
 
-    /// Takes connections for a key. Returns once the server was announced, or nobody was there to announce it to.
+    /// Listens for connections to a key. Returns once the server is announced, or no node was found to announce it to.
     pub async fn listen(&self, key_pair: KeyPair, options: ServerOptions) -> Result<Server, ListenError> {
         server::listen(self, key_pair, options).await
     }
 
-    /// Looks for the nodes that know the way to a server.
+    /// Searches for the nodes that know a route to a server.
     pub fn find_peer(&self, server: &PublicKey) -> FindPeer {
         records::find_peer(&self.shared.rpc, server, Vec::new())
     }
 
-    /// Returns peers that announced a topic to this node itself, which a walk through the others does not tell.
+    /// Returns the peers that announced a topic to this node itself. A lookup asks only the other nodes.
     pub fn kept_peers(&self, topic: &Id) -> Vec<Peer> {
         self.shared.request_handler.peers(topic)
     }
 
-    /// Looks for the peers that announced a topic, among the other nodes.
+    /// Searches the other nodes for the peers that announced a topic.
     pub fn lookup(&self, topic: Id) -> Lookup {
         records::lookup(&self.shared.rpc, topic, Vec::new())
     }
 
-    /// Announces a peer under a topic once. Returns the nodes that keep the announcement for some twenty minutes.
+    /// Announces a peer under a topic once. Returns the nodes that store the announcement, which they do for about
+    /// twenty minutes.
     pub async fn announce(
         &self,
         topic: Id,
@@ -215,12 +217,12 @@ impl HyperDht {
         TopicAnnouncer::start(self.shared.rpc.clone(), topic, key_pair, relay_addresses, &self.shared.tasks)
     }
 
-    /// Takes an announcement back wherever it is found. Returns how many nodes confirmed.
+    /// Removes an announcement from every node that has it. Returns how many nodes confirmed.
     pub async fn unannounce(&self, topic: Id, key_pair: &KeyPair) -> usize {
         records::unannounce(&self.shared.rpc, topic, key_pair).await
     }
 
-    /// Stores a value under its hash. Returns the hash.
+    /// Stores a value under its hash, and returns the hash.
     pub async fn immutable_put(&self, value: Bytes) -> Result<Id, StoreError> {
         records::immutable_put(&self.shared.rpc, value).await
     }
@@ -235,22 +237,22 @@ impl HyperDht {
         records::mutable_put(&self.shared.rpc, key_pair, seq, value).await
     }
 
-    /// Returns the newest value under a key whose number is at least `seq_min`.
+    /// Returns the newest value under a key whose sequence number is at least `seq_min`.
     pub async fn mutable_get(&self, public_key: &PublicKey, seq_min: u64) -> Option<MutableValue> {
         records::mutable_get(&self.shared.rpc, public_key, seq_min, true).await
     }
 
-    /// Returns where servers were found lately, oldest first, for another start.
+    /// Returns where servers were found recently, oldest first, to be passed to the next start.
     pub fn known_addresses(&self) -> Vec<(PublicKey, Vec<SocketAddrV4>)> {
         self.shared.known().all()
     }
 
-    /// Returns nodes that last, for another start.
+    /// Returns persistent nodes, to be passed to the next start.
     pub fn routing_nodes(&self) -> Vec<SocketAddrV4> {
         self.shared.rpc.routing_nodes()
     }
 
-    /// Waits until the node has looked for others, whether or not it met any.
+    /// Waits until the first search for other nodes is over, whether or not it found any.
     pub async fn bootstrapped(&self) {
         self.shared.rpc.bootstrapped().await;
     }
@@ -260,34 +262,34 @@ impl HyperDht {
         self.shared.rpc.server_socket().local_address()
     }
 
-    /// Returns where other machines reach this node, as far as its own machine can tell.
+    /// Returns the address at which other hosts reach this node, as far as this host can tell.
     pub fn reachable_address(&self) -> SocketAddrV4 {
         dht_rpc::reachable(self.local_address())
     }
 
-    /// Returns this node's address as others see it, where they can reach it.
+    /// Returns this node's address as others see it, if they can reach it there.
     pub fn remote_address(&self) -> Option<SocketAddrV4> {
         self.shared.rpc.remote_address()
     }
 
-    /// Returns the node of the table beneath.
+    /// Returns the underlying DHT node.
     pub fn rpc(&self) -> &DhtRpc {
         &self.shared.rpc
     }
 
-    /// Takes announcements back, ends connections and closes the sockets.
+    /// Removes the announcements, closes connections and closes the sockets.
     pub async fn stop(&self) {
         self.shared.stop.cancel();
         self.shared.tasks.close();
-        // Servers take their announcements back; nobody waits for nodes that do not answer.
+        // Servers remove their announcements. Nodes that do not answer are not waited for.
         let _ = tokio::time::timeout(FAREWELL, self.shared.tasks.wait()).await;
         self.shared.rpc.stop().await;
-        // The other ends of connections are told before the program goes on, and perhaps exits.
+        // The peers of open connections are told first, because the program may exit after this.
         let _ = tokio::time::timeout(FAREWELL, self.shared.udx.closed()).await;
     }
 }
 
-/// How long a stopping node waits for others to forget it, and for its sockets to close.
+/// How long a stopping node waits for others to remove its announcements, and for its sockets to close.
 const FAREWELL: Duration = Duration::from_secs(3);
 
 impl fmt::Debug for HyperDht {

@@ -1,11 +1,12 @@
 //! Hyperswarm for Rust, compatible on the wire with the Node packages `hyperdht` and `@hyperswarm/rpc`.
 //!
-//! Knows nothing of Tether. From the ground up:
+//! This crate does not depend on the rest of Tether. Its modules, from the lowest layer up:
 //!
-//! - [`compact_encoding`]: how values become bytes; [`crypto`]: keys, hashes, Noise, sealed messages
-//! - [`udx`]: reliable streams over UDP datagrams; [`secret_stream`]: the same, encrypted, in messages
-//! - [`dht_rpc`]: requests between nodes of a Kademlia table; [`hyperdht`]: records, announcements, connections by key
-//! - [`protomux`]: many protocols on one connection; [`rpc`]: requests and responses on it
+//! - [`compact_encoding`]: the encoding of values as bytes; [`crypto`]: keys, hashes, Noise, authenticated encryption
+//! - [`udx`]: reliable streams over UDP; [`secret_stream`]: encrypted messages on such a stream
+//! - [`dht_rpc`]: requests between the nodes of a Kademlia DHT; [`hyperdht`]: records, announcements, connections by
+//!   key
+//! - [`protomux`]: many protocols on one connection; [`rpc`]: requests and responses on a channel
 
 #![warn(missing_docs)]
 

@@ -1,10 +1,11 @@
-//! Many protocols on one connection, compatible with the Node package `protomux`.
+//! Multiplexes many protocols on one connection, compatible with the Node package `protomux`.
 //!
-//! A channel carries the messages of one protocol. It is named by the protocol and, where there may be several, an id.
-//! Both sides open it, in either order or at once; what one side sends before the other has opened waits there.
+//! A channel carries the messages of one protocol. Its name is the protocol and, where there may be several channels of
+//! one protocol, an id. Both sides open the channel, in either order or at the same time. Messages that one side sends
+//! before the other has opened are buffered there.
 //!
-//! `state` knows the rules and nothing else. One task reads the connection and hands each message to its channel's
-//! inbox.
+//! `state` holds the protocol rules and does no I/O. One task reads the connection and passes each message to the inbox
+//! of its channel.
 
 mod channel;
 #[cfg(feature = "fuzzing")]
@@ -42,18 +43,18 @@ use self::outgoing::Outgoing;
 use self::state::{Event, Key, Refusal, State};
 use crate::secret_stream::{MESSAGE_BYTES_MAX, SecretStream};
 
-/// How a [`Protomux`] behaves.
+/// Options of a [`Protomux`].
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// How many channels may exist at once. What the peer opens beyond that is rejected.
+    /// The maximum number of open channels. Further channels that the peer opens are rejected.
     pub channels_max: usize,
-    /// How much the peer may send for channels that are neither accepted nor rejected, before reading waits.
+    /// How many bytes the peer may send on channels that are neither accepted nor rejected, before reading pauses.
     pub pending_bytes_max: usize,
-    /// How many of the peer's channels may wait for a [`Pairing`] to be looked at. More are rejected.
+    /// How many of the peer's channels may wait to be taken from a [`Pairing`]. More are rejected.
     pub incoming_max: usize,
-    /// How long an ending connection may take to deliver what was sent.
+    /// How long a connection that is being closed may take to deliver what was sent.
     pub linger: Duration,
-    /// How long the peer may take no answers while it asks for more.
+    /// How long the peer may send requests without reading the answers.
     pub stall: Duration,
 }
 
@@ -69,12 +70,12 @@ impl Default for Options {
     }
 }
 
-/// How a [`Channel`] behaves.
+/// Options of a [`Channel`].
 #[derive(Debug, Clone)]
 pub struct ChannelOptions {
-    /// What the peer learns when the channel opens. Only the protocol knows its format.
+    /// Data that the peer receives when the channel opens. Its format is up to the protocol.
     pub handshake: Bytes,
-    /// How much may wait for the consumer. One message always fits.
+    /// How many bytes may wait for the consumer. A single message is always accepted.
     pub queue_bytes_max: usize,
     /// What happens when the consumer does not keep up.
     pub overflow: Overflow,
@@ -89,13 +90,13 @@ impl Default for ChannelOptions {
 /// Why a channel could not be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
-    /// A channel of this protocol and id is open.
+    /// A channel of this protocol and id is open already.
     #[error("the channel is open already")]
     Duplicate,
-    /// As many channels are open as may be.
+    /// The maximum number of channels is open.
     #[error("too many channels are open")]
     TooMany,
-    /// The handshake does not fit into a message.
+    /// The handshake does not fit in a message.
     #[error("the handshake is too long")]
     TooLong,
     /// The connection is closed.
@@ -103,9 +104,9 @@ pub enum OpenError {
     Closed,
 }
 
-/// The channels of a connection. Clones share it.
+/// A connection that carries channels. Clones share it.
 ///
-/// The connection ends when all of its handles are gone: this and its clones, channels, pairings.
+/// The connection ends when all of its handles are dropped: this and its clones, channels and pairings.
 #[derive(Clone)]
 pub struct Protomux {
     handle: Arc<Handle>,
@@ -124,15 +125,15 @@ pub(crate) struct Shared {
     pairings: Mutex<HashMap<Key, mpsc::Sender<Incoming>>>,
     handle: Weak<Handle>,
     is_started: AtomicBool,
-    /// Tells the reading task that there is something to do that it did not read.
+    /// Wakes the reading task for events that it did not cause itself.
     wake: Notify,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
 
 impl Protomux {
-    /// Takes over a connection. Nothing is read before [`Protomux::start`], so that nothing that the peer opens is
-    /// rejected for not being known yet.
+    /// Takes over a connection. Reading starts with [`Protomux::start`], so that pairings can be registered before the
+    /// peer's channels would be rejected.
     pub fn new(stream: SecretStream, options: Options) -> Self {
         let handle = Arc::new_cyclic(|handle| Handle {
             shared: Arc::new(Shared {
@@ -151,7 +152,7 @@ impl Protomux {
         Self { handle }
     }
 
-    /// Begins to read. What the peer opens from here on must be opened or paired here, or it is rejected.
+    /// Starts reading. From here on, a channel that the peer opens is rejected unless this side opens or pairs it.
     pub fn start(&self) {
         let shared = &self.handle.shared;
         if !shared.is_started.swap(true, Ordering::Relaxed) {
@@ -160,12 +161,12 @@ impl Protomux {
         }
     }
 
-    /// Returns the connection beneath, for the keys of its sides.
+    /// Returns the underlying connection, for the public keys of its sides.
     pub fn stream(&self) -> &SecretStream {
         &self.handle.shared.stream
     }
 
-    /// Opens a channel. An empty id stands for none. Messages may be sent at once; the peer may still refuse the
+    /// Opens a channel. An empty id means no id. Messages may be sent at once, but the peer may still reject the
     /// channel.
     pub fn open(&self, protocol: &str, id: &[u8], options: ChannelOptions) -> Result<Channel, OpenError> {
         let queue = Arc::new(Queue::new(options.queue_bytes_max, options.overflow));
@@ -173,7 +174,7 @@ impl Protomux {
         Ok(Channel::new(outlet, queue))
     }
 
-    /// Opens a channel whose messages go to `inbox`.
+    /// Opens a channel that delivers its messages to `inbox`.
     pub(crate) fn open_with(
         &self,
         protocol: &str,
@@ -207,33 +208,33 @@ impl Protomux {
         Ok(Outlet::new(link, Arc::clone(&self.handle)))
     }
 
-    /// Takes what the peer opens for a protocol, with a certain id or with any. Replaces an earlier pairing.
+    /// Accepts the peer's channels of a protocol, with a certain id or with any id. Replaces an earlier pairing.
     pub fn pair(&self, protocol: &str, id: Option<&[u8]>) -> Pairing {
         Pairing::new(Arc::clone(&self.handle), protocol, id)
     }
 
-    /// Holds messages back, those of all channels, and sends them as one when the guard is dropped.
+    /// Holds back the messages of all channels, and sends them as one batch when the guard is dropped.
     ///
-    /// The guard must not be held while waiting for the peer: it would wait for what is held back.
+    /// Do not wait for the peer while holding the guard: the peer cannot answer a message that is held back.
     pub fn cork(&self) -> Corked<'_> {
         self.handle.shared.outgoing.cork();
         Corked { outgoing: &self.handle.shared.outgoing }
     }
 
-    /// Ends the connection after what was sent so far.
+    /// Ends the connection after everything sent so far.
     pub fn close(&self) {
         self.handle.shared.stop.cancel();
         // The reading task closes the channels.
         self.start();
     }
 
-    /// Closes the connection at once. What is not delivered yet is lost.
+    /// Closes the connection at once. Undelivered data is lost.
     pub fn destroy(&self) {
         self.handle.shared.stream.destroy();
         self.close();
     }
 
-    /// Returns whether the connection has ended, by either side: nothing can be opened any more.
+    /// Returns whether either side has ended the connection, so that no channel can be opened any more.
     pub fn is_closed(&self) -> bool {
         self.handle.shared.stop.is_cancelled()
     }
@@ -250,7 +251,7 @@ impl fmt::Debug for Protomux {
     }
 }
 
-/// Holds messages back until it is dropped. See [`Protomux::cork`].
+/// A guard that holds messages back until it is dropped. See [`Protomux::cork`].
 #[must_use]
 pub struct Corked<'a> {
     outgoing: &'a Outgoing,
@@ -277,28 +278,28 @@ impl Shared {
         self.pairings.lock()
     }
 
-    /// Lets the reading task see to what it did not bring about itself.
+    /// Wakes the reading task for events that it did not cause itself.
     fn wake_for(&self, state: &State<Arc<Link>>) {
         if state.has_events() {
             self.wake.notify_one();
         }
     }
 
-    /// Closes a channel, unless it is closed, and tells the peer.
+    /// Closes a channel, unless it is closed already, and tells the peer.
     fn close(&self, link: &Link) {
         let mut state = self.state();
-        // Under the state's lock, because afterwards the id may belong to another channel.
+        // Under the lock of the state, because afterwards the id may belong to another channel.
         if let Some(local_id) = link.shut()
             && let Some(message) = state.close(local_id)
         {
-            // A closed connection needs no word.
+            // On a closed connection the peer need not be told.
             let _ = self.outgoing.control(&message);
         }
         drop(state);
         link.inbox().shut();
     }
 
-    /// Takes what there is to do, after what was received if there is anything. Returns how reading goes on.
+    /// Collects the events of a received message, or of the rest of a batch. Returns how reading continues.
     fn take_events(
         &self,
         message: Option<Bytes>,
@@ -318,18 +319,18 @@ impl Shared {
     }
 }
 
-/// How reading goes on after what was received is done.
+/// How reading continues once the current events are handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reading {
     /// With the next message.
     Continues,
     /// With the rest of the same message.
     Unfinished,
-    /// Not before others make room.
+    /// Not until pending channels are accepted or rejected.
     Waits,
 }
 
-/// Returns whether the parts of an opening fit into one message.
+/// Returns whether the fields of an open message fit in one message.
 fn fits(parts: &[&[u8]]) -> bool {
     const OVERHEAD_BYTES: usize = 64;
     parts.iter().fold(OVERHEAD_BYTES, |sum, part| sum.saturating_add(part.len())) <= MESSAGE_BYTES_MAX

@@ -1,7 +1,8 @@
 //! Requests and responses on a [`Protomux`], compatible with the Node packages `protomux-rpc` and `@hyperswarm/rpc`.
 //!
-//! Both sides open the channel at once, named by the server's public key, and either may ask the other. There are no
-//! deadlines here: whoever drops a request has it forgotten, and a late response is dropped.
+//! Both sides open the channel at once. Its name is the server's public key, and either side may send requests. This
+//! module sets no deadlines: a caller gives up on a request by dropping it, and a response that arrives later is
+//! discarded.
 
 mod calls;
 mod codec;
@@ -28,29 +29,29 @@ use self::codec::{EVENT, REQUEST, RESPONSE, Request, encode_error};
 use crate::protomux::{self, Head, Inbox, OpenError, Outlet, Protomux};
 use crate::secret_stream::{Closed, MESSAGE_BYTES_MAX, SecretStream, SendError};
 
-/// The protocol's name on a connection.
+/// The protocol name of the channel.
 pub const PROTOCOL: &str = "protomux-rpc";
 
-/// How much of a value's limit a request or a response needs for itself, besides its method's name.
+/// How many bytes of a message a request or a response needs, in addition to the value and the method's name.
 const OVERHEAD_BYTES: usize = 64;
 
-/// Returns the longest value that surely fits into a request for a method, or into its response.
+/// Returns the maximum length of a value that is certain to fit in a request for a method, or in its response.
 pub fn value_bytes_max(method: &str) -> usize {
     MESSAGE_BYTES_MAX.saturating_sub(OVERHEAD_BYTES + method.len())
 }
 
-/// How an [`Rpc`] behaves.
+/// Options of an [`Rpc`].
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// How many requests of this side may be unanswered at once. Further ones wait.
+    /// The maximum number of unanswered requests of this side. Further ones wait.
     ///
-    /// As long as the peer takes as many, neither side stops to read while it waits for the other.
+    /// If the peer accepts as many, the two sides cannot deadlock by both pausing their reads.
     pub sent_max: usize,
-    /// How many requests of the peer may be unanswered at once. Then the connection is not read.
+    /// The maximum number of unanswered requests of the peer. Beyond it, reading from the connection pauses.
     pub received_max: usize,
-    /// How many bytes those may have. One request always fits.
+    /// The maximum number of bytes of those requests. A single request is always accepted.
     pub received_bytes_max: usize,
-    /// How long the peer may take no responses before its channel is closed.
+    /// How long the peer may go without reading responses before its channel is closed.
     pub stall: Duration,
 }
 
@@ -60,8 +61,8 @@ impl Default for Options {
     }
 }
 
-/// Asks the peer. Clones share the channel, which closes when all of its handles are gone: this and its clones, the
-/// [`Requests`], and every request that is not answered yet.
+/// Sends requests to the peer. Clones share the channel, which closes when all of its handles are dropped: this and its
+/// clones, the [`Requests`], and every unanswered request.
 #[derive(Clone)]
 pub struct Rpc {
     shared: Arc<Shared>,
@@ -75,7 +76,7 @@ struct Shared {
 }
 
 impl Rpc {
-    /// Opens the channel for the server whose public key is `id`. Both sides give the same.
+    /// Opens the channel for the server whose public key is `id`. Both sides must use the same id.
     pub fn open(mux: &Protomux, id: &[u8], options: &Options) -> Result<(Self, Requests), OpenError> {
         let calls = Arc::new(Calls::new(options.received_max, options.received_bytes_max));
         let outlet = mux.open_with(PROTOCOL, id, &[], Arc::clone(&calls) as Arc<dyn Inbox>)?;
@@ -84,7 +85,7 @@ impl Rpc {
         Ok((Self { shared: Arc::clone(&shared) }, Requests { shared }))
     }
 
-    /// Opens the channel as the only one of a connection, and begins to read.
+    /// Opens the channel as the only one of a connection, and starts reading.
     pub fn over(stream: SecretStream, id: &[u8], options: &Options) -> Result<(Self, Requests), OpenError> {
         let mux = Protomux::new(stream, protomux::Options::default());
         let opened = Self::open(&mux, id, options)?;
@@ -92,9 +93,9 @@ impl Rpc {
         Ok(opened)
     }
 
-    /// Asks for a method and waits for the response's value. Has no deadline of its own.
+    /// Sends a request and waits for the value of the response. Has no deadline of its own.
     ///
-    /// Dropping the future forgets the request; the peer still works on it.
+    /// Dropping the future abandons the request, but the peer still processes it.
     pub async fn request(&self, method: &str, value: &[u8]) -> Result<Bytes, RequestError> {
         let shared = &*self.shared;
         let _slot = shared.sent.acquire().await.map_err(|_| RequestError::Closed)?;
@@ -107,18 +108,18 @@ impl Rpc {
         answer.map_err(|_| RequestError::Closed)?.map_err(RequestError::Remote)
     }
 
-    /// Sends a request that has no response.
+    /// Sends a request that expects no response.
     pub async fn event(&self, method: &str, value: &[u8]) -> Result<(), RequestError> {
         self.shared.outlet.room().await.map_err(|Closed| RequestError::Closed)?;
         self.shared.send_request(EVENT, method, value)
     }
 
-    /// Waits until the peer opened its side, which says that it knows this server.
+    /// Waits until the peer has opened its side, which confirms that it knows this server.
     pub async fn opened(&self) -> Result<(), Closed> {
         self.shared.outlet.opened().await.map(drop)
     }
 
-    /// Closes the channel. What waits for a response learns that none comes.
+    /// Closes the channel. Pending requests fail.
     pub fn close(&self) {
         self.shared.outlet.close();
     }
@@ -152,7 +153,7 @@ impl Shared {
     }
 }
 
-/// Forgets a request whose future was dropped.
+/// Removes a request whose future was dropped.
 struct Waiting<'a> {
     calls: &'a Calls,
     id: u64,
@@ -167,7 +168,7 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// What the peer asks. Dropping it has every further request answered as of an unknown method.
+/// The requests of the peer. Once this is dropped, every further request gets the unknown-method error.
 pub struct Requests {
     shared: Arc<Shared>,
 }
@@ -176,7 +177,7 @@ impl Requests {
     /// Returns the next request, or `None` when the channel is closed. Cancel safe.
     pub async fn next(&self) -> Option<IncomingRequest> {
         let shared = &self.shared;
-        // A peer that takes no responses gets no more of them.
+        // A peer that does not read responses gets no more of them.
         if timeout(shared.stall, shared.outlet.room()).await.is_err() {
             shared.outlet.close();
         }
@@ -199,7 +200,7 @@ impl fmt::Debug for Requests {
     }
 }
 
-/// A request of the peer.
+/// A request from the peer.
 #[derive(Debug)]
 pub struct IncomingRequest {
     method: Bytes,
@@ -219,7 +220,7 @@ impl IncomingRequest {
         std::str::from_utf8(&self.method).unwrap_or_default()
     }
 
-    /// Returns the value as it was sent. How it is encoded is for both sides to agree on.
+    /// Returns the encoded value. The two sides must agree on its encoding.
     pub fn value(&self) -> &Bytes {
         &self.value
     }
@@ -229,7 +230,7 @@ impl IncomingRequest {
         self.reply.id == EVENT
     }
 
-    /// Takes apart what to work on and how to respond.
+    /// Splits the request into its value and the reply.
     pub fn into_parts(self) -> (Bytes, Reply) {
         (self.value, self.reply)
     }
@@ -244,15 +245,15 @@ impl IncomingRequest {
         self.reply.error(error)
     }
 
-    /// Responds that there is no such method.
+    /// Responds that the method does not exist.
     pub fn unknown_method(self) {
         let error = RemoteError::unknown_method(self.method());
-        // A closed channel needs no word.
+        // On a closed channel the peer need not be told.
         let _ = self.reply.error(&error);
     }
 }
 
-/// Responds to a request, once. Dropping it responds with an error. The response to an event goes nowhere.
+/// Responds to a request, once. Dropping it responds with an error. A response to an event is discarded.
 pub struct Reply {
     shared: Arc<Shared>,
     id: u64,
@@ -261,14 +262,14 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// Waits until no response can be sent any more, because the channel is closed. Cancel safe.
+    /// Waits until the channel is closed, so that no response can be sent any more. Cancel safe.
     ///
-    /// A peer that forgets a request does not say so.
+    /// A peer that abandons a request does not report it.
     pub async fn closed(&self) {
         self.shared.outlet.closed().await;
     }
 
-    /// Responds with a value. If it is too long, the peer learns that instead.
+    /// Responds with a value. If the value is too long, the peer gets an error instead.
     pub fn ok(mut self, value: &[u8]) -> Result<(), ReplyError> {
         if std::mem::replace(&mut self.is_done, true) {
             return Ok(());
@@ -285,7 +286,7 @@ impl Reply {
         }
     }
 
-    /// Responds with an error. If it is too long, the peer learns only that the request failed.
+    /// Responds with an error. If the error is too long, the peer only learns that the request failed.
     pub fn error(mut self, error: &RemoteError) -> Result<(), ReplyError> {
         if std::mem::replace(&mut self.is_done, true) {
             return Ok(());
@@ -302,7 +303,7 @@ impl Drop for Reply {
     fn drop(&mut self) {
         if !self.is_done {
             let error = RemoteError::failed(Cause::new("the request was dropped", ""));
-            // A closed channel needs no word.
+            // On a closed channel the peer need not be told.
             let _ = self.shared.send_error(self.id, &error);
         }
         self.shared.calls.settle(self.cost_bytes);

@@ -1,7 +1,8 @@
 //! Encrypted messages on a [`udx::Stream`], compatible with the Node package `@hyperswarm/secret-stream`.
 //!
-//! [`Sealer`] and [`Opener`] turn messages into bytes and back and do nothing else. [`SecretStream`] ties them to a
-//! stream, and sends an empty message whenever it was silent for a while, so that a dead peer is noticed.
+//! [`Sealer`] and [`Opener`] turn messages into bytes and back, and do no I/O. [`SecretStream`] connects them to a
+//! stream. It sends an empty message as a keep-alive when it has been silent for a while, so that a dead peer is
+//! noticed.
 
 mod cipher;
 mod frames;
@@ -26,10 +27,10 @@ use crate::udx;
 #[cfg(test)]
 pub(crate) use self::wire::pair as memory_pair;
 
-/// How a [`SecretStream`] behaves.
+/// Options of a [`SecretStream`].
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// After how long a silence an empty message is sent. `None` sends none.
+    /// The silence after which an empty keep-alive message is sent. `None` disables keep-alives.
     pub keep_alive: Option<Duration>,
 }
 
@@ -42,7 +43,7 @@ impl Default for Options {
 /// Why a message could not be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SendError {
-    /// The message is too long. The stream is as good as before.
+    /// The message is too long. The stream stays usable.
     #[error(transparent)]
     TooLong(#[from] TooLong),
     /// The stream is closed.
@@ -50,7 +51,7 @@ pub enum SendError {
     Closed,
 }
 
-/// The stream is closed, so there will never be room in its queue.
+/// The stream is closed, so no more messages can be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the stream is closed")]
 pub struct Closed;
@@ -58,19 +59,19 @@ pub struct Closed;
 /// Why no further message can be received.
 #[derive(Debug, thiserror::Error)]
 pub enum ReceiveError {
-    /// The other side sent what is not a sealed message. The stream was destroyed.
+    /// The other side sent something that is not a valid sealed message. The stream was destroyed.
     #[error(transparent)]
     Open(#[from] DecryptError),
-    /// The other side ended in the middle of a message.
+    /// The other side ended the stream in the middle of a message.
     #[error("the stream ended inside a message")]
     CutOff,
-    /// The stream beneath failed.
+    /// The underlying stream failed.
     #[error(transparent)]
     Stream(#[from] udx::StreamError),
 }
 
-/// A connection that carries encrypted messages in order. Clones share it. When the last one goes, the connection is
-/// destroyed, or, if it was ended, closed after what was sent.
+/// A connection that carries encrypted messages in order. Clones share it. Dropping the last one destroys the
+/// connection, or, if it was ended, closes it once everything sent is delivered.
 #[derive(Clone)]
 pub struct SecretStream {
     shared: Arc<Shared>,
@@ -97,14 +98,14 @@ struct Opening {
 }
 
 impl SecretStream {
-    /// Encrypts a stream with what the handshake left behind, and sends the first frame.
+    /// Encrypts a stream with the session of a handshake, and sends the first frame.
     pub fn new(stream: udx::Stream, session: Session, options: Options) -> Self {
         Self::over(Wire::Udx(stream), session, &options)
     }
 
     fn over(wire: Wire, session: Session, options: &Options) -> Self {
         let (sealer, first_frame) = Sealer::new(&session, random());
-        // A stream that is closed already says so at the first use.
+        // If the stream is closed already, the first use reports it.
         let _ = wire.write(Bytes::copy_from_slice(&first_frame));
         let sealing = Sealing { sealer, frames: BytesMut::new(), last_sent: Instant::now() };
         let opening = Opening { opener: Opener::new(&session), failed: None };
@@ -123,7 +124,7 @@ impl SecretStream {
         Self { shared }
     }
 
-    /// Returns the other side's key, which the handshake proved.
+    /// Returns the other side's public key, which the handshake verified.
     pub fn remote_key(&self) -> PublicKey {
         self.shared.session.remote_key
     }
@@ -138,36 +139,37 @@ impl SecretStream {
         self.shared.session.is_initiator
     }
 
-    /// Returns the hash of the handshake: the same on both sides, and of this connection alone.
+    /// Returns the handshake hash, which is the same on both sides and unique to this connection.
     pub fn handshake_hash(&self) -> &[u8; 64] {
         &self.shared.session.hash
     }
 
-    /// Sends one message, given in parts. Never waits: see [`SecretStream::room`].
+    /// Sends one message, given in parts. Never waits; see [`SecretStream::room`] for backpressure.
     pub fn send(&self, parts: &[&[u8]]) -> Result<(), SendError> {
         self.send_framed(&[], parts)
     }
 
-    /// Sends one message that begins with `head`.
+    /// Sends one message that starts with `head`.
     pub(crate) fn send_framed(&self, head: &[u8], parts: &[&[u8]]) -> Result<(), SendError> {
         self.shared.seal(&mut self.shared.sealing(), head, parts)
     }
 
-    /// Waits until the queue of what is to be sent is short enough for more.
+    /// Waits until the send queue is short enough for more.
     pub async fn room(&self) -> Result<(), Closed> {
         self.shared.wire.room().await
     }
 
-    /// Returns the next message, or `None` when the other side ended. One reader at a time.
+    /// Returns the next message, or `None` when the other side has ended the stream. Only one task may receive at a
+    /// time.
     ///
-    /// Nothing is lost when the future is dropped.
+    /// Cancel safe.
     pub async fn receive(&self) -> Result<Option<Bytes>, ReceiveError> {
         let mut opening = self.shared.opening.lock().await;
         loop {
             if let Some(message) = self.shared.open(&mut opening)? {
                 return Ok(Some(message));
             }
-            // No await stands between the read and the feed, so a dropped future drops no bytes.
+            // There is no await between the read and the feed, so a dropped future loses no bytes.
             match self.shared.wire.read().await? {
                 Some(bytes) => opening.opener.feed(&bytes),
                 None if opening.opener.is_between_messages() => return Ok(None),
@@ -176,7 +178,7 @@ impl SecretStream {
         }
     }
 
-    /// Waits for the other side's first frame, which only who took part in the handshake can send. Cancel safe.
+    /// Waits for the other side's first frame, which only a participant of the handshake can send. Cancel safe.
     pub async fn opened(&self) -> Result<(), ReceiveError> {
         let mut opening = self.shared.opening.lock().await;
         while !self.shared.start(&mut opening)? {
@@ -188,7 +190,7 @@ impl SecretStream {
         Ok(())
     }
 
-    /// Returns the next message if it is here already.
+    /// Returns the next message if it has arrived already.
     pub(crate) fn try_receive(&self) -> Result<Option<Bytes>, ReceiveError> {
         match self.shared.opening.try_lock() {
             Ok(mut opening) => Ok(self.shared.open(&mut opening)?),
@@ -196,12 +198,12 @@ impl SecretStream {
         }
     }
 
-    /// Tells the other side that no more messages come, after those sent so far.
+    /// Tells the other side that no more messages follow those sent so far.
     pub fn end(&self) {
         self.shared.wire.end();
     }
 
-    /// Closes both directions at once. What is not delivered yet is lost.
+    /// Closes both directions at once. Undelivered data is lost.
     pub fn destroy(&self) {
         self.shared.wire.destroy();
     }
@@ -211,7 +213,7 @@ impl SecretStream {
         self.shared.wire.closed().await;
     }
 
-    /// Returns the stream beneath, for its address and its statistics.
+    /// Returns the underlying stream, for its address and its statistics.
     pub fn stream(&self) -> Option<&udx::Stream> {
         match &self.shared.wire {
             Wire::Udx(stream) => Some(stream),
@@ -232,7 +234,7 @@ impl Shared {
         self.sealing.lock()
     }
 
-    /// Seals onto the stream's queue under the lock, so that messages lie there in the order of their nonces.
+    /// Seals into the stream's queue under the lock, so that messages are queued in the order of their nonces.
     fn seal(&self, sealing: &mut Sealing, head: &[u8], parts: &[&[u8]]) -> Result<(), SendError> {
         sealing.sealer.seal(head, parts, &mut sealing.frames)?;
         sealing.last_sent = Instant::now();
@@ -262,7 +264,7 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // The stream beneath is destroyed with its last handle as well, unless it was ended.
+        // The underlying stream is also destroyed with its last handle, unless it was ended.
         self.stop.cancel();
     }
 }

@@ -1,8 +1,8 @@
-//! Reliable streams over UDP datagrams, as libudx speaks them.
+//! Reliable streams over UDP, compatible on the wire with libudx.
 //!
-//! A [`Udx`] holds the streams of a node by id, a [`Socket`] carries them, a [`Stream`] is what its user reads and
-//! writes. What a stream does is decided in a state machine without sockets or clocks (`connection`); `driver` feeds
-//! it.
+//! A [`Udx`] holds the streams of a node by id, a [`Socket`] carries them, and a [`Stream`] is the handle that its user
+//! reads from and writes to. A state machine without sockets or clocks (`connection`) decides what a stream does;
+//! `driver` feeds it.
 
 mod congestion;
 mod connection;
@@ -36,17 +36,17 @@ pub use stream::Stream;
 
 use stream::Shared;
 
-/// Decides whether a stream takes packets that come by another socket than its own, or before it is connected.
+/// Returns whether a stream accepts a packet that arrives at another socket than its own, or before it is connected.
 pub type PacketFilter = Arc<dyn Fn(&Socket, SocketAddrV4) -> bool + Send + Sync>;
 
-/// How a stream behaves.
+/// Options of a stream.
 #[derive(Clone)]
 pub struct StreamOptions {
-    /// Bytes that may wait for the reader; the other side stops sending when they do.
+    /// How many bytes may wait for the reader. Beyond that, flow control stops the other side.
     pub receive_window_bytes: u32,
-    /// Sends a heartbeat when nothing was heard for this long. An unanswered one has no consequence.
+    /// Sends a heartbeat when nothing was received for this long. An unanswered heartbeat does not close the stream.
     pub keep_alive: Option<Duration>,
-    /// Returns whether to take a packet that comes by another socket than the stream's. All are taken without it.
+    /// Filters packets that arrive at another socket than the stream's. Without it, all are accepted.
     pub firewall: Option<PacketFilter>,
 }
 
@@ -66,7 +66,7 @@ impl fmt::Debug for StreamOptions {
     }
 }
 
-/// Why a stream gives no more bytes.
+/// Why a stream failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StreamError {
     /// The other side destroyed the stream.
@@ -78,36 +78,36 @@ pub enum StreamError {
     /// The stream was destroyed here.
     #[error("the stream was destroyed")]
     Destroyed,
-    /// The stream's socket was closed.
+    /// The socket of the stream was closed.
     #[error("the socket of the stream was closed")]
     SocketClosed,
 }
 
-/// The stream was ended or closed, so that nothing can be written.
+/// The stream was ended or closed, so nothing more can be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the stream is closed for writing")]
 pub struct StreamClosed;
 
-/// What a stream has done and what it knows of its path.
+/// Statistics of a stream and its path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// The smoothed round-trip time, once one was measured.
     pub round_trip: Option<Duration>,
-    /// Bytes that may be on their way at once.
+    /// The congestion window.
     pub congestion_window_bytes: u64,
-    /// Bytes on their way.
+    /// Bytes in flight.
     pub in_flight_bytes: u64,
-    /// Written bytes that were never sent.
+    /// Bytes that were written but never sent.
     pub unsent_bytes: u64,
-    /// The size of full packets with the headers of IP and UDP.
+    /// The size of full packets, including the IP and UDP headers.
     pub mtu_bytes: u64,
-    /// Packets sent again.
+    /// The number of retransmitted packets.
     pub resends: u64,
-    /// Times that nothing came back for so long that all was sent again.
+    /// The number of retransmission timeouts.
     pub timeouts: u64,
-    /// Bytes sent in packets, headers of UDX included.
+    /// Bytes sent in packets, including the UDX headers.
     pub bytes_sent: u64,
-    /// Bytes received in packets, headers of UDX included.
+    /// Bytes received in packets, including the UDX headers.
     pub bytes_received: u64,
     /// Packets sent.
     pub packets_sent: u64,
@@ -127,18 +127,18 @@ impl Udx {
         Self::default()
     }
 
-    /// Binds a socket and starts its task. Whatever arrives and isn't UDX goes to the receiver, or is dropped while
-    /// that is full. Must be called within a runtime.
+    /// Binds a socket and starts its task. Datagrams that are not UDX go to the receiver, and are dropped while it is
+    /// full. Must be called within a Tokio runtime.
     pub fn bind(&self, address: SocketAddrV4) -> io::Result<(Socket, mpsc::Receiver<Datagram>)> {
         driver::bind(&self.table, address)
     }
 
-    /// Makes a stream with an id of its own, to be connected once the other side's id and address are known.
+    /// Makes a stream with a fresh id. Connect it once the other side's id and address are known.
     pub fn stream(&self, options: StreamOptions) -> Stream {
         Stream::new(self.table.insert(&options), Arc::clone(&self.table))
     }
 
-    /// Waits until all sockets are closed and have told the other sides of their streams so.
+    /// Waits until all sockets are closed and have notified the peers of their streams.
     pub async fn closed(&self) {
         self.table.tasks.close();
         self.table.tasks.wait().await;

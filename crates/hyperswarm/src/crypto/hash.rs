@@ -1,10 +1,10 @@
-//! BLAKE2b, plain and keyed, and the namespaces that keep one signature from passing for another.
+//! BLAKE2b, plain and keyed, and the namespaces that provide domain separation for signatures.
 
 use blake2::digest::consts::U32;
 use blake2::digest::{FixedOutput, Mac, Update};
 use blake2::{Blake2b, Blake2bMac, Digest};
 
-/// Returns the BLAKE2b-256 of the parts, one after the other.
+/// Returns the BLAKE2b-256 hash of the concatenated parts.
 pub fn hash(parts: &[&[u8]]) -> [u8; 32] {
     let mut state = Blake2b::<U32>::default();
     for part in parts {
@@ -13,7 +13,7 @@ pub fn hash(parts: &[&[u8]]) -> [u8; 32] {
     state.finalize().into()
 }
 
-/// Returns the BLAKE2b-256 of the parts under a key of 1 to 64 bytes.
+/// Returns the keyed BLAKE2b-256 hash of the concatenated parts. The key has 1 to 64 bytes.
 pub fn keyed_hash(key: &[u8], parts: &[&[u8]]) -> [u8; 32] {
     let mut state = <Blake2bMac<U32> as Mac>::new_from_slice(key).expect("a key has at most 64 bytes");
     for part in parts {
@@ -22,7 +22,7 @@ pub fn keyed_hash(key: &[u8], parts: &[&[u8]]) -> [u8; 32] {
     state.finalize_fixed().into()
 }
 
-/// Returns the namespace of a use: the hash of the hash of its name and a number (`hypercore-crypto`).
+/// Returns a namespace: the hash of the hash of its name and a number, as in `hypercore-crypto`.
 pub fn namespace(name: &str, id: u8) -> [u8; 32] {
     hash(&[&hash(&[name.as_bytes()]), &[id]])
 }

@@ -1,4 +1,4 @@
-//! Ed25519 keys. A node's public key is its address.
+//! Ed25519 key pairs. A node's public key is its address.
 
 use std::fmt;
 
@@ -6,12 +6,12 @@ use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 
 use super::random;
 
-/// The public half of a [`KeyPair`]: 32 bytes, the name of a peer.
+/// The public half of a [`KeyPair`]: 32 bytes that identify a peer.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublicKey(pub [u8; 32]);
 
 impl PublicKey {
-    /// Checks a signature of 64 bytes, the strict way: no weak keys, no second form of one signature.
+    /// Verifies a signature strictly: rejects weak keys and malleable signatures.
     pub fn verify(&self, message: &[u8], signature: &[u8; 64]) -> bool {
         VerifyingKey::from_bytes(&self.0)
             .is_ok_and(|key| key.verify_strict(message, &Signature::from_bytes(signature)).is_ok())
@@ -35,19 +35,19 @@ impl fmt::Display for PublicKey {
     }
 }
 
-/// A peer's keys. They sign records and, as Noise static keys, open connections.
+/// The key pair of a peer. It signs records and, as the Noise static key, opens connections.
 #[derive(Clone)]
 pub struct KeyPair {
     signing: SigningKey,
 }
 
 impl KeyPair {
-    /// Derives the keys from 32 secret bytes.
+    /// Derives the key pair from 32 secret bytes.
     pub fn from_seed(seed: &[u8; 32]) -> Self {
         Self { signing: SigningKey::from_bytes(seed) }
     }
 
-    /// Makes new keys.
+    /// Generates a random key pair.
     pub fn generate() -> Self {
         Self::from_seed(&random())
     }

@@ -1,7 +1,7 @@
-//! The handshake that opens a connection: `Noise_IK_Ed25519_ChaChaPoly_BLAKE2b`.
+//! The Noise handshake that opens a connection: `Noise_IK_Ed25519_ChaChaPoly_BLAKE2b`.
 //!
-//! The client knows the server's static key beforehand. Two messages prove both keys and leave a [`Session`].
-//! Static and ephemeral keys are Ed25519 keys; their Diffie-Hellman happens on the Edwards curve.
+//! The client knows the server's static key beforehand. Two messages prove both keys and yield a [`Session`]. Static
+//! and ephemeral keys are Ed25519 keys, and Diffie-Hellman runs on the Edwards curve.
 
 mod exchange;
 mod symmetric;
@@ -15,34 +15,34 @@ use symmetric::{SEAL_LENGTH, Symmetric};
 /// The longest message that Noise allows.
 const MESSAGE_LENGTH_MAX: usize = 65_535;
 
-/// Why a handshake message was not accepted.
+/// Why a handshake message was rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NoiseError {
     /// The message is shorter than its fixed part, or longer than Noise allows.
     #[error("the handshake message has an impossible length")]
     Length,
-    /// A key is not a point that secrets may be agreed with.
+    /// A key is not a point that is safe for Diffie-Hellman.
     #[error("the handshake message carries an unusable key")]
     Key,
-    /// The message was made for other keys, or altered on the way.
+    /// The message was made for other keys, or modified on the way.
     #[error("the handshake message cannot be opened")]
     Sealed,
 }
 
-/// What a finished handshake leaves behind.
+/// The result of a completed handshake.
 #[derive(Clone)]
 pub struct Session {
     /// Whether this side sent the first message.
     pub is_initiator: bool,
     /// This side's static key.
     pub local_key: PublicKey,
-    /// The other side's static key, proven.
+    /// The other side's static key, verified.
     pub remote_key: PublicKey,
-    /// The key that seals what this side sends.
+    /// The key that encrypts what this side sends.
     pub tx: [u8; 32],
-    /// The key that opens what the other side sends.
+    /// The key that decrypts what the other side sends.
     pub rx: [u8; 32],
-    /// The hash of the whole handshake: the same on both sides, and of this connection alone.
+    /// The handshake hash, which is the same on both sides and unique to this connection.
     pub hash: [u8; 64],
 }
 
@@ -53,7 +53,7 @@ impl Drop for Session {
     }
 }
 
-/// The side that knows whom it wants to talk to.
+/// The side that starts the handshake, and knows the other side's key.
 pub struct Initiator {
     local: KeyPair,
     ephemeral: KeyPair,
@@ -67,7 +67,7 @@ impl Initiator {
         Self::with_ephemeral(local, remote, prologue, KeyPair::from_seed(&random()))
     }
 
-    /// Starts a handshake whose one-time keys are given, for tests that compare bytes.
+    /// Starts a handshake with a given ephemeral key, for tests that compare bytes.
     pub fn with_ephemeral(
         local: &KeyPair,
         remote: PublicKey,
@@ -78,7 +78,7 @@ impl Initiator {
         Ok(Self { local: local.clone(), ephemeral, remote: Point::new(remote)?, symmetric })
     }
 
-    /// Returns the first message, around `payload`. Call it once: a second message would reuse its keys.
+    /// Returns the first message, with `payload`. Call it only once: a second message would reuse its keys.
     pub fn send(&mut self, payload: &[u8]) -> Result<Vec<u8>, NoiseError> {
         let ephemeral = self.ephemeral.public_key();
         let local = self.local.public_key();
@@ -95,7 +95,7 @@ impl Initiator {
         Ok(message)
     }
 
-    /// Opens the answer. A forged one leaves the handshake as it was, so the true one is still welcome.
+    /// Processes the answer. A forged answer does not change the handshake, so the real one can still be received.
     pub fn receive(&self, message: &[u8]) -> Result<(Vec<u8>, Session), NoiseError> {
         if message.len() > MESSAGE_LENGTH_MAX {
             return Err(NoiseError::Length);
@@ -111,35 +111,35 @@ impl Initiator {
     }
 }
 
-/// The side that learns who talks to it.
+/// The side that answers the handshake, and learns the other side's key from it.
 pub struct Responder {
     local: KeyPair,
     ephemeral: KeyPair,
     symmetric: Symmetric,
-    /// The initiator's static and one-time keys, once its message came.
+    /// The initiator's static and ephemeral keys, once its message was received.
     remote: Option<(Point, Point)>,
 }
 
 impl Responder {
-    /// Waits for a handshake addressed to `local`.
+    /// Starts to wait for a handshake addressed to `local`.
     pub fn new(local: &KeyPair, prologue: &[u8]) -> Self {
         Self::with_ephemeral(local, prologue, KeyPair::from_seed(&random()))
     }
 
-    /// Waits for a handshake; the one-time keys of the answer are given, for tests that compare bytes.
+    /// Starts to wait for a handshake with a given ephemeral key for the answer, for tests that compare bytes.
     pub fn with_ephemeral(local: &KeyPair, prologue: &[u8], ephemeral: KeyPair) -> Self {
         let symmetric = Symmetric::new(prologue, &local.public_key());
         Self { local: local.clone(), ephemeral, symmetric, remote: None }
     }
 
-    /// Opens the first message: returns its payload and the sender's proven static key.
+    /// Processes the first message. Returns its payload and the sender's verified static key.
     pub fn receive(&mut self, message: &[u8]) -> Result<(Vec<u8>, PublicKey), NoiseError> {
         if message.len() > MESSAGE_LENGTH_MAX {
             return Err(NoiseError::Length);
         }
         let (ephemeral, rest) = message.split_first_chunk::<32>().ok_or(NoiseError::Length)?;
         let (sealed_key, sealed_payload) = rest.split_at_checked(32 + SEAL_LENGTH).ok_or(NoiseError::Length)?;
-        // On a copy, so that a bad message leaves no half of itself behind.
+        // Works on a copy, so that a bad message does not change the handshake.
         let mut symmetric = self.symmetric.clone();
         symmetric.mix_hash(ephemeral);
         let ephemeral = Point::new(PublicKey(*ephemeral))?;
@@ -153,7 +153,7 @@ impl Responder {
         Ok((payload, remote.key()))
     }
 
-    /// Returns the answer, around `payload`, and what both sides share from here on.
+    /// Returns the answer, with `payload`, and the session.
     pub fn send(mut self, payload: &[u8]) -> Result<(Vec<u8>, Session), NoiseError> {
         let (remote, remote_ephemeral) = self.remote.ok_or(NoiseError::Key)?;
         let ephemeral = self.ephemeral.public_key();

@@ -1,4 +1,4 @@
-//! Sealed messages of a shared key: XSalsa20-Poly1305, libsodium's `crypto_secretbox`.
+//! Authenticated encryption with a shared key: XSalsa20-Poly1305, libsodium's `crypto_secretbox`.
 
 use crypto_secretbox::aead::AeadInPlace;
 use crypto_secretbox::{KeyInit, Nonce, Tag, XSalsa20Poly1305};
@@ -8,12 +8,12 @@ use super::random;
 const NONCE_LENGTH: usize = 24;
 const TAG_LENGTH: usize = 16;
 
-/// Returns a fresh nonce, the tag and the sealed text, in this order.
+/// Encrypts a text. Returns a random nonce, the tag and the ciphertext, in this order.
 pub fn seal(key: &[u8; 32], text: &[u8]) -> Vec<u8> {
     seal_with_nonce(key, text, random())
 }
 
-/// Opens what [`seal`] made; `None` when it was made with another key, or altered.
+/// Decrypts the output of [`seal`]; `None` if it was made with another key, or modified.
 pub fn open(key: &[u8; 32], sealed: &[u8]) -> Option<Vec<u8>> {
     let (nonce, rest) = sealed.split_first_chunk::<NONCE_LENGTH>()?;
     let (tag, text) = rest.split_first_chunk::<TAG_LENGTH>()?;

@@ -1,4 +1,4 @@
-//! A map whose entries grow too old, and whose oldest entries give way when it is full.
+//! A map whose entries expire, and which evicts the oldest entry when it is full.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Keeps each value for a set time, and at most so many of them.
+/// Stores each value for a fixed time, up to a maximum number of values.
 #[derive(Debug)]
 pub struct AgingMap<K, V> {
     entries: HashMap<K, Entry<V>>,
-    /// Keys in the order they were set in, so the first is the first to expire.
+    /// Keys by insertion order, so the first is the first to expire.
     order: BTreeMap<u64, K>,
     orders: u64,
     size_max: usize,
@@ -30,29 +30,29 @@ impl<K: Eq + Hash + Clone, V> AgingMap<K, V> {
         Self { entries: HashMap::new(), order: BTreeMap::new(), orders: 0, size_max, age_max }
     }
 
-    /// Returns how many entries there are, among them ones that have expired since the last change.
+    /// Returns the number of entries, including those that expired since the last change.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Returns whether there is no entry.
+    /// Returns whether the map has no entries.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Returns a value, unless it is too old.
+    /// Returns a value, unless it has expired.
     pub fn get(&self, key: &K, now: Instant) -> Option<&V> {
         let entry = self.entries.get(key)?;
         (now.saturating_duration_since(entry.set) < self.age_max).then_some(&entry.value)
     }
 
-    /// Returns a value to change, unless it is too old. It grows no younger by this.
+    /// Returns a mutable reference to a value, unless it has expired. This does not reset its age.
     pub fn get_mut(&mut self, key: &K, now: Instant) -> Option<&mut V> {
         let entry = self.entries.get_mut(key)?;
         (now.saturating_duration_since(entry.set) < self.age_max).then_some(&mut entry.value)
     }
 
-    /// Sets a value, which is young again. The oldest entry gives way when the map is full.
+    /// Sets a value and resets its age. Evicts the oldest entry when the map is full.
     pub fn insert(&mut self, key: K, value: V, now: Instant) -> Option<V> {
         self.orders += 1;
         let order = self.orders;
@@ -68,14 +68,14 @@ impl<K: Eq + Hash + Clone, V> AgingMap<K, V> {
         old.map(|old| old.value)
     }
 
-    /// Takes an entry out.
+    /// Removes an entry.
     pub fn remove(&mut self, key: &K) -> Option<V> {
         let entry = self.entries.remove(key)?;
         self.order.remove(&entry.order);
         Some(entry.value)
     }
 
-    /// Lets go of the entries that are too old.
+    /// Removes the expired entries.
     pub fn expire(&mut self, now: Instant) {
         while let Some((_, key)) = self.order.first_key_value() {
             let set = self.entries.get(key).map_or(now, |entry| entry.set);

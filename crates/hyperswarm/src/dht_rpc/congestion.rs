@@ -1,11 +1,11 @@
-//! Keeps a node from flooding the network: so many requests per slot of time.
+//! Limits the requests per time slot, so that a node does not flood the network.
 
 use std::time::Duration;
 
-/// How long a slot lasts.
+/// The length of a slot.
 pub(super) const SLOT: Duration = Duration::from_millis(750);
 
-/// Counts the requests of the last four slots that have no answer.
+/// Counts the unanswered requests of the last four slots.
 #[derive(Debug)]
 pub(super) struct Congestion {
     slots: [usize; 4],
@@ -15,23 +15,23 @@ pub(super) struct Congestion {
 }
 
 impl Congestion {
-    /// Allows `slot_max` requests in a slot, and twice that in all.
+    /// Allows `slot_max` requests per slot, and twice as many in total.
     pub(super) fn new(slot_max: usize) -> Self {
         Self { slots: [0; 4], current: 0, total: 0, slot_max }
     }
 
-    /// Returns whether the next request has to wait.
+    /// Returns whether the next request must wait.
     pub(super) fn is_full(&self) -> bool {
         self.total >= 2 * self.slot_max || self.slots[self.current] >= self.slot_max
     }
 
-    /// Counts a datagram that goes out.
+    /// Counts a sent datagram.
     pub(super) fn sent(&mut self) {
         self.slots[self.current] += 1;
         self.total += 1;
     }
 
-    /// Counts a request that is settled.
+    /// Counts a request that was answered or given up.
     pub(super) fn settled(&mut self) {
         if self.slots[self.current] > 0 {
             self.slots[self.current] -= 1;
@@ -39,7 +39,7 @@ impl Congestion {
         }
     }
 
-    /// Begins the next slot; what was sent four slots ago is forgotten.
+    /// Starts the next slot, and forgets what was sent four slots ago.
     pub(super) fn next_slot(&mut self) {
         self.current = (self.current + 1) % 4;
         self.total -= std::mem::take(&mut self.slots[self.current]);

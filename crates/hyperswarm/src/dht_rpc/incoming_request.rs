@@ -1,4 +1,4 @@
-//! A request of another node, and the ways to answer it.
+//! A request from another node, and the ways to answer it.
 
 use std::net::SocketAddrV4;
 use std::sync::Arc;
@@ -10,48 +10,48 @@ use super::node::Node;
 use super::state::{Answer, Via};
 use crate::udx::Socket;
 
-/// A request of another node that the table leaves to the [`Handler`](super::Handler). It may go without an answer.
+/// A request from another node that goes to the [`Handler`](super::Handler). It need not be answered.
 #[derive(Clone)]
 pub struct DhtRequest {
-    /// What to do.
+    /// The command.
     pub command: u64,
-    /// What it is about.
+    /// What the command is about.
     pub target: Option<Id>,
-    /// The token that came with it. It is one that this node gave to this host not long ago.
+    /// The request's token, if it has one. This node issued it to the same host recently.
     pub token: Option<Token>,
-    /// The rest, as the command wants it.
+    /// The value, in the command's format.
     pub value: Option<Bytes>,
-    /// Where the datagram came from.
+    /// The source address of the datagram.
     pub from: SocketAddrV4,
-    /// The sender's id, where it is a lasting part of the table.
+    /// The sender's id, if the sender is persistent.
     pub from_id: Option<Id>,
     /// This node's address as the sender sees it.
     pub to: SocketAddrV4,
-    /// The number under which the sender expects the answer.
+    /// The sender's transaction id, which the answer must repeat.
     pub tid: u16,
-    /// This node's id, where it is a lasting part of the table.
+    /// This node's id, if this node is persistent.
     pub local_id: Option<Id>,
-    /// The socket that it arrived at.
+    /// The socket at which the request arrived.
     pub socket: Socket,
     pub(super) via: Via,
     pub(super) node: Arc<Node>,
 }
 
-/// How an answer differs from a plain one, which goes back where the request came from.
+/// Options of an answer. By default it goes back to the sender.
 #[derive(Clone, Default)]
 pub struct ReplyOptions {
-    /// Whom to answer instead of the sender.
+    /// The address to answer instead of the sender.
     pub to: Option<SocketAddrV4>,
-    /// The socket to answer from instead of the one that the request came to.
+    /// The socket to answer from instead of the one at which the request arrived.
     pub socket: Option<Socket>,
-    /// Whether the answer has no token.
+    /// Whether to omit the token.
     pub without_token: bool,
-    /// Whether the answer names no closer nodes.
+    /// Whether to omit closer nodes.
     pub without_closer_nodes: bool,
 }
 
 impl ReplyOptions {
-    /// Neither token nor closer nodes.
+    /// Returns options that omit both token and closer nodes.
     pub fn bare() -> Self {
         Self { without_token: true, without_closer_nodes: true, ..Self::default() }
     }
@@ -63,25 +63,25 @@ impl DhtRequest {
         self.reply_with(value, &ReplyOptions::default());
     }
 
-    /// Answers with a value.
+    /// Answers with a value and options.
     pub fn reply_with(&self, value: Option<&[u8]>, options: &ReplyOptions) {
         let answer =
             Answer { error: 0, value, token: !options.without_token, closer_nodes: !options.without_closer_nodes };
         self.answer(options, answer);
     }
 
-    /// Refuses, and names closer nodes.
+    /// Answers with an error code and closer nodes.
     pub fn error(&self, code: u64) {
         let answer = Answer { error: code, value: None, token: false, closer_nodes: true };
         self.answer(&ReplyOptions::default(), answer);
     }
 
-    /// Sends the request on to another node with this value, under the same number, command and target.
+    /// Forwards the request to another node with this value, under the same transaction id, command and target.
     pub fn relay(&self, value: &[u8], to: SocketAddrV4) {
         self.forward(&self.via, value, to);
     }
 
-    /// Does the same as [`relay`](Self::relay) from another socket.
+    /// Like [`relay`](Self::relay), from another socket.
     pub fn relay_via(&self, socket: &Socket, value: &[u8], to: SocketAddrV4) {
         self.forward(&self.node.via_of(socket), value, to);
     }

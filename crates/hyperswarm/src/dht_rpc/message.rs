@@ -1,39 +1,39 @@
-//! The datagrams of `dht-rpc`: a request or a response, version 3.
+//! Wire format of `dht-rpc` version 3: a datagram is a request or a response.
 
 use std::net::SocketAddrV4;
 
 use crate::compact_encoding::{DecodeError, Decoder, Encoder};
 use crate::crypto::hash;
 
-/// A place in the table: the hash of a node's address, or what a request looks for.
+/// A position in the DHT: the hash of a node's address, or the target of a request.
 pub type Id = [u8; 32];
 
-/// What a node gave to an address, and expects back before it stores anything for it.
+/// A token that a node issues to an address, and requires before it stores anything for that address.
 pub type Token = [u8; 32];
 
-/// The request names no command that the node knows.
+/// Error code: the node does not know the command.
 pub const UNKNOWN_COMMAND: u64 = 1;
-/// The token is not (or no longer) one that the node gave to this address.
+/// Error code: the node did not issue the token to this address, or it has expired.
 pub const INVALID_TOKEN: u64 = 2;
 
-/// Asks for a sign of life.
+/// Asks for an answer.
 pub(crate) const PING: u64 = 0;
-/// Asks for a sign of life at another port of the same host.
+/// Asks for an answer to another port of the same host.
 pub(crate) const PING_NAT: u64 = 1;
 /// Asks for the nodes closest to a target.
 pub(crate) const FIND_NODE: u64 = 2;
-/// Tells a node that one it named does not answer.
+/// Reports to a node that another node, which it returned, does not answer.
 pub(crate) const DOWN_HINT: u64 = 3;
-/// Asks for a sign of life after a while.
+/// Asks for an answer after a delay.
 pub(crate) const DELAYED_PING: u64 = 4;
 
 const REQUEST: u8 = 0x03;
 const RESPONSE: u8 = 0x13;
 
-/// More nodes than this are in no honest response (a table row holds 20).
+/// No honest response has more nodes than this (a row of the routing table holds 20).
 const CLOSER_NODES_MAX: usize = 64;
 
-/// Returns the id of the node at an address: what makes ids hard to choose.
+/// Returns the id of the node at an address. Deriving ids from addresses makes them hard to choose.
 pub fn node_id(address: SocketAddrV4) -> Id {
     let mut bytes = [0; 6];
     bytes[..4].copy_from_slice(&address.ip().octets());
@@ -44,14 +44,14 @@ pub fn node_id(address: SocketAddrV4) -> Id {
 /// A datagram of either kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message<'a> {
-    /// Asks.
+    /// A request.
     Request(Request<'a>),
-    /// Answers.
+    /// A response.
     Response(Response<'a>),
 }
 
 impl<'a> Message<'a> {
-    /// Reads a datagram. What follows the message is ignored, as the Node package does.
+    /// Decodes a datagram. Bytes after the message are ignored, as in the Node package.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, DecodeError> {
         let mut decoder = Decoder::new(bytes);
         match decoder.u8()? {
@@ -65,21 +65,21 @@ impl<'a> Message<'a> {
 /// A request as it is on the wire.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request<'a> {
-    /// Ties the response to the request.
+    /// The transaction id, which ties the response to the request.
     pub tid: u16,
-    /// Whom the sender sends to: how the receiver learns its own address.
+    /// The receiver's address, from which the receiver learns its own.
     pub to: SocketAddrV4,
-    /// The sender's id, where it is a lasting part of the table.
+    /// The sender's id, if the sender is persistent.
     pub id: Option<Id>,
-    /// What the receiver gave to the sender before.
+    /// The token that the receiver issued to the sender before.
     pub token: Option<Token>,
-    /// Whether the command is one of the table's own.
+    /// Whether the command is one of `dht-rpc` itself.
     pub internal: bool,
-    /// What to do.
+    /// The command.
     pub command: u64,
-    /// What it is about.
+    /// What the command is about.
     pub target: Option<Id>,
-    /// The rest, as the command wants it.
+    /// The value, in the command's format.
     pub value: Option<&'a [u8]>,
 }
 
@@ -98,7 +98,7 @@ impl<'a> Request<'a> {
         })
     }
 
-    /// Appends the datagram.
+    /// Appends the encoded datagram.
     pub fn encode(&self, out: &mut impl Encoder) {
         let flags = flag(self.id.is_some(), 1)
             | flag(self.token.is_some(), 2)
@@ -119,19 +119,19 @@ impl<'a> Request<'a> {
 /// A response as it is on the wire.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Response<'a> {
-    /// The request's.
+    /// The transaction id of the request.
     pub tid: u16,
-    /// The asker's address as the sender sees it.
+    /// The address of the node that asked, as the sender sees it.
     pub to: SocketAddrV4,
-    /// The sender's id, where it is a lasting part of the table.
+    /// The sender's id, if the sender is persistent.
     pub id: Option<Id>,
-    /// What to send back before anything is stored.
+    /// The token to send back with a request to store something.
     pub token: Option<Token>,
-    /// Nodes closer to the target. Empty as well where none were sent.
+    /// Nodes closer to the target. Also empty if the response has no list of nodes.
     pub closer_nodes: Vec<SocketAddrV4>,
-    /// Why the request was refused, or 0.
+    /// The error code, or 0.
     pub error: u64,
-    /// The rest, as the command wants it.
+    /// The value, in the command's format.
     pub value: Option<&'a [u8]>,
 }
 
@@ -149,7 +149,7 @@ impl<'a> Response<'a> {
         })
     }
 
-    /// Appends the datagram.
+    /// Appends the encoded datagram.
     pub fn encode(&self, out: &mut impl Encoder) {
         let flags = flag(self.id.is_some(), 1)
             | flag(self.token.is_some(), 2)

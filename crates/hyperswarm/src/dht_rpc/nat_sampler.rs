@@ -1,30 +1,30 @@
-//! Finds this node's own address in what other nodes say about it.
+//! Derives this node's own address from what other nodes report about it.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 const SAMPLES_MAX: usize = 32;
 const RECENT: usize = 4;
 
-/// What most of the last samples agree on.
+/// The address that most of the recent samples agree on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reflexive {
-    /// The address of this node, or of the router before it.
+    /// The address of this node, or of the NAT in front of it.
     pub host: Ipv4Addr,
-    /// The port, where it is the same for everyone.
+    /// The port, if every node sees the same one.
     pub port: Option<u16>,
 }
 
-/// Counts the addresses that other nodes see. The last 16 of them have a say.
+/// Counts the addresses that other nodes report. Only the last 16 samples count.
 #[derive(Debug, Default)]
 pub struct NatSampler {
     size: usize,
-    /// Ring of the last addresses, oldest first.
+    /// The last samples, oldest first.
     samples: std::collections::VecDeque<SocketAddrV4>,
     address: Option<Reflexive>,
 }
 
 impl NatSampler {
-    /// Takes an address that another node saw.
+    /// Adds an address that another node reported.
     pub fn add(&mut self, sample: SocketAddrV4) {
         if self.samples.len() == SAMPLES_MAX / 2 {
             self.samples.pop_front();
@@ -40,14 +40,14 @@ impl NatSampler {
         self.address
     }
 
-    /// Returns host and port, where both are agreed on.
+    /// Returns host and port, if the samples agree on both.
     pub fn host_and_port(&self) -> Option<SocketAddrV4> {
         let address = self.address?;
         address.port.map(|port| SocketAddrV4::new(address.host, port))
     }
 
     fn agreed(&self) -> Option<Reflexive> {
-        // A few dissenters are borne, once there are enough samples to outvote them.
+        // A few dissenting samples are tolerated, once there are enough samples to outvote them.
         let dissenters = self.size / RECENT;
         let threshold = self.size - dissenters.min(3);
         let hits = |counts: &dyn Fn(&SocketAddrV4) -> bool| self.samples.iter().filter(|one| counts(one)).count();

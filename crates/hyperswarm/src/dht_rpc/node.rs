@@ -1,4 +1,4 @@
-//! The acting side of a node: sockets, timers and tasks around its [`State`].
+//! The I/O of a node: sockets, timers and tasks around its [`State`].
 
 use std::collections::HashMap;
 use std::net::SocketAddrV4;
@@ -20,7 +20,7 @@ use super::state::{CallId, Effect, Job, Outbound, State, Step, Via, WALK_STEPS, 
 use super::{Call, DhtReply, DhtRequestError, Handler, RequestOptions};
 use crate::udx::{Datagram, Socket};
 
-/// How long a node that may have a firewall waits for a sign that it has none, on top of four round trips.
+/// How long a node that may be firewalled waits for a sign that it is not, in addition to four round trips.
 const PROBE_GRACE: Duration = Duration::from_millis(50);
 
 pub(super) struct Node {
@@ -95,7 +95,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Node {
-    /// Lets the state decide, then does what it decided.
+    /// Lets the state decide, then carries out the decision.
     pub(super) fn with<T>(self: &Arc<Self>, decide: impl FnOnce(&mut State) -> T) -> T {
         let mut state = lock(&self.state);
         let result = decide(&mut state);
@@ -144,7 +144,7 @@ impl Node {
         }
     }
 
-    /// Background queries leave room for those that somebody waits for.
+    /// Background queries leave capacity for queries that a caller waits for.
     pub(super) fn concurrency(&self, is_modest: bool) -> usize {
         if is_modest { (self.concurrency / 8).max(2).min(self.concurrency) } else { self.concurrency }
     }
@@ -177,7 +177,7 @@ impl Node {
         outcome.await.map_err(|_| DhtRequestError::Stopped)?
     }
 
-    /// Takes a datagram that came to a socket.
+    /// Handles a datagram that arrived at a socket.
     pub(super) fn receive(self: &Arc<Self>, via: &Via, datagram: Datagram) {
         let Datagram { from, bytes } = datagram;
         let now = Instant::now();
@@ -210,7 +210,7 @@ impl Node {
         }
     }
 
-    /// Calls the state when something is due.
+    /// Calls the state when a deadline passes, and starts the jobs that it requests.
     pub(super) async fn keep_time(self: Arc<Self>) {
         while !self.stop.is_cancelled() {
             let next = self.with(State::next_deadline);
@@ -242,7 +242,7 @@ impl Node {
         QueryStream::new(self.clone(), query).closest().await;
     }
 
-    /// Meets the first nodes, and learns from them how this node is seen.
+    /// Finds the first nodes, and learns from them how they see this node.
     pub(super) async fn bootstrap(self: Arc<Self>) {
         let wants_quick_check = self.quick_firewall && !self.forced;
         for round in 0..2 {
@@ -251,12 +251,12 @@ impl Node {
             let mut reachable = None;
             while let Some(reply) = query.next().await {
                 if round == 0 && reachable.is_none() && wants_quick_check && self.with(|state| state.firewalled) {
-                    // A walk through a small network is over before this is answered, so it gets a little longer.
+                    // A walk through a small network ends before this is answered, so it gets some extra time.
                     let deadline = Instant::now() + reply.rtt * 4 + PROBE_GRACE;
                     reachable = Some((self.clone().probe_server_socket(reply.from), deadline));
                 }
             }
-            // One sign that the server socket can be reached is worth a proper check.
+            // A single sign that the server socket is reachable justifies a full check.
             let is_promising = match reachable {
                 Some((probe, deadline)) => time::timeout_at(deadline, probe).await.is_ok_and(|reached| reached.is_ok()),
                 None => false,
@@ -290,7 +290,7 @@ impl Node {
         reply.on_server_socket.then_some(reply.to)
     }
 
-    /// Finds out whether other nodes reach this one, and makes it a lasting node if so. Says whether anything changed.
+    /// Checks whether other nodes reach this one, and makes it persistent if they do. Returns whether anything changed.
     pub(super) async fn check_network(self: &Arc<Self>, firewall_only: bool) -> bool {
         let (is_firewalled, is_ephemeral) = self.with(|state| (state.firewalled, state.ephemeral));
         if !is_ephemeral || (firewall_only && !is_firewalled) {

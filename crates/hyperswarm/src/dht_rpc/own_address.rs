@@ -1,8 +1,8 @@
-//! The address that a node goes by when it is bound to every address of its machine.
+//! Chooses the address of a node that is bound to every address of its host.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 
-/// Returns where other machines reach a socket of this machine, as far as the machine can tell.
+/// Returns the address at which other hosts reach a socket of this host, as far as this host can tell.
 pub fn reachable(bound: SocketAddrV4) -> SocketAddrV4 {
     let ip = if bound.ip().is_unspecified() { own_ip() } else { *bound.ip() };
     SocketAddrV4::new(ip, bound.port())
@@ -12,14 +12,14 @@ fn own_ip() -> Ipv4Addr {
     choose(way_out(), &interfaces())
 }
 
-/// Prefers the way to other networks, then a local network. A machine without either has only itself to talk to.
+/// Prefers the address of the default route, then one of a local network. A host without either can only reach itself.
 fn choose(way_out: Option<Ipv4Addr>, interfaces: &[Ipv4Addr]) -> Ipv4Addr {
     let is_usable = |ip: &Ipv4Addr| !ip.is_unspecified() && !ip.is_loopback();
     let local = || interfaces.iter().copied().filter(is_usable).min_by_key(Ipv4Addr::is_link_local);
     way_out.filter(is_usable).or_else(local).unwrap_or(Ipv4Addr::LOCALHOST)
 }
 
-/// Returns the address of the interface that packets to other networks leave by. Nothing is sent to find out.
+/// Returns the address of the interface that routes to other networks. Sends nothing.
 fn way_out() -> Option<Ipv4Addr> {
     let documentation = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 1), 9);
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;

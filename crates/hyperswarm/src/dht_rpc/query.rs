@@ -1,4 +1,4 @@
-//! A walk through the table, reply by reply.
+//! A walk through the DHT, as a stream of replies.
 
 use std::collections::VecDeque;
 use std::net::SocketAddrV4;
@@ -14,48 +14,49 @@ use super::routing_table::K;
 use super::state::{Outbound, Step, Waiter};
 use super::walk::{Progress, Walk};
 
-/// What to ask the nodes closest to a target.
+/// A query to the nodes closest to a target.
 #[derive(Debug, Clone)]
 pub struct Query {
-    /// Where the walk leads to.
+    /// The target of the walk.
     pub target: Id,
-    /// What to ask.
+    /// The command.
     pub command: u64,
-    /// What to send along.
+    /// The value to send with the command.
     pub value: Option<Bytes>,
-    /// Nodes to begin with.
+    /// Nodes to start from.
     pub nodes: Vec<SocketAddrV4>,
     pub(super) internal: bool,
     pub(super) in_background: bool,
 }
 
 impl Query {
-    /// Asks with a command of the layer above.
+    /// Makes a query with a command of the layer above.
     pub fn new(target: Id, command: u64) -> Self {
         Self { target, command, value: None, nodes: Vec::new(), internal: false, in_background: false }
     }
 
-    /// Begins with these nodes, such as those closest to the target some minutes ago.
+    /// Starts from these nodes, such as those that were closest to the target some minutes ago.
     pub fn starting_at(self, nodes: Vec<SocketAddrV4>) -> Self {
         Self { nodes, ..self }
     }
 
-    /// Sends a value along.
+    /// Sends a value with the command.
     pub fn with_value(self, value: Bytes) -> Self {
         Self { value: Some(value), ..self }
     }
 
-    /// Asks for nothing but closer nodes.
+    /// Makes a query that only asks for closer nodes.
     pub fn find_node(target: Id) -> Self {
         Self { internal: true, ..Self::new(target, FIND_NODE) }
     }
 }
 
-/// The replies of a query as they come. Nothing is asked while nobody waits for the next one, nor once this is dropped.
+/// The replies of a query as they arrive. Requests are sent only while a caller waits for the next reply.
 pub struct QueryStream {
     node: Arc<Node>,
     query: Query,
     walk: Walk,
+    // Bounded by the walk: it visits a limited number of nodes, and each can miss a limited number of copies.
     heard: Steps,
     replies: VecDeque<DhtReply>,
     is_done: bool,
@@ -72,7 +73,7 @@ impl QueryStream {
         Self { heard: Steps::of(&node), node, query, walk, replies: VecDeque::new(), is_done: false }
     }
 
-    /// Waits for the next reply that is not an error. `None` means that the walk is over. Cancel safe.
+    /// Waits for the next reply that is not an error. Returns `None` when the walk is over. Cancel safe.
     pub async fn next(&mut self) -> Option<DhtReply> {
         loop {
             if let Some(reply) = self.replies.pop_front() {
@@ -89,7 +90,7 @@ impl QueryStream {
         }
     }
 
-    /// Walks to the end, and returns the closest nodes that answered, closest first: at most 20.
+    /// Completes the walk, and returns the closest nodes that answered, closest first: at most 20.
     pub async fn closest(mut self) -> Vec<DhtReply> {
         while self.next().await.is_some() {}
         self.walk.into_closest()
@@ -100,7 +101,7 @@ impl QueryStream {
         self.walk.into_closest()
     }
 
-    /// Sends what is to be sent. Says whether the walk goes on.
+    /// Sends the requests that are due. Returns whether the walk goes on.
     fn ask(&mut self) -> bool {
         let now = Instant::now();
         let Self { node, query, walk, heard, .. } = self;
@@ -160,7 +161,7 @@ impl QueryStream {
     }
 }
 
-/// Adds the closest nodes of the table, and the ways into it where those are few.
+/// Adds the closest nodes of the routing table, and the entry nodes if there are too few.
 fn add_known(node: &Arc<Node>, walk: &mut Walk, target: &Id) {
     node.with(|state| {
         let closest: Vec<_> = state.table.closest(target, K).into_iter().map(|node| node.address).collect();

@@ -1,4 +1,4 @@
-//! Keeps strangers from using this node as a loudspeaker: so many requests per source.
+//! Limits the requests per source, so that nobody can use this node to amplify traffic.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddrV4;
@@ -9,8 +9,8 @@ const SOURCES: usize = 8_192;
 /// A host may send as much as this many of its sockets, whatever ports it sends from.
 const SOCKETS_PER_HOST: f32 = 4.0;
 
-/// A bucket of tokens per source address, and one per host that is not this one. Its size is fixed, so sources that a
-/// secret throws into one bucket share it.
+/// A token bucket per source address, and one per host other than this one. The number of buckets is fixed; a keyed
+/// hash assigns sources to buckets, so several sources may share one.
 #[derive(Debug)]
 pub(super) struct RateLimit {
     buckets: Vec<Bucket>,
@@ -22,22 +22,22 @@ pub(super) struct RateLimit {
 
 #[derive(Debug, Clone, Copy)]
 struct Bucket {
-    /// How much was taken and has not flowed back.
+    /// The tokens taken and not yet refilled.
     taken: f32,
     /// Seconds since the start.
     at: f64,
 }
 
 impl RateLimit {
-    /// Allows `burst` requests at once and `per_second` lastingly.
+    /// Allows bursts of `burst` requests and a sustained rate of `per_second`.
     pub(super) fn new(per_second: u32, burst: u32, secret: [u8; 32], start: Instant) -> Self {
         let buckets = vec![Bucket { taken: 0.0, at: 0.0 }; SOURCES];
         Self { buckets, secret, start, per_second: per_second as f32, burst: burst as f32 }
     }
 
-    /// Returns whether a request from this source may be answered.
+    /// Counts a request from this source, and returns whether it may be answered.
     pub(super) fn allows(&mut self, source: SocketAddrV4, now: Instant) -> bool {
-        // Every node of a test network is on this host, so that only its sockets are told apart.
+        // Every node of a test network runs on this host, so only its sockets are limited separately.
         self.take(&source, 1.0, now)
             && (source.ip().is_loopback() || self.take(source.ip(), 1.0 / SOCKETS_PER_HOST, now))
     }

@@ -1,32 +1,32 @@
-//! The nodes that this one knows, by their distance: 256 rows of at most 20.
+//! The Kademlia routing table: the known nodes by distance, in 256 rows (k-buckets) of at most 20.
 
 use std::net::SocketAddrV4;
 
 use super::message::Id;
 
-/// How many nodes a row holds, a response names and a query looks for.
+/// The bucket size: how many nodes a row holds, a response returns and a query looks for.
 pub const K: usize = 20;
 
-/// A node of the table. Times are in ticks of five seconds.
+/// A node of the routing table. Times are in ticks of five seconds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct TableNode {
-    /// Hash of the address.
+    /// The hash of the address.
     pub(super) id: Id,
-    /// Where it is.
+    /// The node's address.
     pub(super) address: SocketAddrV4,
-    /// This node's address as that one saw it.
+    /// This node's address as that node reported it.
     pub(super) to: Option<SocketAddrV4>,
     /// When `to` was counted as a sample, if it was.
     pub(super) sampled: Option<u64>,
-    /// When it came into the table.
+    /// When the node was added to the table.
     pub(super) added: u64,
-    /// When it was last asked or heard.
+    /// When the node was last pinged or heard.
     pub(super) pinged: u64,
-    /// When it was last heard.
+    /// When the node was last heard.
     pub(super) seen: u64,
-    /// How often others said that it is down since it was last heard.
+    /// How often others reported the node as down since it was last heard.
     pub(super) down_hints: u32,
-    /// Orders nodes by when they were last heard; set by the table.
+    /// The node's position in the order of last contact. The table sets it.
     order: u64,
 }
 
@@ -37,29 +37,29 @@ impl TableNode {
     }
 }
 
-/// What became of an insertion.
+/// The result of an insertion.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Insertion {
     /// The node is in the table.
     Added,
-    /// The row has no room.
+    /// The row is full.
     Full,
-    /// It is this node itself, or was known before.
+    /// It is this node itself, or is in the table already.
     Known,
 }
 
-/// Nodes by the number of leading bits that their ids share with this one's.
+/// The known nodes, by the number of leading bits that their ids share with this node's id.
 #[derive(Debug)]
 pub(super) struct RoutingTable {
     id: Id,
     rows: Vec<Vec<TableNode>>,
-    /// The same nodes by when they were last heard, oldest first.
+    /// The same nodes in the order of last contact, oldest first.
     heard: std::collections::BTreeMap<u64, Id>,
     orders: u64,
 }
 
 impl RoutingTable {
-    /// Makes an empty table around an id.
+    /// Makes an empty table centred on an id.
     pub(super) fn new(id: Id) -> Self {
         Self { id, rows: vec![Vec::new(); 256], heard: std::collections::BTreeMap::new(), orders: 0 }
     }
@@ -69,28 +69,28 @@ impl RoutingTable {
         &self.id
     }
 
-    /// Returns how many nodes are known.
+    /// Returns the number of nodes.
     pub(super) fn len(&self) -> usize {
         self.heard.len()
     }
 
-    /// Returns whether no node is known.
+    /// Returns whether the table has no nodes.
     pub(super) fn is_empty(&self) -> bool {
         self.heard.is_empty()
     }
 
-    /// Finds a node.
+    /// Returns a node.
     pub(super) fn get(&self, id: &Id) -> Option<&TableNode> {
         self.rows[self.row_of(id)?].iter().find(|node| node.id == *id)
     }
 
-    /// Finds a node, to change it.
+    /// Returns a mutable reference to a node.
     pub(super) fn get_mut(&mut self, id: &Id) -> Option<&mut TableNode> {
         let row = self.row_of(id)?;
         self.rows[row].iter_mut().find(|node| node.id == *id)
     }
 
-    /// Adds a node as the one heard last.
+    /// Adds a node as the most recently heard.
     pub(super) fn insert(&mut self, mut node: TableNode) -> Insertion {
         let Some(row) = self.row_of(&node.id) else { return Insertion::Known };
         let row = &mut self.rows[row];
@@ -107,7 +107,7 @@ impl RoutingTable {
         Insertion::Added
     }
 
-    /// Marks a node as the one heard last, at this tick.
+    /// Marks a node as the most recently heard, at this tick.
     pub(super) fn touch(&mut self, id: &Id, tick: u64) {
         let order = self.orders + 1;
         let Some(node) = self.get_mut(id) else { return };
@@ -120,7 +120,7 @@ impl RoutingTable {
         self.heard.insert(order, *id);
     }
 
-    /// Takes a node out.
+    /// Removes a node.
     pub(super) fn remove(&mut self, id: &Id) -> Option<TableNode> {
         let row = self.row_of(id)?;
         let row = &mut self.rows[row];
@@ -130,7 +130,7 @@ impl RoutingTable {
         Some(node)
     }
 
-    /// Returns the nodes of the row that an id belongs to.
+    /// Returns the nodes in the row of an id.
     pub(super) fn row(&self, id: &Id) -> &[TableNode] {
         self.row_of(id).map_or(&[], |row| &self.rows[row])
     }
@@ -139,8 +139,8 @@ impl RoutingTable {
     pub(super) fn closest(&self, target: &Id, count: usize) -> Vec<&TableNode> {
         let row = self.row_of(target).unwrap_or(255);
         let mut found: Vec<&TableNode> = Vec::with_capacity(count.min(self.len()));
-        // Nodes of the target's own row are closer than those of the rows behind it, which share fewer bits with the
-        // target than with this node; those of the rows before it are the farthest, each row farther than the next.
+        // The nodes of the target's own row are the closest. Those of the later rows share fewer bits with the target
+        // than with this node. Those of the earlier rows are the farthest, each row farther than the next.
         let near = std::iter::once(row..row + 1).chain(std::iter::once(row + 1..256));
         for rows in near.chain((0..row).rev().map(|row| row..row + 1)) {
             if found.len() >= count {
@@ -154,23 +154,23 @@ impl RoutingTable {
         found
     }
 
-    /// Returns the nodes, those heard longest ago first.
+    /// Returns the nodes, the least recently heard first.
     pub(super) fn oldest(&self) -> impl Iterator<Item = &TableNode> {
         self.heard.values().filter_map(|id| self.get(id))
     }
 
-    /// Returns the nodes, those heard last first.
+    /// Returns the nodes, the most recently heard first.
     pub(super) fn latest(&self) -> impl Iterator<Item = &TableNode> {
         self.heard.values().rev().filter_map(|id| self.get(id))
     }
 
-    /// Picks the node at a random number.
+    /// Returns the node at a random index.
     pub(super) fn pick(&self, random: u64) -> Option<&TableNode> {
         let index = (random % self.len().max(1) as u64) as usize;
         self.rows.iter().flatten().nth(index)
     }
 
-    /// Measures distances from another id. Nodes that find no room are let go.
+    /// Measures distances from another id. Nodes that no longer fit are dropped.
     pub(super) fn move_to(&mut self, id: Id) {
         let old = std::mem::replace(self, Self::new(id));
         let mut nodes: Vec<_> = old.rows.into_iter().flatten().collect();
@@ -186,7 +186,7 @@ impl RoutingTable {
     }
 }
 
-/// Returns how far two ids are apart; smaller is closer.
+/// Returns the XOR distance of two ids. Smaller is closer.
 pub(super) fn distance(left: &Id, right: &Id) -> Id {
     std::array::from_fn(|index| left[index] ^ right[index])
 }

@@ -1,6 +1,6 @@
-//! Everything a node decides: whom it knows, whom it asks again, what it answers.
+//! Makes every decision of a node: which nodes it keeps, which it pings again, what it answers.
 //!
-//! Pure: time and datagrams come in, and [`Effect`]s go out, which the node carries out in their order.
+//! Pure: takes time and datagrams, and returns [`Effect`]s, which the node carries out in order.
 
 mod answers;
 mod identity;
@@ -28,21 +28,21 @@ use crate::udx::Socket;
 pub(super) use self::answers::Answer;
 pub(super) use self::requests::{CallId, Outbound, Step, WALK_STEPS, Waiter, WalkId};
 
-/// How often a node looks after its table.
+/// The interval of routing table maintenance.
 pub(super) const TICK: Duration = Duration::from_secs(5);
-/// Some five minutes without a query.
+/// The table is refreshed after about five minutes without a query.
 const REFRESH_TICKS: u64 = 60;
 
 const REMEMBERED_MAX: usize = 64;
 
-/// The socket that a datagram comes from or goes to.
+/// The socket that a datagram arrives at or leaves from.
 #[derive(Debug, Clone)]
 pub(super) enum Via {
-    /// The one that a node behind a firewall talks from.
+    /// The socket that a firewalled node sends from.
     Client,
-    /// The one that anyone can reach, where there is no firewall.
+    /// The socket that anyone can reach if the node is not firewalled.
     Server,
-    /// One that somebody lent for a request.
+    /// A socket that a caller lent for a request.
     Other(Socket),
 }
 
@@ -65,7 +65,7 @@ pub(super) enum Effect {
     Reschedule,
 }
 
-/// A datagram to be sent.
+/// A datagram to send.
 #[derive(Debug)]
 pub(super) struct Outgoing {
     pub(super) via: Via,
@@ -73,12 +73,12 @@ pub(super) struct Outgoing {
     pub(super) bytes: Bytes,
 }
 
-/// What only tasks can do.
+/// Work that only tasks can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Job {
-    /// Walk towards an id, to meet nodes.
+    /// Walk towards an id to find nodes.
     Refresh(Id),
-    /// Find out whether others can reach this node.
+    /// Check whether others can reach this node.
     CheckNetwork,
 }
 
@@ -95,12 +95,12 @@ pub(super) struct State {
     pub(super) ephemeral: bool,
     pub(super) bootstrapped: bool,
     pub(super) stopped: bool,
-    /// Whether the node is to last, however it is reached.
+    /// Whether the configuration asks for a persistent node, which need not prove stable first.
     forced: bool,
     adaptive: bool,
     bootstrap: Vec<SocketAddrV4>,
     known: Vec<SocketAddrV4>,
-    /// Nodes that were in the table once, for when nobody else is left.
+    /// Nodes that were in the table before, for when no other nodes are left.
     remembered: VecDeque<SocketAddrV4>,
 
     inflight: HashMap<u16, Inflight>,
@@ -129,7 +129,7 @@ pub(super) struct State {
     asked_deadline: Instant,
 }
 
-/// Draws numbers from a stock, so that not every one costs a call to the system.
+/// Draws random numbers from a buffer, so that not every draw costs a system call.
 struct Chance {
     stock: [u8; 256],
     left: usize,
@@ -182,7 +182,7 @@ impl State {
             waiting: VecDeque::new(),
             delayed: BTreeMap::new(),
             delayed_count: 0,
-            // Nodes that start together must not all be busy at the same ticks.
+            // Nodes that start at the same time must not all be busy at the same ticks.
             tick: 50 + chance.draw() % 50,
             refresh_ticks: REFRESH_TICKS / 2 + chance.draw() % (REFRESH_TICKS / 2),
             next_tick: now + TICK,

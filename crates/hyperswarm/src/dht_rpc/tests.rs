@@ -1,4 +1,4 @@
-//! Networks of real nodes on this host.
+//! Tests with networks of real nodes on this host.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -21,14 +21,14 @@ impl Handler for Echo {
                 let value = request.value.clone().unwrap_or_default();
                 let mut decoder = crate::compact_encoding::Decoder::new(&value);
                 match (decoder.ipv4(), decoder.ipv4()) {
-                    // To the next node, with the asker's address.
+                    // Forward to the next node, with the address of the node that asked.
                     (Ok(next), Err(_)) => {
                         let mut forward = Vec::new();
                         crate::compact_encoding::Encoder::write_ipv4(&mut forward, next);
                         crate::compact_encoding::Encoder::write_ipv4(&mut forward, request.from);
                         request.relay(&forward, next);
                     }
-                    // Back to where it came from, which answers the asker.
+                    // Send it back to its sender, which answers the node that asked.
                     (Ok(_), Ok(asker)) if asker != request.from && request.to != asker => {
                         let mut back = Vec::new();
                         crate::compact_encoding::Encoder::write_ipv4(&mut back, asker);
@@ -68,7 +68,7 @@ pub(crate) fn start(config: Config) -> DhtRpc {
     DhtRpc::start(config, Udx::new(), Arc::new(Echo::default())).unwrap()
 }
 
-/// Starts nodes that begin with the first of them.
+/// Starts nodes that use the first of them as their bootstrap node.
 pub(crate) async fn network(size: usize) -> Vec<DhtRpc> {
     let first = start(local(&[]));
     first.bootstrapped().await;
@@ -162,7 +162,7 @@ async fn a_silent_node_times_out_and_leaves_the_table() {
     assert_eq!(within(nodes[0].ping(address, RequestOptions::default())).await, Err(DhtRequestError::Timeout));
     assert!(!nodes[0].routing_nodes().contains(&address));
 
-    // What failed a moment ago holds no query up.
+    // A node that failed recently does not delay a query.
     let start = Instant::now();
     within(nodes[0].query(Query::find_node([1; 32])).closest()).await;
     assert!(start.elapsed() < Duration::from_millis(250), "{:?}", start.elapsed());

@@ -1,4 +1,4 @@
-//! How long to wait for an answer, from the answers that came before.
+//! Estimates how long to wait for an answer from a node's earlier answers.
 
 use std::net::SocketAddrV4;
 use std::time::Duration;
@@ -13,11 +13,11 @@ const FAILURE_AGE_MAX: Duration = Duration::from_mins(1);
 
 const TIMEOUT_MIN: Duration = Duration::from_millis(300);
 const TIMEOUT_MAX: Duration = Duration::from_secs(4);
-/// For a node that was never heard.
+/// For a node that has never answered.
 const FIRST_TIMEOUTS: [Duration; 4] =
     [Duration::from_millis(500), Duration::from_millis(750), Duration::from_secs(1), Duration::from_millis(1_500)];
 
-/// Remembers how fast nodes answer, and which did not.
+/// Remembers how fast nodes answer, and which failed to.
 #[derive(Debug)]
 pub(super) struct Timeouts {
     nodes: AgingMap<SocketAddrV4, Estimate>,
@@ -37,7 +37,7 @@ impl Default for Timeouts {
 }
 
 impl Timeouts {
-    /// Takes the time that an answer took.
+    /// Records how long an answer took.
     pub(super) fn answered(&mut self, node: SocketAddrV4, took: Duration, now: Instant) {
         self.failed.remove(&node);
         if let Some(known) = self.nodes.get_mut(&node, now) {
@@ -48,7 +48,7 @@ impl Timeouts {
         }
     }
 
-    /// Notes that a node left every copy of a request without an answer.
+    /// Records that a node answered no copy of a request.
     pub(super) fn failed(&mut self, node: SocketAddrV4, now: Instant) {
         self.nodes.remove(&node);
         self.failed.insert(node, (), now);

@@ -1,4 +1,4 @@
-//! Tokens: what a host must show that it received before it may store anything.
+//! Tokens: a host must return the token that it received before a node stores anything for it.
 
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -9,10 +9,10 @@ use tokio::time::Instant;
 use super::message::Token;
 use crate::crypto::keyed_hash;
 
-/// How long one secret gives out tokens; its tokens are accepted twice as long.
+/// How long one secret issues tokens. They are accepted for twice as long.
 const ROTATION: Duration = Duration::from_millis(7_500);
 
-/// Gives out tokens and knows them again. A token holds for a host, whatever the port.
+/// Issues and verifies tokens. A token is valid for a host, whatever the port.
 pub(super) struct Tokens {
     current: [u8; 32],
     previous: [u8; 32],
@@ -20,22 +20,22 @@ pub(super) struct Tokens {
 }
 
 impl Tokens {
-    /// Starts with two secrets that nobody knows.
+    /// Starts with two random secrets.
     pub(super) fn new(current: [u8; 32], previous: [u8; 32], now: Instant) -> Self {
         Self { current, previous, rotated: now }
     }
 
-    /// Makes the token of a host.
+    /// Returns the token of a host.
     pub(super) fn issue(&self, host: Ipv4Addr) -> Token {
         token(&self.current, host)
     }
 
-    /// Returns whether a host got this token not long ago.
+    /// Returns whether this token was issued to a host recently.
     pub(super) fn accepts(&self, token_: &Token, host: Ipv4Addr) -> bool {
         token(&self.current, host) == *token_ || token(&self.previous, host) == *token_
     }
 
-    /// Changes secrets when it is time. The new one is drawn from `random`.
+    /// Rotates the secrets when it is time. The new one comes from `random`.
     pub(super) fn rotate(&mut self, now: Instant, random: impl FnOnce() -> [u8; 32]) {
         if now.duration_since(self.rotated) >= ROTATION {
             self.previous = std::mem::replace(&mut self.current, random());
@@ -45,7 +45,7 @@ impl Tokens {
 }
 
 fn token(secret: &[u8; 32], host: Ipv4Addr) -> Token {
-    // The host goes in as text, as the Node package has it.
+    // The host is hashed as text, as in the Node package.
     let mut text = [0; 15];
     let mut rest = &mut text[..];
     write!(rest, "{host}").expect("an IPv4 address has at most 15 characters");

@@ -1,6 +1,6 @@
-//! The way a query takes: whom to ask next, and when it has come close enough.
+//! Decides which node a query asks next, and when it has come close enough to the target.
 //!
-//! Pure: [`Query`](super::Query) sends what this decides.
+//! Does no I/O: [`Query`](super::Query) sends the requests that this module chooses.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddrV4;
@@ -9,27 +9,27 @@ use super::DhtReply;
 use super::message::{Id, node_id};
 use super::routing_table::{K, distance};
 
-/// No honest walk meets so many nodes; a dishonest one is cut short.
+/// No honest walk visits this many nodes. A walk through dishonest ones is cut short.
 pub(super) const NODES_MAX: usize = 400;
 
-/// A node that timed out this often is no longer waited for, once another has answered.
+/// After this many timeouts a walk no longer waits for a node, once another one has answered.
 const TIMEOUTS_PATIENT: u32 = 2;
 
-/// How a walk ended, or that it goes on.
+/// The state of a walk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Progress {
-    /// Some nodes have yet to answer.
+    /// Some nodes have not answered yet.
     Waiting,
-    /// Too few of the nodes that the walk was given answered; it needs others.
+    /// Too few of the nodes that the walk started from answered; it needs others.
     NeedsNodes,
-    /// There is nobody left that is worth asking.
+    /// No node is left that is worth asking.
     Done,
 }
 
-/// Word for a node that it named one that does not answer.
+/// A hint to a node that another node, which it returned, does not answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DownHint {
-    /// Who named the node.
+    /// The node that returned the other one.
     pub(super) to: SocketAddrV4,
     /// The node that is down.
     pub(super) down: SocketAddrV4,
@@ -39,10 +39,10 @@ pub(super) struct DownHint {
 #[derive(Debug)]
 pub(super) struct Walk {
     target: Id,
-    /// The node that walks, which is never asked.
+    /// The node that walks. It is never asked.
     own: Option<Id>,
     concurrency: usize,
-    /// Those to ask, closest first.
+    /// The nodes to ask, closest first.
     pending: BTreeMap<Id, SocketAddrV4>,
     met: HashMap<SocketAddrV4, Met>,
     closest: Vec<(Id, DhtReply)>,
@@ -51,23 +51,23 @@ pub(super) struct Walk {
     patient: usize,
     answered: usize,
     refused: usize,
-    /// Whether the walk began with nodes that an earlier one found, which deserve a head start.
+    /// Whether the walk started from the results of an earlier one, which get a head start.
     is_narrow: bool,
     hints: Vec<DownHint>,
 }
 
 #[derive(Debug)]
 enum Met {
-    /// To be asked, or asked; with those who named it.
+    /// To be asked or already asked, with the nodes that returned it.
     Named(Vec<SocketAddrV4>),
-    /// Asked, and late by so many timeouts.
+    /// Asked, and late by this many timeouts, with the nodes that returned it.
     Late(Vec<SocketAddrV4>, u32),
     Answered,
     Down,
 }
 
 impl Walk {
-    /// Starts at nobody.
+    /// Makes a walk without nodes.
     pub(super) fn new(target: Id, own: Option<Id>, concurrency: usize, is_narrow: bool) -> Self {
         Self {
             target,
@@ -91,7 +91,7 @@ impl Walk {
         self.name(node, None);
     }
 
-    /// Does the same with a node that another one named. Says whether it could be close enough.
+    /// Adds a node that another node returned. Returns whether it could be close enough.
     fn name(&mut self, node: SocketAddrV4, named_by: Option<SocketAddrV4>) -> bool {
         let id = node_id(node);
         if self.own == Some(id) {
@@ -114,7 +114,7 @@ impl Walk {
         could_be
     }
 
-    /// Returns how many nodes wait to be asked.
+    /// Returns how many nodes are waiting to be asked.
     pub(super) fn pending(&self) -> usize {
         self.pending.len()
     }
@@ -124,14 +124,14 @@ impl Walk {
         self.concurrency = concurrency;
     }
 
-    /// Widens a walk that began narrow: the table's nodes were added.
+    /// Widens a walk that started narrow, after the nodes of the routing table were added.
     pub(super) fn widen(&mut self) {
         self.is_narrow = false;
     }
 
-    /// Returns the next node to ask right away.
+    /// Returns the next node to ask now.
     pub(super) fn next(&mut self) -> Option<SocketAddrV4> {
-        // Those an earlier walk found are the likely answer, so the rest waits a moment for them.
+        // The results of an earlier walk are the likely answer, so the other nodes wait for them a moment.
         let is_starting = self.is_narrow && self.answered + self.refused < self.concurrency;
         let concurrency = if is_starting && self.asked >= 3 { 3 } else { self.concurrency };
         while self.asked < concurrency + self.slow {
@@ -140,13 +140,13 @@ impl Walk {
                 self.asked += 1;
                 return Some(node);
             }
-            // Whatever is pending behind this one is farther still.
+            // The nodes still pending are farther away.
             self.pending.clear();
         }
         None
     }
 
-    /// Takes the answer of a node that was asked.
+    /// Handles the answer of a node.
     pub(super) fn answered(&mut self, node: SocketAddrV4, reply: &DhtReply) {
         self.settle(node, Met::Answered);
         if reply.error == 0 {
@@ -157,7 +157,7 @@ impl Walk {
         if let Some(id) = reply.from_id.filter(|_| reply.error == 0) {
             self.keep(distance(&self.target, &id), reply);
         }
-        // They come closest first: after one that is too far, so are the others.
+        // They come closest first, so if one is too far, the rest are too.
         for closer in reply.closer_nodes.iter().take(K) {
             if !self.name(*closer, Some(node)) {
                 break;
@@ -165,7 +165,7 @@ impl Walk {
         }
     }
 
-    /// Notes that a node is late: the time of one copy of the request ran out.
+    /// Records that a node is late: the timeout of one copy of the request passed.
     pub(super) fn late(&mut self, node: SocketAddrV4) {
         let Some(met) = self.met.get_mut(&node) else { return };
         match met {
@@ -183,14 +183,14 @@ impl Walk {
         }
     }
 
-    /// Notes that a node is not worth waiting for: it failed to answer a short while ago.
+    /// Records that a node is not worth waiting for, because it recently failed to answer.
     pub(super) fn suspect(&mut self, node: SocketAddrV4) {
         for _ in 0..TIMEOUTS_PATIENT {
             self.late(node);
         }
     }
 
-    /// Notes that a node left the request without an answer.
+    /// Records that a node did not answer.
     pub(super) fn failed(&mut self, node: SocketAddrV4) {
         self.refused += 1;
         if let Some(Met::Named(named) | Met::Late(named, _)) = self.settle(node, Met::Down) {
@@ -198,18 +198,18 @@ impl Walk {
         }
     }
 
-    /// Notes that a node could not be asked.
+    /// Records that a node could not be asked.
     pub(super) fn skipped(&mut self, node: SocketAddrV4) {
         self.refused += 1;
         self.settle(node, Met::Answered);
     }
 
-    /// Takes the word for nodes that named others which are down.
+    /// Takes the hints for nodes that returned others which are down.
     pub(super) fn take_hints(&mut self) -> Vec<DownHint> {
         std::mem::take(&mut self.hints)
     }
 
-    /// Returns whether the walk goes on. Ask everyone that [`next`](Self::next) names first.
+    /// Returns whether the walk goes on. First ask every node that [`next`](Self::next) returns.
     pub(super) fn progress(&self) -> Progress {
         let late_but_enough = self.asked == self.slow && self.closest.len() >= K;
         let hopeless_but_some = self.asked == self.patient && self.answered > 0;

@@ -1,4 +1,4 @@
-//! Keeps a server findable: at the three nodes closest to the hash of its key, which become its relays.
+//! Keeps a server findable by announcing it to the three nodes closest to the hash of its key. These become its relays.
 
 mod topic_announcer;
 
@@ -22,16 +22,16 @@ use crate::dht_rpc::{Call, DhtReply, DhtRpc, Id, K, Query};
 
 /// How many relays a server has.
 const RELAYS: usize = 3;
-/// How often the relays are asked whether they still know the server. Keeps the way to it open in routers, too.
+/// How often the relays are asked whether they still know the server. This also keeps the NAT mapping to them open.
 const CHECK: Duration = Duration::from_secs(3);
-/// How often the server looks for nodes that are closer than its relays.
+/// How often the server searches for nodes that are closer than its relays.
 const RENEWAL: Duration = Duration::from_mins(5);
-/// How soon a server that found nobody tries again; later with every failure.
+/// The delay before a server that found no node tries again. It grows with every failure.
 const RETRY: Duration = Duration::from_secs(2);
-/// How long nodes may take to confirm what is taken back.
+/// How long to wait for nodes to confirm an unannounce.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// A node that knows the way to the server.
+/// A node that knows a route to the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Relay {
     /// The node.
@@ -40,7 +40,7 @@ pub struct Relay {
     pub peer_address: SocketAddrV4,
 }
 
-/// Announces a server until it is stopped. Dropping the last clone stops it as well.
+/// Announces a server until it is stopped. Dropping the last clone also stops it.
 #[derive(Debug, Clone)]
 pub struct Announcer {
     shared: Arc<Shared>,
@@ -70,7 +70,7 @@ impl Shared {
 }
 
 impl Announcer {
-    /// Starts to announce the server with these keys.
+    /// Starts announcing the server with these keys.
     pub fn start(dht: DhtRpc, key_pair: KeyPair, tasks: &TaskTracker) -> Self {
         Self::start_at(Pace { check: CHECK, renewal: RENEWAL, retry: RETRY }, dht, key_pair, tasks)
     }
@@ -90,41 +90,42 @@ impl Announcer {
         Self { shared, _stop_on_drop: Arc::new(stop.drop_guard()) }
     }
 
-    /// Waits until the server was announced, or no node was found to announce it to.
+    /// Waits until the server is announced, or no node was found to announce it to.
     pub async fn announced(&self) {
-        // Fails only when the announcer is gone, after which there is nothing to wait for.
+        // Fails only when the announcer is gone, and then there is nothing to wait for.
         let _ = self.shared.is_announced.subscribe().wait_for(|done| *done).await;
     }
 
-    /// Returns the nodes that know the way to the server.
+    /// Returns the nodes that know a route to the server.
     pub fn relays(&self) -> Vec<Relay> {
         self.shared.relays().current.clone()
     }
 
-    /// Returns where clients may begin, at most three: the server itself where it can be reached, then its relays.
+    /// Returns at most three addresses that clients may start from: the server itself if it is reachable, then its
+    /// relays.
     pub fn relay_addresses(&self) -> Vec<SocketAddrV4> {
         self.shared.relays().addresses.clone()
     }
 
-    /// Returns whether a node knows the way to the server, or did until a short while ago.
+    /// Returns whether a node knows a route to the server, or did until recently.
     pub fn is_relay(&self, address: SocketAddrV4) -> bool {
         let relays = self.shared.relays();
         relays.current.iter().chain(&relays.previous).any(|relay| relay.relay_address == address)
     }
 
-    /// Announces the server again soon, as after a change of the network.
+    /// Announces the server again soon, for example after a network change.
     pub fn refresh(&self) {
         self.shared.refresh.notify_one();
     }
 
-    /// Takes the announcements back and stops.
+    /// Removes the announcements and stops.
     pub async fn stop(&self) {
         self.shared.stop.cancel();
         self.shared.stopped.cancelled().await;
     }
 }
 
-/// How often an announcer does what.
+/// The intervals of an announcer.
 #[derive(Debug, Clone, Copy)]
 struct Pace {
     check: Duration,
@@ -138,7 +139,7 @@ struct Task {
     key_pair: KeyPair,
     target: Id,
     shared: Arc<Shared>,
-    /// The closest nodes of the last walk, where the next one begins.
+    /// The closest nodes of the last walk. The next walk starts from them.
     closest: Vec<SocketAddrV4>,
 }
 
@@ -149,7 +150,7 @@ impl Task {
         stop.run_until_cancelled(self.announce_forever()).await;
         self.shared.is_announced.send_replace(true);
         let relays = std::mem::take(&mut self.shared.relays().current);
-        // A node that does not answer forgets the server by itself, after a while.
+        // A node that does not answer forgets the server by itself after a while.
         let _ = time::timeout(FAREWELL, self.leave(&relays)).await;
     }
 
@@ -159,7 +160,7 @@ impl Task {
             self.announce().await;
             self.shared.is_announced.send_replace(true);
             if self.shared.relays().current.is_empty() {
-                // Alone, or cut off: try again soon, then less often.
+                // No relay was found: the node is alone or cut off. It retries soon, then less often.
                 misses = (misses + 1).min(4);
                 tokio::select! {
                     () = time::sleep(self.pace.retry * misses) => {}
@@ -172,7 +173,7 @@ impl Task {
         }
     }
 
-    /// Watches the relays until it is time to announce the server again.
+    /// Watches the relays until one fails or it is time to announce the server again.
     async fn watch(&self) {
         let renewal = Instant::now() + self.pace.renewal;
         while Instant::now() < renewal {
@@ -189,8 +190,8 @@ impl Task {
         }
     }
 
-    /// Returns whether a relay still knows the way to this server, at the address where it is. A ping would not tell a
-    /// relay that was started again, nor a router that gave this node another port.
+    /// Returns whether a relay still knows the route to this server at its current address. A ping would not reveal a
+    /// relay that was restarted, or a NAT that gave this node another port.
     async fn is_kept(&self, relay: Relay) -> bool {
         let answer = self.ask(relay.relay_address).await;
         answer.is_some_and(|reply| reply.to == relay.peer_address && names(&reply, &self.key_pair.public_key()))
@@ -225,7 +226,7 @@ impl Task {
         let _ = time::timeout(FAREWELL, self.leave(&dropped)).await;
     }
 
-    /// Takes announcements back.
+    /// Removes announcements.
     async fn leave(&self, relays: &[Relay]) {
         join_all(relays.iter().map(|relay| async {
             let reply = self.ask(relay.relay_address).await.filter(|reply| reply.value.is_some())?;

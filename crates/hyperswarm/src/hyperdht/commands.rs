@@ -1,20 +1,20 @@
-//! The numbers of the commands.
+//! Command numbers of the `hyperdht` protocol.
 
-/// Carries a Noise message between a client and a server.
+/// Carries a Noise handshake message between a client and a server.
 pub const PEER_HANDSHAKE: u64 = 0;
-/// Carries notes between a client and a server that punch holes.
+/// Carries a hole punch message between a client and a server.
 pub const PEER_HOLEPUNCH: u64 = 1;
-/// Asks for a server.
+/// Asks for the record of a server.
 pub const FIND_PEER: u64 = 2;
-/// Asks who announced a topic.
+/// Asks which peers announced a topic.
 pub const LOOKUP: u64 = 3;
 /// Announces a peer.
 pub const ANNOUNCE: u64 = 4;
-/// Takes an announcement back.
+/// Removes an announcement.
 pub const UNANNOUNCE: u64 = 5;
-/// Stores a signed value.
+/// Stores a signed, mutable value.
 pub const MUTABLE_PUT: u64 = 6;
-/// Asks for a signed value.
+/// Asks for a signed, mutable value.
 pub const MUTABLE_GET: u64 = 7;
 /// Stores a value under its hash.
 pub const IMMUTABLE_PUT: u64 = 8;

@@ -1,7 +1,8 @@
-//! Connects to a server by its key.
+//! Connects to a server by its public key.
 //!
-//! The client sends one and the same Noise message to every node that may know the server, and connects with the
-//! first answer that only the server can have given. It is connected once the server's first encrypted frame came.
+//! The client sends the same Noise message to every node that may know the server. It uses the first answer that
+//! decrypts, since only the server can have produced it. The connection counts as open once the server's first
+//! encrypted frame arrives.
 
 mod known_addresses;
 mod way;
@@ -28,27 +29,27 @@ use crate::dht_rpc::{Call, RequestOptions};
 use crate::secret_stream::{self, SecretStream};
 use crate::udx;
 
-/// How many nodes are asked at once: so many that knew the server before, and as many that the walk finds. Those that
-/// knew it may all be gone, and must not hold the others up.
+/// How many nodes are asked at once: this many from earlier connections, and as many found by the walk. The former may
+/// all be gone, and must not hold up the latter.
 const LANES: usize = 3;
 
-/// How many nodes are asked before the search is given up. A server has three relays, and had others before.
+/// How many nodes are asked before the search is given up. A server has three relays now, and had others before.
 const ASKED_MAX: usize = 16;
 
-/// How long nodes that knew the server before may take until a walk looks for others as well.
+/// How long the nodes known from earlier have before a walk searches for others as well.
 const HEAD_START: Duration = Duration::from_millis(200);
 
-/// How long an open client waits for the firewalled server to come to it.
+/// How long a client that is not firewalled waits for a firewalled server to connect to it.
 const PASSIVE: Duration = Duration::from_secs(10);
 
-/// How a client connects.
+/// Options of a connection attempt.
 #[derive(Debug, Clone)]
 pub struct ConnectOptions {
     /// Nodes that probably know the server, or the server itself. They are asked first.
     pub relay_addresses: Vec<SocketAddrV4>,
-    /// How long connecting may take as a whole.
+    /// The time limit of the whole attempt.
     pub timeout: Duration,
-    /// How the connection behaves.
+    /// Options of the encrypted stream.
     pub stream: secret_stream::Options,
 }
 
@@ -62,31 +63,31 @@ impl Default for ConnectOptions {
     }
 }
 
-/// Why there is no connection.
+/// Why connecting failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
     /// The server's key is not a valid public key.
     #[error("the key is not a valid one")]
     InvalidKey,
-    /// Nobody that was asked knows the server.
+    /// None of the nodes that were asked knows the server.
     #[error("nobody knows the way to the server")]
     PeerNotFound,
-    /// Nodes that know the server were asked, but none brought back an answer of the server.
+    /// Nodes that know the server were asked, but none returned an answer from the server.
     #[error("the server gave no answer to the handshake")]
     HandshakeFailed,
-    /// The server answered that it does not want the connection.
+    /// The server refused the connection.
     #[error("the server refused the connection: {0:?}")]
     Refused(Refusal),
-    /// The server speaks another version.
+    /// The server speaks another version of the protocol.
     #[error("the server is not compatible")]
     Incompatible,
-    /// Server and client are both behind firewalls.
+    /// Server and client are both firewalled.
     #[error("there is no way through the firewalls")]
     Unreachable,
-    /// The server agreed but could not be heard on the stream.
+    /// The server accepted the handshake but sent nothing on the stream.
     #[error("the server agreed to the connection but does not send")]
     Silent,
-    /// It took too long.
+    /// The attempt timed out.
     #[error("there was no connection in time: {0}")]
     Timeout(Step),
     /// The node was stopped.
@@ -94,14 +95,14 @@ pub enum ConnectError {
     Stopped,
 }
 
-/// What a client was doing when its time was over.
+/// The step at which a connection attempt timed out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// It had found nobody who knows the server.
+    /// No node that knows the server was found.
     Finding,
-    /// It waited for the answer to its handshake.
+    /// The server had not answered the handshake.
     Handshake,
-    /// It waited for the first encrypted frame.
+    /// The first encrypted frame had not arrived.
     Stream,
 }
 
@@ -115,7 +116,7 @@ impl std::fmt::Display for Step {
     }
 }
 
-/// Connects within the time that the options allow.
+/// Connects within the timeout of the options.
 pub(super) async fn connect(
     shared: &Shared,
     key_pair: &KeyPair,
@@ -133,26 +134,27 @@ pub(super) async fn connect(
     result
 }
 
-/// One try to connect. Its stream is destroyed when it is dropped.
+/// One connection attempt. Dropping it destroys its stream.
 struct Attempt<'a> {
     shared: &'a Shared,
     remote: PublicKey,
     target: [u8; 32],
     stream: udx::Stream,
-    /// The socket that asks, and that is connected then: a firewall lets answers in to no other one.
+    /// The socket that sends the handshake and then carries the connection. A firewall lets answers in to no other
+    /// socket.
     socket: udx::Socket,
     is_open: bool,
     initiator: Initiator,
     request: Call,
 }
 
-/// An answer that the server gave.
+/// An answer to the handshake from the server.
 struct Answer {
-    /// Who brought it.
+    /// The node that delivered the answer.
     relay: SocketAddrV4,
-    /// The server, as the relay sees it; `None` when the server itself was asked.
+    /// The server's address as the relay sees it; `None` when the server itself was asked.
     server: Option<SocketAddrV4>,
-    /// This node, as the relay sees it.
+    /// This node's address as the relay sees it.
     client: SocketAddrV4,
     payload: NoisePayload,
     session: Session,
@@ -196,13 +198,13 @@ impl<'a> Attempt<'a> {
         self.stream.connect(&socket, id, address);
         let connection = SecretStream::new(self.stream, answer.session, options.stream);
         connection.opened().await.map_err(|_| ConnectError::Silent)?;
-        // The server knows best; whoever brought the answer comes last.
+        // The server knows best, so the node that delivered the answer comes last.
         let addresses = answer.payload.relay_addresses.into_iter().chain([answer.relay]);
         self.shared.known().set(self.remote, addresses);
         Ok(connection)
     }
 
-    /// Returns the first answer of the server.
+    /// Returns the first answer from the server.
     async fn find(&self, given: &[SocketAddrV4], step: &mut Step) -> Result<Answer, ConnectError> {
         let mut waiting: VecDeque<SocketAddrV4> = self.known(given).into();
         let mut asked: Vec<SocketAddrV4> = Vec::new();
@@ -246,11 +248,11 @@ impl<'a> Attempt<'a> {
         Err(if asked.is_empty() { ConnectError::PeerNotFound } else { ConnectError::HandshakeFailed })
     }
 
-    /// Returns where the server was or should be.
+    /// Returns the addresses at which the server was found, or is expected.
     fn known(&self, given: &[SocketAddrV4]) -> Vec<SocketAddrV4> {
         let mut known = given.to_vec();
         known.extend(self.shared.known().get(&self.remote));
-        // What announced itself here is the server itself.
+        // A server that announced itself to this node is reached directly.
         known.extend(self.shared.request_handler.router().relay(&self.target, Instant::now()));
         if self.shared.request_handler.serves(&self.target) {
             known.push(self.shared.own_address());
@@ -258,23 +260,24 @@ impl<'a> Attempt<'a> {
         known
     }
 
-    /// Asks one node for the server's answer. Whatever else comes back counts as none.
+    /// Asks one node for the server's answer. Returns `None` for anything else that comes back.
     async fn ask(&self, node: SocketAddrV4) -> Option<Answer> {
         let options = RequestOptions { socket: Some(self.socket.clone()), ..RequestOptions::default() };
         let reply = self.shared.rpc.request_with(self.request.clone(), node, options).await;
         let reply = reply.inspect_err(|error| trace!(%node, %error, "no answer to a handshake")).ok()?;
         let value = reply.value?;
         let handshake = Handshake::decode(&value).ok().filter(|handshake| handshake.mode == Mode::Reply)?;
-        // Only the server can have sealed what opens here. A relay that makes things up is as good as a silent one.
+        // Only the server can have sealed an answer that opens here. A relay that sends a forged one is treated like
+        // one that does not answer.
         let (payload, session) = self.initiator.receive(handshake.noise).ok()?;
         let payload = NoisePayload::decode(&payload).ok()?;
         let server = handshake.peer_address.filter(|server| *server != node);
         Some(Answer { relay: node, server, client: reply.to, payload, session })
     }
 
-    /// Returns how to reach the server that answered, once that is sure enough.
+    /// Returns how to reach the server that answered, once that is certain enough.
     async fn way(&self, answer: &Answer) -> Result<(udx::Socket, SocketAddrV4), ConnectError> {
-        // To an open client, the server may have come already.
+        // If this client is not firewalled, the server may have sent to it already.
         if let Some(Some(way)) = self.stream.first_packet().now_or_never() {
             return Ok(way);
         }

@@ -1,4 +1,4 @@
-//! Bytes that the Node package `hyperdht` 6.34.0 made, for tests.
+//! Golden vectors for tests, made by the Node package `hyperdht` 6.34.0.
 
 use std::collections::HashMap;
 

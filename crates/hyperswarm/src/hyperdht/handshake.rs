@@ -1,4 +1,4 @@
-//! What PEER_HANDSHAKE carries: a Noise message on its way between a client and a server, over relays or not.
+//! The value of a PEER_HANDSHAKE request: a Noise message between a client and a server, direct or through relays.
 
 use std::net::SocketAddrV4;
 
@@ -7,7 +7,7 @@ use crate::compact_encoding::{DecodeError, Decoder, Encoder};
 const PEER_ADDRESS: u64 = 1;
 const RELAY_ADDRESS: u64 = 2;
 
-/// Who sent a value, and so what its reader does with it.
+/// Who sent a message, which determines how its receiver handles it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// From the client, to a relay or to the server itself.
@@ -16,7 +16,7 @@ pub enum Mode {
     FromServer,
     /// From the client's relay, to the server or to the server's relay.
     FromRelay,
-    /// From the server's relay, to the server, when the client's relay was another one.
+    /// From the server's relay to the server, when the client used another relay.
     FromSecondRelay,
     /// To the client.
     Reply,
@@ -45,21 +45,21 @@ impl Mode {
     }
 }
 
-/// The value of PEER_HANDSHAKE.
+/// The value of a PEER_HANDSHAKE request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Handshake<'a> {
     /// Who sent it.
     pub mode: Mode,
-    /// The Noise message, which only the two ends can read.
+    /// The Noise message, which only the two ends can decrypt.
     pub noise: &'a [u8],
-    /// The address of the end that the reader does not see: the client's for a server, the server's for a client.
+    /// The address of the end that the receiver does not see: the client's for a server, the server's for a client.
     pub peer_address: Option<SocketAddrV4>,
-    /// The client's relay, when the server's was another one.
+    /// The client's relay, if it is not the server's.
     pub relay_address: Option<SocketAddrV4>,
 }
 
 impl<'a> Handshake<'a> {
-    /// Reads a value.
+    /// Decodes a value.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, DecodeError> {
         let mut decoder = Decoder::new(bytes);
         let flags = decoder.uint()?;
@@ -71,7 +71,7 @@ impl<'a> Handshake<'a> {
         })
     }
 
-    /// Returns the value's bytes.
+    /// Encodes the value.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(self.noise.len() + 24);
         let peer = self.peer_address.map_or(0, |_| PEER_ADDRESS);

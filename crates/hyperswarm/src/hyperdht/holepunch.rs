@@ -1,6 +1,7 @@
-//! What PEER_HOLEPUNCH carries: sealed notes between two firewalled peers that agree on how to reach each other.
+//! The value of a PEER_HOLEPUNCH request: an encrypted message with which two firewalled peers agree on how to reach
+//! each other.
 //!
-//! Relays forward these values. Punching itself is not done here.
+//! Relays forward these values. This crate does not punch holes itself.
 
 use std::net::SocketAddrV4;
 
@@ -10,21 +11,21 @@ use crate::compact_encoding::{DecodeError, Decoder, Encoder};
 use crate::crypto::noise::Session;
 use crate::crypto::{keyed_hash, namespace, secretbox};
 
-/// The value of PEER_HOLEPUNCH.
+/// The value of a PEER_HOLEPUNCH request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holepunch<'a> {
     /// Who sent it.
     pub mode: Mode,
-    /// Which of the server's handshakes this belongs to.
+    /// The id of the server's handshake that this belongs to.
     pub id: u64,
-    /// A sealed [`HolepunchPayload`].
+    /// An encrypted [`HolepunchPayload`].
     pub payload: &'a [u8],
-    /// The address of the end that the reader does not see.
+    /// The address of the end that the receiver does not see.
     pub peer_address: Option<SocketAddrV4>,
 }
 
 impl<'a> Holepunch<'a> {
-    /// Reads a value.
+    /// Decodes a value.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, DecodeError> {
         let mut decoder = Decoder::new(bytes);
         let flags = decoder.uint()?;
@@ -36,7 +37,7 @@ impl<'a> Holepunch<'a> {
         })
     }
 
-    /// Returns the value's bytes.
+    /// Encodes the value.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(self.payload.len() + 24);
         bytes.write_uint(self.peer_address.is_some().into());
@@ -57,31 +58,31 @@ const REMOTE_ADDRESS: u64 = 8;
 const TOKEN: u64 = 16;
 const REMOTE_TOKEN: u64 = 32;
 
-/// What one peer tells the other about its firewall and its next step.
+/// What one peer reports to the other about its firewall and its next step.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HolepunchPayload {
-    /// Zero, or why the sender gives up.
+    /// Zero, or the reason why the sender gives up.
     pub error: u64,
-    /// What the sender knows of its firewall.
+    /// What the sender knows about its firewall.
     pub firewall: Firewall,
-    /// Counts the sender's notes, so that an old one changes nothing.
+    /// The sender's message counter, so that an outdated message has no effect.
     pub round: u64,
     /// Whether the sender has a connection.
     pub connected: bool,
-    /// Whether the sender punches, or is willing to.
+    /// Whether the sender is punching, or is willing to.
     pub punching: bool,
-    /// Where the sender is seen from outside.
+    /// The sender's addresses as seen from outside.
     pub addresses: Option<Vec<SocketAddrV4>>,
-    /// Where the sender opened a way for the receiver.
+    /// The address at which the sender opened its NAT for the receiver.
     pub remote_address: Option<SocketAddrV4>,
-    /// Proves the receiver's address when it comes back.
+    /// A token that proves the receiver's address when the receiver returns it.
     pub token: Option<[u8; 32]>,
-    /// The receiver's token, coming back.
+    /// The receiver's token, returned to it.
     pub remote_token: Option<[u8; 32]>,
 }
 
 impl HolepunchPayload {
-    /// Reads a note.
+    /// Decodes a message.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut decoder = Decoder::new(bytes);
         let flags = decoder.uint()?;
@@ -99,7 +100,7 @@ impl HolepunchPayload {
         })
     }
 
-    /// Returns the note's bytes.
+    /// Encodes the message.
     pub fn encode(&self) -> Vec<u8> {
         let mut flags = 0;
         for (set, flag) in [
@@ -129,18 +130,18 @@ impl HolepunchPayload {
         bytes
     }
 
-    /// Seals the note for the other end of a handshake.
+    /// Encrypts the message for the other end of a handshake.
     pub fn seal(&self, secret: &[u8; 32]) -> Vec<u8> {
         secretbox::seal(secret, &self.encode())
     }
 
-    /// Opens a sealed note; `None` unless it was made by the other end.
+    /// Decrypts a message; `None` unless the other end made it.
     pub fn open(sealed: &[u8], secret: &[u8; 32]) -> Option<Self> {
         Self::decode(&secretbox::open(secret, sealed)?).ok()
     }
 }
 
-/// Returns the key of the notes between the two ends of a handshake.
+/// Returns the key that encrypts hole punch messages between the two ends of a handshake.
 pub fn holepunch_secret(session: &Session) -> [u8; 32] {
     keyed_hash(&session.hash, &[&namespace("hyperswarm/dht", 1)])
 }

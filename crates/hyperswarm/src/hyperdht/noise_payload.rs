@@ -1,11 +1,11 @@
-//! What the two ends of a handshake tell each other inside the Noise messages: how to be reached, and on which stream.
+//! The payload of the Noise handshake messages: how to reach the sender, and on which UDX stream.
 
 use std::net::{SocketAddrV4, SocketAddrV6};
 
 use crate::compact_encoding::{DecodeError, Decoder, Encoder};
 use crate::crypto::PublicKey;
 
-/// The most addresses read from one list. Node lists every interface of its machine.
+/// The maximum number of addresses read from one list. The Node package lists every interface of its host.
 pub(super) const ADDRESSES_MAX: usize = 256;
 
 const VERSION: u64 = 1;
@@ -18,17 +18,17 @@ const SECRET_STREAM: u64 = 16;
 const RELAY_THROUGH: u64 = 32;
 const RELAY_ADDRESSES: u64 = 64;
 
-/// What a peer knows of the firewall in front of it.
+/// What a peer knows about its own firewall.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Firewall {
-    /// Nothing yet.
+    /// Not known yet.
     #[default]
     Unknown,
-    /// Anyone can send to it.
+    /// Anyone can send to the peer.
     Open,
-    /// Every destination sees it at the same address.
+    /// Every destination sees the peer at the same address.
     Consistent,
-    /// Every destination sees it at another port.
+    /// Every destination sees the peer at a different port.
     Random,
 }
 
@@ -46,23 +46,23 @@ impl Firewall {
         match code {
             1 => Self::Open,
             2 => Self::Consistent,
-            // Node takes what it does not know for the worst kind as well.
+            // The Node package also treats an unknown kind as the worst one.
             3.. => Self::Random,
             0 => Self::Unknown,
         }
     }
 }
 
-/// Why a server does not want the connection.
+/// Why a server refuses a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// The server does not let this client in, or cannot serve it.
+    /// The server does not admit this client, or cannot serve it.
     Aborted,
     /// The two speak different versions.
     VersionMismatch,
     /// The server is busy.
     TryLater,
-    /// Something newer than this crate.
+    /// A code that this crate does not know.
     Other(u64),
 }
 
@@ -87,66 +87,66 @@ impl Refusal {
     }
 }
 
-/// A relay of the server, and where that relay sees the server.
+/// A relay of the server, and the server's address as that relay sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RelayInfo {
     /// The relay.
     pub relay_address: SocketAddrV4,
-    /// The server, seen from there.
+    /// The server's address as the relay sees it.
     pub peer_address: SocketAddrV4,
 }
 
 /// How to agree on a hole punch with the server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HolepunchInfo {
-    /// Names this handshake at the server.
+    /// The server's id of this handshake.
     pub id: u64,
-    /// Through whom.
+    /// The relays to agree through.
     pub relays: Vec<RelayInfo>,
 }
 
 /// The sender's end of the UDX stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UdxInfo {
-    /// Whether the sender can take its socket to other streams of the same peer.
+    /// Whether the sender can use its socket for other streams of the same peer.
     pub reusable_socket: bool,
-    /// The sender's stream.
+    /// The id of the sender's stream.
     pub id: u32,
-    /// The first sequence number; always zero so far.
+    /// The first sequence number. Always zero so far.
     pub seq: u64,
 }
 
-/// A third peer that both connect to when no direct way is found.
+/// A third peer that both ends connect to when they find no direct route.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RelayThrough {
     /// The third peer.
     pub public_key: PublicKey,
-    /// What pairs the two connections there.
+    /// The token that pairs the two connections at the third peer.
     pub token: [u8; 32],
 }
 
-/// What is said inside a Noise message.
+/// The payload of a Noise handshake message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NoisePayload {
-    /// The version that the sender speaks. The rest of another one is not read.
+    /// The sender's version. If it is another one, the rest is not decoded.
     pub version: u64,
     /// Why the sender refuses, if it does.
     pub refusal: Option<Refusal>,
     /// The sender's firewall.
     pub firewall: Firewall,
-    /// How a hole can be punched, when the sender is firewalled.
+    /// How to punch a hole, if the sender is firewalled.
     pub holepunch: Option<HolepunchInfo>,
-    /// Where the sender may be reached, best first.
+    /// The addresses at which the sender may be reached, best first.
     pub addresses4: Vec<SocketAddrV4>,
     /// The same for IPv6.
     pub addresses6: Vec<SocketAddrV6>,
     /// The sender's stream.
     pub udx: Option<UdxInfo>,
-    /// Whether the sender encrypts the stream (version 1 of the secret stream).
+    /// Whether the sender encrypts the stream (secret stream version 1).
     pub secret_stream: bool,
-    /// Who relays the stream, when the sender wants that.
+    /// The peer that relays the stream, if the sender wants one.
     pub relay_through: Option<RelayThrough>,
-    /// Where the sender can be asked next time.
+    /// The addresses at which to ask for the sender next time.
     pub relay_addresses: Vec<SocketAddrV4>,
 }
 
@@ -168,17 +168,17 @@ impl Default for NoisePayload {
 }
 
 impl NoisePayload {
-    /// Says no.
+    /// Makes a refusal.
     pub fn refusal(refusal: Refusal) -> Self {
         Self { refusal: Some(refusal), ..Self::default() }
     }
 
-    /// Returns whether the sender speaks a version that is understood here.
+    /// Returns whether this crate understands the sender's version.
     pub fn is_compatible(&self) -> bool {
         self.version == VERSION
     }
 
-    /// Reads a payload.
+    /// Decodes a payload.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut decoder = Decoder::new(bytes);
         let version = decoder.uint()?;
@@ -205,7 +205,7 @@ impl NoisePayload {
         })
     }
 
-    /// Returns the payload's bytes.
+    /// Encodes the payload.
     pub fn encode(&self) -> Vec<u8> {
         let mut flags = 0;
         for (set, flag) in [

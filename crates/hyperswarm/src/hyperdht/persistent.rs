@@ -1,6 +1,6 @@
-//! What a lasting node keeps for others, and what it answers them.
+//! Stores records for other nodes and answers requests for them, on a persistent node.
 //!
-//! Pure: [`Store::answer`] takes a request and the time, and returns the answer.
+//! Free of I/O: [`Store::answer`] takes a request and the time, and returns the answer.
 
 use std::net::SocketAddrV4;
 use std::time::Duration;
@@ -19,25 +19,26 @@ use crate::dht_rpc::{AgingMap, DhtRequest, Id, ReplyOptions, Token};
 
 mod topics;
 
-/// How many relays of a peer are kept.
+/// How many relay addresses of a peer are stored.
 const RELAYS_KEPT: usize = 3;
 
-/// How many peers an answer names.
+/// The maximum number of peers in an answer.
 pub(super) const PEERS_MAX: usize = 20;
 
-/// The longest value that is kept: with what surrounds it, an answer fits a datagram that no network splits.
+/// The maximum length of a stored value. With the fields around it, the answer fits in a datagram that no network
+/// fragments.
 pub const VALUE_LENGTH_MAX: usize = 1_000;
 
-/// How much is kept, and for how long.
+/// How much is stored, and for how long.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// How many announcements.
+    /// The maximum number of announcements.
     pub announcements_max: usize,
-    /// How many values of each kind.
+    /// The maximum number of values of each kind.
     pub values_max: usize,
-    /// How long an announcement lasts.
+    /// How long an announcement is stored.
     pub announcement_age_max: Duration,
-    /// How long a value lasts.
+    /// How long a value is stored.
     pub value_age_max: Duration,
 }
 
@@ -52,53 +53,53 @@ impl Default for Limits {
     }
 }
 
-/// The ways to servers that announced themselves under the hash of their own key.
+/// Routes to servers that announced themselves under the hash of their own key.
 pub trait Routes {
-    /// Returns the record of a server that is known here.
+    /// Returns the record of a server if this node has one.
     fn record(&self, target: &Id, now: Instant) -> Option<Bytes>;
-    /// Remembers that a server announced itself from `relay`. Returns false when there is no room.
+    /// Remembers that a server announced itself from `relay`. Returns `false` if the table is full.
     fn learn(&mut self, target: Id, relay: SocketAddrV4, record: Bytes, now: Instant) -> bool;
-    /// Forgets the way to a server.
+    /// Forgets the route to a server.
     fn forget(&mut self, target: &Id);
 }
 
-/// A request for something that is kept.
+/// A request to the store.
 #[derive(Debug, Clone, Copy)]
 pub struct Question<'a> {
-    /// What to do.
+    /// The command.
     pub command: u64,
-    /// What it is about.
+    /// What the command is about.
     pub target: Option<&'a Id>,
-    /// The token, which was checked.
+    /// The token, already verified.
     pub token: Option<&'a Token>,
-    /// The rest.
+    /// The command's value.
     pub value: Option<&'a [u8]>,
-    /// Where it came from.
+    /// The sender's address.
     pub from: SocketAddrV4,
     /// The id of this node.
     pub node: &'a Id,
 }
 
-/// What to answer.
+/// An answer of the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
-    /// A value, a token and closer nodes.
+    /// A value, with a token and closer nodes.
     Value(Option<Bytes>),
-    /// That it was done, and nothing else.
+    /// Confirms the request, without token and closer nodes.
     Done,
-    /// Why it was not done.
+    /// An error code.
     Error(u64),
-    /// Nothing: the request makes no sense.
+    /// No answer, because the request is malformed.
     Silence,
-    /// That the command is not one for a store.
+    /// The command is not a storage command.
     UnknownCommand,
 }
 
-/// Announcements and values of others.
+/// Announcements and values of other nodes.
 #[derive(Debug)]
 pub struct Store {
     topics: Topics,
-    /// Announcements that can be renewed by showing what this is the hash of.
+    /// Renewable announcements, by the hash of the link that renews them.
     renewals: AgingMap<[u8; 32], Renewal>,
     mutables: AgingMap<Id, Bytes>,
     immutables: AgingMap<Id, Bytes>,
@@ -112,7 +113,7 @@ struct Renewal {
 }
 
 impl Store {
-    /// Makes an empty store. `seed` decides which peers of a full topic are named.
+    /// Makes an empty store. `seed` determines which peers of a full topic are returned.
     pub fn new(limits: Limits, seed: u64) -> Self {
         Self {
             topics: Topics::new(limits.announcements_max, limits.announcement_age_max, seed),
@@ -122,7 +123,7 @@ impl Store {
         }
     }
 
-    /// Answers a request of another node, unless this node does not last or knows no such command: then returns false.
+    /// Answers a request of another node. Returns `false` if this node is not persistent or does not know the command.
     pub fn on_request(&mut self, request: &DhtRequest, routes: &mut impl Routes, now: Instant) -> bool {
         let Some(node) = &request.local_id else { return false };
         let question = Question {
@@ -159,13 +160,13 @@ impl Store {
         }
     }
 
-    /// Returns peers that announced a topic here: all, or some at random where they are many.
+    /// Returns the peers that announced a topic here, or a random selection if there are too many.
     pub fn peers(&mut self, topic: &Id, now: Instant) -> Vec<Peer> {
         let records = self.topics.draw(topic, PEERS_MAX, now);
         records.iter().filter_map(|record| Peer::decode(record).ok()).collect()
     }
 
-    /// Takes back what this node itself announced to itself.
+    /// Removes an announcement that this node made to itself.
     pub fn unannounce(&mut self, target: &Id, public_key: &PublicKey, routes: &mut impl Routes) {
         if hash(&[public_key.as_bytes()]) == *target {
             routes.forget(target);
@@ -201,7 +202,7 @@ impl Store {
         Some(())
     }
 
-    /// Renews an announcement for whoever shows the link before its last one.
+    /// Renews an announcement for a sender that reveals the preimage of its last link.
     fn renew(&mut self, link: &[u8; 32], from: SocketAddrV4, routes: &mut impl Routes, now: Instant) -> Option<()> {
         let last = hash(&[link]);
         let renewal = self.renewals.get(&last, now)?.clone();
@@ -213,7 +214,7 @@ impl Store {
 
     fn keep(&mut self, renewal: &Renewal, from: SocketAddrV4, routes: &mut impl Routes, now: Instant) -> Option<()> {
         let Renewal { target, public_key, record } = renewal;
-        // Whoever announces itself under its own key is reached through this node from here on.
+        // A peer that announces itself under its own key is reached through this node from now on.
         if hash(&[public_key.as_bytes()]) == *target {
             self.topics.remove(target, public_key);
             return routes.learn(*target, from, record.clone(), now).then_some(());

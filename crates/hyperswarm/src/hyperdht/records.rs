@@ -1,4 +1,4 @@
-//! What nodes keep for others, and how to ask them for it: announcements of peers, and values.
+//! Reads and writes the records that nodes store for others: peer announcements, and mutable and immutable values.
 
 mod announcement;
 mod mutable_value;
@@ -18,51 +18,51 @@ use crate::compact_encoding::Encoder;
 use crate::crypto::{KeyPair, PublicKey, hash};
 use crate::dht_rpc::{Call, DhtReply, DhtRpc, INVALID_TOKEN, Id, Query, QueryStream, Token};
 
-/// Another value was stored under the same number.
+/// Error code: another value is stored under the same sequence number.
 pub const SEQ_REUSED: u64 = 16;
-/// A value with a higher number is stored.
+/// Error code: a value with a higher sequence number is stored.
 pub const SEQ_TOO_LOW: u64 = 17;
 
 /// Why nothing was stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// No node answered that could keep it.
+    /// No node that could store it answered.
     #[error("no node took it")]
     NoNodes,
-    /// Another value was stored under the same number.
+    /// Another value is stored under the same sequence number.
     #[error("the number stands for another value")]
     NumberReused,
-    /// A value with a higher number is stored.
+    /// A value with a higher sequence number is stored.
     #[error("a value with a higher number is stored")]
     NumberTooLow,
-    /// No node keeps values of this length.
+    /// The value exceeds the length that nodes store.
     #[error("the value is longer than {VALUE_LENGTH_MAX} bytes")]
     TooLong,
 }
 
-/// A peer that a node knows the way to.
+/// A peer, and a node that knows a route to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FoundPeer {
     /// The peer as it announced itself.
     pub peer: Peer,
-    /// The node that knows the way.
+    /// The node that knows the route.
     pub from: SocketAddrV4,
-    /// This node's address as that one sees it.
+    /// This node's address as that node sees it.
     pub to: SocketAddrV4,
 }
 
-/// Peers that a node knows to have announced a topic.
+/// Peers that announced a topic, and a node that stores their announcements.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FoundTopic {
-    /// The peers: at most 20, drawn at random if there are more.
+    /// The peers: at most 20, chosen at random if there are more.
     pub peers: Vec<Peer>,
-    /// The node that knows them.
+    /// The node that stores the announcements.
     pub from: SocketAddrV4,
-    /// This node's address as that one sees it.
+    /// This node's address as that node sees it.
     pub to: SocketAddrV4,
 }
 
-/// The nodes that know the way to a peer, as they answer.
+/// A stream of the nodes that know a route to a peer.
 pub struct FindPeer {
     query: QueryStream,
 }
@@ -79,13 +79,13 @@ impl FindPeer {
     }
 }
 
-/// The nodes that know who announced a topic, as they answer.
+/// A stream of the nodes that know peers of a topic.
 pub struct Lookup {
     query: QueryStream,
 }
 
 impl Lookup {
-    /// Waits for the next node that knows anyone. Cancel safe.
+    /// Waits for the next node that knows at least one peer. Cancel safe.
     pub async fn next(&mut self) -> Option<FoundTopic> {
         loop {
             let reply = self.query.next().await?;
@@ -96,18 +96,19 @@ impl Lookup {
     }
 }
 
-/// Looks for the nodes that know the way to a server. `nodes` are asked first.
+/// Searches for the nodes that know a route to a server. `nodes` are asked first.
 pub fn find_peer(dht: &DhtRpc, public_key: &PublicKey, nodes: Vec<SocketAddrV4>) -> FindPeer {
     let target = hash(&[public_key.as_bytes()]);
     FindPeer { query: dht.query(Query::new(target, FIND_PEER).starting_at(nodes)) }
 }
 
-/// Looks for the peers that announced a topic. `nodes` are asked first.
+/// Searches for the peers that announced a topic. `nodes` are asked first.
 pub fn lookup(dht: &DhtRpc, topic: Id, nodes: Vec<SocketAddrV4>) -> Lookup {
     Lookup { query: dht.query(Query::new(topic, LOOKUP).starting_at(nodes)) }
 }
 
-/// Announces a peer under a topic. Returns the nodes that keep the announcement for some twenty minutes.
+/// Announces a peer under a topic. Returns the nodes that store the announcement, which they do for about twenty
+/// minutes.
 pub async fn announce(
     dht: &DhtRpc,
     topic: Id,
@@ -122,13 +123,13 @@ pub async fn announce(
     if nodes.is_empty() { Err(StoreError::NoNodes) } else { Ok(nodes) }
 }
 
-/// Takes an announcement back wherever it is found. Returns how many nodes confirmed.
+/// Removes an announcement from every node that has it. Returns how many nodes confirmed.
 pub async fn unannounce(dht: &DhtRpc, topic: Id, key_pair: &KeyPair) -> usize {
     let mut query = dht.query(Query::new(topic, LOOKUP));
     let mut holders = Vec::new();
     while let Some(reply) = query.next().await {
         let found = reply.value.as_deref().and_then(|value| LookupReply::decode(value).ok());
-        // Of a full answer nobody knows whom it leaves out.
+        // A full answer may omit this peer by chance, so its sender is asked as well.
         let names = |peers: &[Peer]| {
             peers.len() >= PEERS_MAX || peers.iter().any(|peer| peer.public_key == key_pair.public_key())
         };
@@ -140,7 +141,7 @@ pub async fn unannounce(dht: &DhtRpc, topic: Id, key_pair: &KeyPair) -> usize {
     confirmed.into_iter().flatten().count()
 }
 
-/// Announces a peer to one node that answered a FIND_PEER or LOOKUP. Returns its confirmation.
+/// Announces a peer to a node that answered a FIND_PEER or LOOKUP. Returns the node's confirmation.
 pub(super) async fn announce_to(
     dht: &DhtRpc,
     target: Id,
@@ -156,7 +157,7 @@ pub(super) async fn announce_to(
     .filter(|reply| reply.error == 0)
 }
 
-/// Takes an announcement back from one node that answered a FIND_PEER or LOOKUP. Returns its confirmation.
+/// Removes an announcement from a node that answered a FIND_PEER or LOOKUP. Returns the node's confirmation.
 pub(super) async fn unannounce_from(
     dht: &DhtRpc,
     target: Id,
@@ -172,7 +173,7 @@ pub(super) async fn unannounce_from(
     .filter(|reply| reply.error == 0)
 }
 
-/// Stores a value under its hash. Returns the hash.
+/// Stores a value under its hash, and returns the hash.
 pub async fn immutable_put(dht: &DhtRpc, value: Bytes) -> Result<Id, StoreError> {
     if value.len() > VALUE_LENGTH_MAX {
         return Err(StoreError::TooLong);
@@ -205,8 +206,8 @@ pub async fn mutable_put(dht: &DhtRpc, key_pair: &KeyPair, seq: u64, value: Byte
     store(dht, MUTABLE_PUT, target, &closest, &put.into()).await
 }
 
-/// Returns the value under a key whose number is at least `seq_min`: the newest of all nodes that answer if
-/// `wants_latest`, else the first that is found.
+/// Returns the value under a key whose sequence number is at least `seq_min`: the newest of all answers if
+/// `wants_latest`, else the first one found.
 pub async fn mutable_get(
     dht: &DhtRpc,
     public_key: &PublicKey,
@@ -234,7 +235,7 @@ fn mutable_query(target: Id, seq_min: u64) -> Query {
     Query::new(target, MUTABLE_GET).with_value(value.into())
 }
 
-/// Stores the same value at all these nodes; one of them is enough.
+/// Stores the same value at all these nodes. One success is enough.
 async fn store(dht: &DhtRpc, command: u64, target: Id, closest: &[DhtReply], value: &Bytes) -> Result<(), StoreError> {
     let puts = closest.iter().map(|reply| commit(dht, command, target, reply, |_, _| value.clone()));
     let answers: Vec<_> = join_all(puts).await.into_iter().flatten().map(|reply| reply.error).collect();
@@ -249,7 +250,7 @@ async fn store(dht: &DhtRpc, command: u64, target: Id, closest: &[DhtReply], val
     }
 }
 
-/// Asks a node that gave out a token to store something. A token that grew too old on the way is replaced once.
+/// Asks a node that issued a token to store something. If the token has expired meanwhile, it is replaced once.
 async fn commit(
     dht: &DhtRpc,
     command: u64,

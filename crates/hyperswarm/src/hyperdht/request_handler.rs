@@ -1,4 +1,4 @@
-//! Where the requests of other nodes come in and are handed to whom they concern.
+//! Dispatches the requests of other nodes to the servers, the router or the store.
 
 use std::collections::HashMap;
 use std::net::SocketAddrV4;
@@ -16,7 +16,7 @@ use super::server::Incoming;
 use crate::crypto::{PublicKey, random};
 use crate::dht_rpc::{DhtRequest, Handler, Id, ReplyOptions, UNKNOWN_COMMAND};
 
-/// Hands handshakes to the servers of this node or on to others, and the rest to the store.
+/// Passes handshakes to the servers of this node or forwards them, and leaves other requests to the store.
 pub(super) struct RequestHandler {
     router: Mutex<Router>,
     store: Mutex<Store>,
@@ -33,9 +33,9 @@ impl RequestHandler {
         self.router.lock()
     }
 
-    /// Hands handshakes for a target to `inbox` from here on. Returns false when another server has it.
+    /// Registers `inbox` for the handshakes of a target. Returns `false` if another server has the target.
     pub(super) fn open(&self, target: Target, server: PublicKey, inbox: mpsc::Sender<Incoming>) -> bool {
-        // What others find of a server: its key, and no addresses, since whoever knows the record is a relay.
+        // The record of a server has its key and no addresses, because the node that returns the record is a relay.
         let record = [server.as_bytes().as_slice(), &[0]].concat();
         let is_new = self.router().add_server(target, record.into());
         if is_new {
@@ -44,7 +44,7 @@ impl RequestHandler {
         is_new
     }
 
-    /// Hands no more handshakes for a target to anyone.
+    /// Stops passing on the handshakes of a target.
     pub(super) fn close(&self, target: &Target) {
         self.router().remove_server(target);
         self.servers().remove(target);
@@ -66,18 +66,18 @@ impl RequestHandler {
         let Decision::Serve { noise, back } = decision else { return act(&request, decision) };
         let noise = value.slice_ref(noise);
         if let Some(inbox) = self.servers().get(&target) {
-            // A server that cannot keep up answers the client's next copy.
+            // If the server cannot keep up, it answers the next copy that the client sends.
             let _ = inbox.try_send(Incoming { noise, back, request });
         }
     }
 
-    /// Lets the store answer. Returns false when it does not: the node does not last, or the command is unknown.
+    /// Lets the store answer. Returns `false` if it does not: the node is not persistent, or the command is unknown.
     fn is_kept(&self, request: &DhtRequest) -> bool {
         let mut store = self.store.lock();
         store.on_request(request, &mut *self.router(), Instant::now())
     }
 
-    /// Returns peers that announced a topic to this node.
+    /// Returns the peers that announced a topic to this node.
     pub(super) fn peers(&self, topic: &Id) -> Vec<Peer> {
         self.store.lock().peers(topic, Instant::now())
     }
@@ -115,7 +115,7 @@ impl Routes for Router {
     }
 }
 
-/// Does what was decided about a request.
+/// Carries out the decision about a request.
 pub(super) fn act(request: &DhtRequest, decision: Decision<'_>) {
     match decision {
         Decision::Forward { value, to } => request.relay(&value, to),

@@ -1,8 +1,9 @@
-//! Decides what happens to a handshake or a hole punch: serve it, pass it on, or drop it.
+//! Decides whether to serve, forward or drop a handshake or a hole punch message.
 //!
-//! A server announces itself to a few nodes, which become its relays: they remember its address as a *route*
-//! and pass handshakes on. Every hop is a request with the number of the client's request; only the last one,
-//! from the client's relay to the client, is a response. A pure state machine: [`super::HyperDht`] sends.
+//! A server announces itself to a few nodes, which become its relays. A relay remembers the server's address as a
+//! *route* and forwards handshakes to it. Every hop is a request with the transaction id of the client's request. Only
+//! the last hop, from the client's relay to the client, is a response. The router does no I/O; [`super::HyperDht`]
+//! sends.
 
 mod rate_limit;
 mod routes;
@@ -19,21 +20,21 @@ use super::holepunch::Holepunch;
 use rate_limit::RateLimit;
 use routes::Routes;
 
-/// How long an answer of a server may take to come through a relay. A client asks again for some four seconds.
+/// How long an answer may take to come through a relay. A client resends its request for about four seconds.
 const PASSAGE: Duration = Duration::from_secs(10);
 
-/// The most handshakes and hole punches on their way through this node at once.
+/// The maximum number of handshakes and hole punches in transit through this node.
 const PASSAGES_MAX: usize = 8192;
 
-/// The name of a server in the table: the hash of its public key.
+/// A server's key in the DHT: the hash of its public key.
 pub type Target = [u8; 32];
 
 /// Where a request came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Origin {
-    /// The sender, as UDP says.
+    /// The sender's address, from the UDP header.
     pub from: SocketAddrV4,
-    /// The sender's number of the request.
+    /// The sender's transaction id of the request.
     pub tid: u16,
 }
 
@@ -44,10 +45,10 @@ pub enum Decision<'a> {
     Serve {
         /// The Noise message.
         noise: &'a [u8],
-        /// Whence the answer goes.
+        /// Where the answer goes.
         back: Back,
     },
-    /// Send the value as a request to `to`, with the same number, command and target.
+    /// Send the value as a request to `to`, with the same transaction id, command and target.
     Forward {
         /// The new value.
         value: Vec<u8>,
@@ -61,13 +62,13 @@ pub enum Decision<'a> {
         /// The client.
         to: SocketAddrV4,
     },
-    /// Answer without a value but with nodes that are closer to the target.
+    /// Answer without a value, but with nodes that are closer to the target.
     PointCloser,
-    /// Say nothing.
+    /// Do not answer.
     Drop,
 }
 
-/// The way of a server's answer.
+/// The return route of a server's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Back {
     /// The client asked the server itself.
@@ -75,11 +76,11 @@ pub enum Back {
         /// The client.
         client: SocketAddrV4,
     },
-    /// A relay asked for a client.
+    /// A relay asked on behalf of a client.
     ToRelay {
         /// The client's relay.
         relay: SocketAddrV4,
-        /// The client, as its relay sees it.
+        /// The client's address as its relay sees it.
         client: SocketAddrV4,
     },
 }
@@ -97,7 +98,7 @@ impl Back {
         matches!(self, Self::ToClient { .. })
     }
 
-    /// Returns how a Noise answer goes back.
+    /// Returns how to send a Noise answer back.
     pub fn decide(self, noise: &[u8]) -> Decision<'static> {
         match self {
             Self::ToClient { client } => {
@@ -113,7 +114,7 @@ impl Back {
     }
 }
 
-/// What this node knows of the way to servers, and what is on its way through it.
+/// Routes to servers, and messages in transit through this node.
 #[derive(Debug, Default)]
 pub struct Router {
     servers: HashMap<Target, Bytes>,
@@ -123,7 +124,7 @@ pub struct Router {
     limit: RateLimit,
 }
 
-/// A client's request that was passed on.
+/// A client's request that was forwarded.
 #[derive(Debug)]
 struct Passage {
     target: Target,
@@ -131,9 +132,9 @@ struct Passage {
 }
 
 impl Router {
-    /// Takes handshakes for a server of this node. `record` is what others find of it.
+    /// Accepts handshakes for a server of this node. `record` is the server's record for others.
     ///
-    /// Returns false when the server is there already.
+    /// Returns `false` if the server is registered already.
     pub fn add_server(&mut self, target: Target, record: Bytes) -> bool {
         if self.servers.contains_key(&target) {
             return false;
@@ -142,29 +143,30 @@ impl Router {
         true
     }
 
-    /// Takes no more handshakes for a server of this node.
+    /// Stops accepting handshakes for a server of this node.
     pub fn remove_server(&mut self, target: &Target) {
         self.servers.remove(target);
     }
 
-    /// Remembers that a server can be reached at `relay`, whence it announced itself with a valid signature.
+    /// Remembers that a server can be reached at `relay`, the address from which it announced itself with a valid
+    /// signature.
     ///
-    /// Returns false when there is no room.
+    /// Returns `false` if the table is full.
     pub fn learn(&mut self, target: Target, relay: SocketAddrV4, record: Bytes, now: Instant) -> bool {
         self.routes.insert(target, relay, record, now)
     }
 
-    /// Forgets the way to a server that unannounced itself.
+    /// Forgets the route to a server that unannounced itself.
     pub fn forget(&mut self, target: &Target) {
         self.routes.remove(target);
     }
 
-    /// Returns the record of a server that this node serves or knows the way to.
+    /// Returns the record of a server that this node serves or knows a route to.
     pub fn record(&self, target: &Target, now: Instant) -> Option<Bytes> {
         self.servers.get(target).or_else(|| Some(&self.routes.get(target, now)?.record)).cloned()
     }
 
-    /// Returns where a server announced itself from.
+    /// Returns the address from which a server announced itself.
     pub fn relay(&self, target: &Target, now: Instant) -> Option<SocketAddrV4> {
         Some(self.routes.get(target, now)?.relay)
     }
@@ -187,7 +189,8 @@ impl Router {
                 }
                 forward(Mode::FromRelay, noise, Some(origin.from), None, relay)
             }
-            // A client may name the server's relay, but whoever follows strangers' addresses can be aimed at anyone.
+            // A client may name the server's relay, but a node that followed addresses from strangers could be aimed at
+            // anyone.
             (Mode::FromClient, None, _) => Decision::PointCloser,
             (Mode::FromRelay, Some(relay), Some(client)) if self.limit.take(*client.ip(), now) => {
                 forward(Mode::FromSecondRelay, noise, Some(client), Some(origin.from), relay)
@@ -208,7 +211,7 @@ impl Router {
         let (mode, id, payload) = (holepunch.mode, holepunch.id, holepunch.payload);
         match (mode, relay, holepunch.peer_address) {
             (Mode::FromClient, Some(relay), address) => {
-                // The client knows at which port the server punches, but not another machine than the server's.
+                // The client may name another port at which the server punches, but not another host.
                 let to = address.unwrap_or(relay);
                 if to.ip() != relay.ip() || !self.limit.take(*origin.from.ip(), now) || !self.pass(*target, origin, now)
                 {
@@ -238,11 +241,11 @@ impl Router {
         Decision::Serve { noise: handshake.noise, back }
     }
 
-    /// Notes that an answer for a client is expected.
+    /// Records that an answer for a client is expected.
     fn pass(&mut self, target: Target, client: Origin, now: Instant) -> bool {
         let key = (client.from, client.tid);
         if self.passages.len() >= PASSAGES_MAX && !self.passages.contains_key(&key) {
-            // Looking through all of them is done once a second at most.
+            // All passages are scanned once a second at most.
             if self.passages_swept.is_some_and(|swept| now - swept < Duration::from_secs(1)) {
                 return false;
             }
@@ -256,7 +259,7 @@ impl Router {
         true
     }
 
-    /// Returns whether a client waits for this answer. Others are not sent what they did not ask for.
+    /// Returns whether a client waits for this answer, so that nobody is sent what they did not ask for.
     fn is_passing(&self, target: &Target, client: SocketAddrV4, tid: u16, now: Instant) -> bool {
         self.passages
             .get(&(client, tid))

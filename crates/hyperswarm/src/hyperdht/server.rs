@@ -1,7 +1,7 @@
-//! Takes connections that are addressed to a key.
+//! Accepts connections that are addressed to a public key.
 //!
-//! One task per server answers handshakes. A connection is given out once the client's first encrypted frame came,
-//! so a half-finished handshake never becomes one.
+//! Each server has one task that answers handshakes. A connection is handed out only after the client's first encrypted
+//! frame has arrived, so an incomplete handshake never becomes a connection.
 
 mod answers;
 
@@ -34,23 +34,23 @@ use crate::udx::{self, Udx};
 /// How long a client may take from the answer to its first encrypted frame.
 const HALF_OPEN: Duration = Duration::from_secs(10);
 
-/// The most connections between answer and first frame. The oldest gives way.
+/// The maximum number of connections between answer and first frame. More evict the oldest.
 const HALF_OPEN_MAX: usize = 1024;
 
-/// The most handshakes waiting for the server's task. What comes on top is dropped; clients ask again.
+/// The maximum number of handshakes queued for the server's task. Further ones are dropped, and clients retry.
 const INBOX_MAX: usize = 256;
 
-/// Says whether to turn a client away, by its proven key and its address. Must not block.
+/// Returns whether to reject a client, given its proven key and its address. Must not block.
 pub type FirewallRule = Arc<dyn Fn(&PublicKey, SocketAddrV4) -> bool + Send + Sync>;
 
-/// How a server behaves.
+/// Options of a server.
 #[derive(Clone)]
 pub struct ServerOptions {
-    /// Whom to turn away. The client is told at once.
+    /// Which clients to reject. A rejected client is told at once.
     pub firewall: Option<FirewallRule>,
-    /// How the connections behave.
+    /// Options of the encrypted streams.
     pub stream: secret_stream::Options,
-    /// How many connections may wait for [`Server::accept`]. What comes on top is closed.
+    /// How many connections may wait for [`Server::accept`]. Further ones are closed.
     pub backlog_max: usize,
 }
 
@@ -73,7 +73,7 @@ impl fmt::Debug for ServerOptions {
 /// Why a server could not be started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ListenError {
-    /// A server of this node listens with the same key.
+    /// Another server of this node listens with the same key.
     #[error("a server listens with this key already")]
     AlreadyListening,
     /// The node was stopped.
@@ -89,7 +89,7 @@ pub struct Server {
     announcer: Announcer,
     stop: CancellationToken,
     stopped: CancellationToken,
-    /// A server keeps its node running.
+    /// Keeps the node running as long as the server exists.
     _node: HyperDht,
 }
 
@@ -99,25 +99,25 @@ impl Server {
         self.public_key
     }
 
-    /// Returns the next connection, or `None` once the server is stopped. Nothing is lost when the future is dropped.
+    /// Returns the next connection, or `None` once the server is stopped. Cancel safe.
     ///
-    /// Whoever recorded a client's handshake can repeat it, though not read or send a message. That the client is there
-    /// is proven by its first message.
+    /// An attacker who recorded a client's handshake can replay it, but cannot read or send messages. Only the first
+    /// message proves that the client is present.
     pub async fn accept(&self) -> Option<SecretStream> {
         self.connections.lock().await.recv().await
     }
 
-    /// Returns where clients can be told to ask for this server: at itself where it can be reached, then at its relays.
+    /// Returns the addresses at which clients can ask for this server: its own if it is reachable, then its relays.
     pub fn relay_addresses(&self) -> Vec<SocketAddrV4> {
         self.announcer.relay_addresses()
     }
 
-    /// Announces the server again soon, as after a change of the network.
+    /// Announces the server again soon, for example after a network change.
     pub fn refresh(&self) {
         self.announcer.refresh();
     }
 
-    /// Stops taking connections and takes the announcements back. Connections that were given out live on.
+    /// Stops accepting connections and removes the announcements. Connections that were handed out stay open.
     pub async fn close(&self) {
         self.stop.cancel();
         self.stopped.cancelled().await;
@@ -183,7 +183,7 @@ pub(super) async fn listen(node: &HyperDht, key_pair: KeyPair, options: ServerOp
     Ok(server)
 }
 
-/// The task behind a [`Server`].
+/// The task of a [`Server`].
 struct ServerTask {
     key_pair: KeyPair,
     options: ServerOptions,
@@ -230,7 +230,7 @@ impl ServerTask {
         }
     }
 
-    /// Answers one handshake. Returns the connection that it opens, if it does.
+    /// Answers one handshake. Returns the connection that it opens, if any.
     fn on_handshake(&self, answers: &mut Answers, incoming: Incoming) -> Option<HalfOpen> {
         let Incoming { noise, back, request } = incoming;
         let now = Instant::now();
@@ -268,12 +268,13 @@ impl ServerTask {
                 return Some((answer, None));
             }
         };
-        // The stream is there before the answer, since the client's first packet may overtake the next step.
+        // The stream must exist before the answer is sent, because the client's first packet may arrive before the next
+        // step.
         let stream = self.udx.stream(udx::StreamOptions::default());
         let own_address = self.rpc.remote_address();
         let answer = NoisePayload {
-            // A firewalled server punches no holes yet, and so names no relays to agree on one with. The client then
-            // connects straight to where its relay sees the server, which often works.
+            // A firewalled server does not punch holes yet, so it names no relays to agree through. The client then
+            // connects directly to the address at which its relay sees the server, which often works.
             firewall: own_address.map_or(Firewall::Unknown, |_| Firewall::Open),
             addresses4: own_address.into_iter().collect(),
             udx: Some(UdxInfo { reusable_socket: false, id: stream.id(), seq: 0 }),
@@ -295,7 +296,7 @@ impl ServerTask {
         Some((answer, Some(HalfOpen { stream, remote_id: remote.id, session, way })))
     }
 
-    /// Returns the client's stream, or why the client is turned away.
+    /// Returns the client's stream, or the reason to reject the client.
     fn examine(&self, payload: &NoisePayload, client: &PublicKey, address: SocketAddrV4) -> Result<UdxInfo, Refusal> {
         if self.options.firewall.as_ref().is_some_and(|turns_away| turns_away(client, address)) {
             return Err(Refusal::Aborted);
@@ -314,22 +315,22 @@ impl ServerTask {
     }
 }
 
-/// Sends an answer the way the handshake came.
+/// Sends an answer back along the route of the handshake.
 fn send(request: &DhtRequest, back: Back, noise: &[u8]) {
     act(request, back.decide(noise));
 }
 
-/// A connection whose client has not proven yet that it is there.
+/// A connection whose client has not yet proven that it is present.
 struct HalfOpen {
     stream: udx::Stream,
     remote_id: u32,
     session: Session,
-    /// Where the client is, if it can be reached before it sends.
+    /// The client's address, if it can be reached before it sends.
     way: Option<(udx::Socket, SocketAddrV4)>,
 }
 
 impl HalfOpen {
-    /// Waits until the client's first encrypted frame is here.
+    /// Waits until the client's first encrypted frame arrives.
     async fn open(self, options: secret_stream::Options) -> Option<SecretStream> {
         let Self { stream, remote_id, session, way } = self;
         let deadline = Instant::now() + HALF_OPEN;

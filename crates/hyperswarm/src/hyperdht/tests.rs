@@ -1,4 +1,4 @@
-//! Nodes of this crate among themselves, over real sockets of this machine.
+//! Tests nodes of this crate against each other over real sockets on this host.
 
 use std::collections::HashSet;
 
@@ -17,7 +17,7 @@ fn keys(seed: u8) -> KeyPair {
     KeyPair::from_seed(&[seed; 32])
 }
 
-/// Three nodes that last.
+/// Starts three persistent nodes.
 async fn network() -> (Vec<HyperDht>, Vec<SocketAddrV4>) {
     let first = HyperDht::bootstrapper(LOOPBACK).unwrap();
     let bootstrap = vec![first.local_address()];
@@ -45,7 +45,7 @@ async fn member(bootstrap: &[SocketAddrV4], firewalled: Option<bool>) -> HyperDh
     node
 }
 
-/// Sends back whatever comes, on every connection.
+/// Echoes everything on every connection.
 fn echo(server: Server) -> tokio_util::task::AbortOnDropHandle<()> {
     let tasks = TaskTracker::new();
     let echoing = tasks.clone();
@@ -86,7 +86,7 @@ async fn a_client_that_was_told_the_servers_address_connects_to_it() {
     assert_eq!(accepted.handshake_hash(), connection.handshake_hash());
     accepted.send(&[b"hello"]).unwrap();
     assert_eq!(connection.receive().await.unwrap().as_deref(), Some(b"hello".as_slice()));
-    // Where the server was found is remembered.
+    // The client remembers where it found the server.
     assert_eq!(client.known_addresses(), [(keys(1).public_key(), vec![node.local_address()])]);
 }
 
@@ -283,7 +283,8 @@ async fn a_first_node_on_every_address_of_its_machine_is_found_and_keeps_records
         round_trip(&connection, b"hello").await;
     }
 
-    // Members that know it by the address that it is told by announce themselves to it and find each other.
+    // Members know the bootstrap node by the address that it was given. They announce themselves to it and find each
+    // other.
     let member = || Config {
         bind: any,
         bootstrap: vec![outside],
@@ -321,7 +322,7 @@ async fn a_client_goes_on_to_the_next_relay_when_one_is_gone_or_silent() {
     let (nodes, bootstrap) = network().await;
     let host = member(&bootstrap, Some(false)).await;
     let _server = echo(host.listen(keys(1), ServerOptions::default()).await.unwrap());
-    // One that is gone, one that never knew the server, and one that keeps handshakes to itself.
+    // One node is gone, one never knew the server, and one does not forward handshakes.
     let gone = HyperDht::bootstrapper(LOOPBACK).unwrap();
     let nowhere = gone.local_address();
     gone.stop().await;
@@ -349,7 +350,7 @@ async fn a_server_that_starts_again_with_its_key_is_found_again() {
         let connection = client.connect(&keys(2), keys(1).public_key(), ConnectOptions::default()).await.unwrap();
         round_trip(&connection, &[round; 10]).await;
         host.stop().await;
-        // The client hears of it without waiting for any timeout.
+        // The client notices without waiting for a timeout.
         let end = time::timeout(Duration::from_secs(2), connection.receive()).await.unwrap();
         assert!(matches!(end, Err(_) | Ok(None)), "{end:?}");
         drop(server);

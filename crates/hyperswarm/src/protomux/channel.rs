@@ -1,4 +1,4 @@
-//! A channel as its user holds it.
+//! The user's handle to a channel.
 
 use std::fmt;
 use std::pin::pin;
@@ -14,16 +14,16 @@ use super::state::Member;
 use super::{Handle, Shared};
 use crate::secret_stream::{Closed, SendError};
 
-/// The messages of one protocol, in order. Dropping it closes it.
+/// A channel of one protocol, which delivers messages in order. Dropping it closes it.
 pub struct Channel {
     outlet: Outlet,
     queue: Arc<Queue>,
 }
 
-/// What a channel's user and the connection share.
+/// State shared by a channel's user and the connection.
 pub(crate) struct Link {
     inbox: Arc<dyn Inbox>,
-    /// The id under which this side sends, while the channel is open.
+    /// The id that this side sends under, while the channel is open.
     local_id: Mutex<Option<u64>>,
     remote_handshake: OnceLock<Bytes>,
     opened: CancellationToken,
@@ -45,12 +45,12 @@ impl Link {
         &self.inbox
     }
 
-    /// Allows sending. Called once, when the announcement is on its way.
+    /// Allows sending. Called once, after the open message was sent.
     pub(super) fn set_local_id(&self, local_id: u64) {
         *self.local_id() = Some(local_id);
     }
 
-    /// Forbids further sending. Returns the id of a channel that was open.
+    /// Prevents further sending. Returns the channel's id if it was open.
     pub(super) fn shut(&self) -> Option<u64> {
         let local_id = self.local_id().take();
         self.closed.cancel();
@@ -58,7 +58,7 @@ impl Link {
     }
 
     pub(super) fn opened(&self, handshake: Bytes) {
-        // A channel is opened once in its life.
+        // A channel is opened only once.
         let _ = self.remote_handshake.set(handshake);
         self.opened.cancel();
     }
@@ -67,7 +67,7 @@ impl Link {
         self.local_id.lock()
     }
 
-    /// Sends while the lock keeps the id this channel's own.
+    /// Sends while holding the lock, so that the id cannot pass to another channel.
     fn send(&self, shared: &Shared, kind: u64, parts: &[&[u8]]) -> Result<(), SendError> {
         let local_id = self.local_id();
         let id = local_id.ok_or(SendError::Closed)?;
@@ -81,7 +81,7 @@ impl Member for Arc<Link> {
     }
 }
 
-/// Lets an inbox answer at once.
+/// Lets an inbox answer immediately.
 #[derive(Clone, Copy)]
 pub(crate) struct Responder<'a> {
     pub(super) shared: &'a Shared,
@@ -111,9 +111,9 @@ impl Outlet {
         self.link.send(&self.handle.shared, kind, parts)
     }
 
-    /// Waits until the connection's queue is short enough for more. Cancel safe.
+    /// Waits until the send queue of the connection is short enough for more. Cancel safe.
     pub(crate) async fn room(&self) -> Result<(), Closed> {
-        // Most often there is room, and nothing to wait for.
+        // Usually there is space, and no need to wait.
         let mut room = pin!(self.handle.shared.stream.room());
         if let Some(result) = (&mut room).now_or_never() {
             return if self.link.closed.is_cancelled() { Err(Closed) } else { result };
@@ -121,10 +121,10 @@ impl Outlet {
         self.link.closed.run_until_cancelled(room).await.unwrap_or(Err(Closed))
     }
 
-    /// Waits until the peer opened its side. Returns the peer's handshake.
+    /// Waits until the peer has opened its side. Returns the peer's handshake.
     pub(crate) async fn opened(&self) -> Result<Bytes, Closed> {
         self.link.closed.run_until_cancelled(self.link.opened.cancelled()).await;
-        // What is both opened and closed counts as opened: a handshake was received.
+        // A channel that was opened and then closed counts as opened, because a handshake was received.
         self.link.remote_handshake.get().cloned().ok_or(Closed)
     }
 
@@ -154,12 +154,12 @@ impl Channel {
         Self { outlet, queue }
     }
 
-    /// Sends one message, given in parts. Never waits: see [`Channel::room`].
+    /// Sends one message, given in parts. Never waits; see [`Channel::room`] for backpressure.
     pub fn send(&self, kind: u64, parts: &[&[u8]]) -> Result<(), SendError> {
         self.outlet.send(kind, parts)
     }
 
-    /// Waits until the connection's queue is short enough for more. Cancel safe.
+    /// Waits until the send queue of the connection is short enough for more. Cancel safe.
     pub async fn room(&self) -> Result<(), Closed> {
         self.outlet.room().await
     }
@@ -169,22 +169,22 @@ impl Channel {
         self.queue.next().await
     }
 
-    /// Returns the next message if one is here.
+    /// Returns the next message if one has arrived.
     pub fn try_receive(&self) -> Option<ChannelMessage> {
         self.queue.try_next()
     }
 
-    /// Waits until the peer opened its side. Returns the peer's handshake.
+    /// Waits until the peer has opened its side. Returns the peer's handshake.
     pub async fn opened(&self) -> Result<Bytes, Closed> {
         self.outlet.opened().await
     }
 
-    /// Returns the peer's handshake, if the peer opened its side.
+    /// Returns the peer's handshake, if the peer has opened its side.
     pub fn remote_handshake(&self) -> Option<Bytes> {
         self.outlet.link.remote_handshake.get().cloned()
     }
 
-    /// Closes the channel and tells the peer. What was received and not taken yet can still be taken.
+    /// Closes the channel and tells the peer. Messages already received can still be read.
     pub fn close(&self) {
         self.outlet.close();
     }

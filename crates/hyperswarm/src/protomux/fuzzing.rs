@@ -1,4 +1,4 @@
-//! What a fuzzer drives: the channels of a connection whose peer sends anything.
+//! Fuzzing entry point: the channels of a connection whose peer sends arbitrary bytes.
 
 use std::collections::VecDeque;
 
@@ -13,11 +13,11 @@ impl Member for Nobody {
     fn shut(&self) {}
 }
 
-/// Takes frames that stand one after the other, each behind its length in one byte, and answers what they ask.
+/// Reads consecutive frames, each prefixed by its length in one byte, and answers the requests in them.
 pub fn play(script: &[u8]) {
     let key = |name: &str| Key { protocol: name.into(), id: Vec::new() };
     let mut state = State::new(16, 4096);
-    // One channel waits for the peer from the start; the peer may know both names.
+    // One channel waits for the peer from the start. The peer's script may open both names.
     assert!(state.open(key("a"), &[], Nobody).is_ok());
     let (mut rest, mut events) = (script, VecDeque::new());
     while let [length, more @ ..] = rest {
@@ -34,7 +34,8 @@ pub fn play(script: &[u8]) {
             }
             borne = state.read_on();
         }
-        // A crowded connection is not read on until what waits is accepted or rejected, and here everything is.
+        // A crowded connection is read no further until the pending channels are accepted or rejected. Here all of them
+        // are.
         assert!(!state.is_crowded(), "what was asked for was answered");
         if borne.is_err() {
             break;
@@ -44,7 +45,7 @@ pub fn play(script: &[u8]) {
     assert!(!state.is_crowded() && !state.has_unread());
 }
 
-/// Does what an event asks for, in ways that the frame's length varies.
+/// Handles an event, in a way that depends on the frame's length.
 fn answer(state: &mut State<Nobody>, event: Event<Nobody>, length: u8) {
     match event {
         Event::Asked(ask) if length.is_multiple_of(2) => drop(state.accept(&ask, b"hello", Nobody)),

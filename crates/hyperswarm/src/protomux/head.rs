@@ -1,11 +1,11 @@
-//! The few integers that stand before a message's content, kept on the stack.
+//! The integers that precede the content of a message, encoded on the stack.
 
 use crate::compact_encoding::Encoder;
 
-/// Room for three integers of the largest size.
+/// Enough for three integers of the largest size.
 const HEAD_BYTES_MAX: usize = 27;
 
-/// The front of a message. What exceeds three integers is a mistake of the caller.
+/// The start of a message. Writing more than three integers is a programming error.
 #[derive(Default)]
 pub(crate) struct Head {
     bytes: [u8; HEAD_BYTES_MAX],

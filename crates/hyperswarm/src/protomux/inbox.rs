@@ -1,4 +1,4 @@
-//! Where a channel's messages go.
+//! The queue of received messages of a channel.
 
 use std::collections::VecDeque;
 
@@ -10,51 +10,51 @@ use tokio::sync::Notify;
 use super::channel::Responder;
 use super::state::MESSAGE_COST_BYTES;
 
-/// What became of a message.
+/// The result of delivering a message.
 pub(crate) enum Delivery {
-    /// It was taken.
+    /// The message was accepted.
     Taken,
-    /// It was taken, and something was sent in answer.
+    /// The message was accepted, and an answer was sent.
     Answered,
-    /// There is no room. The connection waits until there is.
+    /// The queue is full. The connection waits until it has space.
     Full(Bytes),
-    /// There is no room, and there should be: the channel is to be closed.
+    /// The queue is full although the peer should not have filled it: the channel must be closed.
     Overflow,
-    /// The protocol does not allow it: the connection is to be destroyed.
+    /// The message violates the protocol: the connection must be destroyed.
     Invalid,
 }
 
-/// Takes a channel's messages from the task that reads the connection. Nothing here may block.
+/// Accepts a channel's messages from the task that reads the connection. No method may block.
 pub(crate) trait Inbox: Send + Sync + 'static {
-    /// Takes a message.
+    /// Delivers a message.
     fn deliver(&self, responder: Responder<'_>, kind: u64, payload: Bytes) -> Delivery;
 
-    /// Waits until a message that found no room is worth another try.
+    /// Waits until a message that did not fit is worth another try.
     fn room(&self) -> BoxFuture<'_, ()>;
 
-    /// Learns that no more messages come. Whoever waits for them, or for room, goes on.
+    /// Signals that no more messages follow, and wakes all tasks that wait for messages or for space.
     fn shut(&self);
 }
 
 /// What happens when a consumer does not keep up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Overflow {
-    /// The whole connection waits, and in the end the peer.
+    /// The whole connection waits, which eventually makes the peer wait (backpressure).
     Wait,
-    /// This channel is closed. For protocols in which a peer may send only what it was invited to.
+    /// The channel is closed. For protocols in which a peer may send only as much as it was granted.
     Close,
 }
 
 /// A message of a channel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChannelMessage {
-    /// Which of the protocol's messages it is.
+    /// The message's kind within the protocol.
     pub kind: u64,
-    /// Its content.
+    /// The payload.
     pub payload: Bytes,
 }
 
-/// Keeps messages until the consumer asks for them.
+/// Queues messages until the consumer takes them.
 pub(super) struct Queue {
     waiting: Mutex<Waiting>,
     bytes_max: usize,
@@ -76,7 +76,7 @@ impl Queue {
         Self { waiting: Mutex::default(), bytes_max, overflow, readable: Notify::new(), writable: Notify::new() }
     }
 
-    /// Returns the next message, or `None` when no more come. Cancel safe.
+    /// Returns the next message, or `None` when no more follow. Cancel safe.
     pub(super) async fn next(&self) -> Option<ChannelMessage> {
         loop {
             let readable = self.readable.notified();
@@ -86,7 +86,7 @@ impl Queue {
                     return Some(message);
                 }
                 if waiting.is_shut {
-                    // Whoever else waits learns it too.
+                    // Wakes the next task that waits.
                     self.readable.notify_one();
                     return None;
                 }
@@ -95,7 +95,7 @@ impl Queue {
         }
     }
 
-    /// Returns the next message if one is here.
+    /// Returns the next message if one has arrived.
     pub(super) fn try_next(&self) -> Option<ChannelMessage> {
         self.pop(&mut self.waiting())
     }
@@ -122,7 +122,7 @@ impl Inbox for Queue {
             return Delivery::Taken;
         }
         let cost = cost(&payload);
-        // A message alone always fits, however long.
+        // A single message is always accepted, however long.
         if waiting.bytes > 0 && waiting.bytes + cost > self.bytes_max {
             return match self.overflow {
                 Overflow::Close => Delivery::Overflow,

@@ -1,4 +1,4 @@
-//! What a connection sends: each message alone, or many in one batch while someone holds them back.
+//! The send side of a connection: sends each message alone, or many in one batch while a caller holds them back.
 
 use bytes::BytesMut;
 use parking_lot::{Mutex, MutexGuard};
@@ -10,10 +10,10 @@ use crate::secret_stream::{MESSAGE_BYTES_MAX, SecretStream, SendError, TooLong};
 
 /// A batch of this size is sent even while messages are held back.
 const BATCH_BYTES_MAX: usize = 8 * 1024 * 1024;
-/// What a batch may need besides the item: its own head and the item's id and length.
+/// What a batch may need in addition to an item: its own header and the item's id and length.
 const BATCH_OVERHEAD_BYTES: usize = 32;
 
-/// Sends messages of channels.
+/// Sends the messages of channels.
 pub(super) struct Outgoing {
     stream: SecretStream,
     held: Mutex<Held>,
@@ -21,7 +21,7 @@ pub(super) struct Outgoing {
 
 #[derive(Default)]
 struct Held {
-    /// How many want messages to be held back.
+    /// The number of guards that hold messages back.
     holders: usize,
     batch: BytesMut,
     /// The channel of the last item.
@@ -36,7 +36,7 @@ impl Outgoing {
     /// Sends a message on a channel.
     pub(super) fn send(&self, id: u64, kind: u64, parts: &[&[u8]]) -> Result<(), SendError> {
         {
-            // A flush seals under this lock, so nothing overtakes it.
+            // A flush seals under this lock, so no message overtakes it.
             let mut held = self.held();
             if held.holders > 0 {
                 return self.hold(&mut held, id, kind, parts);
@@ -51,17 +51,17 @@ impl Outgoing {
         self.send(CONTROL, u64::from(*kind), &[rest])
     }
 
-    /// Holds messages back until the same number of [`Outgoing::uncork`].
+    /// Holds messages back until [`Outgoing::uncork`] was called as many times.
     pub(super) fn cork(&self) {
         self.held().holders += 1;
     }
 
-    /// Sends what was held back, if nobody else holds it.
+    /// Sends what was held back, unless another guard holds it.
     pub(super) fn uncork(&self) {
         let mut held = self.held();
         held.holders -= 1;
         if held.holders == 0 {
-            // A closed stream says so to whoever sends next.
+            // If the stream is closed, the next sender gets the error.
             let _ = self.flush(&mut held);
         }
     }
@@ -83,7 +83,7 @@ impl Outgoing {
             held.batch.write_uint(CONTROL);
             held.batch.write_byte(BATCH);
         } else if held.id != id {
-            // An item without content says that another channel follows.
+            // An item without content announces that another channel follows.
             held.batch.write_byte(0);
         }
         if is_first || held.id != id {

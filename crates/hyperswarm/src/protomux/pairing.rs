@@ -1,4 +1,4 @@
-//! What the peer opens, and this side may accept.
+//! Channels that the peer opened and that this side may accept.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,18 +14,18 @@ use super::{ChannelOptions, Handle, fits};
 /// Why a channel could not be accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AcceptError {
-    /// The peer closed it, or it was opened here already, or the connection is closed.
+    /// The peer closed the channel, this side opened it already, or the connection is closed.
     #[error("the channel is gone")]
     Gone,
-    /// As many channels are open as may be.
+    /// The maximum number of channels is open.
     #[error("too many channels are open")]
     TooMany,
-    /// The handshake does not fit into a message.
+    /// The handshake does not fit in a message.
     #[error("the handshake is too long")]
     TooLong,
 }
 
-/// The channels of a protocol that the peer opens. Dropping it has them rejected again.
+/// Accepts the channels of a protocol that the peer opens. Once it is dropped, they are rejected again.
 pub struct Pairing {
     handle: Arc<Handle>,
     key: Key,
@@ -44,7 +44,7 @@ impl Pairing {
     /// Returns the next channel that the peer opened, or `None` when the connection is closed. Cancel safe.
     pub async fn next(&self) -> Option<Incoming> {
         let mut incoming = self.incoming.lock().await;
-        // What is here already comes first.
+        // Channels that have arrived already come first.
         if let Ok(next) = incoming.try_recv() {
             return Some(next);
         }
@@ -67,7 +67,7 @@ impl fmt::Debug for Pairing {
     }
 }
 
-/// A channel that the peer opened. Dropping it rejects it.
+/// A channel that the peer opened. Dropping it rejects the channel.
 pub struct Incoming {
     handle: Arc<Handle>,
     ask: Ask,
@@ -83,12 +83,12 @@ impl Incoming {
         &self.ask.key.protocol
     }
 
-    /// Returns the channel's id, empty for none.
+    /// Returns the channel's id, which is empty if it has none.
     pub fn id(&self) -> &[u8] {
         &self.ask.key.id
     }
 
-    /// Returns what the peer sent with the opening.
+    /// Returns the peer's handshake.
     pub fn handshake(&self) -> &Bytes {
         &self.ask.handshake
     }
@@ -119,13 +119,13 @@ impl Incoming {
             state.close(announced.local_id);
             return Err(AcceptError::Gone);
         }
-        // The reading task delivers what the peer sent ahead.
+        // The reading task delivers the messages that the peer sent ahead.
         shared.wake.notify_one();
         drop(state);
         Ok(Outlet::new(link, Arc::clone(&self.handle)))
     }
 
-    /// Tells the peer that this side does not want it.
+    /// Rejects the channel and tells the peer.
     pub fn reject(self) {
         drop(self);
     }
@@ -136,9 +136,9 @@ impl Drop for Incoming {
         let shared = &self.handle.shared;
         let mut state = shared.state();
         if let Some(message) = state.reject(&self.ask) {
-            // A closed connection needs no word.
+            // On a closed connection the peer need not be told.
             let _ = shared.outgoing.control(&message);
-            // The reading task may wait for what was pending to be dropped.
+            // The reading task may be waiting for the pending messages to be dropped.
             shared.wake.notify_one();
         }
     }

@@ -1,4 +1,4 @@
-//! The task that reads a connection and hands its messages out.
+//! The task that reads a connection and dispatches its messages.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -31,14 +31,14 @@ enum End {
     Stalled,
 }
 
-/// Reads until the connection ends, then closes what is open.
+/// Reads until the connection ends, then closes the open channels.
 pub(super) async fn run(shared: Arc<Shared>) {
     let end = match read(&shared).await {
         Ok(never) => match never {},
         Err(end) => end,
     };
     debug!(reason = %end, "connection ends");
-    // Nothing is opened from here on.
+    // No channel can be opened from here on.
     shared.stop.cancel();
     let mut events = VecDeque::new();
     {
@@ -54,7 +54,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
     shared.pairings().clear();
     if matches!(end, End::Stopped | End::Ended) {
         shared.stream.end();
-        // What the peer still sends is of no interest, but its end is.
+        // Further messages of the peer are discarded, but its end is awaited.
         let ended = async { while let Ok(Some(_)) = shared.stream.receive().await {} };
         let _ = timeout(shared.options.linger, async {
             ended.await;
@@ -83,7 +83,7 @@ async fn read(shared: &Arc<Shared>) -> Result<std::convert::Infallible, End> {
             answered |= act(shared, event).await?;
         }
         if answered {
-            // A peer that takes no answers gets no more of them.
+            // A peer that does not read the answers gets no more of them.
             wait(shared, async { timeout(shared.options.stall, shared.stream.room()).await })
                 .await?
                 .map_err(|_| End::Stalled)?
@@ -95,7 +95,7 @@ async fn read(shared: &Arc<Shared>) -> Result<std::convert::Infallible, End> {
     }
 }
 
-/// Waits for the next message, or for events that others brought about.
+/// Waits for the next message, or for events that other tasks caused.
 async fn next(shared: &Shared) -> Result<Option<Bytes>, End> {
     tokio::select! {
         biased;
@@ -105,12 +105,12 @@ async fn next(shared: &Shared) -> Result<Option<Bytes>, End> {
     }
 }
 
-/// Waits until someone accepts or rejects what waits.
+/// Waits until a pending channel is accepted or rejected.
 async fn room_for_pending(shared: &Arc<Shared>) -> Result<Option<Bytes>, End> {
     wait(shared, shared.wake.notified()).await.map(|()| None)
 }
 
-/// Does what is to be done. Returns whether something was sent.
+/// Handles an event. Returns whether something was sent.
 async fn act(shared: &Arc<Shared>, event: Event<Arc<Link>>) -> Result<bool, End> {
     match event {
         Event::Message { member, kind, payload } => return deliver(shared, &member, kind, payload).await,
@@ -118,7 +118,7 @@ async fn act(shared: &Arc<Shared>, event: Event<Arc<Link>>) -> Result<bool, End>
         Event::Closed { member } => member.inbox().shut(),
         Event::Asked(ask) => return Ok(ask_for(shared, ask)),
         Event::Send(message) => {
-            // A closed connection is noticed by the next read.
+            // The next read notices a closed connection.
             let _ = shared.outgoing.control(&message);
             return Ok(true);
         }
@@ -146,7 +146,7 @@ async fn deliver(shared: &Arc<Shared>, link: &Arc<Link>, kind: u64, mut payload:
     }
 }
 
-/// Gives the peer's channel to whoever takes those of its protocol. Returns whether it was rejected instead.
+/// Passes a channel of the peer to the pairing of its protocol. Returns whether it was rejected instead.
 fn ask_for(shared: &Arc<Shared>, ask: Ask) -> bool {
     let Some(handle) = shared.handle.upgrade() else { return false };
     let sender = {
@@ -155,14 +155,14 @@ fn ask_for(shared: &Arc<Shared>, ask: Ask) -> bool {
         pairings.get(&*ask.key).or_else(|| pairings.get(&any)).cloned()
     };
     let incoming = Incoming::new(handle, ask);
-    // Dropped where nobody takes it, and so rejected.
+    // Dropped, and so rejected, if there is no pairing for it.
     match sender {
         Some(sender) => sender.try_send(incoming).is_err(),
         None => true,
     }
 }
 
-/// Waits for something unless the connection ends first.
+/// Waits for a future unless the connection ends first.
 async fn wait<T>(shared: &Arc<Shared>, something: impl Future<Output = T>) -> Result<T, End> {
     tokio::select! {
         () = shared.stop.cancelled() => Err(End::Stopped),

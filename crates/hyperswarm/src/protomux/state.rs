@@ -1,7 +1,7 @@
-//! The bookkeeping of channels: which id of this side belongs to which id of the other side. Does no input or output.
+//! Tracks the channels of a connection: which local id belongs to which remote id. Does no I/O.
 //!
-//! Each side numbers its channels itself, from 1. Two channels become one when both sides opened the same protocol and
-//! id. An id is free again once both sides know that its channel is gone.
+//! Each side numbers its own channels from 1. Two channels are paired when both sides open the same protocol and id. An
+//! id can be reused once both sides know that its channel is closed.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -10,35 +10,35 @@ use bytes::Bytes;
 
 use crate::compact_encoding::{DecodeError, Decoder, Encoder};
 
-/// The id that control messages are for.
+/// The id of control messages.
 pub(super) const CONTROL: u64 = 0;
 pub(super) const BATCH: u8 = 0;
 const OPEN: u8 = 1;
 const REJECT: u8 = 2;
 const CLOSE: u8 = 3;
 
-/// What a waiting message costs besides its bytes.
+/// What a pending message costs in addition to its bytes.
 pub(super) const MESSAGE_COST_BYTES: usize = 128;
-/// After how many events of a batch the rest of it waits until they are done.
+/// The number of events of a batch after which its rest waits until they are handled.
 const EVENTS_MAX: usize = 256;
-/// The longest protocol name and the longest id that a peer may open.
+/// The maximum length of a protocol name and of an id that a peer may use.
 const NAME_BYTES_MAX: usize = 1024;
 
-/// What a channel is for: both sides give the same.
+/// What identifies a channel. Both sides use the same key.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     pub(super) protocol: String,
-    /// Empty for none.
+    /// Empty if the channel has no id.
     pub(super) id: Vec<u8>,
 }
 
-/// A channel as this side sees it.
+/// This side's handle to a channel.
 pub(super) trait Member: Clone {
-    /// Forbids further sending. Called before the channel's id becomes free.
+    /// Prevents further sending. Called before the channel's id becomes free.
     fn shut(&self);
 }
 
-/// What there is to do, in this order.
+/// Events to handle, in this order.
 #[derive(Debug)]
 pub(super) enum Event<M> {
     /// The peer sent a message.
@@ -47,23 +47,23 @@ pub(super) enum Event<M> {
     Opened { member: M, handshake: Bytes },
     /// The peer closed or refused a channel.
     Closed { member: M },
-    /// The peer opened a channel that this side did not open.
+    /// The peer opened a channel that this side has not opened.
     Asked(Ask),
-    /// A control message is to be sent.
+    /// A control message has to be sent.
     Send(Vec<u8>),
 }
 
-/// A channel that the peer opened and that waits for this side to accept or reject it.
+/// A channel that the peer opened and that waits to be accepted or rejected.
 #[derive(Debug, Clone)]
 pub(super) struct Ask {
     pub(super) remote_id: u64,
-    /// Tells apart what used the same id one after the other.
+    /// Distinguishes channels that used the same id one after the other.
     pub(super) serial: u64,
     pub(super) key: Arc<Key>,
     pub(super) handshake: Bytes,
 }
 
-/// Why the peer does not speak the protocol.
+/// How the peer violated the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Violation {
     #[error(transparent)]
@@ -83,7 +83,7 @@ pub(super) enum Refusal {
     TooMany,
 }
 
-/// A channel's id and the control message that announces it, to be sent before anything else on it.
+/// A channel's id, and the open message to send before anything else on the channel.
 #[derive(Debug)]
 pub(super) struct Announced {
     pub(super) local_id: u64,
@@ -92,7 +92,7 @@ pub(super) struct Announced {
 
 enum Local<M> {
     Free,
-    /// The peer's answer is missing. Without a member the channel is closed here, but its id is not free yet.
+    /// The peer has not answered yet. Without a member the channel is closed here, but its id is not free yet.
     Opening {
         key: Arc<Key>,
         member: Option<M>,
@@ -110,18 +110,18 @@ enum Remote {
     Open { local_id: u64 },
 }
 
-/// What exists for one key.
+/// The channels of one key.
 #[derive(Default)]
 struct Group {
-    /// Own channels that wait for the peer's.
+    /// This side's channels that wait for the peer's.
     opening: VecDeque<u64>,
-    /// The peer's channels that wait for an own one.
+    /// The peer's channels that wait for this side's.
     asked: VecDeque<u64>,
-    /// Own channels that are not closed.
+    /// The number of this side's channels that are not closed.
     members: usize,
 }
 
-/// What is left of a batch, and whom the next item is for.
+/// The rest of a batch, and the channel of its next item.
 struct Batch {
     items: Bytes,
     remote_id: u64,
@@ -159,7 +159,7 @@ impl<M: Member> State<M> {
         }
     }
 
-    /// Opens a channel. If the peer asked for it already, the two are one from here on.
+    /// Opens a channel. If the peer has opened it already, the two are paired at once.
     pub(super) fn open(&mut self, key: Key, handshake: &[u8], member: M) -> Result<Announced, Refusal> {
         let key = Arc::new(key);
         let group = self.groups.get(&key);
@@ -178,12 +178,12 @@ impl<M: Member> State<M> {
         }
     }
 
-    /// Accepts what the peer asked for, unless it is gone.
+    /// Accepts a channel of the peer, unless it is gone.
     pub(super) fn accept(&mut self, ask: &Ask, handshake: &[u8], member: M) -> Option<Result<Announced, Refusal>> {
         self.is_waiting(ask).then(|| self.answer(ask.remote_id, handshake, member))
     }
 
-    /// Rejects what the peer asked for, unless it is gone. Returns the control message.
+    /// Rejects a channel of the peer, unless it is gone. Returns the control message.
     pub(super) fn reject(&mut self, ask: &Ask) -> Option<Vec<u8>> {
         self.is_waiting(ask).then(|| {
             self.take_asked(ask.remote_id);
@@ -191,15 +191,16 @@ impl<M: Member> State<M> {
         })
     }
 
-    /// Closes an own channel. Returns the control message, to be sent before anything is opened.
+    /// Closes one of this side's channels. Returns the control message, which must be sent before any channel is
+    /// opened.
     ///
-    /// The member must be shut, and the id its own: a closed channel's id may belong to another.
+    /// The member must be shut, and must still own the id: the id of a closed channel may belong to another one.
     pub(super) fn close(&mut self, local_id: u64) -> Option<Vec<u8>> {
         let slot = self.local.get_mut(index(local_id)?)?;
         let key = match std::mem::replace(slot, Local::Free) {
             Local::Free | Local::Opening { member: None, .. } => return None,
             Local::Opening { key, member: Some(_) } => {
-                // The peer may be answering this id, so it stays taken until the answer is here.
+                // The peer may be answering this id, so it stays in use until the answer arrives.
                 *slot = Local::Opening { key: Arc::clone(&key), member: None };
                 key
             }
@@ -213,7 +214,7 @@ impl<M: Member> State<M> {
         Some(control(CLOSE, local_id))
     }
 
-    /// Closes everything without a word, because the connection is gone.
+    /// Closes all channels without telling the peer, because the connection is gone.
     pub(super) fn shut_all(&mut self) {
         for slot in std::mem::take(&mut self.local) {
             if let Local::Opening { member: Some(member), .. } | Local::Open { member, .. } = slot {
@@ -229,9 +230,9 @@ impl<M: Member> State<M> {
         self.pending_bytes = 0;
     }
 
-    /// Takes a message of the connection. The one before must have been read to its end.
+    /// Processes a message. The previous one must have been read to its end.
     pub(super) fn receive(&mut self, message: Bytes) -> Result<(), Violation> {
-        // Peers send empty messages to keep a connection alive.
+        // Peers send empty messages as keep-alives.
         if message.is_empty() {
             return Ok(());
         }
@@ -246,7 +247,7 @@ impl<M: Member> State<M> {
         self.receive_one(remote_id, rest_of(&message, &decoder))
     }
 
-    /// Reads more of a batch, of which a few bytes may say a lot, until there is enough to do.
+    /// Reads more of a batch, until there are enough events. A few bytes of a batch may cause many events.
     pub(super) fn read_on(&mut self) -> Result<(), Violation> {
         let Some(Batch { items, mut remote_id }) = self.unread.take() else { return Ok(()) };
         let mut decoder = Decoder::new(&items);
@@ -264,7 +265,7 @@ impl<M: Member> State<M> {
             if remote_id == CONTROL && item.first() == Some(&BATCH) {
                 return Err(Violation::NestedBatch);
             }
-            // A small part of a large batch would keep all of it in memory.
+            // A slice of a large batch would keep the whole batch in memory, so a small item is copied.
             let is_large_part = item.len() >= items.len() / 4;
             let item = if is_large_part { items.slice_ref(item) } else { Bytes::copy_from_slice(item) };
             self.receive_one(remote_id, item)?;
@@ -272,27 +273,27 @@ impl<M: Member> State<M> {
         Ok(())
     }
 
-    /// Returns whether a batch is not read to its end.
+    /// Returns whether part of a batch is unread.
     pub(super) fn has_unread(&self) -> bool {
         self.unread.is_some()
     }
 
-    /// Returns whether so much waits to be accepted or rejected that nothing more may be read.
+    /// Returns whether pending channels hold so many bytes that nothing more may be read.
     pub(super) fn is_crowded(&self) -> bool {
         self.pending_bytes > self.pending_bytes_max
     }
 
-    /// Exchanges what there is to do with an empty list.
+    /// Swaps the events with an empty list.
     pub(super) fn swap_events(&mut self, events: &mut VecDeque<Event<M>>) {
         std::mem::swap(&mut self.events, events);
     }
 
-    /// Returns whether something is to be done.
+    /// Returns whether there are events to handle.
     pub(super) fn has_events(&self) -> bool {
         !self.events.is_empty()
     }
 
-    /// Takes a kind and a payload.
+    /// Processes one message, which has a kind and a payload.
     fn receive_one(&mut self, remote_id: u64, message: Bytes) -> Result<(), Violation> {
         let mut decoder = Decoder::new(&message);
         let kind = decoder.uint()?;
@@ -301,7 +302,7 @@ impl<M: Member> State<M> {
             return self.receive_control(kind, &payload);
         }
         match index(remote_id).and_then(|index| self.remote.get_mut(index)) {
-            // The channel is closed here, and the peer did not know yet.
+            // This side closed the channel, and the peer did not know yet.
             None | Some(Remote::Free) => {}
             Some(Remote::Asked { pending, cost, .. }) => {
                 let added = MESSAGE_COST_BYTES + payload.len();
@@ -334,14 +335,14 @@ impl<M: Member> State<M> {
                 self.closed_by_peer(remote_id);
                 Ok(())
             }
-            // Later versions may have more to say.
+            // Later versions may define more control messages.
             _ => Ok(()),
         }
     }
 
     fn opened_by_peer(&mut self, remote_id: u64, protocol: &str, id: &[u8], handshake: Bytes) -> Result<(), Violation> {
         let index = index(remote_id).ok_or(Violation::InvalidOpen)?;
-        // Ids grow by one, and only when no other is free. Rejected ones are free as soon as the peer knows.
+        // Ids increase by one, and only when no other is free. Rejected ids are free as soon as the peer learns of it.
         if index == self.remote.len() && index < self.remote_ids_max() {
             self.remote.push(Remote::Free);
         }
@@ -370,7 +371,7 @@ impl<M: Member> State<M> {
         Ok(())
     }
 
-    /// Makes one channel of an own one, first in its group, and the peer's.
+    /// Pairs one of this side's channels, the first of its group, with one of the peer's.
     fn pair(&mut self, local_id: u64, remote_id: u64, handshake: Bytes) {
         let Some(index) = index(local_id) else { return };
         match std::mem::replace(&mut self.local[index], Local::Free) {
@@ -379,7 +380,7 @@ impl<M: Member> State<M> {
                 self.set_remote(remote_id, Remote::Open { local_id });
                 self.events.push_back(Event::Opened { member, handshake });
             }
-            // It was closed here meanwhile. The peer learns so from the messages that are on their way.
+            // The channel was closed here meanwhile. The peer learns so from the messages that are already in flight.
             Local::Opening { key, member: None } => {
                 self.free.push(local_id);
                 self.collect(&key);
@@ -418,7 +419,7 @@ impl<M: Member> State<M> {
             Remote::Free => {}
             Remote::Asked { .. } => {
                 self.take_asked(remote_id);
-                // The peer's id is free once this side has said something about it.
+                // The peer can reuse the id once this side has answered it.
                 self.events.push_back(Event::Send(control(REJECT, remote_id)));
             }
             Remote::Open { local_id } => {
@@ -440,7 +441,7 @@ impl<M: Member> State<M> {
         matches!(remote, Some(Remote::Asked { ask: waiting, .. }) if waiting.serial == ask.serial)
     }
 
-    /// Opens an own channel for one that the peer asked for.
+    /// Opens a channel of this side for one that the peer opened.
     fn answer(&mut self, remote_id: u64, handshake: &[u8], member: M) -> Result<Announced, Refusal> {
         let local_id = self.claim(Local::Free)?;
         let Some((ask, pending)) = self.take_asked(remote_id) else {
@@ -459,7 +460,7 @@ impl<M: Member> State<M> {
         Ok(Announced { local_id, message })
     }
 
-    /// Forgets what the peer asked for, and frees its id.
+    /// Removes a pending channel of the peer, and frees its id.
     fn take_asked(&mut self, remote_id: u64) -> Option<(Ask, Vec<(u64, Bytes)>)> {
         let slot = self.remote.get_mut(index(remote_id)?)?;
         match std::mem::replace(slot, Remote::Free) {
@@ -479,7 +480,7 @@ impl<M: Member> State<M> {
         }
     }
 
-    /// Takes a free id of this side.
+    /// Claims a free id of this side.
     fn claim(&mut self, slot: Local<M>) -> Result<u64, Refusal> {
         if let Some(local_id) = self.free.pop() {
             self.local[local_id as usize - 1] = slot;
@@ -516,13 +517,13 @@ impl<M: Member> State<M> {
         }
     }
 
-    /// A peer that opens many at once learns of the rejections late, so it may use more ids than channels.
+    /// A peer that opens many channels at once learns of rejections late, so it may use more ids than channels.
     fn remote_ids_max(&self) -> usize {
         self.channels_max.saturating_mul(4).max(4096)
     }
 }
 
-/// Returns the place of an id, which starts at 1.
+/// Returns the index of an id. Ids start at 1.
 fn index(id: u64) -> Option<usize> {
     usize::try_from(id.checked_sub(1)?).ok()
 }
@@ -531,7 +532,7 @@ fn rest_of(message: &Bytes, decoder: &Decoder) -> Bytes {
     message.slice(message.len() - decoder.rest().len()..)
 }
 
-/// Control messages are written without the id that stands before them.
+/// Control messages are built without the id that precedes them.
 fn control(kind: u8, id: u64) -> Vec<u8> {
     let mut message = vec![kind];
     message.write_uint(id);

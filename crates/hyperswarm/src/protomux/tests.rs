@@ -124,7 +124,7 @@ async fn a_dropped_channel_is_closed_on_both_sides_after_its_messages() {
     assert_eq!(got(&theirs).await, "last");
     assert_eq!(theirs.receive().await, None);
     drop(theirs);
-    // The name is free again.
+    // The name can be used again.
     let (mine, theirs) = (open(&client, "chat"), open(&server, "chat"));
     mine.send(0, &[b"again"]).unwrap();
     assert_eq!(got(&theirs).await, "again");
@@ -215,7 +215,7 @@ async fn corked_messages_go_as_one_batch() {
         assert!(timeout(SOON, peer.receive()).await.is_err());
         std::mem::forget(channel);
     }
-    // The same as protomux 3.12 sends.
+    // The same bytes as protomux 3.12 sends.
     let batch = peer.receive().await.unwrap().unwrap();
     let expected = "0000000801010463686174000001040074776f0000090102056f7468657200";
     assert!(hex::encode(&batch).starts_with(expected), "{}", hex::encode(&batch));
@@ -310,7 +310,7 @@ async fn a_peer_that_takes_no_answers_is_cut_off() {
     let (stream, peer) = streams();
     let mux = Protomux::new(stream, Options::default());
     mux.start();
-    // Each opening is answered with a rejection, and nobody reads those.
+    // Each open message is answered with a rejection, which the peer never reads.
     let flood = async {
         let open = [0, 1, 1, 1, b'a', 0];
         while peer.room().await.is_ok() && peer.send(&[&open]).is_ok() {}

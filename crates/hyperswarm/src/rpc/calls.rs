@@ -1,4 +1,4 @@
-//! What a channel of requests has under way, in both directions.
+//! The pending requests of a channel, in both directions.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -11,12 +11,12 @@ use super::codec::{EVENT, REQUEST, RESPONSE, Request, Response, encode_error};
 use super::error::RemoteError;
 use crate::protomux::{Delivery, Inbox, Responder};
 
-/// What a request that waits costs besides its bytes.
+/// What a queued request costs in addition to its bytes.
 const REQUEST_COST_BYTES: usize = 128;
 
 type Answer = Result<Bytes, Box<RemoteError>>;
 
-/// Takes responses to their requests and requests to whoever asks for the next one.
+/// Matches responses to requests, and queues the peer's requests.
 pub(super) struct Calls {
     sent: Mutex<Sent>,
     received: Mutex<Received>,
@@ -35,7 +35,7 @@ struct Sent {
 #[derive(Default)]
 struct Received {
     queue: VecDeque<Request>,
-    /// Requests that are queued or not answered yet, and their bytes.
+    /// The number of requests that are queued or not answered yet, and their bytes.
     requests: usize,
     bytes: usize,
     is_writer_waiting: bool,
@@ -55,7 +55,7 @@ impl Calls {
         }
     }
 
-    /// Numbers a request of this side. Returns its id and where the answer arrives, unless the channel is closed.
+    /// Assigns an id to a request. Returns it with the receiver of the answer, or `None` if the channel is closed.
     pub(super) fn begin(&self) -> Option<(u64, oneshot::Receiver<Answer>)> {
         let mut sent = self.sent();
         if sent.is_shut {
@@ -68,12 +68,12 @@ impl Calls {
         Some((id, answer))
     }
 
-    /// Drops the answer to a request of this side, should it still come.
+    /// Discards the answer to a request, should it still arrive.
     pub(super) fn forget(&self, id: u64) {
         self.sent().waiting.remove(&id);
     }
 
-    /// Returns the peer's next request, or `None` when no more come. Cancel safe.
+    /// Returns the peer's next request, or `None` when no more follow. Cancel safe.
     pub(super) async fn next(&self) -> Option<Request> {
         loop {
             let readable = self.readable.notified();
@@ -83,7 +83,7 @@ impl Calls {
                     return Some(request);
                 }
                 if received.is_shut {
-                    // Whoever else waits learns it too.
+                    // Wakes the next task that waits.
                     self.readable.notify_one();
                     return None;
                 }
@@ -92,7 +92,7 @@ impl Calls {
         }
     }
 
-    /// Makes room for another request once one was answered.
+    /// Frees the capacity of a request that was answered.
     pub(super) fn settle(&self, bytes: usize) {
         let mut received = self.received();
         received.requests -= 1;
@@ -102,7 +102,7 @@ impl Calls {
         }
     }
 
-    /// Has every further request answered with an error, because nobody asks for them.
+    /// Makes every further request fail, because no task takes requests any more. Returns the queued ones.
     pub(super) fn refuse(&self) -> Vec<Request> {
         let mut received = self.received();
         received.is_unwanted = true;
@@ -130,7 +130,7 @@ impl Calls {
         }
         let cost = cost(&request);
         let is_full = received.requests >= self.requests_max || received.bytes + cost > self.bytes_max;
-        // A request alone always fits, however long.
+        // A single request is always accepted, however long.
         if is_full && received.requests > 0 {
             received.is_writer_waiting = true;
             return Delivery::Full(message);
@@ -147,7 +147,7 @@ impl Calls {
         let Ok(response) = Response::decode(message) else { return Delivery::Invalid };
         let waiting = self.sent().waiting.remove(&response.id);
         if let Some(waiting) = waiting {
-            // Nobody waits for it any more: it is dropped like every late response.
+            // If the caller is gone, the response is discarded like any late one.
             let _ = waiting.send(response.result);
         }
         Delivery::Taken
@@ -159,7 +159,7 @@ impl Inbox for Calls {
         match kind {
             REQUEST => self.take_request(responder, payload),
             RESPONSE => self.take_response(&payload),
-            // Later versions may have more to say.
+            // Later versions may define more kinds of message.
             _ => Delivery::Taken,
         }
     }
@@ -174,7 +174,7 @@ impl Inbox for Calls {
             sent.is_shut = true;
             std::mem::take(&mut sent.waiting)
         };
-        // Whoever waits for an answer learns that none comes.
+        // Wakes the tasks that wait for an answer, which will not arrive.
         drop(waiting);
         self.received().is_shut = true;
         self.readable.notify_one();
@@ -182,7 +182,7 @@ impl Inbox for Calls {
     }
 }
 
-/// Returns what a request counts for while it is under way.
+/// Returns what a request counts towards the limit while it is pending.
 pub(super) fn cost(request: &Request) -> usize {
     request.method.len() + request.value.len() + REQUEST_COST_BYTES
 }
@@ -193,7 +193,7 @@ fn refuse(responder: Responder<'_>, request: &Request) -> Delivery {
     }
     let method = std::str::from_utf8(&request.method).unwrap_or_default();
     let error = encode_error(request.id, &RemoteError::unknown_method(method));
-    // Sending fails if the channel is closed or the answer is too long. Nobody could be told.
+    // Sending fails if the channel is closed or the answer is too long. In either case the peer cannot be told.
     let _ = responder.send(RESPONSE, &[&error]);
     Delivery::Answered
 }

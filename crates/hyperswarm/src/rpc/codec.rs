@@ -1,4 +1,4 @@
-//! How requests and responses become messages: the format of the Node package `protomux-rpc`.
+//! Encodes and decodes requests and responses in the format of the Node package `protomux-rpc`.
 
 use bytes::Bytes;
 
@@ -16,7 +16,7 @@ const HAS_CODE: u8 = 2;
 const HAS_CAUSE: u8 = 4;
 const HAS_CONTEXT: u8 = 8;
 
-/// A request as it was received.
+/// A received request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) id: u64,
@@ -34,7 +34,7 @@ impl Request {
     }
 }
 
-/// A response as it was received.
+/// A received response.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Response {
     pub(super) id: u64,
@@ -44,7 +44,7 @@ pub(super) struct Response {
 impl Response {
     pub(super) fn decode(message: &Bytes) -> Result<Self, DecodeError> {
         let mut decoder = Decoder::new(message);
-        // The bits stand in the lowest byte of an integer.
+        // The flags are in the lowest byte of an integer.
         let flags = decoder.uint()? as u8;
         let id = decoder.uint()?;
         if flags & HAS_ERROR == 0 {
@@ -65,7 +65,7 @@ impl Response {
     }
 }
 
-/// Returns the whole response that says what went wrong.
+/// Returns an encoded error response.
 pub(super) fn encode_error(id: u64, error: &RemoteError) -> Vec<u8> {
     let mut flags = HAS_ERROR;
     if !error.code.is_empty() {
@@ -103,7 +103,7 @@ mod tests {
         hex::decode(hex).unwrap().into()
     }
 
-    // What follows was sent by protomux-rpc 1.10, without the channel's id and the kind.
+    // protomux-rpc 1.10 sent the following bytes, here without the channel's id and the kind.
 
     #[test]
     fn requests_are_those_of_the_node_package() {

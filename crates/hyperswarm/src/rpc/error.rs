@@ -1,63 +1,63 @@
-//! What goes wrong with a request, and how a peer says so.
+//! Errors of a request, and how a peer reports them.
 
 use std::fmt;
 
-/// The method is not known there.
+/// The peer does not know the method.
 pub const UNKNOWN_METHOD: &str = "UNKNOWN_METHOD";
-/// The request failed; the cause says how.
+/// The request failed. The cause has the details.
 pub const REQUEST_ERROR: &str = "REQUEST_ERROR";
-/// The request's value could not be understood.
+/// The request's value could not be decoded.
 pub const DECODE_ERROR: &str = "DECODE_ERROR";
-/// The response's value could not be sent.
+/// The response's value could not be encoded.
 pub const ENCODE_ERROR: &str = "ENCODE_ERROR";
 
-/// An error as it stands in a response.
+/// An error in a response.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RemoteError {
-    /// What happened, in words.
+    /// The error message.
     pub message: String,
-    /// The kind of error: one of this module's constants, or the peer's own. Empty for none.
+    /// The error code: one of this module's constants, or one of the peer's own. Empty if the error has no code.
     pub code: String,
-    /// What brought it about.
+    /// The cause of the error.
     pub cause: Option<Cause>,
 }
 
-/// What brought an error about.
+/// The cause of an error.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Cause {
-    /// What happened, in words.
+    /// The error message.
     pub message: String,
-    /// The kind of error. Empty for none.
+    /// The error code. Empty if the cause has no code.
     pub code: String,
-    /// Whatever else the peer wants to say. Empty for none.
+    /// Further information from the peer. May be empty.
     pub context: String,
 }
 
 impl RemoteError {
-    /// Says that a request failed, as a Node peer says it when its handler throws.
+    /// Makes the error of a failed request, as a Node peer does when its handler throws.
     pub fn failed(cause: Cause) -> Self {
         Self { message: "Request failed".to_owned(), code: REQUEST_ERROR.to_owned(), cause: Some(cause) }
     }
 
-    /// Says that there is no such method.
+    /// Makes the error of an unknown method.
     pub fn unknown_method(method: &str) -> Self {
         let message = format!("Unknown method '{method}'");
         Self { message, code: UNKNOWN_METHOD.to_owned(), cause: None }
     }
 
-    /// Says that a request's value could not be understood.
+    /// Makes the error of a request whose value could not be decoded.
     pub fn not_decoded(cause: Cause) -> Self {
         Self { message: "Could not decode request".to_owned(), code: DECODE_ERROR.to_owned(), cause: Some(cause) }
     }
 
-    /// Says that a response's value could not be sent.
+    /// Makes the error of a response whose value could not be encoded.
     pub fn not_encoded(cause: Cause) -> Self {
         Self { message: "Could not encode response".to_owned(), code: ENCODE_ERROR.to_owned(), cause: Some(cause) }
     }
 }
 
 impl Cause {
-    /// Makes a cause of a message and a code, which may be empty.
+    /// Makes a cause from a message and a code, which may be empty.
     pub fn new(message: impl Into<String>, code: impl Into<String>) -> Self {
         Self { message: message.into(), code: code.into(), context: String::new() }
     }
@@ -82,10 +82,10 @@ pub enum RequestError {
     /// The peer answered with an error.
     #[error("the peer answered: {0}")]
     Remote(Box<RemoteError>),
-    /// The request does not fit into a message. Nothing was sent.
+    /// The request does not fit in a message. Nothing was sent.
     #[error("the request is too long")]
     TooLong,
-    /// The channel is closed, or the peer refused it. The request may have been received.
+    /// The channel is closed, or the peer rejected it. The peer may have received the request.
     #[error("the channel is closed")]
     Closed,
 }
@@ -93,7 +93,7 @@ pub enum RequestError {
 /// Why a response could not be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ReplyError {
-    /// The response does not fit into a message. The peer was told so.
+    /// The response does not fit in a message. The peer got an error instead.
     #[error("the response is too long")]
     TooLong,
     /// The channel is closed.

@@ -1,11 +1,11 @@
-//! What a fuzzer drives: the readers of requests and responses.
+//! Fuzzing entry point: the decoders of requests and responses.
 
 use bytes::Bytes;
 
 use super::codec::{Request, Response, encode_error};
 use super::{decode_buffer, decode_string};
 
-/// Reads a message of either kind; an error that was read is written and read again.
+/// Decodes a message as either kind. A decoded error is encoded and decoded again.
 pub fn read(message: &[u8]) {
     let message = Bytes::copy_from_slice(message);
     if let Ok(request) = Request::decode(&message) {

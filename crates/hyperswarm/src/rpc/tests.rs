@@ -153,7 +153,7 @@ async fn no_more_requests_are_taken_than_can_be_worked_on() {
     let third = requests.next().await.unwrap();
     assert_eq!(third.value()[..], [2]);
     assert!(timeout(Duration::from_mins(1), requests.next()).await.is_err());
-    // The future that was dropped above took no request along.
+    // The dropped future above did not consume a request.
     drop((second, third));
     assert_eq!(requests.next().await.unwrap().value()[..], [3]);
 }
@@ -195,7 +195,7 @@ async fn responses_pass_while_requests_wait() {
     let tasks = TaskTracker::new();
     tasks.spawn(echo(client_requests));
     tasks.spawn(echo(server_requests));
-    // Both sides flood each other with far more than fits into the queues between them.
+    // Both sides flood each other with far more than the queues between them can hold.
     let value = vec![7; 20_000];
     let flood = |rpc: Rpc| {
         let value = value.clone();

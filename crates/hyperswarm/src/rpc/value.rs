@@ -1,17 +1,17 @@
-//! How values are written inside requests and responses. Both sides must mean the same.
+//! Encodings of the values inside requests and responses. Both sides must use the same one.
 
 use bytes::Bytes;
 
 use crate::compact_encoding::{DecodeError, Decoder, Encoder};
 
-/// Encodes a buffer as `protomux-rpc` does by default. An empty buffer stands for none.
+/// Encodes a buffer as `protomux-rpc` does by default. An empty buffer means no value.
 pub fn encode_buffer(bytes: &[u8]) -> Vec<u8> {
     let mut value = Vec::with_capacity(bytes.len() + 9);
     value.write_buffer(bytes);
     value
 }
 
-/// Decodes what [`encode_buffer`] encodes, without a copy.
+/// Decodes the output of [`encode_buffer`] without copying.
 pub fn decode_buffer(value: &Bytes) -> Result<Bytes, DecodeError> {
     Ok(value.slice_ref(Decoder::new(value).buffer()?))
 }
@@ -21,7 +21,7 @@ pub fn encode_string(text: &str) -> Vec<u8> {
     encode_buffer(text.as_bytes())
 }
 
-/// Decodes what [`encode_string`] encodes.
+/// Decodes the output of [`encode_string`].
 pub fn decode_string(value: &Bytes) -> Result<&str, DecodeError> {
     Decoder::new(value).string()
 }

@@ -1,7 +1,7 @@
 //! libsodium's `crypto_secretstream_xchacha20poly1305`, byte for byte and without copies.
 //!
-//! A sealed message is an encrypted tag byte, the encrypted text and an authenticator of 16 bytes. Each authenticator
-//! goes into the next nonce, so messages open only complete and in order.
+//! A sealed message is an encrypted tag byte, the ciphertext and an authenticator of 16 bytes. Each authenticator goes
+//! into the next nonce, so messages open only when none is missing and all are in order.
 
 use chacha20::ChaCha20;
 use chacha20::cipher::consts::U10;
@@ -12,25 +12,25 @@ use poly1305::universal_hash::{KeyInit, UniversalHash};
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-/// How many bytes a stream's header has. The sender draws it at random.
+/// The length of a stream's header, which the sender draws at random.
 pub(crate) const HEADER_BYTES: usize = 24;
-/// By how much a sealed message exceeds its text.
+/// How much longer a sealed message is than its plaintext.
 pub(crate) const OVERHEAD_BYTES: usize = 17;
 const AUTHENTICATOR_BYTES: usize = 16;
-/// The first of three blocks of keystream keys the authenticator, the second hides the tag, the rest hides the text.
+/// The first block of keystream keys the authenticator, the second encrypts the tag, and the rest encrypts the text.
 const BLOCK_BYTES: usize = 64;
-/// One run of the vectorised cipher: enough for a text of 128 bytes, so that short messages take a single run.
+/// One run of the SIMD cipher: enough for a text of 128 bytes, so that short messages take a single run.
 const FIRST_RUN_BYTES: usize = 256;
-/// A piece that stays in the fastest cache between the cipher and the authenticator. A multiple of 16.
+/// The size of a piece that stays in the L1 cache between the cipher and the authenticator. A multiple of 16.
 const PIECE_BYTES: usize = 4096;
-/// The bit of a tag that asks for new keys.
+/// The tag bit that requests a rekey.
 const TAG_REKEY: u8 = 2;
 
-/// The authenticator does not fit: the bytes were changed, or are out of order.
+/// The authenticator does not match: the bytes were modified or are out of order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Forged;
 
-/// One direction of a stream: seals or opens one message after the other.
+/// The cipher of one direction of a stream. It seals or opens one message after the other.
 pub(crate) struct Cipher {
     key: Zeroizing<[u8; 32]>,
     counter: u32,
@@ -38,7 +38,7 @@ pub(crate) struct Cipher {
 }
 
 impl Cipher {
-    /// Starts the stream that a key and a header name.
+    /// Starts the stream with this key and header.
     pub(crate) fn new(key: &[u8; 32], header: &[u8; HEADER_BYTES]) -> Self {
         let (input, inner_nonce) = header.split_at(16);
         let subkey = hchacha::<U10>(key.into(), input.into());
@@ -47,7 +47,7 @@ impl Cipher {
         Self { key: Zeroizing::new(subkey.into()), counter: 1, inner_nonce: first_bytes }
     }
 
-    /// Seals a message in place: a tag byte, the text, and 16 bytes that this fills in.
+    /// Seals a message in place. It consists of a tag byte, the text, and 16 bytes for the authenticator.
     pub(crate) fn seal(&mut self, message: &mut [u8]) {
         debug_assert!(message.len() >= OVERHEAD_BYTES);
         let (hidden, authenticator) = message.split_at_mut(message.len() - AUTHENTICATOR_BYTES);
@@ -63,7 +63,7 @@ impl Cipher {
         self.advance(&computed, plain_tag);
     }
 
-    /// Opens a sealed message in place: the text is all but the first byte and the last 16. Returns the tag.
+    /// Opens a sealed message in place. The text is everything but the first byte and the last 16. Returns the tag.
     pub(crate) fn open(&mut self, message: &mut [u8]) -> Result<u8, Forged> {
         if message.len() < OVERHEAD_BYTES {
             return Err(Forged);
@@ -77,7 +77,8 @@ impl Cipher {
         let tail = text.len() % 16;
         let mut sealed_tail = [0; 16];
         sealed_tail[..tail].copy_from_slice(&text[text.len() - tail..]);
-        // The text is readable in the caller's buffer before it is known to be genuine. The caller drops it on failure.
+        // The text is decrypted in the caller's buffer before it is authenticated. The caller drops the buffer on
+        // failure.
         run.open_text(text);
         let computed = run.authenticator_with_tail(text.len(), &sealed_tail[..tail]);
         if !bool::from(computed.ct_eq(authenticator)) {
@@ -139,7 +140,7 @@ impl Run {
         self.poly.update_padded(&self.tag_block);
     }
 
-    /// Hides the text and authenticates its whole blocks of 16 bytes. The rest is for [`Run::authenticator`].
+    /// Encrypts the text and authenticates its whole blocks of 16 bytes. [`Run::authenticator`] handles the rest.
     fn seal_text(&mut self, text: &mut [u8]) {
         let mut offset = 0;
         for piece in pieces(text) {
@@ -149,7 +150,7 @@ impl Run {
         }
     }
 
-    /// The reverse of [`Run::seal_text`].
+    /// The inverse of [`Run::seal_text`].
     fn open_text(&mut self, text: &mut [u8]) {
         let mut offset = 0;
         for piece in pieces(text) {
@@ -181,7 +182,8 @@ impl Run {
     }
 
     fn authenticator_with_tail(mut self, text_bytes: usize, tail: &[u8]) -> [u8; AUTHENTICATOR_BYTES] {
-        // libsodium pads the text by as many zeros as it exceeds whole blocks, not by as many as it lacks.
+        // libsodium pads the text with as many zeros as there are bytes beyond the last whole block, not with as many
+        // as are missing.
         let mut last = [0; 48];
         last[..tail.len()].copy_from_slice(tail);
         let padded = tail.len() * 2;

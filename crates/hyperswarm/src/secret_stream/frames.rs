@@ -1,6 +1,6 @@
-//! Messages as frames: three bytes of length and a sealed message. Does no input or output.
+//! Frames: three bytes of length, then a sealed message. Does no I/O.
 //!
-//! The first frame each way names the connection and carries the header that starts the cipher.
+//! The first frame in each direction identifies the connection and carries the header that starts the cipher.
 
 use bytes::{Buf, Bytes, BytesMut};
 
@@ -9,18 +9,20 @@ use crate::compact_encoding::Encoder;
 use crate::crypto::noise::Session;
 use crate::crypto::{keyed_hash, namespace};
 
-/// The most bytes a message may have.
+/// The maximum length of a message.
 pub const MESSAGE_BYTES_MAX: usize = 0xff_ffff - OVERHEAD_BYTES;
-/// How many bytes the first frame has.
+/// The length of the first frame.
 pub const FIRST_FRAME_BYTES: usize = LENGTH_BYTES + FIRST_BODY_BYTES;
 
 const LENGTH_BYTES: usize = 3;
 const FIRST_BODY_BYTES: usize = 32 + HEADER_BYTES;
-/// What a side makes room for at once. Small messages share it.
+/// How much memory is allocated at once. Small messages share it.
 const CHUNK_BYTES: usize = 16 * 1024;
-/// Up to this size a message gets memory of its own. A part of a chunk would keep all of it from being freed.
+/// A message up to this size is copied to memory of its own, because a slice would keep its whole chunk from being
+/// freed.
 const COPIED_BYTES_MAX: usize = CHUNK_BYTES / 4;
-/// The largest frame that the other side's word suffices to make room for. Room for more comes with the bytes.
+/// The largest frame for which memory is allocated when only its length has arrived. For a larger one, memory grows
+/// with the bytes received.
 const TRUSTED_BYTES: usize = 256 * 1024;
 
 /// The message exceeds [`MESSAGE_BYTES_MAX`].
@@ -28,27 +30,27 @@ const TRUSTED_BYTES: usize = 256 * 1024;
 #[error("a message of {0} bytes exceeds the limit of {MESSAGE_BYTES_MAX}")]
 pub struct TooLong(pub usize);
 
-/// Why what the other side sent is not a stream of sealed messages.
+/// Why the received bytes are not a valid stream of sealed messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum DecryptError {
-    /// The first frame has the wrong length or names another connection.
+    /// The first frame has the wrong length or identifies another connection.
     #[error("the first frame is not of this connection")]
     WrongHeader,
     /// A frame is too short for a sealed message.
     #[error("the frame is shorter than any sealed message")]
     TooShort,
-    /// The bytes were changed on the way, or are out of order.
+    /// The bytes were modified on the way or are out of order.
     #[error("the message is not genuine")]
     Forged,
 }
 
-/// Turns the messages that this side sends into frames.
+/// Encodes the messages that this side sends as frames.
 pub struct Sealer {
     cipher: Cipher,
 }
 
 impl Sealer {
-    /// Starts with a random header. Returns the frame that goes first as well.
+    /// Starts with a random header. Also returns the frame that must be sent first.
     pub fn new(session: &Session, header: [u8; HEADER_BYTES]) -> (Self, [u8; FIRST_FRAME_BYTES]) {
         let mut frame = [0; FIRST_FRAME_BYTES];
         frame[0] = FIRST_BODY_BYTES as u8;
@@ -57,7 +59,7 @@ impl Sealer {
         (Self { cipher: Cipher::new(&session.tx, &header) }, frame)
     }
 
-    /// Appends the frame of one message, given in two lists of parts that follow each other.
+    /// Appends the frame of one message, which consists of `head` and then `parts`.
     pub fn seal(&mut self, head: &[u8], parts: &[&[u8]], frames: &mut BytesMut) -> Result<(), TooLong> {
         let length = parts.iter().fold(head.len(), |sum, part| sum.saturating_add(part.len()));
         if length > MESSAGE_BYTES_MAX {
@@ -80,7 +82,7 @@ impl Sealer {
     }
 }
 
-/// Turns what the other side sent, cut anywhere, back into messages.
+/// Decodes the bytes that the other side sent, in pieces of any size, into messages.
 pub struct Opener {
     key: zeroize::Zeroizing<[u8; 32]>,
     stream_id: [u8; 32],
@@ -99,13 +101,13 @@ impl Opener {
         }
     }
 
-    /// Takes the next bytes of the stream.
+    /// Adds the next bytes of the stream.
     pub fn feed(&mut self, bytes: &[u8]) {
         let free = self.received.capacity() - self.received.len();
         if free < bytes.len() {
             let expected = self.frame_bytes().unwrap_or(0).min(TRUSTED_BYTES).saturating_sub(self.received.len());
             let needed = bytes.len().max(expected);
-            // What earlier messages left behind often has the room.
+            // Memory that earlier messages have freed is often large enough.
             if !self.received.try_reclaim(needed) {
                 self.received.reserve(needed.max(CHUNK_BYTES));
             }
@@ -113,9 +115,9 @@ impl Opener {
         self.received.write_raw(bytes);
     }
 
-    /// Returns the next message, if it is complete. Empty ones only keep the connection alive and are skipped.
+    /// Returns the next message if it is complete. Empty messages are keep-alives and are skipped.
     ///
-    /// After an error the stream is of no more use.
+    /// After an error the stream cannot be used any more.
     pub fn pop(&mut self) -> Result<Option<Bytes>, DecryptError> {
         while let Some(frame_bytes) = self.frame_bytes() {
             let body_bytes = frame_bytes - LENGTH_BYTES;
@@ -154,7 +156,7 @@ impl Opener {
         Ok(None)
     }
 
-    /// Takes the first frame once it is complete. Says whether it was taken, now or before.
+    /// Processes the first frame once it is complete. Returns whether it has been processed.
     pub fn start_cipher(&mut self) -> Result<bool, DecryptError> {
         match self.frame_bytes() {
             Some(frame_bytes) if self.cipher.is_none() => {
@@ -170,7 +172,7 @@ impl Opener {
         Ok(self.cipher.is_some())
     }
 
-    /// Returns whether the stream may end here: between frames, and after the first.
+    /// Returns whether the stream may end here: between frames, and after the first one.
     pub fn is_between_messages(&self) -> bool {
         self.cipher.is_some() && self.received.is_empty()
     }
@@ -192,7 +194,7 @@ impl Opener {
     }
 }
 
-/// Returns the id of the stream that a side of a connection sends.
+/// Returns the id of the stream that one side of a connection sends.
 fn stream_id(handshake_hash: &[u8; 64], sent_by_initiator: bool) -> [u8; 32] {
     let role = u8::from(!sent_by_initiator);
     keyed_hash(handshake_hash, &[&namespace("hyperswarm/secret-stream", role)])

@@ -1,4 +1,4 @@
-//! What carries the bytes: a UDX stream, or memory in tests, where time can stand still.
+//! The transport below the encryption: a UDX stream, or memory in tests, where time can be paused.
 
 use bytes::Bytes;
 
@@ -79,7 +79,7 @@ mod memory {
     use crate::crypto::PublicKey;
     use crate::crypto::noise::Session;
 
-    /// Above how many bytes there is no room.
+    /// The queue length above which `room` waits.
     const ROOM_BYTES: usize = 256 * 1024;
 
     #[derive(Default)]
@@ -89,7 +89,7 @@ mod memory {
         ended: bool,
     }
 
-    /// One end of a stream in memory.
+    /// One end of an in-memory stream.
     pub(in super::super) struct End {
         outgoing: Arc<watch::Sender<Queue>>,
         incoming: Arc<watch::Sender<Queue>>,

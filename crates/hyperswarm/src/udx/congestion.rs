@@ -1,50 +1,50 @@
-//! How much may be on its way at once.
+//! Congestion control: how many packets may be in flight at once.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The least and the first window, in full packets.
+/// The minimum and the initial window, in full packets.
 const WINDOW_MIN: u64 = 2;
 const WINDOW_FIRST: u64 = 10;
-/// More than this has no use: the other side's window is smaller.
+/// A larger window has no use, because the other side's window is smaller.
 const WINDOW_MAX_BYTES: u64 = 16 * 1024 * 1024;
 
-/// Decides how many bytes may be on their way. The seam for BBR.
+/// A congestion control algorithm. CUBIC is the only one; BBR could be added here.
 pub(crate) trait CongestionControl: Send {
-    /// Returns how many bytes may be on their way.
+    /// Returns the congestion window in bytes.
     fn window_bytes(&self) -> u64;
-    /// Packets of up to this many bytes are being sent.
+    /// Sets the size of a full packet.
     fn on_packet_bytes(&mut self, packet_bytes: u64);
-    /// Bytes arrived, after this round trip, while the window was what held the sender back.
+    /// Bytes were acknowledged, after this round trip, while the congestion window was what limited the sender.
     fn on_acked(&mut self, now: Instant, bytes: u64, round_trip: Duration);
     /// Packets were lost, for the first time in this flight.
     fn on_loss(&mut self, now: Instant);
-    /// Nothing came back for a whole timeout.
+    /// Nothing was acknowledged for a whole retransmission timeout.
     fn on_timeout(&mut self, now: Instant);
-    /// The loss or timeout reported last was none: the packets arrived late.
+    /// The last reported loss or timeout was spurious: the packets arrived late.
     fn on_false_alarm(&mut self);
     /// Nothing was sent for this many timeouts.
     fn on_idle(&mut self, timeouts: u32);
 }
 
-/// CUBIC (RFC 9438): grows with the time since the last loss, so that long paths fill as well as short ones.
+/// CUBIC (RFC 9438). The window grows with the time since the last loss, so that long paths fill as well as short ones.
 pub(crate) struct Cubic {
     packet_bytes: f64,
     window: f64,
     slow_start_threshold: f64,
-    /// The window at the last loss, which growth approaches and then leaves.
+    /// The window at the last loss. Growth approaches it, then goes beyond it.
     window_before_loss: f64,
-    /// What Reno would have, for paths too short for the cubic curve.
+    /// The window that Reno would have, for paths too short for the cubic curve.
     reno_window: f64,
     epoch: Option<Instant>,
-    /// Seconds from the start of the epoch until the window is as before the loss.
+    /// Seconds from the start of the epoch until the window is back at its size before the loss.
     seconds_to_plateau: f64,
     before: Option<Before>,
     rounds: Rounds,
 }
 
-/// What a false alarm restores.
+/// The state to restore after a spurious loss.
 #[derive(Clone, Copy)]
 struct Before {
     window: f64,
@@ -77,7 +77,7 @@ impl Cubic {
             slow_start_threshold: self.slow_start_threshold,
             window_before_loss: self.window_before_loss,
         });
-        // Fast convergence: a flow that lost ground leaves some to the newcomer.
+        // Fast convergence: a flow whose window shrank leaves capacity to newer flows.
         self.window_before_loss =
             if self.window < self.window_before_loss { self.window * (1.0 + DECREASE) / 2.0 } else { self.window };
         self.slow_start_threshold = (self.window * DECREASE).max(self.packet_bytes * WINDOW_MIN as f64);
@@ -150,7 +150,7 @@ impl CongestionControl for Cubic {
     }
 }
 
-/// Watches, from round to round, for the delay that a filling queue adds, and ends slow start before it overflows
+/// Detects, round by round, the delay that a filling queue adds, and ends slow start before the queue overflows
 /// (HyStart++, RFC 9406).
 #[derive(Default)]
 struct Rounds {
@@ -158,11 +158,11 @@ struct Rounds {
     least: Option<Duration>,
     least_before: Option<Duration>,
     samples: u32,
-    /// The delay that made it cautious, and the rounds since.
+    /// The baseline delay of conservative slow start, and the rounds since it began.
     cautious: Option<(Duration, u32)>,
 }
 
-/// How fast slow start goes on.
+/// How slow start goes on.
 enum Pace {
     Double,
     Cautious,

@@ -1,4 +1,5 @@
-//! One side of a stream as a state machine: takes packets, bytes and the time, gives packets, bytes and a deadline.
+//! One side of a stream as a state machine: it takes packets, bytes and the time, and yields packets, bytes and a
+//! deadline.
 
 use std::time::Duration;
 
@@ -10,20 +11,20 @@ use super::receiver::Receiver;
 use super::sender::Sender;
 use super::{StreamError, StreamOptions};
 
-/// What is kept of a stream that isn't connected yet, whose peer can't be told to wait.
+/// The receive window of a stream that is not connected yet, because its peer cannot be told to wait.
 const UNCONNECTED_MAX: usize = 64 * 1024;
 /// How long a closed stream still answers a peer that missed its last packet.
 const LINGER: Duration = Duration::from_secs(3);
-/// How long a peer may take nothing of a stream that was ended and let go of.
+/// How long the peer of an ended and abandoned stream may go without acknowledging anything.
 const ABANDONED_MAX: Duration = Duration::from_secs(30);
-/// How often an end is sent in vain to a peer that ended itself.
+/// How often the end is sent without an acknowledgement to a peer that has ended itself.
 const END_TIMEOUTS_MAX: u8 = 3;
-/// How far behind or ahead a number of a packet may be before the packet counts as foreign.
+/// A packet whose sequence or ack number is farther from the expected one than this is not the peer's.
 const SPAN_MAX: u64 = 65_536;
-/// Zero-window probes without an answer after which the other side is given up.
+/// The number of unanswered zero-window probes after which the connection times out.
 const PROBES_MAX: u32 = 8;
 const PROBE_EVERY_MAX: Duration = Duration::from_secs(5);
-/// The numbers of both sides start beyond zero, so that nothing before the first packet underflows.
+/// The sequence numbers of both sides start above zero, so that arithmetic below the first packet does not underflow.
 const SEQUENCE_BASE: u64 = 1 << 32;
 
 /// One side of a stream.
@@ -37,7 +38,7 @@ pub(crate) struct Connection {
     ack_due: bool,
     heartbeat_due: bool,
     destroy_due: bool,
-    /// The window that the other side knows of.
+    /// The window last advertised to the other side.
     window_told: u32,
 
     last_heard_at: Option<Instant>,
@@ -47,12 +48,12 @@ pub(crate) struct Connection {
     closed: Option<Result<(), StreamError>>,
     /// When a closed stream is to be forgotten.
     gone_at: Option<Instant>,
-    /// Since when no one holds the stream any more, or the other side last took something after that.
+    /// When the last handle was dropped, or when the other side last acknowledged something after that.
     abandoned_at: Option<Instant>,
     pub(crate) traffic: Traffic,
 }
 
-/// Counters of packets and their bytes, without the headers of IP and UDP.
+/// Counters of packets and bytes, without the IP and UDP headers.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Traffic {
     pub(crate) bytes_sent: u64,
@@ -66,7 +67,7 @@ impl Connection {
         Self::starting_at(options, 0, 0)
     }
 
-    /// Starts at other sequence numbers than zero.
+    /// Starts at the given sequence numbers.
     pub(crate) fn starting_at(options: &StreamOptions, first: u32, peer_first: u32) -> Self {
         let first = SEQUENCE_BASE + u64::from(first);
         let peer_first = SEQUENCE_BASE + u64::from(peer_first);
@@ -101,12 +102,12 @@ impl Connection {
         self.closed
     }
 
-    /// Returns whether the stream may be forgotten.
+    /// Returns whether the stream can be forgotten.
     pub(crate) fn is_gone(&self) -> bool {
         self.closed.is_some() && self.gone_at.is_none() && !self.destroy_due
     }
 
-    /// Packets go to the other side's stream `remote_id` from here on.
+    /// From here on, packets go to the other side's stream `remote_id`.
     pub(crate) fn connect(&mut self, remote_id: u32, now: Instant) {
         if self.remote_id.is_none() && self.closed.is_none() {
             self.remote_id = Some(remote_id);
@@ -130,7 +131,7 @@ impl Connection {
         self.sender.write(bytes);
     }
 
-    /// Sends an end after what was written.
+    /// Sends an end after the bytes written so far.
     pub(crate) fn end(&mut self) {
         if self.closed.is_none() {
             self.sender.end();
@@ -145,13 +146,14 @@ impl Connection {
         }
     }
 
-    /// Closes for a reason outside; the other side is told if there is still a way.
+    /// Closes for an external reason, and tells the other side if the stream is connected.
     pub(crate) fn fail(&mut self, error: StreamError, now: Instant) {
         self.destroy_due = self.closed.is_none() && self.remote_id.is_some();
         self.close(Err(error), now, false);
     }
 
-    /// No one will read or write any more: what was ended is still delivered, everything else is torn down.
+    /// Called when the last handle is dropped. If the stream was ended, its data is still delivered; otherwise the
+    /// stream is destroyed.
     pub(crate) fn abandon(&mut self, now: Instant) {
         self.abandoned_at = Some(now);
         self.receiver.discard();
@@ -171,10 +173,10 @@ impl Connection {
         self.gone_at = linger.then(|| now + LINGER);
     }
 
-    /// Takes the next piece that arrived.
+    /// Returns the next chunk that arrived.
     pub(crate) fn read(&mut self) -> Option<Bytes> {
         let bytes = self.receiver.read()?;
-        // The window is told again once it is open by a good part more than the other side knows.
+        // The window is advertised again once it is larger than the other side knows by a quarter of the maximum.
         let open = self.receiver.window_bytes();
         let told = u64::from(self.window_told);
         if self.closed.is_none()
@@ -195,17 +197,17 @@ impl Connection {
         self.receiver.is_ended()
     }
 
-    /// Returns whether something is to be sent as far as can be told without trying.
+    /// Returns whether an acknowledgement is due.
     pub(crate) fn ack_due(&self) -> bool {
         self.ack_due
     }
 
-    /// Takes a packet; `expected` hints at how many bytes of payload come with it and right after.
+    /// Handles a packet. `expected` hints at how many payload bytes come with it and right after it.
     pub(crate) fn receive(&mut self, packet: &Packet<'_>, now: Instant, expected: usize) {
         let header = &packet.header;
         let sequence = unwrap_sequence(header.sequence, self.receiver.next());
         let ack = unwrap_sequence(header.ack, self.sender.next());
-        // A packet that acknowledges what was never sent, or is of another time, isn't the peer's.
+        // A packet that acknowledges data never sent, or whose numbers are far off, is not the peer's.
         let first_unacked = self.sender.first_unacked();
         if ack > self.sender.next()
             || ack + SPAN_MAX < first_unacked
@@ -246,7 +248,7 @@ impl Connection {
         self.finish(now);
     }
 
-    /// A closed stream repeats its last word to a peer that missed it.
+    /// A closed stream repeats its last packet to a peer that missed it.
     fn answer_late(&mut self, kind: u8) {
         if kind & DESTROY != 0 {
             self.gone_at = None;
@@ -258,7 +260,7 @@ impl Connection {
         }
     }
 
-    /// Closes when both sides have ended, or when nobody is left to hear the other side's end.
+    /// Closes when both sides have ended, or when no handle is left to read until the other side's end.
     fn finish(&mut self, now: Instant) {
         if self.closed.is_some() || !self.sender.is_ended() {
             return;
@@ -335,7 +337,7 @@ impl Connection {
         ack
     }
 
-    /// Returns when `on_deadline` wants to be called.
+    /// Returns when `on_deadline` must be called next.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         if self.closed.is_some() {
             return self.gone_at;
@@ -350,7 +352,7 @@ impl Connection {
         self.last_heard_at.map(|at| at + every)
     }
 
-    /// Lets time pass; `transmit` may have something afterwards.
+    /// Handles the deadlines that have passed. `transmit` may have packets afterwards.
     pub(crate) fn on_deadline(&mut self, now: Instant) {
         if self.closed.is_some() {
             if self.gone_at.is_some_and(|at| at <= now) {
@@ -362,7 +364,8 @@ impl Connection {
             self.close(Err(StreamError::TimedOut), now, false);
             return;
         }
-        // A peer that ended, took our end, and whose acknowledgement was lost, has forgotten the stream.
+        // The peer has ended and received this side's end, but its acknowledgement was lost and it has forgotten the
+        // stream.
         if self.receiver.is_ended() && self.sender.end_timeouts() >= END_TIMEOUTS_MAX {
             self.close(Ok(()), now, false);
             return;

@@ -1,4 +1,4 @@
-//! The task of a socket: reads datagrams in batches, feeds streams, sends what they have, keeps their deadlines.
+//! The task of a socket: reads datagrams in batches, feeds them to streams, sends their packets and keeps their timers.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -22,26 +22,27 @@ use super::socket::{Datagram, Handle, Link, Socket, is_full};
 use super::stream::{Inner, Shared};
 use super::{StreamError, Table};
 
-/// Datagrams that wait for their reader; more are dropped.
+/// The maximum number of datagrams queued for their reader. More are dropped.
 const DATAGRAMS_MAX: usize = 1024;
-/// Buffers filled by one system call. Each may hold a run of datagrams of one size.
+/// How many buffers one system call fills. Each may hold a run of datagrams of one size (GRO).
 const BATCH: usize = 8;
 const BUFFER_BYTES: usize = 64 * 1024;
-/// Batches read before what they caused is sent.
+/// How many batches are read before the packets that they cause are sent.
 const BATCHES_PER_TURN: usize = 4;
-/// Bytes and packets that one stream sends before it is the next one's turn.
+/// How many bytes and packets one stream sends before the next one gets its turn.
 const BURST_BYTES: usize = 62 * 1024;
 const BURST_PACKETS: usize = 64;
-/// Asked of the operating system, which may give less. The default loses packets on fast links.
+/// The requested size of the kernel's socket buffers. The kernel may grant less. The default loses packets on fast
+/// links.
 const SOCKET_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 
 pub(crate) fn bind(table: &Arc<Table>, address: SocketAddrV4) -> io::Result<(Socket, mpsc::Receiver<Datagram>)> {
     let socket = std::net::UdpSocket::bind(address)?;
     socket.set_nonblocking(true)?;
-    // This also forbids fragments, as libudx does: a packet too large for the path is lost, which the MTU search
-    // expects.
+    // This also forbids IP fragmentation, as libudx does. A packet too large for the path is lost, and MTU discovery
+    // relies on that.
     let state = UdpSocketState::new((&socket).into())?;
-    // Less than asked for is slower under load, no more.
+    // A smaller buffer than requested only makes the socket slower under load.
     let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
     let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
     let SocketAddr::V4(address) = socket.local_addr()? else {
@@ -75,20 +76,20 @@ struct Driver {
     datagrams: mpsc::Sender<Datagram>,
     buffers: Box<[u8]>,
     received: [RecvMeta; BATCH],
-    /// Streams that may have something to send, in turn.
+    /// Streams that may have packets to send, in round-robin order.
     queue: VecDeque<Arc<Shared>>,
-    /// Deadlines of streams by id; some are out of date.
+    /// Deadlines of streams by id. Some are out of date.
     timers: BinaryHeap<Reverse<(Instant, u32)>>,
     sleep: Pin<Box<Sleep>>,
     sleeping_until: Option<Instant>,
     out: Vec<u8>,
     sizes: Vec<usize>,
-    /// What the operating system had no room for.
+    /// Packets that the full send buffer of the kernel did not accept.
     blocked: Option<Run>,
     readable: bool,
 }
 
-/// Packets to one address, one after the other.
+/// Consecutive packets to one address.
 struct Run {
     to: SocketAddrV4,
     bytes: Vec<u8>,
@@ -103,7 +104,7 @@ impl Driver {
                 break;
             }
             if self.readable && self.receive(Instant::now()) {
-                // Tasks woken by what was read run first, so that their answers carry the acknowledgement.
+                // Tasks woken by the received data run first, so that their answers carry the acknowledgement.
                 yield_now().await;
             }
             let now = Instant::now();
@@ -116,7 +117,7 @@ impl Driver {
         self.close();
     }
 
-    /// Ready when there is something to do.
+    /// Is ready when there is work to do.
     fn poll_work(&mut self, context: &mut Context<'_>) -> Poll<()> {
         self.link.waker.register(context.waker());
         let mut ready = self.link.take_woken() || self.link.is_closing();
@@ -142,7 +143,7 @@ impl Driver {
         if ready { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    /// Reads what is there. Returns whether a reader was woken.
+    /// Reads the available datagrams. Returns whether a reader was woken.
     fn receive(&mut self, now: Instant) -> bool {
         let mut woken = false;
         for _ in 0..BATCHES_PER_TURN {
@@ -169,14 +170,15 @@ impl Driver {
         let mut count = 0;
         let drained = link.io.try_io(Interest::READABLE, || {
             count = link.state.recv((&link.io).into(), &mut slices, received).unwrap_or(0);
-            // A batch that isn't full was the last: that spares asking once more. The next arrival wakes the task.
+            // A batch that is not full was the last one, which saves another system call. The next arrival wakes the
+            // task.
             if count < BATCH { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
         });
         self.readable = drained.is_ok();
         count
     }
 
-    /// Hands a run of datagrams of one size to whom they are for.
+    /// Dispatches a run of datagrams of one size. Returns whether a reader was woken.
     fn dispatch(&mut self, from: SocketAddrV4, bytes: &[u8], stride: usize, now: Instant) -> bool {
         let mut woken = false;
         let mut rest = bytes;
@@ -184,7 +186,7 @@ impl Driver {
             let stride = stride.clamp(1, rest.len());
             let (first, after) = rest.split_at(stride);
             if !packet::is_udx(first) {
-                // A full queue drops it, as the network would.
+                // Dropped if the queue is full, as the network would drop it.
                 let _ = self.datagrams.try_send(Datagram { from, bytes: Bytes::copy_from_slice(first) });
                 rest = after;
                 continue;
@@ -206,7 +208,7 @@ impl Driver {
         if !inner.socket.as_ref().is_some_and(|socket| Arc::ptr_eq(socket.link(), &self.link)) {
             let Some(socket) = self.handle.upgrade().map(Socket::from_handle) else { return false };
             if let Some(firewall) = stream.firewall() {
-                // Not under the lock: the firewall may ask the stream.
+                // Not under the lock, because the firewall may call the stream.
                 drop(inner);
                 if !firewall(&socket, from) {
                     return false;
@@ -227,7 +229,7 @@ impl Driver {
         stream.wake(inner)
     }
 
-    /// Notes that a stream may have something to send.
+    /// Records that a stream may have packets to send.
     fn enqueue(&mut self, stream: &Arc<Shared>, inner: &mut Inner) {
         if inner.dirty {
             return;
@@ -255,7 +257,7 @@ impl Driver {
             if inner.connection.deadline().is_some_and(|deadline| deadline <= now) {
                 inner.connection.on_deadline(now);
             }
-            // Sending sets the timer anew.
+            // Sending sets the timer again.
             self.enqueue(&stream, &mut inner);
             stream.wake(inner);
         }
@@ -315,7 +317,7 @@ impl Driver {
 
     fn set_timer(&mut self, id: u32, inner: &mut Inner) {
         if let Some(deadline) = inner.connection.deadline() {
-            // An earlier timer stays: it is cheaper to look once too often than to move it with every packet.
+            // An earlier timer stays: checking once too often is cheaper than moving the timer with every packet.
             if inner.timer.is_none_or(|timer| deadline < timer) {
                 inner.timer = Some(deadline);
                 self.timers.push(Reverse((deadline, id)));
@@ -323,7 +325,7 @@ impl Driver {
         }
     }
 
-    /// Sends packets, as many of one size at once as the system takes, and keeps the buffers for the next time.
+    /// Sends packets, as many of one size at once as the system accepts (GSO), and keeps the buffers for reuse.
     fn send(&mut self, run: Run) {
         let Run { to, mut bytes, mut sizes } = run;
         let (mut sent_bytes, mut sent) = (0, 0);
@@ -348,14 +350,14 @@ impl Driver {
         self.sizes = sizes;
     }
 
-    /// Waits for room before anything else is sent.
+    /// Stops sending until the socket is writable again.
     fn block(&mut self, run: Run) {
-        // The runtime doesn't know that the room is gone.
+        // The runtime does not know yet that the socket is not writable.
         let _ = self.link.io.try_io(Interest::WRITABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
         self.blocked = Some(run);
     }
 
-    /// Sends packets one by one, for systems that can't send them at once. What fails is lost as on the network.
+    /// Sends packets one by one, for systems without GSO. A packet that fails counts as lost on the network.
     fn send_each(&self, to: SocketAddrV4, bytes: &[u8], segment: usize) {
         for packet in bytes.chunks(segment) {
             let _ = self.link.try_send(to, packet, None);
@@ -384,7 +386,7 @@ impl Driver {
     }
 }
 
-/// Returns how many packets at the front go out at once: all of one size, but the last, which may be smaller.
+/// Returns how many packets at the front can be sent at once: all of one size, except that the last may be smaller.
 fn run_length(sizes: &[usize], segments_max: usize) -> usize {
     let first = sizes[0];
     let mut count = 1;

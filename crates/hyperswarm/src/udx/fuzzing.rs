@@ -1,4 +1,4 @@
-//! What a fuzzer drives: one side of a stream that meets any packets, in any order, at any time.
+//! Fuzzing entry point: one side of a stream that receives any packets, in any order, at any time.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use super::packet::{HEADER_BYTES, Header, Packet};
 /// The largest datagram that fits into an Ethernet frame.
 const DATAGRAM_BYTES_MAX: usize = 1500 - 28;
 
-/// Plays a script of steps, each a byte that says what happens, a byte that says how much, and what that needs.
+/// Runs a script of steps. Each has one byte for what happens, one byte for an amount, and the data that it needs.
 pub fn play(script: &[u8]) {
     let mut rest = script;
     let mut now = Instant::now();
@@ -22,7 +22,7 @@ pub fn play(script: &[u8]) {
         let (amount, taken) = (usize::from(*amount), more.len().min(usize::from(*amount)));
         rest = more;
         match step % 8 {
-            // A packet as it is, and one that is near what the stream expects.
+            // A packet of arbitrary bytes, or one that is close to what the stream expects.
             0 | 1 => {
                 let (bytes, more) = rest.split_at(taken);
                 rest = more;
@@ -50,7 +50,7 @@ pub fn play(script: &[u8]) {
     }
 }
 
-/// Makes a packet of few bytes: its type, its offset, what it counts, and its payload.
+/// Makes a packet from a few bytes: its kind, data offset, sequence, ack, window and payload.
 fn plausible(bytes: &[u8]) -> Vec<u8> {
     let [kind, data_offset, sequence, ack, window, payload @ ..] = bytes else { return Vec::new() };
     let mut datagram = Vec::with_capacity(HEADER_BYTES + payload.len());

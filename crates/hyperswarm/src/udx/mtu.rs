@@ -1,16 +1,16 @@
-//! Finds out how large packets may be, by padding some of them (RFC 8899).
+//! Path MTU discovery: probes larger packet sizes by padding packets (RFC 8899).
 
 use super::packet::OVERHEAD_BYTES;
 
 const BASE: usize = 1200;
 const MAX: usize = 1500;
-/// A probe is a full packet and padding, whose length the header gives in one byte.
+/// A probe is a full packet with padding, and the header gives the padding's length in one byte.
 const PADDING_MAX: usize = 255;
 const STEP_MIN: usize = 32;
-/// A size that fails this often is taken as too large.
+/// A size that fails this often is considered too large.
 const TRIES: u8 = 2;
 
-/// The search for the largest packet that arrives.
+/// The search for the largest packet size that arrives.
 #[derive(Debug)]
 pub(crate) struct MtuSearch {
     mtu: usize,
@@ -25,17 +25,17 @@ impl MtuSearch {
         Self { mtu: BASE, step: PADDING_MAX, failures: 0, outstanding: false, confirmed: false }
     }
 
-    /// Returns the size in force, counting the headers of IP and UDP.
+    /// Returns the current MTU, including the IP and UDP headers.
     pub(crate) fn mtu(&self) -> usize {
         self.mtu
     }
 
-    /// Returns how many bytes of payload fit in one packet.
+    /// Returns how many payload bytes fit in one packet.
     pub(crate) fn payload_max(&self) -> usize {
         self.mtu - OVERHEAD_BYTES
     }
 
-    /// Returns the padding for the next full packet when it should be a probe.
+    /// Returns the padding of the next full packet if it should be a probe.
     pub(crate) fn padding(&self) -> Option<u8> {
         let target = (self.mtu + self.step).min(MAX);
         let wanted = self.confirmed && !self.outstanding && self.step >= STEP_MIN && target > self.mtu;

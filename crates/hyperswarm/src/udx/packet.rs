@@ -1,14 +1,14 @@
-//! The datagrams of UDX: twenty bytes of header, padding or acknowledged ranges, payload.
+//! Wire format of UDX packets: a header of twenty bytes, then padding or acknowledged ranges, then the payload.
 
 use crate::compact_encoding::{DecodeError, Decoder};
 
-/// Bytes of a header.
+/// The length of a header.
 pub(crate) const HEADER_BYTES: usize = 20;
-/// Bytes of an IPv4, a UDP and a UDX header; an MTU counts them.
+/// The length of the IPv4, UDP and UDX headers, which count towards the MTU.
 pub(crate) const OVERHEAD_BYTES: usize = 20 + 8 + HEADER_BYTES;
-/// The most ranges that one packet acknowledges, so that it fits in the smallest MTU.
+/// The maximum number of ranges that one packet acknowledges, so that it fits in the smallest MTU.
 pub(crate) const RANGES_MAX: usize = 140;
-/// The most ranges that libudx sends. It takes any number.
+/// The maximum number of ranges that libudx sends. It accepts any number.
 pub(crate) const LIBUDX_RANGES_MAX: usize = 50;
 
 pub(crate) const DATA: u8 = 1;
@@ -19,17 +19,17 @@ pub(crate) const HEARTBEAT: u8 = 32;
 
 const MAGIC: [u8; 2] = [0xff, 0x01];
 
-/// Returns whether a datagram belongs to UDX.
+/// Returns whether a datagram is a UDX packet.
 pub(crate) fn is_udx(datagram: &[u8]) -> bool {
     datagram.starts_with(&MAGIC) && datagram.len() >= HEADER_BYTES
 }
 
-/// Returns the id of the stream that a datagram of UDX is for.
+/// Returns the id of the stream that a UDX packet is for.
 pub(crate) fn stream_id(datagram: &[u8]) -> Option<u32> {
     datagram.get(4..8)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes))
 }
 
-/// The fields of a header; `stream_id` is the receiver's.
+/// The fields of a header. `stream_id` is the receiver's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) kind: u8,
@@ -51,7 +51,7 @@ impl Header {
     }
 }
 
-/// A datagram taken apart.
+/// A decoded packet.
 #[derive(Debug)]
 pub(crate) struct Packet<'a> {
     pub(crate) header: Header,
@@ -60,7 +60,7 @@ pub(crate) struct Packet<'a> {
 }
 
 impl<'a> Packet<'a> {
-    /// Takes a datagram apart; `None` when it is not a packet of UDX.
+    /// Decodes a datagram; `None` if it is not a UDX packet.
     pub(crate) fn decode(datagram: &'a [u8]) -> Option<Self> {
         is_udx(datagram).then(|| Self::decode_fields(datagram).ok()).flatten()
     }
@@ -79,7 +79,7 @@ impl<'a> Packet<'a> {
         };
         let rest = decoder.rest();
         let skipped = decoder.bytes(data_offset)?;
-        // Without an offset the ranges fill the packet.
+        // Without a data offset, the ranges fill the rest of the packet.
         let ranges = match kind & SACK {
             0 => &[][..],
             _ if data_offset > 0 => skipped,
@@ -96,8 +96,8 @@ impl<'a> Packet<'a> {
     }
 }
 
-/// Returns the number nearest to `near` whose low half is `wire`, so that numbers which wrap on the wire never wrap
-/// here.
+/// Returns the number nearest to `near` whose low 32 bits are `wire`. Sequence numbers wrap on the wire but not in this
+/// crate.
 pub(crate) fn unwrap_sequence(wire: u32, near: u64) -> u64 {
     near.wrapping_add_signed(i64::from(wire.wrapping_sub(near as u32) as i32))
 }

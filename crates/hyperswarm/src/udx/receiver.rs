@@ -1,4 +1,4 @@
-//! What came in: in order for the reader, early packets until the gap before them closes.
+//! The receiving half of a stream: delivers data in order, and holds early packets until the gap before them closes.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -6,11 +6,12 @@ use bytes::{Bytes, BytesMut};
 
 use super::packet::{DATA, END, RANGES_MAX};
 
-/// What an early packet counts beside its payload, so that many empty ones are bounded too.
+/// What an early packet counts in addition to its payload, so that many empty ones are also bounded.
 const EARLY_COST: usize = 64;
-/// A packet further ahead than this is no packet of ours.
+/// A packet further ahead than this is not the peer's.
 const AHEAD_MAX: u64 = 65_536;
-/// A window of less than two packets is announced as closed, so that the other side doesn't send crumbs.
+/// A window below two packets is advertised as zero, so that the other side does not send tiny packets (silly window
+/// syndrome).
 const WINDOW_MIN: usize = 3_000;
 const CHUNK_MAX: usize = 64 * 1024;
 
@@ -22,11 +23,11 @@ pub(crate) struct Receiver {
     unread: usize,
     early: BTreeMap<u64, (u8, Bytes)>,
     early_cost: usize,
-    /// The same sequence numbers as `early`, as ranges.
+    /// The sequence numbers of `early`, as ranges.
     ranges: Vec<(u64, u64)>,
     end: Option<u64>,
     window_max: usize,
-    /// Nobody reads any more.
+    /// Whether received bytes are discarded, because no reader is left.
     discarding: bool,
 }
 
@@ -50,7 +51,7 @@ impl Receiver {
         self.next
     }
 
-    /// Returns whether everything up to the other side's end is here.
+    /// Returns whether everything up to the other side's end has arrived.
     pub(crate) fn is_ended(&self) -> bool {
         self.end.is_some_and(|end| self.next > end)
     }
@@ -63,12 +64,12 @@ impl Receiver {
         !self.chunks.is_empty()
     }
 
-    /// Returns the ranges that arrived early, in order, at most as many as a packet holds.
+    /// Returns the ranges that arrived early, in order, at most as many as fit in a packet.
     pub(crate) fn ranges(&self) -> &[(u64, u64)] {
         &self.ranges[..self.ranges.len().min(RANGES_MAX)]
     }
 
-    /// Returns how many bytes the other side may send.
+    /// Returns the receive window: how many bytes the other side may send.
     pub(crate) fn window_bytes(&self) -> u32 {
         let free = self.window_max.saturating_sub(self.unread + self.early_cost);
         if free < WINDOW_MIN.min(self.window_max) { 0 } else { u32::try_from(free).unwrap_or(u32::MAX) }
@@ -78,15 +79,14 @@ impl Receiver {
         self.window_max = bytes;
     }
 
-    /// Takes a packet with data or an end; `expected` hints at how many bytes come with it and right after.
+    /// Handles a packet with data or an end. `expected` hints at how many bytes come with it and right after it.
     pub(crate) fn receive(&mut self, sequence: u64, kind: u8, payload: &[u8], expected: usize) {
         let payload = if kind & DATA == 0 { &[] } else { payload };
         if sequence < self.next || sequence - self.next > AHEAD_MAX || self.end.is_some_and(|end| sequence > end) {
             return;
         }
         if sequence == self.next {
-            // The packet that all others wait for is taken even when early ones fill the window, and an end needs no
-            // room.
+            // The packet that closes the gap is accepted even if early packets fill the window. An end takes no space.
             if self.unread < self.window_max || payload.is_empty() {
                 self.deliver(sequence, kind, payload, expected);
                 self.deliver_early();
@@ -149,21 +149,21 @@ impl Receiver {
         self.early.insert(sequence, (kind, Bytes::copy_from_slice(payload)));
     }
 
-    /// Takes the next piece for the reader.
+    /// Returns the next chunk for the reader.
     pub(crate) fn read(&mut self) -> Option<Bytes> {
         let chunk = self.chunks.pop_front()?;
         self.unread -= chunk.len();
         Some(chunk.freeze())
     }
 
-    /// Takes packets from here on without keeping their bytes.
+    /// Accepts packets from now on without storing their bytes.
     pub(crate) fn discard(&mut self) {
         self.discarding = true;
         self.chunks = VecDeque::new();
         self.unread = 0;
     }
 
-    /// Drops the early packets, which nothing will complete any more.
+    /// Drops the early packets, whose gap will never be closed.
     pub(crate) fn drop_early(&mut self) {
         self.early.clear();
         self.ranges = Vec::new();

@@ -1,19 +1,20 @@
-//! How long an answer takes, and how long to wait for one (RFC 6298).
+//! Round-trip time estimate and retransmission timeout (RFC 6298).
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What a timeout allows beside the round trip, as Linux has it: a queue that fills steadily shows no variation, and an
-/// event loop may be busy. A second in all, as libudx has it, would let one lost packet stall a fast link.
+/// The minimum that a timeout adds to the round-trip time, as in Linux. A queue that fills steadily shows no variation,
+/// and an event loop may be busy. A minimum of one second in total, as in libudx, would let one lost packet stall a
+/// fast link.
 const ALLOWANCE_MIN: Duration = Duration::from_millis(200);
 const TIMEOUT_FIRST: Duration = Duration::from_secs(1);
 const TIMEOUT_MAX: Duration = Duration::from_secs(30);
 const MINIMUM_AGE_MAX: Duration = Duration::from_mins(5);
-/// Samples beyond this are taken as a machine that slept.
+/// Longer samples are attributed to a host that was suspended.
 const SAMPLE_MAX: Duration = Duration::from_secs(30);
 
-/// Smoothed, varying and least round-trip time of one stream.
+/// Smoothed round-trip time, its variation, and the minimum, of one stream.
 #[derive(Debug, Default)]
 pub(crate) struct RoundTrip {
     smoothed: Option<Duration>,
@@ -48,17 +49,19 @@ impl RoundTrip {
         self.minimum.map(|(minimum, _)| minimum)
     }
 
-    /// Returns how long a packet may stay unacknowledged before all of the flight is taken as lost.
+    /// Returns the retransmission timeout: how long a packet may stay unacknowledged before the whole flight counts as
+    /// lost.
     pub(crate) fn timeout(&self) -> Duration {
         self.smoothed
             .map_or(TIMEOUT_FIRST, |smoothed| (smoothed + (self.variation * 4).max(ALLOWANCE_MIN)).min(TIMEOUT_MAX))
     }
 
-    /// Returns how long to wait before the last packet of a flight is sent again to provoke an answer.
+    /// Returns the probe timeout (PTO): how long to wait before resending the last packet of a flight to elicit an
+    /// acknowledgement.
     pub(crate) fn probe_timeout(&self) -> Duration {
         self.smoothed.map_or(TIMEOUT_FIRST, |smoothed| (smoothed * 2).max(smoothed + self.variation * 4) + PEER_DELAY)
     }
 }
 
-/// How long an event loop at the other side may be busy with something else.
+/// How long the event loop of the other side may be busy with other work.
 const PEER_DELAY: Duration = Duration::from_millis(10);

@@ -1,14 +1,14 @@
-//! Bytes written by the user, kept until the other side has them.
+//! Holds the bytes that the user wrote until the other side acknowledges them.
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-/// A byte stream in pieces; offsets count from its start.
+/// A queue of byte chunks. Offsets count from the start of the stream.
 #[derive(Debug, Default)]
 pub(crate) struct SendQueue {
     pieces: VecDeque<(u64, Bytes)>,
-    /// The piece that holds the first unsent byte.
+    /// The index of the chunk with the first unsent byte.
     next_piece: usize,
     next: u64,
     end: u64,
@@ -28,12 +28,12 @@ impl SendQueue {
         (self.end - self.next) as usize
     }
 
-    /// Returns the offset of the first byte never sent.
+    /// Returns the offset of the first byte that was never sent.
     pub(crate) fn next_offset(&self) -> u64 {
         self.next
     }
 
-    /// Appends the next `length` unsent bytes to `out`. There must be as many.
+    /// Appends the next `length` unsent bytes to `out`. At least that many must be queued.
     pub(crate) fn send(&mut self, length: usize, out: &mut Vec<u8>) {
         let mut left = length;
         while left > 0 {
@@ -66,7 +66,7 @@ impl SendQueue {
         }
     }
 
-    /// Lets go of what lies before `offset`.
+    /// Releases the chunks that lie before `offset`.
     pub(crate) fn release(&mut self, offset: u64) {
         while let Some((start, piece)) = self.pieces.front() {
             if start + piece.len() as u64 > offset {

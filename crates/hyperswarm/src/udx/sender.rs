@@ -1,4 +1,4 @@
-//! The sending half of a stream: what is on its way, what was lost, and when to send (RACK-TLP, RFC 8985).
+//! The sending half of a stream: which packets are in flight, which are lost, and when to send (RACK-TLP, RFC 8985).
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -12,15 +12,16 @@ use super::packet::{DATA, END, HEADER_BYTES, Header, LIBUDX_RANGES_MAX, OVERHEAD
 use super::rtt::RoundTrip;
 use super::send_queue::SendQueue;
 
-/// Sequence numbers that may be unacknowledged at once; libudx looks no further than four times this.
+/// The maximum number of unacknowledged sequence numbers. libudx accepts four times as many.
 const SPAN_MAX: usize = 16_384;
-/// Timeouts of one packet after which the other side is given up.
+/// The number of timeouts of one packet after which the connection times out.
 const TIMEOUTS_MAX: u8 = 6;
-/// Where doubling the timeout ends, so that a peer that comes back is noticed soon.
+/// The upper limit of the doubled timeout, so that a peer that returns is noticed soon.
 const BACKED_OFF_MAX: Duration = Duration::from_secs(4);
-/// What the other side may receive before it has said anything; libudx assumes the same.
+/// The peer's receive window before the first packet from it. libudx assumes the same.
 const PEER_WINDOW_FIRST: u32 = 4 * 1024 * 1024;
-/// Acknowledged packets beyond a gap that make it a loss, as long as no reordering was seen.
+/// The number of acknowledged packets beyond a gap that make it a loss, as long as no reordering was seen (the
+/// duplicate acknowledgement threshold).
 const REORDERING_MAX: usize = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,11 +49,12 @@ impl Sent {
     }
 }
 
-/// The other side stopped answering.
+/// The other side stopped acknowledging.
 #[derive(Debug)]
 pub(crate) struct TimedOut;
 
-/// The newest delivery, by the time it was sent: what was sent well before it and isn't here is lost.
+/// The most recently sent packet that was delivered. Packets sent well before it that are still missing are lost
+/// (RACK).
 #[derive(Clone, Copy, Debug)]
 struct Newest {
     sent_at: Instant,
@@ -63,37 +65,38 @@ struct Newest {
 /// The sending half of a stream.
 pub(crate) struct Sender {
     queue: SendQueue,
-    /// `[first_unacked, first_unacked + packets.len())`.
+    /// The packets `[first_unacked, first_unacked + packets.len())`.
     packets: VecDeque<Sent>,
     first_unacked: u64,
     lost: VecDeque<u64>,
     in_flight: u64,
-    /// Packets acknowledged out of order.
+    /// The number of packets acknowledged out of order.
     sacked: usize,
     resent_in_flight: usize,
     last_sent_at: Option<Instant>,
 
     peer_window: u32,
-    /// Sequence number and ack of the packet that told the window last.
+    /// Sequence number and ack of the packet that last advertised the window.
     window_told_by: (u64, u64),
 
     round_trip: RoundTrip,
     congestion: Box<dyn CongestionControl>,
-    /// The congestion window, not the user, was what ended the last transmission.
+    /// Whether the congestion window, and not the user, ended the last transmission.
     window_limited: bool,
     mtu: MtuSearch,
 
     newest: Option<Newest>,
-    /// One past the highest sequence number that arrived.
+    /// One past the highest sequence number that was acknowledged.
     highest_acked: u64,
-    /// How late packets came that others had overtaken; `None` until one did.
+    /// The largest delay of a reordered packet; `None` until reordering was seen.
     reordering: Option<Duration>,
-    /// The other side's ranges ran out at this number: what it has beyond is not known.
+    /// Where the list of acknowledged ranges was full. What the other side has beyond this number is unknown.
     horizon: Option<u64>,
-    /// Loss before this number is the same event.
+    /// Losses before this sequence number belong to the same loss event.
     recovery_until: Option<u64>,
     after_timeout: bool,
-    /// Bytes that may be sent during recovery although the window is full, as others arrived (RFC 6937).
+    /// PRR credit: bytes that may be sent during recovery although the window is full, because others were delivered
+    /// (RFC 6937).
     credit: u64,
     declared_lost: u32,
     falsely_lost: u32,
@@ -103,7 +106,7 @@ pub(crate) struct Sender {
     reorder_at: Option<Instant>,
     probe_at: Option<Instant>,
     probe_due: bool,
-    /// A round trip was measured since the last probe.
+    /// Whether a round trip was measured since the last probe.
     probe_allowed: bool,
 
     ending: bool,
@@ -152,7 +155,7 @@ impl Sender {
         }
     }
 
-    /// Returns the number of the next new packet.
+    /// Returns the sequence number of the next new packet.
     pub(crate) fn next(&self) -> u64 {
         self.first_unacked + self.packets.len() as u64
     }
@@ -173,12 +176,12 @@ impl Sender {
         self.ending
     }
 
-    /// Returns whether the other side has everything, the end too.
+    /// Returns whether the other side has acknowledged everything, including the end.
     pub(crate) fn is_ended(&self) -> bool {
         self.end_sent && self.packets.is_empty()
     }
 
-    /// Returns how often the end was sent in vain when nothing else is unacknowledged.
+    /// Returns how often the end timed out, if nothing else is unacknowledged.
     pub(crate) fn end_timeouts(&self) -> u8 {
         match self.packets.front() {
             Some(end) if self.end_sent && self.packets.len() == 1 && end.length == 0 => end.timeouts,
@@ -195,7 +198,7 @@ impl Sender {
         self.packets.is_empty()
     }
 
-    /// Returns whether only the other side's window holds back what is to be sent.
+    /// Returns whether only the other side's window prevents sending.
     pub(crate) fn is_stalled(&self) -> bool {
         self.packets.is_empty() && self.queue.unsent() > 0 && self.peer_window == 0
     }
@@ -216,12 +219,12 @@ impl Sender {
         self.mtu.mtu()
     }
 
-    /// Returns when `on_deadline` wants to be called.
+    /// Returns when `on_deadline` must be called next.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         [self.timeout_at, self.reorder_at, self.probe_at].into_iter().flatten().min()
     }
 
-    /// Drops everything unsent and unacknowledged. Numbers go on from there, so that a last packet counts as new.
+    /// Drops everything unsent and unacknowledged. Sequence numbers continue, so that a last packet counts as new.
     pub(crate) fn clear(&mut self) {
         self.first_unacked = self.next();
         self.queue.clear();
@@ -235,7 +238,8 @@ impl Sender {
         self.probe_due = false;
     }
 
-    /// Appends the next packet that may be sent to `out`, or returns `false`. `header` has the fields of the receiver.
+    /// Appends the next packet that may be sent to `out`, or returns `false`. `header` has the fields of the receiving
+    /// half.
     pub(crate) fn transmit(&mut self, now: Instant, header: Header, out: &mut Vec<u8>) -> bool {
         let probing = std::mem::take(&mut self.probe_due);
         if self.resend_lost(now, header, probing, out) {
@@ -244,7 +248,7 @@ impl Sender {
         self.transmit_new(now, header, probing, out) || (probing && self.resend_last(now, header, out))
     }
 
-    /// Returns whether the congestion window has room for a packet.
+    /// Returns whether the congestion window or the PRR credit allows a packet, and spends the credit.
     fn may_send(&mut self, size: u64) -> bool {
         let room = self.in_flight == 0 || self.in_flight + size <= self.congestion.window_bytes();
         self.window_limited = !room;
@@ -262,7 +266,7 @@ impl Sender {
                 self.lost.pop_front();
                 continue;
             };
-            // The receiver's window is ignored: it may have shrunk while this was on its way.
+            // The receiver's window is ignored, because it may have shrunk while this packet was in flight.
             if !probing && !self.may_send(size) {
                 return false;
             }
@@ -282,7 +286,7 @@ impl Sender {
         } else if packet.padding > 0 {
             self.mtu.on_probe_lost();
         }
-        // It goes without its padding this time.
+        // The resent packet has no padding.
         packet.padding = 0;
         packet.state = State::InFlight;
         packet.resent = true;
@@ -346,7 +350,7 @@ impl Sender {
         true
     }
 
-    /// Sends the last packet again: its acknowledgement tells what else is missing.
+    /// Resends the last packet in flight. Its acknowledgement reveals what else is missing (tail loss probe).
     fn resend_last(&mut self, now: Instant, header: Header, out: &mut Vec<u8>) -> bool {
         let Some(at) = self.packets.iter().rposition(|packet| packet.state == State::InFlight) else { return false };
         self.resend(now, self.first_unacked + at as u64, header, out);
@@ -366,14 +370,14 @@ impl Sender {
     }
 
     fn arm_probe(&mut self, now: Instant) {
-        // During recovery too, as QUIC does: the packets sent last may be lost as well, and nothing else would tell
+        // Also during recovery, as in QUIC: the packets sent last may be lost as well, and nothing else would reveal it
         // soon.
         self.probe_at = (self.probe_allowed && !self.packets.is_empty())
             .then(|| now + self.round_trip.probe_timeout())
             .filter(|at| self.timeout_at.is_none_or(|timeout| *at < timeout));
     }
 
-    /// Takes the window that a packet tells, unless an older packet tells it.
+    /// Applies the window that a packet advertises, unless a newer packet advertised one.
     pub(crate) fn on_window(&mut self, sequence: u64, ack: u64, window_bytes: u32) {
         if ack >= self.first_unacked && (sequence, ack) >= self.window_told_by {
             self.window_told_by = (sequence, ack);
@@ -381,7 +385,7 @@ impl Sender {
         }
     }
 
-    /// Takes acknowledgements: everything before `ack`, and `ranges` beyond it.
+    /// Handles an acknowledgement of everything before `ack`, and of `ranges` beyond it.
     pub(crate) fn on_ack(&mut self, now: Instant, ack: u64, ranges: impl Iterator<Item = (u32, u32)>) {
         let next = self.next();
         if self.packets.is_empty() || ack > next {
@@ -397,7 +401,8 @@ impl Sender {
         if advanced {
             self.advance(ack);
         }
-        // Ranges that don't rise are dropped, so that a packet costs no more than the flight is long.
+        // Ranges that are not in ascending order are dropped, so that a packet costs no more than the length of the
+        // flight.
         let mut from = self.first_unacked;
         let mut count = 0;
         for (start, end) in ranges {
@@ -473,7 +478,7 @@ impl Sender {
             self.congestion.on_packet_bytes((HEADER_BYTES + self.mtu.payload_max()) as u64);
         }
         let fastest = self.round_trip.minimum().unwrap_or_default();
-        // An answer faster than any before is one to the packet's first copy.
+        // An acknowledgement well below the minimum round trip belongs to the first copy of the packet.
         let false_alarm = before == State::Lost || (resent && round_trip < fastest * 3 / 4);
         if false_alarm {
             self.on_false_alarm(round_trip, resent);
@@ -509,7 +514,7 @@ impl Sender {
 
     fn leave_recovery(&mut self) {
         if self.falsely_lost == 0 {
-            // What was seen of reordering is forgotten slowly, as routes change.
+            // The observed reordering decays slowly, because routes change.
             self.reordering = self.reordering.map(|late| late * 7 / 8);
         }
         self.recovery_until = None;
@@ -531,7 +536,8 @@ impl Sender {
         }
     }
 
-    /// Returns how much later than a packet sent after it a packet may arrive before it is lost.
+    /// Returns the reordering window: how much later than a packet sent after it a packet may arrive before it counts
+    /// as lost.
     fn reorder_window(&self) -> Duration {
         let Some(smoothed) = self.round_trip.smoothed() else { return Duration::ZERO };
         let quarter = self.round_trip.minimum().unwrap_or_default() / 4;
@@ -573,12 +579,12 @@ impl Sender {
         if congested && self.recovery_until.is_none() {
             self.recovery_until = Some(self.next());
             self.congestion.on_loss(now);
-            // The first is sent again at once, whatever the window is.
+            // The first lost packet is resent at once, whatever the window.
             self.credit = 2 * (HEADER_BYTES + self.mtu.payload_max()) as u64;
         }
     }
 
-    /// Returns whether the loss tells of congestion; that of an MTU probe does not.
+    /// Marks a packet as lost. Returns whether the loss signals congestion; the loss of an MTU probe does not.
     fn mark_lost_at(&mut self, at: usize) -> bool {
         let packet = &mut self.packets[at];
         packet.state = State::Lost;
@@ -594,7 +600,7 @@ impl Sender {
         !was_probe
     }
 
-    /// Lets time pass.
+    /// Handles the deadlines that have passed.
     pub(crate) fn on_deadline(&mut self, now: Instant) -> Result<(), TimedOut> {
         if self.reorder_at.is_some_and(|at| at <= now) {
             self.detect_losses(now);

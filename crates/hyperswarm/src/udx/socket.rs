@@ -16,19 +16,19 @@ use tokio::net::UdpSocket;
 use super::Table;
 use super::stream::Shared;
 
-/// Datagrams kept while the operating system takes no more.
+/// The maximum number of datagrams queued while the kernel's send buffer is full.
 const WAITING_MAX: usize = 256;
 
-/// A datagram that isn't UDX.
+/// A datagram that is not UDX.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Datagram {
-    /// Where it came from.
+    /// The sender's address.
     pub from: SocketAddrV4,
-    /// What it holds.
+    /// The payload.
     pub bytes: Bytes,
 }
 
-/// A UDP socket that carries streams and other datagrams. It is closed with its last handle or stream.
+/// A UDP socket that carries streams and other datagrams. It closes when its last handle and stream are dropped.
 #[derive(Clone)]
 pub struct Socket {
     handle: Arc<Handle>,
@@ -44,13 +44,13 @@ impl Drop for Handle {
     }
 }
 
-/// What handles, streams and the socket's task share.
+/// State shared by the handles, the streams and the socket's task.
 pub(crate) struct Link {
     pub(crate) io: UdpSocket,
     pub(crate) state: UdpSocketState,
     pub(crate) address: SocketAddrV4,
     pub(crate) table: Arc<Table>,
-    /// Streams that may have something to send.
+    /// Streams that may have packets to send.
     dirty: Mutex<Vec<Arc<Shared>>>,
     waiting: Mutex<VecDeque<(SocketAddrV4, Bytes)>>,
     woken: AtomicBool,
@@ -73,13 +73,13 @@ impl Link {
         }
     }
 
-    /// Lets the task look at a stream.
+    /// Asks the task to send the packets of a stream.
     pub(crate) fn flush(&self, stream: Arc<Shared>) {
         lock(&self.dirty).push(stream);
         self.wake();
     }
 
-    /// Moves the streams to look at to `queue`.
+    /// Moves the dirty streams to `queue`.
     pub(crate) fn take_dirty(&self, queue: &mut VecDeque<Arc<Shared>>) {
         queue.extend(lock(&self.dirty).drain(..));
     }
@@ -103,13 +103,13 @@ impl Link {
         }
     }
 
-    /// Sends at once, past the runtime's own idea of whether the socket is writable.
+    /// Sends at once, without asking the runtime whether the socket is writable.
     pub(crate) fn try_send(&self, to: SocketAddrV4, contents: &[u8], segment_size: Option<usize>) -> io::Result<()> {
         let transmit = Transmit { destination: SocketAddr::V4(to), ecn: None, contents, segment_size, src_ip: None };
         self.state.try_send((&self.io).into(), &transmit)
     }
 
-    /// Sends what waited for room; returns `false` when there is still none.
+    /// Sends the queued datagrams. Returns `false` if the send buffer is full again.
     pub(crate) fn send_waiting(&self) -> bool {
         let mut waiting = lock(&self.waiting);
         while let Some((to, bytes)) = waiting.front() {
@@ -147,12 +147,13 @@ impl Socket {
         &self.handle.link
     }
 
-    /// Returns the address it is bound to.
+    /// Returns the address that the socket is bound to.
     pub fn local_address(&self) -> SocketAddrV4 {
         self.handle.link.address
     }
 
-    /// Sends a datagram if it can be sent soon; like the network, drops it otherwise.
+    /// Sends a datagram, or queues it while the send buffer is full. Drops it, as the network would, if the queue is
+    /// full too.
     pub fn send(&self, to: SocketAddrV4, bytes: &[u8]) {
         let link = &self.handle.link;
         if !link.is_closing() && is_full(&link.try_send(to, bytes, None)) {
@@ -164,7 +165,7 @@ impl Socket {
         }
     }
 
-    /// Destroys the streams that it carries and stops.
+    /// Destroys the streams that the socket carries, and closes it.
     pub fn close(&self) {
         self.handle.link.close();
     }

@@ -1,4 +1,4 @@
-//! A stream as its user holds it.
+//! The user's handle to a stream.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -16,12 +16,12 @@ use super::socket::lock;
 use super::{PacketFilter, Socket, Stats, StreamClosed, StreamError, StreamOptions, Table};
 use crate::crypto::random;
 
-/// Unsent bytes from which `room` waits, and to which they must fall before it goes on.
+/// `room` waits once the unsent bytes reach the high-water mark, until they fall to the low-water mark.
 const HIGH_WATER: usize = 256 * 1024;
 const LOW_WATER: usize = 128 * 1024;
 
-/// A stream of bytes each way. The handles are alike; with the last one the stream is destroyed, unless it was ended:
-/// then what was written before is still delivered.
+/// A bidirectional byte stream. All handles are equivalent. Dropping the last one destroys the stream, unless it was
+/// ended: then what was written before is still delivered.
 #[derive(Clone)]
 pub struct Stream {
     handle: Arc<Handle>,
@@ -32,7 +32,7 @@ struct Handle {
     table: Arc<Table>,
 }
 
-/// What handles and the tasks of sockets share.
+/// State shared by the handles and the tasks of the sockets.
 pub(crate) struct Shared {
     pub(crate) id: u32,
     firewall: Option<PacketFilter>,
@@ -44,15 +44,15 @@ pub(crate) struct Shared {
 
 pub(crate) struct Inner {
     pub(crate) connection: Connection,
-    /// The stream's own socket, once it is connected and until it is gone.
+    /// The stream's own socket, from `connect` until the stream is forgotten.
     pub(crate) socket: Option<Socket>,
     pub(crate) address: Option<SocketAddrV4>,
     first_packet: Option<(Socket, SocketAddrV4)>,
     reader: Option<Waker>,
     room_wanted: bool,
-    /// The socket's task knows that there may be something to send.
+    /// Whether the socket's task knows that the stream may have packets to send.
     pub(crate) dirty: bool,
-    /// When the socket's task will look at the deadline.
+    /// When the socket's task will check the deadline.
     pub(crate) timer: Option<Instant>,
 }
 
@@ -85,7 +85,7 @@ impl Shared {
         self.firewall.as_ref()
     }
 
-    /// Lets the socket's task send what there is, once for all that is written until it comes to that.
+    /// Asks the socket's task to send. Further writes until it does so need no further request.
     fn flush(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>) {
         if inner.dirty {
             return;
@@ -97,7 +97,7 @@ impl Shared {
         }
     }
 
-    /// Wakes whoever waits for what has come about. Returns whether a reader was woken.
+    /// Wakes the tasks that wait for what has happened. Returns whether a reader was woken.
     pub(crate) fn wake(&self, mut inner: MutexGuard<'_, Inner>) -> bool {
         let closed = inner.connection.closed().is_some();
         let readable = closed || inner.connection.is_readable() || inner.connection.is_ended_remotely();
@@ -121,7 +121,7 @@ impl Shared {
         woken
     }
 
-    /// Notes where a packet came from that reached a stream before it was connected.
+    /// Records the source of a packet that reached a stream before it was connected.
     pub(crate) fn heard_from(&self, inner: &mut Inner, socket: &Socket, from: SocketAddrV4) {
         if inner.socket.is_none() && inner.first_packet.is_none() {
             inner.first_packet = Some((socket.clone(), from));
@@ -131,7 +131,7 @@ impl Shared {
 }
 
 impl Table {
-    /// Makes a stream under an id that nobody can guess.
+    /// Makes a stream with an unpredictable id.
     pub(crate) fn insert(&self, options: &StreamOptions) -> Arc<Shared> {
         let mut streams = self.lock();
         loop {
@@ -146,7 +146,7 @@ impl Table {
         lock(&self.streams)
     }
 
-    /// Forgets a stream that is gone.
+    /// Removes a closed stream from the table.
     pub(crate) fn remove(&self, stream: &Arc<Shared>) {
         {
             let mut streams = self.lock();
@@ -154,7 +154,7 @@ impl Table {
                 streams.remove(&stream.id);
             }
         }
-        // Dropped after the lock is free: it may be the last handle of a socket.
+        // Dropped after the lock is released, because it may be the last handle of a socket.
         let socket = {
             let mut inner = stream.lock();
             (inner.socket.take(), inner.first_packet.take())
@@ -177,8 +177,8 @@ impl Stream {
         self.shared().id
     }
 
-    /// Waits for the first packet of a stream that isn't connected and returns by which socket and from where it came;
-    /// `None` when the stream closes first.
+    /// Waits for the first packet of a stream that is not connected, and returns the socket it arrived at and its
+    /// source. Returns `None` if the stream closes first.
     pub async fn first_packet(&self) -> Option<(Socket, SocketAddrV4)> {
         let shared = self.shared();
         loop {
@@ -193,8 +193,8 @@ impl Stream {
         }
     }
 
-    /// Connects to the other side's stream; what was received before is acknowledged and what was written is sent.
-    /// Nothing happens when the stream is connected or closed.
+    /// Connects to the other side's stream. Data received before is acknowledged, and data written before is sent. Does
+    /// nothing if the stream is connected or closed.
     pub fn connect(&self, socket: &Socket, remote_id: u32, address: SocketAddrV4) {
         let shared = self.shared();
         let mut inner = shared.lock();
@@ -211,7 +211,7 @@ impl Stream {
         }
     }
 
-    /// Appends bytes. Never waits; ask `room` between writes, or memory is the only bound.
+    /// Appends bytes without waiting. Call `room` between writes to get backpressure; otherwise the queue is unbounded.
     pub fn write(&self, bytes: Bytes) -> Result<(), StreamClosed> {
         let shared = self.shared();
         let mut inner = shared.lock();
@@ -223,7 +223,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Waits until little enough is unsent that more may be written. Cancel safe.
+    /// Waits until few enough bytes are unsent for more to be written. Cancel safe.
     pub async fn room(&self) -> Result<(), StreamClosed> {
         let shared = self.shared();
         let mut limit = HIGH_WATER;
@@ -244,12 +244,12 @@ impl Stream {
         }
     }
 
-    /// Returns the next bytes, or `None` at the other side's end. One task reads at a time; cancel safe.
+    /// Returns the next bytes, or `None` at the other side's end. Only one task may read at a time. Cancel safe.
     pub async fn read(&self) -> Result<Option<Bytes>, StreamError> {
         poll_fn(|context| self.poll_read(context)).await
     }
 
-    /// Like `read`, to be polled.
+    /// Polls for the next bytes. See [`read`](Self::read).
     pub fn poll_read(&self, context: &mut Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
         let progress = ready!(tokio::task::coop::poll_proceed(context));
         let shared = self.shared();
@@ -275,21 +275,21 @@ impl Stream {
         Poll::Pending
     }
 
-    /// Sends an end after what was written. Reading goes on.
+    /// Sends an end after what was written. Reading is still possible.
     pub fn end(&self) {
         let mut inner = self.shared().lock();
         inner.connection.end();
         self.shared().flush(inner);
     }
 
-    /// Closes at once, drops what was not delivered and tells the other side.
+    /// Closes at once, drops undelivered data and tells the other side.
     pub fn destroy(&self) {
         let mut inner = self.shared().lock();
         inner.connection.destroy(Instant::now());
         self.handle.settle(inner);
     }
 
-    /// Waits until the stream is closed: both sides ended, or an error.
+    /// Waits until the stream is closed: both sides ended, or an error occurred.
     pub async fn closed(&self) {
         let shared = self.shared();
         loop {
@@ -301,7 +301,7 @@ impl Stream {
         }
     }
 
-    /// Returns what the stream has done and what it knows of its path.
+    /// Returns statistics of the stream and its path.
     pub fn stats(&self) -> Stats {
         let inner = self.shared().lock();
         let (sender, traffic) = (inner.connection.sender(), inner.connection.traffic);
@@ -320,14 +320,15 @@ impl Stream {
         }
     }
 
-    /// Returns where the other side is, once the stream is connected.
+    /// Returns the other side's address, once the stream is connected.
     pub fn remote_address(&self) -> Option<SocketAddrV4> {
         self.shared().lock().address
     }
 }
 
 impl Handle {
-    /// Wakes who waits for a stream that may have closed, and forgets it or lets its socket's task say goodbye.
+    /// Wakes tasks that wait for a stream that may have closed. Removes the stream, or lets its socket's task send the
+    /// last packet.
     fn settle(&self, inner: MutexGuard<'_, Inner>) {
         let gone = inner.connection.is_gone();
         self.shared.wake(inner);

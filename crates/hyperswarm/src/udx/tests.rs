@@ -1,4 +1,4 @@
-//! Streams over loopback, and state machines over a link that loses, doubles and reorders.
+//! Tests of streams over loopback, and of state machines over a link that loses, duplicates and reorders packets.
 
 mod link;
 mod simulation;
@@ -195,7 +195,7 @@ async fn streams_are_forgotten_when_they_are_gone() {
     soon(there.read()).await.unwrap();
     here.destroy();
     soon(there.closed()).await;
-    // The side that destroyed stays a little, to answer what comes late.
+    // The side that destroyed the stream lingers to answer late packets.
     let left: Vec<_> = udx.table.lock().keys().copied().collect();
     assert_eq!(left, [here.id()]);
 }

@@ -1,4 +1,4 @@
-//! Agrees on a secret from Ed25519 keys, and refuses exactly the points that libsodium refuses.
+//! Diffie-Hellman with Ed25519 keys. Rejects exactly the points that libsodium rejects.
 
 use curve25519_dalek::EdwardsPoint;
 use curve25519_dalek::edwards::CompressedEdwardsY;
@@ -9,7 +9,7 @@ use zeroize::{Zeroize, Zeroizing};
 use super::NoiseError;
 use crate::crypto::{KeyPair, PublicKey};
 
-/// The other side's key, fit to agree on secrets with.
+/// The other side's key, checked to be safe for Diffie-Hellman.
 #[derive(Clone, Copy)]
 pub(super) struct Point {
     key: PublicKey,
@@ -17,12 +17,12 @@ pub(super) struct Point {
 }
 
 impl Point {
-    /// Checks a key, which takes as long as agreeing on a secret.
+    /// Checks a key, which takes as long as a Diffie-Hellman exchange.
     pub(super) fn new(key: PublicKey) -> Result<Self, NoiseError> {
         let compressed = CompressedEdwardsY(*key.as_bytes());
         let point = compressed.decompress().ok_or(NoiseError::Key)?;
-        // A point has one canonical form; the decoder is more lenient than libsodium.
-        // Outside the main subgroup a secret would leak bits, or be the same for everyone.
+        // A point has one canonical encoding, but the decoder is more lenient than libsodium. Outside the prime-order
+        // subgroup, the secret would leak bits or be the same for everyone.
         if point.compress() != compressed || point.is_identity() || !point.is_torsion_free() {
             return Err(NoiseError::Key);
         }

@@ -1,4 +1,4 @@
-//! What both sides of a Noise handshake have agreed on so far.
+//! The symmetric state of a Noise handshake: chaining key, handshake hash and cipher key.
 
 use blake2::Blake2b512;
 use blake2::Digest;
@@ -10,12 +10,12 @@ use zeroize::{Zeroize, Zeroizing};
 use super::{NoiseError, Session};
 use crate::crypto::PublicKey;
 
-/// How much longer a sealed text is than the plain one.
+/// How much longer a ciphertext is than its plaintext.
 pub(super) const SEAL_LENGTH: usize = 16;
 
 const PROTOCOL: &[u8; 35] = b"Noise_IK_Ed25519_ChaChaPoly_BLAKE2b";
 
-/// The running hash, the chaining key and the key of the next seal.
+/// The handshake hash, the chaining key and the current cipher key.
 #[derive(Clone)]
 pub(super) struct Symmetric {
     hash: [u8; 64],
@@ -46,7 +46,7 @@ impl Symmetric {
         self.key.copy_from_slice(&key[..32]);
     }
 
-    /// Appends the sealed text. In this pattern every key seals one text, so the nonce is always zero.
+    /// Appends the encrypted text. In the IK pattern every key encrypts only one text, so the nonce is always zero.
     pub(super) fn seal(&mut self, text: &[u8], message: &mut Vec<u8>) {
         let start = message.len();
         message.extend_from_slice(text);
@@ -68,7 +68,7 @@ impl Symmetric {
         Ok(text)
     }
 
-    /// Splits what was agreed on into one key for each direction.
+    /// Derives one key for each direction from the chaining key.
     pub(super) fn session(&self, is_initiator: bool, local_key: PublicKey, remote_key: PublicKey) -> Session {
         let (first, second) = derive(&self.chaining_key, &[]);
         let (send, receive) = if is_initiator { (first, second) } else { (second, first) };
@@ -86,7 +86,7 @@ impl Drop for Symmetric {
     }
 }
 
-/// HKDF (RFC 5869) without info: two outputs of a hash's length.
+/// HKDF (RFC 5869) without info, with two outputs of the hash's length.
 fn derive(salt: &[u8; 64], input: &[u8]) -> (Zeroizing<[u8; 64]>, Zeroizing<[u8; 64]>) {
     let secret = hmac(salt, &[input]);
     let first = hmac(&secret, &[&[1]]);

@@ -1,4 +1,4 @@
-//! The vectors beside this file were made with the Node packages `noise-handshake` 4.2.0 and `noise-curve-ed` 2.1.0.
+//! The Node packages `noise-handshake` 4.2.0 and `noise-curve-ed` 2.1.0 made the test vectors in this folder.
 
 use serde::Deserialize;
 

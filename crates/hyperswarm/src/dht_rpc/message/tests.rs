@@ -33,7 +33,7 @@ fn response() -> Response<'static> {
     }
 }
 
-/// Checks both ways against bytes that `dht-rpc` 6.27 wrote.
+/// Checks encoding and decoding against bytes that `dht-rpc` 6.27 wrote.
 fn assert_wire(message: &Message<'_>, wire: &str) {
     let mut bytes = Vec::new();
     match message {

@@ -25,7 +25,7 @@ pub(in crate::dht_rpc) struct Answer<'a> {
     pub(in crate::dht_rpc) closer_nodes: bool,
 }
 
-/// A request that the table itself has no answer to.
+/// A request that goes to the handler.
 #[derive(Debug)]
 pub(in crate::dht_rpc) struct Foreign {
     pub(in crate::dht_rpc) from_id: Option<Id>,
@@ -33,7 +33,7 @@ pub(in crate::dht_rpc) struct Foreign {
 }
 
 impl State {
-    /// Takes a request. Answers it, unless that is the handler's to do.
+    /// Handles a request. Returns it if the handler has to answer it.
     pub(in crate::dht_rpc) fn on_request(
         &mut self,
         via: &Via,
@@ -137,7 +137,7 @@ impl State {
         self.effects.push(Effect::Send(Outgoing { via: via.clone(), to, bytes: bytes.into() }));
     }
 
-    /// Sends a request on to another node, under the number that its sender gave it.
+    /// Forwards a request to another node, under the transaction id of its sender.
     pub(in crate::dht_rpc) fn forward(&mut self, via: &Via, request: Request<'_>) {
         let id = self.id().filter(|_| via.is_server());
         let to = request.to;

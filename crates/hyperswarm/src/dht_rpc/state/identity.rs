@@ -7,7 +7,7 @@ use crate::dht_rpc::message::{Id, node_id};
 use crate::dht_rpc::nat_sampler::NatSampler;
 
 impl State {
-    /// Returns the socket that this node talks from.
+    /// Returns the socket that this node sends from.
     pub(in crate::dht_rpc) fn via(&self) -> Via {
         if self.firewalled { Via::Client } else { Via::Server }
     }
@@ -20,7 +20,7 @@ impl State {
         self.sampler.host_and_port().filter(|address| !self.firewalled && address.port() == self.server_port)
     }
 
-    /// Returns up to five nodes that can tell whether this one can be reached.
+    /// Returns up to five nodes that can test whether this node is reachable.
     pub(in crate::dht_rpc) fn witnesses(&self) -> Vec<SocketAddrV4> {
         let mut nodes: Vec<_> = self.table.latest().take(5).map(|node| node.address).collect();
         if nodes.len() < 5 {
@@ -29,7 +29,7 @@ impl State {
         nodes
     }
 
-    /// Takes the word of witnesses that reached the server socket, if it is enough. Says whether there is no firewall.
+    /// Evaluates the answers that reached the server socket. Returns whether they prove that there is no firewall.
     pub(in crate::dht_rpc) fn on_witnesses(&mut self, asked: usize, seen: &[SocketAddrV4]) -> bool {
         let mut sampler = NatSampler::default();
         for address in seen {
@@ -37,7 +37,7 @@ impl State {
         }
         let enough = if asked >= 5 { 3 } else { 1 };
         let Some(address) = sampler.host_and_port() else { return false };
-        // A port that is mapped to another one cannot be told to others, who would take it from the node's id.
+        // A mapped port cannot be announced to others, because they derive the node's id from the address they see.
         let is_open = seen.len() >= enough
             && self.sampler.address().is_some_and(|own| own.host == *address.ip())
             && address.port() == self.server_port;
@@ -49,7 +49,7 @@ impl State {
         is_open
     }
 
-    /// Makes the node a lasting part of the table, if its address is certain.
+    /// Makes the node persistent if its address is certain. Returns whether it did.
     pub(in crate::dht_rpc) fn settle_identity(&mut self) -> bool {
         match self.sampler.host_and_port() {
             Some(address) if !self.firewalled && self.ephemeral => {

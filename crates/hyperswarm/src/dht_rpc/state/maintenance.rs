@@ -10,9 +10,9 @@ use crate::dht_rpc::congestion::SLOT;
 use crate::dht_rpc::message::{Id, PING};
 use crate::dht_rpc::routing_table::{Insertion, K, TableNode};
 
-/// A node asked within the last minute need not be asked again.
+/// A node that was pinged within the last minute is not pinged again.
 const RECENT_TICKS: u64 = 12;
-/// Half an hour: a node that lasted so long will probably last longer.
+/// Half an hour. A node that has lasted this long will probably last longer.
 const OLD_TICKS: u64 = 360;
 const REPINGS_MAX: usize = 3;
 
@@ -34,7 +34,7 @@ impl State {
         }
     }
 
-    /// Does what is due.
+    /// Handles everything that is due.
     pub(in crate::dht_rpc) fn on_time(&mut self, now: Instant) {
         while let Some((at, tid)) = self.deadlines.first().copied()
             && at <= now
@@ -73,7 +73,7 @@ impl State {
             } else if self.stable_ticks == 0 {
                 self.stable_ticks = 3 * self.stable_ticks_max;
                 let host = self.sampler.address().map(|address| address.host);
-                // A network that was found wanting need not be asked again.
+                // A network that failed the check is not checked again.
                 if host != self.checked_host {
                     self.checked_host = host;
                     self.start(Job::CheckNetwork);
@@ -84,7 +84,7 @@ impl State {
             self.ping_some(now);
         }
         self.refresh_ticks = self.refresh_ticks.saturating_sub(1);
-        // A node that knows nobody looks for company at once, one that knows few soon.
+        // A node that knows no other node refreshes at once, one that knows few does so soon.
         let is_alone = self.table.is_empty() && !self.entry_nodes().is_empty();
         let knows_few = self.tick.is_multiple_of(64) && self.table.len() < K;
         if self.refresh_ticks == 0 || is_alone || knows_few {
@@ -105,7 +105,7 @@ impl State {
         }
     }
 
-    /// Notes that a job is done and may be started again.
+    /// Records that a job is done, so that it can be started again.
     pub(in crate::dht_rpc) fn finished(&mut self, job: Job) {
         match job {
             Job::Refresh(_) => self.is_refreshing = false,
@@ -127,7 +127,7 @@ impl State {
         }
     }
 
-    /// Asks a node for a sign of life; it leaves the table without one.
+    /// Pings a node, which is removed from the table if it does not answer.
     pub(super) fn check(&mut self, id: &Id, now: Instant) {
         let tick = self.tick;
         let Some(node) = self.table.get_mut(id) else { return };
@@ -138,11 +138,11 @@ impl State {
         }
     }
 
-    /// Notes that a node was heard, and what it says about this one's address.
+    /// Records that a node was heard, and the address that it reports for this node.
     pub(super) fn hear(&mut self, via: &Via, from: SocketAddrV4, from_id: Option<Id>, to: SocketAddrV4, now: Instant) {
         let tick = self.tick;
         let Some(id) = from_id else {
-            // A few samples of nodes that do not last are taken: the first nodes of a network are such.
+            // A few samples from ephemeral nodes count too, because the first nodes of a network are ephemeral.
             if self.passing_samples.len() < self.bootstrap.len().max(1) && self.passing_samples.insert(from) {
                 self.sampler.add(to);
             }
@@ -174,7 +174,7 @@ impl State {
         }
     }
 
-    /// A full row keeps its nodes, as long as the one heard longest ago still answers.
+    /// A full row keeps its nodes as long as the least recently pinged one still answers.
     fn on_full_row(&mut self, new: TableNode, now: Instant) {
         if !self.bootstrapped || self.repings >= REPINGS_MAX {
             return;
@@ -203,12 +203,12 @@ impl State {
         }
     }
 
-    /// Returns nodes that have lasted, for another start.
+    /// Returns nodes that have lasted, to be passed to the next start.
     pub(in crate::dht_rpc) fn routing_nodes(&self) -> Vec<SocketAddrV4> {
         self.table.latest().map(|node| node.address).take(REMEMBERED_MAX).collect()
     }
 
-    /// Returns where a walk that knows too few nodes may begin as well.
+    /// Returns further nodes to start from, for a walk that knows too few.
     pub(in crate::dht_rpc) fn entry_nodes(&self) -> Vec<SocketAddrV4> {
         let mut nodes = self.bootstrap.clone();
         if self.table.len() < K / 4 {

@@ -28,7 +28,7 @@ pub(in crate::dht_rpc) struct CallId(pub(in crate::dht_rpc) u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(in crate::dht_rpc) struct WalkId(pub(in crate::dht_rpc) u64);
 
-/// What a query hears of its requests.
+/// A report to a query about one of its requests.
 #[derive(Debug)]
 pub(in crate::dht_rpc) enum Step {
     Late(SocketAddrV4),
@@ -36,19 +36,19 @@ pub(in crate::dht_rpc) enum Step {
     Failed(SocketAddrV4),
 }
 
-/// Who wants to know how a request ends.
+/// Where the outcome of a request goes.
 #[derive(Debug)]
 pub(in crate::dht_rpc) enum Waiter {
     Nobody,
     Call(CallId),
     Walk(WalkId),
-    /// The table: lets the node go unless it is heard.
+    /// The routing table: it removes the node unless the node answers.
     Check(Id),
-    /// The table: lets the new node have the old one's place unless that is heard.
+    /// The routing table: it replaces the old node by the new one unless the old one answers.
     Swap(Id, Box<TableNode>),
 }
 
-/// A request of this node.
+/// A request that this node sends.
 #[derive(Debug)]
 pub(in crate::dht_rpc) struct Outbound<'a> {
     pub(in crate::dht_rpc) to: SocketAddrV4,
@@ -97,7 +97,8 @@ pub(super) struct Inflight {
 }
 
 impl State {
-    /// Sends a request, or lets it wait its turn, and returns its number. The waiter hears how it ends, unless this fails.
+    /// Sends a request, or lets it wait its turn, and returns its number. The waiter hears how it ends, unless this
+    /// fails.
     pub(in crate::dht_rpc) fn request(&mut self, outbound: Outbound<'_>, now: Instant) -> Result<u16, DhtRequestError> {
         if self.stopped {
             return Err(DhtRequestError::Stopped);
@@ -158,7 +159,7 @@ impl State {
         }
     }
 
-    /// Tells nodes that ones they named are down, so many per tick.
+    /// Reports nodes that are down to the nodes that returned them, up to a limit per tick.
     pub(in crate::dht_rpc) fn hint(&mut self, hints: Vec<DownHint>, now: Instant) {
         for hint in hints {
             if self.down_hints >= DOWN_HINTS_PER_TICK {
@@ -168,7 +169,7 @@ impl State {
             let mut value = Vec::with_capacity(6);
             value.write_ipv4(hint.down);
             let outbound = Outbound::internal(DOWN_HINT, hint.to, Waiter::Nobody);
-            // A hint that finds no room is not missed.
+            // A hint that does not fit is dropped; nobody depends on it.
             let _ = self.request(Outbound { value: Some(&value), ..outbound }, now);
         }
     }
@@ -208,7 +209,7 @@ impl State {
         Some(inflight)
     }
 
-    /// Takes a response: whoever waits for it hears of it.
+    /// Handles a response and passes it to the waiter of its request.
     pub(in crate::dht_rpc) fn on_response(
         &mut self,
         via: &Via,
@@ -217,7 +218,7 @@ impl State {
         bytes: &Bytes,
         now: Instant,
     ) {
-        // The Node package goes by the number alone. An answer from elsewhere is none that an honest node sends.
+        // The Node package goes by the number alone. No honest node answers from another address.
         if self.inflight.get(&response.tid).is_none_or(|inflight| inflight.to != from) {
             return;
         }
@@ -245,7 +246,7 @@ impl State {
             Waiter::Walk(walk) => self.effects.push(Effect::Step(walk, Step::Answered(inflight.to, reply))),
             Waiter::Check(id) => {
                 self.checks -= 1;
-                // It answers, but no longer as a lasting node.
+                // The node answers, but is no longer persistent.
                 if from_id != Some(id) {
                     self.forget(&id);
                 }
@@ -312,7 +313,7 @@ impl State {
     }
 }
 
-/// Says whether a node may have named this one in good faith.
+/// Returns whether a node may have named this one in good faith.
 pub(super) fn is_plausible(node: SocketAddrV4, named_by: SocketAddrV4) -> bool {
     let ip = node.ip();
     node.port() != 0

@@ -15,7 +15,7 @@ fn seed() -> [u8; 256] {
     std::array::from_fn(|index| index as u8)
 }
 
-/// A lasting node at port 1000, which time and datagrams are fed to.
+/// A persistent node at port 1000 whose time and datagrams the test supplies.
 struct Subject {
     state: State,
     now: Instant,
@@ -91,7 +91,7 @@ impl Subject {
         self.state.on_response(&Via::Server, from, response, &Bytes::new(), self.now);
     }
 
-    /// Takes a ping of a lasting node.
+    /// Delivers a ping from a persistent node.
     fn hear(&mut self, from: SocketAddrV4) {
         self.ask(from, request(PING, None));
         self.sent();
@@ -102,7 +102,7 @@ impl Subject {
         self.state.on_request(&Via::Server, from, &request, self.now)
     }
 
-    /// Lets time pass, in steps as the timer would.
+    /// Advances time in the steps of the timer.
     fn pass(&mut self, duration: Duration) {
         let end = self.now + duration;
         while self.now < end {
@@ -253,7 +253,7 @@ async fn a_full_row_keeps_a_node_that_answers_and_swaps_one_that_does_not() {
     for member in &members {
         subject.hear(*member);
     }
-    // A node just heard is not suspected.
+    // A node that was heard just now is not suspected.
     subject.hear(node(numbers.next().unwrap()));
     assert!(subject.targets().is_empty());
     subject.state.tick += 1;
@@ -299,7 +299,7 @@ async fn an_idle_node_looks_around_every_five_minutes() {
             subject.state.finished(job);
         }
     }
-    // Three for being idle, and a few for knowing so few.
+    // Three because the node is idle, and a few because it knows so few nodes.
     assert!((3..=6).contains(&walks), "{walks}");
 }
 

@@ -39,7 +39,7 @@ fn a_walk_ends_at_the_closest_of_all_nodes() {
     let mut asked = 0;
     while let Some(next) = walk.next() {
         asked += 1;
-        // Everyone knows twenty nodes that are a little closer than itself.
+        // Every node knows twenty nodes that are a little closer than itself.
         let index = all.iter().position(|node| *node == next).unwrap();
         walk.answered(next, &reply(next, &all[index.saturating_sub(40)..][..20]));
     }
@@ -122,7 +122,7 @@ fn endless_names_are_cut_short() {
     let mut asked = 0_u16;
     while let Some(next) = walk.next() {
         asked += 1;
-        // No id, so nothing ever counts as close.
+        // Without an id a node never counts as close.
         let fresh: Vec<_> = (0..20).map(|index| node(100 + asked * 20 + index)).collect();
         walk.answered(next, &DhtReply { from_id: None, ..reply(next, &fresh) });
     }

@@ -18,21 +18,21 @@ use crate::hyperdht::commands::LOOKUP;
 use crate::hyperdht::persistent::PEERS_MAX;
 use crate::hyperdht::records::{LookupReply, announce, unannounce_from};
 
-/// Half of the time that nodes keep an announcement.
+/// Half of the time that nodes store an announcement.
 const RENEWAL: Duration = Duration::from_mins(10);
-/// How often the closest nodes are asked whether they still have it.
+/// How often the closest nodes are asked whether they still store it.
 const CHECK: Duration = Duration::from_secs(15);
 /// How many nodes are asked.
 const CHECKED: usize = 5;
-/// So many of them must have it, where there are as many.
+/// How many of these must still store it, if that many were asked.
 const KEPT_MIN: usize = 3;
-/// How long nodes may take to confirm what is taken back.
+/// How long to wait for nodes to confirm an unannounce.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// Returns the addresses that a peer is announced with; asked each time.
+/// Returns the addresses that a peer is announced with. Called for each announcement.
 pub type RelayAddresses = Arc<dyn Fn() -> Vec<SocketAddrV4> + Send + Sync>;
 
-/// Announces a topic until it is stopped. Dropping it stops it as well.
+/// Announces a topic until it is stopped. Dropping it also stops it.
 #[derive(Debug)]
 pub struct TopicAnnouncer {
     is_announced: watch::Receiver<bool>,
@@ -42,7 +42,7 @@ pub struct TopicAnnouncer {
 }
 
 impl TopicAnnouncer {
-    /// Starts to announce a topic under a key.
+    /// Starts announcing a topic under a key.
     pub fn start(
         dht: DhtRpc,
         topic: Id,
@@ -69,21 +69,21 @@ impl TopicAnnouncer {
         Self { is_announced, refresh, stop: stop.drop_guard(), stopped }
     }
 
-    /// Waits until the topic was announced, or no node was found to announce it to.
+    /// Waits until the topic is announced, or no node was found to announce it to.
     pub fn announced(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut is_announced = self.is_announced.clone();
         async move {
-            // Fails only when the announcer is gone, after which there is nothing to wait for.
+            // Fails only when the announcer is gone, and then there is nothing to wait for.
             let _ = is_announced.wait_for(|done| *done).await;
         }
     }
 
-    /// Announces the topic again soon, as after a change of the relay addresses.
+    /// Announces the topic again soon, for example after the relay addresses changed.
     pub fn refresh(&self) {
         self.refresh.notify_one();
     }
 
-    /// Takes the announcements back and stops.
+    /// Removes the announcements and stops.
     pub async fn stop(self) {
         self.stop.disarm().cancel();
         self.stopped.cancelled().await;
@@ -97,7 +97,7 @@ struct Task {
     key_pair: KeyPair,
     relay_addresses: RelayAddresses,
     refresh: Arc<Notify>,
-    /// The nodes that keep the announcement, closest first.
+    /// The nodes that store the announcement, closest first.
     holders: Vec<SocketAddrV4>,
 }
 
@@ -106,7 +106,7 @@ impl Task {
         let _stopped = stopped.drop_guard();
         stop.run_until_cancelled(self.announce_forever(&announced)).await;
         announced.send_replace(true);
-        // A node that does not answer forgets the announcement by itself, after a while.
+        // A node that does not answer forgets the announcement by itself after a while.
         let _ = time::timeout(FAREWELL, self.leave()).await;
     }
 
@@ -137,7 +137,7 @@ impl Task {
         }
     }
 
-    /// Watches the closest holders until it is time to announce again.
+    /// Watches the closest holders until too few of them still store the announcement, or it is time to announce again.
     async fn watch(&self) {
         let renewal = Instant::now() + self.pace.renewal;
         while Instant::now() < renewal {
@@ -155,13 +155,13 @@ impl Task {
         }
     }
 
-    /// Returns whether a node that was started again, or does not answer, has lost the announcement.
+    /// Returns whether a node still stores the announcement. A node that was restarted or does not answer has lost it.
     async fn is_kept(&self, node: SocketAddrV4) -> bool {
         let call = Call { target: Some(self.topic), ..Call::new(LOOKUP) };
         let Ok(reply) = self.dht.request(call, node).await else { return false };
         let found = reply.value.as_deref().and_then(|value| LookupReply::decode(value).ok());
         let own = self.key_pair.public_key();
-        // Of a full answer nobody knows whom it leaves out.
+        // A full answer may omit this peer by chance, so it counts as kept.
         found.is_some_and(|found| {
             found.peers.len() >= PEERS_MAX || found.peers.iter().any(|peer| peer.public_key == own)
         })

@@ -1,4 +1,4 @@
-//! Where servers were found before, so that the next connection needs no walk through the table.
+//! Caches the addresses at which servers were found, so that the next connection needs no walk through the DHT.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddrV4;
@@ -7,24 +7,25 @@ use crate::crypto::PublicKey;
 
 const SERVERS_MAX: usize = 512;
 
-/// The most addresses kept for one server. It has three relays, and perhaps an address of its own.
+/// The maximum number of addresses stored for one server. A server has three relays, and possibly an address of its
+/// own.
 pub(super) const ADDRESSES_MAX: usize = 4;
 
-/// The addresses of the servers that were reached last.
+/// The addresses of the servers that were reached most recently.
 #[derive(Debug, Default)]
 pub(crate) struct KnownAddresses {
     by_server: HashMap<PublicKey, Vec<SocketAddrV4>>,
-    /// The servers; whoever was set last is last.
+    /// The servers, the most recently set last.
     order: VecDeque<PublicKey>,
 }
 
 impl KnownAddresses {
-    /// Returns where to ask for a server, best first.
+    /// Returns the addresses at which to ask for a server, best first.
     pub(crate) fn get(&self, server: &PublicKey) -> Vec<SocketAddrV4> {
         self.by_server.get(server).cloned().unwrap_or_default()
     }
 
-    /// Replaces the addresses of a server. The server that was set longest ago gives way when it is full.
+    /// Replaces the addresses of a server. Evicts the server that was set longest ago when the cache is full.
     pub(crate) fn set(&mut self, server: PublicKey, addresses: impl IntoIterator<Item = SocketAddrV4>) {
         let mut kept: Vec<SocketAddrV4> = Vec::with_capacity(ADDRESSES_MAX);
         for address in addresses {
@@ -46,7 +47,7 @@ impl KnownAddresses {
         }
     }
 
-    /// Returns all of them, oldest first, so that setting them again in this order restores them.
+    /// Returns all entries, oldest first, so that setting them again in this order restores the cache.
     pub(crate) fn all(&self) -> Vec<(PublicKey, Vec<SocketAddrV4>)> {
         self.order.iter().map(|server| (*server, self.get(server))).collect()
     }

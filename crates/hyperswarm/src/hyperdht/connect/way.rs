@@ -1,4 +1,4 @@
-//! How to reach a server that answered.
+//! Decides how to reach a server that has answered the handshake.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
@@ -7,35 +7,35 @@ use crate::hyperdht::noise_payload::{Firewall, NoisePayload};
 /// How to reach a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
-    /// It takes packets from anyone here.
+    /// The server accepts packets from anyone at this address.
     Straight(SocketAddrV4),
-    /// It is firewalled, but this node is not: it comes by itself.
+    /// The server is firewalled but this node is not: the server connects to this node.
     Await,
-    /// Both are behind the same router, where it may be reached here.
+    /// Both are behind the same router; the server may be reachable at this local address.
     Local(SocketAddrV4),
-    /// Only hole punching would help.
+    /// Only hole punching could connect them.
     None,
 }
 
-/// What a client knows when the server has answered.
+/// The facts that a client has once the server has answered.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Facts<'a> {
-    /// Who brought the answer.
+    /// The node that delivered the answer.
     pub(super) relay: SocketAddrV4,
-    /// The server, as the relay sees it; `None` when the server itself was asked.
+    /// The server's address as the relay sees it; `None` when the server itself was asked.
     pub(super) server: Option<SocketAddrV4>,
-    /// This node, as the relay sees it.
+    /// This node's address as the relay sees it.
     pub(super) client: SocketAddrV4,
     /// This node's address in its own network.
     pub(super) local: Ipv4Addr,
     /// Whether others can reach this node.
     pub(super) is_open: bool,
-    /// What the server says.
+    /// The payload of the server's answer.
     pub(super) payload: &'a NoisePayload,
 }
 
 impl Way {
-    /// Decides as Node does.
+    /// Decides as the Node package does.
     pub(super) fn choose(facts: Facts<'_>) -> Self {
         let Facts { payload, .. } = facts;
         let Some(server) = facts.server else { return Self::Straight(facts.relay) };
@@ -53,30 +53,30 @@ impl Way {
     }
 }
 
-/// Returns the first address that the whole internet can reach, or else the one at which its relay sees the server.
+/// Returns the first public address, or else the address at which the relay sees the server.
 fn straight(addresses: &[SocketAddrV4], seen: SocketAddrV4) -> SocketAddrV4 {
     let public = |address: &&SocketAddrV4| !is_private(*address.ip()) && !is_reserved(*address.ip());
     addresses.iter().find(public).copied().filter(|address| address.port() != 0).unwrap_or(seen)
 }
 
-/// Returns the address of a server behind the same router: one of our network if there is any.
+/// Returns an address of a server behind the same router, preferably one in this node's own network.
 fn local(addresses: &[SocketAddrV4], own: Ipv4Addr) -> Option<SocketAddrV4> {
     let usable = || addresses.iter().filter(|address| !is_reserved(*address.ip()) && address.port() != 0);
     let shared = |address: &SocketAddrV4| {
         address.ip().octets().iter().zip(own.octets()).take_while(|(one, other)| **one == *other).count()
     };
-    // The last of equals would be taken; the server lists its best address first.
+    // `max_by_key` returns the last of several equal elements, and the server lists its best address first.
     usable().rev().max_by_key(|address| shared(address)).copied()
 }
 
-/// Addresses of networks that are not the internet's.
+/// Returns whether an address belongs to a private network.
 fn is_private(ip: Ipv4Addr) -> bool {
     let [first, second, ..] = ip.octets();
     let is_carrier_grade = first == 100 && (64..128).contains(&second);
     ip.is_private() || ip.is_loopback() || ip.is_link_local() || is_carrier_grade
 }
 
-/// Addresses that no machine has.
+/// Returns whether no host can have this address.
 fn is_reserved(ip: Ipv4Addr) -> bool {
     let [first, second, third, _] = ip.octets();
     let is_protocol = (first, second, third) == (192, 0, 0);
@@ -116,7 +116,7 @@ mod tests {
         assert_eq!(Way::choose(facts(&payload)), Way::Straight(address("2.2.2.2:2")));
         payload.addresses4 = vec![address("192.168.1.7:5"), address("2.2.2.2:7")];
         assert_eq!(Way::choose(facts(&payload)), Way::Straight(address("2.2.2.2:7")));
-        // Of no use to one that cannot be punched to: there is nothing better to try.
+        // Private addresses are used if hole punching is impossible, as there is nothing better to try.
         payload.firewall = Firewall::Consistent;
         assert_eq!(Way::choose(facts(&payload)), Way::Straight(address("2.2.2.2:7")));
         let direct = Facts { server: None, ..facts(&payload) };

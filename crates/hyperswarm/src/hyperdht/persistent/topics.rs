@@ -1,4 +1,4 @@
-//! Who announced which topic.
+//! Stores which peers announced which topic.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -9,10 +9,10 @@ use tokio::time::Instant;
 use crate::crypto::PublicKey;
 use crate::dht_rpc::Id;
 
-/// More peers than this under one topic push the oldest of them out, so that one topic cannot fill the store.
+/// The maximum number of peers under one topic. More evict the oldest, so that one topic cannot fill the store.
 const TOPIC_MAX: usize = 4_096;
 
-/// Records by topic. They expire, and the oldest give way.
+/// Records by topic. They expire, and the oldest are evicted when the store is full.
 #[derive(Debug)]
 pub(super) struct Topics {
     topics: HashMap<Id, Topic>,
@@ -44,7 +44,7 @@ impl Topics {
         Self { topics, order, orders: 0, records_max, age_max, chance: seed | 1 }
     }
 
-    /// Keeps a record, which is young again if it was there before.
+    /// Stores a record. One that is already stored becomes the youngest.
     pub(super) fn insert(&mut self, topic: Id, public_key: PublicKey, bytes: Bytes, now: Instant) {
         self.remove(&topic, &public_key);
         self.expire(now);
@@ -65,7 +65,7 @@ impl Topics {
         topic.records.push(Record { public_key, bytes, order, set: now });
     }
 
-    /// Lets go of a record.
+    /// Removes a record.
     pub(super) fn remove(&mut self, topic_id: &Id, public_key: &PublicKey) {
         let Some(topic) = self.topics.get_mut(topic_id) else { return };
         let Some(index) = topic.index.remove(public_key) else { return };
@@ -79,14 +79,15 @@ impl Topics {
         }
     }
 
-    /// Returns up to `count` records of a topic, drawn at random when there are more.
+    /// Returns up to `count` records of a topic, chosen at random if there are more.
     pub(super) fn draw(&mut self, topic: &Id, count: usize, now: Instant) -> Vec<Bytes> {
         self.expire(now);
         let Some(Topic { records, .. }) = self.topics.get(topic) else { return Vec::new() };
         if records.len() <= count {
             return records.iter().map(|record| record.bytes.clone()).collect();
         }
-        // A run of neighbours from a random place, in strides that share no divisor with the number of records.
+        // Starts at a random index and moves by a stride that is coprime to the number of records, so no record
+        // repeats.
         let length = records.len();
         self.chance ^= self.chance << 13;
         self.chance ^= self.chance >> 7;

@@ -1,4 +1,4 @@
-//! What announces a peer, and what a lookup finds.
+//! Wire format of announcements and of lookup replies.
 
 use std::net::SocketAddrV4;
 
@@ -7,28 +7,28 @@ use crate::crypto::{KeyPair, PublicKey, hash, namespace};
 use crate::dht_rpc::{Id, Token};
 use crate::hyperdht::commands::{ANNOUNCE, UNANNOUNCE};
 
-/// More relays than this are in no honest announcement; nodes keep three.
+/// No honest announcement has more relays than this. Nodes store three.
 const RELAYS_MAX: usize = 32;
 
-/// More peers than this are in no honest answer; nodes send twenty.
+/// No honest answer has more peers than this. Nodes send twenty.
 const PEERS_MAX: usize = 64;
 
 /// A peer that announced itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
-    /// Who it is.
+    /// The peer's public key.
     pub public_key: PublicKey,
-    /// Nodes that know the way to it.
+    /// Nodes that know a route to it.
     pub relay_addresses: Vec<SocketAddrV4>,
 }
 
 impl Peer {
-    /// Reads the record of a peer.
+    /// Decodes the record of a peer.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         Self::read(&mut Decoder::new(bytes))
     }
 
-    /// Returns the record.
+    /// Encodes the record.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(33 + 6 * self.relay_addresses.len());
         self.write(&mut bytes);
@@ -46,54 +46,54 @@ impl Peer {
     }
 }
 
-/// What a signature of an announcement is for.
+/// What an announcement's signature is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// To be found.
+    /// To announce a peer.
     Announce,
-    /// To be found no longer.
+    /// To remove an announcement.
     Unannounce,
 }
 
-/// To whom a signature of an announcement speaks: one node, for as long as its token holds.
+/// What a signature is bound to: one node, for as long as its token is valid.
 #[derive(Debug, Clone, Copy)]
 pub struct Audience<'a> {
-    /// Under what the peer is announced.
+    /// The target under which the peer is announced.
     pub target: &'a Id,
-    /// The id of the node that keeps it.
+    /// The id of the node that stores the announcement.
     pub node: &'a Id,
-    /// The token that the node gave out.
+    /// The token that the node issued.
     pub token: &'a Token,
 }
 
 /// The value of an ANNOUNCE or UNANNOUNCE request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Announcement {
-    /// Who is announced. None where an earlier announcement is only renewed.
+    /// The announced peer. `None` if an earlier announcement is only renewed.
     pub peer: Option<Peer>,
-    /// The next link of a chain of hashes: whoever shows what it is the hash of may renew the announcement.
+    /// The next link of a hash chain. A sender that reveals its preimage may renew the announcement.
     pub refresh: Option<[u8; 32]>,
     /// The peer's signature.
     pub signature: Option<[u8; 64]>,
-    /// When the peer wants to be noticed again. Not signed.
+    /// When the peer last asked to be noticed again. Not signed.
     pub bump: u64,
 }
 
 impl Announcement {
-    /// Makes and signs an announcement, or takes one back.
+    /// Makes and signs an announcement, or its removal.
     pub fn sign(purpose: Purpose, peer: Peer, audience: Audience<'_>, key_pair: &KeyPair) -> Self {
         let signature = key_pair.sign(&signable(purpose, &peer, None, audience));
         Self { peer: Some(peer), refresh: None, signature: Some(signature), bump: 0 }
     }
 
-    /// Returns the peer, if the announcement bears its signature for this purpose and node.
+    /// Returns the peer if the announcement has its signature for this purpose and node.
     pub fn verified(&self, purpose: Purpose, audience: Audience<'_>) -> Option<&Peer> {
         let (peer, signature) = (self.peer.as_ref()?, self.signature.as_ref()?);
         let message = signable(purpose, peer, self.refresh.as_ref(), audience);
         peer.public_key.verify(&message, signature).then_some(peer)
     }
 
-    /// Reads an announcement.
+    /// Decodes an announcement.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut decoder = Decoder::new(bytes);
         let flags = decoder.uint()?;
@@ -105,7 +105,7 @@ impl Announcement {
         })
     }
 
-    /// Returns the value of the request.
+    /// Encodes the announcement.
     pub fn encode(&self) -> Vec<u8> {
         let flags = u8::from(self.peer.is_some())
             | u8::from(self.refresh.is_some()) << 1
@@ -132,21 +132,21 @@ impl Announcement {
 /// The answer to a LOOKUP.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LookupReply {
-    /// Who announced the topic.
+    /// The peers that announced the topic.
     pub peers: Vec<Peer>,
-    /// When one of them last wanted to be noticed again.
+    /// When one of them last asked to be noticed again.
     pub bump: u64,
 }
 
 impl LookupReply {
-    /// Reads an answer.
+    /// Decodes an answer.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut decoder = Decoder::new(bytes);
         let peers = decoder.array(PEERS_MAX, Peer::read)?;
         Ok(Self { peers, bump: if decoder.is_empty() { 0 } else { decoder.uint()? } })
     }
 
-    /// Returns the answer that names these peers, whose records are encoded already.
+    /// Encodes an answer with these peers, whose records are encoded already.
     pub fn encode(records: &[impl AsRef<[u8]>], bump: u64) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(10 + records.iter().map(|record| record.as_ref().len()).sum::<usize>());
         bytes.write_array(records, |out, record| out.write_raw(record.as_ref()));

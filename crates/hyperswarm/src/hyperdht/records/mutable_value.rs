@@ -1,4 +1,4 @@
-//! A value under a key, which its owner may replace.
+//! A signed value, stored under a public key, that the owner of the key may replace.
 
 use bytes::Bytes;
 
@@ -6,10 +6,10 @@ use crate::compact_encoding::{DecodeError, Decoder, Encoder};
 use crate::crypto::{KeyPair, PublicKey, hash, namespace};
 use crate::hyperdht::commands::MUTABLE_PUT;
 
-/// A signed value. The one with the higher number replaces the other.
+/// A signed value. A higher sequence number replaces a lower one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MutableValue {
-    /// The number.
+    /// The sequence number.
     pub seq: u64,
     /// The value.
     pub value: Bytes,
@@ -24,30 +24,30 @@ impl MutableValue {
         Self { seq, value, signature }
     }
 
-    /// Returns whether the owner of the key signed it.
+    /// Returns whether the owner of the key signed the value.
     pub fn is_of(&self, public_key: &PublicKey) -> bool {
         public_key.verify(&signable(self.seq, &self.value), &self.signature)
     }
 
-    /// Reads the answer to a MUTABLE_GET.
+    /// Decodes the answer to a MUTABLE_GET.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         Self::read(&mut Decoder::new(bytes))
     }
 
-    /// Returns the answer to a MUTABLE_GET.
+    /// Encodes the answer to a MUTABLE_GET.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(80 + self.value.len());
         self.write(&mut bytes);
         bytes
     }
 
-    /// Reads the value of a MUTABLE_PUT request.
+    /// Decodes the value of a MUTABLE_PUT request.
     pub fn decode_put(bytes: &[u8]) -> Result<(PublicKey, Self), DecodeError> {
         let mut decoder = Decoder::new(bytes);
         Ok((PublicKey(decoder.fixed()?), Self::read(&mut decoder)?))
     }
 
-    /// Returns the value of a MUTABLE_PUT request.
+    /// Encodes the value of a MUTABLE_PUT request.
     pub fn encode_put(&self, public_key: &PublicKey) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(112 + self.value.len());
         bytes.write_raw(public_key.as_bytes());

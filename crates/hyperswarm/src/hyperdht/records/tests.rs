@@ -1,4 +1,4 @@
-//! Networks of real nodes on this host that keep records.
+//! Tests of stored records with networks of real nodes on this host.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ impl Routes for TestRoutes {
     }
 }
 
-/// Answers out of a store.
+/// Answers requests from a store.
 pub(in crate::hyperdht) struct Keeper {
     pub(in crate::hyperdht) kept: Mutex<(Store, TestRoutes)>,
 }
@@ -54,7 +54,7 @@ impl Handler for Keeper {
     }
 }
 
-/// A node and what it keeps.
+/// A node and its store.
 #[derive(Clone)]
 pub(in crate::hyperdht) struct TestNode {
     pub(in crate::hyperdht) dht: DhtRpc,

@@ -1,4 +1,4 @@
-//! How many handshakes one machine may cause.
+//! Limits how many handshakes one host may cause.
 
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
@@ -6,15 +6,15 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What a machine may cause in one burst. Many nodes may share one address.
+/// The handshakes that a host may cause in one burst. Many nodes may share one address.
 const BURST: f64 = 1024.0;
 
-/// What it may cause per second in the long run. A handshake costs a server half a millisecond.
+/// The sustained number of handshakes per second. Each costs a server half a millisecond.
 const PER_SECOND: f64 = 256.0;
 
 const MACHINES_MAX: usize = 8192;
 
-/// A bucket of tokens for each machine, and one for all those that find no room.
+/// A token bucket for each host, and a shared one for the hosts that do not fit in the table.
 #[derive(Debug, Default)]
 pub(super) struct RateLimit {
     buckets: HashMap<Ipv4Addr, Bucket>,
@@ -49,9 +49,9 @@ impl Bucket {
 }
 
 impl RateLimit {
-    /// Returns whether `machine` may cause one more handshake, and counts it.
+    /// Counts one more handshake of `machine`, and returns whether it is allowed.
     pub(super) fn take(&mut self, machine: Ipv4Addr, now: Instant) -> bool {
-        // All nodes of a test network are on one machine, and only that machine can send from there.
+        // All nodes of a test network run on one host, and only that host can send from a loopback address.
         if machine.is_loopback() {
             return true;
         }
@@ -67,7 +67,7 @@ impl RateLimit {
         self.buckets.entry(machine).or_insert_with(|| Bucket::full(now)).take(now)
     }
 
-    /// Forgets machines that have been quiet, once a second at most.
+    /// Removes the hosts whose buckets are full again, once a second at most.
     fn sweep(&mut self, now: Instant) {
         if self.swept.is_none_or(|swept| now - swept >= Duration::from_secs(1)) {
             self.swept = Some(now);

@@ -1,4 +1,4 @@
-//! Where servers announced themselves from.
+//! Routes: the addresses that servers announced themselves from.
 
 use std::collections::HashMap;
 use std::net::SocketAddrV4;
@@ -9,12 +9,12 @@ use tokio::time::Instant;
 
 use super::Target;
 
-/// A server announces itself again after some five minutes, and its record lives for twenty.
+/// A server announces itself again after about five minutes, and its record lives for twenty.
 const AGE_MAX: Duration = Duration::from_mins(20);
 
 const ROUTES_MAX: usize = 65_536;
 
-/// The way to one server.
+/// The route to one server.
 #[derive(Debug)]
 pub(super) struct Route {
     pub(super) relay: SocketAddrV4,
@@ -22,7 +22,7 @@ pub(super) struct Route {
     seen: Instant,
 }
 
-/// The ways to many servers: bounded, and none older than its record may be.
+/// Routes to servers: bounded, and none older than its record may be.
 #[derive(Debug, Default)]
 pub(super) struct Routes {
     by_target: HashMap<Target, Route>,
@@ -34,10 +34,10 @@ impl Routes {
         self.by_target.get(target).filter(|route| now - route.seen < AGE_MAX)
     }
 
-    /// Newcomers find no room when it is full, so that nobody can push known servers out.
+    /// Rejects new servers when the table is full, so that nobody can evict known servers.
     pub(super) fn insert(&mut self, target: Target, relay: SocketAddrV4, record: Bytes, now: Instant) -> bool {
         if self.by_target.len() >= ROUTES_MAX && !self.by_target.contains_key(&target) {
-            // Looking through all of them is done once a second at most.
+            // All routes are scanned once a second at most.
             if self.swept.is_some_and(|swept| now - swept < Duration::from_secs(1)) {
                 return false;
             }

@@ -100,7 +100,7 @@ fn a_server_answers_the_way_the_handshake_came() {
     };
     let answer = |mode, peer_address| Handshake { mode, noise: b"answer", peer_address, relay_address: None }.encode();
 
-    // A client cannot speak for another one.
+    // A client cannot answer on behalf of another one.
     let (way, decision) = back(value(Mode::FromClient, Some(address("9.9.9.9:9")), None), client()).unwrap();
     assert_eq!(way, Back::ToClient { client: client().from });
     assert_eq!(decision, Decision::Respond { value: answer(Mode::Reply, None), to: client().from });

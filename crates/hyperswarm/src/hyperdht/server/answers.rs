@@ -1,7 +1,7 @@
-//! The answers that were given lately, by Noise message.
+//! Caches recent answers by Noise message.
 //!
-//! A client sends one and the same message through several relays, and again when an answer is late. Every copy
-//! must get the identical answer: another one would belong to another stream, with other keys.
+//! A client sends the same message through several relays, and resends it when an answer is late. Every copy must get
+//! the identical answer, since a different answer would belong to a different stream with different keys.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::crypto::hash;
 
-/// A client gives up on one message long before.
+/// How long an answer is cached. A client gives up on a message long before that.
 const AGE_MAX: Duration = Duration::from_secs(20);
 
 const ANSWERS_MAX: usize = 8192;
@@ -19,15 +19,15 @@ const ANSWERS_MAX: usize = 8192;
 /// Whether a Noise message was seen before.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Seen {
-    /// Never; [`Answers::set`] is to be called with this name.
+    /// It is new. Call [`Answers::set`] with this key.
     New([u8; 32]),
-    /// It was, and this is its answer; `None` when it gets none.
+    /// It was seen before, and this is its answer; `None` if it gets no answer.
     Before(Option<Bytes>),
-    /// There is no room for another one.
+    /// The cache is full.
     Full,
 }
 
-/// Remembers answers for a while, and at most so many.
+/// A bounded cache of answers that expire.
 #[derive(Debug, Default)]
 pub(super) struct Answers {
     by_message: HashMap<[u8; 32], Option<Bytes>>,
@@ -35,7 +35,7 @@ pub(super) struct Answers {
 }
 
 impl Answers {
-    /// Looks a message up.
+    /// Looks up a message.
     pub(super) fn look(&mut self, noise: &[u8], now: Instant) -> Seen {
         while self.order.front().is_some_and(|(set, _)| now - *set >= AGE_MAX) {
             if let Some((_, name)) = self.order.pop_front() {
@@ -50,7 +50,7 @@ impl Answers {
         }
     }
 
-    /// Remembers the answer to a new message.
+    /// Caches the answer to a new message.
     pub(super) fn set(&mut self, name: [u8; 32], answer: Option<Bytes>, now: Instant) {
         if self.by_message.insert(name, answer).is_none() {
             self.order.push_back((now, name));

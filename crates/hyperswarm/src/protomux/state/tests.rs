@@ -34,7 +34,7 @@ fn bytes(hex: &str) -> Bytes {
     hex::decode(hex).unwrap().into()
 }
 
-/// What happened, in words.
+/// Returns the events as text.
 fn happened(state: &mut State<Handle>) -> Vec<String> {
     let mut events = VecDeque::new();
     state.swap_events(&mut events);
@@ -57,7 +57,7 @@ fn asked(state: &mut State<Handle>) -> Ask {
     }
 }
 
-// What follows was sent by protomux 3.12.
+// protomux 3.12 sent the following bytes.
 const NODE_OPEN: &str = "0001010463686174020102026869";
 const NODE_BATCH: &str = "00000105000374776f0401fd2c010000090102056f74686572000002020078000002030200010600046c617374";
 const NODE_CLOSE: &str = "000301";
@@ -142,12 +142,12 @@ fn an_id_is_free_when_both_sides_know() {
     state.open(key("chat", &[1, 2]), b"", member(1)).unwrap();
     state.close(1).unwrap();
     assert_eq!(state.open(key("b", &[]), b"", member(2)).unwrap().local_id, 2, "the peer may be answering the first");
-    // The peer's answer to the closed channel frees its id, and is for nobody.
+    // The peer's answer to the closed channel frees its id, and is delivered to nobody.
     state.receive(bytes(NODE_OPEN)).unwrap();
     state.receive(bytes("01000a")).unwrap();
     assert_eq!(happened(&mut state), Vec::<String>::new());
     assert_eq!(state.open(key("c", &[]), b"", member(3)).unwrap().local_id, 1);
-    // So does a rejection.
+    // A rejection frees the id too.
     state.receive(bytes("000202")).unwrap();
     assert_eq!(happened(&mut state), ["2 closed"]);
     assert_eq!(state.open(key("d", &[]), b"", member(4)).unwrap().local_id, 2);
@@ -246,7 +246,7 @@ fn unknown_control_messages_and_empty_ones_are_ignored() {
     assert_eq!(happened(&mut state), Vec::<String>::new());
 }
 
-/// One side of a connection in memory.
+/// One side of an in-memory connection.
 struct Side {
     state: State<Handle>,
     open: Vec<Handle>,
@@ -254,7 +254,7 @@ struct Side {
     outbox: VecDeque<Vec<u8>>,
 }
 
-/// What a test does to one of the sides.
+/// A step that a test performs on one side.
 #[derive(Debug, Clone)]
 enum Step {
     Open(u8),
@@ -300,7 +300,7 @@ impl Side {
         self.control(&message);
     }
 
-    /// Sees to what happened. Returns the messages, each with who got it.
+    /// Handles the events. Returns the messages, each with its receiver.
     fn settle(&mut self) -> Vec<(Handle, Bytes)> {
         let mut events = VecDeque::new();
         self.state.swap_events(&mut events);
@@ -326,7 +326,7 @@ proptest! {
     fn two_sides_never_disagree(steps in proptest::collection::vec(step(), 0..200)) {
         let mut sides = [Side::new(), Side::new()];
         let mut names = 0;
-        // Which channel of the one side talks with which of the other.
+        // Which channel of one side is paired with which channel of the other.
         let mut partners: HashMap<u64, u64> = HashMap::new();
         let all_closed = std::iter::repeat_n([(false, Step::Close(0)), (true, Step::Close(0))], 16).flatten();
         let refused = std::iter::repeat_n([(false, Step::Answer(0, false)), (true, Step::Answer(0, false))], 64).flatten();

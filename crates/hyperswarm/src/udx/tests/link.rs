@@ -1,4 +1,4 @@
-//! Two connections and a link between them that loses, doubles, delays and reorders, all from one seed.
+//! Two connections and a simulated link that loses, duplicates, delays and reorders packets, all driven by one seed.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
@@ -11,7 +11,7 @@ use crate::udx::StreamOptions;
 use crate::udx::connection::Connection;
 use crate::udx::packet::{OVERHEAD_BYTES, Packet};
 
-/// A small generator of chance, so that a failing seed repeats.
+/// A small seeded random number generator, so that a failing seed can be repeated.
 pub(crate) struct Chance(u64);
 
 impl Chance {
@@ -40,12 +40,12 @@ pub(crate) struct Weather {
     pub(crate) loss_percent: f64,
     pub(crate) double_percent: f64,
     pub(crate) late_percent: f64,
-    /// How much later late packets come.
+    /// The extra delay of late packets.
     pub(crate) late_by: Duration,
     pub(crate) delay: Duration,
     pub(crate) mtu: usize,
     pub(crate) bytes_per_second: u64,
-    /// What the bottleneck holds before it drops.
+    /// How many bytes the bottleneck queues before it drops packets.
     pub(crate) queue_bytes: u64,
 }
 
@@ -67,7 +67,7 @@ impl Default for Weather {
 pub(crate) struct Side {
     pub(crate) connection: Connection,
     pub(crate) received: Vec<u8>,
-    /// Bytes not written yet.
+    /// Bytes that are not written yet.
     pub(crate) to_write: Bytes,
     pub(crate) reads: bool,
     pub(crate) ends: bool,
@@ -93,10 +93,10 @@ impl Side {
     }
 }
 
-/// When a packet arrives, its number, for which side it is, and its bytes.
+/// Arrival time, number, receiving side and bytes of a packet in flight.
 type UnderWay = (Instant, u64, usize, Vec<u8>);
 
-/// Two connections and what lies between them.
+/// Two connections and the link between them.
 pub(crate) struct Link {
     pub(crate) sides: [Side; 2],
     pub(crate) weather: Weather,
@@ -105,7 +105,7 @@ pub(crate) struct Link {
     under_way: BinaryHeap<Reverse<UnderWay>>,
     count: u64,
     pub(crate) dropped: u64,
-    /// Kinds of packets that are dropped every time.
+    /// Kinds of packets that are always dropped.
     pub(crate) drops: BTreeSet<u8>,
     pub(crate) sent: Vec<(usize, Vec<u8>)>,
 }
@@ -134,7 +134,7 @@ impl Link {
         }
     }
 
-    /// Runs until `done`, or until `limit` has passed; returns how long it took, or `None`.
+    /// Runs until `done`, or until `limit` has passed. Returns how long it took, or `None`.
     pub(crate) fn run_until(&mut self, limit: Duration, done: impl Fn(&[Side; 2]) -> bool) -> Option<Duration> {
         let begun = self.now;
         loop {
@@ -235,7 +235,7 @@ impl Link {
         self.run_until(limit, |sides| sides[1].received == sent)
     }
 
-    /// Lets both sides exchange what they are to write, end, and close; returns how long that took.
+    /// Lets both sides write their bytes, end, and close. Returns how long that took.
     pub(crate) fn exchange(&mut self, here: &[u8], there: &[u8], limit: Duration) -> Option<Duration> {
         for (side, bytes) in self.sides.iter_mut().zip([here, there]) {
             side.to_write = Bytes::copy_from_slice(bytes);

@@ -1,4 +1,4 @@
-//! State machines over a simulated link.
+//! Tests of the state machines over a simulated link.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ fn exchange(weather: Weather, seed: u64, length: usize) -> (Link, Duration) {
 fn a_clear_link_is_used_fully_and_nothing_is_sent_twice() {
     let (link, took) = exchange(Weather { queue_bytes: 64 * 1024 * 1024, ..Weather::default() }, 1, 8_000_000);
     assert_eq!(link.sides[0].connection.sender().resends, 0);
-    // 8 MB at 12.5 MB/s are 0.64 s.
+    // 8 MB take 0.64 s at 12.5 MB/s.
     assert!(took < Duration::from_secs(1), "took {took:?}");
     assert_eq!(link.sides[0].connection.sender().mtu(), 1500);
 }
@@ -332,10 +332,10 @@ fn blind_packets_with_numbers_of_another_time_are_ignored() {
     let mut connection = connected();
     connection.write(Bytes::from_static(b"hello"));
     assert!(transmit(&mut connection).is_some());
-    // Acknowledges what was never sent.
+    // A packet that acknowledges what was never sent.
     receive(&mut connection, header(DATA, 0, 2), b"forged");
     receive(&mut connection, header(DESTROY, 0, 2), &[]);
-    // Numbers far from any in use.
+    // Packets with numbers far from any in use.
     receive(&mut connection, header(DATA, 1 << 20, 0), b"forged");
     receive(&mut connection, header(DESTROY, 1 << 20, 0), &[]);
     receive(&mut connection, header(DESTROY, u32::MAX, 0), &[]);
@@ -356,7 +356,7 @@ fn packets_beyond_what_libudx_can_report_are_not_taken_for_lost() {
         connection.write(Bytes::from_static(b"x"));
         assert!(transmit(&mut connection).is_some());
     }
-    // Fifty ranges of one packet each: every second up to 100. What is beyond may have arrived as well.
+    // Fifty ranges of one packet each: every second up to 100. Packets beyond may have arrived as well.
     let mut bytes = Vec::new();
     header(SACK, 0, 0).encode(0, &mut bytes);
     for start in (1..100u32).step_by(2) {
@@ -365,7 +365,7 @@ fn packets_beyond_what_libudx_can_report_are_not_taken_for_lost() {
     }
     let later = started + Duration::from_millis(50);
     connection.receive(&Packet::decode(&bytes).unwrap(), later, 0);
-    // The first copies that are sent again arrive, which makes all older packets suspect.
+    // The resent packets arrive, which makes all older packets suspect.
     let mut again = Vec::new();
     let mut packet = Vec::new();
     while connection.transmit(later, &mut packet) {
@@ -406,7 +406,8 @@ fn small_writes_share_packets() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
-    // Where a fifth is lost each way, one packet in some thousands is lost seven times on end, and giving up is right.
+    // Loss stays below 10 %. At 20 % each way, one packet in some thousands is lost seven times in a row, and giving up
+    // is right.
     #[test]
     fn whatever_the_weather_bytes_arrive_once_and_in_order(
         seed: u64, loss in 0.0..10.0f64, double in 0.0..20.0f64, late in 0.0..30.0f64,
@@ -431,7 +432,7 @@ proptest! {
         connection.write(Bytes::from(pattern(20_000)));
         while transmit(&mut connection).is_some() {}
         for mut datagram in datagrams {
-            // Numbers near those in use reach deeper.
+            // Packets with numbers near those in use reach deeper code.
             if datagram.len() >= HEADER_BYTES {
                 datagram[..2].copy_from_slice(&[0xff, 1]);
                 datagram[3] &= 15;
