@@ -1,4 +1,4 @@
-//! Finds peers by topic and keeps track of what they do.
+//! Finds peers by topic and tracks what they announce.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,33 +18,33 @@ use crate::client::Client;
 use crate::membership::Membership;
 use crate::transport::Transport;
 
-/// How often the topic is looked up once somebody is known, at most; a little less often by chance of the keys.
+/// The maximum interval of lookups once a peer is known. It is slightly shorter, depending on the node's key.
 const REFRESH: Duration = Duration::from_secs(2);
-/// How often it is looked up while nobody is known, and after somebody was lost: it may have come back elsewhere.
+/// The interval of lookups while no peer is known, and after one was lost, which may have come back at another address.
 const SEARCH: Duration = Duration::from_millis(100);
-/// For how long after that.
+/// How long the short interval lasts after a peer was lost.
 const SEARCH_FOR: Duration = Duration::from_secs(5);
-/// How long a lookup may take.
+/// The timeout of a lookup.
 const LOOKUP: Duration = Duration::from_secs(5);
-/// How long a peer may take to say what it is.
+/// The timeout of a peer's `node.describe`.
 const DESCRIBE: Duration = Duration::from_secs(2);
-/// Peers asked side by side.
+/// How many peers are asked concurrently.
 const ASKED_AT_ONCE: usize = 32;
-/// Peers asked in one round besides those known. Anyone may announce on a topic.
+/// How many new peers are asked in one round. Anyone may announce on a topic.
 const ASKED_MAX: usize = 64;
-/// Peers known at once.
+/// How many peers the directory holds.
 const KNOWN_MAX: usize = 256;
 
-/// How long the network may take to announce a topic.
+/// The timeout of announcing a topic.
 const ANNOUNCE_WITHIN: Duration = Duration::from_secs(10);
-/// How long it may take to take a topic back.
+/// The timeout of unannouncing a topic.
 const UNANNOUNCE_WITHIN: Duration = Duration::from_secs(2);
-/// The wait after an announcement that failed for the first time; it doubles.
+/// The delay after the first failed announcement. It doubles with each failure.
 const AGAIN: Duration = Duration::from_millis(500);
-/// The longest wait.
+/// The maximum delay.
 const AGAIN_MAX: Duration = Duration::from_secs(30);
 
-/// Keeps a node announced under a topic until `stop`, and then takes it off.
+/// Keeps a node announced under a topic until `stop`, then unannounces it.
 pub async fn keep_announced(transport: &dyn Transport, topic: &Topic, stop: &CancellationToken) {
     let announcing = async {
         let mut failures = 0;
@@ -63,11 +63,11 @@ pub async fn keep_announced(transport: &dyn Transport, topic: &Topic, stop: &Can
         stop.cancelled().await;
     };
     stop.run_until_cancelled(announcing).await;
-    // A node that goes away anyway is forgotten by expiry.
+    // If this fails, the node's announcement expires by itself.
     let _ = time::timeout(UNANNOUNCE_WITHIN, transport.unannounce(topic)).await;
 }
 
-/// The peers of one topic and what they do. Clones see the same.
+/// The peers of one topic and what they announce. Clones share their contents.
 #[derive(Clone)]
 pub struct Directory {
     membership: Membership,
@@ -75,13 +75,13 @@ pub struct Directory {
     unreachable: Arc<AtomicUsize>,
 }
 
-/// Keeps a [`Directory`] fresh while it runs.
+/// The task that keeps a [`Directory`] up to date.
 pub struct DirectoryTask {
     transport: Arc<dyn Transport>,
     client: Client,
     topic: Topic,
     peers: watch::Sender<Arc<BTreeMap<PublicKey, NodeInfo>>>,
-    /// Nodes that the last lookup found and that did not answer.
+    /// The number of nodes that the last lookup found but that did not answer.
     unreachable: Arc<AtomicUsize>,
 }
 
@@ -95,40 +95,40 @@ impl Directory {
         (Self { membership, peers, unreachable }, task)
     }
 
-    /// Returns the peers of a role, in the order of their keys. With admission, only those certified for it.
+    /// Returns the peers of a role, ordered by key. With admission, only those certified for the role.
     pub fn find(&self, role: NodeRole) -> Vec<PublicKey> {
         let peers = self.peers.borrow();
         let of_role = peers.iter().filter(|(_, info)| info.roles.contains(&role));
-        // Asked each time: who was expelled is gone at once.
+        // Checked on each call, so that a revoked peer disappears at once.
         of_role.map(|(key, _)| *key).filter(|key| self.membership.has_role(*key, role)).collect()
     }
 
-    /// Returns where the peers of a role stand, each region once.
+    /// Returns the regions of the peers of a role, without duplicates.
     pub fn regions(&self, role: NodeRole) -> BTreeSet<Region> {
         let peers = self.peers.borrow();
         peers.values().filter(|info| info.roles.contains(&role)).map(|info| info.region.clone()).collect()
     }
 
-    /// Returns how many nodes announce themselves on the topic and cannot be reached.
+    /// Returns how many nodes are announced on the topic but cannot be reached.
     pub fn unreachable(&self) -> usize {
         self.unreachable.load(Ordering::Relaxed)
     }
 
-    /// Waits until a peer of a role is known, at most `within`. Says whether there is one.
+    /// Waits until a peer of a role is known, for at most `within`. Returns whether there is one.
     pub async fn wait_for(&self, role: NodeRole, within: Duration) -> bool {
         let mut peers = self.peers.clone();
         let known = peers.wait_for(|peers| peers.values().any(|info| info.roles.contains(&role)));
         matches!(time::timeout(within, known).await, Ok(Ok(_)))
     }
 
-    /// Waits until the set of peers changes. Returns false once nobody keeps it fresh.
+    /// Waits until the set of peers changes. Returns `false` once the directory's task has ended.
     pub async fn changed(&mut self) -> bool {
         self.peers.changed().await.is_ok()
     }
 }
 
 impl DirectoryTask {
-    /// Looks the topic up until `stop`.
+    /// Looks up the topic periodically until `stop`.
     pub async fn run(self, stop: CancellationToken) {
         let own_key = self.transport.public_key();
         let refreshing = async {
@@ -145,23 +145,23 @@ impl DirectoryTask {
         stop.run_until_cancelled(async { tokio::join!(self.recall(), refreshing) }).await;
     }
 
-    /// Asks the peers of an earlier run. Who kept this node's topics then may be gone, and nothing be found for a
-    /// while.
+    /// Asks the peers of an earlier run. The nodes that stored this network's topics may be gone, and then lookups find
+    /// nothing for a while.
     async fn recall(&self) {
         let mut answers = std::pin::pin!(self.ask(self.transport.remembered().into_iter().take(ASKED_MAX)));
         while let Some((key, info)) = answers.next().await {
-            // Workers are followed elsewhere, and may be many.
+            // Workers are tracked elsewhere, and there may be many.
             if let Some(info) = info.filter(|info| info.roles != [NodeRole::Worker]) {
                 self.learn(key, info);
             }
         }
     }
 
-    /// Asks those who were found and those who are known what they are, and keeps those who answer. Says whether
-    /// somebody was lost.
+    /// Asks found and known peers to describe themselves, and keeps those that answer. Returns whether a known peer was
+    /// lost.
     ///
-    /// A storage node returns some records at random and not all, and a lookup may fail: who answers stays, found or
-    /// not. Whoever left without a word drops out, since everyone is asked each time.
+    /// A storage node returns a random selection of its records, and a lookup may fail, so a peer that answers stays
+    /// whether or not it was found. A peer that left without notice is dropped, because every peer is asked each time.
     async fn refresh(&self, own_key: PublicKey) -> bool {
         let found = match time::timeout(LOOKUP, self.transport.lookup(&self.topic)).await {
             Ok(Ok(found)) => found,
@@ -174,8 +174,8 @@ impl DirectoryTask {
                 vec![]
             }
         };
-        // Those known come first, so that a crowd on the topic cannot drive them out; then the registry that this node
-        // was told of when it joined.
+        // Known peers come first, so that a crowd on the topic cannot displace them. Then comes the registry that this
+        // node was given when it joined.
         let mut peers: Vec<PublicKey> = self.peers.borrow().keys().copied().collect();
         let mut seen: BTreeSet<PublicKey> = peers.iter().copied().chain([own_key]).collect();
         let announced: BTreeSet<PublicKey> = found.iter().copied().collect();
@@ -184,7 +184,7 @@ impl DirectoryTask {
         let mut silent: BTreeSet<PublicKey> = peers.iter().copied().collect();
         let mut answers = std::pin::pin!(self.ask(peers));
         while let Some((key, info)) = answers.next().await {
-            // Known at once: nobody waits for those that are gone.
+            // Added at once, without waiting for the peers that are gone.
             if let Some(info) = info {
                 silent.remove(&key);
                 self.learn(key, info);
@@ -211,7 +211,8 @@ impl DirectoryTask {
         });
     }
 
-    /// Asks peers what they are. Nothing is returned of one that does not answer, or may not be what it says.
+    /// Asks peers to describe themselves. A peer yields `None` if it does not answer, or is not certified for what it
+    /// claims.
     fn ask(&self, peers: impl IntoIterator<Item = PublicKey>) -> impl Stream<Item = (PublicKey, Option<NodeInfo>)> {
         let answers = peers.into_iter().map(move |key| async move {
             match self.client.call::<_, NodeInfo>(key, NODE_DESCRIBE, &Empty {}, DESCRIBE).await {
@@ -222,7 +223,7 @@ impl DirectoryTask {
         stream::iter(answers).buffer_unordered(ASKED_AT_ONCE)
     }
 
-    /// Leaves of what a peer says it is what it may be; nothing of it for a stranger.
+    /// Reduces a peer's description to the roles that it is certified for. Returns `None` if there are none.
     async fn certified(&self, key: PublicKey, mut info: NodeInfo) -> Option<NodeInfo> {
         let membership = self.client.membership();
         if membership.is_checked() {

@@ -1,4 +1,4 @@
-//! `artifact.fetch`: gives artifacts of the store to other members, and reads them from those.
+//! `artifact.fetch`: serves artifacts of the local store to other members, and fetches artifacts from them.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -22,24 +22,24 @@ use crate::frame::FRAME_PAYLOAD_MAX;
 use crate::membership::Membership;
 use crate::server::{Interrupted, ReplyStream, StreamCall};
 
-/// Files that are read for others at once; one more caller is told to try another node.
+/// How many files are read for other nodes at once. Further callers get an error that asks them to try another node.
 pub const READS_MAX: usize = 8;
-/// Of those, for one caller.
+/// How many of those one caller may have.
 pub const READS_PER_PEER_MAX: usize = 2;
-/// Bytes read from the disk at a time.
+/// How many bytes are read from the disk at a time.
 const BLOCK_BYTES: u64 = 1 << 20;
-/// How long a caller may take to make room for the next message.
+/// How long a caller may take to grant credit for the next message.
 const SEND_WITHIN: Duration = Duration::from_secs(30);
-/// When a caller that was one too many may ask again.
+/// When a refused caller may try again.
 const AGAIN_AFTER: Duration = Duration::from_secs(2);
-/// How long a node may take to begin.
+/// How long a node may take to accept the call.
 const ACCEPT_WITHIN: Duration = Duration::from_secs(10);
-/// How long it may be silent.
+/// How long a node may be silent.
 const STALL: Duration = Duration::from_secs(20);
-/// What it may send ahead, beside the usual window: a way of 50 ms carries 20 MB a second with it.
+/// Credit in addition to the usual window. With a round trip of 50 ms, it allows 20 MB/s.
 const AHEAD_BYTES: u32 = 1 << 20;
 
-/// Gives artifacts of a store to the workers of the pool.
+/// Serves artifacts of a store to the workers of the pool.
 pub struct ArtifactServer {
     store: ArtifactStore,
     membership: Membership,
@@ -47,7 +47,7 @@ pub struct ArtifactServer {
     by_peer: Mutex<HashMap<PublicKey, usize>>,
 }
 
-/// A place among those who are read for.
+/// A read on behalf of a caller, which counts against the limits until it is dropped.
 struct Read<'a> {
     artifact_server: &'a ArtifactServer,
     peer: PublicKey,
@@ -72,14 +72,14 @@ impl ArtifactServer {
         Self { store, membership, reads: Arc::new(Semaphore::new(READS_MAX)), by_peer: Mutex::default() }
     }
 
-    /// Answers a call. `models_of` returns the models that the catalogue lists with an artifact: nothing else is given
-    /// away.
+    /// Answers a call. `models_of` returns the models that the catalogue lists with an artifact. Artifacts without a
+    /// model are not served.
     pub async fn serve<Listing>(&self, call: StreamCall, models_of: impl FnOnce(Digest) -> Listing)
     where
         Listing: Future<Output = Result<Vec<ModelName>, WireError>>,
     {
         let opened = async {
-            // Who may not ask learns nothing of what there is.
+            // A caller without permission must not learn which artifacts exist.
             self.membership.admit(call.peer, NodeRole::Worker, None)?;
             let wanted: ArtifactFetch = codec::decode(&call.body)?;
             self.check_listed(call.peer, &models_of(wanted.digest).await?)?;
@@ -160,10 +160,10 @@ fn too_many() -> WireError {
         .with_retry_after(AGAIN_AFTER)
 }
 
-/// Sends what is left of a file. The next block is read while one is sent.
+/// Sends the rest of a file. The next block is read while the current one is sent.
 async fn send(mut reply: ReplyStream, file: File, bytes: u64, offset: u64) -> Result<(), Interrupted> {
     send_one(&mut reply, &codec::encode(&ArtifactHead { bytes })).await?;
-    // A file of the store never grows; what would is not sent.
+    // A file of the store never grows. If it did, the excess would not be sent.
     let mut left = bytes - offset;
     let mut reading = read(file, left);
     while left > 0 {
@@ -196,16 +196,16 @@ fn read(mut file: File, left: u64) -> tokio::task::JoinHandle<io::Result<(File, 
     })
 }
 
-/// An artifact as it comes from another node. Dropping it ends the call.
+/// An artifact as another node sends it. Dropping it cancels the call.
 #[derive(Debug)]
 pub struct ArtifactStream {
     stream: AnswerStream,
-    /// Length of the whole artifact, as the other node says.
+    /// The length of the whole artifact, as reported by the other node.
     pub bytes: u64,
 }
 
 impl ArtifactStream {
-    /// Asks a node for what is left of an artifact.
+    /// Requests an artifact from a node, from an offset on.
     pub async fn open(client: &Client, peer: PublicKey, wanted: ArtifactFetch) -> Result<Self, CallError> {
         let options = StreamOptions { accept_within: ACCEPT_WITHIN, deadline: None, stall: STALL };
         let body = Bytes::from(codec::encode(&wanted));
@@ -216,7 +216,7 @@ impl ArtifactStream {
         Ok(Self { stream, bytes })
     }
 
-    /// Returns the next bytes, or `None` after the last. Cancel safe.
+    /// Returns the next bytes, or `None` at the end. Cancel safe.
     pub async fn next(&mut self) -> Option<Result<Bytes, CallError>> {
         self.stream.next().await
     }

@@ -1,21 +1,21 @@
-//! Waits that differ from node to node, so that what happens to many is not answered by all at once.
+//! Backoff with jitter, so that many nodes hit by the same event do not all react at once.
 
 use std::time::Duration;
 
 use protocol::PublicKey;
 
-/// Returns a wait from three quarters to the whole of `nominal`. A pure function of two keys and a count: each pair of
-/// nodes has its own, and each count another.
+/// Returns a wait between three quarters of `nominal` and all of it. A pure function of two keys and a count, so that
+/// each pair of nodes and each count has its own jitter.
 pub fn spread(nominal: Duration, between: [PublicKey; 2], count: u64) -> Duration {
     let count = count.to_le_bytes();
     let bytes = between[0].0.iter().chain(&between[1].0).chain(&count);
-    // FNV-1a: enough to tell pairs apart.
+    // FNV-1a is sufficient to distinguish pairs.
     let hash =
         bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
     nominal * (768 + (hash >> 32) as u32 % 257) / 1024
 }
 
-/// Returns a wait that doubles with each failure, from `first` to at most `most`.
+/// Returns a wait that doubles with each failure, from `first` up to `most`.
 pub fn doubled(first: Duration, most: Duration, failures: u32) -> Duration {
     first.saturating_mul(1 << (failures.clamp(1, 16) - 1)).min(most)
 }

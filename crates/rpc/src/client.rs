@@ -1,7 +1,7 @@
-//! Calls to peers. Connections are opened by public key, one a peer, and shared.
+//! Calls to peers. The client opens one connection per peer, by public key, and shares it among all calls.
 //!
-//! A node that has a [`Membership`] introduces itself first on each connection, and again when it has a new
-//! certificate. Calls do not wait for that: they follow in the same connection.
+//! A node with a [`Membership`] introduces itself first on each connection, and again when its certificate changes.
+//! Calls do not wait for the introduction: they follow it on the same connection.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ mod links;
 
 pub use answer_stream::{AnswerStream, REQUEST_BYTES_PER_SEC, StreamOptions};
 
-/// How long a connection may take to open.
+/// The timeout of opening a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
 /// Makes calls. Clones share their connections.
@@ -34,16 +34,16 @@ pub struct Client {
     membership: Membership,
 }
 
-/// Why a call has no answer.
+/// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
     /// The peer answered with an error.
     #[error(transparent)]
     Remote(#[from] WireError),
-    /// Nobody answers under this key.
+    /// No peer answers under this key.
     #[error("peer {} does not answer", peer.short())]
     Unreachable {
-        /// The key.
+        /// The peer's key.
         peer: PublicKey,
     },
     /// The peer did not accept the stream in time.
@@ -52,22 +52,22 @@ pub enum CallError {
     /// The deadline passed.
     #[error("the deadline passed")]
     Deadline,
-    /// No message came for too long.
+    /// No message arrived within the stall time.
     #[error("the peer fell silent")]
     Stalled,
     /// The connection closed before the answer was complete.
     #[error("the connection closed")]
     Closed,
-    /// The peer sent what makes no sense.
+    /// The peer sent something invalid.
     #[error("the peer broke the protocol")]
     Garbled,
-    /// The peer's reply could not be read.
+    /// The peer's reply could not be decoded.
     #[error("the peer's reply could not be read: {0}")]
     BadReply(#[from] DecodeError),
-    /// The request is over the limit and was not sent.
+    /// The request exceeds the size limit and was not sent.
     #[error("the request has {bytes} bytes, more than 16 MiB")]
     TooLarge {
-        /// Its length.
+        /// The length of the request.
         bytes: usize,
     },
 }
@@ -78,7 +78,7 @@ impl From<CallError> for WireError {
             CallError::Remote(error) => error,
             CallError::Deadline => Self::new(ErrorCode::DeadlineExceeded, "the deadline passed"),
             CallError::TooLarge { .. } => Self::new(ErrorCode::RequestTooLarge, error.to_string()),
-            // Messages of these name no peer: they may reach clients.
+            // These messages name no peer, because clients may see them.
             CallError::Unreachable { .. } | CallError::NotAccepted | CallError::Stalled | CallError::Closed => {
                 Self::new(ErrorCode::Unavailable, "a part of the network does not answer, try again")
             }
@@ -95,30 +95,30 @@ impl Client {
         Self::connecting_within(transport, CONNECT_WITHIN)
     }
 
-    /// Makes a client that waits this long for a connection to open.
+    /// Makes a client with this timeout for opening a connection.
     pub fn connecting_within(transport: Arc<dyn Transport>, connect_within: Duration) -> Self {
         Self { links: Arc::new(Links::new(transport, connect_within)), membership: Membership::unchecked() }
     }
 
-    /// Introduces the node to its peers as a member.
+    /// Introduces the node to its peers as a member of the pool.
     #[must_use]
     pub fn with_membership(mut self, membership: Membership) -> Self {
         self.membership = membership;
         self
     }
 
-    /// Returns who belongs to the network as far as this client's node knows.
+    /// Returns the pool membership as this client's node knows it.
     pub fn membership(&self) -> &Membership {
         &self.membership
     }
 
-    /// Returns the key of the client's node.
+    /// Returns the public key of the client's node.
     pub fn public_key(&self) -> PublicKey {
         self.links.public_key()
     }
 
-    /// Waits until a peer and this node have introduced themselves, at most `deadline`. What the peer may do is then
-    /// known by [`Client::membership`].
+    /// Waits until a peer and this node have introduced themselves, for at most `deadline`. After that,
+    /// [`Client::membership`] knows the peer's permissions.
     pub async fn meet(&self, peer: PublicKey, deadline: Duration) -> Result<(), CallError> {
         let meeting = async {
             let link = self.linked(peer).await?;
@@ -127,7 +127,7 @@ impl Client {
             }
             link.introduction.answered().await;
             if self.membership.standing(peer).is_err() {
-                // What it showed has ended since, or it had nothing to show then.
+                // The certificate that the peer showed has expired since, or the peer had none to show then.
                 link.introduction.repeat();
                 introduce(&link, &self.membership, &self.links);
                 link.introduction.answered().await;
@@ -137,7 +137,7 @@ impl Client {
         time::timeout(deadline, meeting).await.map_err(|_| CallError::Deadline)?
     }
 
-    /// Calls a method and waits for its reply, at most `deadline`, the opening of a connection included.
+    /// Calls a method and waits for its reply, for at most `deadline`, which includes opening a connection.
     pub async fn call<Request: Serialize, Reply: DeserializeOwned>(
         &self,
         peer: PublicKey,
@@ -155,7 +155,8 @@ impl Client {
             Ok(Ok(reply)) => Ok(codec::decode(&reply)?),
             Ok(Err(RequestError::Remote(error))) => {
                 if error.code == ErrorCode::NotEnrolled {
-                    // It may have forgotten, or our clocks differed: the next call shows the certificate again.
+                    // The peer may have forgotten this node, or the clocks differed. The next call shows the
+                    // certificate again.
                     link.introduction.repeat();
                 }
                 Err(CallError::Remote(error))
@@ -168,8 +169,8 @@ impl Client {
         }
     }
 
-    /// Opens a stream and waits until the peer accepts it. A connection that has to be opened first has a time of
-    /// its own, within the deadline.
+    /// Opens a stream and waits until the peer accepts it. If a connection has to be opened first, that does not count
+    /// towards `accept_within`, only towards the deadline.
     pub async fn open_stream(
         &self,
         peer: PublicKey,
@@ -206,17 +207,17 @@ impl Client {
         self.linked(peer).await.map(drop)
     }
 
-    /// Forgets that a peer did not answer, since it gave a sign of life: the next call dials it at once.
+    /// Clears the backoff of a peer that has shown a sign of life, so that the next call dials it at once.
     pub fn forgive(&self, peer: PublicKey) {
         self.links.forgive(peer);
     }
 
-    /// Closes the connection to a peer, where there is one.
+    /// Closes the connection to a peer, if there is one.
     pub fn disconnect(&self, peer: PublicKey) {
         self.links.disconnect(peer);
     }
 
-    /// Closes the connections to peers that were expelled.
+    /// Closes the connections to revoked peers.
     pub fn disconnect_revoked(&self) {
         for peer in self.membership.revoked() {
             self.links.disconnect(peer);
@@ -227,7 +228,7 @@ impl Client {
         time::timeout_at(until, self.linked(peer)).await.map_err(|_| CallError::Deadline)?
     }
 
-    /// Returns a connection to a peer in which this node has introduced itself.
+    /// Returns a connection to a peer on which this node has introduced itself.
     async fn linked(&self, peer: PublicKey) -> Result<Arc<Link>, CallError> {
         if self.membership.is_revoked(peer) {
             return Err(CallError::Unreachable { peer });

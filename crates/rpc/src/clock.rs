@@ -1,10 +1,10 @@
-//! The one real clock.
+//! The system clock.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use protocol::{Clock, UnixMillis};
 
-/// Reads the machine's time of day.
+/// Reads the system's wall clock.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemClock;
 

@@ -1,4 +1,4 @@
-//! What a node keeps of its admission beside its key, and how it comes by it.
+//! Obtains a node's certificate and stores it next to the node's key.
 
 use std::fs;
 use std::io;
@@ -20,32 +20,32 @@ use crate::membership::Membership;
 /// How long a registry may take to redeem an invite.
 const REDEEM: Duration = Duration::from_secs(10);
 
-/// What a node keeps of its admission. It holds no secret: its key lies elsewhere.
+/// What a node stores of its admission. It contains no secret; the node's key is stored in another file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Enrolment {
-    /// The pool: its root's public key.
+    /// The pool, identified by its root's public key.
     pub pool: PublicKey,
     /// The registry that admitted the node.
     pub registry: PublicKey,
-    /// Addresses of nodes that know the network, `host:port`.
+    /// Addresses of bootstrap nodes, as `host:port`.
     #[serde(default)]
     pub bootstrap: Vec<String>,
     /// The node's certificate.
     pub certificate: Signed,
-    /// The last list of expelled nodes.
+    /// The latest revocation list.
     pub revocations: Signed,
 }
 
-/// Why a node has no enrolment.
+/// Why a node has no usable enrolment.
 #[derive(Debug, thiserror::Error)]
 pub enum EnrolmentError {
-    /// The file can't be used.
+    /// The file cannot be read or written.
     #[error("could not use the enrolment file {}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The file does not hold an enrolment.
@@ -54,10 +54,10 @@ pub enum EnrolmentError {
         /// The file.
         path: PathBuf,
     },
-    /// The certificate is no good, or no longer.
+    /// The certificate is invalid, or has expired.
     #[error("the node cannot take part")]
     Certificate(#[from] CertificateError),
-    /// The list of expelled nodes is no good.
+    /// The revocation list is invalid.
     #[error("the revocation list in the enrolment file is no good")]
     Revocations(#[from] RevocationError),
 }
@@ -65,22 +65,22 @@ pub enum EnrolmentError {
 /// Why a node could not join.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    /// The invite's time is over.
+    /// The invite has expired.
     #[error("the invite has ended, ask for a new one; if it is new, see that this machine's clock is right")]
     Ended,
-    /// The registry refused it.
+    /// The registry refused the invite.
     #[error("the registry refused the invite: {}", .0.message)]
     Refused(WireError),
     /// The registry did not answer.
     #[error("the registry did not answer")]
     Unreachable(#[source] CallError),
-    /// The registry sent a certificate that is no good.
+    /// The registry sent an invalid certificate.
     #[error("the registry sent a certificate that is no good")]
     Certificate(#[from] CertificateError),
-    /// The registry sent a list that is no good.
+    /// The registry sent an invalid revocation list.
     #[error("the registry sent a revocation list that is no good")]
     Revocations(#[from] RevocationError),
-    /// The registry's certificate is not what the invite promised.
+    /// The certificate is not what the invite promised.
     #[error("the registry gave another certificate than the invite promised")]
     NotAsPromised,
 }
@@ -106,7 +106,7 @@ impl Enrolment {
         Ok(Self { pool: invite.pool, registry: invite.registry, bootstrap, certificate, revocations })
     }
 
-    /// Reads the enrolment in `path`, where there is one.
+    /// Reads the enrolment in `path`, if there is one.
     pub fn load(path: &Path) -> Result<Option<Self>, EnrolmentError> {
         match fs::read(path) {
             Ok(bytes) => match codec::decode(&bytes) {
@@ -118,13 +118,13 @@ impl Enrolment {
         }
     }
 
-    /// Writes the enrolment, in whole or not at all. Its owner alone may read it, as all that lies beside a key.
+    /// Writes the enrolment atomically. Only its owner may read the file, like every file next to a key.
     pub fn save(&self, path: &Path) -> Result<(), EnrolmentError> {
         identity::replace_private(path, &codec::encode(self))
             .map_err(|source| EnrolmentError::File { path: path.to_owned(), source })
     }
 
-    /// Makes the node's membership, which keeps `path` up to date.
+    /// Makes the node's membership, which keeps the file at `path` up to date.
     pub fn membership(
         self,
         path: &Path,

@@ -1,8 +1,8 @@
-//! Frames of `tether/stream/1`: one request, then messages back under credit (`docs/wire/tether-stream-1.md`).
+//! Frames of `tether/stream/1`: one request, then messages in return under credit (`docs/wire/tether-stream-1.md`).
 //!
-//! The caller opens with the request and a window in bytes. The callee accepts or refuses, then sends messages
-//! while it has credit; the caller grants more as it reads. Either may end it: the callee with an end or an error,
-//! the caller with a cancel, which it also sends by going away.
+//! The caller opens the stream with the request and a window in bytes. The callee accepts or refuses it, then sends
+//! messages while it has credit. The caller grants more credit as it reads. Either side may end the stream: the callee
+//! with an end or an error, the caller with a cancel, which it also sends when it is dropped.
 //!
 //! [`crate::client::AnswerStream`] is the caller's half, [`crate::server::ReplyStream`] the callee's.
 
@@ -10,9 +10,9 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::{WireError, codec};
 
-/// The most bytes of a payload in one frame; longer payloads are cut, so that streams share a connection fairly.
+/// The maximum payload of a frame. Longer payloads are split, so that streams share a connection fairly.
 pub const FRAME_PAYLOAD_MAX: usize = 64 * 1024;
-/// The window a caller opens with, in bytes.
+/// The initial window of a caller, in bytes.
 pub const WINDOW: u32 = 256 * 1024;
 /// The version in an open frame.
 const VERSION: u8 = 1;
@@ -31,31 +31,31 @@ const ERROR: u8 = 8;
 pub enum Frame {
     /// Opens a stream.
     Open {
-        /// Bytes the caller is ready to take.
+        /// How many bytes the caller accepts.
         credit: u32,
-        /// Milliseconds the caller will wait for the whole answer; 0 for no limit.
+        /// How many milliseconds the caller waits for the whole answer. 0 means no limit.
         deadline_ms: u64,
         /// The method's name.
         method: String,
-        /// Length of the whole request.
+        /// The length of the whole request.
         body_bytes: u32,
         /// The beginning of the request.
         body: Bytes,
     },
     /// More of the request.
     Part(Bytes),
-    /// The callee takes the call.
+    /// The callee accepts the call.
     Accept,
-    /// A message, or its beginning where `more` follows.
+    /// A message, or a part of it if `more` is set.
     Data {
-        /// Whether the message goes on in the next frame.
+        /// Whether the message continues in the next frame.
         more: bool,
         /// The bytes.
         payload: Bytes,
     },
-    /// The caller takes this many bytes more.
+    /// The caller accepts this many more bytes.
     Credit(u32),
-    /// The caller wants no more.
+    /// The caller cancels the call.
     Cancel,
     /// The answer is complete.
     End,
@@ -63,28 +63,28 @@ pub enum Frame {
     Error(WireError),
 }
 
-/// Why bytes are not a frame.
+/// Why bytes could not be decoded as a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// The frame ends too early.
+    /// The frame is truncated.
     #[error("the frame is cut short")]
     Short,
-    /// The frame is longer than a frame may be.
+    /// The frame exceeds the maximum length.
     #[error("the frame is too long")]
     Long,
-    /// No frame begins like this.
+    /// The kind of frame is unknown.
     #[error("no frame of kind {0}")]
     Kind(u8),
-    /// Another version of the protocol.
+    /// The frame has another version of the protocol.
     #[error("version {0} of tether/stream is not spoken here")]
     Version(u8),
-    /// A part is malformed.
+    /// A field is malformed.
     #[error("the frame's {0} is malformed")]
     Malformed(&'static str),
 }
 
 impl Frame {
-    /// Writes the frame.
+    /// Encodes the frame.
     pub fn encode(&self) -> Bytes {
         let mut bytes = BytesMut::new();
         match self {
@@ -113,9 +113,9 @@ impl Frame {
         bytes.freeze()
     }
 
-    /// Reads a frame. Never panics, whatever the bytes.
+    /// Decodes a frame. Never panics, whatever the bytes.
     pub fn decode(mut bytes: Bytes) -> Result<Self, FrameError> {
-        // The longest head is that of an open frame: 19 bytes and a method of at most 255.
+        // The longest header is that of an open frame: 19 bytes and a method of at most 255.
         if bytes.len() > FRAME_PAYLOAD_MAX + 512 {
             return Err(FrameError::Long);
         }

@@ -1,4 +1,4 @@
-//! A node's key file: made at first start, readable by its owner alone.
+//! A node's key file: created at the first start and readable by its owner alone.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -10,12 +10,12 @@ use tempfile::NamedTempFile;
 /// Why a node has no key.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    /// The file or its folder can't be used.
+    /// The file or its folder cannot be read or written.
     #[error("could not use the key file {}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The file does not hold a key.
@@ -24,12 +24,12 @@ pub enum IdentityError {
         /// The file.
         path: PathBuf,
     },
-    /// The machine has no randomness to give.
+    /// The system provides no randomness.
     #[error("could not draw random bytes")]
     Random,
 }
 
-/// Reads the key in `path`, or makes one there with mode 0600.
+/// Reads the key in `path`, or creates one there with mode 0600.
 pub fn load_or_create(path: &Path) -> Result<NodeKey, IdentityError> {
     let failed = |source| IdentityError::File { path: path.to_owned(), source };
     match fs::read(path) {
@@ -41,7 +41,7 @@ pub fn load_or_create(path: &Path) -> Result<NodeKey, IdentityError> {
             let mut seed = [0; 32];
             getrandom::fill(&mut seed).map_err(|_| IdentityError::Random)?;
             match write_private(path, &seed) {
-                // Another process was first: its key is the node's.
+                // Another process created the key first, so this node uses it.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => load_or_create(path),
                 written => written.map(|()| NodeKey::from_seed(&seed)).map_err(failed),
             }
@@ -50,20 +50,20 @@ pub fn load_or_create(path: &Path) -> Result<NodeKey, IdentityError> {
     }
 }
 
-/// Writes a file that only its owner can read, in whole or not at all, over the one that is there.
+/// Replaces a file atomically. Only its owner can read it.
 pub fn replace_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     written_beside(path, bytes)?.persist(path)?;
     sync_folder(path)
 }
 
-/// Writes a new file that only its owner can read, in whole or not at all. Fails where the file exists.
+/// Creates a file atomically. Only its owner can read it. Fails if the file exists.
 pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     written_beside(path, bytes)?.persist_noclobber(path)?;
     sync_folder(path)
 }
 
-/// Writes the bytes to a file of a name that no other process takes, in the same folder, which is made where it is
-/// missing. The file has mode 0600, and goes away unless it is given its name.
+/// Writes the bytes to a temporary file with a unique name in the same folder, which is created if it is missing. The
+/// file has mode 0600, and is deleted unless it is renamed.
 fn written_beside(path: &Path, bytes: &[u8]) -> io::Result<NamedTempFile> {
     let folder = folder_of(path);
     fs::create_dir_all(folder)?;
@@ -73,7 +73,7 @@ fn written_beside(path: &Path, bytes: &[u8]) -> io::Result<NamedTempFile> {
     Ok(file)
 }
 
-/// Has the file's name outlive a power cut, as its bytes do.
+/// Syncs the folder, so that the file's name survives a power failure as its bytes do.
 fn sync_folder(path: &Path) -> io::Result<()> {
     #[cfg(unix)]
     fs::File::open(folder_of(path))?.sync_all()?;

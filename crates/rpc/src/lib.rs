@@ -1,10 +1,10 @@
 //! Typed calls, token streams and announcements between nodes, over a [`transport::Transport`].
 //!
-//! Unary calls carry one JSON value each way. Streams speak `tether/stream/1` ([`frame`]): one request, then messages
-//! back under credit, until an end, an error or a cancel. Topics only find peers ([`announce`]); connections are opened
-//! by public key and shared by all calls to a peer ([`client`]). Who belongs to the network is known by certificates
-//! that nodes show each other first ([`membership`]). Models' files go from node to node by streams as well
-//! ([`artifacts`]).
+//! A unary call carries one JSON value each way. A stream speaks `tether/stream/1` ([`frame`]): one request, then
+//! messages in return under credit, until an end, an error or a cancel. Topics only serve to find peers ([`announce`]).
+//! Connections are opened by public key, and all calls to a peer share one ([`client`]). Nodes prove that they belong
+//! to the network by certificates, which they show each other first ([`membership`]). Nodes also copy model files from
+//! each other over streams ([`artifacts`]).
 
 #![warn(missing_docs)]
 

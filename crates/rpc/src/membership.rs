@@ -1,4 +1,4 @@
-//! Who belongs to the pool, as one node knows it: its own certificate, those that peers showed, and who was expelled.
+//! Pool membership as one node sees it: its own certificate, the certificates that peers showed, and the revocations.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -13,19 +13,20 @@ use protocol::{Clock, PublicKey, Region, UnixMillis, WireError};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// Certificates kept at most. Only what the root signed gets in, so that strangers cannot fill it.
+/// The maximum number of stored certificates. Only certificates that the root signed are stored, so strangers cannot
+/// fill it.
 const PEERS_MAX: usize = 65_536;
-/// A registry that left two questions in a row without an answer is away.
+/// A registry that answered neither of two consecutive requests counts as away.
 const AWAY_AFTER: Duration = Duration::from_secs(STATE_EVERY.as_secs() * 2 + 1);
 
-/// Says who belongs to the pool and may do what. Clones are the same.
+/// Decides who belongs to the pool, and what they may do. Clones share their state.
 ///
-/// [`crate::Client`] and [`crate::Server`] show each other's certificates to it, and [`crate::MembershipTask`] keeps it
-/// up to date; it is asked by whoever has to admit a peer.
+/// [`crate::Client`] and [`crate::Server`] pass it the certificates that peers show, and [`crate::MembershipTask`]
+/// keeps it up to date. Code that has to admit a peer asks it.
 #[derive(Clone)]
 pub struct Membership(Option<Arc<Inner>>);
 
-/// What is done with a certificate or a list that came, such as keeping it in a file. It may block.
+/// Called with each new certificate or revocation list, for example to write it to a file. It may block.
 pub type Keep = Arc<dyn Fn(&Enrolled) + Send + Sync>;
 
 struct Inner {
@@ -35,21 +36,21 @@ struct Inner {
     registry: Option<PublicKey>,
     keep: Option<Keep>,
     state: RwLock<State>,
-    /// Counts what changes who is admitted: revocations.
+    /// Counts the changes of who is admitted, which are revocations.
     changes: watch::Sender<u64>,
 }
 
 struct State {
-    /// By key, this node's own among them.
+    /// Certificates by key, including this node's own.
     known: HashMap<PublicKey, Known>,
     version: u64,
     revoked: BTreeSet<PublicKey>,
     list: Option<Arc<Signed>>,
-    /// When a registry last told the state of the pool; the start, before the first time.
+    /// When a registry last reported the state of the pool; initially when this was created.
     confirmed: Instant,
 }
 
-/// A certificate that was found good when it came.
+/// A certificate that was valid when it arrived.
 #[derive(Clone)]
 struct Known {
     certificate: Arc<Certificate>,
@@ -57,12 +58,12 @@ struct Known {
 }
 
 impl Membership {
-    /// Admits everybody to everything: for tests, and for networks that need no admission.
+    /// Admits every node to everything, for tests and for networks without admission.
     pub fn unchecked() -> Self {
         Self(None)
     }
 
-    /// Makes the membership of a node in a pool, by the certificate it has.
+    /// Makes the membership of a node in a pool, given the node's certificate.
     pub fn new(
         pool: PublicKey,
         own_key: PublicKey,
@@ -83,7 +84,7 @@ impl Membership {
         Ok(Self(Some(Arc::new(Inner { pool, own_key, clock, registry, keep, state, changes }))))
     }
 
-    /// Names a registry to ask when none is found by topic. Called before the membership is cloned.
+    /// Sets a registry to ask when none is found by topic. Must be called before the membership is cloned.
     #[must_use]
     pub fn ask_registry(mut self, registry: PublicKey) -> Self {
         if let Some(inner) = self.0.as_mut().and_then(Arc::get_mut) {
@@ -92,7 +93,8 @@ impl Membership {
         self
     }
 
-    /// Has what comes kept, so that it outlives the process. Called before the membership is cloned.
+    /// Sets the function that stores new certificates and lists, so that they outlive the process. Must be called
+    /// before the membership is cloned.
     #[must_use]
     pub fn keep_by(mut self, keep: Keep) -> Self {
         if let Some(inner) = self.0.as_mut().and_then(Arc::get_mut) {
@@ -101,7 +103,7 @@ impl Membership {
         self
     }
 
-    /// Returns whether a key belongs to the pool, whatever its role.
+    /// Returns whether a key belongs to the pool, in any role.
     pub fn is_member(&self, key: PublicKey) -> bool {
         self.standing(key).is_ok()
     }
@@ -111,7 +113,7 @@ impl Membership {
         self.admit(key, role, None).is_ok()
     }
 
-    /// Says why a key may not act in a role and, where one is named, a region.
+    /// Checks that a key may act in a role and, if given, in a region. Otherwise returns the reason why not.
     pub fn admit(&self, key: PublicKey, role: NodeRole, region: Option<&Region>) -> Result<(), Exclusion> {
         match self.standing(key)? {
             Some(certificate) => certificate.check_use(role, region),
@@ -119,7 +121,8 @@ impl Membership {
         }
     }
 
-    /// Returns a key's certificate, or why it is nobody; without admission everybody is somebody and has none.
+    /// Returns a key's certificate, or the reason why the key is excluded. Without admission every key is accepted, and
+    /// has no certificate.
     pub fn standing(&self, key: PublicKey) -> Result<Option<Arc<Certificate>>, Exclusion> {
         let Some(inner) = &self.0 else { return Ok(None) };
         let state = inner.read();
@@ -131,17 +134,17 @@ impl Membership {
         Ok(Some(known.certificate.clone()))
     }
 
-    /// Returns whether a key was expelled.
+    /// Returns whether a key was revoked.
     pub fn is_revoked(&self, key: PublicKey) -> bool {
         self.0.as_ref().is_some_and(|inner| inner.read().revoked.contains(&key))
     }
 
-    /// Returns who was expelled.
+    /// Returns the revoked keys.
     pub fn revoked(&self) -> Vec<PublicKey> {
         self.0.as_ref().map_or_else(Vec::new, |inner| inner.read().revoked.iter().copied().collect())
     }
 
-    /// Waits until a key is expelled, for ever where that does not happen. Cancel safe.
+    /// Waits until a key is revoked, forever if it never is. Cancel safe.
     pub async fn until_revoked(&self, key: PublicKey) {
         let mut changes = self.changes();
         while !self.is_revoked(key) {
@@ -151,7 +154,7 @@ impl Membership {
         }
     }
 
-    /// Tells of each revocation.
+    /// Returns a channel that changes with each revocation.
     pub fn changes(&self) -> watch::Receiver<u64> {
         match &self.0 {
             Some(inner) => inner.changes.subscribe(),
@@ -159,25 +162,25 @@ impl Membership {
         }
     }
 
-    /// Returns the pool, where there is admission.
+    /// Returns the pool, if admission is enabled.
     pub fn pool(&self) -> Option<PublicKey> {
         self.0.as_ref().map(|inner| inner.pool)
     }
 
-    /// Returns this node's own certificate, where there is admission.
+    /// Returns this node's own certificate, if admission is enabled.
     pub fn own(&self) -> Option<Arc<Certificate>> {
         let inner = self.0.as_ref()?;
         inner.read().known.get(&inner.own_key).map(|known| known.certificate.clone())
     }
 
-    /// Returns how this node introduces itself, where there is admission, and its certificate's number.
+    /// Returns this node's introduction and the serial number of its certificate, if admission is enabled.
     pub(crate) fn introduction(&self) -> Option<(u64, Hello)> {
         let inner = self.0.as_ref()?;
         let known = inner.read().known.get(&inner.own_key).cloned()?;
         Some((known.certificate.serial, Hello { certificate: Some((*known.signed).clone()) }))
     }
 
-    /// Takes a peer's introduction over a connection that proved `remote_key`.
+    /// Processes a peer's introduction on a connection that proved `remote_key`.
     pub fn meet(&self, remote_key: PublicKey, hello: &Hello) -> Result<(), WireError> {
         let (Some(inner), Some(signed)) = (&self.0, &hello.certificate) else { return Ok(()) };
         {
@@ -185,7 +188,7 @@ impl Membership {
             if state.revoked.contains(&remote_key) {
                 return Err(Exclusion::Revoked.into());
             }
-            // The same again costs no signature.
+            // A certificate that is known already is not verified again.
             if state.known.get(&remote_key).is_some_and(|known| *known.signed == *signed) {
                 return Ok(());
             }
@@ -195,7 +198,7 @@ impl Membership {
         Ok(())
     }
 
-    /// Takes this node's next certificate.
+    /// Replaces this node's certificate by its next one.
     pub fn renew(&self, signed: Signed) -> Result<(), CertificateError> {
         let Some(inner) = &self.0 else { return Ok(()) };
         let certificate = Certificate::verify(&signed, inner.pool, inner.own_key, inner.clock.now())?;
@@ -203,19 +206,19 @@ impl Membership {
         Ok(())
     }
 
-    /// Returns the version of the revocation list, 0 before the first.
+    /// Returns the version of the revocation list; 0 before the first one.
     pub fn version(&self) -> u64 {
         self.0.as_ref().map_or(0, |inner| inner.read().version)
     }
 
-    /// Takes a revocation list. Says whether it is newer than what is known.
+    /// Applies a revocation list. Returns whether it is newer than the current one.
     pub fn take_revocations(&self, signed: &Signed) -> Result<bool, RevocationError> {
         let Some(inner) = &self.0 else { return Ok(false) };
         let list = RevocationList::verify(signed, inner.pool)?;
         let is_newer = {
             let mut state = inner.write();
             let is_newer = list.version > state.version;
-            // The list of nobody has version 0 and is kept like any other.
+            // The empty list has version 0 and is stored like any other.
             if is_newer || list.version == state.version && state.list.is_none() {
                 state.version = list.version;
                 state.revoked = list.keys;
@@ -229,24 +232,24 @@ impl Membership {
         Ok(is_newer)
     }
 
-    /// Notes that a registry has just told the state of the pool.
+    /// Records that a registry has just reported the state of the pool.
     pub(crate) fn confirm(&self) {
         if let Some(inner) = &self.0 {
             inner.write().confirmed = Instant::now();
         }
     }
 
-    /// Returns for how long no registry has told this node who was expelled. Without admission nobody is waited for.
+    /// Returns how long no registry has reported the revocations to this node. Without admission this is zero.
     pub fn registry_silence(&self) -> Duration {
         self.0.as_ref().map_or(Duration::ZERO, |inner| inner.read().confirmed.elapsed())
     }
 
-    /// Returns whether no registry answers: it was asked several times since one did.
+    /// Returns whether the registries are away: several requests were made since one answered.
     pub fn is_registry_away(&self) -> bool {
         self.registry_silence() > AWAY_AFTER
     }
 
-    /// Takes a registry's word that this node was expelled; the list itself is told to members only.
+    /// Records that a registry reported this node as revoked. The list itself is only sent to members.
     pub(crate) fn note_expelled(&self) {
         if let Some(inner) = &self.0
             && inner.write().revoked.insert(inner.own_key)
@@ -255,22 +258,22 @@ impl Membership {
         }
     }
 
-    /// Returns whether there is admission.
+    /// Returns whether admission is enabled.
     pub fn is_checked(&self) -> bool {
         self.0.is_some()
     }
 
-    /// Returns the registry that the node was told of when it joined.
+    /// Returns the registry that the node was given when it joined.
     pub(crate) fn registry(&self) -> Option<PublicKey> {
         self.0.as_ref().and_then(|inner| inner.registry)
     }
 
-    /// Returns whether this node needs its next certificate.
+    /// Returns whether this node's certificate is due for renewal.
     pub(crate) fn is_due(&self) -> bool {
         self.0.as_ref().is_some_and(|inner| self.own().is_some_and(|own| own.is_due(inner.clock.now())))
     }
 
-    /// Returns what is to be kept, and by whom.
+    /// Returns what has to be stored, and the function that stores it.
     pub(crate) fn to_keep(&self) -> Option<(Keep, Enrolled)> {
         let inner = self.0.as_ref()?;
         let keep = inner.keep.clone()?;
@@ -282,7 +285,7 @@ impl Membership {
 }
 
 impl Inner {
-    /// Keeps a certificate, unless a later one of the same key is known.
+    /// Stores a certificate, unless a later one of the same key is known.
     fn learn(&self, key: PublicKey, new: Known) {
         let now = self.clock.now();
         let mut state = self.write();
@@ -305,7 +308,7 @@ impl Inner {
 }
 
 impl State {
-    /// Forgets what has ended and who was expelled; where that is nobody, whose certificate ends first.
+    /// Removes expired and revoked certificates, or else the one that expires first.
     fn make_room(&mut self, own_key: PublicKey, now: UnixMillis) {
         let Self { known, revoked, .. } = self;
         known.retain(|key, known| *key == own_key || known.certificate.not_after > now && !revoked.contains(key));

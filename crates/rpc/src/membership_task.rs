@@ -1,4 +1,4 @@
-//! Keeps a node's membership up to date: asks a registry who was expelled, and renews the certificate in time.
+//! Keeps a node's membership up to date: fetches the revocations from a registry, and renews the certificate in time.
 
 use std::time::Duration;
 
@@ -13,12 +13,13 @@ use crate::announce::Directory;
 use crate::client::{CallError, Client};
 use crate::membership::Membership;
 
-/// How long a registry may take. With [`STATE_EVERY`] it bounds how long a revocation takes to be known.
+/// How long a registry may take to answer. Together with [`STATE_EVERY`], this bounds how long a revocation takes to
+/// spread.
 const DEADLINE: Duration = Duration::from_secs(1);
-/// The wait after a renewal that failed; there are days left for it.
+/// The delay after a failed renewal. The certificate is still valid for days.
 const RENEW_AGAIN: Duration = Duration::from_secs(30);
 
-/// Keeps the membership of a [`Client`] up to date while it runs.
+/// The task that keeps the membership of a [`Client`] up to date.
 pub struct MembershipTask {
     client: Client,
     membership: Membership,
@@ -31,13 +32,13 @@ pub struct MembershipTask {
 }
 
 impl MembershipTask {
-    /// Makes the task of a client's membership, which finds registries in a directory.
+    /// Makes the task for a client's membership. It finds registries in a directory.
     pub fn new(client: Client, directory: Directory) -> Self {
         let membership = client.membership().clone();
         Self { client, membership, directory, last: None, renew_at: Instant::now(), is_told: false, is_away: false }
     }
 
-    /// Asks every two seconds until `stop`. While no registry answers, what is known stands.
+    /// Asks every two seconds until `stop`. While no registry answers, the last known state applies.
     pub async fn run(mut self, stop: CancellationToken) {
         if !self.membership.is_checked() {
             return;
@@ -64,7 +65,7 @@ impl MembershipTask {
         .await;
     }
 
-    /// Returns whom to ask: the one that answered last, those found, and the one known from the invite.
+    /// Returns the registries to ask: the one that answered last, those found, and the one from the invite.
     fn registries(&self) -> Vec<PublicKey> {
         let mut keys: Vec<PublicKey> = self.last.into_iter().collect();
         let others = self.directory.find(NodeRole::Registry).into_iter().chain(self.membership.registry());
@@ -88,7 +89,8 @@ impl MembershipTask {
                     return;
                 }
                 Err(CallError::Remote(refusal)) if refusal.code == ErrorCode::NodeRevoked => {
-                    // Believed of a registry that was certified when this node met it, or that its invite named.
+                    // Believed only if it comes from a registry that this node knows: by its certificate, by its last
+                    // answer, or from the invite.
                     let is_known = before == Some(*registry) || self.membership.registry() == Some(*registry);
                     if (is_known || self.membership.has_role(*registry, NodeRole::Registry)) && !self.is_told {
                         self.is_told = true;
@@ -104,7 +106,7 @@ impl MembershipTask {
         }
     }
 
-    /// Logs that no registry answers any more, and that one does again.
+    /// Logs when the registries go away and when they come back.
     fn tell_absence(&mut self) {
         let is_away = self.membership.is_registry_away();
         if is_away && !self.is_away {
@@ -147,10 +149,10 @@ impl MembershipTask {
         }
     }
 
-    /// Has the certificate and the list kept, off the runtime's threads.
+    /// Stores the certificate and the list, on a blocking thread.
     async fn keep(&self) {
         if let Some((keep, enrolled)) = self.membership.to_keep() {
-            // It says itself what went wrong.
+            // The function reports its own errors.
             let _ = tokio::task::spawn_blocking(move || keep(&enrolled)).await;
         }
     }

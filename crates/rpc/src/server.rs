@@ -1,4 +1,4 @@
-//! Answers to peers' calls.
+//! Serves the calls of peers.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -32,35 +32,37 @@ pub use stream_call::{Interrupted, ReplyStream, StreamCall};
 
 /// How long a caller may take to send its request.
 const OPENING: Duration = Duration::from_secs(10);
-/// How long a connection too many is held, so that its calls are told why they are refused.
+/// How long an unwanted connection is held, so that its calls are told why they are refused.
 const TURNING_AWAY: Duration = Duration::from_secs(1);
-/// Connections too many that are told so at once; the others are closed without a word.
+/// How many connections over the limit are answered with the reason at once. Further ones are closed without an answer.
 const TURNED_AWAY_MAX: usize = 64;
-/// The largest introduction taken: a certificate in its envelope, escaped once more.
+/// The maximum size of an introduction: a certificate in its envelope, JSON-escaped once more.
 const HELLO_BYTES_MAX: usize = 2 * CERTIFICATE_BYTES_MAX + 1024;
-/// Introductions that are no good, before their connection is closed: each may cost the check of a signature.
+/// How many invalid introductions a peer may send before its connection is closed. Each may cost a signature
+/// verification.
 const HELLOS_FAILED_MAX: u32 = 16;
 
-/// How long a request of a node that is no member may be, where nodes speak among themselves: it holds a certificate.
+/// The maximum length of a request from a node that is not a member, on interfaces between nodes. It must hold a
+/// certificate.
 pub const STRANGER_BYTES_MAX: usize = 64 * 1024;
 
-/// What a server takes at once.
+/// Concurrency limits of a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Calls worked on; one more is refused.
+    /// The maximum number of concurrent calls. Further calls are refused.
     pub calls_max: usize,
-    /// The same for all strangers together, so that they leave the others theirs: callers whose body limit is smaller
-    /// than the largest message.
+    /// The same for all strangers together, so that they cannot use up the capacity of the others. Strangers are
+    /// callers whose body limit is below the largest message.
     pub strangers_calls_max: usize,
-    /// Bytes of the requests of those calls; what goes beyond is refused.
+    /// The maximum number of bytes of the requests of those calls. Requests beyond it are refused.
     pub body_bytes_max: usize,
     /// The same for all strangers together.
     pub strangers_body_bytes_max: usize,
-    /// Connections held; one more is told so and closed.
+    /// The maximum number of connections. Further ones are refused with an error and closed.
     pub connections_max: usize,
-    /// Connections of one peer; one more takes the place of its oldest one without calls.
+    /// The maximum number of connections of one peer. A further one replaces the peer's oldest one without calls.
     pub connections_per_peer_max: usize,
-    /// A connection without calls is closed after this time, and before twice as much.
+    /// The idle timeout. A connection without calls is closed after this time, and before twice this time.
     pub idle: Duration,
 }
 
@@ -78,10 +80,10 @@ impl Default for Limits {
     }
 }
 
-/// Who calls.
+/// The caller of a method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caller {
-    /// The key that the connection proved.
+    /// The public key that the connection proved.
     pub key: PublicKey,
 }
 
@@ -90,7 +92,7 @@ type UnaryHandler = Box<dyn Fn(Caller, Bytes) -> Done<Result<Bytes, WireError>> 
 type RevokedHook = Box<dyn Fn(PublicKey, &str) + Send + Sync>;
 type StreamHandler = Box<dyn Fn(StreamCall) -> Done<()> + Send + Sync>;
 
-/// Answers calls under names. Every node also answers `node.describe` and `node.ping`.
+/// Serves methods by name. Every node also serves `node.describe` and `node.ping`.
 pub struct Server {
     transport: Arc<dyn Transport>,
     unary: HashMap<&'static str, Unary>,
@@ -101,15 +103,15 @@ pub struct Server {
     on_revoked_call: Option<RevokedHook>,
 }
 
-/// How a unary method is answered.
+/// A unary method.
 struct Unary {
     handler: UnaryHandler,
-    /// Whether the work goes on when the caller is gone.
+    /// Whether the work continues when the caller is gone.
     finishes: bool,
 }
 
 impl Server {
-    /// Makes a server that can only say what it is.
+    /// Makes a server that only describes itself.
     pub fn new(transport: Arc<dyn Transport>, info: NodeInfo) -> Self {
         let (unary, streams) = (HashMap::new(), HashMap::new());
         let (limits, membership) = (Limits::default(), Membership::unchecked());
@@ -121,43 +123,44 @@ impl Server {
         server.unary(NODE_DESCRIBE, describe).unary(NODE_PING, |_, _: Empty| async { Ok(Empty {}) })
     }
 
-    /// Takes the callers' introductions into a membership, answers them, and keeps those who were expelled out.
+    /// Passes the callers' introductions to a membership, answers them, and rejects revoked peers.
     #[must_use]
     pub fn membership(mut self, membership: Membership) -> Self {
         self.membership = membership;
         self
     }
 
-    /// Is told of each call of a revoked peer that is refused, by key and method; streams have no name yet.
+    /// Sets a hook for each refused call of a revoked peer, with its key and the method. It is not called for streams,
+    /// which are refused before their method is known.
     #[must_use]
     pub fn on_revoked_call(mut self, told: impl Fn(PublicKey, &str) + Send + Sync + 'static) -> Self {
         self.on_revoked_call = Some(Box::new(told));
         self
     }
 
-    /// Limits what is taken at once.
+    /// Sets the concurrency limits.
     #[must_use]
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
     }
 
-    /// Limits how long a request may be, by the key of its caller: strangers need not send what members may.
-    /// Asked at each call.
+    /// Limits the length of a request by the public key of its caller, so that strangers can send less than members.
+    /// Evaluated for each call.
     #[must_use]
     pub fn body_limit(mut self, limit_of: impl Fn(PublicKey) -> usize + Send + Sync + 'static) -> Self {
         self.body_limit = Some(Box::new(limit_of));
         self
     }
 
-    /// Limits the calls worked on at once.
+    /// Limits the number of concurrent calls.
     #[must_use]
     pub fn calls_max(mut self, calls_max: usize) -> Self {
         self.limits.calls_max = calls_max;
         self
     }
 
-    /// Answers a unary method. What was begun is finished, whether or not the caller waits for it.
+    /// Adds a unary method. A call that was started is completed, whether or not the caller waits for it.
     #[must_use]
     pub fn unary<Request, Reply, Work>(
         self,
@@ -172,7 +175,7 @@ impl Server {
         self.answer(method, handler, true)
     }
 
-    /// Answers a unary method as long as its caller waits: the work is dropped when nobody does any more.
+    /// Adds a unary method whose work is dropped when the caller no longer waits.
     #[must_use]
     pub fn unary_while_wanted<Request, Reply, Work>(
         self,
@@ -206,7 +209,7 @@ impl Server {
         self
     }
 
-    /// Answers a streamed method. The handler accepts or refuses the call.
+    /// Adds a streaming method. The handler accepts or refuses the call.
     #[must_use]
     pub fn stream<Work>(
         mut self,
@@ -220,7 +223,8 @@ impl Server {
         self
     }
 
-    /// Serves until `stop`; calls under way then have `drain` to end before they are dropped, and new ones are refused.
+    /// Serves until `stop`. Then new calls are refused, and calls in progress have `drain` to end before they are
+    /// dropped.
     pub async fn run(mut self, stop: CancellationToken, drain: Duration) {
         let (calls, connections) = (TaskTracker::new(), TaskTracker::new());
         let (abort, over) = (CancellationToken::new(), CancellationToken::new());
@@ -271,22 +275,22 @@ struct Shared {
     strangers: Arc<Semaphore>,
     budget: Budget,
     calls: TaskTracker,
-    /// No new call is taken.
+    /// Cancelled when no new calls are accepted.
     stop: CancellationToken,
-    /// The calls under way are dropped.
+    /// Cancelled when the calls in progress are dropped.
     abort: CancellationToken,
-    /// No call is left.
+    /// Cancelled when no calls are left.
     over: CancellationToken,
 }
 
-/// What a call holds while it is worked on.
+/// What a call holds while it is being handled.
 struct Hold {
     _permit: OwnedSemaphorePermit,
     _mark: CallMark,
 }
 
 impl Shared {
-    /// Takes the calls of a connection until it closes, is idle for too long, or gives way to another.
+    /// Serves the calls of a connection until it closes, is idle for too long, or is replaced by another.
     async fn serve(self: &Arc<Self>, connection: Arc<dyn Connection>, place: Place) {
         let caller = Caller { key: connection.remote_key() };
         let membership = &self.server.membership;
@@ -327,7 +331,7 @@ impl Shared {
             let Some(incoming) = incoming else { return };
             was_idle = false;
             match incoming {
-                // Here and not in a task, so that the calls behind it find the caller introduced.
+                // Handled here and not in a task, so that the calls that follow find the caller introduced.
                 Incoming::Request { method, body, reply } if method == NODE_HELLO => {
                     let taken = self.take_hello(caller, &body);
                     hellos_left -= u32::from(taken.is_err());
@@ -350,7 +354,7 @@ impl Shared {
         Ok(Bytes::from(codec::encode(&own)))
     }
 
-    /// Works on a call, or refuses it where there is no room.
+    /// Handles a call, or refuses it if the server is at its limit.
     fn begin(self: &Arc<Self>, caller: Caller, incoming: Incoming, place: &Place) {
         if self.stop.is_cancelled() {
             return refuse(incoming, stopping());
@@ -405,7 +409,7 @@ impl Shared {
         }
     }
 
-    /// Tells the first calls of a connection that is not wanted why they are refused.
+    /// Refuses the first calls of an unwanted connection, and gives the reason.
     async fn turn_away(&self, connection: &dyn Connection, error: WireError, told: Option<&RevokedHook>) {
         let telling = async {
             while let Some(incoming) = connection.next().await {
@@ -420,7 +424,7 @@ impl Shared {
     }
 }
 
-/// Refuses a call unread: one over the limits must take neither memory nor time.
+/// Refuses a call without reading it: a call beyond the limits must cost neither memory nor time.
 fn refuse(incoming: Incoming, error: WireError) {
     match incoming {
         Incoming::Request { reply, .. } => reply.send(Err(error)),

@@ -12,37 +12,37 @@ use super::links::Suspicion;
 use crate::frame::{FRAME_PAYLOAD_MAX, Frame, WINDOW};
 use crate::transport::Channel;
 
-/// Bytes of a request that even a slow way carries in a second.
+/// The rate at which even a slow network carries a request.
 pub const REQUEST_BYTES_PER_SEC: u32 = 1024 * 1024;
-/// How long to wait, and for what.
+/// The timeouts of a stream.
 #[derive(Debug, Clone, Copy)]
 pub struct StreamOptions {
-    /// For the callee to accept or refuse a request of a single frame; a longer one takes a second more for each
-    /// [`REQUEST_BYTES_PER_SEC`].
+    /// How long the callee may take to accept or refuse a request of a single frame. A longer request gets one second
+    /// more for each [`REQUEST_BYTES_PER_SEC`].
     pub accept_within: Duration,
-    /// For the whole answer, until [`AnswerStream::lift_deadline`]; the callee is told. `None` waits as long as
-    /// messages come.
+    /// How long the whole answer may take, until [`AnswerStream::lift_deadline`]. It is sent to the callee. `None`
+    /// waits as long as messages arrive.
     pub deadline: Option<Duration>,
-    /// For each message after the acceptance.
+    /// How long each message may take after the stream was accepted.
     pub stall: Duration,
 }
 
-/// The caller's end of a stream: messages that a peer sends. Dropping it cancels the call.
+/// The caller's end of a stream of messages from a peer. Dropping it cancels the call.
 #[derive(Debug)]
 pub struct AnswerStream {
     channel: Box<dyn Channel>,
     options: StreamOptions,
-    /// Raised when the callee falls silent.
+    /// Raised when the callee becomes silent.
     suspicion: Suspicion,
     deadline: Option<Instant>,
-    /// When the last message came.
+    /// When the last message arrived.
     heard_at: Instant,
-    /// Fires at the deadline, or when the stall time may be over. It is not moved at each message, which would cost
-    /// more than the message: it catches up when it fires.
+    /// Fires at the deadline, or when the stall time may have passed. It is not reset with each message, which would
+    /// cost more than the message itself; when it fires, it is set again if needed.
     timer: Option<Pin<Box<Sleep>>>,
-    /// The beginning of a message that comes in several frames.
+    /// The beginning of a message that spans several frames.
     partial: BytesMut,
-    /// Bytes read since the last grant.
+    /// Bytes read since credit was last granted.
     ungranted: u32,
     finished: bool,
 }
@@ -69,7 +69,7 @@ impl AnswerStream {
             ungranted: 0,
             finished: false,
         };
-        // A long request does not shorten the time that the callee has to accept it.
+        // A long request does not shorten the time in which the callee must accept it.
         let length = body.len().saturating_sub(FRAME_PAYLOAD_MAX) as f64;
         let within = options.accept_within + Duration::from_secs_f64(length / f64::from(REQUEST_BYTES_PER_SEC));
         let within = options.deadline.map_or(within, |deadline| within.min(deadline.max(options.accept_within)));
@@ -93,7 +93,7 @@ impl AnswerStream {
         while !body.is_empty() {
             let part = body.split_to(body.len().min(FRAME_PAYLOAD_MAX));
             if self.send(Frame::Part(part).encode()).await.is_err() {
-                // A callee that wants no more of the request has said why.
+                // A callee that stops reading the request has sent the reason.
                 break;
             }
         }
@@ -118,27 +118,27 @@ impl AnswerStream {
         error
     }
 
-    /// Lets the callee send so many bytes more before any of them is read: for answers that are long and quick, on ways
-    /// that are far. No more than 2 MiB, or the network closes the stream.
+    /// Lets the callee send this many more bytes ahead of the reader, for long answers over networks with a high
+    /// bandwidth-delay product. Must not exceed 2 MiB, or the transport may close the stream.
     pub fn widen(&mut self, bytes: u32) {
         if !self.channel.try_send(Frame::Credit(bytes).encode()) {
             self.ungranted = self.ungranted.saturating_add(bytes);
         }
     }
 
-    /// Bounds only the silence between messages from here on, for answers whose deadline is for their beginning.
+    /// From now on only limits the silence between messages, for answers whose deadline applies to their beginning.
     pub fn lift_deadline(&mut self) {
         self.deadline = None;
     }
 
-    /// Returns the next message, or `None` after the last.
+    /// Returns the next message, or `None` after the last one.
     ///
-    /// Waits at most the stall time and not past the deadline. Cancel safe.
+    /// Waits at most for the stall time, and not past the deadline. Cancel safe.
     pub async fn next(&mut self) -> Option<Result<Bytes, CallError>> {
         if self.finished {
             return None;
         }
-        // Silence counts from when somebody listens.
+        // The stall time starts when the caller starts to wait.
         self.heard_at = Instant::now();
         let mut timer = self.timer.take().unwrap_or_else(|| Box::pin(sleep_until(self.wait_until().0)));
         let message = loop {
@@ -149,7 +149,8 @@ impl AnswerStream {
                     let (until, late) = self.wait_until();
                     if Instant::now() >= until {
                         self.suspicion.raise();
-                        // Not finished: the callee may still be at work, and is told to stop when this is dropped.
+                        // The stream is not finished: the callee may still be working, and is told to stop when this is
+                        // dropped.
                         return Some(Err(late));
                     }
                     timer.as_mut().reset(until);
@@ -167,7 +168,7 @@ impl AnswerStream {
         }
     }
 
-    /// Returns until when to wait for the next message, and what it means when none has come by then.
+    /// Returns how long to wait for the next message, and the error if it does not arrive by then.
     fn wait_until(&self) -> (Instant, CallError) {
         let stall = self.heard_at + self.options.stall;
         match self.deadline {
@@ -199,7 +200,7 @@ impl AnswerStream {
         }
     }
 
-    /// Gives credit back once half the window is read, so that few frames go the other way.
+    /// Grants credit once half the window has been read, so that few frames are sent in the other direction.
     fn grant(&mut self, bytes: u32) {
         self.ungranted = self.ungranted.saturating_add(bytes);
         if self.ungranted >= WINDOW / 2 && self.channel.try_send(Frame::Credit(self.ungranted).encode()) {
@@ -211,7 +212,7 @@ impl AnswerStream {
 impl Drop for AnswerStream {
     fn drop(&mut self) {
         if !self.finished {
-            // Where the queue is full, the closing channel says the same.
+            // If the queue is full, closing the channel has the same effect.
             let _ = self.channel.try_send(Frame::Cancel.encode());
         }
     }

@@ -1,4 +1,4 @@
-//! What is said first in a connection: who this node is.
+//! The introduction that a node sends first on a connection, to prove who it is.
 
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -18,25 +18,26 @@ use crate::membership::Membership;
 /// How long a peer may take to answer an introduction.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
-/// How this node introduced itself in a connection.
+/// The state of this node's introduction on a connection.
 #[derive(Default)]
 pub(super) struct Introduction(Mutex<State>);
 
 #[derive(Default)]
 struct State {
-    /// The certificate it showed; none before, and where the peer wants to see it again.
+    /// The serial number of the certificate that was shown. `None` before the first introduction, and if the peer needs
+    /// to see it again.
     shown: Option<u64>,
-    /// Cancelled when the peer has answered, or will not.
+    /// Cancelled when the peer has answered, or will not answer.
     answered: CancellationToken,
 }
 
 impl Introduction {
-    /// Has the certificate shown again before the next call.
+    /// Requests that the certificate is shown again before the next call.
     pub(super) fn repeat(&self) {
         self.lock().shown = None;
     }
 
-    /// Waits until the peer has answered, or will not. Cancel safe.
+    /// Waits until the peer has answered, or will not answer. Cancel safe.
     pub(super) async fn answered(&self) {
         let answered = self.lock().answered.clone();
         answered.cancelled().await;
@@ -47,7 +48,7 @@ impl Introduction {
     }
 }
 
-/// Shows this node's certificate in a connection, unless it was shown there already.
+/// Shows this node's certificate on a connection, unless it was already shown there.
 pub(super) fn introduce(link: &Arc<Link>, membership: &Membership, links: &Links) {
     let Some((serial, hello)) = membership.introduction() else { return };
     let mut state = link.introduction.lock();
@@ -56,7 +57,7 @@ pub(super) fn introduce(link: &Arc<Link>, membership: &Membership, links: &Links
     }
     let answered = CancellationToken::new();
     *state = State { shown: Some(serial), answered: answered.clone() };
-    // Whatever becomes of the task, nobody waits for it in vain.
+    // However the task ends, the waiters are released.
     let done = answered.drop_guard();
     let (link, membership) = (link.clone(), membership.clone());
     let mut telling = Box::pin(unconstrained(async move {
@@ -74,7 +75,7 @@ pub(super) fn introduce(link: &Arc<Link>, membership: &Membership, links: &Links
             Err(_) => debug!(peer = peer.short(), "the introduction was not answered"),
         }
     }));
-    // Polled here and under the lock: it must be on its way before any call that follows in this connection.
+    // Polled here, under the lock, so that it is sent before any call that follows on this connection.
     if telling.as_mut().poll(&mut Context::from_waker(Waker::noop())) == Poll::Pending {
         links.spawn(telling);
     }

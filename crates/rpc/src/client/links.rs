@@ -1,4 +1,5 @@
-//! One connection a peer: opened once however many wait for it, looked after, and not tried too often.
+//! Keeps one connection per peer: opens it once for all callers (single-flight), watches it, and limits how often it is
+//! retried.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,13 +21,13 @@ use super::introduction::Introduction;
 use crate::backoff;
 use crate::transport::{Connection, RequestError, Transport};
 
-/// How long a peer in suspicion may take to say that it is there.
+/// How long a suspected peer may take to answer a ping.
 const PING_WITHIN: Duration = Duration::from_millis(500);
-/// The wait after the first dial that failed; it doubles.
+/// The delay after the first failed dial. It doubles with each failure.
 const BACKOFF: Duration = Duration::from_millis(100);
-/// The longest wait between two dials, so that a peer that comes back is found within seconds.
+/// The maximum delay between two dials, so that a peer that comes back is found within seconds.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// Peers remembered before those with nothing to remember are forgotten.
+/// The number of peers at which idle ones are first removed.
 const PEERS_SWEPT_AT: usize = 1024;
 
 /// The connections of one client.
@@ -45,17 +46,17 @@ struct Peers {
     sweep_at: usize,
 }
 
-/// What is remembered of a peer.
+/// The state of a peer.
 #[derive(Default)]
 struct Peer {
     opening: Option<watch::Receiver<Opening>>,
-    /// Dials that failed in a row.
+    /// The number of consecutive failed dials.
     failures: u32,
-    /// Until when it is not dialled again.
+    /// The time before which the peer is not dialled again.
     rest: Option<Instant>,
 }
 
-/// How far a connection is.
+/// The state of a connection.
 #[derive(Clone)]
 enum Opening {
     Dialling,
@@ -63,12 +64,12 @@ enum Opening {
     Failed(CallError),
 }
 
-/// Whether a peer fell silent: then it is asked before its connection is used again. Clones are the same.
+/// Whether a peer has become silent. If so, it is pinged before its connection is used again. Clones share the flag.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Suspicion(Arc<AtomicBool>);
 
 impl Suspicion {
-    /// Notes that an answer did not come in time. Its method may be slow, or its peer gone.
+    /// Records that an answer did not arrive in time: the method may be slow, or the peer may be gone.
     pub(crate) fn raise(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -82,13 +83,13 @@ impl Suspicion {
     }
 }
 
-/// An open connection, and whether its peer is still believed to be there.
+/// An open connection, and whether its peer is believed to be alive.
 pub(super) struct Link {
     connection: Arc<dyn Connection>,
-    /// What was said first in it.
+    /// The state of the introduction on this connection.
     pub(super) introduction: Introduction,
     suspicion: Suspicion,
-    /// Held by the one who asks the peer.
+    /// Held by the task that pings the peer.
     asking: tokio::sync::Mutex<()>,
 }
 
@@ -97,7 +98,7 @@ impl Link {
         &*self.connection
     }
 
-    /// Returns what notes that a call got no answer in time.
+    /// Returns the flag to raise when a call gets no answer in time.
     pub(super) fn suspicion(&self) -> &Suspicion {
         &self.suspicion
     }
@@ -106,7 +107,7 @@ impl Link {
         !self.suspicion.is_raised() && !self.connection.is_closed()
     }
 
-    /// Asks a peer in suspicion whether it is there; those who come meanwhile wait for the outcome.
+    /// Pings a suspected peer. Concurrent callers wait for the outcome.
     async fn answers(&self) -> bool {
         let _asking = self.asking.lock().await;
         if self.connection.is_closed() {
@@ -115,7 +116,7 @@ impl Link {
         if self.suspicion.is_raised() {
             let ping = self.connection.request(NODE_PING, Bytes::from(codec::encode(&Empty {})));
             match time::timeout(PING_WITHIN, ping).await {
-                // Whatever it answers, it is there.
+                // Any answer, even an error, proves that the peer is alive.
                 Ok(Ok(_) | Err(RequestError::Remote(_))) => self.suspicion.settle(),
                 Ok(Err(RequestError::Transport(_))) | Err(_) => {
                     self.connection.close();
@@ -128,7 +129,7 @@ impl Link {
 }
 
 impl Peer {
-    /// Returns whether forgetting this peer changes nothing.
+    /// Returns whether removing this peer would lose no state.
     fn is_idle(&self, now: Instant) -> bool {
         let unused = match self.opening.as_ref().map(|opening| opening.borrow().clone()) {
             None | Some(Opening::Failed(_)) => true,
@@ -146,13 +147,14 @@ impl Links {
         Self { transport, connect_within, peers: Arc::default(), tasks: TaskTracker::new(), stop, _end: end }
     }
 
-    /// Returns a connection to a peer that is believed to be alive, and opens one if needed. Cancel safe:
-    /// a dial goes on for those who come later.
+    /// Returns a connection to a peer that is believed to be alive, and opens one if needed. Cancel safe: a dial
+    /// continues for later callers.
     pub(super) async fn get(&self, peer: PublicKey) -> Result<Arc<Link>, CallError> {
         if let Some(link) = self.sound(peer) {
             return Ok(link);
         }
-        // Once more after a connection that turned out dead; what is opened just now is in no suspicion.
+        // A second time after a connection that turned out to be dead. A connection that was just opened is not
+        // suspected.
         for _ in 0..2 {
             let mut opening = self.opening(peer)?;
             let opened = match opening.wait_for(|opening| !matches!(opening, Opening::Dialling)).await {
@@ -168,7 +170,7 @@ impl Links {
         Err(CallError::Unreachable { peer })
     }
 
-    /// Returns the connection there is, where nothing speaks against it. Most calls end here.
+    /// Returns the existing connection if it can be used as it is. Most calls take this path.
     fn sound(&self, peer: PublicKey) -> Option<Arc<Link>> {
         match &*self.lock().by_key.get(&peer)?.opening.as_ref()?.borrow() {
             Opening::Open(link) if link.is_sound() => Some(link.clone()),
@@ -176,7 +178,7 @@ impl Links {
         }
     }
 
-    /// Returns the connection there is or the dial under way, or begins one.
+    /// Returns the existing connection or the dial in progress, or starts a dial.
     fn opening(&self, peer: PublicKey) -> Result<watch::Receiver<Opening>, CallError> {
         let mut guard = self.lock();
         let peers = &mut *guard;
@@ -205,12 +207,12 @@ impl Links {
         Ok(opening)
     }
 
-    /// Returns this node's key.
+    /// Returns this node's public key.
     pub(super) fn public_key(&self) -> PublicKey {
         self.transport.public_key()
     }
 
-    /// Has some work done as long as anybody holds the client.
+    /// Runs a task as long as a handle to the client exists.
     pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         let stop = self.stop.clone();
         self.tasks.spawn(async move { stop.run_until_cancelled(work).await });
@@ -237,7 +239,8 @@ impl Links {
 }
 
 impl Peers {
-    /// Forgets peers with nothing to remember, now and then: keys come from topics, where anyone may write.
+    /// Removes idle peers from time to time. Keys come from topics, to which anyone may write, so their number must be
+    /// bounded.
     fn sweep(&mut self, now: Instant) {
         if self.by_key.len() > self.sweep_at.max(PEERS_SWEPT_AT) {
             self.by_key.retain(|_, peer| !peer.is_idle(now));
@@ -250,7 +253,7 @@ fn lock(peers: &Mutex<Peers>) -> MutexGuard<'_, Peers> {
     peers.lock()
 }
 
-/// The opening of a connection.
+/// A dial in progress.
 struct Dial {
     transport: Arc<dyn Transport>,
     peer: PublicKey,
@@ -259,8 +262,8 @@ struct Dial {
 }
 
 impl Dial {
-    /// Opens the connection and tells those who wait. Runs on when they give up, so that a slow dial is not begun
-    /// anew by each of them.
+    /// Opens the connection and tells the waiters. The dial continues if they give up, so that each of them does not
+    /// start a slow dial anew.
     async fn run(self, within: Duration) {
         let outcome = match time::timeout(within, self.transport.connect(self.peer)).await {
             Ok(outcome) => outcome.map_err(CallError::from),
@@ -283,7 +286,7 @@ impl Dial {
         let is_own = |entry: &&mut Peer| entry.opening.as_ref().is_some_and(|opening| opening.same_channel(&own));
         match (outcome, peers.by_key.get_mut(&self.peer).filter(is_own)) {
             (Ok(_), Some(entry)) => (entry.failures, entry.rest) = (0, None),
-            // Whoever disconnected meanwhile wants no connection.
+            // If the peer was disconnected meanwhile, the connection is not wanted.
             (Ok(connection), None) => connection.close(),
             (Err(error), Some(entry)) => {
                 entry.failures = entry.failures.saturating_add(1);

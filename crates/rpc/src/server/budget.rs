@@ -1,4 +1,4 @@
-//! Bytes of requests that a server holds at once: who may send how much, and room for it.
+//! Limits the bytes of requests that a server holds at once, in total and per peer.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,23 +9,23 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Limits;
 
-/// Says how long a request of a caller may be.
+/// Returns the maximum length of a request of a caller.
 pub(super) type BodyLimit = Box<dyn Fn(PublicKey) -> usize + Send + Sync>;
 
-/// ReservedBytes for the requests that a server holds at once.
+/// The byte budget for the requests that a server holds at once.
 pub(super) struct Budget {
     limit_of: Option<BodyLimit>,
     members: Arc<Semaphore>,
     strangers: Arc<Semaphore>,
 }
 
-/// What one call may send.
+/// The limits of one call.
 pub(crate) struct Allowance {
     limit: usize,
     pool: Arc<Semaphore>,
 }
 
-/// ReservedBytes taken for a request; given back when this is dropped.
+/// Bytes reserved for a request. They are released when this is dropped.
 #[derive(Debug)]
 pub(crate) struct ReservedBytes {
     limit: usize,
@@ -41,7 +41,7 @@ impl Budget {
         Self { limit_of, members, strangers }
     }
 
-    /// Returns what a caller may send, as things stand: it may have introduced itself since its last call.
+    /// Returns the limits of a caller at this moment, because it may have introduced itself since its last call.
     pub(super) fn allowance(&self, caller: PublicKey) -> Allowance {
         let limit = self.limit_of.as_ref().map_or(MESSAGE_BYTES_MAX, |limit_of| limit_of(caller));
         let pool = if limit < MESSAGE_BYTES_MAX { &self.strangers } else { &self.members };
@@ -55,7 +55,7 @@ impl Allowance {
         self.limit < MESSAGE_BYTES_MAX
     }
 
-    /// Begins a request that says how long it is. Nothing is taken for what has not come.
+    /// Starts a request of the given length. Nothing is reserved before bytes arrive.
     pub(crate) fn begin(self, bytes: usize) -> Result<ReservedBytes, WireError> {
         let Self { limit, pool } = self;
         if bytes > limit {
@@ -67,12 +67,12 @@ impl Allowance {
 }
 
 impl ReservedBytes {
-    /// Takes room for bytes that came.
+    /// Reserves the bytes that arrived.
     pub(crate) fn grow(&mut self, bytes: usize) -> Result<(), WireError> {
         if bytes == 0 {
             return Ok(());
         }
-        // A request never grows beyond its limit, and that is less than a u32.
+        // A request never grows beyond its limit, which fits in a `u32`.
         let more = u32::try_from(bytes).ok().filter(|_| self.bytes + bytes <= self.limit).ok_or_else(full)?;
         let more = self.pool.clone().try_acquire_many_owned(more).map_err(|_| full())?;
         self.bytes += bytes;

@@ -1,4 +1,4 @@
-//! The connections that peers opened: how many, and how many of each.
+//! Limits the connections that peers open, in total and per peer.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use parking_lot::{Mutex, MutexGuard};
 use protocol::PublicKey;
 use tokio_util::sync::CancellationToken;
 
-/// The connections held, within their limits.
+/// The open connections, within their limits.
 pub(super) struct Connections {
     limit: usize,
     per_peer: usize,
@@ -17,7 +17,7 @@ pub(super) struct Connections {
 
 #[derive(Default)]
 struct Table {
-    /// The oldest first.
+    /// The connections of each peer, oldest first.
     by_peer: HashMap<PublicKey, Vec<Held>>,
     count: usize,
     next_id: u64,
@@ -29,7 +29,7 @@ struct Held {
     give_way: CancellationToken,
 }
 
-/// A connection's place. Dropping it makes room.
+/// A connection's place within the limits. Dropping it frees the place.
 pub(super) struct Place {
     connections: Arc<Connections>,
     peer: PublicKey,
@@ -38,7 +38,7 @@ pub(super) struct Place {
     give_way: CancellationToken,
 }
 
-/// A call under way on a connection, as long as this lives.
+/// Counts as a call in progress on a connection until it is dropped.
 pub(super) struct CallMark(Arc<AtomicUsize>);
 
 impl Connections {
@@ -46,8 +46,8 @@ impl Connections {
         Arc::new(Self { limit, per_peer: per_peer.max(1), table: Mutex::default() })
     }
 
-    /// Gives a connection its place. A peer that has too many loses its oldest one without calls: perhaps it is gone,
-    /// and nobody noticed.
+    /// Gives a connection its place. A peer with too many connections loses its oldest one without calls, which may be
+    /// dead without anyone having noticed.
     pub(super) fn enter(self: &Arc<Self>, peer: PublicKey) -> Option<Place> {
         let mut guard = self.lock();
         let table = &mut *guard;
@@ -74,7 +74,7 @@ impl Connections {
         let mut guard = self.lock();
         let table = &mut *guard;
         let Some(of_peer) = table.by_peer.get_mut(&peer) else { return };
-        // One that gave way has left already.
+        // A connection that was replaced has been removed already.
         if let Some(position) = of_peer.iter().position(|held| held.id == id) {
             of_peer.remove(position);
             table.count -= 1;
@@ -95,13 +95,13 @@ impl Place {
         self.give_way.cancelled().await;
     }
 
-    /// Counts a call under way.
+    /// Counts a call in progress.
     pub(super) fn call(&self) -> CallMark {
         self.calls.fetch_add(1, Ordering::Relaxed);
         CallMark(self.calls.clone())
     }
 
-    /// Returns whether no call is under way.
+    /// Returns whether no call is in progress.
     pub(super) fn is_idle(&self) -> bool {
         self.calls.load(Ordering::Relaxed) == 0
     }

@@ -10,10 +10,10 @@ use super::budget::{Allowance, ReservedBytes};
 use crate::frame::{FRAME_PAYLOAD_MAX, Frame, data_frame};
 use crate::transport::Channel;
 
-/// A call that a peer opened and that waits to be accepted or refused.
+/// A call that a peer opened and that must be accepted or refused.
 #[derive(Debug)]
 pub struct StreamCall {
-    /// Who calls.
+    /// The caller's public key.
     pub peer: PublicKey,
     /// The method's name.
     pub method: String,
@@ -27,7 +27,7 @@ pub struct StreamCall {
 }
 
 impl StreamCall {
-    /// Reads the opening of a stream, as far as its caller may send one.
+    /// Reads the request that opens a stream, within the caller's limits.
     pub(crate) async fn read(peer: PublicKey, channel: Box<dyn Channel>, allowance: Allowance) -> Option<Self> {
         let first = Frame::decode(channel.receive().await?);
         let Ok(Frame::Open { credit, deadline_ms, method, body_bytes, body }) = first else {
@@ -52,7 +52,7 @@ impl StreamCall {
         let body = if body.len() == body_bytes {
             body
         } else {
-            // Grows as parts come: a length alone reserves nothing.
+            // The buffer grows as parts arrive. The announced length alone reserves nothing.
             let mut whole = BytesMut::from(&body[..]);
             while whole.len() < body_bytes {
                 match Frame::decode(channel.receive().await?) {
@@ -72,7 +72,7 @@ impl StreamCall {
         Some(Self { peer, method, body, deadline, _reserved: reserved, reply })
     }
 
-    /// Takes the call.
+    /// Accepts the call.
     pub async fn accept(self) -> Result<ReplyStream, Interrupted> {
         let mut reply = self.reply;
         reply.push(Frame::Accept.encode()).await?;
@@ -86,7 +86,7 @@ impl StreamCall {
 
     /// Refuses the call.
     pub async fn refuse(self, error: WireError) {
-        // A caller that is gone needs no answer.
+        // If the caller is gone, it needs no answer.
         let _ = self.reply.fail(error).await;
     }
 }
@@ -96,11 +96,11 @@ impl StreamCall {
 #[error("the caller wants no more")]
 pub struct Interrupted;
 
-/// The callee's end of a stream. Dropping it without an end closes the channel, which the caller takes for a failure.
+/// The callee's end of a stream. Dropping it before the end closes the channel, which the caller treats as a failure.
 #[derive(Debug)]
 pub struct ReplyStream {
     channel: Box<dyn Channel>,
-    /// Bytes the caller still takes.
+    /// How many bytes the caller still accepts.
     credit: u64,
     interrupted: bool,
 }
@@ -113,7 +113,7 @@ impl ReplyStream {
             let cut = rest.len().min(FRAME_PAYLOAD_MAX);
             let (payload, tail) = rest.split_at(cut);
             self.drain()?;
-            // A window smaller than a frame is overdrawn once rather than waited on for ever.
+            // Any remaining credit allows one whole frame. Otherwise a window smaller than a frame would block forever.
             while self.credit == 0 {
                 self.control().await?;
             }
@@ -126,7 +126,7 @@ impl ReplyStream {
         }
     }
 
-    /// Ends the answer.
+    /// Completes the answer.
     pub async fn finish(mut self) -> Result<(), Interrupted> {
         self.push(Frame::End.encode()).await
     }
@@ -159,7 +159,7 @@ impl ReplyStream {
         Self::take(&mut self.credit, &mut self.interrupted, frame)
     }
 
-    /// Takes what the caller has said so far, without waiting.
+    /// Processes the frames that the caller has sent so far, without waiting.
     fn drain(&mut self) -> Result<(), Interrupted> {
         if self.interrupted {
             return Err(Interrupted);
@@ -175,7 +175,7 @@ impl ReplyStream {
             *credit = credit.saturating_add(more.into());
             Ok(())
         } else {
-            // A cancel, a closed channel or nonsense: nobody useful is left at the other end.
+            // A cancel, a closed channel or an invalid frame: in each case the answer has no reader any more.
             *interrupted = true;
             Err(Interrupted)
         }

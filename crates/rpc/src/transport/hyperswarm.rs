@@ -1,7 +1,7 @@
-//! The network between machines: connections by public key over Hyperswarm, topics on its DHT.
+//! The transport between hosts: connections by public key over Hyperswarm, and topics on its DHT.
 //!
-//! Unary calls are `@hyperswarm/rpc` requests whose values are JSON strings, so that a bare Node client can make them.
-//! Each stream is a Protomux channel of the protocol `tether/stream/1` with an id that its opener draws at random.
+//! Unary calls are `@hyperswarm/rpc` requests whose values are JSON strings, so that a plain Node client can make them.
+//! Each stream is a Protomux channel of the protocol `tether/stream/1`, with an id that its opener draws at random.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -33,60 +33,62 @@ use crate::identity;
 
 /// The Protomux protocol of streams.
 pub const STREAM_PROTOCOL: &str = "tether/stream/1";
-/// The one kind of message of that protocol: a frame.
+/// The only kind of message of that protocol: a frame.
 const FRAME: u64 = 0;
-/// Streams and other channels of one connection at most.
+/// The maximum number of streams and other channels of one connection.
 const CHANNELS_MAX: usize = 8192;
-/// Streams that a peer has opened and that nobody looked at yet.
+/// How many streams of a peer may wait to be accepted.
 const INCOMING_MAX: usize = 1024;
-/// What a peer may send ahead for such streams, in bytes, before the connection is not read.
+/// How many bytes a peer may send ahead on such streams before reading from the connection pauses.
 const PENDING_BYTES_MAX: usize = 256 * 1024;
-/// Bytes of a stream's answer that may lie unread before the stream is closed. Credit keeps an honest peer far below.
+/// How many bytes of a stream's answer may be unread before the stream is closed. Credit keeps an honest peer far below
+/// this.
 const ANSWER_QUEUE_BYTES: usize = 4 * 1024 * 1024;
-/// Bytes of a stream's request that may lie unread before the connection waits. It is read as fast as it comes.
+/// How many bytes of a stream's request may be unread before the connection waits. Requests are read as fast as they
+/// arrive.
 const REQUEST_QUEUE_BYTES: usize = 512 * 1024;
-/// Peers whose addresses are remembered from lookups.
+/// The number of peers whose addresses are remembered from lookups.
 const HINTS_MAX: usize = 4096;
-/// How long a lookup may take; what was found until then is returned.
+/// The timeout of a lookup. Peers found by then are returned.
 const LOOKUP: Duration = Duration::from_secs(2);
-/// Once a lookup has found somebody, how long the next reply may take. Nodes that are gone stay in the tables of others
-/// for a while, and would hold up every lookup.
+/// How long the next reply may take once a lookup has found a peer. Nodes that are gone stay in the routing tables of
+/// others for a while, and would delay every lookup.
 const NEXT_REPLY: Duration = Duration::from_millis(500);
-/// How long a connection may take to be made.
+/// The timeout of opening a connection.
 const CONNECT: Duration = Duration::from_secs(5);
-/// How long leaving may take: storage nodes are told, and peers.
+/// The timeout of unannouncing, for example when the node leaves the network.
 const LEAVE: Duration = Duration::from_secs(1);
 
 /// How a node joins the network.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The UDP address it listens on; port 0 takes a free one.
+    /// The UDP address to listen on. Port 0 takes any free port.
     pub listen: SocketAddrV4,
-    /// Nodes to ask for others.
+    /// Bootstrap nodes.
     pub bootstrap: Vec<SocketAddrV4>,
-    /// What an earlier run of this node knew.
+    /// The peers known from an earlier run of this node.
     pub known: KnownPeers,
-    /// Whether it only calls others: nobody finds it, and it keeps nothing for others.
+    /// Whether the node only calls others. It then cannot be found, and stores nothing for others.
     pub is_client: bool,
 }
 
-/// Addresses at which nodes were found: with them a node finds the network again when no bootstrap node answers.
+/// Addresses at which nodes were found, so that a node can rejoin the network when no bootstrap node answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct KnownPeers {
     /// Nodes of the DHT.
     pub nodes: Vec<SocketAddrV4>,
-    /// By public key, where a peer or one that relays to it was reached.
+    /// By public key, the addresses at which the peer or one of its relays was reached.
     pub peers: BTreeMap<PublicKey, Vec<SocketAddrV4>>,
 }
 
 impl KnownPeers {
-    /// Reads what was written down. A file that is missing or damaged is no loss: it only saves time.
+    /// Reads the file. A missing or damaged file is not an error, because the file only saves time.
     pub fn read(path: &Path) -> Self {
         std::fs::read(path).ok().and_then(|bytes| codec::decode(&bytes).ok()).unwrap_or_default()
     }
 
-    /// Puts together what several nodes know.
+    /// Merges what several nodes know.
     pub fn merged(all: impl IntoIterator<Item = Self>) -> Self {
         let mut merged = Self::default();
         for known in all {
@@ -102,17 +104,17 @@ impl KnownPeers {
         merged
     }
 
-    /// Writes it down.
+    /// Writes the file.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         identity::replace_private(path, &codec::encode(self))
     }
 }
 
-/// A node that others begin with: it keeps records and shows the way, and offers nothing else.
+/// A bootstrap node. It stores records and answers lookups, and offers no services.
 pub struct BootstrapNode(HyperDht);
 
 impl BootstrapNode {
-    /// Starts it. `bootstrap` are others of its kind.
+    /// Starts the node. `bootstrap` lists other bootstrap nodes.
     pub fn start(listen: SocketAddrV4, bootstrap: Vec<SocketAddrV4>) -> io::Result<Self> {
         let config = hyperdht::Config {
             bind: listen,
@@ -124,37 +126,37 @@ impl BootstrapNode {
         Ok(Self(HyperDht::start(config)?))
     }
 
-    /// Returns the UDP address it listens on.
+    /// Returns the UDP address that the node listens on.
     pub fn local_address(&self) -> SocketAddrV4 {
         self.0.local_address()
     }
 
-    /// Returns where other machines reach it, as far as this one can tell.
+    /// Returns the address at which other hosts reach the node, as far as this host can tell.
     pub fn reachable_address(&self) -> SocketAddrV4 {
         self.0.reachable_address()
     }
 
-    /// Takes it off the network.
+    /// Stops the node.
     pub async fn stop(&self) {
         self.0.stop().await;
     }
 }
 
-/// A node's end of a Hyperswarm network. It is a persistent node of the DHT, unless it only calls others.
+/// A node's interface to a Hyperswarm network. It is a persistent node of the DHT, unless it only calls others.
 pub struct HyperswarmTransport {
     dht: HyperDht,
     key_pair: KeyPair,
     public_key: PublicKey,
-    /// Missing where the node only calls others.
+    /// `None` if the node only calls others.
     server: Option<Arc<Server>>,
     announced: Mutex<HashMap<Topic, TopicAnnouncer>>,
-    /// Where the peers that lookups found say they can be asked for.
+    /// By peer, the addresses at which lookups said that it can be asked for.
     hints: Mutex<HashMap<PublicKey, Vec<SocketAddrV4>>>,
     remembered: Vec<PublicKey>,
 }
 
 impl HyperswarmTransport {
-    /// Puts a node on the network and listens under its key.
+    /// Joins the network and listens under the node's key.
     pub async fn start(options: Options, key: &NodeKey) -> io::Result<Arc<Self>> {
         let remembered = options.known.peers.keys().copied().collect();
         let known_addresses =
@@ -181,33 +183,33 @@ impl HyperswarmTransport {
         Ok(Arc::new(Self { dht, key_pair, public_key, server, announced, hints, remembered }))
     }
 
-    /// Returns the UDP address it listens on.
+    /// Returns the UDP address that the node listens on.
     pub fn local_address(&self) -> SocketAddrV4 {
         self.dht.local_address()
     }
 
-    /// Returns where other machines reach it, as far as this one can tell.
+    /// Returns the address at which other hosts reach the node, as far as this host can tell.
     pub fn reachable_address(&self) -> SocketAddrV4 {
         self.dht.reachable_address()
     }
 
-    /// Returns what this node knows of others.
+    /// Returns the peers that this node knows, to be stored for the next run.
     pub fn known_peers(&self) -> KnownPeers {
         let peers = self.dht.known_addresses().into_iter().map(|(key, addresses)| (PublicKey(key.0), addresses));
         KnownPeers { nodes: self.dht.routing_nodes(), peers: peers.collect() }
     }
 
-    /// Waits until the first nodes of the DHT answered, or none of them did.
+    /// Waits until the first nodes of the DHT have answered, or none of them has.
     pub async fn bootstrapped(&self) {
         self.dht.bootstrapped().await;
     }
 
-    /// Returns whether a node of the DHT answers at an address.
+    /// Returns whether a DHT node answers at an address.
     pub async fn answers(&self, address: SocketAddrV4) -> bool {
         self.dht.rpc().ping(address, RequestOptions::default()).await.is_ok()
     }
 
-    /// Takes the node off the network: off its topics first, so that nobody is sent here in vain.
+    /// Leaves the network. The topics are unannounced first, so that peers are not directed to a node that is gone.
     pub async fn stop(&self) {
         let announcers: Vec<_> = self.announced().drain().map(|(_, announcer)| announcer).collect();
         let leave = async {
@@ -216,7 +218,7 @@ impl HyperswarmTransport {
                 server.close().await;
             }
         };
-        // Records that stay age out by themselves.
+        // Announcements that remain expire by themselves.
         let _ = time::timeout(LEAVE, leave).await;
         self.dht.stop().await;
     }
@@ -237,7 +239,7 @@ impl Transport for HyperswarmTransport {
     }
 
     async fn connect(&self, peer: PublicKey) -> Result<Arc<dyn Connection>, TransportError> {
-        // They spare a walk through the table. A peer that moved is found by the walk.
+        // The hints save a walk through the DHT. A peer that has moved is found by the walk.
         let relay_addresses = self.hints().get(&peer).cloned().unwrap_or_default();
         let options = ConnectOptions { timeout: CONNECT, relay_addresses, ..ConnectOptions::default() };
         let stream = self.dht.connect(&self.key_pair, foreign(peer), options).await.map_err(|error| {
@@ -249,11 +251,11 @@ impl Transport for HyperswarmTransport {
     }
 
     async fn accept(&self) -> Option<Arc<dyn Connection>> {
-        // Nobody calls a node that only calls others: to its services it is as if it were closed.
+        // A node that only calls others accepts no connections. To its services it looks closed.
         let server = self.server.as_ref()?;
         loop {
             let stream = server.accept().await?;
-            // One that closed meanwhile is no reason to stop.
+            // A connection that has closed meanwhile must not end the loop.
             if let Some(connection) = HyperswarmConnection::over(stream, self.public_key, true) {
                 return Some(Arc::new(connection));
             }
@@ -264,7 +266,8 @@ impl Transport for HyperswarmTransport {
         let announced = {
             let mut announced = self.announced();
             let announcer = announced.entry(topic.clone()).or_insert_with(|| {
-                // Weak, because the announcer's task would keep the server, and it the node, for ever.
+                // A weak reference, because the announcer's task would otherwise keep the server alive, and the server
+                // the node.
                 let server = self.server.as_ref().map(Arc::downgrade).unwrap_or_default();
                 let addresses = move || server.upgrade().map(|server| server.relay_addresses()).unwrap_or_default();
                 self.dht.announcer(topic.key(), self.key_pair.clone(), Arc::new(addresses))
@@ -278,7 +281,7 @@ impl Transport for HyperswarmTransport {
     async fn unannounce(&self, topic: &Topic) -> Result<(), TransportError> {
         let announcer = self.announced().remove(topic);
         if let Some(announcer) = announcer {
-            // Records that stay age out by themselves.
+            // Announcements that remain expire by themselves.
             let _ = time::timeout(LEAVE, announcer.stop()).await;
         }
         Ok(())
@@ -286,7 +289,7 @@ impl Transport for HyperswarmTransport {
 
     async fn lookup(&self, topic: &Topic) -> Result<Vec<PublicKey>, TransportError> {
         let named = |peer: Peer| (PublicKey(peer.public_key.0), peer.relay_addresses);
-        // In a network of two or three nodes the one record there is may lie here.
+        // In a network of two or three nodes, this node may store the only record.
         let mut found: BTreeMap<_, _> = self.dht.kept_peers(&topic.key()).into_iter().map(named).collect();
         let mut replies = self.dht.lookup(topic.key());
         let all = async {
@@ -300,7 +303,7 @@ impl Transport for HyperswarmTransport {
         let keys = found.keys().copied().collect();
         let mut hints = self.hints();
         if hints.len() + found.len() > HINTS_MAX {
-            // Anyone may announce on a topic. Without hints connecting only takes longer.
+            // Anyone may announce on a topic, so the table is bounded. Without hints, connecting only takes longer.
             hints.clear();
         }
         hints.extend(found.into_iter().filter(|(_, addresses)| !addresses.is_empty()).take(HINTS_MAX));
@@ -316,12 +319,12 @@ fn foreign(key: PublicKey) -> crypto::PublicKey {
     crypto::PublicKey(key.0)
 }
 
-/// A connection. It ends when nobody holds it, nor a stream of it, nor a request that is not answered.
+/// A connection. It ends when it, its streams and its unanswered requests are all dropped.
 struct HyperswarmConnection {
     remote_key: PublicKey,
     mux: Protomux,
     rpc: Rpc,
-    /// What the peer opens, where it was the peer who dialled: whoever dials asks and is not asked.
+    /// What the peer opens; `None` if this node dialled. The side that dials sends requests and receives none.
     opened: Option<Opened>,
     closed: AtomicBool,
 }
@@ -332,7 +335,7 @@ struct Opened {
 }
 
 impl HyperswarmConnection {
-    /// Takes a connection over. `server_key` is the key of the side that was dialled: it names the channel of requests.
+    /// Takes over a connection. `server_key` is the key of the dialled side, which names the channel of requests.
     fn over(stream: SecretStream, server_key: PublicKey, takes_calls: bool) -> Option<Self> {
         let remote_key = PublicKey(stream.remote_key().0);
         let options = protomux::Options {
@@ -351,7 +354,7 @@ impl HyperswarmConnection {
     async fn take(opened: &Opened) -> Option<Incoming> {
         loop {
             tokio::select! {
-                // Requests first: an introduction that was sent ahead of a stream is taken ahead of it.
+                // Requests come first, so that an introduction sent before a stream is handled before it.
                 biased;
                 request = opened.requests.next() => {
                     if let Some(request) = incoming_request(request?) {
@@ -359,7 +362,7 @@ impl HyperswarmConnection {
                     }
                 }
                 stream = opened.streams.next() => {
-                    // One that its opener has closed already is no loss.
+                    // A stream that its opener has closed already can be skipped.
                     if let Ok(channel) = stream?.accept(channel_options(REQUEST_QUEUE_BYTES, Overflow::Wait)) {
                         return Some(Incoming::Channel(Box::new(HyperswarmChannel(channel))));
                     }
@@ -424,10 +427,10 @@ fn channel_options(queue_bytes_max: usize, overflow: Overflow) -> ChannelOptions
     ChannelOptions { queue_bytes_max, overflow, ..ChannelOptions::default() }
 }
 
-/// Takes a request apart.
+/// Converts a request. Returns `None` for one that needs no further handling.
 fn incoming_request(request: IncomingRequest) -> Option<Incoming> {
     if request.is_event() {
-        // It expects no answer: nothing of ours sends one.
+        // Events expect no answer. Tether nodes send none.
         return None;
     }
     let method = request.method().to_owned();
@@ -440,7 +443,7 @@ fn incoming_request(request: IncomingRequest) -> Option<Incoming> {
     Some(Incoming::Request { method, body, reply: Box::new(HyperswarmReply(Some(reply))) })
 }
 
-/// Where the answer to a request goes.
+/// Sends the answer to a request.
 struct HyperswarmReply(Option<hyperswarm_rpc::Reply>);
 
 #[async_trait]
@@ -468,14 +471,15 @@ impl Drop for HyperswarmReply {
 }
 
 fn answer_with(reply: hyperswarm_rpc::Reply, answer: Result<Bytes, WireError>) {
-    // A caller that is gone needs no answer, and one that is told that its answer is too long needs no other.
+    // A caller that is gone needs no answer. A caller that was told that its answer is too long needs no other.
     let _ = match answer {
         Ok(value) => reply.ok(&hyperswarm_rpc::encode_buffer(&value)),
         Err(error) => reply.error(&remote_error(&error)),
     };
 }
 
-/// Writes an error so that a bare `@hyperswarm/rpc` client sees message and code as the cause's, and one of ours all.
+/// Encodes an error so that a plain `@hyperswarm/rpc` client sees its message and code as the cause, and a Tether node
+/// sees all of it.
 fn remote_error(error: &WireError) -> RemoteError {
     let mut cause = Cause::new(error.message.clone(), error.code.as_str());
     cause.context = String::from_utf8(codec::encode(error)).unwrap_or_default();
@@ -497,7 +501,7 @@ fn garbled() -> WireError {
     WireError::new(ErrorCode::InternalError, "a part of the network answered nonsense")
 }
 
-/// One stream.
+/// The channel of one stream.
 struct HyperswarmChannel(protomux::Channel);
 
 impl fmt::Debug for HyperswarmChannel {
@@ -522,7 +526,7 @@ impl Channel for HyperswarmChannel {
             if message.kind == FRAME {
                 return Some(message.payload);
             }
-            // Another kind belongs to a later version of the protocol.
+            // A message of another kind belongs to a later version of the protocol.
         }
     }
 

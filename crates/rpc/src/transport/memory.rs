@@ -1,4 +1,4 @@
-//! A network within one process: what `tether up` and the tests run on.
+//! A transport within one process, used by `tether up` and by tests.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -13,14 +13,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Channel, Connection, Incoming, Reply, RequestError, Transport, TransportError};
 
-/// Connections that may wait to be accepted by a node.
+/// How many connections may wait to be accepted by a node.
 const ACCEPT_QUEUE: usize = 1024;
-/// Requests and channels that may wait to be taken from a connection.
+/// How many requests and channels may wait to be taken from a connection.
 const INCOMING_QUEUE: usize = 1024;
-/// Messages that may lie in one direction of a channel.
+/// How many messages one direction of a channel may queue.
 const CHANNEL_QUEUE: usize = 64;
 
-/// A network within one process. Clones are the same network.
+/// A network within one process. Clones refer to the same network.
 #[derive(Clone, Default)]
 pub struct MemoryNetwork {
     state: Arc<Mutex<State>>,
@@ -38,7 +38,7 @@ struct Node {
     lifeline: Lifeline,
 }
 
-/// What ends with a node: itself, and each connection that it is an end of.
+/// Everything that ends with a node: the node itself, and each of its connections.
 #[derive(Clone, Default)]
 struct Lifeline {
     closed: CancellationToken,
@@ -66,7 +66,7 @@ impl MemoryNetwork {
         Self::default()
     }
 
-    /// Adds a node. A node of the same key that was there before is cut off.
+    /// Adds a node. An earlier node with the same key is cut off.
     pub fn node(&self, key: &NodeKey) -> Arc<dyn Transport> {
         let (accepted, queue) = mpsc::channel(ACCEPT_QUEUE);
         let lifeline = Lifeline::default();
@@ -76,7 +76,7 @@ impl MemoryNetwork {
         Arc::new(MemoryTransport { network: self.clone(), public_key, queue: tokio::sync::Mutex::new(queue), lifeline })
     }
 
-    /// Takes a node off the network at once, as if its plug were pulled.
+    /// Removes a node from the network abruptly, as if it had lost power.
     pub fn cut(&self, node: PublicKey) {
         let mut state = self.lock();
         if let Some(node) = state.nodes.remove(&node) {
@@ -145,7 +145,7 @@ impl Transport for MemoryTransport {
         let mut state = self.network.lock();
         if let Some(peers) = state.topics.get_mut(topic) {
             peers.remove(&self.public_key);
-            // Topics with nobody on them are pruned (T4).
+            // Topics without peers are removed.
             if peers.is_empty() {
                 state.topics.remove(topic);
             }
@@ -163,14 +163,14 @@ impl Transport for MemoryTransport {
 
 impl Drop for MemoryTransport {
     fn drop(&mut self) {
-        // Not the network's `cut`: a newer node of the same key may have taken this one's place.
+        // Not the network's `cut`, because a newer node with the same key may have replaced this one.
         self.lifeline.cut();
     }
 }
 
 struct MemoryConnection {
     remote_key: PublicKey,
-    /// Cancelled when either node goes.
+    /// Cancelled when either node is gone.
     closed: CancellationToken,
     outgoing: mpsc::Sender<Incoming>,
     incoming: tokio::sync::Mutex<mpsc::Receiver<Incoming>>,
@@ -240,14 +240,14 @@ impl Reply for oneshot::Sender<Result<Bytes, WireError>> {
 struct MemoryChannel {
     outgoing: mpsc::Sender<Bytes>,
     incoming: tokio::sync::Mutex<mpsc::Receiver<Bytes>>,
-    /// Cancelled when the connection closes; what lies in the pipe is lost then.
+    /// Cancelled when the connection closes. Queued messages are lost then.
     closed: CancellationToken,
 }
 
 #[async_trait]
 impl Channel for MemoryChannel {
     async fn send(&self, message: Bytes) -> bool {
-        // What is ready goes first: waiting for the end of the connection costs more than sending.
+        // Sending comes first, because checking for the end of the connection costs more than sending.
         tokio::select! {
             biased;
             permit = self.outgoing.reserve() => permit.map(|permit| permit.send(message)).is_ok(),
