@@ -89,10 +89,7 @@ pub enum OpenError {
         found: Digest,
     },
     #[error("artifact {digest} could not be read")]
-    Read {
-        digest: Digest,
-        source: io::Error,
-    },
+    Read { digest: Digest, source: io::Error },
 }
 
 /// Why an artifact could not be stored.

@@ -340,9 +340,7 @@ pub enum EngineError {
     NotLoaded,
     /// The artifact is not a model that this runtime can load. Replace it.
     #[error("the artifact is not a usable model: {reason}")]
-    InvalidModel {
-        reason: String,
-    },
+    InvalidModel { reason: String },
     /// The model needs more memory than is available. Try another worker, or a smaller KV cache.
     #[error(
         "the model needs {} of memory, and {} can be had; a smaller context_length or kv_tokens needs less",

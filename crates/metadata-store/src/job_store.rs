@@ -9,8 +9,8 @@ use protocol::{CorrelationId, ErrorCode, Region, RetryToken, TenantId, TraceId, 
 
 use crate::store::{Store, StoreError};
 
-/// Keeps jobs. Several orchestrators may share one store: the attempt number is the fencing token of their writes, and the
-/// lease of a reservation ends when its orchestrator no longer renews it.
+/// Keeps jobs. Several orchestrators may share one store: the attempt number is the fencing token of their writes, and
+/// the lease of a reservation ends when its orchestrator no longer renews it.
 #[async_trait]
 pub trait JobStore: Store {
     /// Writes a job and its reservation, unless its worker is full. The same key again returns the job there is.
@@ -175,7 +175,7 @@ impl TerminalState {
         }
     }
 
-    /// Says whether what the job took is billed.
+    /// Returns whether what the job took is billed.
     pub fn is_billed(self) -> bool {
         matches!(self, Self::Completed | Self::Cancelled)
     }

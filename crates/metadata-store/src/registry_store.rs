@@ -20,7 +20,7 @@ pub trait RegistryStore: Store {
     /// Returns every token, the oldest first.
     async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError>;
 
-    /// Revokes a token; false where there is none. The first revocation keeps its time.
+    /// Revokes a token; returns false if it does not exist. The first revocation keeps its time.
     async fn revoke_token(&self, key_id: &str, now: UnixMillis) -> Result<bool, StoreError>;
 
     /// Sets a tenant's rules.
@@ -35,10 +35,11 @@ pub trait RegistryStore: Store {
     /// Returns every model version, by name and then by version.
     async fn models(&self) -> Result<Vec<ModelEntry>, StoreError>;
 
-    /// Sets how long workers keep a model version in memory; false where it does not exist. [`Self::put_model`] leaves that as it is.
+    /// Sets how long workers keep a model version in memory; false where it does not exist. [`Self::put_model`] leaves
+    /// that as it is.
     async fn keep_model(&self, key: &ModelKey, pin: bool, keep_alive_secs: Option<i64>) -> Result<bool, StoreError>;
 
-    /// Forgets a model version and its adapters; false where there is none.
+    /// Removes a model version and its adapters; returns false if it does not exist.
     async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError>;
 
     /// Registers an adapter of a model version. The same digest again updates what describes it; another digest is
@@ -48,7 +49,7 @@ pub trait RegistryStore: Store {
     /// Returns every adapter, by model and then by name.
     async fn adapters(&self) -> Result<Vec<AdapterEntry>, StoreError>;
 
-    /// Forgets an adapter; false where there is none.
+    /// Removes an adapter; returns false if it does not exist.
     async fn remove_adapter(&self, key: &AdapterKey) -> Result<bool, StoreError>;
 
     /// Sets what an alias stands for; false where a model has its name that is not one of its targets. Whether there

@@ -58,8 +58,8 @@ impl Default for StoreOptions {
     }
 }
 
-/// A [`JobStore`](crate::JobStore) or a [`RegistryStore`](crate::RegistryStore) in a SQLite file, or in memory for tests
-/// and simulations.
+/// A [`JobStore`](crate::JobStore) or a [`RegistryStore`](crate::RegistryStore) in a SQLite file, or in memory for
+/// tests and simulations.
 ///
 /// Dropping the store finishes what is waiting and blocks until then; [`Store::close`] does so without
 /// blocking.

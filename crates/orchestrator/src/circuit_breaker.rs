@@ -120,7 +120,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// Says whether it would refuse a request, without deciding about one.
+    /// Returns whether it would refuse a request, without deciding about one.
     pub fn refuses(&self, now: Instant) -> bool {
         match self.phase {
             Phase::Closed => false,

@@ -1,8 +1,8 @@
 //! Remembers the requests on which engines crashed, so that none is given to a third engine. Pure.
 //!
-//! Within one job two crashes are enough. Clients repeat a request that failed, and each repeat is a job of its own: for
-//! those, crashes are remembered by the request's content. Whoever only ran beside the cause must not be taken for it, so
-//! across jobs nothing is held against a request that was never alone on its engine when that crashed.
+//! Within one job two crashes are enough. Clients repeat a request that failed, and each repeat is a job of its own:
+//! for those, crashes are remembered by the request's content. Whoever only ran beside the cause must not be taken for
+//! it, so across jobs nothing is held against a request that was never alone on its engine when that crashed.
 
 use std::collections::HashMap;
 use std::time::Duration;

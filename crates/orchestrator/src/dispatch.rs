@@ -17,8 +17,8 @@ use tokio_util::sync::CancellationToken;
 use crate::job::JobEvent;
 use crate::journey::Journey;
 
-/// Whoever submitted a job. The call is accepted with the first chunk, which may bring progress alone; a job of which no
-/// part was sent may still be tried elsewhere.
+/// Whoever submitted a job. The call is accepted with the first chunk, which may bring progress alone; a job of which
+/// no part was sent may still be tried elsewhere.
 ///
 /// A caller that leaves a chunk unread for too long counts as gone: it would hold its job's room for ever.
 pub struct Delivery {
@@ -60,7 +60,7 @@ impl Delivery {
         }
     }
 
-    /// Says whether part of the answer was sent.
+    /// Returns whether part of the answer was sent.
     pub fn has_begun(&self) -> bool {
         self.has_begun
     }

@@ -37,12 +37,13 @@ const FETCH_BEGINS: Duration = Duration::from_mins(1);
 /// A job waits at its worker for a load that ends within this time.
 const LOAD_WAIT: Duration = Duration::from_secs(5);
 
-/// Says whether a job should wait for a load. Of one that has only begun nobody knows.
+/// Returns whether a job should wait for a load. Of one that has only begun nobody knows.
 fn ends_soon(progress: LoadProgress) -> bool {
     progress.remaining().is_some_and(|remaining| remaining <= LOAD_WAIT)
 }
 
-/// Says whether a model is on its way to a worker and will be there in time: one whose way is too slow is not waited for.
+/// Returns whether a model is on its way to a worker and will be there in time: one whose way is too slow is not waited
+/// for.
 fn is_under_way(progress: LoadProgress) -> bool {
     progress.elapsed_ms < FETCH_BEGINS.as_millis() as u64
         || progress.remaining().is_some_and(|remaining| remaining <= FETCH_WAIT)
@@ -221,7 +222,8 @@ impl Fleet {
         cached.map_or(0, |cached| cached.context_length)
     }
 
-    /// Notes that a worker gets a job of a model whose file it has to fetch first. Its next report says what came of that.
+    /// Notes that a worker gets a job of a model whose file it has to fetch first. Its next report says what came of
+    /// that.
     pub fn expect_fetch(&self, worker_id: WorkerId, model: &ModelKey) {
         let mut state = self.write();
         if let Some(index) = state.by_id.get(&worker_id).copied()
@@ -290,7 +292,7 @@ impl Fleet {
         state.workers.iter().flatten().filter(is_loading).count()
     }
 
-    /// Says whether no worker is alive.
+    /// Returns whether no worker is alive.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -372,7 +374,7 @@ impl State {
 }
 
 impl Wanted<'_> {
-    /// Says whether the job was too long elsewhere, and is not known to fit here.
+    /// Returns whether the job was too long elsewhere, and is not known to fit here.
     fn is_too_long_for(&self, replica: &Replica) -> bool {
         self.short_context > 0 && replica.context_length <= self.short_context
     }

@@ -70,7 +70,7 @@ impl JobState {
         }
     }
 
-    /// Says whether nothing can happen to the job any more.
+    /// Returns whether nothing can happen to the job any more.
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Completed | Self::Failed | Self::Cancelled | Self::Dead)
     }

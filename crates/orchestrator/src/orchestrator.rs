@@ -154,7 +154,7 @@ impl Orchestrator {
         }
     }
 
-    /// Says whether a model fails too often to be asked now.
+    /// Returns whether a model fails too often to be asked now.
     fn is_shut(&self, model: &ModelKey) -> bool {
         let breakers = self.breakers.lock();
         breakers.get(model).is_some_and(|breaker| breaker.refuses(Instant::now()))

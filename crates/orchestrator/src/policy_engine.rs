@@ -22,7 +22,7 @@ pub trait PolicySource: Send + Sync {
     /// Returns a tenant's rules.
     async fn policy(&self, tenant_id: &TenantId) -> Result<TenantPolicy, WireError>;
 
-    /// Says whether it is known that no registry answers, so that nobody needs to wait for one.
+    /// Returns whether it is known that no registry answers, so that nobody needs to wait for one.
     fn is_away(&self) -> bool;
 }
 
@@ -47,8 +47,8 @@ impl PolicyEngine {
         Self { source, fresh, absence_max, tenants: Mutex::default() }
     }
 
-    /// Lets a job in that may be run by some of these models, or says which rule forbids it. A job let in counts towards
-    /// its tenant's limit. Returns the rules by which it was decided.
+    /// Lets a job in that may be run by some of these models, or says which rule forbids it. A job let in counts
+    /// towards its tenant's limit. Returns the rules by which it was decided.
     pub async fn admit<'a>(
         &self,
         tenant_id: &TenantId,

@@ -29,7 +29,7 @@ const BACKOFF: Duration = Duration::from_millis(10);
 /// The longest wait.
 const BACKOFF_MAX: Duration = Duration::from_millis(500);
 
-/// Says whether a failure is the model's, which cannot do what was asked: another may be able to.
+/// Returns whether a failure is the model's, which cannot do what was asked: another may be able to.
 pub fn is_of_the_model(failure: Failure) -> bool {
     let cannot = matches!(failure.code, ErrorCode::UnsupportedParameter | ErrorCode::ContextLengthExceeded);
     cannot && !failure.streamed

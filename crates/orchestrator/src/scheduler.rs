@@ -169,8 +169,8 @@ fn refusal(candidate: &Candidate, tried: &[Tried]) -> Option<Refusal> {
     }
 }
 
-/// Whoever has to fetch the model's file comes last, whatever the score. Equal scores go to the lowest id, so that every
-/// orchestrator agrees.
+/// Whoever has to fetch the model's file comes last, whatever the score. Equal scores go to the lowest id, so that
+/// every orchestrator agrees.
 fn is_better(one: (f64, &Candidate), other: (f64, &Candidate)) -> bool {
     order(one, other).is_lt()
 }

@@ -146,7 +146,8 @@ pub async fn keep(store: &dyn RegistryStore, change: ModelKeep) -> Result<ModelE
     if store.keep_model(&key, kept.pin, kept.keep_alive_secs).await? { Ok(kept) } else { Err(gone()) }
 }
 
-/// Returns the name and version under which a model can be registered. Without a digest, what is said holds for new bytes.
+/// Returns the name and version under which a model can be registered. Without a digest, what is said holds for new
+/// bytes.
 pub fn free_key(
     catalog: &Catalog,
     name: &ModelName,
@@ -250,7 +251,7 @@ fn orphans(catalog: &Catalog, gone: &ModelKey) -> Vec<AliasEntry> {
     catalog.aliases.iter().filter(lose).cloned().collect()
 }
 
-/// Says whether a target is nothing any more once a model is gone.
+/// Returns whether a target is nothing any more once a model is gone.
 fn is_lost(catalog: &Catalog, target: &ModelRef, gone: &ModelKey) -> bool {
     let others = catalog.models.iter().filter(|entry| entry.key.model_id == gone.model_id && entry.key != *gone);
     let is_last = others.count() == 0;

@@ -33,9 +33,7 @@ pub enum ToChild {
         request: Box<GenerateRequest>,
     },
     /// Cancels a generation or a question.
-    Cancel {
-        id: u64,
-    },
+    Cancel { id: u64 },
     /// Reports that more events of a generation were consumed.
     Acknowledge {
         /// The id of the generation.
@@ -114,9 +112,7 @@ pub enum ToParent {
         state: LoadSnapshot,
     },
     /// The model could not be loaded. The process ends.
-    NotLoaded {
-        error: EngineError,
-    },
+    NotLoaded { error: EngineError },
     Accepted {
         /// The id of the generation.
         id: u64,
@@ -143,9 +139,7 @@ pub enum ToParent {
         answer: Result<Answer, EngineError>,
     },
     /// The load of the model; also sent before each end of a generation.
-    State {
-        state: LoadSnapshot,
-    },
+    State { state: LoadSnapshot },
 }
 
 /// Why bytes are not a valid frame.
@@ -153,9 +147,7 @@ pub enum ToParent {
 pub enum FrameError {
     /// The frame is longer than [`FRAME_BYTES_MAX`].
     #[error("a frame of {bytes} bytes is too long")]
-    TooLong {
-        bytes: usize,
-    },
+    TooLong { bytes: usize },
     /// The frame does not contain the expected message.
     #[error("a frame cannot be read")]
     Malformed(#[from] serde_json::Error),

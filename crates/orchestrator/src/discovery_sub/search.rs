@@ -68,7 +68,7 @@ struct Rest {
 }
 
 impl Contacts {
-    /// Says whether a node is to be asked.
+    /// Returns whether a node is to be asked.
     fn is_due(&self, key: PublicKey, now: Instant) -> bool {
         !self.now.contains(&key) && self.resting.get(&key).is_none_or(|rest| rest.until <= now)
     }
