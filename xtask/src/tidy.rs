@@ -12,11 +12,13 @@ mod decisions;
 mod dependencies;
 mod example_config;
 mod floors;
+mod glossary;
 mod invariants;
 mod links;
 mod seed_names;
 mod sizes;
 mod text;
+mod type_names;
 
 /// Folders that hold what tools made.
 const SKIPPED_FOLDERS: &[&str] = &[".git", "target", "node_modules", "__pycache__", "artifacts"];
@@ -31,7 +33,7 @@ pub(crate) struct SourceFile {
 }
 
 impl SourceFile {
-    /// Says whether the file's name ends like this.
+    /// Returns whether the file's name ends like this.
     fn has_extension(&self, extension: &str) -> bool {
         Path::new(&self.path).extension().is_some_and(|found| found == extension)
     }
@@ -53,6 +55,8 @@ pub(crate) fn run(tether: Option<PathBuf>) -> Result<bool> {
     findings.extend(seed_names::check(&files));
     findings.extend(invariants::check(&files));
     findings.extend(decisions::check(&files));
+    findings.extend(glossary::check(&files));
+    findings.extend(type_names::check(&files));
     findings.extend(text::check(&files));
     findings.extend(links::check(&files, |path| root.join(path).exists()));
     // A program that does not build is one finding among others.
@@ -78,7 +82,7 @@ fn file<'a>(files: &'a [SourceFile], path: &str) -> Result<&'a SourceFile> {
     files.iter().find(|file| file.path == path).with_context(|| format!("{path} is missing"))
 }
 
-/// Reads every text file below the root, ordered by path. What is not UTF-8 is no text.
+/// Reads every text file below the root, ordered by path. Files that are not UTF-8 are skipped.
 fn read_files(root: &Path) -> Result<Vec<SourceFile>> {
     let mut files = vec![];
     let mut folders = vec![root.to_owned()];

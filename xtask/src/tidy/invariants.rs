@@ -40,7 +40,7 @@ fn tests(text: &str) -> Vec<&str> {
     names
 }
 
-/// Says whether this reads like a test's name, which is a sentence: no module has four words.
+/// Returns whether this reads like a test's name, which is a sentence: no module has four words.
 fn is_test_name(text: &str) -> bool {
     text.matches('_').count() >= 3 && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
 }

@@ -70,7 +70,7 @@ fn is_in(component: &Component, files: &[SourceFile]) -> bool {
     sources.into_iter().any(|file| file.path.ends_with(&module) || declares(&file.text, component.name))
 }
 
-/// Says whether a text declares a type of this name.
+/// Returns whether a text declares a type of this name.
 fn declares(text: &str, name: &str) -> bool {
     text.lines().any(|line| {
         let mut words = line.split_whitespace().skip_while(|word| word.starts_with("pub"));

@@ -7,6 +7,8 @@ const EMPTY_NAMES: &[&str] = &["common", "helper", "helpers", "misc", "mod", "ut
 /// What the language of the nodes has no use for: it reads and writes bytes that others carry.
 const OUTSIDE_WORLD: &[&str] =
     &["tokio::", "async fn", "std::fs", "std::io", "std::net", "std::env", "std::process", "std::thread"];
+/// The most letters of a line of comment; rustfmt keeps code to as many.
+const COMMENT_WIDTH_MAX: usize = 120;
 /// Files that tools write.
 const GENERATED: &[&str] = &["Cargo.lock", "package-lock.json"];
 
@@ -54,6 +56,9 @@ fn check_lines(file: &SourceFile) -> Vec<String> {
             findings.push(format!("{at}: inference and protocol do no I/O, so no {word}"));
         }
         let code = line.trim_start();
+        if file.has_extension("rs") && code.starts_with("//") && line.chars().count() > COMMENT_WIDTH_MAX {
+            findings.push(format!("{at}: a comment wider than {COMMENT_WIDTH_MAX} columns; break the line"));
+        }
         if file.has_extension("rs") && code.starts_with(&ignored) && !excused.iter().any(|why| code.starts_with(why)) {
             findings.push(format!("{at}: a test that never runs proves nothing"));
         }
@@ -68,7 +73,7 @@ fn has_word(line: &str, word: &str) -> bool {
     })
 }
 
-/// Says whether a path that begins like this is in the line; `~/x` and `a/x` begin otherwise.
+/// Returns whether a path that begins like this is in the line; `~/x` and `a/x` begin otherwise.
 fn has_path(line: &str, start_of_path: &str) -> bool {
     let goes_on = |letter: char| letter.is_alphanumeric() || matches!(letter, '.' | '~' | '}' | ')' | '-' | '_');
     let is_name = |letter: char| letter.is_alphanumeric() || matches!(letter, '.' | '_' | '-');
@@ -113,6 +118,15 @@ mod tests {
     fn the_language_of_the_nodes_does_no_io() {
         assert_eq!(findings("crates/protocol/src/x.rs", "use std::fs::File;\nasync fn x() {}").len(), 2);
         assert!(findings("crates/rpc/src/x.rs", "use std::fs::File;").is_empty());
+    }
+
+    #[test]
+    fn comments_wider_than_code_are_found() {
+        let comment = |words: usize| format!("// {}\n", "wörd ".repeat(words).trim_end());
+        let findings = |text: String| check(&[SourceFile { path: "crates/x/src/lib.rs".into(), text }]);
+        assert_eq!(findings(comment(23)), Vec::<String>::new());
+        assert_eq!(findings(comment(24)).len(), 1);
+        assert_eq!(findings(format!("let text = {:?};\n", "a".repeat(200))), Vec::<String>::new());
     }
 
     #[test]

@@ -1,0 +1,57 @@
+//! A crate has one public type of a name, so that whoever reads the name knows which type it is.
+
+use std::collections::BTreeMap;
+
+use super::SourceFile;
+
+/// Names that every module may have for itself, as axum's and tokio's do: they are read with their module's name.
+const OF_A_MODULE: &[&str] = &["Config", "Error", "Limits", "Options"];
+
+/// Finds types that are `pub` and have a name that another `pub` type of the crate has.
+pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
+    let mut found: BTreeMap<(&str, &str), Vec<String>> = BTreeMap::new();
+    for file in files {
+        let Some(name) = crate_of(&file.path).filter(|_| file.has_extension("rs")) else { continue };
+        for (index, line) in file.text.lines().enumerate() {
+            if let Some(defined) = public_type(line) {
+                found.entry((name, defined)).or_default().push(format!("{}:{}", file.path, index + 1));
+            }
+        }
+    }
+    let several = found.into_iter().filter(|((_, name), places)| places.len() > 1 && !OF_A_MODULE.contains(name));
+    several
+        .map(|((of, name), places)| {
+            let (last, others) = places.split_last().expect("there are several");
+            format!("{last}: {of} has another public type {name}, at {}; give one a longer name", others.join(", "))
+        })
+        .collect()
+}
+
+/// Returns the crate in whose sources a file lies.
+fn crate_of(path: &str) -> Option<&str> {
+    let (name, rest) = path.strip_prefix("crates/")?.split_once('/')?;
+    rest.starts_with("src/").then_some(name)
+}
+
+/// Returns the name of the public type that a line defines. Types of a test module or a function are indented.
+fn public_type(line: &str) -> Option<&str> {
+    let rest = line.strip_prefix("pub ")?;
+    let rest = ["struct ", "enum ", "trait ", "type "].iter().find_map(|kind| rest.strip_prefix(kind))?;
+    rest.split(|letter: char| !letter.is_alphanumeric()).next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_public_types_of_one_name_are_found_in_a_crate_alone() {
+        let file = |path: &str, text: &str| SourceFile { path: path.into(), text: text.into() };
+        let one = file("crates/a/src/x.rs", "pub struct Answer {\n}\npub struct Limits;\n");
+        let other = file("crates/a/src/y.rs", "//\npub enum Answer {}\npub struct Limits;\npub(crate) struct Own;\n");
+        let elsewhere = file("crates/b/src/y.rs", "pub struct Answer;\npub(crate) struct Own;\n");
+        let findings = check(&[one, other, elsewhere]);
+        assert_eq!(findings.len(), 1);
+        assert!(findings[0].starts_with("crates/a/src/y.rs:2: a has another public type Answer"), "{findings:?}");
+    }
+}
