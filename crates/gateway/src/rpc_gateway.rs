@@ -12,7 +12,7 @@ use protocol::control::{NodeInfo, NodeRole, Scope};
 use protocol::gateway::{GatewayAnswer, MODELS, ModelsRequest};
 use protocol::infer::SUBMIT;
 use protocol::{ErrorCode, PublicKey, Topic, WireError};
-use rpc::{Limits, ReplyStream, Server, StreamCall, announce};
+use rpc::{Caller, Limits, ReplyStream, Server, StreamCall, announce};
 use serde_json::value::{RawValue, to_raw_value};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -90,24 +90,12 @@ impl RpcGateway {
     }
 
     fn serve(self, server: Server) -> Server {
-        let [streams, wholes, lists] = std::array::from_fn(|_| self.clone());
-        server
-            .stream(SUBMIT, move |call| {
-                let bridge = streams.clone();
-                async move { bridge.stream(call).await }
-            })
-            .unary_while_wanted(SUBMIT, move |caller, body: Box<RawValue>| {
-                let bridge = wholes.clone();
-                async move { bridge.whole(caller.key, body.get().as_bytes()).await }
-            })
-            .unary_while_wanted(MODELS, move |caller, request: ModelsRequest| {
-                let bridge = lists.clone();
-                async move { bridge.models(caller.key, &request).await }
-            })
+        let server = server.with_state(self).stream(SUBMIT, Self::stream);
+        server.unary_while_wanted(SUBMIT, Self::whole).unary_while_wanted(MODELS, Self::models).into_server()
     }
 
     /// Answers with each chunk as it comes. A call is accepted with its first chunk: until then it can be refused.
-    async fn stream(&self, mut call: StreamCall) {
+    async fn stream(self, mut call: StreamCall) {
         let (body, peer, deadline) = (call.body.clone(), call.peer, call.deadline);
         let write_timeout = seconds(self.gateway.config().write_timeout_secs);
         let opened = tokio::select! {
@@ -129,8 +117,9 @@ impl RpcGateway {
     }
 
     /// Answers with the whole as one JSON value, for callers that speak no streams.
-    async fn whole(&self, caller: PublicKey, body: &[u8]) -> Result<Box<RawValue>, WireError> {
-        let Opened { mut answer, wording } = self.open(caller, body, None, true).await?;
+    async fn whole(self, caller: Caller, body: Box<RawValue>) -> Result<Box<RawValue>, WireError> {
+        let body = body.get().as_bytes();
+        let Opened { mut answer, wording } = self.open(caller.key, body, None, true).await?;
         let whole = answer.collect().await?;
         let written = match wording {
             Wording::Generation(heading) => write_whole(&heading, &answer, &whole).ok(),
@@ -140,9 +129,9 @@ impl RpcGateway {
         written.ok_or_else(|| WireError::new(ErrorCode::InternalError, "the answer could not be written"))
     }
 
-    async fn models(&self, caller: PublicKey, request: &ModelsRequest) -> Result<ModelList, WireError> {
+    async fn models(self, caller: Caller, request: ModelsRequest) -> Result<ModelList, WireError> {
         let gateway = &self.gateway;
-        let grant = gateway.authenticate(Some(&request.token), Some(Origin::Node(caller)), Scope::Infer).await?;
+        let grant = gateway.authenticate(Some(&request.token), Some(Origin::Node(caller.key)), Scope::Infer).await?;
         let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
         Ok(ModelList::served(&models, &fleet, &grant.policy))
     }

@@ -13,7 +13,7 @@ use parking_lot::{Mutex, MutexGuard};
 use protocol::admission::Exclusion;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
-    Empty, ExplainRequest, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN, MODEL_MOVE, ModelMove, ModelPlace,
+    Decision, Empty, ExplainRequest, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN, MODEL_MOVE, ModelMove, ModelPlace,
     ModelPlaceState, ModelPlaces, NodeInfo, NodeRole, PRESENCE_REPORT,
 };
 use protocol::infer::{InferRequest, SUBMIT};
@@ -22,7 +22,9 @@ use protocol::presence::Rejection;
 use protocol::signature::Signed;
 use protocol::{Clock, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
 use rpc::server::STRANGER_BYTES_MAX;
-use rpc::{Client, Directory, Membership, MembershipTask, Server, StreamCall, StreamOptions, Transport, announce};
+use rpc::{
+    Caller, Client, Directory, Membership, MembershipTask, Server, StreamCall, StreamOptions, Transport, announce,
+};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -407,7 +409,7 @@ impl Orchestrator {
     }
 
     /// Reads a submitted job and answers it.
-    async fn take_job(&self, call: StreamCall) {
+    async fn take_job(self: Arc<Self>, call: StreamCall) {
         if let Err(exclusion) = self.membership.admit(call.peer, NodeRole::Gateway, Some(&self.region)) {
             return call.refuse(exclusion.into()).await;
         }
@@ -547,34 +549,32 @@ impl Orchestrator {
     }
 
     fn serve(self: &Arc<Self>, server: Server) -> Server {
-        let [jobs, reports, fleet, explain, moving] = std::array::from_fn(|_| self.clone());
-        server
-            .stream(SUBMIT, move |call| {
-                let orchestrator = jobs.clone();
-                async move { orchestrator.take_job(call).await }
-            })
-            .unary(PRESENCE_REPORT, move |caller, signed: Signed| {
-                let taken = reports.take_report(caller.key, &signed);
-                async move { taken }
-            })
-            .unary(FLEET_LIST, move |caller, _: Empty| {
-                let admitted = fleet.membership.standing(caller.key);
-                let listed = admitted.map(|_| FleetMessage { workers: fleet.fleet.list(Instant::now()) });
-                async move { listed.map_err(WireError::from) }
-            })
-            .unary(MODEL_MOVE, move |caller, request: ModelMove| {
-                let orchestrator = moving.clone();
-                async move {
-                    orchestrator.membership.admit(caller.key, NodeRole::Gateway, None)?;
-                    Ok(orchestrator.move_model(request).await)
-                }
-            })
-            .unary(JOB_EXPLAIN, move |caller, request: ExplainRequest| {
-                let admitted = explain.membership.standing(caller.key).map_err(WireError::from);
-                let explained = admitted
-                    .and_then(|_| explain.decisions.get(request.correlation_id).ok_or_else(refusals::forgotten));
-                async move { explained }
-            })
+        let server =
+            server.with_state(self.clone()).stream(SUBMIT, Self::take_job).unary(PRESENCE_REPORT, Self::report);
+        let server = server.unary(FLEET_LIST, Self::list_fleet).unary(MODEL_MOVE, Self::move_for_gateway);
+        server.unary(JOB_EXPLAIN, Self::explain).into_server()
+    }
+
+    #[expect(clippy::unused_async, reason = "handlers are async")]
+    async fn report(self: Arc<Self>, caller: Caller, signed: Signed) -> Result<Empty, WireError> {
+        self.take_report(caller.key, &signed)
+    }
+
+    #[expect(clippy::unused_async, reason = "handlers are async")]
+    async fn list_fleet(self: Arc<Self>, caller: Caller, _: Empty) -> Result<FleetMessage, WireError> {
+        self.membership.standing(caller.key)?;
+        Ok(FleetMessage { workers: self.fleet.list(Instant::now()) })
+    }
+
+    async fn move_for_gateway(self: Arc<Self>, caller: Caller, request: ModelMove) -> Result<ModelPlaces, WireError> {
+        self.membership.admit(caller.key, NodeRole::Gateway, None)?;
+        Ok(self.move_model(request).await)
+    }
+
+    #[expect(clippy::unused_async, reason = "handlers are async")]
+    async fn explain(self: Arc<Self>, caller: Caller, request: ExplainRequest) -> Result<Arc<Decision>, WireError> {
+        self.membership.standing(caller.key)?;
+        self.decisions.get(request.correlation_id).ok_or_else(refusals::forgotten)
     }
 }
 

@@ -10,15 +10,17 @@ use protocol::admission::Certificate;
 use protocol::artifact::FETCH;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
-    ADAPTER_ADD, ADAPTER_REMOVE, ALIAS_REMOVE, ALIAS_SET, AdapterAdd, AdapterRemove, AliasRemove, AliasSet, ByOperator,
-    CATALOG_LIST, CERTIFICATE_RENEW, CLOCK_READ, ClockReading, Empty, INVITE_CREATE, INVITE_REDEEM, InviteCreate,
-    InviteRedeem, MODEL_ADD, MODEL_KEEP, MODEL_OFFER, MODEL_REMOVE, ModelAdd, ModelKeep, ModelRemove, NODE_LIST,
-    NODE_RENAME, NODE_REVOKE, NodeInfo, NodeRename, NodeRevoke, NodeRole, OPERATOR_CATALOG_LIST, OPERATOR_TOKEN_CREATE,
-    OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET, POOL_STATE, PolicyRequest,
-    PoolStateRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate,
-    TokenCreated, TokenRevoke,
+    ADAPTER_ADD, ADAPTER_REMOVE, ALIAS_REMOVE, ALIAS_SET, AdapterAdd, AdapterRemove, AdapterRemoved, AliasRemove,
+    AliasRemoved, AliasSet, ByOperator, CATALOG_LIST, CERTIFICATE_RENEW, CLOCK_READ, Catalog, ClockReading, Empty,
+    Enrolled, INVITE_CREATE, INVITE_REDEEM, InviteCreate, InviteCreated, InviteRedeem, MODEL_ADD, MODEL_KEEP,
+    MODEL_OFFER, MODEL_REMOVE, ModelAdd, ModelKeep, ModelRemove, ModelRemoved, NODE_LIST, NODE_RENAME, NODE_REVOKE,
+    NodeInfo, NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked, NodeRole, OPERATOR_CATALOG_LIST,
+    OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET, POOL_STATE,
+    PolicyRequest, PoolState, PoolStateRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck,
+    TokenCreate, TokenCreated, TokenGrant, TokenList, TokenRevoke, TokenRevoked,
 };
-use protocol::model::ModelOffer;
+use protocol::model::{AdapterEntry, AliasEntry, ModelEntry, ModelOffer};
+use protocol::policy::TenantPolicy;
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
 use rpc::server::STRANGER_BYTES_MAX;
 use rpc::{ArtifactServer, Caller, Membership, Server, StreamCall, Transport, announce};
@@ -138,89 +140,197 @@ impl Registry {
         }
     }
 
-    /// Serves operators who come without a gateway: their token is all that counts.
-    fn serve_operators(self: &Arc<Self>, server: Server) -> Server {
-        let [renamed, issued, listed, revoked] = std::array::from_fn(|_| self.clone());
+    fn serve(self: &Arc<Self>, server: Server) -> Server {
         server
-            .unary(NODE_RENAME, move |caller, request: NodeRename| {
-                let registry = renamed.clone();
-                async move {
-                    registry.operator(caller, &request.token).await?;
-                    Ok(registry.parts.admission.rename(request.public_key, &request.name).await?)
-                }
-            })
-            .unary(OPERATOR_TOKEN_CREATE, move |caller, asked: ByOperator<TokenCreate>| {
-                let registry = issued.clone();
-                async move {
-                    registry.operator(caller, &asked.token).await?;
-                    registry.issue(asked.request).await
-                }
-            })
-            .unary(OPERATOR_TOKEN_LIST, move |caller, request: OperatorRequest| {
-                let registry = listed.clone();
-                async move {
-                    registry.operator(caller, &request.token).await?;
-                    registry.tokens.list().await.map_err(|error| unavailable(&error))
-                }
-            })
-            .unary(OPERATOR_TOKEN_REVOKE, move |caller, asked: ByOperator<TokenRevoke>| {
-                let registry = revoked.clone();
-                async move {
-                    registry.operator(caller, &asked.token).await?;
-                    registry.tokens.revoke(&asked.request.key_id).await.map_err(|error| unavailable(&error))
-                }
-            })
+            .with_state(self.clone())
+            .unary(CLOCK_READ, Self::read_clock)
+            .unary(INVITE_REDEEM, Self::redeem_invite)
+            .unary(CERTIFICATE_RENEW, Self::renew_certificate)
+            .unary(POOL_STATE, Self::pool_state)
+            .unary(MODEL_OFFER, Self::take_offer)
+            .stream(FETCH, Self::give_artifact)
+            .unary(TOKEN_CHECK, Self::check_token)
+            .unary(TOKEN_CREATE, Self::issue_for_gateway)
+            .unary(TOKEN_LIST, Self::list_for_gateway)
+            .unary(TOKEN_REVOKE, Self::revoke_for_gateway)
+            .unary(CATALOG_LIST, Self::catalog)
+            .unary(ADAPTER_ADD, Self::add_adapter)
+            .unary(ADAPTER_REMOVE, Self::remove_adapter)
+            .unary(POLICY_GET, Self::policy)
+            // Operators may come without a gateway: their token is all that counts.
+            .unary(INVITE_CREATE, Self::create_invite)
+            .unary(NODE_REVOKE, Self::revoke_node)
+            .unary(NODE_LIST, Self::list_nodes)
+            .unary(NODE_RENAME, Self::rename_node)
+            .unary(OPERATOR_TOKEN_CREATE, Self::issue_token)
+            .unary(OPERATOR_TOKEN_LIST, Self::list_tokens)
+            .unary(OPERATOR_TOKEN_REVOKE, Self::revoke_token)
+            .unary(OPERATOR_CATALOG_LIST, Self::list_catalog)
+            .unary(MODEL_ADD, Self::add_model)
+            .unary(MODEL_REMOVE, Self::remove_model)
+            .unary(MODEL_KEEP, Self::keep_model)
+            .unary(ALIAS_SET, Self::set_alias)
+            .unary(ALIAS_REMOVE, Self::remove_alias)
+            .into_server()
     }
 
-    /// Serves operators what they change of models, from a gateway or without one.
-    fn serve_models(self: &Arc<Self>, server: Server) -> Server {
-        let [listed, added, removed, kept, named, unnamed] = std::array::from_fn(|_| self.clone());
-        server
-            .unary(OPERATOR_CATALOG_LIST, move |caller, request: OperatorRequest| {
-                let registry = listed.clone();
-                async move {
-                    registry.operator(caller, &request.token).await?;
-                    catalog::list(&*registry.parts.store).await.map_err(|error| unavailable(&error))
-                }
-            })
-            .unary(MODEL_ADD, move |caller, asked: ByOperator<ModelAdd>| {
-                let registry = added.clone();
-                async move {
-                    registry.operator(caller, &asked.token).await?;
-                    let (store, now) = (&*registry.parts.store, registry.parts.clock.now());
-                    Ok(models::add(store, asked.request, now).await.inspect_err(log_model)?)
-                }
-            })
-            .unary(MODEL_REMOVE, move |caller, asked: ByOperator<ModelRemove>| {
-                let registry = removed.clone();
-                async move {
-                    registry.operator(caller, &asked.token).await?;
-                    Ok(models::remove(&*registry.parts.store, asked.request).await.inspect_err(log_model)?)
-                }
-            })
-            .unary(MODEL_KEEP, move |caller, asked: ByOperator<ModelKeep>| {
-                let registry = kept.clone();
-                async move {
-                    registry.operator(caller, &asked.token).await?;
-                    Ok(models::keep(&*registry.parts.store, asked.request).await.inspect_err(log_model)?)
-                }
-            })
-            .unary(ALIAS_SET, move |caller, asked: ByOperator<AliasSet>| {
-                let registry = named.clone();
-                async move {
-                    registry.operator(caller, &asked.token).await?;
-                    let (store, now) = (&*registry.parts.store, registry.parts.clock.now());
-                    Ok(models::set_alias(store, asked.request, now).await.inspect_err(log_model)?)
-                }
-            })
-            .unary(ALIAS_REMOVE, move |caller, asked: ByOperator<AliasRemove>| {
-                let registry = unnamed.clone();
-                async move {
-                    registry.operator(caller, &asked.token).await?;
-                    let store = &*registry.parts.store;
-                    Ok(models::remove_alias(store, &asked.request.alias).await.inspect_err(log_model)?)
-                }
-            })
+    #[expect(clippy::unused_async, reason = "handlers are async")]
+    async fn read_clock(self: Arc<Self>, _: Caller, _: Empty) -> Result<ClockReading, WireError> {
+        Ok(ClockReading { now: self.parts.clock.now() })
+    }
+
+    async fn redeem_invite(self: Arc<Self>, caller: Caller, request: InviteRedeem) -> Result<Enrolled, WireError> {
+        self.parts.admission.redeem(caller.key, request).await
+    }
+
+    async fn renew_certificate(self: Arc<Self>, caller: Caller, _: Empty) -> Result<Enrolled, WireError> {
+        self.membership.standing(caller.key)?;
+        self.parts.admission.renew(caller.key).await
+    }
+
+    async fn pool_state(self: Arc<Self>, caller: Caller, request: PoolStateRequest) -> Result<PoolState, WireError> {
+        self.membership.standing(caller.key)?;
+        Ok(self.parts.admission.state(request.version).await?)
+    }
+
+    async fn check_token(self: Arc<Self>, caller: Caller, request: TokenCheck) -> Result<TokenGrant, WireError> {
+        self.admit_gateway(caller.key)?;
+        self.tokens.check(&request.token).await
+    }
+
+    async fn issue_for_gateway(
+        self: Arc<Self>,
+        caller: Caller,
+        request: TokenCreate,
+    ) -> Result<TokenCreated, WireError> {
+        self.admit_gateway(caller.key)?;
+        self.issue(request).await
+    }
+
+    async fn list_for_gateway(self: Arc<Self>, caller: Caller, _: Empty) -> Result<TokenList, WireError> {
+        self.admit_gateway(caller.key)?;
+        self.tokens.list().await.map_err(|error| unavailable(&error))
+    }
+
+    async fn revoke_for_gateway(
+        self: Arc<Self>,
+        caller: Caller,
+        request: TokenRevoke,
+    ) -> Result<TokenRevoked, WireError> {
+        self.admit_gateway(caller.key)?;
+        self.tokens.revoke(&request.key_id).await.map_err(|error| unavailable(&error))
+    }
+
+    async fn catalog(self: Arc<Self>, caller: Caller, _: Empty) -> Result<Catalog, WireError> {
+        self.admit(caller.key)?;
+        catalog::list(&*self.parts.store).await.map_err(|error| unavailable(&error))
+    }
+
+    async fn add_adapter(self: Arc<Self>, caller: Caller, request: AdapterAdd) -> Result<AdapterEntry, WireError> {
+        self.admit_gateway(caller.key)?;
+        let (store, now) = (&*self.parts.store, self.parts.clock.now());
+        Ok(adapters::add(store, request, now).await.inspect_err(log_refusal)?)
+    }
+
+    async fn remove_adapter(
+        self: Arc<Self>,
+        caller: Caller,
+        request: AdapterRemove,
+    ) -> Result<AdapterRemoved, WireError> {
+        self.admit_gateway(caller.key)?;
+        Ok(adapters::remove(&*self.parts.store, request).await.inspect_err(log_refusal)?)
+    }
+
+    async fn policy(self: Arc<Self>, caller: Caller, request: PolicyRequest) -> Result<TenantPolicy, WireError> {
+        self.admit(caller.key)?;
+        policies::of(&*self.parts.store, &request.tenant_id).await.map_err(|error| unavailable(&error))
+    }
+
+    async fn create_invite(self: Arc<Self>, caller: Caller, request: InviteCreate) -> Result<InviteCreated, WireError> {
+        self.operator(caller, &request.token).await?;
+        Ok(self.parts.admission.invite(request).await?)
+    }
+
+    async fn revoke_node(self: Arc<Self>, caller: Caller, request: NodeRevoke) -> Result<NodeRevoked, WireError> {
+        self.operator(caller, &request.token).await?;
+        Ok(self.parts.admission.revoke(request.public_key).await?)
+    }
+
+    async fn list_nodes(self: Arc<Self>, caller: Caller, request: OperatorRequest) -> Result<NodeList, WireError> {
+        self.operator(caller, &request.token).await?;
+        Ok(self.parts.admission.nodes().await?)
+    }
+
+    async fn rename_node(self: Arc<Self>, caller: Caller, request: NodeRename) -> Result<NodeRenamed, WireError> {
+        self.operator(caller, &request.token).await?;
+        Ok(self.parts.admission.rename(request.public_key, &request.name).await?)
+    }
+
+    async fn issue_token(
+        self: Arc<Self>,
+        caller: Caller,
+        asked: ByOperator<TokenCreate>,
+    ) -> Result<TokenCreated, WireError> {
+        self.operator(caller, &asked.token).await?;
+        self.issue(asked.request).await
+    }
+
+    async fn list_tokens(self: Arc<Self>, caller: Caller, request: OperatorRequest) -> Result<TokenList, WireError> {
+        self.operator(caller, &request.token).await?;
+        self.tokens.list().await.map_err(|error| unavailable(&error))
+    }
+
+    async fn revoke_token(
+        self: Arc<Self>,
+        caller: Caller,
+        asked: ByOperator<TokenRevoke>,
+    ) -> Result<TokenRevoked, WireError> {
+        self.operator(caller, &asked.token).await?;
+        self.tokens.revoke(&asked.request.key_id).await.map_err(|error| unavailable(&error))
+    }
+
+    async fn list_catalog(self: Arc<Self>, caller: Caller, request: OperatorRequest) -> Result<Catalog, WireError> {
+        self.operator(caller, &request.token).await?;
+        catalog::list(&*self.parts.store).await.map_err(|error| unavailable(&error))
+    }
+
+    async fn add_model(self: Arc<Self>, caller: Caller, asked: ByOperator<ModelAdd>) -> Result<ModelEntry, WireError> {
+        self.operator(caller, &asked.token).await?;
+        let (store, now) = (&*self.parts.store, self.parts.clock.now());
+        Ok(models::add(store, asked.request, now).await.inspect_err(log_model)?)
+    }
+
+    async fn remove_model(
+        self: Arc<Self>,
+        caller: Caller,
+        asked: ByOperator<ModelRemove>,
+    ) -> Result<ModelRemoved, WireError> {
+        self.operator(caller, &asked.token).await?;
+        Ok(models::remove(&*self.parts.store, asked.request).await.inspect_err(log_model)?)
+    }
+
+    async fn keep_model(
+        self: Arc<Self>,
+        caller: Caller,
+        asked: ByOperator<ModelKeep>,
+    ) -> Result<ModelEntry, WireError> {
+        self.operator(caller, &asked.token).await?;
+        Ok(models::keep(&*self.parts.store, asked.request).await.inspect_err(log_model)?)
+    }
+
+    async fn set_alias(self: Arc<Self>, caller: Caller, asked: ByOperator<AliasSet>) -> Result<AliasEntry, WireError> {
+        self.operator(caller, &asked.token).await?;
+        let (store, now) = (&*self.parts.store, self.parts.clock.now());
+        Ok(models::set_alias(store, asked.request, now).await.inspect_err(log_model)?)
+    }
+
+    async fn remove_alias(
+        self: Arc<Self>,
+        caller: Caller,
+        asked: ByOperator<AliasRemove>,
+    ) -> Result<AliasRemoved, WireError> {
+        self.operator(caller, &asked.token).await?;
+        Ok(models::remove_alias(&*self.parts.store, &asked.request.alias).await.inspect_err(log_model)?)
     }
 
     async fn issue(&self, new: TokenCreate) -> Result<TokenCreated, WireError> {
@@ -230,129 +340,8 @@ impl Registry {
         })
     }
 
-    fn serve_admission(self: &Arc<Self>, server: Server) -> Server {
-        let [invited, redeemed, renewed, revoked, listed, asked] = std::array::from_fn(|_| self.clone());
-        let clock = self.parts.clock.clone();
-        server
-            .unary(CLOCK_READ, move |_, _: Empty| {
-                let reading = ClockReading { now: clock.now() };
-                async move { Ok(reading) }
-            })
-            .unary(INVITE_CREATE, move |caller, request: InviteCreate| {
-                let registry = invited.clone();
-                async move {
-                    registry.operator(caller, &request.token).await?;
-                    Ok(registry.parts.admission.invite(request).await?)
-                }
-            })
-            .unary(INVITE_REDEEM, move |caller, request: InviteRedeem| {
-                let registry = redeemed.clone();
-                async move { registry.parts.admission.redeem(caller.key, request).await }
-            })
-            .unary(CERTIFICATE_RENEW, move |caller, _: Empty| {
-                let registry = renewed.clone();
-                async move {
-                    registry.membership.standing(caller.key)?;
-                    registry.parts.admission.renew(caller.key).await
-                }
-            })
-            .unary(NODE_REVOKE, move |caller, request: NodeRevoke| {
-                let registry = revoked.clone();
-                async move {
-                    registry.operator(caller, &request.token).await?;
-                    Ok(registry.parts.admission.revoke(request.public_key).await?)
-                }
-            })
-            .unary(NODE_LIST, move |caller, request: OperatorRequest| {
-                let registry = listed.clone();
-                async move {
-                    registry.operator(caller, &request.token).await?;
-                    Ok(registry.parts.admission.nodes().await?)
-                }
-            })
-            .unary(POOL_STATE, move |caller, request: PoolStateRequest| {
-                let registry = asked.clone();
-                async move {
-                    registry.membership.standing(caller.key)?;
-                    Ok(registry.parts.admission.state(request.version).await?)
-                }
-            })
-    }
-
-    fn serve(self: &Arc<Self>, server: Server) -> Server {
-        let [tokens, issued, listed, revoked, catalogue, offered, added, removed, rules, fetched] =
-            std::array::from_fn(|_| self.clone());
-        self.serve_models(self.serve_operators(self.serve_admission(server)))
-            .stream(FETCH, move |call| {
-                let registry = fetched.clone();
-                async move { registry.give_artifact(call).await }
-            })
-            .unary(TOKEN_CHECK, move |caller, request: TokenCheck| {
-                let registry = tokens.clone();
-                async move {
-                    registry.admit_gateway(caller.key)?;
-                    registry.tokens.check(&request.token).await
-                }
-            })
-            .unary(TOKEN_CREATE, move |caller, request: TokenCreate| {
-                let registry = issued.clone();
-                async move {
-                    registry.admit_gateway(caller.key)?;
-                    registry.issue(request).await
-                }
-            })
-            .unary(TOKEN_LIST, move |caller, _: Empty| {
-                let registry = listed.clone();
-                async move {
-                    registry.admit_gateway(caller.key)?;
-                    registry.tokens.list().await.map_err(|error| unavailable(&error))
-                }
-            })
-            .unary(TOKEN_REVOKE, move |caller, request: TokenRevoke| {
-                let registry = revoked.clone();
-                async move {
-                    registry.admit_gateway(caller.key)?;
-                    registry.tokens.revoke(&request.key_id).await.map_err(|error| unavailable(&error))
-                }
-            })
-            .unary(CATALOG_LIST, move |caller, _: Empty| {
-                let registry = catalogue.clone();
-                async move {
-                    registry.admit(caller.key)?;
-                    catalog::list(&*registry.parts.store).await.map_err(|error| unavailable(&error))
-                }
-            })
-            .unary(MODEL_OFFER, move |caller, offer: ModelOffer| {
-                let registry = offered.clone();
-                async move { registry.take_offer(caller.key, offer).await }
-            })
-            .unary(ADAPTER_ADD, move |caller, request: AdapterAdd| {
-                let registry = added.clone();
-                async move {
-                    registry.admit_gateway(caller.key)?;
-                    let (store, now) = (&*registry.parts.store, registry.parts.clock.now());
-                    Ok(adapters::add(store, request, now).await.inspect_err(log_refusal)?)
-                }
-            })
-            .unary(ADAPTER_REMOVE, move |caller, request: AdapterRemove| {
-                let registry = removed.clone();
-                async move {
-                    registry.admit_gateway(caller.key)?;
-                    let store = &*registry.parts.store;
-                    Ok(adapters::remove(store, request).await.inspect_err(log_refusal)?)
-                }
-            })
-            .unary(POLICY_GET, move |caller, request: PolicyRequest| {
-                let registry = rules.clone();
-                async move {
-                    registry.admit(caller.key)?;
-                    policies::of(&*registry.parts.store, &request.tenant_id).await.map_err(|error| unavailable(&error))
-                }
-            })
-    }
-
     /// Gives a worker the file of a model that was added.
-    async fn give_artifact(&self, call: StreamCall) {
+    async fn give_artifact(self: Arc<Self>, call: StreamCall) {
         let Some(artifact_server) = &self.artifacts else {
             let error = WireError::new(ErrorCode::ModelNotHere, "this registry keeps no artifacts, try another node");
             return call.refuse(error).await;
@@ -365,7 +354,8 @@ impl Registry {
     }
 
     /// Lists a model that a worker serves, if the worker's certificate allows it that name.
-    async fn take_offer(&self, worker: PublicKey, offer: ModelOffer) -> Result<Empty, WireError> {
+    async fn take_offer(self: Arc<Self>, caller: Caller, offer: ModelOffer) -> Result<Empty, WireError> {
+        let worker = caller.key;
         self.membership.admit(worker, NodeRole::Worker, None)?;
         let allows = |certificate: Arc<Certificate>| certificate.allows_model(&offer.key.model_id);
         if !self.membership.standing(worker)?.is_none_or(allows) {

@@ -27,8 +27,10 @@ use crate::transport::{Channel, Connection, Incoming, Transport};
 mod budget;
 mod connections;
 mod stream_call;
+mod with_state;
 
 pub use stream_call::{Interrupted, ReplyStream, StreamCall};
+pub use with_state::WithState;
 
 /// How long a caller may take to send its request.
 const OPENING: Duration = Duration::from_secs(10);
@@ -221,6 +223,12 @@ impl Server {
     {
         self.streams.insert(method, Box::new(move |call| Box::pin(handler(call))));
         self
+    }
+
+    /// Lets methods share a state.
+    #[must_use]
+    pub fn with_state<S: Clone + Send + Sync + 'static>(self, state: S) -> WithState<S> {
+        WithState::new(self, state)
     }
 
     /// Serves until `stop`. Then new calls are refused, and calls in progress have `drain` to end before they are
