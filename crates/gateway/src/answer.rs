@@ -453,6 +453,6 @@ mod tests {
     #[test]
     fn clients_read_no_code_of_calls_between_nodes() {
         let error = for_clients(CallError::Remote(WireError::new(ErrorCode::StaleAttempt, "x")));
-        assert_eq!(error.code, ErrorCode::WorkerFailed);
+        assert_eq!(error.code, ErrorCode::InternalError);
     }
 }

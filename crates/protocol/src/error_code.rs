@@ -211,7 +211,9 @@ impl ErrorCode {
     /// Returns the code that clients see. Codes that nodes use among themselves stay among them.
     pub fn for_clients(self) -> Self {
         match self {
-            Self::NotEnrolled | Self::NodeRevoked | Self::UnknownMethod | Self::InternalError => Self::InternalError,
+            Self::StaleAttempt | Self::NotEnrolled | Self::NodeRevoked | Self::UnknownMethod | Self::InternalError => {
+                Self::InternalError
+            }
             Self::Cancelled => Self::Unavailable,
             code => code.as_job_failure(),
         }
@@ -326,7 +328,7 @@ impl WireError {
             ErrorCode::NoCapacity => Self::new(self.code, "no worker has room for this model, try again")
                 .with_retry_after(Duration::from_secs(1)),
             // What an engine says of its crash helps the caller; what nodes say of each other does not.
-            _ if said == ErrorCode::EngineCrashed => self,
+            _ if said == ErrorCode::EngineCrashed => Self { suspects: None, ..self },
             _ => Self { message: "the worker failed".into(), ..self },
         }
     }
@@ -372,7 +374,7 @@ mod tests {
             (E::WorkerStopping, E::NoCapacity, E::NoCapacity),
             (E::ModelNotHere, E::NoCapacity, E::NoCapacity),
             (E::EngineCrashed, E::WorkerFailed, E::WorkerFailed),
-            (E::StaleAttempt, E::WorkerFailed, E::WorkerFailed),
+            (E::StaleAttempt, E::WorkerFailed, E::InternalError),
             (E::NotEnrolled, E::WorkerFailed, E::InternalError),
             (E::NodeRevoked, E::WorkerFailed, E::InternalError),
             (E::UnknownMethod, E::WorkerFailed, E::InternalError),
@@ -384,8 +386,8 @@ mod tests {
             assert_eq!(WireError::new(said, "x").as_job_failure().code, job, "{said} of a worker");
             assert_eq!(WireError::new(said, "x").for_clients().code, client, "{said}");
         }
-        let crashed = WireError::new(E::EngineCrashed, "the engine crashed").as_job_failure();
-        assert_eq!(crashed.message, "the engine crashed");
+        let crashed = WireError::new(E::EngineCrashed, "the engine crashed").with_suspects(3).as_job_failure();
+        assert_eq!((crashed.message.as_str(), crashed.suspects), ("the engine crashed", None));
         assert_eq!(WireError::new(E::NotEnrolled, "10.0.0.1 is unknown").as_job_failure().message, "the worker failed");
         assert!(!WireError::new(E::NotEnrolled, "10.0.0.1 is unknown").for_clients().message.contains("10.0.0.1"));
     }
