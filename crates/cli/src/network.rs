@@ -324,7 +324,9 @@ impl Stage {
         Ok(tier)
     }
 
-    /// Starts the workers. Their epochs are counted in the orchestrator's store, which always exists.
+    /// Starts the workers. Earlier versions counted their starts in the orchestrator's store, so the count in the data
+    /// folder may be lower than the epochs of reports that an orchestrator has accepted. The store's mark may lag one
+    /// start behind.
     async fn workers(
         &mut self,
         store: &dyn JobStore,
@@ -335,7 +337,7 @@ impl Stage {
         let believed: BTreeMap<_, _> = store.high_waters().await?.into_iter().collect();
         for (key, number) in self.keys.workers.clone().iter().zip(1..) {
             let name = format!("worker-{number}");
-            let above = believed.get(&key.public_key()).map_or(0, |mark| mark.epoch);
+            let above = believed.get(&key.public_key()).map_or(0, |mark| mark.epoch + 1);
             let epoch = self.place.data.next_epoch(&name, above)?;
             let membership = self.admit(key, NodeRole::Worker, &name).await?;
             let transport = self.medium.node(key, &name).await?;
