@@ -37,7 +37,7 @@ dist: ## Makes dist/tether, a release that is fast on any processor (FEATURES=po
 	$(WITH_CUDA) scripts/with-progress cargo build --release --package tether --features $(or $(FEATURES),portable)
 	$(WITH_CUDA) scripts/dist $(abspath $(TARGET_DIR))/dist/release dist/tether
 
-demo: build ## Starts a network, asks it, kills an engine, asks again, and cleans up
+demo: build ## Starts a network, asks it, kills a worker, asks again, and cleans up
 	@$(PROGRAM) demo
 
 up: build ## Starts a network and keeps it running

@@ -1,4 +1,4 @@
-//! The artifact store: artifacts in a folder and those embedded in the program.
+//! The artifact store: finds artifacts by digest in a folder and among those compiled into the binary.
 
 use std::collections::BTreeMap;
 use std::fs::File;

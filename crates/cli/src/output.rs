@@ -1,4 +1,4 @@
-//! Prints to stdout and stderr, for people and programs.
+//! Prints to stdout and stderr: text for people and JSON for programs.
 
 use std::io::{self, Write as _};
 

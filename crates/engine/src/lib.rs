@@ -1,12 +1,12 @@
 //! Model runtimes: they load models and generate text, and know nothing of networks.
 //!
 //! [`ModelRuntime`] is the one interface. [`ProcessRuntime`] runs each loaded model in a child process, because a
-//! malicious model or a failed assertion in C++ ends the process it happens in. The child serves any other runtime
-//! through [`process::serve_child`]. `LlamaRuntime` (feature `llama`) runs GGUF models on llama.cpp, and
+//! malicious model or a failed assertion in C++ can end the process. The child runs one of the other runtimes and
+//! serves it through [`process::serve_child`]. `LlamaRuntime` (feature `llama`) runs GGUF models on llama.cpp, and
 //! [`MockRuntime`] imitates a runtime at a fixed pace. `RemoteRuntime` (feature `remote`) uses running servers that
 //! speak OpenAI's API.
 //!
-//! All code that parses untrusted bytes ([`gguf`], [`process::frame`], [`chat_template`], [`text_assembler`],
+//! All code that parses untrusted bytes ([`gguf`], [`process::frame`], [`chat_template`], [`text_assembler`], `remote`,
 //! [`answer_parser`], `grammar`) is bounded and never panics.
 
 pub mod answer_parser;

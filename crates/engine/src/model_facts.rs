@@ -1,4 +1,4 @@
-//! Facts about a model, read from its header, in the terms that users know.
+//! Reads facts about a model from its GGUF header and states them in terms that users know.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Which of several models may run a job, where its name stands for several. Pure.
+//! Chooses the models that may run a job when its model name stands for several. Pure functions.
 
 use std::sync::Arc;
 

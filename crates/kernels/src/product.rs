@@ -1,4 +1,4 @@
-//! The product itself.
+//! Multiplies packed quantised weights with quantised vectors, with AVX-512 VNNI instructions.
 
 use std::arch::x86_64::{
     __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_cvtph_ps,

@@ -1,4 +1,4 @@
-//! How the last jobs were placed, for `tether explain`.
+//! How the last jobs were placed, for `/admin/v1/jobs/{correlationId}/decision`.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

@@ -177,7 +177,7 @@ impl Journey {
         }
     }
 
-    /// Ends, leaving what `tether explain` shows.
+    /// Ends the journey and returns the record of its decision.
     pub fn into_decision(self) -> Decision {
         Decision {
             correlation_id: self.request.correlation_id,

@@ -1,6 +1,7 @@
-//! Who belongs to a pool: certificates, revocations and invites, all vouched for by the pool's root key.
+//! Pool membership: certificates and revocation lists, which the pool's root key signs, and invites, which the registry
+//! keeps and redeems.
 //!
-//! Every check is a pure function of the bytes and the present; `rpc::Membership` keeps what was checked.
+//! Every check is a pure function of its input and the current time. `rpc::Membership` stores what passed the checks.
 
 pub mod certificate;
 pub mod invite;

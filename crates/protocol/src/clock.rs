@@ -1,4 +1,4 @@
-//! Time as the rest of the code sees it.
+//! Unix timestamps in milliseconds, and the [`Clock`] trait that supplies the current time.
 
 use std::fmt;
 use std::time::Duration;

@@ -1,7 +1,8 @@
-//! What clients say to a gateway without HTTP: jobs by `infer.submit`, with their API token in the message.
+//! Messages between RPC clients and a gateway: `infer.submit` for jobs and `infer.models` for the models. Each request
+//! carries the client's API token.
 //!
-//! Any key may call. A bare RPC client gets the whole answer as one JSON value; one that opens `infer.submit` as a
-//! stream gets each `Infer.Chunk` as it comes.
+//! A client needs no certificate, so any node key may call. A unary call of `infer.submit` returns the whole answer as
+//! one JSON value. A stream of `infer.submit` delivers each `Infer.Chunk` as it is generated.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! Which health reports to believe: a pure decision, cheap checks first.
+//! Decides whether to accept a health report. A pure function: cheap checks run before the signature is verified.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! Decides whether a job is admitted: a place must be free, and its tenant must be within its share (W6). A job of
-//! several answers counts as many times as they run concurrently.
+//! Decides whether a job is admitted: a slot or a queue place must be free, and the job must not exceed its tenant's
+//! limit (W6). A job takes one place for each of its answers that may run concurrently, at most as many as slots.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Finds the network to talk to: the one that runs, or else one that this command starts.
+//! Finds a running network, or starts one that ends with this command.
 
 use std::time::Duration;
 

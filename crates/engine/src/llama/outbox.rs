@@ -1,4 +1,5 @@
-//! Sends events to a reader without ever blocking on it.
+//! Sends the events of a generation to its reader without blocking. Text for a slow reader is merged until the
+//! generation has to pause.
 
 use std::sync::Arc;
 

@@ -1,6 +1,7 @@
 //! Arithmetic over a whole vocabulary, written so that the compiler can vectorise it.
 //!
-//! Results do not depend on the machine: the exponential is a polynomial of our own, and sums have a fixed order.
+//! Results do not depend on the machine: this module approximates the exponential by a polynomial and adds in a fixed
+//! order.
 
 /// The number of logits per block; a multiple of [`LANES`].
 const BLOCK: usize = 1_024;

@@ -1,4 +1,4 @@
-//! What handlers take from a request besides its body.
+//! Extracts from a request what handlers need besides its body: context, API token and path segment.
 
 use std::convert::Infallible;
 

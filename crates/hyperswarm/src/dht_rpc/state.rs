@@ -1,6 +1,7 @@
 //! Makes every decision of a node: which nodes it keeps, which it pings again, what it answers.
 //!
-//! Pure: takes time and datagrams, and returns [`Effect`]s, which the node carries out in order.
+//! Pure: takes time and datagrams, and returns [`Effect`]s. The node carries out those of one decision in order; those
+//! of two threads may mix.
 
 mod answers;
 mod identity;

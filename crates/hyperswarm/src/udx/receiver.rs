@@ -1,4 +1,5 @@
-//! The receiving half of a stream: delivers data in order, and holds early packets until the gap before them closes.
+//! The receiving half of a stream: delivers data in order, and buffers out-of-order packets until the gap before
+//! them is filled.
 
 use std::collections::{BTreeMap, VecDeque};
 

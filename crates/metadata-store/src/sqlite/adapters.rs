@@ -1,4 +1,4 @@
-//! The adapters of the catalogue's models.
+//! The `adapters` table: the LoRA adapters of registered models.
 
 use protocol::model::{AdapterEntry, AdapterKey, ModelKey};
 use protocol::{Digest, ModelVersion};

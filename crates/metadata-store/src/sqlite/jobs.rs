@@ -1,4 +1,4 @@
-//! Jobs: reading them and settling them.
+//! Reads jobs from the `jobs` table and settles them.
 
 use protocol::infer::FinishReason;
 use protocol::usage::TokenUsage;

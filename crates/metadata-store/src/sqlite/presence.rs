@@ -1,4 +1,5 @@
-//! What keeps a health report from being replayed: the mark of the last report believed of each worker.
+//! Stores each worker's high-water mark, the epoch and sequence number of its last accepted health report. Reports at
+//! or below the mark are replays.
 
 use protocol::presence::HighWater;
 use protocol::{PublicKey, WorkerId};

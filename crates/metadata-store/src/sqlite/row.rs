@@ -1,4 +1,5 @@
-//! Reads columns as the words of the protocol. What does not parse is an error, since a file can be damaged.
+//! Decodes SQLite columns into protocol types. A value that does not parse is an error, because the database file may
+//! be damaged.
 
 use std::str::FromStr;
 

@@ -1,4 +1,4 @@
-//! Translates jobs to engine requests, and engine events and errors to the wire.
+//! Translates jobs into engine requests, and pieces and errors of the engine into protocol messages.
 
 use engine::{Chat, EmbedRequest, EngineError, GenerateRequest, LeftToModel, ModelId, Piece, PromptInput, Sampling};
 use protocol::infer::{EmbedInput, InferRequest, Input, Payload};

@@ -1,5 +1,5 @@
-//! The adapters of one model: attached to its running engine at their first use, and removed when others need the place
-//! (W3).
+//! Tracks the adapters attached to a model's running engine. An adapter is attached at its first use. If all slots are
+//! taken, the least recently used idle adapter is evicted (W3).
 
 use std::sync::Arc;
 

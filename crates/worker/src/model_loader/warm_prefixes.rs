@@ -1,7 +1,7 @@
 //! The prompt prefixes that an engine likely still has in its prefix cache.
 //!
 //! Engines do not report what they keep and what they evict, but all of them keep the latest prompts and evict the
-//! oldest. A worker that guesses wrong evaluates a prompt that another worker would have had to evaluate.
+//! oldest. If the guess is wrong, the worker evaluates the whole prompt, as a worker without the prefix would.
 
 use protocol::PrefixDigest;
 use protocol::health::PREFIXES_MAX;

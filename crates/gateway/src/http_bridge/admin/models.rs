@@ -1,4 +1,4 @@
-//! The registered models, and which of them workers hold.
+//! Admin endpoints for models: list, add, remove, load, unload, and how long a model stays in memory.
 
 use axum::Json;
 use axum::body::Body;
