@@ -205,7 +205,7 @@ impl GatewayClient {
     ) -> anyhow::Result<T> {
         let exchange = async {
             let response = self.ask(method, path, body).await?;
-            response.json().await.with_context(|| format!("{} answered nonsense", self.url))
+            response.json().await.with_context(|| format!("the answer of {} is not the expected JSON", self.url))
         };
         match timeout(WITHIN, exchange).await {
             Ok(answered) => answered,
@@ -270,7 +270,7 @@ impl GatewayClient {
             );
         }
         if let Some(elsewhere) = response.headers.get(header::LOCATION).and_then(|place| place.to_str().ok()) {
-            bail!("{} sends whoever asks on to {elsewhere}; name the gateway's own address with --url", self.url);
+            bail!("{} redirects to {elsewhere}; give the gateway's own address with --url", self.url);
         }
         let body: Value = response.json().await.unwrap_or_default();
         match body.pointer("/error/message").and_then(Value::as_str) {

@@ -39,7 +39,6 @@ mod up;
 
 /// The command succeeded and found something wrong.
 const FINDING: u8 = 1;
-/// The command failed.
 const FAILURE: u8 = 2;
 
 /// The outcome of a command that succeeded.
@@ -298,7 +297,7 @@ pub fn shipped() -> Supplies<'static> {
 
 /// Returns the runtime that workers use: each model in a child process, which runs this program.
 pub fn process_runtime() -> anyhow::Result<Arc<dyn ModelRuntime>> {
-    let program = std::env::current_exe().context("the program does not know where it lies")?;
+    let program = std::env::current_exe().context("could not find the path of this program")?;
     let command = ChildCommand { program, args: vec!["engine-host".into()], envs: vec![] };
     Ok(Arc::new(ProcessRuntime::new(command)))
 }

@@ -348,6 +348,6 @@ fn refused(remote: &Remote, status: StatusCode) -> Cut {
         404 | 410 => Cut::Lasting(anyhow!("there is nothing at {url} ({status}); see that it is written right")),
         416 => Cut::Lasting(anyhow!("{url} has no such part ({status}); try again, from the beginning")),
         429 | 500..=599 => Cut::Passing(anyhow!("{} answers {status}", host(&remote.url))),
-        _ => Cut::Lasting(anyhow!("{url} answers {status}, which is no file")),
+        _ => Cut::Lasting(anyhow!("{url} answers {status} and no file")),
     }
 }

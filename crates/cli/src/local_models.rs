@@ -82,7 +82,7 @@ pub fn known_digest(data: &DataFolder, text: &str) -> anyhow::Result<Option<Dige
 /// Adds the files that the settings name to the workers' models and to the store. Reports which files it copies.
 pub async fn take_in(settings: &mut Settings, data: &DataFolder) -> anyhow::Result<()> {
     if let Some(source) = settings.models.iter().find(|text| crate::download::is_source(split(text).1)) {
-        bail!("{source} is no file of this machine; add it by `tether model add {}`", split(source).1);
+        bail!("{source} is not a file on this machine; add it with `tether model add {}`", split(source).1);
     }
     let taken = settings.worker.models.iter().map(|model| model.model_id.clone()).collect();
     let added = served(&settings.models, taken)?;

@@ -33,7 +33,6 @@ pub struct ModelFile {
 /// How a file is added to the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Take {
-    /// As a copy.
     Copy,
     /// As a hard link if the file system supports it. For files that never change, such as those in other programs'
     /// caches.

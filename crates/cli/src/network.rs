@@ -40,7 +40,6 @@ pub struct Supplies<'a> {
 }
 
 pub struct Network {
-    /// The gateway's address.
     pub address: SocketAddr,
     /// Whether the gateway uses TLS.
     pub tls: bool,

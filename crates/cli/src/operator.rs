@@ -239,7 +239,6 @@ impl AdminClient {
         }
     }
 
-    /// Renames a node.
     pub async fn rename_node(&self, public_key: PublicKey, name: &str) -> anyhow::Result<NodeRenamed> {
         match self {
             Self::Gateway(client) => {

@@ -40,11 +40,9 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Look {
     Good,
-    /// Deserves attention.
     Doubtful,
     Bad,
     Head,
-    /// Less important.
     Aside,
 }
 

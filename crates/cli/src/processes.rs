@@ -32,7 +32,7 @@ struct Member {
 impl Processes {
     /// Runs this program, with the nodes' folders in `folder`.
     pub fn below(folder: &Path) -> anyhow::Result<Self> {
-        let program = std::env::current_exe().context("the program does not know where it lies")?;
+        let program = std::env::current_exe().context("could not find the path of this program")?;
         Ok(Self::of(program, folder))
     }
 

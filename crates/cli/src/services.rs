@@ -33,7 +33,6 @@ pub struct Place {
     pub settings: Settings,
     pub data: DataFolder,
     pub metrics: Metrics,
-    /// Wall clock.
     pub clock: Arc<dyn Clock>,
 }
 

@@ -262,7 +262,7 @@ fn unknown_variable(name: &str) -> String {
     let meant = variables.iter().find(|known| plain(known) == plain(name)).map(String::as_str);
     let meant = meant.or_else(|| nearest(name, variables.iter().map(String::as_str)));
     let hint = meant.map(|meant| format!("; did you mean {meant}?")).unwrap_or_default();
-    format!("the variable {name} is no setting and is passed over{hint}")
+    format!("the variable {name} is not a setting and is ignored{hint}")
 }
 
 /// Returns the setting that is likely meant by a field that an error calls unknown.
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_variable_that_is_no_setting_is_passed_over_and_named() {
+    fn a_variable_that_is_not_a_setting_is_ignored_and_named() {
         let (_folder, common) = file("");
         let env = env(&[("TETHER_GATEWAY_BIND", "127.0.0.1:9"), ("TETHER_REGION", "us-east")]);
         let settings = load(&common, &env, &[]).expect("an unknown variable does no harm");
@@ -430,7 +430,7 @@ mod tests {
         for (name, hint) in [
             ("TETHER_GATEWAY_BIND", "did you mean TETHER_GATEWAY__BIND?"),
             ("TETHER_REGOIN", "did you mean TETHER_REGION?"),
-            ("TETHER_SOMETHING_ELSE", "passed over"),
+            ("TETHER_SOMETHING_ELSE", "is ignored"),
         ] {
             let told = unknown_variable(name);
             assert!(told.contains(name) && told.ends_with(hint), "{told}");

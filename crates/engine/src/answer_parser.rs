@@ -43,7 +43,6 @@ pub struct Delta {
     pub tool_calls: Vec<ToolCallDelta>,
 }
 
-/// Parses one answer.
 #[derive(Debug, Clone)]
 pub struct AnswerParser {
     reader: Reader,

@@ -62,7 +62,6 @@ pub enum ChatTemplateError {
     Unfit {
         /// The field, by its name in OpenAI's API.
         parameter: String,
-        /// The template's error.
         reason: String,
     },
     /// The model's file has no template, and the model does not seem to speak ChatML.

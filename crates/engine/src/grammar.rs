@@ -33,7 +33,6 @@ pub struct TokenTable {
     pub bytes: Vec<Vec<u8>>,
     /// Whether each token is a special token, which text can never produce; as long as `bytes`.
     pub special: Vec<bool>,
-    /// The end-of-generation tokens.
     pub eog: Vec<u32>,
 }
 

@@ -53,7 +53,6 @@ impl Hardware {
     }
 }
 
-/// A GPU backend.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Backend {
     /// Its short name, such as `cuda`, `vulkan` or `metal`.
@@ -85,7 +84,6 @@ pub enum BackendState {
     },
 }
 
-/// A compute device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     /// Its short name, such as `CPU` or `CUDA0`.

@@ -107,7 +107,6 @@ struct MockModel {
     unloaded: CancellationToken,
 }
 
-/// An admitted generation.
 struct Answer {
     model: Arc<MockModel>,
     options: MockOptions,

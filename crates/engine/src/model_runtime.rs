@@ -258,15 +258,11 @@ pub struct Placement {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Abilities {
-    /// Generates text.
     pub generate: bool,
-    /// Accepts conversations.
     pub chat: bool,
-    /// Calls functions.
     pub tools: bool,
     /// The length of its embedding vectors; 0 if it computes none.
     pub embedding_length: u32,
-    /// Accepts adapters.
     pub adapters: bool,
 }
 
@@ -293,11 +289,8 @@ pub struct LoadSnapshot {
 /// Monotonic counters of one loaded model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
-    /// Batches evaluated.
     pub decode_steps: u64,
-    /// Prompt tokens evaluated.
     pub prompt_tokens: u64,
-    /// Tokens generated.
     pub generated_tokens: u64,
     /// Generations that ran to their end.
     pub completed: u64,

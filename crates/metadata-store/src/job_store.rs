@@ -32,7 +32,6 @@ pub trait JobStore: Store {
     /// Fails up to `limit` jobs whose lease has run out, frees their reservations, and returns the jobs.
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError>;
 
-    /// Returns a job.
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError>;
 
     /// Returns each worker that holds reservations, and how many.
@@ -52,9 +51,7 @@ pub trait JobStore: Store {
 /// What makes a job the same job.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobKey {
-    /// Who pays.
     pub tenant_id: TenantId,
-    /// The job's name.
     pub correlation_id: CorrelationId,
     /// The same token never runs a job twice.
     pub retry_token: RetryToken,
@@ -69,7 +66,6 @@ pub struct NewJob {
     pub trace_id: TraceId,
     /// The model it runs.
     pub model: ModelKey,
-    /// Where it runs.
     pub region: Region,
     /// Who is to run it.
     pub worker_id: WorkerId,
@@ -77,7 +73,6 @@ pub struct NewJob {
     pub worker_capacity: u32,
     /// Which try this is; 1 for a new job.
     pub attempt: u32,
-    /// The present time.
     pub now: UnixMillis,
     /// When the reservation ends unless it is renewed.
     pub lease_until: UnixMillis,
@@ -97,7 +92,6 @@ pub enum Reserved {
 /// Moves a job to another worker.
 #[derive(Debug, Clone)]
 pub struct Reassignment {
-    /// The job.
     pub key: JobKey,
     /// The attempt that is given up on; the next one is `from_attempt + 1`.
     pub from_attempt: u32,
@@ -107,7 +101,6 @@ pub struct Reassignment {
     pub worker_id: WorkerId,
     /// How many reservations that worker may hold, this one included.
     pub worker_capacity: u32,
-    /// The present time.
     pub now: UnixMillis,
     /// When the new reservation ends unless it is renewed.
     pub lease_until: UnixMillis,
@@ -116,21 +109,17 @@ pub struct Reassignment {
 /// How a job ends.
 #[derive(Debug, Clone)]
 pub struct Settlement {
-    /// The job.
     pub key: JobKey,
     /// The attempt that settles it.
     pub attempt: u32,
     /// The worker of that attempt.
     pub worker_id: WorkerId,
-    /// How it ends.
     pub state: TerminalState,
     /// Why the answer ended.
     pub finish_reason: Option<FinishReason>,
-    /// What went wrong.
     pub error: Option<JobError>,
     /// What it took. Billed when the job is completed or cancelled, and dropped otherwise.
     pub usage: Option<TokenUsage>,
-    /// The present time.
     pub now: UnixMillis,
 }
 
@@ -145,10 +134,7 @@ pub enum Finalised {
         state: TerminalState,
     },
     /// The job has moved on to another attempt or worker; nothing was changed or billed.
-    Stale {
-        /// The present attempt.
-        attempt: u32,
-    },
+    Stale { attempt: u32 },
 }
 
 /// How a job can end.
@@ -156,7 +142,6 @@ pub enum Finalised {
 pub enum TerminalState {
     /// The answer is whole.
     Completed,
-    /// It went wrong.
     Failed,
     /// The caller gave up.
     Cancelled,
@@ -186,7 +171,6 @@ impl TerminalState {
 pub enum DurableState {
     /// It has a reservation and is not settled.
     Reserved,
-    /// It has ended.
     Settled(TerminalState),
 }
 
@@ -218,19 +202,15 @@ pub struct JobRecord {
     pub trace_id: TraceId,
     /// The model it runs.
     pub model: ModelKey,
-    /// Where it runs.
     pub region: Region,
     /// Who runs it, or ran it last.
     pub worker_id: WorkerId,
     /// Which try that is, counted from 1.
     pub attempt: u32,
-    /// Where it stands.
     pub state: DurableState,
     /// Why its answer ended.
     pub finish_reason: Option<FinishReason>,
-    /// What went wrong.
     pub error: Option<JobError>,
-    /// What was billed.
     pub usage: Option<TokenUsage>,
     /// Hash of the request's body.
     pub request_fingerprint: [u8; 32],
@@ -247,17 +227,13 @@ pub struct JobRecord {
 pub struct UsageRecord {
     /// Its place among all usage records; it grows in the order of the settlements.
     pub sequence: u64,
-    /// The job.
     pub key: JobKey,
     /// The model it ran.
     pub model: ModelKey,
-    /// Where it ran.
     pub region: Region,
-    /// Who ran it.
     pub worker_id: WorkerId,
     /// The attempt that was settled.
     pub attempt: u32,
-    /// What it took.
     pub usage: TokenUsage,
     /// When it was settled.
     pub settled_at: UnixMillis,
@@ -294,11 +270,7 @@ impl UsageCursor {
 pub enum ReserveError {
     /// The worker holds as many reservations as it may: try another.
     #[error("worker {} has no free slot", .worker_id.short())]
-    NoCapacity {
-        /// The worker.
-        worker_id: WorkerId,
-    },
-    /// The store failed.
+    NoCapacity { worker_id: WorkerId },
     #[error("could not write the reservation")]
     Store(#[from] StoreError),
 }
@@ -314,16 +286,11 @@ pub enum ReassignError {
     Stale {
         /// Where the job stands.
         state: DurableState,
-        /// Its present attempt.
         attempt: u32,
     },
     /// The worker holds as many reservations as it may: try another.
     #[error("worker {} has no free slot", .worker_id.short())]
-    NoCapacity {
-        /// The worker.
-        worker_id: WorkerId,
-    },
-    /// The store failed.
+    NoCapacity { worker_id: WorkerId },
     #[error("could not move the reservation")]
     Store(#[from] StoreError),
 }
@@ -334,7 +301,6 @@ pub enum FinaliseError {
     /// There is no such job.
     #[error("there is no such job")]
     NotFound,
-    /// The store failed.
     #[error("could not settle the job")]
     Store(#[from] StoreError),
 }

@@ -11,7 +11,6 @@ use crate::store::{Store, StoreError};
 /// Keeps the catalogue of models, the tokens and policies of tenants, and the nodes of the network.
 #[async_trait]
 pub trait RegistryStore: Store {
-    /// Adds a token.
     async fn put_token(&self, token: TokenRecord) -> Result<(), PutTokenError>;
 
     /// Returns the token of a key id, revoked and expired ones too.
@@ -100,9 +99,7 @@ pub trait RegistryStore: Store {
 /// An API token as the registry keeps it: never the secret itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRecord {
-    /// The public part.
     pub key_id: String,
-    /// Whose it is.
     pub tenant_id: TenantId,
     /// Keyed hash of the secret.
     pub hash: [u8; 32],
@@ -112,7 +109,6 @@ pub struct TokenRecord {
     pub name: String,
     /// When it was made.
     pub created_at: UnixMillis,
-    /// When it ends.
     pub expires_at: Option<UnixMillis>,
     /// When it was revoked.
     pub revoked_at: Option<UnixMillis>,
@@ -121,7 +117,6 @@ pub struct TokenRecord {
 /// An invite as it is kept: never its secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InviteRecord {
-    /// Its public name.
     pub invite_id: InviteId,
     /// Keyed hash of the secret.
     pub hash: [u8; 32],
@@ -135,7 +130,6 @@ pub struct InviteRecord {
     pub models: Vec<ModelName>,
     /// When it was made.
     pub created_at: UnixMillis,
-    /// When it ends.
     pub expires_at: UnixMillis,
     /// Who redeemed it, and when.
     pub redeemed: Option<InviteRedemption>,
@@ -146,7 +140,6 @@ pub struct InviteRecord {
 pub struct InviteRedemption {
     /// The node it brought in.
     pub node: PublicKey,
-    /// When.
     pub at: UnixMillis,
 }
 
@@ -157,7 +150,6 @@ pub enum Redemption {
     Done,
     /// The same node had redeemed it before.
     Again,
-    /// Another node had.
     Used,
     /// There is no such invite.
     Unknown,
@@ -166,7 +158,6 @@ pub enum Redemption {
 /// A certificate to be written down before it is signed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewCertificate {
-    /// The node.
     pub public_key: PublicKey,
     /// Its name, for people.
     pub name: String,
@@ -176,20 +167,15 @@ pub struct NewCertificate {
     pub regions: Vec<Region>,
     /// The models it may serve; none for all.
     pub models: Vec<ModelName>,
-    /// When it begins.
     pub not_before: UnixMillis,
-    /// When it ends.
     pub not_after: UnixMillis,
-    /// The present time.
     pub now: UnixMillis,
 }
 
 /// A node with its last certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeRecord {
-    /// Its key.
     pub public_key: PublicKey,
-    /// The certificate's number.
     pub serial: u64,
     /// Its name, for people.
     pub name: String,
@@ -203,7 +189,6 @@ pub struct NodeRecord {
     pub joined_at: UnixMillis,
     /// When the certificate begins.
     pub not_before: UnixMillis,
-    /// When it ends.
     pub not_after: UnixMillis,
     /// When the node was expelled.
     pub revoked_at: Option<UnixMillis>,
@@ -212,11 +197,9 @@ pub struct NodeRecord {
 /// A key that was expelled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Revocation {
-    /// The key.
     pub public_key: PublicKey,
     /// The version of the list that first named it.
     pub version: u64,
-    /// When.
     pub revoked_at: UnixMillis,
 }
 
@@ -225,11 +208,7 @@ pub struct Revocation {
 pub enum PutInviteError {
     /// There is one of this name.
     #[error("there is an invite {invite_id}")]
-    Taken {
-        /// The name.
-        invite_id: InviteId,
-    },
-    /// The store failed.
+    Taken { invite_id: InviteId },
     #[error("could not write the invite")]
     Store(#[from] StoreError),
 }
@@ -239,11 +218,7 @@ pub enum PutInviteError {
 pub enum PutTokenError {
     /// The key id is taken: make another token.
     #[error("key id {key_id} is taken")]
-    Taken {
-        /// The key id.
-        key_id: String,
-    },
-    /// The store failed.
+    Taken { key_id: String },
     #[error("could not write the token")]
     Store(#[from] StoreError),
 }
@@ -254,12 +229,10 @@ pub enum PutModelError {
     /// The version has another artifact, and a version never changes: register a new version.
     #[error("{key} is registered with digest {registered}; a version never changes, register a new one")]
     Conflict {
-        /// The model version.
         key: ModelKey,
         /// The digest it has.
         registered: Digest,
     },
-    /// The store failed.
     #[error("could not write the model")]
     Store(#[from] StoreError),
 }
@@ -269,19 +242,14 @@ pub enum PutModelError {
 pub enum PutAdapterError {
     /// Its model is not registered.
     #[error("{model} is not registered")]
-    NoModel {
-        /// The model version.
-        model: ModelKey,
-    },
+    NoModel { model: ModelKey },
     /// The name has another artifact: remove it first, or choose another name.
     #[error("{key} is registered with digest {registered}; remove it first, or choose another name")]
     Conflict {
-        /// The adapter.
         key: AdapterKey,
         /// The digest it has.
         registered: Digest,
     },
-    /// The store failed.
     #[error("could not write the adapter")]
     Store(#[from] StoreError),
 }

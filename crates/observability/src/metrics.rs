@@ -139,35 +139,35 @@ impl Metrics {
     fn register(&self) {
         let mut registry = self.registry.lock();
         let registry = &mut *registry;
-        registry.register(names::REQUESTS_RUNNING, "Requests that generate", self.requests_running.clone());
-        registry.register(names::REQUESTS_WAITING, "Requests that wait at a worker", self.requests_waiting.clone());
-        registry.register(names::KV_CACHE_USAGE, "Share of the key-value room in use", self.kv_cache_usage.clone());
-        registry.register(names::DECODE_STEPS, "Batches evaluated by the engines", self.decode_steps.clone());
+        registry.register(names::REQUESTS_RUNNING, "Running requests", self.requests_running.clone());
+        registry.register(names::REQUESTS_WAITING, "Requests in the queues of workers", self.requests_waiting.clone());
+        registry.register(names::KV_CACHE_USAGE, "Fraction of the KV cache in use", self.kv_cache_usage.clone());
+        registry.register(names::DECODE_STEPS, "Decode steps of the engines", self.decode_steps.clone());
         registry.register(names::ENGINE_CANCELLED, "Generations cancelled by their caller", self.engine_cancelled.clone());
         registry.register(names::ENGINE_DEATHS, "Engine processes that died", self.engine_deaths.clone());
         registry.register(names::PROMPT_TOKENS, "Prompt tokens evaluated", self.prompt_tokens.clone());
         registry.register(names::GENERATION_TOKENS, "Tokens generated", self.generation_tokens.clone());
-        registry.register(names::PREFIX_CACHE_QUERIES, "Prompt tokens looked up among those evaluated before", self.prefix_cache_queries.clone());
-        registry.register(names::PREFIX_CACHE_HITS, "Prompt tokens found among those evaluated before", self.prefix_cache_hits.clone());
-        registry.register(names::DRAFTED_TOKENS, "Tokens guessed ahead", self.drafted_tokens.clone());
-        registry.register(names::ACCEPTED_TOKENS, "Tokens guessed ahead that were right", self.accepted_tokens.clone());
+        registry.register(names::PREFIX_CACHE_QUERIES, "Prompt tokens looked up in the prefix cache", self.prefix_cache_queries.clone());
+        registry.register(names::PREFIX_CACHE_HITS, "Prompt tokens found in the prefix cache", self.prefix_cache_hits.clone());
+        registry.register(names::DRAFTED_TOKENS, "Draft tokens (speculative decoding)", self.drafted_tokens.clone());
+        registry.register(names::ACCEPTED_TOKENS, "Draft tokens that were accepted", self.accepted_tokens.clone());
         registry.register(names::REQUESTS, "Finished requests", self.requests.clone());
         registry.register(names::TIME_TO_FIRST_TOKEN, "Seconds from the request to its first token", self.time_to_first_token.clone());
         registry.register(names::INTER_TOKEN_LATENCY, "Seconds between chunks of an answer", self.inter_token_latency.clone());
         registry.register(names::REQUEST_DURATION, "Seconds from the request to its end", self.request_duration.clone());
         registry.register(names::BREAKER_STATE, "0 closed, 1 open, 2 half-open", self.breaker_state.clone());
-        registry.register(names::BREAKER_TRANSITIONS, "Changes of a breaker's state", self.breaker_transitions.clone());
+        registry.register(names::BREAKER_TRANSITIONS, "State transitions of circuit breakers", self.breaker_transitions.clone());
         registry.register(names::RETRIES, "Attempts after the first", self.retries.clone());
-        registry.register(names::RETRIES_EXHAUSTED, "Jobs that used up their attempts", self.retries_exhausted.clone());
+        registry.register(names::RETRIES_EXHAUSTED, "Jobs whose attempts were exhausted", self.retries_exhausted.clone());
         registry.register(names::FAILOVERS, "Jobs that went to another worker", self.failovers.clone());
-        registry.register(names::SHED, "Requests refused for want of room", self.shed.clone());
+        registry.register(names::SHED, "Requests refused for lack of capacity", self.shed.clone());
         registry.register(names::THROTTLED, "Requests refused by a rate limit", self.throttled.clone());
         registry.register(names::RESERVATIONS_ACTIVE, "Reservations held", self.reservations_active.clone());
-        registry.register(names::PRESENCE_REJECTED, "Health reports dropped", self.presence_rejected.clone());
-        registry.register(names::WORKERS_LIVE, "Workers believed alive", self.workers_live.clone());
-        registry.register(names::WORKERS_LOADING, "Live workers that load a model", self.workers_loading.clone());
+        registry.register(names::PRESENCE_REJECTED, "Rejected health reports", self.presence_rejected.clone());
+        registry.register(names::WORKERS_LIVE, "Live workers", self.workers_live.clone());
+        registry.register(names::WORKERS_LOADING, "Live workers that are loading a model", self.workers_loading.clone());
         registry.register(names::REGISTRY_SILENCE, "Seconds since a registry last answered this gateway", self.registry_silence.clone());
-        registry.register(names::ARTIFACT_VERIFY_FAILURES, "Artifacts whose bytes did not match their digest", self.artifact_verify_failures.clone());
+        registry.register(names::ARTIFACT_VERIFY_FAILURES, "Artifacts whose bytes do not match their digest", self.artifact_verify_failures.clone());
     }
 
     /// Adds metrics that are collected only when they are exposed.

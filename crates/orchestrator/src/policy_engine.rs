@@ -58,7 +58,7 @@ impl PolicyEngine {
         let now = Instant::now();
         let mut tenants = self.tenants.lock();
         let Some(tenant) = tenants.get_mut(tenant_id) else {
-            return Err(WireError::new(ErrorCode::Unavailable, "the tenant's rules are not at hand, try again"));
+            return Err(WireError::new(ErrorCode::Unavailable, "the tenant's policy is not available, try again"));
         };
         tenant.used_at = now;
         decide(&tenant.policy, models, &mut tenant.requests, now)?;

@@ -46,7 +46,7 @@ pub enum ModelError {
     #[error("one name stands for at most {} models", ALTERNATIVES_MAX + 1)]
     TooManyTargets,
     /// An alias would stand for several models, and name an adapter.
-    #[error("a name that stands for several models names no adapter; whoever asks for it adds one, as NAME:ADAPTER")]
+    #[error("an alias of several models cannot name an adapter; requests add one, as NAME:ADAPTER")]
     AdapterOfSeveral,
     /// An alias would stand for another.
     #[error("{alias} is itself an alias; give what it stands for, {target}")]

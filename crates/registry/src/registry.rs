@@ -119,7 +119,7 @@ impl Registry {
             let own_key = self.parts.transport.public_key();
             let renewed = self.parts.admission.certify(own_key, own_grant()).await?;
             if let Err(error) = self.membership.renew(renewed) {
-                warn!(%error, "the registry's own certificate is no good; is the clock right?");
+                warn!(%error, "the registry's own certificate is invalid; is the clock right?");
             }
         }
         Ok(())

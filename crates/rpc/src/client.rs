@@ -83,7 +83,7 @@ impl From<CallError> for WireError {
                 Self::new(ErrorCode::Unavailable, "a part of the network does not answer, try again")
             }
             CallError::Garbled | CallError::BadReply(_) => {
-                Self::new(ErrorCode::InternalError, "a part of the network answered nonsense")
+                Self::new(ErrorCode::InternalError, "a part of the network sent an invalid answer")
             }
         }
     }

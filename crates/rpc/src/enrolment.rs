@@ -58,7 +58,7 @@ pub enum EnrolmentError {
     #[error("the node cannot take part")]
     Certificate(#[from] CertificateError),
     /// The revocation list is invalid.
-    #[error("the revocation list in the enrolment file is no good")]
+    #[error("the revocation list in the enrolment file is invalid")]
     Revocations(#[from] RevocationError),
 }
 
@@ -75,10 +75,10 @@ pub enum JoinError {
     #[error("the registry did not answer")]
     Unreachable(#[source] CallError),
     /// The registry sent an invalid certificate.
-    #[error("the registry sent a certificate that is no good")]
+    #[error("the registry sent an invalid certificate")]
     Certificate(#[from] CertificateError),
     /// The registry sent an invalid revocation list.
-    #[error("the registry sent a revocation list that is no good")]
+    #[error("the registry sent an invalid revocation list")]
     Revocations(#[from] RevocationError),
     /// The certificate is not what the invite promised.
     #[error("the registry gave another certificate than the invite promised")]

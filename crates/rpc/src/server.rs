@@ -345,7 +345,7 @@ impl Shared {
                     hellos_left -= u32::from(taken.is_err());
                     reply.send(taken);
                     if hellos_left == 0 {
-                        debug!(peer = caller.key.short(), "a peer goes on showing what is no good");
+                        debug!(peer = caller.key.short(), "a peer keeps sending invalid certificates");
                         return connection.close();
                     }
                 }

@@ -81,7 +81,6 @@ impl Adoption {
 /// A model of a server: the server's address, and the model's name there.
 type Source = (String, String);
 
-/// An adopted model.
 #[derive(Debug, PartialEq, Eq)]
 struct Taken {
     key: ModelKey,
@@ -143,7 +142,7 @@ impl AdoptionWatch {
             found.into_iter().map(|(server, survey)| (server.as_str().to_owned(), survey)).collect();
         for source in gone(&mut self.taken, &found) {
             if let Some(taken) = self.taken.remove(&source) {
-                info!(server = source.0, model = source.1, name = %taken.key, "the server has the model no more");
+                info!(server = source.0, model = source.1, name = %taken.key, "the server no longer has the model");
                 self.loader.let_go(&taken.key);
             }
         }

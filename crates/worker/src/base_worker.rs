@@ -464,7 +464,6 @@ impl Caller {
     }
 }
 
-/// An admitted job.
 struct Job {
     request: Arc<InferRequest>,
     entry: Arc<Entry>,

@@ -113,7 +113,7 @@ impl CatalogWatch {
         };
         let gone: Vec<ModelKey> = self.taken.iter().filter(is_over).map(|(key, _)| key.clone()).collect();
         for key in gone {
-            info!(model = %key, "the registry lists the model no more, or otherwise");
+            info!(model = %key, "the registry no longer lists the model, or lists another version of it");
             self.loader.let_go(&key);
             self.taken.remove(&key);
         }

@@ -46,7 +46,6 @@ pub(crate) struct Begun {
 }
 
 enum Work {
-    /// Streamed answers.
     Choices(Box<Choices>),
     /// Embedding vectors, which are computed all at once.
     Vectors(Embeddings),

@@ -79,7 +79,7 @@ pub(crate) struct FetcherParts {
 /// Why a file was not fetched.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FetchError {
-    #[error("the registry lists the model's file no more")]
+    #[error("the registry no longer lists the model's file")]
     Withdrawn,
     #[error("the disk has no room for the model's file: {0}")]
     NoRoom(Shortage),

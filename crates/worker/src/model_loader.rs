@@ -318,7 +318,7 @@ impl ModelLoader {
         match self.fetcher.clear(|digest| is_over(digest) && !is_served(digest)).await {
             Ok(gone) => {
                 for digest in gone {
-                    info!(%digest, "a fetched file that is listed no more is deleted");
+                    info!(%digest, "deleted a fetched file that is no longer listed");
                 }
             }
             Err(error) => warn!(%error, "files that were fetched could not be deleted"),
@@ -408,7 +408,7 @@ impl ModelLoader {
             tokio::select! {
                 _ = status.changed() => {}
                 () = entry.retired.cancelled() => {
-                    return Err(LoadFailed { reason: "the model is served no more".into() });
+                    return Err(LoadFailed { reason: "the model is no longer served".into() });
                 }
             }
         }
@@ -646,7 +646,7 @@ impl ModelLoader {
             }
             _ => {
                 let needed = prepared.bytes >> 20;
-                info!(model = %entry.key, "the model needs {needed} MiB beside the others; it is loaded when it is asked for");
+                info!(model = %entry.key, "the model needs {needed} MiB in addition to the others; it is loaded on request");
                 Ok(false)
             }
         }
@@ -852,7 +852,7 @@ impl ModelLoader {
         let merged = match engine::merge::merge(&model, &opened, scratch).await? {
             Merge::Done(merged) => merged,
             Merge::Refused(reason) => {
-                info!(model = %entry.key, adapter = %adapter.name, reason, "the adapter stays beside the weights");
+                info!(model = %entry.key, adapter = %adapter.name, reason, "the adapter is not merged into the weights");
                 return Ok(model);
             }
         };

@@ -100,8 +100,9 @@ pub(super) async fn send(
         };
     }
     let connector = trust.connector().map_err(Failure::Closed)?;
-    let name = ServerName::try_from(bare_host(base).to_owned())
-        .map_err(|_| Failure::Closed(anyhow!("{} is no name that a certificate could be for", bare_host(base))))?;
+    let name = ServerName::try_from(bare_host(base).to_owned()).map_err(|_| {
+        Failure::Closed(anyhow!("{} is not a host name that a certificate can be issued for", bare_host(base)))
+    })?;
     let handshake = timeout(CONNECT, connector.connect(name, stream)).await;
     let stream = handshake
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
@@ -267,7 +268,7 @@ pub(super) fn base(given: &str) -> anyhow::Result<Uri> {
         {
             Ok(url)
         }
-        _ => bail!("{given:?} is no address of a gateway; write it as http://HOST:PORT"),
+        _ => bail!("{given:?} is not the address of a gateway; write it as http://HOST:PORT"),
     }
 }
 

@@ -75,7 +75,7 @@ fn connector(known: Vec<CertificateDer<'static>>, roots: RootCertStore) -> anyho
 fn certificates(file: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     let text = std::fs::read(file).with_context(|| format!("could not read {}", file.display()))?;
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
-    let found = found.map_err(|error| anyhow::anyhow!("{} is no PEM file: {error}", file.display()))?;
+    let found = found.map_err(|error| anyhow::anyhow!("{} is not a PEM file: {error}", file.display()))?;
     if found.is_empty() {
         bail!("{} holds no certificate; it must have lines -----BEGIN CERTIFICATE-----", file.display());
     }

@@ -58,7 +58,7 @@ pub(super) async fn invite(context: Context, args: InviteArgs) -> anyhow::Result
 
 /// Returns the role that an invite is for.
 pub(super) fn role_of(invite: &str) -> anyhow::Result<NodeRole> {
-    let invite: Invite = invite.trim().parse().context("this is no invite")?;
+    let invite: Invite = invite.trim().parse().context("this is not an invite")?;
     let [role] = invite.roles[..] else { bail!("the invite is for {} roles, and a node has one", invite.roles.len()) };
     Ok(role)
 }
@@ -66,7 +66,7 @@ pub(super) fn role_of(invite: &str) -> anyhow::Result<NodeRole> {
 /// Redeems an invite, and runs a node of its role.
 pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Outcome> {
     follow_parent(&args.node)?;
-    let invite: Invite = args.invite.trim().parse().context("this is no invite")?;
+    let invite: Invite = args.invite.trim().parse().context("this is not an invite")?;
     let role = role_of(&args.invite)?;
     let name = name(role)?;
     context.data.create()?;
@@ -123,7 +123,6 @@ pub(super) async fn revoke(context: Context, args: RevokeArgs) -> anyhow::Result
     Ok(if revoked.found { Outcome::Well } else { Outcome::Finding })
 }
 
-/// Renames a node.
 pub(super) async fn rename(context: Context, args: RenameArgs) -> anyhow::Result<Outcome> {
     let admin = AdminClient::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
     let asked = async {

@@ -25,7 +25,6 @@ mod conversation;
 mod input;
 mod reader;
 
-/// The input prompt.
 const PROMPT: &str = "> ";
 /// How often a loading model is retried.
 const AGAIN_EVERY: Duration = Duration::from_secs(1);
@@ -58,7 +57,6 @@ pub(super) async fn run(mut context: Context, args: ChatArgs) -> anyhow::Result<
     Ok(if chat.failures > 0 && !is_person { Outcome::Finding } else { Outcome::Well })
 }
 
-/// A running chat.
 struct Chat {
     client: GatewayClient,
     model: String,
@@ -72,7 +70,6 @@ struct Chat {
     ends_network: bool,
     last: Option<ChatAnswer>,
     home: Option<PathBuf>,
-    /// Inputs that failed.
     failures: usize,
 }
 
@@ -174,7 +171,7 @@ impl Chat {
                 self.model = find(&self.served().await?, &named, &self.client).await?;
                 output::line(format!("{} goes on with the conversation", self.model));
             }
-            Order::ShowSystem => output::line(self.conversation.system().unwrap_or("the model is told nothing")),
+            Order::ShowSystem => output::line(self.conversation.system().unwrap_or("no system prompt is set")),
             Order::SetSystem(text) => {
                 self.conversation.set_system(text);
                 self.confirm("it counts from the next question on");
@@ -273,7 +270,7 @@ impl Chat {
     async fn answer(&mut self, question: &str, mut on_piece: impl FnMut(Piece<'_>)) -> End {
         let body = self.conversation.request(&self.model, question);
         let deadline = Instant::now() + self.load_patience;
-        let bar = ProgressBar::new_spinner().with_message(format!("{} is at it", self.model));
+        let bar = ProgressBar::new_spinner().with_message(format!("{} is thinking", self.model));
         let (client, interrupts) = (&self.client, &mut self.interrupts);
         // Ctrl-C from before the question stops nothing.
         while interrupts.as_mut().is_some_and(|signals| futures_util::FutureExt::now_or_never(signals.recv()).is_some())

@@ -216,12 +216,11 @@ pub(super) async fn pin(context: Context, model: &str, pin: bool, server: &Serve
             "{key} is pinned: workers that may serve it load it within seconds, and keep it in memory"
         ));
     } else {
-        output::line(format!("{} is not pinned any more, and leaves the memory when nobody uses it", kept.key));
+        output::line(format!("{} is no longer pinned; it is unloaded when idle", kept.key));
     }
     Ok(Outcome::Well)
 }
 
-/// Unloads a model.
 pub(super) async fn unload(context: Context, model: &str, server: &ServerArgs) -> anyhow::Result<Outcome> {
     let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
     let path = format!("/admin/v1/models/{}/unload", model_ref(model)?);

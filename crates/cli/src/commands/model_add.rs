@@ -116,7 +116,7 @@ impl Source {
         if let Some(remote) = RemoteSource::of(text) {
             return Ok(Self::Remote(remote?));
         }
-        let path = std::path::absolute(text).with_context(|| format!("{text:?} is no path"))?;
+        let path = std::path::absolute(text).with_context(|| format!("{text:?} is not a path"))?;
         // Other tools accept a Hub repository without the prefix `hf:`.
         let is_hubs = || matches!(Repository::of(&format!("hf:{text}")), Some(Ok(_)));
         if !path.exists() && !text.starts_with(['.', '/', '~']) && is_hubs() {
@@ -235,7 +235,8 @@ async fn add_remote(
 /// Returns the model of a `[NAME=]URL` or `[NAME=]hf:ORG/REPO`. Downloads and registers it unless that was done before.
 pub(super) async fn of_source(context: &Context, server: &ServerArgs, text: &str) -> anyhow::Result<ModelKey> {
     let (name, source) = local_models::split(text);
-    let remote = RemoteSource::of(source).with_context(|| format!("{source:?} is no model of the web"))??;
+    let remote = RemoteSource::of(source)
+        .with_context(|| format!("{source:?} is neither a URL nor a model of the Hugging Face Hub"))??;
     context.data.create()?;
     let artifacts = ArtifactStore::in_folder(context.data.artifacts()).context("could not open the artifact store")?;
     let admin = AdminClient::of_registry(server, &context.settings, &context.data, &context.env).await?;
@@ -297,7 +298,7 @@ struct Fetch {
 /// Returns the file or the parts that a URL stands for, and the name that it suggests for the model.
 fn of_url(url: &Uri) -> anyhow::Result<(Vec<Remote>, Option<ModelName>)> {
     let last = url.path().rsplit('/').next().unwrap_or_default();
-    ensure!(!last.is_empty(), "{} is no address of a file", web::shown(url));
+    ensure!(!last.is_empty(), "{} is not the address of a file", web::shown(url));
     let plain = |letter: char| if letter.is_ascii_alphanumeric() || "-_.".contains(letter) { letter } else { '_' };
     let local = |name: &str| {
         let name: String = name.chars().map(plain).collect();
@@ -483,7 +484,7 @@ impl Wanted {
     fn of(args: &ModelAddArgs) -> anyhow::Result<Self> {
         let name = args.name.as_deref().map(model_name).transpose()?;
         let version = args.version.as_deref().map(|text| {
-            text.parse().map_err(|_| anyhow::anyhow!("{text:?} is no version; write it as MAJOR.MINOR, such as 1.0"))
+            text.parse().map_err(|_| anyhow::anyhow!("{text:?} is not a version; write it as MAJOR.MINOR, such as 1.0"))
         });
         Ok(Self { name, version: version.transpose()?, description: args.description.clone() })
     }

@@ -76,7 +76,6 @@ async fn ask(reached: &Reached, args: &RunArgs, as_json: bool) -> anyhow::Result
 /// When the model was loaded.
 #[derive(Debug, Clone, Copy)]
 enum Load {
-    /// Before the question.
     Before,
     /// During the question: the time to the first token includes it.
     Meanwhile,
@@ -121,7 +120,7 @@ fn figures(answer: &ChatAnswer, load: Load) -> String {
 fn prompt(given: Option<&str>) -> anyhow::Result<String> {
     let stdin = io::stdin();
     let piped = match given {
-        None if stdin.is_terminal() => bail!("what is to be asked? write it behind the model, or pipe it in"),
+        None if stdin.is_terminal() => bail!("the prompt is missing; write it after the model, or pipe it in"),
         None | Some("-") => true,
         // Another program's terminal or /dev/null has no input for us; a file or a pipe was given on purpose.
         Some(_) => {

@@ -38,7 +38,7 @@ pub(super) async fn run(context: &Context, common: &Common, args: &StartArgs) ->
             context.data.path().display()
         );
     }
-    let program = std::env::current_exe().context("the program does not know where it lies")?;
+    let program = std::env::current_exe().context("could not find the path of this program")?;
     let mut services = vec![];
     let hung_up = watch::Sender::new(());
     for role in roles {

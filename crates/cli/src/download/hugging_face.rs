@@ -204,7 +204,7 @@ impl Hub {
                  model's terms on {page}"
             ),
             (404, ..) => format!("{hub} has no repository {name}; see that its name is right"),
-            (429, ..) => format!("{hub} takes no more requests for now; try again later, or set HF_TOKEN"),
+            (429, ..) => format!("{hub} limits requests at present; try again later, or set HF_TOKEN"),
             (status, ..) => format!("{hub} answers {status} for the list of {name}; try again later"),
         }
     }

@@ -189,8 +189,9 @@ impl Web {
         let stream = connect(url).await?;
         let response = if url.scheme_str() == Some("https") {
             let connector = self.trust.connector().map_err(Failure::Lasting)?;
-            let name = ServerName::try_from(bare_host(url).to_owned())
-                .map_err(|_| Failure::Lasting(anyhow!("{} is no name that a certificate could be for", host(url))))?;
+            let name = ServerName::try_from(bare_host(url).to_owned()).map_err(|_| {
+                Failure::Lasting(anyhow!("{} is not a host name that a certificate can be issued for", host(url)))
+            })?;
             let secured = timeout(CONNECT, connector.connect(name, stream)).await;
             let secured = secured.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
             exchange(secured.map_err(|error| insecure(url, &error))?, request).await
@@ -268,7 +269,7 @@ fn follow(from: &Uri, location: &str) -> anyhow::Result<Uri> {
         let folder = from.path().rsplit_once('/').map_or("", |(folder, _)| folder);
         format!("{scheme}://{authority}{folder}/{location}")
     };
-    let next = parse(&whole).map_err(|_| anyhow!("{} redirects to {location:?}, which is no URL", shown(from)))?;
+    let next = parse(&whole).map_err(|_| anyhow!("{} redirects to {location:?}, which is not a URL", shown(from)))?;
     ensure!(
         scheme == "http" || next.scheme_str() == Some("https"),
         "{} redirects from https to plain HTTP; that is not followed",

@@ -80,7 +80,7 @@ fn a_model_that_is_added_is_served_by_the_next_network() {
     // How long it stays is said for the network, and kept by the registry.
     assert!(home.well(&["model", "pin", "tiny-two"]).contains("tiny-two@1.0 is pinned"));
     assert!(home.well(&["model", "show", "tiny-two"]).contains("kept          pinned"));
-    assert!(home.well(&["model", "unpin", "tiny-two"]).contains("not pinned any more"));
+    assert!(home.well(&["model", "unpin", "tiny-two"]).contains("no longer pinned"));
     let told = home.well(&["model", "load", "tiny-two", "--keep-alive", "0"]);
     assert!(told.contains("not in memory"), "{told}");
     wait_for("the engine to end", || up.children().len() == 1);

@@ -418,7 +418,7 @@ fn each_refusal_of_the_hub_has_a_sentence_of_its_own() {
         ("hf:o/missing", &["has no repository o/missing"]),
         ("hf:o/empty", &["no model in the GGUF format"]),
         ("hf:o/odd", &["does not list files as the Hub does"]),
-        ("hf:o/busy", &["takes no more requests"]),
+        ("hf:o/busy", &["limits requests at present"]),
         ("hf:o/m:Q4_K_S", &["has no \"Q4_K_S\"", "did you mean o/m:Q4_K_M?", "Q6_K, Q8_0"]),
         ("hf:o/m:F16", &["has no \"F16\""]),
         ("hf:o/m:Q8_0", &["sends more than the 10 bytes"]),

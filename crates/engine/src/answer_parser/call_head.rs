@@ -30,9 +30,7 @@ pub(super) fn read(text: &str, at_end: bool, is_strict: bool) -> CallHead {
     }
 }
 
-/// Why parsing stopped.
 enum Stop {
-    /// The text ended.
     Open,
     /// The text is not a call.
     NoCall,

@@ -20,7 +20,7 @@ pub enum WhyUnused {
     #[error("this build has no {} backend; {}", backend_name(*.0), how_to_build(*.0))]
     NoBackend(Vendor),
     /// The backend's library is not installed next to the program.
-    #[error("{library} is missing beside the program; keep the files of a release together")]
+    #[error("{library} is missing next to the program; keep the files of a release together")]
     LibraryMissing {
         /// File name of the backend's library.
         library: String,
@@ -73,7 +73,6 @@ pub enum WhyUnused {
     NotOffered {
         /// The backend, such as CUDA.
         interface: String,
-        /// The backend's complaint.
         complaint: Option<String>,
     },
 }

@@ -23,10 +23,8 @@ pub(super) struct Prompts {
     special_tokens: OnceLock<SpecialTokens>,
 }
 
-/// A tokenised prompt.
 pub(super) struct Prompt {
     pub(super) tokens: Vec<Token>,
-    /// The rendered conversation.
     rendered: String,
 }
 

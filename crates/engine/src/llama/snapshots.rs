@@ -12,7 +12,6 @@ pub(super) struct Snapshots {
     entries: Vec<Snapshot>,
 }
 
-/// One evicted sequence.
 #[derive(Debug)]
 pub(super) struct Snapshot {
     pub(super) tokens: Vec<Token>,

@@ -45,7 +45,6 @@ impl Event {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Piece {
-    /// Text to append.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub text: String,
     /// Text to append to the reasoning.

@@ -68,9 +68,7 @@ pub struct GenerateRequest {
     /// The adapter to use with the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterId>,
-    /// The prompt.
     pub input: PromptInput,
-    /// The sampling parameters.
     #[serde(default)]
     pub sampling: Sampling,
     /// The sampling parameters that are left to the model's defaults.

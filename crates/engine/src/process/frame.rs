@@ -47,7 +47,6 @@ pub enum ToChild {
         id: u64,
         file: FileInfo,
     },
-    /// Asks a question.
     Ask {
         /// Its id, never reused.
         id: u64,
@@ -71,9 +70,7 @@ pub struct FileInfo {
 pub enum Question {
     /// Counts the tokens of an input.
     CountTokens(PromptInput),
-    /// Embeds texts.
     Embed(Vec<PromptInput>),
-    /// Frees an adapter.
     RemoveAdapter(AdapterId),
 }
 
@@ -108,7 +105,6 @@ pub enum ToParent {
     Loaded {
         /// The model, with its id in that process.
         model: LoadedModel,
-        /// Its first snapshot.
         state: LoadSnapshot,
     },
     /// The model could not be loaded. The process ends.
@@ -127,7 +123,6 @@ pub enum ToParent {
         id: u64,
         event: Event,
     },
-    /// A generation failed.
     Failed {
         /// The id of the generation.
         id: u64,

@@ -38,7 +38,7 @@ pub(super) struct Node {
     pub(super) tasks: TaskTracker,
 }
 
-/// Who waits for the ends of requests. Each leaves when it is dropped.
+/// The callers that wait for requests to end. Each is removed when it is dropped.
 #[derive(Default)]
 pub(super) struct Waiting {
     next_id: AtomicU64,
@@ -200,7 +200,7 @@ impl Node {
                     node: self.clone(),
                 });
             }
-            Err(error) => trace!(%from, %error, "a datagram that is no message"),
+            Err(error) => trace!(%from, %error, "a datagram that is not a message"),
         }
     }
 

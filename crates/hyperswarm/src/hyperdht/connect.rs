@@ -70,7 +70,7 @@ pub enum ConnectError {
     #[error("the key is not a valid one")]
     InvalidKey,
     /// None of the nodes that were asked knows the server.
-    #[error("nobody knows the way to the server")]
+    #[error("no node knows how to reach the server")]
     PeerNotFound,
     /// Nodes that know the server were asked, but none returned an answer from the server.
     #[error("the server gave no answer to the handshake")]

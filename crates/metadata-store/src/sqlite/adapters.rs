@@ -44,7 +44,6 @@ pub(super) fn put(connection: &Connection, entry: &AdapterEntry) -> rusqlite::Re
     }))
 }
 
-/// Returns every adapter.
 pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<AdapterEntry>> {
     connection
         .prepare_cached("SELECT * FROM adapters ORDER BY model_id, version_major, version_minor, adapter")?
@@ -52,7 +51,6 @@ pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<AdapterEntry
         .collect()
 }
 
-/// Forgets an adapter.
 pub(super) fn remove(connection: &Connection, key: &AdapterKey) -> rusqlite::Result<bool> {
     let removed = connection
         .prepare_cached(

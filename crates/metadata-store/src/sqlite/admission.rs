@@ -9,7 +9,6 @@ use crate::registry_store::{
     InviteRecord, InviteRedemption, NewCertificate, NodeRecord, PutInviteError, Redemption, Revocation,
 };
 
-/// Adds an invite.
 pub(super) fn put_invite(
     connection: &Connection,
     invite: &InviteRecord,
@@ -33,7 +32,6 @@ pub(super) fn put_invite(
     Ok(if inserted == 1 { Ok(()) } else { Err(PutInviteError::Taken { invite_id: invite.invite_id }) })
 }
 
-/// Returns an invite.
 pub(super) fn invite(connection: &Connection, invite_id: InviteId) -> rusqlite::Result<Option<InviteRecord>> {
     connection
         .prepare_cached("SELECT * FROM invites WHERE invite_id = ?1")?
@@ -104,7 +102,6 @@ pub(super) fn put_certificate(connection: &Connection, new: &NewCertificate) -> 
         )
 }
 
-/// Returns a node.
 pub(super) fn node(connection: &Connection, public_key: PublicKey) -> rusqlite::Result<Option<NodeRecord>> {
     connection
         .prepare_cached(

@@ -27,12 +27,10 @@ pub(super) fn put(connection: &Connection, entry: &AliasEntry) -> rusqlite::Resu
     Ok(written == 1)
 }
 
-/// Returns every alias.
 pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<AliasEntry>> {
     connection.prepare_cached("SELECT * FROM aliases ORDER BY alias")?.query_map((), record)?.collect()
 }
 
-/// Forgets an alias.
 pub(super) fn remove(connection: &Connection, alias: &ModelName) -> rusqlite::Result<bool> {
     let removed = connection.prepare_cached("DELETE FROM aliases WHERE alias = ?1")?.execute((alias.as_str(),))?;
     Ok(removed == 1)

@@ -66,7 +66,6 @@ pub(super) struct DbThread {
 }
 
 impl DbThread {
-    /// Starts the thread.
     pub(super) fn start(
         name: &str,
         options: &StoreOptions,

@@ -23,7 +23,6 @@ macro_rules! select_jobs {
     };
 }
 
-/// Returns a job.
 pub(super) fn find(connection: &Connection, key: &JobKey) -> rusqlite::Result<Option<JobRecord>> {
     let sql = select_jobs!("WHERE jobs.tenant_id = ?1 AND jobs.correlation_id = ?2 AND jobs.retry_token = ?3");
     connection

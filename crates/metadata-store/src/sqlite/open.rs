@@ -18,32 +18,21 @@ mod migrations {
 pub enum OpenError {
     /// Another process has it.
     #[error("{path} is in use by another process; stop it, or give this one a data folder of its own", path = .path.display())]
-    InUse {
-        /// The file.
-        path: PathBuf,
-    },
+    InUse { path: PathBuf },
     /// It cannot be made, read or written.
     #[error("cannot open {path} for writing: {reason}; check that the folder exists, who owns it, and the free space", path = .path.display())]
     Unwritable {
-        /// The file.
         path: PathBuf,
         /// What the system says.
         reason: String,
     },
     /// It is not a store, or part of it is lost.
     #[error("{path} is damaged: {reason}; move it aside and restore a copy", path = .path.display())]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
+    Damaged { path: PathBuf, reason: String },
     /// A newer program has written it.
     #[error("{path} has schema {found} and this program knows up to {known}; run the newer program, or restore a copy", path = .path.display())]
     Newer {
-        /// The file.
         path: PathBuf,
-        /// Its schema.
         found: i64,
         /// The latest this program knows.
         known: i64,

@@ -24,7 +24,6 @@ pub(super) fn malformed(column: &str, reason: impl std::fmt::Display) -> rusqlit
     rusqlite::Error::FromSqlConversionFailure(0, Type::Text, format!("{column}: {reason}").into())
 }
 
-/// Reads a name.
 pub(super) fn parsed<T>(row: &Row<'_>, column: &str) -> rusqlite::Result<T>
 where
     T: FromStr<Err: std::fmt::Display>,
@@ -69,7 +68,6 @@ pub(super) fn unsigned(row: &Row<'_>, column: &str) -> rusqlite::Result<u64> {
     u64::try_from(row.get::<_, i64>(column)?).map_err(|error| malformed(column, error))
 }
 
-/// Reads a time.
 pub(super) fn time(row: &Row<'_>, column: &str) -> rusqlite::Result<UnixMillis> {
     unsigned(row, column).map(UnixMillis)
 }

@@ -6,7 +6,6 @@ use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 use super::row::{self, integer};
 use crate::registry_store::{PutTokenError, TokenRecord};
 
-/// Adds a token.
 pub(super) fn put(connection: &Connection, token: &TokenRecord) -> rusqlite::Result<Result<(), PutTokenError>> {
     let inserted = connection
         .prepare_cached(
@@ -27,12 +26,10 @@ pub(super) fn put(connection: &Connection, token: &TokenRecord) -> rusqlite::Res
     Ok(if inserted == 1 { Ok(()) } else { Err(PutTokenError::Taken { key_id: token.key_id.clone() }) })
 }
 
-/// Returns a token.
 pub(super) fn find(connection: &Connection, key_id: &str) -> rusqlite::Result<Option<TokenRecord>> {
     connection.prepare_cached("SELECT * FROM tokens WHERE key_id = ?1")?.query_row((key_id,), record).optional()
 }
 
-/// Returns every token.
 pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<TokenRecord>> {
     connection.prepare_cached("SELECT * FROM tokens ORDER BY created_at, key_id")?.query_map((), record)?.collect()
 }

@@ -44,7 +44,6 @@ fn commit(connection: &Connection, group: &mut Vec<Box<dyn Operation>>) {
 enum Failed {
     /// One operation; the others may be tried without it.
     Operation(StoreError),
-    /// The transaction itself.
     Group(StoreError),
 }
 

@@ -94,7 +94,7 @@ impl Replicas {
         }
     }
 
-    /// Returns whether nobody has anything at hand.
+    /// Returns whether no worker has any prefix cached.
     #[cfg(test)]
     pub(super) fn is_cold(&self) -> bool {
         self.warm.is_empty() && self.told.is_empty()

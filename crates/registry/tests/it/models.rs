@@ -142,7 +142,7 @@ async fn one_name_stands_for_several_models_and_for_one_of_that_name() {
         ("yours", "yours yours", "yours is a model's own name"),
         ("both", "mine nobody", "nobody does not exist"),
         ("both", "mine any", "any is itself an alias"),
-        ("both", "mine:pirate yours", "names no adapter"),
+        ("both", "mine:pirate yours", "cannot name an adapter"),
     ] {
         let refused = scene.alias(alias, targets).await.expect_err(targets);
         assert!(refused.contains(word), "{targets}: {refused}");

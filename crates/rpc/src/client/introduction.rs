@@ -68,7 +68,7 @@ pub(super) fn introduce(link: &Arc<Link>, membership: &Membership, links: &Links
             Ok(Ok(reply)) => {
                 let hello = codec::decode::<Hello>(&reply).map_err(WireError::from);
                 if let Err(error) = hello.and_then(|hello| membership.meet(peer, &hello)) {
-                    debug!(peer = peer.short(), %error, "the peer's introduction is no good");
+                    debug!(peer = peer.short(), %error, "the peer's introduction is invalid");
                 }
             }
             Ok(Err(error)) => debug!(peer = peer.short(), %error, "this node was not taken for a member"),

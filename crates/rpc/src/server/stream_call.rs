@@ -93,7 +93,7 @@ impl StreamCall {
 
 /// The caller cancelled or is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the caller wants no more")]
+#[error("the caller cancelled the call")]
 pub struct Interrupted;
 
 /// The callee's end of a stream. Dropping it before the end closes the channel, which the caller treats as a failure.

@@ -498,7 +498,7 @@ fn wire_error(error: RemoteError) -> WireError {
 }
 
 fn garbled() -> WireError {
-    WireError::new(ErrorCode::InternalError, "a part of the network answered nonsense")
+    WireError::new(ErrorCode::InternalError, "a part of the network sent an invalid answer")
 }
 
 /// The channel of one stream.

@@ -30,7 +30,6 @@ pub(crate) enum Place {
     Asking,
     /// Being loaded or unloaded.
     Moving,
-    /// Ready since then.
     In(Instant),
 }
 
@@ -94,7 +93,6 @@ pub(crate) enum Order {
     Refuse(Memory),
     /// Take no more jobs.
     Close,
-    /// Take jobs again.
     Open,
     /// Unload it: no job runs on it, and it takes none.
     Leave,

@@ -59,7 +59,6 @@ impl Conversation {
         self.turns.len()
     }
 
-    /// Forgets the turns.
     pub(super) fn clear(&mut self) {
         self.turns.clear();
         self.unanswered = None;

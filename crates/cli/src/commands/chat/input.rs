@@ -9,7 +9,7 @@ const FENCE: &str = "\"\"\"";
 pub(super) const COMMANDS: [(&str, &str, &str); 10] = [
     ("/help", "", "list the commands"),
     ("/model", "[NAME]", "list the models, or go on with another one"),
-    ("/system", "[TEXT]", "show or set what the model is told first; \"\" takes it away"),
+    ("/system", "[TEXT]", "show or set the system prompt; \"\" removes it"),
     ("/set", "[NAME VALUE]", "show or set temperature, top_p, seed, max_tokens; or default"),
     ("/retry", "", "ask the last question again"),
     ("/clear", "", "begin a new conversation; what /system and /set said stays"),
@@ -19,7 +19,6 @@ pub(super) const COMMANDS: [(&str, &str, &str); 10] = [
     ("/bye", "", "end; Ctrl-D does, too"),
 ];
 
-/// A parsed input.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Input {
     Nothing,

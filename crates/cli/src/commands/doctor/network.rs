@@ -209,7 +209,7 @@ async fn ask(context: &Context, pool: &Pool, role: &str, enrolment: Enrolment) -
             )
         }
         Err(CallError::Remote(refusal)) => anyhow::bail!("not admitted: {}", refusal.message),
-        Err(error) => anyhow::bail!("nobody can say whether this {role} belongs to the network: {error}"),
+        Err(error) => anyhow::bail!("cannot check whether this {role} belongs to the network: {error}"),
     }
 }
 

@@ -277,7 +277,6 @@ struct Reader<'a> {
     calls: usize,
 }
 
-/// A rewritten operand.
 struct Operand {
     text: String,
     /// Whether the operand, or a part of it, is marked as safe.

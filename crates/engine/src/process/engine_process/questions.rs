@@ -88,7 +88,11 @@ impl EngineProcess {
         if let Ok(frame) = encode(&ToChild::Ask { id: self.number(), question })
             && self.outgoing.try_send(frame).is_err()
         {
-            tracing::warn!(pid = self.pid, adapter = adapter.0, "an adapter stays loaded that nobody uses");
+            tracing::warn!(
+                pid = self.pid,
+                adapter = adapter.0,
+                "an unused adapter could not be removed from its engine"
+            );
         }
     }
 

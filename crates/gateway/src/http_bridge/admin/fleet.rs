@@ -24,7 +24,7 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<Fleet>, ApiError> {
 /// Tells how a job was placed: every try, and every candidate of each.
 #[utoipa::path(
     get, path = "/admin/v1/jobs/{correlationId}/decision", tag = "admin", operation_id = "explainJob", security(("bearer" = [])),
-    params(("correlationId" = String, Path, description = "The job's name, as `x-tether-decision` told it")),
+    params(("correlationId" = String, Path, description = "Id of the job, as in the header `x-tether-decision`")),
     responses(
         (status = 200, description = "How it was placed", body = published::Decision),
         ApiError,

@@ -74,7 +74,7 @@ pub(crate) async fn rename(
     post, path = "/admin/v1/invites", tag = "admin", operation_id = "createInvite", security(("bearer" = [])),
     request_body(content = published::InviteCreate, content_type = "application/json"),
     responses(
-        (status = 200, description = "The invite, told this once", body = published::InviteCreated),
+        (status = 200, description = "The invite, shown only once", body = published::InviteCreated),
         ApiError,
     ),
 )]

@@ -28,7 +28,7 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<TokenList>, ApiError
     post, path = "/admin/v1/tokens", tag = "admin", operation_id = "createToken", security(("bearer" = [])),
     request_body(content = published::TokenCreate, content_type = "application/json"),
     responses(
-        (status = 200, description = "The token, told this once", body = published::TokenCreated),
+        (status = 200, description = "The token, shown only once", body = published::TokenCreated),
         ApiError,
     ),
 )]
