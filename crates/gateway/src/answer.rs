@@ -1,4 +1,4 @@
-//! A job's answer on its way to the client, checked piece by piece.
+//! The answer of a job: reads the orchestrator's chunks, checks each of them and passes them to the client.
 
 mod stream_format;
 mod whole;
@@ -35,50 +35,50 @@ pub struct Piece {
     pub raw: Bytes,
     /// Its place in the answer, counted from 0 without gaps.
     pub seq: u64,
-    /// The try that made it.
+    /// The attempt that produced it.
     pub attempt: u32,
-    /// The model that answers, where it says so; the first piece does.
+    /// The model that answers, if the piece names it; the first piece does.
     pub model: Option<ModelKey>,
     pub content: Content,
     /// How the answer ended, in its last piece.
     pub end: Option<End>,
 }
 
-/// What a chunk brings, as far as it is read here: [`protocol::infer::Payload`], with its tokens only counted.
+/// The part of a chunk's payload that the gateway reads: [`protocol::infer::Payload`], with its tokens only counted.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Content {
-    /// Which of several answers it belongs to, counted from 0.
+    /// Index of the answer it belongs to, if the job asks for several, counted from 0.
     pub index: u32,
     /// Text to append; may be empty.
     pub text: String,
-    /// Text to append to what the model thinks before it answers.
+    /// Text to append to the model's reasoning, which comes before the answer.
     pub reasoning: String,
-    /// More of its calls.
+    /// Tool call deltas.
     pub tool_calls: Vec<ToolCallDelta>,
-    /// The tokens behind the text; only their number matters here.
+    /// The tokens of the text; only their number matters here.
     pub tokens: Vec<IgnoredAny>,
-    /// One for each token, where they were asked for.
+    /// One for each token, if they were requested.
     pub logprobs: Vec<TokenLogprob>,
-    /// Vectors, where they were asked for.
+    /// Embedding vectors, if they were requested.
     pub embeddings: Vec<Embedding>,
-    /// The tokens of the prompt, where no more was asked for.
+    /// The number of prompt tokens, if the job only counts them.
     pub input_tokens: Option<u32>,
-    /// Why the answer that it belongs to ended, in the last piece of that answer.
+    /// Why this answer ended; set in its last piece.
     pub finish_reason: Option<FinishReason>,
-    /// What the whole took, in the last piece; in the first, what the prompt took.
+    /// Usage of the whole job in the last piece, of the prompt in the first.
     pub usage: Option<TokenUsage>,
 }
 
 impl Content {
-    /// Returns how many tokens it brings: a worker that names none made at least one of all that it says, unless it
-    /// repeats the prompt, as log-probabilities without tokens do.
+    /// Returns the number of tokens in this content. A worker that lists no tokens generated at least one if there is
+    /// any content. The exception is an echoed prompt, which has log-probabilities but no tokens.
     fn tokens(&self) -> u32 {
         let is_answer = self.has_something() && self.embeddings.is_empty() && self.logprobs.is_empty();
         self.tokens.len().max(usize::from(is_answer)) as u32
     }
 
-    /// Returns whether it brings something to read, and is not only the end of something.
+    /// Returns whether there is any content besides the end of an answer.
     pub(crate) fn has_something(&self) -> bool {
         let Self { text, reasoning, tool_calls, logprobs, embeddings, .. } = self;
         !(text.is_empty()
@@ -89,7 +89,7 @@ impl Content {
     }
 }
 
-/// How much was asked for.
+/// How many answers and vectors a job asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Expected {
     pub(crate) choices: u32,
@@ -119,19 +119,19 @@ pub struct End {
 /// The stream of an answer that has begun.
 pub(crate) struct Begun {
     pub(crate) stream: AnswerStream,
-    /// Its first chunk; missing where the answer ended without one.
+    /// Its first chunk; `None` if the stream ended without one.
     pub(crate) first: Option<Bytes>,
 }
 
 /// A job's answer. Dropping it before its end cancels the job.
 pub struct Answer {
     correlation_id: CorrelationId,
-    /// The models that may answer; the one that does is first once that is known.
+    /// The models that may answer. The one that does moves to the front once it is known.
     entries: Vec<Arc<ModelEntry>>,
-    /// Taken away at the end.
+    /// `None` once the answer has ended.
     stream: Option<AnswerStream>,
     check: Sequence,
-    /// The first piece, which was waited for before the answer was given out.
+    /// The first piece, received before this value was created.
     first: Option<Piece>,
     record: RequestRecord,
     tracker: TaskTracker,
@@ -139,8 +139,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// Takes over an answer of one of `entries` that has begun. What is wrong with its first piece is the request's
-    /// refusal.
+    /// Takes over an answer that has begun, by one of `entries`. An error in its first piece fails the request.
     pub(crate) fn begin(
         begun: Begun,
         entries: Vec<Arc<ModelEntry>>,
@@ -165,7 +164,7 @@ impl Answer {
         Ok(answer)
     }
 
-    /// Returns the job's name.
+    /// Returns the job's id.
     pub fn correlation_id(&self) -> CorrelationId {
         self.correlation_id
     }
@@ -175,26 +174,26 @@ impl Answer {
         &self.entries[0]
     }
 
-    /// Returns the try that answers, counted from 1.
+    /// Returns the attempt that answers, counted from 1.
     pub fn attempt(&self) -> u32 {
         self.check.attempt
     }
 
-    /// Returns the next piece, or `None` after the last. After an error there is nothing more.
+    /// Returns the next piece, or `None` after the last one or after an error.
     pub async fn next(&mut self) -> Option<Result<Piece, WireError>> {
         if let Some(first) = self.first.take() {
             return Some(Ok(first));
         }
         loop {
             let message = self.stream.as_mut()?.next().await;
-            // What brings progress alone has done its work: the stream is not silent.
+            // A chunk with only progress has served its purpose: it shows that the stream is alive.
             if let Some(piece) = self.take(message) {
                 return Some(piece);
             }
         }
     }
 
-    /// Reads what came of the stream: a piece, what went wrong, or nothing where it brings progress alone.
+    /// Processes the stream's next event. Returns a piece or an error, or `None` for a chunk with only progress.
     fn take(&mut self, message: Option<Result<Bytes, CallError>>) -> Option<Result<Piece, WireError>> {
         let piece = match message {
             Some(Ok(message)) => {
@@ -226,7 +225,7 @@ impl Answer {
         Some(piece)
     }
 
-    /// Takes note of the model that answers, as its first piece says.
+    /// Records the model that answers, as named by the first piece.
     fn answers(&mut self, model: Option<&ModelKey>) -> Result<(), WireError> {
         let Some(model) = model else { return Ok(()) };
         let place = self.entries.iter().position(|entry| entry.key == *model);
@@ -236,7 +235,7 @@ impl Answer {
         Ok(())
     }
 
-    /// Waits for the whole.
+    /// Waits for the whole answer.
     pub(crate) async fn collect(&mut self) -> Result<Whole, WireError> {
         let mut gathering = Gathering::new(self.check.expected);
         while let Some(piece) = self.next().await {
@@ -245,7 +244,7 @@ impl Answer {
         gathering.finish().map_err(broken)
     }
 
-    /// Lets the orchestrator end the stream: giving it up here would look like a cancel.
+    /// Waits for the orchestrator to end the stream, because dropping it here would look like a cancellation.
     fn close(&mut self) {
         if let Some(mut stream) = self.stream.take() {
             self.tracker.spawn(async move {
@@ -257,7 +256,7 @@ impl Answer {
     }
 }
 
-/// Checks that chunks come in order, of one job, and of no try that was given up.
+/// Checks that chunks arrive in order, belong to this job, and do not come from an attempt that was given up.
 #[derive(Debug)]
 struct Sequence {
     correlation_id: String,
@@ -266,7 +265,7 @@ struct Sequence {
     attempt: u32,
 }
 
-/// The parts of an `Infer.Chunk` that matter here.
+/// The fields of an `Infer.Chunk` that the gateway reads.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Chunk<'a> {
@@ -291,7 +290,7 @@ impl Sequence {
         Self { correlation_id: correlation_id.to_string(), expected, next: 0, attempt: 1 }
     }
 
-    /// Reads a chunk; returns nothing where it brings progress alone.
+    /// Reads a chunk. Returns `None` if it carries only progress.
     fn read(&mut self, raw: Bytes) -> Result<Option<Piece>, WireError> {
         let chunk: Chunk<'_> = serde_json::from_slice(&raw).map_err(|_| broken("a chunk could not be read"))?;
         if chunk.correlation_id != self.correlation_id {
@@ -318,7 +317,7 @@ impl Sequence {
             (true, ..) => return Err(broken("the last chunk lacks its reason or usage")),
         };
         if end.is_some() && self.expected.choices > 1 {
-            // Each of several answers has ended in a chunk of its own.
+            // With several answers, each has already ended in a chunk of its own.
             content.finish_reason = None;
         }
         self.next += 1;
@@ -328,7 +327,7 @@ impl Sequence {
     }
 }
 
-/// Returns whether a chunk brings progress and no part of the answer.
+/// Returns whether a chunk carries progress and no part of the answer.
 pub(crate) fn is_progress(raw: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct Head {
@@ -338,13 +337,13 @@ pub(crate) fn is_progress(raw: &[u8]) -> bool {
     serde_json::from_slice::<Head>(raw).is_ok_and(|head| head.progress.is_some())
 }
 
-/// Logs a breach of the protocol and returns what the client may know of it.
+/// Logs a protocol violation and returns the error for the client, without the details.
 pub(crate) fn broken(what: &str) -> WireError {
     error!(what, "an orchestrator broke the protocol");
     WireError::new(ErrorCode::InternalError, "the answer broke off by an internal error")
 }
 
-/// Returns the error a client sees: codes that nodes use among themselves stay among them.
+/// Converts an error for the client. Codes that nodes use only among themselves are translated.
 pub(crate) fn for_clients(error: CallError) -> WireError {
     match error {
         CallError::Closed | CallError::Stalled => {
@@ -354,7 +353,7 @@ pub(crate) fn for_clients(error: CallError) -> WireError {
     }
 }
 
-/// Reads a chunk as an answer's first, for fuzzing.
+/// Reads a chunk as the first of an answer, for fuzzing.
 pub fn parse_chunk(bytes: &[u8]) -> Result<(), WireError> {
     let chunk: protocol::infer::InferChunk = codec::decode(bytes)?;
     let expected = Expected { choices: 2, embeddings: 2 };

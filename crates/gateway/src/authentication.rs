@@ -1,4 +1,4 @@
-//! Whose token is it? Asks the registry, and believes the answer for a few seconds.
+//! Authenticates API tokens: asks the registry and caches its answer for a few seconds.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,42 +14,42 @@ use tokio::time::Instant;
 use crate::rate_limit::{Quota, RateLimit};
 use crate::request_context::Origin;
 
-/// Tokens remembered at once.
+/// Maximum number of cached tokens.
 const TOKENS_MAX: usize = 10_000;
-/// How long a refusal is believed: short, so that a token just made works at once.
+/// How long a refusal is cached. It is short, so that a new token works at once.
 const REFUSAL_BELIEVED: Duration = Duration::from_secs(1);
-/// How long it is believed that the registry does not answer, so that a crowd does not queue for it.
+/// How long a failure to reach the registry is cached, so that requests do not queue up for it.
 const SILENCE_BELIEVED: Duration = Duration::from_millis(200);
-/// Failed tries of one address or node with one key: nobody mistypes a key more often.
+/// Failed attempts allowed to one address or node with one key id. Nobody mistypes a key more often.
 const FAILURES: Quota = Quota { burst: 10, per_minute: 10 };
 
-/// How long a grant is believed after a registry did not confirm it, before that is asked again.
+/// How long a grant stays valid after the registry failed to confirm it, before the gateway asks again.
 const UNCONFIRMED_BELIEVED: Duration = Duration::from_secs(1);
 
-/// Checks tokens and remembers the outcome, by the SHA-256 of the token.
+/// Checks tokens and caches the outcome under the SHA-256 of the token.
 pub(crate) struct Authentication {
     believed: Duration,
-    /// How long a grant stands after a registry last confirmed it, while none answers.
+    /// How long a grant stays valid after its last confirmation while no registry answers.
     absence_max: Duration,
     checks: Mutex<HashMap<Digest, Entry>>,
     failures: RateLimit<(Option<Origin>, String)>,
 }
 
-/// A token's check, and what its registry said last.
+/// A token's check, and the last grant that a registry confirmed.
 #[derive(Clone, Default)]
 struct Entry {
     check: Arc<OnceCell<Check>>,
     confirmed: Option<Confirmed>,
 }
 
-/// The outcome of a check, and how long it is believed.
+/// The outcome of a check, and how long it is valid.
 struct Check {
     outcome: Result<Arc<TokenGrant>, WireError>,
     until: Instant,
     confirmed: Option<Confirmed>,
 }
 
-/// A grant, and when a registry said so.
+/// A grant, and when a registry confirmed it.
 #[derive(Clone)]
 struct Confirmed {
     grant: Arc<TokenGrant>,
@@ -61,8 +61,8 @@ impl Authentication {
         Self { believed, absence_max, checks: Mutex::default(), failures: RateLimit::new() }
     }
 
-    /// Returns what a token allows. `ask` asks the registry; it is dropped unasked where the answer is known, and where
-    /// the registry is known to be away and the answer was known not long ago.
+    /// Returns what a token allows. The future `ask` queries the registry. It is dropped without being polled if the
+    /// answer is cached, or if the registry is known to be away and confirmed the grant recently enough.
     pub(crate) async fn check(
         &self,
         token: Option<&str>,
@@ -108,7 +108,7 @@ impl Authentication {
         }
     }
 
-    /// Returns a token's entry, whose check is one that is still believed, one under way, or yet to be made.
+    /// Returns a token's entry. Its check is still valid, under way, or not yet started.
     fn entry(&self, token: Digest) -> Entry {
         let now = Instant::now();
         let is_believed = |entry: &Entry| entry.check.get().is_none_or(|check| check.until > now);
@@ -124,7 +124,7 @@ impl Authentication {
         let confirmed = last.and_then(|entry| entry.check.get()?.confirmed.clone());
         if checks.len() >= TOKENS_MAX {
             checks.retain(|_, entry| entry.check.initialized() && (is_believed(entry) || may_stand(entry)));
-            // Asking again costs little, memory without bound costs more.
+            // Asking again is cheap; unbounded memory is not.
             if checks.len() >= TOKENS_MAX {
                 checks.clear();
             }
@@ -145,7 +145,8 @@ impl Authentication {
             Err(error) if error.code == ErrorCode::InvalidApiKey => {
                 Check { outcome: Err(error), until: now + REFUSAL_BELIEVED, confirmed: None }
             }
-            // Only silence lets the last answer stand; a registry that turns this gateway away has spoken.
+            // The last grant stays valid only if the registry does not answer. One that refuses this gateway has
+            // answered.
             Err(error) => match known.filter(|_| error.code == ErrorCode::Unavailable) {
                 Some(known) => unconfirmed(known),
                 None => Check { outcome: Err(error), until: now + SILENCE_BELIEVED, confirmed: None },
@@ -153,7 +154,7 @@ impl Authentication {
         }
     }
 
-    /// Counts a failure; one too many is told to wait instead.
+    /// Counts a failed attempt. Returns `error`, or a rate limit error after too many.
     fn failed(&self, key: (Option<Origin>, String), error: WireError) -> WireError {
         let verdict = self.failures.take(key, FAILURES);
         if verdict.allowed {
@@ -164,7 +165,7 @@ impl Authentication {
     }
 }
 
-/// Lets the last answer stand for a moment.
+/// Accepts the last confirmed grant for a moment.
 fn unconfirmed(known: Confirmed) -> Check {
     let (outcome, until) = (Ok(known.grant.clone()), Instant::now() + UNCONFIRMED_BELIEVED);
     Check { outcome, until, confirmed: Some(known) }
@@ -201,7 +202,7 @@ mod tests {
         }
     }
 
-    /// An authentication, and the calls its registry got.
+    /// An authentication, and the number of calls to its registry.
     struct Fixture {
         authentication: Authentication,
         calls: Cell<u32>,

@@ -1,4 +1,4 @@
-//! Chooses the models that may run a job when its model name stands for several. Pure functions.
+//! Chooses the builds that may run a job when its model name stands for several. Pure functions.
 
 use std::sync::Arc;
 
@@ -9,20 +9,20 @@ use protocol::{AdapterName, ErrorCode, WireError};
 /// A model that may run a job.
 #[derive(Debug, Clone)]
 pub(crate) struct Build {
-    /// What the catalogue has of it.
+    /// Its entry in the catalogue.
     pub(crate) entry: Arc<ModelEntry>,
     /// The adapter to run the job with.
     pub(crate) adapter: Option<AdapterName>,
 }
 
-/// Returns those that passed, or why none did: of several reasons, one that no other model's absence or rule hides.
+/// Returns the builds that passed. If none did, returns the refusal that tells the client most, by [`rank`].
 pub(crate) fn choose(checked: Vec<Result<Build, WireError>>) -> Result<Vec<Build>, WireError> {
     let mut refusal: Option<WireError> = None;
     let mut builds: Vec<Build> = Vec::new();
     for outcome in checked {
         match outcome {
             Ok(build) => {
-                // A job has one adapter, so models that would run it with another are left out.
+                // A job has one adapter, so builds that would run it with another are left out.
                 let is_alike = builds.first().is_none_or(|first| first.adapter == build.adapter);
                 if is_alike && builds.iter().all(|other| other.entry.key != build.entry.key) {
                     builds.push(build);
@@ -41,8 +41,8 @@ pub(crate) fn choose(checked: Vec<Result<Build, WireError>>) -> Result<Vec<Build
     }
 }
 
-/// Says how much a refusal tells the client: what is wrong with the request comes before what it may not use, and that
-/// before what does not exist.
+/// Returns how much a refusal tells the client. An invalid request ranks above a model that the key may not use, and
+/// that ranks above a model that does not exist.
 fn rank(error: &WireError) -> u8 {
     match error.code {
         ErrorCode::ModelNotFound => 0,
@@ -51,8 +51,8 @@ fn rank(error: &WireError) -> u8 {
     }
 }
 
-/// Leaves out models that are known not to do what a job asks, unless no other is left: what is known of them is what
-/// their files or servers say, and a worker has the last word.
+/// Removes builds that cannot do what a job asks, unless that would remove all. The capabilities come from a model's
+/// file or server and may be wrong, so the worker decides in the end.
 pub(crate) fn those_that_suit(builds: Vec<Build>, input: &Input) -> Vec<Build> {
     if builds.len() > 1 && builds.iter().any(|build| suits(&build.entry, input)) {
         return builds.into_iter().filter(|build| suits(&build.entry, input)).collect();
@@ -68,9 +68,9 @@ fn suits(entry: &ModelEntry, input: &Input) -> bool {
     }
     let chats = input.messages.is_none() || can(Capability::Chat);
     let calls = input.tools.is_empty() || can(Capability::Tools);
-    // A model that was made for vectors alone generates nothing.
+    // An embedding model generates no text.
     let generates = can(Capability::Completion) || can(Capability::Chat);
-    // The prompt's own length is not known without its vocabulary; what is to be generated is.
+    // The prompt's length in tokens is unknown without the vocabulary; the number of tokens to generate is known.
     let room = input.max_tokens.is_none_or(|tokens| entry.context_length == 0 || tokens < entry.context_length);
     chats && calls && generates && room
 }

@@ -1,4 +1,4 @@
-//! One value that is fetched when it is asked for and believed for a while.
+//! A value that is fetched on demand and cached for a while, with single-flight fetches.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,14 +6,14 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-/// How long a stale value is served before the next try to refresh it.
+/// How long a stale value is served after a failed refresh before the next attempt.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// One value that is fetched when it is asked for and believed for a while.
+/// A value that is fetched on demand and cached for a while, with single-flight fetches.
 pub(crate) struct Cached<T> {
     believed: Duration,
     held: Mutex<Option<Held<T>>>,
-    /// Whoever holds it fetches; the others wait, or take the stale value.
+    /// Makes fetches single-flight: the holder fetches, other callers wait or take the stale value.
     flight: tokio::sync::Mutex<()>,
 }
 
@@ -28,14 +28,14 @@ impl<T> Cached<T> {
         Self { believed, held: Mutex::new(None), flight: tokio::sync::Mutex::new(()) }
     }
 
-    /// Returns the value, fetched anew where it is stale. Where that fails, the stale value stands.
+    /// Returns the value, and fetches it first if it is missing or stale. If the fetch fails, returns the stale value.
     pub(crate) async fn get<E>(&self, fetch: impl Future<Output = Result<T, E>>) -> Result<Arc<T>, E> {
         let now = Instant::now();
         match self.held(|held| (held.value.clone(), held.fresh_until > now)) {
             Some((value, true)) => return Ok(value),
             Some((stale, false)) => match self.flight.try_lock() {
                 Ok(_flight) => return Ok(self.fetch(fetch).await.unwrap_or_else(|_| self.keep(stale))),
-                // Somebody else is at it: a value a little too old beats waiting.
+                // Another caller is fetching it. A slightly stale value is better than waiting.
                 Err(_) => return Ok(stale),
             },
             None => {}
@@ -47,7 +47,7 @@ impl<T> Cached<T> {
         }
     }
 
-    /// Returns the value, fetched anew unless it is younger than `age`.
+    /// Returns the value, and fetches it first unless it is younger than `age`.
     pub(crate) async fn get_younger_than<E>(
         &self,
         age: Duration,
@@ -61,12 +61,12 @@ impl<T> Cached<T> {
         }
     }
 
-    /// Returns the value that is there, however old.
+    /// Returns the cached value, however old.
     pub(crate) fn last(&self) -> Option<Arc<T>> {
         self.held(|held| held.value.clone())
     }
 
-    /// Returns how old the value is that is there.
+    /// Returns the age of the cached value.
     pub(crate) fn age(&self) -> Option<Duration> {
         self.held(|held| held.fetched.elapsed())
     }

@@ -1,4 +1,4 @@
-//! The registry's models, ready to be looked up.
+//! An index of the models, adapters and aliases that the registry lists.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -29,12 +29,12 @@ impl Models {
         Self { by_name, adapters, aliases: catalog.aliases.into_iter().map(alias).collect() }
     }
 
-    /// Returns the models that are meant, the preferred one first: what an alias stands for, or what was named. Returns
-    /// `None` where an alias is given a version or an adapter beside the one that it has.
+    /// Resolves a name to models, the preferred one first: the targets of an alias, or else the name itself. Returns
+    /// `None` if an alias is given a version, or an adapter although its target has one.
     pub(crate) fn meant(&self, wanted: &ModelRef) -> Option<Vec<ModelRef>> {
         let Some(targets) = self.stands_for(&wanted.name) else { return Some(vec![wanted.clone()]) };
         if wanted.version.is_some() {
-            // Its versions are those of the model that has the name.
+            // An alias has no versions; they belong to the model of that name, if there is one.
             return self.by_name.contains_key(&wanted.name).then(|| vec![wanted.clone()]);
         }
         let meant = |target: &ModelRef| match (&wanted.adapter, &target.adapter) {
@@ -44,15 +44,15 @@ impl Models {
         targets.iter().map(meant).collect()
     }
 
-    /// Returns what a name stands for. A model's own name stands for it alone, unless an alias has it among its
-    /// targets.
+    /// Returns the targets of a name that is an alias. If a model has the same name, the alias counts only if that
+    /// model is among its targets.
     pub(crate) fn stands_for(&self, name: &ModelName) -> Option<&[ModelRef]> {
         let targets = self.aliases.get(name)?;
         let is_own = !self.by_name.contains_key(name) || targets.iter().any(|target| target.name == *name);
         is_own.then_some(targets)
     }
 
-    /// Returns the aliases with what they stand for, by name.
+    /// Returns the aliases with their targets, by name.
     pub(crate) fn aliases(&self) -> impl Iterator<Item = (&ModelName, &[ModelRef])> {
         self.aliases.keys().filter_map(|alias| Some((alias, self.stands_for(alias)?)))
     }
@@ -72,7 +72,7 @@ impl Models {
         self.adapters.iter().filter(move |key| key.model == *model).map(|key| &key.adapter)
     }
 
-    /// Returns a version of a model, or the newest.
+    /// Returns a version of a model; the newest if `version` is `None`.
     pub(crate) fn find(&self, name: &ModelName, version: Option<ModelVersion>) -> Option<&Arc<ModelEntry>> {
         let versions = self.by_name.get(name)?;
         match version {
@@ -81,7 +81,7 @@ impl Models {
         }
     }
 
-    /// Returns every version of every model, by name and then by age.
+    /// Returns every version of every model, by name and then from oldest to newest.
     pub(crate) fn all(&self) -> Vec<&Arc<ModelEntry>> {
         let mut all: Vec<_> = self.by_name.values().flatten().collect();
         all.sort_by(|one, other| one.key.cmp(&other.key));
@@ -94,14 +94,14 @@ impl Models {
     }
 }
 
-/// Says that a model is not there, by the name the client gave.
+/// Returns the error for a model that does not exist, under the name that the client gave.
 pub(crate) fn not_found(name: &str) -> WireError {
     let name: String = name.chars().take(80).collect();
     let message = format!("the model {name:?} does not exist; GET /v1/models lists those that are served");
     WireError::new(ErrorCode::ModelNotFound, message).with_param("model")
 }
 
-/// Says that no worker serves a registered model, by the name the client gave.
+/// Returns the error for a registered model that no worker serves, under the name that the client gave.
 pub(crate) fn not_served(name: &str) -> WireError {
     let message = format!(
         "the model {name:?} is registered, and no worker serves it now; GET /v1/models lists those that are served"
@@ -109,7 +109,7 @@ pub(crate) fn not_served(name: &str) -> WireError {
     WireError::new(ErrorCode::ModelNotFound, message).with_param("model")
 }
 
-/// Reads a model's name as clients write it. Whatever is no name is the name of no model.
+/// Parses a model's name as clients write it. A malformed name fails like that of a model that does not exist.
 pub(crate) fn parse_ref(text: &str) -> Result<ModelRef, WireError> {
     text.parse().map_err(|_| not_found(text))
 }

@@ -1,4 +1,4 @@
-//! Lets requests in and hands their jobs to orchestrators, whichever door they came by.
+//! The gateway's core: admits requests from HTTP and RPC and submits their jobs to orchestrators.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,25 +33,26 @@ use crate::request_context::{Admission, Origin, Refusal, RequestContext};
 use crate::request_record::RequestRecord;
 use crate::upstream::{self, Timeouts, Upstream, UpstreamTask};
 
-/// How long the list of live workers is believed.
+/// How long the list of live workers is cached.
 const FLEET_BELIEVED: Duration = Duration::from_secs(1);
-/// How old the list may be when no orchestrator answers any more.
+/// Maximum age of that list while no orchestrator answers.
 const FLEET_AGE_MAX: Duration = Duration::from_secs(5);
-/// A model that is not in the catalogue may have been published just now: it is looked up again in one this old.
+/// A model that is missing from the cached catalogue may be new. It is looked up again in a catalogue younger than
+/// this.
 const CATALOG_YOUNG: Duration = Duration::from_secs(1);
-/// The wait told to whoever comes while the registry is away for too long.
+/// `Retry-After` of a request that arrives while no registry has answered for too long.
 const AWAY_WAIT: Duration = Duration::from_secs(5);
-/// The wait told to whoever finds the gateway full.
+/// `Retry-After` of a request that arrives while the gateway is full.
 const FULL_WAIT: Duration = Duration::from_secs(1);
 
-/// What a gateway is made of besides its configuration.
+/// What a gateway needs besides its configuration.
 #[derive(Clone)]
 pub struct GatewayParts {
-    /// This node's end of the network.
+    /// This node's network transport.
     pub transport: Arc<dyn Transport>,
     /// The time of day.
     pub clock: Arc<dyn Clock>,
-    /// Where it counts, and what it shows under `/metrics`.
+    /// The metrics that it updates and serves under `/metrics`.
     pub metrics: Metrics,
     /// Which orchestrators and registries it trusts.
     pub membership: Membership,
@@ -59,7 +60,7 @@ pub struct GatewayParts {
     pub version: String,
 }
 
-/// Takes requests, checks them and hands them to orchestrators. Clones are the same gateway.
+/// Receives requests, checks them and submits them to orchestrators. Clones share one gateway.
 #[derive(Clone)]
 pub struct Gateway {
     inner: Arc<Inner>,
@@ -72,7 +73,7 @@ struct Inner {
     version: String,
     transport: Arc<dyn Transport>,
     upstream: Upstream,
-    /// Keeps the upstream fresh; taken by [`Gateway::tend`].
+    /// Keeps `upstream` up to date; taken by [`Gateway::tend`].
     upstream_task: Mutex<Option<UpstreamTask>>,
     authentication: Authentication,
     rate_limit: RateLimit<TenantId>,
@@ -80,12 +81,12 @@ struct Inner {
     fleet: Cached<Fleet>,
     jobs: Arc<Semaphore>,
     tracker: TaskTracker,
-    /// Told when the TLS files are to be looked at.
+    /// Notified when the TLS files are to be reloaded.
     reload: Notify,
 }
 
 impl Gateway {
-    /// Makes a gateway. It does nothing until it runs.
+    /// Creates a gateway. It does nothing until it runs.
     pub fn new(config: Config, parts: GatewayParts) -> Self {
         let (upstream, upstream_task) = Upstream::new(parts.transport.clone(), config.region.clone(), parts.membership);
         let inner = Inner {
@@ -107,7 +108,7 @@ impl Gateway {
         Self { inner: Arc::new(inner) }
     }
 
-    /// Looks at the TLS files at once, as after a certificate was renewed.
+    /// Checks the TLS files at once, for example after a certificate was renewed.
     pub fn reload(&self) {
         self.inner.reload.notify_one();
     }
@@ -116,7 +117,7 @@ impl Gateway {
         self.inner.reload.notified().await;
     }
 
-    /// Lets a request in, or says why not: token, rate, room.
+    /// Admits a request, or refuses it because of its token, the rate limit or missing capacity.
     pub async fn admit(&self, token: Option<&str>, context: RequestContext) -> Result<Admission, WireError> {
         self.admit_or_refuse(token, context).await.map_err(|refusal| refusal.error)
     }
@@ -137,7 +138,7 @@ impl Gateway {
         }
     }
 
-    /// Counts a request that could not be read far enough to be let in.
+    /// Records a request that failed before its token could be read.
     pub(crate) fn turn_down(&self, context: RequestContext, error: &WireError) {
         self.record(context).failed(error.code);
     }
@@ -171,7 +172,7 @@ impl Gateway {
         Ok((grant, rate, permit))
     }
 
-    /// Returns what a token allows, where that includes `scope`.
+    /// Returns what a token allows, or an error if that does not include `scope`.
     pub(crate) async fn authenticate(
         &self,
         token: Option<&str>,
@@ -197,7 +198,7 @@ impl Gateway {
         Ok(grant)
     }
 
-    /// Refuses everything once no registry has answered for too long: who was expelled since then is not known.
+    /// Fails once no registry has answered for too long, since nodes and tokens may have been revoked in the meantime.
     pub(crate) fn check_registry(&self) -> Result<(), WireError> {
         let absence_max = self.inner.config.registry_absence;
         if self.membership().registry_silence() < absence_max {
@@ -210,7 +211,7 @@ impl Gateway {
         Err(WireError::new(ErrorCode::Unavailable, message).with_retry_after(AWAY_WAIT))
     }
 
-    /// Hands a job to an orchestrator and returns its answer once the first piece is there.
+    /// Submits a job to an orchestrator and returns its answer once the first piece has arrived.
     pub async fn submit(&self, admission: Admission, job: Job) -> Result<Answer, WireError> {
         let Admission { grant, permit, mut record, rate: _ } = admission;
         let opened = async {
@@ -235,8 +236,7 @@ impl Gateway {
         }
     }
 
-    /// Checks what can be checked without an orchestrator, and finds the models that may run the job, of which there is
-    /// at least one.
+    /// Checks what can be checked without an orchestrator. Returns the builds that may run the job, at least one.
     async fn check_job(
         &self,
         grant: &TokenGrant,
@@ -258,7 +258,7 @@ impl Gateway {
         Ok(builds::those_that_suit(builds, &job.input))
     }
 
-    /// Checks whether a model may run a job, as far as that is known here.
+    /// Checks whether a model may run a job, as far as the gateway can know.
     async fn check_build(
         &self,
         grant: &TokenGrant,
@@ -286,7 +286,7 @@ impl Gateway {
         Ok(Build { entry, adapter })
     }
 
-    /// Returns the models that are meant, of which there is at least one: an alias may have been named.
+    /// Resolves a name, which may be an alias, to at least one model.
     pub(crate) async fn meant(&self, wanted: &ModelRef) -> Result<Vec<ModelRef>, WireError> {
         let mut models = self.models().await?;
         if !models.knows(&wanted.name) {
@@ -305,7 +305,7 @@ impl Gateway {
         find(&young).ok_or_else(|| catalog::not_found(&wanted.to_string()))
     }
 
-    /// Checks that the catalogue has an adapter of a model.
+    /// Checks that a model has an adapter.
     async fn check_adapter(&self, model: &ModelKey, adapter: &AdapterName) -> Result<(), WireError> {
         if self.models().await?.has_adapter(model, adapter) {
             return Ok(());
@@ -352,7 +352,7 @@ impl Gateway {
         })
     }
 
-    /// Makes what is known of a request that just came.
+    /// Creates the context of a request that has just arrived.
     pub fn context(&self, origin: Option<Origin>, trace: Option<TraceContext>) -> Result<RequestContext, WireError> {
         Ok(RequestContext {
             correlation_id: self.make_id()?,
@@ -362,7 +362,7 @@ impl Gateway {
         })
     }
 
-    /// Makes a UUIDv7 of the clock and the system's randomness.
+    /// Creates a UUIDv7 from the clock and the system's randomness.
     fn make_id(&self) -> Result<CorrelationId, WireError> {
         let mut random = [0; 10];
         getrandom::fill(&mut random).map_err(|_| no_randomness())?;
@@ -370,16 +370,16 @@ impl Gateway {
         Ok(CorrelationId(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid()))
     }
 
-    /// Returns the models of the registry.
+    /// Returns the registry's models, from the cache if possible.
     pub(crate) async fn models(&self) -> Result<Arc<Models>, WireError> {
-        // One that is known to be away is not waited for.
+        // A registry that is known to be away is not waited for.
         if let Some(models) = self.inner.models.last().filter(|_| self.membership().is_registry_away()) {
             return Ok(models);
         }
         self.inner.models.get(self.fetch_models()).await
     }
 
-    /// Returns the models as a registry lists them at this moment.
+    /// Returns the registry's models, bypassing the cache.
     pub(crate) async fn models_now(&self) -> Result<Models, WireError> {
         self.fetch_models().await
     }
@@ -394,7 +394,7 @@ impl Gateway {
         Ok(Models::new(catalog))
     }
 
-    /// Returns the live workers as an orchestrator saw them within the last seconds.
+    /// Returns the live workers, from a list that is a few seconds old at most.
     pub(crate) async fn fleet(&self) -> Result<Arc<Fleet>, WireError> {
         let fleet = self.inner.fleet.get(self.fleet_now()).await?;
         if self.inner.fleet.age().is_some_and(|age| age > FLEET_AGE_MAX) {
@@ -403,15 +403,15 @@ impl Gateway {
         Ok(fleet)
     }
 
-    /// Returns the live workers as an orchestrator sees them.
+    /// Returns the live workers, bypassing the cache.
     pub(crate) async fn fleet_now(&self) -> Result<Fleet, WireError> {
         self.inner.upstream.ask(NodeRole::Orchestrator, FLEET_LIST, &Empty {}).await.map_err(WireError::for_clients)
     }
 
-    /// Returns the model of a name, a name with a version, or an alias.
+    /// Resolves a name, a name with a version, or an alias to one model.
     pub(crate) async fn model_key(&self, id: &str) -> Result<ModelKey, WireError> {
         let named = catalog::parse_ref(id)?;
-        // A name that a model has itself means that model to whoever operates it.
+        // For operators, a model's own name means that model, even if it is an alias as well.
         let own = self.models().await?.find(&named.name, named.version).map(|entry| entry.key.clone());
         if let Some(key) = own {
             return Ok(key);
@@ -426,18 +426,18 @@ impl Gateway {
         }
     }
 
-    /// Has the workers that serve a model load or unload it.
+    /// Makes the workers that serve a model load or unload it.
     pub(crate) async fn move_model(&self, request: ModelMove) -> Result<ModelPlaces, WireError> {
         self.inner.upstream.ask(NodeRole::Orchestrator, MODEL_MOVE, &request).await.map_err(WireError::for_clients)
     }
 
-    /// Tells how a job was placed.
+    /// Returns how a job was placed.
     pub(crate) async fn explain(&self, correlation_id: CorrelationId) -> Result<Decision, WireError> {
         let request = ExplainRequest { correlation_id };
         self.inner.upstream.ask(NodeRole::Orchestrator, JOB_EXPLAIN, &request).await.map_err(WireError::for_clients)
     }
 
-    /// Returns whether a node answers in a role.
+    /// Returns whether a node answers in a role. This node always does.
     pub(crate) fn answers(&self, node: PublicKey, role: NodeRole) -> bool {
         node == self.inner.transport.public_key() || self.inner.upstream.knows(node, role)
     }
@@ -451,13 +451,13 @@ impl Gateway {
         self.inner.upstream.ask(NodeRole::Registry, method, request).await.map_err(WireError::for_clients)
     }
 
-    /// Returns whether some worker can answer something, or why that is not known.
+    /// Returns whether any worker can run a job, or an error if that is unknown.
     pub(crate) async fn is_routable(&self) -> Result<bool, WireError> {
         let fleet = self.fleet().await?;
         Ok(fleet.workers.iter().any(|worker| worker.report.can_answer()))
     }
 
-    /// Keeps up with the peers until `stop`. Called once, by whoever runs the gateway.
+    /// Keeps the directory of peers and the membership up to date until `stop`. Only the first call has an effect.
     pub(crate) async fn tend(&self, stop: CancellationToken) {
         let task = self.inner.upstream_task.lock().take();
         if let Some(task) = task {
@@ -469,7 +469,7 @@ impl Gateway {
         &self.inner.config
     }
 
-    /// Says who belongs to the network.
+    /// Returns the membership: which nodes belong to the network.
     pub(crate) fn membership(&self) -> &Membership {
         self.inner.upstream.membership()
     }
@@ -486,18 +486,17 @@ impl Gateway {
         &*self.inner.clock
     }
 
-    /// Returns this node's end of the network.
     pub(crate) fn transport(&self) -> &Arc<dyn Transport> {
         &self.inner.transport
     }
 
-    /// Returns where this gateway's tasks are counted.
+    /// Returns the tracker of this gateway's tasks.
     pub(crate) fn tracker(&self) -> &TaskTracker {
         &self.inner.tracker
     }
 }
 
-/// Returns how many requests a tenant may make: its policy's number, or the configured one.
+/// Returns a tenant's request quota: that of its policy, or else the configured one.
 fn quota(config: &Config, grant: &TokenGrant) -> Quota {
     let limit = config.rate_limit;
     match grant.policy.requests_per_minute {

@@ -1,4 +1,4 @@
-//! HTTP in, jobs out: the OpenAI API, our own, and what operators and probes look at.
+//! The HTTP server: the OpenAI API, Tether's own API, the admin API, health checks and metrics.
 
 mod admin;
 mod answer_body;
@@ -35,23 +35,23 @@ use self::tls::Tls;
 use crate::config::seconds;
 use crate::gateway::Gateway;
 
-/// The wait after the system refused a connection, for want of file descriptors perhaps.
+/// The pause after `accept` failed, for example for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// What a connection too many is told, where it speaks plain HTTP.
+/// The response to a connection above the limit, without TLS.
 const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n\
     content-type: application/json\r\ncontent-length: 123\r\n\r\n\
     {\"error\":{\"message\":\"this gateway holds too many connections\",\"type\":\"overloaded_error\",\"param\":null,\"code\":\"unavailable\"}}";
 
-/// Why a gateway does not run.
+/// Why a gateway cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
-    /// The address can't be had.
+    /// The address cannot be bound.
     #[error("could not listen on {address}")]
     Bind { address: SocketAddr, source: std::io::Error },
     /// Only one of the two TLS files is configured.
     #[error("tls_cert and tls_key are given both or not at all")]
     TlsIncomplete,
-    /// A TLS file can't be used.
+    /// A TLS file cannot be used.
     #[error("could not use the TLS file {}: {reason}", path.display())]
     Tls {
         path: PathBuf,
@@ -63,7 +63,7 @@ pub enum GatewayError {
     Origin { origin: String },
 }
 
-/// An open HTTP address, ready to serve.
+/// A bound HTTP listener, ready to serve.
 pub(crate) struct HttpBridge {
     gateway: Gateway,
     listener: TcpListener,
@@ -92,8 +92,8 @@ impl HttpBridge {
         self.address
     }
 
-    /// Serves until `stop`, and then until the requests under way are done or the drain time is over. What goes on
-    /// beside them ends with `drained`.
+    /// Serves until `stop`, then drains: waits for the requests under way, at most for the drain time. Background tasks
+    /// run until `drained`.
     pub(crate) async fn run(self, stop: CancellationToken, drained: CancellationToken) {
         let Self { gateway, listener, address, tls } = self;
         let tracker = gateway.tracker().clone();
@@ -135,7 +135,7 @@ async fn hold(connections: Connections, stream: TcpStream, peer: SocketAddr, slo
     drop(slot);
 }
 
-/// Says that there is no room, as far as that fits into the socket at once.
+/// Sends the 503 response, as far as it fits into the socket's buffer at once.
 fn turn_away(stream: &TcpStream, tls: bool) {
     if !tls {
         let _ = stream.try_write(FULL);

@@ -1,21 +1,21 @@
-//! How an answer is written while it comes.
+//! The trait for formats of streamed answers.
 
 use bytes::BytesMut;
 use protocol::WireError;
 
 use super::{Answer, Piece};
 
-/// How the pieces of an answer are written.
+/// Writes the pieces of an answer in some format.
 pub(crate) trait StreamFormat: Send + Unpin + 'static {
-    /// Takes note of the answer before its first piece.
+    /// Called once, before the first piece.
     fn begin(&mut self, answer: &Answer);
 
-    /// Writes a piece, and whatever follows the last.
+    /// Writes a piece and, after the last one, the end of the stream.
     fn piece(&mut self, piece: &Piece, out: &mut BytesMut);
 
-    /// Writes an error, after which nothing follows.
+    /// Writes an error, which ends the stream.
     fn failure(&mut self, error: &WireError, out: &mut BytesMut);
 
-    /// Returns what is written when there is nothing to say.
+    /// Returns the bytes to write when no piece has arrived for a while.
     fn keep_alive(&self) -> &'static [u8];
 }

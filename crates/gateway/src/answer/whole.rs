@@ -1,4 +1,4 @@
-//! Gathers the pieces of an answer, for clients that want it as a whole.
+//! Collects the pieces of an answer for clients that do not stream.
 
 use protocol::gateway::Choice;
 use protocol::infer::{Embedding, FinishReason, ToolCall, ToolCallDelta};
@@ -8,16 +8,16 @@ use super::{Expected, Piece};
 
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Whole {
-    /// As many as were asked for.
+    /// As many as were requested.
     pub(crate) choices: Vec<Choice>,
-    /// In the order of the texts that they are of.
+    /// In the order of the input texts.
     pub(crate) embeddings: Vec<Embedding>,
-    /// The tokens of the prompt, where no more was asked for.
+    /// The number of prompt tokens, if the job only counts them.
     pub(crate) input_tokens: Option<u32>,
     pub(crate) usage: TokenUsage,
 }
 
-/// The part of an answer that has come.
+/// The part of an answer that has arrived.
 pub(super) struct Gathering {
     choices: Vec<OpenChoice>,
     embeddings: Vec<Embedding>,
@@ -41,7 +41,7 @@ impl Gathering {
         Self { choices, embeddings: vec![], input_tokens: None, expected, usage: None }
     }
 
-    /// Adds a piece, or says what is wrong with it.
+    /// Adds a piece. Returns what is wrong with it if it is invalid.
     pub(super) fn add(&mut self, piece: Piece) -> Result<(), &'static str> {
         let content = piece.content;
         let choice = self.choices.get_mut(content.index as usize).ok_or("a chunk is of an answer too many")?;
@@ -63,7 +63,7 @@ impl Gathering {
         Ok(())
     }
 
-    /// Returns the whole, or says what is missing.
+    /// Returns the whole answer, or what is missing from it.
     pub(super) fn finish(self) -> Result<Whole, &'static str> {
         if self.embeddings.len() != self.expected.embeddings as usize {
             return Err("vectors are missing");
@@ -79,7 +79,7 @@ impl Gathering {
 }
 
 impl OpenChoice {
-    /// Adds more of a call. A new one comes right after those that are known.
+    /// Adds a tool call delta. A new call must have the next free index.
     fn call(&mut self, delta: ToolCallDelta) -> Result<(), &'static str> {
         let ToolCallDelta { index, id, name, arguments } = delta;
         let known = self.tool_calls.len();

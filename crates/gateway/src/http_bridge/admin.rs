@@ -1,4 +1,4 @@
-//! What operators ask of the network over HTTP.
+//! The admin API: its extractors and its handlers.
 
 pub(super) mod adapters;
 pub(super) mod aliases;
@@ -23,15 +23,15 @@ use super::extract::{Bridge, context, token};
 use super::request_body;
 use crate::gateway::Gateway;
 
-/// The longest body of an operator's request.
+/// Maximum length of a request body.
 const BODY_BYTES_MAX: usize = 64 * 1024;
-/// How long an operator may pause while sending it.
+/// How long a client may pause while it sends the body.
 const BODY_IDLE: Duration = Duration::from_secs(10);
 
-/// An operator of the network, by a token of the scope `admin`.
+/// An operator: a client whose token has the scope `admin`.
 pub(super) struct Operator {
     gateway: Gateway,
-    /// By it the registry knows the operator, too.
+    /// Also authenticates the operator to the registry.
     token: String,
 }
 
@@ -46,7 +46,7 @@ impl FromRequestParts<Bridge> for Operator {
 }
 
 impl Operator {
-    /// Asks the registry for something that it leaves to operators alone.
+    /// Sends the registry a request that it accepts only from operators.
     async fn ask_registry<Request: Serialize, Reply: DeserializeOwned>(
         &self,
         method: &str,
@@ -56,7 +56,7 @@ impl Operator {
     }
 }
 
-/// The JSON of an operator's request.
+/// The JSON body of an operator's request.
 pub(super) struct AdminBody<T>(T);
 
 impl<T: DeserializeOwned, S: Sync> FromRequest<S> for AdminBody<T> {

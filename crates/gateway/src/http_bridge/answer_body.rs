@@ -1,4 +1,4 @@
-//! An answer as the body of a response, piece by piece.
+//! A streamed answer as a response body.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -13,23 +13,23 @@ use tokio_util::sync::ReusableBoxFuture;
 
 use crate::answer::{Answer, Piece, StreamFormat};
 
-/// Pieces that are ready are written in one go, up to this many bytes.
+/// Pieces that are ready are written in one frame, up to about this many bytes.
 const COALESCED_BYTES: usize = 16 * 1024;
 
-/// An answer as the body of a response. Dropping it cancels the job.
+/// A streamed answer as a response body. Dropping it cancels the job.
 pub(super) struct AnswerBody<F> {
     format: F,
-    /// What is waited for. It owns the answer meanwhile, so that a wait is never given up midway.
+    /// The pending step. It owns the answer meanwhile, so that a wait is never abandoned halfway.
     wait: ReusableBoxFuture<'static, Step>,
     buffer: BytesMut,
     finished: bool,
     silent_since: Instant,
-    /// How often a stream that has nothing to say says so.
+    /// How often a silent stream sends a keep-alive.
     keep_alive_every: Duration,
     keep_alive: Pin<Box<Sleep>>,
 }
 
-/// What was waited for, and the answer it came from.
+/// An event, and the answer it came from.
 struct Step {
     answer: Option<Box<Answer>>,
     event: Event,
@@ -44,13 +44,13 @@ enum Event {
 }
 
 impl<F: StreamFormat> AnswerBody<F> {
-    /// Makes the body of an answer that has begun.
+    /// Creates the body of an answer that has begun.
     pub(super) fn new(mut format: F, answer: Box<Answer>, keep_alive_every: Duration) -> Self {
         format.begin(&answer);
         Self::waiting(format, ReusableBoxFuture::new(next(answer)), keep_alive_every)
     }
 
-    /// Makes the body of an answer that is still waited for.
+    /// Creates the body of an answer that has not begun yet.
     pub(super) fn pending(
         format: F,
         opening: impl Future<Output = Result<Box<Answer>, WireError>> + Send + 'static,
@@ -77,7 +77,7 @@ impl<F: StreamFormat> AnswerBody<F> {
         }
     }
 
-    /// Writes what is ready into the buffer.
+    /// Writes the pieces that are ready into the buffer.
     fn gather(&mut self, context: &mut Context<'_>) {
         while !self.finished && self.buffer.len() < COALESCED_BYTES {
             let Poll::Ready(Step { answer, event }) = self.wait.poll(context) else { return };
@@ -104,12 +104,12 @@ impl<F: StreamFormat> AnswerBody<F> {
         }
     }
 
-    /// Returns whether the stream was silent for so long that it should say so.
+    /// Returns `Ready` when the stream has been silent for so long that a keep-alive is due.
     fn poll_silence(&mut self, context: &mut Context<'_>) -> Poll<()> {
         loop {
             std::task::ready!(self.keep_alive.as_mut().poll(context));
             let now = Instant::now();
-            // The timer is not reset at each piece, which would cost more than the piece; it catches up here.
+            // Resetting the timer for each piece would cost more than the piece itself, so it catches up here.
             let silent = now - self.silent_since >= self.keep_alive_every;
             let from = if silent { now } else { self.silent_since };
             self.keep_alive.as_mut().reset(from + self.keep_alive_every);

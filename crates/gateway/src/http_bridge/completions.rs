@@ -1,4 +1,4 @@
-//! `POST /v1/completions`, and what it has in common with chat.
+//! `POST /v1/completions`, and the code that it shares with chat.
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -29,7 +29,7 @@ pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Re
     generate(&bridge, request, Endpoint::Completion, request::parse_completion).await
 }
 
-/// Answers a request of either endpoint.
+/// Handles a request to either endpoint.
 pub(super) async fn generate(
     bridge: &Bridge,
     request: Request,

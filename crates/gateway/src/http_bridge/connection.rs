@@ -1,4 +1,4 @@
-//! One client's connection, from the handshake to its end.
+//! Serves one client connection, from the TLS handshake to its end.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
@@ -30,17 +30,17 @@ use super::tls::Tls;
 use crate::gateway::Gateway;
 use crate::request_context::Origin;
 
-/// The largest request head, in bytes.
+/// Maximum size of a request head, in bytes.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
-/// The most header lines.
+/// Maximum number of header lines.
 const HEADERS_MAX: usize = 100;
-/// Requests side by side on one HTTP/2 connection.
+/// Maximum number of concurrent streams on an HTTP/2 connection.
 const STREAMS_MAX: u32 = 256;
-/// How often an HTTP/2 client is asked whether it is still there, and how long it may take to answer.
+/// How often an HTTP/2 client is pinged, and how long it may take to answer.
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_WITHIN: Duration = Duration::from_secs(20);
 
-/// What all connections share.
+/// The state that all connections share.
 #[derive(Clone)]
 pub(super) struct Connections {
     shared: Arc<Shared>,
@@ -52,7 +52,7 @@ struct Shared {
     server: Builder<Tracked>,
     limits: Limits,
     tls: Option<Tls>,
-    /// Lets connections finish what they have.
+    /// Makes connections close once their requests are done.
     stop: CancellationToken,
     /// Ends connections at once.
     abort: CancellationToken,
@@ -83,7 +83,7 @@ impl Connections {
     /// Serves a connection to its end.
     pub(super) async fn serve(&self, stream: TcpStream, peer: SocketAddr) {
         let shared = &self.shared;
-        // Without it a token would wait for the acknowledgement of the one before.
+        // With Nagle's algorithm a token would wait for the acknowledgement of the previous one.
         if let Err(error) = stream.set_nodelay(true) {
             debug!(%error, "no TCP_NODELAY");
         }
@@ -154,7 +154,7 @@ impl Shared {
 
 fn server(tracker: TaskTracker) -> Builder<Tracked> {
     let mut builder = Builder::new(Tracked(tracker));
-    // The time to send a head is kept by `Activity`, which tells it from the time between requests.
+    // `Activity` limits the time to send a head, since it can distinguish that from the time between requests.
     builder.http1().header_read_timeout(None).max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
     builder
         .http2()
@@ -166,7 +166,8 @@ fn server(tracker: TaskTracker) -> Builder<Tracked> {
     builder
 }
 
-/// Adds what every response bears: it is JSON or a stream, never a page to be framed, guessed at or kept.
+/// Adds the security headers of every response. Responses are JSON or streams, so they are never framed, sniffed or
+/// cached.
 fn harden(headers: &mut HeaderMap, tls: bool) {
     let fixed = HeaderValue::from_static;
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, fixed("nosniff"));

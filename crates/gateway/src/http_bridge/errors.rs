@@ -1,4 +1,4 @@
-//! Responses without an answer: JSON, errors, and the headers that go with them.
+//! Builds JSON and error responses with their headers.
 
 use std::collections::BTreeMap;
 
@@ -15,12 +15,12 @@ use crate::openai::response::error::{self, ErrorBody};
 use crate::rate_limit::{Quota, Verdict};
 use crate::request_context::RequestContext;
 
-/// Bears the name of the request, or of its job.
+/// Carries the id of the request, or of its job.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// The wait told where the error itself tells none and clients should wait.
+/// `Retry-After` of retryable errors that specify no wait.
 const DEFAULT_WAIT_MS: u64 = 1000;
 
-/// Makes an error's response.
+/// Builds the response for an error.
 pub(super) fn failure(error: &WireError) -> Response<Body> {
     let mut body = BytesMut::new();
     error::write(error, &mut body);
@@ -34,12 +34,12 @@ pub(super) fn failure(error: &WireError) -> Response<Body> {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         408 => {
-            // The rest of a body that came too slowly is not waited for.
+            // The rest of a slow body is not read.
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         _ => {}
     }
-    // Official SDKs may retry anything they are not told to leave.
+    // Official SDKs may retry any error unless they are told not to.
     if error.code.http_status() == 403 || !error.should_retry() {
         headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
     }
@@ -50,7 +50,7 @@ pub(super) fn failure(error: &WireError) -> Response<Body> {
     response
 }
 
-/// Why a request that is no job is refused.
+/// The error of a request that is not a job.
 pub(super) struct ApiError(WireError);
 
 impl From<WireError> for ApiError {
@@ -65,7 +65,7 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// What each status means to requests that need an API key.
+/// The meaning of each status, for endpoints that need an API key.
 const STATUSES: [(u16, &str); 13] = [
     (400, "The request makes no sense, or asks for what is not done here; `param` names the field."),
     (401, "No API key, or a wrong, revoked or expired one."),
@@ -90,24 +90,24 @@ impl IntoResponses for ApiError {
     }
 }
 
-/// Makes an error's response that bears the request's name.
+/// Builds the response for an error, with the request's id.
 pub(super) fn refuse(context: RequestContext, error: &WireError) -> Response<Body> {
     with_request(failure(error), context.correlation_id)
 }
 
-/// Returns how long a client should wait, where it should.
+/// Returns how long a client should wait before it retries, if it should retry.
 fn wait_ms(error: &WireError) -> Option<u64> {
     let retryable = matches!(error.code.http_status(), 409 | 429 | 503);
     error.retry_after_ms.or(retryable.then_some(DEFAULT_WAIT_MS)).map(|wait| wait.clamp(1, 120_000))
 }
 
-/// Adds the request's name.
+/// Adds the request's id.
 pub(super) fn with_request(mut response: Response<Body>, request: CorrelationId) -> Response<Body> {
     response.headers_mut().insert(REQUEST_ID, text(&request.to_string()));
     response
 }
 
-/// Adds the tenant's standing with its rate limit.
+/// Adds the state of the tenant's rate limit.
 pub(super) fn add_rate(headers: &mut HeaderMap, rate: &Verdict) {
     if rate.limit == Quota::UNLIMITED.per_minute {
         return;
@@ -118,7 +118,7 @@ pub(super) fn add_rate(headers: &mut HeaderMap, rate: &Verdict) {
     set("x-ratelimit-reset-requests", text(&openai_duration(rate.reset.as_millis() as u64)));
 }
 
-/// Writes a duration as OpenAI does: `12ms`, `1s`, `6m0s`.
+/// Formats a duration as OpenAI does: `12ms`, `1s`, `6m0s`.
 fn openai_duration(millis: u64) -> String {
     let (minutes, seconds) = (millis / 60_000, millis % 60_000 / 1000);
     match millis {
@@ -129,12 +129,12 @@ fn openai_duration(millis: u64) -> String {
     }
 }
 
-/// Makes a header value of text that we wrote, or that was checked to be visible ASCII.
+/// Converts text to a header value. The text must be our own or checked to be visible ASCII.
 pub(super) fn text(value: &str) -> HeaderValue {
     HeaderValue::from_str(value).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
-/// Makes a JSON response.
+/// Builds a JSON response.
 pub(super) fn json<T: Serialize>(value: &T) -> Response<Body> {
     match serde_json::to_vec(value) {
         Ok(body) => {

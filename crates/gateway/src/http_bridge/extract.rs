@@ -1,4 +1,4 @@
-//! Extracts from a request what handlers need besides its body: context, API token and path segment.
+//! Axum extractors for what handlers need besides the body: context, API token and path segment.
 
 use std::convert::Infallible;
 
@@ -20,9 +20,9 @@ pub(super) struct Bridge {
     pub(super) stop: CancellationToken,
 }
 
-/// Returns what is known of a request.
+/// Returns the context of a request.
 pub(super) fn context(extensions: &Extensions) -> RequestContext {
-    // Every request gets one as it comes in; a blank one beats a panic.
+    // Every request gets a context when it arrives. If it is missing, a blank one is better than a panic.
     extensions.get().copied().unwrap_or_else(|| RequestContext {
         correlation_id: CorrelationId(uuid::Uuid::nil()),
         trace_id: TraceId([0; 16]),
@@ -31,13 +31,13 @@ pub(super) fn context(extensions: &Extensions) -> RequestContext {
     })
 }
 
-/// Context of a request whose body does not matter.
+/// The context and token of a request whose body is not read.
 pub(super) struct Inquiry {
     pub(super) context: RequestContext,
     pub(super) token: Option<String>,
 }
 
-/// A part of a path that names something.
+/// A path parameter.
 pub(super) struct Segment(pub(super) String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Segment {

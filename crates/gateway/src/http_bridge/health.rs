@@ -1,4 +1,4 @@
-//! What probes and dashboards look at.
+//! Health checks, metrics and the version.
 
 use axum::body::Body;
 use axum::extract::State;
@@ -11,7 +11,7 @@ use super::errors;
 use super::extract::{Bridge, Inquiry};
 use crate::openai::response::error::ErrorBody;
 
-/// How OpenMetrics text is announced.
+/// The content type of OpenMetrics text.
 const OPEN_METRICS: HeaderValue =
     HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
 

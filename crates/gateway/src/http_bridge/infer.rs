@@ -1,4 +1,4 @@
-//! `POST /infer`: our own API, `Infer.Request` in, `Infer.Chunk` out, one a line.
+//! `POST /infer`: Tether's own API. Takes an `Infer.Request` and returns `Infer.Chunk`s, one per line.
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -35,7 +35,7 @@ pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Re
     job::stream(&bridge, opening, Lines, "application/x-ndjson", response_headers).await
 }
 
-/// Writes an answer as lines of JSON: the chunks as the orchestrator sent them.
+/// Writes an answer as JSON lines: the chunks as the orchestrator sent them.
 struct Lines;
 
 impl StreamFormat for Lines {
@@ -43,7 +43,7 @@ impl StreamFormat for Lines {
 
     fn piece(&mut self, piece: &Piece, out: &mut BytesMut) {
         out.reserve(piece.raw.len() + 1);
-        // Between the parts of a JSON text a line break is mere space; within its strings it is written as \n.
+        // In JSON, a raw line break can only be whitespace between tokens; strings contain it as `\n`.
         if piece.raw.contains(&b'\n') {
             out.extend(piece.raw.iter().map(|byte| if *byte == b'\n' { b' ' } else { *byte }));
         } else {

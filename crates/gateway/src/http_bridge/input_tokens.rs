@@ -1,4 +1,4 @@
-//! `POST /v1/chat/completions/input_tokens`, as llama-server has it.
+//! `POST /v1/chat/completions/input_tokens`, as in llama-server.
 
 use axum::body::Body;
 use axum::extract::{Request, State};

@@ -1,4 +1,4 @@
-//! What all ways to ask for an answer have in common.
+//! What all endpoints that run jobs share: admission, submission and response headers.
 
 use std::pin::Pin;
 
@@ -19,19 +19,19 @@ use crate::job::Job;
 use crate::rate_limit::Verdict;
 use crate::request_context::{Admission, Refusal, RequestContext};
 
-/// A request that was let in, with its body read.
+/// A request that was admitted, with its parsed body.
 pub(super) struct Admitted<T> {
     pub(super) context: RequestContext,
     pub(super) rate: Verdict,
     pub(super) admission: Admission,
-    /// What the body says.
+    /// The parsed body.
     pub(super) parsed: T,
 }
 
-/// An answer that begins soon.
+/// A future that resolves once the answer has begun.
 pub(super) type Opening = Pin<Box<dyn Future<Output = Result<Box<Answer>, WireError>> + Send>>;
 
-/// Lets a request in and reads its body, or makes the response that says why not.
+/// Admits a request and reads its body. Otherwise returns the error response.
 pub(super) async fn ask<T>(
     bridge: &Bridge,
     request: Request,
@@ -67,13 +67,13 @@ pub(super) async fn ask<T>(
     }
 }
 
-/// Hands a job in. The future owns what it needs, so that a stream can go on waiting for it.
+/// Submits a job. The future owns what it needs, so that a stream can go on waiting for it.
 pub(super) fn open(bridge: &Bridge, admission: Admission, job: Job) -> Opening {
     let gateway = bridge.gateway.clone();
     Box::pin(async move { gateway.submit(admission, job).await.map(Box::new) })
 }
 
-/// Makes the response of a stream: with the status of an error that comes soon enough.
+/// Builds the response of a stream. An error that arrives soon enough gets its own status.
 pub(super) async fn stream<F: StreamFormat>(
     bridge: &Bridge,
     mut opening: Opening,
@@ -82,7 +82,8 @@ pub(super) async fn stream<F: StreamFormat>(
     response_headers: ResponseHeaders,
 ) -> Response<Body> {
     let keep_alive = bridge.gateway.config().keep_alive();
-    // Until the first piece is there, an error still has a status of its own; later, proxies grow impatient.
+    // Waiting for the first piece lets an error have its own status. After a while the response must begin all the
+    // same, or proxies time out.
     let (body, answer) = match time::timeout(keep_alive, &mut opening).await {
         Ok(Ok(answer)) => {
             let facts = AnswerFacts::of(&answer);
@@ -94,14 +95,14 @@ pub(super) async fn stream<F: StreamFormat>(
     let mut response = Response::new(Body::new(body));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-    // Nginx and its kin would gather the pieces.
+    // Without it, nginx and similar proxies would buffer the stream.
     headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, no-store"));
     response_headers.add(bridge, headers, answer.as_ref());
     response
 }
 
-/// What a response tells of its request.
+/// The headers of a response that describe its request.
 #[derive(Clone, Copy)]
 pub(super) struct ResponseHeaders {
     context: RequestContext,
@@ -109,7 +110,7 @@ pub(super) struct ResponseHeaders {
     rate: Verdict,
 }
 
-/// What a response tells of its answer.
+/// The headers of a response that describe its answer.
 pub(super) struct AnswerFacts {
     attempt: u32,
     model: String,
@@ -132,7 +133,7 @@ impl ResponseHeaders {
         self.correlation_id
     }
 
-    /// Adds what is told of a request that got as far as an orchestrator.
+    /// Adds the headers of an admitted request.
     pub(super) fn add(&self, bridge: &Bridge, headers: &mut HeaderMap, answer: Option<&AnswerFacts>) {
         let id = text(&self.correlation_id.to_string());
         headers.insert(HeaderName::from_static("x-request-id"), id.clone());
@@ -149,7 +150,7 @@ impl ResponseHeaders {
         }
     }
 
-    /// Makes the response of a job that was refused.
+    /// Builds the error response of a job.
     pub(super) fn failure(&self, bridge: &Bridge, error: &WireError) -> Response<Body> {
         let mut response = errors::failure(error);
         self.add(bridge, response.headers_mut(), None);

@@ -1,4 +1,4 @@
-//! The adapters of models.
+//! Admin endpoints for adapters: list, add, remove.
 
 use axum::Json;
 use protocol::control::{

@@ -1,4 +1,4 @@
-//! Other names for models.
+//! Admin endpoints for aliases: list, set, remove.
 
 use axum::Json;
 use protocol::control::{

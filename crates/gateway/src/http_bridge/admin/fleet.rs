@@ -1,4 +1,4 @@
-//! The live workers, and how jobs were placed on them.
+//! Admin endpoints for the live workers, and for how jobs were placed on them.
 
 use axum::Json;
 use protocol::control::{Decision, Fleet};

@@ -1,4 +1,4 @@
-//! The nodes that belong to the network, and invites for others.
+//! Admin endpoints for the network's nodes: list, rename, revoke, and invite new ones.
 
 use axum::Json;
 use protocol::control::{

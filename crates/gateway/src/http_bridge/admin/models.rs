@@ -78,7 +78,8 @@ pub(crate) async fn remove(
     Ok(Json(removed))
 }
 
-/// Refuses to forget a model that a worker holds or loads. Where no orchestrator answers, that is not known.
+/// Returns an error if a worker has the model in memory or loads it. If no orchestrator answers, this is unknown and
+/// the check passes.
 async fn check_unloaded(gateway: &Gateway, name: &ModelName, version: Option<ModelVersion>) -> Result<(), WireError> {
     let Ok(fleet) = gateway.fleet_now().await else { return Ok(()) };
     for worker in &fleet.workers {

@@ -1,4 +1,4 @@
-//! API tokens.
+//! Admin endpoints for API tokens: list, create, revoke.
 
 use axum::Json;
 use protocol::control::{
