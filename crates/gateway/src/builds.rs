@@ -68,7 +68,7 @@ fn suits(entry: &ModelEntry, input: &Input) -> bool {
     }
     let chats = input.messages.is_none() || can(Capability::Chat);
     let calls = input.tools.is_empty() || can(Capability::Tools);
-    // An embedding model generates no text.
+    // A model that only makes embeddings generates no text.
     let generates = can(Capability::Completion) || can(Capability::Chat);
     // The prompt's length in tokens is unknown without the vocabulary; the number of tokens to generate is known.
     let room = input.max_tokens.is_none_or(|tokens| entry.context_length == 0 || tokens < entry.context_length);

@@ -30,7 +30,8 @@ impl Models {
     }
 
     /// Resolves a name to models, the preferred one first: the targets of an alias, or else the name itself. Returns
-    /// `None` if an alias is given a version, or an adapter although its target has one.
+    /// `None` for an alias with a version, unless a model has the same name. Also returns `None` for an alias with an
+    /// adapter if one of its targets already has one.
     pub(crate) fn meant(&self, wanted: &ModelRef) -> Option<Vec<ModelRef>> {
         let Some(targets) = self.stands_for(&wanted.name) else { return Some(vec![wanted.clone()]) };
         if wanted.version.is_some() {

@@ -198,7 +198,7 @@ impl Gateway {
         Ok(grant)
     }
 
-    /// Fails once no registry has answered for too long, since nodes and tokens may have been revoked in the meantime.
+    /// Fails once no registry has answered for too long, because nodes may have been revoked in the meantime.
     pub(crate) fn check_registry(&self) -> Result<(), WireError> {
         let absence_max = self.inner.config.registry_absence;
         if self.membership().registry_silence() < absence_max {

@@ -1,4 +1,4 @@
-//! Reads requests in our own words: the body of `POST /infer`, and `request` in a call of `infer.submit`.
+//! Parses requests of Tether's own API: the body of `POST /infer`, and the field `request` of an `infer.submit` call.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use protocol::{ErrorCode, WireError};
 use crate::job::Job;
 use crate::json_body::{invalid, read};
 
-/// Reads the body of `POST /infer`.
+/// Parses the body of `POST /infer`.
 pub fn parse_infer(bytes: &[u8]) -> Result<Job, WireError> {
     let submission: InferSubmission = read(bytes).map_err(native_missing_model)?;
     submission.input.check().map_err(|invalid| native(invalid.into()))?;
@@ -27,7 +27,7 @@ pub fn parse_infer(bytes: &[u8]) -> Result<Job, WireError> {
     })
 }
 
-/// Renames the field at fault from OpenAI's name to ours.
+/// Renames the invalid field of an error from OpenAI's name to that of our own API.
 pub(crate) fn native(mut error: WireError) -> WireError {
     error.param = error.param.map(|param| match param.as_str() {
         "model" => "modelId".to_owned(),

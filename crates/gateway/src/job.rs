@@ -1,4 +1,4 @@
-//! What a client asks for, whichever API it used.
+//! A job as both APIs describe it.
 
 use std::time::Duration;
 
@@ -6,21 +6,21 @@ use protocol::infer::Input;
 use protocol::model::ModelRef;
 use protocol::{CorrelationId, RetryToken, TenantId, TraceId};
 
-/// A job as a client asks for it.
+/// A job as a client requests it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Job {
     /// The model to run.
     pub model: ModelRef,
-    /// What to answer, and how.
+    /// The prompt and the parameters of the answer.
     pub input: Input,
-    /// Must be the token's own tenant where it is given.
+    /// If given, must be the tenant of the API key.
     pub tenant_id: Option<TenantId>,
-    /// The job's name; that of the request where it is missing.
+    /// The job's id; defaults to that of the request.
     pub correlation_id: Option<CorrelationId>,
-    /// The same token never runs a job twice; made up where it is missing.
+    /// Makes retries idempotent: jobs with the same token run only once. Generated if it is missing.
     pub retry_token: Option<RetryToken>,
-    /// The trace the job belongs to; that of the request where it is missing.
+    /// The trace that the job belongs to; defaults to that of the request.
     pub trace_id: Option<TraceId>,
-    /// How long the client will wait for the answer to begin; the configured time where it is missing or longer.
+    /// How long the client waits for the answer to begin. The configured deadline is the default and the maximum.
     pub deadline: Option<Duration>,
 }

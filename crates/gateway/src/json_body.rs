@@ -1,17 +1,17 @@
-//! Reads a body of JSON, and says in JSON's words what is wrong with it.
+//! Parses JSON bodies. Error messages use JSON's terms instead of Rust's.
 
 use protocol::codec::{DecodeError, decode_within};
 use protocol::{ErrorCode, WireError};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// Reads a JSON object. The limit on its length was kept while it was received.
+/// Parses a JSON object. Its length was already limited while it was received.
 pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
-    // Fields that are passed over are not looked into, so the whole is checked first.
+    // The parser does not validate the contents of ignored fields, so the whole body is checked first.
     if let Err(error) = std::str::from_utf8(bytes) {
         return Err(not_json("invalid UTF-8", &bytes[..error.valid_up_to()]));
     }
-    // An array would be taken for the fields of an object, in their order.
+    // serde would accept an array as the fields of a struct, in their order.
     let start = bytes.iter().position(|byte| !byte.is_ascii_whitespace()).unwrap_or(bytes.len());
     if bytes.get(start) != Some(&b'{') {
         return Err(not_json("expected an object", &bytes[..start]));
@@ -23,7 +23,7 @@ pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
                 return invalid(&path, "is given more than once");
             }
             let reason = plain_types(&reason);
-            // The whole has no path.
+            // An error at the top level has no path.
             let told = if path == "." { reason } else { format!("{path}: {reason}") };
             WireError { message: told, ..DecodeError::Malformed { path, reason: String::new() }.into() }
         }
@@ -31,7 +31,7 @@ pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     })
 }
 
-/// Says in JSON's words what serde says in Rust's.
+/// Translates an error message of serde from Rust's terms to JSON's.
 fn plain_types(reason: &str) -> String {
     const TYPES: [(&str, &str); 12] = [
         ("u8", "a whole number"),
@@ -58,7 +58,7 @@ fn plain_types(reason: &str) -> String {
     format!("{found}expected {expected}")
 }
 
-/// Says what is wrong right after the bytes that were good.
+/// Returns the error for invalid JSON right after the bytes `good`.
 fn not_json(what: &str, good: &[u8]) -> WireError {
     let line = good.split(|byte| *byte == b'\n').count();
     let column = good.iter().rev().take_while(|byte| **byte != b'\n').count() + 1;
@@ -83,7 +83,7 @@ pub(crate) fn refuse_unless(harmless: bool, param: &str) -> Result<(), WireError
     if harmless { Ok(()) } else { Err(unsupported(param)) }
 }
 
-/// Returns whether a value asks for nothing.
+/// Returns whether a value is null, an empty array or an empty object.
 pub(crate) fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null => true,

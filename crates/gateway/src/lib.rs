@@ -1,8 +1,8 @@
-//! Takes requests from HTTP and RPC clients, checks them, and streams answers.
+//! Receives requests from HTTP and RPC clients, checks them, and streams the answers.
 //!
-//! Every request, whatever it came in by, passes [`Gateway::admit`] (whose is it, is there room) and then
-//! [`Gateway::submit`] (which model, which orchestrator), and gets an [`Answer`]. [`http_bridge`] and [`rpc_gateway`]
-//! are the doors to these two, [`open_gateway`] opens both, and [`openai`] translates between jobs and the OpenAI API.
+//! Every request passes [`Gateway::admit`] (authentication, rate limit, capacity) and then [`Gateway::submit`] (choice
+//! of model and orchestrator), which returns an [`Answer`]. [`http_bridge`] is the HTTP server and [`rpc_gateway`] the
+//! RPC server. [`open_gateway`] runs both, and [`openai`] translates between jobs and the OpenAI API.
 
 mod answer;
 mod authentication;

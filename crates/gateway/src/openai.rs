@@ -1,9 +1,9 @@
-//! The OpenAI API's words: its requests as jobs, and the answers of jobs as its responses. No HTTP, no RPC.
+//! Translates the OpenAI API: its requests to jobs, and answers to its responses. Independent of HTTP and RPC.
 
 pub(crate) mod request;
 pub(crate) mod response;
 
-/// Which of OpenAI's two endpoints for answers.
+/// The OpenAI endpoint that a request for generated text uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Endpoint {
     /// `/v1/chat/completions`.
@@ -13,7 +13,7 @@ pub(crate) enum Endpoint {
 }
 
 impl Endpoint {
-    /// Returns what an answer's id begins with.
+    /// Returns the prefix of an answer's id.
     fn id_prefix(self) -> &'static str {
         match self {
             Self::Chat => "chatcmpl-",

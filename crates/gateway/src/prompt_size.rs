@@ -1,13 +1,13 @@
-//! Refuses prompts that no model could read, before they cost a worker anything. Pure.
+//! Refuses prompts that cannot fit into the model's context, before they reach a worker. Pure functions.
 
 use protocol::infer::{EmbedInput, Input, Message};
 use protocol::{ErrorCode, WireError};
 
-/// No token of a vocabulary stands for more bytes. The longest tokens of models in use are about a hundred blanks.
+/// Upper bound on the bytes of one token. The longest tokens of current models are about a hundred blanks.
 const TOKEN_BYTES_MAX: usize = 1024;
 
-/// Checks what is known of a prompt's size without its model's vocabulary. A `context_length` or `messages_max` of 0
-/// does not limit.
+/// Checks a prompt's size, as far as possible without the model's vocabulary. A `context_length` or `messages_max` of 0
+/// means no limit.
 pub(crate) fn check(input: &Input, messages_max: usize, context_length: u32) -> Result<(), WireError> {
     let count = input.messages.as_ref().map_or(0, Vec::len);
     if messages_max > 0 && count > messages_max {
@@ -25,7 +25,7 @@ pub(crate) fn check(input: &Input, messages_max: usize, context_length: u32) -> 
     Ok(())
 }
 
-/// Returns how many tokens the longest text of an input has at least, and the field that it stands in.
+/// Returns a lower bound on the tokens of an input's longest text, and the name of its field.
 fn tokens_min(input: &Input) -> (usize, &'static str) {
     let of_text = |text: &str| text.len().div_ceil(TOKEN_BYTES_MAX);
     let of_embed = |text: &EmbedInput| match text {
@@ -33,7 +33,7 @@ fn tokens_min(input: &Input) -> (usize, &'static str) {
         EmbedInput::Tokens(tokens) => tokens.len(),
     };
     if let Some(messages) = &input.messages {
-        // Texts of two messages share no token; an empty message may be left out by a template.
+        // No token spans two messages. An empty message counts as 0, because a template may omit it.
         let of_message = |message: &Message| of_text(&message.content);
         (messages.iter().map(of_message).sum(), "messages")
     } else if let Some(texts) = &input.embed {
@@ -75,7 +75,7 @@ mod tests {
         let prompt = |bytes| Input { prompt: Some(text(bytes)), ..Input::default() };
         let embed = |texts| Input { embed: Some(texts), ..Input::default() };
         for (input, expected) in [
-            // Each message is a token at least, and a token may be long.
+            // Each message is at least one token, and a token may be long.
             (chat(512, "a"), None),
             (chat(513, "a"), too_long("messages")),
             (chat(1, &text(512 * 1024)), None),
@@ -84,7 +84,7 @@ mod tests {
             (prompt(512 * 1024 + 1), too_long("prompt")),
             (Input { prompt_tokens: Some(vec![1; 512]), ..Input::default() }, None),
             (Input { prompt_tokens: Some(vec![1; 513]), ..Input::default() }, too_long("prompt")),
-            // Texts to make vectors of are read one by one.
+            // Texts to embed are evaluated one by one.
             (embed(vec![EmbedInput::Text(text(512 * 1024)); 3]), None),
             (embed(vec![EmbedInput::Text(text(512 * 1024 + 1))]), too_long("input")),
             (embed(vec![EmbedInput::Tokens(vec![1; 513])]), too_long("input")),
@@ -97,7 +97,7 @@ mod tests {
     #[test]
     fn the_refusal_reads_as_openais_does() {
         let error = check(&chat(600, "a"), 2_048, 512).expect_err("too long");
-        // LiteLLM, aider and Cline know a full context by these words.
+        // LiteLLM, aider and Cline recognize a full context by these words.
         assert!(error.message.starts_with("This model's maximum context length is 512 tokens. However, your messages"));
     }
 }

@@ -1,4 +1,4 @@
-//! Types of `protocol` in the OpenAPI document, by the schemas that `protocol` publishes.
+//! Adds types of `protocol` to the OpenAPI document, with the schemas that `protocol` generates.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -11,8 +11,8 @@ use utoipa::openapi::schema::SchemaType;
 use utoipa::openapi::{Object, RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
-/// Stands for a type in the document. Its aliases have names without parameters, which utoipa would make part of the
-/// schema's name.
+/// Represents a type of `protocol` in the document. The type aliases below have no parameters, which utoipa would make
+/// part of the schema's name.
 pub(crate) struct Published<T>(PhantomData<T>);
 
 pub(crate) type AdapterName = Published<protocol::AdapterName>;
@@ -61,7 +61,7 @@ impl<T: JsonSchema> ToSchema for Published<T> {
     }
 }
 
-/// Returns the schemas of a type and of those that it is made of, by name.
+/// Returns the schemas of a type and of the types it refers to, by name.
 fn definitions<T: JsonSchema>() -> Map<String, Value> {
     let settings =
         SchemaSettings::draft2020_12().with(|settings| settings.definitions_path = "/components/schemas".into());
@@ -70,7 +70,7 @@ fn definitions<T: JsonSchema>() -> Map<String, Value> {
     generator.take_definitions(true)
 }
 
-/// Takes a schema over word by word: as extensions, since utoipa has no fields for some of its keywords.
+/// Copies a schema verbatim. Its keywords become extensions, since utoipa has no fields for some of them.
 fn as_it_is(schema: Value) -> RefOr<Schema> {
     let mut object = Object::with_type(SchemaType::AnyValue);
     if let Value::Object(keywords) = schema {

@@ -1,4 +1,4 @@
-//! Token buckets, one a key: how many requests a tenant may make, and how often an address may guess a key.
+//! Token buckets by key. They limit the requests of tenants and the failed authentications of an address.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -7,18 +7,18 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-/// Keys remembered at once. A full bucket need not be remembered, so only busy keys count.
+/// Maximum number of buckets. Full buckets can be dropped, so only busy keys count.
 const KEYS_MAX: usize = 65_536;
-/// The longest wait ever told: official SDKs give up above it.
+/// The longest `retry_after`. Official SDKs give up above it.
 const WAIT_MAX: Duration = Duration::from_mins(2);
 const MINUTE: Duration = Duration::from_mins(1);
 
-/// How much a bucket holds and how fast it fills.
+/// A bucket's capacity and its refill rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Quota {
-    /// Requests that may come at once.
+    /// Maximum requests at once.
     pub(crate) burst: u32,
-    /// Requests a minute in the long run.
+    /// Requests per minute in the long run.
     pub(crate) per_minute: u32,
 }
 
@@ -26,23 +26,23 @@ impl Quota {
     pub(crate) const UNLIMITED: Self = Self { burst: u32::MAX, per_minute: u32::MAX };
 }
 
-/// What a bucket says to one request.
+/// The decision on one request, and the state of its bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Verdict {
-    /// Whether the request may pass.
+    /// Whether the request is allowed.
     pub(crate) allowed: bool,
-    /// Requests a minute in the long run.
+    /// Requests per minute in the long run.
     pub(crate) limit: u32,
-    /// Requests that may follow at once.
+    /// Requests that may follow immediately.
     pub(crate) remaining: u32,
-    /// Until the bucket is full again.
+    /// Time until the bucket is full again.
     pub(crate) reset: Duration,
-    /// Until a refused request may pass; zero for one that was allowed.
+    /// Time until a refused request may be retried; zero for an allowed one.
     pub(crate) retry_after: Duration,
 }
 
-/// Decides on one request, by the generic cell rate algorithm: a bucket is the time at which it will be full, and
-/// each request moves that on by its share of a minute. Returns the bucket as it is then.
+/// Decides on one request by the generic cell rate algorithm. A bucket is the time at which it will be full, and each
+/// request postpones that by its share of a minute. Returns the bucket afterwards.
 ///
 /// A pure function of the bucket, its quota and `now`.
 fn decide(bucket: Instant, quota: Quota, now: Instant) -> (Instant, Verdict) {
@@ -67,9 +67,9 @@ fn decide(bucket: Instant, quota: Quota, now: Instant) -> (Instant, Verdict) {
     (now + owed, verdict(true, remaining, owed, Duration::ZERO))
 }
 
-/// Token buckets, one a key.
+/// Token buckets by key.
 pub(crate) struct RateLimit<K> {
-    /// When each key's bucket is full.
+    /// The time at which each key's bucket will be full.
     buckets: Mutex<HashMap<K, Instant>>,
 }
 
@@ -84,7 +84,8 @@ impl<K: Eq + Hash> RateLimit<K> {
         let mut buckets = self.buckets.lock();
         if buckets.len() >= KEYS_MAX && !buckets.contains_key(&key) {
             buckets.retain(|_, full| *full > now);
-            // All of them busy: forgetting some lets a few requests too many pass, which beats refusing the rest.
+            // All buckets are in use. Dropping them lets some requests too many pass, which is better than refusing new
+            // keys.
             if buckets.len() >= KEYS_MAX {
                 buckets.clear();
             }
@@ -95,7 +96,7 @@ impl<K: Eq + Hash> RateLimit<K> {
         verdict
     }
 
-    /// Says what a key's next request will be told, and takes nothing.
+    /// Returns the verdict on a key's next request without counting it.
     pub(crate) fn look(&self, key: &K, quota: Quota) -> Verdict {
         let now = Instant::now();
         let bucket = self.buckets.lock().get(key).copied();

@@ -1,4 +1,4 @@
-//! A request before its job is read: where it comes from, and whether it may go on.
+//! A request before its job is parsed: its context, and whether it was admitted or refused.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -14,16 +14,16 @@ use crate::request_record::RequestRecord;
 /// Where a request comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Origin {
-    /// An address, by HTTP.
+    /// An IP address, over HTTP.
     Address(IpAddr),
-    /// A node, by RPC.
+    /// A node, over RPC.
     Node(PublicKey),
 }
 
 /// Context of a request, known before its body is read.
 #[derive(Debug, Clone, Copy)]
 pub struct RequestContext {
-    /// The name its job will have, unless the client brings one.
+    /// The id of its job, unless the client provides one.
     pub correlation_id: CorrelationId,
     /// The trace it belongs to.
     pub trace_id: TraceId,
@@ -32,7 +32,7 @@ pub struct RequestContext {
     pub received: Instant,
 }
 
-/// A request that may go on: its token is good, its tenant is within its rate, and there is room for it.
+/// An admitted request: its token is valid, its tenant is within the rate limit, and it holds a permit for one job.
 pub struct Admission {
     pub(crate) grant: Arc<TokenGrant>,
     pub(crate) rate: Verdict,
@@ -40,7 +40,7 @@ pub struct Admission {
     pub(crate) record: RequestRecord,
 }
 
-/// A request that was refused, and what its bucket said.
+/// A refused request, with the verdict of its rate limit, if that was checked.
 #[derive(Debug)]
 pub(crate) struct Refusal {
     pub(crate) error: WireError,
@@ -48,7 +48,7 @@ pub(crate) struct Refusal {
 }
 
 impl Admission {
-    /// Ends the request with an error.
+    /// Ends the request with an error and records it.
     pub(crate) fn refuse(mut self, error: WireError) -> Refusal {
         self.record.failed(error.code);
         Refusal { error, rate: Some(self.rate) }

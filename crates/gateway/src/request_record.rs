@@ -1,4 +1,4 @@
-//! What is counted and logged of a request, once, however it ends.
+//! Updates the metrics and writes the log line of each request, exactly once, however it ends.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use protocol::{CorrelationId, ErrorCode, TraceId};
 use tokio::time::Instant;
 use tracing::info;
 
-/// A request under way. Dropping it counts and logs it: as cancelled, unless an end was noted.
+/// A request under way. Dropping it counts and logs the request, as cancelled unless an outcome was set.
 pub(crate) struct RequestRecord {
     metrics: Metrics,
     started: Instant,
@@ -26,7 +26,7 @@ pub(crate) struct RequestRecord {
     first_piece: Option<Duration>,
     last_piece: Option<Instant>,
     inter_token_latency: Option<Histogram>,
-    /// What the request took as far as it came, also of answers that were cancelled or broke off.
+    /// Tokens used so far, also for answers that were cancelled or broke off.
     usage: TokenUsage,
 }
 
@@ -60,17 +60,17 @@ impl RequestRecord {
         entry.key.model_id.as_str().clone_into(&mut self.model);
     }
 
-    /// Notes what the prompt took.
+    /// Records a piece's usage, except for the completion tokens, which are counted as they arrive.
     pub(crate) fn prompt(&mut self, usage: TokenUsage) {
         self.usage = TokenUsage { completion_tokens: self.usage.completion_tokens, ..usage };
     }
 
-    /// Notes that so many tokens arrived.
+    /// Records the arrival of `count` tokens.
     pub(crate) fn tokens(&mut self, count: u32) {
         self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(count);
     }
 
-    /// Notes that text arrived.
+    /// Records the arrival of content, for the latency metrics.
     pub(crate) fn piece(&mut self) {
         let now = Instant::now();
         match self.last_piece.replace(now) {
@@ -110,7 +110,8 @@ impl RequestRecord {
     }
 }
 
-/// Returns the tokens that came in a second, to one decimal, once there are two to measure between.
+/// Returns the tokens per second, rounded to one decimal. Returns `None` if there are fewer than two tokens or no time
+/// between them.
 fn tokens_per_second(tokens: u32, took: Duration) -> Option<f64> {
     let per_second = f64::from(tokens.checked_sub(1)?) / took.as_secs_f64();
     (per_second.is_finite() && per_second > 0.0).then(|| (per_second * 10.0).round() / 10.0)

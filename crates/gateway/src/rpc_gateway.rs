@@ -1,7 +1,7 @@
-//! RPC in, jobs out: `infer.submit` from any key that brings an API token (G1).
+//! The RPC server: `infer.submit` from any node with a valid API token (G1).
 //!
-//! What comes in here passes the same [`Gateway::admit`] and [`Gateway::submit`] as what comes in by HTTP, is read by
-//! the same [`crate::openai::request`], and fails with the same codes.
+//! RPC requests pass the same [`Gateway::admit`] and [`Gateway::submit`] as HTTP requests, are parsed by the same
+//! [`crate::openai::request`], and fail with the same codes.
 
 pub(crate) mod submission;
 
@@ -31,29 +31,29 @@ use crate::openai::response::whole::write_whole;
 use crate::request_context::Origin;
 use submission::{Read, Submission, Words, parse_submission};
 
-/// Calls besides jobs that may be under way: lists of models, and jobs about to be refused.
+/// Maximum concurrent calls besides running jobs: lists of models, and jobs about to be refused.
 const CALLS_BESIDES: usize = 1024;
-/// Bytes of requests held at once. Every client is a stranger here.
+/// Maximum bytes of request bodies in memory. All clients count as strangers here.
 const REQUEST_BYTES: usize = 256 * 1024 * 1024;
 
-/// Serves RPC clients on the gateway's node. Clones are the same.
+/// Serves RPC clients on the gateway's node. Clones share one gateway.
 #[derive(Clone)]
 pub(crate) struct RpcGateway {
     gateway: Gateway,
 }
 
-/// A job on its way, and how its answer is written where it comes as a whole.
+/// A submitted job, and the format of its answer if that is not streamed.
 struct Opened {
     answer: Box<Answer>,
     wording: Wording,
 }
 
-/// Whose words a job and its answer are in.
+/// The API in whose format a job and its answer are written.
 enum Wording {
     Native,
-    /// `OpenAI`'s.
+    /// `OpenAI`'s, for generated text.
     Generation(Heading),
-    /// `OpenAI`'s, for vectors.
+    /// `OpenAI`'s, for embedding vectors.
     Vectors {
         model: String,
         encoding: Encoding,
@@ -65,7 +65,7 @@ impl RpcGateway {
         Self { gateway }
     }
 
-    /// Serves until `stop`, and then until the calls under way are done or the drain time is over.
+    /// Serves until `stop`, then drains: waits for the calls under way, at most for the drain time.
     pub(crate) async fn run(self, stop: CancellationToken) {
         let config = self.gateway.config().clone();
         let transport = self.gateway.transport().clone();
@@ -94,14 +94,15 @@ impl RpcGateway {
         server.unary_while_wanted(SUBMIT, Self::whole).unary_while_wanted(MODELS, Self::models).into_server()
     }
 
-    /// Answers with each chunk as it comes. A call is accepted with its first chunk: until then it can be refused.
+    /// Streams the chunks as they arrive. A call is accepted once the first chunk is there; until then it can be
+    /// refused.
     async fn stream(self, mut call: StreamCall) {
         let (body, peer, deadline) = (call.body.clone(), call.peer, call.deadline);
         let write_timeout = seconds(self.gateway.config().write_timeout_secs);
         let opened = tokio::select! {
             biased;
             opened = self.open(peer, &body, deadline, false) => opened,
-            // Dropping the job on its way cancels it.
+            // Dropping the pending job cancels it.
             () = call.cancelled() => return,
         };
         drop(body);
@@ -111,12 +112,12 @@ impl RpcGateway {
                     relay(*answer, reply, write_timeout).await;
                 }
             }
-            // A caller that does not listen needs no answer.
+            // The result is ignored: a caller that no longer listens needs no answer.
             Err(error) => drop(time::timeout(write_timeout, call.refuse(error)).await),
         }
     }
 
-    /// Answers with the whole as one JSON value, for callers that speak no streams.
+    /// Answers with one JSON value, for callers that do not use streams.
     async fn whole(self, caller: Caller, body: Box<RawValue>) -> Result<Box<RawValue>, WireError> {
         let body = body.get().as_bytes();
         let Opened { mut answer, wording } = self.open(caller.key, body, None, true).await?;
@@ -136,7 +137,7 @@ impl RpcGateway {
         Ok(ModelList::served(&models, &fleet, &grant.policy))
     }
 
-    /// Lets a submission in, reads it, and hands its job to an orchestrator.
+    /// Admits a submission, parses its job and submits it to an orchestrator.
     async fn open(
         &self,
         caller: PublicKey,
@@ -172,7 +173,7 @@ impl RpcGateway {
         };
         match gateway.submit(admission, job).await {
             Ok(answer) => Ok(Opened { answer: Box::new(answer), wording }),
-            // The field at fault is named as the client wrote it.
+            // Names the invalid field as the client wrote it.
             Err(error) if matches!(wording, Wording::Native) => Err(native(error)),
             Err(error) => Err(error),
         }
@@ -193,7 +194,7 @@ fn native_answer(answer: &Answer, whole: Whole) -> Option<GatewayAnswer> {
     })
 }
 
-/// Passes the chunks on. A caller that leaves one unread for too long counts as gone, which cancels the job.
+/// Forwards the chunks. A caller that leaves one unread for too long counts as gone, which cancels the job.
 async fn relay(mut answer: Answer, mut reply: ReplyStream, write_timeout: Duration) {
     loop {
         let piece = tokio::select! {
@@ -206,7 +207,7 @@ async fn relay(mut answer: Answer, mut reply: ReplyStream, write_timeout: Durati
                 Ok(Ok(())) => {}
                 Ok(Err(_)) | Err(_) => return,
             },
-            // What the request took is counted before its client learns of the end.
+            // Dropping the answer records the request's usage before the client learns of the end.
             Some(Err(error)) => {
                 drop(answer);
                 return drop(time::timeout(write_timeout, reply.fail(error)).await);
@@ -219,7 +220,7 @@ async fn relay(mut answer: Answer, mut reply: ReplyStream, write_timeout: Durati
     }
 }
 
-/// Returns the shorter of the time a job names and the time its caller will wait.
+/// Returns the shorter of the job's own deadline and the time that its caller will wait.
 fn sooner(named: Option<Duration>, until: Option<Instant>) -> Option<Duration> {
     let left = until.map(|until| until.saturating_duration_since(Instant::now()));
     named.into_iter().chain(left).min()

@@ -1,4 +1,4 @@
-//! The registries and orchestrators of the region: finds one that answers.
+//! Calls the registries and orchestrators of the region, with retries on other peers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,31 +16,31 @@ use tokio_util::sync::CancellationToken;
 
 use crate::answer::{self, Begun};
 
-/// How long a unary call may take.
+/// Timeout of a unary call.
 const CALL: Duration = Duration::from_secs(2);
-/// How long a request waits for a node of a role to be found.
+/// How long a request waits for discovery to find a node of a role.
 const APPEAR: Duration = Duration::from_secs(1);
-/// How often all orchestrators are tried in turn.
+/// How many times all orchestrators are tried in turn.
 const ROUNDS: u32 = 3;
-/// The wait after the first round; it doubles.
+/// Nominal wait before the second round; it doubles with each further round.
 const BACKOFF: Duration = Duration::from_millis(50);
 
 /// The registries and orchestrators of the region.
 pub(crate) struct Upstream {
     client: Client,
     directory: Directory,
-    /// Counts calls, so that each begins with another peer.
+    /// Counts calls, so that each starts with the next peer (round-robin).
     turn: AtomicUsize,
 }
 
-/// Until when a job's answer must begin, and how long it may be silent.
+/// When a job's answer must have begun, and how long its stream may be silent.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Timeouts {
     pub(crate) deadline: Instant,
     pub(crate) stall: Duration,
 }
 
-/// Keeps an [`Upstream`] fresh while it runs: who is there, and who may be.
+/// Keeps the directory and the membership of an [`Upstream`] up to date while it runs.
 pub(crate) struct UpstreamTask {
     directory: DirectoryTask,
     membership: MembershipTask,
@@ -61,17 +61,17 @@ impl Upstream {
         (Self { client, directory, turn: AtomicUsize::new(0) }, task)
     }
 
-    /// Says who belongs to the network.
+    /// Returns the membership: which nodes belong to the network.
     pub(crate) fn membership(&self) -> &Membership {
         self.client.membership()
     }
 
-    /// Returns whether a node of a role answered lately.
+    /// Returns whether a node of a role has answered recently.
     pub(crate) fn knows(&self, node: PublicKey, role: NodeRole) -> bool {
         self.directory.find(role).contains(&node)
     }
 
-    /// Asks the nodes of a role in turn until one answers.
+    /// Calls the nodes of a role in turn until one answers.
     pub(crate) async fn ask<Request: Serialize, Reply: DeserializeOwned>(
         &self,
         role: NodeRole,
@@ -82,7 +82,7 @@ impl Upstream {
         for peer in self.peers(role).await? {
             match self.client.call(peer, method, request, CALL).await {
                 Ok(reply) => return Ok(reply),
-                // Nothing is known about the peer that could not be told about the next.
+                // A timeout says nothing about the next peer, so it is tried as well.
                 Err(CallError::Deadline) => last = away(role),
                 Err(error) => {
                     let error = WireError::from(error);
@@ -96,8 +96,8 @@ impl Upstream {
         Err(last)
     }
 
-    /// Hands a job to an orchestrator and waits until its answer begins or one refuses it. `salt` spreads the waits
-    /// between tries.
+    /// Submits a job to an orchestrator and waits until its answer begins or it is refused. `salt` is the jitter of the
+    /// backoff between rounds.
     pub(crate) async fn submit(&self, body: Bytes, timeouts: Timeouts, salt: u128) -> Result<Begun, WireError> {
         let mut last = away(NodeRole::Orchestrator);
         let mut may_be_known = false;
@@ -107,13 +107,14 @@ impl Upstream {
             }
             for peer in self.peers(NodeRole::Orchestrator).await? {
                 let left = timeouts.deadline.saturating_duration_since(Instant::now());
-                // An orchestrator accepts once a worker has said something, which may take as long as the job may wait.
+                // An orchestrator accepts once a worker has sent something, which may take until the job's deadline.
                 let options = StreamOptions { accept_within: left, deadline: Some(left), stall: timeouts.stall };
                 match self.begin(peer, body.clone(), options).await {
                     Ok(begun) => return Ok(begun),
                     Err(_) if timeouts.deadline <= Instant::now() => return Err(CallError::Deadline.into()),
                     Err(error) => {
-                        // One that refused has not kept the job; one that broke off may have.
+                        // An orchestrator that refused the job does not run it. One whose connection broke may still
+                        // run it.
                         let refused = matches!(error, CallError::Remote(_) | CallError::Unreachable { .. });
                         let error = WireError::from(error);
                         if may_be_known && error.code == ErrorCode::IdempotencyInProgress {
@@ -131,7 +132,7 @@ impl Upstream {
         Err(last)
     }
 
-    /// Opens a job's stream and waits for its first chunk that is part of the answer.
+    /// Opens a job's stream and waits for the first chunk that is part of the answer.
     async fn begin(&self, peer: PublicKey, body: Bytes, options: StreamOptions) -> Result<Begun, CallError> {
         let mut stream = self.client.open_stream(peer, infer::SUBMIT, body, options).await?;
         loop {
@@ -143,7 +144,7 @@ impl Upstream {
         }
     }
 
-    /// Returns the nodes of a role, each time beginning with another.
+    /// Returns the nodes of a role, rotated by one with each call.
     async fn peers(&self, role: NodeRole) -> Result<Vec<PublicKey>, WireError> {
         let mut peers = self.directory.find(role);
         if peers.is_empty() && self.directory.wait_for(role, APPEAR).await {
@@ -158,7 +159,7 @@ impl Upstream {
     }
 }
 
-/// Returns whether an error is about the peer, or about something that only another peer knows.
+/// Returns whether another peer may succeed: the error is about this peer, or about something that another may know.
 fn another_may_know(code: ErrorCode) -> bool {
     matches!(
         code,
@@ -170,14 +171,14 @@ fn another_may_know(code: ErrorCode) -> bool {
     )
 }
 
-/// Says that the job was at work where the connection broke off. It is this gateway's own, so no client has sent it
-/// twice.
+/// Returns the error for a job whose orchestrator was lost while the job may still run there. It replaces
+/// `IdempotencyInProgress`: this gateway itself submitted the job twice, not the client.
 fn lost() -> WireError {
     WireError::new(ErrorCode::Unavailable, "the part of the network that had this job broke off, try again")
         .with_retry_after(Duration::from_secs(1))
 }
 
-/// Says that no node of a role answers.
+/// Returns the error for a role of which no node answers.
 pub(crate) fn away(role: NodeRole) -> WireError {
     let message = match role {
         NodeRole::Registry => "the network's registry does not answer, try again",
@@ -187,7 +188,7 @@ pub(crate) fn away(role: NodeRole) -> WireError {
     WireError::new(ErrorCode::Unavailable, message).with_retry_after(Duration::from_secs(1))
 }
 
-/// Returns the wait before a round: between half and one and a half times its nominal length.
+/// Returns the wait before a round: 50 to 150 % of its nominal length.
 fn backoff(round: u32, salt: u128) -> Duration {
     let share = ((salt >> (round * 8)) & 0xff) as u32;
     BACKOFF * (1 << (round - 1)) * (128 + share) / 256

@@ -1,4 +1,4 @@
-//! How long a client may take: to send a head, to read an answer, to do nothing.
+//! Timeouts of a client connection: for sending a head, reading an answer, and being idle.
 
 use std::io;
 use std::pin::Pin;
@@ -15,13 +15,13 @@ use tokio::time::{self, Instant};
 
 use crate::config::{Config, seconds};
 
-/// How long a client may take.
+/// The timeouts of a connection.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    /// For a request's head, or a TLS handshake.
+    /// For receiving a request's head, and for the TLS handshake.
     pub(super) head: Duration,
     idle: Duration,
-    /// To make room for more of an answer.
+    /// For writing while the client does not read its answer.
     write: Duration,
 }
 
@@ -35,21 +35,21 @@ impl Limits {
     }
 }
 
-/// What happens on a connection. Times are milliseconds since its begin plus one; 0 is never.
+/// The activity of a connection. Times are milliseconds since it was opened, plus one; 0 means never.
 #[derive(Debug)]
 pub(super) struct Activity {
     begun: Instant,
     requests: AtomicUsize,
-    /// Since when no request is being answered.
+    /// When the connection last became idle: when it was opened, or when a request ended.
     idle_since: AtomicU64,
-    /// Since when a head is being received.
+    /// When the head that is being received began.
     head_since: AtomicU64,
-    /// Since when the client leaves its answer unread.
+    /// When writing became blocked because the client does not read its answer.
     blocked_since: AtomicU64,
     http2: AtomicBool,
 }
 
-/// What the watch over a connection sees.
+/// A snapshot of [`Activity`].
 #[derive(Debug, Clone, Copy, Default)]
 struct Facts {
     requests: usize,
@@ -59,16 +59,16 @@ struct Facts {
     http2: bool,
 }
 
-/// What the watch over a connection does.
+/// The next step of [`Activity::watch`].
 #[derive(Debug, PartialEq, Eq)]
 enum Watch {
-    /// Closes it, for a reason.
+    /// Close the connection, for this reason.
     Close(&'static str),
-    /// Looks again after a while.
+    /// Check again after this time.
     Wait(Duration),
 }
 
-/// Returns whether a connection has taken too long. A pure function of what is known of it and the present millisecond.
+/// Decides whether a connection has exceeded a timeout. A pure function of its snapshot and the current millisecond.
 fn judge(facts: Facts, limits: Limits, now: u64) -> Watch {
     let left = |since: u64, limit: Duration| {
         let end = since.saturating_add(limit.as_millis() as u64);
@@ -80,7 +80,7 @@ fn judge(facts: Facts, limits: Limits, now: u64) -> Watch {
     }
     if facts.requests == 0 {
         waits.push((left(facts.idle_since, limits.idle), "idle"));
-        // HTTP/2 connections talk between requests too.
+        // HTTP/2 connections carry traffic between requests too.
         if facts.head_since > 0 && !facts.http2 {
             waits.push((left(facts.head_since, limits.head), "the head takes too long"));
         }
@@ -94,7 +94,7 @@ fn judge(facts: Facts, limits: Limits, now: u64) -> Watch {
 }
 
 impl Limits {
-    /// What may begin while the watch sleeps is noticed within this time.
+    /// Returns the longest sleep between two checks. A wait that begins during the sleep is noticed within this time.
     fn shortest(self) -> Duration {
         self.head.min(self.idle).min(self.write).max(Duration::from_millis(100)) / 2
     }
@@ -106,7 +106,7 @@ impl Activity {
             begun: Instant::now(),
             requests: AtomicUsize::new(0),
             idle_since: AtomicU64::new(1),
-            // The first head is waited for from the beginning.
+            // The timeout for the first head starts with the connection.
             head_since: AtomicU64::new(1),
             blocked_since: AtomicU64::new(0),
             http2: AtomicBool::new(false),
@@ -117,7 +117,7 @@ impl Activity {
         self.begun.elapsed().as_millis() as u64 + 1
     }
 
-    /// Notes that a request is being answered, until the guard is dropped.
+    /// Counts a request as being answered until the guard is dropped.
     pub(super) fn request(self: &Arc<Self>, http2: bool) -> RequestGuard {
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.head_since.store(0, Ordering::Relaxed);
@@ -127,7 +127,7 @@ impl Activity {
         RequestGuard(self.clone())
     }
 
-    /// Waits until the client has taken too long, and returns at what.
+    /// Waits until the connection exceeds a timeout, and returns the reason.
     pub(super) async fn watch(&self, limits: Limits) -> &'static str {
         loop {
             match judge(self.facts(), limits, self.now()) {
@@ -163,7 +163,7 @@ impl Activity {
     }
 }
 
-/// A request being answered.
+/// Counts as a request being answered until it is dropped.
 #[derive(Debug)]
 pub(super) struct RequestGuard(Arc<Activity>);
 
@@ -175,7 +175,7 @@ impl Drop for RequestGuard {
     }
 }
 
-/// A stream whose traffic is noted.
+/// A stream that records its traffic in an [`Activity`].
 pub(super) struct Watched<S> {
     stream: S,
     activity: Arc<Activity>,
@@ -232,7 +232,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 }
 
-/// A response's body that keeps its request noted until it is sent.
+/// A response body that counts its request as being answered until it is sent.
 pub(super) struct TrackedBody {
     body: Body,
     _guard: RequestGuard,

@@ -1,4 +1,4 @@
-//! The models that are served.
+//! `GET /v1/models` and `GET /v1/models/{id}`.
 
 use axum::Json;
 use axum::extract::State;
@@ -37,7 +37,7 @@ pub(super) async fn get(
     let named = catalog::parse_ref(&id)?;
     let meant = gateway.meant(&named).await?;
     for target in &meant {
-        // One that was registered just now is looked up anew.
+        // Refreshes the cached catalogue if the model is missing, since it may have just been registered.
         let _ = gateway.model(target).await;
     }
     let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);

@@ -1,4 +1,4 @@
-//! The OpenAPI document: what the routes say of themselves, and what no route says.
+//! The parts of the OpenAPI document that belong to no route, and its serialization.
 
 use bytes::Bytes;
 use serde_json::{Map, Value};
@@ -21,7 +21,7 @@ impl Modify for Bearer {
     }
 }
 
-/// Writes the document, each time in the same order.
+/// Serializes the document in a stable order.
 pub(super) fn write(document: &utoipa::openapi::OpenApi) -> Bytes {
     let mut document = serde_json::to_value(document).expect("the document is plain JSON");
     let schemas = document.pointer_mut("/components/schemas").and_then(Value::as_object_mut);

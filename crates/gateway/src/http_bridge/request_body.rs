@@ -1,4 +1,4 @@
-//! Request bodies: read whole, within limits of length and time.
+//! Reads request bodies, with limits on their length and time.
 
 use std::time::Duration;
 
@@ -9,17 +9,18 @@ use http_body_util::BodyExt as _;
 use protocol::{ErrorCode, WireError};
 use tokio::time;
 
-/// How much of an unwanted body is read, so that its sender gets to see why it is not wanted.
+/// How much of a refused request's body is read, so that its sender gets to see the response.
 const UNWANTED_BYTES: usize = 32 * 1024 * 1024;
-/// And for how long.
+/// How long the body of a refused request is read.
 const UNWANTED_TIME: Duration = Duration::from_millis(500);
-/// A body may be slow, but not for ever.
+/// The time limit for a whole body, however steadily it arrives.
 const WHOLE: Duration = Duration::from_mins(5);
 
-/// Checks what the head says of the body: its type and its length.
+/// Checks the body's type, encoding and length as the headers state them.
 pub(super) fn check_head(headers: &HeaderMap, bytes_max: usize) -> Result<(), WireError> {
     let refuse = |message: &str| Err(WireError::new(ErrorCode::UnsupportedMediaType, message));
-    // A body of no type is taken for JSON, as llama-server and Ollama do, and so is one of the type that curl gives it.
+    // A body without a type counts as JSON, as in llama-server and Ollama. So does one with the type that curl sends by
+    // default.
     if let Some(kind) = headers.get(header::CONTENT_TYPE) {
         let essence = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
         let taken = ["application/json", "application/x-www-form-urlencoded"];
@@ -61,7 +62,7 @@ async fn read_frames(body: &mut Body, bytes_max: usize, idle: Duration) -> Resul
         if first.len().max(whole.len()) + data.len() > bytes_max {
             return Err(too_large(bytes_max));
         }
-        // Most bodies come in one frame and need no copy.
+        // Most bodies arrive in one frame and need no copy.
         if first.is_empty() {
             first = data;
         } else {
@@ -73,8 +74,8 @@ async fn read_frames(body: &mut Body, bytes_max: usize, idle: Duration) -> Resul
     }
 }
 
-/// Reads what is left of a body that is not wanted: a connection closed on unread bytes loses the answer. Not where
-/// the client waits to be asked for the body.
+/// Reads and discards the rest of a refused request's body, because closing a connection with unread bytes can lose the
+/// response. Does nothing if the client sent `Expect`, since it waits before it sends the body.
 pub(super) async fn discard(mut body: Body, headers: &HeaderMap) {
     if headers.contains_key(header::EXPECT) {
         return;

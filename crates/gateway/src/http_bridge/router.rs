@@ -1,4 +1,4 @@
-//! Which path does what.
+//! The HTTP routes, CORS, and the responses for unknown paths and methods.
 
 use std::sync::LazyLock;
 
@@ -17,7 +17,7 @@ use utoipa_axum::routes;
 use super::extract::{Bridge, Inquiry, context};
 use super::{GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, models, openapi};
 
-/// The headers of ours that pages of other origins may read.
+/// The response headers that pages of other origins may read.
 const EXPOSED: [&str; 14] = [
     "x-request-id",
     "openai-processing-ms",
@@ -46,7 +46,7 @@ pub(super) fn router(bridge: Bridge) -> Router {
     }
 }
 
-/// Returns every route with its description.
+/// Returns every route with its OpenAPI description.
 fn routes() -> OpenApiRouter<Bridge> {
     let api = OpenApiRouter::with_openapi(openapi::Document::openapi())
         .routes(routes!(chat::create))
@@ -94,7 +94,7 @@ async fn document() -> Response<Body> {
     response
 }
 
-/// Adds the request's name to a response that does not bear its job's.
+/// Adds the request's id to a response that does not carry its job's id.
 async fn name_request(request: Request, next: Next) -> Response<Body> {
     let name = context(request.extensions()).correlation_id;
     let response = next.run(request).await;
@@ -106,7 +106,8 @@ async fn no_path(uri: Uri, inquiry: Inquiry) -> Response<Body> {
     errors::refuse(inquiry.context, &WireError::new(ErrorCode::NotFound, message))
 }
 
-/// Most often the base address that a client was given has no /v1, or has it and the client adds another.
+/// Returns the message for an unknown path. The most common cause is a base address without `/v1`, or one with `/v1` to
+/// which the client adds another.
 fn nothing_under(path: &str) -> String {
     let once = path.trim_start_matches("/v1");
     let is_openai = ["/chat/completions", "/completions", "/embeddings", "/models"].contains(&once);
@@ -132,7 +133,7 @@ pub(super) fn check_origins(origins: &[String]) -> Result<(), GatewayError> {
     }
 }
 
-/// Returns what lets pages of other origins call, where any may.
+/// Returns the CORS layer, or `None` if no origins are configured.
 fn cors(origins: &[String]) -> Option<CorsLayer> {
     if origins.is_empty() {
         return None;
@@ -146,7 +147,8 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
         CorsLayer::new()
             .allow_origin(origin)
             .allow_methods([Method::GET, Method::POST])
-            // Tokens travel in a header that pages must set themselves, so nothing is sent without their doing.
+            // API tokens travel in a header that a page must set itself, so browsers never attach credentials on their
+            // own.
             .allow_headers(AllowHeaders::mirror_request())
             .expose_headers(EXPOSED.map(HeaderName::from_static))
             .max_age(std::time::Duration::from_hours(1)),
@@ -167,7 +169,7 @@ mod tests {
 
     #[test]
     fn every_route_is_in_the_document() {
-        // A router lists its paths only where it is printed, with those of its fallback.
+        // A router reveals its paths only in its debug output, together with those of its fallback.
         let printed = format!("{:?}", Router::from(routes()));
         let paths = printed.split('"').filter(|text| text.starts_with('/'));
         let routed: BTreeSet<&str> =

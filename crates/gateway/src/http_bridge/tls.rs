@@ -1,4 +1,4 @@
-//! TLS, with a certificate that can be renewed in place.
+//! TLS, with a certificate that is reloaded when its files change.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use super::GatewayError;
 use crate::config::{Config, seconds};
 use crate::gateway::Gateway;
 
-/// Accepts TLS connections with the newest certificate.
+/// Accepts TLS connections with the current certificate.
 #[derive(Clone)]
 pub(super) struct Tls {
     acceptor: TlsAcceptor,
@@ -35,7 +35,7 @@ pub(super) struct Tls {
 #[derive(Debug)]
 struct Current {
     key: RwLock<Arc<CertifiedKey>>,
-    /// What the files held when it was read.
+    /// The contents of the files that it was read from.
     contents: RwLock<Contents>,
 }
 
@@ -45,7 +45,7 @@ struct Files {
     key: PathBuf,
 }
 
-/// What both files hold.
+/// The contents of both files.
 #[derive(Debug, PartialEq, Eq)]
 struct Contents {
     certificate: Vec<u8>,
@@ -59,7 +59,7 @@ impl ResolvesServerCert for Current {
 }
 
 impl Tls {
-    /// Reads the configured files; `None` where none are configured.
+    /// Reads the configured files. Returns `None` if TLS is not configured.
     pub(super) fn load(config: &Config) -> Result<Option<Self>, GatewayError> {
         let files = match (&config.tls_cert, &config.tls_key) {
             (None, None) => return Ok(None),
@@ -84,11 +84,11 @@ impl Tls {
         self.acceptor.accept(stream).await
     }
 
-    /// Looks for new files until `stop`, now and then and when it is asked to. Files that can't be used leave the
-    /// certificate as it is.
+    /// Checks the files for changes until `stop`, periodically and on request. Keeps the old certificate if the new
+    /// files cannot be used.
     pub(super) async fn watch(self, gateway: Gateway, stop: CancellationToken) {
         let due = async || {
-            // Either way it is time.
+            // The timeout and the notification mean the same: check now.
             let _ = time::timeout(self.every, gateway.reload_wanted()).await;
         };
         while stop.run_until_cancelled(due()).await.is_some() {
@@ -102,7 +102,7 @@ impl Tls {
         }
     }
 
-    /// Returns whether there was something new.
+    /// Reloads the certificate if the files changed, and returns whether they did.
     fn reload(&self) -> Result<bool, GatewayError> {
         let contents = self.files.read()?;
         if *self.current.contents.read() == contents {

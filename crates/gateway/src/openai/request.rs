@@ -1,7 +1,6 @@
-//! Reads the bodies of OpenAI's requests as jobs. Pure functions; bytes never make them panic.
+//! Parses the bodies of OpenAI requests into jobs. Pure functions that never panic, whatever the input.
 //!
-//! Fields that are unknown are passed over. Fields that mean something and are not done here are refused, never
-//! silently ignored.
+//! Unknown fields are ignored. Known fields that are not supported are refused, never silently ignored.
 
 mod body;
 mod embeddings;
@@ -20,23 +19,23 @@ pub(crate) use body::{ChatCompletionRequest, CompletionRequest};
 pub(crate) use embeddings::EmbeddingRequest;
 pub use embeddings::{Encoding, Vectors, parse_embeddings};
 
-/// The tokens of a text completion that names no limit: OpenAI's default.
+/// Maximum tokens of a text completion without a limit; OpenAI's default.
 const COMPLETION_TOKENS: u32 = 16;
 
-/// A request for an answer, as one of OpenAI's two endpoints takes it.
+/// A parsed request to either of OpenAI's endpoints for generated text.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generation {
     /// The job to run.
     pub job: Job,
     /// The model's name as the client wrote it.
     pub model: String,
-    /// Whether the answer comes piece by piece.
+    /// Whether to stream the answer.
     pub stream: bool,
-    /// Whether a streamed answer ends with its usage.
+    /// Whether a streamed answer ends with a usage chunk.
     pub include_usage: bool,
 }
 
-/// Reads the body of `POST /v1/chat/completions`.
+/// Parses the body of `POST /v1/chat/completions`.
 pub fn parse_chat(bytes: &[u8]) -> Result<Generation, WireError> {
     let ChatCompletionRequest(mut body) = read(bytes)?;
     let (model, name) = body.model()?;
@@ -45,7 +44,7 @@ pub fn parse_chat(bytes: &[u8]) -> Result<Generation, WireError> {
     body.generation(model, name, own)
 }
 
-/// Reads the body of `POST /v1/completions`.
+/// Parses the body of `POST /v1/completions`.
 pub fn parse_completion(bytes: &[u8]) -> Result<Generation, WireError> {
     let CompletionRequest(mut body) = read(bytes)?;
     let (model, name) = body.model()?;
@@ -54,7 +53,7 @@ pub fn parse_completion(bytes: &[u8]) -> Result<Generation, WireError> {
     body.generation(model, name, own)
 }
 
-/// Makes a job of what OpenAI's clients can say.
+/// Creates a job. OpenAI clients cannot set its other fields.
 fn job(model: ModelRef, input: Input) -> Job {
     Job { model, input, tenant_id: None, correlation_id: None, retry_token: None, trace_id: None, deadline: None }
 }

@@ -1,4 +1,4 @@
-//! The answers of jobs, written as OpenAI's clients read them.
+//! Serializes answers as OpenAI responses.
 
 mod chunk;
 pub(crate) mod error;
@@ -19,7 +19,7 @@ use super::Endpoint;
 use crate::answer::Answer;
 use crate::job::Job;
 
-/// What the chunks of one answer have in common, and what stands at the head of a whole one.
+/// The fields that all chunks of one answer share, and that a whole answer begins with.
 #[derive(Debug, Clone)]
 pub(crate) struct Heading {
     pub(crate) endpoint: Endpoint,
@@ -29,7 +29,7 @@ pub(crate) struct Heading {
     pub(crate) created: u64,
     /// The model as the client named it.
     pub(crate) model: String,
-    /// Characters of the prompt that each answer goes on with.
+    /// For each answer, the number of characters of its prompt.
     pub(crate) prompt_chars: Vec<usize>,
     /// Whether the answers begin with the prompt.
     pub(crate) echo: bool,
@@ -38,7 +38,7 @@ pub(crate) struct Heading {
 }
 
 impl Heading {
-    /// Returns the heading of the answer to a job that came at `now`, without a chunk for the usage.
+    /// Creates the heading for a job that arrived at `now`, without a usage chunk.
     pub(crate) fn new(endpoint: Endpoint, model: String, job: &Job, id: CorrelationId, now: UnixMillis) -> Self {
         Self {
             endpoint,
@@ -96,7 +96,7 @@ fn fingerprint(answer: &Answer) -> String {
     format!("fp_{}", &answer.model().digest.to_string()[..12])
 }
 
-/// Returns how many characters stand before each answer, where they are known: of tokens they are not.
+/// Returns the number of prompt characters before each answer; 0 for prompts given as tokens, where it is unknown.
 fn prompt_chars(input: &Input) -> Vec<usize> {
     let of = |prompt: &EmbedInput| match prompt {
         EmbedInput::Text(text) => text.chars().count(),

@@ -1,4 +1,4 @@
-//! Reads what RPC clients send: a token, and a job in our words or in those of one of `OpenAI`'s endpoints.
+//! Parses RPC submissions: a token, and a job in the format of our own API or of one of `OpenAI`'s endpoints.
 
 use protocol::WireError;
 use serde::Deserialize;
@@ -10,15 +10,15 @@ use crate::json_body::{invalid, read, unsupported};
 use crate::openai::Endpoint;
 use crate::openai::request::{Encoding, Generation, Vectors, parse_chat, parse_completion, parse_embeddings};
 
-/// What an RPC client sends, with its job still unread: whoever has no good token is not read to the end.
+/// An RPC submission whose job is not parsed yet: jobs are parsed only after the token was checked.
 pub struct Submission {
     pub token: Option<String>,
-    /// The W3C trace context that the job goes on with.
+    /// The W3C trace context that the job continues.
     pub traceparent: Option<String>,
     pub job: UnreadJob,
 }
 
-/// A job that is not read yet.
+/// A job that is not parsed yet.
 pub struct UnreadJob {
     kind: Kind,
     text: Box<RawValue>,
@@ -32,17 +32,17 @@ enum Kind {
     Embedding,
 }
 
-/// A job, and what its answer needs to be written in the words that it came in.
+/// A job, and the format of the answer that its client expects.
 pub struct Read {
     /// The job to run.
     pub job: Job,
     pub(crate) words: Words,
 }
 
-/// Whose words a job came in.
+/// The API in whose format a job was written.
 pub(crate) enum Words {
     Native,
-    /// `OpenAI`'s, for an answer.
+    /// `OpenAI`'s, for generated text.
     Generation {
         endpoint: Endpoint,
         /// The model as the client named it.
@@ -50,7 +50,7 @@ pub(crate) enum Words {
         /// Whether the client asked for a streamed answer.
         stream: bool,
     },
-    /// `OpenAI`'s, for vectors.
+    /// `OpenAI`'s, for embedding vectors.
     Vectors {
         /// The model as the client named it.
         model: String,
@@ -58,7 +58,7 @@ pub(crate) enum Words {
     },
 }
 
-/// Mirrors `protocol::gateway::GatewaySubmission`, with each job as it was written.
+/// Mirrors `protocol::gateway::GatewaySubmission`, with each job as raw JSON.
 #[derive(Deserialize)]
 struct Envelope {
     token: Option<String>,
@@ -69,7 +69,7 @@ struct Envelope {
     traceparent: Option<String>,
 }
 
-/// Reads the body of `infer.submit` as far as its token.
+/// Parses the body of `infer.submit`, except for the job.
 pub fn parse_submission(bytes: &[u8]) -> Result<Submission, WireError> {
     let Envelope { token, request, chat, completion, embedding, traceparent } = read(bytes)?;
     let given =
@@ -83,7 +83,7 @@ pub fn parse_submission(bytes: &[u8]) -> Result<Submission, WireError> {
 }
 
 impl UnreadJob {
-    /// Reads the job as HTTP would.
+    /// Parses the job as the HTTP endpoints do.
     pub fn read(&self) -> Result<Read, WireError> {
         let text = self.text.get().as_bytes();
         let (endpoint, generation) = match self.kind {
@@ -101,7 +101,7 @@ impl UnreadJob {
 }
 
 impl Read {
-    /// Checks that the job can be answered with one value.
+    /// Checks that the answer can be sent as one value, that is, that no stream was requested.
     pub(crate) fn for_one_value(self) -> Result<Self, WireError> {
         if let Words::Generation { stream: true, .. } = self.words {
             let error = unsupported("stream");
@@ -114,7 +114,7 @@ impl Read {
 
 impl std::fmt::Debug for Submission {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // Never the token: it is a secret.
+        // The token is a secret and never printed.
         formatter.debug_struct("Submission").finish_non_exhaustive()
     }
 }

@@ -1,4 +1,4 @@
-//! What OpenAI's two endpoints for answers take together.
+//! The request body of OpenAI's chat and text completions, which share most fields.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,9 +22,9 @@ use crate::catalog;
 use crate::json_body::{invalid, is_empty, missing, refuse_unless};
 use crate::published;
 
-/// The fields that only texts have.
+/// Fields that only text completions have.
 pub(super) const TEXTS_ALONE: [&str; 3] = ["prompt", "suffix", "echo"];
-/// The fields that only conversations have.
+/// Fields that only chat completions have.
 pub(super) const CHATS_ALONE: [&str; 10] = [
     "messages",
     "top_logprobs",
@@ -187,7 +187,7 @@ pub(super) struct Body {
     echo: Option<bool>,
     /// The text that follows the answer: the model fills in what stands between. Not every model can.
     suffix: Option<String>,
-    // Means something, and is not done here unless it says to change nothing.
+    // Fields that are not supported: refused unless their value has no effect.
     /// Refused unless it is `n`.
     #[schema(value_type = Option<u32>)]
     best_of: Option<Count>,
@@ -224,11 +224,11 @@ enum Logprobs {
     Count(u32),
 }
 
-/// A whole number, which some clients write with a fraction of zero.
+/// A whole number. Some clients write it as a float such as `1.0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Count(u32);
 
-/// The most tokens of an answer: a count, or -1 for as many as fit.
+/// Maximum tokens of an answer: a count, or -1 for as many as fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Limit {
     Tokens(u32),
@@ -262,7 +262,7 @@ impl<'de> Deserialize<'de> for Limit {
     }
 }
 
-/// Reads a whole number of 32 bits, or -1.
+/// Parses an unsigned 32-bit integer, or -1.
 fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
     struct Whole;
 
@@ -291,7 +291,7 @@ fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
 }
 
 impl Body {
-    /// Describes the body of one endpoint: what both take, without the fields that the other has alone.
+    /// Returns the schema of one endpoint's body, without the fields that only the other endpoint has.
     fn schema_without(theirs: &[&str], description: &str) -> RefOr<Schema> {
         let mut schema = Self::schema();
         if let RefOr::T(Schema::Object(object)) = &mut schema {
@@ -306,7 +306,7 @@ impl Body {
         named_model(self.model.as_deref())
     }
 
-    /// Reads what only conversations have.
+    /// Converts the fields that only chat completions have.
     pub(super) fn chat_input(&mut self) -> Result<Input, WireError> {
         let messages = self.messages.take().ok_or_else(|| missing("messages"))?;
         let messages = messages.into_iter().enumerate().map(|(index, message)| message.convert(index));
@@ -322,7 +322,7 @@ impl Body {
         refuse_unless(self.suffix.as_ref().is_none_or(String::is_empty), "suffix")?;
         let tools = tools(self.tools.take().unwrap_or_default())?;
         let tool_choice = tool_choice(self.tool_choice.as_ref())?;
-        // A weak model that must call repeats its call without an end, so several are for those who ask for them.
+        // A weak model that is forced to call tools may repeat its call endlessly, so several calls must be requested.
         let one_call = match self.parallel_tool_calls {
             Some(several) => !several,
             None => tool_choice == ToolChoice::Required,
@@ -345,12 +345,12 @@ impl Body {
         })
     }
 
-    /// Reads what only texts have.
+    /// Converts the fields that only text completions have.
     pub(super) fn text_input(&mut self) -> Result<Input, WireError> {
         let prompt = self.prompt.take().ok_or_else(|| missing("prompt"))?.into_prompt()?;
         let logprobs = match self.logprobs {
             None => None,
-            // Here 0 means something too: the probability of the token chosen.
+            // Here 0 has a meaning as well: it requests the log-probability of the chosen token only.
             Some(Logprobs::Count(count)) => Some(count),
             Some(Logprobs::Switch(_)) => return Err(invalid("logprobs", "must be a count")),
         };
@@ -365,7 +365,7 @@ impl Body {
         Ok(Input { max_tokens, logprobs, echo: self.echo.unwrap_or(false), suffix, ..prompt })
     }
 
-    /// Returns the most tokens of the answer, where the request says.
+    /// Returns the limit on the answer's tokens, if the request has one.
     fn limit(&self) -> Result<Option<Limit>, WireError> {
         let given = [("max_completion_tokens", self.max_completion_tokens), ("max_tokens", self.max_tokens)];
         match given.into_iter().find_map(|(name, limit)| Some((name, limit?))) {
@@ -376,8 +376,8 @@ impl Body {
         }
     }
 
-    /// Returns what the model's template is told: templates know an effort by the same name, or only how to think
-    /// or not to.
+    /// Returns the variables for the chat template. Some templates know `reasoning_effort`, others can only switch
+    /// thinking on or off.
     fn template_options(&mut self) -> Result<Map<String, Value>, WireError> {
         let mut options = Map::new();
         if let Some(effort) = self.reasoning_effort.take() {
@@ -429,7 +429,7 @@ impl Body {
         Ok(())
     }
 
-    /// Makes the job of what both endpoints have, and of what only one has.
+    /// Builds the job from the shared fields and from `own`, the fields that only one endpoint has.
     pub(super) fn generation(mut self, model: ModelRef, name: String, own: Input) -> Result<Generation, WireError> {
         self.check_supported()?;
         let stream = self.stream.unwrap_or(false);
@@ -437,7 +437,7 @@ impl Body {
             return Err(invalid("stream_options", "is only allowed when stream is true"));
         }
         let top_k = match self.top_k {
-            // Servers that know top_k take -1 and 0 for "all".
+            // Other servers with `top_k` take both -1 and 0 for "all".
             None => None,
             Some(-1) => Some(0),
             Some(count) => Some(u32::try_from(count).map_err(|_| invalid("top_k", "must be -1 or a count"))?),
@@ -468,7 +468,7 @@ impl Body {
     }
 }
 
-/// Reads the tokens whose logits are biased; JSON has them as texts.
+/// Parses the token ids of `logit_bias`, which are strings in JSON.
 fn biases(told: BTreeMap<String, f32>) -> Result<BTreeMap<u32, f32>, WireError> {
     let read = |(token, bias): (String, f32)| match token.parse() {
         Ok(token) => Ok((token, bias)),
@@ -479,7 +479,7 @@ fn biases(told: BTreeMap<String, f32>) -> Result<BTreeMap<u32, f32>, WireError> 
     told.into_iter().map(read).collect()
 }
 
-/// Reads a model's name, which has to be there.
+/// Parses the model's name, which is required.
 pub(super) fn named_model(name: Option<&str>) -> Result<(ModelRef, String), WireError> {
     let name = name.unwrap_or_default();
     if name.is_empty() {
@@ -489,7 +489,7 @@ pub(super) fn named_model(name: Option<&str>) -> Result<(ModelRef, String), Wire
     Ok((catalog::parse_ref(name)?, name.to_owned()))
 }
 
-/// Reads a seed: any integer of 64 bits. Negative ones are taken by their bits.
+/// Parses a seed: any 64-bit integer. Negative ones are reinterpreted as unsigned.
 fn seed<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     struct Seed;
 

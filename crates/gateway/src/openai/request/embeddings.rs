@@ -1,4 +1,4 @@
-//! What `POST /v1/embeddings` takes.
+//! The request body of `POST /v1/embeddings`.
 
 use protocol::infer::Input;
 use protocol::keep_alive::KeepAlive;
@@ -13,7 +13,7 @@ use crate::job::Job;
 use crate::json_body::{missing, read};
 use crate::published;
 
-/// A request for vectors.
+/// A parsed request for embedding vectors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Vectors {
     /// The job to run.
@@ -58,7 +58,7 @@ pub(crate) struct EmbeddingRequest {
     keep_alive: Option<KeepAlive>,
 }
 
-/// Reads the body of `POST /v1/embeddings`.
+/// Parses the body of `POST /v1/embeddings`.
 pub fn parse_embeddings(bytes: &[u8]) -> Result<Vectors, WireError> {
     let EmbeddingRequest { model, input, adapter, encoding_format, dimensions, keep_alive } = read(bytes)?;
     let (model, name) = named_model(model.as_deref())?;
@@ -74,7 +74,7 @@ pub fn parse_embeddings(bytes: &[u8]) -> Result<Vectors, WireError> {
     Ok(Vectors { job: job(model, input), model: name, encoding: encoding_format.unwrap_or_default() })
 }
 
-/// Renames the texts from our name for them to OpenAI's.
+/// Renames the field `embed` in an error to OpenAI's `input`.
 fn under_its_name(mut error: WireError) -> WireError {
     if error.param.as_deref() == Some("embed") {
         error.param = Some("input".into());

@@ -1,4 +1,4 @@
-//! What form an answer must have: OpenAI's `response_format`, and what vLLM's clients send instead.
+//! Structured output: OpenAI's `response_format`, and the fields that vLLM's clients send instead.
 
 use protocol::WireError;
 use protocol::infer::OutputFormat;
@@ -64,7 +64,7 @@ impl ResponseFormat {
 }
 
 impl StructuredOutputs {
-    /// Returns the one form that is asked for. `param` is what the fields are named by, up to their own name.
+    /// Returns the requested constraint; at most one is allowed. `param` is the prefix of the fields' names in errors.
     pub(super) fn convert(self, param: &str) -> Result<OutputFormat, WireError> {
         let Self { json, json_object, regex, choice, grammar, structural_tag } = self;
         refuse_unless(structural_tag.as_ref().is_none_or(is_empty), &format!("{param}structural_tag"))?;
@@ -81,7 +81,7 @@ impl StructuredOutputs {
     }
 }
 
-/// Returns the only form of several that says something.
+/// Returns the only format that constrains the answer, or an error if several do.
 pub(super) fn one(formats: impl IntoIterator<Item = OutputFormat>, param: &str) -> Result<OutputFormat, WireError> {
     let mut said = formats.into_iter().filter(|format| *format != OutputFormat::Text);
     let format = said.next().unwrap_or_default();
@@ -91,7 +91,7 @@ pub(super) fn one(formats: impl IntoIterator<Item = OutputFormat>, param: &str) 
     Ok(format)
 }
 
-/// vLLM takes a schema as text as well.
+/// Returns a JSON schema. Like vLLM, accepts it as a string as well.
 fn schema(json: Value, param: &str) -> Result<Value, WireError> {
     match json {
         Value::String(text) => serde_json::from_str(&text).map_err(|_| invalid(param, "must be a JSON schema")),
@@ -99,7 +99,7 @@ fn schema(json: Value, param: &str) -> Result<Value, WireError> {
     }
 }
 
-/// Returns the regular expression of some texts.
+/// Returns a regular expression that matches exactly these texts.
 fn one_of(texts: &[String], param: &str) -> Result<String, WireError> {
     if texts.is_empty() {
         return Err(invalid(param, "must not be empty"));

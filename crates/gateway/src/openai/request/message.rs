@@ -1,4 +1,4 @@
-//! Messages of a conversation, as OpenAI's clients write them.
+//! Chat messages, as OpenAI's clients send them.
 
 use std::fmt;
 
@@ -85,7 +85,7 @@ impl ChatMessage {
         let content = match self.content {
             Some(Content::Text(text)) => text,
             Some(Content::Parts(parts)) => join(parts, &path("content"), is_assistant)?,
-            // An assistant may only call.
+            // An assistant's message may consist of tool calls only.
             None if !tool_calls.is_empty() => String::new(),
             None => return Err(missing(&path("content"))),
         };
@@ -126,7 +126,7 @@ impl Call {
     }
 }
 
-/// Joins the text of parts as OpenAI's servers do: without anything between them.
+/// Joins the text of parts without a separator, as OpenAI's servers do.
 fn join(parts: Vec<Part>, path: &str, of_assistant: bool) -> Result<String, WireError> {
     let mut whole = String::new();
     for (index, Part { kind, text, refusal }) in parts.into_iter().enumerate() {
@@ -140,7 +140,7 @@ fn join(parts: Vec<Part>, path: &str, of_assistant: bool) -> Result<String, Wire
     Ok(whole)
 }
 
-/// Refuses a part of a message that is not text, and names its kind.
+/// Returns the error for a message part that is not text.
 fn no_text(kind: &str, path: String) -> WireError {
     let what = match kind {
         "image_url" | "image" | "input_image" => "images are",
@@ -181,7 +181,7 @@ struct Part {
 
 impl<'de> Deserialize<'de> for Content {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // A visitor instead of an untagged enum, which would hide where in the message an error lies.
+        // An untagged enum would hide where in the message an error is, so this is a visitor.
         struct TextOrParts;
 
         impl<'de> de::Visitor<'de> for TextOrParts {

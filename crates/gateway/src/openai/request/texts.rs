@@ -1,4 +1,4 @@
-//! Texts alone or several, and tokens in their place: `stop`, `prompt`, and the `input` of embeddings.
+//! Fields that take one text or several, or tokens instead: `stop`, `prompt`, and the `input` of embeddings.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ use utoipa::{PartialSchema, ToSchema};
 
 use crate::json_body::invalid;
 
-/// `stop`: a text or several.
+/// `stop`: one text or several.
 #[derive(Debug)]
 pub(super) struct Stop(pub(super) Vec<String>);
 
@@ -51,12 +51,12 @@ impl<'de> Deserialize<'de> for Stop {
     }
 }
 
-/// Texts, alone or in an array; or tokens, of one text or of each of several.
+/// One text or several, each as a string or as tokens.
 #[derive(Debug)]
 pub(super) struct Texts(pub(super) Vec<EmbedInput>);
 
 impl Texts {
-    /// Returns the prompt, or the several.
+    /// Converts the texts to the prompt, or to the prompts if there are several.
     pub(super) fn into_prompt(mut self) -> Result<Input, WireError> {
         if self.0.len() > 1 {
             return Ok(Input { prompts: Some(self.0), ..Input::default() });
@@ -115,7 +115,7 @@ impl<'de> Deserialize<'de> for Texts {
     }
 }
 
-/// An item of an array of texts.
+/// An item of the array: a text, a token, or the tokens of one text.
 enum Item {
     Text(String),
     Token(u32),

@@ -1,4 +1,4 @@
-//! The functions a model may call, as OpenAI's clients offer them.
+//! The request fields for tool calls: `tools` and `tool_choice`.
 
 use protocol::WireError;
 use protocol::infer::{Tool, ToolChoice};
@@ -29,7 +29,7 @@ struct OfferedFunction {
     parameters: Option<Value>,
 }
 
-/// Reads `tools`.
+/// Converts `tools`.
 pub(super) fn tools(offered: Vec<OfferedTool>) -> Result<Vec<Tool>, WireError> {
     let convert = |(index, tool): (usize, OfferedTool)| {
         refuse_unless(tool.kind == "function", &format!("tools[{index}].type"))?;
@@ -53,7 +53,7 @@ fn may_be_object(kind: &Value) -> bool {
     kind.is_null() || kind == "object" || kind.as_array().is_some_and(|kinds| kinds.iter().any(|one| one == "object"))
 }
 
-/// Reads `tool_choice`.
+/// Parses `tool_choice`.
 pub(super) fn tool_choice(value: Option<&Value>) -> Result<ToolChoice, WireError> {
     let named = |value: &Value| Some(value.pointer("/function/name")?.as_str()?.to_owned());
     match value {

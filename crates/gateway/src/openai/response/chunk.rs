@@ -1,4 +1,4 @@
-//! The choices of a streamed answer's chunks.
+//! The JSON of a streamed answer's chunks.
 
 use serde::Serialize;
 
@@ -26,7 +26,8 @@ pub(super) struct Delta<'a> {
     pub(super) tool_calls: Vec<CallDelta<'a>>,
 }
 
-/// The text of a delta: there with the role in any case, and then null where something else comes first.
+/// The text of a delta. The first delta, which carries the role, always includes it, as null if it brings reasoning or
+/// tool calls instead.
 #[derive(Serialize)]
 #[serde(untagged)]
 pub(super) enum DeltaText<'a> {
@@ -49,7 +50,7 @@ pub(super) struct TextChoice<'a> {
     pub(super) finish_reason: Option<&'static str>,
 }
 
-/// A chunk's JSON up to its choices; serialised, its closing brace is cut off.
+/// A chunk's fields before its choices. The closing brace is cut off after serialization.
 #[derive(Serialize)]
 pub(super) struct Head<'a> {
     pub(super) id: &'a str,

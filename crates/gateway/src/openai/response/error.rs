@@ -1,4 +1,4 @@
-//! Errors as OpenAI's clients read them: `{"error":{"message","type","param","code"}}`.
+//! Errors in OpenAI's format: `{"error":{"message","type","param","code"}}`.
 
 use bytes::{BufMut as _, BytesMut};
 use protocol::WireError;
@@ -58,7 +58,7 @@ impl<'a> Loading<'a> {
     }
 }
 
-/// Writes an error's JSON.
+/// Writes an error as JSON.
 pub(crate) fn write(error: &WireError, out: &mut BytesMut) {
     let detail = ErrorDetail {
         message: &error.message,

@@ -1,4 +1,4 @@
-//! Log-probabilities, in the two forms that OpenAI's endpoints have for them.
+//! Log-probabilities, in the formats of OpenAI's chat and text completions.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -37,7 +37,7 @@ struct TopLogprob<'a> {
     bytes: &'a [u8],
 }
 
-/// The likeliest tokens in one place.
+/// The likeliest tokens at one position, with their log-probabilities.
 type Likely<'a> = BTreeMap<Cow<'a, str>, f32>;
 
 /// The log-probabilities of a text completion: one column for each fact. Of a prompt that is repeated, nothing comes
@@ -55,24 +55,24 @@ pub(super) struct TextLogprobs<'a> {
     text_offset: Vec<usize>,
 }
 
-/// Where the next token stands in a text.
+/// The position of the next token in a text.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct TextPlace {
     /// Characters before it.
     offset: usize,
-    /// Whether it is the first of a prompt that is repeated.
+    /// Whether it is the first token of an echoed prompt.
     is_first: bool,
 }
 
 impl TextPlace {
-    /// Returns where an answer to a prompt of so many characters begins.
+    /// Returns the position of an answer's first token, for a prompt of `prompt_chars` characters.
     pub(super) fn of(prompt_chars: usize, echo: bool) -> Self {
         Self { offset: if echo { 0 } else { prompt_chars }, is_first: echo }
     }
 }
 
 impl<'a> ChatLogprobs<'a> {
-    /// Returns `None` where none were asked for.
+    /// Returns `None` if there are no tokens, that is, if none were requested.
     pub(super) fn of(tokens: &'a [TokenLogprob]) -> Option<Self> {
         let content = tokens.iter().map(|token| ChatToken {
             token: top_logprob(token),
@@ -83,7 +83,7 @@ impl<'a> ChatLogprobs<'a> {
 }
 
 impl<'a> TextLogprobs<'a> {
-    /// Returns `None` where none were asked for. `place` goes on behind them.
+    /// Returns `None` if none were requested. Advances `place` past the tokens.
     pub(super) fn of(tokens: &'a [TokenLogprob], place: &mut TextPlace) -> Option<Self> {
         if tokens.is_empty() {
             return None;
@@ -106,7 +106,7 @@ impl<'a> TextLogprobs<'a> {
     }
 }
 
-/// Returns the likeliest in a token's place. The token itself is among them, whether it was likely or not.
+/// Returns the likeliest tokens at a token's position. The token itself is always among them.
 fn with_itself(token: &TokenLogprob) -> Likely<'_> {
     token.top.iter().chain([token]).map(|told| (text(told), told.logprob)).collect()
 }
@@ -115,7 +115,7 @@ fn top_logprob(token: &TokenLogprob) -> TopLogprob<'_> {
     TopLogprob { token: text(token), logprob: token.logprob, bytes: &token.bytes }
 }
 
-/// Returns a token's text. Where it is part of a character only its bytes tell which.
+/// Returns a token's text. Incomplete characters become U+FFFD.
 fn text(token: &TokenLogprob) -> Cow<'_, str> {
     String::from_utf8_lossy(&token.bytes)
 }

@@ -1,4 +1,4 @@
-//! Models, as OpenAI's clients list them.
+//! Model descriptions, in OpenAI's format with additions.
 
 use std::collections::BTreeSet;
 
@@ -99,7 +99,7 @@ impl ModelList {
     fn of(models: &Models, fleet: &Fleet, may_see: impl Fn(&ModelEntry) -> bool) -> Self {
         let seen = models.all().into_iter().filter(|entry| may_see(entry));
         let data = seen.flat_map(|entry| {
-            // A name that stands for other models as well has a row of its own.
+            // If a model's name is also an alias, the name is listed with the aliases and the model by its version.
             let by_name = models.is_newest(entry) && models.stands_for(&entry.key.model_id).is_none();
             let adapters = models.adapters_of(&entry.key).map(Some);
             std::iter::once(None).chain(adapters).map(move |adapter| describe(entry, by_name, adapter, fleet))
@@ -113,7 +113,7 @@ impl ModelList {
 }
 
 impl Model {
-    /// Returns what a name stands for, where a tenant may use it.
+    /// Describes the model or models of a name. Returns `None` if the tenant may use none of them.
     pub(crate) fn named(
         name: &ModelRef,
         meant: &[ModelRef],
@@ -121,7 +121,7 @@ impl Model {
         fleet: &Fleet,
         policy: &TenantPolicy,
     ) -> Option<Self> {
-        // To a tenant, a model it may not use is as one that is not there.
+        // Models that the tenant may not use are hidden as if they did not exist.
         let may_see = |entry: &ModelEntry| policy.allows(&entry.key.model_id);
         let mut described = describe_all(meant, models, fleet, may_see);
         match &described[..] {
@@ -130,12 +130,13 @@ impl Model {
         }
     }
 
-    /// Returns whether jobs of it have a worker to go to.
+    /// Returns whether a worker takes jobs for this model.
     pub(crate) fn is_served(&self) -> bool {
         self.state >= ModelProgress::Idle
     }
 
-    /// Returns what a name stands for, as one: as good as the best of them. Nothing is left of none.
+    /// Merges the models of an alias into one description with the best state of all. Returns `None` if there are no
+    /// models.
     fn shared(name: String, models: Vec<(ModelRef, Self)>) -> Option<Self> {
         let names: Vec<String> = models.iter().map(|(target, _)| target.to_string()).collect();
         let (first, alternatives) = names.split_first()?;
@@ -151,7 +152,7 @@ impl Model {
     }
 }
 
-/// Describes the models of a name that are there and may be seen.
+/// Describes those targets of a name that exist and may be seen.
 fn describe_all(
     targets: &[ModelRef],
     models: &Models,
@@ -167,7 +168,7 @@ fn describe_all(
     described.collect()
 }
 
-/// Says what is known of a model. A pure function of the catalogue's entry and the fleet.
+/// Describes a model. A pure function of its catalogue entry and the fleet.
 fn describe(entry: &ModelEntry, by_name: bool, adapter: Option<&AdapterName>, fleet: &Fleet) -> Model {
     let key = &entry.key;
     let id = if by_name { key.model_id.to_string() } else { key.to_string() };

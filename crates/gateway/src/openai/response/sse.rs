@@ -1,4 +1,4 @@
-//! Answers as server-sent events, the way OpenAI's clients read them.
+//! Streams answers as server-sent events in OpenAI's format.
 
 use std::fmt::Write as _;
 
@@ -17,17 +17,17 @@ use crate::openai::Endpoint;
 /// Writes an answer as server-sent events.
 pub(crate) struct Sse {
     heading: Heading,
-    /// A chunk's JSON up to its choices, the same for each, made once.
+    /// The JSON that every chunk begins with, up to its choices, serialized once.
     head: Vec<u8>,
     choices: Vec<ChoiceState>,
 }
 
-/// What was sent of one of several answers.
+/// The state of one of several answers.
 #[derive(Clone, Default)]
 struct ChoiceState {
-    /// Whether it has begun.
+    /// Whether the role was sent, which is part of the first chunk.
     role: bool,
-    /// Where its next log-probability stands.
+    /// The position of its next log-probability.
     place: TextPlace,
 }
 
@@ -48,13 +48,14 @@ impl Sse {
         self.head.extend_from_slice(b",\"choices\":[");
     }
 
-    /// Writes what a piece brings of its answer, unless that is nothing.
+    /// Writes the chunk for a piece's content, if there is any.
     fn content(&mut self, piece: &Piece, out: &mut BytesMut) {
         let content = &piece.content;
         let Content { index, text, logprobs, finish_reason, .. } = content;
         let Some(choice) = self.choices.get_mut(*index as usize) else { return };
         let is_chat = self.heading.endpoint == Endpoint::Chat;
-        // A token may be part of a character and bring no text yet. The first piece brings the role in any case.
+        // A token may be part of a character and bring no text yet. A chat's first chunk is always written, since it
+        // brings the role.
         if !content.has_something() && finish_reason.is_none() && (choice.role || !is_chat) {
             return;
         }
@@ -99,7 +100,7 @@ impl StreamFormat for Sse {
     }
 
     fn failure(&mut self, failure: &WireError, out: &mut BytesMut) {
-        // No [DONE]: a client must not take what it has for the whole.
+        // Without [DONE], so that a client does not mistake the part it has for the whole answer.
         out.put_slice(b"data: ");
         error::write(failure, out);
         out.put_slice(b"\n\n");

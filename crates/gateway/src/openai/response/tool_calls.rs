@@ -1,4 +1,4 @@
-//! Calls of functions, whole and piece by piece, as OpenAI's clients read them.
+//! Tool calls in OpenAI's format, whole and streamed.
 
 use protocol::infer::{ToolCall, ToolCallDelta};
 use serde::Serialize;
@@ -22,13 +22,13 @@ struct WholeFunction<'a> {
     arguments: &'a str,
 }
 
-/// More of a call in a streamed answer.
+/// A tool call delta of a streamed answer.
 #[derive(Serialize)]
 pub(super) struct CallDelta<'a> {
     index: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<&'a str>,
-    /// Comes with the id.
+    /// Present whenever the id is.
     #[serde(skip_serializing_if = "Option::is_none")]
     r#type: Option<&'static str>,
     function: FunctionDelta<'a>,

@@ -1,4 +1,4 @@
-//! The vectors of texts.
+//! Embedding responses in OpenAI's format.
 
 use protocol::infer::Embedding;
 use serde::Serialize;
@@ -50,7 +50,7 @@ impl<'a> EmbeddingItem<'a> {
     }
 }
 
-/// Writes vectors as `OpenAI` does, or returns `None` where a worker sent something else.
+/// Serializes vectors as `OpenAI` does. Returns `None` if a worker sent an invalid vector.
 pub(crate) fn write_vectors(model: &str, encoding: Encoding, whole: &Whole) -> Option<Box<RawValue>> {
     let data =
         whole.embeddings.iter().map(|embedding| EmbeddingItem::of(embedding, encoding)).collect::<Option<_>>()?;

@@ -1,4 +1,4 @@
-//! Answers as a whole.
+//! Unstreamed answers in OpenAI's format.
 
 use protocol::gateway::Choice;
 use serde::Serialize;
@@ -101,7 +101,7 @@ impl<'a> TextChoice<'a> {
     }
 }
 
-/// Writes a whole answer as `OpenAI` does.
+/// Serializes a whole answer as `OpenAI` does.
 pub(crate) fn write_whole(heading: &Heading, answer: &Answer, whole: &Whole) -> serde_json::Result<Box<RawValue>> {
     let choices = (0..).zip(&whole.choices);
     let Heading { endpoint, id, created, model, .. } = heading;

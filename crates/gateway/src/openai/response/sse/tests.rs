@@ -144,19 +144,19 @@ fn log_probabilities_come_though_their_tokens_bring_no_text_yet() {
     assert_eq!(text[0]["logprobs"]["token_logprobs"], json!([-1.0]));
 }
 
-/// An event as a client's decoder hands it on.
+/// An event as a client's decoder dispatches it.
 #[derive(Debug, PartialEq, Eq)]
 struct Decoded {
     last_event_id: String,
     data: String,
 }
 
-/// Decodes as the WHATWG's specification says: an empty line dispatches an event, unless it has no data.
+/// Decodes as the WHATWG specifies: an empty line dispatches an event, unless it has no data.
 fn decode(stream: &str) -> Vec<Decoded> {
     decode_lines(stream, |data, _| !data.is_empty())
 }
 
-/// Decodes as openai-python does: an empty line dispatches an event once there was an id, though it has no data.
+/// Decodes as openai-python does: once an id was seen, an empty line dispatches an event even without data.
 fn decode_like_openai_python(stream: &str) -> Vec<Decoded> {
     decode_lines(stream, |data, id| !data.is_empty() || !id.is_empty())
 }
@@ -176,14 +176,14 @@ fn decode_lines(stream: &str, dispatches: fn(data: &str, id: &str) -> bool) -> V
             }
             "id" => value.clone_into(&mut id),
             "data" => data = data + value + "\n",
-            // A comment, or a field that no decoder knows.
+            // A comment, or an unknown field.
             _ => {}
         }
     }
     events
 }
 
-/// Returns an answer's writes, each as a client may receive it between two pauses.
+/// Returns the writes of an answer, each as a client may receive it between two pauses.
 fn writes(endpoint: Endpoint, fails: bool) -> Vec<String> {
     let mut sse = sse(endpoint, true);
     let end = (!fails).then_some(END);
