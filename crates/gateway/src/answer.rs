@@ -33,7 +33,7 @@ const CLOSING: Duration = Duration::from_secs(1);
 pub struct Piece {
     /// The chunk as the orchestrator sent it, JSON.
     pub raw: Bytes,
-    /// Its place in the answer, counted from 0 without gaps.
+    /// Its position in the answer, counted from 0 without gaps.
     pub seq: u64,
     /// The attempt that produced it.
     pub attempt: u32,

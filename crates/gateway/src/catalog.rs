@@ -58,7 +58,7 @@ impl Models {
         self.aliases.keys().filter_map(|alias| Some((alias, self.stands_for(alias)?)))
     }
 
-    /// Returns whether a name is that of a model or an alias.
+    /// Returns whether a model or an alias has this name.
     pub(crate) fn knows(&self, name: &ModelName) -> bool {
         self.by_name.contains_key(name) || self.aliases.contains_key(name)
     }

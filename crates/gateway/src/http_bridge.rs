@@ -55,7 +55,6 @@ pub enum GatewayError {
     #[error("could not use the TLS file {}: {reason}", path.display())]
     Tls {
         path: PathBuf,
-        /// What is wrong with it.
         reason: String,
     },
     /// A configured origin is invalid.
@@ -87,7 +86,7 @@ impl HttpBridge {
         Ok(Self { gateway, listener, address, tls })
     }
 
-    /// Returns the address it serves.
+    /// Returns the address that it listens on.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }

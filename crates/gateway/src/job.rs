@@ -9,7 +9,6 @@ use protocol::{CorrelationId, RetryToken, TenantId, TraceId};
 /// A job as a client requests it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Job {
-    /// The model to run.
     pub model: ModelRef,
     /// The prompt and the parameters of the answer.
     pub input: Input,

@@ -78,7 +78,7 @@ impl<K: Eq + Hash> RateLimit<K> {
         Self { buckets: Mutex::default() }
     }
 
-    /// Takes one request out of a key's bucket.
+    /// Counts one request against a key's bucket and returns the verdict.
     pub(crate) fn take(&self, key: K, quota: Quota) -> Verdict {
         let now = Instant::now();
         let mut buckets = self.buckets.lock();

@@ -25,9 +25,7 @@ pub enum Origin {
 pub struct RequestContext {
     /// The id of its job, unless the client provides one.
     pub correlation_id: CorrelationId,
-    /// The trace it belongs to.
     pub trace_id: TraceId,
-    /// Where it comes from.
     pub origin: Option<Origin>,
     pub received: Instant,
 }

@@ -33,7 +33,8 @@ use submission::{Read, Submission, Words, parse_submission};
 
 /// Maximum concurrent calls besides running jobs: lists of models, and jobs about to be refused.
 const CALLS_BESIDES: usize = 1024;
-/// Maximum bytes of request bodies in memory. All clients count as strangers here.
+/// Maximum bytes of request bodies in memory. It applies to callers that count as strangers: all of them, as long as
+/// `body_bytes_max` is below the limit of members.
 const REQUEST_BYTES: usize = 256 * 1024 * 1024;
 
 /// Serves RPC clients on the gateway's node. Clones share one gateway.

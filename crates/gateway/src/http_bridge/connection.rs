@@ -54,7 +54,7 @@ struct Shared {
     tls: Option<Tls>,
     /// Makes connections close once their requests are done.
     stop: CancellationToken,
-    /// Ends connections at once.
+    /// Makes connections close at once.
     abort: CancellationToken,
 }
 

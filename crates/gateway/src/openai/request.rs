@@ -25,7 +25,6 @@ const COMPLETION_TOKENS: u32 = 16;
 /// A parsed request to either of OpenAI's endpoints for generated text.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generation {
-    /// The job to run.
     pub job: Job,
     /// The model's name as the client wrote it.
     pub model: String,

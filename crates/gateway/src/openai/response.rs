@@ -23,7 +23,6 @@ use crate::job::Job;
 #[derive(Debug, Clone)]
 pub(crate) struct Heading {
     pub(crate) endpoint: Endpoint,
-    /// The answer's id.
     pub(crate) id: String,
     /// Seconds since 1970.
     pub(crate) created: u64,
@@ -33,7 +32,7 @@ pub(crate) struct Heading {
     pub(crate) prompt_chars: Vec<usize>,
     /// Whether the answers begin with the prompt.
     pub(crate) echo: bool,
-    /// Whether a chunk with the usage follows the last.
+    /// Whether a usage chunk follows the last chunk.
     pub(crate) include_usage: bool,
 }
 

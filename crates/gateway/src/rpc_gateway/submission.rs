@@ -34,7 +34,6 @@ enum Kind {
 
 /// A job, and the format of the answer that its client expects.
 pub struct Read {
-    /// The job to run.
     pub job: Job,
     pub(crate) words: Words,
 }

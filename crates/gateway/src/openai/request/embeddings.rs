@@ -16,7 +16,6 @@ use crate::published;
 /// A parsed request for embedding vectors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Vectors {
-    /// The job to run.
     pub job: Job,
     /// The model's name as the client wrote it.
     pub model: String,
