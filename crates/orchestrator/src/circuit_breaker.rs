@@ -1,4 +1,4 @@
-//! One breaker per model and region. Pure: it is told the time and what happened.
+//! A circuit breaker per model and region. Pure: times and outcomes are arguments.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -32,7 +32,7 @@ impl Default for BreakerConfig {
     }
 }
 
-/// What a breaker does with requests.
+/// State of a circuit breaker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BreakerState {
     Closed,
@@ -42,7 +42,7 @@ pub enum BreakerState {
 }
 
 impl BreakerState {
-    /// Returns the number dashboards know it by.
+    /// Returns the state's value in the metric.
     pub fn as_gauge(self) -> i64 {
         match self {
             Self::Closed => 0,
@@ -52,25 +52,25 @@ impl BreakerState {
     }
 }
 
-/// What a breaker says to a request.
+/// A breaker's decision about a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
-    /// It may pass, and must report its outcome.
+    /// The request passes and must report its outcome.
     Pass,
-    /// It may pass as the only one; its outcome decides.
+    /// The request passes as the only probe; its outcome closes or reopens the breaker.
     Probe,
-    /// It may not pass before this time is over.
+    /// The request is refused until `retry_after` has passed.
     Refuse { retry_after: Duration },
 }
 
-/// What came of a request that was let through.
+/// Outcome of an admitted request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Outcome {
-    /// Whether it went well.
+    /// Whether the request succeeded, and fast enough.
     pub good: bool,
-    /// The worker that tried it.
+    /// The worker that ran it.
     pub worker: WorkerId,
-    /// When the try began.
+    /// When the attempt began.
     pub began: Instant,
 }
 
@@ -92,7 +92,7 @@ enum Phase {
     Open {
         until: Instant,
     },
-    /// A probe that never reports is given up on at `until`, and another may try.
+    /// A probe that never reports expires at `until`; another may then pass.
     Probing {
         until: Instant,
     },
@@ -111,7 +111,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// Returns what it does with requests.
+    /// Returns the current state.
     pub fn state(&self) -> BreakerState {
         match self.phase {
             Phase::Closed => BreakerState::Closed,
@@ -120,7 +120,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// Returns whether it would refuse a request, without deciding about one.
+    /// Returns whether a request would be refused, without changing the state.
     pub fn refuses(&self, now: Instant) -> bool {
         match self.phase {
             Phase::Closed => false,
@@ -128,7 +128,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// Decides about a request.
+    /// Decides whether a request may pass.
     pub fn admit(&mut self, now: Instant) -> Admission {
         match self.phase {
             Phase::Closed => Admission::Pass,
@@ -143,11 +143,11 @@ impl CircuitBreaker {
         }
     }
 
-    /// Takes the outcome of a request that was let through. Requests that ended for no fault of the model or the
-    /// region (a caller who left, a prompt too long) report nothing but [`CircuitBreaker::abandon`].
+    /// Records the outcome of an admitted request. Requests that ended through no fault of the model or the region (the
+    /// caller left, the prompt was too long) call [`CircuitBreaker::abandon`] instead.
     ///
-    /// A worker or an engine that dies fails all that it has at once. That is one failure, not one of each job: what
-    /// had begun before a failure of its worker was counted says nothing new.
+    /// A worker or an engine that dies fails all its jobs at once. That counts as one failure, not one per job: the
+    /// outcome of a job that began before its worker's last counted failure is ignored.
     pub fn record(&mut self, outcome: Outcome, now: Instant) {
         let Outcome { good, worker, began } = outcome;
         if self.failed_at.get(&worker).is_some_and(|failed_at| began < *failed_at) {
@@ -165,7 +165,7 @@ impl CircuitBreaker {
             return;
         }
         if let Phase::Open { .. } = self.phase {
-            // A straggler from before it opened tells nothing new.
+            // A late outcome from before the breaker opened adds no information.
             return;
         }
         self.outcomes.push_back((now, good));
@@ -178,7 +178,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// Takes back a request that ended without telling anything. Another probe may then try.
+    /// Ends a request that has no outcome to report. If it was the probe, another may pass.
     pub fn abandon(&mut self, admission: Admission, now: Instant) {
         if admission == Admission::Probe && matches!(self.phase, Phase::Probing { .. }) {
             self.phase = Phase::Open { until: now };
@@ -187,12 +187,12 @@ impl CircuitBreaker {
 
     fn forget(&mut self, now: Instant) {
         let window = Duration::from_secs(self.config.window_secs);
-        // What began before and ends later than this is rare, and then counts once more.
+        // A job that began before a forgotten failure and fails later is rare; its failure then counts again.
         const WORKERS_MAX: usize = 4096;
         if self.failed_at.len() > WORKERS_MAX {
             self.failed_at.retain(|_, failed_at| now.duration_since(*failed_at) <= window);
         }
-        // The count is bounded too: at high rates the newest outcomes tell enough.
+        // The number of outcomes is bounded too: at high rates the newest ones are enough.
         const OUTCOMES_MAX: usize = 4096;
         while let Some(&(at, good)) = self.outcomes.front() {
             if now.duration_since(at) <= window && self.outcomes.len() <= OUTCOMES_MAX {
@@ -251,7 +251,7 @@ mod tests {
             }
         }
         assert_eq!((breaker.state(), breaker.failures), (BreakerState::Closed, 2));
-        // Jobs that began after it are another matter.
+        // Failures of jobs that began later do count.
         for second in 2..10 {
             fail(&mut breaker, 1, began + seconds(second));
         }
@@ -312,7 +312,7 @@ mod tests {
         let probe = breaker.admit(later);
         breaker.abandon(probe, later);
         assert_eq!(breaker.admit(later), Admission::Probe);
-        // This one vanishes without a word.
+        // This probe never reports.
         assert_eq!(breaker.admit(later + seconds(60)), Admission::Probe);
     }
 

@@ -1,8 +1,8 @@
 //! Remembers the requests on which engines crashed, so that none is given to a third engine. Pure.
 //!
-//! Within one job two crashes are enough. Clients repeat a request that failed, and each repeat is a job of its own:
-//! for those, crashes are remembered by the request's content. Whoever only ran beside the cause must not be taken for
-//! it, so across jobs nothing is held against a request that was never alone on its engine when that crashed.
+//! Within one job, two crashes are enough. Clients repeat failed requests, and each repeat is a job of its own, so
+//! crashes are also remembered by the request's content. A request that merely ran concurrently with the cause must not
+//! be blamed: across jobs, a request is convicted only if it was alone on its engine in at least one crash.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -10,9 +10,9 @@ use std::time::Duration;
 use protocol::Digest;
 use tokio::time::Instant;
 
-/// Engines that a request may crash.
+/// Engine crashes after which a request is not run again.
 pub const CRASHES_MAX: u32 = 2;
-/// Requests remembered; the one whose last crash is the oldest is forgotten first.
+/// The most requests remembered; the one with the oldest last crash is removed first.
 const REQUESTS_MAX: usize = 1024;
 
 /// The requests on which engines crashed.
@@ -30,7 +30,7 @@ struct Crashes {
 }
 
 impl CrashRecord {
-    /// Makes a record that remembers a crash for so long.
+    /// Makes a record that remembers each crash for `kept`.
     pub fn new(kept: Duration) -> Self {
         Self { kept, requests: HashMap::new() }
     }
@@ -40,7 +40,7 @@ impl CrashRecord {
         self.requests.is_empty()
     }
 
-    /// Takes note that an engine crashed on a request while it worked on so many.
+    /// Records that an engine crashed on a request while it ran `suspects` requests.
     pub fn crashed(&mut self, request: Digest, suspects: u32, now: Instant) {
         self.forget(now);
         if self.kept.is_zero() {
@@ -58,7 +58,7 @@ impl CrashRecord {
         crashes.last = now;
     }
 
-    /// Takes note that an engine answered a request: it is not the cause of any crash.
+    /// Records that an engine answered a request, which is therefore not the cause of any crash.
     pub fn answered(&mut self, request: &Digest) {
         self.requests.remove(request);
     }
@@ -85,7 +85,7 @@ mod tests {
         Digest::of(&number.to_le_bytes())
     }
 
-    /// Returns whether a request is convicted after crashes with so many suspects each.
+    /// Returns whether a request is convicted after crashes with these numbers of suspects.
     fn convicted(crashes: &[u32]) -> bool {
         let (mut record, now) = (CrashRecord::new(KEPT), Instant::now());
         for suspects in crashes {

@@ -25,7 +25,7 @@ impl DecisionLog {
         Self { kept_max, state: Mutex::default() }
     }
 
-    /// Keeps a job's decision, forgetting the oldest where the log is full.
+    /// Stores a job's decision, and removes the oldest if the log is full.
     pub fn keep(&self, decision: Decision) {
         let mut state = self.state.lock();
         let id = decision.correlation_id;

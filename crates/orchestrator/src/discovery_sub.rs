@@ -1,6 +1,6 @@
-//! Follows the workers: believes their signed reports or counts why not, and forgets the silent.
+//! Tracks the workers: accepts their signed reports or counts the rejections, and removes silent workers.
 //!
-//! Workers look for orchestrators and push their reports; [`search`] looks for those that do not.
+//! Workers find orchestrators and push their reports; [`search`] finds workers that do not.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -24,10 +24,10 @@ use crate::fleet::{Change, Fleet};
 
 pub mod search;
 
-/// How often the silent are looked for and marks are written.
+/// How often silent workers are removed and high-water marks are written.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// Follows the workers of some regions.
+/// Tracks the workers of some regions.
 pub struct DiscoverySub {
     fleet: Arc<Fleet>,
     regions: Vec<Region>,
@@ -38,7 +38,7 @@ pub struct DiscoverySub {
     marks: Mutex<Marks>,
 }
 
-/// The last report believed of each worker, and which of them are not on disk yet.
+/// The high-water mark of each worker's last accepted report, and the marks that are not on disk yet.
 #[derive(Default)]
 struct Marks {
     known: HashMap<WorkerId, HighWater>,
@@ -46,7 +46,7 @@ struct Marks {
 }
 
 impl DiscoverySub {
-    /// Begins with what is known from before, so that reports of an earlier run stay replays.
+    /// Starts from the stored marks, so that reports from before a restart are still rejected as replays.
     pub fn new(
         fleet: Arc<Fleet>,
         regions: Vec<Region>,
@@ -60,7 +60,7 @@ impl DiscoverySub {
         Self { fleet, regions, clock, store, metrics, membership, marks: Mutex::new(marks) }
     }
 
-    /// Takes a report that came over a connection of `remote_key`. Says what it changed.
+    /// Checks and applies a report received from `remote_key`. Returns what it changed.
     pub fn take(&self, remote_key: PublicKey, signed: &Signed) -> Result<Change, Rejection> {
         let admitted = {
             let mut marks = self.marks.lock();
@@ -98,12 +98,12 @@ impl DiscoverySub {
         }
     }
 
-    /// Counts a report that was dropped.
+    /// Counts a rejected report.
     pub fn count(&self, rejection: Rejection) {
         self.metrics.presence_rejected.get_or_create(&ReasonLabel { reason: rejection.reason() }).inc();
     }
 
-    /// Leaves in a report only the models that its worker may serve, so that it gets no job for others.
+    /// Removes from a report the models that the worker's certificate does not allow, so that it gets no jobs for them.
     fn leave_certified(&self, report: &mut HealthReport) {
         if let Ok(Some(certificate)) = self.membership.standing(report.worker_id) {
             report.supported.retain(|key| certificate.allows_model(&key.model_id));
@@ -111,7 +111,7 @@ impl DiscoverySub {
         }
     }
 
-    /// Forgets the silent and writes marks until `stop`, and once more at the end.
+    /// Removes silent workers and writes marks until `stop` is cancelled, then writes the marks once more.
     pub async fn run(&self, stop: CancellationToken) {
         let mut ticks = time::interval(SWEEP);
         let mut revocations = self.membership.changes();
@@ -122,14 +122,14 @@ impl DiscoverySub {
                     self.sweep(Instant::now());
                     self.save_marks().await;
                 }
-                // Without admission nobody is expelled, and nobody tells of it.
+                // Without admission there are no revocations, and this branch is disabled.
                 Ok(()) = revocations.changed() => self.expel(),
             }
         }
         self.save_marks().await;
     }
 
-    /// Forgets the silent. They get no job from the moment on that they are silent for too long; this makes room.
+    /// Removes silent workers. They already get no jobs once they have expired; this frees their memory.
     fn sweep(&self, now: Instant) {
         for worker in self.fleet.expire(now) {
             info!(worker = worker.short(), "worker lost: silent for 15 s");
@@ -142,7 +142,7 @@ impl DiscoverySub {
         self.metrics.workers_loading.set(self.fleet.loading_count() as i64);
     }
 
-    /// Forgets the workers that were expelled.
+    /// Removes the workers that were expelled.
     fn expel(&self) {
         for worker in self.membership.revoked() {
             if self.fleet.remove(worker) {

@@ -1,4 +1,4 @@
-//! Sends a job to a worker and carries its answer back to whoever submitted it.
+//! Sends a job to a worker and relays its answer to the caller.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -17,10 +17,11 @@ use tokio_util::sync::CancellationToken;
 use crate::job::JobEvent;
 use crate::journey::Journey;
 
-/// Whoever submitted a job. The call is accepted with the first chunk, which may bring progress alone; a job of which
-/// no part was sent may still be tried elsewhere.
+/// The call that submitted a job. It is accepted with the first chunk, which may carry only progress. The job can be
+/// retried on another worker until part of the answer is sent.
 ///
-/// A caller that leaves a chunk unread for too long counts as gone: it would hold its job's room for ever.
+/// A caller that leaves a chunk unread for too long counts as gone. Otherwise it would hold its job's reservation
+/// forever.
 pub struct Delivery {
     state: State,
     stall: Duration,
@@ -29,14 +30,12 @@ pub struct Delivery {
 
 enum State {
     Waiting(StreamCall),
-    /// The answer is on its way.
     Streaming(ReplyStream),
-    /// The caller is gone.
     Gone,
 }
 
 impl Delivery {
-    /// Waits with a call for its first chunk.
+    /// Makes a delivery that accepts `call` when the first chunk is sent.
     pub fn new(call: StreamCall, stall: Duration) -> Self {
         Self { state: State::Waiting(call), stall, has_begun: false }
     }
@@ -46,7 +45,7 @@ impl Delivery {
         time::timeout(self.stall, self.state.send(chunk)).await.unwrap_or(Err(Interrupted))
     }
 
-    /// Sends a chunk that brings progress and no part of the answer.
+    /// Sends a chunk that carries progress and no part of the answer.
     async fn send_progress(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
         time::timeout(self.stall, self.state.send(chunk)).await.unwrap_or(Err(Interrupted))
     }
@@ -66,7 +65,7 @@ impl Delivery {
     }
 
     pub async fn finish(self) {
-        // A caller that is gone needs no end.
+        // There is nothing to finish if the caller is gone.
         if let State::Streaming(reply) = self.state {
             let _ = time::timeout(self.stall, reply.finish()).await;
         }
@@ -103,32 +102,31 @@ impl State {
 /// How an attempt ended.
 #[derive(Debug)]
 pub enum AttemptEnd {
-    /// The whole answer came. The last chunk is not sent yet: it waits for the settlement.
+    /// The whole answer arrived. Its last chunk is sent only after the job is settled.
     Complete {
-        /// The last chunk, as it came.
+        /// The last chunk, as the worker sent it.
         last_chunk: Bytes,
-        /// Why the answer ended.
         finish_reason: Option<FinishReason>,
         usage: TokenUsage,
-        /// The longest silence of the worker until its answer began.
+        /// The worker's longest silence before its answer began.
         silence: Duration,
     },
-    /// The caller gave up.
+    /// The caller cancelled or disconnected.
     CallerGone {
-        /// What was delivered until then.
+        /// Tokens delivered until then.
         usage: TokenUsage,
     },
     /// The worker refused or failed.
     Failed {
         error: WireError,
-        /// Whether the worker had not even acknowledged the job.
+        /// Whether the worker failed to acknowledge the job.
         unacknowledged: bool,
-        /// What was delivered until then.
+        /// Tokens delivered until then.
         usage: TokenUsage,
     },
-    /// Engines crashed on the job: it is given to no other.
+    /// Engines crashed on the job, and it is not retried.
     Dead {
-        /// What the caller is told.
+        /// The error sent to the caller.
         error: WireError,
     },
 }
@@ -139,7 +137,7 @@ impl AttemptEnd {
         Self::Failed { error, unacknowledged: false, usage: TokenUsage::default() }
     }
 
-    /// Returns what the attempt took, as far as it came.
+    /// Returns the tokens that the attempt used, as far as known.
     pub fn usage(&self) -> TokenUsage {
         match self {
             Self::Complete { usage, .. } | Self::CallerGone { usage } | Self::Failed { usage, .. } => *usage,
@@ -148,7 +146,7 @@ impl AttemptEnd {
     }
 }
 
-/// What the orchestrator reads of a chunk. It passes the rest on as it came.
+/// The fields of a chunk that the orchestrator reads. It relays the chunk's bytes unchanged.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct ChunkHead<'a> {
@@ -183,10 +181,10 @@ struct PayloadHead<'a> {
     usage: Option<TokenUsage>,
 }
 
-/// Sends a job to a worker and relays its answer, all but the last chunk.
+/// Sends a job to a worker and relays its answer except the last chunk.
 ///
-/// A chunk of another job or attempt, or out of order, fails the attempt: a worker that was given up on, or that lies,
-/// cannot get a word in.
+/// A chunk of another job or attempt, or out of order, fails the attempt, so that an abandoned or dishonest worker
+/// cannot add to the answer.
 pub async fn attempt(
     client: &Client,
     worker_id: WorkerId,
@@ -222,9 +220,9 @@ pub async fn attempt(
 struct Relayed {
     seq: u64,
     usage: TokenUsage,
-    /// When the worker was last heard of.
+    /// When the worker last sent a chunk; no longer updated once the answer has begun.
     heard_at: Instant,
-    /// Its longest silence until its answer began.
+    /// The worker's longest silence before its answer began.
     silence: Duration,
 }
 
@@ -265,7 +263,8 @@ async fn relay(
             }
             continue;
         }
-        // The deadline is for the beginning: an answer that has begun goes on as long as its caller listens.
+        // The deadline limits only the time until the answer begins. An answer that has begun continues as long as its
+        // caller reads.
         answer.lift_deadline();
         relayed.seq += 1;
         relayed.count(&head.payload);
@@ -286,21 +285,21 @@ impl Relayed {
         Self { seq: 0, usage: TokenUsage::default(), heard_at: Instant::now(), silence: Duration::ZERO }
     }
 
-    /// Takes note that the worker said something.
+    /// Records that the worker sent a chunk.
     fn heard(&mut self) {
         let now = Instant::now();
         self.silence = self.silence.max(now - self.heard_at);
         self.heard_at = now;
     }
 
-    /// Counts what a caller who leaves would be billed.
+    /// Adds to the usage that is billed if the caller disconnects.
     fn count(&mut self, payload: &PayloadHead<'_>) {
         if let Some(usage) = payload.usage {
             self.usage.prompt_tokens = usage.prompt_tokens;
             self.usage.cached_tokens = usage.cached_tokens;
         }
-        // A worker that names no tokens still delivered at least one with all that it says, unless it repeats the
-        // prompt: log-probabilities without tokens are the prompt's.
+        // A chunk with content but without token ids counts as one token, unless it echoes the prompt: logprobs without
+        // tokens belong to the prompt.
         let says_something = payload.logprobs.is_empty()
             && !(payload.text.is_empty() && payload.reasoning.is_empty() && payload.tool_calls.is_empty());
         let tokens = payload.tokens.len().max(usize::from(says_something));
@@ -312,7 +311,7 @@ fn garbled(message: &str) -> WireError {
     WireError::new(ErrorCode::WorkerFailed, format!("the worker broke the contract: {message}"))
 }
 
-/// What a failed call to a worker means for the job.
+/// Converts a failed call to a worker to the job's error.
 fn worker_error(error: CallError) -> WireError {
     match error {
         CallError::Remote(error) => error,

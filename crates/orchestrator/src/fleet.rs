@@ -1,4 +1,4 @@
-//! The workers believed alive, in memory: what the scheduler sees.
+//! In-memory view of the live workers, from which the scheduler chooses.
 
 mod replicas;
 
@@ -22,51 +22,52 @@ use replicas::{Replica, Replicas};
 pub enum Change {
     /// The worker was not known.
     Found,
-    /// It was its last report: the worker is gone.
+    /// The report was the worker's last: it has left.
     Left,
-    /// It was started again: what was known of its earlier life is void.
+    /// The worker was restarted: state of its earlier process is void.
     Restarted,
     /// The worker is known and stays.
     None,
 }
 
-/// While a worker fetches a model no other does, if it will be there within this time.
+/// While a worker fetches a model, no other fetches it if the fetch ends within this time.
 const FETCH_WAIT: Duration = Duration::from_mins(10);
-/// How long nobody asks how fast it is.
+/// The speed of a fetch is not judged before it has run this long.
 const FETCH_BEGINS: Duration = Duration::from_mins(1);
-/// A job waits at its worker for a load that ends within this time.
+/// A job may be sent to a worker that is loading its model if the load ends within this time.
 const LOAD_WAIT: Duration = Duration::from_secs(5);
 
-/// Returns whether a job should wait for a load. Of one that has only begun nobody knows.
+/// Returns whether a load ends soon enough for a job to wait. A load that has only just begun has no estimate and does
+/// not count.
 fn ends_soon(progress: LoadProgress) -> bool {
     progress.remaining().is_some_and(|remaining| remaining <= LOAD_WAIT)
 }
 
-/// Returns whether a model is on its way to a worker and will be there in time: one whose way is too slow is not waited
-/// for.
+/// Returns whether a model that a worker is fetching or loading is ready in time. If it is too slow, others may fetch
+/// it too.
 fn is_under_way(progress: LoadProgress) -> bool {
     progress.elapsed_ms < FETCH_BEGINS.as_millis() as u64
         || progress.remaining().is_some_and(|remaining| remaining <= FETCH_WAIT)
 }
 
-/// Returns how far a model is that is loading; a worker that does not tell has only begun.
+/// Returns the progress of a loading model. A worker that reports none counts as having just begun.
 fn load_progress(cached: &&mut CachedModel) -> LoadProgress {
     cached.loading.unwrap_or_default()
 }
 
-/// What a job wants of a worker.
+/// What a job needs from a worker.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
     pub model: &'a ModelKey,
     /// The adapter to run it with.
     pub adapter: Option<&'a AdapterName>,
-    /// The beginnings of its prompt.
+    /// Digests of the prompt's prefixes.
     pub prefix: &'a PrefixChain,
-    /// A context of this many tokens is too short for it; 0 where none is known to be.
+    /// The longest context known to be too short for the job, in tokens; 0 if unknown.
     pub short_context: u32,
 }
 
-/// The workers believed alive.
+/// The live workers.
 pub struct Fleet {
     own_region: Region,
     near_regions: Vec<Region>,
@@ -81,7 +82,7 @@ struct State {
     by_model: HashMap<ModelKey, Replicas>,
 }
 
-/// What placing a job needs of a worker comes first, so that scoring reads few cache lines.
+/// A live worker. The fields that scoring reads come first, so that it touches few cache lines.
 struct Worker {
     worker_id: WorkerId,
     proximity: f32,
@@ -97,12 +98,12 @@ struct Worker {
 }
 
 impl Fleet {
-    /// Makes an empty fleet, seen from a region.
+    /// Makes an empty fleet as seen from a region.
     pub fn new(own_region: Region, near_regions: Vec<Region>) -> Self {
         Self { own_region, near_regions, state: RwLock::default() }
     }
 
-    /// Takes a report that was found worth believing.
+    /// Applies an accepted report.
     pub fn update(&self, mut report: HealthReport, now: Instant) -> Change {
         let proximity = self.proximity(&report.region);
         let mut guard = self.write();
@@ -120,7 +121,7 @@ impl Fleet {
         }
         for model in &report.supported {
             let mut cached = report.model_cache.iter_mut().find(|cached| cached.key == *model);
-            // Kept where they are looked up, and shown to nobody.
+            // The prefixes are moved to the lookup index, so listed reports leave them out.
             let prefixes = cached.as_mut().map(|cached| std::mem::take(&mut cached.prefixes)).unwrap_or_default();
             let replica = Replica {
                 worker: index,
@@ -152,7 +153,7 @@ impl Fleet {
             reported_load: report.capacity.running.saturating_add(report.capacity.waiting),
             reserved: AtomicU32::new(before.as_ref().map_or(0, |before| before.reserved.load(Ordering::Relaxed))),
             draining: report.draining,
-            // A worker that was started anew is not blamed for what it was.
+            // A restarted worker is not blamed for its earlier process.
             set_aside_until: same_start.and_then(|before| before.set_aside_until),
             last_seen: now,
             report,
@@ -160,7 +161,7 @@ impl Fleet {
         change
     }
 
-    /// Forgets workers that have been silent for 15 seconds, and returns them.
+    /// Removes the workers that have been silent for 15 seconds, and returns them.
     pub fn expire(&self, now: Instant) -> Vec<WorkerId> {
         let mut state = self.write();
         let silent = |worker: &&Worker| now.duration_since(worker.last_seen) >= EXPIRY;
@@ -172,12 +173,12 @@ impl Fleet {
         gone
     }
 
-    /// Forgets a worker at once. Says whether it was known.
+    /// Removes a worker at once. Returns whether it was known.
     pub fn remove(&self, worker_id: WorkerId) -> bool {
         self.write().remove(worker_id)
     }
 
-    /// Gives a worker no job until `until`, unless there is no other.
+    /// Sets a worker aside: until `until`, it gets a job only if no other worker can take it.
     pub fn set_aside(&self, worker_id: WorkerId, until: Instant) {
         let mut state = self.write();
         if let Some(index) = state.by_id.get(&worker_id).copied()
@@ -187,7 +188,7 @@ impl Fleet {
         }
     }
 
-    /// Counts a job reserved on a worker, or no longer.
+    /// Adds one to a worker's reserved jobs, or subtracts one if `more` is false.
     pub fn count_reserved(&self, worker_id: WorkerId, more: bool) {
         let state = self.read();
         let Some(worker) = state.by_id.get(&worker_id).and_then(|index| state.workers[*index].as_ref()) else {
@@ -196,13 +197,13 @@ impl Fleet {
         if more {
             worker.reserved.fetch_add(1, Ordering::Relaxed);
         } else {
-            // Not below zero: a worker may have been forgotten and found again in between.
+            // Never below zero: the worker may have been removed and found again meanwhile.
             let less = |count: u32| count.checked_sub(1);
             let _ = worker.reserved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
         }
     }
 
-    /// Shows the workers that support one of a job's models to a decision.
+    /// Calls `decide` with the workers that support one of a job's models.
     pub fn with_candidates<T>(
         &self,
         wanted: &[Wanted<'_>],
@@ -214,7 +215,7 @@ impl Fleet {
         decide(CandidateIter { workers: &state.workers, sources: &sources, build: 0, replicas: [].iter(), now }.begin())
     }
 
-    /// Returns how much context a worker has told of a model in its memory; 0 where that is not known.
+    /// Returns the context length that a worker reported for a model in its memory, or 0 if unknown.
     pub fn context_length(&self, worker_id: WorkerId, model: &ModelKey) -> u32 {
         let state = self.read();
         let worker = state.by_id.get(&worker_id).and_then(|index| state.workers[*index].as_ref());
@@ -222,8 +223,8 @@ impl Fleet {
         cached.map_or(0, |cached| cached.context_length)
     }
 
-    /// Notes that a worker gets a job of a model whose file it has to fetch first. Its next report says what came of
-    /// that.
+    /// Marks a worker as fetching a model, because it gets a job for a model whose file it lacks. Its next report
+    /// replaces the mark.
     pub fn expect_fetch(&self, worker_id: WorkerId, model: &ModelKey) {
         let mut state = self.write();
         if let Some(index) = state.by_id.get(&worker_id).copied()
@@ -233,7 +234,8 @@ impl Fleet {
         }
     }
 
-    /// Returns the worker that is farthest with loading what is wanted, where none has it ready.
+    /// Returns the worker whose load of the wanted model has progressed the most, or `None` if a worker has it ready or
+    /// none is loading it.
     pub fn loading(&self, wanted: Wanted<'_>, now: Instant) -> Option<(WorkerId, LoadProgress)> {
         let state = self.read();
         let replicas = state.by_model.get(wanted.model)?.list.iter();
@@ -256,7 +258,7 @@ impl Fleet {
         farthest
     }
 
-    /// Returns every live worker for people to see.
+    /// Lists every live worker, ordered by id.
     pub fn list(&self, now: Instant) -> Vec<FleetWorker> {
         let state = self.read();
         let mut workers: Vec<FleetWorker> = state
@@ -284,7 +286,7 @@ impl Fleet {
         self.read().by_id.len()
     }
 
-    /// Returns how many of them have a model on its way into memory.
+    /// Returns how many workers are loading a model.
     pub fn loading_count(&self) -> usize {
         let state = self.read();
         let is_loading =
@@ -360,7 +362,7 @@ impl State {
         }
     }
 
-    /// Forgets a worker. Says whether it was known.
+    /// Removes a worker. Returns whether it was known.
     fn remove(&mut self, worker_id: WorkerId) -> bool {
         let Some(index) = self.by_id.remove(&worker_id) else { return false };
         if let Some(worker) = self.workers[index].take() {
@@ -374,7 +376,7 @@ impl State {
 }
 
 impl Wanted<'_> {
-    /// Returns whether the job was too long elsewhere, and is not known to fit here.
+    /// Returns whether the job was too long for another worker, and this one's context is not known to be longer.
     fn is_too_long_for(&self, replica: &Replica) -> bool {
         self.short_context > 0 && replica.context_length <= self.short_context
     }
@@ -389,23 +391,23 @@ impl Wanted<'_> {
     }
 }
 
-/// The workers of one model, and what they have of the job's prompt.
+/// The workers of one model, and the share of the job's prompt that each has cached.
 struct Source<'a> {
     replicas: &'a [Replica],
     warm: HashMap<usize, f32>,
-    /// A worker fetches or loads the model: one that is on its way is not fetched by another at the same time.
+    /// Whether a worker is fetching or loading the model; other workers then do not fetch it at the same time.
     is_coming: bool,
     wanted: Wanted<'a>,
 }
 
-/// The workers that support one of a job's models, model by model.
+/// Iterates over the workers that support one of a job's models, model by model.
 #[derive(Clone)]
 pub struct CandidateIter<'a> {
     workers: &'a [Option<Worker>],
     sources: &'a [Source<'a>],
-    /// The source that is read.
+    /// Index of the current source.
     build: usize,
-    /// What is left of it.
+    /// Remaining replicas of the current source.
     replicas: std::slice::Iter<'a, Replica>,
     now: Instant,
 }
@@ -421,7 +423,7 @@ impl<'a> CandidateIter<'a> {
         let wanted = &source.wanted;
         for replica in self.replicas.by_ref() {
             let Some(worker) = &self.workers[replica.worker] else { continue };
-            // Gone, though nobody has cleared it away yet.
+            // Expired, but not yet removed by the sweep.
             if self.now.saturating_duration_since(worker.last_seen) >= EXPIRY {
                 continue;
             }
@@ -451,7 +453,7 @@ impl<'a> CandidateIter<'a> {
                 proximity: worker.proximity,
                 slots: worker.slots,
                 capacity: worker.capacity,
-                // The worker's word is up to 5 s old, and other orchestrators' jobs are only in it.
+                // The reported load is up to 5 s old, but only it includes the jobs of other orchestrators.
                 load: worker.reported_load.max(worker.reserved.load(Ordering::Relaxed)),
                 warm_share: source.warm.get(&replica.worker).copied().unwrap_or_default(),
                 tokens_per_second: replica.tokens_per_second,

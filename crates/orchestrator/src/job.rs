@@ -1,54 +1,55 @@
-//! The states of a job, and which may follow which. Pure.
+//! The states of a job and the transitions between them. Pure.
 //!
 //! `received → reserved → dispatched → streaming → completed | failed | cancelled | dead`. Only `reserved` and the
-//! terminal states are written to the store (ADR-0008); an attempt number fences the writes of attempts given up on.
+//! terminal states are written to the store (ADR-0008); the attempt number is the fencing token against writes of
+//! abandoned attempts.
 
-/// Where a job stands.
+/// State of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JobState {
-    /// It was taken in.
+    /// It is accepted and has no reservation.
     Received,
-    /// A worker's room is reserved for it, on disk.
+    /// A place on a worker is reserved for it, on disk.
     Reserved,
     /// A worker acknowledged it.
     Dispatched,
-    /// Its first chunk has come; from here on no other worker may begin it anew.
+    /// Its first chunk has arrived; from here on it cannot be retried on another worker.
     Streaming,
-    /// The answer is whole.
+    /// The answer is complete.
     Completed,
     Failed,
-    /// Its caller gave up.
+    /// Its caller cancelled or disconnected.
     Cancelled,
-    /// Engines crashed on it, and nobody tries again.
+    /// Engines crashed on it, and it is not retried.
     Dead,
 }
 
-/// What happens to a job.
+/// An event that changes a job's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JobEvent {
     /// A reservation was written.
     Reserve,
     Acknowledge,
     Chunk,
-    /// The last chunk came.
+    /// The last chunk arrived.
     Complete,
     /// The attempt failed and another will follow.
     GiveUpAttempt,
     /// The attempt failed and no other will follow.
     Fail,
-    /// The attempt failed like those before it, and nobody may try again.
+    /// The attempt crashed an engine as earlier ones did; the job must not be retried.
     Die,
     /// The caller is gone.
     Cancel,
 }
 
-/// What cannot happen to a job in its state.
+/// An event that a job's state does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{event:?} cannot happen to a job that is {state:?}")]
 pub struct IllegalTransition {
-    /// Where the job stands.
+    /// The job's current state.
     pub state: JobState,
-    /// What was to happen.
+    /// The event that was refused.
     pub event: JobEvent,
 }
 
@@ -70,7 +71,7 @@ impl JobState {
         }
     }
 
-    /// Returns whether nothing can happen to the job any more.
+    /// Returns whether the job has ended.
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Completed | Self::Failed | Self::Cancelled | Self::Dead)
     }

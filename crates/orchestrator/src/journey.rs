@@ -1,4 +1,4 @@
-//! One job on its way: what was tried, where it stands, what it holds.
+//! One running job: its attempts, its state and its reservation.
 
 use protocol::control::{AttemptDecision, Decision};
 use protocol::infer::InferRequest;
@@ -17,9 +17,9 @@ use crate::scheduler::{Placement, Tried};
 /// A model that may run a job.
 struct Build {
     model: ModelKey,
-    /// The beginnings of its prompt: a worker that knows one of them is preferred.
+    /// Digests of the prompt's prefixes; a worker that has one of them cached is preferred.
     prefix: PrefixChain,
-    /// A context of this many tokens is too short for it; 0 where none is known to be.
+    /// The longest context known to be too short for the job, in tokens; 0 if unknown.
     short_context: u32,
 }
 
@@ -29,35 +29,35 @@ impl Build {
     }
 }
 
-/// One job on its way.
+/// A running job.
 pub struct Journey {
-    /// The job, with the number of the present attempt.
+    /// The request, with the number of the current attempt.
     pub request: InferRequest,
-    /// Hash of the request as it came.
+    /// Hash of the request as received.
     pub fingerprint: [u8; 32],
-    /// The models that may run it, the one that it asks for first, and never none.
+    /// The models that may run it, the requested one first. Never empty.
     builds: Vec<Build>,
-    /// Which of them the present attempt is for.
+    /// Index of the current attempt's model in `builds`.
     build: usize,
-    /// When its caller stops waiting for the answer to begin.
+    /// The time by which the answer must have begun.
     pub deadline: Instant,
-    /// Whether its caller reads how far it is.
+    /// Whether the caller asked for progress.
     pub wants_progress: bool,
-    /// Workers that had it, and the model that each was to run, in order.
+    /// The workers that were tried, in order, each with the model it was to run.
     pub tried: Vec<Tried>,
-    /// Its room on a worker.
+    /// Its place on a worker.
     pub reservation: Option<Reservation>,
-    /// What the breaker said to the present attempt.
+    /// The breaker's decision about the current attempt.
     pub admission: Option<Admission>,
-    /// Whether the present attempt was sent to its worker.
+    /// Whether the current attempt was sent to its worker.
     pub is_dispatched: bool,
-    /// When the present attempt began.
+    /// When the current attempt began.
     pub attempt_began: Instant,
-    /// Engines that crashed on it.
+    /// Number of engines that crashed on it.
     pub crashes: u32,
-    /// What the attempt before failed of.
+    /// Error of the previous attempt.
     pub last_error: Option<WireError>,
-    /// Why a model could not do what it asks, where another was to be tried.
+    /// Why a model could not do what the job asks, if another was to be tried.
     pub refusal: Option<WireError>,
     state: JobState,
     attempts: Vec<AttemptDecision>,
@@ -65,7 +65,7 @@ pub struct Journey {
 
 impl Journey {
     pub fn new(mut request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
-        // The orchestrator itself tells work from silence by it.
+        // The orchestrator needs progress itself, to tell a busy worker from a silent one.
         let wants_progress = std::mem::replace(&mut request.progress, true);
         let mut models = vec![request.model()];
         for model in std::mem::take(&mut request.alternatives).into_iter().take(ALTERNATIVES_MAX) {
@@ -94,7 +94,7 @@ impl Journey {
         }
     }
 
-    /// Returns the model that the present attempt is for; before the first, the one that the job asks for.
+    /// Returns the model of the current attempt, or the requested one before the first attempt.
     pub fn model(&self) -> &ModelKey {
         &self.builds[self.build].model
     }
@@ -104,12 +104,12 @@ impl Journey {
         self.builds.iter().map(|build| &build.model)
     }
 
-    /// Returns the worker that had it last.
+    /// Returns the worker that was tried last.
     pub fn last_worker(&self) -> Option<WorkerId> {
         self.tried.last().map(|(worker, _)| *worker)
     }
 
-    /// Leaves out the models that it may not have, unless it may have none.
+    /// Removes the models that are not allowed, unless none is allowed.
     pub fn keep_models(&mut self, may_have: impl Fn(&ModelKey) -> bool) {
         if self.models().any(&may_have) {
             self.builds.retain(|build| may_have(&build.model));
@@ -117,7 +117,7 @@ impl Journey {
         }
     }
 
-    /// Returns what it wants of a worker, for each model that may run it yet.
+    /// Returns what the job needs from a worker, for each model that may run it.
     pub fn wanted(&self) -> Vec<Wanted<'_>> {
         let adapter = self.request.input.adapter.as_ref();
         let wanted = self.builds.iter().map(|Build { model, prefix, short_context }| Wanted {
@@ -129,15 +129,15 @@ impl Journey {
         wanted.collect()
     }
 
-    /// Has the next attempt be for one of the models.
+    /// Selects the model of the next attempt, by its index.
     pub fn choose(&mut self, build: usize) {
         self.build = build;
         self.request.model_id = self.model().model_id.clone();
         self.request.version = self.model().version;
     }
 
-    /// Takes note that the present model cannot do what the job asks: no worker whose context has no more than
-    /// `context` tokens, or nobody at all where that is 0. Nobody has failed.
+    /// Rules out the current model on workers whose context has at most `context` tokens, or on all workers if
+    /// `context` is 0. The attempt does not count as failed.
     pub fn rule_out(&mut self, context: u32, refusal: &WireError) {
         self.tried.pop();
         self.refusal = Some(refusal.clone());
@@ -145,13 +145,13 @@ impl Journey {
         build.short_context = if context == 0 { u32::MAX } else { build.short_context.max(context) };
     }
 
-    /// Returns what the request is, whoever's client repeats it: its tenant, the model that it asks for and its input.
+    /// Returns a digest of the tenant, the first model and the input. It is the same when a client repeats the request.
     pub fn content(&self) -> Digest {
         let InferRequest { tenant_id, input, .. } = &self.request;
         Digest::of(&codec::encode(&(tenant_id, &self.builds[0].model, input)))
     }
 
-    /// Keeps the table of a placement.
+    /// Records a placement as a new attempt.
     pub fn record(&mut self, placement: Placement) {
         self.attempts.push(AttemptDecision {
             attempt: self.attempts.len() as u32 + 1,
@@ -162,14 +162,15 @@ impl Journey {
         });
     }
 
-    /// Says what became of the last placement.
+    /// Sets the outcome of the last placement.
     pub fn note(&mut self, outcome: &str) {
         if let Some(attempt) = self.attempts.last_mut() {
             outcome.clone_into(&mut attempt.outcome);
         }
     }
 
-    /// Moves the job on. A step that its state does not allow is a defect of ours, and changes nothing.
+    /// Applies an event to the job's state. An event that the state does not allow is a bug: it is logged and changes
+    /// nothing.
     pub fn step(&mut self, event: JobEvent) {
         match self.state.after(event) {
             Ok(state) => self.state = state,
@@ -177,7 +178,7 @@ impl Journey {
         }
     }
 
-    /// Ends the journey and returns the record of its decision.
+    /// Returns the record of the job's placements.
     pub fn into_decision(self) -> Decision {
         Decision {
             correlation_id: self.request.correlation_id,

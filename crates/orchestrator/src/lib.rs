@@ -1,7 +1,7 @@
-//! Finds a worker for each job and sees the job through. Start reading at [`Orchestrator::submit`].
+//! Finds a worker for each job and follows the job until it is settled. Start reading at [`Orchestrator::submit`].
 //!
-//! Decisions are pure functions of facts and the present ([`scheduler`], [`circuit_breaker`], [`retry_manager`],
-//! [`job`]); only [`orchestrator`], [`dispatch`] and [`reservation_manager`] act.
+//! Decisions are pure functions of the state and the current time ([`scheduler`], [`circuit_breaker`],
+//! [`retry_manager`], [`job`]); only [`orchestrator`], [`dispatch`] and [`reservation_manager`] act.
 
 pub mod circuit_breaker;
 pub mod config;

@@ -1,4 +1,4 @@
-//! The service: sees each job from its submission to its settlement.
+//! The orchestrator service: takes each job from submission to settlement.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -47,27 +47,27 @@ use crate::reservation_manager::{Ending, ReservationManager};
 use crate::retry_manager::{self, Failure, Plan};
 use crate::scheduler::{self, Candidate, Placement, Refusal};
 
-/// How long a worker may take to say where a model is.
+/// How long a worker may take to answer a request to load or unload a model.
 const MOVE_WITHIN: Duration = Duration::from_millis(1_500);
-/// How long jobs under way may take to end once the orchestrator stops.
+/// How long running jobs may take to finish once the orchestrator stops.
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// What an orchestrator is made of.
+/// Dependencies of an [`Orchestrator`].
 pub struct OrchestratorParts {
-    /// Its end of the network.
+    /// The orchestrator's connection to the network.
     pub transport: Arc<dyn Transport>,
     pub region: Region,
-    /// The time of day.
+    /// Wall clock.
     pub clock: Arc<dyn Clock>,
-    /// Jobs, reservations and usage.
+    /// Stores jobs, reservations and usage.
     pub store: Arc<dyn JobStore>,
     pub metrics: Metrics,
-    /// Who may give it jobs and reports, and get them.
+    /// Decides which nodes may submit jobs, send reports and receive jobs.
     pub membership: Membership,
     pub version: String,
 }
 
-/// Finds a worker for each job and sees the job through.
+/// Finds a worker for each job and follows the job until it is settled.
 pub struct Orchestrator {
     config: Config,
     region: Region,
@@ -85,10 +85,10 @@ pub struct Orchestrator {
 }
 
 impl Orchestrator {
-    /// Sees one job through: policy → fleet, score → breaker → reserve → dispatch, relay → finalise.
+    /// Runs one job to its end: policy → fleet, score → breaker → reserve → dispatch, relay → finalise.
     ///
-    /// Until its first chunk a job may be tried again on another worker; what the caller has seen is never begun
-    /// anew. A job that was reserved is settled exactly once, and the last chunk waits for that.
+    /// A job may be retried on another worker until its first chunk is sent; an answer that the caller has begun to
+    /// receive is never restarted. A reserved job is settled exactly once, and its last chunk is sent only after that.
     pub async fn submit(&self, mut journey: Journey, delivery: &mut Delivery) -> Result<(), WireError> {
         let policy = self.policies.admit(&journey.request.tenant_id, journey.models()).await?;
         journey.keep_models(|model| policy.allows(&model.model_id));
@@ -105,7 +105,7 @@ impl Orchestrator {
         self.finalise(journey, end, delivery).await
     }
 
-    /// Tries the job once, on the worker that suits it best.
+    /// Makes one attempt, on the worker with the best score.
     async fn attempt(&self, journey: &mut Journey, delivery: &mut Delivery) -> Result<AttemptEnd, WireError> {
         journey.is_dispatched = false;
         let worker = self.choose_worker(journey)?;
@@ -113,7 +113,7 @@ impl Orchestrator {
         self.pass_breaker(journey)?;
         self.reserve(journey, &worker).await?;
         if !worker.has_file {
-            // Other jobs are not to have other workers fetch it as well.
+            // Marks the fetch as begun, so that other jobs do not make other workers fetch the same file.
             self.fleet.expect_fetch(worker.worker_id, journey.model());
         }
         self.dispatch(journey, delivery).await
@@ -123,7 +123,8 @@ impl Orchestrator {
         let models: Vec<ModelKey> = journey.models().cloned().collect();
         let shut: Vec<bool> = models.iter().map(|model| self.is_shut(model)).collect();
         let is_choice = models.len() > 1;
-        // A model that fails too often is left alone, unless all do: then the breaker says so.
+        // A model whose breaker refuses requests is skipped. If all breakers refuse, none is skipped, and
+        // `pass_breaker` returns the error.
         let may_run = |candidate: &Candidate| !is_choice || !shut[candidate.build] || shut.iter().all(|shut| *shut);
         let table = if is_choice { &models[..] } else { &[] };
         let wanted = journey.wanted();
@@ -138,9 +139,9 @@ impl Orchestrator {
         worker
     }
 
-    /// Says why nobody gets a job.
+    /// Returns the error for a job that no worker can take.
     fn nobody(&self, journey: &Journey, wanted: &[Wanted<'_>], placement: &Placement) -> WireError {
-        // A refusal is final where every other worker would refuse as well, whether or not it has room now.
+        // A worker's refusal is final if every other worker would refuse too, whether or not it has a free slot now.
         if let Some(refusal) = &journey.refusal {
             let can_never =
                 |candidate: Candidate| matches!(candidate.barred, Some(Refusal::ShortContext | Refusal::NoAdapter));
@@ -156,14 +157,14 @@ impl Orchestrator {
         }
     }
 
-    /// Returns whether a model fails too often to be asked now.
+    /// Returns whether the model's breaker refuses requests now.
     fn is_shut(&self, model: &ModelKey) -> bool {
         let breakers = self.breakers.lock();
         breakers.get(model).is_some_and(|breaker| breaker.refuses(Instant::now()))
     }
 
-    /// Asks the breaker about a job. One that was let in passes with its further attempts as well: a worker's failure
-    /// before the first token costs the caller nothing.
+    /// Asks the breaker whether the job may run. Once its first attempt is admitted, later attempts pass without
+    /// asking: a worker's failure before the first token costs the caller nothing.
     fn pass_breaker(&self, journey: &mut Journey) -> Result<(), WireError> {
         if !journey.tried.is_empty() {
             journey.admission = Some(Admission::Pass);
@@ -181,7 +182,7 @@ impl Orchestrator {
         }
     }
 
-    /// Writes the job and its room on the worker, or moves both there from the worker that failed.
+    /// Writes the job and its reservation on the worker, or moves both there from the worker that failed.
     async fn reserve(&self, journey: &mut Journey, worker: &Candidate) -> Result<(), WireError> {
         journey.tried.push((worker.worker_id, worker.build));
         let model = journey.model().clone();
@@ -262,7 +263,8 @@ impl Orchestrator {
         }
     }
 
-    /// Takes note that a model could not do what the job asks. Says whether another, or another worker, may be able to.
+    /// Records that a model could not do what the job asks. Returns whether another model or another worker may be able
+    /// to.
     fn rule_out(&self, journey: &mut Journey, refusal: &WireError) -> bool {
         let Some(worker) = journey.last_worker().filter(|_| journey.is_dispatched) else { return false };
         let context = match refusal.code {
@@ -276,7 +278,7 @@ impl Orchestrator {
         true
     }
 
-    /// Settles the job and tells the caller how it ended.
+    /// Settles the job, then sends the last chunk or returns the error.
     async fn finalise(&self, mut journey: Journey, end: AttemptEnd, delivery: &mut Delivery) -> Result<(), WireError> {
         let usage = end.usage();
         let (ending, event) = match &end {
@@ -285,7 +287,7 @@ impl Orchestrator {
             }
             AttemptEnd::CallerGone { .. } => (Ending::cancelled(usage), JobEvent::Cancel),
             AttemptEnd::Failed { error, .. } => {
-                // "Nobody is left" would hide what the others failed of.
+                // `NoCapacity` would hide why the earlier attempts failed.
                 let error = journey
                     .last_error
                     .take()
@@ -321,7 +323,7 @@ impl Orchestrator {
         self.decisions.keep(journey.into_decision());
         match (end, settled) {
             (AttemptEnd::Complete { last_chunk, .. }, Ok(Finalised::Settled)) => {
-                // A caller that leaves now has the whole answer but for its end, and pays for it.
+                // A caller that disconnects now has received everything but the last chunk, and is billed.
                 let _ = delivery.send(&last_chunk).await;
                 Ok(())
             }
@@ -331,7 +333,7 @@ impl Orchestrator {
             (AttemptEnd::Complete { .. }, Err(error)) => Err(error),
             (_, settled) => {
                 if let Err(error) = settled {
-                    // The lease runs out and settles it.
+                    // The job is settled when its lease expires.
                     warn!(%error, "could not settle a job that did not complete");
                 }
                 error.map_or(Ok(()), Err)
@@ -339,14 +341,14 @@ impl Orchestrator {
         }
     }
 
-    /// Returns whether engines crashed on such a request again and again.
+    /// Returns whether engines crashed repeatedly on a request with this content.
     fn is_convicted(&self, journey: &Journey) -> bool {
         let mut crashes = self.crashes();
-        // A long prompt takes a while to hash, so it is hashed only where there is something to compare it with.
+        // Hashing a long prompt takes time, so it is hashed only if there are crashes to compare it with.
         !crashes.is_empty() && crashes.is_convicted(&journey.content(), Instant::now())
     }
 
-    /// Takes note that an engine crashed on a job, and returns whether no other may have it.
+    /// Records that an engine crashed on a job. Returns whether the job must not be given to another engine.
     fn crashed(&self, journey: &mut Journey, error: &WireError) -> bool {
         journey.crashes += 1;
         let (content, now) = (journey.content(), Instant::now());
@@ -367,7 +369,7 @@ impl Orchestrator {
         self.crashes.lock()
     }
 
-    /// Lets the breaker know what came of a request that it let pass.
+    /// Reports the outcome of an admitted request to its breaker, and clears the crash record of a completed one.
     fn tell_breaker(&self, journey: &mut Journey, end: &AttemptEnd) {
         let Some(admission) = journey.admission.take() else { return };
         let slow = Duration::from_secs(self.config.breaker.slow_secs);
@@ -408,7 +410,7 @@ impl Orchestrator {
         result
     }
 
-    /// Reads a submitted job and answers it.
+    /// Decodes a submitted job, runs it and answers the call.
     async fn take_job(self: Arc<Self>, call: StreamCall) {
         if let Err(exclusion) = self.membership.admit(call.peer, NodeRole::Gateway, Some(&self.region)) {
             return call.refuse(exclusion.into()).await;
@@ -430,7 +432,7 @@ impl Orchestrator {
         match self.discovery.take(remote_key, signed) {
             Ok(change) => {
                 if change == Change::Restarted {
-                    // What is open leads to the process that is gone, and would cost the next job its patience.
+                    // Open connections lead to the process that ended; the next job would run into a timeout on them.
                     self.client.disconnect(remote_key);
                 }
                 if matches!(change, Change::Found | Change::Restarted) {
@@ -448,7 +450,7 @@ impl Orchestrator {
         }
     }
 
-    /// Runs an orchestrator until `stop`.
+    /// Runs an orchestrator until `stop` is cancelled.
     pub async fn run(config: Config, parts: OrchestratorParts, stop: CancellationToken) -> Result<(), StoreError> {
         let OrchestratorParts { transport, region, clock, store, metrics, membership, version } = parts;
         let connect_within = Duration::from_millis(config.dispatch_connect_ms);
@@ -529,7 +531,7 @@ impl Orchestrator {
         Ok(())
     }
 
-    /// Has every worker that serves a model load or unload it.
+    /// Asks every worker that serves a model to load or unload it.
     async fn move_model(&self, request: ModelMove) -> ModelPlaces {
         let serving =
             self.fleet.list(Instant::now()).into_iter().filter(|worker| worker.report.serves(&request.key, None));
@@ -584,7 +586,8 @@ fn is_workers_fault(code: ErrorCode) -> bool {
         code,
         ErrorCode::WorkerFull | ErrorCode::WorkerStopping | ErrorCode::ModelNotHere | ErrorCode::ModelLoading
     );
-    // A crash is counted against the request: any key could shut a model off for all others.
+    // A crash counts against the request, not the model. Otherwise any API key could open a model's breaker for
+    // everyone.
     let refusal = refusal || code == ErrorCode::EngineCrashed;
     code.blame() == Blame::Worker && !refusal
 }

@@ -1,4 +1,4 @@
-//! What a tenant may do, decided for each job. The rules come from the registry; changes apply within seconds.
+//! Decides for each job what its tenant may do. Policies come from the registry; changes apply within seconds.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,16 +13,15 @@ use tokio::time::Instant;
 
 /// The span over which requests are counted, in seconds.
 const WINDOW_SECS: u64 = 60;
-/// Tenants remembered; beyond that the ones idle longest are forgotten.
+/// The most tenants remembered; the least recently used is removed first.
 const TENANTS_MAX: usize = 10_000;
 
-/// Where a tenant's rules come from.
+/// Source of tenants' policies.
 #[async_trait]
 pub trait PolicySource: Send + Sync {
-    /// Returns a tenant's rules.
     async fn policy(&self, tenant_id: &TenantId) -> Result<TenantPolicy, WireError>;
 
-    /// Returns whether it is known that no registry answers, so that nobody needs to wait for one.
+    /// Returns whether the registries are known to be unreachable, so that callers need not wait for one.
     fn is_away(&self) -> bool;
 }
 
@@ -42,13 +41,13 @@ struct Tenant {
 }
 
 impl PolicyEngine {
-    /// Makes an engine that believes rules for `fresh`, and for `absence_max` while no registry answers.
+    /// Makes an engine that caches policies for `fresh`, or for up to `absence_max` while no registry answers.
     pub fn new(source: Arc<dyn PolicySource>, fresh: Duration, absence_max: Duration) -> Self {
         Self { source, fresh, absence_max, tenants: Mutex::default() }
     }
 
-    /// Lets a job in that may be run by some of these models, or says which rule forbids it. A job let in counts
-    /// towards its tenant's limit. Returns the rules by which it was decided.
+    /// Admits a job if its tenant may use at least one of these models and is within its rate limit; otherwise returns
+    /// the rule that forbids it. An admitted job counts towards the limit. Returns the policy that was applied.
     pub async fn admit<'a>(
         &self,
         tenant_id: &TenantId,
@@ -79,7 +78,8 @@ impl PolicyEngine {
                 self.remember(tenant_id, policy);
                 Ok(())
             }
-            // Rules a little old beat a service that stops with its registry. One that refuses is not silent.
+            // A slightly old policy is better than a service that stops with its registry. A registry that refuses is
+            // not absent.
             Err(error) if may_stand && error.code == ErrorCode::Unavailable => Ok(()),
             Err(error) => Err(error),
         }
@@ -105,7 +105,7 @@ impl PolicyEngine {
     }
 }
 
-/// Decides about one request; pure but for the count of a request let in.
+/// Decides about one request. Pure, except that an admitted request is counted.
 fn decide<'a>(
     policy: &TenantPolicy,
     models: impl Iterator<Item = &'a ModelKey> + Clone,
@@ -129,7 +129,7 @@ fn decide<'a>(
 struct RequestWindow {
     start: Instant,
     seconds: [u32; WINDOW_SECS as usize],
-    /// The last second that was counted in, since `start`.
+    /// The last second counted, from `start`.
     last: u64,
     total: u32,
 }
@@ -139,7 +139,7 @@ impl RequestWindow {
         Self { start, seconds: [0; WINDOW_SECS as usize], last: 0, total: 0 }
     }
 
-    /// Counts a request, or says how long until there is room for one.
+    /// Counts a request, or returns the time until the limit allows another.
     fn count(&mut self, limit: u32, now: Instant) -> Result<(), Duration> {
         let second = now.duration_since(self.start).as_secs();
         for passed in (self.last + 1..=second).take(WINDOW_SECS as usize) {

@@ -1,4 +1,4 @@
-//! Asks the region's registries for tenants' rules.
+//! Fetches tenants' policies from the region's registries.
 
 use std::time::Duration;
 
@@ -10,9 +10,9 @@ use rpc::{Client, Directory};
 
 use crate::policy_engine::PolicySource;
 
-/// How long a registry may take.
+/// How long a registry may take to answer.
 const DEADLINE: Duration = Duration::from_secs(2);
-/// How long to wait for a registry to be found, right after the start.
+/// How long to wait until a registry is found, right after startup.
 const SEARCH: Duration = Duration::from_secs(2);
 
 /// Asks one registry after another.
@@ -22,7 +22,7 @@ pub struct RegistryPolicies {
 }
 
 impl RegistryPolicies {
-    /// Makes a source of the registries that a directory knows.
+    /// Makes a source that asks the registries in `directory`.
     pub fn new(client: Client, directory: Directory) -> Self {
         Self { client, directory }
     }

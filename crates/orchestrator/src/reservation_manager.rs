@@ -1,4 +1,4 @@
-//! Reserves room and writes the job before it is sent, keeps the lease alive, and settles the job (O6).
+//! Writes a job and its reservation before dispatch, renews the lease, and settles the job (O6).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,15 +20,15 @@ use tracing::{debug, warn};
 
 use crate::fleet::Fleet;
 
-/// Leases that ran out and are dealt with at once.
+/// The most expired leases that one sweep releases.
 const EXPIRED_AT_ONCE: u32 = 256;
 
-/// The wait before a settlement is tried again; it doubles.
+/// Delay before a settlement is retried; it doubles with each retry.
 const SETTLE_AGAIN: Duration = Duration::from_millis(20);
-/// The longest such wait.
+/// The longest delay between retries.
 const SETTLE_AGAIN_MAX: Duration = Duration::from_secs(1);
 
-/// Reserves, renews and settles.
+/// Makes, renews and settles reservations.
 pub struct ReservationManager {
     store: Arc<dyn JobStore>,
     clock: Arc<dyn Clock>,
@@ -39,25 +39,23 @@ pub struct ReservationManager {
     held: Mutex<HashMap<JobKey, CancellationToken>>,
 }
 
-/// A job that has its room on a worker, on disk.
+/// A job's place on a worker, written to disk.
 ///
-/// Dropping it without settling leaves the rest to the lease: it is renewed no more, and runs out.
+/// If it is dropped without settling, its lease is no longer renewed and expires.
 pub struct Reservation {
     manager: Arc<ReservationManager>,
-    /// Counts the job on its worker.
+    /// Counts the job towards its worker's load.
     counted: Counted,
-    /// What makes it the same job.
     pub key: JobKey,
-    /// The worker that holds room.
     pub worker_id: WorkerId,
-    /// Which try this is.
+    /// Number of the attempt, counted from 1.
     pub attempt: u32,
-    /// Cancelled when the lease was lost: the attempt is void and must end.
+    /// Cancelled when the lease is lost: the attempt is void and must end.
     pub void: CancellationToken,
 }
 
-/// A job counted on a worker, until it is dropped. It is counted from the worker's choice on and not from the write,
-/// because jobs that are placed meanwhile must see it: a burst would go to one worker.
+/// Counts a job on a worker until dropped. Counting starts when the worker is chosen, before the reservation is
+/// written, so that jobs placed meanwhile see it. Otherwise a burst would go to one worker.
 struct Counted {
     fleet: Arc<Fleet>,
     worker_id: WorkerId,
@@ -79,43 +77,42 @@ impl Drop for Counted {
 /// How a job ends.
 pub struct Ending {
     pub state: TerminalState,
-    /// Why the answer ended.
     pub finish_reason: Option<FinishReason>,
     pub usage: Option<TokenUsage>,
     pub error: Option<WireError>,
 }
 
 impl Ending {
-    /// The answer is whole.
+    /// The answer is complete.
     pub fn completed(finish_reason: Option<FinishReason>, usage: TokenUsage) -> Self {
         Self { state: TerminalState::Completed, finish_reason, usage: Some(usage), error: None }
     }
 
-    /// The caller gave up; it pays for what it got.
+    /// The caller cancelled; what it received is billed.
     pub fn cancelled(usage: TokenUsage) -> Self {
         Self { state: TerminalState::Cancelled, finish_reason: None, usage: Some(usage), error: None }
     }
 
-    /// It went wrong; nobody pays.
+    /// The job failed; nothing is billed.
     pub fn failed(error: WireError) -> Self {
         Self { state: TerminalState::Failed, finish_reason: None, usage: None, error: Some(error) }
     }
 
-    /// Nobody may try it again; nobody pays.
+    /// The job must not be retried; nothing is billed.
     pub fn dead(error: WireError) -> Self {
         Self { state: TerminalState::Dead, ..Self::failed(error) }
     }
 
-    /// Returns a short word for it.
+    /// Returns the error code, or the state if there is no error.
     pub fn outcome(&self) -> &'static str {
         self.error.as_ref().map_or(self.state.as_str(), |error| error.code.as_str())
     }
 }
 
-/// What the store's answers mean to whoever submitted the job.
+/// Converts a store error to the error that the caller gets.
 fn store_error(error: &StoreError) -> WireError {
     match error {
-        // Trying at once again would only add to the load.
+        // An immediate retry would only add to the load.
         StoreError::Overloaded => WireError::new(ErrorCode::NoCapacity, "too many jobs are being taken in, try again")
             .with_retry_after(Duration::from_secs(1)),
         _ => WireError::new(ErrorCode::Unavailable, "jobs cannot be written now, try again"),
@@ -127,7 +124,7 @@ fn worker_full(message: String) -> WireError {
 }
 
 impl ReservationManager {
-    /// Makes a manager of reservations that last `lease`.
+    /// Makes a manager whose reservations expire after `lease` unless they are renewed.
     pub fn new(
         store: Arc<dyn JobStore>,
         clock: Arc<dyn Clock>,
@@ -139,7 +136,7 @@ impl ReservationManager {
         Self { store, clock, fleet, metrics, region, lease, held: Mutex::default() }
     }
 
-    /// Writes a job and its reservation. `None` says that the job is known: it must not run again.
+    /// Writes a job and its reservation. Returns `None` if the job is known, because it must not run again.
     pub async fn reserve(
         self: &Arc<Self>,
         request: &InferRequest,
@@ -179,7 +176,7 @@ impl ReservationManager {
         }
     }
 
-    /// Renews the leases of jobs under way and releases those that ran out, until `stop`.
+    /// Renews the leases of running jobs and releases expired ones until `stop` is cancelled.
     pub async fn run(&self, stop: CancellationToken) {
         let mut ticks = time::interval(self.lease / 3);
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
@@ -197,7 +194,8 @@ impl ReservationManager {
             Ok(lost) => {
                 let held = self.lock();
                 for key in &lost {
-                    // Settled in between, or lost: only the second still has somebody at work.
+                    // The job was settled meanwhile, or its lease is lost. Only a lost one still has an attempt
+                    // running.
                     if let Some(void) = held.get(key) {
                         warn!(correlation_id = %key.correlation_id, "lease lost, the attempt is void");
                         void.cancel();
@@ -258,7 +256,7 @@ impl Reservation {
         Ok(())
     }
 
-    /// Settles the job, once. The answer's last chunk must wait for this.
+    /// Settles the job exactly once. The answer's last chunk must not be sent before this returns.
     pub async fn finalise(self, ending: Ending) -> Result<Finalised, WireError> {
         let settlement = Settlement {
             key: self.key.clone(),
@@ -279,8 +277,8 @@ impl Reservation {
 }
 
 impl Reservation {
-    /// Writes the settlement, again and again while the store is too busy: the work is done, and must be settled. The
-    /// lease is renewed meanwhile.
+    /// Writes the settlement, retrying for up to one lease while the store is overloaded, because finished work must be
+    /// settled. The lease is renewed meanwhile.
     async fn settle(&self, settlement: Settlement) -> Result<Finalised, FinaliseError> {
         let give_up = time::Instant::now() + self.manager.lease;
         let mut wait = SETTLE_AGAIN;

@@ -1,4 +1,4 @@
-//! Whether a failed attempt is followed by another, and when. Pure.
+//! Decides whether a failed attempt is retried, and when. Pure.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ pub struct Failure {
 /// What follows a failed attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plan {
-    /// Another worker tries after this time.
+    /// Another worker is tried after a delay.
     Retry {
         /// How long to wait.
         after: Duration,
@@ -24,27 +24,27 @@ pub enum Plan {
     GiveUp,
 }
 
-/// The wait before the second attempt; it doubles from there.
+/// Base of the backoff: the delay after attempt `n` is at most `BACKOFF << n`.
 const BACKOFF: Duration = Duration::from_millis(10);
-/// The longest wait.
+/// Upper limit of the delay.
 const BACKOFF_MAX: Duration = Duration::from_millis(500);
 
-/// Returns whether a failure is the model's, which cannot do what was asked: another may be able to.
+/// Returns whether the model cannot do what was asked, so that another model may be able to.
 pub fn is_of_the_model(failure: Failure) -> bool {
     let cannot = matches!(failure.code, ErrorCode::UnsupportedParameter | ErrorCode::ContextLengthExceeded);
     cannot && !failure.streamed
 }
 
-/// Decides what follows a failed attempt, counted from 1.
+/// Decides what follows a failed attempt. Attempts are counted from 1.
 pub fn plan(attempt: u32, attempts_max: u32, failure: Failure, correlation_id: CorrelationId) -> Plan {
-    // Once the caller has seen part of an answer, another worker's answer cannot be sewn on.
+    // Once the caller has part of an answer, another worker's answer cannot continue it.
     if failure.streamed || attempt >= attempts_max {
         return Plan::GiveUp;
     }
     match failure.code {
-        // The caller may wait for a load; its job does not.
+        // The caller may try again after the load; the job does not wait for it.
         ErrorCode::DeadlineExceeded | ErrorCode::Cancelled | ErrorCode::ModelLoading => Plan::GiveUp,
-        // A refusal is no sign of trouble: the next worker is asked at once.
+        // A refusal is not a fault, so the next worker is tried at once.
         ErrorCode::WorkerFull | ErrorCode::WorkerStopping | ErrorCode::ModelNotHere => {
             Plan::Retry { after: Duration::ZERO }
         }
@@ -53,8 +53,8 @@ pub fn plan(attempt: u32, attempts_max: u32, failure: Failure, correlation_id: C
     }
 }
 
-/// Full jitter: anywhere between nothing and the doubled wait, drawn from the job's own name so that a simulation
-/// repeats.
+/// Returns a delay with full jitter, between zero and the doubled backoff. It is derived from the job's id, so that
+/// simulations are reproducible.
 fn jittered(attempt: u32, correlation_id: CorrelationId) -> Duration {
     let ceiling = BACKOFF.saturating_mul(1 << attempt.min(10)).min(BACKOFF_MAX);
     let id = correlation_id.0.as_u128();

@@ -12,60 +12,60 @@ pub mod affinity;
 
 use affinity::{Terms, Weights};
 
-/// Rows of the decision table that are kept; a fleet of thousands is told by its best.
+/// The most rows of the decision table; of a large fleet only the best are kept.
 pub const TABLE_MAX: usize = 64;
 
 /// A worker and one of the requested models that it supports. A worker that supports several is listed once for each.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Candidate {
     pub worker_id: WorkerId,
-    /// Which of the models that may run the job it would run, counted from 0.
+    /// Index of the model it would run, among the models that may run the job.
     pub build: usize,
     /// Whether the model is in its memory.
     pub resident: bool,
     /// Whether the model's file is on its disk.
     pub has_file: bool,
-    /// Whether the adapter asked for is attached there, or none was.
+    /// Whether the requested adapter is attached, or none was requested.
     pub adapter_at_hand: bool,
-    /// 1 in the same region, less the farther away.
+    /// 1 in the same region, less in regions farther away.
     pub proximity: f32,
-    /// Jobs it runs side by side.
+    /// Jobs it runs concurrently.
     pub slots: u32,
     /// Jobs it may hold, running and waiting.
     pub capacity: u32,
-    /// Jobs it holds, as far as is known.
+    /// Jobs it holds, as far as known.
     pub load: u32,
-    /// Share of the prompt's beginning it has at hand, 0 to 1.
+    /// Share of the prompt in its prefix cache, 0 to 1.
     pub warm_share: f32,
-    /// Generated tokens a second, 0 if unknown.
+    /// Decode speed in tokens per second, 0 if unknown.
     pub tokens_per_second: f32,
-    /// Why it gets no job at all, if so.
+    /// Why it cannot be chosen, if so.
     pub barred: Option<Refusal>,
 }
 
-/// Why a worker cannot be taken.
+/// Why a worker cannot be chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Refusal {
     /// It holds as many jobs as it may.
     Full,
-    /// It takes nothing new.
+    /// It accepts no new jobs.
     Draining,
-    /// It did not acknowledge a job lately. It is taken where there is no other, be it a full one.
+    /// It did not acknowledge a recent job. It is chosen only if no other worker can be, and none is merely full.
     SetAside,
     /// It could not load the model.
     ModelError,
-    /// It loads the model, and that takes a while yet.
+    /// It is loading the model and will not be ready soon, or another worker is already fetching the model.
     Loading,
-    /// It does not serve the adapter asked for.
+    /// It does not serve the requested adapter.
     NoAdapter,
     /// Its context is no longer than one that was too short for the job.
     ShortContext,
-    /// It failed this very job before, with the same model.
+    /// It already failed this job with the same model.
     Tried,
 }
 
 impl Refusal {
-    /// Returns the short word it is known by.
+    /// Returns the reason's name in decision tables.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Full => "full",
@@ -83,19 +83,19 @@ impl Refusal {
 /// Where a job goes, and why.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Placement {
-    /// The worker, or none where all are refused.
+    /// The chosen worker, or `None` if all are refused.
     pub chosen: Option<Candidate>,
     /// The best candidates and their terms, the best first.
     pub candidates: Vec<CandidateScore>,
-    /// Workers that cannot be taken.
+    /// Workers that cannot be chosen.
     pub refused: Vec<RefusedWorker>,
 }
 
-/// A worker that failed a job, and the model that it ran then, counted as [`Candidate::build`] is.
+/// A worker that failed a job, and the index of the model it ran, as in [`Candidate::build`].
 pub type Tried = (WorkerId, usize);
 
-/// Places a job. `tried` are those that failed it before; `models` are those that may run it, for the table, and
-/// none where there is only one.
+/// Places a job. `tried` lists the workers that failed it before. `models` lists the models that may run it, for the
+/// table, and is empty if there is only one.
 pub fn place(
     candidates: impl Iterator<Item = Candidate> + Clone,
     tried: &[Tried],
@@ -108,8 +108,8 @@ pub fn place(
     let mut table: Vec<(f64, Candidate)> = Vec::with_capacity(TABLE_MAX * 2);
     let mut is_cut = false;
     let mut chosen: Option<(f64, Candidate)> = None;
-    // Not to acknowledge may have been the machine's or the network's fault: such a worker is better than none. A full
-    // one is not: it has room soon.
+    // A missing acknowledgement may be the fault of the machine or the network, so such a worker is better than none. A
+    // full worker is better still, because it has a free slot soon.
     let mut last_resort: Option<(f64, Candidate)> = None;
     let mut is_one_full = false;
     for candidate in candidates {
@@ -133,7 +133,7 @@ pub fn place(
         if chosen.as_ref().is_none_or(|best| is_better((score, &candidate), (best.0, &best.1))) {
             chosen = Some((score, candidate));
         }
-        // Kept to twice its size and cut back, so that a large fleet is not sorted for the sake of the table.
+        // The table grows to twice its size before it is cut back, so that a large fleet is not sorted for its sake.
         let worst = if is_cut { table.get(TABLE_MAX - 1) } else { None };
         if worst.is_none_or(|worst| is_better((score, &candidate), (worst.0, &worst.1))) {
             table.push((score, candidate));
@@ -169,13 +169,13 @@ fn refusal(candidate: &Candidate, tried: &[Tried]) -> Option<Refusal> {
     }
 }
 
-/// Whoever has to fetch the model's file comes last, whatever the score. Equal scores go to the lowest id, so that
-/// every orchestrator agrees.
+/// Returns whether `one` is the better candidate. Workers that must fetch the model's file come last, whatever their
+/// score. Equal scores go to the lowest id, so that every orchestrator agrees.
 fn is_better(one: (f64, &Candidate), other: (f64, &Candidate)) -> bool {
     order(one, other).is_lt()
 }
 
-/// The better comes first.
+/// Orders candidates, the better first.
 fn order(one: (f64, &Candidate), other: (f64, &Candidate)) -> Ordering {
     let by_file = other.1.has_file.cmp(&one.1.has_file);
     by_file.then_with(|| other.0.total_cmp(&one.0)).then_with(|| one.1.worker_id.cmp(&other.1.worker_id))

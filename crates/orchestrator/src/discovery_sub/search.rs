@@ -1,7 +1,7 @@
-//! Looks for workers under their topics, and asks those that do not report by themselves.
+//! Looks up workers under their topics, and asks those that do not report by themselves.
 //!
-//! Anyone may announce on a topic, and a lookup returns some records at random: so the topics only say whom to ask, a
-//! few at a time, and whoever has nothing to say is asked ever more rarely.
+//! Anyone may announce on a topic, and a lookup returns a random selection of records. So a topic only names nodes to
+//! ask, a few at a time, and nodes without a report are asked at growing intervals.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -21,28 +21,28 @@ use tracing::debug;
 
 use crate::fleet::Fleet;
 
-/// How often the presence topics are looked up, at most; a little less often by chance of the keys.
+/// The shortest interval between lookups of the presence topics; jitter makes it a little longer.
 const EVERY: Duration = Duration::from_secs(2);
-/// The models' topics are looked up in every round of this many, some of them each time.
+/// One round in this many also looks up model topics, some of them each time.
 const MODELS_EVERY: u64 = 4;
-/// Models' topics looked up in one round.
+/// Model topics looked up in one round.
 const MODELS_AT_ONCE: usize = 8;
 /// How long a lookup may take.
 const LOOKUP_WITHIN: Duration = Duration::from_secs(5);
-/// Nodes asked side by side; the others are found again.
+/// Nodes asked concurrently; a later lookup finds the others again.
 const ASKED_AT_ONCE: usize = 16;
 /// How long a node may take to connect and to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
-/// The wait after a node had nothing to say for the first time; it doubles.
+/// Delay before a node that had no report is asked again; it doubles each time.
 const REST: Duration = Duration::from_secs(2);
-/// The longest wait. A worker that comes back reports by itself.
+/// The longest such delay. A worker that comes back reports by itself.
 const REST_MAX: Duration = Duration::from_mins(5);
-/// Nodes remembered for having nothing to say.
+/// The most nodes remembered for having no report.
 const RESTING_MAX: usize = 4096;
 /// A worker that has been silent for longer than a heartbeat and a half is asked.
 const SILENT: Duration = HEARTBEAT.saturating_add(Duration::from_millis(2_500));
 
-/// Looks for workers and asks them how they are.
+/// Looks up workers and asks for their reports.
 pub struct Search {
     transport: Arc<dyn Transport>,
     client: Client,
@@ -53,14 +53,14 @@ pub struct Search {
     tasks: TaskTracker,
 }
 
-/// Whom not to ask.
+/// Nodes that are not to be asked now.
 #[derive(Debug, Default)]
 struct Contacts {
     now: HashSet<PublicKey>,
     resting: HashMap<PublicKey, Rest>,
 }
 
-/// A node that had nothing to say.
+/// A node that had no report.
 #[derive(Debug, Clone, Copy)]
 struct Rest {
     failures: u32,
@@ -68,12 +68,12 @@ struct Rest {
 }
 
 impl Contacts {
-    /// Returns whether a node is to be asked.
+    /// Returns whether a node may be asked now.
     fn is_due(&self, key: PublicKey, now: Instant) -> bool {
         !self.now.contains(&key) && self.resting.get(&key).is_none_or(|rest| rest.until <= now)
     }
 
-    /// Notes what came of asking.
+    /// Records the result of asking a node.
     fn note(&mut self, own: PublicKey, key: PublicKey, is_worker: bool, now: Instant) {
         self.now.remove(&key);
         if is_worker {
@@ -82,7 +82,7 @@ impl Contacts {
         }
         if self.resting.len() >= RESTING_MAX && !self.resting.contains_key(&key) {
             self.resting.retain(|_, rest| rest.until > now);
-            // A crowd of strangers: asking some of them too often costs less than memory without bound.
+            // There are too many unknown nodes: asking some of them too often costs less than unbounded memory.
             if self.resting.len() >= RESTING_MAX {
                 self.resting.clear();
             }
@@ -101,7 +101,7 @@ impl Search {
         Self { transport, client, fleet, regions, asked: Mutex::default(), permits, tasks: TaskTracker::new() }
     }
 
-    /// Searches until `stop`. `take` is given each report, and says whether it was believed.
+    /// Searches until `stop` is cancelled. `take` gets each report and returns whether it was accepted.
     pub async fn run(
         self: Arc<Self>,
         stop: CancellationToken,
@@ -123,21 +123,21 @@ impl Search {
         self.tasks.wait().await;
     }
 
-    /// Notes that a worker reported by itself, and opens a connection for its jobs.
+    /// Records that a worker reported by itself, and opens a connection for its jobs.
     pub fn greet(self: &Arc<Self>, worker: PublicKey) {
         self.lock().resting.remove(&worker);
         self.client.forgive(worker);
         if let Ok(permit) = self.permits.clone().try_acquire_owned() {
             let client = self.client.clone();
             self.tasks.spawn(async move {
-                // Its first job opens one where this fails.
+                // If this fails, the first job opens a connection.
                 let _ = time::timeout(ANSWER_WITHIN, client.connect(worker)).await;
                 drop(permit);
             });
         }
     }
 
-    /// Returns the topics of a round.
+    /// Returns the topics to look up in a round.
     fn topics(&self, round: u64) -> Vec<Topic> {
         let mut topics: Vec<Topic> = self.regions.iter().cloned().map(Topic::Presence).collect();
         if round.is_multiple_of(MODELS_EVERY) {
@@ -169,7 +169,7 @@ impl Search {
         }
     }
 
-    /// Asks a node for its report, unless it reports by itself, had nothing to say lately, or too many are asked.
+    /// Asks a node for its report, unless it reports by itself, recently had none, or too many nodes are being asked.
     fn ask(
         self: &Arc<Self>,
         own: PublicKey,
@@ -204,7 +204,7 @@ impl Search {
         });
     }
 
-    /// Asks a node for its report. Whether it may be a worker is known by then.
+    /// Asks a node for its report. When this returns, it is known whether the node may be a worker.
     async fn describe(&self, key: PublicKey) -> Result<Signed, CallError> {
         let report = self.client.call(key, PRESENCE_DESCRIBE, &Empty {}, ANSWER_WITHIN).await?;
         if self.client.membership().standing(key).is_err() {

@@ -1,4 +1,4 @@
-//! When workers are routable and when they are gone, by paused time.
+//! Tests when workers become routable and when they expire, with paused time.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -18,7 +18,7 @@ use crate::fleet::Wanted;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A time of day that goes with Tokio's clock.
+/// A wall clock that follows Tokio's clock.
 struct PausedClock(Instant);
 
 impl Clock for PausedClock {
@@ -77,7 +77,7 @@ impl Scene {
         Self { network, clock, fleet, discovery, search, metrics, tasks, stop }
     }
 
-    /// Adds a node that announces a topic and says how it is when it is asked.
+    /// Adds a node that announces a topic and returns a report when asked.
     async fn worker(&self, seed: u8, topic: &Topic, change: fn(&mut HealthReport)) -> Worker {
         let key = NodeKey::from_seed(&[seed; 32]);
         let node = self.network.node(&key);

@@ -1,4 +1,4 @@
-//! The workers of one model: what a decision reads of each in one pass, and what they have at hand.
+//! The workers of one model: the data that scoring reads in one pass, and their cached prompt prefixes.
 
 use std::collections::HashMap;
 
@@ -6,14 +6,14 @@ use protocol::PrefixDigest;
 use protocol::health::{LoadProgress, PREFIXES_MAX};
 use protocol::prefix::PrefixChain;
 
-/// The workers that support one model, without gaps, so that scoring is one pass.
+/// The workers that support one model, stored contiguously so that scoring is one pass.
 #[derive(Default)]
 pub(super) struct Replicas {
     pub(super) list: Vec<Replica>,
     position: HashMap<usize, usize>,
-    /// The workers that have the beginning of a prompt at hand.
+    /// The workers that have a prompt prefix cached, by the prefix's digest.
     warm: HashMap<PrefixDigest, Vec<usize>>,
-    /// What each of them told of.
+    /// The prefixes that each worker reported.
     told: HashMap<usize, Vec<PrefixDigest>>,
 }
 
@@ -25,7 +25,7 @@ pub(super) struct Replica {
     pub(super) to_fetch: bool,
     pub(super) failed: bool,
     pub(super) loading: Option<LoadProgress>,
-    /// Tokens of context; 0 where that is not known.
+    /// Context length in tokens; 0 if unknown.
     pub(super) context_length: u32,
     pub(super) tokens_per_second: f32,
 }
@@ -40,14 +40,14 @@ impl Replicas {
         }
     }
 
-    /// Takes it that a worker begins to fetch the model.
+    /// Marks a worker as fetching the model.
     pub(super) fn expect_fetch(&mut self, worker: usize) {
         if let Some(&position) = self.position.get(&worker) {
             self.list[position].loading = Some(LoadProgress { fetching: true, ..LoadProgress::default() });
         }
     }
 
-    /// Takes what a worker has at hand, in place of what it had before.
+    /// Replaces the prefixes that a worker has cached.
     pub(super) fn warm_up(&mut self, worker: usize, mut prefixes: Vec<PrefixDigest>) {
         self.cool_down(worker);
         prefixes.truncate(PREFIXES_MAX);
@@ -72,8 +72,8 @@ impl Replicas {
         }
     }
 
-    /// Returns the share of a prompt that workers have at hand. Few do, or all of them little, so that looking from
-    /// the prompt costs less than looking from each worker.
+    /// Returns the share of a prompt that each worker has cached. Few workers have any of it, or all have only a
+    /// little, so searching by the prompt's prefixes costs less than searching by worker.
     pub(super) fn shares(&self, prefix: &PrefixChain) -> HashMap<usize, f32> {
         let mut shares = HashMap::new();
         for (digest, share) in prefix.shares() {

@@ -1,4 +1,4 @@
-//! What the fleet shows a decision, by reports and times given.
+//! Tests which candidates the fleet offers, for given reports and times.
 
 use super::*;
 use protocol::health::Capacity;
@@ -234,7 +234,7 @@ fn while_one_worker_fetches_a_model_no_other_begins_to() {
     report_of(1);
     report_of(2);
     assert_eq!(barred(now), [(false, None), (false, None)]);
-    // From the job on, before the worker has told.
+    // From dispatch on, before the worker reports it.
     fleet.expect_fetch(PublicKey([1; 32]), &model);
     assert_eq!(barred(now), [(false, Some(Refusal::Loading)); 2]);
     assert!(fleet.loading(of(&model), now).is_some_and(|(worker, progress)| worker.0[0] == 1 && progress.fetching));

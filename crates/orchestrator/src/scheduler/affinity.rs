@@ -29,7 +29,7 @@ pub struct Weights {
 impl Default for Weights {
     fn default() -> Self {
         // An idle worker that has to load the model first must lose against a busy one that has it. One that has the
-        // whole prompt at hand wins while it has a free slot; beyond, waiting would cost more than evaluating anew.
+        // whole prompt cached wins while it has a free slot; beyond that, waiting would cost more than a new prefill.
         Self {
             model_match: 4.0,
             region_proximity: 2.0,
@@ -44,20 +44,20 @@ impl Default for Weights {
 /// The terms of one candidate, each between 0 and 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Terms {
-    /// 1 in memory, a little less where an adapter has to be attached, half if the model has to be loaded.
+    /// 1 if the model is in memory, 0.9 if an adapter must be attached, 0.5 if the model must be loaded.
     pub model_match: f64,
-    /// 1 in the same region, less the farther away.
+    /// 1 in the same region, less in regions farther away.
     pub region_proximity: f64,
-    /// 1 idle, half with all slots taken, less with a queue.
+    /// 1 when idle, 0.5 with all slots taken, less with a queue.
     pub queue_depth: f64,
-    /// Share of the prompt at hand.
+    /// Share of the prompt in the prefix cache.
     pub warm_cache: f64,
-    /// Speed against the fastest candidate; half where nothing is known.
+    /// Speed relative to the fastest candidate; 0.5 if unknown.
     pub speed: f64,
 }
 
 impl Terms {
-    /// Returns a candidate's terms. `fastest` is the most tokens a second of any candidate.
+    /// Returns a candidate's terms. `fastest` is the highest speed of any candidate, in tokens per second.
     #[inline]
     pub fn of(candidate: &Candidate, fastest: f32) -> Self {
         let slots = f64::from(candidate.slots.max(1));
