@@ -5,7 +5,7 @@ use protocol::control::{AdapterAdd, AdapterRemove, AdapterRemoved};
 use protocol::model::{AdapterEntry, AdapterKey, ModelKey};
 use protocol::{ErrorCode, ModelName, ModelVersion, UnixMillis, WireError};
 
-/// Why an adapter could not be registered or forgotten.
+/// Why an adapter could not be registered or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum AdapterError {
     /// There is no such model.
@@ -44,7 +44,7 @@ pub async fn add(store: &dyn RegistryStore, new: AdapterAdd, now: UnixMillis) ->
     Ok(entry)
 }
 
-/// Forgets an adapter of a model.
+/// Removes an adapter of a model.
 pub async fn remove(store: &dyn RegistryStore, old: AdapterRemove) -> Result<AdapterRemoved, AdapterError> {
     let AdapterRemove { model_id, version, adapter } = old;
     let model = find(store, model_id, version).await?;
@@ -52,7 +52,7 @@ pub async fn remove(store: &dyn RegistryStore, old: AdapterRemove) -> Result<Ada
     Ok(AdapterRemoved { found })
 }
 
-/// Returns a version of a model, the newest where none is asked for.
+/// Returns the requested version of a model, or the newest if none is requested.
 async fn find(
     store: &dyn RegistryStore,
     model_id: ModelName,

@@ -1,4 +1,4 @@
-//! Who belongs to the pool: invites, certificates and revocations, under the pool's root key.
+//! Membership of the pool: invites, certificates and revocations, signed with the pool's root key.
 
 mod attempts;
 
@@ -32,20 +32,20 @@ use crate::tokens::Pepper;
 
 /// The longest name of a node, in characters.
 const NAME_MAX: usize = 64;
-/// Models a certificate names at most.
+/// The most models a certificate may name.
 const MODELS_MAX: usize = 256;
-/// A revocation outlives the certificates it voids by this much, for nodes whose clock is behind.
+/// A revocation outlives the certificates it voids by this much, for nodes whose clock is slow.
 const REVOCATION_MARGIN: Duration = Duration::from_hours(24);
 
-/// What a node is allowed to be.
+/// The roles, regions and models that a node is allowed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Grant {
-    /// Its name, for people.
+    /// Display name.
     pub name: String,
     pub roles: Vec<NodeRole>,
-    /// Where; none for everywhere.
+    /// The regions it may serve in; empty for all.
     pub regions: Vec<Region>,
-    /// The models it may serve; none for all.
+    /// The models it may serve; empty for all.
     pub models: Vec<ModelName>,
 }
 
@@ -56,26 +56,26 @@ impl Grant {
     }
 }
 
-/// What an admission office is made of.
+/// Dependencies and settings of an [`AdmissionOffice`].
 pub struct AdmissionParts {
     /// The pool's root key. Whoever has it decides who belongs to the pool.
     pub root: NodeKey,
-    /// Nodes, invites and revocations.
+    /// Stores nodes, invites and revocations.
     pub store: Arc<dyn RegistryStore>,
-    /// The time of day.
+    /// Wall clock.
     pub clock: Arc<dyn Clock>,
     /// The key under which secrets are hashed.
     pub pepper: Pepper,
     /// The registry that redeems the invites.
     pub registry: PublicKey,
-    /// Addresses that invites name unless told otherwise, `host:port`.
+    /// Default bootstrap addresses of invites, as `host:port`.
     pub bootstrap: Vec<String>,
-    /// How long certificates are good for.
+    /// How long certificates are valid.
     pub certificate_life: Duration,
 }
 
 impl AdmissionParts {
-    /// Makes the usual parts: certificates of thirty days, and no addresses.
+    /// Makes the default parts: certificates valid for [`CERTIFICATE_LIFE`], and no bootstrap addresses.
     pub fn new(
         root: NodeKey,
         store: Arc<dyn RegistryStore>,
@@ -87,38 +87,38 @@ impl AdmissionParts {
     }
 }
 
-/// Makes and redeems invites, issues and renews certificates, and expels nodes. Clones are the same office.
+/// Makes and redeems invites, issues and renews certificates, and expels nodes. Clones share one office.
 #[derive(Clone)]
 pub struct AdmissionOffice(Arc<Inner>);
 
 struct Inner {
     parts: AdmissionParts,
     attempts: Attempts,
-    /// Every node asks for it every two seconds.
+    /// Cached, because every node asks for it every two seconds.
     list: RwLock<Option<Arc<List>>>,
-    /// Tells of each revocation.
+    /// Notifies of each revocation.
     changes: watch::Sender<u64>,
 }
 
-/// The revocation list as it stands.
+/// The current revocation list.
 struct List {
     version: u64,
-    /// Everyone who was ever expelled.
+    /// Every key that was ever expelled.
     all: BTreeSet<PublicKey>,
-    /// Those whose certificates may still be good.
+    /// The signed list of keys whose certificates may still be valid.
     signed: Signed,
 }
 
 /// Why a certificate or list could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum AdmissionError {
-    /// The machine has no randomness to give.
+    /// The system returned no random bytes.
     #[error("could not draw random bytes")]
     Random,
     /// The node was expelled.
     #[error("the node was revoked")]
     Revoked,
-    /// The request makes no sense.
+    /// A field of the request is invalid.
     #[error("{field}: {reason}")]
     Invalid {
         /// The field at fault.
@@ -156,7 +156,7 @@ impl AdmissionOffice {
         self.0.parts.root.public_key()
     }
 
-    /// Issues a certificate to a node, as an operator at the registry itself does: without an invite.
+    /// Issues a certificate to a node without an invite.
     pub async fn certify(&self, node: PublicKey, grant: Grant) -> Result<Signed, AdmissionError> {
         let Inner { parts, .. } = &*self.0;
         if self.is_revoked(node).await? {
@@ -183,7 +183,7 @@ impl AdmissionOffice {
         Ok(certificate.sign(&parts.root))
     }
 
-    /// Makes an invite. It is told this once: only a hash of its secret is kept. The caller checked the token.
+    /// Makes an invite and returns it this once: only a hash of its secret is stored. The caller has checked the token.
     pub async fn invite(&self, new: InviteCreate) -> Result<InviteCreated, AdmissionError> {
         let Inner { parts, .. } = &*self.0;
         let InviteCreate { mut roles, regions, models, name, valid_secs, mut bootstrap, token: _ } = new;
@@ -229,7 +229,7 @@ impl AdmissionOffice {
             redeemed: None,
         };
         parts.store.put_invite(record).await.map_err(|error| match error {
-            // 64 random bits that somebody has already: the generator does not draw.
+            // A collision of 64 random bits means that the random generator is broken.
             PutInviteError::Taken { .. } => AdmissionError::Random,
             PutInviteError::Store(error) => error.into(),
         })?;
@@ -239,7 +239,7 @@ impl AdmissionOffice {
         Ok(InviteCreated { invite: invite.to_string(), invite_id: id, expires_at })
     }
 
-    /// Takes an invite from a node and makes it a member. Whoever lost the reply may ask again.
+    /// Redeems an invite and makes the node a member. The same node may redeem it again if the reply was lost.
     pub async fn redeem(&self, node: PublicKey, request: InviteRedeem) -> Result<Enrolled, WireError> {
         let Inner { parts, attempts, .. } = &*self.0;
         attempts.take(node, Instant::now())?;
@@ -255,7 +255,7 @@ impl AdmissionOffice {
             warn!(invite = %invite_id, node = node.short(), "an invite was shown with a wrong secret");
             return Err(WireError::new(ErrorCode::InviteWrongSecret, "the invite's secret is wrong"));
         }
-        // Who has the secret may learn what became of the invite.
+        // A caller with the right secret may learn the invite's state.
         let now = parts.clock.now();
         let is_own = record.redeemed.is_some_and(|redeemed| redeemed.node == node);
         if record.redeemed.is_some() && !is_own {
@@ -274,7 +274,7 @@ impl AdmissionOffice {
                 return Err(WireError::new(ErrorCode::InviteUnknown, "the registry knows no such invite"));
             }
         }
-        // The operator's word for the node goes before its own.
+        // The operator's name for the node takes precedence over the node's own.
         let name = if record.name.is_empty() { name } else { record.name };
         let grant = Grant { name, roles: record.roles, regions: record.regions, models: record.models };
         let certificate = self.certify(node, grant).await?;
@@ -282,7 +282,7 @@ impl AdmissionOffice {
         Ok(Enrolled { certificate, revocations: self.revocations().await? })
     }
 
-    /// Gives a member its next certificate, for what it may be according to the registry's records.
+    /// Issues a member's next certificate, with the roles, regions and models in the registry's records.
     pub async fn renew(&self, node: PublicKey) -> Result<Enrolled, WireError> {
         let Inner { parts, .. } = &*self.0;
         let record = parts.store.node(node).await.map_err(AdmissionError::from)?;
@@ -306,7 +306,7 @@ impl AdmissionOffice {
         Ok(NodeRevoked { found, version })
     }
 
-    /// Gives a node another name. Names are for people: what a node may do goes by its key.
+    /// Renames a node. The name is for display only; permissions depend on the node's key.
     pub async fn rename(&self, node: PublicKey, name: &str) -> Result<NodeRenamed, AdmissionError> {
         if name.is_empty() || name.chars().count() > NAME_MAX || name.chars().any(char::is_control) {
             return Err(AdmissionError::Invalid { field: "name", reason: "a name has 1 to 64 printable characters" });
@@ -330,19 +330,19 @@ impl AdmissionOffice {
         Ok(NodeList { nodes: self.0.parts.store.nodes().await?.into_iter().map(entry).collect() })
     }
 
-    /// Returns the signed list of expelled nodes. Those whose certificates have long ended are left out.
+    /// Returns the signed list of expelled nodes. Nodes whose certificates expired long ago are left out.
     pub async fn revocations(&self) -> Result<Signed, AdmissionError> {
         Ok(self.list().await?.signed.clone())
     }
 
-    /// Tells what has changed since a version of the list.
+    /// Returns the version of the list, and the list itself if it differs from `version`.
     pub async fn state(&self, version: u64) -> Result<PoolState, AdmissionError> {
         let list = self.list().await?;
         let revocations = (list.version != version).then(|| list.signed.clone());
         Ok(PoolState { version: list.version, revocations })
     }
 
-    /// Tells of each revocation.
+    /// Notifies of each revocation.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.0.changes.subscribe()
     }
@@ -369,14 +369,14 @@ impl AdmissionOffice {
         Ok(list)
     }
 
-    /// Refuses a key that has tried too often with a wrong secret.
+    /// Refuses a key that has used a wrong secret too often.
     pub(crate) fn check_attempts(&self, key: PublicKey) -> Result<(), WireError> {
         self.0.attempts.check(key, Instant::now())
     }
 
-    /// Counts a wrong secret of a key.
+    /// Counts a wrong secret used by a key.
     pub(crate) fn count_attempt(&self, key: PublicKey) {
-        // Refused or not: the next one will be.
+        // The result does not matter: once the limit is reached, the next check refuses the key.
         let _ = self.0.attempts.take(key, Instant::now());
     }
 
@@ -386,7 +386,7 @@ impl AdmissionOffice {
 
     fn hash(&self, id: InviteId, secret: &InviteSecret) -> [u8; 32] {
         let mut mac = Hmac::<Sha256>::new_from_slice(&self.0.parts.pepper.0).expect("HMAC takes keys of any length");
-        // A domain of its own: the pepper hashes API tokens as well.
+        // Separates domains, because the pepper also hashes API tokens.
         mac.update(b"tether/invite/v1\0");
         mac.update(&id.0);
         mac.update(&secret.0);

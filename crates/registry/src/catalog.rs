@@ -1,4 +1,4 @@
-//! The models that exist.
+//! The catalogue: registered models, and those that workers offer.
 
 use metadata_store::{PutModelError, RegistryStore, StoreError};
 use protocol::control::Catalog;
@@ -7,7 +7,7 @@ use protocol::model::{
 };
 use protocol::{ModelName, UnixMillis};
 
-/// Once this many models are listed, no more offers are taken: any worker may make some.
+/// Offers are refused once this many models are listed, because any worker may make offers.
 pub const OFFERED_MAX: usize = 1_000;
 
 /// Why an offered model is not listed.
@@ -19,13 +19,13 @@ pub enum OfferError {
     /// Its name stands for another model.
     #[error("{0} is an alias of another model, choose another name")]
     IsAlias(ModelName),
-    /// Its name on its server is empty or too long.
+    /// The model's name on its server is empty or too long.
     #[error("the model's name on its server must have 1 to {SERVED_AS_BYTES_MAX} bytes")]
     Nameless,
-    /// Its file is said to be empty.
+    /// The offer gives its file a size of zero.
     #[error("the model's file must have at least 1 byte")]
     Empty,
-    /// There are too many already.
+    /// Too many models are listed.
     #[error("no more than {OFFERED_MAX} models are listed")]
     TooMany,
     #[error(transparent)]
@@ -41,7 +41,7 @@ impl OfferError {
     }
 }
 
-/// Returns every version of every model.
+/// Returns every model version, adapter and alias.
 pub async fn list(store: &dyn RegistryStore) -> Result<Catalog, StoreError> {
     Ok(Catalog { models: store.models().await?, adapters: store.adapters().await?, aliases: store.aliases().await? })
 }
@@ -73,7 +73,8 @@ pub async fn offer(store: &dyn RegistryStore, offer: ModelOffer, now: UnixMillis
         if listed.digest != digest {
             return Err(OfferError::Taken(key));
         }
-        // Where workers have it with different contexts, the longest counts: jobs find a worker that has enough.
+        // If workers serve it with different context lengths, the longest is listed: a job is retried on a worker whose
+        // context is long enough.
         let known = ModelEntry {
             facts: listed.facts.clone().or(facts),
             context_length: listed.context_length.max(context_length),

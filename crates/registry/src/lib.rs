@@ -1,5 +1,4 @@
-//! Says which models exist, in which versions, under which policies, whose tokens are good, and which nodes belong to
-//! the pool.
+//! The registry: keeps the catalogue of models, the tenants' policies and API tokens, and the membership of the pool.
 
 pub mod adapters;
 pub mod admission;

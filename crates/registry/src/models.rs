@@ -1,4 +1,4 @@
-//! What operators change of the catalogue's models and their aliases.
+//! Operators' changes to the catalogue: models and their aliases.
 
 use std::fmt::Write as _;
 use std::iter;
@@ -15,7 +15,7 @@ pub const ALIASES_MAX: usize = 1_000;
 /// The longest description of a model, in bytes.
 const DESCRIPTION_BYTES_MAX: usize = 1_024;
 
-/// Why a model or an alias could not be added or forgotten.
+/// Why a model or an alias could not be added, changed or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// Another model has the name, or the name and the version.
@@ -24,9 +24,9 @@ pub enum ModelError {
         short(.registered)
     )]
     Taken {
-        /// What was asked for.
+        /// The requested key.
         key: ModelKey,
-        /// The digest that it has.
+        /// The digest of the registered model.
         registered: Digest,
         /// The first version that is free.
         next: ModelVersion,
@@ -34,9 +34,9 @@ pub enum ModelError {
     /// The name stands for another model.
     #[error("{alias} is an alias of {target}; choose another name, or forget the alias first")]
     IsAlias {
-        /// The name that was asked for.
+        /// The requested name.
         alias: ModelName,
-        /// What it stands for.
+        /// What the alias stands for.
         target: ModelRef,
     },
     /// A model has the name of an alias.
@@ -53,32 +53,32 @@ pub enum ModelError {
     AliasOfAlias {
         /// The target that was given.
         alias: ModelName,
-        /// What that one stands for.
+        /// What that target, itself an alias, stands for.
         target: ModelRef,
     },
     /// There is no such model.
     #[error("the model {0} does not exist")]
     NoModel(ModelRef),
-    /// It is not clear which one is meant.
+    /// The name has several versions, and none was given.
     #[error("{name} has the versions {versions}; say which one, as {name}@VERSION")]
     Several {
-        /// The name that was asked for.
+        /// The requested name.
         name: ModelName,
         /// All of its versions.
         versions: String,
     },
-    /// Aliases stand for it.
+    /// Aliases stand for the model.
     #[error("{key} is what {aliases} stands for; forget that first, or force it (--force)")]
     HasAliases {
-        /// The model to forget.
+        /// The model to remove.
         key: ModelKey,
         /// What stands for it.
         aliases: String,
     },
-    /// A length makes no sense.
+    /// A length is out of range.
     #[error("{0}")]
     Value(&'static str),
-    /// There are too many.
+    /// The catalogue has reached its limit.
     #[error("no more than {0} can be listed")]
     TooMany(usize),
     #[error(transparent)]
@@ -97,7 +97,7 @@ impl From<ModelError> for WireError {
     }
 }
 
-/// Registers a model. Where no version is asked for, it is the one that has these bytes already, or the first.
+/// Registers a model. Without a requested version, it gets the version that already has this digest, or else the first.
 pub async fn add(store: &dyn RegistryStore, new: ModelAdd, now: UnixMillis) -> Result<ModelEntry, ModelError> {
     let catalog = catalog::list(store).await?;
     let key = free_key(&catalog, &new.model_id, new.version, Some(&new.digest))?;
@@ -122,7 +122,7 @@ pub async fn add(store: &dyn RegistryStore, new: ModelAdd, now: UnixMillis) -> R
     };
     match store.put_model(entry.clone()).await {
         Ok(()) => Ok(entry),
-        // Somebody was faster.
+        // A concurrent call registered the version first.
         Err(PutModelError::Conflict { registered, .. }) => {
             Err(ModelError::Taken { next: next_of(key.version), key, registered })
         }
@@ -130,7 +130,7 @@ pub async fn add(store: &dyn RegistryStore, new: ModelAdd, now: UnixMillis) -> R
     }
 }
 
-/// Says how long workers keep a model in memory.
+/// Sets how long workers keep a model in memory.
 pub async fn keep(store: &dyn RegistryStore, change: ModelKeep) -> Result<ModelEntry, ModelError> {
     let catalog = catalog::list(store).await?;
     let key = find(&catalog, &change.model_id, change.version)?;
@@ -139,15 +139,15 @@ pub async fn keep(store: &dyn RegistryStore, change: ModelKeep) -> Result<ModelE
     let known = catalog.models.into_iter().find(|entry| entry.key == key).ok_or_else(gone)?;
     let kept = ModelEntry {
         pin: change.pin.unwrap_or(known.pin),
-        // Nothing below -1 means anything else.
+        // Values below -1 mean the same as -1.
         keep_alive_secs: change.keep_alive_secs.map(|secs| secs.max(-1)).or(known.keep_alive_secs),
         ..known
     };
     if store.keep_model(&key, kept.pin, kept.keep_alive_secs).await? { Ok(kept) } else { Err(gone()) }
 }
 
-/// Returns the name and version under which a model can be registered. Without a digest, what is said holds for new
-/// bytes.
+/// Returns the name and version under which a model can be registered. Without a digest, the answer holds for a file
+/// that is not registered yet.
 pub fn free_key(
     catalog: &Catalog,
     name: &ModelName,
@@ -191,7 +191,7 @@ fn next_of(version: ModelVersion) -> ModelVersion {
     ModelVersion { minor: version.minor.saturating_add(1), ..version }
 }
 
-/// Finds the one model that is meant: a name without a version is that of the only one.
+/// Finds the model that a name and an optional version identify. A name without a version must have only one.
 pub fn find(catalog: &Catalog, name: &ModelName, version: Option<ModelVersion>) -> Result<ModelKey, ModelError> {
     let named = catalog.models.iter().map(|entry| &entry.key).filter(|key| key.model_id == *name);
     let keys: Vec<&ModelKey> = named.filter(|key| version.is_none_or(|version| key.version == version)).collect();
@@ -205,7 +205,8 @@ pub fn find(catalog: &Catalog, name: &ModelName, version: Option<ModelVersion>) 
     }
 }
 
-/// Forgets a model, its adapters, and with `force` what stands for it: aliases of it alone are forgotten with it.
+/// Removes a model and its adapters. With `force`, it is also removed from aliases, and aliases left without a target
+/// are removed.
 pub async fn remove(store: &dyn RegistryStore, old: ModelRemove) -> Result<ModelRemoved, ModelError> {
     let catalog = catalog::list(store).await?;
     let key = find(&catalog, &old.model_id, old.version)?;
@@ -223,18 +224,18 @@ pub async fn remove(store: &dyn RegistryStore, old: ModelRemove) -> Result<Model
             || catalog.adapters.iter().any(|entry| !is_gone(&entry.key.model) && entry.digest == *digest)
     };
     unused.retain(|digest| !kept(digest));
-    // The model goes first: a name that is left to others may be its own.
+    // The model is removed first, because an alias that keeps other targets may have the model's own name.
     let found = store.remove_model(&key).await?;
     let mut aliases = Vec::new();
     for AliasEntry { alias, target, alternatives, created_at } in orphans {
         let targets = iter::once(target).chain(alternatives);
         let mut left: Vec<ModelRef> = targets.filter(|target| !is_lost(&catalog, target, &key)).collect();
-        // A model's own name stands for it without an alias.
+        // A model's own name needs no alias.
         let is_needed = left.len() > 1 || left.first().is_some_and(|target| target.name != alias);
         let is_kept = is_needed && {
             let target = left.remove(0);
             let entry = AliasEntry { alias: alias.clone(), target, alternatives: left, created_at };
-            // Another version may have the name, which is that model's alone then.
+            // If another version has the name, the name belongs to that model and the alias is removed.
             store.put_alias(entry).await?
         };
         if !is_kept {
@@ -245,13 +246,13 @@ pub async fn remove(store: &dyn RegistryStore, old: ModelRemove) -> Result<Model
     Ok(ModelRemoved { found, key, aliases, unused })
 }
 
-/// Returns the aliases of which a target is gone once a model is.
+/// Returns the aliases that lose a target when a model is removed.
 fn orphans(catalog: &Catalog, gone: &ModelKey) -> Vec<AliasEntry> {
     let lose = |entry: &&AliasEntry| entry.targets().any(|target| is_lost(catalog, target, gone));
     catalog.aliases.iter().filter(lose).cloned().collect()
 }
 
-/// Returns whether a target is nothing any more once a model is gone.
+/// Returns whether a target no longer exists once a model is removed.
 fn is_lost(catalog: &Catalog, target: &ModelRef, gone: &ModelKey) -> bool {
     let others = catalog.models.iter().filter(|entry| entry.key.model_id == gone.model_id && entry.key != *gone);
     let is_last = others.count() == 0;
@@ -318,7 +319,7 @@ fn check_targets(catalog: &Catalog, entry: &AliasEntry) -> Result<(), ModelError
             return Err(ModelError::NoModel(target.clone()));
         }
     }
-    // A model's own name stands for it without an alias, and is not to be that of one of its versions alone.
+    // A model's own name stands for it without an alias, and must not be narrowed to one of its versions.
     if entry.is_own_name() && entry.alternatives.is_empty() {
         return Err(ModelError::IsModel(entry.alias.clone()));
     }
@@ -333,7 +334,7 @@ fn list(items: impl Iterator<Item = impl std::fmt::Display>) -> String {
     let mut text = String::new();
     for item in items {
         let before = if text.is_empty() { "" } else { ", " };
-        // Writing to a text does not fail.
+        // Writing to a `String` does not fail.
         let _ = write!(text, "{before}{item}");
     }
     text

@@ -1,5 +1,5 @@
-//! The service: answers gateways and orchestrators about tokens, models and rules, and all nodes about who belongs to
-//! the pool (R1).
+//! The registry service: answers gateways and orchestrators about tokens, models and policies, and all nodes about the
+//! pool's membership (R1).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,30 +35,30 @@ use crate::models::{self, ModelError};
 use crate::tokens::{Pepper, TokenOffice};
 use crate::{catalog, policies};
 
-/// How long calls under way may take to end once the registry stops.
+/// How long running calls may take to finish once the registry stops.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How often the registry looks at its own certificate.
+/// How often the registry checks whether its own certificate needs renewal.
 const OWN_CERTIFICATE_EVERY: Duration = Duration::from_mins(1);
 
-/// What a registry is made of.
+/// Dependencies of a [`Registry`].
 pub struct RegistryParts {
-    /// Its end of the network.
+    /// The registry's connection to the network.
     pub transport: Arc<dyn Transport>,
     pub region: Region,
-    /// The time of day.
+    /// Wall clock.
     pub clock: Arc<dyn Clock>,
-    /// Models, tokens and rules.
+    /// Stores models, tokens, policies and nodes.
     pub store: Arc<dyn RegistryStore>,
-    /// The models' files that it gives to workers, where it has any.
+    /// The model files that it serves to workers, if it has any.
     pub artifacts: Option<ArtifactStore>,
     /// The key under which secrets are hashed.
     pub pepper: Pepper,
-    /// Says who belongs to the pool.
+    /// Decides which nodes belong to the pool.
     pub admission: AdmissionOffice,
     pub version: String,
 }
 
-/// Answers about tokens, models and rules.
+/// Answers questions about tokens, models, policies and membership.
 pub struct Registry {
     parts: RegistryParts,
     tokens: TokenOffice,
@@ -67,7 +67,7 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Runs a registry until `stop`. It certifies itself.
+    /// Runs a registry until `stop` is cancelled. The registry issues its own certificate.
     pub async fn run(parts: RegistryParts, stop: CancellationToken) -> Result<(), AdmissionError> {
         let tokens = TokenOffice::new(parts.store.clone(), parts.clock.clone(), parts.pepper.clone());
         let transport = parts.transport.clone();
@@ -91,13 +91,13 @@ impl Registry {
         Ok(())
     }
 
-    /// Keeps the registry's own certificate good, and its own list of revocations that of the office.
+    /// Renews the registry's own certificate, and copies each new revocation list from the admission office.
     async fn keep_up(&self) {
         let mut changes = self.parts.admission.changes();
         let mut ticks = time::interval(OWN_CERTIFICATE_EVERY);
         loop {
             let kept = tokio::select! {
-                // The office outlives this.
+                // The admission office outlives this loop, so the channel stays open.
                 _ = changes.changed() => self.take_revocations().await,
                 _ = ticks.tick() => self.renew_own().await,
             };
@@ -109,7 +109,7 @@ impl Registry {
 
     async fn take_revocations(&self) -> Result<(), AdmissionError> {
         let list = self.parts.admission.revocations().await?;
-        // It is ours: not newer is the worst it can be.
+        // The list is our own, so the only possible error is that it is not newer.
         let _ = self.membership.take_revocations(&list);
         Ok(())
     }
@@ -125,7 +125,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Lets an operator in, by an API token; whose node it is that brings it does not matter.
+    /// Checks that an API token has operator rights. Any node may bring it.
     async fn operator(&self, caller: Caller, token: &str) -> Result<(), WireError> {
         let office = &self.parts.admission;
         office.check_attempts(caller.key)?;
@@ -157,7 +157,7 @@ impl Registry {
             .unary(ADAPTER_ADD, Self::add_adapter)
             .unary(ADAPTER_REMOVE, Self::remove_adapter)
             .unary(POLICY_GET, Self::policy)
-            // Operators may come without a gateway: their token is all that counts.
+            // Operators may call without a gateway: only their token is checked.
             .unary(INVITE_CREATE, Self::create_invite)
             .unary(NODE_REVOKE, Self::revoke_node)
             .unary(NODE_LIST, Self::list_nodes)
@@ -340,7 +340,7 @@ impl Registry {
         })
     }
 
-    /// Gives a worker the file of a model that was added.
+    /// Serves a worker the file of a model that was added.
     async fn give_artifact(self: Arc<Self>, call: StreamCall) {
         let Some(artifact_server) = &self.artifacts else {
             let error = WireError::new(ErrorCode::ModelNotHere, "this registry keeps no artifacts, try another node");
@@ -369,7 +369,7 @@ impl Registry {
         }
     }
 
-    /// Tokens, and what operators change, are the gateways' business only.
+    /// Admits gateways only, for calls about tokens and for operators' changes.
     fn admit_gateway(&self, key: PublicKey) -> Result<(), WireError> {
         Ok(self.membership.admit(key, NodeRole::Gateway, None)?)
     }
@@ -379,7 +379,7 @@ impl Registry {
     }
 }
 
-/// What a registry certifies itself for.
+/// The grant of the registry's own certificate.
 fn own_grant() -> Grant {
     Grant::of(NodeRole::Registry, "registry")
 }

@@ -12,7 +12,7 @@ use subtle::ConstantTimeEq as _;
 
 use crate::policies;
 
-/// The key under which secrets are hashed; it lies beside the store, not in it.
+/// The HMAC key for secrets. It is kept outside the store.
 #[derive(Clone)]
 pub struct Pepper(pub [u8; 32]);
 
@@ -27,10 +27,10 @@ pub struct TokenOffice {
 /// Why a token could not be issued.
 #[derive(Debug, thiserror::Error)]
 pub enum IssueError {
-    /// The machine has no randomness to give.
+    /// The system returned no random bytes.
     #[error("could not draw random bytes")]
     Random,
-    /// The token could not be kept.
+    /// The token could not be stored.
     #[error("could not keep the token")]
     Put(#[from] PutTokenError),
     #[error("could not read or write the tenant's rules")]
@@ -38,12 +38,12 @@ pub enum IssueError {
 }
 
 impl TokenOffice {
-    /// Opens an office over a store.
+    /// Makes a token office on a store.
     pub fn new(store: Arc<dyn RegistryStore>, clock: Arc<dyn Clock>, pepper: Pepper) -> Self {
         Self { store, clock, pepper }
     }
 
-    /// Issues a token. It is told this once: only its hash is kept.
+    /// Issues a token and returns it this once: only its hash is stored.
     pub async fn issue(&self, new: TokenCreate) -> Result<TokenCreated, IssueError> {
         if let Some(limit) = new.requests_per_minute {
             let mut policy = policies::of(&*self.store, &new.tenant_id).await?;
@@ -67,11 +67,11 @@ impl TokenOffice {
         Ok(TokenCreated { token: token.to_string(), key_id: token.key_id().to_owned(), tenant_id: new.tenant_id })
     }
 
-    /// Returns what a token allows. All reasons to refuse one read the same, so that nothing is learnt by trying.
+    /// Returns what a token allows. Every refusal has the same message, so that guesses reveal nothing.
     pub async fn check(&self, text: &str) -> Result<TokenGrant, WireError> {
         let token: ApiToken = text.parse().map_err(|_| refused())?;
         let record = self.store.token(token.key_id()).await.map_err(|error| unavailable(&error))?;
-        // A key id that nobody has costs the same work as a wrong secret.
+        // An unknown key id costs the same work as a wrong secret.
         let kept = record.as_ref().map_or([0; 32], |record| record.hash);
         let matches: bool = self.hash(&token).ct_eq(&kept).into();
         let record = record.filter(|_| matches).ok_or_else(refused)?;

@@ -1,6 +1,6 @@
-//! How often strangers may try: each key a few times a minute, and all keys together some hundred times.
+//! Rate limit of attempts by strangers: a few a minute for each key, and some hundreds for all keys together.
 //!
-//! Keys cost nothing, so the limit of all is what bounds the work; secrets are too long to be guessed either way.
+//! Keys cost nothing to make, so only the total limit bounds the work. Secrets are too long to be guessed either way.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -13,7 +13,7 @@ const WINDOW: Duration = Duration::from_mins(1);
 const PER_KEY: u32 = 10;
 const IN_ALL: u32 = 600;
 
-/// Attempts of the present minute.
+/// Attempts in the current minute.
 #[derive(Default)]
 pub(super) struct Attempts(Mutex<Window>);
 
@@ -21,7 +21,7 @@ pub(super) struct Attempts(Mutex<Window>);
 struct Window {
     began: Option<Instant>,
     in_all: u32,
-    /// Not longer than `in_all`.
+    /// Has at most `in_all` entries.
     by_key: HashMap<PublicKey, u32>,
 }
 
