@@ -21,7 +21,7 @@ use tracing::debug;
 
 use crate::fleet::Fleet;
 
-/// The shortest interval between lookups of the presence topics; jitter makes it a little longer.
+/// The longest pause between lookups of the presence topics; jitter shortens it by up to a quarter.
 const EVERY: Duration = Duration::from_secs(2);
 /// One round in this many also looks up model topics, some of them each time.
 const MODELS_EVERY: u64 = 4;
