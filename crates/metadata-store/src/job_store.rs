@@ -1,4 +1,4 @@
-//! The orchestrator's store: jobs, their reservations, usage, and the last health report of each worker.
+//! The orchestrator's store: jobs, their reservations, usage, and the high-water mark of each worker's health reports.
 
 use async_trait::async_trait;
 use protocol::infer::FinishReason;
@@ -9,46 +9,46 @@ use protocol::{CorrelationId, ErrorCode, Region, RetryToken, TenantId, TraceId, 
 
 use crate::store::{Store, StoreError};
 
-/// Keeps jobs. Several orchestrators may share one store: the attempt number is the fencing token of their writes, and
-/// the lease of a reservation ends when its orchestrator no longer renews it.
+/// Stores jobs. Several orchestrators may share one store: the attempt number is the fencing token of their writes, and
+/// a reservation's lease expires when its orchestrator no longer renews it.
 #[async_trait]
 pub trait JobStore: Store {
-    /// Writes a job and its reservation, unless its worker is full. The same key again returns the job there is.
+    /// Writes a job and its reservation, unless its worker is full. If the key is already in use, its job is returned.
     async fn reserve(&self, job: NewJob) -> Result<Reserved, ReserveError>;
 
-    /// Moves a job to another worker as its next attempt, and frees the reservation it had.
+    /// Moves a job to another worker as its next attempt, and frees its previous reservation.
     ///
     /// Only the attempt named in `from_attempt` can be moved, and only while the job is unsettled.
     async fn reassign(&self, reassignment: Reassignment) -> Result<(), ReassignError>;
 
     /// Settles a job: its terminal state, the end of its reservation, and what is billed, in one transaction.
     ///
-    /// A job is settled once, by its present attempt; whoever comes later changes and bills nothing.
+    /// A job is settled once, by its current attempt. Later calls change and bill nothing.
     async fn finalise(&self, settlement: Settlement) -> Result<Finalised, FinaliseError>;
 
-    /// Extends the leases of running jobs, never shortens them, and returns the keys that hold no reservation.
+    /// Extends the leases of running jobs and returns the keys that hold no reservation. A lease is never shortened.
     async fn renew(&self, keys: Vec<JobKey>, lease_until: UnixMillis) -> Result<Vec<JobKey>, StoreError>;
 
-    /// Fails up to `limit` jobs whose lease has run out, frees their reservations, and returns the jobs.
+    /// Fails up to `limit` jobs whose lease has expired, frees their reservations, and returns the jobs.
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError>;
 
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError>;
 
-    /// Returns each worker that holds reservations, and how many.
+    /// Returns each worker that has reservations, with their number.
     async fn active_reservations(&self) -> Result<Vec<(WorkerId, u32)>, StoreError>;
 
-    /// Returns up to `limit` usage records of a tenant behind a cursor, the oldest first.
+    /// Returns up to `limit` of a tenant's usage records after a cursor, the oldest first.
     async fn usage(&self, tenant_id: &TenantId, after: UsageCursor, limit: u32)
     -> Result<Vec<UsageRecord>, StoreError>;
 
-    /// Returns the marks of all workers.
+    /// Returns the high-water marks of all workers.
     async fn high_waters(&self) -> Result<Vec<(WorkerId, HighWater)>, StoreError>;
 
-    /// Raises marks; one that is not above the mark there is changes nothing.
+    /// Raises high-water marks. A mark that is not above the stored one is ignored.
     async fn raise_high_water(&self, marks: Vec<(WorkerId, HighWater)>) -> Result<(), StoreError>;
 }
 
-/// What makes a job the same job.
+/// Identity of a job.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobKey {
     pub tenant_id: TenantId,
@@ -60,32 +60,29 @@ pub struct JobKey {
 /// A job to write before it is sent to its worker.
 #[derive(Debug, Clone)]
 pub struct NewJob {
-    /// What makes it the same job.
     pub key: JobKey,
-    /// The trace it belongs to.
     pub trace_id: TraceId,
-    /// The model it runs.
     pub model: ModelKey,
     pub region: Region,
-    /// Who is to run it.
+    /// The worker that is to run it.
     pub worker_id: WorkerId,
-    /// How many reservations that worker may hold, this one included.
+    /// The most reservations the worker may hold, including this one.
     pub worker_capacity: u32,
-    /// Which try this is; 1 for a new job.
+    /// Number of the attempt; 1 for a new job.
     pub attempt: u32,
     pub now: UnixMillis,
-    /// When the reservation ends unless it is renewed.
+    /// When the reservation expires unless it is renewed.
     pub lease_until: UnixMillis,
-    /// Hash of the request's body; tells a resend from another request under the same key.
+    /// Hash of the request's body; distinguishes a resend from another request under the same key.
     pub request_fingerprint: [u8; 32],
 }
 
-/// What came of a reservation.
+/// Outcome of a reservation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reserved {
     /// The job is new and has its reservation.
     New,
-    /// A job of this key is known. Nothing was written; compare the fingerprint, then attach or replay.
+    /// A job with this key exists. Nothing was written; compare the fingerprint, then attach or replay.
     Duplicate(Box<JobRecord>),
 }
 
@@ -93,16 +90,16 @@ pub enum Reserved {
 #[derive(Debug, Clone)]
 pub struct Reassignment {
     pub key: JobKey,
-    /// The attempt that is given up on; the next one is `from_attempt + 1`.
+    /// The attempt that is abandoned; the next one is `from_attempt + 1`.
     pub from_attempt: u32,
     /// The model that runs it next; the job is billed under it.
     pub model: ModelKey,
-    /// Who is to run it next.
+    /// The worker that is to run it next.
     pub worker_id: WorkerId,
-    /// How many reservations that worker may hold, this one included.
+    /// The most reservations the worker may hold, including this one.
     pub worker_capacity: u32,
     pub now: UnixMillis,
-    /// When the new reservation ends unless it is renewed.
+    /// When the new reservation expires unless it is renewed.
     pub lease_until: UnixMillis,
 }
 
@@ -115,22 +112,21 @@ pub struct Settlement {
     /// The worker of that attempt.
     pub worker_id: WorkerId,
     pub state: TerminalState,
-    /// Why the answer ended.
     pub finish_reason: Option<FinishReason>,
     pub error: Option<JobError>,
-    /// What it took. Billed when the job is completed or cancelled, and dropped otherwise.
+    /// The tokens it used. Billed if the job is completed or cancelled, and dropped otherwise.
     pub usage: Option<TokenUsage>,
     pub now: UnixMillis,
 }
 
-/// What came of a settlement.
+/// Outcome of a settlement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finalised {
     /// This call settled the job.
     Settled,
-    /// The job had been settled; nothing was changed or billed.
+    /// The job was already settled; nothing was changed or billed.
     AlreadySettled {
-        /// How it had ended.
+        /// How it ended.
         state: TerminalState,
     },
     /// The job has moved on to another attempt or worker; nothing was changed or billed.
@@ -140,17 +136,17 @@ pub enum Finalised {
 /// How a job can end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TerminalState {
-    /// The answer is whole.
+    /// The answer is complete.
     Completed,
     Failed,
-    /// The caller gave up.
+    /// The caller cancelled or disconnected.
     Cancelled,
-    /// It went wrong so often that nobody tries again.
+    /// It failed repeatedly and is not retried.
     Dead,
 }
 
 impl TerminalState {
-    /// Returns the state as it is written.
+    /// Returns the state's name in the database.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Completed => "completed",
@@ -160,7 +156,7 @@ impl TerminalState {
         }
     }
 
-    /// Returns whether what the job took is billed.
+    /// Returns whether the job's usage is billed.
     pub fn is_billed(self) -> bool {
         matches!(self, Self::Completed | Self::Cancelled)
     }
@@ -175,7 +171,7 @@ pub enum DurableState {
 }
 
 impl DurableState {
-    /// Returns the state as it is written.
+    /// Returns the state's name in the database.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Reserved => "reserved",
@@ -187,52 +183,47 @@ impl DurableState {
 /// What went wrong with a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobError {
-    /// What, as clients name it.
+    /// The code that clients see.
     pub code: ErrorCode,
-    /// What, for people.
+    /// A description for people.
     pub message: String,
 }
 
-/// A job as it was written last.
+/// A job as last written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobRecord {
-    /// What makes it the same job.
     pub key: JobKey,
-    /// The trace it belongs to.
     pub trace_id: TraceId,
-    /// The model it runs.
     pub model: ModelKey,
     pub region: Region,
-    /// Who runs it, or ran it last.
+    /// The worker that runs it or ran it last.
     pub worker_id: WorkerId,
-    /// Which try that is, counted from 1.
+    /// Number of that attempt, counted from 1.
     pub attempt: u32,
     pub state: DurableState,
-    /// Why its answer ended.
     pub finish_reason: Option<FinishReason>,
     pub error: Option<JobError>,
     pub usage: Option<TokenUsage>,
     /// Hash of the request's body.
     pub request_fingerprint: [u8; 32],
-    /// When its reservation ends; none once it is settled.
+    /// When its reservation expires; `None` once it is settled.
     pub lease_until: Option<UnixMillis>,
     /// When it was first reserved.
     pub created_at: UnixMillis,
-    /// When it was reserved, reassigned or settled last.
+    /// When it was last reserved, reassigned or settled.
     pub updated_at: UnixMillis,
 }
 
-/// What a settled job took.
+/// The billed usage of a settled job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageRecord {
-    /// Its place among all usage records; it grows in the order of the settlements.
+    /// Number of the record, ascending in the order of settlement.
     pub sequence: u64,
     pub key: JobKey,
-    /// The model it ran.
     pub model: ModelKey,
     pub region: Region,
     pub worker_id: WorkerId,
-    /// The attempt that was settled.
+    /// The attempt that settled it.
     pub attempt: u32,
     pub usage: TokenUsage,
     /// When it was settled.
@@ -240,13 +231,13 @@ pub struct UsageRecord {
 }
 
 impl UsageRecord {
-    /// Returns the cursor that goes on behind this record.
+    /// Returns the cursor that continues after this record.
     pub fn cursor(&self) -> UsageCursor {
         UsageCursor { settled_at: self.settled_at, sequence: self.sequence }
     }
 }
 
-/// A place in a tenant's usage, between two records.
+/// A position between two records of a tenant's usage.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct UsageCursor {
     settled_at: UnixMillis,
@@ -254,7 +245,7 @@ pub struct UsageCursor {
 }
 
 impl UsageCursor {
-    /// Returns the place before the first record that was settled at `time` or later.
+    /// Returns the position before the first record that was settled at `time` or later.
     pub fn since(time: UnixMillis) -> Self {
         // Sequences start at 1.
         Self { settled_at: time, sequence: 0 }
@@ -268,7 +259,7 @@ impl UsageCursor {
 /// Why a job could not be reserved.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReserveError {
-    /// The worker holds as many reservations as it may: try another.
+    /// The worker has its most reservations: try another.
     #[error("worker {} has no free slot", .worker_id.short())]
     NoCapacity { worker_id: WorkerId },
     #[error("could not write the reservation")]
@@ -281,14 +272,14 @@ pub enum ReassignError {
     /// There is no such job.
     #[error("there is no such job")]
     NotFound,
-    /// The job is settled, or at another attempt: whoever asks has lost it.
+    /// The job is settled or at another attempt: the caller no longer owns it.
     #[error("the job is {} at attempt {attempt}", .state.as_str())]
     Stale {
-        /// Where the job stands.
+        /// The job's current state.
         state: DurableState,
         attempt: u32,
     },
-    /// The worker holds as many reservations as it may: try another.
+    /// The worker has its most reservations: try another.
     #[error("worker {} has no free slot", .worker_id.short())]
     NoCapacity { worker_id: WorkerId },
     #[error("could not move the reservation")]

@@ -1,6 +1,6 @@
-//! What must outlive a process, by who owns it: [`JobStore`] is the orchestrator's, [`RegistryStore`] the registry's.
+//! Durable state, in one store per owner: [`JobStore`] is the orchestrator's, [`RegistryStore`] the registry's.
 //!
-//! [`SqliteStore`] is either of them, in a file. A call that returned `Ok` is on the disk.
+//! [`SqliteStore`] implements both in a SQLite file. When a call returns `Ok`, its changes are on disk.
 
 mod job_store;
 mod registry_store;

@@ -8,12 +8,12 @@ use protocol::{Digest, InviteId, ModelName, PublicKey, Region, TenantId, UnixMil
 
 use crate::store::{Store, StoreError};
 
-/// Keeps the catalogue of models, the tokens and policies of tenants, and the nodes of the network.
+/// Stores the catalogue of models, the tokens and policies of tenants, and the nodes of the pool.
 #[async_trait]
 pub trait RegistryStore: Store {
     async fn put_token(&self, token: TokenRecord) -> Result<(), PutTokenError>;
 
-    /// Returns the token of a key id, revoked and expired ones too.
+    /// Returns the token with a key id, even if it is revoked or expired.
     async fn token(&self, key_id: &str) -> Result<Option<TokenRecord>, StoreError>;
 
     /// Returns every token, the oldest first.
@@ -22,26 +22,27 @@ pub trait RegistryStore: Store {
     /// Revokes a token; returns false if it does not exist. The first revocation keeps its time.
     async fn revoke_token(&self, key_id: &str, now: UnixMillis) -> Result<bool, StoreError>;
 
-    /// Sets a tenant's rules.
+    /// Sets a tenant's policy.
     async fn put_policy(&self, tenant_id: &TenantId, policy: &TenantPolicy) -> Result<(), StoreError>;
 
-    /// Returns a tenant's rules, where it has any.
+    /// Returns a tenant's policy, if it has one.
     async fn policy(&self, tenant_id: &TenantId) -> Result<Option<TenantPolicy>, StoreError>;
 
-    /// Registers a model version. The same digest again updates what describes it; another digest is refused.
+    /// Registers a model version. The same digest again updates its context length, description and facts; another
+    /// digest is refused.
     async fn put_model(&self, entry: ModelEntry) -> Result<(), PutModelError>;
 
     /// Returns every model version, by name and then by version.
     async fn models(&self) -> Result<Vec<ModelEntry>, StoreError>;
 
-    /// Sets how long workers keep a model version in memory; false where it does not exist. [`Self::put_model`] leaves
-    /// that as it is.
+    /// Sets how long workers keep a model version in memory; returns false if it does not exist. [`Self::put_model`]
+    /// does not change this.
     async fn keep_model(&self, key: &ModelKey, pin: bool, keep_alive_secs: Option<i64>) -> Result<bool, StoreError>;
 
     /// Removes a model version and its adapters; returns false if it does not exist.
     async fn remove_model(&self, key: &ModelKey) -> Result<bool, StoreError>;
 
-    /// Registers an adapter of a model version. The same digest again updates what describes it; another digest is
+    /// Registers an adapter of a model version. The same digest again updates its description; another digest is
     /// refused.
     async fn put_adapter(&self, entry: AdapterEntry) -> Result<(), PutAdapterError>;
 
@@ -51,23 +52,23 @@ pub trait RegistryStore: Store {
     /// Removes an adapter; returns false if it does not exist.
     async fn remove_adapter(&self, key: &AdapterKey) -> Result<bool, StoreError>;
 
-    /// Sets what an alias stands for; false where a model has its name that is not one of its targets. Whether there
-    /// are such targets is for the caller to check.
+    /// Sets what an alias stands for; returns false if a model that is not one of its targets has its name. The caller
+    /// checks that the targets exist.
     async fn put_alias(&self, entry: AliasEntry) -> Result<bool, StoreError>;
 
     /// Returns every alias, by name.
     async fn aliases(&self) -> Result<Vec<AliasEntry>, StoreError>;
 
-    /// Forgets an alias; false where it does not exist.
+    /// Removes an alias; returns false if it does not exist.
     async fn remove_alias(&self, alias: &ModelName) -> Result<bool, StoreError>;
 
-    /// Adds an invite, not redeemed yet.
+    /// Adds an invite that is not yet redeemed.
     async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError>;
 
-    /// Returns an invite, redeemed and expired ones too.
+    /// Returns an invite, even if it is redeemed or expired.
     async fn invite(&self, invite_id: InviteId) -> Result<Option<InviteRecord>, StoreError>;
 
-    /// Redeems an invite for a node, unless another node has. Its secret and its end are for the caller to check.
+    /// Redeems an invite for a node, unless another node has redeemed it. The caller checks its secret and expiry.
     async fn redeem_invite(
         &self,
         invite_id: InviteId,
@@ -75,60 +76,56 @@ pub trait RegistryStore: Store {
         now: UnixMillis,
     ) -> Result<Redemption, StoreError>;
 
-    /// Writes a node's next certificate down and returns its number, greater than all before.
+    /// Records a node's next certificate and returns its serial number, greater than all earlier ones.
     async fn put_certificate(&self, certificate: NewCertificate) -> Result<u64, StoreError>;
 
-    /// Returns a node with its last certificate, expelled ones too.
+    /// Returns a node with its last certificate, even if it is expelled.
     async fn node(&self, public_key: PublicKey) -> Result<Option<NodeRecord>, StoreError>;
 
-    /// Returns every node that was ever admitted, the first first.
+    /// Returns every node that was ever admitted, in order of admission.
     async fn nodes(&self) -> Result<Vec<NodeRecord>, StoreError>;
 
-    /// Gives a node another name. Returns false where there is no such node.
+    /// Renames a node; returns false if it does not exist.
     async fn rename_node(&self, public_key: PublicKey, name: &str) -> Result<bool, StoreError>;
 
-    /// Expels a key, known or not, and returns the version of the list that names it. The first time counts.
+    /// Expels a key, known or not, and returns the version of the list that names it. A second call changes nothing.
     ///
-    /// Versions grow, and are not below the time they are made, so that they grow even where a store was lost.
+    /// Versions ascend and are never below the current time, so that they ascend even after a store is lost.
     async fn revoke_node(&self, public_key: PublicKey, now: UnixMillis) -> Result<u64, StoreError>;
 
-    /// Returns who was expelled, by version.
+    /// Returns the expelled keys, by version.
     async fn revocations(&self) -> Result<Vec<Revocation>, StoreError>;
 }
 
-/// An API token as the registry keeps it: never the secret itself.
+/// An API token as stored, without its secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRecord {
     pub key_id: String,
     pub tenant_id: TenantId,
     /// Keyed hash of the secret.
     pub hash: [u8; 32],
-    /// What it may do.
     pub scopes: Vec<Scope>,
-    /// What it is for, for people.
+    /// Display name.
     pub name: String,
-    /// When it was made.
     pub created_at: UnixMillis,
     pub expires_at: Option<UnixMillis>,
-    /// When it was revoked.
     pub revoked_at: Option<UnixMillis>,
 }
 
-/// An invite as it is kept: never its secret.
+/// An invite as stored, without its secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InviteRecord {
     pub invite_id: InviteId,
     /// Keyed hash of the secret.
     pub hash: [u8; 32],
-    /// Who it is for, for people.
+    /// Display name of the node it is for.
     pub name: String,
-    /// What the node may become.
+    /// The roles the node may have.
     pub roles: Vec<NodeRole>,
-    /// Where; none for everywhere.
+    /// The regions it may serve in; empty for all.
     pub regions: Vec<Region>,
-    /// The models it may serve; none for all.
+    /// The models it may serve; empty for all.
     pub models: Vec<ModelName>,
-    /// When it was made.
     pub created_at: UnixMillis,
     pub expires_at: UnixMillis,
     /// Who redeemed it, and when.
@@ -138,15 +135,15 @@ pub struct InviteRecord {
 /// The one use of an invite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InviteRedemption {
-    /// The node it brought in.
+    /// The node that redeemed it.
     pub node: PublicKey,
     pub at: UnixMillis,
 }
 
-/// What came of redeeming an invite.
+/// Outcome of redeeming an invite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Redemption {
-    /// It is used up by this.
+    /// This call redeemed it.
     Done,
     /// The same node had redeemed it before.
     Again,
@@ -155,17 +152,17 @@ pub enum Redemption {
     Unknown,
 }
 
-/// A certificate to be written down before it is signed.
+/// A certificate to record before it is signed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewCertificate {
     pub public_key: PublicKey,
-    /// Its name, for people.
+    /// Display name.
     pub name: String,
-    /// What it may be.
+    /// The roles it may have.
     pub roles: Vec<NodeRole>,
-    /// Where; none for everywhere.
+    /// The regions it may serve in; empty for all.
     pub regions: Vec<Region>,
-    /// The models it may serve; none for all.
+    /// The models it may serve; empty for all.
     pub models: Vec<ModelName>,
     pub not_before: UnixMillis,
     pub not_after: UnixMillis,
@@ -177,20 +174,20 @@ pub struct NewCertificate {
 pub struct NodeRecord {
     pub public_key: PublicKey,
     pub serial: u64,
-    /// Its name, for people.
+    /// Display name.
     pub name: String,
-    /// What it may be.
+    /// The roles it may have.
     pub roles: Vec<NodeRole>,
-    /// Where; none for everywhere.
+    /// The regions it may serve in; empty for all.
     pub regions: Vec<Region>,
-    /// The models it may serve; none for all.
+    /// The models it may serve; empty for all.
     pub models: Vec<ModelName>,
     /// When it was first admitted.
     pub joined_at: UnixMillis,
-    /// When the certificate begins.
+    /// When the certificate becomes valid.
     pub not_before: UnixMillis,
     pub not_after: UnixMillis,
-    /// When the node was expelled.
+    /// When the node was expelled, if it was.
     pub revoked_at: Option<UnixMillis>,
 }
 
@@ -206,7 +203,7 @@ pub struct Revocation {
 /// Why an invite could not be added.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PutInviteError {
-    /// There is one of this name.
+    /// The id is already in use.
     #[error("there is an invite {invite_id}")]
     Taken { invite_id: InviteId },
     #[error("could not write the invite")]
@@ -226,11 +223,11 @@ pub enum PutTokenError {
 /// Why a model could not be registered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PutModelError {
-    /// The version has another artifact, and a version never changes: register a new version.
+    /// The version is registered with another artifact. Versions are immutable: register a new one.
     #[error("{key} is registered with digest {registered}; a version never changes, register a new one")]
     Conflict {
         key: ModelKey,
-        /// The digest it has.
+        /// The registered digest.
         registered: Digest,
     },
     #[error("could not write the model")]
@@ -243,11 +240,11 @@ pub enum PutAdapterError {
     /// Its model is not registered.
     #[error("{model} is not registered")]
     NoModel { model: ModelKey },
-    /// The name has another artifact: remove it first, or choose another name.
+    /// The name is registered with another artifact: remove it first, or choose another name.
     #[error("{key} is registered with digest {registered}; remove it first, or choose another name")]
     Conflict {
         key: AdapterKey,
-        /// The digest it has.
+        /// The registered digest.
         registered: Digest,
     },
     #[error("could not write the adapter")]

@@ -1,7 +1,7 @@
-//! The store in one SQLite file.
+//! A store in one SQLite file.
 //!
-//! Writes go to one thread that commits whatever waits as one group; reads go to another, so that they never wait
-//! behind a commit. Calls wait without blocking the async runtime.
+//! One thread performs the writes and commits all that are queued as one group. Another performs the reads, so that
+//! they never wait for a commit. Calls wait without blocking the async runtime.
 
 mod adapters;
 mod admission;
@@ -31,18 +31,18 @@ use self::db_thread::DbThread;
 pub use self::open::OpenError;
 use crate::store::{Store, StoreError};
 
-/// How a [`SqliteStore`] works. The defaults suit every service.
+/// Options of a [`SqliteStore`]. The defaults suit every service.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
-    /// Writes that may wait, and as many reads.
+    /// The most writes in the queue; the same limit applies to reads.
     pub queue_depth_max: usize,
-    /// Writes that are committed together at most.
+    /// The most writes in one commit.
     pub group_max: usize,
     /// How long a call waits for a place in a full queue.
     pub patience: Duration,
     /// How long SQLite waits for a lock that another program holds.
     pub busy_timeout: Duration,
-    /// Reads the whole file for damage when it is opened, about a second a GiB.
+    /// Whether the whole file is checked for damage when opened, which takes about a second per GiB.
     pub verify: bool,
 }
 
@@ -61,21 +61,20 @@ impl Default for StoreOptions {
 /// A [`JobStore`](crate::JobStore) or a [`RegistryStore`](crate::RegistryStore) in a SQLite file, or in memory for
 /// tests and simulations.
 ///
-/// Dropping the store finishes what is waiting and blocks until then; [`Store::close`] does so without
-/// blocking.
+/// Dropping the store finishes the queued operations and blocks until then; [`Store::close`] does so without blocking.
 pub struct SqliteStore(Backend);
 
 enum Backend {
-    // The reader is dropped first: the last connection to leave takes the write-ahead log along.
+    // The reader is dropped first: the last connection to close removes the write-ahead log.
     File { reader: DbThread, writer: DbThread },
-    // Without a disk there is nothing to wait for: each call runs where it is made, in an order the caller decides.
+    // In memory there is no disk to wait for: each call runs on the caller's thread, in the caller's order.
     Memory(Mutex<Option<Connection>>),
 }
 
 impl SqliteStore {
-    /// Opens the file, or makes it, readable by its owner only. Blocks for the time it takes.
+    /// Opens the file, or creates it, readable only by its owner. Blocks.
     ///
-    /// A file has one store at a time, over all processes of a machine.
+    /// Only one store may have the file open, across all processes of a machine.
     pub fn open(path: impl AsRef<Path>, options: StoreOptions) -> Result<Self, OpenError> {
         let open::Opened { writer, reader, lock } = open::open(path.as_ref(), &options)?;
         let start = |name: &'static str, work: Box<dyn FnOnce(db_thread::Tasks) + Send>| {
@@ -97,8 +96,8 @@ impl SqliteStore {
         }))
     }
 
-    /// Makes an empty store that ends with this value. It has no threads and calls finish at once, so that a
-    /// simulation repeats and paused time stands still.
+    /// Makes an empty store that is lost when this value is dropped. It has no threads and calls finish at once, so
+    /// that simulations are reproducible and paused time does not advance.
     pub fn in_memory() -> Result<Self, OpenError> {
         Ok(Self(Backend::Memory(Mutex::new(Some(open::open_in_memory()?)))))
     }

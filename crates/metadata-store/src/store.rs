@@ -1,18 +1,18 @@
-//! What both stores have in common.
+//! The trait and the error that both stores share.
 
 use async_trait::async_trait;
 
-/// Keeps what must outlive a process.
+/// A store of state that outlives the process.
 ///
-/// A call that returned `Ok` is on the disk. Each call takes hold as a whole or not at all. A call whose future is
-/// dropped may still take hold. A store reads no clock: times are arguments.
+/// When a call returns `Ok`, its changes are on disk. Each call is atomic. A call whose future is dropped may still be
+/// applied. A store reads no clock: times are arguments.
 #[async_trait]
 pub trait Store: Send + Sync {
-    /// Finishes what is waiting and closes the store; later calls get [`StoreError::Closed`].
+    /// Finishes the queued operations and closes the store; later calls return [`StoreError::Closed`].
     async fn close(&self) -> Result<(), StoreError>;
 }
 
-/// Why the store could not do its part.
+/// Why a store operation failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// The queue stayed full. Nothing was done; shed the request or try again later.
@@ -21,13 +21,14 @@ pub enum StoreError {
     /// The store is closed. Nothing was done.
     #[error("the store is closed")]
     Closed,
-    /// The disk is full, fails or is locked. A write was not acknowledged; look before trying again.
+    /// The file cannot be used: the disk is full, failing or locked. A write may have been applied; check before trying
+    /// again.
     #[error("the store cannot be read or written: {reason}")]
     Unavailable {
-        /// What SQLite or the database says.
+        /// The error message of SQLite.
         reason: String,
     },
-    /// The data make no sense. Stop, and restore a copy.
+    /// The data are inconsistent. Stop, and restore a backup.
     #[error("the store is damaged: {reason}")]
     Damaged {
         /// What is wrong, and where.

@@ -60,7 +60,7 @@ pub(super) fn remove(connection: &Connection, key: &AdapterKey) -> rusqlite::Res
     Ok(removed == 1)
 }
 
-/// Forgets the adapters of a model version.
+/// Removes the adapters of a model version.
 pub(super) fn remove_all(connection: &Connection, model: &ModelKey) -> rusqlite::Result<()> {
     connection
         .prepare_cached("DELETE FROM adapters WHERE (model_id, version_major, version_minor) = (?1, ?2, ?3)")?

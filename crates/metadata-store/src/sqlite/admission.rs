@@ -1,4 +1,4 @@
-//! Who belongs to the pool: invites, nodes and their certificates, revocations.
+//! Membership of the pool: invites, nodes and their certificates, revocations.
 
 use protocol::{InviteId, PublicKey, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
@@ -53,7 +53,7 @@ pub(super) fn invite(connection: &Connection, invite_id: InviteId) -> rusqlite::
         .optional()
 }
 
-/// Redeems an invite for a node, unless another node has. Its secret and its end are for the caller to check.
+/// Redeems an invite for a node, unless another node has redeemed it. The caller checks its secret and expiry.
 pub(super) fn redeem_invite(
     connection: &Connection,
     invite_id: InviteId,
@@ -75,7 +75,7 @@ pub(super) fn redeem_invite(
     })
 }
 
-/// Writes a node's next certificate down and returns its number, greater than all before.
+/// Records a node's next certificate and returns its serial number, greater than all earlier ones.
 pub(super) fn put_certificate(connection: &Connection, new: &NewCertificate) -> rusqlite::Result<u64> {
     connection
         .prepare_cached(
@@ -111,7 +111,7 @@ pub(super) fn node(connection: &Connection, public_key: PublicKey) -> rusqlite::
         .optional()
 }
 
-/// Returns every node, the first admitted first.
+/// Returns every node, in order of admission.
 pub(super) fn nodes(connection: &Connection) -> rusqlite::Result<Vec<NodeRecord>> {
     connection
         .prepare_cached(
@@ -122,16 +122,16 @@ pub(super) fn nodes(connection: &Connection) -> rusqlite::Result<Vec<NodeRecord>
         .collect()
 }
 
-/// Gives a node another name, and says whether there is such a node.
+/// Renames a node. Returns whether it exists.
 pub(super) fn rename_node(connection: &Connection, public_key: PublicKey, name: &str) -> rusqlite::Result<bool> {
     let renamed =
         connection.prepare_cached("UPDATE nodes SET name = ?2 WHERE public_key = ?1")?.execute((public_key.0, name))?;
     Ok(renamed > 0)
 }
 
-/// Expels a key and returns the version of the list that names it. The first time counts.
+/// Expels a key and returns the version of the list that names it. A second call changes nothing.
 ///
-/// A version is at least the time of its revocation, so that versions grow even where a store was lost.
+/// A version is at least the time of its revocation, so that versions ascend even after a store is lost.
 pub(super) fn revoke_node(connection: &Connection, public_key: PublicKey, now: UnixMillis) -> rusqlite::Result<u64> {
     connection
         .prepare_cached(
@@ -145,7 +145,7 @@ pub(super) fn revoke_node(connection: &Connection, public_key: PublicKey, now: U
         .query_row((public_key.0,), |row| row::unsigned(row, "version"))
 }
 
-/// Returns who was expelled, by version.
+/// Returns the expelled keys, by version.
 pub(super) fn revocations(connection: &Connection) -> rusqlite::Result<Vec<Revocation>> {
     connection
         .prepare_cached("SELECT * FROM revocations ORDER BY version")?

@@ -1,4 +1,4 @@
-//! Other names for models.
+//! Aliases of models.
 
 use protocol::ModelName;
 use protocol::model::{AliasEntry, ModelRef};
@@ -6,7 +6,7 @@ use rusqlite::{Connection, Row, named_params};
 
 use super::row::{self, integer};
 
-/// Sets what an alias stands for, unless a model has its name that is not one of its targets.
+/// Sets what an alias stands for, unless a model that is not one of its targets has its name.
 pub(super) fn put(connection: &Connection, entry: &AliasEntry) -> rusqlite::Result<bool> {
     let AliasEntry { alias, target: _, alternatives: _, created_at } = entry;
     let targets: Vec<String> = entry.targets().map(ModelRef::to_string).collect();
@@ -19,7 +19,7 @@ pub(super) fn put(connection: &Connection, entry: &AliasEntry) -> rusqlite::Resu
         )?
         .execute(named_params! {
             ":alias": alias.as_str(),
-            // No name has a blank.
+            // Names contain no spaces.
             ":target": targets.join(" "),
             ":is_own_name": entry.is_own_name(),
             ":created_at": integer(created_at.0),

@@ -1,4 +1,4 @@
-//! A thread that owns a connection, and the bounded queue that leads to it.
+//! A thread that owns a database connection, and its bounded queue.
 
 use std::io;
 use std::thread::JoinHandle;
@@ -12,23 +12,23 @@ use tokio::time;
 use super::StoreOptions;
 use crate::store::StoreError;
 
-/// What waits for the thread.
+/// The thread's queue.
 pub(super) type Tasks = mpsc::Receiver<Task>;
 
-/// Something for the thread to do.
+/// A task for the thread.
 pub(super) enum Task {
-    /// Run an operation and answer its caller.
+    /// Runs an operation and answers its caller.
     Run(Box<dyn Operation>),
-    /// Take no more, finish what waits, and end.
+    /// Closes the queue, finishes the queued operations, and ends.
     Close,
 }
 
-/// What a caller wants done, and the way back to it.
+/// An operation, and the channel for its outcome.
 pub(super) trait Operation: Send {
-    /// Runs it and keeps the outcome. It may run again after its changes were rolled back.
+    /// Runs the operation and keeps its outcome. It may run again after its changes are rolled back.
     fn run(&mut self, connection: &Connection) -> rusqlite::Result<()>;
 
-    /// Tells the caller the outcome, or why it is void.
+    /// Sends the caller the outcome, or the error that voids it.
     fn answer(self: Box<Self>, void: Result<(), StoreError>);
 }
 
@@ -50,17 +50,17 @@ where
 
     fn answer(self: Box<Self>, void: Result<(), StoreError>) {
         let Self { outcome, reply, .. } = *self;
-        // A caller that has gone needs no answer.
+        // A caller that is gone needs no answer.
         let _ = reply.send(void.and_then(|()| outcome.ok_or(StoreError::Closed)));
     }
 }
 
-/// A handle on the thread. Dropping it finishes what waits and joins the thread.
+/// A handle to the thread. Dropping it finishes the queued operations and joins the thread.
 pub(super) struct DbThread {
     // Taken only by `drop`.
     tasks: Option<mpsc::Sender<Task>>,
     thread: Option<JoinHandle<()>>,
-    // Closed when the thread has let go of its connection.
+    // Closed when the thread has dropped its connection.
     finished: watch::Receiver<()>,
     patience: Duration,
 }
@@ -80,7 +80,7 @@ impl DbThread {
         Ok(Self { tasks: Some(tasks), thread: Some(thread), finished, patience: options.patience })
     }
 
-    /// Has an operation run and waits for its outcome.
+    /// Runs an operation on the thread and returns its outcome.
     pub(super) async fn call<T, F>(&self, run: F) -> Result<T, StoreError>
     where
         T: Send + 'static,
@@ -88,7 +88,7 @@ impl DbThread {
     {
         let (reply, outcome) = oneshot::channel();
         self.send(Task::Run(Box::new(Call { run, outcome: None, reply }))).await?;
-        // The thread drops what it cannot answer only when it ends.
+        // The thread drops an unanswered operation only when it ends.
         outcome.await.unwrap_or(Err(StoreError::Closed))
     }
 
@@ -104,11 +104,11 @@ impl DbThread {
         }
     }
 
-    /// Finishes what waits and returns when the connection is closed.
+    /// Finishes the queued operations and returns when the connection is closed.
     pub(super) async fn close(&self) {
         if let Some(tasks) = &self.tasks {
-            // Not bounded by patience: the thread takes this when it has done what came before. It fails only where
-            // it is closed.
+            // Has no timeout: the thread receives this after the operations before it. Sending fails only if the queue
+            // is already closed.
             let _ = tasks.send(Task::Close).await;
         }
         let mut finished = self.finished.clone();
@@ -118,10 +118,10 @@ impl DbThread {
 
 impl Drop for DbThread {
     fn drop(&mut self) {
-        // Without a sender the thread ends by itself when it has done what waits.
+        // Without a sender the thread ends by itself after the queued operations.
         self.tasks.take();
         if let Some(thread) = self.thread.take() {
-            // A panic of the thread was reported when it happened; its callers got `Closed`.
+            // A panic of the thread was already reported; its callers got `Closed`.
             let _ = thread.join();
         }
     }

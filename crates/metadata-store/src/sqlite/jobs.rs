@@ -11,7 +11,7 @@ use crate::job_store::{
     DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, Settlement, TerminalState,
 };
 
-/// Selects jobs with their reservation and their bill, where they have them.
+/// Selects jobs with their reservation and usage, if they have them.
 macro_rules! select_jobs {
     ($condition:literal) => {
         concat!(
@@ -31,7 +31,7 @@ pub(super) fn find(connection: &Connection, key: &JobKey) -> rusqlite::Result<Op
         .optional()
 }
 
-/// Returns the job of a row number.
+/// Returns the job with a row id.
 pub(super) fn find_by_id(connection: &Connection, job_id: i64) -> rusqlite::Result<JobRecord> {
     connection.prepare_cached(select_jobs!("WHERE jobs.job_id = ?1"))?.query_row((job_id,), record)
 }
@@ -73,11 +73,11 @@ pub(super) fn finalise(
     if let Some(usage) = usage.filter(|_| state.is_billed()) {
         usage::bill(connection, job_id, &usage)?;
     }
-    // The place for the dead letter of a failed or dead job, which belongs to this transaction.
+    // A dead letter for a failed or dead job would be written here, in this transaction.
     Ok(Ok(Finalised::Settled))
 }
 
-/// Says why a settlement changed nothing.
+/// Returns why a settlement changed nothing.
 fn refusal(connection: &Connection, key: &JobKey) -> rusqlite::Result<Result<Finalised, FinaliseError>> {
     Ok(match find(connection, key)? {
         None => Err(FinaliseError::NotFound),
@@ -113,7 +113,7 @@ fn record(row: &Row<'_>) -> rusqlite::Result<JobRecord> {
     })
 }
 
-/// Reads where a job stands.
+/// Reads a job's state.
 pub(super) fn state(row: &Row<'_>) -> rusqlite::Result<DurableState> {
     Ok(match row.get_ref("state")?.as_str()? {
         "reserved" => DurableState::Reserved,

@@ -71,7 +71,7 @@ pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<ModelEntry>>
         .collect()
 }
 
-/// Forgets a model version and its adapters.
+/// Removes a model version and its adapters.
 pub(super) fn remove(connection: &Connection, key: &ModelKey) -> rusqlite::Result<bool> {
     adapters::remove_all(connection, key)?;
     let removed = connection

@@ -1,4 +1,4 @@
-//! Opens a store's file: lock, damage, schema, settings.
+//! Opens a store's file: takes the lock, checks for damage, migrates the schema and configures SQLite.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -16,47 +16,47 @@ mod migrations {
 /// Why a store could not be opened, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Another process has it.
+    /// Another process has the file open.
     #[error("{path} is in use by another process; stop it, or give this one a data folder of its own", path = .path.display())]
     InUse { path: PathBuf },
-    /// It cannot be made, read or written.
+    /// The file cannot be created, read or written.
     #[error("cannot open {path} for writing: {reason}; check that the folder exists, who owns it, and the free space", path = .path.display())]
     Unwritable {
         path: PathBuf,
-        /// What the system says.
+        /// The error of the operating system.
         reason: String,
     },
-    /// It is not a store, or part of it is lost.
+    /// The file is not a store, or is damaged.
     #[error("{path} is damaged: {reason}; move it aside and restore a copy", path = .path.display())]
     Damaged { path: PathBuf, reason: String },
-    /// A newer program has written it.
+    /// A newer version of the program wrote the file.
     #[error("{path} has schema {found} and this program knows up to {known}; run the newer program, or restore a copy", path = .path.display())]
     Newer {
         path: PathBuf,
         found: i64,
-        /// The latest this program knows.
+        /// The latest schema version this program knows.
         known: i64,
     },
 }
 
-/// A file that is ready for use.
+/// An open file.
 pub(super) struct Opened {
     pub(super) writer: Connection,
     pub(super) reader: Connection,
-    /// Keeps other processes out while it lives.
+    /// Keeps other processes from opening the file until dropped.
     pub(super) lock: File,
 }
 
-/// Opens the file, or makes it.
+/// Opens the file, or creates it.
 pub(super) fn open(path: &Path, options: &StoreOptions) -> Result<Opened, OpenError> {
     let unwritable = |error: io::Error| OpenError::Unwritable { path: path.to_owned(), reason: error.to_string() };
-    // A lock file of its own: closing any handle of a SQLite file drops the locks SQLite holds on it.
+    // The lock has a file of its own, because closing any handle of a SQLite file drops SQLite's locks on it.
     let lock = private_file(&beside(path, ".lock")).map_err(unwritable)?;
     lock.try_lock().map_err(|error| match error {
         TryLockError::WouldBlock => OpenError::InUse { path: path.to_owned() },
         TryLockError::Error(error) => unwritable(error),
     })?;
-    // SQLite gives its log the mode of the file it belongs to.
+    // SQLite gives its log the same mode as the database file.
     private_file(path).map_err(unwritable)?;
     let explain = |error| explain(path, error);
     let flags = OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -80,7 +80,7 @@ pub(super) fn open_in_memory() -> Result<Connection, OpenError> {
     Ok(connection)
 }
 
-/// Opens a file that only its owner may read and write, and makes it where it is missing.
+/// Opens a file that only its owner may read and write, and creates it if it is missing.
 fn private_file(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false);
@@ -121,9 +121,9 @@ fn configure_writer(connection: &Connection, options: &StoreOptions) -> rusqlite
             Some(format!("this file system has no write-ahead log, only {mode:?}")),
         ));
     }
-    // A commit that was answered survives the loss of power.
+    // An acknowledged commit survives a power failure.
     connection.pragma_update(None, "synchronous", "FULL")?;
-    // Pages of log before they are moved into the file; fewer, larger moves.
+    // Pages in the log before a checkpoint; above the default, for fewer and larger checkpoints.
     connection.pragma_update(None, "wal_autocheckpoint", 4000)
 }
 

@@ -1,4 +1,4 @@
-//! What each tenant may do.
+//! The `policies` table: what each tenant may do.
 
 use protocol::TenantId;
 use protocol::policy::TenantPolicy;
@@ -6,7 +6,7 @@ use rusqlite::{Connection, OptionalExtension as _};
 
 use super::row;
 
-/// Sets a tenant's rules.
+/// Sets a tenant's policy.
 pub(super) fn put(connection: &Connection, tenant_id: &TenantId, policy: &TenantPolicy) -> rusqlite::Result<()> {
     let policy = serde_json::to_string(policy).expect("a policy holds nothing that JSON cannot say");
     connection
@@ -18,7 +18,7 @@ pub(super) fn put(connection: &Connection, tenant_id: &TenantId, policy: &Tenant
     Ok(())
 }
 
-/// Returns a tenant's rules.
+/// Returns a tenant's policy.
 pub(super) fn find(connection: &Connection, tenant_id: &TenantId) -> rusqlite::Result<Option<TenantPolicy>> {
     connection
         .prepare_cached("SELECT policy FROM policies WHERE tenant_id = ?1")?

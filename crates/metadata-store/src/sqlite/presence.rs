@@ -5,7 +5,7 @@ use protocol::presence::HighWater;
 use protocol::{PublicKey, WorkerId};
 use rusqlite::Connection;
 
-/// Returns the marks of all workers.
+/// Returns the high-water marks of all workers.
 pub(super) fn high_waters(connection: &Connection) -> rusqlite::Result<Vec<(WorkerId, HighWater)>> {
     connection
         .prepare_cached("SELECT worker_id, mark FROM high_waters ORDER BY worker_id")?
@@ -13,7 +13,7 @@ pub(super) fn high_waters(connection: &Connection) -> rusqlite::Result<Vec<(Work
         .collect()
 }
 
-/// Raises marks, never lowers them.
+/// Raises high-water marks. A mark is never lowered.
 pub(super) fn raise(connection: &Connection, marks: &[(WorkerId, HighWater)]) -> rusqlite::Result<()> {
     let mut statement = connection.prepare_cached(
         "INSERT INTO high_waters (worker_id, mark) VALUES (?1, ?2)

@@ -10,7 +10,7 @@ use crate::job_store::{DurableState, JobKey, JobRecord, NewJob, ReassignError, R
 
 /// Writes a job and its reservation.
 ///
-/// Conditions come before writes, so that a refusal has nothing to undo.
+/// Conditions are checked before writing, so that a refusal has nothing to undo.
 pub(super) fn reserve(connection: &Connection, job: &NewJob) -> rusqlite::Result<Result<Reserved, ReserveError>> {
     let NewJob { key, worker_id, worker_capacity, .. } = job;
     if held(connection, worker_id, None)? >= i64::from(*worker_capacity) {
@@ -28,7 +28,7 @@ pub(super) fn reserve(connection: &Connection, job: &NewJob) -> rusqlite::Result
     Ok(Ok(Reserved::New))
 }
 
-/// Writes a job and returns its row number, or none where the job is known.
+/// Writes a job and returns its row id, or `None` if the job is known.
 fn insert_job(connection: &Connection, job: &NewJob) -> rusqlite::Result<Option<i64>> {
     let NewJob { key, model: ModelKey { model_id, version }, .. } = job;
     let inserted = connection
@@ -90,7 +90,7 @@ pub(super) fn reassign(
     Ok(Ok(()))
 }
 
-/// Counts the slots a worker holds, but for one job. The index holds as many entries as the worker has jobs.
+/// Counts a worker's reserved slots, except that of one job. The count reads one index entry per job of the worker.
 fn held(connection: &Connection, worker_id: &WorkerId, but_for: Option<i64>) -> rusqlite::Result<i64> {
     connection
         .prepare_cached("SELECT count(*) FROM reservations WHERE worker_id = ?1 AND job_id IS NOT ?2")?
@@ -110,7 +110,7 @@ pub(super) fn free(connection: &Connection, job_id: i64) -> rusqlite::Result<()>
     Ok(())
 }
 
-/// Extends leases and returns the keys that hold none.
+/// Extends leases and returns the keys that have none.
 pub(super) fn renew(
     connection: &Connection,
     keys: &[JobKey],
@@ -131,7 +131,7 @@ pub(super) fn renew(
     Ok(lost)
 }
 
-/// Fails the jobs whose lease has run out and frees their slots.
+/// Fails the jobs whose lease has expired and frees their slots.
 pub(super) fn release_expired(
     connection: &Connection,
     now: UnixMillis,
@@ -150,13 +150,13 @@ pub(super) fn release_expired(
             let code = ErrorCode::WorkerFailed.as_str();
             fail.execute((job_id, code, "nobody renewed the job's reservation in time", integer(now.0)))?;
             free(connection, job_id)?;
-            // The place for the dead letter of this job, which belongs to this transaction.
+            // A dead letter for this job would be written here, in this transaction.
             jobs::find_by_id(connection, job_id)
         })
         .collect()
 }
 
-/// Returns each worker that holds slots, and how many.
+/// Returns each worker that has reserved slots, with their number.
 pub(super) fn active(connection: &Connection) -> rusqlite::Result<Vec<(WorkerId, u32)>> {
     connection
         .prepare_cached("SELECT worker_id, count(*) FROM reservations GROUP BY worker_id ORDER BY worker_id")?

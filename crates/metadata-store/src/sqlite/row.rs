@@ -14,12 +14,12 @@ use uuid::Uuid;
 
 use crate::job_store::JobKey;
 
-/// Returns the integer SQLite keeps; it has no room for the upper half of `u64`.
+/// Converts to SQLite's signed integer. Values above `i64::MAX` are clamped.
 pub(super) fn integer(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// Returns the error for a column that holds something else than it should.
+/// Returns the error for a column with an invalid value.
 pub(super) fn malformed(column: &str, reason: impl std::fmt::Display) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(0, Type::Text, format!("{column}: {reason}").into())
 }
@@ -31,7 +31,7 @@ where
     row.get_ref(column)?.as_str()?.parse().map_err(|error| malformed(column, error))
 }
 
-/// Reads names that have a blank between them.
+/// Reads names separated by spaces.
 pub(super) fn parsed_list<T>(row: &Row<'_>, column: &str) -> rusqlite::Result<Vec<T>>
 where
     T: FromStr<Err: std::fmt::Display>,
@@ -40,7 +40,7 @@ where
     names.map(|name| name.parse().map_err(|error| malformed(column, error))).collect()
 }
 
-/// Reads a word of an enum, spelt as on the wire.
+/// Reads an enum variant, spelt as on the wire.
 pub(super) fn word<T: for<'de> Deserialize<'de>>(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<T>> {
     let Some(text) = row.get_ref(column)?.as_str_or_null()? else { return Ok(None) };
     let read: Result<T, serde::de::value::Error> = T::deserialize(text.into_deserializer());
@@ -63,7 +63,7 @@ pub(super) fn text_of_json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("a plain value is JSON")
 }
 
-/// Reads an unsigned number of 64 bits.
+/// Reads an unsigned 64-bit number.
 pub(super) fn unsigned(row: &Row<'_>, column: &str) -> rusqlite::Result<u64> {
     u64::try_from(row.get::<_, i64>(column)?).map_err(|error| malformed(column, error))
 }
@@ -80,7 +80,7 @@ pub(super) fn time_or_null(row: &Row<'_>, column: &str) -> rusqlite::Result<Opti
     }
 }
 
-/// Reads what makes a job the same job.
+/// Reads a job's key.
 pub(super) fn job_key(row: &Row<'_>) -> rusqlite::Result<JobKey> {
     Ok(JobKey {
         tenant_id: parsed(row, "tenant_id")?,
@@ -94,13 +94,13 @@ pub(super) fn model_key(row: &Row<'_>) -> rusqlite::Result<ModelKey> {
     Ok(ModelKey { model_id: parsed(row, "model_id")?, version: parsed(row, "model_version")? })
 }
 
-/// Reads what a job took.
+/// Reads a job's token usage.
 pub(super) fn token_usage(row: &Row<'_>) -> rusqlite::Result<TokenUsage> {
     Ok(TokenUsage {
         prompt_tokens: row.get("prompt_tokens")?,
         completion_tokens: row.get("completion_tokens")?,
         cached_tokens: row.get("cached_tokens")?,
-        // Nobody is billed by these, so they are not kept.
+        // Reasoning tokens are not billed, so they are not stored.
         reasoning_tokens: 0,
     })
 }

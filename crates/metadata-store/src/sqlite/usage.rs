@@ -1,4 +1,4 @@
-//! Usage: the ledger of what was billed, one record a settled job.
+//! The usage ledger: one record for each billed job.
 
 use protocol::usage::TokenUsage;
 use protocol::{PublicKey, TenantId};
@@ -7,7 +7,8 @@ use rusqlite::{Connection, Row};
 use super::row::{self, integer};
 use crate::job_store::{UsageCursor, UsageRecord};
 
-/// Bills a job that was settled in the same transaction. A second bill for a job breaks a constraint of the table.
+/// Bills a job that was settled in the same transaction. A second bill for the same job violates a constraint of the
+/// table.
 pub(super) fn bill(connection: &Connection, job_id: i64, usage: &TokenUsage) -> rusqlite::Result<()> {
     connection
         .prepare_cached(
@@ -21,7 +22,7 @@ pub(super) fn bill(connection: &Connection, job_id: i64, usage: &TokenUsage) -> 
     Ok(())
 }
 
-/// Returns a tenant's records behind a cursor.
+/// Returns a tenant's records after a cursor.
 pub(super) fn list(
     connection: &Connection,
     tenant_id: &TenantId,

@@ -1,14 +1,14 @@
-//! Group commit: one sync of the disk for all the writes that wait.
+//! Group commit: one disk sync for all queued writes.
 
 use rusqlite::Connection;
 
 use super::db_thread::{Operation, Task, Tasks};
 use crate::store::StoreError;
 
-/// Writes until it is closed, up to `group_max` operations a commit.
+/// Runs writes until the queue is closed, up to `group_max` operations per commit.
 ///
-/// A group is what waits at that moment: nothing is held back to make it larger, so a lone write is as fast as the
-/// disk. While one group is synced the next one gathers by itself.
+/// A group is whatever is queued at that moment. No write is delayed to make it larger, so a lone write is as fast as
+/// the disk. While one group is synced, the next one queues up.
 pub(super) fn write_all(connection: &Connection, mut tasks: Tasks, group_max: usize) {
     let mut group = Vec::with_capacity(group_max);
     while let Some(task) = tasks.blocking_recv() {
@@ -42,13 +42,13 @@ fn commit(connection: &Connection, group: &mut Vec<Box<dyn Operation>>) {
 }
 
 enum Failed {
-    /// One operation; the others may be tried without it.
+    /// One operation failed; the others may be run without it.
     Operation(StoreError),
     Group(StoreError),
 }
 
-/// Runs a group in one transaction. Savepoints would cost each operation for the sake of the rare one that fails,
-/// which is never a refusal: those are outcomes, and write nothing.
+/// Runs a group in one transaction. Savepoints would slow every operation for the sake of rare failures. A refusal is
+/// not a failure: it is an outcome, and writes nothing.
 fn together(connection: &Connection, group: &mut [Box<dyn Operation>]) -> Result<(), Failed> {
     let group_failed = |error: rusqlite::Error| Failed::Group(error.into());
     execute(connection, "BEGIN IMMEDIATE").map_err(group_failed)?;
@@ -64,8 +64,8 @@ fn together(connection: &Connection, group: &mut [Box<dyn Operation>]) -> Result
     })
 }
 
-/// Runs a group again in one transaction, each operation in a savepoint, so that one that fails leaves the others
-/// alone. Returns the outcome of each.
+/// Runs a group again in one transaction, with a savepoint for each operation, so that a failed one does not affect the
+/// others. Returns the outcome of each.
 fn apart(connection: &Connection, group: &mut [Box<dyn Operation>]) -> Vec<Result<(), StoreError>> {
     let try_all = |group: &mut [Box<dyn Operation>]| -> rusqlite::Result<Vec<Result<(), StoreError>>> {
         execute(connection, "BEGIN IMMEDIATE")?;
@@ -74,7 +74,7 @@ fn apart(connection: &Connection, group: &mut [Box<dyn Operation>]) -> Vec<Resul
             execute(connection, "SAVEPOINT operation")?;
             let outcome = operation.run(connection);
             if outcome.is_err() {
-                // This fails where SQLite gave up the whole transaction, and then so does the group.
+                // This fails if SQLite rolled back the whole transaction; then the group fails too.
                 execute(connection, "ROLLBACK TO operation")?;
             }
             execute(connection, "RELEASE operation")?;
@@ -91,7 +91,7 @@ fn apart(connection: &Connection, group: &mut [Box<dyn Operation>]) -> Vec<Resul
 }
 
 fn roll_back(connection: &Connection) {
-    // SQLite rolls back by itself after some errors. Where this fails, the next BEGIN says so to its callers.
+    // SQLite rolls back by itself after some errors. If this fails, the next BEGIN returns the error to its callers.
     if !connection.is_autocommit() {
         let _ = execute(connection, "ROLLBACK");
     }
