@@ -1,4 +1,4 @@
-//! Chores of the repository. `cargo xtask tidy` checks that the house is in order.
+//! Maintenance tasks of the repository. `cargo xtask tidy` checks its rules.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a chore talks to whoever typed it")]
 
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs a chore and says whether all is well.
+/// Runs a task. Returns whether it succeeded.
 fn run(arguments: Vec<String>) -> Result<bool> {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {

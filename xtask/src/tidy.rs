@@ -1,6 +1,6 @@
-//! Checks what a program can check of the rules in `ARCHITECTURE.md` and `STYLE.md`.
+//! Checks those rules of `ARCHITECTURE.md` and `STYLE.md` that a program can check.
 //!
-//! Each check is a pure function from what was read to findings; this module reads and prints.
+//! Each check is a pure function from file contents to findings; this module reads the files and prints the findings.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,26 +20,26 @@ mod sizes;
 mod text;
 mod type_names;
 
-/// Folders that hold what tools made.
+/// Folders that tools generate.
 const SKIPPED_FOLDERS: &[&str] = &[".git", "target", "node_modules", "__pycache__", "artifacts"];
-/// What the names of Python's environments begin with: there are several where packages do not go together.
+/// Prefix of the names of Python's virtual environments. There can be several, for packages that conflict.
 const ENVIRONMENT: &str = ".venv";
 
-/// A file of the repository that is text.
+/// A text file of the repository.
 pub(crate) struct SourceFile {
-    /// Its path from the root, with slashes.
+    /// Path relative to the root, with forward slashes.
     pub(crate) path: String,
     pub(crate) text: String,
 }
 
 impl SourceFile {
-    /// Returns whether the file's name ends like this.
+    /// Returns whether the file has this extension.
     fn has_extension(&self, extension: &str) -> bool {
         Path::new(&self.path).extension().is_some_and(|found| found == extension)
     }
 }
 
-/// Prints what it finds, and says whether all is well.
+/// Runs all checks and prints the findings. Returns whether there are none.
 pub(crate) fn run(tether: Option<PathBuf>) -> Result<bool> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the repository")?;
     let files = read_files(root)?;
@@ -59,7 +59,7 @@ pub(crate) fn run(tether: Option<PathBuf>) -> Result<bool> {
     findings.extend(type_names::check(&files));
     findings.extend(text::check(&files));
     findings.extend(links::check(&files, |path| root.join(path).exists()));
-    // A program that does not build is one finding among others.
+    // A program that does not build is reported as one finding, so that the others are printed too.
     findings.extend(example_config::check(root, &metadata, tether).unwrap_or_else(|error| Some(format!("{error:#}"))));
 
     for line in sizes::report(&files) {

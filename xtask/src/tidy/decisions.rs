@@ -1,4 +1,4 @@
-//! The table of `docs/adr` lists every decision, by numbers that have no gaps.
+//! The table of `docs/adr` lists every decision, numbered without gaps.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use super::SourceFile;
 
 const TABLE: &str = "docs/adr/README.md";
 
-/// Finds numbers without a row, rows whose page is missing, and pages that no row links to.
+/// Finds numbers without a row, rows with a missing page, and pages that no row links to.
 pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
     let Some(table) = files.iter().find(|file| file.path == TABLE) else {
         return vec![format!("{TABLE} is missing")];

@@ -5,7 +5,7 @@ use toml::{Table, Value};
 
 use super::SourceFile;
 
-/// Crates whose default features are `std`, or none, or exactly what is wanted of them.
+/// Crates whose default features are empty, only `std`, or exactly those that we need.
 const DEFAULTS_ALLOWED: &[&str] = &[
     "anyhow",
     "async-trait",

@@ -1,4 +1,4 @@
-//! `config/tether.example.toml` says what the program's defaults are, or it misleads.
+//! `config/tether.example.toml` matches the program's defaults.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 const EXAMPLE: &str = "config/tether.example.toml";
 
-/// Compares the example with what `tether config example` writes, by this binary or by one built for it.
+/// Compares the example with the output of `tether config example`, from the given binary or one that is built for it.
 pub(crate) fn check(root: &Path, metadata: &Value, tether: Option<PathBuf>) -> Result<Option<String>> {
     let tether = match tether {
         Some(path) => path,
@@ -27,7 +27,7 @@ pub(crate) fn check(root: &Path, metadata: &Value, tether: Option<PathBuf>) -> R
     Ok(compare(example.as_deref(), &defaults))
 }
 
-/// Builds the program with the features the whole workspace gives it, so that tests and chores share the build.
+/// Builds the program with the workspace's features, so that tests and tasks share the build.
 fn build(root: &Path, metadata: &Value) -> Result<PathBuf> {
     let status = Command::new(env!("CARGO"))
         .args(["build", "--workspace", "--bin", "tether"])

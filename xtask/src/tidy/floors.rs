@@ -1,4 +1,4 @@
-//! Each crate stands on a floor and uses only what lies below it.
+//! Each crate has a floor and uses only crates on lower floors.
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
@@ -22,7 +22,7 @@ const FLOORS: &[(&str, u64)] = &[
     ("simulation", 6),
 ];
 
-/// The ground is for those who need it: a ground crate, and the crates that may use it.
+/// Crates that only some others may use: each with the crates that may use it.
 const GROUND: &[(&str, &[&str])] = &[
     ("inference", &["engine", "protocol"]),
     ("kernels", &["engine"]),
@@ -36,12 +36,12 @@ pub(crate) struct Crate {
     folder: String,
     package: String,
     floor: Option<u64>,
-    /// Packages of the repository it is built on; those of its tests alone do not count.
+    /// The repository's packages it depends on, except dev-dependencies.
     uses: Vec<String>,
     binaries: Vec<String>,
 }
 
-/// Reads the crates out of what `cargo metadata` wrote.
+/// Reads the crates from the output of `cargo metadata`.
 pub(crate) fn crates_of(metadata: &Value) -> Result<Vec<Crate>> {
     let packages = metadata["packages"].as_array().context("cargo metadata lists no packages")?;
     Ok(packages.iter().filter_map(crate_of).collect())

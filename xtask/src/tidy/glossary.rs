@@ -1,12 +1,12 @@
-//! What `docs/glossary.md` refuses stands nowhere: phrases in code, comments and documents, and names of types.
+//! Finds what `docs/glossary.md` refuses: phrases in code, comments and documents, and type names.
 
 use super::SourceFile;
 
 const GLOSSARY: &str = "docs/glossary.md";
-/// Files whose text people read.
+/// Extensions of files whose text people read.
 const READ_BY_PEOPLE: &[&str] = &["rs", "md", "toml", "py", "js", "ts", "sh"];
 
-/// Finds refused phrases and refused type names, and says what to write instead.
+/// Finds refused phrases and type names, with what to write instead.
 pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
     let Some(glossary) = files.iter().find(|file| file.path == GLOSSARY) else {
         return vec![format!("{GLOSSARY} is missing")];
@@ -33,20 +33,21 @@ fn is_read(file: &SourceFile) -> bool {
     READ_BY_PEOPLE.iter().any(|extension| file.has_extension(extension))
 }
 
-/// Returns what a section refuses, and what it offers instead: lines of the form "- `refused` – instead".
+/// Returns what a section refuses, with the replacement, from lines of the form "- `refused` – instead".
 fn refused<'a>(glossary: &'a str, section: &str) -> Vec<(&'a str, &'a str)> {
     let lines = glossary.lines().skip_while(|line| *line != section).skip(1);
     let lines = lines.take_while(|line| !line.starts_with("## "));
     lines.filter_map(|line| line.strip_prefix("- `")?.split_once("` – ")).collect()
 }
 
-/// Returns whether a line has a phrase, also at the beginning of a sentence. Python's `is None` is no phrase.
+/// Returns whether a line has a phrase, also capitalised at the beginning of a sentence. Python's `is None` does not
+/// match.
 fn has_phrase(line: &str, phrase: &str) -> bool {
     let (first, rest) = phrase.split_at(1);
     has_words(line, phrase) || has_words(line, &(first.to_uppercase() + rest))
 }
 
-/// Returns whether a text has these words, not as parts of longer ones.
+/// Returns whether a text has these words, except as parts of longer words.
 fn has_words(text: &str, words: &str) -> bool {
     let goes_on = |letter: Option<char>| letter.is_some_and(|letter| letter.is_alphanumeric() || letter == '_');
     text.match_indices(words).any(|(start, _)| {
@@ -66,7 +67,7 @@ fn defined_type(line: &str) -> Option<&str> {
 mod tests {
     use super::*;
 
-    // Put together, so that this file does not find itself.
+    // Concatenated, so that the check does not match this file.
     fn findings(path: &str, text: &str) -> Vec<String> {
         let phrase = ["is no", "ne"].concat();
         let glossary = format!(

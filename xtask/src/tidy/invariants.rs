@@ -1,10 +1,10 @@
-//! Each invariant of `ARCHITECTURE.md` names the tests that hold it, and those tests exist.
+//! Each test that `ARCHITECTURE.md` names for an invariant exists.
 
 use std::collections::HashSet;
 
 use super::SourceFile;
 
-/// Finds names of tests in the map that no test bears.
+/// Finds test names in the map that no test has.
 pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
     let Some(map) = files.iter().find(|file| file.path == "ARCHITECTURE.md") else {
         return vec!["ARCHITECTURE.md is missing".to_owned()];
@@ -12,7 +12,7 @@ pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
     let tests: HashSet<&str> =
         files.iter().filter(|file| file.has_extension("rs")).flat_map(|file| tests(&file.text)).collect();
     let named = map.text.lines().enumerate().flat_map(|(index, line)| {
-        // Every second part lies between backticks.
+        // Every second part is between backticks.
         line.split('`').skip(1).step_by(2).filter(|name| is_test_name(name)).map(move |name| (index + 1, name))
     });
     named
@@ -21,7 +21,7 @@ pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
         .collect()
 }
 
-/// Returns the names of functions that a test attribute precedes, such as `#[test]` or `#[tokio::test(…)]`.
+/// Returns the names of functions with a test attribute, such as `#[test]` or `#[tokio::test(…)]`.
 fn tests(text: &str) -> Vec<&str> {
     let mut is_test = false;
     let mut names = vec![];
@@ -33,14 +33,14 @@ fn tests(text: &str) -> Vec<&str> {
             names.extend(rest.split('(').next().filter(|_| is_test));
             is_test = false;
         } else if !line.starts_with("//") && !line.is_empty() {
-            // The rest of an attribute of several lines stands between it and its function.
+            // The rest of a multi-line attribute may follow before the function.
             is_test &= !line.ends_with('}') && !line.ends_with(';');
         }
     }
     names
 }
 
-/// Returns whether this reads like a test's name, which is a sentence: no module has four words.
+/// Returns whether a name looks like a test's. Test names are sentences; no module name has four words.
 fn is_test_name(text: &str) -> bool {
     text.matches('_').count() >= 3 && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
 }

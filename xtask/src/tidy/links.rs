@@ -1,8 +1,8 @@
-//! A relative link in a document leads somewhere.
+//! Each relative link in a document leads to a file that exists.
 
 use super::SourceFile;
 
-/// Finds links to nowhere. `exists` answers for a path from the root.
+/// Finds broken links. `exists` returns whether a path relative to the root exists.
 pub(crate) fn check(files: &[SourceFile], exists: impl Fn(&str) -> bool) -> Vec<String> {
     let mut findings = vec![];
     for file in files.iter().filter(|file| file.has_extension("md")) {
@@ -16,7 +16,7 @@ pub(crate) fn check(files: &[SourceFile], exists: impl Fn(&str) -> bool) -> Vec<
     findings
 }
 
-/// Returns the relative targets of a document, each with its line. Code has no links.
+/// Returns a document's relative link targets, each with its line. Links in code are ignored.
 fn links(text: &str) -> Vec<(usize, &str)> {
     let mut found = vec![];
     let mut in_code = false;
@@ -27,7 +27,7 @@ fn links(text: &str) -> Vec<(usize, &str)> {
         if in_code {
             continue;
         }
-        // Every second part lies between backticks.
+        // Every second part is between backticks.
         for part in line.split('`').step_by(2) {
             for rest in part.split("](").skip(1) {
                 let Some((target, _)) = rest.split_once(')') else { continue };
@@ -41,7 +41,7 @@ fn links(text: &str) -> Vec<(usize, &str)> {
     found
 }
 
-/// Returns the target's path from the root; `None` where it leads out of the repository.
+/// Returns the target's path relative to the root, or `None` if it leads out of the repository.
 fn resolve(document: &str, target: &str) -> Option<String> {
     if target.starts_with('/') {
         return None;

@@ -1,4 +1,4 @@
-//! Whoever knows the architecture's names finds them in the code: as a type, or as a module.
+//! Each component of the architecture exists in the code under its name, as a type or as a module.
 
 use super::SourceFile;
 
@@ -7,7 +7,7 @@ struct Component {
     /// The type, or the module in snake case.
     name: &'static str,
     module: &'static str,
-    /// What it waits for, where it is not built yet.
+    /// The feature it comes with, if it is not built yet.
     due_with: Option<&'static str>,
 }
 
@@ -52,7 +52,7 @@ pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
         .collect()
 }
 
-/// Says which names are still to come.
+/// Lists the components that are not built yet.
 pub(crate) fn report(files: &[SourceFile]) -> Vec<String> {
     let due = COMPONENTS.iter().filter_map(|component| Some((component, component.due_with?)));
     due.map(|(component, with)| {

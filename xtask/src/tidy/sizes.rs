@@ -1,4 +1,4 @@
-//! Long files and functions: not faults, but places to ask whether they hold two ideas.
+//! Lists long files and functions. They are not errors, but may hold two ideas.
 
 use super::SourceFile;
 
@@ -19,7 +19,7 @@ pub(crate) fn report(files: &[SourceFile]) -> Vec<String> {
     lines
 }
 
-/// Returns each function's line, name and length. Relies on the layout that rustfmt gives.
+/// Returns each function's line, name and length. Relies on rustfmt's layout.
 fn functions(text: &str) -> Vec<(usize, &str, usize)> {
     let lines: Vec<&str> = text.lines().collect();
     let mut found = vec![];
@@ -29,7 +29,7 @@ fn functions(text: &str) -> Vec<(usize, &str, usize)> {
         let indent = line.len() - code.len();
         let end = lines[index..].iter().position(|line| {
             let code = line.trim_start();
-            // A body closes where it began; a declaration without one ends with its semicolon.
+            // A body closes at the indentation where it began; a declaration without a body ends with its semicolon.
             line.len() - code.len() == indent && (code == "}" || code.ends_with(';'))
         });
         found.push((index + 1, name, end.unwrap_or(0) + 1));

@@ -1,13 +1,13 @@
-//! Names that say nothing, marks of work left undone, and I/O where there must be none.
+//! Finds empty names, marks of unfinished work, and I/O in crates that must have none.
 
 use super::SourceFile;
 
-/// Names that fit everything and therefore name nothing.
+/// Names that fit everything and therefore say nothing.
 const EMPTY_NAMES: &[&str] = &["common", "helper", "helpers", "misc", "mod", "util", "utils"];
-/// What the language of the nodes has no use for: it reads and writes bytes that others carry.
+/// I/O that the protocol and inference crates must not use: they encode and decode bytes that other crates transport.
 const OUTSIDE_WORLD: &[&str] =
     &["tokio::", "async fn", "std::fs", "std::io", "std::net", "std::env", "std::process", "std::thread"];
-/// The most letters of a line of comment; rustfmt keeps code to as many.
+/// The most characters in a line of comment. rustfmt keeps code to the same width.
 const COMMENT_WIDTH_MAX: usize = 120;
 /// Files that tools write.
 const GENERATED: &[&str] = &["Cargo.lock", "package-lock.json"];
@@ -35,11 +35,12 @@ fn check_path(path: &str) -> Option<String> {
 }
 
 fn check_lines(file: &SourceFile) -> Vec<String> {
-    // Put together, so that this file does not find itself.
+    // Concatenated, so that the check does not match this file.
     let marks = [["TO", "DO"], ["FIX", "ME"], ["XX", "X"]].map(|parts| parts.concat());
     let homes = [["/ho", "me/"], ["/ro", "ot/"], ["/Us", "ers/"]].map(|parts| parts.concat());
     let ignored = ["#[ig", "nore"].concat();
-    // These kinds do run: the process that another test starts, and what `interop/run` and `make bench-engine` ask for.
+    // Ignored tests of these kinds do run: another test starts them as a child process, or `interop/run` and
+    // `make bench-engine` select them.
     let excused = ["runs only as the child of ", "needs Node: make interop", "needs models: make bench-engine"]
         .map(|why| format!("{ignored} = \"{why}"));
     let is_language = ["crates/inference/src/", "crates/protocol/src/"].iter().any(|src| file.path.starts_with(src));
@@ -73,7 +74,7 @@ fn has_word(line: &str, word: &str) -> bool {
     })
 }
 
-/// Returns whether a path that begins like this is in the line; `~/x` and `a/x` begin otherwise.
+/// Returns whether the line has a path with this beginning. In `~/x` and `a/x`, `/x` is not the beginning of a path.
 fn has_path(line: &str, start_of_path: &str) -> bool {
     let goes_on = |letter: char| letter.is_alphanumeric() || matches!(letter, '.' | '~' | '}' | ')' | '-' | '_');
     let is_name = |letter: char| letter.is_alphanumeric() || matches!(letter, '.' | '_' | '-');

@@ -1,13 +1,13 @@
-//! A crate has one public type of a name, so that whoever reads the name knows which type it is.
+//! Each public type's name is unique in its crate, so that a reader knows which type it means.
 
 use std::collections::BTreeMap;
 
 use super::SourceFile;
 
-/// Names that every module may have for itself, as axum's and tokio's do: they are read with their module's name.
+/// Names that every module may define, as in axum and tokio, because they are read together with the module's name.
 const OF_A_MODULE: &[&str] = &["Config", "Error", "Limits", "Options"];
 
-/// Finds types that are `pub` and have a name that another `pub` type of the crate has.
+/// Finds `pub` types that share their name with another `pub` type of the crate.
 pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
     let mut found: BTreeMap<(&str, &str), Vec<String>> = BTreeMap::new();
     for file in files {
@@ -27,7 +27,7 @@ pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
         .collect()
 }
 
-/// Returns the crate in whose sources a file lies.
+/// Returns the crate whose sources contain a file.
 fn crate_of(path: &str) -> Option<&str> {
     let (name, rest) = path.strip_prefix("crates/")?.split_once('/')?;
     rest.starts_with("src/").then_some(name)
