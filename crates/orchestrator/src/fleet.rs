@@ -43,8 +43,8 @@ fn ends_soon(progress: LoadProgress) -> bool {
     progress.remaining().is_some_and(|remaining| remaining <= LOAD_WAIT)
 }
 
-/// Returns whether a model that a worker is fetching or loading is ready in time. If it is too slow, others may fetch
-/// it too.
+/// Returns whether a fetch or load ends within [`FETCH_WAIT`]. One that has just begun counts as in time. If it is too
+/// slow, other workers may fetch the model too.
 fn is_under_way(progress: LoadProgress) -> bool {
     progress.elapsed_ms < FETCH_BEGINS.as_millis() as u64
         || progress.remaining().is_some_and(|remaining| remaining <= FETCH_WAIT)

@@ -78,8 +78,8 @@ impl PolicyEngine {
                 self.remember(tenant_id, policy);
                 Ok(())
             }
-            // A slightly old policy is better than a service that stops with its registry. A registry that refuses is
-            // not absent.
+            // A slightly old policy is better than a service that stops with its registry. A refusal comes from a
+            // registry that is reachable, so it is passed on.
             Err(error) if may_stand && error.code == ErrorCode::Unavailable => Ok(()),
             Err(error) => Err(error),
         }
@@ -180,7 +180,7 @@ mod tests {
         (PolicyEngine::new(source.clone(), Duration::from_secs(5), Duration::from_mins(10)), source)
     }
 
-    /// Asks for one model or for any of several, with blanks between them.
+    /// Requests one model, or any of several separated by spaces.
     async fn admit(engine: &PolicyEngine, models: &str) -> Result<(), WireError> {
         let version = "1.0".parse().expect("a version");
         let key = |name: &str| ModelKey { model_id: name.parse().expect("a name"), version };

@@ -39,7 +39,7 @@ const REST: Duration = Duration::from_secs(2);
 const REST_MAX: Duration = Duration::from_mins(5);
 /// The most nodes remembered for having no report.
 const RESTING_MAX: usize = 4096;
-/// A worker that has been silent for longer than a heartbeat and a half is asked.
+/// A worker is asked once it has been silent for longer than a heartbeat and a half.
 const SILENT: Duration = HEARTBEAT.saturating_add(Duration::from_millis(2_500));
 
 /// Looks up workers and asks for their reports.

@@ -156,7 +156,7 @@ async fn a_worker_that_does_not_report_is_found_and_asked_within_two_seconds() {
     let worker = scene.worker(1, &presence(), |_| {}).await;
     time::sleep(SECOND * 2).await;
     assert_eq!((scene.routable(), worker.asked()), (1, 1));
-    // It never reports, so it is asked each time it has been silent for too long, and stays.
+    // It never reports, but it is asked whenever it has been silent for too long, so it stays in the fleet.
     for _ in 0..60 {
         time::sleep(SECOND).await;
         assert_eq!(scene.routable(), 1);
@@ -212,7 +212,7 @@ async fn strangers_under_a_workers_topic_are_asked_rarely_and_hold_nobody_up() {
     let scene = Scene::new();
     let mut strangers = vec![];
     for seed in 20..80 {
-        // The first half answers with another's report, the second half with nothing.
+        // The first half answers with another node's report, the second half is cut off and never answers.
         let change = |report: &mut HealthReport| report.worker_id = PublicKey([9; 32]);
         strangers.push(scene.worker(seed, &presence(), change).await);
         if seed >= 50 {

@@ -109,7 +109,7 @@ fn a_conversation_goes_back_to_its_worker_while_that_has_a_free_slot() {
 fn the_best_lead_the_table_in_whatever_order_they_come() {
     let numbered = |number: u8, speed: f32| Candidate { tokens_per_second: speed, ..worker(number) };
     let slow: Vec<Candidate> = (1..=255).map(|number| numbered(number, 1.0)).collect();
-    // Of equals, the one with the lowest id comes last; and the fast one hides behind a faster one.
+    // In `late`, all are equal and the lowest id comes last. In `hidden`, a fast candidate follows a faster one.
     let mut late = slow.clone();
     late.push(numbered(0, 1.0));
     let placement = place(late.iter().copied(), &[], &Weights::default(), &[]);
