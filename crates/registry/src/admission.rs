@@ -43,7 +43,7 @@ pub struct Grant {
     /// Display name.
     pub name: String,
     pub roles: Vec<NodeRole>,
-    /// The regions it may serve in; empty for all.
+    /// The regions it is allowed in; empty for all.
     pub regions: Vec<Region>,
     /// The models it may serve; empty for all.
     pub models: Vec<ModelName>,
@@ -58,7 +58,7 @@ impl Grant {
 
 /// Dependencies and settings of an [`AdmissionOffice`].
 pub struct AdmissionParts {
-    /// The pool's root key. Whoever has it decides who belongs to the pool.
+    /// The pool's root key. Its holder decides which nodes belong to the pool.
     pub root: NodeKey,
     /// Stores nodes, invites and revocations.
     pub store: Arc<dyn RegistryStore>,

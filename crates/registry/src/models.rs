@@ -28,7 +28,7 @@ pub enum ModelError {
         key: ModelKey,
         /// The digest of the registered model.
         registered: Digest,
-        /// The first version that is free.
+        /// The suggested next version.
         next: ModelVersion,
     },
     /// The name stands for another model.
