@@ -259,7 +259,7 @@ impl UsageCursor {
 /// Why a job could not be reserved.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReserveError {
-    /// The worker has its most reservations: try another.
+    /// The worker has reached its reservation limit: try another.
     #[error("worker {} has no free slot", .worker_id.short())]
     NoCapacity { worker_id: WorkerId },
     #[error("could not write the reservation")]
@@ -279,7 +279,7 @@ pub enum ReassignError {
         state: DurableState,
         attempt: u32,
     },
-    /// The worker has its most reservations: try another.
+    /// The worker has reached its reservation limit: try another.
     #[error("worker {} has no free slot", .worker_id.short())]
     NoCapacity { worker_id: WorkerId },
     #[error("could not move the reservation")]

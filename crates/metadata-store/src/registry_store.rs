@@ -122,7 +122,7 @@ pub struct InviteRecord {
     pub name: String,
     /// The roles the node may have.
     pub roles: Vec<NodeRole>,
-    /// The regions it may serve in; empty for all.
+    /// The regions it is allowed in; empty for all.
     pub regions: Vec<Region>,
     /// The models it may serve; empty for all.
     pub models: Vec<ModelName>,
@@ -160,7 +160,7 @@ pub struct NewCertificate {
     pub name: String,
     /// The roles it may have.
     pub roles: Vec<NodeRole>,
-    /// The regions it may serve in; empty for all.
+    /// The regions it is allowed in; empty for all.
     pub regions: Vec<Region>,
     /// The models it may serve; empty for all.
     pub models: Vec<ModelName>,
@@ -178,7 +178,7 @@ pub struct NodeRecord {
     pub name: String,
     /// The roles it may have.
     pub roles: Vec<NodeRole>,
-    /// The regions it may serve in; empty for all.
+    /// The regions it is allowed in; empty for all.
     pub regions: Vec<Region>,
     /// The models it may serve; empty for all.
     pub models: Vec<ModelName>,

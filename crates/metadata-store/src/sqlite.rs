@@ -134,7 +134,7 @@ fn on_the_spot<T>(
     connection: &Mutex<Option<Connection>>,
     run: impl FnOnce(&Connection) -> rusqlite::Result<T>,
 ) -> Result<T, StoreError> {
-    // A panic inside a call rolls its transaction back, so the connection behind a poisoned lock is sound.
+    // A panic inside a call rolls its transaction back and does not poison the lock, so the connection stays usable.
     let connection = connection.lock();
     Ok(run(connection.as_ref().ok_or(StoreError::Closed)?)?)
 }
