@@ -13,7 +13,7 @@ pub enum JobState {
     Reserved,
     /// A worker acknowledged it.
     Dispatched,
-    /// Its first chunk has arrived; from here on it cannot be retried on another worker.
+    /// The first chunk of its answer has arrived; from here on it cannot be retried on another worker.
     Streaming,
     /// The answer is complete.
     Completed,
@@ -39,7 +39,7 @@ pub enum JobEvent {
     Fail,
     /// The attempt crashed an engine as earlier ones did; the job must not be retried.
     Die,
-    /// The caller is gone.
+    /// The caller cancelled or disconnected.
     Cancel,
 }
 
