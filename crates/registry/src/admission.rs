@@ -64,7 +64,7 @@ pub struct AdmissionParts {
     pub store: Arc<dyn RegistryStore>,
     /// Wall clock.
     pub clock: Arc<dyn Clock>,
-    /// The key under which secrets are hashed.
+    /// The HMAC key for secrets.
     pub pepper: Pepper,
     /// The registry that redeems the invites.
     pub registry: PublicKey,
@@ -330,7 +330,8 @@ impl AdmissionOffice {
         Ok(NodeList { nodes: self.0.parts.store.nodes().await?.into_iter().map(entry).collect() })
     }
 
-    /// Returns the signed list of expelled nodes. Nodes whose certificates expired long ago are left out.
+    /// Returns the signed list of expelled keys. Keys revoked so long ago that their certificates have expired are left
+    /// out.
     pub async fn revocations(&self) -> Result<Signed, AdmissionError> {
         Ok(self.list().await?.signed.clone())
     }

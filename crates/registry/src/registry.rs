@@ -51,7 +51,7 @@ pub struct RegistryParts {
     pub store: Arc<dyn RegistryStore>,
     /// The model files that it serves to workers, if it has any.
     pub artifacts: Option<ArtifactStore>,
-    /// The key under which secrets are hashed.
+    /// The HMAC key for secrets.
     pub pepper: Pepper,
     /// Decides which nodes belong to the pool.
     pub admission: AdmissionOffice,
