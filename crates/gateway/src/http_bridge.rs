@@ -53,10 +53,7 @@ pub enum GatewayError {
     TlsIncomplete,
     /// A TLS file cannot be used.
     #[error("could not use the TLS file {}: {reason}", path.display())]
-    Tls {
-        path: PathBuf,
-        reason: String,
-    },
+    Tls { path: PathBuf, reason: String },
     /// A configured origin is invalid.
     #[error("cors_origins: {origin:?} is not an origin such as https://app.example.com")]
     Origin { origin: String },
