@@ -12,7 +12,7 @@ use protocol::control::{NodeInfo, NodeRole, Scope};
 use protocol::gateway::{GatewayAnswer, MODELS, ModelsRequest};
 use protocol::infer::SUBMIT;
 use protocol::{ErrorCode, PublicKey, Topic, WireError};
-use rpc::{Caller, Limits, ReplyStream, Server, StreamCall, announce};
+use rpc::{Access, Caller, Limits, ReplyStream, Server, StreamCall, announce};
 use serde_json::value::{RawValue, to_raw_value};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -91,8 +91,13 @@ impl RpcGateway {
     }
 
     fn serve(self, server: Server) -> Server {
-        let server = server.with_state(self).stream(SUBMIT, Self::stream);
-        server.unary_while_wanted(SUBMIT, Self::whole).unary_while_wanted(MODELS, Self::models).into_server()
+        // Clients are no nodes of the pool. Their API token counts, which the gateway checks.
+        server
+            .with_state(self)
+            .stream(SUBMIT, Access::Anyone, Self::stream)
+            .unary_while_wanted(SUBMIT, Access::Anyone, Self::whole)
+            .unary_while_wanted(MODELS, Access::Anyone, Self::models)
+            .into_server()
     }
 
     /// Streams the chunks as they arrive. A call is accepted once the first chunk is there; until then it can be

@@ -13,8 +13,9 @@ use parking_lot::{Mutex, MutexGuard};
 use protocol::admission::Exclusion;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
-    Decision, Empty, ExplainRequest, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN, MODEL_MOVE, ModelMove, ModelPlace,
-    ModelPlaceState, ModelPlaces, NodeInfo, NodeRole, PRESENCE_REPORT,
+    ARTIFACT_HOLDERS, ArtifactHolders, ArtifactHoldersRequest, Decision, Empty, ExplainRequest, FLEET_LIST,
+    Fleet as FleetMessage, JOB_EXPLAIN, MODEL_MOVE, ModelMove, ModelPlace, ModelPlaceState, ModelPlaces, NodeInfo,
+    NodeRole, PRESENCE_REPORT,
 };
 use protocol::infer::{InferRequest, SUBMIT};
 use protocol::model::ModelKey;
@@ -23,7 +24,8 @@ use protocol::signature::Signed;
 use protocol::{Clock, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
 use rpc::server::STRANGER_BYTES_MAX;
 use rpc::{
-    Caller, Client, Directory, Membership, MembershipTask, Server, StreamCall, StreamOptions, Transport, announce,
+    Access, Caller, Client, Directory, Membership, MembershipTask, Server, StreamCall, StreamOptions, Transport,
+    announce,
 };
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -413,9 +415,6 @@ impl Orchestrator {
 
     /// Decodes a submitted job, runs it and answers the call.
     async fn take_job(self: Arc<Self>, call: StreamCall) {
-        if let Err(exclusion) = self.membership.admit(call.peer, NodeRole::Gateway, Some(&self.region)) {
-            return call.refuse(exclusion.into()).await;
-        }
         let request: InferRequest = match codec::decode(&call.body) {
             Ok(request) => request,
             Err(error) => return call.refuse(error.into()).await,
@@ -552,10 +551,17 @@ impl Orchestrator {
     }
 
     fn serve(self: &Arc<Self>, server: Server) -> Server {
-        let server =
-            server.with_state(self.clone()).stream(SUBMIT, Self::take_job).unary(PRESENCE_REPORT, Self::report);
-        let server = server.unary(FLEET_LIST, Self::list_fleet).unary(MODEL_MOVE, Self::move_for_gateway);
-        server.unary(JOB_EXPLAIN, Self::explain).into_server()
+        let gateway = || Access::RoleIn(NodeRole::Gateway, self.region.clone());
+        server
+            .with_state(self.clone())
+            .stream(SUBMIT, gateway(), Self::take_job)
+            .unary(FLEET_LIST, gateway(), Self::list_fleet)
+            .unary(JOB_EXPLAIN, gateway(), Self::explain)
+            .unary(MODEL_MOVE, gateway(), Self::move_for_gateway)
+            // Reports carry their worker's signature, and refused ones are counted by reason.
+            .unary(PRESENCE_REPORT, Access::Anyone, Self::report)
+            .unary(ARTIFACT_HOLDERS, Access::Role(NodeRole::Worker), Self::list_holders)
+            .into_server()
     }
 
     #[expect(clippy::unused_async, reason = "handlers are async")]
@@ -564,19 +570,31 @@ impl Orchestrator {
     }
 
     #[expect(clippy::unused_async, reason = "handlers are async")]
-    async fn list_fleet(self: Arc<Self>, caller: Caller, _: Empty) -> Result<FleetMessage, WireError> {
-        self.membership.standing(caller.key)?;
+    async fn list_fleet(self: Arc<Self>, _: Caller, _: Empty) -> Result<FleetMessage, WireError> {
         Ok(FleetMessage { workers: self.fleet.list(Instant::now()) })
     }
 
-    async fn move_for_gateway(self: Arc<Self>, caller: Caller, request: ModelMove) -> Result<ModelPlaces, WireError> {
-        self.membership.admit(caller.key, NodeRole::Gateway, None)?;
+    #[expect(clippy::unused_async, reason = "handlers are async")]
+    async fn list_holders(
+        self: Arc<Self>,
+        caller: Caller,
+        request: ArtifactHoldersRequest,
+    ) -> Result<ArtifactHolders, WireError> {
+        let holders = self
+            .fleet
+            .list(Instant::now())
+            .into_iter()
+            .map(|worker| worker.report)
+            .filter(|report| report.worker_id != caller.key && report.has_file(&request.digest, &request.models));
+        Ok(ArtifactHolders { workers: holders.map(|report| report.worker_id).collect() })
+    }
+
+    async fn move_for_gateway(self: Arc<Self>, _: Caller, request: ModelMove) -> Result<ModelPlaces, WireError> {
         Ok(self.move_model(request).await)
     }
 
     #[expect(clippy::unused_async, reason = "handlers are async")]
-    async fn explain(self: Arc<Self>, caller: Caller, request: ExplainRequest) -> Result<Arc<Decision>, WireError> {
-        self.membership.standing(caller.key)?;
+    async fn explain(self: Arc<Self>, _: Caller, request: ExplainRequest) -> Result<Arc<Decision>, WireError> {
         self.decisions.get(request.correlation_id).ok_or_else(refusals::forgotten)
     }
 }

@@ -22,23 +22,20 @@ pub const PRESENCE_REPORT: &str = "presence.report";
 pub const PRESENCE_DESCRIBE: &str = "presence.describe";
 /// Orchestrator: lists the live workers. [`Empty`] → [`Fleet`].
 pub const FLEET_LIST: &str = "fleet.list";
+/// Orchestrator: lists the workers that have a file, for a worker that fetches it. [`ArtifactHoldersRequest`] →
+/// [`ArtifactHolders`].
+pub const ARTIFACT_HOLDERS: &str = "artifact.holders";
 /// Orchestrator: tells how a job was placed. [`ExplainRequest`] → [`Decision`].
 pub const JOB_EXPLAIN: &str = "job.explain";
 /// Registry: checks an API token. [`TokenCheck`] → [`TokenGrant`].
 pub const TOKEN_CHECK: &str = "registry.token.check";
-/// Registry: issues a token. [`TokenCreate`] → [`TokenCreated`].
-pub const TOKEN_CREATE: &str = "registry.token.create";
-/// Registry: lists the tokens without their secrets. [`Empty`] → [`TokenList`].
-pub const TOKEN_LIST: &str = "registry.token.list";
-/// Registry: revokes a token. [`TokenRevoke`] → [`TokenRevoked`].
-pub const TOKEN_REVOKE: &str = "registry.token.revoke";
 /// Registry: lists the models and their adapters. [`Empty`] → [`Catalog`].
 pub const CATALOG_LIST: &str = "registry.catalog.list";
 /// Registry: lists a model of a server that the calling worker has adopted. [`crate::model::ModelOffer`] → [`Empty`].
 pub const MODEL_OFFER: &str = "registry.model.offer";
-/// Registry: registers an adapter. [`AdapterAdd`] → [`AdapterEntry`].
+/// Registry: registers an adapter for an operator. [`ByOperator`] of an [`AdapterAdd`] → [`AdapterEntry`].
 pub const ADAPTER_ADD: &str = "registry.adapter.add";
-/// Registry: forgets an adapter. [`AdapterRemove`] → [`AdapterRemoved`].
+/// Registry: forgets an adapter for an operator. [`ByOperator`] of an [`AdapterRemove`] → [`AdapterRemoved`].
 pub const ADAPTER_REMOVE: &str = "registry.adapter.remove";
 /// Registry: registers a model for an operator. [`ByOperator`] of a [`ModelAdd`] → [`ModelEntry`].
 pub const MODEL_ADD: &str = "registry.model.add";
@@ -136,6 +133,25 @@ pub struct FleetWorker {
     pub age_ms: u64,
     /// Jobs this orchestrator has reserved on it.
     pub reserved: u32,
+}
+
+/// Asks which workers have a file of one of some models.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ArtifactHoldersRequest {
+    /// Digest of the file.
+    pub digest: Digest,
+    /// The models that the file belongs to.
+    pub models: Vec<ModelKey>,
+}
+
+/// The workers that have a file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ArtifactHolders {
+    /// Public keys of live workers that report one of the models. One of them may turn out not to have the file of an
+    /// adapter.
+    pub workers: Vec<WorkerId>,
 }
 
 /// An API token to check.
@@ -607,7 +623,7 @@ pub struct NodeRenamed {
     pub found: bool,
 }
 
-/// A request that an operator makes at the registry itself, without a gateway.
+/// A request of an operator to the registry. Any node may bring it: only the operator's token counts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ByOperator<T> {

@@ -102,6 +102,16 @@ impl HealthReport {
         !self.draining && self.supported.iter().any(is_at_hand)
     }
 
+    /// Returns whether the worker reports a file of one of these models: the model's own or an adapter's. It may turn out
+    /// not to have the adapter's.
+    pub fn has_file(&self, digest: &Digest, models: &[ModelKey]) -> bool {
+        models.iter().filter(|key| self.supported.contains(key) && !self.to_fetch.contains(key)).any(|key| {
+            // A model of the same name on an adopted server has no file.
+            let cached = self.model_cache.iter().find(|cached| cached.key == *key);
+            cached.is_none_or(|cached| cached.attested || cached.digest == *digest)
+        })
+    }
+
     /// Returns whether the worker takes jobs of a model, with an adapter or without one.
     pub fn serves(&self, model: &ModelKey, adapter: Option<&AdapterName>) -> bool {
         !self.draining && self.supported.contains(model) && self.serves_adapter(model, adapter)

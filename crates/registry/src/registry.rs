@@ -1,6 +1,7 @@
 //! The registry service: answers gateways and orchestrators about tokens, models and policies, and all nodes about the
 //! pool's membership (R1).
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,14 +17,14 @@ use protocol::control::{
     MODEL_OFFER, MODEL_REMOVE, ModelAdd, ModelKeep, ModelRemove, ModelRemoved, NODE_LIST, NODE_RENAME, NODE_REVOKE,
     NodeInfo, NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked, NodeRole, OPERATOR_CATALOG_LIST,
     OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET, POOL_STATE,
-    PolicyRequest, PoolState, PoolStateRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck,
-    TokenCreate, TokenCreated, TokenGrant, TokenList, TokenRevoke, TokenRevoked,
+    PolicyRequest, PoolState, PoolStateRequest, Scope, TOKEN_CHECK, TokenCheck, TokenCreate, TokenCreated, TokenGrant,
+    TokenList, TokenRevoke, TokenRevoked,
 };
 use protocol::model::{AdapterEntry, AliasEntry, ModelEntry, ModelOffer};
 use protocol::policy::TenantPolicy;
-use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
+use protocol::{Clock, ErrorCode, Region, Topic, WireError};
 use rpc::server::STRANGER_BYTES_MAX;
-use rpc::{ArtifactServer, Caller, Membership, Server, StreamCall, Transport, announce};
+use rpc::{Access, ArtifactServer, Caller, Membership, Server, StreamCall, Transport, announce};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -72,8 +73,6 @@ impl Registry {
         let tokens = TokenOffice::new(parts.store.clone(), parts.clock.clone(), parts.pepper.clone());
         let transport = parts.transport.clone();
         let topic = Topic::Control(parts.region.clone());
-        let info =
-            NodeInfo { roles: vec![NodeRole::Registry], region: parts.region.clone(), version: parts.version.clone() };
         let (office, own_key) = (&parts.admission, transport.public_key());
         let certificate = office.certify(own_key, own_grant()).await?;
         let membership = Membership::new(office.pool(), own_key, certificate, parts.clock.clone())
@@ -81,11 +80,7 @@ impl Registry {
         let artifacts = parts.artifacts.clone().map(|store| ArtifactServer::new(store, membership.clone()));
         let registry = Arc::new(Self { parts, tokens, membership, artifacts });
         registry.take_revocations().await?;
-        let known = registry.membership.clone();
-        let server = registry
-            .serve(Server::new(transport.clone(), info))
-            .membership(registry.membership.clone())
-            .body_limit(move |key| if known.is_member(key) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX });
+        let server = registry.serve(registry.server());
         let announced = announce::keep_announced(&*transport, &topic, &stop);
         tokio::join!(server.run(stop.clone(), DRAIN), announced, stop.run_until_cancelled(registry.keep_up()));
         Ok(())
@@ -140,37 +135,45 @@ impl Registry {
         }
     }
 
+    /// Makes a server that knows who its callers are.
+    fn server(&self) -> Server {
+        let RegistryParts { transport, region, version, .. } = &self.parts;
+        let info = NodeInfo { roles: vec![NodeRole::Registry], region: region.clone(), version: version.clone() };
+        let known = self.membership.clone();
+        Server::new(transport.clone(), info)
+            .membership(self.membership.clone())
+            .body_limit(move |key| if known.is_member(key) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX })
+    }
+
+    /// Adds the registry's calls to a server.
     fn serve(self: &Arc<Self>, server: Server) -> Server {
         server
             .with_state(self.clone())
-            .unary(CLOCK_READ, Self::read_clock)
-            .unary(INVITE_REDEEM, Self::redeem_invite)
-            .unary(CERTIFICATE_RENEW, Self::renew_certificate)
-            .unary(POOL_STATE, Self::pool_state)
-            .unary(MODEL_OFFER, Self::take_offer)
-            .stream(FETCH, Self::give_artifact)
-            .unary(TOKEN_CHECK, Self::check_token)
-            .unary(TOKEN_CREATE, Self::issue_for_gateway)
-            .unary(TOKEN_LIST, Self::list_for_gateway)
-            .unary(TOKEN_REVOKE, Self::revoke_for_gateway)
-            .unary(CATALOG_LIST, Self::catalog)
-            .unary(ADAPTER_ADD, Self::add_adapter)
-            .unary(ADAPTER_REMOVE, Self::remove_adapter)
-            .unary(POLICY_GET, Self::policy)
-            // Operators may call without a gateway: only their token is checked.
-            .unary(INVITE_CREATE, Self::create_invite)
-            .unary(NODE_REVOKE, Self::revoke_node)
-            .unary(NODE_LIST, Self::list_nodes)
-            .unary(NODE_RENAME, Self::rename_node)
-            .unary(OPERATOR_TOKEN_CREATE, Self::issue_token)
-            .unary(OPERATOR_TOKEN_LIST, Self::list_tokens)
-            .unary(OPERATOR_TOKEN_REVOKE, Self::revoke_token)
-            .unary(OPERATOR_CATALOG_LIST, Self::list_catalog)
-            .unary(MODEL_ADD, Self::add_model)
-            .unary(MODEL_REMOVE, Self::remove_model)
-            .unary(MODEL_KEEP, Self::keep_model)
-            .unary(ALIAS_SET, Self::set_alias)
-            .unary(ALIAS_REMOVE, Self::remove_alias)
+            .unary(CLOCK_READ, Access::Anyone, Self::read_clock)
+            .unary(INVITE_REDEEM, Access::Anyone, Self::redeem_invite)
+            .unary(CERTIFICATE_RENEW, Access::Members, Self::renew_certificate)
+            .unary(POOL_STATE, Access::Members, Self::pool_state)
+            .unary(CATALOG_LIST, Access::Members, Self::catalog)
+            .unary(MODEL_OFFER, Access::Role(NodeRole::Worker), Self::take_offer)
+            .stream(FETCH, Access::Role(NodeRole::Worker), Self::give_artifact)
+            .unary(TOKEN_CHECK, Access::Role(NodeRole::Gateway), Self::check_token)
+            .unary(POLICY_GET, Access::Role(NodeRole::Orchestrator), Self::policy)
+            // Operators are people, not nodes: any node may bring their request, and only their token counts.
+            .unary(INVITE_CREATE, Access::Anyone, by_operator(Self::create_invite))
+            .unary(NODE_REVOKE, Access::Anyone, by_operator(Self::revoke_node))
+            .unary(NODE_LIST, Access::Anyone, by_operator(Self::list_nodes))
+            .unary(NODE_RENAME, Access::Anyone, by_operator(Self::rename_node))
+            .unary(OPERATOR_TOKEN_CREATE, Access::Anyone, by_operator(Self::issue_token))
+            .unary(OPERATOR_TOKEN_LIST, Access::Anyone, by_operator(Self::list_tokens))
+            .unary(OPERATOR_TOKEN_REVOKE, Access::Anyone, by_operator(Self::revoke_token))
+            .unary(OPERATOR_CATALOG_LIST, Access::Anyone, by_operator(Self::list_catalog))
+            .unary(MODEL_ADD, Access::Anyone, by_operator(Self::add_model))
+            .unary(MODEL_REMOVE, Access::Anyone, by_operator(Self::remove_model))
+            .unary(MODEL_KEEP, Access::Anyone, by_operator(Self::keep_model))
+            .unary(ALIAS_SET, Access::Anyone, by_operator(Self::set_alias))
+            .unary(ALIAS_REMOVE, Access::Anyone, by_operator(Self::remove_alias))
+            .unary(ADAPTER_ADD, Access::Anyone, by_operator(Self::add_adapter))
+            .unary(ADAPTER_REMOVE, Access::Anyone, by_operator(Self::remove_adapter))
             .into_server()
     }
 
@@ -184,153 +187,86 @@ impl Registry {
     }
 
     async fn renew_certificate(self: Arc<Self>, caller: Caller, _: Empty) -> Result<Enrolled, WireError> {
-        self.membership.standing(caller.key)?;
         self.parts.admission.renew(caller.key).await
     }
 
-    async fn pool_state(self: Arc<Self>, caller: Caller, request: PoolStateRequest) -> Result<PoolState, WireError> {
-        self.membership.standing(caller.key)?;
+    async fn pool_state(self: Arc<Self>, _: Caller, request: PoolStateRequest) -> Result<PoolState, WireError> {
         Ok(self.parts.admission.state(request.version).await?)
     }
 
-    async fn check_token(self: Arc<Self>, caller: Caller, request: TokenCheck) -> Result<TokenGrant, WireError> {
-        self.admit_gateway(caller.key)?;
+    async fn check_token(self: Arc<Self>, _: Caller, request: TokenCheck) -> Result<TokenGrant, WireError> {
         self.tokens.check(&request.token).await
     }
 
-    async fn issue_for_gateway(
-        self: Arc<Self>,
-        caller: Caller,
-        request: TokenCreate,
-    ) -> Result<TokenCreated, WireError> {
-        self.admit_gateway(caller.key)?;
-        self.issue(request).await
-    }
-
-    async fn list_for_gateway(self: Arc<Self>, caller: Caller, _: Empty) -> Result<TokenList, WireError> {
-        self.admit_gateway(caller.key)?;
-        self.tokens.list().await.map_err(|error| unavailable(&error))
-    }
-
-    async fn revoke_for_gateway(
-        self: Arc<Self>,
-        caller: Caller,
-        request: TokenRevoke,
-    ) -> Result<TokenRevoked, WireError> {
-        self.admit_gateway(caller.key)?;
-        self.tokens.revoke(&request.key_id).await.map_err(|error| unavailable(&error))
-    }
-
-    async fn catalog(self: Arc<Self>, caller: Caller, _: Empty) -> Result<Catalog, WireError> {
-        self.admit(caller.key)?;
+    async fn catalog(self: Arc<Self>, _: Caller, _: Empty) -> Result<Catalog, WireError> {
         catalog::list(&*self.parts.store).await.map_err(|error| unavailable(&error))
     }
 
-    async fn add_adapter(self: Arc<Self>, caller: Caller, request: AdapterAdd) -> Result<AdapterEntry, WireError> {
-        self.admit_gateway(caller.key)?;
-        let (store, now) = (&*self.parts.store, self.parts.clock.now());
-        Ok(adapters::add(store, request, now).await.inspect_err(log_refusal)?)
-    }
-
-    async fn remove_adapter(
-        self: Arc<Self>,
-        caller: Caller,
-        request: AdapterRemove,
-    ) -> Result<AdapterRemoved, WireError> {
-        self.admit_gateway(caller.key)?;
-        Ok(adapters::remove(&*self.parts.store, request).await.inspect_err(log_refusal)?)
-    }
-
-    async fn policy(self: Arc<Self>, caller: Caller, request: PolicyRequest) -> Result<TenantPolicy, WireError> {
-        self.admit(caller.key)?;
+    async fn policy(self: Arc<Self>, _: Caller, request: PolicyRequest) -> Result<TenantPolicy, WireError> {
         policies::of(&*self.parts.store, &request.tenant_id).await.map_err(|error| unavailable(&error))
     }
 
-    async fn create_invite(self: Arc<Self>, caller: Caller, request: InviteCreate) -> Result<InviteCreated, WireError> {
-        self.operator(caller, &request.token).await?;
+    async fn create_invite(self: Arc<Self>, request: InviteCreate) -> Result<InviteCreated, WireError> {
         Ok(self.parts.admission.invite(request).await?)
     }
 
-    async fn revoke_node(self: Arc<Self>, caller: Caller, request: NodeRevoke) -> Result<NodeRevoked, WireError> {
-        self.operator(caller, &request.token).await?;
+    async fn revoke_node(self: Arc<Self>, request: NodeRevoke) -> Result<NodeRevoked, WireError> {
         Ok(self.parts.admission.revoke(request.public_key).await?)
     }
 
-    async fn list_nodes(self: Arc<Self>, caller: Caller, request: OperatorRequest) -> Result<NodeList, WireError> {
-        self.operator(caller, &request.token).await?;
+    async fn list_nodes(self: Arc<Self>, _: OperatorRequest) -> Result<NodeList, WireError> {
         Ok(self.parts.admission.nodes().await?)
     }
 
-    async fn rename_node(self: Arc<Self>, caller: Caller, request: NodeRename) -> Result<NodeRenamed, WireError> {
-        self.operator(caller, &request.token).await?;
+    async fn rename_node(self: Arc<Self>, request: NodeRename) -> Result<NodeRenamed, WireError> {
         Ok(self.parts.admission.rename(request.public_key, &request.name).await?)
     }
 
-    async fn issue_token(
-        self: Arc<Self>,
-        caller: Caller,
-        asked: ByOperator<TokenCreate>,
-    ) -> Result<TokenCreated, WireError> {
-        self.operator(caller, &asked.token).await?;
+    async fn issue_token(self: Arc<Self>, asked: ByOperator<TokenCreate>) -> Result<TokenCreated, WireError> {
         self.issue(asked.request).await
     }
 
-    async fn list_tokens(self: Arc<Self>, caller: Caller, request: OperatorRequest) -> Result<TokenList, WireError> {
-        self.operator(caller, &request.token).await?;
+    async fn list_tokens(self: Arc<Self>, _: OperatorRequest) -> Result<TokenList, WireError> {
         self.tokens.list().await.map_err(|error| unavailable(&error))
     }
 
-    async fn revoke_token(
-        self: Arc<Self>,
-        caller: Caller,
-        asked: ByOperator<TokenRevoke>,
-    ) -> Result<TokenRevoked, WireError> {
-        self.operator(caller, &asked.token).await?;
+    async fn revoke_token(self: Arc<Self>, asked: ByOperator<TokenRevoke>) -> Result<TokenRevoked, WireError> {
         self.tokens.revoke(&asked.request.key_id).await.map_err(|error| unavailable(&error))
     }
 
-    async fn list_catalog(self: Arc<Self>, caller: Caller, request: OperatorRequest) -> Result<Catalog, WireError> {
-        self.operator(caller, &request.token).await?;
+    async fn list_catalog(self: Arc<Self>, _: OperatorRequest) -> Result<Catalog, WireError> {
         catalog::list(&*self.parts.store).await.map_err(|error| unavailable(&error))
     }
 
-    async fn add_model(self: Arc<Self>, caller: Caller, asked: ByOperator<ModelAdd>) -> Result<ModelEntry, WireError> {
-        self.operator(caller, &asked.token).await?;
+    async fn add_model(self: Arc<Self>, asked: ByOperator<ModelAdd>) -> Result<ModelEntry, WireError> {
         let (store, now) = (&*self.parts.store, self.parts.clock.now());
         Ok(models::add(store, asked.request, now).await.inspect_err(log_model)?)
     }
 
-    async fn remove_model(
-        self: Arc<Self>,
-        caller: Caller,
-        asked: ByOperator<ModelRemove>,
-    ) -> Result<ModelRemoved, WireError> {
-        self.operator(caller, &asked.token).await?;
+    async fn remove_model(self: Arc<Self>, asked: ByOperator<ModelRemove>) -> Result<ModelRemoved, WireError> {
         Ok(models::remove(&*self.parts.store, asked.request).await.inspect_err(log_model)?)
     }
 
-    async fn keep_model(
-        self: Arc<Self>,
-        caller: Caller,
-        asked: ByOperator<ModelKeep>,
-    ) -> Result<ModelEntry, WireError> {
-        self.operator(caller, &asked.token).await?;
+    async fn keep_model(self: Arc<Self>, asked: ByOperator<ModelKeep>) -> Result<ModelEntry, WireError> {
         Ok(models::keep(&*self.parts.store, asked.request).await.inspect_err(log_model)?)
     }
 
-    async fn set_alias(self: Arc<Self>, caller: Caller, asked: ByOperator<AliasSet>) -> Result<AliasEntry, WireError> {
-        self.operator(caller, &asked.token).await?;
+    async fn set_alias(self: Arc<Self>, asked: ByOperator<AliasSet>) -> Result<AliasEntry, WireError> {
         let (store, now) = (&*self.parts.store, self.parts.clock.now());
         Ok(models::set_alias(store, asked.request, now).await.inspect_err(log_model)?)
     }
 
-    async fn remove_alias(
-        self: Arc<Self>,
-        caller: Caller,
-        asked: ByOperator<AliasRemove>,
-    ) -> Result<AliasRemoved, WireError> {
-        self.operator(caller, &asked.token).await?;
+    async fn remove_alias(self: Arc<Self>, asked: ByOperator<AliasRemove>) -> Result<AliasRemoved, WireError> {
         Ok(models::remove_alias(&*self.parts.store, &asked.request.alias).await.inspect_err(log_model)?)
+    }
+
+    async fn add_adapter(self: Arc<Self>, asked: ByOperator<AdapterAdd>) -> Result<AdapterEntry, WireError> {
+        let (store, now) = (&*self.parts.store, self.parts.clock.now());
+        Ok(adapters::add(store, asked.request, now).await.inspect_err(log_refusal)?)
+    }
+
+    async fn remove_adapter(self: Arc<Self>, asked: ByOperator<AdapterRemove>) -> Result<AdapterRemoved, WireError> {
+        Ok(adapters::remove(&*self.parts.store, asked.request).await.inspect_err(log_refusal)?)
     }
 
     async fn issue(&self, new: TokenCreate) -> Result<TokenCreated, WireError> {
@@ -356,7 +292,6 @@ impl Registry {
     /// Lists a model that a worker serves, if the worker's certificate allows it that name.
     async fn take_offer(self: Arc<Self>, caller: Caller, offer: ModelOffer) -> Result<Empty, WireError> {
         let worker = caller.key;
-        self.membership.admit(worker, NodeRole::Worker, None)?;
         let allows = |certificate: Arc<Certificate>| certificate.allows_model(&offer.key.model_id);
         if !self.membership.standing(worker)?.is_none_or(allows) {
             let message = format!("this node's certificate does not allow {}", offer.key.model_id);
@@ -368,14 +303,58 @@ impl Registry {
             Err(error) => Err(WireError::new(ErrorCode::InvalidValue, error.to_string())),
         }
     }
+}
 
-    /// Admits gateways only, for calls about tokens and for operators' changes.
-    fn admit_gateway(&self, key: PublicKey) -> Result<(), WireError> {
-        Ok(self.membership.admit(key, NodeRole::Gateway, None)?)
+/// A request that carries the API token of the operator who makes it.
+trait CarriesToken {
+    fn token(&self) -> &str;
+}
+
+impl<T> CarriesToken for ByOperator<T> {
+    fn token(&self) -> &str {
+        &self.token
     }
+}
 
-    fn admit(&self, key: PublicKey) -> Result<(), WireError> {
-        Ok(self.membership.standing(key).map(drop)?)
+impl CarriesToken for OperatorRequest {
+    fn token(&self) -> &str {
+        &self.token
+    }
+}
+
+impl CarriesToken for InviteCreate {
+    fn token(&self) -> &str {
+        &self.token
+    }
+}
+
+impl CarriesToken for NodeRevoke {
+    fn token(&self) -> &str {
+        &self.token
+    }
+}
+
+impl CarriesToken for NodeRename {
+    fn token(&self) -> &str {
+        &self.token
+    }
+}
+
+type Reply<T> = Pin<Box<dyn Future<Output = Result<T, WireError>> + Send>>;
+
+/// Makes a method of a handler that only operators may reach: it checks the token of each request first.
+fn by_operator<Request, Response, Work>(
+    handler: impl Fn(Arc<Registry>, Request) -> Work + Copy + Send + Sync + 'static,
+) -> impl Fn(Arc<Registry>, Caller, Request) -> Reply<Response>
+where
+    Request: CarriesToken + Send + 'static,
+    Work: Future<Output = Result<Response, WireError>> + Send + 'static,
+{
+    move |registry, caller, request| {
+        Box::pin(async move {
+            registry.operator(caller, request.token()).await?;
+            handler(registry, request).await
+        })
     }
 }
 
@@ -396,3 +375,6 @@ fn unavailable(error: &metadata_store::StoreError) -> WireError {
     warn!(%error, "could not read the registry's store");
     WireError::new(ErrorCode::Unavailable, "the registry cannot read its store, try again")
 }
+
+#[cfg(test)]
+mod tests;

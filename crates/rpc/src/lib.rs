@@ -28,6 +28,6 @@ pub use clock::SystemClock;
 pub use enrolment::{Enrolment, EnrolmentError, JoinError};
 pub use membership::Membership;
 pub use membership_task::MembershipTask;
-pub use server::{Caller, Interrupted, Limits, ReplyStream, Server, StreamCall};
+pub use server::{Access, Caller, Interrupted, Limits, ReplyStream, Server, StreamCall};
 pub use transport::Transport;
 pub use transport::memory::MemoryNetwork;

@@ -24,11 +24,13 @@ use crate::frame::Frame;
 use crate::membership::Membership;
 use crate::transport::{Channel, Connection, Incoming, Transport};
 
+mod access;
 mod budget;
 mod connections;
 mod stream_call;
 mod with_state;
 
+pub use access::Access;
 pub use stream_call::{Interrupted, ReplyStream, StreamCall};
 pub use with_state::WithState;
 
@@ -98,7 +100,7 @@ type StreamHandler = Box<dyn Fn(StreamCall) -> Done<()> + Send + Sync>;
 pub struct Server {
     transport: Arc<dyn Transport>,
     unary: HashMap<&'static str, Unary>,
-    streams: HashMap<&'static str, StreamHandler>,
+    streams: HashMap<&'static str, Stream>,
     limits: Limits,
     body_limit: Option<BodyLimit>,
     membership: Membership,
@@ -110,6 +112,13 @@ struct Unary {
     handler: UnaryHandler,
     /// Whether the work continues when the caller is gone.
     finishes: bool,
+    access: Access,
+}
+
+/// A streaming method.
+struct Stream {
+    handler: StreamHandler,
+    access: Access,
 }
 
 impl Server {
@@ -174,7 +183,7 @@ impl Server {
         Reply: Serialize,
         Work: Future<Output = Result<Reply, WireError>> + Send + 'static,
     {
-        self.answer(method, handler, true)
+        self.answer(method, Access::Anyone, handler, true)
     }
 
     /// Adds a unary method whose work is dropped when the caller no longer waits.
@@ -189,12 +198,13 @@ impl Server {
         Reply: Serialize,
         Work: Future<Output = Result<Reply, WireError>> + Send + 'static,
     {
-        self.answer(method, handler, false)
+        self.answer(method, Access::Anyone, handler, false)
     }
 
     fn answer<Request, Reply, Work>(
         mut self,
         method: &'static str,
+        access: Access,
         handler: impl Fn(Caller, Request) -> Work + Send + Sync + 'static,
         finishes: bool,
     ) -> Self
@@ -207,22 +217,42 @@ impl Server {
             let work = codec::decode::<Request>(&body).map(|request| handler(caller, request));
             Box::pin(async move { Ok(Bytes::from(codec::encode(&work?.await?))) })
         });
-        self.unary.insert(method, Unary { handler, finishes });
+        self.unary.insert(method, Unary { handler, finishes, access });
         self
     }
 
     /// Adds a streaming method. The handler accepts or refuses the call.
     #[must_use]
     pub fn stream<Work>(
-        mut self,
+        self,
         method: &'static str,
         handler: impl Fn(StreamCall) -> Work + Send + Sync + 'static,
     ) -> Self
     where
         Work: Future<Output = ()> + Send + 'static,
     {
-        self.streams.insert(method, Box::new(move |call| Box::pin(handler(call))));
+        self.answer_stream(method, Access::Anyone, handler)
+    }
+
+    fn answer_stream<Work>(
+        mut self,
+        method: &'static str,
+        access: Access,
+        handler: impl Fn(StreamCall) -> Work + Send + Sync + 'static,
+    ) -> Self
+    where
+        Work: Future<Output = ()> + Send + 'static,
+    {
+        let handler: StreamHandler = Box::new(move |call| Box::pin(handler(call)));
+        self.streams.insert(method, Stream { handler, access });
         self
+    }
+
+    /// Returns the names of the methods and who may call them, without the one that introduces nodes to each other.
+    /// A name that is both unary and streaming is there twice.
+    pub fn methods(&self) -> impl Iterator<Item = (&'static str, &Access)> {
+        let unary = self.unary.iter().map(|(name, method)| (*name, &method.access));
+        unary.chain(self.streams.iter().map(|(name, method)| (*name, &method.access)))
     }
 
     /// Lets methods share a state.
@@ -387,11 +417,10 @@ impl Shared {
                     reserved.grow(body.len())?;
                     Ok(reserved)
                 });
-                let answer = match (reserved, self.server.unary.get(method.as_str())) {
-                    (Err(error), _) => Err(error),
-                    (Ok(_), None) => Err(unknown(&method)),
-                    (Ok(_room), Some(Unary { handler, finishes: true })) => handler(caller, body).await,
-                    (Ok(_room), Some(Unary { handler, finishes: false })) => tokio::select! {
+                let answer = match reserved.and_then(|held| Ok((held, self.unary(caller, &method)?))) {
+                    Err(error) => Err(error),
+                    Ok((_held, Unary { handler, finishes: true, .. })) => handler(caller, body).await,
+                    Ok((_held, Unary { handler, finishes: false, .. })) => tokio::select! {
                         biased;
                         answer = handler(caller, body) => answer,
                         () = reply.closed() => return,
@@ -403,17 +432,28 @@ impl Shared {
         }
     }
 
+    /// Returns a unary method that the caller may call.
+    fn unary(&self, caller: Caller, method: &str) -> Result<&Unary, WireError> {
+        let unary = self.server.unary.get(method).ok_or_else(|| unknown(method))?;
+        unary.access.check(&self.server.membership, caller.key)?;
+        Ok(unary)
+    }
+
+    /// Returns a streaming method that the caller may call.
+    fn streaming(&self, caller: Caller, method: &str) -> Result<&Stream, WireError> {
+        let stream = self.server.streams.get(method).ok_or_else(|| unknown(method))?;
+        stream.access.check(&self.server.membership, caller.key)?;
+        Ok(stream)
+    }
+
     async fn handle_stream(&self, caller: Caller, channel: Box<dyn Channel>, allowance: Allowance) {
         let reading = StreamCall::read(caller.key, channel, allowance);
         let Ok(Some(call)) = time::timeout(OPENING, reading).await else {
             return;
         };
-        match self.server.streams.get(call.method.as_str()) {
-            Some(handler) => handler(call).await,
-            None => {
-                let error = unknown(&call.method);
-                call.refuse(error).await;
-            }
+        match self.streaming(caller, &call.method) {
+            Ok(stream) => (stream.handler)(call).await,
+            Err(error) => call.refuse(error).await,
         }
     }
 

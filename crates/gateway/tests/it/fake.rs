@@ -7,8 +7,9 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use protocol::control::{
     ByOperator, CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, FleetWorker, JOB_EXPLAIN,
-    MODEL_REMOVE, ModelRemove, ModelRemoved, NodeInfo, NodeRole, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST,
-    TOKEN_REVOKE, TokenCheck, TokenCreate, TokenCreated, TokenGrant, TokenList, TokenRevoke, TokenRevoked,
+    MODEL_REMOVE, ModelRemove, ModelRemoved, NodeInfo, NodeRole, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST,
+    OPERATOR_TOKEN_REVOKE, OperatorRequest, Scope, TOKEN_CHECK, TokenCheck, TokenCreate, TokenCreated, TokenGrant,
+    TokenList, TokenRevoke, TokenRevoked,
 };
 use protocol::health::{CachedModel, Capacity, HealthReport, ModelState};
 use protocol::infer::{
@@ -163,13 +164,14 @@ impl Fake {
                 let grant = grants.lock().get(&check.token).cloned();
                 async move { grant.ok_or_else(|| WireError::new(ErrorCode::InvalidApiKey, "no such key")) }
             })
-            .unary(TOKEN_CREATE, |_, new: TokenCreate| async move {
+            .unary(OPERATOR_TOKEN_CREATE, |_, asked: ByOperator<TokenCreate>| async move {
+                let new = asked.request;
                 let (token, key_id) = (format!("token of {}", new.name), "abcdefgh".to_owned());
                 Ok(TokenCreated { token, key_id, tenant_id: new.tenant_id })
             })
-            .unary(TOKEN_LIST, |_, _: Empty| async { Ok(TokenList::default()) })
-            .unary(TOKEN_REVOKE, |_, revoke: TokenRevoke| async move {
-                Ok(TokenRevoked { found: revoke.key_id == "abcdefgh" })
+            .unary(OPERATOR_TOKEN_LIST, |_, _: OperatorRequest| async { Ok(TokenList::default()) })
+            .unary(OPERATOR_TOKEN_REVOKE, |_, asked: ByOperator<TokenRevoke>| async move {
+                Ok(TokenRevoked { found: asked.request.key_id == "abcdefgh" })
             })
             .unary(CATALOG_LIST, move |_, _: Empty| {
                 let models = models.lock().clone();

@@ -3,8 +3,11 @@
 use std::time::Duration;
 
 use protocol::admission::Certificate;
-use protocol::control::{Empty, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeRole};
-use protocol::{ErrorCode, WireError};
+use protocol::control::{
+    ARTIFACT_HOLDERS, ArtifactHolders, ArtifactHoldersRequest, Empty, FLEET_LIST, Fleet, JOB_EXPLAIN, MODEL_MOVE,
+    NodeRole,
+};
+use protocol::{Digest, ErrorCode, WireError};
 use rpc::{CallError, Client};
 use tether_orchestrator::Config;
 use tokio::time::{self, Instant};
@@ -68,6 +71,27 @@ async fn a_certificate_for_one_role_is_none_for_another() {
     assert!(rejected(&stand, "role"));
     assert_eq!(stand.fleet().await.workers.len(), 1);
     assert!(stand.membership.is_member(key(2).public_key()));
+}
+
+#[tokio::test]
+async fn a_worker_reads_who_has_a_file_and_nothing_else_of_the_fleet() {
+    let stand = stand(Config::default()).await;
+    let (asking, holder) = (stand.worker(1, Manner::Answer(1)).await, stand.worker(2, Manner::Answer(1)).await);
+    let job = protocol::control::ExplainRequest { correlation_id: stand.job().correlation_id };
+    let requests = [
+        (FLEET_LIST, serde_json::json!({})),
+        (JOB_EXPLAIN, serde_json::json!(job)),
+        (MODEL_MOVE, serde_json::json!({ "modelId": model().model_id, "version": model().version, "load": true })),
+    ];
+    for (method, request) in requests {
+        let asked = asking.client.call::<_, serde_json::Value>(stand.orchestrator, method, &request, SECOND).await;
+        assert_eq!(code(&asked), Some(ErrorCode::NotEnrolled), "{method}");
+    }
+    for (models, expected) in [(vec![model()], vec![holder.key.public_key()]), (vec![], vec![])] {
+        let request = ArtifactHoldersRequest { digest: Digest([1; 32]), models };
+        let asked = asking.client.call::<_, ArtifactHolders>(stand.orchestrator, ARTIFACT_HOLDERS, &request, SECOND);
+        assert_eq!(asked.await.expect("listed").workers, expected);
+    }
 }
 
 #[tokio::test]

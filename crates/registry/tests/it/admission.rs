@@ -7,7 +7,7 @@ use protocol::admission::{CERTIFICATE_LIFE, Certificate, Invite, InviteSecret, R
 use protocol::control::{
     CATALOG_LIST, CERTIFICATE_RENEW, Catalog, Empty, Enrolled, INVITE_CREATE, INVITE_REDEEM, InviteCreate,
     InviteCreated, InviteRedeem, NODE_LIST, NODE_REVOKE, NodeList, NodeRevoke, NodeRevoked, NodeRole, OperatorRequest,
-    POOL_STATE, PoolState, PoolStateRequest, Scope, TOKEN_LIST, TokenCreate, TokenList,
+    POOL_STATE, PoolState, PoolStateRequest, Scope, TOKEN_CHECK, TokenCheck, TokenCreate, TokenGrant,
 };
 use protocol::signature::NodeKey;
 use protocol::{Clock as _, ErrorCode, InviteId, PublicKey};
@@ -109,9 +109,10 @@ async fn an_invite_makes_a_node_a_member_with_what_it_allows() {
     let membership = enrolment.membership(&path, own_key, test.clock.clone()).expect("good");
     let member = Client::new(test.network.node(&key(10))).with_membership(membership);
     member.call::<_, Catalog>(test.registry, CATALOG_LIST, &Empty {}, SECOND).await.expect("a member may ask");
-    // Tokens are the gateways' business.
+    // Clients' tokens are the gateways' business.
+    let check = TokenCheck { token: String::new() };
     assert_eq!(
-        code(member.call::<_, TokenList>(test.registry, TOKEN_LIST, &Empty {}, SECOND).await),
+        code(member.call::<_, TokenGrant>(test.registry, TOKEN_CHECK, &check, SECOND).await),
         ErrorCode::NotEnrolled
     );
     // The registry shows its own certificate.
@@ -334,7 +335,7 @@ async fn another_pools_root_admits_nobody_here() {
         Membership::new(pretender.public_key(), node.public_key(), signed, test.clock.clone()).expect("good there");
     let client = Client::new(test.network.node(&node)).with_membership(foreign);
     assert_eq!(
-        code(client.call::<_, TokenList>(test.registry, TOKEN_LIST, &Empty {}, SECOND).await),
+        code(client.call::<_, Catalog>(test.registry, CATALOG_LIST, &Empty {}, SECOND).await),
         ErrorCode::NotEnrolled
     );
 }

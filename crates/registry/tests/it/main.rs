@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use metadata_store::{RegistryStore, SqliteStore, StoreOptions};
 use protocol::control::{
-    ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterRemove, AdapterRemoved, CATALOG_LIST, Catalog, Empty, NodeRole,
-    POLICY_GET, PolicyRequest, Scope, TOKEN_CHECK, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCheck, TokenCreate,
-    TokenCreated, TokenGrant, TokenList, TokenRevoke, TokenRevoked,
+    ADAPTER_ADD, ADAPTER_REMOVE, AdapterAdd, AdapterRemove, AdapterRemoved, ByOperator, CATALOG_LIST, Catalog, Empty,
+    NodeRole, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET,
+    PolicyRequest, Scope, TOKEN_CHECK, TokenCheck, TokenCreate, TokenCreated, TokenGrant, TokenList, TokenRevoke,
+    TokenRevoked,
 };
 use protocol::model::{AdapterEntry, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
@@ -90,6 +91,18 @@ async fn test() -> TestRegistry {
 impl TestRegistry {
     async fn ask<Reply: DeserializeOwned>(&self, method: &str, request: &impl Serialize) -> Result<Reply, CallError> {
         self.client.call(self.registry, method, request, Duration::from_secs(5)).await
+    }
+
+    /// Asks as an operator whose node belongs to no network.
+    async fn operate<Reply: DeserializeOwned>(
+        &self,
+        method: &str,
+        request: impl Serialize,
+    ) -> Result<Reply, CallError> {
+        let new = TokenCreate { scopes: vec![Scope::Admin], ..new_token(None) };
+        let token = self.office.issue(new).await.expect("issued").token;
+        let asked = ByOperator { token, request };
+        self.stranger.call(self.registry, method, &asked, Duration::from_secs(5)).await
     }
 
     async fn check(&self, token: &str) -> Result<TokenGrant, CallError> {
@@ -206,7 +219,7 @@ async fn adapters_are_added_listed_and_forgotten_over_the_network() {
         bytes: 7,
         description: "Arr!".into(),
     };
-    let added: AdapterEntry = test.ask(ADAPTER_ADD, &new).await.expect("added");
+    let added: AdapterEntry = test.operate(ADAPTER_ADD, &new).await.expect("added");
     assert_eq!(added.key.to_string(), "m@1.10:pirate", "of the newest version");
     assert_eq!(added.created_at, test.clock.now());
     let listed: Catalog = test.ask(CATALOG_LIST, &Empty {}).await.expect("listed");
@@ -220,13 +233,13 @@ async fn adapters_are_added_listed_and_forgotten_over_the_network() {
         (of_nothing, ErrorCode::ModelNotFound),
         (of_no_version, ErrorCode::ModelNotFound),
     ] {
-        let refusal = test.ask::<AdapterEntry>(ADAPTER_ADD, &refused).await.expect_err("refused");
+        let refusal = test.operate::<AdapterEntry>(ADAPTER_ADD, &refused).await.expect_err("refused");
         assert!(matches!(&refusal, CallError::Remote(error) if error.code == code), "{refusal}");
     }
 
     let old = AdapterRemove { model_id: name(), version: None, adapter: new.adapter };
-    assert!(test.ask::<AdapterRemoved>(ADAPTER_REMOVE, &old).await.expect("answered").found);
-    assert!(!test.ask::<AdapterRemoved>(ADAPTER_REMOVE, &old).await.expect("answered").found);
+    assert!(test.operate::<AdapterRemoved>(ADAPTER_REMOVE, &old).await.expect("answered").found);
+    assert!(!test.operate::<AdapterRemoved>(ADAPTER_REMOVE, &old).await.expect("answered").found);
 }
 
 #[tokio::test]
@@ -253,14 +266,16 @@ async fn a_node_that_is_not_enrolled_learns_nothing() {
 async fn tokens_are_issued_listed_and_revoked_over_the_network() {
     let test = test().await;
     let new = TokenCreate { requests_per_minute: Some(9), ..new_token(None) };
-    let created: TokenCreated = test.ask(TOKEN_CREATE, &new).await.expect("issued");
+    let created: TokenCreated = test.operate(OPERATOR_TOKEN_CREATE, &new).await.expect("issued");
     let grant = test.check(&created.token).await.expect("good");
     assert_eq!(grant.policy.requests_per_minute, Some(9));
-    let listed: TokenList = test.ask(TOKEN_LIST, &Empty {}).await.expect("listed");
-    assert_eq!(listed.tokens.iter().map(|token| token.key_id.as_str()).collect::<Vec<_>>(), [&created.key_id]);
+    let token = test.office.issue(TokenCreate { scopes: vec![Scope::Admin], ..new_token(None) }).await;
+    let request = OperatorRequest { token: token.expect("issued").token };
+    let listed: TokenList = test.ask(OPERATOR_TOKEN_LIST, &request).await.expect("listed");
+    assert!(listed.tokens.iter().any(|token| token.key_id == created.key_id), "{listed:?}");
     let revoke = TokenRevoke { key_id: created.key_id };
-    assert!(test.ask::<TokenRevoked>(TOKEN_REVOKE, &revoke).await.expect("revoked").found);
+    assert!(test.operate::<TokenRevoked>(OPERATOR_TOKEN_REVOKE, &revoke).await.expect("revoked").found);
     assert!(is_refused(&test.check(&created.token).await));
     let nobody = TokenRevoke { key_id: "nobody00".into() };
-    assert!(!test.ask::<TokenRevoked>(TOKEN_REVOKE, &nobody).await.expect("answered").found);
+    assert!(!test.operate::<TokenRevoked>(OPERATOR_TOKEN_REVOKE, &nobody).await.expect("answered").found);
 }

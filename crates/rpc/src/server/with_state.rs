@@ -4,9 +4,10 @@ use protocol::WireError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Caller, Server, StreamCall};
+use super::{Access, Caller, Server, StreamCall};
 
-/// A server whose handlers take a clone of a shared state: `server.with_state(service).unary(METHOD, Service::method)`.
+/// A server whose handlers take a clone of a shared state, and whose methods say who may call them:
+/// `server.with_state(service).unary(METHOD, Access::Members, Service::method)`.
 pub struct WithState<S> {
     server: Server,
     state: S,
@@ -17,28 +18,12 @@ impl<S: Clone + Send + Sync + 'static> WithState<S> {
         Self { server, state }
     }
 
-    /// As [`Server::unary`].
+    /// As [`Server::unary`], for the callers that `access` names.
     #[must_use]
     pub fn unary<Request, Reply, Work>(
         self,
         method: &'static str,
-        handler: impl Fn(S, Caller, Request) -> Work + Send + Sync + 'static,
-    ) -> Self
-    where
-        Request: DeserializeOwned,
-        Reply: Serialize,
-        Work: Future<Output = Result<Reply, WireError>> + Send + 'static,
-    {
-        let state = self.state.clone();
-        let server = self.server.unary(method, move |caller, request| handler(state.clone(), caller, request));
-        Self { server, ..self }
-    }
-
-    /// As [`Server::unary_while_wanted`].
-    #[must_use]
-    pub fn unary_while_wanted<Request, Reply, Work>(
-        self,
-        method: &'static str,
+        access: Access,
         handler: impl Fn(S, Caller, Request) -> Work + Send + Sync + 'static,
     ) -> Self
     where
@@ -48,21 +33,40 @@ impl<S: Clone + Send + Sync + 'static> WithState<S> {
     {
         let state = self.state.clone();
         let handler = move |caller, request| handler(state.clone(), caller, request);
-        Self { server: self.server.unary_while_wanted(method, handler), ..self }
+        Self { server: self.server.answer(method, access, handler, true), ..self }
     }
 
-    /// As [`Server::stream`].
+    /// As [`Server::unary_while_wanted`], for the callers that `access` names.
+    #[must_use]
+    pub fn unary_while_wanted<Request, Reply, Work>(
+        self,
+        method: &'static str,
+        access: Access,
+        handler: impl Fn(S, Caller, Request) -> Work + Send + Sync + 'static,
+    ) -> Self
+    where
+        Request: DeserializeOwned,
+        Reply: Serialize,
+        Work: Future<Output = Result<Reply, WireError>> + Send + 'static,
+    {
+        let state = self.state.clone();
+        let handler = move |caller, request| handler(state.clone(), caller, request);
+        Self { server: self.server.answer(method, access, handler, false), ..self }
+    }
+
+    /// As [`Server::stream`], for the callers that `access` names.
     #[must_use]
     pub fn stream<Work>(
         self,
         method: &'static str,
+        access: Access,
         handler: impl Fn(S, StreamCall) -> Work + Send + Sync + 'static,
     ) -> Self
     where
         Work: Future<Output = ()> + Send + 'static,
     {
         let state = self.state.clone();
-        Self { server: self.server.stream(method, move |call| handler(state.clone(), call)), ..self }
+        Self { server: self.server.answer_stream(method, access, move |call| handler(state.clone(), call)), ..self }
     }
 
     /// Returns the server with all these methods.

@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
-use protocol::control::{Empty, FLEET_LIST, Fleet, NodeRole};
-use protocol::health::HealthReport;
+use protocol::control::{ARTIFACT_HOLDERS, ArtifactHolders, ArtifactHoldersRequest, NodeRole};
 use protocol::model::ModelKey;
 use protocol::{Digest, PublicKey};
 use rpc::{Client, Directory};
@@ -13,7 +12,7 @@ use tokio::time::Instant;
 use tracing::debug;
 
 /// Timeout for an orchestrator's list of workers.
-const FLEET_WITHIN: Duration = Duration::from_secs(5);
+const HOLDERS_WITHIN: Duration = Duration::from_secs(5);
 /// How long to wait for a registry to be found.
 const REGISTRY_WITHIN: Duration = Duration::from_secs(2);
 /// Workers asked in one round.
@@ -47,15 +46,7 @@ impl Sources {
     /// other, and few ask the registry.
     pub(crate) async fn of(&self, digest: &Digest, models: &[ModelKey]) -> Vec<Source> {
         let own = self.client.public_key();
-        let mut workers: Vec<PublicKey> = self
-            .fleet()
-            .await
-            .workers
-            .into_iter()
-            .map(|worker| worker.report)
-            .filter(|report| report.worker_id != own && has_file(report, digest, models))
-            .map(|report| report.worker_id)
-            .collect();
+        let mut workers = self.holders(digest, models).await.workers;
         workers.sort_by_key(|peer| Digest::of(&[own.0, peer.0, digest.0].concat()));
         workers.truncate(WORKERS_MAX);
         self.directory.wait_for(NodeRole::Registry, REGISTRY_WITHIN).await;
@@ -65,14 +56,15 @@ impl Sources {
         all.filter(|source| !self.is_avoided(source.peer)).collect()
     }
 
-    async fn fleet(&self) -> Fleet {
+    async fn holders(&self, digest: &Digest, models: &[ModelKey]) -> ArtifactHolders {
+        let request = ArtifactHoldersRequest { digest: *digest, models: models.to_vec() };
         for orchestrator in self.directory.find(NodeRole::Orchestrator) {
-            match self.client.call::<_, Fleet>(orchestrator, FLEET_LIST, &Empty {}, FLEET_WITHIN).await {
-                Ok(fleet) => return fleet,
+            match self.client.call(orchestrator, ARTIFACT_HOLDERS, &request, HOLDERS_WITHIN).await {
+                Ok(holders) => return holders,
                 Err(error) => debug!(orchestrator = orchestrator.short(), %error, "the workers could not be listed"),
             }
         }
-        Fleet::default()
+        ArtifactHolders::default()
     }
 
     /// Avoids a node for a while.
@@ -100,16 +92,6 @@ impl Sources {
     fn avoided(&self) -> MutexGuard<'_, BTreeMap<PublicKey, Instant>> {
         self.avoided.lock()
     }
-}
-
-/// Returns whether a worker reports a file of one of these models: the model's own or an adapter's. It may turn out not
-/// to have the adapter's.
-fn has_file(report: &HealthReport, digest: &Digest, models: &[ModelKey]) -> bool {
-    models.iter().filter(|key| report.supported.contains(key) && !report.to_fetch.contains(key)).any(|key| {
-        // A model of the same name on an adopted server has no file.
-        let cached = report.model_cache.iter().find(|cached| cached.key == *key);
-        cached.is_none_or(|cached| cached.attested || cached.digest == *digest)
-    })
 }
 
 /// Returns the nodes to blame for wrong bytes. A registry is blamed only if it sent the whole file.

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use protocol::artifact::{ArtifactHead, FETCH};
-use protocol::control::{Catalog, Empty, FLEET_LIST, Fleet, FleetWorker, NodeInfo, NodeRole};
+use protocol::control::{ARTIFACT_HOLDERS, ArtifactHolders, ArtifactHoldersRequest, Catalog, NodeInfo, NodeRole};
 use protocol::health::{Capacity, HealthReport};
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::signature::NodeKey;
@@ -137,11 +137,14 @@ impl Scene {
         let reports: Vec<HealthReport> = keys.iter().map(|key| report(key.public_key())).collect();
         let orchestrator = network.node(&NodeKey::from_seed(&[2; 32]));
         let info = NodeInfo { roles: vec![NodeRole::Orchestrator], region: region(), version: "0".into() };
-        let server = Server::new(orchestrator.clone(), info).unary(FLEET_LIST, move |_, _: Empty| {
-            let listed = reports.iter().map(|report| FleetWorker { report: report.clone(), age_ms: 0, reserved: 0 });
-            let fleet = Fleet { workers: listed.collect() };
-            async move { Ok(fleet) }
-        });
+        let server = Server::new(orchestrator.clone(), info).unary(
+            ARTIFACT_HOLDERS,
+            move |_, request: ArtifactHoldersRequest| {
+                let holding = reports.iter().filter(|report| report.has_file(&request.digest, &request.models));
+                let holders = ArtifactHolders { workers: holding.map(|report| report.worker_id).collect() };
+                async move { Ok(holders) }
+            },
+        );
         tasks.spawn(server.run(stop.clone(), SECOND));
         orchestrator.announce(&Topic::Control(region())).await.expect("announced");
         let transport = network.node(&own);

@@ -39,7 +39,7 @@ pub(crate) async fn add(
     operator: Operator,
     AdminBody(new): AdminBody<AdapterAdd>,
 ) -> Result<Json<AdapterEntry>, ApiError> {
-    let added: AdapterEntry = operator.gateway.ask_registry(ADAPTER_ADD, &new).await?;
+    let added: AdapterEntry = operator.ask_registry(ADAPTER_ADD, new).await?;
     info!(adapter = %added.key, digest = %added.digest, "adapter registered");
     Ok(Json(added))
 }
@@ -57,7 +57,7 @@ pub(crate) async fn remove(Segment(id): Segment, operator: Operator) -> Result<J
     let ModelRef { name, version, adapter } = catalog::parse_ref(&id)?;
     let adapter = adapter.ok_or_else(|| catalog::not_found(&id))?;
     let old = AdapterRemove { model_id: name, version, adapter };
-    let removed: AdapterRemoved = operator.gateway.ask_registry(ADAPTER_REMOVE, &old).await?;
+    let removed: AdapterRemoved = operator.ask_registry(ADAPTER_REMOVE, old).await?;
     info!(adapter = id, found = removed.found, "adapter forgotten");
     Ok(Json(removed))
 }

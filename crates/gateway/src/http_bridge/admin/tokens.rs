@@ -2,7 +2,8 @@
 
 use axum::Json;
 use protocol::control::{
-    Empty, TOKEN_CREATE, TOKEN_LIST, TOKEN_REVOKE, TokenCreate, TokenCreated, TokenList, TokenRevoke, TokenRevoked,
+    OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest, TokenCreate, TokenCreated,
+    TokenList, TokenRevoke, TokenRevoked,
 };
 use tracing::info;
 
@@ -20,7 +21,8 @@ use crate::published;
     ),
 )]
 pub(crate) async fn list(operator: Operator) -> Result<Json<TokenList>, ApiError> {
-    Ok(Json(operator.gateway.ask_registry(TOKEN_LIST, &Empty {}).await?))
+    let Operator { gateway, token } = operator;
+    Ok(Json(gateway.ask_registry(OPERATOR_TOKEN_LIST, &OperatorRequest { token }).await?))
 }
 
 /// Makes a token.
@@ -36,7 +38,7 @@ pub(crate) async fn create(
     operator: Operator,
     AdminBody(new): AdminBody<TokenCreate>,
 ) -> Result<Json<TokenCreated>, ApiError> {
-    let created: TokenCreated = operator.gateway.ask_registry(TOKEN_CREATE, &new).await?;
+    let created: TokenCreated = operator.ask_registry(OPERATOR_TOKEN_CREATE, new).await?;
     info!(key_id = created.key_id, tenant_id = %created.tenant_id, "token made");
     Ok(Json(created))
 }
@@ -52,7 +54,7 @@ pub(crate) async fn create(
 )]
 pub(crate) async fn revoke(Segment(key_id): Segment, operator: Operator) -> Result<Json<TokenRevoked>, ApiError> {
     let request = TokenRevoke { key_id };
-    let revoked: TokenRevoked = operator.gateway.ask_registry(TOKEN_REVOKE, &request).await?;
+    let revoked: TokenRevoked = operator.ask_registry(OPERATOR_TOKEN_REVOKE, request.clone()).await?;
     info!(key_id = request.key_id, found = revoked.found, "token revoked");
     Ok(Json(revoked))
 }
