@@ -126,7 +126,7 @@ struct Unit<'a> {
     /// `p` of a block, `[heads][16]`.
     probs: *mut f32,
     /// The cell of each position, from the block of the first one that is seen on, or [`NOWHERE`].
-    places: *mut u32,
+    cells_by_position: *mut u32,
     /// Which lanes of a block each query sees, by block and then by query.
     seen: *mut u16,
 }
@@ -191,7 +191,7 @@ impl Attention {
             let keys = running_max.add(2 * rows);
             let values = keys.add(LANES * self.width);
             let probs = values.add(LANES * self.width);
-            let places = probs.add(group * LANES).cast::<u32>();
+            let cells_by_position = probs.add(group * LANES).cast::<u32>();
             let unit = Unit {
                 attention: self,
                 kv_head,
@@ -204,8 +204,8 @@ impl Attention {
                 keys,
                 values,
                 probs,
-                places,
-                seen: places.add(self.blocks_max() * LANES).cast(),
+                cells_by_position,
+                seen: cells_by_position.add(self.blocks_max() * LANES).cast(),
             };
             unit.compute();
         }
@@ -233,7 +233,7 @@ struct Block {
 impl Unit<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
     unsafe fn compute(&self) {
-        // SAFETY: the caller of `attend` vouches for every place.
+        // SAFETY: the caller of `attend` vouches for every pointer.
         unsafe {
             if self.compute_together().is_ok() {
                 return;
@@ -265,7 +265,9 @@ impl Unit<'_> {
                 }
                 let mut block = Block { cells: [0; LANES], seen: [0; QUERIES_MAX], is_biased };
                 _mm256_storeu_si256(block.seen.as_mut_ptr().cast(), seen);
-                block.cells.copy_from_slice(std::slice::from_raw_parts(self.places.add(number * LANES), LANES));
+                block
+                    .cells
+                    .copy_from_slice(std::slice::from_raw_parts(self.cells_by_position.add(number * LANES), LANES));
                 // Lanes without a cell load another one, which no query sees there.
                 let other = block.cells.into_iter().find(|cell| *cell != NOWHERE).unwrap_or(0);
                 block.cells.iter_mut().filter(|cell| **cell == NOWHERE).for_each(|cell| *cell = other);
@@ -331,7 +333,7 @@ impl Unit<'_> {
         assert!(lowest >= 0 && blocks + 2 <= self.attention.blocks_max(), "no position is beyond the last");
         // SAFETY: the scratch memory holds so many blocks.
         unsafe {
-            std::slice::from_raw_parts_mut(self.places, (blocks + 2) * LANES).fill(NOWHERE);
+            std::slice::from_raw_parts_mut(self.cells_by_position, (blocks + 2) * LANES).fill(NOWHERE);
             std::slice::from_raw_parts_mut(self.seen, (blocks + 2) * LANES).fill(0);
         }
         for first in (0..it.cells).step_by(LANES) {
@@ -339,17 +341,17 @@ impl Unit<'_> {
             unsafe {
                 let (seen, any, _) = self.visible(first);
                 if any != 0 {
-                    self.place(first, &seen, any, origin)?;
+                    self.record_cells(first, &seen, any, origin)?;
                 }
             }
         }
         Ok((blocks, is_biased))
     }
 
-    /// Notes where sixteen cells belong.
+    /// Records sixteen cells by their positions.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn place(
+    unsafe fn record_cells(
         &self,
         first: usize,
         seen: &[__mmask16; QUERIES_MAX],
@@ -369,15 +371,15 @@ impl Unit<'_> {
             let in_order = _mm512_cmpeq_epi32_mask(positions, _mm512_add_epi32(_mm512_set1_epi32(start), iota()));
             if in_order & any == any {
                 // From the block before the first on.
-                let place = (start - origin + LANES as i32) as usize;
-                let to = self.places.add(place).cast::<i32>();
+                let index = (start - origin + LANES as i32) as usize;
+                let to = self.cells_by_position.add(index).cast::<i32>();
                 let nowhere = _mm512_set1_epi32(NOWHERE.cast_signed());
                 let before = _mm512_mask_loadu_epi32(nowhere, any, to);
                 if _mm512_cmpneq_epi32_mask(before, nowhere) != 0 {
                     return Err(Conflict);
                 }
                 _mm512_mask_storeu_epi32(to, any, cells);
-                let (block, shift) = (place / LANES, (place % LANES) as i32);
+                let (block, shift) = (index / LANES, (index % LANES) as i32);
                 self.add_seen(block, _mm256_sll_epi16(seen, _mm_cvtsi32_si128(shift)));
                 if shift > 0 {
                     self.add_seen(block + 1, _mm256_srl_epi16(seen, _mm_cvtsi32_si128(LANES as i32 - shift)));
@@ -387,13 +389,13 @@ impl Unit<'_> {
             let mut left = any;
             while left != 0 {
                 let lane = left.trailing_zeros() as usize;
-                let place = (numbers[lane] - origin + LANES as i32) as usize;
-                if std::mem::replace(&mut *self.places.add(place), (first + lane) as u32) != NOWHERE {
+                let index = (numbers[lane] - origin + LANES as i32) as usize;
+                if std::mem::replace(&mut *self.cells_by_position.add(index), (first + lane) as u32) != NOWHERE {
                     return Err(Conflict);
                 }
                 let one =
                     _mm256_and_si256(_mm256_srl_epi16(seen, _mm_cvtsi32_si128(lane as i32)), _mm256_set1_epi16(1));
-                self.add_seen(place / LANES, _mm256_sll_epi16(one, _mm_cvtsi32_si128((place % LANES) as i32)));
+                self.add_seen(index / LANES, _mm256_sll_epi16(one, _mm_cvtsi32_si128((index % LANES) as i32)));
                 left &= left - 1;
             }
         }
@@ -442,10 +444,10 @@ impl Unit<'_> {
                     *self.running_max.add(row) = f32::NEG_INFINITY;
                     *self.denominator.add(row) = 0.0;
                     let from = it.query.byte_add(query * it.query_stride + whole * it.query_head_stride);
-                    for place in (0..it.width).step_by(LANES) {
-                        let numbers = _mm512_mul_ps(_mm512_loadu_ps(from.add(place)), scale);
-                        _mm512_storeu_ps(self.scaled.add(row * it.width + place), numbers);
-                        _mm512_storeu_ps(self.acc.add(row * it.width + place), _mm512_setzero_ps());
+                    for column in (0..it.width).step_by(LANES) {
+                        let numbers = _mm512_mul_ps(_mm512_loadu_ps(from.add(column)), scale);
+                        _mm512_storeu_ps(self.scaled.add(row * it.width + column), numbers);
+                        _mm512_storeu_ps(self.acc.add(row * it.width + column), _mm512_setzero_ps());
                     }
                 }
             }
@@ -460,18 +462,18 @@ impl Unit<'_> {
         unsafe {
             let key = it.key.byte_add(self.kv_head * it.key_head_stride);
             let value = it.value.byte_add(self.kv_head * it.value_head_stride);
-            for place in (0..it.width).step_by(LANES) {
+            for column in (0..it.width).step_by(LANES) {
                 let mut rows = [_mm512_setzero_ps(); LANES];
                 for (index, (row, cell)) in rows.iter_mut().zip(cells).enumerate() {
                     let cell = *cell as usize;
-                    let halves = key.byte_add(cell * it.key_stride).add(place);
+                    let halves = key.byte_add(cell * it.key_stride).add(column);
                     *row = _mm512_cvtph_ps(_mm256_loadu_si256(halves.cast()));
-                    let halves = value.byte_add(cell * it.value_stride).add(place);
+                    let halves = value.byte_add(cell * it.value_stride).add(column);
                     let numbers = _mm512_cvtph_ps(_mm256_loadu_si256(halves.cast()));
-                    _mm512_storeu_ps(self.values.add(index * it.width + place), numbers);
+                    _mm512_storeu_ps(self.values.add(index * it.width + column), numbers);
                 }
-                for (index, column) in transposed(&rows).into_iter().enumerate() {
-                    _mm512_storeu_ps(self.keys.add((place + index) * LANES), column);
+                for (index, row) in transposed(&rows).into_iter().enumerate() {
+                    _mm512_storeu_ps(self.keys.add((column + index) * LANES), row);
                 }
             }
         }
@@ -516,8 +518,8 @@ impl Unit<'_> {
                         let rescale = (before - running_max).exp();
                         *self.running_max.add(row) = running_max;
                         *denominator *= rescale;
-                        for place in (0..it.width).step_by(LANES) {
-                            let acc = self.acc.add(row * it.width + place);
+                        for column in (0..it.width).step_by(LANES) {
+                            let acc = self.acc.add(row * it.width + column);
                             _mm512_storeu_ps(acc, _mm512_mul_ps(_mm512_loadu_ps(acc), _mm512_set1_ps(rescale)));
                         }
                     }
@@ -538,15 +540,15 @@ impl Unit<'_> {
             // SAFETY: as in `compute`.
             unsafe {
                 let (probs, acc) = (self.probs.add(head * LANES), self.acc.add((first + head) * width));
-                let mut place = 0;
-                while place < width {
-                    let values = self.values.add(place);
-                    let step = match width - place {
-                        64.. => add_strip::<4>(probs, values, width, acc.add(place), seen),
-                        32.. => add_strip::<2>(probs, values, width, acc.add(place), seen),
-                        _ => add_strip::<1>(probs, values, width, acc.add(place), seen),
+                let mut column = 0;
+                while column < width {
+                    let values = self.values.add(column);
+                    let step = match width - column {
+                        64.. => add_strip::<4>(probs, values, width, acc.add(column), seen),
+                        32.. => add_strip::<2>(probs, values, width, acc.add(column), seen),
+                        _ => add_strip::<1>(probs, values, width, acc.add(column), seen),
                     };
-                    place += step;
+                    column += step;
                 }
             }
         }
@@ -565,9 +567,9 @@ impl Unit<'_> {
                     // The output of a query that sees no cell is zero.
                     let part = _mm512_set1_ps(if denominator == 0.0 { 0.0 } else { 1.0 / denominator });
                     let to = it.output.byte_add((query * it.heads + whole) * it.output_stride);
-                    for place in (0..it.width).step_by(LANES) {
-                        let acc = _mm512_loadu_ps(self.acc.add(row * it.width + place));
-                        _mm512_storeu_ps(to.add(place), _mm512_mul_ps(acc, part));
+                    for column in (0..it.width).step_by(LANES) {
+                        let acc = _mm512_loadu_ps(self.acc.add(row * it.width + column));
+                        _mm512_storeu_ps(to.add(column), _mm512_mul_ps(acc, part));
                     }
                 }
             }
@@ -587,12 +589,12 @@ fn iota() -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
 unsafe fn products<const ROWS: usize>(rows: *const f32, keys: *const f32, width: usize) -> [__m512; ROWS] {
     let mut products = [_mm512_setzero_ps(); ROWS];
-    for place in 0..width {
+    for column in 0..width {
         // SAFETY: the caller vouches for rows and keys.
         unsafe {
-            let key = _mm512_loadu_ps(keys.add(place * LANES));
+            let key = _mm512_loadu_ps(keys.add(column * LANES));
             for (row, product) in products.iter_mut().enumerate() {
-                *product = _mm512_fmadd_ps(_mm512_set1_ps(*rows.add(row * width + place)), key, *product);
+                *product = _mm512_fmadd_ps(_mm512_set1_ps(*rows.add(row * width + column)), key, *product);
             }
         }
     }

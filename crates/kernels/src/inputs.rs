@@ -37,7 +37,7 @@ pub(crate) unsafe fn take_in(
     inputs: *mut u8,
 ) {
     let (tile, width) = tile_of(index, count);
-    let place = index % TILE;
+    let offset = index % TILE;
     let begin = tile_offset(tile, matrix.blocks());
     for block in blocks {
         // SAFETY: the vector has the block, and `inputs` the tile.
@@ -54,12 +54,12 @@ pub(crate) unsafe fn take_in(
             let high = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
             let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
             let to = inputs.add(begin + block * width * BLOCK_BYTES);
-            let bytes = to.add(place * BLOCK);
+            let bytes = to.add(offset * BLOCK);
             _mm_storeu_si128(bytes.cast(), _mm512_cvtepi32_epi8(low));
             _mm_storeu_si128(bytes.add(LANES).cast(), _mm512_cvtepi32_epi8(high));
-            to.add(width * BLOCK).cast::<f32>().add(place).write_unaligned(scale);
+            to.add(width * BLOCK).cast::<f32>().add(offset).write_unaligned(scale);
             let correction = matrix.quantization.bias().wrapping_mul(sum).wrapping_neg();
-            to.add(width * (BLOCK + 4)).cast::<i32>().add(place).write_unaligned(correction);
+            to.add(width * (BLOCK + 4)).cast::<i32>().add(offset).write_unaligned(correction);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The order of packed weights.
 //!
 //! Sixteen rows make a group. A group has its blocks in pairs: the scales of both blocks, sixteen each, then the
-//! numbers of both. A number's place is `[word][row][byte of the word]`, where a word is four numbers that are
+//! numbers of both. A number's offset is `[word][row][byte of the word]`, where a word is four numbers that are
 //! multiplied at once; of four-bit numbers, the low halves of the words are the block's first half and the high halves
 //! its second, as ggml has them. Bytes are made unsigned.
 
@@ -29,8 +29,8 @@ pub(crate) fn pack(matrix: Matrix, source: &[u8], packed: &mut [u8]) {
                     let (scale, words) = block.split_at(SCALE);
                     scales[(half * LANES + row) * SCALE..][..SCALE].copy_from_slice(scale);
                     for (word, bytes) in words.chunks_exact(WORD).enumerate() {
-                        let place = half * numbers_bytes + (word * LANES + row) * WORD;
-                        for (to, from) in numbers[place..][..WORD].iter_mut().zip(bytes) {
+                        let offset = half * numbers_bytes + (word * LANES + row) * WORD;
+                        for (to, from) in numbers[offset..][..WORD].iter_mut().zip(bytes) {
                             *to = from ^ flip;
                         }
                     }

@@ -135,7 +135,7 @@ macro_rules! unrolled {
 ///
 /// # Safety
 /// The processor must be able; the group must have so many pairs of blocks, the tile as many for each of its `WIDTH`
-/// vectors, and `outputs` a register's place every `stride` numbers.
+/// vectors, and `outputs` memory for a register every `stride` numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,fma")]
 unsafe fn tile<N: Numbers, const WIDTH: usize>(
     mut weights: *const u8,
@@ -151,7 +151,7 @@ unsafe fn tile<N: Numbers, const WIDTH: usize>(
             _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line * REGISTER).cast());
         }
         for half in 0..2 {
-            // SAFETY: the caller vouches for every place that is read.
+            // SAFETY: the caller vouches for every address that is read.
             let (scale, words) = unsafe {
                 let scale = _mm512_cvtph_ps(_mm256_loadu_si256(weights.add(half * LANES * 2).cast()));
                 (scale, N::unpack(weights.add(REGISTER + half * N::BYTES)))
