@@ -98,8 +98,8 @@ impl Grammars {
                 }
                 compile(&part).err()
             };
-            let (place, reason) = limits::locate(schema, reason, fault_of);
-            refused(if place.is_empty() { reason } else { format!("at {place}: {reason}") })
+            let (path, reason) = limits::locate(schema, reason, fault_of);
+            refused(if path.is_empty() { reason } else { format!("at {path}: {reason}") })
         })
     }
 

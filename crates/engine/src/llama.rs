@@ -9,13 +9,13 @@ mod batch_plan;
 mod batch_scheduler;
 mod cell_ledger;
 mod constraints;
+mod device_placement;
 mod draft;
 mod embedder;
 mod engine;
 mod kv_cache;
 pub(crate) mod native;
 mod outbox;
-mod placement;
 mod prompt_logits;
 mod prompts;
 mod pulse;
@@ -42,10 +42,10 @@ use crate::hardware::{self, Hardware};
 use crate::memory_plan::{self, Shape};
 use crate::model_facts;
 use crate::model_runtime::{
-    Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, FinishReason, GenerateRequest,
-    GenerateStream, Kernels, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, OutputFormat,
-    Piece, Placement, ProgressSink, PromptInput, RuntimeInfo, SamplingDefaults, TokenUsage, ToolChoice,
-    VerifiedArtifact, unsupported,
+    Abilities, AdapterId, Counters, DevicePlacement, EmbedRequest, Embeddings, EngineError, FinishReason,
+    GenerateRequest, GenerateStream, Kernels, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId,
+    ModelRuntime, OutputFormat, Piece, ProgressSink, PromptInput, RuntimeInfo, SamplingDefaults, TokenUsage,
+    ToolChoice, VerifiedArtifact, unsupported,
 };
 use constraints::Constraints;
 use embedder::EmbedJob;
@@ -74,7 +74,7 @@ struct Loaded {
     sampling_defaults: SamplingDefaults,
     shape: Shape,
     abilities: Abilities,
-    placement: Placement,
+    placement: DevicePlacement,
     work: mpsc::Sender<Work>,
     /// Permits for running and waiting requests.
     admission: Arc<Semaphore>,
@@ -267,7 +267,7 @@ impl Loaded {
             draft_tokens: options.draft_tokens.min(memory_plan::DRAFT_TOKENS_MAX),
             row_by_row: memory_plan::is_row_by_row(&header, options.kernels),
         };
-        let placement = placement::place(&header, options, &native::devices());
+        let placement = device_placement::plan(&header, options, &native::devices());
         let without_kernels = options.kernels == Kernels::Off;
         let model_options =
             ModelOptions { gpu_layers: placement.gpu_layers, without_kernels, ..ModelOptions::default() };

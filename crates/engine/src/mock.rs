@@ -20,9 +20,9 @@ use tokio_util::task::TaskTracker;
 use crate::hardware::{Device, DeviceKind, Hardware};
 use crate::memory_plan::VRAM_SPARED_BYTES;
 use crate::model_runtime::{
-    Abilities, AdapterId, Counters, EmbedRequest, Embeddings, EngineError, Event, FinishReason, GenerateRequest,
-    GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, Placement,
-    Progress, ProgressSink, PromptInput, RuntimeInfo, TokenUsage, VerifiedArtifact, unsupported,
+    Abilities, AdapterId, Counters, DevicePlacement, EmbedRequest, Embeddings, EngineError, Event, FinishReason,
+    GenerateRequest, GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId,
+    ModelRuntime, Progress, ProgressSink, PromptInput, RuntimeInfo, TokenUsage, VerifiedArtifact, unsupported,
 };
 use script::{Script, word};
 
@@ -237,7 +237,7 @@ impl ModelRuntime for MockRuntime {
         };
         let fit_bytes = options.vram_fit_bytes.unwrap_or(self.options.vram_bytes).min(self.options.vram_bytes);
         let is_on_gpu = options.gpu_layers != Some(0) && artifact.bytes + VRAM_SPARED_BYTES <= fit_bytes;
-        let placement = Placement {
+        let placement = DevicePlacement {
             layers: 1,
             gpu_layers: u32::from(is_on_gpu),
             devices: vec![if is_on_gpu { "MOCK0".into() } else { "CPU".into() }],
@@ -245,7 +245,7 @@ impl ModelRuntime for MockRuntime {
             vram_bytes: if is_on_gpu { artifact.bytes } else { 0 },
             context_trained: context_length,
         };
-        let placement = if self.options.vram_bytes > 0 { placement } else { Placement::default() };
+        let placement = if self.options.vram_bytes > 0 { placement } else { DevicePlacement::default() };
         Ok(LoadedModel { id, context_length, kv_tokens: 0, slots, pid: None, abilities, placement })
     }
 

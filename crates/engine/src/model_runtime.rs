@@ -232,14 +232,14 @@ pub struct LoadedModel {
     /// The process that runs it, if it has one of its own.
     pub pid: Option<u32>,
     pub abilities: Abilities,
-    /// Where its layers are placed.
-    pub placement: Placement,
+    /// On which devices its layers are.
+    pub placement: DevicePlacement,
 }
 
 /// Where a loaded model is placed, and how much of the requested placement it got. All fields are 0 if unknown.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Placement {
+pub struct DevicePlacement {
     /// The number of layers, counting the output as one.
     pub layers: u32,
     /// The number of layers on GPUs.

@@ -37,8 +37,8 @@ use self::http_client::{HttpClient, HttpError};
 use crate::hardware::Hardware;
 use crate::model_facts::ModelFacts;
 use crate::model_runtime::{
-    Abilities, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
-    LoadedModel, MemoryPlan, ModelId, ModelRuntime, Placement, ProgressSink, PromptInput, RuntimeInfo,
+    Abilities, DevicePlacement, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions,
+    LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo,
     VerifiedArtifact, unsupported,
 };
 
@@ -144,7 +144,7 @@ impl RemoteRuntime {
             slots: options.slots,
             pid: None,
             abilities,
-            placement: Placement::default(),
+            placement: DevicePlacement::default(),
         };
         let Listed { name, facts, .. } = listed;
         let attached = Attached::new(loaded.clone(), server, name, dialect, options.queue_max);

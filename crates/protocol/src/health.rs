@@ -173,13 +173,13 @@ pub struct CachedModel {
     pub prefixes: Vec<PrefixDigest>,
     /// What computes it, once it is loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub placement: Option<Placement>,
+    pub placement: Option<DevicePlacement>,
 }
 
 /// What computes a loaded model, and the context that it has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct Placement {
+pub struct DevicePlacement {
     /// The device or devices, such as `NVIDIA H200 (CUDA0)`; at most [`DEVICE_BYTES_MAX`].
     pub device: String,
     /// Its layers, with the output as one more.
@@ -192,7 +192,7 @@ pub struct Placement {
     pub context_wanted: u32,
 }
 
-impl fmt::Display for Placement {
+impl fmt::Display for DevicePlacement {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { device, layers, gpu_layers, context_length, context_wanted } = self;
         match gpu_layers {

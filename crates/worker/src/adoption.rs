@@ -66,7 +66,7 @@ impl Adoption {
     }
 
     /// Returns the servers' addresses, for display.
-    pub fn places(&self) -> String {
+    pub fn addresses(&self) -> String {
         self.servers.iter().map(ServerAddress::as_str).collect::<Vec<_>>().join(", ")
     }
 
@@ -128,7 +128,7 @@ impl AdoptionWatch {
                 ticks.tick().await;
                 self.reconcile().await;
                 if self.looked.send_replace(Some(self.taken.len())).is_none() && self.taken.is_empty() {
-                    let at = self.adoption.places();
+                    let at = self.adoption.addresses();
                     warn!(at, "no server to adopt answers, or none has a model; looking again every 5 s");
                 }
             }
@@ -393,6 +393,6 @@ mod tests {
     fn a_url_that_cannot_be_used_is_named() {
         let refused = Adoption::new(&["ftp://x".to_owned()]).err().expect("no server of HTTP");
         assert_eq!(refused.to_string(), "ftp://x cannot be adopted");
-        assert!(Adoption::new(&[]).expect("the usual ports").places().contains("127.0.0.1:11434"));
+        assert!(Adoption::new(&[]).expect("the usual ports").addresses().contains("127.0.0.1:11434"));
     }
 }

@@ -44,7 +44,7 @@ use crate::listed::Listed;
 use crate::model_loader::cache::{Entry, ModelCache, Status};
 use crate::model_loader::{LoaderOptions, ModelLoader, u64_of};
 use crate::offers::Offers;
-use crate::quota_guard::{Limits, Place, QuotaGuard};
+use crate::quota_guard::{Limits, QuotaGuard, QuotaPermit};
 use crate::remote_models::RemoteModels;
 use crate::runtimes::Runtimes;
 
@@ -270,8 +270,8 @@ impl BaseWorker {
                 async move { described }
             })
             .unary(MODEL_MOVE, move |caller, request: ModelMove| {
-                let places = moved.check(caller.key).and_then(|()| moved.place_of(worker_id, &request));
-                async move { places }
+                let moved_model = moved.check(caller.key).and_then(|()| moved.move_model(worker_id, &request));
+                async move { moved_model }
             })
             .membership(membership)
             .body_limit(move |key| {
@@ -468,7 +468,7 @@ struct Job {
     request: Arc<InferRequest>,
     entry: Arc<Entry>,
     deadline: Option<Instant>,
-    place: Place,
+    permit: QuotaPermit,
 }
 
 impl Handlers {
@@ -534,20 +534,20 @@ impl Handlers {
         if deadline.is_some_and(|deadline| deadline <= now) {
             return Err(too_late());
         }
-        let place = self.guard.enter(&request.tenant_id, request.input.answers())?;
+        let permit = self.guard.enter(&request.tenant_id, request.input.answers())?;
         if let Some(secs) = request.input.keep_alive_secs {
             entry.keep_for((self.bound_keep_alive)(secs));
         }
-        Ok(Job { request: Arc::new(request), entry, deadline, place })
+        Ok(Job { request: Arc::new(request), entry, deadline, permit })
     }
 
     async fn run(&self, caller: Caller, job: Job) -> Result<(), Broken> {
-        let Job { request, entry, deadline, place } = job;
+        let Job { request, entry, deadline, permit } = job;
         let mut beginning = Box::pin(self.engine.begin(entry, request.clone()));
         let begun = match time::timeout(BEGIN_BEFORE_ACCEPT, &mut beginning).await {
             Ok(Ok(generation)) => Some(generation),
             Ok(Err(error)) => {
-                drop(place);
+                drop(permit);
                 caller.refuse(error.clone()).await;
                 return Err(Broken::Failed(error));
             }
@@ -572,8 +572,8 @@ impl Handlers {
                 answered = answering => answered,
             }
         };
-        // The place is freed before the caller learns of the end, so that it may send the next job at once.
-        drop(place);
+        // The permit is dropped before the caller learns of the end, so that it may send the next job at once.
+        drop(permit);
         match answered {
             Ok(last) => finish(reply, &last).await,
             Err(broken) => {
@@ -586,7 +586,7 @@ impl Handlers {
     }
 
     /// Loads or unloads a model, and returns its state.
-    fn place_of(&self, worker_id: WorkerId, request: &ModelMove) -> Result<ModelPlaces, WireError> {
+    fn move_model(&self, worker_id: WorkerId, request: &ModelMove) -> Result<ModelPlaces, WireError> {
         let ModelMove { key, load, keep_alive_secs } = request;
         let entry = self.loader.cache().find(key).ok_or_else(|| not_here(key))?;
         let (state, reason) = if *load { self.loader.bring(&entry, *keep_alive_secs) } else { entry.send_out() };

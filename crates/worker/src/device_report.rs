@@ -4,7 +4,7 @@ use std::path::Path;
 
 use engine::hardware::{Device, Hardware, InstalledGpus, unused_gpus};
 use engine::memory_plan::CONTEXT_DEFAULT;
-use engine::{LoadedModel, Placement};
+use engine::{DevicePlacement, LoadedModel};
 use protocol::health;
 use tracing::{info, warn};
 
@@ -31,8 +31,8 @@ fn devices_line(hardware: &Hardware) -> Option<String> {
 }
 
 /// Returns a line about where a loaded model's layers are, and why not on a GPU if there is one; `None` if unknown.
-pub(crate) fn layers_line(placement: &Placement, asked: Option<u32>) -> Option<String> {
-    let Placement { layers, gpu_layers, devices, vram_free_bytes, .. } = placement;
+pub(crate) fn layers_line(placement: &DevicePlacement, asked: Option<u32>) -> Option<String> {
+    let DevicePlacement { layers, gpu_layers, devices, vram_free_bytes, .. } = placement;
     if *layers == 0 {
         return None;
     }
@@ -88,14 +88,14 @@ fn context_wanted(loaded: &LoadedModel, model: &ServedModel) -> u32 {
 }
 
 /// Returns a loaded model's placement as health reports have it.
-pub(crate) fn placement_of(loaded: &LoadedModel, model: &ServedModel) -> Option<health::Placement> {
-    let Placement { layers, gpu_layers, devices, .. } = &loaded.placement;
+pub(crate) fn device_placement(loaded: &LoadedModel, model: &ServedModel) -> Option<health::DevicePlacement> {
+    let DevicePlacement { layers, gpu_layers, devices, .. } = &loaded.placement;
     if *layers == 0 {
         return None;
     }
     let mut device = devices.join(", ");
     device.truncate(device.floor_char_boundary(health::DEVICE_BYTES_MAX));
-    Some(health::Placement {
+    Some(health::DevicePlacement {
         device,
         layers: *layers,
         gpu_layers: *gpu_layers,
@@ -118,19 +118,19 @@ mod tests {
         Device { name: name.into(), description: description.into(), kind, free_bytes, total_bytes }
     }
 
-    fn placement(gpu_layers: u32, free_mib: Option<u64>) -> Placement {
+    fn placement(gpu_layers: u32, free_mib: Option<u64>) -> DevicePlacement {
         let device = if gpu_layers == 0 { "Intel Xeon (CPU)" } else { "NVIDIA H200 (CUDA0)" };
-        Placement {
+        DevicePlacement {
             layers: 31,
             gpu_layers,
             devices: vec![device.into()],
             vram_free_bytes: free_mib.map(|mib| mib << 20),
             context_trained: 32_768,
-            ..Placement::default()
+            ..DevicePlacement::default()
         }
     }
 
-    fn loaded(context_length: u32, placement: Placement) -> LoadedModel {
+    fn loaded(context_length: u32, placement: DevicePlacement) -> LoadedModel {
         let abilities = Abilities::default();
         LoadedModel { id: ModelId(1), context_length, kv_tokens: 8_192, slots: 4, pid: None, abilities, placement }
     }
@@ -188,7 +188,7 @@ mod tests {
         ] {
             assert_eq!(layers_line(&placement(gpu_layers, free_mib), asked).as_deref(), Some(told));
         }
-        assert_eq!(layers_line(&Placement::default(), None), None);
+        assert_eq!(layers_line(&DevicePlacement::default(), None), None);
     }
 
     #[test]
@@ -204,22 +204,22 @@ mod tests {
             assert_eq!(context_line(&loaded, &model(set)), line);
         }
         // A runtime that does not know the context length that a model was trained with.
-        let unknown = loaded(512, Placement { context_trained: 0, ..placement(0, None) });
+        let unknown = loaded(512, DevicePlacement { context_trained: 0, ..placement(0, None) });
         assert_eq!(context_line(&unknown, &model(0)), "a job holds up to 512 tokens, and the 4 slots share 8192");
     }
 
     #[test]
     fn a_report_tells_what_computes_a_model_in_few_bytes() {
-        let told = placement_of(&loaded(2_048, placement(31, Some(900))), &model(0)).expect("it is known");
+        let told = device_placement(&loaded(2_048, placement(31, Some(900))), &model(0)).expect("it is known");
         assert_eq!(
             told.to_string(),
             "31 of 31 layers on NVIDIA H200 (CUDA0), 2048 tokens of context (8192 do not fit into memory)"
         );
-        let told = placement_of(&loaded(8_192, placement(0, None)), &model(0)).expect("it is known");
+        let told = device_placement(&loaded(8_192, placement(0, None)), &model(0)).expect("it is known");
         assert_eq!(told.to_string(), "computed by Intel Xeon (CPU), 8192 tokens of context");
-        let many = Placement { devices: vec!["ä".repeat(500)], ..placement(31, None) };
-        let told = placement_of(&loaded(8_192, many), &model(0)).expect("it is known");
+        let many = DevicePlacement { devices: vec!["ä".repeat(500)], ..placement(31, None) };
+        let told = device_placement(&loaded(8_192, many), &model(0)).expect("it is known");
         assert_eq!(told.device.len(), health::DEVICE_BYTES_MAX);
-        assert_eq!(placement_of(&loaded(8_192, Placement::default()), &model(0)), None);
+        assert_eq!(device_placement(&loaded(8_192, DevicePlacement::default()), &model(0)), None);
     }
 }

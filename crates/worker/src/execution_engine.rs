@@ -197,7 +197,7 @@ impl ExecutionEngine {
 
     /// Sends the answer chunk by chunk as it is generated, and returns the last chunk for the caller to send.
     ///
-    /// The caller sends the last chunk, so that it can free the job's place before the client sees the end. `has_begun`
+    /// The caller sends the last chunk, so that it can free the job's capacity before the client sees the end. `has_begun`
     /// is cancelled with the first part of the answer.
     pub(crate) async fn answer(
         &self,

@@ -55,7 +55,7 @@ pub(crate) struct Fetcher {
     most_bytes: Option<u64>,
     free_bytes: FreeBytes,
     metrics: Metrics,
-    places: Semaphore,
+    permits: Semaphore,
     /// The files that are being fetched, with their lengths.
     under_way: Mutex<BTreeMap<Digest, u64>>,
     /// Held while disk space is freed.
@@ -141,7 +141,7 @@ impl Fetcher {
             most_bytes,
             free_bytes,
             metrics,
-            places: Semaphore::new(FETCHES_MAX),
+            permits: Semaphore::new(FETCHES_MAX),
             under_way: Mutex::default(),
             making_room: tokio::sync::Mutex::default(),
             blocking: TaskTracker::new(),
@@ -176,7 +176,7 @@ impl Fetcher {
 
     async fn fetch_listed(&self, digest: &Digest, file: &ListedFile, progress: Progress<'_>) -> Result<(), FetchError> {
         // The semaphore is never closed.
-        let _place = self.places.acquire().await;
+        let _permit = self.permits.acquire().await;
         let Some(partial) = self.partial(digest).await? else { return Ok(()) };
         let begun_with = bytes_of(&partial);
         if begun_with > file.bytes {

@@ -18,7 +18,7 @@ use engine::hardware::{self, Hardware};
 use engine::memory_plan::{self, CONTEXT_DEFAULT, VRAM_SPARED_BYTES};
 use engine::merge::Merge;
 use engine::{
-    AdapterId, EngineError, Kernels, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime, Placement,
+    AdapterId, DevicePlacement, EngineError, Kernels, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime,
     ProgressSink, VerifiedArtifact,
 };
 use observability::metrics::{Metrics, ModelLabel};
@@ -34,7 +34,7 @@ use tracing::{debug, info, warn};
 
 use adapters::Lease;
 use cache::{Entry, Hold, Load, ModelCache, Status};
-use residency::{Memory, Order, Place, Seat};
+use residency::{Memory, Order, Residency, ResidencyFacts};
 
 use crate::config::{self, RemoteServer, ServedAdapter, ServedModel};
 use crate::device_report;
@@ -327,8 +327,8 @@ impl ModelLoader {
 
     /// Returns the memory that a model could have if all others that may be unloaded were unloaded.
     fn most_memory(&self) -> Memory {
-        let seats: Vec<Seat> = self.cache.seated().iter().map(|entry| entry.seat().clone()).collect();
-        residency::most(&seats, self.memory(&seats))
+        let models: Vec<ResidencyFacts> = self.cache.all_entries().iter().map(|entry| entry.facts().clone()).collect();
+        residency::most(&models, self.memory(&models))
     }
 
     fn spawn_keeper(self: Arc<Self>, entry: Arc<Entry>) {
@@ -353,12 +353,12 @@ impl ModelLoader {
     /// Repeatedly decides which models stay in memory.
     async fn assign_memory(&self) {
         loop {
-            let entries = self.cache.seated();
-            let seats: Vec<Seat> = entries.iter().map(|entry| entry.seat().clone()).collect();
+            let entries = self.cache.all_entries();
+            let models: Vec<ResidencyFacts> = entries.iter().map(|entry| entry.facts().clone()).collect();
             // Memory is measured only if a model asks for it: measuring takes longer than the decision.
-            let is_asked = seats.iter().any(|seat| seat.place == Place::Asking);
-            let room = if is_asked { self.memory(&seats) } else { Memory { host: 0, gpu: 0 } };
-            let decision = residency::decide(&seats, room, Instant::now());
+            let is_asked = models.iter().any(|model| model.residency == Residency::WaitingForMemory);
+            let room = if is_asked { self.memory(&models) } else { Memory { host: 0, gpu: 0 } };
+            let decision = residency::decide(&models, room, Instant::now());
             for (index, order) in decision.orders {
                 entries[index].obey(order);
             }
@@ -371,14 +371,15 @@ impl ModelLoader {
 
     /// Returns the memory that a further model can have: what the others leave of the configured limit, and at most
     /// nine tenths of what the machine has.
-    fn memory(&self, seats: &[Seat]) -> Memory {
-        let holding = || seats.iter().filter(|seat| matches!(seat.place, Place::In(_) | Place::Moving));
-        let sum = |bytes: fn(&Seat) -> u64| holding().map(bytes).fold(0, u64::saturating_add);
-        let left = self.options.memory_max.map(|most| most.saturating_sub(sum(|seat| seat.bytes)));
+    fn memory(&self, models: &[ResidencyFacts]) -> Memory {
+        let holding =
+            || models.iter().filter(|model| matches!(model.residency, Residency::Loaded(_) | Residency::Changing));
+        let sum = |bytes: fn(&ResidencyFacts) -> u64| holding().map(bytes).fold(0, u64::saturating_add);
+        let left = self.options.memory_max.map(|most| most.saturating_sub(sum(|model| model.bytes)));
         let free = hardware::free_memory_bytes().map(|bytes| bytes - bytes / 10);
         Memory {
             host: left.into_iter().chain(free).min().unwrap_or(u64::MAX),
-            gpu: self.vram.get().map_or(u64::MAX, |most| most.saturating_sub(sum(|seat| seat.vram_bytes))),
+            gpu: self.vram.get().map_or(u64::MAX, |most| most.saturating_sub(sum(|model| model.vram_bytes))),
         }
     }
 
@@ -539,7 +540,7 @@ impl ModelLoader {
                         entry.stay_out();
                     }
                     self.set(entry, status);
-                    entry.move_to(Place::Moving);
+                    entry.move_to(Residency::Changing);
                     // A dead engine's remains may still hold memory, or a job.
                     self.unload(entry, id).await;
                     if in_use.take().is_some() {
@@ -558,14 +559,14 @@ impl ModelLoader {
                     }
                     self.set(entry, Status::Failed(error.to_string().into()));
                     is_wanted = true;
-                    entry.move_to(Place::Out);
+                    entry.move_to(Residency::Unloaded);
                     if let LoadError::Engine(EngineError::OutOfMemory { .. }) | LoadError::OutOfVram { .. } = error {
                         self.memory_for(entry, &mut backoff).await;
                     }
                     backoff.next()
                 }
             };
-            entry.move_to(Place::Out);
+            entry.move_to(Residency::Unloaded);
             time::sleep(wait).await;
         }
     }
@@ -574,7 +575,7 @@ impl ModelLoader {
     async fn memory_for(&self, entry: &Entry, backoff: &mut Backoff) {
         loop {
             time::sleep(backoff.next()).await;
-            if self.most_memory().holds(entry.seat().memory_min()) {
+            if self.most_memory().holds(entry.facts().memory_min()) {
                 return;
             }
         }
@@ -595,10 +596,10 @@ impl ModelLoader {
             );
         }
         entry.forgive();
-        let Placement { gpu_layers, vram_bytes, .. } = loaded.placement;
+        let DevicePlacement { gpu_layers, vram_bytes, .. } = loaded.placement;
         entry.plan_vram(if gpu_layers > 0 { vram_bytes.saturating_add(VRAM_SPARED_BYTES) } else { 0 }, None);
         entry.set_ready(loaded);
-        entry.move_to(Place::In(Instant::now()));
+        entry.move_to(Residency::Loaded(Instant::now()));
         self.changes.send_replace(());
         tokio::select! {
             cause = entry.died(id) => {
@@ -626,7 +627,7 @@ impl ModelLoader {
         // A model gets the GPU layers that its settings ask for, or is not loaded.
         let vram_bytes_min = prepared.options.gpu_layers.map_or(0, |_| prepared.vram_bytes);
         entry.plan_vram(prepared.vram_bytes, Some(vram_bytes_min));
-        entry.move_to(Place::Asking);
+        entry.move_to(Residency::WaitingForMemory);
         match entry.ordered().await {
             Order::Load(room) => {
                 // A model that does not fit is shrunk to this memory, and takes no more.

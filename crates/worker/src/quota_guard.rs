@@ -1,5 +1,5 @@
-//! Decides whether a job is admitted: a slot or a queue place must be free, and the job must not exceed its tenant's
-//! limit (W6). A job takes one place for each of its answers that may run concurrently, at most as many as slots.
+//! Decides whether a job is admitted: a slot or a position in the queue must be free, and the job must not exceed its tenant's
+//! limit (W6). A job takes one permit for each of its answers that may run concurrently, at most as many as slots.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -49,12 +49,12 @@ impl From<Refusal> for WireError {
     }
 }
 
-/// Decides whether a job that takes this many places is admitted.
-pub fn admit(limits: &Limits, occupancy: Occupancy, places: u32) -> Result<(), Refusal> {
-    if occupancy.jobs.saturating_add(places) > limits.slots.saturating_add(limits.queue_max) {
+/// Decides whether a job that takes this many permits is admitted.
+pub fn admit(limits: &Limits, occupancy: Occupancy, permits: u32) -> Result<(), Refusal> {
+    if occupancy.jobs.saturating_add(permits) > limits.slots.saturating_add(limits.queue_max) {
         return Err(Refusal::QueueFull);
     }
-    if limits.tenant_jobs_max.is_some_and(|most| occupancy.tenant_jobs.saturating_add(places) > most) {
+    if limits.tenant_jobs_max.is_some_and(|most| occupancy.tenant_jobs.saturating_add(permits) > most) {
         return Err(Refusal::TenantShare);
     }
     Ok(())
@@ -84,19 +84,19 @@ impl QuotaGuard {
         self.limits
     }
 
-    /// Takes places for a tenant's job, one for each of its answers that may run concurrently, or returns why it is
+    /// Takes permits for a tenant's job, one for each of its answers that may run concurrently, or returns why it is
     /// refused.
-    pub(crate) fn enter(self: &Arc<Self>, tenant: &TenantId, answers: u32) -> Result<Place, Refusal> {
-        let places = answers.min(self.limits.slots).max(1);
+    pub(crate) fn enter(self: &Arc<Self>, tenant: &TenantId, answers: u32) -> Result<QuotaPermit, Refusal> {
+        let permits = answers.min(self.limits.slots).max(1);
         {
             let mut jobs = self.jobs();
             let tenant_jobs = jobs.by_tenant.get(tenant).copied().unwrap_or_default();
-            admit(&self.limits, Occupancy { jobs: jobs.count, tenant_jobs }, places)?;
-            jobs.count += places;
-            jobs.by_tenant.insert(tenant.clone(), tenant_jobs + places);
+            admit(&self.limits, Occupancy { jobs: jobs.count, tenant_jobs }, permits)?;
+            jobs.count += permits;
+            jobs.by_tenant.insert(tenant.clone(), tenant_jobs + permits);
         }
         self.changes.send_replace(());
-        Ok(Place { guard: self.clone(), tenant: tenant.clone(), places })
+        Ok(QuotaPermit { guard: self.clone(), tenant: tenant.clone(), permits })
     }
 
     /// Returns an error if not even the smallest job can be admitted.
@@ -104,7 +104,7 @@ impl QuotaGuard {
         admit(&self.limits, Occupancy { jobs: self.count(), tenant_jobs: 0 }, 1)
     }
 
-    /// Returns how many places are taken.
+    /// Returns how many permits are taken.
     pub(crate) fn count(&self) -> u32 {
         self.jobs().count
     }
@@ -123,21 +123,21 @@ impl QuotaGuard {
     }
 }
 
-/// A job's places at the worker, freed when dropped.
+/// A job's share of the worker's capacity, freed when dropped.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct QuotaPermit {
     guard: Arc<QuotaGuard>,
     tenant: TenantId,
-    places: u32,
+    permits: u32,
 }
 
-impl Drop for Place {
+impl Drop for QuotaPermit {
     fn drop(&mut self) {
         {
             let mut jobs = self.guard.jobs();
-            jobs.count = jobs.count.saturating_sub(self.places);
+            jobs.count = jobs.count.saturating_sub(self.permits);
             if let Some(tenant_jobs) = jobs.by_tenant.get_mut(&self.tenant) {
-                *tenant_jobs = tenant_jobs.saturating_sub(self.places);
+                *tenant_jobs = tenant_jobs.saturating_sub(self.permits);
                 if *tenant_jobs == 0 {
                     jobs.by_tenant.remove(&self.tenant);
                 }
@@ -185,9 +185,9 @@ mod tests {
         assert_eq!(admit(&LIMITS, two, 2), Err(Refusal::TenantShare));
         let guard = guard();
         // Of three answers two run concurrently, in two slots.
-        let place = guard.enter(&tenant("a"), 3).expect("within its share");
+        let permit = guard.enter(&tenant("a"), 3).expect("within its share");
         assert_eq!((guard.count(), guard.enter(&tenant("a"), 2).expect_err("over it")), (2, Refusal::TenantShare));
-        drop(place);
+        drop(permit);
         assert_eq!(guard.count(), 0);
     }
 
@@ -199,11 +199,11 @@ mod tests {
     #[test]
     fn a_place_given_back_can_be_taken_by_another() {
         let guard = guard();
-        let places: Vec<_> = (0..3).map(|_| guard.enter(&tenant("a"), 1).expect("within its share")).collect();
+        let permits: Vec<_> = (0..3).map(|_| guard.enter(&tenant("a"), 1).expect("within its share")).collect();
         assert_eq!(guard.enter(&tenant("a"), 1).expect_err("over its share"), Refusal::TenantShare);
         let other = guard.enter(&tenant("b"), 1).expect("there is room for others");
         assert_eq!(guard.enter(&tenant("c"), 1).expect_err("full"), Refusal::QueueFull);
-        drop(places);
+        drop(permits);
         assert_eq!(guard.count(), 1);
         guard.enter(&tenant("a"), 1).expect("there is room again");
         drop(other);
@@ -213,8 +213,8 @@ mod tests {
     #[tokio::test]
     async fn whoever_waits_for_the_last_job_is_woken() {
         let guard = guard();
-        let place = guard.enter(&tenant("a"), 1).expect("there is room");
-        let (waited, ()) = tokio::join!(guard.empty(), async { drop(place) });
+        let permit = guard.enter(&tenant("a"), 1).expect("there is room");
+        let (waited, ()) = tokio::join!(guard.empty(), async { drop(permit) });
         assert_eq!((waited, guard.count()), ((), 0));
     }
 }

@@ -49,7 +49,7 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
             checks.push(check("API key", api_key(&client).await));
             let fleet = client.get::<Fleet>("/admin/v1/nodes").await.unwrap_or_default();
             checks.push(workers(&client, &fleet).await);
-            checks.extend(devices::placements(&fleet));
+            checks.extend(devices::device_placements(&fleet));
         }
         Presence::Closed(error) => checks.push(check("gateway", Err(format!("{error:#}")))),
         Presence::Absent(error) if server.url.is_some() => checks.push(check("gateway", Err(format!("{error:#}")))),

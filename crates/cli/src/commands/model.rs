@@ -11,7 +11,7 @@ use protocol::control::{
     AliasList, AliasSet, Catalog, Fleet, FleetWorker, Member, ModelKeep, ModelPlace, ModelPlaceState, ModelPlaces,
     ModelRemove,
 };
-use protocol::health::{ModelState, Placement};
+use protocol::health::{DevicePlacement, ModelState};
 use protocol::model::{AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
 use protocol::{Digest, ModelName};
 use serde_json::{Value, json};
@@ -121,7 +121,7 @@ pub(super) async fn show(context: Context, model: &str, server: &ServerArgs) -> 
     say("digest", format!("sha256:{}", entry.digest));
     say("state", models.state(entry, artifacts.as_ref()));
     say("where", states.iter().map(|(node, state)| format!("{node} {state}")).collect::<Vec<_>>().join(", "));
-    for (node, placement) in models.placements(&entry.key) {
+    for (node, placement) in models.device_placements(&entry.key) {
         say("computed", format!("on {node}: {}", output::one_line(&placement.to_string())));
     }
     say("kept", kept(entry));
@@ -353,7 +353,7 @@ impl Models {
     }
 
     /// Returns a model's placement on each worker that has it in memory.
-    fn placements(&self, key: &ModelKey) -> Vec<(String, &Placement)> {
+    fn device_placements(&self, key: &ModelKey) -> Vec<(String, &DevicePlacement)> {
         let workers = self.fleet.iter().flat_map(|fleet| &fleet.workers);
         let placed = workers.filter_map(|worker| {
             let cached = worker.report.model_cache.iter().find(|cached| cached.key == *key)?;
@@ -410,7 +410,7 @@ impl Models {
     }
 
     fn row(&self, entry: &ModelEntry, artifacts: Option<&ArtifactStore>) -> Vec<String> {
-        let nodes = places(&self.states(&entry.key));
+        let nodes = node_states(&self.states(&entry.key));
         let facts = entry.facts.clone().unwrap_or_default();
         vec![
             entry.key.to_string(),
@@ -454,7 +454,7 @@ impl Models {
 
 /// Returns the nodes that have a model, those with it in memory first. A node that would have to fetch the file does
 /// not count.
-fn places(states: &[(String, String)]) -> String {
+fn node_states(states: &[(String, String)]) -> String {
     let named = |(node, state): &(String, String)| match state.as_str() {
         READY => node.clone(),
         ON_DISK => format!("{node} (disk)"),
@@ -577,7 +577,7 @@ mod tests {
             state("d", READY),
             state("e", "failed: no room"),
         ];
-        assert_eq!(places(&states), "d, c (fetching 43 %), e (failed), a (disk)");
-        assert_eq!(places(&states[1..2]), "");
+        assert_eq!(node_states(&states), "d, c (fetching 43 %), e (failed), a (disk)");
+        assert_eq!(node_states(&states[1..2]), "");
     }
 }

@@ -52,7 +52,7 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     }
     let found = found(&context, &network).await;
     let is_awaited = network.workers.iter().all(|worker| worker.adopted_count() == 0);
-    let awaited = adoption.filter(|_| is_awaited).map(|adoption| adoption.places());
+    let awaited = adoption.filter(|_| is_awaited).map(|adoption| adoption.addresses());
     output::line(greeting(&context, &network, awaited.as_deref(), found.as_deref()));
     let broken = tokio::select! {
         () = stop.cancelled() => None,
@@ -131,8 +131,8 @@ impl fmt::Display for Greeting<'_> {
         }
         writeln!(out, "  API key         {}", self.key)?;
         writeln!(out, "  kept in         {}", self.key_file.display())?;
-        if let Some(places) = self.awaited {
-            writeln!(out, "\nNo server to adopt answers yet at {places}; its models join as soon as one does.")?;
+        if let Some(addresses) = self.awaited {
+            writeln!(out, "\nNo server to adopt answers yet at {addresses}; its models join as soon as one does.")?;
         }
         if let Some(model) = models.first() {
             let trust = self.certificate.map(|file| format!(" --cacert {}", file.display())).unwrap_or_default();

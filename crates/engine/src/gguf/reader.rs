@@ -87,7 +87,7 @@ impl<R: Read> Reader<R> {
         };
         let mut tensors = self.tensors(tensor_count)?;
         let data_offset = self.offset.next_multiple_of(alignment);
-        self.place(&mut tensors, data_offset, alignment)?;
+        self.check_offsets(&mut tensors, data_offset, alignment)?;
         Ok(Header { version, metadata, tensors, data_offset })
     }
 
@@ -232,7 +232,7 @@ impl<R: Read> Reader<R> {
         Ok(Tensor { name, dimensions, kind, offset, bytes })
     }
 
-    fn place(&mut self, tensors: &mut [Tensor], data_offset: u64, alignment: u64) -> Result<(), String> {
+    fn check_offsets(&mut self, tensors: &mut [Tensor], data_offset: u64, alignment: u64) -> Result<(), String> {
         for tensor in tensors.iter() {
             self.key = Some(tensor.name.clone());
             if !tensor.offset.is_multiple_of(alignment) {

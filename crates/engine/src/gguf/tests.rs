@@ -173,9 +173,9 @@ proptest! {
     }
 
     #[test]
-    fn a_flipped_header_never_panics(place in 0_usize..40_000, bit in 0_u32..8) {
+    fn a_flipped_header_never_panics(offset in 0_usize..40_000, bit in 0_u32..8) {
         let mut file = tiny();
-        file[place] ^= 1 << bit;
+        file[offset] ^= 1 << bit;
         let _ = Header::parse(&file);
     }
 }

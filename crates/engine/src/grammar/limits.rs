@@ -111,13 +111,13 @@ pub(super) fn locate(schema: &Value, fault: String, find_fault: impl Fn(&Value) 
     let mut within = schema;
     let mut tries = 0;
     'descend: loop {
-        for (place, part) in parts(within) {
+        for (path, part) in parts(within) {
             tries += 1;
             if tries > TRIES_MAX {
                 return found;
             }
             if let Some(fault) = find_fault(&with_definitions(part, schema)) {
-                found = (found.0 + &place, fault);
+                found = (found.0 + &path, fault);
                 within = part;
                 continue 'descend;
             }

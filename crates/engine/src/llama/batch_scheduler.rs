@@ -243,7 +243,7 @@ impl BatchScheduler {
         let mut prompt_rows = Vec::new();
         for (slot, (sequence, &share)) in self.slots.iter_mut().zip(&plan.shares).enumerate() {
             let Some(sequence) = sequence else { continue };
-            let asked: Vec<bool> = (0..share).map(|place| sequence.is_asked_of(sequence.evaluated() + place)).collect();
+            let asked: Vec<bool> = (0..share).map(|index| sequence.is_asked_of(sequence.evaluated() + index)).collect();
             let Sequence { tokens, in_cache: Some(in_cache), suggested, .. } = sequence else { continue };
             suggested.truncate(share.saturating_sub(1));
             let begin = in_cache.tokens.len();

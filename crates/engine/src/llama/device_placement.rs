@@ -3,10 +3,10 @@
 use crate::gguf::Header;
 use crate::hardware::{self, Device};
 use crate::memory_plan;
-use crate::model_runtime::{LoadOptions, Placement};
+use crate::model_runtime::{DevicePlacement, LoadOptions};
 
 /// Decides where to place a model.
-pub(super) fn place(header: &Header, options: &LoadOptions, devices: &[Device]) -> Placement {
+pub(super) fn plan(header: &Header, options: &LoadOptions, devices: &[Device]) -> DevicePlacement {
     let gpus = hardware::gpus(devices);
     let vram_free_bytes = (!gpus.is_empty()).then(|| hardware::free_gpu_bytes(devices));
     let layers = memory_plan::layers(header);
@@ -25,7 +25,7 @@ pub(super) fn place(header: &Header, options: &LoadOptions, devices: &[Device]) 
         0 => devices.iter().filter(is_host).take(1).collect(),
         _ => gpus,
     };
-    Placement {
+    DevicePlacement {
         layers,
         gpu_layers,
         devices: devices.into_iter().map(ToString::to_string).collect(),
@@ -48,7 +48,7 @@ mod tests {
 
     fn placed(gpu_layers: Option<u32>, devices: &[Device]) -> (u32, u32, Vec<String>) {
         let options = LoadOptions { gpu_layers, ..LoadOptions::default() };
-        let Placement { layers, gpu_layers, devices, .. } = place(&plain(), &options, devices);
+        let DevicePlacement { layers, gpu_layers, devices, .. } = plan(&plain(), &options, devices);
         (layers, gpu_layers, devices)
     }
 
@@ -68,6 +68,6 @@ mod tests {
         assert_eq!(placed(None, &small), (all, 0, cpu));
         // Free memory may already be granted to other models.
         let options = LoadOptions { gpu_layers: None, vram_fit_bytes: Some(0), ..LoadOptions::default() };
-        assert_eq!(place(&plain(), &options, &large).gpu_layers, 0);
+        assert_eq!(plan(&plain(), &options, &large).gpu_layers, 0);
     }
 }

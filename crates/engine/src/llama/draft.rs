@@ -52,12 +52,12 @@ impl Drafter {
         if most == 0 || self.pause > 0 {
             return Vec::new();
         }
-        let from = |source: &[Token], place: usize| source[place..source.len().min(place + most)].to_vec();
+        let from = |source: &[Token], position: usize| source[position..source.len().min(position + most)].to_vec();
         if self.cursor < self.prediction.len() {
             return from(&self.prediction, self.cursor);
         }
         match repeated(text, text) {
-            Some(place) => from(text, place),
+            Some(position) => from(text, position),
             None => Vec::new(),
         }
     }
@@ -83,9 +83,9 @@ impl Drafter {
         self.cursor = (self.cursor + came.len()).min(self.prediction.len());
         // If the text has left the prediction, continues where the prediction has the text's last tokens.
         if self.prediction.get(self.cursor.wrapping_sub(1)) != text.last()
-            && let Some(place) = repeated(&self.prediction, text)
+            && let Some(position) = repeated(&self.prediction, text)
         {
-            self.cursor = place;
+            self.cursor = position;
         }
     }
 }
@@ -96,10 +96,10 @@ fn repeated(source: &[Token], text: &[Token]) -> Option<usize> {
     let wanted = &text[end..];
     let earliest = source.len().saturating_sub(LOOK_BACK);
     // The end of the text itself does not count as a repetition.
-    let places = (earliest..source.len().saturating_sub(NGRAM)).rev();
-    places
-        .map(|place| (place, place + NGRAM))
-        .find(|(place, behind)| source[*place..*behind] == *wanted)
+    let positions = (earliest..source.len().saturating_sub(NGRAM)).rev();
+    positions
+        .map(|position| (position, position + NGRAM))
+        .find(|(position, behind)| source[*position..*behind] == *wanted)
         .map(|(_, behind)| behind)
 }
 

@@ -271,7 +271,7 @@ mod tests {
         let model = Model::load(&[&file.expect("the model is there")], ModelOptions::default(), |_| true);
         let model = Arc::new(model.expect("it loads"));
         let mut text = TEXT;
-        (0..).zip(&mut text).for_each(|(place, token)| *token += place % 200);
+        (0..).zip(&mut text).for_each(|(index, token)| *token += index % 200);
         let tokens = TEXT.len() as u32;
         let at_once = ContextOptions {
             cells: 512,

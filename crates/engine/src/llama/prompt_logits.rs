@@ -63,8 +63,8 @@ impl PromptLogits {
 
     /// Returns the logits after a prompt and marks them as the most recently used.
     pub(super) fn find(&mut self, prompt: &[Token], adapter: Option<AdapterId>) -> Option<Arc<[f32]>> {
-        let place = self.entries.iter().position(|entry| entry.is_of(prompt, adapter))?;
-        let entry = self.entries.remove(place);
+        let index = self.entries.iter().position(|entry| entry.is_of(prompt, adapter))?;
+        let entry = self.entries.remove(index);
         let logits = Arc::clone(&entry.logits);
         self.entries.push(entry);
         Some(logits)

@@ -65,16 +65,16 @@ impl Snapshots {
     /// Returns the index of the snapshot with the longest usable common prefix, and the length of that.
     pub(super) fn find(&self, prompt: &[Token], adapter: Option<AdapterId>) -> Option<(usize, usize)> {
         let entries = self.entries.iter().enumerate().filter(|(_, entry)| entry.adapter == adapter);
-        let common = entries.filter_map(|(place, entry)| {
+        let common = entries.filter_map(|(index, entry)| {
             let common = common_prefix(&entry.tokens, prompt);
-            entry.is_whole(common, self.window).then_some((place, common))
+            entry.is_whole(common, self.window).then_some((index, common))
         });
         common.max_by_key(|(_, common)| *common)
     }
 
     /// Takes a snapshot out.
-    pub(super) fn take(&mut self, place: usize) -> Snapshot {
-        self.entries.remove(place)
+    pub(super) fn take(&mut self, index: usize) -> Snapshot {
+        self.entries.remove(index)
     }
 
     /// Drops every snapshot of an adapter.

@@ -75,7 +75,7 @@ impl Script {
     pub(super) fn piece(&self, token: u32) -> Piece {
         let piece = match (token.checked_sub(self.thinks.into()), &self.body) {
             (None, _) => Piece { reasoning: "hm".into(), ..Piece::default() },
-            (Some(place), Body::Words(_)) => Piece { text: word(place), ..Piece::default() },
+            (Some(index), Body::Words(_)) => Piece { text: word(index), ..Piece::default() },
             (Some(_), Body::Text(text)) => Piece { text: text.clone(), ..Piece::default() },
             (Some(0), Body::Call { name, .. }) => {
                 let (id, name) = (Some(format!("call_{name}")), Some(name.clone()));
@@ -91,8 +91,8 @@ impl Script {
 }
 
 /// Returns a word of an unconstrained answer.
-pub(super) fn word(place: u32) -> String {
-    if place == 0 { "tok0".into() } else { format!(" tok{place}") }
+pub(super) fn word(index: u32) -> String {
+    if index == 0 { "tok0".into() } else { format!(" tok{index}") }
 }
 
 fn call(chat: &Chat) -> Option<Body> {
@@ -125,8 +125,8 @@ fn instance(schema: &Value, root: &Value, depth: u32) -> Value {
     let Some(below) = depth.checked_sub(1) else { return Value::Null };
     let inner = |schema: &Value| instance(schema, root, below);
     let first = |name: &str| schema.get(name).and_then(Value::as_array).and_then(|all| all.first());
-    if let Some(place) = schema.get("$ref").and_then(Value::as_str) {
-        let referred = place.strip_prefix('#').and_then(|pointer| root.pointer(pointer));
+    if let Some(pointer) = schema.get("$ref").and_then(Value::as_str) {
+        let referred = pointer.strip_prefix('#').and_then(|pointer| root.pointer(pointer));
         return referred.map_or(Value::Null, inner);
     }
     if let Some(value) = schema.get("const").or_else(|| first("enum")) {

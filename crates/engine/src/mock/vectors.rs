@@ -7,14 +7,14 @@ use crate::model_runtime::{EngineError, PromptInput, unsupported};
 
 /// Returns the vector of a text, normalised to length 1.
 pub(super) fn vector(input: &PromptInput) -> Result<Vec<f32>, EngineError> {
-    let number = |place: u32| {
+    let number = |index: u32| {
         let mut hasher = DefaultHasher::new();
         match input {
             PromptInput::Text(text) => text.hash(&mut hasher),
             PromptInput::Tokens(tokens) => tokens.hash(&mut hasher),
             PromptInput::Chat(_) => {}
         }
-        place.hash(&mut hasher);
+        index.hash(&mut hasher);
         // Never 0, so that the length is never 0 either.
         (hasher.finish() % 1_000) as f32 + 1.0
     };

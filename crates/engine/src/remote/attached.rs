@@ -37,7 +37,7 @@ struct Done {
     tokens_per_second: f32,
 }
 
-/// A request's place, which is released on drop.
+/// A request's permit, which is released on drop.
 #[derive(Debug)]
 pub(super) struct Seat(pub(super) Arc<Attached>);
 
@@ -53,7 +53,7 @@ impl Attached {
         Self { loaded, server, name, dialect, queue_max, unloaded, active, done }
     }
 
-    /// Takes a place for one more request.
+    /// Takes a permit for one more request.
     pub(super) fn enter(self: &Arc<Self>) -> Result<Seat, EngineError> {
         let most = self.loaded.slots.saturating_add(self.queue_max);
         let one_more = |active: u32| (active < most).then_some(active + 1);

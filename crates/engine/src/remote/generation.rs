@@ -29,7 +29,7 @@ pub(super) async fn relay(
             Err(error) => error,
         },
     };
-    // The place is released before the caller learns of the end.
+    // The permit is released before the caller learns of the end.
     drop(seat);
     let _ = sink.events.send(Err(failed)).await;
 }

@@ -18,7 +18,7 @@ pub fn engine_error(status: u16, body: &[u8], context_length: u32) -> EngineErro
         },
         400 | 413 | 415 | 422 | 501 => {
             let parameter = error.get("param").and_then(Value::as_str).unwrap_or("request");
-            unsupported(placeless(parameter), placeless(&message))
+            unsupported(redact_addresses(parameter), redact_addresses(&message))
         }
         404 => EngineError::NotLoaded,
         429 | 503 => EngineError::Busy,
@@ -53,9 +53,9 @@ fn told_tokens(error: &Value, message: &str, context_length: u32) -> u32 {
 }
 
 /// Removes each word that could be a path or an address, since the server's location must not reach clients.
-fn placeless(words: &str) -> String {
-    let is_place = |word: &&str| word.contains(['/', '\\', '@']) || word.contains(':') && word.contains('.');
-    words.split_whitespace().map(|word| if is_place(&word) { "…" } else { word }).collect::<Vec<_>>().join(" ")
+fn redact_addresses(words: &str) -> String {
+    let is_address = |word: &&str| word.contains(['/', '\\', '@']) || word.contains(':') && word.contains('.');
+    words.split_whitespace().map(|word| if is_address(&word) { "…" } else { word }).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

@@ -114,7 +114,7 @@ fn draws_follow_the_probabilities() {
 
 #[test]
 fn seeds_and_positions_give_unlike_numbers() {
-    let numbers: Vec<f64> = (0..50).flat_map(|seed| (0..50).map(move |place| uniform(seed, place))).collect();
+    let numbers: Vec<f64> = (0..50).flat_map(|seed| (0..50).map(move |index| uniform(seed, index))).collect();
     let mean = numbers.iter().sum::<f64>() / 2_500.0;
     assert!((mean - 0.5).abs() < 0.02, "{mean}");
     let distinct: std::collections::HashSet<u64> = numbers.iter().map(|number| number.to_bits()).collect();

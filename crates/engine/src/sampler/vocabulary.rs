@@ -144,13 +144,13 @@ mod tests {
     #[test]
     fn the_likeliest_is_found_wherever_it_lies() {
         for length in [1, 15, 16, 17, 1_023, 1_024, 1_025, 5_000] {
-            for place in [0, length / 2, length - 1] {
+            for index in [0, length / 2, length - 1] {
                 let mut logits = vec![-3.0; length];
-                logits[place] = 2.0;
-                assert_eq!(likeliest(&logits), Some((place as u32, 2.0)));
+                logits[index] = 2.0;
+                assert_eq!(likeliest(&logits), Some((index as u32, 2.0)));
                 logits[length - 1] = 2.0;
-                assert_eq!(likeliest(&logits), Some((place as u32, 2.0)), "of equals the lowest");
-                logits[place] = f32::NAN;
+                assert_eq!(likeliest(&logits), Some((index as u32, 2.0)), "of equals the lowest");
+                logits[index] = f32::NAN;
                 assert_eq!(likeliest(&logits), None);
             }
         }

@@ -10,7 +10,7 @@ use crate::{options, within};
 
 /// A text of so many tokens.
 fn tokens(count: u32, seed: u32) -> PromptInput {
-    PromptInput::Tokens((0..count).map(|place| (place * 7 + seed * 31) % 251).collect())
+    PromptInput::Tokens((0..count).map(|index| (index * 7 + seed * 31) % 251).collect())
 }
 
 async fn embed(runtime: &dyn ModelRuntime, model: ModelId, inputs: Vec<PromptInput>) -> Embeddings {

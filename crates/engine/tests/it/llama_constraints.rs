@@ -150,9 +150,9 @@ async fn the_likelihood_of_a_prompt_is_what_its_tokens_had_as_an_answer() {
         assert_eq!((told.0.logprobs.len(), other.0.logprobs.len()), (whole.len(), whole.len()));
         let first = &told.0.logprobs[0];
         assert_eq!((first.token, first.top.len()), (whole[0], 0));
-        for (place, (told, said)) in told.0.logprobs.iter().zip(&said.logprobs).enumerate().skip(1) {
-            assert_eq!((told.token, told.top.len()), (said.token, 2), "{place}");
-            assert!((told.logprob - said.logprob).abs() < 0.05, "{place}: {} and {}", told.logprob, said.logprob);
+        for (index, (told, said)) in told.0.logprobs.iter().zip(&said.logprobs).enumerate().skip(1) {
+            assert_eq!((told.token, told.top.len()), (said.token, 2), "{index}");
+            assert!((told.logprob - said.logprob).abs() < 0.05, "{index}: {} and {}", told.logprob, said.logprob);
         }
     }
 }

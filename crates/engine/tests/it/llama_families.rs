@@ -65,23 +65,23 @@ impl Subject {
     /// Compares the first and the last token of an answer with what a fresh context says in their places.
     async fn check(&mut self, prompt: &[u32], told: &Reported) {
         self.cached_tokens += told.cached_tokens;
-        for place in BTreeSet::from([0, told.tokens.len() - 1]) {
+        for index in BTreeSet::from([0, told.tokens.len() - 1]) {
             let fresh = GenerateRequest {
-                continued: told.tokens[..place].to_vec(),
+                continued: told.tokens[..index].to_vec(),
                 deterministic: true,
-                ..self.request(prompt, place as u32 + 1)
+                ..self.request(prompt, index as u32 + 1)
             };
             let fresh = read(within(self.runtime.generate(fresh)).await.expect("it is admitted")).await;
             let likely = |logprob: &TokenLogprob| {
                 logprob.top.iter().map(|top| (top.token, top.logprob)).collect::<BTreeMap<_, _>>()
             };
-            let (ours, theirs) = (likely(&told.logprobs[place]), likely(&fresh.logprobs[0]));
+            let (ours, theirs) = (likely(&told.logprobs[index]), likely(&fresh.logprobs[0]));
             let both = ours.iter().filter_map(|(token, ours)| Some(ours - theirs.get(token)?));
             let differences: Vec<f32> = both.map(f32::abs).collect();
             let largest = differences.iter().copied().fold(0.0, f32::max);
             assert!(
                 differences.len() > TOP as usize / 2 && largest <= TOLERANCE,
-                "{}: token {place} behind a prompt of {} tokens, {} of them cached, is off by {largest}",
+                "{}: token {index} behind a prompt of {} tokens, {} of them cached, is off by {largest}",
                 self.name,
                 prompt.len(),
                 told.cached_tokens

@@ -115,8 +115,8 @@ async fn flipped_bits_load_or_are_invalid_models_and_harm_nobody() {
     let (runtime, healthy) = loaded(&["llama"], options()).await;
     for number in 0..60_usize {
         let mut file = bytes.clone();
-        let place = number * 7_919 % 45_000;
-        file[place] ^= 1 << (number % 8);
+        let offset = number * 7_919 % 45_000;
+        file[offset] ^= 1 << (number % 8);
         match within(runtime.load(artifact_of(&file), options(), no_progress())).await {
             Ok(model) => {
                 let request = GenerateRequest { max_tokens: Some(4), ..ask(model.id, "What is 3 + 4?") };
@@ -127,7 +127,7 @@ async fn flipped_bits_load_or_are_invalid_models_and_harm_nobody() {
                 let _ = within(runtime.unload(model.id)).await;
             }
             Err(EngineError::InvalidModel { .. } | EngineError::Unsupported { .. }) => {}
-            Err(error) => panic!("bit {} of byte {place}: {error}", number % 8),
+            Err(error) => panic!("bit {} of byte {offset}: {error}", number % 8),
         }
     }
     assert_eq!(run(&runtime, ask(healthy.id, "What is 3 + 4?")).await.text, "3 + 4 = 7");

@@ -109,8 +109,8 @@ async fn an_idle_engine_answers_the_same_request_alike_to_the_bit() {
             let first = subject.answers(&prompts).await;
             for round in 0..2 {
                 let again = subject.answers(&prompts).await;
-                for (place, (again, first)) in again.iter().zip(&first).enumerate() {
-                    assert_eq!(again, first, "{family:?}, {weights:?}, prompt {place}, round {round}");
+                for (index, (again, first)) in again.iter().zip(&first).enumerate() {
+                    assert_eq!(again, first, "{family:?}, {weights:?}, prompt {index}, round {round}");
                 }
             }
         }
@@ -127,8 +127,8 @@ async fn without_our_kernels_an_answer_repeats_to_the_bit_where_that_is_asked_fo
         let others = Subject { deterministic: false, ..exact };
         others.answers(prompts).await;
         let exact = Subject { deterministic: true, ..others };
-        for (place, first) in first.iter().enumerate() {
-            let beside = [0, 1, 2].map(|other| exact.answer(&prompts[(place + other) % prompts.len()]));
+        for (index, first) in first.iter().enumerate() {
+            let beside = [0, 1, 2].map(|other| exact.answer(&prompts[(index + other) % prompts.len()]));
             assert_eq!(join_all(beside).await[0], *first, "{weights:?}");
         }
     }

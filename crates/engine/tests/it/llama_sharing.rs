@@ -118,7 +118,7 @@ async fn prompts_that_do_not_fit_the_room_together_all_get_their_answers() {
     let (runtime, model) = loaded(LoadOptions { slots: 4, kv_tokens: 512, ..options() }).await;
     let mut streams = Vec::new();
     for number in 0..24 {
-        let tokens = (0..30 + number * 67 % 211).map(|place| 300 + (number * 31 + place) % 97).collect();
+        let tokens = (0..30 + number * 67 % 211).map(|index| 300 + (number * 31 + index) % 97).collect();
         let input = PromptInput::Tokens(tokens);
         let request = GenerateRequest { max_tokens: Some(6), ignore_eos: true, input, ..text(model, "") };
         streams.push(within(runtime.generate(request)).await.expect("it is admitted"));

@@ -23,22 +23,22 @@ fn damaged(bytes: &[u8], number: u64) -> (Vec<u8>, String) {
     let header = |chance: &mut Chance| chance.below(HEADER_BYTES) as usize;
     let how = match number % 6 {
         0 => {
-            let (place, bit) = (header(&mut chance), chance.below(8));
-            file[place] ^= 1 << bit;
-            format!("bit {bit} of byte {place} flipped")
+            let (offset, bit) = (header(&mut chance), chance.below(8));
+            file[offset] ^= 1 << bit;
+            format!("bit {bit} of byte {offset} flipped")
         }
         1 => {
-            let place = header(&mut chance);
+            let offset = header(&mut chance);
             let value = chance.next() as u8;
-            file[place] = value;
-            format!("byte {place} set to {value}")
+            file[offset] = value;
+            format!("byte {offset} set to {value}")
         }
         2 => {
             // Lengths, counts and numbers are eight bytes or four.
-            let place = header(&mut chance);
+            let offset = header(&mut chance);
             let value = [0, 1, u64::from(u32::MAX), u64::MAX, 1 << 40, chance.next()][chance.below(6) as usize];
-            file[place..place + 8].copy_from_slice(&value.to_le_bytes());
-            format!("bytes {place}.. set to {value:#x}")
+            file[offset..offset + 8].copy_from_slice(&value.to_le_bytes());
+            format!("bytes {offset}.. set to {value:#x}")
         }
         3 => {
             let length = chance.below(file.len() as u64) as usize;
@@ -47,16 +47,16 @@ fn damaged(bytes: &[u8], number: u64) -> (Vec<u8>, String) {
         }
         4 => {
             // The numbers that follow the names of the hyperparameters.
-            let place = 60 + chance.below(900) as usize;
+            let offset = 60 + chance.below(900) as usize;
             let value = chance.next() as u32;
-            file[place..place + 4].copy_from_slice(&value.to_le_bytes());
-            format!("bytes {place}.. set to {value:#x}")
+            file[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
+            format!("bytes {offset}.. set to {value:#x}")
         }
         _ => {
             let data = HEADER_BYTES as usize + 8;
-            let places: Vec<_> = (0..64).map(|_| data + chance.below((file.len() - data) as u64) as usize).collect();
-            for place in places {
-                file[place] = chance.next() as u8;
+            let offsets: Vec<_> = (0..64).map(|_| data + chance.below((file.len() - data) as u64) as usize).collect();
+            for offset in offsets {
+                file[offset] = chance.next() as u8;
             }
             "64 bytes of its tensors changed".to_owned()
         }

@@ -127,7 +127,7 @@ fn recurrent(writer: &mut Writer) {
         writer.plain(&name("ssm_dt.weight"), &[RANK, INNER], 0.5);
         writer.plain(&name("ssm_dt.bias"), &[INNER], 0.5);
         // States fade at different speeds.
-        let fading: Vec<f32> = (0..INNER * STATE).map(|place| -((place % STATE + 1) as f32)).collect();
+        let fading: Vec<f32> = (0..INNER * STATE).map(|index| -((index % STATE + 1) as f32)).collect();
         writer.floats(&name("ssm_a"), &[STATE, INNER], &fading);
         writer.plain(&name("ssm_d"), &[INNER], 1.0);
         writer.matrix(&name("ssm_out.weight"), INNER, WIDTH);

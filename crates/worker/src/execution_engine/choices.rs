@@ -107,9 +107,9 @@ impl Choices {
     /// Returns whether the next answer may begin: a slot is free, and it is the first to its prompt or its prompt is
     /// evaluated.
     fn may_begin(&self) -> bool {
-        let (prompt, place) = (self.begun / self.each, self.begun % self.each);
+        let (prompt, answer) = (self.begun / self.each, self.begun % self.each);
         let is_next = self.begun < self.count() && self.running.len() < self.side_by_side;
-        is_next && (place == 0 || self.primed.is_some_and(|primed| primed >= prompt))
+        is_next && (answer == 0 || self.primed.is_some_and(|primed| primed >= prompt))
     }
 
     /// Begins as many of the remaining answers as may run.

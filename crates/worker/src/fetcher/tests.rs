@@ -427,7 +427,7 @@ async fn two_workers_of_a_machine_fetch_a_file_once() {
     let scene = Scene::new(&[Kind::Good], None).await;
     let other = ArtifactStore::in_folder(scene.folder.path()).expect("a store");
     let (first, second) = tokio::join!(scene.fetch(), async {
-        let fetcher = Fetcher { store: other, places: Semaphore::new(1), ..second_of(&scene) };
+        let fetcher = Fetcher { store: other, permits: Semaphore::new(1), ..second_of(&scene) };
         fetcher.fetch(&digest(), &|_, _, _| {}).await
     });
     assert!(first.is_ok() && second.is_ok());

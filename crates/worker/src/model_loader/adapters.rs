@@ -57,7 +57,7 @@ impl Adapters {
         self.freed.notify_waiters();
     }
 
-    /// Leases a place for an adapter, and evicts the least recently used one if all are taken. Waits while all are in
+    /// Leases a slot for an adapter, and evicts the least recently used one if all slots are taken. Waits while all are in
     /// use. Returns `None` if the engine is not the present one. Cancel safe.
     pub(crate) async fn lease(self: &Arc<Self>, engine: ModelId, name: &AdapterName) -> Option<Lease> {
         loop {

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::adapters::Adapters;
-use super::residency::{Order, Place, Seat};
+use super::residency::{Order, Residency, ResidencyFacts};
 use super::warm_prefixes::WarmPrefixes;
 use crate::config::{ServedModel, duration_of};
 use crate::device_report;
@@ -115,7 +115,7 @@ pub(crate) struct Entry {
     pub(crate) status: watch::Sender<Status>,
     /// Notified when a job wants it in memory.
     wanted: Notify,
-    seat: Mutex<Seat>,
+    facts: Mutex<ResidencyFacts>,
     wishes: Mutex<Wishes>,
     /// The last decision, for its keeper.
     pub(crate) order: watch::Sender<Option<Order>>,
@@ -160,11 +160,11 @@ pub(crate) struct Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        let mut seat = self.entry.seat();
-        seat.jobs = seat.jobs.saturating_sub(1);
-        seat.last_used = Instant::now();
-        let is_last = seat.jobs == 0;
-        drop(seat);
+        let mut facts = self.entry.facts();
+        facts.jobs = facts.jobs.saturating_sub(1);
+        facts.last_used = Instant::now();
+        let is_last = facts.jobs == 0;
+        drop(facts);
         if is_last {
             self.entry.stirred.notify_one();
             if self.entry.retired.is_cancelled() {
@@ -182,9 +182,9 @@ pub(crate) struct Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        let mut seat = self.entry.seat();
+        let mut facts = self.entry.facts();
         if self.entry.waiters.fetch_sub(1, Ordering::AcqRel) == 1 {
-            seat.waiting_since = None;
+            facts.waiting_since = None;
             self.entry.stirred.notify_one();
         }
     }
@@ -231,7 +231,7 @@ impl ModelCache {
     }
 
     /// Returns the models that hold memory or may: those that are served, and those that are leaving.
-    pub(crate) fn seated(&self) -> Vec<Arc<Entry>> {
+    pub(crate) fn all_entries(&self) -> Vec<Arc<Entry>> {
         let entries = self.entries();
         entries.iter().cloned().chain(self.leaving().iter().cloned()).collect()
     }
@@ -268,7 +268,7 @@ impl ModelCache {
                 }
                 Status::Ready(loaded) => {
                     context_length = loaded.context_length;
-                    placement = device_report::placement_of(loaded, &entry.model);
+                    placement = device_report::device_placement(loaded, &entry.model);
                     (ModelState::Ready, Some(loaded.id))
                 }
                 Status::Failed(why) => {
@@ -300,8 +300,8 @@ impl ModelCache {
 impl Entry {
     fn new(model: ServedModel, status: Status, stirred: Arc<Notify>) -> Self {
         let adapters = Adapters::new(model.adapters_max);
-        let seat = Seat {
-            place: Place::Out,
+        let facts = ResidencyFacts {
+            residency: Residency::Unloaded,
             bytes: 0,
             bytes_min: 0,
             vram_bytes: 0,
@@ -318,7 +318,7 @@ impl Entry {
             model,
             status: watch::Sender::new(status),
             wanted: Notify::new(),
-            seat: Mutex::new(seat),
+            facts: Mutex::new(facts),
             wishes: Mutex::default(),
             order: watch::Sender::new(None),
             stirred,
@@ -335,8 +335,8 @@ impl Entry {
     }
 
     /// Returns the facts by which residency is decided.
-    pub(crate) fn seat(&self) -> MutexGuard<'_, Seat> {
-        self.seat.lock()
+    pub(crate) fn facts(&self) -> MutexGuard<'_, ResidencyFacts> {
+        self.facts.lock()
     }
 
     /// Applies the catalogue's pin and `keep_alive`. Returns whether the model has become pinned.
@@ -359,11 +359,11 @@ impl Entry {
             None => self.model.keep_alive(wishes.listed),
         };
         drop(wishes);
-        let mut seat = self.seat();
-        let is_news = is_pinned && !seat.is_pinned;
-        if (seat.is_pinned, seat.keep_alive) != (is_pinned, keep_alive) {
-            (seat.is_pinned, seat.keep_alive) = (is_pinned, keep_alive);
-            drop(seat);
+        let mut facts = self.facts();
+        let is_news = is_pinned && !facts.is_pinned;
+        if (facts.is_pinned, facts.keep_alive) != (is_pinned, keep_alive) {
+            (facts.is_pinned, facts.keep_alive) = (is_pinned, keep_alive);
+            drop(facts);
             self.stirred.notify_one();
         }
         is_news
@@ -371,33 +371,33 @@ impl Entry {
 
     /// Returns whether it is unloaded as soon as it has no job.
     pub(crate) fn leaves_at_once(&self) -> bool {
-        let seat = self.seat();
-        seat.keep_alive == Some(Duration::ZERO) && !seat.is_pinned
+        let facts = self.facts();
+        facts.keep_alive == Some(Duration::ZERO) && !facts.is_pinned
     }
 
     /// Records the memory that it takes, and the least that it can take, in bytes.
     pub(crate) fn plan(&self, bytes: u64, bytes_min: u64) {
-        let mut seat = self.seat();
-        (seat.bytes, seat.bytes_min) = (bytes, bytes_min);
+        let mut facts = self.facts();
+        (facts.bytes, facts.bytes_min) = (bytes, bytes_min);
     }
 
     /// Records the GPU memory that it takes, in bytes, and the least that it can take, if that has changed.
     pub(crate) fn plan_vram(&self, bytes: u64, bytes_min: Option<u64>) {
-        let mut seat = self.seat();
-        seat.vram_bytes = bytes;
-        seat.vram_bytes_min = bytes_min.unwrap_or(seat.vram_bytes_min);
+        let mut facts = self.facts();
+        facts.vram_bytes = bytes;
+        facts.vram_bytes_min = bytes_min.unwrap_or(facts.vram_bytes_min);
     }
 
-    /// Sets its place, and triggers a new decision about which models stay in memory.
-    pub(crate) fn move_to(&self, place: Place) {
-        let mut seat = self.seat();
-        seat.place = place;
-        seat.is_closed = false;
-        if let Place::In(since) = place {
-            seat.last_used = since;
+    /// Sets its residency, and triggers a new decision about which models stay in memory.
+    pub(crate) fn move_to(&self, residency: Residency) {
+        let mut facts = self.facts();
+        facts.residency = residency;
+        facts.is_closed = false;
+        if let Residency::Loaded(since) = residency {
+            facts.last_used = since;
         }
-        drop(seat);
-        if place == Place::Moving {
+        drop(facts);
+        if residency == Residency::Changing {
             // A request's `keep_alive` ends with this time in memory.
             self.wish(|wishes| wishes.asked = None);
         }
@@ -407,21 +407,21 @@ impl Entry {
 
     /// Applies a decision, unless a job has come meanwhile that it did not know of.
     pub(crate) fn obey(&self, order: Order) {
-        let mut seat = self.seat();
+        let mut facts = self.facts();
         match order {
-            Order::Leave if seat.jobs > 0 => {
-                drop(seat);
+            Order::Leave if facts.jobs > 0 => {
+                drop(facts);
                 // Decide again, so that a model that waits for this memory need not wait for the next change.
                 return self.stirred.notify_one();
             }
             // Its keeper is about to unload it.
             Order::Open if *self.order.borrow() == Some(Order::Leave) => return,
-            Order::Leave | Order::Close => seat.is_closed = true,
-            Order::Open => seat.is_closed = false,
-            Order::Load(_) => seat.place = Place::Moving,
-            Order::StayOut | Order::Refuse(_) => seat.place = Place::Out,
+            Order::Leave | Order::Close => facts.is_closed = true,
+            Order::Open => facts.is_closed = false,
+            Order::Load(_) => facts.residency = Residency::Changing,
+            Order::StayOut | Order::Refuse(_) => facts.residency = Residency::Unloaded,
         }
-        drop(seat);
+        drop(facts);
         match order {
             // Wakes the waiting jobs.
             Order::Open => self.status.send_modify(|_| {}),
@@ -446,7 +446,7 @@ impl Entry {
         if self.model.remote.is_some() {
             return (ModelPlaceState::Loaded, Some("another program's server holds it".into()));
         }
-        let jobs = self.seat().jobs;
+        let jobs = self.facts().jobs;
         match jobs {
             0 => {
                 self.obey(Order::Leave);
@@ -467,19 +467,19 @@ impl Entry {
 
     /// Returns a hold on the model if it is ready and accepts jobs.
     pub(crate) fn hold(self: &Arc<Self>) -> Option<Hold> {
-        let mut seat = self.seat();
-        let loaded = self.loaded().filter(|_| !seat.is_closed && !self.retired.is_cancelled())?;
-        seat.jobs += 1;
-        drop(seat);
+        let mut facts = self.facts();
+        let loaded = self.loaded().filter(|_| !facts.is_closed && !self.retired.is_cancelled())?;
+        facts.jobs += 1;
+        drop(facts);
         Some(Hold { entry: self.clone(), loaded })
     }
 
     /// Registers a waiting job.
     pub(crate) fn wait(&self) -> Waiting<'_> {
-        let mut seat = self.seat();
+        let mut facts = self.facts();
         self.waiters.fetch_add(1, Ordering::AcqRel);
-        seat.waiting_since.get_or_insert_with(Instant::now);
-        drop(seat);
+        facts.waiting_since.get_or_insert_with(Instant::now);
+        drop(facts);
         self.wanted.notify_one();
         self.stirred.notify_one();
         Waiting { entry: self }
@@ -499,13 +499,13 @@ impl Entry {
 
     /// Returns whether no job runs on it or waits for it.
     pub(crate) fn is_unused(&self) -> bool {
-        self.seat().jobs == 0 && !self.is_waited_for()
+        self.facts().jobs == 0 && !self.is_waited_for()
     }
 
     /// Waits until no job runs on it.
     pub(crate) async fn is_free(&self) {
         let mut status = self.status.subscribe();
-        while self.seat().jobs > 0 {
+        while self.facts().jobs > 0 {
             let _ = status.changed().await;
         }
     }

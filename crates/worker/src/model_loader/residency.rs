@@ -1,6 +1,6 @@
 //! Decides which models are in memory: those that are asked for, as far as they fit (W3).
 //!
-//! A pure function of the seats and the available memory, the machine's and its GPUs'. It reads no clock and moves
+//! A pure function of facts about the models and the available memory, the machine's and its GPUs'. It reads no clock and moves
 //! nothing; `ModelLoader` does both.
 //!
 //! Idle models are unloaded for wanted ones, the least recently used first. If only busy models could free enough
@@ -14,23 +14,23 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long a busy model keeps its place while others wait for it. They wait at least as long.
+/// How long a busy model stays in memory while others wait for it. They wait at least as long.
 pub(crate) const TURN: Duration = Duration::from_secs(3);
 
 /// How long a model stays in memory after its last job, within its turn, while another model is waited for. It covers
 /// the pause of a client between two requests, and is shorter than most loads.
 pub(crate) const LINGER: Duration = Duration::from_millis(250);
 
-/// Where a model is.
+/// Whether a model is in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum Residency {
     /// Not in memory, and not being loaded.
-    Out,
+    Unloaded,
     /// Waits for memory to be loaded.
-    Asking,
+    WaitingForMemory,
     /// Being loaded or unloaded.
-    Moving,
-    In(Instant),
+    Changing,
+    Loaded(Instant),
 }
 
 /// Memory of the machine and of its GPUs, in bytes.
@@ -55,10 +55,10 @@ impl Memory {
     }
 }
 
-/// Facts about one model.
+/// What decides about the memory of one model.
 #[derive(Debug, Clone)]
-pub(crate) struct Seat {
-    pub(crate) place: Place,
+pub(crate) struct ResidencyFacts {
+    pub(crate) residency: Residency,
     /// The memory it takes, in bytes, or would take with the context that most requests need.
     pub(crate) bytes: u64,
     /// The least memory it can take, with the shortest context, in bytes.
@@ -105,7 +105,7 @@ pub(crate) struct Decision {
     pub(crate) look_again: Option<Instant>,
 }
 
-impl Seat {
+impl ResidencyFacts {
     /// Returns the memory it takes, or would take.
     fn memory(&self) -> Memory {
         Memory { host: self.bytes, gpu: self.vram_bytes }
@@ -116,7 +116,7 @@ impl Seat {
     }
 
     fn is_in(&self) -> bool {
-        matches!(self.place, Place::In(_))
+        matches!(self.residency, Residency::Loaded(_))
     }
 
     fn can_leave(&self) -> bool {
@@ -136,55 +136,56 @@ impl Seat {
 
     /// Returns when its turn ends for the sake of a model that has been waited for since `waiting_since`.
     fn turn_ends(&self, waiting_since: Instant) -> Instant {
-        let begun = if let Place::In(since) = self.place { since.max(waiting_since) } else { waiting_since };
+        let begun =
+            if let Residency::Loaded(since) = self.residency { since.max(waiting_since) } else { waiting_since };
         begun + TURN
     }
 }
 
-/// Returns the orders for all seats. `room` is the memory that is available now.
-pub(crate) fn decide(seats: &[Seat], room: Memory, now: Instant) -> Decision {
+/// Returns the orders for all models. `room` is the memory that is available now.
+pub(crate) fn decide(models: &[ResidencyFacts], room: Memory, now: Instant) -> Decision {
     let mut decision = Decision::default();
     let mut leaving = BTreeSet::new();
-    for (index, seat) in seats.iter().enumerate() {
-        match seat.idle_until() {
+    for (index, model) in models.iter().enumerate() {
+        match model.idle_until() {
             Some(until) if until <= now => drop(leaving.insert(index)),
             until => decision.look_again_at(until),
         }
     }
     let mut closing = BTreeSet::new();
     // A model that is being moved would falsify the measured memory.
-    if !seats.iter().any(|seat| seat.place == Place::Moving)
+    if !models.iter().any(|model| model.residency == Residency::Changing)
         && leaving.is_empty()
-        && let Some(asking) = first_asking(seats)
+        && let Some(asking) = first_asking(models)
     {
-        make_room(seats, asking, room, now, &mut leaving, &mut closing, &mut decision);
+        make_room(models, asking, room, now, &mut leaving, &mut closing, &mut decision);
     }
-    for (index, seat) in seats.iter().enumerate().filter(|(_, seat)| seat.is_in()) {
+    for (index, model) in models.iter().enumerate().filter(|(_, model)| model.is_in()) {
         if leaving.contains(&index) {
             decision.orders.push((index, Order::Leave));
-        } else if closing.contains(&index) != seat.is_closed {
-            decision.orders.push((index, if seat.is_closed { Order::Open } else { Order::Close }));
+        } else if closing.contains(&index) != model.is_closed {
+            decision.orders.push((index, if model.is_closed { Order::Open } else { Order::Close }));
         }
     }
     decision
 }
 
 /// Returns the memory that a model could have if all others that may be unloaded were unloaded.
-pub(crate) fn most(seats: &[Seat], room: Memory) -> Memory {
-    let others = seats.iter().filter(|seat| seat.is_in() && !seat.is_pinned);
-    others.fold(room, |sum, seat| sum.with(seat.memory()))
+pub(crate) fn most(models: &[ResidencyFacts], room: Memory) -> Memory {
+    let others = models.iter().filter(|model| model.is_in() && !model.is_pinned);
+    others.fold(room, |sum, model| sum.with(model.memory()))
 }
 
 /// Returns the next model to load: the one that jobs have waited for longest, then a pinned one, then the first.
-fn first_asking(seats: &[Seat]) -> Option<usize> {
-    let asking = seats.iter().enumerate().filter(|(_, seat)| seat.place == Place::Asking);
-    let next =
-        asking.min_by_key(|(index, seat)| (seat.waiting_since.is_none(), seat.waiting_since, !seat.is_pinned, *index));
+fn first_asking(models: &[ResidencyFacts]) -> Option<usize> {
+    let asking = models.iter().enumerate().filter(|(_, model)| model.residency == Residency::WaitingForMemory);
+    let next = asking
+        .min_by_key(|(index, model)| (model.waiting_since.is_none(), model.waiting_since, !model.is_pinned, *index));
     next.map(|(index, _)| index)
 }
 
 fn make_room(
-    seats: &[Seat],
+    models: &[ResidencyFacts],
     asking: usize,
     room: Memory,
     now: Instant,
@@ -192,15 +193,15 @@ fn make_room(
     closing: &mut BTreeSet<usize>,
     decision: &mut Decision,
 ) {
-    let wanted = &seats[asking];
+    let wanted = &models[asking];
     let mut others: Vec<usize> =
-        (0..seats.len()).filter(|index| seats[*index].is_in() && !seats[*index].is_pinned).collect();
-    let most = most(seats, room);
+        (0..models.len()).filter(|index| models[*index].is_in() && !models[*index].is_pinned).collect();
+    let most = most(models, room);
     let order = if room.holds(wanted.memory()) {
         Some(Order::Load(room))
     } else if !most.holds(wanted.memory_min()) {
         Some(Order::Refuse(most))
-    } else if wanted.waiting_since.is_none() && !wanted.is_pinned && seats.iter().any(Seat::is_in) {
+    } else if wanted.waiting_since.is_none() && !wanted.is_pinned && models.iter().any(ResidencyFacts::is_in) {
         Some(Order::StayOut)
     } else {
         None
@@ -211,27 +212,27 @@ fn make_room(
     }
     // Models that can be unloaded go first, least recently used first; busy ones follow, the longest in memory first.
     others.sort_by_key(|index| {
-        let seat = &seats[*index];
-        let since = if let Place::In(since) = seat.place { since } else { now };
-        if seat.can_leave() { (false, seat.last_used) } else { (true, since) }
+        let model = &models[*index];
+        let since = if let Residency::Loaded(since) = model.residency { since } else { now };
+        if model.can_leave() { (false, model.last_used) } else { (true, since) }
     });
     let needed = wanted.memory().at_most(most);
     let mut sum = room;
     for index in others {
-        let seat = &seats[index];
+        let model = &models[index];
         // Skip a model that would only free the kind of memory that is not short.
-        if sum.holds(needed) || (needed.host <= sum.host && seat.vram_bytes == 0) {
+        if sum.holds(needed) || (needed.host <= sum.host && model.vram_bytes == 0) {
             continue;
         }
-        sum = sum.with(seat.memory());
-        if seat.can_leave() {
-            match wanted.waiting_since.map(|since| seat.lingers_until(since)) {
+        sum = sum.with(model.memory());
+        if model.can_leave() {
+            match wanted.waiting_since.map(|since| model.lingers_until(since)) {
                 Some(until) if until > now => decision.look_again_at(Some(until)),
                 _ => drop(leaving.insert(index)),
             }
             continue;
         }
-        match wanted.waiting_since.map(|since| seat.turn_ends(since)) {
+        match wanted.waiting_since.map(|since| model.turn_ends(since)) {
             Some(ends) if ends <= now => drop(closing.insert(index)),
             ends => decision.look_again_at(ends),
         }
@@ -274,9 +275,9 @@ mod tests {
             self.begin + SECOND * u32::try_from(seconds).expect("few")
         }
 
-        fn seat(&self, place: Place, bytes: u64) -> Seat {
-            Seat {
-                place,
+        fn model(&self, residency: Residency, bytes: u64) -> ResidencyFacts {
+            ResidencyFacts {
+                residency,
                 bytes,
                 bytes_min: bytes / 2,
                 vram_bytes: 0,
@@ -290,92 +291,96 @@ mod tests {
             }
         }
 
-        fn resident(&self, bytes: u64, last_used: u64) -> Seat {
-            Seat { last_used: self.at(last_used), ..self.seat(Place::In(self.begin), bytes) }
+        fn resident(&self, bytes: u64, last_used: u64) -> ResidencyFacts {
+            ResidencyFacts { last_used: self.at(last_used), ..self.model(Residency::Loaded(self.begin), bytes) }
         }
 
-        fn wanted(&self, bytes: u64, since: u64) -> Seat {
-            Seat { waiting_since: Some(self.at(since)), ..self.seat(Place::Asking, bytes) }
+        fn wanted(&self, bytes: u64, since: u64) -> ResidencyFacts {
+            ResidencyFacts { waiting_since: Some(self.at(since)), ..self.model(Residency::WaitingForMemory, bytes) }
         }
     }
 
     #[test]
     fn what_fits_is_loaded_beside_the_others() {
         let scene = Scene::new();
-        let seats = [scene.resident(60, 0), scene.wanted(40, 5)];
-        assert_eq!(decide(&seats, host(40), scene.at(5)).orders, [(1, Order::Load(host(40)))]);
+        let models = [scene.resident(60, 0), scene.wanted(40, 5)];
+        assert_eq!(decide(&models, host(40), scene.at(5)).orders, [(1, Order::Load(host(40)))]);
     }
 
     #[test]
     fn the_least_recently_used_make_room_and_no_more_than_needed() {
         let scene = Scene::new();
-        let seats = [scene.resident(30, 9), scene.resident(30, 3), scene.resident(30, 6), scene.wanted(50, 10)];
-        assert_eq!(decide(&seats, host(10), scene.at(10)).orders, [(1, Order::Leave), (2, Order::Leave)]);
+        let models = [scene.resident(30, 9), scene.resident(30, 3), scene.resident(30, 6), scene.wanted(50, 10)];
+        assert_eq!(decide(&models, host(10), scene.at(10)).orders, [(1, Order::Leave), (2, Order::Leave)]);
         // Both are still being moved.
-        let moving = [scene.resident(30, 9), scene.seat(Place::Moving, 30), scene.wanted(50, 10)];
+        let moving = [scene.resident(30, 9), scene.model(Residency::Changing, 30), scene.wanted(50, 10)];
         assert_eq!(decide(&moving, host(10), scene.at(10)).orders, []);
     }
 
     #[test]
     fn what_is_pinned_stays() {
         let scene = Scene::new();
-        let pinned = Seat { is_pinned: true, ..scene.resident(60, 0) };
-        let seats = [pinned.clone(), scene.resident(30, 5), scene.wanted(40, 6)];
-        assert_eq!(decide(&seats, host(10), scene.at(6)).orders, [(1, Order::Leave)]);
-        let seats = [pinned.clone(), scene.wanted(90, 6)];
-        assert_eq!(decide(&seats, host(10), scene.at(1_000)).orders, [(1, Order::Refuse(host(10)))]);
+        let pinned = ResidencyFacts { is_pinned: true, ..scene.resident(60, 0) };
+        let models = [pinned.clone(), scene.resident(30, 5), scene.wanted(40, 6)];
+        assert_eq!(decide(&models, host(10), scene.at(6)).orders, [(1, Order::Leave)]);
+        let models = [pinned.clone(), scene.wanted(90, 6)];
+        assert_eq!(decide(&models, host(10), scene.at(1_000)).orders, [(1, Order::Refuse(host(10)))]);
         assert_eq!(decide(&[pinned], host(10), scene.at(1_000_000)), Decision::default());
     }
 
     #[test]
     fn a_model_that_never_fits_takes_nobodys_place() {
         let scene = Scene::new();
-        let seats = [scene.resident(30, 0), scene.wanted(100, 1)];
-        assert_eq!(decide(&seats, host(10), scene.at(1)).orders, [(1, Order::Refuse(host(40)))]);
+        let models = [scene.resident(30, 0), scene.wanted(100, 1)];
+        assert_eq!(decide(&models, host(10), scene.at(1)).orders, [(1, Order::Refuse(host(40)))]);
         // A model that fits only with a shorter context gets all there is.
-        let seats = [scene.resident(50, 0), scene.wanted(100, 1)];
-        assert_eq!(decide(&seats, host(10), scene.at(1)).orders, [(0, Order::Leave)]);
-        assert_eq!(decide(&seats[1..], host(60), scene.at(1)).orders, [(0, Order::Load(host(60)))]);
+        let models = [scene.resident(50, 0), scene.wanted(100, 1)];
+        assert_eq!(decide(&models, host(10), scene.at(1)).orders, [(0, Order::Leave)]);
+        assert_eq!(decide(&models[1..], host(60), scene.at(1)).orders, [(0, Order::Load(host(60)))]);
     }
 
     #[test]
     fn a_model_that_nobody_waits_for_takes_nobodys_place() {
         let scene = Scene::new();
-        let seats = [scene.resident(30, 0), scene.seat(Place::Asking, 20), scene.seat(Place::Asking, 5)];
-        assert_eq!(decide(&seats, host(10), scene.at(1)).orders, [(1, Order::StayOut)]);
-        assert_eq!(decide(&seats[2..], host(10), scene.at(1)).orders, [(0, Order::Load(host(10)))]);
+        let models = [
+            scene.resident(30, 0),
+            scene.model(Residency::WaitingForMemory, 20),
+            scene.model(Residency::WaitingForMemory, 5),
+        ];
+        assert_eq!(decide(&models, host(10), scene.at(1)).orders, [(1, Order::StayOut)]);
+        assert_eq!(decide(&models[2..], host(10), scene.at(1)).orders, [(0, Order::Load(host(10)))]);
     }
 
     #[test]
     fn a_busy_model_has_its_turn_and_then_lets_no_more_in() {
         let scene = Scene::new();
-        let busy = Seat { jobs: 2, ..scene.resident(60, 0) };
-        let seats = [busy.clone(), scene.wanted(60, 10)];
-        let early = decide(&seats, host(10), scene.at(12));
+        let busy = ResidencyFacts { jobs: 2, ..scene.resident(60, 0) };
+        let models = [busy.clone(), scene.wanted(60, 10)];
+        let early = decide(&models, host(10), scene.at(12));
         assert_eq!(early, Decision { orders: vec![], look_again: Some(scene.at(13)) });
-        assert_eq!(decide(&seats, host(10), scene.at(13)).orders, [(0, Order::Close)]);
-        let closed = Seat { is_closed: true, ..busy.clone() };
+        assert_eq!(decide(&models, host(10), scene.at(13)).orders, [(0, Order::Close)]);
+        let closed = ResidencyFacts { is_closed: true, ..busy.clone() };
         assert_eq!(decide(&[closed.clone(), scene.wanted(60, 10)], host(10), scene.at(14)).orders, []);
         // Its last job has ended, and the wanted model's turn comes before its own waiting jobs.
-        let done = Seat { jobs: 0, waiting_since: Some(scene.at(13)), ..closed.clone() };
+        let done = ResidencyFacts { jobs: 0, waiting_since: Some(scene.at(13)), ..closed.clone() };
         assert_eq!(decide(&[done, scene.wanted(60, 10)], host(10), scene.at(15)).orders, [(0, Order::Leave)]);
         // Nobody waits for the other model any more.
         assert_eq!(decide(&[closed], host(10), scene.at(14)).orders, [(0, Order::Open)]);
         // A model that was only just loaded has its turn first.
-        let young = Seat { place: Place::In(scene.at(12)), ..busy };
+        let young = ResidencyFacts { residency: Residency::Loaded(scene.at(12)), ..busy };
         assert_eq!(decide(&[young, scene.wanted(60, 2)], host(10), scene.at(13)).look_again, Some(scene.at(15)));
     }
 
     #[test]
     fn an_idle_model_leaves_after_its_time_and_one_that_is_kept_does_not() {
         let scene = Scene::new();
-        let seats = [scene.resident(30, 7), Seat { keep_alive: None, ..scene.resident(30, 7) }];
-        let before = decide(&seats, host(100), scene.at(306));
+        let models = [scene.resident(30, 7), ResidencyFacts { keep_alive: None, ..scene.resident(30, 7) }];
+        let before = decide(&models, host(100), scene.at(306));
         assert_eq!(before, Decision { orders: vec![], look_again: Some(scene.at(307)) });
-        assert_eq!(decide(&seats, host(100), scene.at(307)).orders, [(0, Order::Leave)]);
+        assert_eq!(decide(&models, host(100), scene.at(307)).orders, [(0, Order::Leave)]);
         let busy = [
-            Seat { jobs: 1, ..scene.resident(30, 7) },
-            Seat { waiting_since: Some(scene.at(8)), ..scene.resident(30, 7) },
+            ResidencyFacts { jobs: 1, ..scene.resident(30, 7) },
+            ResidencyFacts { waiting_since: Some(scene.at(8)), ..scene.resident(30, 7) },
         ];
         assert_eq!(decide(&busy, host(100), scene.at(9_999)), Decision::default());
     }
@@ -383,24 +388,24 @@ mod tests {
     #[test]
     fn whoever_waited_longest_is_next() {
         let scene = Scene::new();
-        let seats = [scene.seat(Place::Asking, 10), scene.wanted(10, 5), scene.wanted(10, 4)];
-        assert_eq!(decide(&seats, host(10), scene.at(6)).orders, [(2, Order::Load(host(10)))]);
+        let models = [scene.model(Residency::WaitingForMemory, 10), scene.wanted(10, 5), scene.wanted(10, 4)];
+        assert_eq!(decide(&models, host(10), scene.at(6)).orders, [(2, Order::Load(host(10)))]);
     }
 
     #[test]
     fn models_make_room_on_a_gpu_as_they_do_in_memory() {
         let scene = Scene::new();
-        let on_gpu = |vram_bytes, last_used| Seat { vram_bytes, ..scene.resident(1, last_used) };
-        let wants = |vram_bytes| Seat { vram_bytes, ..scene.wanted(1, 20) };
+        let on_gpu = |vram_bytes, last_used| ResidencyFacts { vram_bytes, ..scene.resident(1, last_used) };
+        let wants = |vram_bytes| ResidencyFacts { vram_bytes, ..scene.wanted(1, 20) };
         let room = |gpu| Memory { host: 100, gpu };
         // It fits beside the others.
-        let seats = [on_gpu(60, 0), wants(40)];
-        assert_eq!(decide(&seats, room(40), scene.at(20)).orders, [(1, Order::Load(room(40)))]);
+        let models = [on_gpu(60, 0), wants(40)];
+        assert_eq!(decide(&models, room(40), scene.at(20)).orders, [(1, Order::Load(room(40)))]);
         // The least recently used are unloaded, and only those on the GPU.
-        let seats = [scene.resident(50, 1), on_gpu(30, 9), on_gpu(30, 3), on_gpu(30, 6), wants(50)];
-        assert_eq!(decide(&seats, room(10), scene.at(20)).orders, [(2, Order::Leave), (3, Order::Leave)]);
+        let models = [scene.resident(50, 1), on_gpu(30, 9), on_gpu(30, 3), on_gpu(30, 6), wants(50)];
+        assert_eq!(decide(&models, room(10), scene.at(20)).orders, [(2, Order::Leave), (3, Order::Leave)]);
         // Busy models have their turn.
-        let busy = Seat { jobs: 1, ..on_gpu(60, 0) };
+        let busy = ResidencyFacts { jobs: 1, ..on_gpu(60, 0) };
         assert_eq!(decide(&[busy.clone(), wants(50)], room(10), scene.at(22)).orders, []);
         assert_eq!(decide(&[busy, wants(50)], room(10), scene.at(23)).orders, [(0, Order::Close)]);
     }
@@ -408,29 +413,29 @@ mod tests {
     #[test]
     fn a_model_that_no_gpu_holds_takes_what_there_is_unless_its_settings_say_how_much() {
         let scene = Scene::new();
-        let wants = |vram_bytes_min| Seat { vram_bytes: 90, vram_bytes_min, ..scene.wanted(1, 0) };
+        let wants = |vram_bytes_min| ResidencyFacts { vram_bytes: 90, vram_bytes_min, ..scene.wanted(1, 0) };
         let room = |gpu| Memory { host: 100, gpu };
-        let pinned = Seat { vram_bytes: 60, is_pinned: true, ..scene.resident(1, 0) };
+        let pinned = ResidencyFacts { vram_bytes: 60, is_pinned: true, ..scene.resident(1, 0) };
         let with = |wanted| [pinned.clone(), wanted];
         assert_eq!(decide(&with(wants(0)), room(10), scene.at(1)).orders, [(1, Order::Load(room(10)))]);
         assert_eq!(decide(&with(wants(90)), room(10), scene.at(1)).orders, [(1, Order::Refuse(room(10)))]);
         // Every idle model is unloaded first.
-        let idle = Seat { vram_bytes: 20, ..scene.resident(1, 0) };
-        let seats = [pinned.clone(), idle, wants(0)];
-        assert_eq!(decide(&seats, room(10), scene.at(1)).orders, [(1, Order::Leave)]);
+        let idle = ResidencyFacts { vram_bytes: 20, ..scene.resident(1, 0) };
+        let models = [pinned.clone(), idle, wants(0)];
+        assert_eq!(decide(&models, room(10), scene.at(1)).orders, [(1, Order::Leave)]);
     }
 
     #[test]
     fn a_model_stays_for_a_moment_after_its_last_job_but_not_beyond_its_turn() {
         let scene = Scene::new();
         let after = |millis| scene.at(5) + Duration::from_millis(millis);
-        let seats = [scene.resident(60, 5), scene.wanted(60, 4)];
-        let early = decide(&seats, host(10), after(200));
+        let models = [scene.resident(60, 5), scene.wanted(60, 4)];
+        let early = decide(&models, host(10), after(200));
         assert_eq!(early, Decision { orders: vec![], look_again: Some(after(250)) });
-        assert_eq!(decide(&seats, host(10), after(250)).orders, [(0, Order::Leave)]);
+        assert_eq!(decide(&models, host(10), after(250)).orders, [(0, Order::Leave)]);
         // Its turn has ended meanwhile.
-        let seats = [scene.resident(60, 5), scene.wanted(60, 1)];
-        assert_eq!(decide(&seats, host(10), after(0)).orders, [(0, Order::Leave)]);
+        let models = [scene.resident(60, 5), scene.wanted(60, 1)];
+        assert_eq!(decide(&models, host(10), after(0)).orders, [(0, Order::Leave)]);
     }
 
     /// Simulates three models of which one fits at a time, wanted again and again, with ticks of one second.
@@ -448,7 +453,7 @@ mod tests {
     ) -> (usize, Vec<u64>) {
         let scene = Scene::new();
         let mut asks = asks.to_vec();
-        let mut seats = vec![scene.seat(Place::Out, 10); 3];
+        let mut models = vec![scene.model(Residency::Unloaded, 10); 3];
         let mut waiting: Vec<Vec<u64>> = vec![vec![]; 3];
         let mut running: Vec<(usize, u64)> = vec![];
         let (mut loads, mut waits) = (0, vec![]);
@@ -457,8 +462,8 @@ mod tests {
             running.retain(|(model, end)| {
                 let runs = *end > at;
                 if !runs {
-                    seats[*model].jobs -= 1;
-                    seats[*model].last_used = now;
+                    models[*model].jobs -= 1;
+                    models[*model].last_used = now;
                     asks.extend(pause(*model).map(|pause| (at + pause, *model)));
                 }
                 runs
@@ -467,37 +472,38 @@ mod tests {
                 waiting[model].push(at);
             }
             for model in 0..3 {
-                if seats[model].place == Place::Out && !waiting[model].is_empty() {
-                    seats[model].place = Place::Asking;
+                if models[model].residency == Residency::Unloaded && !waiting[model].is_empty() {
+                    models[model].residency = Residency::WaitingForMemory;
                 }
-                seats[model].waiting_since = waiting[model].first().map(|since| scene.at(*since));
+                models[model].waiting_since = waiting[model].first().map(|since| scene.at(*since));
             }
-            let room = if seats.iter().any(|seat| seat.place == Place::Moving || seat.is_in()) { 0 } else { 10 };
-            for (model, order) in decide(&seats, host(room), now).orders {
+            let room =
+                if models.iter().any(|model| model.residency == Residency::Changing || model.is_in()) { 0 } else { 10 };
+            for (model, order) in decide(&models, host(room), now).orders {
                 match order {
                     Order::Load(_) => {
                         loads += 1;
-                        seats[model].place = Place::In(now);
-                        seats[model].last_used = now;
+                        models[model].residency = Residency::Loaded(now);
+                        models[model].last_used = now;
                     }
-                    Order::Close => seats[model].is_closed = true,
-                    Order::Open => seats[model].is_closed = false,
+                    Order::Close => models[model].is_closed = true,
+                    Order::Open => models[model].is_closed = false,
                     Order::Leave => {
-                        assert_eq!(seats[model].jobs, 0);
-                        seats[model].place = Place::Out;
-                        seats[model].is_closed = false;
+                        assert_eq!(models[model].jobs, 0);
+                        models[model].residency = Residency::Unloaded;
+                        models[model].is_closed = false;
                     }
                     Order::StayOut | Order::Refuse(_) => panic!("all of them fit alone"),
                 }
             }
             for model in 0..3 {
-                if seats[model].is_in() && !seats[model].is_closed {
+                if models[model].is_in() && !models[model].is_closed {
                     for since in std::mem::take(&mut waiting[model]) {
                         waits.push(at - since);
-                        seats[model].jobs += 1;
+                        models[model].jobs += 1;
                         running.push((model, at + job_ticks));
                     }
-                    seats[model].waiting_since = None;
+                    models[model].waiting_since = None;
                 }
             }
         }

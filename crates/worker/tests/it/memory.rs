@@ -207,8 +207,8 @@ impl Scene {
         let worker = self.handle.worker_id();
         let moved: ModelPlaces =
             self.orchestrator.client.call(worker, MODEL_MOVE, &request, SECOND).await.expect("the worker says");
-        let place = moved.workers.into_iter().next().expect("its own place");
-        (place.state, place.reason)
+        let moved = moved.workers.into_iter().next().expect("its own place");
+        (moved.state, moved.reason)
     }
 }
 

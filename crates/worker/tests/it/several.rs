@@ -34,7 +34,7 @@ async fn each_answer_has_its_index_and_its_end_and_the_prompt_is_counted_once() 
         let scene = Scene::ready(tether_worker::Config { slots, queue_max: 1, ..config() }, mock).await;
         let (chunks, error) = read(scene.open(&asking(3)).await.expect("accepted")).await;
         assert_eq!(error, None);
-        assert!(chunks.iter().enumerate().all(|(place, chunk)| chunk.seq == place as u64));
+        assert!(chunks.iter().enumerate().all(|(index, chunk)| chunk.seq == index as u64));
         let expected = (0..3).map(|index| (index, MockRuntime::text(5))).collect();
         assert_eq!(texts_by_index(&chunks), expected);
         let (last, others) = chunks.split_last().expect("chunks");
@@ -119,7 +119,7 @@ async fn vectors_come_in_chunks_far_below_the_limit_of_a_message() {
     let (last, others) = chunks.split_last().expect("chunks");
     assert!(others.len() > 1 && others.iter().all(|chunk| chunk.payload.embeddings.len() < 2_048));
     let vectors: Vec<_> = others.iter().flat_map(|chunk| &chunk.payload.embeddings).collect();
-    assert!(vectors.iter().enumerate().all(|(place, vector)| vector.index as usize == place));
+    assert!(vectors.iter().enumerate().all(|(index, vector)| vector.index as usize == index));
     assert_eq!((vectors.len(), vectors[7].vector().expect("a vector").len()), (2_048, 8));
     let usage = TokenUsage { prompt_tokens: 4_096, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 };
     assert_eq!((last.done, last.payload.usage, others[0].payload.usage), (true, Some(usage), Some(usage)));

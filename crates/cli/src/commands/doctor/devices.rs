@@ -36,7 +36,7 @@ fn told(hardware: &Hardware, installed: &InstalledGpus, kept_off: &[String]) -> 
 }
 
 /// Reports for each model in memory on which devices it runs, and how long its context is.
-pub(super) fn placements(fleet: &Fleet) -> Vec<Check> {
+pub(super) fn device_placements(fleet: &Fleet) -> Vec<Check> {
     let told = |worker: &protocol::control::FleetWorker| {
         let id = worker.report.worker_id.short();
         let loaded = worker.report.model_cache.iter();
@@ -117,6 +117,6 @@ mod tests {
         let fleet = Fleet { workers: vec![FleetWorker { report, age_ms: 0, reserved: 0 }] };
         let told = "mine@1.0 on abababab: 9 of 31 layers on NVIDIA H200 (CUDA0), 2048 tokens of context (8192 do not fit \
                     into memory)";
-        assert_eq!(lines(&placements(&fleet)), [(true, told)]);
+        assert_eq!(lines(&device_placements(&fleet)), [(true, told)]);
     }
 }

@@ -56,7 +56,7 @@ pub(in super::super) fn add(environment: &mut Environment<'_>) {
         if items.0.is_empty() {
             return Err(invalid("at least one item has to be provided"));
         }
-        Ok(Value::from_object(Cycler { items: items.0, place: AtomicUsize::new(0) }))
+        Ok(Value::from_object(Cycler { items: items.0, position: AtomicUsize::new(0) }))
     });
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
     // Any value with a length and items.
@@ -86,12 +86,12 @@ fn join(items: &Value, args: Rest<Value>, options: Kwargs) -> Result<String, Err
 #[derive(Debug)]
 struct Cycler {
     items: Vec<Value>,
-    place: AtomicUsize,
+    position: AtomicUsize,
 }
 
 impl Cycler {
     fn current(&self) -> Value {
-        self.items[self.place.load(Ordering::Relaxed)].clone()
+        self.items[self.position.load(Ordering::Relaxed)].clone()
     }
 }
 
@@ -101,13 +101,13 @@ impl Object for Cycler {
     }
 
     fn call_method(self: &Arc<Self>, _: &mut State<'_, '_>, method: &str, args: &[Value]) -> Result<Value, Error> {
-        let place = self.place.load(Ordering::Relaxed);
+        let position = self.position.load(Ordering::Relaxed);
         let (given, next) = match method {
-            "next" if args.is_empty() => (self.current(), (place + 1) % self.items.len()),
+            "next" if args.is_empty() => (self.current(), (position + 1) % self.items.len()),
             "reset" if args.is_empty() => (Value::from(()), 0),
             _ => return Err(ErrorKind::UnknownMethod.into()),
         };
-        self.place.store(next, Ordering::Relaxed);
+        self.position.store(next, Ordering::Relaxed);
         Ok(given)
     }
 }

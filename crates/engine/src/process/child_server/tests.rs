@@ -7,7 +7,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use super::*;
 use crate::hardware::Hardware;
 use crate::model_runtime::{
-    Abilities, AdapterId, Counters, Embeddings, GenerateStream, MemoryPlan, ModelId, Placement, ProgressSink,
+    Abilities, AdapterId, Counters, DevicePlacement, Embeddings, GenerateStream, MemoryPlan, ModelId, ProgressSink,
     PromptInput, RuntimeInfo,
 };
 use crate::process::handover;
@@ -51,7 +51,7 @@ impl ModelRuntime for Numbers {
             slots: 1,
             pid: None,
             abilities,
-            placement: Placement::default(),
+            placement: DevicePlacement::default(),
         })
     }
 
@@ -66,8 +66,8 @@ impl ModelRuntime for Numbers {
 
     async fn remove_adapter(&self, _: ModelId, adapter: AdapterId) -> Result<(), EngineError> {
         let mut adapters = self.adapters.lock();
-        let place = adapters.iter().position(|there| *there == adapter).ok_or(EngineError::NotLoaded)?;
-        adapters.remove(place);
+        let index = adapters.iter().position(|there| *there == adapter).ok_or(EngineError::NotLoaded)?;
+        adapters.remove(index);
         Ok(())
     }
 

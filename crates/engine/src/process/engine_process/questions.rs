@@ -63,10 +63,10 @@ impl EngineProcess {
             encode(&ToChild::AddAdapter { id: pending.id, file }).map_err(|error| too_long("adapter", &error))?;
         {
             let files = self.files.lock();
-            let place = self.outgoing.try_reserve().map_err(|_| EngineError::Busy)?;
+            let permit = self.outgoing.try_reserve().map_err(|_| EngineError::Busy)?;
             handover::send(&files, &artifact)
                 .map_err(|error| EngineError::Failed { reason: format!("the adapter was not handed over: {error}") })?;
-            place.send(frame);
+            permit.send(frame);
         }
         drop(artifact);
         match pending.answer(within).await? {
