@@ -109,7 +109,7 @@ mod tests {
         path
     }
 
-    fn place(folder: &Path, digest: &Digest) -> PathBuf {
+    fn path(folder: &Path, digest: &Digest) -> PathBuf {
         let name = digest.to_string();
         folder.join("store/sha256").join(&name[..2]).join(name)
     }
@@ -125,7 +125,7 @@ mod tests {
     }
 
     fn is_known_in(folder: &Path, digest: &Digest) -> bool {
-        is_known(&File::open(place(folder, digest)).expect("it is there"), digest).expect("it can be looked at")
+        is_known(&File::open(path(folder, digest)).expect("it is there"), digest).expect("it can be looked at")
     }
 
     #[test]
@@ -136,9 +136,7 @@ mod tests {
         assert_eq!(taking.open(&digest).expect("it opens").bytes, BYTES_MIN);
         // Another store of the same folder knows the file as well, but only under its own digest.
         assert!(store(folder.path()).open(&digest).is_ok());
-        assert!(
-            !is_known(&File::open(place(folder.path(), &digest)).expect("there"), &Digest::of(b"x")).expect("told")
-        );
+        assert!(!is_known(&File::open(path(folder.path(), &digest)).expect("there"), &Digest::of(b"x")).expect("told"));
     }
 
     #[test]
@@ -177,14 +175,14 @@ mod tests {
         ] {
             let folder = tempfile::tempdir().expect("a folder");
             let (store, digest) = taken(folder.path(), way, BYTES);
-            let path = place(folder.path(), &digest);
+            let path = path(folder.path(), &digest);
             fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("set");
             change(&path);
             assert!(matches!(store.open(&digest), Err(OpenError::Mismatch { .. })), "{way:?}");
         }
         let folder = tempfile::tempdir().expect("a folder");
         let (store, digest) = taken(folder.path(), Way::Copied, BYTES);
-        fs::set_permissions(place(folder.path(), &digest), std::os::unix::fs::PermissionsExt::from_mode(0o600))
+        fs::set_permissions(path(folder.path(), &digest), std::os::unix::fs::PermissionsExt::from_mode(0o600))
             .expect("set");
         assert!(!is_known_in(folder.path(), &digest) && store.open(&digest).is_ok());
     }

@@ -113,7 +113,7 @@ impl LocalFolder {
             return Err(PutError::TooLarge { bytes_max });
         }
         // The mode is left unchanged, since the other name shares it.
-        let placed = self.place(&part.path, &file, &stored.digest).and_then(|()| self.unmark(&stored.digest));
+        let placed = self.install(&part.path, &file, &stored.digest).and_then(|()| self.unmark(&stored.digest));
         // The file is not remembered as hashed, since it may be written through its other name.
         placed.map_err(|error| self.failed(error))?;
         Ok((stored, Way::Linked))
@@ -203,13 +203,13 @@ impl LocalFolder {
 
     fn keep(&self, part: Part, digest: &Digest) -> io::Result<()> {
         make_private(&part.file)?;
-        self.place(&part.path, &part.file, digest)?;
+        self.install(&part.path, &part.file, digest)?;
         // A file that is stored explicitly should stay on this machine, even if it was fetched before.
         self.unmark(digest)
     }
 
     /// Syncs a file to disk and renames it to its digest.
-    pub(crate) fn place(&self, from: &Path, file: &File, digest: &Digest) -> io::Result<()> {
+    pub(crate) fn install(&self, from: &Path, file: &File, digest: &Digest) -> io::Result<()> {
         let path = self.path(digest);
         let folder = path.parent().unwrap_or(&self.root);
         make_folder(folder)?;

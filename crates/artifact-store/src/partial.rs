@@ -114,7 +114,7 @@ impl Partial {
         make_private(&self.file)?;
         // The marker comes first: a file without a marker would never be evicted.
         self.folder.mark(&self.digest)?;
-        Ok(self.folder.place(&path(&self.folder, &self.digest), &self.file, &self.digest)?)
+        Ok(self.folder.install(&path(&self.folder, &self.digest), &self.file, &self.digest)?)
     }
 
     /// Deletes the partial file. Blocks.

@@ -33,7 +33,7 @@ use tether_cli::commands::async_runtime;
 use tether_cli::data_folder::DataFolder;
 use tether_cli::node::Node;
 use tether_cli::processes::Processes;
-use tether_cli::services::{Place, open_job_store, open_registry_store};
+use tether_cli::services::{Services, open_job_store, open_registry_store};
 use tether_cli::settings::{self, Env};
 
 use baseline::{cpu_of, direct, mock, mock_alone, percentile, tiny_artifact, two_commits};
@@ -215,10 +215,10 @@ fn work(arguments: &[String]) {
     async_runtime(settings.threads).unwrap().block_on(async {
         let bootstrap = Enrolment::load(&data.enrolment("worker")).unwrap().unwrap().bootstrap;
         let node = Node::start(&settings, &data, "worker", &bootstrap).await.unwrap();
-        let place = Place { settings, data: data.clone(), metrics: Metrics::new(), clock: Arc::new(SystemClock) };
+        let services = Services { settings, data: data.clone(), metrics: Metrics::new(), clock: Arc::new(SystemClock) };
         let (epoch, membership) = (data.next_epoch("worker", 0).unwrap(), node.membership().unwrap());
         let runtime: Arc<dyn ModelRuntime> = Arc::new(MockRuntime::new(mock(pace)));
-        let worker = place.worker(node.transport(), &node.key, epoch, membership, runtime).unwrap();
+        let worker = services.worker(node.transport(), &node.key, epoch, membership, runtime).unwrap();
         worker.run(tokio_util::sync::CancellationToken::new()).await;
     });
 }

@@ -269,7 +269,7 @@ impl GatewayClient {
                 self.url
             );
         }
-        if let Some(elsewhere) = response.headers.get(header::LOCATION).and_then(|place| place.to_str().ok()) {
+        if let Some(elsewhere) = response.headers.get(header::LOCATION).and_then(|location| location.to_str().ok()) {
             bail!("{} redirects to {elsewhere}; give the gateway's own address with --url", self.url);
         }
         let body: Value = response.json().await.unwrap_or_default();

@@ -27,7 +27,7 @@ use crate::addresses;
 use crate::data_folder::{DataFolder, FolderLock};
 use crate::local_models;
 use crate::node::{Pool, at_last_port};
-use crate::services::{Place, first_key, open_job_store, open_registry_store, run_gateway};
+use crate::services::{Services, first_key, open_job_store, open_registry_store, run_gateway};
 use crate::settings::{NetworkSettings, Settings, any_port};
 use crate::tiny_model;
 
@@ -119,8 +119,8 @@ impl Network {
         let invite = if medium.is_open() { Some(invite_worker(&admission).await?) } else { None };
         let metrics = Metrics::new();
         let tls = settings.gateway.tls_cert.is_some();
-        let place = Place { settings, data: data.clone(), metrics: metrics.clone(), clock };
-        let mut stage = Stage { place, medium, keys, admission };
+        let services = Services { settings, data: data.clone(), metrics: metrics.clone(), clock };
+        let mut stage = Stage { services, medium, keys, admission };
         let registries = stage.registry(registry_end, registry_store.clone());
         let orchestrators = stage.orchestrator(orchestrator_store.clone()).await?;
         let (workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
@@ -294,7 +294,7 @@ impl Udp {
 
 /// What the services of one network share while they are started.
 struct Stage {
-    place: Place,
+    services: Services,
     medium: Medium,
     keys: Keys,
     admission: AdmissionOffice,
@@ -302,24 +302,24 @@ struct Stage {
 
 impl Stage {
     async fn admit(&self, key: &NodeKey, role: NodeRole, name: &str) -> anyhow::Result<Membership> {
-        admit(&self.admission, self.place.clock.clone(), key, Grant::of(role, name)).await
+        admit(&self.admission, self.services.clock.clone(), key, Grant::of(role, name)).await
     }
 
     fn registry(&self, transport: Arc<dyn Transport>, store: Arc<dyn RegistryStore>) -> Tier {
-        let (place, admission) = (self.place.clone(), self.admission.clone());
+        let (services, admission) = (self.services.clone(), self.admission.clone());
         let mut tier = Tier::new();
         let stop = tier.stop.clone();
-        tier.tasks.spawn(async move { place.registry(transport, store, admission, stop).await });
+        tier.tasks.spawn(async move { services.registry(transport, store, admission, stop).await });
         tier
     }
 
     async fn orchestrator(&mut self, store: Arc<dyn JobStore>) -> anyhow::Result<Tier> {
         let transport = self.medium.node(&self.keys.orchestrator, "orchestrator").await?;
-        let place = self.place.clone();
+        let services = self.services.clone();
         let membership = self.admit(&self.keys.orchestrator, NodeRole::Orchestrator, "orchestrator").await?;
         let mut tier = Tier::new();
         let stop = tier.stop.clone();
-        tier.tasks.spawn(async move { place.orchestrator(transport, store, membership, stop).await });
+        tier.tasks.spawn(async move { services.orchestrator(transport, store, membership, stop).await });
         Ok(tier)
     }
 
@@ -337,21 +337,21 @@ impl Stage {
         for (key, number) in self.keys.workers.clone().iter().zip(1..) {
             let name = format!("worker-{number}");
             let above = believed.get(&key.public_key()).map_or(0, |mark| mark.epoch + 1);
-            let epoch = self.place.data.next_epoch(&name, above)?;
+            let epoch = self.services.data.next_epoch(&name, above)?;
             let membership = self.admit(key, NodeRole::Worker, &name).await?;
             let transport = self.medium.node(key, &name).await?;
-            let mut place = self.place.clone();
-            if place.settings.workers == 0 {
+            let mut services = self.services.clone();
+            if services.settings.workers == 0 {
                 // This worker exists for the adopted servers only.
-                place.settings.worker.models.clear();
-                place.settings.worker.catalog = CatalogUse::Off;
+                services.settings.worker.models.clear();
+                services.settings.worker.catalog = CatalogUse::Off;
             }
             if number > 1 {
                 // A server's slots must be counted once, so only the first worker serves it.
-                place.settings.worker.models.retain(|model| model.remote.is_none());
-                place.settings.adopt = None;
+                services.settings.worker.models.retain(|model| model.remote.is_none());
+                services.settings.adopt = None;
             }
-            let worker = place.worker(transport, key, epoch, membership, runtime()?)?;
+            let worker = services.worker(transport, key, epoch, membership, runtime()?)?;
             handles.push(worker.handle());
             let stop = tier.stop.clone();
             tier.tasks.spawn(async move {
@@ -365,7 +365,7 @@ impl Stage {
     async fn gateway(&mut self) -> anyhow::Result<(Tier, SocketAddr)> {
         let membership = self.admit(&self.keys.gateway, NodeRole::Gateway, "gateway").await?;
         let transport = self.medium.node(&self.keys.gateway, "gateway").await?;
-        let open = self.place.gateway(transport, membership).await?;
+        let open = self.services.gateway(transport, membership).await?;
         let address = open.address();
         let mut tier = Tier::new();
         let stop = tier.stop.clone();

@@ -28,7 +28,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What all services of a process share.
 #[derive(Clone)]
-pub struct Place {
+pub struct Services {
     /// The settings in force.
     pub settings: Settings,
     pub data: DataFolder,
@@ -36,7 +36,7 @@ pub struct Place {
     pub clock: Arc<dyn Clock>,
 }
 
-impl Place {
+impl Services {
     /// Runs a registry until `stop`.
     pub async fn registry(
         &self,

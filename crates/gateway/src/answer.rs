@@ -228,9 +228,9 @@ impl Answer {
     /// Records the model that answers, as named by the first piece.
     fn answers(&mut self, model: Option<&ModelKey>) -> Result<(), WireError> {
         let Some(model) = model else { return Ok(()) };
-        let place = self.entries.iter().position(|entry| entry.key == *model);
-        let place = place.ok_or_else(|| broken("another model answers than was asked for"))?;
-        self.entries.swap(0, place);
+        let index = self.entries.iter().position(|entry| entry.key == *model);
+        let index = index.ok_or_else(|| broken("another model answers than was asked for"))?;
+        self.entries.swap(0, index);
         self.record.of_model(&self.entries[0]);
         Ok(())
     }

@@ -133,7 +133,7 @@ impl FromStr for ApiToken {
             position if position == separator => character == '_',
             _ => character.is_ascii_alphanumeric(),
         };
-        if let Some(position) = text.chars().enumerate().position(|place| !belongs(place)) {
+        if let Some(position) = text.chars().enumerate().position(|character| !belongs(character)) {
             return Err(MalformedToken::Alphabet { position: position + 1 });
         }
         // All characters are ASCII from here on, so bytes and characters are the same.

@@ -18,10 +18,10 @@ pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
             }
         }
     }
-    let several = found.into_iter().filter(|((_, name), places)| places.len() > 1 && !OF_A_MODULE.contains(name));
+    let several = found.into_iter().filter(|((_, name), locations)| locations.len() > 1 && !OF_A_MODULE.contains(name));
     several
-        .map(|((of, name), places)| {
-            let (last, others) = places.split_last().expect("there are several");
+        .map(|((of, name), locations)| {
+            let (last, others) = locations.split_last().expect("there are several");
             format!("{last}: {of} has another public type {name}, at {}; give one a longer name", others.join(", "))
         })
         .collect()

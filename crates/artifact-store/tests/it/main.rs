@@ -228,13 +228,13 @@ fn what_is_not_there_is_missing() {
 fn a_link_or_a_folder_under_an_artifacts_name_is_not_followed() {
     let (folder, store) = store();
     let digest = store.put(&b"good"[..], MIB).expect("put").digest;
-    let place = path(folder.path(), &digest);
+    let file = path(folder.path(), &digest);
     let elsewhere = folder.path().join("elsewhere");
-    fs::rename(&place, &elsewhere).expect("moved");
-    std::os::unix::fs::symlink(&elsewhere, &place).expect("linked");
+    fs::rename(&file, &elsewhere).expect("moved");
+    std::os::unix::fs::symlink(&elsewhere, &file).expect("linked");
     assert!(matches!(store.open(&digest), Err(OpenError::Read { .. })));
-    fs::remove_file(&place).expect("removed");
-    fs::create_dir(&place).expect("made");
+    fs::remove_file(&file).expect("removed");
+    fs::create_dir(&file).expect("made");
     assert!(matches!(store.open(&digest), Err(OpenError::Read { .. })));
 }
 

@@ -354,7 +354,7 @@ async fn find(served: &[String], named: &str, client: &GatewayClient) -> anyhow:
     if let Ok(number) = named.parse::<usize>()
         && !served.iter().any(|model| model == named)
     {
-        let model = number.checked_sub(1).and_then(|place| served.get(place));
+        let model = number.checked_sub(1).and_then(|index| served.get(index));
         return model.cloned().with_context(|| format!("there is no model {number}; the list has {}", served.len()));
     }
     match missing_model(client, named).await {

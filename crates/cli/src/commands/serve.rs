@@ -21,7 +21,7 @@ use crate::local_models;
 use crate::metrics_server::MetricsServer;
 use crate::node::{Node, Pool, at_last_port, enrolment};
 use crate::output;
-use crate::services::{Place, first_key, open_job_store, open_registry_store, run_gateway};
+use crate::services::{Services, first_key, open_job_store, open_registry_store, run_gateway};
 use crate::tiny_model;
 
 /// How often to check whether orchestrators accept the worker's reports.
@@ -80,10 +80,10 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
     }
     output::line("next: tether invite --role orchestrator, --role gateway and --role worker, each for one node");
 
-    let place = place(&context, clock);
+    let services = services(&context, clock);
     let stop = CancellationToken::new();
-    let run = place.registry(node.transport(), store.clone(), admission, stop.clone());
-    let outcome = until_asked(&context.stop, &place, &node, &stop, run).await;
+    let run = services.registry(node.transport(), store.clone(), admission, stop.clone());
+    let outcome = until_asked(&context.stop, &services, &node, &stop, run).await;
     store.close().await.context("could not close the store")?;
     outcome
 }
@@ -105,19 +105,19 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
     let membership = node.membership()?;
     info!(role = node.name, key = %node.public_key(), address = %node.address(), "on the network");
     output::line(format!("{} {} on UDP {}", node.name, node.public_key(), node.address()));
-    let mut place = place(context, Arc::new(SystemClock));
-    let shown = place.clone();
+    let mut services = services(context, Arc::new(SystemClock));
+    let shown = services.clone();
     let stop = CancellationToken::new();
     match role {
         NodeRole::Orchestrator => {
             let store = open_job_store(&context.data.orchestrator_store())?;
-            let run = place.orchestrator(node.transport(), store.clone(), membership, stop.clone());
+            let run = services.orchestrator(node.transport(), store.clone(), membership, stop.clone());
             let outcome = until_asked(&context.stop, &shown, node, &stop, run).await;
             store.close().await.context("could not close the store")?;
             outcome
         }
         NodeRole::Gateway => {
-            let open = place.gateway(node.transport(), membership).await?;
+            let open = services.gateway(node.transport(), membership).await?;
             let scheme = if context.settings.gateway.tls_cert.is_some() { "https" } else { "http" };
             output::line(format!("OpenAI address {scheme}://{}/v1", open.address()));
             output::line(
@@ -126,17 +126,22 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
             until_asked(&context.stop, &shown, node, &stop, Box::pin(run_gateway(open, stop.clone()))).await
         }
         NodeRole::Worker => {
-            let run = Box::pin(worker(&mut place, node, membership, stop.clone()));
+            let run = Box::pin(worker(&mut services, node, membership, stop.clone()));
             until_asked(&context.stop, &shown, node, &stop, run).await
         }
         NodeRole::Registry => bail!("a registry needs no invite; start it with `tether registry`"),
     }
 }
 
-async fn worker(place: &mut Place, node: &Node, membership: Membership, stop: CancellationToken) -> anyhow::Result<()> {
-    local_models::take_in(&mut place.settings, &place.data).await?;
-    let epoch = place.data.next_epoch(node.name, 0)?;
-    let worker = place.worker(node.transport(), &node.key, epoch, membership, process_runtime()?)?;
+async fn worker(
+    services: &mut Services,
+    node: &Node,
+    membership: Membership,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    local_models::take_in(&mut services.settings, &services.data).await?;
+    let epoch = services.data.next_epoch(node.name, 0)?;
+    let worker = services.worker(node.transport(), &node.key, epoch, membership, process_runtime()?)?;
     let handle = worker.handle();
     let loading = async {
         match tokio::time::timeout(LOADING, handle.ready()).await {
@@ -145,7 +150,7 @@ async fn worker(place: &mut Place, node: &Node, membership: Membership, stop: Ca
             Err(_) => warn!("models are still loading after {} s", LOADING.as_secs()),
         }
     };
-    let telling = tell_doctor(&place.data, &handle);
+    let telling = tell_doctor(&services.data, &handle);
     tokio::join!(worker.run(stop.clone()), stop.run_until_cancelled(loading), stop.run_until_cancelled(telling));
     Ok(())
 }
@@ -168,14 +173,14 @@ async fn tell_doctor(data: &DataFolder, handle: &WorkerHandle) {
 /// Runs a service until it is asked to stop or ends by itself, and takes its node off the network.
 async fn until_asked(
     asked: &CancellationToken,
-    place: &Place,
+    services: &Services,
     node: &Node,
     stop: &CancellationToken,
     run: impl Future<Output = anyhow::Result<()>>,
 ) -> anyhow::Result<Outcome> {
-    let show = match place.settings.metrics_listen {
+    let show = match services.settings.metrics_listen {
         Some(address) => {
-            let server = MetricsServer::bind(address, place.metrics.clone()).await?;
+            let server = MetricsServer::bind(address, services.metrics.clone()).await?;
             output::line(format!("metrics at http://{}/metrics", server.address()?));
             Some(server)
         }
@@ -206,8 +211,8 @@ async fn until_asked(
     }
 }
 
-fn place(context: &Context, clock: Arc<dyn protocol::Clock>) -> Place {
-    Place { settings: context.settings.clone(), data: context.data.clone(), metrics: Metrics::new(), clock }
+fn services(context: &Context, clock: Arc<dyn protocol::Clock>) -> Services {
+    Services { settings: context.settings.clone(), data: context.data.clone(), metrics: Metrics::new(), clock }
 }
 
 /// Returns the name of a role's files.

@@ -122,8 +122,8 @@ async fn real_models_answer_the_same_request_alike_to_the_bit() {
             }
             rounds.push(round);
         }
-        for (place, beginning) in BEGINNINGS.iter().enumerate() {
-            assert_eq!(rounds[1][place], rounds[0][place], "{model}: {beginning}, asked again");
+        for (index, beginning) in BEGINNINGS.iter().enumerate() {
+            assert_eq!(rounds[1][index], rounds[0][index], "{model}: {beginning}, asked again");
         }
     }
     assert_eq!(up.end(), Some(0));

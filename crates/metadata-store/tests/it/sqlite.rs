@@ -145,8 +145,8 @@ fn a_file_that_another_program_has_locked_is_refused() {
 #[test]
 fn a_place_that_cannot_be_written_is_refused() {
     let folder = folder();
-    for place in [folder.path().join("missing/store.db"), folder.path().to_owned()] {
-        let error = refused(&place);
+    for path in [folder.path().join("missing/store.db"), folder.path().to_owned()] {
+        let error = refused(&path);
         assert!(matches!(error, OpenError::Unwritable { .. }), "{error}");
         assert!(error.to_string().contains("check that the folder exists"), "{error}");
     }

@@ -116,7 +116,7 @@ async fn what_is_too_long_for_one_worker_goes_to_one_with_more_context() {
         stand.answer(&stand.job()).await.expect("one worker has enough");
     }
     assert_eq!(workers[2].jobs_seen(), 8);
-    let refused: usize = [0, 1, 3].map(|place: usize| workers[place].jobs_seen()).iter().sum();
+    let refused: usize = [0, 1, 3].map(|index: usize| workers[index].jobs_seen()).iter().sum();
     assert!(refused <= 8, "one refusal a job is enough: {refused}");
 }
 

@@ -135,7 +135,7 @@ impl Invite {
         bytes.extend_from_slice(&self.id.0);
         bytes.extend_from_slice(&self.secret.0);
         bytes.extend_from_slice(&self.expires_at.0.to_be_bytes());
-        let bit = |(place, role)| u8::from(self.roles.contains(role)) << place;
+        let bit = |(index, role)| u8::from(self.roles.contains(role)) << index;
         bytes.push(ROLES.iter().enumerate().map(bit).sum());
         let regions = self.regions.iter().take(REGIONS_MAX).map(Region::as_str).collect::<Vec<_>>();
         let addresses = self.bootstrap.iter().take(BOOTSTRAP_MAX).map(String::as_str);
@@ -162,7 +162,7 @@ impl Invite {
         let secret = InviteSecret(reader.array().ok_or(content("secret"))?);
         let expires_at = UnixMillis(u64::from_be_bytes(reader.array().ok_or(content("end"))?));
         let bits = reader.byte().filter(|bits| *bits < 1 << ROLES.len()).ok_or(content("roles"))?;
-        let roles = ROLES.into_iter().enumerate().filter(|(place, _)| bits >> place & 1 == 1);
+        let roles = ROLES.into_iter().enumerate().filter(|(index, _)| bits >> index & 1 == 1);
         let roles = roles.map(|(_, role)| role).collect();
         let regions = reader.texts(REGIONS_MAX).ok_or(content("regions"))?;
         let regions = regions.into_iter().map(str::parse).collect::<Result<_, _>>().map_err(|_| content("regions"))?;
@@ -233,8 +233,8 @@ fn to_base32(bytes: &[u8]) -> String {
 fn from_base32(text: &str) -> Result<Vec<u8>, MalformedInvite> {
     let mut bytes = Vec::with_capacity(text.len() * 5 / 8);
     let (mut held, mut bits) = (0_u32, 0);
-    for (place, character) in text.bytes().enumerate() {
-        let unknown = MalformedInvite::Alphabet { position: PREFIX.len() + place + 1 };
+    for (index, character) in text.bytes().enumerate() {
+        let unknown = MalformedInvite::Alphabet { position: PREFIX.len() + index + 1 };
         let value = ALPHABET.iter().position(|known| *known == character).ok_or(unknown)?;
         held = held << 5 | value as u32;
         bits += 5;

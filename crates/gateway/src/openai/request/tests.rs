@@ -445,8 +445,8 @@ fn an_error_in_a_message_names_its_place() {
     refused(calls("assistant", bare.clone()), ErrorCode::InvalidValue, "messages[1].tool_calls[0].function");
     refused(calls("user", bare), ErrorCode::UnsupportedParameter, "messages[1].tool_calls");
     let object = json!({"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}});
-    let place = "messages[1].tool_calls[0].function.arguments";
-    refused(calls("assistant", object), ErrorCode::InvalidValue, place);
+    let field = "messages[1].tool_calls[0].function.arguments";
+    refused(calls("assistant", object), ErrorCode::InvalidValue, field);
 }
 
 #[test]

@@ -57,14 +57,14 @@ pub(super) struct TextLogprobs<'a> {
 
 /// The position of the next token in a text.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct TextPlace {
+pub(super) struct TextPosition {
     /// Characters before it.
     offset: usize,
     /// Whether it is the first token of an echoed prompt.
     is_first: bool,
 }
 
-impl TextPlace {
+impl TextPosition {
     /// Returns the position of an answer's first token, for a prompt of `prompt_chars` characters.
     pub(super) fn of(prompt_chars: usize, echo: bool) -> Self {
         Self { offset: if echo { 0 } else { prompt_chars }, is_first: echo }
@@ -83,18 +83,18 @@ impl<'a> ChatLogprobs<'a> {
 }
 
 impl<'a> TextLogprobs<'a> {
-    /// Returns `None` if none were requested. Advances `place` past the tokens.
-    pub(super) fn of(tokens: &'a [TokenLogprob], place: &mut TextPlace) -> Option<Self> {
+    /// Returns `None` if none were requested. Advances `position` past the tokens.
+    pub(super) fn of(tokens: &'a [TokenLogprob], position: &mut TextPosition) -> Option<Self> {
         if tokens.is_empty() {
             return None;
         }
         let mut columns = Self::default();
         let mut tops = vec![];
         for token in tokens {
-            let is_first = std::mem::take(&mut place.is_first);
+            let is_first = std::mem::take(&mut position.is_first);
             let text = text(token);
-            columns.text_offset.push(place.offset);
-            place.offset += text.chars().count();
+            columns.text_offset.push(position.offset);
+            position.offset += text.chars().count();
             columns.tokens.push(text);
             columns.token_logprobs.push((!is_first).then_some(token.logprob));
             tops.push((!is_first).then(|| with_itself(token)));
@@ -150,21 +150,21 @@ mod tests {
     #[test]
     fn nothing_comes_before_the_first_token_of_a_prompt_that_is_repeated() {
         let tokens = [token(b"a", 0.0, vec![]), token(b"b", -0.5, vec![token(b"c", -0.25, vec![])])];
-        let mut place = TextPlace::of(7, true);
+        let mut position = TextPosition::of(7, true);
         let expected = json!({
             "tokens": ["a", "b"], "token_logprobs": [null, -0.5], "top_logprobs": [null, {"b": -0.5, "c": -0.25}],
             "text_offset": [0, 1]
         });
-        assert_eq!(to_value(TextLogprobs::of(&tokens, &mut place)).expect("JSON"), expected);
+        assert_eq!(to_value(TextLogprobs::of(&tokens, &mut position)).expect("JSON"), expected);
         let more = [token(b"d", -1.0, vec![])];
         let expected = json!({"tokens": ["d"], "token_logprobs": [-1.0], "text_offset": [2]});
-        assert_eq!(to_value(TextLogprobs::of(&more, &mut place)).expect("JSON"), expected);
+        assert_eq!(to_value(TextLogprobs::of(&more, &mut position)).expect("JSON"), expected);
     }
 
     #[test]
     fn a_texts_tokens_come_in_columns_with_offsets_that_go_on() {
         let first = [token("né".as_bytes(), -0.5, vec![token(b"no", -0.25, vec![])])];
-        let mut offset = TextPlace::default();
+        let mut offset = TextPosition::default();
         let expected = json!({
             "tokens": ["né"], "token_logprobs": [-0.5], "top_logprobs": [{"né": -0.5, "no": -0.25}], "text_offset": [0]
         });

@@ -9,7 +9,7 @@ use protocol::usage::TokenUsage;
 use serde::Serialize;
 
 use super::chunk::{ChatChoice, Delta, Head, TextChoice};
-use super::logprobs::{ChatLogprobs, TextLogprobs, TextPlace};
+use super::logprobs::{ChatLogprobs, TextLogprobs, TextPosition};
 use super::{Heading, Usage, error, fingerprint};
 use crate::answer::{Answer, Content, Piece, StreamFormat};
 use crate::openai::Endpoint;
@@ -28,14 +28,14 @@ struct ChoiceState {
     /// Whether the role was sent, which is part of the first chunk.
     role: bool,
     /// The position of its next log-probability.
-    place: TextPlace,
+    position: TextPosition,
 }
 
 impl Sse {
     pub(crate) fn new(heading: Heading) -> Self {
-        let place = |chars: &usize| TextPlace::of(*chars, heading.echo);
+        let position = |chars: &usize| TextPosition::of(*chars, heading.echo);
         let choices =
-            heading.prompt_chars.iter().map(|chars| ChoiceState { role: false, place: place(chars) }).collect();
+            heading.prompt_chars.iter().map(|chars| ChoiceState { role: false, position: position(chars) }).collect();
         Self { heading, head: vec![], choices }
     }
 
@@ -69,7 +69,7 @@ impl Sse {
             let delta = Delta::of(content, is_first);
             put_json(&ChatChoice { index, delta, logprobs: ChatLogprobs::of(logprobs), finish_reason }, out);
         } else {
-            let logprobs = TextLogprobs::of(logprobs, &mut choice.place);
+            let logprobs = TextLogprobs::of(logprobs, &mut choice.position);
             put_json(&TextChoice { index, text, logprobs, finish_reason }, out);
         }
         out.put_slice(if self.heading.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" });

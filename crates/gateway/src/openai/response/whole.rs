@@ -5,7 +5,7 @@ use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 use utoipa::ToSchema;
 
-use super::logprobs::{ChatLogprobs, TextLogprobs, TextPlace};
+use super::logprobs::{ChatLogprobs, TextLogprobs, TextPosition};
 use super::tool_calls::WholeCall;
 use super::{Heading, Usage, fingerprint};
 use crate::answer::{Answer, Whole};
@@ -94,9 +94,9 @@ impl<'a> ChatChoice<'a> {
 }
 
 impl<'a> TextChoice<'a> {
-    fn of((index, choice): (u32, &'a Choice), mut place: TextPlace) -> Self {
+    fn of((index, choice): (u32, &'a Choice), mut position: TextPosition) -> Self {
         let Choice { text, logprobs, finish_reason, .. } = choice;
-        let logprobs = TextLogprobs::of(logprobs, &mut place);
+        let logprobs = TextLogprobs::of(logprobs, &mut position);
         Self { index, text, logprobs, finish_reason: finish_reason.as_str() }
     }
 }
@@ -113,8 +113,8 @@ pub(crate) fn write_whole(heading: &Heading, answer: &Answer, whole: &Whole) -> 
         }
         Endpoint::Completion => {
             let chars = |index: u32| heading.prompt_chars.get(index as usize).copied().unwrap_or_default();
-            let place = |index: u32| TextPlace::of(chars(index), heading.echo);
-            let choices = choices.map(|choice| TextChoice::of(choice, place(choice.0))).collect();
+            let position = |index: u32| TextPosition::of(chars(index), heading.echo);
+            let choices = choices.map(|choice| TextChoice::of(choice, position(choice.0))).collect();
             to_raw_value(&Completion {
                 id,
                 object: "text_completion",

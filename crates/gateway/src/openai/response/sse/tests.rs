@@ -207,12 +207,12 @@ fn a_pause_at_any_place_of_a_stream_changes_nothing_for_any_decoder() {
         assert!(expected.len() >= 3 && expected.iter().all(|event| event.data.starts_with(['{', '['])), "{expected:?}");
         assert!(expected[1].last_event_id > expected[0].last_event_id, "{expected:?}");
         let keep_alive = std::str::from_utf8(sse(endpoint, true).keep_alive()).expect("text");
-        for place in 0..=writes.len() {
+        for offset in 0..=writes.len() {
             for pauses in 1..=2 {
-                let (before, after) = writes.split_at(place);
+                let (before, after) = writes.split_at(offset);
                 let stream = before.concat() + &keep_alive.repeat(pauses) + &after.concat();
-                assert_eq!(decode(&stream), expected, "{pauses} pauses at {place}");
-                assert_eq!(decode_like_openai_python(&stream), expected, "{pauses} pauses at {place}");
+                assert_eq!(decode(&stream), expected, "{pauses} pauses at {offset}");
+                assert_eq!(decode_like_openai_python(&stream), expected, "{pauses} pauses at {offset}");
             }
         }
     }
