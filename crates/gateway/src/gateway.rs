@@ -7,7 +7,7 @@ use observability::{Metrics, TraceContext};
 use parking_lot::Mutex;
 use protocol::control::{
     CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, MODEL_MOVE, ModelMove,
-    ModelPlaces, NodeRole, Scope, TOKEN_CHECK, TokenCheck, TokenGrant,
+    ModelResidency, NodeRole, Scope, TOKEN_CHECK, TokenCheck, TokenGrant,
 };
 use protocol::infer::{InferRequest, Input};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
@@ -427,7 +427,7 @@ impl Gateway {
     }
 
     /// Makes the workers that serve a model load or unload it.
-    pub(crate) async fn move_model(&self, request: ModelMove) -> Result<ModelPlaces, WireError> {
+    pub(crate) async fn move_model(&self, request: ModelMove) -> Result<ModelResidency, WireError> {
         self.inner.upstream.ask(NodeRole::Orchestrator, MODEL_MOVE, &request).await.map_err(WireError::for_clients)
     }
 

@@ -14,8 +14,8 @@ use protocol::admission::Exclusion;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
     ARTIFACT_HOLDERS, ArtifactHolders, ArtifactHoldersRequest, Decision, Empty, ExplainRequest, FLEET_LIST,
-    Fleet as FleetMessage, JOB_EXPLAIN, MODEL_MOVE, ModelMove, ModelPlace, ModelPlaceState, ModelPlaces, NodeInfo,
-    NodeRole, PRESENCE_REPORT,
+    Fleet as FleetMessage, JOB_EXPLAIN, MODEL_MOVE, ModelMove, ModelResidency, NodeInfo, NodeRole, PRESENCE_REPORT,
+    ResidencyState, WorkerResidency,
 };
 use protocol::infer::{InferRequest, SUBMIT};
 use protocol::model::ModelKey;
@@ -532,22 +532,24 @@ impl Orchestrator {
     }
 
     /// Asks every worker that serves a model to load or unload it.
-    async fn move_model(&self, request: ModelMove) -> ModelPlaces {
+    async fn move_model(&self, request: ModelMove) -> ModelResidency {
         let serving =
             self.fleet.list(Instant::now()).into_iter().filter(|worker| worker.report.serves(&request.key, None));
         let moves = serving.map(|worker| {
             let (worker_id, request) = (worker.report.worker_id, &request);
             async move {
-                match self.client.call::<_, ModelPlaces>(worker_id, MODEL_MOVE, request, MOVE_WITHIN).await {
-                    Ok(places) => places.workers.into_iter().find(|place| place.worker_id == worker_id),
-                    Err(error) => {
-                        Some(ModelPlace { worker_id, state: ModelPlaceState::Unknown, reason: Some(error.to_string()) })
-                    }
+                match self.client.call::<_, ModelResidency>(worker_id, MODEL_MOVE, request, MOVE_WITHIN).await {
+                    Ok(residency) => residency.workers.into_iter().find(|worker| worker.worker_id == worker_id),
+                    Err(error) => Some(WorkerResidency {
+                        worker_id,
+                        state: ResidencyState::Unknown,
+                        reason: Some(error.to_string()),
+                    }),
                 }
             }
         });
         let workers = join_all(moves).await.into_iter().flatten().collect();
-        ModelPlaces { key: request.key, workers }
+        ModelResidency { key: request.key, workers }
     }
 
     fn serve(self: &Arc<Self>, server: Server) -> Server {
@@ -589,7 +591,7 @@ impl Orchestrator {
         Ok(ArtifactHolders { workers: holders.map(|report| report.worker_id).collect() })
     }
 
-    async fn move_for_gateway(self: Arc<Self>, _: Caller, request: ModelMove) -> Result<ModelPlaces, WireError> {
+    async fn move_for_gateway(self: Arc<Self>, _: Caller, request: ModelMove) -> Result<ModelResidency, WireError> {
         Ok(self.move_model(request).await)
     }
 

@@ -51,7 +51,7 @@ pub const ALIAS_REMOVE: &str = "registry.alias.remove";
 /// Registry: lists models, adapters and aliases to an operator. [`OperatorRequest`] → [`Catalog`].
 pub const OPERATOR_CATALOG_LIST: &str = "registry.operator.catalog.list";
 /// Orchestrator: has every worker that serves a model load or unload it. Worker: does so. [`ModelMove`] →
-/// [`ModelPlaces`].
+/// [`ModelResidency`].
 pub const MODEL_MOVE: &str = "model.move";
 /// Registry: tells a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
 pub const POLICY_GET: &str = "registry.policy.get";
@@ -364,22 +364,22 @@ pub struct ModelMove {
 /// Where a model is after it was told to move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct ModelPlaces {
+pub struct ModelResidency {
     /// Name and version of the model.
     #[serde(flatten)]
     pub key: ModelKey,
     /// The workers that serve it.
-    pub workers: Vec<ModelPlace>,
+    pub workers: Vec<WorkerResidency>,
 }
 
 /// Where a model is at one worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct ModelPlace {
+pub struct WorkerResidency {
     /// Worker that serves the model.
     pub worker_id: WorkerId,
     /// Whether the worker has it in memory.
-    pub state: ModelPlaceState,
+    pub state: ResidencyState,
     /// Why it is not where it is wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -388,10 +388,10 @@ pub struct ModelPlace {
 /// Where a model can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum ModelPlaceState {
+pub enum ResidencyState {
     /// In memory and ready.
     Loaded,
-    /// On its way there.
+    /// Being loaded.
     Loading,
     /// Served, but not in memory.
     Unloaded,

@@ -12,7 +12,9 @@ use engine::remote::{RemoteRuntime, Timeouts};
 use observability::metrics::Metrics;
 use protocol::artifact::FETCH;
 use protocol::codec::MESSAGE_BYTES_MAX;
-use protocol::control::{Empty, MODEL_MOVE, ModelMove, ModelPlace, ModelPlaces, NodeInfo, NodeRole, PRESENCE_DESCRIBE};
+use protocol::control::{
+    Empty, MODEL_MOVE, ModelMove, ModelResidency, NodeInfo, NodeRole, PRESENCE_DESCRIBE, WorkerResidency,
+};
 use protocol::infer::{InferRequest, Progress, START};
 use protocol::model::ModelKey;
 use protocol::signature::NodeKey;
@@ -270,8 +272,8 @@ impl BaseWorker {
                 async move { described }
             })
             .unary(MODEL_MOVE, move |caller, request: ModelMove| {
-                let moved_model = moved.check(caller.key).and_then(|()| moved.move_model(worker_id, &request));
-                async move { moved_model }
+                let residency = moved.check(caller.key).and_then(|()| moved.move_model(worker_id, &request));
+                async move { residency }
             })
             .membership(membership)
             .body_limit(move |key| {
@@ -586,12 +588,12 @@ impl Handlers {
     }
 
     /// Loads or unloads a model, and returns its state.
-    fn move_model(&self, worker_id: WorkerId, request: &ModelMove) -> Result<ModelPlaces, WireError> {
+    fn move_model(&self, worker_id: WorkerId, request: &ModelMove) -> Result<ModelResidency, WireError> {
         let ModelMove { key, load, keep_alive_secs } = request;
         let entry = self.loader.cache().find(key).ok_or_else(|| not_here(key))?;
         let (state, reason) = if *load { self.loader.bring(&entry, *keep_alive_secs) } else { entry.send_out() };
         info!(model = %key, load, ?state, "an operator moved the model");
-        Ok(ModelPlaces { key: key.clone(), workers: vec![ModelPlace { worker_id, state, reason }] })
+        Ok(ModelResidency { key: key.clone(), workers: vec![WorkerResidency { worker_id, state, reason }] })
     }
 
     fn condition(&self) -> Condition {

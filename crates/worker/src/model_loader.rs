@@ -24,7 +24,7 @@ use engine::{
 use observability::metrics::{Metrics, ModelLabel};
 use parking_lot::Mutex;
 use protocol::Digest;
-use protocol::control::ModelPlaceState;
+use protocol::control::ResidencyState;
 use protocol::model::{ModelFacts, ModelKey, ModelOffer, OfferedSource};
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
@@ -241,7 +241,7 @@ impl ModelLoader {
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         keep_alive_secs: Option<i64>,
-    ) -> (ModelPlaceState, Option<String>) {
+    ) -> (ResidencyState, Option<String>) {
         if let Some(secs) = keep_alive_secs {
             entry.keep_for(secs);
             if secs == 0 {
@@ -250,15 +250,15 @@ impl ModelLoader {
         }
         let status = entry.status.borrow().clone();
         match status {
-            Status::Ready(_) => (ModelPlaceState::Loaded, None),
+            Status::Ready(_) => (ResidencyState::Loaded, None),
             // It would be loaded and unloaded again and again.
             Status::Absent if entry.leaves_at_once() => {
                 let why =
                     "its keep_alive is 0, so that it would leave at once; give it one (--keep-alive 10m), or pin it";
-                (ModelPlaceState::Unloaded, Some(why.into()))
+                (ResidencyState::Unloaded, Some(why.into()))
             }
-            Status::Failed(reason) => (ModelPlaceState::Failed, Some(reason.to_string())),
-            Status::Loading(_) => (ModelPlaceState::Loading, None),
+            Status::Failed(reason) => (ResidencyState::Failed, Some(reason.to_string())),
+            Status::Loading(_) => (ResidencyState::Loading, None),
             Status::Absent => {
                 let (loader, entry) = (self.clone(), entry.clone());
                 self.keepers.spawn(async move {
@@ -266,7 +266,7 @@ impl ModelLoader {
                     // The list of models shows the outcome.
                     let _ = loader.life.run_until_cancelled(asked).await;
                 });
-                (ModelPlaceState::Loading, None)
+                (ResidencyState::Loading, None)
             }
         }
     }

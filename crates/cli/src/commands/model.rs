@@ -8,8 +8,8 @@ use artifact_store::ArtifactStore;
 use engine::gguf::Header;
 use indicatif::DecimalBytes;
 use protocol::control::{
-    AliasList, AliasSet, Catalog, Fleet, FleetWorker, Member, ModelKeep, ModelPlace, ModelPlaceState, ModelPlaces,
-    ModelRemove,
+    AliasList, AliasSet, Catalog, Fleet, FleetWorker, Member, ModelKeep, ModelRemove, ModelResidency, ResidencyState,
+    WorkerResidency,
 };
 use protocol::health::{DevicePlacement, ModelState};
 use protocol::model::{AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
@@ -187,14 +187,14 @@ pub(super) async fn load(
     let path = format!("/admin/v1/models/{}/load", model_ref(model)?);
     let begun = Instant::now();
     let mut body = keep_alive_secs.map_or_else(|| json!({}), |secs| json!({ "keepAliveSecs": secs }));
-    let wanted = if keep_alive_secs == Some(0) { ModelPlaceState::Unloaded } else { ModelPlaceState::Loaded };
+    let wanted = if keep_alive_secs == Some(0) { ResidencyState::Unloaded } else { ResidencyState::Loaded };
     loop {
-        let places: ModelPlaces = client.post(&path, &body).await?;
+        let residency: ModelResidency = client.post(&path, &body).await?;
         // The `keep_alive` is sent once.
         body = json!({});
-        let is_loading = places.workers.iter().any(|place| place.state == ModelPlaceState::Loading);
+        let is_loading = residency.workers.iter().any(|worker| worker.state == ResidencyState::Loading);
         if !is_loading || begun.elapsed() >= LOAD_WITHIN {
-            return told(&context, client, &places, wanted).await;
+            return print_residency(&context, client, &residency, wanted).await;
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
@@ -224,34 +224,34 @@ pub(super) async fn pin(context: Context, model: &str, pin: bool, server: &Serve
 pub(super) async fn unload(context: Context, model: &str, server: &ServerArgs) -> anyhow::Result<Outcome> {
     let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
     let path = format!("/admin/v1/models/{}/unload", model_ref(model)?);
-    let places: ModelPlaces = client.post(&path, &json!({})).await?;
-    told(&context, client, &places, ModelPlaceState::Unloaded).await
+    let residency: ModelResidency = client.post(&path, &json!({})).await?;
+    print_residency(&context, client, &residency, ResidencyState::Unloaded).await
 }
 
-/// Prints where a model is. The outcome says whether every worker has it in the wanted state.
-async fn told(
+/// Prints whether a model is in memory. The outcome says whether every worker has it in the wanted state.
+async fn print_residency(
     context: &Context,
     client: GatewayClient,
-    places: &ModelPlaces,
-    wanted: ModelPlaceState,
+    residency: &ModelResidency,
+    wanted: ResidencyState,
 ) -> anyhow::Result<Outcome> {
-    let ModelPlaces { key, workers } = places;
+    let ModelResidency { key, workers } = residency;
     ensure!(!workers.is_empty(), "no worker serves {key}; `{} model list` shows where models are", context.program());
     let outcome = if workers.iter().all(|place| place.state == wanted) { Outcome::Well } else { Outcome::Finding };
     if context.json {
-        output::json(places)?;
+        output::json(residency)?;
         return Ok(outcome);
     }
     let names = names(client).await;
-    for ModelPlace { worker_id, state, reason } in workers {
+    for WorkerResidency { worker_id, state, reason } in workers {
         let worker = names.get(&worker_id.to_string()).cloned().unwrap_or_else(|| worker_id.short());
         let state = match state {
-            ModelPlaceState::Loaded => "in memory",
-            ModelPlaceState::Loading => "being loaded",
-            ModelPlaceState::Unloaded => "not in memory",
-            ModelPlaceState::InUse => "in use",
-            ModelPlaceState::Failed => "not loaded",
-            ModelPlaceState::Unknown => "not known",
+            ResidencyState::Loaded => "in memory",
+            ResidencyState::Loading => "being loaded",
+            ResidencyState::Unloaded => "not in memory",
+            ResidencyState::InUse => "in use",
+            ResidencyState::Failed => "not loaded",
+            ResidencyState::Unknown => "not known",
         };
         let reason = reason.as_ref().map(|reason| format!(": {}", reason.escape_debug())).unwrap_or_default();
         output::line(format!("{key} at {worker}: {state}{reason}"));

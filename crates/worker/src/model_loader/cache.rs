@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use engine::{LoadSnapshot, LoadedModel, ModelId};
 use parking_lot::{Mutex, MutexGuard, RwLock};
-use protocol::control::ModelPlaceState;
+use protocol::control::ResidencyState;
 use protocol::health::{CachedModel, LoadProgress, ModelState, REASON_BYTES_MAX};
 use protocol::model::ModelKey;
 use protocol::{AdapterName, PrefixDigest};
@@ -436,24 +436,24 @@ impl Entry {
     }
 
     /// Unloads the model unless jobs run on it, and returns its state.
-    pub(crate) fn send_out(&self) -> (ModelPlaceState, Option<String>) {
+    pub(crate) fn send_out(&self) -> (ResidencyState, Option<String>) {
         let status = self.status.borrow().clone();
         match status {
             Status::Ready(_) => {}
-            Status::Loading(_) => return (ModelPlaceState::Loading, Some("it is just being loaded".into())),
-            Status::Absent | Status::Failed(_) => return (ModelPlaceState::Unloaded, None),
+            Status::Loading(_) => return (ResidencyState::Loading, Some("it is just being loaded".into())),
+            Status::Absent | Status::Failed(_) => return (ResidencyState::Unloaded, None),
         }
         if self.model.remote.is_some() {
-            return (ModelPlaceState::Loaded, Some("another program's server holds it".into()));
+            return (ResidencyState::Loaded, Some("another program's server holds it".into()));
         }
         let jobs = self.facts().jobs;
         match jobs {
             0 => {
                 self.obey(Order::Leave);
-                (ModelPlaceState::Unloaded, None)
+                (ResidencyState::Unloaded, None)
             }
-            1 => (ModelPlaceState::InUse, Some("a job runs on it".into())),
-            jobs => (ModelPlaceState::InUse, Some(format!("{jobs} jobs run on it"))),
+            1 => (ResidencyState::InUse, Some("a job runs on it".into())),
+            jobs => (ResidencyState::InUse, Some(format!("{jobs} jobs run on it"))),
         }
     }
 

@@ -6,7 +6,7 @@ use engine::memory_plan::VRAM_SPARED_BYTES;
 use engine::{MockOptions, MockRuntime, ModelRuntime as _};
 use futures_util::future::join_all;
 use protocol::Digest;
-use protocol::control::{MODEL_MOVE, ModelMove, ModelPlaceState, ModelPlaces};
+use protocol::control::{MODEL_MOVE, ModelMove, ModelResidency, ResidencyState};
 use protocol::infer::{InferRequest, Input};
 use protocol::model::ModelKey;
 use rpc::Membership;
@@ -193,19 +193,14 @@ fn slow_load() -> MockOptions {
 }
 
 impl Scene {
-    async fn move_model(&self, name: &str, load: bool) -> (ModelPlaceState, Option<String>) {
+    async fn move_model(&self, name: &str, load: bool) -> (ResidencyState, Option<String>) {
         self.move_for(name, load, None).await
     }
 
-    async fn move_for(
-        &self,
-        name: &str,
-        load: bool,
-        keep_alive_secs: Option<i64>,
-    ) -> (ModelPlaceState, Option<String>) {
+    async fn move_for(&self, name: &str, load: bool, keep_alive_secs: Option<i64>) -> (ResidencyState, Option<String>) {
         let request = ModelMove { key: served(name, 0).key(), load, keep_alive_secs };
         let worker = self.handle.worker_id();
-        let moved: ModelPlaces =
+        let moved: ModelResidency =
             self.orchestrator.client.call(worker, MODEL_MOVE, &request, SECOND).await.expect("the worker says");
         let moved = moved.workers.into_iter().next().expect("its own place");
         (moved.state, moved.reason)
@@ -217,16 +212,16 @@ async fn an_operator_moves_a_model_into_memory_and_out_of_it() {
     let mock = MockOptions { per_token: SECOND, ..slow_load() };
     let scene = scene(&[("one", LARGE, as_it_is), ("two", LARGE, as_it_is)], mock).await;
     let [first, second] = if scene.resident() == ["one"] { ["one", "two"] } else { ["two", "one"] };
-    assert_eq!(scene.move_model(first, true).await, (ModelPlaceState::Loaded, None));
-    assert_eq!(scene.move_model(second, true).await, (ModelPlaceState::Loading, None));
+    assert_eq!(scene.move_model(first, true).await, (ResidencyState::Loaded, None));
+    assert_eq!(scene.move_model(second, true).await, (ResidencyState::Loading, None));
     time::sleep(SECOND * 3).await;
     assert_eq!(scene.resident(), [second], "it took the place of the other, as it does for a job");
     let mut running = scene.open(&job(second)).await.expect("accepted");
     next(&mut running).await.expect("it runs").expect("and well");
     let (state, reason) = scene.move_model(second, false).await;
-    assert_eq!((state, reason.as_deref()), (ModelPlaceState::InUse, Some("a job runs on it")));
+    assert_eq!((state, reason.as_deref()), (ResidencyState::InUse, Some("a job runs on it")));
     assert_eq!(read(running).await.1, None);
-    assert_eq!(scene.move_model(second, false).await, (ModelPlaceState::Unloaded, None));
+    assert_eq!(scene.move_model(second, false).await, (ResidencyState::Unloaded, None));
     time::sleep(SECOND).await;
     assert_eq!((scene.resident().len(), scene.runtime.load_state().len()), (0, 0));
     assert!(scene.is_answered(first).await, "a model that was unloaded comes back when it is asked for");
@@ -284,9 +279,9 @@ async fn a_model_is_loaded_for_as_long_as_an_operator_says() {
     let scene = scene(&[("one", 10, at_once)], MockOptions::default()).await;
     time::sleep(SECOND).await;
     let (state, reason) = scene.move_model("one", true).await;
-    assert_eq!(state, ModelPlaceState::Unloaded, "it would be waited for in vain");
+    assert_eq!(state, ResidencyState::Unloaded, "it would be waited for in vain");
     assert!(reason.is_some_and(|why| why.contains("--keep-alive")));
-    assert_eq!(scene.move_for("one", true, Some(60)).await.0, ModelPlaceState::Loading);
+    assert_eq!(scene.move_for("one", true, Some(60)).await.0, ResidencyState::Loading);
     time::sleep(SECOND * 50).await;
     assert_eq!(scene.resident(), ["one"]);
     time::sleep(SECOND * 20).await;
@@ -298,7 +293,7 @@ async fn a_model_is_loaded_for_as_long_as_an_operator_says() {
     scene.move_for("one", true, Some(-1)).await;
     time::sleep(SECOND * 9_999).await;
     assert_eq!(scene.resident(), ["one"]);
-    assert_eq!(scene.move_for("one", true, Some(0)).await, (ModelPlaceState::Unloaded, None));
+    assert_eq!(scene.move_for("one", true, Some(0)).await, (ResidencyState::Unloaded, None));
     time::sleep(SECOND).await;
     assert_eq!(scene.resident(), Vec::<String>::new());
 }

@@ -4,7 +4,7 @@ use axum::Json;
 use axum::body::Body;
 use axum::extract::RawQuery;
 use protocol::control::{
-    MODEL_ADD, MODEL_KEEP, MODEL_REMOVE, ModelAdd, ModelKeep, ModelMove, ModelPlaces, ModelRemove, ModelRemoved,
+    MODEL_ADD, MODEL_KEEP, MODEL_REMOVE, ModelAdd, ModelKeep, ModelMove, ModelRemove, ModelRemoved, ModelResidency,
 };
 use protocol::health::{CachedModel, ModelState};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
@@ -107,11 +107,15 @@ async fn check_unloaded(gateway: &Gateway, name: &ModelName, version: Option<Mod
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
     request_body(content = Kept, content_type = "application/json"),
     responses(
-        (status = 200, description = "Where it is", body = published::ModelPlaces),
+        (status = 200, description = "Where it is", body = published::ModelResidency),
         ApiError,
     ),
 )]
-pub(crate) async fn load(Segment(id): Segment, operator: Operator, body: Body) -> Result<Json<ModelPlaces>, ApiError> {
+pub(crate) async fn load(
+    Segment(id): Segment,
+    operator: Operator,
+    body: Body,
+) -> Result<Json<ModelResidency>, ApiError> {
     let bytes = read(body).await?;
     // A request without a body loads the model and changes nothing.
     let change: Kept = if bytes.is_empty() { Kept::default() } else { decode(&bytes)? };
@@ -129,11 +133,11 @@ pub(crate) async fn load(Segment(id): Segment, operator: Operator, body: Body) -
     post, path = "/admin/v1/models/{id}/unload", tag = "admin", operation_id = "unloadModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
     responses(
-        (status = 200, description = "Where it is", body = published::ModelPlaces),
+        (status = 200, description = "Where it is", body = published::ModelResidency),
         ApiError,
     ),
 )]
-pub(crate) async fn unload(Segment(id): Segment, operator: Operator) -> Result<Json<ModelPlaces>, ApiError> {
+pub(crate) async fn unload(Segment(id): Segment, operator: Operator) -> Result<Json<ModelResidency>, ApiError> {
     let key = operator.gateway.model_key(&id).await?;
     info!(model = %key, "an operator has the model unloaded");
     Ok(Json(operator.gateway.move_model(ModelMove { key, load: false, keep_alive_secs: None }).await?))
