@@ -81,9 +81,9 @@ impl Node {
     }
 
     /// Returns the bootstrap addresses, each with whether it answers.
-    pub async fn answering(&self, bootstrap: &[String]) -> anyhow::Result<Vec<(SocketAddrV4, bool)>> {
+    pub async fn reachable(&self, bootstrap: &[String]) -> anyhow::Result<Vec<(SocketAddrV4, bool)>> {
         let addresses = self.settings.and(bootstrap).bootstrap_addresses().await?;
-        let asked = addresses.iter().map(async |address| (*address, self.network.answers(*address).await));
+        let asked = addresses.iter().map(async |address| (*address, self.network.responds(*address).await));
         Ok(join_all(asked).await)
     }
 

@@ -62,7 +62,7 @@ impl AdminClient {
         env: &Env,
     ) -> anyhow::Result<Self> {
         let client = GatewayClient::find(server, settings, data, env)?;
-        if server.url.is_some() || answers(&client).await? {
+        if server.url.is_some() || responds(&client).await? {
             return Ok(Self::Gateway(client));
         }
         // A store that no registry has locked can be opened. This is the way back for operators who lost their last
@@ -89,7 +89,7 @@ impl AdminClient {
             return Operator::find(server, settings, data, env).await.map(Self::Registry);
         }
         let client = GatewayClient::find(server, settings, data, env)?;
-        if server.url.is_some() || answers(&client).await? {
+        if server.url.is_some() || responds(&client).await? {
             return Ok(Self::Gateway(client));
         }
         bail!(
@@ -265,7 +265,7 @@ impl AdminClient {
 
 /// Returns whether a gateway answers. A gateway that cannot be talked to is an error, so that it is not silently
 /// bypassed.
-pub async fn answers(client: &GatewayClient) -> anyhow::Result<bool> {
+pub async fn responds(client: &GatewayClient) -> anyhow::Result<bool> {
     match client.presence().await {
         Presence::Answers => Ok(true),
         Presence::Absent(_) => Ok(false),

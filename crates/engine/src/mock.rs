@@ -107,7 +107,7 @@ struct MockModel {
     unloaded: CancellationToken,
 }
 
-struct Answer {
+struct MockGeneration {
     model: Arc<MockModel>,
     options: MockOptions,
     sink: GenerateSink,
@@ -308,7 +308,8 @@ impl ModelRuntime for MockRuntime {
         let options = self.options.clone();
         let fate = self.fate();
         let told = u32::try_from(request.continued.len()).unwrap_or(u32::MAX);
-        self.tasks.spawn(Answer { model, options, sink, script, prompt_tokens, told, limit, fate, admitted }.run());
+        self.tasks
+            .spawn(MockGeneration { model, options, sink, script, prompt_tokens, told, limit, fate, admitted }.run());
         Ok(stream)
     }
 
@@ -348,7 +349,7 @@ impl MockModel {
     }
 }
 
-impl Answer {
+impl MockGeneration {
     async fn run(self) {
         let (sink, fate) = (&self.sink, self.fate);
         if fate == Fate::FailAtOnce {

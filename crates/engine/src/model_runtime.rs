@@ -3,7 +3,7 @@
 //! A runtime knows nothing of networks, tenants or jobs. Every type that crosses the pipe to an engine process is
 //! serialisable; see [`crate::process`].
 
-mod answer;
+mod output;
 mod request;
 
 use std::fmt;
@@ -18,11 +18,11 @@ use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::hardware::Hardware;
-pub use answer::*;
 pub use inference::{
     EmbedInput, FinishReason, InvalidInput, LeftToModel, Message, OutputFormat, Progress, Role, Sampling,
     SamplingDefaults, TokenLogprob, TokenUsage, Tool, ToolCall, ToolCallDelta, ToolChoice,
 };
+pub use output::*;
 pub use request::*;
 
 /// Loads models and generates text with them.

@@ -11,7 +11,7 @@ use protocol::infer::{Embedding, FinishReason, Input, TokenLogprob, ToolCallDelt
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, WireError, codec};
-use rpc::{AnswerStream, CallError};
+use rpc::{CallError, ResponseStream};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::sync::OwnedSemaphorePermit;
@@ -118,7 +118,7 @@ pub struct End {
 
 /// The stream of an answer that has begun.
 pub(crate) struct Begun {
-    pub(crate) stream: AnswerStream,
+    pub(crate) stream: ResponseStream,
     /// Its first chunk; `None` if the stream ended without one.
     pub(crate) first: Option<Bytes>,
 }
@@ -129,7 +129,7 @@ pub struct Answer {
     /// The models that may answer. The one that does moves to the front once it is known.
     entries: Vec<Arc<ModelEntry>>,
     /// `None` once the answer has ended.
-    stream: Option<AnswerStream>,
+    stream: Option<ResponseStream>,
     check: Sequence,
     /// The first piece, received before this value was created.
     first: Option<Piece>,
@@ -198,7 +198,7 @@ impl Answer {
         let piece = match message {
             Some(Ok(message)) => {
                 let piece = self.check.read(message).transpose()?;
-                piece.and_then(|piece| self.answers(piece.model.as_ref()).map(|()| piece))
+                piece.and_then(|piece| self.set_model(piece.model.as_ref()).map(|()| piece))
             }
             Some(Err(error)) => Err(for_clients(error)),
             None => Err(broken("the answer ended without its last chunk")),
@@ -226,7 +226,7 @@ impl Answer {
     }
 
     /// Records the model that answers, as named by the first piece.
-    fn answers(&mut self, model: Option<&ModelKey>) -> Result<(), WireError> {
+    fn set_model(&mut self, model: Option<&ModelKey>) -> Result<(), WireError> {
         let Some(model) = model else { return Ok(()) };
         let index = self.entries.iter().position(|entry| entry.key == *model);
         let index = index.ok_or_else(|| broken("another model answers than was asked for"))?;

@@ -438,7 +438,7 @@ impl Gateway {
     }
 
     /// Returns whether a node answers in a role. This node always does.
-    pub(crate) fn answers(&self, node: PublicKey, role: NodeRole) -> bool {
+    pub(crate) fn is_reachable(&self, node: PublicKey, role: NodeRole) -> bool {
         node == self.inner.transport.public_key() || self.inner.upstream.knows(node, role)
     }
 
@@ -454,7 +454,7 @@ impl Gateway {
     /// Returns whether any worker can run a job, or an error if that is unknown.
     pub(crate) async fn is_routable(&self) -> Result<bool, WireError> {
         let fleet = self.fleet().await?;
-        Ok(fleet.workers.iter().any(|worker| worker.report.can_answer()))
+        Ok(fleet.workers.iter().any(|worker| worker.report.can_serve()))
     }
 
     /// Keeps the directory of peers and the membership up to date until `stop`. Only the first call has an effect.

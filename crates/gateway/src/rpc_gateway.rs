@@ -12,7 +12,7 @@ use protocol::control::{NodeInfo, NodeRole, Scope};
 use protocol::gateway::{GatewayAnswer, MODELS, ModelsRequest};
 use protocol::infer::SUBMIT;
 use protocol::{ErrorCode, PublicKey, Topic, WireError};
-use rpc::{Access, Caller, Limits, ReplyStream, Server, StreamCall, announce};
+use rpc::{Access, Caller, Limits, ResponseSink, Server, StreamCall, announce};
 use serde_json::value::{RawValue, to_raw_value};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -201,7 +201,7 @@ fn native_answer(answer: &Answer, whole: Whole) -> Option<GatewayAnswer> {
 }
 
 /// Forwards the chunks. A caller that leaves one unread for too long counts as gone, which cancels the job.
-async fn relay(mut answer: Answer, mut reply: ReplyStream, write_timeout: Duration) {
+async fn relay(mut answer: Answer, mut reply: ResponseSink, write_timeout: Duration) {
     loop {
         let piece = tokio::select! {
             biased;

@@ -59,7 +59,7 @@ impl CrashRecord {
     }
 
     /// Records that an engine answered a request, which is therefore not the cause of any crash.
-    pub fn answered(&mut self, request: &Digest) {
+    pub fn succeeded(&mut self, request: &Digest) {
         self.requests.remove(request);
     }
 
@@ -112,7 +112,7 @@ mod tests {
     fn a_request_that_is_answered_is_cleared() {
         let (mut record, now) = (CrashRecord::new(KEPT), Instant::now());
         record.crashed(request(1), 1, now);
-        record.answered(&request(1));
+        record.succeeded(&request(1));
         record.crashed(request(1), 1, now);
         assert!(!record.is_convicted(&request(1), now));
     }

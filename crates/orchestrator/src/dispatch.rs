@@ -8,7 +8,7 @@ use protocol::infer::{FinishReason, START};
 use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, WireError, WorkerId, codec};
-use rpc::{AnswerStream, CallError, Client, Interrupted, ReplyStream, StreamCall, StreamOptions};
+use rpc::{CallError, Client, Interrupted, ResponseSink, ResponseStream, StreamCall, StreamOptions};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::time::{self, Instant};
@@ -30,7 +30,7 @@ pub struct Delivery {
 
 enum State {
     Waiting(StreamCall),
-    Streaming(ReplyStream),
+    Streaming(ResponseSink),
     Gone,
 }
 
@@ -227,7 +227,7 @@ struct Relayed {
 }
 
 async fn relay(
-    answer: &mut AnswerStream,
+    answer: &mut ResponseStream,
     journey: &mut Journey,
     delivery: &mut Delivery,
     relayed: &mut Relayed,

@@ -390,7 +390,7 @@ impl Orchestrator {
         if let AttemptEnd::Complete { .. } = end {
             let mut crashes = self.crashes();
             if !crashes.is_empty() {
-                crashes.answered(&journey.content());
+                crashes.succeeded(&journey.content());
             }
         }
     }

@@ -361,7 +361,7 @@ pub struct ModelMove {
     pub keep_alive_secs: Option<i64>,
 }
 
-/// Where a model is after it was told to move.
+/// Whether a model is in memory after an operator loaded or unloaded it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelResidency {
@@ -372,7 +372,7 @@ pub struct ModelResidency {
     pub workers: Vec<WorkerResidency>,
 }
 
-/// Where a model is at one worker.
+/// Whether a model is in memory at one worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct WorkerResidency {
@@ -385,7 +385,7 @@ pub struct WorkerResidency {
     pub reason: Option<String>,
 }
 
-/// Where a model can be.
+/// Whether a model is in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ResidencyState {

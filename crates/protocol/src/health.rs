@@ -94,7 +94,7 @@ pub struct Capacity {
 
 impl HealthReport {
     /// Returns whether the worker can answer something: a model is ready, or is loaded as soon as somebody asks for it.
-    pub fn can_answer(&self) -> bool {
+    pub fn can_serve(&self) -> bool {
         let is_at_hand = |key: &ModelKey| {
             let cached = self.model_cache.iter().find(|cached| cached.key == *key);
             cached.is_none_or(|cached| cached.state == ModelState::Ready)

@@ -148,8 +148,8 @@ impl DirectoryTask {
     /// Asks the peers of an earlier run. The nodes that stored this network's topics may be gone, and then lookups find
     /// nothing for a while.
     async fn recall(&self) {
-        let mut answers = std::pin::pin!(self.ask(self.transport.remembered().into_iter().take(ASKED_MAX)));
-        while let Some((key, info)) = answers.next().await {
+        let mut responses = std::pin::pin!(self.ask(self.transport.remembered().into_iter().take(ASKED_MAX)));
+        while let Some((key, info)) = responses.next().await {
             // Workers are tracked elsewhere, and there may be many.
             if let Some(info) = info.filter(|info| info.roles != [NodeRole::Worker]) {
                 self.learn(key, info);
@@ -182,8 +182,8 @@ impl DirectoryTask {
         let others = self.client.membership().registry().into_iter().chain(found);
         peers.extend(others.filter(|key| seen.insert(*key)).take(ASKED_MAX));
         let mut silent: BTreeSet<PublicKey> = peers.iter().copied().collect();
-        let mut answers = std::pin::pin!(self.ask(peers));
-        while let Some((key, info)) = answers.next().await {
+        let mut responses = std::pin::pin!(self.ask(peers));
+        while let Some((key, info)) = responses.next().await {
             // Added at once, without waiting for the peers that are gone.
             if let Some(info) = info {
                 silent.remove(&key);
@@ -214,13 +214,13 @@ impl DirectoryTask {
     /// Asks peers to describe themselves. A peer yields `None` if it does not answer, or is not certified for what it
     /// claims.
     fn ask(&self, peers: impl IntoIterator<Item = PublicKey>) -> impl Stream<Item = (PublicKey, Option<NodeInfo>)> {
-        let answers = peers.into_iter().map(move |key| async move {
+        let responses = peers.into_iter().map(move |key| async move {
             match self.client.call::<_, NodeInfo>(key, NODE_DESCRIBE, &Empty {}, DESCRIBE).await {
                 Ok(info) => (key, self.certified(key, info).await),
                 Err(_) => (key, None),
             }
         });
-        stream::iter(answers).buffer_unordered(ASKED_AT_ONCE)
+        stream::iter(responses).buffer_unordered(ASKED_AT_ONCE)
     }
 
     /// Reduces a peer's description to the roles that it is certified for. Returns `None` if there are none.

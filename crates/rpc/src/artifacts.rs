@@ -17,10 +17,10 @@ use tokio::task::spawn_blocking;
 use tokio::time;
 use tracing::{debug, warn};
 
-use crate::client::{AnswerStream, CallError, Client, StreamOptions};
+use crate::client::{CallError, Client, ResponseStream, StreamOptions};
 use crate::frame::FRAME_PAYLOAD_MAX;
 use crate::membership::Membership;
-use crate::server::{Interrupted, ReplyStream, StreamCall};
+use crate::server::{Interrupted, ResponseSink, StreamCall};
 
 /// How many files are read for other nodes at once. Further callers get an error that asks them to try another node.
 pub const READS_MAX: usize = 8;
@@ -161,7 +161,7 @@ fn too_many() -> WireError {
 }
 
 /// Sends the rest of a file. The next block is read while the current one is sent.
-async fn send(mut reply: ReplyStream, file: File, bytes: u64, offset: u64) -> Result<(), Interrupted> {
+async fn send(mut reply: ResponseSink, file: File, bytes: u64, offset: u64) -> Result<(), Interrupted> {
     send_one(&mut reply, &codec::encode(&ArtifactHead { bytes })).await?;
     // A file of the store never grows. If it did, the excess would not be sent.
     let mut left = bytes - offset;
@@ -184,7 +184,7 @@ async fn send(mut reply: ReplyStream, file: File, bytes: u64, offset: u64) -> Re
     reply.finish().await
 }
 
-async fn send_one(reply: &mut ReplyStream, message: &[u8]) -> Result<(), Interrupted> {
+async fn send_one(reply: &mut ResponseSink, message: &[u8]) -> Result<(), Interrupted> {
     time::timeout(SEND_WITHIN, reply.send(message)).await.unwrap_or(Err(Interrupted))
 }
 
@@ -199,7 +199,7 @@ fn read(mut file: File, left: u64) -> tokio::task::JoinHandle<io::Result<(File, 
 /// An artifact as another node sends it. Dropping it cancels the call.
 #[derive(Debug)]
 pub struct ArtifactStream {
-    stream: AnswerStream,
+    stream: ResponseStream,
     /// The length of the whole artifact, as reported by the other node.
     pub bytes: u64,
 }

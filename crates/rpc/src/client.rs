@@ -18,11 +18,11 @@ use self::links::{Link, Links};
 use crate::membership::Membership;
 use crate::transport::{RequestError, Transport, TransportError};
 
-mod answer_stream;
 mod introduction;
 mod links;
+mod response_stream;
 
-pub use answer_stream::{AnswerStream, REQUEST_BYTES_PER_SEC, StreamOptions};
+pub use response_stream::{REQUEST_BYTES_PER_SEC, ResponseStream, StreamOptions};
 
 /// The timeout of opening a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -125,12 +125,12 @@ impl Client {
             if !self.membership.is_checked() {
                 return Ok(());
             }
-            link.introduction.answered().await;
+            link.introduction.wait_for_response().await;
             if self.membership.standing(peer).is_err() {
                 // The certificate that the peer showed has expired since, or the peer had none to show then.
                 link.introduction.repeat();
                 introduce(&link, &self.membership, &self.links);
-                link.introduction.answered().await;
+                link.introduction.wait_for_response().await;
             }
             Ok(())
         };
@@ -177,7 +177,7 @@ impl Client {
         method: &str,
         body: Bytes,
         mut options: StreamOptions,
-    ) -> Result<AnswerStream, CallError> {
+    ) -> Result<ResponseStream, CallError> {
         let begun = Instant::now();
         let link = match options.deadline {
             Some(deadline) => self.link(peer, begun + deadline).await?,
@@ -191,7 +191,7 @@ impl Client {
         let opened = match time::timeout_at(accept_until, link.connection().open_channel()).await {
             Ok(Ok(channel)) => {
                 options.accept_within = accept_until.saturating_duration_since(Instant::now());
-                AnswerStream::open(channel, method, body, options, link.suspicion().clone()).await
+                ResponseStream::open(channel, method, body, options, link.suspicion().clone()).await
             }
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(CallError::NotAccepted),

@@ -23,11 +23,11 @@ pub mod transport;
 
 pub use announce::Directory;
 pub use artifacts::{ArtifactServer, ArtifactStream};
-pub use client::{AnswerStream, CallError, Client, StreamOptions};
+pub use client::{CallError, Client, ResponseStream, StreamOptions};
 pub use clock::SystemClock;
 pub use enrolment::{Enrolment, EnrolmentError, JoinError};
 pub use membership::Membership;
 pub use membership_task::MembershipTask;
-pub use server::{Access, Caller, Interrupted, Limits, ReplyStream, Server, StreamCall};
+pub use server::{Access, Caller, Interrupted, Limits, ResponseSink, Server, StreamCall};
 pub use transport::Transport;
 pub use transport::memory::MemoryNetwork;

@@ -31,7 +31,7 @@ mod stream_call;
 mod with_state;
 
 pub use access::Access;
-pub use stream_call::{Interrupted, ReplyStream, StreamCall};
+pub use stream_call::{Interrupted, ResponseSink, StreamCall};
 pub use with_state::WithState;
 
 /// How long a caller may take to send its request.
@@ -183,7 +183,7 @@ impl Server {
         Reply: Serialize,
         Work: Future<Output = Result<Reply, WireError>> + Send + 'static,
     {
-        self.answer(method, Access::Anyone, handler, true)
+        self.handle_unary(method, Access::Anyone, handler, true)
     }
 
     /// Adds a unary method whose work is dropped when the caller no longer waits.
@@ -198,10 +198,10 @@ impl Server {
         Reply: Serialize,
         Work: Future<Output = Result<Reply, WireError>> + Send + 'static,
     {
-        self.answer(method, Access::Anyone, handler, false)
+        self.handle_unary(method, Access::Anyone, handler, false)
     }
 
-    fn answer<Request, Reply, Work>(
+    fn handle_unary<Request, Reply, Work>(
         mut self,
         method: &'static str,
         access: Access,
@@ -231,10 +231,10 @@ impl Server {
     where
         Work: Future<Output = ()> + Send + 'static,
     {
-        self.answer_stream(method, Access::Anyone, handler)
+        self.handle_streaming(method, Access::Anyone, handler)
     }
 
-    fn answer_stream<Work>(
+    fn handle_streaming<Work>(
         mut self,
         method: &'static str,
         access: Access,
@@ -417,16 +417,16 @@ impl Shared {
                     reserved.grow(body.len())?;
                     Ok(reserved)
                 });
-                let answer = match reserved.and_then(|held| Ok((held, self.unary(caller, &method)?))) {
+                let response = match reserved.and_then(|held| Ok((held, self.unary(caller, &method)?))) {
                     Err(error) => Err(error),
                     Ok((_held, Unary { handler, finishes: true, .. })) => handler(caller, body).await,
                     Ok((_held, Unary { handler, finishes: false, .. })) => tokio::select! {
                         biased;
-                        answer = handler(caller, body) => answer,
+                        response = handler(caller, body) => response,
                         () = reply.closed() => return,
                     },
                 };
-                reply.send(answer);
+                reply.send(response);
             }
             Incoming::Channel(channel) => self.handle_stream(caller, channel, allowance).await,
         }

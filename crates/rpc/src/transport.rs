@@ -100,7 +100,7 @@ pub enum Incoming {
 #[async_trait]
 pub trait Reply: Send + 'static {
     /// Sends the reply. If the caller is gone, it is discarded.
-    fn send(self: Box<Self>, answer: Result<Bytes, WireError>);
+    fn send(self: Box<Self>, response: Result<Bytes, WireError>);
 
     /// Waits until the caller is gone, as far as the transport can tell: at the latest when the connection closes.
     /// Cancel safe.

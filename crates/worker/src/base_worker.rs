@@ -22,7 +22,7 @@ use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError, WorkerId, 
 use rpc::announce::DirectoryTask;
 use rpc::server::STRANGER_BYTES_MAX;
 use rpc::{
-    ArtifactServer, Client, Directory, Interrupted, Membership, MembershipTask, ReplyStream, Server, StreamCall,
+    ArtifactServer, Client, Directory, Interrupted, Membership, MembershipTask, ResponseSink, Server, StreamCall,
     Transport,
 };
 use tokio::sync::{Notify, watch};
@@ -443,11 +443,11 @@ struct Handlers {
 /// A caller that has been accepted, or may still be refused.
 enum Caller {
     Waiting(StreamCall),
-    Accepted(ReplyStream),
+    Accepted(ResponseSink),
 }
 
 impl Caller {
-    async fn accept(self) -> Result<ReplyStream, Interrupted> {
+    async fn accept(self) -> Result<ResponseSink, Interrupted> {
         match self {
             Self::Waiting(call) => call.accept().await,
             Self::Accepted(reply) => Ok(reply),
@@ -621,7 +621,7 @@ fn read(body: &[u8]) -> Result<InferRequest, WireError> {
 async fn wait(
     mut beginning: impl Future<Output = Result<Begun, WireError>> + Unpin,
     request: &InferRequest,
-    reply: &mut ReplyStream,
+    reply: &mut ResponseSink,
 ) -> Result<Begun, Broken> {
     let mut pulse = pulse();
     loop {
@@ -651,7 +651,7 @@ async fn refuse(call: StreamCall, error: WireError) {
     let _ = time::timeout(LAST_WORD, call.refuse(error)).await;
 }
 
-async fn fail(reply: ReplyStream, error: WireError) {
+async fn fail(reply: ResponseSink, error: WireError) {
     let _ = time::timeout(LAST_WORD, reply.fail(error)).await;
 }
 

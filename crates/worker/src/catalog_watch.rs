@@ -22,7 +22,7 @@ const EVERY: Duration = Duration::from_secs(3);
 /// How long to wait for a registry to be found at the start.
 const FOUND_WITHIN: Duration = Duration::from_secs(2);
 /// How long a registry may take to answer.
-const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a fetched file is kept after no listed model has it any more. A registry may be set up anew, or a model
 /// removed by mistake.
@@ -81,7 +81,7 @@ impl CatalogWatch {
     /// Reads the catalogue. Without a registry nothing changes.
     async fn list(&self) -> Option<Catalog> {
         for registry in self.directory.find(NodeRole::Registry) {
-            match self.client.call::<_, Catalog>(registry, CATALOG_LIST, &Empty {}, ANSWER_WITHIN).await {
+            match self.client.call::<_, Catalog>(registry, CATALOG_LIST, &Empty {}, RESPONSE_TIMEOUT).await {
                 Ok(catalog) => return Some(catalog),
                 Err(error) => debug!(registry = registry.short(), %error, "the list of models could not be read"),
             }

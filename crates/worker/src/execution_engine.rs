@@ -13,7 +13,7 @@ use engine::{
 use futures_util::FutureExt as _;
 use protocol::infer::{EmbedInput, InferChunk, InferRequest};
 use protocol::{ErrorCode, WireError};
-use rpc::ReplyStream;
+use rpc::ResponseSink;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -203,7 +203,7 @@ impl ExecutionEngine {
         &self,
         begun: Begun,
         request: &InferRequest,
-        reply: &mut ReplyStream,
+        reply: &mut ResponseSink,
         has_begun: &CancellationToken,
     ) -> Result<InferChunk, Broken> {
         let Begun { entry, model, work, _adapter, _hold } = begun;

@@ -9,7 +9,7 @@ use protocol::model::ModelOffer;
 use rpc::{CallError, Client, Directory};
 
 /// How long a registry may take to answer.
-const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Offers models to registries.
 #[derive(Clone)]
@@ -36,7 +36,7 @@ impl Offers {
     pub(crate) async fn make(&self, offer: &ModelOffer, found_within: Duration) -> Result<(), OfferError> {
         self.directory.wait_for(NodeRole::Registry, found_within).await;
         for registry in self.directory.find(NodeRole::Registry) {
-            match self.client.call::<_, Empty>(registry, MODEL_OFFER, offer, ANSWER_WITHIN).await {
+            match self.client.call::<_, Empty>(registry, MODEL_OFFER, offer, RESPONSE_TIMEOUT).await {
                 Ok(Empty {}) => return Ok(()),
                 Err(CallError::Remote(refusal)) if refusal.code.blame() == Blame::Caller => {
                     return Err(OfferError::Refused(refusal));

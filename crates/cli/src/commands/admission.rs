@@ -83,7 +83,7 @@ pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Out
         Ok(enrolment) => enrolment,
         Err(error) => {
             let why = match error {
-                JoinError::Unreachable(_) => no_way(&node.answering(&invite.bootstrap).await?),
+                JoinError::Unreachable(_) => no_way(&node.reachable(&invite.bootstrap).await?),
                 _ => "could not join".to_owned(),
             };
             node.stop().await;

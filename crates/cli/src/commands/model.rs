@@ -20,7 +20,7 @@ use super::model_add::model_name;
 use super::{Context, Outcome};
 use crate::args::{ModelAliasArgs, ServerArgs};
 use crate::client::GatewayClient;
-use crate::operator::{AdminClient, answers};
+use crate::operator::{AdminClient, responds};
 use crate::output;
 use crate::tiny_model;
 
@@ -237,7 +237,7 @@ async fn print_residency(
 ) -> anyhow::Result<Outcome> {
     let ModelResidency { key, workers } = residency;
     ensure!(!workers.is_empty(), "no worker serves {key}; `{} model list` shows where models are", context.program());
-    let outcome = if workers.iter().all(|place| place.state == wanted) { Outcome::Well } else { Outcome::Finding };
+    let outcome = if workers.iter().all(|worker| worker.state == wanted) { Outcome::Well } else { Outcome::Finding };
     if context.json {
         output::json(residency)?;
         return Ok(outcome);
@@ -303,7 +303,7 @@ impl Models {
     /// Asks the gateway, or if none answers the registry or its store.
     async fn look(context: &Context, server: &ServerArgs) -> anyhow::Result<Self> {
         let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
-        if server.url.is_some() || answers(&client).await? {
+        if server.url.is_some() || responds(&client).await? {
             let listed = client.models().await?;
             let catalog = of_gateway(&client, &listed).await;
             let fleet = client.get("/admin/v1/nodes").await.ok();

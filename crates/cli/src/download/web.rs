@@ -22,7 +22,7 @@ use crate::client::Trust;
 /// Timeout for connecting, including name resolution and TLS.
 const CONNECT: Duration = Duration::from_secs(15);
 /// Timeout for the response, and for each further part of it.
-const ANSWER: Duration = Duration::from_mins(1);
+const RESPONSE_TIMEOUT: Duration = Duration::from_mins(1);
 /// The most redirects that are followed.
 const REDIRECTS_MAX: usize = 10;
 /// The longest document that is read into memory.
@@ -89,8 +89,9 @@ impl Response {
     /// Returns the next bytes of the body, or `None` at its end.
     pub async fn chunk(&mut self) -> io::Result<Option<Bytes>> {
         loop {
-            let frame = timeout(ANSWER, self.body.frame()).await;
-            let frame = frame.map_err(|_| io::Error::other(format!("nothing came for {} s", ANSWER.as_secs())))?;
+            let frame = timeout(RESPONSE_TIMEOUT, self.body.frame()).await;
+            let frame =
+                frame.map_err(|_| io::Error::other(format!("nothing came for {} s", RESPONSE_TIMEOUT.as_secs())))?;
             match frame.transpose().map_err(io::Error::other)? {
                 None => return Ok(None),
                 Some(frame) => {
@@ -204,20 +205,22 @@ impl Web {
     }
 }
 
-type Answer = (http::response::Parts, Incoming, JoinSet<hyper::Result<()>>);
+type ResponseParts = (http::response::Parts, Incoming, JoinSet<hyper::Result<()>>);
 
 async fn exchange(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     request: Request<Empty<Bytes>>,
-) -> anyhow::Result<Answer> {
-    let answered = async {
+) -> anyhow::Result<ResponseParts> {
+    let exchanged = async {
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         let mut driver = JoinSet::new();
         driver.spawn(connection);
         let (head, body) = sender.send_request(request).await?.into_parts();
         Ok((head, body, driver))
     };
-    timeout(ANSWER, answered).await.unwrap_or_else(|_| bail!("nothing came for {} s", ANSWER.as_secs()))
+    timeout(RESPONSE_TIMEOUT, exchanged)
+        .await
+        .unwrap_or_else(|_| bail!("nothing came for {} s", RESPONSE_TIMEOUT.as_secs()))
 }
 
 async fn connect(url: &Uri) -> Result<TcpStream, Failure> {

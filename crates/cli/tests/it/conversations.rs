@@ -5,7 +5,7 @@ use protocol::PublicKey;
 use protocol::admission::CERTIFICATE_LIFE;
 use protocol::infer::{Input, Message, Role};
 use protocol::usage::TokenUsage;
-use rpc::AnswerStream;
+use rpc::ResponseStream;
 use tokio::time;
 
 use crate::memory_network::{Network, SECOND, job};
@@ -21,7 +21,7 @@ impl Network {
     }
 
     /// Begins a job that does not end.
-    async fn occupy(&self, number: u128) -> AnswerStream {
+    async fn occupy(&self, number: u128) -> ResponseStream {
         // A prompt of its own, or the next of them would go to where it is known.
         let prompt = Some(format!("go on, {number}"));
         let endless = Input { prompt, ..Input::default() };

@@ -22,7 +22,7 @@ use protocol::signature::NodeKey;
 use protocol::{Clock, CorrelationId, Digest, PublicKey, Region, Topic, UnixMillis, codec};
 use registry::{AdmissionOffice, AdmissionParts, Pepper, Registry, RegistryParts, TokenOffice};
 use rpc::{
-    AnswerStream, CallError, Client, Directory, Enrolment, Membership, MembershipTask, MemoryNetwork, StreamOptions,
+    CallError, Client, Directory, Enrolment, Membership, MembershipTask, MemoryNetwork, ResponseStream, StreamOptions,
 };
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -248,7 +248,7 @@ impl Network {
     }
 
     /// Submits a job as the gateway and leaves its answer to be read.
-    pub(crate) async fn open(&self, request: &InferRequest) -> Result<AnswerStream, CallError> {
+    pub(crate) async fn open(&self, request: &InferRequest) -> Result<ResponseStream, CallError> {
         let options = StreamOptions { accept_within: SECOND * 10, deadline: None, stall: SECOND * 10 };
         self.gateway.open_stream(self.orchestrator, SUBMIT, codec::encode(request).into(), options).await
     }

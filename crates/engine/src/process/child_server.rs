@@ -14,7 +14,7 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::frame::{Answer, Question, ToChild, ToParent, encode};
+use super::frame::{Query, Reply, ToChild, ToParent, encode};
 use super::pipe::{FRAMES_MAX, FrameReader, PipeError, write_frames};
 use super::{CREDIT, handover, host_memory, memory_limit, preflight};
 use crate::model_runtime::{
@@ -83,7 +83,7 @@ struct Server<R> {
     busy: Notify,
 }
 
-/// The handle of a generation or a question.
+/// The handle of a generation or a query.
 #[derive(Clone)]
 struct Call {
     cancel: CancellationToken,
@@ -130,12 +130,12 @@ async fn serve<R: ModelRuntime>(runtime: Arc<R>, files: StdUnixStream, socket: U
                 let artifact = handover::receive(&files, &[file])?;
                 let call = server.enter(id);
                 let added = Arc::clone(&server).add_adapter(artifact);
-                tasks.spawn(Arc::clone(&server).answer(id, call, added));
+                tasks.spawn(Arc::clone(&server).reply(id, call, added));
             }
-            ToChild::Ask { id, question } => {
+            ToChild::Ask { id, query } => {
                 let call = server.enter(id);
-                let asked = Arc::clone(&server).ask(question);
-                tasks.spawn(Arc::clone(&server).answer(id, call, asked));
+                let asked = Arc::clone(&server).ask(query);
+                tasks.spawn(Arc::clone(&server).reply(id, call, asked));
             }
             ToChild::Unload => break End::Unloaded,
         }
@@ -273,29 +273,27 @@ impl<R: ModelRuntime> Server<R> {
         }
     }
 
-    async fn answer(self: Arc<Self>, id: u64, call: Call, answer: impl Future<Output = Result<Answer, EngineError>>) {
-        if let Some(answer) = call.cancel.run_until_cancelled(answer).await {
-            self.tell(&ToParent::Answer { id, answer }).await;
+    async fn reply(self: Arc<Self>, id: u64, call: Call, reply: impl Future<Output = Result<Reply, EngineError>>) {
+        if let Some(reply) = call.cancel.run_until_cancelled(reply).await {
+            self.tell(&ToParent::Reply { id, reply }).await;
         }
         self.leave(id);
     }
 
-    async fn add_adapter(self: Arc<Self>, artifact: VerifiedArtifact) -> Result<Answer, EngineError> {
-        self.runtime.add_adapter(self.model()?.id, artifact).await.map(Answer::Adapter)
+    async fn add_adapter(self: Arc<Self>, artifact: VerifiedArtifact) -> Result<Reply, EngineError> {
+        self.runtime.add_adapter(self.model()?.id, artifact).await.map(Reply::Adapter)
     }
 
-    async fn ask(self: Arc<Self>, question: Question) -> Result<Answer, EngineError> {
+    async fn ask(self: Arc<Self>, query: Query) -> Result<Reply, EngineError> {
         let model = self.model()?.id;
-        match question {
-            Question::CountTokens(input) => self.runtime.count_tokens(model, &input).await.map(Answer::Tokens),
-            Question::RemoveAdapter(adapter) => {
-                self.runtime.remove_adapter(model, adapter).await.map(|()| Answer::Removed)
-            }
-            Question::Embed(inputs) => {
+        match query {
+            Query::CountTokens(input) => self.runtime.count_tokens(model, &input).await.map(Reply::Tokens),
+            Query::RemoveAdapter(adapter) => self.runtime.remove_adapter(model, adapter).await.map(|()| Reply::Removed),
+            Query::Embed(inputs) => {
                 let embeddings = self.runtime.embed(EmbedRequest { model, inputs }).await?;
                 // JSON has no numbers that are not finite.
                 if embeddings.vectors.iter().flatten().all(|number| number.is_finite()) {
-                    Ok(Answer::Vectors(embeddings))
+                    Ok(Reply::Vectors(embeddings))
                 } else {
                     Err(EngineError::Failed { reason: "the model made a vector that is not finite".into() })
                 }

@@ -2,7 +2,7 @@
 
 mod inbox;
 mod last_words;
-mod questions;
+mod queries;
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -20,7 +20,7 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::frame::{Answer, FrameError, ToChild, encode};
+use super::frame::{FrameError, Reply, ToChild, encode};
 use super::pipe::{FRAMES_MAX, FrameReader, write_frames};
 use super::spawn::{Spawned, spawn};
 use super::stall_watch::{self, StallWatch};
@@ -32,8 +32,8 @@ use crate::model_runtime::{
 use inbox::Inbox;
 use last_words::LastWords;
 
-/// The time limit for admitting a generation or answering a question.
-const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+/// The time limit for admitting a generation or replying to a query.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time limit for exiting once the socket is closed.
 const EXIT_WITHIN: Duration = Duration::from_secs(2);
 /// The number of consumed events after which they are acknowledged; well below the credit, so that nothing stalls.
@@ -61,7 +61,7 @@ struct State {
     /// Why no more requests are accepted.
     closed: Option<EngineError>,
     generations: HashMap<u64, Generation>,
-    questions: HashMap<u64, oneshot::Sender<Result<Answer, EngineError>>>,
+    queries: HashMap<u64, oneshot::Sender<Result<Reply, EngineError>>>,
     snapshot: Option<LoadSnapshot>,
     heard: u64,
     /// Whether a request was sent since the last frame arrived.
@@ -121,7 +121,7 @@ impl EngineProcess {
         let state = State {
             closed: None,
             generations: HashMap::new(),
-            questions: HashMap::new(),
+            queries: HashMap::new(),
             snapshot: None,
             heard: 0,
             asked: false,
@@ -214,10 +214,10 @@ impl EngineProcess {
             return Err(EngineError::Busy);
         }
         self.tasks.spawn(Arc::clone(self).relay(id, incoming, sink));
-        match time::timeout(ANSWER_WITHIN, is_admitted).await {
+        match time::timeout(RESPONSE_TIMEOUT, is_admitted).await {
             Ok(Ok(admitted)) => admitted.map(|()| stream),
             Ok(Err(_)) => Err(EngineError::NotLoaded),
-            Err(_) => Err(no_answer(ANSWER_WITHIN)),
+            Err(_) => Err(timed_out(RESPONSE_TIMEOUT)),
         }
     }
 
@@ -295,13 +295,13 @@ impl EngineProcess {
     /// Fails all requests to this process, once it is closed. A crash is attributed only to requests that the process
     /// was working on.
     fn end_all(&self, crash: Option<String>) {
-        let (generations, questions, suspected, error) = {
+        let (generations, queries, suspected, error) = {
             let mut state = self.state();
             let error = state.closed.clone().unwrap_or(EngineError::NotLoaded);
             let suspected = state.worked_on();
-            (std::mem::take(&mut state.generations), std::mem::take(&mut state.questions), suspected, error)
+            (std::mem::take(&mut state.generations), std::mem::take(&mut state.queries), suspected, error)
         };
-        let suspects = (suspected.len() + questions.len()) as u32;
+        let suspects = (suspected.len() + queries.len()) as u32;
         let crashed = crash.map_or_else(|| error.clone(), |reason| EngineError::Crashed { reason, suspects });
         for (id, Generation { admitted, events, .. }) in generations {
             let error = if suspected.contains(&id) { &crashed } else { &error }.clone();
@@ -310,8 +310,8 @@ impl EngineProcess {
                 None => drop(events.try_send(Err(error))),
             }
         }
-        for question in questions.into_values() {
-            let _ = question.send(Err(crashed.clone()));
+        for query in queries.into_values() {
+            let _ = query.send(Err(crashed.clone()));
         }
     }
 }
@@ -319,7 +319,7 @@ impl EngineProcess {
 impl State {
     /// Returns whether the process owes a message: while it is busy, it reports its state several times a second.
     fn process_owes(&self) -> bool {
-        self.asked || !self.generations.is_empty() || !self.questions.is_empty()
+        self.asked || !self.generations.is_empty() || !self.queries.is_empty()
     }
 
     /// Returns the generations that the process was working on: those being admitted and those that have started. Of
@@ -396,7 +396,7 @@ fn blame(reason: String, said_hello: bool, ending: &Ending, status: Option<ExitS
     }
 }
 
-fn no_answer(within: Duration) -> EngineError {
+fn timed_out(within: Duration) -> EngineError {
     EngineError::Failed { reason: format!("the engine process did not answer within {within:?}") }
 }
 

@@ -32,7 +32,7 @@ pub enum ToChild {
         id: u64,
         request: Box<GenerateRequest>,
     },
-    /// Cancels a generation or a question.
+    /// Cancels a generation or a query.
     Cancel { id: u64 },
     /// Reports that more events of a generation were consumed.
     Acknowledge {
@@ -41,16 +41,17 @@ pub enum ToChild {
         /// The number of events.
         events: u32,
     },
-    /// Attaches an adapter. The answer is its id.
+    /// Attaches an adapter. The reply is its id.
     AddAdapter {
-        /// The id of the question, never reused.
+        /// The id of the query, never reused.
         id: u64,
         file: FileInfo,
     },
     Ask {
         /// Its id, never reused.
         id: u64,
-        question: Question,
+        #[serde(rename = "question")]
+        query: Query,
     },
     /// Unloads the model and ends the process.
     Unload,
@@ -64,20 +65,20 @@ pub struct FileInfo {
     pub bytes: u64,
 }
 
-/// A request with exactly one answer.
+/// A request with exactly one reply.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Question {
+pub enum Query {
     /// Counts the tokens of an input.
     CountTokens(PromptInput),
     Embed(Vec<PromptInput>),
     RemoveAdapter(AdapterId),
 }
 
-/// The answer to a question, or to a new adapter.
+/// The reply to a query, or to a new adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Answer {
+pub enum Reply {
     /// The number of tokens in the input.
     Tokens(u32),
     Vectors(Embeddings),
@@ -128,10 +129,12 @@ pub enum ToParent {
         id: u64,
         error: EngineError,
     },
-    Answer {
-        /// The id of the question.
+    #[serde(rename = "answer")]
+    Reply {
+        /// The id of the query.
         id: u64,
-        answer: Result<Answer, EngineError>,
+        #[serde(rename = "answer")]
+        reply: Result<Reply, EngineError>,
     },
     /// The load of the model; also sent before each end of a generation.
     State { state: LoadSnapshot },

@@ -8,7 +8,7 @@ use crate::model_runtime::{Embeddings, EngineError};
 
 /// Parses the response to `POST /v1/embeddings` for `count` texts, and normalises each vector to length 1.
 pub fn read_embeddings(body: &[u8], count: usize) -> Result<Embeddings, EngineError> {
-    let answer: Answer = serde_json::from_slice(body).map_err(|_| malformed())?;
+    let answer: EmbeddingsResponse = serde_json::from_slice(body).map_err(|_| malformed())?;
     let mut vectors = vec![Vec::new(); count];
     for (position, item) in answer.data.into_iter().enumerate() {
         let vector = item.embedding.into_numbers().ok_or_else(malformed)?;
@@ -39,7 +39,7 @@ fn malformed() -> EngineError {
 }
 
 #[derive(Deserialize)]
-struct Answer {
+struct EmbeddingsResponse {
     data: Vec<Item>,
     usage: Option<Usage>,
 }

@@ -175,9 +175,9 @@ async fn an_http2_client_that_takes_back_a_request_cancels_its_job() {
             .header("content-type", "application/json")
             .body(body.to_string())
             .expect("a request");
-        let answered = tokio::time::timeout(Duration::from_millis(300), sender.send_request(request)).await;
-        assert_eq!(answered.is_ok(), streamed);
-        drop(answered);
+        let responded = tokio::time::timeout(Duration::from_millis(300), sender.send_request(request)).await;
+        assert_eq!(responded.is_ok(), streamed);
+        drop(responded);
         let cancelled = network.fake.cancelled.notified();
         tokio::time::timeout(Duration::from_secs(2), cancelled).await.expect("the orchestrator is told at once");
     }

@@ -22,7 +22,7 @@ use protocol::signature::NodeKey;
 use protocol::token::{ApiToken, RANDOM_BYTES, TokenKind};
 use protocol::usage::TokenUsage;
 use protocol::{Digest, ErrorCode, Topic, UnixMillis, WireError, codec};
-use rpc::{Interrupted, Membership, MemoryNetwork, ReplyStream, Server, StreamCall};
+use rpc::{Interrupted, Membership, MemoryNetwork, ResponseSink, Server, StreamCall};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -258,7 +258,7 @@ impl Fake {
     }
 
     /// Sends what the prompt asks for.
-    async fn play(&self, prompt: &str, request: &InferRequest, reply: &mut ReplyStream) -> Result<(), Interrupted> {
+    async fn play(&self, prompt: &str, request: &InferRequest, reply: &mut ResponseSink) -> Result<(), Interrupted> {
         let answering = prompt.strip_prefix("as ").map(|name| {
             let models = [request.model()].into_iter().chain(request.alternatives.iter().cloned());
             let other = ModelKey { model_id: name.parse().expect("a name"), ..request.model() };

@@ -9,7 +9,7 @@ use protocol::infer::{InferChunk, InferSubmission, SUBMIT};
 use protocol::signature::NodeKey;
 use protocol::usage::TokenUsage;
 use protocol::{ErrorCode, PublicKey, Topic, WireError};
-use rpc::{AnswerStream, CallError, Client, StreamOptions};
+use rpc::{CallError, Client, ResponseStream, StreamOptions};
 use serde_json::{Value, json};
 use tether_gateway::Config;
 use tokio::time::Instant;
@@ -33,7 +33,7 @@ fn submission(prompt: &str) -> GatewaySubmission {
     GatewaySubmission::of(fake::token(1), request)
 }
 
-async fn open(client: &Client, submission: &impl serde::Serialize) -> Result<AnswerStream, CallError> {
+async fn open(client: &Client, submission: &impl serde::Serialize) -> Result<ResponseStream, CallError> {
     let options = StreamOptions { accept_within: SECONDS, deadline: Some(SECONDS), stall: SECONDS };
     client.open_stream(gateway(), SUBMIT, encode(submission).into(), options).await
 }
@@ -49,7 +49,7 @@ fn refusal(error: CallError) -> WireError {
     }
 }
 
-async fn read(mut stream: AnswerStream) -> (Vec<InferChunk>, Option<WireError>) {
+async fn read(mut stream: ResponseStream) -> (Vec<InferChunk>, Option<WireError>) {
     let mut chunks = vec![];
     while let Some(message) = stream.next().await {
         match message {

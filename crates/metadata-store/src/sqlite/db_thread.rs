@@ -29,7 +29,7 @@ pub(super) trait Operation: Send {
     fn run(&mut self, connection: &Connection) -> rusqlite::Result<()>;
 
     /// Sends the caller the outcome, or the error that voids it.
-    fn answer(self: Box<Self>, void: Result<(), StoreError>);
+    fn reply(self: Box<Self>, void: Result<(), StoreError>);
 }
 
 struct Call<F, T> {
@@ -48,7 +48,7 @@ where
         Ok(())
     }
 
-    fn answer(self: Box<Self>, void: Result<(), StoreError>) {
+    fn reply(self: Box<Self>, void: Result<(), StoreError>) {
         let Self { outcome, reply, .. } = *self;
         // A caller that is gone needs no answer.
         let _ = reply.send(void.and_then(|()| outcome.ok_or(StoreError::Closed)));
@@ -133,7 +133,7 @@ pub(super) fn read_all(connection: &Connection, mut tasks: Tasks) {
         match task {
             Task::Run(mut operation) => {
                 let outcome = operation.run(connection).map_err(StoreError::from);
-                operation.answer(outcome);
+                operation.reply(outcome);
             }
             Task::Close => tasks.close(),
         }

@@ -29,14 +29,14 @@ pub(super) fn write_all(connection: &Connection, mut tasks: Tasks, group_max: us
 /// Commits a group and then answers its callers.
 fn commit(connection: &Connection, group: &mut Vec<Box<dyn Operation>>) {
     match together(connection, group) {
-        Ok(()) => group.drain(..).for_each(|operation| operation.answer(Ok(()))),
-        Err(Failed::Group(error)) => group.drain(..).for_each(|operation| operation.answer(Err(error.clone()))),
+        Ok(()) => group.drain(..).for_each(|operation| operation.reply(Ok(()))),
+        Err(Failed::Group(error)) => group.drain(..).for_each(|operation| operation.reply(Err(error.clone()))),
         Err(Failed::Operation(error)) if group.len() == 1 => {
-            group.drain(..).for_each(|operation| operation.answer(Err(error.clone())));
+            group.drain(..).for_each(|operation| operation.reply(Err(error.clone())));
         }
         Err(Failed::Operation(_)) => {
             let outcomes = apart(connection, group);
-            group.drain(..).zip(outcomes).for_each(|(operation, outcome)| operation.answer(outcome));
+            group.drain(..).zip(outcomes).for_each(|(operation, outcome)| operation.reply(outcome));
         }
     }
 }

@@ -32,7 +32,7 @@ const LOOKUP_WITHIN: Duration = Duration::from_secs(5);
 /// Nodes asked concurrently; a later lookup finds the others again.
 const ASKED_AT_ONCE: usize = 16;
 /// How long a node may take to connect and to answer.
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Delay before a node that had no report is asked again; it doubles each time.
 const REST: Duration = Duration::from_secs(2);
 /// The longest such delay. A worker that comes back reports by itself.
@@ -131,7 +131,7 @@ impl Search {
             let client = self.client.clone();
             self.tasks.spawn(async move {
                 // If this fails, the first job opens a connection.
-                let _ = time::timeout(ANSWER_WITHIN, client.connect(worker)).await;
+                let _ = time::timeout(RESPONSE_TIMEOUT, client.connect(worker)).await;
                 drop(permit);
             });
         }
@@ -206,9 +206,9 @@ impl Search {
 
     /// Asks a node for its report. When this returns, it is known whether the node may be a worker.
     async fn describe(&self, key: PublicKey) -> Result<Signed, CallError> {
-        let report = self.client.call(key, PRESENCE_DESCRIBE, &Empty {}, ANSWER_WITHIN).await?;
+        let report = self.client.call(key, PRESENCE_DESCRIBE, &Empty {}, RESPONSE_TIMEOUT).await?;
         if self.client.membership().standing(key).is_err() {
-            self.client.meet(key, ANSWER_WITHIN).await?;
+            self.client.meet(key, RESPONSE_TIMEOUT).await?;
         }
         Ok(report)
     }

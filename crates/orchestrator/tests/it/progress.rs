@@ -4,21 +4,21 @@ use std::time::Duration;
 
 use protocol::infer::{InferChunk, InferRequest};
 use protocol::{ErrorCode, WireError, codec};
-use rpc::{AnswerStream, CallError, StreamOptions};
+use rpc::{CallError, ResponseStream, StreamOptions};
 use tether_orchestrator::Config;
 use tokio::time::{self, Instant};
 
 use crate::stand::{Manner, Stand, stand};
 
 /// Submits a job of a gateway that reads progress and waits so long for the answer to begin.
-async fn submit(stand: &Stand, job: &InferRequest, deadline: Duration) -> Result<AnswerStream, CallError> {
+async fn submit(stand: &Stand, job: &InferRequest, deadline: Duration) -> Result<ResponseStream, CallError> {
     let options = StreamOptions { accept_within: deadline, deadline: Some(deadline), stall: Duration::from_mins(2) };
     let body = codec::encode(job).into();
     stand.gateway.open_stream(stand.orchestrator, protocol::infer::SUBMIT, body, options).await
 }
 
 /// Reads to the end: the answer, how often there was progress, and the error if there was one.
-async fn listen(mut answer: AnswerStream) -> (Vec<InferChunk>, usize, Option<WireError>) {
+async fn listen(mut answer: ResponseStream) -> (Vec<InferChunk>, usize, Option<WireError>) {
     let (mut chunks, mut told) = (vec![], 0);
     while let Some(message) = answer.next().await {
         let chunk: InferChunk = match message {

@@ -19,7 +19,9 @@ use protocol::policy::TenantPolicy;
 use protocol::signature::{NodeKey, Signed};
 use protocol::usage::TokenUsage;
 use protocol::{Clock, CorrelationId, Digest, ErrorCode, PublicKey, Region, Topic, UnixMillis, WireError, codec};
-use rpc::{AnswerStream, CallError, Client, Membership, MemoryNetwork, Server, StreamCall, StreamOptions, SystemClock};
+use rpc::{
+    CallError, Client, Membership, MemoryNetwork, ResponseStream, Server, StreamCall, StreamOptions, SystemClock,
+};
 use tether_orchestrator::{Config, Orchestrator, OrchestratorParts};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -244,7 +246,7 @@ impl Stand {
         }
     }
 
-    pub(crate) async fn submit(&self, job: &InferRequest) -> Result<AnswerStream, CallError> {
+    pub(crate) async fn submit(&self, job: &InferRequest) -> Result<ResponseStream, CallError> {
         submit(&self.gateway, self.orchestrator, job).await
     }
 
@@ -297,7 +299,7 @@ pub(crate) async fn submit(
     client: &Client,
     orchestrator: PublicKey,
     job: &InferRequest,
-) -> Result<AnswerStream, CallError> {
+) -> Result<ResponseStream, CallError> {
     let seconds = Duration::from_secs(20);
     let options = StreamOptions { accept_within: seconds, deadline: Some(seconds), stall: seconds };
     client.open_stream(orchestrator, SUBMIT, codec::encode(job).into(), options).await

@@ -16,7 +16,7 @@ use super::links::{Link, Links};
 use crate::membership::Membership;
 
 /// How long a peer may take to answer an introduction.
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The state of this node's introduction on a connection.
 #[derive(Default)]
@@ -28,7 +28,7 @@ struct State {
     /// to see it again.
     shown: Option<u64>,
     /// Cancelled when the peer has answered, or will not answer.
-    answered: CancellationToken,
+    responded: CancellationToken,
 }
 
 impl Introduction {
@@ -38,9 +38,9 @@ impl Introduction {
     }
 
     /// Waits until the peer has answered, or will not answer. Cancel safe.
-    pub(super) async fn answered(&self) {
-        let answered = self.lock().answered.clone();
-        answered.cancelled().await;
+    pub(super) async fn wait_for_response(&self) {
+        let responded = self.lock().responded.clone();
+        responded.cancelled().await;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -55,16 +55,16 @@ pub(super) fn introduce(link: &Arc<Link>, membership: &Membership, links: &Links
     if state.shown == Some(serial) {
         return;
     }
-    let answered = CancellationToken::new();
-    *state = State { shown: Some(serial), answered: answered.clone() };
+    let responded = CancellationToken::new();
+    *state = State { shown: Some(serial), responded: responded.clone() };
     // However the task ends, the waiters are released.
-    let done = answered.drop_guard();
+    let done = responded.drop_guard();
     let (link, membership) = (link.clone(), membership.clone());
     let mut telling = Box::pin(unconstrained(async move {
         let _done = done;
         let connection = link.connection();
         let peer = connection.remote_key();
-        match time::timeout(ANSWER_WITHIN, connection.request(NODE_HELLO, codec::encode(&hello).into())).await {
+        match time::timeout(RESPONSE_TIMEOUT, connection.request(NODE_HELLO, codec::encode(&hello).into())).await {
             Ok(Ok(reply)) => {
                 let hello = codec::decode::<Hello>(&reply).map_err(WireError::from);
                 if let Err(error) = hello.and_then(|hello| membership.meet(peer, &hello)) {

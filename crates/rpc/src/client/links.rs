@@ -108,7 +108,7 @@ impl Link {
     }
 
     /// Pings a suspected peer. Concurrent callers wait for the outcome.
-    async fn answers(&self) -> bool {
+    async fn responds(&self) -> bool {
         let _asking = self.asking.lock().await;
         if self.connection.is_closed() {
             return false;
@@ -162,7 +162,7 @@ impl Links {
                 Err(_) => return Err(CallError::Closed),
             };
             match opened {
-                Opening::Open(link) if link.is_sound() || link.answers().await => return Ok(link),
+                Opening::Open(link) if link.is_sound() || link.responds().await => return Ok(link),
                 Opening::Failed(error) => return Err(error),
                 Opening::Open(_) | Opening::Dialling => {}
             }

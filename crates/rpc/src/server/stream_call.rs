@@ -23,7 +23,7 @@ pub struct StreamCall {
     pub deadline: Option<Instant>,
     /// Bytes of the request that count against the server's budget.
     _reserved: ReservedBytes,
-    reply: ReplyStream,
+    reply: ResponseSink,
 }
 
 impl StreamCall {
@@ -68,12 +68,12 @@ impl StreamCall {
             }
             whole.freeze()
         };
-        let reply = ReplyStream { channel, credit: u64::from(credit), interrupted: false };
+        let reply = ResponseSink { channel, credit: u64::from(credit), interrupted: false };
         Some(Self { peer, method, body, deadline, _reserved: reserved, reply })
     }
 
     /// Accepts the call.
-    pub async fn accept(self) -> Result<ReplyStream, Interrupted> {
+    pub async fn accept(self) -> Result<ResponseSink, Interrupted> {
         let mut reply = self.reply;
         reply.push(Frame::Accept.encode()).await?;
         Ok(reply)
@@ -98,14 +98,14 @@ pub struct Interrupted;
 
 /// The callee's end of a stream. Dropping it before the end closes the channel, which the caller treats as a failure.
 #[derive(Debug)]
-pub struct ReplyStream {
+pub struct ResponseSink {
     channel: Box<dyn Channel>,
     /// How many bytes the caller still accepts.
     credit: u64,
     interrupted: bool,
 }
 
-impl ReplyStream {
+impl ResponseSink {
     /// Sends a message, waiting for credit and for space in the queue.
     pub async fn send(&mut self, message: &[u8]) -> Result<(), Interrupted> {
         let mut rest = message;

@@ -33,7 +33,7 @@ impl<S: Clone + Send + Sync + 'static> WithState<S> {
     {
         let state = self.state.clone();
         let handler = move |caller, request| handler(state.clone(), caller, request);
-        Self { server: self.server.answer(method, access, handler, true), ..self }
+        Self { server: self.server.handle_unary(method, access, handler, true), ..self }
     }
 
     /// As [`Server::unary_while_wanted`], for the callers that `access` names.
@@ -51,7 +51,7 @@ impl<S: Clone + Send + Sync + 'static> WithState<S> {
     {
         let state = self.state.clone();
         let handler = move |caller, request| handler(state.clone(), caller, request);
-        Self { server: self.server.answer(method, access, handler, false), ..self }
+        Self { server: self.server.handle_unary(method, access, handler, false), ..self }
     }
 
     /// As [`Server::stream`], for the callers that `access` names.
@@ -66,7 +66,7 @@ impl<S: Clone + Send + Sync + 'static> WithState<S> {
         Work: Future<Output = ()> + Send + 'static,
     {
         let state = self.state.clone();
-        Self { server: self.server.answer_stream(method, access, move |call| handler(state.clone(), call)), ..self }
+        Self { server: self.server.handle_streaming(method, access, move |call| handler(state.clone(), call)), ..self }
     }
 
     /// Returns the server with all these methods.

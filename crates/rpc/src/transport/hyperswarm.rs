@@ -43,7 +43,7 @@ const INCOMING_MAX: usize = 1024;
 const PENDING_BYTES_MAX: usize = 256 * 1024;
 /// How many bytes of a stream's answer may be unread before the stream is closed. Credit keeps an honest peer far below
 /// this.
-const ANSWER_QUEUE_BYTES: usize = 4 * 1024 * 1024;
+const RESPONSE_QUEUE_BYTES: usize = 4 * 1024 * 1024;
 /// How many bytes of a stream's request may be unread before the connection waits. Requests are read as fast as they
 /// arrive.
 const REQUEST_QUEUE_BYTES: usize = 512 * 1024;
@@ -205,7 +205,7 @@ impl HyperswarmTransport {
     }
 
     /// Returns whether a DHT node answers at an address.
-    pub async fn answers(&self, address: SocketAddrV4) -> bool {
+    pub async fn responds(&self, address: SocketAddrV4) -> bool {
         self.dht.rpc().ping(address, RequestOptions::default()).await.is_ok()
     }
 
@@ -394,7 +394,7 @@ impl Connection for HyperswarmConnection {
 
     async fn open_channel(&self) -> Result<Box<dyn Channel>, TransportError> {
         let id = crypto::random::<16>();
-        let options = channel_options(ANSWER_QUEUE_BYTES, Overflow::Close);
+        let options = channel_options(RESPONSE_QUEUE_BYTES, Overflow::Close);
         let channel = self.mux.open(STREAM_PROTOCOL, &id, options).map_err(|_| TransportError::Closed)?;
         Ok(Box::new(HyperswarmChannel(channel)))
     }
@@ -448,9 +448,9 @@ struct HyperswarmReply(Option<hyperswarm_rpc::Reply>);
 
 #[async_trait]
 impl Reply for HyperswarmReply {
-    fn send(mut self: Box<Self>, answer: Result<Bytes, WireError>) {
+    fn send(mut self: Box<Self>, response: Result<Bytes, WireError>) {
         if let Some(reply) = self.0.take() {
-            answer_with(reply, answer);
+            send_response(reply, response);
         }
     }
 
@@ -465,14 +465,14 @@ impl Drop for HyperswarmReply {
     fn drop(&mut self) {
         if let Some(reply) = self.0.take() {
             let given_up = WireError::new(ErrorCode::Unavailable, "the call was given up, try another node");
-            answer_with(reply, Err(given_up));
+            send_response(reply, Err(given_up));
         }
     }
 }
 
-fn answer_with(reply: hyperswarm_rpc::Reply, answer: Result<Bytes, WireError>) {
+fn send_response(reply: hyperswarm_rpc::Reply, response: Result<Bytes, WireError>) {
     // A caller that is gone needs no answer. A caller that was told that its answer is too long needs no other.
-    let _ = match answer {
+    let _ = match response {
         Ok(value) => reply.ok(&hyperswarm_rpc::encode_buffer(&value)),
         Err(error) => reply.error(&remote_error(&error)),
     };

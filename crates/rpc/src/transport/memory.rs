@@ -191,13 +191,13 @@ impl Connection for MemoryConnection {
     async fn request(&self, method: &str, body: Bytes) -> Result<Bytes, RequestError> {
         let (reply, replied) = oneshot::channel();
         let request = Incoming::Request { method: method.to_owned(), body, reply: Box::new(reply) };
-        let answer = self
+        let response = self
             .while_open(async {
                 self.outgoing.send(request).await.ok()?;
                 replied.await.ok()
             })
             .await?;
-        Ok(answer.ok_or(TransportError::Closed)??)
+        Ok(response.ok_or(TransportError::Closed)??)
     }
 
     async fn open_channel(&self) -> Result<Box<dyn Channel>, TransportError> {
@@ -227,8 +227,8 @@ impl Connection for MemoryConnection {
 
 #[async_trait]
 impl Reply for oneshot::Sender<Result<Bytes, WireError>> {
-    fn send(self: Box<Self>, answer: Result<Bytes, WireError>) {
-        let _ = oneshot::Sender::send(*self, answer);
+    fn send(self: Box<Self>, response: Result<Bytes, WireError>) {
+        let _ = oneshot::Sender::send(*self, response);
     }
 
     async fn closed(&mut self) {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use protocol::{ErrorCode, WireError};
-use tether_rpc::{AnswerStream, CallError, StreamCall};
+use tether_rpc::{CallError, ResponseStream, StreamCall};
 use tokio::sync::Notify;
 
 use crate::{options, pair};
@@ -21,7 +21,7 @@ async fn echo(call: StreamCall, size: usize) {
     let _ = reply.finish().await;
 }
 
-async fn collect(mut stream: AnswerStream) -> Result<Vec<Bytes>, CallError> {
+async fn collect(mut stream: ResponseStream) -> Result<Vec<Bytes>, CallError> {
     let mut messages = vec![];
     while let Some(message) = stream.next().await {
         messages.push(message?);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use engine::{Embeddings, Event, Piece};
 use protocol::infer::{Embedding, FinishReason, InferChunk, InferRequest, PROGRESS_WITHIN, Payload, Progress};
 use protocol::usage::TokenUsage;
-use rpc::ReplyStream;
+use rpc::ResponseSink;
 use tokio::time::{self, Instant, Interval, MissedTickBehavior};
 
 use super::Broken;
@@ -126,7 +126,7 @@ impl ChunkWriter {
     }
 
     /// Sends the buffered output, or the engine's progress if nothing is buffered.
-    pub(super) async fn send(&mut self, reply: &mut ReplyStream) -> Result<(), Broken> {
+    pub(super) async fn send(&mut self, reply: &mut ResponseSink) -> Result<(), Broken> {
         let Self { chunk, bytes, waiting, transcript, progress, .. } = self;
         if let Some(progress) = progress.take()
             && waiting.iter().all(is_empty)
@@ -151,7 +151,7 @@ impl ChunkWriter {
     pub(super) async fn send_vectors(
         mut self,
         embeddings: Embeddings,
-        reply: &mut ReplyStream,
+        reply: &mut ResponseSink,
     ) -> Result<InferChunk, Broken> {
         let Embeddings { vectors, prompt_tokens } = embeddings;
         let usage = TokenUsage { prompt_tokens, ..TokenUsage::default() };
@@ -232,7 +232,7 @@ pub(crate) fn empty_chunk(request: &InferRequest) -> InferChunk {
 pub(crate) async fn send_progress(
     next: &InferChunk,
     progress: Progress,
-    reply: &mut ReplyStream,
+    reply: &mut ResponseSink,
 ) -> Result<(), Broken> {
     let mut bytes = Vec::with_capacity(192);
     write_chunk(&InferChunk { payload: Payload::default(), progress: Some(progress), ..next.clone() }, &mut bytes);
@@ -248,7 +248,7 @@ pub(crate) fn pulse() -> Interval {
 }
 
 /// Sends the last chunk and ends the stream.
-pub(crate) async fn finish(mut reply: ReplyStream, chunk: &InferChunk) -> Result<(), Broken> {
+pub(crate) async fn finish(mut reply: ResponseSink, chunk: &InferChunk) -> Result<(), Broken> {
     let mut bytes = Vec::with_capacity(256);
     write_chunk(chunk, &mut bytes);
     send_within(&mut reply, &bytes).await?;
@@ -256,7 +256,7 @@ pub(crate) async fn finish(mut reply: ReplyStream, chunk: &InferChunk) -> Result
     Ok(finished.map_err(|_| Broken::Interrupted)??)
 }
 
-async fn send_within(reply: &mut ReplyStream, bytes: &[u8]) -> Result<(), Broken> {
+async fn send_within(reply: &mut ResponseSink, bytes: &[u8]) -> Result<(), Broken> {
     Ok(time::timeout(CALLER_STALL, reply.send(bytes)).await.map_err(|_| Broken::Interrupted)??)
 }
 

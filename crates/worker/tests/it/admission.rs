@@ -12,7 +12,7 @@ use protocol::control::{
 use protocol::infer::START;
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock as _, ErrorCode, PublicKey, Topic, codec};
-use rpc::{AnswerStream, CallError, Client, Membership, Server, StreamOptions};
+use rpc::{CallError, Client, Membership, ResponseStream, Server, StreamOptions};
 use tokio::time::{self, Instant};
 
 use crate::{SECOND, Scene, World, config, next, read, region, request, slow};
@@ -57,7 +57,7 @@ async fn admitted_scene(mock: MockOptions) -> Scene {
     scene
 }
 
-async fn open(scene: &Scene, client: &Client) -> Result<AnswerStream, CallError> {
+async fn open(scene: &Scene, client: &Client) -> Result<ResponseStream, CallError> {
     let options = StreamOptions { accept_within: SECOND / 2, deadline: None, stall: SECOND * 60 };
     client.open_stream(scene.handle.worker_id(), START, Bytes::from(codec::encode(&request())), options).await
 }

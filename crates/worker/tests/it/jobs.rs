@@ -151,7 +151,7 @@ async fn a_caller_that_vanishes_without_a_cancel_stops_its_generation() {
     let scene = Scene::ready(config(), slow()).await;
     let caller = scene.world.network.node(&NodeKey::from_seed(&[9; 32]));
     let connection = caller.connect(scene.handle.worker_id()).await.expect("connected");
-    // Frame by frame, because an `AnswerStream` that is dropped would send a cancel.
+    // Frame by frame, because an `ResponseStream` that is dropped would send a cancel.
     let channel = connection.open_channel().await.expect("opened");
     let body = Bytes::from(codec::encode(&request()));
     let body_bytes = body.len() as u32;

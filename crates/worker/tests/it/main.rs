@@ -31,7 +31,7 @@ use protocol::model::ModelKey;
 use protocol::presence::{self, Facts, HighWater, Rejection};
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, CorrelationId, Digest, PublicKey, Region, Topic, UnixMillis, WireError, codec};
-use rpc::{AnswerStream, CallError, Client, Membership, MemoryNetwork, Server, StreamOptions, Transport};
+use rpc::{CallError, Client, Membership, MemoryNetwork, ResponseStream, Server, StreamOptions, Transport};
 use tempfile::TempDir;
 use tether_worker::{BaseWorker, Config, ServedModel, WorkerHandle, WorkerParts};
 use tokio::time::{self, Instant};
@@ -237,11 +237,11 @@ impl Scene {
         self.runtime.unload(id).await.expect("it was loaded");
     }
 
-    async fn open(&self, request: &InferRequest) -> Result<AnswerStream, CallError> {
+    async fn open(&self, request: &InferRequest) -> Result<ResponseStream, CallError> {
         self.open_within(request, None).await
     }
 
-    async fn open_within(&self, request: &InferRequest, wait: Option<Duration>) -> Result<AnswerStream, CallError> {
+    async fn open_within(&self, request: &InferRequest, wait: Option<Duration>) -> Result<ResponseStream, CallError> {
         let options = StreamOptions { accept_within: SECOND / 2, deadline: wait, stall: SECOND * 60 };
         let body = Bytes::from(codec::encode(request));
         self.orchestrator.client.open_stream(self.handle.worker_id(), START, body, options).await
@@ -292,13 +292,13 @@ fn uuid(number: u8) -> uuid::Uuid {
     uuid::Uuid::from_bytes([number; 16])
 }
 
-async fn next(stream: &mut AnswerStream) -> Option<Result<InferChunk, CallError>> {
+async fn next(stream: &mut ResponseStream) -> Option<Result<InferChunk, CallError>> {
     let message = stream.next().await?;
     Some(message.map(|bytes| codec::decode(&bytes).expect("a chunk")))
 }
 
 /// Reads to the end: the chunks, and the error if there was one.
-async fn read(mut stream: AnswerStream) -> (Vec<InferChunk>, Option<CallError>) {
+async fn read(mut stream: ResponseStream) -> (Vec<InferChunk>, Option<CallError>) {
     let mut chunks = Vec::new();
     loop {
         match next(&mut stream).await {

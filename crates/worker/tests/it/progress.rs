@@ -5,7 +5,7 @@ use std::time::Duration;
 use engine::{MockOptions, MockRuntime};
 use protocol::ErrorCode;
 use protocol::infer::{EmbedInput, InferChunk, InferRequest, Input, PROGRESS_WITHIN, Progress};
-use rpc::{AnswerStream, CallError};
+use rpc::{CallError, ResponseStream};
 use tether_worker::Config;
 use tokio::time::Instant;
 
@@ -18,7 +18,7 @@ fn wanting_progress() -> InferRequest {
 }
 
 /// Reads to the end, checks that no silence was too long, and returns what came apart from progress, and the progress.
-async fn listen(mut stream: AnswerStream) -> (Vec<InferChunk>, Vec<Progress>, Option<CallError>) {
+async fn listen(mut stream: ResponseStream) -> (Vec<InferChunk>, Vec<Progress>, Option<CallError>) {
     let (mut chunks, mut told, mut heard_at) = (vec![], vec![], Instant::now());
     let error = loop {
         let chunk = match next(&mut stream).await {

@@ -97,12 +97,12 @@ async fn services(network: &HyperswarmTransport, client: &Client, regions: &BTre
     for region in regions {
         let found = network.lookup(&Topic::Control(region.clone())).await.unwrap_or_default();
         let asked = found.iter().take(ASKED_MAX);
-        let answers = asked.map(|key| client.call::<_, NodeInfo>(*key, NODE_DESCRIBE, &Empty {}, DESCRIBE));
-        for answer in join_all(answers).await {
-            match answer {
+        let responses = asked.map(|key| client.call::<_, NodeInfo>(*key, NODE_DESCRIBE, &Empty {}, DESCRIBE));
+        for response in join_all(responses).await {
+            match response {
                 Ok(info) => {
                     for role in info.roles {
-                        *services.answering.entry((role, info.region.clone())).or_default() += 1;
+                        *services.reachable.entry((role, info.region.clone())).or_default() += 1;
                     }
                 }
                 Err(_) => services.silent += 1,
@@ -117,7 +117,7 @@ async fn services(network: &HyperswarmTransport, client: &Client, regions: &BTre
 struct Services {
     regions: BTreeSet<Region>,
     /// How many answer, by role and region.
-    answering: BTreeMap<(NodeRole, Region), usize>,
+    reachable: BTreeMap<(NodeRole, Region), usize>,
     /// How many do not answer, of any role.
     silent: usize,
 }
@@ -131,7 +131,7 @@ impl Services {
             NodeRole::Registry => "registry",
             NodeRole::Worker => "worker",
         };
-        let of_role = self.answering.iter().filter(|((other, _), _)| *other == role);
+        let of_role = self.reachable.iter().filter(|((other, _), _)| *other == role);
         let told: Vec<String> = of_role.map(|((_, region), count)| format!("{count} in region {region}")).collect();
         if !told.is_empty() {
             return Ok(format!("answering: {}", told.join(", ")));
@@ -154,8 +154,8 @@ impl Services {
 }
 
 async fn bootstrap(network: &HyperswarmTransport, addresses: &[std::net::SocketAddrV4]) -> Result<String, String> {
-    let answers = join_all(addresses.iter().map(|address| network.answers(*address))).await;
-    let (count, all) = (answers.iter().filter(|answers| **answers).count(), addresses.len());
+    let responding = join_all(addresses.iter().map(|address| network.responds(*address))).await;
+    let (count, all) = (responding.iter().filter(|responding| **responding).count(), addresses.len());
     if count > 0 {
         return Ok(format!("{count} of {} answer{}", output::counted(all, "node"), if count == 1 { "s" } else { "" }));
     }
@@ -226,9 +226,9 @@ mod tests {
         services.silent = 1;
         let gone = services.of(NodeRole::Orchestrator).expect_err("none");
         assert!(gone.contains("do not answer") && gone.contains("tether start"), "{gone}");
-        services.answering.insert((NodeRole::Orchestrator, region), 2);
-        let answering = services.of(NodeRole::Orchestrator).expect("two");
-        assert_eq!(answering, "answering: 2 in region garage");
+        services.reachable.insert((NodeRole::Orchestrator, region), 2);
+        let reachable = services.of(NodeRole::Orchestrator).expect("two");
+        assert_eq!(reachable, "answering: 2 in region garage");
         assert!(services.of(NodeRole::Gateway).is_err());
     }
 

@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Default)]
 struct Numbers {
     adapters: Mutex<Vec<AdapterId>>,
-    /// Held by each question that never gets an answer.
+    /// Held by each query that never gets a reply.
     held: Arc<()>,
 }
 
@@ -160,23 +160,23 @@ impl Worker {
         time::timeout(PATIENCE, hear).await.expect("it is said in time")
     }
 
-    async fn answer(&mut self, number: u64) -> Result<Answer, EngineError> {
-        let said = self.hear(|message| matches!(message, ToParent::Answer { id, .. } if *id == number)).await;
-        let ToParent::Answer { answer, .. } = said else { unreachable!("only answers are wanted") };
-        answer
+    async fn reply(&mut self, number: u64) -> Result<Reply, EngineError> {
+        let said = self.hear(|message| matches!(message, ToParent::Reply { id, .. } if *id == number)).await;
+        let ToParent::Reply { reply, .. } = said else { unreachable!("only answers are wanted") };
+        reply
     }
 
-    async fn ask(&mut self, id: u64, question: Question) -> Result<Answer, EngineError> {
-        self.say(ToChild::Ask { id, question }).await;
-        self.answer(id).await
+    async fn ask(&mut self, id: u64, query: Query) -> Result<Reply, EngineError> {
+        self.say(ToChild::Ask { id, query }).await;
+        self.reply(id).await
     }
 
-    async fn add_adapter(&mut self, id: u64, text: &str) -> Result<Answer, EngineError> {
+    async fn add_adapter(&mut self, id: u64, text: &str) -> Result<Reply, EngineError> {
         let adapter = file(text);
         handover::send(&self.files, &adapter).expect("there is room");
         let [file] = handover::describe(&adapter).try_into().expect("one file");
         self.say(ToChild::AddAdapter { id, file }).await;
-        self.answer(id).await
+        self.reply(id).await
     }
 }
 
@@ -203,39 +203,39 @@ async fn until(wanted: impl Fn() -> bool) {
 #[tokio::test]
 async fn adapters_come_as_open_files_while_the_model_is_loaded() {
     let mut worker = Worker::with_model().await;
-    assert_eq!(worker.add_adapter(1, "4").await, Ok(Answer::Adapter(AdapterId(4))));
+    assert_eq!(worker.add_adapter(1, "4").await, Ok(Reply::Adapter(AdapterId(4))));
     assert!(matches!(worker.add_adapter(2, "no number").await, Err(EngineError::InvalidModel { .. })));
-    assert_eq!(worker.add_adapter(3, "5").await, Ok(Answer::Adapter(AdapterId(5))));
-    assert_eq!(worker.ask(4, Question::RemoveAdapter(AdapterId(4))).await, Ok(Answer::Removed));
-    assert_eq!(worker.ask(5, Question::RemoveAdapter(AdapterId(4))).await, Err(EngineError::NotLoaded));
+    assert_eq!(worker.add_adapter(3, "5").await, Ok(Reply::Adapter(AdapterId(5))));
+    assert_eq!(worker.ask(4, Query::RemoveAdapter(AdapterId(4))).await, Ok(Reply::Removed));
+    assert_eq!(worker.ask(5, Query::RemoveAdapter(AdapterId(4))).await, Err(EngineError::NotLoaded));
     assert_eq!(*worker.runtime.adapters.lock(), [AdapterId(5)]);
     worker.leave().await;
 }
 
 #[tokio::test]
-async fn questions_are_answered_by_their_numbers() {
+async fn queries_are_answered_by_their_numbers() {
     let mut worker = Worker::with_model().await;
-    assert_eq!(worker.ask(8, Question::CountTokens(text("a"))).await, Ok(Answer::Tokens(5)));
+    assert_eq!(worker.ask(8, Query::CountTokens(text("a"))).await, Ok(Reply::Tokens(5)));
     let expected = Embeddings { vectors: vec![vec![0.25], vec![-3.0]], prompt_tokens: 3 };
-    let embedded = worker.ask(9, Question::Embed(vec![text("0.25"), text("-3")])).await;
-    assert_eq!(embedded, Ok(Answer::Vectors(expected)));
+    let embedded = worker.ask(9, Query::Embed(vec![text("0.25"), text("-3")])).await;
+    assert_eq!(embedded, Ok(Reply::Vectors(expected)));
 }
 
 #[tokio::test]
 async fn a_vector_that_is_not_finite_is_an_error_and_not_a_broken_frame() {
     let mut worker = Worker::with_model().await;
-    let embedded = worker.ask(1, Question::Embed(vec![text("NaN")])).await;
+    let embedded = worker.ask(1, Query::Embed(vec![text("NaN")])).await;
     assert!(matches!(embedded, Err(EngineError::Failed { .. })), "{embedded:?}");
-    assert_eq!(worker.ask(2, Question::CountTokens(text("a"))).await, Ok(Answer::Tokens(5)));
+    assert_eq!(worker.ask(2, Query::CountTokens(text("a"))).await, Ok(Reply::Tokens(5)));
 }
 
 #[tokio::test]
-async fn a_question_that_nobody_waits_for_any_more_is_dropped() {
+async fn a_query_that_nobody_waits_for_any_more_is_dropped() {
     let mut worker = Worker::with_model().await;
-    worker.say(ToChild::Ask { id: 1, question: Question::Embed(vec![text("never")]) }).await;
+    worker.say(ToChild::Ask { id: 1, query: Query::Embed(vec![text("never")]) }).await;
     let runtime = Arc::clone(&worker.runtime);
     until(|| Arc::strong_count(&runtime.held) == 2).await;
     worker.say(ToChild::Cancel { id: 1 }).await;
     until(|| Arc::strong_count(&runtime.held) == 1).await;
-    assert_eq!(worker.ask(2, Question::CountTokens(text("a"))).await, Ok(Answer::Tokens(5)));
+    assert_eq!(worker.ask(2, Query::CountTokens(text("a"))).await, Ok(Reply::Tokens(5)));
 }

@@ -4,7 +4,7 @@ use tokio::sync::mpsc;
 
 use super::{Ending, EngineProcess, Item, Loading};
 use crate::model_runtime::{EngineError, Event, RuntimeInfo};
-use crate::process::frame::{Answer, ToParent};
+use crate::process::frame::{Reply, ToParent};
 use crate::process::pipe::FrameReader;
 
 /// Receives the frames of a process.
@@ -56,7 +56,7 @@ impl Inbox<'_> {
                 }
             }
             ToParent::State { state } => self.process.state().snapshot = Some(state),
-            ToParent::Answer { id, answer } => self.answer(id, answer),
+            ToParent::Reply { id, reply } => self.reply(id, reply),
             ToParent::Accepted { id } => {
                 if let Some(generation) = self.process.state().generations.get_mut(&id)
                     && let Some(admitted) = generation.admitted.take()
@@ -76,14 +76,14 @@ impl Inbox<'_> {
         Ok(())
     }
 
-    fn answer(&self, id: u64, answer: Result<Answer, EngineError>) {
-        let asker = self.process.state().questions.remove(&id);
+    fn reply(&self, id: u64, reply: Result<Reply, EngineError>) {
+        let asker = self.process.state().queries.remove(&id);
         let unheard = match asker {
-            Some(asker) => asker.send(answer).err(),
-            None => Some(answer),
+            Some(asker) => asker.send(reply).err(),
+            None => Some(reply),
         };
         // If the caller is gone, nobody knows the adapter's id, so nobody else would free it.
-        if let Some(Ok(Answer::Adapter(adapter))) = unheard {
+        if let Some(Ok(Reply::Adapter(adapter))) = unheard {
             self.process.forget_adapter(adapter);
         }
     }

@@ -28,7 +28,7 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<Members>, ApiError> 
     let list: NodeList = gateway.ask_registry(NODE_LIST, &OperatorRequest { token }).await?;
     let member = |node: NodeEntry| {
         let asked = node.roles.iter().filter(|role| **role != NodeRole::Worker && node.revoked_at.is_none());
-        let answers = asked.map(|role| gateway.answers(node.public_key, *role)).reduce(|one, other| one || other);
+        let answers = asked.map(|role| gateway.is_reachable(node.public_key, *role)).reduce(|one, other| one || other);
         Member { node, answers }
     };
     Ok(Json(Members { members: list.nodes.into_iter().map(member).collect() }))

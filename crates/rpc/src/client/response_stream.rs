@@ -20,7 +20,7 @@ pub struct StreamOptions {
     /// How long the callee may take to accept or refuse a request of a single frame. A longer request gets one second
     /// more for each [`REQUEST_BYTES_PER_SEC`].
     pub accept_within: Duration,
-    /// How long the whole answer may take, until [`AnswerStream::lift_deadline`]. It is sent to the callee. `None`
+    /// How long the whole answer may take, until [`ResponseStream::lift_deadline`]. It is sent to the callee. `None`
     /// waits as long as messages arrive.
     pub deadline: Option<Duration>,
     /// How long each message may take after the stream was accepted.
@@ -29,7 +29,7 @@ pub struct StreamOptions {
 
 /// The caller's end of a stream of messages from a peer. Dropping it cancels the call.
 #[derive(Debug)]
-pub struct AnswerStream {
+pub struct ResponseStream {
     channel: Box<dyn Channel>,
     options: StreamOptions,
     /// Raised when the callee becomes silent.
@@ -47,7 +47,7 @@ pub struct AnswerStream {
     finished: bool,
 }
 
-impl AnswerStream {
+impl ResponseStream {
     /// Sends the request and waits until the callee accepts it.
     pub(crate) async fn open(
         channel: Box<dyn Channel>,
@@ -209,7 +209,7 @@ impl AnswerStream {
     }
 }
 
-impl Drop for AnswerStream {
+impl Drop for ResponseStream {
     fn drop(&mut self) {
         if !self.finished {
             // If the queue is full, closing the channel has the same effect.

@@ -5,29 +5,29 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time;
 
-use super::{ANSWER_WITHIN, EngineProcess, no_answer, too_long};
+use super::{EngineProcess, RESPONSE_TIMEOUT, timed_out, too_long};
 use crate::model_runtime::{AdapterId, Embeddings, EngineError, PromptInput, VerifiedArtifact};
-use crate::process::frame::{Answer, Question, ToChild, encode};
+use crate::process::frame::{Query, Reply, ToChild, encode};
 use crate::process::handover;
 
-/// The number of texts in one embedding question. For the widest models, their vectors as JSON take a quarter of a
+/// The number of texts in one embedding query. For the widest models, their vectors as JSON take a quarter of a
 /// frame.
 const TEXTS_MAX: usize = 32;
 /// The time limit for these texts together. Callers have deadlines of their own, and a hung engine is given up
 /// earlier.
 const EMBED_WITHIN: Duration = Duration::from_hours(1);
 
-/// A question in flight. If it is dropped without an answer, the process is told to forget it.
-struct PendingQuestion<'a> {
+/// A query in flight. If it is dropped without a reply, the process is told to forget it.
+struct PendingQuery<'a> {
     process: &'a EngineProcess,
     id: u64,
-    answered: oneshot::Receiver<Result<Answer, EngineError>>,
+    reply: oneshot::Receiver<Result<Reply, EngineError>>,
 }
 
 impl EngineProcess {
     pub(in crate::process) async fn count_tokens(&self, input: &PromptInput) -> Result<u32, EngineError> {
-        match self.ask(Question::CountTokens(input.clone()), ANSWER_WITHIN).await? {
-            Answer::Tokens(tokens) => Ok(tokens),
+        match self.ask(Query::CountTokens(input.clone()), RESPONSE_TIMEOUT).await? {
+            Reply::Tokens(tokens) => Ok(tokens),
             _ => Err(nonsense()),
         }
     }
@@ -36,8 +36,8 @@ impl EngineProcess {
     pub(in crate::process) async fn embed(&self, inputs: &[PromptInput]) -> Result<Embeddings, EngineError> {
         let mut all = Embeddings::default();
         for texts in inputs.chunks(TEXTS_MAX) {
-            let Answer::Vectors(Embeddings { vectors, prompt_tokens }) =
-                self.ask(Question::Embed(texts.to_vec()), EMBED_WITHIN).await?
+            let Reply::Vectors(Embeddings { vectors, prompt_tokens }) =
+                self.ask(Query::Embed(texts.to_vec()), EMBED_WITHIN).await?
             else {
                 return Err(nonsense());
             };
@@ -58,7 +58,7 @@ impl EngineProcess {
         let [file] = handover::describe(&artifact)
             .try_into()
             .map_err(|_| EngineError::InvalidModel { reason: "an adapter is one file".into() })?;
-        let pending = self.open_question()?;
+        let pending = self.open_query()?;
         let frame =
             encode(&ToChild::AddAdapter { id: pending.id, file }).map_err(|error| too_long("adapter", &error))?;
         {
@@ -69,23 +69,23 @@ impl EngineProcess {
             permit.send(frame);
         }
         drop(artifact);
-        match pending.answer(within).await? {
-            Answer::Adapter(adapter) => Ok(adapter),
+        match pending.reply(within).await? {
+            Reply::Adapter(adapter) => Ok(adapter),
             _ => Err(nonsense()),
         }
     }
 
     pub(in crate::process) async fn remove_adapter(&self, adapter: AdapterId) -> Result<(), EngineError> {
-        match self.ask(Question::RemoveAdapter(adapter), ANSWER_WITHIN).await? {
-            Answer::Removed => Ok(()),
+        match self.ask(Query::RemoveAdapter(adapter), RESPONSE_TIMEOUT).await? {
+            Reply::Removed => Ok(()),
             _ => Err(nonsense()),
         }
     }
 
     /// Frees an adapter that no caller uses.
     pub(super) fn forget_adapter(&self, adapter: AdapterId) {
-        let question = Question::RemoveAdapter(adapter);
-        if let Ok(frame) = encode(&ToChild::Ask { id: self.number(), question })
+        let query = Query::RemoveAdapter(adapter);
+        if let Ok(frame) = encode(&ToChild::Ask { id: self.number(), query })
             && self.outgoing.try_send(frame).is_err()
         {
             tracing::warn!(
@@ -96,46 +96,46 @@ impl EngineProcess {
         }
     }
 
-    async fn ask(&self, question: Question, within: Duration) -> Result<Answer, EngineError> {
-        let pending = self.open_question()?;
-        let frame = encode(&ToChild::Ask { id: pending.id, question }).map_err(|error| too_long("input", &error))?;
+    async fn ask(&self, query: Query, within: Duration) -> Result<Reply, EngineError> {
+        let pending = self.open_query()?;
+        let frame = encode(&ToChild::Ask { id: pending.id, query }).map_err(|error| too_long("input", &error))?;
         self.outgoing.try_send(frame).map_err(|_| EngineError::Busy)?;
-        pending.answer(within).await
+        pending.reply(within).await
     }
 
-    fn open_question(&self) -> Result<PendingQuestion<'_>, EngineError> {
+    fn open_query(&self) -> Result<PendingQuery<'_>, EngineError> {
         let id = self.number();
-        let (asker, answered) = oneshot::channel();
+        let (asker, reply) = oneshot::channel();
         let mut state = self.state();
         if let Some(error) = &state.closed {
             return Err(error.clone());
         }
-        state.questions.insert(id, asker);
+        state.queries.insert(id, asker);
         state.asked = true;
-        Ok(PendingQuestion { process: self, id, answered })
+        Ok(PendingQuery { process: self, id, reply })
     }
 }
 
-impl PendingQuestion<'_> {
-    async fn answer(mut self, within: Duration) -> Result<Answer, EngineError> {
-        match time::timeout(within, &mut self.answered).await {
-            Ok(Ok(answer)) => answer,
+impl PendingQuery<'_> {
+    async fn reply(mut self, within: Duration) -> Result<Reply, EngineError> {
+        match time::timeout(within, &mut self.reply).await {
+            Ok(Ok(reply)) => reply,
             Ok(Err(_)) => Err(EngineError::NotLoaded),
-            Err(_) => Err(no_answer(within)),
+            Err(_) => Err(timed_out(within)),
         }
     }
 }
 
-impl Drop for PendingQuestion<'_> {
+impl Drop for PendingQuery<'_> {
     fn drop(&mut self) {
-        let is_open = self.process.state().questions.remove(&self.id).is_some();
+        let is_open = self.process.state().queries.remove(&self.id).is_some();
         if is_open {
             if let Ok(frame) = encode(&ToChild::Cancel { id: self.id }) {
-                // If the queue is full, nothing is lost: the answer is dropped when it arrives.
+                // If the queue is full, nothing is lost: the reply is dropped when it arrives.
                 let _ = self.process.outgoing.try_send(frame);
             }
-        } else if let Ok(Ok(Answer::Adapter(adapter))) = self.answered.try_recv() {
-            // The answer arrived at the moment the caller left.
+        } else if let Ok(Ok(Reply::Adapter(adapter))) = self.reply.try_recv() {
+            // The reply arrived at the moment the caller left.
             self.process.forget_adapter(adapter);
         }
     }
