@@ -1,29 +1,29 @@
-//! What a model answers, beside its text.
+//! Parts of an answer other than its text: progress, log-probabilities and finish reasons.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How far a job is whose answer has nothing new yet.
+/// Progress of a job that has no new output.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Progress {
-    /// Tokens of the prompt that are evaluated or cached; 0 while the job waits its turn.
+    /// Prompt tokens that are evaluated or cached; 0 while the job is queued.
     pub tokens_read: u32,
-    /// Tokens to evaluate before the answer begins; 0 where nobody knows.
+    /// Tokens to evaluate before the answer begins; 0 if unknown.
     pub tokens_total: u32,
 }
 
-/// How likely a token was, by the model alone, before any setting of the request.
+/// Log-probability of a token, computed by the model before the request's sampling settings apply.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenLogprob {
     /// Id of the token in the model's vocabulary.
     pub token: u32,
-    /// Its bytes, which need not be whole characters.
+    /// Bytes of the token, which may end within a character.
     pub bytes: Vec<u8>,
-    /// The natural logarithm of its probability.
+    /// Natural logarithm of the token's probability.
     pub logprob: f32,
-    /// The likeliest tokens in its place, the likeliest first.
+    /// The most likely tokens at this position, the most likely first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub top: Vec<TokenLogprob>,
 }
@@ -32,7 +32,7 @@ pub struct TokenLogprob {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
-    /// The model ended its turn, or a stop text came.
+    /// The model ended its turn, or generated a stop sequence.
     Stop,
     /// The token limit or the end of the context was reached.
     Length,
@@ -41,7 +41,7 @@ pub enum FinishReason {
 }
 
 impl FinishReason {
-    /// Returns the word OpenAI's clients know it by.
+    /// Returns the value of `finish_reason` in OpenAI's API.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Stop => "stop",

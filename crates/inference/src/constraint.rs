@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// What form an answer must have.
+/// Format that an answer must have.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum OutputFormat {
@@ -15,9 +15,9 @@ pub enum OutputFormat {
     Json,
     /// JSON that the schema allows.
     JsonSchema(Value),
-    /// Text that the whole regular expression matches.
+    /// Text that matches the regular expression as a whole.
     Regex(String),
-    /// Text of a grammar in llguidance's dialect of Lark.
+    /// Text that the grammar allows. The grammar is in llguidance's dialect of Lark.
     Lark(String),
 }
 

@@ -1,7 +1,7 @@
-//! What a model is asked and what it answers, for the engine and for the nodes that pass it on.
+//! Requests to models and their answers, shared by the engine and the nodes.
 //!
-//! No I/O. The types are written in JSON as they travel between nodes (`protocol` versions the messages around them and
-//! publishes their schemas), and in the same form between a worker and its engine processes.
+//! This crate does no I/O. Nodes exchange these types as JSON: `protocol` versions the messages around them and
+//! publishes their schemas. A worker and its engine processes exchange them in the same form.
 
 #![warn(missing_docs)]
 

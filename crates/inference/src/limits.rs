@@ -1,4 +1,4 @@
-//! What an [`Input`] must keep to, beside what its types say.
+//! Limits of an [`Input`] that its types do not express.
 
 use serde_json::Value;
 
@@ -8,26 +8,26 @@ use crate::request::{EmbedInput, Input};
 use crate::sampling::Sampling;
 use crate::tool::ToolChoice;
 
-/// The most texts in `stop`.
+/// The maximum number of texts in `stop`.
 pub const STOP_MAX: usize = 16;
-/// The longest text in `stop`, in bytes.
+/// The maximum length of a text in `stop`, in bytes.
 pub const STOP_BYTES_MAX: usize = 256;
-/// The most answers to one request.
+/// The maximum number of answers to one prompt.
 pub const N_MAX: u32 = 16;
-/// The most answers of one request to several prompts.
+/// The maximum number of answers to all prompts of a request.
 pub const ANSWERS_MAX: u32 = 128;
-/// The most alternatives told for each token; OpenAI's limit.
+/// The maximum number of alternatives returned for each token. OpenAI has the same limit.
 pub const LOGPROBS_MAX: u32 = 20;
-/// The most functions a model may be offered; OpenAI's limit.
+/// The maximum number of functions in a request. OpenAI has the same limit.
 pub const TOOLS_MAX: usize = 128;
-/// The most tokens whose logits are biased.
+/// The maximum number of tokens in `logit_bias`.
 pub const LOGIT_BIAS_MAX: usize = 1_024;
-/// The most texts of one request to make vectors of; OpenAI's limit.
+/// The maximum number of texts to embed in a request. OpenAI has the same limit.
 pub const EMBED_MAX: usize = 2_048;
-/// The most bytes of what a format says, of the schemas of all tools, and of what is told to a chat template: each
-/// job's model has to make sense of them before it begins.
+/// The maximum size in bytes of an output format, of all tools together, and of the chat template's variables. The
+/// engine processes them before a job begins.
 pub const SCHEMA_BYTES_MAX: usize = 256 * 1024;
-/// The most levels of a schema.
+/// The maximum nesting depth of a schema.
 pub const SCHEMA_DEPTH_MAX: usize = 48;
 
 /// A value that an [`Input`] must not have.
@@ -40,13 +40,13 @@ pub struct InvalidInput {
     pub problem: &'static str,
 }
 
-/// Returns the refusal of a field unless the condition holds.
+/// Returns an error for a field unless the condition holds.
 pub(crate) fn ensure(holds: bool, param: &'static str, problem: &'static str) -> Result<(), InvalidInput> {
     if holds { Ok(()) } else { Err(InvalidInput { param, problem }) }
 }
 
 impl Input {
-    /// Checks what types cannot: that exactly one prompt is given, and that numbers lie within their ranges.
+    /// Checks what the types cannot: that the input has exactly one prompt, and that numbers are within their ranges.
     pub fn check(&self) -> Result<(), InvalidInput> {
         self.check_prompt()?;
         self.check_tools()?;
@@ -139,7 +139,7 @@ impl Input {
     }
 }
 
-/// Returns whether values are small enough together, beside so many bytes that are counted already.
+/// Returns whether the values are within the limits of depth and, together with `bytes` other bytes, of size.
 fn fit<'a>(values: impl IntoIterator<Item = &'a Value>, bytes: usize) -> bool {
     let mut room = SCHEMA_BYTES_MAX.checked_sub(bytes);
     for value in values {
@@ -148,9 +148,10 @@ fn fit<'a>(values: impl IntoIterator<Item = &'a Value>, bytes: usize) -> bool {
     room.is_some()
 }
 
-/// Returns the room that a value of at most so many levels leaves, about as JSON text would take it.
+/// Returns how many of `room` bytes a value leaves, by the approximate length of its JSON text. Returns `None` if the
+/// value does not fit or has more than `levels` levels.
 fn room_beside(value: &Value, room: usize, levels: usize) -> Option<usize> {
-    /// Quotes, a comma and the like; also what bounds the number of values that have no text.
+    /// Approximate bytes of punctuation around a value. It also bounds the number of values without text.
     const AROUND: usize = 4;
     let levels_below = levels.checked_sub(1)?;
     let room = room.checked_sub(AROUND)?;
@@ -164,7 +165,7 @@ fn room_beside(value: &Value, room: usize, levels: usize) -> Option<usize> {
     }
 }
 
-/// Returns whether a schema that says a type allows an object.
+/// Returns whether a schema's `type` allows an object.
 fn may_be_object(schema: &Value) -> bool {
     match schema.get("type") {
         Some(Value::String(kind)) => kind == "object",
@@ -173,7 +174,7 @@ fn may_be_object(schema: &Value) -> bool {
     }
 }
 
-/// Returns whether OpenAI's clients may call a function so.
+/// Returns whether OpenAI's API accepts a function name.
 fn is_function_name(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
     (1..=64).contains(&name.len()) && name.bytes().all(allowed)

@@ -11,19 +11,19 @@ use crate::tool::ToolCall;
 pub struct Message {
     /// Author of the message.
     pub role: Role,
-    /// What is said; may be empty where an assistant only calls functions.
+    /// Text of the message. It may be empty if an assistant only calls functions.
     #[serde(default)]
     pub content: String,
-    /// What an assistant thought before it spoke.
+    /// An assistant's reasoning before the text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning: Option<String>,
-    /// The functions an assistant called.
+    /// Functions that an assistant called.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ToolCall>,
-    /// The call that a tool's message answers.
+    /// Id of the call whose result a tool's message contains.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool_call_id: Option<String>,
-    /// The name of who speaks, or of the tool that answers.
+    /// Name of the author, or of the tool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
@@ -40,7 +40,7 @@ impl Message {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Instructions of whoever built the application.
+    /// Instructions from the application's developer.
     System,
     /// The user of the model.
     User,
@@ -51,7 +51,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// Returns the word chat templates know it by.
+    /// Returns the role's name in chat templates.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::System => "system",

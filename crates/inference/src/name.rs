@@ -1,19 +1,19 @@
-//! Names that are checked when they are made, so that a value of these types is always well formed.
+//! Names that are checked on construction. A value of these types is always well formed.
 
-/// Says which part of a name is malformed and what it should be.
+/// A malformed name, with the format that was expected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{part} {found:?} is malformed: {expected}")]
 pub struct MalformedId {
-    /// The part, such as `region`.
+    /// Part of the name, such as `region`.
     pub part: &'static str,
-    /// What was found, cut to 80 characters.
+    /// Text that was found, cut to 80 characters.
     pub found: String,
     /// Description of what is accepted.
     pub expected: &'static str,
 }
 
 impl MalformedId {
-    /// Quotes no more than the first 80 characters of what was found.
+    /// Makes the error. It quotes at most the first 80 characters of `found`.
     pub fn new(part: &'static str, found: &str, expected: &'static str) -> Self {
         Self { part, found: found.chars().take(80).collect(), expected }
     }
@@ -88,7 +88,7 @@ pub fn is_model_name(text: &str) -> bool {
 }
 
 text_id! {
-    /// A LoRA adapter's name; it reads like a model's.
+    /// Name of a LoRA adapter, in the format of a model's name.
     AdapterName, "adapter", "lower-case letters and digits in words joined by '.' or '-', at most 64 characters",
     "^[a-z0-9]+([.-][a-z0-9]+)*$", is_model_name
 }

@@ -1,4 +1,4 @@
-//! What is asked of a model: a conversation or a text to go on with, or texts to make vectors of.
+//! The input of a model: a conversation or a text to continue, or texts to embed.
 
 use std::collections::BTreeMap;
 
@@ -11,141 +11,145 @@ use crate::message::Message;
 use crate::name::AdapterName;
 use crate::tool::{Tool, ToolChoice};
 
-/// What to answer, and how. A bare string is a prompt with all else at its default.
+/// Input and settings of a job. A bare string is a prompt with default settings.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", remote = "Self")]
 pub struct Input {
-    /// A conversation to go on with. Exactly one of `messages`, `prompt`, `promptTokens`, `prompts` and `embed` is
+    /// A conversation to continue. Exactly one of `messages`, `prompt`, `promptTokens`, `prompts` and `embed` must be
     /// given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub messages: Option<Vec<Message>>,
-    /// Text to go on with, as it is.
+    /// Text to continue, without a chat template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt: Option<String>,
-    /// Tokens of the model to go on with.
+    /// Ids of the tokens to continue.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt_tokens: Option<Vec<u32>>,
-    /// Several texts to go on with, each by itself. The answers to the first come first, `n` to each, and there are at
-    /// most 128 in all.
+    /// Several texts to continue independently of each other, with `n` answers to each and at most 128 in all. The
+    /// answers are ordered by prompt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompts: Option<Vec<EmbedInput>>,
-    /// The text that follows the answer, where the model is to fill in what stands between it and the prompt.
+    /// Text after the answer. The model fills in the text between the prompt and this suffix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suffix: Option<String>,
-    /// Texts to make vectors of.
+    /// Texts to embed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embed: Option<Vec<EmbedInput>>,
-    /// Counts the tokens that the model would read, answers with their number, and generates nothing. It costs nothing.
+    /// Returns the number of input tokens and generates nothing. Such a request costs nothing.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub count_only: bool,
-    /// The length the vectors must have; a model whose vectors have another refuses.
+    /// Required length of the vectors. A model whose vectors have another length rejects the request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dimensions: Option<u32>,
-    /// A LoRA adapter of the model.
+    /// LoRA adapter of the model to apply.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterName>,
-    /// The functions the model may call; with `messages` only.
+    /// Functions that the model may call. Allowed with `messages` only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tools: Vec<Tool>,
-    /// Whether it calls them.
+    /// Whether the model calls functions.
     #[serde(default, skip_serializing_if = "ToolChoice::is_auto")]
     pub tool_choice: ToolChoice,
-    /// Ends the answer behind its first call.
+    /// Ends the answer after its first function call.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub one_call: bool,
-    /// Goes on with the last message, which must be an assistant's, instead of a message of its own. The answer is what
-    /// follows.
+    /// Continues the last message, which must be an assistant's, instead of beginning a new one. The answer contains
+    /// only the continuation.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub continue_last: bool,
-    /// What the answer will probably be, such as the text that it changes in a few places: where that is right, the
-    /// answer comes faster. It has no influence on what the answer is.
+    /// Predicted answer, such as a text in which the model changes a few words. Generation is faster where the
+    /// prediction is right. The prediction does not change the answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prediction: Option<String>,
-    /// Variables for the model's chat template, such as `enable_thinking`; with `messages` only.
+    /// Variables for the model's chat template, such as `enable_thinking`. Allowed with `messages` only.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub template_options: serde_json::Map<String, Value>,
-    /// What form the answer must have.
+    /// Format that the answer must have.
     #[serde(default, skip_serializing_if = "OutputFormat::is_text")]
     pub format: OutputFormat,
-    /// How many answers, 1 to 16; they share the prompt and differ in their seeds.
+    /// Number of answers to each prompt, 1 to 16; 1 if omitted. The answers have different seeds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub n: Option<u32>,
-    /// Puts the prompt before each answer to it, and its log-probabilities before those of the answer where they are
-    /// asked for; that of its first token, which nothing comes before, is told as 0. For texts only.
+    /// Returns the prompt before each answer, with its log-probabilities if they are requested. The first token has no
+    /// predecessor, so its log-probability is 0. Not allowed with `messages` and `embed`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub echo: bool,
-    /// The most tokens to generate; 0 is for `echo` alone.
+    /// Maximum number of tokens to generate. 0 is allowed with `echo` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u32>,
-    /// 0 takes the likeliest token; 1 leaves the distribution as it is. At most 2. Like `topP`, `topK`, `minP` and
-    /// `repetitionPenalty` it is the model's own where it is missing, and else llama.cpp's: 0.8.
+    /// Sampling temperature, 0 to 2. 0 chooses the most likely token; 1 leaves the distribution unchanged. If
+    /// `temperature`, `topP`, `topK`, `minP` or `repetitionPenalty` is omitted, the model's own default applies, or
+    /// else llama.cpp's, which is 0.8 for the temperature.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
-    /// Keeps the smallest set of tokens whose probabilities sum to this; above 0, at most 1, which keeps all.
+    /// Keeps the smallest set of tokens whose probabilities sum to this; above 0 and at most 1. 1 keeps all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_p: Option<f32>,
-    /// Keeps this many of the likeliest tokens; 0 keeps all.
+    /// Keeps this many of the most likely tokens; 0 keeps all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<u32>,
-    /// Keeps tokens at least this share as likely as the likeliest; 0 to 1.
+    /// Keeps tokens whose probability is at least this fraction of the highest; 0 to 1. 0 keeps all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_p: Option<f32>,
-    /// Makes tokens of prompt and answer less likely by a factor; above 0, at most 2, and 1 changes nothing.
+    /// Factor by which tokens of the prompt and the answer become less likely; above 0 and at most 2. 1 changes
+    /// nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repetition_penalty: Option<f32>,
-    /// Makes tokens that the answer has less likely; -2 to 2.
+    /// Subtracted from the logit of each token that occurs in the answer; -2 to 2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub presence_penalty: Option<f32>,
-    /// The same, for each time that the answer has them; -2 to 2.
+    /// Subtracted from the logit of a token for each time that it occurs in the answer; -2 to 2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frequency_penalty: Option<f32>,
-    /// Added to the logits of tokens by number; -100, which bans a token, to 100.
+    /// Added to the logits of tokens, by token id; -100 to 100. -100 bans a token.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub logit_bias: BTreeMap<u32, f32>,
-    /// Tells the log-probability of each token, and of so many of the likeliest in its place, 0 to 20.
+    /// Returns the log-probability of each token, and of this many of the most likely tokens at its position, 0 to 20.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<u32>,
-    /// The same seed draws the same tokens.
+    /// Seed of the sampler. The same seed draws the same random number at each position of an answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// Up to 16 texts that end the answer; they are not part of it.
+    /// Stop sequences, at most 16. Generation ends at the first one, which the answer does not contain.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stop: Vec<String>,
-    /// Goes on past the end-of-turn token, for benchmarks. An answer that must have a form ends with it all the same.
+    /// Continues after the end-of-turn token, for benchmarks. It has no effect on an answer with a `format`, which ends
+    /// where the format is complete.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ignore_eos: bool,
-    /// Evaluates the answer by itself, slower, so that the same build of the engine gives it again to the bit.
+    /// Evaluates the request alone instead of in a batch. This is slower, and the same build of the engine repeats the
+    /// answer bit for bit.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub deterministic: bool,
-    /// Seconds without work for which the model stays in memory after this; -1 for ever. A worker may bound it.
+    /// Seconds for which the model stays in memory without work after this job; -1 for ever. A worker may limit it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_alive_secs: Option<i64>,
 }
 
 impl Input {
-    /// Returns how many answers are asked for.
+    /// Returns the number of requested answers.
     pub fn answers(&self) -> u32 {
         self.answers_each().saturating_mul(self.prompts.as_ref().map_or(1, |prompts| prompts.len() as u32))
     }
 
-    /// Returns how many of them are to the same prompt.
+    /// Returns the number of requested answers to each prompt.
     pub fn answers_each(&self) -> u32 {
         self.n.unwrap_or(1)
     }
 }
 
-/// A text to go on with or to make a vector of, or its tokens.
+/// A text to continue or to embed, or its tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum EmbedInput {
     /// One text.
     Text(String),
-    /// Tokens of the model.
+    /// Token ids of the model's vocabulary.
     Tokens(Vec<u32>),
 }
 
 impl EmbedInput {
-    /// Returns whether there is nothing to make a vector of.
+    /// Returns whether there are no characters or tokens.
     pub fn is_empty(&self) -> bool {
         match self {
             Self::Text(text) => text.is_empty(),
@@ -156,7 +160,7 @@ impl EmbedInput {
 
 impl<'de> Deserialize<'de> for Input {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // A visitor instead of an untagged enum, which would hide where in the input an error lies.
+        // A visitor, because an untagged enum would hide the position of an error in the input.
         struct TextOrMap;
 
         impl<'de> serde::de::Visitor<'de> for TextOrMap {
@@ -175,7 +179,7 @@ impl<'de> Deserialize<'de> for Input {
             }
 
             fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Input, A::Error> {
-                // The one that the derivation made, which reads objects only.
+                // The derived implementation, which reads objects only.
                 Input::deserialize(serde::de::value::MapAccessDeserializer::new(map))
             }
         }

@@ -1,37 +1,37 @@
-//! How tokens are drawn.
+//! Sampling settings.
 
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{InvalidInput, ensure};
 use crate::request::Input;
 
-/// How the next token is drawn. `temperature` 0 takes the likeliest.
+/// How the next token is chosen. With `temperature` 0 it is the most likely one.
 ///
-/// Bias and penalties change the logits first, in this order; then the filters apply, then the temperature.
+/// Bias and penalties change the logits first, in this order. Then the filters apply, then the temperature.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
-    /// 0 and above; 1 leaves the distribution as it is.
+    /// Sampling temperature, in [0, 2]; 1 leaves the distribution unchanged.
     pub temperature: f32,
     /// Keeps the smallest set of tokens whose probabilities sum to this, in (0, 1]; 1 keeps all.
     pub top_p: f32,
-    /// Keeps this many of the likeliest tokens; 0 keeps all.
+    /// Keeps this many of the most likely tokens; 0 keeps all.
     pub top_k: u32,
-    /// Keeps tokens at least this share as likely as the likeliest, in [0, 1]; 0 keeps all.
+    /// Keeps tokens whose probability is at least this fraction of the highest, in [0, 1]; 0 keeps all.
     pub min_p: f32,
-    /// Divides the positive logits, and multiplies the negative ones, of tokens seen in prompt or answer; 1 leaves
-    /// them, in (0, 2].
+    /// Divides the positive logits of tokens in the prompt or the answer, and multiplies their negative logits, in (0,
+    /// 2]; 1 changes nothing.
     #[serde(default = "one")]
     pub repetition_penalty: f32,
-    /// Taken off the logit of each token that the answer has, in [-2, 2].
+    /// Subtracted from the logit of each token that occurs in the answer, in [-2, 2].
     #[serde(default)]
     pub presence_penalty: f32,
-    /// Taken off the logit of a token for each time that the answer has it, in [-2, 2].
+    /// Subtracted from the logit of a token for each time that it occurs in the answer, in [-2, 2].
     #[serde(default)]
     pub frequency_penalty: f32,
-    /// Added to the logits of tokens by number, in [-100, 100]; -100 bans a token.
+    /// Added to the logits of tokens, by token id, in [-100, 100]; -100 bans a token.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub logit_bias: Vec<(u32, f32)>,
-    /// The same seed, model and input give the same draws.
+    /// Seed of the sampler. The same seed draws the same random number at each position of an answer.
     pub seed: u64,
 }
 
@@ -56,8 +56,8 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Returns the settings of a request, those that it leaves open at a value that changes nothing; [`LeftToModel`]
-    /// has which they are. `seed` is for a request without one.
+    /// Returns the settings of a request. Settings that it omits get a neutral value, and [`LeftToModel`] lists them.
+    /// `seed` applies to a request without a seed.
     pub fn of(input: &Input, seed: u64) -> Self {
         let neutral = Self::default();
         Self {
@@ -73,7 +73,7 @@ impl Sampling {
         }
     }
 
-    /// Checks that each setting lies within its range.
+    /// Checks that each setting is within its range.
     pub fn check(&self) -> Result<(), InvalidInput> {
         let are_within = self.logit_bias.iter().all(|(_, bias)| (-100.0..=100.0).contains(bias));
         ensure(are_within, "logit_bias", "must have values between -100 and 100")?;
@@ -91,25 +91,25 @@ impl Sampling {
     }
 }
 
-/// Which settings of sampling a request leaves to its model. A runtime fills them in with [`SamplingDefaults`], or has
-/// the server that runs the model do so.
+/// The sampling settings that a request omits. A runtime fills them in from [`SamplingDefaults`], or leaves them to the
+/// server that runs the model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LeftToModel {
-    /// [`Sampling::temperature`].
+    /// Whether the request omits [`Sampling::temperature`].
     pub temperature: bool,
-    /// [`Sampling::top_p`].
+    /// Whether the request omits [`Sampling::top_p`].
     pub top_p: bool,
-    /// [`Sampling::top_k`].
+    /// Whether the request omits [`Sampling::top_k`].
     pub top_k: bool,
-    /// [`Sampling::min_p`].
+    /// Whether the request omits [`Sampling::min_p`].
     pub min_p: bool,
-    /// [`Sampling::repetition_penalty`].
+    /// Whether the request omits [`Sampling::repetition_penalty`].
     pub repetition_penalty: bool,
 }
 
 impl LeftToModel {
-    /// Returns what a request leaves open.
+    /// Returns which settings a request omits.
     pub fn of(input: &Input) -> Self {
         Self {
             temperature: input.temperature.is_none(),
@@ -121,22 +121,22 @@ impl LeftToModel {
     }
 }
 
-/// How a model samples where a request leaves it open.
+/// A model's sampling settings for requests that omit them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SamplingDefaults {
-    /// [`Sampling::temperature`].
+    /// Default of [`Sampling::temperature`].
     pub temperature: f32,
-    /// [`Sampling::top_p`].
+    /// Default of [`Sampling::top_p`].
     pub top_p: f32,
-    /// [`Sampling::top_k`].
+    /// Default of [`Sampling::top_k`].
     pub top_k: u32,
-    /// [`Sampling::min_p`].
+    /// Default of [`Sampling::min_p`].
     pub min_p: f32,
-    /// [`Sampling::repetition_penalty`].
+    /// Default of [`Sampling::repetition_penalty`].
     pub repetition_penalty: f32,
 }
 
-/// Those of llama.cpp.
+/// llama.cpp's defaults.
 impl Default for SamplingDefaults {
     fn default() -> Self {
         Self { temperature: 0.8, top_p: 0.95, top_k: 40, min_p: 0.05, repetition_penalty: 1.0 }
@@ -144,7 +144,7 @@ impl Default for SamplingDefaults {
 }
 
 impl SamplingDefaults {
-    /// Fills in what a request leaves open.
+    /// Sets the settings in `left` to these defaults.
     pub fn fill(&self, sampling: &mut Sampling, left: LeftToModel) {
         let set = |value: &mut f32, left: bool, default: f32| {
             if left {

@@ -8,12 +8,12 @@ use serde_json::Value;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Tool {
-    /// Its name, 1 to 64 letters, digits, `_` and `-`.
+    /// Name of the function: 1 to 64 letters, digits, `_` and `-`.
     pub name: String,
-    /// What it does, for the model to read.
+    /// Description of the function, for the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
-    /// The JSON schema of its arguments.
+    /// JSON schema of the arguments.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parameters: Option<Value>,
 }
@@ -22,7 +22,7 @@ pub struct Tool {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum ToolChoice {
-    /// As it sees fit.
+    /// The model decides.
     #[default]
     Auto,
     /// No calls.
@@ -43,27 +43,27 @@ impl ToolChoice {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ToolCall {
-    /// The call's name within the conversation.
+    /// Id of the call within the conversation.
     pub id: String,
-    /// Name of the function, as the model calls it.
+    /// Name of the function, as the model wrote it.
     pub name: String,
-    /// Its arguments as JSON text; a model may write text that is not JSON.
+    /// Arguments of the function as JSON text. A model may write text that is not valid JSON.
     pub arguments: String,
 }
 
-/// More of one call. The first of a call brings its id and name.
+/// A part of one call. The first part of a call has its id and name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ToolCallDelta {
-    /// Which call of the answer, counted from 0.
+    /// Index of the call in the answer, from 0.
     pub index: u32,
-    /// The call's name within the conversation.
+    /// Id of the call within the conversation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// Name of the function, in the first part of a call.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Text to append to its arguments.
+    /// Text to append to the arguments.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub arguments: String,
 }

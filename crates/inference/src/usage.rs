@@ -1,9 +1,9 @@
-//! What a job took.
+//! Token usage of a job.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Tokens a job took; what a tenant is billed for.
+/// Tokens that a job used. The tenant is billed for them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenUsage {
@@ -11,16 +11,16 @@ pub struct TokenUsage {
     pub prompt_tokens: u32,
     /// Tokens of the answer.
     pub completion_tokens: u32,
-    /// Prompt tokens that were at hand and not evaluated again.
+    /// Prompt tokens that were in the prefix cache. They were not evaluated again.
     #[serde(default)]
     pub cached_tokens: u32,
-    /// Tokens of the answer that the model thought with; they are among `completionTokens`.
+    /// Reasoning tokens. `completionTokens` includes them.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub reasoning_tokens: u32,
 }
 
 impl TokenUsage {
-    /// Returns the tokens of prompt and answer together.
+    /// Returns the sum of prompt and answer tokens.
     pub fn total_tokens(&self) -> u32 {
         self.prompt_tokens.saturating_add(self.completion_tokens)
     }
