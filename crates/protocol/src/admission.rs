@@ -16,37 +16,37 @@ pub use revocation::{RevocationError, RevocationList};
 use crate::error_code::{ErrorCode, WireError};
 pub use crate::id::InviteId;
 
-/// How long a certificate is good for; its node renews it at half of that.
+/// How long a certificate is valid. Its node renews it after half of that time.
 pub const CERTIFICATE_LIFE: Duration = Duration::from_hours(30 * 24);
-/// How long an invite is good for.
+/// How long an invite is valid.
 pub const INVITE_LIFE: Duration = Duration::from_hours(24);
 /// How often a node asks its registry for the pool's state.
 pub const STATE_EVERY: Duration = Duration::from_secs(2);
-/// A certificate begins this much before it is issued, for nodes whose clock is behind.
+/// A certificate is valid from this long before it is issued, for nodes whose clock is slow.
 pub const BACKDATE: Duration = Duration::from_mins(1);
 
-/// Why a node is kept from doing something.
+/// Why a node may not do something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Exclusion {
-    /// It has shown no certificate of the pool.
+    /// The node has shown no certificate of the pool.
     #[error("this node is not enrolled in the network")]
     NotEnrolled,
-    /// Its certificate has ended.
+    /// The node's certificate has expired.
     #[error("this node's certificate has ended, join again with a new invite")]
     Ended,
     /// The node was revoked.
     #[error("this node was revoked; to come back it needs a new key and a new invite")]
     Revoked,
-    /// Its certificate is for other roles.
+    /// The node's certificate is for other roles.
     #[error("this node's certificate is for another role")]
     Role,
-    /// Its certificate is for other regions.
+    /// The node's certificate is for other regions.
     #[error("this node's certificate is for other regions")]
     Region,
 }
 
 impl Exclusion {
-    /// Returns the label it is counted under.
+    /// Returns the label of the exclusion's counter.
     pub fn reason(self) -> &'static str {
         match self {
             Self::NotEnrolled => "not_enrolled",

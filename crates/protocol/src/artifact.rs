@@ -1,28 +1,28 @@
-//! `artifact.fetch`: the bytes of a model's file, or of an adapter's, from a node that has it.
+//! `artifact.fetch`: the file of a model or an adapter, from a node that has it.
 //!
-//! The callee's first message is an [`ArtifactHead`]; each further one is the next bytes from the offset on, and the
-//! stream ends with the file. Nobody believes the bytes before their digest is checked.
+//! The callee's first message is an [`ArtifactHead`]. The further messages are the bytes from the offset on, in order.
+//! The stream ends with the file. The caller verifies the digest before it uses the file.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::id::Digest;
 
-/// The name of the stream. Registries and workers answer it to workers. [`ArtifactFetch`] → [`ArtifactHead`], bytes.
+/// The name of the stream. Registries and workers serve it to workers. [`ArtifactFetch`] → [`ArtifactHead`], bytes.
 pub const FETCH: &str = "artifact.fetch";
 
-/// Which bytes are wanted.
+/// The requested bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ArtifactFetch {
     /// SHA-256 of the artifact.
     pub digest: Digest,
-    /// How many bytes of it the caller has already; at most its length.
+    /// Number of bytes that the caller already has; at most the artifact's length.
     #[serde(default)]
     pub offset: u64,
 }
 
-/// What the callee has.
+/// The callee's artifact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ArtifactHead {

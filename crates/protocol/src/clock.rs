@@ -17,12 +17,12 @@ impl UnixMillis {
         Self(self.0.saturating_add(by.as_millis() as u64))
     }
 
-    /// Returns how long `earlier` lies back, or zero when it lies ahead.
+    /// Returns the time since `earlier`, or zero if `earlier` is later.
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_millis(self.0.saturating_sub(earlier.0))
     }
 
-    /// Returns the distance between two instants, whichever is first.
+    /// Returns the time between two instants, in either order.
     pub fn distance(self, other: Self) -> Duration {
         Duration::from_millis(self.0.abs_diff(other.0))
     }
@@ -34,8 +34,8 @@ impl fmt::Display for UnixMillis {
     }
 }
 
-/// Tells the time of day. The program has one real clock; tests and simulations bring their own.
+/// Supplies the current time. The program has one real clock; tests and simulations supply their own.
 pub trait Clock: Send + Sync {
-    /// Returns the present instant.
+    /// Returns the current time.
     fn now(&self) -> UnixMillis;
 }

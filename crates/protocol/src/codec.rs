@@ -1,17 +1,17 @@
-//! JSON in and out. Decoding is bounded, and its errors name the part that offends.
+//! Encodes and decodes JSON. Decoding is bounded, and its errors name the invalid part.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error_code::{ErrorCode, WireError};
 
-/// The largest message a node takes, in bytes: 16 MiB, as in protomux.
+/// The maximum size of a message in bytes: 16 MiB, as in Protomux.
 pub const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// Why bytes could not be read as a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
-    /// There are more bytes than allowed.
+    /// The message is larger than allowed.
     #[error("the message has {bytes} bytes, more than {max}")]
     TooLarge {
         /// Length of the message.
@@ -22,13 +22,13 @@ pub enum DecodeError {
     /// The bytes are not JSON.
     #[error("not valid JSON: {reason}")]
     NotJson {
-        /// What the parser found, with line and column.
+        /// Error of the parser, with line and column.
         reason: String,
     },
     /// A part is missing, unknown or malformed.
     #[error("{path}: {reason}")]
     Malformed {
-        /// Where, such as `input.messages[2].role`.
+        /// Path of the part, such as `input.messages[2].role`.
         path: String,
         /// What is wrong with it.
         reason: String,
@@ -60,7 +60,7 @@ pub fn decode_within<T: DeserializeOwned>(bytes: &[u8], max: usize) -> Result<T,
         return Err(DecodeError::TooLarge { bytes: bytes.len(), max });
     }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    // The quick way first: the path of an error is worked out only for messages that have one.
+    // The fast path comes first. The path of an error is computed only for invalid messages.
     if let Ok(value) = T::deserialize(&mut deserializer)
         && deserializer.end().is_ok()
     {
@@ -69,7 +69,8 @@ pub fn decode_within<T: DeserializeOwned>(bytes: &[u8], max: usize) -> Result<T,
     Err(explain::<T>(bytes))
 }
 
-/// Reads a message that borrows from its bytes, without saying where an error lies: for the hot path between nodes.
+/// Reads a message that borrows from its bytes, for the hot path between nodes. Its errors do not name the invalid
+/// part.
 pub fn decode_borrowed<'de, T: serde::Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, DecodeError> {
     if bytes.len() > MESSAGE_BYTES_MAX {
         return Err(DecodeError::TooLarge { bytes: bytes.len(), max: MESSAGE_BYTES_MAX });
@@ -91,7 +92,7 @@ fn explain<T: DeserializeOwned>(bytes: &[u8]) -> DecodeError {
     }
 }
 
-/// Drops the position, which means little in JSON that a program wrote.
+/// Removes the position, which means little in JSON that a program wrote.
 fn plain_reason(error: &serde_json::Error) -> String {
     let text = error.to_string();
     match text.rfind(" at line ") {

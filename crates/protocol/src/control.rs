@@ -12,13 +12,13 @@ use crate::model::{AdapterEntry, AliasEntry, ModelEntry, ModelFacts, ModelKey, M
 use crate::policy::TenantPolicy;
 use crate::signature::Signed;
 
-/// Any node: says what it is. [`Empty`] → [`NodeInfo`].
+/// Any node: describes itself. [`Empty`] → [`NodeInfo`].
 pub const NODE_DESCRIBE: &str = "node.describe";
-/// Any node: says that it is there. [`Empty`] → [`Empty`].
+/// Any node: confirms that it is alive. [`Empty`] → [`Empty`].
 pub const NODE_PING: &str = "node.ping";
 /// Orchestrator: takes a worker's signed report. [`Signed`] → [`Empty`].
 pub const PRESENCE_REPORT: &str = "presence.report";
-/// Worker: signs a report of how it is now. [`Empty`] → [`Signed`].
+/// Worker: returns a signed report of its current state. [`Empty`] → [`Signed`].
 pub const PRESENCE_DESCRIBE: &str = "presence.describe";
 /// Orchestrator: lists the live workers. [`Empty`] → [`Fleet`].
 pub const FLEET_LIST: &str = "fleet.list";
@@ -31,7 +31,7 @@ pub const JOB_EXPLAIN: &str = "job.explain";
 pub const TOKEN_CHECK: &str = "registry.token.check";
 /// Registry: lists the models and their adapters. [`Empty`] → [`Catalog`].
 pub const CATALOG_LIST: &str = "registry.catalog.list";
-/// Registry: lists a model of a server that the calling worker has adopted. [`crate::model::ModelOffer`] → [`Empty`].
+/// Registry: lists a model that the calling worker offers. [`crate::model::ModelOffer`] → [`Empty`].
 pub const MODEL_OFFER: &str = "registry.model.offer";
 /// Registry: registers an adapter for an operator. [`ByOperator`] of an [`AdapterAdd`] → [`AdapterEntry`].
 pub const ADAPTER_ADD: &str = "registry.adapter.add";
@@ -39,34 +39,34 @@ pub const ADAPTER_ADD: &str = "registry.adapter.add";
 pub const ADAPTER_REMOVE: &str = "registry.adapter.remove";
 /// Registry: registers a model for an operator. [`ByOperator`] of a [`ModelAdd`] → [`ModelEntry`].
 pub const MODEL_ADD: &str = "registry.model.add";
-/// Registry: forgets a model for an operator. [`ByOperator`] of a [`ModelRemove`] → [`ModelRemoved`].
+/// Registry: removes a model for an operator. [`ByOperator`] of a [`ModelRemove`] → [`ModelRemoved`].
 pub const MODEL_REMOVE: &str = "registry.model.remove";
-/// Registry: says for an operator how long workers keep a model in memory. [`ByOperator`] of a [`ModelKeep`] →
+/// Registry: sets for an operator how long workers keep a model in memory. [`ByOperator`] of a [`ModelKeep`] →
 /// [`ModelEntry`].
 pub const MODEL_KEEP: &str = "registry.model.keep";
-/// Registry: gives a model another name for an operator. [`ByOperator`] of an [`AliasSet`] → [`AliasEntry`].
+/// Registry: sets an alias for an operator. [`ByOperator`] of an [`AliasSet`] → [`AliasEntry`].
 pub const ALIAS_SET: &str = "registry.alias.set";
-/// Registry: forgets an alias for an operator. [`ByOperator`] of an [`AliasRemove`] → [`AliasRemoved`].
+/// Registry: removes an alias for an operator. [`ByOperator`] of an [`AliasRemove`] → [`AliasRemoved`].
 pub const ALIAS_REMOVE: &str = "registry.alias.remove";
 /// Registry: lists models, adapters and aliases to an operator. [`OperatorRequest`] → [`Catalog`].
 pub const OPERATOR_CATALOG_LIST: &str = "registry.operator.catalog.list";
-/// Orchestrator: has every worker that serves a model load or unload it. Worker: does so. [`ModelMove`] →
+/// Orchestrator: makes every worker that serves a model load or unload it. Worker: loads or unloads it. [`ModelMove`] →
 /// [`ModelResidency`].
 pub const MODEL_MOVE: &str = "model.move";
-/// Registry: tells a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
+/// Registry: returns a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
 pub const POLICY_GET: &str = "registry.policy.get";
 
-/// Any node: introduces the caller, and takes the callee's introduction. [`Hello`] → [`Hello`].
+/// Any node: takes the caller's introduction and returns the callee's. [`Hello`] → [`Hello`].
 pub const NODE_HELLO: &str = "node.hello";
 /// Registry: makes an invite. [`InviteCreate`] → [`InviteCreated`].
 pub const INVITE_CREATE: &str = "registry.invite.create";
-/// Registry: takes an invite and makes the caller a member. [`InviteRedeem`] → [`Enrolled`].
+/// Registry: redeems an invite and makes the caller a member. [`InviteRedeem`] → [`Enrolled`].
 pub const INVITE_REDEEM: &str = "registry.invite.redeem";
-/// Registry: gives a member its next certificate. [`Empty`] → [`Enrolled`].
+/// Registry: renews a member's certificate. [`Empty`] → [`Enrolled`].
 pub const CERTIFICATE_RENEW: &str = "registry.certificate.renew";
-/// Registry: expels a node. [`NodeRevoke`] → [`NodeRevoked`].
+/// Registry: revokes a node. [`NodeRevoke`] → [`NodeRevoked`].
 pub const NODE_REVOKE: &str = "registry.node.revoke";
-/// Registry: gives a node another name. [`NodeRename`] → [`NodeRenamed`].
+/// Registry: renames a node. [`NodeRename`] → [`NodeRenamed`].
 pub const NODE_RENAME: &str = "registry.node.rename";
 /// Registry: issues a token to an operator. [`ByOperator`] of a [`TokenCreate`] → [`TokenCreated`].
 pub const OPERATOR_TOKEN_CREATE: &str = "registry.operator.token.create";
@@ -74,33 +74,33 @@ pub const OPERATOR_TOKEN_CREATE: &str = "registry.operator.token.create";
 pub const OPERATOR_TOKEN_LIST: &str = "registry.operator.token.list";
 /// Registry: revokes a token for an operator. [`ByOperator`] of a [`TokenRevoke`] → [`TokenRevoked`].
 pub const OPERATOR_TOKEN_REVOKE: &str = "registry.operator.token.revoke";
-/// Registry: lists the members and the expelled. [`OperatorRequest`] → [`NodeList`].
+/// Registry: lists the nodes, including revoked ones. [`OperatorRequest`] → [`NodeList`].
 pub const NODE_LIST: &str = "registry.node.list";
-/// Registry: tells a member what has changed in the pool. [`PoolStateRequest`] → [`PoolState`].
+/// Registry: returns to a member what has changed in the pool. [`PoolStateRequest`] → [`PoolState`].
 pub const POOL_STATE: &str = "pool.state";
 
-/// Registry: tells what time it is there. [`Empty`] → [`ClockReading`].
+/// Registry: returns its current time. [`Empty`] → [`ClockReading`].
 pub const CLOCK_READ: &str = "registry.clock.read";
 
 /// A message without content.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Empty {}
 
-/// What a node does in the network.
+/// A role of a node in the network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum NodeRole {
-    /// Accepts requests of clients.
+    /// Accepts requests from clients.
     Gateway,
     /// Places jobs on workers.
     Orchestrator,
-    /// Knows models and tokens.
+    /// Manages models, tokens and members.
     Registry,
     /// Loads models and runs jobs.
     Worker,
 }
 
-/// What a node says of itself when asked.
+/// A node's description of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeInfo {
@@ -112,7 +112,7 @@ pub struct NodeInfo {
     pub version: String,
 }
 
-/// A worker's signed report on its way to an orchestrator.
+/// A worker's signed report to an orchestrator.
 pub type PresenceReport = Signed;
 
 /// The live workers as one orchestrator sees them.
@@ -129,9 +129,9 @@ pub struct Fleet {
 pub struct FleetWorker {
     /// Last accepted health report.
     pub report: HealthReport,
-    /// Milliseconds since that report came.
+    /// Milliseconds since that report arrived.
     pub age_ms: u64,
-    /// Jobs this orchestrator has reserved on it.
+    /// Number of jobs for which this orchestrator has reserved capacity on the worker.
     pub reserved: u32,
 }
 
@@ -166,11 +166,11 @@ pub struct TokenCheck {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenGrant {
-    /// The public part of the token; logs carry only this.
+    /// Public part of the token. Logs contain only this part.
     pub key_id: String,
-    /// Whose token it is.
+    /// Tenant that the token belongs to.
     pub tenant_id: TenantId,
-    /// What it may do.
+    /// What the token may do.
     pub scopes: Vec<Scope>,
     /// Policy of the tenant.
     pub policy: TenantPolicy,
@@ -183,26 +183,26 @@ pub struct TokenGrant {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenCreate {
-    /// Whose token it is.
+    /// Tenant that the token belongs to.
     pub tenant_id: TenantId,
-    /// What it is for, for people.
+    /// Purpose of the token, for people.
     #[serde(default)]
     pub name: String,
-    /// What it may do.
+    /// What the token may do.
     pub scopes: Vec<Scope>,
     /// Expiry of the token; `None` for never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<UnixMillis>,
-    /// Sets the tenant's requests a minute; 0 removes the limit.
+    /// New limit of the tenant's requests per minute; 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests_per_minute: Option<u32>,
 }
 
-/// A token that was issued.
+/// A new token.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenCreated {
-    /// The whole token, told this once.
+    /// The whole token. It is returned only once.
     pub token: String,
     /// Public part of the token.
     pub key_id: String,
@@ -218,7 +218,7 @@ pub struct TokenList {
     pub tokens: Vec<TokenInfo>,
 }
 
-/// What may be told of a token.
+/// Public data of a token.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenInfo {
@@ -226,16 +226,16 @@ pub struct TokenInfo {
     pub key_id: String,
     /// Tenant that the token belongs to.
     pub tenant_id: TenantId,
-    /// What it is for, for people.
+    /// Purpose of the token, for people.
     pub name: String,
-    /// What it may do.
+    /// What the token may do.
     pub scopes: Vec<Scope>,
-    /// When it was made.
+    /// Time of creation.
     pub created_at: UnixMillis,
     /// Expiry of the token; `None` for never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<UnixMillis>,
-    /// When it was revoked.
+    /// Time of revocation; absent if the token is not revoked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revoked_at: Option<UnixMillis>,
 }
@@ -248,11 +248,11 @@ pub struct TokenRevoke {
     pub key_id: String,
 }
 
-/// What came of a revocation.
+/// Result of revoking a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenRevoked {
-    /// Whether there was such a token.
+    /// Whether the token existed.
     pub found: bool,
 }
 
@@ -266,7 +266,7 @@ pub enum Scope {
     Admin,
 }
 
-/// The models of the registry.
+/// The models, adapters and aliases of the registry.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Catalog {
@@ -275,14 +275,14 @@ pub struct Catalog {
     /// Each adapter of each version.
     #[serde(default)]
     pub adapters: Vec<AdapterEntry>,
-    /// Other names of theirs, by name.
+    /// Aliases, ordered by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub aliases: Vec<AliasEntry>,
 }
 
 impl Catalog {
-    /// Returns the models that an artifact belongs to and that nodes may fetch from each other: those that an operator
-    /// added, and whose file or adapter it is.
+    /// Returns the models that an operator added and that have an artifact as their file or as an adapter. Nodes may
+    /// fetch the artifact from each other for these models.
     pub fn added_with(&self, digest: &Digest) -> Vec<ModelKey> {
         let added = self.models.iter().filter(|model| model.added);
         let has = |model: &ModelEntry| {
@@ -297,82 +297,82 @@ impl Catalog {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelAdd {
-    /// The name to ask for it by.
+    /// Name of the model.
     pub model_id: ModelName,
-    /// Its version; missing for the one that has these bytes already, or the first.
+    /// Version of the model. If omitted, it is the version that already has these bytes, or else the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<ModelVersion>,
     /// SHA-256 of the artifact.
     pub digest: Digest,
     /// Length of the artifact in bytes; at least 1.
     pub bytes: u64,
-    /// Tokens of context; at least 1.
+    /// Context length in tokens; at least 1.
     pub context_length: u32,
-    /// One line for people.
+    /// One-line description for people.
     #[serde(default)]
     pub description: String,
-    /// What its file says of it.
+    /// Facts from the model's file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub facts: Option<ModelFacts>,
 }
 
-/// A model to forget.
+/// A model to remove.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelRemove {
-    /// The name of the model.
+    /// Name of the model.
     pub model_id: ModelName,
-    /// Its version; missing for the only one there is.
+    /// Version of the model. It may be omitted if there is only one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<ModelVersion>,
-    /// Forgets the aliases that stand for it as well; without it, it stays while there are such.
+    /// Also removes the aliases that stand for the model. Without `force`, a model with aliases is not removed.
     #[serde(default)]
     pub force: bool,
 }
 
-/// How long workers keep a model in memory. What is missing stays as it is.
+/// How long workers keep a model in memory. Omitted fields are not changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelKeep {
-    /// The name of the model.
+    /// Name of the model.
     pub model_id: ModelName,
-    /// Its version; missing for the only one there is.
+    /// Version of the model. It may be omitted if there is only one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<ModelVersion>,
-    /// Whether they keep it whatever happens.
+    /// Whether workers never unload the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pin: Option<bool>,
-    /// Seconds without work after which they unload it; -1 for never.
+    /// Seconds without work after which workers unload the model; -1 for never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_alive_secs: Option<i64>,
 }
 
-/// A model that is to come into memory, or to leave it.
+/// A model to load into memory, or to unload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelMove {
     /// Name and version of the model.
     #[serde(flatten)]
     pub key: ModelKey,
-    /// Whether it is to be in memory.
+    /// Whether to load the model; `false` unloads it.
     pub load: bool,
-    /// Seconds without work for which it stays there this time; -1 for ever.
+    /// Seconds without work for which the model stays in memory this time; -1 for ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_alive_secs: Option<i64>,
 }
 
-/// Whether a model is in memory after an operator loaded or unloaded it.
+/// Residency of a model on its workers, after a request to load or unload it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelResidency {
     /// Name and version of the model.
     #[serde(flatten)]
     pub key: ModelKey,
-    /// The workers that serve it.
+    /// Workers that serve the model.
     pub workers: Vec<WorkerResidency>,
 }
 
-/// Whether a model is in memory at one worker.
+/// Residency of a model on one worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct WorkerResidency {
@@ -380,7 +380,7 @@ pub struct WorkerResidency {
     pub worker_id: WorkerId,
     /// Whether the worker has it in memory.
     pub state: ResidencyState,
-    /// Why it is not where it is wanted.
+    /// Why the model is not in the requested state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -393,57 +393,57 @@ pub enum ResidencyState {
     Loaded,
     /// Being loaded.
     Loading,
-    /// Served, but not in memory.
+    /// Not in memory.
     Unloaded,
-    /// In memory, because jobs run on it.
+    /// Still in memory, because jobs run on it.
     InUse,
-    /// It could not be loaded.
+    /// The load failed.
     Failed,
-    /// The worker does not say.
+    /// The worker did not return a state.
     Unknown,
 }
 
-/// What came of forgetting a model.
+/// Result of removing a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelRemoved {
-    /// Whether there was such a model.
+    /// Whether the model existed.
     pub found: bool,
-    /// The model that was meant.
+    /// Name and version of the model.
     #[serde(flatten)]
     pub key: ModelKey,
-    /// The aliases that were forgotten with it.
+    /// Aliases that were removed with the model.
     pub aliases: Vec<ModelName>,
-    /// The artifacts that nothing in the catalogue needs any more.
+    /// Artifacts that nothing in the catalogue needs any more.
     pub unused: Vec<Digest>,
 }
 
-/// Another name to give a model.
+/// An alias to set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AliasSet {
-    /// The name to give.
+    /// Name of the alias.
     pub alias: ModelName,
-    /// What it stands for, as `name[@MAJOR.MINOR][:adapter]`; never another alias.
+    /// Model that the alias stands for, as `name[@MAJOR.MINOR][:adapter]`; never another alias.
     pub target: ModelRef,
-    /// What else it stands for, without adapters.
+    /// Further models that the alias stands for, without adapters.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alternatives: Vec<ModelRef>,
 }
 
-/// An alias to forget.
+/// An alias to remove.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AliasRemove {
-    /// The name to forget.
+    /// Name of the alias.
     pub alias: ModelName,
 }
 
-/// What came of forgetting an alias.
+/// Result of removing an alias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AliasRemoved {
-    /// Whether there was such an alias.
+    /// Whether the alias existed.
     pub found: bool,
 }
 
@@ -451,7 +451,7 @@ pub struct AliasRemoved {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AliasList {
-    /// The aliases by name.
+    /// Aliases, ordered by name.
     pub aliases: Vec<AliasEntry>,
 }
 
@@ -461,7 +461,7 @@ pub struct AliasList {
 pub struct AdapterAdd {
     /// Name of the model.
     pub model_id: ModelName,
-    /// Its version; the newest where it is missing.
+    /// Version of the model; the newest if omitted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<ModelVersion>,
     /// Name of the adapter.
@@ -470,29 +470,29 @@ pub struct AdapterAdd {
     pub digest: Digest,
     /// Length of the artifact in bytes.
     pub bytes: u64,
-    /// One line for people.
+    /// One-line description for people.
     #[serde(default)]
     pub description: String,
 }
 
-/// An adapter to forget.
+/// An adapter to remove.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AdapterRemove {
     /// Name of the model.
     pub model_id: ModelName,
-    /// Its version; the newest where it is missing.
+    /// Version of the model; the newest if omitted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<ModelVersion>,
     /// Name of the adapter.
     pub adapter: AdapterName,
 }
 
-/// What came of a removal.
+/// Result of removing an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AdapterRemoved {
-    /// Whether there was such an adapter.
+    /// Whether the adapter existed.
     pub found: bool,
 }
 
@@ -500,11 +500,11 @@ pub struct AdapterRemoved {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AdapterList {
-    /// By model and then by name.
+    /// Adapters, ordered by model and then by name.
     pub adapters: Vec<AdapterEntry>,
 }
 
-/// Asks for a tenant's rules.
+/// Requests a tenant's rules.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PolicyRequest {
@@ -516,7 +516,7 @@ pub struct PolicyRequest {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Hello {
-    /// Its certificate, where it has one: a signed [`crate::admission::Certificate`].
+    /// Certificate of the node, if it has one: a signed [`crate::admission::Certificate`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate: Option<Signed>,
 }
@@ -525,33 +525,33 @@ pub struct Hello {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct InviteCreate {
-    /// An API token that may operate the network. By HTTP it is the request's own.
+    /// API token with the scope `admin`. Over HTTP it is the token of the request.
     #[serde(default)]
     pub token: String,
-    /// What the node may become; at least one role.
+    /// Roles that the node may have; at least one.
     pub roles: Vec<NodeRole>,
-    /// Where; none for everywhere.
+    /// Regions in which the node may act; empty for all.
     #[serde(default)]
     pub regions: Vec<Region>,
-    /// The models it may serve as a worker; none for all.
+    /// Models that the node may serve as a worker; empty for all.
     #[serde(default)]
     pub models: Vec<ModelName>,
-    /// Who it is for, for people.
+    /// Name of the node, for people.
     #[serde(default)]
     pub name: String,
-    /// How long it is good for, at most 24 h; missing for 24 h.
+    /// Seconds for which the invite is valid; at most 24 h, and 24 h if omitted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub valid_secs: Option<u64>,
-    /// Addresses it names, `host:port`; none for the registry's own.
+    /// Addresses in the invite, as `host:port`. If empty, it contains the registry's own.
     #[serde(default)]
     pub bootstrap: Vec<String>,
 }
 
-/// An invite that was made.
+/// A new invite.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct InviteCreated {
-    /// The whole invite, told this once.
+    /// The whole invite. It is returned only once.
     pub invite: String,
     /// Public id of the invite.
     pub invite_id: InviteId,
@@ -565,40 +565,40 @@ pub struct InviteCreated {
 pub struct InviteRedeem {
     /// Public id of the invite.
     pub invite_id: InviteId,
-    /// Its secret in hex.
+    /// Secret of the invite in hex.
     pub secret: String,
-    /// The node's name, for people; missing for that of the invite.
+    /// Name of the node, for people; the name in the invite if omitted.
     #[serde(default)]
     pub name: String,
 }
 
-/// What makes a node a member.
+/// Certificate and revocation list of a member.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Enrolled {
-    /// Its certificate: a signed [`crate::admission::Certificate`].
+    /// Certificate of the node: a signed [`crate::admission::Certificate`].
     pub certificate: Signed,
-    /// The expelled nodes: a signed [`crate::admission::RevocationList`].
+    /// Revoked nodes: a signed [`crate::admission::RevocationList`].
     pub revocations: Signed,
 }
 
-/// A node to expel.
+/// A node to revoke.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeRevoke {
-    /// An API token that may operate the network.
+    /// API token with the scope `admin`.
     pub token: String,
     /// Public key of the node.
     pub public_key: PublicKey,
 }
 
-/// What came of an expulsion.
+/// Result of revoking a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeRevoked {
-    /// Whether the registry had admitted such a node. It is expelled either way.
+    /// Whether the node was enrolled. It is revoked in either case.
     pub found: bool,
-    /// The version of the list that names it.
+    /// Version of the revocation list that contains the node.
     pub version: u64,
 }
 
@@ -606,20 +606,20 @@ pub struct NodeRevoked {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeRename {
-    /// An API token that may operate the network. By HTTP it is the request's own.
+    /// API token with the scope `admin`. Over HTTP it is the token of the request.
     #[serde(default)]
     pub token: String,
     /// Public key of the node.
     pub public_key: PublicKey,
-    /// Its new name, for people.
+    /// New name of the node, for people.
     pub name: String,
 }
 
-/// What came of a new name.
+/// Result of renaming a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeRenamed {
-    /// Whether the registry had admitted such a node.
+    /// Whether the node was enrolled.
     pub found: bool,
 }
 
@@ -627,78 +627,79 @@ pub struct NodeRenamed {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ByOperator<T> {
-    /// An API token that may operate the network.
+    /// API token with the scope `admin`.
     pub token: String,
-    /// What it asks for.
+    /// The request itself.
     pub request: T,
 }
 
-/// A request of an operator without further content.
+/// A request from an operator without further content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct OperatorRequest {
-    /// An API token that may operate the network.
+    /// API token with the scope `admin`.
     pub token: String,
 }
 
-/// Every node that was ever admitted.
+/// Every node that was ever enrolled.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeList {
-    /// The first admitted first.
+    /// Nodes in order of enrolment.
     pub nodes: Vec<NodeEntry>,
 }
 
-/// A node as the registry knows it.
+/// A node in the registry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeEntry {
     /// Public key of the node.
     pub public_key: PublicKey,
-    /// Its name, for people.
+    /// Name of the node, for people.
     pub name: String,
-    /// What it may be.
+    /// Roles that the node may have.
     pub roles: Vec<NodeRole>,
-    /// Where; none for everywhere.
+    /// Regions in which the node may act; empty for all.
     pub regions: Vec<Region>,
-    /// The models it may serve; none for all.
+    /// Models that the node may serve; empty for all.
     pub models: Vec<ModelName>,
-    /// The number of its last certificate.
+    /// Serial number of the latest certificate.
     pub serial: u64,
-    /// When it was first admitted.
+    /// Time of enrolment.
     pub joined_at: UnixMillis,
-    /// When its last certificate ends.
+    /// Expiry of the latest certificate.
     pub not_after: UnixMillis,
-    /// When it was expelled.
+    /// Time of revocation; absent if the node is not revoked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revoked_at: Option<UnixMillis>,
 }
 
-/// Every node that was ever admitted, as a gateway lists them.
+/// Every node that was ever enrolled, as a gateway lists them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Members {
-    /// The first admitted first.
+    /// Nodes in order of enrolment.
     pub members: Vec<Member>,
 }
 
-/// A node as the registry knows it, and whether it answers.
+/// A node in the registry, and whether it responds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Member {
-    /// What the registry knows.
+    /// The node in the registry.
     #[serde(flatten)]
     pub node: NodeEntry,
-    /// Whether it answers the gateway. Workers are not asked: they report to orchestrators.
+    /// Whether the node responds to the gateway. Absent for revoked nodes and for workers, which report to
+    /// orchestrators.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answers: Option<bool>,
 }
 
-/// Asks what has changed in the pool.
+/// Requests what has changed in the pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PoolStateRequest {
-    /// The version of the revocation list the caller has.
+    /// Version of the caller's revocation list.
     pub version: u64,
 }
 
@@ -706,22 +707,22 @@ pub struct PoolStateRequest {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PoolState {
-    /// Version of the revocation list that the caller has.
+    /// Version of the registry's revocation list.
     pub version: u64,
-    /// The list, where the caller has another version.
+    /// The revocation list, if the caller has another version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revocations: Option<Signed>,
 }
 
-/// What time it is at a node.
+/// Current time of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ClockReading {
-    /// The time of day.
+    /// Current time.
     pub now: UnixMillis,
 }
 
-/// Asks how a job was placed.
+/// Requests how a job was placed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ExplainRequest {
@@ -729,19 +730,19 @@ pub struct ExplainRequest {
     pub correlation_id: CorrelationId,
 }
 
-/// How a job was placed: every try, and every candidate of each.
+/// How a job was placed: each attempt with its candidates.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Decision {
     /// Id of the job.
     pub correlation_id: CorrelationId,
-    /// Whose job it is.
+    /// Tenant of the job.
     pub tenant_id: TenantId,
-    /// Each try, in order.
+    /// Attempts, in order.
     pub attempts: Vec<AttemptDecision>,
 }
 
-/// One try of a job.
+/// One attempt of a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptDecision {
@@ -749,46 +750,46 @@ pub struct AttemptDecision {
     pub attempt: u32,
     /// Worker that was chosen; `None` if no candidate was left.
     pub chosen: Option<WorkerId>,
-    /// What became of it.
+    /// Outcome of the attempt.
     pub outcome: String,
-    /// Every candidate with its score, the best first.
+    /// The best candidates with their scores, the best first; at most 64.
     pub candidates: Vec<CandidateScore>,
-    /// Every worker that could not be taken, and why.
+    /// Workers that could not be chosen, and why; at most 64.
     pub refused: Vec<RefusedWorker>,
 }
 
-/// A candidate's score and the terms it is made of, each 0 to 1 before its weight.
+/// A candidate's score and its terms, each between 0 and 1 before its weight is applied.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CandidateScore {
     /// Worker that was scored.
     pub worker_id: WorkerId,
-    /// The model that it would run, where several may run the job.
+    /// Model that the worker would run, if several models may run the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelKey>,
     /// Weighted sum of the terms.
     pub score: f64,
-    /// Exact version served, and resident.
+    /// 1 if the model is in memory, 0.9 if an adapter must be attached, 0.5 if the model must be loaded.
     pub model_match: f64,
-    /// Same region, or how far.
+    /// 1 in the same region, less in regions farther away.
     pub region_proximity: f64,
-    /// The emptier the better.
+    /// 1 when idle, 0.5 with all slots taken, less with a queue.
     pub queue_depth: f64,
-    /// The prompt's beginning is at hand.
+    /// Share of the prompt in the worker's prefix cache.
     pub warm_cache: f64,
-    /// Measured speed against the fastest candidate.
+    /// Speed relative to the fastest candidate; 0.5 if unknown.
     pub speed: f64,
 }
 
-/// A worker that could not be taken.
+/// A worker that could not be chosen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RefusedWorker {
     /// Worker that was ruled out.
     pub worker_id: WorkerId,
-    /// The model that it would have run, where several may run the job.
+    /// Model that the worker would have run, if several models may run the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelKey>,
-    /// Why, as a short word.
+    /// Reason, as a short word such as `no_adapter`.
     pub reason: String,
 }

@@ -1,4 +1,4 @@
-//! The one place where errors meet the wire: their codes, HTTP statuses and what a caller should do.
+//! Error codes, their HTTP statuses, and whether another attempt may succeed. No other code maps errors to the wire.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,35 +10,35 @@ use serde::{Deserialize, Serialize};
 use crate::health::LoadProgress;
 use crate::model::ModelKey;
 
-/// What went wrong, as clients and nodes name it.
+/// Code of an error, for clients and nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
-    /// The body is not JSON, or not the JSON expected.
+    /// The body is not JSON, or not of the expected structure.
     InvalidJson,
-    /// A field has a value that makes no sense.
+    /// A field has an invalid value.
     InvalidValue,
-    /// No model was named.
+    /// The request names no model.
     MissingModel,
-    /// Prompt and answer do not fit the model's context.
+    /// Prompt and answer do not fit into the model's context.
     ContextLengthExceeded,
-    /// The request asks for something this model or service does not do.
+    /// The request asks for something that this model or service does not support.
     UnsupportedParameter,
-    /// No key, or a wrong, revoked or expired one.
+    /// The API key is missing, wrong, revoked or expired.
     InvalidApiKey,
     /// The key does not allow this operation.
     InsufficientScope,
     /// The tenant's policy does not allow this model.
     ModelNotAllowed,
-    /// No such model or version.
+    /// The model or version does not exist.
     ModelNotFound,
-    /// The gateway has no such path.
+    /// The path does not exist on the gateway.
     NotFound,
-    /// The path does not take this method.
+    /// The path does not allow this method.
     MethodNotAllowed,
-    /// A job of this retry token exists already.
+    /// A job with this retry token already exists.
     IdempotencyInProgress,
-    /// The body is over the limit.
+    /// The body is larger than allowed.
     RequestTooLarge,
     /// The body is not `application/json`.
     UnsupportedMediaType,
@@ -46,63 +46,63 @@ pub enum ErrorCode {
     RequestTimeout,
     /// Too many requests; wait and try again.
     RateLimitExceeded,
-    /// A defect of ours.
+    /// Tether has a defect.
     InternalError,
     /// The workers that tried the job failed.
     WorkerFailed,
-    /// The engine crashed while it worked on the job.
+    /// The engine crashed while it ran the job.
     EngineCrashed,
-    /// Engines crashed on this request again and again: it is not run any more.
+    /// Several engines crashed on this request. It is not run again.
     RequestCrashesEngine,
     /// The deadline passed before the answer began.
     DeadlineExceeded,
-    /// No worker has room.
+    /// No worker has free capacity.
     NoCapacity,
     /// The circuit breaker of this model and region is open.
     BreakerOpen,
     /// The model is being loaded.
     ModelLoading,
-    /// A part of the network does not answer.
+    /// A part of the network does not respond.
     Unavailable,
-    /// The caller went away.
+    /// The caller disconnected.
     Cancelled,
-    /// The job was given to another worker; this attempt is void.
+    /// Another worker has taken over the job. This attempt is void.
     StaleAttempt,
-    /// The worker is full: try another.
+    /// The worker is full. Another one may have capacity.
     WorkerFull,
-    /// The worker is stopping: try another.
+    /// The worker is stopping. Another one may take the job.
     WorkerStopping,
-    /// The worker does not have this model: try another.
+    /// The worker does not have this model. Another one may.
     ModelNotHere,
-    /// A node method was called by a key that is not enrolled.
+    /// The caller of a method between nodes is not enrolled.
     NotEnrolled,
-    /// The node was expelled from the network.
+    /// The node was revoked.
     NodeRevoked,
-    /// The registry knows no such invite.
+    /// The registry does not know the invite.
     InviteUnknown,
-    /// The invite's secret is another.
+    /// The invite's secret is wrong.
     InviteWrongSecret,
-    /// The invite brought another node in already.
+    /// Another node has already used the invite.
     InviteUsed,
-    /// The invite's time is over.
+    /// The invite has expired.
     InviteExpired,
-    /// The called node knows no such method.
+    /// The called node does not have this method.
     UnknownMethod,
 }
 
-/// Whose turn it is after an error.
+/// Which side caused an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Blame {
-    /// The request is at fault: no other worker would do better.
+    /// The request is at fault. Another worker would fail too.
     Caller,
-    /// This worker is at fault or busy: another may do better.
+    /// The worker is at fault or busy. Another one may succeed.
     Worker,
-    /// Something between them failed.
+    /// The connection to the worker failed, or time ran out.
     Network,
 }
 
 impl ErrorCode {
-    /// Returns the code as it is written.
+    /// Returns the code as text.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::InvalidJson => "invalid_json",
@@ -167,7 +167,7 @@ impl ErrorCode {
             Self::RequestTooLarge => 413,
             Self::UnsupportedMediaType => 415,
             Self::RateLimitExceeded => 429,
-            // Nginx's number for a client that went away; nobody is left to read it.
+            // Nginx's status for a client that closed the connection. Nobody reads it.
             Self::Cancelled => 499,
             Self::InternalError | Self::StaleAttempt | Self::RequestCrashesEngine => 500,
             Self::WorkerFailed | Self::EngineCrashed => 502,
@@ -194,7 +194,7 @@ impl ErrorCode {
         }
     }
 
-    /// Returns the code of a job that failed of what a worker said.
+    /// Returns the code of a job that fails because a worker returned this code.
     pub fn as_job_failure(self) -> Self {
         match self {
             Self::WorkerFull | Self::WorkerStopping | Self::ModelNotHere => Self::NoCapacity,
@@ -208,7 +208,7 @@ impl ErrorCode {
         }
     }
 
-    /// Returns the code that clients see. Codes that nodes use among themselves stay among them.
+    /// Returns the code that clients see. Codes that only nodes use are replaced.
     pub fn for_clients(self) -> Self {
         match self {
             Self::StaleAttempt | Self::NotEnrolled | Self::NodeRevoked | Self::UnknownMethod | Self::InternalError => {
@@ -219,7 +219,7 @@ impl ErrorCode {
         }
     }
 
-    /// Returns whether another worker may do better.
+    /// Returns which side caused the error.
     pub fn blame(self) -> Blame {
         match self {
             Self::WorkerFull
@@ -244,38 +244,38 @@ impl fmt::Display for ErrorCode {
     }
 }
 
-/// An error as it travels between nodes.
+/// An error in a response between nodes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[error("{code}: {message}")]
 pub struct WireError {
-    /// Code by which programs tell errors apart.
+    /// Code of the error, for programs.
     pub code: ErrorCode,
-    /// What went wrong and what to do, for people. Never an address, a path or a secret.
+    /// What went wrong and what to do, for people. It contains no address, path or secret.
     pub message: String,
     /// The field at fault, as the client wrote it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub param: Option<String>,
-    /// How long to wait before another try, in milliseconds.
+    /// Milliseconds to wait before the next attempt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
-    /// How far the model is, where it is being loaded.
+    /// Progress of the load, if the model is being loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loading: Option<Box<LoadingModel>>,
-    /// How many jobs an engine was working on when it crashed, this one included.
+    /// Number of jobs that an engine was running when it crashed, including this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspects: Option<u32>,
 }
 
-/// How far a model is that nobody has ready.
+/// Progress of a model that no worker has ready.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LoadingModel {
     /// The model that is being loaded.
     pub model: ModelKey,
-    /// Stands for the worker that is farthest; it says nothing of it, but is the same each time.
+    /// Pseudonym of the worker whose load is furthest. It stays the same and reveals nothing about the worker.
     pub node: String,
-    /// How far that one is.
+    /// Progress of the load on that worker.
     pub progress: LoadProgress,
 }
 
@@ -291,34 +291,34 @@ impl WireError {
         Self { code, message: message.into(), param: None, retry_after_ms: None, loading: None, suspects: None }
     }
 
-    /// Names the field at fault.
+    /// Sets the field at fault.
     #[must_use]
     pub fn with_param(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
         self
     }
 
-    /// Says how far the model is.
+    /// Sets the progress of the model's load.
     #[must_use]
     pub fn with_loading(mut self, loading: LoadingModel) -> Self {
         self.loading = Some(Box::new(loading));
         self
     }
 
-    /// Says how many jobs a crash may be laid to.
+    /// Sets the number of jobs that may have caused the crash.
     #[must_use]
     pub fn with_suspects(mut self, suspects: u32) -> Self {
         self.suspects = Some(suspects);
         self
     }
 
-    /// Returns whether the same request may fare better at another time. Official SDKs repeat what fails with 500 or
-    /// more unless they are told not to.
+    /// Returns whether the same request may succeed later. Official SDKs retry a status of 500 or more, unless the
+    /// response forbids it.
     pub fn should_retry(&self) -> bool {
         self.code != ErrorCode::RequestCrashesEngine
     }
 
-    /// Returns the error of a job that failed of what a worker said.
+    /// Returns the error of a job that fails because a worker returned this error.
     #[must_use]
     pub fn as_job_failure(mut self) -> Self {
         let said = self.code;
@@ -327,7 +327,7 @@ impl WireError {
             code if code == said => self,
             ErrorCode::NoCapacity => Self::new(self.code, "no worker has room for this model, try again")
                 .with_retry_after(Duration::from_secs(1)),
-            // What an engine says of its crash helps the caller; what nodes say of each other does not.
+            // An engine's message about its crash helps the caller. Messages of nodes about each other do not.
             _ if said == ErrorCode::EngineCrashed => Self { suspects: None, ..self },
             _ => Self { message: "the worker failed".into(), ..self },
         }
@@ -344,7 +344,7 @@ impl WireError {
         self
     }
 
-    /// Says how long to wait. Official SDKs give up above 120 s, so that is the most ever said.
+    /// Sets how long to wait, at most 120 s, because official SDKs give up on longer waits.
     #[must_use]
     pub fn with_retry_after(mut self, wait: Duration) -> Self {
         const LONGEST: Duration = Duration::from_mins(2);
@@ -368,7 +368,7 @@ mod tests {
     #[test]
     fn codes_that_nodes_use_among_themselves_stay_among_them() {
         use ErrorCode as E;
-        // What a worker said, what the job failed of, and what a client reads where a node says it of itself.
+        // The code of a worker, the code of the job, and the code that clients see if a node fails by itself.
         for (said, job, client) in [
             (E::WorkerFull, E::NoCapacity, E::NoCapacity),
             (E::WorkerStopping, E::NoCapacity, E::NoCapacity),

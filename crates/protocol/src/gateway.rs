@@ -17,7 +17,7 @@ use crate::usage::TokenUsage;
 /// Gateway: lists the models a token may use, as `GET /v1/models` does. [`ModelsRequest`] → OpenAI's list.
 pub const MODELS: &str = "infer.models";
 
-/// A job on its way from a client to a gateway. Exactly one of `request`, `chat`, `completion` and `embedding` is
+/// A job that a client submits to a gateway. Exactly one of `request`, `chat`, `completion` and `embedding` must be
 /// given.
 #[derive(Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -25,25 +25,25 @@ pub const MODELS: &str = "infer.models";
 pub struct GatewaySubmission {
     /// The API token, such as `tth_live_…`.
     pub token: String,
-    /// The job in our own words, as `POST /infer` takes it.
+    /// The job in Tether's own format, as `POST /infer` accepts it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request: Option<InferSubmission>,
-    /// The job as `POST /v1/chat/completions` takes it.
+    /// The job as `POST /v1/chat/completions` accepts it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chat: Option<Map<String, Value>>,
-    /// The job as `POST /v1/completions` takes it.
+    /// The job as `POST /v1/completions` accepts it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub completion: Option<Map<String, Value>>,
-    /// The job as `POST /v1/embeddings` takes it.
+    /// The job as `POST /v1/embeddings` accepts it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embedding: Option<Map<String, Value>>,
-    /// The W3C trace context that the job goes on with.
+    /// W3C trace context that the job continues.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
 }
 
 impl GatewaySubmission {
-    /// Makes a submission of a job in our own words.
+    /// Makes a submission of a job in Tether's own format.
     pub fn of(token: impl Into<String>, request: InferSubmission) -> Self {
         Self {
             token: token.into(),
@@ -58,12 +58,12 @@ impl GatewaySubmission {
 
 impl fmt::Debug for GatewaySubmission {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Never the token: it is a secret.
+        // The token is left out, because it is a secret.
         formatter.debug_struct("GatewaySubmission").field("request", &self.request).finish_non_exhaustive()
     }
 }
 
-/// The whole answer to a `request` that was sent as a unary call. What comes in OpenAI's words is answered in them.
+/// The whole answer to a `request` that was sent as a unary call. Jobs in OpenAI's format are answered in that format.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Gateway.Answer")]
@@ -77,38 +77,38 @@ pub struct GatewayAnswer {
     /// The answer, or the first of several.
     #[serde(flatten)]
     pub choice: Choice,
-    /// The others, where several were asked for.
+    /// The other answers, if several were requested.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub further_choices: Vec<Choice>,
-    /// Vectors, where they were asked for.
+    /// Vectors, if they were requested.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub embeddings: Vec<Embedding>,
     /// Tokens that are billed.
     pub usage: TokenUsage,
-    /// The try that answered, counted from 1.
+    /// Number of the attempt that answered, from 1.
     pub attempt: u32,
 }
 
-/// One of the answers that were asked for.
+/// One of the requested answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Choice {
-    /// What the model says.
+    /// Text of the answer.
     pub text: String,
-    /// What it thought before.
+    /// The model's reasoning before the text.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reasoning: String,
-    /// The functions it calls.
+    /// Functions that the model calls.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ToolCall>,
-    /// One for each token, where they were asked for.
+    /// Log-probability of each token, if requested.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<TokenLogprob>,
     /// Why generation ended.
     pub finish_reason: FinishReason,
 }
 
-/// Asks which models a token may use.
+/// Requests the models that a token may use.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelsRequest {

@@ -1,4 +1,4 @@
-//! `Health.Report`: what a worker says of itself every five seconds and on change (T5, T6).
+//! `Health.Report`: a worker's state, sent every five seconds and on change (T5, T6).
 
 use std::fmt;
 use std::time::Duration;
@@ -15,20 +15,20 @@ use crate::model::{AdapterKey, ModelKey};
 pub const KIND: &str = "health-report";
 /// How often a worker reports.
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
-/// A worker silent for this long is gone.
+/// How long after its last report a worker counts as gone.
 pub const EXPIRY: Duration = Duration::from_secs(15);
-/// The largest report taken, in bytes: room for some thousand models. Workers leave out what goes beyond.
+/// The maximum size of a report in bytes, enough for about a thousand models. Workers omit what does not fit.
 pub const REPORT_BYTES_MAX: usize = 256 * 1024;
-/// The most beginnings of prompts that are told, and believed, of one model.
+/// The maximum number of prompt prefixes of one model. Workers report no more, and receivers ignore the others.
 pub const PREFIXES_MAX: usize = 64;
 
-/// The longest reason that is told of a failed model, in bytes.
+/// The maximum length of the reason for a model's failure, in bytes.
 pub const REASON_BYTES_MAX: usize = 300;
 
-/// The longest text that names the devices of a model, in bytes.
+/// The maximum length of a text that names a model's devices, in bytes.
 pub const DEVICE_BYTES_MAX: usize = 200;
 
-/// What a worker says of itself. Health report and presence are this one message.
+/// The state of a worker. This message serves as health report and as presence.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Health.Report")]
@@ -37,63 +37,63 @@ pub struct HealthReport {
     pub v: u32,
     /// The worker's public key in hex.
     pub worker_id: WorkerId,
-    /// The key that signs the report; equal to `worker_id`.
+    /// Public key that signs the report; equal to `worker_id`.
     pub pub_key: PublicKey,
-    /// Where the worker stands.
+    /// Region of the worker.
     pub region: Region,
-    /// What kind of accelerator it has, such as `a100`; `cpu` for none.
+    /// Class of the accelerators, such as `a100`; `cpu` if there are none.
     pub gpu_class: String,
-    /// Memory of its accelerators, in GiB.
+    /// Memory of the accelerators in GiB.
     #[serde(rename = "vramGB")]
     pub vram_gb: u32,
-    /// Its accelerators and the CPU features that matter, such as `avx512-vnni`.
+    /// Accelerators, and the CPU features that matter, such as `avx512-vnni`.
     pub accelerators: Vec<String>,
-    /// How much it can take, and how much it has.
+    /// Maximum and current number of jobs.
     pub capacity: Capacity,
-    /// The models it serves.
+    /// Models that the worker serves.
     pub supported: Vec<ModelKey>,
-    /// Of those, the models whose file it does not have yet: it fetches it when somebody asks for one.
+    /// Supported models whose file the worker does not have yet. It fetches the file when a job needs the model.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub to_fetch: Vec<ModelKey>,
-    /// The adapters it serves them with.
+    /// Adapters with which it serves the models.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AdapterKey>,
-    /// Of the adapters, those without which it serves their models no more.
+    /// Adapters without which the worker does not serve their models.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pinned: Vec<AdapterKey>,
-    /// The models it holds in memory.
+    /// Models that are loaded, are being loaded, or failed.
     pub model_cache: Vec<CachedModel>,
-    /// Network hops to the region's centre, as configured; fewer is nearer.
+    /// Number of network hops to the region's centre, from the settings. Fewer is nearer.
     pub latency_hops: u32,
-    /// It finishes what it has and takes nothing new. With nothing running or waiting, this is its last report.
+    /// The worker finishes its jobs and takes no new ones. If no jobs are running or waiting, this is its last report.
     #[serde(default)]
     pub draining: bool,
-    /// Grows at each start of the worker.
+    /// Number that increases with each start of the worker.
     pub epoch: u64,
-    /// Grows at each report.
+    /// Number that increases with each report.
     pub seq: u64,
-    /// When it was signed.
+    /// Time of the signature.
     pub issued_at: UnixMillis,
-    /// When it is void.
+    /// Expiry of the report, at most 15 seconds after `issuedAt`.
     pub not_after: UnixMillis,
 }
 
-/// How much a worker can take, and how much it has.
+/// Maximum and current number of a worker's jobs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Capacity {
-    /// Jobs that run side by side at most.
+    /// Maximum number of jobs that run concurrently.
     pub slots: u32,
-    /// Running jobs.
+    /// Number of running jobs.
     pub running: u32,
-    /// Queued jobs.
+    /// Number of queued jobs.
     pub waiting: u32,
-    /// Jobs that may wait at most.
+    /// Maximum number of queued jobs.
     pub queue_max: u32,
 }
 
 impl HealthReport {
-    /// Returns whether the worker can answer something: a model is ready, or is loaded as soon as somebody asks for it.
+    /// Returns whether the worker can run any job: a model is ready, or is loaded when a job needs it.
     pub fn can_serve(&self) -> bool {
         let is_at_hand = |key: &ModelKey| {
             let cached = self.model_cache.iter().find(|cached| cached.key == *key);
@@ -126,69 +126,70 @@ impl HealthReport {
         adapter.is_none_or(served)
     }
 
-    /// Returns whether the worker is gone after this report: it takes nothing new and has nothing left.
+    /// Returns whether this is the worker's last report: it takes no new jobs and has none left.
     pub fn is_last(&self) -> bool {
         self.draining && self.capacity.running == 0 && self.capacity.waiting == 0
     }
 }
 
 impl Capacity {
-    /// Returns the jobs it may hold at once, running and waiting.
+    /// Returns the maximum number of jobs, running and waiting.
     pub fn total(&self) -> u32 {
         self.slots.saturating_add(self.queue_max)
     }
 }
 
-/// A model in a worker's memory.
+/// A model that a worker has loaded, is loading, or failed to load.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CachedModel {
     /// Name and version of the model.
     #[serde(flatten)]
     pub key: ModelKey,
-    /// SHA-256 of the artifact it was loaded from.
+    /// SHA-256 of the artifact.
     pub digest: Digest,
-    /// How far it is.
+    /// State of the model.
     pub state: ModelState,
-    /// Whether the worker itself checked the bytes that answer. False where another's server answers.
+    /// Whether the worker verified the model's bytes. False for a model of an adopted server.
     #[serde(default = "yes", skip_serializing_if = "is_true")]
     pub attested: bool,
-    /// Tokens of context that it has there; 0 where that is not known.
+    /// Context length on this worker in tokens; 0 if unknown.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub context_length: u32,
-    /// Generated tokens a second, smoothed; 0 before the first answer.
+    /// Generated tokens per second, smoothed; 0 before the first answer.
     #[serde(default, deserialize_with = "finite")]
     pub tokens_per_second: f32,
-    /// Adapters at hand: a job with one of them need not wait for it.
+    /// Attached adapters. A job with one of them does not wait for it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AdapterName>,
-    /// How far its load is, while it is loading.
+    /// Progress of the load, while the model is loading.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loading: Option<LoadProgress>,
-    /// Why it failed, for those who operate the network; at most [`REASON_BYTES_MAX`].
+    /// Why the model failed, for operators; at most [`REASON_BYTES_MAX`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Beginnings of prompts whose keys and values are likely at hand, the latest first; see [`crate::prefix`].
+    /// Prompt prefixes that are probably in the prefix cache, the latest first; see [`crate::prefix`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prefixes: Vec<PrefixDigest>,
-    /// What computes it, once it is loaded.
+    /// Devices that compute the model, once it is loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub placement: Option<DevicePlacement>,
 }
 
-/// What computes a loaded model, and the context that it has.
+/// Devices that compute a loaded model, and its context length.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DevicePlacement {
-    /// The device or devices, such as `NVIDIA H200 (CUDA0)`; at most [`DEVICE_BYTES_MAX`].
+    /// Name of the device or devices, such as `NVIDIA H200 (CUDA0)`; at most [`DEVICE_BYTES_MAX`].
     pub device: String,
-    /// Its layers, with the output as one more.
+    /// Number of layers, counting the output as one.
     pub layers: u32,
-    /// Those of them that are on GPUs; the processor computes the others.
+    /// Number of layers on GPUs. The CPU computes the others.
     pub gpu_layers: u32,
-    /// Tokens of context of a job.
+    /// Context length of a job in tokens.
     pub context_length: u32,
-    /// Tokens of context that it would have with more memory; the same where memory was no limit.
+    /// Context length in tokens that the model would have with more memory; equal to `contextLength` if memory was
+    /// sufficient.
     pub context_wanted: u32,
 }
 
@@ -208,7 +209,7 @@ impl fmt::Display for DevicePlacement {
 }
 
 impl CachedModel {
-    /// Returns an attested model of which no more is known than how far it is.
+    /// Makes an attested model of which only the state is known.
     pub fn new(key: ModelKey, digest: Digest, state: ModelState) -> Self {
         let (adapters, prefixes) = (Vec::new(), Vec::new());
         Self {
@@ -227,23 +228,24 @@ impl CachedModel {
     }
 }
 
-/// How far the load of a model is.
+/// Progress of a model's load.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LoadProgress {
-    /// What is done of it, 0 to 100.
+    /// Completed share in percent, 0 to 100.
     pub percent: u8,
-    /// Milliseconds that it has taken so far.
+    /// Milliseconds since it began.
     pub elapsed_ms: u64,
-    /// Length of the artifact in bytes; 0 before it was opened.
+    /// Length of the artifact in bytes; 0 before it is opened.
     pub bytes: u64,
-    /// Its file comes from another node yet, and the rest speaks of that; it is loaded afterwards.
+    /// The worker is still fetching the file from another node, and the other fields describe the fetch. The load
+    /// follows.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub fetching: bool,
 }
 
 impl LoadProgress {
-    /// Returns how long it takes yet, if it goes on as it has; nothing is known of one that has only begun.
+    /// Estimates the remaining time from the average speed so far. Returns `None` at 0 percent.
     pub fn remaining(&self) -> Option<Duration> {
         let done = u64::from(self.percent.min(100));
         self.elapsed_ms.saturating_mul(100 - done).checked_div(done).map(Duration::from_millis)
@@ -264,19 +266,19 @@ fn is_true(flag: &bool) -> bool {
     *flag
 }
 
-/// How far a model is.
+/// State of a model on a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ModelState {
-    /// On its way into memory.
+    /// Being loaded or fetched.
     Loading,
     /// Loaded and ready for jobs.
     Ready,
-    /// Failed to load or died; it is tried again.
+    /// Failed to load, or its engine died. The worker tries again.
     Error,
 }
 
-/// Reads a number that JSON can say again; 1e39 would become infinite, and then `null`.
+/// Reads a number within the range of `f32`. 1e39 would become infinite, which JSON writes as `null`.
 fn finite<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f32, D::Error> {
     let number = f32::deserialize(deserializer)?;
     if number.is_finite() { Ok(number) } else { Err(D::Error::custom("a number within the range of f32 was expected")) }

@@ -1,4 +1,4 @@
-//! Names of things. Each is checked when it is made, so that a value of these types is always well formed.
+//! Names and ids. They are checked on construction, so a value of these types is always well formed.
 
 use std::fmt;
 use std::str::FromStr;
@@ -29,18 +29,18 @@ text_id! {
 }
 
 text_id! {
-    /// Who pays for a job.
+    /// The tenant that pays for a job.
     TenantId, "tenantId", "lower-case letters and digits in words joined by '-', at most 64 characters",
     "^[a-z0-9]+(-[a-z0-9]+)*$", is_slug
 }
 
 text_id! {
-    /// Makes a resend recognisable: the same token never runs a job twice.
+    /// Identifies a resent request. The same token never runs a job twice.
     RetryToken, "retryToken", "1 to 128 visible ASCII characters", "^[!-~]{1,128}$",
     |text| (1..=128).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
-/// A model's version, `MAJOR.MINOR`. The greater is the newer.
+/// A model's version, `MAJOR.MINOR`. The greater version is the newer one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModelVersion {
     /// `MAJOR` of `MAJOR.MINOR`.
@@ -53,7 +53,7 @@ impl FromStr for ModelVersion {
     type Err = MalformedId;
 
     fn from_str(text: &str) -> Result<Self, MalformedId> {
-        // One spelling a version: no signs, no leading zeros, so that a topic has one name.
+        // A version has one spelling, without signs and leading zeros, so that a topic has one name.
         let number = |digits: &str| {
             let plain = digits.bytes().all(|byte| byte.is_ascii_digit()) && (digits == "0" || !digits.starts_with('0'));
             if plain { digits.parse::<u32>().ok() } else { None }
@@ -70,12 +70,12 @@ impl fmt::Display for ModelVersion {
     }
 }
 
-/// The longest name of a model, in bytes.
+/// The maximum length of a model's name, in bytes.
 const MODEL_NAME_BYTES_MAX: usize = 64;
 
 impl ModelName {
-    /// Makes a name of what others call a model: `Qwen/Qwen3-8B` is `qwen3-8b`, `llama3.2:3b` is `llama3.2-3b`. Returns
-    /// `None` where no letter or digit is left.
+    /// Derives a name from a model's name elsewhere: `Qwen/Qwen3-8B` becomes `qwen3-8b`, `llama3.2:3b` becomes
+    /// `llama3.2-3b`. Returns `None` if no letter or digit is left.
     pub fn made_of(text: &str) -> Option<Self> {
         let last = text.trim_end_matches('/').rsplit(['/', '\\']).next()?.to_lowercase();
         let last = last.strip_suffix(".gguf").unwrap_or(&last);
@@ -84,7 +84,7 @@ impl ModelName {
         for letter in last.chars() {
             match letter {
                 'a'..='z' | '0'..='9' => name.push(letter),
-                // Words are joined by one mark, and no mark stands at an end.
+                // One mark joins two words, and no mark comes first.
                 _ if name.is_empty() || name.ends_with(['.', '-']) => {}
                 '.' => name.push('.'),
                 _ => name.push('-'),
@@ -125,7 +125,7 @@ macro_rules! as_text {
 
 as_text!(ModelVersion, "^(0|[1-9][0-9]*)\\.(0|[1-9][0-9]*)$", "MAJOR.MINOR");
 
-/// A job's name, the same from the client's request to the settlement. A UUID.
+/// Id of a job, a UUID. It stays the same from the client's request to the settlement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CorrelationId(pub Uuid);
 
@@ -133,7 +133,7 @@ impl FromStr for CorrelationId {
     type Err = MalformedId;
 
     fn from_str(text: &str) -> Result<Self, MalformedId> {
-        // Only the hyphenated form, so that a job has one spelling.
+        // Only the hyphenated form is accepted.
         let uuid = if text.len() == 36 { Uuid::try_parse(text).ok() } else { None };
         uuid.map(Self).ok_or_else(|| MalformedId::new("correlationId", text, "a hyphenated UUID"))
     }
@@ -189,7 +189,7 @@ hex_id! {
 }
 
 hex_id! {
-    /// A W3C trace id, the same over all nodes that a request touches.
+    /// A W3C trace id, the same on all nodes that a request touches.
     TraceId, 16, "traceId", "32 lower-case hex digits", "^[0-9a-f]{32}$"
 }
 
@@ -199,27 +199,27 @@ hex_id! {
 }
 
 hex_id! {
-    /// An invite's public name.
+    /// Public id of an invite.
     InviteId, 8, "inviteId", "16 lower-case hex digits", "^[0-9a-f]{16}$"
 }
 
 hex_id! {
-    /// Stands for the beginning of a prompt; see [`crate::prefix`].
+    /// Digest of a prompt's prefix; see [`crate::prefix`].
     PrefixDigest, 8, "prefix", "16 lower-case hex digits", "^[0-9a-f]{16}$"
 }
 
-/// A worker's name: its public key.
+/// Id of a worker: its public key.
 pub type WorkerId = PublicKey;
 
 impl PublicKey {
-    /// Returns the first eight hex digits, enough for people and logs.
+    /// Returns the first eight hex digits, for display and logs.
     pub fn short(&self) -> String {
         hex::encode(&self.0[..4])
     }
 }
 
 impl Digest {
-    /// Returns the digest of some bytes.
+    /// Returns the SHA-256 of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         use sha2::Digest as _;
         Self(sha2::Sha256::digest(bytes).into())

@@ -1,4 +1,4 @@
-//! `Infer.Request` and `Infer.Chunk`: a job on its way to a worker, and its answer on the way back (T5).
+//! `Infer.Request` and `Infer.Chunk`: a job, and the parts of its answer (T5).
 
 use std::time::Duration;
 
@@ -17,10 +17,10 @@ pub use inference::{
     TokenLogprob, Tool, ToolCall, ToolCallDelta, ToolChoice,
 };
 
-/// The name of the stream that takes a job to an orchestrator, or from a client to a gateway, which also answers it as
-/// a unary call.
+/// The name of the stream that sends a job to an orchestrator, or from a client to a gateway. A gateway also serves it
+/// as a unary call.
 pub const SUBMIT: &str = "infer.submit";
-/// The name of the stream that takes a job to a worker.
+/// The name of the stream that sends a job to a worker.
 pub const START: &str = "infer.start";
 
 /// A job. Unknown fields are ignored, so that older nodes understand newer ones.
@@ -30,30 +30,30 @@ pub const START: &str = "infer.start";
 pub struct InferRequest {
     /// Tenant that is billed.
     pub tenant_id: TenantId,
-    /// The model to run.
+    /// Name of the model.
     pub model_id: ModelName,
     /// Version of the model.
     pub version: ModelVersion,
-    /// Models that may run it as well; at most [`crate::model::ALTERNATIVES_MAX`] are considered. A worker is sent
+    /// Further models that may run the job; at most [`crate::model::ALTERNATIVES_MAX`] are considered. Workers get
     /// none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alternatives: Vec<ModelKey>,
-    /// What to answer, and how.
+    /// Input and settings of the job.
     pub input: Input,
     /// Id of the job in logs, traces and stores.
     pub correlation_id: CorrelationId,
     /// The same token never runs a job twice.
     pub retry_token: RetryToken,
-    /// The trace this job belongs to.
+    /// Trace that the job belongs to.
     pub trace_id: TraceId,
-    /// Which try this is, counted from 1; set by the orchestrator and carried by each chunk.
+    /// Number of the attempt, from 1. The orchestrator sets it, and each chunk repeats it.
     #[serde(default = "first_attempt")]
     pub attempt: u32,
-    /// Milliseconds the caller will still wait for the answer to begin. Relative, so that clocks need not agree.
+    /// Milliseconds within which the answer must begin. Relative, so that clocks need not agree.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
-    /// Whether the caller reads chunks with `progress`. A node that does not know them would take them for part of the
-    /// answer, so none is sent to one that does not say so.
+    /// Whether the caller understands chunks with `progress`. Others get none, because they would take them for parts
+    /// of the answer.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub progress: bool,
 }
@@ -69,94 +69,94 @@ impl InferRequest {
     }
 }
 
-/// A job as a client of `POST /infer` writes it; the gateway fills in what is missing.
+/// The body of `POST /infer`. The gateway fills in what is omitted.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct InferSubmission {
-    /// Must be the token's own tenant where it is given.
+    /// Tenant that is billed. If given, it must be the token's tenant.
     #[serde(default)]
     pub tenant_id: Option<TenantId>,
-    /// The model to run.
+    /// Name of the model.
     pub model_id: ModelName,
-    /// Its version; the newest where it is missing.
+    /// Version of the model; the newest if omitted.
     #[serde(default)]
     pub version: Option<ModelVersion>,
-    /// What to answer, and how.
+    /// Input and settings of the job.
     pub input: Input,
-    /// The job's name; made up where it is missing.
+    /// Id of the job in logs, traces and stores; generated if omitted.
     #[serde(default)]
     pub correlation_id: Option<CorrelationId>,
-    /// The same token never runs a job twice; made up where it is missing.
+    /// The same token never runs a job twice. Generated if omitted.
     #[serde(default)]
     pub retry_token: Option<RetryToken>,
-    /// The trace this job belongs to; begun where it is missing.
+    /// Trace that the job belongs to; a new one if omitted.
     #[serde(default)]
     pub trace_id: Option<TraceId>,
-    /// Milliseconds the caller will wait for the answer to begin.
+    /// Milliseconds within which the answer must begin.
     #[serde(default)]
     pub deadline_ms: Option<u64>,
 }
 
-/// A piece of an answer.
+/// A part of an answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Infer.Chunk")]
 pub struct InferChunk {
     /// Id of the job.
     pub correlation_id: CorrelationId,
-    /// Its place in the answer, counted from 0 without gaps. A chunk with `progress` has the place of the one that
-    /// comes next, and takes none.
+    /// Sequence number in the answer, from 0 without gaps. A chunk with `progress` has the number of the next chunk and
+    /// does not use it up.
     pub seq: u64,
-    /// Part of the answer.
+    /// Content of the chunk.
     pub payload: Payload,
-    /// The model that answers: in the first chunk, and in those with `progress` that come before it.
+    /// Model that answers. Present in the first chunk, and in chunks with `progress` before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelKey>,
-    /// The last chunk of the answer; its payload tells reason and usage.
+    /// Whether this is the last chunk. Its payload has the finish reason and the usage.
     pub done: bool,
-    /// The try that made it; chunks of a try that was given up on are dropped.
+    /// Number of the attempt, from 1. A chunk with the number of another attempt is refused.
     #[serde(default = "first_attempt")]
     pub attempt: u32,
-    /// Says that the job is being worked on or waits its turn, and brings nothing else.
+    /// Progress of a job that is running or queued. A chunk with it has no other content.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
 }
 
-/// A job that is worked on, or that waits its turn, says so at least this often.
+/// The maximum time between two chunks of a running or queued job. If there is no output, it sends `progress`.
 pub const PROGRESS_WITHIN: Duration = Duration::from_secs(2);
 
-/// What a chunk brings.
+/// Content of a chunk.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Payload {
     /// Text to append to the answer.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub text: String,
-    /// Text to append to what the model thinks before it answers.
+    /// Text to append to the reasoning.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub reasoning: String,
-    /// More of its calls.
+    /// Parts of function calls.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ToolCallDelta>,
-    /// The tokens behind the text.
+    /// Ids of the text's tokens.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tokens: Vec<u32>,
-    /// One for each token, where they were asked for.
+    /// Log-probability of each token, if requested.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<TokenLogprob>,
-    /// Vectors, where they were asked for.
+    /// Vectors, if they were requested.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub embeddings: Vec<Embedding>,
-    /// The tokens of the prompt, where no more was asked for.
+    /// Number of input tokens, if only that was requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub input_tokens: Option<u32>,
-    /// Which of several answers this belongs to, counted from 0.
+    /// Index of the answer that this belongs to, from 0.
     #[serde(skip_serializing_if = "is_zero")]
     pub index: u32,
-    /// Why the answer ended: for each of several answers in the chunk that ends it, and in the last chunk of all.
+    /// Why the answer ended. Present in the last chunk of each answer, and in the last chunk of all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finish_reason: Option<FinishReason>,
-    /// What the answer took, in the last chunk; in the first, what the prompt took.
+    /// Token usage: that of the prompt in the first chunk, that of the job in the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<TokenUsage>,
 }
@@ -170,9 +170,9 @@ fn is_zero(number: &u32) -> bool {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Embedding {
-    /// Which text of the request, counted from 0.
+    /// Index of the text in the request, from 0.
     pub index: u32,
-    /// Its numbers as little-endian 32-bit floats, in Base64 with padding, as OpenAI's `encoding_format` has it.
+    /// The vector as little-endian 32-bit floats, in Base64 with padding, as with OpenAI's `encoding_format`.
     pub base64: String,
 }
 
@@ -183,7 +183,7 @@ impl Embedding {
         Self { index, base64: BASE64_STANDARD.encode(bytes) }
     }
 
-    /// Reads the vector, or returns `None` if the bytes are not one.
+    /// Decodes the vector. Returns `None` if the text is not one.
     pub fn vector(&self) -> Option<Vec<f32>> {
         let bytes = BASE64_STANDARD.decode(&self.base64).ok()?;
         let (numbers, rest) = bytes.as_chunks();

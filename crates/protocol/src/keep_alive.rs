@@ -1,13 +1,13 @@
-//! How long a model stays in memory without work, as clients and operators say it: in Ollama's form.
+//! How long a model stays in memory without work, as clients and operators write it, in Ollama's format.
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
-/// A time in seconds; -1 stands for ever, and 0 for not at all.
+/// A time in seconds; -1 means for ever, and 0 means not at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KeepAlive(pub i64);
 
-/// What is expected of a text.
+/// The expected format, for error messages.
 const EXPECTED: &str = "write seconds, or a time such as 30s, 5m or 1h30m; -1 keeps it for ever, and 0 not at all";
 
 impl std::str::FromStr for KeepAlive {
@@ -41,7 +41,7 @@ impl std::str::FromStr for KeepAlive {
     }
 }
 
-/// Less than a second that is not nothing counts as one.
+/// Rounds up to whole seconds. Negative numbers mean for ever.
 fn of_seconds(secs: f64) -> Option<KeepAlive> {
     match secs {
         _ if !secs.is_finite() => None,

@@ -1,7 +1,7 @@
-//! The words Tether's nodes exchange: ids, topics, messages, their codec and signatures.
+//! The language of Tether's nodes: ids, topics, messages, their codec and signatures.
 //!
-//! No I/O, no async, no clock: every function here is a pure function of its arguments. Bytes from a peer enter
-//! through [`codec`] and [`signature`], and never panic.
+//! This crate has no I/O, no async code and no clock: every function is a pure function of its arguments. Bytes from a
+//! peer enter through [`codec`] and [`signature`], and never cause a panic.
 
 #![warn(missing_docs)]
 

@@ -1,4 +1,4 @@
-//! Models as clients name them and as the catalogue knows them.
+//! Names of models, and their entries in the catalogue.
 
 use std::fmt;
 use std::iter;
@@ -10,16 +10,16 @@ use serde::{Deserialize, Serialize};
 use crate::clock::UnixMillis;
 use crate::id::{AdapterName, Digest, MalformedId, ModelName, ModelVersion};
 
-/// A model as a client names it: `name[@MAJOR.MINOR][:adapter]`. No version means the newest.
+/// A model as a client names it: `name[@MAJOR.MINOR][:adapter]`. Without a version it is the newest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 #[schemars(with = "String")]
 pub struct ModelRef {
     /// Name without version or adapter.
     pub name: ModelName,
-    /// The version asked for.
+    /// Requested version; `None` for the newest.
     pub version: Option<ModelVersion>,
-    /// The adapter asked for.
+    /// Requested adapter; `None` for the plain model.
     pub adapter: Option<AdapterName>,
 }
 
@@ -66,31 +66,31 @@ impl From<ModelRef> for String {
     }
 }
 
-/// Another name for a model, or one name for several: a job that asks for it goes to whichever of them suits best.
+/// Another name for a model, or one name for several models. A job for this name runs on the model that suits best.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AliasEntry {
-    /// The name that clients ask for. It is a model's own name only where that model is one of its targets.
+    /// Name that clients request. It is a model's own name only if that model is one of its targets.
     pub alias: ModelName,
-    /// What it stands for: never another alias.
+    /// Model that the alias stands for; never another alias.
     pub target: ModelRef,
-    /// What else it stands for, without adapters; at most [`ALTERNATIVES_MAX`].
+    /// Further models that the alias stands for, without adapters; at most [`ALTERNATIVES_MAX`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alternatives: Vec<ModelRef>,
-    /// When it was set.
+    /// Time when the alias was set.
     pub created_at: UnixMillis,
 }
 
-/// The most models that one name stands for beside the first.
+/// The maximum number of models that one name stands for, not counting the first.
 pub const ALTERNATIVES_MAX: usize = 15;
 
 impl AliasEntry {
-    /// Returns all that it stands for, the first one first.
+    /// Returns the target and the alternatives, in order.
     pub fn targets(&self) -> impl Iterator<Item = &ModelRef> {
         iter::once(&self.target).chain(&self.alternatives)
     }
 
-    /// Returns whether the name is also that of one of its targets.
+    /// Returns whether the alias is also the name of one of its targets.
     pub fn is_own_name(&self) -> bool {
         self.targets().any(|target| target.name == self.alias)
     }
@@ -102,7 +102,7 @@ impl AliasEntry {
 pub struct ModelKey {
     /// Name without version.
     pub model_id: ModelName,
-    /// Version of the bytes: a name and version never change theirs.
+    /// Version of the model. The bytes of a name and version never change.
     pub version: ModelVersion,
 }
 
@@ -112,7 +112,7 @@ impl fmt::Display for ModelKey {
     }
 }
 
-/// A model version as the registry knows it.
+/// A model version in the registry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelEntry {
@@ -125,52 +125,53 @@ pub struct ModelEntry {
     pub bytes: u64,
     /// Context length in tokens.
     pub context_length: u32,
-    /// One line for people.
+    /// One-line description for people.
     #[serde(default)]
     pub description: String,
-    /// When it was registered.
+    /// Time of registration.
     pub created_at: UnixMillis,
-    /// What its file says of it, where somebody has told.
+    /// Facts from the model's file, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub facts: Option<ModelFacts>,
-    /// Whether an operator added it, and no worker offered it: nodes that have its artifact serve it.
+    /// Whether an operator added the model. Workers that have its artifact serve it. Otherwise a worker offered it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub added: bool,
-    /// Whether workers keep it in memory whatever happens, unless their own settings say otherwise.
+    /// Whether workers never unload the model. A worker's own settings take precedence.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pin: bool,
-    /// Seconds without work after which workers unload it, unless their own settings say otherwise; -1 for never.
+    /// Seconds without work after which workers unload the model; -1 for never. A worker's own settings take
+    /// precedence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_alive_secs: Option<i64>,
 }
 
-/// What a model's file says of it.
+/// Facts from a model's file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ModelFacts {
-    /// What its makers call it; empty where the file does not say.
+    /// Name that the makers gave the model; empty if the file has none.
     pub name: String,
-    /// Its architecture, such as `llama`.
+    /// Architecture, such as `llama`.
     pub architecture: String,
-    /// How many weights it has.
+    /// Number of weights.
     pub parameters: u64,
-    /// How they are kept, such as `Q4_K_M`.
+    /// Quantisation of the weights, such as `Q4_K_M`.
     pub quantisation: String,
-    /// Tokens of context that it was trained with.
+    /// Context length in tokens that the model was trained with.
     pub trained_context: u32,
-    /// What it can do, as far as its file shows.
+    /// What the model can do, as far as its file shows.
     pub capabilities: Vec<Capability>,
-    /// Whether it has a chat template of its own.
+    /// Whether the file has a chat template.
     pub chat_template: bool,
-    /// Memory that it takes with the default settings, in bytes; 0 where that is not known.
+    /// Memory that the model takes with the default settings, in bytes; 0 if unknown.
     pub memory_bytes: u64,
 }
 
-/// The longest name, architecture or quantisation that is kept of a model, in characters.
+/// The maximum length of a model's name, architecture or quantisation, in characters. Longer texts are cut.
 const FACT_CHARS_MAX: usize = 128;
 
 impl ModelFacts {
-    /// Returns them cut to sizes that can be kept and shown: they come from files of strangers.
+    /// Cuts the texts to sizes that are safe to store and display, because the file may come from a stranger.
     #[must_use]
     pub fn bounded(mut self) -> Self {
         for text in [&mut self.name, &mut self.architecture, &mut self.quantisation] {
@@ -182,7 +183,7 @@ impl ModelFacts {
     }
 }
 
-/// What a model can do.
+/// A capability of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Capability {
@@ -192,11 +193,11 @@ pub enum Capability {
     Chat,
     /// Calls the functions that a request offers.
     Tools,
-    /// Thinks before it answers.
+    /// Reasons before it answers.
     Reasoning,
-    /// Was made for vectors of texts.
+    /// Was made for text embeddings.
     Embeddings,
-    /// Something that this version does not know.
+    /// A capability that this version does not know.
     #[serde(other)]
     Unknown,
 }
@@ -214,24 +215,24 @@ impl fmt::Display for Capability {
     }
 }
 
-/// A model that a worker serves, on its way to the registry.
+/// A model that a worker offers to the registry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelOffer {
-    /// The name and version under which it is to be served.
+    /// Name and version under which the worker serves the model.
     #[serde(flatten)]
     pub key: ModelKey,
-    /// What answers for it.
+    /// File or server that runs under this name.
     #[serde(flatten)]
     pub source: OfferedSource,
     /// Context length in tokens.
     pub context_length: u32,
-    /// What its file says of it, where the worker has read it.
+    /// Facts from the model's file, if the worker has read it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub facts: Option<ModelFacts>,
 }
 
-/// What answers for an offered model.
+/// The file or the server of an offered model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, rename_all_fields = "camelCase")]
 pub enum OfferedSource {
@@ -239,33 +240,33 @@ pub enum OfferedSource {
     Artifact {
         /// SHA-256 of the file.
         digest: Digest,
-        /// Its length; at least 1.
+        /// Length of the file in bytes; at least 1.
         bytes: u64,
     },
     /// A server that the worker has adopted.
     Server {
-        /// The model's name on that server, of 1 to [`SERVED_AS_BYTES_MAX`] bytes.
+        /// The model's name on that server, 1 to [`SERVED_AS_BYTES_MAX`] bytes.
         served_as: String,
     },
 }
 
-/// The longest name of a model on its server, in bytes.
+/// The maximum length of a model's name on its server, in bytes.
 pub const SERVED_AS_BYTES_MAX: usize = 256;
 
-/// Returns what stands in place of an artifact's digest for a model whose bytes nobody of the network has seen: the
-/// SHA-256 of `remote:` and its name on its server. Equal names are all that it attests.
+/// Returns the digest of an adopted server's model, whose bytes the network has not seen: the SHA-256 of `remote:` and
+/// the model's name on its server. Equal digests mean equal names and nothing more.
 pub fn remote_digest(served_as: &str) -> Digest {
     Digest::of(format!("remote:{served_as}").as_bytes())
 }
 
-/// An adapter of one version of a model. It fits no other: it was made for these weights.
+/// An adapter of one version of a model. It fits no other version, because it was made for these weights.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AdapterKey {
     /// The model's name and version.
     #[serde(flatten)]
     pub model: ModelKey,
-    /// Name of the adapter, unique for its model.
+    /// Name of the adapter, unique for the model version.
     pub adapter: AdapterName,
 }
 
@@ -275,21 +276,21 @@ impl fmt::Display for AdapterKey {
     }
 }
 
-/// A LoRA adapter as the registry knows it.
+/// A LoRA adapter in the registry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AdapterEntry {
-    /// Its model, and its name.
+    /// Model and name of the adapter.
     #[serde(flatten)]
     pub key: AdapterKey,
     /// SHA-256 of the artifact.
     pub digest: Digest,
     /// Length of the artifact in bytes.
     pub bytes: u64,
-    /// One line for people.
+    /// One-line description for people.
     #[serde(default)]
     pub description: String,
-    /// When it was registered.
+    /// Time of registration.
     pub created_at: UnixMillis,
 }
 

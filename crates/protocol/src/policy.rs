@@ -1,18 +1,18 @@
-//! What a tenant may do.
+//! Rules of a tenant.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::id::ModelName;
 
-/// The rules of one tenant. What is missing is not limited.
+/// The rules of one tenant. An omitted rule sets no limit.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct TenantPolicy {
-    /// The models it may use; all, where it is missing.
+    /// Models that the tenant may use; all if omitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allowed_models: Option<Vec<ModelName>>,
-    /// Requests it may make in any 60 seconds, over all gateways.
+    /// Maximum number of requests in any 60 seconds, over all gateways.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub requests_per_minute: Option<u32>,
 }

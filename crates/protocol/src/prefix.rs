@@ -1,9 +1,9 @@
-//! Beginnings of prompts as digests, so that a conversation finds the worker that still has it at hand (O2).
+//! Digests of prompt prefixes, by which a conversation finds a worker that still has it in its prefix cache (O2).
 //!
-//! A prompt is a chain of links: each message of a conversation is one, and so is each block of a text or of tokens.
-//! The digest of a link covers all that comes before it, so that two prompts have a digest in common where they begin
-//! alike. Tenant, model and adapter go in first: what one tenant asked makes no worker warm for another, and digests
-//! tell nothing to whoever cannot guess the whole beginning.
+//! A prompt is a chain of links. Each message of a conversation is a link, and so is each block of a text or of tokens.
+//! The digest of a link covers all links before it, so two prompts with a common prefix have common digests. The
+//! digests also cover tenant, model and adapter: the prompts of one tenant do not make a worker warm for another, and a
+//! digest reveals nothing to anyone who cannot guess the whole prefix.
 
 use std::iter;
 
@@ -16,38 +16,38 @@ use crate::model::ModelKey;
 
 /// Text without messages is cut into blocks of this many bytes.
 const BLOCK_BYTES: usize = 512;
-/// And tokens into blocks of this many.
+/// Tokens are cut into blocks of this many.
 const BLOCK_TOKENS: usize = 128;
-/// Links at the end of a prompt that are all worth remembering: a conversation goes on after its last message, is
-/// answered anew after the one before, or asks that one in other words.
+/// How many links at the end of a prompt are all remembered. The next request may continue after the last message,
+/// regenerate it, or edit the message before it.
 const LAST_LINKS: usize = 3;
 
-/// The beginnings of one prompt, from its first link to its last.
+/// The prefixes of one prompt, from its first link to its last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PrefixChain {
-    /// What comes before the first link.
+    /// Digest of what precedes the first link: tenant, model and adapter.
     root: PrefixDigest,
     links: Vec<Link>,
 }
 
-/// A beginning of a prompt that ends with a link.
+/// A prefix that ends with a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Link {
     digest: PrefixDigest,
-    /// Bytes from the prompt's first link to the end of this one.
+    /// Bytes from the start of the prompt's first link to the end of this one.
     bytes: usize,
 }
 
 impl PrefixChain {
-    /// The beginnings of no prompt.
+    /// A chain without prefixes.
     pub const NONE: Self = Self { root: PrefixDigest([0; 8]), links: Vec::new() };
 
-    /// Returns the beginnings of a job's prompt; none where vectors are asked for.
+    /// Returns the prefixes of a job's prompt. A job for embeddings has none.
     pub fn of(request: &InferRequest) -> Self {
         Self::with(request, &request.model())
     }
 
-    /// Returns the beginnings of a job's prompt for another model that may run it.
+    /// Returns the prefixes of a job's prompt for another model that may run it.
     pub fn with(request: &InferRequest, model: &ModelKey) -> Self {
         let Input { adapter, messages, prompt, prompt_tokens, prompts, tools, template_options, .. } = &request.input;
         let mut chain = Self::begin(&[
@@ -69,7 +69,7 @@ impl PrefixChain {
         } else if let Some(tokens) = prompt_tokens {
             chain.push_tokens(tokens);
         } else {
-            // Several prompts of one request usually begin alike.
+            // Prompts of one request usually have a common prefix.
             match prompts.as_ref().and_then(|prompts| prompts.first()) {
                 Some(EmbedInput::Text(text)) => chain.push_text(text),
                 Some(EmbedInput::Tokens(tokens)) => chain.push_tokens(tokens),
@@ -86,7 +86,7 @@ impl PrefixChain {
 
     /// Appends a message of the conversation, such as the answer that a worker has just given.
     ///
-    /// What an assistant thought is left out: clients seldom send it back.
+    /// It omits an assistant's reasoning, because clients seldom send it back.
     pub fn push_message(&mut self, message: &Message) {
         let Message { role, content, reasoning: _, tool_calls, tool_call_id, name } = message;
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
@@ -118,16 +118,16 @@ impl PrefixChain {
         self.links.push(Link { digest: digest(before, parts), bytes: bytes + length });
     }
 
-    /// Returns each beginning, the longest first, with its share of the prompt's bytes, above 0 and at most 1.
+    /// Returns each prefix, the longest first, with its share of the prompt's bytes, above 0 and at most 1.
     pub fn shares(&self) -> impl Iterator<Item = (PrefixDigest, f32)> {
         let whole = self.links.last().map_or(1, |link| link.bytes).max(1);
         self.links.iter().rev().map(move |link| (link.digest, (link.bytes.max(1) as f64 / whole as f64) as f32))
     }
 
-    /// Returns the beginnings worth remembering of a prompt that was evaluated, the longest first.
+    /// Returns the prefixes of an evaluated prompt that are remembered, the longest first.
     ///
-    /// Their number grows with the logarithm of the prompt's length. Whatever another prompt has in common with this
-    /// one, at least half of these links are found by it.
+    /// Their number grows with the logarithm of the prompt's length. They find at least half of the links that another
+    /// prompt has in common with this one.
     pub fn marks(&self) -> impl Iterator<Item = PrefixDigest> {
         let count = self.links.len();
         let last = (1..=count).rev().take(LAST_LINKS);
@@ -137,7 +137,8 @@ impl PrefixChain {
     }
 }
 
-/// Hashes parts after what came before them, in such a way that no other parts read the same.
+/// Hashes the parts after the digest before them. The parts' lengths are hashed too, so that other parts never give the
+/// same bytes.
 fn digest(before: PrefixDigest, parts: &[&[u8]]) -> PrefixDigest {
     let mut hasher = Blake2b::<U8>::new();
     hasher.update(before.0);
@@ -191,7 +192,7 @@ mod tests {
         PrefixChain::of(request).shares().map(|(digest, _)| digest).collect()
     }
 
-    /// Returns how much of a prompt a worker has at hand that evaluated another.
+    /// Returns the share of a prompt that a worker has cached after it evaluated another.
     fn warm(evaluated: &InferRequest, next: &InferRequest) -> f32 {
         let known: HashSet<_> = PrefixChain::of(evaluated).marks().collect();
         PrefixChain::of(next).shares().find(|(digest, _)| known.contains(digest)).map_or(0.0, |(_, share)| share)
@@ -256,7 +257,7 @@ mod tests {
             };
             let (one, other) = (of(&one), of(&other));
             prop_assert_eq!(digests(&one).intersection(&digests(&other)).count(), common.len());
-            // And at least half of what is common is found by what is remembered.
+            // The remembered prefixes find at least half of the common links.
             let marks: HashSet<_> = PrefixChain::of(&one).marks().collect();
             let chain = PrefixChain::of(&other);
             let links = chain.shares().count();

@@ -9,46 +9,46 @@ use crate::health::{self, EXPIRY, HealthReport};
 use crate::id::{PublicKey, Region};
 use crate::signature::Signed;
 
-/// The most a worker's clock may differ from ours.
+/// The maximum difference between a worker's clock and ours.
 pub const SKEW_MAX: Duration = Duration::from_secs(5);
 
-/// The last report believed of a worker; a later one has a greater pair.
+/// The last accepted report of a worker. A later report has a greater pair.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HighWater {
-    /// Epoch of the worker: how often it was started.
+    /// Epoch of the worker, which increases with each start.
     pub epoch: u64,
-    /// The report within it.
+    /// Number of the report within the epoch.
     pub seq: u64,
 }
 
-/// Why a report was dropped. Each is counted by [`Rejection::reason`].
+/// Why a report was dropped. [`Rejection::reason`] is the label of its counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Rejection {
-    /// More bytes than a report may have.
+    /// The report is larger than [`health::REPORT_BYTES_MAX`].
     #[error("the report is too large")]
     TooLarge,
     /// The bytes are not a health report.
     #[error("the report is malformed")]
     Malformed,
-    /// Another version of the contract.
+    /// The report has another version of the contract.
     #[error("the report has another version")]
     Version,
-    /// The report speaks for another key than the one that brought it.
+    /// The report is not from the key of the connection that delivered it.
     #[error("the report is not bound to its connection")]
     Unbound,
     /// The report is for another region.
     #[error("the report is for another region")]
     WrongRegion,
-    /// The worker may not be one, or not here.
+    /// The node may not be a worker, or not in this region.
     #[error("{0}")]
     Excluded(Exclusion),
     /// The clocks differ by too much.
     #[error("the clocks differ by more than 5 s")]
     Skew,
-    /// The report is void.
+    /// The report has expired, or its expiry is too late.
     #[error("the report has expired")]
     Expired,
-    /// The report was seen before, or is older than one that was.
+    /// The report is not newer than the last accepted one.
     #[error("the report is a replay")]
     Replay,
     /// The signature does not verify.
@@ -57,7 +57,7 @@ pub enum Rejection {
 }
 
 impl Rejection {
-    /// Returns the label it is counted under.
+    /// Returns the label of the rejection's counter.
     pub fn reason(self) -> &'static str {
         match self {
             Self::TooLarge => "too_large",
@@ -74,21 +74,21 @@ impl Rejection {
     }
 }
 
-/// What a decision about a report rests on.
+/// Facts for a decision about a report.
 pub struct Facts<'a> {
-    /// The key at the other end of the connection.
+    /// Public key of the connection's peer.
     pub remote_key: PublicKey,
-    /// The regions whose workers are of interest.
+    /// Regions whose workers are accepted.
     pub regions: &'a [Region],
-    /// Whether the key may be a worker in the region it speaks of.
+    /// Checks that the key may be a worker in the report's region.
     pub admitted: &'a dyn Fn(&Region) -> Result<(), Exclusion>,
-    /// The last report believed of this worker.
+    /// The last accepted report of this worker.
     pub high_water: Option<HighWater>,
-    /// Present time.
+    /// Current time.
     pub now: UnixMillis,
 }
 
-/// Returns the report if it is to be believed. The caller then raises the worker's high-water mark to it.
+/// Returns the report if it is valid. The caller then raises the worker's high-water mark to it.
 pub fn admit(signed: &Signed, facts: &Facts<'_>) -> Result<HealthReport, Rejection> {
     if signed.body.len() > health::REPORT_BYTES_MAX {
         return Err(Rejection::TooLarge);

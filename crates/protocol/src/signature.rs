@@ -6,22 +6,22 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::PublicKey;
 
-/// A node's key pair. The public half is its address and its name.
+/// A node's key pair. The public key is the node's address and id.
 #[derive(Clone)]
 pub struct NodeKey(SigningKey);
 
 impl NodeKey {
-    /// Makes the key pair of a 32-byte seed.
+    /// Makes the key pair from a 32-byte seed.
     pub fn from_seed(seed: &[u8; 32]) -> Self {
         Self(SigningKey::from_bytes(seed))
     }
 
-    /// Returns the public half.
+    /// Returns the public key.
     pub fn public_key(&self) -> PublicKey {
         PublicKey(self.0.verifying_key().to_bytes())
     }
 
-    /// Returns the 32 secret bytes, for what needs the same key in another form.
+    /// Returns the 32 secret bytes, for code that needs the key in another form.
     pub fn seed(&self) -> &[u8; 32] {
         self.0.as_bytes()
     }
@@ -52,7 +52,7 @@ pub struct Signed {
     pub signature: String,
 }
 
-/// The signature does not belong to the key and the text.
+/// The signature is not valid for the key and the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the signature does not verify")]
 pub struct BadSignature;
@@ -68,8 +68,8 @@ impl Signed {
     }
 }
 
-/// What is really signed: `tether/<kind>/v1`, a zero byte, the length as u64 little endian, the bytes.
-/// The domain in front keeps a signature of one kind from being passed off as another.
+/// Returns the bytes that are signed: `tether/<kind>/v1`, a zero byte, the length as little-endian u64, the body. The
+/// domain at the start prevents the use of a signature of one kind as another.
 fn signed_bytes(kind: &str, body: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(kind.len() + body.len() + 20);
     bytes.extend_from_slice(b"tether/");

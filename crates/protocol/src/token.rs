@@ -1,29 +1,29 @@
 //! API tokens: `tth_live_<key id: 8>_<secret: 32><checksum: 6>`, all base62.
 //!
-//! The key id is public and names the token in logs and stores. The checksum catches typing errors without a look-up;
-//! it is no protection. A store keeps a keyed hash of the secret.
+//! The key id is public and identifies the token in logs and stores. The checksum detects typing errors without a
+//! look-up; it does not protect against forgery. A store keeps a keyed hash of the secret.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// Random bytes a token is made of.
+/// Number of random bytes from which a token is made.
 pub const RANDOM_BYTES: usize = 48;
-/// Characters of the public part.
+/// Length of the public part, in characters.
 pub const KEY_ID_LENGTH: usize = 8;
-/// Characters of the secret part, some 190 bits.
+/// Length of the secret part, in characters. They carry about 190 bits.
 pub const SECRET_LENGTH: usize = 32;
 const CHECKSUM_LENGTH: usize = 6;
-/// Characters of a whole token.
+/// Length of a whole token, in characters.
 pub const TOKEN_LENGTH: usize = "tth_live_".len() + KEY_ID_LENGTH + 1 + SECRET_LENGTH + CHECKSUM_LENGTH;
 
 const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
-/// What a token is for. Both are as secret.
+/// Purpose of a token. Tokens of both kinds are equally secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TokenKind {
     /// `tth_live_`: for real work.
     Live,
-    /// Trials and automated tests.
+    /// `tth_test_`: for trials and automated tests.
     Test,
 }
 
@@ -36,7 +36,7 @@ impl TokenKind {
     }
 }
 
-/// An API token. `Display` writes the whole of it; `Debug` writes only the key id.
+/// An API token. `Display` writes the whole token; `Debug` writes only the key id.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ApiToken {
     kind: TokenKind,
@@ -47,19 +47,19 @@ pub struct ApiToken {
 /// Why a text is not a token. It never quotes the text, which may be a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MalformedToken {
-    /// The prefix is not that of a token.
+    /// The text does not begin with a token's prefix.
     #[error("an API token begins with tth_live_ or tth_test_")]
     Prefix,
-    /// It was cut, or has something appended.
+    /// The text is shorter or longer than a token.
     #[error("an API token has {TOKEN_LENGTH} characters, not {found}")]
     Length {
-        /// How many it has.
+        /// Number of characters in the text.
         found: usize,
     },
-    /// It holds a character that no token has there.
+    /// A character is not allowed at its position.
     #[error("invalid character at position {position} of the API token")]
     Alphabet {
-        /// Which, counted from 1.
+        /// Position of the character, from 1.
         position: usize,
     },
     /// A character was mistyped.
@@ -68,10 +68,10 @@ pub enum MalformedToken {
 }
 
 impl ApiToken {
-    /// Makes the token of some random bytes, which must come from the system's generator and be used once.
+    /// Makes a token from random bytes, which must come from the system's generator and be used once.
     pub fn generate(kind: TokenKind, random: &[u8; RANDOM_BYTES]) -> Self {
-        // The bytes are one number, written out in base 62. 384 bits against the 238 used: no digit is favoured by
-        // more than one part in 2^140.
+        // The bytes are one number, written in base 62. It has 384 bits and the token uses 238, so no digit is favoured
+        // by more than one part in 2^140.
         let mut number = *random;
         let mut digits = String::with_capacity(KEY_ID_LENGTH + SECRET_LENGTH);
         for _ in 0..KEY_ID_LENGTH + SECRET_LENGTH {
@@ -87,12 +87,12 @@ impl ApiToken {
         Self { kind, key_id: digits, secret }
     }
 
-    /// Returns what the token is for.
+    /// Returns the purpose of the token.
     pub fn kind(&self) -> TokenKind {
         self.kind
     }
 
-    /// Returns the public part; logs carry only this.
+    /// Returns the public part. Logs contain only this part.
     pub fn key_id(&self) -> &str {
         &self.key_id
     }
@@ -236,7 +236,7 @@ mod tests {
         }
         let expected = 5_000.0 * 40.0 / 62.0;
         let chi_squared: f64 = counts.iter().map(|count| (f64::from(*count) - expected).powi(2) / expected).sum();
-        // 61 degrees of freedom: 110 is passed by chance once in ten thousand.
+        // With 61 degrees of freedom, chance exceeds 110 once in ten thousand.
         assert!(chi_squared < 110.0, "{chi_squared}");
     }
 }

@@ -8,7 +8,7 @@ use blake2::{Blake2b, Digest as _};
 
 use crate::id::{CorrelationId, MalformedId, ModelName, ModelVersion, Region};
 
-/// A topic. Its text is lower case and slash separated; on the DHT it is the [`Topic::key`] of that text.
+/// A topic. Its text is in lower case and separated by slashes. Its name on the DHT is [`Topic::key`].
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Topic {
     /// `tether/presence/<region>`: the workers of a region.
@@ -17,12 +17,12 @@ pub enum Topic {
     Model(ModelName, ModelVersion, Region),
     /// `tether/control/<region>`: the orchestrators, gateways and registries of a region.
     Control(Region),
-    /// `tether/jobs/<correlationId>`: one job, while it lasts.
+    /// `tether/jobs/<correlationId>`: a job, while it lasts.
     Job(CorrelationId),
 }
 
 impl Topic {
-    /// Returns the 32 bytes the DHT knows this topic by: BLAKE2b-256 of its text.
+    /// Returns the topic's 32-byte name on the DHT: the BLAKE2b-256 of its text.
     pub fn key(&self) -> [u8; 32] {
         Blake2b::<U32>::digest(self.to_string().as_bytes()).into()
     }
@@ -52,7 +52,7 @@ impl FromStr for Topic {
                 Ok(Self::Model(model.parse()?, version.parse()?, region.parse()?))
             }
             ["tether", "control", region] => Ok(Self::Control(region.parse()?)),
-            // A job's topic is lower case like all others, though UUIDs may be written otherwise.
+            // A job's topic is in lower case like all others, although a UUID may have upper-case digits.
             ["tether", "jobs", id] if !id.bytes().any(|byte| byte.is_ascii_uppercase()) => Ok(Self::Job(id.parse()?)),
             ["tether", "jobs", id] => Err(MalformedId::new("correlationId", id, "a lower-case hyphenated UUID")),
             ["tether", "presence" | "control"] | ["tether", "models", _, _] => {

@@ -1,4 +1,4 @@
-//! A certificate: the pool's root key says what a node may be.
+//! Certificates, by which the pool's root key grants a node its roles, regions and models.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -15,28 +15,28 @@ use crate::signature::{NodeKey, Signed};
 pub const KIND: &str = "certificate";
 /// Version of the format.
 pub const VERSION: u32 = 1;
-/// The largest certificate taken, in bytes.
+/// The maximum size of a certificate, in bytes.
 pub const CERTIFICATE_BYTES_MAX: usize = 64 * 1024;
 
-/// What a node may be, and how long.
+/// What a node may do in the pool, and for how long.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Admission.Certificate")]
 pub struct Certificate {
     /// The contract's version: 1.
     pub v: u32,
-    /// Grows with each certificate of the pool.
+    /// Serial number, which increases with each certificate of the pool.
     pub serial: u64,
-    /// The pool: its root's public key, which signs this.
+    /// Public key of the pool's root, which signs the certificate.
     pub pool: PublicKey,
     /// Public key of the node.
     pub public_key: PublicKey,
-    /// What it may be.
+    /// Roles that the node may have.
     pub roles: Vec<NodeRole>,
-    /// Where it may be that; none for everywhere.
+    /// Regions in which the node may act; empty for all.
     #[serde(default)]
     pub regions: Vec<Region>,
-    /// The models it may serve as a worker; none for all.
+    /// Models that the node may serve as a worker; empty for all.
     #[serde(default)]
     pub models: Vec<ModelName>,
     /// Beginning of validity.
@@ -45,16 +45,16 @@ pub struct Certificate {
     pub not_after: UnixMillis,
 }
 
-/// Why a certificate is not believed.
+/// Why a certificate is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum CertificateError {
-    /// More bytes than a certificate may have.
+    /// The certificate is larger than [`CERTIFICATE_BYTES_MAX`].
     #[error("the certificate is too large")]
     TooLarge,
     /// The bytes are not a certificate.
     #[error("the certificate is malformed")]
     Malformed,
-    /// Another version of the contract.
+    /// The certificate has another version of the contract.
     #[error("the certificate has another version")]
     Version,
     /// The certificate is signed by another root key.
@@ -63,7 +63,7 @@ pub enum CertificateError {
     /// The certificate names another public key.
     #[error("the certificate is for another key")]
     Holder,
-    /// It has not begun.
+    /// The certificate is not valid yet.
     #[error("the certificate has not begun yet; are the clocks right?")]
     Early,
     /// The certificate has expired.
@@ -86,7 +86,7 @@ impl Certificate {
         root.sign(KIND, String::from_utf8(codec::encode(self)).expect("JSON is UTF-8"))
     }
 
-    /// Returns the certificate that a node of key `holder` shows, if it is to be believed. Cheap checks first.
+    /// Returns the certificate that the node with the key `holder` shows, if it is valid. Cheap checks run first.
     pub fn verify(
         signed: &Signed,
         pool: PublicKey,
@@ -115,7 +115,7 @@ impl Certificate {
         Ok(certificate)
     }
 
-    /// Checks that the present lies within the certificate's time.
+    /// Checks that the certificate is valid at `now`.
     pub fn check_time(&self, now: UnixMillis) -> Result<(), CertificateError> {
         if now < self.not_before {
             Err(CertificateError::Early)
@@ -126,7 +126,7 @@ impl Certificate {
         }
     }
 
-    /// Says why the node may not act in a role and, where one is named, a region; its time is checked elsewhere.
+    /// Checks that the node may act in a role and, if given, in a region. Does not check the certificate's time.
     pub fn check_use(&self, role: NodeRole, region: Option<&Region>) -> Result<(), Exclusion> {
         if !self.roles.contains(&role) {
             Err(Exclusion::Role)
@@ -137,7 +137,7 @@ impl Certificate {
         }
     }
 
-    /// Returns whether the node may be in a region.
+    /// Returns whether the node may act in a region.
     pub fn allows_region(&self, region: &Region) -> bool {
         self.regions.is_empty() || self.regions.contains(region)
     }
@@ -147,7 +147,7 @@ impl Certificate {
         self.models.is_empty() || self.models.contains(model)
     }
 
-    /// Returns whether it is time for the next certificate: half of this one's life is over.
+    /// Returns whether the certificate is due for renewal: half of its time is over.
     pub fn is_due(&self, now: UnixMillis) -> bool {
         let half = self.not_after.since(self.not_before) / 2;
         now >= self.not_before.after(half)
@@ -203,7 +203,7 @@ mod tests {
         refused(Certificate { public_key: other.public_key(), ..certificate() }, CertificateError::Holder);
         refused(Certificate { not_before: UnixMillis(NOW.0 + 1), ..certificate() }, CertificateError::Early);
         refused(Certificate { not_after: NOW, ..certificate() }, CertificateError::Ended);
-        // Signed by somebody who calls himself the root, and by the root as something else.
+        // One is signed by a key that claims to be the root, the other by the root as another kind.
         assert_eq!(verify(&certificate().sign(&other), NOW), Err(CertificateError::Pool));
         let claimed = Signed { key: root().public_key(), ..certificate().sign(&other) };
         assert_eq!(verify(&claimed, NOW), Err(CertificateError::BadSignature));

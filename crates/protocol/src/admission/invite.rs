@@ -1,8 +1,8 @@
 //! Invites: `tth_join_<everything a node needs to join, in base32><checksum>`, on one line, for one node.
 //!
-//! The bytes inside: a version, the pool, the registry's key, the invite's id, its secret, its end, what it allows, and
-//! addresses where the network's nodes can be found. The checksum catches typing errors; it is no protection. What an
-//! invite allows is decided by the registry's record of it: the text only tells the joining node what to expect.
+//! The base32 contains a version, the pool, the registry's key, the invite's id, its secret, its expiry, what it
+//! allows, and addresses of the network's nodes. The checksum detects typing errors; it does not protect against
+//! forgery. The registry's record decides what an invite allows; the text only informs the joining node.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,15 +12,15 @@ use crate::clock::UnixMillis;
 use crate::control::NodeRole;
 use crate::id::{InviteId, PublicKey, Region};
 
-/// What every invite begins with.
+/// Prefix of every invite.
 pub const PREFIX: &str = "tth_join_";
-/// Bytes of an invite's secret.
+/// Length of an invite's secret, in bytes.
 pub const SECRET_BYTES: usize = 24;
-/// The longest invite read, in characters.
+/// The maximum length of an invite, in characters.
 pub const INVITE_LENGTH_MAX: usize = 8 * 1024;
-/// Addresses an invite names at most.
+/// The maximum number of addresses in an invite.
 pub const BOOTSTRAP_MAX: usize = 16;
-/// Regions an invite names at most.
+/// The maximum number of regions in an invite.
 pub const REGIONS_MAX: usize = 16;
 
 const VERSION: u8 = 1;
@@ -28,16 +28,16 @@ const ROLES: [NodeRole; 4] = [NodeRole::Gateway, NodeRole::Orchestrator, NodeRol
 const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
 const ADDRESS_BYTES_MAX: usize = 128;
 
-/// What proves an invite. `Debug` keeps it.
+/// Secret that proves possession of an invite. `Debug` does not write it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct InviteSecret(pub [u8; SECRET_BYTES]);
 
-/// A way into a pool, for one node. `Display` writes the whole of it; `Debug` keeps the secret.
+/// Allows one node to join a pool. `Display` writes the whole invite; `Debug` leaves out the secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Invite {
-    /// The pool: its root's public key.
+    /// Public key of the pool's root.
     pub pool: PublicKey,
-    /// The registry that redeems it.
+    /// Public key of the registry that redeems the invite.
     pub registry: PublicKey,
     /// Public id of the invite.
     pub id: InviteId,
@@ -45,39 +45,39 @@ pub struct Invite {
     pub secret: InviteSecret,
     /// Expiry of the invite.
     pub expires_at: UnixMillis,
-    /// What the node may become.
+    /// Roles that the node may have.
     pub roles: Vec<NodeRole>,
-    /// Where; none for everywhere.
+    /// Regions in which the node may act; empty for all.
     pub regions: Vec<Region>,
-    /// Addresses of nodes that know the network, `host:port`.
+    /// Addresses of nodes in the network, as `host:port`.
     pub bootstrap: Vec<String>,
 }
 
-/// Why a text is not an invite. It never quotes the text, which holds a secret.
+/// Why a text is not an invite. It never quotes the text, which contains a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MalformedInvite {
-    /// The prefix is not that of an invite.
+    /// The text does not begin with [`PREFIX`].
     #[error("an invite begins with {PREFIX}")]
     Prefix,
-    /// It is longer than any invite.
+    /// The text is longer than [`INVITE_LENGTH_MAX`].
     #[error("an invite has at most {INVITE_LENGTH_MAX} characters")]
     Length,
-    /// It holds a character that no invite has.
+    /// The text contains a character that is not base32.
     #[error("invalid character at position {position} of the invite")]
     Alphabet {
-        /// Which, counted from 1.
+        /// Position of the character, from 1.
         position: usize,
     },
-    /// It was cut, or a character was mistyped.
+    /// The text was cut, or a character was mistyped.
     #[error("the checksum does not match: the invite was cut or mistyped")]
     Checksum,
-    /// A newer program wrote it.
+    /// The invite has a version that this program does not know.
     #[error("the invite has version {found}, and this program reads version {VERSION}")]
     Version {
         /// Version that was found.
         found: u8,
     },
-    /// Its content makes no sense.
+    /// A part of the content is malformed.
     #[error("the invite's {part} is malformed")]
     Content {
         /// Name of the malformed part.
@@ -86,14 +86,14 @@ pub enum MalformedInvite {
 }
 
 impl InviteSecret {
-    /// Reads a secret as it travels to the registry.
+    /// Decodes a secret from hex, as a node sends it to the registry.
     pub fn from_hex(text: &str) -> Option<Self> {
         let mut bytes = [0; SECRET_BYTES];
         hex::decode_to_slice(text, &mut bytes).ok()?;
         Some(Self(bytes))
     }
 
-    /// Writes the secret as it travels to the registry.
+    /// Encodes the secret in hex, as a node sends it to the registry.
     pub fn to_hex(&self) -> String {
         hex::encode(self.0)
     }
@@ -106,17 +106,17 @@ impl fmt::Debug for InviteSecret {
 }
 
 impl Invite {
-    /// Returns whether it is too late to redeem it.
+    /// Returns whether the invite has expired.
     pub fn has_ended(&self, now: UnixMillis) -> bool {
         now >= self.expires_at
     }
 
-    /// Returns whether a certificate is what this invite promised.
+    /// Returns whether a certificate is from the invite's pool and has all of its roles.
     pub fn promised(&self, certificate: &Certificate) -> bool {
         certificate.pool == self.pool && self.roles.iter().all(|role| certificate.roles.contains(role))
     }
 
-    /// Checks that an address can stand in an invite.
+    /// Returns whether a text is an address that an invite may contain.
     pub fn is_address(text: &str) -> bool {
         let Some((host, port)) = text.rsplit_once(':') else { return false };
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']' | b'@');
@@ -210,7 +210,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Writes bytes in base32, five bits a character, the last one filled up with zeros.
+/// Encodes bytes in base32: five bits per character, the last one padded with zeros.
 fn to_base32(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len() * 8 / 5 + 1);
     let (mut held, mut bits) = (0_u32, 0);
@@ -229,7 +229,7 @@ fn to_base32(bytes: &[u8]) -> String {
     text
 }
 
-/// Reads base32 as [`to_base32`] writes it; the error is the place of the character that cannot stand there.
+/// Decodes base32 from [`to_base32`]. The error has the position of an invalid character.
 fn from_base32(text: &str) -> Result<Vec<u8>, MalformedInvite> {
     let mut bytes = Vec::with_capacity(text.len() * 5 / 8);
     let (mut held, mut bits) = (0_u32, 0);
@@ -244,7 +244,7 @@ fn from_base32(text: &str) -> Result<Vec<u8>, MalformedInvite> {
         }
         held &= (1 << bits) - 1;
     }
-    // One spelling an invite: what is left over is less than a character, and zero.
+    // An invite has one spelling: the remaining bits are fewer than those of a character, and zero.
     if bits >= 5 || held != 0 { Err(MalformedInvite::Checksum) } else { Ok(bytes) }
 }
 

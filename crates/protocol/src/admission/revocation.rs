@@ -1,4 +1,4 @@
-//! The list of expelled nodes, signed by the pool's root key.
+//! The list of revoked nodes, signed by the pool's root key.
 
 use std::collections::BTreeSet;
 
@@ -13,34 +13,34 @@ use crate::signature::{NodeKey, Signed};
 pub const KIND: &str = "revocations";
 /// Version of the format.
 pub const VERSION: u32 = 1;
-/// The largest list taken, in bytes: some hundred thousand keys.
+/// The maximum size of a list in bytes, enough for about a hundred thousand keys.
 pub const LIST_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// The nodes that were expelled while their certificates last.
+/// The revoked nodes whose certificates may still be valid.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Admission.Revocations")]
 pub struct RevocationList {
     /// The contract's version: 1.
     pub v: u32,
-    /// The pool: its root's public key, which signs this.
+    /// Public key of the pool's root, which signs the list.
     pub pool: PublicKey,
-    /// Grows with each revocation; 0 before the first.
+    /// Version of the list, which increases with each revocation; 0 before the first.
     pub version: u64,
     /// Public keys of the revoked nodes.
     pub keys: BTreeSet<PublicKey>,
 }
 
-/// Why a list is not believed.
+/// Why a list is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RevocationError {
-    /// More bytes than a list may have.
+    /// The list is larger than [`LIST_BYTES_MAX`].
     #[error("the revocation list is too large")]
     TooLarge,
     /// The bytes are not a revocation list.
     #[error("the revocation list is malformed")]
     Malformed,
-    /// Another version of the contract.
+    /// The list has another version of the contract.
     #[error("the revocation list has another version of the contract")]
     Version,
     /// The list is signed by another root key.
@@ -52,7 +52,7 @@ pub enum RevocationError {
 }
 
 impl RevocationList {
-    /// Makes the list of a pool that has expelled nobody.
+    /// Makes the list of a pool without revoked nodes.
     pub fn empty(pool: PublicKey) -> Self {
         Self { v: VERSION, pool, version: 0, keys: BTreeSet::new() }
     }
@@ -62,7 +62,7 @@ impl RevocationList {
         root.sign(KIND, String::from_utf8(codec::encode(self)).expect("JSON is UTF-8"))
     }
 
-    /// Returns the list, if it is to be believed. Whether it is newer than another is for the caller to see.
+    /// Returns the list if it is valid. The caller checks whether it is newer than another.
     pub fn verify(signed: &Signed, pool: PublicKey) -> Result<Self, RevocationError> {
         if signed.body.len() > LIST_BYTES_MAX {
             return Err(RevocationError::TooLarge);
@@ -70,7 +70,7 @@ impl RevocationList {
         if signed.key != pool {
             return Err(RevocationError::Pool);
         }
-        // The signature comes first here: reading a long list costs more than checking it.
+        // The signature is verified first, because parsing a long list costs more.
         signed.verify(KIND).map_err(|_| RevocationError::BadSignature)?;
         let list: Self =
             codec::decode_within(signed.body.as_bytes(), LIST_BYTES_MAX).map_err(|_| RevocationError::Malformed)?;
