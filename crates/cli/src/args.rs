@@ -208,7 +208,7 @@ pub struct NodeArgs {
     pub with_parent: bool,
 }
 
-/// How to start again.
+/// How to restart the services.
 #[derive(Debug, Clone, Default, Args)]
 pub struct StartArgs {
     /// Ends when the process that started it does
@@ -227,7 +227,7 @@ pub struct OrchestratorArgs {
     pub near_regions: Option<Vec<String>>,
 }
 
-/// How to take requests.
+/// How to accept requests.
 #[derive(Debug, Clone, Default, Args)]
 pub struct GatewayArgs {
     /// How it reaches the others
@@ -238,7 +238,7 @@ pub struct GatewayArgs {
     pub bind: Option<String>,
 }
 
-/// Whom to invite.
+/// Which node to invite.
 #[derive(Debug, Clone, Args)]
 pub struct InviteArgs {
     /// Role of the new node
@@ -265,7 +265,7 @@ fn keep_alive(text: &str) -> Result<i64, &'static str> {
 /// What a node does in the network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Role {
-    /// Takes requests.
+    /// Accepts requests.
     Gateway,
     /// Places jobs.
     Orchestrator,
@@ -298,7 +298,7 @@ pub struct JoinArgs {
     pub only_enrol: bool,
 }
 
-/// Whom to take out.
+/// Which node to revoke.
 #[derive(Debug, Clone, Args)]
 pub struct RevokeArgs {
     /// Name of the node, its key, or the first digits of its key (see `tether nodes`)
@@ -308,7 +308,7 @@ pub struct RevokeArgs {
     pub server: ServerArgs,
 }
 
-/// What to call a node.
+/// Which node to rename.
 #[derive(Debug, Clone, Args)]
 pub struct RenameArgs {
     /// Name of the node, its key, or the first digits of its key (see `tether nodes`)
@@ -331,7 +331,7 @@ pub struct NodesArgs {
     pub watch: bool,
 }
 
-/// What to ask.
+/// Which model to ask, and what.
 #[derive(Debug, Clone, Args)]
 pub struct RunArgs {
     /// Model as name[@MAJOR.MINOR][:adapter], or a GGUF file, [NAME=]FILE, or a URL, or a model of the Hugging Face
@@ -362,7 +362,7 @@ pub struct RunArgs {
     pub server: ServerArgs,
 }
 
-/// With whom to talk.
+/// Which model to chat with.
 #[derive(Debug, Clone, Args)]
 pub struct ChatArgs {
     /// Model as name[@MAJOR.MINOR][:adapter], or a GGUF file, [NAME=]FILE, or a URL, or hf:ORG/REPO[:QUANT] [default:
@@ -379,7 +379,7 @@ pub struct ChatArgs {
     pub server: ServerArgs,
 }
 
-/// Adds models, looks at them, names and forgets them.
+/// Adds, lists, loads, aliases and removes models.
 #[derive(Debug, Subcommand)]
 pub enum ModelCommand {
     /// Add a model from a file, a URL, the Hugging Face Hub or another program
@@ -475,7 +475,7 @@ pub struct ModelAddArgs {
     pub server: ServerArgs,
 }
 
-/// Another name for a model, or one for several.
+/// An alias of one or several models.
 #[derive(Debug, Clone, Args)]
 pub struct ModelAliasArgs {
     /// The alias
@@ -492,7 +492,7 @@ pub struct ModelAliasArgs {
     pub server: ServerArgs,
 }
 
-/// Looks at adapters, adds and forgets them.
+/// Adds, lists and removes adapters.
 #[derive(Debug, Subcommand)]
 pub enum AdapterCommand {
     /// Add an adapter from a GGUF file
@@ -529,7 +529,7 @@ pub struct AdapterAddArgs {
     pub server: ServerArgs,
 }
 
-/// Makes, lists and revokes API keys.
+/// Creates, lists and revokes API keys.
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
     /// Create a key; the secret is shown only once
@@ -554,7 +554,7 @@ pub struct TokenRevokeArgs {
     pub server: ServerArgs,
 }
 
-/// A key to make.
+/// A key to create.
 #[derive(Debug, Clone, Args)]
 pub struct TokenCreateArgs {
     /// Tenant that the key belongs to
@@ -577,7 +577,7 @@ pub struct TokenCreateArgs {
     pub server: ServerArgs,
 }
 
-/// Looks at the settings.
+/// Shows or checks the settings.
 #[derive(Debug, Clone, Copy, Subcommand)]
 pub enum ConfigCommand {
     /// Print a settings file with every default

@@ -1,4 +1,5 @@
-//! Settings: flags over `TETHER_*` variables over the file over defaults, read once.
+//! Settings, which are read once. Flags take precedence over `TETHER_*` variables, these over the file, and the file
+//! over the defaults.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -26,36 +27,38 @@ pub use example::example;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Version of this file's layout: 1.
+    /// Version of the file format: 1.
     pub version: u32,
-    /// Where this machine stands.
+    /// Region of this machine.
     pub region: Region,
-    /// Folder for keys, stores and models; by default the data folder of the user.
+    /// Folder for keys, stores and models; the user's data folder by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_dir: Option<PathBuf>,
-    /// Workers that `tether up` runs.
+    /// Number of workers that `tether up` runs.
     pub workers: u32,
-    /// Model files that the workers of this machine serve besides `worker.models`, each as `FILE` or `NAME=FILE`.
+    /// Model files that the workers of this machine serve in addition to `worker.models`, each as `FILE` or
+    /// `NAME=FILE`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub models: Vec<String>,
-    /// Servers whose models the workers of this machine offer, too, as URLs; an empty list searches this machine.
+    /// URLs of running servers whose models the workers of this machine also serve. An empty list searches this
+    /// machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adopt: Option<Vec<String>>,
-    /// Threads that serve the network; 0 takes half of the cores, since engines need the others.
+    /// Number of threads for the network; 0 uses half of the cores, because engines need the others.
     pub threads: u32,
-    /// HTTP address at which a service of this machine shows its own metrics under /metrics, such as 127.0.0.1:9100. A
-    /// gateway shows its own under its own address as well.
+    /// HTTP address on which a service of this machine serves its Prometheus metrics under /metrics, such as
+    /// 127.0.0.1:9100. A gateway also serves them on its own address.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metrics_listen: Option<SocketAddr>,
     /// How nodes find and reach each other.
     pub network: NetworkSettings,
-    /// What is logged, and how.
+    /// What to log, and in which format.
     pub log: LogSettings,
-    /// Takes requests.
+    /// Settings of gateways, which accept requests.
     pub gateway: gateway::Config,
-    /// Places jobs.
+    /// Settings of orchestrators, which place jobs on workers.
     pub orchestrator: orchestrator::Config,
-    /// Runs jobs.
+    /// Settings of workers, which load models and run jobs.
     pub worker: worker::Config,
 }
 
@@ -63,20 +66,20 @@ pub struct Settings {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct NetworkSettings {
-    /// UDP address that this node listens on, IPv4; port 0 takes a free one.
+    /// IPv4 UDP address that this node listens on; port 0 picks a free port.
     #[serde(deserialize_with = "udp_address")]
     pub listen: SocketAddrV4,
-    /// UDP address at which other machines join the network of `tether up`; without one it is this process's alone.
+    /// UDP address on which other machines may join the network of `tether up`. If omitted, none can join.
     #[serde(deserialize_with = "some_udp_address", skip_serializing_if = "Option::is_none")]
     pub up_listen: Option<SocketAddrV4>,
-    /// Nodes to ask for others, as `host:port`. A node that joined by an invite knows those of its network.
+    /// Bootstrap nodes, as `host:port`. A node that joined with an invite knows those of its network.
     pub bootstrap: Vec<String>,
-    /// How long gateways and orchestrators go on with the keys, models and rules they know while no registry answers,
-    /// in seconds; then they refuse everything until one does.
+    /// Seconds for which gateways and orchestrators use cached keys, models and rules while no registry responds. After
+    /// that they refuse all requests until one does.
     pub registry_absence_secs: u64,
 }
 
-/// Reads a UDP address; the error shows what one looks like.
+/// Reads a UDP address. The error shows an example.
 fn udp_address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SocketAddrV4, D::Error> {
     let text = String::deserialize(deserializer)?;
     let malformed = |what: &str| {
@@ -95,18 +98,18 @@ fn some_udp_address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result
     udp_address(deserializer).map(Some)
 }
 
-/// Returns the address with a port that is surely free.
+/// Returns the address with port 0, for which the system picks a free port.
 pub fn any_port(address: SocketAddrV4) -> SocketAddrV4 {
     SocketAddrV4::new(*address.ip(), 0)
 }
 
-/// What is logged, and how.
+/// What to log, and in which format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogSettings {
-    /// `pretty` or `json`.
+    /// Log format: `pretty` or `json`.
     pub format: String,
-    /// What to log, such as `info` or `info,tether_gateway=debug`.
+    /// Log filter, such as `info` or `info,tether_gateway=debug`.
     pub filter: String,
 }
 
@@ -142,7 +145,7 @@ impl Default for NetworkSettings {
 }
 
 impl NetworkSettings {
-    /// Adds nodes to ask.
+    /// Adds bootstrap nodes.
     #[must_use]
     pub fn and(&self, bootstrap: &[String]) -> Self {
         let mut all = self.clone();
@@ -154,7 +157,8 @@ impl NetworkSettings {
         all
     }
 
-    /// Returns the addresses of the nodes to ask. A name that has none is left out and logged, unless all have none.
+    /// Resolves the addresses of the bootstrap nodes. A name without an address is skipped and logged. If no name has
+    /// one, this is an error.
     pub async fn bootstrap_addresses(&self) -> anyhow::Result<Vec<SocketAddrV4>> {
         let mut addresses = vec![];
         let mut failed = None;
@@ -203,11 +207,11 @@ impl LogSettings {
 #[derive(Debug, Clone, Default)]
 pub struct Env(BTreeMap<String, String>);
 
-/// Variables of this program that are no settings.
+/// Variables of this program that are not settings.
 const NO_SETTINGS: [&str; 4] = ["TETHER_CONFIG", "TETHER_URL", "TETHER_API_KEY", "TETHER_CA"];
 
 impl Env {
-    /// Takes the environment of this process.
+    /// Reads the environment of this process.
     pub fn of_process() -> Self {
         // Values that are not text cannot be settings.
         Self(
@@ -238,7 +242,7 @@ impl Env {
         self.folder("XDG_DATA_HOME", ".local/share")
     }
 
-    /// Returns the variables that are settings, and those that look so and name none.
+    /// Returns the variables that are settings, and the other `TETHER_*` variables.
     fn settings(&self) -> (config::Map<String, String>, Vec<&str>) {
         let known: BTreeSet<String> = example::names().iter().map(|name| variable(name)).collect();
         let ours = |name: &str| name.starts_with("TETHER_") && !NO_SETTINGS.contains(&name);
@@ -254,7 +258,7 @@ fn variable(setting: &str) -> String {
     format!("TETHER_{}", setting.to_uppercase().replace('.', "__"))
 }
 
-/// Says of a variable that it is no setting, and which one may be meant.
+/// Returns a note that a variable is not a setting, with the setting that may be meant.
 fn unknown_variable(name: &str) -> String {
     let variables: Vec<String> = example::names().iter().map(|name| variable(name)).collect();
     // Most often two underscores are missing.
@@ -276,7 +280,7 @@ fn meant_setting(error: &str) -> Option<String> {
     Some(whole.map_or(meant, String::as_str).to_owned())
 }
 
-/// Writes the dot that the reader of settings leaves out behind an index: `models[0]digest`.
+/// Inserts the dot that the `config` crate omits after an index: `models[0]digest`.
 fn dotted(error: &str) -> String {
     let mut text = String::new();
     for letter in error.chars() {
@@ -296,7 +300,7 @@ pub fn load(common: &Common, env: &Env, flags: &[Flag]) -> anyhow::Result<Settin
     load_with(common, env, None, flags)
 }
 
-/// Reads all settings of a node that keeps the flags of earlier starts, which count like flags.
+/// Reads all settings of a node. The flags that it keeps from earlier starts count like flags.
 pub fn load_with(common: &Common, env: &Env, kept: Option<&KeptFlags>, flags: &[Flag]) -> anyhow::Result<Settings> {
     let defaults = config::Config::try_from(&Settings::default()).context("the defaults do not read")?;
     let mut builder = config::Config::builder().add_source(defaults);

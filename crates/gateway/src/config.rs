@@ -1,4 +1,4 @@
-//! How a gateway is set up.
+//! Settings of a gateway.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -8,68 +8,67 @@ use protocol::Region;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How a gateway is set up. Every field may be left out.
+/// Settings of a gateway. Every field is optional.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Where HTTP is served. Port 0 takes any free port.
+    /// Address on which HTTP is served. Port 0 picks a free port.
     pub bind: SocketAddr,
-    /// The region whose orchestrators and registries are asked. The program sets it.
+    /// Region whose orchestrators and registries the gateway uses. The program sets it.
     #[serde(skip)]
     pub region: Region,
-    /// How long the gateway goes on with tokens, models and rules that it knows while no registry answers. The program
-    /// sets it.
+    /// How long the gateway uses cached tokens, models and rules while no registry responds. The program sets it.
     #[serde(skip)]
     pub registry_absence: Duration,
-    /// PEM file of the TLS certificate and its chain. TLS is on where this and `tls_key` are given.
+    /// PEM file of the TLS certificate and its chain. TLS is enabled if this and `tls_key` are set.
     pub tls_cert: Option<PathBuf>,
     /// PEM file of the certificate's private key.
     pub tls_key: Option<PathBuf>,
-    /// How often the TLS files are looked at for a change, in seconds.
+    /// Interval in seconds at which the TLS files are checked for changes.
     pub tls_reload_secs: u64,
-    /// Web origins whose pages may call, such as `https://app.example.com`; `*` for all. None by default.
+    /// Web origins that may send requests (CORS), such as `https://app.example.com`; `*` allows all. None by default.
     pub cors_origins: Vec<String>,
-    /// The largest request body, in bytes.
+    /// Maximum size of a request body in bytes.
     pub body_bytes_max: usize,
-    /// Messages that a conversation may have; OpenAI's limit by default. 0 does not limit.
+    /// Maximum number of messages in a conversation; the default is OpenAI's limit. 0 means no limit.
     pub messages_max: usize,
-    /// Connections held at once; one more is turned away.
+    /// Maximum number of connections. Further ones are refused.
     pub connections_max: usize,
-    /// Jobs held at once; one more gets 503.
+    /// Maximum number of concurrent jobs. Further ones get status 503.
     pub jobs_max: usize,
-    /// How long a client may take to send a request's head, or to do a TLS handshake, in seconds.
+    /// Timeout in seconds for receiving a request's head, and for the TLS handshake.
     pub header_timeout_secs: u64,
-    /// How long a client may pause while it sends a body, in seconds.
+    /// Maximum pause in seconds while a client sends a body.
     pub body_idle_secs: u64,
-    /// How long a connection may lie idle between requests, in seconds.
+    /// Maximum idle time in seconds of a connection between requests.
     pub idle_timeout_secs: u64,
-    /// How long a client may leave an answer unread, in seconds.
+    /// Maximum time in seconds for which a client may leave an answer unread.
     pub write_timeout_secs: u64,
-    /// How long a streamed answer may be silent before the client gets a keep-alive comment, in milliseconds.
+    /// Silence in milliseconds after which a streamed answer sends a keep-alive comment.
     pub keep_alive_ms: u64,
-    /// How long requests may go on once the gateway is asked to stop, in seconds.
+    /// Seconds that requests have to finish when the gateway stops.
     pub drain_secs: u64,
-    /// How long a job may wait for its first token where the client sets no shorter limit, in seconds. An answer that
-    /// has begun runs on as long as its client listens.
+    /// Seconds within which a job's first token must come, unless the client sets a shorter deadline. An answer that
+    /// has begun continues for as long as its client reads it.
     pub request_deadline_secs: u64,
-    /// How long an answer may be silent before it is given up, in seconds. Jobs that are read or wait their turn are
-    /// not silent.
+    /// Seconds for which an answer may be silent before it is abandoned. A job is not silent while it is queued or its
+    /// prompt is evaluated.
     pub stall_timeout_secs: u64,
-    /// How long a token's check is believed, in seconds; a revoked token works this much longer. At most 5.
+    /// Seconds for which a token's check is cached. A revoked token works this much longer. At most 5.
     pub token_cache_secs: u64,
-    /// How long the list of models is believed, in seconds.
+    /// Seconds for which the list of models is cached.
     pub catalog_cache_secs: u64,
-    /// How many requests a tenant may make.
+    /// Rate limit of each tenant.
     pub rate_limit: RateLimitConfig,
 }
 
-/// How many requests a tenant may make where its policy says nothing else.
+/// Rate limit of each tenant whose policy sets none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RateLimitConfig {
-    /// Requests a minute in the long run; a tenant's policy may say otherwise. 0 does not limit.
+    /// Sustained number of requests per minute. A tenant's policy takes precedence. 0 means no limit.
     pub requests_per_minute: u32,
-    /// Requests that may come at once.
+    /// Maximum number of requests at once.
     pub burst: u32,
 }
 
@@ -108,21 +107,22 @@ impl Default for RateLimitConfig {
     }
 }
 
-/// The longest time that makes sense; more could overflow the clock.
+/// The maximum of a configured time. A longer one could overflow the clock.
 const LONGEST_SECS: u64 = 365 * 24 * 3600;
 
-/// Returns a configured time.
+/// Returns a configured time, at most [`LONGEST_SECS`].
 pub(crate) fn seconds(count: u64) -> Duration {
     Duration::from_secs(count.min(LONGEST_SECS))
 }
 
 impl Config {
-    /// Returns how long a stream may be silent. Less than 10 ms would cost more than the answers themselves.
+    /// Returns how long a stream may be silent, at least 10 ms. More frequent comments would cost more than the
+    /// answers.
     pub(crate) fn keep_alive(&self) -> Duration {
         Duration::from_millis(self.keep_alive_ms.clamp(10, LONGEST_SECS * 1000))
     }
 
-    /// Returns how long a token's check is believed: at most the five seconds within which a revocation takes effect.
+    /// Returns how long a token's check is cached: at most the five seconds within which a revocation takes effect.
     pub(crate) fn token_cache(&self) -> Duration {
         Duration::from_secs(self.token_cache_secs.min(5))
     }

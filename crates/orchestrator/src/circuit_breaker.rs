@@ -12,17 +12,17 @@ use tokio::time::Instant;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct BreakerConfig {
-    /// Seconds that an outcome counts.
+    /// Seconds for which an outcome counts.
     pub window_secs: u64,
-    /// Outcomes within the window below which a breaker stays closed.
+    /// Number of outcomes within the window below which a breaker stays closed.
     pub outcomes_min: u32,
     /// Share of bad outcomes, 0 to 1, at which a breaker opens.
     pub failure_ratio: f64,
-    /// Seconds of a worker's silence before its first token above which an outcome is bad.
+    /// Seconds of a worker's silence before the first token above which an outcome is bad.
     pub slow_secs: u64,
-    /// Seconds a breaker stays open at first; it doubles each time the probe fails.
+    /// Seconds for which a breaker stays open at first. The time doubles with each failed probe.
     pub open_secs: u64,
-    /// The most seconds a breaker stays open.
+    /// Maximum number of seconds for which a breaker stays open.
     pub open_secs_max: u64,
 }
 

@@ -1,4 +1,4 @@
-//! What an operator may set.
+//! Settings of an orchestrator.
 
 use std::time::Duration;
 
@@ -13,35 +13,35 @@ use crate::scheduler::affinity::Weights;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Regions close enough that their workers may help out.
+    /// Other regions whose workers may be used, because they are close enough.
     pub near_regions: Vec<Region>,
-    /// How long rules that are known stand while no registry answers. The program sets it.
+    /// How long the orchestrator uses cached rules while no registry responds. The program sets it.
     #[serde(skip)]
     pub registry_absence: Duration,
-    /// Milliseconds a worker has to acknowledge a job before it is set aside; long requests get more.
+    /// Milliseconds within which a worker must acknowledge a job, or it is set aside. Long requests get more time.
     pub dispatch_ack_ms: u64,
-    /// Milliseconds that opening a new connection to a worker may take.
+    /// Timeout in milliseconds for a new connection to a worker.
     pub dispatch_connect_ms: u64,
-    /// Seconds a worker that did not acknowledge a job gets no other, unless there is no other worker.
+    /// Seconds for which a worker that did not acknowledge a job gets no further job, unless there is no other worker.
     pub set_aside_secs: u64,
-    /// Tries of a job before its first token, each on another worker.
+    /// Maximum number of attempts of a job before its first token, each on another worker.
     pub attempts_max: u32,
-    /// Seconds without a chunk, which may bring progress alone, after which an attempt has failed.
+    /// Seconds without a chunk after which an attempt has failed. A chunk that only has progress counts.
     pub stall_secs: u64,
-    /// Seconds a caller may leave a chunk unread before it counts as gone.
+    /// Seconds for which a caller may leave a chunk unread before it counts as gone.
     pub caller_stall_secs: u64,
-    /// Seconds a job may wait for its first token where its caller sets no deadline.
+    /// Seconds within which a job's first token must come, if the caller sets no deadline.
     pub deadline_secs: u64,
-    /// Seconds a reservation lasts unless it is renewed; it is renewed at a third of this.
+    /// Seconds after which a reservation expires unless it is renewed. It is renewed after a third of this time.
     pub lease_secs: u64,
-    /// Seconds for which a request on which engines crashed is remembered; after two crashes it is refused. 0 remembers
-    /// none beyond its own job.
+    /// Seconds for which a request that crashed an engine is remembered. After two crashes it is refused. With 0 it is
+    /// forgotten when its job ends.
     pub crashes_kept_secs: u64,
-    /// Seconds for which a tenant's rules are believed before the registry is asked again.
+    /// Seconds for which a tenant's rules are cached.
     pub policy_cache_secs: u64,
-    /// Jobs whose placement can be explained; the oldest are forgotten.
+    /// Number of jobs whose placement can be explained. The oldest are dropped.
     pub decisions_kept: usize,
-    /// How much each term of the affinity score counts.
+    /// Weights of the terms of a worker's affinity score.
     pub weights: Weights,
     /// When the circuit breaker of a model and region opens and closes.
     pub breaker: BreakerConfig,

@@ -1,4 +1,4 @@
-//! What a worker serves, and within which limits.
+//! Settings of a worker: its models and its limits.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -10,48 +10,47 @@ use schemars::JsonSchema;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
-/// The configuration of one worker.
+/// Settings of one worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Where the worker stands; it serves the orchestrators of this region. The program sets it.
+    /// Region of the worker, whose orchestrators it serves. The program sets it.
     #[serde(skip)]
     pub region: Region,
-    /// The models it serves.
+    /// Models that the worker serves.
     pub models: Vec<ServedModel>,
-    /// The models that `tether model add` brought, each loaded when somebody asks for it: `fetch` serves all that this
-    /// node could hold and fetches their files from other nodes, `local` those whose files are in its store, `off`
-    /// none.
+    /// Which models of `tether model add` the worker serves. They are loaded when a request needs them. `fetch` serves
+    /// all that this node can hold and fetches their files from other nodes, `local` serves those whose files are in
+    /// its store, and `off` serves none.
     pub catalog: CatalogUse,
-    /// Disk that files may take together which were fetched from other nodes, in MiB; 0 takes what is free. The least
-    /// recently used make room, and a GiB of the disk always stays free.
+    /// Maximum disk space in MiB for files from other nodes; 0 uses all free space. The least recently used files are
+    /// deleted first. One GiB of the disk always stays free.
     pub disk_max_mib: u64,
-    /// Jobs that run side by side at most; each model is loaded with as many sequences.
+    /// Maximum number of jobs that run concurrently. Each model is loaded with as many sequences.
     pub slots: u32,
-    /// Jobs that may wait; one more is refused.
+    /// Maximum number of queued jobs. Further ones are refused.
     pub queue_max: u32,
-    /// Jobs of one tenant, running and waiting, at most; missing for no limit.
+    /// Maximum number of running and queued jobs of one tenant; no limit if omitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tenant_jobs_max: Option<u32>,
-    /// Loads the models at the start, as far as they fit, and not at their first job.
+    /// Loads the models at startup, as far as they fit, instead of at their first job.
     pub preload: bool,
-    /// Memory that the models may take together, in MiB; 0 takes what the machine has free. What is not in use makes
-    /// room for what is asked for.
+    /// Maximum memory in MiB of all models together; 0 uses the machine's free memory. Idle models are unloaded when
+    /// others are needed.
     pub memory_max_mib: u64,
-    /// Memory of GPUs that all models may take together, in MiB; 0 takes what is free when the worker starts.
+    /// Maximum GPU memory in MiB of all models together; 0 uses what is free when the worker starts.
     pub vram_max_mib: u64,
-    /// The shortest and the longest `keep_alive` of a request that is followed, in seconds; -1 for any. Other requests
-    /// get the nearest of the two.
+    /// Minimum of a request's `keep_alive` in seconds. Shorter times are raised to it; 0 means no minimum.
     pub keep_alive_secs_min: i64,
-    /// The longest; see the shortest.
+    /// Maximum of a request's `keep_alive` in seconds. Longer times are lowered to it; -1 means no maximum.
     pub keep_alive_secs_max: i64,
-    /// Seconds that jobs have to end when the worker stops.
+    /// Seconds that jobs have to finish when the worker stops.
     pub drain_secs: u64,
-    /// Seconds that a server which answers for a model may be silent before the first token of an answer. It fails the
-    /// job then, which goes to another worker where there is one. A server says nothing while a request waits its turn
-    /// there or its prompt is read, so busy servers with long prompts need more.
+    /// Seconds for which a model's server may be silent before the first token of an answer. After that the attempt
+    /// fails, and the job goes to another worker if there is one. A server is silent while a request is queued or its
+    /// prompt is evaluated, so busy servers with long prompts need more time.
     pub server_stall_secs: u64,
-    /// Network hops to the region's centre; fewer is nearer.
+    /// Number of network hops to the region's centre. Fewer is nearer.
     pub latency_hops: u32,
 }
 
@@ -59,12 +58,12 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CatalogUse {
-    /// Serves them, and fetches their files where they are asked for.
+    /// Serves them, and fetches their files when they are needed.
     #[default]
     Fetch,
-    /// Serves those whose files are here.
+    /// Serves those whose files are in the store.
     Local,
-    /// Keeps to the models of its settings.
+    /// Serves only the models in the settings.
     Off,
 }
 
@@ -93,92 +92,94 @@ impl<'de> Deserialize<'de> for CatalogUse {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ServedModel {
-    /// Its name.
+    /// Name.
     pub model_id: ModelName,
-    /// Its version, as `MAJOR.MINOR`.
+    /// Version, as `MAJOR.MINOR`.
     #[serde(default = "first_version")]
     pub version: ModelVersion,
-    /// A GGUF file of this machine. It is copied into the artifact store at the start, unless it is there already.
+    /// GGUF file on this machine. It is copied into the artifact store at startup, unless it is there already.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
-    /// SHA-256 of its artifact. Where a file is named, it need not be given.
+    /// SHA-256 of the artifact. It may be omitted if `file` is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<Digest>,
-    /// A server that runs already and answers for it, in place of an artifact.
+    /// Running server that serves the model, instead of an artifact.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<RemoteServer>,
-    /// A program that serves its artifact in place of the engine, and its arguments. `{model}` stands for the file and
+    /// Program that serves the artifact instead of the engine, with its arguments. `{model}` stands for the file and
     /// `{port}` for the port to listen on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub server_command: Vec<String>,
-    /// Tokens of context per job; 0 takes what the model was trained with, at most 8192 and less where memory is short.
+    /// Context length of a job in tokens; 0 uses the length that the model was trained with, at most 8192, and less if
+    /// memory is short.
     #[serde(default)]
     pub context_length: u32,
-    /// Threads for decoding, no more than there are cores; 0 takes all cores, or all but one where there are more than
-    /// two.
+    /// Number of threads for decoding, at most the number of cores; 0 uses all cores, or all but one if there are more
+    /// than two.
     #[serde(default)]
     pub threads: u32,
-    /// Layers to place on a GPU; 0 keeps all on the CPU, and where it is missing as many are placed as fit.
+    /// Number of layers on a GPU; 0 keeps all on the CPU. If omitted, as many as fit are on a GPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_layers: Option<u32>,
-    /// Tokens that all jobs together can hold; 0 takes 8192, at least one context and at most one for each slot. More
-    /// lets more long jobs run side by side.
+    /// Size of the KV cache in tokens, for all jobs together; 0 uses 8192, but at least one context and at most one for
+    /// each slot. A larger cache lets more long jobs run concurrently.
     #[serde(default)]
     pub kv_tokens: u32,
-    /// Memory for conversations that lost their place in the engine, in MiB; they need not be evaluated again.
+    /// Memory in MiB for conversations that were removed from the KV cache. They are not evaluated again.
     #[serde(default = "prompt_cache_mib")]
     pub prompt_cache_mib: u64,
-    /// Tokens that a repeated passage may suggest at once, at most 16; 0 does not speculate. Answers stay the same.
+    /// Maximum number of draft tokens from a repeated passage, at most 16; 0 disables speculative decoding. Answers
+    /// stay the same.
     #[serde(default = "draft_tokens")]
     pub draft_tokens: u32,
-    /// Seconds without work after which it is unloaded; it is loaded again when somebody asks for it. -1 keeps it for
-    /// ever. Where it is missing, it is what the network says of the model, and else 300.
+    /// Seconds without work after which the model is unloaded; -1 for never. The next request loads it again. If
+    /// omitted, the network's setting for the model applies, or else 300.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_alive_secs: Option<i64>,
-    /// Loads it at the start, and never unloads it to make room for others or because nobody uses it. Where it is
-    /// missing, `tether model pin` decides.
+    /// Loads the model at startup and never unloads it, neither for other models nor because it is idle. If omitted,
+    /// `tether model pin` decides.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pin: Option<bool>,
-    /// Whose kernels compute it on a CPU: `auto` takes Tether's where the processor has AVX-512 and VNNI, `off` leaves
-    /// all to ggml, slower, and then an answer at temperature 0 may change in a rare word when it is asked for again.
+    /// Kernels that compute the model on a CPU: `auto` uses Tether's if the CPU has AVX-512 and VNNI, and `off` uses
+    /// only ggml's. `off` is slower, and a repeated answer at temperature 0 may differ in a rare word.
     #[serde(default)]
     pub kernels: Kernels,
-    /// The LoRA adapters it is served with; each is attached at its first job.
+    /// LoRA adapters of the model. Each is attached at its first job.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<ServedAdapter>,
-    /// The name of its one adapter, where it serves it with that and no longer without: jobs with it go here, all
-    /// others elsewhere. It is merged into the weights at the load where these are of 8 bits and more, and costs
-    /// nothing then.
+    /// Name of the model's only adapter, if the worker serves the model with this adapter only. Jobs with it run here,
+    /// all others elsewhere. If the weights have 8 bits or more, the adapter is merged into them at the load, and then
+    /// costs nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pinned_adapter: Option<AdapterName>,
-    /// Adapters attached at once, at most; the one unused for longest makes room.
+    /// Maximum number of attached adapters. The least recently used one is detached first.
     #[serde(default = "adapters_max")]
     pub adapters_max: u32,
-    /// The registry listed it, so that it need not be offered. The program sets it.
+    /// Whether the registry lists the model already, so that it need not be offered. The program sets it.
     #[serde(skip)]
     pub is_listed: bool,
 }
 
-/// Whose kernels compute a model on a CPU.
+/// Kernels that compute a model on a CPU.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Kernels {
-    /// Tether's where they can.
+    /// Tether's, if the CPU supports them.
     #[default]
     Auto,
-    /// Those of ggml.
+    /// ggml's only.
     Off,
 }
 
-/// A server of OpenAI's API that was started by somebody else.
+/// A running server with OpenAI's API that Tether did not start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RemoteServer {
-    /// Its address, such as `http://127.0.0.1:8000/v1`.
+    /// Address, such as `http://127.0.0.1:8000/v1`.
     pub base_url: String,
     /// The model's name on that server.
     pub model: String,
-    /// File that holds the server's API key; missing where it asks for none.
+    /// File with the server's API key. It may be omitted if the server needs none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub api_key_file: Option<PathBuf>,
 }
@@ -187,9 +188,9 @@ pub struct RemoteServer {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ServedAdapter {
-    /// Its name.
+    /// Name.
     pub name: AdapterName,
-    /// SHA-256 of its artifact.
+    /// SHA-256 of the artifact.
     pub digest: Digest,
 }
 
@@ -197,14 +198,14 @@ fn first_version() -> ModelVersion {
     ModelVersion { major: 1, minor: 0 }
 }
 
-/// Five minutes, as Ollama does.
+/// Five minutes, as in Ollama.
 const KEEP_ALIVE_SECS: i64 = 300;
 
 fn prompt_cache_mib() -> u64 {
     256
 }
 
-/// As many rows as are evaluated at nearly the price of one.
+/// As many tokens as are evaluated at nearly the cost of one.
 fn draft_tokens() -> u32 {
     3
 }
@@ -213,42 +214,42 @@ fn adapters_max() -> u32 {
     4
 }
 
-/// The most adapters of all models together; health reports name each.
+/// The maximum number of adapters of all models together. Health reports list each of them.
 const ADAPTERS_TOLD_MAX: usize = 256;
 
-/// Why a configuration makes no sense.
+/// Why a configuration is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// Nothing could ever run.
+    /// No job could run.
     #[error("slots must be at least 1")]
     NoSlots,
-    /// A tenant could never run anything.
+    /// No tenant could run a job.
     #[error("tenant_jobs_max must be at least 1, or missing for no limit")]
     NoTenantJobs,
     /// Every server would count as hung.
     #[error("server_stall_secs must be at least 1")]
     NoServerStall,
-    /// Nothing, or two things, would answer for a model.
+    /// A model has no source, or two.
     #[error("{0} needs either a file (or the digest of one in the store) or a remote server")]
     Source(ModelKey),
-    /// A command that cannot serve an artifact.
+    /// The command cannot serve an artifact.
     #[error("server_command of {0} needs a file or a digest, and must say where {{port}} goes")]
     Command(ModelKey),
-    /// A model stands in the list twice.
+    /// A model is in the list twice.
     #[error("models has {0} more than once")]
     ModelTwice(ModelKey),
-    /// An adapter stands in the list of its model twice.
+    /// An adapter is in the list of its model twice.
     #[error("{0} has the adapter {1} more than once")]
     AdapterTwice(ModelKey, AdapterName),
-    /// There are more adapters than a health report can name.
+    /// There are more adapters than a health report can list.
     #[error("models has more than {ADAPTERS_TOLD_MAX} adapters")]
     TooManyAdapters,
-    /// A pinned adapter that is not the one its model has.
+    /// The pinned adapter is not the only adapter of a model with an artifact and without a server command.
     #[error(
         "pinned_adapter of {0} must be the one adapter in its list, of a model with a file or digest and no server_command"
     )]
     Pinned(ModelKey),
-    /// An adapter could never be attached.
+    /// No adapter could be attached.
     #[error("adapters_max of {0} must be at least 1")]
     NoAdapters(ModelKey),
 }
@@ -276,7 +277,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Checks what types cannot.
+    /// Checks what the types cannot.
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.slots == 0 {
             return Err(ConfigError::NoSlots);
@@ -307,7 +308,7 @@ impl Config {
         self.models.iter().try_for_each(ServedModel::check)
     }
 
-    /// Returns the `keep_alive` of a request within the bounds.
+    /// Returns a request's `keep_alive`, clamped to the minimum and the maximum.
     pub(crate) fn bounded_keep_alive(&self, secs: i64) -> i64 {
         // For ever is the longest.
         let rank = |secs: i64| if secs < 0 { i64::MAX } else { secs };
@@ -321,24 +322,24 @@ impl Config {
         Duration::from_secs(self.server_stall_secs)
     }
 
-    /// Returns how long jobs have to end when the worker stops.
+    /// Returns how long jobs have to finish when the worker stops.
     pub fn drain(&self) -> Duration {
         Duration::from_secs(self.drain_secs)
     }
 }
 
 impl ServedModel {
-    /// Returns a model of an artifact, loaded as it was made and without adapters.
+    /// Makes a model from an artifact, with default settings and without adapters.
     pub fn new(key: ModelKey, digest: Digest) -> Self {
         Self { digest: Some(digest), ..Self::named(key) }
     }
 
-    /// Returns a model of a file that has yet to be taken into the store.
+    /// Makes a model from a file that is not in the store yet.
     pub fn of_file(model_id: ModelName, file: PathBuf) -> Self {
         Self { file: Some(file), ..Self::named(ModelKey { model_id, version: first_version() }) }
     }
 
-    /// Returns a model that a server answers for.
+    /// Makes a model that a server runs.
     pub fn on_server(key: ModelKey, server: RemoteServer) -> Self {
         Self { remote: Some(server), ..Self::named(key) }
     }
@@ -372,34 +373,34 @@ impl ServedModel {
         self.digest.is_some() || self.file.is_some()
     }
 
-    /// Returns an adapter that it is served with.
+    /// Returns the model's adapter of this name.
     pub fn adapter(&self, name: &AdapterName) -> Option<&ServedAdapter> {
         self.adapters.iter().find(|adapter| adapter.name == *name)
     }
 
-    /// Returns whether a server answers for it, and not an engine of ours.
+    /// Returns whether a server runs the model, instead of Tether's engine.
     pub(crate) fn is_server(&self) -> bool {
         self.remote.is_some() || !self.server_command.is_empty()
     }
 
-    /// Returns whether it stays in memory whatever happens, where the network pins it or not. A model on another
-    /// program's server is not ours to unload.
+    /// Returns whether the model is never unloaded, given whether the network pins it. Tether cannot unload a model of
+    /// an adopted server.
     pub(crate) fn is_pinned(&self, by_network: bool) -> bool {
         self.pin.unwrap_or(by_network) || self.remote.is_some()
     }
 
-    /// Returns how long it stays in memory without work, unless a request or an operator says otherwise; `None` for
-    /// ever.
+    /// Returns how long the model stays in memory without work, unless a request or an operator sets another time;
+    /// `None` for ever.
     pub(crate) fn keep_alive(&self, by_network: Option<i64>) -> Option<Duration> {
         duration_of(self.keep_alive_secs.or(by_network).unwrap_or(KEEP_ALIVE_SECS))
     }
 
-    /// Returns the adapter that it is always served with.
+    /// Returns the pinned adapter.
     pub(crate) fn pinned(&self) -> Option<&ServedAdapter> {
         self.adapter(self.pinned_adapter.as_ref()?)
     }
 
-    /// Returns whether it is served with this adapter, or without one.
+    /// Returns whether the model is served with this adapter, or without one.
     pub(crate) fn serves(&self, adapter: Option<&AdapterName>) -> bool {
         match &self.pinned_adapter {
             Some(pinned) => adapter == Some(pinned),
@@ -407,12 +408,12 @@ impl ServedModel {
         }
     }
 
-    /// Returns the name of the adapter that it is always served with, its own name with it.
+    /// Returns the key of the pinned adapter.
     pub(crate) fn pinned_key(&self) -> Option<AdapterKey> {
         Some(AdapterKey { model: self.key(), adapter: self.pinned_adapter.clone()? })
     }
 
-    /// Returns the names of its adapters, its own name with each.
+    /// Returns the keys of the model's adapters.
     pub(crate) fn adapter_keys(&self) -> impl Iterator<Item = AdapterKey> {
         self.adapters.iter().map(|adapter| AdapterKey { model: self.key(), adapter: adapter.name.clone() })
     }
@@ -439,14 +440,15 @@ impl ServedModel {
         ModelKey { model_id: self.model_id.clone(), version: self.version }
     }
 
-    /// Returns what it is registered under: its artifact's digest, or what stands for it where a server answers.
+    /// Returns the digest under which the model is registered: that of its artifact, or [`remote_digest`] if a server
+    /// runs it.
     pub fn digest(&self) -> Digest {
         let served_as = self.remote.as_ref().map_or(self.model_id.as_str(), |remote| &remote.model);
         self.digest.unwrap_or_else(|| remote_digest(served_as))
     }
 }
 
-/// Returns a time in seconds; `None` for ever, which all negative ones stand for.
+/// Converts seconds to a duration. Negative numbers mean for ever, for which it returns `None`.
 pub(crate) fn duration_of(secs: i64) -> Option<Duration> {
     u64::try_from(secs).ok().map(Duration::from_secs)
 }

@@ -6,21 +6,22 @@ use serde::{Deserialize, Serialize};
 
 use super::Candidate;
 
-/// How much each term counts.
+/// Weights of the terms of the score.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Weights {
-    /// The model is in memory, and the adapter attached.
+    /// Weight of a loaded model and an attached adapter.
     pub model_match: f64,
-    /// The worker is near.
+    /// Weight of a near region.
     pub region_proximity: f64,
-    /// The worker has little to do.
+    /// Weight of free slots and a short queue.
     pub queue_depth: f64,
-    /// The prompt's beginning is at hand.
+    /// Weight of the share of the prompt that the worker has in its prefix cache. A higher weight keeps a conversation
+    /// on the worker that knows it, even if another one is less busy.
     pub warm_cache: f64,
-    /// The worker is fast.
+    /// Weight of the speed relative to the fastest candidate.
     pub speed: f64,
-    /// Read and ignored: settings written for earlier versions have it.
+    /// Ignored. Settings files of earlier versions have it.
     #[serde(skip_serializing)]
     #[schemars(skip)]
     pub gpu_class: IgnoredAny,
