@@ -113,8 +113,8 @@ pub struct Input {
     /// Stop sequences, at most 16. Generation ends at the first one, which the answer does not contain.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stop: Vec<String>,
-    /// Continues after the end-of-turn token, for benchmarks. It has no effect on an answer with a `format`, which ends
-    /// where the format is complete.
+    /// Continues after the end-of-turn token, for benchmarks. It has no effect on an answer with a constraint, such as
+    /// `format`, which ends where the constraint is satisfied.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ignore_eos: bool,
     /// Evaluates the request alone instead of in a batch. This is slower, and the same build of the engine repeats the
