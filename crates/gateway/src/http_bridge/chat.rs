@@ -16,7 +16,7 @@ use crate::openai::response::whole::ChatCompletion;
     post, path = "/v1/chat/completions", tag = "openai", operation_id = "createChatCompletion", security(("bearer" = [])),
     request_body = ChatCompletionRequest,
     responses(
-        (status = 200, description = "The answer; as server-sent events where `stream` is true", content(
+        (status = 200, description = "The answer, as server-sent events if `stream` is true", content(
             (ChatCompletion = "application/json"), (String = "text/event-stream"),
         )),
         ApiError,

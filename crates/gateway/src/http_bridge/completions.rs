@@ -14,12 +14,12 @@ use crate::openai::response::Heading;
 use crate::openai::response::sse::Sse;
 use crate::openai::response::whole::{Completion, write_whole};
 
-/// Goes on with a text.
+/// Continues a text.
 #[utoipa::path(
     post, path = "/v1/completions", tag = "openai", operation_id = "createCompletion", security(("bearer" = [])),
     request_body = CompletionRequest,
     responses(
-        (status = 200, description = "The answer; as server-sent events where `stream` is true", content(
+        (status = 200, description = "The answer, as server-sent events if `stream` is true", content(
             (Completion = "application/json"), (String = "text/event-stream"),
         )),
         ApiError,

@@ -11,7 +11,7 @@ use super::job::{self, AnswerFacts, Opening, ResponseHeaders};
 use crate::openai::request::{self, EmbeddingRequest, Encoding, Vectors};
 use crate::openai::response::vectors::{EmbeddingList, write_vectors};
 
-/// Makes a vector of each text.
+/// Creates an embedding vector for each text.
 #[utoipa::path(
     post, path = "/v1/embeddings", tag = "openai", operation_id = "createEmbedding", security(("bearer" = [])),
     request_body = EmbeddingRequest,

@@ -67,19 +67,19 @@ impl IntoResponse for ApiError {
 
 /// The meaning of each status, for endpoints that need an API key.
 const STATUSES: [(u16, &str); 13] = [
-    (400, "The request makes no sense, or asks for what is not done here; `param` names the field."),
-    (401, "No API key, or a wrong, revoked or expired one."),
-    (403, "The API key does not allow it."),
-    (404, "There is no such model or job."),
-    (408, "The body came too slowly."),
-    (409, "A job of this retry token exists already."),
-    (413, "The body is over the limit."),
+    (400, "The request is invalid or asks for something unsupported; `param` names the field."),
+    (401, "The API key is missing, wrong, revoked or expired."),
+    (403, "The API key does not allow this operation."),
+    (404, "The model or job does not exist."),
+    (408, "The client sent the body too slowly."),
+    (409, "A job with this retry token already exists."),
+    (413, "The body is larger than allowed."),
     (415, "The body is not JSON."),
-    (429, "Too many requests; `Retry-After` tells when the next may come."),
-    (500, "A defect of ours."),
-    (502, "The workers that tried failed."),
-    (503, "No room, or a part of the network is away; `Retry-After` tells when to try again."),
-    (504, "The deadline passed."),
+    (429, "Too many requests; `Retry-After` says when to send the next one."),
+    (500, "Tether has a defect."),
+    (502, "The workers that tried the job failed."),
+    (503, "No worker has capacity, or a part of the network does not respond; `Retry-After` says when to try again."),
+    (504, "The deadline passed before the answer began."),
 ];
 
 impl IntoResponses for ApiError {

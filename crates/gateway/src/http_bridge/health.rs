@@ -21,15 +21,15 @@ pub(super) struct Status {
     status: &'static str,
 }
 
-/// Whether requests can be answered.
+/// Whether the gateway can answer requests.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Readiness {
-    /// `ok`, or `degraded` while no registry answers and the gateway goes on with what it knows.
+    /// `ok`, or `degraded` while no registry responds and the gateway uses cached data.
     status: &'static str,
-    /// For how many seconds no registry has answered, while none does.
+    /// Seconds since a registry last responded. Absent while one responds.
     #[serde(skip_serializing_if = "Option::is_none")]
     registry_silent_secs: Option<u64>,
-    /// After how many more seconds without a registry this gateway refuses everything.
+    /// Seconds until the gateway refuses all requests, if no registry responds before.
     #[serde(skip_serializing_if = "Option::is_none")]
     closes_in_secs: Option<u64>,
 }
@@ -42,7 +42,7 @@ pub(super) struct Version<'a> {
     version: &'a str,
 }
 
-/// Says that the gateway is alive.
+/// Returns 200 while the gateway is alive.
 #[utoipa::path(get, path = "/healthz", tag = "operations", operation_id = "live", responses((status = 200, description = "Alive", body = Status)))]
 pub(super) async fn live() -> Response<Body> {
     errors::json(&Status { status: "ok" })
@@ -54,8 +54,10 @@ pub(super) async fn alias() -> Response<Body> {
     live().await
 }
 
-/// Says whether requests can be answered: some worker has a model ready or loads it when it is asked for, a registry
-/// answers or did not long ago, and the gateway is not stopping.
+/// Returns 200 while the gateway can answer requests.
+///
+/// This means that a worker has a model ready or loads it when a request needs it, that a registry responds or did so
+/// recently, and that the gateway is not stopping.
 #[utoipa::path(
     get, path = "/readyz", tag = "operations", operation_id = "ready",
     responses(
@@ -91,7 +93,7 @@ async fn readiness(bridge: &Bridge) -> Result<Readiness, WireError> {
     })
 }
 
-/// Shows the metrics, as OpenMetrics text.
+/// Returns the metrics as OpenMetrics text.
 #[utoipa::path(
     get, path = "/metrics", tag = "operations", operation_id = "metrics",
     responses((status = 200, description = "Metrics", body = String, content_type = "application/openmetrics-text")),
@@ -104,7 +106,7 @@ pub(super) async fn metrics(State(bridge): State<Bridge>) -> Response<Body> {
     response
 }
 
-/// Tells the program's version.
+/// Returns the program's version.
 #[utoipa::path(get, path = "/version", tag = "operations", operation_id = "version", responses((status = 200, description = "Version", body = Version)))]
 pub(super) async fn version(State(bridge): State<Bridge>) -> Response<Body> {
     errors::json(&Version { name: "tether", version: bridge.gateway.version() })

@@ -1,4 +1,4 @@
-//! `POST /infer`: Tether's own API. Takes an `Infer.Request` and returns `Infer.Chunk`s, one per line.
+//! `POST /infer`: Tether's own API. Accepts an `Infer.Request` and returns `Infer.Chunk`s, one per line.
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -14,12 +14,12 @@ use crate::infer_request::{native, parse_infer};
 use crate::openai::response::error;
 use crate::published;
 
-/// Runs a job and streams its chunks, one JSON object a line.
+/// Runs a job and streams its chunks, one JSON object per line.
 #[utoipa::path(
     post, path = "/infer", tag = "tether", operation_id = "infer", security(("bearer" = [])),
     request_body(content = published::InferSubmission, content_type = "application/json"),
     responses(
-        (status = 200, description = "Chunks, the last with `done` true; an error after the first is a line `{\"error\":{…}}`",
+        (status = 200, description = "Chunks, the last with `done` true; an error after the first chunk is a line `{\"error\":{…}}`",
          body = published::InferChunk, content_type = "application/x-ndjson"),
         ApiError,
     ),

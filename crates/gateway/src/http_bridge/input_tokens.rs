@@ -13,16 +13,16 @@ use super::job::{self, AnswerFacts, Opening, ResponseHeaders};
 use crate::answer;
 use crate::openai::request::{self, ChatCompletionRequest};
 
-/// The length of a prompt.
+/// The number of a prompt's tokens.
 #[derive(Serialize, ToSchema)]
 pub(super) struct InputTokens {
     /// `response.input_tokens`.
     object: &'static str,
-    /// Tokens, those of the chat template and of tools included.
+    /// Number of tokens, including those of the chat template and of tools.
     input_tokens: u32,
 }
 
-/// Counts the tokens of a conversation as the model would read it, without an answer and without cost.
+/// Counts the input tokens of a conversation, without an answer and without cost.
 #[utoipa::path(
     post, path = "/v1/chat/completions/input_tokens", tag = "openai", operation_id = "countInputTokens",
     security(("bearer" = [])), request_body = ChatCompletionRequest,

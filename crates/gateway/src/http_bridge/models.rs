@@ -21,10 +21,10 @@ pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Resu
     Ok(Json(ModelList::served(&models, &fleet, &grant.policy)))
 }
 
-/// Tells about one model, where it is one of those that the list has.
+/// Returns one model of the list.
 #[utoipa::path(
     get, path = "/v1/models/{id}", tag = "openai", operation_id = "retrieveModel", security(("bearer" = [])),
-    params(("id" = String, Path, description = "`name`, which is its newest version, or `name@MAJOR.MINOR`")),
+    params(("id" = String, Path, description = "`name` for the newest version, or `name@MAJOR.MINOR`")),
     responses((status = 200, description = "The model", body = Model), ApiError),
 )]
 pub(super) async fn get(

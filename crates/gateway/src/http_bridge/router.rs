@@ -83,7 +83,7 @@ fn routes() -> OpenApiRouter<Bridge> {
     api.merge(operations)
 }
 
-/// Tells what there is: this document.
+/// Returns this document.
 #[utoipa::path(
     get, path = "/openapi.json", tag = "operations", operation_id = "openapi",
     responses((status = 200, description = "This document", body = Object)),

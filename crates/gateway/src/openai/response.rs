@@ -51,7 +51,7 @@ impl Heading {
     }
 }
 
-/// What an answer took.
+/// Token usage of an answer.
 #[derive(Serialize, ToSchema)]
 #[schema(as = CompletionUsage)]
 struct Usage {
@@ -59,7 +59,7 @@ struct Usage {
     completion_tokens: u32,
     total_tokens: u32,
     prompt_tokens_details: PromptTokensDetails,
-    /// Missing where the model did not think.
+    /// Absent if the model did not reason.
     #[serde(skip_serializing_if = "Option::is_none")]
     completion_tokens_details: Option<CompletionTokensDetails>,
 }
@@ -72,7 +72,7 @@ struct PromptTokensDetails {
 
 #[derive(Serialize, ToSchema)]
 struct CompletionTokensDetails {
-    /// Tokens that the model thought with; they are among `completion_tokens`.
+    /// Reasoning tokens. `completion_tokens` includes them.
     reasoning_tokens: u32,
 }
 

@@ -17,7 +17,7 @@ use crate::published;
 #[utoipa::path(
     get, path = "/admin/v1/adapters", tag = "admin", operation_id = "listAdapters", security(("bearer" = [])),
     responses(
-        (status = 200, description = "Every adapter, by model and then by name", body = published::AdapterList),
+        (status = 200, description = "All adapters, ordered by model and then by name", body = published::AdapterList),
         ApiError,
     ),
 )]
@@ -26,12 +26,14 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<AdapterList>, ApiErr
     Ok(Json(AdapterList { adapters }))
 }
 
-/// Registers an adapter of a model. Its artifact must lie where the workers of the model find it.
+/// Registers an adapter of a model.
+///
+/// Its artifact must be where the workers of the model find it.
 #[utoipa::path(
     post, path = "/admin/v1/adapters", tag = "admin", operation_id = "addAdapter", security(("bearer" = [])),
     request_body(content = published::AdapterAdd, content_type = "application/json"),
     responses(
-        (status = 200, description = "The adapter as it is registered", body = published::AdapterEntry),
+        (status = 200, description = "The registered adapter", body = published::AdapterEntry),
         ApiError,
     ),
 )]
@@ -44,12 +46,12 @@ pub(crate) async fn add(
     Ok(Json(added))
 }
 
-/// Forgets an adapter; requests for it are refused within five seconds.
+/// Removes an adapter. Requests for it are refused within five seconds.
 #[utoipa::path(
     delete, path = "/admin/v1/adapters/{id}", tag = "admin", operation_id = "removeAdapter", security(("bearer" = [])),
-    params(("id" = String, Path, description = "`name:adapter`, of the newest version, or `name@MAJOR.MINOR:adapter`")),
+    params(("id" = String, Path, description = "`name:adapter` for the newest version, or `name@MAJOR.MINOR:adapter`")),
     responses(
-        (status = 200, description = "Whether there was such an adapter", body = published::AdapterRemoved),
+        (status = 200, description = "Whether the adapter existed", body = published::AdapterRemoved),
         ApiError,
     ),
 )]

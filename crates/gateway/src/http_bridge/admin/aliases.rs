@@ -13,11 +13,11 @@ use crate::http_bridge::errors::ApiError;
 use crate::http_bridge::extract::Segment;
 use crate::published;
 
-/// Lists the aliases, also those whose model is gone.
+/// Lists all aliases, including those whose model no longer exists.
 #[utoipa::path(
     get, path = "/admin/v1/aliases", tag = "admin", operation_id = "listAliases", security(("bearer" = [])),
     responses(
-        (status = 200, description = "Every alias, by name", body = published::AliasList),
+        (status = 200, description = "All aliases, ordered by name", body = published::AliasList),
         ApiError,
     ),
 )]
@@ -26,12 +26,12 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<AliasList>, ApiError
     Ok(Json(AliasList { aliases }))
 }
 
-/// Gives a model another name, within five seconds.
+/// Sets an alias. It takes effect within five seconds.
 #[utoipa::path(
     post, path = "/admin/v1/aliases", tag = "admin", operation_id = "setAlias", security(("bearer" = [])),
     request_body(content = published::AliasSet, content_type = "application/json"),
     responses(
-        (status = 200, description = "The alias as it is kept", body = published::AliasEntry),
+        (status = 200, description = "The alias as it is stored", body = published::AliasEntry),
         ApiError,
     ),
 )]
@@ -41,12 +41,12 @@ pub(crate) async fn set(operator: Operator, AdminBody(new): AdminBody<AliasSet>)
     Ok(Json(set))
 }
 
-/// Forgets an alias; requests for it are refused within five seconds.
+/// Removes an alias. Requests for it are refused within five seconds.
 #[utoipa::path(
     delete, path = "/admin/v1/aliases/{alias}", tag = "admin", operation_id = "removeAlias", security(("bearer" = [])),
-    params(("alias" = String, Path, description = "The name")),
+    params(("alias" = String, Path, description = "Name of the alias")),
     responses(
-        (status = 200, description = "Whether there was such an alias", body = published::AliasRemoved),
+        (status = 200, description = "Whether the alias existed", body = published::AliasRemoved),
         ApiError,
     ),
 )]

@@ -21,12 +21,12 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<Fleet>, ApiError> {
     Ok(Json(operator.gateway.fleet_now().await?))
 }
 
-/// Tells how a job was placed: every try, and every candidate of each.
+/// Returns how a job was placed: each attempt with its candidates.
 #[utoipa::path(
     get, path = "/admin/v1/jobs/{correlationId}/decision", tag = "admin", operation_id = "explainJob", security(("bearer" = [])),
     params(("correlationId" = String, Path, description = "Id of the job, as in the header `x-tether-decision`")),
     responses(
-        (status = 200, description = "How it was placed", body = published::Decision),
+        (status = 200, description = "How the job was placed", body = published::Decision),
         ApiError,
     ),
 )]

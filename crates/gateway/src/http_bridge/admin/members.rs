@@ -15,11 +15,11 @@ use crate::http_bridge::errors::ApiError;
 use crate::http_bridge::extract::Segment;
 use crate::published;
 
-/// Lists every node that was ever admitted, whatever it does, and says which of them answer.
+/// Lists all nodes that were ever enrolled, and which of them respond.
 #[utoipa::path(
     get, path = "/admin/v1/members", tag = "admin", operation_id = "listMembers", security(("bearer" = [])),
     responses(
-        (status = 200, description = "Every node, the first admitted first", body = published::Members),
+        (status = 200, description = "All nodes, in order of enrolment", body = published::Members),
         ApiError,
     ),
 )]
@@ -34,12 +34,12 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<Members>, ApiError> 
     Ok(Json(Members { members: list.nodes.into_iter().map(member).collect() }))
 }
 
-/// Takes a node out of the network; no node deals with it within five seconds.
+/// Revokes a node. All nodes refuse it within five seconds.
 #[utoipa::path(
     delete, path = "/admin/v1/members/{publicKey}", tag = "admin", operation_id = "revokeMember", security(("bearer" = [])),
     params(("publicKey" = String, Path, description = "The node's key, 64 hex digits")),
     responses(
-        (status = 200, description = "Whether there was such a node", body = published::NodeRevoked),
+        (status = 200, description = "Whether the node was enrolled", body = published::NodeRevoked),
         ApiError,
     ),
 )]
@@ -50,13 +50,13 @@ pub(crate) async fn revoke(Segment(public_key): Segment, operator: Operator) -> 
     Ok(Json(revoked))
 }
 
-/// Gives a node another name.
+/// Renames a node.
 #[utoipa::path(
     patch, path = "/admin/v1/members/{publicKey}", tag = "admin", operation_id = "renameMember", security(("bearer" = [])),
     params(("publicKey" = String, Path, description = "The node's key, 64 hex digits")),
     request_body(content = NewName, content_type = "application/json"),
     responses(
-        (status = 200, description = "Whether there was such a node", body = published::NodeRenamed),
+        (status = 200, description = "Whether the node was enrolled", body = published::NodeRenamed),
         ApiError,
     ),
 )]
@@ -69,12 +69,12 @@ pub(crate) async fn rename(
     Ok(Json(operator.gateway.ask_registry(NODE_RENAME, &request).await?))
 }
 
-/// Makes an invite. It is told this once.
+/// Creates an invite. It is returned only once.
 #[utoipa::path(
     post, path = "/admin/v1/invites", tag = "admin", operation_id = "createInvite", security(("bearer" = [])),
     request_body(content = published::InviteCreate, content_type = "application/json"),
     responses(
-        (status = 200, description = "The invite, shown only once", body = published::InviteCreated),
+        (status = 200, description = "The invite, which is returned only once", body = published::InviteCreated),
         ApiError,
     ),
 )]
@@ -88,7 +88,7 @@ pub(crate) async fn create_invite(
     Ok(Json(created))
 }
 
-/// Another name for a node.
+/// A new name for a node.
 #[derive(Deserialize, ToSchema)]
 pub(crate) struct NewName {
     /// 1 to 64 printable characters.

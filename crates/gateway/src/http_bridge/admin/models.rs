@@ -21,11 +21,11 @@ use crate::http_bridge::extract::Segment;
 use crate::openai::response::models::ModelList;
 use crate::published;
 
-/// Lists every registered model, also those that no worker serves.
+/// Lists all registered models, including those that no worker serves.
 #[utoipa::path(
     get, path = "/admin/v1/models", tag = "admin", operation_id = "listRegisteredModels", security(("bearer" = [])),
     responses(
-        (status = 200, description = "Every model, by name and then by version", body = ModelList),
+        (status = 200, description = "All models, ordered by name and then by version", body = ModelList),
         ApiError,
     ),
 )]
@@ -34,12 +34,14 @@ pub(crate) async fn list(Operator { gateway, .. }: Operator) -> Result<Json<Mode
     Ok(Json(ModelList::registered(&models, &fleet)))
 }
 
-/// Registers a model. Its artifact must lie where workers find it.
+/// Registers a model.
+///
+/// Its artifact must be where workers find it.
 #[utoipa::path(
     post, path = "/admin/v1/models", tag = "admin", operation_id = "addModel", security(("bearer" = [])),
     request_body(content = published::ModelAdd, content_type = "application/json"),
     responses(
-        (status = 200, description = "The model as it is registered", body = published::ModelEntry),
+        (status = 200, description = "The registered model", body = published::ModelEntry),
         ApiError,
     ),
 )]
@@ -49,15 +51,17 @@ pub(crate) async fn add(operator: Operator, AdminBody(new): AdminBody<ModelAdd>)
     Ok(Json(added))
 }
 
-/// Forgets a model. It stays while a worker holds it or an alias stands for it, unless that is forced.
+/// Removes a model.
+///
+/// If a worker has it in memory or an alias stands for it, this requires `force`.
 #[utoipa::path(
     delete, path = "/admin/v1/models/{id}", tag = "admin", operation_id = "removeModel", security(("bearer" = [])),
     params(
-        ("id" = String, Path, description = "`name@MAJOR.MINOR`, or `name` where it has one version"),
-        ("force" = Option<bool>, Query, description = "Forget it although it is in use, and the aliases that stand for it"),
+        ("id" = String, Path, description = "`name@MAJOR.MINOR`, or `name` if it has only one version"),
+        ("force" = Option<bool>, Query, description = "Remove it even if it is in use, with the aliases that stand for it"),
     ),
     responses(
-        (status = 200, description = "What was forgotten", body = published::ModelRemoved),
+        (status = 200, description = "What was removed", body = published::ModelRemoved),
         ApiError,
     ),
 )]
@@ -78,7 +82,7 @@ pub(crate) async fn remove(
     Ok(Json(removed))
 }
 
-/// Returns an error if a worker has the model in memory or loads it. If no orchestrator answers, this is unknown and
+/// Returns an error if a worker has the model in memory or loads it. If no orchestrator responds, this is unknown and
 /// the check passes.
 async fn check_unloaded(gateway: &Gateway, name: &ModelName, version: Option<ModelVersion>) -> Result<(), WireError> {
     let Ok(fleet) = gateway.fleet_now().await else { return Ok(()) };
@@ -101,7 +105,7 @@ async fn check_unloaded(gateway: &Gateway, name: &ModelName, version: Option<Mod
     Ok(())
 }
 
-/// Has the workers that serve a model bring it into memory, and says where it is by then.
+/// Loads a model on the workers that serve it, and returns its state on them.
 #[utoipa::path(
     post, path = "/admin/v1/models/{id}/load", tag = "admin", operation_id = "loadModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
@@ -128,7 +132,7 @@ pub(crate) async fn load(
     Ok(Json(operator.gateway.move_model(ModelMove { key, load: true, keep_alive_secs }).await?))
 }
 
-/// Has the workers that serve a model let it leave their memory, unless jobs run on it, and says where it is by then.
+/// Unloads a model from the workers that serve it, unless jobs run on it, and returns its state on them.
 #[utoipa::path(
     post, path = "/admin/v1/models/{id}/unload", tag = "admin", operation_id = "unloadModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
@@ -143,14 +147,15 @@ pub(crate) async fn unload(Segment(id): Segment, operator: Operator) -> Result<J
     Ok(Json(operator.gateway.move_model(ModelMove { key, load: false, keep_alive_secs: None }).await?))
 }
 
-/// Says how long workers keep a model in memory, for good: unless their own settings say otherwise, they follow within
-/// seconds, also after a restart.
+/// Sets how long workers keep a model in memory.
+///
+/// Workers follow within seconds, also after a restart, unless their own settings differ.
 #[utoipa::path(
     post, path = "/admin/v1/models/{id}/keep", tag = "admin", operation_id = "keepModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
     request_body(content = Kept, content_type = "application/json"),
     responses(
-        (status = 200, description = "The model as it is registered", body = published::ModelEntry),
+        (status = 200, description = "The registered model", body = published::ModelEntry),
         ApiError,
     ),
 )]
@@ -168,9 +173,9 @@ pub(crate) async fn keep(
 #[schema(as = ModelKept)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Kept {
-    /// Whether they keep it whatever happens. `load` does not change that.
+    /// Whether workers never unload the model. `load` does not change this.
     pin: Option<bool>,
-    /// Seconds without work after which they unload it; -1 for never.
+    /// Seconds without work after which workers unload the model; -1 for never.
     #[schema(minimum = -1)]
     keep_alive_secs: Option<i64>,
 }

@@ -16,7 +16,7 @@ use crate::published;
 #[utoipa::path(
     get, path = "/admin/v1/tokens", tag = "admin", operation_id = "listTokens", security(("bearer" = [])),
     responses(
-        (status = 200, description = "Every token, the oldest first", body = published::TokenList),
+        (status = 200, description = "All tokens, the oldest first", body = published::TokenList),
         ApiError,
     ),
 )]
@@ -25,12 +25,12 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<TokenList>, ApiError
     Ok(Json(gateway.ask_registry(OPERATOR_TOKEN_LIST, &OperatorRequest { token }).await?))
 }
 
-/// Makes a token.
+/// Creates a token.
 #[utoipa::path(
     post, path = "/admin/v1/tokens", tag = "admin", operation_id = "createToken", security(("bearer" = [])),
     request_body(content = published::TokenCreate, content_type = "application/json"),
     responses(
-        (status = 200, description = "The token, shown only once", body = published::TokenCreated),
+        (status = 200, description = "The token, which is returned only once", body = published::TokenCreated),
         ApiError,
     ),
 )]
@@ -43,12 +43,12 @@ pub(crate) async fn create(
     Ok(Json(created))
 }
 
-/// Revokes a token; it stops working within five seconds.
+/// Revokes a token. It stops working within five seconds.
 #[utoipa::path(
     delete, path = "/admin/v1/tokens/{keyId}", tag = "admin", operation_id = "revokeToken", security(("bearer" = [])),
-    params(("keyId" = String, Path, description = "The token's public part")),
+    params(("keyId" = String, Path, description = "Public part of the token")),
     responses(
-        (status = 200, description = "Whether there was such a token", body = published::TokenRevoked),
+        (status = 200, description = "Whether the token existed", body = published::TokenRevoked),
         ApiError,
     ),
 )]

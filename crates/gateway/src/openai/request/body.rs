@@ -50,8 +50,8 @@ pub(crate) struct CompletionRequest(pub(super) Body);
 
 impl PartialSchema for ChatCompletionRequest {
     fn schema() -> RefOr<Schema> {
-        let description = "A conversation to answer. Unknown fields are passed over; fields of OpenAI's that mean something \
-                           and are not done here are refused with `unsupported_parameter`.";
+        let description = "A conversation to answer. Unknown fields are ignored. Known fields of OpenAI's API that are \
+                           not supported are refused with `unsupported_parameter`.";
         Body::schema_without(&TEXTS_ALONE, description)
     }
 }
@@ -64,7 +64,7 @@ impl ToSchema for ChatCompletionRequest {
 
 impl PartialSchema for CompletionRequest {
     fn schema() -> RefOr<Schema> {
-        Body::schema_without(&CHATS_ALONE, "A text to go on with.")
+        Body::schema_without(&CHATS_ALONE, "A text to continue.")
     }
 }
 
@@ -74,80 +74,81 @@ impl ToSchema for CompletionRequest {
     }
 }
 
-/// What both take. One type without `flatten`, which would read everything twice.
+/// The fields of both endpoints. They are in one type, because `flatten` would read everything twice.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct Body {
-    /// `name[@MAJOR.MINOR][:adapter]`; no version means the newest.
+    /// `name[@MAJOR.MINOR][:adapter]`. Without a version it is the newest.
     #[schema(value_type = String)]
     model: Option<String>,
     /// The conversation so far.
     #[schema(value_type = Vec<ChatMessage>, min_items = 1)]
     pub(super) messages: Option<Vec<ChatMessage>>,
-    /// The text or its tokens, alone or in an array; several are answered each by itself, at most 128 in all.
+    /// A text or its tokens, or an array of them. Several are answered independently, with at most 128 answers in all.
     #[schema(value_type = Texts)]
     pub(super) prompt: Option<Texts>,
-    /// An adapter of the model, where its name does not say one. Not OpenAI's.
+    /// Adapter of the model, if `model` does not name one. Not in OpenAI's API.
     #[schema(value_type = Option<published::AdapterName>)]
     adapter: Option<AdapterName>,
-    /// The most tokens to generate; -1 for as many as fit. A chat's answer may fill the context where this and
-    /// `max_tokens` are missing.
+    /// Maximum number of tokens to generate; -1 for as many as fit. Without this and `max_tokens`, a chat's answer may
+    /// fill the context.
     #[schema(value_type = Option<i64>, minimum = -1)]
     max_completion_tokens: Option<Limit>,
-    /// The older name of `max_completion_tokens`, and the only one that OpenAI has for texts; 16 where a text's request
-    /// has neither. 0 generates nothing and is for texts with `echo`.
+    /// The older name of `max_completion_tokens`, and the only one in OpenAI's text completions. The default of text
+    /// completions is 16. 0 generates nothing and is allowed in text completions with `echo`.
     #[schema(value_type = Option<i64>, minimum = -1)]
     max_tokens: Option<Limit>,
-    /// Whether the answer comes as server-sent events.
+    /// Whether to stream the answer as server-sent events.
     #[schema(default = false)]
     stream: Option<bool>,
-    /// Only with `stream`.
+    /// Allowed with `stream` only.
     stream_options: Option<StreamOptions>,
-    /// How many answers; they share the prompt.
+    /// Number of answers to each prompt.
     #[schema(value_type = Option<u32>, minimum = 1, maximum = 16, default = 1)]
     n: Option<Count>,
-    /// 0 takes the likeliest token, and 1 leaves the distribution as it is. Where this and the next three are missing,
-    /// they are what the model's file says (`general.sampling.…` in a GGUF), and else llama.cpp's: 0.8, 0.95, 40 and
-    /// 0.05.
+    /// Sampling temperature. 0 chooses the most likely token; 1 leaves the distribution unchanged. The defaults of
+    /// `temperature`, `top_p`, `top_k` and `min_p` are those in the model's file (`general.sampling.…` in a GGUF), or
+    /// else llama.cpp's: 0.8, 0.95, 40 and 0.05.
     #[schema(minimum = 0, maximum = 2)]
     temperature: Option<f32>,
     /// Keeps the smallest set of tokens whose probabilities sum to this.
     #[schema(exclusive_minimum = 0, maximum = 1)]
     top_p: Option<f32>,
-    /// Keeps this many of the likeliest tokens; -1 or 0 keeps all. Not OpenAI's.
+    /// Keeps this many of the most likely tokens; -1 or 0 keeps all. Not in OpenAI's API.
     #[schema(minimum = -1)]
     top_k: Option<i64>,
-    /// Keeps tokens at least this share as likely as the likeliest. Not OpenAI's.
+    /// Keeps tokens whose probability is at least this fraction of the highest. Not in OpenAI's API.
     #[schema(minimum = 0, maximum = 1)]
     min_p: Option<f32>,
-    /// Makes tokens of prompt and answer less likely by a factor. Not OpenAI's.
+    /// Factor by which tokens of the prompt and the answer become less likely. Not in OpenAI's API.
     #[schema(exclusive_minimum = 0, maximum = 2)]
     repetition_penalty: Option<f32>,
-    /// Makes tokens that the answer has less likely.
+    /// Subtracted from the logit of each token that occurs in the answer.
     #[schema(minimum = -2, maximum = 2)]
     presence_penalty: Option<f32>,
-    /// The same, for each time that the answer has them.
+    /// Subtracted from the logit of a token for each time that it occurs in the answer.
     #[schema(minimum = -2, maximum = 2)]
     frequency_penalty: Option<f32>,
-    /// Added to the logits of tokens by number.
+    /// Added to the logits of tokens, by token id.
     logit_bias: Option<BTreeMap<String, f32>>,
-    /// Returns the log-probability of each token. Chats take true or false, and `top_logprobs`; texts take the number
-    /// of the likeliest tokens to return in its place, at most 20.
+    /// Returns the log-probability of each token. In chat completions this is true or false, together with
+    /// `top_logprobs`. In text completions it is the number of most likely tokens to return at each position, at most
+    /// 20.
     #[schema(inline)]
     logprobs: Option<Logprobs>,
-    /// Returns as many of the likeliest tokens in each one's place, where `logprobs` is true.
+    /// Number of most likely tokens to return at each position, if `logprobs` is true.
     #[schema(value_type = Option<u32>, maximum = 20)]
     top_logprobs: Option<Count>,
-    /// The same seed draws the same tokens of the same logits.
+    /// Seed of the sampler. The same seed draws the same tokens from the same logits.
     #[serde(default, deserialize_with = "seed")]
     #[schema(value_type = Option<i64>)]
     seed: Option<u64>,
-    /// Texts that end the answer, at most 16.
+    /// Stop sequences, at most 16.
     stop: Option<Stop>,
-    /// Goes on past the end-of-turn token. Not OpenAI's. An answer that must have a form ends all the same.
+    /// Continues after the end-of-turn token. It has no effect on an answer with a constraint. Not in OpenAI's API.
     ignore_eos: Option<bool>,
-    /// What form the answer must have.
+    /// Format that the answer must have.
     response_format: Option<ResponseFormat>,
-    /// The same in vLLM's words. Not OpenAI's.
+    /// The format as vLLM's clients send it. Not in OpenAI's API.
     structured_outputs: Option<StructuredOutputs>,
     /// The older name of `structured_outputs.json`.
     guided_json: Option<Value>,
@@ -157,56 +158,58 @@ pub(super) struct Body {
     guided_choice: Option<Vec<String>>,
     /// The older name of `structured_outputs.grammar`.
     guided_grammar: Option<String>,
-    /// The functions the model may call.
+    /// Functions that the model may call.
     #[schema(max_items = 128)]
     tools: Option<Vec<OfferedTool>>,
     /// `auto`, `none`, `required`, or `{"type":"function","function":{"name":…}}`.
     tool_choice: Option<Value>,
-    /// False ends the answer behind its first call. It is false where it is missing and `tool_choice` is `required`.
+    /// If false, the answer ends after its first function call. The default is true, or false if `tool_choice` is
+    /// `required`.
     parallel_tool_calls: Option<bool>,
-    /// What the answer will probably be. Where it is right, the answer comes faster.
+    /// Predicted answer. Generation is faster where the prediction is right.
     prediction: Option<Prediction>,
-    /// How long a model thinks that can: `none`, `minimal`, `low`, `medium`, `high` or `xhigh`.
+    /// How long a model reasons that can: `none`, `minimal`, `low`, `medium`, `high` or `xhigh`.
     reasoning_effort: Option<String>,
-    /// Variables for the model's chat template. Not OpenAI's.
+    /// Variables for the model's chat template. Not in OpenAI's API.
     #[schema(value_type = Option<Object>)]
     chat_template_kwargs: Option<Map<String, Value>>,
-    /// Goes on with the last message, which must be an assistant's; the answer is what follows. Not OpenAI's.
+    /// Continues the last message, which must be an assistant's. The answer contains only the continuation. Not in
+    /// OpenAI's API.
     continue_final_message: Option<bool>,
-    /// Must not be true where `continue_final_message` is. Not OpenAI's.
+    /// Must not be true if `continue_final_message` is true. Not in OpenAI's API.
     add_generation_prompt: Option<bool>,
-    /// Evaluates the answer by itself, slower, so that the same build of the engine gives it again to the bit. Not
-    /// OpenAI's.
+    /// Evaluates the request alone instead of in a batch. This is slower, and the same build of the engine repeats the
+    /// answer bit for bit. Not in OpenAI's API.
     deterministic: Option<bool>,
-    /// How long the model stays in memory without work after this: seconds, or a time such as `5m`; -1 for ever, and 0
-    /// not at all. Workers may bound it. Ollama's, and not OpenAI's.
+    /// How long the model stays in memory without work after this request: seconds, or a time such as `5m`; -1 for
+    /// ever, and 0 for not at all. Workers may limit it. From Ollama's API, not in OpenAI's.
     #[schema(value_type = Option<Value>)]
     keep_alive: Option<KeepAlive>,
-    /// Puts the prompt before the answer, and its log-probabilities before those of the answer.
+    /// Returns the prompt before the answer, and its log-probabilities before those of the answer.
     #[schema(default = false)]
     echo: Option<bool>,
-    /// The text that follows the answer: the model fills in what stands between. Not every model can.
+    /// Text after the answer. The model fills in the text between the prompt and this suffix. Not every model can.
     suffix: Option<String>,
     // Fields that are not supported: refused unless their value has no effect.
-    /// Refused unless it is `n`.
+    /// Refused unless it is equal to `n`.
     #[schema(value_type = Option<u32>)]
     best_of: Option<Count>,
     /// Refused unless it is 0.
     #[schema(value_type = Option<u32>)]
     min_tokens: Option<Count>,
-    /// Refused unless it is empty; `tools` offers functions.
+    /// Refused unless it is empty. Use `tools`.
     functions: Option<Value>,
-    /// Refused unless it is `none` or `auto`; `tool_choice` says more.
+    /// Refused unless it is `none` or `auto`. Use `tool_choice`.
     function_call: Option<Value>,
-    /// Refused where it names anything but `text`.
+    /// Refused if it names anything but `text`.
     modalities: Option<Value>,
     /// Refused unless it is empty.
     audio: Option<Value>,
     /// Refused unless it is empty.
     web_search_options: Option<Value>,
-    /// Refused unless it is empty; `stop` takes texts.
+    /// Refused unless it is empty. Use `stop`.
     stop_token_ids: Option<Value>,
-    /// Refused unless it is empty: a model has its own.
+    /// Refused unless it is empty. A model has its own.
     chat_template: Option<Value>,
 }
 

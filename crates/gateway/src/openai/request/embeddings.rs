@@ -34,16 +34,16 @@ pub enum Encoding {
     Base64,
 }
 
-/// Texts to make vectors of.
+/// Texts to embed.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct EmbeddingRequest {
-    /// `name[@MAJOR.MINOR][:adapter]`; no version means the newest.
+    /// `name[@MAJOR.MINOR][:adapter]`. Without a version it is the newest.
     #[schema(value_type = String)]
     model: Option<String>,
     /// At most 2048 texts.
     #[schema(value_type = Texts)]
     input: Option<Texts>,
-    /// An adapter of the model, where its name does not say one. Not OpenAI's.
+    /// Adapter of the model, if `model` does not name one. Not in OpenAI's API.
     #[schema(value_type = Option<published::AdapterName>)]
     adapter: Option<AdapterName>,
     /// `float`, or `base64` for the bytes of little-endian 32-bit floats.
@@ -52,7 +52,7 @@ pub(crate) struct EmbeddingRequest {
     /// Refused unless it is the length of the model's vectors.
     #[schema(minimum = 1)]
     dimensions: Option<u32>,
-    /// As for completions. Not OpenAI's.
+    /// As in completions. Not in OpenAI's API.
     #[schema(value_type = Option<Value>)]
     keep_alive: Option<KeepAlive>,
 }

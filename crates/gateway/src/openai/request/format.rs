@@ -8,36 +8,36 @@ use utoipa::ToSchema;
 
 use crate::json_body::{invalid, is_empty, missing, refuse_unless, unsupported};
 
-/// What form an answer must have.
+/// Format that an answer must have.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct ResponseFormat {
     /// `text`, `json_object` or `json_schema`.
     #[serde(rename = "type")]
     kind: String,
-    /// With `json_schema`: what the answer keeps to.
+    /// Schema of the answer, with `json_schema`.
     json_schema: Option<JsonSchema>,
 }
 
-/// A schema; its `name` is passed over.
+/// A schema. Its `name` is ignored.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 struct JsonSchema {
     /// The JSON schema.
     #[schema(value_type = Object)]
     schema: Option<Value>,
-    /// What cannot be kept of the schema is refused where this is true, and left out otherwise.
+    /// Whether to refuse a schema that cannot be enforced completely. Otherwise unsupported parts are ignored.
     strict: Option<bool>,
 }
 
-/// vLLM's `structured_outputs`, and its older fields with the prefix `guided_`. At most one is given.
+/// vLLM's `structured_outputs`, and its older fields with the prefix `guided_`. At most one may be given.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub(super) struct StructuredOutputs {
     /// A JSON schema, or its text.
     pub(super) json: Option<Value>,
     /// Whether the answer must be a JSON object.
     pub(super) json_object: Option<bool>,
-    /// A regular expression that the whole answer matches.
+    /// A regular expression that must match the whole answer.
     pub(super) regex: Option<String>,
-    /// Texts of which the answer is one.
+    /// Texts, of which the answer must be one.
     pub(super) choice: Option<Vec<String>>,
     /// A Lark grammar.
     pub(super) grammar: Option<String>,

@@ -14,25 +14,25 @@ use crate::json_body::{is_empty, missing, refuse_unless, unsupported};
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct ChatMessage {
     role: ChatRole,
-    /// May be null where an assistant only calls functions.
+    /// Text of the message. It may be null if an assistant only calls functions.
     content: Option<Content>,
-    /// Who speaks, by name.
+    /// Name of the author.
     name: Option<String>,
-    /// The functions an assistant called.
+    /// Functions that an assistant called.
     tool_calls: Option<Vec<Call>>,
-    /// The call that a tool's message answers.
+    /// Id of the call whose result a tool's message contains.
     tool_call_id: Option<String>,
-    /// What an assistant thought before it spoke, as DeepSeek's and vLLM's clients send it back. Not OpenAI's.
+    /// An assistant's reasoning, as DeepSeek's and vLLM's clients send it back. Not in OpenAI's API.
     reasoning_content: Option<String>,
     /// The newer name of `reasoning_content`.
     reasoning: Option<String>,
-    /// Refused unless it is empty; `tool_calls` has the calls.
+    /// Refused unless it is empty. Use `tool_calls`.
     function_call: Option<Value>,
     /// Refused unless it is empty.
     audio: Option<Value>,
 }
 
-/// Who speaks. `function` is refused.
+/// Author of a message. `function` is refused.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum ChatRole {
@@ -49,7 +49,7 @@ enum ChatRole {
 #[schema(as = MessageToolCall)]
 struct Call {
     id: String,
-    /// `function`, also where it is missing.
+    /// `function`, which may be omitted.
     #[serde(rename = "type")]
     kind: Option<String>,
     #[schema(value_type = CalledFunction)]
@@ -60,7 +60,7 @@ struct Call {
 #[schema(as = MessageFunctionCall)]
 struct CalledFunction {
     name: String,
-    /// JSON, as text.
+    /// Arguments of the function as JSON text.
     arguments: String,
 }
 
@@ -97,7 +97,7 @@ impl ChatMessage {
     }
 }
 
-/// An answer that is foreseen.
+/// A predicted answer.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct Prediction {
     /// Always `content`.
@@ -171,7 +171,7 @@ enum Content {
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(as = TextPart)]
 struct Part {
-    /// `text`, `input_text` or `output_text`; of an assistant also `refusal`.
+    /// `text`, `input_text` or `output_text`; in an assistant's message also `refusal`.
     #[serde(rename = "type")]
     kind: String,
     text: Option<String>,

@@ -17,7 +17,7 @@ pub(super) struct Stop(pub(super) Vec<String>);
 impl PartialSchema for Stop {
     fn schema() -> RefOr<Schema> {
         let schema = OneOfBuilder::new().item(String::schema()).item(Vec::<String>::schema());
-        schema.description(Some("A text, or several.")).into()
+        schema.description(Some("One text or several.")).into()
     }
 }
 
@@ -73,7 +73,7 @@ impl PartialSchema for Texts {
     fn schema() -> RefOr<Schema> {
         let of_one = OneOfBuilder::new().item(String::schema()).item(Vec::<u32>::schema());
         let schema = of_one.item(Vec::<String>::schema()).item(Vec::<Vec<u32>>::schema());
-        schema.description(Some("A text or several, or tokens of one text or of each of several.")).into()
+        schema.description(Some("One text or several, each as a string or as tokens.")).into()
     }
 }
 

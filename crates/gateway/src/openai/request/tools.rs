@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use crate::json_body::{invalid, missing, refuse_unless, unsupported};
 
-/// A function the model may call. Its `strict` is passed over: where a model's calls can be held to a schema, they are.
+/// A function that the model may call. `strict` is ignored: calls follow the schema whenever the model supports this.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct OfferedTool {
     /// Always `function`.
@@ -22,9 +22,9 @@ pub(super) struct OfferedTool {
 struct OfferedFunction {
     /// 1 to 64 letters, digits, `_` and `-`.
     name: String,
-    /// What it does, for the model to read.
+    /// Description of the function, for the model.
     description: Option<String>,
-    /// The JSON schema of its arguments.
+    /// JSON schema of the arguments.
     #[schema(value_type = Option<Object>)]
     parameters: Option<Value>,
 }

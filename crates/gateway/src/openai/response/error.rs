@@ -6,11 +6,11 @@ use protocol::error_code::LoadingModel;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-/// Every error has this form.
+/// The body of every error.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ErrorBody<'a> {
     error: ErrorDetail<'a>,
-    /// How far the model is, where the error says that it is being loaded.
+    /// Progress of the load, if the model is being loaded.
     #[serde(skip_serializing_if = "Option::is_none")]
     loading: Option<Loading<'a>>,
 }
@@ -19,23 +19,23 @@ pub(crate) struct ErrorBody<'a> {
 struct ErrorDetail<'a> {
     /// What went wrong and what to do, for people.
     message: &'a str,
-    /// OpenAI's kind of error.
+    /// OpenAI's type of the error.
     r#type: &'static str,
     /// The field at fault.
     param: Option<&'a str>,
-    /// What went wrong, for programs.
+    /// Code of the error, for programs.
     code: &'static str,
 }
 
-/// How far a model is on its way into memory.
+/// Progress of a model's load.
 #[derive(Serialize, ToSchema)]
 struct Loading<'a> {
     model: String,
     /// `fetching` or `loading`.
     state: &'static str,
-    /// Stands for the worker that is furthest along, always by the same name.
+    /// Pseudonym of the worker whose load is furthest. It stays the same.
     node: &'a str,
-    /// From 0 to 1.
+    /// Completed share, from 0 to 1.
     progress: f64,
     bytes_sent: u64,
     total_bytes: u64,

@@ -22,14 +22,14 @@ struct ChatToken<'a> {
     #[serde(flatten)]
     #[schema(inline)]
     token: TopLogprob<'a>,
-    /// The likeliest in its place.
+    /// The most likely tokens at this position.
     top_logprobs: Vec<TopLogprob<'a>>,
 }
 
 #[derive(Serialize, ToSchema)]
 #[schema(as = TopLogprob)]
 struct TopLogprob<'a> {
-    /// Its text; where it is part of a character, only its bytes tell which.
+    /// Text of the token. If the token is part of a character, only `bytes` identifies it.
     #[schema(value_type = String)]
     token: Cow<'a, str>,
     logprob: f32,
@@ -37,21 +37,21 @@ struct TopLogprob<'a> {
     bytes: &'a [u8],
 }
 
-/// The likeliest tokens at one position, with their log-probabilities.
+/// The most likely tokens at one position, with their log-probabilities.
 type Likely<'a> = BTreeMap<Cow<'a, str>, f32>;
 
-/// The log-probabilities of a text completion: one column for each fact. Of a prompt that is repeated, nothing comes
-/// before the first.
+/// The log-probabilities of a text completion, one column for each property. The first token of an echoed prompt has
+/// none.
 #[derive(Debug, Default, PartialEq, Serialize, ToSchema)]
 pub(super) struct TextLogprobs<'a> {
     #[schema(value_type = Vec<String>)]
     tokens: Vec<Cow<'a, str>>,
     token_logprobs: Vec<Option<f32>>,
-    /// The likeliest in each token's place, where they were asked for.
+    /// The most likely tokens at each position, if requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<Option<BTreeMap<String, f32>>>>)]
     top_logprobs: Option<Vec<Option<Likely<'a>>>>,
-    /// Where each token begins, in characters.
+    /// Position at which each token begins, in characters.
     text_offset: Vec<usize>,
 }
 
@@ -106,7 +106,7 @@ impl<'a> TextLogprobs<'a> {
     }
 }
 
-/// Returns the likeliest tokens at a token's position. The token itself is always among them.
+/// Returns the most likely tokens at a token's position. The token itself is always among them.
 fn with_itself(token: &TokenLogprob) -> Likely<'_> {
     token.top.iter().chain([token]).map(|told| (text(told), told.logprob)).collect()
 }

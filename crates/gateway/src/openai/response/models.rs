@@ -16,62 +16,62 @@ use crate::published;
 /// A model. `state` and what follows are Tether's additions.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Model {
-    /// Its name where it is the newest version, else `name@MAJOR.MINOR`; with an adapter, `:adapter` follows.
+    /// `name` for the newest version, `name@MAJOR.MINOR` for others; with an adapter, `:adapter` follows.
     id: String,
     /// Always `model`.
     object: &'static str,
-    /// When it was registered, in seconds since 1970.
+    /// Time of registration, in seconds since 1970.
     created: u64,
     /// Always `tether`.
     owned_by: &'static str,
-    /// Its version.
+    /// Version of the model, as `MAJOR.MINOR`.
     version: String,
-    /// How far its best replica is.
+    /// State of the best replica.
     state: ModelProgress,
     /// SHA-256 of the artifact, in hex.
     digest: String,
-    /// Tokens of context.
+    /// Context length in tokens.
     context_length: u32,
-    /// Where workers serve it.
+    /// Regions in which workers serve the model.
     regions: BTreeSet<String>,
-    /// Workers that have it ready.
+    /// Number of workers that have the model ready.
     replicas: usize,
-    /// One line for people.
+    /// One-line description for people.
     #[serde(skip_serializing_if = "String::is_empty")]
     description: String,
-    /// What this name stands for, where it is an alias.
+    /// Model that this name stands for, if it is an alias.
     #[serde(skip_serializing_if = "Option::is_none")]
     alias_of: Option<String>,
-    /// What else it stands for: each request goes to the one that can do what it asks and has room.
+    /// Further models that the alias stands for. Each request goes to one that supports it and has capacity.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     alternatives: Vec<String>,
     /// Length of the artifact in bytes; 0 for a model of an adopted server.
     bytes: u64,
-    /// Whether workers keep it in memory whatever happens.
+    /// Whether workers never unload the model.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pinned: bool,
-    /// Seconds without work for which they keep it, where an operator said so; -1 for ever.
+    /// Seconds without work for which workers keep the model in memory, if an operator set this; -1 for ever.
     #[serde(skip_serializing_if = "Option::is_none")]
     keep_alive_secs: Option<i64>,
-    /// What its file says of it.
+    /// Facts from the model's file.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<published::ModelFacts>)]
     facts: Option<ModelFacts>,
 }
 
-/// How far a model's best replica is.
+/// State of a model's best replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum ModelProgress {
-    /// No worker takes jobs of it. Only operators see such models.
+    /// No worker takes jobs for the model. Only operators see such models.
     Unserved,
-    /// It failed to load on each worker that would serve it. Only operators see such models.
+    /// The model failed to load on each worker that would serve it. Only operators see such models.
     Error,
-    /// A worker loads it at its first job.
+    /// A worker loads the model at its first job.
     Idle,
-    /// A worker loads it.
+    /// A worker is loading the model.
     Loading,
-    /// It answers.
+    /// The model answers.
     Ready,
 }
 
@@ -79,7 +79,8 @@ enum ModelProgress {
 pub(crate) struct ModelList {
     /// Always `list`.
     object: &'static str,
-    /// Each version of each model that a worker serves and this API key may use, and each with each of its adapters.
+    /// Each version of each model that a worker serves and this API key may use, without an adapter and with each of
+    /// its adapters.
     data: Vec<Model>,
 }
 
@@ -91,7 +92,7 @@ impl ModelList {
         list
     }
 
-    /// Lists every registered model, also those that no worker serves.
+    /// Lists every registered model, including those that no worker serves.
     pub(crate) fn registered(models: &Models, fleet: &Fleet) -> Self {
         Self::of(models, fleet, |_| true)
     }

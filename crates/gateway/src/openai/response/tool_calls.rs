@@ -4,7 +4,7 @@ use protocol::infer::{ToolCall, ToolCallDelta};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-/// A function that is called.
+/// A function call.
 #[derive(Serialize, ToSchema)]
 #[schema(as = ChatToolCall)]
 pub(super) struct WholeCall<'a> {
@@ -18,7 +18,7 @@ pub(super) struct WholeCall<'a> {
 #[schema(as = CalledFunction)]
 struct WholeFunction<'a> {
     name: &'a str,
-    /// JSON, as text. A model may write text that is not JSON.
+    /// Arguments of the function as JSON text. A model may write text that is not valid JSON.
     arguments: &'a str,
 }
 

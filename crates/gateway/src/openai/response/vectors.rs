@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 use crate::answer::Whole;
 use crate::openai::request::Encoding;
 
-/// Vectors, of length 1.
+/// Embedding vectors, normalised to length 1.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct EmbeddingList<'a> {
     /// `list`.
@@ -22,7 +22,7 @@ pub(crate) struct EmbeddingList<'a> {
 struct EmbeddingItem<'a> {
     /// `embedding`.
     object: &'static str,
-    /// Which text it is of.
+    /// Index of the text, from 0.
     index: u32,
     embedding: EmbeddingVector<'a>,
 }

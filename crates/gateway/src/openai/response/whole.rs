@@ -27,7 +27,7 @@ pub(crate) struct ChatCompletion<'a> {
     usage: Usage,
 }
 
-/// A text that was gone on with.
+/// A continued text.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Completion<'a> {
     id: &'a str,
@@ -46,7 +46,7 @@ pub(crate) struct Completion<'a> {
 struct ChatChoice<'a> {
     index: u32,
     message: AssistantMessage<'a>,
-    /// Null unless asked for.
+    /// Null unless requested.
     logprobs: Option<ChatLogprobs<'a>>,
     #[schema(value_type = published::FinishReason)]
     finish_reason: &'static str,
@@ -56,12 +56,12 @@ struct ChatChoice<'a> {
 struct AssistantMessage<'a> {
     /// Always `assistant`.
     role: &'static str,
-    /// Null where the model only calls functions.
+    /// Text of the answer; null if the model only calls functions.
     content: Option<&'a str>,
-    /// What the model thought before it spoke; missing where it did not. Not OpenAI's.
+    /// The model's reasoning; absent if there is none. Not in OpenAI's API.
     #[serde(skip_serializing_if = "str::is_empty")]
     reasoning_content: &'a str,
-    /// The functions it calls; missing where it calls none.
+    /// Functions that the model calls; absent if there are none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<WholeCall<'a>>,
     /// Always null.
@@ -73,7 +73,7 @@ struct AssistantMessage<'a> {
 struct TextChoice<'a> {
     index: u32,
     text: &'a str,
-    /// Null unless asked for.
+    /// Null unless requested.
     logprobs: Option<TextLogprobs<'a>>,
     #[schema(value_type = published::FinishReason)]
     finish_reason: &'static str,
