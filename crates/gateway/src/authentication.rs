@@ -8,10 +8,10 @@ use parking_lot::Mutex;
 use protocol::control::TokenGrant;
 use protocol::token::ApiToken;
 use protocol::{Digest, ErrorCode, UnixMillis, WireError};
+use rpc::rate_limit::{Quota, RateLimit};
 use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
-use crate::rate_limit::{Quota, RateLimit};
 use crate::request_context::Origin;
 
 /// Maximum number of cached tokens.

@@ -12,6 +12,7 @@ use protocol::control::{
 use protocol::infer::{InferRequest, Input};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
 use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, TenantId, WireError, codec};
+use rpc::rate_limit::{Quota, RateLimit, Verdict};
 use rpc::{Membership, Transport};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -28,7 +29,6 @@ use crate::catalog::{self, Models};
 use crate::config::{Config, seconds};
 use crate::job::Job;
 use crate::prompt_size;
-use crate::rate_limit::{Quota, RateLimit, Verdict};
 use crate::request_context::{Admission, Origin, Refusal, RequestContext};
 use crate::request_record::RequestRecord;
 use crate::upstream::{self, Timeouts, Upstream, UpstreamTask};

@@ -19,7 +19,6 @@ mod open_gateway;
 mod openai;
 mod prompt_size;
 mod published;
-mod rate_limit;
 mod request_context;
 mod request_record;
 mod rpc_gateway;

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use protocol::control::TokenGrant;
 use protocol::{CorrelationId, PublicKey, TraceId, WireError};
+use rpc::rate_limit::Verdict;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use crate::rate_limit::Verdict;
 use crate::request_record::RequestRecord;
 
 /// Where a request comes from.

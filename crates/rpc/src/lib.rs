@@ -18,6 +18,7 @@ pub mod frame;
 pub mod identity;
 pub mod membership;
 pub mod membership_task;
+pub mod rate_limit;
 pub mod server;
 pub mod transport;
 

@@ -7,12 +7,12 @@ use axum::response::IntoResponse;
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use protocol::{CorrelationId, ErrorCode, WireError};
+use rpc::rate_limit::{Quota, Verdict};
 use serde::Serialize;
 use utoipa::openapi::{self, ContentBuilder, Ref, RefOr, ResponseBuilder};
 use utoipa::{IntoResponses, ToSchema as _};
 
 use crate::openai::response::error::{self, ErrorBody};
-use crate::rate_limit::{Quota, Verdict};
 use crate::request_context::RequestContext;
 
 /// Carries the id of the request, or of its job.

@@ -6,6 +6,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, header};
 use protocol::{CorrelationId, WireError};
+use rpc::rate_limit::Verdict;
 use tokio::time;
 use tracing::debug;
 
@@ -16,7 +17,6 @@ use super::request_body;
 use crate::answer::{Answer, StreamFormat};
 use crate::config::seconds;
 use crate::job::Job;
-use crate::rate_limit::Verdict;
 use crate::request_context::{Admission, Refusal, RequestContext};
 
 /// A request that was admitted, with its parsed body.

@@ -1,4 +1,4 @@
-//! Token buckets by key. They limit the requests of tenants and the failed authentications of an address.
+//! Token buckets by key, which limit how often a peer, a tenant or an address may call.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -15,30 +15,31 @@ const MINUTE: Duration = Duration::from_mins(1);
 
 /// A bucket's capacity and its refill rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Quota {
+pub struct Quota {
     /// Maximum requests at once.
-    pub(crate) burst: u32,
+    pub burst: u32,
     /// Requests per minute in the long run.
-    pub(crate) per_minute: u32,
+    pub per_minute: u32,
 }
 
 impl Quota {
-    pub(crate) const UNLIMITED: Self = Self { burst: u32::MAX, per_minute: u32::MAX };
+    /// Allows every request.
+    pub const UNLIMITED: Self = Self { burst: u32::MAX, per_minute: u32::MAX };
 }
 
 /// The decision on one request, and the state of its bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Verdict {
+pub struct Verdict {
     /// Whether the request is allowed.
-    pub(crate) allowed: bool,
+    pub allowed: bool,
     /// Requests per minute in the long run.
-    pub(crate) limit: u32,
+    pub limit: u32,
     /// Requests that may follow immediately.
-    pub(crate) remaining: u32,
+    pub remaining: u32,
     /// Time until the bucket is full again.
-    pub(crate) reset: Duration,
+    pub reset: Duration,
     /// Time until a refused request may be retried; zero for an allowed one.
-    pub(crate) retry_after: Duration,
+    pub retry_after: Duration,
 }
 
 /// Decides on one request by the generic cell rate algorithm. A bucket is the time at which it will be full, and each
@@ -68,18 +69,25 @@ fn decide(bucket: Instant, quota: Quota, now: Instant) -> (Instant, Verdict) {
 }
 
 /// Token buckets by key.
-pub(crate) struct RateLimit<K> {
+pub struct RateLimit<K> {
     /// The time at which each key's bucket will be full.
     buckets: Mutex<HashMap<K, Instant>>,
 }
 
+impl<K: Eq + Hash> Default for RateLimit<K> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl<K: Eq + Hash> RateLimit<K> {
-    pub(crate) fn new() -> Self {
+    /// Makes a limit with no buckets. A key without a bucket has a full one.
+    pub fn new() -> Self {
         Self { buckets: Mutex::default() }
     }
 
     /// Counts one request against a key's bucket and returns the verdict.
-    pub(crate) fn take(&self, key: K, quota: Quota) -> Verdict {
+    pub fn take(&self, key: K, quota: Quota) -> Verdict {
         let now = Instant::now();
         let mut buckets = self.buckets.lock();
         if buckets.len() >= KEYS_MAX && !buckets.contains_key(&key) {
@@ -97,7 +105,7 @@ impl<K: Eq + Hash> RateLimit<K> {
     }
 
     /// Returns the verdict on a key's next request without counting it.
-    pub(crate) fn look(&self, key: &K, quota: Quota) -> Verdict {
+    pub fn look(&self, key: &K, quota: Quota) -> Verdict {
         let now = Instant::now();
         let bucket = self.buckets.lock().get(key).copied();
         decide(bucket.unwrap_or(now), quota, now).1
