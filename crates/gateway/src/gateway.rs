@@ -9,7 +9,7 @@ use protocol::control::{
     CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, MODEL_MOVE, ModelMove,
     ModelResidency, NodeRole, Scope, TOKEN_CHECK, TokenCheck, TokenGrant,
 };
-use protocol::infer::{InferRequest, Input};
+use protocol::infer::{InferRequest, Input, ModelDigest};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
 use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, TenantId, WireError, codec};
 use rpc::rate_limit::{Quota, RateLimit, Verdict};
@@ -342,6 +342,7 @@ impl Gateway {
             model_id: first.entry.key.model_id.clone(),
             version: first.entry.key.version,
             alternatives: others.iter().map(|build| build.entry.key.clone()).collect(),
+            digests: builds.iter().map(digest_of).collect(),
             input: Input { adapter: first.adapter.clone(), ..job.input },
             correlation_id: record.correlation_id,
             retry_token,
@@ -504,6 +505,10 @@ fn quota(config: &Config, grant: &TokenGrant) -> Quota {
         None if limit.requests_per_minute == 0 => Quota::UNLIMITED,
         None => Quota { per_minute: limit.requests_per_minute, burst: limit.burst.max(1) },
     }
+}
+
+fn digest_of(build: &Build) -> ModelDigest {
+    ModelDigest { key: build.entry.key.clone(), digest: build.entry.digest }
 }
 
 fn no_randomness() -> WireError {

@@ -20,7 +20,7 @@ fn main() {
         let fleet = fleet_of(size, &model);
         let now = tokio::time::Instant::now();
         let weights = Weights::default();
-        let wanted = Wanted { model: &model, adapter: None, prefix: &prompt, short_context: 0 };
+        let wanted = Wanted { model: &model, digest: None, adapter: None, prefix: &prompt, short_context: 0 };
         let mut times: Vec<f64> = (0..2000)
             .map(|_| {
                 let began = Instant::now();

@@ -14,8 +14,10 @@ use serde::de::IgnoredAny;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 
+use crate::bounds::{self, Bounds, Content, Meter};
 use crate::job::JobEvent;
 use crate::journey::Journey;
+use crate::worker_errors;
 
 /// The call that submitted a job. It is accepted with the first chunk, which may carry only progress. The job can be
 /// retried on another worker until part of the answer is sent.
@@ -110,6 +112,8 @@ pub enum AttemptEnd {
         usage: TokenUsage,
         /// The worker's longest silence before its answer began.
         silence: Duration,
+        /// Whether the worker claims more usage than is possible.
+        overclaims: bool,
     },
     /// The caller cancelled or disconnected.
     CallerGone {
@@ -119,8 +123,7 @@ pub enum AttemptEnd {
     /// The worker refused or failed.
     Failed {
         error: WireError,
-        /// Whether the worker failed to acknowledge the job.
-        unacknowledged: bool,
+        fault: Fault,
         /// Tokens delivered until then.
         usage: TokenUsage,
     },
@@ -131,10 +134,21 @@ pub enum AttemptEnd {
     },
 }
 
+/// What a failed attempt says of its worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing but what the error's code says.
+    None,
+    /// The worker did not acknowledge the job.
+    Unacknowledged,
+    /// The worker broke the contract, or lied.
+    Breach,
+}
+
 impl AttemptEnd {
     /// Returns the end of an attempt that never reached a worker.
     pub fn refused(error: WireError) -> Self {
-        Self::Failed { error, unacknowledged: false, usage: TokenUsage::default() }
+        Self::Failed { error, fault: Fault::None, usage: TokenUsage::default() }
     }
 
     /// Returns the tokens that the attempt used, as far as known.
@@ -169,8 +183,8 @@ struct PayloadHead<'a> {
     text: Cow<'a, str>,
     #[serde(default, borrow)]
     reasoning: Cow<'a, str>,
-    #[serde(default)]
-    tool_calls: Vec<IgnoredAny>,
+    #[serde(default, borrow)]
+    tool_calls: Vec<CallHead<'a>>,
     #[serde(default)]
     tokens: Vec<u32>,
     #[serde(default)]
@@ -181,45 +195,89 @@ struct PayloadHead<'a> {
     usage: Option<TokenUsage>,
 }
 
-/// Sends a job to a worker and relays its answer except the last chunk.
-///
-/// A chunk of another job or attempt, or out of order, fails the attempt, so that an abandoned or dishonest worker
-/// cannot add to the answer.
-pub async fn attempt(
-    client: &Client,
-    worker_id: WorkerId,
-    options: StreamOptions,
-    void: &CancellationToken,
-    journey: &mut Journey,
-    delivery: &mut Delivery,
-) -> AttemptEnd {
-    let mut relayed = Relayed::begin();
-    let body = Bytes::from(codec::encode(&journey.request));
-    let opening = client.open_stream(worker_id, START, body, options);
-    let opened = tokio::select! {
-        opened = opening => opened,
-        () = delivery.gone() => return AttemptEnd::CallerGone { usage: relayed.usage },
-    };
-    let mut answer = match opened {
-        Ok(answer) => answer,
-        Err(error) => {
-            let unacknowledged = !matches!(error, CallError::Remote(_));
-            return AttemptEnd::Failed { error: worker_error(error), unacknowledged, usage: relayed.usage };
-        }
-    };
-    journey.step(JobEvent::Acknowledge);
-    tokio::select! {
-        end = relay(&mut answer, journey, delivery, &mut relayed) => end,
-        () = void.cancelled() => {
-            let error = WireError::new(ErrorCode::StaleAttempt, "the job's lease was lost");
-            AttemptEnd::Failed { error, unacknowledged: false, usage: relayed.usage }
+#[derive(Deserialize)]
+struct CallHead<'a> {
+    #[serde(default, borrow)]
+    name: Cow<'a, str>,
+    #[serde(default, borrow)]
+    arguments: Cow<'a, str>,
+}
+
+impl PayloadHead<'_> {
+    fn content(&self) -> Content {
+        let calls = self.tool_calls.iter().map(|call| call.name.len() + call.arguments.len());
+        Content {
+            bytes: self.text.len() + self.reasoning.len() + calls.sum::<usize>(),
+            tokens: self.tokens.len(),
+            has_logprobs: !self.logprobs.is_empty(),
         }
     }
 }
 
+/// Sends a job to a worker and relays its answer except the last chunk. `context_length` is what the worker reports for
+/// the model, in tokens; 0 if unknown.
+///
+/// A chunk of another job or attempt, out of order, or beyond what the request asks for, fails the attempt, so that an
+/// abandoned or dishonest worker cannot add to the answer or to the bill.
+pub async fn attempt(
+    client: &Client,
+    worker_id: WorkerId,
+    options: StreamOptions,
+    context_length: u32,
+    void: &CancellationToken,
+    journey: &mut Journey,
+    delivery: &mut Delivery,
+) -> AttemptEnd {
+    let body = Bytes::from(codec::encode(&journey.request));
+    let request_bytes = body.len();
+    let mut relayed = Relayed::begin(Bounds::of(&journey.request, request_bytes, context_length));
+    let opening = client.open_stream(worker_id, START, body, options);
+    let opened = tokio::select! {
+        opened = opening => opened,
+        () = delivery.gone() => return AttemptEnd::CallerGone { usage: TokenUsage::default() },
+    };
+    let mut answer = match opened {
+        Ok(answer) => answer,
+        Err(error) => {
+            let is_refused = matches!(error, CallError::Remote(_));
+            let (error, mut fault) = failure(error, request_bytes, context_length);
+            if !is_refused {
+                fault = Fault::Unacknowledged;
+            }
+            return AttemptEnd::Failed { error, fault, usage: TokenUsage::default() };
+        }
+    };
+    journey.step(JobEvent::Acknowledge);
+    let end = tokio::select! {
+        end = relay(&mut answer, journey, delivery, &mut relayed) => end,
+        () = void.cancelled() => {
+            let error = WireError::new(ErrorCode::StaleAttempt, "the job's lease was lost");
+            Relay::Failed { error, fault: Fault::None }
+        }
+    };
+    let usage = relayed.meter.delivered();
+    match end {
+        Relay::Complete(end) => end,
+        Relay::CallerGone => AttemptEnd::CallerGone { usage },
+        Relay::Failed { error, fault } => AttemptEnd::Failed { error, fault, usage },
+        Relay::Broken(error) => {
+            let (error, fault) = failure(error, request_bytes, context_length);
+            AttemptEnd::Failed { error, fault, usage }
+        }
+    }
+}
+
+/// How the relay of an answer ended.
+enum Relay {
+    Complete(AttemptEnd),
+    CallerGone,
+    Failed { error: WireError, fault: Fault },
+    Broken(CallError),
+}
+
 struct Relayed {
     seq: u64,
-    usage: TokenUsage,
+    meter: Meter,
     /// When the worker last sent a chunk; no longer updated once the answer has begun.
     heard_at: Instant,
     /// The worker's longest silence before its answer began.
@@ -231,35 +289,37 @@ async fn relay(
     journey: &mut Journey,
     delivery: &mut Delivery,
     relayed: &mut Relayed,
-) -> AttemptEnd {
-    let failed = |error, usage| AttemptEnd::Failed { error, unacknowledged: false, usage };
+) -> Relay {
     loop {
         let next = tokio::select! {
             biased;
             next = answer.next() => next,
-            () = delivery.gone() => return AttemptEnd::CallerGone { usage: relayed.usage },
+            () = delivery.gone() => return Relay::CallerGone,
         };
         let bytes = match next {
             Some(Ok(bytes)) => bytes,
-            Some(Err(error)) => return failed(worker_error(error), relayed.usage),
-            None => return failed(garbled("the answer has no end"), relayed.usage),
+            Some(Err(error)) => return Relay::Broken(error),
+            None => return breach("the answer has no end"),
         };
+        if !relayed.meter.take_bytes(bytes.len()) {
+            return breach("the answer is longer than the request allows");
+        }
         let Ok(head) = codec::decode_borrowed::<ChunkHead<'_>>(&bytes) else {
-            return failed(garbled("a chunk is malformed"), relayed.usage);
+            return breach("a chunk is malformed");
         };
         let request = &journey.request;
         if head.correlation_id != request.correlation_id || head.attempt != request.attempt || head.seq != relayed.seq {
-            return failed(garbled("a chunk is out of place"), relayed.usage);
+            return breach("a chunk is out of place");
         }
         if head.model.as_ref().is_some_and(|model| model != journey.model()) {
-            return failed(garbled("another model answers"), relayed.usage);
+            return breach("another model answers");
         }
         if relayed.seq == 0 {
             relayed.heard();
         }
         if head.progress.is_some() {
             if journey.wants_progress && delivery.send_progress(&bytes).await.is_err() {
-                return AttemptEnd::CallerGone { usage: relayed.usage };
+                return Relay::CallerGone;
             }
             continue;
         }
@@ -267,22 +327,29 @@ async fn relay(
         // caller reads.
         answer.lift_deadline();
         relayed.seq += 1;
-        relayed.count(&head.payload);
+        if !relayed.meter.take(head.payload.content(), head.payload.usage) {
+            return breach("the answer has more tokens than the request allows");
+        }
         if head.done {
-            let usage = head.payload.usage.unwrap_or(relayed.usage);
+            let claimed = head.payload.usage;
+            let usage = claimed.map_or_else(|| relayed.meter.delivered(), |claimed| relayed.meter.bounded(claimed));
             let finish_reason = head.payload.finish_reason;
-            return AttemptEnd::Complete { last_chunk: bytes, finish_reason, usage, silence: relayed.silence };
+            let last_chunk = if claimed == Some(usage) { bytes } else { with_usage(&bytes, usage) };
+            let overclaims = claimed.is_some_and(|claimed| relayed.meter.is_impossible(claimed));
+            let silence = relayed.silence;
+            let end = AttemptEnd::Complete { last_chunk, finish_reason, usage, silence, overclaims };
+            return Relay::Complete(end);
         }
         journey.step(JobEvent::Chunk);
         if delivery.send(&bytes).await.is_err() {
-            return AttemptEnd::CallerGone { usage: relayed.usage };
+            return Relay::CallerGone;
         }
     }
 }
 
 impl Relayed {
-    fn begin() -> Self {
-        Self { seq: 0, usage: TokenUsage::default(), heard_at: Instant::now(), silence: Duration::ZERO }
+    fn begin(bounds: Bounds) -> Self {
+        Self { seq: 0, meter: Meter::new(bounds), heard_at: Instant::now(), silence: Duration::ZERO }
     }
 
     /// Records that the worker sent a chunk.
@@ -291,54 +358,26 @@ impl Relayed {
         self.silence = self.silence.max(now - self.heard_at);
         self.heard_at = now;
     }
-
-    /// Adds to the usage that is billed if the caller disconnects.
-    fn count(&mut self, payload: &PayloadHead<'_>) {
-        if let Some(usage) = payload.usage {
-            self.usage.prompt_tokens = usage.prompt_tokens;
-            self.usage.cached_tokens = usage.cached_tokens;
-        }
-        // A chunk with content but without token ids counts as one token, unless it echoes the prompt: logprobs without
-        // tokens belong to the prompt.
-        let says_something = payload.logprobs.is_empty()
-            && !(payload.text.is_empty() && payload.reasoning.is_empty() && payload.tool_calls.is_empty());
-        let tokens = payload.tokens.len().max(usize::from(says_something));
-        self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(tokens as u32);
-    }
 }
 
-fn garbled(message: &str) -> WireError {
-    WireError::new(ErrorCode::WorkerFailed, format!("the worker broke the contract: {message}"))
+/// Replaces the usage in the last chunk, so that the caller reads what is billed.
+fn with_usage(chunk: &Bytes, usage: TokenUsage) -> Bytes {
+    let Ok(mut chunk) = codec::decode::<serde_json::Value>(chunk) else { return chunk.clone() };
+    chunk["payload"]["usage"] = serde_json::json!(usage);
+    codec::encode(&chunk).into()
 }
 
-/// Converts a failed call to a worker to the job's error.
-fn worker_error(error: CallError) -> WireError {
-    match error {
-        CallError::Remote(error) => error,
-        CallError::Deadline => WireError::new(ErrorCode::DeadlineExceeded, "the deadline passed"),
-        CallError::TooLarge { .. } => WireError::new(ErrorCode::RequestTooLarge, error.to_string()),
-        other => WireError::new(ErrorCode::WorkerFailed, format!("the worker failed: {other}")),
-    }
+fn breach(message: &str) -> Relay {
+    let error = WireError::new(ErrorCode::WorkerFailed, format!("the worker broke the contract: {message}"));
+    Relay::Failed { error, fault: Fault::Breach }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn whatever_is_said_counts_and_what_says_nothing_does_not() {
-        for (payload, tokens) in [
-            (r#"{"text": "a", "tokens": [1, 2]}"#, 2),
-            (r#"{"tokens": [3]}"#, 1),
-            (r#"{"text": "a"}"#, 1),
-            (r#"{"reasoning": "hm"}"#, 1),
-            (r#"{"text": "prompt", "logprobs": [{}]}"#, 0),
-            (r#"{"toolCalls": [{"index": 0, "name": "f"}]}"#, 1),
-            (r#"{"usage": {"promptTokens": 5, "completionTokens": 0, "cachedTokens": 2}}"#, 0),
-        ] {
-            let mut relayed = Relayed::begin();
-            relayed.count(&serde_json::from_str(payload).expect(payload));
-            assert_eq!(relayed.usage.completion_tokens, tokens, "{payload}");
-        }
+/// Returns the job's error for a failed call to a worker, and what it says of the worker.
+fn failure(error: CallError, request_bytes: usize, context_length: u32) -> (WireError, Fault) {
+    let CallError::Remote(said) = error else { return (worker_errors::of_call(&error), Fault::None) };
+    if said.code == ErrorCode::ContextLengthExceeded && !bounds::can_be_too_long(request_bytes, context_length) {
+        let message = "the worker refused a prompt that fits the context it reports";
+        return (WireError::new(ErrorCode::WorkerFailed, message), Fault::Breach);
     }
+    (worker_errors::translate(said), Fault::None)
 }

@@ -11,7 +11,7 @@ use protocol::control::FleetWorker;
 use protocol::health::{CachedModel, EXPIRY, HealthReport, LoadProgress, ModelState};
 use protocol::model::ModelKey;
 use protocol::prefix::PrefixChain;
-use protocol::{AdapterName, Region, WorkerId};
+use protocol::{AdapterName, Digest, Region, WorkerId};
 use tokio::time::Instant;
 
 use crate::scheduler::{Candidate, Refusal};
@@ -34,6 +34,13 @@ pub enum Change {
 const FETCH_WAIT: Duration = Duration::from_mins(10);
 /// The speed of a fetch is not judged before it has run this long.
 const FETCH_BEGINS: Duration = Duration::from_mins(1);
+/// The most ejected workers that are remembered.
+const EJECTED_MAX: usize = 16_384;
+/// The most concurrent jobs and the most jobs in all that a worker's report is believed.
+const SLOTS_MAX: u32 = 1_024;
+const CAPACITY_MAX: u32 = 16_384;
+/// The highest decode speed that a worker's report is believed, in tokens per second.
+const SPEED_MAX: f32 = 100_000.0;
 /// A job may be sent to a worker that is loading its model if the load ends within this time.
 const LOAD_WAIT: Duration = Duration::from_secs(5);
 
@@ -59,6 +66,8 @@ fn load_progress(cached: &&mut CachedModel) -> LoadProgress {
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
     pub model: &'a ModelKey,
+    /// Digest of the model's file in the catalogue, if the job names it.
+    pub digest: Option<Digest>,
     /// The adapter to run it with.
     pub adapter: Option<&'a AdapterName>,
     /// Digests of the prompt's prefixes.
@@ -80,6 +89,8 @@ struct State {
     free: Vec<usize>,
     by_id: HashMap<WorkerId, usize>,
     by_model: HashMap<ModelKey, Replicas>,
+    /// Until when workers are ejected, by worker, whether or not they are live. Has at most [`EJECTED_MAX`] entries.
+    ejected: HashMap<WorkerId, Instant>,
 }
 
 /// A live worker. The fields that scoring reads come first, so that it touches few cache lines.
@@ -93,6 +104,7 @@ struct Worker {
     reserved: AtomicU32,
     draining: bool,
     set_aside_until: Option<Instant>,
+    ejected_until: Option<Instant>,
     last_seen: Instant,
     report: HealthReport,
 }
@@ -114,6 +126,7 @@ impl Fleet {
         let known = state.by_id.get(&report.worker_id).copied();
         let index = known.unwrap_or_else(|| state.place_for(report.worker_id));
         let before = state.workers[index].take();
+        let ejected_until = state.ejected.get(&report.worker_id).copied().filter(|until| now < *until);
         if let Some(before) = &before {
             for model in before.report.supported.iter().filter(|model| !report.supported.contains(model)) {
                 state.forget_replica(model, index);
@@ -130,10 +143,11 @@ impl Fleet {
                 to_fetch: report.to_fetch.contains(model),
                 failed: cached.as_ref().is_some_and(|cached| cached.state == ModelState::Error),
                 context_length: cached.as_ref().map_or(0, |cached| cached.context_length),
+                digest: cached.as_ref().map(|cached| cached.digest),
                 tokens_per_second: cached
                     .map(|cached| cached.tokens_per_second)
                     .filter(|speed| speed.is_finite())
-                    .unwrap_or(0.0),
+                    .map_or(0.0, |speed| speed.clamp(0.0, SPEED_MAX)),
             };
             let replicas = state.by_model.entry(model.clone()).or_default();
             replicas.put(replica);
@@ -148,11 +162,13 @@ impl Fleet {
         state.workers[index] = Some(Worker {
             worker_id: report.worker_id,
             proximity,
-            slots: report.capacity.slots,
-            capacity: report.capacity.total(),
+            slots: report.capacity.slots.min(SLOTS_MAX),
+            capacity: report.capacity.total().min(CAPACITY_MAX),
             reported_load: report.capacity.running.saturating_add(report.capacity.waiting),
             reserved: AtomicU32::new(before.as_ref().map_or(0, |before| before.reserved.load(Ordering::Relaxed))),
             draining: report.draining,
+            // Unlike the next one, this outlives a restart: a worker must not shed its record by restarting.
+            ejected_until,
             // A restarted worker is not blamed for its earlier process.
             set_aside_until: same_start.and_then(|before| before.set_aside_until),
             last_seen: now,
@@ -185,6 +201,24 @@ impl Fleet {
             && let Some(worker) = &mut state.workers[index]
         {
             worker.set_aside_until = Some(until);
+        }
+    }
+
+    /// Ejects a worker, also from its restarts: until `until`, it gets a job only if no other worker can take it.
+    pub fn eject(&self, worker_id: WorkerId, until: Instant) {
+        let mut guard = self.write();
+        let state = &mut *guard;
+        if state.ejected.len() >= EJECTED_MAX {
+            let now = Instant::now();
+            state.ejected.retain(|_, until| now < *until);
+        }
+        if state.ejected.len() < EJECTED_MAX || state.ejected.contains_key(&worker_id) {
+            state.ejected.insert(worker_id, until);
+        }
+        if let Some(index) = state.by_id.get(&worker_id).copied()
+            && let Some(worker) = &mut state.workers[index]
+        {
+            worker.ejected_until = Some(until);
         }
     }
 
@@ -439,6 +473,10 @@ impl<'a> CandidateIter<'a> {
                 Some(Refusal::NoAdapter)
             } else if wanted.is_too_long_for(replica) {
                 Some(Refusal::ShortContext)
+            } else if wanted.digest.is_some_and(|digest| replica.digest.is_some_and(|reported| reported != digest)) {
+                Some(Refusal::OtherDigest)
+            } else if worker.ejected_until.is_some_and(|until| self.now < until) {
+                Some(Refusal::Ejected)
             } else if worker.set_aside_until.is_some_and(|until| self.now < until) {
                 Some(Refusal::SetAside)
             } else {

@@ -8,7 +8,7 @@ use protocol::{Digest, WireError, WorkerId, codec};
 use tokio::time::Instant;
 use tracing::error;
 
-use crate::circuit_breaker::Admission;
+use crate::circuit_breaker::{Admission, Outcome};
 use crate::fleet::Wanted;
 use crate::job::{JobEvent, JobState};
 use crate::reservation_manager::Reservation;
@@ -27,6 +27,15 @@ impl Build {
     fn new(model: ModelKey, request: &InferRequest) -> Self {
         Self { prefix: PrefixChain::with(request, &model), model, short_context: 0 }
     }
+}
+
+/// What an attempt says of its model.
+#[derive(Debug)]
+pub struct Verdict {
+    pub model: ModelKey,
+    pub admission: Admission,
+    /// Missing if the attempt says nothing of the model.
+    pub outcome: Option<Outcome>,
 }
 
 /// A running job.
@@ -49,6 +58,10 @@ pub struct Journey {
     pub reservation: Option<Reservation>,
     /// The breaker's decision about the current attempt.
     pub admission: Option<Admission>,
+    /// What the breakers are told of its attempts when it ends.
+    pub verdicts: Vec<Verdict>,
+    /// A refusal that is believed only if another worker says the same, and the worker that gave it.
+    pub doubted: Option<(WorkerId, WireError)>,
     /// Whether the current attempt was sent to its worker.
     pub is_dispatched: bool,
     /// When the current attempt began.
@@ -84,6 +97,8 @@ impl Journey {
             tried: vec![],
             reservation: None,
             admission: None,
+            verdicts: vec![],
+            doubted: None,
             is_dispatched: false,
             attempt_began: Instant::now(),
             crashes: 0,
@@ -120,8 +135,10 @@ impl Journey {
     /// Returns what the job needs from a worker, for each model that may run it.
     pub fn wanted(&self) -> Vec<Wanted<'_>> {
         let adapter = self.request.input.adapter.as_ref();
+        let digest_of = |model: &ModelKey| self.request.digests.iter().find(|known| known.key == *model);
         let wanted = self.builds.iter().map(|Build { model, prefix, short_context }| Wanted {
             model,
+            digest: digest_of(model).map(|known| known.digest),
             adapter,
             prefix,
             short_context: *short_context,
@@ -143,6 +160,16 @@ impl Journey {
         self.refusal = Some(refusal.clone());
         let build = &mut self.builds[self.build];
         build.short_context = if context == 0 { u32::MAX } else { build.short_context.max(context) };
+    }
+
+    /// Asks another worker whether the model can really not do what the job asks: one worker's word is not enough to
+    /// refuse a job, unless nobody else can take it. Returns false if one was asked before.
+    pub fn doubt(&mut self, refusal: &WireError) -> bool {
+        let Some(worker) = self.last_worker().filter(|_| self.is_dispatched && self.doubted.is_none()) else {
+            return false;
+        };
+        self.doubted = Some((worker, refusal.clone()));
+        true
     }
 
     /// Returns a digest of the tenant, the first model and the input. It is the same when a client repeats the request.

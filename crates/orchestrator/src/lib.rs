@@ -3,6 +3,7 @@
 //! Decisions are pure functions of the state and the current time ([`scheduler`], [`circuit_breaker`],
 //! [`retry_manager`], [`job`]); only [`orchestrator`], [`dispatch`] and [`reservation_manager`] act.
 
+mod bounds;
 pub mod circuit_breaker;
 pub mod config;
 pub mod crash_record;
@@ -19,6 +20,8 @@ pub mod registry_policies;
 pub mod reservation_manager;
 pub mod retry_manager;
 pub mod scheduler;
+mod worker_errors;
+pub mod worker_record;
 
 pub use config::Config;
 pub use orchestrator::{Orchestrator, OrchestratorParts};

@@ -21,7 +21,7 @@ use protocol::infer::{InferRequest, SUBMIT};
 use protocol::model::ModelKey;
 use protocol::presence::Rejection;
 use protocol::signature::Signed;
-use protocol::{Clock, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
+use protocol::{Clock, Digest, ErrorCode, PublicKey, Region, Topic, WireError, WorkerId, codec};
 use rpc::server::STRANGER_BYTES_MAX;
 use rpc::{
     Access, Caller, Client, Directory, Membership, MembershipTask, Server, StreamCall, StreamOptions, Transport,
@@ -38,16 +38,17 @@ use crate::crash_record::{CRASHES_MAX, CrashRecord};
 use crate::decision_log::DecisionLog;
 use crate::discovery_sub::DiscoverySub;
 use crate::discovery_sub::search::Search;
-use crate::dispatch::{self, AttemptEnd, Delivery};
+use crate::dispatch::{self, AttemptEnd, Delivery, Fault};
 use crate::fleet::{Change, Fleet, Wanted};
 use crate::job::JobEvent;
-use crate::journey::Journey;
+use crate::journey::{Journey, Verdict};
 use crate::policy_engine::PolicyEngine;
 use crate::refusals;
 use crate::registry_policies::RegistryPolicies;
 use crate::reservation_manager::{Ending, ReservationManager};
 use crate::retry_manager::{self, Failure, Plan};
 use crate::scheduler::{self, Candidate, Placement, Refusal};
+use crate::worker_record::WorkerRecords;
 
 /// How long a worker may take to answer a request to load or unload a model.
 const MOVE_WITHIN: Duration = Duration::from_millis(1_500);
@@ -82,6 +83,7 @@ pub struct Orchestrator {
     reservations: Arc<ReservationManager>,
     decisions: DecisionLog,
     crashes: Mutex<CrashRecord>,
+    records: Mutex<WorkerRecords>,
     client: Client,
     membership: Membership,
 }
@@ -100,11 +102,12 @@ impl Orchestrator {
         }
         let end = loop {
             let end = self.attempt(&mut journey, delivery).await.unwrap_or_else(AttemptEnd::refused);
-            self.tell_breaker(&mut journey, &end);
+            self.judge(&mut journey, &end);
             if let ControlFlow::Break(end) = self.after(&mut journey, end, delivery).await {
                 break end;
             }
         };
+        self.tell_breakers(&mut journey, &end);
         self.finalise(journey, end, delivery).await
     }
 
@@ -144,6 +147,9 @@ impl Orchestrator {
 
     /// Returns the error for a job that no worker can take.
     fn nobody(&self, journey: &Journey, wanted: &[Wanted<'_>], placement: &Placement) -> WireError {
+        if let Some((_, refusal)) = &journey.doubted {
+            return refusal.clone();
+        }
         // A worker's refusal is final if every other worker would refuse too, whether or not it has a free slot now.
         if let Some(refusal) = &journey.refusal {
             let can_never =
@@ -223,15 +229,18 @@ impl Orchestrator {
             "dispatch"
         );
         let (worker_id, void) = (reservation.worker_id, reservation.void.clone());
+        let context_length = self.fleet.context_length(worker_id, journey.model());
         journey.is_dispatched = true;
-        Ok(dispatch::attempt(&self.client, worker_id, options, &void, journey, delivery).await)
+        Ok(dispatch::attempt(&self.client, worker_id, options, context_length, &void, journey, delivery).await)
     }
 
     /// Decides whether another attempt follows.
     async fn after(&self, journey: &mut Journey, end: AttemptEnd, delivery: &mut Delivery) -> ControlFlow<AttemptEnd> {
-        let AttemptEnd::Failed { error, unacknowledged, .. } = &end else { return ControlFlow::Break(end) };
+        let AttemptEnd::Failed { error, fault, .. } = &end else { return ControlFlow::Break(end) };
         journey.note(error.code.as_str());
-        if *unacknowledged && let Some(reservation) = &journey.reservation {
+        if *fault == Fault::Unacknowledged
+            && let Some(reservation) = &journey.reservation
+        {
             let until = Instant::now() + Duration::from_secs(self.config.set_aside_secs);
             self.fleet.set_aside(reservation.worker_id, until);
             warn!(worker = reservation.worker_id.short(), "worker set aside: it did not acknowledge a job");
@@ -242,6 +251,10 @@ impl Orchestrator {
         let failure = Failure { code: error.code, streamed: delivery.has_begun() };
         if retry_manager::is_of_the_model(failure) && self.rule_out(journey, error) {
             self.metrics.retries.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
+            journey.step(JobEvent::GiveUpAttempt);
+            return ControlFlow::Continue(());
+        }
+        if retry_manager::is_of_the_model(failure) && journey.doubt(error) {
             journey.step(JobEvent::GiveUpAttempt);
             return ControlFlow::Continue(());
         }
@@ -372,26 +385,58 @@ impl Orchestrator {
         self.crashes.lock()
     }
 
-    /// Reports the outcome of an admitted request to its breaker, and clears the crash record of a completed one.
-    fn tell_breaker(&self, journey: &mut Journey, end: &AttemptEnd) {
-        let Some(admission) = journey.admission.take() else { return };
+    /// Records what an attempt says of its worker and of its model, and ejects a worker that failed too often or lied.
+    fn judge(&self, journey: &mut Journey, end: &AttemptEnd) {
         let slow = Duration::from_secs(self.config.breaker.slow_secs);
         let good = match end {
-            AttemptEnd::Complete { silence, .. } => Some(*silence <= slow),
+            AttemptEnd::Complete { silence, overclaims, .. } => Some(*silence <= slow && !overclaims),
             AttemptEnd::Failed { error, .. } => is_workers_fault(error.code).then_some(false),
             AttemptEnd::CallerGone { .. } | AttemptEnd::Dead { .. } => None,
         };
+        let worker = journey.last_worker().filter(|_| journey.is_dispatched);
         let began = journey.attempt_began;
-        let outcome = journey.last_worker().zip(good).map(|(worker, good)| Outcome { good, worker, began });
-        self.with_breaker(journey.model(), |breaker, now| match outcome {
-            Some(outcome) => breaker.record(outcome, now),
-            None => breaker.abandon(admission, now),
-        });
+        let outcome = worker.zip(good).map(|(worker, good)| Outcome { good, worker, began });
+        if let Some(admission) = journey.admission.take() {
+            journey.verdicts.push(Verdict { model: journey.model().clone(), admission, outcome });
+        }
+        let now = Instant::now();
+        if let (Some(worker), AttemptEnd::Failed { error, fault: Fault::Breach, .. }) = (worker, end) {
+            let until = self.records.lock().breach(worker, now);
+            self.eject(worker, until, &error.message);
+        } else if let Some(outcome) = outcome
+            && let Some(until) = self.records.lock().record(outcome, now)
+        {
+            self.eject(outcome.worker, until, "it failed too often");
+        }
         if let AttemptEnd::Complete { .. } = end {
+            if let Some((worker, _)) = journey.doubted.take()
+                && let Some(until) = self.records.lock().record(Outcome { good: false, worker, began: now }, now)
+            {
+                self.eject(worker, until, "it refused jobs that other workers of their model did");
+            }
             let mut crashes = self.crashes();
             if !crashes.is_empty() {
                 crashes.succeeded(&journey.content());
             }
+        }
+    }
+
+    fn eject(&self, worker: WorkerId, until: Instant, reason: &str) {
+        self.fleet.eject(worker, until);
+        let secs = until.saturating_duration_since(Instant::now()).as_secs();
+        warn!(worker = worker.short(), secs, reason, "a worker is ejected");
+    }
+
+    /// Reports the outcomes of a job's attempts to the breakers of their models. A job that completes says nothing
+    /// against its model: its failed attempts were their workers'.
+    fn tell_breakers(&self, journey: &mut Journey, end: &AttemptEnd) {
+        let completed = matches!(end, AttemptEnd::Complete { .. }).then(|| journey.model().clone());
+        for Verdict { model, admission, outcome } in std::mem::take(&mut journey.verdicts) {
+            let outcome = outcome.filter(|outcome| outcome.good || completed.as_ref() != Some(&model));
+            self.with_breaker(&model, |breaker, now| match outcome {
+                Some(outcome) => breaker.record(outcome, now),
+                None => breaker.abandon(admission, now),
+            });
         }
     }
 
@@ -482,6 +527,7 @@ impl Orchestrator {
                 config.registry_absence,
             ),
             decisions: DecisionLog::new(config.decisions_kept),
+            records: Mutex::default(),
             crashes: Mutex::new(CrashRecord::new(Duration::from_secs(config.crashes_kept_secs))),
             reservations: Arc::new(reservations),
             breakers: Mutex::default(),

@@ -52,6 +52,10 @@ pub enum Refusal {
     Draining,
     /// It did not acknowledge a recent job. It is chosen only if no other worker can be, and none is merely full.
     SetAside,
+    /// It failed too often or lied. Like one that is set aside, it is chosen only if no other worker can be.
+    Ejected,
+    /// It reports another file under the model's name than the catalogue.
+    OtherDigest,
     /// It could not load the model.
     ModelError,
     /// It is loading the model and will not be ready soon, or another worker is already fetching the model.
@@ -71,6 +75,8 @@ impl Refusal {
             Self::Full => "full",
             Self::Draining => "draining",
             Self::SetAside => "set_aside",
+            Self::Ejected => "ejected",
+            Self::OtherDigest => "other_digest",
             Self::ModelError => "model_error",
             Self::Loading => "loading",
             Self::NoAdapter => "no_adapter",
@@ -116,7 +122,7 @@ pub fn place(
         if let Some(refusal) = refusal(&candidate, tried) {
             is_one_full |= refusal == Refusal::Full;
             let taken_back = Candidate { barred: None, ..candidate };
-            if refusal == Refusal::SetAside && self::refusal(&taken_back, tried).is_none() {
+            if matches!(refusal, Refusal::SetAside | Refusal::Ejected) && self::refusal(&taken_back, tried).is_none() {
                 let score = Terms::of(&candidate, fastest).score(weights);
                 if last_resort.as_ref().is_none_or(|best| is_better((score, &taken_back), (best.0, &best.1))) {
                     last_resort = Some((score, taken_back));

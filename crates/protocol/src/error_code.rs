@@ -1,8 +1,10 @@
 //! Error codes, their HTTP statuses, and whether another attempt may succeed. No other code maps errors to the wire.
 
 use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
+use crate::id::MalformedId;
 use inference::InvalidInput;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -102,6 +104,47 @@ pub enum Blame {
 }
 
 impl ErrorCode {
+    /// Every code.
+    pub const ALL: [Self; 37] = [
+        Self::InvalidJson,
+        Self::InvalidValue,
+        Self::MissingModel,
+        Self::ContextLengthExceeded,
+        Self::UnsupportedParameter,
+        Self::InvalidApiKey,
+        Self::InsufficientScope,
+        Self::ModelNotAllowed,
+        Self::ModelNotFound,
+        Self::NotFound,
+        Self::MethodNotAllowed,
+        Self::IdempotencyInProgress,
+        Self::RequestTooLarge,
+        Self::UnsupportedMediaType,
+        Self::RequestTimeout,
+        Self::RateLimitExceeded,
+        Self::InternalError,
+        Self::WorkerFailed,
+        Self::EngineCrashed,
+        Self::RequestCrashesEngine,
+        Self::DeadlineExceeded,
+        Self::NoCapacity,
+        Self::BreakerOpen,
+        Self::ModelLoading,
+        Self::Unavailable,
+        Self::Cancelled,
+        Self::StaleAttempt,
+        Self::WorkerFull,
+        Self::WorkerStopping,
+        Self::ModelNotHere,
+        Self::NotEnrolled,
+        Self::NodeRevoked,
+        Self::InviteUnknown,
+        Self::InviteWrongSecret,
+        Self::InviteUsed,
+        Self::InviteExpired,
+        Self::UnknownMethod,
+    ];
+
     /// Returns the code as text.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -277,6 +320,48 @@ pub struct LoadingModel {
     pub node: String,
     /// Progress of the load on that worker.
     pub progress: LoadProgress,
+}
+
+/// A prompt that does not fit the model's context. [`fmt::Display`] writes it in OpenAI's words, by which clients
+/// recognise a full context, and [`FromStr`] reads them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ContextLength {
+    /// Tokens that fit the context.
+    pub context_length: u32,
+    /// The part of the request that is too long: `messages`, `input` or `prompt`.
+    pub part: &'static str,
+    /// Tokens of that part.
+    pub prompt_tokens: u32,
+}
+
+impl fmt::Display for ContextLength {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { context_length, part, prompt_tokens } = self;
+        write!(
+            formatter,
+            "This model's maximum context length is {context_length} tokens. However, your {part} resulted in \
+             {prompt_tokens} tokens. Please reduce the length of the {part}."
+        )
+    }
+}
+
+impl FromStr for ContextLength {
+    type Err = MalformedId;
+
+    fn from_str(text: &str) -> Result<Self, MalformedId> {
+        let malformed = || MalformedId::new("error", text, "an error about the length of a prompt");
+        let mut numbers = text.split(|character: char| !character.is_ascii_digit()).filter(|run| !run.is_empty());
+        let mut number = || numbers.next().and_then(|run| run.parse().ok()).ok_or_else(malformed);
+        let (context_length, prompt_tokens) = (number()?, number()?);
+        let parts = ["messages", "input", "prompt"].map(|part| Self { context_length, part, prompt_tokens });
+        parts.into_iter().find(|read| read.to_string() == text).ok_or_else(malformed)
+    }
+}
+
+impl From<ContextLength> for WireError {
+    fn from(limit: ContextLength) -> Self {
+        Self::new(ErrorCode::ContextLengthExceeded, limit.to_string()).with_param(limit.part)
+    }
 }
 
 impl From<InvalidInput> for WireError {

@@ -7,7 +7,7 @@ use base64::prelude::BASE64_STANDARD;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::id::{CorrelationId, ModelName, ModelVersion, RetryToken, TenantId, TraceId};
+use crate::id::{CorrelationId, Digest, ModelName, ModelVersion, RetryToken, TenantId, TraceId};
 use crate::model::ModelKey;
 use crate::usage::TokenUsage;
 
@@ -38,6 +38,9 @@ pub struct InferRequest {
     /// none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alternatives: Vec<ModelKey>,
+    /// Digests of the models in the catalogue. A worker that has another file under a model's name gets no job for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub digests: Vec<ModelDigest>,
     /// Input and settings of the job.
     pub input: Input,
     /// Id of the job in logs, traces and stores.
@@ -56,6 +59,17 @@ pub struct InferRequest {
     /// of the answer.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub progress: bool,
+}
+
+/// A model and the digest of its file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelDigest {
+    /// Name and version of the model.
+    #[serde(flatten)]
+    pub key: ModelKey,
+    /// SHA-256 of its file, or of its name if it is on an adopted server.
+    pub digest: Digest,
 }
 
 fn first_attempt() -> u32 {

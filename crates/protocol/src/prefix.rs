@@ -168,6 +168,7 @@ mod tests {
             model_id: "tether-tiny".parse().expect("model"),
             version: "1.0".parse().expect("version"),
             alternatives: vec![],
+            digests: vec![],
             input,
             correlation_id: "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f".parse().expect("id"),
             retry_token: "r".parse().expect("token"),

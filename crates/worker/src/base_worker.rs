@@ -523,6 +523,10 @@ impl Handlers {
     fn admit(&self, request: InferRequest, call_deadline: Option<Instant>) -> Result<Job, WireError> {
         let key = ModelKey { model_id: request.model_id.clone(), version: request.version };
         let entry = self.loader.cache().find(&key).ok_or_else(|| not_here(&key))?;
+        let listed = request.digests.iter().find(|listed| listed.key == key);
+        if listed.is_some_and(|listed| listed.digest != entry.model.digest()) {
+            return Err(not_here(&key));
+        }
         let adapter = request.input.adapter.as_ref();
         if !entry.model.serves(adapter) {
             let name =

@@ -78,6 +78,7 @@ pub(crate) fn job(number: u128, input: Input) -> InferRequest {
         model_id: model().model_id,
         version: model().version,
         alternatives: vec![],
+        digests: vec![],
         input,
         correlation_id: CorrelationId(uuid::Uuid::from_u128(number)),
         retry_token: "r".parse().expect("token"),

@@ -171,6 +171,7 @@ fn job() -> InferRequest {
         model_id: model().model_id,
         version: model().version,
         alternatives: vec![],
+        digests: vec![],
         input,
         correlation_id: CorrelationId(uuid::Uuid::from_bytes([9; 16])),
         retry_token: "stranger".parse().expect("a token"),

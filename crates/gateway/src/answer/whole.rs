@@ -17,8 +17,12 @@ pub(crate) struct Whole {
     pub(crate) usage: TokenUsage,
 }
 
+/// The most bytes of an answer that are collected, in its chunks. A job's orchestrator has its own, tighter bounds.
+const BYTES_MAX: usize = 64 * 1024 * 1024;
+
 /// The part of an answer that has arrived.
 pub(super) struct Gathering {
+    bytes: usize,
     choices: Vec<OpenChoice>,
     embeddings: Vec<Embedding>,
     input_tokens: Option<u32>,
@@ -38,11 +42,15 @@ struct OpenChoice {
 impl Gathering {
     pub(super) fn new(expected: Expected) -> Self {
         let choices = (0..expected.choices).map(|_| OpenChoice::default()).collect();
-        Self { choices, embeddings: vec![], input_tokens: None, expected, usage: None }
+        Self { bytes: 0, choices, embeddings: vec![], input_tokens: None, expected, usage: None }
     }
 
     /// Adds a piece. Returns what is wrong with it if it is invalid.
     pub(super) fn add(&mut self, piece: Piece) -> Result<(), &'static str> {
+        self.bytes = self.bytes.saturating_add(piece.raw.len());
+        if self.bytes > BYTES_MAX {
+            return Err("the answer is too long to be collected");
+        }
         let content = piece.content;
         let choice = self.choices.get_mut(content.index as usize).ok_or("a chunk is of an answer too many")?;
         choice.text += &content.text;
@@ -143,6 +151,15 @@ mod tests {
         let whole = gather(expected, contents).expect("whole");
         let texts: Vec<_> = whole.choices.into_iter().map(|choice| choice.text).collect();
         assert_eq!((texts, whole.usage), (vec!["abc".to_owned(), "xy".to_owned()], USAGE));
+    }
+
+    #[test]
+    fn an_answer_without_end_is_a_breach() {
+        let raw = Bytes::from(vec![0; 1 << 20]);
+        let endless = || Piece { raw: raw.clone(), ..piece(Content { text: "x".into(), ..Content::default() }) };
+        let mut gathering = Gathering::new(Expected::default());
+        assert!((0..64).all(|_| gathering.add(endless()).is_ok()));
+        assert!(gathering.add(endless()).is_err());
     }
 
     #[test]

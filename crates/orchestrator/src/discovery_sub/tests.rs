@@ -95,7 +95,8 @@ impl Scene {
     }
 
     fn routable(&self) -> usize {
-        let wanted = Wanted { model: &model(), adapter: None, prefix: &PrefixChain::NONE, short_context: 0 };
+        let wanted =
+            Wanted { model: &model(), digest: None, adapter: None, prefix: &PrefixChain::NONE, short_context: 0 };
         self.fleet
             .with_candidates(&[wanted], Instant::now(), |found| found.filter(|found| found.barred.is_none()).count())
     }

@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use protocol::PrefixDigest;
 use protocol::health::{LoadProgress, PREFIXES_MAX};
 use protocol::prefix::PrefixChain;
+use protocol::{Digest, PrefixDigest};
 
 /// The workers that support one model, stored contiguously so that scoring is one pass.
 #[derive(Default)]
@@ -28,6 +28,8 @@ pub(super) struct Replica {
     /// Context length in tokens; 0 if unknown.
     pub(super) context_length: u32,
     pub(super) tokens_per_second: f32,
+    /// Digest of the file that the worker reports for the model, if it has it in memory.
+    pub(super) digest: Option<Digest>,
 }
 
 impl Replicas {

@@ -45,7 +45,7 @@ fn fleet() -> Fleet {
 
 fn of(model: &ModelKey) -> Wanted<'_> {
     static NO_PROMPT: PrefixChain = PrefixChain::NONE;
-    Wanted { model, adapter: None, prefix: &NO_PROMPT, short_context: 0 }
+    Wanted { model, digest: None, adapter: None, prefix: &NO_PROMPT, short_context: 0 }
 }
 
 fn serving(fleet: &Fleet, name: &str, now: Instant) -> Vec<u8> {
@@ -53,6 +53,18 @@ fn serving(fleet: &Fleet, name: &str, now: Instant) -> Vec<u8> {
         fleet.with_candidates(&[of(&model(name))], now, |found| found.map(|found| found.worker_id.0[0]).collect());
     ids.sort_unstable();
     ids
+}
+
+#[test]
+fn boasting_is_believed_up_to_a_limit() {
+    let (fleet, now) = (fleet(), Instant::now());
+    let mut boast = report(1, &["m"]);
+    boast.capacity = Capacity { slots: u32::MAX, running: 0, waiting: 0, queue_max: u32::MAX };
+    let cached = CachedModel::new(model("m"), Digest([1; 32]), ModelState::Ready);
+    boast.model_cache = vec![CachedModel { tokens_per_second: f32::MAX, ..cached }];
+    fleet.update(boast, now);
+    let found = fleet.with_candidates(&[of(&model("m"))], now, |mut found| found.next()).expect("a candidate");
+    assert_eq!((found.slots, found.capacity, found.tokens_per_second), (SLOTS_MAX, CAPACITY_MAX, SPEED_MAX));
 }
 
 #[test]
@@ -129,7 +141,7 @@ fn workers_are_as_warm_as_their_last_report_says() {
         fleet.update(report, now);
     };
     let shares = |prefix: &PrefixChain| -> Vec<f32> {
-        let wanted = Wanted { model: &model("m"), adapter: None, prefix, short_context: 0 };
+        let wanted = Wanted { model: &model("m"), digest: None, adapter: None, prefix, short_context: 0 };
         let mut found: Vec<Candidate> = fleet.with_candidates(&[wanted], now, |found| found.collect());
         found.sort_by_key(|found| found.worker_id);
         found.into_iter().map(|found| (found.warm_share * 10.0).round() / 10.0).collect()

@@ -4,6 +4,7 @@ mod admission;
 mod builds;
 mod busy_store;
 mod crashes;
+mod evil_worker;
 mod failures;
 mod jobs;
 mod presence;

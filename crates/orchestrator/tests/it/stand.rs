@@ -12,6 +12,7 @@ use protocol::control::{
     Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeInfo, NodeRole, POLICY_GET, POOL_STATE,
     PRESENCE_REPORT, PolicyRequest, PoolState, PoolStateRequest,
 };
+use protocol::error_code::ContextLength;
 use protocol::health::{self, CachedModel, Capacity, EXPIRY, HealthReport, ModelState};
 use protocol::infer::{FinishReason, InferChunk, InferRequest, Payload, Progress, START, SUBMIT};
 use protocol::model::ModelKey;
@@ -26,6 +27,8 @@ use tether_orchestrator::{Config, Orchestrator, OrchestratorParts};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use crate::evil_worker::Lie;
 
 /// What a worker does with a job.
 #[derive(Clone)]
@@ -54,6 +57,8 @@ pub(crate) enum Manner {
     Only(ModelKey),
     /// Answers under the number of another attempt.
     WrongAttempt,
+    /// Lies.
+    Lie(Lie),
 }
 
 pub(crate) struct Stand {
@@ -236,6 +241,7 @@ impl Stand {
             model_id: model().model_id,
             version: model().version,
             alternatives: vec![],
+            digests: vec![],
             input: serde_json::from_str("\"hi\"").expect("a prompt"),
             correlation_id: CorrelationId(uuid::Uuid::from_u128(number.into())),
             retry_token: format!("token-{number}").parse().expect("token"),
@@ -388,6 +394,14 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         })
     };
     let chunks = match manner {
+        Manner::Lie(lie) => return lie.serve(call, &request).await,
+        Manner::Refuse(ErrorCode::ContextLengthExceeded) => {
+            let limit = ContextLength { context_length: 512, part: "prompt", prompt_tokens: 700 };
+            return call.refuse(limit.into()).await;
+        }
+        Manner::Refuse(code) if code == ErrorCode::UnsupportedParameter => {
+            return call.refuse(WireError::new(code, "refused").with_param("tools")).await;
+        }
         Manner::Refuse(code) => return call.refuse(WireError::new(code, "refused")).await,
         Manner::Only(model) if model != request.model() => {
             return call.refuse(WireError::new(ErrorCode::ModelNotHere, "not here")).await;

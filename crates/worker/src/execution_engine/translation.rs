@@ -1,6 +1,7 @@
 //! Translates jobs into engine requests, and pieces and errors of the engine into protocol messages.
 
 use engine::{Chat, EmbedRequest, EngineError, GenerateRequest, LeftToModel, ModelId, Piece, PromptInput, Sampling};
+use protocol::error_code::ContextLength;
 use protocol::infer::{EmbedInput, InferRequest, Input, Payload};
 use protocol::{ErrorCode, WireError};
 
@@ -76,17 +77,12 @@ pub(super) fn append(payload: &mut Payload, piece: Piece) {
 pub(super) fn wire_error(error: &EngineError, input: &Input) -> WireError {
     match error {
         EngineError::ContextLength { prompt_tokens, context_length } => {
-            let (param, what) = match input {
-                Input { messages: Some(_), .. } => ("messages", "messages"),
-                Input { embed: Some(_), .. } => ("input", "input"),
-                _ => ("prompt", "prompt"),
+            let part = match input {
+                Input { messages: Some(_), .. } => "messages",
+                Input { embed: Some(_), .. } => "input",
+                _ => "prompt",
             };
-            // OpenAI's wording: clients recognise a full context by this message, not by the code.
-            let message = format!(
-                "This model's maximum context length is {context_length} tokens. However, your {what} resulted in \
-                 {prompt_tokens} tokens. Please reduce the length of the {what}."
-            );
-            WireError::new(ErrorCode::ContextLengthExceeded, message).with_param(param)
+            ContextLength { context_length: *context_length, part, prompt_tokens: *prompt_tokens }.into()
         }
         EngineError::Unsupported { parameter, .. } => {
             WireError::new(ErrorCode::UnsupportedParameter, error.to_string()).with_param(parameter.as_str())
@@ -114,6 +110,7 @@ mod tests {
             model_id: "tether-tiny".parse().expect("model"),
             version: "1.0".parse().expect("version"),
             alternatives: vec![],
+            digests: vec![],
             input,
             correlation_id: "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f".parse().expect("id"),
             retry_token: "r".parse().expect("token"),

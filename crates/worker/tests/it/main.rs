@@ -274,6 +274,7 @@ fn request() -> InferRequest {
         model_id: key().model_id,
         version: key().version,
         alternatives: vec![],
+        digests: vec![],
         input: Input { prompt: Some("one two three".into()), ..Input::default() },
         correlation_id: CorrelationId(uuid(1)),
         retry_token: "r".parse().expect("a token"),

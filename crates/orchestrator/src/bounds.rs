@@ -1,0 +1,223 @@
+//! How much an answer may contain and cost, whatever the worker says. Pure.
+//!
+//! Workers are members of the pool, but their word on usage and length is not trusted: a worker that lies must not fill
+//! the caller's memory or the tenant's bill.
+
+use protocol::infer::InferRequest;
+use protocol::usage::TokenUsage;
+
+/// Tokens that a chat template and a model's own system prompt may add to a prompt.
+const TEMPLATE_TOKENS_MAX: u32 = 2_048;
+/// Tokens of an answer whose request sets no `maxTokens`, for a model whose context length is unknown.
+const TOKENS_MAX: u32 = 1 << 20;
+/// Bytes of a chunk for each token: the longest tokens of known vocabularies have some hundred bytes, and the fields
+/// around them some hundred more.
+const TOKEN_BYTES_MAX: u64 = 2_048;
+/// Bytes of one alternative of a token's log-probability.
+const ALTERNATIVE_BYTES_MAX: u64 = 1_024;
+/// Bytes of one vector, as Base64.
+const VECTOR_BYTES_MAX: u64 = 512 * 1024;
+/// Bytes of everything else, such as progress.
+const OTHER_BYTES_MAX: u64 = 1 << 20;
+/// Bytes of text for which a chunk without token ids counts as one token.
+const BYTES_PER_TOKEN: usize = 4;
+
+/// The most that an answer to a request may contain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Bounds {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    bytes: u64,
+}
+
+impl Bounds {
+    /// Computes the bounds of the answer to a request that takes `request_bytes` on the wire. `context_length` is the
+    /// model's, in tokens; 0 if unknown.
+    pub(crate) fn of(request: &InferRequest, request_bytes: usize, context_length: u32) -> Self {
+        let input = &request.input;
+        let context = if context_length == 0 { TOKENS_MAX } else { context_length.min(TOKENS_MAX) };
+        let request_bytes = u32::try_from(request_bytes).unwrap_or(u32::MAX);
+        // A token has at least one byte.
+        let from_text = request_bytes.saturating_add(TEMPLATE_TOKENS_MAX);
+        let prompts = input.prompts.as_ref().map_or(1, Vec::len).max(input.embed.as_ref().map_or(1, Vec::len)) as u32;
+        let prompt_tokens = from_text.min(context.saturating_mul(prompts));
+        let completion_tokens = if input.embed.is_some() || input.count_only {
+            0
+        } else {
+            input.max_tokens.unwrap_or(context).saturating_mul(input.answers())
+        };
+        let echoed = if input.echo { prompt_tokens.saturating_mul(input.answers_each()) } else { 0 };
+        let alternatives = u64::from(input.logprobs.unwrap_or(0));
+        let per_token = TOKEN_BYTES_MAX + alternatives * ALTERNATIVE_BYTES_MAX;
+        let vectors = input.embed.as_ref().map_or(0, Vec::len) as u64;
+        let bytes = (u64::from(completion_tokens) + u64::from(echoed)).saturating_mul(per_token);
+        let bytes = bytes.saturating_add(vectors * VECTOR_BYTES_MAX).saturating_add(OTHER_BYTES_MAX);
+        Self { prompt_tokens, completion_tokens, bytes }
+    }
+}
+
+/// Counts what an attempt delivers.
+#[derive(Debug)]
+pub(crate) struct Meter {
+    bounds: Bounds,
+    bytes: u64,
+    /// Tokens with ids.
+    tokens: u64,
+    /// Tokens, as far as the chunks show.
+    shown: u64,
+    /// What the worker claims of the prompt.
+    claimed: TokenUsage,
+}
+
+/// The content of a chunk, as far as it is counted.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Content {
+    /// Length of the text, the reasoning and the function calls, in bytes.
+    pub(crate) bytes: usize,
+    /// Number of token ids.
+    pub(crate) tokens: usize,
+    /// Whether it has log-probabilities.
+    pub(crate) has_logprobs: bool,
+}
+
+impl Meter {
+    pub(crate) fn new(bounds: Bounds) -> Self {
+        Self { bounds, bytes: 0, tokens: 0, shown: 0, claimed: TokenUsage::default() }
+    }
+
+    /// Counts the bytes of a chunk. Returns whether the answer is still within its bounds.
+    #[must_use]
+    pub(crate) fn take_bytes(&mut self, bytes: usize) -> bool {
+        self.bytes = self.bytes.saturating_add(bytes as u64);
+        self.bytes <= self.bounds.bytes
+    }
+
+    /// Counts the content of a chunk. Returns whether the answer is still within its bounds.
+    #[must_use]
+    pub(crate) fn take(&mut self, content: Content, claimed: Option<TokenUsage>) -> bool {
+        if let Some(claimed) = claimed {
+            self.claimed = claimed;
+        }
+        self.tokens += content.tokens as u64;
+        // A chunk without token ids echoes the prompt if it has log-probabilities. Otherwise its server has no ids, and
+        // may have joined several tokens.
+        let shown = match content {
+            Content { tokens: 0, has_logprobs: true, .. } => 0,
+            Content { tokens: 0, bytes, .. } => bytes.div_ceil(BYTES_PER_TOKEN),
+            Content { tokens, .. } => tokens,
+        };
+        self.shown += shown as u64;
+        self.tokens <= u64::from(self.bounds.completion_tokens)
+    }
+
+    /// Returns what the job is billed if it ends now, without the worker's word on the answer's tokens.
+    pub(crate) fn delivered(&self) -> TokenUsage {
+        self.bounded(TokenUsage { completion_tokens: u32::MAX, ..self.claimed })
+    }
+
+    /// Returns whether an honest worker cannot claim this usage. A server without token ids may join more tokens in a
+    /// chunk than its text shows, so its claim on the answer is only compared with what was asked for.
+    pub(crate) fn is_impossible(&self, claimed: TokenUsage) -> bool {
+        let has_ids = self.tokens > 0 && self.tokens == self.shown;
+        claimed.prompt_tokens > self.bounds.prompt_tokens
+            || claimed.completion_tokens > self.bounds.completion_tokens
+            || has_ids && u64::from(claimed.completion_tokens) > self.tokens
+    }
+
+    /// Returns what the job is billed of the usage that the worker claims.
+    pub(crate) fn bounded(&self, claimed: TokenUsage) -> TokenUsage {
+        let shown = u32::try_from(self.shown).unwrap_or(u32::MAX);
+        let completion_tokens = claimed.completion_tokens.min(shown).min(self.bounds.completion_tokens);
+        let prompt_tokens = claimed.prompt_tokens.min(self.bounds.prompt_tokens);
+        TokenUsage {
+            prompt_tokens,
+            completion_tokens,
+            cached_tokens: claimed.cached_tokens.min(prompt_tokens),
+            reasoning_tokens: claimed.reasoning_tokens.min(completion_tokens),
+        }
+    }
+}
+
+/// Returns whether a prompt of `request_bytes` on the wire can be too long for a context of `context_length` tokens.
+pub(crate) fn can_be_too_long(request_bytes: usize, context_length: u32) -> bool {
+    let prompt_tokens = request_bytes.saturating_add(TEMPLATE_TOKENS_MAX as usize);
+    context_length == 0 || prompt_tokens >= context_length as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bounds(prompt_tokens: u32, completion_tokens: u32) -> Bounds {
+        Bounds { prompt_tokens, completion_tokens, bytes: 1 << 20 }
+    }
+
+    fn usage(prompt_tokens: u32, completion_tokens: u32, cached_tokens: u32, reasoning_tokens: u32) -> TokenUsage {
+        TokenUsage { prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens }
+    }
+
+    fn tokens(tokens: usize) -> Content {
+        Content { tokens, ..Content::default() }
+    }
+
+    #[test]
+    fn a_chunk_counts_its_tokens_or_its_text() {
+        for (content, shown) in [
+            (Content { bytes: 9, tokens: 2, has_logprobs: true }, 2),
+            (Content { bytes: 1, ..Content::default() }, 1),
+            (Content { bytes: 9, ..Content::default() }, 3),
+            (Content { bytes: 9, has_logprobs: true, tokens: 0 }, 0),
+            (Content::default(), 0),
+        ] {
+            let mut meter = Meter::new(bounds(10, 10));
+            assert!(meter.take(content, None));
+            assert_eq!(meter.delivered().completion_tokens, shown, "{content:?}");
+        }
+    }
+
+    #[test]
+    fn more_tokens_than_were_asked_for_break_the_bounds() {
+        let mut meter = Meter::new(bounds(10, 3));
+        assert!(meter.take(tokens(3), None));
+        assert!(!meter.take(tokens(1), None));
+        assert_eq!(meter.delivered().completion_tokens, 3);
+        let mut meter = Meter::new(bounds(10, 3));
+        assert!(meter.take_bytes(1 << 20));
+        assert!(!meter.take_bytes(1));
+    }
+
+    #[test]
+    fn a_prompt_of_few_bytes_cannot_be_too_long() {
+        assert!(!can_be_too_long(100, 8192));
+        assert!(can_be_too_long(8192, 8192));
+        assert!(can_be_too_long(100, 0), "the context is not known");
+    }
+
+    proptest! {
+        #[test]
+        fn nobody_is_billed_for_more_than_was_asked_for_or_shown(
+            chunks in proptest::collection::vec(0usize..5, 0..20),
+            claimed: [u32; 4],
+            prompt_max in 0u32..1000,
+            completion_max in 0u32..100,
+        ) {
+            let mut meter = Meter::new(bounds(prompt_max, completion_max));
+            let claimed = usage(claimed[0], claimed[1], claimed[2], claimed[3]);
+            let within = chunks.iter().filter(|count| !meter.take(tokens(**count), None)).count() == 0;
+            let shown: usize = chunks.iter().sum();
+            prop_assert_eq!(within, shown <= completion_max as usize);
+            let billed = meter.bounded(claimed);
+            prop_assert!(billed.completion_tokens <= completion_max.min(shown as u32));
+            prop_assert!(billed.prompt_tokens <= prompt_max);
+            prop_assert!(billed.cached_tokens <= billed.prompt_tokens);
+            prop_assert!(billed.reasoning_tokens <= billed.completion_tokens);
+            let honest = usage(prompt_max, (shown as u32).min(completion_max), 0, 0);
+            prop_assert_eq!(meter.bounded(honest), honest, "an honest claim is billed in full");
+            prop_assert!(!meter.is_impossible(honest));
+            prop_assert!(meter.is_impossible(usage(prompt_max + 1, 0, 0, 0)));
+            prop_assert!(meter.is_impossible(usage(0, completion_max + 1, 0, 0)));
+        }
+    }
+}
