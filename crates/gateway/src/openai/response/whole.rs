@@ -58,7 +58,7 @@ struct AssistantMessage<'a> {
     role: &'static str,
     /// Text of the answer; null if the model only calls functions.
     content: Option<&'a str>,
-    /// The model's reasoning; absent if there is none. Not in OpenAI's API.
+    /// The model's reasoning; absent if the model did not reason. Not in OpenAI's API.
     #[serde(skip_serializing_if = "str::is_empty")]
     reasoning_content: &'a str,
     /// Functions that the model calls; absent if there are none.
