@@ -32,7 +32,7 @@ pub struct Input {
     /// Text after the answer. The model fills in the text between the prompt and this suffix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suffix: Option<String>,
-    /// Texts to embed.
+    /// Texts to embed, 1 to 2048.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embed: Option<Vec<EmbedInput>>,
     /// Returns the number of input tokens and generates nothing. Such a request costs nothing.

@@ -14,9 +14,9 @@ pub enum DecodeError {
     /// The message is larger than allowed.
     #[error("the message has {bytes} bytes, more than {max}")]
     TooLarge {
-        /// Length of the message.
+        /// Length of the message in bytes.
         bytes: usize,
-        /// Maximum length.
+        /// Maximum length in bytes.
         max: usize,
     },
     /// The bytes are not JSON.

@@ -718,7 +718,7 @@ pub struct PoolState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ClockReading {
-    /// Current time.
+    /// Current time by the node's wall clock.
     pub now: UnixMillis,
 }
 

@@ -43,7 +43,7 @@ text_id! {
 /// A model's version, `MAJOR.MINOR`. The greater version is the newer one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModelVersion {
-    /// `MAJOR` of `MAJOR.MINOR`.
+    /// `MAJOR` of `MAJOR.MINOR`, which is compared first.
     pub major: u32,
     /// `MINOR` of `MAJOR.MINOR`.
     pub minor: u32,

@@ -100,7 +100,7 @@ impl AliasEntry {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelKey {
-    /// Name without version.
+    /// Name without version and adapter.
     pub model_id: ModelName,
     /// Version of the model. The bytes of a name and version never change.
     pub version: ModelVersion,

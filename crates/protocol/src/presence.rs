@@ -84,7 +84,7 @@ pub struct Facts<'a> {
     pub admitted: &'a dyn Fn(&Region) -> Result<(), Exclusion>,
     /// The last accepted report of this worker.
     pub high_water: Option<HighWater>,
-    /// Current time.
+    /// Current time by the receiver's clock.
     pub now: UnixMillis,
 }
 

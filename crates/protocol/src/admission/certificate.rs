@@ -39,9 +39,9 @@ pub struct Certificate {
     /// Models that the node may serve as a worker; empty for all.
     #[serde(default)]
     pub models: Vec<ModelName>,
-    /// Beginning of validity.
+    /// First instant at which the certificate is valid.
     pub not_before: UnixMillis,
-    /// End of validity.
+    /// First instant at which the certificate is no longer valid.
     pub not_after: UnixMillis,
 }
 
