@@ -1,9 +1,9 @@
 #!/usr/bin/env node
-// Asks a gateway and prints the answer as it comes:
+// Sends a prompt to a gateway and prints the answer as it arrives:
 //
 //   node ask.js --gateway KEY --bootstrap HOST:PORT[,...] [--model NAME] PROMPT
 //
-// The API token is read from the variable TETHER_API_KEY, so that it stands in no list of processes.
+// The API token is in the variable TETHER_API_KEY, so that no list of processes shows it.
 const { parseArgs } = require('util')
 const { TetherClient } = require('.')
 

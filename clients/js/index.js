@@ -1,4 +1,4 @@
-// Asks a Tether gateway by its public key: no address, no HTTP.
+// Calls a Tether gateway by its public key, without an address and without HTTP.
 //
 //   const client = new TetherClient({ gateway, token, bootstrap: ['192.0.2.1:49737'] })
 //   for await (const chunk of client.submit({ modelId: 'tether-tiny', input: 'Hello' })) process.stdout.write(chunk.payload.text)
@@ -12,7 +12,7 @@ const { stream, TetherError } = require('./stream')
 const SUBMIT = 'infer.submit'
 const MODELS = 'infer.models'
 
-/** Errors of the connection itself, in the words of the protocol. */
+/** Errors of the connection itself, with the codes of the protocol. */
 const CODES = {
   CHANNEL_CLOSED: 'unavailable',
   CHANNEL_DESTROYED: 'unavailable',
@@ -20,13 +20,13 @@ const CODES = {
   UNKNOWN_METHOD: 'unknown_method'
 }
 
-/** How long a connection may take to be made, in milliseconds. */
+/** Timeout for opening a connection, in milliseconds. */
 const CONNECT_MS = 10_000
 
 class TetherClient {
   /**
-   * `gateway` is the gateway's public key as 64 hex digits or a buffer, `token` an API token. `bootstrap` names nodes of
-   * the network as `host:port`. A HyperDHT node that you have already can be given as `dht`; it is then yours to close.
+   * `gateway` is the gateway's public key as 64 hex digits or a buffer, and `token` is an API token. `bootstrap` lists nodes
+   * of the network as `host:port`. An existing HyperDHT node can be given as `dht`; the caller then closes it.
    */
   constructor ({ gateway, token, bootstrap, dht = null, keyPair = DHT.keyPair() }) {
     this.gateway = typeof gateway === 'string' ? Buffer.from(gateway, 'hex') : Buffer.from(gateway)
@@ -44,7 +44,7 @@ class TetherClient {
     yield * this.#chunks({ token: this.token, request }, options)
   }
 
-  /** Yields the `Infer.Chunk`s of a chat, asked as OpenAI's chat completions are: `{ model, messages, ... }`. */
+  /** Yields the `Infer.Chunk`s of a chat. `body` is that of OpenAI's chat completions: `{ model, messages, ... }`. */
   async * chat (chat, options = {}) {
     yield * this.#chunks({ token: this.token, chat }, options)
   }
@@ -65,7 +65,7 @@ class TetherClient {
     try {
       return await rpc.request(method, value, { timeout: timeoutMs })
     } catch (error) {
-      // The reason stands in the cause; the code of what wraps it only says that there is one.
+      // The reason is in the cause. The code of the outer error only says that there is one.
       const cause = error.cause
       if (cause && cause.code) throw new TetherError({ code: cause.code, message: cause.message })
       if (CODES[error.code]) throw new TetherError({ code: CODES[error.code], message: error.message })
@@ -73,7 +73,7 @@ class TetherClient {
     }
   }
 
-  /** Closes the connection, and the DHT node where the client made it. */
+  /** Closes the connection, and the DHT node if the client created it. */
   async close () {
     const connection = this.connection
     this.connection = null
@@ -87,7 +87,7 @@ class TetherClient {
     for await (const message of stream(mux, SUBMIT, body, options)) yield JSON.parse(message.toString())
   }
 
-  /** Returns the connection, which all calls share. One that broke is made anew. */
+  /** Returns the connection, which all calls share. A broken one is replaced. */
   #connect () {
     if (this.connection === null) {
       const opening = this.#open()
@@ -102,7 +102,7 @@ class TetherClient {
 
   async #open () {
     const socket = this.dht.connect(this.gateway, { keyPair: this.keyPair })
-    // Whoever waits for the connection learns of errors; afterwards each call does.
+    // Callers that wait for the connection get its errors. Later, each call does.
     socket.on('error', () => {})
     const timer = setTimeout(() => socket.destroy(new Error('the gateway does not answer')), CONNECT_MS)
     try {

@@ -1,4 +1,4 @@
-// `tether/stream/1`: one request, then messages back under credit. docs/wire/tether-stream-1.md gives every byte.
+// `tether/stream/1`: one request, then messages back, limited by credit. docs/wire/tether-stream-1.md specifies every byte.
 const crypto = require('crypto')
 const c = require('compact-encoding')
 
@@ -17,7 +17,7 @@ const FRAME_PAYLOAD_MAX = 64 * 1024
 const MESSAGE_BYTES_MAX = 16 * 1024 * 1024
 const WINDOW = 256 * 1024
 
-/** An error that the other side told: `code` says which, `retryAfterMs` when to try again, where it helps. */
+/** An error from the other side. `code` identifies it; `retryAfterMs`, if present, says when to try again. */
 class TetherError extends Error {
   constructor ({ code, message, param, retryAfterMs }) {
     super(message)
@@ -53,7 +53,8 @@ function creditFrame (bytes) {
 /**
  * Calls a streamed method and yields its messages as buffers. Leaving the loop early cancels the call.
  *
- * `mux` is a Protomux, `body` a buffer; `deadlineMs` 0 waits as long as it takes, `acceptMs` for the first answer.
+ * `mux` is a Protomux, and `body` is a buffer. `deadlineMs` limits the whole call, and 0 means no limit; `acceptMs` limits the
+ * wait for the first response.
  */
 async function * stream (mux, method, body, { deadlineMs = 0, acceptMs = 10_000 } = {}) {
   if (body.byteLength > MESSAGE_BYTES_MAX) throw failure('request_too_large', 'the request has more than 16 MiB')
@@ -67,7 +68,7 @@ async function * stream (mux, method, body, { deadlineMs = 0, acceptMs = 10_000 
   }
   const channel = mux.createChannel({
     protocol: PROTOCOL,
-    // Any number that no other stream of this connection has.
+    // Any number that no other stream of this connection uses.
     id: crypto.randomBytes(16),
     onclose () {
       closed = true
@@ -78,7 +79,7 @@ async function * stream (mux, method, body, { deadlineMs = 0, acceptMs = 10_000 
   const frame = channel.addMessage({
     encoding: c.raw,
     onmessage (bytes) {
-      // What is decoded is a view of the connection's buffer.
+      // The decoded value is a view of the connection's buffer.
       frames.push(Buffer.from(bytes))
       notify()
     }

@@ -1,4 +1,4 @@
-// `clients/js` against a network of processes: by public key, without HTTP.
+// `clients/js` with a network of processes, by public key and without HTTP.
 
 import assert from 'node:assert/strict';
 import { execFile } from 'node:child_process';
@@ -47,7 +47,7 @@ async function gather(chunks) {
 
 const textOf = (chunks) => chunks.map((chunk) => chunk.payload.text ?? '').join('');
 
-/** Runs something in a process that can open no TCP connection. */
+/** Runs code in a process that cannot open TCP connections. */
 async function withoutTcp(work) {
   const { connect: original } = net.Socket.prototype;
   net.Socket.prototype.connect = () => {
@@ -120,7 +120,7 @@ test('the calls of a client share one connection and do not wait for each other'
 });
 
 test('a request of many frames arrives whole', async () => {
-  // Too long for the model, and that is said by the worker that read all of it.
+  // Too long for the model. The worker that read all of it returns the error.
   const prompt = 'word '.repeat(60_000);
   await assert.rejects(gather(client.submit({ modelId: MODEL, input: { prompt } })), (error) => {
     assert.ok(error instanceof TetherError);
@@ -210,7 +210,7 @@ for (const [signal, within] of [['SIGTERM', 2_000], ['SIGKILL', 30_000]]) {
     await answers.next();
     const begun = performance.now();
     const stopping = network.nodes.get('gateway').stop(signal);
-    // A gateway that is asked to stop lets the answers end that it has begun, within its time to do so.
+    // A gateway that is stopped finishes the answers that it has begun, within its drain time.
     const outcome = await gather(answers).then(() => null, (error) => error);
     if (signal === 'SIGKILL') {
       assert.ok(outcome instanceof TetherError, String(outcome));
@@ -226,7 +226,7 @@ for (const [signal, within] of [['SIGTERM', 2_000], ['SIGKILL', 30_000]]) {
   });
 }
 
-/** Asks again while the gateway has not found its network yet, as its error tells. */
+/** Retries while the gateway's error says that it has not found its network yet. */
 async function retried(ask) {
   for (let tries = 0; ; tries++) {
     try {

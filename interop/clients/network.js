@@ -18,7 +18,7 @@ function variable(name) {
 
 export const program = variable('TETHER_BIN');
 
-/** Waits until `look` returns something, and returns it. */
+/** Waits until `look` returns a value, and returns this value. */
 export async function eventually(what, look, within = PATIENCE_MS) {
   const deadline = performance.now() + within;
   for (;;) {
@@ -33,7 +33,7 @@ export async function eventually(what, look, within = PATIENCE_MS) {
 class Node {
   constructor(folder, environment, args) {
     this.output = '';
-    // It ends with this process, whatever becomes of that.
+    // It ends with this process, however that ends.
     const options = { cwd: folder, env: environment, stdio: ['ignore', 'pipe', 'pipe'] };
     this.child = spawn(program, [...args, '--with-parent'], options);
     const take = (piece) => {
@@ -47,7 +47,7 @@ class Node {
     });
   }
 
-  /** Waits for a line, and returns what the pattern finds in it. */
+  /** Waits for a line that matches the pattern, and returns the match. */
   said(pattern) {
     return eventually(`${pattern} in\n${this.output}`, () => {
       const found = this.output.match(pattern);
@@ -56,7 +56,7 @@ class Node {
     });
   }
 
-  /** Ends it, and returns how it did. */
+  /** Stops it, and returns how it ended. */
   async stop(signal = 'SIGTERM') {
     this.child.kill(signal);
     const impatient = setTimeout(() => this.child.kill('SIGKILL'), 10_000);
@@ -94,13 +94,13 @@ export class Network {
     await eventually('a worker that is ready', async () => (await this.workers()).length === 1);
   }
 
-  /** Learns where the gateway is from what it prints: its key, and the address for those who speak HTTP. */
+  /** Reads the gateway's key and its HTTP address from its output. */
   async gatewayIsUp(gateway) {
     this.gateway = (await gateway.said(/^gateway ([0-9a-f]{64}) on UDP/m))[1];
     this.url = (await gateway.said(/^OpenAI address (\S+)\/v1/m))[1];
   }
 
-  /** Starts a node on a folder of its own. */
+  /** Starts a node with its own folder. */
   node(name, args) {
     const environment = { PATH: process.env.PATH, HOME: this.folder };
     const node = new Node(this.folder, environment, [...args, '--data-dir', join(this.folder, name)]);
@@ -114,13 +114,13 @@ export class Network {
     return this.node(role, ['join', stdout.trim().split(' ').at(-1), '--listen', LOOPBACK, ...more]);
   }
 
-  /** Starts the gateway again, which was stopped. */
+  /** Restarts the stopped gateway. */
   async restartGateway() {
     const gateway = this.node('gateway', ['gateway', '--listen', LOOPBACK, '--bind', LOOPBACK]);
     await this.gatewayIsUp(gateway);
   }
 
-  /** Returns the last reports of the workers that hold a model. Clients have no such right: an operator asks. */
+  /** Returns the latest reports of the workers that have a model in memory. This needs an admin key. */
   async workers() {
     const headers = { authorization: `Bearer ${this.token}` };
     const answer = await fetch(`${this.url}/admin/v1/nodes`, { headers }).catch(() => null);
@@ -129,7 +129,7 @@ export class Network {
     return workers.filter(({ report }) => report.modelCache.some(({ state }) => state === 'ready'));
   }
 
-  /** Ends all of it, and returns those that did not end well. */
+  /** Stops all processes, and returns those that did not end successfully. */
   async stop() {
     const nodes = [...this.nodes].reverse();
     const ends = await Promise.all(nodes.map(async ([name, node]) => [name, node.end ?? (await node.stop())]));

@@ -1,8 +1,8 @@
 #!/usr/bin/env node
-// What the Node packages can do on this machine, to compare with: the same measures as benches/anchor.rs, in the same order.
+// Measures the Node packages on this machine, for comparison: the same measures as benches/anchor.rs, in the same order.
 //
-// Network, server and client are processes of their own. Options: nodes (5), fast (a tenth of everything), and bootstrap
-// with key, to measure against a server that runs already. Prints one line of JSON: names and what was measured.
+// Network, server and client are separate processes. Options: nodes (5), fast (a tenth of everything), and bootstrap
+// with key, to measure with a running server. Prints one line of JSON: names and results.
 
 import { spawn } from 'node:child_process';
 import { createInterface } from 'node:readline';

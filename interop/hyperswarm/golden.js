@@ -1,8 +1,8 @@
 #!/usr/bin/env node
-// Writes what the Node packages put on the wire, for the Rust tests to compare with.
+// Writes the bytes that the Node packages send, for comparison in the Rust tests.
 //
 //   node golden.js           writes crates/hyperswarm/tests/golden/*.json
-//   node golden.js --check   fails where the files differ from what the packages produce
+//   node golden.js --check   fails if the files differ from what the packages produce
 //
 // Keys, nonces and times are fixed, so that every run writes the same bytes.
 
@@ -37,7 +37,7 @@ for (const name of names) {
     writeFileSync(path, await text());
     continue;
   }
-  // UDX is caught in the act, between real timers: a busy machine gets more tries.
+  // The packets of UDX are captured between real timers, so a busy machine gets more attempts.
   const tries = name === 'udx' ? 5 : 1;
   const written = readFileSync(path, 'utf8');
   let same = false;

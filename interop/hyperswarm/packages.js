@@ -1,4 +1,4 @@
-// The Node packages under test, with the inner parts that only golden vectors need.
+// The Node packages under test, with the internal parts that only the golden vectors need.
 
 import { createRequire } from 'node:module';
 

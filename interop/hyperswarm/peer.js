@@ -1,7 +1,7 @@
-// What the Node peers share: lines of JSON in and out, a node of the DHT, its commands.
+// Shared parts of the Node peers: lines of JSON in and out, a DHT node, and its commands.
 //
 // The first argument is a JSON object of options. Each line on stdin is a call, `{"id": 1, "do": "echo", …}`; each line on
-// stdout is `{"ready": …}`, once, or the answer to a call, `{"id": 1, "ok": …}` or `{"id": 1, "error": {…}}`.
+// stdout is `{"ready": …}`, once, or the response to a call, `{"id": 1, "ok": …}` or `{"id": 1, "error": {…}}`.
 // A peer ends when its stdin closes.
 
 import { createInterface } from 'node:readline';
@@ -17,7 +17,7 @@ export function parsed(text) {
   return { host, port: Number(port) };
 }
 
-/** Bytes that both sides can make: they count up, in steps that no power of two divides. */
+/** Bytes that both sides can generate: a counter with steps that no power of two divides. */
 export function pattern(length) {
   const bytes = b4a.alloc(length);
   for (let index = 0; index < length; index += 1) {
@@ -26,19 +26,19 @@ export function pattern(length) {
   return bytes;
 }
 
-/** Starts a node. Unless the options say otherwise, it knows that anybody can reach it. */
+/** Starts a node. Unless the options say otherwise, it assumes that everybody can reach it. */
 export function startNode(more = {}) {
   return new DHT({
     bootstrap: (options.bootstrap ?? []).map(parsed),
     host: '127.0.0.1',
-    // Any free port: several networks run beside each other.
+    // Any free port, because several networks run concurrently.
     port: [0, 1],
     firewalled: options.firewalled ?? false,
     ...more,
   });
 }
 
-/** Answers calls until stdin closes. */
+/** Handles calls until stdin closes. */
 export function serve(ready, calls) {
   const say = (line) => process.stdout.write(`${JSON.stringify(line)}\n`);
   const lines = createInterface({ input: process.stdin });
@@ -61,7 +61,7 @@ function described(error) {
   return { message, code, context, cause: cause ? described(cause) : null };
 }
 
-/** What every node of the DHT can be asked to do. */
+/** The commands of every DHT node. */
 export function dhtCalls(node, keyPair) {
   return {
     async announce({ topic }) {

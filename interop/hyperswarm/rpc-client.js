@@ -11,7 +11,7 @@ const rpc = new RPC({ dht: node, keyPair });
 const clients = new Map();
 const soon = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
-/** `relay` names the node that is asked first; where it is the server itself, the handshake goes straight to it. */
+/** `relay` is the node that is asked first. If it is the server itself, the handshake goes directly to it. */
 async function connect({ to, relay }) {
   const client = rpc.connect(unhex(to), { keyPair, relayAddresses: relay ? [parsed(relay)] : [] });
   if (!(await client.rpc.stream.opened)) throw new Error('the stream did not open');
@@ -29,7 +29,7 @@ async function closed(client) {
   if (!client.rpc.stream.destroyed) await new Promise((done) => client.rpc.stream.once('close', done));
 }
 
-/** Connects, asks once and leaves; tells what went wrong. */
+/** Connects, sends one request and disconnects. Returns the error, if any. */
 async function visit(call, index) {
   const client = await connect(call);
   try {
@@ -54,16 +54,16 @@ serve(
     async request({ name, method, value, timeout }) {
       return hex(await named(name).request(method, unhex(value), timeout ? { timeout } : {}));
     },
-    /** Sends `length` patterned bytes, for their hash. */
+    /** Sends `length` patterned bytes, and gets their hash. */
     async hash_pattern({ name, length }) {
       return hex(await named(name).request('hash', pattern(length)));
     },
-    /** Asks for `length` patterned bytes. */
+    /** Requests `length` patterned bytes. */
     async fetch_pattern({ name, length }) {
       const answer = await named(name).request('large', b4a.from(String(length)));
       return { length: answer.byteLength, same: b4a.equals(answer, pattern(length)) };
     },
-    /** Several requests in one batch of Protomux. */
+    /** Sends several requests in one Protomux batch. */
     async batch({ name, count }) {
       const client = named(name);
       client.rpc.cork();

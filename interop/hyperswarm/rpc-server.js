@@ -53,7 +53,7 @@ serve(
     async connections() {
       return { open: server.connections.size, opened };
     },
-    /** Asks each connected client; a server may ask, too. */
+    /** Sends a request to each connected client. A server may send requests too. */
     async ask({ method, value }) {
       const answers = [];
       for (const connection of server.connections) {

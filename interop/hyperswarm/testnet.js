@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-// Nodes of a DHT. Options: nodes (3), bootstrap (none: the first of them is where the others start).
+// Nodes of a DHT. Options: nodes (3), bootstrap (none: the first node is the bootstrap node of the others).
 
 import { options, serve, startNode, written, dhtCalls, keyPairOf, parsed } from './peer.js';
 
@@ -25,7 +25,7 @@ serve(
     async add() {
       return written(await add());
     },
-    /** Ends a node without a word to anybody. */
+    /** Stops a node without notifying any other. */
     async kill({ index }) {
       await nodes[index].destroy({ force: true });
     },

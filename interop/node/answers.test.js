@@ -1,4 +1,4 @@
-// What a client is answered when all is well.
+// What clients get for valid requests.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -16,7 +16,7 @@ test('the models are listed', async () => {
 test('a model is described', async () => {
   const model = await client.models.retrieve(MODEL);
   assert.equal(model.id, MODEL);
-  // Fields of ours beside OpenAI's.
+  // Our additions to OpenAI's fields.
   assert.equal(model.state, 'ready');
   assert.equal(model.context_length, 512);
 });
@@ -58,7 +58,7 @@ test('a streamed answer is the same', async () => {
 });
 
 test('a long answer comes in many pieces', async () => {
-  // How many tokens a piece holds depends on how fast it is read.
+  // The number of tokens in a piece depends on how fast it is read.
   const story = [{ role: 'user', content: 'Tell me a story' }];
   assert.ok((await gather(await chat({ messages: story, stream: true }))).length > 5);
 });
@@ -136,7 +136,7 @@ for (const [stop, expected] of [
     const whole = await chat({ stop });
     assert.equal(whole.choices[0].message.content, expected);
     assert.equal(whole.choices[0].finish_reason, 'stop');
-    // Where the text that stops begins in one piece and ends in another, none of it may slip through.
+    // If a stop sequence begins in one piece and ends in another, no part of it may be returned.
     assert.equal(textOf(await gather(await chat({ stop, stream: true }))), expected);
   });
 }

@@ -1,4 +1,4 @@
-// A stream that its client leaves stops the engine.
+// A client that leaves its stream stops the engine.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -13,7 +13,7 @@ const RUNNING = 'tether_worker_requests_running';
 const long = { max_tokens: 400, ignore_eos: true };
 
 test('a long answer that is read to its end is long', async () => {
-  // Without this, the next test could pass because there was nothing to cancel.
+  // Without this test, the next one could pass because there was nothing to cancel.
   const chunks = await gather(await chat({ ...long, stream: true, stream_options: { include_usage: true } }));
   assert.equal(chunks.at(-1).usage.completion_tokens, 400);
 });
@@ -33,17 +33,17 @@ test('a stream that is left stops the engine', async () => {
   await eventually('the engine is told', async () => (await counter(CANCELLED)) === cancelled + 1);
   await eventually('the engine rests', async () => (await counter(RUNNING)) === 0);
   const after = await counter(GENERATED);
-  // One decode step, and those of the way there: on a slow machine more, but never the rest of the answer.
+  // One decode step, and those until the cancel arrives. On a slow machine there are more, but never the rest of the answer.
   assert.ok(after > generated && after - generated < 200, `${after - generated} tokens`);
 
-  // Whatever is generated from here on belongs to this answer, to the token.
+  // All tokens that are generated from here on belong to this answer.
   const own = (await chat()).usage.completion_tokens;
   await eventually('the answer is counted', async () => (await counter(GENERATED)) >= after + own);
   assert.equal(await counter(GENERATED), after + own);
 });
 
 test('many streams that are left leave no engine busy', async () => {
-  // A cancel that is lost now and then, by a race, takes a slot for ever.
+  // A cancel that a race occasionally loses occupies a slot for ever.
   const cancelled = await counter(CANCELLED);
   for (let left = 0; left < 30; left++) {
     const stream = await chat({ ...long, stream: true });
@@ -60,7 +60,7 @@ test('an answer that is waited for no longer stops the engine', async () => {
   const halfway = (performance.now() - begun) / 2;
 
   const cancelled = await counter(CANCELLED);
-  // A machine that is busy otherwise may be past the end by then, or not at the beginning; hardly every time.
+  // On a busy machine, the answer may have ended by then, or not begun, but hardly every time.
   for (let asked = 0; asked < 5; asked++) {
     const asking = chat({ ...long, max_tokens: 450 }, { signal: AbortSignal.timeout(Math.ceil(halfway)) });
     await asking.catch((error) => assert.ok(error instanceof OpenAI.APIUserAbortError, String(error)));

@@ -18,14 +18,14 @@ export function variable(name) {
 export const url = variable('TETHER_URL');
 export const apiKey = variable('TETHER_API_KEY');
 
-/** Makes an SDK client; nothing but its address and key is set, unless a test says so. */
+/** Makes an SDK client. Only its address and key are set, unless a test sets more. */
 export function connect(options = {}) {
   return new OpenAI({ baseURL: `${url}/v1`, apiKey, ...options });
 }
 
 export const client = connect();
 
-/** Asks one question. Greedy, where a test says nothing else. */
+/** Asks one question, greedily unless a test sets otherwise. */
 export function chat(options = {}, more = {}) {
   return client.chat.completions.create({ model: MODEL, messages, temperature: 0, ...options }, more);
 }
@@ -40,7 +40,7 @@ export async function gather(stream) {
 
 export const textOf = (chunks) => chunks.map((chunk) => chunk.choices[0]?.delta.content ?? '').join('');
 
-/** Returns a metric, added up over its labels. What never happened is not shown, and is 0. */
+/** Returns the sum of a metric over its labels. A metric that never changed is absent, and counts as 0. */
 export async function counter(name) {
   const text = await (await fetch(`${url}/metrics`)).text();
   return text
@@ -49,7 +49,7 @@ export async function counter(name) {
     .reduce((sum, line) => sum + Number(line.slice(line.lastIndexOf(' ') + 1)), 0);
 }
 
-/** Waits until the condition holds. */
+/** Waits until the condition is true. */
 export async function eventually(what, condition, seconds = 20) {
   const deadline = performance.now() + seconds * 1000;
   while (!(await condition())) {

@@ -1,4 +1,4 @@
-// A rate limit that is hit, told, and obeyed.
+// The rate limit is reached, reported, and obeyed.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -9,13 +9,13 @@ import { MODEL, connect, variable } from './network.js';
 
 const apiKey = variable('TETHER_LIMITED_KEY');
 const oneToken = { model: MODEL, messages: [{ role: 'user', content: 'Hello' }], max_tokens: 1 };
-// What `interop/run` sets for this tenant.
+// The limit that `interop/run` sets for this tenant.
 const PER_MINUTE = 60;
 
-/** Asks until the limit is hit, and returns the refusal. */
+/** Sends requests until the limit is reached, and returns the refusal. */
 async function untilRefused() {
   const impatient = connect({ apiKey, maxRetries: 0 });
-  // A bucket that never empties lets all of these pass.
+  // A token bucket that never empties would allow all of these.
   for (let asked = 0; asked < 20; asked++) {
     try {
       await impatient.chat.completions.create(oneToken);
@@ -52,7 +52,7 @@ test('an SDK that waits as told is answered', async () => {
   });
   const completion = await watching.chat.completions.create(oneToken);
   assert.equal(completion.choices[0].finish_reason, 'length');
-  // The request was refused indeed, and the wait it was told was long enough.
+  // The request was refused, and the returned wait was long enough.
   assert.deepEqual(statuses, [429, 200]);
 });
 

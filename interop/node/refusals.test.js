@@ -1,4 +1,4 @@
-// What a client is told when its request cannot be done.
+// What clients get for requests that are refused.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -7,7 +7,7 @@ import OpenAI from 'openai';
 
 import { MODEL, apiKey, chat, client, connect, messages, url, variable } from './network.js';
 
-/** Returns the error that a promise fails with, which must be of this class. */
+/** Returns the error of a rejected promise, which must be of this class. */
 async function refusal(kind, promise) {
   let caught;
   await assert.rejects(promise, (error) => {
@@ -66,7 +66,7 @@ test('an oversized body is refused', async () => {
 });
 
 test('bad JSON is refused', async () => {
-  // The SDK cannot be brought to send any.
+  // The SDK cannot send any.
   const answer = await fetch(`${url}/v1/chat/completions`, {
     method: 'POST',
     headers: { Authorization: `Bearer ${apiKey}`, 'Content-Type': 'application/json' },

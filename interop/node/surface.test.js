@@ -1,4 +1,4 @@
-// What a request may ask for beside a text. Nothing here depends on what the model has to say.
+// Request parameters other than the text. No test depends on the content of the answer.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -18,7 +18,7 @@ const weather = {
   },
 };
 
-/** Says why the model calls no functions, if it calls none. */
+/** Returns why the model does not support function calls, if it does not. */
 async function callsNone() {
   try {
     await chat({ tools: [weather], max_tokens: 1 });
@@ -67,7 +67,7 @@ test('the SDK gathers a streamed call', { skip }, async () => {
 });
 
 test('an answer keeps to a schema', async () => {
-  // Without the last part a weak model may go on with properties of its own until its context ends.
+  // Without the last part, a weak model may generate further properties until its context is full.
   const properties = { answer: { enum: ['yes', 'no'] } };
   const schema = { type: 'object', properties, required: ['answer'], additionalProperties: false };
   const response_format = { type: 'json_schema', json_schema: { name: 'verdict', strict: true, schema } };
@@ -76,7 +76,7 @@ test('an answer keeps to a schema', async () => {
 });
 
 test('texts become vectors of length one', async () => {
-  // The SDK asks for Base64 and decodes it, unless told otherwise.
+  // By default, the SDK requests Base64 and decodes it.
   const input = ['a cat', 'a dog'];
   const packed = await client.embeddings.create({ model: MODEL, input });
   assert.deepEqual(packed.data.map((item) => item.index), [0, 1]);

@@ -16,7 +16,7 @@ JSON = {"Content-Type": "application/json"}
 
 @dataclass
 class Reply:
-    """An answer over plain HTTP."""
+    """A response over plain HTTP."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -26,7 +26,7 @@ class Reply:
         return json.loads(self.body)
 
     def error(self):
-        """Returns the error; all four fields are always there, and nothing else."""
+        """Returns the error. It always has all four fields and no others."""
         envelope = self.json()
         assert list(envelope) == ["error"]
         assert set(envelope["error"]) == {"message", "type", "param", "code"}
@@ -43,7 +43,7 @@ class Network:
     key: str
 
     def call(self, method, path, body=None, headers=JSON, key=None):
-        """Sends exactly this, without what an SDK would add or repair. An empty key sends no header."""
+        """Sends exactly this request, without the additions and corrections of an SDK. An empty key sends no header."""
         key = self.key if key is None else key
         headers = headers | ({"Authorization": f"Bearer {key}"} if key else {})
         body = json.dumps(body) if isinstance(body, dict) else body
@@ -56,14 +56,14 @@ class Network:
             connection.close()
 
     def counter(self, name):
-        """Returns a metric, added up over its labels. What never happened is not shown, and is 0."""
+        """Returns the sum of a metric over its labels. A metric that never changed is absent, and counts as 0."""
         text = self.call("GET", "/metrics").body.decode()
         lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         return sum(float(value) for series, value in lines if series.partition("{")[0] == name)
 
 
 def eventually(what, condition, seconds=20):
-    """Waits until the condition holds."""
+    """Waits until the condition is true."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -84,7 +84,7 @@ def network():
 
 @pytest.fixture(scope="session")
 def connect(network):
-    """Makes an SDK client; nothing but its address and key is set, unless a test says so."""
+    """Makes an SDK client. Only its address and key are set, unless a test sets more."""
 
     def connect(key=network.key, **options):
         return openai.OpenAI(base_url=f"{network.url}/v1", api_key=key, **options)
@@ -99,7 +99,7 @@ def client(connect):
 
 @pytest.fixture(scope="session")
 def chat(client):
-    """Asks one question. Greedy, where a test says nothing else."""
+    """Asks one question, greedily unless a test sets otherwise."""
 
     def chat(question="What is the capital of Japan?", **options):
         messages = [{"role": "user", "content": question}]

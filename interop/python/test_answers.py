@@ -1,4 +1,4 @@
-"""What a client is answered when all is well."""
+"""What clients get for valid requests."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ def test_the_models_are_listed(client):
 def test_a_model_is_described(client):
     model = client.models.retrieve(MODEL)
     assert model.id == MODEL
-    # Fields of ours beside OpenAI's.
+    # Our additions to OpenAI's fields.
     assert model.state == "ready"
     assert model.context_length == 512
     assert len(model.digest) == 64
@@ -65,7 +65,7 @@ def test_a_streamed_answer_is_the_same(chat):
 
 
 def test_a_long_answer_comes_in_many_pieces(chat):
-    # How many tokens a piece holds depends on how fast it is read.
+    # The number of tokens in a piece depends on how fast it is read.
     assert len(list(chat("Tell me a story", stream=True))) > 5
 
 
@@ -136,7 +136,7 @@ def test_a_stop_text_ends_an_answer_and_is_left_out(chat, stop):
     whole = chat(QUESTION, stop=stop)
     assert whole.choices[0].message.content == expected
     assert whole.choices[0].finish_reason == "stop"
-    # Where the text that stops begins in one piece and ends in another, none of it may slip through.
+    # If a stop sequence begins in one piece and ends in another, no part of it may be returned.
     streamed = list(chat(QUESTION, stop=stop, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
 
@@ -145,16 +145,16 @@ def test_a_seed_repeats_an_answer(chat):
     def told(seed):
         return chat("Tell me a story", temperature=1, seed=seed, max_tokens=24).choices[0].message.content
 
-    # The two workers take turns, so that a repeat shows that both agree.
+    # The two workers take turns, so that a repetition shows that both agree.
     assert len({told(7) for _ in range(4)}) == 1
     assert len({told(seed) for seed in range(5)}) > 1, "the seed or the temperature changes nothing"
 
 
 def test_bytes_that_are_cut_anywhere_are_told_alike_streamed_and_whole(chat):
-    """Hot draws hold bytes of all kinds, also such as are no character; pieces are cut between characters only."""
+    """At a high temperature, tokens contain any bytes, also invalid characters. Pieces are cut only between characters."""
     seen = ""
     for seed in range(8):
-        # Of the whole distribution: what is left out would be the model's own, which cuts the unlikely tokens off.
+        # The whole distribution. Omitted settings would be the model's own, which cut off unlikely tokens.
         uncut = {"ignore_eos": True, "top_k": 0, "min_p": 0}
         draw = {"temperature": 2, "top_p": 1, "seed": seed, "max_tokens": 60, "extra_body": uncut}
         whole = chat("Tell me a story", **draw).choices[0].message.content

@@ -1,4 +1,4 @@
-"""A stream that its client leaves stops the engine."""
+"""A client that leaves its stream stops the engine."""
 
 import time
 from contextlib import suppress
@@ -13,7 +13,7 @@ LONG = {"max_tokens": 400, "stream": True, "extra_body": {"ignore_eos": True}}
 
 
 def test_a_long_answer_that_is_read_to_its_end_is_long(chat):
-    """Without this, the next test could pass because there was nothing to cancel."""
+    """Without this test, the next one could pass because there was nothing to cancel."""
     *_, last = chat(**LONG, stream_options={"include_usage": True})
     assert last.usage.completion_tokens == 400
 
@@ -29,10 +29,10 @@ def test_a_cancelled_stream_stops_the_engine(network, chat):
     eventually("the engine is told", lambda: network.counter(CANCELLED) == cancelled + 1)
     eventually("the engine rests", lambda: network.counter(RUNNING) == 0)
     after = network.counter(GENERATED)
-    # One decode step, and those of the way there: on a slow machine more, but never the rest of the answer.
+    # One decode step, and those until the cancel arrives. On a slow machine there are more, but never the rest of the answer.
     assert 0 < after - generated < 200
 
-    # Whatever is generated from here on belongs to this answer, to the token.
+    # All tokens that are generated from here on belong to this answer.
     own = chat().usage.completion_tokens
     eventually("the answer is counted", lambda: network.counter(GENERATED) >= after + own)
     assert network.counter(GENERATED) == after + own
@@ -40,7 +40,7 @@ def test_a_cancelled_stream_stops_the_engine(network, chat):
 
 
 def test_many_cancelled_streams_leave_no_engine_busy(network, chat):
-    """A cancel that is lost now and then, by a race, takes a slot for ever."""
+    """A cancel that a race occasionally loses occupies a slot for ever."""
     cancelled = network.counter(CANCELLED)
     for _ in range(30):
         stream = chat(**LONG)
@@ -51,7 +51,7 @@ def test_many_cancelled_streams_leave_no_engine_busy(network, chat):
 
 
 def test_an_answer_that_is_waited_for_no_longer_stops_the_engine(network, client):
-    """Not streamed: that the connection closes is all that tells."""
+    """Without streaming, only the closed connection shows that the client has left."""
     messages = [{"role": "user", "content": "Tell me a story"}]
     long = {"model": MODEL, "messages": messages, "max_tokens": 450, "extra_body": {"ignore_eos": True}}
     begun = time.monotonic()
@@ -60,7 +60,7 @@ def test_an_answer_that_is_waited_for_no_longer_stops_the_engine(network, client
 
     cancelled = network.counter(CANCELLED)
     impatient = client.with_options(timeout=halfway, max_retries=0)
-    # A machine that is busy otherwise may be past the end by then, or not at the beginning; hardly every time.
+    # On a busy machine, the answer may have ended by then, or not begun, but hardly every time.
     for _ in range(5):
         with suppress(openai.APITimeoutError):
             impatient.chat.completions.create(**long)

@@ -1,4 +1,4 @@
-"""What plain HTTP shows: our own endpoints, their description, and errors no SDK would provoke."""
+"""Plain HTTP: our own endpoints, their description, and errors that no SDK would cause."""
 
 import json
 
@@ -170,7 +170,7 @@ class Description:
         self.document = document
 
     def check(self, method, path, status, answer):
-        """Fails unless the answer is as described."""
+        """Fails unless the response matches the description."""
         response = self.resolve(self.document["paths"][path][method]["responses"][str(status)])
         schema = response["content"]["application/json"]["schema"]
         OAS31Validator({**schema, "components": self.document["components"]}).validate(answer)

@@ -1,4 +1,4 @@
-"""A rate limit that is hit, told, and obeyed."""
+"""The rate limit is reached, reported, and obeyed."""
 
 import time
 
@@ -7,7 +7,7 @@ import pytest
 from conftest import MODEL, variable
 
 ONE_TOKEN = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-# What `interop/run` sets for this tenant.
+# The limit that `interop/run` sets for this tenant.
 PER_MINUTE, BURST = 60, 2
 
 
@@ -16,10 +16,10 @@ def wait_told(refusal):
 
 
 def until_refused(client):
-    """Asks until the limit is hit, and returns the refusal."""
+    """Sends requests until the limit is reached, and returns the refusal."""
     impatient = client.with_options(max_retries=0)
     with pytest.raises(openai.RateLimitError) as refusal:
-        # A bucket that never empties lets all of these pass.
+        # A token bucket that never empties would allow all of these.
         for _ in range(20):
             impatient.chat.completions.create(**ONE_TOKEN)
     return refusal.value
@@ -53,7 +53,7 @@ def test_an_sdk_that_waits_as_told_is_answered(limited):
     told = wait_told(until_refused(limited))
     begun = time.monotonic()
     answer = limited.chat.completions.with_raw_response.create(**ONE_TOKEN)
-    # One retry: the request was refused indeed, and the wait it was told was long enough.
+    # There was one retry: the request was refused, and the returned wait was long enough.
     assert answer.retries_taken == 1
     assert answer.parse().choices[0].finish_reason == "length"
     assert time.monotonic() - begun < told + 5

@@ -1,4 +1,4 @@
-"""What a client is told when its request cannot be done."""
+"""What clients get for requests that are refused."""
 
 import openai
 import pytest

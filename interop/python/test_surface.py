@@ -1,4 +1,4 @@
-"""What a request may ask for beside a text. Nothing here depends on what the model has to say."""
+"""Request parameters other than the text. No test depends on the content of the answer."""
 
 import json
 import math
@@ -27,7 +27,7 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def calls_functions(client):
-    """Skips what a model cannot do that calls no functions, once that it says so."""
+    """Skips a test if the model does not support function calls, and checks that the error says so."""
     try:
         client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=[WEATHER], max_tokens=1)
     except openai.BadRequestError as refusal:
@@ -145,7 +145,7 @@ def test_an_answer_is_json_where_that_is_asked_for(chat):
 
 
 def test_texts_become_vectors_of_length_one(client):
-    # The SDK asks for Base64 and decodes it, unless told otherwise.
+    # By default, the SDK requests Base64 and decodes it.
     texts = ["a cat", "a dog", "a cat"]
     packed = client.embeddings.create(model=MODEL, input=texts)
     assert [item.index for item in packed.data] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""A llama-server and a network that adopts it, both of this test run alone."""
+"""A llama-server and a network that adopts it, both only for this test run."""
 
 import http.client
 import json
@@ -15,12 +15,12 @@ import pytest
 
 HERE = Path(__file__).parent
 TINY = HERE.parent.parent / "models" / "tiny.gguf"
-# What becomes of the server's own name for the model, which is the path of its file.
+# The name that is derived from the server's own name for the model, which is the path of its file.
 MODEL = "tiny"
 
 
 def eventually(what, condition, seconds=30):
-    """Waits until the condition returns something true, and returns it."""
+    """Waits until the condition returns a true value, and returns this value."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -29,7 +29,7 @@ def eventually(what, condition, seconds=30):
 
 
 def get(url, path, key=None):
-    """Returns an answer's body, or `None` where nobody answers well."""
+    """Returns the body of a response, or `None` if the request fails."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=5)
     try:
         connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
@@ -43,7 +43,7 @@ def get(url, path, key=None):
 
 
 class LlamaServer:
-    """A server that can be killed and started again on the same port."""
+    """A server that can be killed and restarted on the same port."""
 
     def __init__(self, *options):
         with socket.socket() as free:
@@ -67,7 +67,7 @@ class LlamaServer:
 
 
 class Network:
-    """`tether up` with one worker, these further arguments, and these settings by their variables."""
+    """`tether up` with one worker, further arguments, and settings as variables."""
 
     def __init__(self, folder, *arguments, settings=None):
         self.data = folder / "data"
@@ -91,7 +91,7 @@ class Network:
         return path.read_text().strip() if path.exists() else ""
 
     def cached(self, name):
-        """Returns what the workers report of a model."""
+        """Returns the workers' reports about a model."""
         nodes = json.loads(get(self.url, "/admin/v1/nodes", self.key) or "{}")
         reports = [worker["report"] for worker in nodes.get("workers", [])]
         return [model for report in reports for model in report["modelCache"] if model["modelId"] == name]

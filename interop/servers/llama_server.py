@@ -1,4 +1,4 @@
-"""llama.cpp's own server, as the package xllamacpp carries it: serves one model until it is stopped.
+"""llama.cpp's own server from the package xllamacpp. Serves one model until it is stopped.
 
     llama_server.py MODEL PORT [embeddings]
 """

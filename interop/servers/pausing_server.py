@@ -1,4 +1,4 @@
-"""A stand-in for an inference server that pauses where the question says, as one does that reads another's prompt first."""
+"""A fake inference server that pauses where the question says, like a server that evaluates another prompt first."""
 
 import json
 import threading
@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MODEL = "pausing"
 ANSWER = ["one ", "two ", "three"]
-# Before each piece, before the reason of the end, before the usage, and before the end.
+# Before each piece, before the finish reason, before the usage, and before the end.
 PLACES = len(ANSWER) + 3
 PAUSE_SECS = 0.4
 

@@ -1,4 +1,4 @@
-"""A worker adopts a llama-server that somebody else started, and the network serves its model."""
+"""A worker adopts a running llama-server, and the network serves its model."""
 
 from conftest import MODEL, eventually
 

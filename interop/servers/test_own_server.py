@@ -1,4 +1,4 @@
-"""A worker starts a llama-server itself, on the model file that it has verified."""
+"""A worker starts a llama-server itself, with the model file that it has verified."""
 
 import hashlib
 import os
@@ -58,7 +58,7 @@ def answer_of(network):
 def test_it_serves_the_verified_model_attested_and_is_started_again(network):
     eventually("it is loaded", lambda: is_ready(network), seconds=60)
     assert "Tokyo" in answer_of(network)
-    # What every report leaves out unless it is false.
+    # Reports omit this field unless it is false.
     assert all(model.get("attested", True) for model in network.cached(NAME))
 
     first = server_of(network)

@@ -1,4 +1,4 @@
-"""A stream that pauses says that it lives, in a way that every client passes over."""
+"""A paused stream sends keep-alives, which every client ignores."""
 
 import http.client
 import json
@@ -34,7 +34,7 @@ def network(tmp_path_factory):
 
 
 def stream(network, question):
-    """Returns the lines of a stream as they come over the wire."""
+    """Returns the lines of a stream as received."""
     connection = http.client.HTTPConnection(urlsplit(network.url).netloc, timeout=30)
     body = {"model": MODEL, "messages": [{"role": "user", "content": question}], "stream": True}
     headers = {"Authorization": f"Bearer {network.key}", "Content-Type": "application/json"}
@@ -77,7 +77,7 @@ def test_a_pause_at_any_place_disturbs_no_client(network, tmp_path, command):
         "OPENAI_API_KEY": network.key,
         "MODEL": MODEL,
         "NODE_PACKAGES": str(INTEROP / "node" / "package.json"),
-        # LiteLLM would fetch its list of prices.
+        # LiteLLM would otherwise fetch its list of prices.
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     }
     ran = subprocess.run([*command, *QUESTIONS], env=environment, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""A llama-server that makes vectors, adopted."""
+"""A worker adopts a llama-server that makes embeddings."""
 
 import math
 

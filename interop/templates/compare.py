@@ -67,7 +67,7 @@ CONVERSATIONS = {
 
 
 def templates(folder):
-    """Returns names and sources, of equal sources the first."""
+    """Returns names and sources. Of equal sources, returns the first."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

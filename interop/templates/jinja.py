@@ -1,4 +1,4 @@
-"""Renders chat templates with jinja2, set up as Hugging Face sets it up for `apply_chat_template`."""
+"""Renders chat templates with jinja2, configured as in Hugging Face's `apply_chat_template`."""
 
 import json
 from datetime import datetime, timezone
@@ -9,7 +9,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class GenerationBlocks(Extension):
-    """Blocks that mark what a model is trained on; what they hold is rendered as it is."""
+    """Blocks that mark the text that a model is trained on. Their content is rendered unchanged."""
 
     tags = {"generation"}
 
@@ -31,7 +31,7 @@ def _raise_exception(message):
 
 
 def environment(now):
-    """Returns an environment whose clock stands at `now`, in seconds since 1970."""
+    """Returns an environment whose clock is fixed at `now`, in seconds since 1970."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols])
     made.filters["tojson"] = _tojson
     made.globals["raise_exception"] = _raise_exception
@@ -41,7 +41,7 @@ def environment(now):
 
 
 def render(source, variables, now=0):
-    """Returns the text, or None where jinja2 fails."""
+    """Returns the text, or None if jinja2 fails."""
     try:
         return environment(now).from_string(source).render(**variables)
     except Exception:  # A template may raise whatever Python raises.
