@@ -39,7 +39,7 @@ pub(super) fn failure(error: &WireError) -> Response<Body> {
         }
         _ => {}
     }
-    // Official SDKs may retry any error unless they are told not to.
+    // Official SDKs may retry any error unless the response forbids it.
     if error.code.http_status() == 403 || !error.should_retry() {
         headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
     }
