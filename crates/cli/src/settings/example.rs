@@ -9,8 +9,8 @@ use toml::{Table, Value};
 
 use super::Settings;
 
-const HEAD: &str = "# Every setting of Tether with its default. Flags win over TETHER_* variables (TETHER_GATEWAY__BIND for\n\
-                    # gateway.bind), those over this file, and this file over the defaults.\n\n";
+const HEAD: &str = "# Every setting of Tether with its default. Flags take precedence over TETHER_* variables (TETHER_GATEWAY__BIND\n\
+                    # for gateway.bind), these over this file, and this file over the defaults.\n\n";
 
 /// Returns a settings file with every setting at its default.
 pub fn example() -> anyhow::Result<String> {
