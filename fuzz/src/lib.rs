@@ -19,9 +19,9 @@ use engine::remote::{dialect, refusal, vectors};
 use engine::text_assembler::TextAssembler;
 use engine::{Chat, LoadOptions, Message, Role, Tool, ToolCall, memory_plan};
 use observability::trace_context::TraceContext;
-use protocol::admission::{Certificate, Invite, RevocationList};
 use protocol::health::HealthReport;
 use protocol::infer::{InferChunk, InferRequest, InferSubmission};
+use protocol::membership::{Certificate, Invite, RevocationList};
 use protocol::model::ModelRef;
 use protocol::presence::{self, Facts};
 use protocol::signature::Signed;
@@ -190,14 +190,14 @@ pub fn health_report(bytes: &[u8]) {
 /// A signed report, up to the decision whether to believe it.
 pub fn signed_report(bytes: &[u8]) {
     let Some(signed) = message::<Signed>(bytes) else { return };
-    let facts = |now| Facts { remote_key: signed.key, regions: &[], admitted: &|_| Ok(()), high_water: None, now };
-    assert!(presence::admit(&signed, &facts(UnixMillis(0))).is_err(), "no region is of interest");
+    let facts = |now| Facts { remote_key: signed.key, regions: &[], check_worker: &|_| Ok(()), high_water: None, now };
+    assert!(presence::verify(&signed, &facts(UnixMillis(0))).is_err(), "no region is of interest");
     let Ok(report) = codec::decode::<HealthReport>(signed.body.as_bytes()) else { return };
     let regions = [report.region];
     let facts = Facts { regions: &regions, ..facts(report.issued_at) };
-    if presence::admit(&signed, &facts).is_ok() {
+    if presence::verify(&signed, &facts).is_ok() {
         let bent = Signed { body: format!("{} ", signed.body), ..signed.clone() };
-        assert!(presence::admit(&bent, &facts).is_err(), "a signature covers every byte");
+        assert!(presence::verify(&bent, &facts).is_err(), "a signature covers every byte");
     }
 }
 

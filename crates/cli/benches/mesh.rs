@@ -25,7 +25,7 @@ use observability::Metrics;
 use protocol::control::{Fleet, NodeRole};
 use protocol::health::ModelState;
 use protocol::signature::{NodeKey, Signed};
-use registry::{AdmissionOffice, AdmissionParts, Grant};
+use registry::{CertificateAuthority, CertificateAuthorityParts, Grant};
 use rpc::{Enrolment, SystemClock};
 use tether_cli::args::Common;
 use tether_cli::client::GatewayClient;
@@ -170,8 +170,8 @@ impl Mesh {
 async fn enrol(processes: &Processes, roles: &[&'static str], bootstrap: &str) {
     let data = processes.data("registry");
     data.create().unwrap();
-    let (office, registry, store) = office(&data);
-    let revocations = office.revocations().await.unwrap();
+    let (authority, registry, store) = authority(&data);
+    let revocations = authority.revocations().await.unwrap();
     for name in roles {
         let own = processes.data(name);
         own.create().unwrap();
@@ -180,9 +180,9 @@ async fn enrol(processes: &Processes, roles: &[&'static str], bootstrap: &str) {
             "gateway" => NodeRole::Gateway,
             _ => NodeRole::Worker,
         };
-        let certificate = office.certify(own.node_key(name).unwrap().public_key(), Grant::of(role, *name));
+        let certificate = authority.certify(own.node_key(name).unwrap().public_key(), Grant::of(role, *name));
         let enrolment = Enrolment {
-            pool: office.pool(),
+            pool: authority.pool(),
             registry: registry.public_key(),
             bootstrap: vec![bootstrap.to_owned()],
             certificate: certificate.await.unwrap(),
@@ -193,12 +193,13 @@ async fn enrol(processes: &Processes, roles: &[&'static str], bootstrap: &str) {
     store.close().await.unwrap();
 }
 
-fn office(data: &DataFolder) -> (AdmissionOffice, NodeKey, Arc<dyn RegistryStore>) {
+fn authority(data: &DataFolder) -> (CertificateAuthority, NodeKey, Arc<dyn RegistryStore>) {
     let store = open_registry_store(&data.registry_store()).unwrap();
     let registry = data.node_key("registry").unwrap();
     let (root, pepper) = (data.root_key().unwrap(), data.pepper().unwrap());
-    let parts = AdmissionParts::new(root, store.clone(), Arc::new(SystemClock), pepper, registry.public_key());
-    (AdmissionOffice::new(parts), registry, store)
+    let parts =
+        CertificateAuthorityParts::new(root, store.clone(), Arc::new(SystemClock), pepper, registry.public_key());
+    (CertificateAuthority::new(parts), registry, store)
 }
 
 /// Runs a worker over a mock engine until the process is ended.
@@ -368,7 +369,7 @@ fn recruits(registry: &DataFolder) -> Vec<Recruit> {
 
 fn certificate(root: &NodeKey, worker: NodeKey, serial: u64) -> Signed {
     use protocol::Clock as _;
-    use protocol::admission::{CERTIFICATE_LIFE, Certificate, certificate};
+    use protocol::membership::{CERTIFICATE_LIFE, Certificate, certificate};
     let now = SystemClock.now();
     let certificate = Certificate {
         v: certificate::VERSION,

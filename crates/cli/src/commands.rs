@@ -21,12 +21,12 @@ use crate::settings::{self, Env, Flag, Settings};
 use protocol::control::NodeRole;
 
 mod adapter;
-mod admission;
 mod chat;
 mod demo;
 mod doctor;
 mod engine_host;
 mod manual;
+mod membership;
 mod model;
 mod model_add;
 mod nodes;
@@ -164,10 +164,10 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
         Command::Gateway(args) => serve::enrolled(context, NodeRole::Gateway, &args.node).await,
         Command::Worker(args) => serve::enrolled(context, NodeRole::Worker, &args.node).await,
         Command::Start(args) => start::run(&context, common, &args).await,
-        Command::Invite(args) => admission::invite(context, args).await,
-        Command::Join(args) => admission::join(context, args).await,
-        Command::Revoke(args) => admission::revoke(context, args).await,
-        Command::Rename(args) => admission::rename(context, args).await,
+        Command::Invite(args) => membership::invite(context, args).await,
+        Command::Join(args) => membership::join(context, args).await,
+        Command::Revoke(args) => membership::revoke(context, args).await,
+        Command::Rename(args) => membership::rename(context, args).await,
         Command::Demo => demo::run(context, common).await,
         Command::Run(args) => run::run(context, args).await,
         Command::Chat(args) => chat::run(context, args).await,
@@ -259,7 +259,7 @@ fn role(command: &Command) -> Option<&'static str> {
         Command::Gateway(_) => Some("gateway"),
         Command::Worker(_) => Some("worker"),
         // An invalid invite is reported when it is redeemed.
-        Command::Join(args) => admission::role_of(&args.invite).ok().and_then(|role| serve::name(role).ok()),
+        Command::Join(args) => membership::role_of(&args.invite).ok().and_then(|role| serve::name(role).ok()),
         _ => None,
     }
 }

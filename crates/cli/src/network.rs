@@ -16,7 +16,7 @@ use protocol::Clock;
 use protocol::control::{InviteCreate, NodeRole};
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::signature::NodeKey;
-use registry::{AdmissionOffice, AdmissionParts, Grant, TokenOffice};
+use registry::{CertificateAuthority, CertificateAuthorityParts, Grant, TokenIssuer};
 use rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options};
 use rpc::{Membership, MemoryNetwork, SystemClock, Transport};
 use tokio::task::JoinSet;
@@ -88,8 +88,8 @@ impl Network {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let registry_store = open_registry_store(&data.registry_store())?;
         let orchestrator_store = open_job_store(&data.orchestrator_store())?;
-        let office = TokenOffice::new(registry_store.clone(), clock.clone(), data.pepper()?);
-        let (api_key, key_is_new) = first_key(data, &office).await?;
+        let tokens = TokenIssuer::new(registry_store.clone(), clock.clone(), data.pepper()?);
+        let (api_key, key_is_new) = first_key(data, &tokens).await?;
         let mut models = supplies.models;
         models.push(tiny_model::entry(clock.now()));
         registry::catalog::register(&*registry_store, models).await?;
@@ -101,7 +101,7 @@ impl Network {
         let keys = Keys::of(data, workers)?;
         let mut medium = Medium::of(&settings, data);
         let registry_end = medium.node(&keys.registry, "registry").await?;
-        let mut parts = AdmissionParts::new(
+        let mut parts = CertificateAuthorityParts::new(
             data.root_key()?,
             registry_store.clone(),
             clock.clone(),
@@ -115,12 +115,12 @@ impl Network {
             // Operators find the registry by this file, as in a network of processes.
             data.write_pool(&Pool { registry: keys.registry.public_key(), bootstrap: parts.bootstrap.clone() })?;
         }
-        let admission = AdmissionOffice::new(parts);
-        let invite = if medium.is_open() { Some(invite_worker(&admission).await?) } else { None };
+        let authority = CertificateAuthority::new(parts);
+        let invite = if medium.is_open() { Some(invite_worker(&authority).await?) } else { None };
         let metrics = Metrics::new();
         let tls = settings.gateway.tls_cert.is_some();
         let services = Services { settings, data: data.clone(), metrics: metrics.clone(), clock };
-        let mut stage = Stage { services, medium, keys, admission };
+        let mut stage = Stage { services, medium, keys, authority };
         let registries = stage.registry(registry_end, registry_store.clone());
         let orchestrators = stage.orchestrator(orchestrator_store.clone()).await?;
         let (workers, handles) = stage.workers(&*orchestrator_store, supplies.runtime).await?;
@@ -201,7 +201,7 @@ impl Network {
 }
 
 /// Creates an invite with which one other machine joins as a worker.
-async fn invite_worker(admission: &AdmissionOffice) -> anyhow::Result<String> {
+async fn invite_worker(authority: &CertificateAuthority) -> anyhow::Result<String> {
     let new = InviteCreate {
         token: String::new(),
         roles: vec![NodeRole::Worker],
@@ -211,7 +211,7 @@ async fn invite_worker(admission: &AdmissionOffice) -> anyhow::Result<String> {
         valid_secs: None,
         bootstrap: vec![],
     };
-    Ok(admission.invite(new).await.context("could not make an invite")?.invite)
+    Ok(authority.invite(new).await.context("could not make an invite")?.invite)
 }
 
 /// How the nodes of the process communicate.
@@ -297,26 +297,26 @@ struct Stage {
     services: Services,
     medium: Medium,
     keys: Keys,
-    admission: AdmissionOffice,
+    authority: CertificateAuthority,
 }
 
 impl Stage {
-    async fn admit(&self, key: &NodeKey, role: NodeRole, name: &str) -> anyhow::Result<Membership> {
-        admit(&self.admission, self.services.clock.clone(), key, Grant::of(role, name)).await
+    async fn enrol(&self, key: &NodeKey, role: NodeRole, name: &str) -> anyhow::Result<Membership> {
+        enrol(&self.authority, self.services.clock.clone(), key, Grant::of(role, name)).await
     }
 
     fn registry(&self, transport: Arc<dyn Transport>, store: Arc<dyn RegistryStore>) -> Tier {
-        let (services, admission) = (self.services.clone(), self.admission.clone());
+        let (services, authority) = (self.services.clone(), self.authority.clone());
         let mut tier = Tier::new();
         let stop = tier.stop.clone();
-        tier.tasks.spawn(async move { services.registry(transport, store, admission, stop).await });
+        tier.tasks.spawn(async move { services.registry(transport, store, authority, stop).await });
         tier
     }
 
     async fn orchestrator(&mut self, store: Arc<dyn JobStore>) -> anyhow::Result<Tier> {
         let transport = self.medium.node(&self.keys.orchestrator, "orchestrator").await?;
         let services = self.services.clone();
-        let membership = self.admit(&self.keys.orchestrator, NodeRole::Orchestrator, "orchestrator").await?;
+        let membership = self.enrol(&self.keys.orchestrator, NodeRole::Orchestrator, "orchestrator").await?;
         let mut tier = Tier::new();
         let stop = tier.stop.clone();
         tier.tasks.spawn(async move { services.orchestrator(transport, store, membership, stop).await });
@@ -338,7 +338,7 @@ impl Stage {
             let name = format!("worker-{number}");
             let above = believed.get(&key.public_key()).map_or(0, |mark| mark.epoch + 1);
             let epoch = self.services.data.next_epoch(&name, above)?;
-            let membership = self.admit(key, NodeRole::Worker, &name).await?;
+            let membership = self.enrol(key, NodeRole::Worker, &name).await?;
             let transport = self.medium.node(key, &name).await?;
             let mut services = self.services.clone();
             if services.settings.workers == 0 {
@@ -363,7 +363,7 @@ impl Stage {
     }
 
     async fn gateway(&mut self) -> anyhow::Result<(Tier, SocketAddr)> {
-        let membership = self.admit(&self.keys.gateway, NodeRole::Gateway, "gateway").await?;
+        let membership = self.enrol(&self.keys.gateway, NodeRole::Gateway, "gateway").await?;
         let transport = self.medium.node(&self.keys.gateway, "gateway").await?;
         let open = self.services.gateway(transport, membership).await?;
         let address = open.address();
@@ -375,17 +375,17 @@ impl Stage {
 }
 
 /// Enrols a node of this process: its operator has the root key and needs no invite.
-async fn admit(
-    admission: &AdmissionOffice,
+async fn enrol(
+    authority: &CertificateAuthority,
     clock: Arc<dyn Clock>,
     key: &NodeKey,
     grant: Grant,
 ) -> anyhow::Result<Membership> {
     let (own_key, name) = (key.public_key(), grant.name.clone());
-    let certificate = admission.certify(own_key, grant).await;
+    let certificate = authority.certify(own_key, grant).await;
     let certificate = certificate.with_context(|| format!("could not certify the {name}"))?;
-    let membership = Membership::new(admission.pool(), own_key, certificate, clock)?;
-    membership.take_revocations(&admission.revocations().await?)?;
+    let membership = Membership::new(authority.pool(), own_key, certificate, clock)?;
+    membership.take_revocations(&authority.revocations().await?)?;
     Ok(membership)
 }
 

@@ -15,7 +15,7 @@ use protocol::control::{
 use protocol::model::{AliasEntry, ModelEntry, ModelKey, ModelRef};
 use protocol::signature::NodeKey;
 use protocol::{Clock as _, ModelName, PublicKey, UnixMillis};
-use registry::{TokenOffice, catalog, models};
+use registry::{TokenIssuer, catalog, models};
 use rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options};
 use rpc::{CallError, Client, SystemClock};
 use serde::Serialize;
@@ -49,7 +49,7 @@ pub enum AdminClient {
     /// The registry, from a machine that belongs to its network.
     Registry(Operator),
     /// The registry's own store, while no registry runs.
-    Store(TokenOffice, Arc<dyn RegistryStore>),
+    Store(TokenIssuer, Arc<dyn RegistryStore>),
 }
 
 impl AdminClient {
@@ -73,8 +73,8 @@ impl AdminClient {
         }
         data.create()?;
         let store = open_registry_store(&data.registry_store()).context("could not open the registry's store")?;
-        let office = TokenOffice::new(store.clone(), Arc::new(SystemClock), data.pepper()?);
-        Ok(Self::Store(office, store))
+        let tokens = TokenIssuer::new(store.clone(), Arc::new(SystemClock), data.pepper()?);
+        Ok(Self::Store(tokens, store))
     }
 
     /// Returns the target for commands about nodes: the gateway that is named, else the registry of this folder's
@@ -105,7 +105,7 @@ impl AdminClient {
                 let asked = ByOperator { token: operator.token.clone(), request: new };
                 operator.ask(OPERATOR_TOKEN_CREATE, &asked).await
             }
-            Self::Store(office, _) => Ok(office.issue(new).await?),
+            Self::Store(tokens, _) => Ok(tokens.issue(new).await?),
         }
     }
 
@@ -113,7 +113,7 @@ impl AdminClient {
         let TokenList { tokens } = match self {
             Self::Gateway(client) => client.get("/admin/v1/tokens").await?,
             Self::Registry(operator) => operator.ask(OPERATOR_TOKEN_LIST, &operator.request()).await?,
-            Self::Store(office, _) => office.list().await?,
+            Self::Store(tokens, _) => tokens.list().await?,
         };
         Ok(tokens)
     }
@@ -126,7 +126,7 @@ impl AdminClient {
                 let request = TokenRevoke { key_id: key_id.to_owned() };
                 operator.ask(OPERATOR_TOKEN_REVOKE, &ByOperator { token: operator.token.clone(), request }).await
             }
-            Self::Store(office, _) => Ok(office.revoke(key_id).await?),
+            Self::Store(tokens, _) => Ok(tokens.revoke(key_id).await?),
         }
     }
 

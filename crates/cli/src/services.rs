@@ -14,7 +14,7 @@ use orchestrator::{Orchestrator, OrchestratorParts};
 use protocol::Clock;
 use protocol::control::{Scope, TokenCreate};
 use protocol::signature::NodeKey;
-use registry::{AdmissionOffice, Registry, RegistryParts, TokenOffice};
+use registry::{CertificateAuthority, Registry, RegistryParts, TokenIssuer};
 use rpc::{Membership, Transport};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -42,7 +42,7 @@ impl Services {
         &self,
         transport: Arc<dyn Transport>,
         store: Arc<dyn RegistryStore>,
-        admission: AdmissionOffice,
+        authority: CertificateAuthority,
         stop: CancellationToken,
     ) -> anyhow::Result<()> {
         let parts = RegistryParts {
@@ -54,7 +54,7 @@ impl Services {
                 ArtifactStore::in_folder(self.data.artifacts()).context("could not open the artifact store")?,
             ),
             pepper: self.data.pepper()?,
-            admission,
+            authority,
             version: VERSION.to_owned(),
         };
         Registry::run(parts, stop).await.context("the registry stopped")
@@ -166,7 +166,7 @@ pub fn open_registry_store(path: &Path) -> anyhow::Result<Arc<dyn RegistryStore>
 }
 
 /// Returns the API key in the data folder, or creates one with every scope.
-pub async fn first_key(data: &DataFolder, office: &TokenOffice) -> anyhow::Result<(String, bool)> {
+pub async fn first_key(data: &DataFolder, tokens: &TokenIssuer) -> anyhow::Result<(String, bool)> {
     if let Some(key) = data.api_key().filter(|key| !key.is_empty()) {
         return Ok((key, false));
     }
@@ -177,7 +177,7 @@ pub async fn first_key(data: &DataFolder, office: &TokenOffice) -> anyhow::Resul
         expires_at: None,
         requests_per_minute: None,
     };
-    let key = office.issue(new).await?.token;
+    let key = tokens.issue(new).await?.token;
     let path = data.api_key_file();
     rpc::identity::write_private(&path, format!("{key}\n").as_bytes())
         .with_context(|| format!("could not write {}", path.display()))?;

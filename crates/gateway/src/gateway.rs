@@ -29,7 +29,7 @@ use crate::catalog::{self, Models};
 use crate::config::{Config, seconds};
 use crate::job::Job;
 use crate::prompt_size;
-use crate::request_context::{Admission, Origin, Refusal, RequestContext};
+use crate::request_context::{AdmittedRequest, Origin, Refusal, RequestContext};
 use crate::request_record::RequestRecord;
 use crate::upstream::{self, Timeouts, Upstream, UpstreamTask};
 
@@ -118,7 +118,7 @@ impl Gateway {
     }
 
     /// Admits a request, or refuses it because of its token, the rate limit or missing capacity.
-    pub async fn admit(&self, token: Option<&str>, context: RequestContext) -> Result<Admission, WireError> {
+    pub async fn admit(&self, token: Option<&str>, context: RequestContext) -> Result<AdmittedRequest, WireError> {
         self.admit_or_refuse(token, context).await.map_err(|refusal| refusal.error)
     }
 
@@ -126,11 +126,11 @@ impl Gateway {
         &self,
         token: Option<&str>,
         context: RequestContext,
-    ) -> Result<Admission, Refusal> {
+    ) -> Result<AdmittedRequest, Refusal> {
         let mut record = self.record(context);
         let outcome = self.check_in(token, context.origin, &mut record).await;
         match outcome {
-            Ok((grant, rate, permit)) => Ok(Admission { grant, rate, permit, record }),
+            Ok((grant, rate, permit)) => Ok(AdmittedRequest { grant, rate, permit, record }),
             Err(refusal) => {
                 record.failed(refusal.error.code);
                 Err(refusal)
@@ -212,8 +212,8 @@ impl Gateway {
     }
 
     /// Submits a job to an orchestrator and returns its answer once the first piece has arrived.
-    pub async fn submit(&self, admission: Admission, job: Job) -> Result<Answer, WireError> {
-        let Admission { grant, permit, mut record, rate: _ } = admission;
+    pub async fn submit(&self, admitted: AdmittedRequest, job: Job) -> Result<Answer, WireError> {
+        let AdmittedRequest { grant, permit, mut record, rate: _ } = admitted;
         let opened = async {
             let builds = self.check_job(&grant, &job, &mut record).await?;
             let timeouts = self.timeouts(&record, &job);

@@ -32,5 +32,5 @@ pub use infer_request::parse_infer;
 pub use job::Job;
 pub use open_gateway::OpenGateway;
 pub use openai::request::{Encoding, Generation, Vectors, parse_chat, parse_completion, parse_embeddings};
-pub use request_context::{Admission, Origin, RequestContext};
+pub use request_context::{AdmittedRequest, Origin, RequestContext};
 pub use rpc_gateway::submission::{Read, Submission, UnreadJob, parse_submission};

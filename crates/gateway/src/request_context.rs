@@ -31,7 +31,7 @@ pub struct RequestContext {
 }
 
 /// An admitted request: its token is valid, its tenant is within the rate limit, and it holds a permit for one job.
-pub struct Admission {
+pub struct AdmittedRequest {
     pub(crate) grant: Arc<TokenGrant>,
     pub(crate) rate: Verdict,
     pub(crate) permit: OwnedSemaphorePermit,
@@ -45,7 +45,7 @@ pub(crate) struct Refusal {
     pub(crate) rate: Option<Verdict>,
 }
 
-impl Admission {
+impl AdmittedRequest {
     /// Ends the request with an error and records it.
     pub(crate) fn refuse(mut self, error: WireError) -> Refusal {
         self.record.failed(error.code);

@@ -162,11 +162,11 @@ impl RpcGateway {
                 return Err(error);
             }
         };
-        let admission = gateway.admit(token.as_deref(), context).await?;
+        let admitted = gateway.admit(token.as_deref(), context).await?;
         let read = job.read().and_then(|read| if is_whole { read.for_one_value() } else { Ok(read) });
         let Read { job, words } = match read {
             Ok(read) => read,
-            Err(error) => return Err(admission.refuse(error).error),
+            Err(error) => return Err(admitted.refuse(error).error),
         };
         let job = Job { deadline: sooner(job.deadline, deadline), ..job };
         let wording = match words {
@@ -177,7 +177,7 @@ impl RpcGateway {
                 Wording::Generation(Heading::new(endpoint, model, &job, id, gateway.clock().now()))
             }
         };
-        match gateway.submit(admission, job).await {
+        match gateway.submit(admitted, job).await {
             Ok(answer) => Ok(Opened { answer: Box::new(answer), wording }),
             // Names the invalid field as the client wrote it.
             Err(error) if matches!(wording, Wording::Native) => Err(native(error)),

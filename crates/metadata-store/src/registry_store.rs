@@ -82,7 +82,7 @@ pub trait RegistryStore: Store {
     /// Returns a node with its last certificate, even if it is expelled.
     async fn node(&self, public_key: PublicKey) -> Result<Option<NodeRecord>, StoreError>;
 
-    /// Returns every node that was ever admitted, in order of admission.
+    /// Returns every node that was ever enrolled, in order of enrolment.
     async fn nodes(&self) -> Result<Vec<NodeRecord>, StoreError>;
 
     /// Renames a node; returns false if it does not exist.

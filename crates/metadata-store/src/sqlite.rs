@@ -4,11 +4,11 @@
 //! they never wait for a commit. Calls wait without blocking the async runtime.
 
 mod adapters;
-mod admission;
 mod aliases;
 mod db_thread;
 mod job_store;
 mod jobs;
+mod membership;
 mod models;
 mod open;
 mod policies;

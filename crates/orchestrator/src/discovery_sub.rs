@@ -67,11 +67,11 @@ impl DiscoverySub {
             let facts = Facts {
                 remote_key,
                 regions: &self.regions,
-                admitted: &|region| self.membership.admit(remote_key, NodeRole::Worker, Some(region)),
+                check_worker: &|region| self.membership.check_role(remote_key, NodeRole::Worker, Some(region)),
                 high_water: marks.known.get(&remote_key).copied(),
                 now: self.clock.now(),
             };
-            presence::admit(signed, &facts).inspect(|report| {
+            presence::verify(signed, &facts).inspect(|report| {
                 let mark = HighWater { epoch: report.epoch, seq: report.seq };
                 marks.known.insert(report.worker_id, mark);
                 marks.unsaved.insert(report.worker_id, mark);
@@ -122,7 +122,7 @@ impl DiscoverySub {
                     self.sweep(Instant::now());
                     self.save_marks().await;
                 }
-                // Without admission there are no revocations, and this branch is disabled.
+                // Without certificates there are no revocations, and this branch is disabled.
                 Ok(()) = revocations.changed() => self.expel(),
             }
         }

@@ -10,7 +10,6 @@ use metadata_store::{Finalised, JobStore, StoreError};
 use observability::Metrics;
 use observability::metrics::{BreakerLabel, PhaseLabel, ReasonLabel};
 use parking_lot::{Mutex, MutexGuard};
-use protocol::admission::Exclusion;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
     ARTIFACT_HOLDERS, ArtifactHolders, ArtifactHoldersRequest, Decision, Empty, ExplainRequest, FLEET_LIST,
@@ -18,6 +17,7 @@ use protocol::control::{
     ResidencyState, WorkerResidency,
 };
 use protocol::infer::{InferRequest, SUBMIT};
+use protocol::membership::Exclusion;
 use protocol::model::ModelKey;
 use protocol::presence::Rejection;
 use protocol::signature::Signed;

@@ -516,7 +516,7 @@ pub struct PolicyRequest {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Hello {
-    /// Certificate of the node, if it has one: a signed [`crate::admission::Certificate`].
+    /// Certificate of the node, if it has one: a signed [`crate::membership::Certificate`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate: Option<Signed>,
 }
@@ -576,9 +576,9 @@ pub struct InviteRedeem {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Enrolled {
-    /// Certificate of the node: a signed [`crate::admission::Certificate`].
+    /// Certificate of the node: a signed [`crate::membership::Certificate`].
     pub certificate: Signed,
-    /// Revoked nodes: a signed [`crate::admission::RevocationList`].
+    /// Revoked nodes: a signed [`crate::membership::RevocationList`].
     pub revocations: Signed,
 }
 

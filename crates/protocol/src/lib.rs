@@ -5,7 +5,6 @@
 
 #![warn(missing_docs)]
 
-pub mod admission;
 pub mod artifact;
 pub mod clock;
 pub mod codec;
@@ -16,6 +15,7 @@ pub mod health;
 pub mod id;
 pub mod infer;
 pub mod keep_alive;
+pub mod membership;
 pub mod model;
 pub mod policy;
 pub mod prefix;

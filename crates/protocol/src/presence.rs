@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use crate::admission::Exclusion;
 use crate::clock::UnixMillis;
 use crate::codec;
 use crate::health::{self, EXPIRY, HealthReport};
 use crate::id::{PublicKey, Region};
+use crate::membership::Exclusion;
 use crate::signature::Signed;
 
 /// The maximum difference between a worker's clock and ours.
@@ -81,7 +81,7 @@ pub struct Facts<'a> {
     /// Regions whose workers are accepted.
     pub regions: &'a [Region],
     /// Checks that the key may be a worker in the report's region.
-    pub admitted: &'a dyn Fn(&Region) -> Result<(), Exclusion>,
+    pub check_worker: &'a dyn Fn(&Region) -> Result<(), Exclusion>,
     /// The last accepted report of this worker.
     pub high_water: Option<HighWater>,
     /// Current time by the receiver's clock.
@@ -89,7 +89,7 @@ pub struct Facts<'a> {
 }
 
 /// Returns the report if it is valid. The caller then raises the worker's high-water mark to it.
-pub fn admit(signed: &Signed, facts: &Facts<'_>) -> Result<HealthReport, Rejection> {
+pub fn verify(signed: &Signed, facts: &Facts<'_>) -> Result<HealthReport, Rejection> {
     if signed.body.len() > health::REPORT_BYTES_MAX {
         return Err(Rejection::TooLarge);
     }
@@ -106,7 +106,7 @@ pub fn admit(signed: &Signed, facts: &Facts<'_>) -> Result<HealthReport, Rejecti
     if !facts.regions.contains(&report.region) {
         return Err(Rejection::WrongRegion);
     }
-    (facts.admitted)(&report.region).map_err(Rejection::Excluded)?;
+    (facts.check_worker)(&report.region).map_err(Rejection::Excluded)?;
     if report.issued_at.distance(facts.now) > SKEW_MAX {
         return Err(Rejection::Skew);
     }
@@ -165,12 +165,12 @@ mod tests {
         let mut facts = Facts {
             remote_key: key().public_key(),
             regions: &regions,
-            admitted: &|_| Ok(()),
+            check_worker: &|_| Ok(()),
             high_water: None,
             now: NOW,
         };
         change(&mut signed, &mut facts);
-        admit(&signed, &facts)
+        verify(&signed, &facts)
     }
 
     #[test]
@@ -193,8 +193,8 @@ mod tests {
             assert_eq!(decide(&report(), |signed, facts| change(signed, facts)), Err(why));
         };
         let stranger = Exclusion::NotEnrolled;
-        decides(&|_, facts| facts.admitted = &|_| Err(Exclusion::NotEnrolled), Rejection::Excluded(stranger));
-        decides(&|_, facts| facts.admitted = &|_| Err(Exclusion::Revoked), Rejection::Excluded(Exclusion::Revoked));
+        decides(&|_, facts| facts.check_worker = &|_| Err(Exclusion::NotEnrolled), Rejection::Excluded(stranger));
+        decides(&|_, facts| facts.check_worker = &|_| Err(Exclusion::Revoked), Rejection::Excluded(Exclusion::Revoked));
         decides(&|_, facts| facts.remote_key = other, Rejection::Unbound);
         decides(&|_, facts| facts.high_water = Some(HighWater { epoch: 3, seq: 5 }), Rejection::Replay);
         decides(&|_, facts| facts.high_water = Some(HighWater { epoch: 4, seq: 1 }), Rejection::Replay);

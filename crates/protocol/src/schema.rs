@@ -3,11 +3,11 @@
 use schemars::generate::{SchemaGenerator, SchemaSettings};
 use serde_json::Value;
 
-use crate::admission::{Certificate, RevocationList};
 use crate::control::Catalog;
 use crate::gateway::{GatewayAnswer, GatewaySubmission};
 use crate::health::HealthReport;
 use crate::infer::{InferChunk, InferRequest};
+use crate::membership::{Certificate, RevocationList};
 use crate::model::ModelOffer;
 use crate::signature::Signed;
 

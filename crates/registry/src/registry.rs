@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use artifact_store::ArtifactStore;
 use metadata_store::RegistryStore;
-use protocol::admission::Certificate;
 use protocol::artifact::FETCH;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
@@ -20,6 +19,7 @@ use protocol::control::{
     PolicyRequest, PoolState, PoolStateRequest, Scope, TOKEN_CHECK, TokenCheck, TokenCreate, TokenCreated, TokenGrant,
     TokenList, TokenRevoke, TokenRevoked,
 };
+use protocol::membership::Certificate;
 use protocol::model::{AdapterEntry, AliasEntry, ModelEntry, ModelOffer};
 use protocol::policy::TenantPolicy;
 use protocol::{Clock, ErrorCode, Region, Topic, WireError};
@@ -30,10 +30,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::adapters::{self, AdapterError};
-use crate::admission::{AdmissionError, AdmissionOffice, Grant};
 use crate::catalog::OfferError;
+use crate::certificate_authority::{AuthorityError, CertificateAuthority, Grant};
 use crate::models::{self, ModelError};
-use crate::tokens::{Pepper, TokenOffice};
+use crate::tokens::{Pepper, TokenIssuer};
 use crate::{catalog, policies};
 
 /// How long running calls may take to finish once the registry stops.
@@ -55,28 +55,28 @@ pub struct RegistryParts {
     /// The HMAC key for secrets.
     pub pepper: Pepper,
     /// Decides which nodes belong to the pool.
-    pub admission: AdmissionOffice,
+    pub authority: CertificateAuthority,
     pub version: String,
 }
 
 /// Answers questions about tokens, models, policies and membership.
 pub struct Registry {
     parts: RegistryParts,
-    tokens: TokenOffice,
+    tokens: TokenIssuer,
     membership: Membership,
     artifacts: Option<ArtifactServer>,
 }
 
 impl Registry {
     /// Runs a registry until `stop` is cancelled. The registry issues its own certificate.
-    pub async fn run(parts: RegistryParts, stop: CancellationToken) -> Result<(), AdmissionError> {
-        let tokens = TokenOffice::new(parts.store.clone(), parts.clock.clone(), parts.pepper.clone());
+    pub async fn run(parts: RegistryParts, stop: CancellationToken) -> Result<(), AuthorityError> {
+        let tokens = TokenIssuer::new(parts.store.clone(), parts.clock.clone(), parts.pepper.clone());
         let transport = parts.transport.clone();
         let topic = Topic::Control(parts.region.clone());
-        let (office, own_key) = (&parts.admission, transport.public_key());
-        let certificate = office.certify(own_key, own_grant()).await?;
-        let membership = Membership::new(office.pool(), own_key, certificate, parts.clock.clone())
-            .expect("what the office has just signed is good");
+        let (authority, own_key) = (&parts.authority, transport.public_key());
+        let certificate = authority.certify(own_key, own_grant()).await?;
+        let membership = Membership::new(authority.pool(), own_key, certificate, parts.clock.clone())
+            .expect("what the authority has just signed is good");
         let artifacts = parts.artifacts.clone().map(|store| ArtifactServer::new(store, membership.clone()));
         let registry = Arc::new(Self { parts, tokens, membership, artifacts });
         registry.take_revocations().await?;
@@ -86,13 +86,13 @@ impl Registry {
         Ok(())
     }
 
-    /// Renews the registry's own certificate, and copies each new revocation list from the admission office.
+    /// Renews the registry's own certificate, and copies each new revocation list from the certificate authority.
     async fn keep_up(&self) {
-        let mut changes = self.parts.admission.changes();
+        let mut changes = self.parts.authority.changes();
         let mut ticks = time::interval(OWN_CERTIFICATE_EVERY);
         loop {
             let kept = tokio::select! {
-                // The admission office outlives this loop, so the channel stays open.
+                // The certificate authority outlives this loop, so the channel stays open.
                 _ = changes.changed() => self.take_revocations().await,
                 _ = ticks.tick() => self.renew_own().await,
             };
@@ -102,17 +102,17 @@ impl Registry {
         }
     }
 
-    async fn take_revocations(&self) -> Result<(), AdmissionError> {
-        let list = self.parts.admission.revocations().await?;
+    async fn take_revocations(&self) -> Result<(), AuthorityError> {
+        let list = self.parts.authority.revocations().await?;
         // The list is our own, so the only possible error is that it is not newer.
         let _ = self.membership.take_revocations(&list);
         Ok(())
     }
 
-    async fn renew_own(&self) -> Result<(), AdmissionError> {
+    async fn renew_own(&self) -> Result<(), AuthorityError> {
         if self.membership.own().is_some_and(|own| own.is_due(self.parts.clock.now())) {
             let own_key = self.parts.transport.public_key();
-            let renewed = self.parts.admission.certify(own_key, own_grant()).await?;
+            let renewed = self.parts.authority.certify(own_key, own_grant()).await?;
             if let Err(error) = self.membership.renew(renewed) {
                 warn!(%error, "the registry's own certificate is invalid; is the clock right?");
             }
@@ -122,11 +122,11 @@ impl Registry {
 
     /// Checks that an API token has operator rights. Any node may bring it.
     async fn operator(&self, caller: Caller, token: &str) -> Result<(), WireError> {
-        let office = &self.parts.admission;
-        office.check_attempts(caller.key)?;
+        let authority = &self.parts.authority;
+        authority.check_attempts(caller.key)?;
         let checked = self.tokens.check(token).await;
         if checked.as_ref().is_err_and(|error| error.code == ErrorCode::InvalidApiKey) {
-            office.count_attempt(caller.key);
+            authority.count_attempt(caller.key);
         }
         if checked?.scopes.contains(&Scope::Admin) {
             Ok(())
@@ -183,15 +183,15 @@ impl Registry {
     }
 
     async fn redeem_invite(self: Arc<Self>, caller: Caller, request: InviteRedeem) -> Result<Enrolled, WireError> {
-        self.parts.admission.redeem(caller.key, request).await
+        self.parts.authority.redeem(caller.key, request).await
     }
 
     async fn renew_certificate(self: Arc<Self>, caller: Caller, _: Empty) -> Result<Enrolled, WireError> {
-        self.parts.admission.renew(caller.key).await
+        self.parts.authority.renew(caller.key).await
     }
 
     async fn pool_state(self: Arc<Self>, _: Caller, request: PoolStateRequest) -> Result<PoolState, WireError> {
-        Ok(self.parts.admission.state(request.version).await?)
+        Ok(self.parts.authority.state(request.version).await?)
     }
 
     async fn check_token(self: Arc<Self>, _: Caller, request: TokenCheck) -> Result<TokenGrant, WireError> {
@@ -207,19 +207,19 @@ impl Registry {
     }
 
     async fn create_invite(self: Arc<Self>, request: InviteCreate) -> Result<InviteCreated, WireError> {
-        Ok(self.parts.admission.invite(request).await?)
+        Ok(self.parts.authority.invite(request).await?)
     }
 
     async fn revoke_node(self: Arc<Self>, request: NodeRevoke) -> Result<NodeRevoked, WireError> {
-        Ok(self.parts.admission.revoke(request.public_key).await?)
+        Ok(self.parts.authority.revoke(request.public_key).await?)
     }
 
     async fn list_nodes(self: Arc<Self>, _: OperatorRequest) -> Result<NodeList, WireError> {
-        Ok(self.parts.admission.nodes().await?)
+        Ok(self.parts.authority.nodes().await?)
     }
 
     async fn rename_node(self: Arc<Self>, request: NodeRename) -> Result<NodeRenamed, WireError> {
-        Ok(self.parts.admission.rename(request.public_key, &request.name).await?)
+        Ok(self.parts.authority.rename(request.public_key, &request.name).await?)
     }
 
     async fn issue_token(self: Arc<Self>, asked: ByOperator<TokenCreate>) -> Result<TokenCreated, WireError> {

@@ -18,7 +18,7 @@ pub struct Pepper(pub [u8; 32]);
 
 /// Issues, checks, lists and revokes tokens.
 #[derive(Clone)]
-pub struct TokenOffice {
+pub struct TokenIssuer {
     store: Arc<dyn RegistryStore>,
     clock: Arc<dyn Clock>,
     pepper: Pepper,
@@ -37,8 +37,8 @@ pub enum IssueError {
     Store(#[from] StoreError),
 }
 
-impl TokenOffice {
-    /// Makes a token office on a store.
+impl TokenIssuer {
+    /// Makes a token issuer on a store.
     pub fn new(store: Arc<dyn RegistryStore>, clock: Arc<dyn Clock>, pepper: Pepper) -> Self {
         Self { store, clock, pepper }
     }

@@ -95,7 +95,7 @@ impl Directory {
         (Self { membership, peers, unreachable }, task)
     }
 
-    /// Returns the peers of a role, ordered by key. With admission, only those certified for the role.
+    /// Returns the peers of a role, ordered by key. If membership is checked, only those certified for the role.
     pub fn find(&self, role: NodeRole) -> Vec<PublicKey> {
         let peers = self.peers.borrow();
         let of_role = peers.iter().filter(|(_, info)| info.roles.contains(&role));
@@ -231,7 +231,7 @@ impl DirectoryTask {
                 self.client.meet(key, DESCRIBE).await.ok()?;
             }
             let region = info.region.clone();
-            info.roles.retain(|role| membership.admit(key, *role, Some(&region)).is_ok());
+            info.roles.retain(|role| membership.check_role(key, *role, Some(&region)).is_ok());
         }
         (!info.roles.is_empty()).then_some(info)
     }

@@ -80,7 +80,7 @@ impl ArtifactServer {
     {
         let opened = async {
             // A caller without permission must not learn which artifacts exist.
-            self.membership.admit(call.peer, NodeRole::Worker, None)?;
+            self.membership.check_role(call.peer, NodeRole::Worker, None)?;
             let wanted: ArtifactFetch = codec::decode(&call.body)?;
             self.check_listed(call.peer, &models_of(wanted.digest).await?)?;
             let read = self.enter(call.peer)?;

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use protocol::admission::{Certificate, CertificateError, Invite, RevocationError, RevocationList};
 use protocol::control::{Enrolled, INVITE_REDEEM, InviteRedeem};
+use protocol::membership::{Certificate, CertificateError, Invite, RevocationError, RevocationList};
 use protocol::signature::Signed;
 use protocol::{Clock, PublicKey, WireError, codec};
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ use crate::membership::Membership;
 /// How long a registry may take to redeem an invite.
 const REDEEM: Duration = Duration::from_secs(10);
 
-/// What a node stores of its admission. It contains no secret; the node's key is stored in another file.
+/// What a node stores of its membership. It contains no secret; the node's key is stored in another file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Enrolment {

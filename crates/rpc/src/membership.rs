@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
-use protocol::admission::{Certificate, CertificateError, Exclusion, RevocationError, RevocationList, STATE_EVERY};
 use protocol::control::{Enrolled, Hello, NodeRole};
+use protocol::membership::{Certificate, CertificateError, Exclusion, RevocationError, RevocationList, STATE_EVERY};
 use protocol::signature::Signed;
 use protocol::{Clock, PublicKey, Region, UnixMillis, WireError};
 use tokio::sync::watch;
@@ -58,7 +58,7 @@ struct Known {
 }
 
 impl Membership {
-    /// Admits every node to everything, for tests and for networks without admission.
+    /// Admits every node to everything, for tests and for networks without certificates.
     pub fn unchecked() -> Self {
         Self(None)
     }
@@ -110,18 +110,18 @@ impl Membership {
 
     /// Returns whether a key may act in a role.
     pub fn has_role(&self, key: PublicKey, role: NodeRole) -> bool {
-        self.admit(key, role, None).is_ok()
+        self.check_role(key, role, None).is_ok()
     }
 
     /// Checks that a key may act in a role and, if given, in a region. Otherwise returns the reason why not.
-    pub fn admit(&self, key: PublicKey, role: NodeRole, region: Option<&Region>) -> Result<(), Exclusion> {
+    pub fn check_role(&self, key: PublicKey, role: NodeRole, region: Option<&Region>) -> Result<(), Exclusion> {
         match self.standing(key)? {
             Some(certificate) => certificate.check_use(role, region),
             None => Ok(()),
         }
     }
 
-    /// Returns a key's certificate, or the reason why the key is excluded. Without admission every key is accepted, and
+    /// Returns a key's certificate, or the reason why the key is excluded. If membership is not checked, every key is accepted, and
     /// has no certificate.
     pub fn standing(&self, key: PublicKey) -> Result<Option<Arc<Certificate>>, Exclusion> {
         let Some(inner) = &self.0 else { return Ok(None) };
@@ -162,18 +162,18 @@ impl Membership {
         }
     }
 
-    /// Returns the pool, if admission is enabled.
+    /// Returns the pool, if membership is checked.
     pub fn pool(&self) -> Option<PublicKey> {
         self.0.as_ref().map(|inner| inner.pool)
     }
 
-    /// Returns this node's own certificate, if admission is enabled.
+    /// Returns this node's own certificate, if membership is checked.
     pub fn own(&self) -> Option<Arc<Certificate>> {
         let inner = self.0.as_ref()?;
         inner.read().known.get(&inner.own_key).map(|known| known.certificate.clone())
     }
 
-    /// Returns this node's introduction and the serial number of its certificate, if admission is enabled.
+    /// Returns this node's introduction and the serial number of its certificate, if membership is checked.
     pub(crate) fn introduction(&self) -> Option<(u64, Hello)> {
         let inner = self.0.as_ref()?;
         let known = inner.read().known.get(&inner.own_key).cloned()?;
@@ -239,7 +239,7 @@ impl Membership {
         }
     }
 
-    /// Returns how long no registry has reported the revocations to this node. Without admission this is zero.
+    /// Returns how long no registry has reported the revocations to this node. It is zero if membership is not checked.
     pub fn registry_silence(&self) -> Duration {
         self.0.as_ref().map_or(Duration::ZERO, |inner| inner.read().confirmed.elapsed())
     }
@@ -258,7 +258,7 @@ impl Membership {
         }
     }
 
-    /// Returns whether admission is enabled.
+    /// Returns whether membership is checked.
     pub fn is_checked(&self) -> bool {
         self.0.is_some()
     }

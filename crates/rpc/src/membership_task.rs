@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use protocol::admission::STATE_EVERY;
 use protocol::control::{CERTIFICATE_RENEW, Empty, Enrolled, NodeRole, POOL_STATE, PoolState, PoolStateRequest};
+use protocol::membership::STATE_EVERY;
 use protocol::{ErrorCode, PublicKey};
 use tokio::time::{self, Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::admission::Exclusion;
-use protocol::admission::certificate::CERTIFICATE_BYTES_MAX;
 use protocol::control::{Empty, Hello, NODE_DESCRIBE, NODE_HELLO, NODE_PING, NodeInfo};
+use protocol::membership::Exclusion;
+use protocol::membership::certificate::CERTIFICATE_BYTES_MAX;
 use protocol::{ErrorCode, PublicKey, WireError, codec};
 use serde::Serialize;
 use serde::de::DeserializeOwned;

@@ -507,7 +507,7 @@ impl Handlers {
 
     /// Returns an error unless the node is an orchestrator of this pool and region.
     fn check(&self, peer: PublicKey) -> Result<(), WireError> {
-        Ok(self.membership.admit(peer, NodeRole::Orchestrator, Some(&self.region))?)
+        Ok(self.membership.check_role(peer, NodeRole::Orchestrator, Some(&self.region))?)
     }
 
     /// Returns an error if a node's job is to be refused without parsing it.

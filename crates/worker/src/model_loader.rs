@@ -499,7 +499,7 @@ impl ModelLoader {
             }
             let mut in_use = None;
             let ended = match self.prepare(entry).await {
-                Ok(mut prepared) => match self.admitted(entry, &mut prepared).await {
+                Ok(mut prepared) => match self.wait_for_memory(entry, &mut prepared).await {
                     Ok(true) => {
                         in_use = prepared.in_use.take();
                         let begun = Instant::now();
@@ -619,7 +619,7 @@ impl ModelLoader {
     }
 
     /// Waits until there is memory for a model. Returns false if it is not loaded because nobody waits for it.
-    async fn admitted(&self, entry: &Entry, prepared: &mut Prepared) -> Result<bool, LoadError> {
+    async fn wait_for_memory(&self, entry: &Entry, prepared: &mut Prepared) -> Result<bool, LoadError> {
         if matches!(prepared.source, Source::Server(_)) {
             return Ok(true);
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use observability::Metrics;
 use protocol::control::NodeRole;
-use registry::{AdmissionOffice, AdmissionParts, TokenOffice};
+use registry::{CertificateAuthority, CertificateAuthorityParts, TokenIssuer};
 use rpc::transport::hyperswarm::BootstrapNode;
 use rpc::{Enrolment, Membership, SystemClock};
 use tokio_util::sync::CancellationToken;
@@ -57,8 +57,8 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
     let _lock = data.lock(&["registry"])?;
     let store = open_registry_store(&data.registry_store())?;
     let clock: Arc<dyn protocol::Clock> = Arc::new(SystemClock);
-    let office = TokenOffice::new(store.clone(), clock.clone(), data.pepper()?);
-    let (_, key_is_new) = first_key(data, &office).await?;
+    let tokens = TokenIssuer::new(store.clone(), clock.clone(), data.pepper()?);
+    let (_, key_is_new) = first_key(data, &tokens).await?;
     registry::catalog::register(&*store, vec![tiny_model::entry(clock.now())]).await?;
     store.put_adapter(tiny_model::adapter_entry(clock.now())).await?;
 
@@ -70,10 +70,15 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
     }
     data.write_pool(&Pool { registry: node.public_key(), bootstrap: bootstrap.clone() })?;
     context.keep_flags()?;
-    let mut parts =
-        AdmissionParts::new(data.root_key()?, store.clone(), clock.clone(), data.pepper()?, node.public_key());
+    let mut parts = CertificateAuthorityParts::new(
+        data.root_key()?,
+        store.clone(),
+        clock.clone(),
+        data.pepper()?,
+        node.public_key(),
+    );
     parts.bootstrap.clone_from(&bootstrap);
-    let admission = AdmissionOffice::new(parts);
+    let authority = CertificateAuthority::new(parts);
     output::line(format!("registry {} on UDP {}", node.public_key(), node.address()));
     if key_is_new {
         output::line(format!("the API key that operates the network is kept in {}", data.api_key_file().display()));
@@ -82,7 +87,7 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
 
     let services = services(&context, clock);
     let stop = CancellationToken::new();
-    let run = services.registry(node.transport(), store.clone(), admission, stop.clone());
+    let run = services.registry(node.transport(), store.clone(), authority, stop.clone());
     let outcome = until_asked(&context.stop, &services, &node, &stop, run).await;
     store.close().await.context("could not close the store")?;
     outcome

@@ -2,8 +2,8 @@
 
 use engine::MockOptions;
 use protocol::PublicKey;
-use protocol::admission::CERTIFICATE_LIFE;
 use protocol::infer::{Input, Message, Role};
+use protocol::membership::CERTIFICATE_LIFE;
 use protocol::usage::TokenUsage;
 use rpc::ResponseStream;
 use tokio::time;

@@ -1,7 +1,6 @@
 //! The program as its users meet it.
 
 mod added_models;
-mod admission;
 mod adoption;
 mod certificates;
 #[cfg(target_os = "linux")]
@@ -10,6 +9,7 @@ mod commands;
 mod conversations;
 mod documents;
 mod downloads;
+mod membership;
 mod memory_network;
 #[cfg(feature = "llama")]
 mod mesh;

@@ -11,16 +11,16 @@ use metadata_store::{RegistryStore, SqliteStore};
 use observability::Metrics;
 use orchestrator::scheduler::affinity::Weights;
 use orchestrator::{Orchestrator, OrchestratorParts};
-use protocol::admission::Invite;
 use protocol::control::{
     Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, InviteCreate, JOB_EXPLAIN, NODE_REVOKE, NodeRevoke,
     NodeRevoked, NodeRole, Scope, TokenCreate,
 };
 use protocol::infer::{InferChunk, InferRequest, Input, SUBMIT};
+use protocol::membership::Invite;
 use protocol::model::ModelKey;
 use protocol::signature::NodeKey;
 use protocol::{Clock, CorrelationId, Digest, PublicKey, Region, Topic, UnixMillis, codec};
-use registry::{AdmissionOffice, AdmissionParts, Pepper, Registry, RegistryParts, TokenOffice};
+use registry::{CertificateAuthority, CertificateAuthorityParts, Pepper, Registry, RegistryParts, TokenIssuer};
 use rpc::{
     CallError, Client, Directory, Enrolment, Membership, MembershipTask, MemoryNetwork, ResponseStream, StreamOptions,
 };
@@ -49,7 +49,7 @@ pub(crate) struct Network {
     pub(crate) memory: MemoryNetwork,
     clock: Arc<dyn Clock>,
     store: Arc<dyn RegistryStore>,
-    office: AdmissionOffice,
+    authority: CertificateAuthority,
     pub(crate) registry: PublicKey,
     pub(crate) orchestrator: PublicKey,
     pub(crate) workers: Vec<PublicKey>,
@@ -100,8 +100,8 @@ impl Network {
         let store: Arc<dyn RegistryStore> = Arc::new(SqliteStore::in_memory().expect("a store"));
         let (memory, tasks) = (MemoryNetwork::new(), TaskTracker::new());
         let registry = key(1).public_key();
-        let parts = AdmissionParts::new(key(100), store.clone(), clock.clone(), PEPPER, registry);
-        let office = AdmissionOffice::new(AdmissionParts { certificate_life, ..parts });
+        let parts = CertificateAuthorityParts::new(key(100), store.clone(), clock.clone(), PEPPER, registry);
+        let authority = CertificateAuthority::new(CertificateAuthorityParts { certificate_life, ..parts });
         let parts = RegistryParts {
             transport: memory.node(&key(1)),
             region: region(),
@@ -109,14 +109,14 @@ impl Network {
             store: store.clone(),
             artifacts: None,
             pepper: PEPPER,
-            admission: office.clone(),
+            authority: authority.clone(),
             version: "0".into(),
         };
         tasks.spawn(async move { Registry::run(parts, CancellationToken::new()).await.expect("runs") });
         let gateway = Client::new(memory.node(&key(3)));
         let (orchestrator, folder) = (key(2).public_key(), tempfile::tempdir().expect("a folder"));
         let mut network =
-            Self { memory, clock, store, office, registry, orchestrator, workers: vec![], gateway, tasks, folder };
+            Self { memory, clock, store, authority, registry, orchestrator, workers: vec![], gateway, tasks, folder };
         network.add_orchestrator().await;
         let as_gateway = network.join(3, NodeRole::Gateway).await;
         let node = network.memory.node(&key(3));
@@ -143,7 +143,7 @@ impl Network {
             valid_secs: None,
             bootstrap: vec![],
         };
-        let invite: Invite = self.office.invite(request).await.expect("made").invite.parse().expect("well formed");
+        let invite: Invite = self.authority.invite(request).await.expect("made").invite.parse().expect("well formed");
         let newcomer = Client::new(self.memory.node(&key(seed)));
         let enrolment = Enrolment::redeem(&newcomer, &invite, "", &*self.clock).await.expect("joined");
         let path = self.folder.path().join(format!("{seed}.json"));
@@ -216,15 +216,15 @@ impl Network {
             store: self.store.clone(),
             artifacts: None,
             pepper: PEPPER,
-            admission: self.office.clone(),
+            authority: self.authority.clone(),
             version: "0".into(),
         };
         self.tasks.spawn(async move { Registry::run(parts, CancellationToken::new()).await.expect("runs") });
     }
 
-    /// Returns the office that makes and revokes API keys.
-    pub(crate) fn tokens(&self) -> TokenOffice {
-        TokenOffice::new(self.store.clone(), self.clock.clone(), PEPPER)
+    /// Returns what issues and revokes API keys.
+    pub(crate) fn tokens(&self) -> TokenIssuer {
+        TokenIssuer::new(self.store.clone(), self.clock.clone(), PEPPER)
     }
 
     pub(crate) async fn fleet(&self) -> Vec<PublicKey> {

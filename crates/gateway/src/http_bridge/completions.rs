@@ -36,16 +36,16 @@ pub(super) async fn generate(
     endpoint: Endpoint,
     parse: fn(&[u8]) -> Result<Generation, WireError>,
 ) -> Response<Body> {
-    let admitted = match job::ask(bridge, request, parse).await {
-        Ok(admitted) => admitted,
+    let request = match job::ask(bridge, request, parse).await {
+        Ok(request) => request,
         Err(response) => return response,
     };
-    let Generation { job, model, stream, include_usage } = admitted.parsed;
-    let response_headers = ResponseHeaders::new(admitted.context, &job, admitted.rate);
+    let Generation { job, model, stream, include_usage } = request.parsed;
+    let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
     let now = bridge.gateway.clock().now();
     let heading =
         Heading { include_usage, ..Heading::new(endpoint, model, &job, response_headers.correlation_id(), now) };
-    let opening = job::open(bridge, admitted.admission, job);
+    let opening = job::open(bridge, request.admitted, job);
     if stream {
         return job::stream(bridge, opening, Sse::new(heading), "text/event-stream", response_headers).await;
     }

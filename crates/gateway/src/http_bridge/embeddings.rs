@@ -21,13 +21,13 @@ use crate::openai::response::vectors::{EmbeddingList, write_vectors};
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    let admitted = match job::ask(&bridge, request, request::parse_embeddings).await {
-        Ok(admitted) => admitted,
+    let request = match job::ask(&bridge, request, request::parse_embeddings).await {
+        Ok(request) => request,
         Err(response) => return response,
     };
-    let Vectors { job, model, encoding } = admitted.parsed;
-    let response_headers = ResponseHeaders::new(admitted.context, &job, admitted.rate);
-    match whole(job::open(&bridge, admitted.admission, job), &model, encoding).await {
+    let Vectors { job, model, encoding } = request.parsed;
+    let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
+    match whole(job::open(&bridge, request.admitted, job), &model, encoding).await {
         Ok((mut response, facts)) => {
             response_headers.add(&bridge, response.headers_mut(), Some(&facts));
             response

@@ -25,12 +25,12 @@ use crate::published;
     ),
 )]
 pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    let admitted = match job::ask(&bridge, request, parse_infer).await {
-        Ok(admitted) => admitted,
+    let request = match job::ask(&bridge, request, parse_infer).await {
+        Ok(request) => request,
         Err(response) => return response,
     };
-    let response_headers = ResponseHeaders::new(admitted.context, &admitted.parsed, admitted.rate);
-    let opening = job::open(&bridge, admitted.admission, admitted.parsed);
+    let response_headers = ResponseHeaders::new(request.context, &request.parsed, request.rate);
+    let opening = job::open(&bridge, request.admitted, request.parsed);
     let opening = Box::pin(async move { opening.await.map_err(native) });
     job::stream(&bridge, opening, Lines, "application/x-ndjson", response_headers).await
 }

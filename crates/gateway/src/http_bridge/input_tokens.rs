@@ -32,14 +32,14 @@ pub(super) struct InputTokens {
     ),
 )]
 pub(super) async fn count(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
-    let admitted = match job::ask(&bridge, request, request::parse_chat).await {
-        Ok(admitted) => admitted,
+    let request = match job::ask(&bridge, request, request::parse_chat).await {
+        Ok(request) => request,
         Err(response) => return response,
     };
-    let mut job = admitted.parsed.job;
+    let mut job = request.parsed.job;
     (job.input.count_only, job.input.n) = (true, None);
-    let response_headers = ResponseHeaders::new(admitted.context, &job, admitted.rate);
-    match whole(job::open(&bridge, admitted.admission, job)).await {
+    let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
+    match whole(job::open(&bridge, request.admitted, job)).await {
         Ok((mut response, facts)) => {
             response_headers.add(&bridge, response.headers_mut(), Some(&facts));
             response

@@ -17,13 +17,13 @@ use super::request_body;
 use crate::answer::{Answer, StreamFormat};
 use crate::config::seconds;
 use crate::job::Job;
-use crate::request_context::{Admission, Refusal, RequestContext};
+use crate::request_context::{AdmittedRequest, Refusal, RequestContext};
 
 /// A request that was admitted, with its parsed body.
-pub(super) struct Admitted<T> {
+pub(super) struct ParsedRequest<T> {
     pub(super) context: RequestContext,
     pub(super) rate: Verdict,
-    pub(super) admission: Admission,
+    pub(super) admitted: AdmittedRequest,
     /// The parsed body.
     pub(super) parsed: T,
 }
@@ -36,14 +36,14 @@ pub(super) async fn ask<T>(
     bridge: &Bridge,
     request: Request,
     parse: impl FnOnce(&[u8]) -> Result<T, WireError>,
-) -> Result<Admitted<T>, Response<Body>> {
+) -> Result<ParsedRequest<T>, Response<Body>> {
     let context = context(request.extensions());
     let (parts, mut body) = request.into_parts();
     if let Some(theirs) = parts.headers.get("x-client-request-id").and_then(|value| value.to_str().ok()) {
         debug!(correlation_id = %context.correlation_id, client_request_id = theirs, "request named by its client");
     }
-    let admission = match bridge.gateway.admit_or_refuse(token(&parts.headers), context).await {
-        Ok(admission) => admission,
+    let admitted = match bridge.gateway.admit_or_refuse(token(&parts.headers), context).await {
+        Ok(admitted) => admitted,
         Err(refusal) => {
             request_body::discard(body, &parts.headers).await;
             return Err(refused(&refusal, context.correlation_id));
@@ -56,11 +56,11 @@ pub(super) async fn ask<T>(
         let bytes = request_body::read(&mut body, config.body_bytes_max, idle).await?;
         parse(&bytes)
     };
-    let rate = admission.rate;
+    let rate = admitted.rate;
     match read.await {
-        Ok(parsed) => Ok(Admitted { context, rate, admission, parsed }),
+        Ok(parsed) => Ok(ParsedRequest { context, rate, admitted, parsed }),
         Err(error) => {
-            let refusal = admission.refuse(error);
+            let refusal = admitted.refuse(error);
             request_body::discard(body, &parts.headers).await;
             Err(refused(&refusal, context.correlation_id))
         }
@@ -68,9 +68,9 @@ pub(super) async fn ask<T>(
 }
 
 /// Submits a job. The future owns what it needs, so that a stream can go on waiting for it.
-pub(super) fn open(bridge: &Bridge, admission: Admission, job: Job) -> Opening {
+pub(super) fn open(bridge: &Bridge, admitted: AdmittedRequest, job: Job) -> Opening {
     let gateway = bridge.gateway.clone();
-    Box::pin(async move { gateway.submit(admission, job).await.map(Box::new) })
+    Box::pin(async move { gateway.submit(admitted, job).await.map(Box::new) })
 }
 
 /// Builds the response of a stream. An error that arrives soon enough gets its own status.

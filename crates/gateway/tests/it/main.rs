@@ -1,11 +1,11 @@
 //! A gateway over real HTTP, before a registry and an orchestrator that do as the prompt says.
 
-mod admission;
 mod answers;
 mod connections;
 mod discovery;
 mod embeddings;
 mod fake;
+mod membership;
 mod refusals;
 mod rpc_clients;
 mod surface;

@@ -5,7 +5,7 @@ use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey
 use protocol::policy::TenantPolicy;
 use protocol::{InviteId, ModelName, PublicKey, TenantId, UnixMillis};
 
-use super::{SqliteStore, adapters, admission, aliases, models, policies, tokens};
+use super::{SqliteStore, adapters, aliases, membership, models, policies, tokens};
 use crate::registry_store::{
     InviteRecord, NewCertificate, NodeRecord, PutAdapterError, PutInviteError, PutModelError, PutTokenError,
     Redemption, RegistryStore, Revocation, TokenRecord,
@@ -87,11 +87,11 @@ impl RegistryStore for SqliteStore {
     }
 
     async fn put_invite(&self, invite: InviteRecord) -> Result<(), PutInviteError> {
-        self.write(move |connection| admission::put_invite(connection, &invite)).await?
+        self.write(move |connection| membership::put_invite(connection, &invite)).await?
     }
 
     async fn invite(&self, invite_id: InviteId) -> Result<Option<InviteRecord>, StoreError> {
-        self.read(move |connection| admission::invite(connection, invite_id)).await
+        self.read(move |connection| membership::invite(connection, invite_id)).await
     }
 
     async fn redeem_invite(
@@ -100,31 +100,31 @@ impl RegistryStore for SqliteStore {
         node: PublicKey,
         now: UnixMillis,
     ) -> Result<Redemption, StoreError> {
-        self.write(move |connection| admission::redeem_invite(connection, invite_id, node, now)).await
+        self.write(move |connection| membership::redeem_invite(connection, invite_id, node, now)).await
     }
 
     async fn put_certificate(&self, certificate: NewCertificate) -> Result<u64, StoreError> {
-        self.write(move |connection| admission::put_certificate(connection, &certificate)).await
+        self.write(move |connection| membership::put_certificate(connection, &certificate)).await
     }
 
     async fn node(&self, public_key: PublicKey) -> Result<Option<NodeRecord>, StoreError> {
-        self.read(move |connection| admission::node(connection, public_key)).await
+        self.read(move |connection| membership::node(connection, public_key)).await
     }
 
     async fn nodes(&self) -> Result<Vec<NodeRecord>, StoreError> {
-        self.read(admission::nodes).await
+        self.read(membership::nodes).await
     }
 
     async fn rename_node(&self, public_key: PublicKey, name: &str) -> Result<bool, StoreError> {
         let name = name.to_owned();
-        self.write(move |connection| admission::rename_node(connection, public_key, &name)).await
+        self.write(move |connection| membership::rename_node(connection, public_key, &name)).await
     }
 
     async fn revoke_node(&self, public_key: PublicKey, now: UnixMillis) -> Result<u64, StoreError> {
-        self.write(move |connection| admission::revoke_node(connection, public_key, now)).await
+        self.write(move |connection| membership::revoke_node(connection, public_key, now)).await
     }
 
     async fn revocations(&self) -> Result<Vec<Revocation>, StoreError> {
-        self.read(admission::revocations).await
+        self.read(membership::revocations).await
     }
 }

@@ -1,10 +1,10 @@
 //! The behaviour that every [`JobStore`] and every [`RegistryStore`] has. An implementation is checked by one call of
 //! [`job_store_conforms`] or [`registry_store_conforms`].
 
-pub(crate) mod admission;
 pub(crate) mod catalogue;
 pub(crate) mod concurrency;
 pub(crate) mod jobs;
+pub(crate) mod membership;
 pub(crate) mod samples;
 
 use std::sync::Arc;
@@ -71,11 +71,11 @@ macro_rules! registry_store_conforms {
             catalogue: adapters_are_listed_by_model_and_name,
             catalogue: an_adapter_needs_its_model_and_keeps_its_digest,
             catalogue: a_removed_adapter_is_gone_and_goes_with_its_model,
-            admission: an_invite_is_found_as_it_was_written,
-            admission: an_invite_is_redeemed_by_one_node_only,
-            admission: a_certificate_has_a_number_greater_than_all_before,
-            admission: a_revoked_node_keeps_its_first_time_and_version,
-            admission: versions_of_the_revocation_list_grow_whatever_the_clock_says,
+            membership: an_invite_is_found_as_it_was_written,
+            membership: an_invite_is_redeemed_by_one_node_only,
+            membership: a_certificate_has_a_number_greater_than_all_before,
+            membership: a_revoked_node_keeps_its_first_time_and_version,
+            membership: versions_of_the_revocation_list_grow_whatever_the_clock_says,
             concurrency: of_64_nodes_that_redeem_one_invite_exactly_one_does,
         }
     };

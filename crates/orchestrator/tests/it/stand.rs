@@ -7,7 +7,6 @@ use std::time::Duration;
 use metadata_store::{JobKey, JobRecord, JobStore, SqliteStore, UsageCursor, UsageRecord};
 use observability::Metrics;
 use parking_lot::Mutex;
-use protocol::admission::{Certificate, RevocationList};
 use protocol::control::{
     Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeInfo, NodeRole, POLICY_GET, POOL_STATE,
     PRESENCE_REPORT, PolicyRequest, PoolState, PoolStateRequest,
@@ -15,6 +14,7 @@ use protocol::control::{
 use protocol::error_code::ContextLength;
 use protocol::health::{self, CachedModel, Capacity, EXPIRY, HealthReport, ModelState};
 use protocol::infer::{FinishReason, InferChunk, InferRequest, Payload, Progress, START, SUBMIT};
+use protocol::membership::{Certificate, RevocationList};
 use protocol::model::ModelKey;
 use protocol::policy::TenantPolicy;
 use protocol::signature::{NodeKey, Signed};
@@ -110,7 +110,7 @@ pub(crate) fn root() -> NodeKey {
 pub(crate) fn certificate(number: u8, role: NodeRole) -> Certificate {
     let now = SystemClock.now();
     Certificate {
-        v: protocol::admission::certificate::VERSION,
+        v: protocol::membership::certificate::VERSION,
         serial: 1,
         pool: root().public_key(),
         public_key: key(number).public_key(),

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tokio_util::task::TaskTracker;
 
 use super::*;
-use crate::admission::AdmissionParts;
+use crate::certificate_authority::CertificateAuthorityParts;
 
 const WITHIN: Duration = Duration::from_secs(5);
 
@@ -93,7 +93,7 @@ fn calls() -> BTreeMap<&'static str, (Who, Value)> {
 struct Scene {
     network: MemoryNetwork,
     registry: Arc<Registry>,
-    tokens: TokenOffice,
+    tokens: TokenIssuer,
     keys: Cell<u32>,
     folder: TempDir,
     tasks: TaskTracker,
@@ -108,14 +108,19 @@ impl Scene {
         let transport = network.node(&NodeKey::from_seed(&[1; 32]));
         let root = NodeKey::from_seed(&[100; 32]);
         let own_key = transport.public_key();
-        let admission =
-            AdmissionOffice::new(AdmissionParts::new(root, store.clone(), clock.clone(), pepper.clone(), own_key));
-        let certificate = admission.certify(own_key, own_grant()).await.expect("issued");
-        let membership = Membership::new(admission.pool(), own_key, certificate, clock.clone()).expect("valid");
-        let tokens = TokenOffice::new(store.clone(), clock.clone(), pepper.clone());
+        let authority = CertificateAuthority::new(CertificateAuthorityParts::new(
+            root,
+            store.clone(),
+            clock.clone(),
+            pepper.clone(),
+            own_key,
+        ));
+        let certificate = authority.certify(own_key, own_grant()).await.expect("issued");
+        let membership = Membership::new(authority.pool(), own_key, certificate, clock.clone()).expect("valid");
+        let tokens = TokenIssuer::new(store.clone(), clock.clone(), pepper.clone());
         let (region, version): (Region, _) = ("local".parse().expect("a region"), "0".to_owned());
         let artifacts = None;
-        let parts = RegistryParts { transport, region, clock, store, artifacts, pepper, admission, version };
+        let parts = RegistryParts { transport, region, clock, store, artifacts, pepper, authority, version };
         let registry = Arc::new(Registry { parts, tokens: tokens.clone(), membership, artifacts: None });
         let tasks = TaskTracker::new();
         let server = registry.serve(registry.server());
@@ -135,11 +140,11 @@ impl Scene {
             Kind::Certified(role) => role,
             Kind::Revoked => NodeRole::Gateway,
         };
-        let (admission, own_key) = (&self.registry.parts.admission, key.public_key());
-        let certificate = admission.certify(own_key, Grant::of(role, "node")).await.expect("issued");
-        let membership = Membership::new(admission.pool(), own_key, certificate, Arc::new(FixedClock)).expect("valid");
+        let (authority, own_key) = (&self.registry.parts.authority, key.public_key());
+        let certificate = authority.certify(own_key, Grant::of(role, "node")).await.expect("issued");
+        let membership = Membership::new(authority.pool(), own_key, certificate, Arc::new(FixedClock)).expect("valid");
         if kind == Kind::Revoked {
-            admission.revoke(own_key).await.expect("revoked");
+            authority.revoke(own_key).await.expect("revoked");
             self.registry.take_revocations().await.expect("taken");
         }
         client.with_membership(membership)

@@ -1,6 +1,6 @@
 //! The registry as other nodes see it.
 
-mod admission;
+mod membership;
 mod models;
 mod offers;
 
@@ -22,7 +22,9 @@ use protocol::{Clock, Digest, ErrorCode, PublicKey, TenantId, UnixMillis, WireEr
 use rpc::{CallError, Client, Membership, MemoryNetwork};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tether_registry::{AdmissionOffice, AdmissionParts, Grant, Pepper, Registry, RegistryParts, TokenOffice, catalog};
+use tether_registry::{
+    CertificateAuthority, CertificateAuthorityParts, Grant, Pepper, Registry, RegistryParts, TokenIssuer, catalog,
+};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -39,8 +41,8 @@ struct TestRegistry {
     client: Client,
     stranger: Client,
     registry: PublicKey,
-    office: TokenOffice,
-    admission: AdmissionOffice,
+    tokens: TokenIssuer,
+    authority: CertificateAuthority,
     store: Arc<dyn RegistryStore>,
     clock: Arc<SetClock>,
     folder: tempfile::TempDir,
@@ -57,11 +59,12 @@ async fn test() -> TestRegistry {
     let transport = network.node(&NodeKey::from_seed(&[1; 32]));
     let registry = transport.public_key();
     let root = NodeKey::from_seed(&[100; 32]);
-    let parts = AdmissionParts::new(root, store.clone(), clock.clone(), Pepper([9; 32]), registry);
-    let admission = AdmissionOffice::new(AdmissionParts { bootstrap: vec!["192.0.2.1:49737".into()], ..parts });
-    let certificate = admission.certify(gateway.public_key(), Grant::of(NodeRole::Gateway, "gateway")).await;
+    let parts = CertificateAuthorityParts::new(root, store.clone(), clock.clone(), Pepper([9; 32]), registry);
+    let authority =
+        CertificateAuthority::new(CertificateAuthorityParts { bootstrap: vec!["192.0.2.1:49737".into()], ..parts });
+    let certificate = authority.certify(gateway.public_key(), Grant::of(NodeRole::Gateway, "gateway")).await;
     let certificate = certificate.expect("issued");
-    let member = Membership::new(admission.pool(), gateway.public_key(), certificate, clock.clone()).expect("good");
+    let member = Membership::new(authority.pool(), gateway.public_key(), certificate, clock.clone()).expect("good");
     let parts = RegistryParts {
         transport,
         region: "local".parse().expect("region"),
@@ -69,7 +72,7 @@ async fn test() -> TestRegistry {
         store: store.clone(),
         artifacts: None,
         pepper: Pepper([9; 32]),
-        admission: admission.clone(),
+        authority: authority.clone(),
         version: "0".into(),
     };
     let tasks = TaskTracker::new();
@@ -77,10 +80,10 @@ async fn test() -> TestRegistry {
     TestRegistry {
         client: Client::new(network.node(&gateway)).with_membership(member),
         network: network.clone(),
-        admission,
+        authority,
         stranger: Client::new(network.node(&NodeKey::from_seed(&[3; 32]))),
         registry,
-        office: TokenOffice::new(store.clone(), clock.clone(), Pepper([9; 32])),
+        tokens: TokenIssuer::new(store.clone(), clock.clone(), Pepper([9; 32])),
         store,
         clock,
         folder,
@@ -100,7 +103,7 @@ impl TestRegistry {
         request: impl Serialize,
     ) -> Result<Reply, CallError> {
         let new = TokenCreate { scopes: vec![Scope::Admin], ..new_token(None) };
-        let token = self.office.issue(new).await.expect("issued").token;
+        let token = self.tokens.issue(new).await.expect("issued").token;
         let asked = ByOperator { token, request };
         self.stranger.call(self.registry, method, &asked, Duration::from_secs(5)).await
     }
@@ -128,7 +131,7 @@ async fn an_issued_token_is_good_for_its_tenant_and_scopes() {
     let test = test().await;
     let policy = TenantPolicy { requests_per_minute: Some(7), ..TenantPolicy::default() };
     test.store.put_policy(&tenant(), &policy).await.expect("kept");
-    let token = test.office.issue(new_token(None)).await.expect("issued");
+    let token = test.tokens.issue(new_token(None)).await.expect("issued");
     let grant = test.check(&token.token).await.expect("good");
     assert_eq!(grant.tenant_id, tenant());
     assert_eq!(grant.scopes, [Scope::Infer]);
@@ -139,7 +142,7 @@ async fn an_issued_token_is_good_for_its_tenant_and_scopes() {
 #[tokio::test]
 async fn the_store_never_holds_the_secret() {
     let test = test().await;
-    let token = test.office.issue(new_token(None)).await.expect("issued");
+    let token = test.tokens.issue(new_token(None)).await.expect("issued");
     test.store.close().await.expect("closed");
     for file in std::fs::read_dir(test.folder.path()).expect("a folder") {
         let bytes = std::fs::read(file.expect("a file").path()).expect("readable");
@@ -152,14 +155,14 @@ async fn the_store_never_holds_the_secret() {
 async fn a_wrong_a_revoked_and_an_expired_token_are_refused_alike() {
     let test = test().await;
     let now = test.clock.now();
-    let revoked = test.office.issue(new_token(None)).await.expect("issued");
-    assert!(test.office.revoke(&revoked.key_id).await.expect("revoked").found);
-    let expiring = test.office.issue(new_token(Some(now.after(Duration::from_mins(1))))).await.expect("issued");
+    let revoked = test.tokens.issue(new_token(None)).await.expect("issued");
+    assert!(test.tokens.revoke(&revoked.key_id).await.expect("revoked").found);
+    let expiring = test.tokens.issue(new_token(Some(now.after(Duration::from_mins(1))))).await.expect("issued");
     assert!(test.check(&expiring.token).await.is_ok());
     test.clock.0.store(now.0 + 60_000, Ordering::SeqCst);
 
     // Issued under another pepper: well formed, of a known shape, and never of this registry.
-    let other = TokenOffice::new(test.store.clone(), test.clock.clone(), Pepper([8; 32]));
+    let other = TokenIssuer::new(test.store.clone(), test.clock.clone(), Pepper([8; 32]));
     let foreign = other.issue(new_token(None)).await.expect("issued");
 
     let mut messages = std::collections::HashSet::new();
@@ -245,7 +248,7 @@ async fn adapters_are_added_listed_and_forgotten_over_the_network() {
 #[tokio::test]
 async fn a_node_that_is_not_enrolled_learns_nothing() {
     let test = test().await;
-    let token = test.office.issue(new_token(None)).await.expect("issued");
+    let token = test.tokens.issue(new_token(None)).await.expect("issued");
     let check = TokenCheck { token: token.token };
     let rules = PolicyRequest { tenant_id: tenant() };
     let deadline = Duration::from_secs(5);
@@ -269,7 +272,7 @@ async fn tokens_are_issued_listed_and_revoked_over_the_network() {
     let created: TokenCreated = test.operate(OPERATOR_TOKEN_CREATE, &new).await.expect("issued");
     let grant = test.check(&created.token).await.expect("good");
     assert_eq!(grant.policy.requests_per_minute, Some(9));
-    let token = test.office.issue(TokenCreate { scopes: vec![Scope::Admin], ..new_token(None) }).await;
+    let token = test.tokens.issue(TokenCreate { scopes: vec![Scope::Admin], ..new_token(None) }).await;
     let request = OperatorRequest { token: token.expect("issued").token };
     let listed: TokenList = test.ask(OPERATOR_TOKEN_LIST, &request).await.expect("listed");
     assert!(listed.tokens.iter().any(|token| token.key_id == created.key_id), "{listed:?}");

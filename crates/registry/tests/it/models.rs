@@ -24,7 +24,7 @@ impl Scene {
     async fn new() -> Self {
         let test = test().await;
         let new = TokenCreate { scopes: vec![Scope::Admin], ..new_token(None) };
-        let token = test.office.issue(new).await.expect("issued").token;
+        let token = test.tokens.issue(new).await.expect("issued").token;
         Self { test, token }
     }
 
@@ -228,7 +228,7 @@ async fn a_model_is_forgotten_with_what_only_it_needs() {
 #[tokio::test]
 async fn only_operators_change_the_catalogue() {
     let mut scene = Scene::new().await;
-    scene.token = scene.test.office.issue(new_token(None)).await.expect("issued").token;
+    scene.token = scene.test.tokens.issue(new_token(None)).await.expect("issued").token;
     for refused in [
         scene.add("mine", None, b"one").await.err(),
         scene.alias("gpt-4o", "m").await.err(),

@@ -28,9 +28,9 @@ fn of(model_id: &str, source: OfferedSource) -> ModelOffer {
 async fn member(test: &TestRegistry, seed: u8, role: NodeRole, models: &[&str]) -> Client {
     let key = NodeKey::from_seed(&[seed; 32]);
     let models = models.iter().map(|model| model.parse().expect("a name")).collect();
-    let certificate = test.admission.certify(key.public_key(), Grant { models, ..Grant::of(role, "node") }).await;
+    let certificate = test.authority.certify(key.public_key(), Grant { models, ..Grant::of(role, "node") }).await;
     let membership =
-        Membership::new(test.admission.pool(), key.public_key(), certificate.expect("issued"), test.clock.clone());
+        Membership::new(test.authority.pool(), key.public_key(), certificate.expect("issued"), test.clock.clone());
     Client::new(test.network.node(&key)).with_membership(membership.expect("good"))
 }
 

@@ -23,8 +23,8 @@ impl Access {
         match self {
             Self::Anyone => Ok(()),
             Self::Members => Ok(membership.standing(key).map(drop)?),
-            Self::Role(role) => Ok(membership.admit(key, *role, None)?),
-            Self::RoleIn(role, region) => Ok(membership.admit(key, *role, Some(region))?),
+            Self::Role(role) => Ok(membership.check_role(key, *role, None)?),
+            Self::RoleIn(role, region) => Ok(membership.check_role(key, *role, Some(region))?),
         }
     }
 }

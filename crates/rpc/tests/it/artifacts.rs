@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use artifact_store::ArtifactStore;
-use protocol::admission::Certificate;
 use protocol::artifact::{ArtifactFetch, FETCH};
 use protocol::control::NodeRole;
+use protocol::membership::Certificate;
 use protocol::{Digest, ErrorCode, ModelName};
 use tether_rpc::artifacts::{READS_MAX, READS_PER_PEER_MAX};
 use tether_rpc::{ArtifactServer, ArtifactStream, CallError};

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use protocol::admission::{Certificate, Exclusion, RevocationList, certificate};
 use protocol::control::{
     CERTIFICATE_RENEW, Empty, Enrolled, Hello, NODE_HELLO, NodeInfo, NodeRole, POOL_STATE, PoolState, PoolStateRequest,
 };
+use protocol::membership::{Certificate, Exclusion, RevocationList, certificate};
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, ErrorCode, PublicKey, Topic, UnixMillis, WireError, codec};
 use tether_rpc::{
@@ -116,7 +116,7 @@ impl Pool {
         let server = Server::new(node.transport.clone(), info)
             .membership(node.membership.clone())
             .unary("whoami", move |caller, _: Empty| {
-                let admitted = membership.admit(caller.key, NodeRole::Worker, Some(&region("local")));
+                let admitted = membership.check_role(caller.key, NodeRole::Worker, Some(&region("local")));
                 async move { admitted.map(|()| Empty {}).map_err(WireError::from) }
             })
             .stream("hang", |call: StreamCall| async move {
@@ -197,7 +197,7 @@ async fn who_goes_on_showing_false_certificates_is_cut_off() {
 }
 
 fn refusal() -> tether_rpc::transport::RequestError {
-    WireError::from(protocol::admission::CertificateError::BadSignature).into()
+    WireError::from(protocol::membership::CertificateError::BadSignature).into()
 }
 
 #[tokio::test(start_paused = true)]

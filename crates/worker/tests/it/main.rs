@@ -1,9 +1,9 @@
 //! A worker with a mock engine, on a network in memory, seen by an orchestrator that only listens.
 
 mod adapters;
-mod admission;
 mod catalog;
 mod jobs;
+mod membership;
 mod memory;
 mod models;
 mod offers;
@@ -83,11 +83,11 @@ impl Orchestrator {
             let facts = Facts {
                 remote_key: caller.key,
                 regions: &[region()],
-                admitted: &|_| Ok(()),
+                check_worker: &|_| Ok(()),
                 high_water,
                 now: clock.now(),
             };
-            let report = presence::admit(&signed, &facts);
+            let report = presence::verify(&signed, &facts);
             if let Ok(report) = &report {
                 inbox.high_water.insert(caller.key, HighWater { epoch: report.epoch, seq: report.seq });
             }

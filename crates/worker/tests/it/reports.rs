@@ -55,8 +55,8 @@ async fn an_orchestrator_that_asks_gets_a_report_of_the_present() {
     let before = scene.orchestrator.last();
     let high_water = Some(HighWater { epoch: before.epoch, seq: before.seq });
     let now = scene.world.clock.now();
-    let facts = Facts { remote_key: id, regions: &[region()], admitted: &|_| Ok(()), high_water, now };
-    let report = presence::admit(&signed, &facts).expect("believed");
+    let facts = Facts { remote_key: id, regions: &[region()], check_worker: &|_| Ok(()), high_water, now };
+    let report = presence::verify(&signed, &facts).expect("believed");
     assert_eq!((report.capacity.running, report.issued_at), (1, now));
     // What is pushed afterwards is later than what was told.
     time::sleep(SECOND * 6).await;

@@ -67,7 +67,7 @@ async fn look(context: &Context, pool: &Pool) -> anyhow::Result<Vec<Check>> {
     checks.push(check("orchestrators", services.of(NodeRole::Orchestrator)));
     checks.push(check("gateways", services.of(NodeRole::Gateway)));
     for role in ROLES {
-        if let Some(found) = admission(context, pool, role).await {
+        if let Some(found) = membership(context, pool, role).await {
             checks.push(check(role, found));
         }
     }
@@ -175,7 +175,7 @@ fn clock(ours: UnixMillis, other: UnixMillis, within: Duration) -> Result<String
 }
 
 /// Checks whether a node of this machine belongs to the network. `None` if there is no such node.
-async fn admission(context: &Context, pool: &Pool, role: &'static str) -> Option<Result<String, String>> {
+async fn membership(context: &Context, pool: &Pool, role: &'static str) -> Option<Result<String, String>> {
     let path = context.data.enrolment(role);
     let enrolment = match Enrolment::load(&path) {
         Ok(enrolment) => enrolment?,

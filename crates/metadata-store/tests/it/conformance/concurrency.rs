@@ -10,7 +10,7 @@ use tether_metadata_store::{
 };
 use tokio::task::JoinSet;
 
-use super::admission::{ID, invite};
+use super::membership::{ID, invite};
 use super::samples::{NOW, job, key, reassignment, settlement, tenant, worker};
 use super::{Jobs, Registry, Subject};
 

@@ -3,12 +3,12 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use protocol::admission::{CERTIFICATE_LIFE, Certificate, Invite, InviteSecret, RevocationList};
 use protocol::control::{
     CATALOG_LIST, CERTIFICATE_RENEW, Catalog, Empty, Enrolled, INVITE_CREATE, INVITE_REDEEM, InviteCreate,
     InviteCreated, InviteRedeem, NODE_LIST, NODE_REVOKE, NodeList, NodeRevoke, NodeRevoked, NodeRole, OperatorRequest,
     POOL_STATE, PoolState, PoolStateRequest, Scope, TOKEN_CHECK, TokenCheck, TokenCreate, TokenGrant,
 };
+use protocol::membership::{CERTIFICATE_LIFE, Certificate, Invite, InviteSecret, RevocationList};
 use protocol::signature::NodeKey;
 use protocol::{Clock as _, ErrorCode, InviteId, PublicKey};
 use rpc::{CallError, Client, Enrolment, JoinError, Membership};
@@ -39,7 +39,7 @@ fn joined_code(outcome: Result<Enrolment, JoinError>) -> ErrorCode {
 impl TestRegistry {
     async fn token(&self, scopes: &[Scope]) -> String {
         let new = TokenCreate { scopes: scopes.to_vec(), ..new_token(None) };
-        self.office.issue(new).await.expect("issued").token
+        self.tokens.issue(new).await.expect("issued").token
     }
 
     /// A client of a node that is nobody yet.
@@ -85,7 +85,7 @@ impl TestRegistry {
 async fn an_invite_makes_a_node_a_member_with_what_it_allows() {
     let test = test().await;
     let invite = test.invite().await;
-    assert_eq!((invite.registry, invite.pool), (test.registry, test.admission.pool()));
+    assert_eq!((invite.registry, invite.pool), (test.registry, test.authority.pool()));
     assert_eq!(
         (invite.roles.clone(), invite.bootstrap.clone()),
         (vec![NodeRole::Worker], vec!["192.0.2.1:49737".into()])
@@ -149,7 +149,7 @@ async fn wrong_expired_and_unknown_invites_are_refused_each_with_its_own_code() 
     // A node whose clock is behind learns it from the registry.
     let fresh = Invite { expires_at: test.clock.now().after(HOUR), ..invite };
     assert_eq!(joined_code(test.join(&newcomer, &fresh).await), ErrorCode::InviteExpired);
-    assert_eq!(test.admission.nodes().await.expect("readable").nodes.len(), 2, "the gateway and the registry");
+    assert_eq!(test.authority.nodes().await.expect("readable").nodes.len(), 2, "the gateway and the registry");
 }
 
 #[tokio::test]
@@ -206,7 +206,7 @@ async fn an_invite_that_makes_no_sense_is_refused_by_its_field() {
         valid_secs: Some(60),
         bootstrap: vec![],
     };
-    test.admission.invite(good.clone()).await.expect("made");
+    test.authority.invite(good.clone()).await.expect("made");
     for (request, field) in [
         (InviteCreate { roles: vec![], ..good.clone() }, "roles"),
         (InviteCreate { valid_secs: Some(0), ..good.clone() }, "validSecs"),
@@ -215,7 +215,7 @@ async fn an_invite_that_makes_no_sense_is_refused_by_its_field() {
         (InviteCreate { name: "x".repeat(65), ..good.clone() }, "name"),
         (InviteCreate { models: vec!["m".parse().expect("name"); 257], ..good }, "models"),
     ] {
-        let error = test.admission.invite(request).await.expect_err("refused").to_string();
+        let error = test.authority.invite(request).await.expect_err("refused").to_string();
         assert!(error.starts_with(field), "{error}");
     }
 }
@@ -258,7 +258,7 @@ async fn a_revoked_node_is_out_at_once_for_good_and_everybody_is_told() {
     let revoked: NodeRevoked = test.ask(NODE_REVOKE, &request).await.expect("revoked");
     assert!(revoked.found);
     let told: PoolState = other.call(test.registry, POOL_STATE, &state(0), SECOND).await.expect("told");
-    let list = RevocationList::verify(&told.revocations.expect("news"), test.admission.pool()).expect("good");
+    let list = RevocationList::verify(&told.revocations.expect("news"), test.authority.pool()).expect("good");
     assert_eq!((list.version, list.keys.into_iter().collect::<Vec<_>>()), (revoked.version, vec![expelled]));
     let known: PoolState = other.call(test.registry, POOL_STATE, &state(revoked.version), SECOND).await.expect("told");
     assert_eq!(known.revocations, None);
@@ -284,14 +284,14 @@ async fn a_key_that_was_never_admitted_can_be_expelled_and_the_list_forgets_it_i
     // The registry has certified itself before time passes.
     test.invite().await;
     let lost = key(50).public_key();
-    let first = test.admission.revoke(lost).await.expect("revoked");
+    let first = test.authority.revoke(lost).await.expect("revoked");
     assert!(!first.found);
-    let list = |signed| RevocationList::verify(&signed, test.admission.pool()).expect("good");
-    assert!(list(test.admission.revocations().await.expect("made")).keys.contains(&lost));
+    let list = |signed| RevocationList::verify(&signed, test.authority.pool()).expect("good");
+    assert!(list(test.authority.revocations().await.expect("made")).keys.contains(&lost));
     test.pass(CERTIFICATE_LIFE + HOUR * 25);
-    let second = test.admission.revoke(key(51).public_key()).await.expect("revoked");
+    let second = test.authority.revoke(key(51).public_key()).await.expect("revoked");
     assert!(second.version > first.version);
-    let later = list(test.admission.revocations().await.expect("made"));
+    let later = list(test.authority.revocations().await.expect("made"));
     assert!(!later.keys.contains(&lost), "its certificate, if it had one, ended long ago");
     // It is refused all the same.
     assert_eq!(joined_code(test.join(&test.newcomer(50), &test.invite().await).await), ErrorCode::NodeRevoked);
@@ -320,11 +320,11 @@ async fn another_pools_root_admits_nobody_here() {
         public_key: node.public_key(),
         ..Certificate::verify(
             &test
-                .admission
+                .authority
                 .certify(node.public_key(), tether_registry::Grant::of(NodeRole::Gateway, "g"))
                 .await
                 .expect("issued"),
-            test.admission.pool(),
+            test.authority.pool(),
             node.public_key(),
             test.clock.now(),
         )

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use protocol::admission::Certificate;
 use protocol::control::{
     ARTIFACT_HOLDERS, ArtifactHolders, ArtifactHoldersRequest, Empty, FLEET_LIST, Fleet, JOB_EXPLAIN, MODEL_MOVE,
     NodeRole,
 };
+use protocol::membership::Certificate;
 use protocol::{Digest, ErrorCode, WireError};
 use rpc::{CallError, Client};
 use tether_orchestrator::Config;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use protocol::Clock as _;
-use protocol::admission::{Certificate, RevocationList, certificate};
 use protocol::control::NodeRole;
+use protocol::membership::{Certificate, RevocationList, certificate};
 use protocol::signature::NodeKey;
 use rpc::{Membership, SystemClock};
 

@@ -111,7 +111,7 @@ pub(super) fn node(connection: &Connection, public_key: PublicKey) -> rusqlite::
         .optional()
 }
 
-/// Returns every node, in order of admission.
+/// Returns every node, in order of enrolment.
 pub(super) fn nodes(connection: &Connection) -> rusqlite::Result<Vec<NodeRecord>> {
     connection
         .prepare_cached(

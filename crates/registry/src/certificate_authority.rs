@@ -1,4 +1,4 @@
-//! Membership of the pool: invites, certificates and revocations, signed with the pool's root key.
+//! The certificate authority of the pool: invites, certificates and revocations, signed with the pool's root key.
 
 mod attempts;
 
@@ -10,14 +10,14 @@ use hmac::{Hmac, Mac as _};
 use metadata_store::{
     InviteRecord, NewCertificate, NodeRecord, PutInviteError, Redemption, RegistryStore, Revocation, StoreError,
 };
-use protocol::admission::invite::{BOOTSTRAP_MAX, REGIONS_MAX, SECRET_BYTES};
-use protocol::admission::{
-    BACKDATE, CERTIFICATE_LIFE, Certificate, Exclusion, INVITE_LIFE, Invite, InviteSecret, RevocationList, certificate,
-    revocation,
-};
 use protocol::control::{
     Enrolled, InviteCreate, InviteCreated, InviteRedeem, NodeEntry, NodeList, NodeRenamed, NodeRevoked, NodeRole,
     PoolState,
+};
+use protocol::membership::invite::{BOOTSTRAP_MAX, REGIONS_MAX, SECRET_BYTES};
+use protocol::membership::{
+    BACKDATE, CERTIFICATE_LIFE, Certificate, Exclusion, INVITE_LIFE, Invite, InviteSecret, RevocationList, certificate,
+    revocation,
 };
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, ErrorCode, InviteId, ModelName, PublicKey, Region, UnixMillis, WireError};
@@ -56,8 +56,8 @@ impl Grant {
     }
 }
 
-/// Dependencies and settings of an [`AdmissionOffice`].
-pub struct AdmissionParts {
+/// Dependencies and settings of an [`CertificateAuthority`].
+pub struct CertificateAuthorityParts {
     /// The pool's root key. Its holder decides which nodes belong to the pool.
     pub root: NodeKey,
     /// Stores nodes, invites and revocations.
@@ -74,7 +74,7 @@ pub struct AdmissionParts {
     pub certificate_life: Duration,
 }
 
-impl AdmissionParts {
+impl CertificateAuthorityParts {
     /// Makes the default parts: certificates valid for [`CERTIFICATE_LIFE`], and no bootstrap addresses.
     pub fn new(
         root: NodeKey,
@@ -87,12 +87,12 @@ impl AdmissionParts {
     }
 }
 
-/// Makes and redeems invites, issues and renews certificates, and expels nodes. Clones share one office.
+/// Makes and redeems invites, issues and renews certificates, and expels nodes. Clones share their state.
 #[derive(Clone)]
-pub struct AdmissionOffice(Arc<Inner>);
+pub struct CertificateAuthority(Arc<Inner>);
 
 struct Inner {
-    parts: AdmissionParts,
+    parts: CertificateAuthorityParts,
     attempts: Attempts,
     /// Cached, because every node asks for it every two seconds.
     list: RwLock<Option<Arc<List>>>,
@@ -111,7 +111,7 @@ struct List {
 
 /// Why a certificate or list could not be made.
 #[derive(Debug, thiserror::Error)]
-pub enum AdmissionError {
+pub enum AuthorityError {
     /// The system returned no random bytes.
     #[error("could not draw random bytes")]
     Random,
@@ -130,23 +130,23 @@ pub enum AdmissionError {
     Store(#[from] StoreError),
 }
 
-impl From<AdmissionError> for WireError {
-    fn from(error: AdmissionError) -> Self {
+impl From<AuthorityError> for WireError {
+    fn from(error: AuthorityError) -> Self {
         match error {
-            AdmissionError::Revoked => Exclusion::Revoked.into(),
-            AdmissionError::Invalid { field, .. } => {
+            AuthorityError::Revoked => Exclusion::Revoked.into(),
+            AuthorityError::Invalid { field, .. } => {
                 Self::new(ErrorCode::InvalidValue, error.to_string()).with_param(field)
             }
-            AdmissionError::Random | AdmissionError::Store(_) => {
-                warn!(%error, "the admission office failed");
+            AuthorityError::Random | AuthorityError::Store(_) => {
+                warn!(%error, "the certificate authority failed");
                 Self::new(ErrorCode::Unavailable, "the registry cannot do this now, try again")
             }
         }
     }
 }
 
-impl AdmissionOffice {
-    pub fn new(parts: AdmissionParts) -> Self {
+impl CertificateAuthority {
+    pub fn new(parts: CertificateAuthorityParts) -> Self {
         let (attempts, list, changes) = (Attempts::default(), RwLock::default(), watch::Sender::new(0));
         Self(Arc::new(Inner { parts, attempts, list, changes }))
     }
@@ -157,10 +157,10 @@ impl AdmissionOffice {
     }
 
     /// Issues a certificate to a node without an invite.
-    pub async fn certify(&self, node: PublicKey, grant: Grant) -> Result<Signed, AdmissionError> {
+    pub async fn certify(&self, node: PublicKey, grant: Grant) -> Result<Signed, AuthorityError> {
         let Inner { parts, .. } = &*self.0;
         if self.is_revoked(node).await? {
-            return Err(AdmissionError::Revoked);
+            return Err(AuthorityError::Revoked);
         }
         let Grant { name, roles, regions, models } = grant;
         let now = parts.clock.now();
@@ -184,12 +184,12 @@ impl AdmissionOffice {
     }
 
     /// Makes an invite and returns it this once: only a hash of its secret is stored. The caller has checked the token.
-    pub async fn invite(&self, new: InviteCreate) -> Result<InviteCreated, AdmissionError> {
+    pub async fn invite(&self, new: InviteCreate) -> Result<InviteCreated, AuthorityError> {
         let Inner { parts, .. } = &*self.0;
         let InviteCreate { mut roles, regions, models, name, valid_secs, mut bootstrap, token: _ } = new;
         roles.sort();
         roles.dedup();
-        let invalid = |field, reason| Err(AdmissionError::Invalid { field, reason });
+        let invalid = |field, reason| Err(AuthorityError::Invalid { field, reason });
         if roles.is_empty() {
             return invalid("roles", "name at least one role");
         }
@@ -215,8 +215,8 @@ impl AdmissionOffice {
         let now = parts.clock.now();
         let expires_at = now.after(life);
         let (mut id, mut secret) = (InviteId([0; 8]), InviteSecret([0; SECRET_BYTES]));
-        getrandom::fill(&mut id.0).map_err(|_| AdmissionError::Random)?;
-        getrandom::fill(&mut secret.0).map_err(|_| AdmissionError::Random)?;
+        getrandom::fill(&mut id.0).map_err(|_| AuthorityError::Random)?;
+        getrandom::fill(&mut secret.0).map_err(|_| AuthorityError::Random)?;
         let record = InviteRecord {
             invite_id: id,
             hash: self.hash(id, &secret),
@@ -230,7 +230,7 @@ impl AdmissionOffice {
         };
         parts.store.put_invite(record).await.map_err(|error| match error {
             // A collision of 64 random bits means that the random generator is broken.
-            PutInviteError::Taken { .. } => AdmissionError::Random,
+            PutInviteError::Taken { .. } => AuthorityError::Random,
             PutInviteError::Store(error) => error.into(),
         })?;
         let (pool, registry) = (self.pool(), parts.registry);
@@ -244,7 +244,7 @@ impl AdmissionOffice {
         let Inner { parts, attempts, .. } = &*self.0;
         attempts.take(node, Instant::now())?;
         let InviteRedeem { invite_id, secret, name } = request;
-        let unavailable = |error: StoreError| WireError::from(AdmissionError::from(error));
+        let unavailable = |error: StoreError| WireError::from(AuthorityError::from(error));
         let record = parts.store.invite(invite_id).await.map_err(unavailable)?;
         let Some(record) = record else {
             return Err(WireError::new(ErrorCode::InviteUnknown, "the registry knows no such invite"));
@@ -285,7 +285,7 @@ impl AdmissionOffice {
     /// Issues a member's next certificate, with the roles, regions and models in the registry's records.
     pub async fn renew(&self, node: PublicKey) -> Result<Enrolled, WireError> {
         let Inner { parts, .. } = &*self.0;
-        let record = parts.store.node(node).await.map_err(AdmissionError::from)?;
+        let record = parts.store.node(node).await.map_err(AuthorityError::from)?;
         let record = record.ok_or(Exclusion::NotEnrolled)?;
         if parts.clock.now() >= record.not_after {
             return Err(Exclusion::Ended.into());
@@ -296,7 +296,7 @@ impl AdmissionOffice {
     }
 
     /// Expels a key, whether or not it was ever admitted here.
-    pub async fn revoke(&self, node: PublicKey) -> Result<NodeRevoked, AdmissionError> {
+    pub async fn revoke(&self, node: PublicKey) -> Result<NodeRevoked, AuthorityError> {
         let Inner { parts, .. } = &*self.0;
         let found = parts.store.node(node).await?.is_some();
         let version = parts.store.revoke_node(node, parts.clock.now()).await?;
@@ -307,15 +307,15 @@ impl AdmissionOffice {
     }
 
     /// Renames a node. The name is for display only; permissions depend on the node's key.
-    pub async fn rename(&self, node: PublicKey, name: &str) -> Result<NodeRenamed, AdmissionError> {
+    pub async fn rename(&self, node: PublicKey, name: &str) -> Result<NodeRenamed, AuthorityError> {
         if name.is_empty() || name.chars().count() > NAME_MAX || name.chars().any(char::is_control) {
-            return Err(AdmissionError::Invalid { field: "name", reason: "a name has 1 to 64 printable characters" });
+            return Err(AuthorityError::Invalid { field: "name", reason: "a name has 1 to 64 printable characters" });
         }
         Ok(NodeRenamed { found: self.0.parts.store.rename_node(node, name).await? })
     }
 
     /// Lists every node that was ever admitted.
-    pub async fn nodes(&self) -> Result<NodeList, AdmissionError> {
+    pub async fn nodes(&self) -> Result<NodeList, AuthorityError> {
         let entry = |node: NodeRecord| NodeEntry {
             public_key: node.public_key,
             name: node.name,
@@ -332,12 +332,12 @@ impl AdmissionOffice {
 
     /// Returns the signed list of expelled keys. Keys revoked so long ago that their certificates have expired are left
     /// out.
-    pub async fn revocations(&self) -> Result<Signed, AdmissionError> {
+    pub async fn revocations(&self) -> Result<Signed, AuthorityError> {
         Ok(self.list().await?.signed.clone())
     }
 
     /// Returns the version of the list, and the list itself if it differs from `version`.
-    pub async fn state(&self, version: u64) -> Result<PoolState, AdmissionError> {
+    pub async fn state(&self, version: u64) -> Result<PoolState, AuthorityError> {
         let list = self.list().await?;
         let revocations = (list.version != version).then(|| list.signed.clone());
         Ok(PoolState { version: list.version, revocations })

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use engine::MockOptions;
 use parking_lot::Mutex;
-use protocol::admission::{Certificate, RevocationList, certificate};
 use protocol::control::{
     Empty, NodeInfo, NodeRole, POOL_STATE, PRESENCE_DESCRIBE, PRESENCE_REPORT, PoolState, PoolStateRequest,
 };
 use protocol::infer::START;
+use protocol::membership::{Certificate, RevocationList, certificate};
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock as _, ErrorCode, PublicKey, Topic, codec};
 use rpc::{CallError, Client, Membership, ResponseStream, Server, StreamOptions};

@@ -2,8 +2,8 @@
 
 use gateway::Gateway;
 use protocol::ErrorCode;
-use protocol::admission::CERTIFICATE_LIFE;
 use protocol::control::{Scope, TokenCreate};
+use protocol::membership::CERTIFICATE_LIFE;
 use tokio::time::{self, Instant};
 
 use crate::memory_network::{HOUR, Network, SECOND};
@@ -109,13 +109,13 @@ async fn a_gateway_goes_on_for_ten_minutes_without_its_registry_and_then_refuses
 async fn a_key_revoked_in_the_registrys_absence_is_out_within_five_seconds_of_its_return() {
     let network = Network::start(CERTIFICATE_LIFE).await;
     let gateway = network.add_gateway(4).await;
-    let (office, new) = (network.tokens(), new_token());
-    let created = office.issue(new).await.expect("issued");
+    let (tokens, new) = (network.tokens(), new_token());
+    let created = tokens.issue(new).await.expect("issued");
     time::sleep(SECOND * 10).await;
     admit(&gateway, &created.token).await.1.expect("a good key");
     network.memory.cut(network.registry);
     time::sleep(SECOND * 60).await;
-    office.revoke(&created.key_id).await.expect("revoked");
+    tokens.revoke(&created.key_id).await.expect("revoked");
     admit(&gateway, &created.token).await.1.expect("nobody can know");
     network.restart_registry();
     // A peer that was away is dialled again within five seconds; from then on it answers.

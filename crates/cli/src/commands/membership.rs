@@ -4,8 +4,8 @@ use std::net::SocketAddrV4;
 
 use anyhow::{Context as _, bail};
 use protocol::PublicKey;
-use protocol::admission::Invite;
 use protocol::control::{InviteCreate, NodeRole};
+use protocol::membership::Invite;
 use rpc::{Client, Enrolment, JoinError, SystemClock};
 
 use super::serve::{follow_parent, name, run_role};
