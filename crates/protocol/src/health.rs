@@ -102,8 +102,8 @@ impl HealthReport {
         !self.draining && self.supported.iter().any(is_at_hand)
     }
 
-    /// Returns whether the worker reports a file of one of these models: the model's own or an adapter's. It may turn out
-    /// not to have the adapter's.
+    /// Returns whether the worker reports a file of one of these models: the model's own or an adapter's. It may turn
+    /// out not to have the adapter's.
     pub fn has_file(&self, digest: &Digest, models: &[ModelKey]) -> bool {
         models.iter().filter(|key| self.supported.contains(key) && !self.to_fetch.contains(key)).any(|key| {
             // A model of the same name on an adopted server has no file.

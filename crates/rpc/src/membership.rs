@@ -121,8 +121,8 @@ impl Membership {
         }
     }
 
-    /// Returns a key's certificate, or the reason why the key is excluded. If membership is not checked, every key is accepted, and
-    /// has no certificate.
+    /// Returns a key's certificate, or the reason why the key is excluded. If membership is not checked, every key is
+    /// accepted, and has no certificate.
     pub fn standing(&self, key: PublicKey) -> Result<Option<Arc<Certificate>>, Exclusion> {
         let Some(inner) = &self.0 else { return Ok(None) };
         let state = inner.read();

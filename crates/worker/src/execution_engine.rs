@@ -197,8 +197,8 @@ impl ExecutionEngine {
 
     /// Sends the answer chunk by chunk as it is generated, and returns the last chunk for the caller to send.
     ///
-    /// The caller sends the last chunk, so that it can free the job's capacity before the client sees the end. `has_begun`
-    /// is cancelled with the first part of the answer.
+    /// The caller sends the last chunk, so that it can free the job's capacity before the client sees the end.
+    /// `has_begun` is cancelled with the first part of the answer.
     pub(crate) async fn answer(
         &self,
         begun: Begun,

@@ -1,8 +1,8 @@
 //! Loads models and runs jobs.
 //!
-//! [`BaseWorker`] answers `infer.start`. Its quota guard decides whether there is capacity for the job, and the model loader
-//! brings the model into memory. If the model's file is not here, the fetcher gets it from another node. The execution
-//! engine runs the job, and the health reporter keeps the orchestrators informed.
+//! [`BaseWorker`] answers `infer.start`. Its quota guard decides whether there is capacity for the job, and the model
+//! loader brings the model into memory. If the model's file is not here, the fetcher gets it from another node. The
+//! execution engine runs the job, and the health reporter keeps the orchestrators informed.
 
 mod adoption;
 mod announcer;

@@ -57,8 +57,8 @@ impl Adapters {
         self.freed.notify_waiters();
     }
 
-    /// Leases a slot for an adapter, and evicts the least recently used one if all slots are taken. Waits while all are in
-    /// use. Returns `None` if the engine is not the present one. Cancel safe.
+    /// Leases a slot for an adapter, and evicts the least recently used one if all slots are taken. Waits while all are
+    /// in use. Returns `None` if the engine is not the present one. Cancel safe.
     pub(crate) async fn lease(self: &Arc<Self>, engine: ModelId, name: &AdapterName) -> Option<Lease> {
         loop {
             // Subscribes before it checks, so that an adapter that is freed in between is not missed.

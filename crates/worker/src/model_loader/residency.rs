@@ -1,7 +1,7 @@
 //! Decides which models are in memory: those that are asked for, as far as they fit (W3).
 //!
-//! A pure function of facts about the models and the available memory, the machine's and its GPUs'. It reads no clock and moves
-//! nothing; `ModelLoader` does both.
+//! A pure function of facts about the models and the available memory, the machine's and its GPUs'. It reads no clock
+//! and moves nothing; `ModelLoader` does both.
 //!
 //! Idle models are unloaded for wanted ones, the least recently used first. If only busy models could free enough
 //! memory, the jobs of one model are served together. After a turn the model takes no more jobs, finishes those that
