@@ -31,7 +31,7 @@ use crate::settings::{Env, Settings};
 /// The fewest digits of a key that may stand for it.
 const PREFIX_MIN: usize = 4;
 /// Timeout for a registry's answer, including the connection to it.
-const PATIENCE: Duration = Duration::from_secs(10);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// RPC client of a network's registry.
 pub struct Operator {
@@ -348,7 +348,7 @@ impl Operator {
         method: &str,
         request: &Request,
     ) -> anyhow::Result<Reply> {
-        let reply = self.client.call(self.registry, method, request, PATIENCE).await;
+        let reply = self.client.call(self.registry, method, request, RESPONSE_TIMEOUT).await;
         reply.map_err(|error| match error {
             CallError::Remote(refusal) => anyhow!("the registry refused: {}", refusal.message),
             error => anyhow!("the registry {} cannot be asked: {error}", self.registry.short()),

@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::data_folder::DataFolder;
 
 /// How long a node may take to end when asked to.
-const PATIENCE: Duration = Duration::from_secs(10);
+const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Nodes as child processes. Those that still run when this is dropped are killed.
 #[derive(Debug)]
@@ -102,7 +102,7 @@ impl Processes {
 
     /// Returns the UDP address of a node once it listens.
     pub async fn listening(&mut self, name: &str, role: &str) -> anyhow::Result<SocketAddrV4> {
-        self.wait_for(name, PATIENCE, |data| data.listen_address(role)).await
+        self.wait_for(name, END_TIMEOUT, |data| data.listen_address(role)).await
     }
 
     /// Fails if a node has ended by itself.
@@ -146,7 +146,7 @@ impl Processes {
         match ended {
             Some(status) if status.success() => Ok(()),
             Some(status) => bail!("{name} ended with {status}\n{}", self.last_words(name)),
-            None => bail!("{name} did not end within {} s and was killed", PATIENCE.as_secs()),
+            None => bail!("{name} did not end within {} s and was killed", END_TIMEOUT.as_secs()),
         }
     }
 
@@ -161,7 +161,7 @@ impl Processes {
             self.running.pop();
         }
         if !stubborn.is_empty() {
-            bail!("{} did not end within {} s and was killed", stubborn.join(", "), PATIENCE.as_secs());
+            bail!("{} did not end within {} s and was killed", stubborn.join(", "), END_TIMEOUT.as_secs());
         }
         Ok(())
     }
@@ -174,7 +174,7 @@ impl Member {
         if let Some(pid) = pid {
             let _ = kill_process(pid, Signal::TERM);
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + END_TIMEOUT;
         loop {
             if let Some(status) = self.child.try_wait().context("no word of a child")? {
                 return Ok(Some(status));

@@ -23,7 +23,7 @@ pub const ECHO_ROWS: u32 = 32;
 /// cache is most of what a small model takes.
 pub const CONTEXT_DEFAULT: u32 = 8_192;
 /// The default size of the KV cache in tokens, unless one sequence of full length needs more.
-const ROOM_DEFAULT: u32 = 8_192;
+const KV_TOKENS_DEFAULT: u32 = 8_192;
 /// The shortest context length that is chosen automatically when memory is short.
 const CONTEXT_MIN: u32 = 1_024;
 /// KV cache cells are allocated in blocks of this size.
@@ -67,7 +67,7 @@ pub fn shape(header: &Header, options: &LoadOptions) -> Result<Shape, EngineErro
     let most = context_length * slots;
     // One sequence of full length must always fit, and cells come in blocks.
     let kv_tokens = match options.kv_tokens {
-        0 => ROOM_DEFAULT.clamp(context_length, most),
+        0 => KV_TOKENS_DEFAULT.clamp(context_length, most),
         wanted => wanted.clamp(context_length, most),
     };
     Ok(Shape { context_length, slots, kv_tokens: kv_tokens.next_multiple_of(CELL_BLOCK) })

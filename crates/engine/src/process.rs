@@ -56,7 +56,7 @@ const UNLOAD_WITHIN: Duration = Duration::from_secs(2);
 ///
 /// With a large model on two slow cores, a batch of 512 tokens takes minutes. But an engine shows a sign of life
 /// between two operations of a batch, and one operation takes no more than a few seconds.
-const STALL_LIMIT: Duration = Duration::from_secs(20);
+const STALL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The command that starts a process which calls [`serve_child`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,7 +70,7 @@ pub struct ChildCommand {
 /// Runs each model in its own process.
 pub struct ProcessRuntime {
     command: ChildCommand,
-    stall_limit: Duration,
+    stall_timeout: Duration,
     info: Mutex<Option<RuntimeInfo>>,
     models: Arc<Mutex<Models>>,
     next_model: AtomicU64,
@@ -87,7 +87,7 @@ impl ProcessRuntime {
         let stop = CancellationToken::new();
         Self {
             command,
-            stall_limit: STALL_LIMIT,
+            stall_timeout: STALL_TIMEOUT,
             info: Mutex::default(),
             models: Arc::default(),
             next_model: AtomicU64::new(1),
@@ -103,8 +103,8 @@ impl ProcessRuntime {
     /// it is busy and sends nothing at all. Choose several times the duration of the slowest operation within a batch
     /// on this machine.
     #[must_use]
-    pub fn with_stall_limit(mut self, limit: Duration) -> Self {
-        self.stall_limit = limit;
+    pub fn with_stall_timeout(mut self, limit: Duration) -> Self {
+        self.stall_timeout = limit;
         self
     }
 
@@ -169,7 +169,7 @@ impl ModelRuntime for ProcessRuntime {
             tracing::warn!("threads is {threads}, and {cores} cores can be had: the engine uses {cores}");
         }
         let id = ModelId(self.next_model.fetch_add(1, Ordering::Relaxed));
-        let patience = load_within(&artifact);
+        let load_timeout = load_within(&artifact);
         let (loaded, is_loaded) = oneshot::channel();
         let kill = self.stop.child_token();
         // If a load fails, times out or is dropped, its process is killed.
@@ -180,11 +180,11 @@ impl ModelRuntime for ProcessRuntime {
                 models.lock().remove(&id);
             }
         };
-        let loading = Loading { progress, loaded, stall_limit: self.stall_limit };
+        let loading = Loading { progress, loaded, stall_timeout: self.stall_timeout };
         let process = EngineProcess::start(&self.command, artifact, options, loading, kill, &self.tasks, gone)
             .map_err(|error| EngineError::Failed { reason: format!("no engine process could be started: {error}") })?;
-        let answer = time::timeout(patience, is_loaded).await.map_err(|_| EngineError::Failed {
-            reason: format!("the model was not loaded within {} s", patience.as_secs()),
+        let answer = time::timeout(load_timeout, is_loaded).await.map_err(|_| EngineError::Failed {
+            reason: format!("the model was not loaded within {} s", load_timeout.as_secs()),
         })?;
         let (model, info) = answer.map_err(|_| EngineError::NotLoaded)??;
         abandoned.disarm();

@@ -50,7 +50,7 @@ const EVENTS_MAX: usize = 256;
 const CONTEXT_ASSUMED: u32 = 4_096;
 /// The maximum length of an embedding response: 2,048 vectors as decimal numbers.
 const VECTOR_BYTES_MAX: usize = 128 << 20;
-/// The number of consecutive probes that a server may miss before its models count as gone.
+/// The number of consecutive health checks that a server may miss before its models count as gone.
 const MISSES_MAX: u32 = 2;
 
 /// Time limits for servers.
@@ -63,7 +63,7 @@ pub struct Timeouts {
     /// Between two pieces of an answer.
     pub idle: Duration,
     /// The interval between checks that a server still lists a model.
-    pub probe_every: Duration,
+    pub health_check_interval: Duration,
 }
 
 impl Default for Timeouts {
@@ -72,7 +72,7 @@ impl Default for Timeouts {
             describe: Duration::from_secs(5),
             begin: Duration::from_mins(2),
             idle: Duration::from_mins(1),
-            probe_every: Duration::from_secs(5),
+            health_check_interval: Duration::from_secs(5),
         }
     }
 }
@@ -86,7 +86,7 @@ pub struct RemoteRuntime {
     next_id: AtomicU64,
     tasks: TaskTracker,
     stop: CancellationToken,
-    /// Stops the probes and the generations on drop.
+    /// Stops the health checks and the generations on drop.
     _end: DropGuard,
 }
 
@@ -150,9 +150,9 @@ impl RemoteRuntime {
         let attached = Attached::new(loaded.clone(), server, name, dialect, options.queue_max);
         let attached = Arc::new(attached);
         self.models.write().insert(id, attached.clone());
-        let probing = probe(self.http.clone(), self.timeouts, self.models.clone(), attached);
+        let health_checks = health_check(self.http.clone(), self.timeouts, self.models.clone(), attached);
         let stop = self.stop.clone();
-        self.tasks.spawn(async move { stop.run_until_cancelled(probing).await });
+        self.tasks.spawn(async move { stop.run_until_cancelled(health_checks).await });
         Ok((loaded, facts))
     }
 
@@ -241,7 +241,7 @@ impl ModelRuntime for RemoteRuntime {
             return Err(unsupported("model", "it makes vectors only"));
         }
         let call = body::generation(attached.dialect, &attached.name, attached.loaded.context_length, &request)?;
-        let seat = attached.enter()?;
+        let permit = attached.enter()?;
         let opened = self.http.open(&attached.server, call.path, &call.body, self.timeouts.begin);
         let response = tokio::select! {
             biased;
@@ -250,7 +250,7 @@ impl ModelRuntime for RemoteRuntime {
         };
         let (sink, stream) = GenerateStream::channel(EVENTS_MAX);
         let reader = AnswerReader::new(guessed_tokens(&request.input));
-        let relaying = generation::relay(response, reader, sink, seat, self.timeouts);
+        let relaying = generation::relay(response, reader, sink, permit, self.timeouts);
         let stop = self.stop.clone();
         self.tasks.spawn(async move { stop.run_until_cancelled(relaying).await });
         Ok(stream)
@@ -313,11 +313,11 @@ impl ModelRuntime for RemoteRuntime {
 }
 
 /// Watches a model until its server no longer lists it.
-async fn probe(http: HttpClient, timeouts: Timeouts, models: Models, attached: Arc<Attached>) {
+async fn health_check(http: HttpClient, timeouts: Timeouts, models: Models, attached: Arc<Attached>) {
     let watching = async {
         let mut misses = 0;
         while misses < MISSES_MAX {
-            sleep(timeouts.probe_every).await;
+            sleep(timeouts.health_check_interval).await;
             match discovery::lists(&http, &attached.server, &attached.name, timeouts.describe).await {
                 Ok(true) => misses = 0,
                 Ok(false) => misses += 1,

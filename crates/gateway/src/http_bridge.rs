@@ -12,11 +12,11 @@ mod health;
 mod infer;
 mod input_tokens;
 mod job;
-mod limits;
 mod models;
 mod openapi;
 mod request_body;
 mod router;
+mod timeouts;
 mod tls;
 
 use std::net::SocketAddr;

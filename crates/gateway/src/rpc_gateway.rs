@@ -12,7 +12,7 @@ use protocol::control::{NodeInfo, NodeRole, Scope};
 use protocol::gateway::{GatewayAnswer, MODELS, ModelsRequest};
 use protocol::infer::SUBMIT;
 use protocol::{ErrorCode, PublicKey, Topic, WireError};
-use rpc::{Access, Caller, Limits, ResponseSink, Server, StreamCall, announce};
+use rpc::{Access, Caller, ResponseSink, Server, ServerLimits, StreamCall, announce};
 use serde_json::value::{RawValue, to_raw_value};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -75,11 +75,11 @@ impl RpcGateway {
             region: config.region.clone(),
             version: self.gateway.version().to_owned(),
         };
-        let limits = Limits {
+        let limits = ServerLimits {
             strangers_calls_max: config.jobs_max.saturating_add(CALLS_BESIDES),
             strangers_body_bytes_max: REQUEST_BYTES,
             connections_max: config.connections_max,
-            ..Limits::default()
+            ..ServerLimits::default()
         };
         let membership = self.gateway.membership().clone();
         let server = self.serve(Server::new(transport.clone(), info)).limits(limits).membership(membership);

@@ -39,7 +39,7 @@ pub struct StoreOptions {
     /// The most writes in one commit.
     pub group_max: usize,
     /// How long a call waits for a place in a full queue.
-    pub patience: Duration,
+    pub queue_timeout: Duration,
     /// How long SQLite waits for a lock that another program holds.
     pub busy_timeout: Duration,
     /// Whether the whole file is checked for damage when opened, which takes about a second per GiB.
@@ -51,7 +51,7 @@ impl Default for StoreOptions {
         Self {
             queue_depth_max: 4096,
             group_max: 256,
-            patience: Duration::from_millis(250),
+            queue_timeout: Duration::from_millis(250),
             busy_timeout: Duration::from_secs(5),
             verify: true,
         }

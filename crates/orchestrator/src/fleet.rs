@@ -124,7 +124,7 @@ impl Fleet {
             return if state.remove(report.worker_id) { Change::Left } else { Change::None };
         }
         let known = state.by_id.get(&report.worker_id).copied();
-        let index = known.unwrap_or_else(|| state.place_for(report.worker_id));
+        let index = known.unwrap_or_else(|| state.index_for(report.worker_id));
         let before = state.workers[index].take();
         let ejected_until = state.ejected.get(&report.worker_id).copied().filter(|until| now < *until);
         if let Some(before) = &before {
@@ -373,7 +373,7 @@ impl State {
         }
     }
 
-    fn place_for(&mut self, worker_id: WorkerId) -> usize {
+    fn index_for(&mut self, worker_id: WorkerId) -> usize {
         let index = self.free.pop().unwrap_or_else(|| {
             self.workers.push(None);
             self.workers.len() - 1

@@ -29,9 +29,9 @@ const LOOKUP: Duration = Duration::from_secs(5);
 /// The timeout of a peer's `node.describe`.
 const DESCRIBE: Duration = Duration::from_secs(2);
 /// How many peers are asked concurrently.
-const ASKED_AT_ONCE: usize = 32;
+const REQUESTS_AT_ONCE: usize = 32;
 /// How many new peers are asked in one round. Anyone may announce on a topic.
-const ASKED_MAX: usize = 64;
+const NEW_PEERS_MAX: usize = 64;
 /// How many peers the directory holds.
 const KNOWN_MAX: usize = 256;
 
@@ -148,7 +148,7 @@ impl DirectoryTask {
     /// Asks the peers of an earlier run. The nodes that stored this network's topics may be gone, and then lookups find
     /// nothing for a while.
     async fn recall(&self) {
-        let mut responses = std::pin::pin!(self.ask(self.transport.remembered().into_iter().take(ASKED_MAX)));
+        let mut responses = std::pin::pin!(self.ask(self.transport.remembered().into_iter().take(NEW_PEERS_MAX)));
         while let Some((key, info)) = responses.next().await {
             // Workers are tracked elsewhere, and there may be many.
             if let Some(info) = info.filter(|info| info.roles != [NodeRole::Worker]) {
@@ -180,7 +180,7 @@ impl DirectoryTask {
         let mut seen: BTreeSet<PublicKey> = peers.iter().copied().chain([own_key]).collect();
         let announced: BTreeSet<PublicKey> = found.iter().copied().collect();
         let others = self.client.membership().registry().into_iter().chain(found);
-        peers.extend(others.filter(|key| seen.insert(*key)).take(ASKED_MAX));
+        peers.extend(others.filter(|key| seen.insert(*key)).take(NEW_PEERS_MAX));
         let mut silent: BTreeSet<PublicKey> = peers.iter().copied().collect();
         let mut responses = std::pin::pin!(self.ask(peers));
         while let Some((key, info)) = responses.next().await {
@@ -220,7 +220,7 @@ impl DirectoryTask {
                 Err(_) => (key, None),
             }
         });
-        stream::iter(responses).buffer_unordered(ASKED_AT_ONCE)
+        stream::iter(responses).buffer_unordered(REQUESTS_AT_ONCE)
     }
 
     /// Reduces a peer's description to the roles that it is certified for. Returns `None` if there are none.

@@ -29,6 +29,6 @@ pub use clock::SystemClock;
 pub use enrolment::{Enrolment, EnrolmentError, JoinError};
 pub use membership::Membership;
 pub use membership_task::MembershipTask;
-pub use server::{Access, Caller, Interrupted, Limits, ResponseSink, Server, StreamCall};
+pub use server::{Access, Caller, Interrupted, ResponseSink, Server, ServerLimits, StreamCall};
 pub use transport::Transport;
 pub use transport::memory::MemoryNetwork;

@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use self::budget::{Allowance, BodyLimit, Budget};
-use self::connections::{CallMark, Connections, Place};
+use self::connections::{CallMark, ConnectionPermit, Connections};
 use crate::frame::Frame;
 use crate::membership::Membership;
 use crate::transport::{Channel, Connection, Incoming, Transport};
@@ -52,7 +52,7 @@ pub const STRANGER_BYTES_MAX: usize = 64 * 1024;
 
 /// Concurrency limits of a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct ServerLimits {
     /// The maximum number of concurrent calls. Further calls are refused.
     pub calls_max: usize,
     /// The same for all strangers together, so that they cannot use up the capacity of the others. Strangers are
@@ -70,7 +70,7 @@ pub struct Limits {
     pub idle: Duration,
 }
 
-impl Default for Limits {
+impl Default for ServerLimits {
     fn default() -> Self {
         Self {
             calls_max: 8192,
@@ -101,7 +101,7 @@ pub struct Server {
     transport: Arc<dyn Transport>,
     unary: HashMap<&'static str, Unary>,
     streams: HashMap<&'static str, Stream>,
-    limits: Limits,
+    limits: ServerLimits,
     body_limit: Option<BodyLimit>,
     membership: Membership,
     on_revoked_call: Option<RevokedHook>,
@@ -125,7 +125,7 @@ impl Server {
     /// Makes a server that only describes itself.
     pub fn new(transport: Arc<dyn Transport>, info: NodeInfo) -> Self {
         let (unary, streams) = (HashMap::new(), HashMap::new());
-        let (limits, membership) = (Limits::default(), Membership::unchecked());
+        let (limits, membership) = (ServerLimits::default(), Membership::unchecked());
         let server = Self { transport, unary, streams, limits, body_limit: None, membership, on_revoked_call: None };
         let describe = move |_, _: Empty| {
             let info = info.clone();
@@ -151,7 +151,7 @@ impl Server {
 
     /// Sets the concurrency limits.
     #[must_use]
-    pub fn limits(mut self, limits: Limits) -> Self {
+    pub fn limits(mut self, limits: ServerLimits) -> Self {
         self.limits = limits;
         self
     }
@@ -279,12 +279,12 @@ impl Server {
             abort: abort.clone(),
             over: over.clone(),
         });
-        let places = Connections::new(limits.connections_max, limits.connections_per_peer_max);
+        let connection_permits = Connections::new(limits.connections_max, limits.connections_per_peer_max);
         let turned_away = Arc::new(Semaphore::new(TURNED_AWAY_MAX));
         while let Some(Some(connection)) = stop.run_until_cancelled(transport.accept()).await {
             let shared = shared.clone();
-            if let Some(place) = places.enter(connection.remote_key()) {
-                connections.spawn(async move { shared.serve(connection, place).await });
+            if let Some(permit) = connection_permits.enter(connection.remote_key()) {
+                connections.spawn(async move { shared.serve(connection, permit).await });
             } else if let Ok(permit) = turned_away.clone().try_acquire_owned() {
                 connections.spawn(async move {
                     debug!(peer = connection.remote_key().short(), "a connection too many");
@@ -329,7 +329,7 @@ struct Hold {
 
 impl Shared {
     /// Serves the calls of a connection until it closes, is idle for too long, or is replaced by another.
-    async fn serve(self: &Arc<Self>, connection: Arc<dyn Connection>, place: Place) {
+    async fn serve(self: &Arc<Self>, connection: Arc<dyn Connection>, permit: ConnectionPermit) {
         let caller = Caller { key: connection.remote_key() };
         let membership = &self.server.membership;
         if membership.is_revoked(caller.key) {
@@ -337,7 +337,7 @@ impl Shared {
         }
         let mut revoked = std::pin::pin!(membership.until_revoked(caller.key));
         let idle = self.server.limits.idle;
-        let mut given_away = std::pin::pin!(place.given_away());
+        let mut given_away = std::pin::pin!(permit.given_away());
         let mut over = std::pin::pin!(self.over.cancelled());
         let mut timer = std::pin::pin!(time::sleep(idle));
         let mut was_idle = false;
@@ -361,7 +361,7 @@ impl Shared {
                         if was_idle {
                             return connection.close();
                         }
-                        was_idle = place.is_idle();
+                        was_idle = permit.is_idle();
                         timer.as_mut().reset(Instant::now() + idle);
                     }
                 }
@@ -379,7 +379,7 @@ impl Shared {
                         return connection.close();
                     }
                 }
-                incoming => self.begin(caller, incoming, &place),
+                incoming => self.begin(caller, incoming, &permit),
             }
         }
     }
@@ -393,7 +393,7 @@ impl Shared {
     }
 
     /// Handles a call, or refuses it if the server is at its limit.
-    fn begin(self: &Arc<Self>, caller: Caller, incoming: Incoming, place: &Place) {
+    fn begin(self: &Arc<Self>, caller: Caller, incoming: Incoming, connection_permit: &ConnectionPermit) {
         if self.stop.is_cancelled() {
             return refuse(incoming, stopping());
         }
@@ -402,7 +402,7 @@ impl Shared {
         let Ok(permit) = permits.clone().try_acquire_owned() else {
             return refuse(incoming, too_busy());
         };
-        let hold = Hold { _permit: permit, _mark: place.call() };
+        let hold = Hold { _permit: permit, _mark: connection_permit.call() };
         let shared = self.clone();
         self.calls.spawn(async move {
             shared.abort.run_until_cancelled(shared.handle(caller, incoming, allowance)).await;

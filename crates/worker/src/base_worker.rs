@@ -46,7 +46,7 @@ use crate::listed::Listed;
 use crate::model_loader::cache::{Entry, ModelCache, Status};
 use crate::model_loader::{LoaderOptions, ModelLoader, u64_of};
 use crate::offers::Offers;
-use crate::quota_guard::{Limits, QuotaGuard, QuotaPermit};
+use crate::quota_guard::{JobLimits, QuotaGuard, QuotaPermit};
 use crate::remote_models::RemoteModels;
 use crate::runtimes::Runtimes;
 
@@ -164,7 +164,7 @@ impl BaseWorker {
             parts.metrics.clone(),
             changes.clone(),
         ));
-        let guard = QuotaGuard::new(Limits { slots, queue_max, tenant_jobs_max }, changes.clone());
+        let guard = QuotaGuard::new(JobLimits { slots, queue_max, tenant_jobs_max }, changes.clone());
         let stopped = CancellationToken::new();
         let end = stopped.clone().drop_guard();
         let hearing = Arc::new(Hearing::new(config.region.clone()));

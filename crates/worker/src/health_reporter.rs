@@ -23,7 +23,7 @@ use crate::capabilities::Capabilities;
 use crate::config::ServedModel;
 use crate::hearing::Hearing;
 use crate::model_loader::cache::ModelCache;
-use crate::quota_guard::Limits;
+use crate::quota_guard::JobLimits;
 
 /// Changes within this time share a report.
 const CHANGE_GAP: Duration = Duration::from_millis(200);
@@ -41,7 +41,7 @@ pub(crate) struct Identity {
     pub(crate) region: Region,
     pub(crate) capabilities: Capabilities,
     pub(crate) latency_hops: u32,
-    pub(crate) limits: Limits,
+    pub(crate) limits: JobLimits,
     /// Grows with each start of the worker.
     pub(crate) epoch: u64,
 }
@@ -234,7 +234,7 @@ fn log_refusal(peer: PublicKey, pushed: &Result<Empty, CallError>) {
 
 /// Builds a health report.
 fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u64, clock: &dyn Clock) -> HealthReport {
-    let Limits { slots, queue_max, .. } = identity.limits;
+    let JobLimits { slots, queue_max, .. } = identity.limits;
     let (worker_id, issued_at) = (identity.key.public_key(), clock.now());
     let running = condition.jobs.min(slots);
     let entries = cache.entries();

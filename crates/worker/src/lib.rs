@@ -30,4 +30,4 @@ pub use adoption::{Adoption, AdoptionError};
 pub use base_worker::{BaseWorker, NotReady, WorkerHandle, WorkerParts};
 pub use capabilities::Capabilities;
 pub use config::{CatalogUse, Config, ConfigError, RemoteServer, ServedAdapter, ServedModel};
-pub use quota_guard::{Limits, Occupancy, Refusal, admit};
+pub use quota_guard::{JobLimits, Occupancy, Refusal, admit};

@@ -58,7 +58,7 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How long an unload may take before it is given up.
 const UNLOAD_WITHIN: Duration = Duration::from_secs(5);
 /// How long a model that an operator asks for may wait for memory.
-const ASKED_WITHIN: Duration = Duration::from_mins(10);
+const OPERATOR_LOAD_TIMEOUT: Duration = Duration::from_mins(10);
 /// How long to wait for a registry before a model is served unlisted. A model that is listed already needs none.
 const REGISTRY_WITHIN: Duration = Duration::from_millis(500);
 /// How often a model is offered while no registry answers.
@@ -262,9 +262,9 @@ impl ModelLoader {
             Status::Absent => {
                 let (loader, entry) = (self.clone(), entry.clone());
                 self.keepers.spawn(async move {
-                    let asked = time::timeout(ASKED_WITHIN, loader.resident(&entry));
+                    let load = time::timeout(OPERATOR_LOAD_TIMEOUT, loader.resident(&entry));
                     // The list of models shows the outcome.
-                    let _ = loader.life.run_until_cancelled(asked).await;
+                    let _ = loader.life.run_until_cancelled(load).await;
                 });
                 (ResidencyState::Loading, None)
             }

@@ -15,7 +15,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// How many jobs a worker takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct JobLimits {
     /// The most jobs that run.
     pub slots: u32,
     /// The most jobs that wait.
@@ -51,7 +51,7 @@ impl From<Refusal> for WireError {
 }
 
 /// Decides whether a job that takes this many permits is admitted.
-pub fn admit(limits: &Limits, occupancy: Occupancy, permits: u32) -> Result<(), Refusal> {
+pub fn admit(limits: &JobLimits, occupancy: Occupancy, permits: u32) -> Result<(), Refusal> {
     if occupancy.jobs.saturating_add(permits) > limits.slots.saturating_add(limits.queue_max) {
         return Err(Refusal::QueueFull);
     }
@@ -64,7 +64,7 @@ pub fn admit(limits: &Limits, occupancy: Occupancy, permits: u32) -> Result<(), 
 /// Counts the admitted jobs.
 #[derive(Debug)]
 pub(crate) struct QuotaGuard {
-    limits: Limits,
+    limits: JobLimits,
     jobs: Mutex<Jobs>,
     changes: watch::Sender<()>,
 }
@@ -77,11 +77,11 @@ struct Jobs {
 }
 
 impl QuotaGuard {
-    pub(crate) fn new(limits: Limits, changes: watch::Sender<()>) -> Arc<Self> {
+    pub(crate) fn new(limits: JobLimits, changes: watch::Sender<()>) -> Arc<Self> {
         Arc::new(Self { limits, jobs: Mutex::default(), changes })
     }
 
-    pub(crate) fn limits(&self) -> Limits {
+    pub(crate) fn limits(&self) -> JobLimits {
         self.limits
     }
 
@@ -152,7 +152,7 @@ impl Drop for QuotaPermit {
 mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits { slots: 2, queue_max: 2, tenant_jobs_max: Some(3) };
+    const LIMITS: JobLimits = JobLimits { slots: 2, queue_max: 2, tenant_jobs_max: Some(3) };
 
     fn guard() -> Arc<QuotaGuard> {
         QuotaGuard::new(LIMITS, watch::channel(()).0)
@@ -173,13 +173,13 @@ mod tests {
     fn a_tenant_gets_no_more_than_its_share() {
         assert_eq!(admit(&LIMITS, Occupancy { jobs: 3, tenant_jobs: 2 }, 1), Ok(()));
         assert_eq!(admit(&LIMITS, Occupancy { jobs: 3, tenant_jobs: 3 }, 1), Err(Refusal::TenantShare));
-        let unlimited = Limits { tenant_jobs_max: None, ..LIMITS };
+        let unlimited = JobLimits { tenant_jobs_max: None, ..LIMITS };
         assert_eq!(admit(&unlimited, Occupancy { jobs: 3, tenant_jobs: 3 }, 1), Ok(()));
     }
 
     #[test]
     fn a_job_of_several_answers_takes_as_many_places() {
-        let unlimited = Limits { tenant_jobs_max: None, ..LIMITS };
+        let unlimited = JobLimits { tenant_jobs_max: None, ..LIMITS };
         let two = Occupancy { jobs: 2, tenant_jobs: 2 };
         assert_eq!(admit(&unlimited, two, 2), Ok(()));
         assert_eq!(admit(&unlimited, two, 3), Err(Refusal::QueueFull));

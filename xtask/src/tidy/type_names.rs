@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::SourceFile;
 
 /// Names that every module may define, as in axum and tokio, because they are read together with the module's name.
-const OF_A_MODULE: &[&str] = &["Config", "Error", "Limits", "Options"];
+const OF_A_MODULE: &[&str] = &["Config", "Error", "Options"];
 
 /// Finds `pub` types that share their name with another `pub` type of the crate.
 pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
@@ -47,8 +47,8 @@ mod tests {
     #[test]
     fn two_public_types_of_one_name_are_found_in_a_crate_alone() {
         let file = |path: &str, text: &str| SourceFile { path: path.into(), text: text.into() };
-        let one = file("crates/a/src/x.rs", "pub struct Answer {\n}\npub struct Limits;\n");
-        let other = file("crates/a/src/y.rs", "//\npub enum Answer {}\npub struct Limits;\npub(crate) struct Own;\n");
+        let one = file("crates/a/src/x.rs", "pub struct Answer {\n}\npub struct Options;\n");
+        let other = file("crates/a/src/y.rs", "//\npub enum Answer {}\npub struct Options;\npub(crate) struct Own;\n");
         let elsewhere = file("crates/b/src/y.rs", "pub struct Answer;\npub(crate) struct Own;\n");
         let findings = check(&[one, other, elsewhere]);
         assert_eq!(findings.len(), 1);

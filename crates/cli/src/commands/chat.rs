@@ -43,7 +43,7 @@ pub(super) async fn run(mut context: Context, args: ChatArgs) -> anyhow::Result<
         model: String::new(),
         conversation: Conversation::default(),
         screen: Screen::of_stdout(),
-        load_patience: Duration::from_secs(args.timeout),
+        load_timeout: Duration::from_secs(args.timeout),
         interrupts,
         ends_network: reached.is_own(),
         last: None,
@@ -63,7 +63,7 @@ struct Chat {
     conversation: Conversation,
     screen: Screen,
     /// How long to wait for a model that is being loaded.
-    load_patience: Duration,
+    load_timeout: Duration,
     /// Ctrl-C signals, if they stop an answer.
     interrupts: Option<Signal>,
     /// Whether the network ends with the chat.
@@ -269,7 +269,7 @@ impl Chat {
     /// Waits for the model to be loaded, and then for the end of the answer or Ctrl-C.
     async fn answer(&mut self, question: &str, mut on_piece: impl FnMut(Piece<'_>)) -> End {
         let body = self.conversation.request(&self.model, question);
-        let deadline = Instant::now() + self.load_patience;
+        let deadline = Instant::now() + self.load_timeout;
         let bar = ProgressBar::new_spinner().with_message(format!("{} is thinking", self.model));
         let (client, interrupts) = (&self.client, &mut self.interrupts);
         // Ctrl-C from before the question stops nothing.

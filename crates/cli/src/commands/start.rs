@@ -21,7 +21,7 @@ use crate::args::{Common, StartArgs};
 use crate::output;
 
 /// How long a service may take to end: longer than any of them drains its jobs.
-const PATIENCE: Duration = Duration::from_mins(1);
+const END_TIMEOUT: Duration = Duration::from_mins(1);
 /// The first and the longest wait before a service that ended by itself is restarted.
 const WAIT_FIRST: Duration = Duration::from_secs(1);
 const WAIT_MAX: Duration = Duration::from_secs(30);
@@ -145,11 +145,11 @@ fn send(child: &Child, signal: Signal) {
 /// Asks a service to end, and kills it if it does not.
 async fn end(child: &mut Child) -> anyhow::Result<()> {
     send(child, Signal::TERM);
-    match time::timeout(PATIENCE, child.wait()).await {
+    match time::timeout(END_TIMEOUT, child.wait()).await {
         Ok(status) => well(status.context("no word of a child")?),
         Err(_) => {
             child.kill().await.context("could not kill a child")?;
-            bail!("it did not end within {} s and was killed", PATIENCE.as_secs())
+            bail!("it did not end within {} s and was killed", END_TIMEOUT.as_secs())
         }
     }
 }

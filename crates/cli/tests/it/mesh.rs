@@ -20,7 +20,7 @@ use crate::program::{Home, children, signal};
 /// An address of this machine alone, with a port that is free.
 pub(crate) const LOOPBACK: &str = "127.0.0.1:0";
 /// How long anything may take on a machine that is busy with other tests.
-pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
+pub(crate) const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A network of processes. What runs of it is killed when it is dropped.
 pub(crate) struct Mesh {
@@ -90,8 +90,8 @@ impl Mesh {
 
     async fn found_in(home: Home, mut processes: Processes, arguments: &[&str]) -> Self {
         processes.start("registry", arguments).expect("started");
-        let pool = processes.wait_for("registry", PATIENCE, |data| data.pool().ok().flatten()).await.expect("a pool");
-        let key = processes.wait_for("registry", PATIENCE, |data| data.api_key().filter(|key| !key.is_empty()));
+        let pool = processes.wait_for("registry", TIMEOUT, |data| data.pool().ok().flatten()).await.expect("a pool");
+        let key = processes.wait_for("registry", TIMEOUT, |data| data.api_key().filter(|key| !key.is_empty()));
         // Known once it listens.
         let gateway = GatewayClient::new("http://127.0.0.1:9", Some(key.await.expect("a key"))).expect("a client");
         Self { processes, home, pool, gateway, join_flags: vec![], tries: AtomicU32::new(0) }
@@ -207,9 +207,9 @@ impl Mesh {
                 return began.elapsed();
             }
             assert!(
-                began.elapsed() < PATIENCE,
+                began.elapsed() < TIMEOUT,
                 "waited {} s for {worker}; the fleet is {fleet:?}\n{}\n{}",
-                PATIENCE.as_secs(),
+                TIMEOUT.as_secs(),
                 self.log(worker),
                 self.log("orchestrator")
             );
@@ -283,9 +283,9 @@ pub(crate) fn cut_power(pid: u32) {
 
 /// Waits until something is so.
 pub(crate) async fn until(what: &str, so: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !so() {
-        assert!(Instant::now() < deadline, "waited {} s for: {what}", PATIENCE.as_secs());
+        assert!(Instant::now() < deadline, "waited {} s for: {what}", TIMEOUT.as_secs());
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

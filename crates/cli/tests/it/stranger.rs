@@ -21,7 +21,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::mesh::{LOOPBACK, Mesh, until};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A node without a certificate: worker, orchestrator, gateway and registry by its own account.
 pub(crate) struct Stranger {
@@ -95,12 +95,12 @@ impl Stranger {
         let client = Client::new(self.network.clone());
         let report = self.seen.report(&self.key);
         let job = Bytes::from(codec::encode(&job()));
-        let options = StreamOptions { accept_within: PATIENCE, deadline: None, stall: PATIENCE };
+        let options = StreamOptions { accept_within: TIMEOUT, deadline: None, stall: TIMEOUT };
         let started = client.open_stream(worker, START, job.clone(), options).await;
         let submitted = client.open_stream(orchestrator, SUBMIT, job, options).await;
-        let listed = client.call::<_, Fleet>(orchestrator, protocol::control::FLEET_LIST, &Empty {}, PATIENCE).await;
-        let reported = client.call::<_, Empty>(orchestrator, PRESENCE_REPORT, &report, PATIENCE).await;
-        let described = client.call::<_, Signed>(worker, PRESENCE_DESCRIBE, &Empty {}, PATIENCE).await;
+        let listed = client.call::<_, Fleet>(orchestrator, protocol::control::FLEET_LIST, &Empty {}, TIMEOUT).await;
+        let reported = client.call::<_, Empty>(orchestrator, PRESENCE_REPORT, &report, TIMEOUT).await;
+        let described = client.call::<_, Signed>(worker, PRESENCE_DESCRIBE, &Empty {}, TIMEOUT).await;
         vec![
             ("a job for a worker", refusal(started)),
             ("a job for an orchestrator", refusal(submitted)),

@@ -32,7 +32,7 @@ pub(super) struct Plan {
 
 /// Limits of one step.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
+pub(super) struct StepLimits {
     pub(super) batch_tokens_max: usize,
     /// Prompt tokens while any slot decodes: a longer step delays its next token.
     pub(super) prefill_tokens_max: usize,
@@ -48,7 +48,7 @@ pub(super) struct Limits {
 /// A step evaluates with one adapter. Adapters take turns, step by step; `last` is the adapter of the last step. Every
 /// decoding slot of the adapter gets its tokens. Slots in prefill share the rest evenly, so that a short prompt does
 /// not wait for a long one; a remainder goes to the slots from `first` on.
-pub(super) fn plan(needs: &[Need], last: Option<AdapterId>, first: usize, limits: Limits) -> Option<Plan> {
+pub(super) fn plan(needs: &[Need], last: Option<AdapterId>, first: usize, limits: StepLimits) -> Option<Plan> {
     let adapter = next_in_turn(needs, last)?.adapter;
     if !limits.together {
         return Some(Plan { adapter, shares: alone(needs, adapter, first, limits) });
@@ -87,7 +87,7 @@ pub(super) fn plan(needs: &[Need], last: Option<AdapterId>, first: usize, limits
 }
 
 /// Returns the shares of a step with a single slot: the first that wants tokens, from `first` on.
-fn alone(needs: &[Need], adapter: Option<AdapterId>, first: usize, limits: Limits) -> Vec<usize> {
+fn alone(needs: &[Need], adapter: Option<AdapterId>, first: usize, limits: StepLimits) -> Vec<usize> {
     let mut shares = vec![0; needs.len()];
     let wants = |slot: &usize| needs[*slot].adapter == adapter && needs[*slot].tokens != Tokens::None;
     if let Some(slot) = (0..needs.len()).map(|step| (first + step) % needs.len()).find(wants) {
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LIMITS: Limits = Limits { batch_tokens_max: 512, prefill_tokens_max: 256, together: true };
+    const LIMITS: StepLimits = StepLimits { batch_tokens_max: 512, prefill_tokens_max: 256, together: true };
 
     fn plain(tokens: Tokens) -> Need {
         Need { adapter: None, tokens }
@@ -129,7 +129,7 @@ mod tests {
         Need { adapter: Some(AdapterId(adapter)), tokens }
     }
 
-    fn shares(needs: &[Tokens], first: usize, limits: Limits) -> Vec<usize> {
+    fn shares(needs: &[Tokens], first: usize, limits: StepLimits) -> Vec<usize> {
         let needs: Vec<Need> = needs.iter().map(|tokens| plain(*tokens)).collect();
         plan(&needs, None, first, limits).expect("there is something to do").shares
     }
@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn an_odd_token_goes_round() {
         let needs = [Tokens::Prompt(100); 3];
-        let limits = Limits { batch_tokens_max: 4, ..LIMITS };
+        let limits = StepLimits { batch_tokens_max: 4, ..LIMITS };
         assert_eq!(shares(&needs, 0, limits), [2, 1, 1]);
         assert_eq!(shares(&needs, 2, limits), [1, 1, 2]);
     }
@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn slots_that_must_be_alone_take_turns() {
         let needs = [Tokens::Next(0), Tokens::Prompt(600), Tokens::None, Tokens::Prompt(9)];
-        let limits = Limits { together: false, ..LIMITS };
+        let limits = StepLimits { together: false, ..LIMITS };
         let steps: Vec<_> = (0..4).map(|first| shares(&needs, first, limits)).collect();
         assert_eq!(steps, [[1, 0, 0, 0], [0, 256, 0, 0], [0, 0, 0, 9], [0, 0, 0, 9]]);
         assert_eq!(shares(&[Tokens::None, Tokens::Prompt(600)], 0, limits), [0, 512]);
@@ -208,7 +208,7 @@ mod tests {
                     _ => Tokens::Prompt(*tokens),
                 },
             }).collect();
-            let limits = Limits { batch_tokens_max, prefill_tokens_max: 256, together };
+            let limits = StepLimits { batch_tokens_max, prefill_tokens_max: 256, together };
             let Some(plan) = plan(&needs, Some(AdapterId(last)), first % needs.len(), limits) else {
                 prop_assert!(needs.iter().all(|need| need.tokens == Tokens::None));
                 return Ok(());

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-use super::batch_plan::{self, Limits, Need, Plan, Tokens};
+use super::batch_plan::{self, Need, Plan, StepLimits, Tokens};
 use super::draft::{usual_cost, worthwhile};
 use super::engine::Options;
 use super::kv_cache::{CachedSequence, KvCache, common_prefix};
@@ -226,7 +226,7 @@ impl BatchScheduler {
         let prefill_tokens_max = self.clock.prompt_tokens_within(GAP, PREFILL_TOKENS_MIN, batch_tokens_max);
         self.turn = (self.turn + 1) % self.slots.len();
         let together = self.kv_cache.can_rewind();
-        let limits = Limits { batch_tokens_max, prefill_tokens_max, together };
+        let limits = StepLimits { batch_tokens_max, prefill_tokens_max, together };
         let plan = batch_plan::plan(&needs, self.last_adapter, self.turn, limits)?;
         self.last_adapter = plan.adapter;
         if !together {

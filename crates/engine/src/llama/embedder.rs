@@ -69,7 +69,7 @@ impl EmbedJob {
 impl Embedder {
     pub(super) fn new(model: &Arc<Model>, options: Options) -> Result<Self, EngineError> {
         // Only a context reports the model's pooling and attention type.
-        let probe = ContextOptions {
+        let trial = ContextOptions {
             cells: TEXTS_MAX,
             batch_tokens: TEXTS_MAX,
             sequences: 1,
@@ -77,14 +77,14 @@ impl Embedder {
             threads: options.threads,
             pooling: Some(Pooling::OfModel),
         };
-        let probe = Context::new(model, probe).map_err(|reason| EngineError::Failed { reason })?;
+        let trial = Context::new(model, trial).map_err(|reason| EngineError::Failed { reason })?;
         Ok(Self {
             model: Arc::clone(model),
             threads: options.threads,
             context_length: options.shape.context_length,
             // Models that were not made for embeddings have no pooling of their own; the mean works best for them.
-            pooling: probe.pooling().unwrap_or(Pooling::Mean),
-            reading: if probe.is_causal() { Reading::Pieces } else { Reading::Whole },
+            pooling: trial.pooling().unwrap_or(Pooling::Mean),
+            reading: if trial.is_causal() { Reading::Pieces } else { Reading::Whole },
             context: None,
             batch: Batch::default(),
             open: Vec::new(),

@@ -204,7 +204,7 @@ impl<R: ModelRuntime> Server<R> {
         options: LoadOptions,
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError> {
-        preflight::probe_template(&artifact.file).await?;
+        preflight::try_template(&artifact.file).await?;
         let available = host_memory::available_bytes();
         let (options, plan) = preflight::fit(&*self.runtime, &artifact, options, available).await?;
         let growth = preflight::growth(&plan, options.memory_max_bytes, available)?;

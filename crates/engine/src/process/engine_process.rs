@@ -82,7 +82,7 @@ pub(super) struct Loading {
     pub(super) progress: ProgressSink,
     pub(super) loaded: oneshot::Sender<Result<(LoadedModel, RuntimeInfo), EngineError>>,
     /// How long the engine may hang after the load.
-    pub(super) stall_limit: Duration,
+    pub(super) stall_timeout: Duration,
 }
 
 /// Why the frames of a process ended.
@@ -137,7 +137,7 @@ impl EngineProcess {
             tasks: tasks.clone(),
         });
         let supervised = Arc::clone(&process);
-        let stall_limit = loading.stall_limit;
+        let stall_limit = loading.stall_timeout;
         tasks.spawn(async move {
             let mut inbox = Inbox { process: &supervised, loading: Some(loading), info: None };
             let ending = tokio::select! {
@@ -221,13 +221,13 @@ impl EngineProcess {
         }
     }
 
-    /// Asks the process to end, kills it after `patience`, and returns when it has ended.
-    pub(super) async fn unload(&self, patience: Duration) {
+    /// Asks the process to end, kills it after `timeout`, and returns when it has ended.
+    pub(super) async fn unload(&self, timeout: Duration) {
         self.state().closed.get_or_insert(EngineError::NotLoaded);
         if let Ok(frame) = encode(&ToChild::Unload) {
             let _ = self.outgoing.try_send(frame);
         }
-        if time::timeout(patience, self.gone.cancelled()).await.is_err() {
+        if time::timeout(timeout, self.gone.cancelled()).await.is_err() {
             self.kill.cancel();
             // A killed process ends at once, unless the kernel itself is stuck.
             let _ = time::timeout(EXIT_WITHIN, self.gone.cancelled()).await;

@@ -14,11 +14,11 @@ use crate::model_runtime::{
 };
 
 /// The maximum memory for rendering short conversations with a model's template.
-const PROBE_BYTES_MAX: u64 = 1 << 30;
+const TRIAL_BYTES_MAX: u64 = 1 << 30;
 /// The time limit for that. A sound template takes a thousandth of it.
-const PROBE_WITHIN: Duration = Duration::from_secs(10);
+const TRIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Memory that the process may take beyond its plan: for tokenising prompts, for adapters, for templates that are
-/// harmless to the probe but not with other conversations, and for anything the plan does not know of.
+/// harmless to the trial but not with other conversations, and for anything the plan does not know of.
 const BEYOND_PLAN_BYTES: u64 = 2 << 30;
 
 /// Returns options that fit the available memory with a tenth to spare, and their plan: the given ones if they fit,
@@ -68,12 +68,12 @@ pub(super) fn growth(plan: &MemoryPlan, max: Option<u64>, available: Option<u64>
 ///
 /// A template that takes too much memory ends the process before the model takes any; the worker then blames the
 /// model. The runtime finds all other faults in the file.
-pub(super) async fn probe_template(file: &File) -> Result<(), EngineError> {
+pub(super) async fn try_template(file: &File) -> Result<(), EngineError> {
     let too_much = |what: &str| EngineError::InvalidModel { reason: format!("its chat template {what}") };
     let file = file.try_clone().map_err(|error| EngineError::Failed { reason: error.to_string() })?;
-    let probe = task::spawn_blocking(move || {
+    let trial = task::spawn_blocking(move || {
         let Ok(header) = Header::read(&file) else { return };
-        let before = memory_limit::limit_growth(PROBE_BYTES_MAX);
+        let before = memory_limit::limit_growth(TRIAL_BYTES_MAX);
         // It does not matter here whether the template compiles or rejects the conversations.
         if let Ok(template) = ChatTemplate::of_model(&header) {
             let render = |roles: &[Role], tools: &[Tool]| {
@@ -86,7 +86,7 @@ pub(super) async fn probe_template(file: &File) -> Result<(), EngineError> {
         }
         memory_limit::restore(before);
     });
-    match time::timeout(PROBE_WITHIN, probe).await {
+    match time::timeout(TRIAL_TIMEOUT, trial).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(_)) => Err(too_much("makes the renderer panic")),
         Err(_) => Err(too_much("takes too long")),

@@ -39,7 +39,7 @@ struct Done {
 
 /// A request's permit, which is released on drop.
 #[derive(Debug)]
-pub(super) struct Seat(pub(super) Arc<Attached>);
+pub(super) struct RequestPermit(pub(super) Arc<Attached>);
 
 impl Attached {
     pub(super) fn new(
@@ -54,11 +54,11 @@ impl Attached {
     }
 
     /// Takes a permit for one more request.
-    pub(super) fn enter(self: &Arc<Self>) -> Result<Seat, EngineError> {
+    pub(super) fn enter(self: &Arc<Self>) -> Result<RequestPermit, EngineError> {
         let most = self.loaded.slots.saturating_add(self.queue_max);
         let one_more = |active: u32| (active < most).then_some(active + 1);
         let entered = self.active.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more);
-        entered.map(|_| Seat(self.clone())).map_err(|_| EngineError::Busy)
+        entered.map(|_| RequestPermit(self.clone())).map_err(|_| EngineError::Busy)
     }
 
     /// Returns its load and counters.
@@ -78,7 +78,7 @@ impl Attached {
     }
 }
 
-impl Seat {
+impl RequestPermit {
     /// Counts a completed answer that ended `within` this time after its first piece.
     pub(super) fn count(&self, usage: TokenUsage, within: Duration) {
         let mut done = self.0.done.lock();
@@ -102,7 +102,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for RequestPermit {
     fn drop(&mut self) {
         self.0.active.fetch_sub(1, Ordering::Relaxed);
     }

@@ -5,7 +5,7 @@ use tokio::time::{Instant, timeout};
 
 use super::Timeouts;
 use super::answer_reader::AnswerReader;
-use super::attached::Seat;
+use super::attached::RequestPermit;
 use super::event_stream::EventReader;
 use super::http_client::HttpError;
 use crate::model_runtime::{EngineError, Event, GenerateSink};
@@ -16,21 +16,21 @@ pub(super) async fn relay(
     response: Response,
     reader: AnswerReader,
     sink: GenerateSink,
-    seat: Seat,
+    permit: RequestPermit,
     timeouts: Timeouts,
 ) {
-    let (unloaded, cancelled) = (seat.0.unloaded.clone(), sink.cancelled.clone());
+    let (unloaded, cancelled) = (permit.0.unloaded.clone(), sink.cancelled.clone());
     let failed = tokio::select! {
         biased;
-        () = cancelled.cancelled() => return seat.count_cancelled(),
+        () = cancelled.cancelled() => return permit.count_cancelled(),
         () = unloaded.cancelled() => EngineError::NotLoaded,
-        answered = answer(response, reader, &sink, &seat, timeouts) => match answered {
+        answered = answer(response, reader, &sink, &permit, timeouts) => match answered {
             Ok(()) => return,
             Err(error) => error,
         },
     };
     // The permit is released before the caller learns of the end.
-    drop(seat);
+    drop(permit);
     let _ = sink.events.send(Err(failed)).await;
 }
 
@@ -38,7 +38,7 @@ async fn answer(
     mut response: Response,
     mut reader: AnswerReader,
     sink: &GenerateSink,
-    seat: &Seat,
+    permit: &RequestPermit,
     timeouts: Timeouts,
 ) -> Result<(), EngineError> {
     let mut stream = EventReader::default();
@@ -62,7 +62,7 @@ async fn answer(
                     first_piece.get_or_insert_with(Instant::now);
                 }
                 Event::Done { usage, .. } => {
-                    seat.count(*usage, first_piece.map(|first| first.elapsed()).unwrap_or_default());
+                    permit.count(*usage, first_piece.map(|first| first.elapsed()).unwrap_or_default());
                 }
             }
             // If the reader is gone, this task is cancelled.

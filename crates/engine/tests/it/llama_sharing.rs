@@ -5,7 +5,7 @@ use tether_engine::{
     ModelRuntime, Piece, PromptInput, Role, Sampling, no_progress,
 };
 
-use super::{PATIENCE, artifact, ask, options, read, run, tiny, until, within};
+use super::{TIMEOUT, artifact, ask, options, read, run, tiny, until, within};
 
 const PIRATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny-lora-pirate.gguf");
 
@@ -264,7 +264,7 @@ async fn texts_become_vectors_of_length_one_that_do_not_depend_on_their_neighbou
     let embed = async |texts: &[&str]| {
         let inputs = texts.iter().map(|text| PromptInput::Text((*text).to_owned())).collect();
         let request = tether_engine::EmbedRequest { model, inputs };
-        tokio::time::timeout(PATIENCE, runtime.embed(request)).await.expect("it happens in time").expect("it embeds")
+        tokio::time::timeout(TIMEOUT, runtime.embed(request)).await.expect("it happens in time").expect("it embeds")
     };
     let alone = embed(&["Once upon a time"]).await;
     let three = embed(&["What is 3 + 4?", "Once upon a time", "Tokyo"]).await;

@@ -48,7 +48,7 @@ use tether_engine::{
 };
 
 /// Longer than anything here should ever take on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny.gguf");
 
@@ -161,7 +161,7 @@ async fn run(runtime: &dyn ModelRuntime, request: GenerateRequest) -> Answer {
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future).await.expect("it happens in time")
+    tokio::time::timeout(TIMEOUT, future).await.expect("it happens in time")
 }
 
 /// Polls the state of the only model until it is as wanted.

@@ -40,10 +40,10 @@ fn signal(pid: u32, signal: rustix::process::Signal) {
 }
 
 /// Longer than a healthy mock ever goes without a step, on a busy machine as well.
-const IMPATIENCE: Duration = Duration::from_secs(2);
+const STALL_TIMEOUT: Duration = Duration::from_secs(2);
 
-async fn impatient(arguments: &[&str], options: LoadOptions) -> (ProcessRuntime, LoadedModel) {
-    let runtime = host(arguments).with_stall_limit(IMPATIENCE);
+async fn with_stall_timeout(arguments: &[&str], options: LoadOptions) -> (ProcessRuntime, LoadedModel) {
+    let runtime = host(arguments).with_stall_timeout(STALL_TIMEOUT);
     let model = within(runtime.load(tiny(), options, no_progress())).await.expect("it loads");
     (runtime, model)
 }
@@ -240,7 +240,7 @@ async fn a_template_that_asks_for_endless_memory_is_an_invalid_model() {
 
 #[tokio::test]
 async fn an_engine_that_hangs_is_killed_and_its_generations_fail() {
-    let (runtime, model) = impatient(&["mock", "hang_first=1"], LoadOptions::default()).await;
+    let (runtime, model) = with_stall_timeout(&["mock", "hang_first=1"], LoadOptions::default()).await;
     let stream = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");
     let end = read(stream).await.end;
     assert!(matches!(&end, Err(EngineError::Failed { reason }) if reason.contains("no progress for")), "{end:?}");
@@ -251,7 +251,7 @@ async fn an_engine_that_hangs_is_killed_and_its_generations_fail() {
 
 #[tokio::test]
 async fn an_engine_that_hangs_is_killed_even_when_nobody_waits_for_it_any_more() {
-    let (runtime, model) = impatient(&["mock", "hang_first=1"], LoadOptions::default()).await;
+    let (runtime, model) = with_stall_timeout(&["mock", "hang_first=1"], LoadOptions::default()).await;
     let mut stream = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");
     within(stream.next()).await.expect("it starts").expect("and well");
     drop(stream);
@@ -260,7 +260,7 @@ async fn an_engine_that_hangs_is_killed_even_when_nobody_waits_for_it_any_more()
 
 #[tokio::test]
 async fn a_process_that_says_nothing_at_all_is_killed() {
-    let (runtime, model) = impatient(&["mock"], LoadOptions::default()).await;
+    let (runtime, model) = with_stall_timeout(&["mock"], LoadOptions::default()).await;
     let pid = model.pid.expect("it has a process");
     signal(pid, rustix::process::Signal::STOP);
     let refused = within(runtime.generate(ask(model.id, "a"))).await.err();
@@ -273,7 +273,8 @@ async fn a_process_that_says_nothing_at_all_is_killed() {
 
 #[tokio::test]
 async fn a_process_that_stops_in_the_middle_of_an_answer_is_killed() {
-    let (runtime, model) = impatient(&["mock", "per_token_ms=1", "tokens=60000"], LoadOptions::default()).await;
+    let (runtime, model) =
+        with_stall_timeout(&["mock", "per_token_ms=1", "tokens=60000"], LoadOptions::default()).await;
     let mut stream = within(runtime.generate(ask(model.id, "a"))).await.expect("it is admitted");
     within(stream.next()).await.expect("it starts").expect("and well");
     signal(model.pid.expect("it has a process"), rustix::process::Signal::STOP);
@@ -284,7 +285,7 @@ async fn a_process_that_stops_in_the_middle_of_an_answer_is_killed() {
 #[tokio::test]
 async fn a_prompt_that_takes_long_is_no_hang_and_its_reader_and_those_behind_it_are_told() {
     let options = LoadOptions { slots: 1, queue_max: 1, ..LoadOptions::default() };
-    let (runtime, model) = impatient(&["mock", "first_token_ms=5000"], options).await;
+    let (runtime, model) = with_stall_timeout(&["mock", "first_token_ms=5000"], options).await;
     let reading = within(runtime.generate(ask(model.id, "one two three"))).await.expect("a slot");
     let waiting = within(runtime.generate(ask(model.id, "a"))).await.expect("a place");
     let (reading, waiting) = tokio::join!(progress(reading), progress(waiting));
@@ -309,13 +310,13 @@ async fn progress(mut stream: GenerateStream) -> Vec<(u32, u32)> {
 #[tokio::test]
 async fn readers_that_do_not_read_and_those_behind_them_are_no_hang() {
     let options = LoadOptions { slots: 1, queue_max: 1, ..LoadOptions::default() };
-    let (runtime, model) = impatient(&["mock", "tokens=5000", "context_length=100000"], options).await;
+    let (runtime, model) = with_stall_timeout(&["mock", "tokens=5000", "context_length=100000"], options).await;
     let slow = within(runtime.generate(ask(model.id, "a"))).await.expect("a slot");
     let behind = within(runtime.generate(ask(model.id, "a"))).await.expect("a place");
-    tokio::time::sleep(IMPATIENCE * 3).await;
+    tokio::time::sleep(STALL_TIMEOUT * 3).await;
     assert_eq!(read(slow).await.text, MockRuntime::text(5_000));
     assert_eq!(read(behind).await.text, MockRuntime::text(5_000));
     // Nor is an engine without work.
-    tokio::time::sleep(IMPATIENCE * 2).await;
+    tokio::time::sleep(STALL_TIMEOUT * 2).await;
     assert!(is_alive(model.pid.expect("it has a process")));
 }

@@ -14,7 +14,7 @@ use tether_engine::{
 use tokio::time::timeout;
 
 use self::fake_server::{FakeServer, Reply};
-use crate::PATIENCE;
+use crate::TIMEOUT;
 
 const VLLM_MODELS: &str =
     r#"{"object":"list","data":[{"id":"qwen/Qwen3-8B","object":"model","owned_by":"vllm","max_model_len":4096}]}"#;
@@ -44,7 +44,7 @@ fn address(server: &FakeServer) -> ServerAddress {
 
 fn hasty() -> Timeouts {
     let short = Duration::from_millis(100);
-    Timeouts { describe: PATIENCE, begin: PATIENCE, idle: short, probe_every: short }
+    Timeouts { describe: TIMEOUT, begin: TIMEOUT, idle: short, health_check_interval: short }
 }
 
 async fn attach(runtime: &RemoteRuntime, server: &FakeServer, name: &str) -> LoadedModel {
@@ -67,7 +67,7 @@ fn question(model: ModelId) -> GenerateRequest {
 async fn events_of(runtime: &RemoteRuntime, request: GenerateRequest) -> Vec<Result<Event, EngineError>> {
     let mut stream = runtime.generate(request).await.expect("it begins");
     let mut events = Vec::new();
-    while let Some(event) = timeout(PATIENCE, stream.next()).await.expect("in time") {
+    while let Some(event) = timeout(TIMEOUT, stream.next()).await.expect("in time") {
         events.push(event);
     }
     events
@@ -89,7 +89,7 @@ async fn an_answer_of_vllm_comes_whole_with_its_usage() {
     assert_eq!((text.as_str(), reasoning.as_str()), ("Tokyo.", "It is "));
     let state = runtime.load_state().remove(0);
     assert_eq!((state.running, state.counters.completed, state.counters.generated_tokens), (0, 1, 4));
-    let asked = server.asked("/v1/chat/completions").expect("it was asked");
+    let asked = server.request("/v1/chat/completions").expect("it was asked");
     assert_eq!(
         (&asked["model"], &asked["max_tokens"], &asked["stream"]),
         (&json!("qwen/Qwen3-8B"), &json!(9), &json!(true))
@@ -101,7 +101,7 @@ async fn an_answer_of_vllm_comes_whole_with_its_usage() {
 async fn a_reader_that_leaves_closes_the_connection_at_once() {
     let (server, runtime, id) = attached_vllm(Reply::EventsAndSilence(FIRST_PIECE.into())).await;
     let mut stream = runtime.generate(question(id)).await.expect("it begins");
-    timeout(PATIENCE, stream.next()).await.expect("in time").expect("an event").expect("it starts");
+    timeout(TIMEOUT, stream.next()).await.expect("in time").expect("an event").expect("it starts");
     drop(stream);
     timeout(Duration::from_secs(2), server.left()).await.expect("the connection is closed");
     assert_eq!((runtime.load_state()[0].running, runtime.load_state()[0].counters.cancelled), (0, 1));
@@ -141,7 +141,7 @@ async fn a_server_that_falls_silent_or_breaks_off_fails_the_answer() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_gone_is_noticed_by_the_probe_and_by_the_next_request() {
+async fn a_server_that_is_gone_is_noticed_by_the_health_check_and_by_the_next_request() {
     let probing = RemoteRuntime::new(hasty());
     let idle = RemoteRuntime::default();
     let server = FakeServer::start(|path, _| vllm(path, Reply::Silence)).await;
@@ -153,7 +153,7 @@ async fn a_server_that_is_gone_is_noticed_by_the_probe_and_by_the_next_request()
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(PATIENCE, unlisted).await.expect("the probe notices");
+    timeout(TIMEOUT, unlisted).await.expect("the health check notices");
     assert_eq!(idle.generate(question(id)).await.expect_err("gone"), EngineError::NotLoaded);
     assert_eq!(idle.load_state(), []);
 }
@@ -164,7 +164,7 @@ async fn an_unloaded_model_ends_its_answers() {
     let mut stream = runtime.generate(question(id)).await.expect("it begins");
     runtime.unload(id).await.expect("it was attached");
     let mut last = None;
-    while let Some(event) = timeout(PATIENCE, stream.next()).await.expect("in time") {
+    while let Some(event) = timeout(TIMEOUT, stream.next()).await.expect("in time") {
         last = Some(event);
     }
     assert_eq!(last, Some(Err(EngineError::NotLoaded)));
@@ -209,10 +209,10 @@ async fn ollamas_models_are_listed_by_what_they_are_for_and_make_vectors() {
     })
     .await;
     let runtime = RemoteRuntime::default();
-    let survey = runtime.survey(&address(&server), PATIENCE).await.expect("it answers");
-    let told: Vec<_> = survey.models.iter().map(|model| (model.kind, model.context_length)).collect();
+    let survey = runtime.survey(&address(&server), TIMEOUT).await.expect("it answers");
+    let kinds: Vec<_> = survey.models.iter().map(|model| (model.kind, model.context_length)).collect();
     assert_eq!(survey.dialect, Dialect::Ollama);
-    assert_eq!(told, [(Kind::Text, Some(131_072)), (Kind::Vectors, Some(2_048))]);
+    assert_eq!(kinds, [(Kind::Text, Some(131_072)), (Kind::Vectors, Some(2_048))]);
 
     let embedder = attach(&runtime, &server, "nomic-embed-text:latest").await;
     assert_eq!((embedder.abilities.embedding_length, embedder.abilities.generate), (2, false));
@@ -246,7 +246,7 @@ async fn lm_studio_and_strangers_are_told_apart() {
     .await;
     let website = FakeServer::start(|_, _| Reply::Json(200, "<html></html>".into())).await;
     let runtime = RemoteRuntime::default();
-    let dialect = async |server| runtime.survey(&address(server), PATIENCE).await.map(|survey| survey.dialect);
+    let dialect = async |server| runtime.survey(&address(server), TIMEOUT).await.map(|survey| survey.dialect);
     assert_eq!(dialect(&studio).await, Ok(Dialect::LmStudio));
     assert_eq!(dialect(&stranger).await, Ok(Dialect::Other));
     assert!(dialect(&website).await.is_err());

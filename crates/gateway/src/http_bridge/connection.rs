@@ -24,8 +24,8 @@ use tracing::debug;
 
 use super::errors;
 use super::extract::Bridge;
-use super::limits::{Activity, Limits, TrackedBody, Watched};
 use super::router;
+use super::timeouts::{Activity, ConnectionTimeouts, TrackedBody, Watched};
 use super::tls::Tls;
 use crate::gateway::Gateway;
 use crate::request_context::Origin;
@@ -50,7 +50,7 @@ struct Shared {
     gateway: Gateway,
     router: Router,
     server: Builder<Tracked>,
-    limits: Limits,
+    timeouts: ConnectionTimeouts,
     tls: Option<Tls>,
     /// Makes connections close once their requests are done.
     stop: CancellationToken,
@@ -70,10 +70,10 @@ impl<Work: Future<Output: Send + 'static> + Send + 'static> Executor<Work> for T
 
 impl Connections {
     pub(super) fn new(gateway: Gateway, tls: Option<Tls>, stop: CancellationToken, abort: CancellationToken) -> Self {
-        let limits = Limits::of(gateway.config());
+        let timeouts = ConnectionTimeouts::of(gateway.config());
         let router = router::router(Bridge { gateway: gateway.clone(), stop: stop.clone() });
         let server = server(gateway.tracker().clone());
-        Self { shared: Arc::new(Shared { gateway, router, server, limits, tls, stop, abort }) }
+        Self { shared: Arc::new(Shared { gateway, router, server, timeouts, tls, stop, abort }) }
     }
 
     pub(super) fn is_tls(&self) -> bool {
@@ -89,7 +89,7 @@ impl Connections {
         }
         match &shared.tls {
             None => shared.drive(stream, peer.ip()).await,
-            Some(tls) => match time::timeout(shared.limits.head, tls.accept(stream)).await {
+            Some(tls) => match time::timeout(shared.timeouts.head, tls.accept(stream)).await {
                 Ok(Ok(stream)) => shared.drive(stream, peer.ip()).await,
                 Ok(Err(error)) => debug!(%error, "TLS handshake failed"),
                 Err(_) => debug!("TLS handshake took too long"),
@@ -111,7 +111,7 @@ impl Shared {
             }
         });
         let mut connection = pin!(self.server.serve_connection(io, service));
-        let mut watch = pin!(activity.watch(self.limits));
+        let mut watch = pin!(activity.watch(self.timeouts));
         let mut stopping = false;
         loop {
             tokio::select! {

@@ -7,17 +7,17 @@ use tokio::net::TcpStream;
 
 use crate::{Network, chat_body, config, expect_error, fake};
 
-/// Sends bytes and reads until the connection closes or nothing more comes for `patience`.
-async fn exchange(network: &Network, bytes: &[u8], patience: Duration) -> String {
+/// Sends bytes and reads until the connection closes or nothing more comes for `timeout`.
+async fn exchange(network: &Network, bytes: &[u8], timeout: Duration) -> String {
     let mut stream = TcpStream::connect(network.address).await.expect("connected");
     let _ = stream.write_all(bytes).await;
-    read(&mut stream, patience).await
+    read(&mut stream, timeout).await
 }
 
-async fn read(stream: &mut TcpStream, patience: Duration) -> String {
+async fn read(stream: &mut TcpStream, timeout: Duration) -> String {
     let mut text = vec![];
     let mut buffer = [0; 4096];
-    while let Ok(Ok(count @ 1..)) = tokio::time::timeout(patience, stream.read(&mut buffer)).await {
+    while let Ok(Ok(count @ 1..)) = tokio::time::timeout(timeout, stream.read(&mut buffer)).await {
         text.extend_from_slice(&buffer[..count]);
     }
     String::from_utf8_lossy(&text).into_owned()

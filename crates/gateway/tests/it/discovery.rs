@@ -213,7 +213,7 @@ async fn a_tenant_sees_only_the_models_it_may_use() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn probes_tell_alive_from_ready() {
+async fn health_endpoints_tell_alive_from_ready() {
     let network = Network::start().await;
     for path in ["/healthz", "/health", "/readyz"] {
         assert_eq!(network.request(Method::GET, path).send().await.expect("answered").status(), 200, "{path}");

@@ -38,7 +38,7 @@ struct Network {
     tasks: TaskTracker,
 }
 
-/// The configuration of tests: any port, and little patience.
+/// The configuration of tests: any port, and short timeouts.
 fn config() -> Config {
     Config {
         bind: ([127, 0, 0, 1], 0).into(),

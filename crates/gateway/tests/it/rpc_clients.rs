@@ -283,8 +283,8 @@ async fn an_answer_must_begin_before_its_deadline_and_silence_has_a_limit_of_its
     for (deadline_secs, stall_secs, code) in
         [(300, 1_000, ErrorCode::DeadlineExceeded), (1_000, 120, ErrorCode::Unavailable)]
     {
-        let patience = Config { request_deadline_secs: deadline_secs, stall_timeout_secs: stall_secs, ..config() };
-        let network = Network::start_with(patience).await;
+        let timeouts = Config { request_deadline_secs: deadline_secs, stall_timeout_secs: stall_secs, ..config() };
+        let network = Network::start_with(timeouts).await;
         let begun = Instant::now();
         let hours = SECONDS * 10_000;
         let options = StreamOptions { accept_within: hours, deadline: None, stall: hours };

@@ -62,7 +62,7 @@ pub(super) struct DbThread {
     thread: Option<JoinHandle<()>>,
     // Closed when the thread has dropped its connection.
     finished: watch::Receiver<()>,
-    patience: Duration,
+    queue_timeout: Duration,
 }
 
 impl DbThread {
@@ -77,7 +77,7 @@ impl DbThread {
             work(waiting);
             drop(finishing);
         })?;
-        Ok(Self { tasks: Some(tasks), thread: Some(thread), finished, patience: options.patience })
+        Ok(Self { tasks: Some(tasks), thread: Some(thread), finished, queue_timeout: options.queue_timeout })
     }
 
     /// Runs an operation on the thread and returns its outcome.
@@ -97,7 +97,7 @@ impl DbThread {
         match tasks.try_send(task) {
             Ok(()) => Ok(()),
             Err(TrySendError::Closed(_)) => Err(StoreError::Closed),
-            Err(TrySendError::Full(task)) => match time::timeout(self.patience, tasks.send(task)).await {
+            Err(TrySendError::Full(task)) => match time::timeout(self.queue_timeout, tasks.send(task)).await {
                 Ok(sent) => sent.map_err(|_| StoreError::Closed),
                 Err(_) => Err(StoreError::Overloaded),
             },

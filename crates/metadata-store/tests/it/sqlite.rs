@@ -283,7 +283,7 @@ async fn a_full_queue_refuses_while_reads_go_on() {
     let folder = folder();
     let options = StoreOptions {
         queue_depth_max: 1,
-        patience: Duration::from_millis(10),
+        queue_timeout: Duration::from_millis(10),
         busy_timeout: Duration::from_millis(500),
         ..StoreOptions::default()
     };

@@ -30,7 +30,7 @@ const MODELS_AT_ONCE: usize = 8;
 /// How long a lookup may take.
 const LOOKUP_WITHIN: Duration = Duration::from_secs(5);
 /// Nodes asked concurrently; a later lookup finds the others again.
-const ASKED_AT_ONCE: usize = 16;
+const REQUESTS_AT_ONCE: usize = 16;
 /// How long a node may take to connect and to answer.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Delay before a node that had no report is asked again; it doubles each time.
@@ -48,7 +48,7 @@ pub struct Search {
     client: Client,
     fleet: Arc<Fleet>,
     regions: Vec<Region>,
-    asked: Mutex<Contacts>,
+    contacts: Mutex<Contacts>,
     permits: Arc<Semaphore>,
     tasks: TaskTracker,
 }
@@ -97,8 +97,8 @@ impl Contacts {
 impl Search {
     /// Makes a search for the workers of some regions.
     pub fn new(transport: Arc<dyn Transport>, client: Client, fleet: Arc<Fleet>, regions: Vec<Region>) -> Self {
-        let permits = Arc::new(Semaphore::new(ASKED_AT_ONCE));
-        Self { transport, client, fleet, regions, asked: Mutex::default(), permits, tasks: TaskTracker::new() }
+        let permits = Arc::new(Semaphore::new(REQUESTS_AT_ONCE));
+        Self { transport, client, fleet, regions, contacts: Mutex::default(), permits, tasks: TaskTracker::new() }
     }
 
     /// Searches until `stop` is cancelled. `take` gets each report and returns whether it was accepted.
@@ -214,7 +214,7 @@ impl Search {
     }
 
     fn lock(&self) -> parking_lot::MutexGuard<'_, Contacts> {
-        self.asked.lock()
+        self.contacts.lock()
     }
 }
 
@@ -225,25 +225,25 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn who_has_nothing_to_say_is_asked_ever_more_rarely_and_memory_is_bounded() {
         let (own, key) = (PublicKey([0; 32]), PublicKey([1; 32]));
-        let (mut asked, begin) = (Contacts::default(), Instant::now());
+        let (mut contacts, begin) = (Contacts::default(), Instant::now());
         let mut times = 0;
         for second in 0..3600 {
             let now = begin + Duration::from_secs(second);
-            if asked.is_due(key, now) {
-                asked.now.insert(key);
-                assert!(!asked.is_due(key, now), "it is being asked");
-                asked.note(own, key, false, now);
+            if contacts.is_due(key, now) {
+                contacts.now.insert(key);
+                assert!(!contacts.is_due(key, now), "it is being asked");
+                contacts.note(own, key, false, now);
                 times += 1;
             }
         }
         assert!((14..=24).contains(&times), "asked {times} times in an hour");
-        asked.note(own, key, true, begin);
-        assert!(asked.is_due(key, begin), "a worker is not held back");
+        contacts.note(own, key, true, begin);
+        assert!(contacts.is_due(key, begin), "a worker is not held back");
         for number in 0..3 * RESTING_MAX as u64 {
             let mut bytes = [7; 32];
             bytes[..8].copy_from_slice(&number.to_le_bytes());
-            asked.note(own, PublicKey(bytes), false, begin);
-            assert!(asked.resting.len() <= RESTING_MAX);
+            contacts.note(own, PublicKey(bytes), false, begin);
+            assert!(contacts.resting.len() <= RESTING_MAX);
         }
     }
 }

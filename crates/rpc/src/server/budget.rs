@@ -7,7 +7,7 @@ use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::{ErrorCode, PublicKey, WireError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::Limits;
+use super::ServerLimits;
 
 /// Returns the maximum length of a request of a caller.
 pub(super) type BodyLimit = Box<dyn Fn(PublicKey) -> usize + Send + Sync>;
@@ -35,7 +35,7 @@ pub(crate) struct ReservedBytes {
 }
 
 impl Budget {
-    pub(super) fn new(limits: &Limits, limit_of: Option<BodyLimit>) -> Self {
+    pub(super) fn new(limits: &ServerLimits, limit_of: Option<BodyLimit>) -> Self {
         let pool = |bytes: usize| Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
         let (members, strangers) = (pool(limits.body_bytes_max), pool(limits.strangers_body_bytes_max));
         Self { limit_of, members, strangers }
@@ -97,7 +97,7 @@ mod tests {
     const STRANGER: PublicKey = PublicKey([2; 32]);
 
     fn budget() -> Budget {
-        let limits = Limits { body_bytes_max: 750, strangers_body_bytes_max: 250, ..Limits::default() };
+        let limits = ServerLimits { body_bytes_max: 750, strangers_body_bytes_max: 250, ..ServerLimits::default() };
         Budget::new(&limits, Some(Box::new(|key| if key == MEMBER { MESSAGE_BYTES_MAX } else { 100 })))
     }
 

@@ -29,8 +29,8 @@ struct Held {
     give_way: CancellationToken,
 }
 
-/// A connection's place within the limits. Dropping it frees the place.
-pub(super) struct Place {
+/// Permits one connection within the limits, until it is dropped.
+pub(super) struct ConnectionPermit {
     connections: Arc<Connections>,
     peer: PublicKey,
     id: u64,
@@ -48,7 +48,7 @@ impl Connections {
 
     /// Gives a connection its place. A peer with too many connections loses its oldest one without calls, which may be
     /// dead without anyone having noticed.
-    pub(super) fn enter(self: &Arc<Self>, peer: PublicKey) -> Option<Place> {
+    pub(super) fn enter(self: &Arc<Self>, peer: PublicKey) -> Option<ConnectionPermit> {
         let mut guard = self.lock();
         let table = &mut *guard;
         let of_peer = table.by_peer.entry(peer).or_default();
@@ -67,7 +67,7 @@ impl Connections {
         table.count += 1;
         let (calls, give_way) = (Arc::<AtomicUsize>::default(), CancellationToken::new());
         of_peer.push(Held { id, calls: calls.clone(), give_way: give_way.clone() });
-        Some(Place { connections: self.clone(), peer, id, calls, give_way })
+        Some(ConnectionPermit { connections: self.clone(), peer, id, calls, give_way })
     }
 
     fn leave(&self, peer: PublicKey, id: u64) {
@@ -89,8 +89,8 @@ impl Connections {
     }
 }
 
-impl Place {
-    /// Waits until another connection of the peer takes this place.
+impl ConnectionPermit {
+    /// Waits until another connection of the peer takes this permit.
     pub(super) async fn given_away(&self) {
         self.give_way.cancelled().await;
     }
@@ -107,7 +107,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         self.connections.leave(self.peer, self.id);
     }

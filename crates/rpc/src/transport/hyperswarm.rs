@@ -294,8 +294,8 @@ impl Transport for HyperswarmTransport {
         let mut replies = self.dht.lookup(topic.key());
         let all = async {
             loop {
-                let patience = if found.is_empty() { LOOKUP } else { NEXT_REPLY };
-                let Ok(Some(reply)) = time::timeout(patience, replies.next()).await else { return };
+                let timeout = if found.is_empty() { LOOKUP } else { NEXT_REPLY };
+                let Ok(Some(reply)) = time::timeout(timeout, replies.next()).await else { return };
                 found.extend(reply.peers.into_iter().map(named));
             }
         };

@@ -28,8 +28,8 @@ use crate::{info, options};
 
 const LOOPBACK: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0);
 const SECOND: Duration = Duration::from_secs(1);
-/// Real sockets on a busy machine need patience.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Real sockets on a busy machine need a long timeout.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A network: a node that everyone knows, and services that run on others.
 struct Swarm {
@@ -88,7 +88,7 @@ fn topic() -> Topic {
 }
 
 async fn soon<T>(work: impl Future<Output = T>) -> T {
-    time::timeout(PATIENCE, work).await.expect("in time")
+    time::timeout(TIMEOUT, work).await.expect("in time")
 }
 
 /// Answers a stream with its request.
@@ -102,7 +102,7 @@ async fn echo(call: StreamCall) {
 }
 
 async fn streamed(client: &Client, peer: PublicKey, method: &str, body: Bytes) -> Result<Vec<Bytes>, CallError> {
-    let patient = StreamOptions { accept_within: PATIENCE, ..options() };
+    let patient = StreamOptions { accept_within: TIMEOUT, ..options() };
     let mut stream = client.open_stream(peer, method, body, patient).await?;
     let mut messages = vec![];
     while let Some(message) = stream.next().await {
@@ -138,7 +138,7 @@ async fn a_node_that_only_calls_finds_and_calls_others_and_is_not_found() {
     let caller = HyperswarmTransport::start(options, &key(2)).await.expect("a socket");
     assert_eq!(caller.lookup(&topic()).await, Ok(vec![key_of_callee]));
     let client = Client::new(caller.clone());
-    client.call::<_, Empty>(key_of_callee, NODE_PING, &Empty {}, PATIENCE).await.expect("an answer");
+    client.call::<_, Empty>(key_of_callee, NODE_PING, &Empty {}, TIMEOUT).await.expect("an answer");
     assert!(caller.accept().await.is_none());
     assert!(callee.connect(caller.public_key()).await.is_err());
 }
@@ -153,7 +153,7 @@ async fn a_node_is_found_by_topic_and_answers_calls_and_streams() {
     assert_eq!(caller.lookup(&topic()).await, Ok(vec![peer]));
 
     let client = Client::new(caller);
-    client.call::<_, Empty>(peer, NODE_PING, &Empty {}, PATIENCE).await.expect("a reply");
+    client.call::<_, Empty>(peer, NODE_PING, &Empty {}, TIMEOUT).await.expect("a reply");
     let answer = streamed(&client, peer, "echo", Bytes::from_static(b"\"hello\"")).await;
     assert_eq!(answer, Ok(vec![Bytes::from_static(b"\"hello\"")]));
 }
@@ -190,10 +190,10 @@ async fn an_error_comes_whole() {
             .stream("full", move |call: StreamCall| async move { call.refuse(full()).await })
     });
     let client = Client::new(caller);
-    let unary = client.call::<_, Empty>(peer, "full", &Empty {}, PATIENCE).await;
+    let unary = client.call::<_, Empty>(peer, "full", &Empty {}, TIMEOUT).await;
     assert_eq!(unary, Err(CallError::Remote(full())));
     assert_eq!(streamed(&client, peer, "full", Bytes::from_static(b"{}")).await, Err(CallError::Remote(full())));
-    let unknown = client.call::<_, Empty>(peer, "nonsense", &Empty {}, PATIENCE).await;
+    let unknown = client.call::<_, Empty>(peer, "nonsense", &Empty {}, TIMEOUT).await;
     assert!(matches!(&unknown, Err(CallError::Remote(error)) if error.code == ErrorCode::UnknownMethod), "{unknown:?}");
 }
 
@@ -221,22 +221,22 @@ async fn long_messages_arrive_whole_and_too_long_ones_are_refused() {
     let client = Client::new(caller);
     for bytes in [0, 64 * 1024, 1024 * 1024] {
         let text = text(bytes);
-        let unary = client.call::<_, String>(peer, "echo", &text, PATIENCE).await;
+        let unary = client.call::<_, String>(peer, "echo", &text, TIMEOUT).await;
         assert!(unary.as_ref() == Ok(&text), "{bytes}: {:?}", unary.err());
         let body = Bytes::from(text);
         let answer = streamed(&client, peer, "echo", body.clone()).await;
         assert!(answer.as_deref() == Ok(&[body]), "{bytes}: {:?}", answer.err());
     }
     let long = text((16 << 20) - 200);
-    assert_eq!(client.call(peer, "is whole", &long, PATIENCE).await, Ok(true));
+    assert_eq!(client.call(peer, "is whole", &long, TIMEOUT).await, Ok(true));
     // Far more than may lie unread: the connection waits for its reader.
     let answer = streamed(&client, peer, "is whole", text(4 << 20).into()).await;
     assert_eq!(answer, Ok(vec![Bytes::from_static(b"true")]));
 
     // This fits into a call, but not into a message of the connection.
-    let refused = client.call::<_, String>(peer, "echo", &text((16 << 20) - 2), PATIENCE).await;
+    let refused = client.call::<_, String>(peer, "echo", &text((16 << 20) - 2), TIMEOUT).await;
     assert!(matches!(&refused, Err(CallError::Remote(error)) if error.code == ErrorCode::RequestTooLarge));
-    client.call::<_, Empty>(peer, NODE_PING, &Empty {}, PATIENCE).await.expect("the connection is as good as before");
+    client.call::<_, Empty>(peer, NODE_PING, &Empty {}, TIMEOUT).await.expect("the connection is as good as before");
 }
 
 #[tokio::test]
@@ -249,7 +249,7 @@ async fn hundreds_of_streams_begin_at_once_in_one_connection() {
     let all = (0..500).map(|number| {
         let (client, body) = (&client, Bytes::from(number.to_string().repeat(500)));
         async move {
-            let patient = StreamOptions { accept_within: PATIENCE, ..options() };
+            let patient = StreamOptions { accept_within: TIMEOUT, ..options() };
             let mut stream = client.open_stream(peer, "echo", body.clone(), patient).await.expect("accepted");
             assert_eq!(stream.next().await, Some(Ok(body)));
             assert_eq!(stream.next().await, None);
@@ -366,7 +366,7 @@ async fn work_that_nobody_waits_for_is_dropped_with_the_connection() {
     let (worker, caller) = (swarm.node(1).await, swarm.node(2).await);
     let peer = swarm.serve(&worker, |server| server.unary_while_wanted("work", work));
     let client = Client::new(caller);
-    let call = client.call::<_, Empty>(peer, "work", &Empty {}, PATIENCE);
+    let call = client.call::<_, Empty>(peer, "work", &Empty {}, TIMEOUT);
     let closing = async {
         begun.notified().await;
         client.disconnect(peer);
@@ -419,7 +419,7 @@ async fn a_node_that_knew_its_peers_finds_them_when_every_bootstrap_node_is_gone
     let peer = swarm.serve(&worker, |server| server);
     worker.announce(&topic()).await.expect("announced");
     let client = Client::new(caller.clone());
-    client.call::<_, Empty>(peer, NODE_PING, &Empty {}, PATIENCE).await.expect("a reply");
+    client.call::<_, Empty>(peer, NODE_PING, &Empty {}, TIMEOUT).await.expect("a reply");
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("peers");
     assert_eq!(KnownPeers::read(&file), KnownPeers::default());

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use protocol::control::{Empty, NODE_PING};
 use protocol::signature::NodeKey;
 use protocol::{ErrorCode, WireError};
-use tether_rpc::{CallError, Client, Limits, StreamCall, Transport};
+use tether_rpc::{CallError, Client, ServerLimits, StreamCall, Transport};
 use tokio::time;
 
 use crate::{Pair, options, pair};
@@ -64,7 +64,7 @@ async fn a_stranger_may_send_less_than_a_member() {
 #[tokio::test(start_paused = true)]
 async fn strangers_leave_the_calls_of_members_alone() {
     let member = NodeKey::from_seed(&[2; 32]).public_key();
-    let limits = Limits { strangers_calls_max: 3, ..Limits::default() };
+    let limits = ServerLimits { strangers_calls_max: 3, ..ServerLimits::default() };
     let pair = pair(|server| {
         let hang = |_, _: Empty| std::future::pending::<Result<Empty, WireError>>();
         server.unary("hang", hang).limits(limits).body_limit(move |key| if key == member { 16 << 20 } else { 1000 })
@@ -91,7 +91,7 @@ async fn strangers_leave_the_calls_of_members_alone() {
 
 #[tokio::test(start_paused = true)]
 async fn requests_beyond_the_room_are_refused_and_the_room_is_given_back() {
-    let limits = Limits { body_bytes_max: 2500, ..Limits::default() };
+    let limits = ServerLimits { body_bytes_max: 2500, ..ServerLimits::default() };
     let pair = pair(|server| {
         let slow = |_, text: String| async move {
             time::sleep(SECOND).await;
@@ -114,7 +114,7 @@ async fn requests_beyond_the_room_are_refused_and_the_room_is_given_back() {
 
 #[tokio::test(start_paused = true)]
 async fn a_connection_too_many_is_told_so_and_another_takes_its_place_later() {
-    let limits = Limits { connections_max: 1, ..Limits::default() };
+    let limits = ServerLimits { connections_max: 1, ..ServerLimits::default() };
     let pair = pair(|server| server.limits(limits));
     let peer = pair.server.public_key();
     let ping = |client: Client| async move { client.call::<_, Empty>(peer, NODE_PING, &Empty {}, SECOND).await };
@@ -128,7 +128,7 @@ async fn a_connection_too_many_is_told_so_and_another_takes_its_place_later() {
 
 #[tokio::test(start_paused = true)]
 async fn a_peers_newest_connection_takes_the_place_of_its_oldest_idle_one() {
-    let limits = Limits { connections_per_peer_max: 2, ..Limits::default() };
+    let limits = ServerLimits { connections_per_peer_max: 2, ..ServerLimits::default() };
     let pair = pair(|server| server.limits(limits));
     let peer = pair.server.public_key();
     let transport = node(&pair, 3);
@@ -143,7 +143,7 @@ async fn a_peers_newest_connection_takes_the_place_of_its_oldest_idle_one() {
 
 #[tokio::test(start_paused = true)]
 async fn a_connection_without_calls_is_closed_after_a_while_and_one_with_calls_is_not() {
-    let limits = Limits { idle: SECOND * 60, ..Limits::default() };
+    let limits = ServerLimits { idle: SECOND * 60, ..ServerLimits::default() };
     let pair = pair(|server| {
         let slow = |_, _: Empty| async {
             time::sleep(SECOND * 300).await;

@@ -22,9 +22,9 @@ use crate::output;
 /// Timeout for a node's description.
 const DESCRIBE: Duration = Duration::from_secs(3);
 /// The most nodes of one region that are asked. Anyone may announce on a topic.
-const ASKED_MAX: usize = 64;
+const NODES_MAX: usize = 64;
 /// How long a node may take to answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The roles whose nodes are enrolled.
 const ROLES: [&str; 3] = ["orchestrator", "gateway", "worker"];
 
@@ -47,7 +47,7 @@ async fn look(context: &Context, pool: &Pool) -> anyhow::Result<Vec<Check>> {
     let mut checks = vec![check("bootstrap", bootstrap(&network, &addresses.bootstrap_addresses().await?).await)];
     let stranger = Client::new(network.clone());
     let began = Instant::now();
-    let reading = stranger.call::<_, ClockReading>(pool.registry, CLOCK_READ, &Empty {}, PATIENCE).await;
+    let reading = stranger.call::<_, ClockReading>(pool.registry, CLOCK_READ, &Empty {}, RESPONSE_TIMEOUT).await;
     match reading {
         Ok(reading) => {
             let detail =
@@ -82,7 +82,7 @@ async fn regions(context: &Context, pool: &Pool, client: &Client) -> anyhow::Res
         let region = kept.get("region").and_then(|region| region.as_str()?.parse().ok());
         regions.insert(region.unwrap_or_else(|| context.settings.region.clone()));
     }
-    if let Ok(info) = client.call::<_, NodeInfo>(pool.registry, NODE_DESCRIBE, &Empty {}, PATIENCE).await {
+    if let Ok(info) = client.call::<_, NodeInfo>(pool.registry, NODE_DESCRIBE, &Empty {}, RESPONSE_TIMEOUT).await {
         regions.insert(info.region);
     }
     if regions.is_empty() {
@@ -96,8 +96,8 @@ async fn services(network: &HyperswarmTransport, client: &Client, regions: &BTre
     let mut services = Services { regions: regions.clone(), ..Services::default() };
     for region in regions {
         let found = network.lookup(&Topic::Control(region.clone())).await.unwrap_or_default();
-        let asked = found.iter().take(ASKED_MAX);
-        let responses = asked.map(|key| client.call::<_, NodeInfo>(*key, NODE_DESCRIBE, &Empty {}, DESCRIBE));
+        let nodes = found.iter().take(NODES_MAX);
+        let responses = nodes.map(|key| client.call::<_, NodeInfo>(*key, NODE_DESCRIBE, &Empty {}, DESCRIBE));
         for response in join_all(responses).await {
             match response {
                 Ok(info) => {
@@ -132,9 +132,9 @@ impl Services {
             NodeRole::Worker => "worker",
         };
         let of_role = self.reachable.iter().filter(|((other, _), _)| *other == role);
-        let told: Vec<String> = of_role.map(|((_, region), count)| format!("{count} in region {region}")).collect();
-        if !told.is_empty() {
-            return Ok(format!("answering: {}", told.join(", ")));
+        let counts: Vec<String> = of_role.map(|((_, region), count)| format!("{count} in region {region}")).collect();
+        if !counts.is_empty() {
+            return Ok(format!("answering: {}", counts.join(", ")));
         }
         let regions: Vec<&str> = self.regions.iter().map(Region::as_str).collect();
         let regions = regions.join(" or ");
@@ -191,7 +191,7 @@ async fn ask(context: &Context, pool: &Pool, role: &str, enrolment: Enrolment) -
     let network = client_network(&context.settings, &context.data, &pool.bootstrap, &key).await?;
     let client = Client::new(network.clone()).with_membership(membership);
     let request = PoolStateRequest { version: 0 };
-    let state = client.call::<_, PoolState>(pool.registry, POOL_STATE, &request, PATIENCE).await;
+    let state = client.call::<_, PoolState>(pool.registry, POOL_STATE, &request, RESPONSE_TIMEOUT).await;
     drop(client);
     network.stop().await;
     match state {

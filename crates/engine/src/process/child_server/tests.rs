@@ -12,7 +12,7 @@ use crate::model_runtime::{
 };
 use crate::process::handover;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Uses the number in an adapter's file as its id, and embeds a text as the number in it.
 #[derive(Default)]
@@ -141,7 +141,7 @@ impl Worker {
     async fn leave(self) {
         drop((self.reading, self.writing));
         self.tasks.close();
-        time::timeout(PATIENCE, self.tasks.wait()).await.expect("the child ends");
+        time::timeout(TIMEOUT, self.tasks.wait()).await.expect("the child ends");
     }
 
     async fn say(&mut self, message: ToChild) {
@@ -157,7 +157,7 @@ impl Worker {
                 }
             }
         };
-        time::timeout(PATIENCE, hear).await.expect("it is said in time")
+        time::timeout(TIMEOUT, hear).await.expect("it is said in time")
     }
 
     async fn reply(&mut self, number: u64) -> Result<Reply, EngineError> {
@@ -197,7 +197,7 @@ async fn until(wanted: impl Fn() -> bool) {
             time::sleep(Duration::from_millis(1)).await;
         }
     };
-    time::timeout(PATIENCE, poll).await.expect("it happens in time");
+    time::timeout(TIMEOUT, poll).await.expect("it happens in time");
 }
 
 #[tokio::test]

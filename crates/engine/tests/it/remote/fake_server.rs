@@ -60,7 +60,7 @@ impl FakeServer {
     }
 
     /// Returns the body that was last sent to a path.
-    pub(super) fn asked(&self, path: &str) -> Option<Value> {
+    pub(super) fn request(&self, path: &str) -> Option<Value> {
         let seen = self.seen.lock();
         seen.iter().rev().find(|(_, seen, _)| seen == path).map(|(_, _, body)| body.clone())
     }

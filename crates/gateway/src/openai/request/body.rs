@@ -92,11 +92,11 @@ pub(super) struct Body {
     /// Maximum number of tokens to generate; -1 for as many as fit. Without this and `max_tokens`, a chat's answer may
     /// fill the context.
     #[schema(value_type = Option<i64>, minimum = -1)]
-    max_completion_tokens: Option<Limit>,
+    max_completion_tokens: Option<MaxTokens>,
     /// The older name of `max_completion_tokens`, and the only one in OpenAI's text completions. The default of text
     /// completions is 16. 0 generates nothing and is allowed in text completions with `echo`.
     #[schema(value_type = Option<i64>, minimum = -1)]
-    max_tokens: Option<Limit>,
+    max_tokens: Option<MaxTokens>,
     /// Whether to stream the answer as server-sent events.
     #[schema(default = false)]
     stream: Option<bool>,
@@ -233,12 +233,12 @@ struct Count(u32);
 
 /// Maximum tokens of an answer: a count, or -1 for as many as fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Limit {
+enum MaxTokens {
     Tokens(u32),
     Unlimited,
 }
 
-impl Limit {
+impl MaxTokens {
     fn tokens(self) -> Option<u32> {
         match self {
             Self::Tokens(count) => Some(count),
@@ -256,7 +256,7 @@ impl<'de> Deserialize<'de> for Count {
     }
 }
 
-impl<'de> Deserialize<'de> for Limit {
+impl<'de> Deserialize<'de> for MaxTokens {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         Ok(match whole(deserializer)? {
             -1 => Self::Unlimited,
@@ -336,7 +336,7 @@ impl Body {
         }
         Ok(Input {
             messages: Some(messages.collect::<Result<_, _>>()?),
-            max_tokens: self.limit()?.and_then(Limit::tokens),
+            max_tokens: self.token_limit()?.and_then(MaxTokens::tokens),
             logprobs,
             tools,
             tool_choice,
@@ -363,16 +363,16 @@ impl Body {
         refuse_unless(self.chat_template_kwargs.as_ref().is_none_or(Map::is_empty), "chat_template_kwargs")?;
         refuse_unless(self.top_logprobs.is_none_or(|top| top.0 == 0), "top_logprobs")?;
         refuse_unless(!self.continue_final_message.unwrap_or(false), "continue_final_message")?;
-        let max_tokens = self.limit()?.unwrap_or(Limit::Tokens(COMPLETION_TOKENS)).tokens();
+        let max_tokens = self.token_limit()?.unwrap_or(MaxTokens::Tokens(COMPLETION_TOKENS)).tokens();
         let suffix = self.suffix.take().filter(|suffix| !suffix.is_empty());
         Ok(Input { max_tokens, logprobs, echo: self.echo.unwrap_or(false), suffix, ..prompt })
     }
 
     /// Returns the limit on the answer's tokens, if the request has one.
-    fn limit(&self) -> Result<Option<Limit>, WireError> {
+    fn token_limit(&self) -> Result<Option<MaxTokens>, WireError> {
         let given = [("max_completion_tokens", self.max_completion_tokens), ("max_tokens", self.max_tokens)];
         match given.into_iter().find_map(|(name, limit)| Some((name, limit?))) {
-            Some((name, Limit::Tokens(0))) if !self.echo.unwrap_or(false) => {
+            Some((name, MaxTokens::Tokens(0))) if !self.echo.unwrap_or(false) => {
                 Err(invalid(name, "must be at least 1, or -1 for as many as fit"))
             }
             given => Ok(given.map(|(_, limit)| limit)),

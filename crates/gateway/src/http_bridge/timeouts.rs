@@ -17,7 +17,7 @@ use crate::config::{Config, seconds};
 
 /// The timeouts of a connection.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
+pub(super) struct ConnectionTimeouts {
     /// For receiving a request's head, and for the TLS handshake.
     pub(super) head: Duration,
     idle: Duration,
@@ -25,7 +25,7 @@ pub(super) struct Limits {
     write: Duration,
 }
 
-impl Limits {
+impl ConnectionTimeouts {
     pub(super) fn of(config: &Config) -> Self {
         Self {
             head: seconds(config.header_timeout_secs),
@@ -69,31 +69,31 @@ enum Watch {
 }
 
 /// Decides whether a connection has exceeded a timeout. A pure function of its snapshot and the current millisecond.
-fn judge(facts: Facts, limits: Limits, now: u64) -> Watch {
+fn judge(facts: Facts, timeouts: ConnectionTimeouts, now: u64) -> Watch {
     let left = |since: u64, limit: Duration| {
         let end = since.saturating_add(limit.as_millis() as u64);
         Duration::from_millis(end.saturating_sub(now))
     };
     let mut waits = vec![];
     if facts.blocked_since > 0 {
-        waits.push((left(facts.blocked_since, limits.write), "the answer is not read"));
+        waits.push((left(facts.blocked_since, timeouts.write), "the answer is not read"));
     }
     if facts.requests == 0 {
-        waits.push((left(facts.idle_since, limits.idle), "idle"));
+        waits.push((left(facts.idle_since, timeouts.idle), "idle"));
         // HTTP/2 connections carry traffic between requests too.
         if facts.head_since > 0 && !facts.http2 {
-            waits.push((left(facts.head_since, limits.head), "the head takes too long"));
+            waits.push((left(facts.head_since, timeouts.head), "the head takes too long"));
         }
     }
     let soonest = waits.into_iter().min();
     match soonest {
         Some((Duration::ZERO, reason)) => Watch::Close(reason),
-        Some((wait, _)) => Watch::Wait(wait.min(limits.shortest())),
-        None => Watch::Wait(limits.shortest()),
+        Some((wait, _)) => Watch::Wait(wait.min(timeouts.shortest())),
+        None => Watch::Wait(timeouts.shortest()),
     }
 }
 
-impl Limits {
+impl ConnectionTimeouts {
     /// Returns the longest sleep between two checks. A wait that begins during the sleep is noticed within this time.
     fn shortest(self) -> Duration {
         self.head.min(self.idle).min(self.write).max(Duration::from_millis(100)) / 2
@@ -128,9 +128,9 @@ impl Activity {
     }
 
     /// Waits until the connection exceeds a timeout, and returns the reason.
-    pub(super) async fn watch(&self, limits: Limits) -> &'static str {
+    pub(super) async fn watch(&self, timeouts: ConnectionTimeouts) -> &'static str {
         loop {
-            match judge(self.facts(), limits, self.now()) {
+            match judge(self.facts(), timeouts, self.now()) {
                 Watch::Close(reason) => return reason,
                 Watch::Wait(wait) => time::sleep(wait).await,
             }
@@ -268,14 +268,17 @@ impl http_body::Body for TrackedBody {
 mod tests {
     use super::*;
 
-    const LIMITS: Limits =
-        Limits { head: Duration::from_secs(10), idle: Duration::from_secs(75), write: Duration::from_mins(1) };
+    const TIMEOUTS: ConnectionTimeouts = ConnectionTimeouts {
+        head: Duration::from_secs(10),
+        idle: Duration::from_secs(75),
+        write: Duration::from_mins(1),
+    };
 
     fn judged(facts: Facts, now_secs: u64) -> Option<&'static str> {
-        match judge(facts, LIMITS, now_secs * 1000) {
+        match judge(facts, TIMEOUTS, now_secs * 1000) {
             Watch::Close(reason) => Some(reason),
             Watch::Wait(wait) => {
-                assert!(wait > Duration::ZERO && wait <= LIMITS.shortest());
+                assert!(wait > Duration::ZERO && wait <= TIMEOUTS.shortest());
                 None
             }
         }
