@@ -114,7 +114,7 @@ mod tests {
         folder.join("store/sha256").join(&name[..2]).join(name)
     }
 
-    fn taken(folder: &Path, way: Way, length: usize) -> (ArtifactStore, Digest) {
+    fn stored(folder: &Path, way: Way, length: usize) -> (ArtifactStore, Digest) {
         let (store, source) = (store(folder), source(folder, length));
         let (stored, went) = match way {
             Way::Linked => store.put_link(&source, u64::MAX, |_| Ok(())).expect("put"),
@@ -131,7 +131,7 @@ mod tests {
     #[test]
     fn a_file_that_was_copied_in_is_hashed_once() {
         let folder = tempfile::tempdir().expect("a folder");
-        let (taking, digest) = taken(folder.path(), Way::Copied, BYTES);
+        let (taking, digest) = stored(folder.path(), Way::Copied, BYTES);
         assert!(is_known_in(folder.path(), &digest));
         assert_eq!(taking.open(&digest).expect("it opens").bytes, BYTES_MIN);
         // Another store of the same folder knows the file as well, but only under its own digest.
@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn a_file_that_has_another_name_elsewhere_is_hashed_at_each_opening() {
         let folder = tempfile::tempdir().expect("a folder");
-        let (_, digest) = taken(folder.path(), Way::Linked, BYTES);
+        let (_, digest) = stored(folder.path(), Way::Linked, BYTES);
         assert!(!is_known_in(folder.path(), &digest));
     }
 
@@ -174,14 +174,14 @@ mod tests {
             (Way::Linked, overwrite_with_its_time),
         ] {
             let folder = tempfile::tempdir().expect("a folder");
-            let (store, digest) = taken(folder.path(), way, BYTES);
+            let (store, digest) = stored(folder.path(), way, BYTES);
             let path = path(folder.path(), &digest);
             fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("set");
             change(&path);
             assert!(matches!(store.open(&digest), Err(OpenError::Mismatch { .. })), "{way:?}");
         }
         let folder = tempfile::tempdir().expect("a folder");
-        let (store, digest) = taken(folder.path(), Way::Copied, BYTES);
+        let (store, digest) = stored(folder.path(), Way::Copied, BYTES);
         fs::set_permissions(path(folder.path(), &digest), std::os::unix::fs::PermissionsExt::from_mode(0o600))
             .expect("set");
         assert!(!is_known_in(folder.path(), &digest) && store.open(&digest).is_ok());
@@ -190,7 +190,7 @@ mod tests {
     #[test]
     fn a_short_file_is_always_hashed() {
         let folder = tempfile::tempdir().expect("a folder");
-        let (_, digest) = taken(folder.path(), Way::Copied, BYTES - 1);
+        let (_, digest) = stored(folder.path(), Way::Copied, BYTES - 1);
         assert!(!is_known_in(folder.path(), &digest));
     }
 }

@@ -145,8 +145,8 @@ impl LocalFolder {
 
     #[cfg(unix)]
     pub(crate) fn room_bytes(&self) -> io::Result<u64> {
-        let told = rustix::fs::statvfs(&self.root)?;
-        Ok(told.f_bavail.saturating_mul(told.f_frsize))
+        let stats = rustix::fs::statvfs(&self.root)?;
+        Ok(stats.f_bavail.saturating_mul(stats.f_frsize))
     }
 
     /// Fails early if the disk has no space for a copy: a partial copy would use up space that others need.

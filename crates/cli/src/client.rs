@@ -144,18 +144,18 @@ impl GatewayClient {
 
     /// Checks whether a gateway answers at the URL.
     pub async fn presence(&self) -> Presence {
-        let asked = timeout(PRESENT_WITHIN, async {
+        let check = timeout(PRESENT_WITHIN, async {
             // Sent without the key: the check needs none, and the server may be another program.
             let nobody = Self { key: None, ..self.clone() };
             let response = nobody.send(Method::GET, "/healthz", None).await?;
             let is_success = response.status.is_success();
             Ok::<_, Failure>(is_success && response.json::<Value>().await.is_ok_and(|body| body["status"] == "ok"))
         });
-        match asked.await {
+        match check.await {
             Ok(Ok(true)) => Presence::Answers,
             Ok(Ok(false)) => Presence::Absent(anyhow!("another program than a gateway answers at {}", self.url)),
             Ok(Err(Failure::Closed(error))) => Presence::Closed(error),
-            Ok(Err(failure)) => Presence::Absent(self.told(failure)),
+            Ok(Err(failure)) => Presence::Absent(self.explain(failure)),
             Err(_) => {
                 Presence::Absent(anyhow!("nothing answers at {} within {} s", self.url, PRESENT_WITHIN.as_secs()))
             }
@@ -257,7 +257,7 @@ impl GatewayClient {
 
     /// Sends a request and returns an error unless its status is a success.
     async fn ask(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> anyhow::Result<Response> {
-        let response = self.send(method, path, body).await.map_err(|failure| self.told(failure))?;
+        let response = self.send(method, path, body).await.map_err(|failure| self.explain(failure))?;
         let status = response.status;
         if status.is_success() {
             return Ok(response);
@@ -287,7 +287,7 @@ impl GatewayClient {
     }
 
     /// Returns an error that explains why there was no response.
-    fn told(&self, failure: Failure) -> anyhow::Error {
+    fn explain(&self, failure: Failure) -> anyhow::Error {
         match failure {
             Failure::Refused => anyhow!("nothing answers at {}; start the network with `tether up`", self.url),
             Failure::Closed(error) | Failure::Broken(error) => error,

@@ -83,8 +83,8 @@ impl Node {
     /// Returns the bootstrap addresses, each with whether it answers.
     pub async fn reachable(&self, bootstrap: &[String]) -> anyhow::Result<Vec<(SocketAddrV4, bool)>> {
         let addresses = self.settings.and(bootstrap).bootstrap_addresses().await?;
-        let asked = addresses.iter().map(async |address| (*address, self.network.responds(*address).await));
-        Ok(join_all(asked).await)
+        let checks = addresses.iter().map(async |address| (*address, self.network.responds(*address).await));
+        Ok(join_all(checks).await)
     }
 
     /// Saves the known peers from time to time, so that the node finds them again without a bootstrap node.

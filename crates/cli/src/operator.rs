@@ -102,8 +102,8 @@ impl AdminClient {
         match self {
             Self::Gateway(client) => client.post("/admin/v1/tokens", &new).await,
             Self::Registry(operator) => {
-                let asked = ByOperator { token: operator.token.clone(), request: new };
-                operator.ask(OPERATOR_TOKEN_CREATE, &asked).await
+                let operation = ByOperator { token: operator.token.clone(), request: new };
+                operator.ask(OPERATOR_TOKEN_CREATE, &operation).await
             }
             Self::Store(tokens, _) => Ok(tokens.issue(new).await?),
         }
@@ -308,11 +308,11 @@ pub fn find_node(members: &[Member], text: &str) -> anyhow::Result<PublicKey> {
         [one] => Ok(one.node.public_key),
         [] => bail!("no node has the name {text:?} or a key that begins so; `tether nodes` lists them"),
         ref several => {
-            let told: Vec<String> = several
+            let names: Vec<String> = several
                 .iter()
                 .map(|member| format!("{} {}", member.node.public_key.short(), member.node.name))
                 .collect();
-            bail!("{text:?} may be any of {}; give more of the key", told.join(", "))
+            bail!("{text:?} may be any of {}; give more of the key", names.join(", "))
         }
     }
 }

@@ -155,14 +155,14 @@ mod tests {
     #[test]
     fn states_and_titles_have_a_look_and_other_cells_do_not() {
         let rows = [vec!["ready".into(), "ready".into()]];
-        let told = aligned(&["NAME", "STATE"], &rows);
+        let table = aligned(&["NAME", "STATE"], &rows);
         let expected = format!(
             "{}   {}\nready  {}",
             looking(Look::Head, "NAME"),
             looking(Look::Head, "STATE"),
             looking(Look::Good, "ready")
         );
-        assert_eq!(told, expected);
+        assert_eq!(table, expected);
     }
 
     #[test]

@@ -436,8 +436,8 @@ mod tests {
             ("TETHER_REGOIN", "did you mean TETHER_REGION?"),
             ("TETHER_SOMETHING_ELSE", "is ignored"),
         ] {
-            let told = unknown_variable(name);
-            assert!(told.contains(name) && told.ends_with(hint), "{told}");
+            let message = unknown_variable(name);
+            assert!(message.contains(name) && message.ends_with(hint), "{message}");
         }
     }
 

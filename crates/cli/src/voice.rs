@@ -86,8 +86,8 @@ mod tests {
 
     fn shown(screen: Screen, pieces: &[Piece<'_>]) -> String {
         let mut voice = Voice::new(screen);
-        let told: String = pieces.iter().map(|piece| voice.says(*piece)).collect();
-        told + voice.ends()
+        let text: String = pieces.iter().map(|piece| voice.says(*piece)).collect();
+        text + voice.ends()
     }
 
     #[test]

@@ -23,7 +23,7 @@ fn main() -> io::Result<()> {
     let mut output = io::stdout().lock();
     for line in io::stdin().lock().lines() {
         let case: Case = serde_json::from_str(&line?)?;
-        let told = match ChatTemplate::new(Some(&case.template), &case.bos_token, &case.eos_token) {
+        let result = match ChatTemplate::new(Some(&case.template), &case.bos_token, &case.eos_token) {
             Err(error) => json!({ "error": error.to_string() }),
             Ok(template) => {
                 let mut variables = template.variables(&case.chat);
@@ -35,7 +35,7 @@ fn main() -> io::Result<()> {
                 }
             }
         };
-        writeln!(output, "{told}")?;
+        writeln!(output, "{result}")?;
     }
     Ok(())
 }

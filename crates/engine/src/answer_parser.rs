@@ -214,9 +214,9 @@ struct Input<'a> {
 
 impl<'a> Input<'a> {
     fn take(&mut self, bytes: usize) -> &'a str {
-        let (taken, rest) = self.rest.split_at(bytes);
+        let (text, rest) = self.rest.split_at(bytes);
         self.rest = rest;
-        taken
+        text
     }
 
     fn take_space(&mut self) -> &'a str {

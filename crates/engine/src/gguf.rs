@@ -180,8 +180,8 @@ impl Header {
     pub fn sampling_defaults(&self) -> SamplingDefaults {
         let of_llama_cpp = SamplingDefaults::default();
         let number = |name: &str, default: f32, low: f32, high: f32| {
-            let told = self.number(&format!("general.sampling.{name}")).map(|number| number as f32);
-            told.filter(|number| (low..=high).contains(number)).unwrap_or(default)
+            let value = self.number(&format!("general.sampling.{name}")).map(|number| number as f32);
+            value.filter(|number| (low..=high).contains(number)).unwrap_or(default)
         };
         let top_k = self.number("general.sampling.top_k").map(|count| count.max(0.0) as u32);
         SamplingDefaults {

@@ -272,10 +272,10 @@ impl Loaded {
         let model_options =
             ModelOptions { gpu_layers: placement.gpu_layers, without_kernels, ..ModelOptions::default() };
         let beats = Arc::new(Beats::default());
-        let (told, pulse, stopped) = (Arc::clone(&snapshot), Pulse::new(Arc::clone(&beats)), stop.clone());
+        let (published, pulse, stopped) = (Arc::clone(&snapshot), Pulse::new(Arc::clone(&beats)), stop.clone());
         let serve = move || {
             let made = load_model(artifact, model_options, progress, &stopped).and_then(|model| {
-                Engine::new(Arc::clone(&model), engine_options, generates, incoming, told, pulse, stopped)
+                Engine::new(Arc::clone(&model), engine_options, generates, incoming, published, pulse, stopped)
                     .map(|engine| (model, engine))
             });
             match made {

@@ -114,7 +114,7 @@ struct MockGeneration {
     script: Script,
     prompt_tokens: u32,
     /// Tokens that an earlier attempt already sent.
-    told: u32,
+    continued: u32,
     limit: u32,
     fate: Fate,
     admitted: OwnedSemaphorePermit,
@@ -307,9 +307,10 @@ impl ModelRuntime for MockRuntime {
         let (sink, stream) = GenerateStream::channel(EVENTS_MAX);
         let options = self.options.clone();
         let fate = self.fate();
-        let told = u32::try_from(request.continued.len()).unwrap_or(u32::MAX);
-        self.tasks
-            .spawn(MockGeneration { model, options, sink, script, prompt_tokens, told, limit, fate, admitted }.run());
+        let continued = u32::try_from(request.continued.len()).unwrap_or(u32::MAX);
+        self.tasks.spawn(
+            MockGeneration { model, options, sink, script, prompt_tokens, continued, limit, fate, admitted }.run(),
+        );
         Ok(stream)
     }
 
@@ -388,7 +389,7 @@ impl MockGeneration {
 
     /// Sends the answer except its end event, which is returned.
     async fn tell(&self) -> Result<Ended, EngineError> {
-        let Self { model, options, sink, script, prompt_tokens, told, limit, fate, .. } = self;
+        let Self { model, options, sink, script, prompt_tokens, continued, limit, fate, .. } = self;
         let (prompt_tokens, limit, fate) = (*prompt_tokens, *limit, *fate);
         let tell = async |event| sink.events.send(Ok(event)).await.is_ok();
         let Ok(_slot) = self.telling_progress(None, model.slot.acquire()).await else {
@@ -404,11 +405,11 @@ impl MockGeneration {
         self.telling_progress(Some(options.first_token), pause(options.first_token)).await;
         model.count(|counters| counters.prompt_tokens += u64::from(prompt_tokens));
         let count = script.len().min(limit);
-        for token in *told..count {
+        for token in *continued..count {
             if fate == Fate::DieAfter(token) {
                 return Err(EngineError::Failed { reason: format!("told to die after {token} tokens") });
             }
-            if token > *told {
+            if token > *continued {
                 pause(options.per_token).await;
             }
             model.beats.fetch_add(1, Ordering::Relaxed);

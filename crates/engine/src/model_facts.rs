@@ -81,8 +81,8 @@ fn parameters(header: &Header) -> u64 {
 
 /// Returns the quantisation that the file names, or else the type of most of its bytes.
 fn quantisation(header: &Header) -> String {
-    let told = header.unsigned("general.file_type").and_then(|number| of_file_type(number & !GUESSED));
-    told.or_else(|| of_most(header)).unwrap_or("unknown").to_owned()
+    let from_field = header.unsigned("general.file_type").and_then(|number| of_file_type(number & !GUESSED));
+    from_field.or_else(|| of_most(header)).unwrap_or("unknown").to_owned()
 }
 
 fn of_most(header: &Header) -> Option<&'static str> {

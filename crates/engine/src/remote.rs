@@ -130,10 +130,10 @@ impl RemoteRuntime {
         let listed = models.into_iter().find(|listed| listed.name == name);
         let listed =
             listed.ok_or_else(|| EngineError::Failed { reason: format!("the server does not list {name}") })?;
-        let told = listed.context_length.unwrap_or(CONTEXT_ASSUMED);
+        let context_length = listed.context_length.unwrap_or(CONTEXT_ASSUMED);
         let context_length = match options.context_length {
-            0 => told,
-            asked => listed.context_length.map_or(asked, |told| told.min(asked)),
+            0 => context_length,
+            wanted => listed.context_length.map_or(wanted, |context_length| context_length.min(wanted)),
         };
         let abilities = self.abilities(&server, dialect, &listed).await?;
         let id = ModelId(self.next_id.fetch_add(1, Ordering::Relaxed));

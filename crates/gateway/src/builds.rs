@@ -138,13 +138,13 @@ mod tests {
     #[test]
     fn the_refusal_that_tells_most_is_told_where_no_model_passes() {
         let refused = |code| Err(WireError::new(code, code.as_str()));
-        for (codes, told) in [
+        for (codes, expected) in [
             (vec![ErrorCode::ModelNotFound, ErrorCode::ModelNotAllowed], ErrorCode::ModelNotAllowed),
             (vec![ErrorCode::ContextLengthExceeded, ErrorCode::ModelNotAllowed], ErrorCode::ContextLengthExceeded),
             (vec![ErrorCode::ModelNotFound, ErrorCode::ModelNotFound], ErrorCode::ModelNotFound),
         ] {
             let checked = codes.iter().map(|code| refused(*code)).collect();
-            assert_eq!(choose(checked).expect_err("none passes").code, told, "{codes:?}");
+            assert_eq!(choose(checked).expect_err("none passes").code, expected, "{codes:?}");
         }
         let passed = choose(vec![refused(ErrorCode::ModelNotAllowed), Ok(build("one", 1, &[]))]);
         assert_eq!(names(&passed.expect("one passes")), ["one"]);

@@ -40,7 +40,9 @@ impl Models {
         }
         let meant = |target: &ModelRef| match (&wanted.adapter, &target.adapter) {
             (Some(_), Some(_)) => None,
-            (wanted, told) => Some(ModelRef { adapter: wanted.clone().or_else(|| told.clone()), ..target.clone() }),
+            (wanted, of_target) => {
+                Some(ModelRef { adapter: wanted.clone().or_else(|| of_target.clone()), ..target.clone() })
+            }
         };
         targets.iter().map(meant).collect()
     }

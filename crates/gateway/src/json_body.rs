@@ -24,8 +24,8 @@ pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
             }
             let reason = plain_types(&reason);
             // An error at the top level has no path.
-            let told = if path == "." { reason } else { format!("{path}: {reason}") };
-            WireError { message: told, ..DecodeError::Malformed { path, reason: String::new() }.into() }
+            let message = if path == "." { reason } else { format!("{path}: {reason}") };
+            WireError { message, ..DecodeError::Malformed { path, reason: String::new() }.into() }
         }
         error => error.into(),
     })

@@ -42,8 +42,8 @@ mod tests {
         assert_eq!(serde_json::to_string(&usage).expect("written"), old);
         assert_eq!(serde_json::from_str::<TokenUsage>(old).expect("read"), usage);
         let thought = TokenUsage { reasoning_tokens: 2, ..usage };
-        let told = serde_json::to_string(&thought).expect("written");
-        assert!(told.ends_with(r#""reasoningTokens":2}"#), "{told}");
-        assert_eq!(serde_json::from_str::<TokenUsage>(&told).expect("read"), thought);
+        let json = serde_json::to_string(&thought).expect("written");
+        assert!(json.ends_with(r#""reasoningTokens":2}"#), "{json}");
+        assert_eq!(serde_json::from_str::<TokenUsage>(&json).expect("read"), thought);
     }
 }

@@ -419,7 +419,7 @@ impl Wanted<'_> {
         worker.report.serves_adapter(self.model, self.adapter)
     }
 
-    fn is_adapter_at_hand(&self, worker: &Worker) -> bool {
+    fn is_adapter_attached(&self, worker: &Worker) -> bool {
         let cached = || worker.report.model_cache.iter().find(|cached| cached.key == *self.model);
         self.adapter.is_none_or(|name: &AdapterName| cached().is_some_and(|cached| cached.adapters.contains(name)))
     }
@@ -487,7 +487,7 @@ impl<'a> CandidateIter<'a> {
                 build: self.build,
                 resident: replica.resident,
                 has_file: !replica.to_fetch,
-                adapter_at_hand: wanted.is_adapter_at_hand(worker),
+                adapter_attached: wanted.is_adapter_attached(worker),
                 proximity: worker.proximity,
                 slots: worker.slots,
                 capacity: worker.capacity,

@@ -26,7 +26,7 @@ pub struct Candidate {
     /// Whether the model's file is on its disk.
     pub has_file: bool,
     /// Whether the requested adapter is attached, or none was requested.
-    pub adapter_at_hand: bool,
+    pub adapter_attached: bool,
     /// 1 in the same region, less in regions farther away.
     pub proximity: f32,
     /// Jobs it runs concurrently.

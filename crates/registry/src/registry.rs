@@ -222,51 +222,54 @@ impl Registry {
         Ok(self.parts.authority.rename(request.public_key, &request.name).await?)
     }
 
-    async fn issue_token(self: Arc<Self>, asked: ByOperator<TokenCreate>) -> Result<TokenCreated, WireError> {
-        self.issue(asked.request).await
+    async fn issue_token(self: Arc<Self>, operation: ByOperator<TokenCreate>) -> Result<TokenCreated, WireError> {
+        self.issue(operation.request).await
     }
 
     async fn list_tokens(self: Arc<Self>, _: OperatorRequest) -> Result<TokenList, WireError> {
         self.tokens.list().await.map_err(|error| unavailable(&error))
     }
 
-    async fn revoke_token(self: Arc<Self>, asked: ByOperator<TokenRevoke>) -> Result<TokenRevoked, WireError> {
-        self.tokens.revoke(&asked.request.key_id).await.map_err(|error| unavailable(&error))
+    async fn revoke_token(self: Arc<Self>, operation: ByOperator<TokenRevoke>) -> Result<TokenRevoked, WireError> {
+        self.tokens.revoke(&operation.request.key_id).await.map_err(|error| unavailable(&error))
     }
 
     async fn list_catalog(self: Arc<Self>, _: OperatorRequest) -> Result<Catalog, WireError> {
         catalog::list(&*self.parts.store).await.map_err(|error| unavailable(&error))
     }
 
-    async fn add_model(self: Arc<Self>, asked: ByOperator<ModelAdd>) -> Result<ModelEntry, WireError> {
+    async fn add_model(self: Arc<Self>, operation: ByOperator<ModelAdd>) -> Result<ModelEntry, WireError> {
         let (store, now) = (&*self.parts.store, self.parts.clock.now());
-        Ok(models::add(store, asked.request, now).await.inspect_err(log_model)?)
+        Ok(models::add(store, operation.request, now).await.inspect_err(log_model)?)
     }
 
-    async fn remove_model(self: Arc<Self>, asked: ByOperator<ModelRemove>) -> Result<ModelRemoved, WireError> {
-        Ok(models::remove(&*self.parts.store, asked.request).await.inspect_err(log_model)?)
+    async fn remove_model(self: Arc<Self>, operation: ByOperator<ModelRemove>) -> Result<ModelRemoved, WireError> {
+        Ok(models::remove(&*self.parts.store, operation.request).await.inspect_err(log_model)?)
     }
 
-    async fn keep_model(self: Arc<Self>, asked: ByOperator<ModelKeep>) -> Result<ModelEntry, WireError> {
-        Ok(models::keep(&*self.parts.store, asked.request).await.inspect_err(log_model)?)
+    async fn keep_model(self: Arc<Self>, operation: ByOperator<ModelKeep>) -> Result<ModelEntry, WireError> {
+        Ok(models::keep(&*self.parts.store, operation.request).await.inspect_err(log_model)?)
     }
 
-    async fn set_alias(self: Arc<Self>, asked: ByOperator<AliasSet>) -> Result<AliasEntry, WireError> {
+    async fn set_alias(self: Arc<Self>, operation: ByOperator<AliasSet>) -> Result<AliasEntry, WireError> {
         let (store, now) = (&*self.parts.store, self.parts.clock.now());
-        Ok(models::set_alias(store, asked.request, now).await.inspect_err(log_model)?)
+        Ok(models::set_alias(store, operation.request, now).await.inspect_err(log_model)?)
     }
 
-    async fn remove_alias(self: Arc<Self>, asked: ByOperator<AliasRemove>) -> Result<AliasRemoved, WireError> {
-        Ok(models::remove_alias(&*self.parts.store, &asked.request.alias).await.inspect_err(log_model)?)
+    async fn remove_alias(self: Arc<Self>, operation: ByOperator<AliasRemove>) -> Result<AliasRemoved, WireError> {
+        Ok(models::remove_alias(&*self.parts.store, &operation.request.alias).await.inspect_err(log_model)?)
     }
 
-    async fn add_adapter(self: Arc<Self>, asked: ByOperator<AdapterAdd>) -> Result<AdapterEntry, WireError> {
+    async fn add_adapter(self: Arc<Self>, operation: ByOperator<AdapterAdd>) -> Result<AdapterEntry, WireError> {
         let (store, now) = (&*self.parts.store, self.parts.clock.now());
-        Ok(adapters::add(store, asked.request, now).await.inspect_err(log_refusal)?)
+        Ok(adapters::add(store, operation.request, now).await.inspect_err(log_refusal)?)
     }
 
-    async fn remove_adapter(self: Arc<Self>, asked: ByOperator<AdapterRemove>) -> Result<AdapterRemoved, WireError> {
-        Ok(adapters::remove(&*self.parts.store, asked.request).await.inspect_err(log_refusal)?)
+    async fn remove_adapter(
+        self: Arc<Self>,
+        operation: ByOperator<AdapterRemove>,
+    ) -> Result<AdapterRemoved, WireError> {
+        Ok(adapters::remove(&*self.parts.store, operation.request).await.inspect_err(log_refusal)?)
     }
 
     async fn issue(&self, new: TokenCreate) -> Result<TokenCreated, WireError> {

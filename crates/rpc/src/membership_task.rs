@@ -27,7 +27,7 @@ pub struct MembershipTask {
     /// The registry that answered last.
     last: Option<PublicKey>,
     renew_at: Instant,
-    is_told: bool,
+    is_revoked: bool,
     is_away: bool,
 }
 
@@ -35,7 +35,7 @@ impl MembershipTask {
     /// Makes the task for a client's membership. It finds registries in a directory.
     pub fn new(client: Client, directory: Directory) -> Self {
         let membership = client.membership().clone();
-        Self { client, membership, directory, last: None, renew_at: Instant::now(), is_told: false, is_away: false }
+        Self { client, membership, directory, last: None, renew_at: Instant::now(), is_revoked: false, is_away: false }
     }
 
     /// Asks every two seconds until `stop`. While no registry answers, the last known state applies.
@@ -92,8 +92,8 @@ impl MembershipTask {
                     // Believed only if it comes from a registry that this node knows: by its certificate, by its last
                     // answer, or from the invite.
                     let is_known = before == Some(*registry) || self.membership.registry() == Some(*registry);
-                    if (is_known || self.membership.has_role(*registry, NodeRole::Registry)) && !self.is_told {
-                        self.is_told = true;
+                    if (is_known || self.membership.has_role(*registry, NodeRole::Registry)) && !self.is_revoked {
+                        self.is_revoked = true;
                         error!(
                             "this node was revoked: no other node takes its calls any more; to come back it needs a new key: \
                              stop it, move its key and enrolment in `nodes/` away, and join with a new invite"

@@ -144,8 +144,8 @@ impl Server {
     /// Sets a hook for each refused call of a revoked peer, with its key and the method. It is not called for streams,
     /// which are refused before their method is known.
     #[must_use]
-    pub fn on_revoked_call(mut self, told: impl Fn(PublicKey, &str) + Send + Sync + 'static) -> Self {
-        self.on_revoked_call = Some(Box::new(told));
+    pub fn on_revoked_call(mut self, hook: impl Fn(PublicKey, &str) + Send + Sync + 'static) -> Self {
+        self.on_revoked_call = Some(Box::new(hook));
         self
     }
 
@@ -371,9 +371,9 @@ impl Shared {
             match incoming {
                 // Handled here and not in a task, so that the calls that follow find the caller introduced.
                 Incoming::Request { method, body, reply } if method == NODE_HELLO => {
-                    let taken = self.take_hello(caller, &body);
-                    hellos_left -= u32::from(taken.is_err());
-                    reply.send(taken);
+                    let hello = self.take_hello(caller, &body);
+                    hellos_left -= u32::from(hello.is_err());
+                    reply.send(hello);
                     if hellos_left == 0 {
                         debug!(peer = caller.key.short(), "a peer keeps sending invalid certificates");
                         return connection.close();
@@ -458,11 +458,11 @@ impl Shared {
     }
 
     /// Refuses the first calls of an unwanted connection, and gives the reason.
-    async fn turn_away(&self, connection: &dyn Connection, error: WireError, told: Option<&RevokedHook>) {
+    async fn turn_away(&self, connection: &dyn Connection, error: WireError, hook: Option<&RevokedHook>) {
         let telling = async {
             while let Some(incoming) = connection.next().await {
-                if let (Some(told), Incoming::Request { method, .. }) = (told, &incoming) {
-                    told(connection.remote_key(), method);
+                if let (Some(hook), Incoming::Request { method, .. }) = (hook, &incoming) {
+                    hook(connection.remote_key(), method);
                 }
                 refuse(incoming, error.clone());
             }

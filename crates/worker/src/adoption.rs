@@ -82,7 +82,7 @@ impl Adoption {
 type Source = (String, String);
 
 #[derive(Debug, PartialEq, Eq)]
-struct Taken {
+struct Adopted {
     key: ModelKey,
     /// Polls in a row in which the server answered and did not list it.
     unlisted: u32,
@@ -96,7 +96,7 @@ pub(crate) struct AdoptionWatch {
     client: Client,
     directory: Directory,
     loader: Arc<ModelLoader>,
-    taken: BTreeMap<Source, Taken>,
+    adopted: BTreeMap<Source, Adopted>,
     /// Every model that was ever given a name.
     named: BTreeSet<Source>,
     /// Models that could not be named, so that each is reported once.
@@ -114,8 +114,8 @@ impl AdoptionWatch {
         loader: Arc<ModelLoader>,
         looked: watch::Sender<Option<usize>>,
     ) -> Self {
-        let (taken, named, nameless) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
-        Self { adoption, client, directory, loader, taken, named, nameless, looked }
+        let (adopted, named, nameless) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
+        Self { adoption, client, directory, loader, adopted, named, nameless, looked }
     }
 
     /// Polls the servers until `stop`.
@@ -127,7 +127,7 @@ impl AdoptionWatch {
             loop {
                 ticks.tick().await;
                 self.reconcile().await;
-                if self.looked.send_replace(Some(self.taken.len())).is_none() && self.taken.is_empty() {
+                if self.looked.send_replace(Some(self.adopted.len())).is_none() && self.adopted.is_empty() {
                     let at = self.adoption.addresses();
                     warn!(at, "no server to adopt answers, or none has a model; looking again every 5 s");
                 }
@@ -140,13 +140,13 @@ impl AdoptionWatch {
         let found = self.adoption.look().await;
         let found: Vec<(String, Option<Survey>)> =
             found.into_iter().map(|(server, survey)| (server.as_str().to_owned(), survey)).collect();
-        for source in gone(&mut self.taken, &found) {
-            if let Some(taken) = self.taken.remove(&source) {
-                info!(server = source.0, model = source.1, name = %taken.key, "the server no longer has the model");
-                self.loader.let_go(&taken.key);
+        for source in gone(&mut self.adopted, &found) {
+            if let Some(adopted) = self.adopted.remove(&source) {
+                info!(server = source.0, model = source.1, name = %adopted.key, "the server no longer has the model");
+                self.loader.let_go(&adopted.key);
             }
         }
-        let new: Vec<(String, Dialect, Listed)> = new(&self.taken, &found);
+        let new: Vec<(String, Dialect, Listed)> = new(&self.adopted, &found);
         let is_seen = |(server, model): &Source| {
             let survey = found.iter().find(|(url, _)| url == server).and_then(|(_, survey)| survey.as_ref());
             survey.is_some_and(|survey| survey.models.iter().any(|listed| listed.name == *model))
@@ -159,7 +159,7 @@ impl AdoptionWatch {
         // Without a registry no model is listed, and no name can be chosen.
         let Some(catalog) = self.catalog().await else { return };
         for source in failed {
-            self.let_go_of_taken_name(&source, &catalog);
+            self.let_go_of_reused_name(&source, &catalog);
         }
         for (server, dialect, listed) in new {
             self.take_up(server, dialect, listed, &catalog);
@@ -172,16 +172,16 @@ impl AdoptionWatch {
             let entry = self.loader.cache().find(key);
             entry.is_some_and(|entry| matches!(*entry.status.borrow(), Status::Failed(_)))
         };
-        self.taken.iter().filter(|(_, taken)| has_failed(&taken.key)).map(|(source, _)| source.clone()).collect()
+        self.adopted.iter().filter(|(_, adopted)| has_failed(&adopted.key)).map(|(source, _)| source.clone()).collect()
     }
 
     /// Drops a model whose name another model has taken since it was chosen. The next poll gives it a free name.
-    fn let_go_of_taken_name(&mut self, source: &Source, catalog: &Catalog) {
-        let Some(taken) = self.taken.get(source) else { return };
-        if !is_free(&taken.key.model_id, &source.1, catalog, &BTreeSet::new()) {
-            info!(server = source.0, model = source.1, name = %taken.key, "the name is another model's now");
-            self.loader.let_go(&taken.key);
-            self.taken.remove(source);
+    fn let_go_of_reused_name(&mut self, source: &Source, catalog: &Catalog) {
+        let Some(adopted) = self.adopted.get(source) else { return };
+        if !is_free(&adopted.key.model_id, &source.1, catalog, &BTreeSet::new()) {
+            info!(server = source.0, model = source.1, name = %adopted.key, "the name is another model's now");
+            self.loader.let_go(&adopted.key);
+            self.adopted.remove(source);
         }
     }
 
@@ -214,7 +214,7 @@ impl AdoptionWatch {
         let remote = RemoteServer { base_url: server, model: listed.name, api_key_file: None };
         self.loader.take_up(ServedModel::on_server(key.clone(), remote));
         self.named.insert(source.clone());
-        self.taken.insert(source, Taken { key, unlisted: 0, silent: 0 });
+        self.adopted.insert(source, Adopted { key, unlisted: 0, silent: 0 });
     }
 
     /// Returns the registry's catalogue, or `None` if no registry answers.
@@ -229,27 +229,27 @@ impl AdoptionWatch {
 }
 
 /// Returns the loaded models of the servers that are not adopted yet.
-fn new(taken: &BTreeMap<Source, Taken>, found: &[(String, Option<Survey>)]) -> Vec<(String, Dialect, Listed)> {
+fn new(adopted: &BTreeMap<Source, Adopted>, found: &[(String, Option<Survey>)]) -> Vec<(String, Dialect, Listed)> {
     let surveys = found.iter().filter_map(|(server, survey)| Some((server, survey.as_ref()?)));
     let listed = surveys.flat_map(|(server, Survey { dialect, models })| {
         models.iter().map(|listed| (server.clone(), *dialect, listed.clone()))
     });
-    let is_new = |server: &String, name: &String| !taken.contains_key(&(server.clone(), name.clone()));
+    let is_new = |server: &String, name: &String| !adopted.contains_key(&(server.clone(), name.clone()));
     listed.filter(|(server, _, listed)| listed.is_loaded && is_new(server, &listed.name)).collect()
 }
 
 /// Counts the polls that did not find a model, and returns the models that were missed too often.
-fn gone(taken: &mut BTreeMap<Source, Taken>, found: &[(String, Option<Survey>)]) -> Vec<Source> {
+fn gone(adopted: &mut BTreeMap<Source, Adopted>, found: &[(String, Option<Survey>)]) -> Vec<Source> {
     let mut gone = Vec::new();
-    for (source, taken) in taken.iter_mut() {
+    for (source, adopted) in adopted.iter_mut() {
         let survey = found.iter().find(|(server, _)| *server == source.0).and_then(|(_, survey)| survey.as_ref());
         let is_listed = survey.map(|survey| survey.models.iter().any(|listed| listed.name == source.1));
-        (taken.unlisted, taken.silent) = match is_listed {
+        (adopted.unlisted, adopted.silent) = match is_listed {
             Some(true) => (0, 0),
-            Some(false) => (taken.unlisted + 1, 0),
-            None => (0, taken.silent + 1),
+            Some(false) => (adopted.unlisted + 1, 0),
+            None => (0, adopted.silent + 1),
         };
-        if taken.unlisted >= UNLISTED_MAX || taken.silent >= SILENT_MAX {
+        if adopted.unlisted >= UNLISTED_MAX || adopted.silent >= SILENT_MAX {
             gone.push(source.clone());
         }
     }
@@ -309,10 +309,10 @@ mod tests {
         (url.to_owned(), Some(Survey { dialect: Dialect::Vllm, models }))
     }
 
-    fn taken(names: &[(&str, &str)]) -> BTreeMap<Source, Taken> {
+    fn adopted(names: &[(&str, &str)]) -> BTreeMap<Source, Adopted> {
         let key = |name: &str| ModelKey { model_id: ModelName::made_of(name).expect("a name"), version: VERSION };
         let one = |(url, name): &(&str, &str)| {
-            (((*url).to_owned(), (*name).to_owned()), Taken { key: key(name), unlisted: 0, silent: 0 })
+            (((*url).to_owned(), (*name).to_owned()), Adopted { key: key(name), unlisted: 0, silent: 0 })
         };
         names.iter().map(one).collect()
     }
@@ -320,14 +320,14 @@ mod tests {
     #[test]
     fn what_a_server_has_loaded_is_new_once() {
         let found = [server("a", &["m", "n", "o-cold"]), ("b".to_owned(), None), server("c", &["m"])];
-        let new = new(&taken(&[("a", "n")]), &found);
+        let new = new(&adopted(&[("a", "n")]), &found);
         let new: Vec<_> = new.iter().map(|(server, _, listed)| (server.as_str(), listed.name.as_str())).collect();
         assert_eq!(new, [("a", "m"), ("c", "m")]);
     }
 
     #[test]
     fn a_model_leaves_soon_when_its_server_lists_it_no_more_and_late_when_the_server_is_silent() {
-        let mut models = taken(&[("a", "m"), ("a", "n"), ("b", "m")]);
+        let mut models = adopted(&[("a", "m"), ("a", "n"), ("b", "m")]);
         let found = [server("a", &["m"]), ("b".to_owned(), None)];
         let mut left_at = BTreeMap::new();
         for look in 1..=20 {
@@ -338,7 +338,7 @@ mod tests {
         }
         let at = |url: &str, name: &str| left_at.get(&(url.to_owned(), name.to_owned())).copied();
         assert_eq!((at("a", "m"), at("a", "n"), at("b", "m")), (None, Some(UNLISTED_MAX), Some(SILENT_MAX)));
-        let mut models = taken(&[("a", "n")]);
+        let mut models = adopted(&[("a", "n")]);
         for _ in 0..20 {
             assert_eq!(gone(&mut models, &[server("a", &["m"])]).len(), 0, "it was seen in between");
             assert_eq!(gone(&mut models, &[server("a", &["n"])]).len(), 0);

@@ -252,7 +252,8 @@ impl BaseWorker {
         let reports = Arc::new(ReportWriter::new(identity, clock, look, loader.clone()));
 
         let info = NodeInfo { roles: vec![NodeRole::Worker], region: config.region.clone(), version };
-        let (taking, asked, known, written) = (handlers.clone(), handlers.clone(), membership.clone(), reports.clone());
+        let (taking, describing, known, written) =
+            (handlers.clone(), handlers.clone(), membership.clone(), reports.clone());
         let (own, moved, worker_id) = (membership.clone(), handlers.clone(), transport.public_key());
         let described_to = hearing.clone();
         let (artifacts, given) = (Arc::new(ArtifactServer::new(artifacts, membership.clone())), listed.clone());
@@ -263,7 +264,7 @@ impl BaseWorker {
                 async move { handlers.serve(call, async |digest| Ok(given.names_of(&digest))).await }
             })
             .unary(PRESENCE_DESCRIBE, move |caller, _: Empty| {
-                let described = asked.check(caller.key).map(|()| {
+                let described = describing.check(caller.key).map(|()| {
                     // The orchestrator that asks receives the report with the response.
                     let (now, signed) = (Instant::now(), written.sign());
                     described_to.heard(now);

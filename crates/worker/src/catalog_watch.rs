@@ -39,7 +39,7 @@ pub(crate) struct CatalogWatch {
     /// Since when each file has not been listed.
     unlisted: BTreeMap<Digest, Instant>,
     /// The models that this watch added.
-    taken: BTreeMap<ModelKey, ServedModel>,
+    added: BTreeMap<ModelKey, ServedModel>,
     /// When the catalogue was first read.
     read: watch::Sender<Option<Instant>>,
 }
@@ -55,8 +55,8 @@ impl CatalogWatch {
         listed: Listed,
         read: watch::Sender<Option<Instant>>,
     ) -> Self {
-        let (unlisted, taken) = (BTreeMap::new(), BTreeMap::new());
-        Self { client, directory, membership, loader, use_of, listed, unlisted, taken, read }
+        let (unlisted, added) = (BTreeMap::new(), BTreeMap::new());
+        Self { client, directory, membership, loader, use_of, listed, unlisted, added, read }
     }
 
     /// Follows the catalogue until `stop`.
@@ -99,7 +99,7 @@ impl CatalogWatch {
         let can_serve = |model: &ModelEntry| {
             self.loader.has_artifact(&model.digest)
                 || self.loader.could_fetch(&model.digest)
-                || self.use_of == CatalogUse::Fetch && self.taken.contains_key(&model.key)
+                || self.use_of == CatalogUse::Fetch && self.added.contains_key(&model.key)
         };
         let wanted: BTreeMap<ModelKey, ServedModel> = added
             .filter(|model| can_serve(model))
@@ -111,18 +111,18 @@ impl CatalogWatch {
             // Its adapters have changed: wait until no job uses it.
             Some(wanted) => wanted.digest != model.digest || self.loader.is_unused(key),
         };
-        let gone: Vec<ModelKey> = self.taken.iter().filter(is_over).map(|(key, _)| key.clone()).collect();
+        let gone: Vec<ModelKey> = self.added.iter().filter(is_over).map(|(key, _)| key.clone()).collect();
         for key in gone {
             info!(model = %key, "the registry no longer lists the model, or lists another version of it");
             self.loader.let_go(&key);
-            self.taken.remove(&key);
+            self.added.remove(&key);
         }
         for (key, model) in wanted {
             // The configuration's settings of a model take precedence.
             if self.loader.cache().find(&key).is_none() {
                 info!(model = %key, "the registry lists the model: it is served");
                 self.loader.take_up(model.clone());
-                self.taken.insert(key, model);
+                self.added.insert(key, model);
             }
         }
         for listed in &catalog.models {

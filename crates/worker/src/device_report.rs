@@ -26,19 +26,19 @@ fn devices_line(hardware: &Hardware) -> Option<String> {
         let processor = hardware.devices.first()?;
         return Some(format!("models are computed by the processor: {processor}"));
     }
-    let told = |gpu: &&Device| format!("{gpu}, {} of {} MiB free", gpu.free_bytes >> 20, gpu.total_bytes >> 20);
-    Some(format!("models are computed by {}", gpus.iter().map(told).collect::<Vec<_>>().join("; ")))
+    let of_gpu = |gpu: &&Device| format!("{gpu}, {} of {} MiB free", gpu.free_bytes >> 20, gpu.total_bytes >> 20);
+    Some(format!("models are computed by {}", gpus.iter().map(of_gpu).collect::<Vec<_>>().join("; ")))
 }
 
 /// Returns a line about where a loaded model's layers are, and why not on a GPU if there is one; `None` if unknown.
-pub(crate) fn layers_line(placement: &DevicePlacement, asked: Option<u32>) -> Option<String> {
+pub(crate) fn layers_line(placement: &DevicePlacement, gpu_layers_wanted: Option<u32>) -> Option<String> {
     let DevicePlacement { layers, gpu_layers, devices, vram_free_bytes, .. } = placement;
     if *layers == 0 {
         return None;
     }
     let devices = devices.join(", ");
     let free = vram_free_bytes.map(|bytes| bytes >> 20);
-    Some(match (*gpu_layers, asked, free) {
+    Some(match (*gpu_layers, gpu_layers_wanted, free) {
         (0, _, None) => format!("all {layers} layers are computed by the processor: {devices}"),
         (0, Some(0), Some(_)) => {
             format!("all {layers} layers are computed by the processor ({devices}), and no GPU: gpu_layers is 0")
@@ -145,15 +145,15 @@ mod tests {
         let processor = device("CPU", "Intel Xeon", DeviceKind::Cpu);
         let with = |devices: &[Device]| devices_line(&Hardware { devices: devices.into(), backends: vec![] });
         assert_eq!(with(&[]), None);
-        let told = with(std::slice::from_ref(&processor));
-        assert_eq!(told.as_deref(), Some("models are computed by the processor: Intel Xeon (CPU)"));
-        let told = with(&[processor, device("CUDA0", "NVIDIA H200", DeviceKind::Gpu)]);
-        assert_eq!(told.as_deref(), Some("models are computed by NVIDIA H200 (CUDA0), 71680 of 81920 MiB free"));
+        let line = with(std::slice::from_ref(&processor));
+        assert_eq!(line.as_deref(), Some("models are computed by the processor: Intel Xeon (CPU)"));
+        let line = with(&[processor, device("CUDA0", "NVIDIA H200", DeviceKind::Gpu)]);
+        assert_eq!(line.as_deref(), Some("models are computed by NVIDIA H200 (CUDA0), 71680 of 81920 MiB free"));
     }
 
     #[test]
     fn where_layers_lie_and_why_is_told_of_every_load() {
-        for (gpu_layers, free_mib, asked, told) in [
+        for (gpu_layers, free_mib, gpu_layers_wanted, expected) in [
             (0, None, None, "all 31 layers are computed by the processor: Intel Xeon (CPU)"),
             (0, None, Some(0), "all 31 layers are computed by the processor: Intel Xeon (CPU)"),
             (0, None, Some(9), "all 31 layers are computed by the processor: Intel Xeon (CPU)"),
@@ -186,21 +186,21 @@ mod tests {
                  the processor computes them",
             ),
         ] {
-            assert_eq!(layers_line(&placement(gpu_layers, free_mib), asked).as_deref(), Some(told));
+            assert_eq!(layers_line(&placement(gpu_layers, free_mib), gpu_layers_wanted).as_deref(), Some(expected));
         }
         assert_eq!(layers_line(&DevicePlacement::default(), None), None);
     }
 
     #[test]
     fn a_context_is_told_with_the_reason_why_it_is_no_longer() {
-        for (set, context_length, told) in [
+        for (set, context_length, rest) in [
             (0, 8_192, "; the model was made for 32768, and context_length gives it more"),
             (0, 2_048, "; 8192 tokens do not fit into the memory that is free, so the context was made shorter"),
             (4_096, 4_096, ""),
             (65_536, 32_768, ""),
         ] {
             let loaded = loaded(context_length, placement(0, None));
-            let line = format!("a job holds up to {context_length} tokens, and the 4 slots share 8192{told}");
+            let line = format!("a job holds up to {context_length} tokens, and the 4 slots share 8192{rest}");
             assert_eq!(context_line(&loaded, &model(set)), line);
         }
         // A runtime that does not know the context length that a model was trained with.
@@ -210,16 +210,16 @@ mod tests {
 
     #[test]
     fn a_report_tells_what_computes_a_model_in_few_bytes() {
-        let told = device_placement(&loaded(2_048, placement(31, Some(900))), &model(0)).expect("it is known");
+        let reported = device_placement(&loaded(2_048, placement(31, Some(900))), &model(0)).expect("it is known");
         assert_eq!(
-            told.to_string(),
+            reported.to_string(),
             "31 of 31 layers on NVIDIA H200 (CUDA0), 2048 tokens of context (8192 do not fit into memory)"
         );
-        let told = device_placement(&loaded(8_192, placement(0, None)), &model(0)).expect("it is known");
-        assert_eq!(told.to_string(), "computed by Intel Xeon (CPU), 8192 tokens of context");
+        let reported = device_placement(&loaded(8_192, placement(0, None)), &model(0)).expect("it is known");
+        assert_eq!(reported.to_string(), "computed by Intel Xeon (CPU), 8192 tokens of context");
         let many = DevicePlacement { devices: vec!["ä".repeat(500)], ..placement(31, None) };
-        let told = device_placement(&loaded(8_192, many), &model(0)).expect("it is known");
-        assert_eq!(told.device.len(), health::DEVICE_BYTES_MAX);
+        let reported = device_placement(&loaded(8_192, many), &model(0)).expect("it is known");
+        assert_eq!(reported.device.len(), health::DEVICE_BYTES_MAX);
         assert_eq!(device_placement(&loaded(8_192, DevicePlacement::default()), &model(0)), None);
     }
 }

@@ -107,9 +107,9 @@ impl ExecutionEngine {
                 Err(NotBegun::Refused(error)) => return Err(error),
                 Err(NotBegun::Engine(error)) => error,
             };
-            let told = self.failed(&entry, model, &error, &request);
+            let failure = self.failed(&entry, model, &error, &request);
             if engines == ENGINES_MAX || !self.loader.is_gone(model, &error) {
-                return Err(told);
+                return Err(failure);
             }
             engines += 1;
             drop(hold);
@@ -237,7 +237,7 @@ impl ExecutionEngine {
                 match next {
                     Ok((index, event)) => {
                         if let (0, Event::Started { .. }) = (index, &event) {
-                            entry.remember(model, writer.transcript().asked().marks());
+                            entry.remember(model, writer.transcript().prompt().marks());
                         }
                         writer.add(index, event);
                     }
@@ -261,7 +261,7 @@ impl ExecutionEngine {
             if writer.is_complete() {
                 entry.forgive();
                 let (last, transcript) = writer.last();
-                entry.remember(model, transcript.answered().marks());
+                entry.remember(model, transcript.with_answer().marks());
                 return Ok(last);
             }
         }

@@ -27,7 +27,7 @@ pub(crate) struct Hearing {
 #[derive(Debug)]
 struct State {
     heard: Instant,
-    told: Option<Instant>,
+    logged_at: Option<Instant>,
     /// Why no orchestrator accepts reports; `None` while that is no problem.
     why: Option<String>,
     /// The last refusal: by which orchestrator, and why.
@@ -49,7 +49,7 @@ struct Facts<'a> {
 
 impl Hearing {
     pub(crate) fn new(region: Region) -> Self {
-        let state = State { heard: Instant::now(), told: None, why: None, refusal: None };
+        let state = State { heard: Instant::now(), logged_at: None, why: None, refusal: None };
         Self { region, state: Mutex::new(state), written: watch::Sender::new(None) }
     }
 
@@ -70,7 +70,7 @@ impl Hearing {
         });
         let mut state = self.state();
         (state.heard, state.refusal, state.why) = (Instant::now(), None, None);
-        if state.told.take().is_some() {
+        if state.logged_at.take().is_some() {
             info!("an orchestrator takes this worker's reports");
         }
     }
@@ -97,7 +97,7 @@ impl Hearing {
         };
         let why = format!("no orchestrator takes this worker's reports, so it gets no jobs: {}", why(&facts));
         if state.is_due(now) {
-            state.told = Some(now);
+            state.logged_at = Some(now);
             warn!("{why}");
         }
         state.why = Some(why);
@@ -115,7 +115,7 @@ impl Hearing {
 
 impl State {
     fn is_due(&self, now: Instant) -> bool {
-        now - self.heard >= UNHEARD_MAX && self.told.is_none_or(|told| now - told >= REPEAT)
+        now - self.heard >= UNHEARD_MAX && self.logged_at.is_none_or(|logged_at| now - logged_at >= REPEAT)
     }
 }
 
@@ -171,7 +171,7 @@ mod tests {
         assert!(!is_due());
         time::advance(UNHEARD_MAX).await;
         assert!(is_due() && UNHEARD_MAX + protocol::health::HEARTBEAT <= Duration::from_secs(15));
-        hearing.state().told = Some(Instant::now());
+        hearing.state().logged_at = Some(Instant::now());
         time::advance(REPEAT / 2).await;
         assert!(!is_due());
         time::advance(REPEAT / 2).await;

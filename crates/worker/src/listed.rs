@@ -76,6 +76,6 @@ impl Listed {
 /// default settings need besides them, since contexts are shortened when memory is short. The plan before the load is
 /// more precise.
 fn memory_min(model: &ModelEntry) -> u64 {
-    let told = model.facts.as_ref().map_or(0, |facts| facts.memory_bytes);
-    model.bytes.saturating_add(told.saturating_sub(model.bytes) / 4)
+    let memory_bytes = model.facts.as_ref().map_or(0, |facts| facts.memory_bytes);
+    model.bytes.saturating_add(memory_bytes.saturating_sub(model.bytes) / 4)
 }

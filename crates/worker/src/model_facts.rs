@@ -6,11 +6,11 @@ use protocol::model::{Capability, ModelFacts};
 
 /// Returns the facts in a header, with the default load settings.
 pub fn of(header: &Header) -> ModelFacts {
-    told(engine::ModelFacts::of(header, &LoadOptions::default()))
+    to_protocol(engine::ModelFacts::of(header, &LoadOptions::default()))
 }
 
 /// Converts facts to the protocol's type.
-pub(crate) fn told(facts: engine::ModelFacts) -> ModelFacts {
+pub(crate) fn to_protocol(facts: engine::ModelFacts) -> ModelFacts {
     let capabilities = [
         (facts.generates, Capability::Completion),
         (facts.chats, Capability::Chat),
@@ -18,7 +18,7 @@ pub(crate) fn told(facts: engine::ModelFacts) -> ModelFacts {
         (facts.reasons, Capability::Reasoning),
         (facts.embeds, Capability::Embeddings),
     ];
-    let told = ModelFacts {
+    let facts = ModelFacts {
         name: facts.name.unwrap_or_default(),
         architecture: facts.architecture,
         parameters: facts.parameters,
@@ -28,5 +28,5 @@ pub(crate) fn told(facts: engine::ModelFacts) -> ModelFacts {
         chat_template: facts.has_chat_template,
         memory_bytes: facts.memory_bytes,
     };
-    told.bounded()
+    facts.bounded()
 }

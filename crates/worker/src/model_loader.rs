@@ -356,8 +356,8 @@ impl ModelLoader {
             let entries = self.cache.all_entries();
             let models: Vec<ResidencyFacts> = entries.iter().map(|entry| entry.facts().clone()).collect();
             // Memory is measured only if a model asks for it: measuring takes longer than the decision.
-            let is_asked = models.iter().any(|model| model.residency == Residency::WaitingForMemory);
-            let room = if is_asked { self.memory(&models) } else { Memory { host: 0, gpu: 0 } };
+            let wants_memory = models.iter().any(|model| model.residency == Residency::WaitingForMemory);
+            let room = if wants_memory { self.memory(&models) } else { Memory { host: 0, gpu: 0 } };
             let decision = residency::decide(&models, room, Instant::now());
             for (index, order) in decision.orders {
                 entries[index].obey(order);
@@ -424,7 +424,7 @@ impl ModelLoader {
             if !is_listed(&snapshots, *id)
                 && let Some(entry) = self.cache.find(key)
             {
-                entry.bury(*id, "its process is gone");
+                entry.declare_dead(*id, "its process is gone");
             }
         }
         Observation { ready, snapshots }
@@ -439,7 +439,7 @@ impl ModelLoader {
             _ => false,
         };
         if dead {
-            entry.bury(id, error.to_string());
+            entry.declare_dead(id, error.to_string());
         }
     }
 
@@ -748,19 +748,19 @@ impl ModelLoader {
                 return Err(EngineError::OutOfMemory { needed_bytes: file.memory_min, available_bytes }.into());
             }
         }
-        let told = Mutex::new(None);
+        let reported_at = Mutex::new(None);
         let note = |there: u64, of: u64, begun_with: u64| {
             entry.fetching(there, of, begun_with);
-            let mut told = told.lock();
-            if told.is_none_or(|told: Instant| told.elapsed() >= PROGRESS_EVERY) {
-                *told = Some(Instant::now());
+            let mut reported_at = reported_at.lock();
+            if reported_at.is_none_or(|reported_at: Instant| reported_at.elapsed() >= PROGRESS_EVERY) {
+                *reported_at = Some(Instant::now());
                 self.changes.send_replace(());
             }
         };
         let obtained = self.obtain(digest, &note).await;
         self.look_at_files();
         let artifact = obtained?;
-        if told.lock().is_some() {
+        if reported_at.lock().is_some() {
             entry.fetched();
             self.changes.send_replace(());
         }
@@ -864,11 +864,11 @@ impl ModelLoader {
 
     /// Returns a sink that records the progress of a load and has it reported from time to time.
     fn progress_of(&self, entry: &Arc<Entry>) -> ProgressSink {
-        let (entry, changes, told) = (entry.clone(), self.changes.clone(), Mutex::new(Instant::now()));
+        let (entry, changes, reported_at) = (entry.clone(), self.changes.clone(), Mutex::new(Instant::now()));
         Box::new(move |share| {
-            let mut told = told.lock();
-            if entry.progressed(share) && told.elapsed() >= PROGRESS_EVERY {
-                *told = Instant::now();
+            let mut reported_at = reported_at.lock();
+            if entry.progressed(share) && reported_at.elapsed() >= PROGRESS_EVERY {
+                *reported_at = Instant::now();
                 changes.send_replace(());
             }
         })

@@ -80,15 +80,15 @@ mod tests {
     #[tokio::test]
     async fn a_server_reads_the_verified_file_knows_its_port_and_ends_with_its_owner() {
         let folder = tempfile::tempdir().expect("a folder");
-        let (model, told) = (folder.path().join("model"), folder.path().join("told"));
+        let (model, output) = (folder.path().join("model"), folder.path().join("told"));
         File::create(&model).expect("made").write_all(b"weights ").expect("written");
         let opened = File::open(&model).expect("opened");
         // Another file takes over the path.
         fs::remove_file(&model).expect("removed");
         fs::write(&model, "others").expect("written");
-        let script = format!("cat {{model}} > '{0}'; printf '{{port}}.' >> '{0}'; exec sleep 600", told.display());
+        let script = format!("cat {{model}} > '{0}'; printf '{{port}}.' >> '{0}'; exec sleep 600", output.display());
         let mut server = OwnServer::start(&["sh".into(), "-c".into(), script], opened).expect("started");
-        let text = timeout(Duration::from_secs(20), written(&told)).await.expect("in time");
+        let text = timeout(Duration::from_secs(20), written(&output)).await.expect("in time");
         assert_eq!(
             format!("http://127.0.0.1:{}", text.trim_start_matches("weights ").trim_end_matches('.')),
             server.base_url()

@@ -76,7 +76,7 @@ impl RemoteModels {
         };
         let address = ServerAddress::new(&server.base_url, api_key)?;
         let (loaded, facts) = self.runtime.attach(address, &server.model, options).await?;
-        let facts = facts.map(model_facts::told);
+        let facts = facts.map(model_facts::to_protocol);
         let source = OfferedSource::Server { served_as: server.model.clone() };
         let offer = ModelOffer { key: key.clone(), source, context_length: loaded.context_length, facts };
         if let Err(error) = self.offers.make(&offer, REGISTRY_WITHIN).await {

@@ -38,12 +38,12 @@ impl Transcript {
     }
 
     /// Returns the prefixes of the prompt.
-    pub(crate) fn asked(&self) -> &PrefixChain {
+    pub(crate) fn prompt(&self) -> &PrefixChain {
         &self.prompt
     }
 
     /// Returns the prefixes of the prompt with the answer, with which the next turn begins.
-    pub(crate) fn answered(mut self) -> PrefixChain {
+    pub(crate) fn with_answer(mut self) -> PrefixChain {
         if let Some(answer) = &self.answer {
             self.prompt.push_message(answer);
         }
@@ -108,7 +108,7 @@ mod tests {
             tool_calls: vec![called("c1", "look", "{\"at\":1}"), called("c2", "wait", "{}")],
             ..Message::new(Role::Assistant, "Let me look.")
         });
-        assert_eq!(transcript.answered(), PrefixChain::of(&request(conversation(messages))));
+        assert_eq!(transcript.with_answer(), PrefixChain::of(&request(conversation(messages))));
     }
 
     #[test]
@@ -119,7 +119,7 @@ mod tests {
             let job = request(input);
             let mut transcript = Transcript::new(&job);
             transcript.append(&Payload { text: "upon".into(), ..Payload::default() });
-            assert_eq!(transcript.answered(), PrefixChain::of(&job));
+            assert_eq!(transcript.with_answer(), PrefixChain::of(&job));
         }
     }
 }

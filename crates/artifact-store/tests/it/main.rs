@@ -83,14 +83,14 @@ fn an_open_file_is_shared_or_copied_whatever_its_length() {
         let bytes: Vec<u8> = content().iter().copied().cycle().take(length as usize).collect();
         let source = folder.path().join("model.gguf");
         fs::write(&source, &bytes).expect("written");
-        let mut told = 0;
+        let mut bytes_done = 0;
         let tell = |done| {
-            told = done;
+            bytes_done = done;
             Ok(())
         };
         let (stored, way) = store.put_open(&fs::File::open(&source).expect("opened"), length, tell).expect("put");
         assert!(matches!(way, Way::Cloned | Way::Copied), "{way:?}");
-        assert_eq!((stored.digest, stored.bytes, told), (Digest::of(&bytes), length, length));
+        assert_eq!((stored.digest, stored.bytes, bytes_done), (Digest::of(&bytes), length, length));
         fs::write(&source, b"other").expect("written");
         assert_eq!(read(&store, &stored.digest), bytes);
     }

@@ -242,8 +242,8 @@ fn untrusted(base: &Uri, error: &io::Error) -> anyhow::Error {
 const ANOTHER_NAME: &str = "use a name that it is for, or give the certificate itself with --ca FILE";
 
 /// Returns the name in a certificate's entry, without its kind: `DnsName("a")` is `a`.
-fn plain_name(told: &str) -> &str {
-    told.split_once('(').map_or(told, |(_, rest)| rest.trim_end_matches(')')).trim_matches('"')
+fn plain_name(issuer: &str) -> &str {
+    issuer.split_once('(').map_or(issuer, |(_, rest)| rest.trim_end_matches(')')).trim_matches('"')
 }
 
 fn broken(base: &Uri, error: &hyper::Error) -> Failure {

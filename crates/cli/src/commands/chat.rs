@@ -278,11 +278,11 @@ impl Chat {
         }
         let asking = async {
             loop {
-                let asked = client.chat(&body, |piece| {
+                let answer = client.chat(&body, |piece| {
                     bar.finish_and_clear();
                     on_piece(piece);
                 });
-                let error = match asked.await {
+                let error = match answer.await {
                     Ok(answer) => return End::Whole(answer),
                     Err(error) => error,
                 };
@@ -420,13 +420,13 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("a.md");
         save(&file, "one", false).expect("a new file");
-        let told = save(&file, "two", false).expect_err("it is there").to_string();
-        assert!(told.contains("is there already") && told.contains("/save! "), "{told}");
+        let error = save(&file, "two", false).expect_err("it is there").to_string();
+        assert!(error.contains("is there already") && error.contains("/save! "), "{error}");
         assert_eq!(fs::read_to_string(&file).expect("read"), "one");
         save(&file, "2", true).expect("replaced");
         assert_eq!(fs::read_to_string(&file).expect("read"), "2");
-        let told = save(&folder.path().join("no/a.md"), "", false).expect_err("no folder").to_string();
-        assert!(told.contains("cannot be written"), "{told}");
+        let error = save(&folder.path().join("no/a.md"), "", false).expect_err("no folder").to_string();
+        assert!(error.contains("cannot be written"), "{error}");
     }
 
     #[test]

@@ -54,11 +54,11 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
         Presence::Closed(error) => checks.push(check("gateway", Err(format!("{error:#}")))),
         Presence::Absent(error) if server.url.is_some() => checks.push(check("gateway", Err(format!("{error:#}")))),
         Presence::Absent(_) if roles.contains(&"gateway") || roles.contains(&"up") => {
-            let told = format!(
+            let reason = format!(
                 "the gateway of this machine does not answer at {}; start it with `tether start`, or look at its log",
                 client.url()
             );
-            checks.push(check("gateway", Err(told)));
+            checks.push(check("gateway", Err(reason)));
         }
         Presence::Absent(_) if roles.is_empty() => checks.push(check("gateway", port(&context))),
         Presence::Absent(_) => {}
@@ -190,7 +190,7 @@ fn models(ready: Result<(), String>, fleet: &Fleet) -> Check {
     let cached = fleet.workers.iter().flat_map(|worker| &worker.report.model_cache);
     let ready_keys: BTreeSet<&ModelKey> =
         cached.filter(|model| model.state == ModelState::Ready).map(|model| &model.key).collect();
-    let told = match ready {
+    let detail = match ready {
         Ok(()) if ready_keys.is_empty() => Ok("a model is ready".to_owned()),
         Ok(()) => {
             let verb = if ready_keys.len() == 1 { "is" } else { "are" };
@@ -200,8 +200,8 @@ fn models(ready: Result<(), String>, fleet: &Fleet) -> Check {
         Err(error) => Err(error),
     };
     let doubtful = !failed.is_empty();
-    let all = |told: String| [vec![told], failed.clone()].concat().join("; ");
-    Check { doubtful, ..check("workers", told.map(all).map_err(all)) }
+    let all = |detail: String| [vec![detail], failed.clone()].concat().join("; ");
+    Check { doubtful, ..check("workers", detail.map(all).map_err(all)) }
 }
 
 fn port(context: &Context) -> Result<String, String> {
@@ -227,12 +227,12 @@ mod tests {
                 {"modelId":"bad","version":"1.0","digest":"KEY","state":"error","reason":"it is\u001b[2Jcut"}]}"#;
         let report = serde_json::from_str(&text.replace("KEY", &"ab".repeat(32))).expect("a report");
         let fleet = Fleet { workers: vec![FleetWorker { report, age_ms: 0, reserved: 0 }] };
-        let told = models(Ok(()), &fleet);
-        assert_eq!(told.detail, "1 model is ready; bad@1.0 on abababab is in error: it is [2Jcut");
-        assert!(told.well && told.doubtful);
-        assert!(summary(&[told]).starts_with("nothing stands in the way"));
-        let told = models(Err("no worker has a model ready".into()), &fleet);
-        assert!(!told.well && told.detail.contains("bad@1.0"), "{told:?}");
+        let check = models(Ok(()), &fleet);
+        assert_eq!(check.detail, "1 model is ready; bad@1.0 on abababab is in error: it is [2Jcut");
+        assert!(check.well && check.doubtful);
+        assert!(summary(&[check]).starts_with("nothing stands in the way"));
+        let check = models(Err("no worker has a model ready".into()), &fleet);
+        assert!(!check.well && check.detail.contains("bad@1.0"), "{check:?}");
         assert_eq!(models(Ok(()), &Fleet::default()).detail, "a model is ready");
     }
 
@@ -242,7 +242,7 @@ mod tests {
         let wrong = |name| check(name, Err(format!("{name} is away")));
         assert_eq!(summary(&[well()]), "all is well");
         assert_eq!(summary(&[well(), wrong("clock")]), "one thing is wrong: clock: clock is away");
-        let told = summary(&[wrong("bootstrap"), wrong("orchestrators"), wrong("workers")]);
-        assert_eq!(told, "3 things are wrong; the likeliest cause is orchestrators: orchestrators is away");
+        let line = summary(&[wrong("bootstrap"), wrong("orchestrators"), wrong("workers")]);
+        assert_eq!(line, "3 things are wrong; the likeliest cause is orchestrators: orchestrators is away");
     }
 }

@@ -106,13 +106,13 @@ pub(super) async fn join(context: Context, args: JoinArgs) -> anyhow::Result<Out
 /// Removes a node from the network.
 pub(super) async fn revoke(context: Context, args: RevokeArgs) -> anyhow::Result<Outcome> {
     let admin = AdminClient::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
-    let asked = async {
+    let outcome = async {
         let public_key = find(&admin, &args.node).await?;
         anyhow::Ok((public_key, admin.revoke_node(public_key).await?))
     };
-    let asked = asked.await;
+    let outcome = outcome.await;
     admin.leave().await?;
-    let (public_key, revoked) = asked?;
+    let (public_key, revoked) = outcome?;
     if context.json {
         output::json(&revoked)?;
     } else if revoked.found {
@@ -125,13 +125,13 @@ pub(super) async fn revoke(context: Context, args: RevokeArgs) -> anyhow::Result
 
 pub(super) async fn rename(context: Context, args: RenameArgs) -> anyhow::Result<Outcome> {
     let admin = AdminClient::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
-    let asked = async {
+    let outcome = async {
         let public_key = find(&admin, &args.node).await?;
         anyhow::Ok((public_key, admin.rename_node(public_key, &args.name).await?))
     };
-    let asked = asked.await;
+    let outcome = outcome.await;
     admin.leave().await?;
-    let (public_key, renamed) = asked?;
+    let (public_key, renamed) = outcome?;
     if context.json {
         output::json(&renamed)?;
     } else if renamed.found {
@@ -147,7 +147,7 @@ fn no_way(addresses: &[(SocketAddrV4, bool)]) -> String {
     if let Some((address, _)) = addresses.iter().find(|(_, answers)| *answers) {
         return format!("could not join: {address} answers, but the registry does not; see that it runs");
     }
-    let told: Vec<String> = addresses.iter().map(|(address, _)| address.to_string()).collect();
+    let tried: Vec<String> = addresses.iter().map(|(address, _)| address.to_string()).collect();
     let Some((first, _)) = addresses.first() else {
         return "could not join: the invite names no address; name one with --bootstrap HOST:PORT".to_owned();
     };
@@ -163,7 +163,7 @@ fn no_way(addresses: &[(SocketAddrV4, bool)]) -> String {
     format!(
         "could not join: nothing answers by UDP at {}{private}; see that the registry runs and that no firewall closes the \
          port",
-        told.join(", ")
+        tried.join(", ")
     )
 }
 

@@ -381,9 +381,9 @@ impl Models {
             return best.clone();
         }
         // A user who may not see the workers still sees the gateway's state.
-        let told = self.listed.iter().filter_map(|listed| listed["data"].as_array()).flatten();
-        let mut told = told.filter(|row| is_row_of(row, entry));
-        match told.find_map(|row| row["state"].as_str()) {
+        let rows = self.listed.iter().filter_map(|listed| listed["data"].as_array()).flatten();
+        let mut rows = rows.filter(|row| is_row_of(row, entry));
+        match rows.find_map(|row| row["state"].as_str()) {
             Some("idle") => ON_DISK.to_owned(),
             Some(state) if state != "unserved" => state.to_owned(),
             _ if artifacts.is_some_and(|artifacts| artifacts.contains(&entry.digest)) => ON_DISK.to_owned(),

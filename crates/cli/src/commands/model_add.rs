@@ -173,7 +173,7 @@ async fn add_all(
     let artifacts = ArtifactStore::in_folder(context.data.artifacts()).context("could not open the artifact store")?;
     let mut added = vec![];
     for source in sources {
-        let (entry, told) = match source {
+        let (entry, line) = match source {
             Source::File(path) => add(context, admin, &artifacts, Incoming::of_file(path).await?, wanted).await?,
             Source::Cached(cached) => {
                 let path = cached.path.clone();
@@ -192,7 +192,7 @@ async fn add_all(
             }
         };
         if !context.json {
-            output::line(told);
+            output::line(line);
         }
         added.push(entry);
     }
@@ -252,8 +252,8 @@ pub(super) async fn of_source(context: &Context, server: &ServerArgs, text: &str
                 return Ok(entry.key.clone());
             }
         }
-        let (entry, told) = add_remote(context, &admin, &artifacts, remote, false, &wanted, output::note).await?;
-        output::note(told);
+        let (entry, line) = add_remote(context, &admin, &artifacts, remote, false, &wanted, output::note).await?;
+        output::note(line);
         local_models::remember_source(&index, source, entry.digest, entry.bytes);
         Ok(entry.key)
     };
@@ -424,8 +424,8 @@ async fn add(
     match register(context, admin, new).await {
         Ok(entry) => {
             // A downloaded file belongs to the store only, so it counts as copied.
-            let told = if stays { told(&entry, take, way) } else { told(&entry, Take::Copy, Way::Copied) };
-            Ok((entry, told))
+            let line = if stays { added_line(&entry, take, way) } else { added_line(&entry, Take::Copy, Way::Copied) };
+            Ok((entry, line))
         }
         Err(error) => {
             forget().context("could not take the file out of the store again")?;
@@ -459,7 +459,7 @@ fn check_free(
     Ok(())
 }
 
-fn told(entry: &ModelEntry, take: Take, way: Way) -> String {
+fn added_line(entry: &ModelEntry, take: Take, way: Way) -> String {
     let how = match (way, take) {
         (Way::Known, _) => " (its file was in the store already)",
         (Way::Linked | Way::Cloned, Take::Link) => " (its file takes no further room)",
@@ -504,8 +504,8 @@ mod tests {
 
     #[test]
     fn a_name_with_capitals_gets_one_without_offered() {
-        let told = model_name("My Model_7B").expect_err("capitals").to_string();
-        assert!(told.ends_with("; my-model-7b is"), "{told}");
+        let error = model_name("My Model_7B").expect_err("capitals").to_string();
+        assert!(error.ends_with("; my-model-7b is"), "{error}");
         assert!(!model_name("模型").expect_err("no letters").to_string().contains(';'));
         assert_eq!(model_name("qwen3-8b").expect("good").as_str(), "qwen3-8b");
     }

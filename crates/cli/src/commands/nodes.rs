@@ -61,18 +61,18 @@ async fn watch(context: &Context, args: &NodesArgs, client: &GatewayClient) -> a
 /// Asks the gateway, or the registry itself if none answers. Fails if neither reports anything.
 async fn look(context: &Context, args: &NodesArgs, client: &GatewayClient) -> anyhow::Result<Network> {
     let fleet = client.get::<Fleet>("/admin/v1/nodes").await;
-    let told = AdminClient::Gateway(client.clone()).members().await;
+    let members = AdminClient::Gateway(client.clone()).members().await;
     let is_member = args.server.url.is_none() && context.data.pool().is_ok_and(|pool| pool.is_some());
-    let told = match told {
+    let members = match members {
         Err(_) if is_member => {
             let admin = AdminClient::of_nodes(&args.server, &context.settings, &context.data, &context.env).await?;
-            let told = admin.members().await;
+            let members = admin.members().await;
             admin.leave().await?;
-            told
+            members
         }
-        told => told,
+        members => members,
     };
-    match (fleet, told) {
+    match (fleet, members) {
         (Err(error), Err(_)) => Err(error),
         (fleet, members) => {
             let why = |error: anyhow::Error| format!("{error:#}");

@@ -178,11 +178,11 @@ impl Reached {
 
 /// Returns an error for a model that the network does not have, with a suggestion. Returns `None` if the network has
 /// it, or cannot be asked.
-pub(super) async fn missing_model(client: &GatewayClient, asked: &str) -> Option<anyhow::Error> {
+pub(super) async fn missing_model(client: &GatewayClient, model_name: &str) -> Option<anyhow::Error> {
     let listed: Value = client.models().await.ok()?;
     let names: Vec<&str> = listed["data"].as_array()?.iter().filter_map(|model| model["id"].as_str()).collect();
     // The requested version or adapter may exist without a row of its own in the list.
-    let name = asked.split(['@', ':']).next().unwrap_or(asked);
+    let name = model_name.split(['@', ':']).next().unwrap_or(model_name);
     if names.iter().any(|known| known.split(['@', ':']).next() == Some(name)) {
         return None;
     }
@@ -192,9 +192,9 @@ pub(super) async fn missing_model(client: &GatewayClient, asked: &str) -> Option
     if let Some((worker, model, why)) = failures.find(|(_, model, _)| model.model_id.as_str() == name) {
         return Some(anyhow!("{model} on {} is in error: {why}", worker.short()));
     }
-    Some(match output::nearest(asked, names) {
-        Some(meant) => anyhow!("there is no model {asked:?}; did you mean {meant}? `tether list` shows all"),
-        None => anyhow!("there is no model {asked:?}; `tether list` shows those that there are"),
+    Some(match output::nearest(model_name, names) {
+        Some(meant) => anyhow!("there is no model {model_name:?}; did you mean {meant}? `tether list` shows all"),
+        None => anyhow!("there is no model {model_name:?}; `tether list` shows those that there are"),
     })
 }
 

@@ -29,10 +29,10 @@ pub(super) async fn run(mut context: Context, mut args: RunArgs) -> anyhow::Resu
     if let Some(model) = &reached.model {
         args.model.clone_from(model);
     }
-    let asked = ask(&reached, &args, context.json).await;
+    let outcome = ask(&reached, &args, context.json).await;
     let is_own = reached.is_own();
     reached.leave().await?;
-    asked?;
+    outcome?;
     if is_own {
         output::note(format!(
             "no network of {} ran: one was started for this question and has ended; `{} up` keeps one running",
@@ -49,7 +49,7 @@ async fn ask(reached: &Reached, args: &RunArgs, as_json: bool) -> anyhow::Result
     let began = Instant::now();
     let deadline = began + Duration::from_secs(args.timeout);
     let mut load = Load::of(reached, args).await;
-    let mut is_told = false;
+    let mut is_noted = false;
     loop {
         let error = match stream(client, args, as_json).await {
             Ok(answer) => {
@@ -62,7 +62,7 @@ async fn ask(reached: &Reached, args: &RunArgs, as_json: bool) -> anyhow::Result
         };
         match error.downcast_ref::<Refusal>() {
             Some(refusal) if refusal.code == "model_loading" && Instant::now() + AGAIN_EVERY < deadline => {
-                if !std::mem::replace(&mut is_told, true) {
+                if !std::mem::replace(&mut is_noted, true) {
                     output::note(format!("waiting: {}", refusal.message));
                 }
                 sleep(AGAIN_EVERY).await;
@@ -92,8 +92,8 @@ impl Load {
         if !args.verbose {
             return Self::Before;
         }
-        let told: anyhow::Result<Value> = reached.client.get(&format!("/v1/models/{}", args.model)).await;
-        if told.is_ok_and(|model| model["state"] == "ready") { Self::Before } else { Self::Meanwhile }
+        let listed: anyhow::Result<Value> = reached.client.get(&format!("/v1/models/{}", args.model)).await;
+        if listed.is_ok_and(|model| model["state"] == "ready") { Self::Before } else { Self::Meanwhile }
     }
 }
 
@@ -157,7 +157,7 @@ async fn stream(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow
         })
         .await?;
     if as_json {
-        output::json(&told(&answer))?;
+        output::json(&json_of(&answer))?;
     } else {
         output::piece(voice.ends());
     }
@@ -187,7 +187,7 @@ fn body(args: &RunArgs) -> Value {
     body
 }
 
-fn told(answer: &ChatAnswer) -> Value {
+fn json_of(answer: &ChatAnswer) -> Value {
     json!({
         "text": answer.text,
         "requestId": answer.correlation_id,

@@ -88,7 +88,7 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
     let services = services(&context, clock);
     let stop = CancellationToken::new();
     let run = services.registry(node.transport(), store.clone(), authority, stop.clone());
-    let outcome = until_asked(&context.stop, &services, &node, &stop, run).await;
+    let outcome = run_until_stopped(&context.stop, &services, &node, &stop, run).await;
     store.close().await.context("could not close the store")?;
     outcome
 }
@@ -117,7 +117,7 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
         NodeRole::Orchestrator => {
             let store = open_job_store(&context.data.orchestrator_store())?;
             let run = services.orchestrator(node.transport(), store.clone(), membership, stop.clone());
-            let outcome = until_asked(&context.stop, &shown, node, &stop, run).await;
+            let outcome = run_until_stopped(&context.stop, &shown, node, &stop, run).await;
             store.close().await.context("could not close the store")?;
             outcome
         }
@@ -128,11 +128,11 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
             output::line(
                 "ask it with an API key: the first lies in the registry's data folder, `tether token create` makes more",
             );
-            until_asked(&context.stop, &shown, node, &stop, Box::pin(run_gateway(open, stop.clone()))).await
+            run_until_stopped(&context.stop, &shown, node, &stop, Box::pin(run_gateway(open, stop.clone()))).await
         }
         NodeRole::Worker => {
             let run = Box::pin(worker(&mut services, node, membership, stop.clone()));
-            until_asked(&context.stop, &shown, node, &stop, run).await
+            run_until_stopped(&context.stop, &shown, node, &stop, run).await
         }
         NodeRole::Registry => bail!("a registry needs no invite; start it with `tether registry`"),
     }
@@ -162,22 +162,22 @@ async fn worker(
 
 /// Records whether orchestrators accept the worker's reports, for `tether doctor` to read.
 async fn tell_doctor(data: &DataFolder, handle: &WorkerHandle) {
-    let mut told = None;
+    let mut written = None;
     loop {
         let unheard = handle.unheard();
-        if told.as_ref() != Some(&unheard) {
+        if written.as_ref() != Some(&unheard) {
             if let Err(error) = data.write_unheard(unheard.as_deref()) {
                 warn!(%error, "could not write down whether the network hears this worker");
             }
-            told = Some(unheard);
+            written = Some(unheard);
         }
         tokio::time::sleep(TELL_EVERY).await;
     }
 }
 
 /// Runs a service until it is asked to stop or ends by itself, and takes its node off the network.
-async fn until_asked(
-    asked: &CancellationToken,
+async fn run_until_stopped(
+    stop_requested: &CancellationToken,
     services: &Services,
     node: &Node,
     stop: &CancellationToken,
@@ -198,7 +198,7 @@ async fn until_asked(
     };
     let keep = node.keep_peers(stop);
     let ask = async {
-        stop.run_until_cancelled(asked.cancelled()).await;
+        stop.run_until_cancelled(stop_requested.cancelled()).await;
         stop.cancel();
     };
     let run = async {

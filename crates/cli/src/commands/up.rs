@@ -204,38 +204,38 @@ mod tests {
 
     #[test]
     fn the_hints_name_what_is_served_where_it_is_and_whose_it_is() {
-        let told = greeting().to_string();
-        assert!(told.contains("serving mine, tether-tiny"), "{told}");
-        assert!(told.contains(r#""model":"mine""#) && told.contains("  tether run mine "), "{told}");
-        assert!(told.contains("  tether chat mine\n"), "{told}");
+        let text = greeting().to_string();
+        assert!(text.contains("serving mine, tether-tiny"), "{text}");
+        assert!(text.contains(r#""model":"mine""#) && text.contains("  tether run mine "), "{text}");
+        assert!(text.contains("  tether chat mine\n"), "{text}");
         let elsewhere = Greeting {
             urls: vec!["https://127.0.0.1:1".into(), "https://192.0.2.7:1".into()],
             certificate: Some(Path::new("/c.pem")),
             program: "tether --data-dir /d".into(),
             ..greeting()
         };
-        let told = elsewhere.to_string();
-        assert!(told.contains("from elsewhere  https://192.0.2.7:1/v1"), "{told}");
-        assert!(told.contains("curl --cacert /c.pem https://127.0.0.1:1/v1"), "{told}");
-        assert!(told.contains("  tether --data-dir /d nodes"), "{told}");
+        let text = elsewhere.to_string();
+        assert!(text.contains("from elsewhere  https://192.0.2.7:1/v1"), "{text}");
+        assert!(text.contains("curl --cacert /c.pem https://127.0.0.1:1/v1"), "{text}");
+        assert!(text.contains("  tether --data-dir /d nodes"), "{text}");
     }
 
     #[test]
     fn a_network_that_can_be_joined_says_how() {
         assert!(!greeting().to_string().contains("tether join"));
-        let told = Greeting { invite: Some("tth_join_x"), ..greeting() }.to_string();
-        assert!(told.contains("\n  tether join tth_join_x\n") && told.contains("`tether invite`"), "{told}");
+        let text = Greeting { invite: Some("tth_join_x"), ..greeting() }.to_string();
+        assert!(text.contains("\n  tether join tth_join_x\n") && text.contains("`tether invite`"), "{text}");
     }
 
     #[test]
     fn models_of_other_programs_are_named_with_the_command_that_adds_one() {
-        let told = Greeting { found: Some("Found on this machine: llama3.2:3b"), ..greeting() }.to_string();
-        assert!(told.contains("\nFound on this machine: llama3.2:3b\n"), "{told}");
+        let text = Greeting { found: Some("Found on this machine: llama3.2:3b"), ..greeting() }.to_string();
+        assert!(text.contains("\nFound on this machine: llama3.2:3b\n"), "{text}");
     }
 
     #[test]
     fn a_network_without_a_model_gives_no_example_that_would_fail() {
-        let told = Greeting { models: vec![], ..greeting() }.to_string();
-        assert!(told.contains("tether doctor says why") && !told.contains("curl"), "{told}");
+        let text = Greeting { models: vec![], ..greeting() }.to_string();
+        assert!(text.contains("tether doctor says why") && !text.contains("curl"), "{text}");
     }
 }

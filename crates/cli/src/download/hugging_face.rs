@@ -317,10 +317,10 @@ fn encoded(path: &str) -> String {
 
 /// Returns the user's token for the Hub: from the environment, or from where `hf auth login` stores it.
 fn token(env: &Env) -> Option<String> {
-    let told = env.get("HF_TOKEN").or_else(|| env.get("HUGGING_FACE_HUB_TOKEN")).map(str::to_owned);
+    let from_env = env.get("HF_TOKEN").or_else(|| env.get("HUGGING_FACE_HUB_TOKEN")).map(str::to_owned);
     let file = env.get("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(home(env)?.join("token")));
     let kept = || std::fs::read_to_string(file?).ok();
-    told.or_else(kept).map(|token| token.trim().to_owned()).filter(|token| !token.is_empty())
+    from_env.or_else(kept).map(|token| token.trim().to_owned()).filter(|token| !token.is_empty())
 }
 
 /// Returns the home folder of the Hub's programs.

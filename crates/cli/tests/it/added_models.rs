@@ -48,9 +48,9 @@ fn ask(home: &Home, model: &str) -> String {
 fn a_model_that_is_added_is_served_by_the_next_network() {
     let home = Home::apart();
     write_model(&home, "Tiny-Two.Q8_0.gguf", b"2");
-    let told = home.well(&["model", "add", "Tiny-Two.Q8_0.gguf"]);
+    let output = home.well(&["model", "add", "Tiny-Two.Q8_0.gguf"]);
     for word in ["tiny-two@1.0 is added: ", "512 tokens of context", "chat", "tether up", "tether run tiny-two"] {
-        assert!(told.contains(word), "{word}: {told}");
+        assert!(output.contains(word), "{word}: {output}");
     }
     // The same again costs nothing and changes nothing.
     assert!(home.well(&["model", "add", "Tiny-Two.Q8_0.gguf"]).contains("in the store already"));
@@ -81,8 +81,8 @@ fn a_model_that_is_added_is_served_by_the_next_network() {
     assert!(home.well(&["model", "pin", "tiny-two"]).contains("tiny-two@1.0 is pinned"));
     assert!(home.well(&["model", "show", "tiny-two"]).contains("kept          pinned"));
     assert!(home.well(&["model", "unpin", "tiny-two"]).contains("no longer pinned"));
-    let told = home.well(&["model", "load", "tiny-two", "--keep-alive", "0"]);
-    assert!(told.contains("not in memory"), "{told}");
+    let output = home.well(&["model", "load", "tiny-two", "--keep-alive", "0"]);
+    assert!(output.contains("not in memory"), "{output}");
     wait_for("the engine to end", || up.children().len() == 1);
     assert!(home.well(&["model", "load", "tiny-two", "--keep-alive", "1h"]).contains("in memory"));
     assert!(home.well(&["model", "show", "tiny-two"]).contains("3600 s without work"));
@@ -95,8 +95,8 @@ fn a_model_that_is_added_is_served_by_the_next_network() {
 
     let named = refused(&home, &["model", "rm", "tiny-two"]);
     assert!(named.contains("gpt-4o-mini"), "{named}");
-    let told = home.well(&["model", "rm", "tiny-two", "--force"]);
-    assert!(told.contains("its file is deleted") && told.contains("so is gpt-4o-mini"), "{told}");
+    let output = home.well(&["model", "rm", "tiny-two", "--force"]);
+    assert!(output.contains("its file is deleted") && output.contains("so is gpt-4o-mini"), "{output}");
     assert_eq!(stored(&home), 0);
     assert!(refused(&home, &["model", "show", "tiny-two"]).contains("there is no model"));
     assert_eq!(home.run(&["model", "alias", "gpt-4o-mini", "--rm"]).status.code(), Some(1));
@@ -107,8 +107,8 @@ fn a_model_is_added_to_a_network_that_runs() {
     let home = Home::apart();
     write_model(&home, "mine.gguf", b"m");
     let up = home.up_with(&["--workers", "1"], &[]);
-    let told = home.well(&["model", "add", "mine.gguf", "--name", "ours", "--version", "2.1"]);
-    assert!(told.contains("ours@2.1 is added") && !told.contains("tether up"), "{told}");
+    let output = home.well(&["model", "add", "mine.gguf", "--name", "ours", "--version", "2.1"]);
+    assert!(output.contains("ours@2.1 is added") && !output.contains("tether up"), "{output}");
     // The running worker takes it up by itself.
     wait_for("the model to be served", || row(&home, "ours")["state"] != "unserved");
     assert!(ask(&home, "ours").contains("Tokyo"));
@@ -117,8 +117,8 @@ fn a_model_is_added_to_a_network_that_runs() {
     home.well(&["model", "alias", "claude-sonnet-4", "tether-tiny:pirate"]);
     assert!(refused(&home, &["model", "alias", "other", "claude-sonnet-4"]).contains("tether-tiny:pirate"));
     assert!(home.well(&["list"]).contains("claude-sonnet-4 (:pirate)"));
-    let told = home.well(&["model", "rm", "ours@2.1", "--force"]);
-    assert!(told.contains("its file is deleted"), "{told}");
+    let output = home.well(&["model", "rm", "ours@2.1", "--force"]);
+    assert!(output.contains("its file is deleted"), "{output}");
     // And lets it go.
     wait_for("the model to be unloaded", || up.children().len() == 1);
     assert_eq!(up.end(), Some(0));
@@ -144,9 +144,9 @@ fn what_cannot_be_added_leaves_nothing_behind() {
         (&["org/Repo-GGUF:Q8_0"], "hf:org/Repo-GGUF"),
         (&["part-00001-of-00002.gguf"], "part-00002-of-00002.gguf is missing"),
     ] {
-        let told = refused(&home, &[&["model", "add"], arguments].concat());
-        assert!(told.contains(word), "{word}: {told}");
-        assert_eq!(stored(&home), 1, "{told}");
+        let output = refused(&home, &[&["model", "add"], arguments].concat());
+        assert!(output.contains(word), "{word}: {output}");
+        assert_eq!(stored(&home), 1, "{output}");
     }
     home.well(&["model", "add", "mine2.gguf", "--name", "mine", "--version", "1.1"]);
     assert!(refused(&home, &["model", "rm", "mine"]).contains("the versions 1.0, 1.1"));
@@ -223,8 +223,8 @@ fn models_of_other_programs_are_taken_without_a_copy() {
     assert!(refused(&home, &["model", "add", "--from", "ollama", "tiny-tow"]).contains("did you mean tiny-two?"));
     assert_eq!(home.run(&["model", "add", "--from", "empty-folder"]).status.code(), Some(1));
 
-    let told = home.well(&["model", "add", "--from", "ollama", "tiny-two"]);
-    assert!(told.contains("tiny-two") && told.contains("takes no further room"), "{told}");
+    let output = home.well(&["model", "add", "--from", "ollama", "tiny-two"]);
+    assert!(output.contains("tiny-two") && output.contains("takes no further room"), "{output}");
     let inode = |path: &Path| fs::metadata(path).expect("it is there").ino();
     assert_eq!(inode(&artifact(&home)), inode(&blob));
     home.well(&["model", "rm", "tiny-two"]);
@@ -234,7 +234,7 @@ fn models_of_other_programs_are_taken_without_a_copy() {
     home.well(&["model", "rm", "hub"]);
     // Bytes that are not those of the name are refused.
     fs::write(&blob, [tiny_model::BYTES, b"other"].concat()).expect("written");
-    let told = refused(&home, &["model", "add", "--from", "ollama", "tiny-two"]);
-    assert!(told.contains("should have"), "{told}");
+    let output = refused(&home, &["model", "add", "--from", "ollama", "tiny-two"]);
+    assert!(output.contains("should have"), "{output}");
     assert_eq!(stored(&home), 0);
 }

@@ -180,9 +180,9 @@ fn a_network_that_waits_for_a_server_can_be_stopped_and_says_what_it_waits_for()
         .stdout(log)
         .spawn()
         .expect("the program starts");
-    let told = || std::fs::read_to_string(home.path().join("out")).unwrap_or_default();
-    wait_for("the banner", || told().contains("Ctrl-C stops it"));
-    assert!(told().contains(&format!("No server to adopt answers yet at http://{free}")), "{}", told());
+    let output = || std::fs::read_to_string(home.path().join("out")).unwrap_or_default();
+    wait_for("the banner", || output().contains("Ctrl-C stops it"));
+    assert!(output().contains(&format!("No server to adopt answers yet at http://{free}")), "{}", output());
     crate::program::signal(up.id(), rustix::process::Signal::TERM);
     assert!(up.wait().expect("ended").success());
 }

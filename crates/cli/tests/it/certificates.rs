@@ -46,14 +46,14 @@ fn a_gateways_own_certificate_is_trusted_where_it_runs_and_named_elsewhere() {
     let key = home.well(&["token", "create", "--admin"]);
     home.well(&["token", "list"]);
     home.well(&["list"]);
-    let told = home.well(&["doctor"]);
-    assert!(told.contains(&format!("answers at {}", up.url)), "{told}");
+    let output = home.well(&["doctor"]);
+    assert!(output.contains(&format!("answers at {}", up.url)), "{output}");
 
     fs::write(elsewhere.path().join("key"), key).expect("written");
     fs::copy(home.path().join("cert.pem"), elsewhere.path().join("ca.pem")).expect("copied");
     let asked = |more: &[&str]| elsewhere.run(&[&["nodes", "--url", &up.url, "--api-key-file", "key"], more].concat());
-    let told = errors(&asked(&[]));
-    assert!(told.contains("not trusted here") && told.contains("--ca FILE"), "{told}");
+    let output = errors(&asked(&[]));
+    assert!(output.contains("not trusted here") && output.contains("--ca FILE"), "{output}");
     assert!(asked(&["--ca", "ca.pem"]).status.success());
     let mut by_variable = elsewhere.command(&["run", "tether-tiny", "What is 3 + 4?", "--api-key-file", "key"]);
     let by_variable = by_variable.envs([("TETHER_URL", up.url.as_str()), ("TETHER_CA", "ca.pem")]).output();
@@ -63,15 +63,15 @@ fn a_gateways_own_certificate_is_trusted_where_it_runs_and_named_elsewhere() {
         if text.is_empty() {
             fs::write(elsewhere.path().join(file), text).expect("written");
         }
-        let told = errors(&asked(&["--ca", file]));
-        assert!(told.contains(word), "{told}");
+        let error = errors(&asked(&["--ca", file]));
+        assert!(error.contains(word), "{error}");
     }
 
     certify(home.path());
     signal(up.pid(), Signal::HUP);
     wait_for("the new certificate", || home.run(&["nodes"]).status.success());
-    let told = errors(&asked(&["--ca", "ca.pem"]));
-    assert!(told.contains("not trusted here"), "{told}");
+    let error = errors(&asked(&["--ca", "ca.pem"]));
+    assert!(error.contains("not trusted here"), "{error}");
     assert_eq!(up.end(), Some(0));
     assert!(!home.data().join("certificate").exists());
 }
@@ -180,9 +180,9 @@ async fn each_cause_of_a_failed_connection_has_its_own_sentence() {
         ("https://nowhere.invalid:1".to_owned(), true, &["nowhere.invalid", "no address is known"]),
         (format!("https://{refused}"), true, &["nothing answers", "tether up"]),
     ] {
-        let told = ask(url.clone(), ca).await.expect_err(&url);
+        let error = ask(url.clone(), ca).await.expect_err(&url);
         for word in words {
-            assert!(told.contains(word), "{url}: {told}");
+            assert!(error.contains(word), "{url}: {error}");
         }
     }
 }

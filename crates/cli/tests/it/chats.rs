@@ -20,7 +20,7 @@ use crate::terminal::{CTRL_C, CTRL_D, Terminal};
 struct Gateway {
     url: String,
     /// The messages of each question.
-    asked: Arc<Mutex<Vec<Value>>>,
+    requests: Arc<Mutex<Vec<Value>>>,
     /// Answers whose client left before their end.
     left: Arc<AtomicUsize>,
 }
@@ -29,18 +29,18 @@ impl Gateway {
     fn new(models: &'static [&'static str]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("bound"));
-        let gateway = Self { url, asked: Arc::default(), left: Arc::default() };
-        let (asked, left) = (gateway.asked.clone(), gateway.left.clone());
+        let gateway = Self { url, requests: Arc::default(), left: Arc::default() };
+        let (requests, left) = (gateway.requests.clone(), gateway.left.clone());
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let _ = serve(stream, models, &asked, &left);
+                let _ = serve(stream, models, &requests, &left);
             }
         });
         gateway
     }
 
-    fn asked(&self) -> Vec<Value> {
-        self.asked.lock().clone()
+    fn requests(&self) -> Vec<Value> {
+        self.requests.lock().clone()
     }
 
     /// Says lines to a chat, and returns what it prints.
@@ -53,7 +53,12 @@ impl Gateway {
     }
 }
 
-fn serve(mut stream: TcpStream, models: &[&str], asked: &Mutex<Vec<Value>>, left: &AtomicUsize) -> std::io::Result<()> {
+fn serve(
+    mut stream: TcpStream,
+    models: &[&str],
+    requests: &Mutex<Vec<Value>>,
+    left: &AtomicUsize,
+) -> std::io::Result<()> {
     let Some(request) = request(&mut stream)? else { return Ok(()) };
     let whole = |stream: &mut TcpStream, status: u16, body: &str| {
         let head = format!("HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
@@ -70,9 +75,9 @@ fn serve(mut stream: TcpStream, models: &[&str], asked: &Mutex<Vec<Value>>, left
     }
     let body = body_of(&request);
     let count = {
-        let mut asked = asked.lock();
-        asked.push(body.clone());
-        asked.len()
+        let mut requests = requests.lock();
+        requests.push(body.clone());
+        requests.len()
     };
     let said =
         body["messages"].as_array().and_then(|all| all.last()?["content"].as_str()).unwrap_or_default().to_owned();
@@ -111,9 +116,9 @@ fn text(bytes: &[u8]) -> String {
 }
 
 /// Returns who said what in a request.
-fn messages(asked: &Value) -> Vec<(&str, &str)> {
+fn messages(request: &Value) -> Vec<(&str, &str)> {
     let text = |message: &'_ Value, name: &str| message[name].as_str().map(|text| text.to_owned().leak() as &str);
-    let all = asked["messages"].as_array().expect("a list");
+    let all = request["messages"].as_array().expect("a list");
     all.iter().filter_map(|message| Some((text(message, "role")?, text(message, "content")?))).collect()
 }
 
@@ -122,8 +127,8 @@ fn a_person_asks_stops_an_answer_changes_the_model_saves_and_leaves() {
     let home = Home::new();
     let gateway = Gateway::new(&["one", "two-b"]);
     let mut terminal = Terminal::start(&home.command(&["chat", "--url", &gateway.url]));
-    let told = terminal.sees("Which one, by number or name? ");
-    assert!(told.contains("1  one") && told.contains("2  two-b"), "{told}");
+    let output = terminal.sees("Which one, by number or name? ");
+    assert!(output.contains("1  one") && output.contains("2  two-b"), "{output}");
     terminal.keys("1\r");
     terminal.sees("You talk with one");
     terminal.types("hello");
@@ -150,10 +155,10 @@ fn a_person_asks_stops_an_answer_changes_the_model_saves_and_leaves() {
     terminal.keys(CTRL_D);
     assert!(terminal.ends().success());
 
-    let asked = gateway.asked();
-    let said = messages(&asked[2]).into_iter().map(|(_, text)| text).collect::<Vec<_>>();
+    let requests = gateway.requests();
+    let said = messages(&requests[2]).into_iter().map(|(_, text)| text).collect::<Vec<_>>();
     assert_eq!(said, ["hello", "\"one\" heard hello", "for ever", "and so on", "a\nb"], "what came is kept");
-    assert_eq!((&asked[1]["model"], &asked[2]["model"]), (&json!("one"), &json!("two-b")));
+    assert_eq!((&requests[1]["model"], &requests[2]["model"]), (&json!("one"), &json!("two-b")));
     let saved = fs::read_to_string(home.path().join("told.md")).expect("saved");
     assert!(
         saved.contains("## one\n\nand so on\n\n*The answer was stopped here.*\n\n## You\n\na\nb\n\n## two-b"),
@@ -186,14 +191,14 @@ fn a_failure_is_told_and_the_conversation_goes_on() {
     let home = Home::new();
     let gateway = Gateway::new(&["one"]);
     let output = gateway.lines(&home, &[], "break\ntoo long\n/hlep\n/retry\nand\n");
-    let (told, errors) = (text(&output.stdout), text(&output.stderr));
+    let (said, errors) = (text(&output.stdout), text(&output.stderr));
     assert_eq!(output.status.code(), Some(1), "{errors}");
-    assert_eq!(told, "half an\n\"one\" heard and\n");
+    assert_eq!(said, "half an\n\"one\" heard and\n");
     assert!(errors.contains("broke off: told worker_failed; what came of it is kept"), "{errors}");
     assert_eq!(errors.matches("told context_length_exceeded (/clear").count(), 2, "asked again: {errors}");
     assert!(errors.contains("did you mean /help?"), "{errors}");
-    let asked = gateway.asked();
-    let last = messages(asked.last().expect("asked"));
+    let requests = gateway.requests();
+    let last = messages(requests.last().expect("asked"));
     assert_eq!(last, [("user", "break"), ("assistant", "half an"), ("user", "and")], "what had no answer is left out");
 }
 
@@ -208,14 +213,14 @@ fn each_line_that_is_piped_in_is_a_turn() {
         text(&output.stdout),
         "\"one\" heard load\n\"one\" heard a\n\nb\n\"one\" heard c \nd\n\"one\" heard last\n"
     );
-    let asked = gateway.asked();
+    let requests = gateway.requests();
     assert_eq!(
-        (asked.len(), &asked[1]["seed"], &asked[2]["seed"]),
+        (requests.len(), &requests[1]["seed"], &requests[2]["seed"]),
         (5, &Value::Null, &json!(7)),
         "a load is waited for"
     );
-    assert_eq!(messages(&asked[3])[0], ("system", "Be brief."));
-    assert_eq!(messages(&asked[4]), [("user", "last")]);
+    assert_eq!(messages(&requests[3])[0], ("system", "Be brief."));
+    assert_eq!(messages(&requests[4]), [("user", "last")]);
 
     let many = Gateway::new(&["one", "two"]).lines(&home, &[], "hi\n");
     assert_eq!(many.status.code(), Some(2));
@@ -234,7 +239,7 @@ fn a_chat_starts_the_network_that_is_missing() {
     let lines = b"/set temperature 0\nWhat is the capital of Japan?\n/model\n";
     child.stdin.take().expect("piped").write_all(lines).expect("written");
     let output = child.wait_with_output().expect("it ends");
-    let told = text(&output.stdout);
-    assert_eq!(output.status.code(), Some(0), "{told}{}", text(&output.stderr));
-    assert!(told.contains("Tokyo") && told.contains("1  mine  (this one)"), "{told}");
+    let said = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{said}{}", text(&output.stderr));
+    assert!(said.contains("Tokyo") && said.contains("1  mine  (this one)"), "{said}");
 }

@@ -75,9 +75,9 @@ fn a_variable_that_is_no_setting_is_named_and_does_no_harm() {
     let home = Home::new();
     let output =
         home.command(&["config", "check"]).env("TETHER_GATEWAY_BIND", "127.0.0.1:1").output().expect("it runs");
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{told}");
-    assert!(told.contains("TETHER_GATEWAY_BIND") && told.contains("TETHER_GATEWAY__BIND"), "{told}");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{errors}");
+    assert!(errors.contains("TETHER_GATEWAY_BIND") && errors.contains("TETHER_GATEWAY__BIND"), "{errors}");
 }
 
 #[test]

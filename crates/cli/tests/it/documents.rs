@@ -116,10 +116,10 @@ impl Typist {
             wait_for("the network to be well", || self.bash("tether doctor").status.success());
         }
         let output = self.bash(&command);
-        let (told, errors) = (text(&output.stdout), text(&output.stderr));
-        assert!(output.status.success(), "{command}\n{told}\n{errors}");
-        self.invites.extend(told.split_whitespace().filter(|word| word.starts_with("tth_join_")).map(str::to_owned));
-        if let Some(key) = told.trim().strip_prefix("tth_live_") {
+        let (said, errors) = (text(&output.stdout), text(&output.stderr));
+        assert!(output.status.success(), "{command}\n{said}\n{errors}");
+        self.invites.extend(said.split_whitespace().filter(|word| word.starts_with("tth_join_")).map(str::to_owned));
+        if let Some(key) = said.trim().strip_prefix("tth_live_") {
             self.key_id = key.chars().take(8).collect();
         }
     }
@@ -135,9 +135,9 @@ impl Typist {
         let mut bash = self.shell(&format!("exec {command}"));
         let mut child = bash.stdout(Stdio::from(file())).stderr(Stdio::from(file())).spawn().expect("it starts");
         wait_for(command, || {
-            let told = fs::read_to_string(&log).unwrap_or_default();
-            assert!(child.try_wait().expect("a child").is_none(), "{command} ended by itself:\n{told}");
-            told.contains(ready)
+            let output = fs::read_to_string(&log).unwrap_or_default();
+            assert!(child.try_wait().expect("a child").is_none(), "{command} ended by itself:\n{output}");
+            output.contains(ready)
         });
         self.running.push((command.to_owned(), child));
     }

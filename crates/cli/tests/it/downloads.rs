@@ -54,9 +54,9 @@ impl Said {
     }
 
     /// A whole file, or its end where that is asked for and the file is the same.
-    fn file(asked: &Received, bytes: &[u8], etag: &str) -> Self {
-        let is_same = asked.header("if-range").is_none_or(|known| known == etag);
-        match asked.range().filter(|_| is_same) {
+    fn file(request: &Received, bytes: &[u8], etag: &str) -> Self {
+        let is_same = request.header("if-range").is_none_or(|known| known == etag);
+        match request.range().filter(|_| is_same) {
             Some(from) if from >= bytes.len() => {
                 let range = format!("bytes */{}", bytes.len());
                 Self::new("416 Range Not Satisfiable", &[("content-range", &range)], b"")
@@ -83,7 +83,7 @@ impl Said {
 /// A server that answers each request as a function says, and remembers it.
 struct Server {
     url: String,
-    asked: Arc<Mutex<Vec<Received>>>,
+    requests: Arc<Mutex<Vec<Received>>>,
 }
 
 impl Server {
@@ -121,8 +121,8 @@ impl Server {
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("{scheme}://{}", listener.local_addr().expect("bound"));
-        let asked: Arc<Mutex<Vec<Received>>> = Arc::default();
-        let (both, seen) = (Arc::new((answer, speak)), asked.clone());
+        let requests: Arc<Mutex<Vec<Received>>> = Arc::default();
+        let (both, seen) = (Arc::new((answer, speak)), requests.clone());
         // It ends with the process of the test.
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -130,11 +130,11 @@ impl Server {
                 thread::spawn(move || (both.1)(stream, &both.0, &seen));
             }
         });
-        Self { url, asked }
+        Self { url, requests }
     }
 
-    fn asked(&self) -> Vec<Received> {
-        self.asked.lock().clone()
+    fn requests(&self) -> Vec<Received> {
+        self.requests.lock().clone()
     }
 }
 
@@ -149,13 +149,13 @@ fn serve(mut stream: impl Read + Write, answer: &dyn Fn(&Received, usize) -> Sai
     let mut lines = head.lines();
     let path = lines.next().and_then(|first| first.split(' ').nth(1)).unwrap_or_default().to_owned();
     let header = |line: &str| line.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned()));
-    let asked = Received { path, headers: lines.filter_map(header).collect() };
+    let request = Received { path, headers: lines.filter_map(header).collect() };
     let number = {
         let mut seen = seen.lock();
-        seen.push(asked.clone());
-        seen.iter().filter(|before| before.path == asked.path).count()
+        seen.push(request.clone());
+        seen.iter().filter(|before| before.path == request.path).count()
     };
-    let said = answer(&asked, number);
+    let said = answer(&request, number);
     // Whoever has enough leaves.
     let _ = stream.write_all(format!("{}\r\n", said.head).as_bytes());
     let _ = stream.write_all(&said.body);
@@ -210,17 +210,17 @@ fn a_download_goes_on_where_it_was_cut_and_is_verified() {
     let home = Home::apart();
     let bytes = model();
     let whole = bytes.clone();
-    let server = Server::new(move |asked, number| match (asked.path.as_str(), number) {
-        ("/m/Mine.Q8_0.gguf", 1) => Said::file(asked, &whole, "\"a\"").cut(60_000),
+    let server = Server::new(move |request, number| match (request.path.as_str(), number) {
+        ("/m/Mine.Q8_0.gguf", 1) => Said::file(request, &whole, "\"a\"").cut(60_000),
         ("/m/Mine.Q8_0.gguf", 2) => Said::new("503 Service Unavailable", &[], b"busy"),
-        ("/m/Mine.Q8_0.gguf", _) => Said::file(asked, &whole, "\"a\""),
+        ("/m/Mine.Q8_0.gguf", _) => Said::file(request, &whole, "\"a\""),
         _ => Said::new("404 Not Found", &[], b""),
     });
-    let told = well(&home, &[&format!("{}/m/Mine.Q8_0.gguf", server.url)], &[]);
-    assert!(told.contains("mine@1.0 is added"), "{told}");
+    let output = well(&home, &[&format!("{}/m/Mine.Q8_0.gguf", server.url)], &[]);
+    assert!(output.contains("mine@1.0 is added"), "{output}");
     assert_eq!(listed(&home), [("mine".to_owned(), digest(&bytes))]);
-    let asked = server.asked();
-    let ranges: Vec<_> = asked.iter().map(|asked| (asked.range(), asked.header("if-range"))).collect();
+    let requests = server.requests();
+    let ranges: Vec<_> = requests.iter().map(|request| (request.range(), request.header("if-range"))).collect();
     assert_eq!(ranges, [(None, None), (Some(60_000), Some("\"a\"")), (Some(60_000), Some("\"a\""))]);
     assert_eq!(left(&home), 0, "nothing of it is left beside the store");
 }
@@ -236,19 +236,19 @@ fn a_model_comes_over_tls_from_a_server_that_is_trusted() {
     let certificate = params.signed_by(&key, &issuer).expect("a certificate").der().clone();
     let key = PrivateKeyDer::try_from(key.serialize_der()).expect("a key");
     let (bytes, whole) = (model(), model());
-    let server = Server::secure(certificate, key, move |asked, number| match number {
-        1 => Said::file(asked, &whole, "\"a\"").cut(60_000),
-        _ => Said::file(asked, &whole, "\"a\""),
+    let server = Server::secure(certificate, key, move |request, number| match number {
+        1 => Said::file(request, &whole, "\"a\"").cut(60_000),
+        _ => Said::file(request, &whole, "\"a\""),
     });
     let home = Home::apart();
     let url = format!("{}/mine.gguf", server.url);
-    let told = refused(&home, &[&url], &[]);
-    assert!(told.contains("the certificate of 127.0.0.1") && told.contains("is not trusted here"), "{told}");
+    let output = refused(&home, &[&url], &[]);
+    assert!(output.contains("the certificate of 127.0.0.1") && output.contains("is not trusted here"), "{output}");
     fs::write(home.path().join("authority.pem"), authority).expect("written");
     let file = home.path().join("authority.pem").display().to_string();
     well(&home, &[&url], &[("SSL_CERT_FILE", &file)]);
     assert_eq!(listed(&home), [("mine".to_owned(), digest(&bytes))]);
-    assert_eq!(server.asked().len(), 2, "it went on after the cut");
+    assert_eq!(server.requests().len(), 2, "it went on after the cut");
 }
 
 #[test]
@@ -256,13 +256,13 @@ fn a_file_that_changed_meanwhile_is_downloaded_from_its_beginning() {
     let home = Home::apart();
     let bytes = model();
     let whole = bytes.clone();
-    let server = Server::new(move |asked, number| match number {
-        1 => Said::file(asked, &[whole.clone(), vec![1]].concat(), "\"old\"").cut(60_000),
-        _ => Said::file(asked, &whole, "\"new\""),
+    let server = Server::new(move |request, number| match number {
+        1 => Said::file(request, &[whole.clone(), vec![1]].concat(), "\"old\"").cut(60_000),
+        _ => Said::file(request, &whole, "\"new\""),
     });
     well(&home, &[&format!("{}/mine.gguf", server.url)], &[]);
     assert_eq!(listed(&home), [("mine".to_owned(), digest(&bytes))]);
-    assert_eq!(server.asked()[1].header("if-range"), Some("\"old\""));
+    assert_eq!(server.requests()[1].header("if-range"), Some("\"old\""));
 }
 
 #[test]
@@ -272,14 +272,14 @@ fn a_part_that_is_all_there_or_too_long_is_found_out() {
         let whole = model();
         // What came before is as long as the file, or longer, while the note does not say how long that is.
         let first = [whole.clone(), vec![9; have]].concat();
-        let server = Server::new(move |asked, number| match number {
+        let server = Server::new(move |request, number| match number {
             1 => Said::new("200 OK", &[("etag", "\"a\""), ("transfer-encoding", "chunked")], &chunk(&first)),
-            _ => Said::file(asked, &whole, "\"a\""),
+            _ => Said::file(request, &whole, "\"a\""),
         });
         well(&home, &[&format!("{}/mine.gguf", server.url)], &[]);
         assert_eq!(listed(&home), [("mine".to_owned(), digest(&model()))]);
-        assert_eq!(server.asked()[1].range(), Some(model().len() + have));
-        assert_eq!(server.asked().len(), 1 + requests);
+        assert_eq!(server.requests()[1].range(), Some(model().len() + have));
+        assert_eq!(server.requests().len(), 1 + requests);
     }
 }
 
@@ -292,7 +292,7 @@ fn chunk(bytes: &[u8]) -> Vec<u8> {
 fn redirects_are_followed_without_the_token_and_a_circle_is_named() {
     let bytes = model();
     let whole = bytes.clone();
-    let storage = Server::new(move |asked, _| Said::file(asked, &whole, "\"a\""));
+    let storage = Server::new(move |request, _| Said::file(request, &whole, "\"a\""));
     let to = format!("{}/blob?signature=secret", storage.url);
     let files = json!([
         {"type": "directory", "path": "sub"},
@@ -301,9 +301,9 @@ fn redirects_are_followed_without_the_token_and_a_circle_is_named() {
         {"type": "file", "path": "sub/m-Q8_0.gguf", "size": bytes.len(), "lfs": {"oid": digest(&bytes), "size": bytes.len()}},
     ]);
     let (first, second) = (json!([files[0], files[1]]).to_string(), json!([files[2], files[3]]).to_string());
-    let hub = Server::new(move |asked, _| match asked.path.as_str() {
+    let hub = Server::new(move |request, _| match request.path.as_str() {
         "/api/models/org/My-Model-GGUF/tree/main?recursive=true" => {
-            let next = format!("<http://{}/api/page2>; rel=\"next\"", asked.header("host").expect("a host"));
+            let next = format!("<http://{}/api/page2>; rel=\"next\"", request.header("host").expect("a host"));
             Said::new("200 OK", &[("link", &next)], first.as_bytes())
         }
         "/api/page2" => Said::new("200 OK", &[], second.as_bytes()),
@@ -319,21 +319,25 @@ fn redirects_are_followed_without_the_token_and_a_circle_is_named() {
     });
     let home = Home::apart();
     let variables = [("HF_ENDPOINT", hub.url.as_str()), ("HF_TOKEN", "hf_secret")];
-    let told = well(&home, &["hf:org/My-Model-GGUF"], &variables);
-    assert!(told.contains("org/My-Model-GGUF: Q8_0") && told.contains("my-model@1.0 is added"), "{told}");
+    let output = well(&home, &["hf:org/My-Model-GGUF"], &variables);
+    assert!(output.contains("org/My-Model-GGUF: Q8_0") && output.contains("my-model@1.0 is added"), "{output}");
     assert_eq!(listed(&home), [("my-model".to_owned(), digest(&bytes))]);
-    assert!(hub.asked().iter().all(|asked| asked.header("authorization") == Some("Bearer hf_secret")));
-    assert!(storage.asked().iter().all(|asked| asked.header("authorization").is_none()), "{:?}", storage.asked());
+    assert!(hub.requests().iter().all(|request| request.header("authorization") == Some("Bearer hf_secret")));
+    assert!(
+        storage.requests().iter().all(|request| request.header("authorization").is_none()),
+        "{:?}",
+        storage.requests()
+    );
 
-    let told = refused(&home, &[&format!("{}/round.gguf", hub.url)], &[]);
-    assert!(told.contains("sends in a circle"), "{told}");
-    let told = refused(&home, &[&format!("{}/far/1.gguf", hub.url)], &[]);
-    assert!(told.contains("redirects more than 10 times"), "{told}");
+    let output = refused(&home, &[&format!("{}/round.gguf", hub.url)], &[]);
+    assert!(output.contains("sends in a circle"), "{output}");
+    let output = refused(&home, &[&format!("{}/far/1.gguf", hub.url)], &[]);
+    assert!(output.contains("redirects more than 10 times"), "{output}");
     // What the environment does not say, the Hub's own folder does.
     fs::create_dir_all(home.path().join(".cache/huggingface")).expect("made");
     fs::write(home.path().join(".cache/huggingface/token"), "hf_kept\n").expect("written");
     refused(&home, &["hf.co/org/My-Model-GGUF:Q2_K"], &[("HF_ENDPOINT", hub.url.as_str())]);
-    assert_eq!(hub.asked().last().expect("asked").header("authorization"), Some("Bearer hf_kept"));
+    assert_eq!(hub.requests().last().expect("asked").header("authorization"), Some("Bearer hf_kept"));
 }
 
 #[test]
@@ -343,11 +347,11 @@ fn a_model_of_the_web_answers_in_one_command_and_is_downloaded_once() {
     let files = json!([
         {"type": "file", "path": "m-Q8_0.gguf", "size": bytes.len(), "lfs": {"oid": digest(&bytes), "size": bytes.len()}},
     ]);
-    let hub = Server::new(move |asked, _| match asked.path.as_str() {
+    let hub = Server::new(move |request, _| match request.path.as_str() {
         "/api/models/org/My-Model-GGUF/tree/main?recursive=true" => {
             Said::new("200 OK", &[], files.to_string().as_bytes())
         }
-        "/org/My-Model-GGUF/resolve/main/m-Q8_0.gguf" | "/other.gguf" => Said::file(asked, &whole, "\"a\""),
+        "/org/My-Model-GGUF/resolve/main/m-Q8_0.gguf" | "/other.gguf" => Said::file(request, &whole, "\"a\""),
         _ => Said::new("404 Not Found", &[], b""),
     });
     let home = Home::apart();
@@ -364,19 +368,19 @@ fn a_model_of_the_web_answers_in_one_command_and_is_downloaded_once() {
     assert_eq!(code, Some(0), "{notes}");
     assert!(answer.contains('7') && answer.lines().count() == 1, "nothing but the answer: {answer}");
     assert!(notes.contains("org/My-Model-GGUF: Q8_0") && notes.contains("my-model@1.0 is added"), "{notes}");
-    let asked = hub.asked().len();
+    let before = hub.requests().len();
     let (_, again, notes) = ask("hf:org/My-Model-GGUF", &[]);
-    assert_eq!((again, hub.asked().len()), (answer.clone(), asked), "it is known by its source: {notes}");
+    assert_eq!((again, hub.requests().len()), (answer.clone(), before), "it is known by its source: {notes}");
     let url = format!("{}/other.gguf", hub.url);
     let (_, other, notes) = ask(&format!("mine={url}"), &[]);
     assert_eq!(other, answer, "{notes}");
     let of_both = [("mine".to_owned(), digest(&bytes)), ("my-model".to_owned(), digest(&bytes))];
     assert_eq!(listed(&home)[..2], of_both);
     // The same for a network that runs, and for one that is to run.
-    let asked = hub.asked().len();
+    let before = hub.requests().len();
     let up = home.up_with(&["hf:org/My-Model-GGUF"], &[]);
     assert_eq!(ask(&format!("mine={url}"), &[]).1, answer);
-    assert_eq!(hub.asked().len(), asked);
+    assert_eq!(hub.requests().len(), before);
     let (code, _, notes) = ask(&url, &["--url", &up.url]);
     assert_eq!(code, Some(2));
     assert!(notes.contains("add the model there") && notes.contains(&url), "{notes}");
@@ -394,9 +398,9 @@ fn each_refusal_of_the_hub_has_a_sentence_of_its_own() {
         {"type": "file", "path": "m-F16-00001-of-00002.gguf", "size": 3},
     ]);
     let list = files.to_string();
-    let hub = Server::new(move |asked, _| {
+    let hub = Server::new(move |request, _| {
         let gated = [("x-error-code", "GatedRepo")];
-        match asked.path.as_str() {
+        match request.path.as_str() {
             "/api/models/o/gated/tree/main?recursive=true" => Said::new("403 Forbidden", &gated, b""),
             "/api/models/o/private/tree/main?recursive=true" => Said::new("401 Unauthorized", &[], b""),
             "/api/models/o/empty/tree/main?recursive=true" => Said::new("200 OK", &[], b"[]"),
@@ -405,7 +409,7 @@ fn each_refusal_of_the_hub_has_a_sentence_of_its_own() {
             "/api/models/o/m/tree/main?recursive=true" => Said::new("200 OK", &[], list.as_bytes()),
             // Bytes without end, and bytes that are others than those of the list.
             "/o/m/resolve/main/m-Q8_0.gguf" => Said::new("200 OK", &[("transfer-encoding", "chunked")], &chunk(&whole)),
-            "/o/m/resolve/main/m-Q4_K_M.gguf" => Said::file(asked, &whole, "\"a\""),
+            "/o/m/resolve/main/m-Q4_K_M.gguf" => Said::file(request, &whole, "\"a\""),
             "/o/m/resolve/main/m-Q6_K.gguf" => Said::new("403 Forbidden", &[], b""),
             _ => Said::new("404 Not Found", &[], b""),
         }
@@ -428,19 +432,19 @@ fn each_refusal_of_the_hub_has_a_sentence_of_its_own() {
         ("http://192.0.2.1/m.gguf", &["--insecure"]),
         ("ftp://127.0.0.1/m.gguf", &["is no URL"]),
     ] {
-        let told = refused(&home, &[source], &variables);
+        let output = refused(&home, &[source], &variables);
         for word in words {
-            assert!(told.contains(word), "{source}: {told}");
+            assert!(output.contains(word), "{source}: {output}");
         }
     }
     let nobody = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound");
-    let told = refused(&home, &[&format!("http://{nobody}/m.gguf")], &[]);
-    assert!(told.contains("takes no connection"), "{told}");
-    let told = refused(&home, &[&format!("{}/page.gguf", hub.url)], &[]);
-    assert!(told.contains("there is nothing at") && told.contains("/page.gguf"), "{told}");
+    let output = refused(&home, &[&format!("http://{nobody}/m.gguf")], &[]);
+    assert!(output.contains("takes no connection"), "{output}");
+    let output = refused(&home, &[&format!("{}/page.gguf", hub.url)], &[]);
+    assert!(output.contains("there is nothing at") && output.contains("/page.gguf"), "{output}");
     let page = Server::new(|_, _| Said::new("200 OK", &[], b"<html>a page that is no model</html>"));
-    let told = refused(&home, &[&format!("{}/m.gguf", page.url)], &[]);
-    assert!(told.contains("is not kept") && told.contains("GGUF"), "{told}");
+    let output = refused(&home, &[&format!("{}/m.gguf", page.url)], &[]);
+    assert!(output.contains("is not kept") && output.contains("GGUF"), "{output}");
     let stored = home.data().join("artifacts/sha256");
     let artifacts = fs::read_dir(stored)
         .expect("a folder")

@@ -257,8 +257,8 @@ impl Network {
     /// Returns how a job was placed.
     pub(crate) async fn explain(&self, request: &InferRequest) -> Decision {
         let asked = ExplainRequest { correlation_id: request.correlation_id };
-        let told = self.gateway.call(self.orchestrator, JOB_EXPLAIN, &asked, SECOND * 5).await;
-        told.expect("a gateway may ask")
+        let decision = self.gateway.call(self.orchestrator, JOB_EXPLAIN, &asked, SECOND * 5).await;
+        decision.expect("a gateway may ask")
     }
 
     pub(crate) async fn revoke(&self, node: PublicKey) {

@@ -231,7 +231,7 @@ impl Mesh {
     }
 
     /// Asks until a worker is the one that answers. Returns how often, and the longest that an answer took.
-    pub(crate) async fn until_taken_again(&self, worker: &str) -> (u32, Duration) {
+    pub(crate) async fn until_accepted_again(&self, worker: &str) -> (u32, Duration) {
         let key = self.key(worker, "worker");
         let mut slowest = Duration::ZERO;
         for tries in 1..=50 {

@@ -35,8 +35,8 @@ fn a_file_is_served_under_its_own_name_and_again_after_it_has_changed() {
     write_model(&home, "Mine-1M.Q8_0.gguf", b"1");
     let up = home.up_with(&["Mine-1M.Q8_0.gguf", "--workers", "1"], &[]);
     assert!(ids(&home).contains(&"mine-1m".to_owned()), "{:?}", ids(&home));
-    let told = ask(&home, "mine-1m");
-    assert!(told["text"].as_str().expect("text").contains("Tokyo"), "{told}");
+    let answer = ask(&home, "mine-1m");
+    assert!(answer["text"].as_str().expect("text").contains("Tokyo"), "{answer}");
     assert_eq!(up.end(), Some(0));
 
     // The same name, other bytes: what clients get is what is served.
@@ -46,8 +46,8 @@ fn a_file_is_served_under_its_own_name_and_again_after_it_has_changed() {
     assert!(ask(&home, "mine-1m")["text"].as_str().expect("text").contains("Tokyo"));
     assert!(ask(&home, "other")["text"].as_str().expect("text").contains("Tokyo"));
     let mistyped = home.run(&["run", "mine-1", "hi"]);
-    let told = String::from_utf8_lossy(&mistyped.stderr);
-    assert!(told.contains("did you mean mine-1m?"), "{told}");
+    let errors = String::from_utf8_lossy(&mistyped.stderr);
+    assert!(errors.contains("did you mean mine-1m?"), "{errors}");
     assert_eq!(up.end(), Some(0));
 }
 
@@ -58,7 +58,7 @@ fn a_file_is_asked_by_its_path_whether_or_not_a_network_runs() {
     write_model(&home, "plain", b"6");
     write_model(&home, "other.gguf", b"7");
     let question = ["What is the capital of Japan?", "--temperature", "0"];
-    let told = |file: &str| {
+    let notes_of = |file: &str| {
         let output = home.run(&[&["run", file, "--verbose"], &question[..]].concat());
         let (text, notes) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert_eq!(output.status.code(), Some(0), "{file}: {notes}");
@@ -66,21 +66,21 @@ fn a_file_is_asked_by_its_path_whether_or_not_a_network_runs() {
         notes.into_owned()
     };
     for file in ["Mine-1M.Q8_0.gguf", "mine=./plain", "plain"] {
-        let notes = told(file);
+        let notes = notes_of(file);
         assert!(notes.contains("loaded in ") && notes.contains("one was started for this question"), "{notes}");
     }
 
     let up = home.up_with(&["Mine-1M.Q8_0.gguf", "--workers", "1"], &[]);
-    let notes = told("./Mine-1M.Q8_0.gguf");
+    let notes = notes_of("./Mine-1M.Q8_0.gguf");
     assert!(notes.contains("loaded before") && !notes.contains("started"), "{notes}");
     let elsewhere = home.run(&["run", "other.gguf", "hi", "--url", &up.url]);
     let refused = String::from_utf8_lossy(&elsewhere.stderr);
     assert_eq!(elsewhere.status.code(), Some(2), "{refused}");
     assert!(refused.contains("does not serve other.gguf") && refused.contains("tether model add /"), "{refused}");
     // What it does not serve is added to it once.
-    assert!(told("new=other.gguf").contains("serves new=other.gguf as new@1.0 from now on"));
+    assert!(notes_of("new=other.gguf").contains("serves new=other.gguf as new@1.0 from now on"));
     assert!(ids(&home).contains(&"new".to_owned()), "{:?}", ids(&home));
-    assert!(!told("other.gguf").contains("from now on"));
+    assert!(!notes_of("other.gguf").contains("from now on"));
     assert_eq!(up.end(), Some(0));
 }
 
@@ -101,8 +101,8 @@ fn clients_see_what_is_served_and_operators_what_is_registered() {
     let all = home.json(&["model", "list", "--json"]);
     assert_eq!((&all["data"][0]["id"], &all["data"][0]["state"]), (&"mine".into(), &"unserved".into()), "{all}");
     let asked = home.run(&["run", "mine", "hi"]);
-    let told = String::from_utf8_lossy(&asked.stderr);
-    assert!(told.contains("503") && told.contains("no worker serves mine@1.0 now"), "{told}");
+    let errors = String::from_utf8_lossy(&asked.stderr);
+    assert!(errors.contains("503") && errors.contains("no worker serves mine@1.0 now"), "{errors}");
     assert_eq!(up.end(), Some(0));
 }
 

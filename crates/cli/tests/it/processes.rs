@@ -73,7 +73,7 @@ async fn answers_go_on_when_the_worker_that_gave_one_is_killed() {
         mesh.until_ready(killed).await;
         note("a worker that was killed gets jobs again, from its start", began.elapsed());
         // One that did not acknowledge a job is left alone for a while, but not once it was started anew.
-        let (tries, slowest) = mesh.until_taken_again(killed).await;
+        let (tries, slowest) = mesh.until_accepted_again(killed).await;
         note(&format!("{tries} answers until it gave one, the slowest"), slowest);
     }
     mesh.end().await;
@@ -505,7 +505,7 @@ async fn a_stranger_gets_no_work_and_gives_none() {
     mesh.processes.start("worker-of-2", &["join", &invite, "--listen", LOOPBACK]).expect("started");
     mesh.until_logged("worker-of-2", "every model is loaded").await;
 
-    stranger.until_asked().await;
+    stranger.until_requested().await;
     let orchestrator = mesh.key("orchestrator", "orchestrator");
     let refused = stranger.refusals(worker, orchestrator).await;
     assert!(refused.iter().all(|(_, code)| code == "not_enrolled"), "{refused:?}");
@@ -516,7 +516,7 @@ async fn a_stranger_gets_no_work_and_gives_none() {
     }
     let log = mesh.log("worker-of-2");
     assert!(!log.contains("refused the report"), "it knows by itself that this network is another: {log}");
-    assert_eq!(stranger.taken(), 0, "nobody sends it jobs or reports");
+    assert_eq!(stranger.accepted(), 0, "nobody sends it jobs or reports");
     stranger.stop().await;
     mesh.end().await;
 }

@@ -20,7 +20,7 @@ const ANSWER: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"yes\"}}]}\n\
 /// A gateway whose answers are known beforehand.
 struct Gateway {
     url: String,
-    asked: Arc<Mutex<Vec<Value>>>,
+    requests: Arc<Mutex<Vec<Value>>>,
 }
 
 impl Gateway {
@@ -28,19 +28,19 @@ impl Gateway {
     fn refusing(refusals: &[&'static str]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("bound"));
-        let asked = Arc::<Mutex<Vec<Value>>>::default();
+        let requests = Arc::<Mutex<Vec<Value>>>::default();
         let mut refusals: VecDeque<&'static str> = refusals.to_vec().into();
-        let heard = asked.clone();
+        let heard = requests.clone();
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let _ = answer(stream, &mut refusals, &heard);
             }
         });
-        Self { url, asked }
+        Self { url, requests }
     }
 
-    fn asked(&self) -> Vec<Value> {
-        self.asked.lock().clone()
+    fn requests(&self) -> Vec<Value> {
+        self.requests.lock().clone()
     }
 
     /// Runs `tether run m`, with something on its stdin.
@@ -100,14 +100,14 @@ fn a_question_waits_for_a_model_that_is_being_loaded() {
     assert_eq!(output.status.code(), Some(0), "{}", errors(&output));
     assert_eq!(output.stdout, b"yes\n");
     assert_eq!(errors(&output).matches("being loaded, 12 %").count(), 1, "{}", errors(&output));
-    assert_eq!(gateway.asked().len(), 2);
+    assert_eq!(gateway.requests().len(), 2);
 
     let output = Gateway::refusing(&[LOADING]).ask(&["Well?", "--timeout", "0"], "");
     assert_eq!(output.status.code(), Some(2));
     assert!(errors(&output).contains("503"), "{}", errors(&output));
     let busy = Gateway::refusing(&[FULL]);
     assert_eq!(busy.ask(&["Well?"], "").status.code(), Some(2));
-    assert_eq!(busy.asked().len(), 1, "only a load is waited for");
+    assert_eq!(busy.requests().len(), 1, "only a load is waited for");
 }
 
 #[test]
@@ -129,11 +129,11 @@ fn a_prompt_comes_from_the_line_from_stdin_or_from_both() {
         let gateway = Gateway::refusing(&[]);
         let output = gateway.ask(arguments, stdin);
         assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", errors(&output));
-        assert_eq!(gateway.asked()[0]["messages"], messages, "{arguments:?}");
+        assert_eq!(gateway.requests()[0]["messages"], messages, "{arguments:?}");
     }
     let gateway = Gateway::refusing(&[]);
     let output = gateway.ask(&["-"], "");
     assert_eq!(output.status.code(), Some(2));
     assert!(errors(&output).contains("the prompt is empty"), "{}", errors(&output));
-    assert!(gateway.asked().is_empty());
+    assert!(gateway.requests().is_empty());
 }

@@ -36,9 +36,9 @@ pub(crate) struct Stranger {
 #[derive(Default)]
 struct Seen {
     /// How it is.
-    asked: AtomicUsize,
+    requests: AtomicUsize,
     /// Jobs and reports.
-    taken: AtomicUsize,
+    accepted: AtomicUsize,
     seq: AtomicU64,
 }
 
@@ -60,12 +60,12 @@ impl Stranger {
         let signer = key.clone();
         let server = Server::new(network.clone(), info)
             .unary(PRESENCE_DESCRIBE, move |_, _: Empty| {
-                asked.asked.fetch_add(1, Ordering::Relaxed);
+                asked.requests.fetch_add(1, Ordering::Relaxed);
                 let signed = asked.report(&signer);
                 async move { Ok(signed) }
             })
             .unary(PRESENCE_REPORT, move |_, _: Signed| {
-                reported.taken.fetch_add(1, Ordering::Relaxed);
+                reported.accepted.fetch_add(1, Ordering::Relaxed);
                 async { Ok(Empty {}) }
             })
             .unary(POOL_STATE, |_, request: PoolStateRequest| async move {
@@ -81,13 +81,13 @@ impl Stranger {
     }
 
     /// Waits until somebody found it and asked how it is.
-    pub(crate) async fn until_asked(&self) {
-        until("an orchestrator asks the stranger how it is", || self.seen.asked.load(Ordering::Relaxed) > 0).await;
+    pub(crate) async fn until_requested(&self) {
+        until("an orchestrator asks the stranger how it is", || self.seen.requests.load(Ordering::Relaxed) > 0).await;
     }
 
     /// Jobs and reports it was given.
-    pub(crate) fn taken(&self) -> usize {
-        self.seen.taken.load(Ordering::Relaxed)
+    pub(crate) fn accepted(&self) -> usize {
+        self.seen.accepted.load(Ordering::Relaxed)
     }
 
     /// Asks for what only members get, and returns how it was refused.
@@ -151,7 +151,7 @@ impl Seen {
     }
 
     fn take(self: &Arc<Self>, call: rpc::StreamCall) -> impl Future<Output = ()> + Send + 'static + use<> {
-        self.taken.fetch_add(1, Ordering::Relaxed);
+        self.accepted.fetch_add(1, Ordering::Relaxed);
         async move { call.refuse(WireError::new(ErrorCode::WorkerFull, "no")).await }
     }
 }

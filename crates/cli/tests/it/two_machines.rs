@@ -42,9 +42,9 @@ impl Machine {
         command.args(hold).env("PATH", PATH).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut holder = command.spawn().map_err(|error| format!("unshare: {error}"))?;
         // Before it says so it may still be in our own namespace.
-        let mut told = String::new();
-        let _ = BufReader::new(holder.stdout.take().expect("piped")).read_line(&mut told);
-        if told.trim() != "ready" {
+        let mut line = String::new();
+        let _ = BufReader::new(holder.stdout.take().expect("piped")).read_line(&mut line);
+        if line.trim() != "ready" {
             let output = holder.wait_with_output().map_err(|error| error.to_string())?;
             return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
         }
@@ -112,12 +112,12 @@ impl Machine {
 
     fn workers_ready(&self) -> usize {
         let output = self.tether(&["nodes", "--json"]).output().expect("it runs");
-        let told: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let fleet: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         let is_ready = |worker: &&Value| worker["report"]["modelCache"][0]["state"] == "ready";
-        told["workers"].as_array().map_or(0, |workers| workers.iter().filter(is_ready).count())
+        fleet["workers"].as_array().map_or(0, |workers| workers.iter().filter(is_ready).count())
     }
 
-    fn asked(&self) -> String {
+    fn ask(&self) -> String {
         let question = ["run", "tether-tiny", "What is 3 + 4?", "--temperature", "0"];
         let output = self.tether(&question).output().expect("it runs");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -160,14 +160,14 @@ fn two_machines_make_a_network_with_two_commands_and_are_back_with_one_each() {
     wait_for("the line for the other machine", || invite(&here.log()).is_some());
     there.start(&["join", &invite(&here.log()).expect("printed")]);
     wait_for("the other machine to be ready", || here.workers_ready() == 1);
-    assert!(here.asked().contains("3 + 4 = 7"));
+    assert!(here.ask().contains("3 + 4 = 7"));
 
     here.kill();
     there.kill();
     here.start(&["start"]);
     there.start(&["start"]);
     wait_for("the network to be back", || here.workers_ready() == 1);
-    assert!(here.asked().contains("3 + 4 = 7"));
+    assert!(here.ask().contains("3 + 4 = 7"));
     there.end();
     here.end();
 }
@@ -175,8 +175,8 @@ fn two_machines_make_a_network_with_two_commands_and_are_back_with_one_each() {
 /// Returns a model's row of the list that a machine shows.
 fn row(machine: &Machine, id: &str) -> Value {
     let output = machine.tether(&["model", "list", "--json"]).output().expect("it runs");
-    let told: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-    let rows = told["data"].as_array().cloned().unwrap_or_default();
+    let nodes: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let rows = nodes["data"].as_array().cloned().unwrap_or_default();
     rows.into_iter().find(|row| row["id"] == id).unwrap_or_default()
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::Model;
-use crate::measure::{Measure, Taken, Workload};
+use crate::measure::{Measure, Measurement, Workload};
 use crate::ours::Ours;
 use crate::report::Report;
 use crate::side::Side;
@@ -101,7 +101,7 @@ enum Contender<'a> {
 }
 
 impl Contender<'_> {
-    async fn take(self, measure: Measure, workload: &Workload) -> Taken {
+    async fn take(self, measure: Measure, workload: &Workload) -> Measurement {
         match self {
             Self::Side(side) => measure.take(side, workload).await,
             Self::Bench(bench) => bench.take(measure).await.into(),
@@ -126,41 +126,46 @@ impl<'a> Rounds<'a> {
         }
         for comparison in comparisons {
             let mut accepted = None;
-            let taken = match comparison.against {
+            let measured = match comparison.against {
                 Server if comparison.measure == Measure::SecondAdapter => {
                     // With adapters at hand a llama-server is slower at everything, so it has them here alone.
                     let mut ours = Ours::load(model, 0).await;
                     ours.add_adapters(model).await;
                     let server = LlamaServer::start(programs, model, true).await;
                     let both = (Contender::Side(&ours), Contender::Side(&server));
-                    let taken = self.take(comparison.measure, both.0, both.1).await;
+                    let measured = self.take(comparison.measure, both.0, both.1).await;
                     server.stop().await;
                     ours.stop().await;
-                    taken
+                    measured
                 }
                 Server => self.take(comparison.measure, Contender::Side(&ours), Contender::Side(&server)).await,
                 Bench => self.take(comparison.measure, Contender::Side(&ours), Contender::Bench(&bench)).await,
                 Unspeculated => {
                     let speculating = Ours::load(model, DRAFT_TOKENS).await;
                     let both = (Contender::Side(&speculating), Contender::Side(&ours));
-                    let taken = self.take(comparison.measure, both.0, both.1).await;
+                    let measured = self.take(comparison.measure, both.0, both.1).await;
                     accepted = Some(speculating.accepted_share());
                     speculating.stop().await;
-                    taken
+                    measured
                 }
             };
-            report.row(model, comparison, &taken, accepted);
+            report.row(model, comparison, &measured, accepted);
         }
         server.stop().await;
         ours.stop().await;
     }
 
     /// Takes turns, and who begins takes turns as well.
-    async fn take(&mut self, measure: Measure, ours: Contender<'_>, theirs: Contender<'_>) -> Vec<(Taken, Taken)> {
-        let mut taken = Vec::new();
+    async fn take(
+        &mut self,
+        measure: Measure,
+        ours: Contender<'_>,
+        theirs: Contender<'_>,
+    ) -> Vec<(Measurement, Measurement)> {
+        let mut measured = Vec::new();
         for round in 0..self.rounds {
             let workload = self.workload();
-            taken.push(if round % 2 == 0 {
+            measured.push(if round % 2 == 0 {
                 let first = ours.take(measure, &workload).await;
                 (first, theirs.take(measure, &workload).await)
             } else {
@@ -168,7 +173,7 @@ impl<'a> Rounds<'a> {
                 (ours.take(measure, &workload).await, first)
             });
         }
-        taken
+        measured
     }
 
     fn workload(&mut self) -> Workload {

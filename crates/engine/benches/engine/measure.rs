@@ -37,13 +37,13 @@ pub(crate) enum Measure {
     Gap,
 }
 
-pub(crate) struct Taken {
+pub(crate) struct Measurement {
     pub(crate) figure: f64,
     /// What the admitted prompt waited for its first token, where one was admitted, in milliseconds.
     pub(crate) newcomer: Option<f64>,
 }
 
-impl From<f64> for Taken {
+impl From<f64> for Measurement {
     fn from(figure: f64) -> Self {
         Self { figure, newcomer: None }
     }
@@ -57,7 +57,7 @@ impl Measure {
         }
     }
 
-    pub(crate) async fn take(self, side: &dyn Side, workload: &Workload) -> Taken {
+    pub(crate) async fn take(self, side: &dyn Side, workload: &Workload) -> Measurement {
         match self {
             Self::Prompt => prompt_speed(side, workload).await.into(),
             Self::Generate(streams) => generation_speed(side, workload, streams).await.into(),
@@ -142,7 +142,7 @@ async fn second_turn(side: &dyn Side, workload: &Workload) -> f64 {
     milliseconds(Answer::of(side, plain(&conversation, 1)).await.whole().await.first())
 }
 
-async fn gap(side: &dyn Side, workload: &Workload) -> Taken {
+async fn gap(side: &dyn Side, workload: &Workload) -> Measurement {
     let endless = workload.context - SHORT_PROMPT as u32;
     let mut running = Vec::new();
     for which in 0..RUNNING {
@@ -170,10 +170,10 @@ async fn gap(side: &dyn Side, workload: &Workload) -> Taken {
         }
     }));
     let (newcomer, _) = join(newcomer, others).await;
-    let longest = running.iter().map(|answer| answer.heard.longest_gap_after(newcomer.asked)).max().unwrap();
+    let longest = running.iter().map(|answer| answer.heard.longest_gap_after(newcomer.sent_at)).max().unwrap();
     drop(running);
     sleep(SETTLED_WITHIN).await;
-    Taken { figure: milliseconds(longest), newcomer: Some(milliseconds(newcomer.first())) }
+    Measurement { figure: milliseconds(longest), newcomer: Some(milliseconds(newcomer.first())) }
 }
 
 fn plain(prompt: &[u32], tokens: u32) -> Question<'_> {
@@ -189,7 +189,7 @@ fn speed(answers: &[Heard]) -> f64 {
 
 impl Heard {
     fn first(&self) -> Duration {
-        self.at[0] - self.asked
+        self.at[0] - self.sent_at
     }
 
     fn longest_gap_after(&self, start: Instant) -> Duration {

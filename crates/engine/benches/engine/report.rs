@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::comparison::Comparison;
 use crate::continuation::Continued;
-use crate::measure::{Measure, Taken};
+use crate::measure::{Measure, Measurement};
 use crate::upstream::LlamaServer;
 use crate::{Model, SLOTS, THREADS};
 
@@ -60,17 +60,17 @@ impl Report {
         &mut self,
         model: &Model,
         comparison: &Comparison,
-        taken: &[(Taken, Taken)],
+        measured: &[(Measurement, Measurement)],
         accepted: Option<f64>,
     ) {
         let Comparison { name, measure, against, target } = *comparison;
         let (ours, theirs): (Vec<f64>, Vec<f64>) =
-            taken.iter().map(|(ours, theirs)| (ours.figure, theirs.figure)).unzip();
+            measured.iter().map(|(ours, theirs)| (ours.figure, theirs.figure)).unzip();
         let ratios: Vec<f64> = ours.iter().zip(&theirs).map(|(ours, theirs)| ours / theirs).collect();
         let medians = [median(&ours), median(&theirs)];
         let ratio = medians[0] / medians[1];
         let (unit, of_rounds, reached) = (measure.unit(), median(&ratios), target.is_reached(ratio));
-        let newcomers = newcomers(taken);
+        let newcomers = newcomers(measured);
         let aside = match accepted {
             Some(share) => format!("{:.0} % of the suggestions were right", 100.0 * share),
             None => self.aside(model, measure, medians, newcomers),
@@ -93,10 +93,10 @@ impl Report {
 
     /// `measured` is of answers that went on alone, and beside others.
     pub(crate) fn continued(&mut self, model: &Model, temperature: f32, measured: [Continued; 2]) {
-        let told = measured.map(|Continued { answers, equal, same_share }| {
+        let lines = measured.map(|Continued { answers, equal, same_share }| {
             format!("{equal} of {answers} to the end, {:.1} % of their tokens up to a difference", 100.0 * same_share)
         });
-        println!("  continuation   temperature {temperature}: alone {}; beside others {}", told[0], told[1]);
+        println!("  continuation   temperature {temperature}: alone {}; beside others {}", lines[0], lines[1]);
         for (others, it) in ["none", "seven"].into_iter().zip(measured) {
             self.rows.push(json!({
                 "model": model.name, "measure": "continuation", "temperature": temperature, "others": others,
@@ -130,9 +130,9 @@ impl Report {
     }
 }
 
-fn newcomers(taken: &[(Taken, Taken)]) -> Option<[f64; 2]> {
-    let ours = taken.iter().map(|it| it.0.newcomer).collect::<Option<Vec<_>>>()?;
-    let theirs = taken.iter().map(|it| it.1.newcomer).collect::<Option<Vec<_>>>()?;
+fn newcomers(measured: &[(Measurement, Measurement)]) -> Option<[f64; 2]> {
+    let ours = measured.iter().map(|it| it.0.newcomer).collect::<Option<Vec<_>>>()?;
+    let theirs = measured.iter().map(|it| it.1.newcomer).collect::<Option<Vec<_>>>()?;
     Some([median(&ours), median(&theirs)])
 }
 

@@ -29,7 +29,7 @@ pub(crate) struct Question<'a> {
 
 /// When a client heard what.
 pub(crate) struct Heard {
-    pub(crate) asked: Instant,
+    pub(crate) sent_at: Instant,
     pub(crate) at: Vec<Instant>,
     pub(crate) tokens: Vec<u32>,
 }
@@ -42,9 +42,9 @@ pub(crate) struct Answer {
 
 impl Answer {
     pub(crate) async fn of(side: &dyn Side, question: Question<'_>) -> Self {
-        let asked = Instant::now();
+        let sent_at = Instant::now();
         let stream = side.ask(question).await;
-        Self { heard: Heard { asked, at: Vec::new(), tokens: Vec::new() }, stream }
+        Self { heard: Heard { sent_at, at: Vec::new(), tokens: Vec::new() }, stream }
     }
 
     /// Waits for the next piece; false is the end.

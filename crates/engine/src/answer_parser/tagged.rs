@@ -351,7 +351,7 @@ fn read_parameter(
     }
     let (key, rest) = ahead.rest[PARAMETER.len()..].split_once('>')?;
     let (value, _) = rest.split_once(CLOSE)?;
-    let taken = PARAMETER.len() + key.len() + 1 + value.len() + CLOSE.len();
+    let length = PARAMETER.len() + key.len() + 1 + value.len() + CLOSE.len();
     let value = value.strip_prefix('\n').unwrap_or(value);
     let value = value.strip_suffix('\n').unwrap_or(value);
     let schema = tools.iter().find(|tool| tool.name == name).and_then(|tool| tool.parameters.as_ref());
@@ -359,7 +359,7 @@ fn read_parameter(
     let read = if is_text { None } else { serde_json::from_str::<Value>(value).ok() };
     let value = read.unwrap_or_else(|| value.into());
     output.arguments(&format!("{}{}: {value}", if *count == 0 { "{" } else { ", " }, Value::from(key)));
-    ahead.take(taken);
+    ahead.take(length);
     *input = ahead;
     *count += 1;
     Some(State::Parameters { name: name.to_owned(), count: *count })

@@ -362,18 +362,18 @@ fn where_one_call_is_wanted_the_answer_ends_behind_it() {
         let chat = Chat { one_call: true, ..chat() };
         for pieces in [vec![answer.as_str()], letters(&answer).collect()] {
             let mut parser = AnswerParser::new(AnswerFormat::detect(template), &chat, "", 7);
-            let mut told = String::new();
+            let mut arguments = String::new();
             for piece in pieces {
-                assert!(!parser.is_done() || told.contains('1'), "{template}: before the call");
+                assert!(!parser.is_done() || arguments.contains('1'), "{template}: before the call");
                 for call in parser.push(piece).tool_calls {
                     assert_eq!(call.index, 0, "{template}");
-                    told += &call.arguments;
+                    arguments += &call.arguments;
                 }
             }
             assert!(parser.is_done(), "{template}");
             let (rest, calls) = parser.finish(false);
             assert_eq!((rest, calls), (Delta::default(), true), "{template}");
-            assert_eq!(serde_json::from_str::<serde_json::Value>(&told).expect(template), json!({"place": "1"}));
+            assert_eq!(serde_json::from_str::<serde_json::Value>(&arguments).expect(template), json!({"place": "1"}));
         }
     }
 }

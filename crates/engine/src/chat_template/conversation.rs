@@ -140,14 +140,14 @@ fn shortened_ids(chat: &Chat) -> BTreeMap<String, String> {
     let called = chat.messages.iter().flat_map(|message| message.tool_calls.iter().map(|call| &call.id));
     let ids: BTreeSet<&String> =
         called.chain(chat.messages.iter().filter_map(|message| message.tool_call_id.as_ref())).collect();
-    let mut taken: BTreeSet<String> = ids.iter().filter(|id| is_short(id)).map(|id| (*id).clone()).collect();
+    let mut used: BTreeSet<String> = ids.iter().filter(|id| is_short(id)).map(|id| (*id).clone()).collect();
     let mut shortened = BTreeMap::new();
     for id in ids.into_iter().filter(|id| !is_short(id)) {
         let letters: String = id.chars().filter(char::is_ascii_alphanumeric).collect();
         let mut short = letters[letters.len().saturating_sub(SHORT_ID_LENGTH)..].to_owned();
         let seed = id.bytes().fold(0, |seed, byte| sampler::hash(seed, byte.into()));
         let mut tries = 0;
-        while short.len() < SHORT_ID_LENGTH || !taken.insert(short.clone()) {
+        while short.len() < SHORT_ID_LENGTH || !used.insert(short.clone()) {
             short = format!("{:09x}", sampler::hash(seed, tries) >> 28);
             tries += 1;
         }

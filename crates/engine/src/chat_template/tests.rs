@@ -220,10 +220,10 @@ fn a_request_that_a_template_fails_on_is_the_requests_fault_and_names_its_field(
         let EngineError::Unsupported { parameter, reason } = error else { panic!("{error:?}") };
         (parameter, reason)
     };
-    let asked: Chat = vec![say(Role::User, "hi")].into();
+    let chat: Chat = vec![say(Role::User, "hi")].into();
     let option = |name: &str| {
         let options = json!({ name: 5, "other": "x" });
-        Chat { template_options: options.as_object().expect("an object").clone(), ..asked.clone() }
+        Chat { template_options: options.as_object().expect("an object").clone(), ..chat.clone() }
     };
     let dated = "{{ messages[0].content }}{% if date_string is defined %}{{ date_string.upper() }}{% endif %}";
     assert_eq!(fails(dated, &option("date_string")).0, "chat_template_kwargs.date_string");
@@ -240,7 +240,7 @@ fn a_request_that_a_template_fails_on_is_the_requests_fault_and_names_its_field(
     let typed = "{% for t in tools or [] %}{{ t.function.parameters.properties.place.type.upper() }}{% endfor %}\
                  {{ messages[0].content }}";
     let untyped = Tool { name: "g".into(), parameters: Some(json!({ "type": "object" })), ..weather() };
-    let (parameter, _) = fails(typed, &Chat { tools: vec![weather(), untyped], ..asked.clone() });
+    let (parameter, _) = fails(typed, &Chat { tools: vec![weather(), untyped], ..chat.clone() });
     assert_eq!(parameter, "tools[1]");
 
     let short = "{% if messages | length > 2 %}{{ messages.none.none }}{% endif %}{{ messages[0].content }}";
@@ -249,7 +249,7 @@ fn a_request_that_a_template_fails_on_is_the_requests_fault_and_names_its_field(
         "messages"
     );
     // No change to the request would help here.
-    let (parameter, reason) = fails("{{ nothing.at.all }}", &asked);
+    let (parameter, reason) = fails("{{ nothing.at.all }}", &chat);
     assert!(parameter == "messages" && reason.contains("takes no conversations"), "{reason}");
 }
 

@@ -114,8 +114,8 @@ fn pci_gpus(root: &Path) -> Vec<InstalledGpu> {
             let device = root.join("sys/bus/pci/devices").join(&address);
             read(&device.join("class"))?.starts_with(DISPLAY_CLASS).then_some(())?;
             let vendor = Vendor::of_pci(read(&device.join("vendor"))?.trim())?;
-            let told = read(&root.join("proc/driver/nvidia/gpus").join(&address).join("information"));
-            Some(InstalledGpu { vendor, address, model: told.as_deref().and_then(model) })
+            let information = read(&root.join("proc/driver/nvidia/gpus").join(&address).join("information"));
+            Some(InstalledGpu { vendor, address, model: information.as_deref().and_then(model) })
         })
         .collect();
     found.sort_by(|one, other| one.address.cmp(&other.address));
@@ -139,11 +139,11 @@ fn device_node(folder: &Path, word: &str) -> DeviceNode {
 }
 
 /// Returns the version from the text of NVIDIA's kernel driver, such as `580.82.07`.
-fn driver_version(told: &str) -> Option<String> {
+fn driver_version(text: &str) -> Option<String> {
     let is_version = |word: &&str| {
         word.contains('.') && word.split('.').all(|part| !part.is_empty() && part.bytes().all(|it| it.is_ascii_digit()))
     };
-    told.lines().next()?.split_whitespace().find(is_version).map(str::to_owned)
+    text.lines().next()?.split_whitespace().find(is_version).map(str::to_owned)
 }
 
 fn model(information: &str) -> Option<String> {

@@ -243,7 +243,8 @@ impl BatchScheduler {
         let mut prompt_rows = Vec::new();
         for (slot, (sequence, &share)) in self.slots.iter_mut().zip(&plan.shares).enumerate() {
             let Some(sequence) = sequence else { continue };
-            let asked: Vec<bool> = (0..share).map(|index| sequence.is_asked_of(sequence.evaluated() + index)).collect();
+            let echoes: Vec<bool> =
+                (0..share).map(|index| sequence.echoes_after(sequence.evaluated() + index)).collect();
             let Sequence { tokens, in_cache: Some(in_cache), suggested, .. } = sequence else { continue };
             suggested.truncate(share.saturating_sub(1));
             let begin = in_cache.tokens.len();
@@ -252,9 +253,9 @@ impl BatchScheduler {
                 .zip(begin..)
                 .map(|(token, position)| {
                     let output = position + 1 >= tokens.len();
-                    let is_asked = asked[position - begin];
-                    let row = self.batch.push(*token, position, in_cache.seq_id, output || is_asked);
-                    if is_asked {
+                    let is_echoed = echoes[position - begin];
+                    let row = self.batch.push(*token, position, in_cache.seq_id, output || is_echoed);
+                    if is_echoed {
                         prompt_rows.push(PromptRow { slot, row, position });
                     }
                     (row, output)

@@ -288,7 +288,7 @@ impl Engine {
     /// due a progress report.
     fn sleep(&mut self) {
         let at_work =
-            self.schedulers().flat_map(BatchScheduler::running).map(|sequence| sequence.job.outbox.room().boxed());
+            self.schedulers().flat_map(BatchScheduler::running).map(|sequence| sequence.job.outbox.capacity().boxed());
         let waiting = self.waiting.iter().map(|sequence| sequence.job.outbox.gone().boxed());
         let readers: Vec<_> = at_work.chain(waiting).collect();
         let until = (!readers.is_empty()).then(|| Instant::now() + pulse::TELL_EVERY);

@@ -63,8 +63,8 @@ pub(crate) fn instruction_sets() -> &'static str {
     SETS.get_or_init(|| {
         let ours = start().then_some("our kernels");
         // SAFETY: the string stays valid until the next call, which never comes.
-        let told = unsafe { text(sys::llama_print_system_info()) };
-        let used = told.split(['|', ':']).filter_map(|feature| feature.trim().strip_suffix(" = 1"));
+        let info = unsafe { text(sys::llama_print_system_info()) };
+        let used = info.split(['|', ':']).filter_map(|feature| feature.trim().strip_suffix(" = 1"));
         let used: Vec<&str> = used.collect();
         decisive(&used).into_iter().chain(ours).collect::<Vec<_>>().join(", ")
     })

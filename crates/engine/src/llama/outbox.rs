@@ -60,7 +60,7 @@ impl Outbox {
 
     /// Tells the reader that its prompt was accepted.
     pub(super) fn started(&mut self, prompt_tokens: u32, cached_tokens: u32) {
-        self.reading.told();
+        self.reading.record_event();
         self.reading.reach(cached_tokens as usize);
         if let Some(permit) = self.start.take() {
             permit.send(Ok(Event::Started { prompt_tokens, cached_tokens }));
@@ -83,7 +83,7 @@ impl Outbox {
     }
 
     /// Waits until a paused generation may continue: the stream has capacity, or the reader is gone.
-    pub(super) fn room(&self) -> impl Future<Output = ()> + use<> {
+    pub(super) fn capacity(&self) -> impl Future<Output = ()> + use<> {
         let (events, cancelled) = (self.events.clone(), self.cancelled.clone());
         async move {
             tokio::select! {
@@ -117,7 +117,7 @@ impl Outbox {
         }
         match self.events.try_reserve() {
             Ok(permit) => {
-                self.reading.told();
+                self.reading.record_event();
                 permit.send(Ok(Event::Piece(std::mem::take(&mut self.merged))));
             }
             Err(TrySendError::Full(()) | TrySendError::Closed(())) => {}
@@ -200,7 +200,7 @@ mod tests {
         }
         assert!(outbox.is_full());
         assert!(matches!(stream.next().await, Some(Ok(Event::Started { .. }))));
-        outbox.room().await;
+        outbox.capacity().await;
         assert!(!outbox.is_full());
         assert!(
             matches!(stream.next().await, Some(Ok(Event::Piece(Piece { tokens, .. }))) if tokens.len() == MERGED_TOKENS_MAX)
@@ -224,6 +224,6 @@ mod tests {
         assert!(!outbox.is_cancelled());
         drop(stream);
         assert!(outbox.is_cancelled());
-        outbox.room().await;
+        outbox.capacity().await;
     }
 }

@@ -37,7 +37,7 @@ pub(super) struct Reading {
     tokens_read: AtomicU32,
     tokens_total: u32,
     /// Whether the reader received an event since the last round.
-    was_told: AtomicBool,
+    had_event: AtomicBool,
 }
 
 impl Pulse {
@@ -81,7 +81,7 @@ impl Beats {
 
 impl Reading {
     pub(super) fn new(events: Sender<Result<Event, EngineError>>, tokens_total: u32) -> Self {
-        Self { events, tokens_read: AtomicU32::new(0), tokens_total, was_told: AtomicBool::new(false) }
+        Self { events, tokens_read: AtomicU32::new(0), tokens_total, had_event: AtomicBool::new(false) }
     }
 
     /// Records the number of evaluated tokens. Tokens that are evaluated again count once.
@@ -91,12 +91,12 @@ impl Reading {
     }
 
     /// Records that the reader received an event.
-    pub(super) fn told(&self) {
-        self.was_told.store(true, Ordering::Relaxed);
+    pub(super) fn record_event(&self) {
+        self.had_event.store(true, Ordering::Relaxed);
     }
 
     fn tell(&self) {
-        if !self.was_told.swap(false, Ordering::Relaxed) {
+        if !self.had_event.swap(false, Ordering::Relaxed) {
             let tokens_read = self.tokens_read.load(Ordering::Relaxed);
             // If the stream is full, the reader has other events to read.
             let _ =
@@ -111,12 +111,12 @@ mod tests {
 
     use super::*;
 
-    fn told(reader: &mut mpsc::Receiver<Result<Event, EngineError>>) -> Vec<(u32, u32)> {
-        let mut told = vec![];
+    fn progress(reader: &mut mpsc::Receiver<Result<Event, EngineError>>) -> Vec<(u32, u32)> {
+        let mut progress = vec![];
         while let Ok(Ok(Event::Progress(Progress { tokens_read, tokens_total }))) = reader.try_recv() {
-            told.push((tokens_read, tokens_total));
+            progress.push((tokens_read, tokens_total));
         }
-        told
+        progress
     }
 
     #[test]
@@ -128,20 +128,20 @@ mod tests {
         pulse.follow(&reading);
         let mut beat = |tenths: u32| pulse.beat(begin + TELL_EVERY * tenths / 10);
         beat(5);
-        assert_eq!(told(&mut reader), []);
+        assert_eq!(progress(&mut reader), []);
         beat(15);
         beat(16);
         reading.reach(60);
         beat(30);
-        assert_eq!(told(&mut reader), [(0, 100), (60, 100)]);
+        assert_eq!(progress(&mut reader), [(0, 100), (60, 100)]);
         // The prompt lost its cells and starts again.
         reading.reach(10);
-        reading.told();
+        reading.record_event();
         beat(45);
-        assert_eq!(told(&mut reader), []);
+        assert_eq!(progress(&mut reader), []);
         reading.reach(500);
         beat(60);
-        assert_eq!(told(&mut reader), [(100, 100)]);
+        assert_eq!(progress(&mut reader), [(100, 100)]);
     }
 
     #[test]
@@ -155,7 +155,7 @@ mod tests {
         for seconds in 2..9 {
             pulse.beat(Instant::now() + TELL_EVERY * seconds);
         }
-        assert_eq!(told(&mut reader), [(0, 1)]);
+        assert_eq!(progress(&mut reader), [(0, 1)]);
         assert_eq!(pulse.readings.len(), 1);
     }
 

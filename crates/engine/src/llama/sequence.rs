@@ -61,9 +61,9 @@ pub(super) struct Sequence {
     pub(super) drafter: Drafter,
     /// Prompt tokens that were cached at its first start.
     cached: Option<u32>,
-    told_start: bool,
+    start_sent: bool,
     /// The number of prompt tokens whose log-probabilities were sent.
-    told_prompt: usize,
+    prompt_sent: usize,
     history: History,
     assembler: TextAssembler,
     /// Reasoning tokens of the answer, including the tags around the reasoning.
@@ -118,8 +118,8 @@ impl Sequence {
             suggested: Vec::new(),
             drafter,
             cached: None,
-            told_start: false,
-            told_prompt: 0,
+            start_sent: false,
+            prompt_sent: 0,
             history,
             assembler,
             thoughts,
@@ -167,7 +167,7 @@ impl Sequence {
     /// Sends the start event to the reader, once.
     pub(super) fn send_start(&mut self, vocabulary: Vocabulary<'_>) {
         if let Some(cached) = self.cached
-            && !std::mem::replace(&mut self.told_start, true)
+            && !std::mem::replace(&mut self.start_sent, true)
         {
             self.job.outbox.started(self.job.prompt_tokens as u32, cached);
             if self.job.tells_prompt {
@@ -184,19 +184,19 @@ impl Sequence {
         // The token that the tokenizer puts before a text is not part of the text.
         let is_written = text.as_bytes().starts_with(&bytes);
         let bytes = if is_written { bytes } else { Vec::new() };
-        let told = TokenLogprob { token: first.cast_unsigned(), bytes, logprob: 0.0, top: Vec::new() };
-        self.told_prompt = 1;
-        self.job.outbox.piece(Piece { text, logprobs: vec![told], ..Piece::default() });
+        let logprob = TokenLogprob { token: first.cast_unsigned(), bytes, logprob: 0.0, top: Vec::new() };
+        self.prompt_sent = 1;
+        self.job.outbox.piece(Piece { text, logprobs: vec![logprob], ..Piece::default() });
     }
 
     /// Returns whether log-probabilities of prompt tokens remain to be sent.
     pub(super) fn echoes_prompt(&self) -> bool {
-        self.job.tells_prompt && self.told_prompt < self.job.prompt_tokens
+        self.job.tells_prompt && self.prompt_sent < self.job.prompt_tokens
     }
 
     /// Returns whether the logits at a position give the log-probability of a prompt token that was not sent yet.
-    pub(super) fn is_asked_of(&self, position: usize) -> bool {
-        self.job.tells_prompt && (self.told_prompt.max(1)..self.job.prompt_tokens).contains(&(position + 1))
+    pub(super) fn echoes_after(&self, position: usize) -> bool {
+        self.job.tells_prompt && (self.prompt_sent.max(1)..self.job.prompt_tokens).contains(&(position + 1))
     }
 
     /// Sends the log-probability of the prompt token after a position.
@@ -208,9 +208,9 @@ impl Sequence {
         vocabulary: Vocabulary<'_>,
     ) {
         if let (Some(top), Some(token)) = (self.job.logprobs, self.tokens.get(position + 1)) {
-            let told = logprobs(sampler, logits, token.cast_unsigned(), top, vocabulary);
-            self.told_prompt = position + 2;
-            self.job.outbox.piece(Piece { logprobs: vec![told], ..Piece::default() });
+            let logprob = logprobs(sampler, logits, token.cast_unsigned(), top, vocabulary);
+            self.prompt_sent = position + 2;
+            self.job.outbox.piece(Piece { logprobs: vec![logprob], ..Piece::default() });
         }
     }
 

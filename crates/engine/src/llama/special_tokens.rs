@@ -67,16 +67,16 @@ impl SpecialTokens {
         let mut value = serde_json::to_value(chat).map_err(|_| refuse())?;
         each_arguments(&mut value, &open_arguments);
         let mut found = HashSet::new();
-        let mut taken = HashSet::new();
+        let mut used = HashSet::new();
         let is_mark = |character: &char| MARKS.iter().any(|marks| marks.contains(character));
         each_text(&value, &mut |text| {
             found.extend(self.find(text).map(|(_, found)| found.to_owned()));
-            taken.extend(text.chars().filter(is_mark));
+            used.extend(text.chars().filter(is_mark));
         });
         if found.is_empty() {
             return Ok(Hidden { chat: Cow::Borrowed(chat), marks: Marks::default() });
         }
-        let mut free = MARKS.into_iter().flatten().filter(|mark| !taken.contains(mark));
+        let mut free = MARKS.into_iter().flatten().filter(|mark| !used.contains(mark));
         let mut mark_of = BTreeMap::new();
         for text in found {
             mark_of.insert(text, free.next().ok_or_else(refuse)?);

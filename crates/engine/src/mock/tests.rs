@@ -147,13 +147,13 @@ async fn a_reader_is_told_every_second_how_far_its_prompt_is() {
     let (runtime, model) = mock(options, LoadOptions::default()).await;
     let input = PromptInput::Text("one two three four".into());
     let mut stream = runtime.generate(GenerateRequest::new(model, input)).await.expect("it starts");
-    let mut told = vec![];
+    let mut events = vec![];
     while let Some(event) = stream.next().await {
-        told.push(event.expect("all is well"));
+        events.push(event.expect("all is well"));
     }
     let progress = |tokens_read| Event::Progress(Progress { tokens_read, tokens_total: 4 });
-    assert_eq!(told[1..4], [progress(1), progress(2), progress(3)]);
-    assert!(matches!(told[4], Event::Piece(_)));
+    assert_eq!(events[1..4], [progress(1), progress(2), progress(3)]);
+    assert!(matches!(events[4], Event::Piece(_)));
 }
 
 #[tokio::test]
@@ -184,12 +184,12 @@ async fn json_log_probabilities_and_thoughts_come_where_they_are_asked_for() {
     let (runtime, model) = mock(MockOptions::default(), LoadOptions::default()).await;
     let template_options = [("enable_thinking".to_owned(), true.into())].into_iter().collect();
     let messages = vec![Message::new(Role::User, "hi")];
-    let asked = GenerateRequest {
+    let whole_request = GenerateRequest {
         logprobs: Some(2),
         format: OutputFormat::JsonSchema(json!({"type": "object", "properties": {"a": {"type": "string"}}})),
         ..GenerateRequest::new(model, PromptInput::Chat(Chat { messages, template_options, ..Chat::default() }))
     };
-    let (whole, reason) = gather(runtime.generate(asked).await.expect("it starts")).await;
+    let (whole, reason) = gather(runtime.generate(whole_request).await.expect("it starts")).await;
     assert_eq!((whole.reasoning.as_str(), whole.text.as_str()), ("hm", r#"{"a":"tok0"}"#));
     assert_eq!((reason, whole.tokens.len(), whole.logprobs.len()), (FinishReason::Stop, 2, 2));
     assert_eq!(whole.logprobs[1].bytes, whole.text.as_bytes());

@@ -134,8 +134,8 @@ async fn serve<R: ModelRuntime>(runtime: Arc<R>, files: StdUnixStream, socket: U
             }
             ToChild::Ask { id, query } => {
                 let call = server.enter(id);
-                let asked = Arc::clone(&server).ask(query);
-                tasks.spawn(Arc::clone(&server).reply(id, call, asked));
+                let reply = Arc::clone(&server).ask(query);
+                tasks.spawn(Arc::clone(&server).reply(id, call, reply));
             }
             ToChild::Unload => break End::Unloaded,
         }

@@ -65,7 +65,7 @@ struct State {
     snapshot: Option<LoadSnapshot>,
     heard: u64,
     /// Whether a request was sent since the last frame arrived.
-    asked: bool,
+    expects_reply: bool,
 }
 
 struct Generation {
@@ -124,7 +124,7 @@ impl EngineProcess {
             queries: HashMap::new(),
             snapshot: None,
             heard: 0,
-            asked: false,
+            expects_reply: false,
         };
         let process = Arc::new(Self {
             pid,
@@ -205,7 +205,7 @@ impl EngineProcess {
             state
                 .generations
                 .insert(id, Generation { admitted: Some(admitted), events, started: false, unacknowledged: 0 });
-            state.asked = true;
+            state.expects_reply = true;
         }
         let (sink, stream) = GenerateStream::channel(READER_EVENTS_MAX);
         // From here on, dropping the stream cancels the generation; the queue keeps the two frames in order.
@@ -319,7 +319,7 @@ impl EngineProcess {
 impl State {
     /// Returns whether the process owes a message: while it is busy, it reports its state several times a second.
     fn process_owes(&self) -> bool {
-        self.asked || !self.generations.is_empty() || !self.queries.is_empty()
+        self.expects_reply || !self.generations.is_empty() || !self.queries.is_empty()
     }
 
     /// Returns the generations that the process was working on: those being admitted and those that have started. Of

@@ -17,7 +17,7 @@ pub struct AnswerReader {
     is_done: bool,
     has_calls: bool,
     reason: Option<FinishReason>,
-    told: Option<TokenUsage>,
+    reported: Option<TokenUsage>,
     /// The usage to report if the server reports none.
     guess: TokenUsage,
 }
@@ -31,7 +31,7 @@ impl AnswerReader {
             is_done: false,
             has_calls: false,
             reason: None,
-            told: None,
+            reported: None,
             guess: TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 },
         }
     }
@@ -49,13 +49,13 @@ impl AnswerReader {
             return Err(failed(error_message(&error)));
         }
         if let Some(usage) = chunk.usage {
-            self.told = Some(usage.into());
+            self.reported = Some(usage.into());
         }
         if let Some(progress) = chunk.prompt_progress {
             self.guess = TokenUsage { prompt_tokens: progress.total, cached_tokens: progress.cache, ..self.guess };
         }
         if !std::mem::replace(&mut self.has_started, true) {
-            let TokenUsage { prompt_tokens, cached_tokens, .. } = self.told.unwrap_or(self.guess);
+            let TokenUsage { prompt_tokens, cached_tokens, .. } = self.reported.unwrap_or(self.guess);
             events.push(Event::Started { prompt_tokens, cached_tokens });
         }
         for choice in chunk.choices.unwrap_or_default() {
@@ -71,11 +71,11 @@ impl AnswerReader {
         }
         let reason = self.reason.ok_or_else(|| failed("the answer broke off"))?;
         if !std::mem::replace(&mut self.has_started, true) {
-            let TokenUsage { prompt_tokens, cached_tokens, .. } = self.told.unwrap_or(self.guess);
+            let TokenUsage { prompt_tokens, cached_tokens, .. } = self.reported.unwrap_or(self.guess);
             events.push(Event::Started { prompt_tokens, cached_tokens });
         }
         let reason = if self.has_calls && reason == FinishReason::Stop { FinishReason::ToolCalls } else { reason };
-        events.push(Event::Done { reason, usage: self.told.unwrap_or(self.guess) });
+        events.push(Event::Done { reason, usage: self.reported.unwrap_or(self.guess) });
         Ok(())
     }
 
@@ -130,7 +130,7 @@ pub(super) fn error_message(error: &Value) -> String {
 #[derive(Deserialize)]
 struct Chunk {
     choices: Option<Vec<Choice>>,
-    usage: Option<ToldUsage>,
+    usage: Option<UsageJson>,
     error: Option<Value>,
     prompt_progress: Option<Progress>,
 }
@@ -181,7 +181,7 @@ struct Progress {
 }
 
 #[derive(Deserialize)]
-struct ToldUsage {
+struct UsageJson {
     #[serde(default)]
     prompt_tokens: u32,
     completion_tokens: Option<u32>,
@@ -199,13 +199,13 @@ struct CompletionDetails {
     reasoning_tokens: Option<u32>,
 }
 
-impl From<ToldUsage> for TokenUsage {
-    fn from(told: ToldUsage) -> Self {
+impl From<UsageJson> for TokenUsage {
+    fn from(usage: UsageJson) -> Self {
         Self {
-            prompt_tokens: told.prompt_tokens,
-            completion_tokens: told.completion_tokens.unwrap_or_default(),
-            cached_tokens: told.prompt_tokens_details.and_then(|details| details.cached_tokens).unwrap_or_default(),
-            reasoning_tokens: told
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens.unwrap_or_default(),
+            cached_tokens: usage.prompt_tokens_details.and_then(|details| details.cached_tokens).unwrap_or_default(),
+            reasoning_tokens: usage
                 .completion_tokens_details
                 .and_then(|details| details.reasoning_tokens)
                 .unwrap_or_default(),
@@ -217,21 +217,21 @@ impl From<ToldUsage> for TokenUsage {
 /// of llama-server, which uses the same form for both.
 #[derive(Deserialize)]
 struct Logprobs {
-    content: Option<Vec<ToldLogprob>>,
+    content: Option<Vec<LogprobJson>>,
     tokens: Option<Vec<String>>,
     token_logprobs: Option<Vec<Option<f32>>>,
     top_logprobs: Option<Vec<Option<BTreeMap<String, f32>>>>,
 }
 
 #[derive(Deserialize)]
-struct ToldLogprob {
+struct LogprobJson {
     id: Option<u32>,
     #[serde(default)]
     token: String,
     bytes: Option<Vec<u8>>,
     #[serde(default)]
     logprob: f32,
-    top_logprobs: Option<Vec<ToldLogprob>>,
+    top_logprobs: Option<Vec<LogprobJson>>,
 }
 
 impl Logprobs {
@@ -256,13 +256,13 @@ fn named_logprob((token, logprob): (String, f32)) -> TokenLogprob {
     TokenLogprob { token: 0, bytes: token.into_bytes(), logprob: finite(logprob), top: Vec::new() }
 }
 
-impl From<ToldLogprob> for TokenLogprob {
-    fn from(told: ToldLogprob) -> Self {
+impl From<LogprobJson> for TokenLogprob {
+    fn from(logprob: LogprobJson) -> Self {
         Self {
-            token: told.id.unwrap_or_default(),
-            bytes: told.bytes.unwrap_or_else(|| told.token.into_bytes()),
-            logprob: finite(told.logprob),
-            top: told.top_logprobs.unwrap_or_default().into_iter().map(Self::from).collect(),
+            token: logprob.id.unwrap_or_default(),
+            bytes: logprob.bytes.unwrap_or_else(|| logprob.token.into_bytes()),
+            logprob: finite(logprob.logprob),
+            top: logprob.top_logprobs.unwrap_or_default().into_iter().map(Self::from).collect(),
         }
     }
 }

@@ -20,9 +20,9 @@ pub struct Survey {
 /// Asks a server for its models, and then for the details that its dialect offers. Each response may take `within`.
 pub(super) async fn survey(http: &HttpClient, server: &ServerAddress, within: Duration) -> Result<Survey, HttpError> {
     let models = http.get(server, "/v1/models", within).await?;
-    let (mut models, told) = read_models(&models).ok_or(HttpError::NoModels)?;
+    let (mut models, dialect) = read_models(&models).ok_or(HttpError::NoModels)?;
     let answer = async |path| http.get(server, path, within).await.ok();
-    let dialect = if let Some(dialect) = told {
+    let dialect = if let Some(dialect) = dialect {
         if dialect == Dialect::LlamaServer
             && let Some(context) = answer("/props").await.and_then(|props| read_props(&props))
         {

@@ -13,8 +13,8 @@ pub fn engine_error(status: u16, body: &[u8], context_length: u32) -> EngineErro
     let message = error_message(error);
     match status {
         400 | 413 | 422 if speaks_of_context(error, &message) => EngineError::ContextLength {
-            prompt_tokens: told_tokens(error, &message, context_length),
-            context_length: told_number(error, "n_ctx").unwrap_or(context_length),
+            prompt_tokens: prompt_tokens(error, &message, context_length),
+            context_length: number_field(error, "n_ctx").unwrap_or(context_length),
         },
         400 | 413 | 415 | 422 | 501 => {
             let parameter = error.get("param").and_then(Value::as_str).unwrap_or("request");
@@ -39,15 +39,15 @@ fn speaks_of_context(error: &Value, message: &str) -> bool {
             .any(|words| message.contains(words))
 }
 
-fn told_number(error: &Value, field: &str) -> Option<u32> {
+fn number_field(error: &Value, field: &str) -> Option<u32> {
     error.get(field)?.as_u64()?.try_into().ok()
 }
 
 /// Returns the number of tokens that did not fit: as reported by the server, or else the greatest number in its
 /// message other than the context length.
-fn told_tokens(error: &Value, message: &str, context_length: u32) -> u32 {
+fn prompt_tokens(error: &Value, message: &str, context_length: u32) -> u32 {
     let numbers = || message.split(|letter: char| !letter.is_ascii_digit()).filter_map(|digits| digits.parse().ok());
-    told_number(error, "n_prompt_tokens")
+    number_field(error, "n_prompt_tokens")
         .or_else(|| numbers().filter(|number| *number != context_length).max())
         .unwrap_or_default()
 }

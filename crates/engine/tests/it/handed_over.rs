@@ -183,10 +183,10 @@ async fn more_texts_than_one_question_holds_are_embedded_in_their_order() {
 
 #[tokio::test]
 async fn a_load_tells_how_far_it_is_in_rising_shares_up_to_the_whole() {
-    let told = std::sync::Arc::new(parking_lot::Mutex::new(Vec::new()));
-    let sink = std::sync::Arc::clone(&told);
+    let shares = std::sync::Arc::new(parking_lot::Mutex::new(Vec::new()));
+    let sink = std::sync::Arc::clone(&shares);
     let progress = Box::new(move |share| sink.lock().push(share));
     within(host(&["llama"]).load(tiny(), options(), progress)).await.expect("it loads");
-    let told = told.lock().clone();
-    assert!(told.is_sorted() && told.first() >= Some(&0.0) && told.last() == Some(&1.0), "{told:?}");
+    let shares = shares.lock().clone();
+    assert!(shares.is_sorted() && shares.first() >= Some(&0.0) && shares.last() == Some(&1.0), "{shares:?}");
 }

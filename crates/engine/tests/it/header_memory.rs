@@ -139,8 +139,8 @@ fn no_header_takes_more_than_64_mib_whatever_it_says() {
             .output()
             .expect("it starts");
         let said = String::from_utf8_lossy(&child.stdout);
-        let told = said.lines().find_map(|line| line.split_once("took ")).expect("it says what it took").1;
-        let (bytes, outcome) = told.split_once(' ').expect("two words");
+        let took = said.lines().find_map(|line| line.split_once("took ")).expect("it says what it took").1;
+        let (bytes, outcome) = took.split_once(' ').expect("two words");
         let bytes: u64 = bytes.parse().expect("a number");
         assert_eq!(outcome, if is_read { "read" } else { "refused" }, "{name}: {said}");
         assert!(bytes <= BYTES_MAX, "{name} took {} MiB", bytes / MIB);

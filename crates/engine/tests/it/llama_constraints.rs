@@ -89,12 +89,12 @@ async fn each_token_tells_how_likely_it_was_and_what_else_might_have_come() {
     let request = GenerateRequest { logprobs: Some(4), ..ask(model, "What is 3 + 4?") };
     let (piece, _) = pieces(&runtime, request).await;
     assert_eq!(piece.logprobs.len(), piece.tokens.len());
-    let told: Vec<u8> = piece.logprobs.iter().flat_map(|told| told.bytes.clone()).collect();
-    assert_eq!(String::from_utf8(told).as_deref(), Ok("3 + 4 = 7"));
-    for (told, token) in piece.logprobs.iter().zip(&piece.tokens) {
-        assert_eq!((told.token, told.top.len(), told.top[0].token), (*token, 4, *token));
-        assert!(told.logprob <= 0.0 && told.logprob > -3.0, "{told:?}");
-        assert!(told.top.windows(2).all(|pair| pair[0].logprob >= pair[1].logprob));
+    let bytes: Vec<u8> = piece.logprobs.iter().flat_map(|logprob| logprob.bytes.clone()).collect();
+    assert_eq!(String::from_utf8(bytes).as_deref(), Ok("3 + 4 = 7"));
+    for (logprob, token) in piece.logprobs.iter().zip(&piece.tokens) {
+        assert_eq!((logprob.token, logprob.top.len(), logprob.top[0].token), (*token, 4, *token));
+        assert!(logprob.logprob <= 0.0 && logprob.logprob > -3.0, "{logprob:?}");
+        assert!(logprob.top.windows(2).all(|pair| pair[0].logprob >= pair[1].logprob));
     }
 }
 
@@ -133,7 +133,7 @@ async fn the_likelihood_of_a_prompt_is_what_its_tokens_had_as_an_answer() {
     };
     let (said, _) = pieces(&runtime, said).await;
     assert!(said.logprobs.len() > 94 && said.tokens.len() == 90);
-    let whole: Vec<u32> = said.logprobs.iter().map(|told| told.token).collect();
+    let whole: Vec<u32> = said.logprobs.iter().map(|logprob| logprob.token).collect();
     let echo = |logprobs| GenerateRequest {
         input: PromptInput::Tokens(whole.clone()),
         logprobs: Some(logprobs),
@@ -144,15 +144,15 @@ async fn the_likelihood_of_a_prompt_is_what_its_tokens_had_as_an_answer() {
     // The second finds the first in the cache, and others are at work beside the rest.
     for _ in 0..2 {
         let beside = GenerateRequest { ignore_eos: true, max_tokens: Some(40), ..ask(model, "Tell me a story.") };
-        let (told, other, beside) =
+        let (echoed, other, beside) =
             tokio::join!(pieces(&runtime, echo(2)), pieces(&runtime, echo(0)), run(&runtime, beside));
         assert_eq!(beside.tokens.len(), 40);
-        assert_eq!((told.0.logprobs.len(), other.0.logprobs.len()), (whole.len(), whole.len()));
-        let first = &told.0.logprobs[0];
+        assert_eq!((echoed.0.logprobs.len(), other.0.logprobs.len()), (whole.len(), whole.len()));
+        let first = &echoed.0.logprobs[0];
         assert_eq!((first.token, first.top.len()), (whole[0], 0));
-        for (index, (told, said)) in told.0.logprobs.iter().zip(&said.logprobs).enumerate().skip(1) {
-            assert_eq!((told.token, told.top.len()), (said.token, 2), "{index}");
-            assert!((told.logprob - said.logprob).abs() < 0.05, "{index}: {} and {}", told.logprob, said.logprob);
+        for (index, (echoed, said)) in echoed.0.logprobs.iter().zip(&said.logprobs).enumerate().skip(1) {
+            assert_eq!((echoed.token, echoed.top.len()), (said.token, 2), "{index}");
+            assert!((echoed.logprob - said.logprob).abs() < 0.05, "{index}: {} and {}", echoed.logprob, said.logprob);
         }
     }
 }

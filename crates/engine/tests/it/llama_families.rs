@@ -63,11 +63,11 @@ impl Subject {
     }
 
     /// Compares the first and the last token of an answer with what a fresh context says in their places.
-    async fn check(&mut self, prompt: &[u32], told: &Reported) {
-        self.cached_tokens += told.cached_tokens;
-        for index in BTreeSet::from([0, told.tokens.len() - 1]) {
+    async fn check(&mut self, prompt: &[u32], reported: &Reported) {
+        self.cached_tokens += reported.cached_tokens;
+        for index in BTreeSet::from([0, reported.tokens.len() - 1]) {
             let fresh = GenerateRequest {
-                continued: told.tokens[..index].to_vec(),
+                continued: reported.tokens[..index].to_vec(),
                 deterministic: true,
                 ..self.request(prompt, index as u32 + 1)
             };
@@ -75,7 +75,7 @@ impl Subject {
             let likely = |logprob: &TokenLogprob| {
                 logprob.top.iter().map(|top| (top.token, top.logprob)).collect::<BTreeMap<_, _>>()
             };
-            let (ours, theirs) = (likely(&told.logprobs[index]), likely(&fresh.logprobs[0]));
+            let (ours, theirs) = (likely(&reported.logprobs[index]), likely(&fresh.logprobs[0]));
             let both = ours.iter().filter_map(|(token, ours)| Some(ours - theirs.get(token)?));
             let differences: Vec<f32> = both.map(f32::abs).collect();
             let largest = differences.iter().copied().fold(0.0, f32::max);
@@ -84,7 +84,7 @@ impl Subject {
                 "{}: token {index} behind a prompt of {} tokens, {} of them cached, is off by {largest}",
                 self.name,
                 prompt.len(),
-                told.cached_tokens
+                reported.cached_tokens
             );
         }
     }
@@ -100,10 +100,10 @@ impl Subject {
             within(stream.next()).await.expect("it starts").expect("and well");
         }
         for (prompt, stream) in prompts.iter().zip(streams) {
-            let told = read(stream).await;
-            assert_eq!(told.tokens.len(), max_tokens as usize, "{}", self.name);
-            self.check(prompt, &told).await;
-            self.texts.push([&prompt[..], &told.tokens].concat());
+            let reported = read(stream).await;
+            assert_eq!(reported.tokens.len(), max_tokens as usize, "{}", self.name);
+            self.check(prompt, &reported).await;
+            self.texts.push([&prompt[..], &reported.tokens].concat());
         }
     }
 
@@ -127,18 +127,18 @@ impl Subject {
 }
 
 async fn read(mut stream: GenerateStream) -> Reported {
-    let mut told = Reported::default();
+    let mut reported = Reported::default();
     while let Some(event) = within(stream.next()).await {
         match event.expect("it answers") {
-            Event::Started { cached_tokens, .. } => told.cached_tokens = cached_tokens,
+            Event::Started { cached_tokens, .. } => reported.cached_tokens = cached_tokens,
             Event::Piece(piece) => {
-                told.tokens.extend(piece.tokens);
-                told.logprobs.extend(piece.logprobs);
+                reported.tokens.extend(piece.tokens);
+                reported.logprobs.extend(piece.logprobs);
             }
             Event::Progress(_) | Event::Done { .. } => {}
         }
     }
-    told
+    reported
 }
 
 /// Drives random conversations through a room that is too small for them.
@@ -204,9 +204,9 @@ async fn answers_of_a_model_with_chunks_are_those_of_a_fresh_context() {
     read(subject.start(&short, 1).await).await;
     for (length, cached) in [(CHUNK + 20, CHUNK + 19), (CHUNK - 40, 0)] {
         let prompt = &text[..length];
-        let told = read(subject.start(prompt, 1).await).await;
-        assert_eq!(told.cached_tokens as usize, cached, "of {length} tokens");
-        subject.check(prompt, &told).await;
+        let reported = read(subject.start(prompt, 1).await).await;
+        assert_eq!(reported.cached_tokens as usize, cached, "of {length} tokens");
+        subject.check(prompt, &reported).await;
     }
 }
 
@@ -227,8 +227,8 @@ async fn models_of_all_formats_answer_on_this_processor() {
     for weights in [Weights::F16, Weights::Q4_0, Weights::Q4_1, Weights::Q8_0] {
         let mut subject = Subject::new(Family::Full, weights, 3, options()).await;
         let prompt = subject.tokens(70);
-        let told = read(subject.start(&prompt, 4).await).await;
-        assert_eq!(told.tokens.len(), 4, "{weights:?}");
+        let reported = read(subject.start(&prompt, 4).await).await;
+        assert_eq!(reported.tokens.len(), 4, "{weights:?}");
     }
 }
 

@@ -41,13 +41,13 @@ impl Subject {
             ..GenerateRequest::new(self.model, PromptInput::Tokens(prompt.to_vec()))
         };
         let mut stream = within(self.runtime.generate(request)).await.expect("it is admitted");
-        let mut told = Vec::new();
+        let mut logprobs = Vec::new();
         while let Some(event) = within(stream.next()).await {
             if let Event::Piece(piece) = event.expect("it answers") {
-                told.extend(piece.logprobs.iter().map(|logprob| (logprob.token, logprob.logprob.to_bits())));
+                logprobs.extend(piece.logprobs.iter().map(|logprob| (logprob.token, logprob.logprob.to_bits())));
             }
         }
-        told
+        logprobs
     }
 
     async fn answers(&self, prompts: &[Vec<u32>]) -> Vec<Drawn> {
@@ -85,7 +85,7 @@ async fn with_our_kernels_an_answer_repeats_to_the_bit_whatever_was_asked_before
                 let name = format!("{family:?}, {weights:?}, {prompt_cache_bytes} bytes of cache");
                 let subject = Subject::new(family, weights, prompt_cache_bytes, Kernels::Auto).await;
                 let first = subject.answers(&prompts).await;
-                assert!(first.iter().all(|told| told.len() == 24), "{name}");
+                assert!(first.iter().all(|logprobs| logprobs.len() == 24), "{name}");
                 assert_eq!(subject.answers(&prompts).await, first, "{name}: again");
                 let together = join_all(prompts.iter().map(|prompt| subject.answer(prompt))).await;
                 assert_eq!(together, first, "{name}: all at once");

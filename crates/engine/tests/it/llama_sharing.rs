@@ -218,14 +218,14 @@ async fn a_deterministic_answer_is_the_same_whatever_runs_beside_it() {
         ..ask(model, "Tell me a story.")
     };
     let logprobs = async |request: GenerateRequest| {
-        let mut told = Vec::new();
+        let mut logprobs = Vec::new();
         let mut stream = within(runtime.generate(request)).await.expect("it is admitted");
         while let Some(event) = within(stream.next()).await {
             if let Event::Piece(piece) = event.expect("it goes on") {
-                told.extend(piece.logprobs);
+                logprobs.extend(piece.logprobs);
             }
         }
-        told
+        logprobs
     };
     let alone = logprobs(request.clone()).await;
     let beside = GenerateRequest { ignore_eos: true, ..ask(model, "What is the capital of Japan?") };

@@ -297,11 +297,11 @@ async fn a_prompt_that_takes_long_is_no_hang_and_its_reader_and_those_behind_it_
 
 /// Reads a generation to its end and returns how far it was told to be with its prompt.
 async fn progress(mut stream: GenerateStream) -> Vec<(u32, u32)> {
-    let mut told = vec![];
+    let mut reports = vec![];
     loop {
         match within(stream.next()).await.expect("it has an end").expect("and a good one") {
-            Event::Progress(progress) => told.push((progress.tokens_read, progress.tokens_total)),
-            Event::Done { .. } => return told,
+            Event::Progress(progress) => reports.push((progress.tokens_read, progress.tokens_total)),
+            Event::Done { .. } => return reports,
             _ => {}
         }
     }

@@ -168,13 +168,13 @@ mod tests {
 
     #[test]
     fn waits_are_rounded_up_to_seconds_and_bounded() {
-        let told = |wait| {
+        let retry_after = |wait| {
             let error = WireError::new(ErrorCode::NoCapacity, "full").with_retry_after(wait);
             failure(&error).headers()["retry-after"].clone()
         };
-        assert_eq!(told(Duration::from_millis(1001)), "2");
-        assert_eq!(told(Duration::from_hours(1)), "120");
-        assert_eq!(told(Duration::ZERO), "1");
+        assert_eq!(retry_after(Duration::from_millis(1001)), "2");
+        assert_eq!(retry_after(Duration::from_hours(1)), "120");
+        assert_eq!(retry_after(Duration::ZERO), "1");
     }
 
     #[test]

@@ -23,8 +23,8 @@ pub(super) fn check_head(headers: &HeaderMap, bytes_max: usize) -> Result<(), Wi
     // default.
     if let Some(kind) = headers.get(header::CONTENT_TYPE) {
         let essence = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
-        let taken = ["application/json", "application/x-www-form-urlencoded"];
-        if !taken.iter().any(|taken| essence.eq_ignore_ascii_case(taken)) {
+        let accepted = ["application/json", "application/x-www-form-urlencoded"];
+        if !accepted.iter().any(|accepted| essence.eq_ignore_ascii_case(accepted)) {
             return refuse("the body must be JSON: send the header `Content-Type: application/json`");
         }
     }
@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn a_body_of_no_type_is_json_and_other_types_and_encodings_are_refused() {
-        for (headers, taken) in [
+        for (headers, accepted) in [
             (vec![], true),
             (vec![("content-type", "application/json")], true),
             (vec![("content-type", "Application/JSON; charset=utf-8"), ("content-encoding", "identity")], true),
@@ -124,7 +124,7 @@ mod tests {
             let outcome = check_head(&sent.collect(), 10);
             assert_eq!(
                 outcome.err().map(|error| error.code),
-                (!taken).then_some(ErrorCode::UnsupportedMediaType),
+                (!accepted).then_some(ErrorCode::UnsupportedMediaType),
                 "{headers:?}"
             );
         }

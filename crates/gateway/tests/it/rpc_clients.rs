@@ -257,8 +257,8 @@ async fn the_callers_deadline_is_the_jobs() {
     let body = encode(&submission("wait 2000")).into();
     let late = stranger(&network).open_stream(gateway(), SUBMIT, body, options).await;
     assert_eq!(late.map(drop).map_err(refusal).expect_err("too late").code, ErrorCode::DeadlineExceeded);
-    let told = network.fake.jobs.lock()[0].deadline_ms;
-    assert!(told.is_some_and(|told| told <= 500), "{told:?}");
+    let deadline_ms = network.fake.jobs.lock()[0].deadline_ms;
+    assert!(deadline_ms.is_some_and(|deadline_ms| deadline_ms <= 500), "{deadline_ms:?}");
     network.end().await;
 }
 

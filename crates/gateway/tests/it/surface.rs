@@ -27,19 +27,19 @@ async fn several_answers_come_with_their_index_whole_and_streamed() {
     let mut body = chat_body("several");
     body["n"] = json!(2);
     let answer = whole(&network, &body).await;
-    let told: Vec<_> = answer["choices"].as_array().expect("choices").iter().collect();
+    let choices: Vec<_> = answer["choices"].as_array().expect("choices").iter().collect();
     let expected = [(0, "ab", "stop"), (1, "x", "length")];
-    assert_eq!(told.len(), 2);
-    for (choice, (index, text, reason)) in told.into_iter().zip(expected) {
+    assert_eq!(choices.len(), 2);
+    for (choice, (index, text, reason)) in choices.into_iter().zip(expected) {
         assert_eq!(choice["index"], index);
         assert_eq!((&choice["message"]["content"], &choice["finish_reason"]), (&json!(text), &json!(reason)));
     }
     assert_eq!(answer["usage"]["completion_tokens"], 2);
     let events = events(&network, "/v1/chat/completions", &body).await;
-    let told = events.iter().map(|event| &event["choices"][0]);
-    let told: Vec<_> = told.map(|choice| (choice["index"].clone(), choice["finish_reason"].clone())).collect();
+    let choices = events.iter().map(|event| &event["choices"][0]);
+    let choices: Vec<_> = choices.map(|choice| (choice["index"].clone(), choice["finish_reason"].clone())).collect();
     let expected = [(0, None), (1, None), (1, Some("length")), (0, None), (0, Some("stop"))];
-    assert_eq!(told, expected.map(|(index, reason)| (json!(index), json!(reason))));
+    assert_eq!(choices, expected.map(|(index, reason)| (json!(index), json!(reason))));
     network.end().await;
 }
 
@@ -67,8 +67,8 @@ async fn thoughts_and_calls_are_kept_apart_from_the_text() {
     assert_eq!(answer["usage"]["completion_tokens_details"], details);
     let mut counted = body.clone();
     counted["stream_options"] = json!({"include_usage": true});
-    let told = events(&network, "/v1/chat/completions", &counted).await;
-    assert_eq!(told.last().expect("events")["usage"]["completion_tokens_details"], details);
+    let streamed = events(&network, "/v1/chat/completions", &counted).await;
+    assert_eq!(streamed.last().expect("events")["usage"]["completion_tokens_details"], details);
     let plain = whole(&network, &chat_body("hi")).await;
     assert_eq!(plain["usage"].get("completion_tokens_details"), None);
     let events = events(&network, "/v1/chat/completions", &body).await;

@@ -81,11 +81,11 @@ impl Scene {
     async fn worker(&self, seed: u8, topic: &Topic, change: fn(&mut HealthReport)) -> Worker {
         let key = NodeKey::from_seed(&[seed; 32]);
         let node = self.network.node(&key);
-        let (seq, asked) = (Arc::<AtomicU64>::default(), Arc::<AtomicUsize>::default());
-        let worker = Worker { key, node: node.clone(), clock: self.clock.clone(), seq, asked, change };
+        let (seq, requests) = (Arc::<AtomicU64>::default(), Arc::<AtomicUsize>::default());
+        let worker = Worker { key, node: node.clone(), clock: self.clock.clone(), seq, requests, change };
         let answering = worker.clone();
         let server = Server::new(node.clone(), info()).unary(PRESENCE_DESCRIBE, move |_, _: Empty| {
-            answering.asked.fetch_add(1, Ordering::SeqCst);
+            answering.requests.fetch_add(1, Ordering::SeqCst);
             let signed = answering.sign();
             async { Ok(signed) }
         });
@@ -108,7 +108,7 @@ struct Worker {
     node: Arc<dyn Transport>,
     clock: Arc<PausedClock>,
     seq: Arc<AtomicU64>,
-    asked: Arc<AtomicUsize>,
+    requests: Arc<AtomicUsize>,
     change: fn(&mut HealthReport),
 }
 
@@ -145,8 +145,8 @@ impl Worker {
         self.key.sign(health::KIND, String::from_utf8(codec::encode(&report)).expect("JSON"))
     }
 
-    fn asked(&self) -> usize {
-        self.asked.load(Ordering::SeqCst)
+    fn requests(&self) -> usize {
+        self.requests.load(Ordering::SeqCst)
     }
 }
 
@@ -156,13 +156,13 @@ async fn a_worker_that_does_not_report_is_found_and_asked_within_two_seconds() {
     time::sleep(SECOND / 2).await;
     let worker = scene.worker(1, &presence(), |_| {}).await;
     time::sleep(SECOND * 2).await;
-    assert_eq!((scene.routable(), worker.asked()), (1, 1));
+    assert_eq!((scene.routable(), worker.requests()), (1, 1));
     // It never reports, but it is asked whenever it has been silent for too long, so it stays in the fleet.
     for _ in 0..60 {
         time::sleep(SECOND).await;
         assert_eq!(scene.routable(), 1);
     }
-    assert!((6..=9).contains(&worker.asked()), "asked {} times in a minute", worker.asked());
+    assert!((6..=9).contains(&worker.requests()), "asked {} times in a minute", worker.requests());
 }
 
 #[tokio::test(start_paused = true)]
@@ -173,7 +173,7 @@ async fn a_worker_that_reports_is_not_asked() {
         scene.discovery.take(worker.key.public_key(), &worker.sign()).expect("believed");
         time::sleep(HEARTBEAT).await;
     }
-    assert!(worker.asked() <= 1, "asked {} times", worker.asked());
+    assert!(worker.requests() <= 1, "asked {} times", worker.requests());
 }
 
 #[tokio::test(start_paused = true)]
@@ -226,9 +226,9 @@ async fn strangers_under_a_workers_topic_are_asked_rarely_and_hold_nobody_up() {
     time::sleep(SECOND * 10).await;
     assert_eq!(scene.routable(), 1);
     time::sleep(SECOND * 590).await;
-    let asked: usize = strangers.iter().map(Worker::asked).sum();
-    assert!((30..=30 * 14).contains(&asked), "asked {asked} times in ten minutes");
-    let unbound = format!("tether_presence_rejected_total{{reason=\"unbound\"}} {asked}");
+    let requests: usize = strangers.iter().map(Worker::requests).sum();
+    assert!((30..=30 * 14).contains(&requests), "asked {requests} times in ten minutes");
+    let unbound = format!("tether_presence_rejected_total{{reason=\"unbound\"}} {requests}");
     assert!(scene.metrics.encode().contains(&unbound), "{unbound}");
 }
 
@@ -245,7 +245,7 @@ async fn a_worker_that_refuses_is_no_worker_until_it_reports_by_itself() {
     time::sleep(SECOND * 30).await;
     assert_eq!(scene.routable(), 0);
     let worker =
-        Worker { key, node, clock: scene.clock.clone(), seq: Arc::default(), asked: Arc::default(), change: |_| {} };
+        Worker { key, node, clock: scene.clock.clone(), seq: Arc::default(), requests: Arc::default(), change: |_| {} };
     scene.discovery.take(worker.key.public_key(), &worker.sign()).expect("believed");
     scene.search.greet(worker.node.public_key());
     assert_eq!(scene.routable(), 1);

@@ -14,7 +14,7 @@ pub(super) struct Replicas {
     /// The workers that have a prompt prefix cached, by the prefix's digest.
     warm: HashMap<PrefixDigest, Vec<usize>>,
     /// The prefixes that each worker reported.
-    told: HashMap<usize, Vec<PrefixDigest>>,
+    reported: HashMap<usize, Vec<PrefixDigest>>,
 }
 
 #[derive(Clone, Copy)]
@@ -59,12 +59,12 @@ impl Replicas {
             self.warm.entry(*digest).or_default().push(worker);
         }
         if !prefixes.is_empty() {
-            self.told.insert(worker, prefixes);
+            self.reported.insert(worker, prefixes);
         }
     }
 
     fn cool_down(&mut self, worker: usize) {
-        for digest in self.told.remove(&worker).unwrap_or_default() {
+        for digest in self.reported.remove(&worker).unwrap_or_default() {
             if let Some(workers) = self.warm.get_mut(&digest) {
                 workers.retain(|warm| *warm != worker);
                 if workers.is_empty() {
@@ -99,6 +99,6 @@ impl Replicas {
     /// Returns whether no worker has any prefix cached.
     #[cfg(test)]
     pub(super) fn is_cold(&self) -> bool {
-        self.warm.is_empty() && self.told.is_empty()
+        self.warm.is_empty() && self.reported.is_empty()
     }
 }

@@ -174,7 +174,7 @@ fn a_job_with_an_adapter_goes_to_workers_that_serve_it_with_its_model() {
         let wanted = Wanted { adapter: Some(&at_hand.adapters[0].adapter), ..of(&model) };
         let mut found: Vec<Candidate> = fleet.with_candidates(&[wanted], now, |found| found.collect());
         found.sort_by_key(|found| found.worker_id);
-        found.into_iter().map(|found| (found.adapter_at_hand, found.barred)).collect::<Vec<_>>()
+        found.into_iter().map(|found| (found.adapter_attached, found.barred)).collect::<Vec<_>>()
     };
     let none = Some(Refusal::NoAdapter);
     assert_eq!(seen("m"), [(true, None), (false, None), (false, none)]);

@@ -64,7 +64,7 @@ impl Terms {
         let slots = f64::from(candidate.slots.max(1));
         let known = candidate.tokens_per_second > 0.0 && fastest > 0.0;
         Self {
-            model_match: match (candidate.resident, candidate.adapter_at_hand) {
+            model_match: match (candidate.resident, candidate.adapter_attached) {
                 (true, true) => 1.0,
                 (true, false) => 0.9,
                 (false, _) => 0.5,

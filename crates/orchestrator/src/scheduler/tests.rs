@@ -9,7 +9,7 @@ fn worker(number: u8) -> Candidate {
         worker_id: PublicKey([number; 32]),
         resident: true,
         has_file: true,
-        adapter_at_hand: true,
+        adapter_attached: true,
         proximity: 1.0,
         slots: 4,
         capacity: 8,
@@ -51,7 +51,7 @@ fn settings_of_earlier_versions_may_name_a_weight_for_the_gpu_class() {
 
 #[test]
 fn an_adapter_at_hand_decides_among_equals_and_not_against_a_model_in_memory() {
-    let to_attach = Candidate { adapter_at_hand: false, ..worker(1) };
+    let to_attach = Candidate { adapter_attached: false, ..worker(1) };
     assert_eq!(chosen(&[to_attach, worker(2)]), Some(worker(2).worker_id));
     let to_load = Candidate { resident: false, ..to_attach };
     assert_eq!(chosen(&[to_load, Candidate { worker_id: PublicKey([3; 32]), ..to_attach }]), Some(PublicKey([3; 32])));

@@ -89,9 +89,9 @@ async fn a_model_that_nobody_has_ready_yet_is_refused_with_how_far_it_is() {
     worker.report(&stand, loading(50)).await.expect("believed");
     let refused = stand.answer(&stand.job()).await.expect_err("it takes 20 s yet");
     assert_eq!((refused.code, refused.retry_after_ms), (ErrorCode::ModelLoading, Some(20_000)));
-    let told = refused.loading.expect("how far it is");
-    assert_eq!((told.model, told.progress.percent, told.progress.bytes), (model(), 50, 7));
-    assert!(!worker.key.public_key().to_string().contains(&told.node), "{}", told.node);
+    let model_loading = refused.loading.expect("how far it is");
+    assert_eq!((model_loading.model, model_loading.progress.percent, model_loading.progress.bytes), (model(), 50, 7));
+    assert!(!worker.key.public_key().to_string().contains(&model_loading.node), "{}", model_loading.node);
     assert_eq!(worker.jobs_seen(), 0);
     worker.report(&stand, loading(90)).await.expect("believed");
     stand.answer(&stand.job()).await.expect("a job waits for a load that ends soon");
@@ -215,9 +215,9 @@ async fn how_a_job_was_placed_can_be_told() {
     let job = stand.job();
     stand.answer(&job).await.expect("answered");
     let decision = stand.explain(&job).await;
-    let told: Vec<_> = decision.attempts.iter().map(|attempt| (attempt.chosen, attempt.outcome.as_str())).collect();
+    let outcomes: Vec<_> = decision.attempts.iter().map(|attempt| (attempt.chosen, attempt.outcome.as_str())).collect();
     assert_eq!(
-        told,
+        outcomes,
         [(Some(refusing.key.public_key()), "worker_full"), (Some(answering.key.public_key()), "completed")]
     );
     assert_eq!(decision.attempts[0].candidates.len(), 2);

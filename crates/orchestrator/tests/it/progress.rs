@@ -19,20 +19,20 @@ async fn submit(stand: &Stand, job: &InferRequest, deadline: Duration) -> Result
 
 /// Reads to the end: the answer, how often there was progress, and the error if there was one.
 async fn listen(mut answer: ResponseStream) -> (Vec<InferChunk>, usize, Option<WireError>) {
-    let (mut chunks, mut told) = (vec![], 0);
+    let (mut chunks, mut progress) = (vec![], 0);
     while let Some(message) = answer.next().await {
         let chunk: InferChunk = match message {
             Ok(message) => codec::decode(&message).expect("a chunk"),
-            Err(error) => return (chunks, told, Some(error.into())),
+            Err(error) => return (chunks, progress, Some(error.into())),
         };
         if chunk.progress.is_some() {
-            told += 1;
+            progress += 1;
         } else {
             answer.lift_deadline();
             chunks.push(chunk);
         }
     }
-    (chunks, told, None)
+    (chunks, progress, None)
 }
 
 fn wanting_progress(stand: &Stand) -> InferRequest {
@@ -52,9 +52,9 @@ async fn a_prompt_that_is_read_for_ten_minutes_is_answered_and_speaks_well_of_it
         let answer = submit(&stand, &wanting_progress(&stand), Duration::from_mins(15)).await.expect("accepted");
         // The store has a thread of its own, which paused time would not wait for.
         time::pause();
-        let (chunks, told, error) = listen(answer).await;
+        let (chunks, progress, error) = listen(answer).await;
         time::resume();
-        assert_eq!((error, told as u64, chunks.len() as u64), (None, seconds, seconds + 1));
+        assert_eq!((error, progress as u64, chunks.len() as u64), (None, seconds, seconds + 1));
         assert!(chunks.iter().all(|chunk| chunk.attempt == 1));
         assert!(begun.elapsed() >= Duration::from_secs(2 * seconds), "{:?}", begun.elapsed());
         worker.report(&stand, |_| {}).await.expect("believed");
@@ -76,8 +76,8 @@ async fn a_worker_that_falls_silent_while_it_reads_is_given_up_and_another_answe
     let stand = stand(Config { stall_secs: 1, ..Config::default() }).await;
     let (silent, healthy) = stand.pair(Manner::FallSilent(1), Manner::Answer(2)).await;
     let answer = submit(&stand, &wanting_progress(&stand), Duration::from_mins(15)).await.expect("accepted");
-    let (chunks, told, error) = listen(answer).await;
-    assert_eq!((error, told, chunks.len()), (None, 1, 3));
+    let (chunks, progress, error) = listen(answer).await;
+    assert_eq!((error, progress, chunks.len()), (None, 1, 3));
     assert!(chunks.iter().all(|chunk| chunk.attempt == 2), "{chunks:?}");
     assert_eq!((silent.jobs_seen(), healthy.jobs_seen()), (1, 1));
     silent.cancelled.notified().await;

@@ -150,7 +150,7 @@ pub(crate) async fn stand_on(store: Arc<dyn JobStore>, config: Config) -> Stand 
     let registry = network.node(&key(200));
     registry.announce(&Topic::Control(region())).await.expect("announced");
     let (rules, revoked) = (policy.clone(), Arc::new(Mutex::new(list(0, &[]))));
-    let told = revoked.clone();
+    let current = revoked.clone();
     let server = Server::new(registry, info(NodeRole::Registry))
         .membership(member(200, NodeRole::Registry))
         .unary(POLICY_GET, move |_, _: PolicyRequest| {
@@ -158,7 +158,7 @@ pub(crate) async fn stand_on(store: Arc<dyn JobStore>, config: Config) -> Stand 
             async move { Ok(policy) }
         })
         .unary(POOL_STATE, move |_, request: PoolStateRequest| {
-            let list = told.lock().clone();
+            let list = current.lock().clone();
             let version = RevocationList::verify(&list, root().public_key()).expect("a good list").version;
             async move { Ok(PoolState { version, revocations: (version != request.version).then_some(list) }) }
         });

@@ -257,8 +257,8 @@ async fn a_revoked_node_is_out_at_once_for_good_and_everybody_is_told() {
     let request = NodeRevoke { token: token.clone(), public_key: expelled };
     let revoked: NodeRevoked = test.ask(NODE_REVOKE, &request).await.expect("revoked");
     assert!(revoked.found);
-    let told: PoolState = other.call(test.registry, POOL_STATE, &state(0), SECOND).await.expect("told");
-    let list = RevocationList::verify(&told.revocations.expect("news"), test.authority.pool()).expect("good");
+    let pool: PoolState = other.call(test.registry, POOL_STATE, &state(0), SECOND).await.expect("told");
+    let list = RevocationList::verify(&pool.revocations.expect("news"), test.authority.pool()).expect("good");
     assert_eq!((list.version, list.keys.into_iter().collect::<Vec<_>>()), (revoked.version, vec![expelled]));
     let known: PoolState = other.call(test.registry, POOL_STATE, &state(revoked.version), SECOND).await.expect("told");
     assert_eq!(known.revocations, None);

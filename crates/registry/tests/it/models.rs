@@ -148,18 +148,18 @@ async fn one_name_stands_for_several_models_and_for_one_of_that_name() {
         assert!(refused.contains(word), "{targets}: {refused}");
     }
     scene.add("mine", Some("1.1"), b"new").await.expect("a further version of a model that shares its name");
-    let told = |catalog: Catalog| -> Vec<String> {
-        let told = |entry: &AliasEntry| {
+    let aliases = |catalog: Catalog| -> Vec<String> {
+        let aliases = |entry: &AliasEntry| {
             let targets: Vec<_> = entry.targets().map(ToString::to_string).collect();
             format!("{}: {}", entry.alias, targets.join(" "))
         };
-        catalog.aliases.iter().map(told).collect()
+        catalog.aliases.iter().map(aliases).collect()
     };
-    assert_eq!(told(scene.catalog().await), ["any: mine yours@1.0", "mine: mine yours theirs", "once: mine@1.0"]);
+    assert_eq!(aliases(scene.catalog().await), ["any: mine yours@1.0", "mine: mine yours theirs", "once: mine@1.0"]);
     // What is left of a name goes on.
     assert!(scene.remove("yours", None, false).await.expect_err("named").contains("any, mine"));
     assert!(scene.remove("yours", None, true).await.expect("forced").aliases.is_empty());
-    assert_eq!(told(scene.catalog().await), ["any: mine", "mine: mine theirs", "once: mine@1.0"]);
+    assert_eq!(aliases(scene.catalog().await), ["any: mine", "mine: mine theirs", "once: mine@1.0"]);
     // Of two versions that have the name, one is left: then the name is that one's.
     let removed = scene.remove("theirs", None, true).await.expect("forced");
     assert_eq!(removed.aliases.iter().map(protocol::ModelName::as_str).collect::<Vec<_>>(), ["mine"]);
@@ -177,7 +177,7 @@ async fn one_name_stands_for_several_models_and_for_one_of_that_name() {
             .aliases
             .contains(&"any".parse().expect("a name"))
     );
-    assert_eq!(told(scene.catalog().await), ["mine: yours"]);
+    assert_eq!(aliases(scene.catalog().await), ["mine: yours"]);
 }
 
 #[tokio::test]

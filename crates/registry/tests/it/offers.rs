@@ -80,9 +80,10 @@ async fn what_a_worker_tells_of_a_model_is_kept_and_cut() {
     let test = test().await;
     let worker = member(&test, 20, NodeRole::Worker, &[]).await;
     let facts = |quantisation: &str| ModelFacts { quantisation: quantisation.into(), ..ModelFacts::default() };
-    let told = |quantisation: &str| ModelOffer { facts: Some(facts(quantisation)), ..file("mine", b"weights") };
+    let with_facts = |quantisation: &str| ModelOffer { facts: Some(facts(quantisation)), ..file("mine", b"weights") };
     // A worker of an earlier version tells nothing, and the first who does is believed.
-    for offer in [file("mine", b"weights"), told(&"Q".repeat(1_000)), told("F16"), file("mine", b"weights")] {
+    for offer in [file("mine", b"weights"), with_facts(&"Q".repeat(1_000)), with_facts("F16"), file("mine", b"weights")]
+    {
         assert_eq!(outcome(&test, &worker, offer).await, None);
     }
     let models = catalog::list(&*test.store).await.expect("read").models;

@@ -197,11 +197,11 @@ impl Links {
         if entry.rest.is_some_and(|rest| now < rest) {
             return Err(CallError::Unreachable { peer });
         }
-        let (told, opening) = watch::channel(Opening::Dialling);
+        let (state, opening) = watch::channel(Opening::Dialling);
         entry.opening = Some(opening.clone());
         peers.sweep(now);
         drop(guard);
-        let dial = Dial { transport: self.transport.clone(), peer, peers: self.peers.clone(), told };
+        let dial = Dial { transport: self.transport.clone(), peer, peers: self.peers.clone(), state };
         let dial = dial.run(self.connect_within);
         self.spawn(dial);
         Ok(opening)
@@ -258,7 +258,7 @@ struct Dial {
     transport: Arc<dyn Transport>,
     peer: PublicKey,
     peers: Arc<Mutex<Peers>>,
-    told: watch::Sender<Opening>,
+    state: watch::Sender<Opening>,
 }
 
 impl Dial {
@@ -270,7 +270,7 @@ impl Dial {
             Err(_) => Err(CallError::Unreachable { peer: self.peer }),
         };
         self.note(&outcome);
-        self.told.send_replace(match outcome {
+        self.state.send_replace(match outcome {
             Ok(connection) => {
                 let (suspicion, asking) = (Suspicion::default(), tokio::sync::Mutex::default());
                 let introduction = Introduction::default();
@@ -282,7 +282,7 @@ impl Dial {
 
     fn note(&self, outcome: &Result<Arc<dyn Connection>, CallError>) {
         let mut peers = lock(&self.peers);
-        let own = self.told.subscribe();
+        let own = self.state.subscribe();
         let is_own = |entry: &&mut Peer| entry.opening.as_ref().is_some_and(|opening| opening.same_channel(&own));
         match (outcome, peers.by_key.get_mut(&self.peer).filter(is_own)) {
             (Ok(_), Some(entry)) => (entry.failures, entry.rest) = (0, None),

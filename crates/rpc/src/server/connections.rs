@@ -46,7 +46,7 @@ impl Connections {
         Arc::new(Self { limit, per_peer: per_peer.max(1), table: Mutex::default() })
     }
 
-    /// Gives a connection its place. A peer with too many connections loses its oldest one without calls, which may be
+    /// Permits a connection. A peer with too many connections loses its oldest one without calls, which may be
     /// dead without anyone having noticed.
     pub(super) fn enter(self: &Arc<Self>, peer: PublicKey) -> Option<ConnectionPermit> {
         let mut guard = self.lock();

@@ -490,8 +490,8 @@ fn remote_error(error: &WireError) -> RemoteError {
 }
 
 fn wire_error(error: RemoteError) -> WireError {
-    let told = error.cause.as_ref().and_then(|cause| codec::decode(cause.context.as_bytes()).ok());
-    told.unwrap_or_else(|| match error.code.as_str() {
+    let refusal = error.cause.as_ref().and_then(|cause| codec::decode(cause.context.as_bytes()).ok());
+    refusal.unwrap_or_else(|| match error.code.as_str() {
         UNKNOWN_METHOD => WireError::new(ErrorCode::UnknownMethod, "the peer knows no such method"),
         _ => garbled(),
     })

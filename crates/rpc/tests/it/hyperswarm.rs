@@ -352,11 +352,11 @@ async fn a_call_that_is_given_up_is_for_another_node() {
 async fn work_that_nobody_waits_for_is_dropped_with_the_connection() {
     let begun = Arc::<Notify>::default();
     let tasks = TaskTracker::new();
-    let (told, held) = (begun.clone(), tasks.clone());
+    let (notify, held) = (begun.clone(), tasks.clone());
     let work = move |_, _: Empty| {
-        let (told, token): (_, TaskTrackerToken) = (told.clone(), held.token());
+        let (notify, token): (_, TaskTrackerToken) = (notify.clone(), held.token());
         async move {
-            told.notify_one();
+            notify.notify_one();
             let never: Empty = pending().await;
             drop(token);
             Ok(never)
@@ -399,17 +399,17 @@ async fn a_peer_that_only_speaks_hyperswarm_rpc_is_answered() {
     assert_eq!(decode_buffer(&value).expect("a buffer"), "4");
     // One that expects no answer harms nobody.
     rpc.event("length", &encode_buffer(b"\"four\"")).await.expect("sent");
-    let told = |answer| match answer {
+    let outcome = |answer| match answer {
         Err(HyperswarmError::Remote(error)) => {
             let cause = error.cause.unwrap_or_default();
             (error.code, cause.code, cause.message)
         }
         other => panic!("an error was expected: {other:?}"),
     };
-    let empty = told(soon(rpc.request("length", &encode_buffer(b"\"\""))).await);
+    let empty = outcome(soon(rpc.request("length", &encode_buffer(b"\"\""))).await);
     assert_eq!(empty, (REQUEST_ERROR.to_owned(), "invalid_value".to_owned(), "it is empty".to_owned()));
-    assert_eq!(told(soon(rpc.request("nonsense", &encode_buffer(b"{}"))).await).0, UNKNOWN_METHOD);
-    assert_eq!(told(soon(rpc.request("length", b"\"no prefix\"")).await).0, DECODE_ERROR);
+    assert_eq!(outcome(soon(rpc.request("nonsense", &encode_buffer(b"{}"))).await).0, UNKNOWN_METHOD);
+    assert_eq!(outcome(soon(rpc.request("length", b"\"no prefix\"")).await).0, DECODE_ERROR);
 }
 
 #[tokio::test]

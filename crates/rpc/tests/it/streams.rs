@@ -112,16 +112,16 @@ async fn a_connection_lost_in_mid_answer_is_an_error_and_not_an_end() {
 #[tokio::test(start_paused = true)]
 async fn a_caller_that_goes_away_stops_the_callee() {
     let stopped = Arc::new(Notify::new());
-    let told = stopped.clone();
+    let notify = stopped.clone();
     let pair = pair(move |server| {
         server.stream("endless", move |call| {
-            let told = told.clone();
+            let notify = notify.clone();
             async move {
                 let mut reply = call.accept().await.expect("caller is there");
                 while reply.send(b"more").await.is_ok() {
                     tokio::task::yield_now().await;
                 }
-                told.notify_one();
+                notify.notify_one();
             }
         })
     });
@@ -161,14 +161,14 @@ async fn a_callee_waits_for_a_slow_caller_instead_of_filling_memory() {
 #[tokio::test(start_paused = true)]
 async fn a_node_that_is_cut_off_breaks_its_streams_for_both_ends() {
     let stopped = Arc::new(Notify::new());
-    let told = stopped.clone();
+    let notify = stopped.clone();
     let pair = pair(move |server| {
         server.stream("stall", move |call| {
-            let told = told.clone();
+            let notify = notify.clone();
             async move {
                 let mut reply = call.accept().await.expect("caller is there");
                 reply.cancelled().await;
-                told.notify_one();
+                notify.notify_one();
             }
         })
     });

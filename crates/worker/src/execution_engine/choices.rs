@@ -189,12 +189,12 @@ mod tests {
         let mut choices =
             Choices::begin(runtime.clone(), request.clone(), vec![request.input], 3, 4).await.expect("it begins");
         let begun = time::Instant::now();
-        let mut told = vec![];
-        while told.len() < 4 {
+        let mut starts = vec![];
+        while starts.len() < 4 {
             let (index, event) = choices.next().await.expect("it runs");
-            told.push((index, matches!(event, Event::Started { .. })));
+            starts.push((index, matches!(event, Event::Started { .. })));
         }
-        assert_eq!(told, [(0, true), (0, false), (1, true), (2, true)]);
+        assert_eq!(starts, [(0, true), (0, false), (1, true), (2, true)]);
         assert_eq!((runtime.load_state()[0].running, begun.elapsed()), (3, Duration::from_secs(1)));
     }
 

@@ -188,7 +188,7 @@ impl ChunkWriter {
 fn bytes_of(piece: &Piece) -> usize {
     let Piece { text, reasoning, tool_calls, tokens: _, logprobs } = piece;
     let arguments: usize = tool_calls.iter().map(|delta| delta.arguments.len()).sum();
-    let logprobs: usize = logprobs.iter().map(|told| (1 + told.top.len()) * LOGPROB_BYTES).sum();
+    let logprobs: usize = logprobs.iter().map(|token| (1 + token.top.len()) * LOGPROB_BYTES).sum();
     text.len() + reasoning.len() + arguments + logprobs
 }
 

@@ -29,8 +29,8 @@ impl Usage {
     pub(crate) fn missing(&self, wanted: u64) -> u64 {
         let wanted = wanted.saturating_add(self.coming);
         let by_disk = self.free.map_or(0, |free| wanted.saturating_add(SPARE_BYTES).saturating_sub(free));
-        let taken = self.fetched.saturating_add(self.partial);
-        let by_budget = self.most.map_or(0, |most| taken.saturating_add(wanted).saturating_sub(most));
+        let used = self.fetched.saturating_add(self.partial);
+        let by_budget = self.most.map_or(0, |most| used.saturating_add(wanted).saturating_sub(most));
         by_disk.max(by_budget)
     }
 
@@ -97,9 +97,9 @@ mod tests {
 
     #[test]
     fn a_shortage_says_which_bound_it_is() {
-        let told = |usage, wanted| Shortage { wanted, usage }.to_string();
-        assert!(told(usage(), 20 * GIB).contains("10240 MiB that the disk has free"));
+        let message = |usage, wanted| Shortage { wanted, usage }.to_string();
+        assert!(message(usage(), 20 * GIB).contains("10240 MiB that the disk has free"));
         let bounded = Usage { most: Some(GIB), ..usage() };
-        assert!(told(bounded, 2 * GIB).contains("disk_max_mib allows 1024"));
+        assert!(message(bounded, 2 * GIB).contains("disk_max_mib allows 1024"));
     }
 }

@@ -104,7 +104,7 @@ struct Scene {
     folder: TempDir,
     free: Arc<AtomicU64>,
     /// The requests to each worker, and then those to the registry.
-    asked: Vec<Received>,
+    requests: Vec<Received>,
     stop: CancellationToken,
 }
 
@@ -126,13 +126,13 @@ impl Scene {
         let mut keys: Vec<NodeKey> =
             (10..10 + workers.len() as u8).map(|seed| NodeKey::from_seed(&[seed; 32])).collect();
         keys.sort_by_key(|key| Digest::of(&[own.public_key().0, key.public_key().0, digest().0].concat()));
-        let mut asked = vec![];
+        let mut requests = vec![];
         for (key, kind) in keys.iter().zip(workers) {
-            asked.push(source(&network, &tasks, &stop, key, NodeRole::Worker, *kind).await);
+            requests.push(source(&network, &tasks, &stop, key, NodeRole::Worker, *kind).await);
         }
         if let Some(kind) = registry {
             let key = NodeKey::from_seed(&[3; 32]);
-            asked.push(source(&network, &tasks, &stop, &key, NodeRole::Registry, kind).await);
+            requests.push(source(&network, &tasks, &stop, &key, NodeRole::Registry, kind).await);
         }
         let reports: Vec<HealthReport> = keys.iter().map(|key| report(key.public_key())).collect();
         let orchestrator = network.node(&NodeKey::from_seed(&[2; 32]));
@@ -156,7 +156,7 @@ impl Scene {
         let store = ArtifactStore::in_folder(folder.path()).expect("a store");
         let (listed, free) = (Listed::default(), Arc::new(AtomicU64::new(1 << 40)));
         listed.update(&Catalog { models: vec![entry(&content())], ..Catalog::default() });
-        let told = free.clone();
+        let free_bytes = free.clone();
         let fetcher = Fetcher::new(FetcherParts {
             use_of: CatalogUse::Fetch,
             client,
@@ -164,18 +164,18 @@ impl Scene {
             store: store.clone(),
             listed: listed.clone(),
             most_bytes,
-            free_bytes: Arc::new(move || Some(told.load(Ordering::Relaxed))),
+            free_bytes: Arc::new(move || Some(free_bytes.load(Ordering::Relaxed))),
             metrics: Metrics::new(),
         });
-        Self { fetcher, store, listed, folder, free, asked, stop }
+        Self { fetcher, store, listed, folder, free, requests, stop }
     }
 
     async fn fetch(&self) -> Result<(), FetchError> {
         self.fetcher.fetch(&digest(), &|_, _, _| {}).await
     }
 
-    fn asked(&self, number: usize) -> Vec<u64> {
-        self.asked[number].lock().clone()
+    fn requests(&self, number: usize) -> Vec<u64> {
+        self.requests[number].lock().clone()
     }
 
     fn is_here(&self) -> bool {
@@ -204,8 +204,8 @@ async fn source(
 ) -> Received {
     let transport = network.node(key);
     let info = NodeInfo { roles: vec![role], region: region(), version: "0".into() };
-    let asked: Received = Arc::default();
-    let noted = asked.clone();
+    let requests: Received = Arc::default();
+    let noted = requests.clone();
     let server = Server::new(transport.clone(), info).stream(FETCH, move |call| {
         let wanted: ArtifactFetch = codec::decode(&call.body).expect("a request");
         let before = {
@@ -217,7 +217,7 @@ async fn source(
     });
     tasks.spawn(server.run(stop.clone(), SECOND));
     transport.announce(&Topic::Control(region())).await.expect("announced");
-    asked
+    requests
 }
 
 async fn answer(call: StreamCall, offset: usize, kind: Kind, before: usize) {
@@ -263,12 +263,12 @@ async fn a_file_comes_from_a_worker_that_has_it_and_else_from_the_registry() {
     let scene = Scene::new(&[Kind::Good], Some(Kind::Good)).await;
     scene.fetch().await.expect("it comes");
     assert!(scene.is_here());
-    assert_eq!((scene.asked(0), scene.asked(1)), (vec![0], vec![]), "the registry is spared");
+    assert_eq!((scene.requests(0), scene.requests(1)), (vec![0], vec![]), "the registry is spared");
     let scene = Scene::new(&[], Some(Kind::Good)).await;
     scene.fetch().await.expect("it comes");
     assert!(scene.is_here());
     scene.fetch().await.expect("it is here");
-    assert_eq!(scene.asked(0), [0], "it is not asked again");
+    assert_eq!(scene.requests(0), [0], "it is not asked again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -284,7 +284,7 @@ async fn when_a_source_dies_another_goes_on_where_it_ended() {
     let scene = Scene::new(&[Kind::Dying(1_230_000), Kind::Good], Some(Kind::Good)).await;
     scene.fetch().await.expect("it comes");
     assert!(scene.is_here());
-    assert_eq!((scene.asked(0), scene.asked(1)), (vec![0], vec![1_230_000]));
+    assert_eq!((scene.requests(0), scene.requests(1)), (vec![0], vec![1_230_000]));
 }
 
 #[tokio::test(start_paused = true)]
@@ -296,7 +296,7 @@ async fn what_an_earlier_process_fetched_is_not_fetched_again() {
     let noted = Mutex::new(vec![]);
     let note = |there, of, begun_with| noted.lock().push((there, of, begun_with));
     scene.fetcher.fetch(&digest(), &note).await.expect("it comes");
-    assert_eq!(scene.asked(0), [2_000_000]);
+    assert_eq!(scene.requests(0), [2_000_000]);
     let noted = noted.into_inner();
     assert_eq!(noted.first(), Some(&(2_000_000, 3_000_000, 2_000_000)));
     assert_eq!(noted.last(), Some(&(3_000_000, 3_000_000, 2_000_000)));
@@ -307,16 +307,16 @@ async fn wrong_bytes_are_dropped_and_whoever_sent_them_is_not_asked_for_a_while(
     let scene = Scene::new(&[Kind::False, Kind::Good], None).await;
     scene.fetch().await.expect("the other is good");
     assert!(scene.is_here());
-    assert_eq!((scene.asked(0), scene.asked(1)), (vec![0], vec![0]));
+    assert_eq!((scene.requests(0), scene.requests(1)), (vec![0], vec![0]));
     assert_eq!(scene.fetcher.metrics.artifact_verify_failures.get(), 1);
     scene.store.evict(&digest()).expect("evicted");
     time::sleep(SECOND * 590).await;
     scene.fetch().await.expect("it comes");
-    assert_eq!(scene.asked(0).len(), 1, "ten minutes");
+    assert_eq!(scene.requests(0).len(), 1, "ten minutes");
     scene.store.evict(&digest()).expect("evicted");
     time::sleep(SECOND * 20).await;
     scene.fetch().await.expect("it comes");
-    assert_eq!(scene.asked(0).len(), 2);
+    assert_eq!(scene.requests(0).len(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -342,7 +342,7 @@ async fn a_source_whose_file_is_longer_than_listed_is_left() {
     // It is not asked again.
     scene.store.evict(&digest()).expect("evicted");
     scene.fetch().await.expect("it comes");
-    assert_eq!((scene.asked(0).len(), scene.asked(1).len()), (1, 1));
+    assert_eq!((scene.requests(0).len(), scene.requests(1).len()), (1, 1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -357,7 +357,7 @@ async fn a_source_that_trickles_is_left_for_another() {
 async fn busy_sources_are_waited_for_and_those_that_fail_are_not() {
     let scene = Scene::new(&[], Some(Kind::Busy(20))).await;
     scene.fetch().await.expect("it comes in the end");
-    assert_eq!(scene.asked(0).len(), 21);
+    assert_eq!(scene.requests(0).len(), 21);
     let scene = Scene::new(&[Kind::Dying(0)], None).await;
     let begun = Instant::now();
     let refused = scene.fetch().await.expect_err("nobody has it").to_string();
@@ -374,7 +374,7 @@ async fn a_file_without_room_is_not_asked_for_and_nothing_leaves_for_it() {
     scene.free.store(SPARE_BYTES + 1_999_999, Ordering::Relaxed);
     let refused = scene.fetch().await.expect_err("a byte is missing").to_string();
     assert!(refused.contains("the disk has no room"), "{refused}");
-    assert!(scene.store.contains(&old) && scene.asked(0).is_empty());
+    assert!(scene.store.contains(&old) && scene.requests(0).is_empty());
     assert!(!scene.fetcher.could_take(&digest(), content().len() as u64));
 }
 
@@ -431,13 +431,13 @@ async fn two_workers_of_a_machine_fetch_a_file_once() {
         fetcher.fetch(&digest(), &|_, _, _| {}).await
     });
     assert!(first.is_ok() && second.is_ok());
-    assert_eq!(scene.asked(0), [0]);
+    assert_eq!(scene.requests(0), [0]);
 }
 
 /// Creates a second fetcher on the network of a scene.
 fn second_of(scene: &Scene) -> Fetcher {
     let Fetcher { client, sources, .. } = &scene.fetcher;
-    let told = scene.free.clone();
+    let free_bytes = scene.free.clone();
     Fetcher::new(FetcherParts {
         use_of: CatalogUse::Fetch,
         client: client.clone(),
@@ -445,7 +445,7 @@ fn second_of(scene: &Scene) -> Fetcher {
         store: scene.store.clone(),
         listed: scene.listed.clone(),
         most_bytes: None,
-        free_bytes: Arc::new(move || Some(told.load(Ordering::Relaxed))),
+        free_bytes: Arc::new(move || Some(free_bytes.load(Ordering::Relaxed))),
         metrics: Metrics::new(),
     })
 }

@@ -91,7 +91,7 @@ impl Adapters {
     }
 
     /// Returns the attached adapters.
-    pub(crate) fn at_hand(&self, engine: ModelId) -> Vec<AdapterName> {
+    pub(crate) fn attached(&self, engine: ModelId) -> Vec<AdapterName> {
         let shelf = self.shelf();
         let at_hand = shelf.attached.iter().filter(|attached| attached.id.initialized());
         let names = at_hand.map(|attached| attached.name.clone());
@@ -172,7 +172,7 @@ mod tests {
         assert_eq!(adapters.evicted(ENGINE), None);
         drop(attach(&adapters, "c", 3).await);
         assert_eq!(adapters.evicted(ENGINE), Some(AdapterId(2)));
-        assert_eq!(adapters.at_hand(ENGINE), [name("a"), name("c")]);
+        assert_eq!(adapters.attached(ENGINE), [name("a"), name("c")]);
         adapters.removed(ENGINE, AdapterId(2));
         assert_eq!(adapters.evicted(ENGINE), None);
     }
@@ -202,7 +202,7 @@ mod tests {
         let next = ModelId(2);
         adapters.begin(next);
         assert!(waiting.await.is_none(), "who waits for the old one waits in vain");
-        assert_eq!(adapters.at_hand(next), []);
+        assert_eq!(adapters.attached(next), []);
         let new = adapters.lease(next, &a).await.expect("there is room");
         assert_eq!(new.id.get(), None);
         drop(old);

@@ -104,7 +104,7 @@ struct Wishes {
     /// The catalogue's `keep_alive`, in seconds.
     listed: Option<i64>,
     /// The `keep_alive` of the last request or operator while it is in memory, in seconds.
-    asked: Option<i64>,
+    requested: Option<i64>,
 }
 
 /// A model that the worker serves.
@@ -280,7 +280,7 @@ impl ModelCache {
             Some(CachedModel {
                 attested: entry.model.remote.is_none(),
                 context_length,
-                adapters: id.map(|id| entry.adapters_at_hand(id)).unwrap_or_default(),
+                adapters: id.map(|id| entry.attached_adapters(id)).unwrap_or_default(),
                 loading,
                 reason,
                 placement,
@@ -347,14 +347,14 @@ impl Entry {
     /// Applies the `keep_alive` of a request or an operator, in seconds; -1 for ever. It holds until the model is
     /// unloaded.
     pub(crate) fn keep_for(&self, secs: i64) {
-        self.wish(|wishes| wishes.asked = Some(secs));
+        self.wish(|wishes| wishes.requested = Some(secs));
     }
 
     fn wish(&self, change: impl FnOnce(&mut Wishes)) -> bool {
         let mut wishes = self.wishes.lock();
         change(&mut wishes);
         let is_pinned = self.model.is_pinned(wishes.pin);
-        let keep_alive = match wishes.asked {
+        let keep_alive = match wishes.requested {
             Some(secs) => duration_of(secs),
             None => self.model.keep_alive(wishes.listed),
         };
@@ -399,7 +399,7 @@ impl Entry {
         drop(facts);
         if residency == Residency::Changing {
             // A request's `keep_alive` ends with this time in memory.
-            self.wish(|wishes| wishes.asked = None);
+            self.wish(|wishes| wishes.requested = None);
         }
         self.order.send_replace(None);
         self.stirred.notify_one();
@@ -529,10 +529,10 @@ impl Entry {
         self.merged.store(merged, Ordering::Relaxed);
     }
 
-    fn adapters_at_hand(&self, id: ModelId) -> Vec<AdapterName> {
+    fn attached_adapters(&self, id: ModelId) -> Vec<AdapterName> {
         match &self.model.pinned_adapter {
             Some(pinned) if self.is_merged() => vec![pinned.clone()],
-            _ => self.adapters.at_hand(id),
+            _ => self.adapters.attached(id),
         }
     }
 
@@ -612,7 +612,7 @@ impl Entry {
     }
 
     /// Declares an engine dead, with the cause. If it was replaced already, nothing happens.
-    pub(crate) fn bury(&self, id: ModelId, cause: impl Into<Arc<str>>) {
+    pub(crate) fn declare_dead(&self, id: ModelId, cause: impl Into<Arc<str>>) {
         self.dead.send_replace(Some((id, cause.into())));
     }
 

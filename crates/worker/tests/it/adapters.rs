@@ -40,8 +40,8 @@ async fn scene(adapters_max: u32, mock: MockOptions) -> (Scene, Calls) {
         .to_vec();
     let config = Config { models: vec![ServedModel { adapters, adapters_max, ..model() }], ..config() };
     let calls = Calls::default();
-    let told = calls.clone();
-    let wrap = |mock| Arc::new(Attaching { mock, calls: told }) as Arc<dyn ModelRuntime>;
+    let recorded = calls.clone();
+    let wrap = |mock| Arc::new(Attaching { mock, calls: recorded }) as Arc<dyn ModelRuntime>;
     let store = |world: &crate::World| {
         let store = ArtifactStore::in_folder(world.folder.path()).expect("a store");
         for bytes in [b"a", b"b"] {
@@ -144,8 +144,8 @@ async fn pinned_scene(model_bytes: &'static [u8]) -> (Scene, Calls) {
     };
     let config = Config { models: vec![pinned], ..config() };
     let calls = Calls::default();
-    let told = calls.clone();
-    let wrap = |mock| Arc::new(Attaching { mock, calls: told }) as Arc<dyn ModelRuntime>;
+    let recorded = calls.clone();
+    let wrap = |mock| Arc::new(Attaching { mock, calls: recorded }) as Arc<dyn ModelRuntime>;
     let store = |world: &crate::World| {
         let store = ArtifactStore::in_folder(world.folder.path()).expect("a store");
         for bytes in [model_bytes, PIRATE] {

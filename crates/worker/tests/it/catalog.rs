@@ -244,8 +244,9 @@ async fn a_file_that_nobody_has_fails_the_job_and_the_report_says_why() {
     assert!(outcome.is_some());
     time::sleep(SECOND).await;
     let reports = scene.orchestrator.reports();
-    let mut told = reports.iter().flat_map(|report| &report.model_cache).filter_map(|cached| cached.reason.as_deref());
-    assert!(told.any(|why| why.contains("could not be fetched")), "{reports:?}");
+    let mut reasons =
+        reports.iter().flat_map(|report| &report.model_cache).filter_map(|cached| cached.reason.as_deref());
+    assert!(reasons.any(|why| why.contains("could not be fetched")), "{reports:?}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -99,11 +99,11 @@ async fn peers(scene: &Scene, list: &Arc<Mutex<Signed>>) -> Client {
     let world = &scene.world;
     let info = |role| NodeInfo { roles: vec![role], region: region(), version: "0".into() };
     let (registry, orchestrator) = (world.network.node(&key(20)), world.network.node(&key(21)));
-    let told = list.clone();
+    let shared = list.clone();
     let server = Server::new(registry.clone(), info(NodeRole::Registry))
         .membership(member(world, &certified(world, 20, NodeRole::Registry)))
         .unary(POOL_STATE, move |_, request: PoolStateRequest| {
-            let list = told.lock().clone();
+            let list = shared.lock().clone();
             let version = RevocationList::verify(&list, root().public_key()).expect("good").version;
             async move { Ok(PoolState { version, revocations: (version != request.version).then_some(list) }) }
         });
@@ -127,12 +127,12 @@ fn list(version: u64, keys: &[PublicKey]) -> Signed {
 #[tokio::test(start_paused = true)]
 async fn a_revoked_orchestrators_jobs_are_cut_off_and_refused_within_five_seconds() {
     let scene = admitted_scene(slow()).await;
-    let told = Arc::new(Mutex::new(list(0, &[])));
-    let orchestrator = peers(&scene, &told).await;
+    let shared = Arc::new(Mutex::new(list(0, &[])));
+    let orchestrator = peers(&scene, &shared).await;
     time::sleep(SECOND * 5).await;
     let mut stream = open(&scene, &orchestrator).await.expect("accepted");
     next(&mut stream).await.expect("it runs").expect("and well");
-    *told.lock() = list(1, &[key(21).public_key()]);
+    *shared.lock() = list(1, &[key(21).public_key()]);
     let begun = Instant::now();
     let (_, error) = read(stream).await;
     assert_eq!(error, Some(CallError::Closed));

@@ -58,9 +58,9 @@ async fn a_model_that_cannot_be_loaded_says_why_and_holds_up_no_other() {
     assert!(reason.contains("is not in the store: there is no file"), "{reason}");
     assert_eq!(scene.handle.ready_models(), [key()]);
     time::sleep(SECOND).await;
-    let told = scene.orchestrator.last().model_cache;
-    let told = told.iter().find(|model| model.state == ModelState::Error).expect("it is told");
-    assert_eq!(told.reason.as_deref(), Some(&*reason));
+    let cached = scene.orchestrator.last().model_cache;
+    let cached = cached.iter().find(|model| model.state == ModelState::Error).expect("it is told");
+    assert_eq!(cached.reason.as_deref(), Some(&*reason));
 }
 
 #[tokio::test(start_paused = true)]
@@ -210,10 +210,12 @@ async fn the_progress_of_a_load_is_reported_about_once_a_second() {
     let scene = odd(|runtime| runtime.pause = Some(SECOND / 10)).await;
     time::sleep(SECOND * 12).await;
     let reports = scene.orchestrator.reports();
-    let told: Vec<_> = reports.iter().filter_map(|report| report.model_cache.first()?.loading).collect();
-    assert!((8..=16).contains(&told.len()), "{told:?}");
-    assert!(told.windows(2).all(|pair| pair[0].percent <= pair[1].percent && pair[0].elapsed_ms <= pair[1].elapsed_ms));
-    let last = told.last().expect("some");
+    let loading: Vec<_> = reports.iter().filter_map(|report| report.model_cache.first()?.loading).collect();
+    assert!((8..=16).contains(&loading.len()), "{loading:?}");
+    assert!(
+        loading.windows(2).all(|pair| pair[0].percent <= pair[1].percent && pair[0].elapsed_ms <= pair[1].elapsed_ms)
+    );
+    let last = loading.last().expect("some");
     assert!(last.percent > 80 && last.bytes == crate::MODEL_BYTES.len() as u64, "{last:?}");
     assert_eq!(states(&scene.orchestrator.last()), [ModelState::Ready]);
     assert_eq!(scene.orchestrator.last().model_cache[0].loading, None);

@@ -52,7 +52,7 @@ fn put(world: &World, bytes: &[u8]) {
     store.put(bytes, bytes.len() as u64).expect("put");
 }
 
-fn taken(offers: &Offers) -> Vec<ModelOffer> {
+fn received(offers: &Offers) -> Vec<ModelOffer> {
     offers.lock().clone()
 }
 
@@ -65,9 +65,9 @@ fn offer(bytes: &[u8], context_length: u32) -> ModelOffer {
 async fn a_model_is_listed_before_it_is_ready() {
     let (scene, offers) = scene(config(), Ok(Empty {})).await;
     scene.handle.ready().await.expect("it loads");
-    assert_eq!(taken(&offers), [offer(MODEL_BYTES, 4_096)]);
+    assert_eq!(received(&offers), [offer(MODEL_BYTES, 4_096)]);
     time::sleep(SECOND * 60).await;
-    assert_eq!(taken(&offers).len(), 1, "a listed model is not offered again");
+    assert_eq!(received(&offers).len(), 1, "a listed model is not offered again");
 }
 
 #[tokio::test(start_paused = true)]
@@ -86,7 +86,7 @@ async fn without_a_registry_a_model_answers_and_is_listed_when_one_comes() {
     scene.handle.ready().await.expect("what is listed already needs no registry");
     let offers = registry(&scene.world, Ok(Empty {}));
     time::sleep(SECOND * 60).await;
-    assert_eq!(taken(&offers), [offer(MODEL_BYTES, 4_096)]);
+    assert_eq!(received(&offers), [offer(MODEL_BYTES, 4_096)]);
     assert_eq!(states(&scene.orchestrator.last()), [ModelState::Ready]);
 }
 
@@ -105,7 +105,7 @@ async fn a_registry_that_cannot_read_its_store_is_asked_again() {
     let (scene, offers) = scene(config(), Err(away)).await;
     scene.handle.ready().await.expect("nothing was refused");
     time::sleep(SECOND * 60).await;
-    assert!(taken(&offers).len() > 5, "{:?}", taken(&offers));
+    assert!(received(&offers).len() > 5, "{:?}", received(&offers));
     assert_eq!(states(&scene.orchestrator.last()), [ModelState::Ready]);
 }
 
@@ -114,12 +114,12 @@ async fn a_model_that_is_loaded_at_its_first_job_is_listed_before_that() {
     let tiny = ServedModel { digest: Some(Digest::of(GGUF_BYTES)), ..model() };
     let config = Config { models: vec![tiny], preload: false, ..config() };
     let (scene, offers) = scene(config, Ok(Empty {})).await;
-    while taken(&offers).is_empty() {
+    while received(&offers).is_empty() {
         time::sleep(SECOND / 100).await;
     }
-    let told = taken(&offers);
-    let facts = told[0].facts.clone().expect("the header was read");
+    let offered = received(&offers);
+    let facts = offered[0].facts.clone().expect("the header was read");
     assert_eq!((facts.architecture.as_str(), facts.trained_context), ("llama", 512));
-    assert_eq!(told, [ModelOffer { facts: Some(facts), ..offer(GGUF_BYTES, 512) }]);
+    assert_eq!(offered, [ModelOffer { facts: Some(facts), ..offer(GGUF_BYTES, 512) }]);
     assert!(scene.runtime.load_state().is_empty(), "nobody asked for it");
 }

@@ -19,7 +19,7 @@ fn wanting_progress() -> InferRequest {
 
 /// Reads to the end, checks that no silence was too long, and returns what came apart from progress, and the progress.
 async fn listen(mut stream: ResponseStream) -> (Vec<InferChunk>, Vec<Progress>, Option<CallError>) {
-    let (mut chunks, mut told, mut heard_at) = (vec![], vec![], Instant::now());
+    let (mut chunks, mut progress, mut heard_at) = (vec![], vec![], Instant::now());
     let error = loop {
         let chunk = match next(&mut stream).await {
             Some(Ok(chunk)) => chunk,
@@ -30,11 +30,11 @@ async fn listen(mut stream: ResponseStream) -> (Vec<InferChunk>, Vec<Progress>, 
         heard_at = Instant::now();
         assert_eq!((chunk.attempt, chunk.seq), (3, chunks.len() as u64), "progress takes no place");
         match chunk.progress {
-            Some(progress) => told.push(progress),
+            Some(event) => progress.push(event),
             None => chunks.push(chunk),
         }
     };
-    (chunks, told, error)
+    (chunks, progress, error)
 }
 
 #[tokio::test(start_paused = true)]
@@ -43,10 +43,10 @@ async fn a_prompt_that_is_read_for_ten_minutes_is_answered_and_tells_how_far_it_
     let scene = Scene::ready(config(), mock).await;
     let input = Input { prompt: Some("word ".repeat(3_000)), ..Input::default() };
     let stream = scene.open(&InferRequest { input, ..wanting_progress() }).await.expect("accepted");
-    let (chunks, told, error) = listen(stream).await;
+    let (chunks, progress, error) = listen(stream).await;
     assert_eq!((error, text(&chunks)), (None, MockRuntime::text(16)));
-    assert!(told.is_sorted_by_key(|progress| progress.tokens_read));
-    let last = told.last().expect("it was told");
+    assert!(progress.is_sorted_by_key(|progress| progress.tokens_read));
+    let last = progress.last().expect("it was told");
     assert!(last.tokens_read > 2_900 && last.tokens_total == 3_000, "{last:?}");
 }
 
@@ -57,10 +57,10 @@ async fn a_job_that_waits_ten_minutes_for_a_slot_is_answered() {
     let begun = Instant::now();
     let first = scene.open(&wanting_progress()).await.expect("a slot");
     let second = scene.open(&wanting_progress()).await.expect("a place");
-    let ((ran, _, _), (chunks, told, error)) = tokio::join!(listen(first), listen(second));
+    let ((ran, _, _), (chunks, progress, error)) = tokio::join!(listen(first), listen(second));
     assert_eq!((error, text(&ran), text(&chunks)), (None, MockRuntime::text(16), MockRuntime::text(16)));
     assert!(begun.elapsed() >= TEN_MINUTES * 2, "{:?}", begun.elapsed());
-    assert_eq!(told[0], Progress { tokens_read: 0, tokens_total: 3 });
+    assert_eq!(progress[0], Progress { tokens_read: 0, tokens_total: 3 });
 }
 
 #[tokio::test(start_paused = true)]
@@ -69,10 +69,10 @@ async fn whoever_waits_for_vectors_or_for_a_load_hears_of_it() {
     let scene = Scene::new(Config { preload: false, ..config() }, slow).await;
     let input = Input { embed: Some(vec![EmbedInput::Text("a".into())]), ..Input::default() };
     let stream = scene.open(&InferRequest { input, ..wanting_progress() }).await.expect("accepted");
-    let (chunks, told, error) = listen(stream).await;
+    let (chunks, progress, error) = listen(stream).await;
     assert_eq!(error, None);
     assert_eq!(chunks[0].payload.embeddings.len(), 1);
-    assert!(told.len() > 600, "{}", told.len());
+    assert!(progress.len() > 600, "{}", progress.len());
 }
 
 #[tokio::test(start_paused = true)]
@@ -87,8 +87,8 @@ async fn an_orchestrator_that_knows_no_progress_gets_none() {
 #[tokio::test(start_paused = true)]
 async fn a_silent_engine_is_not_talked_over() {
     let scene = Scene::ready(config(), MockOptions { hang_first: 1, ..MockOptions::default() }).await;
-    let (chunks, told, error) = listen(scene.open(&wanting_progress()).await.expect("accepted")).await;
-    assert_eq!((chunks, told, error), (vec![], vec![], Some(CallError::Stalled)));
+    let (chunks, progress, error) = listen(scene.open(&wanting_progress()).await.expect("accepted")).await;
+    assert_eq!((chunks, progress, error), (vec![], vec![], Some(CallError::Stalled)));
 }
 
 #[tokio::test(start_paused = true)]

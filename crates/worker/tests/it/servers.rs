@@ -81,8 +81,8 @@ async fn scene_with(outcome: Result<Empty, WireError>, config: Config) -> (Scene
 async fn report_with(scene: &Scene, state: ModelState) -> HealthReport {
     let deadline = Instant::now() + SECOND * 20;
     loop {
-        let told = scene.orchestrator.reports().pop();
-        if let Some(report) = told.filter(|report| report.model_cache.iter().any(|model| model.state == state)) {
+        let report = scene.orchestrator.reports().pop();
+        if let Some(report) = report.filter(|report| report.model_cache.iter().any(|model| model.state == state)) {
             return report;
         }
         assert!(Instant::now() < deadline, "no report tells {state:?}");

@@ -44,8 +44,8 @@ async fn each_answer_has_its_index_and_its_end_and_the_prompt_is_counted_once() 
         let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 15, cached_tokens: 0, reasoning_tokens: 0 };
         assert_eq!(last.payload.usage, Some(usage));
         // What a caller who leaves early is billed for is told once as well.
-        let told: Vec<_> = others.iter().filter_map(|chunk| chunk.payload.usage).collect();
-        assert_eq!(told, [TokenUsage { completion_tokens: 0, ..usage }]);
+        let usages: Vec<_> = others.iter().filter_map(|chunk| chunk.payload.usage).collect();
+        assert_eq!(usages, [TokenUsage { completion_tokens: 0, ..usage }]);
     }
 }
 
@@ -65,9 +65,9 @@ async fn several_prompts_are_one_job_and_each_is_counted_once() {
         let usage = last.payload.usage.expect("the last tells what it took");
         assert_eq!((usage.prompt_tokens, usage.completion_tokens), (1 + 2 + 3 + 4, 8 * 5));
         // A caller who leaves is billed for the prompts that were read by then.
-        let told: Vec<_> =
+        let progress: Vec<_> =
             others.iter().filter_map(|chunk| chunk.payload.usage).map(|usage| usage.prompt_tokens).collect();
-        assert!(told.is_sorted() && told.last() == Some(&10), "{told:?}");
+        assert!(progress.is_sorted() && progress.last() == Some(&10), "{progress:?}");
     }
 }
 

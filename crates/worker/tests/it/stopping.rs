@@ -53,8 +53,8 @@ async fn an_idle_worker_leaves_at_once_and_its_last_report_says_so() {
     let received = scene.orchestrator.received();
     let last = received.last().expect("a report came").report.clone().expect("it is believed");
     assert!(last.is_last(), "it takes no more and has nothing left: {last:?}");
-    let told = received.iter().find(|received| received.report.as_ref().is_ok_and(HealthReport::is_last));
-    assert!(told.expect("told").at - begin < SECOND, "orchestrators know within a second");
+    let last_report = received.iter().find(|received| received.report.as_ref().is_ok_and(HealthReport::is_last));
+    assert!(last_report.expect("told").at - begin < SECOND, "orchestrators know within a second");
     for topic in [Topic::Presence(region()), Topic::Model(key().model_id, key().version, region())] {
         let found = scene.world.network.node(&NodeKey::from_seed(&[9; 32])).lookup(&topic).await.expect("a lookup");
         assert!(found.is_empty(), "{topic}");

@@ -169,14 +169,14 @@ mod tests {
 
     #[test]
     fn it_is_written_down_for_people_and_for_programs() {
-        let told = conversation().markdown();
+        let markdown = conversation().markdown();
         assert!(
-            told.starts_with("# A conversation\n\n## System\n\nBe brief.\n\n## You\n\nHi\n\n## one\n\nHo\n"),
-            "{told}"
+            markdown.starts_with("# A conversation\n\n## System\n\nBe brief.\n\n## You\n\nHi\n\n## one\n\nHo\n"),
+            "{markdown}"
         );
-        assert!(told.ends_with("## two\n\nWel\n\n*The answer was stopped here.*\n"), "{told}");
-        let told: Value = serde_json::from_str(&conversation().json("two")).expect("JSON");
-        assert_eq!((&told["model"], &told["seed"]), (&json!("two"), &json!(7)));
-        assert_eq!(told["messages"][4], json!({ "role": "assistant", "content": "Wel" }));
+        assert!(markdown.ends_with("## two\n\nWel\n\n*The answer was stopped here.*\n"), "{markdown}");
+        let json: Value = serde_json::from_str(&conversation().json("two")).expect("JSON");
+        assert_eq!((&json["model"], &json["seed"]), (&json!("two"), &json!(7)));
+        assert_eq!(json["messages"][4], json!({ "role": "assistant", "content": "Wel" }));
     }
 }

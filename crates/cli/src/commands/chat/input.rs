@@ -231,8 +231,8 @@ mod tests {
             ("/set max_tokens 0", "from 1 on"),
             ("/set max_tokens", "from 1 on"),
         ] {
-            let told = parse(text).expect_err(text);
-            assert!(told.contains(words), "{text}: {told}");
+            let error = parse(text).expect_err(text);
+            assert!(error.contains(words), "{text}: {error}");
         }
     }
 }

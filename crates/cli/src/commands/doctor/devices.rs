@@ -15,10 +15,10 @@ pub(super) async fn checks(settings: &Settings) -> Vec<Check> {
     let Ok(runtime) = process_runtime() else { return vec![] };
     let kept_off = settings.worker.models.iter().filter(|model| model.gpu_layers == Some(0));
     let kept_off: Vec<_> = kept_off.map(|model| model.key().to_string()).collect();
-    told(&runtime.hardware().await, &InstalledGpus::find(Path::new("/")), &kept_off)
+    gpu_checks(&runtime.hardware().await, &InstalledGpus::find(Path::new("/")), &kept_off)
 }
 
-fn told(hardware: &Hardware, installed: &InstalledGpus, kept_off: &[String]) -> Vec<Check> {
+fn gpu_checks(hardware: &Hardware, installed: &InstalledGpus, kept_off: &[String]) -> Vec<Check> {
     let gpus = hardware.gpus();
     let free = |gpu: &&Device| format!("{gpu}, {} of {} MiB free", gpu.free_bytes >> 20, gpu.total_bytes >> 20);
     let mut lines = vec![match (&gpus[..], hardware.devices.first()) {
@@ -37,7 +37,7 @@ fn told(hardware: &Hardware, installed: &InstalledGpus, kept_off: &[String]) -> 
 
 /// Reports for each model in memory on which devices it runs, and how long its context is.
 pub(super) fn device_placements(fleet: &Fleet) -> Vec<Check> {
-    let told = |worker: &protocol::control::FleetWorker| {
+    let of_worker = |worker: &protocol::control::FleetWorker| {
         let id = worker.report.worker_id.short();
         let loaded = worker.report.model_cache.iter();
         let placed = loaded.filter_map(move |model| {
@@ -47,7 +47,7 @@ pub(super) fn device_placements(fleet: &Fleet) -> Vec<Check> {
         });
         placed.collect::<Vec<_>>()
     };
-    fleet.workers.iter().flat_map(told).collect()
+    fleet.workers.iter().flat_map(of_worker).collect()
 }
 
 fn well(line: String) -> Check {
@@ -84,20 +84,23 @@ mod tests {
         let processor = device("CPU", "Intel Xeon", DeviceKind::Cpu);
         let only_processor = Hardware { devices: vec![processor.clone()], backends: vec![] };
         let none = InstalledGpus::default();
-        assert_eq!(lines(&told(&only_processor, &none, &[])), [(false, "no GPU is here; the processor computes")]);
-        assert_eq!(lines(&told(&Hardware::default(), &none, &[])), []);
+        assert_eq!(
+            lines(&gpu_checks(&only_processor, &none, &[])),
+            [(false, "no GPU is here; the processor computes")]
+        );
+        assert_eq!(lines(&gpu_checks(&Hardware::default(), &none, &[])), []);
 
         let gpu = InstalledGpu { vendor: Vendor::Nvidia, address: "0000:01:00.0".into(), model: None };
         let one = InstalledGpus { gpus: vec![gpu], nvidia_node: DeviceNode::Usable, ..InstalledGpus::default() };
-        let checks = told(&only_processor, &one, &["mine@1.0".to_owned()]);
+        let checks = gpu_checks(&only_processor, &one, &["mine@1.0".to_owned()]);
         assert_eq!(lines(&checks)[0], (false, "the processor computes"));
-        let (is_doubtful, told_of_it) = lines(&checks)[1];
-        assert!(is_doubtful && told_of_it.contains("this build has no CUDA backend"), "{told_of_it}");
+        let (is_doubtful, line) = lines(&checks)[1];
+        assert!(is_doubtful && line.contains("this build has no CUDA backend"), "{line}");
         assert!(checks.iter().all(|check| check.well) && checks.len() == 2);
 
         let backends = vec![Backend { name: "cuda".into(), state: BackendState::Loaded { complaint: None } }];
         let devices = vec![processor, device("CUDA0", "NVIDIA\u{1b}[2J H200", DeviceKind::Gpu)];
-        let checks = told(&Hardware { devices, backends }, &one, &["mine@1.0".to_owned()]);
+        let checks = gpu_checks(&Hardware { devices, backends }, &one, &["mine@1.0".to_owned()]);
         let expected = [
             (false, "NVIDIA [2J H200 (CUDA0), 71680 of 81920 MiB free"),
             (true, "gpu_layers = 0 in the settings keeps mine@1.0 on the processor"),
@@ -115,8 +118,8 @@ mod tests {
                     {"device":"NVIDIA H200 (CUDA0)","layers":31,"gpuLayers":9,"contextLength":2048,"contextWanted":8192}}]}"#;
         let report = serde_json::from_str(&text.replace("KEY", &"ab".repeat(32))).expect("a report");
         let fleet = Fleet { workers: vec![FleetWorker { report, age_ms: 0, reserved: 0 }] };
-        let told = "mine@1.0 on abababab: 9 of 31 layers on NVIDIA H200 (CUDA0), 2048 tokens of context (8192 do not fit \
+        let line = "mine@1.0 on abababab: 9 of 31 layers on NVIDIA H200 (CUDA0), 2048 tokens of context (8192 do not fit \
                     into memory)";
-        assert_eq!(lines(&device_placements(&fleet)), [(true, told)]);
+        assert_eq!(lines(&device_placements(&fleet)), [(true, line)]);
     }
 }

@@ -299,10 +299,10 @@ impl<'a> Reader<'a> {
     /// Takes the next token, including the whitespace before it.
     fn take(&mut self) -> &'a str {
         let to = self.tokens[self.at].to;
-        let taken = &self.text[self.written..to];
+        let text = &self.text[self.written..to];
         self.at += 1;
         self.written = to;
-        taken
+        text
     }
 
     fn begins_operand(&self) -> bool {

@@ -165,15 +165,15 @@ fn of_several_gpus_those_that_compute_nothing_are_told() {
 
 #[test]
 fn what_is_told_is_one_plain_line() {
-    let told = |installed: &InstalledGpus| unused_gpus(&hardware(&[], &[]), installed)[0].to_string();
+    let line = |installed: &InstalledGpus| unused_gpus(&hardware(&[], &[]), installed)[0].to_string();
     assert_eq!(
-        told(&machine(Vendor::Nvidia)),
+        line(&machine(Vendor::Nvidia)),
         "NVIDIA GPU at 0000:01:00.0 is here and computes nothing: this build has no CUDA backend; \
          `make dist FEATURES=portable,cuda` makes one that has it"
     );
     let named = |address: &str| InstalledGpu { model: Some("NVIDIA H200".into()), ..gpu(Vendor::Nvidia, address) };
     let two = InstalledGpus { gpus: vec![named("0000:01:00.0"), named("0000:02:00.0")], ..machine(Vendor::Nvidia) };
-    assert!(told(&two).starts_with("2 times NVIDIA H200 at 0000:01:00.0, 0000:02:00.0 is here"), "{}", told(&two));
+    assert!(line(&two).starts_with("2 times NVIDIA H200 at 0000:01:00.0, 0000:02:00.0 is here"), "{}", line(&two));
     let driver = WhyUnused::NotOffered { interface: "cuda".into(), complaint: Some("no memory".into()) };
     assert_eq!(driver.to_string(), "its driver offers no cuda device: no memory");
 }

@@ -63,8 +63,8 @@ fn absent(name: &str, is_built: bool) -> Option<BackendState> {
     // Loading failed before. This attempt captures the error.
     // SAFETY: the path is a zero-terminated string that lives for the call.
     log::quietly(|| unsafe { sys::ggml_backend_load(path.as_ptr()) });
-    let told = log::take_errors().into_iter().next().unwrap_or_default();
-    let reason = told.split_once(".so: ").map_or(told.as_str(), |(_, reason)| reason);
+    let message = log::take_errors().into_iter().next().unwrap_or_default();
+    let reason = message.split_once(".so: ").map_or(message.as_str(), |(_, reason)| reason);
     Some(BackendState::NotLoadable { reason: reason.to_owned() })
 }
 

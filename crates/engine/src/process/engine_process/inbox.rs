@@ -34,7 +34,7 @@ impl Inbox<'_> {
         {
             let mut state = self.process.state();
             state.heard += 1;
-            state.asked = false;
+            state.expects_reply = false;
         }
         match message {
             ToParent::Hello { info, .. } => self.info = Some(info),

@@ -111,7 +111,7 @@ impl EngineProcess {
             return Err(error.clone());
         }
         state.queries.insert(id, asker);
-        state.asked = true;
+        state.expects_reply = true;
         Ok(PendingQuery { process: self, id, reply })
     }
 }

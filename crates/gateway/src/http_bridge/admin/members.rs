@@ -27,8 +27,8 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<Members>, ApiError> 
     let Operator { gateway, token } = operator;
     let list: NodeList = gateway.ask_registry(NODE_LIST, &OperatorRequest { token }).await?;
     let member = |node: NodeEntry| {
-        let asked = node.roles.iter().filter(|role| **role != NodeRole::Worker && node.revoked_at.is_none());
-        let answers = asked.map(|role| gateway.is_reachable(node.public_key, *role)).reduce(|one, other| one || other);
+        let roles = node.roles.iter().filter(|role| **role != NodeRole::Worker && node.revoked_at.is_none());
+        let answers = roles.map(|role| gateway.is_reachable(node.public_key, *role)).reduce(|one, other| one || other);
         Member { node, answers }
     };
     Ok(Json(Members { members: list.nodes.into_iter().map(member).collect() }))

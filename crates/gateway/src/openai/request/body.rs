@@ -472,14 +472,14 @@ impl Body {
 }
 
 /// Parses the token ids of `logit_bias`, which are strings in JSON.
-fn biases(told: BTreeMap<String, f32>) -> Result<BTreeMap<u32, f32>, WireError> {
+fn biases(given: BTreeMap<String, f32>) -> Result<BTreeMap<u32, f32>, WireError> {
     let read = |(token, bias): (String, f32)| match token.parse() {
         Ok(token) => Ok((token, bias)),
         Err(_) => {
             Err(invalid("logit_bias", &format!("must have numbers of tokens as names, and {token:?} is not one")))
         }
     };
-    told.into_iter().map(read).collect()
+    given.into_iter().map(read).collect()
 }
 
 /// Parses the model's name, which is required.

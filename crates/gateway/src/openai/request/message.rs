@@ -80,7 +80,8 @@ impl ChatMessage {
         let is_assistant = role == Role::Assistant;
         let calls = self.tool_calls.unwrap_or_default();
         refuse_unless(calls.is_empty() || is_assistant, &path("tool_calls"))?;
-        let tool_calls = calls.into_iter().enumerate().map(|(call, told)| told.convert(&path("tool_calls"), call));
+        let tool_calls =
+            calls.into_iter().enumerate().map(|(call, tool_call)| tool_call.convert(&path("tool_calls"), call));
         let tool_calls: Vec<_> = tool_calls.collect::<Result<_, _>>()?;
         let content = match self.content {
             Some(Content::Text(text)) => text,

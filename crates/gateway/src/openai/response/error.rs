@@ -95,10 +95,10 @@ mod tests {
         let loading = LoadingModel { model: key.expect("well formed"), node: "n".into(), progress };
         let mut body = BytesMut::new();
         write(&WireError::new(ErrorCode::ModelLoading, "wait").with_loading(loading), &mut body);
-        let told: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
-        assert_eq!(told["error"]["type"], "overloaded_error");
+        let error: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
+        assert_eq!(error["error"]["type"], "overloaded_error");
         assert_eq!(
-            told["loading"],
+            error["loading"],
             serde_json::json!({
                 "model": "tether-tiny@1.0", "state": "loading", "node": "n", "progress": 0.25,
                 "bytes_sent": 1_000, "total_bytes": 4_000, "eta_seconds": 6,

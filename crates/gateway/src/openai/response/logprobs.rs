@@ -108,7 +108,7 @@ impl<'a> TextLogprobs<'a> {
 
 /// Returns the most likely tokens at a token's position. The token itself is always among them.
 fn with_itself(token: &TokenLogprob) -> Likely<'_> {
-    token.top.iter().chain([token]).map(|told| (text(told), told.logprob)).collect()
+    token.top.iter().chain([token]).map(|token| (text(token), token.logprob)).collect()
 }
 
 fn top_logprob(token: &TokenLogprob) -> TopLogprob<'_> {

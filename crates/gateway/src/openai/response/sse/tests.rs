@@ -122,8 +122,8 @@ fn thoughts_and_calls_come_in_fields_of_their_own() {
         of(2, call(None, None, "{}")),
         of(3, Content { finish_reason: Some(FinishReason::ToolCalls), ..Content::default() }),
     ];
-    let told = choices(&written(&mut sse(Endpoint::Chat, false), &pieces));
-    let deltas: Vec<_> = told.iter().map(|choice| choice["delta"].clone()).collect();
+    let choices_written = choices(&written(&mut sse(Endpoint::Chat, false), &pieces));
+    let deltas: Vec<_> = choices_written.iter().map(|choice| choice["delta"].clone()).collect();
     let expected = [
         json!({"role": "assistant", "content": null, "reasoning_content": "hm"}),
         json!({"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}]}),
@@ -131,7 +131,7 @@ fn thoughts_and_calls_come_in_fields_of_their_own() {
         json!({}),
     ];
     assert_eq!(deltas, expected);
-    assert_eq!(told[3]["finish_reason"], "tool_calls");
+    assert_eq!(choices_written[3]["finish_reason"], "tool_calls");
 }
 
 #[test]
