@@ -12,7 +12,7 @@ pub struct TenantPolicy {
     /// Models that the tenant may use; all if omitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allowed_models: Option<Vec<ModelName>>,
-    /// Maximum number of requests in any 60 seconds, over all gateways.
+    /// Number of requests per minute in the long run, over all gateways. As many may come at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub requests_per_minute: Option<u32>,
 }
