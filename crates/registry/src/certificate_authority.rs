@@ -1,7 +1,5 @@
 //! The certificate authority of the pool: invites, certificates and revocations, signed with the pool's root key.
 
-mod attempts;
-
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,10 +22,9 @@ use protocol::{Clock, ErrorCode, InviteId, ModelName, PublicKey, Region, UnixMil
 use sha2::Sha256;
 use subtle::ConstantTimeEq as _;
 use tokio::sync::{RwLock, watch};
-use tokio::time::Instant;
 use tracing::{info, warn};
 
-use self::attempts::Attempts;
+use crate::secret_checks::SecretChecks;
 use crate::tokens::Pepper;
 
 /// The longest name of a node, in characters.
@@ -93,7 +90,7 @@ pub struct CertificateAuthority(Arc<Inner>);
 
 struct Inner {
     parts: CertificateAuthorityParts,
-    attempts: Attempts,
+    checks: SecretChecks,
     /// Cached, because every node asks for it every two seconds.
     list: RwLock<Option<Arc<List>>>,
     /// Notifies of each revocation.
@@ -147,8 +144,8 @@ impl From<AuthorityError> for WireError {
 
 impl CertificateAuthority {
     pub fn new(parts: CertificateAuthorityParts) -> Self {
-        let (attempts, list, changes) = (Attempts::default(), RwLock::default(), watch::Sender::new(0));
-        Self(Arc::new(Inner { parts, attempts, list, changes }))
+        let (checks, list, changes) = (SecretChecks::new(), RwLock::default(), watch::Sender::new(0));
+        Self(Arc::new(Inner { parts, checks, list, changes }))
     }
 
     /// Returns the pool: the public half of the root key.
@@ -241,20 +238,10 @@ impl CertificateAuthority {
 
     /// Redeems an invite and makes the node a member. The same node may redeem it again if the reply was lost.
     pub async fn redeem(&self, node: PublicKey, request: InviteRedeem) -> Result<Enrolled, WireError> {
-        let Inner { parts, attempts, .. } = &*self.0;
-        attempts.take(node, Instant::now())?;
+        let Inner { parts, checks, .. } = &*self.0;
         let InviteRedeem { invite_id, secret, name } = request;
         let unavailable = |error: StoreError| WireError::from(AuthorityError::from(error));
-        let record = parts.store.invite(invite_id).await.map_err(unavailable)?;
-        let Some(record) = record else {
-            return Err(WireError::new(ErrorCode::InviteUnknown, "the registry knows no such invite"));
-        };
-        let matches: bool = InviteSecret::from_hex(&secret)
-            .is_some_and(|secret| self.hash(invite_id, &secret).ct_eq(&record.hash).into());
-        if !matches {
-            warn!(invite = %invite_id, node = node.short(), "an invite was shown with a wrong secret");
-            return Err(WireError::new(ErrorCode::InviteWrongSecret, "the invite's secret is wrong"));
-        }
+        let record = checks.check(node, self.matching_invite(node, invite_id, &secret)).await?;
         // A caller with the right secret may learn the invite's state.
         let now = parts.clock.now();
         let is_own = record.redeemed.is_some_and(|redeemed| redeemed.node == node);
@@ -270,9 +257,7 @@ impl CertificateAuthority {
         match parts.store.redeem_invite(invite_id, node, now).await.map_err(unavailable)? {
             Redemption::Done | Redemption::Again => {}
             Redemption::Used => return Err(used()),
-            Redemption::Unknown => {
-                return Err(WireError::new(ErrorCode::InviteUnknown, "the registry knows no such invite"));
-            }
+            Redemption::Unknown => return Err(unknown()),
         }
         // The operator's name for the node takes precedence over the node's own.
         let name = if record.name.is_empty() { name } else { record.name };
@@ -280,6 +265,19 @@ impl CertificateAuthority {
         let certificate = self.certify(node, grant).await?;
         info!(invite = %invite_id, node = node.short(), "a node has joined");
         Ok(Enrolled { certificate, revocations: self.revocations().await? })
+    }
+
+    /// Returns the invite if this is its secret.
+    async fn matching_invite(&self, node: PublicKey, id: InviteId, secret: &str) -> Result<InviteRecord, WireError> {
+        let record = self.0.parts.store.invite(id).await.map_err(AuthorityError::from)?;
+        let record = record.ok_or_else(unknown)?;
+        let matches: bool =
+            InviteSecret::from_hex(secret).is_some_and(|secret| self.hash(id, &secret).ct_eq(&record.hash).into());
+        if matches {
+            return Ok(record);
+        }
+        warn!(invite = %id, node = node.short(), "an invite was shown with a wrong secret");
+        Err(WireError::new(ErrorCode::InviteWrongSecret, "the invite's secret is wrong"))
     }
 
     /// Issues a member's next certificate, with the roles, regions and models in the registry's records.
@@ -370,17 +368,6 @@ impl CertificateAuthority {
         Ok(list)
     }
 
-    /// Refuses a key that has used a wrong secret too often.
-    pub(crate) fn check_attempts(&self, key: PublicKey) -> Result<(), WireError> {
-        self.0.attempts.check(key, Instant::now())
-    }
-
-    /// Counts a wrong secret used by a key.
-    pub(crate) fn count_attempt(&self, key: PublicKey) {
-        // The result does not matter: once the limit is reached, the next check refuses the key.
-        let _ = self.0.attempts.take(key, Instant::now());
-    }
-
     async fn is_revoked(&self, node: PublicKey) -> Result<bool, StoreError> {
         Ok(self.list().await?.all.contains(&node))
     }
@@ -393,6 +380,10 @@ impl CertificateAuthority {
         mac.update(&secret.0);
         mac.finalize().into_bytes().into()
     }
+}
+
+fn unknown() -> WireError {
+    WireError::new(ErrorCode::InviteUnknown, "the registry knows no such invite")
 }
 
 fn used() -> WireError {

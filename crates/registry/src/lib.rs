@@ -6,6 +6,7 @@ pub mod certificate_authority;
 pub mod models;
 pub mod policies;
 pub mod registry;
+mod secret_checks;
 pub mod tokens;
 
 pub use certificate_authority::{AuthorityError, CertificateAuthority, CertificateAuthorityParts, Grant};

@@ -33,6 +33,7 @@ use crate::adapters::{self, AdapterError};
 use crate::catalog::OfferError;
 use crate::certificate_authority::{AuthorityError, CertificateAuthority, Grant};
 use crate::models::{self, ModelError};
+use crate::secret_checks::SecretChecks;
 use crate::tokens::{Pepper, TokenIssuer};
 use crate::{catalog, policies};
 
@@ -63,6 +64,7 @@ pub struct RegistryParts {
 pub struct Registry {
     parts: RegistryParts,
     tokens: TokenIssuer,
+    operator_checks: SecretChecks,
     membership: Membership,
     artifacts: Option<ArtifactServer>,
 }
@@ -78,7 +80,8 @@ impl Registry {
         let membership = Membership::new(authority.pool(), own_key, certificate, parts.clock.clone())
             .expect("what the authority has just signed is good");
         let artifacts = parts.artifacts.clone().map(|store| ArtifactServer::new(store, membership.clone()));
-        let registry = Arc::new(Self { parts, tokens, membership, artifacts });
+        let operator_checks = SecretChecks::new();
+        let registry = Arc::new(Self { parts, tokens, operator_checks, membership, artifacts });
         registry.take_revocations().await?;
         let server = registry.serve(registry.server());
         let announced = announce::keep_announced(&*transport, &topic, &stop);
@@ -122,13 +125,8 @@ impl Registry {
 
     /// Checks that an API token has operator rights. Any node may bring it.
     async fn operator(&self, caller: Caller, token: &str) -> Result<(), WireError> {
-        let authority = &self.parts.authority;
-        authority.check_attempts(caller.key)?;
-        let checked = self.tokens.check(token).await;
-        if checked.as_ref().is_err_and(|error| error.code == ErrorCode::InvalidApiKey) {
-            authority.count_attempt(caller.key);
-        }
-        if checked?.scopes.contains(&Scope::Admin) {
+        let grant = self.operator_checks.check(caller.key, self.tokens.check(token)).await?;
+        if grant.scopes.contains(&Scope::Admin) {
             Ok(())
         } else {
             Err(WireError::new(ErrorCode::InsufficientScope, "this API key may not operate the network"))

@@ -121,7 +121,9 @@ impl Scene {
         let (region, version): (Region, _) = ("local".parse().expect("a region"), "0".to_owned());
         let artifacts = None;
         let parts = RegistryParts { transport, region, clock, store, artifacts, pepper, authority, version };
-        let registry = Arc::new(Registry { parts, tokens: tokens.clone(), membership, artifacts: None });
+        let operator_checks = SecretChecks::new();
+        let registry =
+            Arc::new(Registry { parts, tokens: tokens.clone(), operator_checks, membership, artifacts: None });
         let tasks = TaskTracker::new();
         let server = registry.serve(registry.server());
         tasks.spawn(server.run(CancellationToken::new(), DRAIN));

@@ -167,6 +167,30 @@ async fn whoever_guesses_at_invites_is_slowed_down() {
 }
 
 #[tokio::test]
+async fn strangers_with_wrong_secrets_lock_out_no_operator_and_no_invite() {
+    let test = test().await;
+    let (invite, token) = (test.invite().await, test.token(&[Scope::Admin]).await);
+    let bogus = InviteRedeem { invite_id: InviteId([0; 8]), secret: "x".into(), name: String::new() };
+    let mut limited = 0;
+    for stranger in 100..160 {
+        let stranger = test.newcomer(stranger);
+        for _ in 0..10 {
+            let refused = stranger.call::<_, Enrolled>(test.registry, INVITE_REDEEM, &bogus, SECOND).await;
+            limited += u32::from(code(refused) == ErrorCode::RateLimitExceeded);
+            let request = OperatorRequest { token: "nonsense".into() };
+            let refused = stranger.call::<_, NodeList>(test.registry, NODE_LIST, &request, SECOND).await;
+            limited += u32::from(code(refused) == ErrorCode::RateLimitExceeded);
+        }
+    }
+    assert_eq!(limited, 0, "each key has its own ten attempts of each kind");
+
+    let revoke = NodeRevoke { token, public_key: key(50).public_key() };
+    let revoked = test.stranger.call::<_, NodeRevoked>(test.registry, NODE_REVOKE, &revoke, SECOND).await;
+    assert!(!revoked.expect("an operator's token is right").found);
+    test.join(&test.newcomer(10), &invite).await.expect("an invite's secret is right");
+}
+
+#[tokio::test]
 async fn only_an_operators_token_makes_invites_revokes_and_lists() {
     let test = test().await;
     let infer = test.token(&[Scope::Infer]).await;
