@@ -6,15 +6,16 @@
 //! seen to move past its last write. Setting the modification time changes the change time. Only the owner, who can
 //! write through an open descriptor anyway, and root, who can set the clock, can get around this.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
+use std::sync::LazyLock;
 use std::thread;
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 use protocol::Digest;
+use quick_cache::unsync::Cache;
 
 /// Shorter files are hashed again, which takes less time than remembering them.
 const BYTES_MIN: u64 = 16 << 20;
@@ -24,7 +25,9 @@ const CLOCK_EVERY: Duration = Duration::from_millis(1);
 const CLOCK_READS: u32 = 50;
 
 /// The files by device and inode number, as the kernel reports them. Stores of one folder share this map.
-static KNOWN: Mutex<BTreeMap<(u64, u64), Known>> = Mutex::new(BTreeMap::new());
+static KNOWN: LazyLock<Mutex<Files>> = LazyLock::new(|| Mutex::new(Cache::new(FILES_MAX)));
+
+type Files = Cache<(u64, u64), Known>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Known {
@@ -37,7 +40,7 @@ struct Known {
 /// A file time in seconds and nanoseconds.
 type Time = (i64, i64);
 
-fn known() -> MutexGuard<'static, BTreeMap<(u64, u64), Known>> {
+fn known() -> MutexGuard<'static, Files> {
     KNOWN.lock()
 }
 
@@ -66,12 +69,8 @@ pub(crate) fn remember(file: &File, digest: Digest, settled: Time) -> io::Result
     let metadata = file.metadata()?;
     let (written, changed) = times(&metadata);
     if written == settled {
-        let mut files = known();
-        if files.len() >= FILES_MAX {
-            files.clear();
-        }
         let file = (metadata.dev(), metadata.ino());
-        files.insert(file, Known { digest, bytes: metadata.len(), written, changed });
+        known().insert(file, Known { digest, bytes: metadata.len(), written, changed });
     }
     Ok(())
 }

@@ -1,6 +1,5 @@
 //! Authenticates API tokens: asks the registry and caches its answer for a few seconds.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,13 +7,14 @@ use parking_lot::Mutex;
 use protocol::control::TokenGrant;
 use protocol::token::ApiToken;
 use protocol::{Digest, ErrorCode, UnixMillis, WireError};
+use quick_cache::unsync::Cache;
 use rpc::rate_limit::{Quota, RateLimit};
 use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
 use crate::request_context::Origin;
 
-/// Maximum number of cached tokens.
+/// Maximum number of cached tokens. Those in use stay when strangers show many others.
 const TOKENS_MAX: usize = 10_000;
 /// How long a refusal is cached. It is short, so that a new token works at once.
 const REFUSAL_BELIEVED: Duration = Duration::from_secs(1);
@@ -31,7 +31,7 @@ pub(crate) struct Authentication {
     believed: Duration,
     /// How long a grant stays valid after its last confirmation while no registry answers.
     absence_max: Duration,
-    checks: Mutex<HashMap<Digest, Entry>>,
+    checks: Mutex<Cache<Digest, Entry>>,
     failures: RateLimit<(Option<Origin>, String)>,
 }
 
@@ -58,7 +58,7 @@ struct Confirmed {
 
 impl Authentication {
     pub(crate) fn new(believed: Duration, absence_max: Duration) -> Self {
-        Self { believed, absence_max, checks: Mutex::default(), failures: RateLimit::new() }
+        Self { believed, absence_max, checks: Mutex::new(Cache::new(TOKENS_MAX)), failures: RateLimit::new() }
     }
 
     /// Returns what a token allows. The future `ask` queries the registry. It is dropped without being polled if the
@@ -112,23 +112,12 @@ impl Authentication {
     fn entry(&self, token: Digest) -> Entry {
         let now = Instant::now();
         let is_believed = |entry: &Entry| entry.check.get().is_none_or(|check| check.until > now);
-        let may_stand = |entry: &Entry| {
-            let confirmed = entry.check.get().and_then(|check| check.confirmed.as_ref());
-            confirmed.is_some_and(|confirmed| now < confirmed.at + self.absence_max)
-        };
         let mut checks = self.checks.lock();
         let last = checks.get(&token);
         if let Some(entry) = last.filter(|entry| is_believed(entry)) {
             return entry.clone();
         }
         let confirmed = last.and_then(|entry| entry.check.get()?.confirmed.clone());
-        if checks.len() >= TOKENS_MAX {
-            checks.retain(|_, entry| entry.check.initialized() && (is_believed(entry) || may_stand(entry)));
-            // Asking again is cheap; unbounded memory is not.
-            if checks.len() >= TOKENS_MAX {
-                checks.clear();
-            }
-        }
         let entry = Entry { check: Arc::default(), confirmed };
         checks.insert(token, entry.clone());
         entry
@@ -290,6 +279,28 @@ mod tests {
         fixture.check(&token(1), Ok(grant(None))).await.expect("another key is not held up");
         tokio::time::advance(Duration::from_mins(1)).await;
         assert_eq!(fixture.check("tth_live_x", Err(invalid())).await, Err(ErrorCode::InvalidApiKey));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_crowd_of_wrong_tokens_pushes_out_no_token_in_use() {
+        let fixture = Fixture::new();
+        let crowd = async |first: usize| {
+            for number in first..first + 2 * TOKENS_MAX {
+                let mut random = [7; RANDOM_BYTES];
+                random[..8].copy_from_slice(&number.to_le_bytes());
+                let token = ApiToken::generate(TokenKind::Live, &random).to_string();
+                let answer = async { Err(invalid()) };
+                fixture.authentication.check(Some(&token), None, NOW, false, answer).await.expect_err("wrong");
+            }
+        };
+        crowd(0).await;
+        for _ in 0..2 {
+            fixture.check(&token(1), Ok(grant(None))).await.expect("granted");
+        }
+        crowd(2 * TOKENS_MAX).await;
+        fixture.check(&token(1), Err(invalid())).await.expect("believed");
+        assert_eq!(fixture.calls.get(), 1);
+        assert!(fixture.authentication.checks.lock().len() <= TOKENS_MAX);
     }
 
     fn away() -> Result<TokenGrant, WireError> {

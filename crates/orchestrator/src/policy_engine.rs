@@ -1,6 +1,5 @@
 //! Decides for each job what its tenant may do. Policies come from the registry; changes apply within seconds.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +8,11 @@ use parking_lot::Mutex;
 use protocol::model::ModelKey;
 use protocol::policy::TenantPolicy;
 use protocol::{ErrorCode, TenantId, WireError};
+use quick_cache::unsync::Cache;
 use rpc::rate_limit::{Quota, RateLimit};
 use tokio::time::Instant;
 
-/// The most tenants remembered; the least recently used is removed first.
+/// Maximum number of tenants whose policies are cached.
 const TENANTS_MAX: usize = 10_000;
 
 /// Source of tenants' policies.
@@ -29,20 +29,19 @@ pub struct PolicyEngine {
     source: Arc<dyn PolicySource>,
     fresh: Duration,
     absence_max: Duration,
-    tenants: Mutex<HashMap<TenantId, Tenant>>,
+    tenants: Mutex<Cache<TenantId, Tenant>>,
     requests: RateLimit<TenantId>,
 }
 
 struct Tenant {
     policy: Arc<TenantPolicy>,
     read_at: Instant,
-    used_at: Instant,
 }
 
 impl PolicyEngine {
     /// Makes an engine that caches policies for `fresh`, or for up to `absence_max` while no registry answers.
     pub fn new(source: Arc<dyn PolicySource>, fresh: Duration, absence_max: Duration) -> Self {
-        Self { source, fresh, absence_max, tenants: Mutex::default(), requests: RateLimit::new() }
+        Self { source, fresh, absence_max, tenants: Mutex::new(Cache::new(TENANTS_MAX)), requests: RateLimit::new() }
     }
 
     /// Admits a job if its tenant may use at least one of these models and is within its rate limit; otherwise returns
@@ -65,10 +64,7 @@ impl PolicyEngine {
 
     /// Returns a tenant's cached policy, however old.
     fn cached(&self, tenant_id: &TenantId) -> Option<Arc<TenantPolicy>> {
-        let mut tenants = self.tenants.lock();
-        let tenant = tenants.get_mut(tenant_id)?;
-        tenant.used_at = Instant::now();
-        Some(tenant.policy.clone())
+        self.tenants.lock().get(tenant_id).map(|tenant| tenant.policy.clone())
     }
 
     /// Counts a request. The burst is a whole minute's requests: no gateway allows a larger one, so a client that obeys
@@ -104,21 +100,10 @@ impl PolicyEngine {
     }
 
     fn remember(&self, tenant_id: &TenantId, policy: TenantPolicy) {
-        let now = Instant::now();
         let mut tenants = self.tenants.lock();
-        if let Some(tenant) = tenants.get_mut(tenant_id) {
-            tenant.read_at = now;
-            if *tenant.policy != policy {
-                tenant.policy = Arc::new(policy);
-            }
-            return;
-        }
-        if tenants.len() >= TENANTS_MAX
-            && let Some(idle) = tenants.iter().min_by_key(|(_, tenant)| tenant.used_at).map(|(id, _)| id.clone())
-        {
-            tenants.remove(&idle);
-        }
-        tenants.insert(tenant_id.clone(), Tenant { policy: Arc::new(policy), read_at: now, used_at: now });
+        let known = tenants.get(tenant_id).map(|tenant| &tenant.policy);
+        let policy = known.filter(|known| ***known == policy).cloned().unwrap_or_else(|| Arc::new(policy));
+        tenants.insert(tenant_id.clone(), Tenant { policy, read_at: Instant::now() });
     }
 }
 

@@ -1,13 +1,13 @@
 //! Token buckets by key, which limit how often a peer, a tenant or an address may call.
 
-use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use quick_cache::unsync::Cache;
 use tokio::time::Instant;
 
-/// Maximum number of buckets. Full buckets can be dropped, so only busy keys count.
+/// Maximum number of buckets. A dropped bucket is a full one, so the cache keeps those in use.
 const KEYS_MAX: usize = 65_536;
 /// The longest `retry_after`. Official SDKs give up above it.
 const WAIT_MAX: Duration = Duration::from_mins(2);
@@ -71,7 +71,7 @@ fn decide(bucket: Instant, quota: Quota, now: Instant) -> (Instant, Verdict) {
 /// Token buckets by key.
 pub struct RateLimit<K> {
     /// The time at which each key's bucket will be full.
-    buckets: Mutex<HashMap<K, Instant>>,
+    buckets: Mutex<Cache<K, Instant>>,
 }
 
 impl<K: Eq + Hash> Default for RateLimit<K> {
@@ -83,24 +83,18 @@ impl<K: Eq + Hash> Default for RateLimit<K> {
 impl<K: Eq + Hash> RateLimit<K> {
     /// Makes a limit with no buckets. A key without a bucket has a full one.
     pub fn new() -> Self {
-        Self { buckets: Mutex::default() }
+        Self { buckets: Mutex::new(Cache::new(KEYS_MAX)) }
     }
 
     /// Counts one request against a key's bucket and returns the verdict.
     pub fn take(&self, key: K, quota: Quota) -> Verdict {
         let now = Instant::now();
         let mut buckets = self.buckets.lock();
-        if buckets.len() >= KEYS_MAX && !buckets.contains_key(&key) {
-            buckets.retain(|_, full| *full > now);
-            // All buckets are in use. Dropping them lets some requests too many pass, which is better than refusing new
-            // keys.
-            if buckets.len() >= KEYS_MAX {
-                buckets.clear();
-            }
+        let bucket = buckets.get(&key).copied();
+        let (full, verdict) = decide(bucket.unwrap_or(now), quota, now);
+        if verdict.allowed {
+            buckets.insert(key, full);
         }
-        let bucket = buckets.entry(key).or_insert(now);
-        let (full, verdict) = decide(*bucket, quota, now);
-        *bucket = full;
         verdict
     }
 
@@ -153,14 +147,18 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn keys_are_forgotten_once_their_buckets_are_full() {
+    async fn a_crowd_of_keys_refills_no_bucket_in_use_and_memory_is_bounded() {
         let limit = RateLimit::new();
-        for key in 0..KEYS_MAX {
-            limit.take(key, QUOTA);
-        }
-        tokio::time::advance(Duration::from_secs(2)).await;
-        limit.take(KEYS_MAX, QUOTA);
-        assert_eq!(limit.buckets.lock().len(), 1);
+        let crowd = |first: usize| {
+            for key in first..first + 2 * KEYS_MAX {
+                assert!(limit.take(key, QUOTA).allowed);
+            }
+        };
+        crowd(1);
+        while limit.take(0, QUOTA).allowed {}
+        crowd(1 + 2 * KEYS_MAX);
+        assert!(!limit.take(0, QUOTA).allowed);
+        assert!(limit.buckets.lock().len() <= KEYS_MAX);
     }
 
     proptest! {

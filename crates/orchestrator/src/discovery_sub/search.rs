@@ -3,7 +3,7 @@
 //! Anyone may announce on a topic, and a lookup returns a random selection of records. So a topic only names nodes to
 //! ask, a few at a time, and nodes without a report are asked at growing intervals.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use protocol::control::{Empty, PRESENCE_DESCRIBE};
 use protocol::health::HEARTBEAT;
 use protocol::signature::Signed;
 use protocol::{PublicKey, Region, Topic};
+use quick_cache::unsync::Cache;
 use rpc::{CallError, Client, Transport, backoff};
 use tokio::sync::Semaphore;
 use tokio::time::{self, Instant};
@@ -54,10 +55,9 @@ pub struct Search {
 }
 
 /// Nodes that are not to be asked now.
-#[derive(Debug, Default)]
 struct Contacts {
     now: HashSet<PublicKey>,
-    resting: HashMap<PublicKey, Rest>,
+    resting: Cache<PublicKey, Rest>,
 }
 
 /// A node that had no report.
@@ -65,6 +65,12 @@ struct Contacts {
 struct Rest {
     failures: u32,
     until: Instant,
+}
+
+impl Default for Contacts {
+    fn default() -> Self {
+        Self { now: HashSet::new(), resting: Cache::new(RESTING_MAX) }
+    }
 }
 
 impl Contacts {
@@ -79,13 +85,6 @@ impl Contacts {
         if is_worker {
             self.resting.remove(&key);
             return;
-        }
-        if self.resting.len() >= RESTING_MAX && !self.resting.contains_key(&key) {
-            self.resting.retain(|_, rest| rest.until > now);
-            // There are too many unknown nodes: asking some of them too often costs less than unbounded memory.
-            if self.resting.len() >= RESTING_MAX {
-                self.resting.clear();
-            }
         }
         let failures = self.resting.get(&key).map_or(1, |rest| rest.failures.saturating_add(1));
         let nominal = backoff::doubled(REST, REST_MAX, failures);
@@ -223,7 +222,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn who_has_nothing_to_say_is_asked_ever_more_rarely_and_memory_is_bounded() {
+    async fn who_has_nothing_to_say_is_asked_ever_more_rarely() {
         let (own, key) = (PublicKey([0; 32]), PublicKey([1; 32]));
         let (mut contacts, begin) = (Contacts::default(), Instant::now());
         let mut times = 0;
@@ -239,11 +238,21 @@ mod tests {
         assert!((14..=24).contains(&times), "asked {times} times in an hour");
         contacts.note(own, key, true, begin);
         assert!(contacts.is_due(key, begin), "a worker is not held back");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_crowd_of_strangers_takes_bounded_memory_and_makes_no_other_forgotten() {
+        let (own, key) = (PublicKey([0; 32]), PublicKey([1; 32]));
+        let (mut contacts, begin) = (Contacts::default(), Instant::now());
+        for _ in 0..3 {
+            contacts.note(own, key, false, begin);
+        }
         for number in 0..3 * RESTING_MAX as u64 {
             let mut bytes = [7; 32];
             bytes[..8].copy_from_slice(&number.to_le_bytes());
             contacts.note(own, PublicKey(bytes), false, begin);
             assert!(contacts.resting.len() <= RESTING_MAX);
         }
+        assert!(!contacts.is_due(key, begin));
     }
 }

@@ -3,6 +3,8 @@
 //! Unary calls are `@hyperswarm/rpc` requests whose values are JSON strings, so that a plain Node client can make them.
 //! Each stream is a Protomux channel of the protocol `tether/stream/1`, with an id that its opener draws at random.
 
+mod hints;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
@@ -28,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time;
 use tracing::debug;
 
+use self::hints::Hints;
 use super::{Channel, Connection, Incoming, Reply, RequestError, Transport, TransportError};
 use crate::identity;
 
@@ -47,8 +50,6 @@ const RESPONSE_QUEUE_BYTES: usize = 4 * 1024 * 1024;
 /// How many bytes of a stream's request may be unread before the connection waits. Requests are read as fast as they
 /// arrive.
 const REQUEST_QUEUE_BYTES: usize = 512 * 1024;
-/// The number of peers whose addresses are remembered from lookups.
-const HINTS_MAX: usize = 4096;
 /// The timeout of a lookup. Peers found by then are returned.
 const LOOKUP: Duration = Duration::from_secs(2);
 /// How long the next reply may take once a lookup has found a peer. Nodes that are gone stay in the routing tables of
@@ -150,8 +151,7 @@ pub struct HyperswarmTransport {
     /// `None` if the node only calls others.
     server: Option<Arc<Server>>,
     announced: Mutex<HashMap<Topic, TopicAnnouncer>>,
-    /// By peer, the addresses at which lookups said that it can be asked for.
-    hints: Mutex<HashMap<PublicKey, Vec<SocketAddrV4>>>,
+    hints: Hints,
     remembered: Vec<PublicKey>,
 }
 
@@ -179,7 +179,7 @@ impl HyperswarmTransport {
             Some(Arc::new(server))
         };
         let public_key = key.public_key();
-        let (announced, hints) = Default::default();
+        let (announced, hints) = (Mutex::default(), Hints::new());
         Ok(Arc::new(Self { dht, key_pair, public_key, server, announced, hints, remembered }))
     }
 
@@ -226,10 +226,6 @@ impl HyperswarmTransport {
     fn announced(&self) -> MutexGuard<'_, HashMap<Topic, TopicAnnouncer>> {
         self.announced.lock()
     }
-
-    fn hints(&self) -> MutexGuard<'_, HashMap<PublicKey, Vec<SocketAddrV4>>> {
-        self.hints.lock()
-    }
 }
 
 #[async_trait]
@@ -240,7 +236,7 @@ impl Transport for HyperswarmTransport {
 
     async fn connect(&self, peer: PublicKey) -> Result<Arc<dyn Connection>, TransportError> {
         // The hints save a walk through the DHT. A peer that has moved is found by the walk.
-        let relay_addresses = self.hints().get(&peer).cloned().unwrap_or_default();
+        let relay_addresses = self.hints.of(peer);
         let options = ConnectOptions { timeout: CONNECT, relay_addresses, ..ConnectOptions::default() };
         let stream = self.dht.connect(&self.key_pair, foreign(peer), options).await.map_err(|error| {
             debug!(peer = peer.short(), %error, "no connection");
@@ -301,12 +297,7 @@ impl Transport for HyperswarmTransport {
         };
         let _ = time::timeout(LOOKUP, all).await;
         let keys = found.keys().copied().collect();
-        let mut hints = self.hints();
-        if hints.len() + found.len() > HINTS_MAX {
-            // Anyone may announce on a topic, so the table is bounded. Without hints, connecting only takes longer.
-            hints.clear();
-        }
-        hints.extend(found.into_iter().filter(|(_, addresses)| !addresses.is_empty()).take(HINTS_MAX));
+        self.hints.learn(found);
         Ok(keys)
     }
 
