@@ -13,6 +13,7 @@ use super::commands::{
     ANNOUNCE, FIND_PEER, IMMUTABLE_GET, IMMUTABLE_PUT, LOOKUP, MUTABLE_GET, MUTABLE_PUT, UNANNOUNCE,
 };
 use super::records::{Announcement, Audience, LookupReply, MutableValue, Peer, Purpose, SEQ_REUSED, SEQ_TOO_LOW};
+use super::router::Router;
 use crate::compact_encoding::Decoder;
 use crate::crypto::{PublicKey, hash};
 use crate::dht_rpc::{AgingMap, DhtRequest, Id, ReplyOptions, Token};
@@ -51,16 +52,6 @@ impl Default for Limits {
             value_age_max: Duration::from_hours(48),
         }
     }
-}
-
-/// Routes to servers that announced themselves under the hash of their own key.
-pub trait Routes {
-    /// Returns the record of a server if this node has one.
-    fn record(&self, target: &Id, now: Instant) -> Option<Bytes>;
-    /// Remembers that a server announced itself from `relay`. Returns `false` if the table is full.
-    fn learn(&mut self, target: Id, relay: SocketAddrV4, record: Bytes, now: Instant) -> bool;
-    /// Forgets the route to a server.
-    fn forget(&mut self, target: &Id);
 }
 
 /// A request to the store.
@@ -124,7 +115,7 @@ impl Store {
     }
 
     /// Answers a request of another node. Returns `false` if this node is not persistent or does not know the command.
-    pub fn on_request(&mut self, request: &DhtRequest, routes: &mut impl Routes, now: Instant) -> bool {
+    pub fn on_request(&mut self, request: &DhtRequest, router: &mut Router, now: Instant) -> bool {
         let Some(node) = &request.local_id else { return false };
         let question = Question {
             command: request.command,
@@ -134,7 +125,7 @@ impl Store {
             from: request.from,
             node,
         };
-        match self.answer(question, routes, now) {
+        match self.answer(question, router, now) {
             Answer::Value(value) => request.reply(value.as_deref()),
             Answer::Done => request.reply_with(None, &ReplyOptions::bare()),
             Answer::Error(code) => request.error(code),
@@ -145,13 +136,13 @@ impl Store {
     }
 
     /// Decides what to answer.
-    pub fn answer(&mut self, question: Question<'_>, routes: &mut impl Routes, now: Instant) -> Answer {
+    pub fn answer(&mut self, question: Question<'_>, router: &mut Router, now: Instant) -> Answer {
         let Some(target) = question.target else { return Answer::Silence };
         match question.command {
-            FIND_PEER => Answer::Value(routes.record(target, now)),
-            LOOKUP => self.on_lookup(target, routes, now),
-            ANNOUNCE => self.on_announce(question, routes, now).map_or(Answer::Silence, |()| Answer::Done),
-            UNANNOUNCE => self.on_unannounce(question, routes).map_or(Answer::Silence, |()| Answer::Done),
+            FIND_PEER => Answer::Value(router.record(target, now)),
+            LOOKUP => self.on_lookup(target, router, now),
+            ANNOUNCE => self.on_announce(question, router, now).map_or(Answer::Silence, |()| Answer::Done),
+            UNANNOUNCE => self.on_unannounce(question, router).map_or(Answer::Silence, |()| Answer::Done),
             MUTABLE_GET => self.on_mutable_get(target, question.value, now).unwrap_or(Answer::Silence),
             MUTABLE_PUT => self.on_mutable_put(question, now).unwrap_or(Answer::Silence),
             IMMUTABLE_GET => Answer::Value(self.immutables.get(target, now).cloned()),
@@ -167,26 +158,26 @@ impl Store {
     }
 
     /// Removes an announcement that this node made to itself.
-    pub fn unannounce(&mut self, target: &Id, public_key: &PublicKey, routes: &mut impl Routes) {
+    pub fn unannounce(&mut self, target: &Id, public_key: &PublicKey, router: &mut Router) {
         if hash(&[public_key.as_bytes()]) == *target {
-            routes.forget(target);
+            router.forget(target);
         }
         self.topics.remove(target, public_key);
     }
 
-    fn on_lookup(&mut self, target: &Id, routes: &impl Routes, now: Instant) -> Answer {
+    fn on_lookup(&mut self, target: &Id, router: &Router, now: Instant) -> Answer {
         let mut records = self.topics.draw(target, PEERS_MAX, now);
         if records.len() < PEERS_MAX {
-            records.extend(routes.record(target, now));
+            records.extend(router.record(target, now));
         }
         Answer::Value((!records.is_empty()).then(|| LookupReply::encode(&records, 0).into()))
     }
 
-    fn on_announce(&mut self, question: Question<'_>, routes: &mut impl Routes, now: Instant) -> Option<()> {
+    fn on_announce(&mut self, question: Question<'_>, router: &mut Router, now: Instant) -> Option<()> {
         let (target, token) = (question.target?, question.token?);
         let announcement = Announcement::decode(question.value?).ok()?;
         if announcement.peer.is_none() {
-            return self.renew(&announcement.refresh?, question.from, routes, now);
+            return self.renew(&announcement.refresh?, question.from, router, now);
         }
         let audience = Audience { target, node: question.node, token };
         let peer = announcement.verified(Purpose::Announce, audience)?;
@@ -195,7 +186,7 @@ impl Store {
             relay_addresses: peer.relay_addresses.iter().copied().take(RELAYS_KEPT).collect(),
         };
         let renewal = Renewal { target: *target, public_key: kept.public_key, record: kept.encode().into() };
-        self.keep(&renewal, question.from, routes, now)?;
+        self.keep(&renewal, question.from, router, now)?;
         if let Some(refresh) = announcement.refresh {
             self.renewals.insert(refresh, renewal, now);
         }
@@ -203,32 +194,32 @@ impl Store {
     }
 
     /// Renews an announcement for a sender that reveals the preimage of its last link.
-    fn renew(&mut self, link: &[u8; 32], from: SocketAddrV4, routes: &mut impl Routes, now: Instant) -> Option<()> {
+    fn renew(&mut self, link: &[u8; 32], from: SocketAddrV4, router: &mut Router, now: Instant) -> Option<()> {
         let last = hash(&[link]);
         let renewal = self.renewals.get(&last, now)?.clone();
-        self.keep(&renewal, from, routes, now)?;
+        self.keep(&renewal, from, router, now)?;
         self.renewals.remove(&last);
         self.renewals.insert(*link, renewal, now);
         Some(())
     }
 
-    fn keep(&mut self, renewal: &Renewal, from: SocketAddrV4, routes: &mut impl Routes, now: Instant) -> Option<()> {
+    fn keep(&mut self, renewal: &Renewal, from: SocketAddrV4, router: &mut Router, now: Instant) -> Option<()> {
         let Renewal { target, public_key, record } = renewal;
         // A peer that announces itself under its own key is reached through this node from now on.
         if hash(&[public_key.as_bytes()]) == *target {
             self.topics.remove(target, public_key);
-            return routes.learn(*target, from, record.clone(), now).then_some(());
+            return router.learn(*target, from, record.clone(), now).then_some(());
         }
         self.topics.insert(*target, *public_key, record.clone(), now);
         Some(())
     }
 
-    fn on_unannounce(&mut self, question: Question<'_>, routes: &mut impl Routes) -> Option<()> {
+    fn on_unannounce(&mut self, question: Question<'_>, router: &mut Router) -> Option<()> {
         let (target, token) = (question.target?, question.token?);
         let announcement = Announcement::decode(question.value?).ok()?;
         let audience = Audience { target, node: question.node, token };
         let public_key = announcement.verified(Purpose::Unannounce, audience)?.public_key;
-        self.unannounce(target, &public_key, routes);
+        self.unannounce(target, &public_key, router);
         Some(())
     }
 

@@ -1,15 +1,13 @@
 //! Dispatches the requests of other nodes to the servers, the router or the store.
 
 use std::collections::HashMap;
-use std::net::SocketAddrV4;
 
-use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::commands::{PEER_HANDSHAKE, PEER_HOLEPUNCH};
-use super::persistent::{Limits, Routes, Store};
+use super::persistent::{Limits, Store};
 use super::records::Peer;
 use super::router::{Decision, Origin, Router, Target};
 use super::server::Incoming;
@@ -74,7 +72,7 @@ impl RequestHandler {
     /// Lets the store answer. Returns `false` if it does not: the node is not persistent, or the command is unknown.
     fn is_kept(&self, request: &DhtRequest) -> bool {
         let mut store = self.store.lock();
-        store.on_request(request, &mut *self.router(), Instant::now())
+        store.on_request(request, &mut self.router(), Instant::now())
     }
 
     /// Returns the peers that announced a topic to this node.
@@ -98,20 +96,6 @@ impl Handler for RequestHandler {
             _ if self.is_kept(&request) => {}
             _ => request.error(UNKNOWN_COMMAND),
         }
-    }
-}
-
-impl Routes for Router {
-    fn record(&self, target: &Target, now: Instant) -> Option<Bytes> {
-        Self::record(self, target, now)
-    }
-
-    fn learn(&mut self, target: Target, relay: SocketAddrV4, record: Bytes, now: Instant) -> bool {
-        Self::learn(self, target, relay, record, now)
-    }
-
-    fn forget(&mut self, target: &Target) {
-        Self::forget(self, target);
     }
 }
 

@@ -3,6 +3,7 @@ use crate::dht_rpc::Config;
 use crate::dht_rpc::tests::local;
 use crate::hyperdht::records::find_peer;
 use crate::hyperdht::records::tests::{Keeper, TestNode, announcers, guest, network, stop_all, within};
+use crate::hyperdht::router::Router;
 
 const QUICK: Pace =
     Pace { check: Duration::from_millis(100), renewal: Duration::from_mins(1), retry: Duration::from_millis(50) };
@@ -50,7 +51,7 @@ async fn a_relay_that_forgets_or_dies_is_replaced() {
     within(announcer.announced()).await;
 
     let forgetful = nodes.iter().find(|node| node.knows_route(&key)).unwrap();
-    forgetful.keeper.kept.lock().1.routes.clear();
+    forgetful.keeper.kept.lock().1 = Router::default();
     until("the relay knows the server again", || forgetful.knows_route(&key)).await;
 
     let dying = nodes.iter().position(|node| node.knows_route(&key)).unwrap();

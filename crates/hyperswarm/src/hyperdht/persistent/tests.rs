@@ -3,7 +3,6 @@ use proptest::prelude::*;
 use super::*;
 use crate::compact_encoding::Encoder;
 use crate::crypto::KeyPair;
-use crate::hyperdht::records::tests::TestRoutes;
 
 const NODE: Id = [9; 32];
 const TOKEN: Token = [7; 32];
@@ -11,19 +10,19 @@ const TOPIC: Id = [5; 32];
 
 struct Shelf {
     store: Store,
-    routes: TestRoutes,
+    router: Router,
     now: Instant,
 }
 
 impl Shelf {
     fn new() -> Self {
-        Self { store: Store::new(Limits::default(), 1), routes: TestRoutes::default(), now: Instant::now() }
+        Self { store: Store::new(Limits::default(), 1), router: Router::default(), now: Instant::now() }
     }
 
     fn ask(&mut self, command: u64, target: &Id, value: Option<&[u8]>) -> Answer {
         let from = "1.2.3.4:5".parse().unwrap();
         let question = Question { command, target: Some(target), token: Some(&TOKEN), value, from, node: &NODE };
-        self.store.answer(question, &mut self.routes, self.now)
+        self.store.answer(question, &mut self.router, self.now)
     }
 
     fn lookup(&mut self, target: &Id) -> Vec<Peer> {
@@ -88,7 +87,7 @@ async fn without_a_token_nothing_is_stored() {
     let from = "1.2.3.4:5".parse().unwrap();
     for command in [ANNOUNCE, UNANNOUNCE, MUTABLE_PUT, IMMUTABLE_PUT] {
         let question = Question { command, target: Some(&TOPIC), token: None, value: Some(&value), from, node: &NODE };
-        assert_eq!(shelf.store.answer(question, &mut shelf.routes, shelf.now), Answer::Silence);
+        assert_eq!(shelf.store.answer(question, &mut shelf.router, shelf.now), Answer::Silence);
     }
 }
 
@@ -114,7 +113,7 @@ async fn a_server_that_announces_its_own_key_becomes_a_route() {
     let target = hash(&[server.public_key().as_bytes()]);
     assert_eq!(shelf.ask(FIND_PEER, &target, None), Answer::Value(None));
     shelf.ask(ANNOUNCE, &target, Some(&signed(Purpose::Announce, &target, &server)));
-    assert_eq!(shelf.routes.routes[&target].0, "1.2.3.4:5".parse().unwrap());
+    assert_eq!(shelf.router.relay(&target, shelf.now), Some("1.2.3.4:5".parse().unwrap()));
     assert_eq!(shelf.ask(FIND_PEER, &target, None), Answer::Value(Some(peer(&server).encode().into())));
     assert_eq!(shelf.lookup(&target), [peer(&server)], "a lookup names the server as well");
     shelf.ask(UNANNOUNCE, &target, Some(&signed(Purpose::Unannounce, &target, &server)));

@@ -1,6 +1,5 @@
 //! Tests of stored records with networks of real nodes on this host.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,45 +9,26 @@ use tokio::time::{Instant, timeout};
 use super::*;
 use crate::dht_rpc::tests::{address_of, local};
 use crate::dht_rpc::{Config, DhtRequest, Handler, UNKNOWN_COMMAND};
-use crate::hyperdht::persistent::{Limits, Routes, Store};
+use crate::hyperdht::persistent::{Limits, Store};
+use crate::hyperdht::router::Router;
 use crate::udx::Udx;
-
-#[derive(Default)]
-pub(in crate::hyperdht) struct TestRoutes {
-    pub(in crate::hyperdht) routes: HashMap<Id, (SocketAddrV4, Bytes)>,
-}
-
-impl Routes for TestRoutes {
-    fn record(&self, target: &Id, _: Instant) -> Option<Bytes> {
-        Some(self.routes.get(target)?.1.clone())
-    }
-
-    fn learn(&mut self, target: Id, relay: SocketAddrV4, record: Bytes, _: Instant) -> bool {
-        self.routes.insert(target, (relay, record));
-        true
-    }
-
-    fn forget(&mut self, target: &Id) {
-        self.routes.remove(target);
-    }
-}
 
 /// Answers requests from a store.
 pub(in crate::hyperdht) struct Keeper {
-    pub(in crate::hyperdht) kept: Mutex<(Store, TestRoutes)>,
+    pub(in crate::hyperdht) kept: Mutex<(Store, Router)>,
 }
 
 impl Default for Keeper {
     fn default() -> Self {
-        Self { kept: Mutex::new((Store::new(Limits::default(), 1), TestRoutes::default())) }
+        Self { kept: Mutex::new((Store::new(Limits::default(), 1), Router::default())) }
     }
 }
 
 impl Handler for Keeper {
     fn on_request(&self, request: DhtRequest) {
         let mut kept = self.kept.lock();
-        let (store, routes) = &mut *kept;
-        if !store.on_request(&request, routes, Instant::now()) {
+        let (store, router) = &mut *kept;
+        if !store.on_request(&request, router, Instant::now()) {
             request.error(UNKNOWN_COMMAND);
         }
     }
@@ -72,7 +52,7 @@ impl TestNode {
     }
 
     pub(in crate::hyperdht) fn knows_route(&self, public_key: &PublicKey) -> bool {
-        self.keeper.kept.lock().1.routes.contains_key(&hash(&[public_key.as_bytes()]))
+        self.keeper.kept.lock().1.relay(&hash(&[public_key.as_bytes()]), Instant::now()).is_some()
     }
 }
 
