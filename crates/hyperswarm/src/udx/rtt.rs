@@ -8,8 +8,19 @@ use tokio::time::Instant;
 /// and an event loop may be busy. A minimum of one second in total, as in libudx, would let one lost packet stall a
 /// fast link.
 const ALLOWANCE_MIN: Duration = Duration::from_millis(200);
-const TIMEOUT_FIRST: Duration = Duration::from_secs(1);
-const TIMEOUT_MAX: Duration = Duration::from_secs(30);
+/// The timeout before anything was measured (section 2.1).
+const RTO_FIRST: Duration = Duration::from_secs(1);
+const RTO_MAX: Duration = Duration::from_secs(30);
+/// A sample counts for one part in so many of the smoothed round trip (1 / alpha, section 2.3).
+const SRTT_WEIGHT: u32 = 8;
+/// A sample counts for one part in so many of the variation (1 / beta, section 2.3).
+const RTTVAR_WEIGHT: u32 = 4;
+/// How many variations the timeout adds to the smoothed round trip (section 2.3).
+const K: u32 = 4;
+/// A probe is sent after so many round trips (RFC 8985, section 7.2).
+const PTO_ROUND_TRIPS: u32 = 2;
+/// How long the event loop of the peer may be busy with other work (TLP.max_ack_delay in RFC 8985).
+const MAX_ACK_DELAY: Duration = Duration::from_millis(10);
 const MINIMUM_AGE_MAX: Duration = Duration::from_mins(5);
 /// Longer samples are attributed to a host that was suspended.
 const SAMPLE_MAX: Duration = Duration::from_secs(30);
@@ -31,8 +42,8 @@ impl RoundTrip {
                 self.variation = sample / 2;
             }
             Some(smoothed) => {
-                self.variation = (self.variation * 3 + smoothed.abs_diff(sample)) / 4;
-                self.smoothed = Some((smoothed * 7 + sample) / 8);
+                self.variation = (self.variation * (RTTVAR_WEIGHT - 1) + smoothed.abs_diff(sample)) / RTTVAR_WEIGHT;
+                self.smoothed = Some((smoothed * (SRTT_WEIGHT - 1) + sample) / SRTT_WEIGHT);
             }
         }
         match self.minimum {
@@ -52,16 +63,14 @@ impl RoundTrip {
     /// Returns the retransmission timeout: how long a packet may stay unacknowledged before the whole flight counts as
     /// lost.
     pub(crate) fn timeout(&self) -> Duration {
-        self.smoothed
-            .map_or(TIMEOUT_FIRST, |smoothed| (smoothed + (self.variation * 4).max(ALLOWANCE_MIN)).min(TIMEOUT_MAX))
+        let rto = |srtt: Duration| (srtt + (self.variation * K).max(ALLOWANCE_MIN)).min(RTO_MAX);
+        self.smoothed.map_or(RTO_FIRST, rto)
     }
 
     /// Returns the probe timeout (PTO): how long to wait before resending the last packet of a flight to elicit an
     /// acknowledgement.
     pub(crate) fn probe_timeout(&self) -> Duration {
-        self.smoothed.map_or(TIMEOUT_FIRST, |smoothed| (smoothed * 2).max(smoothed + self.variation * 4) + PEER_DELAY)
+        let pto = |srtt: Duration| (srtt * PTO_ROUND_TRIPS).max(srtt + self.variation * K) + MAX_ACK_DELAY;
+        self.smoothed.map_or(RTO_FIRST, pto)
     }
 }
-
-/// How long the event loop of the other side may be busy with other work.
-const PEER_DELAY: Duration = Duration::from_millis(10);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::congestion::{CongestionControl, Cubic};
+use super::congestion::Cubic;
 use super::mtu::MtuSearch;
 use super::packet::{DATA, END, HEADER_BYTES, Header, LIBUDX_RANGES_MAX, OVERHEAD_BYTES, RANGES_MAX, unwrap_sequence};
 use super::rtt::RoundTrip;
@@ -80,7 +80,7 @@ pub(crate) struct Sender {
     window_told_by: (u64, u64),
 
     round_trip: RoundTrip,
-    congestion: Box<dyn CongestionControl>,
+    congestion: Cubic,
     /// Whether the congestion window, and not the user, ended the last transmission.
     window_limited: bool,
     mtu: MtuSearch,
@@ -130,7 +130,7 @@ impl Sender {
             peer_window: PEER_WINDOW_FIRST,
             window_told_by: (peer_first, first),
             round_trip: RoundTrip::default(),
-            congestion: Box::new(Cubic::new((mtu.mtu() - OVERHEAD_BYTES + HEADER_BYTES) as u64)),
+            congestion: Cubic::new((mtu.mtu() - OVERHEAD_BYTES + HEADER_BYTES) as u64),
             window_limited: false,
             mtu,
             newest: None,
@@ -507,7 +507,7 @@ impl Sender {
         let late = if resent { self.reorder_window() * 2 } else { round_trip.saturating_sub(newest) };
         self.reordering = Some(known.max(late));
         if self.recovery_until.is_some() && self.falsely_lost == self.declared_lost {
-            self.congestion.on_false_alarm();
+            self.congestion.on_spurious_loss();
             self.leave_recovery();
         }
     }
@@ -578,7 +578,7 @@ impl Sender {
         }
         if congested && self.recovery_until.is_none() {
             self.recovery_until = Some(self.next());
-            self.congestion.on_loss(now);
+            self.congestion.on_loss();
             // The first lost packet is resent at once, whatever the window.
             self.credit = 2 * (HEADER_BYTES + self.mtu.payload_max()) as u64;
         }
@@ -640,7 +640,7 @@ impl Sender {
             .map(|(sequence, _)| sequence)
             .collect();
         if !self.after_timeout {
-            self.congestion.on_timeout(now);
+            self.congestion.on_timeout();
         }
         self.after_timeout = true;
         self.credit = 0;
