@@ -12,6 +12,7 @@ pub mod fuzzing;
 mod mtu;
 mod packet;
 mod receiver;
+mod recovery;
 mod rtt;
 mod send_queue;
 mod sender;

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 /// How fast the window grows, in packets per cubic second (C, RFC 9438, section 5).
 const CUBIC_C: f64 = 0.4;
 /// What is left of the window after a loss (beta_cubic, section 4.6).
-const CUBIC_BETA: f64 = 0.7;
+pub(crate) const CUBIC_BETA: f64 = 0.7;
 /// How many packets the window of a Reno flow grows by in a round trip, so that it is as large on average as one that
 /// grows by a packet and is halved at a loss (alpha_cubic, section 4.3).
 const CUBIC_ALPHA: f64 = 3.0 * (1.0 - CUBIC_BETA) / (1.0 + CUBIC_BETA);
