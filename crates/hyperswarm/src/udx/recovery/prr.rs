@@ -15,8 +15,8 @@ const FAST_RETRANSMIT: u64 = 2;
 /// The state of one recovery.
 #[derive(Debug, Default)]
 pub(crate) struct Prr {
-    /// The share of the bytes delivered during recovery that may be sent: `prr_delivered * ssthresh / RecoverFS`.
-    allowed: u64,
+    /// Bytes that were delivered during recovery.
+    prr_delivered: u64,
     /// Bytes that were sent during recovery at the expense of those delivered. The congestion window pays for the others.
     prr_out: u64,
     /// Bytes that may be sent before anything is delivered.
@@ -34,8 +34,7 @@ impl Prr {
     }
 
     pub(crate) fn on_delivered(&mut self, bytes: u64) {
-        let (ssthresh, recover_fs) = SSTHRESH_PER_RECOVER_FS;
-        self.allowed += bytes * ssthresh / recover_fs;
+        self.prr_delivered += bytes;
     }
 
     pub(crate) fn on_sent(&mut self, bytes: u64) {
@@ -46,7 +45,8 @@ impl Prr {
     ///
     /// The slow start part of the RFC is the congestion window's: below ssthresh it lets packets through by itself.
     pub(crate) fn sndcnt(&self) -> u64 {
-        self.fast_retransmit + self.allowed - self.prr_out
+        let (ssthresh, recover_fs) = SSTHRESH_PER_RECOVER_FS;
+        self.fast_retransmit + self.prr_delivered * ssthresh / recover_fs - self.prr_out
     }
 }
 
