@@ -22,8 +22,8 @@ const END_TIMEOUTS_MAX: u8 = 3;
 /// A packet whose sequence or ack number is farther from the expected one than this is not the peer's.
 const SPAN_MAX: u64 = 65_536;
 /// The number of unanswered zero-window probes after which the connection times out.
-const PROBES_MAX: u32 = 8;
-const PROBE_EVERY_MAX: Duration = Duration::from_secs(5);
+const ZERO_WINDOW_PROBES_MAX: u32 = 8;
+const ZERO_WINDOW_PROBE_EVERY_MAX: Duration = Duration::from_secs(5);
 /// The sequence numbers of both sides start above zero, so that arithmetic below the first packet does not underflow.
 const SEQUENCE_BASE: u64 = 1 << 32;
 
@@ -43,7 +43,7 @@ pub(crate) struct Connection {
 
     last_heard_at: Option<Instant>,
     zero_window_probe_at: Option<Instant>,
-    unanswered_probes: u32,
+    unanswered_zero_window_probes: u32,
 
     closed: Option<Result<(), StreamError>>,
     /// When a closed stream is to be forgotten.
@@ -85,7 +85,7 @@ impl Connection {
             destroy_due: false,
             last_heard_at: None,
             zero_window_probe_at: None,
-            unanswered_probes: 0,
+            unanswered_zero_window_probes: 0,
             closed: None,
             gone_at: None,
             abandoned_at: None,
@@ -222,7 +222,7 @@ impl Connection {
             return;
         }
         self.last_heard_at = Some(now);
-        self.unanswered_probes = 0;
+        self.unanswered_zero_window_probes = 0;
         if header.kind & HEARTBEAT != 0 {
             self.ack_due = true;
             return;
@@ -276,12 +276,13 @@ impl Connection {
         if !self.sender.is_stalled() {
             self.zero_window_probe_at = None;
         } else if self.zero_window_probe_at.is_none() {
-            self.zero_window_probe_at = Some(now + self.probe_interval());
+            self.zero_window_probe_at = Some(now + self.zero_window_probe_interval());
         }
     }
 
-    fn probe_interval(&self) -> Duration {
-        (self.sender.round_trip().timeout() * 2u32.pow(self.unanswered_probes.min(8))).min(PROBE_EVERY_MAX)
+    fn zero_window_probe_interval(&self) -> Duration {
+        (self.sender.round_trip().timeout() * 2u32.pow(self.unanswered_zero_window_probes.min(8)))
+            .min(ZERO_WINDOW_PROBE_EVERY_MAX)
     }
 
     /// Appends the next packet to send to `out`, or returns `false`.
@@ -375,12 +376,12 @@ impl Connection {
             return;
         }
         if self.zero_window_probe_at.is_some_and(|at| at <= now) {
-            if self.unanswered_probes >= PROBES_MAX {
+            if self.unanswered_zero_window_probes >= ZERO_WINDOW_PROBES_MAX {
                 self.close(Err(StreamError::TimedOut), now, false);
                 return;
             }
-            self.unanswered_probes += 1;
-            self.zero_window_probe_at = Some(now + self.probe_interval());
+            self.unanswered_zero_window_probes += 1;
+            self.zero_window_probe_at = Some(now + self.zero_window_probe_interval());
             self.heartbeat_due = true;
         }
         if self.keep_alive_at().is_some_and(|at| at <= now) {
