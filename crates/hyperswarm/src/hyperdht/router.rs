@@ -17,13 +17,15 @@ use tokio::time::Instant;
 
 use super::handshake::{Handshake, Mode};
 use super::holepunch::Holepunch;
+use crate::dht_rpc::AgingMap;
 use rate_limit::RateLimit;
 use routes::Routes;
 
 /// How long an answer may take to come through a relay. A client resends its request for about four seconds.
 const PASSAGE: Duration = Duration::from_secs(10);
 
-/// The maximum number of handshakes and hole punches in transit through this node.
+/// The maximum number of handshakes and hole punches in transit through this node. More make the oldest give way, which
+/// has had most of its time.
 const PASSAGES_MAX: usize = 8192;
 
 /// A server's key in the DHT: the hash of its public key.
@@ -115,20 +117,24 @@ impl Back {
 }
 
 /// Routes to servers, and messages in transit through this node.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Router {
     servers: HashMap<Target, Bytes>,
     routes: Routes,
-    passages: HashMap<(SocketAddrV4, u16), Passage>,
-    passages_swept: Option<Instant>,
+    /// The targets of clients' requests that were forwarded, by the client's address and transaction id.
+    passages: AgingMap<(SocketAddrV4, u16), Target>,
     limit: RateLimit,
 }
 
-/// A client's request that was forwarded.
-#[derive(Debug)]
-struct Passage {
-    target: Target,
-    since: Instant,
+impl Default for Router {
+    fn default() -> Self {
+        Self {
+            servers: HashMap::new(),
+            routes: Routes::default(),
+            passages: AgingMap::new(PASSAGES_MAX, PASSAGE),
+            limit: RateLimit::default(),
+        }
+    }
 }
 
 impl Router {
@@ -184,15 +190,18 @@ impl Router {
         let noise = handshake.noise;
         match (handshake.mode, relay, handshake.peer_address) {
             (Mode::FromClient, Some(relay), _) => {
-                if !self.limit.take(*origin.from.ip(), now) || !self.pass(*target, origin, now) {
+                if !self.limit.take(*origin.from.ip(), now) {
                     return Decision::Drop;
                 }
+                self.passages.insert((origin.from, origin.tid), *target, now);
                 forward(Mode::FromRelay, noise, Some(origin.from), None, relay)
             }
             // A client may name the server's relay, but a node that followed addresses from strangers could be aimed at
             // anyone.
             (Mode::FromClient, None, _) => Decision::PointCloser,
-            (Mode::FromRelay, Some(relay), Some(client)) if self.limit.take(*client.ip(), now) => {
+            (Mode::FromRelay, Some(relay), Some(client))
+                if self.limit.take_relayed(*origin.from.ip(), *client.ip(), now) =>
+            {
                 forward(Mode::FromSecondRelay, noise, Some(client), Some(origin.from), relay)
             }
             (Mode::FromServer, _, Some(client)) if self.is_passing(target, client, origin.tid, now) => {
@@ -213,10 +222,10 @@ impl Router {
             (Mode::FromClient, Some(relay), address) => {
                 // The client may name another port at which the server punches, but not another host.
                 let to = address.unwrap_or(relay);
-                if to.ip() != relay.ip() || !self.limit.take(*origin.from.ip(), now) || !self.pass(*target, origin, now)
-                {
+                if to.ip() != relay.ip() || !self.limit.take(*origin.from.ip(), now) {
                     return Decision::Drop;
                 }
+                self.passages.insert((origin.from, origin.tid), *target, now);
                 let value = Holepunch { mode: Mode::FromRelay, id, payload, peer_address: Some(origin.from) };
                 Decision::Forward { value: value.encode(), to }
             }
@@ -235,35 +244,20 @@ impl Router {
             (Mode::FromSecondRelay, Some(client), Some(relay)) => Back::ToRelay { relay, client },
             _ => return Decision::Drop,
         };
-        if !self.limit.take(*back.client().ip(), now) {
+        let is_allowed = match back {
+            Back::ToClient { client } => self.limit.take(*client.ip(), now),
+            // The relay that the message names may not be the sender of this datagram, as little as the client is.
+            Back::ToRelay { client, .. } => self.limit.take_relayed(*origin.from.ip(), *client.ip(), now),
+        };
+        if !is_allowed {
             return Decision::Drop;
         }
         Decision::Serve { noise: handshake.noise, back }
     }
 
-    /// Records that an answer for a client is expected.
-    fn pass(&mut self, target: Target, client: Origin, now: Instant) -> bool {
-        let key = (client.from, client.tid);
-        if self.passages.len() >= PASSAGES_MAX && !self.passages.contains_key(&key) {
-            // All passages are scanned once a second at most.
-            if self.passages_swept.is_some_and(|swept| now - swept < Duration::from_secs(1)) {
-                return false;
-            }
-            self.passages_swept = Some(now);
-            self.passages.retain(|_, passage| now - passage.since < PASSAGE);
-            if self.passages.len() >= PASSAGES_MAX {
-                return false;
-            }
-        }
-        self.passages.insert(key, Passage { target, since: now });
-        true
-    }
-
     /// Returns whether a client waits for this answer, so that nobody is sent what they did not ask for.
     fn is_passing(&self, target: &Target, client: SocketAddrV4, tid: u16, now: Instant) -> bool {
-        self.passages
-            .get(&(client, tid))
-            .is_some_and(|passage| passage.target == *target && now - passage.since < PASSAGE)
+        self.passages.get(&(client, tid), now) == Some(target)
     }
 }
 

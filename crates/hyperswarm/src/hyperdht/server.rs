@@ -19,7 +19,7 @@ use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, trace};
 
-use self::answers::{Answers, Seen};
+use self::answers::Answers;
 use super::HyperDht;
 use super::announcer::Announcer;
 use super::noise_payload::{Firewall, NoisePayload, Refusal, UdxInfo};
@@ -233,27 +233,13 @@ impl ServerTask {
     /// Answers one handshake. Returns the connection that it opens, if any.
     fn on_handshake(&self, answers: &mut Answers, incoming: Incoming) -> Option<HalfOpen> {
         let Incoming { noise, back, request } = incoming;
-        let now = Instant::now();
-        let name = match answers.look(&noise, now) {
-            Seen::New(name) => name,
-            Seen::Before(answer) => {
-                if let Some(answer) = answer {
-                    send(&request, back, &answer);
-                }
-                return None;
-            }
-            Seen::Full => return None,
-        };
-        let (answer, half_open) = match self.shake_hands(&noise, back, &request) {
-            Some((answer, half_open)) => (Some(Bytes::from(answer)), half_open),
-            None => (None, None),
-        };
-        answers.set(name, answer.clone(), now);
-        send(&request, back, &answer?);
+        let (answer, half_open) =
+            answers.get_or_make(&noise, Instant::now(), || self.shake_hands(&noise, back, &request))?;
+        send(&request, back, &answer);
         half_open
     }
 
-    fn shake_hands(&self, noise: &[u8], back: Back, request: &DhtRequest) -> Option<(Vec<u8>, Option<HalfOpen>)> {
+    fn shake_hands(&self, noise: &[u8], back: Back, request: &DhtRequest) -> Option<(Bytes, Option<HalfOpen>)> {
         let mut responder = Responder::new(&self.key_pair, &namespace("hyperswarm/dht", 0));
         let (payload, client) = responder
             .receive(noise)
@@ -265,7 +251,7 @@ impl ServerTask {
             Err(refusal) => {
                 debug!(%client, address = %back.client(), ?refusal, "client turned away");
                 let (answer, _) = responder.send(&NoisePayload::refusal(refusal).encode()).ok()?;
-                return Some((answer, None));
+                return Some((answer.into(), None));
             }
         };
         // The stream must exist before the answer is sent, because the client's first packet may arrive before the next
@@ -293,7 +279,7 @@ impl ServerTask {
         } else {
             None
         };
-        Some((answer, Some(HalfOpen { stream, remote_id: remote.id, session, way })))
+        Some((answer.into(), Some(HalfOpen { stream, remote_id: remote.id, session, way })))
     }
 
     /// Returns the client's stream, or the reason to reject the client.
@@ -350,3 +336,6 @@ impl HalfOpen {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

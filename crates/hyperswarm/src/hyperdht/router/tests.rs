@@ -178,17 +178,51 @@ fn one_machine_cannot_push_more_handshakes_through_than_allowed() {
 }
 
 #[test]
-fn what_passes_through_is_bounded_and_makes_room_again() {
+fn what_passes_through_is_bounded_and_the_oldest_gives_way() {
     let now = Instant::now();
     let mut router = router_with_route(now);
     let value = value(Mode::FromClient, None, None);
-    let mut offer = |number: u32, now| {
-        let from = SocketAddrV4::new((0x0b00_0000 + number).into(), 1);
-        router.on_handshake(&TARGET, &value, Origin { from, tid: 1 }, now) != Decision::Drop
-    };
-    assert_eq!((0..9000).filter(|number| offer(*number, now)).count(), PASSAGES_MAX);
-    assert!(offer(9001, now + PASSAGE));
-    assert_eq!(router.passages.len(), 1);
+    let from = |number: u32| SocketAddrV4::new((0x0b00_0000 + number).into(), 1);
+    let count = PASSAGES_MAX as u32;
+    for number in 0..=count {
+        let origin = Origin { from: from(number), tid: 1 };
+        assert_ne!(router.on_handshake(&TARGET, &value, origin, now), Decision::Drop);
+    }
+    assert_eq!(router.passages.len(), PASSAGES_MAX);
+    assert!(!router.is_passing(&TARGET, from(0), 1, now));
+    assert!(router.is_passing(&TARGET, from(1), 1, now) && router.is_passing(&TARGET, from(count), 1, now));
+}
+
+/// Counts the handshakes that a server would answer, of 5,000 that one host sends and says to be this client's.
+fn served(router: &mut Router, from: &str, client: &str, now: Instant) -> usize {
+    let value = value(Mode::FromRelay, Some(address(client)), None);
+    let origin = Origin { from: address(from), tid: 7 };
+    let is_served = |_: &u32| matches!(router.on_handshake(&TARGET, &value, origin, now), Decision::Serve { .. });
+    (0..5_000).filter(is_served).count()
+}
+
+#[test]
+fn a_sender_that_names_this_host_as_its_client_is_limited_all_the_same() {
+    let now = Instant::now();
+    let mut router = router_with_server();
+    assert_eq!(served(&mut router, "10.0.0.1:1", "127.0.0.1:1", now), 256);
+    assert_eq!(served(&mut router, "127.0.0.1:1", "10.0.0.1:1", now), 5_000, "a test network on one host is not");
+}
+
+#[test]
+fn nobody_spends_the_handshakes_of_the_host_that_they_name() {
+    let now = Instant::now();
+    let mut router = router_with_server();
+    served(&mut router, "10.0.0.66:1", "10.0.0.1:1", now);
+    let direct = value(Mode::FromClient, None, None);
+    assert!(matches!(router.on_handshake(&TARGET, &direct, client(), now), Decision::Serve { .. }));
+    let relayed = value(Mode::FromRelay, Some(client().from), None);
+    assert!(matches!(router.on_handshake(&TARGET, &relayed, relay(), now), Decision::Serve { .. }));
+    // The same at a second relay, which passes handshakes on.
+    let mut router = router_with_route(now);
+    let attacker = Origin { from: address("10.0.0.66:1"), tid: 7 };
+    (0..5_000).for_each(|_| drop(router.on_handshake(&TARGET, &relayed, attacker, now)));
+    assert_ne!(router.on_handshake(&TARGET, &relayed, relay(), now), Decision::Drop);
 }
 
 mod foreign {
