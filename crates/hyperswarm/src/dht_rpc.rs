@@ -68,7 +68,8 @@ pub struct Config {
     pub firewalled: bool,
     /// Whether to check for a firewall as soon as the first node answers.
     pub quick_firewall: bool,
-    /// The address at which others reach this node, if it is known for certain, as for a bootstrap node.
+    /// The address at which others reach this node, if it is known for certain, as for a bootstrap node. It wins over
+    /// whatever other nodes report. Its port is ignored: others see and reach the port that the node is bound to.
     pub public_address: Option<SocketAddrV4>,
     /// How long a node must have run before it becomes persistent.
     pub stable_after: Duration,
@@ -116,15 +117,19 @@ impl Config {
         }
     }
 
-    /// Returns the address that others are certain to see, if the node knows it.
-    fn known_public_address(&self, server: SocketAddrV4) -> Option<SocketAddrV4> {
+    /// Returns the configured address, with the port that the node is bound to.
+    fn configured_address(&self, server: SocketAddrV4) -> Option<SocketAddrV4> {
+        self.public_address.map(|public| SocketAddrV4::new(*public.ip(), server.port()))
+    }
+
+    /// Returns the address that a node which has asked nobody yet takes for its own.
+    fn first_address(&self, server: SocketAddrV4) -> Option<SocketAddrV4> {
         // The first node of a network has no other node to ask and must answer at once. It uses the address it is bound
         // to, or the host's own address if it is bound to every address.
         let own = reachable(server);
         let is_sure = !self.host.is_unspecified() || self.ephemeral == Some(false);
         let is_first = is_sure && self.bootstrap.iter().all(|node| *node == own);
-        let bound = (!self.firewalled && (is_first || self.host.is_loopback())).then_some(own);
-        self.public_address.map(|public| SocketAddrV4::new(*public.ip(), server.port())).or(bound)
+        (!self.firewalled && (is_first || self.host.is_loopback())).then_some(own)
     }
 }
 
@@ -292,9 +297,10 @@ impl DhtRpc {
         self.node.with(|state| state.remote_address())
     }
 
-    /// Returns what other nodes report about this node's address, whether or not they can reach it.
+    /// Returns this node's address as it is configured, or else as other nodes report it, whether or not they can reach it
+    /// there.
     pub fn reflexive_address(&self) -> Option<Reflexive> {
-        self.node.with(|state| state.sampler.address())
+        self.node.with(|state| state.own_address())
     }
 
     /// Returns this node's id, once the node is persistent.

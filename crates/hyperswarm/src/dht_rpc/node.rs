@@ -296,11 +296,12 @@ impl Node {
         if !is_ephemeral || (firewall_only && !is_firewalled) {
             return false;
         }
-        let Some(before) = self.with(|state| state.sampler.host_and_port()) else { return false };
+        let Some(before) = self.with(|state| state.own_host_and_port()) else { return false };
         if is_firewalled {
             let witnesses = self.with(|state| state.witnesses());
             let pongs = futures_util::future::join_all(witnesses.iter().map(|node| self.ask_for_pong(*node))).await;
-            let seen: Vec<_> = pongs.into_iter().flatten().collect();
+            let seen: Vec<_> =
+                witnesses.iter().zip(pongs).filter_map(|(node, seen)| Some((*node.ip(), seen?))).collect();
             if !self.with(|state| state.on_witnesses(witnesses.len(), &seen)) {
                 return false;
             }

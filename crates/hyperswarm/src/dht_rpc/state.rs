@@ -9,7 +9,7 @@ mod maintenance;
 mod requests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
-use std::net::SocketAddrV4;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -85,7 +85,9 @@ pub(super) enum Job {
 
 pub(super) struct State {
     pub(super) table: RoutingTable,
-    pub(super) sampler: NatSampler,
+    /// The configured address of this node, which no sample changes.
+    configured_address: Option<SocketAddrV4>,
+    sampler: NatSampler,
     tokens: Tokens,
     congestion: Congestion,
     timeouts: Timeouts,
@@ -120,10 +122,12 @@ pub(super) struct State {
     checks: usize,
     repings: usize,
     down_hints: usize,
+    /// The nodes that sent a request and were pinged for it.
+    greetings: HashSet<SocketAddrV4>,
     is_refreshing: bool,
     is_checking: bool,
     passing_samples: HashSet<SocketAddrV4>,
-    checked_host: Option<std::net::Ipv4Addr>,
+    checked_host: Option<Ipv4Addr>,
 
     pub(super) effects: Vec<Effect>,
     /// When [`State::on_time`] will be called next, as far as is known.
@@ -163,6 +167,7 @@ impl State {
         let stable_ticks = (config.stable_after.as_millis() / TICK.as_millis()).max(1) as u64;
         let mut state = Self {
             table: RoutingTable::new(chance.bytes()),
+            configured_address: config.configured_address(server),
             sampler: NatSampler::default(),
             tokens: Tokens::new(chance.bytes(), chance.bytes(), now),
             congestion: Congestion::new(config.window_max),
@@ -193,6 +198,7 @@ impl State {
             checks: 0,
             repings: 0,
             down_hints: 0,
+            greetings: HashSet::new(),
             is_refreshing: false,
             is_checking: false,
             passing_samples: HashSet::new(),
@@ -201,11 +207,14 @@ impl State {
             asked_deadline: now,
             chance,
         };
-        if let Some(public) = config.known_public_address(server) {
-            state.sampler.add(public);
-            if state.forced && !state.firewalled {
-                state.become_persistent(public);
-            }
+        if let Some(first) = config.first_address(server) {
+            state.sampler.add(Ipv4Addr::UNSPECIFIED, first);
+        }
+        if state.forced
+            && !state.firewalled
+            && let Some(own) = state.own_host_and_port()
+        {
+            state.become_persistent(own);
         }
         state
     }

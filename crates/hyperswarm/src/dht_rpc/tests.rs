@@ -237,7 +237,13 @@ async fn bootstrap_nodes_that_name_each_other_form_one_network_whoever_starts_fi
     within(second.bootstrapped()).await;
     assert!(first.is_persistent() && second.is_persistent());
     assert!(second.routing_nodes().contains(&address_of(&first)));
-    assert!(first.routing_nodes().contains(&late));
+    // The first node takes the second one in once that has answered a ping.
+    within(async {
+        while !first.routing_nodes().contains(&late) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
     stop_all(vec![first, second]).await;
 }
 

@@ -45,8 +45,8 @@ impl State {
             return None;
         }
         let from_id = request.id.filter(|id| *id == node_id(from));
-        if from_id.is_some() {
-            self.hear(via, from, from_id, request.to, now);
+        if let Some(id) = &from_id {
+            self.greet(via, from, id, now);
         }
         if request.token.is_some_and(|token| !self.tokens.accepts(&token, *from.ip())) {
             let answer = Answer { error: INVALID_TOKEN, value: None, token: true, closer_nodes: true };

@@ -1,10 +1,10 @@
 //! What others see of this node, and whether it lasts.
 
-use std::net::SocketAddrV4;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use super::{Job, State, Via};
 use crate::dht_rpc::message::{Id, node_id};
-use crate::dht_rpc::nat_sampler::NatSampler;
+use crate::dht_rpc::nat_sampler::{NatSampler, Reflexive};
 
 impl State {
     /// Returns the socket that this node sends from.
@@ -16,8 +16,18 @@ impl State {
         (!self.ephemeral).then(|| *self.table.id())
     }
 
+    /// Returns the configured address, or the one that other nodes agree on.
+    pub(in crate::dht_rpc) fn own_address(&self) -> Option<Reflexive> {
+        let configured = self.configured_address.map(|own| Reflexive { host: *own.ip(), port: Some(own.port()) });
+        configured.or(self.sampler.address())
+    }
+
+    pub(in crate::dht_rpc) fn own_host_and_port(&self) -> Option<SocketAddrV4> {
+        self.configured_address.or_else(|| self.sampler.host_and_port())
+    }
+
     pub(in crate::dht_rpc) fn remote_address(&self) -> Option<SocketAddrV4> {
-        self.sampler.host_and_port().filter(|address| !self.firewalled && address.port() == self.server_port)
+        self.own_host_and_port().filter(|address| !self.firewalled && address.port() == self.server_port)
     }
 
     /// Returns up to five nodes that can test whether this node is reachable.
@@ -29,17 +39,18 @@ impl State {
         nodes
     }
 
-    /// Evaluates the answers that reached the server socket. Returns whether they prove that there is no firewall.
-    pub(in crate::dht_rpc) fn on_witnesses(&mut self, asked: usize, seen: &[SocketAddrV4]) -> bool {
+    /// Evaluates the answers that reached the server socket: the hosts that answered, and where they saw this node.
+    /// Returns whether they prove that there is no firewall.
+    pub(in crate::dht_rpc) fn on_witnesses(&mut self, asked: usize, seen: &[(Ipv4Addr, SocketAddrV4)]) -> bool {
         let mut sampler = NatSampler::default();
-        for address in seen {
-            sampler.add(*address);
+        for (witness, address) in seen {
+            sampler.add(*witness, *address);
         }
         let enough = if asked >= 5 { 3 } else { 1 };
         let Some(address) = sampler.host_and_port() else { return false };
         // A mapped port cannot be announced to others, because they derive the node's id from the address they see.
         let is_open = seen.len() >= enough
-            && self.sampler.address().is_some_and(|own| own.host == *address.ip())
+            && self.own_address().is_some_and(|own| own.host == *address.ip())
             && address.port() == self.server_port;
         if is_open {
             self.firewalled = false;
@@ -51,7 +62,7 @@ impl State {
 
     /// Makes the node persistent if its address is certain. Returns whether it did.
     pub(in crate::dht_rpc) fn settle_identity(&mut self) -> bool {
-        match self.sampler.host_and_port() {
+        match self.own_host_and_port() {
             Some(address) if !self.firewalled && self.ephemeral => {
                 self.become_persistent(address);
                 true

@@ -15,6 +15,9 @@ const RECENT_TICKS: u64 = 12;
 /// Half an hour. A node that has lasted this long will probably last longer.
 const OLD_TICKS: u64 = 360;
 const REPINGS_MAX: usize = 3;
+/// How many nodes that sent a request are pinged at once, in all and of one host. The others are when they ask again.
+const GREETINGS_MAX: usize = 16;
+const GREETINGS_PER_HOST_MAX: usize = 2;
 
 impl State {
     /// Returns when [`State::on_time`] has to be called next.
@@ -72,7 +75,7 @@ impl State {
                 self.start(Job::CheckNetwork);
             } else if self.stable_ticks == 0 {
                 self.stable_ticks = 3 * self.stable_ticks_max;
-                let host = self.sampler.address().map(|address| address.host);
+                let host = self.own_address().map(|address| address.host);
                 // A network that failed the check is not checked again.
                 if host != self.checked_host {
                     self.checked_host = host;
@@ -138,13 +141,35 @@ impl State {
         }
     }
 
-    /// Records that a node was heard, and the address that it reports for this node.
+    /// Pings a node that sent a request, if the table has a place for it. It enters the table when it answers. Until then
+    /// the source may be forged, and this node tells others of the nodes in its table.
+    pub(super) fn greet(&mut self, via: &Via, from: SocketAddrV4, id: &Id, now: Instant) {
+        let is_known = *id == *self.table.id() || self.table.get(id).is_some();
+        let has_place = self.table.row(id).len() < K || self.swap_candidate(id).is_some();
+        if is_known || !has_place {
+            return;
+        }
+        let of_host = self.greetings.iter().filter(|greeted| greeted.ip() == from.ip()).count();
+        // Every node of a test network runs on this host.
+        let is_busy = of_host >= GREETINGS_PER_HOST_MAX && !from.ip().is_loopback();
+        if is_busy || self.greetings.len() >= GREETINGS_MAX || self.congestion.is_full() {
+            return;
+        }
+        // One copy goes out, because a forged source must not be sent more than was sent in its name.
+        let ping = Outbound::internal(PING, from, Waiter::Greeting);
+        let ping = Outbound { via: Some(via.clone()), retries: Some(0), ..ping };
+        if self.greetings.insert(from) && self.request(ping, now).is_err() {
+            self.greetings.remove(&from);
+        }
+    }
+
+    /// Records that a node answered, and the address that it reports for this node.
     pub(super) fn hear(&mut self, via: &Via, from: SocketAddrV4, from_id: Option<Id>, to: SocketAddrV4, now: Instant) {
         let tick = self.tick;
         let Some(id) = from_id else {
             // A few samples from ephemeral nodes count too, because the first nodes of a network are ephemeral.
             if self.passing_samples.len() < self.bootstrap.len().max(1) && self.passing_samples.insert(from) {
-                self.sampler.add(to);
+                self.sampler.add(*from.ip(), to);
             }
             return;
         };
@@ -153,7 +178,7 @@ impl State {
             if is_expected && node.sampled.is_none_or(|sampled| tick - sampled >= OLD_TICKS) {
                 node.to = Some(to);
                 node.sampled = Some(tick);
-                self.sampler.add(to);
+                self.sampler.add(*from.ip(), to);
             }
             self.table.touch(&id, tick);
         } else {
@@ -164,27 +189,32 @@ impl State {
     pub(super) fn add_node(&mut self, mut node: TableNode, now: Instant) {
         let tick = self.tick;
         (node.added, node.pinged, node.seen) = (tick, tick, tick);
+        let host = *node.address.ip();
         let sample = node.to.filter(|_| node.sampled.is_none());
         let mut added = node.clone();
         added.sampled = sample.map(|_| tick).or(node.sampled);
         match self.table.insert(added) {
-            Insertion::Added => sample.into_iter().for_each(|to| self.sampler.add(to)),
+            Insertion::Added => sample.into_iter().for_each(|to| self.sampler.add(host, to)),
             Insertion::Full => self.on_full_row(node, now),
             Insertion::Known => {}
         }
     }
 
+    /// Returns the node that a new one in this full row may replace: the least recently pinged one, unless it has lasted.
+    fn swap_candidate(&self, new: &Id) -> Option<&TableNode> {
+        if !self.bootstrapped || self.repings >= REPINGS_MAX {
+            return None;
+        }
+        let candidates = self.table.row(new).iter().filter(|node| node.pinged != self.tick);
+        let oldest = candidates.min_by_key(|node| (node.pinged, node.added))?;
+        let is_lasting = self.tick - oldest.pinged < RECENT_TICKS && self.tick - oldest.added > OLD_TICKS;
+        (!is_lasting).then_some(oldest)
+    }
+
     /// A full row keeps its nodes as long as the least recently pinged one still answers.
     fn on_full_row(&mut self, new: TableNode, now: Instant) {
-        if !self.bootstrapped || self.repings >= REPINGS_MAX {
-            return;
-        }
         let tick = self.tick;
-        let candidates = self.table.row(&new.id).iter().filter(|node| node.pinged != tick);
-        let Some(oldest) = candidates.min_by_key(|node| (node.pinged, node.added)) else { return };
-        if tick - oldest.pinged < RECENT_TICKS && tick - oldest.added > OLD_TICKS {
-            return;
-        }
+        let Some(oldest) = self.swap_candidate(&new.id) else { return };
         let (id, address) = (oldest.id, oldest.address);
         self.table.get_mut(&id).into_iter().for_each(|node| node.pinged = tick);
         let outbound = Outbound::internal(PING, address, Waiter::Swap(id, Box::new(new)));

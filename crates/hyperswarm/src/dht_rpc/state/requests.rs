@@ -42,6 +42,8 @@ pub(in crate::dht_rpc) enum Waiter {
     Nobody,
     Call(CallId),
     Walk(WalkId),
+    /// The routing table: it takes the node in if the node answers.
+    Greeting,
     /// The routing table: it removes the node unless the node answers.
     Check(Id),
     /// The routing table: it replaces the old node by the new one unless the old one answers.
@@ -244,6 +246,9 @@ impl State {
             Waiter::Nobody => {}
             Waiter::Call(call) => self.effects.push(Effect::Complete(call, Ok(reply))),
             Waiter::Walk(walk) => self.effects.push(Effect::Step(walk, Step::Answered(inflight.to, reply))),
+            Waiter::Greeting => {
+                self.greetings.remove(&inflight.to);
+            }
             Waiter::Check(id) => {
                 self.checks -= 1;
                 // The node answers, but is no longer persistent.
@@ -288,6 +293,9 @@ impl State {
             Waiter::Nobody => {}
             Waiter::Call(call) => self.effects.push(Effect::Complete(call, Err(DhtRequestError::Timeout))),
             Waiter::Walk(walk) => self.effects.push(Effect::Step(walk, Step::Failed(inflight.to))),
+            Waiter::Greeting => {
+                self.greetings.remove(&inflight.to);
+            }
             Waiter::Check(_) => self.checks -= 1,
             Waiter::Swap(_, new) => {
                 self.repings -= 1;
@@ -307,7 +315,7 @@ impl State {
             match inflight.waiter {
                 Waiter::Call(call) => self.effects.push(Effect::Complete(call, Err(DhtRequestError::Stopped))),
                 Waiter::Walk(walk) => self.effects.push(Effect::Step(walk, Step::Failed(inflight.to))),
-                Waiter::Nobody | Waiter::Check(_) | Waiter::Swap(..) => {}
+                Waiter::Nobody | Waiter::Greeting | Waiter::Check(_) | Waiter::Swap(..) => {}
             }
         }
     }

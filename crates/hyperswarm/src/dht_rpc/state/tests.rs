@@ -79,22 +79,37 @@ impl Subject {
 
     /// Answers a ping from this address.
     fn respond(&mut self, from: SocketAddrV4, tid: u16) {
-        let response = Response {
-            tid,
-            to: node(1_000),
-            id: Some(node_id(from)),
-            token: None,
-            closer_nodes: Vec::new(),
-            error: 0,
-            value: None,
-        };
+        self.respond_to(from, tid, node(1_000));
+    }
+
+    /// Answers a ping from this address, as if it had come from `to`.
+    fn respond_to(&mut self, from: SocketAddrV4, tid: u16, to: SocketAddrV4) {
+        let response =
+            Response { tid, to, id: Some(node_id(from)), token: None, closer_nodes: Vec::new(), error: 0, value: None };
         self.state.on_response(&Via::Server, from, response, &Bytes::new(), self.now);
     }
 
-    /// Delivers a ping from a persistent node.
+    /// Delivers a ping from a persistent node, which answers if it is pinged itself.
     fn hear(&mut self, from: SocketAddrV4) {
-        self.ask(from, request(PING, None));
+        self.meet(from, node(1_000));
         self.sent();
+    }
+
+    /// Delivers a ping from a persistent node, which reports this address if it is pinged itself. Returns whether it was.
+    fn meet(&mut self, from: SocketAddrV4, to: SocketAddrV4) -> bool {
+        self.ask(from, Request { to, ..request(PING, None) });
+        let greeting =
+            self.sent().into_iter().find(|(_, bytes)| matches!(Message::decode(bytes), Ok(Message::Request(_))));
+        if let Some((greeted, ping)) = &greeting {
+            assert_eq!(*greeted, from);
+            self.respond_to(from, tid_of(ping), to);
+        }
+        greeting.is_some()
+    }
+
+    /// Delivers a request from an ephemeral node.
+    fn ask_ephemeral(&mut self, from: SocketAddrV4, request: Request<'_>) {
+        self.state.on_request(&Via::Server, from, &request, self.now);
     }
 
     fn ask(&mut self, from: SocketAddrV4, request: Request<'_>) -> Option<Foreign> {
@@ -187,11 +202,11 @@ async fn requests_beyond_the_window_wait_and_too_many_are_refused() {
 #[tokio::test(start_paused = true)]
 async fn pings_are_answered_where_they_are_to_be() {
     let mut subject = Subject::open();
-    subject.ask(node(1), request(PING, None));
-    subject.ask(node(2), request(PING_NAT, Some(&[0x39, 0x30])));
-    subject.ask(node(3), request(PING_NAT, Some(&[0, 0])));
-    subject.ask(node(4), request(DELAYED_PING, Some(&2_000_u32.to_le_bytes())));
-    subject.ask(node(5), request(DELAYED_PING, Some(&10_001_u32.to_le_bytes())));
+    subject.ask_ephemeral(node(1), request(PING, None));
+    subject.ask_ephemeral(node(2), request(PING_NAT, Some(&[0x39, 0x30])));
+    subject.ask_ephemeral(node(3), request(PING_NAT, Some(&[0, 0])));
+    subject.ask_ephemeral(node(4), request(DELAYED_PING, Some(&2_000_u32.to_le_bytes())));
+    subject.ask_ephemeral(node(5), request(DELAYED_PING, Some(&10_001_u32.to_le_bytes())));
     assert_eq!(subject.targets(), [node(1), node(12_345)]);
     subject.pass(Duration::from_secs(2));
     assert_eq!(subject.targets(), [node(4)]);
@@ -202,7 +217,7 @@ async fn a_response_says_who_is_closer_and_where_the_asker_is() {
     let mut subject = Subject::open();
     (1..=30).for_each(|number| subject.hear(node(number)));
     let target = [7; 32];
-    subject.ask(node(40), Request { target: Some(target), ..request(FIND_NODE, None) });
+    subject.ask_ephemeral(node(40), Request { target: Some(target), ..request(FIND_NODE, None) });
     let (_, bytes) = subject.sent().remove(0);
     let Ok(Message::Response(response)) = Message::decode(&bytes) else { panic!("it is a response") };
     assert_eq!(response.to, node(40));
@@ -225,9 +240,68 @@ async fn a_forged_id_does_not_enter_the_table() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn requests_do_not_change_the_address_that_a_node_takes_for_its_own() {
+    let mut subject = Subject::open();
+    let wrong: SocketAddrV4 = "203.0.113.9:1000".parse().unwrap();
+    for host in 1..=200 {
+        let from = SocketAddrV4::new([10, 0, 0, host].into(), 1);
+        subject.ask(from, Request { to: wrong, ..request(PING, None) });
+    }
+    assert_eq!(subject.state.remote_address(), Some(node(1_000)));
+    assert!(subject.state.table.is_empty(), "whoever has not answered is not in the table");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_with_many_nodes_does_not_change_the_address_that_a_node_takes_for_its_own() {
+    let mut subject = Subject::open();
+    for host in 1..=3 {
+        assert!(subject.meet(SocketAddrV4::new([10, 0, 0, host].into(), 1), node(1_000)));
+    }
+    let wrong: SocketAddrV4 = "203.0.113.9:1000".parse().unwrap();
+    let met = (1..=40).filter(|port| subject.meet(SocketAddrV4::new(*wrong.ip(), *port), wrong)).count();
+    assert!(met > 13, "they answer, so they enter the table");
+    assert_eq!(subject.state.remote_address(), Some(node(1_000)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_configured_address_wins_over_what_all_others_report() {
+    let public: SocketAddrV4 = "198.51.100.7:49737".parse().unwrap();
+    let own: SocketAddrV4 = "198.51.100.7:1000".parse().unwrap();
+    let mut subject = Subject::new(Config { public_address: Some(public), ..local(&[node(50)]) });
+    assert_eq!(subject.state.id(), Some(node_id(own)));
+    for host in 1..=40 {
+        subject.meet(SocketAddrV4::new([10, 0, 0, host].into(), 1), node(1_000));
+    }
+    assert_eq!(subject.state.sampler.host_and_port(), Some(node(1_000)));
+    assert_eq!(subject.state.remote_address(), Some(own));
+}
+
+#[tokio::test(start_paused = true)]
+async fn forged_requests_cause_few_pings_and_leave_places_for_others() {
+    let mut subject = Subject::open();
+    let pings = |subject: &mut Subject| {
+        let sent = subject.sent().into_iter();
+        sent.filter(|(_, bytes)| matches!(Message::decode(bytes), Ok(Message::Request(_)))).count()
+    };
+    for port in 1..=100 {
+        subject.ask(SocketAddrV4::new([9, 9, 9, 9].into(), port), request(PING, None));
+    }
+    assert_eq!(pings(&mut subject), 2, "one host");
+    for host in 1..=100 {
+        subject.ask(SocketAddrV4::new([10, 0, 0, host].into(), 1), request(PING, None));
+    }
+    assert_eq!(pings(&mut subject), 14, "all hosts");
+    subject.pass(Duration::from_secs(2));
+    assert_eq!(pings(&mut subject), 0, "no copy is sent");
+    assert!(subject.state.greetings.is_empty() && subject.state.table.is_empty());
+    assert!(subject.meet("10.9.9.9:1".parse().unwrap(), node(1_000)));
+    assert_eq!(subject.state.table.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_unknown_node_that_is_said_to_be_down_is_left_alone_and_a_known_one_is_asked() {
     let mut subject = Subject::open();
-    subject.hear(node(1));
+    (1..=2).for_each(|number| subject.hear(node(number)));
     let hint = |node: SocketAddrV4| {
         let mut value = Vec::new();
         value.write_ipv4(node);
@@ -259,7 +333,7 @@ async fn a_full_row_keeps_a_node_that_answers_and_swaps_one_that_does_not() {
     subject.state.tick += 1;
 
     let (first, second) = (node(numbers.next().unwrap()), node(numbers.next().unwrap()));
-    subject.ask(first, request(PING, None));
+    assert!(subject.meet(first, node(1_000)));
     let sent = subject.sent();
     let (oldest, ping) = sent.iter().find(|(to, _)| members.contains(to)).unwrap();
     subject.respond(*oldest, tid_of(ping));
@@ -311,7 +385,7 @@ async fn a_stable_node_looks_at_its_network_once_per_address() {
         stable_after: Duration::from_secs(50),
         ..local(&[node(50)])
     });
-    subject.state.sampler.add(node(1_000));
+    subject.state.sampler.add([10, 0, 0, 1].into(), node(1_000));
     subject.pass(Duration::from_secs(49));
     assert!(!subject.started().contains(&Job::CheckNetwork));
     subject.pass(Duration::from_secs(6));
@@ -324,12 +398,12 @@ async fn a_stable_node_looks_at_its_network_once_per_address() {
 #[tokio::test(start_paused = true)]
 async fn witnesses_must_agree_with_each_other_and_with_the_port() {
     let mut subject = Subject::new(Config { ephemeral: None, firewalled: true, ..local(&[node(50)]) });
-    subject.state.sampler.add(node(2_000));
-    assert!(!subject.state.on_witnesses(5, &[node(1_000), node(1_000)]), "too few of five");
-    assert!(!subject.state.on_witnesses(5, &[node(3_000), node(3_000), node(3_000)]), "another port");
-    let elsewhere: SocketAddrV4 = "9.9.9.9:1000".parse().unwrap();
-    assert!(!subject.state.on_witnesses(5, &[elsewhere, elsewhere, elsewhere]), "another host");
-    assert!(subject.state.on_witnesses(5, &[node(1_000), node(1_000), node(1_000)]));
+    subject.state.sampler.add([10, 0, 0, 1].into(), node(2_000));
+    let seen = |count: u8, address| -> Vec<_> { (1..=count).map(|host| ([10, 0, 0, host].into(), address)).collect() };
+    assert!(!subject.state.on_witnesses(5, &seen(2, node(1_000))), "too few of five");
+    assert!(!subject.state.on_witnesses(5, &seen(3, node(3_000))), "another port");
+    assert!(!subject.state.on_witnesses(5, &seen(3, "9.9.9.9:1000".parse().unwrap())), "another host");
+    assert!(subject.state.on_witnesses(5, &seen(3, node(1_000))));
     assert_eq!(subject.state.remote_address(), Some(node(1_000)));
     assert!(subject.state.settle_identity());
     assert_eq!(subject.state.id(), Some(node_id(node(1_000))));
