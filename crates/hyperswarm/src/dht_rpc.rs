@@ -13,6 +13,7 @@ mod node;
 mod own_address;
 mod query;
 mod rate_limit;
+mod reply_budget;
 mod routing_table;
 mod state;
 mod timeouts;

@@ -4,6 +4,7 @@ use std::net::SocketAddrV4;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 
 use super::message::{Id, Request, Token};
 use super::node::Node;
@@ -65,15 +66,13 @@ impl DhtRequest {
 
     /// Answers with a value and options.
     pub fn reply_with(&self, value: Option<&[u8]>, options: &ReplyOptions) {
-        let answer =
-            Answer { error: 0, value, token: !options.without_token, closer_nodes: !options.without_closer_nodes };
-        self.answer(options, answer);
+        let (token, closer_nodes) = (!options.without_token, !options.without_closer_nodes);
+        self.answer(options, Answer { value, token, closer_nodes, ..Answer::default() });
     }
 
     /// Answers with an error code and closer nodes.
     pub fn error(&self, code: u64) {
-        let answer = Answer { error: code, value: None, token: false, closer_nodes: true };
-        self.answer(&ReplyOptions::default(), answer);
+        self.answer(&ReplyOptions::default(), Answer { error: code, closer_nodes: true, ..Answer::default() });
     }
 
     /// Forwards the request to another node with this value, under the same transaction id, command and target.
@@ -90,7 +89,9 @@ impl DhtRequest {
         let other = options.socket.as_ref().map(|socket| self.node.via_of(socket));
         let via = other.as_ref().unwrap_or(&self.via);
         let to = options.to.unwrap_or(self.from);
-        self.node.with(|state| state.answer(via, to, self.tid, self.target, answer));
+        let is_verified = self.token.is_some() && to.ip() == self.from.ip();
+        let answer = Answer { is_verified, ..answer };
+        self.node.with(|state| state.answer(via, to, self.tid, self.target, answer, Instant::now()));
     }
 
     fn forward(&self, via: &Via, value: &[u8], to: SocketAddrV4) {

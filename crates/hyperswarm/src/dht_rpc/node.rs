@@ -184,7 +184,9 @@ impl Node {
         match Message::decode(&bytes) {
             Ok(Message::Response(response)) => self.with(|state| state.on_response(via, from, response, &bytes, now)),
             Ok(Message::Request(request)) => {
-                let Some(foreign) = self.with(|state| state.on_request(via, from, &request, now)) else { return };
+                let Some(foreign) = self.with(|state| state.on_request(via, from, &request, bytes.len(), now)) else {
+                    return;
+                };
                 self.handler.on_request(DhtRequest {
                     command: request.command,
                     target: request.target,

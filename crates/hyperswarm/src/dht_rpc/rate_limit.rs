@@ -1,4 +1,4 @@
-//! Limits the requests per source, so that nobody can use this node to amplify traffic.
+//! Limits the requests per source, so that nobody keeps this node busy.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddrV4;

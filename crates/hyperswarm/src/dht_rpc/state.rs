@@ -16,10 +16,12 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use self::requests::Inflight;
+use super::aging_map::AgingMap;
 use super::congestion::{Congestion, SLOT};
-use super::message::Id;
+use super::message::{Id, Token};
 use super::nat_sampler::NatSampler;
 use super::rate_limit::RateLimit;
+use super::reply_budget::ReplyBudget;
 use super::routing_table::RoutingTable;
 use super::timeouts::Timeouts;
 use super::tokens::Tokens;
@@ -35,6 +37,10 @@ pub(super) const TICK: Duration = Duration::from_secs(5);
 const REFRESH_TICKS: u64 = 60;
 
 const REMEMBERED_MAX: usize = 64;
+
+const KNOWN_TOKENS_MAX: usize = 4_096;
+/// A node accepts its token for at least 7.5 seconds.
+const KNOWN_TOKEN_AGE_MAX: Duration = Duration::from_secs(7);
 
 /// The socket that a datagram arrives at or leaves from.
 #[derive(Debug, Clone)]
@@ -92,6 +98,9 @@ pub(super) struct State {
     congestion: Congestion,
     timeouts: Timeouts,
     limit: RateLimit,
+    replies: ReplyBudget,
+    /// The last tokens of other nodes.
+    known_tokens: AgingMap<SocketAddrV4, Token>,
 
     server_port: u16,
     pub(super) firewalled: bool,
@@ -173,6 +182,8 @@ impl State {
             congestion: Congestion::new(config.window_max),
             timeouts: Timeouts::default(),
             limit: RateLimit::new(config.requests_per_second, config.requests_burst, chance.bytes(), now),
+            replies: ReplyBudget::new(chance.bytes(), now),
+            known_tokens: AgingMap::new(KNOWN_TOKENS_MAX, KNOWN_TOKEN_AGE_MAX),
             server_port: server.port(),
             firewalled: config.firewalled,
             ephemeral: true,

@@ -17,12 +17,14 @@ const DELAYED_PINGS_MAX: usize = 256;
 const PING_DELAY_MAX: Duration = Duration::from_secs(10);
 
 /// How to answer.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(in crate::dht_rpc) struct Answer<'a> {
     pub(in crate::dht_rpc) error: u64,
     pub(in crate::dht_rpc) value: Option<&'a [u8]>,
     pub(in crate::dht_rpc) token: bool,
     pub(in crate::dht_rpc) closer_nodes: bool,
+    /// Whether the request had a valid token, so that the answer goes to whoever sent it.
+    pub(in crate::dht_rpc) is_verified: bool,
 }
 
 /// A request that goes to the handler.
@@ -33,47 +35,49 @@ pub(in crate::dht_rpc) struct Foreign {
 }
 
 impl State {
-    /// Handles a request. Returns it if the handler has to answer it.
+    /// Handles a request, whose datagram has this many bytes. Returns it if the handler has to answer it.
     pub(in crate::dht_rpc) fn on_request(
         &mut self,
         via: &Via,
         from: SocketAddrV4,
         request: &Request<'_>,
+        bytes: usize,
         now: Instant,
     ) -> Option<Foreign> {
         if self.stopped || from.port() == 0 || !self.limit.allows(from, now) {
             return None;
         }
+        self.replies.receive(*from.ip(), bytes, now);
         let from_id = request.id.filter(|id| *id == node_id(from));
         if let Some(id) = &from_id {
             self.greet(via, from, id, now);
         }
         if request.token.is_some_and(|token| !self.tokens.accepts(&token, *from.ip())) {
-            let answer = Answer { error: INVALID_TOKEN, value: None, token: true, closer_nodes: true };
-            self.answer(via, from, request.tid, request.target, answer);
+            let answer = Answer { error: INVALID_TOKEN, token: true, closer_nodes: true, ..Answer::default() };
+            self.answer(via, from, request.tid, request.target, answer, now);
             return None;
         }
         if !request.internal {
             return Some(Foreign { from_id, local_id: self.id() });
         }
-        let pong = Answer { error: 0, value: None, token: false, closer_nodes: false };
+        let pong = Answer { is_verified: request.token.is_some(), ..Answer::default() };
         let mut value = Decoder::new(request.value.unwrap_or_default());
         match request.command {
-            PING => self.answer(via, from, request.tid, None, pong),
+            PING => self.answer(via, from, request.tid, None, pong, now),
             PING_NAT => {
                 if let Some(port) = value.u16().ok().filter(|port| *port != 0) {
-                    self.answer(via, SocketAddrV4::new(*from.ip(), port), request.tid, None, pong);
+                    self.answer(via, SocketAddrV4::new(*from.ip(), port), request.tid, None, pong, now);
                 }
             }
             FIND_NODE => {
                 if request.target.is_some() {
-                    self.answer(via, from, request.tid, request.target, Answer { closer_nodes: true, ..pong });
+                    self.answer(via, from, request.tid, request.target, Answer { closer_nodes: true, ..pong }, now);
                 }
             }
             DOWN_HINT => {
                 if let Ok(down) = value.ipv4() {
                     self.on_down_hint(down, now);
-                    self.answer(via, from, request.tid, None, pong);
+                    self.answer(via, from, request.tid, None, pong, now);
                 }
             }
             DELAYED_PING => {
@@ -89,7 +93,7 @@ impl State {
             }
             _ => {
                 let answer = Answer { error: UNKNOWN_COMMAND, closer_nodes: true, ..pong };
-                self.answer(via, from, request.tid, request.target, answer);
+                self.answer(via, from, request.tid, request.target, answer, now);
             }
         }
         None
@@ -108,7 +112,8 @@ impl State {
         }
     }
 
-    /// Sends a response.
+    /// Sends a response. If its receiver has not proven its address and was sent too much, the response asks for a token
+    /// instead, which is no longer than a request, or is left out.
     pub(in crate::dht_rpc) fn answer(
         &mut self,
         via: &Via,
@@ -116,6 +121,7 @@ impl State {
         tid: u16,
         target: Option<Id>,
         answer: Answer<'_>,
+        now: Instant,
     ) {
         let closer_nodes = match target {
             Some(target) if answer.closer_nodes => {
@@ -134,6 +140,15 @@ impl State {
         };
         let mut bytes = Vec::with_capacity(256 + answer.value.map_or(0, <[u8]>::len));
         response.encode(&mut bytes);
+        if !answer.is_verified && !self.replies.spend(*to.ip(), bytes.len(), now) {
+            let token = Some(self.tokens.issue(*to.ip()));
+            bytes.clear();
+            let closer_nodes = Vec::new();
+            Response { tid, to, id: None, token, closer_nodes, error: INVALID_TOKEN, value: None }.encode(&mut bytes);
+            if !self.replies.spend(*to.ip(), bytes.len(), now) {
+                return;
+            }
+        }
         self.effects.push(Effect::Send(Outgoing { via: via.clone(), to, bytes: bytes.into() }));
     }
 

@@ -15,6 +15,8 @@ const RECENT_TICKS: u64 = 12;
 /// Half an hour. A node that has lasted this long will probably last longer.
 const OLD_TICKS: u64 = 360;
 const REPINGS_MAX: usize = 3;
+/// The length of a ping with an id.
+const PING_BYTES: usize = 43;
 /// How many nodes that sent a request are pinged at once, in all and of one host. The others are when they ask again.
 const GREETINGS_MAX: usize = 16;
 const GREETINGS_PER_HOST_MAX: usize = 2;
@@ -49,7 +51,7 @@ impl State {
             && entry.key().0 <= now
         {
             let (via, to, tid) = entry.remove();
-            self.answer(&via, to, tid, None, Answer { error: 0, value: None, token: false, closer_nodes: false });
+            self.answer(&via, to, tid, None, Answer::default(), now);
         }
         if self.next_slot <= now {
             self.next_slot = now + SLOT;
@@ -155,7 +157,10 @@ impl State {
         if is_busy || self.greetings.len() >= GREETINGS_MAX || self.congestion.is_full() {
             return;
         }
-        // One copy goes out, because a forged source must not be sent more than was sent in its name.
+        // One copy goes out, and counts as an answer: a forged source must not be sent more than was sent in its name.
+        if !self.replies.spend(*from.ip(), PING_BYTES, now) {
+            return;
+        }
         let ping = Outbound::internal(PING, from, Waiter::Greeting);
         let ping = Outbound { via: Some(via.clone()), retries: Some(0), ..ping };
         if self.greetings.insert(from) && self.request(ping, now).is_err() {

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{Effect, Outgoing, State, Via};
 use crate::compact_encoding::Encoder;
-use crate::dht_rpc::message::{DOWN_HINT, Id, Request, Response, node_id};
+use crate::dht_rpc::message::{DOWN_HINT, INVALID_TOKEN, Id, Message, Request, Response, Token, node_id};
 use crate::dht_rpc::routing_table::TableNode;
 use crate::dht_rpc::walk::{DownHint, NODES_MAX};
 use crate::dht_rpc::{DhtReply, DhtRequestError};
@@ -94,6 +94,8 @@ pub(super) struct Inflight {
     pub(super) sent: Instant,
     pub(super) deadline: Option<Instant>,
     pub(super) waiter: Waiter,
+    /// Whether the request is sent once more if the node asks for a token. A caller that gave a token may have signed it.
+    pub(super) takes_token: bool,
     /// Whether who waited is gone: an answer is taken, but no further copy is sent.
     pub(super) is_abandoned: bool,
 }
@@ -113,11 +115,13 @@ impl State {
             tid = tid.wrapping_add(1);
         }
         let via = outbound.via.unwrap_or_else(|| self.via());
+        // A request about a target may get a long answer, and a token shows the node that its answer is wanted.
+        let known_token = outbound.target.and_then(|_| self.known_tokens.get(&outbound.to, now).copied());
         let request = Request {
             tid,
             to: outbound.to,
             id: self.id().filter(|_| via.is_server()),
-            token: outbound.token,
+            token: outbound.token.or(known_token),
             internal: outbound.internal,
             command: outbound.command,
             target: outbound.target,
@@ -136,6 +140,7 @@ impl State {
             sent: now,
             deadline: None,
             waiter: outbound.waiter,
+            takes_token: outbound.token.is_none(),
             is_abandoned: false,
         };
         self.inflight.insert(tid, inflight);
@@ -231,6 +236,13 @@ impl State {
         }
         let from_id = response.id.filter(|id| *id == node_id(from));
         self.hear(via, from, from_id, response.to, now);
+        if let Some(token) = response.token {
+            self.known_tokens.insert(from, token, now);
+            if response.error == INVALID_TOKEN && inflight.takes_token && !inflight.is_abandoned {
+                self.send_with_token(response.tid, inflight, token, now);
+                return;
+            }
+        }
         let reply = DhtReply {
             from,
             from_id,
@@ -265,6 +277,17 @@ impl State {
             }
         }
         self.send_waiting(now);
+    }
+
+    /// Sends a request again, with the token that the node asks for.
+    fn send_with_token(&mut self, tid: u16, inflight: Inflight, token: Token, now: Instant) {
+        let Ok(Message::Request(request)) = Message::decode(&inflight.bytes) else {
+            unreachable!("these bytes were encoded here");
+        };
+        let mut bytes = Vec::with_capacity(inflight.bytes.len() + token.len());
+        Request { token: Some(token), ..request }.encode(&mut bytes);
+        self.inflight.insert(tid, Inflight { bytes: bytes.into(), takes_token: false, ..inflight });
+        self.send_copy(tid, now);
     }
 
     pub(super) fn on_timeout(&mut self, tid: u16, now: Instant) {

@@ -2,7 +2,9 @@ use super::answers::Foreign;
 use super::requests::{WAITING_MAX, is_plausible};
 use super::*;
 use crate::compact_encoding::Encoder;
-use crate::dht_rpc::message::{DELAYED_PING, DOWN_HINT, FIND_NODE, PING, PING_NAT, Request, Response, node_id};
+use crate::dht_rpc::message::{
+    DELAYED_PING, DOWN_HINT, FIND_NODE, INVALID_TOKEN, PING, PING_NAT, Request, Response, node_id,
+};
 use crate::dht_rpc::routing_table::K;
 use crate::dht_rpc::tests::local;
 use crate::dht_rpc::{DhtReply, DhtRequestError, Message};
@@ -109,12 +111,12 @@ impl Subject {
 
     /// Delivers a request from an ephemeral node.
     fn ask_ephemeral(&mut self, from: SocketAddrV4, request: Request<'_>) {
-        self.state.on_request(&Via::Server, from, &request, self.now);
+        self.state.on_request(&Via::Server, from, &request, size(&request), self.now);
     }
 
     fn ask(&mut self, from: SocketAddrV4, request: Request<'_>) -> Option<Foreign> {
         let request = Request { id: Some(node_id(from)), ..request };
-        self.state.on_request(&Via::Server, from, &request, self.now)
+        self.state.on_request(&Via::Server, from, &request, size(&request), self.now)
     }
 
     /// Advances time in the steps of the timer.
@@ -129,6 +131,13 @@ impl Subject {
 
 fn request(command: u64, value: Option<&[u8]>) -> Request<'_> {
     Request { tid: 7, to: node(1_000), id: None, token: None, internal: true, command, target: None, value }
+}
+
+/// Returns the length of a request's datagram.
+fn size(request: &Request<'_>) -> usize {
+    let mut bytes = Vec::new();
+    request.encode(&mut bytes);
+    bytes.len()
 }
 
 fn tid_of(datagram: &[u8]) -> u16 {
@@ -233,10 +242,109 @@ async fn a_response_says_who_is_closer_and_where_the_asker_is() {
 async fn a_forged_id_does_not_enter_the_table() {
     let mut subject = Subject::open();
     let forged = Request { id: Some([1; 32]), ..request(PING, None) };
-    subject.state.on_request(&Via::Server, node(1), &forged, subject.now);
+    subject.state.on_request(&Via::Server, node(1), &forged, size(&forged), subject.now);
     assert!(subject.state.table.is_empty());
     subject.hear(node(1));
     assert_eq!(subject.state.routing_nodes(), [node(1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_shows_no_token_is_sent_no_more_than_was_sent_in_its_name() {
+    let mut subject = Subject::open();
+    (1..=30).for_each(|number| subject.hear(node(number)));
+    let victim: SocketAddrV4 = "203.0.113.9:7".parse().unwrap();
+    let value = [7; 1_000];
+    let (mut asked, mut answered) = (0, 0);
+    let one_second = Duration::from_secs(1);
+    for second in 0..60 {
+        for number in 0..300 {
+            let target = Some([number as u8; 32]);
+            let request = Request { internal: number % 2 == 0, target, ..request(FIND_NODE, None) };
+            asked += size(&request);
+            let foreign = subject.state.on_request(&Via::Server, victim, &request, size(&request), subject.now);
+            if foreign.is_some() {
+                // A handler answers with the peers of a topic.
+                let answer = Answer { value: Some(&value), token: true, closer_nodes: true, ..Answer::default() };
+                subject.state.answer(&Via::Server, victim, request.tid, target, answer, subject.now);
+            }
+        }
+        let sent: usize = subject.sent().iter().filter(|(to, _)| *to == victim).map(|(_, bytes)| bytes.len()).sum();
+        assert!(second > 0 || sent > asked, "a few answers are longer than the requests");
+        answered += sent;
+        subject.pass(one_second);
+        subject.sent();
+    }
+    let bound = asked + 64 * 1_024 + 60 * 64;
+    assert!(answered <= bound, "{answered} bytes to {asked}");
+    assert!(answered > asked / 2, "it is still answered");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_with_a_token_is_answered_in_full_whatever_its_host_was_sent() {
+    let mut subject = Subject::open();
+    (1..=30).for_each(|number| subject.hear(node(number)));
+    let client: SocketAddrV4 = "203.0.113.9:7".parse().unwrap();
+    let question = Request { target: Some([7; 32]), ..request(FIND_NODE, None) };
+    let last = loop {
+        subject.ask_ephemeral(client, question.clone());
+        let (_, bytes) = subject.sent().remove(0);
+        let Ok(Message::Response(response)) = Message::decode(&bytes) else { panic!("it is a response") };
+        if response.error != 0 {
+            break bytes;
+        }
+        assert_eq!(response.closer_nodes.len(), K);
+    };
+    let Ok(Message::Response(refusal)) = Message::decode(&last) else { panic!("it is a response") };
+    assert_eq!((refusal.error, refusal.closer_nodes.len()), (INVALID_TOKEN, 0));
+    assert!(last.len() <= size(&question), "{} bytes", last.len());
+    for _ in 0..500 {
+        subject.now += Duration::from_millis(2);
+        subject.ask_ephemeral(client, Request { token: refusal.token, ..question.clone() });
+        let (_, bytes) = subject.sent().remove(0);
+        let Ok(Message::Response(response)) = Message::decode(&bytes) else { panic!("it is a response") };
+        assert_eq!((response.error, response.closer_nodes.len()), (0, K));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_asks_for_a_token_gets_the_request_once_more_with_it() {
+    let mut subject = Subject::open();
+    let (call, tid) = subject.call(node(1));
+    let token_of = |bytes: &[u8]| match Message::decode(bytes) {
+        Ok(Message::Request(request)) => (request.tid, request.token),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(token_of(&subject.sent().remove(0).1), (tid, None));
+    let refuse = |subject: &mut Subject, token| {
+        let (to, from) = (node(1_000), node(1));
+        let response = Response {
+            tid,
+            to,
+            id: None,
+            token: Some(token),
+            closer_nodes: Vec::new(),
+            error: INVALID_TOKEN,
+            value: None,
+        };
+        subject.state.on_response(&Via::Server, from, response, &Bytes::new(), subject.now);
+    };
+    refuse(&mut subject, [8; 32]);
+    assert_eq!(subject.outcome((call, tid)), None, "the caller still waits");
+    assert_eq!(token_of(&subject.sent().remove(0).1), (tid, Some([8; 32])));
+    refuse(&mut subject, [9; 32]);
+    assert_eq!(subject.outcome((call, tid)).unwrap().unwrap().error, INVALID_TOKEN, "not a third time");
+    assert!(subject.state.inflight.is_empty());
+
+    // The next request about a target has the token from the start, as long as it is fresh.
+    let ask = |subject: &mut Subject| {
+        let request = Outbound { target: Some([1; 32]), ..Outbound::internal(FIND_NODE, node(1), Waiter::Nobody) };
+        subject.state.request(request, subject.now).unwrap();
+        let (_, bytes) = subject.sent().remove(0);
+        token_of(&bytes).1
+    };
+    assert_eq!(ask(&mut subject), Some([9; 32]));
+    subject.now += Duration::from_secs(7);
+    assert_eq!(ask(&mut subject), None);
 }
 
 #[tokio::test(start_paused = true)]
