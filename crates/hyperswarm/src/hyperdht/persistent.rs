@@ -210,7 +210,7 @@ impl Store {
             self.topics.remove(target, public_key);
             return router.learn(*target, from, record.clone(), now).then_some(());
         }
-        self.topics.insert(*target, *public_key, record.clone(), now);
+        self.topics.insert(*target, *public_key, record.clone(), *from.ip(), now);
         Some(())
     }
 
