@@ -11,7 +11,7 @@ use std::time::Duration;
 
 pub use certificate::{Certificate, CertificateError};
 pub use invite::{Invite, InviteSecret, MalformedInvite};
-pub use revocation::{RevocationError, RevocationList};
+pub use revocation::{RevocationError, RevocationList, RevocationStamp};
 
 use crate::error_code::{ErrorCode, WireError};
 pub use crate::id::InviteId;
@@ -24,6 +24,11 @@ pub const INVITE_LIFE: Duration = Duration::from_hours(24);
 pub const STATE_EVERY: Duration = Duration::from_secs(2);
 /// A certificate is valid from this long before it is issued, for nodes whose clock is slow.
 pub const BACKDATE: Duration = Duration::from_mins(1);
+
+/// The age up to which a stamp of the pool's state is fresh.
+pub const STAMP_FRESH: Duration = Duration::from_secs(30);
+/// A stamp may be dated this far in the future, for nodes whose clock is slow.
+pub const STAMP_AHEAD_MAX: Duration = Duration::from_mins(1);
 
 /// Why a node may not do something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]

@@ -7,7 +7,7 @@ use crate::control::Catalog;
 use crate::gateway::{GatewayAnswer, GatewaySubmission};
 use crate::health::HealthReport;
 use crate::infer::{InferChunk, InferRequest};
-use crate::membership::{Certificate, RevocationList};
+use crate::membership::{Certificate, RevocationList, RevocationStamp};
 use crate::model::ModelOffer;
 use crate::signature::Signed;
 
@@ -25,6 +25,7 @@ pub fn published() -> Vec<(&'static str, Value)> {
         ("registry.catalog.json", schema(SchemaGenerator::root_schema_for::<Catalog>)),
         ("registry.offer.json", schema(SchemaGenerator::root_schema_for::<ModelOffer>)),
         ("admission.certificate.json", schema(SchemaGenerator::root_schema_for::<Certificate>)),
+        ("admission.stamp.json", schema(SchemaGenerator::root_schema_for::<RevocationStamp>)),
         ("admission.revocations.json", schema(SchemaGenerator::root_schema_for::<RevocationList>)),
         ("signed.json", schema(SchemaGenerator::root_schema_for::<Signed>)),
     ]

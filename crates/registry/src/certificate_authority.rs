@@ -14,8 +14,8 @@ use protocol::control::{
 };
 use protocol::membership::invite::{BOOTSTRAP_MAX, REGIONS_MAX, SECRET_BYTES};
 use protocol::membership::{
-    BACKDATE, CERTIFICATE_LIFE, Certificate, Exclusion, INVITE_LIFE, Invite, InviteSecret, RevocationList, certificate,
-    revocation,
+    BACKDATE, CERTIFICATE_LIFE, Certificate, Exclusion, INVITE_LIFE, Invite, InviteSecret, RevocationList,
+    RevocationStamp, certificate, revocation,
 };
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, ErrorCode, InviteId, ModelName, PublicKey, Region, UnixMillis, WireError};
@@ -190,6 +190,9 @@ impl CertificateAuthority {
         if roles.is_empty() {
             return invalid("roles", "name at least one role");
         }
+        if roles.contains(&NodeRole::Registry) {
+            return invalid("roles", "invites are for gateways, orchestrators and workers");
+        }
         if regions.len() > REGIONS_MAX {
             return invalid("regions", "name fewer regions, or none for all");
         }
@@ -338,7 +341,9 @@ impl CertificateAuthority {
     pub async fn state(&self, version: u64) -> Result<PoolState, AuthorityError> {
         let list = self.list().await?;
         let revocations = (list.version != version).then(|| list.signed.clone());
-        Ok(PoolState { version: list.version, revocations })
+        let (v, pool, issued_at) = (revocation::VERSION, self.pool(), self.0.parts.clock.now());
+        let stamp = RevocationStamp { v, pool, version: list.version, issued_at }.sign(&self.0.parts.root);
+        Ok(PoolState { version: list.version, revocations, stamp: Some(stamp) })
     }
 
     /// Notifies of each revocation.

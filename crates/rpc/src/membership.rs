@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use protocol::control::{Enrolled, Hello, NodeRole};
-use protocol::membership::{Certificate, CertificateError, Exclusion, RevocationError, RevocationList, STATE_EVERY};
+use protocol::membership::{
+    Certificate, CertificateError, Exclusion, RevocationError, RevocationList, RevocationStamp, STAMP_AHEAD_MAX,
+    STAMP_FRESH, STATE_EVERY,
+};
 use protocol::signature::Signed;
 use protocol::{Clock, PublicKey, Region, UnixMillis, WireError};
 use tokio::sync::watch;
@@ -46,7 +49,7 @@ struct State {
     version: u64,
     revoked: BTreeSet<PublicKey>,
     list: Option<Arc<Signed>>,
-    /// When a registry last reported the state of the pool; initially when this was created.
+    /// When the newest stamp that confirmed the list was issued; initially when this was created.
     confirmed: Instant,
 }
 
@@ -232,11 +235,22 @@ impl Membership {
         Ok(is_newer)
     }
 
-    /// Records that a registry has just reported the state of the pool.
-    pub(crate) fn confirm(&self) {
-        if let Some(inner) = &self.0 {
-            inner.write().confirmed = Instant::now();
+    /// Applies a registry's stamp. Returns whether it is fresh and confirms the list that this node has, or the reason
+    /// why it is invalid. A stamp that is older counts from when it was issued: a registry that withholds revocations
+    /// cannot look alive by an old one.
+    pub(crate) fn take_stamp(&self, signed: &Signed) -> Result<bool, RevocationError> {
+        let Some(inner) = &self.0 else { return Ok(true) };
+        let stamp = RevocationStamp::verify(signed, inner.pool)?;
+        let now = inner.clock.now();
+        let age = now.since(stamp.issued_at);
+        let mut state = inner.write();
+        if stamp.version != state.version || stamp.issued_at.since(now) > STAMP_AHEAD_MAX {
+            return Ok(false);
         }
+        if let Some(issued) = Instant::now().checked_sub(age) {
+            state.confirmed = state.confirmed.max(issued);
+        }
+        Ok(age <= STAMP_FRESH)
     }
 
     /// Returns how long no registry has reported the revocations to this node. It is zero if membership is not checked.

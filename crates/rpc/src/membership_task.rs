@@ -83,10 +83,11 @@ impl MembershipTask {
             let request = PoolStateRequest { version: self.membership.version() };
             match self.client.call::<_, PoolState>(*registry, POOL_STATE, &request, DEADLINE).await {
                 Ok(state) => {
-                    self.last = Some(*registry);
                     self.take(*registry, &state).await;
-                    self.membership.confirm();
-                    return;
+                    if self.is_confirmed_by(*registry, &state) {
+                        self.last = Some(*registry);
+                        return;
+                    }
                 }
                 Err(CallError::Remote(refusal)) if refusal.code == ErrorCode::NodeRevoked => {
                     // Believed only if it comes from a registry that this node knows: by its certificate, by its last
@@ -106,11 +107,26 @@ impl MembershipTask {
         }
     }
 
+    /// Returns whether a registry's fresh stamp confirms the list that this node has. Otherwise another registry is
+    /// asked, because this one may withhold revocations.
+    fn is_confirmed_by(&self, registry: PublicKey, state: &PoolState) -> bool {
+        let problem = match state.stamp.as_ref().map(|stamp| self.membership.take_stamp(stamp)) {
+            Some(Ok(true)) => return true,
+            Some(Ok(false)) => "its stamp is old, or the clocks differ",
+            Some(Err(_)) => "its stamp is invalid",
+            None => "it sends no stamp",
+        };
+        debug!(registry = registry.short(), problem, "a registry does not confirm the list of revoked nodes");
+        false
+    }
+
     /// Logs when the registries go away and when they come back.
     fn tell_absence(&mut self) {
         let is_away = self.membership.is_registry_away();
         if is_away && !self.is_away {
-            warn!("no registry answers: this node goes on with what it knows; see that the registry runs");
+            warn!(
+                "no registry answers: this node continues with what it knows; check that the registry runs and that the clocks agree"
+            );
         } else if !is_away && self.is_away {
             info!("a registry answers again");
         }

@@ -69,7 +69,7 @@ impl Stranger {
                 async { Ok(Empty {}) }
             })
             .unary(POOL_STATE, |_, request: PoolStateRequest| async move {
-                Ok(PoolState { version: request.version, revocations: None })
+                Ok(PoolState { version: request.version, revocations: None, stamp: None })
             })
             .stream(START, move |call| started.take(call))
             .stream(SUBMIT, move |call| submitted.take(call));

@@ -14,7 +14,7 @@ use protocol::control::{
 use protocol::error_code::ContextLength;
 use protocol::health::{self, CachedModel, Capacity, EXPIRY, HealthReport, ModelState};
 use protocol::infer::{FinishReason, InferChunk, InferRequest, Payload, Progress, START, SUBMIT};
-use protocol::membership::{Certificate, RevocationList};
+use protocol::membership::{Certificate, RevocationList, RevocationStamp};
 use protocol::model::ModelKey;
 use protocol::policy::TenantPolicy;
 use protocol::signature::{NodeKey, Signed};
@@ -137,6 +137,11 @@ fn list(version: u64, keys: &[PublicKey]) -> Signed {
     RevocationList { version, keys, ..RevocationList::empty(root().public_key()) }.sign(&root())
 }
 
+fn stamp(version: u64) -> Signed {
+    let (v, pool, issued_at) = (protocol::membership::revocation::VERSION, root().public_key(), SystemClock.now());
+    RevocationStamp { v, pool, version, issued_at }.sign(&root())
+}
+
 pub(crate) async fn stand(config: Config) -> Stand {
     stand_on(Arc::new(SqliteStore::in_memory().expect("a store")), config).await
 }
@@ -160,7 +165,8 @@ pub(crate) async fn stand_on(store: Arc<dyn JobStore>, config: Config) -> Stand 
         .unary(POOL_STATE, move |_, request: PoolStateRequest| {
             let list = current.lock().clone();
             let version = RevocationList::verify(&list, root().public_key()).expect("a good list").version;
-            async move { Ok(PoolState { version, revocations: (version != request.version).then_some(list) }) }
+            let stamp = Some(stamp(version));
+            async move { Ok(PoolState { version, revocations: (version != request.version).then_some(list), stamp }) }
         });
     tasks.spawn(server.run(CancellationToken::new(), Duration::ZERO));
 

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::clock::UnixMillis;
 use crate::codec;
 use crate::id::PublicKey;
 use crate::signature::{NodeKey, Signed};
@@ -15,6 +16,9 @@ pub const KIND: &str = "revocations";
 pub const VERSION: u32 = 1;
 /// The maximum size of a list in bytes, enough for about a hundred thousand keys.
 pub const LIST_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// The maximum size of a stamp in bytes.
+pub const STAMP_BYTES_MAX: usize = 1024;
 
 /// The revoked nodes whose certificates may still be valid.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -31,7 +35,25 @@ pub struct RevocationList {
     pub keys: BTreeSet<PublicKey>,
 }
 
-/// Why a list is rejected.
+/// The kind under which stamps are signed.
+pub const STAMP_KIND: &str = "revocations.stamp";
+
+/// A dated statement of which revocation list is the newest. A registry that withholds newer lists has no newer stamps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(rename = "Admission.Stamp")]
+pub struct RevocationStamp {
+    /// The contract's version: 1.
+    pub v: u32,
+    /// Public key of the pool's root, which signs the stamp.
+    pub pool: PublicKey,
+    /// Version of the newest list.
+    pub version: u64,
+    /// Time of the signature.
+    pub issued_at: UnixMillis,
+}
+
+/// Why a list or a stamp is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RevocationError {
     /// The list is larger than [`LIST_BYTES_MAX`].
@@ -84,6 +106,30 @@ impl RevocationList {
     }
 }
 
+impl RevocationStamp {
+    /// Signs the stamp with the pool's root key.
+    pub fn sign(&self, root: &NodeKey) -> Signed {
+        root.sign(STAMP_KIND, String::from_utf8(codec::encode(self)).expect("JSON is UTF-8"))
+    }
+
+    /// Returns the stamp if it is valid. The caller checks its age and its version.
+    pub fn verify(signed: &Signed, pool: PublicKey) -> Result<Self, RevocationError> {
+        if signed.body.len() > STAMP_BYTES_MAX {
+            return Err(RevocationError::TooLarge);
+        }
+        if signed.key != pool {
+            return Err(RevocationError::Pool);
+        }
+        signed.verify(STAMP_KIND).map_err(|_| RevocationError::BadSignature)?;
+        let stamp: Self = codec::decode(signed.body.as_bytes()).map_err(|_| RevocationError::Malformed)?;
+        match stamp {
+            Self { v, .. } if v != VERSION => Err(RevocationError::Version),
+            Self { pool: other, .. } if other != pool => Err(RevocationError::Pool),
+            stamp => Ok(stamp),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,6 +146,22 @@ mod tests {
     #[test]
     fn what_the_root_signed_is_believed() {
         assert_eq!(RevocationList::verify(&list().sign(&root()), root().public_key()), Ok(list()));
+    }
+
+    #[test]
+    fn a_stamp_is_believed_under_its_own_kind_and_pool_only() {
+        let (root, pool) = (root(), root().public_key());
+        let stamp = RevocationStamp { v: VERSION, pool, version: 3, issued_at: UnixMillis(7) };
+        let verify = |signed: &Signed| RevocationStamp::verify(signed, pool);
+        assert_eq!(verify(&stamp.sign(&root)), Ok(stamp.clone()));
+        assert_eq!(verify(&stamp.sign(&NodeKey::from_seed(&[3; 32]))), Err(RevocationError::Pool));
+        assert_eq!(verify(&list().sign(&root)), Err(RevocationError::BadSignature));
+        assert_eq!(verify(&root.sign(STAMP_KIND, "x".repeat(2000))), Err(RevocationError::TooLarge));
+        assert_eq!(verify(&root.sign(STAMP_KIND, "[]".into())), Err(RevocationError::Malformed));
+        let older = RevocationStamp { v: 2, ..stamp.clone() };
+        assert_eq!(verify(&older.sign(&root)), Err(RevocationError::Version));
+        let bent = Signed { body: stamp.sign(&root).body.replace(":7", ":8"), ..stamp.sign(&root) };
+        assert_eq!(verify(&bent), Err(RevocationError::BadSignature));
     }
 
     #[test]

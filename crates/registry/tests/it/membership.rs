@@ -8,7 +8,7 @@ use protocol::control::{
     InviteCreated, InviteRedeem, NODE_LIST, NODE_REVOKE, NodeList, NodeRevoke, NodeRevoked, NodeRole, OperatorRequest,
     POOL_STATE, PoolState, PoolStateRequest, Scope, TOKEN_CHECK, TokenCheck, TokenCreate, TokenGrant,
 };
-use protocol::membership::{CERTIFICATE_LIFE, Certificate, Invite, InviteSecret, RevocationList};
+use protocol::membership::{CERTIFICATE_LIFE, Certificate, Invite, InviteSecret, RevocationList, RevocationStamp};
 use protocol::signature::NodeKey;
 use protocol::{Clock as _, ErrorCode, InviteId, PublicKey};
 use rpc::{CallError, Client, Enrolment, JoinError, Membership};
@@ -233,6 +233,7 @@ async fn an_invite_that_makes_no_sense_is_refused_by_its_field() {
     test.authority.invite(good.clone()).await.expect("made");
     for (request, field) in [
         (InviteCreate { roles: vec![], ..good.clone() }, "roles"),
+        (InviteCreate { roles: vec![NodeRole::Worker, NodeRole::Registry], ..good.clone() }, "roles"),
         (InviteCreate { valid_secs: Some(0), ..good.clone() }, "validSecs"),
         (InviteCreate { valid_secs: Some(86_401), ..good.clone() }, "validSecs"),
         (InviteCreate { bootstrap: vec!["nowhere".into()], ..good.clone() }, "bootstrap"),
@@ -274,7 +275,9 @@ async fn a_revoked_node_is_out_at_once_for_good_and_everybody_is_told() {
     let expelled = key(10).public_key();
     let state = |version| PoolStateRequest { version };
     let at_first: PoolState = other.call(test.registry, POOL_STATE, &state(0), SECOND).await.expect("told");
-    assert_eq!(at_first, PoolState { version: 0, revocations: None });
+    assert_eq!((at_first.version, at_first.revocations), (0, None));
+    let stamp = RevocationStamp::verify(&at_first.stamp.expect("a stamp"), test.authority.pool()).expect("valid");
+    assert_eq!((stamp.version, stamp.issued_at), (0, test.clock.now()));
     member.call::<_, Catalog>(test.registry, CATALOG_LIST, &Empty {}, SECOND).await.expect("a member");
 
     let token = test.token(&[Scope::Admin]).await;

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use protocol::control::{
     CERTIFICATE_RENEW, Empty, Enrolled, Hello, NODE_HELLO, NodeInfo, NodeRole, POOL_STATE, PoolState, PoolStateRequest,
 };
-use protocol::membership::{Certificate, Exclusion, RevocationList, certificate};
+use protocol::membership::{Certificate, Exclusion, RevocationList, RevocationStamp, certificate, revocation};
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, ErrorCode, PublicKey, Topic, UnixMillis, WireError, codec};
 use tether_rpc::{
@@ -102,6 +102,11 @@ impl Pool {
     /// Returns an end of the network for a node without a certificate.
     pub(crate) fn node(&self, seed: u8) -> Arc<dyn Transport> {
         self.network.node(&key(seed))
+    }
+
+    fn stamp(&self, version: u64) -> Signed {
+        let (v, pool, issued_at) = (revocation::VERSION, self.root.public_key(), self.clock.now());
+        RevocationStamp { v, pool, version, issued_at }.sign(&self.root)
     }
 
     fn list(&self, version: u64, nodes: &[PublicKey]) -> Signed {
@@ -299,13 +304,16 @@ async fn a_directory_lists_only_what_a_peer_is_certified_for() {
 /// A registry that tells this list and gives this certificate.
 struct FakeRegistry {
     list: Arc<Mutex<Signed>>,
+    /// The stamp that it repeats, if it is frozen.
+    frozen: Arc<Mutex<Option<Signed>>>,
     polls: Arc<Mutex<u64>>,
 }
 
 fn registry(pool: &Arc<Pool>, node: &Node) -> FakeRegistry {
-    let fake = FakeRegistry { list: Arc::new(Mutex::new(pool.list(0, &[]))), polls: Arc::default() };
+    let list = Arc::new(Mutex::new(pool.list(0, &[])));
+    let fake = FakeRegistry { list, frozen: Arc::default(), polls: Arc::default() };
     let (list, polls, root) = (fake.list.clone(), fake.polls.clone(), pool.root.public_key());
-    let renewing = pool.clone();
+    let (frozen, renewing, stamping) = (fake.frozen.clone(), pool.clone(), pool.clone());
     pool.serve(node, NodeRole::Registry, |server| {
         server
             .unary(POOL_STATE, move |_, request: PoolStateRequest| {
@@ -313,7 +321,8 @@ fn registry(pool: &Arc<Pool>, node: &Node) -> FakeRegistry {
                 let list = list.lock().clone();
                 let version = RevocationList::verify(&list, root).expect("a good list").version;
                 let revocations = (version != request.version).then_some(list);
-                async move { Ok(PoolState { version, revocations }) }
+                let stamp = frozen.lock().clone().or_else(|| Some(stamping.stamp(version)));
+                async move { Ok(PoolState { version, revocations, stamp }) }
             })
             .unary(CERTIFICATE_RENEW, move |caller, _: Empty| {
                 assert_eq!(caller.key, key(2).public_key());
@@ -348,6 +357,38 @@ async fn a_revocation_is_known_within_five_seconds_and_outlives_the_registry() {
     pool.network.cut(keeper.key);
     time::sleep(SECOND * 60).await;
     assert!(worker.membership.is_revoked(expelled) && worker.membership.is_member(worker.key));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_frozen_registry_keeps_no_revocation_from_a_node_and_counts_as_silent() {
+    let pool = Arc::new(Pool::new());
+    let topic = Topic::Control(region("local"));
+    let (frozen, honest) = (pool.join(1, &[NodeRole::Registry]), pool.join(3, &[NodeRole::Registry]));
+    let worker = pool.join(2, &[NodeRole::Worker]);
+    let (fake, other) = (registry(&pool, &frozen), registry(&pool, &honest));
+    frozen.transport.announce(&topic).await.expect("announced");
+    let (directory, task) = Directory::new(worker.transport.clone(), worker.client.clone(), topic.clone());
+    pool.tasks.spawn(task.run(pool.stop.clone()));
+    pool.tasks.spawn(MembershipTask::new(worker.client.clone(), directory).run(pool.stop.clone()));
+    time::sleep(SECOND * 10).await;
+    assert!(!worker.membership.is_registry_away());
+
+    // From now on it repeats what it said. No other registry is announced yet.
+    *fake.frozen.lock() = Some(pool.stamp(0));
+    time::sleep(SECOND * 600).await;
+    assert!(worker.membership.registry_silence() >= SECOND * 590, "{:?}", worker.membership.registry_silence());
+
+    // It was asked first so far, and it is still found.
+    honest.transport.announce(&topic).await.expect("announced");
+    let expelled = key(9).public_key();
+    *other.list.lock() = pool.list(5, &[expelled]);
+    time::timeout(SECOND * 60, worker.membership.until_revoked(expelled)).await.expect("known from the other");
+    assert!(!worker.membership.is_registry_away());
+    // A registry without stamps, or with those of another, confirms nothing.
+    *fake.frozen.lock() = Some(RevocationList::empty(pool.root.public_key()).sign(&pool.root));
+    pool.network.cut(honest.key);
+    time::sleep(SECOND * 60).await;
+    assert!(worker.membership.is_registry_away());
 }
 
 #[tokio::test(start_paused = true)]

@@ -9,7 +9,7 @@ use protocol::control::{
     Empty, NodeInfo, NodeRole, POOL_STATE, PRESENCE_DESCRIBE, PRESENCE_REPORT, PoolState, PoolStateRequest,
 };
 use protocol::infer::START;
-use protocol::membership::{Certificate, RevocationList, certificate};
+use protocol::membership::{Certificate, RevocationList, RevocationStamp, certificate, revocation};
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock as _, ErrorCode, PublicKey, Topic, codec};
 use rpc::{CallError, Client, Membership, ResponseStream, Server, StreamOptions};
@@ -99,13 +99,15 @@ async fn peers(scene: &Scene, list: &Arc<Mutex<Signed>>) -> Client {
     let world = &scene.world;
     let info = |role| NodeInfo { roles: vec![role], region: region(), version: "0".into() };
     let (registry, orchestrator) = (world.network.node(&key(20)), world.network.node(&key(21)));
-    let shared = list.clone();
+    let (shared, clock) = (list.clone(), world.clock.clone());
     let server = Server::new(registry.clone(), info(NodeRole::Registry))
         .membership(member(world, &certified(world, 20, NodeRole::Registry)))
         .unary(POOL_STATE, move |_, request: PoolStateRequest| {
             let list = shared.lock().clone();
             let version = RevocationList::verify(&list, root().public_key()).expect("good").version;
-            async move { Ok(PoolState { version, revocations: (version != request.version).then_some(list) }) }
+            let (v, pool, issued_at) = (revocation::VERSION, root().public_key(), clock.now());
+            let stamp = Some(RevocationStamp { v, pool, version, issued_at }.sign(&root()));
+            async move { Ok(PoolState { version, revocations: (version != request.version).then_some(list), stamp }) }
         });
     world.tasks.spawn(server.run(world.end.clone(), SECOND));
     let membership = member(world, &certified(world, 21, NodeRole::Orchestrator));
