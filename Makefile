@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build dist demo up test interop templates bench bench-engine lint fuzz clean
+.PHONY: help build dist demo up test interop templates bench bench-engine lint audit fuzz clean
 
 # dev shares one build between tests and programs; release is for users.
 PROFILE ?= release
@@ -82,6 +82,10 @@ lint: ## Checks format, lints, floors, names, links, licences
 	cargo clippy --package tether-engine --no-default-features --all-targets -- -D warnings
 	cargo xtask tidy $(if $(TETHER),--tether $(abspath $(TETHER)))
 	cargo deny --log-level error check bans licenses sources
+
+audit: ## Checks dependencies for known vulnerabilities (ADVISORIES=FOLDER, a clone of RustSec's advisory-db)
+	@scripts/setup lint
+	scripts/audit "$(ADVISORIES)"
 
 fuzz: ## Fuzzes every decoder of untrusted bytes (FUZZ_SECONDS=300 each)
 	@scripts/setup fuzz
