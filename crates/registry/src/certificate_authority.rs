@@ -53,7 +53,7 @@ impl Grant {
     }
 }
 
-/// Dependencies and settings of an [`CertificateAuthority`].
+/// Dependencies and settings of a [`CertificateAuthority`].
 pub struct CertificateAuthorityParts {
     /// The pool's root key. Its holder decides which nodes belong to the pool.
     pub root: NodeKey,

@@ -4,7 +4,7 @@
 //! messages while it has credit. The caller grants more credit as it reads. Either side may end the stream: the callee
 //! with an end or an error, the caller with a cancel, which it also sends when it is dropped.
 //!
-//! [`crate::client::ResponseStream`] is the caller's half, [`crate::server::ReplyStream`] the callee's.
+//! [`crate::client::ResponseStream`] is the caller's half, [`crate::server::ResponseSink`] the callee's.
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use protocol::codec::MESSAGE_BYTES_MAX;

@@ -61,7 +61,7 @@ struct Known {
 }
 
 impl Membership {
-    /// Admits every node to everything, for tests and for networks without certificates.
+    /// Gives every node every role, for tests and for networks without certificates.
     pub fn unchecked() -> Self {
         Self(None)
     }

@@ -93,8 +93,8 @@ impl Adapters {
     /// Returns the attached adapters.
     pub(crate) fn attached(&self, engine: ModelId) -> Vec<AdapterName> {
         let shelf = self.shelf();
-        let at_hand = shelf.attached.iter().filter(|attached| attached.id.initialized());
-        let names = at_hand.map(|attached| attached.name.clone());
+        let ready = shelf.attached.iter().filter(|attached| attached.id.initialized());
+        let names = ready.map(|attached| attached.name.clone());
         if shelf.engine == Some(engine) { names.collect() } else { Vec::new() }
     }
 
