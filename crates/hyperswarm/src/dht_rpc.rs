@@ -298,8 +298,8 @@ impl DhtRpc {
         self.node.with(|state| state.remote_address())
     }
 
-    /// Returns this node's address as it is configured, or else as other nodes report it, whether or not they can reach it
-    /// there.
+    /// Returns this node's address as it is configured, or else as other nodes report it. They may be unable to reach
+    /// it there.
     pub fn reflexive_address(&self) -> Option<Reflexive> {
         self.node.with(|state| state.own_address())
     }

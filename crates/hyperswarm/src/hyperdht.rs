@@ -60,8 +60,8 @@ pub struct Config {
     pub ephemeral: bool,
     /// Whether others may be unable to reach the node. `None` lets the node detect it.
     pub firewalled: Option<bool>,
-    /// The address at which others reach this node, if it is known for certain. It wins over whatever other nodes report.
-    /// Its port is ignored: others see and reach the port that the node is bound to.
+    /// The address at which others reach this node, if it is known for certain. It wins over whatever other nodes
+    /// report. Its port is ignored: others see and reach the port that the node is bound to.
     pub public_address: Option<SocketAddrV4>,
     /// The sustained number of requests per second that one source may send.
     pub requests_per_second: u32,

@@ -112,8 +112,8 @@ impl State {
         }
     }
 
-    /// Sends a response. If its receiver has not proven its address and was sent too much, the response asks for a token
-    /// instead, which is no longer than a request, or is left out.
+    /// Sends a response. If its receiver has not proven its address and was sent too much, the response asks for a
+    /// token instead, which is no longer than a request, or is left out.
     pub(in crate::dht_rpc) fn answer(
         &mut self,
         via: &Via,

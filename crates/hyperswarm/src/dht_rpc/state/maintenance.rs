@@ -143,8 +143,8 @@ impl State {
         }
     }
 
-    /// Pings a node that sent a request, if the table has a place for it. It enters the table when it answers. Until then
-    /// the source may be forged, and this node tells others of the nodes in its table.
+    /// Pings a node that sent a request, if the table has a place for it. It enters the table when it answers. Until
+    /// then the source may be forged, and this node tells others of the nodes in its table.
     pub(super) fn greet(&mut self, via: &Via, from: SocketAddrV4, id: &Id, now: Instant) {
         let is_known = *id == *self.table.id() || self.table.get(id).is_some();
         let has_place = self.table.row(id).len() < K || self.swap_candidate(id).is_some();
@@ -205,7 +205,8 @@ impl State {
         }
     }
 
-    /// Returns the node that a new one in this full row may replace: the least recently pinged one, unless it has lasted.
+    /// Returns the node that a new one in this full row may replace: the least recently pinged one, unless it has
+    /// lasted.
     fn swap_candidate(&self, new: &Id) -> Option<&TableNode> {
         if !self.bootstrapped || self.repings >= REPINGS_MAX {
             return None;

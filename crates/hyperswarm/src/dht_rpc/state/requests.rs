@@ -94,7 +94,7 @@ pub(super) struct Inflight {
     pub(super) sent: Instant,
     pub(super) deadline: Option<Instant>,
     pub(super) waiter: Waiter,
-    /// Whether the request is sent once more if the node asks for a token. A caller that gave a token may have signed it.
+    /// Whether the request is sent once more if the node asks for a token. A caller that gave one may have signed it.
     pub(super) takes_token: bool,
     /// Whether who waited is gone: an answer is taken, but no further copy is sent.
     pub(super) is_abandoned: bool,

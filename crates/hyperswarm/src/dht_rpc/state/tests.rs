@@ -97,7 +97,8 @@ impl Subject {
         self.sent();
     }
 
-    /// Delivers a ping from a persistent node, which reports this address if it is pinged itself. Returns whether it was.
+    /// Delivers a ping from a persistent node. If the node is pinged itself, it reports this address. Returns whether
+    /// it was.
     fn meet(&mut self, from: SocketAddrV4, to: SocketAddrV4) -> bool {
         self.ask(from, Request { to, ..request(PING, None) });
         let greeting =

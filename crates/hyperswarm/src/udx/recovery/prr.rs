@@ -17,7 +17,7 @@ const FAST_RETRANSMIT: u64 = 2;
 pub(crate) struct Prr {
     /// Bytes that were delivered during recovery.
     prr_delivered: u64,
-    /// Bytes that were sent during recovery at the expense of those delivered. The congestion window pays for the others.
+    /// Bytes that were sent during recovery at the expense of those delivered. Others fit in the congestion window.
     prr_out: u64,
     /// Bytes that may be sent before anything is delivered.
     fast_retransmit: u64,

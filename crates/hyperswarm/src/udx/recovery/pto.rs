@@ -27,8 +27,8 @@ impl Pto {
 
     /// Starts the timeout again, unless the retransmission timer expires first.
     ///
-    /// It runs during recovery too, as in QUIC: the packets sent last may be lost as well, and nothing else would reveal
-    /// it soon.
+    /// It runs during recovery too, as in QUIC: the packets sent last may be lost as well, and nothing else would
+    /// reveal it soon.
     pub(crate) fn arm(&mut self, now: Instant, pto: Duration, rto_deadline: Option<Instant>) {
         let at = self.probe_allowed.then(|| now + pto);
         self.at = at.filter(|at| rto_deadline.is_none_or(|rto| *at < rto));
