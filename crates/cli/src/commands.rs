@@ -159,7 +159,7 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
             up::run(context).await
         }
         Command::Bootstrap(args) => serve::bootstrap(context, &args).await,
-        Command::Registry(args) => serve::registry(context, &args).await,
+        Command::Registry(args) => Box::pin(serve::registry(context, &args)).await,
         Command::Orchestrator(args) => serve::enrolled(context, NodeRole::Orchestrator, &args.node).await,
         Command::Gateway(args) => serve::enrolled(context, NodeRole::Gateway, &args.node).await,
         Command::Worker(args) => serve::enrolled(context, NodeRole::Worker, &args.node).await,

@@ -219,8 +219,8 @@ impl Gateway {
             let timeouts = self.timeouts(&record, &job);
             let expected = Expected::of(&job.input);
             let request = self.request(&grant, &builds, job, timeouts, &record)?;
-            let salt = record.correlation_id.0.as_u128();
-            let begun = self.inner.upstream.submit(codec::encode(&request).into(), timeouts, salt).await;
+            let seed = record.correlation_id.0.as_u128() as u64;
+            let begun = self.inner.upstream.submit(codec::encode(&request).into(), timeouts, seed).await;
             let entries = builds.into_iter().map(|build| build.entry).collect();
             Ok((begun.map_err(WireError::for_clients)?, entries, expected))
         };

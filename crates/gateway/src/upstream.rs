@@ -8,6 +8,7 @@ use bytes::Bytes;
 use protocol::control::NodeRole;
 use protocol::{ErrorCode, PublicKey, Region, Topic, WireError, infer};
 use rpc::announce::DirectoryTask;
+use rpc::backoff::Backoff;
 use rpc::{CallError, Client, Directory, Membership, MembershipTask, StreamOptions, Transport};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -22,8 +23,10 @@ const CALL: Duration = Duration::from_secs(2);
 const APPEAR: Duration = Duration::from_secs(1);
 /// How many times all orchestrators are tried in turn.
 const ROUNDS: u32 = 3;
-/// Nominal wait before the second round; it doubles with each further round.
-const BACKOFF: Duration = Duration::from_millis(50);
+/// The longest wait before the second round; it doubles with each further round.
+const BACKOFF: Duration = Duration::from_millis(75);
+/// The longest wait between rounds.
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
 /// The registries and orchestrators of the region.
 pub(crate) struct Upstream {
@@ -96,14 +99,15 @@ impl Upstream {
         Err(last)
     }
 
-    /// Submits a job to an orchestrator and waits until its answer begins or it is refused. `salt` is the jitter of the
-    /// backoff between rounds.
-    pub(crate) async fn submit(&self, body: Bytes, timeouts: Timeouts, salt: u128) -> Result<Begun, WireError> {
+    /// Submits a job to an orchestrator and waits until its answer begins or it is refused. `seed` decides the
+    /// jitter of the waits between rounds.
+    pub(crate) async fn submit(&self, body: Bytes, timeouts: Timeouts, seed: u64) -> Result<Begun, WireError> {
         let mut last = away(NodeRole::Orchestrator);
         let mut may_be_known = false;
+        let mut backoff = Backoff::new(BACKOFF, BACKOFF_MAX, seed);
         for round in 0..ROUNDS {
             if round > 0 {
-                time::sleep(backoff(round, salt)).await;
+                time::sleep(backoff.next_wait()).await;
             }
             for peer in self.peers(NodeRole::Orchestrator).await? {
                 let left = timeouts.deadline.saturating_duration_since(Instant::now());
@@ -186,22 +190,4 @@ pub(crate) fn away(role: NodeRole) -> WireError {
         NodeRole::Gateway | NodeRole::Worker => "a part of the network does not answer, try again",
     };
     WireError::new(ErrorCode::Unavailable, message).with_retry_after(Duration::from_secs(1))
-}
-
-/// Returns the wait before a round: 50 to 150 % of its nominal length.
-fn backoff(round: u32, salt: u128) -> Duration {
-    let share = ((salt >> (round * 8)) & 0xff) as u32;
-    BACKOFF * (1 << (round - 1)) * (128 + share) / 256
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn waits_between_rounds_grow_and_differ_between_jobs() {
-        assert_eq!(backoff(1, 0), BACKOFF / 2);
-        assert_eq!(backoff(2, 0), BACKOFF);
-        assert!(backoff(1, u128::MAX) > BACKOFF && backoff(1, u128::MAX) < BACKOFF * 2);
-    }
 }

@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use protocol::WorkerId;
+use rpc::backoff::Backoff;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
@@ -82,8 +83,8 @@ pub struct CircuitBreaker {
     /// When a worker's last failure was counted.
     failed_at: HashMap<WorkerId, Instant>,
     phase: Phase,
-    /// How often it opened in a row without closing.
-    reopened: u32,
+    /// How long it stays open. The time doubles until it closes.
+    open_for: Backoff,
 }
 
 #[derive(Debug)]
@@ -101,13 +102,14 @@ enum Phase {
 impl CircuitBreaker {
     /// Makes a closed breaker.
     pub fn new(config: BreakerConfig) -> Self {
+        let seconds = Duration::from_secs;
         Self {
+            open_for: Backoff::exact(seconds(config.open_secs), seconds(config.open_secs_max)),
             config,
             outcomes: VecDeque::new(),
             failures: 0,
             failed_at: HashMap::new(),
             phase: Phase::Closed,
-            reopened: 0,
         }
     }
 
@@ -204,16 +206,14 @@ impl CircuitBreaker {
     }
 
     fn open(&mut self, now: Instant) {
-        let wait = self.config.open_secs.saturating_mul(1 << self.reopened.min(16)).min(self.config.open_secs_max);
-        self.phase = Phase::Open { until: now + Duration::from_secs(wait) };
-        self.reopened += 1;
+        self.phase = Phase::Open { until: now + self.open_for.next_wait() };
         self.outcomes.clear();
         self.failures = 0;
     }
 
     fn close(&mut self) {
         self.phase = Phase::Closed;
-        self.reopened = 0;
+        self.open_for.reset();
     }
 }
 

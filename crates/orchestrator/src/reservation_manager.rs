@@ -14,6 +14,7 @@ use protocol::infer::{FinishReason, InferRequest};
 use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
 use protocol::{Clock, ErrorCode, Region, WireError, WorkerId};
+use rpc::backoff::Backoff;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -281,15 +282,15 @@ impl Reservation {
     /// settled. The lease is renewed meanwhile.
     async fn settle(&self, settlement: Settlement) -> Result<Finalised, FinaliseError> {
         let give_up = time::Instant::now() + self.manager.lease;
-        let mut wait = SETTLE_AGAIN;
+        let mut backoff = Backoff::exact(SETTLE_AGAIN, SETTLE_AGAIN_MAX);
         loop {
             let settled = self.manager.store.finalise(settlement.clone()).await;
+            let wait = backoff.next_wait();
             let busy = matches!(settled, Err(FinaliseError::Store(StoreError::Overloaded)));
             if !busy || time::Instant::now() + wait >= give_up {
                 return settled;
             }
             time::sleep(wait).await;
-            wait = (wait * 2).min(SETTLE_AGAIN_MAX);
         }
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use protocol::error_code::Blame;
 use protocol::{CorrelationId, ErrorCode};
+use rpc::backoff::Backoff;
 
 /// How an attempt failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +25,7 @@ pub enum Plan {
     GiveUp,
 }
 
-/// Base of the backoff: the delay after attempt `n` is at most `BACKOFF << n`.
+/// The longest delay after the first attempt; it doubles with each further one.
 const BACKOFF: Duration = Duration::from_millis(10);
 /// Upper limit of the delay.
 const BACKOFF_MAX: Duration = Duration::from_millis(500);
@@ -49,17 +50,14 @@ pub fn plan(attempt: u32, attempts_max: u32, failure: Failure, correlation_id: C
             Plan::Retry { after: Duration::ZERO }
         }
         code if code.blame() == Blame::Caller => Plan::GiveUp,
-        _ => Plan::Retry { after: jittered(attempt, correlation_id) },
+        _ => Plan::Retry { after: delay(attempt, correlation_id) },
     }
 }
 
-/// Returns a delay with full jitter, between zero and the doubled backoff. It is derived from the job's id, so that
-/// simulations are reproducible.
-fn jittered(attempt: u32, correlation_id: CorrelationId) -> Duration {
-    let ceiling = BACKOFF.saturating_mul(1 << attempt.min(10)).min(BACKOFF_MAX);
+/// Returns the delay after an attempt. Its jitter is derived from the job's id, so that simulations are reproducible.
+fn delay(attempt: u32, correlation_id: CorrelationId) -> Duration {
     let id = correlation_id.0.as_u128();
-    let mixed = ((id ^ (id >> 64)) as u64 ^ u64::from(attempt)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    ceiling.mul_f64((mixed >> 11) as f64 / (1u64 << 53) as f64)
+    Backoff::new(BACKOFF, BACKOFF_MAX, (id ^ (id >> 64)) as u64).nth_wait(attempt)
 }
 
 #[cfg(test)]
@@ -101,14 +99,14 @@ mod tests {
     }
 
     #[test]
-    fn waits_are_bounded_and_differ_between_jobs() {
-        let mut waits = std::collections::HashSet::new();
+    fn delays_are_bounded_and_differ_between_jobs() {
+        let mut delays = std::collections::HashSet::new();
         for number in 0..100u128 {
             let job = CorrelationId(uuid::Uuid::from_u128(number << 70 | number));
-            let wait = jittered(2, job);
-            assert!(wait <= BACKOFF * 4);
-            waits.insert(wait);
+            assert!(delay(1, job) <= BACKOFF);
+            assert!(delay(2, job) <= BACKOFF * 2);
+            delays.insert(delay(2, job));
         }
-        assert!(waits.len() > 50);
+        assert!(delays.len() > 50);
     }
 }

@@ -13,7 +13,7 @@ use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::backoff;
+use crate::backoff::{self, Backoff};
 use crate::client::Client;
 use crate::membership::Membership;
 use crate::transport::Transport;
@@ -47,16 +47,14 @@ const AGAIN_MAX: Duration = Duration::from_secs(30);
 /// Keeps a node announced under a topic until `stop`, then unannounces it.
 pub async fn keep_announced(transport: &dyn Transport, topic: &Topic, stop: &CancellationToken) {
     let announcing = async {
-        let mut failures = 0;
+        let mut backoff = Backoff::new(AGAIN, AGAIN_MAX, backoff::seed_of([transport.public_key(); 2]));
         loop {
             let why = match time::timeout(ANNOUNCE_WITHIN, transport.announce(topic)).await {
                 Ok(Ok(())) => break,
                 Ok(Err(error)) => error.to_string(),
                 Err(_) => "it took too long".to_owned(),
             };
-            failures += 1;
-            let nominal = backoff::doubled(AGAIN, AGAIN_MAX, failures);
-            let wait = backoff::spread(nominal, [transport.public_key(); 2], failures.into());
+            let wait = backoff.next_wait();
             warn!(%topic, why, ?wait, "could not announce this node: others will not find it until it can");
             time::sleep(wait).await;
         }

@@ -26,6 +26,7 @@ use parking_lot::Mutex;
 use protocol::Digest;
 use protocol::control::ResidencyState;
 use protocol::model::{ModelFacts, ModelKey, ModelOffer, OfferedSource};
+use rpc::backoff::Backoff;
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -480,7 +481,7 @@ impl ModelLoader {
 
     /// Loads one model whenever it is wanted and fits, waits until it dies or is unloaded, and starts over.
     async fn keep(&self, entry: &Arc<Entry>) {
-        let mut backoff = Backoff::new(self.options.seed ^ digest_seed(entry));
+        let mut backoff = Backoff::new(BACKOFF_FIRST, BACKOFF_MAX, self.options.seed ^ digest_seed(entry));
         // The last failure that was logged, so that a repeated one is logged once.
         let mut complaint = None;
         let mut is_wanted = self.preloads(entry);
@@ -529,11 +530,11 @@ impl ModelLoader {
                     let (status, wait) = match end {
                         End::Left => (Status::Absent, Duration::ZERO),
                         End::Died(cause) => {
-                            let wait = backoff.next();
+                            let wait = backoff.next_wait();
                             let reloaded = Status::Loading(Load::begin(took.map(|took| took + wait)));
                             (if wait <= RELOAD_SOON { reloaded } else { Status::Failed(cause) }, wait)
                         }
-                        End::Refused(reason) => (Status::Failed(reason), backoff.next()),
+                        End::Refused(reason) => (Status::Failed(reason), backoff.next_wait()),
                     };
                     is_wanted = status != Status::Absent;
                     if !is_wanted {
@@ -563,7 +564,7 @@ impl ModelLoader {
                     if let LoadError::Engine(EngineError::OutOfMemory { .. }) | LoadError::OutOfVram { .. } = error {
                         self.memory_for(entry, &mut backoff).await;
                     }
-                    backoff.next()
+                    backoff.next_wait()
                 }
             };
             entry.move_to(Residency::Unloaded);
@@ -574,7 +575,7 @@ impl ModelLoader {
     /// Waits until a model that did not fit could fit: until then its bytes need not be read and verified.
     async fn memory_for(&self, entry: &Entry, backoff: &mut Backoff) {
         loop {
-            time::sleep(backoff.next()).await;
+            time::sleep(backoff.next_wait()).await;
             if self.most_memory().holds(entry.facts().memory_min()) {
                 return;
             }
@@ -957,61 +958,4 @@ fn digest_seed(entry: &Entry) -> u64 {
 /// Returns up to eight bytes as a big-endian number.
 pub(crate) fn u64_of(bytes: &[u8]) -> u64 {
     bytes.iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
-}
-
-/// Exponential backoff. Each wait is cut by up to a half, so that workers that failed together do not retry together.
-struct Backoff {
-    random: u64,
-    failures: u32,
-}
-
-impl Backoff {
-    fn new(seed: u64) -> Self {
-        Self { random: seed, failures: 0 }
-    }
-
-    fn reset(&mut self) {
-        self.failures = 0;
-    }
-
-    fn next(&mut self) -> Duration {
-        let whole = BACKOFF_FIRST.saturating_mul(1 << self.failures.min(20)).min(BACKOFF_MAX);
-        self.failures += 1;
-        // SplitMix64, by Steele, Lea and Flood.
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.random;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^= mixed >> 31;
-        let fraction = (mixed >> 11) as f64 / (1_u64 << 53) as f64;
-        whole.mul_f64(1.0 - fraction / 2.0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn waits_double_up_to_half_a_minute() {
-        let mut backoff = Backoff::new(7);
-        let mut whole = BACKOFF_FIRST;
-        for _ in 0..40 {
-            let wait = backoff.next();
-            assert!(wait <= whole && wait >= whole / 2, "{wait:?} of {whole:?}");
-            whole = (whole * 2).min(BACKOFF_MAX);
-        }
-        backoff.reset();
-        assert!(backoff.next() <= BACKOFF_FIRST);
-    }
-
-    #[test]
-    fn waits_repeat_from_their_seed_and_differ_between_seeds() {
-        let waits = |seed| {
-            let mut backoff = Backoff::new(seed);
-            (0..8).map(|_| backoff.next()).collect::<Vec<_>>()
-        };
-        assert_eq!(waits(1), waits(1));
-        assert_ne!(waits(1), waits(2));
-    }
 }

@@ -13,7 +13,8 @@ use protocol::health::HEARTBEAT;
 use protocol::signature::Signed;
 use protocol::{PublicKey, Region, Topic};
 use quick_cache::unsync::Cache;
-use rpc::{CallError, Client, Transport, backoff};
+use rpc::backoff::{self, Backoff};
+use rpc::{CallError, Client, Transport};
 use tokio::sync::Semaphore;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -61,9 +62,8 @@ struct Contacts {
 }
 
 /// A node that had no report.
-#[derive(Debug, Clone, Copy)]
 struct Rest {
-    failures: u32,
+    backoff: Backoff,
     until: Instant,
 }
 
@@ -86,10 +86,13 @@ impl Contacts {
             self.resting.remove(&key);
             return;
         }
-        let failures = self.resting.get(&key).map_or(1, |rest| rest.failures.saturating_add(1));
-        let nominal = backoff::doubled(REST, REST_MAX, failures);
-        let until = now + backoff::spread(nominal, [own, key], failures.into());
-        self.resting.insert(key, Rest { failures, until });
+        if let Some(mut rest) = self.resting.get_mut(&key) {
+            rest.until = now + rest.backoff.next_wait();
+        } else {
+            let mut backoff = Backoff::new(REST, REST_MAX, backoff::seed_of([own, key]));
+            let until = now + backoff.next_wait();
+            self.resting.insert(key, Rest { backoff, until });
+        }
     }
 }
 

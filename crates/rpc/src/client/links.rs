@@ -18,7 +18,7 @@ use tracing::debug;
 
 use super::CallError;
 use super::introduction::Introduction;
-use crate::backoff;
+use crate::backoff::{self, Backoff};
 use crate::transport::{Connection, RequestError, Transport};
 
 /// How long a suspected peer may take to answer a ping.
@@ -50,8 +50,8 @@ struct Peers {
 #[derive(Default)]
 struct Peer {
     opening: Option<watch::Receiver<Opening>>,
-    /// The number of consecutive failed dials.
-    failures: u32,
+    /// The waits after failed dials; `None` after one that succeeded.
+    backoff: Option<Backoff>,
     /// The time before which the peer is not dialled again.
     rest: Option<Instant>,
 }
@@ -220,7 +220,7 @@ impl Links {
 
     pub(super) fn forgive(&self, peer: PublicKey) {
         if let Some(peer) = self.lock().by_key.get_mut(&peer) {
-            (peer.failures, peer.rest) = (0, None);
+            (peer.backoff, peer.rest) = (None, None);
         }
     }
 
@@ -285,14 +285,13 @@ impl Dial {
         let own = self.state.subscribe();
         let is_own = |entry: &&mut Peer| entry.opening.as_ref().is_some_and(|opening| opening.same_channel(&own));
         match (outcome, peers.by_key.get_mut(&self.peer).filter(is_own)) {
-            (Ok(_), Some(entry)) => (entry.failures, entry.rest) = (0, None),
+            (Ok(_), Some(entry)) => (entry.backoff, entry.rest) = (None, None),
             // If the peer was disconnected meanwhile, the connection is not wanted.
             (Ok(connection), None) => connection.close(),
             (Err(error), Some(entry)) => {
-                entry.failures = entry.failures.saturating_add(1);
-                let nominal = backoff::doubled(BACKOFF, BACKOFF_MAX, entry.failures);
-                let between = [self.transport.public_key(), self.peer];
-                let wait = backoff::spread(nominal, between, entry.failures.into());
+                let seed = backoff::seed_of([self.transport.public_key(), self.peer]);
+                let backoff = entry.backoff.get_or_insert_with(|| Backoff::new(BACKOFF, BACKOFF_MAX, seed));
+                let wait = backoff.next_wait();
                 entry.rest = Some(Instant::now() + wait);
                 debug!(peer = self.peer.short(), %error, ?wait, "no connection");
             }
