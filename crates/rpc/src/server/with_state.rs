@@ -31,9 +31,7 @@ impl<S: Clone + Send + Sync + 'static> WithState<S> {
         Reply: Serialize,
         Work: Future<Output = Result<Reply, WireError>> + Send + 'static,
     {
-        let state = self.state.clone();
-        let handler = move |caller, request| handler(state.clone(), caller, request);
-        Self { server: self.server.handle_unary(method, access, handler, true), ..self }
+        self.handle(method, access, handler, true)
     }
 
     /// As [`Server::unary_while_wanted`], for the callers that `access` names.
@@ -49,9 +47,24 @@ impl<S: Clone + Send + Sync + 'static> WithState<S> {
         Reply: Serialize,
         Work: Future<Output = Result<Reply, WireError>> + Send + 'static,
     {
+        self.handle(method, access, handler, false)
+    }
+
+    fn handle<Request, Reply, Work>(
+        self,
+        method: &'static str,
+        access: Access,
+        handler: impl Fn(S, Caller, Request) -> Work + Send + Sync + 'static,
+        finishes: bool,
+    ) -> Self
+    where
+        Request: DeserializeOwned,
+        Reply: Serialize,
+        Work: Future<Output = Result<Reply, WireError>> + Send + 'static,
+    {
         let state = self.state.clone();
         let handler = move |caller, request| handler(state.clone(), caller, request);
-        Self { server: self.server.handle_unary(method, access, handler, false), ..self }
+        Self { server: self.server.handle_unary(method, access, handler, finishes), ..self }
     }
 
     /// As [`Server::stream`], for the callers that `access` names.
