@@ -17,13 +17,13 @@ use protocol::control::{
 };
 use protocol::infer::{InferRequest, Progress, START};
 use protocol::model::ModelKey;
-use protocol::signature::NodeKey;
-use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError, WorkerId, codec};
+use protocol::signature::{NodeKey, Signed};
+use protocol::{Clock, ErrorCode, Region, Topic, WireError, WorkerId, codec};
 use rpc::announce::DirectoryTask;
-use rpc::server::STRANGER_BYTES_MAX;
+use rpc::server::{self, STRANGER_BYTES_MAX};
 use rpc::{
-    ArtifactServer, Client, Directory, Interrupted, Membership, MembershipTask, ResponseSink, Server, StreamCall,
-    Transport,
+    Access, ArtifactServer, Client, Directory, Interrupted, Membership, MembershipTask, ResponseSink, Server,
+    StreamCall, Transport,
 };
 use tokio::sync::{Notify, watch};
 use tokio::time::{self, Instant};
@@ -227,8 +227,6 @@ impl BaseWorker {
         let bounds = config.clone();
         let handlers = Arc::new(Handlers {
             bound_keep_alive: Box::new(move |secs| bounds.bounded_keep_alive(secs)),
-            membership: membership.clone(),
-            region: config.region.clone(),
             draining: AtomicBool::new(false),
             guard: guard.clone(),
             loader: loader.clone(),
@@ -248,36 +246,22 @@ impl BaseWorker {
             epoch,
         };
         let looked_at = handlers.clone();
-        let look = move || looked_at.condition();
+        let look: Look = Box::new(move || looked_at.condition());
         let reports = Arc::new(ReportWriter::new(identity, clock, look, loader.clone()));
 
         let info = NodeInfo { roles: vec![NodeRole::Worker], region: config.region.clone(), version };
-        let (taking, describing, known, written) =
-            (handlers.clone(), handlers.clone(), membership.clone(), reports.clone());
-        let (own, moved, worker_id) = (membership.clone(), handlers.clone(), transport.public_key());
-        let described_to = hearing.clone();
-        let (artifacts, given) = (Arc::new(ArtifactServer::new(artifacts, membership.clone())), listed.clone());
-        let server = Server::new(transport.clone(), info)
-            .stream(START, move |call| taking.clone().take(call))
-            .stream(FETCH, move |call| {
-                let (handlers, given) = (artifacts.clone(), given.clone());
-                async move { handlers.serve(call, async |digest| Ok(given.names_of(&digest))).await }
-            })
-            .unary(PRESENCE_DESCRIBE, move |caller, _: Empty| {
-                let described = describing.check(caller.key).map(|()| {
-                    // The orchestrator that asks receives the report with the response.
-                    let (now, signed) = (Instant::now(), written.sign());
-                    described_to.heard(now);
-                    signed
-                });
-                async move { described }
-            })
-            .unary(MODEL_MOVE, move |caller, request: ModelMove| {
-                let residency = moved.check(caller.key).and_then(|()| moved.move_model(worker_id, &request));
-                async move { residency }
-            })
-            .membership(membership)
-            .body_limit(move |key| {
+        let service = Arc::new(Service {
+            worker_id: transport.public_key(),
+            region: config.region.clone(),
+            handlers: handlers.clone(),
+            reports: reports.clone(),
+            hearing: hearing.clone(),
+            artifacts: ArtifactServer::new(artifacts, membership.clone()),
+            listed: listed.clone(),
+        });
+        let (known, own) = (membership.clone(), membership.clone());
+        let server =
+            service.serve(Server::new(transport.clone(), info)).membership(membership).body_limit(move |key| {
                 if known.has_role(key, NodeRole::Orchestrator) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX }
             });
         let server_stop = life.child_token();
@@ -426,8 +410,6 @@ async fn meter(handlers: Arc<Handlers>, mut meter: EngineMeter, stop: Cancellati
 
 /// Handlers of the worker's RPC methods.
 struct Handlers {
-    membership: Membership,
-    region: Region,
     draining: AtomicBool,
     guard: Arc<QuotaGuard>,
     /// Clamps a request's `keep_alive` to the worker's bounds.
@@ -439,6 +421,54 @@ struct Handlers {
     job_ended: Notify,
     /// Requests that are being parsed on blocking threads.
     reading: TaskTracker,
+}
+
+/// Observes the worker for its reports.
+type Look = Box<dyn Fn() -> Condition + Send + Sync>;
+
+/// The methods that a worker serves.
+struct Service {
+    worker_id: WorkerId,
+    region: Region,
+    handlers: Arc<Handlers>,
+    reports: Arc<ReportWriter<Look>>,
+    hearing: Arc<Hearing>,
+    artifacts: ArtifactServer,
+    listed: Listed,
+}
+
+impl Service {
+    fn serve(self: Arc<Self>, server: Server) -> Server {
+        let orchestrator = Access::RoleIn(NodeRole::Orchestrator, self.region.clone());
+        server
+            .with_state(self)
+            .stream(START, orchestrator.clone(), Self::start_job)
+            .unary(PRESENCE_DESCRIBE, orchestrator.clone(), Self::describe)
+            .unary(MODEL_MOVE, orchestrator, Self::move_model)
+            .stream(FETCH, Access::Role(NodeRole::Worker), Self::give_artifact)
+            .into_server()
+    }
+
+    async fn start_job(self: Arc<Self>, call: StreamCall) {
+        self.handlers.clone().take(call).await;
+    }
+
+    async fn give_artifact(self: Arc<Self>, call: StreamCall) {
+        self.artifacts.serve(call, async |digest| Ok(self.listed.names_of(&digest))).await;
+    }
+
+    #[expect(clippy::unused_async, reason = "handlers are async")]
+    async fn describe(self: Arc<Self>, _: server::Caller, _: Empty) -> Result<Signed, WireError> {
+        // The orchestrator that asks receives the report with the response.
+        let (now, signed) = (Instant::now(), self.reports.sign());
+        self.hearing.heard(now);
+        Ok(signed)
+    }
+
+    #[expect(clippy::unused_async, reason = "handlers are async")]
+    async fn move_model(self: Arc<Self>, _: server::Caller, request: ModelMove) -> Result<ModelResidency, WireError> {
+        self.handlers.move_model(self.worker_id, &request)
+    }
 }
 
 /// A caller that has been accepted, or may still be refused.
@@ -477,7 +507,7 @@ struct Job {
 impl Handlers {
     /// Admits or refuses a job, and answers it.
     async fn take(self: Arc<Self>, call: StreamCall) {
-        if let Err(error) = self.check_in(call.peer) {
+        if let Err(error) = self.check_in() {
             return refuse(call, error).await;
         }
         let (body, deadline) = (call.body.clone(), call.deadline);
@@ -506,14 +536,8 @@ impl Handlers {
         );
     }
 
-    /// Returns an error unless the node is an orchestrator of this pool and region.
-    fn check(&self, peer: PublicKey) -> Result<(), WireError> {
-        Ok(self.membership.check_role(peer, NodeRole::Orchestrator, Some(&self.region))?)
-    }
-
-    /// Returns an error if a node's job is to be refused without parsing it.
-    fn check_in(&self, peer: PublicKey) -> Result<(), WireError> {
-        self.check(peer)?;
+    /// Returns an error if a job is to be refused without parsing it.
+    fn check_in(&self) -> Result<(), WireError> {
         if self.draining.load(Ordering::Relaxed) {
             return Err(stopping());
         }
