@@ -11,6 +11,7 @@ use http::{HeaderName, HeaderValue, Method, Response, Uri, header};
 use protocol::{ErrorCode, WireError};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use utoipa::OpenApi as _;
+use utoipa::openapi::{OpenApi, PathItem};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -39,8 +40,10 @@ static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| openapi::write(routes().get_
 
 pub(super) fn router(bridge: Bridge) -> Router {
     let origins = bridge.gateway.config().cors_origins.clone();
-    let router = Router::from(routes()).fallback(no_path).method_not_allowed_fallback(no_method).with_state(bridge);
-    match cors(&origins) {
+    let routes = routes();
+    let cors = cors(&origins, methods(routes.get_openapi()));
+    let router = Router::from(routes).fallback(no_path).method_not_allowed_fallback(no_method).with_state(bridge);
+    match cors {
         Some(layer) => router.layer(layer),
         None => router,
     }
@@ -133,8 +136,21 @@ pub(super) fn check_origins(origins: &[String]) -> Result<(), GatewayError> {
     }
 }
 
+/// Returns the methods that at least one route takes.
+fn methods(document: &OpenApi) -> Vec<Method> {
+    let takes = |of: fn(&PathItem) -> bool| document.paths.paths.values().any(of);
+    let taken = [
+        (Method::GET, takes(|path| path.get.is_some())),
+        (Method::POST, takes(|path| path.post.is_some())),
+        (Method::PUT, takes(|path| path.put.is_some())),
+        (Method::PATCH, takes(|path| path.patch.is_some())),
+        (Method::DELETE, takes(|path| path.delete.is_some())),
+    ];
+    taken.into_iter().filter(|(_, is_taken)| *is_taken).map(|(method, _)| method).collect()
+}
+
 /// Returns the CORS layer, or `None` if no origins are configured.
-fn cors(origins: &[String]) -> Option<CorsLayer> {
+fn cors(origins: &[String], methods: Vec<Method>) -> Option<CorsLayer> {
     if origins.is_empty() {
         return None;
     }
@@ -146,7 +162,7 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
     Some(
         CorsLayer::new()
             .allow_origin(origin)
-            .allow_methods([Method::GET, Method::POST])
+            .allow_methods(methods)
             // API tokens travel in a header that a page must set itself, so browsers never attach credentials on their
             // own.
             .allow_headers(AllowHeaders::mirror_request())
@@ -178,6 +194,17 @@ mod tests {
         let described: BTreeSet<&str> =
             document["paths"].as_object().expect("paths").keys().map(String::as_str).collect();
         assert_eq!(routed, described);
+    }
+
+    #[test]
+    fn every_method_of_a_route_is_allowed_to_pages() {
+        let document = build();
+        let items = document["paths"].as_object().expect("paths").values();
+        let described: BTreeSet<String> = items
+            .flat_map(|path| path.as_object().expect("operations").keys().map(|name| name.to_uppercase()))
+            .collect();
+        let allowed: BTreeSet<String> = methods(routes().get_openapi()).iter().map(ToString::to_string).collect();
+        assert_eq!(allowed, described);
     }
 
     #[test]

@@ -249,9 +249,9 @@ async fn pages_of_configured_origins_may_call_and_no_others() {
     let network = Network::start_with(Config { cors_origins: vec![origin.into()], ..config() }).await;
     let preflight = |origin: &'static str| {
         network
-            .request(Method::OPTIONS, "/v1/chat/completions")
+            .request(Method::OPTIONS, "/admin/v1/aliases/fast")
             .header("origin", origin)
-            .header("access-control-request-method", "POST")
+            .header("access-control-request-method", "DELETE")
             .header("access-control-request-headers", "authorization,content-type")
             .send()
     };
@@ -259,6 +259,9 @@ async fn pages_of_configured_origins_may_call_and_no_others() {
     assert_eq!(allowed.status(), 200);
     assert_eq!(allowed.headers()["access-control-allow-origin"], origin);
     assert_eq!(allowed.headers()["access-control-allow-headers"], "authorization,content-type");
+    let methods = allowed.headers()["access-control-allow-methods"].to_str().expect("text");
+    let methods: Vec<&str> = methods.split(',').map(str::trim).collect();
+    assert!(["GET", "POST", "PATCH", "DELETE"].iter().all(|method| methods.contains(method)), "{methods:?}");
     let other = preflight("https://evil.example.com").await.expect("answered");
     assert!(!other.headers().contains_key("access-control-allow-origin"));
     let plain = network.request(Method::GET, "/v1/models").header("origin", origin).send().await.expect("answered");
