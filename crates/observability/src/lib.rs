@@ -1,7 +1,6 @@
 //! Traces, metrics and logs: names, context and export.
 
 pub mod logs;
-pub mod metric_names;
 pub mod metrics;
 pub mod trace_context;
 

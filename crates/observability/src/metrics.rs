@@ -12,8 +12,6 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use crate::metric_names as names;
-
 /// A gauge with a fractional value.
 pub type Ratio = Gauge<f64, AtomicU64>;
 
@@ -135,39 +133,41 @@ impl Metrics {
         metrics
     }
 
+    /// Names and help texts of all metrics. Dashboards and alerts rely on the names; counters end in `_total` when
+    /// exported.
     #[rustfmt::skip] // One line per metric.
     fn register(&self) {
         let mut registry = self.registry.lock();
         let registry = &mut *registry;
-        registry.register(names::REQUESTS_RUNNING, "Running requests", self.requests_running.clone());
-        registry.register(names::REQUESTS_WAITING, "Requests in the queues of workers", self.requests_waiting.clone());
-        registry.register(names::KV_CACHE_USAGE, "Fraction of the KV cache in use", self.kv_cache_usage.clone());
-        registry.register(names::DECODE_STEPS, "Decode steps of the engines", self.decode_steps.clone());
-        registry.register(names::ENGINE_CANCELLED, "Generations cancelled by their caller", self.engine_cancelled.clone());
-        registry.register(names::ENGINE_DEATHS, "Engine processes that died", self.engine_deaths.clone());
-        registry.register(names::PROMPT_TOKENS, "Prompt tokens evaluated", self.prompt_tokens.clone());
-        registry.register(names::GENERATION_TOKENS, "Tokens generated", self.generation_tokens.clone());
-        registry.register(names::PREFIX_CACHE_QUERIES, "Prompt tokens looked up in the prefix cache", self.prefix_cache_queries.clone());
-        registry.register(names::PREFIX_CACHE_HITS, "Prompt tokens found in the prefix cache", self.prefix_cache_hits.clone());
-        registry.register(names::DRAFTED_TOKENS, "Draft tokens (speculative decoding)", self.drafted_tokens.clone());
-        registry.register(names::ACCEPTED_TOKENS, "Draft tokens that were accepted", self.accepted_tokens.clone());
-        registry.register(names::REQUESTS, "Finished requests", self.requests.clone());
-        registry.register(names::TIME_TO_FIRST_TOKEN, "Seconds from the request to its first token", self.time_to_first_token.clone());
-        registry.register(names::INTER_TOKEN_LATENCY, "Seconds between chunks of an answer", self.inter_token_latency.clone());
-        registry.register(names::REQUEST_DURATION, "Seconds from the request to its end", self.request_duration.clone());
-        registry.register(names::BREAKER_STATE, "0 closed, 1 open, 2 half-open", self.breaker_state.clone());
-        registry.register(names::BREAKER_TRANSITIONS, "State transitions of circuit breakers", self.breaker_transitions.clone());
-        registry.register(names::RETRIES, "Attempts after the first", self.retries.clone());
-        registry.register(names::RETRIES_EXHAUSTED, "Jobs whose attempts were exhausted", self.retries_exhausted.clone());
-        registry.register(names::FAILOVERS, "Jobs that went to another worker", self.failovers.clone());
-        registry.register(names::SHED, "Requests refused for lack of capacity", self.shed.clone());
-        registry.register(names::THROTTLED, "Requests refused by a rate limit", self.throttled.clone());
-        registry.register(names::RESERVATIONS_ACTIVE, "Reservations held", self.reservations_active.clone());
-        registry.register(names::PRESENCE_REJECTED, "Rejected health reports", self.presence_rejected.clone());
-        registry.register(names::WORKERS_LIVE, "Live workers", self.workers_live.clone());
-        registry.register(names::WORKERS_LOADING, "Live workers that are loading a model", self.workers_loading.clone());
-        registry.register(names::REGISTRY_SILENCE, "Seconds since a registry last answered this gateway", self.registry_silence.clone());
-        registry.register(names::ARTIFACT_VERIFY_FAILURES, "Artifacts whose bytes do not match their digest", self.artifact_verify_failures.clone());
+        registry.register("tether_worker_requests_running", "Running requests", self.requests_running.clone());
+        registry.register("tether_worker_requests_waiting", "Requests in the queues of workers", self.requests_waiting.clone());
+        registry.register("tether_worker_kv_cache_usage_ratio", "Fraction of the KV cache in use", self.kv_cache_usage.clone());
+        registry.register("tether_engine_decode_steps", "Decode steps of the engines", self.decode_steps.clone());
+        registry.register("tether_engine_cancelled", "Generations cancelled by their caller", self.engine_cancelled.clone());
+        registry.register("tether_engine_deaths", "Engine processes that died", self.engine_deaths.clone());
+        registry.register("tether_prompt_tokens", "Prompt tokens evaluated", self.prompt_tokens.clone());
+        registry.register("tether_generation_tokens", "Tokens generated", self.generation_tokens.clone());
+        registry.register("tether_prefix_cache_queries", "Prompt tokens looked up in the prefix cache", self.prefix_cache_queries.clone());
+        registry.register("tether_prefix_cache_hits", "Prompt tokens found in the prefix cache", self.prefix_cache_hits.clone());
+        registry.register("tether_engine_drafted_tokens", "Draft tokens (speculative decoding)", self.drafted_tokens.clone());
+        registry.register("tether_engine_accepted_tokens", "Draft tokens that were accepted", self.accepted_tokens.clone());
+        registry.register("tether_requests", "Finished requests", self.requests.clone());
+        registry.register("tether_time_to_first_token_seconds", "Seconds from the request to its first token", self.time_to_first_token.clone());
+        registry.register("tether_inter_token_latency_seconds", "Seconds between chunks of an answer", self.inter_token_latency.clone());
+        registry.register("tether_request_duration_seconds", "Seconds from the request to its end", self.request_duration.clone());
+        registry.register("tether_breaker_state", "0 closed, 1 open, 2 half-open", self.breaker_state.clone());
+        registry.register("tether_breaker_transitions", "State transitions of circuit breakers", self.breaker_transitions.clone());
+        registry.register("tether_retries", "Attempts after the first", self.retries.clone());
+        registry.register("tether_retries_exhausted", "Jobs whose attempts were exhausted", self.retries_exhausted.clone());
+        registry.register("tether_failovers", "Jobs that went to another worker", self.failovers.clone());
+        registry.register("tether_shed", "Requests refused for lack of capacity", self.shed.clone());
+        registry.register("tether_throttled", "Requests refused by a rate limit", self.throttled.clone());
+        registry.register("tether_reservations_active", "Reservations held", self.reservations_active.clone());
+        registry.register("tether_presence_rejected", "Rejected health reports", self.presence_rejected.clone());
+        registry.register("tether_workers_live", "Live workers", self.workers_live.clone());
+        registry.register("tether_workers_loading", "Live workers that are loading a model", self.workers_loading.clone());
+        registry.register("tether_registry_silence_seconds", "Seconds since a registry last answered this gateway", self.registry_silence.clone());
+        registry.register("tether_artifact_verify_failures", "Artifacts whose bytes do not match their digest", self.artifact_verify_failures.clone());
     }
 
     /// Adds metrics that are collected only when they are exposed.
@@ -199,6 +199,48 @@ impl fmt::Debug for Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Metrics with one sample of each.
+    fn all() -> Metrics {
+        let metrics = Metrics::new();
+        let model = ModelLabel { model: "m".into() };
+        for gauge in [&metrics.requests_running, &metrics.requests_waiting] {
+            gauge.get_or_create(&model).inc();
+        }
+        metrics.kv_cache_usage.get_or_create(&model).set(0.5);
+        for counter in [
+            &metrics.decode_steps,
+            &metrics.engine_cancelled,
+            &metrics.engine_deaths,
+            &metrics.prompt_tokens,
+            &metrics.generation_tokens,
+            &metrics.prefix_cache_queries,
+            &metrics.prefix_cache_hits,
+            &metrics.drafted_tokens,
+            &metrics.accepted_tokens,
+        ] {
+            counter.get_or_create(&model).inc();
+        }
+        for histogram in [&metrics.time_to_first_token, &metrics.inter_token_latency, &metrics.request_duration] {
+            histogram.get_or_create(&model).observe(1.0);
+        }
+        let request = RequestLabel { model: "m".into(), outcome: "completed", finish_reason: "stop" };
+        metrics.requests.get_or_create(&request).inc();
+        let breaker = BreakerLabel { model: "m".into(), region: "r".into() };
+        metrics.breaker_state.get_or_create(&breaker).set(1);
+        metrics.breaker_transitions.get_or_create(&breaker).inc();
+        for counter in [&metrics.retries, &metrics.shed, &metrics.presence_rejected] {
+            counter.get_or_create(&ReasonLabel { reason: "x" }).inc();
+        }
+        metrics.failovers.get_or_create(&PhaseLabel { phase: "pre_token" }).inc();
+        metrics
+    }
+
+    /// Dashboards and alerts rely on these lines: a change of one is a change of the interface.
+    #[test]
+    fn names_types_help_and_labels_are_those_that_dashboards_rely_on() {
+        assert_eq!(all().encode(), include_str!("metrics/exposition.txt"));
+    }
 
     #[test]
     fn what_is_counted_is_shown_under_its_conventional_name() {
