@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::io::{self, BufRead as _};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -276,7 +277,8 @@ pub enum Role {
 /// Which network to join.
 #[derive(Debug, Clone, Args)]
 pub struct JoinArgs {
-    /// The invite, as `tether invite` printed it
+    /// The invite, as `tether invite` printed it; `-` reads it from stdin, so that no list of processes shows it
+    #[arg(value_parser = invite_of)]
     pub invite: String,
     /// How this node reaches the others
     #[command(flatten)]
@@ -584,4 +586,14 @@ pub enum ConfigCommand {
     Example,
     /// Check the settings and print the effective ones
     Check,
+}
+
+/// Returns an invite from the command line, or the first line of stdin for `-`.
+fn invite_of(text: &str) -> Result<String, String> {
+    if text != "-" {
+        return Ok(text.to_owned());
+    }
+    let mut line = String::new();
+    io::stdin().lock().read_line(&mut line).map_err(|error| format!("stdin cannot be read: {error}"))?;
+    if line.trim().is_empty() { Err("stdin has no invite".to_owned()) } else { Ok(line.trim().to_owned()) }
 }

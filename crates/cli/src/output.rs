@@ -1,14 +1,15 @@
 //! Prints to stdout and stderr: text for people and JSON for programs.
 
+use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
 use anstyle::{AnsiColor, Style};
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr as _;
 
-/// Prints a line. A closed pipe is not an error.
+/// Prints a line. It may contain untrusted text. A closed pipe is not an error.
 pub fn line(text: impl AsRef<str>) {
-    let _ = writeln!(io::stdout().lock(), "{}", text.as_ref());
+    let _ = writeln!(io::stdout().lock(), "{}", harmless(text.as_ref()));
 }
 
 /// Prints a line for the user to stderr, apart from what a program reads. It may contain untrusted text.
@@ -30,10 +31,23 @@ pub fn piece(text: &str) {
     let _ = stdout.flush();
 }
 
-/// Prints a value as JSON.
+/// Prints a value as JSON, with the characters that [`harmless`] escapes as `\uXXXX`.
 pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    line(serde_json::to_string_pretty(value)?);
+    line(escaped(&serde_json::to_string_pretty(value)?));
     Ok(())
+}
+
+/// Escapes in JSON what is not harmless on a terminal. Such characters occur in strings only.
+fn escaped(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for letter in json.chars() {
+        if is_harmless(letter) {
+            text.push(letter);
+        } else {
+            let _ = write!(text, "\\u{:04x}", u32::from(letter));
+        }
+    }
+    text
 }
 
 /// The style of a word on a terminal with colours.
@@ -68,19 +82,23 @@ pub fn shown(text: impl AsRef<str>) {
 pub fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for letter in text.chars() {
-        let turns = matches!(letter, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        if (letter.is_control() && !matches!(letter, '\n' | '\t')) || turns {
-            shown.extend(letter.escape_default());
-        } else {
+        if is_harmless(letter) {
             shown.push(letter);
+        } else {
+            shown.extend(letter.escape_default());
         }
     }
     shown
 }
 
-/// Returns another machine's text on one line, without control characters.
+fn is_harmless(letter: char) -> bool {
+    let turns = matches!(letter, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    !turns && (!letter.is_control() || matches!(letter, '\n' | '\t'))
+}
+
+/// Returns another machine's text on one line, without characters that change the terminal.
 pub fn one_line(text: &str) -> String {
-    text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
+    harmless(text).replace(['\n', '\t'], " ")
 }
 
 /// Returns a number and its noun, with a plural s unless it is one: `1 worker`, `2 workers`.
@@ -103,8 +121,10 @@ fn look_of(state: &str) -> Option<Look> {
     }
 }
 
-/// Returns styled rows under a header, each column as wide as its widest cell on a terminal.
+/// Returns styled rows under a header, each column as wide as its widest cell on a terminal. Cells may contain untrusted
+/// text.
 pub fn aligned(head: &[&str], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|cell| one_line(cell)).collect()).collect();
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.width());
         cells.chain([head[column].width()]).max().unwrap_or(0)
@@ -140,6 +160,20 @@ mod tests {
         assert_eq!(nearest("teter-tiny", known), Some("tether-tiny"));
         assert_eq!(nearest("smollm2-135m", known), Some("smollm2-135m-instruct"));
         assert_eq!(nearest("llama3", known), None);
+    }
+
+    #[test]
+    fn what_other_machines_say_cannot_change_the_terminal() {
+        let hostile = "a\u{1b}]52;c;x\u{7}\u{9b}2J\u{202e}b\nc";
+        let is_plain = |text: &str| text.chars().all(is_harmless);
+        assert!(is_plain(&harmless(hostile)) && is_plain(&one_line(hostile)));
+        assert!(!one_line(hostile).contains('\n'));
+        let table = aligned(&["ONE"], &[vec![hostile.to_owned()]]);
+        let unstyled = anstream::adapter::strip_str(&table).to_string();
+        assert!(is_plain(&unstyled) && unstyled.contains("]52;c;x"), "{table:?}");
+        let json = escaped(&serde_json::to_string(hostile).expect("JSON"));
+        assert!(is_plain(&json), "{json}");
+        assert_eq!(serde_json::from_str::<String>(&json).expect("still JSON"), hostile);
     }
 
     #[test]

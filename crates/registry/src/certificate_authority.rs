@@ -165,7 +165,7 @@ impl CertificateAuthority {
         let not_after = now.after(parts.certificate_life);
         let new = NewCertificate {
             public_key: node,
-            name: name.chars().take(NAME_MAX).collect(),
+            name: name.chars().filter(|letter| !letter.is_control()).take(NAME_MAX).collect(),
             roles: roles.clone(),
             regions: regions.clone(),
             models: models.clone(),
@@ -199,8 +199,8 @@ impl CertificateAuthority {
         if models.len() > MODELS_MAX {
             return invalid("models", "name fewer models, or none for all");
         }
-        if name.chars().count() > NAME_MAX {
-            return invalid("name", "a name has at most 64 characters");
+        if name.chars().count() > NAME_MAX || name.chars().any(char::is_control) {
+            return invalid("name", "a name has at most 64 printable characters");
         }
         if bootstrap.is_empty() {
             bootstrap.clone_from(&parts.bootstrap);
@@ -339,9 +339,10 @@ impl CertificateAuthority {
 
     /// Returns the version of the list, and the list itself if it differs from `version`.
     pub async fn state(&self, version: u64) -> Result<PoolState, AuthorityError> {
+        // The time is read first, so that no stamp of an old list is dated after a revocation.
+        let (v, pool, issued_at) = (revocation::VERSION, self.pool(), self.0.parts.clock.now());
         let list = self.list().await?;
         let revocations = (list.version != version).then(|| list.signed.clone());
-        let (v, pool, issued_at) = (revocation::VERSION, self.pool(), self.0.parts.clock.now());
         let stamp = RevocationStamp { v, pool, version: list.version, issued_at }.sign(&self.0.parts.root);
         Ok(PoolState { version: list.version, revocations, stamp: Some(stamp) })
     }

@@ -319,7 +319,7 @@ impl Chat {
         match self.screen {
             Screen::Pipe => output::note(text),
             Screen::Plain => output::line(format!("({text})")),
-            Screen::Coloured => output::line(looking(Look::Aside, &format!("({text})"))),
+            Screen::Coloured => output::shown(looking(Look::Aside, &harmless(&format!("({text})")))),
         }
     }
 

@@ -73,6 +73,7 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
                 (true, true) => (Look::Doubtful, "! "),
                 (true, false) => (Look::Good, "ok"),
             };
+            let detail = output::harmless(detail);
             output::shown(format!("{}  {name:<13} {detail}", output::looking(look, mark)));
         }
         output::line(format!("\n{}", summary(&checks)));
@@ -116,11 +117,16 @@ fn data_folder(context: &Context) -> Result<String, String> {
     Ok(folder.display().to_string())
 }
 
-/// Checks that only their owner may read the key files.
+/// Checks that only their owner may read the key files, and the folder with the stores.
 fn keys(context: &Context) -> Result<String, String> {
     use std::os::unix::fs::PermissionsExt as _;
-    let mut files = vec![context.data.api_key_file(), context.data.path().join("pepper")];
-    if let Ok(nodes) = std::fs::read_dir(context.data.path().join("nodes")) {
+    let folder = context.data.path();
+    if std::fs::metadata(folder).is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0) {
+        return Err(format!("others can read the folder {0}; run: chmod 700 {0}", folder.display()));
+    }
+    let mut files = vec![context.data.api_key_file()];
+    files.extend(["pepper", "root.key"].map(|name| folder.join(name)));
+    if let Ok(nodes) = std::fs::read_dir(folder.join("nodes")) {
         files.extend(nodes.flatten().map(|node| node.path()));
     }
     let mut count = 0;
@@ -228,7 +234,7 @@ mod tests {
         let report = serde_json::from_str(&text.replace("KEY", &"ab".repeat(32))).expect("a report");
         let fleet = Fleet { workers: vec![FleetWorker { report, age_ms: 0, reserved: 0 }] };
         let check = models(Ok(()), &fleet);
-        assert_eq!(check.detail, "1 model is ready; bad@1.0 on abababab is in error: it is [2Jcut");
+        assert_eq!(check.detail, "1 model is ready; bad@1.0 on abababab is in error: it is\\u{1b}[2Jcut");
         assert!(check.well && check.doubtful);
         assert!(summary(&[check]).starts_with("nothing stands in the way"));
         let check = models(Err("no worker has a model ready".into()), &fleet);

@@ -47,7 +47,7 @@ async fn watch(context: &Context, args: &NodesArgs, client: &GatewayClient) -> a
         // A gateway that is briefly unreachable is reported and does not end the watch.
         let shown = match look(context, args, client).await {
             Ok(network) => listed(&network),
-            Err(error) => format!("{error:#}"),
+            Err(error) => output::harmless(&format!("{error:#}")),
         };
         output::piece(CLEAR);
         output::shown(shown);
@@ -100,7 +100,7 @@ fn listed(network: &Network) -> String {
     let mut parts = vec![output::aligned(&head, &rows)];
     let names = |id: &WorkerId| {
         let member = network.members.iter().flatten().find(|member| member.node.public_key == *id);
-        member.map_or_else(|| id.short(), |member| member.node.name.clone())
+        member.map_or_else(|| id.short(), |member| output::one_line(&member.node.name))
     };
     let failed: Vec<String> = failures(fleet)
         .map(|(worker, model, why)| format!("{model} on {} is in error: {why}", names(&worker)))
@@ -109,10 +109,10 @@ fn listed(network: &Network) -> String {
         parts.push(failed.join("\n"));
     }
     if let Err(why) = &network.fleet {
-        parts.push(format!("how the workers are is not known: {why}"));
+        parts.push(output::harmless(&format!("how the workers are is not known: {why}")));
     }
     if let Err(why) = &network.members {
-        parts.push(format!("names and other nodes are not known: {why}"));
+        parts.push(output::harmless(&format!("names and other nodes are not known: {why}")));
     }
     parts.join("\n\n")
 }

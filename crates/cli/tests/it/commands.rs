@@ -1,6 +1,10 @@
 //! What commands print and how they end, without a network.
 
 use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::Stdio;
 
 use crate::program::Home;
 
@@ -23,6 +27,37 @@ fn what_is_mistyped_is_told_with_exit_code_2() {
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         assert!(!output.stderr.is_empty(), "{arguments:?}");
     }
+}
+
+#[test]
+fn an_invite_is_read_from_stdin_so_that_no_list_of_processes_shows_it() {
+    for (stdin, status, word) in [("nonsense\n", 2, "this is not an invite"), ("", 2, "stdin has no invite")] {
+        let home = Home::new();
+        let mut command = home.command(&["join", "-"]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("started");
+        child.stdin.take().expect("piped").write_all(stdin.as_bytes()).expect("written");
+        let output = child.wait_with_output().expect("ended");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(errors.contains(word), "{errors}");
+        assert_eq!(output.status.code(), Some(status), "{errors}");
+    }
+}
+
+#[test]
+fn the_doctor_finds_secrets_that_others_can_read() {
+    let home = Home::new();
+    fs::create_dir_all(home.data()).expect("made");
+    let allow = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("set");
+    allow(&home.data(), 0o700);
+    let root = home.data().join("root.key");
+    fs::write(&root, "00").expect("written");
+    allow(&root, 0o644);
+    let said = |home: &Home| String::from_utf8_lossy(&home.run(&["doctor"]).stdout).into_owned();
+    assert!(said(&home).contains("root.key can be read by others"), "{}", said(&home));
+    allow(&root, 0o600);
+    allow(&home.data(), 0o755);
+    assert!(said(&home).contains("others can read the folder"), "{}", said(&home));
 }
 
 #[test]

@@ -238,6 +238,7 @@ async fn an_invite_that_makes_no_sense_is_refused_by_its_field() {
         (InviteCreate { valid_secs: Some(86_401), ..good.clone() }, "validSecs"),
         (InviteCreate { bootstrap: vec!["nowhere".into()], ..good.clone() }, "bootstrap"),
         (InviteCreate { name: "x".repeat(65), ..good.clone() }, "name"),
+        (InviteCreate { name: "\u{1b}[2J".into(), ..good.clone() }, "name"),
         (InviteCreate { models: vec!["m".parse().expect("name"); 257], ..good }, "models"),
     ] {
         let error = test.authority.invite(request).await.expect_err("refused").to_string();

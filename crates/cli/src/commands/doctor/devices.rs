@@ -102,7 +102,7 @@ mod tests {
         let devices = vec![processor, device("CUDA0", "NVIDIA\u{1b}[2J H200", DeviceKind::Gpu)];
         let checks = gpu_checks(&Hardware { devices, backends }, &one, &["mine@1.0".to_owned()]);
         let expected = [
-            (false, "NVIDIA [2J H200 (CUDA0), 71680 of 81920 MiB free"),
+            (false, "NVIDIA\\u{1b}[2J H200 (CUDA0), 71680 of 81920 MiB free"),
             (true, "gpu_layers = 0 in the settings keeps mine@1.0 on the processor"),
         ];
         assert_eq!(lines(&checks), expected);
