@@ -6,8 +6,12 @@
 use protocol::infer::InferRequest;
 use protocol::usage::TokenUsage;
 
-/// Tokens that a chat template and a model's own system prompt may add to a prompt.
+/// Tokens that a chat template and a model's own system prompt may add to a conversation.
 const TEMPLATE_TOKENS_MAX: u32 = 2_048;
+/// Tokens that a tokenizer may add to any other prompt.
+const SPECIAL_TOKENS_MAX: u32 = 16;
+/// A count that cannot be checked is a lie if it is this many times the bound. Servers count in ways of their own.
+const EXCESS: u32 = 2;
 /// Tokens of an answer whose request sets no `maxTokens`, for a model whose context length is unknown.
 const TOKENS_MAX: u32 = 1 << 20;
 /// Bytes of a chunk for each token: the longest tokens of known vocabularies have some hundred bytes, and the fields
@@ -28,6 +32,12 @@ pub(crate) struct Bounds {
     prompt_tokens: u32,
     completion_tokens: u32,
     bytes: u64,
+    /// The most tokens of a whole prompt and one answer.
+    sequence_tokens: u64,
+    /// Context length that the worker reports; 0 if unknown.
+    context_length: u32,
+    /// Whether chunks may repeat the prompt.
+    has_echo: bool,
 }
 
 impl Bounds {
@@ -37,8 +47,9 @@ impl Bounds {
         let input = &request.input;
         let context = if context_length == 0 { TOKENS_MAX } else { context_length.min(TOKENS_MAX) };
         let request_bytes = u32::try_from(request_bytes).unwrap_or(u32::MAX);
+        let added = if input.messages.is_some() { TEMPLATE_TOKENS_MAX } else { SPECIAL_TOKENS_MAX };
         // A token has at least one byte.
-        let from_text = request_bytes.saturating_add(TEMPLATE_TOKENS_MAX);
+        let from_text = request_bytes.saturating_add(added);
         let prompts = input.prompts.as_ref().map_or(1, Vec::len).max(input.embed.as_ref().map_or(1, Vec::len)) as u32;
         let prompt_tokens = from_text.min(context.saturating_mul(prompts));
         let completion_tokens = if input.embed.is_some() || input.count_only {
@@ -52,7 +63,15 @@ impl Bounds {
         let vectors = input.embed.as_ref().map_or(0, Vec::len) as u64;
         let bytes = (u64::from(completion_tokens) + u64::from(echoed)).saturating_mul(per_token);
         let bytes = bytes.saturating_add(vectors * VECTOR_BYTES_MAX).saturating_add(OTHER_BYTES_MAX);
-        Self { prompt_tokens, completion_tokens, bytes }
+        let sequence_tokens = u64::from(from_text) + u64::from(input.max_tokens.unwrap_or(0));
+        Self { prompt_tokens, completion_tokens, bytes, sequence_tokens, context_length, has_echo: input.echo }
+    }
+}
+
+impl Bounds {
+    /// Returns whether the prompt and its answer can be too long for the context that the worker reports.
+    pub(crate) fn can_be_too_long(&self) -> bool {
+        self.context_length == 0 || self.sequence_tokens >= u64::from(self.context_length)
     }
 }
 
@@ -76,8 +95,8 @@ pub(crate) struct Content {
     pub(crate) bytes: usize,
     /// Number of token ids.
     pub(crate) tokens: usize,
-    /// Whether it has log-probabilities.
-    pub(crate) has_logprobs: bool,
+    /// Number of log-probabilities.
+    pub(crate) logprobs: usize,
 }
 
 impl Meter {
@@ -99,10 +118,11 @@ impl Meter {
             self.claimed = claimed;
         }
         self.tokens += content.tokens as u64;
-        // A chunk without token ids echoes the prompt if it has log-probabilities. Otherwise its server has no ids, and
-        // may have joined several tokens.
+        // A server without token ids may join several tokens in a chunk. Log-probabilities count them. With an echo, a
+        // chunk with log-probabilities and without ids repeats the prompt.
         let shown = match content {
-            Content { tokens: 0, has_logprobs: true, .. } => 0,
+            Content { tokens: 0, logprobs: 1.., .. } if self.bounds.has_echo => 0,
+            Content { tokens: 0, logprobs: count @ 1.., .. } => count,
             Content { tokens: 0, bytes, .. } => bytes.div_ceil(BYTES_PER_TOKEN),
             Content { tokens, .. } => tokens,
         };
@@ -115,12 +135,12 @@ impl Meter {
         self.bounded(TokenUsage { completion_tokens: u32::MAX, ..self.claimed })
     }
 
-    /// Returns whether an honest worker cannot claim this usage. A server without token ids may join more tokens in a
-    /// chunk than its text shows, so its claim on the answer is only compared with what was asked for.
+    /// Returns whether an honest worker cannot claim this usage. Without token ids, a count cannot be checked: a server
+    /// may join tokens in a chunk, or count those that it dropped.
     pub(crate) fn is_impossible(&self, claimed: TokenUsage) -> bool {
         let has_ids = self.tokens > 0 && self.tokens == self.shown;
-        claimed.prompt_tokens > self.bounds.prompt_tokens
-            || claimed.completion_tokens > self.bounds.completion_tokens
+        claimed.prompt_tokens > self.bounds.prompt_tokens.saturating_mul(EXCESS)
+            || claimed.completion_tokens > self.bounds.completion_tokens.saturating_mul(EXCESS)
             || has_ids && u64::from(claimed.completion_tokens) > self.tokens
     }
 
@@ -138,12 +158,6 @@ impl Meter {
     }
 }
 
-/// Returns whether a prompt of `request_bytes` on the wire can be too long for a context of `context_length` tokens.
-pub(crate) fn can_be_too_long(request_bytes: usize, context_length: u32) -> bool {
-    let prompt_tokens = request_bytes.saturating_add(TEMPLATE_TOKENS_MAX as usize);
-    context_length == 0 || prompt_tokens >= context_length as usize
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -151,7 +165,9 @@ mod tests {
     use super::*;
 
     fn bounds(prompt_tokens: u32, completion_tokens: u32) -> Bounds {
-        Bounds { prompt_tokens, completion_tokens, bytes: 1 << 20 }
+        let sequence_tokens = u64::from(prompt_tokens) + u64::from(completion_tokens);
+        let (bytes, context_length, has_echo) = (1 << 20, 0, false);
+        Bounds { prompt_tokens, completion_tokens, bytes, sequence_tokens, context_length, has_echo }
     }
 
     fn usage(prompt_tokens: u32, completion_tokens: u32, cached_tokens: u32, reasoning_tokens: u32) -> TokenUsage {
@@ -165,16 +181,23 @@ mod tests {
     #[test]
     fn a_chunk_counts_its_tokens_or_its_text() {
         for (content, shown) in [
-            (Content { bytes: 9, tokens: 2, has_logprobs: true }, 2),
+            (Content { bytes: 9, tokens: 2, logprobs: 2 }, 2),
             (Content { bytes: 1, ..Content::default() }, 1),
             (Content { bytes: 9, ..Content::default() }, 3),
-            (Content { bytes: 9, has_logprobs: true, tokens: 0 }, 0),
+            (Content { bytes: 9, logprobs: 5, tokens: 0 }, 5),
             (Content::default(), 0),
         ] {
             let mut meter = Meter::new(bounds(10, 10));
             assert!(meter.take(content, None));
             assert_eq!(meter.delivered().completion_tokens, shown, "{content:?}");
         }
+    }
+
+    #[test]
+    fn an_echoed_prompt_is_no_part_of_the_answer() {
+        let mut meter = Meter::new(Bounds { has_echo: true, ..bounds(10, 10) });
+        assert!(meter.take(Content { bytes: 9, logprobs: 5, tokens: 0 }, None));
+        assert_eq!(meter.delivered().completion_tokens, 0);
     }
 
     #[test]
@@ -190,9 +213,10 @@ mod tests {
 
     #[test]
     fn a_prompt_of_few_bytes_cannot_be_too_long() {
-        assert!(!can_be_too_long(100, 8192));
-        assert!(can_be_too_long(8192, 8192));
-        assert!(can_be_too_long(100, 0), "the context is not known");
+        let of = |tokens, context_length| Bounds { context_length, ..bounds(100, tokens) };
+        assert!(!of(10, 8192).can_be_too_long());
+        assert!(of(8192, 8192).can_be_too_long(), "the answer counts, too");
+        assert!(of(10, 0).can_be_too_long(), "the context is not known");
     }
 
     proptest! {
@@ -216,8 +240,9 @@ mod tests {
             let honest = usage(prompt_max, (shown as u32).min(completion_max), 0, 0);
             prop_assert_eq!(meter.bounded(honest), honest, "an honest claim is billed in full");
             prop_assert!(!meter.is_impossible(honest));
-            prop_assert!(meter.is_impossible(usage(prompt_max + 1, 0, 0, 0)));
-            prop_assert!(meter.is_impossible(usage(0, completion_max + 1, 0, 0)));
+            prop_assert!(meter.is_impossible(usage(2 * prompt_max + 1, 0, 0, 0)));
+            prop_assert!(meter.is_impossible(usage(0, 2 * completion_max + 1, 0, 0)));
+            prop_assert!(shown == 0 || meter.is_impossible(usage(0, shown as u32 + 1, 0, 0)));
         }
     }
 }

@@ -14,10 +14,13 @@ use serde::de::IgnoredAny;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::bounds::{self, Bounds, Content, Meter};
+use crate::bounds::{Bounds, Content, Meter};
 use crate::job::JobEvent;
 use crate::journey::Journey;
 use crate::worker_errors;
+
+/// A worker may find that the deadline has passed this much before the orchestrator does.
+const DEADLINE_TOLERANCE: Duration = Duration::from_secs(1);
 
 /// The call that submitted a job. It is accepted with the first chunk, which may carry only progress. The job can be
 /// retried on another worker until part of the answer is sent.
@@ -209,7 +212,7 @@ impl PayloadHead<'_> {
         Content {
             bytes: self.text.len() + self.reasoning.len() + calls.sum::<usize>(),
             tokens: self.tokens.len(),
-            has_logprobs: !self.logprobs.is_empty(),
+            logprobs: self.logprobs.len(),
         }
     }
 }
@@ -229,8 +232,9 @@ pub async fn attempt(
     delivery: &mut Delivery,
 ) -> AttemptEnd {
     let body = Bytes::from(codec::encode(&journey.request));
-    let request_bytes = body.len();
-    let mut relayed = Relayed::begin(Bounds::of(&journey.request, request_bytes, context_length));
+    let bounds = Bounds::of(&journey.request, body.len(), context_length);
+    let deadline = journey.deadline;
+    let mut relayed = Relayed::begin(bounds);
     let opening = client.open_stream(worker_id, START, body, options);
     let opened = tokio::select! {
         opened = opening => opened,
@@ -239,11 +243,8 @@ pub async fn attempt(
     let mut answer = match opened {
         Ok(answer) => answer,
         Err(error) => {
-            let is_refused = matches!(error, CallError::Remote(_));
-            let (error, mut fault) = failure(error, request_bytes, context_length);
-            if !is_refused {
-                fault = Fault::Unacknowledged;
-            }
+            let fault = if matches!(error, CallError::Remote(_)) { Fault::None } else { Fault::Unacknowledged };
+            let error = failure(error, bounds, deadline);
             return AttemptEnd::Failed { error, fault, usage: TokenUsage::default() };
         }
     };
@@ -261,8 +262,7 @@ pub async fn attempt(
         Relay::CallerGone => AttemptEnd::CallerGone { usage },
         Relay::Failed { error, fault } => AttemptEnd::Failed { error, fault, usage },
         Relay::Broken(error) => {
-            let (error, fault) = failure(error, request_bytes, context_length);
-            AttemptEnd::Failed { error, fault, usage }
+            AttemptEnd::Failed { error: failure(error, bounds, deadline), fault: Fault::None, usage }
         }
     }
 }
@@ -372,12 +372,12 @@ fn breach(message: &str) -> Relay {
     Relay::Failed { error, fault: Fault::Breach }
 }
 
-/// Returns the job's error for a failed call to a worker, and what it says of the worker.
-fn failure(error: CallError, request_bytes: usize, context_length: u32) -> (WireError, Fault) {
-    let CallError::Remote(said) = error else { return (worker_errors::of_call(&error), Fault::None) };
-    if said.code == ErrorCode::ContextLengthExceeded && !bounds::can_be_too_long(request_bytes, context_length) {
+/// Returns the job's error for a failed call to a worker.
+fn failure(error: CallError, bounds: Bounds, deadline: Instant) -> WireError {
+    let CallError::Remote(said) = error else { return worker_errors::of_call(&error) };
+    if said.code == ErrorCode::ContextLengthExceeded && !bounds.can_be_too_long() {
         let message = "the worker refused a prompt that fits the context it reports";
-        return (WireError::new(ErrorCode::WorkerFailed, message), Fault::Breach);
+        return WireError::new(ErrorCode::WorkerFailed, message);
     }
-    (worker_errors::translate(said), Fault::None)
+    worker_errors::translate(said, deadline <= Instant::now() + DEADLINE_TOLERANCE)
 }

@@ -33,9 +33,9 @@ impl Build {
 #[derive(Debug)]
 pub struct Verdict {
     pub model: ModelKey,
-    pub admission: Admission,
-    /// Missing if the attempt says nothing of the model.
-    pub outcome: Option<Outcome>,
+    pub outcome: Outcome,
+    /// Whether the attempt failed. An attempt that completed may be bad as well, because it was slow.
+    pub is_failure: bool,
 }
 
 /// A running job.
@@ -62,6 +62,8 @@ pub struct Journey {
     pub verdicts: Vec<Verdict>,
     /// A refusal that is believed only if another worker says the same, and the worker that gave it.
     pub doubted: Option<(WorkerId, WireError)>,
+    /// The workers whose engine crashed on it.
+    pub crashed: Vec<WorkerId>,
     /// Whether the current attempt was sent to its worker.
     pub is_dispatched: bool,
     /// When the current attempt began.
@@ -99,6 +101,7 @@ impl Journey {
             admission: None,
             verdicts: vec![],
             doubted: None,
+            crashed: vec![],
             is_dispatched: false,
             attempt_began: Instant::now(),
             crashes: 0,

@@ -397,8 +397,24 @@ impl Orchestrator {
         let began = journey.attempt_began;
         let outcome = worker.zip(good).map(|(worker, good)| Outcome { good, worker, began });
         if let Some(admission) = journey.admission.take() {
-            journey.verdicts.push(Verdict { model: journey.model().clone(), admission, outcome });
+            let (model, is_failure) = (journey.model().clone(), matches!(end, AttemptEnd::Failed { .. }));
+            match outcome {
+                Some(outcome) => journey.verdicts.push(Verdict { model, outcome, is_failure }),
+                None => self.with_breaker(&model, |breaker, now| breaker.abandon(admission, now)),
+            }
         }
+        if let AttemptEnd::Failed { error, .. } = end
+            && let Some(worker) = worker
+        {
+            // If the engine worked on others as well, one of those may be the cause.
+            let is_alone =
+                error.code == ErrorCode::EngineCrashed && error.suspects.is_none_or(|suspects| suspects <= 1);
+            journey.crashed.extend(is_alone.then_some(worker));
+        }
+        // A worker that takes no calls is no fault of the model.
+        let is_away =
+            matches!(end, AttemptEnd::Failed { error, fault: Fault::None, .. } if error.code == ErrorCode::Unavailable);
+        let outcome = outcome.or(worker.filter(|_| is_away).map(|worker| Outcome { good: false, worker, began }));
         let now = Instant::now();
         if let (Some(worker), AttemptEnd::Failed { error, fault: Fault::Breach, .. }) = (worker, end) {
             let until = self.records.lock().breach(worker, now);
@@ -409,10 +425,19 @@ impl Orchestrator {
             self.eject(outcome.worker, until, "it failed too often");
         }
         if let AttemptEnd::Complete { .. } = end {
-            if let Some((worker, _)) = journey.doubted.take()
-                && let Some(until) = self.records.lock().record(Outcome { good: false, worker, began: now }, now)
+            let doubted = journey.doubted.take().map(|(worker, _)| worker);
+            let doubted = doubted.filter(|doubted| Some(*doubted) != worker);
+            if let Some(doubted) = doubted
+                && let Some(until) = self.records.lock().contradicted(doubted, now)
             {
-                self.eject(worker, until, "it refused jobs that other workers of their model did");
+                self.eject(doubted, until, "it refused jobs that other workers of their model did");
+            }
+            // The request is not what crashed these.
+            for crashed in std::mem::take(&mut journey.crashed) {
+                let outcome = Outcome { good: false, worker: crashed, began: now };
+                if let Some(until) = self.records.lock().record(outcome, now) {
+                    self.eject(crashed, until, "its engine crashed on jobs that others did");
+                }
             }
             let mut crashes = self.crashes();
             if !crashes.is_empty() {
@@ -427,16 +452,14 @@ impl Orchestrator {
         warn!(worker = worker.short(), secs, reason, "a worker is ejected");
     }
 
-    /// Reports the outcomes of a job's attempts to the breakers of their models. A job that completes says nothing
-    /// against its model: its failed attempts were their workers'.
+    /// Reports the outcomes of a job's attempts to the breakers of their models. The failed attempts of a job that its
+    /// model completes were their workers'.
     fn tell_breakers(&self, journey: &mut Journey, end: &AttemptEnd) {
         let completed = matches!(end, AttemptEnd::Complete { .. }).then(|| journey.model().clone());
-        for Verdict { model, admission, outcome } in std::mem::take(&mut journey.verdicts) {
-            let outcome = outcome.filter(|outcome| outcome.good || completed.as_ref() != Some(&model));
-            self.with_breaker(&model, |breaker, now| match outcome {
-                Some(outcome) => breaker.record(outcome, now),
-                None => breaker.abandon(admission, now),
-            });
+        for Verdict { model, outcome, is_failure } in std::mem::take(&mut journey.verdicts) {
+            if !(is_failure && completed.as_ref() == Some(&model)) {
+                self.with_breaker(&model, |breaker, now| breaker.record(outcome, now));
+            }
         }
     }
 

@@ -118,12 +118,15 @@ pub fn place(
     // full worker is better still, because it has a free slot soon.
     let mut last_resort: Option<(f64, Candidate)> = None;
     let mut is_one_full = false;
+    let mut is_one_ejected = false;
     for candidate in candidates {
         if let Some(refusal) = refusal(&candidate, tried) {
             is_one_full |= refusal == Refusal::Full;
             let taken_back = Candidate { barred: None, ..candidate };
             if matches!(refusal, Refusal::SetAside | Refusal::Ejected) && self::refusal(&taken_back, tried).is_none() {
                 let score = Terms::of(&candidate, fastest).score(weights);
+                // An ejection lasts too long to wait for a free slot elsewhere.
+                is_one_ejected |= refusal == Refusal::Ejected;
                 if last_resort.as_ref().is_none_or(|best| is_better((score, &taken_back), (best.0, &best.1))) {
                     last_resort = Some((score, taken_back));
                 }
@@ -149,7 +152,7 @@ pub fn place(
             }
         }
     }
-    if let (None, false, Some((score, candidate))) = (chosen, is_one_full, last_resort) {
+    if let (None, false, Some((score, candidate))) = (chosen, is_one_full && !is_one_ejected, last_resort) {
         chosen = last_resort;
         table.push((score, candidate));
         let is_it =

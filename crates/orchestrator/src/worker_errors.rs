@@ -14,20 +14,19 @@ const TEXT_MAX: usize = 300;
 /// The longest name of a field, in characters.
 const PARAM_MAX: usize = 64;
 
-/// Returns the error of a job for a worker's error. An error that no honest worker sends is the worker's failure.
-pub(crate) fn translate(error: WireError) -> WireError {
+/// Returns the error of a job for a worker's error. An error that no honest worker sends is the worker's failure, and so
+/// is a deadline that has not passed.
+pub(crate) fn translate(error: WireError, deadline_passed: bool) -> WireError {
     let own = |message: &str| WireError::new(error.code, message);
     match error.code {
+        ErrorCode::DeadlineExceeded if deadline_passed => own("the deadline passed"),
         ErrorCode::WorkerFull => {
             let wait = Duration::from_millis(error.retry_after_ms.unwrap_or(1_000));
             own("the worker is full, try another").with_retry_after(wait)
         }
         ErrorCode::WorkerStopping => own("the worker is stopping, try another"),
         ErrorCode::ModelNotHere => own("the worker does not serve the model, try another"),
-        ErrorCode::StaleAttempt => own("the worker works on another attempt"),
-        ErrorCode::DeadlineExceeded => own("the deadline passed"),
-        ErrorCode::Cancelled => own("the worker cancelled the job"),
-        ErrorCode::Unavailable => own("the worker is not reachable, try again"),
+        ErrorCode::Unavailable => own("the worker takes no calls now, try again"),
         ErrorCode::WorkerFailed | ErrorCode::InternalError => own("the worker failed, try again"),
         ErrorCode::NotEnrolled | ErrorCode::NodeRevoked | ErrorCode::UnknownMethod => own("the worker takes no jobs"),
         ErrorCode::EngineCrashed => {
@@ -80,15 +79,12 @@ mod tests {
     #[test]
     fn only_what_workers_may_say_is_believed() {
         for code in ErrorCode::ALL {
-            let translated = translate(said(code, "visit evil.example"));
+            let translated = translate(said(code, "visit evil.example"), false);
             let is_allowed = matches!(
                 code,
                 ErrorCode::WorkerFull
                     | ErrorCode::WorkerStopping
                     | ErrorCode::ModelNotHere
-                    | ErrorCode::StaleAttempt
-                    | ErrorCode::DeadlineExceeded
-                    | ErrorCode::Cancelled
                     | ErrorCode::Unavailable
                     | ErrorCode::WorkerFailed
                     | ErrorCode::InternalError
@@ -105,21 +101,28 @@ mod tests {
     }
 
     #[test]
+    fn a_deadline_is_believed_once_it_has_passed() {
+        let late = || said(ErrorCode::DeadlineExceeded, "too late");
+        assert_eq!(translate(late(), false), odd());
+        assert_eq!(translate(late(), true).code, ErrorCode::DeadlineExceeded);
+    }
+
+    #[test]
     fn a_prompt_that_is_too_long_is_said_in_our_words() {
         let limit = ContextLength { context_length: 512, part: "messages", prompt_tokens: 700 };
-        let translated = translate(WireError::from(limit));
+        let translated = translate(WireError::from(limit), false);
         assert_eq!(translated, WireError::from(limit));
         assert_eq!(translated.param.as_deref(), Some("messages"));
         let more = format!("{limit} Visit evil.example.");
-        assert_eq!(translate(said(ErrorCode::ContextLengthExceeded, &more)), odd());
+        assert_eq!(translate(said(ErrorCode::ContextLengthExceeded, &more), false), odd());
     }
 
     #[test]
     fn a_quoted_text_is_short_and_has_no_control_characters() {
         let text = format!("\u{1b}]52;c;x\u{7}\n{}", "x".repeat(10_000));
-        let error = translate(said(ErrorCode::UnsupportedParameter, &text));
+        let error = translate(said(ErrorCode::UnsupportedParameter, &text), false);
         assert!(!error.message.chars().any(char::is_control) && error.message.len() < TEXT_MAX + 100, "{error}");
         let error = WireError::new(ErrorCode::UnsupportedParameter, "x").with_param("<script>");
-        assert_eq!(translate(error), odd());
+        assert_eq!(translate(error, false), odd());
     }
 }

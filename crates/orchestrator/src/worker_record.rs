@@ -14,6 +14,11 @@ use crate::circuit_breaker::Outcome;
 const OUTCOMES_MAX: usize = 10;
 /// How many of them may be bad before the worker is ejected.
 const FAILURES_MAX: usize = 3;
+/// Failures within this time of each other may be those of one death.
+const AT_ONCE: Duration = Duration::from_secs(2);
+/// How many outcomes are remembered without regard to deaths, and how many must be known to judge by them.
+const ALL_MAX: usize = 100;
+const ALL_MIN: usize = 20;
 /// How long the first ejection lasts. Each further one lasts twice as long.
 const EJECTION: Duration = Duration::from_mins(1);
 /// The longest ejection.
@@ -29,6 +34,8 @@ pub struct WorkerRecords(HashMap<WorkerId, WorkerRecord>);
 struct WorkerRecord {
     /// Whether the last attempts were good, the newest last.
     outcomes: VecDeque<bool>,
+    /// The same of all attempts, also of those that a death ended.
+    all: VecDeque<bool>,
     /// When the last failure was counted.
     failed_at: Option<Instant>,
     /// How often it was ejected without a whole record of good outcomes since.
@@ -39,16 +46,30 @@ struct WorkerRecord {
 impl WorkerRecords {
     /// Records the outcome of an attempt. Returns until when the worker is ejected, if it is from now on.
     ///
-    /// A worker or an engine that dies fails all its jobs at once. That counts as one failure: a job that began before
-    /// the last counted failure is ignored.
+    /// A worker or an engine that dies fails all its jobs at once. That counts as one failure: a failure that follows
+    /// the last counted one within [`AT_ONCE`], of a job that began before it, is ignored. A worker that fails most of
+    /// its jobs is ejected however it groups them.
     pub fn record(&mut self, outcome: Outcome, now: Instant) -> Option<Instant> {
         let record = self.of(outcome.worker, now);
-        if record.failed_at.is_some_and(|failed_at| outcome.began < failed_at) {
-            return None;
+        record.add_to_all(outcome.good);
+        let is_of_a_death = |failed_at: Instant| outcome.began < failed_at && now - failed_at <= AT_ONCE;
+        if !outcome.good && record.failed_at.is_some_and(is_of_a_death) {
+            return record.fails_mostly().then(|| record.eject(now));
         }
         record.add(outcome.good, now);
         let failures = record.outcomes.iter().filter(|good| !**good).count();
-        (!outcome.good && failures >= FAILURES_MAX).then(|| record.eject(now))
+        let is_bad = failures >= FAILURES_MAX || record.fails_mostly();
+        (!outcome.good && is_bad).then(|| record.eject(now))
+    }
+
+    /// Records that a worker refused a job that another one did. Honest workers of different kinds differ in what they
+    /// can do, so this counts only against a worker whose last attempts have no success.
+    pub fn contradicted(&mut self, worker: WorkerId, now: Instant) -> Option<Instant> {
+        let record = self.of(worker, now);
+        if record.outcomes.contains(&true) {
+            return None;
+        }
+        self.record(Outcome { good: false, worker, began: now }, now)
     }
 
     /// Ejects a worker that broke the contract or lied. Returns until when.
@@ -63,7 +84,13 @@ impl WorkerRecords {
             let oldest = self.0.iter().min_by_key(|(_, record)| record.heard_at).map(|(worker, _)| *worker);
             oldest.map(|oldest| self.0.remove(&oldest));
         }
-        let fresh = || WorkerRecord { outcomes: VecDeque::new(), failed_at: None, ejections: 0, heard_at: now };
+        let fresh = || WorkerRecord {
+            outcomes: VecDeque::new(),
+            all: VecDeque::new(),
+            failed_at: None,
+            ejections: 0,
+            heard_at: now,
+        };
         let record = self.0.entry(worker).or_insert_with(fresh);
         record.heard_at = now;
         record
@@ -81,6 +108,18 @@ impl WorkerRecord {
         } else if self.outcomes.len() == OUTCOMES_MAX && self.outcomes.iter().all(|good| *good) {
             self.ejections = 0;
         }
+    }
+
+    fn add_to_all(&mut self, good: bool) {
+        if self.all.len() == ALL_MAX {
+            self.all.pop_front();
+        }
+        self.all.push_back(good);
+    }
+
+    fn fails_mostly(&self) -> bool {
+        let failures = self.all.iter().filter(|good| !**good).count();
+        self.all.len() >= ALL_MIN && failures * 2 > self.all.len()
     }
 
     fn eject(&mut self, now: Instant) -> Instant {
@@ -128,8 +167,48 @@ mod tests {
     #[test]
     fn a_death_counts_once_however_many_jobs_it_takes_along() {
         let (mut records, began) = (WorkerRecords::default(), Instant::now());
+        for _ in 0..30 {
+            records.record(outcome(true, began), began);
+        }
         let died = began + SECOND;
         assert!((0..20).all(|_| records.record(outcome(false, began), died).is_none()));
+    }
+
+    #[test]
+    fn long_jobs_that_go_well_count_though_another_has_failed_meanwhile() {
+        let (mut records, mut now) = (WorkerRecords::default(), Instant::now());
+        for number in 0..200 {
+            now += SECOND * 4;
+            // Jobs of a minute, of which each tenth fails at once.
+            let (good, lasted) = if number % 10 == 0 { (false, SECOND) } else { (true, SECOND * 60) };
+            assert_eq!(records.record(outcome(good, now - lasted), now), None, "job {number}");
+        }
+    }
+
+    #[test]
+    fn a_worker_that_fails_its_jobs_in_groups_is_ejected() {
+        let (mut records, mut now) = (WorkerRecords::default(), Instant::now());
+        let mut ejected = false;
+        for _ in 0..3 {
+            let began = now;
+            now += SECOND * 10;
+            ejected |= (0..20).any(|_| records.record(outcome(false, began), now).is_some());
+            now += SECOND * 10;
+            for _ in 0..4 {
+                records.record(outcome(true, now), now);
+            }
+        }
+        assert!(ejected);
+    }
+
+    #[test]
+    fn refusing_what_others_do_counts_against_a_worker_that_does_nothing() {
+        let (mut records, now) = (WorkerRecords::default(), Instant::now());
+        let worker = PublicKey([1; 32]);
+        assert_eq!([(); 3].map(|()| records.contradicted(worker, now).is_some()), [false, false, true]);
+        let honest = PublicKey([2; 32]);
+        records.record(Outcome { good: true, worker: honest, began: now }, now);
+        assert!((0..20).all(|_| records.contradicted(honest, now).is_none()));
     }
 
     #[test]

@@ -247,10 +247,13 @@ impl Membership {
         if stamp.version != state.version || stamp.issued_at.since(now) > STAMP_AHEAD_MAX {
             return Ok(false);
         }
+        // The age includes the difference of the clocks, so that of a fresh stamp counts as none.
+        let is_fresh = age <= STAMP_FRESH;
+        let age = if is_fresh { Duration::ZERO } else { age };
         if let Some(issued) = Instant::now().checked_sub(age) {
             state.confirmed = state.confirmed.max(issued);
         }
-        Ok(age <= STAMP_FRESH)
+        Ok(is_fresh)
     }
 
     /// Returns how long no registry has reported the revocations to this node. It is zero if membership is not checked.

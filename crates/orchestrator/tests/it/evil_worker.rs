@@ -50,9 +50,11 @@ pub(crate) enum Lie {
     BlamesLength,
     /// Refuses each job for a parameter, with a text for the client's terminal.
     BlamesParameter,
+    /// Refuses each job with a code that would end it.
+    Refuses(ErrorCode),
 }
 
-const LIES: [Lie; 16] = [
+const LIES: [Lie; 20] = [
     Lie::OverclaimsAnswer,
     Lie::OverclaimsPrompt,
     Lie::ClaimsAllOfOne,
@@ -69,6 +71,10 @@ const LIES: [Lie; 16] = [
     Lie::BlamesKey,
     Lie::BlamesLength,
     Lie::BlamesParameter,
+    Lie::Refuses(ErrorCode::StaleAttempt),
+    Lie::Refuses(ErrorCode::Cancelled),
+    Lie::Refuses(ErrorCode::DeadlineExceeded),
+    Lie::Refuses(ErrorCode::Unavailable),
 ];
 
 fn usage(prompt_tokens: u32, completion_tokens: u32) -> TokenUsage {
@@ -84,6 +90,7 @@ impl Lie {
                 return call.refuse(limit.into()).await;
             }
             Self::BlamesParameter => (ErrorCode::UnsupportedParameter, "\u{1b}]52;c;x\u{7}".to_owned()),
+            Self::Refuses(code) => (code, "no".to_owned()),
             _ => return self.answer(call, request).await,
         };
         call.refuse(WireError::new(code, message).with_param("prompt")).await;
