@@ -1,4 +1,5 @@
-//! The artifact store: finds artifacts by digest in a folder and among those compiled into the binary.
+//! Stores artifacts in a folder under their SHA-256 digest, verifies them when they are opened, and evicts fetched
+//! ones. Artifacts embedded in the binary can be opened too.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -30,10 +31,10 @@ struct Inner {
 }
 
 /// An open file whose bytes matched the digest, either when they were read through this descriptor or when they were
-/// stored. In the second case the kernel confirms that the file behind the descriptor has not been written since.
+/// stored. In the second case, the file's inode, length, mtime and ctime are unchanged since then.
 ///
-/// Embedded artifacts can no longer change. A file in the folder belongs to this user and is never written in place,
-/// so only its owner or root could change it behind the descriptor.
+/// An embedded artifact is a sealed memfd if the system allows one, and else an unnamed file. A file in the folder
+/// belongs to this user and is never written in place, so only its owner or root could change it behind the descriptor.
 #[derive(Debug)]
 pub struct VerifiedFile {
     /// The file, positioned at its start.
@@ -103,9 +104,9 @@ pub enum PutError {
     /// The disk has no space for a copy.
     #[error("the artifact takes {bytes} bytes, and the disk of {} has {room_bytes} free", folder.display())]
     NoRoom {
-        /// The length of the copy.
+        /// Length of the copy in bytes.
         bytes: u64,
-        /// The bytes that this user may still write there.
+        /// Free bytes on the disk for this user.
         room_bytes: u64,
         folder: PathBuf,
     },
@@ -141,9 +142,9 @@ impl ArtifactStore {
         self.put(file, bytes)
     }
 
-    /// Stores the bytes of an open file. They are shared with that file if the file system supports it (reflink),
-    /// else copied. `progress` receives the number of bytes at each step; an error from it aborts the operation.
-    /// Blocks.
+    /// Stores the bytes of an open file. They are shared with that file if the file system supports it (reflink), else
+    /// copied. `progress` receives the number of bytes stored or hashed so far. Its error aborts the operation and is
+    /// returned as [`PutError::Source`]. Blocks.
     pub fn put_open(
         &self,
         file: &File,
@@ -198,7 +199,7 @@ impl ArtifactStore {
     }
 
     /// Records a use of a fetched artifact and protects it from eviction while the result lives. Returns `None` if
-    /// the artifact belongs to this machine.
+    /// the artifact is not marked as fetched, or was evicted meanwhile.
     pub fn in_use(&self, digest: &Digest) -> io::Result<Option<InUse>> {
         self.inner.folder.in_use(digest)
     }
@@ -208,12 +209,12 @@ impl ArtifactStore {
         self.inner.folder.is_in_use(digest)
     }
 
-    /// Deletes a fetched artifact. Returns false if it is in use or was not fetched by this machine.
+    /// Deletes a fetched artifact. Returns false if it is in use or not marked as fetched.
     pub fn evict(&self, digest: &Digest) -> io::Result<bool> {
         self.inner.folder.evict(digest)
     }
 
-    /// Makes an artifact that may have been fetched this machine's own, so that it is never evicted.
+    /// Removes an artifact's mark as fetched, so that it is never evicted. Does nothing if it has no mark.
     pub fn keep(&self, digest: &Digest) -> io::Result<()> {
         self.inner.folder.unmark(digest)
     }

@@ -43,7 +43,7 @@ impl LocalFolder {
         mark.write_all(self.next_use()?.to_string().as_bytes())
     }
 
-    /// Makes an artifact this machine's own.
+    /// Removes an artifact's mark as fetched. Does nothing if it has no mark.
     pub(crate) fn unmark(&self, digest: &Digest) -> io::Result<()> {
         match fs::remove_file(self.mark_path(digest)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -63,7 +63,7 @@ impl LocalFolder {
         Ok(all)
     }
 
-    /// Records a use of an artifact. Returns `None` if it belongs to this machine.
+    /// Records a use of an artifact. Returns `None` if it is not marked as fetched, or was evicted meanwhile.
     pub(crate) fn in_use(&self, digest: &Digest) -> io::Result<Option<InUse>> {
         let path = self.mark_path(digest);
         let mut mark = match OpenOptions::new().read(true).write(true).open(&path) {
@@ -87,7 +87,7 @@ impl LocalFolder {
         File::open(self.mark_path(digest)).is_ok_and(|mark| mark.try_lock().is_err())
     }
 
-    /// Deletes a fetched artifact. Returns false if it is in use or was not fetched.
+    /// Deletes a fetched artifact. Returns false if it is in use or not marked as fetched.
     pub(crate) fn evict(&self, digest: &Digest) -> io::Result<bool> {
         let path = self.mark_path(digest);
         let mark = match File::open(&path) {

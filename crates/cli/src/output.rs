@@ -60,7 +60,7 @@ pub enum Look {
     Aside,
 }
 
-/// Styles a text. It must be printed with [`shown`], which removes the style if there is no terminal.
+/// Styles a text. Print it with [`shown`], which removes the style if stdout is not a terminal or NO_COLOR is set.
 pub fn looking(look: Look, text: &str) -> String {
     let style = match look {
         Look::Good => AnsiColor::Green.on_default(),

@@ -1,4 +1,5 @@
-//! Model runtimes: they load models and generate text, and know nothing of networks.
+//! Loads models and generates text. This crate does not know Tether's network (nodes, jobs, certificates). An *engine*
+//! is the child process that holds one loaded model.
 //!
 //! [`ModelRuntime`] is the one interface. [`ProcessRuntime`] runs each loaded model in a child process, because a
 //! malicious model or a failed assertion in C++ can end the process. The child runs one of the other runtimes and

@@ -14,7 +14,8 @@ const NOT_GENERATIVE: [&str; 9] =
 /// The bit that marks a file type as guessed by llama.cpp.
 const GUESSED: u64 = 1 << 10;
 
-/// Facts about a model, from its header.
+/// Facts about a model, from its header, as the engine reads them. The network carries them as
+/// `protocol::model::ModelFacts`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelFacts {
     /// The name in the file, as chosen by the model's authors.

@@ -1,4 +1,4 @@
-//! Chooses the builds that may run a job when its model name stands for several. Pure functions.
+//! Chooses among the models (*builds*) that a requested name stands for. Pure functions.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use protocol::infer::Input;
 use protocol::model::{Capability, ModelEntry};
 use protocol::{AdapterName, ErrorCode, WireError};
 
-/// A model that may run a job.
+/// A model, such as one quantisation, that the requested name stands for, with the job's adapter.
 #[derive(Debug, Clone)]
 pub(crate) struct Build {
     /// Its entry in the catalogue.
@@ -15,7 +15,9 @@ pub(crate) struct Build {
     pub(crate) adapter: Option<AdapterName>,
 }
 
-/// Returns the builds that passed. If none did, returns the refusal that tells the client most, by [`rank`].
+/// Returns the builds that passed the gateway's checks of the model and the key, given the outcome for each. Leaves out
+/// duplicates, and builds with another adapter than the first. If none passed, returns the error of the highest
+/// [`rank`].
 pub(crate) fn choose(checked: Vec<Result<Build, WireError>>) -> Result<Vec<Build>, WireError> {
     let mut refusal: Option<WireError> = None;
     let mut builds: Vec<Build> = Vec::new();

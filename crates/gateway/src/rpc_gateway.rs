@@ -1,4 +1,4 @@
-//! The RPC server: `infer.submit` from any node with a valid API token (G1).
+//! The RPC server: `infer.submit` from any node with a valid API token.
 //!
 //! RPC requests pass the same [`Gateway::admit`] and [`Gateway::submit`] as HTTP requests, are parsed by the same
 //! [`crate::openai::request`], and fail with the same codes.

@@ -1,4 +1,4 @@
-//! Writes a job and its reservation before dispatch, renews the lease, and settles the job (O6).
+//! Writes a job and its reservation before dispatch, renews the lease, and settles the job.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -19,7 +19,7 @@ pub enum DecodeError {
         /// Maximum length in bytes.
         max: usize,
     },
-    /// The bytes are not JSON.
+    /// The bytes are not JSON. [`decode_borrowed`] also returns this for valid JSON of the wrong shape.
     #[error("not valid JSON: {reason}")]
     NotJson {
         /// Error of the parser, with line and column.
@@ -69,8 +69,8 @@ pub fn decode_within<T: DeserializeOwned>(bytes: &[u8], max: usize) -> Result<T,
     Err(explain::<T>(bytes))
 }
 
-/// Reads a message that borrows from its bytes, for the hot path between nodes. Its errors do not name the invalid
-/// part.
+/// Decodes a message that borrows from its bytes, for the hot path between nodes. Every error except
+/// [`DecodeError::TooLarge`] is [`DecodeError::NotJson`].
 pub fn decode_borrowed<'de, T: serde::Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, DecodeError> {
     if bytes.len() > MESSAGE_BYTES_MAX {
         return Err(DecodeError::TooLarge { bytes: bytes.len(), max: MESSAGE_BYTES_MAX });

@@ -1,4 +1,4 @@
-//! `Health.Report`: a worker's state, sent every five seconds and on change (T5, T6).
+//! `Health.Report`: a worker's state, sent every five seconds and on change.
 
 use std::fmt;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::model::{AdapterKey, ModelKey};
 pub const KIND: &str = "health-report";
 /// How often a worker reports.
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
-/// How long after its last report a worker counts as gone.
+/// A worker counts as gone when it has not reported for this long.
 pub const EXPIRY: Duration = Duration::from_secs(15);
 /// The maximum size of a report in bytes, enough for about a thousand models. Workers omit what does not fit.
 pub const REPORT_BYTES_MAX: usize = 256 * 1024;
@@ -28,7 +28,7 @@ pub const REASON_BYTES_MAX: usize = 300;
 /// The maximum length of a text that names a model's devices, in bytes.
 pub const DEVICE_BYTES_MAX: usize = 200;
 
-/// The state of a worker. This message serves as health report and as presence.
+/// The state of a worker. The arrival of a report also shows that the worker is alive.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(rename = "Health.Report")]
@@ -43,7 +43,7 @@ pub struct HealthReport {
     pub region: Region,
     /// Class of the accelerators, such as `a100`; `cpu` if there are none.
     pub gpu_class: String,
-    /// Memory of the accelerators in GiB.
+    /// Memory of the accelerators in GiB, despite the field's name.
     #[serde(rename = "vramGB")]
     pub vram_gb: u32,
     /// Accelerators, and the CPU features that matter, such as `avx512-vnni`.
@@ -70,7 +70,7 @@ pub struct HealthReport {
     pub draining: bool,
     /// Number that increases with each start of the worker.
     pub epoch: u64,
-    /// Number that increases with each report.
+    /// Number of the report within the epoch. It increases with each report.
     pub seq: u64,
     /// Time of the signature.
     pub issued_at: UnixMillis,
@@ -102,8 +102,8 @@ impl HealthReport {
         !self.draining && self.supported.iter().any(is_at_hand)
     }
 
-    /// Returns whether the worker reports a file of one of these models: the model's own or an adapter's. It may turn
-    /// out not to have the adapter's.
+    /// Returns whether the worker probably has the file with this digest, which belongs to one of `models` or to one of
+    /// their adapters. Adapter files are not reported, so the worker may lack one.
     pub fn has_file(&self, digest: &Digest, models: &[ModelKey]) -> bool {
         models.iter().filter(|key| self.supported.contains(key) && !self.to_fetch.contains(key)).any(|key| {
             // A model of the same name on an adopted server has no file.
@@ -150,7 +150,8 @@ pub struct CachedModel {
     pub digest: Digest,
     /// State of the model.
     pub state: ModelState,
-    /// Whether the worker verified the model's bytes. False for a model of an adopted server.
+    /// Whether the worker checked the SHA-256 of the model's file (no hardware attestation). False for a model of an
+    /// adopted server.
     #[serde(default = "yes", skip_serializing_if = "is_true")]
     pub attested: bool,
     /// Context length on this worker in tokens; 0 if unknown.

@@ -17,13 +17,13 @@ fn is_slug(text: &str) -> bool {
 }
 
 text_id! {
-    /// A model's name, such as `llama3.1-8b` (T4).
+    /// A model's name, such as `llama3.1-8b`.
     ModelName, "model", "lower-case letters and digits in words joined by '.' or '-', at most 64 characters",
     "^[a-z0-9]+([.-][a-z0-9]+)*$", is_model_name
 }
 
 text_id! {
-    /// A region's slug, such as `eu-west` (T4).
+    /// A region's slug, such as `eu-west`.
     Region, "region", "lower-case letters and digits in words joined by '-', at most 64 characters",
     "^[a-z0-9]+(-[a-z0-9]+)*$", is_slug
 }

@@ -1,4 +1,4 @@
-//! `Infer.Request` and `Infer.Chunk`: a job, and the parts of its answer (T5).
+//! `Infer.Request` and `Infer.Chunk`: a job, and the parts of its answer.
 
 use std::time::Duration;
 

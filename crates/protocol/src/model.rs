@@ -1,4 +1,4 @@
-//! Names of models, and their entries in the catalogue.
+//! Models, aliases and adapters: their names, their catalogue entries, and what workers offer.
 
 use std::fmt;
 use std::iter;
@@ -133,7 +133,8 @@ pub struct ModelEntry {
     /// Facts from the model's file, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub facts: Option<ModelFacts>,
-    /// Whether an operator added the model. Workers that have its artifact serve it. Otherwise a worker offered it.
+    /// True if an operator added the model: workers that have its artifact, or may fetch it, serve it. False if a
+    /// worker offered it: only workers that offer it serve it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub added: bool,
     /// Whether workers never unload the model. A worker's own settings take precedence.
@@ -153,11 +154,11 @@ pub struct ModelFacts {
     pub name: String,
     /// Architecture, such as `llama`.
     pub architecture: String,
-    /// Number of weights.
+    /// Number of weights; 0 if unknown.
     pub parameters: u64,
     /// Quantisation of the weights, such as `Q4_K_M`.
     pub quantisation: String,
-    /// Context length in tokens that the model was trained with.
+    /// Context length in tokens that the model was trained with; 0 if unknown.
     pub trained_context: u32,
     /// What the model can do, as far as its file shows.
     pub capabilities: Vec<Capability>,
@@ -171,7 +172,8 @@ pub struct ModelFacts {
 const FACT_CHARS_MAX: usize = 128;
 
 impl ModelFacts {
-    /// Cuts the texts to sizes that are safe to store and display, because the file may come from a stranger.
+    /// Removes control characters from the texts, cuts them to 128 characters, and sorts and deduplicates the
+    /// capabilities. The file is untrusted.
     #[must_use]
     pub fn bounded(mut self) -> Self {
         for text in [&mut self.name, &mut self.architecture, &mut self.quantisation] {

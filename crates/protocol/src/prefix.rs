@@ -1,4 +1,4 @@
-//! Digests of prompt prefixes, by which a conversation finds a worker that still has it in its prefix cache (O2).
+//! Digests of prompt prefixes, by which a conversation finds a worker that still has it in its prefix cache.
 //!
 //! A prompt is a chain of links. Each message of a conversation is a link, and so is each block of a text or of tokens.
 //! The digest of a link covers all links before it, so two prompts with a common prefix have common digests. The

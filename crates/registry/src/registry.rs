@@ -1,5 +1,5 @@
 //! The registry service: answers gateways and orchestrators about tokens, models and policies, and all nodes about the
-//! pool's membership (R1).
+//! pool's membership.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! API tokens: issued once, kept as a keyed hash, checked in constant time (G3).
+//! API tokens: issued once, kept as a keyed hash, checked in constant time.
 
 use std::sync::Arc;
 

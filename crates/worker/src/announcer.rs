@@ -1,4 +1,4 @@
-//! Announces the worker on the presence topic, and on one topic for each model that is ready (T4, T6).
+//! Announces the worker on the presence topic, and on one topic for each model that is ready.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

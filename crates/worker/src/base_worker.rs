@@ -1,4 +1,4 @@
-//! A worker in the network: takes jobs, runs them and streams their answers (W1, W7).
+//! A worker in the network: takes jobs, runs them and streams their answers.
 
 use std::collections::BTreeSet;
 use std::fmt;

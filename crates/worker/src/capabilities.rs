@@ -1,4 +1,4 @@
-//! The machine's capabilities, as schedulers and operators name them (W8).
+//! The machine's capabilities, as schedulers and operators name them.
 
 use engine::hardware::{Device, gpu_class};
 

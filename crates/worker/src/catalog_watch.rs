@@ -21,14 +21,15 @@ use crate::model_loader::ModelLoader;
 const EVERY: Duration = Duration::from_secs(3);
 /// How long to wait for a registry to be found at the start.
 const FOUND_WITHIN: Duration = Duration::from_secs(2);
-/// How long a registry may take to answer.
+/// How long a registry may take to respond.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a fetched file is kept after no listed model has it any more. A registry may be set up anew, or a model
 /// removed by mistake.
 const UNLISTED_FOR: Duration = Duration::from_mins(1);
 
-/// Keeps a worker's models equal to those that operators added. Models of its configuration are left alone.
+/// Adds and removes a worker's models as the catalogue changes. Models of its configuration stay; only their residency
+/// settings follow the catalogue where the configuration has none.
 pub(crate) struct CatalogWatch {
     client: Client,
     directory: Directory,

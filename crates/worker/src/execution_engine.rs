@@ -1,4 +1,4 @@
-//! Runs jobs on a model runtime: translates requests, and streams answers as chunks (W4).
+//! Runs jobs on a model runtime: translates requests, and streams answers as chunks.
 
 mod choices;
 mod chunk_writer;

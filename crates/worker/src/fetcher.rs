@@ -1,4 +1,4 @@
-//! Fetches model files from other nodes, resumes interrupted downloads, and frees disk space for them (W2).
+//! Fetches model files from other nodes, resumes interrupted downloads, and frees disk space for them.
 //!
 //! No source is trusted: a file counts once all of its bytes have the digest that the registry lists.
 

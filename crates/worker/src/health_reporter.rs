@@ -1,4 +1,4 @@
-//! Reports this worker's health to the region's orchestrators: every five seconds, and soon after each change (W5, T6).
+//! Reports this worker's health to the region's orchestrators: every five seconds, and soon after each change.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -32,7 +32,8 @@ const PUSH_WITHIN: Duration = Duration::from_secs(2);
 /// The same timeout for the last report.
 const LAST_PUSH_WITHIN: Duration = Duration::from_secs(1);
 
-/// The most bytes that one model takes in a report: its name twice, its digest and the rest.
+/// Bytes that one model is assumed to take in a report: its name twice, its digest and the rest. A larger one makes
+/// [`fit`] drop more models than necessary.
 const MODEL_BYTES_MAX: usize = 512;
 
 /// The constant part of a worker's reports.
@@ -48,7 +49,7 @@ pub(crate) struct Identity {
 
 /// A worker's load at one moment.
 pub(crate) struct Condition {
-    /// Places that admitted jobs take.
+    /// Permits that running and queued jobs hold.
     pub(crate) jobs: u32,
     pub(crate) draining: bool,
     pub(crate) snapshots: Vec<LoadSnapshot>,
@@ -105,9 +106,10 @@ impl<Look: Fn() -> Condition> ReportWriter<Look> {
     }
 }
 
-/// Encodes a report within the size limit, and returns how many models had to be left out. The last models in the order
-/// of the configuration are dropped first, those in memory after all others. Hints that only speed jobs up are dropped
-/// before any model.
+/// Encodes a report within the size limit, and returns the number of models left out.
+///
+/// If the report is too large, drops in this order: prompt prefixes; models that are not in memory, from the end of the
+/// configuration; models in memory.
 fn fit(report: &mut HealthReport) -> (String, usize) {
     let write = |report: &HealthReport| String::from_utf8(codec::encode(report)).expect("JSON is UTF-8");
     let before = report.supported.len();
@@ -119,7 +121,7 @@ fn fit(report: &mut HealthReport) -> (String, usize) {
         report.supported.sort_by_key(|key| !in_memory.contains(key));
     }
     while body.len() > health::REPORT_BYTES_MAX && !report.supported.is_empty() {
-        // No model takes more than this, so that no more models than necessary are dropped at once.
+        // Drops no more models than necessary, as long as none takes more than `MODEL_BYTES_MAX`.
         let excess = (body.len() - health::REPORT_BYTES_MAX).div_ceil(MODEL_BYTES_MAX);
         let left = report.supported.split_off(report.supported.len().saturating_sub(excess));
         report.model_cache.retain(|model| !left.contains(&model.key));

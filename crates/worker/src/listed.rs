@@ -1,5 +1,5 @@
-//! The artifacts of the models that operators added, as the registry last listed them: the files that nodes fetch from
-//! each other.
+//! The artifacts that nodes may fetch from each other: those of the models that operators added, and of their adapters,
+//! as of the last read of the catalogue.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

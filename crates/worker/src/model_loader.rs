@@ -1,4 +1,4 @@
-//! Loads models into memory: verified, once each, and again when their engine dies (W2).
+//! Loads models into memory: verified, once each, and again when their engine dies.
 //!
 //! Each model has one keeper, the only task that loads and unloads it. However many jobs want a model, it is loaded
 //! once, and they all wait for the same load.

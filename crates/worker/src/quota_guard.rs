@@ -1,5 +1,5 @@
 //! Decides whether a job is admitted: a slot or a position in the queue must be free, and the job must not exceed its
-//! tenant's limit (W6). A job takes one permit for each of its answers that may run concurrently, at most as many as
+//! tenant's limit. A job takes one permit for each of its answers that may run concurrently, at most as many as
 //! slots.
 
 use std::collections::HashMap;

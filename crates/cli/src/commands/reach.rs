@@ -27,7 +27,7 @@ pub(super) struct Reached {
     pub(super) client: GatewayClient,
     /// The requested model, by its name in the network.
     pub(super) model: Option<String>,
-    /// How long its models took to load, if the network was started here.
+    /// How long the network took from its start until its models were ready; `None` if it was already running.
     pub(super) load: Option<Duration>,
     own: Option<Network>,
 }

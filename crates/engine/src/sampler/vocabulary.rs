@@ -8,8 +8,8 @@ const BLOCK: usize = 1_024;
 /// The number of SIMD lanes.
 const LANES: usize = 16;
 
-/// Returns the most likely token, of equals the lowest, and its logit. Returns `None` if a logit is NaN or plus
-/// infinity, or if there are no logits.
+/// Returns the most likely token and its logit. If several tokens tie, returns the one with the lowest id. Returns
+/// `None` if a logit is NaN or plus infinity, or if there are no logits.
 pub(super) fn likeliest(logits: &[f32]) -> Option<(u32, f32)> {
     let mut best = 0;
     let mut highest = f32::NEG_INFINITY;
@@ -46,11 +46,12 @@ pub(super) fn maximum(values: &[f32]) -> (f32, bool) {
     (highest, unordered.contains(&true) || rest.iter().any(|value| value.is_nan()))
 }
 
-/// Returns the probability of a token relative to the most likely one; 0 below the floor.
+/// Returns the token's softmax weight relative to the most likely token; 0 if its logit is below `floor`.
 pub(super) fn weight(logit: f32, highest: f32, floor: f32, temperature: f32) -> f32 {
     if logit < floor { 0.0 } else { exp((logit - highest) / temperature) }
 }
 
+/// Writes the weight of each logit to `weights`.
 pub(super) fn weigh(logits: &[f32], highest: f32, floor: f32, temperature: f32, weights: &mut Vec<f32>) {
     weights.resize(logits.len(), 0.0);
     let (chunks, rest) = logits.as_chunks::<LANES>();
@@ -70,7 +71,7 @@ pub(super) fn total(logits: &[f32], highest: f32) -> f64 {
     logits.chunks(BLOCK).map(|block| sum(block, |logit| exp(logit - highest))).sum()
 }
 
-/// Returns the index whose share of the total weight contains `point`.
+/// Samples an index in proportion to the weights. `point` is uniform in 0..1. Returns `None` if all weights are 0.
 pub(super) fn pick(weights: &[f32], point: f64) -> Option<usize> {
     let goal = point * weights.chunks(BLOCK).map(|block| sum(block, |weight| weight)).sum::<f64>();
     let mut reached = 0.0;

@@ -36,8 +36,9 @@ const HEAD_BYTES_MAX: usize = 64 * 1024;
 const HEADERS_MAX: usize = 100;
 /// Maximum number of concurrent streams on an HTTP/2 connection.
 const STREAMS_MAX: u32 = 256;
-/// How often an HTTP/2 client is pinged, and how long it may take to answer.
+/// How often an HTTP/2 client is pinged.
 const PING_EVERY: Duration = Duration::from_secs(20);
+/// How long it may take to respond before the connection is closed.
 const PING_WITHIN: Duration = Duration::from_secs(20);
 
 /// The state that all connections share.

@@ -13,6 +13,7 @@ use super::errors::ApiError;
 use crate::gateway::Gateway;
 use crate::request_context::RequestContext;
 
+/// State that all routes share.
 #[derive(Clone)]
 pub(super) struct Bridge {
     pub(super) gateway: Gateway,
@@ -61,7 +62,8 @@ impl<S: Sync> FromRequestParts<S> for Inquiry {
     }
 }
 
-/// Returns the API token of a request. A header that is not valid UTF-8 counts as an attempt with a wrong token.
+/// Returns the API token from `Authorization: Bearer`, or else from `X-Api-Key`; `None` if neither header is present.
+/// Another scheme, or a value that is not text, gives an empty token, which counts as a failed authentication attempt.
 pub(super) fn token(headers: &HeaderMap) -> Option<&str> {
     let bearer = headers.get(header::AUTHORIZATION).map(|value| {
         let value = value.to_str().unwrap_or_default();

@@ -17,7 +17,7 @@ pub(super) type Tasks = mpsc::Receiver<Task>;
 
 /// A task for the thread.
 pub(super) enum Task {
-    /// Runs an operation and answers its caller.
+    /// Runs an operation and replies to its caller.
     Run(Box<dyn Operation>),
     /// Closes the queue, finishes the queued operations, and ends.
     Close,
@@ -50,7 +50,7 @@ where
 
     fn reply(self: Box<Self>, void: Result<(), StoreError>) {
         let Self { outcome, reply, .. } = *self;
-        // A caller that is gone needs no answer.
+        // A caller that is gone needs no reply.
         let _ = reply.send(void.and_then(|()| outcome.ok_or(StoreError::Closed)));
     }
 }
@@ -88,7 +88,7 @@ impl DbThread {
     {
         let (reply, outcome) = oneshot::channel();
         self.send(Task::Run(Box::new(Call { run, outcome: None, reply }))).await?;
-        // The thread drops an unanswered operation only when it ends.
+        // The thread drops an operation without a reply only when it ends.
         outcome.await.unwrap_or(Err(StoreError::Closed))
     }
 

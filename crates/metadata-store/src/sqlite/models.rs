@@ -8,7 +8,8 @@ use super::adapters;
 use super::row::{self, integer};
 use crate::registry_store::PutModelError;
 
-/// Registers a model version; its digest never changes.
+/// Registers a model version, or updates the context length, description and facts of a registered one. Facts are not
+/// removed, and `added` is not reset. A different digest is a conflict.
 pub(super) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Result<Result<(), PutModelError>> {
     let ModelEntry { key, digest, bytes, context_length, description, created_at, facts, added, pin, keep_alive_secs } =
         entry;
@@ -47,7 +48,7 @@ pub(super) fn put(connection: &Connection, entry: &ModelEntry) -> rusqlite::Resu
     Ok(Err(PutModelError::Conflict { key: key.clone(), registered: Digest(registered) }))
 }
 
-/// Sets how long a model is kept in memory.
+/// Sets how long a model is kept in memory. Returns false if there is no such model version.
 pub(super) fn keep(
     connection: &Connection,
     key: &ModelKey,
@@ -71,7 +72,7 @@ pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<ModelEntry>>
         .collect()
 }
 
-/// Removes a model version and its adapters.
+/// Removes a model version and its adapters. Returns false if there is no such model version.
 pub(super) fn remove(connection: &Connection, key: &ModelKey) -> rusqlite::Result<bool> {
     adapters::remove_all(connection, key)?;
     let removed = connection

@@ -26,7 +26,7 @@ pub(super) fn write_all(connection: &Connection, mut tasks: Tasks, group_max: us
     }
 }
 
-/// Commits a group and then answers its callers.
+/// Commits a group and then replies to its callers.
 fn commit(connection: &Connection, group: &mut Vec<Box<dyn Operation>>) {
     match together(connection, group) {
         Ok(()) => group.drain(..).for_each(|operation| operation.reply(Ok(()))),

@@ -1,4 +1,5 @@
-//! How well a worker suits a job: a weighted sum of terms between 0 and 1 (O2).
+//! Scores how well a worker suits a job. The score is the weighted sum of five terms, each between 0 and 1; higher is
+//! better.
 
 use schemars::JsonSchema;
 use serde::de::IgnoredAny;
@@ -49,7 +50,7 @@ pub struct Terms {
     pub model_match: f64,
     /// 1 in the same region, less in regions farther away.
     pub region_proximity: f64,
-    /// 1 when idle, 0.5 with all slots taken, less with a queue.
+    /// Higher for a shorter queue: 1 when idle, 0.5 with all slots taken, less with a queue.
     pub queue_depth: f64,
     /// Share of the prompt in the prefix cache.
     pub warm_cache: f64,

@@ -1,5 +1,6 @@
-//! Keeps one connection per peer: opens it once for all callers (single-flight), watches it, and limits how often it is
-//! retried.
+//! Keeps one connection per peer. Concurrent callers share one dial (single-flight). A peer that did not respond in
+//! time is pinged before its connection is used again. After a failed dial, calls fail at once for a time that doubles
+//! with each failure (exponential backoff).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use super::introduction::Introduction;
 use crate::backoff::{self, Backoff};
 use crate::transport::{Connection, RequestError, Transport};
 
-/// How long a suspected peer may take to answer a ping.
+/// How long a suspected peer may take to respond to a ping.
 const PING_WITHIN: Duration = Duration::from_millis(500);
 /// The delay after the first failed dial. It doubles with each failure.
 const BACKOFF: Duration = Duration::from_millis(100);
@@ -52,7 +53,7 @@ struct Peer {
     opening: Option<watch::Receiver<Opening>>,
     /// The waits after failed dials; `None` after one that succeeded.
     backoff: Option<Backoff>,
-    /// The time before which the peer is not dialled again.
+    /// The peer is not dialled before this time.
     rest: Option<Instant>,
 }
 
@@ -69,7 +70,7 @@ enum Opening {
 pub(crate) struct Suspicion(Arc<AtomicBool>);
 
 impl Suspicion {
-    /// Records that an answer did not arrive in time: the method may be slow, or the peer may be gone.
+    /// Records that a response did not arrive in time: the method may be slow, or the peer may be gone.
     pub(crate) fn raise(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -98,7 +99,7 @@ impl Link {
         &*self.connection
     }
 
-    /// Returns the flag to raise when a call gets no answer in time.
+    /// Returns the flag to raise when a call gets no response in time.
     pub(super) fn suspicion(&self) -> &Suspicion {
         &self.suspicion
     }
@@ -116,7 +117,7 @@ impl Link {
         if self.suspicion.is_raised() {
             let ping = self.connection.request(NODE_PING, Bytes::from(codec::encode(&Empty {})));
             match time::timeout(PING_WITHIN, ping).await {
-                // Any answer, even an error, proves that the peer is alive.
+                // Any response, even an error, proves that the peer is alive.
                 Ok(Ok(_) | Err(RequestError::Remote(_))) => self.suspicion.settle(),
                 Ok(Err(RequestError::Transport(_))) | Err(_) => {
                     self.connection.close();
@@ -153,8 +154,8 @@ impl Links {
         if let Some(link) = self.sound(peer) {
             return Ok(link);
         }
-        // A second time after a connection that turned out to be dead. A connection that was just opened is not
-        // suspected.
+        // Tries twice: the first connection may turn out to be dead. A new connection is not suspected, so two tries
+        // suffice.
         for _ in 0..2 {
             let mut opening = self.opening(peer)?;
             let opened = match opening.wait_for(|opening| !matches!(opening, Opening::Dialling)).await {
@@ -218,6 +219,7 @@ impl Links {
         self.tasks.spawn(async move { stop.run_until_cancelled(work).await });
     }
 
+    /// Forgets the failed dials to a peer, so that the next call dials at once.
     pub(super) fn forgive(&self, peer: PublicKey) {
         if let Some(peer) = self.lock().by_key.get_mut(&peer) {
             (peer.backoff, peer.rest) = (None, None);
@@ -280,6 +282,7 @@ impl Dial {
         });
     }
 
+    /// Records the outcome: a success ends the backoff, and a failure lengthens it.
     fn note(&self, outcome: &Result<Arc<dyn Connection>, CallError>) {
         let mut peers = lock(&self.peers);
         let own = self.state.subscribe();

@@ -1,5 +1,5 @@
 //! Tracks the adapters attached to a model's running engine. An adapter is attached at its first use. If all slots are
-//! taken, the least recently used idle adapter is evicted (W3).
+//! taken, the least recently used idle adapter is evicted.
 
 use std::sync::Arc;
 
@@ -17,6 +17,7 @@ pub(crate) struct Adapters {
     freed: Notify,
 }
 
+/// The adapters of the present engine, attached or still to be removed.
 #[derive(Debug, Default)]
 struct Shelf {
     /// The engine that they are attached to; another engine has none of them.
@@ -35,7 +36,7 @@ struct Attached {
     users: u32,
 }
 
-/// A use of an adapter, which stays attached while this lives.
+/// Marks an adapter as in use. The adapter stays attached while this lives.
 #[derive(Debug)]
 pub(crate) struct Lease {
     adapters: Arc<Adapters>,
@@ -51,14 +52,15 @@ impl Adapters {
         Arc::new(Self { most: most.max(1) as usize, shelf: Mutex::default(), freed: Notify::new() })
     }
 
-    /// Starts over with an engine that has no adapter yet.
+    /// Replaces the engine. Earlier adapters are forgotten, and callers that wait for the old engine get `None`.
     pub(crate) fn begin(&self, engine: ModelId) {
         *self.shelf() = Shelf { engine: Some(engine), ..Shelf::default() };
         self.freed.notify_waiters();
     }
 
-    /// Leases a slot for an adapter, and evicts the least recently used one if all slots are taken. Waits while all are
-    /// in use. Returns `None` if the engine is not the present one. Cancel safe.
+    /// Marks an adapter as in use, and makes it one of the attached ones. If the maximum is attached, evicts the least
+    /// recently used idle adapter. Waits while all are in use. Returns `None` if the engine is not the present one.
+    /// Cancel safe.
     pub(crate) async fn lease(self: &Arc<Self>, engine: ModelId, name: &AdapterName) -> Option<Lease> {
         loop {
             // Subscribes before it checks, so that an adapter that is freed in between is not missed.

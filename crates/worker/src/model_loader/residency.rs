@@ -1,4 +1,4 @@
-//! Decides which models are in memory: those that are asked for, as far as they fit (W3).
+//! Decides which models are in memory: those that are asked for, as far as they fit.
 //!
 //! A pure function of facts about the models and the available memory, the machine's and its GPUs'. It reads no clock
 //! and moves nothing; `ModelLoader` does both.

@@ -2,7 +2,7 @@
 
 use minijinja::value::{Value, ValueKind};
 
-/// The depth of nested lists and mappings to which floats are searched for.
+/// The maximum nesting depth at which lists and mappings are searched for floats.
 const DEPTH_MAX: u32 = 32;
 
 /// Returns Python's `str` of a value.
@@ -10,7 +10,8 @@ pub(super) fn display(value: &Value) -> String {
     with_floats(value).unwrap_or_else(|| value.to_string())
 }
 
-/// Returns Python's `str` of a float, or of a list or mapping with floats that minijinja formats differently.
+/// Returns Python's `str` of a float, or of a list or mapping with floats that minijinja formats differently. `None`:
+/// minijinja's own format will do.
 pub(super) fn with_floats(value: &Value) -> Option<String> {
     match as_float(value) {
         Some(number) => Some(repr(number)),

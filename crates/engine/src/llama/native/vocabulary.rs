@@ -50,7 +50,7 @@ impl Vocabulary<'_> {
         (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_str().map(str::to_owned).ok()).flatten()
     }
 
-    /// Returns whether this is a special token.
+    /// Returns whether this is a special token or the unknown token.
     pub(crate) fn is_control(self, token: Token) -> bool {
         self.has_attribute(token, sys::LLAMA_TOKEN_ATTR_CONTROL | sys::LLAMA_TOKEN_ATTR_UNKNOWN)
     }
@@ -108,11 +108,12 @@ impl Vocabulary<'_> {
         unsafe { sys::llama_vocab_get_add_eos(self.pointer) }
     }
 
-    /// Tokenises a text and appends the tokens. `whole` adds the tokens that the tokenizer puts around a text.
-    /// `control` parses the texts of special tokens as those tokens.
+    /// Tokenises a text and appends the tokens. `whole` is llama.cpp's `add_special`: adds BOS and EOS if the model is
+    /// configured so. `control` is its `parse_special`: parses the texts of special tokens as those tokens.
     pub(crate) fn tokenize(self, text: &[u8], whole: bool, control: bool, tokens: &mut Vec<Token>) {
         let length = i32::try_from(text.len()).expect("prompts are far below 2 GiB");
-        // Every token has at least one byte, and at most two tokens are added.
+        // A guess: most tokens have several bytes. If it is too small, llama.cpp returns the required number, negated,
+        // and the loop tries again.
         let mut room = text.len() / 2 + 8;
         loop {
             let begin = tokens.len();
@@ -132,7 +133,8 @@ impl Vocabulary<'_> {
         }
     }
 
-    /// Returns the bytes that a token adds to a text. They are empty for special tokens, unless `control` is set.
+    /// Returns the bytes that a token adds to a text. They are empty for special tokens, unless `control` (llama.cpp's
+    /// `special`) is set.
     pub(crate) fn piece(self, token: Token, control: bool) -> Vec<u8> {
         if !self.tokens().contains(&token) {
             return Vec::new();

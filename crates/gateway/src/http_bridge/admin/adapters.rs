@@ -28,7 +28,7 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<AdapterList>, ApiErr
 
 /// Registers an adapter of a model.
 ///
-/// Its artifact must be where the workers of the model find it.
+/// At least one worker's artifact store must have its artifact, or no worker can serve the adapter.
 #[utoipa::path(
     post, path = "/admin/v1/adapters", tag = "admin", operation_id = "addAdapter", security(("bearer" = [])),
     request_body(content = published::AdapterAdd, content_type = "application/json"),

@@ -36,7 +36,7 @@ pub(crate) async fn list(Operator { gateway, .. }: Operator) -> Result<Json<Mode
 
 /// Registers a model.
 ///
-/// Its artifact must be where workers find it.
+/// At least one worker's artifact store must have its artifact, or no worker can serve the model.
 #[utoipa::path(
     post, path = "/admin/v1/models", tag = "admin", operation_id = "addModel", security(("bearer" = [])),
     request_body(content = published::ModelAdd, content_type = "application/json"),
@@ -111,7 +111,7 @@ async fn check_unloaded(gateway: &Gateway, name: &ModelName, version: Option<Mod
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
     request_body(content = Kept, content_type = "application/json"),
     responses(
-        (status = 200, description = "Where it is", body = published::ModelResidency),
+        (status = 200, description = "State of the model on each worker", body = published::ModelResidency),
         ApiError,
     ),
 )]
@@ -137,7 +137,7 @@ pub(crate) async fn load(
     post, path = "/admin/v1/models/{id}/unload", tag = "admin", operation_id = "unloadModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
     responses(
-        (status = 200, description = "Where it is", body = published::ModelResidency),
+        (status = 200, description = "State of the model on each worker", body = published::ModelResidency),
         ApiError,
     ),
 )]
@@ -149,7 +149,8 @@ pub(crate) async fn unload(Segment(id): Segment, operator: Operator) -> Result<J
 
 /// Sets how long workers keep a model in memory.
 ///
-/// Workers follow within seconds, also after a restart, unless their own settings differ.
+/// Workers apply the change within seconds and keep it after a restart. A worker's own settings take precedence.
+/// Omitted fields are not changed.
 #[utoipa::path(
     post, path = "/admin/v1/models/{id}/keep", tag = "admin", operation_id = "keepModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),

@@ -1,10 +1,13 @@
-//! Proportional rate reduction (RFC 6937): how much a sender may send during recovery although more than the congestion
-//! window is in flight.
+//! Proportional rate reduction (RFC 6937).
+//!
+//! During recovery, more bytes may be in flight than the reduced congestion window allows. PRR then lets the sender
+//! send in proportion to what is delivered, rather than stop.
 
 use crate::udx::congestion::CUBIC_BETA;
 
 /// ssthresh / RecoverFS: the window after a loss as a share of what was in flight at the loss. CUBIC reduces the window
-/// by this factor, and the window was full. The fraction is exact, so that ten packets delivered allow seven.
+/// by this factor, and the window was full. A fraction rather than [`CUBIC_BETA`], because integer arithmetic has no
+/// rounding error: 10 packets delivered allow exactly 7.
 const SSTHRESH_PER_RECOVER_FS: (u64, u64) = (7, 10);
 const _: () = assert!(SSTHRESH_PER_RECOVER_FS.0 as f64 / SSTHRESH_PER_RECOVER_FS.1 as f64 == CUBIC_BETA);
 
@@ -17,7 +20,7 @@ const FAST_RETRANSMIT: u64 = 2;
 pub(crate) struct Prr {
     /// Bytes that were delivered during recovery.
     prr_delivered: u64,
-    /// Bytes that were sent during recovery at the expense of those delivered. Others fit in the congestion window.
+    /// Bytes sent during recovery and charged to PRR. Any excess over `sndcnt` was allowed by the congestion window.
     prr_out: u64,
     /// Bytes that may be sent before anything is delivered.
     fast_retransmit: u64,
@@ -41,9 +44,11 @@ impl Prr {
         self.prr_out += bytes.min(self.sndcnt());
     }
 
-    /// Returns how many bytes may be sent now: `prr_delivered * ssthresh / RecoverFS - prr_out`.
+    /// Returns how many bytes may be sent now: `fast_retransmit + prr_delivered * ssthresh / RecoverFS - prr_out`,
+    /// rounded down. The RFC rounds up and does not add `fast_retransmit`.
     ///
-    /// The slow start part of the RFC is the congestion window's: below ssthresh it lets packets through by itself.
+    /// The RFC's slow start part (PRR-SSRB) is not needed: while fewer bytes than ssthresh are in flight, the
+    /// congestion window allows sending.
     pub(crate) fn sndcnt(&self) -> u64 {
         let (ssthresh, recover_fs) = SSTHRESH_PER_RECOVER_FS;
         self.fast_retransmit + self.prr_delivered * ssthresh / recover_fs - self.prr_out

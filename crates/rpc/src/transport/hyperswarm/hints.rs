@@ -1,5 +1,5 @@
-//! Addresses at which lookups say that peers can be asked for. Anyone may announce on a topic, so their number is
-//! bounded; those of peers that are found or dialled again and again stay.
+//! A bounded cache of peers' relay addresses, as found by lookups. With one, a dial needs no walk through the DHT.
+//! Anyone may announce on a topic, so the cache evicts rarely used peers first.
 
 use std::net::SocketAddrV4;
 
