@@ -23,7 +23,7 @@ mod trust;
 
 /// Timeout of every request except a model's answer.
 const WITHIN: Duration = Duration::from_secs(10);
-/// The longest line of an answer, in bytes. The server may be another program.
+/// The longest line of a response, in bytes. The server may be another program.
 const LINE_MAX: usize = 16 << 20;
 /// Timeout of the check whether a gateway is there.
 const PRESENT_WITHIN: Duration = Duration::from_secs(2);

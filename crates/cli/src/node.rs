@@ -80,7 +80,7 @@ impl Node {
         self.network.reachable_address()
     }
 
-    /// Returns the bootstrap addresses, each with whether it answers.
+    /// Returns the bootstrap addresses, each with whether it responds.
     pub async fn reachable(&self, bootstrap: &[String]) -> anyhow::Result<Vec<(SocketAddrV4, bool)>> {
         let addresses = self.settings.and(bootstrap).bootstrap_addresses().await?;
         let checks = addresses.iter().map(async |address| (*address, self.network.responds(*address).await));

@@ -30,7 +30,7 @@ use crate::settings::{Env, Settings};
 
 /// The fewest digits of a key that may stand for it.
 const PREFIX_MIN: usize = 4;
-/// Timeout for a registry's answer, including the connection to it.
+/// Timeout for a registry's response, including the connection to it.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// RPC client of a network's registry.

@@ -1,4 +1,4 @@
-//! Authenticates API tokens: asks the registry and caches its answer for a few seconds.
+//! Authenticates API tokens: asks the registry and caches its response for a few seconds.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +29,7 @@ const UNCONFIRMED_BELIEVED: Duration = Duration::from_secs(1);
 /// Checks tokens and caches the outcome under the SHA-256 of the token.
 pub(crate) struct Authentication {
     believed: Duration,
-    /// How long a grant stays valid after its last confirmation while no registry answers.
+    /// How long a grant stays valid after its last confirmation while no registry responds.
     absence_max: Duration,
     checks: Mutex<Cache<Digest, Entry>>,
     failures: RateLimit<(Option<Origin>, String)>,
@@ -62,7 +62,7 @@ impl Authentication {
     }
 
     /// Returns what a token allows. The future `ask` queries the registry. It is dropped without being polled if the
-    /// answer is cached, or if the registry is known to be away and confirmed the grant recently enough.
+    /// response is cached, or if the registry is known to be away and confirmed the grant recently enough.
     pub(crate) async fn check(
         &self,
         token: Option<&str>,
@@ -134,8 +134,8 @@ impl Authentication {
             Err(error) if error.code == ErrorCode::InvalidApiKey => {
                 Check { outcome: Err(error), until: now + REFUSAL_BELIEVED, confirmed: None }
             }
-            // The last grant stays valid only if the registry does not answer. One that refuses this gateway has
-            // answered.
+            // The last grant stays valid only if the registry does not respond. One that refuses this gateway has
+            // responded.
             Err(error) => match known.filter(|_| error.code == ErrorCode::Unavailable) {
                 Some(known) => unconfirmed(known),
                 None => Check { outcome: Err(error), until: now + SILENCE_BELIEVED, confirmed: None },

@@ -35,12 +35,12 @@ use crate::upstream::{self, Timeouts, Upstream, UpstreamTask};
 
 /// How long the list of live workers is cached.
 const FLEET_BELIEVED: Duration = Duration::from_secs(1);
-/// Maximum age of that list while no orchestrator answers.
+/// Maximum age of that list while no orchestrator responds.
 const FLEET_AGE_MAX: Duration = Duration::from_secs(5);
 /// A model that is missing from the cached catalogue may be new. It is looked up again in a catalogue younger than
 /// this.
 const CATALOG_YOUNG: Duration = Duration::from_secs(1);
-/// `Retry-After` of a request that arrives while no registry has answered for too long.
+/// `Retry-After` of a request that arrives while no registry has responded for too long.
 const AWAY_WAIT: Duration = Duration::from_secs(5);
 /// `Retry-After` of a request that arrives while the gateway is full.
 const FULL_WAIT: Duration = Duration::from_secs(1);
@@ -198,7 +198,7 @@ impl Gateway {
         Ok(grant)
     }
 
-    /// Fails once no registry has answered for too long, because nodes may have been revoked in the meantime.
+    /// Fails once no registry has responded for too long, because nodes may have been revoked in the meantime.
     pub(crate) fn check_registry(&self) -> Result<(), WireError> {
         let absence_max = self.inner.config.registry_absence;
         if self.membership().registry_silence() < absence_max {
@@ -438,7 +438,7 @@ impl Gateway {
         self.inner.upstream.ask(NodeRole::Orchestrator, JOB_EXPLAIN, &request).await.map_err(WireError::for_clients)
     }
 
-    /// Returns whether a node answers in a role. This node always does.
+    /// Returns whether a node responds in a role. This node always does.
     pub(crate) fn is_reachable(&self, node: PublicKey, role: NodeRole) -> bool {
         node == self.inner.transport.public_key() || self.inner.upstream.knows(node, role)
     }

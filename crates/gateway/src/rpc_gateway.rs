@@ -118,7 +118,7 @@ impl RpcGateway {
                     relay(*answer, reply, write_timeout).await;
                 }
             }
-            // The result is ignored: a caller that no longer listens needs no answer.
+            // The result is ignored: a caller that no longer listens needs no response.
             Err(error) => drop(time::timeout(write_timeout, call.refuse(error)).await),
         }
     }

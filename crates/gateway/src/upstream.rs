@@ -69,12 +69,12 @@ impl Upstream {
         self.client.membership()
     }
 
-    /// Returns whether a node of a role has answered recently.
+    /// Returns whether a node of a role has responded recently.
     pub(crate) fn knows(&self, node: PublicKey, role: NodeRole) -> bool {
         self.directory.find(role).contains(&node)
     }
 
-    /// Calls the nodes of a role in turn until one answers.
+    /// Calls the nodes of a role in turn until one responds.
     pub(crate) async fn ask<Request: Serialize, Reply: DeserializeOwned>(
         &self,
         role: NodeRole,
@@ -182,7 +182,7 @@ fn lost() -> WireError {
         .with_retry_after(Duration::from_secs(1))
 }
 
-/// Returns the error for a role of which no node answers.
+/// Returns the error for a role of which no node responds.
 pub(crate) fn away(role: NodeRole) -> WireError {
     let message = match role {
         NodeRole::Registry => "the network's registry does not answer, try again",

@@ -1,6 +1,6 @@
 //! Requests between the nodes of a Kademlia DHT, compatible with the Node package `dht-rpc`.
 //!
-//! [`DhtRpc`] is one node. It keeps a routing table, answers requests about it, and walks towards a target for a
+//! [`DhtRpc`] is one node. It keeps a routing table, responds to requests about it, and walks towards a target for a
 //! [`Query`]. The commands of the layer above go to a [`Handler`]. The decisions of a node are made in [`state`], which
 //! does no I/O; [`node`] carries them out.
 
@@ -60,14 +60,14 @@ pub struct Config {
     pub any_port: bool,
     /// Bootstrap nodes. An empty list starts a new network.
     pub bootstrap: Vec<SocketAddrV4>,
-    /// Nodes from an earlier run, so that this node can join even if no bootstrap node answers.
+    /// Nodes from an earlier run, so that this node can join even if no bootstrap node responds.
     pub known_nodes: Vec<SocketAddrV4>,
     /// Whether the node stays out of other nodes' routing tables. `None` makes it persistent once it has proven stable
     /// and reachable.
     pub ephemeral: Option<bool>,
     /// Whether others may be unable to reach the node. `true` lets the node detect it.
     pub firewalled: bool,
-    /// Whether to check for a firewall as soon as the first node answers.
+    /// Whether to check for a firewall as soon as the first node responds.
     pub quick_firewall: bool,
     /// The address at which others reach this node, if it is known for certain, as for a bootstrap node. It wins over
     /// whatever other nodes report. Its port is ignored: others see and reach the port that the node is bound to.
@@ -76,7 +76,7 @@ pub struct Config {
     pub stable_after: Duration,
     /// How many nodes a query asks at once.
     pub concurrency: usize,
-    /// How many unanswered requests may be in flight, per slot of 750 ms.
+    /// How many requests may be in flight, per slot of 750 ms.
     pub window_max: usize,
     /// The sustained number of requests per second that one source may send.
     pub requests_per_second: u32,
@@ -125,8 +125,8 @@ impl Config {
 
     /// Returns the address that a node which has asked nobody yet takes for its own.
     fn first_address(&self, server: SocketAddrV4) -> Option<SocketAddrV4> {
-        // The first node of a network has no other node to ask and must answer at once. It uses the address it is bound
-        // to, or the host's own address if it is bound to every address.
+        // The first node of a network has no other node to ask and must respond at once. It uses the address it is
+        // bound to, or the host's own address if it is bound to every address.
         let own = reachable(server);
         let is_sure = !self.host.is_unspecified() || self.ephemeral == Some(false);
         let is_first = is_sure && self.bootstrap.iter().all(|node| *node == own);
@@ -136,7 +136,7 @@ impl Config {
 
 /// Handles the commands of the layer above. Called from the task that reads datagrams, so it must not block.
 pub trait Handler: Send + Sync {
-    /// Handles a request. Answers a command that it does not know with [`UNKNOWN_COMMAND`].
+    /// Handles a request. Responds to a command that it does not know with [`UNKNOWN_COMMAND`].
     fn on_request(&self, request: DhtRequest);
 }
 
@@ -177,20 +177,20 @@ pub struct RequestOptions {
     pub socket: Option<Socket>,
     /// How often to resend, instead of three times.
     pub retries: Option<u8>,
-    /// How long to wait for an answer to each copy, instead of the estimate from the node's earlier answers.
+    /// How long to wait for a response to each copy, instead of the estimate from the node's earlier responses.
     pub timeout: Option<Duration>,
 }
 
-/// The answer of a node.
+/// The response of a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DhtReply {
-    /// The address of the node that answered.
+    /// The address of the node that responded.
     pub from: SocketAddrV4,
     /// The node's id, if it is persistent.
     pub from_id: Option<Id>,
     /// This node's address as the other node sees it.
     pub to: SocketAddrV4,
-    /// Whether the answer came to the server socket, which a node asks from only if it is not firewalled.
+    /// Whether the response came to the server socket, which a node asks from only if it is not firewalled.
     pub on_server_socket: bool,
     /// The round-trip time.
     pub rtt: Duration,
@@ -204,10 +204,10 @@ pub struct DhtReply {
     pub value: Option<Bytes>,
 }
 
-/// Why a request has no answer.
+/// Why a request has no response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum DhtRequestError {
-    /// The node did not answer any of several copies.
+    /// The node did not respond to any of several copies.
     #[error("the node does not answer")]
     Timeout,
     /// Too many requests are in flight.
@@ -254,7 +254,7 @@ impl DhtRpc {
         Ok(Self { node, _stop_on_drop: Arc::new(stop.drop_guard()) })
     }
 
-    /// Sends a request to one node and waits for the answer, which may be an error from that node.
+    /// Sends a request to one node and waits for the response, which may be an error from that node.
     pub async fn request(&self, call: Call, to: SocketAddrV4) -> Result<DhtReply, DhtRequestError> {
         self.request_with(call, to, RequestOptions::default()).await
     }
@@ -274,7 +274,7 @@ impl DhtRpc {
         self.node.request(&Call::new(PING), to, options, true).await
     }
 
-    /// Asks a node to answer a ping after a delay of at most ten seconds.
+    /// Asks a node to respond to a ping after a delay of at most ten seconds.
     pub async fn delayed_ping(&self, to: SocketAddrV4, delay: Duration) -> Result<DhtReply, DhtRequestError> {
         let millis = u32::try_from(delay.as_millis()).unwrap_or(u32::MAX);
         let call = Call { value: Some(millis.to_le_bytes().to_vec().into()), ..Call::new(DELAYED_PING) };

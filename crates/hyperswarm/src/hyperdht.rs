@@ -3,7 +3,7 @@
 //!
 //! A server announces itself to the three nodes closest to the hash of its public key. These nodes become its relays. A
 //! client finds them by walking the DHT and sends them a Noise handshake message, which they forward to the server. The
-//! server's answer gives each side the address and the stream of the other. The two then connect over UDX without a
+//! server's response gives each side the address and the stream of the other. The two then connect over UDX without a
 //! relay in between.
 
 pub mod announcer;
@@ -282,7 +282,7 @@ impl HyperDht {
     pub async fn stop(&self) {
         self.shared.stop.cancel();
         self.shared.tasks.close();
-        // Servers remove their announcements. Nodes that do not answer are not waited for.
+        // Servers remove their announcements. Nodes that do not respond are not waited for.
         let _ = tokio::time::timeout(FAREWELL, self.shared.tasks.wait()).await;
         self.shared.rpc.stop().await;
         // The peers of open connections are told first, because the program may exit after this.

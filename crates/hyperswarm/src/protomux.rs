@@ -54,7 +54,7 @@ pub struct Options {
     pub incoming_max: usize,
     /// How long a connection that is being closed may take to deliver what was sent.
     pub linger: Duration,
-    /// How long the peer may send requests without reading the answers.
+    /// How long the peer may send requests without reading the responses.
     pub stall: Duration,
 }
 
@@ -215,7 +215,7 @@ impl Protomux {
 
     /// Holds back the messages of all channels, and sends them as one batch when the guard is dropped.
     ///
-    /// Do not wait for the peer while holding the guard: the peer cannot answer a message that is held back.
+    /// Do not wait for the peer while holding the guard: the peer cannot respond to a message that is held back.
     pub fn cork(&self) -> Corked<'_> {
         self.handle.shared.outgoing.cork();
         Corked { outgoing: &self.handle.shared.outgoing }

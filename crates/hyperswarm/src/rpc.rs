@@ -43,11 +43,11 @@ pub fn value_bytes_max(method: &str) -> usize {
 /// Options of an [`Rpc`].
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The maximum number of unanswered requests of this side. Further ones wait.
+    /// The maximum number of requests of this side without a response. Further ones wait.
     ///
     /// If the peer accepts as many, the two sides cannot deadlock by both pausing their reads.
     pub sent_max: usize,
-    /// The maximum number of unanswered requests of the peer. Beyond it, reading from the connection pauses.
+    /// The maximum number of requests of the peer without a response. Beyond it, reading from the connection pauses.
     pub received_max: usize,
     /// The maximum number of bytes of those requests. A single request is always accepted.
     pub received_bytes_max: usize,
@@ -62,7 +62,7 @@ impl Default for Options {
 }
 
 /// Sends requests to the peer. Clones share the channel, which closes when all of its handles are dropped: this and its
-/// clones, the [`Requests`], and every unanswered request.
+/// clones, the [`Requests`], and every request without a response.
 #[derive(Clone)]
 pub struct Rpc {
     shared: Arc<Shared>,

@@ -45,7 +45,8 @@ pub type PacketFilter = Arc<dyn Fn(&Socket, SocketAddrV4) -> bool + Send + Sync>
 pub struct StreamOptions {
     /// How many bytes may wait for the reader. Beyond that, flow control stops the other side.
     pub receive_window_bytes: u32,
-    /// Sends a heartbeat when nothing was received for this long. An unanswered heartbeat does not close the stream.
+    /// Sends a heartbeat when nothing was received for this long. A heartbeat without a response does not close the
+    /// stream.
     pub keep_alive: Option<Duration>,
     /// Filters packets that arrive at another socket than the stream's. Without it, all are accepted.
     pub firewall: Option<PacketFilter>,
@@ -73,7 +74,7 @@ pub enum StreamError {
     /// The other side destroyed the stream.
     #[error("the peer destroyed the stream")]
     Reset,
-    /// The other side stopped answering.
+    /// The other side stopped responding.
     #[error("the peer stopped answering")]
     TimedOut,
     /// The stream was destroyed here.

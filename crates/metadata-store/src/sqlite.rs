@@ -38,7 +38,7 @@ pub struct StoreOptions {
     pub queue_depth_max: usize,
     /// The most writes in one commit.
     pub group_max: usize,
-    /// How long a call waits for a place in a full queue.
+    /// How long a call waits for a position in a full queue.
     pub queue_timeout: Duration,
     /// How long SQLite waits for a lock that another program holds.
     pub busy_timeout: Duration,

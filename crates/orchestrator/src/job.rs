@@ -9,7 +9,7 @@
 pub enum JobState {
     /// It is accepted and has no reservation.
     Received,
-    /// A place on a worker is reserved for it, on disk.
+    /// Capacity on a worker is reserved for it, on disk.
     Reserved,
     /// A worker acknowledged it.
     Dispatched,

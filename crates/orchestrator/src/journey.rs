@@ -54,7 +54,7 @@ pub struct Journey {
     pub wants_progress: bool,
     /// The workers that were tried, in order, each with the model it was to run.
     pub tried: Vec<Tried>,
-    /// Its place on a worker.
+    /// Its reservation on a worker.
     pub reservation: Option<Reservation>,
     /// The breaker's decision about the current attempt.
     pub admission: Option<Admission>,

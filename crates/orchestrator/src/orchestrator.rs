@@ -50,7 +50,7 @@ use crate::retry_manager::{self, Failure, Plan};
 use crate::scheduler::{self, Candidate, Placement, Refusal};
 use crate::worker_record::WorkerRecords;
 
-/// How long a worker may take to answer a request to load or unload a model.
+/// How long a worker may take to respond to a request to load or unload a model.
 const MOVE_WITHIN: Duration = Duration::from_millis(1_500);
 /// How long running jobs may take to finish once the orchestrator stops.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -481,7 +481,7 @@ impl Orchestrator {
         result
     }
 
-    /// Decodes a submitted job, runs it and answers the call.
+    /// Decodes a submitted job, runs it and responds to the call.
     async fn take_job(self: Arc<Self>, call: StreamCall) {
         let request: InferRequest = match codec::decode(&call.body) {
             Ok(request) => request,

@@ -39,7 +39,7 @@ struct Tenant {
 }
 
 impl PolicyEngine {
-    /// Makes an engine that caches policies for `fresh`, or for up to `absence_max` while no registry answers.
+    /// Makes an engine that caches policies for `fresh`, or for up to `absence_max` while no registry responds.
     pub fn new(source: Arc<dyn PolicySource>, fresh: Duration, absence_max: Duration) -> Self {
         Self { source, fresh, absence_max, tenants: Mutex::new(Cache::new(TENANTS_MAX)), requests: RateLimit::new() }
     }

@@ -10,7 +10,7 @@ use rpc::{Client, Directory};
 
 use crate::policy_engine::PolicySource;
 
-/// How long a registry may take to answer.
+/// How long a registry may take to respond.
 const DEADLINE: Duration = Duration::from_secs(2);
 /// How long to wait until a registry is found, right after startup.
 const SEARCH: Duration = Duration::from_secs(2);

@@ -40,7 +40,7 @@ pub struct ReservationManager {
     held: Mutex<HashMap<JobKey, CancellationToken>>,
 }
 
-/// A job's place on a worker, written to disk.
+/// A job's reservation on a worker, written to disk.
 ///
 /// If it is dropped without settling, its lease is no longer renewed and expires.
 pub struct Reservation {

@@ -146,7 +146,7 @@ pub async fn keep(store: &dyn RegistryStore, change: ModelKeep) -> Result<ModelE
     if store.keep_model(&key, kept.pin, kept.keep_alive_secs).await? { Ok(kept) } else { Err(gone()) }
 }
 
-/// Returns the name and version under which a model can be registered. Without a digest, the answer holds for a file
+/// Returns the name and version under which a model can be registered. Without a digest, the result holds for a file
 /// that is not registered yet.
 pub fn free_key(
     catalog: &Catalog,

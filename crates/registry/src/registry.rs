@@ -1,5 +1,5 @@
-//! The registry service: answers gateways and orchestrators about tokens, models and policies, and all nodes about the
-//! pool's membership.
+//! The registry service: responds to gateways and orchestrators about tokens, models and policies, and to all nodes
+//! about the pool's membership.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -79,7 +79,7 @@ pub struct DirectoryTask {
     client: Client,
     topic: Topic,
     peers: watch::Sender<Arc<BTreeMap<PublicKey, NodeInfo>>>,
-    /// The number of nodes that the last lookup found but that did not answer.
+    /// The number of nodes that the last lookup found but that did not respond.
     unreachable: Arc<AtomicUsize>,
 }
 
@@ -155,10 +155,10 @@ impl DirectoryTask {
         }
     }
 
-    /// Asks found and known peers to describe themselves, and keeps those that answer. Returns whether a known peer was
-    /// lost.
+    /// Asks found and known peers to describe themselves, and keeps those that respond. Returns whether a known peer
+    /// was lost.
     ///
-    /// A storage node returns a random selection of its records, and a lookup may fail, so a peer that answers stays
+    /// A storage node returns a random selection of its records, and a lookup may fail, so a peer that responds stays
     /// whether or not it was found. A peer that left without notice is dropped, because every peer is asked each time.
     async fn refresh(&self, own_key: PublicKey) -> bool {
         let found = match time::timeout(LOOKUP, self.transport.lookup(&self.topic)).await {
@@ -209,7 +209,7 @@ impl DirectoryTask {
         });
     }
 
-    /// Asks peers to describe themselves. A peer yields `None` if it does not answer, or is not certified for what it
+    /// Asks peers to describe themselves. A peer yields `None` if it does not respond, or is not certified for what it
     /// claims.
     fn ask(&self, peers: impl IntoIterator<Item = PublicKey>) -> impl Stream<Item = (PublicKey, Option<NodeInfo>)> {
         let responses = peers.into_iter().map(move |key| async move {

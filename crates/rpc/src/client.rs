@@ -37,10 +37,10 @@ pub struct Client {
 /// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
-    /// The peer answered with an error.
+    /// The peer responded with an error.
     #[error(transparent)]
     Remote(#[from] WireError),
-    /// No peer answers under this key.
+    /// No peer responds under this key.
     #[error("peer {} does not answer", peer.short())]
     Unreachable {
         /// The peer's key.

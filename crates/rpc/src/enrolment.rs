@@ -71,7 +71,7 @@ pub enum JoinError {
     /// The registry refused the invite.
     #[error("the registry refused the invite: {}", .0.message)]
     Refused(WireError),
-    /// The registry did not answer.
+    /// The registry did not respond.
     #[error("the registry did not answer")]
     Unreachable(#[source] CallError),
     /// The registry sent an invalid certificate.

@@ -33,7 +33,7 @@ pub enum Frame {
     Open {
         /// How many bytes the caller accepts.
         credit: u32,
-        /// How many milliseconds the caller waits for the whole answer. 0 means no limit.
+        /// How many milliseconds the caller waits for the whole response. 0 means no limit.
         deadline_ms: u64,
         /// The method's name.
         method: String,
@@ -59,7 +59,7 @@ pub enum Frame {
     Cancel,
     /// The answer is complete.
     End,
-    /// The answer failed, or the call was refused.
+    /// The response failed, or the call was refused.
     Error(WireError),
 }
 

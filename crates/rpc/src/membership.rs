@@ -19,7 +19,7 @@ use tokio::time::Instant;
 /// The maximum number of stored certificates. Only certificates that the root signed are stored, so strangers cannot
 /// fill it.
 const PEERS_MAX: usize = 65_536;
-/// A registry that answered neither of two consecutive requests counts as away.
+/// A registry that responded to neither of two consecutive requests counts as away.
 const AWAY_AFTER: Duration = Duration::from_secs(STATE_EVERY.as_secs() * 2 + 1);
 
 /// Decides who belongs to the pool, and what they may do. Clones share their state.
@@ -261,7 +261,7 @@ impl Membership {
         self.0.as_ref().map_or(Duration::ZERO, |inner| inner.read().confirmed.elapsed())
     }
 
-    /// Returns whether the registries are away: several requests were made since one answered.
+    /// Returns whether the registries are away: several requests were made since one responded.
     pub fn is_registry_away(&self) -> bool {
         self.registry_silence() > AWAY_AFTER
     }

@@ -13,7 +13,7 @@ use crate::announce::Directory;
 use crate::client::{CallError, Client};
 use crate::membership::Membership;
 
-/// How long a registry may take to answer. Together with [`STATE_EVERY`], this bounds how long a revocation takes to
+/// How long a registry may take to respond. Together with [`STATE_EVERY`], this bounds how long a revocation takes to
 /// spread.
 const DEADLINE: Duration = Duration::from_secs(1);
 /// The delay after a failed renewal. The certificate is still valid for days.
@@ -24,7 +24,7 @@ pub struct MembershipTask {
     client: Client,
     membership: Membership,
     directory: Directory,
-    /// The registry that answered last.
+    /// The registry that responded last.
     last: Option<PublicKey>,
     renew_at: Instant,
     is_revoked: bool,
@@ -38,7 +38,7 @@ impl MembershipTask {
         Self { client, membership, directory, last: None, renew_at: Instant::now(), is_revoked: false, is_away: false }
     }
 
-    /// Asks every two seconds until `stop`. While no registry answers, the last known state applies.
+    /// Asks every two seconds until `stop`. While no registry responds, the last known state applies.
     pub async fn run(mut self, stop: CancellationToken) {
         if !self.membership.is_checked() {
             return;
@@ -65,7 +65,7 @@ impl MembershipTask {
         .await;
     }
 
-    /// Returns the registries to ask: the one that answered last, those found, and the one from the invite.
+    /// Returns the registries to ask: the one that responded last, those found, and the one from the invite.
     fn registries(&self) -> Vec<PublicKey> {
         let mut keys: Vec<PublicKey> = self.last.into_iter().collect();
         let others = self.directory.find(NodeRole::Registry).into_iter().chain(self.membership.registry());

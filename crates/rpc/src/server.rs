@@ -38,7 +38,8 @@ pub use with_state::WithState;
 const OPENING: Duration = Duration::from_secs(10);
 /// How long an unwanted connection is held, so that its calls are told why they are refused.
 const TURNING_AWAY: Duration = Duration::from_secs(1);
-/// How many connections over the limit are answered with the reason at once. Further ones are closed without an answer.
+/// How many connections over the limit get a response with the reason at once. Further ones are closed without a
+/// response.
 const TURNED_AWAY_MAX: usize = 64;
 /// The maximum size of an introduction: a certificate in its envelope, JSON-escaped once more.
 const HELLO_BYTES_MAX: usize = 2 * CERTIFICATE_BYTES_MAX + 1024;
@@ -134,7 +135,7 @@ impl Server {
         server.unary(NODE_DESCRIBE, describe).unary(NODE_PING, |_, _: Empty| async { Ok(Empty {}) })
     }
 
-    /// Passes the callers' introductions to a membership, answers them, and rejects revoked peers.
+    /// Passes the callers' introductions to a membership, responds to them, and rejects revoked peers.
     #[must_use]
     pub fn membership(mut self, membership: Membership) -> Self {
         self.membership = membership;

@@ -110,7 +110,7 @@ pub trait Reply: Send + 'static {
 /// Why a transport operation failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TransportError {
-    /// No peer answers under this key.
+    /// No peer responds under this key.
     #[error("peer {} does not answer", peer.short())]
     Unreachable {
         /// The peer's key.

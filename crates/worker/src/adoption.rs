@@ -28,11 +28,11 @@ const HERE_WITHIN: Duration = Duration::from_millis(500);
 const ELSEWHERE_WITHIN: Duration = Duration::from_secs(5);
 /// How often servers are polled.
 const EVERY: Duration = Duration::from_secs(5);
-/// How long to wait for a registry to be found at the start, and for its answer.
+/// How long to wait for a registry to be found at the start, and for its response.
 const REGISTRY_WITHIN: Duration = Duration::from_secs(2);
-/// A model is dropped after this many polls in a row in which its server answers but does not list it.
+/// A model is dropped after this many polls in a row in which its server responds but does not list it.
 const UNLISTED_MAX: u32 = 2;
-/// A model is dropped after this many polls in a row without an answer from its server, which may only be restarting.
+/// A model is dropped after this many polls in a row without a response from its server, which may only be restarting.
 const SILENT_MAX: u32 = 12;
 /// The most models of one server that are given names over time: the registry keeps each of them.
 const NAMED_MAX: usize = 2 * MODELS_MAX;
@@ -70,7 +70,7 @@ impl Adoption {
         self.servers.iter().map(ServerAddress::as_str).collect::<Vec<_>>().join(", ")
     }
 
-    /// Asks every server for its models. The result is `None` for a server that does not answer.
+    /// Asks every server for its models. The result is `None` for a server that does not respond.
     async fn look(&self) -> Vec<(&ServerAddress, Option<Survey>)> {
         let surveys = self.servers.iter().map(|server| self.runtime.survey(server, self.within));
         let surveys = join_all(surveys).await.into_iter().map(Result::ok);
@@ -84,9 +84,9 @@ type Source = (String, String);
 #[derive(Debug, PartialEq, Eq)]
 struct Adopted {
     key: ModelKey,
-    /// Polls in a row in which the server answered and did not list it.
+    /// Polls in a row in which the server responded and did not list it.
     unlisted: u32,
-    /// Polls in a row in which the server did not answer.
+    /// Polls in a row in which the server did not respond.
     silent: u32,
 }
 
@@ -217,7 +217,7 @@ impl AdoptionWatch {
         self.adopted.insert(source, Adopted { key, unlisted: 0, silent: 0 });
     }
 
-    /// Returns the registry's catalogue, or `None` if no registry answers.
+    /// Returns the registry's catalogue, or `None` if no registry responds.
     async fn catalog(&self) -> Option<Catalog> {
         for registry in self.directory.find(NodeRole::Registry) {
             if let Ok(catalog) = self.client.call(registry, CATALOG_LIST, &Empty {}, REGISTRY_WITHIN).await {

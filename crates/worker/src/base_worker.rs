@@ -332,7 +332,7 @@ impl WorkerHandle {
     }
 
     /// Waits until the models that operators added are served and an orchestrator knows of them. Gives up after a few
-    /// seconds if no registry or no orchestrator answers.
+    /// seconds if no registry or no orchestrator responds.
     pub async fn has_catalog(&self) {
         let mut read = self.catalog_read.subscribe();
         let known = async {
@@ -366,7 +366,7 @@ impl WorkerHandle {
     pub async fn ready(&self) -> Result<(), NotReady> {
         let all = async {
             let mut outcome = Ok(());
-            // Servers are polled once, whether or not one answers.
+            // Servers are polled once, whether or not one responds.
             let _ = self.adopted.subscribe().wait_for(Option::is_some).await;
             for entry in self.loader.cache().entries().iter() {
                 if self.loader.preloads(entry) {
@@ -505,7 +505,7 @@ struct Job {
 }
 
 impl Handlers {
-    /// Admits or refuses a job, and answers it.
+    /// Admits or refuses a job, and responds to the call.
     async fn take(self: Arc<Self>, call: StreamCall) {
         if let Err(error) = self.check_in() {
             return refuse(call, error).await;
@@ -676,7 +676,7 @@ async fn passed(deadline: Option<Instant>, has_begun: &CancellationToken) {
 
 async fn refuse(call: StreamCall, error: WireError) {
     debug!(peer = call.peer.short(), %error, "a job was refused");
-    // A caller that does not listen needs no answer.
+    // A caller that does not listen needs no response.
     let _ = time::timeout(LAST_WORD, call.refuse(error)).await;
 }
 

@@ -62,7 +62,7 @@ const UNLOAD_WITHIN: Duration = Duration::from_secs(5);
 const OPERATOR_LOAD_TIMEOUT: Duration = Duration::from_mins(10);
 /// How long to wait for a registry before a model is served unlisted. A model that is listed already needs none.
 const REGISTRY_WITHIN: Duration = Duration::from_millis(500);
-/// How often a model is offered while no registry answers.
+/// How often a model is offered while no registry responds.
 const OFFER_EVERY: Duration = Duration::from_secs(5);
 
 /// Loads the models of one worker and keeps them loaded.

@@ -8,7 +8,7 @@ use protocol::error_code::Blame;
 use protocol::model::ModelOffer;
 use rpc::{CallError, Client, Directory};
 
-/// How long a registry may take to answer.
+/// How long a registry may take to respond.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Offers models to registries.
@@ -41,7 +41,7 @@ impl Offers {
                 Err(CallError::Remote(refusal)) if refusal.code.blame() == Blame::Caller => {
                     return Err(OfferError::Refused(refusal));
                 }
-                // It cannot read its store, or does not answer: try the next one.
+                // It cannot read its store, or does not respond: try the next one.
                 Err(_) => {}
             }
         }

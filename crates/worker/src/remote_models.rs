@@ -109,7 +109,7 @@ impl RemoteModels {
         let name = timeout(START_WITHIN, listening).await.map_err(|_| AttachError::Silent)??;
         let (loaded, _) = self.runtime.attach(address, &name, options).await?;
         let loaded = LoadedModel { pid: server.pid(), ..loaded };
-        // If the server could not bind its port, another program answered there.
+        // If the server could not bind its port, another program responded there.
         if server.has_ended() {
             let _ = self.runtime.unload(loaded.id).await;
             return Err(AttachError::Ended);

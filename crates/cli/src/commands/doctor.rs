@@ -169,7 +169,7 @@ async fn api_key(client: &GatewayClient) -> Result<String, String> {
     Ok(format!("good; {} listed", output::counted(models["data"].as_array().map_or(0, Vec::len), "model")))
 }
 
-/// Returns an error if the gateway, which answers, no longer hears from a registry.
+/// Returns an error if the gateway, which responds, no longer hears from a registry.
 async fn gateway(client: &GatewayClient) -> Result<String, String> {
     let ready: Value = client.get("/readyz").await.unwrap_or_default();
     let seconds = |name: &str| ready.get(name).and_then(Value::as_u64);

@@ -142,7 +142,7 @@ pub(super) async fn rename(context: Context, args: RenameArgs) -> anyhow::Result
     Ok(if renamed.found { Outcome::Well } else { Outcome::Finding })
 }
 
-/// Reports which addresses answer, when the registry cannot be reached.
+/// Reports which addresses respond, when the registry cannot be reached.
 fn no_way(addresses: &[(SocketAddrV4, bool)]) -> String {
     if let Some((address, _)) = addresses.iter().find(|(_, answers)| *answers) {
         return format!("could not join: {address} answers, but the registry does not; see that it runs");

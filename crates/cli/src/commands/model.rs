@@ -300,7 +300,7 @@ async fn names(client: GatewayClient) -> BTreeMap<String, String> {
 }
 
 impl Models {
-    /// Asks the gateway, or if none answers the registry or its store.
+    /// Asks the gateway, or if none responds the registry or its store.
     async fn look(context: &Context, server: &ServerArgs) -> anyhow::Result<Self> {
         let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
         if server.url.is_some() || responds(&client).await? {

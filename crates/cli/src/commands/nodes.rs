@@ -58,7 +58,7 @@ async fn watch(context: &Context, args: &NodesArgs, client: &GatewayClient) -> a
     }
 }
 
-/// Asks the gateway, or the registry itself if none answers. Fails if neither reports anything.
+/// Asks the gateway, or the registry itself if none responds. Fails if neither reports anything.
 async fn look(context: &Context, args: &NodesArgs, client: &GatewayClient) -> anyhow::Result<Network> {
     let fleet = client.get::<Fleet>("/admin/v1/nodes").await;
     let members = AdminClient::Gateway(client.clone()).members().await;

@@ -22,7 +22,7 @@ const SERVED_WITHIN: Duration = Duration::from_secs(20);
 /// How often to check whether one does.
 const SERVED_AGAIN: Duration = Duration::from_millis(100);
 
-/// A network that answers.
+/// A network that responds.
 pub(super) struct Reached {
     pub(super) client: GatewayClient,
     /// The requested model, by its name in the network.

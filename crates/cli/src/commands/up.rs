@@ -114,7 +114,7 @@ struct Greeting<'a> {
     invite: Option<&'a str>,
     /// Models of other programs, if the user has none.
     found: Option<&'a str>,
-    /// Where servers to adopt are looked for, while none answers.
+    /// Where servers to adopt are looked for, while none responds.
     awaited: Option<&'a str>,
 }
 

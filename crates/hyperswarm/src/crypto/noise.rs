@@ -95,7 +95,7 @@ impl Initiator {
         Ok(message)
     }
 
-    /// Processes the answer. A forged answer does not change the handshake, so the real one can still be received.
+    /// Processes the response. A forged response does not change the handshake, so the real one can still be received.
     pub fn receive(&self, message: &[u8]) -> Result<(Vec<u8>, Session), NoiseError> {
         if message.len() > MESSAGE_LENGTH_MAX {
             return Err(NoiseError::Length);
@@ -111,7 +111,7 @@ impl Initiator {
     }
 }
 
-/// The side that answers the handshake, and learns the other side's key from it.
+/// The side that responds to the handshake, and learns the other side's key from it.
 pub struct Responder {
     local: KeyPair,
     ephemeral: KeyPair,
@@ -126,7 +126,7 @@ impl Responder {
         Self::with_ephemeral(local, prologue, KeyPair::from_seed(&random()))
     }
 
-    /// Starts to wait for a handshake with a given ephemeral key for the answer, for tests that compare bytes.
+    /// Starts to wait for a handshake with a given ephemeral key for the response, for tests that compare bytes.
     pub fn with_ephemeral(local: &KeyPair, prologue: &[u8], ephemeral: KeyPair) -> Self {
         let symmetric = Symmetric::new(prologue, &local.public_key());
         Self { local: local.clone(), ephemeral, symmetric, remote: None }
@@ -153,7 +153,7 @@ impl Responder {
         Ok((payload, remote.key()))
     }
 
-    /// Returns the answer, with `payload`, and the session.
+    /// Returns the response, with `payload`, and the session.
     pub fn send(mut self, payload: &[u8]) -> Result<(Vec<u8>, Session), NoiseError> {
         let (remote, remote_ephemeral) = self.remote.ok_or(NoiseError::Key)?;
         let ephemeral = self.ephemeral.public_key();

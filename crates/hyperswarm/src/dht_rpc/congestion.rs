@@ -5,7 +5,7 @@ use std::time::Duration;
 /// The length of a slot.
 pub(super) const SLOT: Duration = Duration::from_millis(750);
 
-/// Counts the unanswered requests of the last four slots.
+/// Counts the requests of the last four slots that have no response.
 #[derive(Debug)]
 pub(super) struct Congestion {
     slots: [usize; 4],
@@ -31,7 +31,7 @@ impl Congestion {
         self.total += 1;
     }
 
-    /// Counts a request that was answered or given up.
+    /// Counts a request that got its response or was given up.
     pub(super) fn settled(&mut self) {
         if self.slots[self.current] > 0 {
             self.slots[self.current] -= 1;

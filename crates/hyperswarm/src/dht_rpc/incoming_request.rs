@@ -1,4 +1,4 @@
-//! A request from another node, and the ways to answer it.
+//! A request from another node, and the ways to respond to it.
 
 use std::net::SocketAddrV4;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::node::Node;
 use super::state::{Answer, Via};
 use crate::udx::Socket;
 
-/// A request from another node that goes to the [`Handler`](super::Handler). It need not be answered.
+/// A request from another node that goes to the [`Handler`](super::Handler). It need not get a response.
 #[derive(Clone)]
 pub struct DhtRequest {
     /// The command.
@@ -28,7 +28,7 @@ pub struct DhtRequest {
     pub from_id: Option<Id>,
     /// This node's address as the sender sees it.
     pub to: SocketAddrV4,
-    /// The sender's transaction id, which the answer must repeat.
+    /// The sender's transaction id, which the response must repeat.
     pub tid: u16,
     /// This node's id, if this node is persistent.
     pub local_id: Option<Id>,
@@ -38,12 +38,12 @@ pub struct DhtRequest {
     pub(super) node: Arc<Node>,
 }
 
-/// Options of an answer. By default it goes back to the sender.
+/// Options of a response. By default it goes back to the sender.
 #[derive(Clone, Default)]
 pub struct ReplyOptions {
-    /// The address to answer instead of the sender.
+    /// The address to respond to instead of the sender.
     pub to: Option<SocketAddrV4>,
-    /// The socket to answer from instead of the one at which the request arrived.
+    /// The socket to respond from instead of the one at which the request arrived.
     pub socket: Option<Socket>,
     /// Whether to omit the token.
     pub without_token: bool,
@@ -59,18 +59,18 @@ impl ReplyOptions {
 }
 
 impl DhtRequest {
-    /// Answers with a value, a token and closer nodes.
+    /// Responds with a value, a token and closer nodes.
     pub fn reply(&self, value: Option<&[u8]>) {
         self.reply_with(value, &ReplyOptions::default());
     }
 
-    /// Answers with a value and options.
+    /// Responds with a value and options.
     pub fn reply_with(&self, value: Option<&[u8]>, options: &ReplyOptions) {
         let (token, closer_nodes) = (!options.without_token, !options.without_closer_nodes);
         self.answer(options, Answer { value, token, closer_nodes, ..Answer::default() });
     }
 
-    /// Answers with an error code and closer nodes.
+    /// Responds with an error code and closer nodes.
     pub fn error(&self, code: u64) {
         self.answer(&ReplyOptions::default(), Answer { error: code, closer_nodes: true, ..Answer::default() });
     }

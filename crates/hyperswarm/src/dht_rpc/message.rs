@@ -16,15 +16,15 @@ pub const UNKNOWN_COMMAND: u64 = 1;
 /// Error code: the node did not issue the token to this address, or it has expired.
 pub const INVALID_TOKEN: u64 = 2;
 
-/// Asks for an answer.
+/// Asks for a response.
 pub(crate) const PING: u64 = 0;
-/// Asks for an answer to another port of the same host.
+/// Asks for a response to another port of the same host.
 pub(crate) const PING_NAT: u64 = 1;
 /// Asks for the nodes closest to a target.
 pub(crate) const FIND_NODE: u64 = 2;
-/// Reports to a node that another node, which it returned, does not answer.
+/// Reports to a node that another node, which it returned, does not respond.
 pub(crate) const DOWN_HINT: u64 = 3;
-/// Asks for an answer after a delay.
+/// Asks for a response after a delay.
 pub(crate) const DELAYED_PING: u64 = 4;
 
 const REQUEST: u8 = 0x03;

@@ -253,7 +253,7 @@ impl Node {
             let mut reachable = None;
             while let Some(reply) = query.next().await {
                 if round == 0 && reachable.is_none() && wants_quick_check && self.with(|state| state.firewalled) {
-                    // A walk through a small network ends before this is answered, so it gets some extra time.
+                    // A walk through a small network ends before this gets its response, so it gets some extra time.
                     let deadline = Instant::now() + reply.rtt * 4 + PROBE_GRACE;
                     reachable = Some((self.clone().probe_server_socket(reply.from), deadline));
                 }
@@ -284,7 +284,7 @@ impl Node {
         receiver
     }
 
-    /// Asks a node to answer to the server socket. Returns the address that the answer was sent to.
+    /// Asks a node to send its response to the server socket. Returns the address that it was sent to.
     async fn ask_for_pong(self: &Arc<Self>, witness: SocketAddrV4) -> Option<SocketAddrV4> {
         let port = self.server.local_address().port();
         let call = Call { value: Some(port.to_le_bytes().to_vec().into()), ..Call::new(PING_NAT) };

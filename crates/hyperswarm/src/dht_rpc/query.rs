@@ -90,13 +90,13 @@ impl QueryStream {
         }
     }
 
-    /// Completes the walk, and returns the closest nodes that answered, closest first: at most 20.
+    /// Completes the walk, and returns the closest nodes that responded, closest first: at most 20.
     pub async fn closest(mut self) -> Vec<DhtReply> {
         while self.next().await.is_some() {}
         self.walk.into_closest()
     }
 
-    /// Returns the closest nodes that answered so far, closest first.
+    /// Returns the closest nodes that responded so far, closest first.
     pub fn into_closest(self) -> Vec<DhtReply> {
         self.walk.into_closest()
     }

@@ -35,7 +35,7 @@ impl RateLimit {
         Self { buckets, secret, start, per_second: per_second as f32, burst: burst as f32 }
     }
 
-    /// Counts a request from this source, and returns whether it may be answered.
+    /// Counts a request from this source, and returns whether it may get a response.
     pub(super) fn allows(&mut self, source: SocketAddrV4, now: Instant) -> bool {
         // Every node of a test network runs on this host, so only its sockets are limited separately.
         self.take(&source, 1.0, now)

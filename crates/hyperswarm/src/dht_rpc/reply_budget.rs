@@ -1,7 +1,7 @@
 //! Limits what a host is sent before it proves its address, so that nobody can make this node flood a host whose
 //! address they forge. QUIC has the same limit (RFC 9000, section 8.1).
 //!
-//! A request with a valid token proves the address, because only its owner was sent the token. The answer to such a
+//! A request with a valid token proves the address, because only its owner was sent the token. The response to such a
 //! request is free, and not counted here.
 
 use std::hash::{DefaultHasher, Hash, Hasher};

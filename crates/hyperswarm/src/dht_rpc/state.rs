@@ -1,4 +1,4 @@
-//! Makes every decision of a node: which nodes it keeps, which it pings again, what it answers.
+//! Makes every decision of a node: which nodes it keeps, which it pings again, how it responds.
 //!
 //! Pure: takes time and datagrams, and returns [`Effect`]s. The node carries out those of one decision in order; those
 //! of two threads may mix.

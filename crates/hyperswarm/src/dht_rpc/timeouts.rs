@@ -1,4 +1,4 @@
-//! Estimates how long to wait for an answer from a node's earlier answers.
+//! Estimates how long to wait for a response from a node's earlier responses.
 
 use std::net::SocketAddrV4;
 use std::time::Duration;
@@ -13,11 +13,11 @@ const FAILURE_AGE_MAX: Duration = Duration::from_mins(1);
 
 const TIMEOUT_MIN: Duration = Duration::from_millis(300);
 const TIMEOUT_MAX: Duration = Duration::from_secs(4);
-/// For a node that has never answered.
+/// For a node that has never responded.
 const FIRST_TIMEOUTS: [Duration; 4] =
     [Duration::from_millis(500), Duration::from_millis(750), Duration::from_secs(1), Duration::from_millis(1_500)];
 
-/// Remembers how fast nodes answer, and which failed to.
+/// Remembers how fast nodes respond, and which failed to.
 #[derive(Debug)]
 pub(super) struct Timeouts {
     nodes: AgingMap<SocketAddrV4, Estimate>,
@@ -37,7 +37,7 @@ impl Default for Timeouts {
 }
 
 impl Timeouts {
-    /// Records how long an answer took.
+    /// Records how long a response took.
     pub(super) fn answered(&mut self, node: SocketAddrV4, took: Duration, now: Instant) {
         self.failed.remove(&node);
         if let Some(known) = self.nodes.get_mut(&node, now) {
@@ -48,13 +48,13 @@ impl Timeouts {
         }
     }
 
-    /// Records that a node answered no copy of a request.
+    /// Records that a node responded to no copy of a request.
     pub(super) fn failed(&mut self, node: SocketAddrV4, now: Instant) {
         self.nodes.remove(&node);
         self.failed.insert(node, (), now);
     }
 
-    /// Returns whether a node failed to answer in the last minute.
+    /// Returns whether a node failed to respond in the last minute.
     pub(super) fn failed_lately(&self, node: SocketAddrV4, now: Instant) -> bool {
         self.failed.get(&node, now).is_some()
     }

@@ -12,21 +12,21 @@ use super::routing_table::{K, distance};
 /// No honest walk visits this many nodes. A walk through dishonest ones is cut short.
 pub(super) const NODES_MAX: usize = 400;
 
-/// After this many timeouts a walk no longer waits for a node, once another one has answered.
+/// After this many timeouts a walk no longer waits for a node, once another one has responded.
 const TIMEOUTS_PATIENT: u32 = 2;
 
 /// The state of a walk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Progress {
-    /// Some nodes have not answered yet.
+    /// Some nodes have not responded yet.
     Waiting,
-    /// Too few of the nodes that the walk started from answered; it needs others.
+    /// Too few of the nodes that the walk started from responded; it needs others.
     NeedsNodes,
     /// No node is left that is worth asking.
     Done,
 }
 
-/// A hint to a node that another node, which it returned, does not answer.
+/// A hint to a node that another node, which it returned, does not respond.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DownHint {
     /// The node that returned the other one.
@@ -131,7 +131,7 @@ impl Walk {
 
     /// Returns the next node to ask now.
     pub(super) fn next(&mut self) -> Option<SocketAddrV4> {
-        // The results of an earlier walk are the likely answer, so the other nodes wait for them a moment.
+        // An earlier walk's results are likely to be the same, so the other nodes wait for them a moment.
         let is_starting = self.is_narrow && self.answered + self.refused < self.concurrency;
         let concurrency = if is_starting && self.asked >= 3 { 3 } else { self.concurrency };
         while self.asked < concurrency + self.slow {
@@ -146,7 +146,7 @@ impl Walk {
         None
     }
 
-    /// Handles the answer of a node.
+    /// Handles the response of a node.
     pub(super) fn answered(&mut self, node: SocketAddrV4, reply: &DhtReply) {
         self.settle(node, Met::Answered);
         if reply.error == 0 {
@@ -183,14 +183,14 @@ impl Walk {
         }
     }
 
-    /// Records that a node is not worth waiting for, because it recently failed to answer.
+    /// Records that a node is not worth waiting for, because it recently failed to respond.
     pub(super) fn suspect(&mut self, node: SocketAddrV4) {
         for _ in 0..TIMEOUTS_PATIENT {
             self.late(node);
         }
     }
 
-    /// Records that a node did not answer.
+    /// Records that a node did not respond.
     pub(super) fn failed(&mut self, node: SocketAddrV4) {
         self.refused += 1;
         if let Some(Met::Named(named) | Met::Late(named, _)) = self.settle(node, Met::Down) {
@@ -219,7 +219,7 @@ impl Walk {
         if self.is_narrow && self.answered < K / 4 { Progress::NeedsNodes } else { Progress::Done }
     }
 
-    /// Returns the closest nodes that answered, closest first.
+    /// Returns the closest nodes that responded, closest first.
     pub(super) fn into_closest(self) -> Vec<DhtReply> {
         self.closest.into_iter().map(|(_, reply)| reply).collect()
     }

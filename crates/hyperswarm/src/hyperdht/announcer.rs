@@ -150,7 +150,7 @@ impl Task {
         stop.run_until_cancelled(self.announce_forever()).await;
         self.shared.is_announced.send_replace(true);
         let relays = std::mem::take(&mut self.shared.relays().current);
-        // A node that does not answer forgets the server by itself after a while.
+        // A node that does not respond forgets the server by itself after a while.
         let _ = time::timeout(FAREWELL, self.leave(&relays)).await;
     }
 

@@ -1,6 +1,6 @@
 //! Connects to a server by its public key.
 //!
-//! The client sends the same Noise message to every node that may know the server. It uses the first answer that
+//! The client sends the same Noise message to every node that may know the server. It uses the first response that
 //! decrypts, since only the server can have produced it. The connection counts as open once the server's first
 //! encrypted frame arrives.
 
@@ -72,7 +72,7 @@ pub enum ConnectError {
     /// None of the nodes that were asked knows the server.
     #[error("no node knows how to reach the server")]
     PeerNotFound,
-    /// Nodes that know the server were asked, but none returned an answer from the server.
+    /// Nodes that know the server were asked, but none returned a response from the server.
     #[error("the server gave no answer to the handshake")]
     HandshakeFailed,
     /// The server refused the connection.
@@ -100,7 +100,7 @@ pub enum ConnectError {
 pub enum Step {
     /// No node that knows the server was found.
     Finding,
-    /// The server had not answered the handshake.
+    /// The server had not responded to the handshake.
     Handshake,
     /// The first encrypted frame had not arrived.
     Stream,
@@ -140,7 +140,7 @@ struct Attempt<'a> {
     remote: PublicKey,
     target: [u8; 32],
     stream: udx::Stream,
-    /// The socket that sends the handshake and then carries the connection. A firewall lets answers in to no other
+    /// The socket that sends the handshake and then carries the connection. A firewall lets responses in to no other
     /// socket.
     socket: udx::Socket,
     is_open: bool,
@@ -148,9 +148,9 @@ struct Attempt<'a> {
     request: Call,
 }
 
-/// An answer to the handshake from the server.
+/// A response to the handshake from the server.
 struct Answer {
-    /// The node that delivered the answer.
+    /// The node that delivered the response.
     relay: SocketAddrV4,
     /// The server's address as the relay sees it; `None` when the server itself was asked.
     server: Option<SocketAddrV4>,
@@ -198,13 +198,13 @@ impl<'a> Attempt<'a> {
         self.stream.connect(&socket, id, address);
         let connection = SecretStream::new(self.stream, answer.session, options.stream);
         connection.opened().await.map_err(|_| ConnectError::Silent)?;
-        // The server knows best, so the node that delivered the answer comes last.
+        // The server knows best, so the node that delivered the response comes last.
         let addresses = answer.payload.relay_addresses.into_iter().chain([answer.relay]);
         self.shared.known().set(self.remote, addresses);
         Ok(connection)
     }
 
-    /// Returns the first answer from the server.
+    /// Returns the first response from the server.
     async fn find(&self, given: &[SocketAddrV4], step: &mut Step) -> Result<Answer, ConnectError> {
         let mut waiting: VecDeque<SocketAddrV4> = self.known(given).into();
         let mut asked: Vec<SocketAddrV4> = Vec::new();
@@ -260,22 +260,22 @@ impl<'a> Attempt<'a> {
         known
     }
 
-    /// Asks one node for the server's answer. Returns `None` for anything else that comes back.
+    /// Asks one node for the server's response. Returns `None` for anything else that comes back.
     async fn ask(&self, node: SocketAddrV4) -> Option<Answer> {
         let options = RequestOptions { socket: Some(self.socket.clone()), ..RequestOptions::default() };
         let reply = self.shared.rpc.request_with(self.request.clone(), node, options).await;
         let reply = reply.inspect_err(|error| trace!(%node, %error, "no answer to a handshake")).ok()?;
         let value = reply.value?;
         let handshake = Handshake::decode(&value).ok().filter(|handshake| handshake.mode == Mode::Reply)?;
-        // Only the server can have sealed an answer that opens here. A relay that sends a forged one is treated like
-        // one that does not answer.
+        // Only the server can have sealed a response that opens here. A relay that sends a forged one is treated like
+        // one that does not respond.
         let (payload, session) = self.initiator.receive(handshake.noise).ok()?;
         let payload = NoisePayload::decode(&payload).ok()?;
         let server = handshake.peer_address.filter(|server| *server != node);
         Some(Answer { relay: node, server, client: reply.to, payload, session })
     }
 
-    /// Returns how to reach the server that answered, once that is certain enough.
+    /// Returns how to reach the server that responded, once that is certain enough.
     async fn way(&self, answer: &Answer) -> Result<(udx::Socket, SocketAddrV4), ConnectError> {
         // If this client is not firewalled, the server may have sent to it already.
         if let Some(Some(way)) = self.stream.first_packet().now_or_never() {

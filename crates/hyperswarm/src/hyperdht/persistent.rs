@@ -1,6 +1,6 @@
-//! Stores records for other nodes and answers requests for them, on a persistent node.
+//! Stores records for other nodes and responds to requests for them, on a persistent node.
 //!
-//! Free of I/O: [`Store::answer`] takes a request and the time, and returns the answer.
+//! Free of I/O: [`Store::answer`] takes a request and the time, and returns the response.
 
 use std::net::SocketAddrV4;
 use std::time::Duration;
@@ -23,10 +23,10 @@ mod topics;
 /// How many relay addresses of a peer are stored.
 const RELAYS_KEPT: usize = 3;
 
-/// The maximum number of peers in an answer.
+/// The maximum number of peers in a response.
 pub(super) const PEERS_MAX: usize = 20;
 
-/// The maximum length of a stored value. With the fields around it, the answer fits in a datagram that no network
+/// The maximum length of a stored value. With the fields around it, the response fits in a datagram that no network
 /// fragments.
 pub const VALUE_LENGTH_MAX: usize = 1_000;
 
@@ -71,7 +71,7 @@ pub struct Question<'a> {
     pub node: &'a Id,
 }
 
-/// An answer of the store.
+/// A response of the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
     /// A value, with a token and closer nodes.
@@ -80,7 +80,7 @@ pub enum Answer {
     Done,
     /// An error code.
     Error(u64),
-    /// No answer, because the request is malformed.
+    /// No response, because the request is malformed.
     Silence,
     /// The command is not a storage command.
     UnknownCommand,
@@ -114,7 +114,8 @@ impl Store {
         }
     }
 
-    /// Answers a request of another node. Returns `false` if this node is not persistent or does not know the command.
+    /// Responds to a request of another node. Returns `false` if this node is not persistent or does not know the
+    /// command.
     pub fn on_request(&mut self, request: &DhtRequest, router: &mut Router, now: Instant) -> bool {
         let Some(node) = &request.local_id else { return false };
         let question = Question {
@@ -135,7 +136,7 @@ impl Store {
         true
     }
 
-    /// Decides what to answer.
+    /// Decides on the response.
     pub fn answer(&mut self, question: Question<'_>, router: &mut Router, now: Instant) -> Answer {
         let Some(target) = question.target else { return Answer::Silence };
         match question.command {

@@ -26,7 +26,7 @@ pub const SEQ_TOO_LOW: u64 = 17;
 /// Why nothing was stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// No node that could store it answered.
+    /// No node that could store it responded.
     #[error("no node took it")]
     NoNodes,
     /// Another value is stored under the same sequence number.
@@ -129,7 +129,7 @@ pub async fn unannounce(dht: &DhtRpc, topic: Id, key_pair: &KeyPair) -> usize {
     let mut holders = Vec::new();
     while let Some(reply) = query.next().await {
         let found = reply.value.as_deref().and_then(|value| LookupReply::decode(value).ok());
-        // A full answer may omit this peer by chance, so its sender is asked as well.
+        // A full response may omit this peer by chance, so its sender is asked as well.
         let names = |peers: &[Peer]| {
             peers.len() >= PEERS_MAX || peers.iter().any(|peer| peer.public_key == key_pair.public_key())
         };
@@ -141,7 +141,7 @@ pub async fn unannounce(dht: &DhtRpc, topic: Id, key_pair: &KeyPair) -> usize {
     confirmed.into_iter().flatten().count()
 }
 
-/// Announces a peer to a node that answered a FIND_PEER or LOOKUP. Returns the node's confirmation.
+/// Announces a peer to a node that responded to a FIND_PEER or LOOKUP. Returns the node's confirmation.
 pub(super) async fn announce_to(
     dht: &DhtRpc,
     target: Id,
@@ -157,7 +157,7 @@ pub(super) async fn announce_to(
     .filter(|reply| reply.error == 0)
 }
 
-/// Removes an announcement from a node that answered a FIND_PEER or LOOKUP. Returns the node's confirmation.
+/// Removes an announcement from a node that responded to a FIND_PEER or LOOKUP. Returns the node's confirmation.
 pub(super) async fn unannounce_from(
     dht: &DhtRpc,
     target: Id,
@@ -206,7 +206,7 @@ pub async fn mutable_put(dht: &DhtRpc, key_pair: &KeyPair, seq: u64, value: Byte
     store(dht, MUTABLE_PUT, target, &closest, &put.into()).await
 }
 
-/// Returns the value under a key whose sequence number is at least `seq_min`: the newest of all answers if
+/// Returns the value under a key whose sequence number is at least `seq_min`: the newest of all responses if
 /// `wants_latest`, else the first one found.
 pub async fn mutable_get(
     dht: &DhtRpc,

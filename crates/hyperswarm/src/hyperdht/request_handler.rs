@@ -64,12 +64,12 @@ impl RequestHandler {
         let Decision::Serve { noise, back } = decision else { return act(&request, decision) };
         let noise = value.slice_ref(noise);
         if let Some(inbox) = self.servers().get(&target) {
-            // If the server cannot keep up, it answers the next copy that the client sends.
+            // If the server cannot keep up, it responds to the next copy that the client sends.
             let _ = inbox.try_send(Incoming { noise, back, request });
         }
     }
 
-    /// Lets the store answer. Returns `false` if it does not: the node is not persistent, or the command is unknown.
+    /// Lets the store respond. Returns `false` if it does not: the node is not persistent, or the command is unknown.
     fn is_kept(&self, request: &DhtRequest) -> bool {
         let mut store = self.store.lock();
         store.on_request(request, &mut self.router(), Instant::now())

@@ -21,7 +21,7 @@ use crate::dht_rpc::AgingMap;
 use rate_limit::RateLimit;
 use routes::Routes;
 
-/// How long an answer may take to come through a relay. A client resends its request for about four seconds.
+/// How long a response may take to come through a relay. A client resends its request for about four seconds.
 const PASSAGE: Duration = Duration::from_secs(10);
 
 /// The maximum number of handshakes and hole punches in transit through this node. More make the oldest give way, which
@@ -43,11 +43,11 @@ pub struct Origin {
 /// What to do with a handshake or a hole punch.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decision<'a> {
-    /// A server of this node answers, by way of `back`.
+    /// A server of this node responds, by way of `back`.
     Serve {
         /// The Noise message.
         noise: &'a [u8],
-        /// Where the answer goes.
+        /// Where the response goes.
         back: Back,
     },
     /// Send the value as a request to `to`, with the same transaction id, command and target.
@@ -64,13 +64,13 @@ pub enum Decision<'a> {
         /// The client.
         to: SocketAddrV4,
     },
-    /// Answer without a value, but with nodes that are closer to the target.
+    /// Respond without a value, but with nodes that are closer to the target.
     PointCloser,
-    /// Do not answer.
+    /// Do not respond.
     Drop,
 }
 
-/// The return route of a server's answer.
+/// The return route of a server's response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Back {
     /// The client asked the server itself.
@@ -100,7 +100,7 @@ impl Back {
         matches!(self, Self::ToClient { .. })
     }
 
-    /// Returns how to send a Noise answer back.
+    /// Returns how to send a Noise response back.
     pub fn decide(self, noise: &[u8]) -> Decision<'static> {
         match self {
             Self::ToClient { client } => {
@@ -255,7 +255,7 @@ impl Router {
         Decision::Serve { noise: handshake.noise, back }
     }
 
-    /// Returns whether a client waits for this answer, so that nobody is sent what they did not ask for.
+    /// Returns whether a client waits for this response, so that nobody is sent what they did not ask for.
     fn is_passing(&self, target: &Target, client: SocketAddrV4, tid: u16, now: Instant) -> bool {
         self.passages.get(&(client, tid), now) == Some(target)
     }

@@ -1,7 +1,7 @@
 //! Accepts connections that are addressed to a public key.
 //!
-//! Each server has one task that answers handshakes. A connection is handed out only after the client's first encrypted
-//! frame has arrived, so an incomplete handshake never becomes a connection.
+//! Each server has one task that responds to handshakes. A connection is handed out only after the client's first
+//! encrypted frame has arrived, so an incomplete handshake never becomes a connection.
 
 mod answers;
 
@@ -31,10 +31,10 @@ use crate::dht_rpc::{DhtRequest, DhtRpc};
 use crate::secret_stream::{self, SecretStream};
 use crate::udx::{self, Udx};
 
-/// How long a client may take from the answer to its first encrypted frame.
+/// How long a client may take from the response to its first encrypted frame.
 const HALF_OPEN: Duration = Duration::from_secs(10);
 
-/// The maximum number of connections between answer and first frame. More evict the oldest.
+/// The maximum number of connections between response and first frame. More evict the oldest.
 const HALF_OPEN_MAX: usize = 1024;
 
 /// The maximum number of handshakes queued for the server's task. Further ones are dropped, and clients retry.
@@ -196,7 +196,7 @@ struct ServerTask {
 }
 
 impl ServerTask {
-    /// Answers handshakes until the server is stopped.
+    /// Responds to handshakes until the server is stopped.
     async fn run(mut self) {
         let mut answers = Answers::default();
         let mut half_open: BTreeMap<u64, udx::Stream> = BTreeMap::new();
@@ -230,7 +230,7 @@ impl ServerTask {
         }
     }
 
-    /// Answers one handshake. Returns the connection that it opens, if any.
+    /// Responds to one handshake. Returns the connection that it opens, if any.
     fn on_handshake(&self, answers: &mut Answers, incoming: Incoming) -> Option<HalfOpen> {
         let Incoming { noise, back, request } = incoming;
         let (answer, half_open) =
@@ -254,8 +254,8 @@ impl ServerTask {
                 return Some((answer.into(), None));
             }
         };
-        // The stream must exist before the answer is sent, because the client's first packet may arrive before the next
-        // step.
+        // The stream must exist before the response is sent, because the client's first packet may arrive before the
+        // next step.
         let stream = self.udx.stream(udx::StreamOptions::default());
         let own_address = self.rpc.remote_address();
         let answer = NoisePayload {
@@ -301,7 +301,7 @@ impl ServerTask {
     }
 }
 
-/// Sends an answer back along the route of the handshake.
+/// Sends a response back along the route of the handshake.
 fn send(request: &DhtRequest, back: Back, noise: &[u8]) {
     act(request, back.decide(noise));
 }

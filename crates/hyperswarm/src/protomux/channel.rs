@@ -81,7 +81,7 @@ impl Member for Arc<Link> {
     }
 }
 
-/// Lets an inbox answer immediately.
+/// Lets an inbox respond immediately.
 #[derive(Clone, Copy)]
 pub(crate) struct Responder<'a> {
     pub(super) shared: &'a Shared,

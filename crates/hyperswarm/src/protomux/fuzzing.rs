@@ -13,7 +13,7 @@ impl Member for Nobody {
     fn shut(&self) {}
 }
 
-/// Reads consecutive frames, each prefixed by its length in one byte, and answers the requests in them.
+/// Reads consecutive frames, each prefixed by its length in one byte, and responds to the requests in them.
 pub fn play(script: &[u8]) {
     let key = |name: &str| Key { protocol: name.into(), id: Vec::new() };
     let mut state = State::new(16, 4096);

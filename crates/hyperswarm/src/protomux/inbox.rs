@@ -14,7 +14,7 @@ use super::state::MESSAGE_COST_BYTES;
 pub(crate) enum Delivery {
     /// The message was accepted.
     Taken,
-    /// The message was accepted, and an answer was sent.
+    /// The message was accepted, and a response was sent.
     Answered,
     /// The queue is full. The connection waits until it has space.
     Full(Bytes),

@@ -83,7 +83,7 @@ async fn read(shared: &Arc<Shared>) -> Result<std::convert::Infallible, End> {
             answered |= act(shared, event).await?;
         }
         if answered {
-            // A peer that does not read the answers gets no more of them.
+            // A peer that does not read the responses gets no more of them.
             wait(shared, async { timeout(shared.options.stall, shared.stream.room()).await })
                 .await?
                 .map_err(|_| End::Stalled)?

@@ -92,7 +92,7 @@ pub(super) struct Announced {
 
 enum Local<M> {
     Free,
-    /// The peer has not answered yet. Without a member the channel is closed here, but its id is not free yet.
+    /// The peer has not responded yet. Without a member the channel is closed here, but its id is not free yet.
     Opening {
         key: Arc<Key>,
         member: Option<M>,
@@ -200,7 +200,7 @@ impl<M: Member> State<M> {
         let key = match std::mem::replace(slot, Local::Free) {
             Local::Free | Local::Opening { member: None, .. } => return None,
             Local::Opening { key, member: Some(_) } => {
-                // The peer may be answering this id, so it stays in use until the answer arrives.
+                // The peer may be responding on this id, so it stays in use until the response arrives.
                 *slot = Local::Opening { key: Arc::clone(&key), member: None };
                 key
             }
@@ -419,7 +419,7 @@ impl<M: Member> State<M> {
             Remote::Free => {}
             Remote::Asked { .. } => {
                 self.take_asked(remote_id);
-                // The peer can reuse the id once this side has answered it.
+                // The peer can reuse the id once this side has responded on it.
                 self.events.push_back(Event::Send(control(REJECT, remote_id)));
             }
             Remote::Open { local_id } => {

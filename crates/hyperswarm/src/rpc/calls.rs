@@ -35,7 +35,7 @@ struct Sent {
 #[derive(Default)]
 struct Received {
     queue: VecDeque<Request>,
-    /// The number of requests that are queued or not answered yet, and their bytes.
+    /// The number of requests that are queued or have no response yet, and their bytes.
     requests: usize,
     bytes: usize,
     is_writer_waiting: bool,
@@ -55,7 +55,7 @@ impl Calls {
         }
     }
 
-    /// Assigns an id to a request. Returns it with the receiver of the answer, or `None` if the channel is closed.
+    /// Assigns an id to a request. Returns it with the receiver of the response, or `None` if the channel is closed.
     pub(super) fn begin(&self) -> Option<(u64, oneshot::Receiver<Answer>)> {
         let mut sent = self.sent();
         if sent.is_shut {
@@ -68,7 +68,7 @@ impl Calls {
         Some((id, answer))
     }
 
-    /// Discards the answer to a request, should it still arrive.
+    /// Discards the response to a request, should it still arrive.
     pub(super) fn forget(&self, id: u64) {
         self.sent().waiting.remove(&id);
     }
@@ -92,7 +92,7 @@ impl Calls {
         }
     }
 
-    /// Frees the capacity of a request that was answered.
+    /// Frees the capacity of a request that got its response.
     pub(super) fn settle(&self, bytes: usize) {
         let mut received = self.received();
         received.requests -= 1;
@@ -174,7 +174,7 @@ impl Inbox for Calls {
             sent.is_shut = true;
             std::mem::take(&mut sent.waiting)
         };
-        // Wakes the tasks that wait for an answer, which will not arrive.
+        // Wakes the tasks that wait for a response, which will not arrive.
         drop(waiting);
         self.received().is_shut = true;
         self.readable.notify_one();
@@ -193,7 +193,7 @@ fn refuse(responder: Responder<'_>, request: &Request) -> Delivery {
     }
     let method = std::str::from_utf8(&request.method).unwrap_or_default();
     let error = encode_error(request.id, &RemoteError::unknown_method(method));
-    // Sending fails if the channel is closed or the answer is too long. In either case the peer cannot be told.
+    // Sending fails if the channel is closed or the response is too long. In either case the peer cannot be told.
     let _ = responder.send(RESPONSE, &[&error]);
     Delivery::Answered
 }

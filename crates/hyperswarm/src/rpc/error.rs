@@ -79,7 +79,7 @@ impl fmt::Display for RemoteError {
 /// Why a request has no response.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RequestError {
-    /// The peer answered with an error.
+    /// The peer responded with an error.
     #[error("the peer answered: {0}")]
     Remote(Box<RemoteError>),
     /// The request does not fit in a message. Nothing was sent.

@@ -13,7 +13,7 @@ use super::{StreamError, StreamOptions};
 
 /// The receive window of a stream that is not connected yet, because its peer cannot be told to wait.
 const UNCONNECTED_MAX: usize = 64 * 1024;
-/// How long a closed stream still answers a peer that missed its last packet.
+/// How long a closed stream still responds to a peer that missed its last packet.
 const LINGER: Duration = Duration::from_secs(3);
 /// How long the peer of an ended and abandoned stream may go without acknowledging anything.
 const ABANDONED_MAX: Duration = Duration::from_secs(30);

@@ -104,7 +104,7 @@ impl Driver {
                 break;
             }
             if self.readable && self.receive(Instant::now()) {
-                // Tasks woken by the received data run first, so that their answers carry the acknowledgement.
+                // Tasks woken by the received data run first, so that their responses carry the acknowledgement.
                 yield_now().await;
             }
             let now = Instant::now();

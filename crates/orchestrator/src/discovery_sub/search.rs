@@ -33,7 +33,7 @@ const MODELS_AT_ONCE: usize = 8;
 const LOOKUP_WITHIN: Duration = Duration::from_secs(5);
 /// Nodes asked concurrently; a later lookup finds the others again.
 const REQUESTS_AT_ONCE: usize = 16;
-/// How long a node may take to connect and to answer.
+/// How long a node may take to connect and to respond.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Delay before a node that had no report is asked again; it doubles each time.
 const REST: Duration = Duration::from_secs(2);

@@ -15,7 +15,7 @@ use tracing::debug;
 use super::links::{Link, Links};
 use crate::membership::Membership;
 
-/// How long a peer may take to answer an introduction.
+/// How long a peer may take to respond to an introduction.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The state of this node's introduction on a connection.
@@ -27,7 +27,7 @@ struct State {
     /// The serial number of the certificate that was shown. `None` before the first introduction, and if the peer needs
     /// to see it again.
     shown: Option<u64>,
-    /// Cancelled when the peer has answered, or will not answer.
+    /// Cancelled when the peer has responded, or will not respond.
     responded: CancellationToken,
 }
 
@@ -37,7 +37,7 @@ impl Introduction {
         self.lock().shown = None;
     }
 
-    /// Waits until the peer has answered, or will not answer. Cancel safe.
+    /// Waits until the peer has responded, or will not respond. Cancel safe.
     pub(super) async fn wait_for_response(&self) {
         let responded = self.lock().responded.clone();
         responded.cancelled().await;

@@ -20,7 +20,7 @@ pub struct StreamOptions {
     /// How long the callee may take to accept or refuse a request of a single frame. A longer request gets one second
     /// more for each [`REQUEST_BYTES_PER_SEC`].
     pub accept_within: Duration,
-    /// How long the whole answer may take, until [`ResponseStream::lift_deadline`]. It is sent to the callee. `None`
+    /// How long the whole response may take, until [`ResponseStream::lift_deadline`]. It is sent to the callee. `None`
     /// waits as long as messages arrive.
     pub deadline: Option<Duration>,
     /// How long each message may take after the stream was accepted.
@@ -118,7 +118,7 @@ impl ResponseStream {
         error
     }
 
-    /// Lets the callee send this many more bytes ahead of the reader, for long answers over networks with a high
+    /// Lets the callee send this many more bytes ahead of the reader, for long responses over networks with a high
     /// bandwidth-delay product. Must not exceed 2 MiB, or the transport may close the stream.
     pub fn widen(&mut self, bytes: u32) {
         if !self.channel.try_send(Frame::Credit(bytes).encode()) {

@@ -86,7 +86,7 @@ impl StreamCall {
 
     /// Refuses the call.
     pub async fn refuse(self, error: WireError) {
-        // If the caller is gone, it needs no answer.
+        // If the caller is gone, it needs no response.
         let _ = self.reply.fail(error).await;
     }
 }
@@ -126,12 +126,12 @@ impl ResponseSink {
         }
     }
 
-    /// Completes the answer.
+    /// Completes the response.
     pub async fn finish(mut self) -> Result<(), Interrupted> {
         self.push(Frame::End.encode()).await
     }
 
-    /// Ends the answer with an error.
+    /// Ends the response with an error.
     pub async fn fail(mut self, error: WireError) -> Result<(), Interrupted> {
         self.push(Frame::Error(error).encode()).await
     }
@@ -175,7 +175,7 @@ impl ResponseSink {
             *credit = credit.saturating_add(more.into());
             Ok(())
         } else {
-            // A cancel, a closed channel or an invalid frame: in each case the answer has no reader any more.
+            // A cancel, a closed channel or an invalid frame: in each case the response has no reader any more.
             *interrupted = true;
             Err(Interrupted)
         }

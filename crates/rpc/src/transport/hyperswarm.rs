@@ -44,8 +44,8 @@ const CHANNELS_MAX: usize = 8192;
 const INCOMING_MAX: usize = 1024;
 /// How many bytes a peer may send ahead on such streams before reading from the connection pauses.
 const PENDING_BYTES_MAX: usize = 256 * 1024;
-/// How many bytes of a stream's answer may be unread before the stream is closed. Credit keeps an honest peer far below
-/// this.
+/// How many bytes of a stream's response may be unread before the stream is closed. Credit keeps an honest peer far
+/// below this.
 const RESPONSE_QUEUE_BYTES: usize = 4 * 1024 * 1024;
 /// How many bytes of a stream's request may be unread before the connection waits. Requests are read as fast as they
 /// arrive.
@@ -73,7 +73,7 @@ pub struct Options {
     pub is_client: bool,
 }
 
-/// Addresses at which nodes were found, so that a node can rejoin the network when no bootstrap node answers.
+/// Addresses at which nodes were found, so that a node can rejoin the network when no bootstrap node responds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct KnownPeers {
@@ -111,7 +111,7 @@ impl KnownPeers {
     }
 }
 
-/// A bootstrap node. It stores records and answers lookups, and offers no services.
+/// A bootstrap node. It stores records and responds to lookups, and offers no services.
 pub struct BootstrapNode(HyperDht);
 
 impl BootstrapNode {
@@ -199,12 +199,12 @@ impl HyperswarmTransport {
         KnownPeers { nodes: self.dht.routing_nodes(), peers: peers.collect() }
     }
 
-    /// Waits until the first nodes of the DHT have answered, or none of them has.
+    /// Waits until the first nodes of the DHT have responded, or none of them has.
     pub async fn bootstrapped(&self) {
         self.dht.bootstrapped().await;
     }
 
-    /// Returns whether a DHT node answers at an address.
+    /// Returns whether a DHT node responds at an address.
     pub async fn responds(&self, address: SocketAddrV4) -> bool {
         self.dht.rpc().ping(address, RequestOptions::default()).await.is_ok()
     }
@@ -421,7 +421,7 @@ fn channel_options(queue_bytes_max: usize, overflow: Overflow) -> ChannelOptions
 /// Converts a request. Returns `None` for one that needs no further handling.
 fn incoming_request(request: IncomingRequest) -> Option<Incoming> {
     if request.is_event() {
-        // Events expect no answer. Tether nodes send none.
+        // Events expect no response. Tether nodes send none.
         return None;
     }
     let method = request.method().to_owned();
@@ -462,7 +462,7 @@ impl Drop for HyperswarmReply {
 }
 
 fn send_response(reply: hyperswarm_rpc::Reply, response: Result<Bytes, WireError>) {
-    // A caller that is gone needs no answer. A caller that was told that its answer is too long needs no other.
+    // A caller that is gone needs no response. A caller that was told that its response is too long needs no other.
     let _ = match response {
         Ok(value) => reply.ok(&hyperswarm_rpc::encode_buffer(&value)),
         Err(error) => reply.error(&remote_error(&error)),

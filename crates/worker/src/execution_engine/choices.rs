@@ -74,7 +74,7 @@ impl Choices {
         self.each * self.prompts.len() as u32
     }
 
-    /// Returns whether no answer is running: the next one waits for a place in the engine.
+    /// Returns whether no answer is running: the next one waits for capacity in the engine.
     pub(super) fn is_outside(&self) -> bool {
         self.running.is_empty()
     }

@@ -47,7 +47,7 @@ pub(crate) struct Lease {
 }
 
 impl Adapters {
-    /// Creates an empty set with room for `most` adapters, at least one.
+    /// Creates an empty set for up to `most` adapters, at least one.
     pub(crate) fn new(most: u32) -> Arc<Self> {
         Arc::new(Self { most: most.max(1) as usize, shelf: Mutex::default(), freed: Notify::new() })
     }

@@ -1,4 +1,4 @@
-//! Checks of `tether doctor` for a network of processes: which nodes answer, whether this machine belongs to it, and
+//! Checks of `tether doctor` for a network of processes: which nodes respond, whether this machine belongs to it, and
 //! whose clock is off.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,7 +23,7 @@ use crate::output;
 const DESCRIBE: Duration = Duration::from_secs(3);
 /// The most nodes of one region that are asked. Anyone may announce on a topic.
 const NODES_MAX: usize = 64;
-/// How long a node may take to answer.
+/// How long a node may take to respond.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The roles whose nodes are enrolled.
 const ROLES: [&str; 3] = ["orchestrator", "gateway", "worker"];

@@ -1,4 +1,4 @@
-//! Other nodes' requests, and what this node answers.
+//! Other nodes' requests, and this node's responses.
 
 use std::net::SocketAddrV4;
 use std::time::Duration;
@@ -16,14 +16,14 @@ const CHECKS_MAX: usize = 10;
 const DELAYED_PINGS_MAX: usize = 256;
 const PING_DELAY_MAX: Duration = Duration::from_secs(10);
 
-/// How to answer.
+/// How to respond.
 #[derive(Debug, Clone, Copy, Default)]
 pub(in crate::dht_rpc) struct Answer<'a> {
     pub(in crate::dht_rpc) error: u64,
     pub(in crate::dht_rpc) value: Option<&'a [u8]>,
     pub(in crate::dht_rpc) token: bool,
     pub(in crate::dht_rpc) closer_nodes: bool,
-    /// Whether the request had a valid token, so that the answer goes to whoever sent it.
+    /// Whether the request had a valid token, so that the response goes to whoever sent it.
     pub(in crate::dht_rpc) is_verified: bool,
 }
 
@@ -35,7 +35,7 @@ pub(in crate::dht_rpc) struct Foreign {
 }
 
 impl State {
-    /// Handles a request, whose datagram has this many bytes. Returns it if the handler has to answer it.
+    /// Handles a request, whose datagram has this many bytes. Returns it if the handler has to respond to it.
     pub(in crate::dht_rpc) fn on_request(
         &mut self,
         via: &Via,

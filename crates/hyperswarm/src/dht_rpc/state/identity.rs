@@ -39,7 +39,7 @@ impl State {
         nodes
     }
 
-    /// Evaluates the answers that reached the server socket: the hosts that answered, and where they saw this node.
+    /// Evaluates the responses that reached the server socket: the hosts that responded, and where they saw this node.
     /// Returns whether they prove that there is no firewall.
     pub(in crate::dht_rpc) fn on_witnesses(&mut self, asked: usize, seen: &[(Ipv4Addr, SocketAddrV4)]) -> bool {
         let mut sampler = NatSampler::default();

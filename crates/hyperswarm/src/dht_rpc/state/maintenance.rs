@@ -132,7 +132,7 @@ impl State {
         }
     }
 
-    /// Pings a node, which is removed from the table if it does not answer.
+    /// Pings a node, which is removed from the table if it does not respond.
     pub(super) fn check(&mut self, id: &Id, now: Instant) {
         let tick = self.tick;
         let Some(node) = self.table.get_mut(id) else { return };
@@ -143,7 +143,7 @@ impl State {
         }
     }
 
-    /// Pings a node that sent a request, if the table has a place for it. It enters the table when it answers. Until
+    /// Pings a node that sent a request, if the table has space for it. It enters the table when it responds. Until
     /// then the source may be forged, and this node tells others of the nodes in its table.
     pub(super) fn greet(&mut self, via: &Via, from: SocketAddrV4, id: &Id, now: Instant) {
         let is_known = *id == *self.table.id() || self.table.get(id).is_some();
@@ -157,7 +157,7 @@ impl State {
         if is_busy || self.greetings.len() >= GREETINGS_MAX || self.congestion.is_full() {
             return;
         }
-        // One copy goes out, and counts as an answer: a forged source must not be sent more than was sent in its name.
+        // One copy goes out, and counts as a response: a forged source must not be sent more than was sent in its name.
         if !self.replies.spend(*from.ip(), PING_BYTES, now) {
             return;
         }
@@ -168,7 +168,7 @@ impl State {
         }
     }
 
-    /// Records that a node answered, and the address that it reports for this node.
+    /// Records that a node responded, and the address that it reports for this node.
     pub(super) fn hear(&mut self, via: &Via, from: SocketAddrV4, from_id: Option<Id>, to: SocketAddrV4, now: Instant) {
         let tick = self.tick;
         let Some(id) = from_id else {
@@ -217,7 +217,7 @@ impl State {
         (!is_lasting).then_some(oldest)
     }
 
-    /// A full row keeps its nodes as long as the least recently pinged one still answers.
+    /// A full row keeps its nodes as long as the least recently pinged one still responds.
     fn on_full_row(&mut self, new: TableNode, now: Instant) {
         let tick = self.tick;
         let Some(oldest) = self.swap_candidate(&new.id) else { return };

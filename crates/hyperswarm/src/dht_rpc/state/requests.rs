@@ -1,4 +1,4 @@
-//! This node's requests: sent in a window, repeated, and settled by an answer, a timeout or the end.
+//! This node's requests: sent in a window, repeated, and settled by a response, a timeout or the end.
 
 use std::net::SocketAddrV4;
 use std::time::Duration;
@@ -17,7 +17,7 @@ const REQUESTS_MAX: usize = 8_192;
 pub(super) const WAITING_MAX: usize = 2_048;
 const DOWN_HINTS_PER_TICK: usize = 50;
 const RETRIES: u8 = 3;
-/// The most steps of one walk: it asks each node once, whose every copy may be late, and which answers or fails.
+/// The most steps of one walk: it asks each node once, whose every copy may be late, and which responds or fails.
 pub(in crate::dht_rpc) const WALK_STEPS: usize = NODES_MAX * (RETRIES as usize + 2);
 
 /// A request that somebody waits for.
@@ -42,11 +42,11 @@ pub(in crate::dht_rpc) enum Waiter {
     Nobody,
     Call(CallId),
     Walk(WalkId),
-    /// The routing table: it takes the node in if the node answers.
+    /// The routing table: it takes the node in if the node responds.
     Greeting,
-    /// The routing table: it removes the node unless the node answers.
+    /// The routing table: it removes the node unless the node responds.
     Check(Id),
-    /// The routing table: it replaces the old node by the new one unless the old one answers.
+    /// The routing table: it replaces the old node by the new one unless the old one responds.
     Swap(Id, Box<TableNode>),
 }
 
@@ -96,7 +96,7 @@ pub(super) struct Inflight {
     pub(super) waiter: Waiter,
     /// Whether the request is sent once more if the node asks for a token. A caller that gave one may have signed it.
     pub(super) takes_token: bool,
-    /// Whether who waited is gone: an answer is taken, but no further copy is sent.
+    /// Whether the caller is gone: a response is taken, but no further copy is sent.
     pub(super) is_abandoned: bool,
 }
 
@@ -115,7 +115,7 @@ impl State {
             tid = tid.wrapping_add(1);
         }
         let via = outbound.via.unwrap_or_else(|| self.via());
-        // A request about a target may get a long answer, and a token shows the node that its answer is wanted.
+        // A request about a target may get a long response, and a token shows the node that its response is wanted.
         let known_token = outbound.target.and_then(|_| self.known_tokens.get(&outbound.to, now).copied());
         let request = Request {
             tid,
@@ -225,7 +225,7 @@ impl State {
         bytes: &Bytes,
         now: Instant,
     ) {
-        // The Node package goes by the number alone. No honest node answers from another address.
+        // The Node package goes by the number alone. No honest node responds from another address.
         if self.inflight.get(&response.tid).is_none_or(|inflight| inflight.to != from) {
             return;
         }
@@ -263,7 +263,7 @@ impl State {
             }
             Waiter::Check(id) => {
                 self.checks -= 1;
-                // The node answers, but is no longer persistent.
+                // The node responds, but is no longer persistent.
                 if from_id != Some(id) {
                     self.forget(&id);
                 }
@@ -307,7 +307,7 @@ impl State {
         }
         let inflight = self.inflight.remove(&tid).expect("it was there just now");
         self.congestion.settled();
-        // Only the node itself answers its own commands; others depend on peers behind it.
+        // Only the node itself responds to its own commands; others depend on peers behind it.
         if inflight.internal || matches!(inflight.waiter, Waiter::Walk(_)) {
             self.timeouts.failed(inflight.to, now);
             self.forget(&node_id(inflight.to));

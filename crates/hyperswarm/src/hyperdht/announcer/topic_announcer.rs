@@ -106,7 +106,7 @@ impl Task {
         let _stopped = stopped.drop_guard();
         stop.run_until_cancelled(self.announce_forever(&announced)).await;
         announced.send_replace(true);
-        // A node that does not answer forgets the announcement by itself after a while.
+        // A node that does not respond forgets the announcement by itself after a while.
         let _ = time::timeout(FAREWELL, self.leave()).await;
     }
 
@@ -155,13 +155,13 @@ impl Task {
         }
     }
 
-    /// Returns whether a node still stores the announcement. A node that was restarted or does not answer has lost it.
+    /// Returns whether a node still stores the announcement. A node that was restarted or does not respond has lost it.
     async fn is_kept(&self, node: SocketAddrV4) -> bool {
         let call = Call { target: Some(self.topic), ..Call::new(LOOKUP) };
         let Ok(reply) = self.dht.request(call, node).await else { return false };
         let found = reply.value.as_deref().and_then(|value| LookupReply::decode(value).ok());
         let own = self.key_pair.public_key();
-        // A full answer may omit this peer by chance, so it counts as kept.
+        // A full response may omit this peer by chance, so it counts as kept.
         found.is_some_and(|found| {
             found.peers.len() >= PEERS_MAX || found.peers.iter().any(|peer| peer.public_key == own)
         })

@@ -1,4 +1,4 @@
-//! Decides how to reach a server that has answered the handshake.
+//! Decides how to reach a server that has responded to the handshake.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
@@ -17,10 +17,10 @@ pub(super) enum Way {
     None,
 }
 
-/// The facts that a client has once the server has answered.
+/// The facts that a client has once the server has responded.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Facts<'a> {
-    /// The node that delivered the answer.
+    /// The node that delivered the response.
     pub(super) relay: SocketAddrV4,
     /// The server's address as the relay sees it; `None` when the server itself was asked.
     pub(super) server: Option<SocketAddrV4>,
@@ -30,7 +30,7 @@ pub(super) struct Facts<'a> {
     pub(super) local: Ipv4Addr,
     /// Whether others can reach this node.
     pub(super) is_open: bool,
-    /// The payload of the server's answer.
+    /// The payload of the server's response.
     pub(super) payload: &'a NoisePayload,
 }
 

@@ -10,7 +10,7 @@ use crate::hyperdht::commands::{ANNOUNCE, UNANNOUNCE};
 /// No honest announcement has more relays than this. Nodes store three.
 const RELAYS_MAX: usize = 32;
 
-/// No honest answer has more peers than this. Nodes send twenty.
+/// No honest response has more peers than this. Nodes send twenty.
 const PEERS_MAX: usize = 64;
 
 /// A peer that announced itself.
@@ -129,7 +129,7 @@ impl Announcement {
     }
 }
 
-/// The answer to a LOOKUP.
+/// The response to a LOOKUP.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LookupReply {
     /// The peers that announced the topic.
@@ -139,14 +139,14 @@ pub struct LookupReply {
 }
 
 impl LookupReply {
-    /// Decodes an answer.
+    /// Decodes a response.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut decoder = Decoder::new(bytes);
         let peers = decoder.array(PEERS_MAX, Peer::read)?;
         Ok(Self { peers, bump: if decoder.is_empty() { 0 } else { decoder.uint()? } })
     }
 
-    /// Encodes an answer with these peers, whose records are encoded already.
+    /// Encodes a response with these peers, whose records are encoded already.
     pub fn encode(records: &[impl AsRef<[u8]>], bump: u64) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(10 + records.iter().map(|record| record.as_ref().len()).sum::<usize>());
         bytes.write_array(records, |out, record| out.write_raw(record.as_ref()));

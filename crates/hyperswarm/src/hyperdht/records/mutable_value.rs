@@ -29,12 +29,12 @@ impl MutableValue {
         public_key.verify(&signable(self.seq, &self.value), &self.signature)
     }
 
-    /// Decodes the answer to a MUTABLE_GET.
+    /// Decodes the response to a MUTABLE_GET.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         Self::read(&mut Decoder::new(bytes))
     }
 
-    /// Encodes the answer to a MUTABLE_GET.
+    /// Encodes the response to a MUTABLE_GET.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(80 + self.value.len());
         self.write(&mut bytes);

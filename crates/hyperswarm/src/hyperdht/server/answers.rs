@@ -1,7 +1,7 @@
-//! Caches recent answers by Noise message.
+//! Caches recent responses by Noise message.
 //!
-//! A client sends the same message through several relays, and resends it when an answer is late. Every copy must get
-//! the identical answer, since a different answer would belong to a different stream with different keys.
+//! A client sends the same message through several relays, and resends it when a response is late. Every copy must get
+//! the identical response, since a different response would belong to a different stream with different keys.
 
 use std::time::Duration;
 
@@ -11,12 +11,12 @@ use tokio::time::Instant;
 use crate::crypto::hash;
 use crate::dht_rpc::AgingMap;
 
-/// How long an answer is cached. A client gives up on a message long before that.
+/// How long a response is cached. A client gives up on a message long before that.
 const AGE_MAX: Duration = Duration::from_secs(20);
 
 const ANSWERS_MAX: usize = 8192;
 
-/// A bounded cache of answers that expire. The oldest gives way when it is full, so that no flood makes the server
+/// A bounded cache of responses that expire. The oldest is evicted when it is full, so that no flood makes the server
 /// refuse a new message.
 #[derive(Debug)]
 pub(super) struct Answers {
@@ -30,10 +30,10 @@ impl Default for Answers {
 }
 
 impl Answers {
-    /// Returns the answer to a message: the one that an earlier copy got, or the one that `make` returns, with what
+    /// Returns the response to a message: the one that an earlier copy got, or the one that `make` returns, with what
     /// comes of it.
     ///
-    /// A message without an answer is not cached, because anyone can send bytes that nobody can decrypt. To reject a
+    /// A message without a response is not cached, because anyone can send bytes that nobody can decrypt. To reject a
     /// copy costs as much as to reject the first one.
     pub(super) fn get_or_make<T>(
         &mut self,
@@ -56,7 +56,7 @@ impl Answers {
 mod tests {
     use super::*;
 
-    /// Returns the answer to a message, and whether it was made for this copy.
+    /// Returns the response to a message, and whether it was made for this copy.
     fn answer(answers: &mut Answers, noise: &[u8], new: &'static str, now: Instant) -> Option<(Bytes, bool)> {
         let (answer, made) = answers.get_or_make(noise, now, || Some((Bytes::from(new), Some(()))))?;
         Some((answer, made.is_some()))
