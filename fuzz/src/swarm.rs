@@ -151,7 +151,7 @@ pub fn udx_packets(bytes: &[u8]) {
     hyperswarm::udx::fuzzing::play(bytes);
 }
 
-/// Frames of a connection with channels, and what this side answers.
+/// Frames of a connection with channels, and this side's responses.
 pub fn mux_frames(bytes: &[u8]) {
     hyperswarm::protomux::fuzzing::play(bytes);
 }
