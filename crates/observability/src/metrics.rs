@@ -66,23 +66,23 @@ pub struct Metrics {
     pub prefix_cache_hits: Family<ModelLabel, Counter>,
     pub drafted_tokens: Family<ModelLabel, Counter>,
     pub accepted_tokens: Family<ModelLabel, Counter>,
+    pub artifact_verify_failures: Counter,
+    pub shed: Family<ReasonLabel, Counter>,
     pub requests: Family<RequestLabel, Counter>,
     pub time_to_first_token: Family<ModelLabel, Histogram>,
     pub inter_token_latency: Family<ModelLabel, Histogram>,
     pub request_duration: Family<ModelLabel, Histogram>,
+    pub throttled: Counter,
+    pub registry_silence: Ratio,
     pub breaker_state: Family<BreakerLabel, Gauge>,
     pub breaker_transitions: Family<BreakerLabel, Counter>,
     pub retries: Family<ReasonLabel, Counter>,
     pub retries_exhausted: Counter,
     pub failovers: Family<PhaseLabel, Counter>,
-    pub shed: Family<ReasonLabel, Counter>,
-    pub throttled: Counter,
     pub reservations_active: Gauge,
     pub presence_rejected: Family<ReasonLabel, Counter>,
     pub workers_live: Gauge,
     pub workers_loading: Gauge,
-    pub registry_silence: Ratio,
-    pub artifact_verify_failures: Counter,
 }
 
 /// Bucket bounds in seconds, as in vLLM's time to first token.
@@ -111,23 +111,23 @@ impl Metrics {
             prefix_cache_hits: Family::default(),
             drafted_tokens: Family::default(),
             accepted_tokens: Family::default(),
+            artifact_verify_failures: Counter::default(),
+            shed: Family::default(),
             requests: Family::default(),
             time_to_first_token: Family::new_with_constructor(|| Histogram::new(FIRST_TOKEN_BUCKETS)),
             inter_token_latency: Family::new_with_constructor(|| Histogram::new(INTER_TOKEN_BUCKETS)),
             request_duration: Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS)),
+            throttled: Counter::default(),
+            registry_silence: Ratio::default(),
             breaker_state: Family::default(),
             breaker_transitions: Family::default(),
             retries: Family::default(),
             retries_exhausted: Counter::default(),
             failovers: Family::default(),
-            shed: Family::default(),
-            throttled: Counter::default(),
             reservations_active: Gauge::default(),
             presence_rejected: Family::default(),
             workers_live: Gauge::default(),
             workers_loading: Gauge::default(),
-            registry_silence: Ratio::default(),
-            artifact_verify_failures: Counter::default(),
         };
         metrics.register();
         metrics
@@ -151,23 +151,23 @@ impl Metrics {
         registry.register("tether_prefix_cache_hits", "Prompt tokens found in the prefix cache", self.prefix_cache_hits.clone());
         registry.register("tether_engine_drafted_tokens", "Draft tokens (speculative decoding)", self.drafted_tokens.clone());
         registry.register("tether_engine_accepted_tokens", "Draft tokens that were accepted", self.accepted_tokens.clone());
+        registry.register("tether_artifact_verify_failures", "Artifacts whose bytes do not match their digest", self.artifact_verify_failures.clone());
+        registry.register("tether_shed", "Requests refused for lack of capacity", self.shed.clone());
         registry.register("tether_requests", "Finished requests", self.requests.clone());
         registry.register("tether_time_to_first_token_seconds", "Seconds from the request to its first token", self.time_to_first_token.clone());
         registry.register("tether_inter_token_latency_seconds", "Seconds between chunks of an answer", self.inter_token_latency.clone());
         registry.register("tether_request_duration_seconds", "Seconds from the request to its end", self.request_duration.clone());
+        registry.register("tether_throttled", "Requests refused by a rate limit", self.throttled.clone());
+        registry.register("tether_registry_silence_seconds", "Seconds since a registry last answered this gateway", self.registry_silence.clone());
         registry.register("tether_breaker_state", "0 closed, 1 open, 2 half-open", self.breaker_state.clone());
         registry.register("tether_breaker_transitions", "State transitions of circuit breakers", self.breaker_transitions.clone());
         registry.register("tether_retries", "Attempts after the first", self.retries.clone());
         registry.register("tether_retries_exhausted", "Jobs whose attempts were exhausted", self.retries_exhausted.clone());
         registry.register("tether_failovers", "Jobs that went to another worker", self.failovers.clone());
-        registry.register("tether_shed", "Requests refused for lack of capacity", self.shed.clone());
-        registry.register("tether_throttled", "Requests refused by a rate limit", self.throttled.clone());
         registry.register("tether_reservations_active", "Reservations held", self.reservations_active.clone());
         registry.register("tether_presence_rejected", "Rejected health reports", self.presence_rejected.clone());
         registry.register("tether_workers_live", "Live workers", self.workers_live.clone());
         registry.register("tether_workers_loading", "Live workers that are loading a model", self.workers_loading.clone());
-        registry.register("tether_registry_silence_seconds", "Seconds since a registry last answered this gateway", self.registry_silence.clone());
-        registry.register("tether_artifact_verify_failures", "Artifacts whose bytes do not match their digest", self.artifact_verify_failures.clone());
     }
 
     /// Adds metrics that are collected only when they are exposed.
