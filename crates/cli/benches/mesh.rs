@@ -21,7 +21,6 @@ use std::time::{Duration, Instant};
 
 use engine::{LoadOptions, MockRuntime, ModelRuntime};
 use metadata_store::RegistryStore;
-use observability::Metrics;
 use protocol::control::{Fleet, NodeRole};
 use protocol::health::ModelState;
 use protocol::signature::{NodeKey, Signed};
@@ -31,6 +30,7 @@ use tether_cli::args::Common;
 use tether_cli::client::GatewayClient;
 use tether_cli::commands::async_runtime;
 use tether_cli::data_folder::DataFolder;
+use tether_cli::metrics::Metrics;
 use tether_cli::node::Node;
 use tether_cli::processes::Processes;
 use tether_cli::services::{Services, open_job_store, open_registry_store};

@@ -8,6 +8,7 @@ pub mod data_folder;
 pub mod download;
 pub mod kept_flags;
 pub mod local_models;
+pub mod metrics;
 pub mod metrics_server;
 pub mod model_caches;
 pub mod model_file;

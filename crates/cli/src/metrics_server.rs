@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use axum::Router;
 use axum::http::header;
 use axum::routing::get;
-use observability::Metrics;
+use observability::Exposition;
 use tokio::net::TcpListener;
 
 /// Content type of OpenMetrics text.
@@ -15,11 +15,11 @@ const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset
 /// A bound address that serves metrics once `serve` runs.
 pub struct MetricsServer {
     listener: TcpListener,
-    metrics: Metrics,
+    metrics: Exposition,
 }
 
 impl MetricsServer {
-    pub async fn bind(address: SocketAddr, metrics: Metrics) -> anyhow::Result<Self> {
+    pub async fn bind(address: SocketAddr, metrics: Exposition) -> anyhow::Result<Self> {
         let listener = TcpListener::bind(address).await;
         let listener =
             listener.with_context(|| format!("could not listen on {address}; choose another with --metrics-listen"))?;

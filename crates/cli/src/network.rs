@@ -11,7 +11,6 @@ use anyhow::{Context as _, bail};
 use engine::ModelRuntime;
 use futures_util::future::join_all;
 use metadata_store::{JobStore, RegistryStore, Store};
-use observability::Metrics;
 use protocol::Clock;
 use protocol::control::{InviteCreate, NodeRole};
 use protocol::model::{ModelEntry, ModelKey};
@@ -26,6 +25,7 @@ use worker::{CatalogUse, WorkerHandle};
 use crate::addresses;
 use crate::data_folder::{DataFolder, FolderLock};
 use crate::local_models;
+use crate::metrics::Metrics;
 use crate::node::{Pool, at_last_port};
 use crate::services::{Services, first_key, open_job_store, open_registry_store, run_gateway};
 use crate::settings::{NetworkSettings, Settings, any_port};
@@ -163,8 +163,8 @@ impl Network {
         }
         let deadline = tokio::time::Instant::now() + Duration::from_secs(15);
         // A loaded model gets jobs only once a report has listed it.
-        let awaited =
-            || self.metrics.workers_live.get() < self.workers.len() as i64 || self.metrics.workers_loading.get() > 0;
+        let known = &self.metrics.orchestrator;
+        let awaited = || known.workers_live.get() < self.workers.len() as i64 || known.workers_loading.get() > 0;
         while awaited() {
             if tokio::time::Instant::now() >= deadline {
                 bail!("the workers did not report within 15 s that they are ready");

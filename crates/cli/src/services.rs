@@ -9,7 +9,6 @@ use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
 use gateway::{Gateway, GatewayError, GatewayParts, OpenGateway};
 use metadata_store::{JobStore, RegistryStore, SqliteStore, StoreOptions};
-use observability::Metrics;
 use orchestrator::{Orchestrator, OrchestratorParts};
 use protocol::Clock;
 use protocol::control::{Scope, TokenCreate};
@@ -21,6 +20,7 @@ use tracing::info;
 use worker::{Adoption, BaseWorker, WorkerParts};
 
 use crate::data_folder::DataFolder;
+use crate::metrics::Metrics;
 use crate::settings::Settings;
 use crate::tiny_model;
 
@@ -73,7 +73,7 @@ impl Services {
             region: self.settings.region.clone(),
             clock: self.clock.clone(),
             store,
-            metrics: self.metrics.clone(),
+            metrics: self.metrics.orchestrator.clone(),
             membership,
             version: VERSION.to_owned(),
         };
@@ -96,7 +96,7 @@ impl Services {
             clock: self.clock.clone(),
             runtime,
             artifacts: tiny_model::embedded_in(artifacts),
-            metrics: self.metrics.clone(),
+            metrics: self.metrics.worker.clone(),
             membership,
             adoption: self.settings.adopt.as_deref().map(Adoption::new).transpose()?,
             version: VERSION.to_owned(),
@@ -109,7 +109,8 @@ impl Services {
         let parts = GatewayParts {
             transport,
             clock: self.clock.clone(),
-            metrics: self.metrics.clone(),
+            metrics: self.metrics.gateway.clone(),
+            exposition: self.metrics.exposition.clone(),
             membership,
             version: VERSION.to_owned(),
         };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use observability::{Metrics, TraceContext};
+use observability::{Exposition, TraceContext};
 use parking_lot::Mutex;
 use protocol::control::{
     CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, MODEL_MOVE, ModelMove,
@@ -28,6 +28,7 @@ use crate::cached::Cached;
 use crate::catalog::{self, Models};
 use crate::config::{Config, seconds};
 use crate::job::Job;
+use crate::metrics::Metrics;
 use crate::prompt_size;
 use crate::request_context::{AdmittedRequest, Origin, Refusal, RequestContext};
 use crate::request_record::RequestRecord;
@@ -52,8 +53,10 @@ pub struct GatewayParts {
     pub transport: Arc<dyn Transport>,
     /// The time of day.
     pub clock: Arc<dyn Clock>,
-    /// The metrics that it updates and serves under `/metrics`.
+    /// The metrics that it updates.
     pub metrics: Metrics,
+    /// The metrics that it serves under `/metrics`: those of its whole process.
+    pub exposition: Exposition,
     /// Which orchestrators and registries it trusts.
     pub membership: Membership,
     /// The program's version, shown under `/version`.
@@ -70,6 +73,7 @@ struct Inner {
     config: Config,
     clock: Arc<dyn Clock>,
     metrics: Metrics,
+    exposition: Exposition,
     version: String,
     transport: Arc<dyn Transport>,
     upstream: Upstream,
@@ -92,6 +96,7 @@ impl Gateway {
         let inner = Inner {
             clock: parts.clock,
             metrics: parts.metrics,
+            exposition: parts.exposition,
             version: parts.version,
             transport: parts.transport,
             upstream,
@@ -477,6 +482,10 @@ impl Gateway {
 
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.inner.metrics
+    }
+
+    pub(crate) fn exposition(&self) -> &Exposition {
+        &self.inner.exposition
     }
 
     pub(crate) fn version(&self) -> &str {

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use observability::Metrics;
-use observability::metrics::{ModelLabel, ReasonLabel, RequestLabel};
+use observability::metrics::{ModelLabel, ReasonLabel};
 use prometheus_client::metrics::histogram::Histogram;
 use protocol::infer::FinishReason;
 use protocol::model::ModelEntry;
@@ -11,6 +10,8 @@ use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, TraceId};
 use tokio::time::Instant;
 use tracing::info;
+
+use crate::metrics::{Metrics, RequestLabel};
 
 /// A request under way. Dropping it counts and logs the request, as cancelled unless an outcome was set.
 pub(crate) struct RequestRecord {
@@ -147,11 +148,15 @@ impl Drop for RequestRecord {
 
 #[cfg(test)]
 mod tests {
+    use observability::metrics::Shed;
+    use prometheus_client::registry::Registry;
+
     use super::*;
 
     fn record() -> RequestRecord {
         let correlation_id = CorrelationId(uuid::Uuid::from_u128(1));
-        RequestRecord::new(Metrics::new(), Instant::now(), correlation_id, TraceId([1; 16]))
+        let metrics = Metrics::register(&mut Registry::default(), Shed::default());
+        RequestRecord::new(metrics, Instant::now(), correlation_id, TraceId([1; 16]))
     }
 
     #[tokio::test(start_paused = true)]

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metadata_store::JobStore;
-use observability::Metrics;
 use observability::metrics::ReasonLabel;
 use parking_lot::Mutex;
 use protocol::control::NodeRole;
@@ -21,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::fleet::{Change, Fleet};
+use crate::metrics::Metrics;
 
 pub mod search;
 

@@ -13,6 +13,7 @@ pub mod dispatch;
 pub mod fleet;
 pub mod job;
 pub mod journey;
+pub mod metrics;
 pub mod orchestrator;
 pub mod policy_engine;
 mod refusals;
@@ -24,4 +25,5 @@ mod worker_errors;
 pub mod worker_record;
 
 pub use config::Config;
+pub use metrics::Metrics;
 pub use orchestrator::{Orchestrator, OrchestratorParts};

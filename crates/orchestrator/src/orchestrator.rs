@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use metadata_store::{Finalised, JobStore, StoreError};
-use observability::Metrics;
-use observability::metrics::{BreakerLabel, PhaseLabel, ReasonLabel};
+use observability::metrics::ReasonLabel;
 use parking_lot::{Mutex, MutexGuard};
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
@@ -42,6 +41,7 @@ use crate::dispatch::{self, AttemptEnd, Delivery, Fault};
 use crate::fleet::{Change, Fleet, Wanted};
 use crate::job::JobEvent;
 use crate::journey::{Journey, Verdict};
+use crate::metrics::{BreakerLabel, Metrics, PhaseLabel};
 use crate::policy_engine::PolicyEngine;
 use crate::refusals;
 use crate::registry_policies::RegistryPolicies;

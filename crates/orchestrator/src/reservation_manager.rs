@@ -8,7 +8,6 @@ use metadata_store::{
     FinaliseError, Finalised, JobError, JobKey, JobStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved,
     Settlement, StoreError, TerminalState,
 };
-use observability::Metrics;
 use parking_lot::Mutex;
 use protocol::infer::{FinishReason, InferRequest};
 use protocol::model::ModelKey;
@@ -20,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::fleet::Fleet;
+use crate::metrics::Metrics;
 
 /// The most expired leases that one sweep releases.
 const EXPIRED_AT_ONCE: u32 = 256;

@@ -9,7 +9,6 @@ use std::time::Duration;
 use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
 use engine::remote::{RemoteRuntime, Timeouts};
-use observability::metrics::Metrics;
 use protocol::artifact::FETCH;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
@@ -43,6 +42,7 @@ use crate::fetcher::{Fetcher, FetcherParts};
 use crate::health_reporter::{Condition, HealthReporter, Identity, ReportWriter};
 use crate::hearing::Hearing;
 use crate::listed::Listed;
+use crate::metrics::Metrics;
 use crate::model_loader::cache::{Entry, ModelCache, Status};
 use crate::model_loader::{LoaderOptions, ModelLoader, u64_of};
 use crate::offers::Offers;

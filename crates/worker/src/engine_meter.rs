@@ -5,8 +5,9 @@
 use std::collections::BTreeMap;
 
 use engine::{Counters, LoadSnapshot, ModelId};
-use observability::metrics::{Metrics, ModelLabel};
+use observability::metrics::ModelLabel;
 
+use crate::metrics::Metrics;
 use crate::model_loader::{Observation, label};
 
 /// Adds the engines' totals to the metrics.
@@ -102,6 +103,9 @@ impl Seen {
 
 #[cfg(test)]
 mod tests {
+    use observability::Exposition;
+    use prometheus_client::registry::Registry;
+
     use super::*;
 
     fn observation(id: u64, running: u32, decode_steps: u64) -> Observation {
@@ -129,42 +133,47 @@ mod tests {
         Observation { ready: vec![(key, ModelId(id))], snapshots: vec![snapshot] }
     }
 
-    fn shown(metrics: &Metrics, name: &str) -> String {
-        let text = metrics.encode();
+    fn metrics() -> (Metrics, Exposition) {
+        let mut registry = Registry::default();
+        (Metrics::register(&mut registry), Exposition::new(registry))
+    }
+
+    fn shown(exposition: &Exposition, name: &str) -> String {
+        let text = exposition.encode();
         let line = text.lines().find(|line| line.starts_with(&format!("{name}{{"))).expect("it is shown").to_owned();
         line.rsplit(' ').next().expect("a value").to_owned()
     }
 
     #[test]
     fn workers_that_share_metrics_add_up() {
-        let metrics = Metrics::new();
+        let (metrics, exposition) = metrics();
         let (mut first, mut second) = (EngineMeter::new(metrics.clone()), EngineMeter::new(metrics.clone()));
         first.add(&observation(1, 2, 10));
         second.add(&observation(1, 3, 5));
         first.add(&observation(1, 1, 12));
-        assert_eq!(shown(&metrics, "tether_engine_decode_steps_total"), "17");
+        assert_eq!(shown(&exposition, "tether_engine_decode_steps_total"), "17");
         for (name, total) in [
             ("tether_prefix_cache_queries_total", "200"),
             ("tether_prefix_cache_hits_total", "120"),
             ("tether_engine_drafted_tokens_total", "18"),
             ("tether_engine_accepted_tokens_total", "14"),
         ] {
-            assert_eq!(shown(&metrics, name), total, "{name}");
+            assert_eq!(shown(&exposition, name), total, "{name}");
         }
-        assert_eq!(shown(&metrics, "tether_worker_requests_running"), "4");
-        assert_eq!(shown(&metrics, "tether_worker_requests_waiting"), "2");
+        assert_eq!(shown(&exposition, "tether_worker_requests_running"), "4");
+        assert_eq!(shown(&exposition, "tether_worker_requests_waiting"), "2");
     }
 
     #[test]
     fn an_engine_that_is_replaced_counts_on_from_zero() {
-        let metrics = Metrics::new();
+        let (metrics, exposition) = metrics();
         let mut meter = EngineMeter::new(metrics.clone());
         meter.add(&observation(1, 2, 10));
         meter.add(&observation(2, 1, 3));
-        assert_eq!(shown(&metrics, "tether_engine_decode_steps_total"), "13");
-        assert_eq!(shown(&metrics, "tether_worker_requests_running"), "1");
+        assert_eq!(shown(&exposition, "tether_engine_decode_steps_total"), "13");
+        assert_eq!(shown(&exposition, "tether_worker_requests_running"), "1");
         meter.clear();
-        assert_eq!(shown(&metrics, "tether_worker_requests_running"), "0");
-        assert_eq!(shown(&metrics, "tether_worker_kv_cache_usage_ratio"), "0.0");
+        assert_eq!(shown(&exposition, "tether_worker_requests_running"), "0");
+        assert_eq!(shown(&exposition, "tether_worker_kv_cache_usage_ratio"), "0.0");
     }
 }

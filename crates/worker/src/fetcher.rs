@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use artifact_store::{ArtifactStore, FinishError, Partial};
 use bytes::BytesMut;
-use observability::metrics::Metrics;
 use parking_lot::{Mutex, MutexGuard};
 use protocol::artifact::ArtifactFetch;
 use protocol::{Digest, ErrorCode};
@@ -24,6 +23,7 @@ use tracing::{debug, info, warn};
 
 use crate::config::CatalogUse;
 use crate::listed::{Listed, ListedFile};
+use crate::metrics::Metrics;
 use disk::{FreeBytes, Shortage, Usage};
 use sources::{AVOID_FOR, Source, Sources, blamed};
 

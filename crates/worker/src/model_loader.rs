@@ -21,7 +21,7 @@ use engine::{
     AdapterId, DevicePlacement, EngineError, Kernels, LoadOptions, LoadSnapshot, LoadedModel, ModelId, ModelRuntime,
     ProgressSink, VerifiedArtifact,
 };
-use observability::metrics::{Metrics, ModelLabel};
+use observability::metrics::ModelLabel;
 use parking_lot::Mutex;
 use protocol::Digest;
 use protocol::control::ResidencyState;
@@ -40,6 +40,7 @@ use residency::{Memory, Order, Residency, ResidencyFacts};
 use crate::config::{self, RemoteServer, ServedAdapter, ServedModel};
 use crate::device_report;
 use crate::fetcher::{FetchError, Fetcher};
+use crate::metrics::Metrics;
 use crate::model_facts;
 use crate::offers::OfferError;
 use crate::remote_models::{AttachError, RemoteModels};

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use observability::Metrics;
 use protocol::control::NodeRole;
 use registry::{CertificateAuthority, CertificateAuthorityParts, TokenIssuer};
 use rpc::transport::hyperswarm::BootstrapNode;
@@ -18,6 +17,7 @@ use super::{Context, Outcome, process_runtime};
 use crate::args::NodeArgs;
 use crate::data_folder::DataFolder;
 use crate::local_models;
+use crate::metrics::Metrics;
 use crate::metrics_server::MetricsServer;
 use crate::node::{Node, Pool, at_last_port, enrolment};
 use crate::output;
@@ -185,7 +185,7 @@ async fn run_until_stopped(
 ) -> anyhow::Result<Outcome> {
     let show = match services.settings.metrics_listen {
         Some(address) => {
-            let server = MetricsServer::bind(address, services.metrics.clone()).await?;
+            let server = MetricsServer::bind(address, services.metrics.exposition.clone()).await?;
             output::line(format!("metrics at http://{}/metrics", server.address()?));
             Some(server)
         }

@@ -8,7 +8,6 @@ use artifact_store::ArtifactStore;
 use engine::{MockOptions, MockRuntime};
 use gateway::{Gateway, GatewayParts};
 use metadata_store::{RegistryStore, SqliteStore};
-use observability::Metrics;
 use orchestrator::scheduler::affinity::Weights;
 use orchestrator::{Orchestrator, OrchestratorParts};
 use protocol::control::{
@@ -25,6 +24,7 @@ use rpc::{
     CallError, Client, Directory, Enrolment, Membership, MembershipTask, MemoryNetwork, ResponseStream, StreamOptions,
 };
 use tempfile::TempDir;
+use tether_cli::metrics::Metrics;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -158,7 +158,7 @@ impl Network {
             region: region(),
             clock: self.clock.clone(),
             store: Arc::new(SqliteStore::in_memory().expect("a store")),
-            metrics: Metrics::new(),
+            metrics: Metrics::new().orchestrator,
             membership,
             version: "0".into(),
         };
@@ -180,7 +180,7 @@ impl Network {
             clock: self.clock.clone(),
             runtime: Arc::new(MockRuntime::new(mock)),
             artifacts,
-            metrics: Metrics::new(),
+            metrics: Metrics::new().worker,
             membership,
             adoption: None,
             version: "0".into(),
@@ -193,10 +193,12 @@ impl Network {
     /// Starts a gateway, to be asked without HTTP.
     pub(crate) async fn add_gateway(&self, seed: u8) -> Gateway {
         let membership = self.join(seed, NodeRole::Gateway).await;
+        let metrics = Metrics::new();
         let parts = GatewayParts {
             transport: self.memory.node(&key(seed)),
             clock: self.clock.clone(),
-            metrics: Metrics::new(),
+            metrics: metrics.gateway,
+            exposition: metrics.exposition,
             membership,
             version: "0".into(),
         };

@@ -99,9 +99,9 @@ async fn readiness(bridge: &Bridge) -> Result<Readiness, WireError> {
     responses((status = 200, description = "Metrics", body = String, content_type = "application/openmetrics-text")),
 )]
 pub(super) async fn metrics(State(bridge): State<Bridge>) -> Response<Body> {
-    let metrics = bridge.gateway.metrics();
-    metrics.registry_silence.set(bridge.gateway.membership().registry_silence().as_secs_f64());
-    let mut response = Response::new(Body::from(metrics.encode()));
+    let gateway = &bridge.gateway;
+    gateway.metrics().registry_silence.set(gateway.membership().registry_silence().as_secs_f64());
+    let mut response = Response::new(Body::from(gateway.exposition().encode()));
     response.headers_mut().insert(header::CONTENT_TYPE, OPEN_METRICS);
     response
 }

@@ -15,7 +15,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use observability::Metrics;
+use observability::Exposition;
+use observability::metrics::register_shed;
+use prometheus_client::registry::Registry;
 use protocol::control::NodeRole;
 use protocol::signature::NodeKey;
 use reqwest::{Method, RequestBuilder, Response};
@@ -32,7 +34,7 @@ struct Network {
     address: SocketAddr,
     fake: Fake,
     gateway: Gateway,
-    metrics: Metrics,
+    metrics: Exposition,
     client: reqwest::Client,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -69,12 +71,13 @@ impl Network {
         let stop = CancellationToken::new();
         let tasks = TaskTracker::new();
         let fake = Fake::start_as(&network, &tasks, &stop, admit).await;
-        let metrics = Metrics::new();
+        let (metrics, exposition) = metrics();
         let parts = GatewayParts {
             transport: network.node(&NodeKey::from_seed(&[9; 32])),
             clock: Arc::new(SystemClock),
             membership,
-            metrics: metrics.clone(),
+            metrics,
+            exposition: exposition.clone(),
             version: "1.2.3".into(),
         };
         let gateway = Gateway::new(config, parts);
@@ -83,7 +86,7 @@ impl Network {
         let running = stop.clone();
         tasks.spawn(async move { bridge.run(running).await.expect("runs until it is stopped") });
         let client = reqwest::Client::builder().no_proxy().build().expect("a client");
-        Self { address, fake, gateway, metrics, client, stop, tasks }
+        Self { address, fake, gateway, metrics: exposition, client, stop, tasks }
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
@@ -140,4 +143,12 @@ fn expect_error(
         assert!(body["error"]["message"].is_string() && body["error"]["type"].is_string(), "{caller}: {body}");
         headers
     }
+}
+
+/// Returns a gateway's metrics, and what exposes them.
+fn metrics() -> (tether_gateway::Metrics, Exposition) {
+    let mut registry = Registry::default();
+    let shed = register_shed(&mut registry);
+    let metrics = tether_gateway::Metrics::register(&mut registry, shed);
+    (metrics, Exposition::new(registry))
 }

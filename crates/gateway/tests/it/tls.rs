@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::{Network, config};
+use crate::{Network, config, metrics};
 
 /// Writes a fresh self-signed certificate and its key into a folder, and returns the certificate.
 fn certify(folder: &Path) -> CertificateDer<'static> {
@@ -125,11 +125,13 @@ async fn a_configuration_that_cannot_work_is_refused_at_start() {
     let folder = tempfile::tempdir().expect("a folder");
     certify(folder.path());
     let start = |config: Config| {
+        let (metrics, exposition) = metrics();
         let parts = GatewayParts {
             transport: MemoryNetwork::new().node(&NodeKey::from_seed(&[9; 32])),
             clock: Arc::new(SystemClock),
             membership: Membership::unchecked(),
-            metrics: observability::Metrics::new(),
+            metrics,
+            exposition,
             version: "0".into(),
         };
         async { Gateway::new(config, parts).bind().await.err().expect("refused") }

@@ -3,6 +3,9 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use metadata_store::SqliteStore;
+use observability::Exposition;
+use observability::metrics::register_shed;
+use prometheus_client::registry::Registry;
 use protocol::control::{Empty, NodeInfo, NodeRole, PRESENCE_DESCRIBE};
 use protocol::health::{self, CachedModel, Capacity, EXPIRY, HEARTBEAT, HealthReport, ModelState};
 use protocol::model::ModelKey;
@@ -34,6 +37,7 @@ struct Scene {
     discovery: Arc<DiscoverySub>,
     search: Arc<Search>,
     metrics: Metrics,
+    exposition: Exposition,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -56,7 +60,9 @@ impl Scene {
         let network = MemoryNetwork::new();
         let clock = Arc::new(PausedClock(Instant::now()));
         let fleet = Arc::new(Fleet::new(region(), vec![]));
-        let metrics = Metrics::new();
+        let mut registry = Registry::default();
+        let shed = register_shed(&mut registry);
+        let metrics = Metrics::register(&mut registry, shed);
         let store = Arc::new(SqliteStore::in_memory().expect("a store"));
         let regions = vec![region()];
         let discovery = DiscoverySub::new(
@@ -74,7 +80,8 @@ impl Scene {
         let taking = discovery.clone();
         let take = move |key, signed: &Signed| taking.take(key, signed).is_ok();
         tasks.spawn(search.clone().run(stop.clone(), take));
-        Self { network, clock, fleet, discovery, search, metrics, tasks, stop }
+        let exposition = Exposition::new(registry);
+        Self { network, clock, fleet, discovery, search, metrics, exposition, tasks, stop }
     }
 
     /// Adds a node that announces a topic and returns a report when asked.
@@ -229,7 +236,7 @@ async fn strangers_under_a_workers_topic_are_asked_rarely_and_hold_nobody_up() {
     let requests: usize = strangers.iter().map(Worker::requests).sum();
     assert!((30..=30 * 14).contains(&requests), "asked {requests} times in ten minutes");
     let unbound = format!("tether_presence_rejected_total{{reason=\"unbound\"}} {requests}");
-    assert!(scene.metrics.encode().contains(&unbound), "{unbound}");
+    assert!(scene.exposition.encode().contains(&unbound), "{unbound}");
 }
 
 #[tokio::test(start_paused = true)]

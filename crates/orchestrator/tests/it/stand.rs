@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use metadata_store::{JobKey, JobRecord, JobStore, SqliteStore, UsageCursor, UsageRecord};
-use observability::Metrics;
+use observability::Exposition;
+use observability::metrics::register_shed;
 use parking_lot::Mutex;
+use prometheus_client::registry::Registry;
 use protocol::control::{
     Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeInfo, NodeRole, POLICY_GET, POOL_STATE,
     PRESENCE_REPORT, PolicyRequest, PoolState, PoolStateRequest,
@@ -67,7 +69,7 @@ pub(crate) struct Stand {
     /// What the registry tells of the expelled.
     pub(crate) list: Arc<Mutex<Signed>>,
     pub(crate) store: Arc<dyn JobStore>,
-    pub(crate) metrics: Metrics,
+    pub(crate) metrics: Exposition,
     pub(crate) orchestrator: PublicKey,
     pub(crate) gateway: Client,
     pub(crate) policy: Arc<Mutex<TenantPolicy>>,
@@ -148,7 +150,10 @@ pub(crate) async fn stand(config: Config) -> Stand {
 
 pub(crate) async fn stand_on(store: Arc<dyn JobStore>, config: Config) -> Stand {
     let network = MemoryNetwork::new();
-    let metrics = Metrics::new();
+    let mut registry = Registry::default();
+    let shed = register_shed(&mut registry);
+    let metrics = tether_orchestrator::Metrics::register(&mut registry, shed);
+    let exposition = Exposition::new(registry);
     let tasks = TaskTracker::new();
     let policy = Arc::new(Mutex::new(TenantPolicy::default()));
 
@@ -178,7 +183,7 @@ pub(crate) async fn stand_on(store: Arc<dyn JobStore>, config: Config) -> Stand 
         region: region(),
         clock: Arc::new(SystemClock),
         store: store.clone(),
-        metrics: metrics.clone(),
+        metrics,
         membership: membership.clone(),
         version: "0".into(),
     };
@@ -189,7 +194,7 @@ pub(crate) async fn stand_on(store: Arc<dyn JobStore>, config: Config) -> Stand 
         membership,
         list: revoked,
         store,
-        metrics,
+        metrics: exposition,
         orchestrator,
         gateway,
         policy,

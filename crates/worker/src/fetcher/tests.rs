@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use prometheus_client::registry::Registry;
 use protocol::artifact::{ArtifactHead, FETCH};
 use protocol::control::{ARTIFACT_HOLDERS, ArtifactHolders, ArtifactHoldersRequest, Catalog, NodeInfo, NodeRole};
 use protocol::health::{Capacity, HealthReport};
@@ -165,7 +166,7 @@ impl Scene {
             listed: listed.clone(),
             most_bytes,
             free_bytes: Arc::new(move || Some(free_bytes.load(Ordering::Relaxed))),
-            metrics: Metrics::new(),
+            metrics: Metrics::register(&mut Registry::default()),
         });
         Self { fetcher, store, listed, folder, free, requests, stop }
     }
@@ -446,6 +447,6 @@ fn second_of(scene: &Scene) -> Fetcher {
         listed: scene.listed.clone(),
         most_bytes: None,
         free_bytes: Arc::new(move || Some(free_bytes.load(Ordering::Relaxed))),
-        metrics: Metrics::new(),
+        metrics: Metrics::register(&mut Registry::default()),
     })
 }

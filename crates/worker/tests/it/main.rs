@@ -22,8 +22,9 @@ use std::time::Duration;
 use artifact_store::ArtifactStore;
 use bytes::Bytes;
 use engine::{MockOptions, MockRuntime, ModelRuntime};
-use observability::metrics::Metrics;
+use observability::Exposition;
 use parking_lot::Mutex;
+use prometheus_client::registry::Registry;
 use protocol::control::{Empty, NodeInfo, NodeRole, PRESENCE_REPORT};
 use protocol::health::{HealthReport, ModelState};
 use protocol::infer::{InferChunk, InferRequest, Input, START};
@@ -126,7 +127,7 @@ struct Scene {
     world: World,
     orchestrator: Orchestrator,
     runtime: Arc<MockRuntime>,
-    metrics: Metrics,
+    metrics: Exposition,
     transport: Arc<dyn Transport>,
     handle: WorkerHandle,
     stop: CancellationToken,
@@ -201,7 +202,8 @@ impl Scene {
         prepare(&world);
         let orchestrator = Orchestrator::join(&world.network, 2, &world).await;
         let runtime = Arc::new(MockRuntime::new(mock));
-        let metrics = Metrics::new();
+        let mut registry = Registry::default();
+        let metrics = tether_worker::Metrics::register(&mut registry);
         let node_key = NodeKey::from_seed(&[1; 32]);
         let transport = wall(world.network.node(&node_key));
         let parts = WorkerParts {
@@ -211,7 +213,7 @@ impl Scene {
             clock: world.clock.clone(),
             runtime: wrap(runtime.clone()),
             artifacts,
-            metrics: metrics.clone(),
+            metrics,
             membership: admit(&world),
             adoption: None,
             version: "0".into(),
@@ -220,6 +222,7 @@ impl Scene {
         let handle = worker.handle();
         let stop = CancellationToken::new();
         let running = world.tasks.spawn(worker.run(stop.clone()));
+        let metrics = Exposition::new(registry);
         Self { world, orchestrator, runtime, metrics, transport, handle, stop, running }
     }
 

@@ -1,0 +1,55 @@
+//! Metrics of orchestrators.
+
+use observability::metrics::{ReasonLabel, Shed, register};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// Labels of a circuit breaker.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct BreakerLabel {
+    pub model: String,
+    pub region: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PhaseLabel {
+    /// `pre_token` or `mid_stream`.
+    pub phase: &'static str,
+}
+
+/// Metrics of an orchestrator. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    pub shed: Shed,
+    pub breaker_state: Family<BreakerLabel, Gauge>,
+    pub breaker_transitions: Family<BreakerLabel, Counter>,
+    pub retries: Family<ReasonLabel, Counter>,
+    pub retries_exhausted: Counter,
+    pub failovers: Family<PhaseLabel, Counter>,
+    pub reservations_active: Gauge,
+    pub presence_rejected: Family<ReasonLabel, Counter>,
+    pub workers_live: Gauge,
+    pub workers_loading: Gauge,
+}
+
+impl Metrics {
+    /// Creates the metrics and registers them. `shed` is registered already, because gateways count it too.
+    #[rustfmt::skip] // One line per metric.
+    pub fn register(registry: &mut Registry, shed: Shed) -> Self {
+        Self {
+            shed,
+            breaker_state: register(registry, "tether_breaker_state", "0 closed, 1 open, 2 half-open", Family::default()),
+            breaker_transitions: register(registry, "tether_breaker_transitions", "State transitions of circuit breakers", Family::default()),
+            retries: register(registry, "tether_retries", "Attempts after the first", Family::default()),
+            retries_exhausted: register(registry, "tether_retries_exhausted", "Jobs whose attempts were exhausted", Counter::default()),
+            failovers: register(registry, "tether_failovers", "Jobs that went to another worker", Family::default()),
+            reservations_active: register(registry, "tether_reservations_active", "Reservations held", Gauge::default()),
+            presence_rejected: register(registry, "tether_presence_rejected", "Rejected health reports", Family::default()),
+            workers_live: register(registry, "tether_workers_live", "Live workers", Gauge::default()),
+            workers_loading: register(registry, "tether_workers_loading", "Live workers that are loading a model", Gauge::default()),
+        }
+    }
+}
