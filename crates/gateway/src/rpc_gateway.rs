@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::answer::{Answer, Whole};
-use crate::config::seconds;
+use crate::config::{Config, seconds};
 use crate::gateway::Gateway;
 use crate::infer_request::native;
 use crate::job::Job;
@@ -36,6 +36,8 @@ const CALLS_BESIDES: usize = 1024;
 /// Maximum bytes of request bodies in memory. It applies to callers that count as strangers: all of them, as long as
 /// `body_bytes_max` is below the limit of members.
 const REQUEST_BYTES: usize = 256 * 1024 * 1024;
+/// How many clients it takes to use up the concurrent calls.
+const CLIENTS_AT_LEAST: usize = 16;
 
 /// Serves RPC clients on the gateway's node. Clones share one gateway.
 #[derive(Clone)]
@@ -61,6 +63,24 @@ enum Wording {
     },
 }
 
+/// Returns the limits of the RPC server. Its clients are strangers, so they have all the calls and most of the
+/// connections. Many keys can still fill these: a client with a call in progress is never disconnected for another. An
+/// eighth of the connections is left to members.
+fn limits(config: &Config) -> ServerLimits {
+    let calls = config.jobs_max.saturating_add(CALLS_BESIDES);
+    let defaults = ServerLimits::default();
+    ServerLimits {
+        strangers_calls_max: calls,
+        strangers_calls_per_peer_max: calls / CLIENTS_AT_LEAST,
+        strangers_body_bytes_max: REQUEST_BYTES,
+        connections_max: config.connections_max,
+        strangers_connections_max: config.connections_max - config.connections_max / 8,
+        // Clients call again minutes later, and a new connection costs them a handshake.
+        strangers_idle: defaults.idle,
+        ..defaults
+    }
+}
+
 impl RpcGateway {
     pub(crate) fn new(gateway: Gateway) -> Self {
         Self { gateway }
@@ -75,12 +95,7 @@ impl RpcGateway {
             region: config.region.clone(),
             version: self.gateway.version().to_owned(),
         };
-        let limits = ServerLimits {
-            strangers_calls_max: config.jobs_max.saturating_add(CALLS_BESIDES),
-            strangers_body_bytes_max: REQUEST_BYTES,
-            connections_max: config.connections_max,
-            ..ServerLimits::default()
-        };
+        let limits = limits(&config);
         let membership = self.gateway.membership().clone();
         let server = self.serve(Server::new(transport.clone(), info)).limits(limits).membership(membership);
         let server = server.body_limit(move |_| config.body_bytes_max);

@@ -12,13 +12,14 @@ use protocol::membership::certificate::CERTIFICATE_BYTES_MAX;
 use protocol::{ErrorCode, PublicKey, WireError, codec};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use self::budget::{Allowance, BodyLimit, Budget};
+use self::call_permits::{CallPermit, CallPermits};
 use self::connections::{CallMark, ConnectionPermit, Connections};
 use crate::frame::Frame;
 use crate::membership::Membership;
@@ -26,6 +27,7 @@ use crate::transport::{Channel, Connection, Incoming, Transport};
 
 mod access;
 mod budget;
+mod call_permits;
 mod connections;
 mod stream_call;
 mod with_state;
@@ -59,16 +61,28 @@ pub struct ServerLimits {
     /// The same for all strangers together, so that they cannot use up the capacity of the others. Strangers are
     /// callers whose body limit is below the largest message.
     pub strangers_calls_max: usize,
+    /// The same for one stranger, over all its connections, so that a few keys cannot use up the calls of all strangers.
+    /// A call counts from its arrival: a stream whose request never comes counts until it times out.
+    pub strangers_calls_per_peer_max: usize,
     /// The maximum number of bytes of the requests of those calls. Requests beyond it are refused.
     pub body_bytes_max: usize,
     /// The same for all strangers together.
     pub strangers_body_bytes_max: usize,
-    /// The maximum number of connections. Further ones are refused with an error and closed.
+    /// The maximum number of connections. Further ones are refused with an error and closed, unless a stranger's oldest
+    /// connection without calls can be closed for them.
     pub connections_max: usize,
+    /// The same for all strangers together; members have the rest. A stranger here is a peer that the server's
+    /// membership does not know. It counts as a member from when it shows a valid certificate, and a further
+    /// stranger replaces the oldest connection without calls. Only calls keep strangers' connections open against
+    /// others, so it should exceed `strangers_calls_max`. Nothing limits the connections of one network address: the
+    /// transport does not show it.
+    pub strangers_connections_max: usize,
     /// The maximum number of connections of one peer. A further one replaces the peer's oldest one without calls.
     pub connections_per_peer_max: usize,
     /// The idle timeout. A connection without calls is closed after this time, and before twice this time.
     pub idle: Duration,
+    /// The same for connections of strangers.
+    pub strangers_idle: Duration,
 }
 
 impl Default for ServerLimits {
@@ -76,11 +90,14 @@ impl Default for ServerLimits {
         Self {
             calls_max: 8192,
             strangers_calls_max: 2048,
+            strangers_calls_per_peer_max: 128,
             body_bytes_max: 256 * 1024 * 1024,
             strangers_body_bytes_max: 64 * 1024 * 1024,
             connections_max: 16_384,
+            strangers_connections_max: 8192,
             connections_per_peer_max: 8,
             idle: Duration::from_mins(5),
+            strangers_idle: Duration::from_secs(10),
         }
     }
 }
@@ -269,10 +286,8 @@ impl Server {
         let (abort, over) = (CancellationToken::new(), CancellationToken::new());
         let transport = self.transport.clone();
         let limits = self.limits;
-        let permits = |count: usize| Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS)));
         let shared = Arc::new(Shared {
-            members: permits(limits.calls_max),
-            strangers: permits(limits.strangers_calls_max),
+            call_permits: CallPermits::new(&limits),
             budget: Budget::new(&limits, self.body_limit.take()),
             server: self,
             calls: calls.clone(),
@@ -280,15 +295,16 @@ impl Server {
             abort: abort.clone(),
             over: over.clone(),
         });
-        let connection_permits = Connections::new(limits.connections_max, limits.connections_per_peer_max);
+        let connection_permits = Connections::new(&limits);
         let turned_away = Arc::new(Semaphore::new(TURNED_AWAY_MAX));
         while let Some(Some(connection)) = stop.run_until_cancelled(transport.accept()).await {
             let shared = shared.clone();
-            if let Some(permit) = connection_permits.enter(connection.remote_key()) {
+            let peer = connection.remote_key();
+            if let Some(permit) = connection_permits.enter(peer, shared.server.membership.is_member(peer)) {
                 connections.spawn(async move { shared.serve(connection, permit).await });
             } else if let Ok(permit) = turned_away.clone().try_acquire_owned() {
                 connections.spawn(async move {
-                    debug!(peer = connection.remote_key().short(), "a connection too many");
+                    debug!(peer = peer.short(), "a connection too many");
                     shared.turn_away(&*connection, too_many(), None).await;
                     drop(permit);
                 });
@@ -310,8 +326,7 @@ impl Server {
 
 struct Shared {
     server: Server,
-    members: Arc<Semaphore>,
-    strangers: Arc<Semaphore>,
+    call_permits: Arc<CallPermits>,
     budget: Budget,
     calls: TaskTracker,
     /// Cancelled when no new calls are accepted.
@@ -324,7 +339,7 @@ struct Shared {
 
 /// What a call holds while it is being handled.
 struct Hold {
-    _permit: OwnedSemaphorePermit,
+    _permit: CallPermit,
     _mark: CallMark,
 }
 
@@ -337,10 +352,11 @@ impl Shared {
             return self.turn_away(&*connection, Exclusion::Revoked.into(), self.server.on_revoked_call.as_ref()).await;
         }
         let mut revoked = std::pin::pin!(membership.until_revoked(caller.key));
-        let idle = self.server.limits.idle;
+        // A connection that has begun as a stranger's is looked at again after the stranger's time.
+        let idle = || if permit.is_strangers() { self.server.limits.strangers_idle } else { self.server.limits.idle };
         let mut given_away = std::pin::pin!(permit.given_away());
         let mut over = std::pin::pin!(self.over.cancelled());
-        let mut timer = std::pin::pin!(time::sleep(idle));
+        let mut timer = std::pin::pin!(time::sleep(idle()));
         let mut was_idle = false;
         let mut hellos_left = HELLOS_FAILED_MAX;
         loop {
@@ -363,16 +379,23 @@ impl Shared {
                             return connection.close();
                         }
                         was_idle = permit.is_idle();
-                        timer.as_mut().reset(Instant::now() + idle);
+                        timer.as_mut().reset(Instant::now() + idle());
                     }
                 }
             };
             let Some(incoming) = incoming else { return };
+            // Checked here as well, because a peer that never stops calling would keep its connection.
+            if permit.is_given_away() {
+                return connection.close();
+            }
             was_idle = false;
             match incoming {
                 // Handled here and not in a task, so that the calls that follow find the caller introduced.
                 Incoming::Request { method, body, reply } if method == NODE_HELLO => {
                     let hello = self.take_hello(caller, &body);
+                    if membership.is_member(caller.key) {
+                        permit.count_as_member();
+                    }
                     hellos_left -= u32::from(hello.is_err());
                     reply.send(hello);
                     if hellos_left == 0 {
@@ -399,9 +422,11 @@ impl Shared {
             return refuse(incoming, stopping());
         }
         let allowance = self.budget.allowance(caller.key);
-        let permits = if allowance.is_strangers() { &self.strangers } else { &self.members };
-        let Ok(permit) = permits.clone().try_acquire_owned() else {
-            return refuse(incoming, too_busy());
+        let permits = &self.call_permits;
+        let permit = if allowance.is_strangers() { permits.enter_stranger(caller.key) } else { permits.enter() };
+        let permit = match permit {
+            Ok(permit) => permit,
+            Err(error) => return refuse(incoming, error),
         };
         let hold = Hold { _permit: permit, _mark: connection_permit.call() };
         let shared = self.clone();
@@ -483,6 +508,11 @@ fn refuse(incoming: Incoming, error: WireError) {
 
 fn too_busy() -> WireError {
     WireError::new(ErrorCode::Unavailable, "this node works on too many calls, try again")
+        .with_retry_after(Duration::from_secs(1))
+}
+
+fn too_many_of_yours() -> WireError {
+    WireError::new(ErrorCode::Unavailable, "this node works on too many of your calls, try again")
         .with_retry_after(Duration::from_secs(1))
 }
 

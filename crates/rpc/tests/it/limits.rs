@@ -90,6 +90,28 @@ async fn strangers_leave_the_calls_of_members_alone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_stranger_with_many_silent_streams_leaves_calls_to_other_strangers() {
+    let limits = ServerLimits { strangers_calls_max: 64, strangers_calls_per_peer_max: 8, ..ServerLimits::default() };
+    let pair = pair(|server| server.limits(limits).body_limit(|_| 1000));
+    let peer = pair.server.public_key();
+    let greedy = node(&pair, 3);
+    let (mut connections, mut silent) = (vec![], vec![]);
+    for _ in 0..2 {
+        let connection = greedy.connect(peer).await.expect("connected");
+        for _ in 0..100 {
+            silent.push(connection.open_channel().await.expect("open"));
+        }
+        connections.push(connection);
+    }
+    time::sleep(SECOND).await;
+    let ping = |client: Client| async move { client.call::<_, Empty>(peer, NODE_PING, &Empty {}, SECOND).await };
+    ping(Client::new(node(&pair, 4))).await.expect("another stranger's");
+    assert_eq!(code(ping(Client::new(greedy.clone())).await.expect_err("its part is used up")), ErrorCode::Unavailable);
+    time::sleep(SECOND * 10).await;
+    ping(Client::new(greedy)).await.expect("the silent streams were given up on");
+}
+
+#[tokio::test(start_paused = true)]
 async fn requests_beyond_the_room_are_refused_and_the_room_is_given_back() {
     let limits = ServerLimits { body_bytes_max: 2500, ..ServerLimits::default() };
     let pair = pair(|server| {

@@ -10,8 +10,10 @@ use protocol::control::{
 use protocol::membership::{Certificate, Exclusion, RevocationList, RevocationStamp, certificate, revocation};
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, ErrorCode, PublicKey, Topic, UnixMillis, WireError, codec};
+use tether_rpc::transport::Connection;
 use tether_rpc::{
-    CallError, Client, Directory, Enrolment, Membership, MembershipTask, MemoryNetwork, Server, StreamCall, Transport,
+    CallError, Client, Directory, Enrolment, Membership, MembershipTask, MemoryNetwork, Server, ServerLimits,
+    StreamCall, Transport,
 };
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -155,6 +157,56 @@ async fn the_first_call_finds_its_caller_introduced() {
     worker.client.meet(server.key, SECOND).await.expect("met");
     assert!(worker.membership.has_role(server.key, NodeRole::Registry));
     assert!(!worker.membership.has_role(server.key, NodeRole::Worker));
+}
+
+/// Opens a connection for each of these strangers, and uses none of them.
+async fn idle_strangers(
+    pool: &Pool,
+    server: &Node,
+    seeds: std::ops::Range<u8>,
+) -> Vec<(Arc<dyn Transport>, Arc<dyn Connection>)> {
+    let mut strangers = vec![];
+    for seed in seeds {
+        let transport = pool.node(seed);
+        let connection = transport.connect(server.key).await.expect("connected");
+        strangers.push((transport, connection));
+        time::sleep(SECOND / 100).await;
+    }
+    strangers
+}
+
+#[tokio::test(start_paused = true)]
+async fn idle_strangers_keep_no_member_out() {
+    let pool = Pool::new();
+    let (server, worker) = (pool.join(1, &[NodeRole::Registry]), pool.join(2, &[NodeRole::Worker]));
+    let limits = ServerLimits { connections_max: 8, strangers_connections_max: 8, ..ServerLimits::default() };
+    pool.serve(&server, NodeRole::Registry, |server| server.limits(limits));
+    let strangers = idle_strangers(&pool, &server, 10..18).await;
+    assert_eq!(whoami(&worker.client, server.key).await, Ok(Empty {}));
+    let closed: Vec<bool> = strangers.iter().map(|(_, connection)| connection.is_closed()).collect();
+    assert_eq!(closed, [true, false, false, false, false, false, false, false], "the oldest gave way");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_has_shown_its_certificate_gives_way_to_no_stranger() {
+    let pool = Pool::new();
+    let certificate = pool.certificate(2, &[NodeRole::Worker]);
+    let (server, worker) = (pool.join(1, &[NodeRole::Registry]), pool.join_with(2, &certificate));
+    let limits = ServerLimits { connections_max: 8, strangers_connections_max: 4, ..ServerLimits::default() };
+    pool.serve(&server, NodeRole::Registry, |server| server.limits(limits));
+    let hello = Hello { certificate: Some(certificate.sign(&pool.root)) };
+    let stranger = pool.node(3);
+    let member = worker.transport.connect(server.key).await.expect("connected");
+    let unproven = stranger.connect(server.key).await.expect("connected");
+    member.request(NODE_HELLO, codec::encode(&hello).into()).await.expect("a valid certificate");
+    let none = Hello { certificate: None };
+    unproven.request(NODE_HELLO, codec::encode(&none).into()).await.expect("an introduction without a certificate");
+    let strangers = idle_strangers(&pool, &server, 10..18).await;
+    assert!(!member.is_closed() && unproven.is_closed());
+    assert_eq!(strangers.iter().filter(|(_, connection)| !connection.is_closed()).count(), 4);
+    // Strangers are closed soon, members after five minutes.
+    time::sleep(SECOND * 21).await;
+    assert!(!member.is_closed() && strangers.iter().all(|(_, connection)| connection.is_closed()));
 }
 
 #[tokio::test(start_paused = true)]
