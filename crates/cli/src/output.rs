@@ -121,8 +121,8 @@ fn look_of(state: &str) -> Option<Look> {
     }
 }
 
-/// Returns styled rows under a header, each column as wide as its widest cell on a terminal. Cells may contain untrusted
-/// text.
+/// Returns styled rows under a header, each column as wide as its widest cell on a terminal. Cells may contain
+/// untrusted text.
 pub fn aligned(head: &[&str], rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|cell| one_line(cell)).collect()).collect();
     let width = |column: usize| {

@@ -14,8 +14,8 @@ const TEXT_MAX: usize = 300;
 /// The longest name of a field, in characters.
 const PARAM_MAX: usize = 64;
 
-/// Returns the error of a job for a worker's error. An error that no honest worker sends is the worker's failure, and so
-/// is a deadline that has not passed.
+/// Returns the error of a job for a worker's error. An error that no honest worker sends is the worker's failure, and
+/// so is a deadline that has not passed.
 pub(crate) fn translate(error: WireError, deadline_passed: bool) -> WireError {
     let own = |message: &str| WireError::new(error.code, message);
     match error.code {

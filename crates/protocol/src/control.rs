@@ -712,8 +712,8 @@ pub struct PoolState {
     /// The revocation list, if the caller has another version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revocations: Option<Signed>,
-    /// A signed [`crate::membership::RevocationStamp`], made for this response. A node counts a registry that sends none
-    /// as silent.
+    /// A signed [`crate::membership::RevocationStamp`], made for this response. A node counts a registry that sends
+    /// none as silent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stamp: Option<Signed>,
 }

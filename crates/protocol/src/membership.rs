@@ -25,8 +25,8 @@ pub const STATE_EVERY: Duration = Duration::from_secs(2);
 /// A certificate is valid from this long before it is issued, for nodes whose clock is slow.
 pub const BACKDATE: Duration = Duration::from_mins(1);
 
-/// The age up to which a stamp of the pool's state is fresh. A registry can withhold a revocation for this long, and the
-/// clocks of nodes may differ by as much.
+/// The age up to which a stamp of the pool's state is fresh. A registry can withhold a revocation for this long, and
+/// the clocks of nodes may differ by as much.
 pub const STAMP_FRESH: Duration = Duration::from_secs(10);
 /// A stamp may be dated this far in the future, for nodes whose clock is slow.
 pub const STAMP_AHEAD_MAX: Duration = Duration::from_mins(1);

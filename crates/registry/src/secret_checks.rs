@@ -1,8 +1,8 @@
 //! Checks of the secrets that any node may present: those of invites and of operators' tokens.
 //!
-//! Keys cost nothing to make, so a count that all keys share would let strangers lock everybody out. Therefore the secret
-//! is checked first, and only wrong ones count, against the key that presented them. The work is bounded by the number
-//! of concurrent checks. Secrets are too long to be guessed at any rate.
+//! Keys cost nothing to make, so a count that all keys share would let strangers lock everybody out. Therefore the
+//! secret is checked first, and only wrong ones count, against the key that presented them. The work is bounded by the
+//! number of concurrent checks. Secrets are too long to be guessed at any rate.
 
 use protocol::{ErrorCode, PublicKey, WireError};
 use rpc::rate_limit::{Quota, RateLimit};

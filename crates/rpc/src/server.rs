@@ -61,8 +61,8 @@ pub struct ServerLimits {
     /// The same for all strangers together, so that they cannot use up the capacity of the others. Strangers are
     /// callers whose body limit is below the largest message.
     pub strangers_calls_max: usize,
-    /// The same for one stranger, over all its connections, so that a few keys cannot use up the calls of all strangers.
-    /// A call counts from its arrival: a stream whose request never comes counts until it times out.
+    /// The same for one stranger, over all its connections, so that a few keys cannot use up the calls of all
+    /// strangers. A call counts from its arrival: a stream whose request never comes counts until it times out.
     pub strangers_calls_per_peer_max: usize,
     /// The maximum number of bytes of the requests of those calls. Requests beyond it are refused.
     pub body_bytes_max: usize,
