@@ -39,7 +39,7 @@ impl SourceFile {
     }
 }
 
-/// Runs all checks and prints the findings. Returns whether there are none.
+/// Runs all checks and prints the findings. Returns whether nothing was found.
 pub(crate) fn run(tether: Option<PathBuf>) -> Result<bool> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the repository")?;
     let files = read_files(root)?;

@@ -105,7 +105,6 @@ pub struct TokenRecord {
     /// Keyed hash of the secret.
     pub hash: [u8; 32],
     pub scopes: Vec<Scope>,
-    /// Display name.
     pub name: String,
     pub created_at: UnixMillis,
     pub expires_at: Option<UnixMillis>,
@@ -156,7 +155,6 @@ pub enum Redemption {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewCertificate {
     pub public_key: PublicKey,
-    /// Display name.
     pub name: String,
     /// The roles it may have.
     pub roles: Vec<NodeRole>,
@@ -174,7 +172,6 @@ pub struct NewCertificate {
 pub struct NodeRecord {
     pub public_key: PublicKey,
     pub serial: u64,
-    /// Display name.
     pub name: String,
     /// The roles it may have.
     pub roles: Vec<NodeRole>,

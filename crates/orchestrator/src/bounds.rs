@@ -95,7 +95,6 @@ pub(crate) struct Content {
     pub(crate) bytes: usize,
     /// Number of token ids.
     pub(crate) tokens: usize,
-    /// Number of log-probabilities.
     pub(crate) logprobs: usize,
 }
 

@@ -76,7 +76,6 @@ pub struct Wanted<'a> {
     pub short_context: u32,
 }
 
-/// The live workers.
 pub struct Fleet {
     own_region: Region,
     near_regions: Vec<Region>,

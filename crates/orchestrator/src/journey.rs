@@ -38,7 +38,6 @@ pub struct Verdict {
     pub is_failure: bool,
 }
 
-/// A running job.
 pub struct Journey {
     /// The request, with the number of the current attempt.
     pub request: InferRequest,

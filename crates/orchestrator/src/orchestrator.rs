@@ -60,7 +60,6 @@ pub struct OrchestratorParts {
     /// The orchestrator's connection to the network.
     pub transport: Arc<dyn Transport>,
     pub region: Region,
-    /// Wall clock.
     pub clock: Arc<dyn Clock>,
     /// Stores jobs, reservations and usage.
     pub store: Arc<dyn JobStore>,

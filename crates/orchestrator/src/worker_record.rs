@@ -21,7 +21,6 @@ const ALL_MAX: usize = 100;
 const ALL_MIN: usize = 20;
 /// How long the first ejection lasts. Each further one lasts twice as long.
 const EJECTION: Duration = Duration::from_mins(1);
-/// The longest ejection.
 const EJECTION_MAX: Duration = Duration::from_mins(16);
 /// How many workers are remembered. Those heard of longest ago are forgotten first.
 const WORKERS_MAX: usize = 16_384;

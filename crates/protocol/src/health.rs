@@ -41,7 +41,7 @@ pub struct HealthReport {
     pub pub_key: PublicKey,
     /// Region of the worker.
     pub region: Region,
-    /// Class of the accelerators, such as `a100`; `cpu` if there are none.
+    /// Class of the accelerators, such as `a100`; `cpu` without one.
     pub gpu_class: String,
     /// Memory of the accelerators in GiB, despite the field's name.
     #[serde(rename = "vramGB")]

@@ -59,7 +59,6 @@ pub struct CertificateAuthorityParts {
     pub root: NodeKey,
     /// Stores nodes, invites and revocations.
     pub store: Arc<dyn RegistryStore>,
-    /// Wall clock.
     pub clock: Arc<dyn Clock>,
     /// The HMAC key for secrets.
     pub pepper: Pepper,

@@ -24,7 +24,6 @@ pub enum ModelError {
         short(.registered)
     )]
     Taken {
-        /// The requested key.
         key: ModelKey,
         /// The digest of the registered model.
         registered: Digest,
@@ -34,7 +33,6 @@ pub enum ModelError {
     /// The name stands for another model.
     #[error("{alias} is an alias of {target}; choose another name, or forget the alias first")]
     IsAlias {
-        /// The requested name.
         alias: ModelName,
         /// What the alias stands for.
         target: ModelRef,
@@ -62,7 +60,6 @@ pub enum ModelError {
     /// The name has several versions, and none was given.
     #[error("{name} has the versions {versions}; say which one, as {name}@VERSION")]
     Several {
-        /// The requested name.
         name: ModelName,
         /// All of its versions.
         versions: String,

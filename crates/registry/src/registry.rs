@@ -47,7 +47,6 @@ pub struct RegistryParts {
     /// The registry's connection to the network.
     pub transport: Arc<dyn Transport>,
     pub region: Region,
-    /// Wall clock.
     pub clock: Arc<dyn Clock>,
     /// Stores models, tokens, policies and nodes.
     pub store: Arc<dyn RegistryStore>,

@@ -221,7 +221,7 @@ impl DirectoryTask {
         stream::iter(responses).buffer_unordered(REQUESTS_AT_ONCE)
     }
 
-    /// Reduces a peer's description to the roles that it is certified for. Returns `None` if there are none.
+    /// Reduces a peer's description to the roles that it is certified for. Returns `None` if no role is left.
     async fn certified(&self, key: PublicKey, mut info: NodeInfo) -> Option<NodeInfo> {
         let membership = self.client.membership();
         if membership.is_checked() {

@@ -39,7 +39,6 @@ pub enum OpenError {
     },
 }
 
-/// An open file.
 pub(super) struct Opened {
     pub(super) writer: Connection,
     pub(super) reader: Connection,

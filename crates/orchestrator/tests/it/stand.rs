@@ -59,7 +59,7 @@ pub(crate) enum Manner {
     Only(ModelKey),
     /// Answers under the number of another attempt.
     WrongAttempt,
-    /// Lies.
+    /// Does as this lie says, against the contract.
     Lie(Lie),
 }
 

@@ -61,7 +61,7 @@ struct AssistantMessage<'a> {
     /// The model's reasoning; absent if the model did not reason. Not in OpenAI's API.
     #[serde(skip_serializing_if = "str::is_empty")]
     reasoning_content: &'a str,
-    /// Functions that the model calls; absent if there are none.
+    /// Functions that the model calls; absent if it calls no function.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<WholeCall<'a>>,
     /// Always null.
