@@ -34,13 +34,18 @@ def network(tmp_path):
 def server_of(network):
     """Returns the process of the server that the network started."""
     threads = Path(f"/proc/{network.process.pid}/task").iterdir()
-    children = [child for thread in threads for child in (thread / "children").read_text().split()]
+    children = [child for thread in threads for child in text_of(thread / "children").split()]
     return next((int(child) for child in children if "llama_server.py" in command_of(child)), None)
 
 
 def command_of(process):
+    return text_of(f"/proc/{process}/cmdline")
+
+
+def text_of(path):
+    """Returns what a file of `/proc` says, and nothing once its thread or process has ended."""
     try:
-        return Path(f"/proc/{process}/cmdline").read_text()
+        return Path(path).read_text()
     except OSError:
         return ""
 
