@@ -3,21 +3,26 @@
 //! libFuzzer drives them (`make fuzz`), and `cargo test` replays the corpus through them. Where a reader has an
 //! inverse, its target also checks that what was read is written as it was read.
 
+mod control;
+mod structured_output;
 mod swarm;
 
+use std::fs::File;
 use std::io::Write as _;
+use std::os::unix::net::UnixStream;
 use std::time::SystemTime;
 
 use bytes::{Bytes, BytesMut};
 use engine::answer_parser::{AnswerFormat, AnswerParser, Delta};
 use engine::chat_template::ChatTemplate;
 use engine::gguf::{self, Header};
-use engine::process::frame::{self, ToChild, ToParent};
+use engine::process::frame::{self, FileInfo, ToChild, ToParent};
+use engine::process::handover;
 use engine::remote::answer_reader::AnswerReader;
 use engine::remote::event_stream::EventReader;
 use engine::remote::{dialect, refusal, vectors};
 use engine::text_assembler::TextAssembler;
-use engine::{Chat, LoadOptions, Message, Role, Tool, ToolCall, memory_plan};
+use engine::{Chat, LoadOptions, Message, Role, Tool, ToolCall, VerifiedArtifact, memory_plan};
 use observability::trace_context::TraceContext;
 use protocol::health::HealthReport;
 use protocol::infer::{InferChunk, InferRequest, InferSubmission};
@@ -33,6 +38,8 @@ use serde::de::DeserializeOwned;
 use tether_cli::args::Common;
 use tether_cli::settings::{self, Env};
 
+pub use control::{adapter_call, admission_call, enrolment_file, hello, known_peers, token_call};
+pub use structured_output::grammar;
 pub use swarm::{
     compact_value, dht_connection, dht_message, dht_record, mux_frames, noise_message, noise_payload, rpc_message,
     secret_frames, udx_packets,
@@ -43,6 +50,8 @@ pub type Target = fn(&[u8]);
 
 /// Every target with its name, which is also that of its program and of its corpus.
 pub const TARGETS: &[(&str, Target)] = &[
+    ("adapter_call", adapter_call),
+    ("admission_call", admission_call),
     ("answer_parser", answer_parser),
     ("api_token", api_token),
     ("certificate", certificate),
@@ -51,20 +60,25 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("compact_value", compact_value),
     ("completion_request", completion_request),
     ("config_file", config_file),
+    ("descriptors", descriptors),
     ("dht_connection", dht_connection),
     ("dht_message", dht_message),
     ("dht_record", dht_record),
     ("embedding_request", embedding_request),
     ("engine_frame", engine_frame),
+    ("enrolment_file", enrolment_file),
     ("gateway_submission", gateway_submission),
     ("gguf_header", gguf_header),
     ("gguf_pair", gguf_pair),
+    ("grammar", grammar),
     ("health_report", health_report),
+    ("hello", hello),
     ("infer_body", infer_body),
     ("infer_chunk", infer_chunk),
     ("infer_request", infer_request),
     ("infer_submission", infer_submission),
     ("invite", invite),
+    ("known_peers", known_peers),
     ("model_ref", model_ref),
     ("mux_frames", mux_frames),
     ("noise_message", noise_message),
@@ -77,6 +91,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("signed_report", signed_report),
     ("stream_frame", stream_frame),
     ("text_assembler", text_assembler),
+    ("token_call", token_call),
     ("topic", topic),
     ("traceparent", traceparent),
     ("udx_packets", udx_packets),
@@ -246,6 +261,23 @@ pub fn engine_frame(bytes: &[u8]) {
     while let Ok(Some(_)) = frame::decode::<ToParent>(&mut buffer) {}
 }
 
+/// The files that come to an engine process before the frame that describes them: as many as the first byte says.
+pub fn descriptors(bytes: &[u8]) {
+    let [count, described @ ..] = bytes else { return };
+    let Ok(infos) = codec::decode::<Vec<FileInfo>>(described) else { return };
+    let (sender, receiver) = UnixStream::pair().expect("a pair of sockets");
+    let empty = || VerifiedArtifact { file: tempfile(), sha256: String::new(), bytes: 0, parts: Vec::new() };
+    let sent = VerifiedArtifact { parts: (1..*count).map(|_| empty()).collect(), ..empty() };
+    if handover::send(&sender, &sent).is_err() {
+        return;
+    }
+    let received = handover::receive(&receiver, &infos);
+    assert_eq!(received.is_ok(), infos.len() == sent.parts.len() + 1, "there is a file for each description");
+    if let Ok(received) = received {
+        assert_eq!(handover::describe(&received), infos);
+    }
+}
+
 /// The header of a model file, and all that is asked of it.
 pub fn gguf_header(bytes: &[u8]) {
     let Ok(header) = Header::parse(bytes) else { return };
@@ -373,6 +405,10 @@ pub fn text_assembler(bytes: &[u8]) {
         whole
     };
     assert_eq!(assemble(usize::from(*step).max(1)), assemble(rest.len().max(1)));
+}
+
+fn tempfile() -> File {
+    tempfile::tempfile().expect("a file")
 }
 
 fn text(bytes: &[u8]) -> Option<&str> {

@@ -13,7 +13,7 @@
 pub mod answer_parser;
 pub mod chat_template;
 pub mod gguf;
-#[cfg(feature = "llama")]
+#[cfg(feature = "grammar")]
 pub mod grammar;
 pub mod hardware;
 mod json_form;
