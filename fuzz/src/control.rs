@@ -24,19 +24,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 /// The calls that admit nodes, name them and expel them.
-const ADMISSION: &[&str] = &[
-    INVITE_REDEEM,
-    INVITE_CREATE,
-    CERTIFICATE_RENEW,
-    NODE_LIST,
-    NODE_RENAME,
-    NODE_REVOKE,
-    POOL_STATE,
-    CLOCK_READ,
-];
+const ADMISSION: &[&str] =
+    &[INVITE_REDEEM, INVITE_CREATE, CERTIFICATE_RENEW, NODE_LIST, NODE_RENAME, NODE_REVOKE, POOL_STATE, CLOCK_READ];
 /// The calls about API tokens and what their tenants may do.
-const TOKENS: &[&str] =
-    &[TOKEN_CHECK, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, POLICY_GET];
+const TOKENS: &[&str] = &[TOKEN_CHECK, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, POLICY_GET];
 /// The calls about models, their aliases and adapters.
 const CATALOG: &[&str] = &[
     ADAPTER_ADD,
