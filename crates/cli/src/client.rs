@@ -98,6 +98,8 @@ pub struct ChatAnswer {
     pub text: String,
     pub correlation_id: String,
     pub attempts: u32,
+    /// How often another worker continued the answer.
+    pub continued: u32,
     /// From the request to the first text or reasoning.
     pub first_token: Duration,
     /// From the first text or reasoning to the last.
@@ -236,6 +238,9 @@ impl GatewayClient {
                 answer.completion_tokens = tokens as u32;
                 answer.prompt_tokens = count("/usage/prompt_tokens").unwrap_or(0) as u32;
                 answer.cached_tokens = count("/usage/prompt_tokens_details/cached_tokens").unwrap_or(0) as u32;
+            }
+            if let Some(continued) = count("/tether/continued") {
+                answer.continued = continued as u32;
             }
             if let Some(reason) = text("/choices/0/finish_reason") {
                 reason.clone_into(&mut answer.finish_reason);

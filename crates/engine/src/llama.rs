@@ -175,11 +175,12 @@ impl ModelRuntime for LlamaRuntime {
         let (loaded, prepared) = loaded.prepare(request).await?;
         drop(preparing);
         let Prepared { mut job, stream } = prepared(admitted);
-        let is_over = job.tokens.len() - job.prompt_tokens >= job.limit as usize;
-        if is_over && !job.tells_prompt {
-            let (prompt_tokens, completion_tokens) = (job.prompt_tokens as u32, job.limit);
+        // An answer that is continued may have held back text, even if it needs no further token.
+        let is_continued = job.tokens.len() > job.prompt_tokens;
+        if job.limit == 0 && !is_continued && !job.tells_prompt {
+            let prompt_tokens = job.prompt_tokens as u32;
             job.outbox.started(prompt_tokens, 0);
-            let usage = TokenUsage { prompt_tokens, completion_tokens, ..TokenUsage::default() };
+            let usage = TokenUsage { prompt_tokens, ..TokenUsage::default() };
             let echo = Piece { text: job.echo.unwrap_or_default(), ..Piece::default() };
             job.outbox.done(echo, FinishReason::Length, usage);
             return Ok(stream);

@@ -22,7 +22,7 @@ use crate::memory_plan::VRAM_SPARED_BYTES;
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, DevicePlacement, EmbedRequest, Embeddings, EngineError, Event, FinishReason,
     GenerateRequest, GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId,
-    ModelRuntime, Progress, ProgressSink, PromptInput, RuntimeInfo, TokenUsage, VerifiedArtifact, unsupported,
+    ModelRuntime, Piece, Progress, ProgressSink, PromptInput, RuntimeInfo, TokenUsage, VerifiedArtifact, unsupported,
 };
 use script::{Script, word};
 
@@ -373,7 +373,7 @@ impl MockGeneration {
         let last = match ended {
             Ok(Ended::Done(reason, usage)) => {
                 model.count(|counters| counters.completed += 1);
-                Ok(Event::Done { reason, usage })
+                Ok(Event::Done { reason, usage, rest: Piece::default() })
             }
             Ok(Ended::Cancelled) => {
                 model.count(|counters| counters.cancelled += 1);

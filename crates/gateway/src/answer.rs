@@ -68,6 +68,8 @@ pub struct Content {
     pub finish_reason: Option<FinishReason>,
     /// Usage of the whole job in the last piece, of the prompt in the first.
     pub usage: Option<TokenUsage>,
+    /// How often another worker continued the answer, in the last piece.
+    pub continued: u32,
 }
 
 impl Content {
@@ -131,6 +133,7 @@ pub struct Answer {
     /// `None` once the answer has ended.
     stream: Option<ResponseStream>,
     check: Sequence,
+    continued: u32,
     /// The first piece, received before this value was created.
     first: Option<Piece>,
     record: RequestRecord,
@@ -155,6 +158,7 @@ impl Answer {
             entries,
             stream: Some(stream),
             check: Sequence::new(correlation_id, expected),
+            continued: 0,
             first: None,
             record,
             tracker,
@@ -177,6 +181,11 @@ impl Answer {
     /// Returns the attempt that answers, counted from 1.
     pub fn attempt(&self) -> u32 {
         self.check.attempt
+    }
+
+    /// Returns how often another worker continued the answer, as far as it has arrived.
+    pub fn continued(&self) -> u32 {
+        self.continued
     }
 
     /// Returns the next piece, or `None` after the last one or after an error.
@@ -212,6 +221,7 @@ impl Answer {
                 if piece.content.has_something() {
                     self.record.piece();
                 }
+                self.continued = piece.content.continued;
                 if let Some(end) = &piece.end {
                     self.record.completed(end.reason, end.usage);
                     self.close();

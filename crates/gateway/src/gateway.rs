@@ -355,6 +355,7 @@ impl Gateway {
             attempt: 1,
             deadline_ms: Some(left.as_millis() as u64),
             progress: true,
+            delivered: None,
         })
     }
 

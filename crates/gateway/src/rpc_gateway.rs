@@ -212,6 +212,7 @@ fn native_answer(answer: &Answer, whole: Whole) -> Option<GatewayAnswer> {
         embeddings: whole.embeddings,
         usage: whole.usage,
         attempt: answer.attempt(),
+        continued: answer.continued(),
     })
 }
 

@@ -20,7 +20,8 @@ fn main() {
         let fleet = fleet_of(size, &model);
         let now = tokio::time::Instant::now();
         let weights = Weights::default();
-        let wanted = Wanted { model: &model, digest: None, adapter: None, prefix: &prompt, short_context: 0 };
+        let wanted =
+            Wanted { model: &model, digest: None, adapter: None, prefix: &prompt, short_context: 0, continues: false };
         let mut times: Vec<f64> = (0..2000)
             .map(|_| {
                 let began = Instant::now();
@@ -66,6 +67,7 @@ fn fleet_of(size: u32, model: &ModelKey) -> Fleet {
                 }],
                 latency_hops: 0,
                 draining: false,
+                continues: true,
                 epoch: 1,
                 seq: 0,
                 issued_at: UnixMillis(0),

@@ -75,8 +75,8 @@ impl Bounds {
     }
 }
 
-/// Counts what an attempt delivers.
-#[derive(Debug)]
+/// Counts what a job delivers, over all attempts that continue its answer.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Meter {
     bounds: Bounds,
     bytes: u64,
@@ -103,20 +103,31 @@ impl Meter {
         Self { bounds, bytes: 0, tokens: 0, shown: 0, claimed: TokenUsage::default() }
     }
 
-    /// Counts the bytes of a chunk. Returns whether the answer is still within its bounds.
+    /// Counts the bytes of a chunk. Returns whether the answer is still within its bounds; otherwise nothing is counted.
     #[must_use]
     pub(crate) fn take_bytes(&mut self, bytes: usize) -> bool {
-        self.bytes = self.bytes.saturating_add(bytes as u64);
-        self.bytes <= self.bounds.bytes
+        let bytes = self.bytes.saturating_add(bytes as u64);
+        let is_within = bytes <= self.bounds.bytes;
+        if is_within {
+            self.bytes = bytes;
+        }
+        is_within
     }
 
-    /// Counts the content of a chunk. Returns whether the answer is still within its bounds.
+    /// Counts the content of a chunk. Returns whether the answer is still within its bounds; otherwise nothing is
+    /// counted.
     #[must_use]
     pub(crate) fn take(&mut self, content: Content, claimed: Option<TokenUsage>) -> bool {
-        if let Some(claimed) = claimed {
-            self.claimed = claimed;
+        let tokens = self.tokens + content.tokens as u64;
+        if tokens > u64::from(self.bounds.completion_tokens) {
+            return false;
         }
-        self.tokens += content.tokens as u64;
+        self.tokens = tokens;
+        if let Some(claimed) = claimed {
+            // A worker that continues an answer may not know all prompts.
+            let prompt_tokens = claimed.prompt_tokens.max(self.claimed.prompt_tokens);
+            self.claimed = TokenUsage { prompt_tokens, ..claimed };
+        }
         // A server without token ids may join several tokens in a chunk. Log-probabilities count them. With an echo, a
         // chunk with log-probabilities and without ids repeats the prompt.
         let shown = match content {
@@ -126,7 +137,7 @@ impl Meter {
             Content { tokens, .. } => tokens,
         };
         self.shown += shown as u64;
-        self.tokens <= u64::from(self.bounds.completion_tokens)
+        true
     }
 
     /// Returns what the job is billed if it ends now, without the worker's word on the answer's tokens.
@@ -147,7 +158,7 @@ impl Meter {
     pub(crate) fn bounded(&self, claimed: TokenUsage) -> TokenUsage {
         let shown = u32::try_from(self.shown).unwrap_or(u32::MAX);
         let completion_tokens = claimed.completion_tokens.min(shown).min(self.bounds.completion_tokens);
-        let prompt_tokens = claimed.prompt_tokens.min(self.bounds.prompt_tokens);
+        let prompt_tokens = claimed.prompt_tokens.max(self.claimed.prompt_tokens).min(self.bounds.prompt_tokens);
         TokenUsage {
             prompt_tokens,
             completion_tokens,
@@ -228,11 +239,15 @@ mod tests {
         ) {
             let mut meter = Meter::new(bounds(prompt_max, completion_max));
             let claimed = usage(claimed[0], claimed[1], claimed[2], claimed[3]);
-            let within = chunks.iter().filter(|count| !meter.take(tokens(**count), None)).count() == 0;
-            let shown: usize = chunks.iter().sum();
-            prop_assert_eq!(within, shown <= completion_max as usize);
+            // What breaks the bounds is not delivered, and does not count.
+            let mut shown = 0;
+            for count in chunks {
+                let is_within = meter.take(tokens(count), None);
+                prop_assert_eq!(is_within, shown + count <= completion_max as usize);
+                shown += if is_within { count } else { 0 };
+            }
             let billed = meter.bounded(claimed);
-            prop_assert!(billed.completion_tokens <= completion_max.min(shown as u32));
+            prop_assert!(billed.completion_tokens <= shown as u32);
             prop_assert!(billed.prompt_tokens <= prompt_max);
             prop_assert!(billed.cached_tokens <= billed.prompt_tokens);
             prop_assert!(billed.reasoning_tokens <= billed.completion_tokens);

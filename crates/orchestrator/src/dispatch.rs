@@ -16,14 +16,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bounds::{Bounds, Content, Meter};
 use crate::job::JobEvent;
+use crate::journal::Entry;
 use crate::journey::Journey;
 use crate::worker_errors;
 
 /// A worker may find that the deadline has passed this much before the orchestrator does.
 const DEADLINE_TOLERANCE: Duration = Duration::from_secs(1);
 
-/// The call that submitted a job. It is accepted with the first chunk, which may carry only progress. The job can be
-/// retried on another worker until part of the answer is sent.
+/// The call that submitted a job. It is accepted with the first chunk, which may carry only progress. Until part of the
+/// answer is sent, the job can begin anew on another worker; after that, another worker can only continue the answer.
 ///
 /// A caller that leaves a chunk unread for too long counts as gone. Otherwise it would hold its job's reservation
 /// forever.
@@ -189,6 +190,8 @@ struct PayloadHead<'a> {
     #[serde(default, borrow)]
     tool_calls: Vec<CallHead<'a>>,
     #[serde(default)]
+    index: u32,
+    #[serde(default)]
     tokens: Vec<u32>,
     #[serde(default)]
     logprobs: Vec<IgnoredAny>,
@@ -207,6 +210,12 @@ struct CallHead<'a> {
 }
 
 impl PayloadHead<'_> {
+    fn entry(&self) -> Entry<'_> {
+        let Self { text, reasoning, tool_calls, logprobs, .. } = self;
+        let has_output = !(text.is_empty() && reasoning.is_empty() && tool_calls.is_empty() && logprobs.is_empty());
+        Entry { index: self.index, tokens: &self.tokens, has_output, finish_reason: self.finish_reason }
+    }
+
     fn content(&self) -> Content {
         let calls = self.tool_calls.iter().map(|call| call.name.len() + call.arguments.len());
         Content {
@@ -217,7 +226,7 @@ impl PayloadHead<'_> {
     }
 }
 
-/// Sends a job to a worker and relays its answer except the last chunk. `context_length` is what the worker reports for
+/// Sends a job to a worker and relays its answer, or the rest of it, except the last chunk. `context_length` is what the worker reports for
 /// the model, in tokens; 0 if unknown.
 ///
 /// A chunk of another job or attempt, out of order, or beyond what the request asks for, fails the attempt, so that an
@@ -234,7 +243,11 @@ pub async fn attempt(
     let body = Bytes::from(codec::encode(&journey.request));
     let bounds = Bounds::of(&journey.request, body.len(), context_length);
     let deadline = journey.deadline;
-    let mut relayed = Relayed::begin(bounds);
+    if journey.request.delivered.is_none() {
+        journey.meter = Some(Meter::new(bounds));
+    }
+    let mut meter = journey.meter.unwrap_or_else(|| Meter::new(bounds));
+    let mut relayed = Relayed::begin();
     let opening = client.open_stream(worker_id, START, body, options);
     let opened = tokio::select! {
         opened = opening => opened,
@@ -250,13 +263,14 @@ pub async fn attempt(
     };
     journey.step(JobEvent::Acknowledge);
     let end = tokio::select! {
-        end = relay(&mut answer, journey, delivery, &mut relayed) => end,
+        end = relay(&mut answer, journey, delivery, &mut relayed, &mut meter) => end,
         () = void.cancelled() => {
             let error = WireError::new(ErrorCode::StaleAttempt, "the job's lease was lost");
             Relay::Failed { error, fault: Fault::None }
         }
     };
-    let usage = relayed.meter.delivered();
+    journey.meter = Some(meter);
+    let usage = meter.delivered();
     match end {
         Relay::Complete(end) => end,
         Relay::CallerGone => AttemptEnd::CallerGone { usage },
@@ -276,8 +290,8 @@ enum Relay {
 }
 
 struct Relayed {
-    seq: u64,
-    meter: Meter,
+    /// Whether the attempt has sent a part of the answer.
+    has_begun: bool,
     /// When the worker last sent a chunk; no longer updated once the answer has begun.
     heard_at: Instant,
     /// The worker's longest silence before its answer began.
@@ -289,6 +303,7 @@ async fn relay(
     journey: &mut Journey,
     delivery: &mut Delivery,
     relayed: &mut Relayed,
+    meter: &mut Meter,
 ) -> Relay {
     loop {
         let next = tokio::select! {
@@ -301,20 +316,21 @@ async fn relay(
             Some(Err(error)) => return Relay::Broken(error),
             None => return breach("the answer has no end"),
         };
-        if !relayed.meter.take_bytes(bytes.len()) {
+        if !meter.take_bytes(bytes.len()) {
             return breach("the answer is longer than the request allows");
         }
         let Ok(head) = codec::decode_borrowed::<ChunkHead<'_>>(&bytes) else {
             return breach("a chunk is malformed");
         };
         let request = &journey.request;
-        if head.correlation_id != request.correlation_id || head.attempt != request.attempt || head.seq != relayed.seq {
+        let is_next = head.seq == journey.journal.seq();
+        if head.correlation_id != request.correlation_id || head.attempt != request.attempt || !is_next {
             return breach("a chunk is out of place");
         }
         if head.model.as_ref().is_some_and(|model| model != journey.model()) {
             return breach("another model answers");
         }
-        if relayed.seq == 0 {
+        if !relayed.has_begun {
             relayed.heard();
         }
         if head.progress.is_some() {
@@ -326,16 +342,19 @@ async fn relay(
         // The deadline limits only the time until the answer begins. An answer that has begun continues as long as its
         // caller reads.
         answer.lift_deadline();
-        relayed.seq += 1;
-        if !relayed.meter.take(head.payload.content(), head.payload.usage) {
+        if !std::mem::replace(&mut relayed.has_begun, true) && request.delivered.is_some() {
+            journey.continued += 1;
+        }
+        if !meter.take(head.payload.content(), head.payload.usage) {
             return breach("the answer has more tokens than the request allows");
         }
         if head.done {
             let claimed = head.payload.usage;
-            let usage = claimed.map_or_else(|| relayed.meter.delivered(), |claimed| relayed.meter.bounded(claimed));
+            let usage = claimed.map_or_else(|| meter.delivered(), |claimed| meter.bounded(claimed));
             let finish_reason = head.payload.finish_reason;
-            let last_chunk = if claimed == Some(usage) { bytes } else { with_usage(&bytes, usage) };
-            let overclaims = claimed.is_some_and(|claimed| relayed.meter.is_impossible(claimed));
+            let is_as_sent = claimed == Some(usage) && journey.continued == 0;
+            let last_chunk = if is_as_sent { bytes } else { amend(&bytes, usage, journey.continued) };
+            let overclaims = claimed.is_some_and(|claimed| meter.is_impossible(claimed));
             let silence = relayed.silence;
             let end = AttemptEnd::Complete { last_chunk, finish_reason, usage, silence, overclaims };
             return Relay::Complete(end);
@@ -344,12 +363,13 @@ async fn relay(
         if delivery.send(&bytes).await.is_err() {
             return Relay::CallerGone;
         }
+        journey.journal.record(head.payload.entry(), journey.request.input.echo);
     }
 }
 
 impl Relayed {
-    fn begin(bounds: Bounds) -> Self {
-        Self { seq: 0, meter: Meter::new(bounds), heard_at: Instant::now(), silence: Duration::ZERO }
+    fn begin() -> Self {
+        Self { has_begun: false, heard_at: Instant::now(), silence: Duration::ZERO }
     }
 
     /// Records that the worker sent a chunk.
@@ -360,10 +380,13 @@ impl Relayed {
     }
 }
 
-/// Replaces the usage in the last chunk, so that the caller reads what is billed.
-fn with_usage(chunk: &Bytes, usage: TokenUsage) -> Bytes {
+/// Writes into the last chunk what is billed, and how often the answer was continued.
+fn amend(chunk: &Bytes, usage: TokenUsage, continued: u32) -> Bytes {
     let Ok(mut chunk) = codec::decode::<serde_json::Value>(chunk) else { return chunk.clone() };
     chunk["payload"]["usage"] = serde_json::json!(usage);
+    if continued > 0 {
+        chunk["payload"]["continued"] = continued.into();
+    }
     codec::encode(&chunk).into()
 }
 

@@ -74,6 +74,8 @@ pub struct Wanted<'a> {
     pub prefix: &'a PrefixChain,
     /// The longest context known to be too short for the job, in tokens; 0 if unknown.
     pub short_context: u32,
+    /// Whether the worker must continue an answer that another began.
+    pub continues: bool,
 }
 
 pub struct Fleet {
@@ -141,6 +143,7 @@ impl Fleet {
                 loading: cached.as_ref().filter(|cached| cached.state == ModelState::Loading).map(load_progress),
                 to_fetch: report.to_fetch.contains(model),
                 failed: cached.as_ref().is_some_and(|cached| cached.state == ModelState::Error),
+                is_adopted: cached.as_ref().is_some_and(|cached| !cached.attested),
                 context_length: cached.as_ref().map_or(0, |cached| cached.context_length),
                 digest: cached.as_ref().map(|cached| cached.digest),
                 tokens_per_second: cached
@@ -470,6 +473,8 @@ impl<'a> CandidateIter<'a> {
                 Some(Refusal::Loading)
             } else if !wanted.is_adapter_served(worker) {
                 Some(Refusal::NoAdapter)
+            } else if wanted.continues && (replica.is_adopted || !worker.report.continues) {
+                Some(Refusal::CannotContinue)
             } else if wanted.is_too_long_for(replica) {
                 Some(Refusal::ShortContext)
             } else if wanted.digest.is_some_and(|digest| replica.digest.is_some_and(|reported| reported != digest)) {

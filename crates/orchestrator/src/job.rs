@@ -1,8 +1,8 @@
 //! The states of a job and the transitions between them. Pure.
 //!
-//! `received → reserved → dispatched → streaming → completed | failed | cancelled | dead`. Only `reserved` and the
-//! terminal states are written to the store (ADR-0008); the attempt number is the fencing token against writes of
-//! abandoned attempts.
+//! `received → reserved → dispatched → streaming → completed | failed | cancelled | dead`. If a worker fails in the middle
+//! of an answer, the job is `interrupted` and is reserved again. Only `reserved` and the terminal states are written to
+//! the store (ADR-0008); the attempt number is the fencing token against writes of abandoned attempts.
 
 /// State of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,8 +13,10 @@ pub enum JobState {
     Reserved,
     /// A worker acknowledged it.
     Dispatched,
-    /// The first chunk of its answer has arrived; from here on it cannot be retried on another worker.
+    /// The caller has part of the answer; from here on it cannot begin anew on another worker, only continue.
     Streaming,
+    /// Its worker failed in the middle of the answer, and another is to continue it.
+    Interrupted,
     /// The answer is complete.
     Completed,
     Failed,
@@ -33,8 +35,10 @@ pub enum JobEvent {
     Chunk,
     /// The last chunk arrived.
     Complete,
-    /// The attempt failed and another will follow.
+    /// The attempt failed before its answer began, and another will follow.
     GiveUpAttempt,
+    /// The attempt failed in the middle of the answer, and another will continue it.
+    Interrupt,
     /// The attempt failed and no other will follow.
     Fail,
     /// The attempt crashed an engine as earlier ones did; the job must not be retried.
@@ -58,15 +62,18 @@ impl JobState {
     pub fn after(self, event: JobEvent) -> Result<Self, IllegalTransition> {
         use JobEvent as On;
         match (self, event) {
-            (Self::Received, On::Reserve) => Ok(Self::Reserved),
+            (Self::Received | Self::Interrupted, On::Reserve) => Ok(Self::Reserved),
             (Self::Reserved, On::Acknowledge) => Ok(Self::Dispatched),
             (Self::Dispatched | Self::Streaming, On::Chunk) => Ok(Self::Streaming),
             (Self::Dispatched | Self::Streaming, On::Complete) => Ok(Self::Completed),
             // The next attempt has to be reserved like the first.
             (Self::Received | Self::Reserved | Self::Dispatched, On::GiveUpAttempt) => Ok(Self::Received),
-            (Self::Received | Self::Reserved | Self::Dispatched | Self::Streaming, On::Fail) => Ok(Self::Failed),
+            (Self::Interrupted | Self::Reserved | Self::Dispatched | Self::Streaming, On::Interrupt) => {
+                Ok(Self::Interrupted)
+            }
+            (state, On::Fail) if !state.is_terminal() => Ok(Self::Failed),
             (Self::Reserved | Self::Dispatched | Self::Streaming, On::Die) => Ok(Self::Dead),
-            (Self::Received | Self::Reserved | Self::Dispatched | Self::Streaming, On::Cancel) => Ok(Self::Cancelled),
+            (state, On::Cancel) if !state.is_terminal() => Ok(Self::Cancelled),
             (state, event) => Err(IllegalTransition { state, event }),
         }
     }
@@ -82,12 +89,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const EVENTS: [JobEvent; 8] = [
+    const EVENTS: [JobEvent; 9] = [
         JobEvent::Reserve,
         JobEvent::Acknowledge,
         JobEvent::Chunk,
         JobEvent::Complete,
         JobEvent::GiveUpAttempt,
+        JobEvent::Interrupt,
         JobEvent::Fail,
         JobEvent::Die,
         JobEvent::Cancel,
@@ -103,6 +111,14 @@ mod tests {
     #[test]
     fn an_answer_that_has_begun_is_never_begun_again() {
         assert!(JobState::Streaming.after(JobEvent::GiveUpAttempt).is_err());
+    }
+
+    #[test]
+    fn an_answer_that_was_interrupted_continues_on_a_new_reservation() {
+        let path = [JobEvent::Interrupt, JobEvent::Reserve, JobEvent::Acknowledge, JobEvent::Chunk, JobEvent::Complete];
+        assert_eq!(path.into_iter().try_fold(JobState::Streaming, JobState::after), Ok(JobState::Completed));
+        assert!(JobState::Interrupted.after(JobEvent::GiveUpAttempt).is_err());
+        assert!(JobState::Interrupted.after(JobEvent::Chunk).is_err());
     }
 
     #[test]

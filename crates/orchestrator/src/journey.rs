@@ -4,14 +4,17 @@ use protocol::control::{AttemptDecision, Decision};
 use protocol::infer::InferRequest;
 use protocol::model::{ALTERNATIVES_MAX, ModelKey};
 use protocol::prefix::PrefixChain;
-use protocol::{Digest, WireError, WorkerId, codec};
+use protocol::{Digest, ErrorCode, WireError, WorkerId, codec};
 use tokio::time::Instant;
 use tracing::error;
 
+use crate::bounds::Meter;
 use crate::circuit_breaker::{Admission, Outcome};
 use crate::fleet::Wanted;
 use crate::job::{JobEvent, JobState};
+use crate::journal::Journal;
 use crate::reservation_manager::Reservation;
+use crate::retry_manager::Part;
 use crate::scheduler::{Placement, Tried};
 
 /// A model that may run a job.
@@ -53,6 +56,18 @@ pub struct Journey {
     pub wants_progress: bool,
     /// The workers that were tried, in order, each with the model it was to run.
     pub tried: Vec<Tried>,
+    /// How many of them may be tried again.
+    forgiven: usize,
+    /// How many attempts in a row failed to continue the answer.
+    fruitless: u32,
+    /// What the caller has of the answers.
+    pub journal: Journal,
+    /// What was delivered, over all attempts that continue the answer.
+    pub(crate) meter: Option<Meter>,
+    /// How often another worker continued the answer.
+    pub continued: u32,
+    /// When the answer was interrupted, until another worker continues it.
+    interrupted_at: Option<Instant>,
     /// Its reservation on a worker.
     pub reservation: Option<Reservation>,
     /// The breaker's decision about the current attempt.
@@ -91,11 +106,16 @@ impl Journey {
         Self {
             builds: builds.collect(),
             build: 0,
-            request,
             fingerprint,
             deadline,
             wants_progress,
             tried: vec![],
+            forgiven: 0,
+            fruitless: 0,
+            journal: Journal::new(&request.input),
+            meter: None,
+            continued: 0,
+            interrupted_at: None,
             reservation: None,
             admission: None,
             verdicts: vec![],
@@ -108,6 +128,7 @@ impl Journey {
             refusal: None,
             state: JobState::Received,
             attempts: vec![],
+            request,
         }
     }
 
@@ -119,6 +140,68 @@ impl Journey {
     /// Returns the models that may run it.
     pub fn models(&self) -> impl Iterator<Item = &ModelKey> + Clone {
         self.builds.iter().map(|build| &build.model)
+    }
+
+    /// Returns the workers that must not be tried again.
+    pub fn excluded(&self) -> &[Tried] {
+        &self.tried[self.forgiven.min(self.tried.len())..]
+    }
+
+    /// Returns what the caller had of the answer when the current attempt failed. `began` says whether it has a part.
+    pub fn delivered_part(&self, began: bool) -> Part {
+        if !began {
+            Part::Nothing
+        } else if self.journal.delivered().is_none() {
+            Part::Final
+        } else {
+            let waited = self.interrupted_at.map(|interrupted| interrupted.elapsed()).unwrap_or_default();
+            Part::Continuable { progressed: self.has_progressed(), waited }
+        }
+    }
+
+    /// Returns whether the current attempt delivered a part of the answer.
+    fn has_progressed(&self) -> bool {
+        self.request.delivered.as_ref().map_or(0, |delivered| delivered.seq) < self.journal.seq()
+    }
+
+    /// Returns how many attempts failed, including the current one. Attempts that delivered something do not count.
+    pub fn failures(&self, part: Part) -> u32 {
+        match part {
+            Part::Continuable { progressed: true, .. } => 0,
+            Part::Continuable { progressed: false, .. } => self.fruitless + 1,
+            Part::Nothing | Part::Final => self.tried.len() as u32,
+        }
+    }
+
+    /// Prepares an attempt that continues the answer. It must run the same model.
+    pub fn interrupt(&mut self, cause: ErrorCode) {
+        self.step(JobEvent::Interrupt);
+        if self.has_progressed() {
+            // Only a worker that is gone is not asked again. If none else can, it may be asked later.
+            let is_away = cause != ErrorCode::EngineCrashed;
+            self.forgiven = self.tried.len().saturating_sub(usize::from(is_away));
+            self.fruitless = 0;
+            self.interrupted_at = None;
+        } else if self.is_dispatched {
+            self.fruitless += 1;
+        } else {
+            self.forgiven = self.tried.len();
+        }
+        self.interrupted_at.get_or_insert_with(Instant::now);
+        self.request.delivered = self.journal.delivered();
+        self.request.deadline_ms = None;
+        self.keep_current_build();
+    }
+
+    /// Drops the other models that may run the job.
+    fn keep_current_build(&mut self) {
+        const OTHER: usize = usize::MAX;
+        for (_, build) in &mut self.tried {
+            *build = if *build == self.build { 0 } else { OTHER };
+        }
+        let current = self.builds.swap_remove(self.build);
+        self.builds = vec![current];
+        self.build = 0;
     }
 
     /// Returns the worker that was tried last.
@@ -144,6 +227,7 @@ impl Journey {
             adapter,
             prefix,
             short_context: *short_context,
+            continues: self.request.delivered.is_some(),
         });
         wanted.collect()
     }
@@ -180,8 +264,11 @@ impl Journey {
         Digest::of(&codec::encode(&(tenant_id, &self.builds[0].model, input)))
     }
 
-    /// Records a placement as a new attempt.
+    /// Records a placement as a new attempt. While a job waits for a worker, only the latest look at the workers is kept.
     pub fn record(&mut self, placement: Placement) {
+        if placement.chosen.is_none() && self.attempts.last().is_some_and(|last| last.chosen.is_none()) {
+            self.attempts.pop();
+        }
         self.attempts.push(AttemptDecision {
             attempt: self.attempts.len() as u32 + 1,
             chosen: placement.chosen.map(|worker| worker.worker_id),

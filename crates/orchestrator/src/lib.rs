@@ -1,7 +1,7 @@
 //! Finds a worker for each job and follows the job until it is settled. Start reading at [`Orchestrator::submit`].
 //!
 //! Decisions are pure functions of the state and the current time ([`scheduler`], [`circuit_breaker`],
-//! [`retry_manager`], [`job`]); only [`orchestrator`], [`dispatch`] and [`reservation_manager`] act.
+//! [`retry_manager`], [`job`], `journal`); only [`orchestrator`], [`dispatch`] and [`reservation_manager`] act.
 
 mod bounds;
 pub mod circuit_breaker;
@@ -12,6 +12,7 @@ pub mod discovery_sub;
 pub mod dispatch;
 pub mod fleet;
 pub mod job;
+mod journal;
 pub mod journey;
 pub mod metrics;
 pub mod orchestrator;

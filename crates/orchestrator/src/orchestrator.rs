@@ -46,7 +46,7 @@ use crate::policy_engine::PolicyEngine;
 use crate::refusals;
 use crate::registry_policies::RegistryPolicies;
 use crate::reservation_manager::{Ending, ReservationManager};
-use crate::retry_manager::{self, Failure, Plan};
+use crate::retry_manager::{self, Failure, Part, Plan};
 use crate::scheduler::{self, Candidate, Placement, Refusal};
 use crate::worker_record::WorkerRecords;
 
@@ -90,8 +90,8 @@ pub struct Orchestrator {
 impl Orchestrator {
     /// Runs one job to its end: policy → fleet, score → breaker → reserve → dispatch, relay → finalise.
     ///
-    /// A job may be retried on another worker until the first chunk of its answer is sent; an answer that the caller
-    /// has begun to receive is never restarted. A reserved job is settled exactly once, and its last chunk is sent only
+    /// A job begins anew on another worker until the first chunk of its answer is sent. An answer that the caller has
+    /// begun to receive is never restarted: another worker continues it after the tokens that were delivered. A reserved job is settled exactly once, and its last chunk is sent only
     /// after that.
     pub async fn submit(&self, mut journey: Journey, delivery: &mut Delivery) -> Result<(), WireError> {
         let policy = self.policies.admit(&journey.request.tenant_id, journey.models()).await?;
@@ -134,7 +134,7 @@ impl Orchestrator {
         let table = if is_choice { &models[..] } else { &[] };
         let wanted = journey.wanted();
         let placement = self.fleet.with_candidates(&wanted, Instant::now(), |candidates| {
-            scheduler::place(candidates.filter(may_run), &journey.tried, &self.config.weights, table)
+            scheduler::place(candidates.filter(may_run), journey.excluded(), &self.config.weights, table)
         });
         let worker = placement.chosen.ok_or_else(|| self.nobody(journey, &wanted, &placement));
         if let Ok(worker) = &worker {
@@ -213,12 +213,14 @@ impl Orchestrator {
         };
         journey.request.attempt = reservation.attempt;
         let left = journey.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        // The deadline is for the beginning of the answer.
+        let deadline = journey.request.delivered.is_none().then_some(left);
+        if deadline.is_some_and(|left| left.is_zero()) {
             return Err(WireError::new(ErrorCode::DeadlineExceeded, "the deadline passed"));
         }
         let options = StreamOptions {
             accept_within: Duration::from_millis(self.config.dispatch_ack_ms),
-            deadline: Some(left),
+            deadline,
             stall: Duration::from_secs(self.config.stall_secs),
         };
         debug!(
@@ -247,7 +249,7 @@ impl Orchestrator {
         if error.code == ErrorCode::EngineCrashed && self.crashed(journey, error) {
             return ControlFlow::Break(AttemptEnd::Dead { error: refusals::crashes_engines() });
         }
-        let failure = Failure { code: error.code, streamed: delivery.has_begun() };
+        let failure = Failure { code: error.code, delivered: journey.delivered_part(delivery.has_begun()) };
         if retry_manager::is_of_the_model(failure) && self.rule_out(journey, error) {
             self.metrics.retries.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
             journey.step(JobEvent::GiveUpAttempt);
@@ -257,7 +259,7 @@ impl Orchestrator {
             journey.step(JobEvent::GiveUpAttempt);
             return ControlFlow::Continue(());
         }
-        let tries = journey.tried.len() as u32;
+        let tries = journey.failures(failure.delivered);
         match retry_manager::plan(tries, self.config.attempts_max, failure, journey.request.correlation_id) {
             Plan::GiveUp => {
                 if tries >= self.config.attempts_max {
@@ -267,9 +269,16 @@ impl Orchestrator {
             }
             Plan::Retry { after } => {
                 self.metrics.retries.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
-                self.metrics.failovers.get_or_create(&PhaseLabel { phase: "pre_token" }).inc();
-                journey.step(JobEvent::GiveUpAttempt);
-                journey.last_error = Some(error.clone());
+                if failure.delivered == Part::Nothing {
+                    self.metrics.failovers.get_or_create(&PhaseLabel { phase: "pre_token" }).inc();
+                    journey.step(JobEvent::GiveUpAttempt);
+                } else {
+                    self.metrics.failovers.get_or_create(&PhaseLabel { phase: "mid_stream" }).inc();
+                    journey.interrupt(error.code);
+                }
+                if error.code != ErrorCode::NoCapacity {
+                    journey.last_error = Some(error.clone());
+                }
                 tokio::select! {
                     () = time::sleep(after) => ControlFlow::Continue(()),
                     () = delivery.gone() => ControlFlow::Break(AttemptEnd::CallerGone { usage: end.usage() }),

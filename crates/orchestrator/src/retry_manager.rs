@@ -10,8 +10,22 @@ use rpc::backoff::Backoff;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Failure {
     pub code: ErrorCode,
-    /// Whether part of the answer had reached the caller.
-    pub streamed: bool,
+    pub delivered: Part,
+}
+
+/// What the caller had of the answer when an attempt failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    Nothing,
+    /// A part that another worker can continue.
+    Continuable {
+        /// Whether the failed attempt delivered any of it.
+        progressed: bool,
+        /// The time since the answer was interrupted.
+        waited: Duration,
+    },
+    /// A part that nobody can continue.
+    Final,
 }
 
 /// What follows a failed attempt.
@@ -29,20 +43,41 @@ pub enum Plan {
 const BACKOFF: Duration = Duration::from_millis(10);
 /// Upper limit of the delay.
 const BACKOFF_MAX: Duration = Duration::from_millis(500);
+/// How long an interrupted answer waits for a worker that can continue it.
+const CONTINUE_WITHIN: Duration = Duration::from_secs(30);
+/// How often it looks for one.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// Returns whether the model cannot do what was asked, so that another model may be able to.
 pub fn is_of_the_model(failure: Failure) -> bool {
     let cannot = matches!(failure.code, ErrorCode::UnsupportedParameter | ErrorCode::ContextLengthExceeded);
-    cannot && !failure.streamed
+    cannot && failure.delivered == Part::Nothing
 }
 
-/// Decides what follows a failed attempt. Attempts are counted from 1.
+/// Decides what follows a failed attempt, of which there were so many. If the caller has a part of the answer, only
+/// those in a row that failed to continue it count.
 pub fn plan(attempt: u32, attempts_max: u32, failure: Failure, correlation_id: CorrelationId) -> Plan {
-    // Once the caller has part of an answer, another worker's answer cannot continue it.
-    if failure.streamed || attempt >= attempts_max {
-        return Plan::GiveUp;
+    match failure.delivered {
+        Part::Final => Plan::GiveUp,
+        Part::Nothing if attempt >= attempts_max => Plan::GiveUp,
+        Part::Nothing => begin_anew(attempt, failure.code, correlation_id),
+        Part::Continuable { progressed, waited } => match failure.code {
+            ErrorCode::Cancelled | ErrorCode::StaleAttempt => Plan::GiveUp,
+            // No worker was tried.
+            ErrorCode::NoCapacity | ErrorCode::ModelLoading if waited < CONTINUE_WITHIN => {
+                Plan::Retry { after: LOOK_EVERY }
+            }
+            // Whoever began the answer can judge the request. Another may be unable to continue it.
+            code if progressed && code.blame() == Blame::Caller => Plan::GiveUp,
+            _ if attempt >= attempts_max => Plan::GiveUp,
+            _ => Plan::Retry { after: delay(attempt.max(1), correlation_id) },
+        },
     }
-    match failure.code {
+}
+
+/// Decides what follows an attempt of which the caller has nothing.
+fn begin_anew(attempt: u32, code: ErrorCode, correlation_id: CorrelationId) -> Plan {
+    match code {
         // The caller may try again after the load; the job does not wait for it.
         ErrorCode::DeadlineExceeded | ErrorCode::Cancelled | ErrorCode::ModelLoading => Plan::GiveUp,
         // A refusal is not a fault, so the next worker is tried at once.
@@ -68,33 +103,54 @@ mod tests {
         "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f".parse().expect("well formed")
     }
 
-    fn planned(attempt: u32, code: ErrorCode, streamed: bool) -> Plan {
-        plan(attempt, 3, Failure { code, streamed }, job())
+    fn planned(attempt: u32, code: ErrorCode, delivered: Part) -> Plan {
+        plan(attempt, 3, Failure { code, delivered }, job())
+    }
+
+    fn part(progressed: bool, waited: u64) -> Part {
+        Part::Continuable { progressed, waited: Duration::from_secs(waited) }
     }
 
     #[test]
     fn a_worker_that_fails_or_refuses_is_followed_by_another() {
-        assert!(matches!(planned(1, ErrorCode::WorkerFailed, false), Plan::Retry { .. }));
-        assert!(matches!(planned(2, ErrorCode::Unavailable, false), Plan::Retry { .. }));
-        assert_eq!(planned(1, ErrorCode::WorkerFull, false), Plan::Retry { after: Duration::ZERO });
+        assert!(matches!(planned(1, ErrorCode::WorkerFailed, Part::Nothing), Plan::Retry { .. }));
+        assert!(matches!(planned(2, ErrorCode::Unavailable, Part::Nothing), Plan::Retry { .. }));
+        assert_eq!(planned(1, ErrorCode::WorkerFull, Part::Nothing), Plan::Retry { after: Duration::ZERO });
     }
 
     #[test]
     fn nobody_tries_a_fourth_time() {
-        assert_eq!(planned(3, ErrorCode::WorkerFailed, false), Plan::GiveUp);
-        assert_eq!(planned(3, ErrorCode::WorkerFull, false), Plan::GiveUp);
+        assert_eq!(planned(3, ErrorCode::WorkerFailed, Part::Nothing), Plan::GiveUp);
+        assert_eq!(planned(3, ErrorCode::WorkerFull, Part::Nothing), Plan::GiveUp);
     }
 
     #[test]
     fn an_answer_that_has_begun_is_not_begun_again() {
-        assert_eq!(planned(1, ErrorCode::WorkerFailed, true), Plan::GiveUp);
+        assert_eq!(planned(1, ErrorCode::WorkerFailed, Part::Final), Plan::GiveUp);
+    }
+
+    #[test]
+    fn an_answer_that_was_interrupted_is_continued() {
+        for code in [ErrorCode::WorkerFailed, ErrorCode::Unavailable, ErrorCode::EngineCrashed] {
+            assert!(matches!(planned(1, code, part(true, 0)), Plan::Retry { .. }), "{code}");
+            assert_eq!(planned(3, code, part(false, 0)), Plan::GiveUp, "{code}");
+        }
+        assert_eq!(planned(1, ErrorCode::StaleAttempt, part(true, 0)), Plan::GiveUp);
+        assert_eq!(planned(1, ErrorCode::UnsupportedParameter, part(true, 0)), Plan::GiveUp);
+        assert!(matches!(planned(1, ErrorCode::UnsupportedParameter, part(false, 0)), Plan::Retry { .. }));
+    }
+
+    #[test]
+    fn an_answer_that_was_interrupted_waits_for_a_worker() {
+        assert_eq!(planned(3, ErrorCode::NoCapacity, part(true, 29)), Plan::Retry { after: LOOK_EVERY });
+        assert_eq!(planned(3, ErrorCode::NoCapacity, part(true, 30)), Plan::GiveUp);
     }
 
     #[test]
     fn what_is_the_callers_fault_is_not_tried_again() {
-        assert_eq!(planned(1, ErrorCode::ModelLoading, false), Plan::GiveUp);
+        assert_eq!(planned(1, ErrorCode::ModelLoading, Part::Nothing), Plan::GiveUp);
         for code in [ErrorCode::ContextLengthExceeded, ErrorCode::UnsupportedParameter, ErrorCode::DeadlineExceeded] {
-            assert_eq!(planned(1, code, false), Plan::GiveUp, "{code}");
+            assert_eq!(planned(1, code, Part::Nothing), Plan::GiveUp, "{code}");
         }
     }
 

@@ -62,6 +62,9 @@ pub enum Refusal {
     Loading,
     /// It does not serve the requested adapter.
     NoAdapter,
+    /// It cannot continue an answer that another worker began: its version is too old, or it has adopted the model's
+    /// server.
+    CannotContinue,
     /// Its context is no longer than one that was too short for the job.
     ShortContext,
     /// It already failed this job with the same model.
@@ -80,6 +83,7 @@ impl Refusal {
             Self::ModelError => "model_error",
             Self::Loading => "loading",
             Self::NoAdapter => "no_adapter",
+            Self::CannotContinue => "cannot_continue",
             Self::ShortContext => "short_context",
             Self::Tried => "tried",
         }

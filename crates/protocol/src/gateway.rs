@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::id::{CorrelationId, ModelName, ModelVersion};
-use crate::infer::{Embedding, FinishReason, InferSubmission, TokenLogprob, ToolCall};
+use crate::infer::{Embedding, FinishReason, InferSubmission, TokenLogprob, ToolCall, is_zero};
 use crate::usage::TokenUsage;
 
 /// Gateway: lists the models a token may use, as `GET /v1/models` does. [`ModelsRequest`] → OpenAI's list.
@@ -87,6 +87,9 @@ pub struct GatewayAnswer {
     pub usage: TokenUsage,
     /// Number of the attempt that answered, from 1.
     pub attempt: u32,
+    /// How often another worker continued the answer.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub continued: u32,
 }
 
 /// One of the requested answers.

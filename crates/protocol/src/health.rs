@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::clock::UnixMillis;
 use crate::id::{AdapterName, Digest, PrefixDigest, PublicKey, Region, WorkerId};
+use crate::infer::is_zero;
 use crate::model::{AdapterKey, ModelKey};
 
 /// The kind under which reports are signed.
@@ -68,6 +69,9 @@ pub struct HealthReport {
     /// The worker finishes its jobs and takes no new ones. If no jobs are running or waiting, this is its last report.
     #[serde(default)]
     pub draining: bool,
+    /// The worker continues answers that another worker began, except those of adopted servers.
+    #[serde(default)]
+    pub continues: bool,
     /// Number that increases with each start of the worker.
     pub epoch: u64,
     /// Number of the report within the epoch. It increases with each report.
@@ -251,11 +255,6 @@ impl LoadProgress {
         let done = u64::from(self.percent.min(100));
         self.elapsed_ms.saturating_mul(100 - done).checked_div(done).map(Duration::from_millis)
     }
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
-fn is_zero(number: &u32) -> bool {
-    *number == 0
 }
 
 fn yes() -> bool {

@@ -59,6 +59,32 @@ pub struct InferRequest {
     /// of the answer.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub progress: bool,
+    /// What earlier attempts delivered of the answers, which this attempt continues. The orchestrator sets it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delivered: Option<Delivered>,
+}
+
+/// What a caller already has of a job's answers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Delivered {
+    /// Sequence number of the next chunk.
+    pub seq: u64,
+    /// The answers that have begun, ordered by their index.
+    pub answers: Vec<DeliveredAnswer>,
+}
+
+/// The part of an answer that a caller already has.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DeliveredAnswer {
+    /// Index of the answer, from 0.
+    pub index: u32,
+    /// Ids of its tokens, in order. They determine its text.
+    pub tokens: Vec<u32>,
+    /// Why the answer ended, if it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finish_reason: Option<FinishReason>,
 }
 
 /// A model and the digest of its file.
@@ -173,10 +199,13 @@ pub struct Payload {
     /// Token usage: that of the prompt in the first chunk, that of the job in the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<TokenUsage>,
+    /// How often another worker continued the answer. Only in the last chunk, where the orchestrator sets it.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub continued: u32,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
-fn is_zero(number: &u32) -> bool {
+pub(crate) fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 

@@ -176,6 +176,7 @@ mod tests {
             attempt: 1,
             deadline_ms: None,
             progress: false,
+            delivered: None,
         }
     }
 

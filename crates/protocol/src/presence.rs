@@ -149,6 +149,7 @@ mod tests {
             model_cache: vec![],
             latency_hops: 1,
             draining: false,
+            continues: true,
             epoch: 3,
             seq: 5,
             issued_at: NOW,

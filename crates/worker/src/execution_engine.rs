@@ -2,6 +2,7 @@
 
 mod choices;
 mod chunk_writer;
+mod plan;
 mod translation;
 
 use std::fmt;
@@ -22,6 +23,7 @@ use crate::model_loader::cache::{Entry, Hold};
 use crate::model_loader::{LoadError, LoadFailed, ModelLoader};
 use choices::Choices;
 use chunk_writer::ChunkWriter;
+use plan::Plan;
 use translation::{embed_request, generate_request, prompt, prompts, wire_error};
 
 pub(crate) use chunk_writer::{empty_chunk, finish, pulse, send_progress};
@@ -173,8 +175,7 @@ impl ExecutionEngine {
         request: &InferRequest,
     ) -> Result<Choices, EngineError> {
         let generate = GenerateRequest { adapter, ..generate_request(loaded.id, request) };
-        let each = request.input.answers_each();
-        Choices::begin(self.runtime.clone(), generate, prompts(&request.input), each, loaded.slots).await
+        Choices::begin(self.runtime.clone(), generate, prompts(&request.input), Plan::of(request), loaded.slots).await
     }
 
     async fn embed(
@@ -212,11 +213,15 @@ impl ExecutionEngine {
             Work::Vectors(embeddings) => {
                 entry.forgive();
                 has_begun.cancel();
-                return ChunkWriter::new(request, 1).send_vectors(embeddings, reply).await;
+                return ChunkWriter::new(request, &Plan::of(request)).send_vectors(embeddings, reply).await;
             }
-            Work::Count(tokens) => return Ok(ChunkWriter::new(request, 1).count(tokens)),
+            Work::Count(tokens) => return Ok(ChunkWriter::new(request, &Plan::of(request)).count(tokens)),
         };
-        let mut writer = ChunkWriter::new(request, choices.count());
+        let mut writer = ChunkWriter::new(request, choices.plan());
+        if writer.is_complete() {
+            // Only the last chunk was not delivered.
+            return Ok(writer.last().0);
+        }
         let mut pulse = pulse();
         loop {
             // An adopted server sends nothing during prefill, and a full engine sends nothing to a request that it has

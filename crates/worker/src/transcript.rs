@@ -13,9 +13,10 @@ pub(crate) struct Transcript {
 }
 
 impl Transcript {
-    /// Starts with the request's prompt.
+    /// Starts with the request's prompt. The text of an answer that another worker began is not known here.
     pub(crate) fn new(request: &InferRequest) -> Self {
-        let goes_on = request.input.messages.is_some() && request.input.answers() == 1;
+        let is_whole = request.delivered.is_none();
+        let goes_on = is_whole && request.input.messages.is_some() && request.input.answers() == 1;
         let answer = goes_on.then(|| Message::new(Role::Assistant, ""));
         Self { prompt: PrefixChain::of(request), answer }
     }
@@ -71,6 +72,7 @@ mod tests {
             attempt: 1,
             deadline_ms: None,
             progress: false,
+            delivered: None,
         }
     }
 

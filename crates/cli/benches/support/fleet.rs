@@ -123,6 +123,7 @@ fn report(key: &NodeKey, seq: u64) -> HealthReport {
         }],
         latency_hops: 0,
         draining: false,
+        continues: true,
         epoch: 1,
         seq,
         issued_at,

@@ -6,6 +6,7 @@ mod certificates;
 #[cfg(target_os = "linux")]
 mod chats;
 mod commands;
+mod continuation;
 mod conversations;
 mod documents;
 mod downloads;

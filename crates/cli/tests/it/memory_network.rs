@@ -86,6 +86,7 @@ pub(crate) fn job(number: u128, input: Input) -> InferRequest {
         attempt: 1,
         deadline_ms: None,
         progress: false,
+        delivered: None,
     }
 }
 

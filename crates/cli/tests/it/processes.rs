@@ -6,9 +6,11 @@ use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use serde_json::json;
+use tether_cli::client::{ChatAnswer, Piece};
 
 use crate::mesh::{LOOPBACK, Mesh, cut_power, refusal, until};
-use crate::program::children;
+use crate::program::{children, signal};
 use crate::stranger::Stranger;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -77,6 +79,54 @@ async fn answers_go_on_when_the_worker_that_gave_one_is_killed() {
         note(&format!("{tries} answers until it gave one, the slowest"), slowest);
     }
     mesh.end().await;
+}
+
+/// Tells a long story; calls `on_piece` with the number of each piece.
+async fn tell(mesh: &Mesh, mut on_piece: impl FnMut(usize)) -> ChatAnswer {
+    let story = json!({
+        "model": "tether-tiny",
+        "messages": [{ "role": "user", "content": "Tell me a story." }],
+        "max_tokens": 400,
+        "ignore_eos": true,
+        "deterministic": true,
+        "seed": 7,
+        "stream": true,
+        "stream_options": { "include_usage": true },
+    });
+    let mut pieces = 0;
+    let count = |_: Piece<'_>| {
+        pieces += 1;
+        on_piece(pieces);
+    };
+    mesh.gateway.chat(&story, count).await.expect("an answer")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_continues_when_the_worker_that_gives_it_is_killed() {
+    let mut mesh = Mesh::start(&["bootstrap"], &WORKERS).await;
+    let whole = tell(&mesh, |_| {}).await;
+    // The story may begin at the other worker, whose death then ends nothing.
+    for round in 0.. {
+        let victim = WORKERS[round % 2];
+        let pid = mesh.processes.pid(victim).expect("it runs");
+        let began = Instant::now();
+        let told = tell(&mesh, |pieces| {
+            if pieces == 20 {
+                signal(pid, Signal::KILL);
+            }
+        })
+        .await;
+        assert_eq!(told.text, whole.text);
+        assert_eq!((told.completion_tokens, told.prompt_tokens), (whole.completion_tokens, whole.prompt_tokens));
+        if told.continued == 1 {
+            note("an answer whose worker was killed", began.elapsed());
+            break;
+        }
+        mesh.processes.kill(victim).expect("gone");
+        start_again(&mut mesh, victim, "worker", &[]).await;
+        mesh.until_ready(victim).await;
+        assert!(round < 10, "no story begins where its worker is killed");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -142,6 +142,7 @@ impl Seen {
             }],
             latency_hops: 0,
             draining: false,
+            continues: true,
             epoch: 1,
             seq: self.seq.fetch_add(1, Ordering::Relaxed) + 1,
             issued_at,
@@ -179,6 +180,7 @@ fn job() -> InferRequest {
         attempt: 1,
         deadline_ms: None,
         progress: false,
+        delivered: None,
     }
 }
 

@@ -337,9 +337,8 @@ impl BatchScheduler {
             let Some(sequence) = &mut slots[slot] else { continue };
             let Some(logits) = sequence.known.take() else { continue };
             has_drawn = true;
-            if sequence.left() == 0 {
-                // Only the prompt was asked for.
-                self.end(slot, Ok(FinishReason::Length), outcome);
+            if let Some(reason) = sequence.is_over() {
+                self.end(slot, Ok(reason), outcome);
                 continue;
             }
             let drawn = sequence.draw(&logits, tools.sampler, kv_cache.context.model().vocabulary());
@@ -367,10 +366,9 @@ impl BatchScheduler {
         {
             kv_cache.keep_logits(&sequence.tokens, sequence.job.adapter, *row);
         }
-        // Where only the prompt was asked for, nothing is drawn.
-        let is_over = sequence.left() == 0;
-        let mut end = is_over.then_some(Ok(FinishReason::Length));
-        let rows = if is_over { &[][..] } else { rows };
+        // Nothing is drawn if only the prompt was requested, or if the continued answer had ended.
+        let mut end = sequence.is_over().map(Ok);
+        let rows = if end.is_some() { &[][..] } else { rows };
         for (row, suggestion) in rows.iter().zip(suggested.iter().map(Some).chain([None])) {
             let Some(logits) = kv_cache.context.logits(*row) else { break };
             match sequence.draw(logits, tools.sampler, model.vocabulary()) {

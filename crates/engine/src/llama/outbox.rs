@@ -99,10 +99,9 @@ impl Outbox {
     }
 
     /// Ends the stream successfully.
-    pub(super) fn done(mut self, last: Piece, reason: FinishReason, usage: TokenUsage) {
-        self.merged.append(last);
+    pub(super) fn done(mut self, rest: Piece, reason: FinishReason, usage: TokenUsage) {
         self.hand_last_piece();
-        self.hand_end(Ok(Event::Done { reason, usage }));
+        self.hand_end(Ok(Event::Done { reason, usage, rest }));
     }
 
     /// Ends the stream with an error.
@@ -186,8 +185,9 @@ mod tests {
         let items = read_all(stream).await;
         assert_eq!(items.len(), 4);
         let Ok(Event::Piece(Piece { text, tokens, .. })) = &items[2] else { panic!("{items:?}") };
-        assert_eq!((text.len(), tokens.len()), (100, 99));
-        assert!(matches!(items[3], Ok(Event::Done { reason: FinishReason::Length, .. })));
+        assert_eq!((text.len(), tokens.len()), (99, 99), "its text is that of its tokens");
+        let Ok(Event::Done { reason: FinishReason::Length, rest, .. }) = &items[3] else { panic!("{items:?}") };
+        assert_eq!(rest.text, "!");
     }
 
     #[tokio::test]

@@ -146,6 +146,17 @@ impl Sequence {
         self.pending() == 1 && self.evaluated() >= self.job.prompt_tokens
     }
 
+    /// Returns why the answer is over before another token is drawn, if it is: all tokens were drawn, or an answer that is
+    /// continued had ended.
+    pub(super) fn is_over(&self) -> Option<FinishReason> {
+        if self.has_ended() { Some(FinishReason::Stop) } else { (self.left() == 0).then_some(FinishReason::Length) }
+    }
+
+    /// Returns whether a stop sequence or a call has ended the answer.
+    fn has_ended(&self) -> bool {
+        self.assembler.is_stopped() || self.job.parser.as_ref().is_some_and(AnswerParser::is_done)
+    }
+
     /// Returns the number of tokens that may still be drawn.
     pub(super) fn left(&self) -> u32 {
         self.job.limit.saturating_sub(self.generated())
@@ -245,14 +256,7 @@ impl Sequence {
             piece.text.insert_str(0, &echo);
         }
         self.job.outbox.piece(piece);
-        let has_called = self.job.parser.as_ref().is_some_and(AnswerParser::is_done);
-        Ok(if self.assembler.is_stopped() || has_called {
-            Drawn::End(FinishReason::Stop)
-        } else if self.left() == 0 {
-            Drawn::End(FinishReason::Length)
-        } else {
-            Drawn::Token(drawn)
-        })
+        Ok(self.is_over().map_or(Drawn::Token(drawn), Drawn::End))
     }
 
     /// Ends the generation and releases its permit.
@@ -264,7 +268,7 @@ impl Sequence {
             reasoning_tokens: self.thoughts,
         };
         let rest = self.assembler.finish(reason == FinishReason::Length);
-        // This text belongs to tokens that were already counted.
+        // This text belongs to tokens that were already sent and counted.
         let mut last = piece(read(&mut self.job.parser, rest, &mut 0));
         if let Some(parser) = &mut self.job.parser {
             let (delta, calls) = parser.finish(reason == FinishReason::Length);

@@ -45,7 +45,7 @@ async fn an_answer_comes_at_the_pace_that_was_set() {
     assert_eq!(begin.elapsed(), Duration::from_millis(140));
     assert_eq!(text, MockRuntime::text(5));
     let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 5, cached_tokens: 0, reasoning_tokens: 0 };
-    assert_eq!(last, Some(Ok(Event::Done { reason: FinishReason::Stop, usage })));
+    assert_eq!(last, Some(Ok(Event::Done { reason: FinishReason::Stop, usage, rest: Piece::default() })));
 }
 
 #[tokio::test(start_paused = true)]
@@ -136,7 +136,10 @@ async fn gather(mut stream: GenerateStream) -> (Piece, FinishReason) {
         match stream.next().await.expect("an end comes").expect("and a good one") {
             Event::Started { .. } | Event::Progress(_) => {}
             Event::Piece(piece) => whole.append(piece),
-            Event::Done { reason, .. } => return (whole, reason),
+            Event::Done { reason, rest, .. } => {
+                whole.append(rest);
+                return (whole, reason);
+            }
         }
     }
 }

@@ -27,6 +27,10 @@ pub enum Event {
         reason: FinishReason,
         /// The token counts of prompt and answer.
         usage: TokenUsage,
+        /// Text and calls of tokens that were sent earlier, which the engine had held back. It has no tokens. It comes
+        /// with the end, so that the tokens of the pieces before it determine their text.
+        #[serde(default, skip_serializing_if = "Piece::is_empty")]
+        rest: Piece,
     },
 }
 

@@ -75,7 +75,8 @@ impl AnswerReader {
             events.push(Event::Started { prompt_tokens, cached_tokens });
         }
         let reason = if self.has_calls && reason == FinishReason::Stop { FinishReason::ToolCalls } else { reason };
-        events.push(Event::Done { reason, usage: self.reported.unwrap_or(self.guess) });
+        let usage = self.reported.unwrap_or(self.guess);
+        events.push(Event::Done { reason, usage, rest: Piece::default() });
         Ok(())
     }
 
@@ -300,7 +301,7 @@ mod tests {
         ]);
         let usage = TokenUsage { prompt_tokens: 12, completion_tokens: 3, cached_tokens: 4, reasoning_tokens: 2 };
         let started = Event::Started { prompt_tokens: 12, cached_tokens: 4 };
-        let done = Event::Done { reason: FinishReason::Stop, usage };
+        let done = Event::Done { reason: FinishReason::Stop, usage, rest: Piece::default() };
         assert_eq!(events, Ok(vec![started, text("To"), text("kyo"), done]));
     }
 
@@ -312,7 +313,7 @@ mod tests {
             "[DONE]",
         ]);
         let usage = TokenUsage { prompt_tokens: 9, completion_tokens: 2, cached_tokens: 0, reasoning_tokens: 0 };
-        let done = Event::Done { reason: FinishReason::Length, usage };
+        let done = Event::Done { reason: FinishReason::Length, usage, rest: Piece::default() };
         assert_eq!(events.expect("read").last(), Some(&done));
     }
 

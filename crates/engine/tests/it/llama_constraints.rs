@@ -30,7 +30,10 @@ async fn pieces(runtime: &LlamaRuntime, request: GenerateRequest) -> (Piece, Fin
     loop {
         match within(stream.next()).await.expect("it has an end").expect("it goes on") {
             Event::Piece(piece) => whole.append(piece),
-            Event::Done { reason, .. } => return (whole, reason),
+            Event::Done { reason, rest, .. } => {
+                whole.append(rest);
+                return (whole, reason);
+            }
             Event::Started { .. } | Event::Progress(_) => {}
         }
     }

@@ -207,6 +207,47 @@ async fn a_continued_answer_says_the_rest_of_it() {
     }
 }
 
+/// The text of each piece of an answer with its tokens, and the text at its end.
+async fn pieces(runtime: &LlamaRuntime, request: GenerateRequest) -> (Vec<Piece>, String) {
+    let mut pieces = Vec::new();
+    let mut stream = within(runtime.generate(request)).await.expect("it is admitted");
+    loop {
+        match within(stream.next()).await.expect("it has an end").expect("it goes on") {
+            Event::Piece(piece) => pieces.push(piece),
+            Event::Done { rest, .. } => return (pieces, rest.text),
+            Event::Started { .. } | Event::Progress(_) => {}
+        }
+    }
+}
+
+/// Wherever an answer is cut, its delivered pieces and its continuation make the whole of it: with text that is held
+/// back for a stop sequence, at the stop sequence, and after the last token.
+#[tokio::test]
+async fn a_continued_answer_repeats_nothing_and_leaves_nothing_out() {
+    let (runtime, model) = loaded(options()).await;
+    let told = GenerateRequest {
+        sampling: Sampling { temperature: 0.8, seed: 11, ..Sampling::default() },
+        max_tokens: Some(24),
+        deterministic: true,
+        ..ask(model, "Tell me a story.")
+    };
+    let text = run(&runtime, told.clone()).await.text;
+    let end = &text[text.len() - 2..];
+    let (held, met) = (format!("{end}#"), text[10..14].to_owned());
+    for stop in [held, met] {
+        let request = GenerateRequest { stop: vec![stop.clone()], ..told.clone() };
+        let (pieces, rest) = pieces(&runtime, request.clone()).await;
+        let whole: String = pieces.iter().map(|piece| piece.text.as_str()).chain([rest.as_str()]).collect();
+        assert!(pieces.len() > 2, "{stop:?}: {whole:?}");
+        for delivered in 0..=pieces.len() {
+            let continued = pieces[..delivered].iter().flat_map(|piece| piece.tokens.clone()).collect();
+            let before: String = pieces[..delivered].iter().map(|piece| piece.text.as_str()).collect();
+            let after = run(&runtime, GenerateRequest { continued, ..request.clone() }).await;
+            assert_eq!(before + &after.text, whole, "{stop:?} after {delivered} pieces: {:?}", after.end);
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_deterministic_answer_is_the_same_whatever_runs_beside_it() {
     let (runtime, model) = loaded(options()).await;

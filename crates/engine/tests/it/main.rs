@@ -148,7 +148,10 @@ async fn read(mut stream: GenerateStream) -> Answer {
                 answer.tokens.extend(tokens);
                 answer.pieces += 1;
             }
-            Ok(Event::Done { reason, usage }) => answer.end = Ok((reason, usage)),
+            Ok(Event::Done { reason, usage, rest }) => {
+                answer.text.push_str(&rest.text);
+                answer.end = Ok((reason, usage));
+            }
             Ok(Event::Progress(_)) => {}
             Err(error) => answer.end = Err(error),
         }

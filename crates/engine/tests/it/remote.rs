@@ -9,7 +9,7 @@ use tether_engine::remote::dialect::{Dialect, Kind};
 use tether_engine::remote::{RemoteRuntime, ServerAddress, Timeouts};
 use tether_engine::{
     EmbedRequest, EngineError, Event, FinishReason, GenerateRequest, LoadOptions, LoadedModel, Message, ModelId,
-    ModelRuntime, PromptInput, Role, TokenUsage,
+    ModelRuntime, Piece, PromptInput, Role, TokenUsage,
 };
 use tokio::time::timeout;
 
@@ -78,7 +78,7 @@ async fn an_answer_of_vllm_comes_whole_with_its_usage() {
     let (server, runtime, id) = attached_vllm(Reply::Events(VLLM_ANSWER.into())).await;
     let events = events_of(&runtime, question(id)).await;
     let usage = TokenUsage { prompt_tokens: 14, completion_tokens: 4, cached_tokens: 8, reasoning_tokens: 0 };
-    assert_eq!(events.last(), Some(&Ok(Event::Done { reason: FinishReason::Stop, usage })));
+    assert_eq!(events.last(), Some(&Ok(Event::Done { reason: FinishReason::Stop, usage, rest: Piece::default() })));
     let (mut text, mut reasoning) = (String::new(), String::new());
     for event in events {
         if let Ok(Event::Piece(piece)) = event {

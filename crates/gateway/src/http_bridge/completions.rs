@@ -61,8 +61,8 @@ pub(super) async fn generate(
 /// Waits for the whole answer.
 async fn whole(opening: Opening, heading: &Heading) -> Result<(Response<Body>, AnswerFacts), WireError> {
     let mut answer = opening.await?;
-    let facts = AnswerFacts::of(&answer);
     let whole = answer.collect().await?;
+    let facts = AnswerFacts::of(&answer);
     let written = write_whole(heading, &answer, &whole);
     let written = written.map_err(|_| WireError::new(ErrorCode::InternalError, "the answer could not be written"))?;
     Ok((errors::json(&written), facts))

@@ -38,8 +38,8 @@ pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Re
 
 async fn whole(opening: Opening, model: &str, encoding: Encoding) -> Result<(Response<Body>, AnswerFacts), WireError> {
     let mut answer = opening.await?;
-    let facts = AnswerFacts::of(&answer);
     let whole = answer.collect().await?;
+    let facts = AnswerFacts::of(&answer);
     let written = write_vectors(model, encoding, &whole);
     let written = written.ok_or_else(|| WireError::new(ErrorCode::InternalError, "the answer could not be written"))?;
     Ok((errors::json(&written), facts))

@@ -50,8 +50,8 @@ pub(super) async fn count(State(bridge): State<Bridge>, request: Request) -> Res
 
 async fn whole(opening: Opening) -> Result<(Response<Body>, AnswerFacts), WireError> {
     let mut answer = opening.await?;
-    let facts = AnswerFacts::of(&answer);
     let counted = answer.collect().await?.input_tokens;
+    let facts = AnswerFacts::of(&answer);
     let input_tokens = counted.ok_or_else(|| answer::broken("the answer has no number of tokens"))?;
     Ok((errors::json(&InputTokens { object: "response.input_tokens", input_tokens }), facts))
 }

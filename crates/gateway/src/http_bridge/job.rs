@@ -113,6 +113,7 @@ pub(super) struct ResponseHeaders {
 /// The headers of a response that describe its answer.
 pub(super) struct AnswerFacts {
     attempt: u32,
+    continued: u32,
     model: String,
     digest: String,
 }
@@ -120,7 +121,8 @@ pub(super) struct AnswerFacts {
 impl AnswerFacts {
     pub(super) fn of(answer: &Answer) -> Self {
         let model = answer.model();
-        Self { attempt: answer.attempt(), model: model.key.to_string(), digest: model.digest.to_string() }
+        let (attempt, continued) = (answer.attempt(), answer.continued());
+        Self { attempt, continued, model: model.key.to_string(), digest: model.digest.to_string() }
     }
 }
 
@@ -145,6 +147,9 @@ impl ResponseHeaders {
         errors::add_rate(headers, &self.rate);
         if let Some(answer) = answer {
             headers.insert(HeaderName::from_static("x-tether-attempts"), HeaderValue::from(answer.attempt));
+            if answer.continued > 0 {
+                headers.insert(HeaderName::from_static("x-tether-continued"), HeaderValue::from(answer.continued));
+            }
             headers.insert(HeaderName::from_static("x-tether-model"), text(&answer.model));
             headers.insert(HeaderName::from_static("x-tether-model-digest"), text(&answer.digest));
         }

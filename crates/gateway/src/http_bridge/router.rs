@@ -19,7 +19,7 @@ use super::extract::{Bridge, Inquiry, context};
 use super::{GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, models, openapi};
 
 /// The response headers that pages of other origins may read.
-const EXPOSED: [&str; 14] = [
+const EXPOSED: [&str; 15] = [
     "x-request-id",
     "openai-processing-ms",
     "x-ratelimit-limit-requests",
@@ -30,6 +30,7 @@ const EXPOSED: [&str; 14] = [
     "x-should-retry",
     "x-tether-region",
     "x-tether-attempts",
+    "x-tether-continued",
     "x-tether-decision",
     "x-tether-model",
     "x-tether-model-digest",

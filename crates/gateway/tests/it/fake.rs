@@ -96,6 +96,7 @@ fn worker(model: &ModelEntry, idle: &ModelEntry) -> FleetWorker {
         model_cache: vec![cached],
         latency_hops: 0,
         draining: false,
+        continues: true,
         epoch: 1,
         seq: 1,
         issued_at: UnixMillis(0),

@@ -102,8 +102,14 @@ impl Scene {
     }
 
     fn routable(&self) -> usize {
-        let wanted =
-            Wanted { model: &model(), digest: None, adapter: None, prefix: &PrefixChain::NONE, short_context: 0 };
+        let wanted = Wanted {
+            model: &model(),
+            digest: None,
+            adapter: None,
+            prefix: &PrefixChain::NONE,
+            short_context: 0,
+            continues: false,
+        };
         self.fleet
             .with_candidates(&[wanted], Instant::now(), |found| found.filter(|found| found.barred.is_none()).count())
     }
@@ -143,6 +149,7 @@ impl Worker {
             model_cache: vec![cached],
             latency_hops: 0,
             draining: false,
+            continues: true,
             epoch: 1,
             seq: self.seq.fetch_add(1, Ordering::SeqCst),
             issued_at: now,

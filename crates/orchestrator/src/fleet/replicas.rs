@@ -24,6 +24,8 @@ pub(super) struct Replica {
     /// The worker does not have the file yet.
     pub(super) to_fetch: bool,
     pub(super) failed: bool,
+    /// An adopted server runs the model.
+    pub(super) is_adopted: bool,
     pub(super) loading: Option<LoadProgress>,
     /// Context length in tokens; 0 if unknown.
     pub(super) context_length: u32,

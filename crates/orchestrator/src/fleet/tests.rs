@@ -32,6 +32,7 @@ fn report(number: u8, models: &[&str]) -> HealthReport {
         model_cache: models.iter().map(cached).collect(),
         latency_hops: 0,
         draining: false,
+        continues: true,
         epoch: 1,
         seq: 0,
         issued_at: UnixMillis(0),
@@ -45,7 +46,7 @@ fn fleet() -> Fleet {
 
 fn of(model: &ModelKey) -> Wanted<'_> {
     static NO_PROMPT: PrefixChain = PrefixChain::NONE;
-    Wanted { model, digest: None, adapter: None, prefix: &NO_PROMPT, short_context: 0 }
+    Wanted { model, digest: None, adapter: None, prefix: &NO_PROMPT, short_context: 0, continues: false }
 }
 
 fn serving(fleet: &Fleet, name: &str, now: Instant) -> Vec<u8> {
@@ -141,7 +142,8 @@ fn workers_are_as_warm_as_their_last_report_says() {
         fleet.update(report, now);
     };
     let shares = |prefix: &PrefixChain| -> Vec<f32> {
-        let wanted = Wanted { model: &model("m"), digest: None, adapter: None, prefix, short_context: 0 };
+        let wanted =
+            Wanted { model: &model("m"), digest: None, adapter: None, prefix, short_context: 0, continues: false };
         let mut found: Vec<Candidate> = fleet.with_candidates(&[wanted], now, |found| found.collect());
         found.sort_by_key(|found| found.worker_id);
         found.into_iter().map(|found| (found.warm_share * 10.0).round() / 10.0).collect()

@@ -47,10 +47,10 @@ async fn nobody_tries_a_fourth_time() {
 }
 
 #[tokio::test]
-async fn an_answer_that_broke_off_is_an_error_and_is_not_billed() {
+async fn an_answer_that_broke_off_and_cannot_continue_is_an_error_and_is_not_billed() {
     let stand = stand(Config::default()).await;
-    stand.worker(1, Manner::DieAfter(2)).await;
-    let healthy = stand.worker(2, Manner::DieAfter(2)).await;
+    stand.worker(1, Manner::DieUntold(2)).await;
+    let healthy = stand.worker(2, Manner::DieUntold(2)).await;
     let job = stand.job();
     let mut answer = stand.submit(&job).await.expect("accepted");
     answer.next().await.expect("a chunk").expect("no error");

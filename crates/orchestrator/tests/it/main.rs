@@ -2,6 +2,7 @@
 
 mod builds;
 mod busy_store;
+mod continuation;
 mod crashes;
 mod evil_worker;
 mod failures;

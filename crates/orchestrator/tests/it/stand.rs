@@ -43,6 +43,10 @@ pub(crate) enum Manner {
     DieAfter(u64),
     /// Takes the job, and its engine crashes while it works on so many.
     Crash(u32),
+    /// Takes the job, and its engine crashes after this many chunks.
+    CrashAfter(u64),
+    /// Answers with this many chunks that list no tokens, and dies.
+    DieUntold(u64),
     /// Takes the job and says no more until it is cancelled.
     Wait,
     /// Reads the prompt for so many seconds, then sends a chunk a second for as many.
@@ -260,6 +264,7 @@ impl Stand {
             attempt: 1,
             deadline_ms: None,
             progress: false,
+            delivered: None,
         }
     }
 
@@ -341,6 +346,7 @@ impl Worker {
             model_cache: vec![CachedModel::new(model(), Digest::of(b"model"), ModelState::Ready)],
             latency_hops: 0,
             draining: false,
+            continues: true,
             epoch: 1,
             seq: self.seq.fetch_add(1, Ordering::SeqCst),
             issued_at: now,
@@ -383,6 +389,8 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
     assert_eq!(reserved.attempt, request.attempt);
     let attempt = if matches!(manner, Manner::WrongAttempt) { request.attempt + 1 } else { request.attempt };
     let model = if let Manner::AnswerAs(model) = &manner { Some(model.clone()) } else { None };
+    let first = request.delivered.as_ref().map_or(0, |delivered| delivered.seq);
+    let has_tokens = !matches!(manner, Manner::DieUntold(_));
     let chunk = |seq, done| {
         let payload = if done {
             let usage =
@@ -391,7 +399,8 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         } else {
             let prompt = TokenUsage { prompt_tokens: 3, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 };
             let usage = (seq == 0).then_some(prompt);
-            Payload { text: format!("{seq} "), tokens: vec![seq as u32], usage, ..Payload::default() }
+            let tokens = if has_tokens { vec![seq as u32] } else { vec![] };
+            Payload { text: format!("{seq} "), tokens, usage, ..Payload::default() }
         };
         let progress = None;
         codec::encode(&InferChunk {
@@ -421,12 +430,14 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             let _call = call;
             return std::future::pending().await;
         }
-        Manner::Answer(chunks) | Manner::DieAfter(chunks) => chunks,
+        Manner::Answer(chunks) | Manner::DieAfter(chunks) | Manner::CrashAfter(chunks) | Manner::DieUntold(chunks) => {
+            chunks
+        }
         Manner::Hang | Manner::WrongAttempt | Manner::AnswerAs(_) | Manner::Only(_) => 1,
         Manner::Crash(_) | Manner::Wait | Manner::Read(_) | Manner::FallSilent(_) => 0,
     };
     let Ok(mut reply) = call.accept().await else { return };
-    for seq in 0..chunks {
+    for seq in first..chunks {
         if reply.send(&chunk(seq, false)).await.is_err() {
             return cancelled.notify_one();
         }
@@ -465,6 +476,9 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         Manner::Answer(_) | Manner::AnswerAs(_) | Manner::Only(_) | Manner::WrongAttempt => {
             let _ = reply.send(&chunk(chunks, true)).await;
             let _ = reply.finish().await;
+        }
+        Manner::CrashAfter(_) => {
+            let _ = reply.fail(WireError::new(ErrorCode::EngineCrashed, "the engine crashed, try again")).await;
         }
         Manner::Crash(suspects) => {
             let error = WireError::new(ErrorCode::EngineCrashed, "the engine crashed, try again");

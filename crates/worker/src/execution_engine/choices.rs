@@ -10,6 +10,8 @@ use engine::{EngineError, Event, GenerateRequest, GenerateStream, ModelRuntime, 
 use futures_util::Stream as _;
 use tokio::time;
 
+use super::plan::Plan;
+
 /// How long to wait before retrying when the engine is full.
 const BUSY_WAIT: Duration = Duration::from_millis(100);
 
@@ -23,11 +25,10 @@ pub(super) struct Choices {
     /// The request of the first answer. The others differ in the seed or the prompt.
     request: GenerateRequest,
     prompts: Vec<PromptInput>,
-    /// How many answers each prompt gets.
-    each: u32,
+    plan: Plan,
     side_by_side: usize,
-    /// How many answers have begun.
-    begun: u32,
+    /// The next answer to begin, if any is left.
+    next: Option<u32>,
     /// The next answer, while it is being submitted to the engine.
     beginning: Option<Beginning>,
     running: Vec<Running>,
@@ -45,33 +46,37 @@ struct Running {
 }
 
 impl Choices {
-    /// Begins the first of several answers, `each` to each of at least one prompt. Errors of the request are returned
-    /// here, and errors of a later prompt when its turn comes.
+    /// Begins the first of the planned answers to at least one prompt. Errors of the request are returned here, and
+    /// errors of a later prompt when its turn comes.
     pub(super) async fn begin(
         runtime: Arc<dyn ModelRuntime>,
         request: GenerateRequest,
         prompts: Vec<PromptInput>,
-        each: u32,
+        plan: Plan,
         slots: u32,
     ) -> Result<Self, EngineError> {
-        let events = runtime.generate(of_index(&request, &prompts, each, 0)).await?;
+        let mut running = vec![];
+        let first = plan.next(0);
+        if let Some(index) = first {
+            let events = runtime.generate(of_index(&request, &prompts, &plan, index)).await?;
+            running.push(Running { index, events });
+        }
         Ok(Self {
             runtime,
             request,
             prompts,
-            each,
             side_by_side: slots.max(1) as usize,
-            begun: 1,
+            next: first.and_then(|index| plan.next(index + 1)),
+            plan,
             beginning: None,
-            running: vec![Running { index: 0, events }],
+            running,
             turn: 0,
             primed: None,
         })
     }
 
-    /// Returns how many answers there are.
-    pub(super) fn count(&self) -> u32 {
-        self.each * self.prompts.len() as u32
+    pub(super) fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     /// Returns whether no answer is running: the next one waits for capacity in the engine.
@@ -94,7 +99,7 @@ impl Choices {
             let Poll::Ready(event) = Pin::new(events).poll_next(context) else { continue };
             let (index, event) = (*index, event.unwrap_or_else(|| Err(unfinished()))?);
             if !matches!(event, Event::Started { .. } | Event::Progress(_)) {
-                self.primed = self.primed.max(Some(index / self.each));
+                self.primed = self.primed.max(Some(self.plan.prompt_of(index)));
             }
             if let Event::Done { .. } = event {
                 self.running.swap_remove(self.turn);
@@ -104,26 +109,25 @@ impl Choices {
         Poll::Pending
     }
 
-    /// Returns whether the next answer may begin: a slot is free, and it is the first to its prompt or its prompt is
+    /// Returns the next answer if it may begin: a slot is free, and it is the first to its prompt or its prompt is
     /// evaluated.
-    fn may_begin(&self) -> bool {
-        let (prompt, answer) = (self.begun / self.each, self.begun % self.each);
-        let is_next = self.begun < self.count() && self.running.len() < self.side_by_side;
-        is_next && (answer == 0 || self.primed.is_some_and(|primed| primed >= prompt))
+    fn may_begin(&self) -> Option<u32> {
+        let index = self.next.filter(|_| self.running.len() < self.side_by_side)?;
+        let is_primed = self.primed.is_some_and(|primed| primed >= self.plan.prompt_of(index));
+        (is_primed || self.plan.is_first(index)).then_some(index)
     }
 
     /// Begins as many of the remaining answers as may run.
     fn poll_begin(&mut self, context: &mut Context<'_>) -> Result<(), EngineError> {
-        while self.may_begin() {
-            let Self { runtime, request, prompts, each, begun, .. } = self;
-            let index = *begun;
+        while let Some(index) = self.may_begin() {
+            let Self { runtime, request, prompts, plan, .. } = self;
             let beginning = self.beginning.get_or_insert_with(|| {
-                Box::pin(begin_when_there_is_room(runtime.clone(), of_index(request, prompts, *each, index)))
+                Box::pin(begin_when_there_is_room(runtime.clone(), of_index(request, prompts, plan, index)))
             });
             let Poll::Ready(begun) = beginning.as_mut().poll(context) else { return Ok(()) };
             self.beginning = None;
             self.running.push(Running { index, events: begun? });
-            self.begun += 1;
+            self.next = self.plan.next(index + 1);
         }
         Ok(())
     }
@@ -144,14 +148,15 @@ async fn begin_when_there_is_room(
 
 /// Returns the request of one of several answers. It is the same on every attempt, and the first answer to each prompt
 /// is the one that a single answer would be.
-fn of_index(request: &GenerateRequest, prompts: &[PromptInput], each: u32, index: u32) -> GenerateRequest {
+fn of_index(request: &GenerateRequest, prompts: &[PromptInput], plan: &Plan, index: u32) -> GenerateRequest {
     /// The golden ratio's fraction, whose multiples are far apart.
     const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
     let mut request = request.clone();
-    if let Some(prompt) = prompts.get((index / each) as usize) {
+    if let Some(prompt) = prompts.get(plan.prompt_of(index) as usize) {
         request.input = prompt.clone();
     }
-    request.sampling.seed = request.sampling.seed.wrapping_add(STEP.wrapping_mul(u64::from(index % each)));
+    request.sampling.seed = request.sampling.seed.wrapping_add(STEP.wrapping_mul(u64::from(plan.number_of(index))));
+    request.continued = plan.delivered(index).to_vec();
     request
 }
 
@@ -186,8 +191,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_others_begin_once_the_prompt_of_the_first_is_evaluated() {
         let (runtime, request) = engine(4, 0, paced()).await;
-        let mut choices =
-            Choices::begin(runtime.clone(), request.clone(), vec![request.input], 3, 4).await.expect("it begins");
+        let mut choices = Choices::begin(runtime.clone(), request.clone(), vec![request.input], Plan::new(1, 3), 4)
+            .await
+            .expect("it begins");
         let begun = time::Instant::now();
         let mut starts = vec![];
         while starts.len() < 4 {
@@ -202,9 +208,10 @@ mod tests {
     async fn each_runs_to_its_end_however_little_room_there_is() {
         // Another job holds the queue's only place, so each submission finds the engine full at first.
         let (runtime, request) = engine(1, 1, paced()).await;
-        let mut choices = Choices::begin(runtime.clone(), request.clone(), vec![request.input.clone()], 3, 1)
-            .await
-            .expect("it begins");
+        let mut choices =
+            Choices::begin(runtime.clone(), request.clone(), vec![request.input.clone()], Plan::new(1, 3), 1)
+                .await
+                .expect("it begins");
         let mut other = runtime.generate(request).await.expect("the place in the queue");
         let other = TaskTracker::new().spawn(async move { while other.next().await.is_some() {} });
         let mut ended = vec![];
@@ -220,8 +227,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn dropping_them_stops_them_all() {
         let (runtime, request) = engine(4, 0, MockOptions { tokens: 1_000, ..paced() }).await;
-        let mut choices =
-            Choices::begin(runtime.clone(), request.clone(), vec![request.input], 3, 4).await.expect("it begins");
+        let mut choices = Choices::begin(runtime.clone(), request.clone(), vec![request.input], Plan::new(1, 3), 4)
+            .await
+            .expect("it begins");
         for _ in 0..12 {
             choices.next().await.expect("it runs");
         }
@@ -235,7 +243,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn seeds_differ_and_the_first_is_that_of_the_request() {
         let (_, request) = engine(1, 0, MockOptions::default()).await;
-        let seeds: BTreeSet<_> = (0..16).map(|index| of_index(&request, &[], 16, index).sampling.seed).collect();
-        assert_eq!((seeds.len(), of_index(&request, &[], 16, 0)), (16, request));
+        let plan = Plan::new(1, 16);
+        let seeds: BTreeSet<_> = (0..16).map(|index| of_index(&request, &[], &plan, index).sampling.seed).collect();
+        assert_eq!((seeds.len(), of_index(&request, &[], &plan, 0)), (16, request));
     }
 }

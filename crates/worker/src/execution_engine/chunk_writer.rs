@@ -1,5 +1,6 @@
 //! Turns an engine's events into chunks.
 
+use std::collections::BTreeSet;
 use std::mem;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use rpc::ResponseSink;
 use tokio::time::{self, Instant, Interval, MissedTickBehavior};
 
 use super::Broken;
+use super::plan::Plan;
 use super::translation::append;
 use crate::transcript::Transcript;
 
@@ -32,8 +34,8 @@ pub(super) struct ChunkWriter {
     /// The engine's last progress, if the caller wants to know.
     progress: Option<Progress>,
     wants_progress: bool,
-    /// How many answers each prompt gets.
-    each: u32,
+    /// The first answer to each prompt, by index. They count the prompts' tokens.
+    firsts: BTreeSet<u32>,
     /// Usage of the prompts whose first answers have begun.
     prompt: TokenUsage,
     /// How many answers have ended.
@@ -41,23 +43,31 @@ pub(super) struct ChunkWriter {
     /// Why the first answer ended.
     reason: FinishReason,
     usage: TokenUsage,
+    /// The rest of the only answer, which comes with the last chunk.
+    rest: Piece,
+    /// Number of the first chunk.
+    first_seq: u64,
     transcript: Transcript,
 }
 
 impl ChunkWriter {
-    pub(super) fn new(request: &InferRequest, choices: u32) -> Self {
+    /// `plan` says which answers are left.
+    pub(super) fn new(request: &InferRequest, plan: &Plan) -> Self {
+        let chunk = empty_chunk(request);
         Self {
-            chunk: empty_chunk(request),
+            first_seq: chunk.seq,
+            chunk,
             bytes: Vec::with_capacity(256),
-            waiting: (0..choices).map(|index| Payload { index, ..Payload::default() }).collect(),
+            waiting: (0..plan.count()).map(|index| Payload { index, ..Payload::default() }).collect(),
             waiting_bytes: 0,
             progress: None,
             wants_progress: request.progress,
-            each: request.input.answers_each(),
+            firsts: plan.firsts().collect(),
             prompt: TokenUsage::default(),
-            ended: 0,
-            reason: FinishReason::Stop,
-            usage: TokenUsage::default(),
+            ended: plan.ended(),
+            reason: plan.reason().unwrap_or(FinishReason::Stop),
+            usage: TokenUsage { completion_tokens: plan.ended_tokens(), ..TokenUsage::default() },
+            rest: Piece::default(),
             transcript: Transcript::new(request),
         }
     }
@@ -75,7 +85,7 @@ impl ChunkWriter {
             // The first chunk has the prompt's tokens, so that a caller that leaves early can be billed for them. With
             // several prompts each chunk has the tokens so far. Each prompt is counted once, however many answers it
             // has.
-            Event::Started { prompt_tokens, cached_tokens } if index.is_multiple_of(self.each) => {
+            Event::Started { prompt_tokens, cached_tokens } if self.firsts.contains(&index) => {
                 let all = &mut self.prompt;
                 all.prompt_tokens = all.prompt_tokens.saturating_add(prompt_tokens);
                 all.cached_tokens = all.cached_tokens.saturating_add(cached_tokens);
@@ -87,15 +97,19 @@ impl ChunkWriter {
                 self.waiting_bytes += bytes_of(&piece);
                 append(payload, piece);
             }
-            Event::Done { reason, usage } => {
+            Event::Done { reason, usage, rest } => {
                 self.ended += 1;
-                if !is_only {
+                // The rest has no tokens, so it must not be delivered without the end: another attempt would repeat it.
+                if is_only {
+                    self.rest = rest;
+                } else {
+                    append(payload, rest);
                     payload.finish_reason = Some(reason);
                 }
                 if index == 0 {
                     self.reason = reason;
                 }
-                if index.is_multiple_of(self.each) {
+                if self.firsts.contains(&index) {
                     self.usage.prompt_tokens = self.usage.prompt_tokens.saturating_add(usage.prompt_tokens);
                     self.usage.cached_tokens = self.usage.cached_tokens.saturating_add(usage.cached_tokens);
                 }
@@ -117,7 +131,7 @@ impl ChunkWriter {
 
     /// Returns whether part of the answer was sent.
     pub(super) fn has_begun(&self) -> bool {
-        self.chunk.seq > 0
+        self.chunk.seq > self.first_seq
     }
 
     /// Records that the job is waiting, when the engine reports no progress.
@@ -165,7 +179,7 @@ impl ChunkWriter {
             }
         }
         self.send(reply).await?;
-        self.add(0, Event::Done { reason: FinishReason::Stop, usage });
+        self.add(0, Event::Done { reason: FinishReason::Stop, usage, rest: Piece::default() });
         Ok(self.last().0)
     }
 
@@ -178,10 +192,11 @@ impl ChunkWriter {
 
     /// Returns the last chunk and the transcript. Called once every answer has ended and was sent.
     pub(super) fn last(self) -> (InferChunk, Transcript) {
-        let finish_reason = Some(self.reason);
-        let usage = Some(self.usage);
-        let payload = Payload { finish_reason, usage, ..Payload::default() };
-        (InferChunk { payload, done: true, ..self.chunk }, self.transcript)
+        let Self { chunk, mut transcript, reason, usage, rest, .. } = self;
+        let mut payload = Payload { finish_reason: Some(reason), usage: Some(usage), ..Payload::default() };
+        append(&mut payload, rest);
+        transcript.append(&payload);
+        (InferChunk { payload, done: true, ..chunk }, transcript)
     }
 }
 
@@ -215,13 +230,14 @@ fn clear(payload: &mut Payload) {
     payload.usage = None;
 }
 
-/// Returns a job's first chunk, without content.
+/// Returns the first chunk of an attempt, without content.
 pub(crate) fn empty_chunk(request: &InferRequest) -> InferChunk {
+    let seq = request.delivered.as_ref().map_or(0, |delivered| delivered.seq);
     InferChunk {
         correlation_id: request.correlation_id,
-        seq: 0,
+        seq,
         payload: Payload::default(),
-        model: Some(request.model()),
+        model: (seq == 0).then(|| request.model()),
         done: false,
         attempt: request.attempt,
         progress: None,

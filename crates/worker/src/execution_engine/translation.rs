@@ -118,6 +118,7 @@ mod tests {
             attempt: 1,
             deadline_ms: None,
             progress: false,
+            delivered: None,
         }
     }
 

@@ -68,6 +68,7 @@ fn report(worker_id: PublicKey) -> HealthReport {
         model_cache: vec![],
         latency_hops: 0,
         draining: false,
+        continues: true,
         epoch: 1,
         seq: 1,
         issued_at: UnixMillis(0),

@@ -285,6 +285,7 @@ fn request() -> InferRequest {
         attempt: 3,
         deadline_ms: None,
         progress: false,
+        delivered: None,
     }
 }
 

@@ -72,14 +72,17 @@ impl Sse {
             let logprobs = TextLogprobs::of(logprobs, &mut choice.position);
             put_json(&TextChoice { index, text, logprobs, finish_reason }, out);
         }
-        out.put_slice(if self.heading.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" });
+        out.put_slice(if self.heading.include_usage { b"],\"usage\":null" } else { b"]" });
+        put_continued(content.continued, out);
+        out.put_slice(b"}\n\n");
     }
 
-    fn usage(&self, usage: TokenUsage, out: &mut BytesMut) {
+    fn usage(&self, usage: TokenUsage, continued: u32, out: &mut BytesMut) {
         out.put_slice(b"data: ");
         out.put_slice(&self.head);
         out.put_slice(b"],\"usage\":");
         put_json(&Usage::from(usage), out);
+        put_continued(continued, out);
         out.put_slice(b"}\n\n");
     }
 }
@@ -93,7 +96,7 @@ impl StreamFormat for Sse {
         self.content(piece, out);
         if let Some(end) = piece.end {
             if self.heading.include_usage {
-                self.usage(end.usage, out);
+                self.usage(end.usage, piece.content.continued, out);
             }
             out.put_slice(b"data: [DONE]\n\n");
         }
@@ -110,6 +113,14 @@ impl StreamFormat for Sse {
         // No empty line follows: openai-python dispatches an event without data at one, once it has seen an `id:`, and
         // fails to parse it.
         b": keep-alive\n"
+    }
+}
+
+/// Writes how often another worker continued the answer, if one did.
+fn put_continued(continued: u32, out: &mut BytesMut) {
+    if continued > 0 {
+        let written = write!(out, ",\"tether\":{{\"continued\":{continued}}}");
+        debug_assert!(written.is_ok(), "a buffer grows");
     }
 }
 

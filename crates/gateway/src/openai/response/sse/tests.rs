@@ -68,6 +68,19 @@ fn usage_comes_in_a_chunk_of_its_own_before_the_end() {
 }
 
 #[test]
+fn the_last_chunk_says_that_another_worker_continued_the_answer() {
+    for include_usage in [false, true] {
+        let content = Content { continued: 2, ..piece(1, "x", Some(END)).content };
+        let pieces = [piece(0, "H", None), Piece { content, ..piece(1, "x", Some(END)) }];
+        let written = written(&mut sse(Endpoint::Chat, include_usage), &pieces);
+        let events: Vec<_> = written.lines().filter_map(|line| line.strip_prefix("data: {")).collect();
+        let [first, .., last] = &events[..] else { panic!("{written}") };
+        assert!(!first.contains("tether"), "{first}");
+        assert!(last.ends_with(r#","tether":{"continued":2}}"#), "{last}");
+    }
+}
+
+#[test]
 fn a_failure_ends_the_stream_without_done() {
     let mut out = BytesMut::new();
     sse(Endpoint::Chat, true).failure(&WireError::new(ErrorCode::WorkerFailed, "gone"), &mut out);

@@ -1,0 +1,142 @@
+//! Answers that outlive the worker that began them.
+
+use std::time::Duration;
+
+use metadata_store::{DurableState, TerminalState};
+use protocol::infer::{InferChunk, InferRequest};
+use protocol::{ErrorCode, WireError, codec};
+use rpc::ResponseStream;
+use tether_orchestrator::Config;
+use tokio::time;
+
+use crate::stand::{Manner, Stand, Worker, stand};
+
+/// The answer of fake workers with so many chunks.
+fn whole(chunks: u64) -> String {
+    (0..chunks).map(|seq| format!("{seq} ")).collect()
+}
+
+/// Checks that chunks are the whole answer, without a gap or a repeat; returns the last.
+fn check(chunks: &[InferChunk]) -> &InferChunk {
+    let (last, parts) = chunks.split_last().expect("an end");
+    let text: String = parts.iter().map(|chunk| chunk.payload.text.as_str()).collect();
+    assert_eq!(text, whole(parts.len() as u64));
+    assert!(chunks.iter().zip(0..).all(|(chunk, seq)| chunk.seq == seq), "{chunks:?}");
+    assert!(last.done && chunks.is_sorted_by_key(|chunk| chunk.attempt));
+    last
+}
+
+/// Reads an answer whose beginning was read.
+async fn rest(mut answer: ResponseStream, mut chunks: Vec<InferChunk>) -> Result<Vec<InferChunk>, WireError> {
+    while let Some(chunk) = answer.next().await {
+        chunks.push(codec::decode(&chunk?).expect("a chunk"));
+    }
+    Ok(chunks)
+}
+
+/// Submits a job and reads so many chunks.
+async fn begin(stand: &Stand, job: &InferRequest, count: u64) -> (ResponseStream, Vec<InferChunk>) {
+    let mut answer = stand.submit(job).await.expect("accepted");
+    let mut chunks = vec![];
+    for _ in 0..count {
+        let chunk = answer.next().await.expect("a chunk").expect("no error");
+        chunks.push(codec::decode(&chunk).expect("a chunk"));
+    }
+    (answer, chunks)
+}
+
+#[tokio::test]
+async fn another_worker_continues_an_answer_and_each_token_is_billed_once() {
+    for manner in [Manner::DieAfter(3), Manner::CrashAfter(3)] {
+        let stand = stand(Config::default()).await;
+        let (dying, healthy) = stand.pair(manner, Manner::Answer(8)).await;
+        let job = stand.job();
+        let chunks = stand.answer(&job).await.expect("answered");
+        let last = check(&chunks);
+        assert_eq!((chunks.len(), last.attempt, last.payload.continued), (9, 2, 1));
+        assert_eq!((dying.jobs_seen(), healthy.jobs_seen()), (1, 1));
+        let usage = stand.usage().await;
+        assert_eq!(usage.len(), 1);
+        assert_eq!((usage[0].usage.prompt_tokens, usage[0].usage.completion_tokens), (3, 8));
+        assert_eq!(last.payload.usage, Some(usage[0].usage));
+        assert!(stand.metrics.encode().contains("phase=\"mid_stream\""));
+    }
+}
+
+#[tokio::test]
+async fn an_answer_moves_on_as_often_as_its_workers_die_after_new_tokens() {
+    let stand = stand(Config::default()).await;
+    let mut workers = vec![];
+    for number in 1..=6 {
+        workers.push(stand.worker(number, Manner::DieAfter(number.into())).await);
+    }
+    workers.sort_by_key(|worker| worker.key.public_key());
+    for (worker, chunks) in workers.iter().zip([2, 4, 6, 8, 10]) {
+        *worker.manner.lock() = Manner::DieAfter(chunks);
+    }
+    *workers[5].manner.lock() = Manner::Answer(12);
+    let chunks = stand.answer(&stand.job()).await.expect("answered");
+    let last = check(&chunks);
+    assert_eq!((chunks.len(), last.payload.continued), (13, 5));
+}
+
+#[tokio::test]
+async fn nobody_tries_a_fourth_time_to_continue_an_answer() {
+    let stand = stand(Config::default()).await;
+    let mut workers = vec![];
+    for number in 1..=6 {
+        workers.push(stand.worker(number, Manner::DieAfter(2)).await);
+    }
+    let job = stand.job();
+    let (answer, chunks) = begin(&stand, &job, 2).await;
+    let error = rest(answer, chunks).await.expect_err("nobody gets further");
+    assert_eq!(error.code, ErrorCode::WorkerFailed);
+    assert_eq!(workers.iter().map(Worker::jobs_seen).sum::<usize>(), 1 + 3);
+    assert_eq!(stand.settled(&job).await.state, DurableState::Settled(TerminalState::Failed));
+    assert_eq!(stand.usage().await, []);
+}
+
+#[tokio::test]
+async fn an_answer_waits_for_a_worker_that_can_continue_it() {
+    let stand = stand(Config::default()).await;
+    let only = stand.worker(1, Manner::DieAfter(2)).await;
+    let (answer, chunks) = begin(&stand, &stand.job(), 2).await;
+    // Long enough to look for a worker in vain.
+    while only.jobs_seen() < 2 {
+        time::sleep(Duration::from_millis(10)).await;
+    }
+    stand.worker(2, Manner::Answer(5)).await;
+    let chunks = rest(answer, chunks).await.expect("answered");
+    assert_eq!((chunks.len(), check(&chunks).payload.continued), (6, 1));
+}
+
+#[tokio::test]
+async fn whoever_cannot_continue_an_answer_is_not_asked_to() {
+    let stand = stand(Config::default()).await;
+    let (dying, other) = stand.pair(Manner::DieAfter(2), Manner::Answer(5)).await;
+    for (round, is_old) in (1..).zip([true, false]) {
+        let cannot = |report: &mut protocol::health::HealthReport| {
+            report.continues = !is_old;
+            report.model_cache[0].attested = is_old;
+        };
+        other.report(&stand, cannot).await.expect("believed");
+        let (_answer, chunks) = begin(&stand, &stand.job(), 2).await;
+        // The worker that died is asked again, since no other can continue the answer.
+        while dying.jobs_seen() < 2 * round {
+            time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!((chunks.len(), other.jobs_seen()), (2, 0));
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_crashes_again_on_a_continued_answer_ends_it() {
+    let stand = stand(Config::default()).await;
+    let (first, second) = stand.pair(Manner::CrashAfter(2), Manner::CrashAfter(4)).await;
+    let third = stand.worker(3, Manner::Answer(9)).await;
+    third.report(&stand, |report| report.draining = true).await.expect("believed");
+    let (answer, chunks) = begin(&stand, &stand.job(), 4).await;
+    let error = rest(answer, chunks).await.expect_err("two engines crashed on it");
+    assert_eq!(error.code, ErrorCode::RequestCrashesEngine);
+    assert_eq!((first.jobs_seen(), second.jobs_seen(), third.jobs_seen()), (1, 1, 0));
+}
