@@ -67,12 +67,12 @@ class LlamaServer:
 
 
 class Network:
-    """`tether up` with one worker, further arguments, and settings as variables."""
+    """`tether up` with one worker or more, further arguments, and settings as variables."""
 
-    def __init__(self, folder, *arguments, settings=None):
+    def __init__(self, folder, *arguments, settings=None, workers=1):
         self.data = folder / "data"
         self.log = (folder / "log").open("w+")
-        command = [os.environ["TETHER_BIN"], "up", *arguments, "--workers", "1", "--bind", "127.0.0.1:0"]
+        command = [os.environ["TETHER_BIN"], "up", *arguments, "--workers", str(workers), "--bind", "127.0.0.1:0"]
         command += ["--data-dir", str(self.data)]
         environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
         environment["TETHER_GATEWAY__RATE_LIMIT__REQUESTS_PER_MINUTE"] = "0"
