@@ -11,7 +11,7 @@ use protocol::control::{
 };
 use protocol::infer::{InferRequest, Input, ModelDigest};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
-use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, TenantId, WireError, codec};
+use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, TenantId, WireError};
 use rpc::rate_limit::{Quota, RateLimit, Verdict};
 use rpc::{Membership, Transport};
 use serde::Serialize;
@@ -218,14 +218,14 @@ impl Gateway {
 
     /// Submits a job to an orchestrator and returns its answer once the first piece has arrived.
     pub async fn submit(&self, admitted: AdmittedRequest, job: Job) -> Result<Answer, WireError> {
+        let job = admitted.identify(job);
         let AdmittedRequest { grant, permit, mut record, rate: _ } = admitted;
         let opened = async {
             let builds = self.check_job(&grant, &job, &mut record).await?;
             let timeouts = self.timeouts(&record, &job);
             let expected = Expected::of(&job.input);
             let request = self.request(&grant, &builds, job, timeouts, &record)?;
-            let seed = record.correlation_id.0.as_u128() as u64;
-            let begun = self.inner.upstream.submit(codec::encode(&request).into(), timeouts, seed).await;
+            let begun = self.inner.upstream.submit(&request, timeouts).await;
             let entries = builds.into_iter().map(|build| build.entry).collect();
             Ok((begun.map_err(WireError::for_clients)?, entries, expected))
         };
@@ -337,6 +337,7 @@ impl Gateway {
         record: &RequestRecord,
     ) -> Result<InferRequest, WireError> {
         let left = timeouts.deadline.saturating_duration_since(Instant::now());
+        let fingerprint = job.fingerprint();
         let retry_token = match job.retry_token {
             Some(token) => token,
             None => self.make_id()?.to_string().parse().map_err(|_| no_randomness())?,
@@ -351,6 +352,7 @@ impl Gateway {
             input: Input { adapter: first.adapter.clone(), ..job.input },
             correlation_id: record.correlation_id,
             retry_token,
+            fingerprint,
             trace_id: record.trace_id,
             attempt: 1,
             deadline_ms: Some(left.as_millis() as u64),

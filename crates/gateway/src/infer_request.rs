@@ -31,7 +31,7 @@ pub fn parse_infer(bytes: &[u8]) -> Result<Job, WireError> {
 pub(crate) fn native(mut error: WireError) -> WireError {
     error.param = error.param.map(|param| match param.as_str() {
         "model" => "modelId".to_owned(),
-        "tenantId" | "input" => param,
+        "tenantId" | "retryToken" | "input" => param,
         "response_format" => "input.format".to_owned(),
         "chat_template_kwargs" => "input.templateOptions".to_owned(),
         "continue_final_message" => "input.continueLast".to_owned(),

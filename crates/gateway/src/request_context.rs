@@ -9,6 +9,7 @@ use rpc::rate_limit::Verdict;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
+use crate::job::Job;
 use crate::request_record::RequestRecord;
 
 /// Where a request comes from.
@@ -46,6 +47,11 @@ pub(crate) struct Refusal {
 }
 
 impl AdmittedRequest {
+    /// Gives a job of this request its id; see [`Job::identified`].
+    pub(crate) fn identify(&self, job: Job) -> Job {
+        job.identified(&self.grant.tenant_id)
+    }
+
     /// Ends the request with an error and records it.
     pub(crate) fn refuse(mut self, error: WireError) -> Refusal {
         self.record.failed(error.code);

@@ -183,7 +183,7 @@ impl RpcGateway {
             Ok(read) => read,
             Err(error) => return Err(admitted.refuse(error).error),
         };
-        let job = Job { deadline: sooner(job.deadline, deadline), ..job };
+        let job = admitted.identify(Job { deadline: sooner(job.deadline, deadline), ..job });
         let wording = match words {
             Words::Native => Wording::Native,
             Words::Vectors { model, encoding } => Wording::Vectors { model, encoding },

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use protocol::control::NodeRole;
-use protocol::{ErrorCode, PublicKey, Region, Topic, WireError, infer};
+use protocol::infer::{self, InferRequest};
+use protocol::{CorrelationId, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
 use rpc::announce::DirectoryTask;
 use rpc::backoff::Backoff;
 use rpc::{CallError, Client, Directory, Membership, MembershipTask, StreamOptions, Transport};
@@ -82,7 +83,7 @@ impl Upstream {
         request: &Request,
     ) -> Result<Reply, WireError> {
         let mut last = away(role);
-        for peer in self.peers(role).await? {
+        for peer in self.peers(role, None).await? {
             match self.client.call(peer, method, request, CALL).await {
                 Ok(reply) => return Ok(reply),
                 // A timeout says nothing about the next peer, so it is tried as well.
@@ -99,17 +100,20 @@ impl Upstream {
         Err(last)
     }
 
-    /// Submits a job to an orchestrator and waits until its answer begins or it is refused. `seed` decides the
-    /// jitter of the waits between rounds.
-    pub(crate) async fn submit(&self, body: Bytes, timeouts: Timeouts, seed: u64) -> Result<Begun, WireError> {
+    /// Submits a job to an orchestrator and waits until its answer begins or it is refused. Its id decides the jitter of
+    /// the waits between rounds. Repeats of a job with a token of the client go to the same orchestrator, as each knows
+    /// only its own jobs.
+    pub(crate) async fn submit(&self, request: &InferRequest, timeouts: Timeouts) -> Result<Begun, WireError> {
+        let (body, id) = (Bytes::from(codec::encode(request)), request.correlation_id);
+        let job = request.fingerprint.map(|_| id);
         let mut last = away(NodeRole::Orchestrator);
         let mut may_be_known = false;
-        let mut backoff = Backoff::new(BACKOFF, BACKOFF_MAX, seed);
+        let mut backoff = Backoff::new(BACKOFF, BACKOFF_MAX, id.0.as_u128() as u64);
         for round in 0..ROUNDS {
             if round > 0 {
                 time::sleep(backoff.next_wait()).await;
             }
-            for peer in self.peers(NodeRole::Orchestrator).await? {
+            for peer in self.peers(NodeRole::Orchestrator, job).await? {
                 let left = timeouts.deadline.saturating_duration_since(Instant::now());
                 // An orchestrator accepts once a worker has sent something, which may take until the job's deadline.
                 let options = StreamOptions { accept_within: left, deadline: Some(left), stall: timeouts.stall };
@@ -148,8 +152,8 @@ impl Upstream {
         }
     }
 
-    /// Returns the nodes of a role, rotated by one with each call.
-    async fn peers(&self, role: NodeRole) -> Result<Vec<PublicKey>, WireError> {
+    /// Returns the nodes of a role, rotated by one with each call, or in the order that belongs to a job.
+    async fn peers(&self, role: NodeRole, job: Option<CorrelationId>) -> Result<Vec<PublicKey>, WireError> {
         let mut peers = self.directory.find(role);
         if peers.is_empty() && self.directory.wait_for(role, APPEAR).await {
             peers = self.directory.find(role);
@@ -157,10 +161,21 @@ impl Upstream {
         if peers.is_empty() {
             return Err(away(role));
         }
-        let first = self.turn.fetch_add(1, Ordering::Relaxed) % peers.len();
-        peers.rotate_left(first);
+        match job {
+            Some(job) => peers.sort_by_cached_key(|peer| rank(job, *peer)),
+            None => {
+                let first = self.turn.fetch_add(1, Ordering::Relaxed) % peers.len();
+                peers.rotate_left(first);
+            }
+        }
         Ok(peers)
     }
+}
+
+/// Returns a peer's rank for a job (rendezvous hashing): every gateway asks the same peer first, and if one goes, only
+/// its jobs move.
+fn rank(job: CorrelationId, peer: PublicKey) -> Digest {
+    Digest::of(&[&job.0.as_bytes()[..], &peer.0].concat())
 }
 
 /// Returns whether another peer may succeed: the error is about this peer, or about something that another may know.

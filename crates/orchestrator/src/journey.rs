@@ -44,7 +44,7 @@ pub struct Verdict {
 pub struct Journey {
     /// The request, with the number of the current attempt.
     pub request: InferRequest,
-    /// Hash of the request as received.
+    /// Digest of what the client asks for, or of the request as received.
     pub fingerprint: [u8; 32],
     /// The models that may run it, the requested one first. Never empty.
     builds: Vec<Build>,
@@ -96,6 +96,8 @@ impl Journey {
     pub fn new(mut request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
         // The orchestrator needs progress itself, to tell a busy worker from a silent one.
         let wants_progress = std::mem::replace(&mut request.progress, true);
+        // A worker does not need it.
+        request.fingerprint = None;
         let mut models = vec![request.model()];
         for model in std::mem::take(&mut request.alternatives).into_iter().take(ALTERNATIVES_MAX) {
             if !models.contains(&model) {

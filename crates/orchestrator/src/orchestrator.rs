@@ -201,7 +201,7 @@ impl Orchestrator {
                 .reservations
                 .reserve(&journey.request, journey.fingerprint, worker.worker_id, worker.capacity)
                 .await?;
-            journey.reservation = Some(reserved.ok_or_else(refusals::known_already)?);
+            journey.reservation = Some(reserved);
         }
         journey.step(JobEvent::Reserve);
         Ok(())
@@ -495,7 +495,7 @@ impl Orchestrator {
             Ok(request) => request,
             Err(error) => return call.refuse(error.into()).await,
         };
-        let fingerprint = Digest::of(&call.body).0;
+        let fingerprint = request.fingerprint.unwrap_or_else(|| Digest::of(&call.body)).0;
         let deadline = call.deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(self.config.deadline_secs));
         let mut delivery = Delivery::new(call, Duration::from_secs(self.config.caller_stall_secs));
         match self.submit(Journey::new(request, fingerprint, deadline), &mut delivery).await {

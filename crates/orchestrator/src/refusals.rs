@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use metadata_store::{DurableState, JobRecord};
 use protocol::error_code::LoadingModel;
 use protocol::health::LoadProgress;
 use protocol::model::ModelKey;
@@ -40,10 +41,17 @@ pub(crate) fn model_loading(model: &ModelKey, worker: WorkerId, progress: LoadPr
     WireError::new(ErrorCode::ModelLoading, message).with_retry_after(wait).with_loading(loading)
 }
 
-/// The error of a job whose key is already in the store.
-pub(crate) fn known_already() -> WireError {
-    WireError::new(ErrorCode::IdempotencyInProgress, "a job of this retryToken exists, and is not run twice")
-        .with_retry_after(Duration::from_secs(1))
+/// The error of a job whose key is already in the store, with the fingerprint of the request that came now.
+pub(crate) fn repeated(known: &JobRecord, fingerprint: &[u8; 32]) -> WireError {
+    if known.request_fingerprint != *fingerprint {
+        let message = "this retryToken was used for another request; give each request a token of its own";
+        return WireError::new(ErrorCode::IdempotencyKeyReused, message).with_param("retryToken");
+    }
+    let message = match known.state {
+        DurableState::Reserved => "a job of this retryToken is running, and is not run twice",
+        DurableState::Settled(_) => "the job of this retryToken has ended, and is not run twice; use a new token",
+    };
+    WireError::new(ErrorCode::IdempotencyInProgress, message).with_retry_after(Duration::from_secs(1))
 }
 
 /// The error of a lookup for a decision that is no longer kept.

@@ -20,6 +20,7 @@ use tracing::{debug, warn};
 
 use crate::fleet::Fleet;
 use crate::metrics::Metrics;
+use crate::refusals;
 
 /// The most expired leases that one sweep releases.
 const EXPIRED_AT_ONCE: u32 = 256;
@@ -137,14 +138,14 @@ impl ReservationManager {
         Self { store, clock, fleet, metrics, region, lease, held: Mutex::default() }
     }
 
-    /// Writes a job and its reservation. Returns `None` if the job is known, because it must not run again.
+    /// Writes a job and its reservation. A job that is known is refused, because it must not run again.
     pub async fn reserve(
         self: &Arc<Self>,
         request: &InferRequest,
         fingerprint: [u8; 32],
         worker_id: WorkerId,
         worker_capacity: u32,
-    ) -> Result<Option<Reservation>, WireError> {
+    ) -> Result<Reservation, WireError> {
         let counted = Counted::on(&self.fleet, worker_id);
         let now = self.clock.now();
         let key = JobKey {
@@ -167,12 +168,12 @@ impl ReservationManager {
         match self.store.reserve(job).await {
             Err(ReserveError::Store(error)) => Err(store_error(&error)),
             Err(full @ ReserveError::NoCapacity { .. }) => Err(worker_full(full.to_string())),
-            Ok(Reserved::Duplicate(_)) => Ok(None),
+            Ok(Reserved::Duplicate(known)) => Err(refusals::repeated(&known, &fingerprint)),
             Ok(Reserved::New) => {
                 let void = CancellationToken::new();
                 self.lock().insert(key.clone(), void.clone());
                 self.metrics.reservations_active.inc();
-                Ok(Some(Reservation { manager: self.clone(), counted, key, worker_id, attempt: 1, void }))
+                Ok(Reservation { manager: self.clone(), counted, key, worker_id, attempt: 1, void })
             }
         }
     }

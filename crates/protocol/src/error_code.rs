@@ -40,6 +40,8 @@ pub enum ErrorCode {
     MethodNotAllowed,
     /// A job with this retry token already exists.
     IdempotencyInProgress,
+    /// The retry token belongs to another request.
+    IdempotencyKeyReused,
     /// The body is larger than allowed.
     RequestTooLarge,
     /// The body is not `application/json`.
@@ -105,7 +107,7 @@ pub enum Blame {
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 37] = [
+    pub const ALL: [Self; 38] = [
         Self::InvalidJson,
         Self::InvalidValue,
         Self::MissingModel,
@@ -118,6 +120,7 @@ impl ErrorCode {
         Self::NotFound,
         Self::MethodNotAllowed,
         Self::IdempotencyInProgress,
+        Self::IdempotencyKeyReused,
         Self::RequestTooLarge,
         Self::UnsupportedMediaType,
         Self::RequestTimeout,
@@ -160,6 +163,7 @@ impl ErrorCode {
             Self::NotFound => "not_found",
             Self::MethodNotAllowed => "method_not_allowed",
             Self::IdempotencyInProgress => "idempotency_in_progress",
+            Self::IdempotencyKeyReused => "idempotency_key_reused",
             Self::RequestTooLarge => "request_too_large",
             Self::UnsupportedMediaType => "unsupported_media_type",
             Self::RequestTimeout => "request_timeout",
@@ -209,6 +213,7 @@ impl ErrorCode {
             Self::InviteExpired => 410,
             Self::RequestTooLarge => 413,
             Self::UnsupportedMediaType => 415,
+            Self::IdempotencyKeyReused => 422,
             Self::RateLimitExceeded => 429,
             // Nginx's status for a client that closed the connection. Nobody reads it.
             Self::Cancelled => 499,
@@ -229,7 +234,7 @@ impl ErrorCode {
     pub fn error_type(self) -> &'static str {
         match self.http_status() {
             403 => "permission_error",
-            409 => "idempotency_error",
+            409 | 422 => "idempotency_error",
             429 => "rate_limit_error",
             503 => "overloaded_error",
             500.. => "server_error",

@@ -129,6 +129,16 @@ as_text!(ModelVersion, "^(0|[1-9][0-9]*)\\.(0|[1-9][0-9]*)$", "MAJOR.MINOR");
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CorrelationId(pub Uuid);
 
+impl CorrelationId {
+    /// Derives the id of a job from its retry token, for a caller that names no id: a UUIDv5, so that a repeat gets
+    /// the same one.
+    pub fn of_retry(tenant_id: &TenantId, token: &RetryToken) -> Self {
+        const NAMESPACE: Uuid = Uuid::from_u128(0x9c1f_44a1_6d0e_4f0b_8f43_72cf_1d5b_60ae);
+        // No tenant id contains a space.
+        Self(Uuid::new_v5(&NAMESPACE, format!("{} {}", tenant_id.as_str(), token.as_str()).as_bytes()))
+    }
+}
+
 impl FromStr for CorrelationId {
     type Err = MalformedId;
 

@@ -47,6 +47,10 @@ pub struct InferRequest {
     pub correlation_id: CorrelationId,
     /// The same token never runs a job twice.
     pub retry_token: RetryToken,
+    /// Digest of what the client asks for, if the client chose the token: another request under the same token is
+    /// refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Digest>,
     /// Trace that the job belongs to.
     pub trace_id: TraceId,
     /// Number of the attempt, from 1. The orchestrator sets it, and each chunk repeats it.
@@ -123,10 +127,10 @@ pub struct InferSubmission {
     pub version: Option<ModelVersion>,
     /// Input and settings of the job.
     pub input: Input,
-    /// Id of the job in logs, traces and stores; generated if omitted.
+    /// Id of the job in logs, traces and stores. If omitted, it is derived from the retry token or generated.
     #[serde(default)]
     pub correlation_id: Option<CorrelationId>,
-    /// The same token never runs a job twice. Generated if omitted.
+    /// The same token never runs a job twice, and is refused with another request. Generated if omitted.
     #[serde(default)]
     pub retry_token: Option<RetryToken>,
     /// Trace that the job belongs to; a new one if omitted.

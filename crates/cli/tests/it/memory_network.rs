@@ -82,6 +82,7 @@ pub(crate) fn job(number: u128, input: Input) -> InferRequest {
         input,
         correlation_id: CorrelationId(uuid::Uuid::from_u128(number)),
         retry_token: "r".parse().expect("token"),
+        fingerprint: None,
         trace_id: protocol::TraceId([1; 16]),
         attempt: 1,
         deadline_ms: None,

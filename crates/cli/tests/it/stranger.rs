@@ -176,6 +176,7 @@ fn job() -> InferRequest {
         input,
         correlation_id: CorrelationId(uuid::Uuid::from_bytes([9; 16])),
         retry_token: "stranger".parse().expect("a token"),
+        fingerprint: None,
         trace_id: protocol::TraceId([9; 16]),
         attempt: 1,
         deadline_ms: None,

@@ -66,7 +66,7 @@ impl IntoResponse for ApiError {
 }
 
 /// The meaning of each status, for endpoints that need an API key.
-const STATUSES: [(u16, &str); 13] = [
+const STATUSES: [(u16, &str); 14] = [
     (400, "The request is invalid or asks for something unsupported; `param` names the field."),
     (401, "The API key is missing, wrong, revoked or expired."),
     (403, "The API key does not allow this operation."),
@@ -75,6 +75,7 @@ const STATUSES: [(u16, &str); 13] = [
     (409, "A job with this retry token already exists."),
     (413, "The body is larger than allowed."),
     (415, "The body is not JSON."),
+    (422, "The retry token belongs to another request."),
     (429, "Too many requests; `Retry-After` says when to send the next one."),
     (500, "Tether has a defect."),
     (502, "The workers that tried the job failed."),

@@ -29,8 +29,9 @@ pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Re
         Ok(request) => request,
         Err(response) => return response,
     };
-    let response_headers = ResponseHeaders::new(request.context, &request.parsed, request.rate);
-    let opening = job::open(&bridge, request.admitted, request.parsed);
+    let job = request.admitted.identify(request.parsed);
+    let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
+    let opening = job::open(&bridge, request.admitted, job);
     let opening = Box::pin(async move { opening.await.map_err(native) });
     job::stream(&bridge, opening, Lines, "application/x-ndjson", response_headers).await
 }

@@ -267,3 +267,34 @@ async fn a_key_may_come_in_x_api_key() {
     assert_eq!(response.status(), 200);
     network.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn repeats_with_only_a_retry_token_are_one_job_whatever_their_deadline() {
+    let network = Network::start().await;
+    let send = async |key: u8, body: Value| {
+        let request = network.request(Method::POST, "/infer").bearer_auth(fake::token(key)).json(&body);
+        let response = request.send().await.expect("answered");
+        assert_eq!(response.status(), 200);
+        let id = response.headers()["x-request-id"].to_str().expect("text").to_owned();
+        response.text().await.expect("text");
+        let job = network.fake.jobs.lock().last().cloned().expect("a job");
+        assert_eq!(job.correlation_id.to_string(), id);
+        job
+    };
+    let job = send(1, json!({"modelId": "tiny", "input": "hi", "retryToken": "again"})).await;
+    let repeat = send(1, json!({"modelId": "tiny", "input": "hi", "retryToken": "again", "deadlineMs": 5000})).await;
+    let key = |job: &protocol::infer::InferRequest| (job.correlation_id, job.retry_token.clone());
+    assert_eq!((key(&job), job.fingerprint), (key(&repeat), repeat.fingerprint));
+    assert!(job.fingerprint.is_some());
+    let other = send(1, json!({"modelId": "tiny", "input": "ho", "retryToken": "again"})).await;
+    assert_eq!(key(&job), key(&other));
+    assert_ne!(job.fingerprint, other.fingerprint, "another request");
+    let elsewhere = send(2, json!({"modelId": "tiny", "input": "hi", "retryToken": "again"})).await;
+    assert_ne!(job.correlation_id, elsewhere.correlation_id, "another tenant");
+    let named = "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f";
+    let body = json!({"modelId": "tiny", "input": "hi", "retryToken": "again", "correlationId": named});
+    assert_eq!(send(1, body).await.correlation_id.to_string(), named);
+    let without = send(1, json!({"modelId": "tiny", "input": "hi"})).await;
+    assert_eq!((without.fingerprint, without.correlation_id.0.get_version_num()), (None, 7));
+    network.end().await;
+}

@@ -260,6 +260,7 @@ impl Stand {
             input: serde_json::from_str("\"hi\"").expect("a prompt"),
             correlation_id: CorrelationId(uuid::Uuid::from_u128(number.into())),
             retry_token: format!("token-{number}").parse().expect("token"),
+            fingerprint: None,
             trace_id: protocol::TraceId([1; 16]),
             attempt: 1,
             deadline_ms: None,

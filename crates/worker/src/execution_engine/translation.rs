@@ -114,6 +114,7 @@ mod tests {
             input,
             correlation_id: "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f".parse().expect("id"),
             retry_token: "r".parse().expect("token"),
+            fingerprint: None,
             trace_id: protocol::TraceId([1; 16]),
             attempt: 1,
             deadline_ms: None,

@@ -281,6 +281,7 @@ fn request() -> InferRequest {
         input: Input { prompt: Some("one two three".into()), ..Input::default() },
         correlation_id: CorrelationId(uuid(1)),
         retry_token: "r".parse().expect("a token"),
+        fingerprint: None,
         trace_id: protocol::TraceId([1; 16]),
         attempt: 3,
         deadline_ms: None,
