@@ -358,6 +358,7 @@ impl Gateway {
             deadline_ms: Some(left.as_millis() as u64),
             progress: true,
             delivered: None,
+            acknowledges: true,
         })
     }
 

@@ -143,6 +143,7 @@ impl Upstream {
     /// Opens a job's stream and waits for the first chunk that is part of the answer.
     async fn begin(&self, peer: PublicKey, body: Bytes, options: StreamOptions) -> Result<Begun, CallError> {
         let mut stream = self.client.open_stream(peer, infer::SUBMIT, body, options).await?;
+        stream.acknowledge_reads();
         loop {
             let first = stream.next().await.transpose()?;
             if !first.as_ref().is_some_and(|chunk| answer::is_progress(chunk)) {

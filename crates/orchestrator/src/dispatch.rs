@@ -18,6 +18,7 @@ use crate::bounds::{Bounds, Content, Meter};
 use crate::job::JobEvent;
 use crate::journal::Entry;
 use crate::journey::Journey;
+use crate::receipts::Receipts;
 use crate::worker_errors;
 
 /// A worker may find that the deadline has passed this much before the orchestrator does.
@@ -32,6 +33,8 @@ pub struct Delivery {
     state: State,
     stall: Duration,
     has_begun: bool,
+    /// `None` if the caller does not acknowledge what it reads: what was sent to it counts as read.
+    receipts: Option<Receipts>,
 }
 
 enum State {
@@ -41,14 +44,41 @@ enum State {
 }
 
 impl Delivery {
-    /// Makes a delivery that accepts `call` when the first chunk is sent.
-    pub fn new(call: StreamCall, stall: Duration) -> Self {
-        Self { state: State::Waiting(call), stall, has_begun: false }
+    /// Makes a delivery that accepts `call` when the first chunk is sent. `acknowledges` says whether the caller
+    /// acknowledges what it reads.
+    pub fn new(call: StreamCall, stall: Duration, acknowledges: bool) -> Self {
+        let receipts = acknowledges.then(Receipts::default);
+        Self { state: State::Waiting(call), stall, has_begun: false, receipts }
     }
 
     pub async fn send(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
         self.has_begun = true;
         time::timeout(self.stall, self.state.send(chunk)).await.unwrap_or(Err(Interrupted))
+    }
+
+    /// Sends a chunk. `usage` is what the job is billed once the caller has read it.
+    async fn send_metered(&mut self, chunk: &[u8], usage: TokenUsage) -> Result<(), Interrupted> {
+        self.send(chunk).await?;
+        if let (Some(receipts), State::Streaming(reply)) = (&mut self.receipts, &mut self.state) {
+            receipts.acknowledge(reply.acknowledged());
+            receipts.sent(reply.sent(), usage);
+        }
+        Ok(())
+    }
+
+    /// Waits until the caller has read all that was sent.
+    async fn wait_until_read(&mut self) -> Result<(), Interrupted> {
+        let (Some(_), State::Streaming(reply)) = (&self.receipts, &mut self.state) else { return Ok(()) };
+        time::timeout(self.stall, reply.wait_until_acknowledged()).await.unwrap_or(Err(Interrupted))
+    }
+
+    /// Returns what is billed of `sent` if no more follows: what the caller has read.
+    fn read_of(&mut self, sent: TokenUsage) -> TokenUsage {
+        match (&mut self.receipts, &mut self.state) {
+            (None, _) => sent,
+            (Some(receipts), State::Streaming(reply)) => receipts.acknowledge(reply.acknowledged()),
+            (Some(_), State::Waiting(_) | State::Gone) => TokenUsage::default(),
+        }
     }
 
     /// Sends a chunk that carries progress and no part of the answer.
@@ -121,7 +151,7 @@ pub enum AttemptEnd {
     },
     /// The caller cancelled or disconnected.
     CallerGone {
-        /// Tokens delivered until then.
+        /// Tokens that it had read by then.
         usage: TokenUsage,
     },
     /// The worker refused or failed.
@@ -273,7 +303,7 @@ pub async fn attempt(
     let usage = meter.delivered();
     match end {
         Relay::Complete(end) => end,
-        Relay::CallerGone => AttemptEnd::CallerGone { usage },
+        Relay::CallerGone => AttemptEnd::CallerGone { usage: delivery.read_of(usage) },
         Relay::Failed { error, fault } => AttemptEnd::Failed { error, fault, usage },
         Relay::Broken(error) => {
             AttemptEnd::Failed { error: failure(error, bounds, deadline), fault: Fault::None, usage }
@@ -349,6 +379,10 @@ async fn relay(
             return breach("the answer has more tokens than the request allows");
         }
         if head.done {
+            // The job is settled before its last chunk is sent, so a caller that is gone by now must show here.
+            if delivery.wait_until_read().await.is_err() {
+                return Relay::CallerGone;
+            }
             let claimed = head.payload.usage;
             let usage = claimed.map_or_else(|| meter.delivered(), |claimed| meter.bounded(claimed));
             let finish_reason = head.payload.finish_reason;
@@ -360,7 +394,7 @@ async fn relay(
             return Relay::Complete(end);
         }
         journey.step(JobEvent::Chunk);
-        if delivery.send(&bytes).await.is_err() {
+        if delivery.send_metered(&bytes, meter.delivered()).await.is_err() {
             return Relay::CallerGone;
         }
         journey.journal.record(head.payload.entry(), journey.request.input.echo);

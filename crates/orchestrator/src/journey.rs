@@ -96,8 +96,8 @@ impl Journey {
     pub fn new(mut request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
         // The orchestrator needs progress itself, to tell a busy worker from a silent one.
         let wants_progress = std::mem::replace(&mut request.progress, true);
-        // A worker does not need it.
-        request.fingerprint = None;
+        // A worker needs neither.
+        (request.fingerprint, request.acknowledges) = (None, false);
         let mut models = vec![request.model()];
         for model in std::mem::take(&mut request.alternatives).into_iter().take(ALTERNATIVES_MAX) {
             if !models.contains(&model) {

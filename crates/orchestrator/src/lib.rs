@@ -17,6 +17,7 @@ pub mod journey;
 pub mod metrics;
 pub mod orchestrator;
 pub mod policy_engine;
+mod receipts;
 mod refusals;
 pub mod registry_policies;
 pub mod reservation_manager;

@@ -497,7 +497,8 @@ impl Orchestrator {
         };
         let fingerprint = request.fingerprint.unwrap_or_else(|| Digest::of(&call.body)).0;
         let deadline = call.deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(self.config.deadline_secs));
-        let mut delivery = Delivery::new(call, Duration::from_secs(self.config.caller_stall_secs));
+        let stall = Duration::from_secs(self.config.caller_stall_secs);
+        let mut delivery = Delivery::new(call, stall, request.acknowledges);
         match self.submit(Journey::new(request, fingerprint, deadline), &mut delivery).await {
             Ok(()) => delivery.finish().await,
             Err(error) => delivery.fail(error).await,

@@ -66,6 +66,10 @@ pub struct InferRequest {
     /// What earlier attempts delivered of the answers, which this attempt continues. The orchestrator sets it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delivered: Option<Delivered>,
+    /// Whether the caller acknowledges what it has read (`docs/wire/tether-stream-1.md`). It is then billed for nothing
+    /// else.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub acknowledges: bool,
 }
 
 /// What a caller already has of a job's answers.

@@ -178,6 +178,7 @@ mod tests {
             deadline_ms: None,
             progress: false,
             delivered: None,
+            acknowledges: false,
         }
     }
 

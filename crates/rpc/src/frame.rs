@@ -1,8 +1,9 @@
 //! Frames of `tether/stream/1`: one request, then messages in return under credit (`docs/wire/tether-stream-1.md`).
 //!
 //! The caller opens the stream with the request and a window in bytes. The callee accepts or refuses it, then sends
-//! messages while it has credit. The caller grants more credit as it reads. Either side may end the stream: the callee
-//! with an end or an error, the caller with a cancel, which it also sends when it is dropped.
+//! messages while it has credit. The caller grants more credit as it reads, which acknowledges what it has read; the
+//! callee may ask for that at any time. Either side may end the stream: the callee with an end or an error, the caller
+//! with a cancel, which it also sends when it is dropped.
 //!
 //! [`crate::client::ResponseStream`] is the caller's half, [`crate::server::ResponseSink`] the callee's.
 
@@ -25,6 +26,10 @@ const CREDIT: u8 = 5;
 const CANCEL: u8 = 6;
 const END: u8 = 7;
 const ERROR: u8 = 8;
+
+/// Flags of a data frame.
+const MORE: u8 = 1;
+const ACKNOWLEDGE: u8 = 2;
 
 /// One frame of `tether/stream/1`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +55,8 @@ pub enum Frame {
     Data {
         /// Whether the message continues in the next frame.
         more: bool,
+        /// Whether the caller is to grant at once the credit for what it has read.
+        acknowledge: bool,
         /// The bytes.
         payload: Bytes,
     },
@@ -101,7 +108,7 @@ impl Frame {
             }
             Self::Part(payload) => return tagged(PART, payload),
             Self::Accept => return Bytes::from_static(&[ACCEPT]),
-            Self::Data { more, payload } => return data_frame(*more, payload),
+            Self::Data { more, acknowledge, payload } => return flagged(flags(*more, *acknowledge), payload),
             Self::Credit(credit) => {
                 bytes.put_u8(CREDIT);
                 bytes.put_u32_le(*credit);
@@ -144,7 +151,7 @@ impl Frame {
             ACCEPT => Ok(Self::Accept),
             DATA => {
                 let flags = bytes.try_get_u8().map_err(|_| FrameError::Short)?;
-                Ok(Self::Data { more: flags & 1 != 0, payload: bytes })
+                Ok(Self::Data { more: flags & MORE != 0, acknowledge: flags & ACKNOWLEDGE != 0, payload: bytes })
             }
             CREDIT => Ok(Self::Credit(bytes.try_get_u32_le().map_err(|_| FrameError::Short)?)),
             CANCEL => Ok(Self::Cancel),
@@ -163,9 +170,23 @@ fn tagged(kind: u8, payload: &[u8]) -> Bytes {
 }
 
 pub(crate) fn data_frame(more: bool, payload: &[u8]) -> Bytes {
+    flagged(flags(more, false), payload)
+}
+
+/// Returns a data frame that asks for acknowledgement. It has no bytes and ends no message, so callers that know nothing
+/// of acknowledgements ignore it.
+pub(crate) fn acknowledge_frame() -> Bytes {
+    Bytes::from_static(&[DATA, MORE | ACKNOWLEDGE])
+}
+
+fn flags(more: bool, acknowledge: bool) -> u8 {
+    u8::from(more) * MORE | u8::from(acknowledge) * ACKNOWLEDGE
+}
+
+fn flagged(flags: u8, payload: &[u8]) -> Bytes {
     let mut bytes = BytesMut::with_capacity(2 + payload.len());
     bytes.put_u8(DATA);
-    bytes.put_u8(u8::from(more));
+    bytes.put_u8(flags);
     bytes.put_slice(payload);
     bytes.freeze()
 }
@@ -188,12 +209,13 @@ mod tests {
             },
             Frame::Part(Bytes::from_static(b"x")),
             Frame::Accept,
-            Frame::Data { more: true, payload: Bytes::from_static(b"chunk") },
-            Frame::Data { more: false, payload: Bytes::new() },
+            Frame::Data { more: true, acknowledge: false, payload: Bytes::from_static(b"chunk") },
+            Frame::Data { more: false, acknowledge: false, payload: Bytes::new() },
             Frame::Credit(u32::MAX),
             Frame::Cancel,
             Frame::End,
             Frame::Error(WireError::new(ErrorCode::WorkerFull, "full")),
+            Frame::Data { more: true, acknowledge: true, payload: Bytes::new() },
         ]
     }
 
@@ -213,6 +235,7 @@ mod tests {
         assert_eq!(written[3], b"\x04\x01chunk");
         assert_eq!(written[5], [5, 255, 255, 255, 255]);
         assert_eq!(written[8], b"\x08{\"code\":\"worker_full\",\"message\":\"full\"}");
+        assert_eq!((&written[9][..], acknowledge_frame()), (&[4, 3][..], Bytes::from_static(&[4, 3])));
     }
 
     #[test]
@@ -229,7 +252,7 @@ mod tests {
         }
 
         #[test]
-        fn a_frame_cut_short_or_bent_is_never_mistaken_for_a_longer_one(index in 0usize..9, cut in 0usize..40) {
+        fn a_frame_cut_short_or_bent_is_never_mistaken_for_a_longer_one(index in 0usize..10, cut in 0usize..40) {
             let whole = samples()[index].encode();
             let cut = cut.min(whole.len());
             if let Ok(frame) = Frame::decode(whole.slice(..cut)) {

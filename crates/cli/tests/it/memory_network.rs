@@ -88,6 +88,7 @@ pub(crate) fn job(number: u128, input: Input) -> InferRequest {
         deadline_ms: None,
         progress: false,
         delivered: None,
+        acknowledges: false,
     }
 }
 

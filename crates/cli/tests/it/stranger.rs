@@ -182,6 +182,7 @@ fn job() -> InferRequest {
         deadline_ms: None,
         progress: false,
         delivered: None,
+        acknowledges: false,
     }
 }
 

@@ -396,6 +396,10 @@ impl Fake {
             _ => {
                 reply.send(&codec::encode(&chunk(0, "Hel"))).await?;
                 reply.send(&codec::encode(&chunk(1, "lo"))).await?;
+                // A gateway says what it has read, so that its clients pay for no more.
+                if request.acknowledges {
+                    reply.wait_until_acknowledged().await?;
+                }
                 reply.send(&codec::encode(&last(2))).await?;
             }
         }

@@ -70,7 +70,8 @@ pub(super) fn finalise(
         return refusal(connection, key);
     };
     reservations::free(connection, job_id)?;
-    if let Some(usage) = usage.filter(|_| state.is_billed()) {
+    // A job of which nobody read anything is no line of a bill.
+    if let Some(usage) = usage.filter(|usage| state.is_billed() && *usage != TokenUsage::default()) {
         usage::bill(connection, job_id, &usage)?;
     }
     // A dead letter for a failed or dead job would be written here, in this transaction.

@@ -266,6 +266,7 @@ impl Stand {
             deadline_ms: None,
             progress: false,
             delivered: None,
+            acknowledges: false,
         }
     }
 

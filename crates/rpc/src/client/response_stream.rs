@@ -14,6 +14,9 @@ use crate::transport::Channel;
 
 /// The rate at which even a slow network carries a request.
 pub const REQUEST_BYTES_PER_SEC: u32 = 1024 * 1024;
+/// How often a caller that acknowledges what it reads does so by itself, at most.
+const ACKNOWLEDGE_EVERY: Duration = Duration::from_secs(1);
+
 /// The timeouts of a stream.
 #[derive(Debug, Clone, Copy)]
 pub struct StreamOptions {
@@ -44,6 +47,12 @@ pub struct ResponseStream {
     partial: BytesMut,
     /// Bytes read since credit was last granted.
     ungranted: u32,
+    /// Bytes of the message that was returned last. It counts as read once the next one is wanted.
+    returned: u32,
+    /// When credit was last granted, if the caller acknowledges what it reads.
+    acknowledged_at: Option<Instant>,
+    /// Whether the callee waits for an acknowledgement.
+    is_acknowledgement_due: bool,
     finished: bool,
 }
 
@@ -67,6 +76,9 @@ impl ResponseStream {
             timer: None,
             partial: BytesMut::new(),
             ungranted: 0,
+            returned: 0,
+            acknowledged_at: None,
+            is_acknowledgement_due: false,
             finished: false,
         };
         // A long request does not shorten the time in which the callee must accept it.
@@ -126,6 +138,12 @@ impl ResponseStream {
         }
     }
 
+    /// From now on acknowledges what is read, at least once a second while messages arrive, and when this is dropped. A
+    /// message counts as read once the next one is wanted.
+    pub fn acknowledge_reads(&mut self) {
+        self.acknowledged_at = Some(self.heard_at);
+    }
+
     /// From now on only limits the silence between messages, for answers whose deadline applies to their beginning.
     pub fn lift_deadline(&mut self) {
         self.deadline = None;
@@ -140,6 +158,7 @@ impl ResponseStream {
         }
         // The stall time starts when the caller starts to wait.
         self.heard_at = Instant::now();
+        self.grant_returned();
         let mut timer = self.timer.take().unwrap_or_else(|| Box::pin(sleep_until(self.wait_until().0)));
         let message = loop {
             tokio::select! {
@@ -179,12 +198,17 @@ impl ResponseStream {
 
     async fn message(&mut self) -> Result<Option<Bytes>, CallError> {
         loop {
+            self.acknowledge_if_due().await;
             match self.receive().await? {
-                Frame::Data { more, payload } => {
-                    self.grant(payload.len() as u32);
+                Frame::Data { more, acknowledge, payload } => {
+                    self.is_acknowledgement_due |= acknowledge;
                     if !more && self.partial.is_empty() {
+                        self.returned = payload.len() as u32;
                         return Ok(Some(payload));
                     }
+                    // A long message may need more than the window, so its parts count as read when they arrive.
+                    self.ungranted = self.ungranted.saturating_add(payload.len() as u32);
+                    self.grant_half();
                     self.partial.extend_from_slice(&payload);
                     if self.partial.len() > MESSAGE_BYTES_MAX {
                         return Err(CallError::Garbled);
@@ -200,18 +224,54 @@ impl ResponseStream {
         }
     }
 
-    /// Grants credit once half the window has been read, so that few frames are sent in the other direction.
-    fn grant(&mut self, bytes: u32) {
-        self.ungranted = self.ungranted.saturating_add(bytes);
-        if self.ungranted >= WINDOW / 2 && self.channel.try_send(Frame::Credit(self.ungranted).encode()) {
-            self.ungranted = 0;
+    /// Counts the last message as read. Grants credit if enough was read, or nothing was acknowledged for a while.
+    fn grant_returned(&mut self) {
+        self.ungranted = self.ungranted.saturating_add(std::mem::take(&mut self.returned));
+        let is_due = |last: Instant| self.heard_at.saturating_duration_since(last) >= ACKNOWLEDGE_EVERY;
+        if self.ungranted > 0 && self.acknowledged_at.is_some_and(is_due) {
+            self.grant();
+        } else {
+            self.grant_half();
         }
+    }
+
+    /// Grants credit once half the window has been read, so that few frames are sent in the other direction.
+    fn grant_half(&mut self) {
+        if self.ungranted >= WINDOW / 2 {
+            self.grant();
+        }
+    }
+
+    fn grant(&mut self) {
+        if self.channel.try_send(Frame::Credit(self.ungranted).encode()) {
+            self.granted();
+        }
+    }
+
+    fn granted(&mut self) {
+        self.ungranted = 0;
+        self.acknowledged_at = self.acknowledged_at.map(|_| self.heard_at);
+    }
+
+    /// Grants credit for all that was read if the callee waits for it. Cancel safe.
+    async fn acknowledge_if_due(&mut self) {
+        if !self.is_acknowledgement_due {
+            return;
+        }
+        if self.ungranted == 0 || self.channel.send(Frame::Credit(self.ungranted).encode()).await {
+            self.granted();
+        }
+        // If the callee is gone, it needs no acknowledgement.
+        self.is_acknowledgement_due = false;
     }
 }
 
 impl Drop for ResponseStream {
     fn drop(&mut self) {
         if !self.finished {
+            if self.ungranted > 0 && self.acknowledged_at.is_some() {
+                self.grant();
+            }
             // If the queue is full, closing the channel has the same effect.
             let _ = self.channel.try_send(Frame::Cancel.encode());
         }

@@ -7,7 +7,7 @@ use protocol::{ErrorCode, PublicKey, WireError};
 use tokio::time::Instant;
 
 use super::budget::{Allowance, ReservedBytes};
-use crate::frame::{FRAME_PAYLOAD_MAX, Frame, data_frame};
+use crate::frame::{FRAME_PAYLOAD_MAX, Frame, acknowledge_frame, data_frame};
 use crate::transport::Channel;
 
 /// A call that a peer opened and that must be accepted or refused.
@@ -68,7 +68,8 @@ impl StreamCall {
             }
             whole.freeze()
         };
-        let reply = ResponseSink { channel, credit: u64::from(credit), interrupted: false };
+        let flow = Flow { credit: u64::from(credit), sent: 0, acknowledged: 0, interrupted: false };
+        let reply = ResponseSink { channel, flow };
         Some(Self { peer, method, body, deadline, _reserved: reserved, reply })
     }
 
@@ -100,8 +101,17 @@ pub struct Interrupted;
 #[derive(Debug)]
 pub struct ResponseSink {
     channel: Box<dyn Channel>,
-    /// How many bytes the caller still accepts.
+    flow: Flow,
+}
+
+/// How many bytes of messages went to the caller, and what it said of them.
+#[derive(Debug)]
+struct Flow {
+    /// How many more the caller accepts.
     credit: u64,
+    sent: u64,
+    /// What it granted since the call was opened: as many bytes it has read.
+    acknowledged: u64,
     interrupted: bool,
 }
 
@@ -114,16 +124,41 @@ impl ResponseSink {
             let (payload, tail) = rest.split_at(cut);
             self.drain()?;
             // Any remaining credit allows one whole frame. Otherwise a window smaller than a frame would block forever.
-            while self.credit == 0 {
+            while self.flow.credit == 0 {
                 self.control().await?;
             }
-            self.credit = self.credit.saturating_sub(cut as u64);
+            self.flow.credit = self.flow.credit.saturating_sub(cut as u64);
+            self.flow.sent += cut as u64;
             self.push(data_frame(!tail.is_empty(), payload)).await?;
             if tail.is_empty() {
                 return Ok(());
             }
             rest = tail;
         }
+    }
+
+    /// Returns how many bytes of messages were sent.
+    pub fn sent(&self) -> u64 {
+        self.flow.sent
+    }
+
+    /// Returns how many bytes of messages the caller has acknowledged so far.
+    pub fn acknowledged(&mut self) -> u64 {
+        // Acknowledgements from before a cancel count.
+        let _ = self.drain();
+        self.flow.acknowledged.min(self.flow.sent)
+    }
+
+    /// Waits until the caller has acknowledged all messages. A caller that does not acknowledge
+    /// ([`crate::ResponseStream::acknowledge_reads`]) may never do so.
+    pub async fn wait_until_acknowledged(&mut self) -> Result<(), Interrupted> {
+        if self.acknowledged() < self.flow.sent {
+            self.push(acknowledge_frame()).await?;
+        }
+        while self.flow.acknowledged < self.flow.sent {
+            self.control().await?;
+        }
+        Ok(())
     }
 
     /// Completes the response.
@@ -146,37 +181,40 @@ impl ResponseSink {
             tokio::select! {
                 biased;
                 sent = self.channel.send(frame.clone()) => return if sent { Ok(()) } else { Err(Interrupted) },
-                frame = self.channel.receive() => Self::take(&mut self.credit, &mut self.interrupted, frame)?,
+                frame = self.channel.receive() => self.flow.take(frame)?,
             }
         }
     }
 
     async fn control(&mut self) -> Result<(), Interrupted> {
-        if self.interrupted {
+        if self.flow.interrupted {
             return Err(Interrupted);
         }
         let frame = self.channel.receive().await;
-        Self::take(&mut self.credit, &mut self.interrupted, frame)
+        self.flow.take(frame)
     }
 
     /// Processes the frames that the caller has sent so far, without waiting.
     fn drain(&mut self) -> Result<(), Interrupted> {
-        if self.interrupted {
+        if self.flow.interrupted {
             return Err(Interrupted);
         }
         while let Some(frame) = self.channel.try_receive() {
-            Self::take(&mut self.credit, &mut self.interrupted, Some(frame))?;
+            self.flow.take(Some(frame))?;
         }
         Ok(())
     }
+}
 
-    fn take(credit: &mut u64, interrupted: &mut bool, frame: Option<Bytes>) -> Result<(), Interrupted> {
+impl Flow {
+    fn take(&mut self, frame: Option<Bytes>) -> Result<(), Interrupted> {
         if let Some(Ok(Frame::Credit(more))) = frame.map(Frame::decode) {
-            *credit = credit.saturating_add(more.into());
+            self.credit = self.credit.saturating_add(more.into());
+            self.acknowledged = self.acknowledged.saturating_add(more.into());
             Ok(())
         } else {
             // A cancel, a closed channel or an invalid frame: in each case the response has no reader any more.
-            *interrupted = true;
+            self.interrupted = true;
             Err(Interrupted)
         }
     }

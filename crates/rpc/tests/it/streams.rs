@@ -178,3 +178,73 @@ async fn a_node_that_is_cut_off_breaks_its_streams_for_both_ends() {
     assert_eq!(stream.next().await, Some(Err(CallError::Closed)));
     stopped.notified().await;
 }
+
+/// What a callee learns of what its caller has read.
+#[derive(Debug, PartialEq)]
+struct Learned {
+    /// Bytes, before it asks.
+    unasked: u64,
+    /// Whether all was acknowledged once it asked.
+    all: bool,
+    bytes: u64,
+}
+
+/// Sends messages of three bytes, one each 400 ms, to a caller that does as `read` says and leaves.
+async fn learned(messages: usize, read: impl AsyncFnOnce(&mut ResponseStream)) -> Learned {
+    let (learned, outcome) = tokio::sync::mpsc::unbounded_channel();
+    let pair = pair(move |server| {
+        server.stream("count", move |call| {
+            let learned = learned.clone();
+            async move {
+                let mut reply = call.accept().await.expect("caller is there");
+                for _ in 0..messages {
+                    let _ = reply.send(b"abc").await;
+                    tokio::time::sleep(Duration::from_millis(400)).await;
+                }
+                let unasked = reply.acknowledged();
+                let all = reply.wait_until_acknowledged().await.is_ok();
+                let _ = learned.send(Learned { unasked, all, bytes: reply.acknowledged() });
+            }
+        })
+    });
+    let mut stream =
+        pair.client.open_stream(pair.server.public_key(), "count", Bytes::new(), options()).await.expect("accepted");
+    stream.acknowledge_reads();
+    read(&mut stream).await;
+    drop(stream);
+    let mut outcome = outcome;
+    outcome.recv().await.expect("one call")
+}
+
+async fn read_some(stream: &mut ResponseStream, messages: usize) {
+    for _ in 0..messages {
+        assert_eq!(stream.next().await, Some(Ok(Bytes::from_static(b"abc"))));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_reads_on_acknowledges_all_when_asked() {
+    let read = async |stream: &mut ResponseStream| {
+        read_some(stream, 2).await;
+        assert_eq!(stream.next().await, Some(Err(CallError::Closed)));
+    };
+    assert_eq!(learned(2, read).await, Learned { unasked: 0, all: true, bytes: 6 });
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_leaves_acknowledges_what_it_has_read_and_not_what_it_only_got() {
+    let read = async |stream: &mut ResponseStream| read_some(stream, 2).await;
+    let learned = learned(9, read).await;
+    assert_eq!((learned.all, learned.bytes), (false, 3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_reads_a_long_answer_acknowledges_it_every_second() {
+    let read = async |stream: &mut ResponseStream| {
+        read_some(stream, 9).await;
+        assert_eq!(stream.next().await, Some(Err(CallError::Closed)));
+    };
+    let learned = learned(9, read).await;
+    assert!((12..27).contains(&learned.unasked), "{learned:?}");
+    assert_eq!((learned.all, learned.bytes), (true, 27));
+}

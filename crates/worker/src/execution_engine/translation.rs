@@ -120,6 +120,7 @@ mod tests {
             deadline_ms: None,
             progress: false,
             delivered: None,
+            acknowledges: false,
         }
     }
 

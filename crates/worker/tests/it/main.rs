@@ -287,6 +287,7 @@ fn request() -> InferRequest {
         deadline_ms: None,
         progress: false,
         delivered: None,
+        acknowledges: false,
     }
 }
 
